@@ -1,0 +1,48 @@
+"""Train a language model: `python pretrain.py PRESET [overrides]`, alone or under torchrun.
+
+    torchrun --standalone --nproc_per_node=8 pretrain.py lf-llm-269m --optim.max-lr 1e-3
+
+The same command resumes an interrupted run. `python pretrain.py --help` lists the presets.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))  # runs from a bare checkout too
+
+
+def main() -> None:
+    # Imported here, since the processes that tokenise import this file again and need none of it.
+    from myllm import launch
+    from myllm.data.prepare import prepare
+    from myllm.distributed import process_group
+    from myllm.report import write_report
+    from myllm.train import Diverged, train
+
+    with launch.clear_errors():
+        wanted = launch.parse(sys.argv[1:])
+        config = wanted.config
+        if wanted.dry_run:
+            print(launch.describe(wanted))
+            return
+        dataset = prepare(config.data)
+        if wanted.prepare_only:
+            print(f"data ready: {dataset.folder}, {dataset.train.tokens:,} tokens to train on")
+            return
+        with process_group(config.train.device) as process:
+            try:
+                outcome = train(config, dataset, process)
+            except Diverged as error:
+                sys.exit(f"error: {error}")
+            if not process.is_main:
+                return
+            write_report(outcome.run)
+            if outcome.stopped_by is None:
+                print(launch.what_next(config))
+            else:
+                print(f"stopped after step {outcome.step:,}, saved; the same command resumes")
+                sys.exit(128 + outcome.stopped_by)
+
+
+if __name__ == "__main__":
+    main()

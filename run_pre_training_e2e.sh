@@ -1,0 +1,100 @@
+#!/usr/bin/env bash
+# From a fresh clone to a trained, evaluated and reported model: environment -> plan -> data -> training.
+# pretrain.py is the rest of the story: it evaluates as it trains, writes the report and says what to type next.
+# There is no cd in here: a file named in an override is relative to where the user stands.
+set -euo pipefail
+
+usage() {
+  cat <<'USAGE'
+Usage: ./run_pre_training_e2e.sh [--force] [PRESET] [OVERRIDE...]
+
+Makes the Python environment, checks the plan, prepares the data, then trains, evaluates and reports on every GPU
+of this machine. Run it again after an interruption: it goes on where it was.
+
+  PRESET      what to train (default: lf-llm-269m); the first argument, if it does not start with a dash
+  OVERRIDE    handed to pretrain.py, such as --name my-run or --train.max-steps 100 or --config my.json
+  --force     train although there is no GPU
+
+Examples:
+  ./run_pre_training_e2e.sh
+  CUDA_VISIBLE_DEVICES=0,1 ./run_pre_training_e2e.sh lf-llm-269m --name two-gpus
+  NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 MASTER_PORT=29500 ./run_pre_training_e2e.sh     (NODE_RANK=1 on the other)
+
+No GPU? ./run_pre_training_e2e_debug.sh runs all of it in minutes.
+USAGE
+}
+
+heading() { printf '\n=== %s\n' "$*"; }
+refuse() {
+  printf '%s\n' "$*" >&2
+  exit 2
+}
+
+here="$(unset CDPATH && cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+
+force=""
+for argument in "$@"; do # takes out --force and keeps the rest, in order
+  shift
+  case "$argument" in
+    -h | --help) usage && exit ;;
+    --force) force=yes ;;
+    *) set -- "$@" "$argument" ;;
+  esac
+done
+preset=lf-llm-269m
+case "${1:--}" in
+  -*) ;;
+  *) preset="$1" && shift ;;
+esac
+
+nodes="${NNODES:-1}"
+case "$nodes" in
+  *[!0-9]* | 0) refuse "NNODES is $nodes; it is the number of machines, such as 2." ;;
+esac
+if [ "$preset" = debug ]; then nodes=1; fi
+if [ "$nodes" -gt 1 ]; then
+  missing=""
+  for name in NODE_RANK MASTER_ADDR MASTER_PORT; do
+    [ -n "${!name:-}" ] || missing="$missing $name"
+  done
+  [ -z "$missing" ] || refuse "NNODES is $nodes, so every node also needs:$missing
+(NODE_RANK counts the nodes from 0; MASTER_ADDR and MASTER_PORT are where the others reach node 0)."
+fi
+# torchrun gives these to each process. What a job scheduler left of its own would mislead a process without torchrun.
+unset RANK LOCAL_RANK WORLD_SIZE
+
+heading "Environment"
+PYTHON="$("$here/src/environment.sh")"
+gpus="$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')"
+printf 'python: %s\nGPUs:   %s\n' "$PYTHON" "$gpus"
+processes="$gpus" # on this node
+if [ "$gpus" -eq 0 ] || [ "$preset" = debug ]; then processes=1; fi
+
+pretrain() { WORLD_SIZE=$((processes * nodes)) "$PYTHON" "$here/pretrain.py" "$preset" "$@"; }
+
+heading "Plan: $preset"
+pretrain "$@" --dry-run
+if [ "$gpus" -eq 0 ] && [ -z "$force" ]; then
+  if command -v nvidia-smi >/dev/null; then
+    printf '\nnvidia-smi is here, but torch sees no GPU: CUDA_VISIBLE_DEVICES, or a driver older than this torch?\n' >&2
+  fi
+  refuse "
+There is no GPU here, so nothing was started. The plan above says how long this run would take on this machine.
+  All of it in minutes, no GPU needed:  $here/run_pre_training_e2e_debug.sh
+  This run all the same:                add --force"
+fi
+
+heading "Data"
+pretrain "$@" --prepare-only # every node: one with a disk of its own needs its own copy, others wait at a lock
+
+heading "Training, evaluation and report"
+# exec, so that a scheduler's SIGTERM reaches the training, which saves a checkpoint, and its exit status is ours.
+if [ "$preset" = debug ] || { [ "$gpus" -eq 0 ] && [ "$nodes" -eq 1 ]; }; then
+  exec "$PYTHON" "$here/pretrain.py" "$preset" "$@"
+fi
+where="--standalone"
+if [ "$nodes" -gt 1 ]; then
+  where="--nnodes=$nodes --node_rank=$NODE_RANK --master_addr=$MASTER_ADDR --master_port=$MASTER_PORT"
+fi
+# shellcheck disable=SC2086 # $where is several words
+exec "$PYTHON" -m torch.distributed.run $where --nproc_per_node="$processes" "$here/pretrain.py" "$preset" "$@"

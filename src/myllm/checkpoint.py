@@ -1,0 +1,195 @@
+"""Checkpoints: whole, checked, and never under their final name before they are both.
+
+`checkpoints/step_00000100/` holds the state after 100 updates:
+
+    model.pt        weights by name, float32, without any wrapper's prefix
+    optimizer.pt    AdamW's moments by the same names
+    random.pt       random state of every rank, for dropout
+    state.json      TrainState: step, tokens, data position
+    config.json     the run's config
+    manifest.json   sha256 and size of each of these; written last
+
+A save goes to a temporary folder, is flushed to the disk, and is renamed. A load takes the newest checkpoint whose
+files are what its manifest says and falls back to older ones. docs/checkpoint_format.md describes the files.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .data.order import DataPosition
+from .errors import UserError
+from .files import file_sha256, fsync_file, fsync_folder, out_of_space, write_json
+
+FORMAT = "myllm-checkpoint-1"
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """How far a run has come. With weights, optimizer and random state, all that survives a restart."""
+
+    step: int
+    """Completed optimizer updates."""
+    tokens_seen: int
+    data: DataPosition
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a folder holds, in memory, on the CPU."""
+
+    folder: Path
+    state: TrainState
+    config: dict[str, Any]
+    model: dict[str, torch.Tensor]
+    optimizer: dict[str, dict[str, torch.Tensor]]
+    random: list[dict[str, torch.Tensor]]
+
+
+def checkpoint_folder(checkpoints: Path, step: int) -> Path:
+    return checkpoints / f"step_{step:08d}"
+
+
+def list_checkpoints(checkpoints: Path) -> list[Path]:
+    """Folders that carry a final name, newest first."""
+    return sorted((path for path in checkpoints.glob("step_*") if path.is_dir()), reverse=True)
+
+
+def save(
+    checkpoints: Path,
+    state: TrainState,
+    config: dict[str, Any],
+    model: dict[str, torch.Tensor],
+    optimizer: dict[str, Any],
+    random: list[dict[str, torch.Tensor]],
+    keep_last: int,
+) -> Path:
+    """Write one checkpoint, then remove those beyond the newest `keep_last` (0: keep all).
+
+    Raises:
+        UserError: no room on the disk; older checkpoints are untouched.
+    """
+    final = checkpoint_folder(checkpoints, state.step)
+    work = checkpoints / f".partial-{final.name}"
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    try:
+        for name, content in (("model.pt", model), ("optimizer.pt", optimizer), ("random.pt", random)):
+            torch.save(content, work / name)
+            fsync_file(work / name)
+        write_json(work / "state.json", asdict(state))
+        write_json(work / "config.json", config)
+        write_json(work / MANIFEST, _manifest(work))
+        fsync_folder(work)
+        shutil.rmtree(final, ignore_errors=True)  # a damaged one that was trained past again
+        work.rename(final)
+        fsync_folder(checkpoints)
+    except (OSError, RuntimeError) as error:  # torch's writer turns a failed write into a RuntimeError
+        if not _full(error, checkpoints):
+            raise
+        raise UserError(
+            f"no room to save step {state.step:,} in {checkpoints}: {error}; older checkpoints are untouched. "
+            "Free some space and start the same command again"
+        ) from None
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    if keep_last:
+        for old in list_checkpoints(checkpoints)[keep_last:]:
+            shutil.rmtree(old)
+    return final
+
+
+def load_latest(checkpoints: Path, log: Callable[[str], None]) -> Checkpoint | None:
+    """The newest intact checkpoint, or None if there is none; says why newer ones were passed over."""
+    for folder in list_checkpoints(checkpoints):
+        faults = list(verify(folder))
+        if not faults:
+            return load(folder)
+        log(f"passing over {folder}: {'; '.join(faults)}")
+    return None
+
+
+def load(folder: Path) -> Checkpoint:
+    """One checkpoint. Nothing in it is executed: tensors and plain values only.
+
+    Raises:
+        UserError: not a checkpoint, or a damaged one.
+    """
+    faults = list(verify(folder))
+    if faults:
+        raise UserError(f"{folder} is not an intact checkpoint: {'; '.join(faults)}")
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    position = DataPosition(**state.pop("data"))
+    return Checkpoint(
+        folder=folder,
+        state=TrainState(**state, data=position),
+        config=json.loads((folder / "config.json").read_text(encoding="utf-8")),
+        model=torch.load(folder / "model.pt", map_location="cpu", weights_only=True),
+        optimizer=torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True),
+        random=torch.load(folder / "random.pt", map_location="cpu", weights_only=True),
+    )
+
+
+def verify(folder: Path) -> Iterator[str]:
+    """What is wrong with a checkpoint's files, by content; nothing if it is intact."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        files = manifest["files"].items()
+    except FileNotFoundError:
+        yield f"it has no {MANIFEST}"
+        return
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        yield f"its {MANIFEST} cannot be read ({error})"
+        return
+    if manifest.get("format") != FORMAT:
+        yield f"its format is {manifest.get('format')!r}, expected {FORMAT!r}"
+        return
+    for name, expected in files:
+        path = folder / name
+        if not path.is_file():
+            yield f"{name} is missing"
+        elif path.stat().st_size != expected["bytes"]:
+            yield f"{name} has {path.stat().st_size:,} bytes, expected {expected['bytes']:,}"
+        elif file_sha256(path) != expected["sha256"]:
+            yield f"the content of {name} has changed"
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    files = {
+        path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in sorted(folder.iterdir())
+    }
+    return {"format": FORMAT, "files": files}
+
+
+def _full(error: OSError | RuntimeError, folder: Path) -> bool:
+    if isinstance(error, OSError):
+        return out_of_space(error)
+    return "write" in str(error) and shutil.disk_usage(folder).free < 1 << 20
+
+
+# -- random state -----------------------------------------------------------------------------------------------------
+
+
+def random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """This rank's generators: the CPU's, and the device's where it has its own."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    elif device.type == "mps":
+        state["mps"] = torch.mps.get_rng_state()
+    return state
+
+
+def restore_random_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+    elif device.type == "mps" and "mps" in state:
+        torch.mps.set_rng_state(state["mps"])

@@ -1,0 +1,234 @@
+"""What a run is, as frozen dataclasses: `RunConfig` and its five parts.
+
+A config holds choices, never results: sizes that follow from others are properties, and the arithmetic over them is in
+plan.py. `faults` in validate.py says what is wrong with one. Reading and writing JSON is here, so that a saved run can
+be started again from its own config.json.
+"""
+
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from .errors import UserError, nearest
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of the Transformer and which part is used where."""
+
+    vocab_size: int = 50_257
+    """Tokens the tokenizer can produce."""
+    vocab_multiple: int = 128
+    """The embedding has rows up to the next multiple of this (1: no padding); padding rows are never predicted."""
+    max_seq_len: int = 2_048
+    """Context, in tokens."""
+    d_model: int = 768
+    n_layers: int = 12
+    n_heads: int = 12
+    n_kv_heads: int | None = None
+    """Key and value heads; fewer than n_heads is grouped-query attention. None: as many as n_heads."""
+    head_dim: int | None = None
+    """None: d_model / n_heads."""
+    d_ff: int = 3_072
+    """Width inside the feed-forward part."""
+    position: Literal["rope", "learned"] = "rope"
+    rope_theta: float = 10_000.0
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    norm_eps: float = 1e-5
+    activation: Literal["swiglu", "gelu", "relu2"] = "swiglu"
+    bias: bool = False
+    """Biases on every linear but the head, and on LayerNorm."""
+    tie_embeddings: bool = True
+    """The head shares the embedding's weight."""
+    qk_norm: bool = False
+    """RMSNorm over each query and key head before the rotation."""
+    dropout_embedding: float = 0.0
+    dropout_attention_residual: float = 0.0
+    """On the attention output, before it is added to the residual stream."""
+    dropout_ffn: float = 0.0
+    """On the activation inside the feed-forward part, before the down projection."""
+    init: Literal["gpt2", "reference"] = "gpt2"
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_heads or self.n_heads
+
+    @property
+    def head_size(self) -> int:
+        return self.head_dim or self.d_model // self.n_heads
+
+    @property
+    def padded_vocab_size(self) -> int:
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which text, and how it is cut into shards. Same values, same bytes on disk."""
+
+    source: str = "python-stdlib"
+    """A known source, or files:PATH for a file, folder or glob of one's own."""
+    dataset: str | None = None
+    """Train on this prepared data set (a name under temp_data/datasets, or a folder) instead of looking for the
+    source's own."""
+    val_tokens: int = 1_000_000
+    """Held out for validation: whole documents, at least this many tokens, at most about a tenth of the source."""
+    target_tokens: int | None = None
+    """Stop after about this many training tokens. None: all there are."""
+    shard_tokens: int = 100_000_000
+    """Tokens a shard file."""
+    shuffle_seed: int = 0
+    """Seed of the order in which the source's files are taken."""
+    workers: int = 0
+    """Processes that tokenise (0: one a core). Never changes the bytes."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its learning rate over the run."""
+
+    max_lr: float = 6e-4
+    min_lr_ratio: float = 0.1
+    """The rate at the end, as a share of max_lr."""
+    warmup_steps: int = 250
+    schedule: Literal["cosine", "linear", "wsd"] = "cosine"
+    """Decay after the warm-up; wsd holds max_lr, then falls linearly over the last decay_fraction of the steps."""
+    decay_fraction: float = 0.2
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    """On matrices, embeddings included; never on biases and norms."""
+    max_grad_norm: float = 1.0
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop: how long, in what pieces, on what."""
+
+    max_steps: int = 19_073
+    """Optimizer updates."""
+    batch_tokens: int = 524_288
+    """Tokens a step over all ranks. The number of ranks never changes it."""
+    micro_batch_size: int = 16
+    """Sequences a rank pushes through at once; accumulation makes up the rest of batch_tokens."""
+    seed: int = 1_337
+    log_every_steps: int = 10
+    save_every_steps: int = 500
+    keep_last: int = 3
+    """Checkpoints kept (0: all)."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: bfloat16 autocast on CUDA, float32 elsewhere. Weights are float32 either way."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile; auto: on CUDA."""
+    fresh: bool = False
+    """Start over: an older run of this name is moved aside, never deleted."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """What is measured along the way. Each is also done before the first step and after the last; 0 turns it off."""
+
+    validation_every_steps: int = 250
+    validation_tokens: int = 7_864_320
+    """Of the held-out stream, from its start; the same tokens each time."""
+    cloze_every_steps: int = 1_000
+    cloze_examples: int = 500
+    sample_every_steps: int = 1_000
+    sample_prompts: tuple[str, ...] = ("Hello, I'm a language model,", "The meaning of life is", "Once upon a time")
+    sample_new_tokens: int = 64
+    sample_temperature: float = 0.8
+    sample_top_k: int = 50
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides a run."""
+
+    name: str = "default"
+    """The run's folder is temp_data/runs/NAME. The same name resumes."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+
+# -- JSON -------------------------------------------------------------------------------------------------------------
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as plain JSON values."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_dict(values: Any, base: RunConfig) -> RunConfig:
+    """`base` with the given values laid over it.
+
+    Raises:
+        UserError: names every unknown key (with the nearest known one) and every value of a wrong type at once.
+    """
+    faults: list[str] = []
+    config = _overlay(values, base, "", faults)
+    if faults:
+        raise UserError("the config does not fit:\n" + "\n".join(f"  - {fault}" for fault in faults))
+    return config
+
+
+def load_json(path: Path, base: RunConfig) -> RunConfig:
+    """The config in a JSON file, laid over `base`: a run's config.json, or a hand-written file with a few keys."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read the config {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"the config {path} is not valid JSON: {error}") from None
+    return from_dict(values, base)
+
+
+def _overlay(values: Any, base: Any, prefix: str, faults: list[str]) -> Any:
+    where = prefix.rstrip(".") or "the config"
+    if not isinstance(values, dict):
+        faults.append(f"{where}: expected an object of settings, found {values!r}")
+        return base
+    hints = typing.get_type_hints(type(base))
+    changes = {}
+    for key, value in values.items():
+        if key not in hints:
+            faults.append(f"{prefix}{key}: unknown key{nearest(key, list(hints))}")
+        elif dataclasses.is_dataclass(hints[key]):
+            changes[key] = _overlay(value, getattr(base, key), f"{prefix}{key}.", faults)
+        else:
+            try:
+                changes[key] = _convert(value, hints[key])
+            except TypeError as error:
+                faults.append(f"{prefix}{key}: expected {error}, found {value!r}")
+    return dataclasses.replace(base, **changes)
+
+
+def _convert(value: Any, hint: Any) -> Any:
+    """A JSON value as the annotated type; TypeError says what was expected."""
+    origin, choices = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        if value not in choices:
+            raise TypeError("one of " + ", ".join(map(str, choices)))
+        return value
+    if origin is types.UnionType:  # `X | None`, the only union in use
+        return None if value is None else _convert(value, choices[0])
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise TypeError("a list")
+        return tuple(_convert(item, choices[0]) for item in value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    # JSON writes 1e9 as a float; a whole one is as good as an integer.
+    if hint is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise TypeError({int: "a whole number", float: "a number", str: "a text", bool: "true or false"}[hint])
+    return value

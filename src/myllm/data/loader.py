@@ -1,0 +1,112 @@
+"""Batches for one rank, made ahead of time by a background thread.
+
+Shapes: B micro-batch, T sequence.
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..plan import BatchPlan
+from .order import DataPosition, count_sequences, epoch_order, rank_rows
+from .shards import TokenStream
+
+Batch = tuple[Tensor, Tensor]
+"""Inputs and targets, (B, T) int64 each."""
+
+
+def batch_of(stream: TokenStream, sequences: np.ndarray, seq_len: int) -> Batch:
+    """The named sequences as inputs and targets, the targets one token ahead.
+
+    Shapes:
+        sequences (B,); returns (B, T) int64 twice
+    """
+    rows = np.stack([stream.read(int(i) * seq_len, seq_len + 1) for i in sequences]).astype(np.int64)  # (B, T + 1)
+    rows = torch.from_numpy(rows)
+    return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+
+class Loader:
+    """An endless stream of one rank's micro-batches from a position on.
+
+    A thread reads a few batches ahead into pinned memory where there is CUDA; `wait_s` adds up the time that training
+    stood waiting for one. Use it in a `with` block, which ends the thread.
+    """
+
+    AHEAD = 4
+
+    def __init__(
+        self, stream: TokenStream, plan: BatchPlan, position: DataPosition, rank: int, device: torch.device
+    ) -> None:
+        self.wait_s = 0.0
+        self._stream, self._plan, self._position, self._rank, self._device = stream, plan, position, rank, device
+        self._queue: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=self.AHEAD)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._fill, name="loader", daemon=True)
+
+    def __enter__(self) -> "Loader":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped.set()
+        self._thread.join()
+
+    def next(self) -> Batch:
+        """The next micro-batch on the device.
+
+        Raises:
+            whatever the thread met while reading.
+        """
+        started = time.perf_counter()
+        item = self._queue.get()
+        self.wait_s += time.perf_counter() - started
+        if isinstance(item, BaseException):
+            raise item
+        return item[0].to(self._device, non_blocking=True), item[1].to(self._device, non_blocking=True)
+
+    def _fill(self) -> None:
+        try:
+            for batch in self._batches():
+                if not self._put(batch):
+                    return
+        except BaseException as error:  # carried to the thread that can do something about it
+            self._put(error)
+
+    def _put(self, item: Batch | BaseException) -> bool:
+        while not self._stopped.is_set():
+            try:
+                self._queue.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def _batches(self) -> Iterator[Batch]:
+        plan, pinned = self._plan, self._device.type == "cuda"
+        for step in _steps(self._position, plan.sequences, count_sequences(self._stream.tokens, plan.seq_len)):
+            for micro_step in range(plan.grad_accum_steps):
+                rows = rank_rows(micro_step, self._rank, plan.world_size, plan.micro_batch_size)
+                tokens, targets = batch_of(self._stream, step[rows], plan.seq_len)
+                yield (tokens.pin_memory(), targets.pin_memory()) if pinned else (tokens, targets)
+
+
+def _steps(position: DataPosition, count: int, n_sequences: int) -> Iterator[np.ndarray]:
+    """Each step's sequences, as order.step_sequences gives them, with an epoch's order made once."""
+    epoch, index = position.epoch, position.index
+    order = epoch_order(n_sequences, position.seed, epoch)
+    while True:
+        parts, left = [], count
+        while left:
+            if index == n_sequences:
+                epoch, index = epoch + 1, 0
+                order = epoch_order(n_sequences, position.seed, epoch)
+            part = order[index : index + left]
+            parts.append(part)
+            index, left = index + len(part), left - len(part)
+        yield np.concatenate(parts)

@@ -1,0 +1,77 @@
+"""Which sequence comes when: a pure function of the data set, the seed and the epoch.
+
+Sequence i of a stream is tokens [i T, i T + T] (its last token is only a target, and the next sequence's first input),
+so an epoch trains on every token once. The order knows nothing of ranks: a step takes the next G sequences of it, and
+each rank finds its share of those by arithmetic.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class DataPosition:
+    """How far training has come in its data. Global: the same for every rank, and for any number of them."""
+
+    epoch: int
+    index: int
+    """Sequences of this epoch's order that are behind."""
+    seed: int
+    dataset_hash: str
+
+    def advance(self, sequences: int, epoch_sequences: int) -> "DataPosition":
+        """The position after so many more sequences; epochs follow one another without a gap."""
+        done = self.epoch * epoch_sequences + self.index + sequences
+        return replace(self, epoch=done // epoch_sequences, index=done % epoch_sequences)
+
+
+def count_sequences(tokens: int, seq_len: int) -> int:
+    """Whole sequences in a stream: each needs one token more than it is long, shared with the next."""
+    return max(tokens - 1, 0) // seq_len
+
+
+def epoch_order(n_sequences: int, seed: int, epoch: int) -> np.ndarray:
+    """A permutation of an epoch's sequences, over all shards.
+
+    Made of integer arithmetic alone, so that it stays the same over NumPy's versions, as a generator's might not.
+
+    Shapes:
+        returns (n_sequences,) int64
+    """
+    # The key decides epoch and seed together, so that neighbouring seeds share no epoch's order.
+    key = _splitmix64(_splitmix64(np.array([seed], dtype=np.uint64)) + np.uint64(epoch))
+    return np.argsort(_splitmix64(np.arange(n_sequences, dtype=np.uint64) ^ key), kind="stable")
+
+
+def step_sequences(position: DataPosition, count: int, n_sequences: int) -> np.ndarray:
+    """The next `count` sequences, in order, across the end of an epoch if need be.
+
+    Shapes:
+        returns (count,) int64
+    """
+    parts, left = [], count
+    epoch, index = position.epoch, position.index
+    while left:
+        part = epoch_order(n_sequences, position.seed, epoch)[index : index + left]
+        parts.append(part)
+        left -= len(part)
+        epoch, index = epoch + 1, 0
+    return np.concatenate(parts)
+
+
+def rank_rows(micro_step: int, rank: int, world_size: int, micro_batch_size: int) -> slice:
+    """Which of a step's sequences one rank takes in one micro-step."""
+    start = (micro_step * world_size + rank) * micro_batch_size
+    return slice(start, start + micro_batch_size)
+
+
+def _splitmix64(x: np.ndarray) -> np.ndarray:
+    """A one-to-one scrambling of 64-bit integers.
+
+    Source: Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators", figure 17's mix64variant13.
+    """
+    x = x + np.uint64(0x9E3779B97F4A7C15)  # arrays wrap around silently, as this needs
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

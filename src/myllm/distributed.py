@@ -1,0 +1,118 @@
+"""Ranks, devices and collectives. The only reader of RANK, WORLD_SIZE and LOCAL_RANK.
+
+Under torchrun every process is one rank of a group; without it there is one rank and every collective is the identity.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Process:
+    """This process among those of the run."""
+
+    rank: int
+    """Among all processes of all machines."""
+    local_rank: int
+    """Among those of this machine; chooses the GPU."""
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Writes the files and talks to the user: global rank 0."""
+        return self.rank == 0
+
+
+def launched() -> bool:
+    """Whether torchrun started this process."""
+    return "RANK" in os.environ and "LOCAL_RANK" in os.environ
+
+
+def rank() -> int:
+    return int(os.environ["RANK"]) if launched() else 0
+
+
+def world_size() -> int:
+    """Processes of the run; before it is launched, WORLD_SIZE says for how many it is being planned."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
+
+
+@contextmanager
+def process_group(device: str) -> Iterator[Process]:
+    """Join the run's processes for the length of a `with` block.
+
+    Args:
+        device: "auto", "cpu", "cuda" or "mps".
+    """
+    local_rank = int(os.environ["LOCAL_RANK"]) if launched() else 0
+    chosen = choose_device(device, local_rank)
+    process = Process(rank(), local_rank, world_size() if launched() else 1, chosen)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if process.world_size > 1:
+        # gloo carries what lives on the host (the stop flag, objects), so that it never waits for the device.
+        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+        dist.init_process_group(
+            backend, timeout=timedelta(minutes=30), device_id=chosen if chosen.type == "cuda" else None
+        )
+    try:
+        yield process
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def choose_device(device: str, local_rank: int = 0) -> torch.device:
+    """The device to train on; "auto" takes CUDA, then MPS, then the CPU."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    return torch.device("cuda", local_rank) if device == "cuda" else torch.device(device)
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """The element-wise sum, the same on every rank."""
+    if dist.is_initialized():
+        values = values.clone()
+        dist.all_reduce(values)
+    return values
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether any rank says so; every rank gets the same answer."""
+    if not dist.is_initialized():
+        return flag
+    votes = torch.tensor(int(flag))
+    dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+    return bool(votes)
+
+
+def from_main(value: Any) -> Any:
+    """Rank 0's value, on every rank."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    return box[0]
+
+
+def gather_to_main(value: Any) -> list[Any]:
+    """Every rank's value by rank, on rank 0; an empty list elsewhere."""
+    if not dist.is_initialized():
+        return [value]
+    boxes: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(value, boxes, dst=0)
+    return boxes or []
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        any_rank(False)  # on gloo: dist.barrier would run on the device

@@ -1,0 +1,78 @@
+"""Sampling with a key-value cache: one engine for evaluations, the command line and notebooks.
+
+Shapes: B samples, T tokens, V vocabulary.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .errors import UserError
+from .model import KVCache, Transformer
+
+
+@torch.no_grad()
+def generate(
+    model: Transformer,
+    prompt: list[int],
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.8,
+    top_k: int = 0,
+    seed: int = 0,
+    end_of_text: int | None = None,
+) -> Iterator[int]:
+    """Continue a prompt, one token id at a time, until `end_of_text` (which is not given out) or `max_new_tokens`.
+
+    Random numbers come from a generator of their own on the CPU: the same seed gives the same text on every device up
+    to rounding, and training's random state is left alone. Beyond the context the window slides: the older half is
+    forgotten, the newer half read again.
+
+    Args:
+        model: in evaluation mode.
+        prompt: token ids; of one longer than the context, the last tokens count.
+        temperature: 0 takes the likeliest token.
+        top_k: draw among the k likeliest tokens; 0 for all.
+
+    Raises:
+        UserError: empty prompt or settings out of range.
+    """
+    if not prompt:
+        raise UserError("the prompt is empty: give at least one token to start from")
+    if temperature < 0 or top_k < 0 or max_new_tokens < 0:
+        raise UserError(
+            f"temperature {temperature}, top_k {top_k} and max_new_tokens {max_new_tokens} must be at least 0"
+        )
+    device = next(model.parameters()).device
+    context = model.config.max_seq_len
+    generator = torch.Generator().manual_seed(seed)
+    tokens = list(prompt[-context:])
+    cache = KVCache(model.config, 1, context, device, _cache_dtype(device))
+    fresh = tokens
+    for _ in range(max_new_tokens):
+        if cache.length + len(fresh) > context:
+            cache.clear()
+            fresh = tokens[-(context // 2 or 1) :]
+        logits = model(torch.tensor([fresh], device=device), cache=cache)[0, -1]  # (V,)
+        token = choose(logits, temperature, top_k, generator)
+        if token == end_of_text:
+            return
+        yield token
+        tokens = [*tokens, token][-context:]
+        fresh = [token]
+
+
+def choose(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:
+    """One token id drawn from logits, (V,)."""
+    logits = logits.float().cpu()
+    if temperature == 0:
+        return int(logits.argmax())
+    if top_k:
+        least = logits.topk(min(top_k, logits.shape[0])).values[-1]
+        logits = logits.masked_fill(logits < least, float("-inf"))
+    return int(torch.multinomial((logits / temperature).softmax(dim=-1), 1, generator=generator))
+
+
+def _cache_dtype(device: torch.device) -> torch.dtype:
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32

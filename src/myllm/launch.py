@@ -1,0 +1,164 @@
+"""From the words of a command line to a RunConfig, and what `--dry-run` prints of it."""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from . import distributed, plan
+from .config import RunConfig, load_json, to_dict
+from .errors import UserError
+from .presets import describe_presets, preset
+from .validate import check
+
+USAGE = """usage: python pretrain.py PRESET [--config FILE.json] [--dry-run] [--prepare-only] [overrides]
+
+Train a language model. The same command resumes an interrupted run.
+
+presets:
+{presets}
+
+options:
+  --config FILE.json  lay a saved or hand-written config over the preset (which may then be left out)
+  --dry-run           check everything, print the resolved config and what it costs, and stop
+  --prepare-only      make the data set if it is not there yet, and stop
+  overrides           any setting of the config, such as --train.max-steps 100 --optim.max-lr 1e-3 --name my-run
+
+`python pretrain.py PRESET --help` lists every setting with its value in that preset.
+"""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a command line asks for."""
+
+    config: Annotated[RunConfig, tyro.conf.arg(name="")]  # no prefix: --train.max-steps
+    dry_run: bool = False
+    """Check everything, print the resolved config and what it costs, and stop."""
+    prepare_only: bool = False
+    """Make the data set if it is not there yet, and stop."""
+
+
+def parse(words: list[str]) -> Launch:
+    """The launch that the words of the command line describe. Checked: it can be trained as far as a config tells.
+
+    Raises:
+        UserError: unknown preset, bad config file, or a config with faults.
+        SystemExit: help was asked for, or tyro found a word it does not know (code 2).
+    """
+    if not words or words[0] in ("-h", "--help"):
+        print(USAGE.format(presets=describe_presets()))
+        # Help that was asked for is a success; a command without a preset is not.
+        raise SystemExit(0 if words else 2)
+    base, words = _base(words)
+    launch = tyro.cli(
+        Launch,
+        args=words,
+        default=Launch(base),
+        prog=f"python pretrain.py {base.name}",
+        description="Every setting of the run. The same command resumes an interrupted one.",
+    )
+    check(launch.config, distributed.world_size())
+    return launch
+
+
+def _base(words: list[str]) -> tuple[RunConfig, list[str]]:
+    """The config that overrides start from, and the words that are left: a preset, a file, or a file over a preset."""
+    base = RunConfig()
+    named = not words[0].startswith("-")
+    if named:
+        base, words = preset(words[0]), words[1:]
+    rest, files = [], []
+    remaining = iter(words)
+    for word in remaining:
+        if word == "--config" or word.startswith("--config="):
+            value = word.partition("=")[2] or next(remaining, None)
+            if value is None:
+                raise UserError("--config needs the path of a JSON file")
+            files.append(value)
+        else:
+            rest.append(word)
+    if not named and not files and not {"-h", "--help"} & set(rest):
+        raise UserError(f"which run? Give a preset first, or --config FILE.json. Presets:\n{describe_presets()}")
+    for file in files:
+        base = load_json(Path(file).expanduser(), base)
+    return base, rest
+
+
+def describe(launch: Launch) -> str:
+    """The resolved config and what it costs, for people."""
+    world_size = distributed.world_size()
+    return (
+        f"{json.dumps(to_dict(launch.config), indent=2)}\n\n{plan.describe(launch.config, world_size)}\n"
+        f"{_time_here(launch.config, world_size)}"
+    )
+
+
+def _time_here(config: RunConfig, world_size: int) -> str:
+    from .hardware import device_name, measure_matmul_flops
+
+    device = distributed.choose_device(config.train.device)
+    rate = measure_matmul_flops(device) * world_size
+    total = plan.flops_per_token(config.model) * config.train.max_steps * config.train.batch_tokens
+    hours = total / (0.4 * rate) / 3_600
+    shown = (
+        f"{hours / 24 / 365:,.1f} years"
+        if hours > 24 * 365
+        else f"{hours / 24:,.1f} days"
+        if hours > 48
+        else f"{hours:,.2f} hours"
+    )
+    return (
+        f"time         about {shown} on {world_size} x {device_name(device)}: 40 % of the {rate / 1e12:.2f} TFLOP/s "
+        "that matrix products reached just now"
+    )
+
+
+@contextmanager
+def clear_errors() -> Iterator[None]:
+    """A user's mistake ends the program with one message, from rank 0, and code 2; a fault keeps its traceback."""
+    try:
+        yield
+    except UserError as error:
+        if distributed.rank() == 0:
+            print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def what_next(config: RunConfig) -> str:
+    """Where a run's files are and what to type next."""
+    from .paths import RunPaths
+
+    run = RunPaths.of(config.name)
+    return f"""
+everything of this run is in {run.root}
+  report       {run.report}
+  plots        {run.plots}
+  checkpoints  {run.checkpoints}
+  numbers      {run.metrics}
+what to type next
+  look         open {run.report}
+  sample       {_myllm()} sample {config.name} --prompt "{_first_prompt(config)}"
+  chat         {_myllm()} chat {config.name}
+  go on        the same command with a larger --train.max-steps (now {config.train.max_steps:,}) resumes from here
+  full run     ./run_pre_training_e2e.sh lf-llm-269m   (8 GPUs for a night; --dry-run shows what it costs)"""
+
+
+def _first_prompt(config: RunConfig) -> str:
+    return config.eval.sample_prompts[0].splitlines()[0].replace('"', '\\"') if config.eval.sample_prompts else "Once"
+
+
+def _myllm() -> str:
+    """How to call the command line from here: by its name if that is on the PATH, else beside this Python."""
+    import shutil
+
+    beside = Path(sys.executable).parent / "myllm"
+    on_path = shutil.which("myllm")
+    if on_path and Path(on_path).resolve() == beside.resolve():
+        return "myllm"
+    return str(beside) if beside.exists() else f"{sys.executable} -m myllm"

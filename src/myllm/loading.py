@@ -1,0 +1,22 @@
+"""From the name of a run or checkpoint to a model that can be called."""
+
+from pathlib import Path
+
+from . import checkpoint, paths
+from .config import RunConfig, from_dict
+from .data.tokenizer import Tokenizer
+from .distributed import choose_device
+from .model import Transformer
+from .run_folder import latest_checkpoint
+
+
+def load_model(where: str | Path, device: str = "auto") -> tuple[Transformer, Tokenizer]:
+    """The model of a run (by name or folder: its newest checkpoint) or of one checkpoint's folder, ready to sample.
+
+    Raises:
+        UserError: nothing there, or a damaged checkpoint.
+    """
+    saved = checkpoint.load(latest_checkpoint(str(where), paths.runs()))
+    model = Transformer(from_dict(saved.config, RunConfig()).model)
+    model.load_state_dict(saved.model)
+    return model.to(choose_device(device)).eval(), Tokenizer()

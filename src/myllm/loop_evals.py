@@ -1,0 +1,119 @@
+"""The evaluations of a training run, as a plain list: what, how often, and how its rows are written."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import distributed
+from .checkpoint import TrainState
+from .config import RunConfig
+from .data.order import count_sequences
+from .data.shards import Dataset
+from .data.tokenizer import Tokenizer
+from .distributed import Process
+from .evals import cloze, validation
+from .generate import generate
+from .metrics import JsonLines, Log
+from .model import Transformer
+from .step import autocast
+
+
+@dataclass(frozen=True)
+class Eval:
+    """One evaluation. Whether it is due depends on the step alone, so every rank agrees."""
+
+    name: str
+    every_steps: int
+    measure: Callable[[int], Tensor]
+    """Sums over this rank's share at a step, on the CPU."""
+    finish: Callable[[Tensor], dict[str, float]]
+    """Figures from the sums over all ranks; no figures, no row."""
+
+    def due(self, step: int, max_steps: int) -> bool:
+        return self.every_steps > 0 and (step % self.every_steps == 0 or step == max_steps)
+
+
+def planned_evals(
+    config: RunConfig, model: Transformer, dataset: Dataset, process: Process, samples: JsonLines, log: Log
+) -> list[Eval]:
+    """Every evaluation that the config asks for and the data allow. `model` is the bare one: no wrapper, no compile."""
+    tokenizer, settings, share = Tokenizer(), config.eval, (process.rank, process.world_size)
+    token_bytes = torch.zeros(config.model.vocab_size, dtype=torch.int64)
+    token_bytes[: tokenizer.vocab_size] = torch.from_numpy(tokenizer.token_bytes())[: config.model.vocab_size]
+    token_bytes = token_bytes.to(process.device)
+    seq_len = config.model.max_seq_len
+    n_sequences = min(settings.validation_tokens // seq_len, count_sequences(dataset.val.tokens, seq_len))
+
+    def measure_validation(_: int) -> Tensor:
+        batch = config.train.micro_batch_size
+        return validation.validation_sums(model.score, dataset.val, n_sequences, seq_len, batch, token_bytes, *share)
+
+    examples = cloze.make_examples(dataset.val, tokenizer.end_of_text, settings.cloze_examples, config.train.seed)
+    if settings.cloze_every_steps and not examples:
+        log("no cloze: it needs four held-out documents of at least 48 tokens")
+    # Longer than the context cannot be scored; only a toy model has so short a one.
+    fits = seq_len >= cloze.CONTEXT_TOKENS + cloze.ENDING_TOKENS
+    cloze_every = settings.cloze_every_steps if examples and fits else 0
+
+    def measure_samples(step: int) -> Tensor:
+        if process.is_main:
+            _write_samples(config, model, tokenizer, step, samples, log)
+        return torch.zeros(1)
+
+    return [
+        Eval("validation", settings.validation_every_steps, measure_validation, validation.finish),
+        Eval(
+            "cloze",
+            cloze_every,
+            lambda _: cloze.cloze_sums(model.score, examples, process.device, *share),
+            cloze.finish,
+        ),
+        Eval("samples", settings.sample_every_steps, measure_samples, lambda _: {}),
+    ]
+
+
+def _write_samples(
+    config: RunConfig, model: Transformer, tokenizer: Tokenizer, step: int, samples: JsonLines, log: Log
+) -> None:
+    for number, prompt in enumerate(config.eval.sample_prompts):
+        seed = config.train.seed + number
+        ids = generate(
+            model,
+            [tokenizer.end_of_text, *tokenizer.encode(prompt).tolist()],
+            config.eval.sample_new_tokens,
+            temperature=config.eval.sample_temperature,
+            top_k=config.eval.sample_top_k,
+            seed=seed,
+            end_of_text=tokenizer.end_of_text,
+        )
+        text = tokenizer.decode(ids)
+        samples.append({"step": step, "prompt": prompt, "text": text, "seed": seed})
+        if number == 0:
+            log(f"sample at step {step:,}: {prompt!r} ... {text[:100]!r}")
+
+
+def run_eval(
+    each: Eval, state: TrainState, model: Transformer, config: RunConfig, process: Process, metrics: JsonLines, log: Log
+) -> None:
+    """Measure and write one row. A failing evaluation is reported and never costs training."""
+    started, sums, failure = time.perf_counter(), torch.zeros(1), None
+    model.eval()
+    try:
+        with autocast(config, process.device):
+            sums = each.measure(state.step)
+    except Exception as error:
+        failure = error
+    # Every rank asks, so that none waits for a sum that another never sends.
+    if distributed.any_rank(failure is not None):
+        reason = failure or "on another rank"
+        log(f"the {each.name} evaluation failed at step {state.step:,}: {reason}; training goes on")
+        return
+    figures = each.finish(distributed.sum_over_ranks(sums))
+    if process.is_main and figures:
+        seconds = time.perf_counter() - started
+        metrics.append({"kind": "eval", "name": each.name, "step": state.step, **figures, "seconds": seconds})
+        shown = ", ".join(f"{k} {v:,}" if isinstance(v, int) else f"{k} {v:.4f}" for k, v in figures.items())
+        log(f"{each.name} at step {state.step:,}: {shown} ({seconds:.1f} s)")

@@ -1,0 +1,98 @@
+"""Time and numbers between two log lines."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import distributed
+from .checkpoint import TrainState
+from .config import RunConfig
+from .data.loader import Loader
+from .distributed import Process
+from .hardware import device_name, peak_flops
+from .metrics import Stopwatch
+from .plan import flops_per_token
+
+
+class Diverged(RuntimeError):
+    """The gradient was no longer finite. The weights before that step are in the newest checkpoint."""
+
+
+class Meter:
+    """Time and numbers between two log lines. Reads from the device only when a row is written or a save is due."""
+
+    def __init__(self, config: RunConfig, process: Process, loader: Loader, step: int) -> None:
+        self._config, self._process, self._loader = config, process, loader
+        self._stopwatch = Stopwatch(process.device)
+        self._stopwatch.start()
+        self._logged_step, self._wait_s = step, 0.0
+        peak = peak_flops(device_name(process.device))
+        self._peak_flops = peak * process.world_size if peak else None
+        self._first_bad = torch.zeros((), dtype=torch.int64, device=process.device)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        self._stopwatch.stop()
+        yield
+        self._stopwatch.start()
+
+    def watch(self, step: int, grad_norm: Tensor) -> None:
+        """Remember, on the device, the first step whose gradient was not finite (and so was skipped)."""
+        self._first_bad += ((self._first_bad == 0) & ~grad_norm.isfinite()) * step
+
+    def check_finite(self, state: TrainState) -> None:
+        """
+        Raises:
+            Diverged: a gradient since the last check was not finite.
+        """
+        bad = int(self._first_bad)
+        if bad:
+            raise Diverged(
+                f"the gradient of step {bad:,} was not finite; it was not applied and nothing was saved since. Data: "
+                f"epoch {state.data.epoch}, about sequence {state.data.index:,}. Start the same command again to go "
+                "back to the newest checkpoint; lower optim.max_lr if it happens once more"
+            )
+
+    def read(self, state: TrainState, loss: Tensor, grad_norm: Tensor, rate: float) -> dict[str, Any]:
+        """One row of metrics.jsonl: one reduction, one read from the device."""
+        mean_loss, norm = (
+            (distributed.sum_over_ranks(torch.stack((loss.float(), grad_norm.float()))) / self._process.world_size)
+            .cpu()
+            .tolist()
+        )
+        step_s = self._stopwatch.lap() / (state.step - self._logged_step)
+        tokens_per_s = self._config.train.batch_tokens / step_s
+        wait_s, self._wait_s = self._loader.wait_s - self._wait_s, self._loader.wait_s
+        self._logged_step = state.step
+        flops = flops_per_token(self._config.model) * tokens_per_s
+        return {
+            "kind": "train",
+            "step": state.step,
+            "tokens": state.tokens_seen,
+            "loss": mean_loss,
+            "lr": rate,
+            "grad_norm": norm,
+            "step_s": step_s,
+            "tokens_per_s": tokens_per_s,
+            "mfu": flops / self._peak_flops if self._peak_flops else None,
+            "data_wait_s": wait_s,
+        }
+
+
+def console_line(row: dict[str, Any], max_steps: int) -> str:
+    left = (max_steps - row["step"]) * row["step_s"]
+    mfu = f"  mfu {row['mfu']:.1%}" if row["mfu"] else ""
+    return (
+        f"step {row['step']:>6,}/{max_steps:,}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  "
+        f"norm {row['grad_norm']:.2f}  {row['step_s'] * 1000:,.0f} ms  "
+        f"{row['tokens_per_s']:,.0f} tok/s{mfu}  eta {duration(left)}"
+    )
+
+
+def duration(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"

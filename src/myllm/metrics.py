@@ -1,0 +1,135 @@
+"""What a run says about itself: rows of JSON for programs, lines for people, and the environment it ran in."""
+
+import json
+import math
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import paths
+from .files import write_text
+from .hardware import device_name
+
+
+class JsonLines:
+    """An append-only file of one JSON object a line, flushed at each row."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, row: dict[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Every whole row; a last line cut by a crash is left out."""
+        if not self.path.is_file():
+            return
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                yield json.loads(line)
+            except ValueError:
+                continue
+
+    def keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
+        """Drop the other rows, in one step: what came after the checkpoint that a run resumes from."""
+        if self.path.is_file():
+            write_text(
+                self.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows() if wanted(row))
+            )
+
+
+class Log:
+    """Lines for people: on the terminal and, with the time, in the run's log.txt. Silent on ranks other than 0."""
+
+    def __init__(self, path: Path, active: bool) -> None:
+        self._path, self._active = path, active
+
+    def __call__(self, line: str) -> None:
+        if not self._active:
+            return
+        # Above a progress bar rather than through it.
+        from tqdm import tqdm
+
+        tqdm.write(line)
+        sys.stdout.flush()
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n")
+
+
+class Stopwatch:
+    """Time spent training: paused for evaluations, checkpoints and whatever else is no part of a step."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._total, self._started = device, 0.0, None
+
+    def start(self) -> None:
+        self._synchronize()
+        self._started = time.perf_counter()
+
+    def stop(self) -> None:
+        if self._started is not None:
+            self._synchronize()
+            self._total += time.perf_counter() - self._started
+            self._started = None
+
+    def lap(self) -> float:
+        """Seconds since the last lap, without the pauses."""
+        self.stop()
+        seconds, self._total = self._total, 0.0
+        self.start()
+        return seconds
+
+    def _synchronize(self) -> None:
+        # Work on an accelerator is only queued when a call returns.
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        elif self._device.type == "mps":
+            torch.mps.synchronize()
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), infinite where that overflows."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def environment(device: torch.device, world_size: int) -> dict[str, Any]:
+    """Where a run ran, so that its numbers can be placed."""
+    packages = ("torch", "numpy", "tiktoken", "datasets", "huggingface_hub", "matplotlib", "pyarrow", "tyro")
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": sys.argv,
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": device.type,
+        "device_name": device_name(device),
+        "world_size": world_size,
+        "cpu_threads": torch.get_num_threads(),
+        "versions": {name: _version(name) for name in packages},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ("git", "-C", str(paths.project_root()), *arguments), capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,57 @@
+"""Causal self-attention: multi-head or grouped-query, rotary or not, with or without QK-norm.
+
+Shapes: B batch, T new tokens, S all tokens (cached ones first), D d_model, H query heads, G key-value heads, K head
+dimension.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import ModelConfig
+from .kv_cache import KVCache
+from .norm import RMSNorm
+from .rope import rotate
+
+
+class Attention(nn.Module):
+    """One layer's attention. Queries, keys and values come from one matrix: rows of q, then k, then v."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.n_heads, self.kv_heads, self.head_dim = config.n_heads, config.kv_heads, config.head_size
+        self.qkv_proj = nn.Linear(config.d_model, (self.n_heads + 2 * self.kv_heads) * self.head_dim, bias=config.bias)
+        self.out_proj = nn.Linear(self.n_heads * self.head_dim, config.d_model, bias=config.bias)
+        self.q_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.dropout = nn.Dropout(config.dropout_attention_residual)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, cache: KVCache | None = None) -> Tensor:
+        """
+        Shapes:
+            x (B, T, D); rotary, cosine and sine (T, K/2) each; returns (B, T, D)
+        """
+        B, T, _ = x.shape
+        heads = self.qkv_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H + 2G, T, K)
+        q, k, v = heads.split((self.n_heads, self.kv_heads, self.kv_heads), dim=1)  # (B, H|G|G, T, K)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rotary is not None:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)  # (B, G, S, K)
+        y = F.scaled_dot_product_attention(
+            q.type_as(v), k.type_as(v), v, **_causal(T, k.shape[2], x.device), enable_gqa=self.n_heads != self.kv_heads
+        )  # (B, H, T, K)
+        y = y.transpose(1, 2).reshape(B, T, -1)  # (B, T, H K)
+        return self.dropout(self.out_proj(y.type_as(x)))
+
+
+def _causal(new: int, total: int, device: torch.device) -> dict[str, Tensor | bool]:
+    """SDPA's arguments for attending to the past: the flag where there is one, a mask where cached tokens precede."""
+    if new == total:
+        return {"is_causal": True}
+    if new == 1:
+        return {}  # the one new token sees everything
+    mask = torch.ones(new, total, dtype=torch.bool, device=device)  # (T, S)
+    return {"attn_mask": mask.tril(diagonal=total - new)}

@@ -1,0 +1,112 @@
+"""The Transformer: pre-norm blocks between an embedding and a head, its parts chosen by ModelConfig.
+
+Shapes: B batch, T sequence, D d_model, V padded vocabulary, K head dimension.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from ..config import ModelConfig
+from .attention import Attention
+from .feed_forward import FeedForward
+from .init import initialize
+from .kv_cache import KVCache
+from .loss import mean_loss, token_scores
+from .norm import make_norm
+from .rope import rotary_tables
+
+
+class Transformer(nn.Module):
+    """A decoder-only language model with fresh weights.
+
+    Args:
+        config: its shape and parts.
+        seed: of the starting weights.
+    """
+
+    def __init__(self, config: ModelConfig, seed: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.padded_vocab_size, config.d_model)
+        self.dropout = nn.Dropout(config.dropout_embedding)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        self.norm = make_norm(config)
+        # A tied head is no module of its own: the embedding's weight is saved and updated once.
+        self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.padded_vocab_size, bias=False)
+        if config.position == "learned":
+            self.positions = nn.Embedding(config.max_seq_len, config.d_model)
+        else:
+            cos, sin = rotary_tables(config.max_seq_len, config.head_size, config.rope_theta)
+            self.register_buffer("rotary_cos", cos, persistent=False)  # (T, K/2)
+            self.register_buffer("rotary_sin", sin, persistent=False)  # (T, K/2)
+        initialize(self, config, seed)
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """Mean loss in nats if targets are given, logits if not.
+
+        With a cache, `tokens` continue what it holds, and it holds them too afterwards.
+
+        Shapes:
+            tokens and targets (B, T); returns a scalar, or logits (B, T, vocab_size)
+        """
+        hidden = self.hidden(tokens, cache)  # (B, T, D)
+        if targets is not None:
+            return mean_loss(hidden.flatten(0, 1), self.head_weight, targets.flatten(), self.config.vocab_size)
+        return nn.functional.linear(hidden, self.head_weight[: self.config.vocab_size])
+
+    @torch.no_grad()
+    def score(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probability of each target, and whether it was the likeliest token. Targets of -1 are not asked.
+
+        Shapes:
+            tokens and targets (B, T); returns (B, T) float32 and (B, T) bool
+        """
+        hidden = self.hidden(tokens).flatten(0, 1)  # (B T, D)
+        log_probs, correct = token_scores(hidden, self.head_weight, targets.flatten(), self.config.vocab_size)
+        return log_probs.view_as(targets), correct.view_as(targets)
+
+    def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        """The last layer's normalised output.
+
+        Shapes:
+            tokens (B, T); returns (B, T, D)
+        """
+        start, new = (cache.length if cache is not None else 0), tokens.shape[1]
+        end = start + new
+        assert end <= self.config.max_seq_len, f"{end} tokens exceed the context of {self.config.max_seq_len}"
+        x = self.embedding(tokens)  # (B, T, D)
+        rotary = None
+        if self.config.position == "learned":
+            x = x + self.positions.weight[start:end]  # (T, D) over the batch
+        else:
+            rotary = self.rotary_cos[start:end], self.rotary_sin[start:end]  # (T, K/2) each
+        x = self.dropout(x)
+        for block in self.blocks:
+            x = block(x, rotary, cache)
+        if cache is not None:
+            cache.advance(new)
+        return self.norm(x)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The head's matrix, (V, D)."""
+        return self.embedding.weight if self.head is None else self.head.weight
+
+
+class Block(nn.Module):
+    """Attention, then feed-forward, each normalised before and added back."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.attention_norm = make_norm(config)
+        self.attention = Attention(config, layer)
+        self.feed_forward_norm = make_norm(config)
+        self.feed_forward = FeedForward(config)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, cache: KVCache | None = None) -> Tensor:
+        """
+        Shapes:
+            x (B, T, D); returns (B, T, D)
+        """
+        x = x + self.attention(self.attention_norm(x), rotary, cache)
+        return x + self.feed_forward(self.feed_forward_norm(x))

@@ -1,0 +1,76 @@
+"""Where things live. Every path under temp_data/ is made here, and nowhere else.
+
+    assets/r50k_base.tiktoken                      the vocabulary, shipped with the code
+    temp_data/datasets/<name>-<fingerprint>/       token shards, keyed by what made them
+    temp_data/runs/<run name>/                     everything one training run leaves behind
+
+Set MYLLM_DATA to keep temp_data/ elsewhere, such as a large scratch disk.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+
+def project_root() -> Path:
+    """The checkout that holds this package."""
+    return Path(__file__).resolve().parents[2]
+
+
+def assets() -> Path:
+    return project_root() / "assets"
+
+
+def temp_data() -> Path:
+    return Path(os.environ.get("MYLLM_DATA") or project_root() / "temp_data").expanduser().absolute()
+
+
+def datasets() -> Path:
+    return temp_data() / "datasets"
+
+
+def runs() -> Path:
+    return temp_data() / "runs"
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """The files of one run, by name."""
+
+    root: Path
+
+    @classmethod
+    def of(cls, run_name: str) -> "RunPaths":
+        return cls(runs() / run_name)
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.json"
+
+    @property
+    def environment(self) -> Path:
+        return self.root / "environment.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        return self.root / "samples.jsonl"
+
+    @property
+    def log(self) -> Path:
+        return self.root / "log.txt"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def plots(self) -> Path:
+        return self.root / "plots"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report.html"

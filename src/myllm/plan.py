@@ -1,0 +1,148 @@
+"""What a run costs, from its config alone: batch arithmetic, parameters, FLOPs, memory, disk. Allocates nothing."""
+
+from dataclasses import dataclass
+
+from .config import ModelConfig, RunConfig, TrainConfig
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How batch_tokens is cut over ranks and micro-steps. Exact: the parts multiply to the whole."""
+
+    batch_tokens: int
+    seq_len: int
+    micro_batch_size: int
+    world_size: int
+
+    @property
+    def micro_tokens(self) -> int:
+        """Tokens of one micro-step over all ranks."""
+        return self.micro_batch_size * self.seq_len * self.world_size
+
+    @property
+    def grad_accum_steps(self) -> int:
+        return self.batch_tokens // self.micro_tokens
+
+    @property
+    def sequences(self) -> int:
+        """Sequences a step over all ranks."""
+        return self.batch_tokens // self.seq_len
+
+    def fault(self) -> str | None:
+        """Why the parts do not multiply to the whole, with the nearest values that do; None if they do."""
+        if self.batch_tokens > 0 and self.micro_tokens > 0 and self.batch_tokens % self.micro_tokens == 0:
+            return None
+        below = self.batch_tokens // self.micro_tokens * self.micro_tokens
+        tokens = [n for n in (below, below + self.micro_tokens) if n > 0]
+        share, remainder = divmod(self.batch_tokens, self.seq_len * self.world_size)
+        micro = [] if remainder else [n for n in range(1, share + 1) if share % n == 0]
+        micro = sorted(sorted(micro, key=lambda n: abs(n - self.micro_batch_size))[:3])
+        advice = f"set train.batch_tokens to {' or '.join(f'{n:,}' for n in tokens)}"
+        if micro:
+            advice += f", or train.micro_batch_size to {' or '.join(map(str, micro))}"
+        return (
+            f"train.batch_tokens {self.batch_tokens:,} is not a multiple of one micro-step: train.micro_batch_size "
+            f"{self.micro_batch_size} x model.max_seq_len {self.seq_len:,} x {self.world_size} rank(s) = "
+            f"{self.micro_tokens:,}; {advice}"
+        )
+
+    def __str__(self) -> str:
+        return (
+            f"{self.micro_batch_size} sequences x {self.seq_len:,} tokens x {self.world_size} rank(s) x "
+            f"{self.grad_accum_steps} accumulation step(s) = {self.batch_tokens:,} tokens a step"
+        )
+
+
+def batch_plan(model: ModelConfig, train: TrainConfig, world_size: int) -> BatchPlan:
+    return BatchPlan(train.batch_tokens, model.max_seq_len, train.micro_batch_size, world_size)
+
+
+def parameters_by_part(model: ModelConfig) -> dict[str, int]:
+    """Parameters by part, before the vocabulary is padded. A tied head counts once, as the embedding."""
+    d, size, layers = model.d_model, model.head_size, model.n_layers
+    bias = int(model.bias)
+    heads = model.n_heads * size  # width of the queries
+    qkv = heads + 2 * model.kv_heads * size
+    up = model.d_ff * (2 if model.activation == "swiglu" else 1)
+    norm = d * (1 + bias) if model.norm == "layernorm" else d
+    return {
+        "embedding": model.vocab_size * d,
+        "positions": model.max_seq_len * d if model.position == "learned" else 0,
+        "attention": layers * (d * qkv + bias * qkv + heads * d + bias * d + (2 * size if model.qk_norm else 0)),
+        "feed-forward": layers * (d * up + bias * up + model.d_ff * d + bias * d),
+        "norms": layers * 2 * norm + norm,
+        "head": 0 if model.tie_embeddings else model.vocab_size * d,
+    }
+
+
+def n_parameters(model: ModelConfig) -> int:
+    return sum(parameters_by_part(model).values())
+
+
+def flops_per_token(model: ModelConfig) -> int:
+    """Training FLOPs a token: 6 N + 12 n_layers d_attention T.
+
+    N counts the parameters a token is multiplied with: the head once, tied or not, and neither learned positions nor
+    an untied input embedding, which are looked up.
+
+    Source: Chowdhery et al. 2022 (PaLM), appendix B.
+    """
+    parts = parameters_by_part(model)
+    multiplied = sum(parts.values()) - parts["positions"] - (0 if model.tie_embeddings else parts["embedding"])
+    attention = 12 * model.n_layers * model.n_heads * model.head_size * model.max_seq_len
+    return 6 * multiplied + attention
+
+
+def memory_estimate_bytes(config: RunConfig) -> dict[str, int]:
+    """A rough estimate of one rank's peak memory in training, by part.
+
+    States: float32 weights, gradients and AdamW's two moments. Activations: what the backward pass keeps a token and
+    layer, in units of d_model and d_ff, halved by bfloat16; attention is counted as fused (linear in T).
+    """
+    model, tokens = config.model, config.train.micro_batch_size * config.model.max_seq_len
+    width = 4 if config.train.precision == "float32" else 2
+    n = n_parameters(model) + (model.padded_vocab_size - model.vocab_size) * model.d_model
+    ffn = 3 if model.activation == "swiglu" else 2
+    per_layer = 10 * model.d_model + ffn * model.d_ff
+    return {
+        "weights, gradients and AdamW": 16 * n,
+        "activations": tokens * model.n_layers * per_layer * width,
+        "logits": min(tokens, 4_096) * model.padded_vocab_size * 4,
+    }
+
+
+def checkpoint_bytes(config: RunConfig) -> int:
+    """Weights and AdamW's two moments in float32."""
+    return 12 * n_parameters(config.model)
+
+
+def disk_estimate_bytes(config: RunConfig) -> dict[str, int]:
+    """What the run's folder and its data set take, for what can be known before anything is read."""
+    kept = config.train.keep_last or -(-config.train.max_steps // max(config.train.save_every_steps, 1))
+    trained = config.train.max_steps * config.train.batch_tokens
+    tokens = min(trained, config.data.target_tokens or trained) + config.data.val_tokens
+    # One more than kept: the newest is whole before the oldest goes.
+    return {"checkpoints": (kept + 1) * checkpoint_bytes(config), "token shards, at most": 2 * tokens}
+
+
+def describe(config: RunConfig, world_size: int) -> str:
+    """The arithmetic of a run as a text block for people."""
+    model, train = config.model, config.train
+    batch = batch_plan(model, train, world_size)
+    parts = parameters_by_part(model)
+    total = sum(parts.values())
+    tokens = train.max_steps * train.batch_tokens
+    flops = flops_per_token(model)
+    lines = [
+        f"batch        {batch}",
+        f"steps        {train.max_steps:,} steps = {tokens:,} tokens",
+        f"parameters   {total:,} in all, {total - parts['embedding']:,} without the embedding",
+        *(f"  {name:<16}{count:>13,}" for name, count in parts.items() if count),
+        f"vocabulary   {model.vocab_size:,} tokens, padded to {model.padded_vocab_size:,} rows",
+        f"FLOPs        {flops / 1e9:.3f} G a token, {flops * tokens:.3e} in all",
+        "memory       (estimate, one rank)",
+        *(f"  {name:<30}{size / 2**30:>8.2f} GiB" for name, size in memory_estimate_bytes(config).items()),
+        "disk         (estimate)",
+        *(f"  {name:<30}{size / 2**30:>8.2f} GiB" for name, size in disk_estimate_bytes(config).items()),
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,130 @@
+"""Named runs, one function each. A preset is only a RunConfig: copy one to make your own.
+
+`python pretrain.py PRESET --train.max-steps 100` starts from one and changes it.
+"""
+
+from collections.abc import Callable
+
+from .config import DataConfig, EvalConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from .errors import UserError, nearest
+
+
+def lf_llm_269m() -> RunConfig:
+    """The reference run: 320M parameters, 10B tokens of FineWeb-Edu; one night on 8 x A100.
+
+    Source: LF_LLM-269M (Dec 2024), its model and training settings to the letter; dropout and the unscaled rate
+    included, so that its published curve can be compared with. 226 warm-up steps are 0.0119 of the tokens.
+    """
+    return RunConfig(
+        name="lf-llm-269m",
+        model=ModelConfig(
+            max_seq_len=2_048, d_model=1_024, n_layers=16, n_heads=16, d_ff=4_096, bias=True,
+            dropout_attention_residual=0.1, dropout_ffn=0.15, init="reference",
+        ),
+        data=DataConfig(source="fineweb-edu-10bt", val_tokens=100_000_000),
+        optim=OptimConfig(max_lr=2.1e-3, min_lr_ratio=0.1, warmup_steps=226, schedule="cosine"),
+        train=TrainConfig(max_steps=19_073, batch_tokens=524_288, micro_batch_size=16),
+    )  # fmt: skip
+
+
+def default_150m() -> RunConfig:
+    """A modern 150M: RoPE, RMSNorm, SwiGLU, QK-norm, no dropout, linear decay to zero."""
+    return RunConfig(
+        name="default-150m",
+        model=ModelConfig(max_seq_len=2_048, d_model=768, n_layers=12, n_heads=12, d_ff=3_072, qk_norm=True),
+        data=DataConfig(source="fineweb-edu-10bt", val_tokens=100_000_000),
+        optim=OptimConfig(max_lr=1.5e-3, min_lr_ratio=0.0, warmup_steps=250, schedule="linear"),
+        train=TrainConfig(max_steps=19_073, batch_tokens=524_288, micro_batch_size=16),
+    )
+
+
+def small_50m() -> RunConfig:
+    """A modern 50M for one consumer card: context 1,024, 2.6B tokens."""
+    return RunConfig(
+        name="small-50m",
+        model=ModelConfig(max_seq_len=1_024, d_model=512, n_layers=8, n_heads=8, d_ff=1_408, qk_norm=True),
+        data=DataConfig(source="fineweb-edu-10bt", val_tokens=10_000_000, target_tokens=2_700_000_000),
+        optim=OptimConfig(max_lr=2e-3, min_lr_ratio=0.0, warmup_steps=250, schedule="linear"),
+        train=TrainConfig(max_steps=20_000, batch_tokens=131_072, micro_batch_size=16),
+        eval=EvalConfig(validation_tokens=2_097_152),
+    )
+
+
+def gpt2_124m() -> RunConfig:
+    """GPT-2 124M: LayerNorm, GELU, learned positions, dropout 0.1, on 10B tokens of FineWeb.
+
+    Source: shape from Radford et al. 2019; rate, warm-up and batch from build-nanogpt and GPT-3 Small (Brown et al.
+    2020, table 2.1). GPT-2's dropout on the attention weights has no counterpart here.
+    """
+    return RunConfig(
+        name="gpt2-124m",
+        model=ModelConfig(
+            max_seq_len=1_024, d_model=768, n_layers=12, n_heads=12, d_ff=3_072, position="learned", norm="layernorm",
+            activation="gelu", bias=True, dropout_embedding=0.1, dropout_attention_residual=0.1, dropout_ffn=0.1,
+        ),
+        data=DataConfig(source="fineweb-10bt", val_tokens=100_000_000),
+        optim=OptimConfig(max_lr=6e-4, min_lr_ratio=0.1, warmup_steps=715, schedule="cosine"),
+        train=TrainConfig(max_steps=19_073, batch_tokens=524_288, micro_batch_size=32),
+    )  # fmt: skip
+
+
+def dolma_75m() -> RunConfig:
+    """10 layers of 640, GELU and learned positions, 5B tokens of Dolma; fits one 12 GB card."""
+    return RunConfig(
+        name="dolma-75m",
+        model=ModelConfig(
+            max_seq_len=1_024, d_model=640, n_layers=10, n_heads=10, d_ff=2_560, position="learned", norm="layernorm",
+            activation="gelu", bias=True,
+        ),
+        data=DataConfig(source="dolma-sample", val_tokens=10_000_000, target_tokens=5_000_000_000),
+        optim=OptimConfig(max_lr=5e-4, min_lr_ratio=0.1, warmup_steps=1_000, schedule="cosine"),
+        # 12 sequences x 4 accumulation steps x 1,024 tokens on one card; 101,725 steps are 5B tokens.
+        train=TrainConfig(max_steps=101_725, batch_tokens=49_152, micro_batch_size=12, save_every_steps=2_000),
+        eval=EvalConfig(validation_every_steps=1_000, validation_tokens=2_097_152, sample_every_steps=5_000),
+    )  # fmt: skip
+
+
+def debug() -> RunConfig:
+    """The whole path in minutes on two CPU cores: a 7M model on Python's own library."""
+    return RunConfig(
+        name="debug",
+        model=ModelConfig(max_seq_len=256, d_model=128, n_layers=4, n_heads=4, d_ff=384, qk_norm=True),
+        data=DataConfig(source="python-stdlib", val_tokens=100_000, shard_tokens=1_000_000),
+        optim=OptimConfig(max_lr=4e-3, min_lr_ratio=0.0, warmup_steps=20, schedule="linear"),
+        train=TrainConfig(
+            max_steps=200, batch_tokens=2_048, micro_batch_size=8, log_every_steps=5, save_every_steps=50, device="cpu",
+        ),
+        eval=EvalConfig(
+            validation_every_steps=50, validation_tokens=32_768, cloze_every_steps=100, cloze_examples=100,
+            sample_every_steps=100, sample_new_tokens=48,
+            sample_prompts=("def __init__(self", "import os\n", "Return the ", "class "),
+        ),
+    )  # fmt: skip
+
+
+PRESETS: dict[str, Callable[[], RunConfig]] = {
+    "debug": debug,
+    "small-50m": small_50m,
+    "dolma-75m": dolma_75m,
+    "gpt2-124m": gpt2_124m,
+    "default-150m": default_150m,
+    "lf-llm-269m": lf_llm_269m,
+}
+
+
+def preset(name: str) -> RunConfig:
+    """The preset of that name.
+
+    Raises:
+        UserError: if there is none.
+    """
+    if name not in PRESETS:
+        known = ", ".join(PRESETS)
+        raise UserError(f"unknown preset {name!r}{nearest(name, list(PRESETS))}; known presets: {known}")
+    return PRESETS[name]()
+
+
+def describe_presets() -> str:
+    """One line a preset, for help texts."""
+    width = max(map(len, PRESETS))
+    return "\n".join(f"  {name:<{width}}  {(make.__doc__ or '').splitlines()[0]}" for name, make in PRESETS.items())

@@ -1,0 +1,47 @@
+"""From the files a run leaves behind to plots and one self-contained HTML page.
+
+    metrics.jsonl ─▶ history ─▶ plots (drawing) ─▶ plots/*.png ─▶ page ─▶ report.html
+
+Nothing here needs torch: a report opens as fast on a laptop as where the run was trained, and while it still runs.
+"""
+
+from pathlib import Path
+
+from ..paths import RunPaths
+from .history import find_run, read_metrics, read_object, read_samples
+from .page import Findings, render_page
+from .plots import figure, save_figures
+
+__all__ = ["draw_plots", "figure", "find_run", "read_metrics", "write_report"]
+
+
+def draw_plots(run: RunPaths) -> list[Path]:
+    """Draw every figure the run has numbers for into plots/.
+
+    Raises:
+        UserError: if the run or its metrics do not exist or hold no rows.
+    """
+    return list(save_figures(read_metrics(run.metrics), read_object(run.config), run.plots).values())
+
+
+def write_report(run: RunPaths) -> Path:
+    """Draw the figures into plots/ and write report.html: one file that needs no other.
+
+    Raises:
+        UserError: if the run or its metrics do not exist or hold no rows.
+    """
+    metrics, config = read_metrics(run.metrics), read_object(run.config)
+    figures = save_figures(metrics, config, run.plots)
+    findings = Findings(
+        name=run.root.name,
+        metrics=metrics,
+        samples=read_samples(run.samples),
+        config=config,
+        environment=read_object(run.environment),
+        figures={name: path.read_bytes() for name, path in figures.items()},
+    )
+    # Written whole or not at all: a browser may be reloading the page while training goes on.
+    draft = run.report.with_suffix(".html.tmp")
+    draft.write_text(render_page(findings), encoding="utf-8")
+    draft.replace(run.report)
+    return run.report

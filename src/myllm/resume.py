@@ -1,0 +1,71 @@
+"""From a run to its checkpoint and back."""
+
+import torch
+
+from . import checkpoint, distributed
+from .checkpoint import TrainState
+from .config import RunConfig, to_dict
+from .data.shards import Dataset
+from .distributed import Process
+from .errors import UserError
+from .metrics import Log
+from .model import Transformer
+from .optim import ScheduledAdamW
+from .paths import RunPaths
+from .run_folder import check_resumable
+
+
+def save_due(config: RunConfig, step: int, ending: bool) -> bool:
+    every = config.train.save_every_steps
+    return step > 0 and (ending or (every > 0 and step % every == 0))
+
+
+def save(
+    run: RunPaths, state: TrainState, config: RunConfig, model: Transformer, optimizer: ScheduledAdamW, process: Process
+) -> None:
+    """Write a checkpoint on rank 0; every rank learns whether that worked."""
+    random = distributed.gather_to_main(checkpoint.random_state(process.device))
+    failure: UserError | None = None
+    if process.is_main:
+        try:
+            checkpoint.save(
+                run.checkpoints, state, to_dict(config), model.state_dict(), optimizer.state_dict(), random,
+                config.train.keep_last,
+            )  # fmt: skip
+        except UserError as error:
+            failure = error
+    failure = distributed.from_main(failure)
+    if failure:
+        raise failure
+
+
+def restore(
+    saved: checkpoint.Checkpoint,
+    config: RunConfig,
+    dataset: Dataset,
+    model: Transformer,
+    optimizer: ScheduledAdamW,
+    process: Process,
+    log: Log,
+) -> TrainState:
+    """Load a checkpoint into model and optimizer and take its place in the data.
+
+    Raises:
+        UserError: it was made with another model or other data.
+    """
+    changed = check_resumable(saved.config, config, saved.folder)
+    if saved.state.data.dataset_hash != dataset.hash:
+        raise UserError(
+            f"the checkpoint {saved.folder} was trained on other data than {dataset.folder}; give the old data set "
+            "with --data.dataset NAME, another --name to start a second run, or --train.fresh to start over"
+        )
+    model.load_state_dict(saved.model)
+    optimizer.load_state_dict(saved.optimizer)
+    if len(saved.random) == process.world_size:
+        checkpoint.restore_random_state(saved.random[process.rank], process.device)
+    else:  # dropout of other ranks is nobody's: start anew from something that no other step has used
+        torch.manual_seed(config.train.seed + process.rank + saved.state.step * process.world_size)
+    log(f"resuming from {saved.folder} at step {saved.state.step:,}")
+    for line in changed:
+        log(f"  changed since then: {line}")
+    return saved.state

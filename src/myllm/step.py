@@ -1,0 +1,65 @@
+"""One optimizer update, and the model as it is called for it."""
+
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .config import RunConfig
+from .data.loader import Loader
+from .distributed import Process
+from .model import Transformer
+from .optim import ScheduledAdamW
+from .plan import BatchPlan
+
+
+def train_step(
+    runner: nn.Module,
+    optimizer: ScheduledAdamW,
+    loader: Loader,
+    batch: BatchPlan,
+    step: int,
+    config: RunConfig,
+    process: Process,
+) -> tuple[Tensor, Tensor, float]:
+    """One optimizer update from as many micro-steps as it takes.
+
+    Returns:
+        this rank's mean loss and the gradient norm before clipping, on the device, and the rate.
+    """
+    runner.train()
+    loss = torch.zeros((), device=process.device)
+    for micro_step in range(batch.grad_accum_steps):
+        tokens, targets = loader.next()
+        last = micro_step == batch.grad_accum_steps - 1
+        # Gradients travel between ranks once a step, with the last micro-step's backward pass.
+        waiting = runner.no_sync() if isinstance(runner, DistributedDataParallel) and not last else nullcontext()
+        with waiting:
+            with autocast(config, process.device):
+                part = runner(tokens, targets) / batch.grad_accum_steps
+            part.backward()
+        loss += part.detach()
+    grad_norm = nn.utils.clip_grad_norm_(optimizer.parameters.values(), config.optim.max_grad_norm)
+    rate = optimizer.step(step, skip=(~grad_norm.isfinite()).float())
+    optimizer.zero_grad()
+    return loss, grad_norm, rate
+
+
+def wrap(model: Transformer, config: RunConfig, process: Process) -> nn.Module:
+    """The model as training calls it: compiled where that pays, with gradients averaged over ranks."""
+    runner: nn.Module = model
+    if config.train.compile == "on" or (config.train.compile == "auto" and process.device.type == "cuda"):
+        runner = torch.compile(model)
+    if process.world_size > 1:
+        devices = [process.device] if process.device.type == "cuda" else None
+        runner = DistributedDataParallel(runner, device_ids=devices, gradient_as_bucket_view=True)
+    return runner
+
+
+def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
+    """bfloat16 where the config asks for it; weights and optimizer stay float32."""
+    wanted = config.train.precision
+    return torch.autocast(
+        device.type, torch.bfloat16, enabled=wanted == "bfloat16" or (wanted == "auto" and device.type == "cuda")
+    )

@@ -1,0 +1,167 @@
+"""The loop: one run from its first step, or its newest checkpoint, to its last."""
+
+import signal
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from . import checkpoint, distributed, plan
+from .checkpoint import TrainState
+from .config import RunConfig
+from .data.loader import Loader
+from .data.order import DataPosition, count_sequences
+from .data.shards import Dataset
+from .distributed import Process
+from .errors import UserError
+from .files import write_json
+from .hardware import device_name
+from .loop_evals import planned_evals, run_eval
+from .meter import Meter, console_line
+from .metrics import JsonLines, Log, environment
+from .model import Transformer
+from .optim import ScheduledAdamW
+from .paths import RunPaths
+from .resume import restore, save, save_due
+from .run_folder import claimed, move_aside, truncate_logs, write_config
+from .signals import stop_signals
+from .step import train_step, wrap
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a call of `train` ended."""
+
+    run: RunPaths
+    step: int
+    stopped_by: int | None
+    """The signal that asked for a stop, or None where the run is complete."""
+
+
+def train(config: RunConfig, dataset: Dataset, process: Process) -> Outcome:
+    """Train to the end, to a signal, or to the first gradient that is not finite.
+
+    Raises:
+        UserError: too little data, a run folder in use, a checkpoint of other settings, a full disk.
+        Diverged: a gradient was not finite.
+    """
+    run, max_steps = RunPaths.of(config.name), config.train.max_steps
+    batch = plan.batch_plan(config.model, config.train, process.world_size)
+    check_data(config, dataset, batch)
+    with ExitStack() as stack:
+        # -- the run's folder, which this process holds until it ends ------------------------------------------------
+        if process.is_main:
+            stack.enter_context(claimed(run))
+            aside = move_aside(run) if config.train.fresh else None
+        distributed.barrier()
+        log, metrics, samples = Log(run.log, process.is_main), JsonLines(run.metrics), JsonLines(run.samples)
+        if process.is_main and aside:
+            log(f"fresh start: the older run was moved to {aside}")
+
+        # -- model and optimizer; a checkpoint knows better ----------------------------------------------------------
+        model = Transformer(config.model, config.train.seed).to(process.device)
+        optimizer = ScheduledAdamW(model.named_parameters(), config.optim, max_steps)
+        torch.manual_seed(config.train.seed + process.rank)  # dropout differs between ranks
+        state = TrainState(0, 0, DataPosition(0, 0, config.train.seed, dataset.hash))
+        if saved := checkpoint.load_latest(run.checkpoints, log):
+            state = restore(saved, config, dataset, model, optimizer, process, log)
+        if process.is_main:
+            truncate_logs(run, state.step)
+            write_config(run, config)
+            write_json(run.environment, environment(process.device, process.world_size) | describe_run(config, dataset))
+        say_start(log, config, dataset, batch, state, process)
+
+        # -- what the loop turns with --------------------------------------------------------------------------------
+        runner = wrap(model, config, process)
+        evals = planned_evals(config, model, dataset, process, samples, log)
+        loader = stack.enter_context(Loader(dataset.train, batch, state.data, process.rank, process.device))
+        stop = stack.enter_context(stop_signals())
+        hidden = None if process.is_main else True  # None: shown on a terminal only
+        bar = stack.enter_context(tqdm(total=max_steps, initial=state.step, unit="step", disable=hidden))
+        meter = Meter(config, process, loader, state.step)
+        epoch_sequences = count_sequences(dataset.train.tokens, batch.seq_len)
+        saved_step = state.step if saved else None
+
+        while True:
+            # -- a step boundary: save, evaluate, stop, each if it is time -------------------------------------------
+            stopping = distributed.any_rank(stop.signal is not None)
+            ending = stopping or state.step >= max_steps
+            if save_due(config, state.step, ending) and state.step != saved_step:
+                with meter.paused():
+                    meter.check_finite(state)
+                    save(run, state, config, model, optimizer, process)
+                    saved_step = state.step
+            due = [each for each in evals if each.due(state.step, max_steps) and not stopping]
+            if due:
+                with meter.paused():
+                    for each in due:
+                        run_eval(each, state, model, config, process, metrics, log)
+            if ending:
+                complete = state.step >= max_steps
+                return Outcome(run, state.step, None if complete else stop.signal or signal.SIGTERM)
+
+            # -- the step --------------------------------------------------------------------------------------------
+            loss, grad_norm, rate = train_step(runner, optimizer, loader, batch, state.step, config, process)
+            state = replace(
+                state,
+                step=state.step + 1,
+                tokens_seen=state.tokens_seen + batch.batch_tokens,
+                data=state.data.advance(batch.sequences, epoch_sequences),
+            )
+            meter.watch(state.step, grad_norm)
+            bar.update()
+            if state.step % config.train.log_every_steps == 0 or state.step == max_steps:
+                row = meter.read(state, loss, grad_norm, rate)
+                if process.is_main:
+                    metrics.append(row)
+                    log(console_line(row, max_steps))
+                meter.check_finite(state)
+
+
+def check_data(config: RunConfig, dataset: Dataset, batch: plan.BatchPlan) -> None:
+    """
+    Raises:
+        UserError: too little text for one step, or for one validation batch; a tokenizer that does not fit the model.
+    """
+    need_val = batch.micro_batch_size * batch.seq_len + 1
+    if config.eval.validation_every_steps and dataset.val.tokens < need_val:
+        raise UserError(
+            f"the data set {dataset.name} holds out {dataset.val.tokens:,} tokens, too few for one validation batch: "
+            f"train.micro_batch_size {batch.micro_batch_size} x model.max_seq_len {batch.seq_len:,} + 1 = {need_val:,}"
+            "; add text, raise data.val_tokens, or lower one of the two"
+        )
+    have = count_sequences(dataset.train.tokens, batch.seq_len)
+    if have < batch.sequences:
+        raise UserError(
+            f"the data set {dataset.name} has {dataset.train.tokens:,} training tokens, {have:,} sequences of "
+            f"{batch.seq_len:,}, fewer than the {batch.sequences:,} of one step; add text or lower train.batch_tokens"
+        )
+    if dataset.manifest["tokenizer"]["vocab_size"] > config.model.vocab_size:
+        raise UserError(
+            f"the data set {dataset.name} uses {dataset.manifest['tokenizer']['vocab_size']:,} tokens, the model knows "
+            f"{config.model.vocab_size:,}; raise model.vocab_size"
+        )
+
+
+def describe_run(config: RunConfig, dataset: Dataset) -> dict[str, Any]:
+    """What environment.json says beside the machine."""
+    return {
+        "parameters": plan.n_parameters(config.model),
+        "dataset": dataset.name,
+        "dataset_hash": dataset.hash,
+        "source": dataset.manifest["source"],
+        "train_tokens": dataset.train.tokens,
+        "val_tokens": dataset.val.tokens,
+    }
+
+
+def say_start(
+    log: Log, config: RunConfig, dataset: Dataset, batch: plan.BatchPlan, state: TrainState, process: Process
+) -> None:
+    epochs = config.train.max_steps * batch.sequences / count_sequences(dataset.train.tokens, batch.seq_len)
+    log(f"run {config.name} on {process.world_size} x {device_name(process.device)} ({process.device.type})")
+    log(f"model: {plan.n_parameters(config.model):,} parameters; batch: {batch}")
+    log(f"data: {dataset.name}, {dataset.train.tokens:,} tokens to train on, {epochs:.2f} epoch(s) of them by the end")
+    log(f"steps {state.step:,} to {config.train.max_steps:,}; Ctrl-C saves and stops, the same command resumes")

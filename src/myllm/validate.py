@@ -1,0 +1,127 @@
+"""Everything that can be wrong with a config, found at once and before anything is downloaded or allocated."""
+
+from . import plan
+from .config import EvalConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from .errors import UserError
+
+
+def check(config: RunConfig, world_size: int) -> None:
+    """Raises:
+    UserError: listing every fault of the config, if it has any.
+    """
+    _raise(faults(config, world_size))
+
+
+def check_data_config(config: RunConfig) -> None:
+    """As `check`, for the data settings alone."""
+    _raise([fault for fault in _sizes(config) if fault.startswith("data.")])
+
+
+def _raise(found: list[str]) -> None:
+    if found:
+        raise UserError(
+            f"the config has {len(found)} fault{'s' if len(found) > 1 else ''}:\n"
+            + "\n".join(f"  - {fault}" for fault in found)
+        )
+
+
+def faults(config: RunConfig, world_size: int) -> list[str]:
+    """One sentence a fault: the value seen, what was expected, what to do."""
+    found = [
+        *_sizes(config),
+        *_model_faults(config.model),
+        *_optim_faults(config.optim),
+        *_train_faults(config.train),
+        *_eval_faults(config.eval, config.model),
+    ]
+    if not config.name or config.name != config.name.strip(". ") or "/" in config.name or "\\" in config.name:
+        found.append(f"name {config.name!r} must be a plain folder name, such as 'my-run'")
+    batch = plan.batch_plan(config.model, config.train, world_size)
+    if batch.batch_tokens > 0 and batch.micro_tokens > 0 and (fault := batch.fault()):
+        found.append(fault)
+    return found
+
+
+def _sizes(config: RunConfig) -> list[str]:
+    """Counts that must be positive, and those that may be zero."""
+    positive = {
+        "model": ("vocab_size", "vocab_multiple", "max_seq_len", "d_model", "n_layers", "n_heads", "d_ff"),
+        "data": ("val_tokens", "shard_tokens"),
+        "train": ("max_steps", "batch_tokens", "micro_batch_size", "log_every_steps"),
+        "eval": ("validation_tokens", "cloze_examples", "sample_new_tokens"),
+    }
+    optional = {"model": ("n_kv_heads", "head_dim"), "data": ("target_tokens",)}
+    not_negative = {
+        "data": ("workers", "shuffle_seed"),
+        "optim": ("warmup_steps",),
+        "train": ("save_every_steps", "keep_last", "seed"),
+        "eval": ("validation_every_steps", "cloze_every_steps", "sample_every_steps", "sample_top_k"),
+    }
+    found = []
+    for least, table in ((1, positive), (1, optional), (0, not_negative)):
+        for part, names in table.items():
+            for name in names:
+                value = getattr(getattr(config, part), name)
+                if value is not None and value < least:
+                    found.append(f"{part}.{name} is {value}, but must be at least {least}")
+    return found
+
+
+def _model_faults(model: ModelConfig) -> list[str]:
+    found = []
+    if model.vocab_size > 65_536:
+        found.append(f"model.vocab_size {model.vocab_size:,} does not fit the shards' uint16: at most 65,536")
+    if min(model.n_heads, model.kv_heads, model.d_model) < 1:
+        return found  # already said, and the rest divides by them
+    if model.head_dim is None and model.d_model % model.n_heads:
+        found.append(
+            f"model.d_model {model.d_model} is not a multiple of model.n_heads {model.n_heads}; "
+            "change one, or set model.head_dim"
+        )
+    if model.n_heads % model.kv_heads:
+        found.append(f"model.n_heads {model.n_heads} is not a multiple of model.n_kv_heads {model.kv_heads}")
+    if model.position == "rope" and model.head_size % 2:
+        found.append(f"rotary positions need an even head dimension, found {model.head_size}")
+    if not model.rope_theta > 0:
+        found.append(f"model.rope_theta is {model.rope_theta}, but must be above 0")
+    if not model.norm_eps > 0:
+        found.append(f"model.norm_eps is {model.norm_eps}, but must be above 0")
+    for name in ("dropout_embedding", "dropout_attention_residual", "dropout_ffn"):
+        if not 0 <= getattr(model, name) < 1:
+            found.append(f"model.{name} is {getattr(model, name)}, but must be at least 0 and below 1")
+    return found
+
+
+def _optim_faults(optim: OptimConfig) -> list[str]:
+    found = []
+    for name in ("max_lr", "eps", "max_grad_norm"):
+        if not 0 < getattr(optim, name) < float("inf"):
+            found.append(f"optim.{name} is {getattr(optim, name)}, but must be above 0")
+    for name in ("beta1", "beta2"):
+        if not 0 <= getattr(optim, name) < 1:
+            found.append(f"optim.{name} is {getattr(optim, name)}, but must be at least 0 and below 1")
+    for name in ("min_lr_ratio", "decay_fraction"):
+        if not 0 <= getattr(optim, name) <= 1:
+            found.append(f"optim.{name} is {getattr(optim, name)}, but must be between 0 and 1")
+    if not optim.weight_decay >= 0:
+        found.append(f"optim.weight_decay is {optim.weight_decay}, but must be at least 0")
+    return found
+
+
+def _train_faults(train: TrainConfig) -> list[str]:
+    # A seed goes into 64-bit generators on every device.
+    return [] if train.seed < 2**63 else [f"train.seed {train.seed} is too large: below 2**63"]
+
+
+def _eval_faults(evals: EvalConfig, model: ModelConfig) -> list[str]:
+    found = []
+    if evals.validation_tokens < model.max_seq_len:
+        found.append(
+            f"eval.validation_tokens {evals.validation_tokens:,} is less than one sequence of "
+            f"model.max_seq_len {model.max_seq_len:,}"
+        )
+    if not evals.sample_temperature >= 0:
+        found.append(f"eval.sample_temperature is {evals.sample_temperature}, but must be at least 0 (0: greedy)")
+    if evals.sample_every_steps and (not evals.sample_prompts or not all(evals.sample_prompts)):
+        found.append("eval.sample_prompts needs at least one prompt, none empty; or set eval.sample_every_steps to 0")
+    return found

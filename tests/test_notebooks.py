@@ -1,0 +1,105 @@
+"""Every notebook runs from its first cell to its last, on runs made here."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+# What each notebook's parameter cells are set to. A new notebook needs an entry here.
+PARAMETERS: dict[str, dict[str, Any]] = {
+    "metric_graphs.ipynb": {"RUN": "first", "RUNS": ["first", "second"]},
+}
+
+
+def write_run(folder: Path, final_loss: float) -> None:
+    """A run folder as training would leave it, with numbers that need no training."""
+    rows: list[dict[str, Any]] = []
+    for step in range(0, 101, 5):
+        loss = final_loss + 6 * math.exp(-step / 20)
+        if step:
+            rows.append(
+                {"kind": "train", "step": step, "tokens": step * 2_048, "loss": loss, "lr": 1e-3, "grad_norm": 0.5,
+                 "step_s": 0.2, "tokens_per_s": 10_240.0, "mfu": None, "data_wait_s": 0.001}
+            )  # fmt: skip
+        if step % 50 == 0:
+            rows.append(
+                {"kind": "eval", "name": "validation", "step": step, "loss": loss, "perplexity": math.exp(loss),
+                 "bits_per_byte": loss / 2.5, "token_accuracy": 0.1, "seconds": 0.1}
+            )  # fmt: skip
+            rows.append({"kind": "eval", "name": "cloze", "step": step, "acc": 0.3, "acc_norm": 0.31, "n_examples": 9})
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "config.json").write_text(json.dumps({"name": folder.name, "optim": {"max_grad_norm": 1.0}}))
+
+
+@pytest.fixture
+def data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A temp_data/ with two runs, which is where the notebook's kernel looks."""
+    write_run(tmp_path / "runs/first", final_loss=4.25)
+    write_run(tmp_path / "runs/second", final_loss=3.5)
+    monkeypatch.setenv("MYLLM_DATA", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
+    return tmp_path
+
+
+def set_parameters(notebook: nbformat.NotebookNode, values: dict[str, Any]) -> None:
+    """Replace the cells `NAME = ...` of a notebook; each name must have exactly one."""
+    for name, value in values.items():
+        cells = [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.startswith(f"{name} = ")]
+        assert len(cells) == 1, f"{name} is set by {len(cells)} cells"
+        cells[0].source = f"{name} = {value!r}"
+
+
+def execute(path: Path, values: dict[str, Any], folder: Path) -> nbformat.NotebookNode:
+    """The notebook with its outputs. A cell that raises fails the test with its traceback."""
+    notebook = nbformat.read(path, as_version=4)
+    set_parameters(notebook, values)
+    NotebookClient(notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": folder}}).execute()
+    return notebook
+
+
+def outputs(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
+    return [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+
+
+def test_there_are_notebooks() -> None:
+    assert NOTEBOOKS
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_notebook_is_stored_clean(path: Path) -> None:
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert notebook.metadata.kernelspec.name == "python3"
+    assert set(notebook.metadata) <= {"kernelspec", "language_info"}
+    assert "version" not in notebook.metadata.get("language_info", {})
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            assert cell.outputs == []
+            assert cell.execution_count is None
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_notebook_runs(path: Path, data_folder: Path) -> None:
+    assert path.name in PARAMETERS, f"say in PARAMETERS what {path.name} should be run on"
+    notebook = execute(path, PARAMETERS[path.name], data_folder)
+    noise = [output for output in outputs(notebook) if output.get("name") == "stderr"]
+    assert noise == [], "a notebook that warns teaches its readers to ignore warnings"
+
+
+def test_metric_graphs_shows_the_run(data_folder: Path) -> None:
+    path = ROOT / "notebooks/metric_graphs.ipynb"
+    shown = outputs(execute(path, PARAMETERS[path.name], data_folder))
+    pictures = [output for output in shown if "image/png" in output.get("data", {})]
+    assert len(pictures) == 7  # loss, perplexity, rate, gradient norm, throughput, accuracy, and the comparison
+    tables = [output.data["text/markdown"] for output in shown if "text/markdown" in output.get("data", {})]
+    last_loss = 4.25 + 6 * math.exp(-100 / 20)
+    assert f"| train | 100 | loss | {last_loss:.6g} |" in tables[0]
+    assert "| cloze | 100 | acc_norm | 0.31 |" in tables[0]

@@ -1,0 +1,387 @@
+"""From metrics.jsonl to figures and one HTML page."""
+
+import base64
+import io
+import json
+import math
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from myllm.errors import UserError
+from myllm.paths import RunPaths
+from myllm.report import draw_plots, find_run, read_metrics, write_report
+from myllm.report.drawing import MAX_POINTS, duration, si, thin
+from myllm.report.history import smooth
+
+VOID = {"meta", "img", "source", "br"}
+
+
+class Page(HTMLParser):
+    """The parts of a page the tests ask about. Fails on tags that do not match up."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[tuple[str, str]] = []
+        self.feed(html)
+        self.close()
+        assert self.open == [], "tags left open"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if data.strip():
+            self.texts.append((self.open[-1], data))
+
+    def cards(self) -> dict[str, str]:
+        """Headline values by their titles."""
+        texts = [text for tag, text in self.texts if tag in ("dt", "dd")]
+        titles = [index for index, (tag, _) in enumerate(t for t in self.texts if t[0] in ("dt", "dd")) if tag == "dt"]
+        return {texts[index]: texts[index + 1].replace("\N{NO-BREAK SPACE}", " ") for index in titles}
+
+    def images(self) -> list[dict[str, str | None]]:
+        return [attributes for tag, attributes in self.tags if tag == "img"]
+
+
+def train_row(step: int, **changes: Any) -> dict[str, Any]:
+    row = {
+        "kind": "train", "step": step, "tokens": step * 1_000, "loss": 3 + 6 / (1 + step / 10), "lr": 1e-3,
+        "grad_norm": 0.7, "step_s": 0.5, "tokens_per_s": 2_000.0, "mfu": None, "data_wait_s": 0.01,
+    }  # fmt: skip
+    return row | changes
+
+
+def eval_row(name: str, step: int, **values: float) -> dict[str, Any]:
+    return {"kind": "eval", "name": name, "step": step, "seconds": 1.0} | values
+
+
+def validation_row(step: int, loss: float) -> dict[str, Any]:
+    return eval_row(
+        "validation",
+        step,
+        loss=loss,
+        perplexity=math.exp(loss),
+        bits_per_byte=loss / 2,
+        token_accuracy=min(1, step / 500),
+    )
+
+
+def write_run(folder: Path, rows: list[dict[str, Any]], samples: list[dict[str, Any]] = ()) -> RunPaths:
+    run = RunPaths(folder)
+    folder.mkdir(parents=True)
+    run.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run.samples.write_text("".join(json.dumps(row) + "\n" for row in samples))
+    run.config.write_text(
+        json.dumps({"name": folder.name, "optim": {"max_grad_norm": 1.0}, "train": {"max_steps": 400}})
+    )
+    run.environment.write_text(
+        json.dumps({"parameters": 7_340_032, "command": "python pretrain.py debug --train.fresh", "versions": {"a": 1}})
+    )
+    return run
+
+
+def full_rows() -> list[dict[str, Any]]:
+    rows = [validation_row(0, 10.5)]
+    rows += [train_row(step) for step in range(5, 201, 5)]
+    rows += [validation_row(100, 4.0), validation_row(200, 3.25)]
+    rows += [eval_row("cloze", step, acc=0.3, acc_norm=0.31, acc_stderr=0.02, n_examples=500) for step in (0, 200)]
+    rows += [eval_row("hellaswag", step, acc=0.26, acc_norm=0.27, n_examples=100) for step in (0, 200)]
+    return rows
+
+
+def small_run(folder: Path) -> RunPaths:
+    samples = [
+        {"step": 0, "prompt": "Hello <b>you</b>", "text": " <script>alert('x')</script> & noise", "seed": 1},
+        {"step": 100, "prompt": "Hello <b>you</b>", "text": " in the middle", "seed": 1},
+        {"step": 200, "prompt": "Hello <b>you</b>", "text": " at the end", "seed": 1},
+    ]
+    return write_run(folder / "runs/small", full_rows(), samples)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunPaths:
+    """A run folder of the test's own."""
+    return small_run(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory: pytest.TempPathFactory) -> RunPaths:
+    """The same run with its report, to look at and leave as it is."""
+    run = small_run(tmp_path_factory.mktemp("reported"))
+    assert write_report(run) == run.report
+    return run
+
+
+@pytest.fixture
+def page(reported: RunPaths) -> Page:
+    return Page(reported.report.read_text(encoding="utf-8"))
+
+
+def page_of(run: RunPaths) -> Page:
+    return Page(write_report(run).read_text(encoding="utf-8"))
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+
+def test_reads_every_row(run: RunPaths) -> None:
+    metrics = read_metrics(run.metrics)
+    assert [row["step"] for row in metrics.train] == list(range(5, 201, 5))
+    assert {name: len(rows) for name, rows in metrics.evals.items()} == {"validation": 3, "cloze": 2, "hellaswag": 2}
+    assert metrics.last("validation")["loss"] == 3.25
+    assert metrics.skipped == 0
+    assert metrics.tokens_at([0, 101, 200]) == pytest.approx([0, 101_000, 200_000])
+    assert metrics.training_s() == pytest.approx(200_000 / 2_000)
+
+
+def test_leaves_out_a_cut_last_line(run: RunPaths) -> None:
+    whole = run.metrics.read_bytes()
+    run.metrics.write_bytes(whole + b'{"kind": "train", "step": 205, "note": "caf\xc3')  # cut inside a character too
+    metrics = read_metrics(run.metrics)
+    assert metrics.last()["step"] == 200
+    assert metrics.skipped == 1
+
+
+def test_steps_done_again_after_a_restart_count_once(tmp_path: Path) -> None:
+    before = [train_row(step, loss=9.0) for step in (10, 20, 30, 40)]
+    again = [train_row(step, loss=5.0) for step in (30, 40, 50)]
+    metrics = read_metrics(write_run(tmp_path / "run", before + again).metrics)
+    assert [(row["step"], row["loss"]) for row in metrics.train] == [(10, 9), (20, 9), (30, 5), (40, 5), (50, 5)]
+
+
+def test_missing_run_names_the_ones_there_are(run: RunPaths) -> None:
+    with pytest.raises(UserError, match=r"smol, did you mean 'small'\?; runs there: small"):
+        write_report(RunPaths(run.root.parent / "smol"))
+
+
+def test_missing_metrics(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"has no metrics\.jsonl"):
+        draw_plots(RunPaths(tmp_path))
+
+
+@pytest.mark.parametrize("content", ["", "\n", '{"kind": "train", "st'])
+def test_metrics_without_rows(run: RunPaths, content: str) -> None:
+    run.metrics.write_text(content)
+    with pytest.raises(UserError, match="no training or evaluation row yet"):
+        write_report(run)
+
+
+def test_finds_a_run_by_name_or_folder(run: RunPaths, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MYLLM_DATA", str(run.root.parents[1]))
+    assert find_run("small") == run
+    assert find_run(run.root) == run
+    assert find_run("absent").root == run.root.parent / "absent"
+
+
+def test_starts_without_torch() -> None:
+    code = "import sys, myllm.report; sys.exit('torch' in sys.modules or 'matplotlib.pyplot' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# -- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def test_smooth_is_the_mean_of_its_window_and_ignores_what_is_not_finite() -> None:
+    values = np.sin(np.arange(200.0))
+    values[[50, 60, 199]] = [np.nan, np.inf, np.nan]
+    mean = smooth(values, share=0.05)  # 10 to each side
+    for index in (80, 150, 199):
+        window = values[index - 10 : index + 11]
+        assert mean[index] == pytest.approx(window[np.isfinite(window)].mean())
+    assert mean[0] == values[0]
+    assert np.isfinite(mean).all()
+
+
+def test_thin_keeps_ends_and_spikes() -> None:
+    values = np.zeros(100_000)
+    values[[12_345, 77_777]] = [9.0, -9.0]
+    steps, kept = thin(np.arange(100_000), values)
+    assert len(steps) <= MAX_POINTS + 2
+    assert {0, 12_345, 77_777, 99_999} <= set(steps)
+    assert (kept.max(), kept.min()) == (9.0, -9.0)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0"), (999, "999"), (1_234, "1.23k"), (999_999, "1M"), (7_340_032, "7.34M"), (9.96e9, "9.96B")],
+)
+def test_si(value: float, text: str) -> None:
+    assert si(value) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(math.nan, ""), (46, "46 s"), (130, "2 min"), (8_000, "2 h 13 min"), (200_000, "2 d 7 h")]
+)
+def test_duration(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+# -- figures ----------------------------------------------------------------------------------------------------------
+
+
+def test_draws_every_figure(run: RunPaths) -> None:
+    drawn = {path.stem: imread(path) for path in draw_plots(run)}
+    small = ["perplexity", "accuracy", "grad_norm", "learning_rate", "throughput"]
+    assert sorted(drawn) == sorted(["loss", "loss_compact", *small])
+    assert drawn["loss"].shape[:2] == (940, 2_080)
+    for name in small:
+        assert drawn[name].shape[:2] == (660, 940)
+    for name, pixels in drawn.items():
+        assert (pixels[[0, -1]][..., :3] == 1).all(), f"{name}: something runs over the upper or lower edge"
+        assert (pixels[:, [0, -1]][..., :3] == 1).all(), f"{name}: something runs over the left or right edge"
+        inked = (pixels[..., :3] < 0.9).any(axis=-1).mean()
+        assert 0.01 < inked < 0.3, f"{name} is empty or full: {inked:.1%} of it is inked"
+
+
+def test_figures_without_numbers_are_not_drawn_and_old_ones_go(run: RunPaths) -> None:
+    draw_plots(run)
+    rows = [{"kind": "train", "step": step, "loss": 2.0} for step in (1, 2)]
+    run.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    names = {path.name for path in draw_plots(run)}
+    assert names == {"loss.png", "loss_compact.png", "perplexity.png"}
+    assert {path.name for path in run.plots.iterdir()} == names
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [train_row(5)],
+        [validation_row(0, 10.8)],
+        [eval_row("cloze", 0, acc=0.25)],
+        [train_row(5, loss=math.nan), train_row(10, loss=math.inf, grad_norm=math.nan), train_row(15)],
+        [train_row(5, loss=math.nan, grad_norm=math.inf, lr=math.nan, tokens_per_s=math.nan)],
+        [train_row(5, loss=0.0, grad_norm=0.0, lr=0.0, tokens_per_s=0.0, tokens=0, mfu=0.0)],
+        [train_row(5, loss=1e4), train_row(10, loss=1e-4)],
+        [train_row(step, mfu=0.4 if step > 5 else None) for step in (5, 10, 15)],
+        [train_row(5), validation_row(10, math.nan)],
+    ],
+    ids=["one row", "one eval", "cloze only", "some NaN", "all NaN", "zeros", "huge", "mfu", "NaN eval"],
+)
+@pytest.mark.filterwarnings("error")
+def test_odd_runs_still_make_a_page(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
+    run = write_run(tmp_path / "odd", rows)
+    page = page_of(run)
+    assert len(page.images()) == len([path for path in run.plots.glob("*.png") if path.stem != "loss_compact"])
+
+
+def test_a_bare_folder_with_metrics_is_enough(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "bare", full_rows())
+    for path in (run.config, run.environment, run.samples):
+        path.unlink()
+    assert page_of(run).cards()["Validation loss"] == "3.2500"
+
+
+def test_a_long_run_is_quick_and_its_page_small(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).normal(size=200_000)
+    rows = [train_row(step, loss=3.0 + 0.1 * noise[step - 1]) for step in range(1, 200_001)]
+    rows += [validation_row(step, 3.0) for step in range(0, 200_001, 100)]
+    run = write_run(tmp_path / "long", rows)
+    started = time.process_time()
+    page = write_report(run)
+    assert time.process_time() - started < 10
+    assert page.stat().st_size < 2_000_000
+
+
+# -- the page ---------------------------------------------------------------------------------------------------------
+
+
+def test_page_needs_no_other_file(reported: RunPaths, page: Page) -> None:
+    html = reported.report.read_text(encoding="utf-8")
+    assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in page.tags}
+    for tag, attributes in page.tags:
+        for name in ("src", "srcset", "href"):
+            assert attributes.get(name, "data:").startswith("data:"), f"<{tag}> refers to {attributes[name]}"
+    assert "url(" not in html
+    assert "@import" not in html
+    assert [path.name for path in reported.root.glob("report*")] == ["report.html"]
+
+
+def test_page_holds_the_figures_with_words_for_each(reported: RunPaths, page: Page) -> None:
+    images = page.images()
+    assert len(images) == 6
+    for image in images:
+        assert image["alt"]
+        png = base64.b64decode(image["src"].removeprefix("data:image/png;base64,"), validate=True)
+        assert imread(io.BytesIO(png)).shape[0] > 600
+    assert (reported.plots / "loss.png").read_bytes() == base64.b64decode(images[0]["src"].partition(",")[2])
+
+
+def test_cards_show_the_last_rows(page: Page) -> None:
+    assert page.cards() == {
+        "Validation loss": "3.2500",
+        "Perplexity": f"{math.exp(3.25):.2f}",
+        "Bits per byte": "1.6250",
+        "Cloze accuracy": "31.0 %",
+        "HellaSwag accuracy": "27.0 %",
+        "Tokens seen": "200k",
+        "Tokens per second": "2k",
+        "Training time": "2 min",
+        "Parameters": "7.34M",
+    }
+
+
+def test_page_tells_of_unreadable_lines(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [train_row(5)])
+    run.metrics.write_text(run.metrics.read_text() + '{"kind": "tr')
+    assert page_of(run).texts[-1] == ("footer", "Made from 1 rows of metrics.jsonl; 1 unreadable lines left out.")
+
+
+def test_a_diverged_run_says_so(tmp_path: Path) -> None:
+    page = page_of(write_run(tmp_path / "run", [train_row(5), train_row(10, loss=math.nan)]))
+    assert page.cards()["Training loss"] == "NaN"
+    assert "Validation loss" not in page.cards()
+
+
+def test_samples_are_text_and_only_first_and_last(reported: RunPaths, page: Page) -> None:
+    assert "<script" not in reported.report.read_text(encoding="utf-8")
+    texts = [text for _, text in page.texts]
+    assert "Hello <b>you</b>" in texts
+    assert "<script>alert('x')</script> & noise" in texts
+    assert "at the end" in texts
+    assert "in the middle" not in texts
+
+
+def test_names_from_outside_are_escaped(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "<img src=x>", [train_row(5)])
+    run.config.write_text(json.dumps({"<i>": "<u>", "model": {"<s>": "<q>"}, "train": "<p>"}))
+    run.environment.write_text(json.dumps({"device_name": "<h6>", "command": ["<em>"], "parameters": "<li>"}))
+    page = page_of(run)
+    assert not {"i", "u", "s", "q", "h6", "em", "li"} & {tag for tag, _ in page.tags}
+    assert all(image["alt"] for image in page.images())
+
+
+def test_evaluations_are_listed_by_step(page: Page) -> None:
+    cells = [text.replace("\N{NO-BREAK SPACE}", " ") for tag, text in page.texts if tag == "td"]
+    assert cells[:8] == ["0", "0", "10.5000", "36.3k", "5.2500", "0.0 %", "31.0 %", "27.0 %"]
+    assert cells[8:14] == ["100", "100k", "4.0000", "54.60", "2.0000", "20.0 %"]  # no cloze at this step
+    assert cells[14] == "200"
+
+
+def test_many_evaluations_keep_the_first_and_last(tmp_path: Path) -> None:
+    rows = [train_row(1_000), *(validation_row(step, 3.0) for step in range(0, 1_001, 10))]
+    page = page_of(write_run(tmp_path / "run", rows))
+    text = " ".join(text for _, text in page.texts)
+    assert "25 of 101 evaluated steps" in text
+    steps = [text for tag, text in page.texts if tag == "td"][::6][:25]
+    assert (steps[0], steps[-1]) == ("0", "1,000")
+
+
+def test_the_command_to_resume_does_not_start_afresh(page: Page) -> None:
+    commands = [text for tag, text in page.texts if tag == "pre"]
+    assert commands[0] == "python pretrain.py debug"
+    assert commands[1] == "myllm sample small --prompt 'Hello <b>you</b>'"
