@@ -16,8 +16,9 @@ def main() -> None:
     from myllm import launch
     from myllm.data.prepare import prepare
     from myllm.distributed import process_group
+    from myllm.meter import Diverged
     from myllm.report import write_report
-    from myllm.train import Diverged, train
+    from myllm.train import train
 
     with launch.clear_errors():
         wanted = launch.parse(sys.argv[1:])

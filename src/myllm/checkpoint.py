@@ -28,6 +28,7 @@ from .files import file_sha256, fsync_file, fsync_folder, out_of_space, write_js
 
 FORMAT = "myllm-checkpoint-1"
 MANIFEST = "manifest.json"
+FILES = {"model.pt", "optimizer.pt", "random.pt", "state.json", "config.json"}
 
 
 @dataclass(frozen=True)
@@ -150,6 +151,9 @@ def verify(folder: Path) -> Iterator[str]:
         return
     if manifest.get("format") != FORMAT:
         yield f"its format is {manifest.get('format')!r}, expected {FORMAT!r}"
+        return
+    if missing := FILES - {name for name, _ in files}:
+        yield f"its {MANIFEST} does not name {', '.join(sorted(missing))}"
         return
     for name, expected in files:
         path = folder / name

@@ -12,7 +12,6 @@ from .errors import UserError
 from .model import KVCache, Transformer
 
 
-@torch.no_grad()
 def generate(
     model: Transformer,
     prompt: list[int],
@@ -40,10 +39,24 @@ def generate(
     """
     if not prompt:
         raise UserError("the prompt is empty: give at least one token to start from")
-    if temperature < 0 or top_k < 0 or max_new_tokens < 0:
+    if not 0 <= temperature < float("inf") or top_k < 0 or max_new_tokens < 0:
         raise UserError(
-            f"temperature {temperature}, top_k {top_k} and max_new_tokens {max_new_tokens} must be at least 0"
+            f"temperature {temperature}, top_k {top_k} and max_new_tokens {max_new_tokens} must be finite, not negative"
         )
+    # A generator of its own, so that the faults above are raised here and not at the first token.
+    return _continue(model, prompt, max_new_tokens, temperature, top_k, seed, end_of_text)
+
+
+@torch.no_grad()
+def _continue(
+    model: Transformer,
+    prompt: list[int],
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    seed: int,
+    end_of_text: int | None,
+) -> Iterator[int]:
     device = next(model.parameters()).device
     context = model.config.max_seq_len
     generator = torch.Generator().manual_seed(seed)
@@ -65,13 +78,15 @@ def generate(
 
 def choose(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:
     """One token id drawn from logits, (V,)."""
-    logits = logits.float().cpu()
+    logits = logits.cpu().double()
     if temperature == 0:
         return int(logits.argmax())
     if top_k:
-        least = logits.topk(min(top_k, logits.shape[0])).values[-1]
-        logits = logits.masked_fill(logits < least, float("-inf"))
-    return int(torch.multinomial((logits / temperature).softmax(dim=-1), 1, generator=generator))
+        logits, ids = logits.topk(min(top_k, len(logits)))
+    # The largest becomes 0 first: divided by a tiny temperature it would be infinite.
+    probabilities = ((logits - logits.max()) / temperature).softmax(dim=-1)
+    drawn = torch.multinomial(probabilities, 1, generator=generator)
+    return int(ids[drawn] if top_k else drawn)
 
 
 def _cache_dtype(device: torch.device) -> torch.dtype:

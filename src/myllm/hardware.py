@@ -1,6 +1,5 @@
 """What the machine is and how fast it can multiply."""
 
-import os
 import platform
 import time
 from pathlib import Path
@@ -42,11 +41,6 @@ def device_name(device: torch.device) -> str:
     except OSError:
         named = []
     return named[0] if named else platform.processor() or platform.machine()
-
-
-def available_cores() -> int:
-    """Cores this process may use, which in a container are fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def measure_matmul_flops(device: torch.device, size: int = 1_024, seconds: float = 0.5) -> float:

@@ -23,10 +23,25 @@ def train_step(
     config: RunConfig,
     process: Process,
 ) -> tuple[Tensor, Tensor, float]:
-    """One optimizer update from as many micro-steps as it takes.
+    """One optimizer update, number `step` counted from 0. A gradient that is not finite is not applied.
 
     Returns:
         this rank's mean loss and the gradient norm before clipping, on the device, and the rate.
+    """
+    loss = accumulate_gradients(runner, loader, batch, config, process)
+    grad_norm = nn.utils.clip_grad_norm_(optimizer.parameters.values(), config.optim.max_grad_norm)
+    rate = optimizer.step(step, skip=(~grad_norm.isfinite()).float())
+    optimizer.zero_grad()
+    return loss, grad_norm, rate
+
+
+def accumulate_gradients(
+    runner: nn.Module, loader: Loader, batch: BatchPlan, config: RunConfig, process: Process
+) -> Tensor:
+    """Leave in every parameter the gradient of the mean loss over the step's tokens, on all ranks together.
+
+    Returns:
+        this rank's mean loss, on the device.
     """
     runner.train()
     loss = torch.zeros((), device=process.device)
@@ -40,10 +55,7 @@ def train_step(
                 part = runner(tokens, targets) / batch.grad_accum_steps
             part.backward()
         loss += part.detach()
-    grad_norm = nn.utils.clip_grad_norm_(optimizer.parameters.values(), config.optim.max_grad_norm)
-    rate = optimizer.step(step, skip=(~grad_norm.isfinite()).float())
-    optimizer.zero_grad()
-    return loss, grad_norm, rate
+    return loss
 
 
 def wrap(model: Transformer, config: RunConfig, process: Process) -> nn.Module:
@@ -60,6 +72,5 @@ def wrap(model: Transformer, config: RunConfig, process: Process) -> nn.Module:
 def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
     """bfloat16 where the config asks for it; weights and optimizer stay float32."""
     wanted = config.train.precision
-    return torch.autocast(
-        device.type, torch.bfloat16, enabled=wanted == "bfloat16" or (wanted == "auto" and device.type == "cuda")
-    )
+    bf16 = wanted == "bfloat16" or (wanted == "auto" and device.type == "cuda")
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)

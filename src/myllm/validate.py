@@ -6,8 +6,10 @@ from .errors import UserError
 
 
 def check(config: RunConfig, world_size: int) -> None:
-    """Raises:
-    UserError: listing every fault of the config, if it has any.
+    """Refuse a config that cannot be trained.
+
+    Raises:
+        UserError: listing every fault of the config, if it has any.
     """
     _raise(faults(config, world_size))
 
@@ -81,11 +83,13 @@ def _model_faults(model: ModelConfig) -> list[str]:
     if model.n_heads % model.kv_heads:
         found.append(f"model.n_heads {model.n_heads} is not a multiple of model.n_kv_heads {model.kv_heads}")
     if model.position == "rope" and model.head_size % 2:
-        found.append(f"rotary positions need an even head dimension, found {model.head_size}")
-    if not model.rope_theta > 0:
-        found.append(f"model.rope_theta is {model.rope_theta}, but must be above 0")
-    if not model.norm_eps > 0:
-        found.append(f"model.norm_eps is {model.norm_eps}, but must be above 0")
+        found.append(
+            f"model.head_dim is {model.head_size}, but rotary positions need an even one; "
+            "set it, or change model.d_model or model.n_heads"
+        )
+    for name in ("rope_theta", "norm_eps"):
+        if not 0 < getattr(model, name) < float("inf"):
+            found.append(f"model.{name} is {getattr(model, name)}, but must be above 0 and finite")
     for name in ("dropout_embedding", "dropout_attention_residual", "dropout_ffn"):
         if not 0 <= getattr(model, name) < 1:
             found.append(f"model.{name} is {getattr(model, name)}, but must be at least 0 and below 1")
@@ -96,15 +100,15 @@ def _optim_faults(optim: OptimConfig) -> list[str]:
     found = []
     for name in ("max_lr", "eps", "max_grad_norm"):
         if not 0 < getattr(optim, name) < float("inf"):
-            found.append(f"optim.{name} is {getattr(optim, name)}, but must be above 0")
+            found.append(f"optim.{name} is {getattr(optim, name)}, but must be above 0 and finite")
     for name in ("beta1", "beta2"):
         if not 0 <= getattr(optim, name) < 1:
             found.append(f"optim.{name} is {getattr(optim, name)}, but must be at least 0 and below 1")
     for name in ("min_lr_ratio", "decay_fraction"):
         if not 0 <= getattr(optim, name) <= 1:
             found.append(f"optim.{name} is {getattr(optim, name)}, but must be between 0 and 1")
-    if not optim.weight_decay >= 0:
-        found.append(f"optim.weight_decay is {optim.weight_decay}, but must be at least 0")
+    if not 0 <= optim.weight_decay < float("inf"):
+        found.append(f"optim.weight_decay is {optim.weight_decay}, but must be at least 0 and finite")
     return found
 
 
@@ -120,8 +124,10 @@ def _eval_faults(evals: EvalConfig, model: ModelConfig) -> list[str]:
             f"eval.validation_tokens {evals.validation_tokens:,} is less than one sequence of "
             f"model.max_seq_len {model.max_seq_len:,}"
         )
-    if not evals.sample_temperature >= 0:
-        found.append(f"eval.sample_temperature is {evals.sample_temperature}, but must be at least 0 (0: greedy)")
+    if not 0 <= evals.sample_temperature < float("inf"):
+        found.append(
+            f"eval.sample_temperature is {evals.sample_temperature}, but must be at least 0 and finite (0: greedy)"
+        )
     if evals.sample_every_steps and (not evals.sample_prompts or not all(evals.sample_prompts)):
         found.append("eval.sample_prompts needs at least one prompt, none empty; or set eval.sample_every_steps to 0")
     return found

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..plan import BatchPlan
-from .order import DataPosition, count_sequences, epoch_order, rank_rows
+from .order import DataPosition, count_sequences, rank_rows, step_sequences
 from .shards import TokenStream
 
 Batch = tuple[Tensor, Tensor]
@@ -61,12 +61,13 @@ class Loader:
         """The next micro-batch on the device.
 
         Raises:
-            whatever the thread met while reading.
+            whatever the thread met while reading; so does every later call.
         """
         started = time.perf_counter()
         item = self._queue.get()
         self.wait_s += time.perf_counter() - started
         if isinstance(item, BaseException):
+            self._queue.put(item)  # the thread has ended, and nothing else will come
             raise item
         return item[0].to(self._device, non_blocking=True), item[1].to(self._device, non_blocking=True)
 
@@ -88,25 +89,12 @@ class Loader:
         return False
 
     def _batches(self) -> Iterator[Batch]:
-        plan, pinned = self._plan, self._device.type == "cuda"
-        for step in _steps(self._position, plan.sequences, count_sequences(self._stream.tokens, plan.seq_len)):
+        plan, position, pinned = self._plan, self._position, self._device.type == "cuda"
+        n_sequences = count_sequences(self._stream.tokens, plan.seq_len)
+        while True:
+            step = step_sequences(position, plan.sequences, n_sequences)
+            position = position.advance(plan.sequences, n_sequences)
             for micro_step in range(plan.grad_accum_steps):
                 rows = rank_rows(micro_step, self._rank, plan.world_size, plan.micro_batch_size)
                 tokens, targets = batch_of(self._stream, step[rows], plan.seq_len)
                 yield (tokens.pin_memory(), targets.pin_memory()) if pinned else (tokens, targets)
-
-
-def _steps(position: DataPosition, count: int, n_sequences: int) -> Iterator[np.ndarray]:
-    """Each step's sequences, as order.step_sequences gives them, with an epoch's order made once."""
-    epoch, index = position.epoch, position.index
-    order = epoch_order(n_sequences, position.seed, epoch)
-    while True:
-        parts, left = [], count
-        while left:
-            if index == n_sequences:
-                epoch, index = epoch + 1, 0
-                order = epoch_order(n_sequences, position.seed, epoch)
-            part = order[index : index + left]
-            parts.append(part)
-            index, left = index + len(part), left - len(part)
-        yield np.concatenate(parts)

@@ -6,6 +6,7 @@ each rank finds its share of those by arithmetic.
 """
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 
@@ -31,17 +32,20 @@ def count_sequences(tokens: int, seq_len: int) -> int:
     return max(tokens - 1, 0) // seq_len
 
 
+@lru_cache(maxsize=2)  # every step asks again, and one across an epoch's end asks for two
 def epoch_order(n_sequences: int, seed: int, epoch: int) -> np.ndarray:
     """A permutation of an epoch's sequences, over all shards.
 
     Made of integer arithmetic alone, so that it stays the same over NumPy's versions, as a generator's might not.
 
     Shapes:
-        returns (n_sequences,) int64
+        returns (n_sequences,) int64, read-only
     """
     # The key decides epoch and seed together, so that neighbouring seeds share no epoch's order.
     key = _splitmix64(_splitmix64(np.array([seed], dtype=np.uint64)) + np.uint64(epoch))
-    return np.argsort(_splitmix64(np.arange(n_sequences, dtype=np.uint64) ^ key), kind="stable")
+    order = np.argsort(_splitmix64(np.arange(n_sequences, dtype=np.uint64) ^ key), kind="stable")
+    order.setflags(write=False)
+    return order
 
 
 def step_sequences(position: DataPosition, count: int, n_sequences: int) -> np.ndarray:
@@ -50,6 +54,7 @@ def step_sequences(position: DataPosition, count: int, n_sequences: int) -> np.n
     Shapes:
         returns (count,) int64
     """
+    assert n_sequences > 0, "no sequence to take"
     parts, left = [], count
     epoch, index = position.epoch, position.index
     while left:

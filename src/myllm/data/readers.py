@@ -7,13 +7,13 @@ Raises (all of them):
 import gzip
 import io
 import json
-import re
 import runpy
+import tokenize
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO
 
 from ..errors import UserError
 
@@ -57,14 +57,16 @@ def read_topics(path: Path) -> Iterator[str]:
 
 def read_jsonl(path: Path) -> Iterator[str]:
     """One JSON object a line; the document is under the key "text". Compression follows the name."""
-    with _reading(path), _open_lines(path) as lines:
-        for number, line in enumerate(lines, start=1):
+    with _reading(path):
+        for number, line in enumerate(_lines(path), start=1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{path}, line {number}: not valid JSON ({error}); mend or remove the line") from None
+                row = json.loads(line.decode("utf-8-sig"))  # Windows programs start a file with a byte order mark
+            except (ValueError, RecursionError) as error:
+                raise UserError(
+                    f"{path}, line {number}: not valid JSON in UTF-8 ({error}); mend or remove the line"
+                ) from None
             yield _text_of(row, f"{path}, line {number}")
 
 
@@ -75,14 +77,15 @@ def read_parquet(path: Path) -> Iterator[str]:
 
     with _reading(path):
         try:
-            table = pyarrow.parquet.ParquetFile(path)
-            if TEXT_KEY not in table.schema_arrow.names:
-                raise UserError(f"{path} has no column {TEXT_KEY!r}; its columns are {table.schema_arrow.names}")
-            for batch in table.iter_batches(batch_size=1_024, columns=[TEXT_KEY]):
-                for value in batch.column(0):
-                    yield _text_of({TEXT_KEY: value.as_py()}, str(path))
-        except pyarrow.ArrowInvalid as error:
-            raise UserError(f"{path} is not a whole parquet file: {error}") from None
+            with pyarrow.parquet.ParquetFile(path) as table:
+                names = table.schema_arrow.names
+                if TEXT_KEY not in names:
+                    raise UserError(f"{path} has no column {TEXT_KEY!r}, but {names}; rename the one that holds text")
+                batches = table.iter_batches(batch_size=1_024, columns=[TEXT_KEY])
+                for row, value in enumerate((value for batch in batches for value in batch.column(0)), start=1):
+                    yield _text_of({TEXT_KEY: value.as_py()}, f"{path}, row {row}")
+        except pyarrow.ArrowException as error:
+            raise UserError(f"{path} is not a whole parquet file ({error}); replace it, or leave it out") from None
 
 
 READERS: dict[str, Callable[[Path], Iterator[str]]] = {
@@ -110,14 +113,13 @@ def _text_of(row: Any, where: str) -> str:
 def _decode(path: Path) -> str:
     with _reading(path):
         content = path.read_bytes()
-    # A Python file may name another encoding in its first two lines (PEP 263).
-    cookie = (
-        re.search(rb"coding[:=]\s*([-\w.]+)", b"\n".join(content.splitlines()[:2])) if path.suffix == ".py" else None
-    )
-    encoding = cookie.group(1).decode("ascii") if cookie else "utf-8"
+    encoding = "utf-8"
+    if path.suffix == ".py":  # a Python file may name another encoding in its first two lines (PEP 263)
+        with suppress(SyntaxError):  # names one that does not exist
+            encoding, _ = tokenize.detect_encoding(io.BytesIO(content).readline)
     try:
-        text = content.decode("utf-8-sig" if encoding.lower() in ("utf-8", "utf8") else encoding)
-    except (UnicodeDecodeError, LookupError) as error:
+        text = content.decode("utf-8-sig" if encoding == "utf-8" else encoding)
+    except (UnicodeError, LookupError) as error:
         place = f"byte {error.start:,}" if isinstance(error, UnicodeDecodeError) else "its first lines"
         raise UserError(
             f"{path} is not {encoding} text ({place}); convert it, for instance with "
@@ -137,23 +139,44 @@ def _reading(path: Path) -> Iterator[None]:
         raise UserError(f"cannot read {path}: {error}; replace the file, or leave it out of the source") from None
 
 
-@contextmanager
-def _open_lines(path: Path) -> Iterator[IO[str]]:
-    kind = path.suffix.lower()
-    if kind == ".gz":
-        with gzip.open(path, "rt", encoding="utf-8") as lines:
-            yield lines
-    elif kind == ".zst":
-        import zstandard
+def _lines(path: Path) -> Iterator[bytes]:
+    """The lines of a file, uncompressed as its name says."""
+    with path.open("rb") as file:
+        if path.suffix.lower() == ".gz":
+            if not file.peek(1):
+                raise EOFError("it is empty, and not a gzip file")  # gzip lets that pass
+            with gzip.open(file) as lines:
+                yield from lines
+        elif path.suffix.lower() == ".zst":
+            yield from _split_lines(_decompress_zstd(file))
+        else:
+            yield from file
 
-        try:
-            with (
-                path.open("rb") as raw,
-                zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True) as reader,
-            ):
-                yield io.TextIOWrapper(reader, encoding="utf-8")
-        except zstandard.ZstdError as error:
-            raise OSError(f"not a whole zstd file: {error}") from None
-    else:
-        with path.open(encoding="utf-8") as lines:
-            yield lines
+
+def _decompress_zstd(file: BinaryIO) -> Iterator[bytes]:
+    """One frame after another; zstandard's own stream reader takes a file that was cut short for a whole one."""
+    import zstandard
+
+    try:
+        frame = zstandard.ZstdDecompressor().decompressobj()
+        while data := file.read(16_384):
+            while data:
+                if frame.eof:
+                    frame = zstandard.ZstdDecompressor().decompressobj()
+                yield frame.decompress(data)
+                data = frame.unused_data if frame.eof else b""
+    except zstandard.ZstdError as error:
+        raise OSError(f"not a zstd file ({error})") from None
+    if not frame.eof:
+        raise EOFError("the zstd stream ends early")
+
+
+def _split_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    held: list[bytes] = []  # the line so far
+    for chunk in chunks:
+        *lines, rest = chunk.split(b"\n")
+        for line in lines:
+            yield b"".join((*held, line))
+            held.clear()
+        held.append(rest)
+    yield b"".join(held)

@@ -19,6 +19,7 @@ from ..files import file_sha256
 
 MANIFEST = "manifest.json"
 FORMAT = "myllm-shards-1"
+_REMEDY = "delete {} and prepare it again"
 
 
 @dataclass(frozen=True)
@@ -48,15 +49,15 @@ class Dataset:
         except FileNotFoundError:
             raise UserError(f"{folder} is not a prepared data set: it has no {MANIFEST}") from None
         except (OSError, ValueError) as error:
-            raise UserError(f"cannot read {folder / MANIFEST}: {error}; prepare the data again") from None
-        if manifest.get("format") != FORMAT:
-            raise UserError(f"{folder} has format {manifest.get('format')!r}, expected {FORMAT!r}; prepare it again")
+            raise UserError(f"cannot read {folder / MANIFEST}: {error}; {_REMEDY.format(folder)}") from None
+        found = manifest.get("format") if isinstance(manifest, dict) else None
+        if found != FORMAT:
+            raise UserError(f"{folder} has format {found!r}, expected {FORMAT!r}; {_REMEDY.format(folder)}")
         dataset = cls(folder, manifest)
-        for shard in dataset.shards:
-            path = folder / shard.file
-            # NumPy's header takes at least 80 bytes; the exact length is checked when the shard is mapped.
-            if not path.is_file() or path.stat().st_size < 2 * shard.tokens:
-                raise UserError(f"the shard {path} is missing or cut short; delete {folder} and prepare it again")
+        try:
+            _ = dataset.train, dataset.val  # maps every shard
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{folder / MANIFEST} is damaged ({error!r}); {_REMEDY.format(folder)}") from None
         return dataset
 
     @property
@@ -81,8 +82,14 @@ class Dataset:
         return TokenStream(self, "val")
 
     def damaged(self) -> list[str]:
-        """Shards whose content is not what the manifest says."""
-        return [shard.file for shard in self.shards if file_sha256(self.folder / shard.file) != shard.sha256]
+        """Shards whose content is not what the manifest says, or cannot be read."""
+        return [shard.file for shard in self.shards if not self._intact(shard)]
+
+    def _intact(self, shard: Shard) -> bool:
+        try:
+            return file_sha256(self.folder / shard.file) == shard.sha256
+        except OSError:
+            return False
 
 
 class TokenStream:
@@ -90,13 +97,7 @@ class TokenStream:
 
     def __init__(self, dataset: Dataset, split: str) -> None:
         shards = [shard for shard in dataset.shards if shard.split == split]
-        self._arrays = [np.load(dataset.folder / shard.file, mmap_mode="r") for shard in shards]
-        for shard, array in zip(shards, self._arrays, strict=True):
-            if array.dtype != np.uint16 or array.shape != (shard.tokens,):
-                raise UserError(
-                    f"the shard {dataset.folder / shard.file} holds {array.dtype} {array.shape}, expected uint16 "
-                    f"({shard.tokens},); delete {dataset.folder} and prepare it again"
-                )
+        self._arrays = [_map(dataset.folder, shard) for shard in shards]
         self._ends = np.cumsum([shard.tokens for shard in shards])
         self.tokens = int(self._ends[-1]) if shards else 0
 
@@ -119,12 +120,27 @@ class TokenStream:
         return out
 
 
+def _map(folder: Path, shard: Shard) -> np.ndarray:
+    """A shard as an array that stays on disk, (shard.tokens,) uint16."""
+    path = folder / shard.file
+    try:
+        array = np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"the shard {path} is missing or cut short ({error}); {_REMEDY.format(folder)}") from None
+    if array.dtype != np.uint16 or array.shape != (shard.tokens,):
+        raise UserError(
+            f"the shard {path} holds {array.dtype} {array.shape}, expected uint16 ({shard.tokens},); "
+            f"{_REMEDY.format(folder)}"
+        )
+    return array
+
+
 def find_dataset(name: str) -> Dataset:
     """A data set by its folder, its name under temp_data/datasets, or the start of that name where only one fits."""
     for folder in (Path(name).expanduser(), paths.datasets() / name):
         if (folder / MANIFEST).is_file():
             return Dataset.open(folder)
-    known = sorted(folder.parent.name for folder in paths.datasets().glob(f"*/{MANIFEST}"))
+    known = sorted(folder.parent.name for folder in paths.datasets().glob(f"[!.]*/{MANIFEST}"))
     matches = [each for each in known if each.startswith(name)]
     if len(matches) == 1:
         return Dataset.open(paths.datasets() / matches[0])

@@ -4,8 +4,8 @@ To add a source, write a function that returns a `Source` and enter it in SOURCE
 makes up the source's fingerprint: same digests, same data set on disk.
 """
 
-import glob
 import hashlib
+import os
 import sysconfig
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UserError, nearest
-from .readers import READERS, read_text, read_topics, suffix_of
+from .readers import READERS, read_topics, suffix_of
 
 Reader = Callable[[Path], Iterator[str]]
 
@@ -65,23 +65,63 @@ def find_source(spec: str) -> Source:
 
 
 def local_files(where: str) -> Source:
-    """One's own text: a file, every readable file below a folder, or a glob (** for any depth)."""
+    """One's own text: a file, every readable file below a folder, or a glob (** for any depth).
+
+    Hidden files are left out, and links to folders are not followed.
+    """
     path = Path(where).expanduser()
-    if path.is_file():
-        found, root = [path], path.parent
-    elif path.is_dir():
-        found, root = sorted(path.rglob("*")), path
-    else:
-        found = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
-        root = Path(glob.escape(str(path)).split("[")[0]).parent  # the folder before the first wildcard
-    readable = [file for file in found if file.is_file() and suffix_of(file) in READERS and not _hidden(file, root)]
-    if not readable:
-        seen = f"{len([file for file in found if file.is_file()])} files of other kinds" if found else "nothing"
+    try:
+        if path.is_file() or _leads_nowhere(path):
+            found, root = [path], path.parent
+        elif path.is_dir():
+            found, root = _below(path), path
+        else:
+            found, root = _matching(path)
+        files = [file for file in found if file.is_file() or _leads_nowhere(file)]
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename or path}: {error.strerror}; make it readable") from None
+    readable = [file for file in files if suffix_of(file) in READERS]
+    if not where or not readable:
+        seen = f"only {len(files)} files of other kinds" if files else "nothing"
         raise UserError(
             f"no text found at {where!r}: there is {seen}; expected a file, folder or glob of {', '.join(READERS)}"
         )
-    name = "files-" + "".join(c if c.isalnum() or c in "-_" else "-" for c in path.resolve().name)[:40]
+    name = os.path.basename(os.path.abspath(path if path.exists() else root))
+    name = "files-" + "".join(c if c.isalnum() or c in "-_" else "-" for c in name)[:40]
     return Source(name, f"local files at {where}", _describe(readable, root))
+
+
+def _below(folder: Path) -> list[Path]:
+    """Every file below a folder, but hidden ones."""
+
+    def refuse(error: OSError) -> None:  # os.walk would pass over what it cannot list
+        raise error
+
+    found = []
+    for parent, folders, files in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(parent, name) for name in files if not name.startswith(".")]
+    return sorted(found)
+
+
+def _matching(pattern: Path) -> tuple[list[Path], Path]:
+    """What a glob finds, but hidden files, and the folder before its first wildcard."""
+    parts = pattern.parts
+    plain = next((i for i, part in enumerate(parts) if set("*?[") & set(part)), None)
+    if plain is None:
+        return [], pattern
+    root, rest = Path(*parts[:plain]), "/".join(parts[plain:])
+    try:
+        # Path.glob, unlike the module glob, goes round no loop of links. Its ** alone finds folders only.
+        found = sorted(root.glob(f"{rest}/*" if parts[-1] == "**" else rest))
+    except ValueError as error:
+        raise UserError(f"the glob {str(pattern)!r} cannot be read: {error}") from None
+    return [file for file in found if not any(part.startswith(".") for part in file.relative_to(root).parts)], root
+
+
+def _leads_nowhere(path: Path) -> bool:
+    """A broken link, which must not pass for a file that was never there."""
+    return path.is_symlink() and not path.exists()
 
 
 def python_stdlib() -> Source:
@@ -110,24 +150,17 @@ SOURCES: dict[str, Callable[[], Source]] = {"python-stdlib": python_stdlib}
 ANNOUNCED = ("fineweb-edu-10bt", "fineweb-10bt", "dolma-sample", "c4", "bookcorpus", "tinystories", "wikitext-103")
 
 
-def _hidden(file: Path, root: Path) -> bool:
-    return any(part.startswith(".") for part in file.relative_to(root).parts) if file.is_relative_to(root) else False
-
-
 def _describe(files: list[Path], root: Path, read: Reader | None = None) -> tuple[SourceFile, ...]:
     """Files with size and digest; hashed in threads, since hashlib lets go of the lock."""
     with ThreadPoolExecutor() as pool:
-        return tuple(
-            pool.map(lambda file: _describe_one(file, root, read or READERS.get(suffix_of(file), read_text)), files)
-        )
+        return tuple(pool.map(lambda file: _describe_one(file, root, read or READERS[suffix_of(file)]), files))
 
 
 def _describe_one(path: Path, root: Path, read: Reader) -> SourceFile:
-    name = path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()
     try:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return SourceFile(name, path.absolute(), read, path.stat().st_size, digest)
+        return SourceFile(path.relative_to(root).as_posix(), path.absolute(), read, path.stat().st_size, digest)
     except OSError as error:
         raise UserError(
             f"cannot read {path}: {error.strerror}; make it readable, or leave it out of the source"

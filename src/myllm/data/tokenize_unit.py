@@ -2,7 +2,10 @@
 
 import hashlib
 import io
+import multiprocessing
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -15,6 +18,24 @@ from .sources import SourceFile
 from .tokenizer import Tokenizer
 
 COPY_BYTES = 1 << 20
+STOP = "stop"
+"""A file of this name among the unit files: no further tokens are wanted."""
+
+
+def start_worker() -> None:
+    """What a worker process does first: leave Ctrl-C to its parent, and end with it.
+
+    Each worker holds both ends of the queue that it waits on, so a killed parent would leave it waiting for ever.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "only for worker processes"
+
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 @dataclass(frozen=True)
@@ -26,7 +47,7 @@ class UnitTokens:
     lengths: np.ndarray
     """Tokens of each document, (documents,) int64."""
     hashes: np.ndarray
-    """First 8 bytes of each document's sha256, (documents,) uint64."""
+    """First 8 bytes of the sha256 of each document's tokens, (documents,) uint64."""
     empty: int
     """Documents dropped because they hold nothing but white space."""
 
@@ -38,12 +59,18 @@ def _tokenizer() -> Tokenizer:
 
 
 def tokenize_unit(unit: tuple[SourceFile, ...], out: Path) -> UnitTokens:
-    """Read every document of the unit's files and write its tokens."""
-    tokenizer = _tokenizer()
+    """Read every document of the unit's files and write its tokens.
+
+    Raises:
+        InterruptedError: the parent has no use for more, and does not ask for this result.
+    """
+    tokenizer, stop = _tokenizer(), out.with_name(STOP)
     lengths, hashes, empty = [], [], 0
     with out.open("wb") as file:
         for source in unit:
             for text in source.read(source.path):
+                if stop.exists():
+                    raise InterruptedError(f"{out} is no longer wanted")
                 if not text.strip():
                     empty += 1
                     continue
@@ -58,8 +85,7 @@ def tokenize_unit(unit: tuple[SourceFile, ...], out: Path) -> UnitTokens:
                     ) from None
                 file.write(tokens.astype("<u2").tobytes())
                 lengths.append(len(tokens))
-                digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
-                hashes.append(int.from_bytes(digest[:8], "little"))
+                hashes.append(int.from_bytes(hashlib.sha256(tokens.tobytes()).digest()[:8], "little"))
     return UnitTokens(out, np.array(lengths, dtype=np.int64), np.array(hashes, dtype=np.uint64), empty)
 
 
@@ -93,5 +119,6 @@ def _parts(header: bytes, spans: list[tuple[Path, int, int]]) -> Iterator[bytes]
             left = 2 * (end - start)
             while left:
                 part = file.read(min(left, COPY_BYTES))
+                assert part, f"{unit} is shorter than it was"
                 yield part
                 left -= len(part)

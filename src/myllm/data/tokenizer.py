@@ -19,8 +19,10 @@ VOCAB_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 END_OF_TEXT = 50_256
 
-# A run of about a million white-space characters overflows the regex engine's stack inside tiktoken and panics.
-_LONG_SPACE = re.compile(r"\s{100000}")
+# A run of about a million white-space characters overflows the regex engine's stack inside tiktoken and panics. Looking
+# behind lets a run match at its start alone: tried at each of its characters, a shorter run would take quadratic time.
+MAX_SPACE_CHARS = 100_000
+_LONG_SPACE = re.compile(rf"(?<!\s)\s{{{MAX_SPACE_CHARS},}}")
 
 
 class Tokenizer:
@@ -60,7 +62,8 @@ class Tokenizer:
             returns (n,) uint16
         """
         # Cutting such a run in pieces changes at most the tokens at the cuts.
-        cuts = [0, *(match.end() for match in _LONG_SPACE.finditer(text)), len(text)]
+        runs = [match.span() for match in _LONG_SPACE.finditer(text)]
+        cuts = [0, *(cut for a, b in runs for cut in range(a + MAX_SPACE_CHARS, b, MAX_SPACE_CHARS)), len(text)]
         pieces = [self._encode(text[a:b]) for a, b in pairwise(cuts) if b > a]
         return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.uint16)
 

@@ -35,8 +35,8 @@ def validation_sums(
     for start in range(0, len(mine), batch_size):
         tokens, targets = (part.to(device) for part in batch_of(stream, mine[start : start + batch_size], seq_len))
         log_probs, hits = score(tokens, targets)  # (B, T) each
-        parts = (-log_probs.sum(), torch.tensor(targets.numel()), token_bytes[targets].sum(), hits.sum())
-        sums += torch.stack([part.to("cpu", torch.float64) for part in parts])
+        parts = (-log_probs, torch.ones_like(targets), token_bytes[targets], hits)
+        sums += torch.stack([part.to("cpu", torch.float64).sum() for part in parts])
     return sums
 
 

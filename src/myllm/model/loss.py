@@ -15,8 +15,8 @@ from torch import Tensor
 IGNORED = -1
 """Target of a token that is not predicted."""
 
-# Tokens a chunk, measured in docs/experiments.md: on a CPU its logits stay near the cache, on a GPU its matrix products
-# fill the card.
+# Tokens a chunk. On a CPU the figure is flat from 128 to 512 (docs/experiments.md); on a GPU the matrix products need
+# enough rows to fill the card.
 CPU_CHUNK = 256
 GPU_CHUNK = 4_096
 
@@ -32,60 +32,46 @@ def mean_loss(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) 
 
 @torch.no_grad()
 def token_scores(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """Log-probability of each target, and whether it was the likeliest token. The head runs only where a target is.
+    """Log-probability of each target, and whether no token was likelier. The head runs only where a target is.
 
     Shapes:
         hidden (N, D); weight (V, D); targets (N,), IGNORED where nothing is asked; returns (N,) float32, 0 where
         ignored, and (N,) bool, false where ignored
     """
-    log_probs = torch.zeros(targets.shape, dtype=torch.float32, device=hidden.device)
-    correct = torch.zeros(targets.shape, dtype=torch.bool, device=hidden.device)
-    for rows in (targets != IGNORED).nonzero().squeeze(1).split(_chunk(hidden)):
-        wanted = targets[rows].unsqueeze(1)  # (C, 1)
-        logits = _mask_padding((hidden[rows] @ weight.t()).float(), vocab_size)  # (C, V)
-        correct[rows] = logits.argmax(dim=-1) == wanted.squeeze(1)
-        log_probs[rows] = torch.log_softmax(logits, dim=-1, out=logits).gather(1, wanted).squeeze(1)
-    return log_probs, correct
-
-
-def _chunk(hidden: Tensor) -> int:
-    return CPU_CHUNK if hidden.device.type == "cpu" else GPU_CHUNK
-
-
-def _mask_padding(logits: Tensor, vocab_size: int) -> Tensor:
-    """In place: the vocabulary's padding becomes minus infinity, so it has no probability and no gradient.
-
-    Shapes:
-        logits (C, V), returned
-    """
-    logits[:, vocab_size:] = float("-inf")
-    return logits
+    scores = torch.zeros(targets.shape, dtype=torch.float32, device=hidden.device)
+    hits = torch.zeros(targets.shape, dtype=torch.bool, device=hidden.device)
+    asked = (targets != IGNORED).nonzero().squeeze(1)
+    h, w = _in_compute_type(hidden, weight)
+    buffer = _logits_buffer(h, w, len(asked))
+    for rows in asked.split(_chunk(hidden)):
+        log_probs = _log_probs(h[rows], w, vocab_size, buffer)  # (C, V)
+        scores[rows] = log_probs.gather(1, targets[rows].unsqueeze(1)).squeeze(1)
+        hits[rows] = scores[rows] == log_probs.amax(dim=-1)
+    return scores, hits
 
 
 class _MeanLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
-        device = hidden.device.type
-        # Autocast does not reach inside a Function, so its type is applied by hand.
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        h, w = hidden.detach().to(dtype), weight.detach().to(dtype)
+        h, w = _in_compute_type(hidden.detach(), weight.detach())
         n = targets.shape[0]
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_h, grad_w = torch.empty_like(h), torch.zeros_like(weight)
-        # One buffer for every chunk's logits: on a CPU, fresh pages cost as much as the matrix product.
-        buffer = torch.empty(min(_chunk(hidden), n), w.shape[0], dtype=dtype, device=hidden.device)
+        buffer = _logits_buffer(h, w, n)
         for start in range(0, n, _chunk(hidden)):
             rows = slice(start, min(start + _chunk(hidden), n))
             wanted = targets[rows].unsqueeze(1)  # (C, 1)
-            logits = torch.mm(h[rows], w.t(), out=buffer[: wanted.shape[0]]).float()
-            log_probs = torch.log_softmax(_mask_padding(logits, vocab_size), dim=-1, out=logits)  # (C, V)
+            log_probs = _log_probs(h[rows], w, vocab_size, buffer)  # (C, V)
             loss -= log_probs.gather(1, wanted).sum() / n
             # d loss / d logits = (softmax - onehot) / n
             grad = log_probs.exp_()
             grad.scatter_add_(1, wanted, grad.new_full(wanted.shape, -1.0))
-            grad = grad.mul_(1 / n).to(dtype)
+            grad = grad.mul_(1 / n).to(w.dtype)
             grad_h[rows] = grad @ w  # (C, D)
-            grad_w.addmm_(grad.t(), h[rows]) if dtype == weight.dtype else grad_w.add_(grad.t() @ h[rows])  # (V, D)
+            if w.dtype == weight.dtype:
+                grad_w.addmm_(grad.t(), h[rows])  # (V, D), with no second matrix of that size
+            else:
+                grad_w += grad.t() @ h[rows]  # (V, D)
         ctx.save_for_backward(grad_h, grad_w)
         ctx.hidden_dtype = hidden.dtype
         return loss
@@ -94,3 +80,32 @@ class _MeanLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, Tensor, None, None]:
         grad_h, grad_w = ctx.saved_tensors
         return (grad_h * grad_loss).to(ctx.hidden_dtype), grad_w * grad_loss, None, None
+
+
+def _log_probs(h: Tensor, w: Tensor, vocab_size: int, buffer: Tensor) -> Tensor:
+    """Log-probabilities in float32, in the buffer's memory where its type allows.
+
+    The vocabulary's padding gets minus infinity: no probability, and no gradient.
+
+    Shapes:
+        h (C, D); w (V, D); buffer (C or more, V); returns (C, V)
+    """
+    logits = torch.mm(h, w.t(), out=buffer[: h.shape[0]]).float()
+    logits[:, vocab_size:] = float("-inf")
+    return torch.log_softmax(logits, dim=-1, out=logits)
+
+
+def _logits_buffer(h: Tensor, w: Tensor, n: int) -> Tensor:
+    """Room for one chunk's logits, used again for each: on a CPU, fresh pages cost as much as the matrix product."""
+    return torch.empty(min(_chunk(h), n), w.shape[0], dtype=h.dtype, device=h.device)
+
+
+def _in_compute_type(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in autocast's type, applied by hand: autocast reaches neither into a Function nor to products with `out`."""
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    return hidden.to(dtype), weight.to(dtype)
+
+
+def _chunk(hidden: Tensor) -> int:
+    return CPU_CHUNK if hidden.device.type == "cpu" else GPU_CHUNK

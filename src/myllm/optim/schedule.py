@@ -22,7 +22,6 @@ def learning_rate(step: int, config: OptimConfig, max_steps: int) -> float:
     elif config.schedule == "linear":
         share = 1 - progress
     else:
-        decay_steps = config.decay_fraction * max_steps
-        share = min((max_steps - step) / decay_steps, 1.0) if decay_steps > 0 else 1.0
-        share = max(share, 0.0)
+        decay_steps = min(config.decay_fraction * max_steps, left)
+        share = min(max(max_steps - step, 0) / decay_steps, 1.0) if decay_steps > 0 else 1.0
     return config.max_lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * share)

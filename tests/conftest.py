@@ -1,0 +1,114 @@
+"""What many tests need: a small corpus, a tiny config, and a temp_data/ of their own."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from myllm.config import DataConfig, EvalConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig, to_dict
+
+ROOT = Path(__file__).resolve().parents[1]
+WORDS = (
+    "the river ran under old stone bridge while children counted boats and sang of salt wind light harbour evening "
+    "bread copper lantern winter market song letter garden narrow window quiet morning voice paper road hill"
+)
+
+
+def write_corpus(folder: Path, documents: int = 60, words: int = 300) -> Path:
+    """Documents of made-up prose, the same every time."""
+    chance, vocabulary = random.Random(7), WORDS.split()
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(documents):
+        text = " ".join(chance.choice(vocabulary) + chance.choice(["", "", "", ",", ".", "\n"]) for _ in range(words))
+        (folder / f"{number:03d}.txt").write_text(f"Chapter {number}\n\n{text}\n", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture
+def temp_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A temp_data/ that the test has to itself."""
+    monkeypatch.setenv("MYLLM_DATA", str(tmp_path / "temp_data"))
+    return tmp_path / "temp_data"
+
+
+@pytest.fixture
+def tiny(corpus: Path, temp_data: Path) -> RunConfig:
+    """A run that takes a second: every part is there, dropout too, so that random state matters."""
+    return RunConfig(
+        name="tiny",
+        model=ModelConfig(
+            max_seq_len=64, d_model=16, n_layers=2, n_heads=2, d_ff=32, qk_norm=True, dropout_embedding=0.1,
+            dropout_attention_residual=0.1, dropout_ffn=0.1,
+        ),
+        data=DataConfig(source=f"files:{corpus}", val_tokens=3_000, shard_tokens=4_000, workers=1),
+        optim=OptimConfig(max_lr=3e-3, warmup_steps=3, schedule="linear"),
+        train=TrainConfig(
+            max_steps=12, batch_tokens=128, micro_batch_size=1, log_every_steps=1, save_every_steps=4, device="cpu"
+        ),
+        eval=EvalConfig(
+            validation_every_steps=6, validation_tokens=256, cloze_every_steps=12, cloze_examples=8,
+            sample_every_steps=12, sample_prompts=("the river",), sample_new_tokens=8,
+        ),
+    )  # fmt: skip
+
+
+def with_train(config: RunConfig, **changes: object) -> RunConfig:
+    return replace(config, train=replace(config.train, **changes))
+
+
+def write_run_config(config: RunConfig, path: Path) -> Path:
+    path.write_text(json.dumps(to_dict(config)), encoding="utf-8")
+    return path
+
+
+def launch(*words: str | Path, ranks: int = 1, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    """Run pretrain.py as a user would, alone or under torchrun."""
+    return subprocess.run(command(*words, ranks=ranks), capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def command(*words: str | Path, ranks: int = 1) -> list[str]:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    return [sys.executable, *torchrun, str(ROOT / "pretrain.py"), *map(str, words)]
+
+
+def train_rows(run: Path) -> list[dict[str, float]]:
+    """The training rows of a run's metrics."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["kind"] == "train"]
+
+
+def eval_rows(run: Path, name: str) -> list[dict[str, float]]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["kind"] == "eval" and row["name"] == name]
+
+
+def losses(run: Path) -> dict[int, float]:
+    """Loss by step; a step that was written twice fails."""
+    rows = train_rows(run)
+    assert len({row["step"] for row in rows}) == len(rows), "a step was logged twice"
+    return {int(row["step"]): row["loss"] for row in rows}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """The models here are too small to share out, and the machine may be busy."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launcher's variables around the tests are not theirs."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert "RANK" not in os.environ

@@ -1,0 +1,33 @@
+"""One rank's share of a test: the gradient of the first step, written to FOLDER/rankN.pt. Run under torchrun."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from myllm.config import RunConfig, load_json
+from myllm.data.loader import Loader
+from myllm.data.order import DataPosition
+from myllm.data.prepare import prepare
+from myllm.distributed import process_group
+from myllm.model import Transformer
+from myllm.plan import batch_plan
+from myllm.step import accumulate_gradients, wrap
+
+
+def main(path: str, folder: str) -> None:
+    config = load_json(Path(path), RunConfig())
+    dataset = prepare(config.data, progress=False)
+    with process_group("cpu") as process:
+        torch.set_num_threads(1)
+        model = Transformer(config.model, config.train.seed)
+        batch = batch_plan(config.model, config.train, process.world_size)
+        position = DataPosition(0, 0, config.train.seed, dataset.hash)
+        with Loader(dataset.train, batch, position, process.rank, process.device) as loader:
+            accumulate_gradients(wrap(model, config, process), loader, batch, config, process)
+        gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+        torch.save(gradients, Path(folder) / f"rank{process.rank}.pt")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,104 @@
+"""Validation's sums against a direct float64 computation, for any number of ranks."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from myllm.data.tokenizer import Tokenizer
+from myllm.evals.validation import finish, validation_sums
+
+VOCAB = 40
+
+
+class Stream:
+    """Tokens in memory, read as a TokenStream is."""
+
+    def __init__(self, tokens) -> None:
+        self._tokens = np.asarray(tokens, dtype=np.uint16)
+        self.tokens = len(self._tokens)
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        assert 0 <= start <= start + count <= self.tokens
+        return self._tokens[start : start + count]
+
+
+def toy_score(tokens: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Some function of both, different for every pair."""
+    return -(1 + torch.sin(tokens * 7.0 + targets) ** 2 + targets / 10).float(), (tokens + targets) % 3 == 0
+
+
+def sums(stream: Stream, n_sequences: int, batch_size: int, ranks: int, token_bytes: torch.Tensor) -> torch.Tensor:
+    shares = [
+        validation_sums(toy_score, stream, n_sequences, 8, batch_size, token_bytes, rank, ranks)
+        for rank in range(ranks)
+    ]
+    assert all(share.dtype == torch.float64 and share.shape == (4,) for share in shares)
+    return sum(shares)
+
+
+@settings(max_examples=40, deadline=None)
+@given(n_sequences=st.integers(1, 12), batch_size=st.integers(1, 5), ranks=st.integers(1, 4), seed=st.integers(0, 99))
+def test_sums(n_sequences, batch_size, ranks, seed):
+    generator = np.random.default_rng(seed)
+    text, token_bytes = generator.integers(VOCAB, size=100), generator.integers(0, 9, size=VOCAB)
+    got = sums(Stream(text), n_sequences, batch_size, ranks, torch.from_numpy(token_bytes))
+    last = n_sequences * 8
+    tokens, targets = torch.from_numpy(text[:last]), torch.from_numpy(text[1 : last + 1])
+    log_probs, hits = toy_score(tokens, targets)
+    expected = [-log_probs.double().sum(), last, token_bytes[text[1 : last + 1]].sum(), hits.sum()]
+    torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=0)
+
+
+def test_the_number_of_ranks_changes_nothing():
+    stream, token_bytes = Stream(np.random.default_rng(0).integers(VOCAB, size=500)), torch.arange(VOCAB)
+    one = sums(stream, 31, 4, 1, token_bytes)
+    for ranks in (2, 3, 40):  # of 40 some have no sequence at all
+        torch.testing.assert_close(sums(stream, 31, 4, ranks, token_bytes), one, rtol=1e-13, atol=0)
+
+
+def test_figures():
+    figures = finish(torch.tensor([200 * math.log(2), 100, 50, 25], dtype=torch.float64))
+    assert figures == {
+        "loss": pytest.approx(2 * math.log(2)),
+        "perplexity": pytest.approx(4),
+        "bits_per_byte": pytest.approx(4),
+        "token_accuracy": 0.25,
+        "n_tokens": 100,
+    }
+
+
+def test_figures_at_the_edges():
+    assert finish(torch.tensor([1e6, 10, 1, 0]).double())["perplexity"] == math.inf
+    assert math.isnan(finish(torch.tensor([1.0, 10, 0, 0]).double())["bits_per_byte"])
+
+
+def test_bits_per_byte_of_a_known_text():
+    """A model that needs 3 bits a token: 3 bits x tokens over the text's UTF-8 bytes."""
+    text = "Größe matters: 漢字 take three bytes each, 🙂 takes four, and naïve has two for one."
+    tokenizer = Tokenizer()
+    ids = tokenizer.encode(text)
+    stream = Stream([tokenizer.end_of_text, *ids])
+
+    def three_bits(tokens, targets):
+        return torch.full(targets.shape, -3 * math.log(2)), torch.zeros_like(targets, dtype=torch.bool)
+
+    token_bytes = torch.from_numpy(tokenizer.token_bytes())
+    got = validation_sums(three_bits, stream, 1, len(ids), 1, token_bytes, 0, 1)
+    assert got[2] == len(text.encode()) > len(text)
+    assert finish(got)["bits_per_byte"] == pytest.approx(3 * len(ids) / len(text.encode()), rel=1e-6)
+
+
+def test_the_end_of_text_has_no_bytes():
+    tokenizer = Tokenizer()
+    stream = Stream([*tokenizer.encode_document("one two"), *tokenizer.encode_document("three")])
+    token_bytes = torch.from_numpy(tokenizer.token_bytes())
+
+    def certain(tokens, targets):
+        return torch.zeros(targets.shape), torch.ones_like(targets, dtype=torch.bool)
+
+    got = validation_sums(certain, stream, 1, stream.tokens - 1, 1, token_bytes, 0, 1)
+    assert got.tolist() == [0, stream.tokens - 1, len("one two") + len("three"), stream.tokens - 1]

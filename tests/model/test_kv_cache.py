@@ -1,0 +1,76 @@
+"""Tokens one at a time, or a few, behind a cache give the logits of the whole sequence at once."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from myllm.config import ModelConfig
+from myllm.model import KVCache, Transformer
+
+SMALL = ModelConfig(vocab_size=50, vocab_multiple=8, max_seq_len=20, d_model=24, n_layers=3, n_heads=4, d_ff=32)
+
+
+def model_of(kind: dict) -> Transformer:
+    model = Transformer(replace(SMALL, **kind)).eval()
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.15 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {},
+        {"position": "learned"},
+        {"n_kv_heads": 2, "bias": True},
+        {"qk_norm": True, "head_dim": 8},
+        {"qk_norm": True, "n_kv_heads": 1, "position": "learned"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("pieces", [[20], [1] * 20, [7, *[1] * 13], [5, 4, 1, 6, 1, 3]], ids=str)
+@torch.no_grad()
+def test_pieces_give_the_logits_of_the_whole(kind, pieces):
+    model = model_of(kind)
+    tokens = torch.randint(50, (3, 20), generator=torch.Generator().manual_seed(1))
+    whole = model(tokens)
+    cache = KVCache(model.config, 3, 20, "cpu", torch.float32)
+    parts = [model(piece, cache=cache) for piece in tokens.split(pieces, dim=1)]
+    assert cache.length == 20
+    assert whole.std() > 0.5
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_cleared_cache_is_as_new():
+    model = model_of({})
+    tokens = torch.randint(50, (1, 12), generator=torch.Generator().manual_seed(2))
+    cache = KVCache(model.config, 1, 20, "cpu", torch.float32)
+    first = model(tokens, cache=cache)
+    model(tokens[:, :5], cache=cache)
+    cache.clear()
+    assert cache.length == 0
+    assert torch.equal(model(tokens, cache=cache), first)
+
+
+@torch.no_grad()
+def test_a_full_cache_refuses_more():
+    model = model_of({})
+    cache = KVCache(model.config, 1, 4, "cpu", torch.float32)
+    assert cache.max_tokens == 4
+    with pytest.raises(AssertionError, match="cache of 4 tokens cannot hold 5"):
+        model(torch.zeros(1, 5, dtype=torch.long), cache=cache)
+
+
+@torch.no_grad()
+def test_bfloat16_cache_under_autocast():
+    model = model_of({"qk_norm": True, "n_kv_heads": 2})
+    tokens = torch.randint(50, (1, 12), generator=torch.Generator().manual_seed(2))
+    cache = KVCache(model.config, 1, 20, "cpu", torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        whole = model(tokens).float()
+        parts = [model(piece, cache=cache).float() for piece in tokens.split([6, 1, 1, 4], dim=1)]
+    assert (torch.cat(parts, dim=1) - whole).abs().max() < 0.05 * whole.abs().max()

@@ -1,0 +1,168 @@
+"""The chunked loss against float64 cross-entropy, and what it never allocates."""
+
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from myllm.model import loss as module
+from myllm.model.loss import IGNORED, mean_loss, token_scores
+
+
+def example(n: int, d: int, vocab_size: int, padding: int, seed: int = 0) -> tuple[torch.Tensor, ...]:
+    """Hidden states, a head whose padding rows are not even zero, and targets."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(n, d, generator=generator).requires_grad_()
+    weight = torch.randn(vocab_size + padding, d, generator=generator).requires_grad_()
+    return hidden, weight, torch.randint(vocab_size, (n,), generator=generator)
+
+
+def in_float64(hidden, weight, targets, vocab_size):
+    """Loss and both gradients by torch's own cross-entropy over all logits at once."""
+    h, w = (x.detach().double().requires_grad_() for x in (hidden, weight))
+    loss = F.cross_entropy(h @ w[:vocab_size].t(), targets)
+    return (loss.detach(), *torch.autograd.grad(loss, (h, w)))
+
+
+def value_and_gradients(hidden, weight, targets, vocab_size):
+    loss = mean_loss(hidden, weight, targets, vocab_size)
+    return (loss.detach(), *torch.autograd.grad(loss, (hidden, weight)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(1, 40),
+    d=st.integers(1, 12),
+    vocab_size=st.integers(1, 50),
+    padding=st.integers(0, 9),
+    chunk=st.sampled_from([1, 2, 7, 16, 256]),
+    seed=st.integers(0, 99),
+)
+def test_value_and_gradients(n, d, vocab_size, padding, chunk, seed):
+    hidden, weight, targets = example(n, d, vocab_size, padding, seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "CPU_CHUNK", chunk)
+        ours = value_and_gradients(hidden, weight, targets, vocab_size)
+    for mine, expected in zip(ours, in_float64(hidden, weight, targets, vocab_size), strict=True):
+        torch.testing.assert_close(mine.double(), expected, rtol=1e-5, atol=1e-6)
+    assert not ours[2][vocab_size:].any()  # exactly zero, so that padding never moves
+
+
+def test_the_gradient_is_scaled_by_what_comes_after():
+    hidden, weight, targets = example(5, 4, 9, 3)
+    plain = value_and_gradients(hidden, weight, targets, 9)
+    scaled = torch.autograd.grad(mean_loss(hidden, weight, targets, 9) / 8, (hidden, weight))
+    for part, whole in zip(scaled, plain[1:], strict=True):
+        torch.testing.assert_close(part, whole / 8)
+
+
+def test_padding_has_no_probability():
+    """A padding row that would win every token changes neither loss nor scores."""
+    hidden, weight, targets = example(30, 4, 9, 3)
+    with torch.no_grad():
+        hidden[:, 0] = 1
+        loud = weight.clone()
+        loud[9:, 0] = 1e4
+    assert mean_loss(hidden, loud, targets, 9) == mean_loss(hidden, weight, targets, 9)
+    for ours, plain in zip(
+        token_scores(hidden, loud, targets, 9), token_scores(hidden, weight, targets, 9), strict=True
+    ):
+        assert torch.equal(ours, plain)
+    everything = torch.stack([token_scores(hidden, loud, torch.full((30,), token), 9)[0] for token in range(9)])
+    torch.testing.assert_close(everything.exp().sum(dim=0), torch.ones(30))
+
+
+@settings(max_examples=60, deadline=None)
+@given(n=st.integers(0, 30), ignored=st.floats(0, 1), chunk=st.sampled_from([1, 4, 256]), seed=st.integers(0, 99))
+def test_token_scores(n, ignored, chunk, seed):
+    hidden, weight, targets = example(n, 6, 11, 5, seed)
+    targets[torch.rand(n, generator=torch.Generator().manual_seed(seed)) < ignored] = IGNORED
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "CPU_CHUNK", chunk)
+        scores, hits = token_scores(hidden, weight, targets, 11)
+    logits = hidden.detach().double() @ weight.detach().double()[:11].t()
+    asked = targets != IGNORED
+    expected = logits.log_softmax(-1).gather(1, targets.clamp(min=0).unsqueeze(1)).squeeze(1) * asked
+    torch.testing.assert_close(scores.double(), expected, rtol=1e-5, atol=1e-6)
+    assert scores.dtype == torch.float32
+    assert torch.equal(hits, asked & (logits.argmax(dim=-1) == targets))
+    assert not scores.requires_grad
+
+
+def test_nothing_asked():
+    hidden, weight, _ = example(7, 4, 9, 0)
+    scores, hits = token_scores(hidden, weight, torch.full((7,), IGNORED), 9)
+    assert not scores.any()
+    assert not hits.any()
+
+
+def test_bfloat16_autocast():
+    hidden, weight, targets = example(300, 64, 500, 12)
+    hidden, weight = (x.detach().mul(0.3).requires_grad_() for x in (hidden, weight))
+    exact = value_and_gradients(hidden, weight, targets, 500)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = value_and_gradients(hidden, weight, targets, 500)
+        scores, _ = token_scores(hidden, weight, targets, 500)
+    assert [x.dtype for x in rough] == [torch.float32] * 3
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(rough[0], exact[0], rtol=4e-3, atol=0)
+    torch.testing.assert_close(-scores.mean(), exact[0], rtol=4e-3, atol=0)
+    for ours, expected in zip(rough[1:], exact[1:], strict=True):
+        assert (ours - expected).norm() < 0.02 * expected.norm()
+    assert not torch.equal(rough[1], exact[1])  # autocast did something
+
+
+def test_hidden_states_in_bfloat16_get_gradients_in_bfloat16():
+    hidden, weight, targets = example(20, 8, 30, 2)
+    low = hidden.detach().bfloat16().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        _, grad_hidden, grad_weight = value_and_gradients(low, weight, targets, 30)
+    assert (grad_hidden.dtype, grad_weight.dtype) == (torch.bfloat16, torch.float32)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the most elements that any operation's result had."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for each in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(each, torch.Tensor):
+                self.elements = max(self.elements, each.numel())
+        return result
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_logits_never_exist_all_at_once(autocast, monkeypatch):
+    monkeypatch.setattr(module, "CPU_CHUNK", 16)
+    n, d, v = 512, 8, 100
+    hidden, weight, targets = example(n, d, v - 4, 4)
+    with LargestTensor() as plain:
+        in_float64(hidden, weight, targets, v - 4)
+    assert plain.elements >= n * (v - 4)  # the measure sees what a plain loss allocates
+    with LargestTensor() as largest, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        value_and_gradients(hidden, weight, targets, v - 4)
+        token_scores(hidden, weight, targets, v - 4)
+    assert largest.elements <= max(16 * v, n * d, v * d)
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("autocast", [False, True])
+def test_compiled(autocast):
+    hidden, weight, targets = example(600, 16, 100, 28)  # two whole chunks and a part of one
+    compiled = torch.compile(mean_loss, fullgraph=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        plain = value_and_gradients(hidden, weight, targets, 100)
+        loss = compiled(hidden, weight, targets, 100)
+    gradients = torch.autograd.grad(loss, (hidden, weight))
+    for ours, expected in zip((loss.detach(), *gradients), plain, strict=True):
+        assert ours.dtype == expected.dtype
+        assert (ours - expected).norm() < (5e-3 if autocast else 1e-6) * expected.norm()
+    assert not gradients[1][100:].any()

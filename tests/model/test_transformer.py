@@ -1,0 +1,252 @@
+"""The whole model: its loss, causality, starting weights, parameter counts, dropout and saved names."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from myllm.config import ModelConfig
+from myllm.model import KVCache, Transformer
+from myllm.plan import n_parameters, parameters_by_part
+from myllm.presets import PRESETS
+
+SMALL = ModelConfig(vocab_size=61, vocab_multiple=16, max_seq_len=16, d_model=24, n_layers=2, n_heads=4, d_ff=40)
+KINDS = [
+    {},
+    {"qk_norm": True, "n_kv_heads": 2, "head_dim": 10, "bias": True},
+    {"position": "learned", "norm": "layernorm", "activation": "gelu", "bias": True},
+    {"position": "learned", "norm": "layernorm", "activation": "relu2", "tie_embeddings": False},
+]
+by_kind = pytest.mark.parametrize("kind", KINDS, ids=str)
+
+
+def tokens_of(config: ModelConfig, batch: int = 2, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(config.vocab_size, (batch, config.max_seq_len), generator=generator)
+
+
+def lively(config: ModelConfig) -> Transformer:
+    """A model whose predictions depend on every part: starting weights alone are nearly uniform."""
+    model = Transformer(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+    return model
+
+
+@by_kind
+def test_loss_and_scores_are_those_of_the_logits(kind):
+    config = replace(SMALL, **kind)
+    model, tokens, targets = lively(config), tokens_of(config), tokens_of(config, seed=1)
+    logits = model(tokens)
+    assert logits.shape == (2, 16, 61)
+    torch.testing.assert_close(model(tokens, targets), F.cross_entropy(logits.flatten(0, 1), targets.flatten()))
+    targets[0, :5] = -1
+    log_probs, hits = model.score(tokens, targets)
+    expected = -F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none")
+    torch.testing.assert_close(log_probs, expected.view(2, 16))
+    assert torch.equal(hits, logits.argmax(dim=-1) == targets)
+
+
+def test_gradients_are_those_of_the_logits():
+    """Through the whole model, the tied embedding's two uses included."""
+    model, tokens, targets = lively(SMALL), tokens_of(SMALL), tokens_of(SMALL, seed=1)
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    ours = torch.autograd.grad(model(tokens, targets), parameters)
+    plain = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
+    for name, mine, expected in zip(names, ours, torch.autograd.grad(plain, parameters), strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+        assert expected.any()
+
+
+@by_kind
+@torch.no_grad()
+def test_causal(kind):
+    config = replace(SMALL, **kind)
+    model, tokens = lively(config), tokens_of(config)
+    before = model(tokens)
+    for changed in (1, 7, 15):
+        other = tokens.clone()
+        other[:, changed] = (other[:, changed] + 1) % config.vocab_size
+        after = model(other)
+        assert torch.equal(after[:, :changed], before[:, :changed])
+        assert not torch.isclose(after[:, changed:], before[:, changed:]).all(dim=-1).any()
+
+
+@torch.no_grad()
+def test_fewer_heads_of_keys_are_repeated_heads():
+    """Grouped queries are multi-head attention in which neighbouring heads have equal keys and values."""
+    grouped = lively(replace(SMALL, n_kv_heads=2, bias=True))
+    full = Transformer(replace(SMALL, bias=True)).eval()
+    weights = grouped.state_dict()
+    for name in [name for name in weights if ".qkv_proj." in name]:
+        q, k, v = weights[name].split((24, 12, 12))  # rows of 4, 2 and 2 heads of 6
+        k, v = (part.unflatten(0, (2, 6)).repeat_interleave(2, dim=0).flatten(0, 1) for part in (k, v))
+        weights[name] = torch.cat((q, k, v))
+    full.load_state_dict(weights)
+    torch.testing.assert_close(full(tokens_of(SMALL)), grouped(tokens_of(SMALL)), rtol=1e-5, atol=1e-5)
+
+
+def test_too_many_tokens():
+    model = Transformer(SMALL)
+    with pytest.raises(AssertionError, match="17 tokens exceed the context of 16"):
+        model(torch.zeros(1, 17, dtype=torch.long))
+    cache = KVCache(SMALL, 1, 32, "cpu", torch.float32)
+    model(torch.zeros(1, 10, dtype=torch.long), cache=cache)
+    with pytest.raises(AssertionError, match="17 tokens exceed the context of 16"):
+        model(torch.zeros(1, 7, dtype=torch.long), cache=cache)
+
+
+# -- starting weights -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("init", ["gpt2", "reference"])
+def test_init(init):
+    config = ModelConfig(
+        vocab_size=1_000, max_seq_len=200, d_model=128, n_layers=4, n_heads=4, d_ff=256, bias=True, qk_norm=True,
+        position="learned", norm="layernorm", tie_embeddings=False, init=init,
+    )  # fmt: skip
+    residual = {"gpt2": 0.02 / math.sqrt(8), "reference": 1 / (math.sqrt(128) * 4)}[init]
+    other = {"gpt2": 0.02, "reference": math.sqrt(2 / (5 * 128))}[init]
+    seen = set()
+    for name, parameter in Transformer(config).state_dict().items():
+        kind = name.rpartition(".")[0].rpartition(".")[2]
+        seen.add(kind)
+        if name in ("embedding.weight", "head.weight"):
+            assert parameter.shape[0] == 1_024
+            assert not parameter[1_000:].any()
+            assert parameter[:1_000].any(dim=1).all()
+            parameter = parameter[:1_000]
+        if name.endswith("bias"):
+            assert not parameter.any(), name
+        elif "norm" in kind:
+            assert (parameter == 1).all(), name
+        else:
+            expected = residual if kind in ("out_proj", "down_proj") else other
+            # The standard error of a standard deviation is a share 1 / sqrt(2 n) of it.
+            tolerance = 5 / math.sqrt(2 * parameter.numel())
+            assert parameter.std() == pytest.approx(expected, rel=tolerance), name
+            assert abs(parameter.mean()) < 5 * expected / math.sqrt(parameter.numel()), name
+    assert seen == {
+        "embedding", "positions", "attention_norm", "qkv_proj", "q_norm", "k_norm", "out_proj", "feed_forward_norm",
+        "up_proj", "down_proj", "norm", "head",
+    }  # fmt: skip
+
+
+def test_seeds():
+    torch.manual_seed(1)
+    one = Transformer(SMALL, seed=7).state_dict()
+    torch.manual_seed(2)  # the global generator has no say
+    same, other = Transformer(SMALL, seed=7).state_dict(), Transformer(SMALL, seed=8).state_dict()
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert not torch.equal(one["embedding.weight"], other["embedding.weight"])
+
+
+def test_starts_near_a_uniform_guess():
+    config = replace(SMALL, vocab_size=1_000, d_model=64, n_heads=4)
+    tokens = tokens_of(config)
+    assert Transformer(config)(tokens, tokens.roll(1)).item() == pytest.approx(math.log(1_000), abs=0.1)
+
+
+# -- parameters -------------------------------------------------------------------------------------------------------
+
+
+def counted_by_part(model: Transformer) -> dict[str, int]:
+    """The module's parameters under plan.py's names, without the vocabulary's padding."""
+    rows = model.config.vocab_size
+    found = dict.fromkeys(("embedding", "positions", "attention", "feed-forward", "norms", "head"), 0)
+    for name, parameter in model.named_parameters():
+        words = name.split(".")
+        if words[0] in ("embedding", "head"):
+            found[words[0]] += parameter[:rows].numel()
+        elif words[0] == "positions":
+            found["positions"] += parameter.numel()
+        elif words[0] == "blocks" and words[2] in ("attention", "feed_forward"):
+            found[words[2].replace("_", "-")] += parameter.numel()
+        else:
+            found["norms"] += parameter.numel()
+    return found
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_planned_parameters_are_the_real_ones(name):
+    config = PRESETS[name]().model
+    with torch.device("meta"):  # full size: shapes without memory
+        assert counted_by_part(Transformer(config)) == parameters_by_part(config)
+    small = replace(config, vocab_size=60, d_model=40, n_layers=2, n_heads=4, d_ff=50, max_seq_len=8)
+    assert counted_by_part(Transformer(small)) == parameters_by_part(small)
+
+
+@by_kind
+def test_planned_parameters_of_every_kind(kind):
+    config = replace(SMALL, **kind)
+    assert counted_by_part(Transformer(config)) == parameters_by_part(config)
+
+
+def test_parameters_of_the_reference_run():
+    """Its author's figures: 320,145,408 in all, "269M" without the embedding."""
+    parts = parameters_by_part(PRESETS["lf-llm-269m"]().model)
+    assert sum(parts.values()) == n_parameters(PRESETS["lf-llm-269m"]().model) == 320_145_408
+    assert sum(parts.values()) - parts["embedding"] == 268_682_240
+
+
+def test_parameters_of_gpt2():
+    assert n_parameters(PRESETS["gpt2-124m"]().model) == 124_439_808  # openai-community/gpt2
+
+
+def test_state_dict_names():
+    """Checkpoints are saved under these names: changing one makes old checkpoints unreadable."""
+    config = replace(SMALL, n_layers=1, bias=True, qk_norm=True)
+    assert list(Transformer(config).state_dict()) == [
+        "embedding.weight",
+        "blocks.0.attention_norm.weight",
+        "blocks.0.attention.qkv_proj.weight",
+        "blocks.0.attention.qkv_proj.bias",
+        "blocks.0.attention.out_proj.weight",
+        "blocks.0.attention.out_proj.bias",
+        "blocks.0.attention.q_norm.weight",
+        "blocks.0.attention.k_norm.weight",
+        "blocks.0.feed_forward_norm.weight",
+        "blocks.0.feed_forward.up_proj.weight",
+        "blocks.0.feed_forward.up_proj.bias",
+        "blocks.0.feed_forward.down_proj.weight",
+        "blocks.0.feed_forward.down_proj.bias",
+        "norm.weight",
+    ]
+    learned = replace(config, position="learned", norm="layernorm", tie_embeddings=False, qk_norm=False)
+    assert set(Transformer(learned).state_dict()) - set(Transformer(config).state_dict()) == {
+        "blocks.0.attention_norm.bias",
+        "blocks.0.feed_forward_norm.bias",
+        "norm.bias",
+        "head.weight",
+        "positions.weight",
+    }
+
+
+# -- training ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["dropout_embedding", "dropout_attention_residual", "dropout_ffn"])
+def test_dropout_in_training_only(where):
+    model, tokens = lively(replace(SMALL, **{where: 0.5})), tokens_of(SMALL)
+    plain = Transformer(SMALL).eval()
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(model(tokens), plain(tokens))
+    model.train()
+    assert not torch.equal(model(tokens), plain(tokens))
+    assert not torch.equal(model(tokens), model(tokens))
+
+
+def test_autocast_is_close_and_leaves_gradients_in_float32():
+    config = replace(SMALL, qk_norm=True, n_kv_heads=2)
+    model, tokens, targets = lively(config).train(), tokens_of(config), tokens_of(config, seed=1)
+    exact = model(tokens, targets)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = model(tokens, targets)
+    assert rough.dtype == torch.float32
+    assert rough.item() == pytest.approx(exact.item(), rel=0.01)
+    rough.backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
+    assert not model.embedding.weight.grad[config.vocab_size :].any()

@@ -1,0 +1,179 @@
+"""AdamW against a hand-written float64 one; skipping; state by name."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from myllm.config import OptimConfig
+from myllm.optim import ScheduledAdamW, learning_rate
+
+CONFIG = OptimConfig(max_lr=0.02, warmup_steps=3, schedule="linear", weight_decay=0.1, beta1=0.9, beta2=0.95)
+SHAPES = {"embedding.weight": (7, 4), "proj.weight": (4, 5), "proj.bias": (5,), "norm.weight": (4,)}
+
+
+def parameters(seed: int = 0) -> dict[str, nn.Parameter]:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: nn.Parameter(torch.randn(shape, generator=generator)) for name, shape in SHAPES.items()}
+
+
+def gradients(step: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1_000 + step)
+    return {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+
+
+def update(optimizer: ScheduledAdamW, step: int, skip: torch.Tensor | None = None) -> float:
+    for name, grad in gradients(step).items():
+        optimizer.parameters[name].grad = grad
+    rate = optimizer.step(step, skip)
+    optimizer.zero_grad()
+    return rate
+
+
+def snapshot(optimizer: ScheduledAdamW) -> dict[str, torch.Tensor]:
+    """Everything that an update may change, as copies."""
+    state = {
+        f"{name}/{key}": value.clone() for name, each in optimizer.state_dict().items() for key, value in each.items()
+    }
+    return state | {name: p.detach().clone() for name, p in optimizer.parameters.items()}
+
+
+def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
+
+
+@pytest.mark.parametrize("config", [CONFIG, replace(CONFIG, weight_decay=0.0), replace(CONFIG, eps=1e-2)], ids=str)
+def test_updates_are_those_of_the_paper(config):
+    """Loshchilov and Hutter 2019, algorithm 2, in float64."""
+    ours = parameters()
+    optimizer = ScheduledAdamW(ours.items(), config, max_steps=10)
+    theta = {name: p.detach().double() for name, p in parameters().items()}
+    m = {name: torch.zeros_like(p) for name, p in theta.items()}
+    v = {name: torch.zeros_like(p) for name, p in theta.items()}
+    for step in range(10):
+        rate = update(optimizer, step)
+        assert rate == learning_rate(step, config, 10)
+        for name, grad in gradients(step).items():
+            g = grad.double()
+            decay = config.weight_decay if theta[name].ndim == 2 else 0.0  # vectors never decay
+            m[name] = config.beta1 * m[name] + (1 - config.beta1) * g
+            v[name] = config.beta2 * v[name] + (1 - config.beta2) * g**2
+            m_hat = m[name] / (1 - config.beta1 ** (step + 1))
+            v_hat = v[name] / (1 - config.beta2 ** (step + 1))
+            theta[name] = theta[name] - rate * (m_hat / (v_hat.sqrt() + config.eps) + decay * theta[name])
+        for name, p in ours.items():
+            torch.testing.assert_close(p.detach().double(), theta[name], rtol=1e-5, atol=1e-6, msg=f"{name} at {step}")
+
+
+def test_decay_alone():
+    """With no gradient to speak of, matrices shrink by the rate times the decay, vectors stay."""
+    ours, before = parameters(), parameters()
+    optimizer = ScheduledAdamW(ours.items(), replace(CONFIG, warmup_steps=0), max_steps=10)
+    for p in ours.values():
+        p.grad = torch.zeros_like(p)
+    optimizer.step(0)
+    for name, p in ours.items():
+        shrunk = 1 - 0.02 * 0.1 if p.ndim == 2 else 1
+        torch.testing.assert_close(p.detach(), before[name].detach() * shrunk, rtol=1e-6, atol=0)
+
+
+def test_skip_leaves_everything_as_it_was():
+    optimizer = ScheduledAdamW(parameters().items(), CONFIG, max_steps=10)
+    update(optimizer, 0, skip=torch.tensor(0.0))
+    before = snapshot(optimizer)
+    assert len(before) == 4 * len(SHAPES)  # two moments, a step count, and the weights
+    for p in optimizer.parameters.values():
+        p.grad = torch.full_like(p, math.nan)
+    optimizer.step(1, skip=torch.tensor(1.0))
+    optimizer.zero_grad()
+    assert_equal(snapshot(optimizer), before)
+    update(optimizer, 2, skip=torch.tensor(0.0))
+    assert not torch.equal(snapshot(optimizer)["proj.weight"], before["proj.weight"])
+    assert snapshot(optimizer)["proj.weight/step"] == 2
+
+
+def test_skip_of_the_very_first_step():
+    optimizer = ScheduledAdamW(parameters().items(), CONFIG, max_steps=10)
+    for p in optimizer.parameters.values():
+        p.grad = torch.full_like(p, math.inf)
+    optimizer.step(0, skip=torch.tensor(1.0))
+    for name, value in snapshot(optimizer).items():
+        if "/" in name:
+            assert not value.any(), name
+        else:
+            assert torch.equal(value, parameters()[name])
+
+
+def test_a_zero_skip_is_no_skip():
+    one, other = (ScheduledAdamW(parameters().items(), CONFIG, max_steps=10) for _ in range(2))
+    for step in range(3):
+        update(one, step)
+        update(other, step, skip=torch.tensor(0.0))
+    assert_equal(snapshot(one), snapshot(other))
+
+
+def test_state_survives_a_move():
+    """Saved after 3 updates and loaded into a new instance, 3 more give the same bits."""
+    old = ScheduledAdamW(parameters().items(), CONFIG, max_steps=10)
+    for step in range(3):
+        update(old, step)
+    weights = {name: nn.Parameter(p.detach().clone()) for name, p in old.parameters.items()}
+    # Listed in another order: names decide, not places.
+    new = ScheduledAdamW(reversed(weights.items()), CONFIG, max_steps=10)
+    new.load_state_dict(old.state_dict())
+    assert_equal(snapshot(new), snapshot(old))
+    for step in range(3, 6):
+        update(old, step)
+        update(new, step)
+        assert_equal(snapshot(new), snapshot(old))
+
+
+def test_loading_copies():
+    """Training on must not change what was loaded, which may be somebody else's."""
+    old = ScheduledAdamW(parameters().items(), CONFIG, max_steps=10)
+    update(old, 0)
+    saved = old.state_dict()
+    before = snapshot(old)
+    new = ScheduledAdamW(parameters().items(), CONFIG, max_steps=10)
+    new.load_state_dict(saved)
+    update(new, 1)
+    assert_equal(snapshot(old), before)
+
+
+def test_state_before_the_first_step_is_empty():
+    optimizer = ScheduledAdamW(parameters().items(), CONFIG, max_steps=10)
+    assert optimizer.state_dict() == {}
+    optimizer.load_state_dict({})
+    update(optimizer, 0)
+
+
+@pytest.mark.parametrize("change", ["missing", "renamed", "extra"])
+def test_names_that_do_not_fit(change):
+    optimizer = ScheduledAdamW(parameters().items(), CONFIG, max_steps=10)
+    update(optimizer, 0)
+    state = optimizer.state_dict()
+    if change != "extra":
+        entry = state.pop("proj.bias")
+    if change != "missing":
+        state["other.bias"] = entry if change == "renamed" else state["proj.bias"]
+    with pytest.raises(ValueError, match=r"other\.bias|proj\.bias"):
+        optimizer.load_state_dict(state)
+
+
+def test_frozen_parameters_are_left_out():
+    mixed = parameters()
+    mixed["norm.weight"].requires_grad_(False)
+    optimizer = ScheduledAdamW(mixed.items(), CONFIG, max_steps=10)
+    assert "norm.weight" not in optimizer.parameters
+
+
+def test_only_vectors_or_only_matrices():
+    for names in (["proj.bias"], ["proj.weight"]):
+        chosen = {name: parameters()[name] for name in names}
+        optimizer = ScheduledAdamW(chosen.items(), CONFIG, max_steps=10)
+        chosen[names[0]].grad = torch.ones_like(chosen[names[0]])
+        optimizer.step(0)

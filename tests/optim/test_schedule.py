@@ -1,0 +1,88 @@
+"""The learning rate against tables made by hand."""
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from myllm.config import OptimConfig
+from myllm.optim import learning_rate
+from myllm.presets import preset
+
+TEN = OptimConfig(max_lr=10.0, min_lr_ratio=0.1, warmup_steps=4, schedule="linear", decay_fraction=0.25)
+
+
+def rates(config: OptimConfig, max_steps: int, steps: list[int]) -> list[float]:
+    return [learning_rate(step, config, max_steps) for step in steps]
+
+
+@pytest.mark.parametrize(
+    ("changes", "table"),
+    [
+        # 4 steps of warm-up, then 16 of decay to 1.0 at step 20 and ever after.
+        ({}, {0: 2.5, 1: 5.0, 2: 7.5, 3: 10.0, 4: 10.0, 8: 7.75, 12: 5.5, 16: 3.25, 19: 1.5625, 20: 1.0, 99: 1.0}),
+        # cos(0), cos(60 degrees at a third)..., at a quarter of the way (1 + cos 45) / 2 = 0.853553.
+        ({"schedule": "cosine"}, {3: 10.0, 4: 10.0, 8: 8.681981, 12: 5.5, 16: 2.318019, 20: 1.0, 99: 1.0}),
+        # Level to step 15, then 5 steps down.
+        ({"schedule": "wsd"}, {3: 10.0, 4: 10.0, 14: 10.0, 15: 10.0, 16: 8.2, 17: 6.4, 19: 2.8, 20: 1.0, 99: 1.0}),
+        ({"schedule": "wsd", "decay_fraction": 0.0}, {4: 10.0, 19: 10.0, 20: 10.0, 99: 10.0}),
+        # Decay over all steps begins where the warm-up ends, with no jump there.
+        ({"schedule": "wsd", "decay_fraction": 1.0}, {3: 10.0, 4: 10.0, 12: 5.5, 20: 1.0, 99: 1.0}),
+        ({"warmup_steps": 0}, {0: 10.0, 10: 5.5, 20: 1.0}),
+        ({"warmup_steps": 1}, {0: 10.0, 1: 10.0, 20: 1.0}),
+        ({"min_lr_ratio": 0.0}, {4: 10.0, 12: 5.0, 20: 0.0, 21: 0.0}),
+        ({"min_lr_ratio": 1.0}, {0: 2.5, 4: 10.0, 12: 10.0, 20: 10.0}),
+        # The run ends in or with the warm-up: what would come after is the end of the decay.
+        ({"warmup_steps": 20}, {0: 0.5, 19: 10.0, 20: 1.0}),
+        ({"warmup_steps": 40}, {0: 0.25, 19: 5.0, 20: 5.25, 39: 10.0, 40: 1.0}),
+        ({"warmup_steps": 40, "schedule": "wsd"}, {19: 5.0, 39: 10.0}),
+    ],
+    ids=str,
+)
+def test_table(changes, table):
+    config = replace(TEN, **changes)
+    assert rates(config, 20, list(table)) == pytest.approx(list(table.values()), abs=1e-6)
+
+
+@given(
+    schedule=st.sampled_from(["cosine", "linear", "wsd"]),
+    max_steps=st.integers(1, 300),
+    warmup_steps=st.integers(0, 320),
+    decay_fraction=st.floats(0, 1),
+    min_lr_ratio=st.floats(0, 1),
+)
+def test_up_then_down_and_never_outside(schedule, max_steps, warmup_steps, decay_fraction, min_lr_ratio):
+    config = OptimConfig(
+        max_lr=3e-3, schedule=schedule, warmup_steps=warmup_steps, decay_fraction=decay_fraction,
+        min_lr_ratio=min_lr_ratio,
+    )  # fmt: skip
+    every = rates(config, max_steps, list(range(max_steps + 3)))
+    up, down = every[:warmup_steps], every[warmup_steps:]
+    assert up == sorted(up)
+    assert len(set(up)) == len(up)
+    assert all(later <= earlier * (1 + 1e-12) for earlier, later in pairwise(down))
+    assert all(0 <= rate <= 3e-3 * (1 + 1e-12) for rate in every)
+    if up:
+        assert up[0] > 0
+    if len(down) > 3 and schedule != "wsd":  # it ends where it should
+        assert down[-1] == pytest.approx(3e-3 * min_lr_ratio, abs=1e-15)
+
+
+@given(warmup_steps=st.integers(1, 50), schedule=st.sampled_from(["cosine", "linear", "wsd"]))
+def test_no_jump_where_the_warm_up_ends(warmup_steps, schedule):
+    config = OptimConfig(max_lr=1.0, schedule=schedule, warmup_steps=warmup_steps, decay_fraction=1.0)
+    assert rates(config, 100, [warmup_steps - 1, warmup_steps]) == [1.0, 1.0]
+
+
+def test_reference_run():
+    """LF_LLM-269M: peak 0.0021 after 226 steps, 10 % of it at the end of 19,073."""
+    config = preset("lf-llm-269m")
+    every = rates(config.optim, config.train.max_steps, list(range(19_073)))
+    assert len(every) == 19_073
+    assert every[0] == pytest.approx(0.0021 / 226)
+    assert max(every) == every[225] == pytest.approx(0.0021)
+    assert every[-1] == pytest.approx(0.00021, rel=1e-6)
+    halfway = 226 + (19_073 - 226) // 2
+    assert every[halfway] == pytest.approx(0.0021 * 0.55, rel=1e-3)

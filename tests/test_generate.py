@@ -1,0 +1,184 @@
+"""Sampling: cached and uncached agree, seeds decide, limits hold."""
+
+from dataclasses import replace
+from itertools import islice
+
+import pytest
+import torch
+
+from myllm.config import ModelConfig
+from myllm.errors import UserError
+from myllm.generate import choose, generate
+from myllm.model import Transformer
+
+SMALL = ModelConfig(vocab_size=50, vocab_multiple=32, max_seq_len=24, d_model=24, n_layers=2, n_heads=4, d_ff=32)
+PROMPT = [3, 14, 15]
+
+
+def model_of(**changes: object) -> Transformer:
+    model = Transformer(replace(SMALL, **changes)).eval()
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+@pytest.fixture(scope="module")
+def model() -> Transformer:
+    return model_of()
+
+
+@torch.no_grad()
+def greedy_without_cache(model: Transformer, prompt: list[int], count: int) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(int(model(torch.tensor([tokens]))[0, -1].argmax()))
+    return tokens[len(prompt) :]
+
+
+@pytest.mark.parametrize(
+    "kind", [{}, {"position": "learned", "bias": True}, {"n_kv_heads": 2, "qk_norm": True}], ids=str
+)
+@pytest.mark.parametrize("prompt", [[7], PROMPT, list(range(20))], ids=len)
+def test_greedy_is_that_of_the_plain_loop(kind, prompt):
+    model, count = model_of(**kind), SMALL.max_seq_len - len(prompt)
+    expected = greedy_without_cache(model, prompt, count)
+    assert list(generate(model, prompt, count, temperature=0)) == expected
+
+
+def test_top_k_of_one_is_greedy(model):
+    greedy = list(generate(model, PROMPT, 20, temperature=0))
+    assert list(generate(model, PROMPT, 20, temperature=1.5, top_k=1, seed=9)) == greedy
+    assert list(generate(model, PROMPT, 20, temperature=1e-320, seed=9)) == greedy  # tiny, and still a number
+
+
+def test_seeds_and_random_state(model):
+    before = torch.get_rng_state()
+    first = list(generate(model, PROMPT, 20, temperature=1, seed=1))
+    torch.manual_seed(99)
+    torch.rand(5)
+    assert list(generate(model, PROMPT, 20, temperature=1, seed=1)) == first
+    assert list(generate(model, PROMPT, 20, temperature=1, seed=2)) != first
+    torch.set_rng_state(before)
+    list(generate(model, PROMPT, 5, temperature=1, seed=1))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_gradients_stay_on_between_tokens(model):
+    """The generator turns gradients off while it runs, not for whoever reads from it."""
+    ids = generate(model, PROMPT, 3)
+    next(ids)
+    assert torch.is_grad_enabled()
+
+
+# -- the draw ---------------------------------------------------------------------------------------------------------
+
+
+def frequencies(logits: torch.Tensor, temperature: float, top_k: int, draws: int = 6_000) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.tensor([choose(logits, temperature, top_k, generator) for _ in range(draws)])
+    return drawn.bincount(minlength=len(logits)) / draws
+
+
+@pytest.mark.parametrize(("temperature", "top_k"), [(1.0, 0), (0.5, 0), (2.0, 3), (1.0, 6), (1.0, 99)])
+def test_frequencies_are_the_softmax(temperature, top_k):
+    logits = torch.tensor([1.0, -0.5, 2.0, 0.3, 1.7, -3.0])
+    allowed = logits.topk(min(top_k or 6, 6)).indices
+    expected = torch.zeros(6)
+    expected[allowed] = (logits[allowed] / temperature).softmax(dim=0)
+    seen, draws = frequencies(logits, temperature, top_k), 6_000
+    assert not seen[expected == 0].any()
+    kept = expected > 0
+    chi_square = draws * ((seen - expected)[kept] ** 2 / expected[kept]).sum()
+    assert chi_square < 25  # of up to 5 degrees of freedom: passed over once in 7,000 by a right sampler
+
+
+def test_top_k_takes_no_more_than_k_of_equals():
+    assert (frequencies(torch.zeros(6), 1.0, 2, draws=200) > 0).sum() == 2
+
+
+def test_huge_and_low_precision_logits():
+    generator = torch.Generator().manual_seed(0)
+    assert choose(torch.tensor([3e38, -3e38, 2.9e38]), 0.1, 0, generator) == 0
+    assert choose(torch.tensor([1.0, 5.0, 2.0], dtype=torch.bfloat16), 0.01, 2, generator) == 1
+
+
+def test_top_k_keeps_to_the_likeliest(model):
+    tokens = list(PROMPT)
+    for token in generate(model, PROMPT, 20, temperature=5, top_k=4, seed=3):
+        with torch.no_grad():
+            likeliest = model(torch.tensor([tokens]))[0, -1].topk(4).indices.tolist()
+        assert token in likeliest
+        tokens.append(token)
+
+
+def test_padding_is_never_drawn():
+    """Rows of the vocabulary's padding would win every draw if they took part."""
+    model = model_of(vocab_size=33)
+    with torch.no_grad():
+        model.embedding.weight[33:] = 1e3 * model.embedding.weight[:31]
+    assert model.embedding.weight.shape[0] == 64
+    drawn = [token for seed in range(5) for token in generate(model, [1], 40, temperature=50, seed=seed)]
+    assert len(set(drawn)) > 25
+    assert max(drawn) < 33
+
+
+# -- where it ends ----------------------------------------------------------------------------------------------------
+
+
+def test_end_of_text_stops_and_is_not_given_out(model):
+    every = list(generate(model, PROMPT, 20, temperature=1, seed=1))
+    stop = every[8]
+    assert list(generate(model, PROMPT, 20, temperature=1, seed=1, end_of_text=stop)) == every[: every.index(stop)]
+
+
+def test_no_tokens(model):
+    assert list(generate(model, PROMPT, 0)) == []
+
+
+@torch.no_grad()
+def test_beyond_the_context_the_window_slides(model):
+    """Each time it is full, the newer half is read again and the rest forgotten."""
+    context, count = SMALL.max_seq_len, 3 * SMALL.max_seq_len
+    got = list(generate(model, PROMPT, count, temperature=0))
+    assert len(got) == count
+    window, tokens, expected = list(PROMPT), list(PROMPT), []
+    while len(expected) < count:
+        if len(window) > context:
+            window = tokens[-(context // 2) :]
+        token = int(model(torch.tensor([window]))[0, -1].argmax())
+        window, tokens, expected = [*window, token], [*tokens, token], [*expected, token]
+    assert got == expected
+
+
+def test_of_a_long_prompt_the_end_counts(model):
+    long = [(7 * i) % 50 for i in range(100)]
+    for count in (1, 30):
+        full = list(generate(model, long, count, temperature=0))
+        assert full == list(generate(model, long[-24:], count, temperature=0))
+    assert full[:1] == greedy_without_cache(model, long[-24:], 1)
+
+
+def test_a_context_of_one():
+    assert len(list(generate(model_of(max_seq_len=1), PROMPT, 5))) == 5
+
+
+def test_tokens_come_as_they_are_made(model):
+    assert len(list(islice(generate(model, PROMPT, 10**9), 3))) == 3
+
+
+@pytest.mark.parametrize(
+    ("prompt", "settings", "message"),
+    [
+        ([], {}, "the prompt is empty"),
+        (PROMPT, {"temperature": -0.1}, "temperature -0.1"),
+        (PROMPT, {"temperature": float("nan")}, "temperature nan"),
+        (PROMPT, {"temperature": float("inf")}, "temperature inf"),
+        (PROMPT, {"top_k": -1}, "top_k -1"),
+        (PROMPT, {"max_new_tokens": -1}, "max_new_tokens -1"),
+    ],
+)
+def test_faults_are_raised_at_the_call(model, prompt, settings, message):
+    with pytest.raises(UserError, match=message):
+        generate(model, prompt, **{"max_new_tokens": 1, **settings})

@@ -1,0 +1,143 @@
+"""The command line: what it accepts, what it refuses, and what it says."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import command, launch, write_run_config
+
+from myllm.config import RunConfig, to_dict
+from myllm.errors import UserError
+from myllm.launch import describe, parse
+from myllm.presets import PRESETS, preset
+
+
+def test_a_preset_alone() -> None:
+    assert parse(["debug"]).config == preset("debug")
+
+
+def test_overrides() -> None:
+    wanted = parse(["debug", "--train.max-steps", "7", "--optim.max_lr=1e-3", "--name", "mine", "--model.no-qk-norm"])
+    assert wanted.config.train.max_steps == 7
+    assert wanted.config.optim.max_lr == 1e-3
+    assert wanted.config.name == "mine"
+    assert wanted.config.model.qk_norm is False
+    assert parse(["debug", "--eval.sample-prompts", "one two", "three"]).config.eval.sample_prompts == (
+        "one two",
+        "three",
+    )
+
+
+def test_a_saved_config_gives_the_same_run(tmp_path: Path) -> None:
+    config = replace(preset("gpt2-124m"), name="saved")
+    path = write_run_config(config, tmp_path / "config.json")
+    assert parse(["--config", str(path)]).config == config
+    assert parse([f"--config={path}", "--train.max-steps", "5"]).config.train.max_steps == 5
+
+
+def test_a_hand_written_config_over_a_preset(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text('{"name": "mine", "optim": {"max_lr": 0.01}}')
+    config = parse(["debug", "--config", str(path), "--dry-run"]).config
+    assert (config.name, config.optim.max_lr, config.model) == ("mine", 0.01, preset("debug").model)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["dbug"], "unknown preset 'dbug', did you mean 'debug'"),
+        (["--train.max-steps", "3"], "which run"),
+        (["debug", "--config"], "--config needs"),
+        (["debug", "--config", "nowhere.json"], "cannot read the config nowhere.json"),
+        (["debug", "--train.batch-tokens", "3000"], r"2,048 or 4,096"),
+        (["debug", "--train.max-steps", "0", "--optim.beta1", "2"], r"2 faults(.|\n)*max_steps(.|\n)*beta1"),
+        (["debug", "--name", "../up"], "plain folder name"),
+    ],
+)
+def test_mistakes_are_named(words: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse(words)
+
+
+def test_unknown_keys_in_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "bad.json"
+    path.write_text('{"train": {"max_step": 3, "seed": "x"}, "modle": {}}')
+    with pytest.raises(UserError, match=r"train\.max_step: unknown key, did you mean 'max_steps'") as caught:
+        parse(["debug", "--config", str(path)])
+    assert "modle: unknown key, did you mean 'model'" in str(caught.value)
+    assert "train.seed: expected a whole number, found 'x'" in str(caught.value)
+
+
+def test_the_batch_is_checked_for_the_planned_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(UserError, match=r"3 rank\(s\)"):
+        parse(["lf-llm-269m"])
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert "x 8 rank(s) x 2 accumulation step(s) = 524,288" in describe(parse(["lf-llm-269m"]))
+
+
+def test_dry_run_of_the_reference() -> None:
+    text = describe(parse(["lf-llm-269m"]))
+    assert "320,145,408 in all, 268,682,240 without the embedding" in text
+    assert "2.324 G a token" in text
+    assert "19,073 steps = 9,999,745,024 tokens" in text
+    shown, _, _ = text.partition("\n\nbatch")
+    assert json.loads(shown) == to_dict(preset("lf-llm-269m"))
+
+
+def test_help_names_every_preset(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse(["--help"])
+    assert caught.value.code == 0
+    assert all(name in capsys.readouterr().out for name in PRESETS)
+
+
+def test_preset_help_shows_its_values(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse(["gpt2-124m", "--help"])
+    assert caught.value.code == 0
+    shown = capsys.readouterr().out
+    assert "--optim.max-lr" in shown
+    assert re.search(r"--train\.max-steps INT[^-]*default: 19073", shown)
+
+
+def test_a_mistake_ends_with_code_2_and_one_message(temp_data: Path) -> None:
+    done = launch("debug", "--train.batch-tokens", "1000", "--model.n-heads", "3")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    assert "error: the config has 2 faults" in done.stderr
+    assert not temp_data.exists()  # nothing was made
+
+
+@pytest.mark.parametrize("case", ["empty", "missing", "latin1"])
+def test_bad_text_leaves_nothing(tmp_path: Path, temp_data: Path, case: str) -> None:
+    folder = tmp_path / "texts"
+    if case != "missing":
+        folder.mkdir()
+    if case == "latin1":
+        (folder / "a.txt").write_bytes("café".encode("latin1"))
+        (folder / "b.txt").write_text("fine")
+    done = launch("debug", "--data.source", f"files:{folder}")
+    assert done.returncode == 2, done.stderr
+    assert str(folder) in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in temp_data.rglob("*") if path.suffix != ".lock" and path.name != "datasets"] == []
+
+
+def test_prepare_only(tiny: RunConfig, tmp_path: Path, temp_data: Path) -> None:
+    path = write_run_config(tiny, tmp_path / "tiny.json")
+    done = launch("--config", path, "--prepare-only")
+    assert done.returncode == 0, done.stderr
+    assert "data ready" in done.stdout
+    assert len(list(temp_data.glob("datasets/*/manifest.json"))) == 1
+    assert not (temp_data / "runs").exists()
+
+
+def test_it_runs_from_any_folder_without_an_installation(tmp_path: Path) -> None:
+    assert Path(command("debug")[1]).is_absolute()
+    done = launch("--help")
+    assert done.returncode == 0
+    assert "lf-llm-269m" in done.stdout
