@@ -51,7 +51,7 @@ def test_a_hand_written_config_over_a_preset(tmp_path: Path) -> None:
         (["--train.max-steps", "3"], "which run"),
         (["debug", "--config"], "--config needs"),
         (["debug", "--config", "nowhere.json"], "cannot read the config nowhere.json"),
-        (["debug", "--train.batch-tokens", "3000"], r"2,048 or 4,096"),
+        (["debug", "--train.batch-tokens", "3000"], r"2,048 or 3,072"),
         (["debug", "--train.max-steps", "0", "--optim.beta1", "2"], r"2 faults(.|\n)*max_steps(.|\n)*beta1"),
         (["debug", "--name", "../up"], "plain folder name"),
     ],
@@ -91,7 +91,8 @@ def test_help_names_every_preset(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         parse(["--help"])
     assert caught.value.code == 0
-    assert all(name in capsys.readouterr().out for name in PRESETS)
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in PRESETS)
 
 
 def test_preset_help_shows_its_values(capsys: pytest.CaptureFixture[str]) -> None:

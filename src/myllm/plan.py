@@ -79,6 +79,12 @@ def n_parameters(model: ModelConfig) -> int:
     return sum(parameters_by_part(model).values())
 
 
+def stored_parameters(model: ModelConfig) -> int:
+    """As n_parameters, with the rows that pad the vocabulary."""
+    padding = (model.padded_vocab_size - model.vocab_size) * model.d_model
+    return n_parameters(model) + padding * (1 if model.tie_embeddings else 2)
+
+
 def flops_per_token(model: ModelConfig) -> int:
     """Training FLOPs a token: 6 N + 12 n_layers d_attention T.
 
@@ -101,11 +107,10 @@ def memory_estimate_bytes(config: RunConfig) -> dict[str, int]:
     """
     model, tokens = config.model, config.train.micro_batch_size * config.model.max_seq_len
     width = 4 if config.train.precision == "float32" else 2
-    n = n_parameters(model) + (model.padded_vocab_size - model.vocab_size) * model.d_model
     ffn = 3 if model.activation == "swiglu" else 2
     per_layer = 10 * model.d_model + ffn * model.d_ff
     return {
-        "weights, gradients and AdamW": 16 * n,
+        "weights, gradients and AdamW": 16 * stored_parameters(model),
         "activations": tokens * model.n_layers * per_layer * width,
         "logits": min(tokens, 4_096) * model.padded_vocab_size * 4,
     }
@@ -113,12 +118,13 @@ def memory_estimate_bytes(config: RunConfig) -> dict[str, int]:
 
 def checkpoint_bytes(config: RunConfig) -> int:
     """Weights and AdamW's two moments in float32."""
-    return 12 * n_parameters(config.model)
+    return 12 * stored_parameters(config.model)
 
 
 def disk_estimate_bytes(config: RunConfig) -> dict[str, int]:
     """What the run's folder and its data set take, for what can be known before anything is read."""
-    kept = config.train.keep_last or -(-config.train.max_steps // max(config.train.save_every_steps, 1))
+    saves = -(-config.train.max_steps // (config.train.save_every_steps or config.train.max_steps))
+    kept = min(config.train.keep_last or saves, saves)
     trained = config.train.max_steps * config.train.batch_tokens
     tokens = min(trained, config.data.target_tokens or trained) + config.data.val_tokens
     # One more than kept: the newest is whole before the oldest goes.

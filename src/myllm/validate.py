@@ -73,6 +73,12 @@ def _model_faults(model: ModelConfig) -> list[str]:
     found = []
     if model.vocab_size > 65_536:
         found.append(f"model.vocab_size {model.vocab_size:,} does not fit the shards' uint16: at most 65,536")
+    for name in ("rope_theta", "norm_eps"):
+        if not 0 < getattr(model, name) < float("inf"):
+            found.append(f"model.{name} is {getattr(model, name)}, but must be above 0 and finite")
+    for name in ("dropout_embedding", "dropout_attention_residual", "dropout_ffn"):
+        if not 0 <= getattr(model, name) < 1:
+            found.append(f"model.{name} is {getattr(model, name)}, but must be at least 0 and below 1")
     if min(model.n_heads, model.kv_heads, model.d_model) < 1:
         return found  # already said, and the rest divides by them
     if model.head_dim is None and model.d_model % model.n_heads:
@@ -87,12 +93,6 @@ def _model_faults(model: ModelConfig) -> list[str]:
             f"model.head_dim is {model.head_size}, but rotary positions need an even one; "
             "set it, or change model.d_model or model.n_heads"
         )
-    for name in ("rope_theta", "norm_eps"):
-        if not 0 < getattr(model, name) < float("inf"):
-            found.append(f"model.{name} is {getattr(model, name)}, but must be above 0 and finite")
-    for name in ("dropout_embedding", "dropout_attention_residual", "dropout_ffn"):
-        if not 0 <= getattr(model, name) < 1:
-            found.append(f"model.{name} is {getattr(model, name)}, but must be at least 0 and below 1")
     return found
 
 

@@ -1,6 +1,10 @@
-"""One rank's share of a test: the gradient of the first step, written to FOLDER/rankN.pt. Run under torchrun."""
+"""One rank's share of a test: the first step's gradient for several micro-batch sizes. Run under torchrun.
+
+write_gradients.py CONFIG.json FOLDER SIZE...    writes FOLDER/micro<SIZE>-rank<N>.pt
+"""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,18 +19,20 @@ from myllm.plan import batch_plan
 from myllm.step import accumulate_gradients, wrap
 
 
-def main(path: str, folder: str) -> None:
-    config = load_json(Path(path), RunConfig())
-    dataset = prepare(config.data, progress=False)
+def main(path: str, folder: str, *sizes: str) -> None:
+    base = load_json(Path(path), RunConfig())
+    dataset = prepare(base.data, progress=False)
     with process_group("cpu") as process:
         torch.set_num_threads(1)
-        model = Transformer(config.model, config.train.seed)
-        batch = batch_plan(config.model, config.train, process.world_size)
-        position = DataPosition(0, 0, config.train.seed, dataset.hash)
-        with Loader(dataset.train, batch, position, process.rank, process.device) as loader:
-            accumulate_gradients(wrap(model, config, process), loader, batch, config, process)
-        gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-        torch.save(gradients, Path(folder) / f"rank{process.rank}.pt")
+        for size in map(int, sizes):
+            config = replace(base, train=replace(base.train, micro_batch_size=size))
+            model = Transformer(config.model, config.train.seed)
+            batch = batch_plan(config.model, config.train, process.world_size)
+            position = DataPosition(0, 0, config.train.seed, dataset.hash)
+            with Loader(dataset.train, batch, position, process.rank, process.device) as loader:
+                accumulate_gradients(wrap(model, config, process), loader, batch, config, process)
+            gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+            torch.save(gradients, Path(folder) / f"micro{size}-rank{process.rank}.pt")
 
 
 if __name__ == "__main__":

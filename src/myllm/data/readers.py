@@ -83,7 +83,11 @@ def read_parquet(path: Path) -> Iterator[str]:
                     raise UserError(f"{path} has no column {TEXT_KEY!r}, but {names}; rename the one that holds text")
                 batches = table.iter_batches(batch_size=1_024, columns=[TEXT_KEY])
                 for row, value in enumerate((value for batch in batches for value in batch.column(0)), start=1):
-                    yield _text_of({TEXT_KEY: value.as_py()}, f"{path}, row {row}")
+                    try:
+                        text = value.as_py()
+                    except UnicodeDecodeError as error:
+                        raise UserError(f"{path}, row {row}: not UTF-8 text ({error}); mend or remove it") from None
+                    yield _text_of({TEXT_KEY: text}, f"{path}, row {row}")
         except pyarrow.ArrowException as error:
             raise UserError(f"{path} is not a whole parquet file ({error}); replace it, or leave it out") from None
 
@@ -114,7 +118,7 @@ def _decode(path: Path) -> str:
     with _reading(path):
         content = path.read_bytes()
     encoding = "utf-8"
-    if path.suffix == ".py":  # a Python file may name another encoding in its first two lines (PEP 263)
+    if path.suffix.lower() == ".py":  # a Python file may name another encoding in its first two lines (PEP 263)
         with suppress(SyntaxError):  # names one that does not exist
             encoding, _ = tokenize.detect_encoding(io.BytesIO(content).readline)
     try:
@@ -133,8 +137,6 @@ def _reading(path: Path) -> Iterator[None]:
     """Turns what can go wrong while reading into one clear message."""
     try:
         yield
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error.reason}); convert it or leave it out") from None
     except (EOFError, OSError, zlib.error) as error:
         raise UserError(f"cannot read {path}: {error}; replace the file, or leave it out of the source") from None
 

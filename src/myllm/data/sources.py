@@ -69,6 +69,8 @@ def local_files(where: str) -> Source:
 
     Hidden files are left out, and links to folders are not followed.
     """
+    if not where:
+        raise UserError("files: needs a path, such as files:~/texts (files:. for this folder)")
     path = Path(where).expanduser()
     try:
         if path.is_file() or _leads_nowhere(path):
@@ -81,8 +83,8 @@ def local_files(where: str) -> Source:
     except OSError as error:
         raise UserError(f"cannot read {error.filename or path}: {error.strerror}; make it readable") from None
     readable = [file for file in files if suffix_of(file) in READERS]
-    if not where or not readable:
-        seen = f"only {len(files)} files of other kinds" if files else "nothing"
+    if not readable:
+        seen = f"only {len(files)} file(s) of other kinds" if files else "nothing"
         raise UserError(
             f"no text found at {where!r}: there is {seen}; expected a file, folder or glob of {', '.join(READERS)}"
         )

@@ -1,0 +1,219 @@
+"""What a preparation writes: every document once, in the right split, in whole shards, named by what made it."""
+
+import json
+import shutil
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiktoken
+from hypothesis import given
+from hypothesis import strategies as st
+
+from myllm.config import DataConfig
+from myllm.data import prepare as preparing
+from myllm.data.cuts import cut_spans
+from myllm.data.prepare import make_units, prepare, recipe_of
+from myllm.data.readers import read_text
+from myllm.data.shards import Dataset
+from myllm.data.sources import SourceFile
+from myllm.errors import UserError
+
+END = 50_256
+pytestmark = pytest.mark.usefixtures("temp_data", "in_process")
+
+
+def config(source: Path, **changes: object) -> DataConfig:
+    return replace(DataConfig(source=f"files:{source}", val_tokens=500, workers=1), **changes)
+
+
+def split_tokens(dataset: Dataset, split: str) -> np.ndarray:
+    """All tokens of a split, read by NumPy alone."""
+    parts = [np.load(path, mmap_mode="r") for path in sorted(dataset.folder.glob(f"{split}_*.npy"))]
+    assert all(isinstance(part, np.memmap) and part.dtype == np.uint16 and part.ndim == 1 for part in parts)
+    return np.concatenate(parts)
+
+
+def texts_of(tokens: np.ndarray, reference: tiktoken.Encoding) -> list[str]:
+    """A stream's documents: each begins with the end-of-text token."""
+    starts = np.flatnonzero(tokens == END)
+    assert starts[0] == 0
+    return [reference.decode(part[1:].tolist()) for part in np.split(tokens, starts[1:])]
+
+
+def source_texts(folder: Path) -> list[str]:
+    lines = [line for path in sorted(folder.iterdir()) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line)["text"] for line in lines]
+
+
+def write(folder: Path, *texts: str) -> Path:
+    folder.mkdir(exist_ok=True)
+    for number, text in enumerate(texts):
+        (folder / f"{number:03d}.txt").write_text(text, encoding="utf-8")
+    return folder
+
+
+def test_the_shards_hold_the_source(mixed_corpus: Path, reference: tiktoken.Encoding) -> None:
+    dataset = prepare(config(mixed_corpus, shard_tokens=1_000), progress=False)
+    val = texts_of(split_tokens(dataset, "val"), reference)
+    train = texts_of(split_tokens(dataset, "train"), reference)
+    assert not set(val) & set(train)
+    texts = [text for text in source_texts(mixed_corpus) if text.strip()]
+    # A document that is in validation may be there more than once; its other copies are nowhere.
+    expected = Counter({text: count for text, count in Counter(texts).items() if text not in set(val)})
+    assert Counter(train) == expected
+    assert not Counter(val) - Counter(texts)
+    counts = dataset.manifest["counts"]
+    assert counts == {
+        "train_documents": len(train),
+        "train_tokens": dataset.train.tokens,
+        "val_documents": len(val),
+        "val_tokens": dataset.val.tokens,
+        "copies_of_validation_dropped": len(texts) - len(train) - len(val),
+        "empty_documents_dropped": 2,
+    }
+    assert counts["copies_of_validation_dropped"] > 0, "the corpus tests nothing"
+
+
+def test_streams_read_what_the_files_hold(mixed_corpus: Path) -> None:
+    dataset = prepare(config(mixed_corpus, shard_tokens=777), progress=False)
+    for split, stream in (("train", dataset.train), ("val", dataset.val)):
+        assert (stream.read(0, stream.tokens) == split_tokens(dataset, split)).all()
+    assert dataset.damaged() == []
+
+
+@pytest.mark.parametrize("shard_tokens", [1, 100, 1_000, 10**9])
+def test_every_shard_but_the_last_is_full(shard_tokens: int, tmp_path: Path) -> None:
+    source = write(tmp_path / "s", *(f"document {i} " * 20 for i in range(8)))
+    dataset = prepare(config(source, val_tokens=70, shard_tokens=shard_tokens), progress=False)
+    for split in ("val", "train"):
+        sizes = [shard.tokens for shard in dataset.shards if shard.split == split]
+        assert all(size == shard_tokens for size in sizes[:-1])
+        assert 0 < sizes[-1] <= shard_tokens
+        assert [len(np.load(path)) for path in sorted(dataset.folder.glob(f"{split}_*.npy"))] == sizes
+
+
+@given(st.lists(st.integers(0, 30), max_size=8), st.integers(1, 40))
+def test_cutting_spans_loses_nothing(lengths: list[int], size: int) -> None:
+    spans = [(Path(str(i)), 5, 5 + length) for i, length in enumerate(lengths)]
+    groups = list(cut_spans(spans, size))
+
+    def flat(spans: list[tuple[Path, int, int]]) -> list[tuple[Path, int]]:
+        return [(path, token) for path, start, end in spans for token in range(start, end)]
+
+    assert flat([span for group in groups for span in group]) == flat(spans)
+    assert [len(flat(group)) for group in groups[:-1]] == [size] * (len(groups) - 1)
+    assert all(flat(group) for group in groups)
+
+
+def test_validation_is_whole_documents_up_to_the_size(mixed_corpus: Path, reference: tiktoken.Encoding) -> None:
+    for wanted in (1, 200, 900):
+        dataset = prepare(config(mixed_corpus, val_tokens=wanted), progress=False)
+        tokens = split_tokens(dataset, "val")
+        last = int(np.flatnonzero(tokens == END)[-1])
+        assert last < wanted <= len(tokens), "one document fewer would not do"
+
+
+def test_validation_takes_a_tenth_of_a_small_source(tmp_path: Path) -> None:
+    source = write(tmp_path / "s", *(f"document number {i} says hello. " * 10 for i in range(50)))
+    dataset = prepare(config(source, val_tokens=10**9), progress=False)
+    counts = dataset.manifest["counts"]
+    assert 0 < counts["val_tokens"] < 0.2 * counts["train_tokens"]
+
+
+def test_target_tokens_ends_training_at_a_document(mixed_corpus: Path) -> None:
+    whole = prepare(config(mixed_corpus), progress=False)
+    for target in (1, 3_000, 10**9):
+        dataset = prepare(config(mixed_corpus, target_tokens=target), progress=False)
+        tokens = split_tokens(dataset, "train")
+        assert (split_tokens(dataset, "val") == split_tokens(whole, "val")).all()
+        assert (tokens == split_tokens(whole, "train")[: len(tokens)]).all()
+        if target < whole.train.tokens:
+            assert int(np.flatnonzero(tokens == END)[-1]) < target <= len(tokens)
+        else:
+            assert len(tokens) == whole.train.tokens
+
+
+def test_the_smallest_sources(tmp_path: Path) -> None:
+    for texts in (["only one"], ["same", "same"], [" ", ""], ["text", "\n"]):
+        source = write(tmp_path / "s", *texts)
+        with pytest.raises(UserError, match="leaves nothing to train on; add text"):
+            prepare(config(source), progress=False)
+        shutil.rmtree(source)
+    dataset = prepare(config(write(tmp_path / "s", "one", "two")), progress=False)
+    assert [dataset.manifest["counts"][f"{split}_documents"] for split in ("train", "val")] == [1, 1]
+
+
+def test_the_seed_changes_the_order_and_little_else(mixed_corpus: Path, reference: tiktoken.Encoding) -> None:
+    one, two = (prepare(config(mixed_corpus, shuffle_seed=seed), progress=False) for seed in (0, 1))
+    assert one.folder != two.folder
+    assert split_tokens(one, "train").tolist() != split_tokens(two, "train").tolist()
+
+
+@given(st.lists(st.integers(0, 900_000), max_size=40), st.integers(0, 5))
+def test_units_hold_every_file_once(sizes: list[int], seed: int) -> None:
+    files = [SourceFile(f"{i}.txt", Path(f"{i}.txt"), read_text, size, "") for i, size in enumerate(sizes)]
+    units = list(make_units(files, seed))
+    assert sorted((file for unit in units for file in unit), key=lambda file: int(file.path.stem)) == files
+    assert units == list(make_units(files[::-1], seed)), "depends on the order of the list"
+    for unit in units[:-1]:
+        assert sum(file.size_bytes for file in unit) >= preparing.UNIT_BYTES
+        assert sum(file.size_bytes for file in unit[:-1]) < preparing.UNIT_BYTES
+
+
+def test_the_manifest_says_what_made_it(mixed_corpus: Path) -> None:
+    dataset = prepare(config(mixed_corpus), progress=False)
+    manifest = json.loads((dataset.folder / "manifest.json").read_text())
+    assert manifest["dtype"] == "uint16"
+    assert manifest["tokenizer"]["end_of_text"] == END
+    assert manifest["source"] == "files-mixed"
+    assert dataset.name.startswith("files-mixed-")
+    assert sorted(path.name for path in dataset.folder.iterdir()) == sorted(
+        ["manifest.json", *(shard.file for shard in dataset.shards)]
+    )
+    assert str(mixed_corpus) not in json.dumps(manifest), "where it was made changes the hash"
+
+
+def test_a_second_call_makes_nothing(mixed_corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = prepare(config(mixed_corpus), progress=False)
+    monkeypatch.setattr(preparing, "_build", None)
+    assert prepare(config(mixed_corpus, workers=7), progress=False) == first
+    assert prepare(DataConfig(source="none", dataset=first.name), progress=False) == first
+
+
+def test_every_setting_that_changes_bytes_changes_the_name(mixed_corpus: Path) -> None:
+    changes = [{}, {"val_tokens": 501}, {"target_tokens": 9}, {"shard_tokens": 9}, {"shuffle_seed": 9}]
+    assert len({recipe_of(config(mixed_corpus, **change)).folder for change in changes}) == len(changes)
+    assert recipe_of(config(mixed_corpus, workers=9)).folder == recipe_of(config(mixed_corpus)).folder
+
+
+def test_too_little_room_is_said_before_anything_starts(
+    mixed_corpus: Path, temp_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preparing, "_build", None)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**12, 10**12, 1_000))
+    with pytest.raises(UserError, match=f"needs about .* under {temp_data}.* free"):
+        prepare(config(mixed_corpus), progress=False)
+
+
+def test_a_data_folder_that_is_a_file(mixed_corpus: Path, temp_data: Path) -> None:
+    temp_data.write_text("")
+    with pytest.raises(UserError, match="MYLLM_DATA"):
+        prepare(config(mixed_corpus), progress=False)
+
+
+def test_a_folder_without_manifest_is_made_anew(mixed_corpus: Path) -> None:
+    dataset = prepare(config(mixed_corpus), progress=False)
+    before = dataset.train.read(0, dataset.train.tokens).tolist()
+    for name in ("manifest.json", "val_00000.npy"):  # as an `rm -r` that was interrupted leaves it
+        (dataset.folder / name).unlink()
+    assert prepare(config(mixed_corpus), progress=False).train.read(0, len(before)).tolist() == before
+
+
+def test_a_damaged_data_set_is_not_trained_on(mixed_corpus: Path) -> None:
+    dataset = prepare(config(mixed_corpus), progress=False)
+    (dataset.folder / "train_00000.npy").unlink()
+    with pytest.raises(UserError, match=f"delete {dataset.folder} and prepare it again"):
+        prepare(config(mixed_corpus), progress=False)

@@ -1,0 +1,187 @@
+"""What belongs to a source, by which name, and what a path can get wrong."""
+
+import ast
+import os
+from pathlib import Path
+
+import pytest
+
+from myllm.config import DataConfig
+from myllm.data.prepare import recipe_of
+from myllm.data.sources import find_source
+from myllm.errors import UserError
+
+
+def names(spec: str | Path) -> list[str]:
+    return [file.name for file in find_source(f"files:{spec}").files]
+
+
+def fingerprint(spec: str | Path) -> str:
+    return recipe_of(DataConfig(source=f"files:{spec}")).fingerprint
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A folder with text at three depths, and much that is not text."""
+    root = tmp_path / "here" / "corpus"
+    for name in (
+        "b.txt", "a.md", "sub/c.jsonl", "sub/deep/d.txt", "sub/deep/e.TXT", "picture.png", "noending", "x.txt/in.txt",
+        ".hidden.txt", ".git/config.txt", "sub/.cache/f.txt", "sub/g.tar.gz",
+    ):  # fmt: skip
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text('{"text": "' + name + '"}')
+    return root
+
+
+def test_python_stdlib() -> None:
+    source = find_source("python-stdlib")
+    parts = [part for file in source.files for part in Path(file.name).parts]
+    assert len(source.files) >= 400
+    assert not {"test", "tests", "idle_test", "site-packages", "encodings", "__pycache__"} & set(parts)
+    assert "argparse.py" in [file.name for file in source.files]
+    topics = next(file for file in source.files if file.name.endswith("topics.py"))
+    texts = list(topics.read(topics.path))
+    tree = ast.parse(topics.path.read_text(encoding="utf-8"))  # without running it
+    values = next(node.value for node in tree.body if isinstance(node, ast.Assign))
+    assert texts == list(ast.literal_eval(values).values())
+    assert find_source("python-stdlib") == source
+
+
+def test_a_folder_is_read_to_its_depth_without_hidden_files(tree: Path) -> None:
+    expected = ["a.md", "b.txt", "sub/c.jsonl", "sub/deep/d.txt", "sub/deep/e.TXT", "x.txt/in.txt"]
+    assert names(tree) == names(f"{tree}/") == expected
+    assert names(tree / "x.txt") == ["in.txt"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("*.txt", ["b.txt"]),
+        ("sub/*", ["c.jsonl"]),
+        ("*/c.jsonl", ["sub/c.jsonl"]),
+        ("**/*.txt", ["b.txt", "sub/deep/d.txt", "x.txt/in.txt"]),
+        ("sub/**", ["c.jsonl", "deep/d.txt", "deep/e.TXT"]),
+        ("[ab].*", ["a.md", "b.txt"]),
+        ("sub/deep/?.txt", ["d.txt"]),
+        ("b.txt", ["b.txt"]),
+        (".hidden.txt", [".hidden.txt"]),  # asked for by its name
+        ("../corpus/*.md", ["a.md"]),
+    ],
+)
+def test_globs_and_files(pattern: str, expected: list[str], tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert names(f"{tree}/{pattern}") == expected
+    monkeypatch.chdir(tree)
+    assert names(pattern) == expected
+
+
+@pytest.mark.parametrize("pattern", ["", "/*.txt", "/**/*.txt", "/sub/c.jsonl"])
+def test_only_content_and_names_make_the_fingerprint(pattern: str, tree: Path, tmp_path: Path) -> None:
+    before = fingerprint(f"{tree}{pattern}")
+    os.utime(tree / "b.txt", (1, 1))
+    assert fingerprint(f"{tree}{pattern}") == before
+    moved = tmp_path / ".elsewhere" / "deep"  # a hidden folder above the source hides nothing in it
+    moved.mkdir(parents=True)
+    tree.rename(moved / "corpus")
+    assert fingerprint(f"{moved}/corpus{pattern}") == before
+    changed = moved / "corpus" / ("sub/c.jsonl" if pattern.endswith("c.jsonl") else "b.txt")
+    changed.write_bytes(b"!" + changed.read_bytes()[1:])
+    assert fingerprint(f"{moved}/corpus{pattern}") != before
+
+
+def test_a_renamed_an_added_and_a_removed_file_change_the_fingerprint(tree: Path) -> None:
+    seen = {fingerprint(tree)}
+    (tree / "b.txt").rename(tree / "c.txt")
+    seen.add(fingerprint(tree))
+    (tree / "d.txt").write_text("")
+    seen.add(fingerprint(tree))
+    (tree / "a.md").unlink()
+    seen.add(fingerprint(tree))
+    assert len(seen) == 4
+
+
+def test_a_home_folder_is_found(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tree))
+    assert names("~/sub") == ["c.jsonl", "deep/d.txt", "deep/e.TXT"]
+
+
+def test_the_name_fits_a_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "my texts: été! (v1.2)/x"
+    folder.mkdir(parents=True)
+    (folder / "a.txt").write_text("a")
+    assert find_source(f"files:{folder.parent}").name == "files-my-texts--été---v1-2-"
+    assert find_source(f"files:{folder}/*.txt").name == "files-x"
+    assert find_source(f"files:{folder}/a.txt").name == "files-a-txt"
+
+
+def test_loops_of_links_end(tree: Path) -> None:
+    expected = names(tree)
+    for name in ("one", "two"):  # two links make 2^40 paths for whoever follows them
+        (tree / "sub" / name).symlink_to(tree, target_is_directory=True)
+    assert names(tree) == expected
+    assert names(f"{tree}/**") == expected
+    assert names(f"{tree}/sub/one") == expected  # a link given by name is followed
+
+
+def test_links_to_files_are_read(tree: Path, tmp_path: Path) -> None:
+    (tmp_path / "target.txt").write_text("a")
+    (tree / "link.txt").symlink_to(tmp_path / "target.txt")
+    assert "link.txt" in names(tree)
+
+
+def refused(spec: str | Path, *said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        find_source(str(spec))
+    for part in said:
+        assert part in str(caught.value)
+
+
+def test_what_is_not_there(tree: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for where in (tmp_path / "empty", tmp_path / "none", f"{tree}/*.none", f"{tree}/x.txt/b.txt"):
+        refused(f"files:{where}", "no text found", "nothing", ".jsonl.zst")
+    refused("files:", "needs a path")
+    refused(f"files:{tree}/picture.png", "only 1 file(s) of other kinds")
+    refused(f"files:{tree}/a**", f"{tree}")
+    refused("files:" + "x" * 5_000, "cannot read")
+
+
+def test_unknown_sources_suggest_the_nearest() -> None:
+    refused("python-stlib", "did you mean 'python-stdlib'?", "files:PATH")
+    refused("file:/tmp", "did you mean 'files:'?")
+    refused("fineweb-edu-10bt", "download")
+
+
+def test_broken_links_are_not_passed_over(tree: Path) -> None:
+    (tree / "sub" / "gone.txt").symlink_to("nowhere.txt")
+    for where in (tree, f"{tree}/sub/*", tree / "sub" / "gone.txt"):
+        refused(f"files:{where}", "cannot read", "gone.txt")
+    (tree / "sub" / "gone.txt").unlink()
+    (tree / "self.txt").symlink_to("self.txt")
+    refused(f"files:{tree}", "self.txt")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_what_may_not_be_read(tree: Path) -> None:
+    (tree / "b.txt").chmod(0)
+    refused(f"files:{tree}", "b.txt", "readable")
+    (tree / "b.txt").chmod(0o600)
+    (tree / "sub" / "deep").chmod(0)
+    refused(f"files:{tree}", "deep", "readable")
+
+
+def test_a_folder_that_cannot_be_listed_is_not_passed_over(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.scandir
+
+    def scandir(path: str) -> object:
+        if str(path).endswith("deep"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    refused(f"files:{tree}", "deep", "Permission denied")
+
+
+def test_pipes_are_left_alone(tree: Path) -> None:
+    os.mkfifo(tree / "pipe.txt")  # opening it would wait for a writer
+    assert "pipe.txt" not in names(tree)

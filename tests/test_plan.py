@@ -1,0 +1,173 @@
+"""The arithmetic of a run."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from myllm import plan
+from myllm.config import ModelConfig, RunConfig, TrainConfig
+from myllm.model import Transformer
+from myllm.plan import BatchPlan, flops_per_token, n_parameters
+from myllm.presets import PRESETS, preset
+
+# -- batches ----------------------------------------------------------------------------------------------------------
+
+plans = st.builds(
+    BatchPlan,
+    batch_tokens=st.integers(1, 100_000),
+    seq_len=st.integers(1, 600),
+    micro_batch_size=st.integers(1, 40),
+    world_size=st.integers(1, 9),
+)
+
+
+def numbers_after(text: str, name: str) -> list[int]:
+    """The values that a fault suggests for a setting."""
+    if f"{name} to " not in text:
+        return []
+    advice = text.split(f"{name} to ")[1].split(", or train.")[0]
+    return [int(word.replace(",", "")) for word in advice.split(" or ")]
+
+
+@given(plans, st.integers(1, 50))
+def test_a_batch_that_divides_has_no_fault(some, accumulation):
+    whole = replace(some, batch_tokens=some.micro_tokens * accumulation)
+    assert whole.fault() is None
+    assert whole.grad_accum_steps == accumulation
+    assert whole.micro_batch_size * whole.seq_len * whole.world_size * whole.grad_accum_steps == whole.batch_tokens
+    assert whole.sequences * whole.seq_len == whole.batch_tokens
+
+
+@given(plans)
+def test_a_batch_has_a_fault_exactly_if_it_does_not_divide(some):
+    divides = some.batch_tokens % (some.micro_batch_size * some.seq_len * some.world_size) == 0
+    assert (some.fault() is None) == divides
+
+
+@given(plans)
+def test_what_a_fault_suggests_works(some):
+    fault = some.fault()
+    if fault is None:
+        return
+    batches = numbers_after(fault, "train.batch_tokens")
+    assert batches, "there is always a batch that works"
+    for tokens in batches:
+        assert replace(some, batch_tokens=tokens).fault() is None
+        assert abs(tokens - some.batch_tokens) <= some.micro_tokens
+    micro = numbers_after(fault, "train.micro_batch_size")
+    for size in micro:
+        assert replace(some, micro_batch_size=size).fault() is None
+    # A micro-batch that works exists exactly if one of a single sequence does.
+    assert bool(micro) == (replace(some, micro_batch_size=1).fault() is None)
+
+
+def test_the_words_of_a_fault():
+    fault = BatchPlan(batch_tokens=500_000, seq_len=1_024, micro_batch_size=16, world_size=8).fault()
+    assert fault == (
+        "train.batch_tokens 500,000 is not a multiple of one micro-step: train.micro_batch_size 16 x "
+        "model.max_seq_len 1,024 x 8 rank(s) = 131,072; set train.batch_tokens to 393,216 or 524,288"
+    )
+    fault = BatchPlan(batch_tokens=6 * 1_024, seq_len=1_024, micro_batch_size=4, world_size=1).fault()
+    assert fault.endswith("set train.batch_tokens to 4,096 or 8,192, or train.micro_batch_size to 2 or 3 or 6")
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
+def test_the_reference_batch(world_size):
+    config = preset("lf-llm-269m")
+    batch = plan.batch_plan(config.model, config.train, world_size)
+    assert batch.fault() is None
+    assert batch.grad_accum_steps == 16 // world_size
+    assert str(batch) == (
+        f"16 sequences x 2,048 tokens x {world_size} rank(s) x {16 // world_size} accumulation step(s) = "
+        "524,288 tokens a step"
+    )
+
+
+# -- FLOPs ------------------------------------------------------------------------------------------------------------
+
+
+def test_flops_of_the_reference_run():
+    """6 x 320,145,408 + 12 x 16 layers x 1,024 x 2,048."""
+    assert flops_per_token(preset("lf-llm-269m").model) == 2_323_525_632
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"activation": "gelu", "position": "learned", "norm": "layernorm", "bias": True},
+        {"tie_embeddings": False},
+        {"n_kv_heads": 2, "head_dim": 48, "qk_norm": True, "activation": "relu2"},
+    ],
+    ids=str,
+)
+def test_flops_are_those_that_torch_counts(changes):
+    """To the last one, but for vectors: the formula takes biases and norms for multiplied, as its source does.
+
+    Both count attention in full, though a causal kernel may skip half of it, and both leave out that a fused kernel
+    computes the scores again in the backward pass.
+    """
+    config = replace(
+        ModelConfig(vocab_size=512, max_seq_len=128, d_model=128, n_layers=3, n_heads=4, d_ff=512), **changes
+    )
+    model, tokens = Transformer(config), torch.randint(512, (2, 128))
+    vectors = sum(p.numel() for p in model.parameters() if p.ndim == 1)
+    # The plain attention kernel's products are counted one by one. Autocast, since the counter overlooks the in-place
+    # product that the loss uses without it.
+    counting = FlopCounterMode(display=False)
+    with counting, sdpa_kernel(SDPBackend.MATH), torch.autocast("cpu", torch.bfloat16):
+        model(tokens, tokens.roll(1)).backward()
+    assert counting.get_total_flops() == tokens.numel() * (flops_per_token(config) - 6 * vectors)
+
+
+def test_a_tied_head_counts_once_and_lookups_not_at_all():
+    model = preset("default-150m").model
+    untied = replace(model, tie_embeddings=False)
+    assert flops_per_token(untied) == flops_per_token(model)
+    assert n_parameters(untied) - n_parameters(model) == model.vocab_size * model.d_model
+    learned = replace(model, position="learned")
+    assert flops_per_token(learned) == flops_per_token(model)
+
+
+# -- memory, disk, words ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_memory_of_the_states(tied):
+    """float32 weights, gradients and two moments: 16 bytes a parameter, padding included."""
+    config = preset("lf-llm-269m")
+    config = replace(config, model=replace(config.model, tie_embeddings=tied))
+    with torch.device("meta"):
+        held = sum(p.numel() for p in Transformer(config.model).parameters())
+    assert plan.stored_parameters(config.model) == held
+    assert plan.memory_estimate_bytes(config)["weights, gradients and AdamW"] == 16 * held
+    assert plan.checkpoint_bytes(config) == 12 * held
+    assert all(size > 0 for size in plan.memory_estimate_bytes(config).values())
+
+
+@pytest.mark.parametrize(
+    ("keep_last", "save_every_steps", "kept"), [(3, 50, 3), (1, 50, 1), (0, 50, 4), (0, 60, 4), (0, 0, 1), (3, 0, 1)]
+)
+def test_disk_has_room_for_one_more_than_is_kept(keep_last, save_every_steps, kept):
+    train = TrainConfig(max_steps=200, keep_last=keep_last, save_every_steps=save_every_steps)
+    config = replace(preset("debug"), train=train)
+    assert plan.disk_estimate_bytes(config)["checkpoints"] == (kept + 1) * plan.checkpoint_bytes(config)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_describe_shows_every_part(name):
+    config = preset(name)
+    text = plan.describe(config, 1)
+    assert f"{n_parameters(config.model):,} in all" in text
+    assert f"{config.train.max_steps * config.train.batch_tokens:,} tokens" in text
+    for line in ("batch", "steps", "parameters", "vocabulary", "FLOPs", "memory", "disk"):
+        assert f"\n{line} " in f"\n{text}"
+
+
+def test_describe_is_made_from_the_config_alone():
+    assert plan.describe(RunConfig(), 8) == plan.describe(RunConfig(), 8)

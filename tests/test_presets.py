@@ -1,0 +1,101 @@
+"""Presets are what their names promise."""
+
+import pytest
+
+from myllm.config import RunConfig
+from myllm.errors import UserError
+from myllm.plan import batch_plan, n_parameters
+from myllm.presets import PRESETS, describe_presets, preset
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_name_and_words(name):
+    config = preset(name)
+    assert isinstance(config, RunConfig)
+    assert config.name == name
+    assert PRESETS[name].__name__ == name.replace("-", "_")
+    first = PRESETS[name].__doc__.splitlines()[0]
+    assert first.endswith(".")
+    assert f"{name} " in describe_presets()
+    assert first in describe_presets()
+
+
+def test_a_call_makes_a_new_one():
+    assert preset("debug") == preset("debug")
+
+
+def test_unknown():
+    with pytest.raises(UserError, match="unknown preset 'gpt2', did you mean 'gpt2-124m'"):
+        preset("gpt2")
+    with pytest.raises(UserError, match="known presets: debug, small-50m"):
+        preset("zzz")
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "width", "heads", "context", "millions"),
+    [
+        ("small-50m", 8, 512, 8, 1_024, 51),
+        ("dolma-75m", 10, 640, 10, 1_024, 82),
+        ("gpt2-124m", 12, 768, 12, 1_024, 124),
+        ("default-150m", 12, 768, 12, 2_048, 152),
+        ("lf-llm-269m", 16, 1_024, 16, 2_048, 320),
+    ],
+)
+def test_shapes(name, layers, width, heads, context, millions):
+    model = preset(name).model
+    assert (model.n_layers, model.d_model, model.n_heads, model.max_seq_len) == (layers, width, heads, context)
+    assert model.vocab_size == 50_257
+    assert round(n_parameters(model) / 1e6) == millions
+
+
+def test_gpt2_124m():
+    model = preset("gpt2-124m").model
+    assert (model.norm, model.activation, model.position, model.bias) == ("layernorm", "gelu", "learned", True)
+    assert {model.dropout_embedding, model.dropout_attention_residual, model.dropout_ffn} == {0.1}
+    assert model.d_ff == 4 * 768
+    assert model.tie_embeddings
+
+
+def test_dolma_75m():
+    config = preset("dolma-75m")
+    assert (config.model.activation, config.model.position) == ("gelu", "learned")
+    batch = batch_plan(config.model, config.train, world_size=1)
+    assert (batch.micro_batch_size, batch.grad_accum_steps) == (12, 4)
+    assert config.optim.max_lr == 5e-4
+    assert config.data.target_tokens == 5_000_000_000
+    assert config.train.max_steps * config.train.batch_tokens == pytest.approx(5e9, rel=1e-4)
+
+
+def test_lf_llm_269m():
+    """The reference run, to the letter."""
+    config = preset("lf-llm-269m")
+    model, optim, train = config.model, config.optim, config.train
+    assert (model.norm, model.norm_eps, model.position, model.rope_theta) == ("rmsnorm", 1e-5, "rope", 10_000)
+    assert (model.activation, model.d_ff, model.bias, model.tie_embeddings) == ("swiglu", 4_096, True, True)
+    assert (model.qk_norm, model.kv_heads, model.head_size) == (False, 16, 64)
+    assert (model.dropout_embedding, model.dropout_attention_residual, model.dropout_ffn) == (0.0, 0.1, 0.15)
+    assert model.init == "reference"
+    assert n_parameters(model) == 320_145_408
+    assert (optim.max_lr, optim.warmup_steps, optim.schedule, optim.min_lr_ratio) == (0.0021, 226, "cosine", 0.1)
+    assert (optim.beta1, optim.beta2, optim.eps, optim.weight_decay) == (0.9, 0.95, 1e-8, 0.1)
+    assert optim.max_grad_norm == 1.0
+    assert (train.max_steps, train.batch_tokens, train.micro_batch_size) == (19_073, 524_288, 16)
+    assert batch_plan(model, train, world_size=8).grad_accum_steps == 2
+    assert optim.warmup_steps == int(0.0119 * train.max_steps)
+    assert config.data.source == "fineweb-edu-10bt"
+    assert config.data.val_tokens == 100_000_000
+    assert config.eval.validation_tokens == 30 * 262_144
+
+
+def test_modern_presets_have_no_dropout_and_normed_queries():
+    for name in ("small-50m", "default-150m", "debug"):
+        model = preset(name).model
+        assert model.dropout_embedding == model.dropout_attention_residual == model.dropout_ffn == 0
+        assert (model.position, model.norm, model.activation, model.qk_norm) == ("rope", "rmsnorm", "swiglu", True)
+        assert not model.bias
+
+
+def test_debug_needs_no_network_and_no_gpu():
+    config = preset("debug")
+    assert config.data.source == "python-stdlib"
+    assert config.train.device == "cpu"

@@ -1,0 +1,163 @@
+"""Every fault of a config is found before anything is allocated, and all of them at once."""
+
+from dataclasses import replace
+from math import inf, nan
+
+import pytest
+
+from myllm.config import ModelConfig, RunConfig, TrainConfig
+from myllm.errors import UserError
+from myllm.presets import PRESETS, preset
+from myllm.validate import check, check_data_config, faults
+
+GOOD = RunConfig(
+    name="good",
+    model=ModelConfig(max_seq_len=256, d_model=128, n_layers=4, n_heads=4, d_ff=384),
+    train=TrainConfig(max_steps=200, batch_tokens=2_048, micro_batch_size=8),
+)
+
+
+def changed(config: RunConfig, **changes: object) -> RunConfig:
+    """`model__d_model=3` sets model.d_model."""
+    for key, value in changes.items():
+        part, _, name = key.partition("__")
+        config = replace(config, **{part: replace(getattr(config, part), **{name: value}) if name else value})
+    return config
+
+
+WORLD_SIZES = {
+    "debug": [1],  # one micro-batch is the whole batch
+    "small-50m": [1, 2, 4, 8],
+    "dolma-75m": [1, 2, 4],
+    "gpt2-124m": [1, 2, 4, 8, 16],
+    "default-150m": [1, 2, 4, 8, 16],
+    "lf-llm-269m": [1, 2, 4, 8, 16],
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_without_fault(name):
+    for world_size in WORLD_SIZES[name]:
+        assert faults(preset(name), world_size) == []
+
+
+ZERO_IS_TOO_SMALL = [
+    "model.vocab_size", "model.vocab_multiple", "model.max_seq_len", "model.d_model", "model.n_layers",
+    "model.n_heads", "model.n_kv_heads", "model.head_dim", "model.d_ff", "data.val_tokens", "data.target_tokens",
+    "data.shard_tokens", "train.max_steps", "train.batch_tokens", "train.micro_batch_size", "train.log_every_steps",
+    "eval.validation_tokens", "eval.cloze_examples", "eval.sample_new_tokens",
+    "optim.max_lr", "optim.eps", "optim.max_grad_norm", "model.rope_theta", "model.norm_eps",
+]  # fmt: skip
+NEGATIVE_IS_TOO_SMALL = [
+    "data.workers", "data.shuffle_seed", "optim.warmup_steps", "train.save_every_steps", "train.keep_last",
+    "train.seed", "eval.validation_every_steps", "eval.cloze_every_steps", "eval.sample_every_steps",
+    "eval.sample_top_k", "eval.sample_temperature", "optim.weight_decay", "optim.beta1", "optim.beta2",
+    "optim.min_lr_ratio", "optim.decay_fraction", "model.dropout_embedding", "model.dropout_attention_residual",
+    "model.dropout_ffn",
+]  # fmt: skip
+NOT_FINITE = [
+    "optim.max_lr", "optim.eps", "optim.max_grad_norm", "optim.weight_decay", "optim.beta1", "optim.beta2",
+    "optim.min_lr_ratio", "optim.decay_fraction", "model.rope_theta", "model.norm_eps", "model.dropout_embedding",
+    "model.dropout_attention_residual", "model.dropout_ffn", "eval.sample_temperature",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        *((name, 0) for name in ZERO_IS_TOO_SMALL),
+        *((name, -1) for name in ZERO_IS_TOO_SMALL + NEGATIVE_IS_TOO_SMALL),
+        *((name, value) for name in NOT_FINITE for value in (inf, nan)),
+        *((f"model.dropout_{name}", 1.0) for name in ("embedding", "attention_residual", "ffn")),
+        *((f"optim.{name}", 1.0) for name in ("beta1", "beta2")),
+        *((f"optim.{name}", 1.1) for name in ("min_lr_ratio", "decay_fraction")),
+        ("model.head_dim", 33),
+        ("train.seed", 2**63),
+    ],
+)
+def test_a_fault_names_the_setting_and_its_value(setting, value):
+    found = faults(changed(GOOD, **{setting.replace(".", "__"): value}), 1)
+    assert any(fault.startswith(f"{setting} ") and f"{value}" in fault for fault in found), found
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model__vocab_size": 70_000}, ["model.vocab_size 70,000", "uint16", "65,536"]),
+        ({"model__d_model": 130}, ["model.d_model 130", "model.n_heads 4", "model.head_dim"]),
+        ({"model__n_kv_heads": 3}, ["model.n_heads 4", "model.n_kv_heads 3"]),
+        ({"model__n_kv_heads": 8}, ["model.n_heads 4", "model.n_kv_heads 8"]),
+        ({"model__d_model": 12}, ["model.head_dim is 3", "model.d_model", "model.n_heads"]),
+        ({"train__batch_tokens": 3_000}, ["train.batch_tokens 3,000", "2,048 or 4,096"]),
+        ({"eval__validation_tokens": 255}, ["eval.validation_tokens 255", "model.max_seq_len 256"]),
+        ({"eval__sample_prompts": ()}, ["eval.sample_prompts", "eval.sample_every_steps"]),
+        ({"eval__sample_prompts": ("a", "")}, ["eval.sample_prompts", "none empty"]),
+    ],
+    ids=str,
+)
+def test_faults_between_settings(changes, said):
+    (fault,) = faults(changed(GOOD, **changes), 1)
+    for words in said:
+        assert words in fault
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a\\b", " a", "a ", "../up", "/abs"])
+def test_names_that_are_no_folder(name):
+    (fault,) = faults(changed(GOOD, name=name), 1)
+    assert repr(name) in fault
+
+
+@pytest.mark.parametrize("name", ["a", "my-run", "run.2", "Größe", "with space"])
+def test_names_that_are(name):
+    assert faults(changed(GOOD, name=name), 1) == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model__d_model": 130, "model__head_dim": 32},
+        {"model__d_model": 12, "model__position": "learned"},  # an odd head dimension is no matter without rotation
+        {"eval__sample_prompts": (), "eval__sample_every_steps": 0},
+        {"optim__warmup_steps": 10_000},
+        {"optim__weight_decay": 0.0, "optim__min_lr_ratio": 1.0, "optim__decay_fraction": 0.0},
+        {"eval__sample_temperature": 0.0, "eval__sample_top_k": 0},
+        {"train__save_every_steps": 0, "train__keep_last": 0},
+    ],
+    ids=str,
+)
+def test_what_is_no_fault(changes):
+    assert faults(changed(GOOD, **changes), 1) == []
+
+
+def test_the_number_of_ranks_counts():
+    assert faults(GOOD, 1) == []
+    (fault,) = faults(GOOD, 3)
+    assert "3 rank(s)" in fault
+
+
+def test_all_faults_are_listed():
+    config = changed(
+        GOOD, name="a/b", model__d_ff=0, optim__max_lr=-1.0, train__batch_tokens=100, eval__cloze_examples=0
+    )
+    with pytest.raises(UserError) as error:
+        check(config, 1)
+    lines = str(error.value).split("\n")
+    assert lines[0] == "the config has 5 faults:"
+    assert len(lines) == 6
+    for name in ("name", "model.d_ff", "optim.max_lr", "train.batch_tokens", "eval.cloze_examples"):
+        assert sum(line.startswith(f"  - {name} ") for line in lines) == 1
+    with pytest.raises(UserError, match="the config has 1 fault:"):
+        check(changed(GOOD, name=""), 1)
+    check(GOOD, 1)
+
+
+def test_everything_zero_is_still_only_faults():
+    """Nothing divides by a value that another fault is about."""
+    zeros = {name.replace(".", "__"): 0 for name in ZERO_IS_TOO_SMALL}
+    assert len(faults(changed(GOOD, **zeros), 1)) >= len(ZERO_IS_TOO_SMALL)
+
+
+def test_data_settings_alone():
+    check_data_config(changed(GOOD, model__d_model=0))
+    with pytest.raises(UserError, match=r"data\.shard_tokens is 0"):
+        check_data_config(changed(GOOD, data__shard_tokens=0, model__d_model=0))
