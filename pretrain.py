@@ -7,42 +7,51 @@ The same command resumes an interrupted run. `python pretrain.py --help` lists t
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))  # runs from a bare checkout too
+
+if TYPE_CHECKING:
+    from myllm.config import RunConfig
 
 
 def main() -> None:
     # Imported here, since the processes that tokenise import this file again and need none of it.
     from myllm import launch
+
+    with launch.clear_errors():
+        wanted = launch.parse(sys.argv[1:])
+        if wanted.dry_run:
+            print(launch.describe(wanted))
+        else:
+            prepare_and_train(wanted.config, wanted.prepare_only)
+
+
+def prepare_and_train(config: "RunConfig", prepare_only: bool) -> None:
     from myllm.data.prepare import prepare
     from myllm.distributed import process_group
+    from myllm.launch import what_next
     from myllm.meter import Diverged
     from myllm.report import write_report
     from myllm.train import train
 
-    with launch.clear_errors():
-        wanted = launch.parse(sys.argv[1:])
-        config = wanted.config
-        if wanted.dry_run:
-            print(launch.describe(wanted))
+    dataset = prepare(config.data)
+    if prepare_only:
+        print(f"data ready: {dataset.folder}, {dataset.train.tokens:,} tokens to train on")
+        return
+    with process_group(config.train.device) as process:
+        try:
+            outcome = train(config, dataset, process)
+        except Diverged as error:
+            sys.exit(f"error: {error}")
+        if not process.is_main:
             return
-        dataset = prepare(config.data)
-        if wanted.prepare_only:
-            print(f"data ready: {dataset.folder}, {dataset.train.tokens:,} tokens to train on")
-            return
-        with process_group(config.train.device) as process:
-            try:
-                outcome = train(config, dataset, process)
-            except Diverged as error:
-                sys.exit(f"error: {error}")
-            if not process.is_main:
-                return
-            write_report(outcome.run)
-            if outcome.stopped_by is None:
-                print(launch.what_next(config))
-            else:
-                print(f"stopped after step {outcome.step:,}, saved; the same command resumes")
-                sys.exit(128 + outcome.stopped_by)
+        write_report(outcome.run)
+        if outcome.stopped_by is None:
+            print(what_next(config))
+        else:
+            print(f"stopped after step {outcome.step:,}, saved; the same command resumes")
+            sys.exit(128 + outcome.stopped_by)
 
 
 if __name__ == "__main__":

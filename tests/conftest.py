@@ -13,6 +13,8 @@ import torch
 
 from myllm.config import DataConfig, EvalConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig, to_dict
 
+# For this process's children too: the models here are too small to share out, and the tests run side by side.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = (
     "the river ran under old stone bridge while children counted boats and sang of salt wind light harbour evening "
@@ -102,7 +104,6 @@ def losses(run: Path) -> dict[int, float]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
-    """The models here are too small to share out, and the machine may be busy."""
     torch.set_num_threads(1)
 
 

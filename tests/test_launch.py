@@ -51,7 +51,7 @@ def test_a_hand_written_config_over_a_preset(tmp_path: Path) -> None:
         (["--train.max-steps", "3"], "which run"),
         (["debug", "--config"], "--config needs"),
         (["debug", "--config", "nowhere.json"], "cannot read the config nowhere.json"),
-        (["debug", "--train.batch-tokens", "3000"], r"2,048 or 3,072"),
+        (["debug", "--train.batch-tokens", "3000"], r"2,560 or 3,072"),
         (["debug", "--train.max-steps", "0", "--optim.beta1", "2"], r"2 faults(.|\n)*max_steps(.|\n)*beta1"),
         (["debug", "--name", "../up"], "plain folder name"),
     ],

@@ -93,14 +93,14 @@ def debug() -> RunConfig:
             max_seq_len=256, d_model=128, n_layers=4, n_heads=4, d_ff=384, qk_norm=True, tie_embeddings=False
         ),
         data=DataConfig(source="python-stdlib", val_tokens=100_000, shard_tokens=1_000_000),
-        optim=OptimConfig(max_lr=4e-3, min_lr_ratio=0.0, warmup_steps=20, schedule="linear"),
+        optim=OptimConfig(max_lr=3e-3, min_lr_ratio=0.0, warmup_steps=40, schedule="linear"),
         train=TrainConfig(
-            max_steps=240, batch_tokens=1_024, micro_batch_size=4, log_every_steps=10, save_every_steps=60, device="cpu"
+            max_steps=480, batch_tokens=512, micro_batch_size=2, log_every_steps=5, save_every_steps=120, device="cpu"
         ),
         eval=EvalConfig(
-            validation_every_steps=60, validation_tokens=16_384, cloze_every_steps=120, cloze_examples=100,
-            sample_every_steps=120, sample_new_tokens=48,
-            sample_prompts=("def __init__(self", "import os\n", "Return the ", "class "),
+            validation_every_steps=80, validation_tokens=16_384, cloze_every_steps=240, cloze_examples=100,
+            sample_every_steps=240, sample_new_tokens=48, sample_temperature=0.7,
+            sample_prompts=("def __init__(self", "import os\n", "Return the", "class"),
         ),
     )  # fmt: skip
 

@@ -1,0 +1,152 @@
+"""The debug script as a newcomer runs it, cut short, and every command that its last lines name."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, eval_rows, train_rows
+
+SHORT = [
+    "--train.max-steps", "4", "--train.log-every-steps", "1", "--train.save-every-steps", "2",
+    "--eval.validation-tokens", "1024", "--eval.cloze-examples", "8", "--eval.sample-new-tokens", "8",
+]  # fmt: skip
+
+
+def user(folder: Path, *words: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    """A command typed in another folder, with no network to speak of."""
+    elsewhere = folder / "where the user stands"
+    elsewhere.mkdir(parents=True, exist_ok=True)
+    environment = os.environ | {"MYLLM_DATA": str(folder / "data"), "HF_HUB_OFFLINE": "1", "PIP_NO_INDEX": "1"}
+    return subprocess.run(
+        words, cwd=elsewhere, env=environment, input=stdin, capture_output=True, text=True, timeout=280, check=False
+    )
+
+
+def myllm(folder: Path, *words: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    return user(folder, sys.executable, "-m", "myllm", *words, stdin=stdin)
+
+
+@pytest.fixture(scope="module")
+def debug(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    folder = tmp_path_factory.mktemp("e2e")
+    return folder, user(folder, str(ROOT / "run_pre_training_e2e_debug.sh"), *SHORT)
+
+
+def test_the_debug_script_goes_all_the_way(debug: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    folder, done = debug
+    assert done.returncode == 0, done.stderr
+    run = folder / "data/runs/debug"
+    assert [row["step"] for row in train_rows(run)] == [1, 2, 3, 4]
+    assert abs(eval_rows(run, "validation")[0]["loss"] - 10.82) < 0.05  # ln(50,257): it knows nothing yet
+    assert eval_rows(run, "validation")[-1]["loss"] < 10.82
+    assert eval_rows(run, "cloze")
+    assert len((run / "samples.jsonl").read_text().splitlines()) == 8  # four prompts, before and after
+    for name in ("config.json", "environment.json", "log.txt", "report.html", "plots/loss.png"):
+        assert (run / name).stat().st_size > 100, name
+    for step in ("step_00000002", "step_00000004"):
+        assert (run / "checkpoints" / step / "manifest.json").is_file()
+    said = done.stdout
+    assert [line for line in said.splitlines() if line.startswith("=== ")] == [
+        "=== Environment", "=== Plan: debug", "=== Data", "=== Training, evaluation and report"
+    ]  # fmt: skip
+    for hint in (str(run), "myllm sample debug", "myllm chat debug", "--train.max-steps", "run_pre_training_e2e.sh"):
+        assert hint in said.split("everything of this run")[1]
+
+
+def test_the_same_command_again_resumes(debug: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    folder, _ = debug
+    run = folder / "data/runs/debug"
+    before = train_rows(run)
+    done = user(folder, str(ROOT / "run_pre_training_e2e_debug.sh"), *SHORT)
+    assert done.returncode == 0, done.stderr
+    assert "resuming from" in done.stdout
+    assert train_rows(run) == before
+    assert len(list((folder / "data/datasets").glob("*/manifest.json"))) == 1
+
+
+def test_sampling(debug: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    folder, _ = debug
+    words = ("sample", "debug", "--prompt", "import os", "--max-new-tokens", "5", "--device", "cpu")
+    first, second = myllm(folder, *words), myllm(folder, *words)
+    assert first.returncode == 0, first.stderr
+    assert first.stdout == second.stdout  # the same seed, the same text
+    assert first.stdout.count("import os") == 3
+    assert myllm(folder, *words, "--seed", "9").stdout != first.stdout
+    checkpoint = str(folder / "data/runs/debug/checkpoints/step_00000002")
+    assert myllm(folder, "sample", checkpoint, "--max-new-tokens", "2", "--device", "cpu").returncode == 0
+
+
+def test_chatting(debug: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    folder, _ = debug
+    typed = "import sys\n/temperature 0\n/temperature much\ndef f(\n/reset\n/what\n/quit\nnever read\n"
+    done = myllm(folder, "chat", "debug", "--max-new-tokens", "4", "--device", "cpu", stdin=typed)
+    assert done.returncode == 0, done.stderr
+    assert "it continues your text, it does not answer" in done.stdout
+    for answer in ("temperature 0.0", "'much' is no temperature", "forgotten", "unknown command /what"):
+        assert answer in done.stdout
+
+
+def test_report_and_verify(debug: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    folder, _ = debug
+    (folder / "data/runs/debug/report.html").unlink()
+    done = myllm(folder, "report", "debug")
+    assert done.returncode == 0, done.stderr
+    assert (folder / "data/runs/debug/report.html").is_file()
+    assert "all as the manifest says" in myllm(folder, "data", "verify", "python-stdlib").stdout
+    shard = next((folder / "data/datasets").glob("*/train_00001.npy"))
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    done = myllm(folder, "data", "verify", "python-stdlib")
+    assert done.returncode == 2
+    assert "train_00001.npy" in done.stderr
+    content[-1] ^= 1
+    shard.write_bytes(content)
+
+
+def test_own_text_in_two_commands(tmp_path: Path, corpus: Path) -> None:
+    done = myllm(tmp_path, "data", "prepare", f"files:{corpus}", "--val-tokens", "2000", "--workers", "1")
+    assert done.returncode == 0, done.stderr
+    name = done.stdout.splitlines()[0].split("/")[-1]
+    assert f"--data.dataset {name}" in done.stdout
+    words = ["--train.max-steps", "2", "--eval.validation-tokens", "1024", "--eval.sample-every-steps", "0"]
+    done = user(tmp_path, sys.executable, str(ROOT / "pretrain.py"), "debug", "--data.dataset", name, *words)
+    assert done.returncode == 0, done.stderr
+    environment = json.loads((tmp_path / "data/runs/debug/environment.json").read_text())
+    assert environment["dataset"] == name
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("smaple", "debug"), "unknown command 'smaple', did you mean 'sample'"),
+        (("data", "prepair", "x"), "unknown command 'data prepair', did you mean 'data prepare'"),
+        (("sample", "nothing"), "no checkpoint at 'nothing'"),
+        (("report", "nothing"), "nothing"),
+        (("data", "verify", "nothing"), "no single prepared data set 'nothing'"),
+        (("data", "prepare", "python-stdlb"), "did you mean 'python-stdlib'"),
+        (("data", "prepare", "python-stdlib", "--val-tokens", "0"), "data.val_tokens is 0"),
+        (("sample",), ""),
+    ],
+)
+def test_mistakes_end_with_code_2(tmp_path: Path, words: tuple[str, ...], message: str) -> None:
+    done = myllm(tmp_path, *words)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_production_script_without_a_gpu_explains_itself(tmp_path: Path) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    done = user(tmp_path, str(ROOT / "run_pre_training_e2e.sh"))
+    assert done.returncode == 2
+    assert "320,145,408 in all, 268,682,240 without the embedding" in done.stdout
+    assert "years on 1 x" in done.stdout
+    assert "--force" in done.stderr
+    assert not (tmp_path / "data").exists()
