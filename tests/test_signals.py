@@ -38,36 +38,27 @@ def long(tiny: RunConfig, tmp_path: Path) -> RunConfig:
     return config
 
 
-def test_sigkill_then_the_same_command(long: RunConfig, tmp_path: Path, temp_data: Path) -> None:
+def test_a_run_that_is_interrupted_three_times(long: RunConfig, tmp_path: Path, temp_data: Path) -> None:
+    """Ctrl-C, kill -9, and a scheduler's SIGTERM: the same command each time, and losses as if nothing had happened."""
     run = temp_data / "runs" / "tiny"
-    for step in (14, 37):
+    for number, step in ((signal.SIGINT, 7), (signal.SIGKILL, 24), (signal.SIGTERM, 43)):
         process = start(tmp_path / "long.json")
         wait_for_step(process, run, step)
-        process.kill()
-        process.wait()
+        process.send_signal(number)
+        said, _ = process.communicate(timeout=60)
+        if number == signal.SIGKILL:
+            assert process.returncode == -9
+            continue
+        # Polite signals save where they are.
+        assert process.returncode == 128 + number, said
+        newest = load(list_checkpoints(run / "checkpoints")[0])
+        assert newest.state.step == max(losses(run)) >= step
+        assert f"stopped after step {newest.state.step}, saved" in said
+        assert "Traceback" not in said
     assert launch("--config", tmp_path / "long.json").returncode == 0
     assert launch("--config", tmp_path / "whole.json").returncode == 0
     assert losses(run) == losses(temp_data / "runs" / "whole")
-    assert (run / "log.txt").read_text().count("resuming from") == 2
+    assert (run / "log.txt").read_text().count("resuming from") == 3
     assert (run / "report.html").is_file()
     assert not [path for path in run.rglob("*") if path.name.startswith(".partial") or path.suffix == ".tmp"]
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_polite_signal_saves_and_says_so(
-    long: RunConfig, tmp_path: Path, temp_data: Path, number: signal.Signals
-) -> None:
-    run = temp_data / "runs" / "tiny"
-    process = start(tmp_path / "long.json")
-    wait_for_step(process, run, 13)
-    process.send_signal(number)
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + number, said
-    newest = load(list_checkpoints(run / "checkpoints")[0])
-    assert newest.state.step == max(losses(run)) >= 13
-    assert f"stopped after step {newest.state.step}, saved" in said
-    assert "Traceback" not in said
-    assert launch("--config", tmp_path / "long.json").returncode == 0
-    assert launch("--config", tmp_path / "whole.json").returncode == 0
-    assert losses(run) == losses(temp_data / "runs" / "whole")
     assert not [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path / "long.json") in (p.info["cmdline"] or [])]
