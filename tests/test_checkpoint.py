@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -127,3 +129,28 @@ def test_a_checkpoint_cannot_run_code(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="Weights only load failed"):
         load(folder)
     assert not (tmp_path / "owned").exists()
+
+
+FULL_DISK = """
+import resource, sys, torch
+from pathlib import Path
+from myllm.checkpoint import TrainState, random_state, save
+from myllm.data.order import DataPosition
+from myllm.errors import UserError
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))  # a write beyond 1 MiB fails, as on a full disk
+state = TrainState(2, 0, DataPosition(0, 0, 0, ""))
+try:
+    save(Path(sys.argv[1]), state, {}, {"w": torch.randn(1 << 20)}, {}, [random_state(torch.device("cpu"))], 1)
+except UserError as error:
+    sys.exit(str(error))
+"""
+
+
+def test_a_write_that_fails_half_way(tmp_path: Path) -> None:
+    """In a process of its own whose files may not grow: torch hides the reason in its error's context."""
+    put(tmp_path, 1)
+    done = subprocess.run([sys.executable, "-c", FULL_DISK, tmp_path], capture_output=True, text=True, check=False)
+    assert "no room to save step 2" in done.stderr, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
+    assert not list(verify(tmp_path / "step_00000001"))

@@ -14,6 +14,7 @@ files are what its manifest says and falls back to older ones. docs/checkpoint_f
 """
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -24,7 +25,7 @@ import torch
 
 from .data.order import DataPosition
 from .errors import UserError
-from .files import file_sha256, fsync_file, fsync_folder, out_of_space, write_json
+from .files import file_sha256, fsync_folder, out_of_space, write_json
 
 FORMAT = "myllm-checkpoint-1"
 MANIFEST = "manifest.json"
@@ -83,8 +84,7 @@ def save(
     work.mkdir()
     try:
         for name, content in (("model.pt", model), ("optimizer.pt", optimizer), ("random.pt", random)):
-            torch.save(content, work / name)
-            fsync_file(work / name)
+            _write(work / name, content)
         write_json(work / "state.json", asdict(state))
         write_json(work / "config.json", config)
         write_json(work / MANIFEST, _manifest(work))
@@ -92,11 +92,11 @@ def save(
         shutil.rmtree(final, ignore_errors=True)  # a damaged one that was trained past again
         work.rename(final)
         fsync_folder(checkpoints)
-    except (OSError, RuntimeError) as error:  # torch's writer turns a failed write into a RuntimeError
-        if not _full(error, checkpoints):
+    except (OSError, RuntimeError) as error:
+        if not out_of_space(error):
             raise
         raise UserError(
-            f"no room to save step {state.step:,} in {checkpoints}: {error}; older checkpoints are untouched. "
+            f"no room to save step {state.step:,} in {checkpoints}: the disk is full; older checkpoints are untouched. "
             "Free some space and start the same command again"
         ) from None
     finally:
@@ -172,10 +172,12 @@ def _manifest(folder: Path) -> dict[str, Any]:
     return {"format": FORMAT, "files": files}
 
 
-def _full(error: OSError | RuntimeError, folder: Path) -> bool:
-    if isinstance(error, OSError):
-        return out_of_space(error)
-    return "write" in str(error) and shutil.disk_usage(folder).free < 1 << 20
+def _write(path: Path, content: Any) -> None:
+    # Through Python's file: torch's RuntimeError about a write that failed then has the OSError as its context.
+    with path.open("wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 # -- random state -----------------------------------------------------------------------------------------------------

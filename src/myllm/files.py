@@ -30,12 +30,6 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def fsync_file(path: Path) -> None:
-    """Wait until a written file is on the disk."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
 def fsync_folder(folder: Path) -> None:
     """Make the names in a folder last: a rename is only as durable as its folder."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -51,9 +45,13 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def out_of_space(error: OSError) -> bool:
-    """Whether a write failed for want of room: a full disk, a quota, or a file-size limit."""
-    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+def out_of_space(error: BaseException | None) -> bool:
+    """Whether an error, or one that it came from, is a write without room: a full disk, a quota, a file-size limit."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 @contextmanager

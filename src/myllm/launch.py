@@ -13,6 +13,7 @@ import tyro
 from . import distributed, plan
 from .config import RunConfig, load_json, to_dict
 from .errors import UserError
+from .files import out_of_space
 from .presets import describe_presets, preset
 from .validate import check
 
@@ -125,9 +126,18 @@ def clear_errors() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        if distributed.rank() == 0:
-            print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        _fail(str(error))
+    except OSError as error:
+        if not out_of_space(error):
+            raise
+        where = error.filename or "a file of the run"
+        _fail(f"cannot write {where}: {error.strerror}; free some space and start the same command again")
+
+
+def _fail(message: str) -> None:
+    if distributed.rank() == 0:
+        print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2) from None
 
 
 def what_next(config: RunConfig) -> str:

@@ -116,6 +116,7 @@ def train(config: RunConfig, dataset: Dataset, process: Process) -> Outcome:
                 row = meter.read(state, loss, grad_norm, rate)
                 if process.is_main:
                     metrics.append(row)
+                    bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['tokens_per_s']:,.0f} tok/s", refresh=False)
                     log(console_line(row, max_steps))
                 meter.check_finite(state)
 
