@@ -1,0 +1,84 @@
+"""A run's folder: whose it is, what may change on a resume, and how a user names it."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from myllm.config import RunConfig, to_dict
+from myllm.errors import UserError
+from myllm.paths import RunPaths
+from myllm.run_folder import check_resumable, claimed, latest_checkpoint, move_aside, truncate_logs, write_config
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunPaths:
+    (tmp_path / "r").mkdir()
+    return RunPaths(tmp_path / "r")
+
+
+def test_one_process_at_a_time(run: RunPaths) -> None:
+    with claimed(run), pytest.raises(UserError, match="another process is training"), claimed(run):
+        pass
+    with claimed(run):  # and free again afterwards
+        pass
+
+
+def test_moving_aside_keeps_everything(run: RunPaths) -> None:
+    assert move_aside(run) is None
+    run.metrics.write_text("numbers")
+    aside = move_aside(run)
+    assert aside is not None
+    assert (aside / "metrics.jsonl").read_text() == "numbers"
+    assert list(run.root.iterdir()) == []
+
+
+def test_what_may_change_on_a_resume() -> None:
+    saved = RunConfig()
+    longer = replace(saved, train=replace(saved.train, max_steps=7, micro_batch_size=1), name="other")
+    assert check_resumable(to_dict(saved), longer, Path("x")) == [
+        "train.max_steps: 19073 -> 7", "train.micro_batch_size: 16 -> 1"
+    ]  # fmt: skip
+    dropout = replace(saved, model=replace(saved.model, dropout_ffn=0.1))
+    assert check_resumable(to_dict(saved), dropout, Path("x")) == ["model.dropout_ffn: 0.0 -> 0.1"]
+
+
+@pytest.mark.parametrize(
+    ("part", "change"), [("model", {"n_layers": 3}), ("train", {"seed": 5}), ("train", {"batch_tokens": 2})]
+)
+def test_what_may_not(part: str, change: dict[str, int]) -> None:
+    saved = RunConfig()
+    other = replace(saved, **{part: replace(getattr(saved, part), **change)})
+    with pytest.raises(UserError, match=f"{part}.{next(iter(change))}: "):
+        check_resumable(to_dict(saved), other, Path("x"))
+
+
+def test_a_resume_forgets_what_it_will_write_again(run: RunPaths) -> None:
+    rows = [{"kind": kind, "step": step} for step in (4, 8, 9) for kind in ("train", "eval")]
+    run.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run.samples.write_text('{"step": 0}\n{"step": 8}\n')
+    truncate_logs(run, 8)
+    kept = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    # The save at 8 came before the evaluations at 8, which are done again.
+    assert kept == [{"kind": "train", "step": 4}, {"kind": "eval", "step": 4}, {"kind": "train", "step": 8}]
+    assert run.samples.read_text() == '{"step": 0}\n'
+
+
+def test_fresh_is_not_remembered(run: RunPaths) -> None:
+    config = RunConfig()
+    write_config(run, replace(config, train=replace(config.train, fresh=True)))
+    assert json.loads(run.config.read_text()) == to_dict(config)
+
+
+def test_naming_a_checkpoint(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "mine" / "checkpoints"
+    for step in (5, 10):
+        (folder / f"step_{step:08d}").mkdir(parents=True)
+        (folder / f"step_{step:08d}" / "manifest.json").write_text("{}")
+    newest = folder / "step_00000010"
+    assert latest_checkpoint("mine", tmp_path / "runs") == newest
+    assert latest_checkpoint(str(tmp_path / "runs" / "mine"), tmp_path / "elsewhere") == newest
+    assert latest_checkpoint(str(folder / "step_00000005"), tmp_path) == folder / "step_00000005"
+    with pytest.raises(UserError, match="no checkpoint at 'mien'; runs with checkpoints: mine"):
+        latest_checkpoint("mien", tmp_path / "runs")
