@@ -1,6 +1,8 @@
 """From the words of a command line to a RunConfig, and what `--dry-run` prints of it."""
 
 import json
+import shlex
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +16,7 @@ from . import distributed, plan
 from .config import RunConfig, load_json, to_dict
 from .errors import UserError
 from .files import out_of_space
+from .paths import RunPaths
 from .presets import describe_presets, preset
 from .validate import check
 
@@ -142,9 +145,9 @@ def _fail(message: str) -> None:
 
 def what_next(config: RunConfig) -> str:
     """Where a run's files are and what to type next."""
-    from .paths import RunPaths
-
-    run = RunPaths.of(config.name)
+    run, myllm = RunPaths.of(config.name), _myllm()
+    name = shlex.quote(config.name)
+    prompt = config.eval.sample_prompts[0].splitlines()[0] if config.eval.sample_prompts else "Once upon a time"
     return f"""
 everything of this run is in {run.root}
   report       {run.report}
@@ -152,23 +155,19 @@ everything of this run is in {run.root}
   checkpoints  {run.checkpoints}
   numbers      {run.metrics}
 what to type next
-  look         open {run.report}
-  sample       {_myllm()} sample {config.name} --prompt "{_first_prompt(config)}"
-  chat         {_myllm()} chat {config.name}
-  go on        the same command with a larger --train.max-steps (now {config.train.max_steps:,}) resumes from here
-  full run     ./run_pre_training_e2e.sh lf-llm-269m   (8 GPUs for a night; --dry-run shows what it costs)"""
-
-
-def _first_prompt(config: RunConfig) -> str:
-    return config.eval.sample_prompts[0].splitlines()[0].replace('"', '\\"') if config.eval.sample_prompts else "Once"
+  sample       {myllm} sample {name} --prompt {shlex.quote(prompt)}
+  chat         {myllm} chat {name}
+  resume       the same command; with a larger --train.max-steps than {config.train.max_steps:,} it trains on from here
+  full run     ./run_pre_training_e2e.sh lf-llm-269m --dry-run   (what it costs; without --dry-run it starts)"""
 
 
 def _myllm() -> str:
     """How to call the command line from here: by its name if that is on the PATH, else beside this Python."""
-    import shutil
-
     beside = Path(sys.executable).parent / "myllm"
     on_path = shutil.which("myllm")
     if on_path and Path(on_path).resolve() == beside.resolve():
         return "myllm"
-    return str(beside) if beside.exists() else f"{sys.executable} -m myllm"
+    if not beside.exists():
+        return f"{shlex.quote(sys.executable)} -m myllm"
+    here = Path.cwd()
+    return shlex.quote(str(beside.relative_to(here) if beside.is_relative_to(here) else beside))

@@ -105,7 +105,7 @@ def environment(device: torch.device, world_size: int) -> dict[str, Any]:
     packages = ("torch", "numpy", "tiktoken", "datasets", "huggingface_hub", "matplotlib", "pyarrow", "tyro")
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": sys.argv,
+        "command": ["python", *sys.argv],
         "git_commit": _git("rev-parse", "HEAD"),
         "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "python": platform.python_version(),

@@ -95,11 +95,11 @@ def debug() -> RunConfig:
         data=DataConfig(source="python-stdlib", val_tokens=100_000, shard_tokens=1_000_000),
         optim=OptimConfig(max_lr=3e-3, min_lr_ratio=0.0, warmup_steps=40, schedule="linear"),
         train=TrainConfig(
-            max_steps=480, batch_tokens=512, micro_batch_size=2, log_every_steps=5, save_every_steps=120, device="cpu"
+            max_steps=400, batch_tokens=512, micro_batch_size=2, log_every_steps=5, save_every_steps=100, device="cpu"
         ),
         eval=EvalConfig(
-            validation_every_steps=80, validation_tokens=16_384, cloze_every_steps=240, cloze_examples=100,
-            sample_every_steps=240, sample_new_tokens=48, sample_temperature=0.7,
+            validation_every_steps=80, validation_tokens=16_384, cloze_every_steps=200, cloze_examples=100,
+            sample_every_steps=200, sample_new_tokens=48, sample_temperature=0.7,
             sample_prompts=("def __init__(self", "import os\n", "Return the", "class"),
         ),
     )  # fmt: skip

@@ -212,7 +212,7 @@ def _commands(run: Findings) -> str:
     words = run.environment.get("command") or ""
     words = [str(word) for word in words] if isinstance(words, list) else str(words).split()
     # Asking for a fresh start again would move this run aside instead of going on with it.
-    resume = " ".join(word for word in words if word != "--train.fresh")
+    resume = shlex.join(word for word in words if word != "--train.fresh")
     prompt = next((prompt.strip() for prompt in run.samples if "'" not in prompt), "Once upon a time")
     sample = f"myllm sample {shlex.quote(run.name)} --prompt {shlex.quote(prompt)}"
     parts = [("Go on where it stopped", resume), ("Ask it to continue a text", sample)]
