@@ -85,21 +85,21 @@ def dolma_75m() -> RunConfig:
 
 
 def debug() -> RunConfig:
-    """The whole path in minutes on two CPU cores: a 14M model on Python's own library."""
+    """The whole path in minutes on two CPU cores: a 7M model on Python's own library."""
     return RunConfig(
         name="debug",
         # The head is not tied, so that step 0 knows nothing: its loss is ln(50,257) = 10.8.
         model=ModelConfig(
-            max_seq_len=256, d_model=128, n_layers=4, n_heads=4, d_ff=384, qk_norm=True, tie_embeddings=False
+            max_seq_len=256, d_model=64, n_layers=4, n_heads=4, d_ff=192, qk_norm=True, tie_embeddings=False
         ),
         data=DataConfig(source="python-stdlib", val_tokens=100_000, shard_tokens=1_000_000),
-        optim=OptimConfig(max_lr=3e-3, min_lr_ratio=0.0, warmup_steps=40, schedule="linear"),
+        optim=OptimConfig(max_lr=5e-3, min_lr_ratio=0.0, warmup_steps=40, schedule="linear"),
         train=TrainConfig(
-            max_steps=400, batch_tokens=512, micro_batch_size=2, log_every_steps=5, save_every_steps=100, device="cpu"
+            max_steps=600, batch_tokens=512, micro_batch_size=2, log_every_steps=5, save_every_steps=150, device="cpu"
         ),
         eval=EvalConfig(
-            validation_every_steps=80, validation_tokens=16_384, cloze_every_steps=200, cloze_examples=100,
-            sample_every_steps=200, sample_new_tokens=48, sample_temperature=0.7,
+            validation_every_steps=100, validation_tokens=16_384, cloze_every_steps=300, cloze_examples=100,
+            sample_every_steps=300, sample_new_tokens=48, sample_temperature=0.8,
             sample_prompts=("def __init__(self", "import os\n", "Return the", "class"),
         ),
     )  # fmt: skip

@@ -120,9 +120,9 @@ class Preparations:
         self._environment = {**os.environ, "MYLLM_DATA": str(temp_data)}
         self._started: list[subprocess.Popen[str]] = []
 
-    def start(self, **settings: object) -> subprocess.Popen[str]:
-        """Prepare with these settings of DataConfig."""
-        return self.python("-c", PREPARE, json.dumps(settings))
+    def start(self, setup: str = "", **settings: object) -> subprocess.Popen[str]:
+        """Prepare with these settings of DataConfig, after some lines of Python."""
+        return self.python("-c", setup + PREPARE, json.dumps(settings))
 
     def python(self, *words: str) -> subprocess.Popen[str]:
         process = subprocess.Popen(

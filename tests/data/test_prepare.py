@@ -1,8 +1,11 @@
 """What a preparation writes: every document once, in the right split, in whole shards, named by what made it."""
 
+import errno
 import json
 import shutil
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -183,6 +186,20 @@ def test_a_second_call_makes_nothing(mixed_corpus: Path, monkeypatch: pytest.Mon
     assert prepare(DataConfig(source="none", dataset=first.name), progress=False) == first
 
 
+def test_what_another_process_made_meanwhile_is_taken(mixed_corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = prepare(config(mixed_corpus), progress=False)
+    aside = dataset.folder.rename(dataset.folder.with_name("aside"))
+
+    @contextmanager
+    def locked_after_a_wait(_: Path) -> Iterator[None]:
+        aside.rename(dataset.folder)
+        yield
+
+    monkeypatch.setattr(preparing, "locked", locked_after_a_wait)
+    monkeypatch.setattr(preparing, "_build", None)
+    assert prepare(config(mixed_corpus), progress=False) == dataset
+
+
 def test_every_setting_that_changes_bytes_changes_the_name(mixed_corpus: Path) -> None:
     changes = [{}, {"val_tokens": 501}, {"target_tokens": 9}, {"shard_tokens": 9}, {"shuffle_seed": 9}]
     assert len({recipe_of(config(mixed_corpus, **change)).folder for change in changes}) == len(changes)
@@ -196,6 +213,18 @@ def test_too_little_room_is_said_before_anything_starts(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**12, 10**12, 1_000))
     with pytest.raises(UserError, match=f"needs about .* under {temp_data}.* free"):
         prepare(config(mixed_corpus), progress=False)
+
+
+def test_room_that_runs_out_at_the_manifest(
+    mixed_corpus: Path, temp_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(preparing, "write_json", fail)
+    with pytest.raises(UserError, match="no room to write the data set"):
+        prepare(config(mixed_corpus), progress=False)
+    assert [path for path in (temp_data / "datasets").iterdir() if path.suffix != ".lock"] == []
 
 
 def test_a_data_folder_that_is_a_file(mixed_corpus: Path, temp_data: Path) -> None:

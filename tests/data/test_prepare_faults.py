@@ -27,13 +27,13 @@ SETTINGS = {"val_tokens": 5_000, "shard_tokens": 200_000}
 
 @pytest.fixture(scope="session")
 def big_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """6 MB in 24 files: three units, and a second or so of work."""
+    """4.4 MB in 24 files: three units, and a second or so of work."""
     folder = tmp_path_factory.mktemp("big") / "big"
     folder.mkdir()
     chance = random.Random(2)
     words = [f"{a}{b}" for a in ("river", "stone", "light", "salt") for b in ("", "s", "ing", " and", ", the", ".\n")]
     for number in range(24):
-        (folder / f"{number:02d}.py").write_text(" ".join(chance.choices(words, k=36_000)))
+        (folder / f"{number:02d}.py").write_text(" ".join(chance.choices(words, k=26_000)))
     return folder
 
 
@@ -87,7 +87,7 @@ def test_killed_at_any_moment(
         process = preparations.start(source=f"files:{big_corpus}", workers=2, **SETTINGS)
         preparations.wait_for(lambda moment=moment, process=process: process.poll() is not None or moment())
         process.kill()
-        process.communicate()
+        process.wait()
         preparations.wait_for(lambda: not preparations.processes())  # the workers are gone too
         finished = [name for name in preparations.left() if not name.startswith(".partial-")]
         if number < len(moments) - 1:
@@ -105,7 +105,7 @@ def test_a_killed_parent_leaves_no_worker_behind(long_file: Path, preparations: 
     preparations.wait_for(lambda: list(preparations.datasets.glob(".partial-*/units/*.bin")))
     assert preparations.workers()
     process.kill()
-    process.communicate()
+    process.wait()
     preparations.wait_for(lambda: not preparations.processes(), timeout_s=5)
 
 
@@ -138,18 +138,24 @@ def test_two_at_once_make_one_data_set(
     assert hashes(preparations.datasets / name) == undisturbed
 
 
-@pytest.mark.parametrize("limit_bytes", [1_000, 300_000], ids=["no unit fits", "no shard fits"])
-def test_a_full_disk_ends_with_a_clear_message(
-    limit_bytes: int, big_corpus: Path, preparations: "Preparations"
-) -> None:
-    """A limit on a file's size fails a write as a full disk does, and needs no root."""
-    code = "import resource, sys; from myllm.cli import main; "
-    code += f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit_bytes}, {limit_bytes})); main(sys.argv[1:])"
-    words = ("data", "prepare", f"files:{big_corpus / '0[0-3].py'}", "--workers", "1")
-    status, errors = finish(preparations.python("-c", code, *words))
+# A limit on a file's size fails a write as a full disk does, and needs no root.
+LIMIT = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0}));"
+
+
+def test_a_full_disk_ends_with_a_clear_message_and_code_2(big_corpus: Path, preparations: "Preparations") -> None:
+    code = LIMIT.format(1_000) + "import sys; from myllm.cli import main; main(sys.argv[1:])"
+    status, errors = finish(preparations.python("-c", code, "data", "prepare", f"files:{big_corpus}"))
     assert status == 2
     assert "no room to write the data set" in errors
     assert "Traceback" not in errors
+    assert preparations.left() == []
+
+
+def test_room_that_runs_out_when_the_shards_are_written(big_corpus: Path, preparations: "Preparations") -> None:
+    process = preparations.start(setup=LIMIT.format(1_500_000), source=f"files:{big_corpus}", workers=2)
+    code, errors = finish(process)
+    assert code == 1
+    assert "user error: no room to write" in errors
     assert preparations.left() == []
 
 

@@ -169,7 +169,7 @@ def _check_disk(recipe: Recipe) -> None:
     free = shutil.disk_usage(paths.datasets()).free
     if need > free:
         raise UserError(
-            f"the data set needs about {need / 1e9:.1f} GB under {paths.datasets()}, which has {free / 1e9:.1f} GB "
+            f"the data set needs about {need / 1e6:,.0f} MB under {paths.datasets()}, which has {free / 1e6:,.0f} MB "
             "free; free some space, set MYLLM_DATA to a folder on a larger disk, or lower data.target_tokens"
         )
 
