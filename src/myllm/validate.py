@@ -81,14 +81,14 @@ def _model_faults(model: ModelConfig) -> list[str]:
             found.append(f"model.{name} is {getattr(model, name)}, but must be at least 0 and below 1")
     if min(model.n_heads, model.kv_heads, model.d_model) < 1:
         return found  # already said, and the rest divides by them
+    if model.n_heads % model.kv_heads:
+        found.append(f"model.n_heads {model.n_heads} is not a multiple of model.n_kv_heads {model.kv_heads}")
     if model.head_dim is None and model.d_model % model.n_heads:
         found.append(
             f"model.d_model {model.d_model} is not a multiple of model.n_heads {model.n_heads}; "
             "change one, or set model.head_dim"
         )
-    if model.n_heads % model.kv_heads:
-        found.append(f"model.n_heads {model.n_heads} is not a multiple of model.n_kv_heads {model.kv_heads}")
-    if model.position == "rope" and model.head_size % 2:
+    elif model.position == "rope" and model.head_size % 2:
         found.append(
             f"model.head_dim is {model.head_size}, but rotary positions need an even one; "
             "set it, or change model.d_model or model.n_heads"
