@@ -29,12 +29,14 @@ def main() -> None:
 
 def prepare_and_train(config: "RunConfig", prepare_only: bool) -> None:
     from myllm.data.prepare import prepare
-    from myllm.distributed import process_group
+    from myllm.distributed import choose_device, process_group
     from myllm.launch import what_next
     from myllm.meter import Diverged
     from myllm.report import write_report
     from myllm.train import train
 
+    if not prepare_only:
+        choose_device(config.train.device)  # one that is not there is a mistake to know before hours of preparation
     dataset = prepare(config.data)
     if prepare_only:
         print(f"data ready: {dataset.folder}, {dataset.train.tokens:,} tokens to train on")

@@ -11,7 +11,7 @@ Usage: ./run_pre_training_e2e.sh [--force] [PRESET] [OVERRIDE...]
 Makes the Python environment, checks the plan, prepares the data, then trains, evaluates and reports on every GPU
 of this machine. Run it again after an interruption: it goes on where it was.
 
-  PRESET      what to train (default: lf-llm-269m); the first argument, if it does not start with a dash
+  PRESET      what to train (default: lf-llm-269m, or what --config FILE says); the first argument, without a dash
   OVERRIDE    handed to pretrain.py, such as --name my-run or --train.max-steps 100 or --config my.json
   --force     train although there is no GPU
 
@@ -43,7 +43,7 @@ for argument in "$@"; do # takes out --force and keeps the rest, in order
 done
 preset=lf-llm-269m
 case "${1:--}" in
-  -*) ;;
+  -*) for argument in "$@"; do case "$argument" in --config | --config=*) preset="" ;; esac; done ;;
   *) preset="$1" && shift ;;
 esac
 
@@ -70,9 +70,9 @@ printf 'python: %s\nGPUs:   %s\n' "$PYTHON" "$gpus"
 processes="$gpus" # on this node
 if [ "$gpus" -eq 0 ] || [ "$preset" = debug ]; then processes=1; fi
 
-pretrain() { WORLD_SIZE=$((processes * nodes)) "$PYTHON" "$here/pretrain.py" "$preset" "$@"; }
+pretrain() { WORLD_SIZE=$((processes * nodes)) "$PYTHON" "$here/pretrain.py" ${preset:+"$preset"} "$@"; }
 
-heading "Plan: $preset"
+heading "Plan: ${preset:-the config file}"
 pretrain "$@" --dry-run
 if [ "$gpus" -eq 0 ] && [ -z "$force" ]; then
   if command -v nvidia-smi >/dev/null; then
@@ -90,11 +90,11 @@ pretrain "$@" --prepare-only # every node: one with a disk of its own needs its 
 heading "Training, evaluation and report"
 # exec, so that a scheduler's SIGTERM reaches the training, which saves a checkpoint, and its exit status is ours.
 if [ "$preset" = debug ] || { [ "$gpus" -eq 0 ] && [ "$nodes" -eq 1 ]; }; then
-  exec "$PYTHON" "$here/pretrain.py" "$preset" "$@"
+  exec "$PYTHON" "$here/pretrain.py" ${preset:+"$preset"} "$@"
 fi
 where="--standalone"
 if [ "$nodes" -gt 1 ]; then
   where="--nnodes=$nodes --node_rank=$NODE_RANK --master_addr=$MASTER_ADDR --master_port=$MASTER_PORT"
 fi
 # shellcheck disable=SC2086 # $where is several words
-exec "$PYTHON" -m torch.distributed.run $where --nproc_per_node="$processes" "$here/pretrain.py" "$preset" "$@"
+exec "$PYTHON" -m torch.distributed.run $where --nproc_per_node="$processes" "$here/pretrain.py" ${preset:+"$preset"} "$@"

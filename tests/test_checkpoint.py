@@ -74,7 +74,8 @@ def test_a_manifest_that_is_none(tmp_path: Path, content: str | None) -> None:
     else:
         (folder / "manifest.json").write_text(content)
     assert list(verify(folder))
-    assert load_latest(tmp_path, lambda _: None) is None
+    with pytest.raises(UserError, match=r"no checkpoint in .* is intact; .*--train\.fresh"):
+        load_latest(tmp_path, lambda _: None)
 
 
 def test_a_truncated_manifest_that_names_no_files_is_not_trusted(tmp_path: Path) -> None:
@@ -154,3 +155,11 @@ def test_a_write_that_fails_half_way(tmp_path: Path) -> None:
     assert "no room to save step 2" in done.stderr, done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
     assert not list(verify(tmp_path / "step_00000001"))
+
+
+def test_a_damaged_newer_checkpoint_does_not_crowd_out_sound_ones(tmp_path: Path) -> None:
+    (put(tmp_path, 9) / "model.pt").write_bytes(b"")
+    for step in (1, 2, 3):
+        put(tmp_path, step, keep_last=1)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step_00000009", "step_00000003"]
+    assert load_latest(tmp_path, lambda _: None).state.step == 3

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import command, launch, write_run_config
 
 from myllm.config import RunConfig, to_dict
@@ -54,6 +55,11 @@ def test_a_hand_written_config_over_a_preset(tmp_path: Path) -> None:
         (["debug", "--train.batch-tokens", "3000"], r"2,560 or 3,072"),
         (["debug", "--train.max-steps", "0", "--optim.beta1", "2"], r"2 faults(.|\n)*max_steps(.|\n)*beta1"),
         (["debug", "--name", "../up"], "plain folder name"),
+        (["debug", "--name", "a\nb"], "plain folder name"),
+        (["debug", "--name", "n" * 300], "plain folder name"),
+        (["debug", "--config=", "--dry-run"], "--config needs"),
+        (["debug", "--eval.sample-prompts", "\udcff"], r"eval\.sample_prompts\[0\] .* is not UTF-8"),
+        (["debug", "--train.batch-tokens", "1000000000256"], "is not a multiple"),
     ],
 )
 def test_mistakes_are_named(words: list[str], message: str) -> None:
@@ -73,9 +79,10 @@ def test_unknown_keys_in_a_file(tmp_path: Path) -> None:
 def test_the_batch_is_checked_for_the_planned_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(UserError, match=r"3 rank\(s\)"):
-        parse(["lf-llm-269m"])
+        parse(["lf-llm-269m", "--dry-run"])
+    assert parse(["lf-llm-269m"])  # but without torchrun this process would train alone
     monkeypatch.setenv("WORLD_SIZE", "8")
-    assert "x 8 rank(s) x 2 accumulation step(s) = 524,288" in describe(parse(["lf-llm-269m"]))
+    assert "x 8 rank(s) x 2 accumulation step(s) = 524,288" in describe(parse(["lf-llm-269m", "--dry-run"]))
 
 
 def test_dry_run_of_the_reference() -> None:
@@ -142,3 +149,28 @@ def test_it_runs_from_any_folder_without_an_installation(tmp_path: Path) -> None
     done = launch("--help")
     assert done.returncode == 0
     assert "lf-llm-269m" in done.stdout
+
+
+def test_a_device_that_is_not_there(temp_data: Path) -> None:
+    missing = "cuda" if not torch.cuda.is_available() else "mps"
+    done = launch("debug", "--train.device", missing)
+    assert done.returncode == 2
+    assert f"of kind '{missing}' here" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not temp_data.exists()
+
+
+@pytest.mark.parametrize("value", ["abc", "0", "-1"])
+def test_a_world_size_that_is_none(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("WORLD_SIZE", value)
+    with pytest.raises(UserError, match="WORLD_SIZE is"):
+        parse(["debug", "--dry-run"])
+
+
+def test_a_run_folder_that_is_a_file(tiny: RunConfig, tmp_path: Path, temp_data: Path) -> None:
+    (temp_data / "runs").mkdir(parents=True)
+    (temp_data / "runs" / "tiny").write_text("")
+    done = launch("--config", write_run_config(tiny, tmp_path / "tiny.json"))
+    assert done.returncode == 2
+    assert "cannot write the run folder" in done.stderr
+    assert "Traceback" not in done.stderr

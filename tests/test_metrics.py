@@ -73,3 +73,12 @@ def test_environment_can_be_written_as_json() -> None:
     assert values["world_size"] == 2
     assert values["versions"]["torch"] == torch.__version__
     assert values["device_name"]
+
+
+def test_a_text_may_hold_what_ends_a_line_elsewhere(tmp_path: Path) -> None:
+    rows = JsonLines(tmp_path / "m.jsonl")
+    wanted = [{"step": step, "text": "a\u2028b\u2029c\u0085d\x0ce"} for step in range(2)]
+    for row in wanted:
+        rows.append(row)
+    rows.keep(lambda row: True)
+    assert list(rows.rows()) == wanted

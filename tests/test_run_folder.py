@@ -5,8 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from myllm.checkpoint import TrainState, save
 from myllm.config import RunConfig, to_dict
+from myllm.data.order import DataPosition
 from myllm.errors import UserError
 from myllm.paths import RunPaths
 from myllm.run_folder import check_resumable, claimed, latest_checkpoint, move_aside, truncate_logs, write_config
@@ -71,14 +74,21 @@ def test_fresh_is_not_remembered(run: RunPaths) -> None:
     assert json.loads(run.config.read_text()) == to_dict(config)
 
 
+def put(checkpoints: Path, step: int) -> Path:
+    state = TrainState(step, 0, DataPosition(0, 0, 0, ""))
+    return save(checkpoints, state, {}, {"w": torch.zeros(1)}, {}, [], keep_last=0)
+
+
 def test_naming_a_checkpoint(tmp_path: Path) -> None:
-    folder = tmp_path / "runs" / "mine" / "checkpoints"
-    for step in (5, 10):
-        (folder / f"step_{step:08d}").mkdir(parents=True)
-        (folder / f"step_{step:08d}" / "manifest.json").write_text("{}")
-    newest = folder / "step_00000010"
-    assert latest_checkpoint("mine", tmp_path / "runs") == newest
-    assert latest_checkpoint(str(tmp_path / "runs" / "mine"), tmp_path / "elsewhere") == newest
-    assert latest_checkpoint(str(folder / "step_00000005"), tmp_path) == folder / "step_00000005"
+    runs = tmp_path / "runs"
+    older, newest = (put(runs / "mine" / "checkpoints", step) for step in (5, 10))
+    assert latest_checkpoint("mine", runs) == newest
+    assert latest_checkpoint(str(runs / "mine"), tmp_path / "elsewhere") == newest
+    assert latest_checkpoint(str(older), tmp_path) == older
+    (newest / "model.pt").write_bytes(b"")
+    assert latest_checkpoint("mine", runs) == older
+    (older / "model.pt").write_bytes(b"")
+    with pytest.raises(UserError, match=r"is intact: model\.pt has 0 bytes"):
+        latest_checkpoint("mine", runs)
     with pytest.raises(UserError, match="no checkpoint at 'mien'; runs with checkpoints: mine"):
-        latest_checkpoint("mien", tmp_path / "runs")
+        latest_checkpoint("mien", runs)

@@ -411,11 +411,19 @@ def test_refuses_half_a_cluster(launch, nodes):
 
 
 def test_overrides_pass_through_untouched(launch):
-    overrides = ["--data.source", "files:my texts/*.txt", "--name", "it's $HOME", "--config", "", "--x=a  b", "*"]
+    overrides = ["--data.source", "files:my texts/*.txt", "--name", "it's $HOME", "--empty", "", "--x=a  b", "*"]
     status, commands, _ = launch(*overrides, gpus=2)
     assert status == 0
     assert commands[-1][-len(overrides) :] == overrides
     assert commands[0][2:-1] == overrides
+
+
+def test_a_config_file_needs_no_preset(launch):
+    for words in (["--config", "my run.json"], ["--name", "x", "--config=my.json"]):
+        status, commands, _ = launch(*words, gpus=2)
+        assert status == 0
+        assert commands[0] == [launch.pretrain, *words, "--dry-run"]
+        assert commands[-1][-len(words) - 1 :] == [launch.pretrain, *words]
 
 
 def test_debug_is_one_plain_process_whatever_the_machine(launch):

@@ -206,3 +206,33 @@ def test_training_goes_round_the_corpus(tiny: RunConfig, monkeypatch: pytest.Mon
     assert state.data.epoch >= 1
     assert state.tokens_seen == 40 * 128
     assert losses(root) == losses(run(replace(config, name="whole")))
+
+
+def test_weights_that_are_not_finite_are_never_saved(tiny: RunConfig) -> None:
+    wild = replace(tiny, optim=replace(tiny.optim, max_lr=1e39, warmup_steps=0))
+    with pytest.raises(Diverged):
+        run(with_train(wild, save_every_steps=1))
+    for folder in list_checkpoints(RunPaths.of("tiny").root / "checkpoints"):
+        assert all(tensor.isfinite().all() for tensor in load(folder).model.values())
+
+
+def test_damage_to_every_checkpoint_does_not_start_over_by_itself(tiny: RunConfig) -> None:
+    root = run(tiny)
+    before = (root / "metrics.jsonl").read_text()
+    for folder in list_checkpoints(root / "checkpoints"):
+        (folder / "model.pt").write_bytes(b"")
+    with pytest.raises(UserError, match="is intact"):
+        run(tiny)
+    assert (root / "metrics.jsonl").read_text() == before
+
+
+def test_what_a_killed_save_left_is_removed(tiny: RunConfig) -> None:
+    left = RunPaths.of("tiny").checkpoints / ".partial-step_00000005"
+    left.mkdir(parents=True)
+    run(tiny)
+    assert not left.exists()
+
+
+def test_a_vocabulary_that_is_not_the_tokenizers(tiny: RunConfig) -> None:
+    with pytest.raises(UserError, match=r"model\.vocab_size is 50,304(.|\n)*set it to 50257"):
+        run(replace(tiny, model=replace(tiny.model, vocab_size=50_304)))

@@ -102,19 +102,37 @@ def save(
     finally:
         shutil.rmtree(work, ignore_errors=True)
     if keep_last:
-        for old in list_checkpoints(checkpoints)[keep_last:]:
+        # Newer ones are damaged, or training would have gone on from them: they must not crowd out sound ones.
+        older = [folder for folder in list_checkpoints(checkpoints) if folder.name <= final.name]
+        for old in older[keep_last:]:
             shutil.rmtree(old)
     return final
 
 
 def load_latest(checkpoints: Path, log: Callable[[str], None]) -> Checkpoint | None:
-    """The newest intact checkpoint, or None if there is none; says why newer ones were passed over."""
-    for folder in list_checkpoints(checkpoints):
+    """The newest intact checkpoint, or None where there is none at all; says why newer ones were passed over.
+
+    Raises:
+        UserError: there are checkpoints and every one is damaged; starting over is for the user to decide.
+    """
+    folders = list_checkpoints(checkpoints)
+    for folder in folders:
         faults = list(verify(folder))
         if not faults:
             return load(folder)
         log(f"passing over {folder}: {'; '.join(faults)}")
+    if folders:
+        raise UserError(
+            f"no checkpoint in {checkpoints} is intact; restore one, or start over with --train.fresh (the old run is "
+            "moved aside)"
+        )
     return None
+
+
+def remove_unfinished(checkpoints: Path) -> None:
+    """Remove what killed saves left behind."""
+    for folder in checkpoints.glob(".partial-*"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def load(folder: Path) -> Checkpoint:

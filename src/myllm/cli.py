@@ -97,6 +97,8 @@ def sample(
     from .generate import generate
     from .loading import load_model
 
+    if num_samples < 1:
+        raise UserError(f"num_samples is {num_samples}, but must be at least 1")
     loaded, tokenizer = load_model(model, device)
     ids = [tokenizer.end_of_text, *tokenizer.encode(prompt).tolist()]
     for number in range(num_samples):

@@ -183,10 +183,10 @@ def from_dict(values: Any, base: RunConfig) -> RunConfig:
 def load_json(path: Path, base: RunConfig) -> RunConfig:
     """The config in a JSON file, laid over `base`: a run's config.json, or a hand-written file with a few keys."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"cannot read the config {path}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"the config {path} is not valid JSON: {error}") from None
     return from_dict(values, base)
 

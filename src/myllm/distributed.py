@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .errors import UserError
+
 
 @dataclass(frozen=True)
 class Process:
@@ -42,8 +44,15 @@ def rank() -> int:
 
 
 def world_size() -> int:
-    """Processes of the run; before it is launched, WORLD_SIZE says for how many it is being planned."""
-    return int(os.environ.get("WORLD_SIZE") or 1)
+    """Processes of the run; before it is launched, WORLD_SIZE says for how many it is being planned.
+
+    Raises:
+        UserError: WORLD_SIZE is no number of processes.
+    """
+    value = os.environ.get("WORLD_SIZE") or "1"
+    if not value.isdecimal() or int(value) < 1:
+        raise UserError(f"WORLD_SIZE is {value!r}, expected a number of processes; unset it to train with one")
+    return int(value)
 
 
 @contextmanager
@@ -72,9 +81,22 @@ def process_group(device: str) -> Iterator[Process]:
 
 
 def choose_device(device: str, local_rank: int = 0) -> torch.device:
-    """The device to train on; "auto" takes CUDA, then MPS, then the CPU."""
+    """The device to use; "auto" takes CUDA, then MPS, then the CPU.
+
+    Raises:
+        UserError: no such device on this machine.
+    """
+    there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        device = "cuda" if there["cuda"] else "mps" if there["mps"] else "cpu"
+    if device not in there:
+        raise UserError(f"unknown device {device!r}; there are auto, {', '.join(there)}")
+    if not there[device] or (device == "cuda" and local_rank >= there["cuda"]):
+        usable = ", ".join(name for name, count in there.items() if count)
+        raise UserError(
+            f"torch sees {there[device]} device(s) of kind {device!r} here, too few for process {local_rank} of this "
+            f"machine; usable: {usable} (auto takes the best)"
+        )
     return torch.device("cuda", local_rank) if device == "cuda" else torch.device(device)
 
 

@@ -39,6 +39,8 @@ def generate(
     """
     if not prompt:
         raise UserError("the prompt is empty: give at least one token to start from")
+    if not 0 <= seed < 2**63:
+        raise UserError(f"the seed {seed} must be at least 0 and below 2**63")
     if not 0 <= temperature < float("inf") or top_k < 0 or max_new_tokens < 0:
         raise UserError(
             f"temperature {temperature}, top_k {top_k} and max_new_tokens {max_new_tokens} must be finite, not negative"

@@ -1,5 +1,6 @@
 """From the words of a command line to a RunConfig, and what `--dry-run` prints of it."""
 
+import errno
 import json
 import shlex
 import shutil
@@ -67,7 +68,9 @@ def parse(words: list[str]) -> Launch:
         prog=f"python pretrain.py {base.name}",
         description="Every setting of the run. The same command resumes an interrupted one.",
     )
-    check(launch.config, distributed.world_size())
+    # A WORLD_SIZE without torchrun is a plan for later, not the number of processes of this call.
+    planning = launch.dry_run or launch.prepare_only or distributed.launched()
+    check(launch.config, distributed.world_size() if planning else 1)
     return launch
 
 
@@ -81,8 +84,8 @@ def _base(words: list[str]) -> tuple[RunConfig, list[str]]:
     remaining = iter(words)
     for word in remaining:
         if word == "--config" or word.startswith("--config="):
-            value = word.partition("=")[2] or next(remaining, None)
-            if value is None:
+            value = word.partition("=")[2] if "=" in word else next(remaining, None)
+            if not value:
                 raise UserError("--config needs the path of a JSON file")
             files.append(value)
         else:
@@ -130,11 +133,15 @@ def clear_errors() -> Iterator[None]:
         yield
     except UserError as error:
         _fail(str(error))
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
     except OSError as error:
-        if not out_of_space(error):
-            raise
         where = error.filename or "a file of the run"
-        _fail(f"cannot write {where}: {error.strerror}; free some space and start the same command again")
+        if out_of_space(error):
+            _fail(f"cannot write {where}: {error.strerror}; free some space and start the same command again")
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            _fail(f"cannot write {where}: {error.strerror}; make it writable, or set MYLLM_DATA to another folder")
+        raise
 
 
 def _fail(message: str) -> None:

@@ -32,7 +32,8 @@ class JsonLines:
         """Every whole row; a last line cut by a crash is left out."""
         if not self.path.is_file():
             return
-        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+        # Not splitlines: a text may hold U+2028 and its kin, which end a line there but not in JSON Lines.
+        for line in self.path.read_text(encoding="utf-8", errors="replace").split("\n"):
             try:
                 yield json.loads(line)
             except ValueError:

@@ -35,7 +35,7 @@ class BatchPlan:
         below = self.batch_tokens // self.micro_tokens * self.micro_tokens
         tokens = [n for n in (below, below + self.micro_tokens) if n > 0]
         share, remainder = divmod(self.batch_tokens, self.seq_len * self.world_size)
-        micro = [] if remainder else [n for n in range(1, share + 1) if share % n == 0]
+        micro = [] if remainder else [n for n in range(1, min(share, 4_096) + 1) if share % n == 0]
         micro = sorted(sorted(micro, key=lambda n: abs(n - self.micro_batch_size))[:3])
         advice = f"set train.batch_tokens to {' or '.join(f'{n:,}' for n in tokens)}"
         if micro:

@@ -8,6 +8,7 @@ from .config import RunConfig, to_dict
 from .data.shards import Dataset
 from .distributed import Process
 from .errors import UserError
+from .meter import Diverged
 from .metrics import Log
 from .model import Transformer
 from .optim import ScheduledAdamW
@@ -23,7 +24,18 @@ def save_due(config: RunConfig, step: int, ending: bool) -> bool:
 def save(
     run: RunPaths, state: TrainState, config: RunConfig, model: Transformer, optimizer: ScheduledAdamW, process: Process
 ) -> None:
-    """Write a checkpoint on rank 0; every rank learns whether that worked."""
+    """Write a checkpoint on rank 0; every rank learns whether that worked.
+
+    Raises:
+        Diverged: a weight is not finite; such a checkpoint would poison every resume.
+        UserError: no room on the disk.
+    """
+    bad = [name for name, weight in model.state_dict().items() if not weight.isfinite().all()]
+    if bad:
+        raise Diverged(
+            f"after step {state.step:,} the weights {', '.join(bad[:3])} are not finite and were not saved. Start "
+            "the same command again to go back to the newest checkpoint, with a lower optim.max_lr"
+        )
     random = distributed.gather_to_main(checkpoint.random_state(process.device))
     failure: UserError | None = None
     if process.is_main:

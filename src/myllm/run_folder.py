@@ -2,11 +2,11 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import list_checkpoints
+from .checkpoint import list_checkpoints, verify
 from .config import RunConfig, to_dict
 from .errors import UserError
 from .files import locked, write_json
@@ -21,16 +21,24 @@ def claimed(run: RunPaths) -> Iterator[None]:
     Raises:
         UserError: another process is training there, or the folder cannot be written.
     """
+    with ExitStack() as stack:
+        _claim(run, stack)
+        yield
+
+
+def _claim(run: RunPaths, stack: ExitStack) -> None:
     try:
         run.root.mkdir(parents=True, exist_ok=True)
-        with locked(run.root / ".lock", wait=False):
-            yield
+        stack.enter_context(locked(run.root / ".lock", wait=False))
     except BlockingIOError:
         raise UserError(
             f"another process is training in {run.root}; stop it first, or give this run another --name"
         ) from None
-    except PermissionError as error:
-        raise UserError(f"cannot write the run folder {run.root}: {error.strerror}") from None
+    except OSError as error:
+        raise UserError(
+            f"cannot write the run folder {run.root}: {error.strerror}; make it one that can be written, give another "
+            "--name, or set MYLLM_DATA to another folder"
+        ) from None
 
 
 def move_aside(run: RunPaths) -> Path | None:
@@ -43,6 +51,8 @@ def move_aside(run: RunPaths) -> Path | None:
     if not old:
         return None
     aside = run.root.with_name(f"{run.root.name}.before-{time.strftime('%Y%m%d-%H%M%S')}")
+    while aside.exists():  # twice within a second
+        aside = aside.with_name(f"{aside.name}-again")
     aside.mkdir()
     for path in old:
         path.rename(aside / path.name)
@@ -95,8 +105,11 @@ def latest_checkpoint(where: str, runs: Path) -> Path:
     for root in (Path(where).expanduser(), runs / where):
         if (root / "manifest.json").is_file() and root.name.startswith("step_"):
             return root
-        if found := list_checkpoints(root / "checkpoints"):
-            return found[0]
+        found = list_checkpoints(root / "checkpoints")
+        if intact := next((folder for folder in found if not list(verify(folder))), None):
+            return intact
+        if found:
+            raise UserError(f"no checkpoint in {root / 'checkpoints'} is intact: {'; '.join(verify(found[0]))}")
     known = sorted(path.name for path in runs.glob("*") if (path / "checkpoints").is_dir())
     raise UserError(f"no checkpoint at {where!r}; runs with checkpoints: {', '.join(known) or 'none yet'}")
 

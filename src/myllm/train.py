@@ -55,6 +55,7 @@ def train(config: RunConfig, dataset: Dataset, process: Process) -> Outcome:
         if process.is_main:
             stack.enter_context(claimed(run))
             aside = move_aside(run) if config.train.fresh else None
+            checkpoint.remove_unfinished(run.checkpoints)
         distributed.barrier()
         log, metrics, samples = Log(run.log, process.is_main), JsonLines(run.metrics), JsonLines(run.samples)
         if process.is_main and aside:
@@ -128,10 +129,12 @@ def check_data(config: RunConfig, dataset: Dataset, batch: plan.BatchPlan) -> No
     """
     need_val = batch.micro_batch_size * batch.seq_len + 1
     if config.eval.validation_every_steps and dataset.val.tokens < need_val:
+        # What is held out is at most a tenth of the source: asking for more helps only below that.
+        more = "raise data.val_tokens, " if dataset.val.tokens >= config.data.val_tokens else ""
         raise UserError(
             f"the data set {dataset.name} holds out {dataset.val.tokens:,} tokens, too few for one validation batch: "
             f"train.micro_batch_size {batch.micro_batch_size} x model.max_seq_len {batch.seq_len:,} + 1 = {need_val:,}"
-            "; add text, raise data.val_tokens, or lower one of the two"
+            f"; add text, {more}or lower train.micro_batch_size or model.max_seq_len"
         )
     have = count_sequences(dataset.train.tokens, batch.seq_len)
     if have < batch.sequences:
@@ -139,10 +142,11 @@ def check_data(config: RunConfig, dataset: Dataset, batch: plan.BatchPlan) -> No
             f"the data set {dataset.name} has {dataset.train.tokens:,} training tokens, {have:,} sequences of "
             f"{batch.seq_len:,}, fewer than the {batch.sequences:,} of one step; add text or lower train.batch_tokens"
         )
-    if dataset.manifest["tokenizer"]["vocab_size"] > config.model.vocab_size:
+    known = dataset.manifest["tokenizer"]["vocab_size"]
+    if config.model.vocab_size != known:
         raise UserError(
-            f"the data set {dataset.name} uses {dataset.manifest['tokenizer']['vocab_size']:,} tokens, the model knows "
-            f"{config.model.vocab_size:,}; raise model.vocab_size"
+            f"model.vocab_size is {config.model.vocab_size:,}, but the tokenizer of {dataset.name} knows {known:,} "
+            f"tokens; set it to {known} (rows beyond that for speed are model.vocab_multiple's job)"
         )
 
 
@@ -165,4 +169,7 @@ def say_start(
     log(f"run {config.name} on {process.world_size} x {device_name(process.device)} ({process.device.type})")
     log(f"model: {plan.n_parameters(config.model):,} parameters; batch: {batch}")
     log(f"data: {dataset.name}, {dataset.train.tokens:,} tokens to train on, {epochs:.2f} epoch(s) of them by the end")
-    log(f"steps {state.step:,} to {config.train.max_steps:,}; Ctrl-C saves and stops, the same command resumes")
+    if state.step >= config.train.max_steps:
+        log(f"nothing left to train: the run is at step {state.step:,}, train.max_steps is {config.train.max_steps:,}")
+    else:
+        log(f"steps {state.step:,} to {config.train.max_steps:,}; Ctrl-C saves and stops, the same command resumes")

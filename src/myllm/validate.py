@@ -36,12 +36,22 @@ def faults(config: RunConfig, world_size: int) -> list[str]:
         *_train_faults(config.train),
         *_eval_faults(config.eval, config.model),
     ]
-    if not config.name or config.name != config.name.strip(". ") or "/" in config.name or "\\" in config.name:
-        found.append(f"name {config.name!r} must be a plain folder name, such as 'my-run'")
+    name = config.name
+    plain = name.isprintable() and name == name.strip(". ") and not set("/\\") & set(name)
+    if not plain or not 0 < len(name.encode(errors="surrogatepass")) <= 200:
+        found.append(f"name {name!r} must be a plain folder name of at most 200 bytes, such as 'my-run'")
+    texts = {"data.source": config.data.source, "data.dataset": config.data.dataset or ""}
+    texts |= {f"eval.sample_prompts[{i}]": prompt for i, prompt in enumerate(config.eval.sample_prompts)}
+    # The shell hands bytes that are no UTF-8 over as lone surrogates, which no file of the run could hold.
+    found += [f"{key} {text!r} is not UTF-8" for key, text in texts.items() if not _is_unicode(text)]
     batch = plan.batch_plan(config.model, config.train, world_size)
     if batch.batch_tokens > 0 and batch.micro_tokens > 0 and (fault := batch.fault()):
         found.append(fault)
     return found
+
+
+def _is_unicode(text: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _sizes(config: RunConfig) -> list[str]:

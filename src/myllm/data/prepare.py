@@ -37,6 +37,9 @@ from .sources import Source, SourceFile
 from .tokenize_unit import STOP, UnitTokens, start_worker, tokenize_unit, write_shard
 from .tokenizer import Tokenizer
 
+UNWRITABLE = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT, errno.ENAMETOOLONG
+)  # fmt: skip
 UNIT_BYTES = 2_000_000
 """Small files are handed to a worker together, up to about this much text."""
 BYTES_PER_TOKEN = 4
@@ -153,7 +156,7 @@ def _clear_disk_errors() -> Iterator[None]:
                 f"no room to write the data set under {paths.datasets()}: {error.strerror}; nothing was kept. "
                 "Free some space, or set MYLLM_DATA to a folder on a larger disk"
             ) from None
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+        if error.errno in UNWRITABLE:
             raise UserError(
                 f"cannot write {error.filename or paths.datasets()}: {error.strerror}; "
                 "make it a folder that can be written, or set MYLLM_DATA to one"
