@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, eval_rows, train_rows
+from test_notebooks import execute, outputs
 
 SHORT = [
     "--train.max-steps", "4", "--train.log-every-steps", "1", "--train.save-every-steps", "2",
@@ -40,8 +41,8 @@ def test_the_debug_script_goes_all_the_way(debug: tuple[Path, subprocess.Complet
     assert done.returncode == 0, done.stderr
     run = folder / "data/runs/debug"
     assert [row["step"] for row in train_rows(run)] == [1, 2, 3, 4]
-    assert abs(eval_rows(run, "validation")[0]["loss"] - 10.82) < 0.05  # ln(50,257): it knows nothing yet
-    assert eval_rows(run, "validation")[-1]["loss"] < 10.82
+    assert abs(eval_rows(run, "validation")[0]["loss"] - 10.82) < 0.2  # ln(50,257): it knows nothing yet
+    assert eval_rows(run, "validation")[-1]["loss"] < eval_rows(run, "validation")[0]["loss"]
     assert eval_rows(run, "cloze")
     assert len((run / "samples.jsonl").read_text().splitlines()) == 8  # four prompts, before and after
     for name in ("config.json", "environment.json", "log.txt", "report.html", "plots/loss.png"):
@@ -105,6 +106,16 @@ def test_report_and_verify(debug: tuple[Path, subprocess.CompletedProcess[str]])
     assert "train_00001.npy" in done.stderr
     content[-1] ^= 1
     shard.write_bytes(content)
+
+
+def test_the_notebook_draws_this_run(
+    debug: tuple[Path, subprocess.CompletedProcess[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = debug
+    monkeypatch.setenv("MYLLM_DATA", str(folder / "data"))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
+    notebook = execute(ROOT / "notebooks/metric_graphs.ipynb", {"RUN": "debug", "RUNS": ["debug"]}, folder)
+    assert sum("image/png" in output.get("data", {}) for output in outputs(notebook)) >= 5
 
 
 def test_own_text_in_two_commands(tmp_path: Path, corpus: Path) -> None:

@@ -88,7 +88,7 @@ def debug() -> RunConfig:
     """The whole path in minutes on two CPU cores: a 7M model on Python's own library."""
     return RunConfig(
         name="debug",
-        # The head is not tied, so that step 0 knows nothing: its loss is ln(50,257) = 10.8.
+        # The head is not tied, so that step 0 knows nothing: its loss is about ln(50,257) = 10.8.
         model=ModelConfig(
             max_seq_len=256, d_model=64, n_layers=4, n_heads=4, d_ff=192, qk_norm=True, tie_embeddings=False
         ),
