@@ -226,7 +226,7 @@ def test_goes_on_after_an_interruption(machine):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)
-    stdout, _ = process.communicate(timeout=20)
+    stdout, _ = process.communicate(timeout=60)
     assert process.returncode != 0
     assert stdout == ""
     assert not list(machine.root.glob(".venv/.myllm-*"))
