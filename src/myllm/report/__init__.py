@@ -7,6 +7,7 @@ Nothing here needs torch: a report opens as fast on a laptop as where the run wa
 
 from pathlib import Path
 
+from ..files import write_text
 from ..paths import RunPaths
 from .history import find_run, read_metrics, read_object, read_samples
 from .page import Findings, render_page
@@ -41,7 +42,5 @@ def write_report(run: RunPaths) -> Path:
         figures={name: path.read_bytes() for name, path in figures.items()},
     )
     # Written whole or not at all: a browser may be reloading the page while training goes on.
-    draft = run.report.with_suffix(".html.tmp")
-    draft.write_text(render_page(findings), encoding="utf-8")
-    draft.replace(run.report)
+    write_text(run.report, render_page(findings))
     return run.report
