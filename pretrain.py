@@ -28,20 +28,24 @@ def main() -> None:
 
 
 def prepare_and_train(config: "RunConfig", prepare_only: bool) -> None:
+    from myllm import distributed
+    from myllm.data.beside import prepared_beside
     from myllm.data.prepare import prepare
-    from myllm.distributed import choose_device, process_group
     from myllm.launch import what_next
     from myllm.meter import Diverged
     from myllm.report import write_report
     from myllm.train import train
 
-    if not prepare_only:
-        choose_device(config.train.device)  # one that is not there is a mistake to know before hours of preparation
-    dataset = prepare(config.data)
     if prepare_only:
+        dataset = prepare(config.data)
         print(f"data ready: {dataset.folder}, {dataset.train.tokens:,} tokens to train on")
         return
-    with process_group(config.train.device) as process:
+    distributed.choose_device(config.train.device)  # one that is not there is a mistake to know before the hours ahead
+    # Of the processes on one machine, the first prepares the data, in a process of its own, while all of them train.
+    with (
+        prepared_beside(config.data, starts=distributed.local_rank() == 0) as dataset,
+        distributed.process_group(config.train.device) as process,
+    ):
         try:
             outcome = train(config, dataset, process)
         except Diverged as error:

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# From a fresh clone to a trained, evaluated and reported model: environment -> plan -> data -> training.
-# pretrain.py is the rest of the story: it evaluates as it trains, writes the report and says what to type next.
+# From a fresh clone to a trained, evaluated and reported model: environment -> plan -> data and training.
+# pretrain.py is the rest of the story: it prepares the data in a process beside the training, which begins as soon as
+# the first shards are there; it evaluates as it trains, writes the report and says what to type next.
 # There is no cd in here: a file named in an override is relative to where the user stands.
 set -euo pipefail
 
@@ -8,8 +9,8 @@ usage() {
   cat <<'USAGE'
 Usage: ./run_pre_training_e2e.sh [--force] [PRESET] [OVERRIDE...]
 
-Makes the Python environment, checks the plan, prepares the data, then trains, evaluates and reports on every GPU
-of this machine. Run it again after an interruption: it goes on where it was.
+Makes the Python environment, checks the plan, then prepares the data and, as soon as the first shards are there,
+trains, evaluates and reports on every GPU of this machine. Run it again after an interruption: it goes on where it was.
 
   PRESET      what to train (default: lf-llm-269m, or what --config FILE says); the first argument, without a dash
   OVERRIDE    handed to pretrain.py, such as --name my-run or --train.max-steps 100 or --config my.json
@@ -84,10 +85,7 @@ There is no GPU here, so nothing was started. The plan above says how long this 
   This run all the same:                add --force"
 fi
 
-heading "Data"
-pretrain "$@" --prepare-only # every node: one with a disk of its own needs its own copy, others wait at a lock
-
-heading "Training, evaluation and report"
+heading "Data, training, evaluation and report"
 # exec, so that a scheduler's SIGTERM reaches the training, which saves a checkpoint, and its exit status is ours.
 if [ "$preset" = debug ] || { [ "$gpus" -eq 0 ] && [ "$nodes" -eq 1 ]; }; then
   exec "$PYTHON" "$here/pretrain.py" ${preset:+"$preset"} "$@"

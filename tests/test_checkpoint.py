@@ -15,13 +15,13 @@ from myllm.data.order import DataPosition
 from myllm.errors import UserError
 
 
-def put(folder: Path, step: int, keep_last: int = 0) -> Path:
+def put(folder: Path, step: int, keep_last: int = 0, tokenizer_file: Path | None = None) -> Path:
     torch.manual_seed(step)
     state = TrainState(step, step * 10, DataPosition(1, step, 7, "abc"))
     model = {"w": torch.randn(5, 3), "b": torch.randn(3)}
     optimizer = {"w": {"step": torch.tensor(3.0), "exp_avg": torch.randn(5, 3)}}
     random = [checkpoint.random_state(torch.device("cpu"))]
-    return save(folder, state, {"name": "x"}, model, optimizer, random, keep_last)
+    return save(folder, state, {"name": "x"}, model, optimizer, random, keep_last, tokenizer_file)
 
 
 def test_what_goes_in_comes_out(tmp_path: Path) -> None:
@@ -32,6 +32,23 @@ def test_what_goes_in_comes_out(tmp_path: Path) -> None:
     assert torch.equal(loaded.model["w"], torch.randn(5, 3))
     assert loaded.optimizer["w"]["step"] == 3
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000005"]  # no temporary folder stays
+
+
+def test_the_vocabulary_goes_with_the_weights(tmp_path: Path) -> None:
+    file = tmp_path / "mine.json"
+    file.write_bytes('{"é": "\r\n"}\n'.encode())
+    assert load(put(tmp_path / "plain", 1)).tokenizer_file is None
+    folder = put(tmp_path / "own", 1, tokenizer_file=file)
+    carried = load(folder).tokenizer_file
+    assert carried == folder / "tokenizer.json"
+    assert carried.read_bytes() == file.read_bytes()
+    file.unlink()  # it needs the original no more
+    assert not list(verify(folder))
+    carried.write_bytes(b"{}")
+    assert any("tokenizer.json" in fault for fault in verify(folder))
+    carried.unlink()
+    with pytest.raises(UserError, match=r"tokenizer\.json is missing"):
+        load(folder)
 
 
 def test_random_state_continues_the_sequence(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def test_the_debug_script_goes_all_the_way(debug: tuple[Path, subprocess.Complet
         assert (run / "checkpoints" / step / "manifest.json").is_file()
     said = done.stdout
     assert [line for line in said.splitlines() if line.startswith("=== ")] == [
-        "=== Environment", "=== Plan: debug", "=== Data", "=== Training, evaluation and report"
+        "=== Environment", "=== Plan: debug", "=== Data, training, evaluation and report"
     ]  # fmt: skip
     last = said.split("everything of this run")[1].replace("'", "")  # a path with spaces is quoted
     for hint in (str(run), "myllm sample debug", "myllm chat debug", "--train.max-steps", "run_pre_training_e2e.sh"):

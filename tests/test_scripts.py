@@ -328,7 +328,7 @@ names = ("WORLD_SIZE", "RANK", "LOCAL_RANK")
 call = {"arguments": sys.argv[1:], "cwd": os.getcwd()} | {name: os.environ.get(name) for name in names}
 with open(os.environ["LOG"], "a") as log:
     print(json.dumps(call), file=log)
-stage = next((flag for flag in ("--dry-run", "--prepare-only") if flag in sys.argv), "train")
+stage = "--dry-run" if "--dry-run" in sys.argv else "train"
 sys.exit(int(os.environ["STATUS"]) if os.environ.get("FAILS_AT") == stage else 0)
 """
 
@@ -377,8 +377,8 @@ def test_force_trains_on_cpu_in_a_plain_process(launch, arguments):
     status, commands, calls = launch(*arguments.split(), RANK="3", LOCAL_RANK="3", WORLD_SIZE="4")
     run = [launch.pretrain, "small-50m", "--name", "x"]
     assert status == 0
-    assert commands == [[*run, "--dry-run"], [*run, "--prepare-only"], run]
-    assert [call["WORLD_SIZE"] for call in calls] == ["1", "1", None]
+    assert commands == [[*run, "--dry-run"], run]
+    assert [call["WORLD_SIZE"] for call in calls] == ["1", None]
     assert {call["RANK"] for call in calls} == {call["LOCAL_RANK"] for call in calls} == {None}
 
 
@@ -388,7 +388,7 @@ def test_one_process_for_each_gpu(launch, gpus):
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
     assert status == 0
     assert commands[-1] == [*torchrun, launch.pretrain, "lf-llm-269m"]
-    assert [call["WORLD_SIZE"] for call in calls] == [str(gpus), str(gpus), None]
+    assert [call["WORLD_SIZE"] for call in calls] == [str(gpus), None]
 
 
 def test_several_nodes(launch):
@@ -397,7 +397,7 @@ def test_several_nodes(launch):
     where = ["--nnodes=2", "--node_rank=1", "--master_addr=10.0.0.1", "--master_port=29500", "--nproc_per_node=4"]
     assert status == 0
     assert commands[-1] == ["-m", "torch.distributed.run", *where, launch.pretrain, "default-150m"]
-    assert [call["WORLD_SIZE"] for call in calls] == ["8", "8", None]
+    assert [call["WORLD_SIZE"] for call in calls] == ["8", None]
 
 
 @pytest.mark.parametrize("nodes", [{"NNODES": "2", "NODE_RANK": "0"}, {"NNODES": "two"}, {"NNODES": "0"}])
@@ -432,10 +432,10 @@ def test_debug_is_one_plain_process_whatever_the_machine(launch):
         status, commands, calls = launch("--name", "a b", gpus=gpus, script=script, NNODES="2")
         assert status == 0
         assert commands[-1] == [launch.pretrain, "debug", "--name", "a b"]
-        assert [call["WORLD_SIZE"] for call in calls] == ["1", "1", None]
+        assert [call["WORLD_SIZE"] for call in calls] == ["1", None]
 
 
-@pytest.mark.parametrize(("stage", "n_calls"), [("--dry-run", 1), ("--prepare-only", 2), ("train", 3)])
+@pytest.mark.parametrize(("stage", "n_calls"), [("--dry-run", 1), ("train", 2)])
 def test_a_failing_stage_ends_the_run_with_its_status(launch, stage, n_calls):
     status, commands, _ = launch(gpus=1, FAILS_AT=stage, STATUS="7")
     assert (status, len(commands)) == (7, n_calls)

@@ -1,5 +1,6 @@
 """A conversation in the terminal with a base model, which completes text and was never taught to answer."""
 
+import codecs
 import sys
 from collections.abc import Iterable, Iterator
 
@@ -42,15 +43,13 @@ def chat(model: Transformer, tokenizer: Tokenizer, max_new_tokens: int, temperat
 
 def stream_text(ids: Iterable[int], tokenizer: Tokenizer) -> Iterator[str]:
     """Text as it comes, held back while it ends in half a character."""
-    waiting: list[int] = []
+    # By bytes: some vocabularies' decode leaves out the space before a text's first word, which here is any word.
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for token in ids:
-        waiting.append(token)
-        text = tokenizer.decode(waiting)
-        if not text.endswith("\ufffd") or len(waiting) > 4:  # no UTF-8 character is longer than 4 bytes
+        if text := decoder.decode(tokenizer.decode_bytes([token])):
             yield text
-            waiting = []
-    if waiting:
-        yield tokenizer.decode(waiting)
+    if text := decoder.decode(b"", final=True):
+        yield text
 
 
 def _stream(ids: Iterator[int], tokenizer: Tokenizer) -> list[int]:

@@ -7,6 +7,7 @@
     random.pt       random state of every rank, for dropout
     state.json      TrainState: step, tokens, data position
     config.json     the run's config
+    tokenizer.json  the vocabulary, where it is not the one that ships with the code
     manifest.json   sha256 and size of each of these; written last
 
 A save goes to a temporary folder, is flushed to the disk, and is renamed. A load takes the newest checkpoint whose
@@ -25,10 +26,11 @@ import torch
 
 from .data.order import DataPosition
 from .errors import UserError
-from .files import file_sha256, fsync_folder, out_of_space, write_json
+from .files import file_sha256, fsync_folder, out_of_space, write_json, write_text
 
 FORMAT = "myllm-checkpoint-1"
 MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.json"
 FILES = {"model.pt", "optimizer.pt", "random.pt", "state.json", "config.json"}
 
 
@@ -52,6 +54,8 @@ class Checkpoint:
     model: dict[str, torch.Tensor]
     optimizer: dict[str, dict[str, torch.Tensor]]
     random: list[dict[str, torch.Tensor]]
+    tokenizer_file: Path | None
+    """The vocabulary it was trained with; None for the one that ships with the code."""
 
 
 def checkpoint_folder(checkpoints: Path, step: int) -> Path:
@@ -71,8 +75,11 @@ def save(
     optimizer: dict[str, Any],
     random: list[dict[str, torch.Tensor]],
     keep_last: int,
+    tokenizer_file: Path | None = None,
 ) -> Path:
     """Write one checkpoint, then remove those beyond the newest `keep_last` (0: keep all).
+
+    A copy of `tokenizer_file` goes with it: weights say nothing without the vocabulary that they were trained with.
 
     Raises:
         UserError: no room on the disk; older checkpoints are untouched.
@@ -87,6 +94,8 @@ def save(
             _write(work / name, content)
         write_json(work / "state.json", asdict(state))
         write_json(work / "config.json", config)
+        if tokenizer_file:
+            write_text(work / TOKENIZER, tokenizer_file.read_bytes().decode("utf-8"))
         write_json(work / MANIFEST, _manifest(work))
         fsync_folder(work)
         shutil.rmtree(final, ignore_errors=True)  # a damaged one that was trained past again
@@ -153,6 +162,7 @@ def load(folder: Path) -> Checkpoint:
         model=torch.load(folder / "model.pt", map_location="cpu", weights_only=True),
         optimizer=torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True),
         random=torch.load(folder / "random.pt", map_location="cpu", weights_only=True),
+        tokenizer_file=folder / TOKENIZER if (folder / TOKENIZER).is_file() else None,
     )
 
 

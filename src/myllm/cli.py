@@ -5,59 +5,11 @@ from collections.abc import Callable
 
 import tyro
 
+from . import data_cli, tokenizer_cli
 from .errors import UserError, nearest
 from .launch import clear_errors
 
 Positional = tyro.conf.Positional
-
-
-def data_prepare(
-    source: Positional[str],
-    val_tokens: int = 1_000_000,
-    target_tokens: int | None = None,
-    shard_tokens: int = 100_000_000,
-    shuffle_seed: int = 0,
-    workers: int = 0,
-) -> None:
-    """Tokenise a source into shards and a manifest under temp_data/datasets.
-
-    Args:
-        source: python-stdlib, or files:PATH for a file, folder or glob of one's own.
-        val_tokens: held out for validation: whole documents, at most about a tenth of the source.
-        target_tokens: stop after about this many training tokens; None: all there are.
-        shard_tokens: tokens a shard file.
-        shuffle_seed: of the order in which the source's files are taken.
-        workers: processes that tokenise; 0: one a core. Never changes the bytes.
-    """
-    from .config import DataConfig, RunConfig
-    from .data.prepare import prepare
-    from .validate import check_data_config
-
-    config = DataConfig(
-        source=source, val_tokens=val_tokens, target_tokens=target_tokens, shard_tokens=shard_tokens,
-        shuffle_seed=shuffle_seed, workers=workers,
-    )  # fmt: skip
-    check_data_config(RunConfig(data=config))
-    dataset = prepare(config)
-    counts = dataset.manifest["counts"]
-    print(f"{dataset.folder}")
-    print(f"  train  {counts['train_tokens']:>15,} tokens  {counts['train_documents']:>11,} documents")
-    print(f"  val    {counts['val_tokens']:>15,} tokens  {counts['val_documents']:>11,} documents")
-    print(f"train on it with: python pretrain.py PRESET --data.dataset {dataset.name}")
-
-
-def data_verify(name: Positional[str]) -> None:
-    """Hash every shard of a data set again and compare with its manifest.
-
-    Args:
-        name: under temp_data/datasets, or a folder.
-    """
-    from .data.shards import find_dataset
-
-    dataset = find_dataset(name)
-    if damaged := dataset.damaged():
-        raise UserError(f"{dataset.folder} is damaged: {', '.join(damaged)}; delete the folder and prepare it again")
-    print(f"{dataset.folder}: {len(dataset.shards)} shards, all as the manifest says")
 
 
 def report(run: Positional[str]) -> None:
@@ -137,8 +89,13 @@ def chat(
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
-    "data prepare": data_prepare,
-    "data verify": data_verify,
+    "data list": data_cli.list_sources,
+    "data estimate": data_cli.estimate,
+    "data prepare": data_cli.prepare,
+    "data seal": data_cli.seal,
+    "data verify": data_cli.verify,
+    "data show": data_cli.show,
+    "tokenizer train": tokenizer_cli.tokenizer_train,
     "sample": sample,
     "chat": chat,
     "report": report,
@@ -154,7 +111,7 @@ def main(words: list[str] | None = None) -> None:
             raise SystemExit(0 if words else 2)
         name = next((name for name in COMMANDS if words[: name.count(" ") + 1] == name.split()), None)
         if name is None:
-            given = " ".join(words[:2] if words[0] == "data" else words[:1])
+            given = " ".join(words[:2] if words[0] in ("data", "tokenizer") else words[:1])
             raise UserError(f"unknown command {given!r}{nearest(given, list(COMMANDS))}\n{_usage()}")
         tyro.cli(COMMANDS[name], args=words[name.count(" ") + 1 :], prog=f"myllm {name}")
 

@@ -71,18 +71,38 @@ class DataConfig:
     """Which text, and how it is cut into shards. Same values, same bytes on disk."""
 
     source: str = "python-stdlib"
-    """A known source, or files:PATH for a file, folder or glob of one's own."""
+    """A known source (`myllm data list`), hub:NAMESPACE/NAME[:GLOB], or files:PATH for a file, folder or glob of one's
+    own."""
     dataset: str | None = None
     """Train on this prepared data set (a name under temp_data/datasets, or a folder) instead of looking for the
     source's own."""
+    tokenizer: str = "r50k_base"
+    """GPT-2's vocabulary, or the path of a tokenizer.json."""
+    text_column: str | None = None
+    """Column or key that holds the text. None: the source's own, which is "text" where nothing else is known."""
     val_tokens: int = 1_000_000
     """Held out for validation: whole documents, at least this many tokens, at most about a tenth of the source."""
     target_tokens: int | None = None
     """Stop after about this many training tokens. None: all there are."""
+    max_documents: int | None = None
+    """Stop after this many documents. None: all there are."""
     shard_tokens: int = 100_000_000
     """Tokens a shard file."""
+    shuffle_files: bool = True
+    """Take the source's files, and the parts of a large one, in a seeded order."""
     shuffle_seed: int = 0
-    """Seed of the order in which the source's files are taken."""
+    normalise_unicode: bool = False
+    """Bring every text to Unicode's form NFC."""
+    strip_control: bool = False
+    """Remove control characters but tab, newline and carriage return."""
+    min_chars: int = 0
+    """Drop shorter documents."""
+    dedup_exact: bool = False
+    """Keep the first of several documents with the same tokens."""
+    fallback: str | None = None
+    """Take this source without asking if the other cannot be reached."""
+    keep_downloads: bool = False
+    """Keep downloaded files once their tokens are safe."""
     workers: int = 0
     """Processes that tokenise (0: one a core). Never changes the bytes."""
 

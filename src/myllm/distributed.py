@@ -43,6 +43,11 @@ def rank() -> int:
     return int(os.environ["RANK"]) if launched() else 0
 
 
+def local_rank() -> int:
+    """This process among those of its machine."""
+    return int(os.environ["LOCAL_RANK"]) if launched() else 0
+
+
 def world_size() -> int:
     """Processes of the run; before it is launched, WORLD_SIZE says for how many it is being planned.
 
@@ -62,9 +67,8 @@ def process_group(device: str) -> Iterator[Process]:
     Args:
         device: "auto", "cpu", "cuda" or "mps".
     """
-    local_rank = int(os.environ["LOCAL_RANK"]) if launched() else 0
-    chosen = choose_device(device, local_rank)
-    process = Process(rank(), local_rank, world_size() if launched() else 1, chosen)
+    chosen = choose_device(device, local_rank())
+    process = Process(rank(), local_rank(), world_size() if launched() else 1, chosen)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if process.world_size > 1:
@@ -108,13 +112,13 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
-def any_rank(flag: bool) -> bool:
-    """Whether any rank says so; every rank gets the same answer."""
+def any_rank(*flags: bool) -> tuple[bool, ...]:
+    """Of each flag, whether any rank says so; every rank gets the same answers."""
     if not dist.is_initialized():
-        return flag
-    votes = torch.tensor(int(flag))
+        return flags
+    votes = torch.tensor(flags, dtype=torch.int32)
     dist.all_reduce(votes, op=dist.ReduceOp.MAX)
-    return bool(votes)
+    return tuple(bool(vote) for vote in votes)
 
 
 def from_main(value: Any) -> Any:

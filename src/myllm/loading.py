@@ -13,10 +13,12 @@ from .run_folder import latest_checkpoint
 def load_model(where: str | Path, device: str = "auto") -> tuple[Transformer, Tokenizer]:
     """The model of a run (by name or folder: its newest checkpoint) or of one checkpoint's folder, ready to sample.
 
+    With the tokenizer that it was trained with.
+
     Raises:
         UserError: nothing there, or a damaged checkpoint.
     """
     saved = checkpoint.load(latest_checkpoint(str(where), paths.runs()))
     model = Transformer(from_dict(saved.config, RunConfig()).model)
     model.load_state_dict(saved.model)
-    return model.to(choose_device(device)).eval(), Tokenizer()
+    return model.to(choose_device(device)).eval(), Tokenizer(saved.tokenizer_file)

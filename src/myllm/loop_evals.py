@@ -37,10 +37,16 @@ class Eval:
 
 
 def planned_evals(
-    config: RunConfig, model: Transformer, dataset: Dataset, process: Process, samples: JsonLines, log: Log
+    config: RunConfig,
+    model: Transformer,
+    dataset: Dataset,
+    tokenizer: Tokenizer,
+    process: Process,
+    samples: JsonLines,
+    log: Log,
 ) -> list[Eval]:
     """Every evaluation that the config asks for and the data allow. `model` is the bare one: no wrapper, no compile."""
-    tokenizer, settings, share = Tokenizer(), config.eval, (process.rank, process.world_size)
+    settings, share = config.eval, (process.rank, process.world_size)
     token_bytes = torch.zeros(config.model.vocab_size, dtype=torch.int64)
     token_bytes[: tokenizer.vocab_size] = torch.from_numpy(tokenizer.token_bytes())[: config.model.vocab_size]
     token_bytes = token_bytes.to(process.device)
@@ -107,7 +113,8 @@ def run_eval(
     except Exception as error:
         failure = error
     # Every rank asks, so that none waits for a sum that another never sends.
-    if distributed.any_rank(failure is not None):
+    (failed,) = distributed.any_rank(failure is not None)
+    if failed:
         reason = failure or "on another rank"
         log(f"the {each.name} evaluation failed at step {state.step:,}: {reason}; training goes on")
         return

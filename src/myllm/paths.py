@@ -2,6 +2,9 @@
 
     assets/r50k_base.tiktoken                      the vocabulary, shipped with the code
     temp_data/datasets/<name>-<fingerprint>/       token shards, keyed by what made them
+    temp_data/listings/                            which files remote sources have, as first seen
+    temp_data/downloads/<source>/                  files of remote sources, until their tokens are safe
+    temp_data/tokenizers/<source>-<size>/          vocabularies of one's own
     temp_data/runs/<run name>/                     everything one training run leaves behind
 
 Set MYLLM_DATA to keep temp_data/ elsewhere, such as a large scratch disk.
@@ -27,6 +30,18 @@ def temp_data() -> Path:
 
 def datasets() -> Path:
     return temp_data() / "datasets"
+
+
+def listings() -> Path:
+    return temp_data() / "listings"
+
+
+def downloads() -> Path:
+    return temp_data() / "downloads"
+
+
+def tokenizers() -> Path:
+    return temp_data() / "tokenizers"
 
 
 def runs() -> Path:

@@ -6,6 +6,7 @@ from . import checkpoint, distributed
 from .checkpoint import TrainState
 from .config import RunConfig, to_dict
 from .data.shards import Dataset
+from .data.tokenizer import Tokenizer
 from .distributed import Process
 from .errors import UserError
 from .meter import Diverged
@@ -22,7 +23,13 @@ def save_due(config: RunConfig, step: int, ending: bool) -> bool:
 
 
 def save(
-    run: RunPaths, state: TrainState, config: RunConfig, model: Transformer, optimizer: ScheduledAdamW, process: Process
+    run: RunPaths,
+    state: TrainState,
+    config: RunConfig,
+    model: Transformer,
+    optimizer: ScheduledAdamW,
+    tokenizer: Tokenizer,
+    process: Process,
 ) -> None:
     """Write a checkpoint on rank 0; every rank learns whether that worked.
 
@@ -42,7 +49,7 @@ def save(
         try:
             checkpoint.save(
                 run.checkpoints, state, to_dict(config), model.state_dict(), optimizer.state_dict(), random,
-                config.train.keep_last,
+                config.train.keep_last, None if tokenizer.is_default else tokenizer.file,
             )  # fmt: skip
         except UserError as error:
             failure = error

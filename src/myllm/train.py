@@ -11,12 +11,14 @@ from tqdm import tqdm
 from . import checkpoint, distributed, plan
 from .checkpoint import TrainState
 from .config import RunConfig
+from .data.beside import how_far
 from .data.loader import Loader
 from .data.order import DataPosition, count_sequences
 from .data.shards import Dataset
 from .distributed import Process
 from .errors import UserError
 from .files import write_json
+from .growing import known_sequences, wait_for_data
 from .hardware import device_name
 from .loop_evals import planned_evals, run_eval
 from .meter import Meter, console_line
@@ -50,6 +52,7 @@ def train(config: RunConfig, dataset: Dataset, process: Process) -> Outcome:
     run, max_steps = RunPaths.of(config.name), config.train.max_steps
     batch = plan.batch_plan(config.model, config.train, process.world_size)
     check_data(config, dataset, batch)
+    tokenizer = dataset.tokenizer()
     with ExitStack() as stack:
         # -- the run's folder, which this process holds until it ends ------------------------------------------------
         if process.is_main:
@@ -76,24 +79,26 @@ def train(config: RunConfig, dataset: Dataset, process: Process) -> Outcome:
 
         # -- what the loop turns with --------------------------------------------------------------------------------
         runner = wrap(model, config, process)
-        evals = planned_evals(config, model, dataset, process, samples, log)
+        evals = planned_evals(config, model, dataset, tokenizer, process, samples, log)
         loader = stack.enter_context(Loader(dataset.train, batch, state.data, process.rank, process.device))
         stop = stack.enter_context(stop_signals())
         hidden = None if process.is_main else True  # None: shown on a terminal only
         bar = stack.enter_context(tqdm(total=max_steps, initial=state.step, unit="step", disable=hidden))
         meter = Meter(config, process, loader, state.step)
-        epoch_sequences = count_sequences(dataset.train.tokens, batch.seq_len)
         saved_step = state.step if saved else None
+        failure: UserError | None = None
 
         while True:
             # -- a step boundary: save, evaluate, stop, each if it is time -------------------------------------------
-            stopping = distributed.any_rank(stop.signal is not None)
-            ending = stopping or state.step >= max_steps
+            stopping, growing = distributed.any_rank(stop.signal is not None, not dataset.complete)
+            ending = stopping or state.step >= max_steps or failure is not None
             if save_due(config, state.step, ending) and state.step != saved_step:
                 with meter.paused():
                     meter.check_finite(state)
-                    save(run, state, config, model, optimizer, process)
+                    save(run, state, config, model, optimizer, tokenizer, process)
                     saved_step = state.step
+            if failure:
+                raise failure
             due = [each for each in evals if each.due(state.step, max_steps) and not stopping]
             if due:
                 with meter.paused():
@@ -103,13 +108,20 @@ def train(config: RunConfig, dataset: Dataset, process: Process) -> Outcome:
                 complete = state.step >= max_steps
                 return Outcome(run, state.step, None if complete else stop.signal or signal.SIGTERM)
 
-            # -- the step --------------------------------------------------------------------------------------------
+            # -- the step; its data may still be in the making -------------------------------------------------------
+            if growing:
+                with meter.paused():
+                    there, failure = wait_for_data(dataset, state.data, batch, stop, loader, log)
+                if not there:
+                    continue
+                if dataset.complete:
+                    check_data(config, dataset, batch)  # only now is known how much there is
             loss, grad_norm, rate = train_step(runner, optimizer, loader, batch, state.step, config, process)
             state = replace(
                 state,
                 step=state.step + 1,
                 tokens_seen=state.tokens_seen + batch.batch_tokens,
-                data=state.data.advance(batch.sequences, epoch_sequences),
+                data=state.data.advance(batch.sequences, known_sequences(dataset, batch)),
             )
             meter.watch(state.step, grad_norm)
             bar.update()
@@ -137,7 +149,7 @@ def check_data(config: RunConfig, dataset: Dataset, batch: plan.BatchPlan) -> No
             f"; add text, {more}or lower train.micro_batch_size or model.max_seq_len"
         )
     have = count_sequences(dataset.train.tokens, batch.seq_len)
-    if have < batch.sequences:
+    if dataset.complete and have < batch.sequences:
         raise UserError(
             f"the data set {dataset.name} has {dataset.train.tokens:,} training tokens, {have:,} sequences of "
             f"{batch.seq_len:,}, fewer than the {batch.sequences:,} of one step; add text or lower train.batch_tokens"
@@ -157,7 +169,7 @@ def describe_run(config: RunConfig, dataset: Dataset) -> dict[str, Any]:
         "dataset": dataset.name,
         "dataset_hash": dataset.hash,
         "source": dataset.manifest["source"],
-        "train_tokens": dataset.train.tokens,
+        "train_tokens": dataset.train.tokens if dataset.complete else None,
         "val_tokens": dataset.val.tokens,
     }
 
@@ -165,10 +177,13 @@ def describe_run(config: RunConfig, dataset: Dataset) -> dict[str, Any]:
 def say_start(
     log: Log, config: RunConfig, dataset: Dataset, batch: plan.BatchPlan, state: TrainState, process: Process
 ) -> None:
-    epochs = config.train.max_steps * batch.sequences / count_sequences(dataset.train.tokens, batch.seq_len)
     log(f"run {config.name} on {process.world_size} x {device_name(process.device)} ({process.device.type})")
     log(f"model: {plan.n_parameters(config.model):,} parameters; batch: {batch}")
-    log(f"data: {dataset.name}, {dataset.train.tokens:,} tokens to train on, {epochs:.2f} epoch(s) of them by the end")
+    if dataset.complete:
+        epochs = config.train.max_steps * batch.sequences / count_sequences(dataset.train.tokens, batch.seq_len)
+        log(f"data: {dataset.name}, {how_far(dataset)}, {epochs:.2f} epoch(s) of them by the end")
+    else:
+        log(f"data: {dataset.name}, {how_far(dataset)}; the preparation goes on beside the training")
     if state.step >= config.train.max_steps:
         log(f"nothing left to train: the run is at step {state.step:,}, train.max_steps is {config.train.max_steps:,}")
     else:

@@ -1,5 +1,6 @@
 """What the data tests share: a vocabulary read by other means, data sets made by hand, and work done in process."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -10,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from tiktoken_ext.openai_public import r50k_pat_str
 from myllm import paths
 from myllm.data import prepare as preparing
 from myllm.data.shards import Dataset
+from myllm.data.tokenizer import Tokenizer
 
 MakeDataset = Callable[..., Dataset]
 
@@ -43,6 +46,49 @@ def reference() -> tiktoken.Encoding:
     )
 
 
+@cache
+def _vocabulary() -> dict[str, Any]:
+    return Tokenizer().describe()
+
+
+def write_manifest(folder: Path, shards: list[dict[str, Any]], name: str = "manifest.json") -> None:
+    """A manifest, or the list of what is there so far, put in its place in one step."""
+    manifest = {
+        "fingerprint": "f" * 64, "format": "myllm-shards-2", "source": "made-by-hand", "dtype": "uint16",
+        "tokenizer": _vocabulary(), "shards": shards,
+        "progress": {"done_bytes": len(shards), "source_bytes": 100},
+    }  # fmt: skip
+    (folder / f"{name}.new").write_text(json.dumps(manifest))
+    (folder / f"{name}.new").replace(folder / name)
+
+
+class Growing:
+    """The folder of a finished data set as it was while it was being made: its shards go on the list one by one."""
+
+    def __init__(self, whole: Dataset, folder: Path) -> None:
+        self.folder, self._shards = folder, json.loads((whole.folder / "manifest.json").read_text())["shards"]
+        for path in whole.folder.glob("*.npy"):
+            os.link(path, folder / path.name)
+        self.there = 0
+
+    def grow(self, shards: int = 1) -> None:
+        self.there += shards
+        write_manifest(self.folder, self._shards[: self.there], "progress.json")
+
+    def finish(self) -> None:
+        write_manifest(self.folder, self._shards)
+        (self.folder / "progress.json").unlink(missing_ok=True)
+
+    @property
+    def whole(self) -> bool:
+        return self.there >= len(self._shards)
+
+
+@pytest.fixture(scope="session")
+def make_growing(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Dataset], Growing]:
+    return lambda whole: Growing(whole, tmp_path_factory.mktemp("growing"))
+
+
 @pytest.fixture(scope="session")
 def make_dataset(tmp_path_factory: pytest.TempPathFactory) -> MakeDataset:
     """A data set from token arrays, written with NumPy alone."""
@@ -56,9 +102,10 @@ def make_dataset(tmp_path_factory: pytest.TempPathFactory) -> MakeDataset:
                 part = np.asarray(tokens[start : start + shard_tokens], dtype=np.uint16)
                 np.save(path, part)
                 digest = hashlib.sha256(path.read_bytes()).hexdigest()
-                shards.append({"file": path.name, "split": split, "tokens": len(part), "sha256": digest})
-        manifest = {"format": "myllm-shards-1", "shards": shards}
-        (folder / "manifest.json").write_text(json.dumps(manifest))
+                documents = int((part == 50_256).sum())
+                shard = {"file": path.name, "split": split, "tokens": len(part), "documents": documents}
+                shards.append(shard | {"sha256": digest})
+        write_manifest(folder, shards)
         return Dataset.open(folder)
 
     return make
@@ -103,10 +150,15 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
 PREPARE = """
 import json, sys
 from myllm.config import DataConfig
+from myllm.data import units
+from myllm.data.parts import prepare_part
 from myllm.data.prepare import prepare
 from myllm.errors import UserError
+settings = json.loads(sys.argv[1])
+units.SMALL_BYTES = settings.pop("small_bytes", units.SMALL_BYTES)
+part = settings.pop("part", None)
 try:
-    prepare(DataConfig(**json.loads(sys.argv[1])))
+    prepare_part(DataConfig(**settings), part) if part else prepare(DataConfig(**settings))
 except UserError as error:
     sys.exit(f"user error: {error}")
 """
@@ -121,7 +173,10 @@ class Preparations:
         self._started: list[subprocess.Popen[str]] = []
 
     def start(self, setup: str = "", **settings: object) -> subprocess.Popen[str]:
-        """Prepare with these settings of DataConfig, after some lines of Python."""
+        """Prepare with these settings of DataConfig, after some lines of Python.
+
+        Also of `part`, and `small_bytes`: how much text makes a unit.
+        """
         return self.python("-c", setup + PREPARE, json.dumps(settings))
 
     def python(self, *words: str) -> subprocess.Popen[str]:
@@ -152,9 +207,26 @@ class Preparations:
             assert time.monotonic() < deadline, "waited in vain"
             time.sleep(0.005)
 
-    def left(self) -> list[str]:
-        """What the folder of data sets holds, but the locks, which stay."""
-        return sorted(path.name for path in self.datasets.glob("*") if path.suffix != ".lock")
+    @property
+    def folder(self) -> Path:
+        """The one data set that there is, or is going to be."""
+        [folder] = [path for path in self.datasets.glob("*") if path.suffix != ".lock"]
+        return folder
+
+    def seen(self, pattern: str) -> list[Path]:
+        """Files in the folder of a data set, by a pattern."""
+        return list(self.datasets.glob(f"[!.]*/{pattern}"))
+
+    def kill(self, process: subprocess.Popen[str], whom: str = "parent") -> None:
+        """SIGKILL: the parent, the whole group, or one worker, which ends the parent too."""
+        if whom == "worker" and (workers := self.workers()):
+            with contextlib.suppress(psutil.Error):
+                workers[0].kill()
+        elif whom == "group":
+            os.killpg(process.pid, signal.SIGKILL)
+        else:
+            process.kill()
+        process.wait()  # and not for its orphans, which end a moment later: the next one has to bear them
 
     def end(self) -> None:
         for process in self.processes():

@@ -1,9 +1,12 @@
 """The loader hands out what direct reads give, from any position, on any number of ranks, and ends when told."""
 
 import itertools
+import random
+import shutil
 import threading
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -11,12 +14,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from myllm.data.loader import Batch, Loader, batch_of
+from myllm.data import order
+from myllm.data.loader import Batch, Loader, batch_of, has_step
 from myllm.data.order import DataPosition, count_sequences, step_sequences
 from myllm.data.shards import Dataset, TokenStream
+from myllm.errors import UserError
 from myllm.plan import BatchPlan
 
+if TYPE_CHECKING:
+    from conftest import Growing
+
 MakeDataset = Callable[..., Dataset]
+MakeGrowing = Callable[[Dataset], "Growing"]
 CPU = torch.device("cpu")
 T = 8
 
@@ -58,10 +67,10 @@ def test_batches_equal_direct_reads(dataset: Dataset) -> None:
     position = at(0, 0)
     batches = take(dataset, 4 * 10, position, plan())
     for step in range(10):  # 80 sequences: over the end of the first epoch
-        order = step_sequences(position, 8, 50)
+        sequences = step_sequences(position, 8, 50, 50)
         for micro_step in range(4):
             tokens, targets = batches[4 * step + micro_step]
-            for row, sequence in enumerate(order[2 * micro_step : 2 * micro_step + 2]):
+            for row, sequence in enumerate(sequences[2 * micro_step : 2 * micro_step + 2]):
                 whole = dataset.train.read(int(sequence) * T, T + 1).tolist()
                 assert tokens[row].tolist() == whole[:-1]
                 assert targets[row].tolist() == whole[1:]
@@ -115,7 +124,9 @@ class Failing:
     """A stream that breaks at its tenth read."""
 
     def __init__(self, stream: TokenStream, error: BaseException) -> None:
-        self.tokens, self._stream, self._error, self._reads = stream.tokens, stream, error, itertools.count()
+        self.complete, self.tokens, self._stream, self._error, self._reads = (
+            True, stream.tokens, stream, error, itertools.count()
+        )  # fmt: skip
 
     def read(self, start: int, count: int) -> np.ndarray:
         if next(self._reads) >= 10:
@@ -149,3 +160,97 @@ def test_time_spent_waiting_is_counted(dataset: Dataset) -> None:
     with Loader(Slow(dataset.train, OSError()), plan(), at(0, 0), 0, CPU) as loader:
         loader.next()
         assert 0.05 <= loader.wait_s < 5
+
+
+# -- data that are still being made -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows of 6 sequences: shards end within them, and so do steps."""
+    monkeypatch.setattr(order, "WINDOW_TOKENS", 6 * T)
+
+
+@pytest.mark.usefixtures("small_windows")
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("sequences", [2, 8, 48, 64])
+def test_growing_data_give_the_batches_of_finished_data(
+    dataset: Dataset, make_growing: MakeGrowing, world_size: int, sequences: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over the ends of windows and of epochs; each rank looks for itself."""
+    monkeypatch.setattr(Loader, "LOOK_EVERY_S", 0.005)
+    batch = plan(world_size, 1, sequences)
+    count = (2 * 50 // sequences + 2) * batch.grad_accum_steps
+    for rank in range(world_size):
+        expected = take(dataset, count, at(0, 0), batch, rank)
+        growing = make_growing(dataset)
+        growing.grow(2)
+        chance = random.Random(rank)
+
+        def make_the_rest(growing: "Growing" = growing, chance: random.Random = chance) -> None:
+            while not growing.whole:
+                time.sleep(chance.uniform(0, 0.03))
+                growing.grow()
+            time.sleep(chance.uniform(0, 0.03))
+            growing.finish()
+
+        thread = threading.Thread(target=make_the_rest)
+        thread.start()
+        seen = take(Dataset.open(growing.folder, unfinished=True), count, at(0, 0), batch, rank)
+        thread.join()
+        for (a, b), (x, y) in zip(seen, expected, strict=True):
+            assert torch.equal(a, x)
+            assert torch.equal(b, y)
+
+
+@pytest.mark.usefixtures("small_windows")
+def test_no_step_is_handed_out_before_its_windows_are_there(dataset: Dataset, make_growing: MakeGrowing) -> None:
+    """A window is 6 sequences, a shard 90 tokens: 11 sequences and a bit."""
+    growing = make_growing(dataset)
+    growing.grow(2)
+    seen, batch = Dataset.open(growing.folder, unfinished=True), plan(sequences=2, micro=2)
+    steps = [i for i in range(20) if has_step(seen.train, at(0, 2 * i), batch)]
+    assert seen.train.tokens == 90
+    assert steps == [0, 1, 2], "11 sequences are there: one window of 6"
+    growing.grow()
+    seen.refresh()
+    assert [i for i in range(20) if has_step(seen.train, at(0, 2 * i), batch)] == list(range(9))
+    assert not has_step(seen.train, at(1, 0), batch), "a later epoch needs all of it"
+    growing.finish()
+    seen.refresh()
+    assert has_step(seen.train, at(1, 0), batch)
+
+
+@pytest.mark.usefixtures("small_windows")
+@pytest.mark.parametrize("there", [1, 2])
+def test_a_loader_that_waits_ends_when_told(dataset: Dataset, make_growing: MakeGrowing, there: int) -> None:
+    growing = make_growing(dataset)
+    growing.grow(there)
+    seen = Dataset.open(growing.folder, unfinished=True)
+    with Loader(seen.train, plan(), at(0, 40), 0, CPU):
+        time.sleep(0.05)
+    assert loader_threads() == []
+
+
+@pytest.mark.usefixtures("small_windows")
+def test_data_that_vanish_while_it_waits_are_said(
+    dataset: Dataset, make_growing: MakeGrowing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Loader, "LOOK_EVERY_S", 0.01)
+    growing = make_growing(dataset)
+    growing.grow(2)
+    seen = Dataset.open(growing.folder, unfinished=True)
+    shutil.rmtree(growing.folder)
+    with Loader(seen.train, plan(), at(0, 40), 0, CPU) as loader, pytest.raises(UserError, match="not a prepared"):
+        loader.next()
+
+
+@pytest.mark.usefixtures("small_windows")
+def test_resuming_within_and_behind_windows(dataset: Dataset) -> None:
+    batch = plan(sequences=4)
+    whole = take(dataset, 2 * 30, at(0, 0), batch)
+    position = at(0, 0)
+    for step in range(26):
+        resumed = take(dataset, 2, position, batch)
+        assert all(torch.equal(a[0], b[0]) for a, b in zip(resumed, whole[2 * step :], strict=False)), step
+        position = position.advance(4, 50)

@@ -7,7 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from myllm.data.order import DataPosition, count_sequences, epoch_order, rank_rows, step_sequences
+from myllm.data.order import (
+    DataPosition,
+    count_sequences,
+    rank_rows,
+    sequences_needed,
+    step_sequences,
+    window_of,
+    window_order,
+)
 
 MASK = 2**64 - 1
 
@@ -22,6 +30,11 @@ def splitmix64(x: int) -> int:
 
 def at(epoch: int, index: int, seed: int = 5) -> DataPosition:
     return DataPosition(epoch, index, seed, "hash")
+
+
+def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
+    """All of an epoch in one window: what every epoch but the first is."""
+    return window_order(0, n, seed, epoch)
 
 
 @given(st.integers(1, 2_000), st.integers(0, 2**63 - 1), st.integers(0, 50))
@@ -103,14 +116,14 @@ def test_steps_run_through_one_epoch_after_another(n: int, count: int, steps: in
     endless = [i for epoch in range(count * steps // n + 2) for i in epoch_order(n, 5, epoch).tolist()]
     position, seen = at(0, 0), []
     for _ in range(steps):
-        seen += step_sequences(position, count, n).tolist()
+        seen += step_sequences(position, count, n, n).tolist()
         position = position.advance(count, n)
     assert seen == endless[: count * steps]
 
 
 def shares(position: DataPosition, sequences: int, n: int, world_size: int, micro: int) -> list[list[int]]:
     """What each (micro-step, rank) takes of one step."""
-    step = step_sequences(position, sequences, n)
+    step = step_sequences(position, sequences, n, n)
     return [
         step[rank_rows(micro_step, rank, world_size, micro)].tolist()
         for micro_step in range(sequences // (world_size * micro))
@@ -128,7 +141,7 @@ def test_ranks_and_accumulation_never_change_a_step() -> None:
                 parts = shares(position, sequences, n, world_size, micro)
                 assert all(len(part) == micro for part in parts)
                 step = [i for part in parts for i in part]
-                assert step == step_sequences(position, sequences, n).tolist()
+                assert step == step_sequences(position, sequences, n, n).tolist()
                 epoch += step
                 position = position.advance(sequences, n)
             assert position == at(1, 0)
@@ -141,3 +154,67 @@ def test_rows_of_ranks_tile_a_step(accumulation: int, world_size: int, micro: in
     assert rows[0].start == 0
     assert rows[-1].stop == accumulation * world_size * micro
     assert all(a.stop == b.start for a, b in pairwise(rows))
+
+
+def by_hand(n: int, window: int, epochs: int) -> list[int]:
+    """Epochs after one another: the first a window at a time, the others as a whole."""
+    first = [i for start in range(0, n, window) for i in window_order(start, min(window, n - start), 5, 0).tolist()]
+    return first + [i for epoch in range(1, epochs) for i in epoch_order(n, 5, epoch).tolist()]
+
+
+@given(st.integers(1, 40), st.integers(1, 50), st.integers(1, 70), st.integers(1, 6))
+def test_the_first_epoch_goes_through_windows_however_it_is_cut_into_steps(
+    n: int, window: int, count: int, steps: int
+) -> None:
+    endless = by_hand(n, window, count * steps // n + 2)
+    position, seen = at(0, 0), []
+    for _ in range(steps):
+        seen += step_sequences(position, count, n, window).tolist()
+        position = position.advance(count, n)
+    assert seen == endless[: count * steps]
+
+
+@given(st.integers(1, 200), st.integers(1, 60))
+def test_windows_come_in_order_and_each_sequence_once(n: int, window: int) -> None:
+    first = step_sequences(at(0, 0), n, n, window)
+    for start in range(0, n, window):
+        assert sorted(first[start : start + window].tolist()) == list(range(start, min(start + window, n)))
+    second = step_sequences(at(1, 0), n, n, window)
+    assert sorted(second.tolist()) == list(range(n))
+
+
+def test_windows_are_shuffled_differently_and_later_epochs_over_all_of_them() -> None:
+    first = step_sequences(at(0, 0), 1_000, 1_000, 100).reshape(10, 100)
+    assert len({(row % 100).tobytes() for row in first}) == 10
+    assert all((np.diff(row) == 1).mean() < 0.1 for row in first)
+    second = step_sequences(at(1, 0), 1_000, 1_000, 100)
+    assert len(set((second[:100] // 100).tolist())) == 10, "all windows are met in the first tenth"
+
+
+@given(st.integers(1, 60), st.integers(1, 20), st.integers(1, 30), st.integers(0, 60))
+def test_what_is_there_already_decides_a_step_of_the_first_epoch(n: int, window: int, count: int, index: int) -> None:
+    """As soon as there are `sequences_needed`, the rest of the stream does not change the step."""
+    needed = sequences_needed(at(0, index), count, window)
+    assert needed is not None
+    assert needed % window == 0
+    assert index + count <= needed < index + count + window
+    if needed <= n:
+        orders = {step_sequences(at(0, index), count, there, window).tobytes() for there in range(needed, n + 1)}
+        assert len(orders) == 1
+        assert at(0, index).advance(count, None) == at(0, index + count)
+
+
+def test_later_epochs_need_all_of_it() -> None:
+    assert sequences_needed(at(1, 0), 1, 10) is None
+
+
+@given(st.integers(1, 20), st.integers(1, 8), st.integers(1, 30))
+def test_the_end_of_an_epoch_is_the_start_of_the_next(n: int, window: int, count: int) -> None:
+    """A run whose data were still growing when it took the last sequence says (0, n), another (1, 0)."""
+    assert (step_sequences(at(0, n), count, n, window) == step_sequences(at(1, 0), count, n, window)).all()
+    assert at(0, n).advance(count, n) == at(1, 0).advance(count, n)
+
+
+def test_a_window_is_a_number_of_tokens() -> None:
+    assert window_of(2_048) == 65_536
+    assert window_of(1 << 30) == 1

@@ -1,10 +1,9 @@
 """What a preparation writes: every document once, in the right split, in whole shards, named by what made it."""
 
-import errno
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -12,18 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiktoken
-from hypothesis import given
-from hypothesis import strategies as st
 
 from myllm.config import DataConfig
 from myllm.data import prepare as preparing
-from myllm.data.cuts import cut_spans
-from myllm.data.prepare import make_units, prepare, recipe_of
-from myllm.data.readers import read_text
+from myllm.data.prepare import prepare
+from myllm.data.recipe import recipe_of
 from myllm.data.shards import Dataset
-from myllm.data.sources import SourceFile
 from myllm.errors import UserError
 
+Hashes = Callable[[Path], dict[str, str]]
 END = 50_256
 pytestmark = pytest.mark.usefixtures("temp_data", "in_process")
 
@@ -75,7 +71,8 @@ def test_the_shards_hold_the_source(mixed_corpus: Path, reference: tiktoken.Enco
         "val_documents": len(val),
         "val_tokens": dataset.val.tokens,
         "copies_of_validation_dropped": len(texts) - len(train) - len(val),
-        "empty_documents_dropped": 2,
+        "duplicates_dropped": 0,
+        "passed_over": {"empty": 2, "end_of_text_spelled_out": sum("<|endoftext|>" in text for text in texts)},
     }
     assert counts["copies_of_validation_dropped"] > 0, "the corpus tests nothing"
 
@@ -96,19 +93,6 @@ def test_every_shard_but_the_last_is_full(shard_tokens: int, tmp_path: Path) -> 
         assert all(size == shard_tokens for size in sizes[:-1])
         assert 0 < sizes[-1] <= shard_tokens
         assert [len(np.load(path)) for path in sorted(dataset.folder.glob(f"{split}_*.npy"))] == sizes
-
-
-@given(st.lists(st.integers(0, 30), max_size=8), st.integers(1, 40))
-def test_cutting_spans_loses_nothing(lengths: list[int], size: int) -> None:
-    spans = [(Path(str(i)), 5, 5 + length) for i, length in enumerate(lengths)]
-    groups = list(cut_spans(spans, size))
-
-    def flat(spans: list[tuple[Path, int, int]]) -> list[tuple[Path, int]]:
-        return [(path, token) for path, start, end in spans for token in range(start, end)]
-
-    assert flat([span for group in groups for span in group]) == flat(spans)
-    assert [len(flat(group)) for group in groups[:-1]] == [size] * (len(groups) - 1)
-    assert all(flat(group) for group in groups)
 
 
 def test_validation_is_whole_documents_up_to_the_size(mixed_corpus: Path, reference: tiktoken.Encoding) -> None:
@@ -155,17 +139,6 @@ def test_the_seed_changes_the_order_and_little_else(mixed_corpus: Path, referenc
     assert split_tokens(one, "train").tolist() != split_tokens(two, "train").tolist()
 
 
-@given(st.lists(st.integers(0, 900_000), max_size=40), st.integers(0, 5))
-def test_units_hold_every_file_once(sizes: list[int], seed: int) -> None:
-    files = [SourceFile(f"{i}.txt", Path(f"{i}.txt"), read_text, size, "") for i, size in enumerate(sizes)]
-    units = list(make_units(files, seed))
-    assert sorted((file for unit in units for file in unit), key=lambda file: int(file.path.stem)) == files
-    assert units == list(make_units(files[::-1], seed)), "depends on the order of the list"
-    for unit in units[:-1]:
-        assert sum(file.size_bytes for file in unit) >= preparing.UNIT_BYTES
-        assert sum(file.size_bytes for file in unit[:-1]) < preparing.UNIT_BYTES
-
-
 def test_the_manifest_says_what_made_it(mixed_corpus: Path) -> None:
     dataset = prepare(config(mixed_corpus), progress=False)
     manifest = json.loads((dataset.folder / "manifest.json").read_text())
@@ -173,10 +146,25 @@ def test_the_manifest_says_what_made_it(mixed_corpus: Path) -> None:
     assert manifest["tokenizer"]["end_of_text"] == END
     assert manifest["source"] == "files-mixed"
     assert dataset.name.startswith("files-mixed-")
+    assert manifest["fingerprint"] == dataset.hash
+    assert dataset.name.endswith(dataset.hash[:12])
     assert sorted(path.name for path in dataset.folder.iterdir()) == sorted(
-        ["manifest.json", *(shard.file for shard in dataset.shards)]
+        ["manifest.json", "passed_over.jsonl", "settings.json", "spans.npy", *(shard.file for shard in dataset.shards)]
     )
-    assert str(mixed_corpus) not in json.dumps(manifest), "where it was made changes the hash"
+    assert str(mixed_corpus) not in json.dumps(manifest), "where it was made is no part of what was made"
+    for shard in dataset.shards:
+        tokens = np.load(dataset.folder / shard.file)
+        assert (shard.tokens, shard.documents) == (len(tokens), int((tokens == END).sum()))
+
+
+def test_the_spans_say_where_each_shard_came_from(mixed_corpus: Path) -> None:
+    """Shard, unit, start, end: end to end they are the shards, in order."""
+    dataset = prepare(config(mixed_corpus, shard_tokens=1_000), progress=False)
+    spans = np.load(dataset.folder / "spans.npy")
+    assert spans.dtype == np.int64
+    for number, shard in enumerate(dataset.shards):
+        assert (spans[spans[:, 0] == number, 3] - spans[spans[:, 0] == number, 2]).sum() == shard.tokens
+    assert (np.diff(spans[:, 0]) >= 0).all()
 
 
 def test_a_second_call_makes_nothing(mixed_corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,11 +179,11 @@ def test_what_another_process_made_meanwhile_is_taken(mixed_corpus: Path, monkey
     aside = dataset.folder.rename(dataset.folder.with_name("aside"))
 
     @contextmanager
-    def locked_after_a_wait(_: Path) -> Iterator[None]:
+    def locked_after_a_wait(*_: object) -> Iterator[None]:
         aside.rename(dataset.folder)
         yield
 
-    monkeypatch.setattr(preparing, "locked", locked_after_a_wait)
+    monkeypatch.setattr(preparing, "exclusive", locked_after_a_wait)
     monkeypatch.setattr(preparing, "_build", None)
     assert prepare(config(mixed_corpus), progress=False) == dataset
 
@@ -206,34 +194,13 @@ def test_every_setting_that_changes_bytes_changes_the_name(mixed_corpus: Path) -
     assert recipe_of(config(mixed_corpus, workers=9)).folder == recipe_of(config(mixed_corpus)).folder
 
 
-def test_too_little_room_is_said_before_anything_starts(
-    mixed_corpus: Path, temp_data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(preparing, "_build", None)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**12, 10**12, 1_000))
-    with pytest.raises(UserError, match=f"needs about .* under {temp_data}.* free"):
-        prepare(config(mixed_corpus), progress=False)
-
-
-def test_room_that_runs_out_at_the_manifest(
-    mixed_corpus: Path, temp_data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(preparing, "write_json", fail)
-    with pytest.raises(UserError, match="no room to write the data set"):
-        prepare(config(mixed_corpus), progress=False)
-    assert [path for path in (temp_data / "datasets").iterdir() if path.suffix != ".lock"] == []
-
-
 def test_a_data_folder_that_is_a_file(mixed_corpus: Path, temp_data: Path) -> None:
     temp_data.write_text("")
     with pytest.raises(UserError, match="MYLLM_DATA"):
         prepare(config(mixed_corpus), progress=False)
 
 
-def test_a_folder_without_manifest_is_made_anew(mixed_corpus: Path) -> None:
+def test_a_folder_without_manifest_is_made_anew(mixed_corpus: Path, hashes: Hashes) -> None:
     dataset = prepare(config(mixed_corpus), progress=False)
     before = dataset.train.read(0, dataset.train.tokens).tolist()
     for name in ("manifest.json", "val_00000.npy"):  # as an `rm -r` that was interrupted leaves it

@@ -2,8 +2,11 @@
 
 import json
 import os
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -13,7 +16,11 @@ from hypothesis import strategies as st
 from myllm.data.shards import Dataset, find_dataset
 from myllm.errors import UserError
 
+if TYPE_CHECKING:
+    from conftest import Growing
+
 MakeDataset = Callable[..., Dataset]
+MakeGrowing = Callable[[Dataset], "Growing"]
 
 
 @pytest.fixture
@@ -98,8 +105,9 @@ def test_a_missing_or_short_shard_is_refused(dataset: Dataset, damage: str) -> N
         (b"\xff", "cannot read"),
         (b"[]", "format None"),
         (b'{"format": "myllm-shards-0"}', "format 'myllm-shards-0'"),
-        (b'{"format": "myllm-shards-1"}', "damaged"),
-        (b'{"format": "myllm-shards-1", "shards": [{"file": "a"}]}', "damaged"),
+        (b'{"format": "myllm-shards-1"}', "format 'myllm-shards-1', expected 'myllm-shards-2'"),
+        (b'{"format": "myllm-shards-2"}', "damaged"),
+        (b'{"format": "myllm-shards-2", "fingerprint": "f", "shards": [{"file": "a"}]}', "damaged"),
     ],
 )
 def test_a_damaged_manifest_is_refused(dataset: Dataset, content: bytes | None, said: str) -> None:
@@ -112,13 +120,12 @@ def test_a_damaged_manifest_is_refused(dataset: Dataset, content: bytes | None, 
         Dataset.open(dataset.folder)
 
 
-def test_the_hash_is_of_the_content(dataset: Dataset, make_dataset: MakeDataset, tmp_path: Path) -> None:
-    same = make_dataset(np.arange(1_000), np.arange(100) + 7, shard_tokens=300)
-    other = make_dataset(np.arange(1_000), np.arange(100) + 8, shard_tokens=300)
-    assert dataset.hash == same.hash != other.hash
-    manifest = json.loads((same.folder / "manifest.json").read_text())
-    (same.folder / "manifest.json").write_text(json.dumps(dict(reversed(manifest.items())), indent=4))
-    assert Dataset.open(same.folder).hash == dataset.hash, "layout and order of keys are not content"
+def test_the_hash_is_the_recipes(dataset: Dataset) -> None:
+    path = dataset.folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    assert dataset.hash == manifest["fingerprint"]
+    path.write_text(json.dumps(dict(reversed(manifest.items())), indent=4))
+    assert Dataset.open(dataset.folder).hash == dataset.hash, "layout and order of keys are not content"
 
 
 def test_finding_a_data_set(dataset: Dataset, temp_data: Path, tmp_path: Path) -> None:
@@ -136,3 +143,94 @@ def test_finding_a_data_set(dataset: Dataset, temp_data: Path, tmp_path: Path) -
     ):
         with pytest.raises(UserError, match=said):
             find_dataset(name)
+
+
+def test_a_data_set_that_is_being_made_is_no_data_set_unless_asked_for(
+    dataset: Dataset, make_growing: MakeGrowing, temp_data: Path
+) -> None:
+    growing = make_growing(dataset)
+    (growing.folder / "work").mkdir()
+    for _ in range(2):  # before and after its first shards
+        with pytest.raises(UserError, match="not whole yet: its preparation is under way, or was interrupted"):
+            Dataset.open(growing.folder)
+        growing.grow(2)
+    (temp_data / "datasets").mkdir(parents=True)
+    os.symlink(growing.folder, temp_data / "datasets" / "news-1")
+    with pytest.raises(UserError, match="no single prepared data set"):
+        find_dataset("new")
+    with pytest.raises(UserError, match="not whole yet"):
+        find_dataset("news-1")
+    assert not find_dataset("new", unfinished=True).complete
+
+
+def test_streams_grow_shard_by_shard(dataset: Dataset, make_growing: MakeGrowing) -> None:
+    growing = make_growing(dataset)
+    growing.grow()
+    seen = Dataset.open(growing.folder, unfinished=True)
+    assert (seen.val.tokens, seen.train.tokens, seen.complete) == (100, 0, False)
+    for there in (300, 600, 900, 1_000):
+        growing.grow()
+        assert seen.train.tokens < there, "nobody asked to look"
+        seen.train.refresh()
+        assert (seen.train.tokens, seen.train.complete) == (there, False)
+        assert seen.train.read(0, there).tolist() == list(range(there))
+        seen.refresh()  # nothing new is no harm
+        assert seen.train.tokens == there
+    growing.finish()
+    seen.refresh()
+    assert seen.complete
+    assert seen.manifest == dataset.manifest
+    assert seen.train.read(250, 100).tolist() == list(range(250, 350))
+
+
+def test_a_jump_from_the_first_shards_to_the_end(dataset: Dataset, make_growing: MakeGrowing) -> None:
+    growing = make_growing(dataset)
+    growing.grow(2)
+    seen = Dataset.open(growing.folder, unfinished=True)
+    growing.finish()
+    seen.refresh()
+    assert seen.complete
+    assert seen.train.read(0, 1_000).tolist() == list(range(1_000))
+    (growing.folder / "manifest.json").unlink()
+    seen.refresh()  # a whole one needs nothing more from there
+
+
+def test_readers_and_those_who_refresh_do_not_disturb_one_another(dataset: Dataset, make_growing: MakeGrowing) -> None:
+    growing = make_growing(dataset)
+    growing.grow(2)
+    seen = Dataset.open(growing.folder, unfinished=True)
+    failures: list[BaseException] = []
+
+    def look() -> None:
+        try:
+            while not seen.complete:
+                tokens = seen.train.tokens
+                seen.refresh()
+                assert seen.train.tokens >= tokens
+                assert seen.train.read(tokens - 5, 5).tolist() == list(range(tokens - 5, tokens))
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=look) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    while not growing.whole:
+        growing.grow()
+        time.sleep(0.02)
+    growing.finish()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+
+
+def test_one_made_anew_with_other_settings_is_not_gone_on_with(dataset: Dataset, make_growing: MakeGrowing) -> None:
+    growing = make_growing(dataset)
+    growing.grow(3)
+    seen = Dataset.open(growing.folder, unfinished=True)
+    path = growing.folder / "progress.json"
+    path.write_text(path.read_text().replace("f" * 64, "e" * 64))
+    with pytest.raises(UserError, match="was made anew with other settings"):
+        seen.refresh()
+    path.unlink()
+    with pytest.raises(UserError, match="not a prepared data set"):
+        seen.refresh()

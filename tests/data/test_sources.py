@@ -1,14 +1,17 @@
 """What belongs to a source, by which name, and what a path can get wrong."""
 
 import ast
+import hashlib
 import os
 from pathlib import Path
 
 import pytest
 
 from myllm.config import DataConfig
-from myllm.data.prepare import recipe_of
-from myllm.data.sources import find_source
+from myllm.data.catalog import CORPORA
+from myllm.data.readers import KINDS, Faults
+from myllm.data.recipe import recipe_of
+from myllm.data.sources import documents, find_source
 from myllm.errors import UserError
 
 
@@ -41,11 +44,41 @@ def test_python_stdlib() -> None:
     assert not {"test", "tests", "idle_test", "site-packages", "encodings", "__pycache__"} & set(parts)
     assert "argparse.py" in [file.name for file in source.files]
     topics = next(file for file in source.files if file.name.endswith("topics.py"))
-    texts = list(topics.read(topics.path))
-    tree = ast.parse(topics.path.read_text(encoding="utf-8"))  # without running it
+    texts = list(documents(source, topics, Path(topics.where), Faults()))
+    tree = ast.parse(Path(topics.where).read_text(encoding="utf-8"))  # without running it
     values = next(node.value for node in tree.body if isinstance(node, ast.Assign))
     assert texts == list(ast.literal_eval(values).values())
     assert find_source("python-stdlib") == source
+
+
+def test_the_standard_library_is_read_without_a_fault() -> None:
+    source, faults = find_source("python-stdlib"), Faults()
+    for file in source.files:
+        texts = list(documents(source, file, Path(file.where), faults))
+        assert len(texts) == 1 or file.reader == "topics"
+    assert not faults.counts
+
+
+def test_a_file_says_where_it_is_and_what_reads_it(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tree)
+    found = {file.name: file for file in find_source("files:.").files}
+    for name, file in found.items():
+        content = (tree / name).read_bytes()
+        assert file.where == str(tree / name)
+        assert not file.remote
+        assert file.reader == ("jsonl" if name == "sub/c.jsonl" else "prose")
+        assert file.size_bytes == len(content)
+        assert file.digest == hashlib.sha256(content).hexdigest()
+    source, faults = find_source("files:."), Faults()
+    assert source.size_bytes == sum(file.size_bytes for file in found.values())
+    assert list(documents(source, found["sub/c.jsonl"], tree / "sub/c.jsonl", faults)) == ["sub/c.jsonl"]
+
+
+def test_the_column_is_the_sources_own_unless_another_is_asked_for(tree: Path) -> None:
+    assert find_source(f"files:{tree}").column == "text"
+    (tree / "sub" / "c.jsonl").write_text('{"text": "no", "body": "yes"}')
+    source = find_source(f"files:{tree}/sub/c.jsonl", column="body")
+    assert list(documents(source, source.files[0], tree / "sub" / "c.jsonl", Faults())) == ["yes"]
 
 
 def test_a_folder_is_read_to_its_depth_without_hidden_files(tree: Path) -> None:
@@ -144,12 +177,30 @@ def test_what_is_not_there(tree: Path, tmp_path: Path) -> None:
     refused(f"files:{tree}/picture.png", "only 1 file(s) of other kinds")
     refused(f"files:{tree}/a**", f"{tree}")
     refused("files:" + "x" * 5_000, "cannot read")
+    refused("files:~nobody-of-this-name/texts", "cannot find", "~nobody-of-this-name")
+    for odd in ("\0", "\0*", "[", "\ud83d", "**"):
+        refused(f"files:{tmp_path}/empty/{odd}", "no text found")
+    for kind in KINDS:
+        refused(f"files:{tmp_path / 'empty'}", kind)
 
 
 def test_unknown_sources_suggest_the_nearest() -> None:
     refused("python-stlib", "did you mean 'python-stdlib'?", "files:PATH")
     refused("file:/tmp", "did you mean 'files:'?")
-    refused("fineweb-edu-10bt", "download")
+    refused("tinystorys", "did you mean 'tinystories'?")
+    refused("hub", "did you mean")
+
+
+@pytest.mark.parametrize("spec", ["", "none-such", "hub:", "python-stdlib:3", "files", "wikipedia:en"])
+def test_an_unknown_source_lists_those_that_are_known(spec: str) -> None:
+    refused(spec, repr(spec), "python-stdlib", *CORPORA, "hub:NAMESPACE/NAME", "files:PATH")
+
+
+def test_variants_are_checked_before_anything_is_asked_of_a_server() -> None:
+    refused("c4:en", "c4 has no variants, found 'en'; give c4 alone")
+    refused("dolma:v1_8", "no list 'v1_8'", "did you mean", *CORPORA["dolma"].variants)
+    for spec in ("hub:TinyStories", "hub:a/b/c", "hub:/b", "hub:a/:*.parquet"):
+        refused(spec, "expected hub:NAMESPACE/NAME")
 
 
 def test_broken_links_are_not_passed_over(tree: Path) -> None:

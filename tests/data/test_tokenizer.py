@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiktoken
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
 from myllm import paths
-from myllm.data.tokenizer import END_OF_TEXT, MAX_SPACE_CHARS, VOCAB_FILE, Tokenizer
+from myllm.data.r50k import END_OF_TEXT, MAX_SPACE_CHARS, VOCAB_FILE
+from myllm.data.tokenizer import Tokenizer, load_tokenizer
 from myllm.errors import UserError
 
 
@@ -63,9 +65,8 @@ def test_a_document_cannot_spell_the_special_token(tokenizer: Tokenizer, text: s
     assert tokenizer.decode(ids[1:]) == text
 
 
-def huggingface_gpt2(reference: tiktoken.Encoding) -> object:
+def huggingface_gpt2(reference: tiktoken.Encoding) -> tokenizers.Tokenizer:
     """GPT-2's tokenizer in Hugging Face's implementation; its merges follow from the ranks."""
-    tokenizers = pytest.importorskip("tokenizers")
     # GPT-2's printable stand-ins for the 256 bytes. Source: openai/gpt-2, src/encoder.py, bytes_to_unicode.
     plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in plain]
@@ -126,6 +127,18 @@ def test_odd_texts(tokenizer: Tokenizer, reference: tiktoken.Encoding, text: str
     ids = tokenizer.encode(text)
     assert ids.tolist() == reference.encode_ordinary(text)
     assert tokenizer.decode(ids) == text
+
+
+def test_what_binds_data_to_it(tokenizer: Tokenizer) -> None:
+    assert tokenizer.describe() == {
+        "kind": "tiktoken",
+        "name": "r50k_base",
+        "sha256": "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930",
+        "vocab_size": 50_257,
+        "end_of_text": 50_256,
+    }
+    assert tokenizer.is_default
+    assert load_tokenizer("r50k_base").describe() == tokenizer.describe()
 
 
 def test_half_a_character_decodes_to_the_replacement(tokenizer: Tokenizer) -> None:

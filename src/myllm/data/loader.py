@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..plan import BatchPlan
-from .order import DataPosition, count_sequences, rank_rows, step_sequences
+from .order import DataPosition, count_sequences, rank_rows, sequences_needed, step_sequences, window_of
 from .shards import TokenStream
 
 Batch = tuple[Tensor, Tensor]
@@ -31,6 +31,14 @@ def batch_of(stream: TokenStream, sequences: np.ndarray, seq_len: int) -> Batch:
     return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
 
+def has_step(stream: TokenStream, position: DataPosition, plan: BatchPlan) -> bool:
+    """Whether the step at a position can be made of what a stream holds by now."""
+    if stream.complete:
+        return True
+    needed = sequences_needed(position, plan.sequences, window_of(plan.seq_len))
+    return needed is not None and count_sequences(stream.tokens, plan.seq_len) >= needed
+
+
 class Loader:
     """An endless stream of one rank's micro-batches from a position on.
 
@@ -39,6 +47,8 @@ class Loader:
     """
 
     AHEAD = 4
+    LOOK_EVERY_S = 0.3
+    """At a data set that is still being made, while waiting for it."""
 
     def __init__(
         self, stream: TokenStream, plan: BatchPlan, position: DataPosition, rank: int, device: torch.device
@@ -89,12 +99,17 @@ class Loader:
         return False
 
     def _batches(self) -> Iterator[Batch]:
-        plan, position, pinned = self._plan, self._position, self._device.type == "cuda"
-        n_sequences = count_sequences(self._stream.tokens, plan.seq_len)
+        stream, plan, position, pinned = self._stream, self._plan, self._position, self._device.type == "cuda"
         while True:
-            step = step_sequences(position, plan.sequences, n_sequences)
-            position = position.advance(plan.sequences, n_sequences)
+            while not has_step(stream, position, plan):
+                if self._stopped.wait(self.LOOK_EVERY_S):
+                    return
+                stream.refresh()
+            complete = stream.complete  # before counting: a stream may grow between the two, but never shrinks
+            n_sequences = count_sequences(stream.tokens, plan.seq_len)
+            step = step_sequences(position, plan.sequences, n_sequences, window_of(plan.seq_len))
+            position = position.advance(plan.sequences, n_sequences if complete else None)
             for micro_step in range(plan.grad_accum_steps):
                 rows = rank_rows(micro_step, self._rank, plan.world_size, plan.micro_batch_size)
-                tokens, targets = batch_of(self._stream, step[rows], plan.seq_len)
+                tokens, targets = batch_of(stream, step[rows], plan.seq_len)
                 yield (tokens.pin_memory(), targets.pin_memory()) if pinned else (tokens, targets)

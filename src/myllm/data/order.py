@@ -1,14 +1,19 @@
 """Which sequence comes when: a pure function of the data set, the seed and the epoch.
 
 Sequence i of a stream is tokens [i T, i T + T] (its last token is only a target, and the next sequence's first input),
-so an epoch trains on every token once. The order knows nothing of ranks: a step takes the next G sequences of it, and
-each rank finds its share of those by arithmetic.
+so an epoch trains on every token once. The first epoch goes through the stream in windows of WINDOW_TOKENS and shuffles
+within each, so that training can begin while later windows are still being prepared; later epochs shuffle everything.
+The order knows nothing of ranks: a step takes the next G sequences of it, and each rank finds its share of those by
+arithmetic.
 """
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
+
+WINDOW_TOKENS = 1 << 27
+"""134M: more than a shard, so that documents of several files meet, and a minute or two of preparation."""
 
 
 @dataclass(frozen=True)
@@ -21,8 +26,14 @@ class DataPosition:
     seed: int
     dataset_hash: str
 
-    def advance(self, sequences: int, epoch_sequences: int) -> "DataPosition":
-        """The position after so many more sequences; epochs follow one another without a gap."""
+    def advance(self, sequences: int, epoch_sequences: int | None) -> "DataPosition":
+        """The position after so many more sequences; epochs follow one another without a gap.
+
+        Args:
+            epoch_sequences: in an epoch; None while that is not known, which is within the first.
+        """
+        if epoch_sequences is None:
+            return replace(self, index=self.index + sequences)
         done = self.epoch * epoch_sequences + self.index + sequences
         return replace(self, epoch=done // epoch_sequences, index=done % epoch_sequences)
 
@@ -32,24 +43,33 @@ def count_sequences(tokens: int, seq_len: int) -> int:
     return max(tokens - 1, 0) // seq_len
 
 
-@lru_cache(maxsize=2)  # every step asks again, and one across an epoch's end asks for two
-def epoch_order(n_sequences: int, seed: int, epoch: int) -> np.ndarray:
-    """A permutation of an epoch's sequences, over all shards.
+def window_of(seq_len: int) -> int:
+    """Sequences that the first epoch shuffles together."""
+    return max(WINDOW_TOKENS // seq_len, 1)
+
+
+@lru_cache(maxsize=4)  # every step asks again, and one across a window's end asks for two
+def window_order(start: int, size: int, seed: int, epoch: int) -> np.ndarray:
+    """A permutation of the sequences [start, start + size).
 
     Made of integer arithmetic alone, so that it stays the same over NumPy's versions, as a generator's might not.
 
     Shapes:
-        returns (n_sequences,) int64, read-only
+        returns (size,) int64, read-only
     """
     # The key decides epoch and seed together, so that neighbouring seeds share no epoch's order.
     key = _splitmix64(_splitmix64(np.array([seed], dtype=np.uint64)) + np.uint64(epoch))
-    order = np.argsort(_splitmix64(np.arange(n_sequences, dtype=np.uint64) ^ key), kind="stable")
+    order = start + np.argsort(_splitmix64(np.arange(start, start + size, dtype=np.uint64) ^ key), kind="stable")
     order.setflags(write=False)
     return order
 
 
-def step_sequences(position: DataPosition, count: int, n_sequences: int) -> np.ndarray:
+def step_sequences(position: DataPosition, count: int, n_sequences: int, window: int) -> np.ndarray:
     """The next `count` sequences, in order, across the end of an epoch if need be.
+
+    Args:
+        n_sequences: in the stream; while it grows, as many as there are, at least `sequences_needed`.
+        window: sequences that the first epoch shuffles together.
 
     Shapes:
         returns (count,) int64
@@ -58,11 +78,23 @@ def step_sequences(position: DataPosition, count: int, n_sequences: int) -> np.n
     parts, left = [], count
     epoch, index = position.epoch, position.index
     while left:
-        part = epoch_order(n_sequences, position.seed, epoch)[index : index + left]
+        size = window if epoch == 0 else n_sequences
+        start = index // size * size
+        order = window_order(start, min(size, n_sequences - start), position.seed, epoch)
+        part = order[index - start : index - start + left]
         parts.append(part)
         left -= len(part)
-        epoch, index = epoch + 1, 0
+        index += len(part)
+        if index == n_sequences:
+            epoch, index = epoch + 1, 0
     return np.concatenate(parts)
+
+
+def sequences_needed(position: DataPosition, count: int, window: int) -> int | None:
+    """How many sequences of a growing stream must be there before the next `count` are decided: whole windows of them.
+    None: all, since a later epoch shuffles everything.
+    """
+    return None if position.epoch else -(-(position.index + count) // window) * window
 
 
 def rank_rows(micro_step: int, rank: int, world_size: int, micro_batch_size: int) -> slice:

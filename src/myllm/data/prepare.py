@@ -1,28 +1,26 @@
-"""Text to shards: tokenise in parallel processes, hold out validation, write, hash, rename.
+"""Text to shards: download, tokenise in parallel processes, hold out validation, write, hash.
 
-    source files ─▶ seeded order ─▶ units ─▶ [worker: read, tokenise] ─▶ unit files ─┐
-                                                                                     ▼
-                       shards ◀─ [worker: copy, hash] ◀─ cut list ◀─ documents in order: val first, then train
+    files ─▶ seeded order ─▶ units ─▶ [download] ─▶ [worker: read, tokenise] ─▶ work/000012.bin, .npz ─┐
+                                                                                                       ▼
+         shards, in their final order ◀─ [worker: copy, hash] ◀─ cut list ◀─ documents in order: val first, then train
 
-Work is cut into units by the order of the source's files alone, and the cut list is made in that order, so the bytes do
-not depend on the number of workers. Everything happens in a temporary folder that gets its name when it is whole.
+Work is cut into units by the source's files alone, and the cut list is made in the units' order, so the bytes do not
+depend on the number of workers. A unit, a shard and a download each get their name when they are whole and on the disk:
+whatever interrupts a preparation, the next call goes on from there.
 """
 
 import errno
-import hashlib
 import json
 import os
-import secrets
 import shutil
-from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
@@ -30,95 +28,60 @@ from .. import paths
 from ..config import DataConfig
 from ..errors import UserError
 from ..files import fsync_folder, locked, out_of_space, write_json
-from . import sources
-from .cuts import CutList, cut_spans
-from .shards import FORMAT, MANIFEST, Dataset, Shard, find_dataset
-from .sources import Source, SourceFile
-from .tokenize_unit import STOP, UnitTokens, start_worker, tokenize_unit, write_shard
-from .tokenizer import Tokenizer
+from .assemble import Assembly, sealed_shards
+from .cuts import TooLittleText
+from .listing import Unreachable
+from .pipeline import Downloads, Job
+from .recipe import Recipe, estimate_tokens, recipe_of
+from .room import check_disk
+from .shards import MANIFEST, PROGRESS, SETTINGS, TOKENIZER, WORK, Dataset, find_dataset
+from .sources import find_source
+from .units import start_worker
 
+PART_DONE = "done.json"
+"""In the folder of a part (parts.py) all of whose units are there."""
 UNWRITABLE = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT, errno.ENAMETOOLONG
 )  # fmt: skip
-UNIT_BYTES = 2_000_000
-"""Small files are handed to a worker together, up to about this much text."""
-BYTES_PER_TOKEN = 4
-"""Rough, for English and code; only for estimates made before anything is read."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What decides the bytes of a data set, and so its name."""
-
-    source: Source
-    tokenizer_sha256: str
-    val_tokens: int
-    target_tokens: int | None
-    shard_tokens: int
-    shuffle_seed: int
-
-    @property
-    def folder(self) -> Path:
-        return paths.datasets() / f"{self.source.name}-{self.fingerprint[:12]}"
-
-    @property
-    def fingerprint(self) -> str:
-        return hashlib.sha256(json.dumps(self.describe(), sort_keys=True).encode()).hexdigest()
-
-    def describe(self) -> dict[str, Any]:
-        content = hashlib.sha256()
-        for file in sorted(self.source.files, key=lambda file: file.name):
-            content.update(f"{file.name}\0{file.digest}\n".encode(errors="surrogateescape"))
-        return {
-            "format": FORMAT,
-            "source": self.source.name,
-            "source_sha256": content.hexdigest(),
-            "tokenizer_sha256": self.tokenizer_sha256,
-            "val_tokens": self.val_tokens,
-            "target_tokens": self.target_tokens,
-            "shard_tokens": self.shard_tokens,
-            "shuffle_seed": self.shuffle_seed,
-        }
-
-
-def recipe_of(config: DataConfig) -> Recipe:
-    source = sources.find_source(config.source)
-    # At most about a tenth of the source: a small corpus keeps something to train on.
-    most = max(source.size_bytes // (10 * BYTES_PER_TOKEN), 1)
-    return Recipe(
-        source=source,
-        tokenizer_sha256=Tokenizer().sha256,
-        val_tokens=min(config.val_tokens, most),
-        target_tokens=config.target_tokens,
-        shard_tokens=config.shard_tokens,
-        shuffle_seed=config.shuffle_seed,
-    )
 
 
 def prepare(config: DataConfig, progress: bool = True) -> Dataset:
-    """The data set that the config asks for, made if it is not there yet.
+    """The data set that the config asks for, made if it is not there yet, or taken up where it was interrupted.
 
-    A second process that asks for the same one waits for the first. What an interrupted preparation left is removed.
+    A second process that asks for the same one waits for the first.
 
     Raises:
-        UserError: bad source, too little text, no room on the disk. Nothing half-made is left.
+        UserError: bad source, too little text, no room on the disk. What is finished is kept.
     """
     if config.dataset is not None:
         return find_dataset(config.dataset)
-    recipe = recipe_of(config)
-    if not _made(recipe):
-        with _clear_disk_errors():
-            paths.datasets().mkdir(parents=True, exist_ok=True)
-            with locked(paths.datasets() / f".{recipe.folder.name}.lock"):
-                if not _made(recipe):  # another process may have made it meanwhile
-                    _check_disk(recipe)
-                    with _whole_or_nothing(recipe.folder) as work:
-                        _build(recipe, work, config.workers or available_cores(), progress)
+    recipe = resolve(config)
+    if not is_made(recipe.folder) or (recipe.folder / WORK).exists():
+        with clear_disk_errors(), exclusive(recipe.folder):
+            if not is_made(recipe.folder):  # another process may have made it meanwhile
+                try:
+                    _build(recipe, config.workers or available_cores(), progress)
+                except TooLittleText:  # nor will it be another time
+                    shutil.rmtree(recipe.folder)
+                    raise
+            clear_work(recipe.folder)  # here, since an earlier call may have been killed right after the manifest
     return Dataset.open(recipe.folder)
 
 
-def _made(recipe: Recipe) -> bool:
-    return (recipe.folder / MANIFEST).is_file()
+def resolve(config: DataConfig) -> Recipe:
+    """What the config asks for, or its fallback where the source cannot be reached."""
+    try:
+        return recipe_of(config)
+    except Unreachable as error:
+        if config.fallback is None:
+            raise
+        find_source(config.fallback, config.text_column)  # says what is wrong with it before it is taken
+        tqdm.write(f"{error}\ntaking {config.fallback} instead", file=sys.stderr)
+        return recipe_of(replace(config, source=config.fallback, fallback=None))
+
+
+def is_made(folder: Path) -> bool:
+    return (folder / MANIFEST).is_file()
 
 
 def available_cores() -> int:
@@ -127,34 +90,27 @@ def available_cores() -> int:
 
 
 @contextmanager
-def _whole_or_nothing(folder: Path) -> Iterator[Path]:
-    """A work folder that becomes `folder` if the body succeeds, and vanishes if it does not. The lock must be held."""
-    prefix = f".partial-{folder.name}-"
-    for left in folder.parent.glob(f"{prefix}*"):  # by a killed preparation
-        shutil.rmtree(left, ignore_errors=True)
-    # Named anew each time: a worker that outlives a killed parent by a moment writes to no folder of ours.
-    work = folder.with_name(prefix + secrets.token_hex(4))
-    try:
-        work.mkdir()
-        yield work
-        fsync_folder(work)
-        shutil.rmtree(folder, ignore_errors=True)  # without a manifest: what someone's `rm -r` did not get to
-        work.rename(folder)
-        fsync_folder(folder.parent)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+def exclusive(folder: Path, what: str = "") -> Iterator[None]:
+    """Hold the preparation of a data set, or of a part of it, for this process; others wait."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with locked(lock_of(folder, what)):
+        yield
+
+
+def lock_of(folder: Path, what: str = "") -> Path:
+    return folder.parent / f".{folder.name}{what}.lock"
 
 
 @contextmanager
-def _clear_disk_errors() -> Iterator[None]:
+def clear_disk_errors() -> Iterator[None]:
     """A full disk or a folder that cannot be written is the user's to mend; any other fault keeps its traceback."""
     try:
         yield
     except OSError as error:
         if out_of_space(error):
             raise UserError(
-                f"no room to write the data set under {paths.datasets()}: {error.strerror}; nothing was kept. "
-                "Free some space, or set MYLLM_DATA to a folder on a larger disk"
+                f"no room to write the data set under {paths.datasets()}: {error.strerror}. What is finished is kept: "
+                "free some space and the same command goes on, or set MYLLM_DATA to a folder on a larger disk"
             ) from None
         if error.errno in UNWRITABLE:
             raise UserError(
@@ -164,37 +120,100 @@ def _clear_disk_errors() -> Iterator[None]:
         raise
 
 
-def _check_disk(recipe: Recipe) -> None:
-    tokens = recipe.source.size_bytes / BYTES_PER_TOKEN
-    if recipe.target_tokens:
-        tokens = min(tokens, recipe.target_tokens + recipe.val_tokens)
-    need = int(4 * tokens)  # two bytes a token, once as unit files and once as shards
-    free = shutil.disk_usage(paths.datasets()).free
-    if need > free:
-        raise UserError(
-            f"the data set needs about {need / 1e6:,.0f} MB under {paths.datasets()}, which has {free / 1e6:,.0f} MB "
-            "free; free some space, set MYLLM_DATA to a folder on a larger disk, or lower data.target_tokens"
-        )
-
-
-def _build(recipe: Recipe, work: Path, workers: int, progress: bool) -> None:
-    units = list(make_units(recipe.source.files, recipe.shuffle_seed))
-    (work / "units").mkdir()
-    bar = tqdm(
-        total=recipe.source.size_bytes, desc="tokenising", unit="B", unit_scale=True, disable=not progress, leave=False
-    )
-    # spawn: a forked child would inherit the parent's threads' locks.
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=start_worker)
-    with bar, pool:
-        try:
-            cuts = CutList(recipe.val_tokens, recipe.target_tokens)
-            for unit, tokens in _tokenised(pool, units, work / "units", in_flight=2 * workers):
-                bar.update(sum(file.size_bytes for file in unit))
-                cuts.add(tokens)
-                if cuts.full:
+def _build(recipe: Recipe, workers: int, progress: bool) -> None:
+    folder, work = recipe.folder, recipe.folder / WORK
+    open_work(recipe, work)
+    go_on_from(recipe, work)
+    room = check_disk(recipe, workers)
+    if progress:
+        tqdm.write(f"preparing {folder.name}: {room}", file=sys.stderr)
+    adopt_parts(recipe, work)
+    units = recipe.units
+    with worker_pools(recipe, work, workers) as (pool, downloads), progress_bar(_size(recipe), progress) as bar:
+        assembly = Assembly(recipe, folder, work, pool)
+        # Shards that are written meanwhile go on the list at once: training may be waiting for them.
+        job = Job(recipe, units, range(len(units)), work, pool, downloads, 2 * workers, assembly.settle)
+        with job.finished(bar) as finished:
+            for number in finished:
+                size_bytes = sum(piece.size_bytes for piece in units[number])
+                assembly.add(number, size_bytes)
+                bar.set_postfix_str(f"{assembly.cuts.counts['train_tokens'] / 1e6:,.1f}M tokens", refresh=False)
+                bar.update(size_bytes)
+                if assembly.cuts.full:
                     break
-            cuts.check_enough(recipe.source.description)
-            shards = _write_shards(pool, recipe, cuts, work)
+        assembly.cuts.check_enough(recipe.source.description, assembly.passed_over)
+        assembly.finish()
+
+
+def clear_work(folder: Path) -> None:
+    """Delete what a data set that is whole was made from. No worker writes there any more."""
+    (folder / PROGRESS).unlink(missing_ok=True)
+    for left in folder.glob(".*.tmp"):
+        left.unlink(missing_ok=True)
+    if (folder / WORK).exists():  # last: as long as it is there, the next call comes here again
+        shutil.rmtree(folder / WORK)
+
+
+def open_work(recipe: Recipe, work: Path) -> None:
+    """Make the folders of a data set and of its units, rid of what cannot be gone on from."""
+    folder = recipe.folder
+    if folder.exists() and not (folder / WORK).exists():  # what someone's `rm -r` did not get to
+        shutil.rmtree(folder)
+    work.mkdir(parents=True, exist_ok=True)
+    for left in work.glob(".*.tmp"):
+        left.unlink(missing_ok=True)
+    write_json(folder / SETTINGS, recipe.settings())
+    if not recipe.tokenizer.is_default:  # in one step: training that goes on meanwhile reads it
+        temporary = folder / f".{TOKENIZER}.tmp"
+        shutil.copyfile(recipe.tokenizer.file, temporary)
+        temporary.replace(folder / TOKENIZER)
+    fsync_folder(folder)
+
+
+def go_on_from(recipe: Recipe, work: Path) -> None:
+    """Forget what an interrupted call cannot have finished."""
+    folder = recipe.folder
+    for left in folder.glob(".*.tmp"):
+        left.unlink(missing_ok=True)
+    if not sealed_shards(folder, recipe.fingerprint):
+        (folder / PROGRESS).unlink(missing_ok=True)
+        for index in work.glob("*.npz"):  # of tokens that went into shards which are no longer there
+            if not index.with_suffix(".bin").exists():
+                index.unlink()
+
+
+def adopt_parts(recipe: Recipe, work: Path) -> None:
+    """Take over the units that finished parts left.
+
+    Raises:
+        UserError: a part was made with other settings, from other text, or its folder was not copied whole.
+    """
+    for done in sorted(work.glob(f"part-*/{PART_DONE}")):
+        try:
+            made_for = json.loads(done.read_text(encoding="utf-8"))["fingerprint"]
+        except (ValueError, KeyError, TypeError):
+            made_for = None
+        if made_for != recipe.fingerprint:
+            raise UserError(
+                f"{done.parent} is no part of {recipe.folder.name}: it was made with other settings or from other "
+                "text; delete it, and prepare that part again with the same settings"
+            )
+        for path in sorted(done.parent.glob("[0-9]*")):  # .bin before .npz, which says that both are there
+            path.rename(work / path.name)
+
+
+@contextmanager
+def worker_pools(recipe: Recipe, work: Path, workers: int) -> Iterator[tuple[ProcessPoolExecutor, Downloads]]:
+    """Processes that tokenise, and others that download where there is something to download."""
+    # spawn: a forked child would inherit the parent's threads' locks.
+    context = get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker)
+    remote = any(file.remote for file in recipe.source.files)
+    fetchers = min(8, 2 + workers // 8)
+    fetching = ProcessPoolExecutor(fetchers, mp_context=context, initializer=start_worker) if remote else None
+    with pool:
+        try:
+            yield pool, Downloads(recipe, work, fetching)
         except BrokenProcessPool:
             raise UserError(
                 "a worker process died: killed for want of memory (lower data.workers), or called from a script whose "
@@ -202,67 +221,18 @@ def _build(recipe: Recipe, work: Path, workers: int, progress: bool) -> None:
             ) from None
         finally:
             pool.shutdown(cancel_futures=True)
-    shutil.rmtree(work / "units")  # now that no worker writes there
-    write_json(work / MANIFEST, _manifest(recipe, cuts, shards))
+            if fetching is not None:
+                # A download under way is not worth waiting for: what there is of it is kept.
+                for process in list((fetching._processes or {}).values()):
+                    process.terminate()
+                fetching.shutdown(cancel_futures=True)
 
 
-def make_units(files: Iterable[SourceFile], seed: int) -> Iterator[tuple[SourceFile, ...]]:
-    """Files in a seeded order, small ones together. A function of the files' names and sizes and the seed alone."""
-    ordered = sorted(
-        files, key=lambda file: hashlib.sha256(f"{seed}\0{file.name}".encode(errors="surrogateescape")).digest()
-    )
-    unit: list[SourceFile] = []
-    size_bytes = 0
-    for file in ordered:
-        unit.append(file)
-        size_bytes += file.size_bytes
-        if size_bytes >= UNIT_BYTES:
-            yield tuple(unit)
-            unit, size_bytes = [], 0
-    if unit:
-        yield tuple(unit)
+def _size(recipe: Recipe) -> int:
+    """Bytes of the source that will be read."""
+    share = recipe.estimated_tokens / max(estimate_tokens(recipe.source.files), 1)
+    return int(recipe.source.size_bytes * min(share, 1))
 
 
-def _tokenised(
-    pool: Executor, units: list[tuple[SourceFile, ...]], folder: Path, in_flight: int
-) -> Iterator[tuple[tuple[SourceFile, ...], UnitTokens]]:
-    """Units with their tokens, in order; a bounded number are under way, so memory stays flat."""
-    waiting: deque[tuple[tuple[SourceFile, ...], Future[UnitTokens]]] = deque()
-    try:
-        for number, unit in enumerate(units):
-            waiting.append((unit, pool.submit(tokenize_unit, unit, folder / f"{number:06d}.bin")))
-            if len(waiting) >= in_flight:
-                first, future = waiting.popleft()
-                yield first, future.result()
-        for unit, future in waiting:
-            yield unit, future.result()
-    finally:  # where the caller wants no more, or something failed, the rest stops instead of running on
-        (folder / STOP).touch()
-        for _, future in waiting:
-            future.cancel()
-
-
-def _write_shards(pool: Executor, recipe: Recipe, cuts: CutList, work: Path) -> list[Shard]:
-    """Shards from the unit files, in parallel."""
-    jobs = [
-        (split, f"{split}_{number:05d}.npy", spans)
-        for split, all_spans in (("val", cuts.val), ("train", cuts.train))
-        for number, spans in enumerate(cut_spans(all_spans, recipe.shard_tokens))
-    ]
-    futures = [pool.submit(write_shard, work / file, spans) for _, file, spans in jobs]
-    return [
-        Shard(file, split, sum(end - start for _, start, end in spans), future.result())
-        for (split, file, spans), future in zip(jobs, futures, strict=True)
-    ]
-
-
-def _manifest(recipe: Recipe, cuts: CutList, shards: list[Shard]) -> dict[str, Any]:
-    return {
-        **recipe.describe(),
-        "dtype": "uint16",
-        "tokenizer": {
-            "name": "r50k_base", "sha256": recipe.tokenizer_sha256, "vocab_size": 50_257, "end_of_text": 50_256
-        },
-        "counts": cuts.counts,
-        "shards": [vars(shard) for shard in shards],
-    }  # fmt: skip
+def progress_bar(size_bytes: int, progress: bool) -> tqdm:
+    return tqdm(total=size_bytes, desc="tokenising", unit="B", unit_scale=True, disable=not progress, leave=False)

@@ -1,12 +1,14 @@
 """A prepared data set on disk: token shards and the manifest that vouches for them.
 
 A folder holds `val_00000.npy`, `train_00000.npy`, ... , one-dimensional uint16 arrays in NumPy's own format, and
-`manifest.json`, which is written last: a folder without one is not a data set. docs/data_format.md describes both.
+`manifest.json`, which is written last: a folder without one is not a data set yet. While it is being made,
+`progress.json` lists the shards that are sealed, so that training can begin. docs/data_format.md describes all of it.
 """
 
-import hashlib
 import json
-from dataclasses import dataclass
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,19 @@ import numpy as np
 from .. import paths
 from ..errors import UserError, nearest
 from ..files import file_sha256
+from .tokenizer import Tokenizer, load_tokenizer
 
 MANIFEST = "manifest.json"
-FORMAT = "myllm-shards-1"
+PROGRESS = "progress.json"
+SETTINGS = "settings.json"
+"""What `verify --repair` makes it from again."""
+SPANS = "spans.npy"
+"""Which tokens of which unit each shard holds, (spans, 4) int64: shard, unit, start, end."""
+TOKENIZER = "tokenizer.json"
+"""A vocabulary of one's own."""
+WORK = "work"
+"""What an unfinished preparation goes on from."""
+FORMAT = "myllm-shards-2"
 _REMEDY = "delete {} and prepare it again"
 
 
@@ -28,37 +40,41 @@ class Shard:
     split: str
     """"train" or "val"."""
     tokens: int
+    documents: int
+    """That begin in it."""
     sha256: str
 
 
-@dataclass(frozen=True)
+@dataclass
 class Dataset:
-    """A whole data set: its folder, its manifest, and its two token streams."""
+    """A data set: its folder, its manifest, and its two token streams. One that is still being made grows."""
 
     folder: Path
     manifest: dict[str, Any]
+    complete: bool = True
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     @classmethod
-    def open(cls, folder: Path) -> "Dataset":
+    def open(cls, folder: Path, unfinished: bool = False) -> "Dataset":
         """
+        Args:
+            unfinished: take one that is still being made, too.
+
         Raises:
             UserError: not a data set, another format, or a shard missing or of the wrong size.
         """
+        manifest, complete = _read_manifest(folder, unfinished)
+        dataset = cls(folder, manifest, complete)
         try:
-            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise UserError(f"{folder} is not a prepared data set: it has no {MANIFEST}") from None
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot read {folder / MANIFEST}: {error}; {_REMEDY.format(folder)}") from None
-        found = manifest.get("format") if isinstance(manifest, dict) else None
-        if found != FORMAT:
-            raise UserError(f"{folder} has format {found!r}, expected {FORMAT!r}; {_REMEDY.format(folder)}")
-        dataset = cls(folder, manifest)
-        try:
-            _ = dataset.train, dataset.val  # maps every shard
+            _ = dataset.train, dataset.val, dataset.hash  # maps every shard
         except (KeyError, TypeError) as error:
             raise UserError(f"{folder / MANIFEST} is damaged ({error!r}); {_REMEDY.format(folder)}") from None
         return dataset
+
+    @classmethod
+    def read(cls, folder: Path) -> "Dataset":
+        """As `open`, of a data set whose shards may be damaged or missing: none is looked at yet."""
+        return cls(folder, *_read_manifest(folder, unfinished=False))
 
     @property
     def name(self) -> str:
@@ -66,10 +82,14 @@ class Dataset:
 
     @property
     def hash(self) -> str:
-        """sha256 of what the manifest says, every shard's own hash included."""
-        return manifest_hash(self.manifest)
+        """The recipe's fingerprint: what decided the bytes. Known before they are all there."""
+        return self.manifest["fingerprint"]
 
-    @cached_property
+    @property
+    def end_of_text(self) -> int:
+        return self.manifest["tokenizer"]["end_of_text"]
+
+    @property
     def shards(self) -> tuple[Shard, ...]:
         return tuple(Shard(**shard) for shard in self.manifest["shards"])
 
@@ -81,9 +101,41 @@ class Dataset:
     def val(self) -> "TokenStream":
         return TokenStream(self, "val")
 
+    def tokenizer(self) -> Tokenizer:
+        """The vocabulary that made it.
+
+        Raises:
+            UserError: it is missing, or another one now.
+        """
+        said = self.manifest["tokenizer"]
+        own = self.folder / TOKENIZER
+        tokenizer = load_tokenizer(own if said["kind"] != "tiktoken" else said["name"])
+        if tokenizer.sha256 != said["sha256"]:
+            raise UserError(
+                f"the vocabulary {tokenizer.file} is not the one that made {self.folder}: its sha256 is "
+                f"{tokenizer.sha256[:12]}..., expected {said['sha256'][:12]}...; {_REMEDY.format(self.folder)}"
+            )
+        return tokenizer
+
+    def refresh(self) -> None:
+        """See what was sealed meanwhile. Any thread may ask."""
+        if self.complete:
+            return
+        with self._lock:
+            manifest, complete = _read_manifest(self.folder, unfinished=True)
+            if manifest.get("fingerprint") != self.hash:
+                raise UserError(f"{self.folder} was made anew with other settings while it was in use; start again")
+            self.manifest = manifest
+            self.train.extend()
+            self.val.extend()
+            self.complete = complete  # last: who reads it relies on the streams
+
     def damaged(self) -> list[str]:
         """Shards whose content is not what the manifest says, or cannot be read."""
-        return [shard.file for shard in self.shards if not self._intact(shard)]
+        shards = self.shards
+        with ThreadPoolExecutor() as pool:  # hashlib lets go of the lock
+            intact = list(pool.map(self._intact, shards))
+        return [shard.file for shard, good in zip(shards, intact, strict=True) if not good]
 
     def _intact(self, shard: Shard) -> bool:
         try:
@@ -92,14 +144,50 @@ class Dataset:
             return False
 
 
+def _read_manifest(folder: Path, unfinished: bool) -> tuple[dict[str, Any], bool]:
+    """The manifest, and whether it is the final one."""
+    for name in (MANIFEST, PROGRESS, MANIFEST) if unfinished else (MANIFEST,):  # the last turns into the first
+        try:
+            manifest = json.loads((folder / name).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read {folder / name}: {error}; {_REMEDY.format(folder)}") from None
+        found = manifest.get("format") if isinstance(manifest, dict) else None
+        if found != FORMAT:
+            raise UserError(f"{folder} has format {found!r}, expected {FORMAT!r}; {_REMEDY.format(folder)}")
+        return manifest, name == MANIFEST
+    if (folder / PROGRESS).exists() or (folder / WORK).exists():
+        raise UserError(
+            f"{folder} is not whole yet: its preparation is under way, or was interrupted; start it again to go on"
+        )
+    raise UserError(f"{folder} is not a prepared data set: it has no {MANIFEST}")
+
+
 class TokenStream:
     """The shards of one split, end to end, as one long array that stays on disk."""
 
     def __init__(self, dataset: Dataset, split: str) -> None:
-        shards = [shard for shard in dataset.shards if shard.split == split]
-        self._arrays = [_map(dataset.folder, shard) for shard in shards]
+        self._dataset, self._split = dataset, split
+        self._arrays: tuple[np.ndarray, ...] = ()
+        self._ends = np.zeros(0, dtype=np.int64)
+        self.tokens = 0
+        self.extend()
+
+    def extend(self) -> None:
+        """Map the shards that the manifest has and this has not yet. Readers see them once `tokens` says so."""
+        shards = [shard for shard in self._dataset.shards if shard.split == self._split]
+        fresh = [_map(self._dataset.folder, shard) for shard in shards[len(self._arrays) :]]
         self._ends = np.cumsum([shard.tokens for shard in shards])
+        self._arrays = (*self._arrays, *fresh)
         self.tokens = int(self._ends[-1]) if shards else 0
+
+    @property
+    def complete(self) -> bool:
+        return self._dataset.complete
+
+    def refresh(self) -> None:
+        self._dataset.refresh()
 
     def read(self, start: int, count: int) -> np.ndarray:
         """`count` tokens from `start`, over shard borders.
@@ -109,11 +197,12 @@ class TokenStream:
         """
         assert 0 <= start <= start + count <= self.tokens, (start, count, self.tokens)
         out = np.empty(count, dtype=np.uint16)
+        ends, arrays = self._ends, self._arrays
         filled = 0
-        shard = int(np.searchsorted(self._ends, start, side="right"))
+        shard = int(np.searchsorted(ends, start, side="right"))
         while filled < count:
-            first = start + filled - (int(self._ends[shard - 1]) if shard else 0)
-            part = self._arrays[shard][first : first + count - filled]
+            first = start + filled - (int(ends[shard - 1]) if shard else 0)
+            part = arrays[shard][first : first + count - filled]
             out[filled : filled + len(part)] = part
             filled += len(part)
             shard += 1
@@ -135,18 +224,23 @@ def _map(folder: Path, shard: Shard) -> np.ndarray:
     return array
 
 
-def find_dataset(name: str) -> Dataset:
+def find_dataset(name: str, unfinished: bool = False) -> Dataset:
     """A data set by its folder, its name under temp_data/datasets, or the start of that name where only one fits."""
+    return Dataset.open(find_folder(name, (MANIFEST, PROGRESS) if unfinished else (MANIFEST,)), unfinished)
+
+
+def find_folder(name: str, marks: tuple[str, ...] = (MANIFEST,)) -> Path:
+    """The folder that `find_dataset` opens: one that holds one of the marks.
+
+    Raises:
+        UserError: there is none, or more than one.
+    """
     for folder in (Path(name).expanduser(), paths.datasets() / name):
-        if (folder / MANIFEST).is_file():
-            return Dataset.open(folder)
-    known = sorted(folder.parent.name for folder in paths.datasets().glob(f"[!.]*/{MANIFEST}"))
+        if any((folder / mark).is_file() for mark in (*marks, PROGRESS)):
+            return folder
+    known = sorted({each.parent.name for mark in marks for each in paths.datasets().glob(f"[!.]*/{mark}")})
     matches = [each for each in known if each.startswith(name)]
     if len(matches) == 1:
-        return Dataset.open(paths.datasets() / matches[0])
+        return paths.datasets() / matches[0]
     seen = f"{len(matches)} begin so: {', '.join(matches)}" if matches else f"known: {', '.join(known) or 'none'}"
     raise UserError(f"no single prepared data set {name!r}{nearest(name, known)}; {seen}")
-
-
-def manifest_hash(manifest: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

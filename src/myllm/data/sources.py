@@ -1,21 +1,23 @@
-"""Where text comes from. A source is a list of files; reading one file gives documents.
+"""Where text comes from. A source is a list of files, each with a digest; reading one gives documents.
 
-To add a source, write a function that returns a `Source` and enter it in SOURCES. Its files carry a digest each, which
-makes up the source's fingerprint: same digests, same data set on disk.
+The digests make up the source's fingerprint: same digests, same data set on disk. What is known of public corpora is in
+catalog.py, how their files are found in listing.py, how they are downloaded in fetch.py.
 """
 
-import hashlib
 import os
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import UserError, nearest
-from .readers import READERS, read_topics, suffix_of
-
-Reader = Callable[[Path], Iterator[str]]
+from ..files import file_sha256
+from .catalog import CORPORA, Corpus
+from .grouping import documents_of
+from .listing import RemoteFile, list_hub, list_urls, unreachable_advice
+from .readers import KINDS, read_file, suffix_of
+from .task import Faults, Task
 
 
 @dataclass(frozen=True)
@@ -24,11 +26,18 @@ class SourceFile:
 
     name: str
     """Relative to the source, the same on every machine."""
-    path: Path
-    read: Reader
+    where: str
+    """An absolute path, or a URL: https://..., or hf://datasets/NAMESPACE/NAME@REVISION/PATH."""
+    reader: str
+    """Key of readers.READERS."""
     size_bytes: int
+    """As stored, compressed or not; 0 where a server does not say."""
     digest: str
     """sha256 of the content, or whatever pins it as well."""
+
+    @property
+    def remote(self) -> bool:
+        return "://" in self.where
 
 
 @dataclass(frozen=True)
@@ -37,31 +46,104 @@ class Source:
     """Fit for a folder name."""
     description: str
     files: tuple[SourceFile, ...]
+    column: str = "text"
+    group: str = "rows"
+    """What makes a document of rows: see grouping.documents_of."""
 
     @property
     def size_bytes(self) -> int:
         return sum(file.size_bytes for file in self.files)
 
 
-def find_source(spec: str) -> Source:
+def find_source(spec: str, column: str | None = None) -> Source:
     """The source that a config names.
+
+    Args:
+        column: overrides the source's own text column.
 
     Raises:
         UserError: unknown source, missing or empty path, unreadable file.
+        Unreachable: a listing that has to be downloaded could not be.
     """
-    if spec.startswith("files:"):
-        return local_files(spec.removeprefix("files:"))
-    if spec in SOURCES:
-        return SOURCES[spec]()
-    if spec in ANNOUNCED:
+    kind, _, rest = spec.partition(":")
+    if kind == "files" and ":" in spec:
+        source = local_files(rest)
+    elif kind == "hub" and rest:
+        source = hub_files(rest)
+    elif spec == "python-stdlib":
+        source = python_stdlib()
+    elif kind in CORPORA:
+        source = known_corpus(CORPORA[kind], rest)
+    else:
+        known = ["python-stdlib", *CORPORA]
         raise UserError(
-            f"the source {spec!r} has to be downloaded, which this version cannot do yet; "
-            "use your own files with --data.source files:PATH, or --data.source python-stdlib"
+            f"unknown source {spec!r}{nearest(spec, [*known, 'files:', 'hub:'])}; known sources: {', '.join(known)}, "
+            "hub:NAMESPACE/NAME[:GLOB] (any repository of parquet or jsonl), files:PATH (a file, folder or glob of "
+            "your own)"
         )
-    raise UserError(
-        f"unknown source {spec!r}{nearest(spec, [*SOURCES, 'files:'])}; "
-        f"known sources: {', '.join(SOURCES)}, files:PATH (a file, folder or glob of your own)"
+    return replace(source, column=column) if column else source
+
+
+def documents(
+    source: Source, file: SourceFile, path: Path, faults: Faults, part: int = 0, parts: int = 1
+) -> Iterator[str]:
+    """The documents of one file, or of one part of it, at `path`."""
+    task = Task(path, file.name, source.column, part, parts)
+    return documents_of(read_file(file.reader, task, faults), source.group)
+
+
+# -- public corpora ---------------------------------------------------------------------------------------------------
+
+
+def known_corpus(corpus: Corpus, variant: str) -> Source:
+    """A corpus of the catalogue; `variant` chooses among its lists of files, where it has several."""
+    if variant and not corpus.variants:
+        raise UserError(f"the source {corpus.name} has no variants, found {variant!r}; give {corpus.name} alone")
+    if variant and variant not in corpus.variants:
+        raise UserError(
+            f"{corpus.name} has no list {variant!r}{nearest(variant, list(corpus.variants))}; "
+            f"it has {', '.join(corpus.variants)}"
+        )
+    try:
+        if corpus.url_list:
+            found = list_urls(corpus.repo, corpus.url_list.format(variant or corpus.variants[0]))
+        else:
+            found = list_hub(corpus.repo, corpus.revision, corpus.pattern)
+    except UserError as error:
+        raise unreachable_advice(error, corpus.name) from None
+    name = f"{corpus.name}-{variant}" if variant else corpus.name
+    return Source(name, corpus.about, _remote_files(found, name), corpus.column, corpus.group)
+
+
+def hub_files(spec: str) -> Source:
+    """Any dataset repository of the Hub: NAMESPACE/NAME[@REVISION][:GLOB]."""
+    where, _, pattern = spec.partition(":")
+    repo, _, revision = where.partition("@")
+    if repo.count("/") != 1 or not all(repo.split("/")):
+        raise UserError(f"hub:{spec}: expected hub:NAMESPACE/NAME, such as hub:roneneldan/TinyStories:data/train-*")
+    found = list_hub(repo, revision or None, pattern)
+    name = "hub-" + folder_name(repo.replace("/", "-") + (f"-{pattern}" if pattern else ""))
+    return Source(name, f"the dataset {repo} of the Hub", _remote_files(found, f"hub:{spec}"))
+
+
+def _remote_files(found: list[RemoteFile], name: str) -> tuple[SourceFile, ...]:
+    readable = [file for file in found if suffix_of(file.name) in KINDS]
+    if not readable:
+        seen = ", ".join(sorted({suffix_of(file.name) or "(none)" for file in found})[:8])
+        raise UserError(
+            f"{name} has no readable files: found {len(found)} of kind {seen or 'none'}; expected "
+            f"{', '.join(KINDS)}. A glob behind the name chooses files: hub:NAMESPACE/NAME:GLOB"
+        )
+    return tuple(
+        SourceFile(file.name, file.url, KINDS[suffix_of(file.name)], file.size_bytes, file.digest) for file in readable
     )
+
+
+def folder_name(text: str) -> str:
+    return "".join(c if c.isalnum() or c in "-_" else "-" for c in text)[:40]
+
+
+# -- files of one's own -----------------------------------------------------------------------------------------------
 
 
 def local_files(where: str) -> Source:
@@ -71,7 +153,10 @@ def local_files(where: str) -> Source:
     """
     if not where:
         raise UserError("files: needs a path, such as files:~/texts (files:. for this folder)")
-    path = Path(where).expanduser()
+    try:
+        path = Path(where).expanduser()
+    except RuntimeError as error:  # ~NAME of nobody
+        raise UserError(f"cannot find {where!r}: {error}") from None
     try:
         if path.is_file() or _leads_nowhere(path):
             found, root = [path], path.parent
@@ -82,15 +167,14 @@ def local_files(where: str) -> Source:
         files = [file for file in found if file.is_file() or _leads_nowhere(file)]
     except OSError as error:
         raise UserError(f"cannot read {error.filename or path}: {error.strerror}; make it readable") from None
-    readable = [file for file in files if suffix_of(file) in READERS]
+    readable = [file for file in files if suffix_of(file) in KINDS]
     if not readable:
         seen = f"only {len(files)} file(s) of other kinds" if files else "nothing"
         raise UserError(
-            f"no text found at {where!r}: there is {seen}; expected a file, folder or glob of {', '.join(READERS)}"
+            f"no text found at {where!r}: there is {seen}; expected a file, folder or glob of {', '.join(KINDS)}"
         )
     name = os.path.basename(os.path.abspath(path if path.exists() else root))
-    name = "files-" + "".join(c if c.isalnum() or c in "-_" else "-" for c in name)[:40]
-    return Source(name, f"local files at {where}", _describe(readable, root))
+    return Source("files-" + folder_name(name), f"local files at {where}", _describe(readable, root))
 
 
 def _below(folder: Path) -> list[Path]:
@@ -143,26 +227,20 @@ def python_stdlib() -> Source:
     topics = root / "pydoc_data" / "topics.py"
     files = _describe(found, root)
     if topics.is_file():
-        files += _describe([topics], root, read_topics)
+        files += _describe([topics], root, "topics")
     return Source("python-stdlib", f"the standard library of Python at {root}", files)
 
 
-SOURCES: dict[str, Callable[[], Source]] = {"python-stdlib": python_stdlib}
-# Named by presets; they need the Hub.
-ANNOUNCED = ("fineweb-edu-10bt", "fineweb-10bt", "dolma-sample", "c4", "bookcorpus", "tinystories", "wikitext-103")
-
-
-def _describe(files: list[Path], root: Path, read: Reader | None = None) -> tuple[SourceFile, ...]:
+def _describe(files: list[Path], root: Path, reader: str | None = None) -> tuple[SourceFile, ...]:
     """Files with size and digest; hashed in threads, since hashlib lets go of the lock."""
     with ThreadPoolExecutor() as pool:
-        return tuple(pool.map(lambda file: _describe_one(file, root, read or READERS[suffix_of(file)]), files))
+        return tuple(pool.map(lambda file: _describe_one(file, root, reader or KINDS[suffix_of(file)]), files))
 
 
-def _describe_one(path: Path, root: Path, read: Reader) -> SourceFile:
+def _describe_one(path: Path, root: Path, reader: str) -> SourceFile:
     try:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return SourceFile(path.relative_to(root).as_posix(), path.absolute(), read, path.stat().st_size, digest)
+        name, where = path.relative_to(root).as_posix(), str(path.absolute())
+        return SourceFile(name, where, reader, path.stat().st_size, file_sha256(path))
     except OSError as error:
         raise UserError(
             f"cannot read {path}: {error.strerror}; make it readable, or leave it out of the source"

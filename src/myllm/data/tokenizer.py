@@ -1,59 +1,68 @@
-"""GPT-2's byte-pair encoding (r50k_base) through tiktoken, from the file in assets/, never from the network."""
+"""Text to token ids and back: GPT-2's vocabulary (r50k.py), or one's own (tokenizer_json.py), behind one surface."""
 
-import base64
-import hashlib
-import re
-from collections.abc import Iterable
-from itertools import pairwise
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
-import tiktoken
 
 from .. import paths
-from ..errors import UserError
+from ..errors import UserError, nearest
+from .r50k import NAME, VOCAB_FILE, R50k
+from .tokenizer_json import TokenizerJson
 
-VOCAB_FILE = "r50k_base.tiktoken"
-# Source: tiktoken_ext/openai_public.py, which checks its download against the same hash.
-VOCAB_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
-PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
-END_OF_TEXT = 50_256
+TOKENIZER_FILE = "tokenizer.json"
 
-# A run of about a million white-space characters overflows the regex engine's stack inside tiktoken and panics. Looking
-# behind lets a run match at its start alone: tried at each of its characters, a shorter run would take quadratic time.
-MAX_SPACE_CHARS = 100_000
-_LONG_SPACE = re.compile(rf"(?<!\s)\s{{{MAX_SPACE_CHARS},}}")
+
+class Vocabulary(Protocol):
+    """What a kind of vocabulary brings; `Tokenizer` says what each means."""
+
+    kind: str
+    name: str
+    sha256: str
+    vocab_size: int
+    end_of_text: int
+
+    def encode(self, text: str) -> np.ndarray: ...
+    def decode(self, ids: Sequence[int]) -> str: ...
+    def decode_bytes(self, ids: Sequence[int]) -> bytes: ...
+    def token_bytes(self) -> np.ndarray: ...
 
 
 class Tokenizer:
     """Text to token ids and back. Load once a process: building the tables takes a moment.
 
     Raises:
-        UserError: if the vocabulary file is missing or not the one expected.
+        UserError: if the vocabulary's file is missing, damaged, or none that training can use.
     """
 
-    def __init__(self, path: Path | None = None) -> None:
-        path = path or paths.assets() / VOCAB_FILE
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise UserError(
-                f"cannot read the vocabulary {path}: {error.strerror}; restore it with git checkout"
-            ) from None
-        self.sha256 = hashlib.sha256(content).hexdigest()
-        if self.sha256 != VOCAB_SHA256:
-            raise UserError(
-                f"the vocabulary {path} is damaged: its sha256 is {self.sha256[:12]}..., expected "
-                f"{VOCAB_SHA256[:12]}...; restore it with git checkout"
-            )
-        ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, content.splitlines())}
-        self.name = "r50k_base"
-        self.end_of_text = END_OF_TEXT
-        self._ranks = ranks
-        self._bpe = tiktoken.Encoding(
-            self.name, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": END_OF_TEXT}
-        )
-        self.vocab_size = self._bpe.n_vocab
+    def __init__(self, file: Path | None = None) -> None:
+        """With GPT-2's vocabulary, or with a tokenizer.json."""
+        self.file = file or paths.assets() / VOCAB_FILE
+        kind = R50k if self.file.name == VOCAB_FILE else TokenizerJson
+        self._vocabulary: Vocabulary = kind(self.file)
+        self.name = self._vocabulary.name
+        self.sha256 = self._vocabulary.sha256
+        """Of the vocabulary's file."""
+        self.vocab_size = self._vocabulary.vocab_size
+        """The largest id + 1."""
+        self.end_of_text = self._vocabulary.end_of_text
+        """The special token that stands before each document."""
+
+    @property
+    def is_default(self) -> bool:
+        """Whether this is the vocabulary that ships with the code, which nothing has to carry along."""
+        return self.name == NAME
+
+    def describe(self) -> dict[str, Any]:
+        """What binds data to this vocabulary; no path, so the same on every machine."""
+        return {
+            "kind": self._vocabulary.kind,
+            "name": self.name,
+            "sha256": self.sha256,
+            "vocab_size": self.vocab_size,
+            "end_of_text": self.end_of_text,
+        }
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids of a text as it stands: `<|endoftext|>` in it is spelled out, never the special token.
@@ -61,22 +70,13 @@ class Tokenizer:
         Shapes:
             returns (n,) uint16
         """
-        # Cutting such a run in pieces changes at most the tokens at the cuts.
-        runs = [match.span() for match in _LONG_SPACE.finditer(text)]
-        cuts = [0, *(cut for a, b in runs for cut in range(a + MAX_SPACE_CHARS, b, MAX_SPACE_CHARS)), len(text)]
-        pieces = [self._encode(text[a:b]) for a, b in pairwise(cuts) if b > a]
-        return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.uint16)
-
-    def _encode(self, text: str) -> np.ndarray:
         try:
-            ids = self._bpe.encode_to_numpy(text, disallowed_special=())
-        except UnicodeEncodeError:  # a lone surrogate, which no UTF-8 can hold, becomes U+FFFD
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            ids = self._bpe.encode_to_numpy(text, disallowed_special=())
-        return ids.astype(np.uint16)
+            return self._vocabulary.encode(text)
+        except (UnicodeEncodeError, TypeError):  # a lone surrogate, which no UTF-8 can hold, becomes U+FFFD
+            return self._vocabulary.encode(without_surrogates(text))
 
     def encode_document(self, text: str) -> np.ndarray:
-        """A document as training sees it: `<|endoftext|>`, then its text.
+        """A document as training sees it: the end-of-text token, then its text.
 
         Shapes:
             returns (1 + n,) uint16
@@ -85,18 +85,54 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids; bytes that are no UTF-8, such as half a character, become U+FFFD."""
-        return self._bpe.decode([int(i) for i in ids], errors="replace")
+        return self._vocabulary.decode([int(i) for i in ids])
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        return self._bpe.decode_bytes([int(i) for i in ids])
+        """The bytes of each token, end to end.
+
+        For a vocabulary that marks the start of words, a text's first word keeps its space; one that drops white space
+        (WordPiece) gives a space before each word.
+        """
+        return self._vocabulary.decode_bytes([int(i) for i in ids])
 
     def token_bytes(self) -> np.ndarray:
-        """Bytes of text that each token stands for; 0 for `<|endoftext|>`, which stands for none.
+        """Bytes of text that each token stands for; 0 for special tokens, which stand for none.
+
+        Exact for byte-level vocabularies: a text's tokens sum to its UTF-8 length (after the vocabulary's own changes
+        to the text, if it makes any). With Metaspace a text counts one space too many where it is given one in front.
+        WordPiece counts no white space, which it drops: bits per byte come out somewhat too high, never too low.
 
         Shapes:
             (vocab_size,) int64
         """
-        lengths = np.zeros(self.vocab_size, dtype=np.int64)
-        for token, rank in self._ranks.items():
-            lengths[rank] = len(token)
-        return lengths
+        return self._vocabulary.token_bytes()
+
+
+def load_tokenizer(spec: str | Path) -> Tokenizer:
+    """The tokenizer that a config names: `r50k_base`, a tokenizer.json, or a folder that holds one.
+
+    Raises:
+        UserError: nothing there, or none that training can use.
+    """
+    if str(spec) == NAME:
+        return Tokenizer()
+    path = Path(spec).expanduser()
+    file = path / TOKENIZER_FILE if path.is_dir() else path
+    if file.is_file():
+        return Tokenizer(file)
+    if path.is_dir():
+        seen = sorted(each.name for each in path.iterdir())[:8]
+        raise UserError(
+            f"the folder {path} holds no {TOKENIZER_FILE}: it has {', '.join(seen) or 'nothing'}; give one that does "
+            "(transformers writes one with AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER))"
+        )
+    known = [NAME, *(str(each) for each in (path.parent.glob("*") if path.parent != Path(".") else ()))]
+    raise UserError(
+        f"no tokenizer {str(spec)!r}{nearest(str(spec), known)}; give {NAME}, or the path of a {TOKENIZER_FILE}, such "
+        "as one that `myllm tokenizer train SOURCE` wrote"
+    )
+
+
+def without_surrogates(text: str) -> str:
+    """The text with pairs of surrogates joined and each lone one, which no UTF-8 can hold, as U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -1,0 +1,185 @@
+"""What a source would give and cost, from a sample of one file."""
+
+import math
+import tempfile
+import time
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import UserError
+from .cleaning import clean
+from .columns import BATCH_ROWS
+from .fetch import fetch, fetch_start
+from .grouping import documents_of
+from .readers import suffix_of
+from .recipe import Recipe
+from .sources import Source, SourceFile, documents
+from .task import Faults
+from .units import order_files
+
+SAMPLE_BYTES = 8_000_000
+"""Of a file as it is stored."""
+SAMPLE_DOCUMENTS = 2_000
+SAMPLE_FILES = 40
+"""Small files are sampled whole, this many of them."""
+SMALL_BYTES = 1_000_000
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number, and half the width of its 95 % interval."""
+
+    value: float
+    error: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    sampled_documents: int
+    sampled_from: str
+    documents: Figure
+    text_bytes: Figure
+    tokens: Figure
+    tokens_per_byte: Figure
+    download_bytes: Figure
+    """As stored; what is read where nothing is downloaded."""
+    shard_bytes: Figure
+    hours: Figure
+    """With `workers` processes, tokenising alone."""
+    workers: int
+    share: float
+    """Of the whole source."""
+
+
+def estimate(recipe: Recipe, workers: int, target: tuple[str, float] | None = None) -> Estimate:
+    """Sample a source and say what all of it, or a target amount of it, comes to.
+
+    Args:
+        target: ("tokens" | "bytes" | "documents", how many); bytes are of text.
+
+    Raises:
+        UserError: nothing to sample, or a source that cannot be reached.
+    """
+    source, faults = recipe.source, Faults()
+    with tempfile.TemporaryDirectory() as folder:
+        texts, stored_bytes, names = _sample(source, recipe, Path(folder), faults)
+    texts = [cleaned for text in texts if (cleaned := clean(text, recipe.config, lambda _: None)) is not None]
+    if not texts:
+        seen = "; ".join(f"{place['place']}: {place['detail'] or place['reason']}" for place in faults.places[:3])
+        raise UserError(f"the sample of {source.description} ({names}) holds no documents{': ' + seen if seen else ''}")
+    n_bytes = np.array([len(text.encode(errors="surrogatepass")) for text in texts], dtype=float)
+    recipe.tokenizer.encode("warm up")
+    started = time.perf_counter()
+    n_tokens = np.array([len(recipe.tokenizer.encode_document(text)) for text in texts], dtype=float)
+    bytes_per_s = n_bytes.sum() / (time.perf_counter() - started)
+
+    amounts = {
+        "stored": float(source.size_bytes),
+        "bytes": n_bytes.sum() / stored_bytes * source.size_bytes,
+        "tokens": n_tokens.sum() / stored_bytes * source.size_bytes,
+        "documents": len(texts) / stored_bytes * source.size_bytes,
+    }
+    share = 1.0 if target is None else target[1] / amounts[target[0]]
+    errors = {
+        "text a stored byte": _packing_error(texts, n_bytes, source),
+        "tokens a byte": _ratio_error(n_tokens, n_bytes),
+        "documents a byte": _ratio_error(np.ones(len(texts)), n_bytes),
+    }
+
+    def part(name: str, factor: float = 1.0) -> Figure:
+        """What the share comes to, with the errors of the ratios that lie between it and what is known."""
+        known = target[0] if target else "stored"
+        between = [errors[ratio] ** 2 for ratio in _RATIOS[name] ^ _RATIOS[known]]
+        value = amounts[name] * share * factor
+        return Figure(value, value * math.sqrt(sum(between)))
+
+    ratio = float(n_tokens.sum() / n_bytes.sum())
+    return Estimate(
+        sampled_documents=len(texts), sampled_from=names, documents=part("documents"), text_bytes=part("bytes"),
+        tokens=part("tokens"),
+        tokens_per_byte=Figure(ratio, ratio * errors["tokens a byte"]),
+        download_bytes=part("stored"), shard_bytes=part("tokens", 2),
+        hours=part("bytes", 1 / bytes_per_s / workers / 3_600), workers=workers, share=share,
+    )  # fmt: skip
+
+
+_RATIOS: dict[str, frozenset[str]] = {
+    "stored": frozenset(),
+    "bytes": frozenset({"text a stored byte"}),
+    "tokens": frozenset({"text a stored byte", "tokens a byte"}),
+    "documents": frozenset({"text a stored byte", "documents a byte"}),
+}
+"""How each amount follows from the stored bytes."""
+
+
+def _ratio_error(above: np.ndarray, below: np.ndarray) -> float:
+    """Half the 95 % interval of a ratio of sums, relative to it; 1 where one document says nothing about others.
+
+    Source: Cochran 1977, "Sampling Techniques", equation 6.13.
+    """
+    n = len(above)
+    if n < 2:
+        return 1.0
+    ratio = above.sum() / below.sum()
+    return float(1.96 * (above - ratio * below).std(ddof=1) / math.sqrt(n) / below.mean() / ratio)
+
+
+def _packing_error(texts: list[str], n_bytes: np.ndarray, source: Source) -> float:
+    """How well the sample knows what a stored byte unpacks to: plain files exactly, packed ones as documents differ.
+
+    zlib stands in for the file's own compression.
+    """
+    if suffix_of(source.files[0].name) in (".txt", ".md", ".py", ".jsonl", ".arrow"):
+        return 0.0
+    packed = np.array([len(zlib.compress(text.encode(errors="surrogatepass"), 1)) for text in texts], dtype=float)
+    return _ratio_error(n_bytes, packed)
+
+
+def _sample(source: Source, recipe: Recipe, folder: Path, faults: Faults) -> tuple[list[str], float, str]:
+    """Some documents, how many stored bytes they stand for, and where they are from."""
+    files = order_files(source.files, recipe.config.shuffle_files, recipe.config.shuffle_seed)
+    first = files[0]
+    if first.size_bytes <= SMALL_BYTES and not first.remote:
+        chosen = files[:: max(len(files) // SAMPLE_FILES, 1)]
+        texts = [text for file in chosen for text in documents(source, file, Path(file.where), faults)]
+        return texts, sum(file.size_bytes for file in chosen), f"{len(chosen)} of {len(files)} files"
+    if first.reader == "parquet":
+        texts, share = _sample_parquet(source, first, folder)
+        return texts, first.size_bytes * share, first.name
+    if suffix_of(first.name) in (".txt", ".md", ".py"):
+        path = fetch(first, folder)
+        return list(documents(source, first, path, faults)), first.size_bytes, first.name
+    # The beginning of the file does for kinds that are read from front to back; that it ends early is no fault.
+    path, size_bytes = fetch_start(first, folder, SAMPLE_BYTES)
+    return list(documents(source, first, path, Faults())), size_bytes, f"the first {size_bytes:,} bytes of {first.name}"
+
+
+def _sample_parquet(source: Source, file: SourceFile, folder: Path) -> tuple[list[str], float]:
+    """The first rows of a parquet file, and which share of its rows they are; the Hub sends only what is read."""
+    import pyarrow.parquet
+
+    if file.where.startswith("hf://"):
+        from huggingface_hub import HfFileSystem
+
+        opened = HfFileSystem().open(file.where.removeprefix("hf://"), block_size=1 << 20)
+    else:
+        opened = fetch(file, folder).open("rb")
+    with opened, pyarrow.parquet.ParquetFile(opened, pre_buffer=False, buffer_size=1 << 16) as table:
+        if source.column not in table.schema_arrow.names:
+            raise UserError(f"{file.name} has no column {source.column!r}, but {table.schema_arrow.names}")
+        total = table.metadata.num_rows
+        batches = table.iter_batches(BATCH_ROWS, columns=[source.column], use_threads=False)
+        # Rows that are joined into documents are many more than documents.
+        most = SAMPLE_DOCUMENTS * (20 if source.group != "rows" else 1)
+        rows = list(islice(_texts(batches), most))
+    return list(documents_of(rows, source.group)), len(rows) / max(total, 1)
+
+
+def _texts(batches: Iterator) -> Iterator[str]:
+    for batch in batches:
+        yield from (text or "" for text in batch.column(0).to_pylist())

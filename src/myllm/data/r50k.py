@@ -1,0 +1,103 @@
+"""GPT-2's byte-pair encoding (r50k_base) through tiktoken, from the file in assets/, never from the network."""
+
+import base64
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+
+from ..errors import UserError
+
+NAME = "r50k_base"
+VOCAB_FILE = "r50k_base.tiktoken"
+# Source: tiktoken_ext/openai_public.py, which checks its download against the same hash.
+VOCAB_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
+PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+END_OF_TEXT = 50_256
+
+# A run of about a million white-space characters overflows the regex engine's stack inside tiktoken and panics. Looking
+# behind lets a run match at its start alone: tried at each of its characters, a shorter run would take quadratic time.
+MAX_SPACE_CHARS = 100_000
+# One call takes some 60 bytes of memory a character where there is nothing to cut words at.
+MAX_PIECE_CHARS = 1_000_000
+NEAR_CHARS = 1_000
+_BETWEEN_WORDS = re.compile(r"(?<=[A-Za-z]) (?=[A-Za-z])")
+_LONG_SPACE = re.compile(rf"(?<!\s)\s{{{MAX_SPACE_CHARS},}}")
+
+
+def cut_text(text: str, size: int) -> Iterator[str]:
+    """Pieces of at most `size` characters, cut between two words where there are some near.
+
+    No token of this vocabulary reaches over such a place, so a cut there changes nothing; elsewhere it changes at most
+    the tokens at the cut.
+    """
+    start = 0
+    while len(text) - start > size:
+        end = start + size
+        for match in _BETWEEN_WORDS.finditer(text, end - min(size // 2, NEAR_CHARS), end):
+            end = match.start()
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+class R50k:
+    """The vocabulary that ships with the code. Load once a process: building the tables takes a moment.
+
+    Raises:
+        UserError: if the vocabulary file is missing or not the one expected.
+    """
+
+    kind = "tiktoken"
+
+    def __init__(self, file: Path) -> None:
+        try:
+            content = file.read_bytes()
+        except OSError as error:
+            raise UserError(
+                f"cannot read the vocabulary {file}: {error.strerror}; restore it with git checkout"
+            ) from None
+        self.sha256 = hashlib.sha256(content).hexdigest()
+        if self.sha256 != VOCAB_SHA256:
+            raise UserError(
+                f"the vocabulary {file} is damaged: its sha256 is {self.sha256[:12]}..., expected "
+                f"{VOCAB_SHA256[:12]}...; restore it with git checkout"
+            )
+        ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, content.splitlines())}
+        self.name = NAME
+        self.end_of_text = END_OF_TEXT
+        self._ranks = ranks
+        self._bpe = tiktoken.Encoding(
+            NAME, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": END_OF_TEXT}
+        )
+        self.vocab_size = self._bpe.n_vocab
+
+    def encode(self, text: str) -> np.ndarray:
+        if len(text) < MAX_SPACE_CHARS:  # too short to hold such a run: nothing to look for
+            return self._encode(text)
+        return np.concatenate([self._encode_long(piece) for piece in cut_text(text, MAX_PIECE_CHARS)])
+
+    def _encode_long(self, text: str) -> np.ndarray:
+        # Cutting such a run in pieces changes at most the tokens at the cuts.
+        runs = [match.span() for match in _LONG_SPACE.finditer(text)]
+        cuts = [0, *(cut for a, b in runs for cut in range(a + MAX_SPACE_CHARS, b, MAX_SPACE_CHARS)), len(text)]
+        return np.concatenate([self._encode(text[a:b]) for a, b in pairwise(cuts)])
+
+    def _encode(self, text: str) -> np.ndarray:
+        return self._bpe.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._bpe.decode(ids, errors="replace")
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        return self._bpe.decode_bytes(ids)
+
+    def token_bytes(self) -> np.ndarray:
+        lengths = np.zeros(self.vocab_size, dtype=np.int64)
+        for token, rank in self._ranks.items():
+            lengths[rank] = len(token)
+        return lengths

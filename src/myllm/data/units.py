@@ -1,0 +1,250 @@
+"""Units of work: which files, or parts of files, a worker takes at once, and how it makes tokens of them.
+
+A unit leaves two files: `000012.bin`, its documents' tokens end to end, and `000012.npz`, how long each document is and
+a hash of it. The second is written last: a unit that has it is done, and no restart does it again.
+"""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import secrets
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from ..config import DataConfig
+from ..errors import UserError
+from ..files import fsync_folder
+from .cleaning import clean
+from .readers import can_be_split
+from .sources import Source, SourceFile, documents
+from .task import Faults
+from .tokenizer import Tokenizer, load_tokenizer
+
+SMALL_BYTES = 2_000_000
+"""Small files make a unit together, up to about this much text."""
+TINY_BYTES = 2_000
+"""A smaller file counts as much, so that a million of them are not one unit."""
+PART_BYTES = 64_000_000
+"""A larger file is read in parts of about this size, where its kind allows."""
+BUFFER_TOKENS = 500_000
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A file, or one part of it."""
+
+    file: SourceFile
+    part: int = 0
+    parts: int = 1
+
+    @property
+    def size_bytes(self) -> int:
+        return self.file.size_bytes // self.parts
+
+
+Unit = tuple[Piece, ...]
+
+
+def order_files(files: Iterable[SourceFile], shuffle: bool, seed: int) -> list[SourceFile]:
+    """Files by name, or in a seeded order: a function of names and seed alone."""
+
+    def key(file: SourceFile) -> tuple[bytes, str]:
+        return (_mix(f"{seed}\0{file.name}") if shuffle else b"", file.name)
+
+    return sorted(files, key=key)
+
+
+def make_units(files: Iterable[SourceFile], shuffle: bool, seed: int, split: bool = True) -> list[Unit]:
+    """Files in order, small ones together, large ones in parts. A function of names, sizes and seed alone.
+
+    Args:
+        split: whether files may be read in parts at all.
+    """
+    units: list[Unit] = []
+    small: list[Piece] = []
+    held_bytes = 0
+    for file in order_files(files, shuffle, seed):
+        parts = max(1, round(file.size_bytes / PART_BYTES)) if split and can_be_split(file.name) else 1
+        if parts > 1:
+            numbers = sorted(range(parts), key=lambda part: _mix(f"{seed}\0{file.name}\0{part}") if shuffle else part)
+            units += [tuple(small)] if small else []
+            units += [(Piece(file, part, parts),) for part in numbers]
+            small, held_bytes = [], 0
+            continue
+        small.append(Piece(file))
+        # A server that does not say how large a file is has no small ones; a tiny one costs its opening.
+        held_bytes += max(file.size_bytes, TINY_BYTES) if file.size_bytes or not file.remote else SMALL_BYTES
+        if held_bytes >= SMALL_BYTES:
+            units.append(tuple(small))
+            small, held_bytes = [], 0
+    return units + ([tuple(small)] if small else [])
+
+
+def _mix(text: str) -> bytes:
+    return hashlib.sha256(text.encode(errors="surrogateescape")).digest()
+
+
+# -- what is on disk --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class UnitIndex:
+    """A finished unit: where its tokens are, and its documents in them."""
+
+    path: Path
+    """Raw little-endian uint16."""
+    lengths: np.ndarray
+    """Tokens of each document, (documents,) int64."""
+    hashes: np.ndarray
+    """First 8 bytes of the sha256 of each document's tokens, (documents,) uint64."""
+    faults: Faults
+
+
+def unit_path(folder: Path, number: int) -> Path:
+    return folder / f"{number:06d}.bin"
+
+
+def is_sealed(folder: Path, number: int) -> bool:
+    return unit_path(folder, number).with_suffix(".npz").exists()
+
+
+def load_index(folder: Path, number: int) -> UnitIndex:
+    path = unit_path(folder, number)
+    with np.load(path.with_suffix(".npz")) as saved:
+        said = json.loads(bytes(saved["faults"]))
+        faults = Faults(places=said["places"])
+        faults.counts.update(said["counts"])
+        return UnitIndex(path, saved["lengths"].astype(np.int64), saved["hashes"], faults)
+
+
+# -- what a worker does -----------------------------------------------------------------------------------------------
+
+
+def start_worker() -> None:
+    """What a worker process does first: leave Ctrl-C to its parent, and end with it.
+
+    Each worker holds both ends of the queue that it waits on, so a killed parent would leave it waiting for ever.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "only for worker processes"
+
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+@cache
+def _tokenizer(spec: str) -> Tokenizer:
+    """One a worker process: building its tables takes longer than a small unit."""
+    return load_tokenizer(spec)
+
+
+def tokenise_unit(
+    unit: Unit, paths: dict[str, Path], source: Source, config: DataConfig, out: Path, stop: Path
+) -> None:
+    """Read every document of the unit and write its tokens to `out`, and the index beside it.
+
+    Args:
+        paths: where each of the unit's files lies, by name.
+        stop: once a file of this name is there, no further tokens are wanted.
+
+    Raises:
+        InterruptedError: the parent has no use for more, and does not ask for this result.
+    """
+    # Named anew each time: a worker that outlives a killed parent by a moment spoils nobody's file.
+    temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            tokenizer = _tokenizer(config.tokenizer)
+            writer = _Writer(file, tokenizer.end_of_text)
+            for file_name, text in _documents(unit, paths, source, config, writer.faults, stop):
+                _add(writer, file_name, text, tokenizer)
+            writer.flush()
+            os.fsync(file.fileno())
+        temporary.rename(out)
+        with temporary.open("wb") as file:
+            said = {"counts": dict(writer.faults.counts), "places": writer.faults.places}
+            np.savez(
+                file,
+                lengths=np.array(writer.lengths, dtype=np.uint32),
+                hashes=np.frombuffer(b"".join(writer.digests), dtype="<u8"),
+                faults=np.frombuffer(json.dumps(said).encode(), dtype=np.uint8),
+            )
+            os.fsync(file.fileno())
+        temporary.rename(out.with_suffix(".npz"))
+        fsync_folder(out.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class _Writer:
+    """Documents' tokens on their way to a file, a buffer at a time, and what is remembered of each."""
+
+    def __init__(self, file: BinaryIO, end_of_text: int) -> None:
+        self.lengths: list[int] = []
+        self.digests: list[bytes] = []
+        self.faults = Faults()
+        self._file, self._end_of_text = file, end_of_text
+        self._buffer = np.empty(BUFFER_TOKENS, dtype="<u2")
+        self._filled = 0
+
+    def add(self, tokens: np.ndarray) -> None:
+        """Take a document: the end-of-text token, then its text's, (n,) uint16."""
+        length = len(tokens) + 1
+        if self._filled + length > len(self._buffer):
+            self.flush()
+            if length > len(self._buffer):
+                self._buffer = np.empty(length, dtype="<u2")
+        document = self._buffer[self._filled : self._filled + length]
+        document[0] = self._end_of_text
+        document[1:] = tokens
+        self.lengths.append(length)
+        self.digests.append(hashlib.sha256(document).digest()[:8])
+        self._filled += length
+
+    def flush(self) -> None:
+        self._file.write(self._buffer[: self._filled])
+        self._filled = 0
+
+
+def _documents(
+    unit: Unit, paths: dict[str, Path], source: Source, config: DataConfig, faults: Faults, stop: Path
+) -> Iterator[tuple[str, str]]:
+    """The unit's documents, cleaned, each with the name of its file."""
+    number, name = 0, ""
+
+    def report(reason: str) -> None:
+        faults.add(reason, f"{name}, document {number}")
+
+    for piece in unit:
+        number, name = 0, piece.file.name if piece.parts == 1 else f"{piece.file.name}, part {piece.part + 1}"
+        path = paths[piece.file.name]
+        if not path.exists():  # what is there but damaged is passed over and named; this is another matter
+            raise UserError(f"{path} is no longer there; put it back, or start again without it")
+        texts = documents(source, piece.file, path, faults, piece.part, piece.parts)
+        for number, text in enumerate(texts, start=1):
+            if number % 16 == 0 and stop.exists():
+                raise InterruptedError(f"{stop} is there")
+            if (cleaned := clean(text, config, report)) is not None:
+                yield piece.file.name, cleaned
+
+
+def _add(writer: _Writer, file_name: str, text: str, tokenizer: Tokenizer) -> None:
+    try:
+        writer.add(tokenizer.encode(text))
+    # tiktoken's Rust side panics with a BaseException, which would kill the worker and say nothing.
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError | OSError | UserError):
+            raise
+        writer.faults.add("untokenisable", f"{file_name}, a text of {len(text):,} characters", repr(error))

@@ -1,0 +1,293 @@
+"""`myllm data COMMAND`: from a source to shards, and looking at them."""
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from .config import DataConfig, RunConfig
+from .errors import UserError
+from .validate import check_data_config
+
+if TYPE_CHECKING:
+    from .data.shards import Dataset
+
+Positional = tyro.conf.Positional
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
+
+
+def list_sources() -> None:
+    """Show the known sources."""
+    from .data.catalog import CORPORA
+
+    rows = [("source", "download", "tokens", "licence", "text", "layout")]
+    rows += [
+        (each.name, f"{each.download_gb:,g} GB", each.tokens, each.licence, each.column, each.layout)
+        for each in CORPORA.values()
+    ]
+    rows.append(("python-stdlib", "none", "4M", "PSF-2.0", "-", "the .py files of this Python's own library"))
+    rows.append(("hub:NAMESPACE/NAME[:GLOB]", "", "", "its own", "text", "any dataset repository of parquet or jsonl"))
+    rows.append(("files:PATH", "none", "", "yours", "text", "a file, folder or glob: .txt .md .py .jsonl .parquet ..."))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print("\n" + "\n".join(f"{each.name}: {each.about}; {each.where}" for each in CORPORA.values()))
+    print("\nFigures are the publishers'; `myllm data estimate SOURCE` measures.")
+
+
+def estimate(
+    source: Positional[str],
+    target: str | None = None,
+    documents: int | None = None,
+    tokenizer: str = "r50k_base",
+    text_column: str | None = None,
+    workers: int = 0,
+) -> None:
+    """Sample a few documents of a source: how much text and how many tokens, what disk and time they take.
+
+    Args:
+        source: as for `myllm data prepare`.
+        target: of how much: 10GB (of text) or 10BT (tokens); None: all of it.
+        documents: of how many documents, instead of target.
+        tokenizer: r50k_base, or the path of a tokenizer.json.
+        text_column: None: the source's own.
+        workers: processes to reckon with; 0: one a core.
+    """
+    from .data.estimate import estimate as measure
+    from .data.prepare import available_cores, resolve
+
+    if target is not None and documents is not None:
+        raise UserError("--target and --documents both say how much; give one")
+    if documents is not None and documents < 1:
+        raise UserError(f"--documents is {documents}, but must be at least 1")
+    wanted = ("documents", float(documents)) if documents else parse_target(target) if target else None
+    recipe = resolve(DataConfig(source=source, tokenizer=tokenizer, text_column=text_column))
+    found = measure(recipe, workers or available_cores(), wanted)
+    many = f"{found.workers} process{'es' if found.workers > 1 else ''}"
+    remote = any(file.remote for file in recipe.source.files)
+    print(f"{recipe.source.description}: {len(recipe.source.files):,} files, {_scaled(recipe.source.size_bytes)}B")
+    print(f"sample: {found.sampled_documents:,} documents of {found.sampled_from}\n")
+    if found.share > 1:
+        print(f"that is {found.share:,.1f} times what the source holds: training would go through it more than once\n")
+    for name, figure, unit in (
+        ("documents", found.documents, ""),
+        ("text", found.text_bytes, "B"),
+        ("tokens", found.tokens, ""),
+        ("tokens a byte", found.tokens_per_byte, ""),
+        ("to download" if remote else "to read", found.download_bytes, "B"),
+        ("shards on disk", found.shard_bytes, "B"),
+    ):
+        error = figure.error / figure.value if figure.value else 1.0
+        print(f"  {name:<15} {_scaled(figure.value):>9}{unit:<2} +- {error:.1%}")
+    hours, error = found.hours.value, found.hours.error / found.hours.value
+    took = f"{hours:.3g} h" if hours >= 1 else f"{hours * 60:.3g} min"
+    print(f"  {'tokenising':<15} {took:>11} +- {error:.1%}, with {many} at the speed of this machine")
+    print("\n+- is half a 95 % interval from the sample alone: other files of the source may differ more.")
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    """Options of `myllm data prepare`."""
+
+    tokenizer: str = "r50k_base"
+    """r50k_base, or the path of a tokenizer.json."""
+    text_column: str | None = None
+    """Column or key that holds the text; None: the source's own."""
+    val_tokens: str = "1M"
+    """Held out for validation: whole documents, at most about a tenth of the source."""
+    target_tokens: str | None = None
+    """Stop after about this many training tokens, such as 10BT or 500M; None: all there are."""
+    limit: int | None = None
+    """Stop after this many documents; None: all there are."""
+    shard_tokens: str = "100M"
+    """Tokens a shard file."""
+    max_file_size_mb: int = 512
+    """A shard file is never larger, whatever shard_tokens says."""
+    shuffle_files: bool = True
+    """Take files, and the parts of a large one, in a seeded order."""
+    seed: int = 0
+    """Of that order."""
+    normalise_unicode: bool = False
+    """Bring every text to Unicode's form NFC."""
+    strip_control: bool = False
+    """Remove control characters but tab, newline and carriage return."""
+    min_chars: int = 0
+    """Drop shorter documents."""
+    dedup_exact: bool = False
+    """Keep the first of several documents with the same tokens."""
+    part: str | None = None
+    """Such as 3/16: tokenise one of several parts only, each on its own machine; `myllm data seal` joins."""
+    fallback: str | None = None
+    """Take this source without asking if the other cannot be reached."""
+    keep_downloads: bool = False
+    """Keep downloaded files under temp_data/downloads."""
+    workers: int = 0
+    """Processes that tokenise; 0: one a core. Never changes the bytes."""
+
+    def config(self, source: str) -> DataConfig:
+        """
+        Raises:
+            UserError: a setting that cannot be.
+        """
+        if self.max_file_size_mb < 1:
+            raise UserError(f"--max-file-size-mb is {self.max_file_size_mb}, but must be at least 1")
+        most = (self.max_file_size_mb * 10**6 - 128) // 2  # a header of 128 bytes, two bytes a token
+        config = DataConfig(
+            source=source, tokenizer=self.tokenizer, text_column=self.text_column,
+            val_tokens=parse_count(self.val_tokens, "--val-tokens"),
+            target_tokens=parse_count(self.target_tokens, "--target-tokens") if self.target_tokens else None,
+            max_documents=self.limit, shard_tokens=min(parse_count(self.shard_tokens, "--shard-tokens"), most),
+            shuffle_files=self.shuffle_files, shuffle_seed=self.seed, normalise_unicode=self.normalise_unicode,
+            strip_control=self.strip_control, min_chars=self.min_chars, dedup_exact=self.dedup_exact,
+            fallback=self.fallback, keep_downloads=self.keep_downloads, workers=self.workers,
+        )  # fmt: skip
+        check_data_config(RunConfig(data=config))
+        return config
+
+
+def prepare(source: Positional[str], options: Annotated[PrepareOptions, tyro.conf.arg(name="")]) -> None:
+    """Download and tokenise a source into shards and a manifest under temp_data/datasets.
+
+    The same command goes on where an interrupted one stopped.
+
+    Args:
+        source: a name of `myllm data list`, hub:NAMESPACE/NAME[:GLOB], or files:PATH for a file, folder or glob.
+        options: of the preparation.
+    """
+    from .data.parts import prepare_part
+    from .data.prepare import prepare as make
+
+    config = options.config(source)
+    if options.part is None:
+        _say_made(make(config))
+        return
+    folder = prepare_part(config, options.part)
+    print(f"part {options.part} is done: {folder}")
+    print(f"join them all with: myllm data seal {folder.parent.parent.name}")
+
+
+def seal(name: Positional[str], workers: int = 0) -> None:
+    """Join the parts that several machines prepared into one data set.
+
+    Args:
+        name: the data set's folder under temp_data/datasets, or the start of its name.
+        workers: processes; 0: one a core.
+    """
+    from .data.parts import seal as join
+    from .data.shards import SETTINGS, find_folder
+
+    _say_made(join(find_folder(name, (SETTINGS,)), workers))
+
+
+def verify(name: Positional[str], repair: bool = False, workers: int = 0) -> None:
+    """Hash every shard of a data set again and compare with its manifest.
+
+    Args:
+        name: under temp_data/datasets, or a folder.
+        repair: make damaged and missing shards again from the source, and nothing else.
+        workers: processes that repair; 0: one a core.
+    """
+    from .data.repair import repair as mend
+    from .data.shards import Dataset, find_folder
+
+    dataset = Dataset.read(find_folder(name))
+    damaged = dataset.damaged()
+    if damaged and not repair:
+        raise UserError(
+            f"{dataset.folder} is damaged: {', '.join(damaged)}; `myllm data verify {dataset.name} --repair` makes "
+            "them again from the source"
+        )
+    if damaged:
+        print(f"damaged: {', '.join(damaged)}; making them again")
+        mend(dataset, damaged, workers)
+    print(f"{dataset.folder}: {len(dataset.shards)} shards, all as the manifest says")
+
+
+def show(
+    name: Positional[str],
+    document: int | None = None,
+    sequence: int | None = None,
+    split: str = "train",
+    seq_len: int = 2_048,
+    train_seed: int | None = None,
+) -> None:
+    """Decode a document or a training sequence, with the borders of documents in it.
+
+    Args:
+        name: a data set under temp_data/datasets, or a folder.
+        document: its number, from 0.
+        sequence: its number, from 0.
+        split: train or val.
+        seq_len: tokens a sequence, as model.max_seq_len.
+        train_seed: count sequences in the order in which a run with this train.seed takes them; None: as they lie.
+    """
+    from .data.shards import find_dataset
+    from .data.show import describe_tokens, document_at, sequence_at
+
+    if (document is None) == (sequence is None):
+        raise UserError("give --document N or --sequence N, one of them")
+    number = document if document is not None else sequence
+    if split not in ("train", "val") or number is None or number < 0 or seq_len < 1:
+        raise UserError(f"expected --split train or val, numbers from 0; found {split!r}, {number}, {seq_len}")
+    dataset = find_dataset(name, unfinished=True)
+    if document is not None:
+        start, tokens = document_at(dataset, split, document)
+        print(f"{dataset.name}, {split} document {document:,}: {len(tokens) - 1:,} tokens, at token {start:,}\n")
+    else:
+        start, tokens = sequence_at(dataset, split, number, seq_len, train_seed)
+        print(f"{dataset.name}, {split} sequence {number:,}: tokens {start:,} to {start + seq_len:,}\n")
+    print(describe_tokens(dataset, tokens))
+
+
+def parse_count(text: str, name: str) -> int:
+    """ "10BT", "500M", "2.5e9" or "1_000_000" as a number of tokens.
+
+    Raises:
+        UserError: anything else.
+    """
+    found = re.fullmatch(r"([0-9][0-9_,]*(?:\.[0-9]+)?(?:[eE][0-9]+)?)\s*([KMBGT]?)T?", text.strip(), re.IGNORECASE)
+    # "10T" is ten tokens to nobody: a trailing T stands for tokens only behind another letter.
+    value = float(re.sub("[_,]", "", found[1])) * _UNITS[found[2].upper()] if found else 0
+    if not found or value != int(value):
+        raise UserError(f"{name} {text!r} is not a number of tokens; expected such as 10BT, 500M or 1000000")
+    return int(value)
+
+
+def parse_target(text: str) -> tuple[str, float]:
+    """ "10GB" as bytes of text, "10BT" as tokens.
+
+    Raises:
+        UserError: anything else.
+    """
+    found = re.fullmatch(r"([0-9][0-9_,]*(?:\.[0-9]+)?)\s*([KMGTB]?)(B|T)", text.strip(), re.IGNORECASE)
+    if not found or (found[2].upper() == "B" and found[3].upper() == "B"):
+        raise UserError(f"--target {text!r}: expected bytes of text such as 10GB, or tokens such as 10BT")
+    value = float(re.sub("[_,]", "", found[1])) * _UNITS[found[2].upper()]
+    if value <= 0:
+        raise UserError(f"--target {text!r} is nothing; expected such as 10GB or 10BT")
+    return ("bytes" if found[3].upper() == "B" else "tokens"), value
+
+
+def _scaled(value: float) -> str:
+    """Three digits and K, M, G or T."""
+    for letter, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("K", 1e3)):
+        if value >= size:
+            return f"{value / size:.3g} {letter}"
+    return f"{value:.3g} "
+
+
+def _say_made(dataset: "Dataset") -> None:
+    counts = dataset.manifest["counts"]
+    print(f"{dataset.folder}")
+    for split in ("train", "val"):
+        tokens, documents = counts[f"{split}_tokens"], counts[f"{split}_documents"]
+        print(f"  {split:<5}  {tokens:>15,} tokens  {documents:>11,} documents")
+    others = {name: counts[name] for name in ("copies_of_validation_dropped", "duplicates_dropped") if counts[name]}
+    for reason, count in {**others, **counts["passed_over"]}.items():
+        print(f"  {count:>13,} x {reason.replace('_', ' ')}")
+    if (dataset.folder / "passed_over.jsonl").exists():
+        print(f"  what was passed over, by name: {dataset.folder / 'passed_over.jsonl'}")
+    size = dataset.manifest["tokenizer"]["vocab_size"]
+    vocabulary = "" if dataset.manifest["tokenizer"]["kind"] == "tiktoken" else f" --model.vocab-size {size}"
+    print(f"train on it with: python pretrain.py PRESET --data.dataset {dataset.name}{vocabulary}")

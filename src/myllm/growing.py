@@ -1,0 +1,53 @@
+"""Training on a data set that is still being made: waiting for it, visibly, and on every rank together."""
+
+import time
+
+from . import distributed
+from .data.beside import check_at_work, how_far
+from .data.loader import Loader, has_step
+from .data.order import DataPosition, count_sequences
+from .data.shards import Dataset
+from .errors import UserError
+from .metrics import Log
+from .plan import BatchPlan
+from .signals import StopRequest
+
+LOOK_EVERY_S = 0.5
+SAY_EVERY_S = 30.0
+
+
+def known_sequences(dataset: Dataset, batch: BatchPlan) -> int | None:
+    """Sequences in an epoch; None while the data set grows, which is within the first."""
+    return count_sequences(dataset.train.tokens, batch.seq_len) if dataset.complete else None
+
+
+def wait_for_data(
+    dataset: Dataset, position: DataPosition, batch: BatchPlan, stop: StopRequest, loader: Loader, log: Log
+) -> tuple[bool, UserError | None]:
+    """Wait until every rank has the data of the next step.
+
+    Returns:
+        whether they are there (if not, someone asked to stop, or they will not come), and why they will not come.
+    """
+    started, said = time.perf_counter(), 0.0
+    while True:
+        failure: UserError | None = None
+        here = has_step(dataset.train, position, batch)
+        if not here:
+            try:
+                check_at_work(dataset)  # looks again at what is there
+            except UserError as error:
+                failure = error
+            here = has_step(dataset.train, position, batch)
+        missing, stopping, failed = distributed.any_rank(not here, stop.signal is not None, failure is not None)
+        if failed:
+            # A rank whose own data are all right says what the others met.
+            return False, failure or UserError("the data of another rank will not come; see its message")
+        if stopping or not missing:
+            return not (stopping or missing), None
+        waited = time.perf_counter() - started
+        if waited >= said:
+            log(f"waiting for data: {how_far(dataset)}")
+            said += SAY_EVERY_S
+        time.sleep(LOOK_EVERY_S)
+        loader.wait_s += LOOK_EVERY_S

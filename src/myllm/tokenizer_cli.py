@@ -1,0 +1,99 @@
+"""`myllm tokenizer train`: a vocabulary of one's own, and what it gains over GPT-2's."""
+
+import shlex
+import sys
+import tempfile
+from collections import deque
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import tyro
+
+from . import paths
+from .errors import UserError
+
+if TYPE_CHECKING:
+    from .data.tokenizer import Tokenizer
+
+Positional = tyro.conf.Positional
+
+SHOWN_DOCUMENTS = 20
+SHOWN_CHARS = 100_000
+"""Of each: enough to measure, however large documents are."""
+
+
+def tokenizer_train(
+    source: Positional[str], vocab_size: int = 32_000, documents: int = 100_000, out: Path | None = None
+) -> None:
+    """Learn a vocabulary of your own from a source's text: byte-level BPE, as a tokenizer.json.
+
+    Args:
+        source: a name of `myllm data list`, hub:NAMESPACE/NAME[:GLOB], or files:PATH.
+        vocab_size: tokens, 257 to 65536.
+        documents: learn from at most so many, in the seeded order of the source's files; 0: from all.
+        out: the file; None: temp_data/tokenizers/SOURCE-SIZE/tokenizer.json.
+    """
+    from .data.sources import find_source
+    from .data.tokenizer import TOKENIZER_FILE, Tokenizer
+    from .data.train_tokenizer import train_tokenizer
+
+    if documents < 0:
+        raise UserError(f"--documents is {documents}, but must be at least 0 (0: all)")
+    if out is None:
+        out = paths.tokenizers() / f"{find_source(source).name}-{vocab_size}"
+    if out.suffix != ".json":
+        out = out / TOKENIZER_FILE
+    last: deque[str] = deque(maxlen=SHOWN_DOCUMENTS)
+
+    def remembered() -> Iterator[str]:
+        for text in _documents(source, documents):
+            last.append(text[:SHOWN_CHARS])
+            yield text
+
+    # The library's bars leave empty lines on the standard output of a program that no one watches.
+    file = train_tokenizer(remembered(), vocab_size, out.expanduser(), progress=sys.stderr.isatty())
+    tokenizer = Tokenizer(file)
+    print(tokenizer.file)
+    print(f"  {tokenizer.vocab_size:,} tokens; the sha256 of the file is {tokenizer.sha256[:12]}...")
+    if tokenizer.vocab_size < vocab_size:
+        print(f"  the text has no more than that to learn: {vocab_size:,} were asked for; add text to get more")
+    _compare(tokenizer, Tokenizer(), list(last))
+    path, where = shlex.quote(str(tokenizer.file)), shlex.quote(source)
+    print("prepare data with it, then train on them:")
+    print(f"  myllm data prepare {where} --tokenizer {path}")
+    print(
+        f"  python pretrain.py PRESET --data.source {where} --data.tokenizer {path} "
+        f"--model.vocab-size {tokenizer.vocab_size}"
+    )
+
+
+def _compare(tokenizer: "Tokenizer", default: "Tokenizer", texts: list[str]) -> None:
+    """Say how much text a token holds, beside what one of GPT-2's does."""
+    n_bytes = sum(len(text.encode("utf-8", "replace")) for text in texts)
+    print(f"  bytes per token on the last {len(texts):,} document(s) of the text it learned from:")
+    for name, each in (("this", tokenizer), (default.name, default)):
+        n_tokens = sum(len(each.encode(text)) for text in texts)
+        print(f"    {name:<10} {n_bytes / max(n_tokens, 1):.2f}")
+
+
+def _documents(source: str, limit: int) -> Iterator[str]:
+    """The source's first documents, in the seeded order of its files. Downloads are deleted again."""
+    from .data.fetch import fetch
+    from .data.sources import documents, find_source
+    from .data.task import Faults
+    from .data.units import order_files
+
+    found = find_source(source)
+
+    def every() -> Iterator[str]:
+        with tempfile.TemporaryDirectory(dir=paths.tokenizers()) as folder:
+            for file in order_files(found.files, shuffle=True, seed=0):
+                path = fetch(file, Path(folder))
+                yield from documents(found, file, path, Faults())
+                if file.remote:
+                    path.unlink()
+
+    paths.tokenizers().mkdir(parents=True, exist_ok=True)
+    return islice(every(), limit or None)
