@@ -28,7 +28,7 @@ def main() -> None:
 
 
 def prepare_and_train(config: "RunConfig", prepare_only: bool) -> None:
-    from myllm import distributed
+    from myllm import distributed, ranks
     from myllm.data.beside import prepared_beside
     from myllm.data.prepare import prepare
     from myllm.launch import what_next
@@ -43,7 +43,7 @@ def prepare_and_train(config: "RunConfig", prepare_only: bool) -> None:
     distributed.choose_device(config.train.device)  # one that is not there is a mistake to know before the hours ahead
     # Of the processes on one machine, the first prepares the data, in a process of its own, while all of them train.
     with (
-        prepared_beside(config.data, starts=distributed.local_rank() == 0) as dataset,
+        prepared_beside(config.data, starts=ranks.local_rank() == 0) as dataset,
         distributed.process_group(config.train.device) as process,
     ):
         try:

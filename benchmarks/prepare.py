@@ -39,7 +39,6 @@ from myllm.config import DataConfig
 from myllm.data.prepare import prepare
 from myllm.data.readers import cut_prose
 from myllm.data.tokenizer import Tokenizer
-from myllm.hardware import device_name
 
 DOCUMENT_CHARS = 3_000  # about the mean of FineWeb-Edu
 
@@ -86,6 +85,8 @@ PEAK = [0]
 
 def device_name_of_cpu() -> str:
     import torch
+
+    from myllm.hardware import device_name
 
     return device_name(torch.device("cpu"))
 

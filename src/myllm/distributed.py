@@ -1,9 +1,8 @@
-"""Ranks, devices and collectives. The only reader of RANK, WORLD_SIZE and LOCAL_RANK.
+"""Ranks, devices and collectives.
 
 Under torchrun every process is one rank of a group; without it there is one rank and every collective is the identity.
 """
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .errors import UserError
+from .ranks import launched, local_rank, rank, world_size
 
 
 @dataclass(frozen=True)
@@ -32,32 +32,6 @@ class Process:
     def is_main(self) -> bool:
         """Writes the files and talks to the user: global rank 0."""
         return self.rank == 0
-
-
-def launched() -> bool:
-    """Whether torchrun started this process."""
-    return "RANK" in os.environ and "LOCAL_RANK" in os.environ
-
-
-def rank() -> int:
-    return int(os.environ["RANK"]) if launched() else 0
-
-
-def local_rank() -> int:
-    """This process among those of its machine."""
-    return int(os.environ["LOCAL_RANK"]) if launched() else 0
-
-
-def world_size() -> int:
-    """Processes of the run; before it is launched, WORLD_SIZE says for how many it is being planned.
-
-    Raises:
-        UserError: WORLD_SIZE is no number of processes.
-    """
-    value = os.environ.get("WORLD_SIZE") or "1"
-    if not value.isdecimal() or int(value) < 1:
-        raise UserError(f"WORLD_SIZE is {value!r}, expected a number of processes; unset it to train with one")
-    return int(value)
 
 
 @contextmanager

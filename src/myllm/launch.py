@@ -13,7 +13,7 @@ from typing import Annotated
 
 import tyro
 
-from . import distributed, plan
+from . import plan, ranks
 from .config import RunConfig, load_json, to_dict
 from .errors import UserError
 from .files import out_of_space
@@ -69,8 +69,8 @@ def parse(words: list[str]) -> Launch:
         description="Every setting of the run. The same command resumes an interrupted one.",
     )
     # A WORLD_SIZE without torchrun is a plan for later, not the number of processes of this call.
-    planning = launch.dry_run or launch.prepare_only or distributed.launched()
-    check(launch.config, distributed.world_size() if planning else 1)
+    planning = launch.dry_run or launch.prepare_only or ranks.launched()
+    check(launch.config, ranks.world_size() if planning else 1)
     return launch
 
 
@@ -99,7 +99,7 @@ def _base(words: list[str]) -> tuple[RunConfig, list[str]]:
 
 def describe(launch: Launch) -> str:
     """The resolved config and what it costs, for people."""
-    world_size = distributed.world_size()
+    world_size = ranks.world_size()
     return (
         f"{json.dumps(to_dict(launch.config), indent=2)}\n\n{plan.describe(launch.config, world_size)}\n"
         f"{_time_here(launch.config, world_size)}"
@@ -107,9 +107,10 @@ def describe(launch: Launch) -> str:
 
 
 def _time_here(config: RunConfig, world_size: int) -> str:
+    from .distributed import choose_device
     from .hardware import device_name, measure_matmul_flops
 
-    device = distributed.choose_device(config.train.device)
+    device = choose_device(config.train.device)
     rate = measure_matmul_flops(device) * world_size
     total = plan.flops_per_token(config.model) * config.train.max_steps * config.train.batch_tokens
     hours = total / (0.4 * rate) / 3_600
@@ -145,7 +146,7 @@ def clear_errors() -> Iterator[None]:
 
 
 def _fail(message: str) -> None:
-    if distributed.rank() == 0:
+    if ranks.rank() == 0:
         print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2) from None
 
