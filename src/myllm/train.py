@@ -10,11 +10,12 @@ from tqdm import tqdm
 
 from . import checkpoint, distributed, plan
 from .checkpoint import TrainState
-from .config import RunConfig
+from .config import DataConfig, RunConfig
 from .data.beside import how_far
 from .data.loader import Loader
 from .data.order import DataPosition, count_sequences
 from .data.shards import Dataset
+from .data.tokenizer import load_tokenizer
 from .distributed import Process
 from .errors import UserError
 from .files import write_json
@@ -74,7 +75,7 @@ def train(config: RunConfig, dataset: Dataset, process: Process) -> Outcome:
         if process.is_main:
             truncate_logs(run, state.step)
             write_config(run, config)
-            write_json(run.environment, environment(process.device, process.world_size) | describe_run(config, dataset))
+        write_environment(run, config, dataset, process)
         say_start(log, config, dataset, batch, state, process)
 
         # -- what the loop turns with --------------------------------------------------------------------------------
@@ -114,8 +115,10 @@ def train(config: RunConfig, dataset: Dataset, process: Process) -> Outcome:
                     there, failure = wait_for_data(dataset, state.data, batch, stop, loader, log)
                 if not there:
                     continue
-                if dataset.complete:
-                    check_data(config, dataset, batch)  # only now is known how much there is
+                if dataset.complete:  # only now is known how much there is
+                    check_data(config, dataset, batch)
+                    write_environment(run, config, dataset, process)
+                    log(f"data: whole now, {how_far(dataset)}")
             loss, grad_norm, rate = train_step(runner, optimizer, loader, batch, state.step, config, process)
             state = replace(
                 state,
@@ -154,7 +157,15 @@ def check_data(config: RunConfig, dataset: Dataset, batch: plan.BatchPlan) -> No
             f"the data set {dataset.name} has {dataset.train.tokens:,} training tokens, {have:,} sequences of "
             f"{batch.seq_len:,}, fewer than the {batch.sequences:,} of one step; add text or lower train.batch_tokens"
         )
-    known = dataset.manifest["tokenizer"]["vocab_size"]
+    made_with = dataset.manifest["tokenizer"]
+    if config.data.tokenizer != DataConfig.tokenizer:  # asked for by name
+        wanted = load_tokenizer(config.data.tokenizer)
+        if wanted.sha256 != made_with["sha256"]:
+            raise UserError(
+                f"the data set {dataset.name} was made with the vocabulary {made_with['name']}, but data.tokenizer "
+                f"asks for {wanted.name}; prepare data with that one, or leave data.tokenizer out"
+            )
+    known = made_with["vocab_size"]
     if config.model.vocab_size != known:
         raise UserError(
             f"model.vocab_size is {config.model.vocab_size:,}, but the tokenizer of {dataset.name} knows {known:,} "
@@ -162,9 +173,11 @@ def check_data(config: RunConfig, dataset: Dataset, batch: plan.BatchPlan) -> No
         )
 
 
-def describe_run(config: RunConfig, dataset: Dataset) -> dict[str, Any]:
-    """What environment.json says beside the machine."""
-    return {
+def write_environment(run: RunPaths, config: RunConfig, dataset: Dataset, process: Process) -> None:
+    """What the run runs on: the machine, the versions, the data."""
+    if not process.is_main:
+        return
+    about: dict[str, Any] = {
         "parameters": plan.n_parameters(config.model),
         "dataset": dataset.name,
         "dataset_hash": dataset.hash,
@@ -172,6 +185,7 @@ def describe_run(config: RunConfig, dataset: Dataset) -> dict[str, Any]:
         "train_tokens": dataset.train.tokens if dataset.complete else None,
         "val_tokens": dataset.val.tokens,
     }
+    write_json(run.environment, environment(process.device, process.world_size) | about)
 
 
 def say_start(

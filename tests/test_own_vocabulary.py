@@ -1,0 +1,92 @@
+"""A vocabulary of one's own all the way: learned, used for data, training and samples; and never mixed up."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import eval_rows, losses
+
+from myllm.chat import stream_text
+from myllm.cli import main as myllm
+from myllm.config import RunConfig
+from myllm.data.prepare import prepare
+from myllm.data.shards import find_dataset
+from myllm.distributed import process_group
+from myllm.errors import UserError
+from myllm.generate import generate
+from myllm.loading import load_model
+from myllm.paths import RunPaths
+from myllm.train import train
+
+Learn = Callable[[str, int], Path]
+
+
+@pytest.fixture
+def learn(corpus: Path, temp_data: Path, capsys: pytest.CaptureFixture[str]) -> Learn:
+    """Train a vocabulary by the command line; its path is the first line printed."""
+
+    def run(name: str, size: int) -> Path:
+        myllm(["tokenizer", "train", f"files:{corpus}", "--vocab-size", str(size), "--out", str(temp_data / name)])
+        return Path(capsys.readouterr().out.splitlines()[0])
+
+    return run
+
+
+def with_vocabulary(config: RunConfig, path: Path, size: int) -> RunConfig:
+    model, data = replace(config.model, vocab_size=size), replace(config.data, tokenizer=str(path))
+    return replace(config, model=model, data=data)
+
+
+def run(config: RunConfig) -> Path:
+    with process_group("cpu") as process:
+        return train(config, prepare(config.data, progress=False), process).run.root
+
+
+def test_from_text_to_samples(tiny: RunConfig, learn: Learn) -> None:
+    config = with_vocabulary(tiny, learn("own", 400), 400)
+    folder = run(config)
+    assert list(losses(folder)) == list(range(1, 13))
+    # Of 400 tokens an untrained model knows nothing: ln(400) = 5.99.
+    assert eval_rows(folder, "validation")[0]["loss"] == pytest.approx(5.99, abs=0.1)
+    learn("own", 300)  # what it was made from may change or go: the run and the data set have their own copies
+    model, tokenizer = load_model("tiny", "cpu")
+    assert tokenizer.vocab_size == 400
+    ids = generate(model, [tokenizer.end_of_text, *tokenizer.encode("the river").tolist()], 5, temperature=0)
+    assert isinstance("".join(stream_text(ids, tokenizer)), str)
+    dataset = prepare(replace(tiny.data, dataset=next(folder.parents[1].glob("datasets/*-*")).name), progress=False)
+    assert dataset.tokenizer().sha256 == tokenizer.sha256
+    assert "Chapter" in dataset.tokenizer().decode(dataset.train.read(0, 50))
+
+
+def test_vocabularies_are_not_mixed_up(tiny: RunConfig, learn: Learn) -> None:
+    first, second = learn("first", 400), learn("second", 401)
+    made = prepare(with_vocabulary(tiny, first, 400).data, progress=False)
+    plain = prepare(tiny.data, progress=False)
+    other = prepare(with_vocabulary(tiny, second, 401).data, progress=False)
+    assert len({made.folder, plain.folder, other.folder}) == 3
+
+    def on(config: RunConfig, name: str) -> RunConfig:
+        return replace(config, data=replace(config.data, dataset=name))
+
+    with pytest.raises(UserError, match="was made with the vocabulary bpe-400"):
+        run(on(with_vocabulary(tiny, second, 401), made.name))
+    with pytest.raises(UserError, match="was made with the vocabulary r50k_base"):
+        run(on(with_vocabulary(tiny, first, 400), plain.name))
+    with pytest.raises(UserError, match=r"model\.vocab_size is 50,257(.|\n)*set it to 400"):
+        run(on(tiny, made.name))
+    run(with_vocabulary(tiny, first, 400))
+    # The same size, another vocabulary: a run does not go on with other data.
+    same_size = learn("third", 400)
+    same_size.write_text(same_size.read_text().replace('"version": "1.0"', '"version":  "1.0"'))
+    with pytest.raises(UserError, match="was trained on other data"):
+        run(with_vocabulary(tiny, same_size, 400))
+
+
+def test_a_data_set_keeps_to_its_vocabulary(tiny: RunConfig, learn: Learn) -> None:
+    dataset = prepare(with_vocabulary(tiny, learn("own", 400), 400).data, progress=False)
+    file = dataset.folder / "tokenizer.json"
+    file.write_text(file.read_text().replace('"version": "1.0"', '"version":  "1.0"'))
+    with pytest.raises(UserError, match="is not the one that made"):
+        find_dataset(dataset.name).tokenizer()
+    assert RunPaths.of("tiny").root.parent.name == "runs"
