@@ -40,6 +40,7 @@ from myllm.data.prepare import prepare
 from myllm.data.readers import cut_prose
 from myllm.data.tokenizer import Tokenizer
 
+SHARD_TOKENS = 20_000_000
 DOCUMENT_CHARS = 3_000  # about the mean of FineWeb-Edu
 
 
@@ -145,7 +146,7 @@ def ours(corpus: Path, n: int) -> float:
     watcher = threading.Thread(target=_watch_memory, args=(watching,), daemon=True)
     watcher.start()
     started = time.perf_counter()
-    prepare(DataConfig(source=f"files:{corpus}", workers=n), progress=False)
+    prepare(DataConfig(source=f"files:{corpus}", shard_tokens=SHARD_TOKENS, workers=n), progress=False)
     elapsed = time.perf_counter() - started
     watching.set()
     watcher.join()
@@ -163,12 +164,17 @@ def _watch_memory(done: threading.Event) -> None:
 
 def loop(corpus: Path, kind: str, n: int, chunksize: int) -> float:
     started = time.perf_counter()
-    shard, filled = np.empty(100_000_000, dtype=np.uint16), 0
+    shard, filled, number = np.empty(SHARD_TOKENS, dtype=np.uint16), 0, 0
     with multiprocessing.get_context("spawn").Pool(n) as pool:
         for tokens in pool.imap(_tokenise, _read(corpus, kind), chunksize=chunksize):
-            shard[filled : filled + len(tokens)] = tokens
-            filled += len(tokens)
-    np.save(corpus.parent / "loop.npy", shard[:filled])
+            while len(tokens):
+                part = tokens[: SHARD_TOKENS - filled]
+                shard[filled : filled + len(part)] = part
+                filled, tokens = filled + len(part), tokens[len(part) :]
+                if filled == SHARD_TOKENS:
+                    np.save(corpus.parent / f"loop_{number}.npy", shard)
+                    filled, number = 0, number + 1
+    np.save(corpus.parent / f"loop_{number}.npy", shard[:filled])
     return time.perf_counter() - started
 
 

@@ -15,7 +15,19 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ENTRY_POINT = ROOT / "pretrain.py"
 
 FLOORS = [
-    {"errors", "config", "presets", "paths", "distributed", "plan", "validate", "files", "hardware", "ranks"},
+    {
+        "errors",
+        "config",
+        "presets",
+        "paths",
+        "distributed",
+        "plan",
+        "validate",
+        "files",
+        "hardware",
+        "ranks",
+        "amounts",
+    },
     {"model", "data", "optim"},
     {"checkpoint", "evals", "generate", "metrics", "report", "loading", "run_folder", "chat", "hub"},
     {"train", "step", "meter", "loop_evals", "resume", "signals", "growing"},

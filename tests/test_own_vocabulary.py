@@ -27,6 +27,7 @@ def learn(corpus: Path, temp_data: Path, capsys: pytest.CaptureFixture[str]) -> 
     """Train a vocabulary by the command line; its path is the first line printed."""
 
     def run(name: str, size: int) -> Path:
+        capsys.readouterr()  # what ran before
         myllm(["tokenizer", "train", f"files:{corpus}", "--vocab-size", str(size), "--out", str(temp_data / name)])
         return Path(capsys.readouterr().out.splitlines()[0])
 

@@ -1,11 +1,11 @@
 """`myllm data COMMAND`: from a source to shards, and looking at them."""
 
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from .amounts import parse_count, parse_target, scaled
 from .config import DataConfig, RunConfig
 from .errors import UserError
 from .validate import check_data_config
@@ -14,11 +14,10 @@ if TYPE_CHECKING:
     from .data.shards import Dataset
 
 Positional = tyro.conf.Positional
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
 
 
 def list_sources() -> None:
-    """Show the known sources."""
+    """Show the known sources, and what is prepared."""
     from .data.catalog import CORPORA
 
     rows = [("source", "download", "tokens", "licence", "text", "layout")]
@@ -34,6 +33,29 @@ def list_sources() -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     print("\n" + "\n".join(f"{each.name}: {each.about}; {each.where}" for each in CORPORA.values()))
     print("\nFigures are the publishers'; `myllm data estimate SOURCE` measures.")
+    _list_prepared()
+
+
+def _list_prepared() -> None:
+    """The data sets under temp_data/datasets, and how far each is."""
+    from . import paths
+    from .data.shards import MANIFEST, PROGRESS, SETTINGS, Dataset
+
+    folders = sorted(path.parent for path in paths.datasets().glob(f"[!.]*/{SETTINGS}"))
+    print(
+        f"\nprepared, under {paths.datasets()}:" if folders else f"\nnothing is prepared under {paths.datasets()} yet"
+    )
+    for folder in folders:
+        if not any((folder / name).exists() for name in (MANIFEST, PROGRESS)):
+            print(f"  {folder.name}  begun; the same command goes on")
+            continue
+        try:
+            dataset = Dataset.open(folder, unfinished=True)
+        except UserError as error:
+            print(f"  {folder.name}  {error}")
+            continue
+        state = "" if dataset.complete else "  not whole yet: the same command goes on"
+        print(f"  {folder.name}  {dataset.train.tokens:,} tokens to train on{state}")
 
 
 def estimate(
@@ -66,7 +88,7 @@ def estimate(
     found = measure(recipe, workers or available_cores(), wanted)
     many = f"{found.workers} process{'es' if found.workers > 1 else ''}"
     remote = any(file.remote for file in recipe.source.files)
-    print(f"{recipe.source.description}: {len(recipe.source.files):,} files, {_scaled(recipe.source.size_bytes)}B")
+    print(f"{recipe.source.description}: {len(recipe.source.files):,} files, {scaled(recipe.source.size_bytes)}B")
     print(f"sample: {found.sampled_documents:,} documents of {found.sampled_from}\n")
     if found.share > 1:
         print(f"that is {found.share:,.1f} times what the source holds: training would go through it more than once\n")
@@ -79,7 +101,7 @@ def estimate(
         ("shards on disk", found.shard_bytes, "B"),
     ):
         error = figure.error / figure.value if figure.value else 1.0
-        print(f"  {name:<15} {_scaled(figure.value):>9}{unit:<2} +- {error:.1%}")
+        print(f"  {name:<15} {scaled(figure.value):>9}{unit:<2} +- {error:.1%}")
     hours, error = found.hours.value, found.hours.error / found.hours.value
     took = f"{hours:.3g} h" if hours >= 1 else f"{hours * 60:.3g} min"
     print(f"  {'tokenising':<15} {took:>11} +- {error:.1%}, with {many} at the speed of this machine")
@@ -238,43 +260,6 @@ def show(
         start, tokens = sequence_at(dataset, split, number, seq_len, train_seed)
         print(f"{dataset.name}, {split} sequence {number:,}: tokens {start:,} to {start + seq_len:,}\n")
     print(describe_tokens(dataset, tokens))
-
-
-def parse_count(text: str, name: str) -> int:
-    """ "10BT", "500M", "2.5e9" or "1_000_000" as a number of tokens.
-
-    Raises:
-        UserError: anything else.
-    """
-    found = re.fullmatch(r"([0-9][0-9_,]*(?:\.[0-9]+)?(?:[eE][0-9]+)?)\s*([KMBGT]?)T?", text.strip(), re.IGNORECASE)
-    # "10T" is ten tokens to nobody: a trailing T stands for tokens only behind another letter.
-    value = float(re.sub("[_,]", "", found[1])) * _UNITS[found[2].upper()] if found else 0
-    if not found or value != int(value):
-        raise UserError(f"{name} {text!r} is not a number of tokens; expected such as 10BT, 500M or 1000000")
-    return int(value)
-
-
-def parse_target(text: str) -> tuple[str, float]:
-    """ "10GB" as bytes of text, "10BT" as tokens.
-
-    Raises:
-        UserError: anything else.
-    """
-    found = re.fullmatch(r"([0-9][0-9_,]*(?:\.[0-9]+)?)\s*([KMGTB]?)(B|T)", text.strip(), re.IGNORECASE)
-    if not found or (found[2].upper() == "B" and found[3].upper() == "B"):
-        raise UserError(f"--target {text!r}: expected bytes of text such as 10GB, or tokens such as 10BT")
-    value = float(re.sub("[_,]", "", found[1])) * _UNITS[found[2].upper()]
-    if value <= 0:
-        raise UserError(f"--target {text!r} is nothing; expected such as 10GB or 10BT")
-    return ("bytes" if found[3].upper() == "B" else "tokens"), value
-
-
-def _scaled(value: float) -> str:
-    """Three digits and K, M, G or T."""
-    for letter, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("K", 1e3)):
-        if value >= size:
-            return f"{value / size:.3g} {letter}"
-    return f"{value:.3g} "
 
 
 def _say_made(dataset: "Dataset") -> None:

@@ -5,6 +5,7 @@ which finds its units made, so the bytes are those of one machine.
 """
 
 import json
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -86,6 +87,7 @@ def prepare_part(config: DataConfig, part: str, progress: bool = True) -> Path:
                     tokens += unit_path(work, each).stat().st_size // 2
                     if wanted is not None and tokens >= wanted:
                         break
+        shutil.rmtree(work / "downloads", ignore_errors=True)  # what was fetched ahead, and not needed
         done = {"fingerprint": recipe.fingerprint, "part": number, "of": parts, "tokens": tokens}
         write_json(work / PART_DONE, done)
     return work
