@@ -30,8 +30,6 @@ def choose(
     Shapes:
         logits (B, V)
     """
-    # In float64: a tiny temperature stays a number, and the sum of a whole vocabulary is exact enough to draw from.
-    logits = (logits.cpu() if logits.device.type == "mps" else logits).double()
     if sampling.repetition_penalty != 1:
         logits = torch.stack(
             [
@@ -41,7 +39,8 @@ def choose(
         )
     if sampling.temperature == 0:
         return logits.argmax(dim=-1).tolist()
-    filtered = filter_logits(logits, sampling)
+    # In float64: a tiny temperature stays a number, and the sum of a whole vocabulary is exact enough to draw from.
+    filtered = filter_logits((logits.cpu() if logits.device.type == "mps" else logits).double(), sampling)
     drawn = torch.stack([torch.rand(1, dtype=torch.float64, generator=generator) for generator in generators])
     return draw(filtered, drawn.to(filtered.device)).tolist()
 

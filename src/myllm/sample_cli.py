@@ -53,8 +53,7 @@ def sample(
 
     sampling.check()  # before the seconds that loading takes
     prompts = _prompts(prompt, prompts_file)
-    if out is not None and not out.expanduser().absolute().parent.is_dir():
-        raise UserError(f"cannot write {out}: its folder is not there; make it first")
+    _check_folder(out)
     loaded = load_model(model, device)
     _note(loaded, prompts, sampling.temperature == 0 and num_samples > 1)
     # One sample alone is shown as it comes; of several made together, each when it is done.
@@ -95,6 +94,11 @@ def chat(
         raise UserError(f"max_new_tokens is {max_new_tokens}, but must be at least 0")
     sampling.check()
     converse(load_model(model, device), max_new_tokens, sampling)
+
+
+def _check_folder(out: Path | None) -> None:
+    if out is not None and not out.expanduser().absolute().parent.is_dir():
+        raise UserError(f"cannot write {out}: its folder is not there; make it first")
 
 
 def _prompts(prompt: str | None, file: Path | None) -> list[str]:
