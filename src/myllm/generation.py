@@ -70,7 +70,7 @@ def continue_batch(
     return _continue(model, list(batch), max_new_tokens, sampling, end_of_text)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def _continue(
     model: Transformer, rows: list[Continuation], max_new_tokens: int, sampling: Sampling, end_of_text: int | None
 ) -> Iterator[Continuation]:
