@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 
-from myllm.chat import stream_text
+from myllm.completion import stream_text
 from myllm.data.tokenizer import Tokenizer, load_tokenizer
 
 R50K = Tokenizer()

@@ -29,9 +29,10 @@ FLOORS = [
         "amounts",
     },
     {"model", "data", "optim"},
-    {"checkpoint", "evals", "generate", "metrics", "report", "loading", "run_folder", "chat", "hub"},
+    {"checkpoint", "evals", "metrics", "report", "loading", "run_folder", "hub"}
+    | {"sampling", "filters", "generation", "completion", "chat"},
     {"train", "step", "meter", "loop_evals", "resume", "signals", "growing"},
-    {"cli", "data_cli", "tokenizer_cli", "launch", "__main__", "pretrain"},
+    {"cli", "data_cli", "sample_cli", "tokenizer_cli", "launch", "__main__", "pretrain"},
 ]
 PARTS = FLOORS[1]  # the one floor whose rooms have no doors between them
 
@@ -85,7 +86,7 @@ def test_imports_are_seen():
     """The reader of imports itself: relative, absolute, whole modules, and those inside functions."""
     assert "myllm.plan" in set(imported_modules(PACKAGE / "train.py"))  # from . import plan
     assert "myllm.config" in set(imported_modules(PACKAGE / "model" / "norm.py"))  # from ..config import ModelConfig
-    assert "myllm.loading" in set(imported_modules(PACKAGE / "cli.py"))  # inside a function
+    assert "myllm.loading" in set(imported_modules(PACKAGE / "sample_cli.py"))  # inside a function
     assert "myllm.train" in set(imported_modules(ENTRY_POINT))  # from myllm.train import train
 
 

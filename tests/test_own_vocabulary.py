@@ -7,16 +7,17 @@ from pathlib import Path
 import pytest
 from conftest import eval_rows, losses
 
-from myllm.chat import stream_text
 from myllm.cli import main as myllm
+from myllm.completion import stream_text
 from myllm.config import RunConfig
 from myllm.data.prepare import prepare
 from myllm.data.shards import find_dataset
 from myllm.distributed import process_group
 from myllm.errors import UserError
-from myllm.generate import generate
+from myllm.generation import stream
 from myllm.loading import load_model
 from myllm.paths import RunPaths
+from myllm.sampling import Sampling
 from myllm.train import train
 
 Learn = Callable[[str, int], Path]
@@ -53,7 +54,8 @@ def test_from_text_to_samples(tiny: RunConfig, learn: Learn) -> None:
     learn("own", 300)  # what it was made from may change or go: the run and the data set have their own copies
     model, tokenizer = load_model("tiny", "cpu")
     assert tokenizer.vocab_size == 400
-    ids = generate(model, [tokenizer.end_of_text, *tokenizer.encode("the river").tolist()], 5, temperature=0)
+    prompt = [tokenizer.end_of_text, *tokenizer.encode("the river").tolist()]
+    ids = stream(model, prompt, 5, Sampling(temperature=0))
     assert isinstance("".join(stream_text(ids, tokenizer)), str)
     dataset = prepare(replace(tiny.data, dataset=next(folder.parents[1].glob("datasets/*-*")).name), progress=False)
     assert dataset.tokenizer().sha256 == tokenizer.sha256

@@ -1,3 +1,20 @@
 """MyLLM: pretrain a modern language model, from text to weights that open everywhere."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .completion import generate
+    from .loading import load_model
+
 __version__ = "0.1.0"
+__all__ = ["generate", "load_model"]
+HOMES = (("generate", "completion"), ("load_model", "loading"))
+
+
+def __getattr__(name: str) -> Any:
+    """`generate` and `load_model`, at their first use: torch takes seconds, and most modules do without (PEP 562)."""
+    for public, module in HOMES:
+        if name == public:
+            return getattr(import_module(f".{module}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

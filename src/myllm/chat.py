@@ -1,59 +1,61 @@
 """A conversation in the terminal with a base model, which completes text and was never taught to answer."""
 
-import codecs
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 
+from .completion import stream_text
 from .data.tokenizer import Tokenizer
-from .generate import generate
-from .model import Transformer
+from .files import write_text
+from .generation import stream
+from .loading import LanguageModel
+from .sampling import Sampling
 
 HELLO = """{parameters:,} parameters, context {context:,} tokens.
 This is a base model: it continues your text, it does not answer.
-/reset forgets the text so far, /temperature 0.7 sets how freely it writes, /quit leaves, Ctrl-C stops a reply."""
+/reset forgets the text so far, /temperature 0.7 sets how freely it writes, /save FILE writes the text to a file,
+/quit leaves, Ctrl-C stops a reply."""
+COMMANDS = "/reset, /temperature NUMBER, /save FILE and /quit"
 
 
-def chat(model: Transformer, tokenizer: Tokenizer, max_new_tokens: int, temperature: float, top_k: int) -> None:
-    """Read lines, stream continuations, until the input ends."""
-    print(HELLO.format(parameters=sum(p.numel() for p in model.parameters()), context=model.config.max_seq_len))
+def chat(language_model: LanguageModel, max_new_tokens: int, sampling: Sampling) -> None:
+    """Read lines, stream continuations, until the input ends.
+
+    Args:
+        sampling: reply number n, counted from 0, has the seed `sampling.seed` + n.
+    """
+    sampling.check()
+    model, tokenizer = language_model
+    context = model.config.max_seq_len
+    print(HELLO.format(parameters=sum(p.numel() for p in model.parameters()), context=context))
     history: list[int] = [tokenizer.end_of_text]
-    turn = 0
+    written = ""
     while (line := _read_line()) is not None:
         command, _, value = line.strip().partition(" ")
         if command in ("/quit", "/exit"):
             return
         if command == "/reset":
-            history = [tokenizer.end_of_text]
+            history, written = [tokenizer.end_of_text], ""
             print("forgotten")
         elif command == "/temperature":
-            temperature = _temperature(value, temperature)
+            sampling = replace(sampling, temperature=_temperature(value, sampling.temperature))
+        elif command == "/save":
+            _save(value.strip(), written)
         elif command.startswith("/"):
-            print(f"unknown command {command}; there are /reset, /temperature NUMBER and /quit")
+            print(f"unknown command {command}; there are {COMMANDS}")
         elif line:
             history += tokenizer.encode(line).tolist()
             # Room for the reply: generation would forget half the context at once to make it.
-            history = history[-max(model.config.max_seq_len - max_new_tokens, model.config.max_seq_len // 2) :]
-            turn += 1
-            ids = generate(
-                model, history, max_new_tokens,
-                temperature=temperature, top_k=top_k, seed=turn, end_of_text=tokenizer.end_of_text,
-            )  # fmt: skip
-            history = history + _stream(ids, tokenizer)
+            history = history[-max(context - max_new_tokens, context // 2, 1) :]
+            ids, text = _stream(stream(model, history, max_new_tokens, sampling, tokenizer.end_of_text), tokenizer)
+            sampling = replace(sampling, seed=(sampling.seed + 1) % 2**63)
+            history, written = history + ids, f"{written}{line}{text}\n"
 
 
-def stream_text(ids: Iterable[int], tokenizer: Tokenizer) -> Iterator[str]:
-    """Text as it comes, held back while it ends in half a character."""
-    # By bytes: some vocabularies' decode leaves out the space before a text's first word, which here is any word.
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    for token in ids:
-        if text := decoder.decode(tokenizer.decode_bytes([token])):
-            yield text
-    if text := decoder.decode(b"", final=True):
-        yield text
-
-
-def _stream(ids: Iterator[int], tokenizer: Tokenizer) -> list[int]:
+def _stream(ids: Iterator[int], tokenizer: Tokenizer) -> tuple[list[int], str]:
     written: list[int] = []
+    shown = ""
 
     def recorded() -> Iterator[int]:
         for token in ids:
@@ -62,19 +64,23 @@ def _stream(ids: Iterator[int], tokenizer: Tokenizer) -> list[int]:
 
     try:
         for text in stream_text(recorded(), tokenizer):
+            shown += text
             print(text, end="", flush=True)
     except KeyboardInterrupt:
         print(" [stopped]", end="")
-    print()
-    return written
+    print(flush=True)
+    return written, shown
 
 
 def _read_line() -> str | None:
-    try:
-        return input("> " if sys.stdin.isatty() else "")
-    except (EOFError, KeyboardInterrupt):
-        print()
-        return None
+    while True:
+        try:
+            return input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            print()
+            return None
+        except KeyboardInterrupt:  # one that was meant for a reply may come just after its end
+            print("\n/quit or Ctrl-D leaves", flush=True)
 
 
 def _temperature(value: str, now: float) -> float:
@@ -87,3 +93,20 @@ def _temperature(value: str, now: float) -> float:
         return now
     print(f"temperature {wanted}")
     return wanted
+
+
+def _save(value: str, written: str) -> None:
+    """Write your lines and the replies since the last /reset. A file that is there already is left alone."""
+    if not value:
+        print("save where? /save FILE")
+        return
+    path = Path(value).expanduser()
+    if path.exists():
+        print(f"{path} is there already; give another name")
+        return
+    try:
+        write_text(path, written)
+    except OSError as error:
+        print(f"cannot write {path}: {error.strerror}")
+        return
+    print(f"saved {len(written):,} characters to {path}")

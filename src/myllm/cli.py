@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import tyro
 
-from . import data_cli, tokenizer_cli
+from . import data_cli, sample_cli, tokenizer_cli
 from .errors import UserError, nearest
 from .launch import clear_errors
 
@@ -23,71 +23,6 @@ def report(run: Positional[str]) -> None:
     print(write_report(find_run(run)))
 
 
-def sample(
-    model: Positional[str],
-    prompt: str = "",
-    num_samples: int = 3,
-    max_new_tokens: int = 100,
-    temperature: float = 0.8,
-    top_k: int = 50,
-    seed: int = 0,
-    device: str = "auto",
-) -> None:
-    """Continue a prompt.
-
-    Args:
-        model: a run's name or folder (its newest checkpoint), or a checkpoint's folder.
-        prompt: text to continue; empty: start a new document.
-        num_samples: how many continuations.
-        max_new_tokens: of each; the end of the document ends it too.
-        temperature: how freely to draw; 0 takes the likeliest token.
-        top_k: draw among this many likeliest tokens; 0: all.
-        seed: of the first continuation; the next ones count up.
-        device: auto, cpu, cuda or mps.
-    """
-    from .chat import stream_text
-    from .generate import generate
-    from .loading import load_model
-
-    if num_samples < 1:
-        raise UserError(f"num_samples is {num_samples}, but must be at least 1")
-    loaded, tokenizer = load_model(model, device)
-    ids = [tokenizer.end_of_text, *tokenizer.encode(prompt).tolist()]
-    for number in range(num_samples):
-        if num_samples > 1:
-            print(f"--- {number + 1}")
-        print(prompt, end="", flush=True)
-        tokens = generate(
-            loaded, ids, max_new_tokens,
-            temperature=temperature, top_k=top_k, seed=seed + number, end_of_text=tokenizer.end_of_text,
-        )  # fmt: skip
-        for text in stream_text(tokens, tokenizer):
-            print(text, end="", flush=True)
-        print()
-
-
-def chat(
-    model: Positional[str],
-    max_new_tokens: int = 100,
-    temperature: float = 0.8,
-    top_k: int = 50,
-    device: str = "auto",
-) -> None:
-    """Write with a model in the terminal: it continues what you type.
-
-    Args:
-        model: a run's name or folder (its newest checkpoint), or a checkpoint's folder.
-        max_new_tokens: of each reply.
-        temperature: how freely to draw; 0 takes the likeliest token.
-        top_k: draw among this many likeliest tokens; 0: all.
-        device: auto, cpu, cuda or mps.
-    """
-    from .chat import chat as converse
-    from .loading import load_model
-
-    converse(*load_model(model, device), max_new_tokens, temperature, top_k)
-
-
 COMMANDS: dict[str, Callable[..., None]] = {
     "data list": data_cli.list_sources,
     "data estimate": data_cli.estimate,
@@ -96,8 +31,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "data verify": data_cli.verify,
     "data show": data_cli.show,
     "tokenizer train": tokenizer_cli.tokenizer_train,
-    "sample": sample,
-    "chat": chat,
+    "sample": sample_cli.sample,
+    "chat": sample_cli.chat,
     "report": report,
 }
 

@@ -1,6 +1,7 @@
 """From the name of a run or checkpoint to a model that can be called."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 from . import checkpoint, paths
 from .config import RunConfig, from_dict
@@ -10,10 +11,15 @@ from .model import Transformer
 from .run_folder import latest_checkpoint
 
 
-def load_model(where: str | Path, device: str = "auto") -> tuple[Transformer, Tokenizer]:
-    """The model of a run (by name or folder: its newest checkpoint) or of one checkpoint's folder, ready to sample.
+class LanguageModel(NamedTuple):
+    """A model and the tokenizer that it was trained with; `model, tokenizer = load_model(...)` takes them apart."""
 
-    With the tokenizer that it was trained with.
+    model: Transformer
+    tokenizer: Tokenizer
+
+
+def load_model(where: str | Path, device: str = "auto") -> LanguageModel:
+    """The model of a run (by name or folder: its newest checkpoint) or of one checkpoint's folder, ready to sample.
 
     Raises:
         UserError: nothing there, or a damaged checkpoint.
@@ -21,4 +27,4 @@ def load_model(where: str | Path, device: str = "auto") -> tuple[Transformer, To
     saved = checkpoint.load(latest_checkpoint(str(where), paths.runs()))
     model = Transformer(from_dict(saved.config, RunConfig()).model)
     model.load_state_dict(saved.model)
-    return model.to(choose_device(device)).eval(), Tokenizer(saved.tokenizer_file)
+    return LanguageModel(model.to(choose_device(device)).eval(), Tokenizer(saved.tokenizer_file))

@@ -2,22 +2,24 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from . import distributed
 from .checkpoint import TrainState
+from .completion import complete
 from .config import RunConfig
 from .data.order import count_sequences
 from .data.shards import Dataset
 from .data.tokenizer import Tokenizer
 from .distributed import Process
 from .evals import cloze, validation
-from .generate import generate
+from .loading import LanguageModel
 from .metrics import JsonLines, Log
 from .model import Transformer
+from .sampling import Sampling
 from .step import autocast
 
 
@@ -84,21 +86,14 @@ def planned_evals(
 def _write_samples(
     config: RunConfig, model: Transformer, tokenizer: Tokenizer, step: int, samples: JsonLines, log: Log
 ) -> None:
+    sampling = Sampling(config.eval.sample_temperature, config.eval.sample_top_k)
+    pair = LanguageModel(model, tokenizer)
     for number, prompt in enumerate(config.eval.sample_prompts):
-        seed = config.train.seed + number
-        ids = generate(
-            model,
-            [tokenizer.end_of_text, *tokenizer.encode(prompt).tolist()],
-            config.eval.sample_new_tokens,
-            temperature=config.eval.sample_temperature,
-            top_k=config.eval.sample_top_k,
-            seed=seed,
-            end_of_text=tokenizer.end_of_text,
-        )
-        text = tokenizer.decode(ids)
-        samples.append({"step": step, "prompt": prompt, "text": text, "seed": seed})
+        each = replace(sampling, seed=config.train.seed + number)
+        (made,) = complete(pair, [prompt], config.eval.sample_new_tokens, each)
+        samples.append({"step": step, "prompt": prompt, "text": made.text, "seed": made.seed})
         if number == 0:
-            log(f"sample at step {step:,}: {prompt!r} ... {text[:100]!r}")
+            log(f"sample at step {step:,}: {prompt!r} ... {made.text[:100]!r}")
 
 
 def run_eval(

@@ -30,7 +30,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, cache: KVCache | None = None) -> Tensor:
         """
         Shapes:
-            x (B, T, D); rotary, cosine and sine (T, K/2) each; returns (B, T, D)
+            x (B, T, D); rotary, cosine and sine (T, K/2) or (B, 1, T, K/2) each; returns (B, T, D)
         """
         B, T, _ = x.shape
         heads = self.qkv_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H + 2G, T, K)
@@ -40,8 +40,10 @@ class Attention(nn.Module):
             q, k = rotate(q, *rotary), rotate(k, *rotary)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, G, S, K)
+        ragged = cache is not None and cache.mask is not None
+        allowed = {"attn_mask": cache.mask} if ragged else _causal(T, k.shape[2], x.device)
         y = F.scaled_dot_product_attention(
-            q.type_as(v), k.type_as(v), v, **_causal(T, k.shape[2], x.device), enable_gqa=self.n_heads != self.kv_heads
+            q.type_as(v), k.type_as(v), v, **allowed, enable_gqa=self.n_heads != self.kv_heads
         )  # (B, H, T, K)
         y = y.transpose(1, 2).reshape(B, T, -1)  # (B, T, H K)
         return self.dropout(self.out_proj(y.type_as(x)))

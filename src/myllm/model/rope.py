@@ -26,7 +26,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair of dimensions by its position's angle; computed in float32, returned in x's type.
 
     Shapes:
-        x (B, H, T, K); cos and sin (T, K/2); returns (B, H, T, K)
+        x (B, H, T, K); cos and sin (T, K/2), or (B, 1, T, K/2) where rows differ; returns (B, H, T, K)
     """
     first, second = x.float().chunk(2, dim=-1)  # (B, H, T, K/2) each
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).type_as(x)

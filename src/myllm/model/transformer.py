@@ -52,7 +52,26 @@ class Transformer(nn.Module):
         hidden = self.hidden(tokens, cache)  # (B, T, D)
         if targets is not None:
             return mean_loss(hidden.flatten(0, 1), self.head_weight, targets.flatten(), self.config.vocab_size)
-        return nn.functional.linear(hidden, self.head_weight[: self.config.vocab_size])
+        return self._logits(hidden)
+
+    def next_logits(self, tokens: Tensor, cache: KVCache, counts: list[int] | None = None) -> Tensor:
+        """Logits of the token after each row's last; the head runs there alone.
+
+        Args:
+            counts: tokens that each row really has, where shorter rows are filled up on the right. The cache then
+                holds only these. None: all of them.
+
+        Shapes:
+            tokens (B, T); returns (B, vocab_size)
+        """
+        hidden = self.hidden(tokens, cache)  # (B, T, D)
+        if counts is None:
+            return self._logits(hidden[:, -1])
+        # What fills up a row comes after its tokens: none of them sees it, and later tokens overwrite it.
+        kept = torch.tensor(counts)
+        cache.lengths += kept - tokens.shape[1]
+        last = (kept - 1).to(tokens.device)
+        return self._logits(hidden[torch.arange(len(counts), device=tokens.device), last])
 
     @torch.no_grad()
     def score(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,21 +90,27 @@ class Transformer(nn.Module):
         Shapes:
             tokens (B, T); returns (B, T, D)
         """
-        start, new = (cache.length if cache is not None else 0), tokens.shape[1]
-        end = start + new
+        new = tokens.shape[1]
+        positions = cache.open(new) if cache is not None else slice(0, new)  # or (B, 1): see KVCache.open
+        end = cache.end if cache is not None else new
         assert end <= self.config.max_seq_len, f"{end} tokens exceed the context of {self.config.max_seq_len}"
         x = self.embedding(tokens)  # (B, T, D)
         rotary = None
         if self.config.position == "learned":
-            x = x + self.positions.weight[start:end]  # (T, D) over the batch
+            x = x + self.positions.weight[positions]  # (T, D) over the batch, or (B, T, D)
         else:
-            rotary = self.rotary_cos[start:end], self.rotary_sin[start:end]  # (T, K/2) each
+            rotary = self.rotary_cos[positions], self.rotary_sin[positions]  # (T, K/2) each
+            if not isinstance(positions, slice):
+                rotary = rotary[0].unsqueeze(1), rotary[1].unsqueeze(1)  # (B, 1, T, K/2) each
         x = self.dropout(x)
         for block in self.blocks:
             x = block(x, rotary, cache)
         if cache is not None:
             cache.advance(new)
         return self.norm(x)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return nn.functional.linear(hidden, self.head_weight[: self.config.vocab_size])
 
     @property
     def head_weight(self) -> Tensor:

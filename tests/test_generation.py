@@ -1,5 +1,6 @@
 """Sampling: cached and uncached agree, seeds decide, limits hold."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 
@@ -8,8 +9,10 @@ import torch
 
 from myllm.config import ModelConfig
 from myllm.errors import UserError
-from myllm.generate import choose, generate
+from myllm.filters import choose
+from myllm.generation import Continuation, continue_batch, stream
 from myllm.model import Transformer
+from myllm.sampling import Sampling
 
 SMALL = ModelConfig(vocab_size=50, vocab_multiple=32, max_seq_len=24, d_model=24, n_layers=2, n_heads=4, d_ff=32)
 PROMPT = [3, 14, 15]
@@ -27,6 +30,12 @@ def model_of(**changes: object) -> Transformer:
 @pytest.fixture(scope="module")
 def model() -> Transformer:
     return model_of()
+
+
+def generate(
+    model: Transformer, prompt: list[int], max_new_tokens: int, end_of_text: int | None = None, **settings: float
+) -> Iterator[int]:
+    return stream(model, prompt, max_new_tokens, Sampling(**{"top_k": 0, **settings}), end_of_text)
 
 
 @torch.no_grad()
@@ -77,7 +86,8 @@ def test_gradients_stay_on_between_tokens(model):
 
 def frequencies(logits: torch.Tensor, temperature: float, top_k: int, draws: int = 6_000) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.tensor([choose(logits, temperature, top_k, generator) for _ in range(draws)])
+    sampling = Sampling(temperature, top_k)
+    drawn = torch.tensor([choose(logits[None], sampling, [generator], [[]])[0] for _ in range(draws)])
     return drawn.bincount(minlength=len(logits)) / draws
 
 
@@ -100,8 +110,9 @@ def test_top_k_takes_no_more_than_k_of_equals():
 
 def test_huge_and_low_precision_logits():
     generator = torch.Generator().manual_seed(0)
-    assert choose(torch.tensor([3e38, -3e38, 2.9e38]), 0.1, 0, generator) == 0
-    assert choose(torch.tensor([1.0, 5.0, 2.0], dtype=torch.bfloat16), 0.01, 2, generator) == 1
+    assert choose(torch.tensor([[3e38, -3e38, 2.9e38]]), Sampling(0.1, 0), [generator], [[]]) == [0]
+    low = torch.tensor([[1.0, 5.0, 2.0]], dtype=torch.bfloat16)
+    assert choose(low, Sampling(0.01, 2), [generator], [[]]) == [1]
 
 
 def test_top_k_keeps_to_the_likeliest(model):
@@ -182,3 +193,41 @@ def test_tokens_come_as_they_are_made(model):
 def test_faults_are_raised_at_the_call(model, prompt, settings, message):
     with pytest.raises(UserError, match=message):
         generate(model, prompt, **{"max_new_tokens": 1, **settings})
+
+
+# -- batches ----------------------------------------------------------------------------------------------------------
+
+PROMPTS = [[7], PROMPT, list(range(20)), [9, 8, 7, 6, 5], [(7 * i) % 50 for i in range(40)]]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [{}, {"qk_norm": True}, {"n_kv_heads": 2, "qk_norm": True}, {"position": "learned", "bias": True}],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "sampling", [Sampling(temperature=0), Sampling(1.2, 20, 0.9, 0.01, 1.1)], ids=["greedy", "sampled"]
+)
+def test_a_batch_is_its_rows_one_by_one(kind, sampling):
+    """Lengths from 1 to beyond the context, rows that end early, and windows that slide, each at its own time."""
+    model, count, end = model_of(**kind), 2 * SMALL.max_seq_len, 11
+    batch = [Continuation(prompt, seed=number) for number, prompt in enumerate(PROMPTS)]
+    assert sum(1 for _ in continue_batch(model, batch, count, sampling, end)) == sum(len(row.written) for row in batch)
+    for row in batch:
+        alone = list(stream(model, row.prompt, count, replace(sampling, seed=row.seed), end))
+        assert row.written == alone
+        assert row.finish == ("length" if len(alone) == count else "end_of_text")
+
+
+def test_a_row_stopped_from_outside_leaves_the_others_alone(model):
+    expected = list(generate(model, PROMPT, 30, temperature=1, seed=1))
+    batch = [Continuation([5, 6], 0), Continuation(PROMPT, 1)]
+    for row in continue_batch(model, batch, 30, Sampling(1.0, 0)):
+        if row is batch[0] and len(row.written) == 4:
+            row.finish = "stop"
+    assert len(batch[0].written) == 4
+    assert batch[1].written == expected
+
+
+def test_no_rows(model):
+    assert list(continue_batch(model, [], 5, Sampling())) == []

@@ -1,0 +1,134 @@
+"""How the next token is chosen: filters of logits, and the draw. Pure functions.
+
+The filters are applied in this order, which is also that of transformers: repetition penalty, temperature, top-k,
+top-p, min-p. A token that is out has a logit of minus infinity.
+
+Shapes: B rows, V vocabulary, N tokens so far.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .sampling import Sampling
+
+OUT = float("-inf")
+
+
+def choose(
+    logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator], seen: Sequence[Sequence[int]]
+) -> list[int]:
+    """One token id a row.
+
+    Each row has a random generator of its own on the CPU, and takes one number from it for each token: what it draws
+    depends neither on its neighbours nor on the device, up to rounding.
+
+    Args:
+        seen: each row's tokens so far; only the repetition penalty looks at them.
+
+    Shapes:
+        logits (B, V)
+    """
+    if sampling.repetition_penalty != 1:
+        logits = torch.stack(
+            [
+                penalize_repetition(row, torch.tensor(tokens, device=row.device), sampling.repetition_penalty)
+                for row, tokens in zip(logits, seen, strict=True)
+            ]
+        )
+    if sampling.temperature == 0:
+        return logits.argmax(dim=-1).tolist()
+    # In float64: a tiny temperature stays a number, and the sum of a whole vocabulary is exact enough to draw from.
+    filtered = filter_logits((logits.cpu() if logits.device.type == "mps" else logits).double(), sampling)
+    drawn = torch.stack([torch.rand(1, dtype=torch.float64, generator=generator) for generator in generators])
+    return draw(filtered, drawn.to(filtered.device)).tolist()
+
+
+def filter_logits(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Temperature, top-k, top-p and min-p, one after the other.
+
+    Shapes:
+        logits (B, V); returns (B, V)
+    """
+    logits = apply_temperature(logits, sampling.temperature)
+    if sampling.top_k:
+        logits = keep_top_k(logits, sampling.top_k)
+    if sampling.top_p < 1:
+        logits = keep_top_p(logits, sampling.top_p)
+    if sampling.min_p > 0:
+        logits = keep_min_p(logits, sampling.min_p)
+    return logits
+
+
+def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Divide the positive logits of tokens already seen by the penalty, and multiply the negative ones.
+
+    Source: Keskar et al. 2019 (CTRL, arXiv 1909.05858), section 4.1, made to lower negative logits too.
+
+    Shapes:
+        logits (V,); seen (N,); returns (V,)
+    """
+    old = logits[seen]  # (N,)
+    return logits.scatter(0, seen, torch.where(old > 0, old / penalty, old * penalty))
+
+
+def apply_temperature(logits: Tensor, temperature: float) -> Tensor:
+    """Logits over the temperature, the largest at 0: so that none is infinite, however small the temperature.
+
+    Shapes:
+        logits (B, V); returns (B, V)
+    """
+    return (logits - logits.amax(dim=-1, keepdim=True)) / temperature
+
+
+def keep_top_k(logits: Tensor, top_k: int) -> Tensor:
+    """The k likeliest tokens; of equals, no more than k.
+
+    Source: Fan et al. 2018 (arXiv 1805.04833), section 5.4.
+
+    Shapes:
+        logits (B, V); returns (B, V)
+    """
+    values, ids = logits.topk(min(top_k, logits.shape[-1]))  # (B, k)
+    return torch.full_like(logits, OUT).scatter(-1, ids, values)
+
+
+def keep_top_p(logits: Tensor, top_p: float) -> Tensor:
+    """The fewest likeliest tokens whose probabilities sum to top_p or more: the nucleus.
+
+    Source: Holtzman et al. 2019 (arXiv 1904.09751), section 3.1.
+
+    Shapes:
+        logits (B, V); returns (B, V)
+    """
+    ordered, ids = logits.sort(dim=-1, descending=True)  # (B, V)
+    probabilities = ordered.softmax(dim=-1)
+    # A token stays while those before it have not reached top_p: the likeliest always does.
+    reached = probabilities.cumsum(dim=-1) - probabilities >= top_p
+    return torch.full_like(logits, OUT).scatter(-1, ids, ordered.masked_fill(reached, OUT))
+
+
+def keep_min_p(logits: Tensor, min_p: float) -> Tensor:
+    """Tokens at least min_p times as likely as the likeliest.
+
+    Source: Nguyen et al. 2024 (arXiv 2407.01082), section 3.
+
+    Shapes:
+        logits (B, V); returns (B, V)
+    """
+    probabilities = logits.softmax(dim=-1)
+    return logits.masked_fill(probabilities < min_p * probabilities.amax(dim=-1, keepdim=True), OUT)
+
+
+def draw(logits: Tensor, uniform: Tensor) -> Tensor:
+    """The token at which the cumulated probability passes each row's number in [0, 1).
+
+    Shapes:
+        logits (B, V); uniform (B, 1); returns (B,)
+    """
+    cumulated = logits.softmax(dim=-1).cumsum(dim=-1)  # (B, V)
+    # Of the rounded sum, not of 1; a token without probability adds nothing, so it is never where the sum passes.
+    drawn = torch.searchsorted(cumulated, uniform * cumulated[:, -1:], right=True).squeeze(1)
+    last = (logits > OUT).cumsum(dim=-1).argmax(dim=-1)  # (B,), the last token that is in
+    return torch.minimum(drawn, last)

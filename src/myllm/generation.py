@@ -1,0 +1,133 @@
+"""Token ids from token ids, with a key-value cache: one engine for evaluations, the command line and notebooks.
+
+Shapes: B rows under way, T tokens, V vocabulary.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .errors import UserError
+from .filters import choose
+from .model import KVCache, Transformer
+from .sampling import Sampling
+
+Finish = Literal["end_of_text", "length", "stop"]
+
+
+@dataclass
+class Continuation:
+    """One sample under way. Setting `finish` from outside ends it."""
+
+    prompt: list[int]
+    seed: int
+    written: list[int] = field(default_factory=list)
+    finish: Finish | None = None
+
+
+def stream(
+    model: Transformer, prompt: list[int], max_new_tokens: int, sampling: Sampling, end_of_text: int | None = None
+) -> Iterator[int]:
+    """Continue one prompt, a token id at a time. As `continue_batch` with one row.
+
+    Raises:
+        UserError: empty prompt or settings out of range, at the call.
+    """
+    one = [Continuation(prompt, sampling.seed)]
+    rows = continue_batch(model, one, max_new_tokens, sampling, end_of_text)
+    return (row.written[-1] for row in rows)
+
+
+def continue_batch(
+    model: Transformer,
+    batch: Sequence[Continuation],
+    max_new_tokens: int,
+    sampling: Sampling,
+    end_of_text: int | None = None,
+) -> Iterator[Continuation]:
+    """Continue prompts of any lengths together, until `end_of_text` (which is not written) or `max_new_tokens`.
+
+    Gives out a row each time it has a new token, rows in turn. A row's text depends on its prompt and its own seed,
+    not on its neighbours, up to rounding; training's random state is left alone. Beyond the context a row's window
+    slides: the older half is forgotten, the newer half read again. Of a prompt longer than the context, the last
+    tokens count.
+
+    Args:
+        model: in evaluation mode.
+        sampling: for all rows, but for its seed: each row has its own.
+
+    Raises:
+        UserError: an empty prompt or settings out of range, at the call and not at the first token.
+    """
+    if not all(row.prompt for row in batch):
+        raise UserError("the prompt is empty: give at least one token to start from")
+    if max_new_tokens < 0:
+        raise UserError(f"max_new_tokens {max_new_tokens} must not be negative")
+    sampling.check()
+    return _continue(model, list(batch), max_new_tokens, sampling, end_of_text)
+
+
+@torch.inference_mode()
+def _continue(
+    model: Transformer, rows: list[Continuation], max_new_tokens: int, sampling: Sampling, end_of_text: int | None
+) -> Iterator[Continuation]:
+    device, context = next(model.parameters()).device, model.config.max_seq_len
+    generators = [torch.Generator().manual_seed(row.seed) for row in rows]
+    if max_new_tokens == 0:
+        for row in rows:
+            row.finish = "length"
+    if not rows or max_new_tokens == 0:
+        return
+    windows = [row.prompt[-context:] for row in rows]
+    room = min(context, max(map(len, windows)) + max_new_tokens)
+    cache = KVCache(model.config, len(rows), room, device, _cache_dtype(device))
+    logits = read(model, windows, cache)
+    while True:
+        seen = [row.prompt + row.written for row in rows] if sampling.repetition_penalty != 1 else [[]] * len(rows)
+        for row, token in zip(rows, choose(logits, sampling, generators, seen), strict=True):
+            if token == end_of_text:
+                row.finish = "end_of_text"
+                continue
+            row.written.append(token)
+            if len(row.written) == max_new_tokens:
+                row.finish = "length"
+            yield row
+        kept = [index for index, row in enumerate(rows) if row.finish is None]
+        if not kept:
+            return
+        if len(kept) < len(rows):
+            rows, generators = [rows[index] for index in kept], [generators[index] for index in kept]
+            cache.keep(kept)
+        logits = _next(model, rows, cache, context)
+
+
+def read(model: Transformer, windows: list[list[int]], cache: KVCache) -> Tensor:
+    """Fill an empty cache with rows of any lengths and return the logits of what comes next.
+
+    Shapes:
+        returns (B, V)
+    """
+    counts = [len(window) for window in windows]
+    # Shorter rows are filled up on the right with any token: nothing looks at it.
+    padded = [window + [0] * (max(counts) - len(window)) for window in windows]
+    return model.next_logits(torch.tensor(padded, device=cache.keys.device), cache, counts)
+
+
+def _next(model: Transformer, rows: list[Continuation], cache: KVCache, context: int) -> Tensor:
+    """The logits after each row's newest token, (B, V)."""
+    full = [index for index in range(len(rows)) if cache.lengths[index] == context] if cache.length == context else []
+    for index in full:
+        window = cache.row(index)
+        window.clear()
+        tokens = (rows[index].prompt + rows[index].written)[-(context // 2 or 1) :]
+        if tokens[:-1]:
+            model.hidden(torch.tensor([tokens[:-1]], device=cache.keys.device), window)
+    newest = torch.tensor([[row.written[-1]] for row in rows], device=cache.keys.device)
+    return model.next_logits(newest, cache)
+
+
+def _cache_dtype(device: torch.device) -> torch.dtype:
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32

@@ -1,0 +1,164 @@
+"""`myllm sample` and `myllm chat`: text from a trained model."""
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
+
+import tyro
+
+from .errors import UserError
+from .sampling import Sampling
+
+if TYPE_CHECKING:
+    from .completion import Completion
+    from .loading import LanguageModel
+
+Positional = tyro.conf.Positional
+Settings = Annotated[Sampling, tyro.conf.arg(name="")]  # no prefix: --top-p 0.9
+
+
+def sample(
+    model: Positional[str],
+    sampling: Settings,
+    prompt: str | None = None,
+    prompts_file: Path | None = None,
+    num_samples: int = 3,
+    max_new_tokens: int = 100,
+    stop: tuple[str, ...] = (),
+    batch_size: int = 16,
+    format: Literal["text", "json", "jsonl"] = "text",
+    out: Path | None = None,
+    device: str = "auto",
+) -> None:
+    """Continue one prompt, or a file of prompts.
+
+    Args:
+        model: a run's name or folder (its newest checkpoint), or a checkpoint's folder.
+        prompt: text to continue; empty or not given: begin a new document.
+        prompts_file: a prompt a line; in a file that ends in .jsonl, an object with "prompt" a line.
+        num_samples: how many continuations of each prompt.
+        max_new_tokens: of each; the end of the document ends it too.
+        stop: end a sample before the first of these strings.
+        batch_size: samples that are made together; never changes the text, up to rounding.
+        format: text for people; json, one list; jsonl, an object a line, written as samples are done.
+        out: write to this file instead of the terminal.
+        device: auto, cpu, cuda or mps.
+    """
+    from .completion import complete
+    from .loading import load_model
+
+    sampling.check()  # before the seconds that loading takes
+    prompts = _prompts(prompt, prompts_file)
+    _check_folder(out)
+    loaded = load_model(model, device)
+    _note(loaded, prompts, sampling.temperature == 0 and num_samples > 1)
+    # One sample alone is shown as it comes; of several made together, each when it is done.
+    live = format == "text" and out is None and len(prompts) * num_samples == 1
+    if live:
+        print(prompts[0], end="", flush=True)
+    made = complete(
+        loaded, prompts, max_new_tokens, sampling, stop=stop, num_samples=num_samples, batch_size=batch_size,
+        on_text=(lambda _, text: print(text, end="", flush=True)) if live else None,
+    )  # fmt: skip
+    if live:
+        for _ in made:
+            print()
+        return
+    settings = {**asdict(sampling), "max_new_tokens": max_new_tokens, "stop": list(stop), "model": model}
+    del settings["seed"]  # each record has its own
+    with out.expanduser().open("w", encoding="utf-8") if out else nullcontext(sys.stdout) as file:
+        _write(file, made, format, settings, len(prompts) * num_samples)
+
+
+def chat(
+    model: Positional[str],
+    sampling: Settings,
+    max_new_tokens: int = 100,
+    device: str = "auto",
+) -> None:
+    """Write with a model in the terminal: it continues what you type.
+
+    Args:
+        model: a run's name or folder (its newest checkpoint), or a checkpoint's folder.
+        max_new_tokens: of each reply.
+        device: auto, cpu, cuda or mps.
+    """
+    from .chat import chat as converse
+    from .loading import load_model
+
+    if max_new_tokens < 0:
+        raise UserError(f"max_new_tokens is {max_new_tokens}, but must be at least 0")
+    sampling.check()
+    converse(load_model(model, device), max_new_tokens, sampling)
+
+
+def _check_folder(out: Path | None) -> None:
+    if out is not None and not out.expanduser().absolute().parent.is_dir():
+        raise UserError(f"cannot write {out}: its folder is not there; make it first")
+
+
+def _prompts(prompt: str | None, file: Path | None) -> list[str]:
+    if file is None:
+        return [prompt or ""]
+    if prompt is not None:
+        raise UserError("give --prompt or --prompts-file, not both")
+    try:
+        lines = file.expanduser().read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the prompts in {file}: {getattr(error, 'strerror', None) or error}") from None
+    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not numbered:
+        raise UserError(f"{file} holds no prompt: write one a line")
+    if file.suffix != ".jsonl":
+        return [line for _, line in numbered]
+    return [_prompt_of(line, f"line {number} of {file}") for number, line in numbered]
+
+
+def _prompt_of(line: str, where: str) -> str:
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{where} is not valid JSON: {error}") from None
+    if not isinstance(value, dict) or not isinstance(value.get("prompt"), str):
+        raise UserError(f'{where} is no object with a text under "prompt": {line[:80]}')
+    return value["prompt"]
+
+
+def _note(model: "LanguageModel", prompts: Sequence[str], all_alike: bool) -> None:
+    """What a user may not expect, on the error stream, so that it never mixes with the text."""
+    from .completion import prompt_ids
+
+    context = model.model.config.max_seq_len
+    if "" in prompts:
+        print("note: the prompt is empty: the model begins a new document", file=sys.stderr)
+    for number, prompt in enumerate(prompts, 1):
+        if (length := len(prompt_ids(model.tokenizer, prompt))) > context:
+            print(
+                f"note: prompt {number} has {length:,} tokens, the context {context:,}: only its last {context:,} "
+                "are read",
+                file=sys.stderr,
+            )
+    if all_alike:
+        print("note: temperature 0 draws nothing: all samples of a prompt are the same", file=sys.stderr)
+
+
+def _write(file: TextIO, made: "Iterator[Completion]", form: str, settings: dict[str, Any], count: int) -> None:
+    records = []
+    for number, each in enumerate(made, 1):
+        if form == "text":
+            header = f"--- {number}\n" if count > 1 else ""
+            print(f"{header}{each.prompt}{each.text}", file=file, flush=True)
+        elif form == "jsonl":
+            print(json.dumps(_record(each, settings), ensure_ascii=False), file=file, flush=True)
+        else:
+            records.append(_record(each, settings))
+    if form == "json":
+        print(json.dumps(records, ensure_ascii=False, indent=2), file=file)
+
+
+def _record(each: "Completion", settings: dict[str, Any]) -> dict[str, Any]:
+    return {**asdict(each), "settings": settings}

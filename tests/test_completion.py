@@ -1,0 +1,245 @@
+"""Text from text: stop strings, finish reasons, seeds, and the two lines of the README."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from hypothesis import given
+from hypothesis import strategies as st
+
+import myllm
+from myllm import checkpoint
+from myllm.checkpoint import TrainState
+from myllm.completion import TextStream, complete, generate
+from myllm.config import ModelConfig, RunConfig, to_dict
+from myllm.data.order import DataPosition
+from myllm.data.tokenizer import Tokenizer
+from myllm.errors import UserError
+from myllm.generation import stream
+from myllm.loading import LanguageModel
+from myllm.model import Transformer
+from myllm.sampling import Sampling
+
+R50K = Tokenizer()
+CONFIG = ModelConfig(max_seq_len=32, d_model=16, n_layers=1, n_heads=2, d_ff=32)
+FREE = Sampling(1.0, 0, seed=3)
+
+
+@pytest.fixture(scope="module")
+def pair() -> LanguageModel:
+    return LanguageModel(Transformer(CONFIG).eval(), R50K)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A temp_data/ with a run `tiny` that was hardly trained."""
+    folder = tmp_path_factory.mktemp("completion")
+    random, state = [checkpoint.random_state(torch.device("cpu"))], TrainState(1, 1, DataPosition(0, 0, 0, ""))
+    weights = Transformer(CONFIG).state_dict()
+    checkpoint.save(folder / "runs/tiny/checkpoints", state, to_dict(RunConfig(model=CONFIG)), weights, {}, random, 0)
+    return folder
+
+
+def command(data: Path, *words: str | Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "myllm", *map(str, words)], env=os.environ | {"MYLLM_DATA": str(data)}, input=stdin,
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert "Traceback" not in done.stderr
+    return done
+
+
+# -- stop strings -----------------------------------------------------------------------------------------------------
+
+
+@given(st.text(alphabet="abc🙂"), st.lists(st.text(alphabet="abc🙂", min_size=1, max_size=4), max_size=3))
+def test_text_ends_before_the_first_stop_string(text: str, stops: list[str]) -> None:
+    stream, given_out = TextStream(R50K, stops), ""
+    # One byte a token: every stop string is split over tokens.
+    for byte in text.encode():
+        given_out += stream.feed(R50K.encode(chr(byte))[0] if byte < 128 else byte_token(byte))
+        assert text.startswith(given_out)
+        if stream.stopped:
+            break
+    given_out += stream.end()
+    ends = [text.find(stop) for stop in stops if stop in text]
+    assert stream.stopped == bool(ends)
+    assert len(given_out) <= len(text)
+    if not ends:
+        assert given_out == text
+    assert not any(stop in given_out for stop in stops)
+
+
+def byte_token(byte: int) -> int:
+    return next(token for token in range(256) if R50K.decode_bytes([token]) == bytes([byte]))
+
+
+def test_a_stop_string_ends_a_sample(pair: LanguageModel) -> None:
+    (whole,) = complete(pair, ["the river"], 20, FREE)
+    assert (whole.finish, whole.tokens, whole.seed) == ("length", 20, 3)
+    stop = whole.text[len(whole.text) // 2 :][:5]
+    (cut,) = complete(pair, ["the river"], 20, FREE, stop=["never there", stop])
+    assert (cut.finish, cut.text) == ("stop", whole.text[: whole.text.find(stop)])
+    assert cut.tokens < 20
+
+
+def test_the_end_of_the_document(pair: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt, tokens = "the river", R50K.encode_document("the river").tolist()
+    drawn = list(stream(pair.model, tokens, 9, FREE))
+    ending = next(token for token in drawn[3:] if token not in drawn[:3])
+    at = drawn.index(ending)
+    monkeypatch.setattr(R50K, "encode_document", lambda _: np.array(tokens))  # as it was with the real end of text
+    monkeypatch.setattr(R50K, "end_of_text", ending)
+    (made,) = complete(pair, [prompt], 9, FREE)
+    assert (made.finish, made.tokens, made.text) == ("end_of_text", at, R50K.decode(drawn[:at]))
+
+
+# -- batches and seeds ------------------------------------------------------------------------------------------------
+
+
+def test_batch_size_and_neighbours_change_nothing(pair: LanguageModel) -> None:
+    prompts = ["the river", "", "a much longer prompt of several words " * 5]
+    together = list(complete(pair, prompts, 12, FREE, num_samples=2))
+    assert list(complete(pair, prompts, 12, FREE, num_samples=2, batch_size=1)) == together
+    assert [(each.prompt, each.seed) for each in together] == [(prompt, seed) for prompt in prompts for seed in (3, 4)]
+    assert list(complete(pair, prompts[2:], 12, FREE, num_samples=2)) == together[4:]
+    assert together[0].text != together[1].text
+
+
+def test_text_as_it_comes(pair: LanguageModel) -> None:
+    heard = ["", "", ""]
+
+    def listen(number: int, text: str) -> None:
+        heard[number] += text
+
+    made = list(complete(pair, ["a", "b", "c"], 10, FREE, batch_size=2, on_text=listen))
+    assert heard == [each.text for each in made]
+
+
+def test_generate_gives_prompt_and_continuation(pair: LanguageModel) -> None:
+    text = generate(pair, "the river", 8, temperature=0)
+    assert text.startswith("the river")
+    assert len(text) > len("the river")
+    assert generate(pair, ["the river", "a"], 8, temperature=0)[0] == text
+    assert generate(pair, "the river", 8, temperature=0, stop=text[9:11]) == "the river"
+    with pytest.raises(UserError, match="unknown setting tempreature"):
+        generate(pair, "x", tempreature=1)
+    with pytest.raises(UserError, match=r"top_p 1\.5"):
+        generate(pair, "x", top_p=1.5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"num_samples": 0}, "num_samples is 0"), ({"batch_size": 0}, "batch_size is 0"), ({"stop": [""]}, "is empty"),
+     ({"max_new_tokens": -1}, "max_new_tokens is -1"), ({"sampling": Sampling(top_p=0)}, "top_p 0")],
+)  # fmt: skip
+def test_faults_at_the_call(pair: LanguageModel, settings: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        complete(pair, ["x"], **settings)
+
+
+# -- the package ------------------------------------------------------------------------------------------------------
+
+
+def test_the_readme_s_two_lines(data: Path) -> None:
+    code = re.search(r"```python\n(from myllm import.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    assert len(code.split("\n")) == 4  # two lines, the formatter's blank one, and the end
+    done = subprocess.run(
+        [sys.executable, "-c", code.replace('"debug"', '"tiny"')], env=os.environ | {"MYLLM_DATA": str(data)},
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Once upon a time")
+    assert len(done.stdout) > 50
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    code = "import sys, myllm; print('torch' in sys.modules); print(myllm.load_model, hasattr(myllm, 'other'))"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said.startswith("False\n<function load_model")
+    assert said.endswith("False\n")
+    assert myllm.generate is generate
+
+
+# -- the command ------------------------------------------------------------------------------------------------------
+
+
+def test_records(data: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "the river"}\n\n{"prompt": "two\\nlines é", "other": 1}\n', encoding="utf-8")
+    words = ("sample", "tiny", "--prompts-file", prompts, "--num-samples", "2", "--max-new-tokens", "4", "--seed", "7")
+    done = command(data, *words, "--format", "jsonl", "--stop", "never", "there")
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(row["prompt"], row["seed"]) for row in rows] == [
+        ("the river", 7), ("the river", 8), ("two\nlines é", 7), ("two\nlines é", 8),
+    ]  # fmt: skip
+    assert rows[0]["finish"] == "length"
+    assert rows[0]["tokens"] == 4
+    assert rows[0]["settings"]["temperature"] == 0.8
+    assert rows[0]["settings"]["stop"] == ["never", "there"]
+    out = tmp_path / "made.json"
+    assert command(data, *words, "--format", "json", "--out", out, "--stop", "never", "there").stdout == ""
+    assert json.loads(out.read_text(encoding="utf-8")) == rows
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (("tiny", "--top-p", "0"), 2, "top_p 0.0: give a number above 0 and at most 1"),
+        (("tiny", "--top-p", "1.5", "--top-k", "-1"), 2, "top_k -1"),
+        (("tinny",), 2, "no checkpoint at 'tinny'; runs with checkpoints: tiny"),
+        (("tiny", "--prompts-file", "/nowhere/x"), 2, "cannot read the prompts in /nowhere/x"),
+        (("tiny", "--prompt", "", "--max-new-tokens", "2"), 0, "the prompt is empty: the model begins a new document"),
+        (("tiny", "--prompt", "a b " * 40, "--max-new-tokens", "2"), 0, "only its last 32 are read"),
+        (("tiny", "--prompt", "a", "--temperature", "0", "--max-new-tokens", "2"), 0, "temperature 0 draws nothing"),
+    ],
+)  # fmt: skip
+def test_odd_input_gets_a_clear_answer(data: Path, words: tuple[str, ...], code: int, message: str) -> None:
+    done = command(data, "sample", *words)
+    assert done.returncode == code, done.stderr
+    assert message in done.stderr
+
+
+# -- chat -------------------------------------------------------------------------------------------------------------
+
+
+def test_chat_saves(data: Path, tmp_path: Path) -> None:
+    file = tmp_path / "said.txt"
+    typed = f"forget me\n/reset\nthe river\n/save {file}\n/save {file}\n/save\n/save /nowhere/x\n"
+    done = command(data, "chat", "tiny", "--max-new-tokens", "4", stdin=typed)
+    assert done.returncode == 0, done.stderr
+    said = file.read_text(encoding="utf-8")
+    assert said.startswith("the river")
+    assert said.removeprefix("the river").strip() in done.stdout
+    for answer in ("saved ", "is there already", "save where?", "cannot write /nowhere/x"):
+        assert answer in done.stdout
+
+
+def test_ctrl_c_stops_the_reply_and_not_the_program(data: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-m", "myllm", "chat", "tiny", "--max-new-tokens", "100000000"], stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"MYLLM_DATA": str(data)},
+    )  # fmt: skip
+    try:
+        while b"/quit leaves" not in process.stdout.readline():
+            pass
+        process.stdin.write(b"the river\n")
+        process.stdin.flush()
+        assert process.stdout.read(200)  # in the middle of a reply that would take hours
+        process.send_signal(signal.SIGINT)
+        said, errors = process.communicate(b"/temperature 0.5\n/quit\n", timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0, errors
+    assert b" [stopped]" in said
+    assert b"temperature 0.5" in said
+    assert b"Traceback" not in errors

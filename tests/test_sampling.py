@@ -1,0 +1,70 @@
+"""Filters are those of transformers; the draw is the inverse of the cumulated distribution."""
+
+import pytest
+import torch
+from transformers import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from myllm.errors import UserError
+from myllm.filters import draw, filter_logits, keep_min_p, keep_top_k, keep_top_p, penalize_repetition
+from myllm.sampling import Sampling
+
+LOGITS = 3 * torch.randn(8, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+SEEN = torch.randint(40, (8, 6), generator=torch.Generator().manual_seed(3))
+
+
+def same(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    """The same distribution: logits may differ by a constant."""
+    assert torch.equal(ours == float("-inf"), theirs == float("-inf"))
+    return torch.allclose(ours.softmax(dim=-1), theirs.softmax(dim=-1), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("k", [1, 3, 40, 99])
+def test_top_k(k):
+    assert same(keep_top_k(LOGITS, k), TopKLogitsWarper(k)(SEEN, LOGITS))
+
+
+@pytest.mark.parametrize("p", [1e-9, 0.1, 0.5, 0.9, 0.999])
+def test_top_p(p):
+    assert same(keep_top_p(LOGITS, p), TopPLogitsWarper(p)(SEEN, LOGITS))
+
+
+@pytest.mark.parametrize("p", [0.01, 0.2, 1.0])
+def test_min_p(p):
+    assert same(keep_min_p(LOGITS, p), MinPLogitsWarper(p)(SEEN, LOGITS))
+
+
+@pytest.mark.parametrize("penalty", [0.7, 1.3])
+def test_repetition_penalty(penalty):
+    ours = torch.stack([penalize_repetition(row, seen, penalty) for row, seen in zip(LOGITS, SEEN, strict=True)])
+    assert torch.allclose(ours, RepetitionPenaltyLogitsProcessor(penalty)(SEEN, LOGITS))
+    assert not torch.allclose(ours, LOGITS)
+
+
+def test_the_order_of_all_together():
+    theirs = LOGITS
+    for warper in (TemperatureLogitsWarper(1.7), TopKLogitsWarper(20), TopPLogitsWarper(0.8), MinPLogitsWarper(0.1)):
+        theirs = warper(SEEN, theirs)
+    assert same(filter_logits(LOGITS, Sampling(1.7, 20, 0.8, 0.1)), theirs)
+
+
+def test_the_draw_at_its_edges():
+    out = float("-inf")
+    logits = torch.tensor([[out, 0.0, out, 0.0, out]], dtype=torch.float64)
+    for uniform, expected in ((0.0, 1), (0.4999, 1), (0.5, 3), (1 - 2**-53, 3)):
+        assert draw(logits, torch.tensor([[uniform]], dtype=torch.float64)).item() == expected
+
+
+def test_every_fault_is_named_at_once():
+    wrong = Sampling(float("nan"), -1, 0.0, 2.0, 0.0, -5)
+    with pytest.raises(UserError) as caught:
+        wrong.check()
+    for name in ("temperature nan", "top_k -1", "top_p 0.0", "min_p 2.0", "repetition_penalty 0.0", "seed -5"):
+        assert name in str(caught.value)
+    assert [fault[:9] for fault in Sampling(top_p=1.1).faults()] == ["top_p 1.1"]
+    Sampling(0.0, 0, 1.0, 0.0, 1.0, 0).check()
