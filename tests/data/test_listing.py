@@ -216,7 +216,7 @@ def test_a_dolma_that_is_gone_or_closed_names_c4_too(hub: HubServer, capsys: pyt
     with pytest.raises(Unreachable, match=r"Dolma cannot be reached: the Hub has no dataset 'allenai/dolma'.*C4"):
         find_source("dolma")
     assert resolve(DataConfig(source="dolma", fallback="c4")).source.name == "c4"
-    assert re.search(r"Dolma cannot be reached(.|\n)*taking c4 instead", capsys.readouterr().out)
+    assert re.search(r"Dolma cannot be reached(.|\n)*taking c4 instead", capsys.readouterr().err)
 
 
 def test_an_outage_of_everything_is_one_clear_message(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,7 +69,7 @@ def check(recipe: Recipe, monkeypatch: pytest.MonkeyPatch, free_bytes: int) -> s
 
 def test_the_room_is_said_where_there_is_enough(mixed_corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prepare(config(mixed_corpus))
-    assert re.search(r"preparing files-mixed-\w+: needs about .* MB of shards, .* free", capsys.readouterr().out)
+    assert re.search(r"preparing files-mixed-\w+: needs about .* MB of shards, .* free", capsys.readouterr().err)
 
 
 MOMENTS = {
