@@ -19,6 +19,7 @@ import numpy as np
 import psutil
 import pytest
 import tiktoken
+from hub_server import HubServer
 from tiktoken.load import load_tiktoken_bpe
 from tiktoken_ext.openai_public import r50k_pat_str
 
@@ -130,6 +131,8 @@ def mixed_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class InProcess(Executor):
     """Does a task when it is handed in: for tests of what is done, not of who does it."""
 
+    _processes = None  # of a ProcessPoolExecutor that has not started any
+
     def __init__(self, *_: Any, **__: Any) -> None:
         pass
 
@@ -240,6 +243,19 @@ def preparations(temp_data: Path) -> Iterator[Preparations]:
     found = Preparations(temp_data)
     yield found
     found.end()
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, temp_data: Path) -> Iterator[HubServer]:
+    """A Hub on loopback, which this process's client reaches."""
+    with HubServer() as server, server.reached(monkeypatch, tmp_path / "home"):
+        yield server
+
+
+@pytest.fixture
+def started(hub: HubServer, request: pytest.FixtureRequest) -> Preparations:
+    """The fixture `preparations`, whose processes inherit the address of the Hub."""
+    return request.getfixturevalue("preparations")
 
 
 def file_hashes(folder: Path) -> dict[str, str]:

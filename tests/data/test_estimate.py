@@ -4,7 +4,7 @@ import gzip
 import io
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -112,12 +112,6 @@ def test_nothing_to_sample_is_said(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"body": "a"}\n')
     with pytest.raises(UserError, match=r"holds no documents.*'body'"):
         estimate(recipe_of(DataConfig(source=f"files:{tmp_path}")), workers=1)
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
-    with HubServer() as server, server.reached(monkeypatch, tmp_path / "home"):
-        yield server
 
 
 @pytest.mark.parametrize("suffix", [".jsonl.gz", ".parquet"])

@@ -7,7 +7,7 @@ import random
 import resource
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,24 +25,6 @@ from myllm.data.sources import SourceFile
 from myllm.errors import UserError
 
 MANY = {"source": "hub:a/b:data/*", "val_tokens": 500, "workers": 1, "small_bytes": 1}
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, temp_data: Path) -> Iterator[HubServer]:
-    with HubServer() as server, server.reached(monkeypatch, tmp_path / "home"):
-        yield server
-
-
-@pytest.fixture
-def started(hub: HubServer, request: pytest.FixtureRequest) -> Any:
-    """The fixture `preparations`, whose processes inherit the address of the Hub."""
-    return request.getfixturevalue("preparations")
-
-
-@pytest.fixture
-def here(in_process: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prepare in this process."""
-    monkeypatch.setattr(preparing.ProcessPoolExecutor, "_processes", None, raising=False)
 
 
 def fetched(hub: HubServer) -> list[str]:
@@ -115,7 +97,7 @@ def test_no_more_is_downloaded_than_the_target_needs(hub: HubServer, started: An
     assert len(fetched(hub)) <= 2 + 2 * MANY["workers"] + Downloads.AHEAD_FILES
 
 
-def test_kept_downloads_serve_other_settings(hub: HubServer, here: None, temp_data: Path) -> None:
+def test_kept_downloads_serve_other_settings(hub: HubServer, in_process: None, temp_data: Path) -> None:
     names = add_many(hub, 4)
     first = {"source": "hub:a/b:data/*", "val_tokens": 500, "workers": 1}
     prepare(DataConfig(**first, keep_downloads=True), progress=False)
@@ -130,7 +112,7 @@ def test_kept_downloads_serve_other_settings(hub: HubServer, here: None, temp_da
     assert fetched(hub) == names
 
 
-def test_a_prepared_source_needs_no_hub(hub: HubServer, here: None) -> None:
+def test_a_prepared_source_needs_no_hub(hub: HubServer, in_process: None) -> None:
     add_many(hub, 2)
     config = DataConfig(source="hub:a/b:data/*", val_tokens=500, workers=1)
     first = prepare(config, progress=False)
@@ -142,7 +124,7 @@ def test_a_prepared_source_needs_no_hub(hub: HubServer, here: None) -> None:
 
 @pytest.mark.parametrize("workers", [(1, 2, 1), (2, 1, 2)])
 def test_kills_and_workers_change_no_byte(
-    hub: HubServer, started: Any, hashes: Callable[[Path], dict[str, str]], here: None, workers: tuple[int, ...],
+    hub: HubServer, started: Any, hashes: Callable[[Path], dict[str, str]], in_process: None, workers: tuple[int, ...],
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, temp_data: Path,
 ) -> None:  # fmt: skip
     """Killed in the middle of a download, and again once some tokens are sealed."""
@@ -173,7 +155,7 @@ def test_kills_and_workers_change_no_byte(
     assert hashes(whole.folder) == found
 
 
-def test_a_full_disk_while_downloading_is_said_to_be_one(hub: HubServer, here: None) -> None:
+def test_a_full_disk_while_downloading_is_said_to_be_one(hub: HubServer, in_process: None) -> None:
     hub.add_dataset("a/b", {"a.jsonl.gz": np.random.default_rng(1).bytes(1 << 20)})
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 19, before[1]))

@@ -9,7 +9,7 @@ import json
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ import tiktoken
 from hub_server import HubServer
 
 from myllm.config import DataConfig
-from myllm.data import prepare as preparing
 from myllm.data.catalog import CORPORA
 from myllm.data.listing import Unreachable
 from myllm.data.prepare import prepare
@@ -29,24 +28,6 @@ from myllm.data.prepare import prepare
 END = 50_256
 Made = tuple[dict[str, bytes], list[str], list[str]]
 """Files of a repository, which of them are to be downloaded, and the documents in them."""
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, temp_data: Path) -> Iterator[HubServer]:
-    with HubServer() as server, server.reached(monkeypatch, tmp_path / "home"):
-        yield server
-
-
-@pytest.fixture
-def started(hub: HubServer, request: pytest.FixtureRequest) -> Any:
-    """The fixture `preparations`, whose processes inherit the address of the Hub."""
-    return request.getfixturevalue("preparations")
-
-
-@pytest.fixture
-def here(in_process: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prepare in this process."""
-    monkeypatch.setattr(preparing.ProcessPoolExecutor, "_processes", None, raising=False)
 
 
 def prose(seed: str, words: int = 150) -> str:
@@ -157,7 +138,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_corpus_becomes_its_documents(
-    hub: HubServer, here: None, temp_data: Path, reference: tiktoken.Encoding, name: str
+    hub: HubServer, in_process: None, temp_data: Path, reference: tiktoken.Encoding, name: str
 ) -> None:
     files, wanted, expected = LAYOUTS[name]()
     corpus = CORPORA[name]
@@ -188,7 +169,7 @@ def dolma(hub: HubServer, mirror: HubServer, count: int = 4) -> list[str]:
     return [text for name in names for text in texts(name)]
 
 
-def test_dolma_is_read_from_its_urls(hub: HubServer, here: None, reference: tiktoken.Encoding) -> None:
+def test_dolma_is_read_from_its_urls(hub: HubServer, in_process: None, reference: tiktoken.Encoding) -> None:
     with HubServer() as mirror:
         expected = dolma(hub, mirror)
         dataset = prepare(DataConfig(source="dolma-sample", val_tokens=500, workers=1), progress=False)
@@ -196,7 +177,9 @@ def test_dolma_is_read_from_its_urls(hub: HubServer, here: None, reference: tikt
         assert len(mirror.seen("/plain/", "GET")) == 4
 
 
-def test_dolma_that_fails_in_the_middle_names_c4(hub: HubServer, here: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dolma_that_fails_in_the_middle_names_c4(
+    hub: HubServer, in_process: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with HubServer() as mirror:
         dolma(hub, mirror)
         mirror.fail_next("/plain/", times=999, retry_after=None)
