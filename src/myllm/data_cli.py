@@ -32,7 +32,7 @@ def list_sources() -> None:
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     print("\n" + "\n".join(f"{each.name}: {each.about}; {each.where}" for each in CORPORA.values()))
-    print("\nFigures are the publishers'; `myllm data estimate SOURCE` measures.")
+    print("\nFigures are approximate; `myllm data estimate SOURCE` measures.")
     _list_prepared()
 
 

@@ -1,7 +1,7 @@
 """The public corpora that are known by name: where they are, what they hold, and what one may do with them.
 
-Figures are the publishers', rounded. Tokens are GPT-2's where the publisher counts so, else words or another
-tokenizer's, as `tokens_note` says; `myllm data estimate` measures.
+Sizes and counts are approximate, for orientation, and mix publishers' ways of counting tokens; `myllm data estimate`
+measures.
 """
 
 from dataclasses import dataclass
