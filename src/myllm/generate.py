@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .errors import UserError
 from .model import KVCache, Transformer
+from .model.kv_cache import cache_dtype
 
 
 def generate(
@@ -63,7 +64,7 @@ def _continue(
     context = model.config.max_seq_len
     generator = torch.Generator().manual_seed(seed)
     tokens = list(prompt[-context:])
-    cache = KVCache(model.config, 1, context, device, _cache_dtype(device))
+    cache = KVCache(model.config, 1, context, device, cache_dtype(device))
     fresh = tokens
     for _ in range(max_new_tokens):
         if cache.length + len(fresh) > context:
@@ -89,7 +90,3 @@ def choose(logits: Tensor, temperature: float, top_k: int, generator: torch.Gene
     probabilities = ((logits - logits.max()) / temperature).softmax(dim=-1)
     drawn = torch.multinomial(probabilities, 1, generator=generator)
     return int(ids[drawn] if top_k else drawn)
-
-
-def _cache_dtype(device: torch.device) -> torch.dtype:
-    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32

@@ -1,7 +1,9 @@
 """Keys and values of the tokens already seen, so that generating the next one costs one token's work.
 
-Shapes: L layers, B batch, G key-value heads, T tokens, K head dimension.
+Shapes: L layers, B batch, M rows, G key-value heads, T tokens, K head dimension.
 """
+
+import copy
 
 import torch
 from torch import Tensor
@@ -43,3 +45,21 @@ class KVCache:
 
     def clear(self) -> None:
         self.length = 0
+
+    def fork(self, owners: Tensor, max_tokens: int) -> "KVCache":
+        """A cache whose row m begins with what row `owners[m]` of this one holds.
+
+        Shapes:
+            owners (M,), each in [0, B); the new cache has M rows
+        """
+        forked = copy.copy(self)
+        shape = (self.keys.shape[0], len(owners), self.keys.shape[2], max_tokens, self.keys.shape[4])
+        forked.keys, forked.values = self.keys.new_empty(shape), self.values.new_empty(shape)  # (L, M, G, T, K)
+        for mine, new in ((self.keys, forked.keys), (self.values, forked.values)):
+            new[:, :, :, : self.length] = mine[:, owners, :, : self.length]
+        return forked
+
+
+def cache_dtype(device: torch.device) -> torch.dtype:
+    """What keys and values come in: autocast's type where it is on."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
