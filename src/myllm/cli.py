@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import tyro
 
-from . import data_cli, tokenizer_cli
+from . import data_cli, eval_cli, tokenizer_cli
 from .errors import UserError, nearest
 from .launch import clear_errors
 
@@ -96,6 +96,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "data verify": data_cli.verify,
     "data show": data_cli.show,
     "tokenizer train": tokenizer_cli.tokenizer_train,
+    "eval": eval_cli.evaluate,
     "sample": sample,
     "chat": chat,
     "report": report,
