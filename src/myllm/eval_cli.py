@@ -71,11 +71,10 @@ def evaluate(
 
     _check(tasks, batch_size, hellaswag_examples)
     loaded, tokenizer = load_model(model, device)
-    context = loaded.config.max_seq_len
+    stride = max(loaded.config.max_seq_len // 2, 1) if stride is None else stride
     subject = Subject(
-        model, loaded, tokenizer, dataset, protocol, hellaswag_file, hellaswag_examples,
-        stride if stride is not None else max(context // 2, 1), batch_size,
-    )  # fmt: skip
+        model, loaded, tokenizer, dataset, protocol, hellaswag_file, hellaswag_examples, stride, batch_size
+    )
     results, faults = {}, []
     for task in dict.fromkeys(tasks):
         started = time.perf_counter()
