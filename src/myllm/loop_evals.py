@@ -15,7 +15,9 @@ from .data.order import count_sequences
 from .data.shards import Dataset
 from .data.tokenizer import Tokenizer
 from .distributed import Process
-from .evals import cloze, validation
+from .errors import UserError
+from .evals import cloze, hellaswag, validation
+from .evals.hellaswag_data import load_examples
 from .loading import LanguageModel
 from .metrics import JsonLines, Log
 from .model import Transformer
@@ -79,8 +81,37 @@ def planned_evals(
             lambda _: cloze.cloze_sums(model.score, examples, process.device, *share),
             cloze.finish,
         ),
+        *_hellaswag(config, model, tokenizer, process, log),
         Eval("samples", settings.sample_every_steps, measure_samples, lambda _: {}),
     ]
+
+
+def _hellaswag(config: RunConfig, model: Transformer, tokenizer: Tokenizer, process: Process, log: Log) -> list[Eval]:
+    """HellaSwag, where it is asked for and its data can be had; one line where they cannot."""
+    settings = config.eval
+    if not settings.hellaswag_every_steps:
+        return []
+    examples, fault = [], ""
+    if process.is_main:  # the others, on other machines too, get what it read
+        try:
+            examples = load_examples(settings.hellaswag_file, settings.hellaswag_examples)
+        except Exception as error:  # whatever it is: the other ranks wait, and no evaluation costs training
+            fault = str(error)
+    examples, fault = distributed.from_main((examples, fault))
+    try:
+        window = config.model.max_seq_len
+        items = hellaswag.make_items(examples, tokenizer.encode, tokenizer.end_of_text, window)
+    except UserError as error:
+        items, fault = [], str(error)
+    if not items:
+        log(f"no HellaSwag, training goes on without: {fault}")
+        return []
+
+    def measure(_: int) -> Tensor:
+        score = model.score_continuations
+        return hellaswag.hellaswag_sums(score, items, process.device, process.rank, process.world_size)
+
+    return [Eval("hellaswag", settings.hellaswag_every_steps, measure, hellaswag.finish)]
 
 
 def _write_samples(

@@ -1,0 +1,83 @@
+"""HellaSwag while training: measured when it is due, and never the reason that a run stops."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import eval_rows, launch, train_rows, write_run_config
+
+from myllm import loop_evals
+from myllm.config import RunConfig
+from myllm.data.prepare import prepare
+from myllm.distributed import process_group
+from myllm.errors import UserError
+from myllm.train import train
+
+OWN = Path(__file__).with_name("hellaswag_own.jsonl")
+
+
+def with_hellaswag(config: RunConfig, **changes: object) -> RunConfig:
+    settings = {"hellaswag_every_steps": 6, "hellaswag_file": str(OWN), "cloze_every_steps": 0} | changes
+    return replace(config, eval=replace(config.eval, **settings))
+
+
+def run(config: RunConfig) -> Path:
+    with process_group("cpu") as process:
+        return train(config, prepare(config.data, progress=False), process).run.root
+
+
+def test_rows_of_a_run(tiny: RunConfig):
+    rows = eval_rows(run(with_hellaswag(tiny, hellaswag_examples=9)), "hellaswag")
+    assert [row["step"] for row in rows] == [0, 6, 12]
+    for row in rows:
+        assert {"acc", "acc_norm", "acc_stderr", "acc_norm_stderr", "seconds"} <= row.keys()
+        assert row["n_examples"] == 9
+
+
+def test_two_ranks_give_the_same(tiny: RunConfig, tmp_path: Path):
+    config = with_hellaswag(replace(tiny, train=replace(tiny.train, max_steps=1)))
+    alone = eval_rows(run(config), "hellaswag")
+    path = write_run_config(replace(config, name="two"), tmp_path / "two.json")
+    done = launch("--config", path, ranks=2)
+    assert done.returncode == 0, done.stderr
+    both = eval_rows(tmp_path / "temp_data/runs/two", "hellaswag")
+    assert both[0] | {"seconds": 0} == alone[0] | {"seconds": 0}
+    assert both[0]["n_examples"] == 30
+
+
+def no_examples(*_: object) -> list:
+    raise UserError("HellaSwag is not to be had: no network")
+
+
+def test_without_its_data_training_goes_on(tiny: RunConfig, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(loop_evals, "load_examples", no_examples)
+    root = run(with_hellaswag(tiny, hellaswag_file=None))
+    assert len(train_rows(root)) == 12
+    assert eval_rows(root, "hellaswag") == []
+    said = [line for line in (root / "log.txt").read_text().splitlines() if "HellaSwag" in line]
+    assert len(said) == 1
+    assert "no HellaSwag, training goes on without: HellaSwag is not to be had: no network" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"hellaswag_file": "nowhere.jsonl"}, "no HellaSwag file at nowhere.jsonl"),
+        ({}, "HellaSwag needs a longer context"),
+    ],
+)
+def test_what_cannot_be_measured_is_said(changes: dict, said: str, tiny: RunConfig):
+    config = with_hellaswag(tiny, validation_tokens=64, **changes)
+    if not changes:
+        config = replace(config, model=replace(config.model, max_seq_len=8))
+    root = run(config)
+    assert said in (root / "log.txt").read_text()
+    assert len(train_rows(root)) == 12
+
+
+def test_off(tiny: RunConfig, monkeypatch: pytest.MonkeyPatch):
+    def never(*_: object) -> list:
+        raise AssertionError
+
+    monkeypatch.setattr(loop_evals, "load_examples", never)
+    assert "HellaSwag" not in (run(tiny) / "log.txt").read_text()
