@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from conftest import eval_rows
 
-from myllm import cli
+from myllm import cli, eval_cli
 from myllm.config import RunConfig
 from myllm.data.prepare import prepare
 from myllm.distributed import process_group
@@ -19,11 +20,23 @@ from myllm.train import train
 OWN = Path(__file__).parent / "evals" / "hellaswag_own.jsonl"
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A place where the first test leaves its run."""
+    return tmp_path_factory.mktemp("trained") / "temp_data"
+
+
 @pytest.fixture
-def run(tiny: RunConfig) -> Path:
-    config = replace(tiny, train=replace(tiny.train, max_steps=4))
-    with process_group("cpu") as process:
-        return train(config, prepare(config.data, progress=False), process).run.root
+def run(tiny: RunConfig, temp_data: Path, trained: Path) -> Path:
+    """A trained run in a temp_data/ that the test has to itself; trained once."""
+    if not trained.exists():
+        config = replace(tiny, train=replace(tiny.train, max_steps=4))
+        with process_group("cpu") as process:
+            train(config, prepare(config.data, progress=False), process)
+        shutil.copytree(temp_data, trained)
+    else:
+        shutil.copytree(trained, temp_data)
+    return temp_data / "runs" / "tiny"
 
 
 def evaluate(*words: object) -> int:
@@ -84,6 +97,31 @@ def test_a_checkpoint_and_the_other_protocol(run: Path, capsys: pytest.CaptureFi
     assert evaluate(*words, "--protocol", "lm-eval", "--hellaswag-examples", 7) == 0
     figures = json.loads((run / "eval.json").read_text())["tasks"]["hellaswag"]
     assert (figures["protocol"], figures["n_examples"]) == ("lm-eval", 7)
+
+
+def test_a_folder_of_any_name(run: Path, tmp_path: Path) -> None:
+    """A checkpoint that was copied elsewhere, such as to another machine."""
+    folder = shutil.copytree(run / "checkpoints/step_00000004", tmp_path / "mine")
+    assert evaluate(folder, "--tasks", "cloze") == 0
+    written = json.loads((folder / "eval.json").read_text())
+    assert (written["checkpoint"], written["step"]) == (str(folder), 4)
+
+
+def test_the_checkpoint_stays_the_same_while_training_saves_others(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def save_another(*_: object) -> dict:
+        shutil.copytree(run / "checkpoints/step_00000004", run / "checkpoints/step_00000009")
+        return {"acc": 0.5}
+
+    monkeypatch.setitem(eval_cli.TASKS, "cloze", save_another)
+    assert evaluate("tiny", "--tasks", "cloze", "validation") == 0
+    assert json.loads((run / "eval.json").read_text())["checkpoint"].endswith("step_00000004")
+
+
+def test_another_data_set_that_is_damaged_is_no_matter(run: Path) -> None:
+    for name, content in (("aaa", "{}"), ("zzz", "not JSON")):
+        (run.parent.parent / "datasets" / name).mkdir()
+        (run.parent.parent / "datasets" / name / "manifest.json").write_text(content)
+    assert evaluate("tiny", "--tasks", "cloze") == 0
 
 
 @pytest.mark.parametrize(

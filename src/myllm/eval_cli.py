@@ -28,7 +28,8 @@ TEXT_TASK = "perplexity:"
 class Subject:
     """What is evaluated, and how."""
 
-    where: str
+    folder: Path
+    """Of the checkpoint."""
     model: "Transformer"
     tokenizer: "Tokenizer"
     dataset: str | None
@@ -54,7 +55,7 @@ def evaluate(
     """Measure a trained model: held-out loss, HellaSwag, cloze, and the perplexity of any text.
 
     Args:
-        model: a run's name or folder (its newest checkpoint), or a checkpoint's folder.
+        model: a run's name or folder (its newest intact checkpoint), or any folder that holds a checkpoint.
         tasks: any of validation, hellaswag, cloze and perplexity:FILE, a text of your own.
         protocol: how HellaSwag is scored. nanogpt: as build-nanogpt and llm.c do, acc_norm by the mean a token;
             lm-eval: as lm-evaluation-harness does, acc_norm by the character.
@@ -68,12 +69,14 @@ def evaluate(
         device: auto, cpu, cuda or mps.
     """
     from .loading import load_model
+    from .run_folder import latest_checkpoint
 
     _check(tasks, batch_size, hellaswag_examples)
-    loaded, tokenizer = load_model(model, device)
+    folder = latest_checkpoint(model, paths.runs())  # once: a run that trains on saves others meanwhile
+    loaded, tokenizer = load_model(folder, device)
     stride = max(loaded.config.max_seq_len // 2, 1) if stride is None else stride
     subject = Subject(
-        model, loaded, tokenizer, dataset, protocol, hellaswag_file, hellaswag_examples, stride, batch_size
+        folder, loaded, tokenizer, dataset, protocol, hellaswag_file, hellaswag_examples, stride, batch_size
     )
     results, faults = {}, []
     for task in dict.fromkeys(tasks):
@@ -86,7 +89,7 @@ def evaluate(
         results[task] = figures | {"seconds": round(time.perf_counter() - started, 2)}
     if results:
         print(table(results))
-        print(_write(results, model, subject, out))
+        print(_write(results, model, folder, out))
     if faults:
         raise UserError("\n".join(faults))
 
@@ -115,17 +118,16 @@ def _measure(task: str, subject: Subject) -> Figures:
 
 def measure_validation(subject: Subject) -> Figures:
     """The held-out tokens that training validated on."""
-    from .data.loader import batch_of
     from .data.order import count_sequences
     from .evals import perplexity
+    from .evals.validation import validation_batches
 
     data, config = _held_out(subject), _config(subject)
     context = subject.model.config.max_seq_len
     n = min(config.eval.validation_tokens // context, count_sequences(data.val.tokens, context))
     if not n:
         raise UserError(f"the data set {data.name} holds out {data.val.tokens:,} tokens, fewer than the context")
-    starts = range(0, n, subject.batch_size)
-    batches = (batch_of(data.val, list(range(s, min(s + subject.batch_size, n))), context) for s in starts)
+    batches = validation_batches(data.val, n, context, subject.batch_size)
     sums = perplexity.assess_sums(subject.model.assess, batches, _token_bytes(subject.tokenizer), _device(subject))
     return perplexity.finish(sums)
 
@@ -196,17 +198,10 @@ def _token_bytes(tokenizer: "Tokenizer") -> Any:
     return torch.from_numpy(tokenizer.token_bytes())
 
 
-def _folder(subject: Subject) -> Path:
-    """The checkpoint's folder."""
-    from .run_folder import latest_checkpoint
-
-    return latest_checkpoint(subject.where, paths.runs())
-
-
 def _config(subject: Subject) -> Any:
     from .config import RunConfig, from_dict
 
-    return from_dict(json.loads((_folder(subject) / "config.json").read_text(encoding="utf-8")), RunConfig())
+    return from_dict(json.loads((subject.folder / "config.json").read_text(encoding="utf-8")), RunConfig())
 
 
 def _held_out(subject: Subject) -> "Dataset":
@@ -217,22 +212,7 @@ def _held_out(subject: Subject) -> "Dataset":
     """
     from .data.shards import find_dataset
 
-    if subject.dataset is not None:
-        found = find_dataset(subject.dataset)
-    else:
-        folder = _folder(subject)
-        wanted = json.loads((folder / "state.json").read_text(encoding="utf-8"))["data"]["dataset_hash"]
-        made = [each.parent for each in paths.datasets().glob("[!.]*/manifest.json")]
-        found = next((data for data in (find_dataset(str(each)) for each in made) if data.hash == wanted), None)
-        named = _config(subject).data.dataset
-        if found is None and named is not None:
-            found = find_dataset(named)
-            found = found if found.hash == wanted else None
-        if found is None:
-            raise UserError(
-                f"the data set that {folder} was trained on is not under {paths.datasets()}; name one that is with "
-                "--dataset, or leave the task out"
-            )
+    found = find_dataset(subject.dataset) if subject.dataset is not None else _trained_on(subject)
     made_with = found.manifest["tokenizer"]
     if made_with["sha256"] != subject.tokenizer.sha256:
         raise UserError(
@@ -240,6 +220,29 @@ def _held_out(subject: Subject) -> "Dataset":
             f"{subject.tokenizer.name}; name another with --dataset"
         )
     return found
+
+
+def _trained_on(subject: Subject) -> "Dataset":
+    """
+    Raises:
+        UserError: it is not here, or damaged.
+    """
+    from .data.shards import Dataset
+
+    wanted = json.loads((subject.folder / "state.json").read_text(encoding="utf-8"))["data"]["dataset_hash"]
+    named = _config(subject).data.dataset
+    folders = [each.parent for each in paths.datasets().glob("[!.]*/manifest.json")]
+    for folder in (*folders, *([Path(named).expanduser()] if named else [])):
+        try:
+            fingerprint = Dataset.read(folder).manifest.get("fingerprint")
+        except UserError:  # another data set, damaged or gone, is no matter here
+            continue
+        if fingerprint == wanted:
+            return Dataset.open(folder)
+    raise UserError(
+        f"the data set that {subject.folder} was trained on is not under {paths.datasets()}; name one that is with "
+        "--dataset, or leave the task out"
+    )
 
 
 # -- what comes out ---------------------------------------------------------------------------------------------------
@@ -256,8 +259,7 @@ def _shown(value: Any) -> str:
     return f"{value:.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _write(results: dict[str, Figures], where: str, subject: Subject, out: Path | None) -> Path:
-    folder = _folder(subject)
+def _write(results: dict[str, Figures], where: str, folder: Path, out: Path | None) -> Path:
     if out is None:
         home = folder.parent.parent if folder.parent.name == "checkpoints" else folder
         out = home / "eval.json"

@@ -16,8 +16,9 @@ from .data.shards import Dataset
 from .data.tokenizer import Tokenizer
 from .distributed import Process
 from .errors import UserError
-from .evals import cloze, hellaswag, validation
+from .evals import cloze, hellaswag, perplexity
 from .evals.hellaswag_data import load_examples
+from .evals.validation import validation_batches
 from .loading import LanguageModel
 from .metrics import JsonLines, Log
 from .model import Transformer
@@ -51,15 +52,13 @@ def planned_evals(
 ) -> list[Eval]:
     """Every evaluation that the config asks for and the data allow. `model` is the bare one: no wrapper, no compile."""
     settings, share = config.eval, (process.rank, process.world_size)
-    token_bytes = torch.zeros(config.model.vocab_size, dtype=torch.int64)
-    token_bytes[: tokenizer.vocab_size] = torch.from_numpy(tokenizer.token_bytes())[: config.model.vocab_size]
-    token_bytes = token_bytes.to(process.device)
+    token_bytes = torch.from_numpy(tokenizer.token_bytes())
     seq_len = config.model.max_seq_len
     n_sequences = min(settings.validation_tokens // seq_len, count_sequences(dataset.val.tokens, seq_len))
 
     def measure_validation(_: int) -> Tensor:
-        batch = config.train.micro_batch_size
-        return validation.validation_sums(model.score, dataset.val, n_sequences, seq_len, batch, token_bytes, *share)
+        batches = validation_batches(dataset.val, n_sequences, seq_len, config.train.micro_batch_size, *share)
+        return perplexity.assess_sums(model.assess, batches, token_bytes, process.device)
 
     examples = cloze.make_examples(dataset.val, tokenizer.end_of_text, settings.cloze_examples, config.train.seed)
     if settings.cloze_every_steps and not examples:
@@ -74,7 +73,7 @@ def planned_evals(
         return torch.zeros(1)
 
     return [
-        Eval("validation", settings.validation_every_steps, measure_validation, validation.finish),
+        Eval("validation", settings.validation_every_steps, measure_validation, perplexity.finish),
         Eval(
             "cloze",
             cloze_every,

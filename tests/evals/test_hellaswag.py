@@ -106,21 +106,22 @@ def test_neither_the_batch_nor_the_number_of_ranks_changes_anything(protocol, to
     items = make_items(load_examples(OWN), tokenizer.encode, tokenizer.end_of_text, 160, protocol)
     whole, score = totals(model, items), model.score_continuations
     sums = hellaswag_sums(score, items, CPU, 0, 1)
-    for batch in (1, 3, 100):
+    for batch in (1, 100):
         other = totals(model, items, batch)
         assert other.keys() == whole.keys()
         for number, expected in whole.items():
             assert other[number] == pytest.approx(expected, abs=2e-4)
         assert torch.equal(hellaswag_sums(score, items, CPU, 0, 1, batch), sums)
-    for ranks in (2, 3, 50):
-        shares = [hellaswag_sums(score, items, CPU, rank, ranks, 4) for rank in range(ranks)]
-        assert torch.equal(sum(shares), sums)
+    fours = totals(model, items, 4)
+    shares = [hellaswag_sums(score, items, CPU, rank, 3, 4) for rank in range(3)]
+    assert torch.equal(sum(shares), sums)
+    for ranks in (2, 50):  # of 50 most have nothing to do
         split: dict = {}
         for rank in range(ranks):
             mine = totals(model, items, 4, rank, ranks)
             assert not split.keys() & mine.keys()
             split |= mine
-        assert split == totals(model, items, 4)  # to the last bit
+        assert split == fours  # to the last bit
 
 
 def test_the_context_is_computed_once_and_only_endings_are_asked(tokenizer):

@@ -104,7 +104,7 @@ def published(hub: HubServer, tmp_path: Path) -> SourceFile:
     content = write_parquet(tmp_path / "made.parquet").read_bytes()
     commit = hub.add_dataset("Rowan/hellaswag", {"data/validation-00000-of-00001.parquet": content})
     where = f"hf://datasets/Rowan/hellaswag@{commit}/data/validation-00000-of-00001.parquet"
-    return replace(PINNED, where=where, digest=hashlib.sha256(content).hexdigest())
+    return replace(PINNED, where=where, size_bytes=len(content), digest=hashlib.sha256(content).hexdigest())
 
 
 def test_downloaded_once_checked_and_kept(hub: HubServer, tmp_path: Path, temp_data: Path):
@@ -124,11 +124,13 @@ def test_other_bytes_than_the_pinned_ones_are_refused(hub: HubServer, tmp_path: 
     assert not list(temp_data.rglob("*.parquet"))
 
 
-def test_a_hub_that_does_not_answer(hub: HubServer, tmp_path: Path):
-    pinned = published(hub, tmp_path)
+def test_a_hub_that_does_not_answer(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pinned, waits = published(hub, tmp_path), []
     hub.down()
+    monkeypatch.setattr(fetching.time, "sleep", waits.append)
     with pytest.raises(UserError, match=r"HellaSwag is not to be had: cannot download .*--eval.hellaswag-file"):
         load_examples(pinned=pinned)
+    assert sum(waits) < 10  # a run waits for it
 
 
 def test_what_is_pinned():

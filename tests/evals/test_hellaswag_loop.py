@@ -17,8 +17,11 @@ OWN = Path(__file__).with_name("hellaswag_own.jsonl")
 
 
 def with_hellaswag(config: RunConfig, **changes: object) -> RunConfig:
-    settings = {"hellaswag_every_steps": 6, "hellaswag_file": str(OWN), "cloze_every_steps": 0} | changes
-    return replace(config, eval=replace(config.eval, **settings))
+    """Two steps, HellaSwag before, between and after, and nothing else."""
+    others = {"validation_every_steps": 0, "cloze_every_steps": 0, "sample_every_steps": 0}
+    settings = others | {"hellaswag_every_steps": 1, "hellaswag_file": str(OWN), "hellaswag_examples": 9} | changes
+    train = replace(config.train, max_steps=2, save_every_steps=0)
+    return replace(config, train=train, eval=replace(config.eval, **settings))
 
 
 def run(config: RunConfig) -> Path:
@@ -27,15 +30,15 @@ def run(config: RunConfig) -> Path:
 
 
 def test_rows_of_a_run(tiny: RunConfig):
-    rows = eval_rows(run(with_hellaswag(tiny, hellaswag_examples=9)), "hellaswag")
-    assert [row["step"] for row in rows] == [0, 6, 12]
+    rows = eval_rows(run(with_hellaswag(tiny)), "hellaswag")
+    assert [row["step"] for row in rows] == [0, 1, 2]
     for row in rows:
         assert {"acc", "acc_norm", "acc_stderr", "acc_norm_stderr", "seconds"} <= row.keys()
         assert row["n_examples"] == 9
 
 
 def test_two_ranks_give_the_same(tiny: RunConfig, tmp_path: Path):
-    config = with_hellaswag(replace(tiny, train=replace(tiny.train, max_steps=1)))
+    config = with_hellaswag(tiny, hellaswag_every_steps=2, hellaswag_examples=None)
     alone = eval_rows(run(config), "hellaswag")
     path = write_run_config(replace(config, name="two"), tmp_path / "two.json")
     done = launch("--config", path, ranks=2)
@@ -52,7 +55,7 @@ def no_examples(*_: object) -> list:
 def test_without_its_data_training_goes_on(tiny: RunConfig, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(loop_evals, "load_examples", no_examples)
     root = run(with_hellaswag(tiny, hellaswag_file=None))
-    assert len(train_rows(root)) == 12
+    assert len(train_rows(root)) == 2
     assert eval_rows(root, "hellaswag") == []
     said = [line for line in (root / "log.txt").read_text().splitlines() if "HellaSwag" in line]
     assert len(said) == 1
@@ -67,12 +70,12 @@ def test_without_its_data_training_goes_on(tiny: RunConfig, monkeypatch: pytest.
     ],
 )
 def test_what_cannot_be_measured_is_said(changes: dict, said: str, tiny: RunConfig):
-    config = with_hellaswag(tiny, validation_tokens=64, **changes)
+    config = with_hellaswag(tiny, **changes)
     if not changes:
         config = replace(config, model=replace(config.model, max_seq_len=8))
     root = run(config)
     assert said in (root / "log.txt").read_text()
-    assert len(train_rows(root)) == 12
+    assert len(train_rows(root)) == 2
 
 
 def test_off(tiny: RunConfig, monkeypatch: pytest.MonkeyPatch):
@@ -80,4 +83,4 @@ def test_off(tiny: RunConfig, monkeypatch: pytest.MonkeyPatch):
         raise AssertionError
 
     monkeypatch.setattr(loop_evals, "load_examples", never)
-    assert "HellaSwag" not in (run(tiny) / "log.txt").read_text()
+    assert "HellaSwag" not in (run(with_hellaswag(tiny, hellaswag_every_steps=0)) / "log.txt").read_text()

@@ -15,11 +15,13 @@ PINNED = SourceFile(
     name="validation-00000-of-00001.parquet",
     where="hf://datasets/Rowan/hellaswag@218ec52e09a7e7462a5400043bb9a69a41d06b76/data/validation-00000-of-00001.parquet",
     reader="parquet",
-    size_bytes=0,  # the digest says more
+    size_bytes=6_315_951,
     digest="899813071e1e95efafec90f856e1987d2150fa4d020fc005df6962c259f660cd",
 )
 TEXTS = ("activity_label", "ctx_a", "ctx_b", "ctx")
 KINDS = (".jsonl", ".parquet")
+TRIES = 3
+"""A few seconds where there is no network: training waits for them, and goes on without."""
 
 
 def load_examples(
@@ -46,7 +48,7 @@ def load_examples(
 
 def _downloaded(pinned: SourceFile) -> Path:
     try:
-        return fetch(pinned, paths.downloads() / "hellaswag")
+        return fetch(pinned, paths.downloads() / "hellaswag", tries=TRIES)
     except (UserError, OSError) as error:
         # The advice behind the semicolon is for a data set's listing, which this file has none of.
         raise UserError(
