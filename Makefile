@@ -11,7 +11,7 @@ environment: ## make or complete the Python environment
 	@src/environment.sh --dev
 
 test: lint ## everything that CI runs: lint, then the tests
-	@$(PYTHON) -m pytest --numprocesses auto --dist loadfile
+	@$(PYTHON) -m pytest --numprocesses auto --dist loadfile --max-worker-restart 1
 
 lint: environment ## check style: Python and shell
 	@$(PYTHON) -m ruff check .

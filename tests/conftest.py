@@ -16,6 +16,8 @@ from myllm.config import DataConfig, EvalConfig, ModelConfig, OptimConfig, RunCo
 
 # For this process's children too: the models here are too small to share out, and the tests run side by side.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Compiling in the process itself: one thing less that can be left behind.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 # A shell that starts the tests in the background has them ignore Ctrl-C, and so would every process they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).resolve().parents[1]

@@ -71,6 +71,6 @@ def test_a_killed_process_lets_go_of_its_lock(tmp_path: Path) -> None:
     with pytest.raises(BlockingIOError), locked(tmp_path / "lock", wait=False):
         pass
     process.kill()
-    process.communicate()
+    process.communicate(timeout=240)
     with locked(tmp_path / "lock", wait=False):
         pass

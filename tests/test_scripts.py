@@ -244,7 +244,7 @@ def test_two_at_once_install_once(machine):
 
 def test_takes_over_the_lock_of_a_killed_process(machine):
     dead = subprocess.Popen(["true"])
-    dead.wait()
+    dead.wait(timeout=60)
     (machine.root / ".venv.lock").mkdir()
     (machine.root / ".venv.lock" / "owner").write_text(f"{os.uname().nodename} {dead.pid}\n")
     machine.run(status=1, PIP_FAILS_AT="install")

@@ -229,13 +229,13 @@ class Preparations:
             os.killpg(process.pid, signal.SIGKILL)
         else:
             process.kill()
-        process.wait()  # and not for its orphans, which end a moment later: the next one has to bear them
+        process.wait(timeout=60)  # and not for its orphans, which end a moment later: the next one has to bear them
 
     def end(self) -> None:
         for process in self.processes():
             process.send_signal(signal.SIGKILL)
         for process in self._started:
-            process.communicate()
+            process.communicate(timeout=240)
 
 
 @pytest.fixture

@@ -147,7 +147,7 @@ def test_a_killed_download_goes_on_where_it_was(hub: HubServer, file: SourceFile
         assert time.monotonic() < deadline
         time.sleep(0.01)
     client.send_signal(signal.SIGKILL)
-    client.wait()
+    client.wait(timeout=60)
     have = local_path(file, tmp_path / "d").with_name("train%200.parquet.part").stat().st_size
     hub.slow("/cdn/", None)
     assert fetch(file, tmp_path / "d").read_bytes() == CONTENT

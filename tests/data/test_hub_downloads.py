@@ -68,7 +68,7 @@ def test_few_downloads_are_on_the_disk_at_a_time(hub: HubServer, started: Any, t
     watching = threading.Thread(target=watch)
     watching.start()
     process = started.start(**MANY)
-    _, errors = process.communicate()
+    _, errors = process.communicate(timeout=240)
     over.set()
     watching.join()
     assert process.returncode == 0, errors
@@ -91,7 +91,7 @@ def test_a_file_of_many_units_is_not_followed_by_all_the_others(kind: str, most:
 def test_no_more_is_downloaded_than_the_target_needs(hub: HubServer, started: Any) -> None:
     names = add_many(hub)
     process = started.start(**MANY, target_tokens=3_000)
-    _, errors = process.communicate()
+    _, errors = process.communicate(timeout=240)
     assert process.returncode == 0, errors
     assert set(fetched(hub)) < set(names)
     assert len(fetched(hub)) <= 2 + 2 * MANY["workers"] + Downloads.AHEAD_FILES
@@ -142,7 +142,7 @@ def test_kills_and_workers_change_no_byte(
         started.kill(process)
     hub.slow("/cdn/", None)
     process = started.start(**MANY | {"workers": workers[-1]}, shard_tokens=5_000)
-    _, errors = process.communicate()
+    _, errors = process.communicate(timeout=240)
     assert process.returncode == 0, errors
     assert {one.split("/")[-1] for one in fetched(hub)} == {name.split("/")[-1] for name in names}
     assert sum(one.sent_bytes for one in hub.seen("/cdn/")) < 2 * size

@@ -220,7 +220,7 @@ def test_a_killed_download_starts_again(hub: HubServer, tmp_path: Path) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.02)
     client.send_signal(signal.SIGKILL)
-    client.wait()
+    client.wait(timeout=60)
     hub.slow("/cdn/", None)
     assert fetch(hub, tmp_path, "large.bin") == LARGE
     assert [one.range for one in hub.seen("/cdn/")] == [None, None]

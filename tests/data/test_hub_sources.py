@@ -194,11 +194,11 @@ def test_c4_is_taken_where_dolma_cannot_be_reached(hub: HubServer, started: Any,
     hub.fail_next("allenai/dolma", times=99, retry_after=None)
     settings = {"source": "dolma-sample", "val_tokens": 500, "workers": 1}
     at_once = "import time\ntime.sleep = lambda _: None\n"
-    _, errors = (alone := started.start(at_once, **settings)).communicate()
+    _, errors = (alone := started.start(at_once, **settings)).communicate(timeout=240)
     assert alone.returncode
     assert "user error: Dolma cannot be reached: the Hub at http" in errors
     assert "C4 is the next best" in errors
-    _, said = (other := started.start(at_once, **settings, fallback="c4")).communicate()
+    _, said = (other := started.start(at_once, **settings, fallback="c4")).communicate(timeout=240)
     assert other.returncode == 0
     assert "taking c4 instead" in said
     assert Counter(documents_of(started.folder, reference)) == Counter(expected)

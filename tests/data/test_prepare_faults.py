@@ -137,7 +137,7 @@ def test_a_killed_parent_leaves_no_worker_behind(long_file: Path, preparations: 
     preparations.wait_for(lambda: list(preparations.datasets.glob("*/work/.*.tmp")))
     assert preparations.workers()
     process.kill()
-    process.wait()
+    process.wait(timeout=60)
     preparations.wait_for(lambda: not preparations.processes(), timeout_s=5)
 
 
