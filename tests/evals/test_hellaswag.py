@@ -54,8 +54,9 @@ def totals(model: Transformer, items: list, batch: int = 16, rank: int = 0, rank
 def naive_total(model: Transformer, context: list[int], ending: list[int]) -> float:
     """One sequence, the whole forward pass, no cache; the text's beginning is cut where the window ends."""
     whole = (context + ending)[-(model.config.max_seq_len + 1) :]
-    log_probs = model(torch.tensor([whole[:-1]]))[0].double().log_softmax(dim=-1)  # (T, V)
-    return sum(float(log_probs[i - 1, whole[i]]) for i in range(len(whole) - len(ending), len(whole)))
+    logits = model(torch.tensor([whole[:-1]]))[0, -len(ending) :]  # (ending, V)
+    log_probs = logits.double().log_softmax(dim=-1)
+    return sum(float(row[token]) for row, token in zip(log_probs, ending, strict=True))
 
 
 def naive_texts(row: dict, protocol: str, tokenizer: Tokenizer) -> tuple[list[int], list[list[int]], list[int]]:
