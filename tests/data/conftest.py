@@ -55,7 +55,7 @@ def _vocabulary() -> dict[str, Any]:
 def write_manifest(folder: Path, shards: list[dict[str, Any]], name: str = "manifest.json") -> None:
     """A manifest, or the list of what is there so far, put in its place in one step."""
     manifest = {
-        "fingerprint": "f" * 64, "format": "myllm-shards-2", "source": "made-by-hand", "dtype": "uint16",
+        "fingerprint": "f" * 64, "format": "myllm-shards-3", "source": "made-by-hand", "dtype": "uint16",
         "tokenizer": _vocabulary(), "shards": shards,
         "progress": {"done_bytes": len(shards), "source_bytes": 100},
     }  # fmt: skip
@@ -204,7 +204,7 @@ class Preparations:
     def workers(self) -> list[psutil.Process]:
         return [process for process in self.processes() if "--multiprocessing-fork" in process.cmdline()]
 
-    def wait_for(self, condition: Callable[[], Any], timeout_s: float = 30) -> None:
+    def wait_for(self, condition: Callable[[], Any], timeout_s: float = 120) -> None:
         deadline = time.monotonic() + timeout_s
         while not condition():
             assert time.monotonic() < deadline, "waited in vain"

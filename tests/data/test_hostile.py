@@ -114,12 +114,14 @@ def test_a_line_of_50_mb(folder: Path, tmp_path: Path, tokenizer: Tokenizer) -> 
     text = "The river ran on. " * (50_000_000 // 18)
     with (folder / "a.jsonl").open("wb") as file:
         file.writelines([line("before"), line(text), line("after")])
-    source, out = find_source(f"files:{folder}"), unit_path(tmp_path, 0)
-    (unit,) = make_units(source.files, False, 0)
-    tokenise_unit(unit, {"a.jsonl": folder / "a.jsonl"}, source, DataConfig(), out, tmp_path / "stop")
-    index, tokens = load_index(tmp_path, 0), np.fromfile(out, dtype="<u2")
-    assert not index.faults.counts
-    documents = np.split(tokens, np.cumsum(index.lengths)[:-1])
+    source, documents = find_source(f"files:{folder}"), []
+    for number, unit in enumerate(make_units(source.files, False, 0)):  # the line reaches over several
+        out = unit_path(tmp_path, number)
+        tokenise_unit(unit, {"a.jsonl": folder / "a.jsonl"}, source, DataConfig(), out, tmp_path / "stop")
+        index = load_index(tmp_path, number)
+        assert not index.faults.counts
+        documents += np.split(np.fromfile(out, dtype="<u2"), np.cumsum(index.lengths))[:-1]
+    assert len(documents) == 3
     assert [tokenizer.decode(documents[at][1:]) for at in (0, 2)] == ["before", "after"]
     # Decoding it all takes longer than all else: its size, and its beginning.
     assert tokenizer.token_bytes()[documents[1]].sum() == len(text)

@@ -215,6 +215,32 @@ def test_what_someone_deleted_from_an_unfinished_data_set_is_made_again(
     assert hashes(prepare(asked, progress=False).folder) == expected
 
 
+def flip(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+@pytest.mark.parametrize("kind", ["bin", "npz"])
+@pytest.mark.parametrize(
+    "damage", [flip, lambda c: b"", lambda c: c[: len(c) // 2], lambda c: bytes(len(c)), lambda c: c + b"ab"],
+    ids=["a bit", "empty", "half", "zeros", "more"],
+)  # fmt: skip
+def test_units_that_a_power_failure_left_damaged_are_made_again(
+    damage: Callable[[bytes], bytes], kind: str, mixed_corpus: Path, monkeypatch: pytest.MonkeyPatch, hashes: Hashes
+) -> None:
+    monkeypatch.setattr(units, "SMALL_BYTES", 1)
+    asked = config(mixed_corpus, shard_tokens=5_000)
+    expected = hashes(prepare(asked, progress=False).folder)
+    folder = recipe_of(asked).folder
+    shutil.rmtree(folder)
+    interrupt(asked, 3, monkeypatch)
+    made = sorted((folder / "work").glob("[0-9]*.npz"))
+    assert len(list((folder / "work").glob("[0-9]*.bin"))) < len(made), "some are in shards already"
+    for path in (folder / "work").glob(f"[0-9]*.{kind}"):
+        path.write_bytes(damage(path.read_bytes()))
+    assert hashes(prepare(asked, progress=False).folder) == expected
+
+
 def test_killed_right_after_the_manifest_nothing_is_left_lying_about(mixed_corpus: Path, hashes: Hashes) -> None:
     dataset = prepare(config(mixed_corpus), progress=False)
     expected = hashes(dataset.folder)

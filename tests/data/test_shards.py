@@ -105,9 +105,9 @@ def test_a_missing_or_short_shard_is_refused(dataset: Dataset, damage: str) -> N
         (b"\xff", "cannot read"),
         (b"[]", "format None"),
         (b'{"format": "myllm-shards-0"}', "format 'myllm-shards-0'"),
-        (b'{"format": "myllm-shards-1"}', "format 'myllm-shards-1', expected 'myllm-shards-2'"),
-        (b'{"format": "myllm-shards-2"}', "damaged"),
-        (b'{"format": "myllm-shards-2", "fingerprint": "f", "shards": [{"file": "a"}]}', "damaged"),
+        (b'{"format": "myllm-shards-1"}', "format 'myllm-shards-1', expected 'myllm-shards-3'"),
+        (b'{"format": "myllm-shards-3"}', "damaged"),
+        (b'{"format": "myllm-shards-3", "fingerprint": "f", "shards": [{"file": "a"}]}', "damaged"),
     ],
 )
 def test_a_damaged_manifest_is_refused(dataset: Dataset, content: bytes | None, said: str) -> None:

@@ -21,6 +21,7 @@ from .prepare import (
     available_cores,
     clear_disk_errors,
     exclusive,
+    forget_damaged,
     is_made,
     open_work,
     prepare,
@@ -80,6 +81,7 @@ def prepare_part(config: DataConfig, part: str, progress: bool = True) -> Path:
         wanted = None if config.target_tokens is None else 1.05 * (config.target_tokens + recipe.val_tokens) / parts
         tokens, size_bytes = 0, sum(piece.size_bytes for each in mine for piece in units[each])
         with worker_pools(recipe, work, workers) as (pool, downloads), progress_bar(size_bytes, progress) as bar:
+            forget_damaged(work, pool)
             job = Job(recipe, units, mine, work, pool, downloads, in_flight=2 * workers)
             with job.finished(bar) as finished:
                 for each in finished:

@@ -15,10 +15,11 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import repeat
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -36,7 +37,7 @@ from .recipe import Recipe, estimate_tokens, recipe_of
 from .room import check_disk
 from .shards import MANIFEST, PROGRESS, SETTINGS, TOKENIZER, WORK, Dataset, find_dataset
 from .sources import find_source
-from .units import start_worker
+from .units import is_intact, start_worker, unit_path
 
 PART_DONE = "done.json"
 """In the folder of a part (parts.py) all of whose units are there."""
@@ -130,6 +131,7 @@ def _build(recipe: Recipe, workers: int, progress: bool) -> None:
     adopt_parts(recipe, work)
     units = recipe.units
     with worker_pools(recipe, work, workers) as (pool, downloads), progress_bar(_size(recipe), progress) as bar:
+        forget_damaged(work, pool)
         assembly = Assembly(recipe, folder, work, pool)
         # Shards that are written meanwhile go on the list at once: training may be waiting for them.
         job = Job(recipe, units, range(len(units)), work, pool, downloads, 2 * workers, assembly.settle)
@@ -200,6 +202,15 @@ def adopt_parts(recipe: Recipe, work: Path) -> None:
             )
         for path in sorted(done.parent.glob("[0-9]*")):  # .bin before .npz, which says that both are there
             path.rename(work / path.name)
+
+
+def forget_damaged(work: Path, pool: Executor) -> None:
+    """Delete the units of an earlier call, or of another machine, that did not reach this disk whole."""
+    numbers = [int(index.stem) for index in sorted(work.glob("[0-9]*.npz"))]
+    for number, intact in zip(numbers, pool.map(is_intact, repeat(work), numbers), strict=True):
+        if not intact:
+            unit_path(work, number).with_suffix(".npz").unlink()
+            unit_path(work, number).unlink(missing_ok=True)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import re
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def cut_text(text: str, size: int) -> Iterator[str]:
 
 
 class R50k:
-    """The vocabulary that ships with the code. Load once a process: building the tables takes a moment.
+    """The vocabulary that ships with the code. Its tables are built at first use, which takes a moment.
 
     Raises:
         UserError: if the vocabulary file is missing or not the one expected.
@@ -67,14 +68,21 @@ class R50k:
                 f"the vocabulary {file} is damaged: its sha256 is {self.sha256[:12]}..., expected "
                 f"{VOCAB_SHA256[:12]}...; restore it with git checkout"
             )
-        ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, content.splitlines())}
         self.name = NAME
         self.end_of_text = END_OF_TEXT
-        self._ranks = ranks
-        self._bpe = tiktoken.Encoding(
-            NAME, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": END_OF_TEXT}
+        self.vocab_size = END_OF_TEXT + 1
+        self._content = content
+
+    @cached_property
+    def _ranks(self) -> dict[bytes, int]:
+        return {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, self._content.splitlines())}
+
+    @cached_property
+    def _bpe(self) -> tiktoken.Encoding:
+        # At first use: the process that plans a data set never encodes.
+        return tiktoken.Encoding(
+            NAME, pat_str=PATTERN, mergeable_ranks=self._ranks, special_tokens={"<|endoftext|>": END_OF_TEXT}
         )
-        self.vocab_size = self._bpe.n_vocab
 
     def encode(self, text: str) -> np.ndarray:
         if len(text) < MAX_SPACE_CHARS:  # too short to hold such a run: nothing to look for

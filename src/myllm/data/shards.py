@@ -30,7 +30,7 @@ TOKENIZER = "tokenizer.json"
 """A vocabulary of one's own."""
 WORK = "work"
 """What an unfinished preparation goes on from."""
-FORMAT = "myllm-shards-2"
+FORMAT = "myllm-shards-3"
 _REMEDY = "delete {} and prepare it again"
 
 

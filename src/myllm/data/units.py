@@ -1,7 +1,8 @@
 """Units of work: which files, or parts of files, a worker takes at once, and how it makes tokens of them.
 
 A unit leaves two files: `000012.bin`, its documents' tokens end to end, and `000012.npz`, how long each document is and
-a hash of it. The second is written last: a unit that has it is done, and no restart does it again.
+a hash of it. The second is written last: a unit that has it is done, and no restart does it again. Neither is forced to
+the disk, which the tokenising would wait for; a restart checks the hashes, since the machine may have lost power.
 """
 
 import hashlib
@@ -16,12 +17,12 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import BinaryIO
+from zipfile import BadZipFile
 
 import numpy as np
 
 from ..config import DataConfig
 from ..errors import UserError
-from ..files import fsync_folder
 from .cleaning import clean
 from .readers import can_be_split
 from .sources import Source, SourceFile, documents
@@ -32,8 +33,9 @@ SMALL_BYTES = 2_000_000
 """Small files make a unit together, up to about this much text."""
 TINY_BYTES = 2_000
 """A smaller file counts as much, so that a million of them are not one unit."""
-PART_BYTES = 64_000_000
-"""A larger file is read in parts of about this size, where its kind allows."""
+PART_BYTES = 16_000_000
+"""A larger file is read in parts of about this size, where its kind allows. Small enough that at the end no worker has
+much to do alone; large enough that a part's own cost, some milliseconds, does not matter."""
 BUFFER_TOKENS = 500_000
 
 
@@ -125,6 +127,28 @@ def load_index(folder: Path, number: int) -> UnitIndex:
         return UnitIndex(path, saved["lengths"].astype(np.int64), saved["hashes"], faults)
 
 
+def is_intact(folder: Path, number: int) -> bool:
+    """Whether a finished unit is what it was: each document has its hash, and there is nothing else.
+
+    Of a unit whose tokens are in shards by now, and so deleted, there is only the index to look at.
+    """
+    try:
+        index = load_index(folder, number)
+        with index.path.open("rb") as file:
+            for length, expected in zip(index.lengths.tolist(), index.hashes.tolist(), strict=True):
+                if int.from_bytes(_hash(file.read(2 * length)), "little") != expected:
+                    return False
+            return not file.read(1)
+    except FileNotFoundError:
+        return is_sealed(folder, number)
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+        return False
+
+
+def _hash(document: bytes | np.ndarray) -> bytes:
+    return hashlib.sha256(document).digest()[:8]
+
+
 # -- what a worker does -----------------------------------------------------------------------------------------------
 
 
@@ -171,7 +195,6 @@ def tokenise_unit(
             for file_name, text in _documents(unit, paths, source, config, writer.faults, stop):
                 _add(writer, file_name, text, tokenizer)
             writer.flush()
-            os.fsync(file.fileno())
         temporary.rename(out)
         with temporary.open("wb") as file:
             said = {"counts": dict(writer.faults.counts), "places": writer.faults.places}
@@ -181,9 +204,7 @@ def tokenise_unit(
                 hashes=np.frombuffer(b"".join(writer.digests), dtype="<u8"),
                 faults=np.frombuffer(json.dumps(said).encode(), dtype=np.uint8),
             )
-            os.fsync(file.fileno())
         temporary.rename(out.with_suffix(".npz"))
-        fsync_folder(out.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -210,7 +231,7 @@ class _Writer:
         document[0] = self._end_of_text
         document[1:] = tokens
         self.lengths.append(length)
-        self.digests.append(hashlib.sha256(document).digest()[:8])
+        self.digests.append(_hash(document))
         self._filled += length
 
     def flush(self) -> None:
