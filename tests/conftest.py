@@ -65,7 +65,7 @@ def tiny(corpus: Path, temp_data: Path) -> RunConfig:
         ),
         eval=EvalConfig(
             validation_every_steps=6, validation_tokens=256, cloze_every_steps=12, cloze_examples=8,
-            sample_every_steps=12, sample_prompts=("the river",), sample_new_tokens=8,
+            hellaswag_every_steps=0, sample_every_steps=12, sample_prompts=("the river",), sample_new_tokens=8,
         ),
     )  # fmt: skip
 

@@ -121,7 +121,10 @@ def runs(tiny: RunConfig, tmp_path: Path) -> Iterator[Runs]:
     data = DataConfig(source=f"files:{source}", val_tokens=500, shard_tokens=700, workers=1)
     found = Runs(tmp_path, replace(
         tiny, data=data, train=replace(tiny.train, max_steps=STEPS, save_every_steps=0),
-        eval=EvalConfig(validation_every_steps=30, validation_tokens=256, cloze_every_steps=0, sample_every_steps=0),
+        eval=EvalConfig(
+            validation_every_steps=30, validation_tokens=256, cloze_every_steps=0, hellaswag_every_steps=0,
+            sample_every_steps=0,
+        ),
     ))  # fmt: skip
     yield found
     found.end()

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import tyro
 
-from . import data_cli, sample_cli, tokenizer_cli
+from . import data_cli, eval_cli, sample_cli, tokenizer_cli
 from .errors import UserError, nearest
 from .launch import clear_errors
 
@@ -31,6 +31,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "data verify": data_cli.verify,
     "data show": data_cli.show,
     "tokenizer train": tokenizer_cli.tokenizer_train,
+    "eval": eval_cli.evaluate,
     "sample": sample_cli.sample,
     "chat": sample_cli.chat,
     "report": report,

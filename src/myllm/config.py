@@ -159,6 +159,11 @@ class EvalConfig:
     """Of the held-out stream, from its start; the same tokens each time."""
     cloze_every_steps: int = 1_000
     cloze_examples: int = 500
+    hellaswag_every_steps: int = 1_000
+    hellaswag_examples: int | None = None
+    """The first so many of the validation split. None: all 10,042."""
+    hellaswag_file: str | None = None
+    """A .jsonl or .parquet file of HellaSwag's rows. None: the Hub's, downloaded once."""
     sample_every_steps: int = 1_000
     sample_prompts: tuple[str, ...] = ("Hello, I'm a language model,", "The meaning of life is", "Once upon a time")
     sample_new_tokens: int = 64

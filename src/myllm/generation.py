@@ -13,6 +13,7 @@ from torch import Tensor
 from .errors import UserError
 from .filters import choose
 from .model import KVCache, Transformer
+from .model.kv_cache import cache_dtype
 from .sampling import Sampling
 
 Finish = Literal["end_of_text", "length", "stop"]
@@ -83,7 +84,7 @@ def _continue(
         return
     windows = [row.prompt[-context:] for row in rows]
     room = min(context, max(map(len, windows)) + max_new_tokens)
-    cache = KVCache(model.config, len(rows), room, device, _cache_dtype(device))
+    cache = KVCache(model.config, len(rows), room, device, cache_dtype(device))
     logits = read(model, windows, cache)
     while True:
         seen = [row.prompt + row.written for row in rows] if sampling.repetition_penalty != 1 else [[]] * len(rows)
@@ -127,7 +128,3 @@ def _next(model: Transformer, rows: list[Continuation], cache: KVCache, context:
             model.hidden(torch.tensor([tokens[:-1]], device=cache.keys.device), window)
     newest = torch.tensor([[row.written[-1]] for row in rows], device=cache.keys.device)
     return model.next_logits(newest, cache)
-
-
-def _cache_dtype(device: torch.device) -> torch.dtype:
-    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32

@@ -15,7 +15,10 @@ from .data.order import count_sequences
 from .data.shards import Dataset
 from .data.tokenizer import Tokenizer
 from .distributed import Process
-from .evals import cloze, validation
+from .errors import UserError
+from .evals import cloze, hellaswag, perplexity
+from .evals.hellaswag_data import load_examples
+from .evals.validation import validation_batches
 from .loading import LanguageModel
 from .metrics import JsonLines, Log
 from .model import Transformer
@@ -49,15 +52,13 @@ def planned_evals(
 ) -> list[Eval]:
     """Every evaluation that the config asks for and the data allow. `model` is the bare one: no wrapper, no compile."""
     settings, share = config.eval, (process.rank, process.world_size)
-    token_bytes = torch.zeros(config.model.vocab_size, dtype=torch.int64)
-    token_bytes[: tokenizer.vocab_size] = torch.from_numpy(tokenizer.token_bytes())[: config.model.vocab_size]
-    token_bytes = token_bytes.to(process.device)
+    token_bytes = torch.from_numpy(tokenizer.token_bytes())
     seq_len = config.model.max_seq_len
     n_sequences = min(settings.validation_tokens // seq_len, count_sequences(dataset.val.tokens, seq_len))
 
     def measure_validation(_: int) -> Tensor:
-        batch = config.train.micro_batch_size
-        return validation.validation_sums(model.score, dataset.val, n_sequences, seq_len, batch, token_bytes, *share)
+        batches = validation_batches(dataset.val, n_sequences, seq_len, config.train.micro_batch_size, *share)
+        return perplexity.assess_sums(model.assess, batches, token_bytes, process.device)
 
     examples = cloze.make_examples(dataset.val, tokenizer.end_of_text, settings.cloze_examples, config.train.seed)
     if settings.cloze_every_steps and not examples:
@@ -72,15 +73,44 @@ def planned_evals(
         return torch.zeros(1)
 
     return [
-        Eval("validation", settings.validation_every_steps, measure_validation, validation.finish),
+        Eval("validation", settings.validation_every_steps, measure_validation, perplexity.finish),
         Eval(
             "cloze",
             cloze_every,
             lambda _: cloze.cloze_sums(model.score, examples, process.device, *share),
             cloze.finish,
         ),
+        *_hellaswag(config, model, tokenizer, process, log),
         Eval("samples", settings.sample_every_steps, measure_samples, lambda _: {}),
     ]
+
+
+def _hellaswag(config: RunConfig, model: Transformer, tokenizer: Tokenizer, process: Process, log: Log) -> list[Eval]:
+    """HellaSwag, where it is asked for and its data can be had; one line where they cannot."""
+    settings = config.eval
+    if not settings.hellaswag_every_steps:
+        return []
+    examples, fault = [], ""
+    if process.is_main:  # the others, on other machines too, get what it read
+        try:
+            examples = load_examples(settings.hellaswag_file, settings.hellaswag_examples)
+        except Exception as error:  # whatever it is: the other ranks wait, and no evaluation costs training
+            fault = str(error)
+    examples, fault = distributed.from_main((examples, fault))
+    try:
+        window = config.model.max_seq_len
+        items = hellaswag.make_items(examples, tokenizer.encode, tokenizer.end_of_text, window)
+    except UserError as error:
+        items, fault = [], str(error)
+    if not items:
+        log(f"no HellaSwag, training goes on without: {fault}")
+        return []
+
+    def measure(_: int) -> Tensor:
+        score = model.score_continuations
+        return hellaswag.hellaswag_sums(score, items, process.device, process.rank, process.world_size)
+
+    return [Eval("hellaswag", settings.hellaswag_every_steps, measure, hellaswag.finish)]
 
 
 def _write_samples(

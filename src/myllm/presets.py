@@ -80,7 +80,10 @@ def dolma_75m() -> RunConfig:
         optim=OptimConfig(max_lr=5e-4, min_lr_ratio=0.1, warmup_steps=1_000, schedule="cosine"),
         # 12 sequences x 4 accumulation steps x 1,024 tokens on one card; 101,725 steps are 5B tokens.
         train=TrainConfig(max_steps=101_725, batch_tokens=49_152, micro_batch_size=12, save_every_steps=2_000),
-        eval=EvalConfig(validation_every_steps=1_000, validation_tokens=2_097_152, sample_every_steps=5_000),
+        eval=EvalConfig(
+            validation_every_steps=1_000, validation_tokens=2_097_152, hellaswag_every_steps=5_000,
+            sample_every_steps=5_000,
+        ),
     )  # fmt: skip
 
 
@@ -99,7 +102,7 @@ def debug() -> RunConfig:
         ),
         eval=EvalConfig(
             validation_every_steps=100, validation_tokens=16_384, cloze_every_steps=300, cloze_examples=100,
-            sample_every_steps=300, sample_new_tokens=48, sample_temperature=0.8,
+            hellaswag_every_steps=0, sample_every_steps=300, sample_new_tokens=48, sample_temperature=0.8,
             sample_prompts=("def __init__(self", "import os\n", "Return the", "class"),
         ),
     )  # fmt: skip

@@ -6,7 +6,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import list_checkpoints, verify
+from .checkpoint import MANIFEST, list_checkpoints, verify
 from .config import RunConfig, to_dict
 from .errors import UserError
 from .files import locked, write_json
@@ -97,13 +97,14 @@ def write_config(run: RunPaths, config: RunConfig) -> None:
 
 
 def latest_checkpoint(where: str, runs: Path) -> Path:
-    """The checkpoint that a user means: its own folder, a run's folder, or a run's name.
+    """The checkpoint that a user means: a folder that holds one, whatever its name, a run's folder, or a run's name.
 
     Raises:
         UserError: nothing there.
     """
     for root in (Path(where).expanduser(), runs / where):
-        if (root / "manifest.json").is_file() and root.name.startswith("step_"):
+        # Data sets have a manifest too, but no state.
+        if (root / MANIFEST).is_file() and (root.name.startswith("step_") or (root / "state.json").is_file()):
             return root
         found = list_checkpoints(root / "checkpoints")
         if intact := next((folder for folder in found if not list(verify(folder))), None):

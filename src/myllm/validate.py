@@ -42,6 +42,7 @@ def faults(config: RunConfig, world_size: int) -> list[str]:
         found.append(f"name {name!r} must be a plain folder name of at most 200 bytes, such as 'my-run'")
     texts = {"data.source": config.data.source, "data.dataset": config.data.dataset or ""}
     texts |= {"data.tokenizer": config.data.tokenizer, "data.fallback": config.data.fallback or ""}
+    texts["eval.hellaswag_file"] = config.eval.hellaswag_file or ""
     texts |= {f"eval.sample_prompts[{i}]": prompt for i, prompt in enumerate(config.eval.sample_prompts)}
     # The shell hands bytes that are no UTF-8 over as lone surrogates, which no file of the run could hold.
     found += [f"{key} {text!r} is not UTF-8" for key, text in texts.items() if not _is_unicode(text)]
@@ -63,13 +64,20 @@ def _sizes(config: RunConfig) -> list[str]:
         "train": ("max_steps", "batch_tokens", "micro_batch_size", "log_every_steps"),
         "eval": ("validation_tokens", "cloze_examples", "sample_new_tokens"),
     }
-    optional = {"model": ("n_kv_heads", "head_dim"), "data": ("target_tokens", "max_documents")}
+    optional = {
+        "model": ("n_kv_heads", "head_dim"),
+        "data": ("target_tokens", "max_documents"),
+        "eval": ("hellaswag_examples",),
+    }
     not_negative = {
         "data": ("workers", "shuffle_seed", "min_chars"),
         "optim": ("warmup_steps",),
         "train": ("save_every_steps", "keep_last", "seed"),
-        "eval": ("validation_every_steps", "cloze_every_steps", "sample_every_steps", "sample_top_k"),
-    }
+        "eval": (
+            "validation_every_steps", "cloze_every_steps", "hellaswag_every_steps", "sample_every_steps",
+            "sample_top_k",
+        ),
+    }  # fmt: skip
     found = []
     for least, table in ((1, positive), (1, optional), (0, not_negative)):
         for part, names in table.items():

@@ -14,6 +14,7 @@ from myllm.checkpoint import list_checkpoints, load
 from myllm.config import RunConfig
 
 GRADIENTS = Path(__file__).parent / "write_gradients.py"
+HELLASWAG = Path(__file__).parents[1] / "evals/hellaswag_own.jsonl"
 
 
 @pytest.fixture
@@ -48,8 +49,12 @@ def test_gradients_do_not_depend_on_ranks_or_accumulation(plain: RunConfig, tmp_
 
 
 def test_ranks_come_and_go(plain: RunConfig, tmp_path: Path, temp_data: Path) -> None:
-    """Eight steps on two ranks and four more on one are twelve steps on one: the same samples, the same losses."""
-    constant = replace(plain, optim=replace(plain.optim, schedule="wsd", decay_fraction=0.0))
+    """Eight steps on two ranks and four more on one are twelve steps on one: the same samples, losses and figures."""
+    constant = replace(
+        plain,
+        optim=replace(plain.optim, schedule="wsd", decay_fraction=0.0),
+        eval=replace(plain.eval, hellaswag_every_steps=12, hellaswag_file=str(HELLASWAG)),
+    )
     whole = write_run_config(replace(with_train(constant, micro_batch_size=4), name="whole"), tmp_path / "whole.json")
     two = write_run_config(with_train(constant, micro_batch_size=2, max_steps=8), tmp_path / "two.json")
     assert launch("--config", whole).returncode == 0
@@ -68,6 +73,9 @@ def test_ranks_come_and_go(plain: RunConfig, tmp_path: Path, temp_data: Path) ->
         if row["step"] in by_step:
             assert abs(by_step[row["step"]]["loss"] - row["loss"]) < 1e-4
             assert by_step[row["step"]]["n_tokens"] == row["n_tokens"]
+    by_one, by_two = (eval_rows(root, "hellaswag")[0] | {"seconds": 0} for root in (temp_data / "runs/whole", run))
+    assert by_one == by_two  # before the first step
+    assert by_one["n_examples"] == 30
 
 
 def test_a_mistake_is_said_once_and_by_rank_0(tmp_path: Path) -> None:

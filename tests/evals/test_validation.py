@@ -9,9 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from myllm.data.tokenizer import Tokenizer
-from myllm.evals.validation import finish, validation_sums
+from myllm.evals.perplexity import assess_sums, finish
+from myllm.evals.validation import validation_batches
 
 VOCAB = 40
+CPU = torch.device("cpu")
+Assessed = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class Stream:
@@ -26,17 +29,18 @@ class Stream:
         return self._tokens[start : start + count]
 
 
-def toy_score(tokens: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def toy_assess(tokens: torch.Tensor, targets: torch.Tensor) -> Assessed:
     """Some function of both, different for every pair."""
-    return -(1 + torch.sin(tokens * 7.0 + targets) ** 2 + targets / 10).float(), (tokens + targets) % 3 == 0
+    log_probs = -(1 + torch.sin(tokens * 7.0 + targets) ** 2 + targets / 10).float()
+    return log_probs, (tokens + targets) % 9, torch.cos(tokens * 3.0 + targets) ** 2
 
 
 def sums(stream: Stream, n_sequences: int, batch_size: int, ranks: int, token_bytes: torch.Tensor) -> torch.Tensor:
     shares = [
-        validation_sums(toy_score, stream, n_sequences, 8, batch_size, token_bytes, rank, ranks)
+        assess_sums(toy_assess, validation_batches(stream, n_sequences, 8, batch_size, rank, ranks), token_bytes, CPU)
         for rank in range(ranks)
     ]
-    assert all(share.dtype == torch.float64 and share.shape == (4,) for share in shares)
+    assert all(share.dtype == torch.float64 for share in shares)
     return sum(shares)
 
 
@@ -48,9 +52,10 @@ def test_sums(n_sequences, batch_size, ranks, seed):
     got = sums(Stream(text), n_sequences, batch_size, ranks, torch.from_numpy(token_bytes))
     last = n_sequences * 8
     tokens, targets = torch.from_numpy(text[:last]), torch.from_numpy(text[1 : last + 1])
-    log_probs, hits = toy_score(tokens, targets)
-    expected = [-log_probs.double().sum(), last, token_bytes[text[1 : last + 1]].sum(), hits.sum()]
-    torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=0)
+    log_probs, likelier, _ = toy_assess(tokens, targets)
+    hits = [(likelier == 0).sum(), (likelier < 5).sum()]
+    expected = [-log_probs.double().sum(), last, token_bytes[text[1 : last + 1]].sum(), *hits]
+    torch.testing.assert_close(got[:5], torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=0)
 
 
 def test_the_number_of_ranks_changes_nothing():
@@ -60,20 +65,29 @@ def test_the_number_of_ranks_changes_nothing():
         torch.testing.assert_close(sums(stream, 31, 4, ranks, token_bytes), one, rtol=1e-13, atol=0)
 
 
+def sums_of(loss: float, tokens: int, n_bytes: int, hits: int, among: int) -> torch.Tensor:
+    """All tokens in one bin of confidence, 0.3 each."""
+    table = torch.zeros(15, 3, dtype=torch.float64)
+    table[4] = torch.tensor([tokens, hits, tokens * 0.3])
+    return torch.cat((torch.tensor([loss, tokens, n_bytes, hits, among], dtype=torch.float64), table.flatten()))
+
+
 def test_figures():
-    figures = finish(torch.tensor([200 * math.log(2), 100, 50, 25], dtype=torch.float64))
+    figures = finish(sums_of(200 * math.log(2), 100, 50, 25, 40))
     assert figures == {
         "loss": pytest.approx(2 * math.log(2)),
         "perplexity": pytest.approx(4),
         "bits_per_byte": pytest.approx(4),
         "token_accuracy": 0.25,
+        "top5_accuracy": 0.4,
+        "calibration_error": pytest.approx(0.05),
         "n_tokens": 100,
     }
 
 
 def test_figures_at_the_edges():
-    assert finish(torch.tensor([1e6, 10, 1, 0]).double())["perplexity"] == math.inf
-    assert math.isnan(finish(torch.tensor([1.0, 10, 0, 0]).double())["bits_per_byte"])
+    assert finish(sums_of(1e6, 10, 1, 0, 0))["perplexity"] == math.inf
+    assert math.isnan(finish(sums_of(1, 10, 0, 0, 0))["bits_per_byte"])
 
 
 def test_bits_per_byte_of_a_known_text():
@@ -84,10 +98,10 @@ def test_bits_per_byte_of_a_known_text():
     stream = Stream([tokenizer.end_of_text, *ids])
 
     def three_bits(tokens, targets):
-        return torch.full(targets.shape, -3 * math.log(2)), torch.zeros_like(targets, dtype=torch.bool)
+        return torch.full(targets.shape, -3 * math.log(2)), torch.ones_like(targets), torch.zeros(targets.shape)
 
     token_bytes = torch.from_numpy(tokenizer.token_bytes())
-    got = validation_sums(three_bits, stream, 1, len(ids), 1, token_bytes, 0, 1)
+    got = assess_sums(three_bits, validation_batches(stream, 1, len(ids), 1), token_bytes, CPU)
     assert got[2] == len(text.encode()) > len(text)
     assert finish(got)["bits_per_byte"] == pytest.approx(3 * len(ids) / len(text.encode()), rel=1e-6)
 
@@ -98,7 +112,8 @@ def test_the_end_of_text_has_no_bytes():
     token_bytes = torch.from_numpy(tokenizer.token_bytes())
 
     def certain(tokens, targets):
-        return torch.zeros(targets.shape), torch.ones_like(targets, dtype=torch.bool)
+        return torch.zeros(targets.shape), torch.zeros_like(targets), torch.ones(targets.shape)
 
-    got = validation_sums(certain, stream, 1, stream.tokens - 1, 1, token_bytes, 0, 1)
-    assert got.tolist() == [0, stream.tokens - 1, len("one two") + len("three"), stream.tokens - 1]
+    n = stream.tokens - 1
+    got = assess_sums(certain, validation_batches(stream, 1, n, 1), token_bytes, CPU)
+    assert got[:5].tolist() == [0, n, len("one two") + len("three"), n, n]

@@ -74,3 +74,37 @@ def test_bfloat16_cache_under_autocast():
         whole = model(tokens).float()
         parts = [model(piece, cache=cache).float() for piece in tokens.split([6, 1, 1, 4], dim=1)]
     assert (torch.cat(parts, dim=1) - whole).abs().max() < 0.05 * whole.abs().max()
+
+
+@pytest.mark.parametrize("kind", [{}, {"position": "learned", "n_kv_heads": 2}], ids=str)
+@torch.no_grad()
+def test_a_forked_cache_goes_on_from_the_rows_it_was_given(kind):
+    model = model_of(kind)
+    generator = torch.Generator().manual_seed(3)
+    prefixes, ends = torch.randint(50, (2, 9), generator=generator), torch.randint(50, (5, 6), generator=generator)
+    owners = torch.tensor([1, 0, 0, 1, 1])
+    cache = KVCache(model.config, 2, 9, "cpu", torch.float32)
+    model(prefixes, cache=cache)
+    forked = cache.fork(owners, 15)
+    got = model(ends, cache=forked)
+    assert (cache.length, forked.length) == (9, 15)
+    whole = model(torch.cat((prefixes[owners], ends), dim=1))[:, 9:]
+    torch.testing.assert_close(got, whole, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("shared", [0, 1, 9])
+def test_continuations_are_scored_as_whole_sequences(shared):
+    """Padding on the right, a target of -1, changes nothing; nor does autocast but for its rounding."""
+    model, generator = model_of({"qk_norm": True}), torch.Generator().manual_seed(5)
+    prefixes, ends = torch.randint(50, (2, shared), generator=generator), torch.randint(50, (4, 7), generator=generator)
+    owners, targets = torch.tensor([0, 0, 1, 1]), ends[:, 1:].clone()
+    targets[1, 3:] = -1
+    log_probs, hits = model.score_continuations(prefixes, owners, ends[:, :-1], targets)
+    whole = torch.cat((prefixes[owners], ends), dim=1)
+    asked = torch.cat((torch.full((4, shared), -1), targets), dim=1)
+    expected, expected_hits = model.score(whole[:, :-1], asked)
+    torch.testing.assert_close(log_probs, expected[:, shared:], rtol=0, atol=1e-5)
+    assert torch.equal(hits, expected_hits[:, shared:])
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded, _ = model.score_continuations(prefixes, owners, ends[:, :-1], targets)
+    torch.testing.assert_close(rounded, log_probs, rtol=0, atol=0.1)

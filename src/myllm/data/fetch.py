@@ -17,7 +17,7 @@ from .sources import SourceFile
 
 CHUNK_BYTES = 1 << 20
 TRIES = 8
-"""In a row without a single new byte: a little over a minute."""
+"""A little over a minute where nothing answers."""
 _TIMEOUT_S = 60
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _HUB = re.compile(r"hf://datasets/(?P<repo>[^/]+/[^/@]+)@(?P<revision>[^/]+)/(?P<path>.+)")
@@ -35,11 +35,12 @@ def local_path(file: SourceFile, downloads: Path) -> Path:
     return downloads / name
 
 
-def fetch(file: SourceFile, downloads: Path, kept: Path | None = None) -> Path:
+def fetch(file: SourceFile, downloads: Path, kept: Path | None = None, tries: int = TRIES) -> Path:
     """The file on this disk; downloaded if it is not there yet.
 
     Args:
         kept: a folder where it is looked for first, and in which nothing is changed.
+        tries: in a row without a single new byte.
 
     Raises:
         Unreachable: the server gives no new byte in several tries.
@@ -55,7 +56,7 @@ def fetch(file: SourceFile, downloads: Path, kept: Path | None = None) -> Path:
     # for a moment.
     with locked(path.with_name(f".{path.name[-200:]}.lock")):
         if not _is_whole(file, path):
-            _fetch_whole(file, path)
+            _fetch_whole(file, path, tries)
     return path
 
 
@@ -64,10 +65,10 @@ def _is_whole(file: SourceFile, path: Path) -> bool:
     return path.exists() and not _fault(file, path)
 
 
-def _fetch_whole(file: SourceFile, path: Path) -> None:
+def _fetch_whole(file: SourceFile, path: Path, tries: int) -> None:
     partial = path.with_name(path.name + ".part")
     for last in (False, True):
-        _download(file, partial)
+        _download(file, partial, tries)
         fault = _fault(file, partial)
         if not fault:
             break
@@ -81,9 +82,9 @@ def _fetch_whole(file: SourceFile, path: Path) -> None:
     fsync_folder(path.parent)
 
 
-def _download(file: SourceFile, partial: Path) -> None:
+def _download(file: SourceFile, partial: Path, tries: int) -> None:
     """Append to `partial` until the server has no more."""
-    tries = 0
+    vain = 0
     while True:
         before = partial.stat().st_size if partial.exists() else 0
         try:
@@ -93,18 +94,18 @@ def _download(file: SourceFile, partial: Path) -> None:
             if out_of_space(error):
                 raise
             gained = partial.exists() and partial.stat().st_size > before
-            tries = 0 if gained else tries + 1
+            vain = 0 if gained else vain + 1
             if _is_final(error):
                 raise Unreachable(
                     f"cannot download {file.where}: {first_line(error)}; if it was moved, delete the listing under "
                     "temp_data/listings, and if it is not open to all, log in with `hf auth login`"
                 ) from None
-            if tries >= TRIES:
+            if vain >= tries:
                 raise Unreachable(
                     f"cannot download {file.where}: {first_line(error)}; check the network, a proxy (HTTPS_PROXY) and "
                     "HF_ENDPOINT. What there is of it is kept, and the same command goes on from there"
                 ) from None
-            time.sleep(max(_retry_after(error), min(2 ** max(tries - 1, 0), 20)))
+            time.sleep(max(_retry_after(error), min(2 ** max(vain - 1, 0), 20)))
 
 
 def _retry_after(error: Exception) -> int:

@@ -3,8 +3,10 @@
 Rows of a batch may hold different numbers of tokens: each row's first token is in slot 0, so a token's slot is its
 position, and a row's text never depends on how long its neighbours are.
 
-Shapes: L layers, B batch, G key-value heads, T slots, K head dimension.
+Shapes: L layers, B batch, M rows of a fork, G key-value heads, T slots, K head dimension.
 """
+
+import copy
 
 import torch
 from torch import Tensor
@@ -85,3 +87,22 @@ class KVCache:
 
     def clear(self) -> None:
         self.lengths.zero_()
+
+    def fork(self, owners: Tensor, max_tokens: int) -> "KVCache":
+        """A cache whose row m begins with what row `owners[m]` of this one holds.
+
+        Shapes:
+            owners (M,), each in [0, B); the new cache has M rows
+        """
+        forked = copy.copy(self)
+        shape = (self.keys.shape[0], len(owners), self.keys.shape[2], max_tokens, self.keys.shape[4])
+        forked.keys, forked.values = self.keys.new_zeros(shape), self.values.new_zeros(shape)  # (L, M, G, T, K)
+        for mine, new in ((self.keys, forked.keys), (self.values, forked.values)):
+            new[:, :, :, : self.length] = mine[:, owners, :, : self.length]
+        forked.lengths = self.lengths[owners.cpu()]
+        return forked
+
+
+def cache_dtype(device: torch.device) -> torch.dtype:
+    """What keys and values come in: autocast's type where it is on."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32

@@ -7,6 +7,7 @@ hand, so the backward pass only scales it.
 Shapes: N tokens (B T of them), D d_model, V padded vocabulary, C tokens of a chunk.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -40,14 +41,40 @@ def token_scores(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: in
     """
     scores = torch.zeros(targets.shape, dtype=torch.float32, device=hidden.device)
     hits = torch.zeros(targets.shape, dtype=torch.bool, device=hidden.device)
+    for rows, log_probs in _asked_log_probs(hidden, weight, targets, vocab_size):
+        scores[rows] = log_probs.gather(1, targets[rows].unsqueeze(1)).squeeze(1)
+        hits[rows] = scores[rows] == log_probs.amax(dim=-1)
+    return scores, hits
+
+
+@torch.no_grad()
+def token_places(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """As `token_scores`, with each target's place among all tokens and what the likeliest one is given.
+
+    Shapes:
+        hidden (N, D); weight (V, D); targets (N,), IGNORED where nothing is asked; returns (N,) log-probabilities in
+        float32, (N,) int64, how many tokens were likelier, and (N,) float32, the probability of the likeliest; all 0
+        where ignored
+    """
+    scores = torch.zeros(targets.shape, dtype=torch.float32, device=hidden.device)
+    places, confidence = torch.zeros_like(targets), torch.zeros_like(scores)
+    for rows, log_probs in _asked_log_probs(hidden, weight, targets, vocab_size):
+        wanted = log_probs.gather(1, targets[rows].unsqueeze(1))  # (C, 1)
+        scores[rows] = wanted.squeeze(1)
+        places[rows] = (log_probs > wanted).sum(dim=-1)
+        confidence[rows] = log_probs.amax(dim=-1).exp()
+    return scores, places, confidence
+
+
+def _asked_log_probs(
+    hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Which tokens have a target, (C,), with their log-probabilities, (C, V), in chunks; valid until the next one."""
     asked = (targets != IGNORED).nonzero().squeeze(1)
     h, w = _in_compute_type(hidden, weight)
     buffer = _logits_buffer(h, w, len(asked))
     for rows in asked.split(_chunk(hidden)):
-        log_probs = _log_probs(h[rows], w, vocab_size, buffer)  # (C, V)
-        scores[rows] = log_probs.gather(1, targets[rows].unsqueeze(1)).squeeze(1)
-        hits[rows] = scores[rows] == log_probs.amax(dim=-1)
-    return scores, hits
+        yield rows, _log_probs(h[rows], w, vocab_size, buffer)
 
 
 class _MeanLoss(torch.autograd.Function):

@@ -1,6 +1,6 @@
 """The Transformer: pre-norm blocks between an embedding and a head, its parts chosen by ModelConfig.
 
-Shapes: B batch, T sequence, D d_model, V padded vocabulary, K head dimension.
+Shapes: B batch, T sequence, D d_model, V padded vocabulary, K head dimension; M continuations, P tokens before them.
 """
 
 import torch
@@ -10,8 +10,8 @@ from ..config import ModelConfig
 from .attention import Attention
 from .feed_forward import FeedForward
 from .init import initialize
-from .kv_cache import KVCache
-from .loss import mean_loss, token_scores
+from .kv_cache import KVCache, cache_dtype
+from .loss import mean_loss, token_places, token_scores
 from .norm import make_norm
 from .rope import rotary_tables
 
@@ -83,6 +83,37 @@ class Transformer(nn.Module):
         hidden = self.hidden(tokens).flatten(0, 1)  # (B T, D)
         log_probs, correct = token_scores(hidden, self.head_weight, targets.flatten(), self.config.vocab_size)
         return log_probs.view_as(targets), correct.view_as(targets)
+
+    @torch.no_grad()
+    def score_continuations(
+        self, prefixes: Tensor, owners: Tensor, tokens: Tensor, targets: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """As `score`, where row m of `tokens` goes on from prefix `owners[m]`; each prefix is computed once.
+
+        Rows that are shorter are padded on the right, where nothing looks.
+
+        Shapes:
+            prefixes (B, P), P may be 0; owners (M,); tokens and targets (M, T); returns (M, T) float32 and (M, T) bool
+        """
+        B, P = prefixes.shape
+        cache = KVCache(self.config, B, P, tokens.device, cache_dtype(tokens.device))
+        if P:
+            self.hidden(prefixes, cache)
+        hidden = self.hidden(tokens, cache.fork(owners, P + tokens.shape[1])).flatten(0, 1)  # (M T, D)
+        log_probs, correct = token_scores(hidden, self.head_weight, targets.flatten(), self.config.vocab_size)
+        return log_probs.view_as(targets), correct.view_as(targets)
+
+    @torch.no_grad()
+    def assess(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probability of each target, how many tokens were likelier, and the likeliest one's probability.
+
+        Shapes:
+            tokens and targets (B, T), targets of -1 are not asked; returns (B, T) float32, int64 and float32
+        """
+        hidden = self.hidden(tokens).flatten(0, 1)  # (B T, D)
+        parts = token_places(hidden, self.head_weight, targets.flatten(), self.config.vocab_size)
+        log_probs, places, confidence = (part.view_as(targets) for part in parts)
+        return log_probs, places, confidence
 
     def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """The last layer's normalised output.

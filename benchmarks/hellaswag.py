@@ -1,0 +1,99 @@
+"""HellaSwag's scoring on a CPU: batches with shared contexts, against one example at a time.
+
+    python benchmarks/hellaswag.py FILE [--examples 64] [--repeats 3]
+
+FILE holds HellaSwag's rows (.jsonl or .parquet). One example at a time is done as build-nanogpt does it: four rows of
+context and ending, padded to one length, through the whole model with logits for every token. A third way, our scoring
+with a batch of one, shows what batches alone give. Checks first that all ways agree, then times them in turn with the
+debug model and prints a Markdown table.
+"""
+
+import argparse
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from myllm.data.tokenizer import Tokenizer
+from myllm.evals.hellaswag import Item, ending_totals, make_items
+from myllm.evals.hellaswag_data import load_examples
+from myllm.hardware import device_name
+from myllm.model import Transformer
+from myllm.presets import preset
+
+CPU = torch.device("cpu")
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    arguments.add_argument("file", type=Path)
+    arguments.add_argument("--examples", type=int, default=64)
+    arguments.add_argument("--repeats", type=int, default=3)
+    options = arguments.parse_args()
+    config, tokenizer = preset("debug").model, Tokenizer()
+    model = Transformer(config).eval()
+    examples = load_examples(options.file, options.examples)
+    items = make_items(examples, tokenizer.encode, tokenizer.end_of_text, config.max_seq_len)
+    ways = {
+        "one example at a time, all logits": lambda: one_at_a_time(model, items),
+        "one example at a time, our scoring": lambda: batched(model, items, 1),
+        "batches of 16, our scoring": lambda: batched(model, items, 16),
+    }
+    check_equal(*(way() for way in ways.values()))
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(options.repeats):  # interleaved; the check has warmed up
+        for name, way in ways.items():
+            seconds[name].append(measure(way))
+    slowest = statistics.median(next(iter(seconds.values())))
+    machine = f"{device_name(CPU)}, {torch.get_num_threads()} threads"
+    print(f"{machine}, torch {torch.__version__}, Python {platform.python_version()}; debug model")
+    print(f"{len(items)} examples of {options.file.name}\n")
+    print("| way | median s | least s | greatest s | times as fast |\n|---|---|---|---|---|")
+    for name, times in seconds.items():
+        median = statistics.median(times)
+        print(f"| {name} | {median:.2f} | {min(times):.2f} | {max(times):.2f} | {slowest / median:.1f} |")
+
+
+@torch.no_grad()
+def one_at_a_time(model: Transformer, items: list[Item]) -> Tensor:
+    """Each ending's summed log-probability, (examples, 4)."""
+    totals = []
+    for item in items:
+        contexts = item.contexts * (len(item.endings) // len(item.contexts))
+        rows = [[*context, *ending] for context, ending in zip(contexts, item.endings, strict=True)]
+        width = max(map(len, rows))
+        tokens, asked = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width)
+        for n, (row, context) in enumerate(zip(rows, contexts, strict=True)):
+            tokens[n, : len(row)] = torch.tensor([int(token) for token in row])
+            asked[n, len(context) : len(row)] = 1
+        logits = model(tokens[:, :-1])  # (4, T, V)
+        losses = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(len(rows), -1)
+        totals.append(-(losses * asked[:, 1:]).sum(dim=1))
+    return torch.stack(totals)
+
+
+def batched(model: Transformer, items: list[Item], batch: int) -> Tensor:
+    totals = torch.zeros(len(items), 4)
+    for numbers, sums in ending_totals(model.score_continuations, items, CPU, 0, 1, batch):
+        totals[numbers] = sums.float()
+    return totals
+
+
+def check_equal(first: Tensor, *others: Tensor) -> None:
+    for other in others:
+        torch.testing.assert_close(other, first, rtol=1e-4, atol=1e-3)
+
+
+def measure(way: Callable[[], Tensor]) -> float:
+    started = time.perf_counter()
+    way()
+    return time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    main()

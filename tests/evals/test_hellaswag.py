@@ -1,0 +1,199 @@
+"""HellaSwag's figures against one full forward pass a sequence, for any batch and any number of ranks."""
+
+import json
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from myllm.config import ModelConfig
+from myllm.data.tokenizer import Tokenizer
+from myllm.errors import UserError
+from myllm.evals.hellaswag import Example, ending_totals, finish, hellaswag_sums, make_items
+from myllm.evals.hellaswag_data import load_examples
+from myllm.model import Transformer
+
+OWN = Path(__file__).with_name("hellaswag_own.jsonl")
+CPU = torch.device("cpu")
+PROTOCOLS = ("nanogpt", "lm-eval")
+SMALL = ModelConfig(max_seq_len=160, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=48, qk_norm=True)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer()
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict]:
+    return [json.loads(line) for line in OWN.read_text(encoding="utf-8").splitlines()]
+
+
+def random_model(config: ModelConfig = SMALL) -> Transformer:
+    """Far from uniform: weights so large that endings differ by whole nats."""
+    model, generator = Transformer(config).eval(), torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[1] ** 0.5)
+    return model
+
+
+def totals(model: Transformer, items: list, batch: int = 16, rank: int = 0, ranks: int = 1) -> dict[int, list[float]]:
+    found = {}
+    for numbers, sums in ending_totals(model.score_continuations, items, CPU, rank, ranks, batch):
+        found |= dict(zip(numbers, sums.tolist(), strict=True))
+    return found
+
+
+@torch.no_grad()
+def naive_total(model: Transformer, context: list[int], ending: list[int]) -> float:
+    """One sequence, the whole forward pass, no cache; the text's beginning is cut where the window ends."""
+    whole = (context + ending)[-(model.config.max_seq_len + 1) :]
+    logits = model(torch.tensor([whole[:-1]]))[0, -len(ending) :]  # (ending, V)
+    log_probs = logits.double().log_softmax(dim=-1)
+    return sum(float(row[token]) for row, token in zip(log_probs, ending, strict=True))
+
+
+def naive_texts(row: dict, protocol: str, tokenizer: Tokenizer) -> tuple[list[int], list[list[int]], list[int]]:
+    """Tokens and lengths, written from the description of each protocol."""
+
+    def clean(text: str) -> str:
+        return re.sub(r"\[[^\]\n]*\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+
+    if protocol == "nanogpt":
+        endings = [tokenizer.encode(" " + ending).tolist() for ending in row["endings"]]
+        return tokenizer.encode(row["ctx"]).tolist(), endings, [len(ending) for ending in endings]
+    context = clean(row["activity_label"] + ": " + row["ctx_a"] + " " + row["ctx_b"].capitalize())
+    choices = [clean(ending) for ending in row["endings"]]
+    front = tokenizer.encode(context.rstrip()).tolist()
+    spaces = " " * (len(context) - len(context.rstrip()))
+    joined = [tokenizer.encode(context.rstrip() + spaces + " " + choice).tolist() for choice in choices]
+    return front, [whole[len(front) :] for whole in joined], [len(choice) for choice in choices]
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"max_seq_len": 40}, {"position": "learned", "norm": "layernorm", "activation": "gelu", "bias": True}],
+    ids=["fits", "some are cut", "gpt2"],
+)
+def test_totals_are_those_of_one_sequence_at_a_time(protocol, changes, tokenizer, rows):
+    config = replace(SMALL, **changes)
+    model = random_model(config)
+    items = make_items(load_examples(OWN), tokenizer.encode, tokenizer.end_of_text, config.max_seq_len, protocol)
+    found = totals(model, items)
+    right, right_by_norm, cut = 0, 0, 0
+    for number, row in enumerate(rows):
+        context, endings, lengths = naive_texts(row, protocol, tokenizer)
+        expected = np.array([naive_total(model, context, ending) for ending in endings])
+        assert found[number] == pytest.approx(expected, abs=2e-4)
+        assert np.ptp(expected) > 1  # not all the same
+        right += int(expected.argmax()) == int(row["label"])
+        right_by_norm += int((expected / lengths).argmax()) == int(row["label"])
+        cut += len(context) + max(map(len, endings)) - 1 > config.max_seq_len
+    assert hellaswag_sums(model.score_continuations, items, CPU, 0, 1).tolist() == [right, right_by_norm, len(rows)]
+    assert 0 < right < len(rows)
+    assert (cut > 0) == (config.max_seq_len == 40)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_neither_the_batch_nor_the_number_of_ranks_changes_anything(protocol, tokenizer):
+    model = random_model()
+    items = make_items(load_examples(OWN), tokenizer.encode, tokenizer.end_of_text, 160, protocol)
+    whole, score = totals(model, items), model.score_continuations
+    sums = hellaswag_sums(score, items, CPU, 0, 1)
+    for batch in (1, 100):
+        other = totals(model, items, batch)
+        assert other.keys() == whole.keys()
+        for number, expected in whole.items():
+            assert other[number] == pytest.approx(expected, abs=2e-4)
+        assert torch.equal(hellaswag_sums(score, items, CPU, 0, 1, batch), sums)
+    fours = totals(model, items, 4)
+    shares = [hellaswag_sums(score, items, CPU, rank, 3, 4) for rank in range(3)]
+    assert torch.equal(sum(shares), sums)
+    for ranks in (2, 50):  # of 50 most have nothing to do
+        split: dict = {}
+        for rank in range(ranks):
+            mine = totals(model, items, 4, rank, ranks)
+            assert not split.keys() & mine.keys()
+            split |= mine
+        assert split == fours  # to the last bit
+
+
+def test_the_context_is_computed_once_and_only_endings_are_asked(tokenizer):
+    items, seen = make_items(load_examples(OWN), tokenizer.encode, tokenizer.end_of_text, 160), []
+
+    def watch(prefixes, owners, tokens, targets):
+        seen.append((prefixes, owners, tokens, targets))
+        return torch.zeros(targets.shape), torch.zeros(targets.shape, dtype=torch.bool)
+
+    for (numbers, _), (prefixes, owners, _, targets) in zip(
+        ending_totals(watch, items, CPU, 0, 1, 8), seen, strict=False
+    ):
+        batch = [items[i] for i in numbers]
+        assert len(prefixes) == len(batch)  # not four times
+        assert prefixes.shape[1] == min(len(item.contexts[0]) for item in batch) - 1
+        assert owners.tolist() == [n for n in range(len(batch)) for _ in range(4)]
+        asked = [row[row != -1].tolist() for row in targets]
+        assert asked == [ending.tolist() for item in batch for ending in item.endings]
+    assert len(seen) == math.ceil(len(items) / 8)
+
+
+def example(**changes: object) -> Example:
+    fields = {
+        "activity_label": "Act", "ctx_a": "A man sits.", "ctx_b": "he LOOKS up", "ctx": "A man sits. he LOOKS up",
+        "endings": ("a", "up", "the sky", "at"), "label": 0,
+    }  # fmt: skip
+    return Example(**(fields | changes))
+
+
+def shown(one: Example, protocol: str, tokenizer: Tokenizer) -> tuple[str, list[str], tuple[int, ...]]:
+    (item,) = make_items([one], tokenizer.encode, tokenizer.end_of_text, 160, protocol)
+    return tokenizer.decode(item.contexts[0]), [tokenizer.decode(each) for each in item.endings], item.lengths
+
+
+def test_what_each_protocol_shows(tokenizer):
+    endings = [" a", " up", " the sky", " at"]
+    assert shown(example(), "nanogpt", tokenizer) == ("A man sits. he LOOKS up", endings, (1, 1, 2, 1))
+    assert shown(example(), "lm-eval", tokenizer) == ("Act: A man sits. He looks up", endings, (1, 2, 7, 2))
+    # WikiHow's marks go and leave their spaces, of which two become one. What is left of an ending keeps its own.
+    wiki = example(
+        ctx_a="[header] How to sit [title] Find a chair.  [step] Look.", ctx_b="",
+        endings=("[substeps] Sit  down.", " up ", "y [title] z", "[a]"),
+    )  # fmt: skip
+    ctx, endings, lengths = shown(wiki, "lm-eval", tokenizer)
+    assert ctx == "Act: How to sit. Find a chair.  Look."
+    assert endings == ["  Sit down.", " up", " y. z", " "]
+    assert lengths == (10, 2, 4, 0)
+
+
+def test_an_empty_text_goes_on_from_the_end_of_text(tokenizer):
+    (item,) = make_items([example(ctx="")], tokenizer.encode, tokenizer.end_of_text, 160)
+    assert item.contexts[0].tolist() == [tokenizer.end_of_text]
+    model = random_model()
+    expected = [naive_total(model, [tokenizer.end_of_text], each.tolist()) for each in item.endings]
+    assert totals(model, [item])[0] == pytest.approx(expected, abs=2e-4)
+
+
+def test_an_ending_that_does_not_fit(tokenizer):
+    with pytest.raises(UserError, match="an ending of example 0 has 2 tokens, the model looks at 1"):
+        make_items([example()], tokenizer.encode, tokenizer.end_of_text, 1)
+    (item,) = make_items([example()], tokenizer.encode, tokenizer.end_of_text, 2)
+    assert [len(each) for each in item.contexts] == [2, 2, 1, 2]
+
+
+def test_figures():
+    figures = finish(torch.tensor([30.0, 40.0, 100.0]).double())
+    assert figures == {
+        "acc": 0.3,
+        "acc_norm": 0.4,
+        "acc_stderr": pytest.approx(np.std([1] * 30 + [0] * 70, ddof=1) / 10),
+        "acc_norm_stderr": pytest.approx(np.std([1] * 40 + [0] * 60, ddof=1) / 10),
+        "n_examples": 100,
+    }
+    assert math.isnan(finish(torch.tensor([1.0, 1.0, 1.0]).double())["acc_stderr"])

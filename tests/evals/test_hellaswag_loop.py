@@ -1,0 +1,78 @@
+"""HellaSwag while training: measured when it is due, and never the reason that a run stops.
+
+tests/distributed has two ranks give the same figures as one.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import eval_rows, train_rows
+
+from myllm import loop_evals
+from myllm.config import RunConfig
+from myllm.data.prepare import prepare
+from myllm.distributed import process_group
+from myllm.errors import UserError
+from myllm.train import train
+
+OWN = Path(__file__).with_name("hellaswag_own.jsonl")
+
+
+def with_hellaswag(config: RunConfig, **changes: object) -> RunConfig:
+    """Two steps, HellaSwag before, between and after, and nothing else."""
+    others = {"validation_every_steps": 0, "cloze_every_steps": 0, "sample_every_steps": 0}
+    settings = others | {"hellaswag_every_steps": 1, "hellaswag_file": str(OWN), "hellaswag_examples": 9} | changes
+    train = replace(config.train, max_steps=2, save_every_steps=0)
+    return replace(config, train=train, eval=replace(config.eval, **settings))
+
+
+def run(config: RunConfig) -> Path:
+    with process_group("cpu") as process:
+        return train(config, prepare(config.data, progress=False), process).run.root
+
+
+def test_rows_of_a_run(tiny: RunConfig):
+    rows = eval_rows(run(with_hellaswag(tiny)), "hellaswag")
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    for row in rows:
+        assert {"acc", "acc_norm", "acc_stderr", "acc_norm_stderr", "seconds"} <= row.keys()
+        assert row["n_examples"] == 9
+
+
+def no_examples(*_: object) -> list:
+    raise UserError("HellaSwag is not to be had: no network")
+
+
+def test_without_its_data_training_goes_on(tiny: RunConfig, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(loop_evals, "load_examples", no_examples)
+    root = run(with_hellaswag(tiny, hellaswag_file=None))
+    assert len(train_rows(root)) == 2
+    assert eval_rows(root, "hellaswag") == []
+    said = [line for line in (root / "log.txt").read_text().splitlines() if "HellaSwag" in line]
+    assert len(said) == 1
+    assert "no HellaSwag, training goes on without: HellaSwag is not to be had: no network" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"hellaswag_file": "nowhere.jsonl"}, "no HellaSwag file at nowhere.jsonl"),
+        ({}, "HellaSwag needs a longer context"),
+    ],
+)
+def test_what_cannot_be_measured_is_said(changes: dict, said: str, tiny: RunConfig):
+    config = with_hellaswag(tiny, **changes)
+    if not changes:
+        config = replace(config, model=replace(config.model, max_seq_len=8))
+    root = run(config)
+    assert said in (root / "log.txt").read_text()
+    assert len(train_rows(root)) == 2
+
+
+def test_off(tiny: RunConfig, monkeypatch: pytest.MonkeyPatch):
+    def never(*_: object) -> list:
+        raise AssertionError
+
+    monkeypatch.setattr(loop_evals, "load_examples", never)
+    assert "HellaSwag" not in (run(with_hellaswag(tiny, hellaswag_every_steps=0)) / "log.txt").read_text()
