@@ -33,6 +33,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "tokenizer train": tokenizer_cli.tokenizer_train,
     "sample": sample_cli.sample,
     "chat": sample_cli.chat,
+    "serve": sample_cli.serve,
     "report": report,
 }
 
