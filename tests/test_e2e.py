@@ -54,6 +54,7 @@ def test_the_debug_script_goes_all_the_way(debug: tuple[Path, subprocess.Complet
         "=== Environment", "=== Plan: debug", "=== Data, training, evaluation and report"
     ]  # fmt: skip
     last = said.split("everything of this run")[1].replace("'", "")  # a path with spaces is quoted
+    assert "myllm serve debug" in last
     for hint in (str(run), "myllm sample debug", "myllm chat debug", "--train.max-steps", "run_pre_training_e2e.sh"):
         assert hint in last
 

@@ -30,7 +30,7 @@ FLOORS = [
     },
     {"model", "data", "optim"},
     {"checkpoint", "evals", "metrics", "report", "loading", "run_folder", "hub"}
-    | {"sampling", "filters", "generation", "completion", "chat"},
+    | {"sampling", "filters", "generation", "completion", "chat", "serve"},
     {"train", "step", "meter", "loop_evals", "resume", "signals", "growing"},
     {"cli", "data_cli", "eval_cli", "sample_cli", "tokenizer_cli", "launch", "__main__", "pretrain"},
 ]

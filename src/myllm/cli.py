@@ -34,6 +34,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "eval": eval_cli.evaluate,
     "sample": sample_cli.sample,
     "chat": sample_cli.chat,
+    "serve": sample_cli.serve,
     "report": report,
 }
 

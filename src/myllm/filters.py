@@ -7,6 +7,7 @@ Shapes: B rows, V vocabulary, N tokens so far.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +15,20 @@ from torch import Tensor
 from .sampling import Sampling
 
 OUT = float("-inf")
+
+
+class Likelihood(NamedTuple):
+    """How likely the model itself found a token, and what it found likeliest.
+
+    Of its own distribution: at temperature 1, before every filter and penalty. So the figures say what the model
+    learnt, are the same whatever the settings of the draw, and show what a filter took away.
+    """
+
+    probability: float
+    rank: int
+    """1 for the likeliest."""
+    likeliest: list[tuple[int, float]]
+    """Tokens and their probabilities, the likeliest first, the chosen one among them if it is that likely."""
 
 
 def choose(
@@ -132,3 +147,22 @@ def draw(logits: Tensor, uniform: Tensor) -> Tensor:
     drawn = torch.searchsorted(cumulated, uniform * cumulated[:, -1:], right=True).squeeze(1)
     last = (logits > OUT).cumsum(dim=-1).argmax(dim=-1)  # (B,), the last token that is in
     return torch.minimum(drawn, last)
+
+
+def likelihoods(logits: Tensor, chosen: Sequence[int], count: int) -> list[Likelihood]:
+    """Each row's chosen token, and its `count` likeliest ones, in the model's own distribution.
+
+    Shapes:
+        logits (B, V)
+    """
+    exact = (logits.cpu() if logits.device.type == "mps" else logits).double()
+    probabilities = exact.softmax(dim=-1)  # (B, V)
+    own = exact.gather(1, torch.tensor(chosen, device=exact.device).unsqueeze(1))  # (B, 1)
+    ranks = (exact > own).sum(dim=-1) + 1  # (B,)
+    top, ids = probabilities.topk(min(count, probabilities.shape[-1]))  # (B, count)
+    return [
+        Likelihood(row[token].item(), rank, list(zip(tokens, values, strict=True)))
+        for row, token, rank, tokens, values in zip(
+            probabilities, chosen, ranks.tolist(), ids.tolist(), top.tolist(), strict=True
+        )
+    ]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .errors import UserError
-from .filters import choose
+from .filters import Likelihood, choose, likelihoods
 from .model import KVCache, Transformer
 from .model.kv_cache import cache_dtype
 from .sampling import Sampling
@@ -27,6 +27,8 @@ class Continuation:
     seed: int
     written: list[int] = field(default_factory=list)
     finish: Finish | None = None
+    likelihood: Likelihood | None = None
+    """Of the newest token, the end of the text included; only if `continue_batch` was asked for it."""
 
 
 def stream(
@@ -48,6 +50,7 @@ def continue_batch(
     max_new_tokens: int,
     sampling: Sampling,
     end_of_text: int | None = None,
+    likeliest: int = 0,
 ) -> Iterator[Continuation]:
     """Continue prompts of any lengths together, until `end_of_text` (which is not written) or `max_new_tokens`.
 
@@ -59,6 +62,7 @@ def continue_batch(
     Args:
         model: in evaluation mode.
         sampling: for all rows, but for its seed: each row has its own.
+        likeliest: above 0, set each row's `likelihood` at each token, with this many likeliest ones.
 
     Raises:
         UserError: an empty prompt or settings out of range, at the call and not at the first token.
@@ -68,12 +72,17 @@ def continue_batch(
     if max_new_tokens < 0:
         raise UserError(f"max_new_tokens {max_new_tokens} must not be negative")
     sampling.check()
-    return _continue(model, list(batch), max_new_tokens, sampling, end_of_text)
+    return _continue(model, list(batch), max_new_tokens, sampling, end_of_text, likeliest)
 
 
 @torch.inference_mode()
 def _continue(
-    model: Transformer, rows: list[Continuation], max_new_tokens: int, sampling: Sampling, end_of_text: int | None
+    model: Transformer,
+    rows: list[Continuation],
+    max_new_tokens: int,
+    sampling: Sampling,
+    end_of_text: int | None,
+    likeliest: int,
 ) -> Iterator[Continuation]:
     device, context = next(model.parameters()).device, model.config.max_seq_len
     generators = [torch.Generator().manual_seed(row.seed) for row in rows]
@@ -88,7 +97,11 @@ def _continue(
     logits = read(model, windows, cache)
     while True:
         seen = [row.prompt + row.written for row in rows] if sampling.repetition_penalty != 1 else [[]] * len(rows)
-        for row, token in zip(rows, choose(logits, sampling, generators, seen), strict=True):
+        tokens = choose(logits, sampling, generators, seen)
+        if likeliest:
+            for row, likelihood in zip(rows, likelihoods(logits, tokens, likeliest), strict=True):
+                row.likelihood = likelihood
+        for row, token in zip(rows, tokens, strict=True):
             if token == end_of_text:
                 row.finish = "end_of_text"
                 continue

@@ -165,6 +165,7 @@ everything of this run is in {run.root}
 what to type next
   sample       {myllm} sample {name} --prompt {shlex.quote(prompt)}
   chat         {myllm} chat {name}
+  serve        {myllm} serve {name}   (a page in the browser)
   resume       the same command; with a larger --train.max-steps than {config.train.max_steps:,} it trains on from here
   full run     ./run_pre_training_e2e.sh lf-llm-269m --dry-run   (what it costs; without --dry-run it starts)"""
 

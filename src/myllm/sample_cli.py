@@ -1,4 +1,4 @@
-"""`myllm sample` and `myllm chat`: text from a trained model."""
+"""`myllm sample`, `myllm chat` and `myllm serve`: text from a trained model."""
 
 import json
 import sys
@@ -94,6 +94,34 @@ def chat(
         raise UserError(f"max_new_tokens is {max_new_tokens}, but must be at least 0")
     sampling.check()
     converse(load_model(model, device), max_new_tokens, sampling)
+
+
+def serve(
+    model: Positional[str],
+    sampling: Settings,
+    max_new_tokens: int = 100,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    device: str = "auto",
+) -> None:
+    """Write with a model in the browser: sliders, and each token's probability and runners-up.
+
+    The settings are where the page's sliders stand at first.
+
+    Args:
+        model: a run's name or folder (its newest checkpoint), or a checkpoint's folder.
+        max_new_tokens: of a text.
+        host: address to listen on; with any but this machine's own, everybody who reaches it can use the model.
+        port: to listen on; 0: any that is free.
+        device: auto, cpu, cuda or mps.
+    """
+    from .serve.asked import Asked, check
+
+    default = Asked("", max_new_tokens, sampling)
+    check(default)  # before the seconds that loading takes
+    from .serve.server import run
+
+    run(model, device, host, port, default)
 
 
 def _check_folder(out: Path | None) -> None:

@@ -1,0 +1,188 @@
+"""The page in a real browser: typing, streaming, a token's window, what cannot be seen, and what must not run."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from browser import CONTROL, Browser, chromium
+from serving import post, scripted, serving
+
+from myllm.config import ModelConfig
+from myllm.data.tokenizer import Tokenizer
+from myllm.loading import LanguageModel
+from myllm.model import Transformer
+from myllm.serve.server import PageServer
+
+R50K = Tokenizer()
+TEXT = "<script>document.title='run'</script>\n\tand  🧬 <b>é"
+SCRIPT = [*R50K.encode(TEXT).tolist(), R50K.end_of_text]
+TOKENS = "[...document.querySelectorAll('.token')]"
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with chromium(tmp_path_factory.mktemp("profile")) as browser:
+        yield browser
+
+
+@pytest.fixture(scope="module")
+def server(browser: Browser) -> Iterator[PageServer]:
+    with serving(scripted(R50K, SCRIPT)) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def endless(browser: Browser) -> Iterator[PageServer]:
+    """A model that writes for as long as it may."""
+    config = ModelConfig(max_seq_len=32, d_model=16, n_layers=1, n_heads=2, d_ff=32)
+    with serving(LanguageModel(Transformer(config).eval(), R50K)) as server:
+        yield server
+
+
+@pytest.fixture(autouse=True)
+def _no_errors(browser: Browser) -> Iterator[None]:
+    browser.errors.clear()
+    yield
+    assert browser.errors == []
+
+
+def fill(browser: Browser, **values: object) -> None:
+    """Type into the fields."""
+    browser.run("document.getElementById('settings').open = true")  # on a narrow page they are folded away
+    for name, value in values.items():
+        browser.run(f"(e => {{ e.focus(); e.select(); }})(document.getElementById('{name}'))")
+        browser.type(str(value))
+
+
+def written(browser: Browser) -> str:
+    return browser.run("document.getElementById('tokens').textContent")
+
+
+def write(browser: Browser, **values: object) -> None:
+    fill(browser, **values)
+    browser.run("document.getElementById('done').textContent = ''")
+    browser.press("Enter", CONTROL)
+    browser.wait("document.getElementById('done').textContent")
+
+
+@pytest.mark.parametrize(("width", "dark"), [(1400, False), (400, True)])
+def test_a_text_with_everything_that_could_go_wrong(
+    browser: Browser, server: PageServer, width: int, dark: bool
+) -> None:
+    browser.open(server.address, width, dark=dark)
+    write(browser, prompt="", temperature=0, max_new_tokens=60)
+    *texts, last = browser.run(f"{TOKENS}.map(e => e.textContent)")
+    assert last == "<|endoftext|>"
+    assert len(texts) == len(SCRIPT) - 1
+    # Marks are drawn, not written: the text is the model's own, but for what stands for the halves of a character.
+    halves = browser.run(f"{TOKENS}.filter(e => e.matches('.broken')).map(e => e.textContent)")
+    assert "".join(text for text in texts if text not in halves) == TEXT
+    assert halves == ["a7"]  # the byte between the one that came with a space and the one that makes it whole
+    assert browser.run("document.title") == "a <model> - MyLLM"  # and what it spells never ran
+    assert browser.run("document.querySelectorAll('#written script, #written b').length") == 0
+    marks = browser.run("[...document.querySelectorAll('#tokens .mark')].map(e => e.dataset.mark)")
+    assert {"↵", "⇥"} <= set(marks)
+    assert browser.run("document.getElementById('done').textContent").endswith("the model ended the document")
+    assert browser.run("document.documentElement.scrollWidth <= innerWidth")
+    back = browser.run("getComputedStyle(document.body).backgroundColor")
+    assert (sum(map(int, back[4:-1].split(","))) < 150) == dark
+
+
+def test_a_token_shows_its_probability_and_runners_up(browser: Browser, server: PageServer) -> None:
+    browser.open(server.address)
+    write(browser, temperature=0, max_new_tokens=60)
+    browser.point(f"{TOKENS}[1]")
+    browser.wait("!document.getElementById('popup').hidden")
+    # 14 against 50,256 zeros, by hand; the padding of the vocabulary takes no part.
+    share = np.exp(14) / (np.exp(14) + 50_256)
+    said = browser.run("document.getElementById('popup').innerText")
+    assert f"{100 * share:.1f} %" in said
+    assert f"rank 1 of 50,257, token {SCRIPT[1]}" in said
+    assert "at temperature 1" in said
+    rows = browser.run("[...document.querySelectorAll('#popup li')].map(e => [e.className, e.innerText])")
+    assert len(rows) == 8
+    assert [name for name, _ in rows] == ["own"] + [""] * 7
+    assert f"{100 * share:.1f} %" in rows[0][1]
+    browser.press("Escape")
+    assert browser.run("document.getElementById('popup').hidden")
+
+
+def test_without_a_mouse(browser: Browser, server: PageServer) -> None:
+    browser.open(server.address)
+    assert browser.run("document.activeElement.id") == "prompt"
+    browser.press("Enter", CONTROL)
+    browser.wait("document.getElementById('done').textContent")
+    for _ in range(20):
+        browser.press("Tab")
+        if browser.run("document.activeElement.matches('.token')"):
+            break
+    assert browser.run(f"{TOKENS}.indexOf(document.activeElement)") == 0
+    for key, at in (("ArrowRight", 1), ("ArrowRight", 2), ("ArrowLeft", 1)):
+        browser.press(key)
+        assert browser.run(f"{TOKENS}.indexOf(document.activeElement)") == at
+        assert not browser.run("document.getElementById('popup').hidden")
+        assert browser.run("document.activeElement.getAttribute('aria-describedby')") == "popup"
+    browser.press("Tab")  # one stop for all tokens
+    assert not browser.run("document.activeElement.matches('.token')")
+    assert browser.run("document.getElementById('popup').hidden")
+
+
+def test_streaming_and_stop(browser: Browser, endless: PageServer) -> None:
+    browser.open(endless.address)
+    fill(browser, max_new_tokens=100_000, prompt="on and on")
+    browser.point("document.getElementById('go')", click=True)
+    browser.wait(f"{TOKENS}.length > 2")
+    assert browser.run("document.body.matches('.running') && !document.getElementById('stop').disabled")
+    some = browser.run(f"{TOKENS}.length")
+    browser.wait(f"{TOKENS}.length > {some}")  # they come while the text is being written
+    status, (refusal,), _ = post(endless, {})
+    assert (status, "being written" in refusal["error"]) == (503, True)
+    browser.point("document.getElementById('stop')", click=True)
+    browser.wait("!document.body.matches('.running')")
+    assert "stopped" in browser.run("document.getElementById('done').textContent")
+    kept = browser.run(f"{TOKENS}.length")
+    assert kept >= some
+    # The server has stopped too: the next text is written.
+    write(browser, max_new_tokens=3)
+    assert browser.run(f"{TOKENS}.length") == 3
+    browser.point("document.getElementById('extend')", click=True)
+    assert browser.run("document.getElementById('prompt').value") == "on and on" + written(browser)
+
+
+def test_settings_reach_the_model(browser: Browser, endless: PageServer) -> None:
+    browser.open(endless.address)
+    texts = []
+    for seed in (1, 2, 1):
+        write(browser, prompt="", temperature=1.5, top_k=0, seed=seed, max_new_tokens=10)
+        texts.append(written(browser))
+    assert texts[0] == texts[2] != texts[1]
+    browser.run("document.getElementById('top_p_slider').focus()")
+    browser.press("ArrowLeft")
+    assert browser.run("document.getElementById('top_p').value") == "0.99"
+    browser.run("document.getElementById('reset').click()")
+    assert browser.run("document.getElementById('top_p').value + document.getElementById('seed').value") == "10"
+
+
+def test_mistakes_are_said_and_the_text_stays(browser: Browser, endless: PageServer) -> None:
+    browser.open(endless.address)
+    write(browser, prompt="word " * 50, max_new_tokens=2)
+    assert "the first 20 are not read" in browser.run("document.getElementById('note').textContent")
+    before = written(browser)
+    fill(browser, top_p=7)
+    browser.press("Enter", CONTROL)
+    said = browser.wait("document.getElementById('problem').textContent")
+    assert "top_p 7.0: give a number above 0 and at most 1" in said
+    assert written(browser) == before
+    assert any("400" in error for error in browser.errors)  # the browser's own note of the refusal
+    browser.errors.clear()
+
+
+def test_a_server_that_is_gone(browser: Browser) -> None:
+    with torch.no_grad(), serving(scripted(R50K, SCRIPT)) as server:
+        browser.open(server.address)
+    server.server_close()
+    browser.press("Enter", CONTROL)
+    said = browser.wait("document.getElementById('problem').textContent")
+    assert "is myllm serve still running?" in said
+    browser.errors.clear()

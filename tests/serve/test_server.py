@@ -1,0 +1,397 @@
+"""The server over real HTTP: what it writes, whom it refuses, and that one text at a time is written."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from serving import DEADLINE_S, DEFAULT, JSON, connect, post, scripted, serving
+
+from myllm import checkpoint
+from myllm.checkpoint import TrainState
+from myllm.completion import complete
+from myllm.config import ModelConfig, RunConfig, to_dict
+from myllm.data.order import DataPosition
+from myllm.data.tokenizer import Tokenizer
+from myllm.errors import UserError
+from myllm.generation import Continuation, continue_batch
+from myllm.loading import LanguageModel
+from myllm.model import Transformer
+from myllm.sampling import Sampling
+from myllm.serve.address import is_own_name, listen
+from myllm.serve.asked import MAX_NEW_TOKENS
+from myllm.serve.server import MAX_BODY_BYTES, PageServer
+
+R50K = Tokenizer()
+CONFIG = ModelConfig(max_seq_len=32, d_model=16, n_layers=2, n_heads=2, d_ff=32)
+LONG = {"prompt": "on and on", "max_new_tokens": MAX_NEW_TOKENS}
+
+
+@pytest.fixture(scope="module")
+def model() -> LanguageModel:
+    model, generator = Transformer(CONFIG).eval(), torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.5 * torch.randn(parameter.shape, generator=generator)
+    return LanguageModel(model, R50K)
+
+
+@pytest.fixture(scope="module")
+def server(model: LanguageModel) -> PageServer:
+    with serving(model) as server:
+        yield server
+
+
+# -- what it writes ---------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_figures_are_those_of_a_plain_forward_pass(server: PageServer, model: LanguageModel) -> None:
+    settings = {"temperature": 0.7, "top_k": 30, "top_p": 0.9, "repetition_penalty": 1.3, "seed": 5}
+    status, (start, *tokens, end), _ = post(server, {"prompt": "the river", "max_new_tokens": 9, **settings})
+    assert (status, start["kind"], end["kind"], end["tokens"], len(tokens)) == (200, "start", "end", 9, 9)
+    ids = R50K.encode_document("the river").tolist()
+    for event in tokens:
+        # At temperature 1, without a cache, and before every filter.
+        expected = model.model(torch.tensor([ids]))[0, -1].double().softmax(dim=-1)  # (V,)
+        chosen = event["token"]["id"]
+        assert event["probability"] == pytest.approx(expected[chosen].item(), rel=1e-4)
+        assert event["rank"] == int((expected > expected[chosen]).sum()) + 1
+        values, likeliest = expected.topk(8)
+        assert [each["id"] for each in event["likeliest"]] == likeliest.tolist()
+        assert [each["probability"] for each in event["likeliest"]] == pytest.approx(values.tolist(), rel=1e-4)
+        ids.append(chosen)
+
+
+def test_the_text_is_that_of_myllm_sample(server: PageServer, model: LanguageModel) -> None:
+    sampling = Sampling(1.2, 0, 0.95, 0.001, 1.1, seed=7)
+    _, (_, *events), _ = post(server, {"prompt": "a 🙂 and", "max_new_tokens": 40, **vars(sampling)})
+    (expected,) = complete(model, ["a 🙂 and"], 40, sampling)
+    assert "".join(event["text"] for event in events) == expected.text
+    assert (events[-1]["finish"], events[-1]["tokens"]) == (expected.finish, expected.tokens)
+
+
+def test_what_is_left_out_is_as_the_command_said(model: LanguageModel) -> None:
+    default = replace(DEFAULT, max_new_tokens=3, sampling=Sampling(temperature=0))
+    with serving(model, default) as server:
+        greedy = post(server, {"prompt": "the river"})[1]
+        assert [event["rank"] for event in greedy[1:-1]] == [1, 1, 1]
+        connection = connect(server)
+        connection.request("GET", "/model")
+        facts = json.loads(connection.getresponse().read())
+    assert (facts["name"], facts["context"], facts["vocabulary"]) == ("a <model>", 32, 50_257)
+    assert facts["parameters"] == sum(parameter.numel() for parameter in model.model.parameters())
+    assert (facts["settings"]["temperature"], facts["settings"]["max_new_tokens"]) == (0, 3)
+
+
+def test_a_prompt_beyond_the_context_and_no_prompt(server: PageServer) -> None:
+    words = " word" * 50
+    start = post(server, {"prompt": words, "max_new_tokens": 1})[1][0]
+    assert start == {"kind": "start", "prompt_tokens": 51, "unread_tokens": 51 - 32}
+    start, end = post(server, {"max_new_tokens": 0})[1]
+    assert (start["prompt_tokens"], start["unread_tokens"], end["finish"], end["tokens"]) == (1, 0, "length", 0)
+
+
+def test_halves_of_a_character_and_the_end_of_the_document() -> None:
+    script = [*R50K.encode("<script>🙂\n").tolist(), R50K.end_of_text]
+    with serving(scripted(R50K, script)) as server:
+        _, (_, *tokens, end), headers = post(server, {"temperature": 0})
+    assert "".join(event["text"] for event in tokens) == "<script>🙂\n"
+    assert [event["token"]["id"] for event in tokens] == script[:-1]
+    halves = [event for event in tokens if "bytes" in event["token"]]
+    assert bytes.fromhex(" ".join(event["token"]["bytes"] for event in halves)).decode() == "🙂"
+    assert [bool(event["text"]) for event in halves] == [False] * (len(halves) - 1) + [True]
+    # The decision to end is a token as any other, though it adds no text.
+    assert (end["finish"], end["token"]["text"], end["text"]) == ("end_of_text", "<|endoftext|>", "")
+    assert end["rank"] == 1
+    assert end["likeliest"][0]["probability"] == end["probability"] > 0.9
+    assert "application/x-ndjson" in headers["Content-Type"]
+
+
+def test_figures_are_made_only_when_asked_for(model: LanguageModel) -> None:
+    rows = [Continuation([3, 4], 1), Continuation([5], 2)]
+    for row in continue_batch(model.model, rows, 4, Sampling()):
+        assert row.likelihood is None
+    plain, asked = [row.written for row in rows], [Continuation([3, 4], 1), Continuation([5], 2)]
+    for row in continue_batch(model.model, asked, 4, Sampling(), likeliest=2):
+        assert len(row.likelihood.likeliest) == 2
+    assert [row.written for row in asked] == plain
+
+
+# -- whom it refuses --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        (b"", "not valid JSON"),
+        (b'{"prompt": ', "not valid JSON"),
+        (b'"\xff"', "not valid JSON"),
+        (b"[" * 100_000, "not valid JSON"),
+        ([], "no JSON object"),
+        ({"prompt": 3}, "prompt 3: give a text"),
+        ({"prompt": None}, "prompt null: give a text"),
+        ({"temperature": -1}, "temperature -1.0: give a number of at least 0"),
+        ({"temperature": None}, "temperature null: give a number"),
+        ({"temperature": "hot"}, 'temperature "hot": give a number'),
+        ({"temperature": True}, "temperature true: give a number"),
+        ({"temperature": 10**400}, "give a smaller number"),
+        (b'{"temperature": NaN}', "temperature nan"),
+        (b'{"temperature": 1e999}', "temperature inf"),
+        ({"top_p": 0}, "top_p 0.0: give a number above 0 and at most 1"),
+        ({"top_p": 1.01}, "top_p 1.01"),
+        ({"top_k": 2.5}, "top_k 2.5: give a whole number"),
+        ({"top_k": -1}, "top_k -1"),
+        ({"min_p": 2}, "min_p 2.0"),
+        ({"repetition_penalty": 0}, "repetition_penalty 0.0"),
+        ({"seed": 2**63}, "seed 9223372036854775808"),
+        ({"max_new_tokens": -1}, "max_new_tokens -1: give a whole number from 0 to"),
+        ({"max_new_tokens": 10**9}, "max_new_tokens 1000000000"),
+        ({"temprature": 1}, "unknown setting 'temprature', did you mean 'temperature'?"),
+        ({"top_p": 7, "min_p": 7, "seed": "x"}, "min_p 7.0"),
+    ],
+    ids=lambda value: str(value)[:24],
+)
+def test_bad_requests(server: PageServer, body: object, says: str) -> None:
+    status, (answer,), _ = post(server, body)
+    assert status == 400
+    assert says in answer["error"]
+
+
+def test_all_faults_are_named_at_once(server: PageServer) -> None:
+    (answer,) = post(server, {"top_p": 7, "min_p": 7, "seed": "x", "depth": 1})[1]
+    assert all(name in answer["error"] for name in ("top_p", "min_p", "seed", "depth"))
+
+
+def head(size: int) -> bytes:
+    lines = ("POST /generate HTTP/1.1", "Host: localhost", "Content-Type: application/json", f"Content-Length: {size}")
+    return "\r\n".join((*lines, "", "")).encode()
+
+
+def own(server: PageServer) -> str:
+    return server.address.removeprefix("http://")
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "status"),
+    [
+        ("/generate", {"Host": "evil.example"}, 403),
+        ("/generate", {"Host": "evil.example:80"}, 403),
+        ("/generate", {"Host": "localhost.evil.example"}, 403),
+        ("/generate", {"Host": "192.168.0.7"}, 403),
+        ("/generate", {"Host": "[::bad"}, 403),
+        ("/generate", {"Host": ""}, 403),
+        ("/generate", {"Origin": "http://evil.example"}, 403),
+        ("/generate", {"Origin": "null"}, 403),
+        ("/generate", {"Origin": "http://localhost:1"}, 403),
+        ("/generate", {"Content-Type": "text/plain"}, 415),
+        ("/generate", {"Content-Length": "x"}, 411),
+        ("/nothing", {}, 404),
+        ("/", {}, 404),
+        ("/generate", {"Host": "localhost"}, 200),
+        ("/generate", {"Host": "[::1]:9"}, 200),
+        ("/generate?x=1", {"Content-Type": "application/json; charset=utf-8"}, 200),
+    ],
+    ids=str,
+)
+def test_who_may_ask(server: PageServer, path: str, headers: dict[str, str], status: int) -> None:
+    seen, answers, sent = post(server, {"max_new_tokens": 1}, headers, path)
+    assert seen == status, answers
+    assert not [name for name in sent if name.lower().startswith("access-control")]
+    if status != 200:
+        assert list(answers[0]) == ["error"]
+
+
+def test_its_own_page_may_ask(server: PageServer) -> None:
+    assert post(server, {"max_new_tokens": 1}, {"Origin": f"http://{own(server)}"})[0] == 200
+
+
+@pytest.mark.parametrize("method", ["GET", "OPTIONS", "PUT", "HEAD"])
+def test_other_methods(server: PageServer, method: str) -> None:
+    connection = connect(server)
+    connection.request(method, "/generate")
+    answer = connection.getresponse()
+    assert answer.status in (404, 501)
+    assert answer.headers["Access-Control-Allow-Origin"] is None
+
+
+def test_the_page_holds_to_its_policy(server: PageServer) -> None:
+    connection = connect(server)
+    connection.request("GET", "/")
+    answer = connection.getresponse()
+    page, policy = answer.read().decode(), answer.headers["Content-Security-Policy"]
+    assert answer.status == 200
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+    assert not re.findall(r"(?:src|href)=[\"'](?!data:)", page)  # nothing from elsewhere
+    connection = connect(server)
+    connection.request("GET", "/", headers={"Host": "evil.example"})
+    assert connection.getresponse().status == 403
+
+
+@pytest.mark.parametrize("size", [MAX_BODY_BYTES + 1, 9 * MAX_BODY_BYTES])
+def test_a_body_beyond_the_limit(server: PageServer, size: int) -> None:
+    with socket.create_connection(server.socket.getsockname(), timeout=DEADLINE_S) as client:
+        client.sendall(head(size) + b" " * min(size, 8 * MAX_BODY_BYTES))
+        answer = client.makefile("rb").read()
+    assert answer.startswith(b"HTTP/1.1 413")
+    assert f"{MAX_BODY_BYTES:,} is the limit".encode() in answer
+
+
+def test_broken_requests_leave_it_standing(server: PageServer, capfd: pytest.CaptureFixture[str]) -> None:
+    for said in (
+        b"",
+        b"\x16\x03\x01 hello\r\n\r\n",
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"POST /generate HTTP/1.1\r\nHost: localhost",
+    ):
+        with socket.create_connection(server.socket.getsockname(), timeout=DEADLINE_S) as client:
+            client.sendall(said)
+            client.shutdown(socket.SHUT_WR)
+            client.makefile("rb").read()
+    assert post(server, {"max_new_tokens": 1})[0] == 200
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("header", "host", "alone", "good"),
+    [
+        ("localhost:8000", "127.0.0.1", True, True),
+        ("LOCALHOST", "127.0.0.1", True, True),
+        ("127.0.0.1:8000", "localhost", True, True),
+        ("[::1]:8000", "127.0.0.1", True, True),
+        ("10.0.0.5:8000", "127.0.0.1", True, False),
+        ("evil.example:8000", "127.0.0.1", True, False),
+        ("127.0.0.1.evil.example", "127.0.0.1", True, False),
+        ("10.0.0.5:8000", "0.0.0.0", False, True),
+        ("box:8000", "box", False, True),
+        (socket.gethostname(), "0.0.0.0", False, True),
+        ("evil.example", "0.0.0.0", False, False),
+        ("user@evil.example", "0.0.0.0", False, False),
+    ],
+)
+def test_names(header: str, host: str, alone: bool, good: bool) -> None:
+    assert is_own_name(header, host, alone) == good
+
+
+# -- one text at a time -----------------------------------------------------------------------------------------------
+
+
+def test_a_second_text_waits_and_a_client_that_leaves_ends_its_own(server: PageServer) -> None:
+    first = connect(server)
+    first.request("POST", "/generate", json.dumps(LONG), JSON)
+    answer = first.getresponse()
+    assert [json.loads(answer.readline())["kind"] for _ in range(3)] == ["start", "token", "token"]
+    status, (refusal,), _ = post(server, {"max_new_tokens": 1})
+    assert (status, "another text is being written" in refusal["error"]) == (503, True)
+    assert json.loads(answer.readline())["kind"] == "token"  # and the first goes on
+    answer.close()
+    first.close()
+    end = time.monotonic() + DEADLINE_S
+    while (status := post(server, {"max_new_tokens": 1})[0]) == 503:
+        assert time.monotonic() < end, "the text of a client that left goes on"
+    assert status == 200
+
+
+def test_a_failing_model_says_so_and_the_server_stays(
+    server: PageServer, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("myllm.serve.written.continue_batch", fail)
+        status, (*_, last), _ = post(server, {})
+    assert (status, last["kind"]) == (200, "error")
+    assert "out of memory" in last["error"]
+    assert "Traceback" in capfd.readouterr().err  # for whoever runs it
+    assert post(server, {"max_new_tokens": 1})[0] == 200
+
+
+# -- the command ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory, model: LanguageModel) -> Path:
+    folder = tmp_path_factory.mktemp("serve")
+    random, state = [checkpoint.random_state(torch.device("cpu"))], TrainState(1, 1, DataPosition(0, 0, 0, ""))
+    weights = model.model.state_dict()
+    checkpoint.save(folder / "runs/tiny/checkpoints", state, to_dict(RunConfig(model=CONFIG)), weights, {}, random, 0)
+    return folder
+
+
+def command(data: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "myllm", *words], env=os.environ | {"MYLLM_DATA": str(data)}, capture_output=True,
+        text=True, timeout=DEADLINE_S, check=False,
+    )  # fmt: skip
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def test_ctrl_c_ends_it_in_the_midst_of_a_text(data: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "myllm", "serve", "tiny", "--port", "0", "--temperature", "0.5", "--device", "cpu"],
+        env=os.environ | {"MYLLM_DATA": str(data)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        said = process.stdout.readline()
+        port = int(re.fullmatch(r"tiny is at http://127\.0\.0\.1:(\d+); Ctrl-C ends it\n", said)[1])
+        with socket.create_connection(("127.0.0.1", port), timeout=DEADLINE_S) as client:
+            body = json.dumps(LONG).encode()
+            client.sendall(head(len(body)) + body)
+            lines = client.makefile("rb")
+            while b'"kind": "token"' not in lines.readline():
+                pass
+            process.send_signal(signal.SIGINT)
+            rest = lines.read()
+        assert b'"kind": "end"' not in rest  # the page sees that the text is not whole
+        out, err = process.communicate(timeout=DEADLINE_S)
+    finally:
+        process.kill()
+        process.wait(timeout=DEADLINE_S)
+    assert (process.returncode, out.strip(), err) == (0, "ended", "")
+
+
+def test_mistakes_of_the_command(data: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        done = command(data, "serve", "tiny", "--port", port)
+    assert done.returncode == 2
+    assert f"cannot listen on 127.0.0.1, port {port}: Address already in use; give another --port" in done.stderr
+    unknown = command(data, "serve", "tinny", "--port", "0")
+    assert (unknown.returncode, unknown.stderr) == (2, command(data, "sample", "tinny").stderr)
+    done = command(data, "serve", "tiny", "--top-p", "0", "--max-new-tokens", "-1")
+    assert done.returncode == 2
+    assert "top_p 0.0: give" in done.stderr
+    assert "max_new_tokens -1: give" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("host", "port"), [("127.0.0.1", 70_000), ("no.such.host.invalid", 0), ("192.0.2.1", 0), ("", 0)]
+)
+def test_nowhere_to_listen(host: str, port: int) -> None:
+    with pytest.raises(UserError, match="give"):
+        listen(host, port).close()
+
+
+def test_the_page_is_part_of_the_wheel(tmp_path: Path) -> None:
+    pytest.importorskip("setuptools", minversion="77")
+    shutil.copytree(ROOT / "src", tmp_path / "src", ignore=shutil.ignore_patterns("*.egg-info", "__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    code = "from setuptools import build_meta; build_meta.build_wheel('.')"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, check=True, timeout=DEADLINE_S)
+    (wheel,) = tmp_path.glob("*.whl")
+    assert "myllm/serve/page.html" in zipfile.ZipFile(wheel).namelist()

@@ -1,0 +1,69 @@
+"""A server in this process for tests, and a model that writes what it is told to."""
+
+import http.client
+import json
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from myllm.config import ModelConfig
+from myllm.data.tokenizer import Tokenizer
+from myllm.loading import LanguageModel
+from myllm.model import Transformer
+from myllm.sampling import Sampling
+from myllm.serve.address import listen
+from myllm.serve.asked import Asked
+from myllm.serve.server import PageServer
+
+DEADLINE_S = 60.0
+DEFAULT = Asked("", 12, Sampling())
+JSON = {"Content-Type": "application/json"}
+
+
+def scripted(tokenizer: Tokenizer, script: Sequence[int], logit: float = 14.0) -> LanguageModel:
+    """A model that, begun with an empty prompt, finds `script` likeliest, token by token: only positions count."""
+    size = 64
+    assert len(script) < size
+    config = ModelConfig(
+        max_seq_len=size, d_model=size, n_layers=1, n_heads=2, d_ff=32, position="learned", tie_embeddings=False
+    )
+    model = Transformer(config).eval()
+    with torch.no_grad():
+        for each in (*model.blocks.parameters(), model.embedding.weight, model.head.weight):
+            each.zero_()
+        model.positions.weight.copy_(torch.eye(size))
+        for position, token in enumerate(script):
+            model.head.weight[token, position] = logit / size**0.5  # the norm makes a one-hot row sqrt(size) long
+    return LanguageModel(model, tokenizer)
+
+
+@contextmanager
+def serving(model: LanguageModel, default: Asked = DEFAULT) -> Iterator[PageServer]:
+    with PageServer(listen("127.0.0.1", 0), "127.0.0.1", model, "a <model>", default) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.stop(DEADLINE_S)
+            server.shutdown()
+            thread.join(DEADLINE_S)
+
+
+def connect(server: PageServer) -> http.client.HTTPConnection:
+    return http.client.HTTPConnection(*server.socket.getsockname()[:2], timeout=DEADLINE_S)
+
+
+def post(
+    server: PageServer, body: object, headers: dict[str, str] | None = None, path: str = "/generate"
+) -> tuple[int, list[dict], http.client.HTTPMessage]:
+    """Status, the objects of the answer, and its headers."""
+    connection = connect(server)
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    connection.request("POST", path, raw, {**JSON, **(headers or {})})
+    answer = connection.getresponse()
+    lines = answer.read().splitlines()
+    connection.close()
+    return answer.status, [json.loads(line) for line in lines], answer.headers
