@@ -37,6 +37,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "serve": sample_cli.serve,
     "report": report,
     "export": export_cli.export,
+    "import": export_cli.import_model,
 }
 
 
