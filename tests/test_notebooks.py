@@ -9,11 +9,20 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from myllm.completion import generate
+from myllm.config import ModelConfig, RunConfig
+from myllm.data.tokenizer import Tokenizer
+from myllm.exporting import Source, export_folder
+from myllm.loading import LanguageModel
+from myllm.model import Transformer
+
+SHAPE = ModelConfig(max_seq_len=64, d_model=16, n_layers=1, n_heads=2, d_ff=32)
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 # What each notebook's parameter cells are set to. A new notebook needs an entry here.
 PARAMETERS: dict[str, dict[str, Any]] = {
+    "hf_sampling.ipynb": {"MODEL": "exported", "PROMPTS": ["the river"]},
     "metric_graphs.ipynb": {"RUN": "first", "RUNS": ["first", "second"]},
 }
 
@@ -39,11 +48,18 @@ def write_run(folder: Path, final_loss: float) -> None:
     (folder / "config.json").write_text(json.dumps({"name": folder.name, "optim": {"max_grad_norm": 1.0}}))
 
 
+def write_export(folder: Path) -> None:
+    """An exported model that knows nothing."""
+    config, tokenizer = RunConfig(name="exported", model=SHAPE), Tokenizer()
+    export_folder(Source(config, 1, 1, tokenizer, Transformer(SHAPE).state_dict()), folder, say=lambda _: None)
+
+
 @pytest.fixture
 def data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A temp_data/ with two runs, which is where the notebook's kernel looks."""
+    """A temp_data/ with two runs, which is where the notebook's kernel looks, and an exported model."""
     write_run(tmp_path / "runs/first", final_loss=4.25)
     write_run(tmp_path / "runs/second", final_loss=3.5)
+    write_export(tmp_path / "exported")
     monkeypatch.setenv("MYLLM_DATA", str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
     return tmp_path
@@ -103,3 +119,12 @@ def test_metric_graphs_shows_the_run(data_folder: Path) -> None:
     last_loss = 4.25 + 6 * math.exp(-100 / 20)
     assert f"| train | 100 | loss | {last_loss:.6g} |" in tables[0]
     assert "| cloze | 100 | acc_norm | 0.31 |" in tables[0]
+
+
+def test_hf_sampling_gives_our_greedy_text(data_folder: Path) -> None:
+    path = ROOT / "notebooks/hf_sampling.ipynb"
+    shown = outputs(execute(path, PARAMETERS[path.name], data_folder))
+    said = "".join(output.text for output in shown if output.get("name") == "stdout")
+    ours = generate(LanguageModel(Transformer(SHAPE).eval(), Tokenizer()), "the river", 50, temperature=0)
+    assert said.startswith("LlamaForCausalLM")
+    assert f"\n{ours}\n---\n" in said

@@ -31,6 +31,8 @@ from .files import file_sha256, fsync_folder, out_of_space, write_json, write_te
 FORMAT = "myllm-checkpoint-1"
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
+UNBOUND = ""
+"""In place of a data set's hash: weights from elsewhere, to be trained on whatever they are given."""
 FILES = {"model.pt", "optimizer.pt", "random.pt", "state.json", "config.json"}
 
 

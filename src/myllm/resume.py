@@ -1,10 +1,13 @@
 """From a run to its checkpoint and back."""
 
+from dataclasses import replace
+
 import torch
 
 from . import checkpoint, distributed
 from .checkpoint import TrainState
 from .config import RunConfig, to_dict
+from .data.order import DataPosition
 from .data.shards import Dataset
 from .data.tokenizer import Tokenizer
 from .distributed import Process
@@ -72,8 +75,9 @@ def restore(
     Raises:
         UserError: it was made with another model or other data.
     """
-    changed = check_resumable(saved.config, config, saved.folder)
-    if saved.state.data.dataset_hash != dataset.hash:
+    imported = saved.state.data.dataset_hash == checkpoint.UNBOUND
+    changed = check_resumable(saved.config, config, saved.folder, imported)
+    if not imported and saved.state.data.dataset_hash != dataset.hash:
         raise UserError(
             f"the checkpoint {saved.folder} was trained on other data than {dataset.folder}; give the old data set "
             "with --data.dataset NAME, another --name to start a second run, or --train.fresh to start over"
@@ -87,4 +91,6 @@ def restore(
     log(f"resuming from {saved.folder} at step {saved.state.step:,}")
     for line in changed:
         log(f"  changed since then: {line}")
+    if imported:
+        return replace(saved.state, data=DataPosition(0, 0, config.train.seed, dataset.hash))
     return saved.state

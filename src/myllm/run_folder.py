@@ -59,17 +59,21 @@ def move_aside(run: RunPaths) -> Path | None:
     return aside
 
 
-def check_resumable(saved: dict[str, Any], config: RunConfig, folder: Path) -> list[str]:
+def check_resumable(saved: dict[str, Any], config: RunConfig, folder: Path, imported: bool = False) -> list[str]:
     """Which settings differ from those of the checkpoint in `folder`, as "optim.max_lr: 0.001 -> 0.002".
 
     How long to train, at what rate and on what machine may change. What the weights mean may not.
+
+    Args:
+        imported: weights from elsewhere, whose order of the data has yet to be chosen.
 
     Raises:
         UserError: the model or the order of the data would be another.
     """
     changed = list(_differences(saved, to_dict(config), ""))
     # The data set itself is compared by its hash, wherever it lies.
-    fixed = [line for line in changed if line.startswith(("model.", "train.seed", "train.batch_tokens"))]
+    kept = ("model.",) if imported else ("model.", "train.seed", "train.batch_tokens")
+    fixed = [line for line in changed if line.startswith(kept)]
     fixed = [line for line in fixed if not line.startswith("model.dropout")]
     if fixed:
         raise UserError(

@@ -4,8 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from model.test_parity import SMALL, llama_weights, random_model, shared_settings
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from model.test_parity import SMALL, peer_of, random_model
 
 from myllm.generation import Continuation, continue_batch
 from myllm.sampling import Sampling
@@ -18,17 +17,11 @@ PROMPTS = [[7], [3, 14, 15], [9, 8, 7, 6, 5, 4, 3, 2, 1]]
 @torch.no_grad()
 def test_greedy_tokens_are_those_of_transformers(changes: dict, penalty: float) -> None:
     model = random_model(replace(SMALL, **changes))
-    settings = shared_settings(model.config)
-    peer = (
-        Qwen3ForCausalLM(Qwen3Config(**settings, attention_bias=False))
-        if model.config.qk_norm
-        else LlamaForCausalLM(LlamaConfig(**settings))
-    )
-    peer.load_state_dict(llama_weights(model), strict=True)
+    peer = peer_of(model)
     batch = [Continuation(prompt, 0) for prompt in PROMPTS]
     list(continue_batch(model, batch, 15, Sampling(temperature=0, repetition_penalty=penalty)))
     for row in batch:
-        made = peer.eval().generate(
+        made = peer.generate(
             torch.tensor([row.prompt]), attention_mask=torch.ones(1, len(row.prompt)), max_new_tokens=15,
             do_sample=False, repetition_penalty=penalty, eos_token_id=None, pad_token_id=0,
         )  # fmt: skip

@@ -6,15 +6,18 @@ import numpy as np
 import pytest
 import torch
 from model import reference
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2LMHeadModel, LlamaForCausalLM, Qwen3ForCausalLM
 
 from myllm.config import ModelConfig
+from myllm.exporting.architectures import choose, settings
+from myllm.exporting.weights import convert
 from myllm.model import Transformer
 
 TOLERANCE = 1e-5
 SMALL = ModelConfig(
     vocab_size=101, vocab_multiple=16, max_seq_len=24, d_model=32, n_layers=3, n_heads=4, d_ff=48, rope_theta=500.0
 )
+GPT2 = replace(SMALL, position="learned", norm="layernorm", activation="gelu", bias=True)
 TOKENS = torch.randint(101, (2, 24), generator=torch.Generator().manual_seed(5))
 
 
@@ -42,61 +45,22 @@ def assert_same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
 # -- transformers -----------------------------------------------------------------------------------------------------
 
 
-def llama_weights(model: Transformer) -> dict[str, torch.Tensor]:
-    """Our weights under the names that Llama and Qwen3 share."""
-    config, ours = model.config, model.state_dict()
-    q, kv = config.n_heads * config.head_size, config.kv_heads * config.head_size
-    theirs = {
-        "model.embed_tokens.weight": ours["embedding.weight"][: config.vocab_size],
-        "model.norm.weight": ours["norm.weight"],
-        "lm_head.weight": model.head_weight[: config.vocab_size],
-    }
-    for i in range(config.n_layers):
-        mine, layer = f"blocks.{i}.", f"model.layers.{i}."
-        theirs[f"{layer}input_layernorm.weight"] = ours[f"{mine}attention_norm.weight"]
-        theirs[f"{layer}post_attention_layernorm.weight"] = ours[f"{mine}feed_forward_norm.weight"]
-        for kind in ("weight", "bias") if config.bias else ("weight",):
-            parts = ours[f"{mine}attention.qkv_proj.{kind}"].split((q, kv, kv))
-            for name, part in zip("qkv", parts, strict=True):
-                theirs[f"{layer}self_attn.{name}_proj.{kind}"] = part
-            theirs[f"{layer}self_attn.o_proj.{kind}"] = ours[f"{mine}attention.out_proj.{kind}"]
-            gate, up = ours[f"{mine}feed_forward.up_proj.{kind}"].split(config.d_ff)
-            theirs[f"{layer}mlp.gate_proj.{kind}"] = gate
-            theirs[f"{layer}mlp.up_proj.{kind}"] = up
-            theirs[f"{layer}mlp.down_proj.{kind}"] = ours[f"{mine}feed_forward.down_proj.{kind}"]
-        for name in ("q_norm", "k_norm") if config.qk_norm else ():
-            theirs[f"{layer}self_attn.{name}.weight"] = ours[f"{mine}attention.{name}.weight"]
-    return theirs
-
-
-def shared_settings(config: ModelConfig) -> dict:
-    return {
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.d_model,
-        "intermediate_size": config.d_ff,
-        "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_size,
-        "max_position_embeddings": config.max_seq_len,
-        "rms_norm_eps": config.norm_eps,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "tie_word_embeddings": config.tie_embeddings,
-        "attn_implementation": "eager",
-    }
-
-
-@torch.no_grad()
-def their_logits(peer: torch.nn.Module, weights: dict[str, torch.Tensor]) -> torch.Tensor:
-    peer.load_state_dict(weights, strict=True)
-    return peer.eval()(TOKENS).logits
-
-
-def llama_logits(model: Transformer) -> torch.Tensor:
-    peer = LlamaForCausalLM(
-        LlamaConfig(**shared_settings(model.config), attention_bias=model.config.bias, mlp_bias=model.config.bias)
+def peer_of(model: Transformer) -> torch.nn.Module:
+    """transformers' own model with our weights, by the tables that exports use."""
+    config = model.config
+    kind = choose(config)
+    peer = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(**settings(config, 0, "float32")), attn_implementation="eager"
     )
-    return their_logits(peer, llama_weights(model))
+    missing, unexpected = peer.load_state_dict(convert(kind, config, model.state_dict()), strict=False)
+    assert unexpected == []
+    assert missing == (["lm_head.weight"] if config.tie_embeddings else [])
+    peer.tie_weights()
+    return peer.eval()
+
+
+def their_logits(model: Transformer) -> torch.Tensor:
+    return peer_of(model)(TOKENS).logits
 
 
 @pytest.mark.parametrize(
@@ -114,7 +78,8 @@ def llama_logits(model: Transformer) -> torch.Tensor:
 @torch.no_grad()
 def test_llama(changes):
     model = random_model(replace(SMALL, **changes))
-    assert_same(model(TOKENS), llama_logits(model))
+    assert type(peer_of(model)) is LlamaForCausalLM
+    assert_same(model(TOKENS), their_logits(model))
 
 
 @torch.no_grad()
@@ -124,7 +89,7 @@ def test_parity_notices_a_wrong_detail():
     for wrong in ({"rope_theta": 10_000.0}, {"norm_eps": 1e-2}):
         other = Transformer(replace(SMALL, **wrong)).eval()
         other.load_state_dict(right.state_dict())
-        assert (other(TOKENS) - llama_logits(right)).abs().max() > 100 * TOLERANCE
+        assert (other(TOKENS) - their_logits(right)).abs().max() > 100 * TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -133,48 +98,18 @@ def test_parity_notices_a_wrong_detail():
 @torch.no_grad()
 def test_qwen3(changes):
     model = random_model(replace(SMALL, qk_norm=True, **changes))
-    peer = Qwen3ForCausalLM(Qwen3Config(**shared_settings(model.config), attention_bias=False))
-    assert_same(model(TOKENS), their_logits(peer, llama_weights(model)))
+    assert type(peer_of(model)) is Qwen3ForCausalLM
+    assert_same(model(TOKENS), their_logits(model))
 
 
+@pytest.mark.parametrize(
+    "changes", [{}, {"bias": False}, {"tie_embeddings": False, "norm_eps": 1e-3, "d_ff": 40}], ids=str
+)
 @torch.no_grad()
-def test_gpt2():
-    config = replace(SMALL, position="learned", norm="layernorm", activation="gelu", bias=True)
-    model = random_model(config)
-    ours = model.state_dict()
-    theirs = {
-        "transformer.wte.weight": ours["embedding.weight"][: config.vocab_size],
-        "lm_head.weight": ours["embedding.weight"][: config.vocab_size],
-        "transformer.wpe.weight": ours["positions.weight"],
-        "transformer.ln_f.weight": ours["norm.weight"],
-        "transformer.ln_f.bias": ours["norm.bias"],
-    }
-    names = {
-        "ln_1": "attention_norm",
-        "ln_2": "feed_forward_norm",
-        "attn.c_attn": "attention.qkv_proj",
-        "attn.c_proj": "attention.out_proj",
-        "mlp.c_fc": "feed_forward.up_proj",
-        "mlp.c_proj": "feed_forward.down_proj",
-    }
-    for i in range(config.n_layers):
-        for their_name, name in names.items():
-            weight = ours[f"blocks.{i}.{name}.weight"]
-            theirs[f"transformer.h.{i}.{their_name}.weight"] = weight.t() if weight.ndim == 2 else weight
-            theirs[f"transformer.h.{i}.{their_name}.bias"] = ours[f"blocks.{i}.{name}.bias"]
-    peer = GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=config.vocab_size,
-            n_positions=config.max_seq_len,
-            n_embd=config.d_model,
-            n_layer=config.n_layers,
-            n_head=config.n_heads,
-            n_inner=config.d_ff,
-            layer_norm_epsilon=config.norm_eps,
-            attn_implementation="eager",
-        )
-    )
-    assert_same(model(TOKENS), their_logits(peer, theirs))
+def test_gpt2(changes):
+    model = random_model(replace(GPT2, **changes))
+    assert type(peer_of(model)) is GPT2LMHeadModel
+    assert_same(model(TOKENS), their_logits(model))
 
 
 # -- float64 NumPy ----------------------------------------------------------------------------------------------------

@@ -1,0 +1,80 @@
+"""`myllm export` and `myllm import`: from our checkpoints to everyone else's files, and back."""
+
+import shlex
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from . import paths
+from .errors import UserError
+
+Positional = tyro.conf.Positional
+
+
+def export(
+    model: Positional[str],
+    to: Path | None = None,
+    to_onnx: Path | None = None,
+    to_gguf: Path | None = None,
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    overwrite: bool = False,
+) -> None:
+    """Write a checkpoint for transformers, ONNX or llama.cpp, checked before it has its name.
+
+    Args:
+        model: a run's name or folder (its newest checkpoint), or a checkpoint's folder.
+        to: a folder for transformers; an earlier export there is replaced.
+        to_onnx: an ONNX file, in float32 (needs the extra onnx).
+        to_gguf: a GGUF file (needs the extra gguf).
+        dtype: of the weights.
+        overwrite: move another folder of that name aside; replace a file.
+    """
+    if to is None and to_onnx is None and to_gguf is None:
+        raise UserError("where to? Give --to FOLDER, --to-onnx FILE or --to-gguf FILE")
+    for file in filter(None, (to_onnx, to_gguf)):
+        if file.expanduser().is_dir() or (file.expanduser().exists() and not overwrite):
+            raise UserError(f"{file} is there already; give another name, or --overwrite to replace a file")
+    from .exporting import export_folder, open_source
+    from .run_folder import latest_checkpoint
+
+    source = open_source(latest_checkpoint(model, paths.runs()))
+    if to is not None:
+        made = export_folder(source, to, dtype, overwrite=overwrite)
+        print(made.parity)
+        if made.rounding:
+            print(f"rounding to {dtype} changes a logit by at most {made.rounding:.1e}")
+        print(f"exported {made.architecture} to {made.folder}")
+    if to_onnx is not None:
+        from .exporting.to_onnx import export_onnx
+
+        print("writing ONNX in float32")
+        difference = export_onnx(source, to_onnx)
+        print(f"exported to {to_onnx}; onnxruntime's logits differ by at most {difference:.1e}")
+    if to_gguf is not None:
+        from .exporting.to_gguf import export_gguf
+
+        print(f"writing GGUF in {dtype}")
+        count = export_gguf(source, to_gguf, dtype)
+        print(f"exported to {to_gguf}; read back, its {count} tensors are those that were written")
+
+
+def import_model(
+    source: Positional[str], name: str | None = None, revision: str | None = None, overwrite: bool = False
+) -> None:
+    """Make a run of a model made elsewhere: it samples, exports and can be trained further.
+
+    Args:
+        source: a folder of transformers (Llama, Qwen3, GPT-2, our exports), the reference run's pytorch_model.pth, or
+            a repository of the Hub, namespace/name.
+        name: of the run; None: after the source.
+        revision: branch, tag or commit of the repository.
+        overwrite: move a run of that name aside.
+    """
+    from .importing import import_model
+
+    run = import_model(source, name, revision, overwrite=overwrite)
+    shown = shlex.quote(run.root.name)
+    print(f"imported as the run {run.root.name}, in {run.root}")
+    print(f"  sample     myllm sample {shown} --prompt 'Once upon a time'")
+    print(f"  train on   python pretrain.py --config {shlex.quote(str(run.config))} --data.source SOURCE")

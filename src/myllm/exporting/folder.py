@@ -1,0 +1,199 @@
+"""A checkpoint as a folder that `transformers`, and what builds on it, opens with no code of ours."""
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from torch import Tensor
+
+from .. import checkpoint
+from ..checkpoint import Checkpoint
+from ..config import RunConfig, from_dict
+from ..data.tokenizer import Tokenizer
+from ..errors import UserError
+from ..files import fsync_folder, write_json, write_text
+from ..model import Transformer
+from ..model_card import model_card
+from .architectures import CLASSES, choose, settings
+from .parity import Parity, check, require_transformers, samples
+from .tokenizer_files import tokenizer_files
+from .weights import DTYPES, convert, rounded
+
+FORMAT = "myllm-export-1"
+MARK = "myllm.json"
+"""Says that a folder is an export of ours, and of what."""
+VOCABULARY = "myllm_tokenizer.json"
+"""The vocabulary of one's own as training had it, byte for byte: data sets are bound to its hash."""
+SHARD_SIZE = "5GB"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A finished export."""
+
+    folder: Path
+    architecture: str
+    parity: Parity
+    rounding: float
+    """Largest change of a logit on real text by the weights' type; 0 for float32."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint, ready to be written in other formats."""
+
+    config: RunConfig
+    step: int
+    tokens_seen: int
+    tokenizer: Tokenizer
+    weights: dict[str, Tensor]
+    """In float32, by our names."""
+
+    def model(self, dtype: str = "float32") -> Transformer:
+        """On the CPU, in float32, with weights rounded to another type."""
+        model = Transformer(self.config.model).eval()
+        model.load_state_dict(rounded(self.weights, dtype))
+        return model
+
+
+def open_source(folder: Path) -> Source:
+    """A checkpoint's folder as a source of exports.
+
+    Raises:
+        UserError: no intact checkpoint, or one whose vocabulary does not fit.
+    """
+    saved: Checkpoint = checkpoint.load(folder)
+    config = from_dict(saved.config, RunConfig())
+    source = Source(config, saved.state.step, saved.state.tokens_seen, Tokenizer(saved.tokenizer_file), saved.model)
+    if config.model.vocab_size != source.tokenizer.vocab_size:
+        raise UserError(
+            f"the model in {folder} has {config.model.vocab_size:,} tokens, its vocabulary {source.tokenizer.name} "
+            f"{source.tokenizer.vocab_size:,}: they do not belong together"
+        )
+    return source
+
+
+def export_folder(
+    source: Path | Source,
+    to: Path,
+    dtype: str = "float32",
+    *,
+    overwrite: bool = False,
+    facts: dict[str, Any] | None = None,
+    say: Callable[[str], None] = print,
+    max_shard_size: int | str = SHARD_SIZE,
+) -> Exported:
+    """Write the folder, check it with transformers, and only then give it its name.
+
+    Args:
+        source: a checkpoint's folder (`run_folder.latest_checkpoint` finds a run's), or one that is open.
+        to: must not be there yet, be empty, or be an earlier export, which is replaced.
+        dtype: float32, bfloat16 or float16.
+        overwrite: move another folder of that name aside.
+        facts: for the model card.
+        say: told what is being done.
+        max_shard_size: bytes of a weights file, or a size such as "5GB".
+
+    Raises:
+        UserError: a model that transformers has no architecture for, a folder in the way, transformers missing, or
+            other logits from the folder than from the model.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
+    to = to.expanduser().absolute()
+    check_target(to, overwrite)
+    require_transformers()  # before minutes of work
+    source = open_source(source) if isinstance(source, Path) else source
+    kind = choose(source.config.model)
+    to.parent.mkdir(parents=True, exist_ok=True)
+    work = to.with_name(f".partial-{to.name}")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    try:
+        say(f"writing {CLASSES[kind]} in {dtype}")
+        _write(work, source, dtype, facts or {}, max_shard_size)
+        say("comparing with transformers")
+        model = source.model(dtype)
+        parity = check(work, model, source.tokenizer)
+        rounding = _rounding(source, model) if dtype != "float32" else 0.0
+        fsync_folder(work)
+        _make_room(to)
+        work.rename(to)
+        fsync_folder(to.parent)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return Exported(to, CLASSES[kind], parity, rounding)
+
+
+def check_target(to: Path, overwrite: bool) -> None:
+    """
+    Raises:
+        UserError: something is there that is no export of ours.
+    """
+    if to.is_dir():
+        if not any(to.iterdir()) or is_export(to) or overwrite:
+            return
+        raise UserError(
+            f"{to} is there already and is no export of this program; give another folder, or --overwrite to move it "
+            "aside"
+        )
+    if to.exists():
+        raise UserError(f"{to} is a file, expected a folder to write; give another name")
+
+
+def is_export(folder: Path) -> bool:
+    """Whether this program made the folder."""
+    try:
+        return json.loads((folder / MARK).read_text(encoding="utf-8"))["format"] == FORMAT
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _make_room(to: Path) -> None:
+    if not to.exists():
+        return
+    if not any(to.iterdir()):
+        to.rmdir()
+    elif is_export(to):
+        shutil.rmtree(to)
+    else:
+        to.rename(to.with_name(f"{to.name}.before-{time.strftime('%Y%m%d-%H%M%S')}"))
+
+
+def _write(folder: Path, source: Source, dtype: str, facts: dict[str, Any], max_shard_size: int | str) -> None:
+    config, tokenizer = source.config.model, source.tokenizer
+    kind, end = choose(config), tokenizer.end_of_text
+    weights = convert(kind, config, rounded(source.weights, dtype))
+    save_torch_state_dict(weights, folder, max_shard_size=max_shard_size, metadata={"format": "pt"})
+    write_json(folder / "config.json", settings(config, end, dtype))
+    for file in folder.glob("*.safetensors"):  # written for its owner's eyes alone
+        file.chmod((folder / "config.json").stat().st_mode)
+    write_json(folder / "generation_config.json", {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end})
+    for name, content in tokenizer_files(tokenizer, config.max_seq_len).items():
+        write_text(folder / name, content)
+    if not tokenizer.is_default:
+        write_text(folder / VOCABULARY, tokenizer.file.read_bytes().decode("utf-8"))
+    facts = {
+        "name": source.config.name,
+        "step": source.step,
+        "tokens_seen": source.tokens_seen,
+        "architecture": CLASSES[kind],
+        "dtype": dtype,
+        "parameters": sum(weight.numel() for weight in weights.values()),
+        "tokenizer": tokenizer.name,
+    } | facts
+    mark = {key: facts[key] for key in ("name", "step", "tokens_seen")} | {"model": asdict(config)}
+    write_json(folder / MARK, {"format": FORMAT} | mark | {"tokenizer": tokenizer.describe()})
+    write_text(folder / "README.md", model_card(source.config, facts))
+
+
+@torch.no_grad()
+def _rounding(source: Source, model: Transformer) -> float:
+    tokens = samples(model, source.tokenizer)[1]
+    return float((source.model()(tokens) - model(tokens)).abs().max())

@@ -1,0 +1,177 @@
+"""A model as one GGUF file, for llama.cpp and what builds on it.
+
+Source: ggml-org/llama.cpp, convert_hf_to_gguf.py, for names, types, and the order of a Llama's query and key rows.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..config import ModelConfig
+from ..errors import UserError
+from ..files import fsync_folder
+from .architectures import ModelType, choose
+from .folder import Source
+from .tokenizer_files import fast_tokenizer
+from .weights import convert
+
+ARCHITECTURES = {"llama": "LLAMA", "qwen3": "QWEN3", "gpt2": "GPT2"}
+TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+FILE_TYPES = {"float32": "ALL_F32", "float16": "MOSTLY_F16", "bfloat16": "MOSTLY_BF16"}
+
+
+def export_gguf(source: Source, to: Path, dtype: str = "float32") -> int:
+    """Write the file, read it back, compare it tensor by tensor, and only then give it its name.
+
+    Vectors and learned positions stay in float32, as llama.cpp has them.
+
+    Returns:
+        the number of tensors.
+
+    Raises:
+        UserError: a model or vocabulary that the format has no place for, or the extra `gguf` is not installed.
+    """
+    gguf = _require()
+    config, to = source.config.model, to.expanduser().absolute()
+    kind = choose(config)
+    tensors = dict(_tensors(gguf, kind, config, source.weights))
+    to.parent.mkdir(parents=True, exist_ok=True)
+    work = to.with_name(f".partial-{to.name}")
+    try:
+        writer = gguf.GGUFWriter(work, ARCHITECTURES[kind].lower())
+        writer.add_name(source.config.name)
+        writer.add_file_type(int(getattr(gguf.LlamaFileType, FILE_TYPES[dtype])))
+        _add_settings(writer, kind, config)
+        _add_vocabulary(gguf, writer, source)
+        for name, array in tensors.items():
+            kept = _type(gguf, name, array, dtype)
+            writer.add_tensor(name, gguf.quants.quantize(array, kept), raw_dtype=kept)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        _compare(gguf, work, tensors, dtype)
+        with work.open("rb") as file:
+            os.fsync(file.fileno())
+        work.replace(to)
+        fsync_folder(to.parent)
+    finally:
+        work.unlink(missing_ok=True)
+    return len(tensors)
+
+
+def _tensors(
+    gguf: Any, kind: ModelType, config: ModelConfig, weights: dict[str, Tensor]
+) -> Iterator[tuple[str, np.ndarray]]:
+    names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, ARCHITECTURES[kind]), config.n_layers)
+    for theirs, tensor in convert(kind, config, weights).items():
+        name = names.get_name(theirs, try_suffixes=(".weight", ".bias"))
+        assert name, theirs
+        array = tensor.float().numpy()
+        if kind == "gpt2" and ".h." in theirs and array.ndim == 2:
+            array = array.T  # outputs as rows, unlike Conv1D
+        if kind == "llama" and "self_attn.q_proj" in theirs:
+            array = neighbours(array, config.n_heads)
+        if kind == "llama" and "self_attn.k_proj" in theirs:
+            array = neighbours(array, config.kv_heads)
+        yield name, np.ascontiguousarray(array)
+
+
+def neighbours(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of queries or keys, head by head, so that dimensions that turn together stand side by side.
+
+    A Llama in GGUF pairs dimension 2i with 2i + 1 where we pair i with i + K/2.
+
+    Shapes:
+        (H K, D) or (H K,); returns the same
+    """
+    apart = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])  # (H, 2, K/2, D)
+    return apart.swapaxes(1, 2).reshape(rows.shape)
+
+
+def _type(gguf: Any, name: str, array: np.ndarray, dtype: str) -> Any:
+    small = array.ndim == 1 or name.startswith("position_embd")
+    return getattr(gguf.GGMLQuantizationType, "F32" if small else TYPES[dtype])
+
+
+def _add_settings(writer: Any, kind: ModelType, config: ModelConfig) -> None:
+    writer.add_context_length(config.max_seq_len)
+    writer.add_embedding_length(config.d_model)
+    writer.add_block_count(config.n_layers)
+    writer.add_feed_forward_length(config.d_ff)
+    writer.add_head_count(config.n_heads)
+    writer.add_head_count_kv(config.kv_heads)
+    writer.add_vocab_size(config.vocab_size)
+    if kind == "gpt2":
+        writer.add_layer_norm_eps(config.norm_eps)
+        return
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_key_length(config.head_size)
+    writer.add_value_length(config.head_size)
+    writer.add_rope_dimension_count(config.head_size)
+    writer.add_rope_freq_base(config.rope_theta)
+
+
+def _add_vocabulary(gguf: Any, writer: Any, source: Source) -> None:
+    """
+    Raises:
+        UserError: not a byte-level vocabulary that cuts words as GPT-2's does.
+    """
+    spec, end = json.loads(fast_tokenizer(source.tokenizer).to_str()), source.tokenizer.end_of_text
+    cutting = spec["pre_tokenizer"] or {}
+    plain = cutting.get("type") == "ByteLevel" and cutting.get("use_regex", True) and not cutting["add_prefix_space"]
+    if spec["model"]["type"] != "BPE" or spec["normalizer"] or not plain:
+        raise UserError(
+            f"the vocabulary {source.tokenizer.name} does not cut words as GPT-2's does (model "
+            f"{spec['model']['type']}, pre_tokenizer {cutting.get('type')}): GGUF has no name for it. Vocabularies of "
+            "`myllm tokenizer train` do"
+        )
+    tokens = [f"[UNUSED{i}]" for i in range(source.config.model.vocab_size)]
+    types = [gguf.TokenType.UNUSED] * len(tokens)
+    for token, index in spec["model"]["vocab"].items():
+        tokens[index], types[index] = token, gguf.TokenType.NORMAL
+    for added in spec["added_tokens"]:
+        tokens[added["id"]] = added["content"]
+        types[added["id"]] = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_token_merges([" ".join(pair) if isinstance(pair, list) else pair for pair in spec["model"]["merges"]])
+    writer.add_bos_token_id(end)
+    writer.add_eos_token_id(end)
+    writer.add_add_bos_token(True)
+
+
+def _compare(gguf: Any, file: Path, tensors: dict[str, np.ndarray], dtype: str) -> None:
+    """
+    Raises:
+        UserError: the file does not hold what was written.
+    """
+    found = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+    wrong = sorted(found.keys() ^ tensors.keys())
+    for name in found.keys() & tensors.keys():
+        values = gguf.quants.dequantize(found[name].data, found[name].tensor_type)
+        kept = torch.float32 if found[name].tensor_type.name == "F32" else getattr(torch, dtype)
+        # Rounded by torch, not by the library that wrote the file.
+        expected = torch.from_numpy(tensors[name]).to(kept).float().numpy()
+        if values.shape != expected.shape or not np.array_equal(values, expected):
+            wrong.append(name)
+    if wrong:
+        raise UserError(f"the GGUF file does not hold what was written: {', '.join(wrong[:5])}. Nothing was exported")
+
+
+def _require() -> Any:
+    try:
+        import gguf
+    except ImportError:
+        raise UserError(
+            "--to-gguf needs gguf, which is not installed: pip install gguf (the extra `gguf` of this package)"
+        ) from None
+    return gguf

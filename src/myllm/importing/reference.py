@@ -1,0 +1,108 @@
+"""The published checkpoint of the reference run, LF_LLM-269M: one `pytorch_model.pth`.
+
+A `torch.save` of a dict: `model_state_dict`, optimizer and scheduler state, `step`, random state, and `hParams`, a
+pickled dataclass of a module `src.params`. Only tensors and plain values are read; that one class becomes a record
+without methods, and a file that names anything else is refused unread.
+"""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import ModelConfig
+from ..errors import UserError
+from .foreign import Foreign
+
+CHECKPOINT = "pytorch_model.pth"
+MODULE = "src.params."
+SETTINGS = ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")
+COMPILED = "_orig_mod."
+
+
+class Record:
+    """Named values, in place of a class that is not here."""
+
+
+def read_reference(file: Path) -> Foreign:
+    """
+    Raises:
+        UserError: no such checkpoint, or one that would run code.
+    """
+    content = _load(file)
+    faults = [key for key in ("model_state_dict", "hParams") if key not in content]
+    if faults:
+        raise UserError(
+            f"{file} holds {', '.join(map(str, list(content)[:8])) or 'nothing'}, but no {' and no '.join(faults)}: "
+            "expected a checkpoint of the reference run"
+        )
+    weights = {
+        name.removeprefix("module.").removeprefix(COMPILED): tensor
+        for name, tensor in content["model_state_dict"].items()
+    }
+    config = _model_config(file, content["hParams"], weights)
+    return Foreign(config, _convert(file, config, weights), None, (f"made at its step {content.get('step')}",))
+
+
+def _load(file: Path) -> dict[str, Any]:
+    try:
+        # Every name that the pickle asks for beyond what torch knows to be plain data.
+        asked = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+        odd = sorted(name for name in asked if not name.startswith(MODULE))
+        if odd:
+            raise UserError(
+                f"{file} asks for {', '.join(odd)}, which loading would run; it was not opened. A checkpoint needs "
+                "tensors and plain values only: get it from its author again, or do not use it"
+            )
+        with torch.serialization.safe_globals([(Record, name) for name in asked]):
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{file} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{file} holds a {type(content).__name__}, expected a dict with model_state_dict and hParams")
+    return content
+
+
+def _model_config(file: Path, settings: Any, weights: dict[str, Tensor]) -> ModelConfig:
+    values = settings if isinstance(settings, dict) else vars(settings)
+    if missing := [name for name in SETTINGS if not isinstance(values.get(name), int)]:
+        raise UserError(f"the hParams of {file} have no {', '.join(missing)}; they have {', '.join(values) or 'none'}")
+    up, embedding = weights.get("transformer_blocks.0.ffn.net.0.weight"), weights.get("embd.weight")
+    if up is None or embedding is None:
+        raise UserError(f"{file} has other weights than the reference run: {', '.join(list(weights)[:3])}, ...")
+    tied = torch.equal(weights.get("out_proj.weight", embedding), embedding)
+    return ModelConfig(
+        vocab_size=values["n_vocab"], max_seq_len=values["n_ctx"], d_model=values["n_embd"],
+        n_heads=values["n_head"], n_layers=values["n_layer"], d_ff=up.shape[0] // 2, bias=True, tie_embeddings=tied,
+        dropout_ffn=float(values.get("ffn_act_pdrop") or 0),
+        dropout_attention_residual=float(values.get("attn_res_pdrop") or 0), init="reference",
+    )  # fmt: skip
+
+
+def _convert(file: Path, config: ModelConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    names = {"embd.weight": "embedding.weight", "norm.weight": "norm.weight", "out_proj.weight": "head.weight"}
+    inner = {
+        "norm1.weight": "attention_norm.weight", "norm2.weight": "feed_forward_norm.weight",
+        "attn.qkv_proj.weight": "attention.qkv_proj.weight", "attn.qkv_proj.bias": "attention.qkv_proj.bias",
+        "attn.out_proj.weight": "attention.out_proj.weight", "attn.out_proj.bias": "attention.out_proj.bias",
+        "ffn.net.0.weight": "feed_forward.up_proj.weight", "ffn.net.0.bias": "feed_forward.up_proj.bias",
+        "ffn.net.3.weight": "feed_forward.down_proj.weight", "ffn.net.3.bias": "feed_forward.down_proj.bias",
+    }  # fmt: skip
+    for i in range(config.n_layers):
+        names |= {f"transformer_blocks.{i}.{theirs}": f"blocks.{i}.{ours}" for theirs, ours in inner.items()}
+    if config.tie_embeddings:
+        del names["out_proj.weight"]
+        weights = {name: tensor for name, tensor in weights.items() if name != "out_proj.weight"}
+    if names.keys() != weights.keys():
+        odd = sorted(names.keys() ^ weights.keys())
+        raise UserError(f"{file} does not have the weights of its hParams: {', '.join(odd[:5])} are not in both")
+    made = {names[theirs]: tensor for theirs, tensor in weights.items()}
+    for name in made:
+        if "up_proj" in name:  # theirs has up first, then the gate
+            up, gate = made[name].chunk(2)
+            made[name] = torch.cat((gate, up))
+    return made

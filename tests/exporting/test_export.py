@@ -1,0 +1,276 @@
+"""Exported folders: a stranger with transformers alone gets our logits, our ids and our text."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+import tiktoken
+import tiktoken.load
+import torch
+import transformers
+from exporting.conftest import GPT2, KINDS, R50K, Save
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from myllm.cli import main as myllm
+from myllm.completion import generate
+from myllm.config import ModelConfig
+from myllm.data.r50k import PATTERN
+from myllm.data.tokenizer import Tokenizer
+from myllm.data.train_tokenizer import train_tokenizer
+from myllm.errors import UserError
+from myllm.exporting import architectures, export_folder, parity
+from myllm.exporting.tokenizer_files import tokenizer_files
+from myllm.loading import load_model
+
+STRANGER = """
+import json, sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+for folder in sys.argv[2:]:
+    model, tokenizer = (kind.from_pretrained(folder) for kind in (AutoModelForCausalLM, AutoTokenizer))
+    made = model.generate(**tokenizer(sys.argv[1], return_tensors="pt"), max_new_tokens=12, do_sample=False)
+    print(json.dumps(tokenizer.decode(made[0], skip_special_tokens=True)))
+assert "myllm" not in sys.modules
+"""
+
+
+def quietly(_: str) -> None:
+    pass
+
+
+# -- what a stranger gets ---------------------------------------------------------------------------------------------
+
+
+def test_a_stranger_gets_the_same_greedy_text(save: Save, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for kind, config in KINDS.items():
+        save(config, name=kind)
+        myllm(["export", kind, "--to", str(tmp_path / kind)])
+        said = capsys.readouterr().out
+        assert "largest difference of a logit" in said
+        assert f"exported {architectures.CLASSES[kind]}" in said
+    alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", STRANGER, "the river", *KINDS], env=alone, capture_output=True, text=True, timeout=120,
+        check=False, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    ours = [generate(load_model(kind, "cpu"), "the river", 12, temperature=0) for kind in KINDS]
+    assert list(map(json.loads, done.stdout.splitlines())) == ours
+    assert len(set(ours)) == len(KINDS)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-5), ("bfloat16", 0.3), ("float16", 0.03)])
+@torch.no_grad()
+def test_logits_and_types(dtype: str, bound: float, save: Save, tmp_path: Path) -> None:
+    made = export_folder(save(KINDS["llama"]), tmp_path / "out", dtype, say=quietly)
+    peer = AutoModelForCausalLM.from_pretrained(made.folder)
+    assert peer.dtype == getattr(torch, dtype)
+    assert peer.config.vocab_size == peer.get_input_embeddings().weight.shape[0] == 50_257
+    tokens = torch.randint(50_257, (2, 48), generator=torch.Generator().manual_seed(1))
+    ours = load_model("made", "cpu").model(tokens)
+    difference = float((ours - peer.float()(tokens).logits).abs().max())
+    assert difference < bound
+    assert (made.rounding > 0) == (dtype != "float32")
+    assert made.rounding < bound
+    names = set(safe_open(made.folder / "model.safetensors", "pt").keys())
+    assert "lm_head.weight" not in names  # tied
+
+
+def test_the_files(save: Save, tmp_path: Path) -> None:
+    folder = export_folder(save(KINDS["qwen3"]), tmp_path / "out", say=quietly).folder
+    assert {path.name for path in folder.iterdir()} == {
+        "README.md", "config.json", "generation_config.json", "model.safetensors", "myllm.json",
+        "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json",
+    }  # fmt: skip
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
+    mark = json.loads((folder / "myllm.json").read_text())
+    assert (mark["format"], mark["step"], mark["tokens_seen"]) == ("myllm-export-1", 7, 448)
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"], config["head_dim"]) == (50_256, 50_256, 6)
+    assert "7 steps" in (folder / "README.md").read_text()
+    assert not list(tmp_path.glob(".partial-*"))
+
+
+def test_large_models_come_in_shards(save: Save, tmp_path: Path) -> None:
+    folder = export_folder(save(KINDS["gpt2"]), tmp_path / "out", say=quietly, max_shard_size="1MB").folder
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    files = set(index["weight_map"].values())
+    assert len(files) > 1
+    assert all((folder / name).is_file() for name in files)
+    assert not (folder / "model.safetensors").exists()
+
+
+# -- the tokenizer ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def fast(tmp_path_factory: pytest.TempPathFactory) -> transformers.PreTrainedTokenizerBase:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    for name, content in tokenizer_files(Tokenizer(), 1_024).items():
+        (folder / name).write_text(content, encoding="utf-8")
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def peer() -> tiktoken.Encoding:
+    """tiktoken itself, on the file of the vocabulary."""
+    ranks = tiktoken.load.load_tiktoken_bpe(str(Tokenizer().file))
+    return tiktoken.Encoding("r50k", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 50_256})
+
+
+ODD = st.sampled_from(
+    ["<|endoftext|>", "<|endof", "  ", "\t \n", "\u2003", "\x85", "'s", "'LL", "\u00a0", "\r\n\r\n", "e\u0301", "Ġ",
+     "\U0001f469\u200d\U0001f52c", " the", "The", "123", "_", "\u0e01\u0e33", "\ufeff", "\x00", "中文", "\uff11\uff12"]
+)  # fmt: skip
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.one_of(st.text(), ODD), max_size=30).map("".join))
+def test_ids_are_those_of_tiktoken(
+    fast: transformers.PreTrainedTokenizerBase, peer: tiktoken.Encoding, text: str
+) -> None:
+    expected = peer.encode_ordinary(text)
+    assert fast(text, add_special_tokens=False).input_ids == expected
+    assert fast(text).input_ids == fast.encode(text) == [50_256, *expected]
+    assert fast.decode(expected) == text
+
+
+def test_every_character(fast: transformers.PreTrainedTokenizerBase, peer: tiktoken.Encoding) -> None:
+    """The two libraries' tables of letters, digits and spaces are the same: all scripts, and some of the rest."""
+    codes = [*range(0xD800), *range(0xE000, 0x20000), *range(0x20000, 0x110000, 64)]
+    for start in range(0, len(codes), 4_096):
+        text = "".join(f"a{c}1{c}! {c}  b" for c in map(chr, codes[start : start + 4_096]))
+        assert fast(text, add_special_tokens=False, verbose=False).input_ids == peer.encode_ordinary(text)
+
+
+def test_every_token(fast: transformers.PreTrainedTokenizerBase, peer: tiktoken.Encoding) -> None:
+    for token in range(50_256):
+        if (text := peer.decode_single_token_bytes(token).decode("utf-8", "replace")).isprintable():
+            assert fast(text, add_special_tokens=False).input_ids == peer.encode_ordinary(text)
+    assert len(fast) == 50_257
+
+
+def test_special_tokens(fast: transformers.PreTrainedTokenizerBase) -> None:
+    assert (fast.bos_token_id, fast.eos_token_id, fast.model_max_length) == (50_256, 50_256, 1_024)
+    assert fast("a", "b").input_ids == [50_256, 64, 50_256, 65]
+    assert fast("a<|endoftext|>", split_special_tokens=False).input_ids == [50_256, 64, 50_256]
+    assert fast.decode([50_256, 64], skip_special_tokens=True) == "a"
+    text = "isn ' t , it ?"  # nothing is tidied up
+    assert fast.decode(fast(text).input_ids, skip_special_tokens=True) == text
+
+
+def test_a_vocabulary_of_one_s_own(save: Save, corpus: Path, tmp_path: Path) -> None:
+    file = train_tokenizer((path.read_text() for path in corpus.iterdir()), 400, tmp_path / "v.json", progress=False)
+    spec = json.loads(file.read_text())
+    spec["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    file.write_text(json.dumps(spec))
+    folder = export_folder(
+        save(replace(R50K, vocab_size=400, vocab_multiple=64), file), tmp_path / "out", say=quietly
+    ).folder
+    made, ours = AutoTokenizer.from_pretrained(folder), Tokenizer(file)
+    text = "the river <|endoftext|> ran under é 言語\n\n  old"
+    assert made(text).input_ids == ours.encode_document(text).tolist()
+    assert (folder / "myllm_tokenizer.json").read_bytes() == file.read_bytes()
+
+
+# -- the gate and its errors ------------------------------------------------------------------------------------------
+
+
+def test_every_switch_has_an_answer() -> None:
+    """A new field of ModelConfig must be one that every architecture has, or be looked at."""
+    names = {field.name for field in fields(ModelConfig)}
+    for kind, switches in architectures.SWITCHES.items():
+        assert names == architectures.ANYWHERE | switches.keys(), kind
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"activation": "relu2"}, ["LlamaForCausalLM: model.activation is relu2, not swiglu"]),
+        (
+            {"qk_norm": True, "bias": True},
+            ["Qwen3ForCausalLM: model.bias is True", "LlamaForCausalLM: model.qk_norm is True"],
+        ),
+        (
+            {"norm": "layernorm", "activation": "relu2", "qk_norm": True},
+            ["model.norm is layernorm", "model.activation"],
+        ),
+        ({**vars(GPT2), "n_kv_heads": 2}, ["GPT2LMHeadModel: model.n_kv_heads is 2, not model.n_heads, 4"]),
+        ({**vars(GPT2), "head_dim": 8}, ["model.head_dim is 8"]),
+    ],
+)
+def test_switches_without_a_counterpart_are_named(changes: dict, words: list[str], save: Save, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        export_folder(save(replace(R50K, **changes)), tmp_path / "out", say=quietly)
+    for word in words:
+        assert word in str(caught.value)
+    assert list(tmp_path.glob("*out*")) == []
+
+
+def test_other_logits_are_no_export(save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = architectures.settings
+
+    def wrong(*arguments: object) -> dict:
+        return right(*arguments) | {"rms_norm_eps": 1e-2}
+
+    monkeypatch.setattr("myllm.exporting.folder.settings", wrong)
+    with pytest.raises(UserError, match="transformers gives other logits than this model"):
+        export_folder(save(R50K), tmp_path / "out", say=quietly)
+    assert list(tmp_path.glob("*out*")) == []
+
+
+def test_other_ids_are_no_export(save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = tokenizer_files
+
+    def wrong(*arguments: object) -> dict[str, str]:
+        files = right(*arguments)
+        settings = json.loads(files["tokenizer_config.json"]) | {"split_special_tokens": False}
+        return files | {"tokenizer_config.json": json.dumps(settings)}
+
+    monkeypatch.setattr("myllm.exporting.folder.tokenizer_files", wrong)
+    with pytest.raises(UserError, match="gives other ids than r50k_base"):
+        export_folder(save(R50K), tmp_path / "out", say=quietly)
+
+
+def test_without_transformers(save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(UserError, match="pip install transformers"):
+        export_folder(save(R50K), tmp_path / "out", say=quietly)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_in_the_way(save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("myllm.exporting.folder.check", lambda *_: parity.Parity(0, 0, 1, 0))  # of no interest here
+    folder, out = save(R50K), tmp_path / "out"
+    out.mkdir()
+    export_folder(folder, out, say=quietly)  # empty
+    (out / "extra").touch()
+    export_folder(folder, out, say=quietly)  # an export of ours
+    assert not (out / "extra").exists()
+    (out / "myllm.json").unlink()
+    with pytest.raises(UserError, match="is no export of this program"):
+        export_folder(folder, out, say=quietly)
+    export_folder(folder, out, overwrite=True, say=quietly)
+    assert (out / "myllm.json").exists()
+    (aside,) = tmp_path.glob("out.before-*")
+    assert (aside / "config.json").exists()
+    with pytest.raises(UserError, match="is a file"):
+        export_folder(folder, out / "config.json", say=quietly)
+
+
+def test_damaged_and_missing_checkpoints(save: Save, tmp_path: Path) -> None:
+    folder = save(R50K)
+    with pytest.raises(UserError, match="dtype is 'int8'"):
+        export_folder(folder, tmp_path / "out", "int8")
+    (folder / "model.pt").write_bytes(b"no")
+    with pytest.raises(UserError, match="is not an intact checkpoint"):
+        export_folder(folder, tmp_path / "out", say=quietly)
+    with pytest.raises(SystemExit):
+        myllm(["export", "nothing", "--to", str(tmp_path / "out")])

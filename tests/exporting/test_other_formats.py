@@ -1,0 +1,140 @@
+"""ONNX files run in onnxruntime, GGUF files are read by transformers: both give our logits."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import gguf
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from exporting.conftest import KINDS, R50K, Save
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from myllm.cli import main as myllm
+from myllm.data.train_tokenizer import train_tokenizer
+from myllm.errors import UserError
+from myllm.exporting import open_source, to_onnx
+from myllm.exporting.to_gguf import export_gguf
+from myllm.exporting.to_onnx import export_onnx
+from myllm.loading import load_model
+
+
+def tokens(*shape: int) -> torch.Tensor:
+    return torch.randint(50_257, shape, generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def our_logits(asked: torch.Tensor) -> np.ndarray:
+    return load_model("made", "cpu").model(asked).numpy()
+
+
+# -- ONNX -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "relu2"])
+def test_onnx(kind: str, save: Save, tmp_path: Path) -> None:
+    config = KINDS.get(kind) or replace(R50K, activation="relu2", qk_norm=True, bias=True, n_kv_heads=1)
+    assert export_onnx(open_source(save(config)), tmp_path / "m.onnx") < 1e-4
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
+    for shape in ((1, 1), (3, 7), (2, 48)):
+        (theirs,) = session.run(["logits"], {"tokens": tokens(*shape).numpy()})
+        assert theirs.shape == (*shape, 50_257)
+        assert np.abs(theirs - our_logits(tokens(*shape))).max() < 1e-4
+    assert [path.name for path in tmp_path.glob("*onnx*")] == ["m.onnx"]
+
+
+def test_onnx_with_weights_beside(save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for models that one file cannot hold."""
+    monkeypatch.setattr(to_onnx, "_large", lambda _: True)
+    export_onnx(open_source(save(R50K)), tmp_path / "m.onnx")
+    assert sorted(path.name for path in tmp_path.glob("*onnx*")) == ["m.onnx", "m.onnx.data"]
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
+    (theirs,) = session.run(None, {"tokens": tokens(1, 5).numpy()})
+    assert np.abs(theirs - our_logits(tokens(1, 5))).max() < 1e-4
+
+
+def test_onnx_that_gives_other_logits(save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = to_onnx._write
+
+    def wrong(model: torch.nn.Module, file: Path) -> None:
+        write(model, file)
+        with torch.no_grad():
+            model.norm.weight[0] += 1
+
+    monkeypatch.setattr(to_onnx, "_write", wrong)
+    with pytest.raises(UserError, match="onnxruntime gives other logits"):
+        export_onnx(open_source(save(R50K)), tmp_path / "m.onnx")
+    assert not list(tmp_path.glob("*onnx*"))
+
+
+# -- GGUF -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_gguf(kind: str, save: Save, tmp_path: Path) -> None:
+    # From this format transformers reads no biases of a Llama, and not every size: these are its defaults.
+    seen = {"llama": {"bias": False}, "qwen3": {"head_dim": 128}, "gpt2": {"max_seq_len": 1_024, "d_ff": 96}}
+    config = replace(KINDS[kind], **seen.get(kind, {}))
+    export_gguf(open_source(save(config)), tmp_path / "m.gguf")
+    peer = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32)
+    theirs = peer.eval()(tokens(2, 48)).logits.numpy()
+    assert np.abs(theirs - our_logits(tokens(2, 48))).max() < 1e-4
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")
+    text = "the river  ran\n\n under 12 bridges, naïve 言語"
+    assert tokenizer(text, add_special_tokens=False).input_ids == load_model("made").tokenizer.encode(text).tolist()
+
+
+@pytest.mark.parametrize(("dtype", "name"), [("bfloat16", "BF16"), ("float16", "F16")])
+def test_gguf_types_and_biases(dtype: str, name: str, save: Save, tmp_path: Path) -> None:
+    source = open_source(save(KINDS["llama"]))
+    count = export_gguf(source, tmp_path / "m.gguf", dtype)
+    reader = gguf.GGUFReader(tmp_path / "m.gguf")
+    assert len(reader.tensors) == count
+    assert {tensor.tensor_type.name for tensor in reader.tensors if len(tensor.shape) == 2} == {name}
+    assert {tensor.tensor_type.name for tensor in reader.tensors if len(tensor.shape) == 1} == {"F32"}
+    by_name = {tensor.name: tensor for tensor in reader.tensors}
+    assert {"blk.1.ffn_gate.bias", "blk.1.attn_k.bias", "blk.1.attn_output.bias"} <= by_name.keys()
+    # Heads of 8: where we pair row i with i + 4, the file pairs 2i with 2i + 1.
+    ours = source.weights["blocks.1.attention.qkv_proj.bias"][:8]
+    assert by_name["blk.1.attn_q.bias"].data[:8].tolist() == ours[[0, 4, 1, 5, 2, 6, 3, 7]].tolist()
+    fields = {key: field.contents() for key, field in reader.fields.items()}
+    assert fields["tokenizer.ggml.bos_token_id"] == fields["tokenizer.ggml.eos_token_id"] == 50_256
+    assert fields["tokenizer.ggml.add_bos_token"] is True
+    assert fields["llama.attention.key_length"] == 8
+    assert len(fields["tokenizer.ggml.merges"]) == 50_000
+
+
+def test_gguf_of_one_s_own_vocabulary(save: Save, corpus: Path, tmp_path: Path) -> None:
+    file = train_tokenizer((path.read_text() for path in corpus.iterdir()), 400, tmp_path / "v.json", progress=False)
+    source = open_source(save(replace(R50K, vocab_size=400), file))
+    export_gguf(source, tmp_path / "m.gguf")
+    text = "the river  ran\n under"
+    theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")(text, add_special_tokens=False).input_ids
+    assert theirs == source.tokenizer.encode(text).tolist()
+
+
+# -- the command ------------------------------------------------------------------------------------------------------
+
+
+def test_the_command(save: Save, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(R50K)
+    words = ["export", "made", "--to-onnx", str(tmp_path / "m.onnx"), "--to-gguf", str(tmp_path / "deep/m.gguf")]
+    myllm([*words, "--dtype", "bfloat16"])
+    said = capsys.readouterr().out
+    assert "onnxruntime's logits differ by at most" in said
+    assert "its 20 tensors are those that were written" in said
+    for wrong in (words, ["export", "made"], ["export", "made", "--to-gguf", str(tmp_path)]):
+        with pytest.raises(SystemExit) as caught:
+            myllm(wrong)
+        assert caught.value.code == 2
+    assert "is there already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("package", "call"), [("gguf", export_gguf), ("onnxruntime", export_onnx)])
+def test_without_the_extra(package: str, call, save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=f"needs {package}, which is not installed: pip install"):
+        call(open_source(save(R50K)), tmp_path / "file")

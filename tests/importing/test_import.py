@@ -1,0 +1,381 @@
+"""Imports: the reference's checkpoint, folders of transformers, our exports; and what is refused."""
+
+import json
+import pickle
+import sys
+import types
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import losses, train_rows, with_train
+from exporting.conftest import KINDS, save  # noqa: F401 (a fixture)
+from importing.reference_model import HParams, ReferenceModel
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)  # fmt: skip
+
+from myllm.cli import main as myllm
+from myllm.completion import generate
+from myllm.config import RunConfig, load_json
+from myllm.data.prepare import prepare
+from myllm.data.tokenizer import Tokenizer
+from myllm.data.train_tokenizer import train_tokenizer
+from myllm.distributed import process_group
+from myllm.errors import UserError
+from myllm.exporting import export_folder
+from myllm.exporting.tokenizer_files import tokenizer_files
+from myllm.importing import import_model
+from myllm.loading import load_model
+from myllm.paths import RunPaths
+from myllm.run_folder import latest_checkpoint
+from myllm.train import train
+
+TOKENS = torch.randint(50_257, (2, 32), generator=torch.Generator().manual_seed(5))
+SHAPE = {"vocab_size": 50_257, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2}
+SHAPE |= {"num_attention_heads": 4, "max_position_embeddings": 48}
+PEERS = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, num_key_value_heads=2, rms_norm_eps=1e-3)),
+    "llama-attention-biases": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, attention_bias=True, head_dim=8)),
+    "qwen3": lambda: Qwen3ForCausalLM(
+        Qwen3Config(**SHAPE, head_dim=8, num_key_value_heads=1, tie_word_embeddings=True,
+                    rope_parameters={"rope_type": "default", "rope_theta": 1e6})
+    ),
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(n_positions=48, n_embd=24, n_layer=2, n_head=4)),
+}  # fmt: skip
+
+
+def quietly(_: str) -> None:
+    pass
+
+
+@cache
+def r50k_files() -> dict[str, str]:
+    return tokenizer_files(Tokenizer(), 48)
+
+
+def write_tokenizer(folder: Path) -> None:
+    for name, content in r50k_files().items():
+        (folder / name).write_text(content, encoding="utf-8")
+
+
+def peer_folder(kind: str, folder: Path) -> torch.nn.Module:
+    """A folder as transformers saves it, with random weights everywhere; gives the model."""
+    peer, generator = PEERS[kind]().eval(), torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in peer.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    peer.save_pretrained(folder)
+    write_tokenizer(folder)
+    return peer
+
+
+@torch.no_grad()
+def difference(peer: torch.nn.Module, run: str) -> float:
+    theirs = peer(TOKENS)
+    theirs = theirs if isinstance(theirs, torch.Tensor) else theirs.logits
+    ours = load_model(run, "cpu").model(TOKENS)
+    assert ours.shape == theirs.shape
+    assert ours.std() > 0.1
+    return float((ours - theirs).abs().max())
+
+
+# -- the reference's checkpoint ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def reference(monkeypatch: pytest.MonkeyPatch) -> ReferenceModel:
+    """Its model; and its class in the module that its checkpoints name, for as long as one is written."""
+    module = types.ModuleType("src.params")
+    module.HParams = HParams
+    monkeypatch.setattr(HParams, "__module__", "src.params")
+    monkeypatch.setitem(sys.modules, "src", types.ModuleType("src"))
+    monkeypatch.setitem(sys.modules, "src.params", module)
+    return ReferenceModel(HParams()).eval()
+
+
+def write_reference(model: ReferenceModel, file: Path, prefix: str = "_orig_mod.", **more: object) -> Path:
+    """As the reference run saved it."""
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    scheduler = torch.optim.lr_scheduler.SequentialLR(
+        optimizer,
+        [torch.optim.lr_scheduler.LinearLR(optimizer), torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 9)],
+        [3],
+    )
+    model(TOKENS).mean().backward()
+    optimizer.step()
+    model.eval()
+    content = {
+        "model_state_dict": {prefix + name: tensor for name, tensor in model.state_dict().items()},
+        "optimizer_state_dict": optimizer.state_dict(),
+        "scheduler_state_dict": scheduler.state_dict(),
+        "step": 19_072,
+        "hParams": HParams(),
+        "random_state": torch.get_rng_state(),
+        "cuda_random_state": torch.get_rng_state(),
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(content | more, file)
+    return file
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", ""])
+def test_the_reference_s_logits(
+    prefix: str, reference: ReferenceModel, temp_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    file = write_reference(reference, tmp_path / "lf" / "pytorch_model.pth", prefix)
+    monkeypatch.delitem(sys.modules, "src.params")  # its code is not here
+    myllm(["import", str(file if prefix else file.parent)])
+    assert "imported as the run lf" in capsys.readouterr().out
+    assert difference(reference, "lf") < 1e-5
+    config = load_json(temp_data / "runs/lf/config.json", RunConfig()).model
+    assert (config.dropout_ffn, config.dropout_attention_residual, config.tie_embeddings) == (0.15, 0.1, True)
+
+
+def test_the_reference_exports_and_samples(reference: ReferenceModel, temp_data: Path, tmp_path: Path) -> None:
+    import_model(str(write_reference(reference, tmp_path / "pytorch_model.pth")), "lf", say=quietly)
+    assert generate(load_model("lf", "cpu"), "the river", 5, temperature=0).startswith("the river")
+    made = export_folder(latest_checkpoint("lf", temp_data / "runs"), tmp_path / "out", say=quietly)
+    assert made.architecture == "LlamaForCausalLM"
+    assert difference(AutoModelForCausalLM.from_pretrained(made.folder), "lf") < 1e-5
+    with torch.no_grad():
+        peer = AutoModelForCausalLM.from_pretrained(made.folder)
+        assert (peer(TOKENS).logits - reference(TOKENS)).abs().max() < 1e-5
+
+
+class Hostile:
+    """A pickle that runs a command when it is opened."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple:
+        return (__import__("os").system, (f"touch {self.target}",))
+
+
+@pytest.mark.parametrize("where", ["hParams", "step", "model_state_dict"])
+def test_a_hostile_pickle_is_refused(where: str, reference: ReferenceModel, temp_data: Path, tmp_path: Path) -> None:
+    file = write_reference(reference, tmp_path / "pytorch_model.pth", **{where: Hostile(tmp_path / "hit")})
+    with pytest.raises(UserError, match=r"asks for (posix|nt)\.system, which loading would run"):
+        import_model(str(file), "lf", say=quietly)
+    assert not (tmp_path / "hit").exists()
+    assert not (temp_data / "runs/lf").exists()
+    torch.load(file, weights_only=False)  # it is a real one
+    assert (tmp_path / "hit").exists()
+
+
+def test_other_ways_to_be_hostile(temp_data: Path, tmp_path: Path) -> None:
+    plain = tmp_path / "plain.pth"
+    plain.write_bytes(pickle.dumps({"model_state_dict": Hostile(tmp_path / "hit")}))
+    old = tmp_path / "old.pth"
+    torch.save({"hParams": Hostile(tmp_path / "hit")}, old, _use_new_zipfile_serialization=False)
+    empty = tmp_path / "empty.pth"
+    empty.touch()
+    for file in (plain, old, empty):
+        with pytest.raises(UserError, match=str(file)):
+            import_model(str(file), "lf", say=quietly)
+    assert not (tmp_path / "hit").exists()
+
+
+def test_a_checkpoint_of_something_else(reference: ReferenceModel, temp_data: Path, tmp_path: Path) -> None:
+    file = tmp_path / "pytorch_model.pth"
+    torch.save({"weights": {}, "epoch": 3}, file)
+    with pytest.raises(UserError, match="holds weights, epoch, but no model_state_dict and no hParams"):
+        import_model(str(file), "lf", say=quietly)
+    torch.save([1], file)
+    with pytest.raises(UserError, match="holds a list"):
+        import_model(str(file), "lf", say=quietly)
+    with pytest.raises(UserError, match=r"are not in both"):
+        import_model(str(write_reference(reference, file, hParams=HParams(n_layer=3))), "lf", say=quietly)
+    write_reference(reference, file, hParams={"n_vocab": 50_257, "n_ctx": 9})
+    with pytest.raises(UserError, match="have no n_embd, n_head, n_layer; they have n_vocab, n_ctx"):
+        import_model(str(file), "lf", say=quietly)
+
+
+# -- folders of transformers ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", PEERS)
+def test_logits_of_transformers(kind: str, temp_data: Path, tmp_path: Path) -> None:
+    peer = peer_folder(kind, tmp_path / kind)
+    run = import_model(str(tmp_path / kind), say=quietly)
+    assert run.root.name == kind
+    assert difference(peer, kind) < 1e-5
+    assert load_model(kind, "cpu").tokenizer.is_default
+
+
+def test_gpt2_as_it_was_first_published(temp_data: Path, tmp_path: Path) -> None:
+    """Without the name of the whole, and with the masks among the weights."""
+    peer = peer_folder("gpt2", tmp_path / "gpt2")
+    weights = load_file(tmp_path / "gpt2/model.safetensors")
+    weights = {name.removeprefix("transformer."): tensor for name, tensor in weights.items()}
+    weights |= {f"h.{i}.attn.bias": torch.ones(1, 1, 48, 48) for i in range(2)}
+    save_file(weights, tmp_path / "gpt2/model.safetensors")
+    import_model(str(tmp_path / "gpt2"), say=quietly)
+    assert difference(peer, "gpt2") < 1e-5
+
+
+def test_shards_and_bfloat16(temp_data: Path, tmp_path: Path) -> None:
+    peer = peer_folder("llama", tmp_path / "llama").to(torch.bfloat16)
+    (tmp_path / "llama/model.safetensors").unlink()
+    peer.save_pretrained(tmp_path / "llama", max_shard_size="500KB")
+    assert len(list((tmp_path / "llama").glob("model-*.safetensors"))) > 1
+    import_model(str(tmp_path / "llama"), say=quietly)
+    assert difference(LlamaForCausalLM.from_pretrained(tmp_path / "llama", dtype=torch.float32), "llama") < 1e-5
+    next((tmp_path / "llama").glob("model-*.safetensors")).unlink()
+    with pytest.raises(UserError, match=r"cannot read .*model-"):
+        import_model(str(tmp_path / "llama"), "again", say=quietly)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_there_and_back(kind: str, save, temp_data: Path, tmp_path: Path) -> None:  # noqa: F811
+    config = replace(KINDS[kind], dropout_ffn=0.2, vocab_multiple=64, init="reference")
+    export_folder(save(config), tmp_path / "out", say=quietly)
+    run = import_model(str(tmp_path / "out"), "back", say=quietly)
+    back, made = load_model("back", "cpu"), load_model("made", "cpu")
+    assert back.model.state_dict().keys() == made.model.state_dict().keys()
+    for name, tensor in made.model.state_dict().items():
+        assert torch.equal(back.model.state_dict()[name][:50_257], tensor[:50_257]), name
+    with torch.no_grad():
+        assert torch.equal(back.model(TOKENS), made.model(TOKENS))
+    assert not back.model.embedding.weight[50_257:].any()  # padding, which was anything before
+    again = load_json(run.config, RunConfig()).model
+    assert (again.dropout_ffn, again.init, again.vocab_multiple) == (0.2, "reference", 64)
+    assert (again.kv_heads, again.head_size, again.bias) == (config.kv_heads, config.head_size, config.bias)
+
+
+def test_a_vocabulary_of_one_s_own(save, corpus: Path, temp_data: Path, tmp_path: Path) -> None:  # noqa: F811
+    file = train_tokenizer((path.read_text() for path in corpus.iterdir()), 400, tmp_path / "v.json", progress=False)
+    export_folder(save(replace(KINDS["llama"], vocab_size=400), file), tmp_path / "out", say=quietly)
+    import_model(str(tmp_path / "out"), "back", say=quietly)
+    assert load_model("back", "cpu").tokenizer.sha256 == Tokenizer(file).sha256  # data made with it fit
+    config = load_json(temp_data / "runs/back/config.json", RunConfig())
+    assert Tokenizer(Path(config.data.tokenizer)).sha256 == Tokenizer(file).sha256
+
+
+def test_rows_beyond_the_vocabulary(temp_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Many published models have more rows than tokens."""
+    folder = tmp_path / "llama"
+    peer = LlamaForCausalLM(LlamaConfig(**SHAPE | {"vocab_size": 50_304})).eval()
+    peer.save_pretrained(folder)
+    write_tokenizer(folder)
+    myllm(["import", str(folder)])
+    assert "50,304 rows for 50,257 tokens" in capsys.readouterr().out
+    with torch.no_grad():
+        ours = load_model("llama", "cpu").model(TOKENS)
+        assert (ours - peer(TOKENS).logits[..., :50_257]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        ("llama", {"model_type": "mistral"}, "is of a 'mistral' model"),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act is gelu, expected silu"),
+        ("llama", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rope_type is llama3"),
+        ("llama", {"rope_scaling": {"type": "linear", "factor": 2}, "rope_parameters": None}, "rope_type is linear"),
+        ("qwen3", {"use_sliding_window": True}, "use_sliding_window is true"),
+        ("gpt2", {"activation_function": "relu"}, "activation_function is relu"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is true"),
+        ("llama", {"num_hidden_layers": 3}, "model.layers.2.input_layernorm.weight is missing"),
+        ("llama", {"num_hidden_layers": 1}, "model.layers.1.input_layernorm.weight has no place"),
+        ("llama", {"intermediate_size": 41}, "rows, not 82"),
+        ("llama", {"vocab_size": 50_000}, "they do not belong together"),
+    ],
+)
+def test_what_is_refused(kind: str, changes: dict, message: str, temp_data: Path, tmp_path: Path) -> None:
+    peer_folder(kind, tmp_path / kind)
+    file = tmp_path / kind / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(UserError, match=message):
+        import_model(str(tmp_path / kind), say=quietly)
+    assert not (temp_data / "runs").exists()
+
+
+def test_what_is_not_there(temp_data: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nothing at 'gpt2'"):
+        import_model("gpt2", say=quietly)
+    with pytest.raises(UserError, match="holds nothing; expected a folder"):
+        import_model(str(tmp_path), say=quietly)
+    peer_folder("gpt2", tmp_path / "gpt2")
+    (tmp_path / "gpt2/tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"has no tokenizer\.json"):
+        import_model(str(tmp_path / "gpt2"), say=quietly)
+    write_tokenizer(tmp_path / "gpt2")
+    (tmp_path / "gpt2/model.safetensors").write_bytes(b"nothing of the kind")
+    with pytest.raises(UserError, match="get the file again"):
+        import_model(str(tmp_path / "gpt2"), say=quietly)
+    (tmp_path / "gpt2/model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"has no model\.safetensors"):
+        import_model(str(tmp_path / "gpt2"), say=quietly)
+
+
+def test_a_run_of_that_name(temp_data: Path, tmp_path: Path) -> None:
+    peer_folder("gpt2", tmp_path / "gpt2")
+    import_model(str(tmp_path / "gpt2"), say=quietly)
+    with pytest.raises(UserError, match="there is a run gpt2 already"):
+        import_model(str(tmp_path / "gpt2"), say=quietly)
+    import_model(str(tmp_path / "gpt2"), overwrite=True, say=quietly)
+    assert len(list((temp_data / "runs").iterdir())) == 2
+    with pytest.raises(UserError, match="must be a plain folder name"):
+        import_model(str(tmp_path / "gpt2"), "../elsewhere", say=quietly)
+
+
+# -- and then ---------------------------------------------------------------------------------------------------------
+
+
+def test_trained_further(tiny: RunConfig, temp_data: Path, tmp_path: Path) -> None:
+    """On any data, from the imported weights; then resumed as any run, bound to those data."""
+    peer = peer_folder("llama", tmp_path / "llama")
+    run = import_model(str(tmp_path / "llama"), "more", say=quietly)
+    model = replace(load_json(run.config, RunConfig()).model, max_seq_len=48)
+    config = replace(tiny, name="more", model=model)
+    config = with_train(config, batch_tokens=96, max_steps=4, seed=3)
+    dataset = prepare(config.data, progress=False)
+
+    def go_on(config: RunConfig) -> RunPaths:
+        with process_group("cpu") as process:
+            return train(config, dataset, process).run
+
+    go_on(config)
+    assert list(losses(run.root)) == [1, 2, 3, 4]
+    stream = torch.from_numpy(dataset.val.read(0, 49).astype("int64"))
+    with torch.no_grad():
+        expected = torch.nn.functional.cross_entropy(peer(stream[None, :-1]).logits[0], stream[1:])
+    assert train_rows(run.root)[0]["loss"] == pytest.approx(float(expected), rel=0.2)  # not that of a fresh model
+    go_on(with_train(config, max_steps=6))
+    assert list(losses(run.root)) == [1, 2, 3, 4, 5, 6]
+    with pytest.raises(UserError, match=r"train\.seed"):
+        go_on(with_train(config, max_steps=8, seed=4))
+
+
+def test_from_the_hub(temp_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    peer, asked = peer_folder("gpt2", tmp_path / "gpt2"), []
+
+    def snapshot(repo: str, **settings: object) -> str:
+        asked.append((repo, settings["revision"]))
+        return str(tmp_path / "gpt2")
+
+    monkeypatch.setattr("myllm.importing.hub.snapshot_download", snapshot)
+    for number, source in enumerate(("openai-community/gpt2", "hub:openai-community/gpt2")):
+        import_model(source, f"from-{number}", "main", say=quietly)
+    assert asked == [("openai-community/gpt2", "main")] * 2
+    assert difference(peer, "from-0") < 1e-5
+    with pytest.raises(UserError, match="--revision is for repositories"):
+        import_model(str(tmp_path / "gpt2"), "x", "main", say=quietly)
+
+
+def test_a_hub_out_of_reach(temp_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match="cannot get nobody/nothing from the Hub"):
+        import_model("nobody/nothing", say=quietly)
