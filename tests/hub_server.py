@@ -152,9 +152,10 @@ class HubServer:
         times: int = 1,
         retry_after: float | None = 0,
         method: str = "GET",
+        message: str = "asked to fail",
     ) -> None:
         """Answer the next requests that match with an error. `method` "*" is any of them."""
-        self._add_fault(Fault(pattern, times, method, reply=error_reply(status, "asked to fail", retry_after)))
+        self._add_fault(Fault(pattern, times, method, reply=error_reply(status, message, retry_after)))
 
     def cut_next(
         self, pattern: str, after_bytes: int, times: int = 1, *, method: str = "GET", reset: bool = False

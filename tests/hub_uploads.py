@@ -89,9 +89,11 @@ class Models:
         """The answer to a request of this half; None: it is of the other one."""
         if found := re.fullmatch(r"(PUT|POST) /lfs(?:-complete)?/([0-9a-f]{64})(?:/(\d+))?", f"{method} {path}"):
             return self._put(found[2], found[3], posted) if found[1] == "PUT" else self._complete(found[2], posted)
+        account = self._accounts.get((authorization or "").removeprefix("Bearer "))
+        if path.startswith("/api/models/") and authorization and account is None:
+            return error_reply(401, "Invalid credentials in Authorization header")
         for pattern, answer in self._answers.items():
             if found := pattern.fullmatch(f"{method} {path}"):
-                account = self._accounts.get((authorization or "").removeprefix("Bearer "))
                 if account is None:
                     return error_reply(401, "Invalid username or password.")
                 repo = found.groupdict().get("repo")
