@@ -21,10 +21,22 @@ def main() -> None:
 
     with launch.clear_errors():
         wanted = launch.parse(sys.argv[1:])
+        if wanted.config.hub.repo and not wanted.prepare_only:
+            check_publishing(wanted.config)
         if wanted.dry_run:
             print(launch.describe(wanted))
         else:
             prepare_and_train(wanted.config, wanted.prepare_only)
+
+
+def check_publishing(config: "RunConfig") -> None:
+    """Only one process publishes, and only that one needs a token."""
+    from myllm import publishing, ranks
+    from myllm.publish_beside import check_hub
+
+    if ranks.rank() == 0:
+        publishing.check_export(config.model)
+        check_hub(config.hub)
 
 
 def prepare_and_train(config: "RunConfig", prepare_only: bool) -> None:
@@ -33,6 +45,7 @@ def prepare_and_train(config: "RunConfig", prepare_only: bool) -> None:
     from myllm.data.prepare import prepare
     from myllm.launch import what_next
     from myllm.meter import Diverged
+    from myllm.publish_beside import published_beside
     from myllm.report import write_report
     from myllm.train import train
 
@@ -41,23 +54,25 @@ def prepare_and_train(config: "RunConfig", prepare_only: bool) -> None:
         print(f"data ready: {dataset.folder}, {dataset.train.tokens:,} tokens to train on")
         return
     distributed.choose_device(config.train.device)  # one that is not there is a mistake to know before the hours ahead
-    # Of the processes on one machine, the first prepares the data, in a process of its own, while all of them train.
-    with (
-        prepared_beside(config.data, starts=ranks.local_rank() == 0) as dataset,
-        distributed.process_group(config.train.device) as process,
-    ):
-        try:
-            outcome = train(config, dataset, process)
-        except Diverged as error:
-            sys.exit(f"error: {error}")
-        if not process.is_main:
+    is_main = ranks.rank() == 0
+    with published_beside(config, active=is_main) as publisher:
+        # The first process of each machine has the data prepared, in a process of its own, while all of them train.
+        with (
+            prepared_beside(config.data, starts=ranks.local_rank() == 0) as dataset,
+            distributed.process_group(config.train.device) as process,
+        ):
+            try:
+                outcome = train(config, dataset, process, publisher.offer)
+            except Diverged as error:
+                sys.exit(f"error: {error}")
+        if not is_main:
             return
         write_report(outcome.run)
-        if outcome.stopped_by is None:
-            print(what_next(config))
-        else:
+        if outcome.stopped_by is not None:
             print(f"stopped after step {outcome.step:,}, saved; the same command resumes")
             sys.exit(128 + outcome.stopped_by)
+        print(what_next(config))
+        publisher.finish(outcome.step)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # From a fresh clone to a trained, evaluated and reported model: environment -> plan -> data and training.
 # pretrain.py is the rest of the story: it prepares the data in a process beside the training, which begins as soon as
-# the first shards are there; it evaluates as it trains, writes the report and says what to type next.
+# the first shards are there; it evaluates as it trains, writes the report, says what to type next and, with --hub.repo,
+# ends with publishing.
 # There is no cd in here: a file named in an override is relative to where the user stands.
 set -euo pipefail
 
@@ -13,7 +14,8 @@ Makes the Python environment, checks the plan, then prepares the data and, as so
 trains, evaluates and reports on every GPU of this machine. Run it again after an interruption: it goes on where it was.
 
   PRESET      what to train (default: lf-llm-269m, or what --config FILE says); the first argument, without a dash
-  OVERRIDE    handed to pretrain.py, such as --name my-run or --train.max-steps 100 or --config my.json
+  OVERRIDE    handed to pretrain.py, such as --name my-run or --train.max-steps 100 or --config my.json; with
+              --hub.repo NAMESPACE/NAME the model is published on the Hugging Face Hub at the end
   --force     train although there is no GPU
 
 Examples:

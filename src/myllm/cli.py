@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import tyro
 
-from . import data_cli, eval_cli, export_cli, sample_cli, tokenizer_cli
+from . import data_cli, eval_cli, export_cli, publish_cli, sample_cli, tokenizer_cli
 from .errors import UserError, nearest
 from .launch import clear_errors
 
@@ -38,6 +38,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "report": report,
     "export": export_cli.export,
     "import": export_cli.import_model,
+    "publish": publish_cli.publish,
 }
 
 

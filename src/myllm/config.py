@@ -1,4 +1,4 @@
-"""What a run is, as frozen dataclasses: `RunConfig` and its five parts.
+"""What a run is, as frozen dataclasses: `RunConfig` and its parts.
 
 A config holds choices, never results: sizes that follow from others are properties, and the arithmetic over them is in
 plan.py. `faults` in validate.py says what is wrong with one. Reading and writing JSON is here, so that a saved run can
@@ -172,6 +172,20 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class HubConfig:
+    """Publishing on the Hugging Face Hub. It changes nothing about the run itself."""
+
+    repo: str | None = None
+    """Publish the model there, NAMESPACE/NAME, when training is over. None: nowhere."""
+    private: bool = False
+    """A repository that is made for it is private."""
+    every_checkpoint: bool = False
+    """Publish each checkpoint that is kept too, while training goes on."""
+    license: str | None = None
+    """Of the weights, by the Hub's short name for it, such as mit or apache-2.0."""
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """Everything that decides a run."""
 
@@ -182,6 +196,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    hub: HubConfig = field(default_factory=HubConfig)
 
 
 # -- JSON -------------------------------------------------------------------------------------------------------------

@@ -1,43 +1,360 @@
-"""The model card: the README.md of an exported folder."""
+"""The card of a published model: a README.md in the Hub's format, made from what the run wrote about itself.
 
+    config.json, environment.json, metrics.jsonl, samples.jsonl ─▶ About ─▶ model_card ─▶ Markdown
+
+A card is a function of these files and of a step alone: nothing of the clock, of the account or of this machine's
+folders goes into it.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from .config import RunConfig
+from .config import RunConfig, from_dict
+from .data.catalog import CORPORA, Corpus
+from .errors import UserError
+from .paths import RunPaths
+from .report.drawing import duration, percent, short, si
+from .report.history import Metrics, Row, number, read_metrics, read_object, read_samples
+from .report.plots import PLOTS
+
+CURVES = tuple(name for name in PLOTS if name != "loss_compact")
+SAMPLE_CHARACTERS = 600
+NAMES = {
+    "loss": "loss, nats per token",
+    "perplexity": "perplexity",
+    "bits_per_byte": "bits per byte",
+    "token_accuracy": "accuracy of the next token",
+    "acc": "accuracy, by the sum of log-probabilities",
+    "acc_norm": "accuracy, by their mean",
+}
+_LOCAL_FOLDER = re.compile(r"(?:^|(?<=[:=]))(?:~|/(?!/))\S*/")
 
 
-def model_card(config: RunConfig, facts: dict[str, Any]) -> str:
-    """What the model is, what it was trained on, and how to load it.
+@dataclass(frozen=True)
+class About:
+    """What a card says, up to one step."""
+
+    name: str
+    repo: str
+    step: int
+    license: str | None
+    config: RunConfig
+    environment: Row
+    metrics: Metrics | None
+    samples: dict[str, list[Row]]
+    exported: Row
+    """The config.json that goes with the weights."""
+
+
+def read_about(run: RunPaths, step: int, repo: str, license: str | None, exported: Row) -> About:
+    """Everything a run wrote up to `step`; what is missing is left out of the card."""
+    try:
+        metrics = up_to(read_metrics(run.metrics), step)
+    except UserError:
+        metrics = None
+    samples = read_samples(run.samples) if run.samples.is_file() else {}
+    samples = {prompt: kept for prompt, rows in samples.items() if (kept := [r for r in rows if r["step"] <= step])}
+    config = from_dict(read_object(run.config), RunConfig())
+    return About(
+        run.root.name, repo, step, license, config, read_object(run.environment), metrics, samples, exported
+    )  # fmt: skip
+
+
+def up_to(metrics: Metrics, step: int) -> Metrics | None:
+    """The rows of the first `step` steps; None if there are none."""
+    evals = {name: [row for row in rows if row["step"] <= step] for name, rows in metrics.evals.items()}
+    evals = {name: rows for name, rows in evals.items() if rows}
+    train = [row for row in metrics.train if row["step"] <= step]
+    return Metrics(train, evals) if train or evals else None
+
+
+def model_card(about: About, curves: list[str]) -> str:
+    """The card as Markdown, with the Hub's front matter.
 
     Args:
-        facts: name, step, tokens_seen, architecture, dtype, parameters and tokenizer; whatever else is known.
+        curves: which of CURVES lie in plots/ beside it.
     """
-    model = config.model
-    shape = f"{model.n_layers} layers of {model.d_model}, context {model.max_seq_len:,} tokens"
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
----
+    sections = (
+        _heading(about),
+        _curve("loss") if "loss" in curves else "",
+        _loading(about),
+        _results(about),
+        _sample(about),
+        _model(about),
+        _data(about),
+        _recipe(about),
+        _curves([name for name in curves if name != "loss"]),
+        _machine(about),
+        LIMITATIONS,
+        _licence(about),
+        FILES,
+    )
+    return f"---\n{_front_matter(about)}\n---\n\n" + "\n\n".join(filter(None, sections)) + "\n"
 
-# {facts["name"]}
 
-A base language model, trained with MyLLM: it continues text and was never taught to answer.
+def without_folders(text: str) -> str:
+    """ "files:/home/me/texts" as "files:texts": where things lie on somebody's disk is nobody else's business."""
+    return _LOCAL_FOLDER.sub("", text)
 
-| | |
-|---|---|
-| architecture | {facts["architecture"]}, {shape} |
-| parameters | {facts["parameters"]:,}, {facts["dtype"]} |
-| vocabulary | {facts["tokenizer"]}, {model.vocab_size:,} tokens |
-| trained | {facts["step"]:,} steps, {facts["tokens_seen"]:,} tokens of {config.data.source} |
+
+LIMITATIONS = """## Limitations
+
+- A base model: it goes on with a text. It was not taught to answer, to follow instructions or to refuse.
+- What it writes may be false, biased or offensive, as text it was trained on may be; nothing was filtered from its
+  output, and nobody tested it for harm. It knows nothing that its data do not say.
+- The figures above are of this project's own evaluations; other harnesses ask in other ways and find other numbers."""
+
+FILES = """## Files
+
+The weights, `config.json` and the tokenizer are in `transformers`' format. `training/` has what the run wrote:
+`config.json` (every setting), `environment.json` and `metrics.jsonl` (every number, up to this step). Revisions
+`step-N` are checkpoints after N steps."""
+
+
+def _front_matter(about: About) -> str:
+    from huggingface_hub import ModelCardData
+
+    datasets = [repo] if (repo := _dataset_repo(about.config.data.source)) else None
+    return ModelCardData(
+        library_name="transformers", pipeline_tag="text-generation", license=about.license, datasets=datasets,
+        tags=["myllm", "pretrained"],
+    ).to_yaml()  # fmt: skip
+
+
+def _heading(about: About) -> str:
+    parameters = number(about.environment.get("parameters"))
+    size = f" of {si(parameters)} parameters" if parameters > 0 else ""
+    text = (
+        f"# {about.name}\n\nA language model{size}, trained from nothing with MyLLM. It continues text; it was not "
+        "taught to follow instructions."
+    )
+    planned = about.config.train.max_steps
+    if about.step < planned:
+        text += f" This revision is step {about.step:,} of {planned:,}: training was not over."
+    return text
+
+
+def _curve(name: str) -> str:
+    return f"![{PLOTS[name].description}](plots/{name}.png)"
+
+
+def _curves(names: list[str]) -> str:
+    if not names:
+        return ""
+    cells = [*map(_curve, names), ""][: len(names) + len(names) % 2]  # two beside each other
+    rows = [f"| {left} | {right} |" for left, right in zip(cells[::2], cells[1::2], strict=True)]
+    return "\n".join(["## Curves", "", "| | |", "|---|---|", *rows])
+
+
+def _loading(about: About) -> str:
+    return f"""## Load it
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-folder = "."  # this folder, or its name on the Hub
-model = AutoModelForCausalLM.from_pretrained(folder)
-tokenizer = AutoTokenizer.from_pretrained(folder)
-ids = model.generate(**tokenizer("Once upon a time", return_tensors="pt"), max_new_tokens=50)
-print(tokenizer.decode(ids[0], skip_special_tokens=True))
-```
+name = "{about.repo}"
+tokenizer = AutoTokenizer.from_pretrained(name, revision="step-{about.step}")
+model = AutoModelForCausalLM.from_pretrained(name, revision="step-{about.step}")
+ids = tokenizer("Once upon a time", return_tensors="pt")
+made = model.generate(**ids, max_new_tokens=50)
+print(tokenizer.decode(made[0], skip_special_tokens=True))
+```"""
 
-Texts begin with `{facts.get("end_of_text", "<|endoftext|>")}`, as they did in training; the tokenizer puts it there.
-"""
+
+# -- figures ----------------------------------------------------------------------------------------------------------
+
+
+def _results(about: About) -> str:
+    if about.metrics is None or not about.metrics.evals:
+        return ""
+    lines = ["| evaluation | figure | value | standard error | measured on |", "|---|---|---:|---:|---|"]
+    for name in about.metrics.evals:
+        lines += _figures(name, about.metrics.last(name), about.step)
+    note = "No standard error is given where the single measurements (tokens of one text) are not independent."
+    if about.metrics.evals.keys() & {"cloze", "hellaswag"}:
+        note += " Chance in a choice of four is 25 %."
+    return "\n".join(["## Results", "", *lines, "", note])
+
+
+def _figures(name: str, row: Row, step: int) -> list[str]:
+    """Lines of the table for one evaluation's newest row."""
+    keys = [key for key in row if key in NAMES]
+    examples, tokens = number(row.get("n_examples")), number(row.get("n_tokens"))
+    on = f"{examples:,.0f} examples" if examples > 0 else f"{tokens:,.0f} held-out tokens" if tokens > 0 else ""
+    if row["step"] != step:
+        on = ", ".join(filter(None, [on, f"at step {row['step']:,}"]))
+    lines = []
+    for key in keys:
+        value, is_share = number(row[key]), key.startswith("acc") or key.endswith("accuracy")
+        shown = percent(value) if is_share else f"{value:.4f}" if value < 100 else f"{value:,.0f}"
+        error = _standard_error(row, key)
+        lines.append(f"| {name} | {NAMES[key]} | {shown} | {f'± {percent(error)}' if error else ''} | {on} |")
+    return lines
+
+
+def _standard_error(row: Row, key: str) -> float:
+    """Of a share of independent examples: measured, or sqrt(p (1 - p) / n). 0 where it is unknown."""
+    measured, share, n = number(row.get(f"{key}_stderr")), number(row.get(key)), number(row.get("n_examples"))
+    if measured > 0:
+        return measured
+    return math.sqrt(share * (1 - share) / n) if key.startswith("acc") and n > 0 and 0 <= share <= 1 else 0.0
+
+
+def _sample(about: About) -> str:
+    if not about.samples:
+        return ""
+    prompt, rows = next(iter(about.samples.items()))
+    text = str(rows[-1]["text"])[:SAMPLE_CHARACTERS]
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", prompt + text)), default=0))
+    seed = f" (seed {rows[-1]['seed']}, the first that came)" if "seed" in rows[-1] else ""
+    prompted = f"What it makes of the prompt `{' '.join(prompt.split())}` at step {rows[-1]['step']:,}{seed}:"
+    return f"## A sample\n\n{prompted}\n\n{fence}text\n{prompt}{text}\n{fence}"
+
+
+# -- tables -----------------------------------------------------------------------------------------------------------
+
+
+def _table(title: str, facts: dict[str, Any]) -> str:
+    lines = [f"| {name} | {_cell(value)} |" for name, value in facts.items() if value not in (None, "")]
+    return "\n".join([f"## {title}", "", "| | |", "|---|---|", *lines])
+
+
+def _cell(value: Any) -> str:
+    return str(value).replace("|", "\\|").replace("\n", " ")
+
+
+def _model(about: About) -> str:
+    model = about.config.model
+    heads = f"{model.n_heads} of {model.head_size}"
+    if model.kv_heads != model.n_heads:
+        heads += f", {model.kv_heads} for keys and values"
+    norm = "RMSNorm" if model.norm == "rmsnorm" else "LayerNorm"
+    return _table(
+        "Model",
+        {
+            "architecture": ", ".join(about.exported.get("architectures") or []),
+            "parameters": _count(about.environment.get("parameters")),
+            "stored as": about.exported.get("dtype") or about.exported.get("torch_dtype"),
+            "layers": f"{model.n_layers} of {model.d_model}, feed-forward {model.d_ff:,} ({model.activation})",
+            "attention heads": heads + (", queries and keys normalised" if model.qk_norm else ""),
+            "normalisation": f"{norm}, eps {model.norm_eps:g}",
+            "positions": f"rotary, theta {model.rope_theta:,.0f}" if model.position == "rope" else "learned",
+            "context": f"{model.max_seq_len:,} tokens",
+            "vocabulary": f"{model.vocab_size:,} tokens, {_tokenizer(about)}",
+            "embedding and head": "shared" if model.tie_embeddings else "separate",
+        },
+    )
+
+
+def _tokenizer(about: About) -> str:
+    spec = about.config.data.tokenizer
+    return "GPT-2's (r50k_base)" if spec == "r50k_base" else f"its own ({without_folders(spec)})"
+
+
+def _data(about: About) -> str:
+    data, corpus, environment = about.config.data, _corpus(about.config.data.source), about.environment
+    have = number(environment.get("train_tokens"))
+    seen = about.step * about.config.train.batch_tokens
+    cleaning = {
+        "Unicode's form NFC": data.normalise_unicode,
+        "control characters removed": data.strip_control,
+        f"documents of at least {data.min_chars} characters": data.min_chars > 0,
+        "exact copies removed": data.dedup_exact,
+    }
+    repo = _dataset_repo(data.source)
+    link = f"[{repo}](https://huggingface.co/datasets/{repo})" if repo else ""
+    return _table(
+        "Data",
+        {
+            "source": ", ".join(filter(None, [without_folders(str(environment.get("source") or data.source)), link])),
+            "what it is": corpus and corpus.about,
+            "its licence": corpus and corpus.licence,
+            "tokens seen": f"{seen:,}" + (f", {short(seen / have)} passes over {have:,.0f}" if have > 0 else ""),
+            "held out for validation": _count(environment.get("val_tokens"), " tokens"),
+            "cleaning": ", ".join(name for name, on in cleaning.items() if on) or "none",
+            "prepared data set": environment.get("dataset") and f"`{environment['dataset']}`",
+            "sha256 of what made it": environment.get("dataset_hash") and f"`{environment['dataset_hash']}`",
+        },
+    )
+
+
+def _recipe(about: About) -> str:
+    optim, train, model = about.config.optim, about.config.train, about.config.model
+    dropouts = (model.dropout_embedding, model.dropout_attention_residual, model.dropout_ffn)
+    precision = train.precision
+    if precision == "auto":
+        precision = "bfloat16" if about.environment.get("device") == "cuda" else "float32"
+    schedule = f"{optim.schedule}, {optim.warmup_steps:,} steps of warm-up, ends at {optim.min_lr_ratio:g} of the peak"
+    table = _table(
+        "Recipe",
+        {
+            "steps": f"{about.step:,} of {train.max_steps:,}",
+            "batch": f"{train.batch_tokens:,} tokens a step, in sequences of {model.max_seq_len:,}",
+            "optimizer": f"AdamW, betas {optim.beta1:g} and {optim.beta2:g}, eps {optim.eps:g}",
+            "weight decay": f"{optim.weight_decay:g}, on matrices and embeddings",
+            "learning rate": f"peak {optim.max_lr:g}; {schedule}",
+            "gradient clipping": f"norm {optim.max_grad_norm:g}",
+            "dropout": " / ".join(f"{p:g}" for p in dropouts) if any(dropouts) else "none",
+            "precision": "bfloat16 autocast, float32 weights" if precision == "bfloat16" else precision,
+            "seed": train.seed,
+        },
+    )
+    command = about.environment.get("command")
+    words = [without_folders(str(word)) for word in command] if isinstance(command, list) else []
+    return f"{table}\n\n```sh\n{' '.join(words)}\n```" if words else table
+
+
+def _machine(about: About) -> str:
+    environment, metrics = about.environment, about.metrics
+    world_size = number(environment.get("world_size"))
+    seconds = metrics.training_s() if metrics and metrics.train else math.nan
+    last = metrics.last() if metrics else {}
+    device_hours = seconds * world_size / 3_600
+    hours = f"{duration(seconds)}, {device_hours:.3g} device hours" if math.isfinite(device_hours) else ""
+    evals_s = sum(number(row.get("seconds")) for rows in metrics.evals.values() for row in rows) if metrics else 0
+    versions = environment.get("versions")
+    commit = environment.get("git_commit")
+    return _table(
+        "Hardware, hours, environment",
+        {
+            "devices": f"{world_size:.0f} x {environment.get('device_name')}" if world_size > 0 else None,
+            "training": hours,
+            "evaluations": duration(evals_s) if evals_s > 0 else None,
+            "speed, at the end": _count(last.get("tokens_per_s"), " tokens/s")
+            + (f", {percent(number(last['mfu']))} MFU" if number(last.get("mfu")) > 0 else ""),
+            "last started": environment.get("started"),
+            "Python": environment.get("python"),
+            "packages": ", ".join(f"{k} {v}" for k, v in versions.items() if v) if isinstance(versions, dict) else None,
+            "code": commit and f"commit `{commit}`" + (", changed" if environment.get("git_dirty") else ""),
+        },
+    )
+
+
+def _licence(about: About) -> str:
+    mine = f"These weights are under `{about.license}`." if about.license else "None was given to these weights."
+    corpus = _corpus(about.config.data.source)
+    data = f" The data they were trained on are under {corpus.licence}." if corpus else ""
+    return f"## Licence\n\n{mine}{data} The code that trained them is under MIT."
+
+
+def _corpus(source: str) -> Corpus | None:
+    return CORPORA.get(source.partition(":")[0])
+
+
+def _dataset_repo(source: str) -> str | None:
+    """The Hub's data set that a source names."""
+    kind, _, rest = source.partition(":")
+    corpus = _corpus(source)
+    return corpus.repo if corpus else rest.partition(":")[0].partition("@")[0] if kind == "hub" else None
+
+
+def _count(value: Any, unit: str = "") -> str:
+    return f"{number(value):,.0f}{unit}" if number(value) > 0 else ""
+
+
+def read_exported(folder: Path) -> Row:
+    """What the weights' own config.json says."""
+    return read_object(folder / "config.json")

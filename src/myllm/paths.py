@@ -83,6 +83,10 @@ class RunPaths:
         return self.root / "checkpoints"
 
     @property
+    def published(self) -> Path:
+        return self.root / "published.json"
+
+    @property
     def plots(self) -> Path:
         return self.root / "plots"
 

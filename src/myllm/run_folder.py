@@ -120,10 +120,12 @@ def latest_checkpoint(where: str, runs: Path) -> Path:
 
 
 def _differences(old: Any, new: Any, prefix: str) -> Iterator[str]:
-    ignored = {"name", "data.workers", "train.fresh", "data.dataset"}
+    ignored = {"name", "data.workers", "train.fresh", "data.dataset", "hub"}
     for key in sorted({*old, *new}):
         name, a, b = f"{prefix}{key}", old.get(key), new.get(key)
+        if name in ignored or a == b:
+            continue
         if isinstance(a, dict) and isinstance(b, dict):
             yield from _differences(a, b, f"{name}.")
-        elif a != b and name not in ignored:
+        else:
             yield f"{name}: {a} -> {b}"

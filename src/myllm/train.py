@@ -1,6 +1,7 @@
 """The loop: one run from its first step, or its newest checkpoint, to its last."""
 
 import signal
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -43,8 +44,13 @@ class Outcome:
     """The signal that asked for a stop, or None where the run is complete."""
 
 
-def train(config: RunConfig, dataset: Dataset, process: Process) -> Outcome:
+def train(
+    config: RunConfig, dataset: Dataset, process: Process, on_checkpoint: Callable[[int], None] = lambda step: None
+) -> Outcome:
     """Train to the end, to a signal, or to the first gradient that is not finite.
+
+    Args:
+        on_checkpoint: called on rank 0 with the step of each checkpoint, once what is due at that step is measured.
 
     Raises:
         UserError: too little data, a run folder in use, a checkpoint of other settings, a full disk.
@@ -86,7 +92,7 @@ def train(config: RunConfig, dataset: Dataset, process: Process) -> Outcome:
         hidden = None if process.is_main else True  # None: shown on a terminal only
         bar = stack.enter_context(tqdm(total=max_steps, initial=state.step, unit="step", disable=hidden))
         meter = Meter(config, process, loader, state.step)
-        saved_step = state.step if saved else None
+        saved_step = told_step = state.step if saved else None
         failure: UserError | None = None
 
         while True:
@@ -105,6 +111,9 @@ def train(config: RunConfig, dataset: Dataset, process: Process) -> Outcome:
                 with meter.paused():
                     for each in due:
                         run_eval(each, state, model, config, process, metrics, log)
+            if process.is_main and saved_step is not None and saved_step != told_step and not stopping:
+                told_step = saved_step
+                on_checkpoint(saved_step)
             if ending:
                 complete = state.step >= max_steps
                 return Outcome(run, state.step, None if complete else stop.signal or signal.SIGTERM)

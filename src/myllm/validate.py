@@ -1,8 +1,13 @@
 """Everything that can be wrong with a config, found at once and before anything is downloaded or allocated."""
 
+import re
+
 from . import plan
-from .config import EvalConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from .config import EvalConfig, HubConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from .errors import UserError
+
+_REPO = re.compile(r"[A-Za-z0-9_](?:[\w.-]*[A-Za-z0-9_])?/[A-Za-z0-9_](?:[\w.-]*[A-Za-z0-9_])?", re.ASCII)
+_LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 
 
 def check(config: RunConfig, world_size: int) -> None:
@@ -35,6 +40,7 @@ def faults(config: RunConfig, world_size: int) -> list[str]:
         *_optim_faults(config.optim),
         *_train_faults(config.train),
         *_eval_faults(config.eval, config.model),
+        *hub_faults(config.hub, "hub."),
     ]
     name = config.name
     plain = name.isprintable() and name == name.strip(". ") and not set("/\\") & set(name)
@@ -49,6 +55,34 @@ def faults(config: RunConfig, world_size: int) -> list[str]:
     batch = plan.batch_plan(config.model, config.train, world_size)
     if batch.batch_tokens > 0 and batch.micro_tokens > 0 and (fault := batch.fault()):
         found.append(fault)
+    return found
+
+
+def hub_faults(hub: HubConfig, prefix: str) -> list[str]:
+    """What is wrong with the settings of publishing; the Hub has the last word.
+
+    Args:
+        prefix: of the settings' names, as the user typed them.
+
+    Source: huggingface_hub 2.4, utils/_validators.py, validate_repo_id.
+    """
+    found = []
+    if hub.repo is None:
+        needless = [f"{prefix}{name}" for name in ("private", "every_checkpoint", "license") if getattr(hub, name)]
+        if needless:
+            found.append(f"{', '.join(needless)} without {prefix}repo: give {prefix}repo NAMESPACE/NAME too")
+    elif (
+        not _REPO.fullmatch(hub.repo)
+        or len(hub.repo) > 96
+        or any(part in hub.repo for part in ("--", ".."))
+        or hub.repo.endswith(".git")
+    ):
+        found.append(
+            f"{prefix}repo {hub.repo!r} is not the name of a repository on the Hub: expected NAMESPACE/NAME, such as "
+            "my-account/my-model, of letters, digits, '-', '_' and '.', at most 96 in all"
+        )
+    if hub.license is not None and not _LICENSE.fullmatch(hub.license):
+        found.append(f"{prefix}license {hub.license!r} is not one of the Hub's short names, such as mit or apache-2.0")
     return found
 
 

@@ -95,7 +95,7 @@ def _download(file: SourceFile, partial: Path, tries: int) -> None:
                 raise
             gained = partial.exists() and partial.stat().st_size > before
             vain = 0 if gained else vain + 1
-            if _is_final(error):
+            if is_final(error):
                 raise Unreachable(
                     f"cannot download {file.where}: {first_line(error)}; if it was moved, delete the listing under "
                     "temp_data/listings, and if it is not open to all, log in with `hf auth login`"
@@ -105,17 +105,17 @@ def _download(file: SourceFile, partial: Path, tries: int) -> None:
                     f"cannot download {file.where}: {first_line(error)}; check the network, a proxy (HTTPS_PROXY) and "
                     "HF_ENDPOINT. What there is of it is kept, and the same command goes on from there"
                 ) from None
-            time.sleep(max(_retry_after(error), min(2 ** max(vain - 1, 0), 20)))
+            time.sleep(max(retry_after(error), min(2 ** max(vain - 1, 0), 20)))
 
 
-def _retry_after(error: Exception) -> int:
+def retry_after(error: Exception) -> int:
     """Seconds that the server wants to be left alone for; not more than it may want in earnest."""
     headers = getattr(getattr(error, "response", None), "headers", {})
     after = headers.get("retry-after", "")
     return min(int(after), 300) if after.isdecimal() else 0
 
 
-def _is_final(error: Exception) -> bool:
+def is_final(error: Exception) -> bool:
     """Whether asking again is no use: not found, not allowed."""
     from huggingface_hub.errors import OfflineModeIsEnabled
 

@@ -19,8 +19,8 @@ from ..data.tokenizer import Tokenizer
 from ..errors import UserError
 from ..files import fsync_folder, write_json, write_text
 from ..model import Transformer
-from ..model_card import model_card
 from .architectures import CLASSES, choose, settings
+from .card import folder_card
 from .parity import Parity, check, require_transformers, samples
 from .tokenizer_files import tokenizer_files
 from .weights import DTYPES, convert, rounded
@@ -190,7 +190,7 @@ def _write(folder: Path, source: Source, dtype: str, facts: dict[str, Any], max_
     } | facts
     mark = {key: facts[key] for key in ("name", "step", "tokens_seen")} | {"model": asdict(config)}
     write_json(folder / MARK, {"format": FORMAT} | mark | {"tokenizer": tokenizer.describe()})
-    write_text(folder / "README.md", model_card(source.config, facts))
+    write_text(folder / "README.md", folder_card(source.config, facts))
 
 
 @torch.no_grad()

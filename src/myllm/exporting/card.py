@@ -1,0 +1,43 @@
+"""The README.md of an exported folder; a published run has a longer one (model_card.py)."""
+
+from typing import Any
+
+from ..config import RunConfig
+
+
+def folder_card(config: RunConfig, facts: dict[str, Any]) -> str:
+    """The card of an exported folder: what the model is, what it was trained on, and how to load it.
+
+    Args:
+        facts: name, step, tokens_seen, architecture, dtype, parameters and tokenizer; whatever else is known.
+    """
+    model = config.model
+    shape = f"{model.n_layers} layers of {model.d_model}, context {model.max_seq_len:,} tokens"
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+---
+
+# {facts["name"]}
+
+A base language model, trained with MyLLM: it continues text and was never taught to answer.
+
+| | |
+|---|---|
+| architecture | {facts["architecture"]}, {shape} |
+| parameters | {facts["parameters"]:,}, {facts["dtype"]} |
+| vocabulary | {facts["tokenizer"]}, {model.vocab_size:,} tokens |
+| trained | {facts["step"]:,} steps, {facts["tokens_seen"]:,} tokens of {config.data.source} |
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # this folder, or its name on the Hub
+model = AutoModelForCausalLM.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+ids = model.generate(**tokenizer("Once upon a time", return_tensors="pt"), max_new_tokens=50)
+print(tokenizer.decode(ids[0], skip_special_tokens=True))
+```
+
+Texts begin with `{facts.get("end_of_text", "<|endoftext|>")}`, as they did in training; the tokenizer puts it there.
+"""

@@ -1,0 +1,47 @@
+"""`myllm publish`: a run's checkpoints, on the Hugging Face Hub."""
+
+from dataclasses import replace
+
+import tyro
+
+from . import paths
+from .config import HubConfig
+from .errors import UserError
+from .validate import hub_faults
+
+Positional = tyro.conf.Positional
+
+
+def publish(
+    run: Positional[str],
+    repo: str | None = None,
+    private: bool = False,
+    every_checkpoint: bool = False,
+    license: str | None = None,
+) -> None:
+    """Publish a run on the Hugging Face Hub; again: go on.
+
+    Args:
+        run: its name, or its folder.
+        repo: NAMESPACE/NAME on the Hub; not given: where the run's own config says.
+        private: make the repository a private one, if it is not there yet.
+        every_checkpoint: each checkpoint that there is, each as a revision; not given: the newest.
+        license: of the weights, by the Hub's short name for it, such as mit or apache-2.0.
+    """
+    from .run_folder import latest_checkpoint
+
+    found = paths.RunPaths(latest_checkpoint(run, paths.runs()).parent.parent)
+    from . import publishing
+
+    hub = publishing.hub_of(found)
+    given = HubConfig(repo or hub.repo, private, every_checkpoint, license)
+    if given.repo is None:
+        raise UserError("where to? Give --repo NAMESPACE/NAME, such as my-account/my-model")
+    if faults := hub_faults(given, "--"):
+        raise UserError("; ".join(faults))
+    publishing.check_token()
+    hub = replace(given, private=private or hub.private, license=license or hub.license)
+    try:
+        publishing.publish(found, publishing.due(found, every_checkpoint), hub, publishing.export, print)
+    except UserError as error:
+        raise UserError(f"{error}\nNothing is lost: the same command goes on where this one stopped") from None

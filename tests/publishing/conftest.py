@@ -1,0 +1,47 @@
+"""What the tests of publishing share: a Hub with an account, and a run that is there without training."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hub_server import HubServer
+from published_run import TOKEN, write_run
+
+from myllm import publishing
+from myllm.config import RunConfig
+from myllm.paths import RunPaths
+from myllm.report.history import Metrics, Row
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """A Hub on which this process, and those it starts, have an account."""
+    with HubServer() as server, server.reached(monkeypatch, tmp_path / "hf"):
+        server.models.add_account(TOKEN, "someone", "a-group")
+        (tmp_path / "hf").mkdir()
+        (tmp_path / "hf/token").write_text(TOKEN)  # as `hf auth login` leaves it
+        yield server
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No waiting between tries, of ours or the client's."""
+    monkeypatch.setattr(publishing, "DELAYS_S", (0, 0))
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+
+
+@pytest.fixture
+def run(tiny: RunConfig) -> RunPaths:
+    return write_run(tiny)
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes longer than all the rest."""
+
+    def draw(metrics: Metrics, config: Row, folder: Path) -> dict[str, Path]:
+        folder.mkdir()
+        (folder / "loss.png").write_bytes(b"\x89PNG of %d rows" % len(metrics.train))
+        return {"loss": folder / "loss.png"}
+
+    monkeypatch.setattr(publishing, "save_figures", draw)

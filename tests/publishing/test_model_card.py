@@ -1,0 +1,128 @@
+"""The model card: every figure in it against the files it comes from, and nothing that is nobody's business."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from published_run import REPO, write_run
+
+from myllm import publishing
+from myllm.config import DataConfig, HubConfig, RunConfig
+from myllm.model_card import model_card, read_about, without_folders
+from myllm.paths import RunPaths
+
+
+def card(run: RunPaths, step: int = 12, license: str | None = None, curves: tuple[str, ...] = ()) -> str:
+    about = read_about(run, step, REPO, license, {"architectures": ["Qwen3ForCausalLM"], "dtype": "float32"})
+    return model_card(about, list(curves))
+
+
+def front_matter(text: str) -> dict[str, object]:
+    return yaml.safe_load(text.split("---\n")[1])
+
+
+def row(text: str, name: str) -> str:
+    """The value of a line of one of the card's tables."""
+    (line,) = [line for line in text.splitlines() if line.startswith(f"| {name} |")]
+    return line.split("|", 2)[2].strip(" |")
+
+
+def test_what_the_run_was(run: RunPaths) -> None:
+    text = card(run, license="apache-2.0", curves=("loss", "accuracy"))
+    assert front_matter(text) == {
+        "library_name": "transformers", "license": "apache-2.0", "pipeline_tag": "text-generation",
+        "tags": ["myllm", "pretrained"],
+    }  # fmt: skip
+    assert text.count("\n# ") == 1
+    assert "1.23M parameters" in text
+    assert f'name = "{REPO}"' in text
+    assert 'revision="step-12"' in text
+    assert row(text, "architecture") == "Qwen3ForCausalLM"
+    assert row(text, "layers").startswith("2 of 16, feed-forward 32")
+    assert row(text, "source") == "files-texts"
+    assert row(text, "sha256 of what made it") == f"`{'d' * 64}`"
+    assert row(text, "tokens seen") == "1,536, 1.54 passes over 1,000"
+    assert row(text, "learning rate") == "peak 0.003; linear, 3 steps of warm-up, ends at 0.1 of the peak"
+    assert row(text, "precision") == "bfloat16 autocast, float32 weights"  # it ran on a GPU
+    assert row(text, "devices") == "8 x Some GPU"
+    assert row(text, "training").startswith(f"6 s, {12 * 128 / 256 * 8 / 3600:.3g} device hours")
+    assert row(text, "code") == f"commit `{'c' * 40}`, changed"
+    assert "python pretrain.py debug --data.source files:texts" in text
+    assert "![Training and validation loss by step](plots/loss.png)" in text
+    assert "](plots/accuracy.png)" in text
+    assert "the river at step 12" in text
+    assert "These weights are under `apache-2.0`" in text
+    assert "## Limitations" in text
+
+
+def test_evaluations_have_standard_errors(run: RunPaths) -> None:
+    lines = [
+        line.strip("| ").split(" | ") for line in card(run).splitlines() if line.startswith(("| cloze", "| valid"))
+    ]
+    assert lines[0][2:] == ["40.0\N{NO-BREAK SPACE}%", "± 4.9\N{NO-BREAK SPACE}%", "100 examples"]  # as measured
+    assert lines[1][3] == f"± {100 * math.sqrt(0.36 * 0.64 / 100):.1f}\N{NO-BREAK SPACE}%"
+    assert lines[2][1:] == ["loss, nats per token", f"{20 / 12:.4f}", "", "4,096 held-out tokens"]
+
+
+def test_a_card_of_an_earlier_step_knows_nothing_later(run: RunPaths) -> None:
+    text = card(run, 10)
+    assert "This revision is step 10 of 12: training was not over." in text
+    assert "100 examples, at step 8" in text
+    assert "at step 12" not in text
+
+
+def test_public_data_are_named_with_their_licence(tiny: RunConfig, temp_data: Path) -> None:
+    run = write_run(replace(tiny, data=DataConfig(source="fineweb-edu-10bt")))
+    text = card(run)
+    assert front_matter(text)["datasets"] == ["HuggingFaceFW/fineweb-edu"]
+    assert "https://huggingface.co/datasets/HuggingFaceFW/fineweb-edu" in row(text, "source")
+    assert row(text, "its licence") == "ODC-By 1.0"
+    assert "None was given to these weights." in text
+    other = write_run(replace(tiny, name="other", data=DataConfig(source="hub:some/texts@main:data/*.parquet")))
+    assert front_matter(card(other))["datasets"] == ["some/texts"]
+
+
+def test_a_card_of_a_checkpoint_alone(run: RunPaths) -> None:
+    for path in (run.metrics, run.samples, run.environment):
+        path.unlink()
+    text = card(run)
+    assert "## Results" not in text
+    assert "## A sample" not in text
+    assert row(text, "layers").startswith("2 of 16")
+
+
+def test_samples_cannot_break_out_of_their_box(run: RunPaths) -> None:
+    run.samples.write_text(json.dumps({"step": 12, "prompt": "a|b\n", "text": "```\n# Not a heading\n````", "seed": 1}))
+    text = card(run)
+    assert "`````text\na|b\n```\n# Not a heading\n````\n`````" in text
+
+
+def test_the_curves_end_where_the_card_does(run: RunPaths, tmp_path: Path) -> None:
+    folder = tmp_path / "made"
+    folder.mkdir()
+    publishing.complete(folder, run, 8, HubConfig(REPO))
+    drawn = {path.name for path in (folder / "plots").iterdir()}
+    assert {"loss.png", "accuracy.png", "throughput.png"} <= drawn
+    assert "loss_compact.png" not in drawn
+    text = (folder / "README.md").read_text()
+    assert all(f"](plots/{name})" in text for name in drawn)
+    assert (folder / "plots/loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("files:/home/me/texts", "files:texts"),
+        ("/home/me/pretrain.py", "pretrain.py"),
+        ("~/vocabulary/tokenizer.json", "tokenizer.json"),
+        ("--data.source=files:~/a/b/*.txt", "--data.source=files:*.txt"),
+        ("hub:some/texts:data/*.parquet", "hub:some/texts:data/*.parquet"),
+        ("https://example.org/a/b", "https://example.org/a/b"),
+        ("Once upon a time", "Once upon a time"),
+    ],
+)
+def test_folders_are_left_out(text: str, expected: str) -> None:
+    assert without_folders(text) == expected
