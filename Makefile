@@ -1,17 +1,22 @@
 # `src/environment.sh` prints the path of the python to use; the first call makes the environment.
 PYTHON = python="$$(src/environment.sh --dev)" && "$$python"
+# A process that a hung test ended (pyproject.toml) is replaced once, not for ever.
+PARALLEL = --numprocesses auto --dist loadfile --max-worker-restart 1
 SCRIPTS = $(wildcard *.sh src/*.sh) .ci/run
 
-.PHONY: help environment test lint format clean
+.PHONY: help environment test test-slow lint format clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' Makefile
 
 environment: ## make or complete the Python environment
 	@src/environment.sh --dev
 
-test: lint ## everything that CI runs: lint, then the tests
-	@$(PYTHON) -m pytest --numprocesses auto --dist loadfile --max-worker-restart 1
+test: lint ## lint, then the tests but for the slow ones: under 10 minutes on 2 cores
+	@$(PYTHON) -m pytest -m "not slow" $(PARALLEL)
+
+test-slow: environment ## the tests that take long; CI runs them too
+	@$(PYTHON) -m pytest -m slow $(PARALLEL)
 
 lint: environment ## check style: Python and shell
 	@$(PYTHON) -m ruff check .

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from model.test_parity import llama_weights, random_model, shared_settings
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from model.test_parity import peer_of, random_model
+from transformers import PreTrainedTokenizerFast
 
 from myllm.config import ModelConfig
 from myllm.data.tokenizer import Tokenizer
@@ -29,9 +29,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 def exported(model: Transformer, tokenizer: Tokenizer, folder: Path) -> Path:
     """The model as transformers would open it."""
-    peer = LlamaForCausalLM(LlamaConfig(**shared_settings(model.config)))
-    peer.load_state_dict(llama_weights(model), strict=True)
-    peer.save_pretrained(folder)
+    peer_of(model).save_pretrained(folder)
     end = tokenizer.decode([tokenizer.end_of_text])
     theirs = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer.file), bos_token=end, eos_token=end, pad_token=end)
     theirs.save_pretrained(folder)
