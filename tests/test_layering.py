@@ -29,7 +29,7 @@ FLOORS = [
         "amounts",
     },
     {"model", "data", "optim"},
-    {"checkpoint", "evals", "metrics", "report", "loading", "run_folder", "hub"}
+    {"checkpoint", "evals", "metrics", "report", "loading", "run_folder", "hub", "int8"}
     | {"sampling", "filters", "generation", "completion", "chat", "serve", "exporting", "importing", "model_card"}
     | {"publishing", "publish_beside"},
     {"train", "step", "meter", "loop_evals", "resume", "signals", "growing"},

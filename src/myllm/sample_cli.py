@@ -33,6 +33,7 @@ def sample(
     format: Literal["text", "json", "jsonl"] = "text",
     out: Path | None = None,
     device: str = "auto",
+    int8: bool = False,
 ) -> None:
     """Continue one prompt, or a file of prompts.
 
@@ -48,6 +49,7 @@ def sample(
             object a line, written as samples are done, in order.
         out: write to this file instead of the terminal.
         device: auto, cpu, cuda or mps.
+        int8: weights in eight bits, by torchao: a quarter of the memory.
     """
     from .completion import complete
     from .loading import load_model
@@ -55,7 +57,7 @@ def sample(
     sampling.check()  # before the seconds that loading takes
     prompts = _prompts(prompt, prompts_file)
     _check_folder(out)
-    loaded = load_model(model, device)
+    loaded = load_model(model, device, int8)
     _note(loaded, prompts, sampling.temperature == 0 and num_samples > 1)
     settings = {**asdict(sampling), "max_new_tokens": max_new_tokens, "stop": list(stop), "model": model}
     del settings["seed"]  # each record has its own
@@ -111,6 +113,7 @@ def chat(
     sampling: Settings,
     max_new_tokens: int = 100,
     device: str = "auto",
+    int8: bool = False,
 ) -> None:
     """Write with a model in the terminal: it continues what you type.
 
@@ -118,6 +121,7 @@ def chat(
         model: a run's name or folder (its newest checkpoint), or a checkpoint's folder.
         max_new_tokens: of each reply.
         device: auto, cpu, cuda or mps.
+        int8: weights in eight bits, by torchao: a quarter of the memory.
     """
     from .chat import chat as converse
     from .loading import load_model
@@ -125,7 +129,7 @@ def chat(
     if max_new_tokens < 0:
         raise UserError(f"max_new_tokens is {max_new_tokens}, but must be at least 0")
     sampling.check()
-    converse(load_model(model, device), max_new_tokens, sampling)
+    converse(load_model(model, device, int8), max_new_tokens, sampling)
 
 
 def serve(
@@ -135,6 +139,7 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     device: str = "auto",
+    int8: bool = False,
 ) -> None:
     """Write with a model in the browser: sliders, and each token's probability and runners-up.
 
@@ -146,6 +151,7 @@ def serve(
         host: address to listen on; with any but this machine's own, everybody who reaches it can use the model.
         port: to listen on; 0: any that is free.
         device: auto, cpu, cuda or mps.
+        int8: weights in eight bits, by torchao: a quarter of the memory.
     """
     from .serve.asked import Asked, check
 
@@ -153,7 +159,7 @@ def serve(
     check(default)  # before the seconds that loading takes
     from .serve.server import run
 
-    run(model, device, host, port, default)
+    run(model, device, int8, host, port, default)
 
 
 def _check_folder(out: Path | None) -> None:
