@@ -32,7 +32,7 @@ SAMPLING = Sampling(temperature=0.8, top_k=50)
 """As `myllm sample` draws if it is not told otherwise; of prompt p, sample n has the seed n."""
 SAMPLES = 2
 """Of each prompt."""
-NEW_TOKENS = 128
+NEW_TOKENS = 64
 RUN = 4
 READ_TOKENS = 2_000_000
 """How much of the held-out stream documents are taken from."""
