@@ -1,11 +1,14 @@
 """Text from text: stop strings, finish reasons, seeds, and the two lines of the README."""
 
+import io
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +21,7 @@ from hypothesis import strategies as st
 import myllm
 from myllm import checkpoint
 from myllm.checkpoint import TrainState
-from myllm.completion import TextStream, complete, generate
+from myllm.completion import Completion, TextStream, complete, generate
 from myllm.config import ModelConfig, RunConfig, to_dict
 from myllm.data.order import DataPosition
 from myllm.data.tokenizer import Tokenizer
@@ -26,6 +29,7 @@ from myllm.errors import UserError
 from myllm.generation import stream
 from myllm.loading import LanguageModel
 from myllm.model import Transformer
+from myllm.sample_cli import Turns
 from myllm.sampling import Sampling
 
 R50K = Tokenizer()
@@ -124,6 +128,25 @@ def test_text_as_it_comes(pair: LanguageModel) -> None:
     assert heard == [each.text for each in made]
 
 
+def test_a_sample_is_given_out_once_it_and_those_before_it_are_done(pair: LanguageModel) -> None:
+    """Of three made together, the first ends early, the last too, the second late."""
+    whole = [each.text for each in complete(pair, ["a", "b", "c"], 30, FREE)]
+    stop = next(
+        text for at in range(1, 40) if (text := whole[0][at : at + 2]) in whole[2][:60] and text not in whole[1]
+    )
+    events: list[tuple[str, int]] = []
+    made = complete(
+        pair, ["a", "b", "c"], 30, FREE, stop=[stop], on_text=lambda number, _: events.append(("text", number))
+    )
+    for number, each in enumerate(made):
+        events.append(("done", number))
+        assert each.finish == ("length" if number == 1 else "stop")
+    first, second, third = (events.index(("done", number)) for number in range(3))
+    assert ("text", 1) in events[first:second]  # the first did not wait for the second,
+    assert ("text", 2) not in events[second:]  # but the third did
+    assert third == second + 1 == len(events) - 1
+
+
 def test_generate_gives_prompt_and_continuation(pair: LanguageModel) -> None:
     text = generate(pair, "the river", 8, temperature=0)
     assert text.startswith("the river")
@@ -189,6 +212,58 @@ def test_records(data: Path, tmp_path: Path) -> None:
     out = tmp_path / "made.json"
     assert command(data, *words, "--format", "json", "--out", out, "--stop", "never", "there").stdout == ""
     assert json.loads(out.read_text(encoding="utf-8")) == rows
+
+
+def test_samples_take_turns() -> None:
+    turns, file = Turns(["A", "B", "C"]), io.StringIO()
+    expected = []
+
+    def made() -> Iterator[Completion]:
+        done = Completion("", "", 0, "length", 0)
+        for number, text in ((0, "a"), (1, "x"), (2, "u"), (0, "b")):
+            turns.show(number, text)
+        expected.append(("--- 1\nAab", file.getvalue()))  # the first as it comes, and nothing of the others
+        yield done
+        expected.append(("--- 1\nAab\n--- 2\nBx", file.getvalue()))  # what the second had, at once
+        turns.show(1, "y")
+        turns.show(2, "v")
+        expected.append(("--- 1\nAab\n--- 2\nBxy", file.getvalue()))
+        yield done
+        yield done
+
+    turns.write(file, made())
+    assert file.getvalue() == "--- 1\nAab\n--- 2\nBxy\n--- 3\nCuv\n"
+    assert [seen for _, seen in expected] == [wanted for wanted, _ in expected]
+
+
+@pytest.mark.parametrize("form", ["text", "jsonl"])
+def test_what_is_there_is_shown_while_others_are_made(
+    data: Path, pair: LanguageModel, tmp_path: Path, form: str
+) -> None:
+    """Two samples; the first ends at a stop string, the second would take hours."""
+    (first,) = complete(pair, ["the river"], 40, Sampling(seed=3))
+    (second,) = complete(pair, ["the river"], 400, Sampling(seed=4))
+    stop = next(text for at in range(8, 80) if (text := first.text[at : at + 3]) not in second.text)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "myllm", "sample", "tiny", "--prompt", "the river", "--num-samples", "2", "--seed", "3",
+         "--max-new-tokens", "100000000", "--format", form, "--stop", stop],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"MYLLM_DATA": str(data)},
+    )  # fmt: skip
+    killer = threading.Timer(120, process.kill)
+    killer.start()
+    try:
+        cut = first.text[: first.text.index(stop)]
+        if form == "jsonl":
+            row = json.loads(process.stdout.readline())
+            assert (row["text"], row["finish"]) == (cut, "stop")
+        else:
+            expected = f"--- 1\nthe river{cut}\n--- 2\nthe river{second.text[:300]}".encode()
+            assert process.stdout.read(len(expected)) == expected
+        assert process.poll() is None
+    finally:
+        killer.cancel()
+        process.kill()
+        process.communicate(timeout=60)
 
 
 @pytest.mark.parametrize(

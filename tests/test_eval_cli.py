@@ -1,6 +1,5 @@
 """`myllm eval`: its table, its JSON, and what it says where a task cannot be done."""
 
-import json
 import math
 import shutil
 from dataclasses import replace
@@ -10,10 +9,13 @@ import pytest
 import torch
 from conftest import eval_rows
 
-from myllm import cli, eval_cli
+from myllm import cli, eval_tasks
 from myllm.config import RunConfig
 from myllm.data.prepare import prepare
 from myllm.distributed import process_group
+from myllm.eval_results import add, read
+from myllm.evals import speed as speed_module
+from myllm.evals import writing
 from myllm.loading import load_model
 from myllm.train import train
 
@@ -54,27 +56,29 @@ def test_everything_at_once(run: Path, tmp_path: Path, capsys: pytest.CaptureFix
     tasks = ("validation", "hellaswag", "cloze", f"perplexity:{tmp_path / 'own.txt'}")
     assert evaluate("tiny", "--tasks", *tasks, "--hellaswag-file", OWN, "--stride", 16) == 0
     said = capsys.readouterr().out
-    written = json.loads((run / "eval.json").read_text())
-    assert written["step"] == 4
-    assert written["checkpoint"] == str(run / "checkpoints" / "step_00000004")
-    assert list(written["tasks"]) == list(tasks)
+    results = read(run / "eval.json")
+    assert {(each.step, each.weights) for each in results} == {(4, "float32")}
+    assert {each.checkpoint for each in results} == {str(run / "checkpoints" / "step_00000004")}
+    assert [each.task for each in results] == list(tasks)
+    figures = {each.task: each.figures for each in results}
     # The loop's own figures for the same weights.
     for name, task in (("validation", "validation"), ("cloze", "cloze")):
         last = eval_rows(run, name)[-1]
         for key, value in last.items():
             if key not in ("kind", "name", "step", "seconds"):
-                assert written["tasks"][task][key] == pytest.approx(value, rel=1e-5), key
-    hellaswag = written["tasks"]["hellaswag"]
-    assert (hellaswag["n_examples"], hellaswag["protocol"]) == (30, "nanogpt")
+                assert figures[task][key] == pytest.approx(value, rel=1e-5), key
+    hellaswag = figures["hellaswag"]
+    assert hellaswag["n_examples"] == 30
+    assert results[1].settings == {"protocol": "nanogpt", "examples": "all", "file": str(OWN)}
     assert f"{hellaswag['acc_norm']:.4f}" in said
-    own = written["tasks"][tasks[3]]
-    assert (own["context"], own["stride"]) == (64, 16)
+    own, settings = figures[tasks[3]], results[3].settings
+    assert (settings["context"], settings["stride"]) == (64, 16)
     model, tokenizer = load_model("tiny", "cpu")
     n = len(tokenizer.encode(text))
     assert own["n_tokens"] == n
     assert own["bits_per_byte"] == pytest.approx(own["loss"] * n / math.log(2) / len(text.encode()))
     assert {"perplexity", "token_accuracy", "top5_accuracy", "calibration_error"} <= own.keys()
-    assert {"top5_accuracy", "calibration_error"} <= written["tasks"]["validation"].keys()
+    assert {"top5_accuracy", "calibration_error"} <= figures["validation"].keys()
     assert str(run / "eval.json") in said
     assert not model.training
 
@@ -83,38 +87,76 @@ def test_a_text_shorter_than_the_context(run: Path, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("the old bridge")
     out = tmp_path / "deep" / "short.json"
     assert evaluate(run, "--tasks", f"perplexity:{tmp_path / 'short.txt'}", "--out", out) == 0
-    (figures,) = json.loads(out.read_text())["tasks"].values()
+    (result,) = read(out)
     model, tokenizer = load_model(run, "cpu")
     ids = [tokenizer.end_of_text, *tokenizer.encode("the old bridge").tolist()]
     with torch.no_grad():
-        assert figures["loss"] == pytest.approx(
+        assert result.figures["loss"] == pytest.approx(
             float(model(torch.tensor([ids[:-1]]), torch.tensor([ids[1:]]))), rel=1e-5
         )
 
 
-def test_a_checkpoint_and_the_other_protocol(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_checkpoint_and_the_other_protocol(run: Path) -> None:
     words = (run / "checkpoints/step_00000004", "--tasks", "hellaswag", "--hellaswag-file", OWN)
     assert evaluate(*words, "--protocol", "lm-eval", "--hellaswag-examples", 7) == 0
-    figures = json.loads((run / "eval.json").read_text())["tasks"]["hellaswag"]
-    assert (figures["protocol"], figures["n_examples"]) == ("lm-eval", 7)
+    (result,) = read(run / "eval.json")
+    assert (result.settings["protocol"], result.figures["n_examples"]) == ("lm-eval", 7)
+
+
+def test_nothing_that_was_measured_is_lost(run: Path, tmp_path: Path) -> None:
+    """Another task, protocol, text, kind of weights or step stands beside; the same question again, in its place."""
+    text = tmp_path / "own.txt"
+    text.write_text("the old bridge")
+    hellaswag = ("--tasks", "hellaswag", "--hellaswag-file", OWN, "--hellaswag-examples", 2)
+    perplexity = ("--tasks", f"perplexity:{text}")
+    assert evaluate("tiny", *hellaswag) == 0
+    assert evaluate("tiny", *hellaswag, "--protocol", "lm-eval") == 0
+    assert evaluate("tiny", *perplexity) == 0
+    before = read(run / "eval.json")
+    text.write_text("the old river")
+    assert evaluate("tiny", *perplexity) == 0
+    assert evaluate("tiny", *perplexity, "--int8") == 0
+    newer = shutil.copytree(run / "checkpoints/step_00000004", run / "checkpoints/step_00000009")
+    assert evaluate(newer, *hellaswag) == 0
+    assert evaluate("tiny", *hellaswag, "--protocol", "lm-eval", "--out", run / "eval.json") == 0
+    after = read(run / "eval.json")
+    told = [(each.task.partition(":")[0], each.settings.get("protocol"), each.weights) for each in after]
+    assert told == [
+        ("hellaswag", "nanogpt", "float32"), ("hellaswag", "lm-eval", "float32"), ("perplexity", None, "float32"),
+        ("perplexity", None, "float32"), ("perplexity", None, "int8"), ("hellaswag", "nanogpt", "float32"),
+        ("hellaswag", "lm-eval", "float32"),
+    ]  # fmt: skip
+    assert after[:3] == before
+    assert after[2].figures != after[3].figures != after[4].figures
+    again = after[1]._replace(seconds=0.0, figures={"acc": 2})
+    add(run / "eval.json", [again])
+    assert read(run / "eval.json") == [after[0], again, *after[2:]]
+
+
+def test_a_file_of_someone_else_s_is_left_alone(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for content in ('{"tasks": {}}', "not JSON", "[]"):
+        (run / "eval.json").write_text(content)
+        assert evaluate("tiny", "--tasks", "cloze") == 2
+        assert "holds no results of `myllm eval`" in capsys.readouterr().err
+        assert (run / "eval.json").read_text() == content
 
 
 def test_a_folder_of_any_name(run: Path, tmp_path: Path) -> None:
     """A checkpoint that was copied elsewhere, such as to another machine."""
     folder = shutil.copytree(run / "checkpoints/step_00000004", tmp_path / "mine")
     assert evaluate(folder, "--tasks", "cloze") == 0
-    written = json.loads((folder / "eval.json").read_text())
-    assert (written["checkpoint"], written["step"]) == (str(folder), 4)
+    (result,) = read(folder / "eval.json")
+    assert (result.checkpoint, result.step) == (str(folder), 4)
 
 
 def test_the_checkpoint_stays_the_same_while_training_saves_others(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def save_another(*_: object) -> dict:
+    def save_another(*_: object) -> tuple[dict, dict]:
         shutil.copytree(run / "checkpoints/step_00000004", run / "checkpoints/step_00000009")
-        return {"acc": 0.5}
+        return {}, {"acc": 0.5}
 
-    monkeypatch.setitem(eval_cli.TASKS, "cloze", save_another)
+    monkeypatch.setitem(eval_tasks.TASKS, "cloze", save_another)
     assert evaluate("tiny", "--tasks", "cloze", "validation") == 0
-    assert json.loads((run / "eval.json").read_text())["checkpoint"].endswith("step_00000004")
+    assert all(each.checkpoint.endswith("step_00000004") for each in read(run / "eval.json"))
 
 
 def test_another_data_set_that_is_damaged_is_no_matter(run: Path) -> None:
@@ -131,6 +173,9 @@ def test_another_data_set_that_is_damaged_is_no_matter(run: Path) -> None:
         (("--tasks", "perplexity:"), "unknown task 'perplexity:'"),
         (("--tasks", "perplexity:nowhere.txt"), "cannot read nowhere.txt"),
         (("--tasks", "hellaswag", "--hellaswag-file", "nowhere.jsonl"), "no HellaSwag file at nowhere.jsonl"),
+        (("--tasks", "generation", "--dataset", "nowhere"), "no single prepared data set 'nowhere'"),
+        (("--tasks", "quantisation:"), "unknown task 'quantisation:'"),
+        (("--tasks", "speed:x"), "unknown task 'speed:x'"),
         (("--tasks", "cloze", "--dataset", "nowhere"), "no single prepared data set 'nowhere'"),
         (("--batch-size", 0), "batch_size is 0, but must be at least 1"),
         (("--tasks", f"perplexity:{OWN}", "--stride", 65), "the stride is 65, but must be at least 1"),
@@ -147,4 +192,49 @@ def test_a_task_that_cannot_be_done_stops_no_other(run: Path, capsys: pytest.Cap
         manifest.rename(manifest.with_name("elsewhere.json"))
     assert evaluate("tiny", "--tasks", "validation", "hellaswag", "--hellaswag-file", OWN) == 2
     assert "validation: the data set that" in capsys.readouterr().err
-    assert list(json.loads((run / "eval.json").read_text())["tasks"]) == ["hellaswag"]
+    assert [each.task for each in read(run / "eval.json")] == ["hellaswag"]
+
+
+def test_what_is_measured_is_kept_at_once(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of memory, say")
+
+    monkeypatch.setitem(eval_tasks.TASKS, "speed", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        evaluate("tiny", "--tasks", "cloze", "speed")
+    assert [each.task for each in read(run / "eval.json")] == ["cloze"]
+
+
+def test_writing_speed_and_quantisation(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writing, "SAMPLES", 1)
+    monkeypatch.setattr(writing, "NEW_TOKENS", 12)
+    monkeypatch.setattr(speed_module, "NEW_TOKENS", 8)
+    assert evaluate("tiny", "--tasks", "generation", "speed", "quantisation", f"quantisation:{OWN}") == 0
+    said = capsys.readouterr().out
+    generation, speed, quantisation, of_a_file = read(run / "eval.json")
+    assert generation.settings | {"seed": 0, "temperature": 0.8} == generation.settings
+    assert generation.figures["n_samples"] == generation.settings["prompts"] * generation.settings["samples"]
+    assert generation.figures["distinct_1_of_held_out"] > 0
+    assert {"device", "dtype", "threads"} <= speed.settings.keys()
+    assert all(value > 0 for value in speed.figures.values())
+    assert {f"{what}_tokens_per_s_{batch}" for what in ("prefill", "decode") for batch in (1, 16)} <= (
+        speed.figures.keys()
+    )
+    model, _ = load_model("tiny", "cpu")
+    assert speed.figures["weights_mb"] == 4 * sum(map(torch.Tensor.numel, model.parameters())) / 1e6
+    last = eval_rows(run, "validation")[-1]
+    assert quantisation.figures["perplexity_float"] == pytest.approx(last["perplexity"], rel=1e-5)
+    for each in (quantisation, of_a_file):
+        figures = each.figures
+        cost = figures["perplexity_int8"] - figures["perplexity_float"]
+        assert figures["perplexity_cost"] == cost
+        assert 0 < abs(cost) < 0.01 * figures["perplexity_float"]
+        # d_model is 16 here: a scale and a zero beside 16 weights.
+        assert 3 < figures["weights_mb_float"] / figures["weights_mb_int8"] < 4
+        assert min(figures["decode_tokens_per_s_float"], figures["decode_tokens_per_s_int8"]) > 0
+    assert f"{quantisation.figures['perplexity_cost']:.4f}" in said
+    # The model that was compared is left as it was, and int8 against itself is refused.
+    assert evaluate("tiny", "--tasks", "quantisation", "--int8") == 2
+    assert "leave --int8 out" in capsys.readouterr().err

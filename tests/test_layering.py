@@ -29,11 +29,11 @@ FLOORS = [
         "amounts",
     },
     {"model", "data", "optim"},
-    {"checkpoint", "evals", "metrics", "report", "loading", "run_folder", "hub"}
+    {"checkpoint", "evals", "metrics", "report", "loading", "run_folder", "hub", "int8", "eval_results"}
     | {"sampling", "filters", "generation", "completion", "chat", "serve", "exporting", "importing", "model_card"}
     | {"publishing", "publish_beside"},
     {"train", "step", "meter", "loop_evals", "resume", "signals", "growing"},
-    {"cli", "data_cli", "eval_cli", "sample_cli", "tokenizer_cli", "export_cli", "publish_cli", "launch"}
+    {"cli", "data_cli", "eval_cli", "eval_tasks", "sample_cli", "tokenizer_cli", "export_cli", "publish_cli", "launch"}
     | {"__main__", "pretrain"},
 ]
 PARTS = FLOORS[1]  # the one floor whose rooms have no doors between them

@@ -3,6 +3,7 @@
 import codecs
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import overload
 
 from .data.tokenizer import Tokenizer
@@ -84,7 +85,8 @@ def complete(
 ) -> Iterator[Completion]:
     """Continue each prompt `num_samples` times, in order. An empty prompt begins a new document.
 
-    Sample n of every prompt has the seed `sampling.seed` + n, so its text does not depend on the other prompts.
+    Gives out a sample as soon as it and those before it are done. Sample n of every prompt has the seed
+    `sampling.seed` + n, so its text does not depend on the other prompts.
 
     Args:
         stop: a sample ends before the first of these strings.
@@ -105,39 +107,48 @@ def complete(
     if "" in stop:
         raise UserError("a stop string is empty: every text would end at once; leave it out")
     asked = [(prompt, sampling.seed + number) for prompt in prompts for number in range(num_samples)]
-    return _complete(model, asked, max_new_tokens, sampling, tuple(stop), batch_size, on_text or (lambda *_: None))
+    groups = [(first, asked[first : first + batch_size]) for first in range(0, len(asked), batch_size)]
+    on_text = on_text or (lambda *_: None)
+    made = (_complete(model, *group, max_new_tokens, sampling, tuple(stop), on_text) for group in groups)
+    return chain.from_iterable(made)
 
 
 def _complete(
     model: LanguageModel,
+    first: int,
     asked: list[tuple[str, int]],
     max_new_tokens: int,
     sampling: Sampling,
     stop: tuple[str, ...],
-    batch_size: int,
     on_text: Callable[[int, str], None],
 ) -> Iterator[Completion]:
-    for first in range(0, len(asked), batch_size):
-        group = asked[first : first + batch_size]
-        batch = [Continuation(prompt_ids(model.tokenizer, prompt), seed) for prompt, seed in group]
-        streams = [TextStream(model.tokenizer, stop) for _ in batch]
-        number = {id(row): index for index, row in enumerate(batch)}
-        texts = [""] * len(batch)
+    """Samples that are made together; `first` is the number of the first one."""
+    batch = [Continuation(prompt_ids(model.tokenizer, prompt), seed) for prompt, seed in asked]
+    streams = [TextStream(model.tokenizer, stop) for _ in batch]
+    number = {id(row): index for index, row in enumerate(batch)}
+    texts = [""] * len(batch)
+    done = 0
 
-        def give(index: int, text: str, texts: list[str] = texts, first: int = first) -> None:
-            if text:
-                texts[index] += text
-                on_text(first + index, text)
+    def give(index: int, text: str) -> None:
+        if text:
+            texts[index] += text
+            on_text(first + index, text)
 
-        for row in continue_batch(model.model, batch, max_new_tokens, sampling, model.tokenizer.end_of_text):
-            index = number[id(row)]
-            give(index, streams[index].feed(row.written[-1]))
-            if streams[index].stopped:
-                row.finish = "stop"
-        for index, (row, (prompt, seed)) in enumerate(zip(batch, group, strict=True)):
-            give(index, streams[index].end())
-            assert row.finish is not None
-            yield Completion(prompt, texts[index], len(row.written), row.finish, seed)
+    def finished() -> Iterator[Completion]:
+        nonlocal done
+        while done < len(batch) and (finish := batch[done].finish) is not None:
+            give(done, streams[done].end())
+            prompt, seed = asked[done]
+            yield Completion(prompt, texts[done], len(batch[done].written), finish, seed)
+            done += 1
+
+    for row in continue_batch(model.model, batch, max_new_tokens, sampling, model.tokenizer.end_of_text):
+        index = number[id(row)]
+        give(index, streams[index].feed(row.written[-1]))
+        if streams[index].stopped:
+            row.finish = "stop"
+        yield from finished()
+    yield from finished()
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:

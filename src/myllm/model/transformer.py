@@ -27,6 +27,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig, seed: int = 0) -> None:
         super().__init__()
         self.config = config
+        self.quantized = False
         self.embedding = nn.Embedding(config.padded_vocab_size, config.d_model)
         self.dropout = nn.Dropout(config.dropout_embedding)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
@@ -141,11 +142,17 @@ class Transformer(nn.Module):
         return self.norm(x)
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        return nn.functional.linear(hidden, self.head_weight[: self.config.vocab_size])
+        if self.quantized:  # such a matrix cannot be cut in inference mode
+            return nn.functional.linear(hidden, self._stored_head)[..., : self.config.vocab_size]
+        return nn.functional.linear(hidden, self._stored_head[: self.config.vocab_size])
 
     @property
     def head_weight(self) -> Tensor:
-        """The head's matrix, (V, D)."""
+        """The head's matrix, (V, D); floats made for the occasion where it is quantised."""
+        return self._stored_head.dequantize() if self.quantized else self._stored_head
+
+    @property
+    def _stored_head(self) -> Tensor:
         return self.embedding.weight if self.head is None else self.head.weight
 
 
