@@ -71,7 +71,7 @@ def prepare_and_train(config: "RunConfig", prepare_only: bool) -> None:
         if outcome.stopped_by is not None:
             print(f"stopped after step {outcome.step:,}, saved; the same command resumes")
             sys.exit(128 + outcome.stopped_by)
-        print(what_next(config))
+        print(what_next(config, outcome.stopped_early))
         publisher.finish(outcome.step)
 
 

@@ -55,6 +55,10 @@ def temp_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def tiny(corpus: Path, temp_data: Path) -> RunConfig:
+    return tiny_config(corpus)
+
+
+def tiny_config(corpus: Path) -> RunConfig:
     """A run that takes a second: every part is there, dropout too, so that random state matters."""
     return RunConfig(
         name="tiny",

@@ -31,7 +31,7 @@ FLOORS = [
     {"model", "data", "optim"},
     {"checkpoint", "evals", "metrics", "report", "loading", "run_folder", "hub", "int8", "eval_results"}
     | {"sampling", "filters", "generation", "completion", "chat", "serve", "exporting", "importing", "model_card"}
-    | {"publishing", "publish_beside"},
+    | {"publishing", "publish_beside", "early_stop", "reference"},
     {"train", "step", "meter", "loop_evals", "resume", "signals", "growing"},
     {"cli", "data_cli", "eval_cli", "eval_tasks", "sample_cli", "tokenizer_cli", "export_cli", "publish_cli", "launch"}
     | {"__main__", "pretrain"},

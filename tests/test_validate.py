@@ -44,7 +44,8 @@ def test_presets_are_without_fault(name):
 ZERO_IS_TOO_SMALL = [
     "model.vocab_size", "model.vocab_multiple", "model.max_seq_len", "model.d_model", "model.n_layers",
     "model.n_heads", "model.n_kv_heads", "model.head_dim", "model.d_ff", "data.val_tokens", "data.target_tokens",
-    "data.shard_tokens", "train.max_steps", "train.batch_tokens", "train.micro_batch_size", "train.log_every_steps",
+    "data.shard_tokens", "train.max_steps", "train.batch_tokens", "train.early_stop_patience",
+    "train.micro_batch_size", "train.log_every_steps",
     "eval.validation_tokens", "eval.cloze_examples", "eval.hellaswag_examples", "eval.sample_new_tokens",
     "optim.max_lr", "optim.eps", "optim.max_grad_norm", "model.rope_theta", "model.norm_eps",
 ]  # fmt: skip
@@ -162,3 +163,10 @@ def test_data_settings_alone():
     check_data_config(changed(GOOD, model__d_model=0))
     with pytest.raises(UserError, match=r"data\.shard_tokens is 0"):
         check_data_config(changed(GOOD, data__shard_tokens=0, model__d_model=0))
+
+
+def test_early_stopping_needs_validation():
+    config = changed(GOOD, train__early_stop_patience=3)
+    assert faults(config, 1) == []
+    (fault,) = faults(changed(config, eval__validation_every_steps=0), 1)
+    assert fault.startswith("train.early_stop_patience is 3, but eval.validation_every_steps is 0")

@@ -5,7 +5,7 @@
     model.pt        weights by name, float32, without any wrapper's prefix
     optimizer.pt    AdamW's moments by the same names
     random.pt       random state of every rank, for dropout
-    state.json      TrainState: step, tokens, data position
+    state.json      TrainState: step, tokens, data position, early stopping
     config.json     the run's config
     tokenizer.json  the vocabulary, where it is not the one that ships with the code
     manifest.json   sha256 and size of each of these; written last
@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from .data.order import DataPosition
+from .early_stop import EarlyStop
 from .errors import UserError
 from .files import file_sha256, fsync_folder, out_of_space, write_json, write_text
 
@@ -44,6 +45,8 @@ class TrainState:
     """Completed optimizer updates."""
     tokens_seen: int
     data: DataPosition
+    early_stop: EarlyStop | None = None
+    """None: early stopping is off."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,13 @@ def save(
     return final
 
 
+def remove_others(folder: Path) -> None:
+    """Leave one checkpoint alone in its folder."""
+    for other in list_checkpoints(folder.parent):
+        if other != folder:
+            shutil.rmtree(other)
+
+
 def load_latest(checkpoints: Path, log: Callable[[str], None]) -> Checkpoint | None:
     """The newest intact checkpoint, or None where there is none at all; says why newer ones were passed over.
 
@@ -156,10 +166,10 @@ def load(folder: Path) -> Checkpoint:
     if faults:
         raise UserError(f"{folder} is not an intact checkpoint: {'; '.join(faults)}")
     state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    position = DataPosition(**state.pop("data"))
+    position, early = DataPosition(**state.pop("data")), state.pop("early_stop", None)
     return Checkpoint(
         folder=folder,
-        state=TrainState(**state, data=position),
+        state=TrainState(**state, data=position, early_stop=EarlyStop(**early) if early else None),
         config=json.loads((folder / "config.json").read_text(encoding="utf-8")),
         model=torch.load(folder / "model.pt", map_location="cpu", weights_only=True),
         optimizer=torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True),

@@ -141,6 +141,9 @@ class TrainConfig:
     save_every_steps: int = 500
     keep_last: int = 3
     """Checkpoints kept (0: all)."""
+    early_stop_patience: int | None = None
+    """Stop after this many validations in a row without a new lowest loss, and keep the best checkpoint apart, in the
+    run's best/. None: neither."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 autocast on CUDA, float32 elsewhere. Weights are float32 either way."""

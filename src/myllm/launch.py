@@ -151,22 +151,26 @@ def _fail(message: str) -> None:
     raise SystemExit(2) from None
 
 
-def what_next(config: RunConfig) -> str:
+def what_next(config: RunConfig, stopped_early: bool = False) -> str:
     """Where a run's files are and what to type next."""
     run, myllm = RunPaths.of(config.name), _myllm()
     name = shlex.quote(config.name)
     prompt = config.eval.sample_prompts[0].splitlines()[0] if config.eval.sample_prompts else "Once upon a time"
+    longer = f"a larger --train.max-steps than {config.train.max_steps:,}"
+    if stopped_early:
+        longer = f"a larger --train.early-stop-patience than {config.train.early_stop_patience:,}, or None,"
+    best = f"\n  best         {run.best}   (lowest validation loss)" if run.best.is_dir() else ""
     return f"""
 everything of this run is in {run.root}
   report       {run.report}
   plots        {run.plots}
-  checkpoints  {run.checkpoints}
+  checkpoints  {run.checkpoints}{best}
   numbers      {run.metrics}
 what to type next
   sample       {myllm} sample {name} --prompt {shlex.quote(prompt)}
   chat         {myllm} chat {name}
   serve        {myllm} serve {name}   (a page in the browser)
-  resume       the same command; with a larger --train.max-steps than {config.train.max_steps:,} it trains on from here
+  resume       the same command; with {longer} it trains on from here
   full run     ./run_pre_training_e2e.sh lf-llm-269m --dry-run   (what it costs; without --dry-run it starts)"""
 
 

@@ -22,6 +22,7 @@ from .evals.validation import validation_batches
 from .loading import LanguageModel
 from .metrics import JsonLines, Log
 from .model import Transformer
+from .reference import ReferenceWatch
 from .sampling import Sampling
 from .step import autocast
 
@@ -127,9 +128,20 @@ def _write_samples(
 
 
 def run_eval(
-    each: Eval, state: TrainState, model: Transformer, config: RunConfig, process: Process, metrics: JsonLines, log: Log
-) -> None:
-    """Measure and write one row. A failing evaluation is reported and never costs training."""
+    each: Eval,
+    state: TrainState,
+    model: Transformer,
+    config: RunConfig,
+    process: Process,
+    watch: ReferenceWatch,
+    metrics: JsonLines,
+    log: Log,
+) -> dict[str, float]:
+    """Measure and write one row. A failing evaluation is reported and never costs training.
+
+    Returns:
+        the figures, rank 0's on every rank; empty if it failed.
+    """
     started, sums, failure = time.perf_counter(), torch.zeros(1), None
     model.eval()
     try:
@@ -142,10 +154,16 @@ def run_eval(
     if failed:
         reason = failure or "on another rank"
         log(f"the {each.name} evaluation failed at step {state.step:,}: {reason}; training goes on")
-        return
-    figures = each.finish(distributed.sum_over_ranks(sums))
+        return {}
+    # The same sums everywhere; rank 0's figures all the same, since what is decided by them must not differ in a bit.
+    figures = distributed.from_main(each.finish(distributed.sum_over_ranks(sums)))
     if process.is_main and figures:
         seconds = time.perf_counter() - started
-        metrics.append({"kind": "eval", "name": each.name, "step": state.step, **figures, "seconds": seconds})
+        compared, remark = watch.compare(each.name, state.step, figures)
+        row = {"kind": "eval", "name": each.name, "step": state.step, **figures, **compared, "seconds": seconds}
+        metrics.append(row)
         shown = ", ".join(f"{k} {v:,}" if isinstance(v, int) else f"{k} {v:.4f}" for k, v in figures.items())
         log(f"{each.name} at step {state.step:,}: {shown} ({seconds:.1f} s)")
+        if remark:
+            log(remark)
+    return figures

@@ -83,6 +83,11 @@ class RunPaths:
         return self.root / "checkpoints"
 
     @property
+    def best(self) -> Path:
+        """Holds the checkpoint with the lowest validation loss, where early stopping is on."""
+        return self.root / "best"
+
+    @property
     def published(self) -> Path:
         return self.root / "published.json"
 

@@ -127,8 +127,9 @@ def disk_estimate_bytes(config: RunConfig) -> dict[str, int]:
     kept = min(config.train.keep_last or saves, saves)
     trained = config.train.max_steps * config.train.batch_tokens
     tokens = min(trained, config.data.target_tokens or trained) + config.data.val_tokens
+    best = config.train.early_stop_patience is not None
     # One more than kept: the newest is whole before the oldest goes.
-    return {"checkpoints": (kept + 1) * checkpoint_bytes(config), "token shards, at most": 2 * tokens}
+    return {"checkpoints": (kept + 1 + best) * checkpoint_bytes(config), "token shards, at most": 2 * tokens}
 
 
 def describe(config: RunConfig, world_size: int) -> str:

@@ -1,6 +1,7 @@
 """From a run to its checkpoint and back."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -16,7 +17,6 @@ from .meter import Diverged
 from .metrics import Log
 from .model import Transformer
 from .optim import ScheduledAdamW
-from .paths import RunPaths
 from .run_folder import check_resumable
 
 
@@ -26,15 +26,19 @@ def save_due(config: RunConfig, step: int, ending: bool) -> bool:
 
 
 def save(
-    run: RunPaths,
+    folder: Path,
     state: TrainState,
     config: RunConfig,
     model: Transformer,
     optimizer: ScheduledAdamW,
     tokenizer: Tokenizer,
     process: Process,
+    alone: bool = False,
 ) -> None:
-    """Write a checkpoint on rank 0; every rank learns whether that worked.
+    """Write a checkpoint into `folder` on rank 0; every rank learns whether that worked.
+
+    Args:
+        alone: afterwards nothing but the new one is kept there; else the newest `train.keep_last`.
 
     Raises:
         Diverged: a weight is not finite; such a checkpoint would poison every resume.
@@ -50,10 +54,12 @@ def save(
     failure: UserError | None = None
     if process.is_main:
         try:
-            checkpoint.save(
-                run.checkpoints, state, to_dict(config), model.state_dict(), optimizer.state_dict(), random,
-                config.train.keep_last, None if tokenizer.is_default else tokenizer.file,
+            written = checkpoint.save(
+                folder, state, to_dict(config), model.state_dict(), optimizer.state_dict(), random,
+                0 if alone else config.train.keep_last, None if tokenizer.is_default else tokenizer.file,
             )  # fmt: skip
+            if alone:
+                checkpoint.remove_others(written)
         except UserError as error:
             failure = error
     failure = distributed.from_main(failure)

@@ -110,11 +110,11 @@ def latest_checkpoint(where: str, runs: Path) -> Path:
         # Data sets have a manifest too, but no state.
         if (root / MANIFEST).is_file() and (root.name.startswith("step_") or (root / "state.json").is_file()):
             return root
-        found = list_checkpoints(root / "checkpoints")
+        found = list_checkpoints(root / "checkpoints") or list_checkpoints(root)  # a run, or its best/
         if intact := next((folder for folder in found if not list(verify(folder))), None):
             return intact
         if found:
-            raise UserError(f"no checkpoint in {root / 'checkpoints'} is intact: {'; '.join(verify(found[0]))}")
+            raise UserError(f"no checkpoint in {found[0].parent} is intact: {'; '.join(verify(found[0]))}")
     known = sorted(path.name for path in runs.glob("*") if (path / "checkpoints").is_dir())
     raise UserError(f"no checkpoint at {where!r}; runs with checkpoints: {', '.join(known) or 'none yet'}")
 

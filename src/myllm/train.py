@@ -4,6 +4,7 @@ import signal
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,13 +12,14 @@ from tqdm import tqdm
 
 from . import checkpoint, distributed, plan
 from .checkpoint import TrainState
-from .config import DataConfig, RunConfig
+from .config import DataConfig, RunConfig, to_dict
 from .data.beside import how_far
 from .data.loader import Loader
 from .data.order import DataPosition, count_sequences
 from .data.shards import Dataset
 from .data.tokenizer import load_tokenizer
 from .distributed import Process
+from .early_stop import EarlyStop
 from .errors import UserError
 from .files import write_json
 from .growing import known_sequences, wait_for_data
@@ -28,6 +30,7 @@ from .metrics import JsonLines, Log, environment
 from .model import Transformer
 from .optim import ScheduledAdamW
 from .paths import RunPaths
+from .reference import ReferenceWatch, reference_of
 from .resume import restore, save, save_due
 from .run_folder import claimed, move_aside, truncate_logs, write_config
 from .signals import stop_signals
@@ -41,13 +44,15 @@ class Outcome:
     run: RunPaths
     step: int
     stopped_by: int | None
-    """The signal that asked for a stop, or None where the run is complete."""
+    """The signal that asked for a stop, or None where the run is complete or stopped early."""
+    stopped_early: bool = False
+    """Whether train.early_stop_patience ended it."""
 
 
 def train(
     config: RunConfig, dataset: Dataset, process: Process, on_checkpoint: Callable[[int], None] = lambda step: None
 ) -> Outcome:
-    """Train to the end, to a signal, or to the first gradient that is not finite.
+    """Train to the end, to the end of patience, to a signal, or to the first gradient that is not finite.
 
     Args:
         on_checkpoint: called on rank 0 with the step of each checkpoint, once what is due at that step is measured.
@@ -56,7 +61,7 @@ def train(
         UserError: too little data, a run folder in use, a checkpoint of other settings, a full disk.
         Diverged: a gradient was not finite.
     """
-    run, max_steps = RunPaths.of(config.name), config.train.max_steps
+    run, max_steps, patience = RunPaths.of(config.name), config.train.max_steps, config.train.early_stop_patience
     batch = plan.batch_plan(config.model, config.train, process.world_size)
     check_data(config, dataset, batch)
     tokenizer = dataset.tokenizer()
@@ -65,7 +70,8 @@ def train(
         if process.is_main:
             stack.enter_context(claimed(run))
             aside = move_aside(run) if config.train.fresh else None
-            checkpoint.remove_unfinished(run.checkpoints)
+            for folder in (run.checkpoints, run.best):
+                checkpoint.remove_unfinished(folder)
         distributed.barrier()
         log, metrics, samples = Log(run.log, process.is_main), JsonLines(run.metrics), JsonLines(run.samples)
         if process.is_main and aside:
@@ -78,6 +84,7 @@ def train(
         state = TrainState(0, 0, DataPosition(0, 0, config.train.seed, dataset.hash))
         if saved := checkpoint.load_latest(run.checkpoints, log):
             state = restore(saved, config, dataset, model, optimizer, process, log)
+        state = replace(state, early_stop=(state.early_stop or EarlyStop()) if patience else None)
         if process.is_main:
             truncate_logs(run, state.step)
             write_config(run, config)
@@ -86,37 +93,54 @@ def train(
 
         # -- what the loop turns with --------------------------------------------------------------------------------
         runner = wrap(model, config, process)
-        evals = planned_evals(config, model, dataset, tokenizer, process, samples, log)
+        evals = pending = planned_evals(config, model, dataset, tokenizer, process, samples, log)
+        earlier = metrics.rows() if process.is_main else ()
+        watch = ReferenceWatch(reference_of(to_dict(config)), earlier)
+        parts = {"config": config, "model": model, "optimizer": optimizer, "tokenizer": tokenizer, "process": process}
+        store = partial(save, **parts)
         loader = stack.enter_context(Loader(dataset.train, batch, state.data, process.rank, process.device))
         stop = stack.enter_context(stop_signals())
         hidden = None if process.is_main else True  # None: shown on a terminal only
         bar = stack.enter_context(tqdm(total=max_steps, initial=state.step, unit="step", disable=hidden))
         meter = Meter(config, process, loader, state.step)
-        saved_step = told_step = state.step if saved else None
+        stored = state if saved else None
+        told_step = state.step if saved else None
         failure: UserError | None = None
 
         while True:
             # -- a step boundary: save, evaluate, stop, each if it is time -------------------------------------------
             stopping, growing = distributed.any_rank(stop.signal is not None, not dataset.complete)
-            ending = stopping or state.step >= max_steps or failure is not None
-            if save_due(config, state.step, ending) and state.step != saved_step:
+            early = out_of_patience(state, config)
+            last_step = state.step if early else max_steps
+            ending = stopping or state.step >= last_step or failure is not None
+            if save_due(config, state.step, ending) and state != stored:
                 with meter.paused():
                     meter.check_finite(state)
-                    save(run, state, config, model, optimizer, tokenizer, process)
-                    saved_step = state.step
+                    store(run.checkpoints, state)
+                    stored = state
             if failure:
                 raise failure
-            due = [each for each in evals if each.due(state.step, max_steps) and not stopping]
+            due = [each for each in pending if each.due(state.step, last_step) and not stopping]
+            pending = [each for each in pending if each not in due]
             if due:
                 with meter.paused():
                     for each in due:
-                        run_eval(each, state, model, config, process, metrics, log)
-            if process.is_main and saved_step is not None and saved_step != told_step and not stopping:
-                told_step = saved_step
-                on_checkpoint(saved_step)
+                        figures = run_eval(each, state, model, config, process, watch, metrics, log)
+                        if state.early_stop and each.name == "validation" and figures:
+                            before, state = state, count_validation(state, figures["loss"])
+                            if state.early_stop.best_step != before.early_stop.best_step:
+                                meter.check_finite(state)
+                                store(run.best, state, alone=True)
+            if out_of_patience(state, config) and not ending:
+                continue  # once more past this boundary, as the last: what was not due is measured, and all is saved
+            if process.is_main and stored is not None and stored.step != told_step and not stopping:
+                told_step = stored.step
+                on_checkpoint(told_step)
             if ending:
-                complete = state.step >= max_steps
-                return Outcome(run, state.step, None if complete else stop.signal or signal.SIGTERM)
+                complete = early or state.step >= max_steps
+                if complete:
+                    say_best(log, run, config, state)
+                return Outcome(run, state.step, None if complete else stop.signal or signal.SIGTERM, early)
 
             # -- the step; its data may still be in the making -------------------------------------------------------
             if growing:
@@ -135,6 +159,7 @@ def train(
                 tokens_seen=state.tokens_seen + batch.batch_tokens,
                 data=state.data.advance(batch.sequences, known_sequences(dataset, batch)),
             )
+            pending = evals
             meter.watch(state.step, grad_norm)
             bar.update()
             if state.step % config.train.log_every_steps == 0 or state.step == max_steps:
@@ -207,7 +232,34 @@ def say_start(
         log(f"data: {dataset.name}, {how_far(dataset)}, {epochs:.2f} epoch(s) of them by the end")
     else:
         log(f"data: {dataset.name}, {how_far(dataset)}; the preparation goes on beside the training")
-    if state.step >= config.train.max_steps:
+    if out_of_patience(state, config):
+        log("nothing left to train: the run has stopped early")
+    elif state.step >= config.train.max_steps:
         log(f"nothing left to train: the run is at step {state.step:,}, train.max_steps is {config.train.max_steps:,}")
     else:
         log(f"steps {state.step:,} to {config.train.max_steps:,}; Ctrl-C saves and stops, the same command resumes")
+
+
+def count_validation(state: TrainState, loss: float) -> TrainState:
+    return replace(state, early_stop=state.early_stop.after(state.step, loss))
+
+
+def out_of_patience(state: TrainState, config: RunConfig) -> bool:
+    """Whether early stopping ends the run here, before train.max_steps does."""
+    early, train = state.early_stop, config.train
+    return early is not None and early.exhausted(train.early_stop_patience) and state.step < train.max_steps
+
+
+def say_best(log: Log, run: RunPaths, config: RunConfig, state: TrainState) -> None:
+    """Where early stopping has kept the best checkpoint and, if it ended the run, why and how to go on."""
+    early, patience = state.early_stop, config.train.early_stop_patience
+    if not early:
+        return
+    kept = checkpoint.checkpoint_folder(run.best, early.best_step or 0)
+    log(f"{early}" + (f"; kept in {kept}" if kept.is_dir() else ""))
+    if out_of_patience(state, config):
+        log(
+            f"stopped early after step {state.step:,} of {config.train.max_steps:,}: train.early_stop_patience is "
+            f"{patience}. To train on from here, start the same command with a larger --train.early-stop-patience, or "
+            "with None"
+        )

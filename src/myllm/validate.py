@@ -39,7 +39,7 @@ def faults(config: RunConfig, world_size: int) -> list[str]:
         *_model_faults(config.model),
         *_optim_faults(config.optim),
         *_train_faults(config.train),
-        *_eval_faults(config.eval, config.model),
+        *_eval_faults(config.eval, config.train, config.model),
         *hub_faults(config.hub, "hub."),
     ]
     name = config.name
@@ -101,6 +101,7 @@ def _sizes(config: RunConfig) -> list[str]:
     optional = {
         "model": ("n_kv_heads", "head_dim"),
         "data": ("target_tokens", "max_documents"),
+        "train": ("early_stop_patience",),
         "eval": ("hellaswag_examples",),
     }
     not_negative = {
@@ -170,8 +171,13 @@ def _train_faults(train: TrainConfig) -> list[str]:
     return [] if train.seed < 2**63 else [f"train.seed {train.seed} is too large: below 2**63"]
 
 
-def _eval_faults(evals: EvalConfig, model: ModelConfig) -> list[str]:
+def _eval_faults(evals: EvalConfig, train: TrainConfig, model: ModelConfig) -> list[str]:
     found = []
+    if train.early_stop_patience is not None and evals.validation_every_steps == 0:
+        found.append(
+            f"train.early_stop_patience is {train.early_stop_patience}, but eval.validation_every_steps is 0: nothing "
+            "is validated; set it above 0, or train.early_stop_patience to None"
+        )
     if evals.validation_tokens < model.max_seq_len:
         found.append(
             f"eval.validation_tokens {evals.validation_tokens:,} is less than one sequence of "

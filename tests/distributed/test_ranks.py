@@ -12,8 +12,10 @@ from conftest import eval_rows, launch, losses, with_train, write_run_config
 
 from myllm.checkpoint import list_checkpoints, load
 from myllm.config import RunConfig
+from myllm.data.prepare import prepare
 
 GRADIENTS = Path(__file__).parent / "write_gradients.py"
+ODD_RANK = Path(__file__).parent / "train_with_an_odd_rank.py"
 HELLASWAG = Path(__file__).parents[1] / "evals/hellaswag_own.jsonl"
 
 
@@ -76,6 +78,26 @@ def test_ranks_come_and_go(plain: RunConfig, tmp_path: Path, temp_data: Path) ->
     by_one, by_two = (eval_rows(root, "hellaswag")[0] | {"seconds": 0} for root in (temp_data / "runs/whole", run))
     assert by_one == by_two  # before the first step
     assert by_one["n_examples"] == 30
+
+
+def test_ranks_stop_early_together(plain: RunConfig, tmp_path: Path, temp_data: Path) -> None:
+    """At a rate of next to nothing no validation is better than the first: two more, and all ranks stop, by rank 0's
+    figures, though the other rank has its own."""
+    evals = replace(plain.eval, validation_every_steps=2)
+    config = with_train(plain, micro_batch_size=4, early_stop_patience=2)
+    config = replace(config, optim=replace(plain.optim, max_lr=1e-30), eval=evals)
+    prepare(config.data, progress=False)
+    path = write_run_config(config, tmp_path / "config.json")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    words = [*torchrun, str(ODD_RANK), str(path), str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    ends = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
+    assert ends == [{"step": 6, "stopped_early": True}] * 2
+    run = temp_data / "runs/tiny"
+    assert len({row["loss"] for row in eval_rows(run, "validation")}) == 1
+    assert [path.name for path in list_checkpoints(run / "best")] == ["step_00000002"]
+    assert len(load(list_checkpoints(run / "best")[0]).random) == 2
 
 
 def test_a_mistake_is_said_once_and_by_rank_0(tmp_path: Path) -> None:

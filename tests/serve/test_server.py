@@ -386,7 +386,7 @@ def test_nowhere_to_listen(host: str, port: int) -> None:
         listen(host, port).close()
 
 
-def test_the_page_is_part_of_the_wheel(tmp_path: Path) -> None:
+def test_the_page_and_the_published_curve_are_part_of_the_wheel(tmp_path: Path) -> None:
     pytest.importorskip("setuptools", minversion="77")
     shutil.copytree(ROOT / "src", tmp_path / "src", ignore=shutil.ignore_patterns("*.egg-info", "__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE.txt"):
@@ -394,4 +394,4 @@ def test_the_page_is_part_of_the_wheel(tmp_path: Path) -> None:
     code = "from setuptools import build_meta; build_meta.build_wheel('.')"
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, check=True, timeout=DEADLINE_S)
     (wheel,) = tmp_path.glob("*.whl")
-    assert "myllm/serve/page.html" in zipfile.ZipFile(wheel).namelist()
+    assert {"myllm/serve/page.html", "myllm/reference.json"} <= set(zipfile.ZipFile(wheel).namelist())

@@ -14,8 +14,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from ..reference import reference_of
 from . import drawing
-from .drawing import BLUE, GREEN, GREY, PURPLE, VERMILLION, percent, points, short, si
+from .drawing import BLUE, GREEN, GREY, INK, PURPLE, VERMILLION, percent, points, short, si
 from .history import Metrics, Row, accuracy_key, column, number, smooth
 
 DPI = 200  # twice what a figure's size in inches asks for on a screen
@@ -65,12 +66,43 @@ def draw_loss(axes: Axes, metrics: Metrics, config: Row) -> bool:
     labels += drawing.draw_marked_line(axes, metrics.rows("validation"), "loss", VERMILLION, "validation", "o")
     if not labels:
         return False
+    labels += draw_reference_loss(axes, metrics, config)
     # A log axis keeps the last tenths of a nat, which took most of the time, from vanishing below the first steps.
     drawing.log_scale(axes, MaxNLocator(10, steps=[1, 2, 5, 10]))
     drawing.finish_axes(axes, metrics, labels)
     drawing.add_tokens_axis(axes, metrics)
     drawing.mark_non_finite(axes, metrics.train, "loss")
     return True
+
+
+def draw_reference_loss(axes: Axes, metrics: Metrics, config: Row) -> list[drawing.Label]:
+    """The published run's validation loss, dashed, in its band, for a run that repeats it; its points are marked."""
+    reference = reference_of(config)
+    if reference is None:
+        return []
+    curve = reference.curves["validation"]
+    at = np.array(curve.tokens) / reference.batch_tokens  # steps of this run with as many tokens
+    shown = np.array(curve.values)[at <= metrics.last_step]
+    if not shown.size:
+        return []
+    steps = np.geomspace(at[0], min(at[-1], metrics.last_step), 200)
+    values = np.array([curve.at(step * reference.batch_tokens) for step in steps])
+    axes.fill_between(steps, values - curve.band, values + curve.band, color=INK, alpha=0.1, linewidth=0)
+    axes.plot(steps, values, color=INK, linewidth=1.1, linestyle=(0, (4, 3)))
+    axes.plot(at[: shown.size], shown, color=INK, linestyle="none", marker="D", markersize=3.5, clip_on=False, zorder=4)
+    return [(values[-1], f"{reference.name}\n{short(values[-1])}", INK)]
+
+
+def draw_reference_hellaswag(axes: Axes, config: Row) -> list[drawing.Label]:
+    """The published run's HellaSwag, only known at its end: a line to reach."""
+    reference = reference_of(config)
+    if reference is None:
+        return []
+    curve = reference.curves["hellaswag"]
+    (value,) = curve.values
+    axes.axhspan(value - curve.band, value + curve.band, color=INK, alpha=0.1, linewidth=0)
+    axes.axhline(value, color=INK, linewidth=1.1, linestyle=(0, (4, 3)))
+    return [(value, f"{reference.name}\nat its end {100 * value:.2f} %", INK)]
 
 
 def draw_perplexity(axes: Axes, metrics: Metrics, config: Row) -> bool:
@@ -153,6 +185,8 @@ def draw_accuracy(axes: Axes, metrics: Metrics, config: Row) -> bool:
     if choices:
         axes.axhline(0.25, color=GREY, linewidth=1.2, linestyle=(0, (1, 2.5)))
         choices.append((0.25, "chance\n25 %", GREY))
+    if metrics.rows("hellaswag"):
+        choices += draw_reference_hellaswag(axes, config)
     if not labels + choices:
         return False
     axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]))
