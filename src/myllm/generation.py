@@ -16,6 +16,9 @@ from .model import KVCache, Transformer
 from .model.kv_cache import cache_dtype
 from .sampling import Sampling
 
+COMPILED_FROM = 512
+"""New tokens from which on CUDA compiles the steps: it takes a while, and pays only for a long text."""
+
 Finish = Literal["end_of_text", "length", "stop"]
 
 
@@ -92,8 +95,11 @@ def _continue(
     if not rows or max_new_tokens == 0:
         return
     windows = [row.prompt[-context:] for row in rows]
-    room = min(context, max(map(len, windows)) + max_new_tokens)
-    cache = KVCache(model.config, len(rows), room, device, cache_dtype(device))
+    static = device.type == "cuda" and max_new_tokens >= COMPILED_FROM
+    if static:
+        model.compile_steps(mode="reduce-overhead")
+    room = context if static else min(context, max(map(len, windows)) + max_new_tokens)
+    cache = KVCache(model.config, len(rows), room, device, cache_dtype(device), static)
     logits = read(model, windows, cache)
     while True:
         seen = [row.prompt + row.written for row in rows] if sampling.repetition_penalty != 1 else [[]] * len(rows)

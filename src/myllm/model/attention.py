@@ -23,14 +23,16 @@ class Attention(nn.Module):
         self.n_heads, self.kv_heads, self.head_dim = config.n_heads, config.kv_heads, config.head_size
         self.qkv_proj = nn.Linear(config.d_model, (self.n_heads + 2 * self.kv_heads) * self.head_dim, bias=config.bias)
         self.out_proj = nn.Linear(self.n_heads * self.head_dim, config.d_model, bias=config.bias)
-        self.q_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
-        self.dropout = nn.Dropout(config.dropout_attention_residual)
+        self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.dropout = (
+            nn.Dropout(config.dropout_attention_residual) if config.dropout_attention_residual else nn.Identity()
+        )
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, cache: KVCache | None = None) -> Tensor:
         """
         Shapes:
-            x (B, T, D); rotary, cosine and sine (T, K/2) or (B, 1, T, K/2) each; returns (B, T, D)
+            x (B, T, D); rotary, cosine and sine (T, K) or (B, 1, T, K) each; returns (B, T, D)
         """
         B, T, _ = x.shape
         heads = self.qkv_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H + 2G, T, K)

@@ -23,7 +23,7 @@ class FeedForward(nn.Module):
         width = config.d_ff * (2 if config.activation == "swiglu" else 1)
         self.up_proj = nn.Linear(config.d_model, width, bias=config.bias)
         self.down_proj = nn.Linear(config.d_ff, config.d_model, bias=config.bias)
-        self.dropout = nn.Dropout(config.dropout_ffn)
+        self.dropout = nn.Dropout(config.dropout_ffn) if config.dropout_ffn else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """

@@ -1,5 +1,6 @@
 """Normalisation over the last dimension."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -12,12 +13,22 @@ class RMSNorm(nn.RMSNorm):
     Source: Zhang and Sennrich 2019 (arXiv 1910.07467), equation 4.
     """
 
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__(width, eps=eps)
+        self.least = torch.tensor(eps, dtype=torch.float32)
+
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).type_as(x)
+        x32, weight = x.float(), self.weight.float()
+        if x.device.type != "cpu":
+            return F.rms_norm(x32, self.normalized_shape, weight, self.eps).type_as(x)
+        # There is no kernel for a CPU: F.rms_norm is a chain of operations twice as long as this one.
+        length = torch.linalg.vector_norm(x32, dim=-1, keepdim=True)
+        mean_square = torch.addcmul(self.least, length, length, value=1 / x.shape[-1])
+        return (x32 * mean_square.rsqrt() * weight).type_as(x)
 
 
 def make_norm(config: ModelConfig) -> nn.Module:
     """The norm over d_model that the config asks for."""
     if config.norm == "layernorm":
         return nn.LayerNorm(config.d_model, eps=config.norm_eps, bias=config.bias)
-    return RMSNorm(config.d_model, eps=config.norm_eps)
+    return RMSNorm(config.d_model, config.norm_eps)

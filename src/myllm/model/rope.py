@@ -11,22 +11,25 @@ from torch import Tensor
 
 
 def rotary_tables(max_seq_len: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every position's angles, in float32.
+    """Cosine of every position's angles, and sine, for both dimensions of each pair, in float32.
+
+    The first of a pair takes away the other's part, so its sine is negative.
 
     Shapes:
-        each (max_seq_len, head_dim / 2)
+        each (max_seq_len, head_dim)
     """
     # Angles grow to max_seq_len radians: in bfloat16 those past 256 would all be rounded.
     frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)  # (K/2,)
     angles = torch.outer(torch.arange(max_seq_len, dtype=torch.float32), frequencies)  # (T, K/2)
-    return angles.cos(), angles.sin()
+    return angles.cos().repeat(1, 2), torch.cat((-angles.sin(), angles.sin()), dim=1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair of dimensions by its position's angle; computed in float32, returned in x's type.
 
     Shapes:
-        x (B, H, T, K); cos and sin (T, K/2), or (B, 1, T, K/2) where rows differ; returns (B, H, T, K)
+        x (B, H, T, K); cos and sin (T, K), or (B, 1, T, K) where rows differ; returns (B, H, T, K)
     """
-    first, second = x.float().chunk(2, dim=-1)  # (B, H, T, K/2) each
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).type_as(x)
+    x32 = x.float()
+    others = x32.roll(x.shape[-1] // 2, dims=-1)  # each dimension's partner in its place
+    return torch.addcmul(x32 * cos, others, sin).type_as(x)

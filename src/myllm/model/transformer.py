@@ -3,6 +3,9 @@
 Shapes: B batch, T sequence, D d_model, V padded vocabulary, K head dimension; M continuations, P tokens before them.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -29,7 +32,7 @@ class Transformer(nn.Module):
         self.config = config
         self.quantized = False
         self.embedding = nn.Embedding(config.padded_vocab_size, config.d_model)
-        self.dropout = nn.Dropout(config.dropout_embedding)
+        self.dropout = nn.Dropout(config.dropout_embedding) if config.dropout_embedding else nn.Identity()
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = make_norm(config)
         # A tied head is no module of its own: the embedding's weight is saved and updated once.
@@ -38,8 +41,9 @@ class Transformer(nn.Module):
             self.positions = nn.Embedding(config.max_seq_len, config.d_model)
         else:
             cos, sin = rotary_tables(config.max_seq_len, config.head_size, config.rope_theta)
-            self.register_buffer("rotary_cos", cos, persistent=False)  # (T, K/2)
-            self.register_buffer("rotary_sin", sin, persistent=False)  # (T, K/2)
+            self.register_buffer("rotary_cos", cos, persistent=False)  # (T, K)
+            self.register_buffer("rotary_sin", sin, persistent=False)  # (T, K)
+        self._step: Callable[..., Tensor] | None = None
         initialize(self, config, seed)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
@@ -126,19 +130,34 @@ class Transformer(nn.Module):
         positions = cache.open(new) if cache is not None else slice(0, new)  # or (B, 1): see KVCache.open
         end = cache.end if cache is not None else new
         assert end <= self.config.max_seq_len, f"{end} tokens exceed the context of {self.config.max_seq_len}"
+        compiled = self._step if cache is not None and cache.static and new == 1 else None
+        x = (compiled or self._run)(tokens, positions, cache)
+        if cache is not None:
+            cache.advance(new)
+        return x
+
+    def compile_steps(self, **options: Any) -> None:
+        """Compile single tokens behind a static cache, at the first of them; done once.
+
+        Args:
+            options: of `torch.compile`.
+        """
+        if self._step is None:
+            self._step = torch.compile(self._run, fullgraph=True, dynamic=False, **options)
+
+    def _run(self, tokens: Tensor, positions: slice | Tensor, cache: KVCache | None) -> Tensor:
+        """From tokens to the normalised output, where the cache is open."""
         x = self.embedding(tokens)  # (B, T, D)
         rotary = None
         if self.config.position == "learned":
             x = x + self.positions.weight[positions]  # (T, D) over the batch, or (B, T, D)
         else:
-            rotary = self.rotary_cos[positions], self.rotary_sin[positions]  # (T, K/2) each
+            rotary = self.rotary_cos[positions], self.rotary_sin[positions]  # (T, K) each
             if not isinstance(positions, slice):
-                rotary = rotary[0].unsqueeze(1), rotary[1].unsqueeze(1)  # (B, 1, T, K/2) each
+                rotary = rotary[0].unsqueeze(1), rotary[1].unsqueeze(1)  # (B, 1, T, K) each
         x = self.dropout(x)
         for block in self.blocks:
             x = block(x, rotary, cache)
-        if cache is not None:
-            cache.advance(new)
         return self.norm(x)
 
     def _logits(self, hidden: Tensor) -> Tensor:
