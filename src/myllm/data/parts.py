@@ -25,10 +25,10 @@ from .prepare import (
     is_made,
     open_work,
     prepare,
-    progress_bar,
     resolve,
     worker_pools,
 )
+from .progress import progress_bar
 from .room import check_disk
 from .shards import SETTINGS, WORK, Dataset
 from .units import Unit, unit_path
