@@ -144,7 +144,7 @@ def _build(recipe: Recipe, workers: int, progress: bool) -> None:
                 bar.update(size_bytes)
                 if assembly.cuts.full:
                     break
-        assembly.cuts.check_enough(recipe.source.description, assembly.passed_over)
+        assembly.cuts.check_enough(recipe.source.description, assembly.passed_over, assembly.places)
         assembly.finish()
 
 
