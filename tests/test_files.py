@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -74,3 +75,9 @@ def test_a_killed_process_lets_go_of_its_lock(tmp_path: Path) -> None:
     process.communicate(timeout=240)
     with locked(tmp_path / "lock", wait=False):
         pass
+
+
+def test_json_holds_the_name_of_a_file_that_is_no_utf_8(tmp_path: Path) -> None:
+    name = os.fsdecode(b"n\xe9/\xc3\xa9")
+    write_json(tmp_path / "a.json", {"source": name})
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"source": name}

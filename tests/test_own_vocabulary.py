@@ -12,6 +12,7 @@ from myllm.completion import stream_text
 from myllm.config import RunConfig
 from myllm.data.prepare import prepare
 from myllm.data.shards import find_dataset
+from myllm.data_cli import verify
 from myllm.distributed import process_group
 from myllm.errors import UserError
 from myllm.generation import stream
@@ -92,4 +93,6 @@ def test_a_data_set_keeps_to_its_vocabulary(tiny: RunConfig, learn: Learn) -> No
     file.write_text(file.read_text().replace('"version": "1.0"', '"version":  "1.0"'))
     with pytest.raises(UserError, match="is not the one that made"):
         find_dataset(dataset.name).tokenizer()
+    with pytest.raises(UserError, match="is not the one that made"):
+        verify(dataset.name)
     assert RunPaths.of("tiny").root.parent.name == "runs"

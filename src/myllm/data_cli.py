@@ -203,7 +203,7 @@ def seal(name: Positional[str], workers: int = 0) -> None:
 
 
 def verify(name: Positional[str], repair: bool = False, workers: int = 0) -> None:
-    """Hash every shard of a data set again and compare with its manifest.
+    """Hash every shard of a data set, and its vocabulary, again and compare with its manifest.
 
     Args:
         name: under temp_data/datasets, or a folder.
@@ -223,6 +223,7 @@ def verify(name: Positional[str], repair: bool = False, workers: int = 0) -> Non
     if damaged:
         print(f"damaged: {', '.join(damaged)}; making them again")
         mend(dataset, damaged, workers)
+    dataset.tokenizer()  # no shard is worth much without the vocabulary that made it
     print(f"{dataset.folder}: {len(dataset.shards)} shards, all as the manifest says")
 
 

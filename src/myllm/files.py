@@ -27,7 +27,10 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        text = json.dumps(value, indent=2)  # the name of a file that is no UTF-8, which only an escape can hold
+    write_text(path, text + "\n")
 
 
 def fsync_folder(folder: Path) -> None:

@@ -180,6 +180,15 @@ def test_nothing_to_train_on_is_said_with_what_was_passed_over() -> None:
     counted.check_enough("x", {})
 
 
+def test_no_document_at_all_is_said_with_where_and_why() -> None:
+    _, counted, _ = cut(Rules(), [], [])
+    place = {"reason": "no_text_column", "place": "a.parquet", "detail": "no column 'text', but ['body']"}
+    with pytest.raises(UserError, match=r"x has no usable document; 1 x no text column; --text-column NAME(.|\n)*body"):
+        counted.check_enough("x", {"no_text_column": 1}, [place])
+    with pytest.raises(UserError, match=r"x has no usable document; 2 x empty$"):
+        counted.check_enough("x", {"empty": 2})
+
+
 @given(st.lists(st.lists(st.sampled_from([0, 1, 2, 3, 2**63 - 1, 2**63, 2**64 - 1]) | st.integers(0, 2**64 - 1))))
 def test_a_set_of_hashes_is_a_set(batches: list[list[int]]) -> None:
     found, expected = HashSet(), set()

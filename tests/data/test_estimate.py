@@ -5,6 +5,7 @@ import io
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -131,3 +132,57 @@ def test_of_a_remote_source_only_a_little_is_downloaded(
     assert within(found.documents.value, 24_000, 0.15)
     assert found.download_bytes.value == whole
     assert not list(temp_data.rglob("*.gz")), "a sample leaves nothing behind"
+
+
+ROWS = texts(4_000)
+
+
+@pytest.mark.parametrize(
+    ("column", "keep", "said"),
+    [
+        (pa.array(ROWS), 0.8, "half.parquet: not a whole parquet file"),
+        (pa.array([text.encode() for text in ROWS]), 1, "holds binary, expected texts"),
+        (pa.array([{"a": text} for text in ROWS]), 1, "holds struct<a: string>, expected texts"),
+    ],
+)
+def test_a_parquet_file_without_texts_is_explained(column: pa.Array, keep: float, said: str, tmp_path: Path) -> None:
+    file = tmp_path / "half.parquet"
+    pq.write_table(pa.table({"text": column}), file)
+    whole = file.read_bytes()
+    assert len(whole) > estimating.SMALL_BYTES
+    file.write_bytes(whole[: int(len(whole) * keep)])
+    with pytest.raises(UserError, match=said):
+        estimate(recipe_of(DataConfig(source=f"files:{file}")), workers=1)
+
+
+def test_rows_and_row_groups_that_are_damaged_are_left_out_of_a_sample(tmp_path: Path) -> None:
+    file = tmp_path / "a.parquet"
+    spoilt = [b"\xff" + text.encode() if number % 3 == 0 else text.encode() for number, text in enumerate(ROWS)]
+    pq.write_table(pa.table({"text": pa.array(spoilt).view(pa.string())}), file, row_group_size=500)
+    content = bytearray(file.read_bytes())
+    content[1_000:100_000] = random.Random(1).randbytes(99_000)  # of the first row group
+    file.write_bytes(content)
+    found = estimate(recipe_of(DataConfig(source=f"files:{file}")), workers=1)
+    assert found.sampled_documents == estimating.SAMPLE_DOCUMENTS
+
+
+def test_a_wrong_key_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(as_jsonl(ROWS).replace(b'{"text"', b'{"body"'))
+    with pytest.raises(UserError, match=r"no documents: a.jsonl, line 1: expected .* 'text', found .*'body'"):
+        estimate(recipe_of(DataConfig(source=f"files:{tmp_path}")), workers=1)
+
+
+def test_a_parquet_file_that_cannot_be_had_is_no_fault_of_ours(hub: HubServer) -> None:
+    hub.add_dataset("me/some", {"data/a.parquet": as_parquet(ROWS)})
+    recipe = recipe_of(DataConfig(source="hub:me/some"))
+    hub.fail_next("/api/|/resolve/|/cdn/", status=404, times=1_000, method="*")
+    with pytest.raises(UserError, match=r"cannot read hf://datasets/me/some@.*/a\.parquet"):
+        estimate(recipe, workers=1)
+
+
+def test_a_server_that_tells_no_sizes_is_refused(hub: HubServer) -> None:
+    hub.add_dataset("me/some", {"data/a.jsonl.gz": gzip.compress(as_jsonl(ROWS))})
+    recipe = recipe_of(DataConfig(source="hub:me/some"))
+    files = tuple(replace(file, size_bytes=0) for file in recipe.source.files)
+    with pytest.raises(UserError, match="does not say how large its files are"):
+        estimate(replace(recipe, source=replace(recipe.source, files=files)), workers=1)

@@ -14,9 +14,11 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import httpx2
 import numpy as np
 import pytest
 from hub_server import HubServer
+from huggingface_hub.errors import HfHubHTTPError
 
 from myllm.data import fetch as fetching
 from myllm.data.fetch import fetch, fetch_start, local_path
@@ -125,6 +127,38 @@ def test_a_busy_server_is_asked_again_when_it_says(
     assert fetch(file, tmp_path).read_bytes() == CONTENT
     assert 17 in waited
     assert sum(waited) < 30
+
+
+def test_the_hubs_own_word_on_when_to_come_back_is_heard() -> None:
+    request = httpx2.Request("GET", "http://127.0.0.1/")
+
+    def asked(headers: dict[str, str]) -> int:
+        return fetching.retry_after(
+            HfHubHTTPError("busy", response=httpx2.Response(429, headers=headers, request=request))
+        )
+
+    window = {"RateLimit": '"resolvers";r=0;t=55', "RateLimit-Policy": '"fixed window";"resolvers";q=500;w=300'}
+    assert asked(window) == 56
+    assert asked(window | {"RateLimit": '"resolvers";r=12;t=55'}) == 0
+    assert asked(window | {"Retry-After": "7"}) == 7
+    assert asked({"Retry-After": "Wed, 21 Oct 2026 07:28:00 GMT"}) == 0
+    assert fetching.retry_after(OSError("no answer at all")) == 0
+
+
+def test_a_plain_url_whose_file_is_replaced_in_the_middle_is_never_two_files_in_one(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = hub.add_plain("v1/a.json.gz", CONTENT)
+    etag = hashlib.md5(CONTENT).hexdigest()
+    file = SourceFile("a.json.gz", url, "jsonl", len(CONTENT), f'url:{url} {len(CONTENT)} "{etag}"')
+    hub.cut_next("/plain/", 1 << 20)
+    # Of the same size, before the rest is asked for.
+    monkeypatch.setattr(time, "sleep", lambda _: hub.add_plain("v1/a.json.gz", CONTENT[::-1]))
+    with pytest.raises(UserError, match=f"not what was listed: .*expected .{etag}.*Delete the listing"):
+        fetch(file, tmp_path)
+    assert not list(tmp_path.glob("a.json*"))
+    hub.add_plain("v1/a.json.gz", CONTENT)
+    assert fetch(file, tmp_path).read_bytes() == CONTENT
 
 
 def test_a_server_that_knows_no_ranges_sends_it_all_again(

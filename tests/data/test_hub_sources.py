@@ -24,6 +24,7 @@ from myllm.config import DataConfig
 from myllm.data.catalog import CORPORA
 from myllm.data.listing import Unreachable
 from myllm.data.prepare import prepare
+from myllm.data.sources import find_source
 
 END = 50_256
 Made = tuple[dict[str, bytes], list[str], list[str]]
@@ -202,3 +203,12 @@ def test_c4_is_taken_where_dolma_cannot_be_reached(hub: HubServer, started: Any,
     assert other.returncode == 0
     assert "taking c4 instead" in said
     assert Counter(documents_of(started.folder, reference)) == Counter(expected)
+
+
+def test_a_repositorys_card_and_scripts_are_no_texts(hub: HubServer) -> None:
+    card, rows = {"README.md": b"# A card\n", "load.py": b"print()\n"}, b'{"text": "a"}\n'
+    hub.add_dataset("me/rows", card | {"data/a.jsonl": rows, "notes/b.txt": b"b"})
+    hub.add_dataset("me/books", card | {"books/a.txt": b"a"})
+    assert [file.name for file in find_source("hub:me/rows").files] == ["data/a.jsonl"]
+    assert [file.name for file in find_source("hub:me/rows:*.md").files] == ["README.md"]
+    assert {file.name for file in find_source("hub:me/books").files} == {"books/a.txt", "load.py"}

@@ -56,6 +56,14 @@ def test_parts_in_any_order_make_the_same_bytes(settings: dict[str, Any], asked:
         shutil.rmtree(dataset.folder)
 
 
+@pytest.mark.parametrize(("settings", "made"), [({}, 3), ({"max_documents": 10}, 2), ({"target_tokens": 100}, 2)])
+def test_a_part_makes_its_share_of_what_is_wanted_and_no_more(
+    settings: dict[str, int], made: int, asked: DataConfig
+) -> None:
+    folder = prepare_part(replace(asked, **settings), "1/2", progress=False)
+    assert len(list(folder.glob("*.npz"))) == made
+
+
 def test_parts_of_two_machines_are_copied_together(
     asked: DataConfig, temp_data: Path, hashes: Hashes, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -84,7 +84,7 @@ class Assembly:
         self._cut = 0
         self._writing: deque[tuple[Cut, Future[str]]] = deque()
         self._spans: list[tuple[int, int, int, int]] = []
-        self._places: list[dict[str, str]] = []
+        self.places: list[dict[str, str]] = []
         self._consumed = self._released = 0
         self._done_bytes = 0
 
@@ -92,7 +92,7 @@ class Assembly:
         """Deal out the documents of the next unit, which stands for so many bytes of the source."""
         index = load_index(self._units, number)
         self.passed_over.update(index.faults.counts)
-        self._places += index.faults.places[: NAMED_FAULTS - len(self._places)]
+        self.places += index.faults.places[: NAMED_FAULTS - len(self.places)]
         self._done_bytes += size_bytes
         for cut in self.cuts.add(number, index):
             self._write(cut)
@@ -105,8 +105,8 @@ class Assembly:
             self._write(cut)
         self.settle(all_of_them=True)
         _save_spans(self._folder / SPANS, self._spans)
-        if self._places:
-            rows = (json.dumps(place, ensure_ascii=True) for place in self._places)
+        if self.places:
+            rows = (json.dumps(place, ensure_ascii=True) for place in self.places)
             write_text(self._folder / "passed_over.jsonl", "".join(f"{row}\n" for row in rows))
         counts = {**self.cuts.counts, "passed_over": dict(sorted(self.passed_over.items()))}
         manifest = {**self._description(), "dtype": "uint16", "counts": counts, **self._shards()}

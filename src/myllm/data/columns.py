@@ -1,39 +1,56 @@
 """Texts from the columns of parquet and arrow files, a small batch of rows at a time."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
 
 from .task import Faults, Task
 
 if TYPE_CHECKING:
     import pyarrow
+    import pyarrow.parquet
 
 BATCH_ROWS = 256
 
 
 def read_parquet(task: Task, faults: Faults) -> Iterator[str]:
     """A column of texts, one a row. Parts are runs of row groups."""
+    # Without pre_buffer, and with a buffer, a row group is read as it is used, not whole.
+    with parquet_table(task.path, buffer_size=1 << 20) as table:
+        yield from table_texts(table, task, faults)
+
+
+def parquet_table(file: "Path | IO[bytes]", buffer_size: int) -> "pyarrow.parquet.ParquetFile":
+    """
+    Raises:
+        OSError: no parquet file, or not a whole one.
+    """
     import pyarrow
     import pyarrow.parquet
 
     try:
-        # Without pre_buffer, and with a buffer, a row group is read as it is used, not whole.
-        table = pyarrow.parquet.ParquetFile(task.path, pre_buffer=False, buffer_size=1 << 20)
-        schema = table.schema_arrow
+        table = pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=buffer_size)
+        _ = table.schema_arrow  # is made when it is asked for
     except (pyarrow.ArrowException, ValueError) as error:
         raise OSError(f"not a whole parquet file ({error})") from None
-    with table:
-        if not _has_texts(schema, task, faults):
-            return
-        for group in range(*task.share(table.num_row_groups)):
-            place, first = f"{task.name}, row group {group}", 0
-            try:
-                batches = table.iter_batches(BATCH_ROWS, row_groups=[group], columns=[task.column], use_threads=False)
-                for batch in batches:
-                    yield from _column_texts(batch.column(0), first, place, faults)
-                    first += len(batch)
-            except (pyarrow.ArrowException, OSError) as error:
-                faults.add("damaged_row_group", place, str(error))
+    return table
+
+
+def table_texts(table: "pyarrow.parquet.ParquetFile", task: Task, faults: Faults) -> Iterator[str]:
+    """The texts of the task's part of an opened table."""
+    import pyarrow
+
+    if not _has_texts(table.schema_arrow, task, faults):
+        return
+    for group in range(*task.share(table.num_row_groups)):
+        place, first = f"{task.name}, row group {group}", 0
+        try:
+            batches = table.iter_batches(BATCH_ROWS, row_groups=[group], columns=[task.column], use_threads=False)
+            for batch in batches:
+                yield from _column_texts(batch.column(0), first, place, faults)
+                first += len(batch)
+        except (pyarrow.ArrowException, OSError) as error:
+            faults.add("damaged_row_group", place, str(error))
 
 
 def read_arrow(task: Task, faults: Faults) -> Iterator[str]:

@@ -3,7 +3,7 @@
 Decided unit by unit, in the units' order, from the lengths and hashes of documents alone: no token passes through here.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -169,20 +169,27 @@ class CutList:
             return 1 << 62
         return max(self._max_documents // 10, 1) - self.counts["val_documents"]
 
-    def check_enough(self, source: str, dropped: dict[str, int]) -> None:
+    def check_enough(self, source: str, dropped: dict[str, int], places: Sequence[dict[str, str]] = ()) -> None:
         """
         Raises:
-            TooLittleText: nothing to train on; `source` is its name for people, `dropped` what was passed over and why.
+            TooLittleText: nothing to train on; `source` is its name for people, `dropped` what was passed over and why,
+                `places` where.
         """
         counts = self.counts
-        if not counts["train_tokens"]:
-            total = counts["val_documents"] + counts["copies_of_validation_dropped"]
-            why = "".join(f"; {count:,} x {reason.replace('_', ' ')}" for reason, count in dropped.items())
-            raise TooLittleText(
-                f"the source {source} has {total} usable document(s) with {counts['val_tokens']:,} tokens{why}. "
-                f"Validation alone takes {self._val_tokens:,}, which leaves nothing to train on; "
-                "add text (at least two documents that differ), or lower data.val_tokens"
-            )
+        if counts["train_tokens"]:
+            return
+        total = counts["val_documents"] + counts["copies_of_validation_dropped"]
+        why = "".join(f"; {count:,} x {reason.replace('_', ' ')}" for reason, count in dropped.items())
+        if not total:
+            where = "".join(f"\n  {place['place']}: {place['detail'] or place['reason']}" for place in places[:3])
+            column = "; --text-column NAME chooses another column or key"
+            advice = column if {"no_text", "no_text_column"} & set(dropped) else ""
+            raise TooLittleText(f"the source {source} has no usable document{why}{advice}{where}")
+        raise TooLittleText(
+            f"the source {source} has {total} usable document(s) with {counts['val_tokens']:,} tokens{why}. "
+            f"Validation alone takes {self._val_tokens:,}, which leaves nothing to train on; "
+            "add text (at least two documents that differ), or lower data.val_tokens"
+        )
 
 
 class HashSet:

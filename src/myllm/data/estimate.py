@@ -4,7 +4,6 @@ import math
 import tempfile
 import time
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -13,13 +12,14 @@ import numpy as np
 
 from ..errors import UserError
 from .cleaning import clean
-from .columns import BATCH_ROWS
+from .columns import parquet_table, table_texts
 from .fetch import fetch, fetch_start
 from .grouping import documents_of
+from .listing import Unreachable, first_line
 from .readers import suffix_of
 from .recipe import Recipe
 from .sources import Source, SourceFile, documents
-from .task import Faults
+from .task import Faults, Task
 from .units import order_files
 
 SAMPLE_BYTES = 8_000_000
@@ -66,6 +66,11 @@ def estimate(recipe: Recipe, workers: int, target: tuple[str, float] | None = No
         UserError: nothing to sample, or a source that cannot be reached.
     """
     source, faults = recipe.source, Faults()
+    if not all(file.size_bytes for file in source.files if file.remote):
+        raise UserError(
+            f"the server of {source.description} does not say how large its files are, so a sample says nothing of "
+            "the whole; `myllm data prepare` needs no sizes"
+        )
     with tempfile.TemporaryDirectory() as folder:
         texts, stored_bytes, names = _sample(source, recipe, Path(folder), faults)
     texts = [cleaned for text in texts if (cleaned := clean(text, recipe.config, lambda _: None)) is not None]
@@ -149,37 +154,40 @@ def _sample(source: Source, recipe: Recipe, folder: Path, faults: Faults) -> tup
         texts = [text for file in chosen for text in documents(source, file, Path(file.where), faults)]
         return texts, sum(file.size_bytes for file in chosen), f"{len(chosen)} of {len(files)} files"
     if first.reader == "parquet":
-        texts, share = _sample_parquet(source, first, folder)
+        texts, share = _sample_parquet(source, first, folder, faults)
         return texts, first.size_bytes * share, first.name
     if suffix_of(first.name) in (".txt", ".md", ".py"):
         path = fetch(first, folder)
         return list(documents(source, first, path, faults)), first.size_bytes, first.name
     # The beginning of the file does for kinds that are read from front to back; that it ends early is no fault.
     path, size_bytes = fetch_start(first, folder, SAMPLE_BYTES)
-    return list(documents(source, first, path, Faults())), size_bytes, f"the first {size_bytes:,} bytes of {first.name}"
+    seen = Faults()
+    texts = list(documents(source, first, path, seen))
+    faults.places += [place for place in seen.places if place["reason"] != "file_cut_short"]
+    return texts, size_bytes, f"the first {size_bytes:,} bytes of {first.name}"
 
 
-def _sample_parquet(source: Source, file: SourceFile, folder: Path) -> tuple[list[str], float]:
+def _sample_parquet(source: Source, file: SourceFile, folder: Path, faults: Faults) -> tuple[list[str], float]:
     """The first rows of a parquet file, and which share of its rows they are; the Hub sends only what is read."""
-    import pyarrow.parquet
+    try:
+        if file.where.startswith("hf://"):
+            from huggingface_hub import HfFileSystem
 
-    if file.where.startswith("hf://"):
-        from huggingface_hub import HfFileSystem
-
-        opened = HfFileSystem().open(file.where.removeprefix("hf://"), block_size=1 << 20)
-    else:
-        opened = fetch(file, folder).open("rb")
-    with opened, pyarrow.parquet.ParquetFile(opened, pre_buffer=False, buffer_size=1 << 16) as table:
-        if source.column not in table.schema_arrow.names:
-            raise UserError(f"{file.name} has no column {source.column!r}, but {table.schema_arrow.names}")
-        total = table.metadata.num_rows
-        batches = table.iter_batches(BATCH_ROWS, columns=[source.column], use_threads=False)
-        # Rows that are joined into documents are many more than documents.
-        most = SAMPLE_DOCUMENTS * (20 if source.group != "rows" else 1)
-        rows = list(islice(_texts(batches), most))
+            opened = HfFileSystem().open(file.where.removeprefix("hf://"), block_size=1 << 20)
+        else:
+            opened = fetch(file, folder).open("rb")
+        with opened, parquet_table(opened, buffer_size=1 << 16) as table:
+            # Rows that are joined into documents are many more than documents.
+            most = SAMPLE_DOCUMENTS * (20 if source.group != "rows" else 1)
+            rows = list(islice(table_texts(table, Task(folder, file.name, source.column), faults), most))
+            total = table.metadata.num_rows
+    except UserError:
+        raise
+    except Exception as error:  # the client's errors have no common class over its versions
+        if file.remote:
+            raise Unreachable(f"cannot read {file.where}: {first_line(error)}; check the network") from None
+        if not isinstance(error, OSError):
+            raise
+        faults.add("unreadable_file", file.name, str(error))
+        return [], 1.0
     return list(documents_of(rows, source.group)), len(rows) / max(total, 1)
-
-
-def _texts(batches: Iterator) -> Iterator[str]:
-    for batch in batches:
-        yield from (text or "" for text in batch.column(0).to_pylist())

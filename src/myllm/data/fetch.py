@@ -7,6 +7,7 @@ gigabytes that is what a user would notice, so the bytes are fetched here, with 
 import hashlib
 import re
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import quote
 
@@ -68,11 +69,14 @@ def _is_whole(file: SourceFile, path: Path) -> bool:
 def _fetch_whole(file: SourceFile, path: Path, tries: int) -> None:
     partial = path.with_name(path.name + ".part")
     for last in (False, True):
-        _download(file, partial, tries)
-        fault = _fault(file, partial)
+        try:
+            _download(file, partial, tries)
+            fault = _fault(file, partial)
+        except _Replaced as error:
+            fault = str(error)
         if not fault:
             break
-        partial.unlink()
+        partial.unlink(missing_ok=True)
         if last:
             raise UserError(
                 f"the download of {file.where} is not what was listed: {fault}; it may have been replaced there. "
@@ -82,14 +86,24 @@ def _fetch_whole(file: SourceFile, path: Path, tries: int) -> None:
     fsync_folder(path.parent)
 
 
+class _Replaced(Exception):
+    """The server has another file under this address than the one that was listed."""
+
+
 def _download(file: SourceFile, partial: Path, tries: int) -> None:
-    """Append to `partial` until the server has no more."""
+    """Append to `partial` until the server has no more.
+
+    Raises:
+        _Replaced: what there is of it may not fit what the server has now.
+    """
     vain = 0
     while True:
         before = partial.stat().st_size if partial.exists() else 0
         try:
             _continue(file, partial, before)
             return
+        except _Replaced:
+            raise
         except Exception as error:  # the client's errors have no common class over its versions
             if out_of_space(error):
                 raise
@@ -110,9 +124,15 @@ def _download(file: SourceFile, partial: Path, tries: int) -> None:
 
 def retry_after(error: Exception) -> int:
     """Seconds that the server wants to be left alone for; not more than it may want in earnest."""
+    from huggingface_hub.utils import parse_ratelimit_headers
+
     headers = getattr(getattr(error, "response", None), "headers", {})
     after = headers.get("retry-after", "")
-    return min(int(after), 300) if after.isdecimal() else 0
+    if after.isdecimal():
+        return min(int(after), 300)
+    # The Hub counts requests in windows of five minutes, and says in a header of its own when the next one begins.
+    window = parse_ratelimit_headers(headers) if headers else None
+    return min(window.reset_in_seconds + 1, 301) if window and not window.remaining else 0
 
 
 def is_final(error: Exception) -> bool:
@@ -142,11 +162,24 @@ def _continue(file: SourceFile, partial: Path, have: int) -> None:
         if response.status_code == 416:  # nothing lies behind what is there
             return
         hf_raise_for_status(response)
+        _check_same(file, response.headers)
         with partial.open("ab") as out:
             if response.status_code != 206:  # the whole file, whatever was asked for
                 out.truncate(0)
             for chunk in response.iter_raw():  # as it comes: a chunk that is waited for is lost with the connection
                 out.write(chunk)
+
+
+def _check_same(file: SourceFile, headers: Mapping[str, str]) -> None:
+    """Compare what a plain URL's server says of its file with what it said when the file was listed.
+
+    The Hub's files are known by a hash of their content; of these, there is nothing else to tell another file by.
+    """
+    known = f"url:{file.where} {file.size_bytes} "
+    said = file.digest.removeprefix(known) if file.digest.startswith(known) else ""
+    found = headers.get("etag") or headers.get("last-modified") or ""
+    if said and found and said.removeprefix("W/") != found.removeprefix("W/"):
+        raise _Replaced(f"its ETag or date is {found}, expected {said}")
 
 
 def _request(file: SourceFile) -> tuple[str, dict[str, str]]:

@@ -25,13 +25,13 @@ from .prepare import (
     is_made,
     open_work,
     prepare,
-    progress_bar,
     resolve,
     worker_pools,
 )
+from .progress import progress_bar
 from .room import check_disk
 from .shards import SETTINGS, WORK, Dataset
-from .units import Unit, unit_path
+from .units import Unit, load_index, unit_path
 
 
 def part_number(text: str) -> tuple[int, int]:
@@ -77,9 +77,10 @@ def prepare_part(config: DataConfig, part: str, progress: bool = True) -> Path:
         room = check_disk(recipe, workers, parts)
         if progress:
             tqdm.write(f"preparing part {part} of {recipe.folder.name}: {room}", file=sys.stderr)
-        # Where only some tokens are wanted, a part makes its share of them, and a little more: files differ.
+        # Where only so much is wanted, a part makes its share of it, and a little more: files differ.
         wanted = None if config.target_tokens is None else 1.05 * (config.target_tokens + recipe.val_tokens) / parts
-        tokens, size_bytes = 0, sum(piece.size_bytes for each in mine for piece in units[each])
+        most = None if config.max_documents is None else 1.05 * config.max_documents / parts
+        tokens, made, size_bytes = 0, 0, sum(piece.size_bytes for each in mine for piece in units[each])
         with worker_pools(recipe, work, workers) as (pool, downloads), progress_bar(size_bytes, progress) as bar:
             forget_damaged(work, pool)
             job = Job(recipe, units, mine, work, pool, downloads, in_flight=2 * workers)
@@ -87,7 +88,8 @@ def prepare_part(config: DataConfig, part: str, progress: bool = True) -> Path:
                 for each in finished:
                     bar.update(sum(piece.size_bytes for piece in units[each]))
                     tokens += unit_path(work, each).stat().st_size // 2
-                    if wanted is not None and tokens >= wanted:
+                    made += len(load_index(work, each).lengths) if most is not None else 0
+                    if (wanted is not None and tokens >= wanted) or (most is not None and made >= most):
                         break
         shutil.rmtree(work / "downloads", ignore_errors=True)  # what was fetched ahead, and not needed
         done = {"fingerprint": recipe.fingerprint, "part": number, "of": parts, "tokens": tokens}

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from tqdm import tqdm
-
 from .. import paths
 from .fetch import fetch, local_path
 from .listing import Unreachable, unreachable_advice
+from .progress import Progress
 from .recipe import Recipe
 from .sources import SourceFile
 from .units import Unit, is_sealed, tokenise_unit, unit_path
@@ -67,7 +66,7 @@ class Job:
     """Called every second or so while the next unit is not finished."""
 
     @contextmanager
-    def finished(self, bar: tqdm) -> Iterator[Iterator[int]]:
+    def finished(self, bar: Progress) -> Iterator[Iterator[int]]:
         """The numbers of finished units, in order. Leaving the block stops what is still under way."""
         stop = self.work / f".stop-{secrets.token_hex(4)}"
         waiting: deque[tuple[int, Future[None] | None]] = deque()
@@ -79,7 +78,7 @@ class Job:
                 if future is not None:
                     future.cancel()
 
-    def _finished(self, bar: tqdm, waiting: deque[tuple[int, Future[None] | None]], stop: Path) -> Iterator[int]:
+    def _finished(self, bar: Progress, waiting: deque[tuple[int, Future[None] | None]], stop: Path) -> Iterator[int]:
         left = deque(self.numbers)
         uses = Counter(piece.file.name for number in left for piece in self.units[number])
         while left or waiting:

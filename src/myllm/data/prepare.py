@@ -33,6 +33,7 @@ from .assemble import Assembly, sealed_shards
 from .cuts import TooLittleText
 from .listing import Unreachable
 from .pipeline import Downloads, Job
+from .progress import progress_bar
 from .recipe import Recipe, estimate_tokens, recipe_of
 from .room import check_disk
 from .shards import MANIFEST, PROGRESS, SETTINGS, TOKENIZER, WORK, Dataset, find_dataset
@@ -143,7 +144,7 @@ def _build(recipe: Recipe, workers: int, progress: bool) -> None:
                 bar.update(size_bytes)
                 if assembly.cuts.full:
                     break
-        assembly.cuts.check_enough(recipe.source.description, assembly.passed_over)
+        assembly.cuts.check_enough(recipe.source.description, assembly.passed_over, assembly.places)
         assembly.finish()
 
 
@@ -243,7 +244,3 @@ def _size(recipe: Recipe) -> int:
     """Bytes of the source that will be read."""
     share = recipe.estimated_tokens / max(estimate_tokens(recipe.source.files), 1)
     return int(recipe.source.size_bytes * min(share, 1))
-
-
-def progress_bar(size_bytes: int, progress: bool) -> tqdm:
-    return tqdm(total=size_bytes, desc="tokenising", unit="B", unit_scale=True, disable=not progress, leave=False)

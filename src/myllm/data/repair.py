@@ -10,7 +10,8 @@ from ..errors import UserError
 from .assemble import write_shard
 from .parts import settings_of
 from .pipeline import Job
-from .prepare import available_cores, clear_disk_errors, exclusive, progress_bar, worker_pools
+from .prepare import available_cores, clear_disk_errors, exclusive, worker_pools
+from .progress import progress_bar
 from .recipe import Recipe, recipe_of
 from .shards import SPANS, TOKENIZER, Dataset
 from .units import unit_path

@@ -116,12 +116,18 @@ def known_corpus(corpus: Corpus, variant: str) -> Source:
 
 
 def hub_files(spec: str) -> Source:
-    """Any dataset repository of the Hub: NAMESPACE/NAME[@REVISION][:GLOB]."""
+    """Any dataset repository of the Hub: NAMESPACE/NAME[@REVISION][:GLOB].
+
+    Without a glob, files of rows are taken; where there are none, plain text.
+    """
     where, _, pattern = spec.partition(":")
     repo, _, revision = where.partition("@")
     if repo.count("/") != 1 or not all(repo.split("/")):
         raise UserError(f"hub:{spec}: expected hub:NAMESPACE/NAME, such as hub:roneneldan/TinyStories:data/train-*")
     found = list_hub(repo, revision or None, pattern)
+    if not pattern:  # a repository's card and scripts speak of its texts, and are none of them
+        rows = [file for file in found if KINDS.get(suffix_of(file.name)) in ("jsonl", "parquet", "arrow")]
+        found = rows or [file for file in found if file.name != "README.md"]
     name = "hub-" + folder_name(repo.replace("/", "-") + (f"-{pattern}" if pattern else ""))
     return Source(name, f"the dataset {repo} of the Hub", _remote_files(found, f"hub:{spec}"))
 

@@ -1,0 +1,56 @@
+"""How far the tokenising is: a bar on a terminal, a line now and then in a log."""
+
+import sys
+import time
+from collections.abc import Callable
+
+from tqdm import tqdm
+
+SAY_EVERY_S = 30.0
+
+
+class ProgressLines:
+    """The part of tqdm's surface that preparations use, for a stream that no one watches: whole lines, and few."""
+
+    def __init__(self, total: int, what: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self._total, self._what, self._clock = total, what, clock
+        self._done, self._postfix = 0, ""
+        self._started = self._said = clock()
+
+    def __enter__(self) -> "ProgressLines":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def update(self, n_bytes: int) -> None:
+        self._done += n_bytes
+        self.refresh()
+
+    def set_postfix_str(self, text: str, refresh: bool = True) -> None:
+        self._postfix = text
+        if refresh:
+            self.refresh()
+
+    def refresh(self) -> None:
+        """Say how far it is, unless that was said a moment ago."""
+        now = self._clock()
+        if now - self._said < SAY_EVERY_S:
+            return
+        self._said = now
+        line = tqdm.format_meter(
+            self._done, max(self._total, self._done), now - self._started, prefix=self._what, unit="B",
+            unit_scale=True, postfix=self._postfix,
+            bar_format="{desc}: {percentage:.0f}% of {total_fmt}B, {rate_fmt}, {remaining} left{postfix}",
+        )  # fmt: skip
+        print(line, file=sys.stderr, flush=True)
+
+
+Progress = tqdm | ProgressLines
+
+
+def progress_bar(size_bytes: int, progress: bool, what: str = "tokenising") -> Progress:
+    """For so many bytes of a source."""
+    if progress and not sys.stderr.isatty():
+        return ProgressLines(size_bytes, what)
+    return tqdm(total=size_bytes, desc=what, unit="B", unit_scale=True, disable=not progress, leave=False)
