@@ -2,7 +2,7 @@
 
     python benchmarks/generate.py [--models debug small-50m] [--batches 1 16] [--prompt 64] [--new 64] [--repeats 5]
 
-Weights are random, in float32, mapped to Qwen3 (QK-norm) or Llama. Before it times anything it checks that all ways
+Weights are random, in float32, and exported. Before it times anything it checks that all ways
 give the same greedy tokens. Sampled is a temperature of 0.8 among the 50 likeliest. transformers runs with its default
 cache and with its static one. Ways are timed in turn, and a ratio is that of one turn, so that other work on the
 machine weighs on both; figures are medians, with the least and the greatest. Decode is what remains of the whole after
@@ -12,16 +12,15 @@ the prefill (one new token). Prints a Markdown table.
 import argparse
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import transformers
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from myllm.config import ModelConfig
+from myllm.exporting.architectures import choose, settings
+from myllm.exporting.weights import convert
 from myllm.generation import Continuation, continue_batch
 from myllm.hardware import device_name
 from myllm.model import Transformer
@@ -31,22 +30,14 @@ from myllm.sampling import Sampling
 Way = Callable[[int, Sampling], list[list[int]]]
 """New tokens and how they are chosen, to each row's tokens."""
 
-# The mapping of weights is that of the parity test, which proves it.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-
 
 def peer_of(model: Transformer) -> torch.nn.Module:
-    """transformers' model with our weights and its default (SDPA) attention."""
-    from model.test_parity import llama_weights, shared_settings
-
-    config: ModelConfig = model.config
-    settings = {**shared_settings(config), "attn_implementation": "sdpa"}
-    peer = (
-        Qwen3ForCausalLM(Qwen3Config(**settings, attention_bias=False))
-        if config.qk_norm
-        else LlamaForCausalLM(LlamaConfig(**settings, attention_bias=config.bias, mlp_bias=config.bias))
-    )
-    peer.load_state_dict(llama_weights(model), strict=True)
+    """The exporter's model, with transformers' default (SDPA) attention."""
+    kind = choose(model.config)
+    config = AutoConfig.for_model(**settings(model.config, 0, "float32"))
+    peer = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    peer.load_state_dict(convert(kind, model.config, model.state_dict()), strict=not model.config.tie_embeddings)
+    peer.tie_weights()
     return peer.eval()
 
 

@@ -11,7 +11,16 @@ from transformers import (
 )
 
 from myllm.errors import UserError
-from myllm.filters import draw, filter_logits, keep_min_p, keep_top_k, keep_top_p, penalize_repetition
+from myllm.filters import (
+    NUCLEUS,
+    draw,
+    filter_logits,
+    keep_min_p,
+    keep_top_k,
+    keep_top_p,
+    likeliest,
+    penalize_repetition,
+)
 from myllm.sampling import Sampling
 
 LOGITS = 3 * torch.randn(8, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
@@ -32,6 +41,25 @@ def test_top_k(k):
 @pytest.mark.parametrize("p", [1e-9, 0.1, 0.5, 0.9, 0.999])
 def test_top_p(p):
     assert same(keep_top_p(LOGITS, p), TopPLogitsWarper(p)(SEEN, LOGITS))
+
+
+@pytest.mark.parametrize("spread", [0.1, 5.0], ids=["wide", "narrow"])
+def test_a_nucleus_of_a_large_vocabulary(spread):
+    """Wider than what is looked at first, and not."""
+    logits = spread * torch.randn(3, 3 * NUCLEUS, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    ours = keep_top_p(logits, 0.9)
+    assert ((ours > float("-inf")).sum(dim=-1) > NUCLEUS).all() == (spread < 1)
+    assert same(ours, TopPLogitsWarper(0.9)(SEEN, logits))
+
+
+def test_the_likeliest_come_with_their_ids_rising():
+    logits, ids = likeliest(LOGITS, 5)
+    assert torch.equal(ids, LOGITS.topk(5).indices.sort().values)
+    assert torch.equal(logits, LOGITS.gather(1, ids))
+    for k in (0, 40, 99):
+        logits, ids = likeliest(LOGITS, k)
+        assert torch.equal(logits, LOGITS)
+        assert torch.equal(ids, torch.arange(40).expand(8, 40))
 
 
 @pytest.mark.parametrize("p", [0.01, 0.2, 1.0])

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import ModelConfig
+from .linear import Linear
 
 
 class FeedForward(nn.Module):
@@ -21,7 +22,7 @@ class FeedForward(nn.Module):
         self.activation = config.activation
         # SwiGLU's gate and up matrices are one: rows of the gate, then of up.
         width = config.d_ff * (2 if config.activation == "swiglu" else 1)
-        self.up_proj = nn.Linear(config.d_model, width, bias=config.bias)
+        self.up_proj = Linear(config.d_model, width, bias=config.bias)
         self.down_proj = nn.Linear(config.d_ff, config.d_model, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout_ffn) if config.dropout_ffn else nn.Identity()
 

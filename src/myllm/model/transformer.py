@@ -14,6 +14,7 @@ from .attention import Attention
 from .feed_forward import FeedForward
 from .init import initialize
 from .kv_cache import KVCache, cache_dtype
+from .linear import linear
 from .loss import mean_loss, token_places, token_scores
 from .norm import make_norm
 from .rope import rotary_tables
@@ -163,7 +164,7 @@ class Transformer(nn.Module):
     def _logits(self, hidden: Tensor) -> Tensor:
         if self.quantized:  # such a matrix cannot be cut in inference mode
             return nn.functional.linear(hidden, self._stored_head)[..., : self.config.vocab_size]
-        return nn.functional.linear(hidden, self._stored_head[: self.config.vocab_size])
+        return linear(hidden, self._stored_head[: self.config.vocab_size])
 
     @property
     def head_weight(self) -> Tensor:
