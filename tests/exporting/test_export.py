@@ -2,6 +2,8 @@
 
 import json
 import os
+import resource
+import signal
 import subprocess
 import sys
 from dataclasses import fields, replace
@@ -263,6 +265,54 @@ def test_what_is_in_the_way(save: Save, tmp_path: Path, monkeypatch: pytest.Monk
     assert (aside / "config.json").exists()
     with pytest.raises(UserError, match="is a file"):
         export_folder(folder, out / "config.json", say=quietly)
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_kill_leaves_nothing_unfinished_under_the_name(
+    there: bool, save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A real one, when all is written but nothing compared; then when the older export makes room."""
+    folder, out = save(R50K), tmp_path / "out"
+    monkeypatch.setattr("myllm.exporting.folder.check", lambda *_: parity.Parity(0, 0, 1, 0))
+    if there:
+        export_folder(folder, out, say=quietly)
+        (out / "older").touch()
+
+    def die(where: Path, *_: object, **__: object) -> None:
+        if not there or where.name.endswith("replaced"):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if (child := os.fork()) == 0:
+        monkeypatch.setattr("myllm.exporting.folder.shutil.rmtree" if there else "myllm.exporting.folder.check", die)
+        export_folder(folder, out, say=quietly)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    assert len(list(tmp_path.glob(".partial-out*"))) == 1
+    assert not out.exists() or (out / "older").exists() or (out / "model.safetensors").exists()
+    export_folder(folder, out, say=quietly)
+    assert not (out / "older").exists()
+    assert not list(tmp_path.glob(".partial-out*"))
+
+
+@pytest.mark.parametrize("option", ["--to", "--to-gguf", "--to-onnx"])
+def test_a_disk_that_is_full_or_not_there(
+    option: str, save: Save, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(R50K)
+    (tmp_path / "file").touch()
+    for target, message in (("file/out", "cannot write"), ("out", "the disk is full")):
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
+        try:
+            with pytest.raises(SystemExit) as caught:
+                myllm(["export", "made", option, str(tmp_path / target)])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            signal.signal(signal.SIGXFSZ, ignored)
+        assert caught.value.code == 2
+        assert message in capsys.readouterr().err
+    assert not list(tmp_path.glob("*out*"))
 
 
 def test_damaged_and_missing_checkpoints(save: Save, tmp_path: Path) -> None:

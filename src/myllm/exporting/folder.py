@@ -22,6 +22,7 @@ from ..model import Transformer
 from .architectures import CLASSES, choose, settings
 from .card import folder_card
 from .parity import Parity, check, require_transformers, samples
+from .target import unfinished
 from .tokenizer_files import tokenizer_files
 from .weights import DTYPES, convert, rounded
 
@@ -111,11 +112,7 @@ def export_folder(
     require_transformers()  # before minutes of work
     source = open_source(source) if isinstance(source, Path) else source
     kind = choose(source.config.model)
-    to.parent.mkdir(parents=True, exist_ok=True)
-    work = to.with_name(f".partial-{to.name}")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir()
-    try:
+    with unfinished(to) as work:
         say(f"writing {CLASSES[kind]} in {dtype}")
         _write(work, source, dtype, facts or {}, max_shard_size)
         say("comparing with transformers")
@@ -123,11 +120,7 @@ def export_folder(
         parity = check(work, model, source.tokenizer)
         rounding = _rounding(source, model) if dtype != "float32" else 0.0
         fsync_folder(work)
-        _make_room(to)
-        work.rename(to)
-        fsync_folder(to.parent)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        _take_the_name(work, to)
     return Exported(to, CLASSES[kind], parity, rounding)
 
 
@@ -155,15 +148,19 @@ def is_export(folder: Path) -> bool:
         return False
 
 
-def _make_room(to: Path) -> None:
+def _take_the_name(work: Path, to: Path) -> None:
+    """Never a part of either under the name, wherever it ends: what was there is moved before it is removed."""
     if not to.exists():
-        return
-    if not any(to.iterdir()):
-        to.rmdir()
-    elif is_export(to):
-        shutil.rmtree(to)
+        work.rename(to)
+    elif not any(to.iterdir()) or is_export(to):
+        old = work.with_name(f"{work.name}-replaced")
+        shutil.rmtree(old, ignore_errors=True)  # of a process that was killed
+        to.rename(old)
+        work.rename(to)
+        shutil.rmtree(old)
     else:
         to.rename(to.with_name(f"{to.name}.before-{time.strftime('%Y%m%d-%H%M%S')}"))
+        work.rename(to)
 
 
 def _write(folder: Path, source: Source, dtype: str, facts: dict[str, Any], max_shard_size: int | str) -> None:
