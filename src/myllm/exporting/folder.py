@@ -19,6 +19,8 @@ from ..data.tokenizer import Tokenizer
 from ..errors import UserError
 from ..files import fsync_folder, write_json, write_text
 from ..model import Transformer
+from ..paths import RunPaths
+from ..report.history import read_object
 from .architectures import CLASSES, choose, settings
 from .card import folder_card
 from .parity import Parity, check, require_transformers, samples
@@ -55,6 +57,8 @@ class Source:
     tokenizer: Tokenizer
     weights: dict[str, Tensor]
     """In float32, by our names."""
+    imported: str | None = None
+    """Where the weights that training began with came from."""
 
     def model(self, dtype: str = "float32") -> Transformer:
         """On the CPU, in float32, with weights rounded to another type."""
@@ -71,7 +75,10 @@ def open_source(folder: Path) -> Source:
     """
     saved: Checkpoint = checkpoint.load(folder)
     config = from_dict(saved.config, RunConfig())
-    source = Source(config, saved.state.step, saved.state.tokens_seen, Tokenizer(saved.tokenizer_file), saved.model)
+    imported = read_object(RunPaths(folder.parent.parent).imported).get("source")
+    source = Source(
+        config, saved.state.step, saved.state.tokens_seen, Tokenizer(saved.tokenizer_file), saved.model, imported
+    )
     if config.model.vocab_size != source.tokenizer.vocab_size:
         raise UserError(
             f"the model in {folder} has {config.model.vocab_size:,} tokens, its vocabulary {source.tokenizer.name} "
@@ -184,6 +191,7 @@ def _write(folder: Path, source: Source, dtype: str, facts: dict[str, Any], max_
         "dtype": dtype,
         "parameters": sum(weight.numel() for weight in weights.values()),
         "tokenizer": tokenizer.name,
+        "imported": source.imported,
     } | facts
     mark = {key: facts[key] for key in ("name", "step", "tokens_seen")} | {"model": asdict(config)}
     write_json(folder / MARK, {"format": FORMAT} | mark | {"tokenizer": tokenizer.describe()})

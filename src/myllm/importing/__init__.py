@@ -13,7 +13,7 @@ from ..checkpoint import TrainState
 from ..config import ModelConfig, RunConfig, to_dict
 from ..data.order import DataPosition
 from ..errors import UserError
-from ..files import write_text
+from ..files import write_json, write_text
 from ..model import Transformer
 from ..paths import RunPaths
 from ..run_folder import claimed, move_aside, write_config
@@ -63,6 +63,7 @@ def import_model(
             write_text(vocabulary, foreign.tokenizer_file.read_bytes().decode("utf-8"))
             config = replace(config, data=replace(config.data, tokenizer=str(vocabulary)))
         write_config(run, config)
+        write_json(run.imported, {"source": _public(source, revision)})
         state = TrainState(0, 0, DataPosition(0, 0, 0, checkpoint.UNBOUND))
         checkpoint.save(run.checkpoints, state, to_dict(config), foreign.weights, {}, [], 0, foreign.tokenizer_file)
     for note in foreign.notes:
@@ -159,6 +160,15 @@ def _padded(name: str, weight: Tensor, config: ModelConfig) -> Tensor:
         return weight.contiguous()
     rows = weight.new_zeros(config.padded_vocab_size - config.vocab_size, weight.shape[1])
     return torch.cat((weight, rows))
+
+
+def _public(source: str, revision: str | None) -> str:
+    """What cards say of where weights came from: a repository with its revision, but no folders of this disk."""
+    found = REPOSITORY.fullmatch(source)
+    if found and not Path(source).expanduser().exists():
+        revision = revision or found[2]
+        return found[1] + (f"@{revision}" if revision else "")
+    return Path(source).expanduser().absolute().name
 
 
 def _plain(source: str) -> str:
