@@ -72,6 +72,15 @@ class Models:
     def add_account(self, token: str, name: str, *orgs: str, role: str = "write") -> None:
         self._accounts[token] = Account(name, orgs, role)
 
+    def add(self, repo: str, files: dict[str, bytes], tag: str | None = None) -> str:
+        """Make `files` the newest commit of a model, which needs no account to be read, and return its sha."""
+        with self._hub._lock:
+            blobs = {path: Blob(content, path.endswith(REGULAR)) for path, content in files.items()}
+            sha = self._add(repo, "main", blobs, "Add files", "").sha
+            if tag is not None:
+                self._hub._refs[self._key(repo)][tag] = sha
+        return sha
+
     def tags(self, repo: str) -> dict[str, str]:
         """Commits by tag."""
         return {name: sha for name, sha in self._hub._refs[self._key(repo)].items() if name != "main"}

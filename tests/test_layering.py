@@ -30,6 +30,7 @@ FLOORS = [
     },
     {"model", "data", "optim"},
     {"checkpoint", "evals", "metrics", "report", "loading", "run_folder", "hub", "int8", "eval_results"}
+    | {"language_model"}
     | {"sampling", "filters", "generation", "completion", "chat", "serve", "exporting", "importing", "model_card"}
     | {"publishing", "publish_beside", "early_stop", "reference"},
     {"train", "step", "meter", "loop_evals", "resume", "signals", "growing"},

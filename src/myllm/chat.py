@@ -9,7 +9,7 @@ from .completion import stream_text
 from .data.tokenizer import Tokenizer
 from .files import write_text
 from .generation import stream
-from .loading import LanguageModel
+from .language_model import LanguageModel
 from .sampling import Sampling
 
 HELLO = """{parameters:,} parameters, context {context:,} tokens.

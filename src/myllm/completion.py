@@ -9,7 +9,7 @@ from typing import overload
 from .data.tokenizer import Tokenizer
 from .errors import UserError
 from .generation import Continuation, Finish, continue_batch
-from .loading import LanguageModel
+from .language_model import LanguageModel
 from .sampling import Sampling
 
 

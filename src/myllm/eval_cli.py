@@ -1,6 +1,5 @@
 """`myllm eval`: what a trained model can do, as a table and as JSON."""
 
-import json
 import sys
 import time
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Literal
 
 import tyro
 
-from . import eval_results, paths
+from . import eval_results
 from .errors import UserError, nearest
 from .eval_results import Result
 from .eval_tasks import OF_A_FILE, TASKS, Choices, Subject, measure
@@ -32,7 +31,8 @@ def evaluate(
     """Measure a trained model: held-out loss, HellaSwag, cloze, any text, how it writes, how fast, what int8 costs.
 
     Args:
-        model: a run's name or folder (its newest intact checkpoint), or any folder that holds a checkpoint.
+        model: a run's name or folder (its newest intact checkpoint), any folder that holds a checkpoint, an exported
+            folder or another of transformers, or a model of the Hub: NAMESPACE/NAME, NAMESPACE/NAME@REVISION.
         tasks: any of validation, hellaswag, cloze; perplexity:FILE, a text of your own; generation, figures of samples
             of fixed prompts; speed; quantisation, float weights against int8 on the held-out text, and
             quantisation:FILE on a text of your own.
@@ -45,7 +45,7 @@ def evaluate(
         dataset: held-out text; None: that of the training.
         batch_size: sequences, examples or samples at once.
         out: the JSON file to add to; None: eval.json in the run's folder, or beside the checkpoint's files where it
-            has no run.
+            has no run, in the current folder for any other model.
         device: auto, cpu, cuda or mps.
         int8: measure with weights in eight bits, by torchao.
     """
@@ -76,21 +76,11 @@ def resolve(where: str, device: str, int8: bool) -> Subject:
     Raises:
         UserError: nothing there, a damaged checkpoint, or no torchao for int8.
     """
-    from .config import RunConfig, from_dict
-    from .loading import load_model
-    from .run_folder import latest_checkpoint
+    from .loading import find_model, load_model
 
-    folder = latest_checkpoint(where, paths.runs())  # once: a run that trains on saves others meanwhile
-    loaded = load_model(folder, device, int8)
-    config, state = (json.loads((folder / name).read_text(encoding="utf-8")) for name in ("config.json", "state.json"))
-    return Subject(
-        folder=folder,
-        home=folder.parent.parent if folder.parent.name == "checkpoints" else folder,
-        step=state["step"],
-        language_model=loaded,
-        config=from_dict(config, RunConfig()),
-        dataset_hash=state["data"]["dataset_hash"],
-    )
+    origin = find_model(where)  # once: a run that trains on saves others meanwhile
+    loaded = load_model(origin.folder, device, int8)
+    return Subject(origin.folder, origin.home, origin.step, loaded, origin.config, origin.dataset_hash)
 
 
 def _result(task: str, subject: Subject, choices: Choices) -> Result:

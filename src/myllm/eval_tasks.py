@@ -284,6 +284,11 @@ def _trained_on(subject: Subject) -> "Dataset":
             continue
         if fingerprint is not None and fingerprint == subject.dataset_hash:
             return Dataset.open(folder)
+    if subject.dataset_hash is None:
+        raise UserError(
+            f"{subject.folder} does not say what data it was trained on; name a data set with --dataset, or leave the "
+            "task out"
+        )
     raise UserError(
         f"the data set that {subject.folder} was trained on is not under {paths.datasets()}; name one that is with "
         "--dataset, or leave the task out"

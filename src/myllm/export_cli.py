@@ -77,4 +77,5 @@ def import_model(
     shown = shlex.quote(run.root.name)
     print(f"imported as the run {run.root.name}, in {run.root}")
     print(f"  sample     myllm sample {shown} --prompt 'Once upon a time'")
-    print(f"  train on   python pretrain.py --config {shlex.quote(str(run.config))} --data.source SOURCE")
+    config = shlex.quote(str(run.config))
+    print(f"  train on   python pretrain.py --config {config} --data.source SOURCE --optim.max-lr 5e-5")

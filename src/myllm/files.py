@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,8 +51,11 @@ def file_sha256(path: Path) -> str:
 
 def out_of_space(error: BaseException | None) -> bool:
     """Whether an error, or one that it came from, is a write without room: a full disk, a quota, a file-size limit."""
+    numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    # safetensors has the number in its message alone, NumPy's tofile not even there.
+    spelled = re.compile(rf"\(os error ({'|'.join(map(str, numbers))})\)|\d+ requested and \d+ written")
     while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if (isinstance(error, OSError) and error.errno in numbers) or spelled.search(str(error)):
             return True
         error = error.__cause__ or error.__context__
     return False

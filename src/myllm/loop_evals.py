@@ -19,7 +19,7 @@ from .errors import UserError
 from .evals import cloze, hellaswag, perplexity
 from .evals.hellaswag_data import load_examples
 from .evals.validation import validation_batches
-from .loading import LanguageModel
+from .language_model import LanguageModel
 from .metrics import JsonLines, Log
 from .model import Transformer
 from .reference import ReferenceWatch

@@ -8,6 +8,7 @@ folders goes into it.
 
 import math
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,8 @@ class About:
     samples: dict[str, list[Row]]
     exported: Row
     """The config.json that goes with the weights."""
+    imported: str | None = None
+    """Where the weights that training began with came from; None: from nothing."""
 
 
 def read_about(run: RunPaths, step: int, repo: str, license: str | None, exported: Row) -> About:
@@ -59,7 +62,8 @@ def read_about(run: RunPaths, step: int, repo: str, license: str | None, exporte
     samples = {prompt: kept for prompt, rows in samples.items() if (kept := [r for r in rows if r["step"] <= step])}
     config = from_dict(read_object(run.config), RunConfig())
     return About(
-        run.root.name, repo, step, license, config, read_object(run.environment), metrics, samples, exported
+        run.root.name, repo, step, license, config, read_object(run.environment), metrics, samples, exported,
+        read_object(run.imported).get("source"),
     )  # fmt: skip
 
 
@@ -117,9 +121,11 @@ The weights, `config.json` and the tokenizer are in `transformers`' format. `tra
 def _front_matter(about: About) -> str:
     from huggingface_hub import ModelCardData
 
-    datasets = [repo] if (repo := _dataset_repo(about.config.data.source)) else None
+    repo = None if about.imported and about.step == 0 else _dataset_repo(about.config.data.source)
+    datasets, source = [repo] if repo else None, (about.imported or "").partition("@")[0]
     return ModelCardData(
         library_name="transformers", pipeline_tag="text-generation", license=about.license, datasets=datasets,
+        base_model=source if "/" in source else None,
         tags=["myllm", "pretrained"],
     ).to_yaml()  # fmt: skip
 
@@ -127,10 +133,15 @@ def _front_matter(about: About) -> str:
 def _heading(about: About) -> str:
     parameters = number(about.environment.get("parameters"))
     size = f" of {si(parameters)} parameters" if parameters > 0 else ""
-    text = (
-        f"# {about.name}\n\nA language model{size}, trained from nothing with MyLLM. It continues text; it was not "
-        "taught to follow instructions."
+    source = about.imported and f"the weights of {about.imported}"
+    origin = f"trained further with MyLLM from {source}" if source else "trained from nothing with MyLLM"
+    if source and about.step == 0:
+        origin = f"{source}, imported with MyLLM and not trained further"
+    text = f"# {about.name}\n\nA language model{size}: {origin}. It continues text" + (
+        "." if source else "; it was not taught to follow instructions."
     )
+    if about.imported and about.step == 0:
+        return text
     planned = about.config.train.max_steps
     if about.step < planned:
         text += f" This revision is step {about.step:,} of {planned:,}: training was not over."
@@ -255,6 +266,8 @@ def _tokenizer(about: About) -> str:
 
 
 def _data(about: About) -> str:
+    if about.imported and about.step == 0:
+        return ""  # nothing of ours: the config's settings have never been used
     data, corpus, environment = about.config.data, _corpus(about.config.data.source), about.environment
     have = number(environment.get("train_tokens"))
     seen = about.step * about.config.train.batch_tokens
@@ -282,6 +295,8 @@ def _data(about: About) -> str:
 
 
 def _recipe(about: About) -> str:
+    if about.imported and about.step == 0:
+        return ""
     optim, train, model = about.config.optim, about.config.train, about.config.model
     dropouts = (model.dropout_embedding, model.dropout_attention_residual, model.dropout_ffn)
     precision = train.precision
@@ -304,7 +319,7 @@ def _recipe(about: About) -> str:
     )
     command = about.environment.get("command")
     words = [without_folders(str(word)) for word in command] if isinstance(command, list) else []
-    return f"{table}\n\n```sh\n{' '.join(words)}\n```" if words else table
+    return f"{table}\n\n```sh\n{shlex.join(words)}\n```" if words else table
 
 
 def _machine(about: About) -> str:
@@ -336,7 +351,10 @@ def _machine(about: About) -> str:
 def _licence(about: About) -> str:
     mine = f"These weights are under `{about.license}`." if about.license else "None was given to these weights."
     corpus = _corpus(about.config.data.source)
-    data = f" The data they were trained on are under {corpus.licence}." if corpus else ""
+    untrained = about.imported and about.step == 0
+    data = f" The data they were trained on are under {corpus.licence}." if corpus and not untrained else ""
+    if about.imported:
+        data += f" What {about.imported} was published under holds too."
     return f"## Licence\n\n{mine}{data} The code that trained them is under MIT."
 
 

@@ -88,6 +88,11 @@ class RunPaths:
         return self.root / "best"
 
     @property
+    def imported(self) -> Path:
+        """Where the weights came from, in a run that began with others'."""
+        return self.root / "imported.json"
+
+    @property
     def published(self) -> Path:
         return self.root / "published.json"
 

@@ -15,7 +15,7 @@ from .sampling import Sampling
 
 if TYPE_CHECKING:
     from .completion import Completion
-    from .loading import LanguageModel
+    from .language_model import LanguageModel
 
 Positional = tyro.conf.Positional
 Settings = Annotated[Sampling, tyro.conf.arg(name="")]  # no prefix: --top-p 0.9
@@ -38,7 +38,8 @@ def sample(
     """Continue one prompt, or a file of prompts.
 
     Args:
-        model: a run's name or folder (its newest checkpoint), or a checkpoint's folder.
+        model: a run's name or folder (its newest checkpoint), a checkpoint's folder, an exported folder or another of
+            transformers, or a model of the Hub: NAMESPACE/NAME, NAMESPACE/NAME@REVISION.
         prompt: text to continue; empty or not given: begin a new document.
         prompts_file: a prompt a line; in a file that ends in .jsonl, an object with "prompt" a line.
         num_samples: how many continuations of each prompt.
@@ -118,7 +119,8 @@ def chat(
     """Write with a model in the terminal: it continues what you type.
 
     Args:
-        model: a run's name or folder (its newest checkpoint), or a checkpoint's folder.
+        model: a run's name or folder (its newest checkpoint), a checkpoint's folder, an exported folder or another of
+            transformers, or a model of the Hub: NAMESPACE/NAME, NAMESPACE/NAME@REVISION.
         max_new_tokens: of each reply.
         device: auto, cpu, cuda or mps.
         int8: weights in eight bits, by torchao: a quarter of the memory.
@@ -146,7 +148,8 @@ def serve(
     The settings are where the page's sliders stand at first.
 
     Args:
-        model: a run's name or folder (its newest checkpoint), or a checkpoint's folder.
+        model: a run's name or folder (its newest checkpoint), a checkpoint's folder, an exported folder or another of
+            transformers, or a model of the Hub: NAMESPACE/NAME, NAMESPACE/NAME@REVISION.
         max_new_tokens: of a text.
         host: address to listen on; with any but this machine's own, everybody who reaches it can use the model.
         port: to listen on; 0: any that is free.

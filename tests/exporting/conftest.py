@@ -1,32 +1,51 @@
-"""Checkpoints with weights of every kind, ready to be exported."""
+"""Checkpoints with weights of every kind, ready to be exported.
+
+Most have a vocabulary of 400 tokens: building, writing and reading GPT-2's takes most of the time of an export.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
+from conftest import write_corpus
 from model.test_parity import random_model
 
 from myllm import checkpoint
 from myllm.checkpoint import TrainState
 from myllm.config import ModelConfig, RunConfig, to_dict
 from myllm.data.order import DataPosition
+from myllm.data.train_tokenizer import train_tokenizer
 
 Save = Callable[..., Path]
 R50K = ModelConfig(max_seq_len=48, d_model=24, n_layers=2, n_heads=4, d_ff=40)
-GPT2 = replace(R50K, position="learned", norm="layernorm", activation="gelu", bias=True)
+SMALL = replace(R50K, vocab_size=400)
+GPT2 = replace(SMALL, position="learned", norm="layernorm", activation="gelu", bias=True)
 KINDS = {
-    "llama": replace(R50K, bias=True, n_kv_heads=2, head_dim=8),
-    "qwen3": replace(R50K, qk_norm=True, tie_embeddings=False),
+    "llama": replace(SMALL, bias=True, n_kv_heads=2, head_dim=8),
+    "qwen3": replace(SMALL, qk_norm=True, tie_embeddings=False),
     "gpt2": GPT2,
 }
 
 
+@cache
+def small_vocabulary() -> str:
+    """A tokenizer.json of 400 tokens."""
+    with TemporaryDirectory() as folder:
+        texts = (path.read_text(encoding="utf-8") for path in write_corpus(Path(folder) / "corpus").iterdir())
+        return train_tokenizer(texts, 400, Path(folder) / "v.json", progress=False).read_text(encoding="utf-8")
+
+
 @pytest.fixture
-def save(temp_data: Path) -> Save:
+def save(temp_data: Path, tmp_path: Path) -> Save:
     """Write a checkpoint of random weights as the run `made`; gives its folder."""
 
     def write(config: ModelConfig, tokenizer_file: Path | None = None, name: str = "made") -> Path:
+        if config.vocab_size == 400 and tokenizer_file is None:
+            tokenizer_file = tmp_path / "small.json"
+            tokenizer_file.write_text(small_vocabulary(), encoding="utf-8")
         run = RunConfig(name=name, model=config)
         state = TrainState(7, 448, DataPosition(0, 0, 0, "somewhere"))
         weights = random_model(config).state_dict()

@@ -2,6 +2,8 @@
 
 import json
 import os
+import resource
+import signal
 import subprocess
 import sys
 from dataclasses import fields, replace
@@ -12,7 +14,7 @@ import tiktoken
 import tiktoken.load
 import torch
 import transformers
-from exporting.conftest import GPT2, KINDS, R50K, Save
+from exporting.conftest import GPT2, KINDS, R50K, SMALL, Save
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -50,7 +52,7 @@ def quietly(_: str) -> None:
 
 def test_a_stranger_gets_the_same_greedy_text(save: Save, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for kind, config in KINDS.items():
-        save(config, name=kind)
+        save(replace(config, vocab_size=50_257) if kind == "llama" else config, name=kind)
         myllm(["export", kind, "--to", str(tmp_path / kind)])
         said = capsys.readouterr().out
         assert "largest difference of a logit" in said
@@ -72,8 +74,8 @@ def test_logits_and_types(dtype: str, bound: float, save: Save, tmp_path: Path) 
     made = export_folder(save(KINDS["llama"]), tmp_path / "out", dtype, say=quietly)
     peer = AutoModelForCausalLM.from_pretrained(made.folder)
     assert peer.dtype == getattr(torch, dtype)
-    assert peer.config.vocab_size == peer.get_input_embeddings().weight.shape[0] == 50_257
-    tokens = torch.randint(50_257, (2, 48), generator=torch.Generator().manual_seed(1))
+    assert peer.config.vocab_size == peer.get_input_embeddings().weight.shape[0] == 400
+    tokens = torch.randint(400, (2, 48), generator=torch.Generator().manual_seed(1))
     ours = load_model("made", "cpu").model(tokens)
     difference = float((ours - peer.float()(tokens).logits).abs().max())
     assert difference < bound
@@ -84,7 +86,7 @@ def test_logits_and_types(dtype: str, bound: float, save: Save, tmp_path: Path) 
 
 
 def test_the_files(save: Save, tmp_path: Path) -> None:
-    folder = export_folder(save(KINDS["qwen3"]), tmp_path / "out", say=quietly).folder
+    folder = export_folder(save(replace(KINDS["qwen3"], vocab_size=50_257)), tmp_path / "out", say=quietly).folder
     assert {path.name for path in folder.iterdir()} == {
         "README.md", "config.json", "generation_config.json", "model.safetensors", "myllm.json",
         "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json",
@@ -99,7 +101,7 @@ def test_the_files(save: Save, tmp_path: Path) -> None:
 
 
 def test_large_models_come_in_shards(save: Save, tmp_path: Path) -> None:
-    folder = export_folder(save(KINDS["gpt2"]), tmp_path / "out", say=quietly, max_shard_size="1MB").folder
+    folder = export_folder(save(KINDS["gpt2"]), tmp_path / "out", say=quietly, max_shard_size="20KB").folder
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     files = set(index["weight_map"].values())
     assert len(files) > 1
@@ -222,7 +224,7 @@ def test_other_logits_are_no_export(save: Save, tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr("myllm.exporting.folder.settings", wrong)
     with pytest.raises(UserError, match="transformers gives other logits than this model"):
-        export_folder(save(R50K), tmp_path / "out", say=quietly)
+        export_folder(save(SMALL), tmp_path / "out", say=quietly)
     assert list(tmp_path.glob("*out*")) == []
 
 
@@ -242,13 +244,13 @@ def test_other_ids_are_no_export(save: Save, tmp_path: Path, monkeypatch: pytest
 def test_without_transformers(save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(UserError, match="pip install transformers"):
-        export_folder(save(R50K), tmp_path / "out", say=quietly)
+        export_folder(save(SMALL), tmp_path / "out", say=quietly)
     assert not (tmp_path / "out").exists()
 
 
 def test_what_is_in_the_way(save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("myllm.exporting.folder.check", lambda *_: parity.Parity(0, 0, 1, 0))  # of no interest here
-    folder, out = save(R50K), tmp_path / "out"
+    folder, out = save(SMALL), tmp_path / "out"
     out.mkdir()
     export_folder(folder, out, say=quietly)  # empty
     (out / "extra").touch()
@@ -265,8 +267,56 @@ def test_what_is_in_the_way(save: Save, tmp_path: Path, monkeypatch: pytest.Monk
         export_folder(folder, out / "config.json", say=quietly)
 
 
+@pytest.mark.parametrize("there", [False, True])
+def test_a_kill_leaves_nothing_unfinished_under_the_name(
+    there: bool, save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A real one, when all is written but nothing compared; then when the older export makes room."""
+    folder, out = save(SMALL), tmp_path / "out"
+    monkeypatch.setattr("myllm.exporting.folder.check", lambda *_: parity.Parity(0, 0, 1, 0))
+    if there:
+        export_folder(folder, out, say=quietly)
+        (out / "older").touch()
+
+    def die(where: Path, *_: object, **__: object) -> None:
+        if not there or where.name.endswith("replaced"):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if (child := os.fork()) == 0:
+        monkeypatch.setattr("myllm.exporting.folder.shutil.rmtree" if there else "myllm.exporting.folder.check", die)
+        export_folder(folder, out, say=quietly)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    assert len(list(tmp_path.glob(".partial-out*"))) == 1
+    assert not out.exists() or (out / "older").exists() or (out / "model.safetensors").exists()
+    export_folder(folder, out, say=quietly)
+    assert not (out / "older").exists()
+    assert not list(tmp_path.glob(".partial-out*"))
+
+
+@pytest.mark.parametrize("option", ["--to", "--to-gguf"])
+def test_a_disk_that_is_full_or_not_there(
+    option: str, save: Save, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(SMALL)
+    (tmp_path / "file").touch()
+    for target, message in (("file/out", "cannot write"), ("out", "the disk is full")):
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, limits[1]))
+        try:
+            with pytest.raises(SystemExit) as caught:
+                myllm(["export", "made", option, str(tmp_path / target)])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            signal.signal(signal.SIGXFSZ, ignored)
+        assert caught.value.code == 2
+        assert message in capsys.readouterr().err
+    assert not list(tmp_path.glob("*out*"))
+
+
 def test_damaged_and_missing_checkpoints(save: Save, tmp_path: Path) -> None:
-    folder = save(R50K)
+    folder = save(SMALL)
     with pytest.raises(UserError, match="dtype is 'int8'"):
         export_folder(folder, tmp_path / "out", "int8")
     (folder / "model.pt").write_bytes(b"no")

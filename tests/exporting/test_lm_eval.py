@@ -41,6 +41,7 @@ def our_choice(pair: LanguageModel, question: str, choices: list[str]) -> tuple[
     return max(range(len(scores)), key=scores.__getitem__), scores
 
 
+@pytest.mark.slow
 def test_the_same_accuracy(save: Save, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
     folder = export_folder(save(KINDS["qwen3"]), tmp_path / "out", say=lambda _: None).folder

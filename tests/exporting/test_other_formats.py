@@ -1,5 +1,6 @@
 """ONNX files run in onnxruntime, GGUF files are read by transformers: both give our logits."""
 
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from exporting.conftest import KINDS, R50K, Save
+from exporting.conftest import KINDS, SMALL, Save, small_vocabulary
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from myllm.cli import main as myllm
@@ -20,9 +21,11 @@ from myllm.exporting.to_gguf import export_gguf
 from myllm.exporting.to_onnx import export_onnx
 from myllm.loading import load_model
 
+ONE_LAYER = replace(SMALL, n_layers=1)
+
 
 def tokens(*shape: int) -> torch.Tensor:
-    return torch.randint(50_257, shape, generator=torch.Generator().manual_seed(1))
+    return torch.randint(400, shape, generator=torch.Generator().manual_seed(1))
 
 
 @torch.no_grad()
@@ -35,12 +38,13 @@ def our_logits(asked: torch.Tensor) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", ["gpt2", "relu2"])
 def test_onnx(kind: str, save: Save, tmp_path: Path) -> None:
-    config = KINDS.get(kind) or replace(R50K, activation="relu2", qk_norm=True, bias=True, n_kv_heads=1)
+    config = KINDS.get(kind) or replace(SMALL, activation="relu2", qk_norm=True, bias=True, n_kv_heads=1)
+    config = replace(config, n_layers=1)
     assert export_onnx(open_source(save(config)), tmp_path / "m.onnx") < 1e-4
     session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
     for shape in ((1, 1), (3, 7), (2, 48)):
         (theirs,) = session.run(["logits"], {"tokens": tokens(*shape).numpy()})
-        assert theirs.shape == (*shape, 50_257)
+        assert theirs.shape == (*shape, 400)
         assert np.abs(theirs - our_logits(tokens(*shape))).max() < 1e-4
     assert [path.name for path in tmp_path.glob("*onnx*")] == ["m.onnx"]
 
@@ -48,7 +52,7 @@ def test_onnx(kind: str, save: Save, tmp_path: Path) -> None:
 def test_onnx_with_weights_beside(save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As for models that one file cannot hold."""
     monkeypatch.setattr(to_onnx, "_large", lambda _: True)
-    export_onnx(open_source(save(R50K)), tmp_path / "m.onnx")
+    export_onnx(open_source(save(ONE_LAYER)), tmp_path / "m.onnx")
     assert sorted(path.name for path in tmp_path.glob("*onnx*")) == ["m.onnx", "m.onnx.data"]
     session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
     (theirs,) = session.run(None, {"tokens": tokens(1, 5).numpy()})
@@ -65,7 +69,7 @@ def test_onnx_that_gives_other_logits(save: Save, tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(to_onnx, "_write", wrong)
     with pytest.raises(UserError, match="onnxruntime gives other logits"):
-        export_onnx(open_source(save(R50K)), tmp_path / "m.onnx")
+        export_onnx(open_source(save(ONE_LAYER)), tmp_path / "m.onnx")
     assert not list(tmp_path.glob("*onnx*"))
 
 
@@ -77,7 +81,8 @@ def test_onnx_that_gives_other_logits(save: Save, tmp_path: Path, monkeypatch: p
 def test_gguf(kind: str, save: Save, tmp_path: Path) -> None:
     # From this format transformers reads no biases of a Llama, and not every size: these are its defaults.
     seen = {"llama": {"bias": False}, "qwen3": {"head_dim": 128}, "gpt2": {"max_seq_len": 1_024, "d_ff": 96}}
-    config = replace(KINDS[kind], **seen.get(kind, {}))
+    vocabulary = {"vocab_size": 50_257} if kind == "qwen3" else {}
+    config = replace(KINDS[kind], **seen.get(kind, {}), **vocabulary)
     export_gguf(open_source(save(config)), tmp_path / "m.gguf")
     peer = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32)
     theirs = peer.eval()(tokens(2, 48)).logits.numpy()
@@ -101,15 +106,16 @@ def test_gguf_types_and_biases(dtype: str, name: str, save: Save, tmp_path: Path
     ours = source.weights["blocks.1.attention.qkv_proj.bias"][:8]
     assert by_name["blk.1.attn_q.bias"].data[:8].tolist() == ours[[0, 4, 1, 5, 2, 6, 3, 7]].tolist()
     fields = {key: field.contents() for key, field in reader.fields.items()}
-    assert fields["tokenizer.ggml.bos_token_id"] == fields["tokenizer.ggml.eos_token_id"] == 50_256
+    ends = {fields[f"tokenizer.ggml.{name}_token_id"] for name in ("bos", "eos")}
+    assert ends == {source.tokenizer.end_of_text}
     assert fields["tokenizer.ggml.add_bos_token"] is True
     assert fields["llama.attention.key_length"] == 8
-    assert len(fields["tokenizer.ggml.merges"]) == 50_000
+    assert len(fields["tokenizer.ggml.merges"]) == len(json.loads(small_vocabulary())["model"]["merges"])
 
 
 def test_gguf_of_one_s_own_vocabulary(save: Save, corpus: Path, tmp_path: Path) -> None:
     file = train_tokenizer((path.read_text() for path in corpus.iterdir()), 400, tmp_path / "v.json", progress=False)
-    source = open_source(save(replace(R50K, vocab_size=400), file))
+    source = open_source(save(SMALL, file))
     export_gguf(source, tmp_path / "m.gguf")
     text = "the river  ran\n under"
     theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")(text, add_special_tokens=False).input_ids
@@ -120,12 +126,12 @@ def test_gguf_of_one_s_own_vocabulary(save: Save, corpus: Path, tmp_path: Path) 
 
 
 def test_the_command(save: Save, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    save(R50K)
+    save(ONE_LAYER)
     words = ["export", "made", "--to-onnx", str(tmp_path / "m.onnx"), "--to-gguf", str(tmp_path / "deep/m.gguf")]
     myllm([*words, "--dtype", "bfloat16"])
     said = capsys.readouterr().out
     assert "onnxruntime's logits differ by at most" in said
-    assert "its 20 tensors are those that were written" in said
+    assert "its 11 tensors are those that were written" in said
     for wrong in (words, ["export", "made"], ["export", "made", "--to-gguf", str(tmp_path)]):
         with pytest.raises(SystemExit) as caught:
             myllm(wrong)
@@ -137,4 +143,4 @@ def test_the_command(save: Save, tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_without_the_extra(package: str, call, save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UserError, match=f"needs {package}, which is not installed: pip install"):
-        call(open_source(save(R50K)), tmp_path / "file")
+        call(open_source(save(SMALL)), tmp_path / "file")

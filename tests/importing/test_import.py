@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import losses, train_rows, with_train
-from exporting.conftest import KINDS, save  # noqa: F401 (a fixture)
+from exporting.conftest import KINDS, save, small_vocabulary  # noqa: F401 (a fixture)
 from importing.reference_model import HParams, ReferenceModel
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -40,8 +40,8 @@ from myllm.paths import RunPaths
 from myllm.run_folder import latest_checkpoint
 from myllm.train import train
 
-TOKENS = torch.randint(50_257, (2, 32), generator=torch.Generator().manual_seed(5))
-SHAPE = {"vocab_size": 50_257, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2}
+TOKENS = torch.randint(400, (2, 32), generator=torch.Generator().manual_seed(5))
+SHAPE = {"vocab_size": 400, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2}
 SHAPE |= {"num_attention_heads": 4, "max_position_embeddings": 48}
 PEERS = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, num_key_value_heads=2, rms_norm_eps=1e-3)),
@@ -50,7 +50,7 @@ PEERS = {
         Qwen3Config(**SHAPE, head_dim=8, num_key_value_heads=1, tie_word_embeddings=True,
                     rope_parameters={"rope_type": "default", "rope_theta": 1e6})
     ),
-    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(n_positions=48, n_embd=24, n_layer=2, n_head=4)),
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=400, n_positions=48, n_embd=24, n_layer=2, n_head=4)),
 }  # fmt: skip
 
 
@@ -63,8 +63,9 @@ def r50k_files() -> dict[str, str]:
     return tokenizer_files(Tokenizer(), 48)
 
 
-def write_tokenizer(folder: Path) -> None:
-    for name, content in r50k_files().items():
+def write_tokenizer(folder: Path, small: bool = True) -> None:
+    files = {"tokenizer.json": small_vocabulary()} if small else r50k_files()
+    for name, content in files.items():
         (folder / name).write_text(content, encoding="utf-8")
 
 
@@ -211,7 +212,7 @@ def test_logits_of_transformers(kind: str, temp_data: Path, tmp_path: Path) -> N
     run = import_model(str(tmp_path / kind), say=quietly)
     assert run.root.name == kind
     assert difference(peer, kind) < 1e-5
-    assert load_model(kind, "cpu").tokenizer.is_default
+    assert not load_model(kind, "cpu").tokenizer.is_default
 
 
 def test_gpt2_as_it_was_first_published(temp_data: Path, tmp_path: Path) -> None:
@@ -228,7 +229,7 @@ def test_gpt2_as_it_was_first_published(temp_data: Path, tmp_path: Path) -> None
 def test_shards_and_bfloat16(temp_data: Path, tmp_path: Path) -> None:
     peer = peer_folder("llama", tmp_path / "llama").to(torch.bfloat16)
     (tmp_path / "llama/model.safetensors").unlink()
-    peer.save_pretrained(tmp_path / "llama", max_shard_size="500KB")
+    peer.save_pretrained(tmp_path / "llama", max_shard_size="20KB")
     assert len(list((tmp_path / "llama").glob("model-*.safetensors"))) > 1
     import_model(str(tmp_path / "llama"), say=quietly)
     assert difference(LlamaForCausalLM.from_pretrained(tmp_path / "llama", dtype=torch.float32), "llama") < 1e-5
@@ -245,10 +246,10 @@ def test_there_and_back(kind: str, save, temp_data: Path, tmp_path: Path) -> Non
     back, made = load_model("back", "cpu"), load_model("made", "cpu")
     assert back.model.state_dict().keys() == made.model.state_dict().keys()
     for name, tensor in made.model.state_dict().items():
-        assert torch.equal(back.model.state_dict()[name][:50_257], tensor[:50_257]), name
+        assert torch.equal(back.model.state_dict()[name][:400], tensor[:400]), name
     with torch.no_grad():
         assert torch.equal(back.model(TOKENS), made.model(TOKENS))
-    assert not back.model.embedding.weight[50_257:].any()  # padding, which was anything before
+    assert not back.model.embedding.weight[400:].any()  # padding, which was anything before
     again = load_json(run.config, RunConfig()).model
     assert (again.dropout_ffn, again.init, again.vocab_multiple) == (0.2, "reference", 64)
     assert (again.kv_heads, again.head_size, again.bias) == (config.kv_heads, config.head_size, config.bias)
@@ -266,11 +267,12 @@ def test_a_vocabulary_of_one_s_own(save, corpus: Path, temp_data: Path, tmp_path
 def test_rows_beyond_the_vocabulary(temp_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Many published models have more rows than tokens."""
     folder = tmp_path / "llama"
-    peer = LlamaForCausalLM(LlamaConfig(**SHAPE | {"vocab_size": 50_304})).eval()
+    peer = LlamaForCausalLM(LlamaConfig(**SHAPE | {"vocab_size": 50_304})).eval()  # of GPT-2's vocabulary
     peer.save_pretrained(folder)
-    write_tokenizer(folder)
+    write_tokenizer(folder, small=False)
     myllm(["import", str(folder)])
     assert "50,304 rows for 50,257 tokens" in capsys.readouterr().out
+    assert load_model("llama", "cpu").tokenizer.is_default
     with torch.no_grad():
         ours = load_model("llama", "cpu").model(TOKENS)
         assert (ours - peer(TOKENS).logits[..., :50_257]).abs().max() < 1e-5
@@ -289,7 +291,7 @@ def test_rows_beyond_the_vocabulary(temp_data: Path, tmp_path: Path, capsys: pyt
         ("llama", {"num_hidden_layers": 3}, "model.layers.2.input_layernorm.weight is missing"),
         ("llama", {"num_hidden_layers": 1}, "model.layers.1.input_layernorm.weight has no place"),
         ("llama", {"intermediate_size": 41}, "rows, not 82"),
-        ("llama", {"vocab_size": 50_000}, "they do not belong together"),
+        ("llama", {"vocab_size": 390}, "they do not belong together"),
     ],
 )
 def test_what_is_refused(kind: str, changes: dict, message: str, temp_data: Path, tmp_path: Path) -> None:
@@ -338,7 +340,8 @@ def test_trained_further(tiny: RunConfig, temp_data: Path, tmp_path: Path) -> No
     peer = peer_folder("llama", tmp_path / "llama")
     run = import_model(str(tmp_path / "llama"), "more", say=quietly)
     model = replace(load_json(run.config, RunConfig()).model, max_seq_len=48)
-    config = replace(tiny, name="more", model=model)
+    data = replace(tiny.data, tokenizer=load_json(run.config, RunConfig()).data.tokenizer)
+    config = replace(tiny, name="more", model=model, data=data)
     config = with_train(config, batch_tokens=96, max_steps=4, seed=3)
     dataset = prepare(config.data, progress=False)
 

@@ -126,3 +126,21 @@ def test_the_curves_end_where_the_card_does(run: RunPaths, tmp_path: Path) -> No
 )
 def test_folders_are_left_out(text: str, expected: str) -> None:
     assert without_folders(text) == expected
+
+
+def test_weights_from_elsewhere_are_said_to_be(run: RunPaths) -> None:
+    run.imported.write_text(json.dumps({"source": "some/model@v1"}))
+    text = card(run)
+    assert "trained further with MyLLM from the weights of some/model@v1" in text
+    assert front_matter(text)["base_model"] == "some/model"
+    assert "What some/model@v1 was published under holds too." in text
+    text = card(run, 0)
+    assert "the weights of some/model@v1, imported with MyLLM and not trained further." in text
+    assert "## Recipe" not in text
+    assert "## Data" not in text
+
+
+def test_the_command_can_be_typed(run: RunPaths) -> None:
+    environment = json.loads(run.environment.read_text())
+    run.environment.write_text(json.dumps(environment | {"command": ["python", "pretrain.py", "--name", "my run"]}))
+    assert "python pretrain.py --name 'my run'\n" in card(run)

@@ -11,7 +11,7 @@ from queue import SimpleQueue
 import psutil
 import pytest
 import torch
-from conftest import launch, losses, write_run_config
+from conftest import launch, losses, with_train, write_run_config
 from hub_server import HubServer
 from huggingface_hub import snapshot_download
 from huggingface_hub.utils import validate_repo_id
@@ -57,6 +57,7 @@ def publishers() -> list[psutil.Process]:
 def test_without_every_checkpoint_only_the_end_is_published(
     hub: HubServer, run: RunPaths, tiny: RunConfig, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    run.metrics.unlink()  # nothing to draw, which takes long
     with published_beside(hub_config(tiny), True, make_folder) as publisher:
         publisher.offer(4)
         assert hub.requests == []
@@ -82,7 +83,7 @@ def test_nothing_is_done_where_nothing_is_asked(
 
 
 def test_an_outage_costs_training_nothing_and_the_next_command_goes_on(
-    hub: HubServer, tiny: RunConfig, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    hub: HubServer, tiny: RunConfig, undrawn: None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """The Hub hangs up all the time; the end waits so long and no longer."""
     trained(replace(tiny, name="undisturbed"))
@@ -106,6 +107,7 @@ def test_an_outage_costs_training_nothing_and_the_next_command_goes_on(
 
 def test_a_killed_publisher_is_started_again(hub: HubServer, run: RunPaths, tiny: RunConfig) -> None:
     """Killed in the middle of an upload; then each step is there once, and none that was not offered."""
+    run.metrics.unlink()  # nothing to draw, which takes long
     save_checkpoint(run, tiny, 16)
     hub.slow("/lfs/", 50_000)
     with published_beside(hub_config(tiny, every_checkpoint=True), True, make_folder) as publisher:
@@ -124,6 +126,7 @@ def test_a_killed_publisher_is_started_again(hub: HubServer, run: RunPaths, tiny
 def test_a_run_that_ends_early_does_not_wait_for_its_upload(
     hub: HubServer, run: RunPaths, tiny: RunConfig, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    run.metrics.unlink()
     hub.slow("/lfs/", 1_000)
     config = hub_config(tiny, every_checkpoint=True)
 
@@ -242,19 +245,20 @@ def test_the_whole_way_without_a_network(
 
 def test_the_whole_way(hub: HubServer, tiny: RunConfig, tmp_path: Path, temp_data: Path) -> None:
     """From the command to a stranger who has only transformers and the name of the repository."""
-    config = write_run_config(hub_config(tiny, every_checkpoint=True), tmp_path / "config.json")
+    every_six = with_train(tiny, save_every_steps=6)
+    config = write_run_config(hub_config(every_six, every_checkpoint=True), tmp_path / "config.json")
     done = launch("--config", config)
     assert done.returncode == 0, done.stderr
     assert f"=== Publishing: {REPO}" in done.stdout
     assert "published step 12" in done.stdout
     assert b"| cloze |" in hub.models.files(REPO)["README.md"]  # measured at the last step, before it was published
-    assert list(hub.models.tags(REPO)) == ["step-4", "step-8", "step-12"]
+    assert list(hub.models.tags(REPO)) == ["step-6", "step-12"]
     assert TOKEN not in done.stdout + done.stderr
     assert not [path for path in temp_data.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]
-    for revision in ("step-8", "main"):
+    for revision in ("step-6", "main"):
         got = snapshot_download(REPO, revision=revision, local_dir=tmp_path / revision)
         theirs = AutoModelForCausalLM.from_pretrained(got).eval()
-        step = 8 if revision == "step-8" else 12
+        step = 6 if revision == "step-6" else 12
         ours, tokenizer = load_model(temp_data / f"runs/tiny/checkpoints/step_{step:08d}", "cpu")
         ids = torch.tensor([AutoTokenizer.from_pretrained(got)("the river ran under")["input_ids"]])
         assert ids[0, 1:].tolist() == list(tokenizer.encode("the river ran under"))

@@ -3,6 +3,7 @@
 from typing import Any
 
 from ..config import RunConfig
+from ..model_card import without_folders
 
 
 def folder_card(config: RunConfig, facts: dict[str, Any]) -> str:
@@ -12,6 +13,11 @@ def folder_card(config: RunConfig, facts: dict[str, Any]) -> str:
         facts: name, step, tokens_seen, architecture, dtype, parameters and tokenizer; whatever else is known.
     """
     model = config.model
+    about = "A base language model, trained with MyLLM: it continues text and was never taught to answer."
+    trained = f"{facts['step']:,} steps, {facts['tokens_seen']:,} tokens of {without_folders(config.data.source)}"
+    if imported := facts.get("imported"):
+        trained = f"{trained}, from the weights of {imported}" if facts["step"] else f"as {imported}, not further"
+        about = f"A language model, made with MyLLM from the weights of {imported}."
     shape = f"{model.n_layers} layers of {model.d_model}, context {model.max_seq_len:,} tokens"
     return f"""---
 library_name: transformers
@@ -20,14 +26,14 @@ pipeline_tag: text-generation
 
 # {facts["name"]}
 
-A base language model, trained with MyLLM: it continues text and was never taught to answer.
+{about}
 
 | | |
 |---|---|
 | architecture | {facts["architecture"]}, {shape} |
 | parameters | {facts["parameters"]:,}, {facts["dtype"]} |
 | vocabulary | {facts["tokenizer"]}, {model.vocab_size:,} tokens |
-| trained | {facts["step"]:,} steps, {facts["tokens_seen"]:,} tokens of {config.data.source} |
+| trained | {trained} |
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

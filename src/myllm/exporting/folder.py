@@ -19,9 +19,12 @@ from ..data.tokenizer import Tokenizer
 from ..errors import UserError
 from ..files import fsync_folder, write_json, write_text
 from ..model import Transformer
+from ..paths import RunPaths
+from ..report.history import read_object
 from .architectures import CLASSES, choose, settings
 from .card import folder_card
 from .parity import Parity, check, require_transformers, samples
+from .target import unfinished
 from .tokenizer_files import tokenizer_files
 from .weights import DTYPES, convert, rounded
 
@@ -54,6 +57,8 @@ class Source:
     tokenizer: Tokenizer
     weights: dict[str, Tensor]
     """In float32, by our names."""
+    imported: str | None = None
+    """Where the weights that training began with came from."""
 
     def model(self, dtype: str = "float32") -> Transformer:
         """On the CPU, in float32, with weights rounded to another type."""
@@ -70,7 +75,10 @@ def open_source(folder: Path) -> Source:
     """
     saved: Checkpoint = checkpoint.load(folder)
     config = from_dict(saved.config, RunConfig())
-    source = Source(config, saved.state.step, saved.state.tokens_seen, Tokenizer(saved.tokenizer_file), saved.model)
+    imported = read_object(RunPaths(folder.parent.parent).imported).get("source")
+    source = Source(
+        config, saved.state.step, saved.state.tokens_seen, Tokenizer(saved.tokenizer_file), saved.model, imported
+    )
     if config.model.vocab_size != source.tokenizer.vocab_size:
         raise UserError(
             f"the model in {folder} has {config.model.vocab_size:,} tokens, its vocabulary {source.tokenizer.name} "
@@ -111,11 +119,7 @@ def export_folder(
     require_transformers()  # before minutes of work
     source = open_source(source) if isinstance(source, Path) else source
     kind = choose(source.config.model)
-    to.parent.mkdir(parents=True, exist_ok=True)
-    work = to.with_name(f".partial-{to.name}")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir()
-    try:
+    with unfinished(to) as work:
         say(f"writing {CLASSES[kind]} in {dtype}")
         _write(work, source, dtype, facts or {}, max_shard_size)
         say("comparing with transformers")
@@ -123,11 +127,7 @@ def export_folder(
         parity = check(work, model, source.tokenizer)
         rounding = _rounding(source, model) if dtype != "float32" else 0.0
         fsync_folder(work)
-        _make_room(to)
-        work.rename(to)
-        fsync_folder(to.parent)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        _take_the_name(work, to)
     return Exported(to, CLASSES[kind], parity, rounding)
 
 
@@ -155,15 +155,19 @@ def is_export(folder: Path) -> bool:
         return False
 
 
-def _make_room(to: Path) -> None:
+def _take_the_name(work: Path, to: Path) -> None:
+    """Never a part of either under the name, wherever it ends: what was there is moved before it is removed."""
     if not to.exists():
-        return
-    if not any(to.iterdir()):
-        to.rmdir()
-    elif is_export(to):
-        shutil.rmtree(to)
+        work.rename(to)
+    elif not any(to.iterdir()) or is_export(to):
+        old = work.with_name(f"{work.name}-replaced")
+        shutil.rmtree(old, ignore_errors=True)  # of a process that was killed
+        to.rename(old)
+        work.rename(to)
+        shutil.rmtree(old)
     else:
         to.rename(to.with_name(f"{to.name}.before-{time.strftime('%Y%m%d-%H%M%S')}"))
+        work.rename(to)
 
 
 def _write(folder: Path, source: Source, dtype: str, facts: dict[str, Any], max_shard_size: int | str) -> None:
@@ -187,6 +191,7 @@ def _write(folder: Path, source: Source, dtype: str, facts: dict[str, Any], max_
         "dtype": dtype,
         "parameters": sum(weight.numel() for weight in weights.values()),
         "tokenizer": tokenizer.name,
+        "imported": source.imported,
     } | facts
     mark = {key: facts[key] for key in ("name", "step", "tokens_seen")} | {"model": asdict(config)}
     write_json(folder / MARK, {"format": FORMAT} | mark | {"tokenizer": tokenizer.describe()})

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ..config import ModelConfig
 from ..errors import UserError
-from ..files import fsync_folder
 from .architectures import ModelType, choose
 from .folder import Source
+from .target import unfinished
 from .tokenizer_files import fast_tokenizer
 from .weights import convert
 
@@ -41,9 +41,8 @@ def export_gguf(source: Source, to: Path, dtype: str = "float32") -> int:
     config, to = source.config.model, to.expanduser().absolute()
     kind = choose(config)
     tensors = dict(_tensors(gguf, kind, config, source.weights))
-    to.parent.mkdir(parents=True, exist_ok=True)
-    work = to.with_name(f".partial-{to.name}")
-    try:
+    with unfinished(to) as folder:
+        work = folder / to.name
         writer = gguf.GGUFWriter(work, ARCHITECTURES[kind].lower())
         writer.add_name(source.config.name)
         writer.add_file_type(int(getattr(gguf.LlamaFileType, FILE_TYPES[dtype])))
@@ -60,9 +59,6 @@ def export_gguf(source: Source, to: Path, dtype: str = "float32") -> int:
         with work.open("rb") as file:
             os.fsync(file.fileno())
         work.replace(to)
-        fsync_folder(to.parent)
-    finally:
-        work.unlink(missing_ok=True)
     return len(tensors)
 
 

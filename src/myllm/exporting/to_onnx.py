@@ -3,7 +3,6 @@
 import contextlib
 import io
 import logging
-import shutil
 import warnings
 from pathlib import Path
 
@@ -11,9 +10,9 @@ import numpy as np
 import torch
 
 from ..errors import UserError
-from ..files import fsync_folder
 from .folder import Source
 from .parity import TOLERANCE, samples
+from .target import unfinished
 
 OPSET = 20
 
@@ -32,11 +31,7 @@ def export_onnx(source: Source, to: Path) -> float:
     """
     onnxruntime = _require()
     to = to.expanduser().absolute()
-    to.parent.mkdir(parents=True, exist_ok=True)
-    work = to.with_name(f".partial-{to.name}")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir()
-    try:
+    with unfinished(to) as work:
         model = source.model()
         _write(model, work / to.name)
         difference, largest = 0.0, 0.0
@@ -54,9 +49,6 @@ def export_onnx(source: Source, to: Path) -> float:
             )
         for file in sorted(work.iterdir(), key=lambda file: file.name == to.name):  # what names the other comes last
             file.replace(to.with_name(file.name))
-        fsync_folder(to.parent)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return difference
 
 

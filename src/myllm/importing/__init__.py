@@ -13,7 +13,7 @@ from ..checkpoint import TrainState
 from ..config import ModelConfig, RunConfig, to_dict
 from ..data.order import DataPosition
 from ..errors import UserError
-from ..files import write_text
+from ..files import write_json, write_text
 from ..model import Transformer
 from ..paths import RunPaths
 from ..run_folder import claimed, move_aside, write_config
@@ -23,7 +23,7 @@ from .hub import download
 from .reference import CHECKPOINT, read_reference
 from .transformers_folder import CONFIG, read_folder
 
-REPOSITORY = re.compile(r"(?:hub:)?([\w.-]+/[\w.-]+)")
+REPOSITORY = re.compile(r"(?:hub:)?([\w.-]+/[\w.-]+)(?:@(\S+))?")
 
 
 def import_model(
@@ -38,7 +38,7 @@ def import_model(
 
     Args:
         source: a folder of transformers, one of our exports, a folder that holds the reference run's
-            pytorch_model.pth or that file, or a repository of the Hub: namespace/name.
+            pytorch_model.pth or that file, or a repository of the Hub: namespace/name, or namespace/name@revision.
         name: of the run; None: after the source.
         revision: branch, tag or commit of the repository.
         overwrite: move a run of that name aside.
@@ -46,16 +46,15 @@ def import_model(
     Raises:
         UserError: nothing there, nothing that can be imported, or a run in the way.
     """
-    where = _find(source, revision, say)
+    where = find(source, revision, say)
     name = name or _plain(source)
     run = RunPaths.of(name)
     if any(run.root.glob("checkpoints/step_*")) and not overwrite:
         raise UserError(f"there is a run {name} already; give another --name, or --overwrite to move it aside")
-    foreign = _read(where)
+    if wrong := [fault for fault in faults(RunConfig(name=name), 1) if fault.startswith("name ")]:
+        raise UserError("; ".join(wrong))
+    foreign = read(where)
     config = RunConfig(name=name, model=foreign.config)
-    if wrong := [fault for fault in faults(config, 1) if fault.startswith(("name ", "model."))]:
-        raise UserError(f"the model in {where} cannot be used here:\n" + "\n".join(f"  - {fault}" for fault in wrong))
-    weights = _checked(where, foreign)
     with claimed(run):
         if aside := move_aside(run):
             say(f"the older run was moved to {aside}")
@@ -64,31 +63,77 @@ def import_model(
             write_text(vocabulary, foreign.tokenizer_file.read_bytes().decode("utf-8"))
             config = replace(config, data=replace(config.data, tokenizer=str(vocabulary)))
         write_config(run, config)
+        write_json(run.imported, {"source": _public(source, revision)})
         state = TrainState(0, 0, DataPosition(0, 0, 0, checkpoint.UNBOUND))
-        checkpoint.save(run.checkpoints, state, to_dict(config), weights, {}, [], 0, foreign.tokenizer_file)
+        checkpoint.save(run.checkpoints, state, to_dict(config), foreign.weights, {}, [], 0, foreign.tokenizer_file)
     for note in foreign.notes:
         say(f"note: {note}")
     return run
 
 
-def _find(source: str, revision: str | None, say: Callable[[str], None]) -> Path:
+def is_foreign(where: Path) -> bool:
+    """Whether a file or folder is a model made elsewhere, or an export of ours; not a run, not a checkpoint of ours."""
+    if where.is_file():
+        return where.suffix in (".pth", ".pt")
+    if _is_ours(where):
+        return False
+    # A run that has saved nothing yet has a config.json too.
+    return (where / CHECKPOINT).is_file() or b'"model_type"' in _content(where / CONFIG)
+
+
+def _is_ours(where: Path) -> bool:
+    return (where / checkpoint.MANIFEST).is_file() or (where / "checkpoints").is_dir()
+
+
+def _content(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError:
+        return b""
+
+
+def is_repository(source: str) -> bool:
+    """Whether it could be the name of a repository."""
+    return REPOSITORY.fullmatch(source) is not None
+
+
+def find(source: str, revision: str | None, say: Callable[[str], None]) -> Path:
+    """What a user means: a file or folder here, or one of the Hub, which is then in its cache.
+
+    Raises:
+        UserError: nothing there.
+    """
     path = Path(source).expanduser()
     if path.exists():
         if revision:
             raise UserError(f"{path} is on this disk: --revision is for repositories of the Hub")
         return path
     if found := REPOSITORY.fullmatch(source):
-        return download(found[1], revision, say)
+        return download(found[1], revision or found[2], say)
     raise UserError(f"nothing at {source!r}: give a folder, a {CHECKPOINT}, or a repository of the Hub, namespace/name")
+
+
+def read(where: Path) -> Foreign:
+    """A model made elsewhere, its weights in float32 and of exactly the shapes that ours has.
+
+    Raises:
+        UserError: nothing that can be used here.
+    """
+    foreign = _read(where)
+    if wrong := [fault for fault in faults(RunConfig(model=foreign.config), 1) if fault.startswith("model.")]:
+        raise UserError(f"the model in {where} cannot be used here:\n" + "\n".join(f"  - {fault}" for fault in wrong))
+    return replace(foreign, weights=_checked(where, foreign))
 
 
 def _read(where: Path) -> Foreign:
     if where.is_file():
         return read_reference(where)
-    if (where / CONFIG).is_file() and not (where / checkpoint.MANIFEST).is_file():
+    if (where / CONFIG).is_file() and not _is_ours(where):
         return read_folder(where)
     if (where / CHECKPOINT).is_file():
         return read_reference(where / CHECKPOINT)
+    if _is_ours(where):
+        raise UserError(f"{where} is a run or a checkpoint of this program already: there is nothing to import")
     seen = ", ".join(sorted(path.name for path in where.iterdir())[:8])
     raise UserError(
         f"{where} holds {seen or 'nothing'}; expected a folder of transformers ({CONFIG}, model.safetensors) or one "
@@ -117,11 +162,23 @@ def _padded(name: str, weight: Tensor, config: ModelConfig) -> Tensor:
     return torch.cat((weight, rows))
 
 
+def _public(source: str, revision: str | None) -> str:
+    """What cards say of where weights came from: a repository with its revision, but no folders of this disk."""
+    found = REPOSITORY.fullmatch(source)
+    if found and not Path(source).expanduser().exists():
+        revision = revision or found[2]
+        return found[1] + (f"@{revision}" if revision else "")
+    return Path(source).expanduser().absolute().name
+
+
 def _plain(source: str) -> str:
     """A run's name after a source."""
-    path = Path(source.removeprefix("hub:")).expanduser()
+    found = REPOSITORY.fullmatch(source)
+    path = Path(source).expanduser()
+    if found and not path.exists():
+        path = Path(found[1])
     path = path.absolute() if path.exists() else path
     return (path.parent if path.name == CHECKPOINT else path).name or "imported"
 
 
-__all__ = ["import_model"]
+__all__ = ["find", "import_model", "is_foreign", "is_repository", "read"]

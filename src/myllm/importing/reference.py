@@ -5,7 +5,8 @@ pickled dataclass of a module `src.params`. Only tensors and plain values are re
 without methods, and a file that names anything else is refused unread.
 """
 
-import pickle
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,29 @@ import torch
 from torch import Tensor
 
 from ..config import ModelConfig
+from ..data.listing import first_line
+from ..data.tokenizer import Tokenizer
 from ..errors import UserError
 from .foreign import Foreign
 
 CHECKPOINT = "pytorch_model.pth"
 MODULE = "src.params."
+# Numbers and arrays of NumPy, such as a scheduler or random state may hold: of no use here, so they become records too.
+NUMPY = re.compile(r"numpy\.(_?core\.multiarray\.(scalar|_reconstruct)|ndarray|dtype|dtypes\.\w+)")
 SETTINGS = ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")
-COMPILED = "_orig_mod."
+WRAPPERS = ("_orig_mod.", "module.")
+"""What torch.compile and DDP put in front of names."""
 
 
 class Record:
-    """Named values, in place of a class that is not here."""
+    """Named values, in place of a class that is not here. However it is made, nothing is done."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, dict):
+            self.__dict__.update(state)
 
 
 def read_reference(file: Path) -> Foreign:
@@ -38,19 +51,38 @@ def read_reference(file: Path) -> Foreign:
             f"{file} holds {', '.join(map(str, list(content)[:8])) or 'nothing'}, but no {' and no '.join(faults)}: "
             "expected a checkpoint of the reference run"
         )
-    weights = {
-        name.removeprefix("module.").removeprefix(COMPILED): tensor
-        for name, tensor in content["model_state_dict"].items()
-    }
+    weights = _weights(file, content["model_state_dict"])
     config = _model_config(file, content["hParams"], weights)
-    return Foreign(config, _convert(file, config, weights), None, (f"made at its step {content.get('step')}",))
+    notes = [f"made at its step {content.get('step')}"]
+    made, tokens = _convert(file, config, weights), Tokenizer().vocab_size
+    if config.vocab_size > tokens:  # a padded vocabulary
+        notes.append(f"the model has {config.vocab_size:,} rows for {tokens:,} tokens: the others are left out")
+        config = replace(config, vocab_size=tokens)
+        made |= {name: made[name][:tokens] for name in ("embedding.weight", "head.weight") if name in made}
+    elif config.vocab_size < tokens:
+        raise UserError(f"{file} has {config.vocab_size:,} tokens; a checkpoint of the reference run has {tokens:,}")
+    return Foreign(config, made, None, tuple(notes))
+
+
+def _weights(file: Path, found: Any) -> dict[str, Tensor]:
+    if not isinstance(found, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in found.items()
+    ):
+        raise UserError(f"the model_state_dict of {file} is no dict of tensors by name")
+    return {_plain_name(name): tensor for name, tensor in found.items()}
+
+
+def _plain_name(name: str) -> str:
+    while name.startswith(WRAPPERS):
+        name = name.partition(".")[2]
+    return name
 
 
 def _load(file: Path) -> dict[str, Any]:
     try:
         # Every name that the pickle asks for beyond what torch knows to be plain data.
         asked = torch.serialization.get_unsafe_globals_in_checkpoint(file)
-        odd = sorted(name for name in asked if not name.startswith(MODULE))
+        odd = sorted(name for name in asked if not name.startswith(MODULE) and not NUMPY.fullmatch(name))
         if odd:
             raise UserError(
                 f"{file} asks for {', '.join(odd)}, which loading would run; it was not opened. A checkpoint needs "
@@ -58,21 +90,23 @@ def _load(file: Path) -> dict[str, Any]:
             )
         with torch.serialization.safe_globals([(Record, name) for name in asked]):
             content = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError, AttributeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{file} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from None
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # what a damaged pickle raises depends on the byte
+        if isinstance(error, OSError):
+            raise UserError(f"cannot read {file}: {error.strerror}") from None
+        raise UserError(f"{file} cannot be read as a checkpoint: {first_line(error)}") from None
     if not isinstance(content, dict):
         raise UserError(f"{file} holds a {type(content).__name__}, expected a dict with model_state_dict and hParams")
     return content
 
 
 def _model_config(file: Path, settings: Any, weights: dict[str, Tensor]) -> ModelConfig:
-    values = settings if isinstance(settings, dict) else vars(settings)
+    values = settings if isinstance(settings, dict) else getattr(settings, "__dict__", {})
     if missing := [name for name in SETTINGS if not isinstance(values.get(name), int)]:
         raise UserError(f"the hParams of {file} have no {', '.join(missing)}; they have {', '.join(values) or 'none'}")
     up, embedding = weights.get("transformer_blocks.0.ffn.net.0.weight"), weights.get("embd.weight")
-    if up is None or embedding is None:
+    if up is None or embedding is None or up.ndim != 2:
         raise UserError(f"{file} has other weights than the reference run: {', '.join(list(weights)[:3])}, ...")
     tied = torch.equal(weights.get("out_proj.weight", embedding), embedding)
     return ModelConfig(

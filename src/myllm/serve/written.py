@@ -8,7 +8,7 @@ from ..completion import TextStream, prompt_ids
 from ..data.tokenizer import Tokenizer
 from ..filters import Likelihood
 from ..generation import Continuation, continue_batch
-from ..loading import LanguageModel
+from ..language_model import LanguageModel
 from .asked import Asked
 
 LIKELIEST = 8  # as many as a small window beside a token shows at a glance

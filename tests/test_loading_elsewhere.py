@@ -1,0 +1,91 @@
+"""Folders of transformers and models of the Hub, used where a run could be named: the same text, and no run is made."""
+
+import json
+from pathlib import Path
+
+import pytest
+from exporting.conftest import KINDS, Save, save  # noqa: F401 (a fixture)
+from hub_server import HubServer
+
+from myllm.cli import main as myllm
+from myllm.completion import generate
+from myllm.errors import UserError
+from myllm.exporting import export_folder
+from myllm.loading import find_model, load_model
+
+
+@pytest.fixture
+def exported(save: Save, tmp_path: Path) -> Path:  # noqa: F811
+    return export_folder(save(KINDS["qwen3"]), tmp_path / "my models" / "an export", say=lambda _: None).folder
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_an_exported_folder(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = files_of(exported)
+    ours = generate(load_model("made", "cpu"), "the river", 8, temperature=0)
+    assert generate(load_model(exported, "cpu"), "the river", 8, temperature=0) == ours
+    monkeypatch.chdir(tmp_path)
+    words = ["--prompt", "the river", "--max-new-tokens", "8", "--temperature", "0", "--num-samples", "1"]
+    myllm(["sample", str(exported), *words])
+    assert ours in capsys.readouterr().out
+    (tmp_path / "text.txt").write_text("the river ran under the old bridge")
+    myllm(["eval", str(exported), "--tasks", "perplexity:text.txt"])
+    theirs = json.loads((tmp_path / "eval.json").read_text())
+    myllm(["eval", "made", "--tasks", "perplexity:text.txt"])
+    mine = json.loads((tmp_path / "temp_data/runs/made/eval.json").read_text())
+    (theirs, mine) = (each["results"][0] for each in (theirs, mine))
+    assert theirs["figures"]["loss"] == pytest.approx(mine["figures"]["loss"], abs=1e-6)
+    assert (theirs["step"], mine["step"]) == (None, 7)
+    assert files_of(exported) == before
+    assert [path.name for path in (tmp_path / "temp_data/runs").iterdir()] == ["made"]
+    with pytest.raises(SystemExit):
+        myllm(["eval", str(exported), "--tasks", "cloze"])
+    assert "does not say what data it was trained on; name a data set with --dataset" in capsys.readouterr().err
+
+
+def test_a_model_of_the_hub(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    with HubServer() as hub, hub.reached(monkeypatch, tmp_path / "hf"):
+        hub.models.add("someone/model", files_of(exported) | {"onnx/model.onnx": b"of no use here"}, tag="step-7")
+        hub.models.add("someone/model", files_of(exported) | {"config.json": b"{}"})
+        hub.cut_next("/cdn/.*safetensors", 100_000)
+        ours = generate(load_model("made", "cpu"), "the river", 8, temperature=0)
+        assert generate(load_model("someone/model@step-7", "cpu"), "the river", 8, temperature=0) == ours
+        assert find_model("hub:someone/model@step-7").home == Path()
+        assert not hub.seen("onnx/model")
+        myllm(["import", "someone/model@step-7"])
+        assert "imported as the run model" in capsys.readouterr().out
+        assert generate(load_model("model", "cpu"), "the river", 8, temperature=0) == ours
+        for source, message in (
+            ("someone/model", "is of a None model"),
+            ("someone/nothing", "the Hub has no such model"),
+            ("someone/model@later", "has no revision 'later'"),
+        ):
+            with pytest.raises(UserError, match=message):
+                load_model(source)
+        hub.down()
+        assert generate(load_model("someone/model@step-7", "cpu"), "the river", 8, temperature=0) == ours  # kept
+        with pytest.raises(UserError, match=r"cannot get other/model from the Hub"):
+            load_model("other/model")
+
+
+def test_what_is_a_run_is_a_run(save: Save, temp_data: Path, tmp_path: Path) -> None:  # noqa: F811
+    """Also where its only checkpoint is damaged, or none is there yet: no other model is taken for it."""
+    folder = save(KINDS["qwen3"])
+    (temp_data / "runs/made/config.json").write_text("{}")
+    assert find_model("made").folder == find_model(temp_data / "runs/made").folder == folder
+    assert find_model(folder).home == temp_data / "runs/made"
+    (folder / "model.pt").write_bytes(b"no")
+    with pytest.raises(UserError, match="is intact"):
+        find_model(temp_data / "runs/made")
+    (temp_data / "runs/new").mkdir()
+    (temp_data / "runs/new/config.json").write_text('{"model": {}}')
+    with pytest.raises(UserError, match="no checkpoint at"):
+        find_model("new")
