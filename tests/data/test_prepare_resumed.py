@@ -49,6 +49,12 @@ def leave(monkeypatch: pytest.MonkeyPatch, free_bytes: int) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**12, 10**12, free_bytes))
 
 
+def test_a_few_documents_need_little_room(mixed_corpus: Path) -> None:
+    everything = recipe_of(config(mixed_corpus)).estimated_tokens
+    assert recipe_of(config(mixed_corpus, max_documents=3)).estimated_tokens == 30_000 < everything
+    assert recipe_of(config(mixed_corpus, max_documents=3, target_tokens=5_000)).estimated_tokens == 5_500
+
+
 def test_what_is_there_already_counts_as_room(mixed_corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An interrupted preparation has used room that it need not find again."""
     asked = config(mixed_corpus)

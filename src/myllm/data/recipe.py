@@ -20,6 +20,10 @@ from .units import Unit, make_units
 _TOKENS_PER_BYTE = {".parquet": 0.35, ".gz": 0.57, ".zst": 0.57}
 
 
+LONG_DOCUMENT_TOKENS = 10_000
+"""More than nearly every document has: where only so many documents are wanted, room for long ones."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """A source, a tokenizer and the settings that matter."""
@@ -47,9 +51,12 @@ class Recipe:
 
     @property
     def estimated_tokens(self) -> int:
-        tokens = estimate_tokens(self.source.files)
-        wanted = self.config.target_tokens
-        return int(tokens if wanted is None else min(tokens, wanted + self.val_tokens))
+        tokens, config = estimate_tokens(self.source.files), self.config
+        if config.target_tokens is not None:
+            tokens = min(tokens, config.target_tokens + self.val_tokens)
+        if config.max_documents is not None:
+            tokens = min(tokens, config.max_documents * LONG_DOCUMENT_TOKENS)
+        return int(tokens)
 
     def describe(self) -> dict[str, Any]:
         content = hashlib.sha256()
