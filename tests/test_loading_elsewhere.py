@@ -1,6 +1,8 @@
 """Folders of transformers and models of the Hub, used where a run could be named: the same text, and no run is made."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -89,3 +91,10 @@ def test_what_is_a_run_is_a_run(save: Save, temp_data: Path, tmp_path: Path) -> 
     (temp_data / "runs/new/config.json").write_text('{"model": {}}')
     with pytest.raises(UserError, match="no checkpoint at"):
         find_model("new")
+
+
+def test_loading_brings_neither_transformers_nor_matplotlib() -> None:
+    names = "('matplotlib', 'transformers', 'datasets')"
+    code = f"import sys, myllm.loading; print([x for x in {names} if x in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.strip() == "[]"

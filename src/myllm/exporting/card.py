@@ -3,7 +3,6 @@
 from typing import Any
 
 from ..config import RunConfig
-from ..model_card import without_folders
 
 
 def folder_card(config: RunConfig, facts: dict[str, Any]) -> str:
@@ -12,6 +11,8 @@ def folder_card(config: RunConfig, facts: dict[str, Any]) -> str:
     Args:
         facts: name, step, tokens_seen, architecture, dtype, parameters and tokenizer; whatever else is known.
     """
+    from ..model_card import without_folders  # brings Matplotlib, which sampling does without
+
     model = config.model
     about = "A base language model, trained with MyLLM: it continues text and was never taught to answer."
     trained = f"{facts['step']:,} steps, {facts['tokens_seen']:,} tokens of {without_folders(config.data.source)}"

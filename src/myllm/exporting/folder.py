@@ -20,7 +20,6 @@ from ..errors import UserError
 from ..files import fsync_folder, write_json, write_text
 from ..model import Transformer
 from ..paths import RunPaths
-from ..report.history import read_object
 from .architectures import CLASSES, choose, settings
 from .card import folder_card
 from .parity import Parity, check, require_transformers, samples
@@ -73,6 +72,8 @@ def open_source(folder: Path) -> Source:
     Raises:
         UserError: no intact checkpoint, or one whose vocabulary does not fit.
     """
+    from ..report.history import read_object  # brings Matplotlib, which sampling does without
+
     saved: Checkpoint = checkpoint.load(folder)
     config = from_dict(saved.config, RunConfig())
     imported = read_object(RunPaths(folder.parent.parent).imported).get("source")
