@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,9 @@ def test_notebook_is_stored_clean(path: Path) -> None:
 def test_notebook_runs(path: Path, data_folder: Path) -> None:
     assert path.name in PARAMETERS, f"say in PARAMETERS what {path.name} should be run on"
     notebook = execute(path, PARAMETERS[path.name], data_folder)
-    noise = [output for output in outputs(notebook) if output.get("name") == "stderr"]
+    written = "".join(output.get("text", "") for output in outputs(notebook) if output.get("name") == "stderr")
+    # transformers imports torchao where that is installed, which tells of kernels for machines other than this one.
+    noise = [line for line in written.splitlines() if not re.search("torchao|torch/utils/_pytree.py", line)]
     assert noise == [], "a notebook that warns teaches its readers to ignore warnings"
 
 
