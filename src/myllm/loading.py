@@ -51,7 +51,7 @@ def find_model(where: str | Path) -> Origin:
     config, state = (json.loads((folder / name).read_text(encoding="utf-8")) for name in ("config.json", "state.json"))
     return Origin(
         folder=folder,
-        home=folder.parent.parent if folder.parent.name == "checkpoints" else folder,
+        home=folder.parent.parent if folder.parent.name in ("checkpoints", "best") else folder,
         step=state["step"],
         config=from_dict(config, RunConfig()),
         dataset_hash=state["data"]["dataset_hash"] or None,  # empty: imported, and not trained on anything yet
