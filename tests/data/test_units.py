@@ -197,7 +197,7 @@ def test_a_file_that_has_gone_is_no_damage_but_an_error(source: Source, tmp_path
 
 def test_a_unit_stops_when_nobody_wants_it(tmp_path: Path) -> None:
     (tmp_path / "texts").mkdir()
-    (tmp_path / "texts" / "a.jsonl").write_text('{"text": "a"}\n' * 100)
+    (tmp_path / "texts" / "a.jsonl").write_text('{"text": "a"}\n' * 3_000)
     (tmp_path / "stop").touch()
     with pytest.raises(InterruptedError):
         tokenise(find_source(f"files:{tmp_path / 'texts'}"), tmp_path)

@@ -37,6 +37,8 @@ PART_BYTES = 8_000_000
 """A larger file is read in parts of about this size, where its kind allows. Small enough that at the end no worker has
 much to do alone; large enough that a part's own cost, some milliseconds, does not matter."""
 BUFFER_TOKENS = 500_000
+STOP_CHARS = 200_000
+"""Text between two questions whether any more is wanted: some 20 ms of work."""
 
 
 @dataclass(frozen=True)
@@ -243,7 +245,7 @@ def _documents(
     unit: Unit, paths: dict[str, Path], source: Source, config: DataConfig, faults: Faults, stop: Path
 ) -> Iterator[tuple[str, str]]:
     """The unit's documents, cleaned, each with the name of its file."""
-    number, name = 0, ""
+    number, name, unasked = 0, "", 0
 
     def report(reason: str) -> None:
         faults.add(reason, f"{name}, document {number}")
@@ -255,8 +257,11 @@ def _documents(
             raise UserError(f"{path} is no longer there; put it back, or start again without it")
         texts = documents(source, piece.file, path, faults, piece.part, piece.parts)
         for number, text in enumerate(texts, start=1):
-            if number % 16 == 0 and stop.exists():
-                raise InterruptedError(f"{stop} is there")
+            unasked += len(text) + 100
+            if unasked > STOP_CHARS:  # asking costs as much as a short document
+                unasked = 0
+                if stop.exists():
+                    raise InterruptedError(f"{stop} is there")
             if (cleaned := clean(text, config, report)) is not None:
                 yield piece.file.name, cleaned
 
