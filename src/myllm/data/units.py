@@ -256,7 +256,7 @@ def _documents(
         if not path.exists():  # what is there but damaged is passed over and named; this is another matter
             raise UserError(f"{path} is no longer there; put it back, or start again without it")
         texts = documents(source, piece.file, path, faults, piece.part, piece.parts)
-        for number, text in enumerate(texts, start=1):
+        for number, text in enumerate(texts, start=1):  # noqa: B007  `report` reads it
             unasked += len(text) + 100
             if unasked > STOP_CHARS:  # asking costs as much as a short document
                 unasked = 0
