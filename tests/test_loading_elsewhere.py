@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from exporting.conftest import KINDS, Save, save  # noqa: F401 (a fixture)
 from hub_server import HubServer
+from made_checkpoints import KINDS, Save
 
 from myllm.cli import main as myllm
 from myllm.completion import generate
@@ -17,7 +17,7 @@ from myllm.loading import find_model, load_model
 
 
 @pytest.fixture
-def exported(save: Save, tmp_path: Path) -> Path:  # noqa: F811
+def exported(save: Save, tmp_path: Path) -> Path:
     return export_folder(save(KINDS["qwen3"]), tmp_path / "my models" / "an export", say=lambda _: None).folder
 
 
@@ -78,7 +78,7 @@ def test_a_model_of_the_hub(
             load_model("other/model")
 
 
-def test_what_is_a_run_is_a_run(save: Save, temp_data: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_what_is_a_run_is_a_run(save: Save, temp_data: Path, tmp_path: Path) -> None:
     """Also where its only checkpoint is damaged, or none is there yet: no other model is taken for it."""
     folder = save(KINDS["qwen3"])
     (temp_data / "runs/made/config.json").write_text("{}")

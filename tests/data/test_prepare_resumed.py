@@ -136,6 +136,19 @@ def interrupt(asked: DataConfig, stop_after: int, monkeypatch: pytest.MonkeyPatc
             prepare(asked, progress=False)
 
 
+def interrupted(
+    source: Path, monkeypatch: pytest.MonkeyPatch, hashes: Hashes
+) -> tuple[DataConfig, Path, dict[str, str]]:
+    """A data set in the midst of its fourth unit, its folder, and the hashes that it has when whole."""
+    monkeypatch.setattr(units, "SMALL_BYTES", 1)
+    asked = config(source, shard_tokens=5_000)
+    expected = hashes(prepare(asked, progress=False).folder)
+    folder = recipe_of(asked).folder
+    shutil.rmtree(folder)
+    interrupt(asked, 3, monkeypatch)
+    return asked, folder, expected
+
+
 def count_units(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The units that are tokenised from now on, by the name of their file."""
     done: list[str] = []
@@ -201,12 +214,7 @@ def test_tokens_are_deleted_once_they_are_in_shards(mixed_corpus: Path, monkeypa
 def test_what_someone_deleted_from_an_unfinished_data_set_is_made_again(
     loss: str, mixed_corpus: Path, monkeypatch: pytest.MonkeyPatch, hashes: Hashes
 ) -> None:
-    monkeypatch.setattr(units, "SMALL_BYTES", 1)
-    asked = config(mixed_corpus, shard_tokens=5_000)
-    expected = hashes(prepare(asked, progress=False).folder)
-    folder = recipe_of(asked).folder
-    shutil.rmtree(folder)
-    interrupt(asked, 3, monkeypatch)
+    asked, folder, expected = interrupted(mixed_corpus, monkeypatch, hashes)
     left = sorted((folder / "work").glob("*.bin"))
     if loss == "half a shard":
         (folder / "train_00000.npy").write_bytes((folder / "train_00000.npy").read_bytes()[:3_000])
@@ -234,12 +242,7 @@ def flip(content: bytes) -> bytes:
 def test_units_that_a_power_failure_left_damaged_are_made_again(
     damage: Callable[[bytes], bytes], kind: str, mixed_corpus: Path, monkeypatch: pytest.MonkeyPatch, hashes: Hashes
 ) -> None:
-    monkeypatch.setattr(units, "SMALL_BYTES", 1)
-    asked = config(mixed_corpus, shard_tokens=5_000)
-    expected = hashes(prepare(asked, progress=False).folder)
-    folder = recipe_of(asked).folder
-    shutil.rmtree(folder)
-    interrupt(asked, 3, monkeypatch)
+    asked, folder, expected = interrupted(mixed_corpus, monkeypatch, hashes)
     made = sorted((folder / "work").glob("[0-9]*.npz"))
     assert len(list((folder / "work").glob("[0-9]*.bin"))) < len(made), "some are in shards already"
     for path in (folder / "work").glob(f"[0-9]*.{kind}"):

@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -62,8 +63,8 @@ def test_only_the_units_of_the_damaged_shard_are_read(
     numbers: list[int] = []
     real = repairing.Job
 
-    def remember(*arguments: object, **others: object) -> object:
-        job = real(*arguments, **others)  # type: ignore[arg-type]
+    def remember(*arguments: Any, **others: Any) -> object:
+        job = real(*arguments, **others)
         numbers.extend(job.numbers)
         return job
 

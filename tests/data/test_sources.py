@@ -3,7 +3,10 @@
 import ast
 import hashlib
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -212,12 +215,34 @@ def test_broken_links_are_not_passed_over(tree: Path) -> None:
     refused(f"files:{tree}", "self.txt")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_what_may_not_be_read(tree: Path) -> None:
-    (tree / "b.txt").chmod(0)
+@pytest.fixture
+def of_an_ordinary_user(tree: Path) -> Iterator[Path]:
+    """The tree where anybody may look for it, and this process as one who is not root, who may read everything."""
+    with TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        copy = shutil.copytree(tree, Path(name) / "tree")
+        before = os.geteuid()
+        if before == 0:
+            os.seteuid(65_534)  # nobody
+        yield copy
+        os.seteuid(before)
+        (copy / "sub" / "deep").chmod(0o755)
+
+
+def forbid(path: Path, mode: int = 0) -> None:
+    """Take everybody's right to a path, as its owner."""
+    user = os.geteuid()
+    os.seteuid(os.getuid())
+    path.chmod(mode)
+    os.seteuid(user)
+
+
+def test_what_may_not_be_read(of_an_ordinary_user: Path) -> None:
+    tree = of_an_ordinary_user
+    forbid(tree / "b.txt")
     refused(f"files:{tree}", "b.txt", "readable")
-    (tree / "b.txt").chmod(0o600)
-    (tree / "sub" / "deep").chmod(0)
+    forbid(tree / "b.txt", 0o644)
+    forbid(tree / "sub" / "deep")
     refused(f"files:{tree}", "deep", "readable")
 
 

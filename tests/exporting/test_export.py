@@ -14,9 +14,9 @@ import tiktoken
 import tiktoken.load
 import torch
 import transformers
-from exporting.conftest import GPT2, KINDS, R50K, SMALL, Save
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from made_checkpoints import GPT2, KINDS, R50K, SMALL, Save
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

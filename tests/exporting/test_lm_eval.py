@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from exporting.conftest import KINDS, Save
+from made_checkpoints import KINDS, Save
 
 from myllm.completion import prompt_ids
 from myllm.exporting import export_folder

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import losses, train_rows, with_train
-from exporting.conftest import KINDS, save, small_vocabulary  # noqa: F401 (a fixture)
 from importing.reference_model import HParams, ReferenceModel
+from made_checkpoints import KINDS, Save, small_vocabulary
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -239,7 +239,7 @@ def test_shards_and_bfloat16(temp_data: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_there_and_back(kind: str, save, temp_data: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_there_and_back(kind: str, save: Save, temp_data: Path, tmp_path: Path) -> None:
     config = replace(KINDS[kind], dropout_ffn=0.2, vocab_multiple=64, init="reference")
     export_folder(save(config), tmp_path / "out", say=quietly)
     run = import_model(str(tmp_path / "out"), "back", say=quietly)
@@ -255,7 +255,7 @@ def test_there_and_back(kind: str, save, temp_data: Path, tmp_path: Path) -> Non
     assert (again.kv_heads, again.head_size, again.bias) == (config.kv_heads, config.head_size, config.bias)
 
 
-def test_a_vocabulary_of_one_s_own(save, corpus: Path, temp_data: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_vocabulary_of_one_s_own(save: Save, corpus: Path, temp_data: Path, tmp_path: Path) -> None:
     file = train_tokenizer((path.read_text() for path in corpus.iterdir()), 400, tmp_path / "v.json", progress=False)
     export_folder(save(replace(KINDS["llama"], vocab_size=400), file), tmp_path / "out", say=quietly)
     import_model(str(tmp_path / "out"), "back", say=quietly)

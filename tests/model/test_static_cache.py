@@ -1,28 +1,17 @@
 """Steps behind a static cache: the tokens of the plain loop, traced once."""
 
-from dataclasses import replace
-
 import pytest
 import torch
+from model.test_kv_cache import model_of
 
-from myllm.config import ModelConfig
 from myllm.model import KVCache, Transformer
 
-SMALL = ModelConfig(vocab_size=50, vocab_multiple=8, max_seq_len=24, d_model=24, n_layers=2, n_heads=4, d_ff=32)
+CONTEXT = 24
 KINDS = [{"qk_norm": True, "n_kv_heads": 2}, {"position": "learned", "norm": "layernorm", "bias": True}]
 
 
-def model_of(kind: dict) -> Transformer:
-    model = Transformer(replace(SMALL, **kind)).eval()
-    generator = torch.Generator().manual_seed(4)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.15 * torch.randn(parameter.shape, generator=generator)
-    return model
-
-
 def greedy(model: Transformer, static: bool, prompts: list[list[int]], count: int) -> list[list[int]]:
-    cache = KVCache(model.config, len(prompts), SMALL.max_seq_len, "cpu", torch.float32, static)
+    cache = KVCache(model.config, len(prompts), CONTEXT, "cpu", torch.float32, static)
     lengths = [len(prompt) for prompt in prompts]
     padded = torch.tensor([prompt + [0] * (max(lengths) - len(prompt)) for prompt in prompts])
     written = [model.next_logits(padded, cache, lengths).argmax(dim=-1)]
@@ -36,7 +25,7 @@ def greedy(model: Transformer, static: bool, prompts: list[list[int]], count: in
 def test_compiled_steps_give_the_same_tokens_and_are_traced_once(kind: dict) -> None:
     """Rows alike or not, a new cache, another prompt: nothing of these is in the compiled step's shapes."""
     torch.compiler.reset()
-    model, traced = model_of(kind), []
+    model, traced = model_of(kind | {"max_seq_len": CONTEXT}), []
 
     def backend(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> torch.fx.GraphModule:
         traced.append(graph)
@@ -53,7 +42,7 @@ def test_compiled_steps_give_the_same_tokens_and_are_traced_once(kind: dict) -> 
 def test_a_static_cache_that_loses_rows_goes_on_uncompiled() -> None:
     model = model_of(KINDS[0])
     model.compile_steps(backend=lambda *_: pytest.fail("compiled"))
-    cache = KVCache(model.config, 3, SMALL.max_seq_len, "cpu", torch.float32, static=True)
+    cache = KVCache(model.config, 3, CONTEXT, "cpu", torch.float32, static=True)
     tokens = torch.randint(50, (3, 6), generator=torch.Generator().manual_seed(1))
     model.next_logits(tokens[:, :5], cache)
     cache.keep([2, 0])

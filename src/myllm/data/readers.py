@@ -205,7 +205,7 @@ class _Chunks(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+    def readinto(self, buffer: memoryview) -> int:
         while not self._held:
             chunk = next(self._chunks, None)
             if chunk is None:

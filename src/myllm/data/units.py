@@ -245,18 +245,19 @@ def _documents(
     unit: Unit, paths: dict[str, Path], source: Source, config: DataConfig, faults: Faults, stop: Path
 ) -> Iterator[tuple[str, str]]:
     """The unit's documents, cleaned, each with the name of its file."""
-    number, name, unasked = 0, "", 0
+    place, unasked = "", 0
 
     def report(reason: str) -> None:
-        faults.add(reason, f"{name}, document {number}")
+        faults.add(reason, place)
 
     for piece in unit:
-        number, name = 0, piece.file.name if piece.parts == 1 else f"{piece.file.name}, part {piece.part + 1}"
+        name = piece.file.name if piece.parts == 1 else f"{piece.file.name}, part {piece.part + 1}"
         path = paths[piece.file.name]
         if not path.exists():  # what is there but damaged is passed over and named; this is another matter
             raise UserError(f"{path} is no longer there; put it back, or start again without it")
         texts = documents(source, piece.file, path, faults, piece.part, piece.parts)
-        for number, text in enumerate(texts, start=1):  # noqa: B007  `report` reads it
+        for number, text in enumerate(texts, start=1):
+            place = f"{name}, document {number}"
             unasked += len(text) + 100
             if unasked > STOP_CHARS:  # asking costs as much as a short document
                 unasked = 0

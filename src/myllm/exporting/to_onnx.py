@@ -4,7 +4,9 @@ import contextlib
 import io
 import logging
 import warnings
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -75,14 +77,13 @@ def _large(model: torch.nn.Module) -> bool:
     return sum(p.numel() * p.element_size() for p in model.parameters()) > 1_900_000_000
 
 
-def _require() -> "object":
+def _require() -> ModuleType:
     try:
-        import onnx  # noqa: F401
-        import onnxruntime
-        import onnxscript  # noqa: F401
+        for name in ("onnx", "onnxscript"):  # what torch's exporter imports
+            import_module(name)
+        return import_module("onnxruntime")
     except ImportError as error:
         raise UserError(
             f"--to-onnx needs {error.name}, which is not installed: pip install onnx onnxscript onnxruntime (the extra "
             "`onnx` of this package)"
         ) from None
-    return onnxruntime

@@ -11,7 +11,6 @@ from tempfile import TemporaryDirectory
 
 import pytest
 from conftest import write_corpus
-from model.test_parity import random_model
 
 from myllm import checkpoint
 from myllm.checkpoint import TrainState
@@ -41,6 +40,8 @@ def small_vocabulary() -> str:
 @pytest.fixture
 def save(temp_data: Path, tmp_path: Path) -> Save:
     """Write a checkpoint of random weights as the run `made`; gives its folder."""
+
+    from model.test_parity import random_model  # here: it brings transformers, which few tests need
 
     def write(config: ModelConfig, tokenizer_file: Path | None = None, name: str = "made") -> Path:
         if config.vocab_size == 400 and tokenizer_file is None:
