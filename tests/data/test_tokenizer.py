@@ -46,6 +46,23 @@ def test_any_text_comes_back(tokenizer: Tokenizer, reference: tiktoken.Encoding,
     assert tokenizer.decode_bytes(ids) == text.encode()
 
 
+@given(st.lists(TEXTS | st.sampled_from(["<|endoftext|>", " " * 200, "a\ud800b", " \n"]), min_size=1, max_size=8))
+def test_documents_together_are_what_each_is_alone(
+    tokenizer: Tokenizer, reference: tiktoken.Encoding, texts: list[str]
+) -> None:
+    made = tokenizer.encode_documents(texts)
+    alone = [[END_OF_TEXT, *reference.encode_ordinary(text)] for text in texts]
+    assert [document.tolist() for document in made] == alone
+    assert all(document.dtype == np.uint16 for document in made)
+
+
+def test_a_run_of_spaces_among_documents(tokenizer: Tokenizer) -> None:
+    texts = ["one", " " * (3 * MAX_SPACE_CHARS), "two "]
+    made = tokenizer.encode_documents(texts)
+    assert [tokenizer.decode(document[1:]) for document in made] == texts
+    assert [document[0] for document in made] == [END_OF_TEXT] * 3
+
+
 @given(st.text(alphabet=st.characters() | st.characters(categories=["Cs"])))
 def test_lone_surrogates_become_the_replacement_character(tokenizer: Tokenizer, text: str) -> None:
     pairs_joined = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")

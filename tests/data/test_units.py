@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -142,10 +143,10 @@ def test_cleaning_is_asked_for_by_the_settings(source: Source, tmp_path: Path) -
     assert load_index(tmp_path, 0).faults.counts["too_short"] == 2
 
 
-def test_a_buffer_of_any_size_writes_the_same(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_of_any_size_give_the_same(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenise(source, tmp_path)
     whole = unit_path(tmp_path, 0).read_bytes()
-    monkeypatch.setattr(units_module, "BUFFER_TOKENS", 1)
+    monkeypatch.setattr(units_module, "BATCH_CHARS", 1)
     tokenise(source, tmp_path)
     assert unit_path(tmp_path, 0).read_bytes() == whole
 
@@ -158,14 +159,14 @@ def test_a_text_that_the_tokenizer_fails_on_is_named_with_its_file(
     class PanicException(BaseException):
         pass
 
-    real = Tokenizer.encode
+    real = Tokenizer.encode_documents
 
-    def encode(self: Tokenizer, text: str) -> np.ndarray:
-        if text.startswith("three"):
+    def encode_documents(self: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
+        if any(text.startswith("three") for text in texts):
             raise PanicException("stack overflow")
-        return real(self, text)
+        return real(self, texts)
 
-    monkeypatch.setattr(Tokenizer, "encode", encode)
+    monkeypatch.setattr(Tokenizer, "encode_documents", encode_documents)
     tokenise(source, tmp_path)
     found = load_index(tmp_path, 0)
     assert len(found.lengths) == 3
@@ -178,10 +179,10 @@ def test_a_text_that_the_tokenizer_fails_on_is_named_with_its_file(
 def test_what_is_not_the_texts_fault_ends_the_unit(
     error: BaseException, source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def encode(*_: object) -> np.ndarray:
+    def encode_documents(*_: object) -> list[np.ndarray]:
         raise error
 
-    monkeypatch.setattr(Tokenizer, "encode", encode)
+    monkeypatch.setattr(Tokenizer, "encode_documents", encode_documents)
     with pytest.raises(type(error)):
         tokenise(source, tmp_path)
     assert not is_sealed(tmp_path, 0)

@@ -19,6 +19,7 @@ VOCAB_FILE = "r50k_base.tiktoken"
 VOCAB_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 END_OF_TEXT = 50_256
+END_OF_TEXT_SPELLED = "<|endoftext|>"
 
 # A run of about a million white-space characters overflows the regex engine's stack inside tiktoken and panics. Looking
 # behind lets a run match at its start alone: tried at each of its characters, a shorter run would take quadratic time.
@@ -81,13 +82,23 @@ class R50k:
     def _bpe(self) -> tiktoken.Encoding:
         # At first use: the process that plans a data set never encodes.
         return tiktoken.Encoding(
-            NAME, pat_str=PATTERN, mergeable_ranks=self._ranks, special_tokens={"<|endoftext|>": END_OF_TEXT}
+            NAME, pat_str=PATTERN, mergeable_ranks=self._ranks, special_tokens={END_OF_TEXT_SPELLED: END_OF_TEXT}
         )
 
     def encode(self, text: str) -> np.ndarray:
         if len(text) < MAX_SPACE_CHARS:  # too short to hold such a run: nothing to look for
             return self._encode(text)
         return np.concatenate([self._encode_long(piece) for piece in cut_text(text, MAX_PIECE_CHARS)])
+
+    def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
+        if any(len(text) >= MAX_SPACE_CHARS or END_OF_TEXT_SPELLED in text for text in texts):
+            front = np.array([END_OF_TEXT], dtype=np.uint16)
+            return [np.concatenate((front, self.encode(text))) for text in texts]
+        # In one call: tiktoken cuts at the special token before it looks at any text, so no document sees another.
+        joined = END_OF_TEXT_SPELLED.join(("", *texts))
+        tokens = self._bpe.encode_to_numpy(joined, allowed_special={END_OF_TEXT_SPELLED}).astype(np.uint16)
+        starts = np.flatnonzero(tokens == END_OF_TEXT).tolist()
+        return [tokens[start:end] for start, end in pairwise((*starts, len(tokens)))]
 
     def _encode_long(self, text: str) -> np.ndarray:
         # Cutting such a run in pieces changes at most the tokens at the cuts.

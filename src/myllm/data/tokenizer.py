@@ -24,6 +24,7 @@ class Vocabulary(Protocol):
     end_of_text: int
 
     def encode(self, text: str) -> np.ndarray: ...
+    def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]: ...
     def decode(self, ids: Sequence[int]) -> str: ...
     def decode_bytes(self, ids: Sequence[int]) -> bytes: ...
     def token_bytes(self) -> np.ndarray: ...
@@ -82,6 +83,17 @@ class Tokenizer:
             returns (1 + n,) uint16
         """
         return np.concatenate((np.array([self.end_of_text], dtype=np.uint16), self.encode(text)))
+
+    def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The same of several documents, which costs less than one after the other where they are short.
+
+        Shapes:
+            returns (1 + n,) uint16 each
+        """
+        try:
+            return self._vocabulary.encode_documents(texts)
+        except (UnicodeEncodeError, TypeError):  # as in `encode`
+            return [self.encode_document(text) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids; bytes that are no UTF-8, such as half a character, become U+FFFD."""

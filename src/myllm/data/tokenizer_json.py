@@ -98,6 +98,10 @@ class TokenizerJson:
                 "for what it does not know, or all bytes, as one of `myllm tokenizer train` has"
             ) from None
 
+    def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
+        front = np.array([self.end_of_text], dtype=np.uint16)
+        return [np.concatenate((front, self.encode(text))) for text in texts]
+
     def _encode(self, text: str) -> np.ndarray:
         # encode_batch_fast is a little faster, but shares its work out over threads even for one text.
         ids = self._peer.encode(text, add_special_tokens=False).ids

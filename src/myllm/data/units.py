@@ -36,9 +36,11 @@ TINY_BYTES = 2_000
 PART_BYTES = 8_000_000
 """A larger file is read in parts of about this size, where its kind allows. Small enough that at the end no worker has
 much to do alone; large enough that a part's own cost, some milliseconds, does not matter."""
-BUFFER_TOKENS = 500_000
-STOP_CHARS = 200_000
-"""Text between two questions whether any more is wanted: some 20 ms of work."""
+BATCH_CHARS = 100_000
+"""Documents are tokenised together up to about this much text, some 10 ms of work."""
+DOCUMENT_CHARS = 100
+"""What a document costs beside its text, in characters: a million empty ones are not one batch."""
+WRITE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -191,12 +193,13 @@ def tokenise_unit(
     # Named anew each time: a worker that outlives a killed parent by a moment spoils nobody's file.
     temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with temporary.open("wb", WRITE_BYTES) as file:
             tokenizer = _tokenizer(config.tokenizer)
-            writer = _Writer(file, tokenizer.end_of_text)
-            for file_name, text in _documents(unit, paths, source, config, writer.faults, stop):
-                _add(writer, file_name, text, tokenizer)
-            writer.flush()
+            writer = _Writer(file)
+            for batch in _batches(_documents(unit, paths, source, config, writer.faults)):
+                if stop.exists():
+                    raise InterruptedError(f"{stop} is there")
+                _add(writer, batch, tokenizer)
         temporary.rename(out)
         with temporary.open("wb") as file:
             said = {"counts": dict(writer.faults.counts), "places": writer.faults.places}
@@ -212,40 +215,26 @@ def tokenise_unit(
 
 
 class _Writer:
-    """Documents' tokens on their way to a file, a buffer at a time, and what is remembered of each."""
+    """Documents' tokens on their way to a file, and what is remembered of each."""
 
-    def __init__(self, file: BinaryIO, end_of_text: int) -> None:
+    def __init__(self, file: BinaryIO) -> None:
         self.lengths: list[int] = []
         self.digests: list[bytes] = []
         self.faults = Faults()
-        self._file, self._end_of_text = file, end_of_text
-        self._buffer = np.empty(BUFFER_TOKENS, dtype="<u2")
-        self._filled = 0
+        self._file = file
 
-    def add(self, tokens: np.ndarray) -> None:
+    def add(self, document: np.ndarray) -> None:
         """Take a document: the end-of-text token, then its text's, (n,) uint16."""
-        length = len(tokens) + 1
-        if self._filled + length > len(self._buffer):
-            self.flush()
-            if length > len(self._buffer):
-                self._buffer = np.empty(length, dtype="<u2")
-        document = self._buffer[self._filled : self._filled + length]
-        document[0] = self._end_of_text
-        document[1:] = tokens
-        self.lengths.append(length)
+        self.lengths.append(len(document))
         self.digests.append(_hash(document))
-        self._filled += length
-
-    def flush(self) -> None:
-        self._file.write(self._buffer[: self._filled])
-        self._filled = 0
+        self._file.write(document)
 
 
 def _documents(
-    unit: Unit, paths: dict[str, Path], source: Source, config: DataConfig, faults: Faults, stop: Path
+    unit: Unit, paths: dict[str, Path], source: Source, config: DataConfig, faults: Faults
 ) -> Iterator[tuple[str, str]]:
     """The unit's documents, cleaned, each with the name of its file."""
-    place, unasked = "", 0
+    place = ""
 
     def report(reason: str) -> None:
         faults.add(reason, place)
@@ -258,20 +247,38 @@ def _documents(
         texts = documents(source, piece.file, path, faults, piece.part, piece.parts)
         for number, text in enumerate(texts, start=1):
             place = f"{name}, document {number}"
-            unasked += len(text) + 100
-            if unasked > STOP_CHARS:  # asking costs as much as a short document
-                unasked = 0
-                if stop.exists():
-                    raise InterruptedError(f"{stop} is there")
             if (cleaned := clean(text, config, report)) is not None:
                 yield piece.file.name, cleaned
 
 
-def _add(writer: _Writer, file_name: str, text: str, tokenizer: Tokenizer) -> None:
+def _batches(documents: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+    """Documents in lists of about BATCH_CHARS; a longer one alone."""
+    batch: list[tuple[str, str]] = []
+    chars = 0
+    for file_name, text in documents:
+        if batch and chars + len(text) > BATCH_CHARS:
+            yield batch
+            batch, chars = [], 0
+        batch.append((file_name, text))
+        chars += len(text) + DOCUMENT_CHARS
+    if batch:
+        yield batch
+
+
+def _add(writer: _Writer, batch: list[tuple[str, str]], tokenizer: Tokenizer) -> None:
+    """Tokenise documents together; should that fail, each alone, so that no more than one is lost and it is named."""
     try:
-        writer.add(tokenizer.encode(text))
+        documents = tokenizer.encode_documents([text for _, text in batch])
     # tiktoken's Rust side panics with a BaseException, which would kill the worker and say nothing.
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError | OSError | UserError):
             raise
+        if len(batch) > 1:
+            for one in batch:
+                _add(writer, [one], tokenizer)
+            return
+        file_name, text = batch[0]
         writer.faults.add("untokenisable", f"{file_name}, a text of {len(text):,} characters", repr(error))
+        return
+    for document in documents:
+        writer.add(document)
