@@ -7,6 +7,6 @@ from pathlib import Path
 def make_folder(checkpoint: Path, folder: Path) -> None:
     """Weights that are the checkpoint's own file, and a README that the card replaces."""
     folder.mkdir()
-    (folder / "model.safetensors").write_bytes((checkpoint / "model.pt").read_bytes())
+    (folder / "model.safetensors").write_bytes((checkpoint / "weights/__0_0.distcp").read_bytes())
     (folder / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"]}))
     (folder / "tokenizer.json").write_text("{}")

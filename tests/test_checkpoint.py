@@ -1,18 +1,30 @@
 """Checkpoints: what goes in comes out, damage of any kind is seen, and a failed save costs nothing."""
 
+import hashlib
+import io
 import json
+import pickle
 import shutil
 import subprocess
 import sys
+from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint import FileSystemReader
 
-from myllm import checkpoint
-from myllm.checkpoint import TrainState, list_checkpoints, load, load_latest, save, verify
+from myllm import checkpoint, cli, retention
+from myllm.checkpoint import Snapshot, TrainState, list_checkpoints, load, load_latest, save, verify
+from myllm.config import RunConfig, TrainConfig
 from myllm.data.order import DataPosition
 from myllm.errors import UserError
+from myllm.plan import stored_parameters
+from myllm.retention import SPARE_BYTES, Keep, check_room, check_run_room, run_bytes, step_of
+from myllm.sharded import plain_names, read_into
+
+KILLS = Path(__file__).parent / "kill_inside_saves.py"
 
 
 def put(folder: Path, step: int, keep_last: int = 0, tokenizer_file: Path | None = None) -> Path:
@@ -60,7 +72,13 @@ def test_random_state_continues_the_sequence(tmp_path: Path) -> None:
     assert torch.equal(torch.rand(4), expected)
 
 
-@pytest.mark.parametrize("name", ["model.pt", "optimizer.pt", "random.pt", "state.json", "config.json"])
+FILES = [
+    *(f"{part}/{name}" for part in ("weights", "optimizer") for name in (".metadata", "__0_0.distcp")),
+    *("random/rank_00000.pt", "state.json", "config.json"),
+]
+
+
+@pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
 def test_damage_is_seen_by_content(tmp_path: Path, name: str, damage: str) -> None:
     put(tmp_path, 1)
@@ -80,7 +98,7 @@ def test_damage_is_seen_by_content(tmp_path: Path, name: str, damage: str) -> No
     assert len(said) == 1
     assert name in said[0]
     with pytest.raises(UserError, match="not an intact checkpoint"):
-        load(path.parent)
+        load(tmp_path / "step_00000002")
 
 
 @pytest.mark.parametrize("content", [None, "", "{", "[]", '{"format": "other", "files": {}}', '{"files": 3}'])
@@ -133,20 +151,47 @@ def test_old_ones_go_once_the_new_one_is_whole(tmp_path: Path) -> None:
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step_00000004", "step_00000003"]
 
 
-def test_a_checkpoint_cannot_run_code(tmp_path: Path) -> None:
-    """A pickle that would call something is refused even with a manifest that vouches for it."""
+class Hostile:
+    """A pickle that would leave a file behind."""
 
-    class Hostile:
-        def __reduce__(self) -> tuple[object, tuple[str]]:
-            return (Path.touch, (tmp_path / "owned",))
+    def __init__(self, file: Path) -> None:
+        self.file = file
 
+    def __reduce__(self) -> tuple[object, tuple[Path]]:
+        return (Path.touch, (self.file,))
+
+
+@pytest.mark.parametrize("part", ["weights/.metadata", "weights/__0_0.distcp", "optimizer/.metadata", "random"])
+def test_a_checkpoint_cannot_run_code(tmp_path: Path, part: str) -> None:
+    """Pickles that would call something are refused even with a manifest that vouches for them."""
     folder = put(tmp_path, 1)
-    torch.save({"w": Hostile()}, folder / "model.pt")
-    (folder / "manifest.json").unlink()
-    (folder / "manifest.json").write_text(json.dumps(checkpoint._manifest(folder)))
-    with pytest.raises(Exception, match="Weights only load failed"):
-        load(folder)
-    assert not (tmp_path / "owned").exists()
+    owned = tmp_path / "owned"
+    if part == "random":
+        torch.save(Hostile(owned), folder / "random/rank_00000.pt")
+    elif part.endswith(".metadata"):
+        (folder / part).write_bytes(pickle.dumps(Hostile(owned)))
+    else:  # in place of each tensor; the places are those of the metadata
+        packed = io.BytesIO()
+        torch.save(Hostile(owned), packed)
+        metadata = FileSystemReader(folder / "weights").read_metadata()
+        for place in metadata.storage_data.values():
+            place.offset, place.length = 0, packed.tell()
+        (folder / part).write_bytes(packed.getvalue())
+        (folder / "weights/.metadata").write_bytes(pickle.dumps(metadata))
+    vouch(folder)
+    opened = load(folder)
+    with pytest.raises(Exception, match=r"Weights only load failed|is not what one is made of"):
+        assert not [opened.model, opened.optimizer, opened.random]
+    assert not owned.exists()
+
+
+def vouch(folder: Path) -> None:
+    """Write the manifest anew, over whatever is in the folder now."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for name in manifest["files"]:
+        content = (folder / name).read_bytes()
+        manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 FULL_DISK = """
@@ -174,8 +219,114 @@ def test_a_write_that_fails_half_way(tmp_path: Path) -> None:
     assert not list(verify(tmp_path / "step_00000001"))
 
 
+def test_a_save_that_is_killed_anywhere_leaves_nothing_half_done(tmp_path: Path) -> None:
+    """A process ends before each fsync, rename and removal of a save, in turn: beside steps 1 and 2, and in place of a
+    step 3 that is there already. What carries a final name is intact, and no step that was there is lost."""
+    done = subprocess.run([sys.executable, KILLS, tmp_path], capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    for again in (False, True):
+        ends = [row for row in rows if row.get("again") is again]
+        assert len(ends) > 25
+        assert ends[-1]["ended"] == 0
+        assert ends[-1]["then"]["values"] == {"step_00000002": 2, "step_00000003": 3.5}
+        for row in ends:
+            assert not row["killed"]["faults"], row
+            assert not row["then"]["others"], row
+            newest = row["then"]["values"].get("step_00000003")
+            assert newest in ((3, 3.5) if again else (None, 3.5)), row
+            assert row["then"]["values"]["step_00000002"] == 2
+        assert {row["then"]["values"].get("step_00000003") for row in ends} == {3 if again else None, 3.5}
+    reached = {(row["before"], Path(row["of"]).name) for row in rows if "before" in row}
+    assert {("rename", ".partial-step_00000003"), ("rename", "step_00000001"), ("rename", "step_00000003")} <= reached
+
+
+def test_some_are_kept_for_ever(tmp_path: Path) -> None:
+    for step in range(2, 21, 2):
+        torch.manual_seed(step)
+        state, weights = TrainState(step, 0, DataPosition(0, 0, 0, "")), {"w": torch.randn(2)}
+        checkpoint.write(tmp_path, Snapshot(state, {}, weights, {}, {}), Keep(last=2, every_steps=6))
+    assert [step_of(folder) for folder in list_checkpoints(tmp_path)] == [20, 18, 12, 6]
+    assert Keep(2, 6).count(list(range(2, 21, 2))) == 4
+    assert Keep(0).count([1, 2, 3]) == 3
+    assert Keep(2).count([1]) == 1
+
+
+def test_room_is_checked_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = RunConfig(train=TrainConfig(max_steps=1_000, save_every_steps=100, keep_last=2, keep_every_steps=300))
+    one = stored_parameters(config.model) * 12 + SPARE_BYTES
+    # At the end 300, 600, 900 and 1,000: keep_last 2 are the last two. One more while it is written.
+    assert run_bytes(config, tmp_path, tmp_path / "best", 0) == (5 * one, 5)
+    patient = replace(config, train=replace(config.train, early_stop_patience=3))
+    assert run_bytes(patient, tmp_path, tmp_path / "best", 0) == (6 * one, 6)
+    (tmp_path / "step_00000300").mkdir()  # there already
+    assert run_bytes(config, tmp_path, tmp_path / "best", 300) == (4 * one, 4)
+    assert run_bytes(config, tmp_path, tmp_path / "best", 1_000) == (0, 0)
+    usage = namedtuple("usage", "free")
+    monkeypatch.setattr(retention.shutil, "disk_usage", lambda _: usage(4 * one))
+    check_run_room(patient, tmp_path / "elsewhere", tmp_path / "best", 1_000)
+    with pytest.raises(UserError, match=r"needs 9\.1 GB for 5 .* has 7\.3 GB free; .*keep_every_steps 300.*MYLLM_DATA"):
+        check_run_room(config, tmp_path / "none", tmp_path / "best", 0)
+    monkeypatch.setattr(retention.shutil, "disk_usage", lambda _: usage(3_000_000))
+    with pytest.raises(UserError, match=r"no room to save step 7 in .*needs 5\.0 MB, the disk has 3\.0 MB free"):
+        check_room(tmp_path / "none", 7, 3_000_000)
+
+
+def test_the_older_format_is_named(tmp_path: Path) -> None:
+    folder = put(tmp_path, 1)
+    manifest = json.loads((folder / "manifest.json").read_text()) | {"format": "myllm-checkpoint-1"}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="written by an older version of this code"):
+        load(folder)
+
+
+def test_other_tensors_than_the_model_has(tmp_path: Path) -> None:
+    folder = put(tmp_path, 1) / "weights"
+    for tensors in ({"w": torch.zeros(5, 3)}, {"w": torch.zeros(5, 4), "b": torch.zeros(3)}):
+        with pytest.raises(UserError, match="do not fit this model: "):
+            read_into(folder, tensors)
+    assert plain_names({"_orig_mod.module.a._checkpoint_wrapped_module.b": torch.ones(1)}.items()).keys() == {"a.b"}
+
+
+def test_the_same_state_makes_the_same_bytes(tmp_path: Path) -> None:
+    one, other = put(tmp_path / "one", 1), put(tmp_path / "other", 1)
+    assert (one / "manifest.json").read_bytes() == (other / "manifest.json").read_bytes()
+
+
+def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("MYLLM_DATA", str(tmp_path))
+    run = tmp_path / "runs/mine"
+    for folder in ("checkpoints", "best"):
+        put(run / folder, 5)
+    damaged = put(run / "checkpoints", 10)
+    (run / "metrics.jsonl").write_text('{"kind": "eval", "name": "validation", "step": 5, "loss": 3.25}\n')
+    cli.main(["checkpoint", "verify", "mine"])
+    assert capsys.readouterr().out.count(": intact") == 3
+    (damaged / "optimizer/__0_0.distcp").unlink()
+    cli.main(["checkpoint", "list", str(run)])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["step", "tokens", "size", "validation", "loss", "where", "state"]
+    assert lines[1].split() == ["5", "50", *lines[1].split()[2:4], "3.2500", "checkpoints", "intact"]
+    assert lines[2].endswith("checkpoints  optimizer/__0_0.distcp is missing")
+    assert lines[3].endswith("best         intact")
+    cli.main(["checkpoint", "list", "mine", "--json"])
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(row["step"], row["validation_loss"], row["state"] == "intact") for row in rows] == [
+        (5, 3.25, True), (10, None, False), (5, 3.25, True),
+    ]  # fmt: skip
+    for words, said in (
+        (["verify", "mine"], f"1 damaged: {damaged}. Training goes on from the newest intact one"),
+        (["verify", str(damaged)], "1 damaged"),
+        (["list", "other"], "no checkpoint at 'other'; runs with checkpoints: mine"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            cli.main(["checkpoint", *words])
+        assert caught.value.code == 2
+        assert said in capsys.readouterr().err
+
+
 def test_a_damaged_newer_checkpoint_does_not_crowd_out_sound_ones(tmp_path: Path) -> None:
-    (put(tmp_path, 9) / "model.pt").write_bytes(b"")
+    (put(tmp_path, 9) / "weights/__0_0.distcp").write_bytes(b"")
     for step in (1, 2, 3):
         put(tmp_path, step, keep_last=1)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step_00000009", "step_00000003"]

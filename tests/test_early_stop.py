@@ -12,7 +12,7 @@ from conftest import eval_rows, launch, losses, tiny_config, with_train, write_r
 from test_signals import start, wait_for_step
 from test_train import run, run_until
 
-from myllm import checkpoint, resume
+from myllm import checkpoint
 from myllm.checkpoint import list_checkpoints, load, verify
 from myllm.config import RunConfig
 from myllm.data.prepare import prepare
@@ -250,14 +250,14 @@ def test_losses_that_are_not_finite(plateau: RunConfig, monkeypatch: pytest.Monk
 
 
 def test_a_full_disk_leaves_the_best_one(plateau: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = checkpoint.save
+    real = checkpoint.write
 
-    def full(folder: Path, state: checkpoint.TrainState, *rest: object) -> Path:
-        if folder.name == "best" and state.step == 4:
+    def full(folder: Path, snapshot: checkpoint.Snapshot, *rest: object) -> Path:
+        if folder.name == "best" and snapshot.state.step == 4:
             raise UserError(f"no room to save step 4 in {folder}")
-        return real(folder, state, *rest)
+        return real(folder, snapshot, *rest)
 
-    monkeypatch.setattr(resume.checkpoint, "save", full)
+    monkeypatch.setattr(checkpoint, "write", full)
     with pytest.raises(UserError, match="no room to save step 4"):
         run(plateau)
     assert not list(verify(RunPaths.of("tiny").best / "step_00000002"))

@@ -84,7 +84,7 @@ def test_what_is_a_run_is_a_run(save: Save, temp_data: Path, tmp_path: Path) -> 
     (temp_data / "runs/made/config.json").write_text("{}")
     assert find_model("made").folder == find_model(temp_data / "runs/made").folder == folder
     assert find_model(folder).home == temp_data / "runs/made"
-    (folder / "model.pt").write_bytes(b"no")
+    (folder / "weights/__0_0.distcp").write_bytes(b"no")
     with pytest.raises(UserError, match="is intact"):
         find_model(temp_data / "runs/made")
     (temp_data / "runs/new").mkdir()

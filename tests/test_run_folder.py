@@ -85,10 +85,10 @@ def test_naming_a_checkpoint(tmp_path: Path) -> None:
     assert latest_checkpoint("mine", runs) == newest
     assert latest_checkpoint(str(runs / "mine"), tmp_path / "elsewhere") == newest
     assert latest_checkpoint(str(older), tmp_path) == older
-    (newest / "model.pt").write_bytes(b"")
+    (newest / "weights/__0_0.distcp").write_bytes(b"")
     assert latest_checkpoint("mine", runs) == older
-    (older / "model.pt").write_bytes(b"")
-    with pytest.raises(UserError, match=r"is intact: model\.pt has 0 bytes"):
+    (older / "weights/__0_0.distcp").write_bytes(b"")
+    with pytest.raises(UserError, match=r"is intact: weights/__0_0\.distcp has 0 bytes"):
         latest_checkpoint("mine", runs)
     with pytest.raises(UserError, match="no checkpoint at 'mien'; runs with checkpoints: mine"):
         latest_checkpoint("mien", runs)

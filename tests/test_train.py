@@ -108,20 +108,20 @@ def test_a_damaged_checkpoint_is_passed_over(tiny: RunConfig) -> None:
     whole = losses(run(replace(tiny, name="whole")))
     root = run(tiny)
     newest = list_checkpoints(root / "checkpoints")[0]
-    content = bytearray((newest / "model.pt").read_bytes())
+    content = bytearray((newest / "weights/__0_0.distcp").read_bytes())
     content[len(content) // 2] ^= 1
-    (newest / "model.pt").write_bytes(content)
+    (newest / "weights/__0_0.distcp").write_bytes(content)
     assert losses(run(tiny)) == whole
-    assert f"passing over {newest}: the content of model.pt has changed" in (root / "log.txt").read_text()
+    assert f"passing over {newest}: the content of weights/__0_0.distcp has changed" in (root / "log.txt").read_text()
 
 
 def test_fresh_starts_over_and_deletes_nothing(tiny: RunConfig) -> None:
     root = run(tiny)
-    old = {path.relative_to(root): path.read_bytes() for path in root.rglob("*.pt")}
+    old = {path.relative_to(root): path.read_bytes() for path in root.rglob("*.distcp")}
     assert losses(run(with_train(tiny, fresh=True))) == losses(root)
     aside = [path for path in root.parent.iterdir() if path.name.startswith("tiny.before-")]
     assert len(aside) == 1
-    assert {path.relative_to(aside[0]): path.read_bytes() for path in aside[0].rglob("*.pt")} == old
+    assert {path.relative_to(aside[0]): path.read_bytes() for path in aside[0].rglob("*.distcp")} == old
     assert json.loads((root / "config.json").read_text())["train"]["fresh"] is False
 
 
@@ -220,7 +220,7 @@ def test_damage_to_every_checkpoint_does_not_start_over_by_itself(tiny: RunConfi
     root = run(tiny)
     before = (root / "metrics.jsonl").read_text()
     for folder in list_checkpoints(root / "checkpoints"):
-        (folder / "model.pt").write_bytes(b"")
+        (folder / "weights/__0_0.distcp").write_bytes(b"")
     with pytest.raises(UserError, match="is intact"):
         run(tiny)
     assert (root / "metrics.jsonl").read_text() == before

@@ -2,13 +2,13 @@
 
 `checkpoints/step_00000100/` holds the state after 100 updates:
 
-    model.pt        weights by name, float32, without any wrapper's prefix
-    optimizer.pt    AdamW's moments by the same names
-    random.pt       random state of every rank, for dropout
-    state.json      TrainState: step, tokens, data position, early stopping
-    config.json     the run's config
-    tokenizer.json  the vocabulary, where it is not the one that ships with the code
-    manifest.json   sha256 and size of each of these; written last
+    weights/          by name, float32, without any wrapper's prefix; each rank's share in a file of its own
+    optimizer/        AdamW's moments, by NAME.exp_avg, NAME.exp_avg_sq and NAME.step
+    random/           random state of every rank, for dropout
+    state.json        TrainState: step, tokens, data position, early stopping
+    config.json       the run's config
+    tokenizer.json    the vocabulary, where it is not the one that ships with the code
+    manifest.json     sha256 and size of each of these; written last
 
 A save goes to a temporary folder, is flushed to the disk, and is renamed. A load takes the newest checkpoint whose
 files are what its manifest says and falls back to older ones. docs/checkpoint_format.md describes the files.
@@ -19,22 +19,28 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
+from . import distributed, sharded
 from .data.order import DataPosition
 from .early_stop import EarlyStop
 from .errors import UserError
 from .files import file_sha256, fsync_folder, out_of_space, write_json, write_text
+from .retention import KEEP_ALL, Keep, list_checkpoints, remove, remove_others, remove_superseded, set_aside
 
-FORMAT = "myllm-checkpoint-1"
+FORMAT = "myllm-checkpoint-2"
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 UNBOUND = ""
 """In place of a data set's hash: weights from elsewhere, to be trained on whatever they are given."""
-FILES = {"model.pt", "optimizer.pt", "random.pt", "state.json", "config.json"}
+WEIGHTS, OPTIMIZER, RANDOM = "weights", "optimizer", "random"
+FILES = {f"{WEIGHTS}/{sharded.METADATA}", f"{OPTIMIZER}/{sharded.METADATA}", "state.json", "config.json"}
 
 
 @dataclass(frozen=True)
@@ -50,97 +56,180 @@ class TrainState:
 
 
 @dataclass(frozen=True)
+class Snapshot:
+    """One rank's share of what a checkpoint will hold, in host memory: nothing that training goes on to change."""
+
+    state: TrainState
+    config: dict[str, Any]
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    """By NAME.exp_avg and so on."""
+    random: dict[int, dict[str, Tensor]]
+    """By rank; `random_state` of each."""
+    tokenizer_file: Path | None = None
+
+
+@dataclass(frozen=True)
 class Checkpoint:
-    """What a folder holds, in memory, on the CPU."""
+    """An intact folder. Tensors are read when they are first asked for, whole, on the CPU."""
 
     folder: Path
     state: TrainState
     config: dict[str, Any]
-    model: dict[str, torch.Tensor]
-    optimizer: dict[str, dict[str, torch.Tensor]]
-    random: list[dict[str, torch.Tensor]]
     tokenizer_file: Path | None
     """The vocabulary it was trained with; None for the one that ships with the code."""
+
+    @cached_property
+    def model(self) -> dict[str, Tensor]:
+        return sharded.read_tensors(self.folder / WEIGHTS)
+
+    @cached_property
+    def optimizer(self) -> dict[str, dict[str, Tensor]]:
+        return by_parameter(sharded.read_tensors(self.folder / OPTIMIZER))
+
+    @cached_property
+    def random(self) -> list[dict[str, Tensor]]:
+        """By rank."""
+        files = sorted((self.folder / RANDOM).glob("rank_*.pt"))
+        return [torch.load(file, map_location="cpu", weights_only=True) for file in files]
 
 
 def checkpoint_folder(checkpoints: Path, step: int) -> Path:
     return checkpoints / f"step_{step:08d}"
 
 
-def list_checkpoints(checkpoints: Path) -> list[Path]:
-    """Folders that carry a final name, newest first."""
-    return sorted((path for path in checkpoints.glob("step_*") if path.is_dir()), reverse=True)
+def by_name(moments: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The optimizer's state by NAME.exp_avg and so on, from that by parameter."""
+    return {f"{name}.{kind}": tensor for name, kinds in moments.items() for kind, tensor in kinds.items()}
+
+
+def by_parameter(moments: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The other way round."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in moments.items():
+        parameter, _, kind = name.rpartition(".")
+        found.setdefault(parameter, {})[kind] = tensor
+    return found
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------
 
 
 def save(
     checkpoints: Path,
     state: TrainState,
     config: dict[str, Any],
-    model: dict[str, torch.Tensor],
-    optimizer: dict[str, Any],
-    random: list[dict[str, torch.Tensor]],
-    keep_last: int,
+    model: dict[str, Tensor],
+    optimizer: dict[str, dict[str, Tensor]],
+    random: list[dict[str, Tensor]],
+    keep_last: int = 0,
     tokenizer_file: Path | None = None,
 ) -> Path:
-    """Write one checkpoint, then remove those beyond the newest `keep_last` (0: keep all).
+    """Write one checkpoint from one process; see `write`."""
+    shares = (sharded.plain_names(model.items()), by_name(optimizer), dict(enumerate(random)))
+    return write(checkpoints, Snapshot(state, config, *shares, tokenizer_file), Keep(keep_last))
+
+
+def write(checkpoints: Path, snapshot: Snapshot, keep: Keep = KEEP_ALL, group: dist.ProcessGroup | None = None) -> Path:
+    """Write one checkpoint, on all ranks of a group together, then remove those that are not to be kept.
 
     A copy of `tokenizer_file` goes with it: weights say nothing without the vocabulary that they were trained with.
 
     Raises:
-        UserError: no room on the disk; older checkpoints are untouched.
+        UserError: no room on the disk, or ranks that do not see one another's files; older checkpoints are untouched.
     """
-    final = checkpoint_folder(checkpoints, state.step)
+    final = checkpoint_folder(checkpoints, snapshot.state.step)
     work = checkpoints / f".partial-{final.name}"
-    checkpoints.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir()
+    first = distributed.is_first(group)
     try:
-        for name, content in (("model.pt", model), ("optimizer.pt", optimizer), ("random.pt", random)):
-            _write(work / name, content)
-        write_json(work / "state.json", asdict(state))
-        write_json(work / "config.json", config)
-        if tokenizer_file:
-            write_text(work / TOKENIZER, tokenizer_file.read_bytes().decode("utf-8"))
-        write_json(work / MANIFEST, _manifest(work))
-        fsync_folder(work)
-        shutil.rmtree(final, ignore_errors=True)  # a damaged one that was trained past again
-        work.rename(final)
-        fsync_folder(checkpoints)
+        distributed.agree(lambda: _begin(work) if first else None, group)
+        sharded.write_tensors(work / WEIGHTS, snapshot.weights, group)
+        sharded.write_tensors(work / OPTIMIZER, snapshot.optimizer, group)
+        written = distributed.agree(lambda: _write_rest(work, snapshot, distributed.rank_in(group)), group)
+        distributed.agree(lambda: _seal(work, final, written, keep) if first else None, group)
     except (OSError, RuntimeError) as error:
         if not out_of_space(error):
             raise
         raise UserError(
-            f"no room to save step {state.step:,} in {checkpoints}: the disk is full; older checkpoints are untouched. "
-            "Free some space and start the same command again"
+            f"no room to save step {snapshot.state.step:,} in {checkpoints}: the disk is full; older checkpoints are "
+            "untouched. Free some space and start the same command again"
         ) from None
     finally:
-        shutil.rmtree(work, ignore_errors=True)
-    if keep_last:
-        # Newer ones are damaged, or training would have gone on from them: they must not crowd out sound ones.
-        older = [folder for folder in list_checkpoints(checkpoints) if folder.name <= final.name]
-        for old in older[keep_last:]:
-            shutil.rmtree(old)
+        if first:
+            shutil.rmtree(work, ignore_errors=True)
     return final
 
 
-def remove_others(folder: Path) -> None:
-    """Leave one checkpoint alone in its folder."""
-    for other in list_checkpoints(folder.parent):
-        if other != folder:
-            shutil.rmtree(other)
+def _begin(work: Path) -> None:
+    work.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(work, ignore_errors=True)
+    for folder in (WEIGHTS, OPTIMIZER, RANDOM):
+        (work / folder).mkdir(parents=True)
+
+
+def _write_rest(work: Path, snapshot: Snapshot, rank: int) -> dict[str, Any]:
+    """Random state, and on rank 0 what is not a tensor; gives name, size and hash of all files that this rank wrote."""
+    for number, state in snapshot.random.items():
+        _write(work / RANDOM / f"rank_{number:05d}.pt", state)
+    mine = [*work.glob(f"*/__{rank}_*"), *(work / RANDOM / f"rank_{number:05d}.pt" for number in snapshot.random)]
+    if rank == 0:
+        write_json(work / "state.json", asdict(snapshot.state))
+        write_json(work / "config.json", snapshot.config)
+        if snapshot.tokenizer_file:
+            write_text(work / TOKENIZER, snapshot.tokenizer_file.read_bytes().decode("utf-8"))
+        mine += [path for path in work.iterdir() if path.is_file()]
+        mine += [work / folder / sharded.METADATA for folder in (WEIGHTS, OPTIMIZER)]
+    return {
+        path.relative_to(work).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in mine
+    }
+
+
+def _seal(work: Path, final: Path, written: list[dict[str, Any]], keep: Keep) -> None:
+    """The manifest, then the name. Rank 0, when all ranks' files are on the disk."""
+    files = {name: about for one in written for name, about in sorted(one.items())}
+    here = {path.relative_to(work).as_posix() for path in work.rglob("*") if path.is_file()}
+    if missing := sorted(files.keys() - here):
+        raise UserError(
+            f"{', '.join(missing[:3])} of {final}, which other ranks have written, cannot be seen from rank 0; the run "
+            "folder must be on a file system that all machines share: set MYLLM_DATA to one"
+        )
+    write_json(work / MANIFEST, {"format": FORMAT, "files": files})
+    for folder in (*(path for path in work.iterdir() if path.is_dir()), work):
+        fsync_folder(folder)
+    set_aside(final)  # a damaged one that was trained past again
+    work.rename(final)
+    fsync_folder(final.parent)
+    remove_superseded(final)
+    if keep.alone:
+        remove_others(final)
+    for old in keep.surplus(final):
+        remove(old)
+
+
+def _write(path: Path, content: Any) -> None:
+    # Through Python's file: torch's RuntimeError about a write that failed then has the OSError as its context.
+    with path.open("wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
 
 
 def load_latest(checkpoints: Path, log: Callable[[str], None]) -> Checkpoint | None:
     """The newest intact checkpoint, or None where there is none at all; says why newer ones were passed over.
 
+    On many ranks all call this and get the same: rank 0 chooses, and each rank hashes a share of the files.
+
     Raises:
         UserError: there are checkpoints and every one is damaged; starting over is for the user to decide.
     """
-    folders = list_checkpoints(checkpoints)
+    folders = distributed.from_main(list_checkpoints(checkpoints))
     for folder in folders:
-        faults = list(verify(folder))
+        faults = _verify_together(folder)
         if not faults:
-            return load(folder)
+            return _open(folder)
         log(f"passing over {folder}: {'; '.join(faults)}")
     if folders:
         raise UserError(
@@ -148,12 +237,6 @@ def load_latest(checkpoints: Path, log: Callable[[str], None]) -> Checkpoint | N
             "moved aside)"
         )
     return None
-
-
-def remove_unfinished(checkpoints: Path) -> None:
-    """Remove what killed saves left behind."""
-    for folder in checkpoints.glob(".partial-*"):
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def load(folder: Path) -> Checkpoint:
@@ -165,59 +248,66 @@ def load(folder: Path) -> Checkpoint:
     faults = list(verify(folder))
     if faults:
         raise UserError(f"{folder} is not an intact checkpoint: {'; '.join(faults)}")
+    return _open(folder)
+
+
+def _open(folder: Path) -> Checkpoint:
     state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     position, early = DataPosition(**state.pop("data")), state.pop("early_stop", None)
     return Checkpoint(
         folder=folder,
         state=TrainState(**state, data=position, early_stop=EarlyStop(**early) if early else None),
         config=json.loads((folder / "config.json").read_text(encoding="utf-8")),
-        model=torch.load(folder / "model.pt", map_location="cpu", weights_only=True),
-        optimizer=torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True),
-        random=torch.load(folder / "random.pt", map_location="cpu", weights_only=True),
         tokenizer_file=folder / TOKENIZER if (folder / TOKENIZER).is_file() else None,
     )
 
 
 def verify(folder: Path) -> Iterator[str]:
     """What is wrong with a checkpoint's files, by content; nothing if it is intact."""
+    files, faults = _read_manifest(folder)
+    yield from faults
+    for name, expected in files.items():
+        yield from _compare(folder, name, expected)
+
+
+def _verify_together(folder: Path) -> list[str]:
+    """As `verify`, with the hashing shared over all ranks."""
+    files, faults = distributed.from_main(_read_manifest(folder))
+    by_rank = distributed.all_gather(None)
+    mine = list(files.items())[distributed.rank_in(None) :: len(by_rank)]
+    found = [fault for name, expected in mine for fault in _compare(folder, name, expected)]
+    return faults + [fault for one in distributed.all_gather(found) for fault in one]
+
+
+def _read_manifest(folder: Path) -> tuple[dict[str, Any], list[str]]:
+    """What each file should be, and what is wrong with the manifest itself."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        files = manifest["files"].items()
+        files = {name: {"bytes": int(of["bytes"]), "sha256": of["sha256"]} for name, of in manifest["files"].items()}
     except FileNotFoundError:
-        yield f"it has no {MANIFEST}"
-        return
+        return {}, [f"it has no {MANIFEST}"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        yield f"its {MANIFEST} cannot be read ({error})"
-        return
+        return {}, [f"its {MANIFEST} cannot be read ({error})"]
+    if manifest.get("format") == "myllm-checkpoint-1":
+        return {}, ["it was written by an older version of this code, which alone can read it"]
     if manifest.get("format") != FORMAT:
-        yield f"its format is {manifest.get('format')!r}, expected {FORMAT!r}"
-        return
-    if missing := FILES - {name for name, _ in files}:
-        yield f"its {MANIFEST} does not name {', '.join(sorted(missing))}"
-        return
-    for name, expected in files:
-        path = folder / name
+        return {}, [f"its format is {manifest.get('format')!r}, expected {FORMAT!r}"]
+    if missing := FILES - files.keys():
+        return {}, [f"its {MANIFEST} does not name {', '.join(sorted(missing))}"]
+    return files, []
+
+
+def _compare(folder: Path, name: str, expected: dict[str, Any]) -> Iterator[str]:
+    path = folder / name
+    try:
         if not path.is_file():
             yield f"{name} is missing"
         elif path.stat().st_size != expected["bytes"]:
             yield f"{name} has {path.stat().st_size:,} bytes, expected {expected['bytes']:,}"
         elif file_sha256(path) != expected["sha256"]:
             yield f"the content of {name} has changed"
-
-
-def _manifest(folder: Path) -> dict[str, Any]:
-    files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in sorted(folder.iterdir())
-    }
-    return {"format": FORMAT, "files": files}
-
-
-def _write(path: Path, content: Any) -> None:
-    # Through Python's file: torch's RuntimeError about a write that failed then has the OSError as its context.
-    with path.open("wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
+    except OSError as error:
+        yield f"{name} cannot be read ({error.strerror})"
 
 
 # -- random state -----------------------------------------------------------------------------------------------------

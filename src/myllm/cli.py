@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import tyro
 
-from . import data_cli, eval_cli, export_cli, publish_cli, sample_cli, tokenizer_cli
+from . import checkpoint_cli, data_cli, eval_cli, export_cli, publish_cli, sample_cli, tokenizer_cli
 from .errors import UserError, nearest
 from .launch import clear_errors
 
@@ -39,6 +39,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "export": export_cli.export,
     "import": export_cli.import_model,
     "publish": publish_cli.publish,
+    "checkpoint list": checkpoint_cli.list_all,
+    "checkpoint verify": checkpoint_cli.verify,
 }
 
 
@@ -51,7 +53,7 @@ def main(words: list[str] | None = None) -> None:
             raise SystemExit(0 if words else 2)
         name = next((name for name in COMMANDS if words[: name.count(" ") + 1] == name.split()), None)
         if name is None:
-            given = " ".join(words[:2] if words[0] in ("data", "tokenizer") else words[:1])
+            given = " ".join(words[:2] if words[0] in ("data", "tokenizer", "checkpoint") else words[:1])
             raise UserError(f"unknown command {given!r}{nearest(given, list(COMMANDS))}\n{_usage()}")
         tyro.cli(COMMANDS[name], args=words[name.count(" ") + 1 :], prog=f"myllm {name}")
 

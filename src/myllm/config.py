@@ -141,6 +141,8 @@ class TrainConfig:
     save_every_steps: int = 500
     keep_last: int = 3
     """Checkpoints kept (0: all)."""
+    keep_every_steps: int = 0
+    """Checkpoints at multiples of this are made too, and kept for ever beyond the newest (0: none)."""
     early_stop_patience: int | None = None
     """Stop after this many validations in a row without a new lowest loss, and keep the best checkpoint apart, in the
     run's best/. None: neither."""

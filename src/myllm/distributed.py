@@ -3,18 +3,22 @@
 Under torchrun every process is one rank of a group; without it there is one rank and every collective is the identity.
 """
 
-from collections.abc import Iterator
+import errno
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from .errors import UserError
+from .files import out_of_space
 from .ranks import launched, local_rank, rank, world_size
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -111,6 +115,66 @@ def gather_to_main(value: Any) -> list[Any]:
     boxes: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(value, boxes, dst=0)
     return boxes or []
+
+
+def all_gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """Every rank's value by rank, on every rank of a group (None: all)."""
+    if not dist.is_initialized():
+        return [value]
+    boxes: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(boxes, value, group=group)
+    return boxes
+
+
+class Elsewhere(RuntimeError):
+    """Something went wrong on another rank."""
+
+
+def agree(do: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
+    """Do something on every rank of a group; every rank gets every result, by rank, or an error.
+
+    Raises:
+        Exception: what `do` raised on this rank.
+        Elsewhere: it raised on others alone; OSError where one of those was an OSError, UserError likewise.
+    """
+    result, error = None, None
+    try:
+        result = do()
+    except Exception as raised:
+        error = raised
+    answers = all_gather((result, _told(error)), group)
+    if error:
+        raise error
+    for number, (_, told) in enumerate(answers):
+        if told and told[0]:  # an error number
+            raise OSError(told[0], f"{told[2]} (on rank {number})")
+        if told:
+            raise UserError(told[2]) if told[1] else Elsewhere(f"rank {number}: {told[2]}")
+    return [answer for answer, _ in answers]
+
+
+def _told(error: Exception | None) -> tuple[int | None, bool, str] | None:
+    """An error as plain values, since not every exception survives the way to another process."""
+    if error is None:
+        return None
+    number = errno.ENOSPC if out_of_space(error) else getattr(error, "errno", None)
+    mine = isinstance(error, UserError)
+    text = (isinstance(error, OSError) and error.strerror) or str(error)
+    return number, mine, text if number or mine else f"{type(error).__name__}: {text}"
+
+
+def rank_in(group: dist.ProcessGroup | None) -> int:
+    return dist.get_rank(group) if dist.is_initialized() else 0
+
+
+def is_first(group: dist.ProcessGroup | None) -> bool:
+    return rank_in(group) == 0
+
+
+def background_group() -> dist.ProcessGroup | None:
+    """A group of all ranks for what goes on beside training, whose messages never meet training's. All ranks call it;
+    None where there is one process."""
+    return dist.new_group(backend="gloo", timeout=timedelta(minutes=30)) if dist.is_initialized() else None
 
 
 def barrier() -> None:

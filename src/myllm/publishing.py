@@ -8,6 +8,7 @@ through and only its answer was lost; then the Hub is asked again. `published.js
 for people and programs; nothing is decided by it.
 """
 
+import hashlib
 import json
 import re
 import shutil
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import MANIFEST, list_checkpoints, verify
+from .checkpoint import MANIFEST, WEIGHTS, verify
 from .config import HubConfig, ModelConfig, RunConfig, from_dict, to_dict
 from .data.fetch import is_final, retry_after
 from .data.listing import first_line
@@ -29,6 +30,7 @@ from .model_card import CURVES, About, model_card, read_about, read_exported, wi
 from .paths import RunPaths
 from .report.history import read_object
 from .report.plots import save_figures
+from .retention import list_checkpoints, step_of
 
 MakeFolder = Callable[[Path, Path], object]
 """Makes of a checkpoint, the first path, a new folder of weights that others can load, the second."""
@@ -116,10 +118,6 @@ def due(run: RunPaths, every_checkpoint: bool, up_to: int | None = None) -> list
     if not chosen:
         raise UserError(f"no intact checkpoint in {run.checkpoints}; train first, then publish")
     return chosen
-
-
-def step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step_"))
 
 
 def publish(run: RunPaths, checkpoints: Iterable[Path], hub: HubConfig, make_folder: MakeFolder, say: Say) -> None:
@@ -234,7 +232,8 @@ def _look(api: Any, hub: HubConfig) -> Remote:
 def _mark(checkpoint: Path) -> str:
     """Which weights a checkpoint holds, in twelve letters."""
     manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-    return manifest["files"]["model.pt"]["sha256"][:12]
+    weights = [of["sha256"] for name, of in sorted(manifest["files"].items()) if name.startswith(f"{WEIGHTS}/")]
+    return hashlib.sha256("".join(weights).encode()).hexdigest()[:12]
 
 
 def _title(title: str) -> tuple[int, str]:

@@ -6,12 +6,13 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import MANIFEST, list_checkpoints, verify
+from .checkpoint import MANIFEST, verify
 from .config import RunConfig, to_dict
 from .errors import UserError
 from .files import locked, write_json
 from .metrics import JsonLines
 from .paths import RunPaths
+from .retention import list_checkpoints
 
 
 @contextmanager

@@ -4,7 +4,6 @@ import signal
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -31,8 +30,10 @@ from .model import Transformer
 from .optim import ScheduledAdamW
 from .paths import RunPaths
 from .reference import ReferenceWatch, reference_of
-from .resume import restore, save, save_due
+from .resume import restore
+from .retention import remove_unfinished, save_due
 from .run_folder import claimed, move_aside, truncate_logs, write_config
+from .saving import Saver
 from .signals import stop_signals
 from .step import train_step, wrap
 
@@ -71,7 +72,7 @@ def train(
             stack.enter_context(claimed(run))
             aside = move_aside(run) if config.train.fresh else None
             for folder in (run.checkpoints, run.best):
-                checkpoint.remove_unfinished(folder)
+                remove_unfinished(folder)
         distributed.barrier()
         log, metrics, samples = Log(run.log, process.is_main), JsonLines(run.metrics), JsonLines(run.samples)
         if process.is_main and aside:
@@ -96,27 +97,31 @@ def train(
         evals = pending = planned_evals(config, model, dataset, tokenizer, process, samples, log)
         earlier = metrics.rows() if process.is_main else ()
         watch = ReferenceWatch(reference_of(to_dict(config)), earlier)
-        parts = {"config": config, "model": model, "optimizer": optimizer, "tokenizer": tokenizer, "process": process}
-        store = partial(save, **parts)
+        saver = stack.enter_context(Saver(config, run, model, optimizer, tokenizer, process))
+        saver.check_room(state.step)
         loader = stack.enter_context(Loader(dataset.train, batch, state.data, process.rank, process.device))
         stop = stack.enter_context(stop_signals())
         hidden = None if process.is_main else True  # None: shown on a terminal only
         bar = stack.enter_context(tqdm(total=max_steps, initial=state.step, unit="step", disable=hidden))
         meter = Meter(config, process, loader, state.step)
         stored = state if saved else None
-        told_step = state.step if saved else None
+        told_step = None
         failure: UserError | None = None
 
         while True:
             # -- a step boundary: save, evaluate, stop, each if it is time -------------------------------------------
-            stopping, growing = distributed.any_rank(stop.signal is not None, not dataset.complete)
+            stopping, growing, unsaved = distributed.any_rank(
+                stop.signal is not None, not dataset.complete, saver.failed
+            )
+            if unsaved:
+                saver.wait()  # raises
             early = out_of_patience(state, config)
             last_step = state.step if early else max_steps
             ending = stopping or state.step >= last_step or failure is not None
             if save_due(config, state.step, ending) and state != stored:
                 with meter.paused():
                     meter.check_finite(state)
-                    store(run.checkpoints, state)
+                    saver.save(state)
                     stored = state
             if failure:
                 raise failure
@@ -130,11 +135,14 @@ def train(
                             before, state = state, count_validation(state, figures["loss"])
                             if state.early_stop.best_step != before.early_stop.best_step:
                                 meter.check_finite(state)
-                                store(run.best, state, alone=True)
+                                saver.save(state, best=True)
             if out_of_patience(state, config) and not ending:
                 continue  # once more past this boundary, as the last: what was not due is measured, and all is saved
-            if process.is_main and stored is not None and stored.step != told_step and not stopping:
-                told_step = stored.step
+            if ending:
+                with meter.paused():
+                    saver.wait()
+            if process.is_main and saver.written_step not in (None, told_step) and not stopping:
+                told_step = saver.written_step
                 on_checkpoint(told_step)
             if ending:
                 complete = early or state.step >= max_steps

@@ -107,7 +107,7 @@ def _sizes(config: RunConfig) -> list[str]:
     not_negative = {
         "data": ("workers", "shuffle_seed", "min_chars"),
         "optim": ("warmup_steps",),
-        "train": ("save_every_steps", "keep_last", "seed"),
+        "train": ("save_every_steps", "keep_last", "keep_every_steps", "seed"),
         "eval": (
             "validation_every_steps", "cloze_every_steps", "hellaswag_every_steps", "sample_every_steps",
             "sample_top_k",

@@ -319,7 +319,7 @@ def test_damaged_and_missing_checkpoints(save: Save, tmp_path: Path) -> None:
     folder = save(SMALL)
     with pytest.raises(UserError, match="dtype is 'int8'"):
         export_folder(folder, tmp_path / "out", "int8")
-    (folder / "model.pt").write_bytes(b"no")
+    (folder / "weights/__0_0.distcp").write_bytes(b"no")
     with pytest.raises(UserError, match="is not an intact checkpoint"):
         export_folder(folder, tmp_path / "out", say=quietly)
     with pytest.raises(SystemExit):

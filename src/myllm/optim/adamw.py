@@ -61,6 +61,17 @@ class ScheduledAdamW:
         """AdamW's moments and step counts, by parameter name. Empty before the first step."""
         return {name: dict(self._adamw.state[p]) for name, p in self.parameters.items() if self._adamw.state.get(p)}
 
+    def blank_state(self) -> dict[str, dict[str, Tensor]]:
+        """As `state_dict` after a step, but zeros: what a checkpoint is read into."""
+        return {
+            name: {
+                "step": torch.zeros((), dtype=torch.float32, device=p.device),
+                "exp_avg": torch.zeros_like(p, requires_grad=False),
+                "exp_avg_sq": torch.zeros_like(p, requires_grad=False),
+            }
+            for name, p in self.parameters.items()
+        }
+
     def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
         """Restore what `state_dict` gave.
 

@@ -1,0 +1,108 @@
+"""`myllm checkpoint COMMAND`: what a run has saved, and whether it is still what was saved."""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from .errors import UserError
+
+Positional = tyro.conf.Positional
+TITLES = ("step", "tokens", "size", "validation loss", "where", "state")
+
+
+def verify(where: Positional[str]) -> None:
+    """Hash every file of a run's checkpoints, or of one, again and compare with its manifest.
+
+    Exit code 2 where something is damaged.
+
+    Args:
+        where: a run's name or folder, or the folder of one checkpoint.
+    """
+    damaged = []
+    for about in _described(_find(where)):
+        print(f"{about['folder']}: {about['state']}", flush=True)
+        damaged += [about["folder"]] if about["state"] != "intact" else []
+    if damaged:
+        raise UserError(
+            f"{len(damaged)} damaged: {', '.join(damaged)}. Training goes on from the newest intact one; restore a "
+            "damaged one from a copy, or delete its folder"
+        )
+
+
+def list_all(where: Positional[str], as_json: Annotated[bool, tyro.conf.arg(name="json")] = False) -> None:
+    """Show the checkpoints of a run, and whether each is intact by content.
+
+    Args:
+        where: a run's name or folder.
+        as_json: print a JSON object a line instead: folder, step, tokens, bytes, validation_loss, where, state.
+    """
+    from .data.room import size
+
+    rows = []
+    for about in _described(_find(where)):
+        if as_json:
+            print(json.dumps(about), flush=True)
+            continue
+        loss = "-" if about["validation_loss"] is None else f"{about['validation_loss']:.4f}"
+        tokens = "-" if about["tokens"] is None else f"{about['tokens']:,}"
+        rows.append((f"{about['step']:,}", tokens, size(about["bytes"]), loss, about["where"], about["state"]))
+    if not as_json:
+        widths = [max(len(row[column]) for row in (TITLES, *rows)) for column in range(len(TITLES) - 1)]
+        for row in (TITLES, *rows):
+            right = [cell.rjust(width) for cell, width in zip(row[:4], widths, strict=False)]
+            print("  ".join((*right, row[4].ljust(widths[4]), row[5])).rstrip())
+
+
+def _find(where: str) -> list[Path]:
+    """The checkpoints that a user means, oldest first, those in best/ last."""
+    from . import paths
+    from .retention import list_checkpoints
+
+    for root in (Path(where).expanduser(), paths.runs() / where):
+        if root.name.startswith("step_") and root.is_dir():
+            return [root]
+        if found := list_checkpoints(root / "checkpoints")[::-1] + list_checkpoints(root / "best"):
+            return found
+        if found := list_checkpoints(root):
+            return found[::-1]
+    known = sorted(path.name for path in paths.runs().glob("*") if (path / "checkpoints").is_dir())
+    raise UserError(f"no checkpoint at {where!r}; runs with checkpoints: {', '.join(known) or 'none yet'}")
+
+
+def _described(folders: list[Path]) -> Iterator[dict[str, Any]]:
+    """One after another, since hashing takes seconds a gigabyte; a bar on a terminal says how far it is."""
+    from tqdm import tqdm
+
+    from .checkpoint import verify
+    from .paths import RunPaths
+    from .retention import step_of
+
+    losses = _validation_losses(RunPaths(folders[0].parent.parent))
+    for folder in tqdm(folders, desc="hashing", unit="checkpoint", disable=None, leave=False, file=sys.stderr):
+        faults = list(verify(folder))
+        if not folder.is_dir():  # training has removed it meanwhile
+            continue
+        tokens = None
+        if not faults:
+            tokens = json.loads((folder / "state.json").read_text(encoding="utf-8"))["tokens_seen"]
+        yield {
+            "folder": str(folder),
+            "step": step_of(folder),
+            "tokens": tokens,
+            "bytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
+            "validation_loss": losses.get(step_of(folder)),
+            "where": folder.parent.name,
+            "state": "; ".join(faults) or "intact",
+        }
+
+
+def _validation_losses(run: Any) -> dict[int, float]:
+    """By step, of what a run has measured so far; empty where there is no run."""
+    from .metrics import JsonLines
+
+    rows = JsonLines(run.metrics).rows() if run.metrics.is_file() else ()
+    return {row["step"]: row["loss"] for row in rows if row["kind"] == "eval" and row.get("name") == "validation"}

@@ -1,0 +1,163 @@
+"""Which checkpoints are kept, and how the others go: out of their final name first, then from the disk."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from .config import RunConfig
+from .data.room import size
+from .errors import UserError
+from .files import fsync_folder
+from .plan import stored_parameters
+
+PARTIAL, REMOVED, REPLACED = ".partial-", ".removed-", ".replaced-"
+BYTES_A_PARAMETER = 12
+"""The weight and AdamW's two moments, float32."""
+SPARE_BYTES = 2_000_000
+"""For all but tensors' numbers: their names, random state, the vocabulary."""
+
+
+@dataclass(frozen=True)
+class Keep:
+    """What is kept when a new checkpoint is whole."""
+
+    last: int = 0
+    """The newest so many (0: all)."""
+    every_steps: int = 0
+    """Those at multiples of this for ever, beyond the newest (0: none)."""
+    alone: bool = False
+    """Nothing but the new one."""
+
+    def surplus(self, new: Path) -> list[Path]:
+        """Those beside `new` that may go."""
+        if not self.last:
+            return []
+        # Newer ones are damaged, or training would have gone on from them: they must not crowd out sound ones.
+        older = [folder for folder in list_checkpoints(new.parent) if folder.name <= new.name]
+        passing = [folder for folder in older if not self._for_ever(step_of(folder))]
+        newest = older[: self.last]
+        return [folder for folder in passing if folder not in newest]
+
+    def _for_ever(self, step: int) -> bool:
+        return self.every_steps > 0 and step % self.every_steps == 0
+
+    def count(self, steps: list[int]) -> int:
+        """How many of checkpoints at `steps`, in order, are kept in the end."""
+        if not self.last:
+            return len(steps)
+        return len(steps[-self.last :]) + sum(map(self._for_ever, steps[: -self.last]))
+
+
+KEEP_ALL = Keep()
+
+
+def list_checkpoints(checkpoints: Path) -> list[Path]:
+    """Folders that carry a final name, newest first."""
+    return sorted((path for path in checkpoints.glob("step_*") if path.is_dir()), reverse=True)
+
+
+def step_of(folder: Path) -> int:
+    number = folder.name.removeprefix("step_")
+    return int(number) if number.isdecimal() else 0
+
+
+def remove(folder: Path) -> None:
+    """A process that is killed half-way leaves nothing damaged under a final name."""
+    aside = folder.with_name(f"{REMOVED}{folder.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
+    shutil.rmtree(aside)
+
+
+def remove_others(folder: Path) -> None:
+    """Leave one checkpoint alone in its folder."""
+    for other in list_checkpoints(folder.parent):
+        if other != folder:
+            remove(other)
+
+
+def set_aside(folder: Path) -> None:
+    """Make room for a checkpoint of the same step. `remove_unfinished` brings it back if none comes."""
+    if folder.exists():
+        aside = folder.with_name(f"{REPLACED}{folder.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+
+
+def remove_superseded(folder: Path) -> None:
+    """What `set_aside` moved, now that the new one has its name."""
+    shutil.rmtree(folder.with_name(f"{REPLACED}{folder.name}"), ignore_errors=True)
+
+
+def remove_unfinished(checkpoints: Path) -> None:
+    """Remove what killed saves left behind, and bring back what one was about to replace."""
+    for aside in checkpoints.glob(f"{REPLACED}step_*"):
+        final = aside.with_name(aside.name.removeprefix(REPLACED))
+        if not final.exists():
+            aside.rename(final)
+            fsync_folder(checkpoints)
+    for prefix in (PARTIAL, REMOVED, REPLACED):
+        for folder in checkpoints.glob(f"{prefix}*"):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+# -- room on the disk -------------------------------------------------------------------------------------------------
+
+
+def save_due(config: RunConfig, step: int, ending: bool) -> bool:
+    return step > 0 and (ending or any(step % every == 0 for every in _cadences(config)))
+
+
+def check_room(checkpoints: Path, step: int, need_bytes: int) -> None:
+    """
+    Raises:
+        UserError: one more checkpoint does not fit on the disk.
+    """
+    free = _free_bytes(checkpoints)
+    if need_bytes + SPARE_BYTES > free:
+        raise UserError(
+            f"no room to save step {step:,} in {checkpoints}: it needs {size(need_bytes + SPARE_BYTES)}, the disk has "
+            f"{size(free)} free; older checkpoints are untouched. Free some space, or lower train.keep_last, and start "
+            "the same command again"
+        )
+
+
+def run_bytes(config: RunConfig, checkpoints: Path, best: Path, step: int) -> tuple[int, int]:
+    """Room for checkpoints from `step` to the end of a run, beyond what is on the disk already.
+
+    Returns:
+        bytes, and how many checkpoints that is at most at one time: an old one goes when the new one is whole.
+    """
+    train, keep = config.train, Keep(config.train.keep_last, config.train.keep_every_steps)
+    here = sorted(step_of(folder) for folder in list_checkpoints(checkpoints))
+    ahead = sorted({at for every in _cadences(config) for at in range(every, train.max_steps + 1, every) if at > step})
+    ahead += [train.max_steps] if train.max_steps not in ahead and train.max_steps > step else []
+    there = list_checkpoints(best)
+    kept = keep.count([*here, *ahead]) - len(here) + (train.early_stop_patience is not None and not there)
+    count = max(kept, 0) + 1 if ahead else 0
+    return count * (stored_parameters(config.model) * BYTES_A_PARAMETER + SPARE_BYTES), count
+
+
+def check_run_room(config: RunConfig, checkpoints: Path, best: Path, step: int) -> None:
+    """
+    Raises:
+        UserError: the checkpoints that a run will keep do not fit on the disk.
+    """
+    (need, count), free = run_bytes(config, checkpoints, best, step), _free_bytes(checkpoints)
+    if need > free:
+        raise UserError(
+            f"the run needs {size(need)} for {count:,} checkpoint{'s' * (count != 1)} of {size(need / count)} in "
+            f"{checkpoints}, the disk has {size(free)} free; free some space, keep fewer (train.keep_last "
+            f"{config.train.keep_last}, 0 keeps all; train.keep_every_steps {config.train.keep_every_steps:,}), or set "
+            "MYLLM_DATA to a folder on a larger disk"
+        )
+
+
+def _cadences(config: RunConfig) -> list[int]:
+    return [every for every in (config.train.save_every_steps, config.train.keep_every_steps) if every > 0]
+
+
+def _free_bytes(folder: Path) -> int:
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free

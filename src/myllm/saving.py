@@ -1,0 +1,142 @@
+"""Saving beside training: a step waits for a copy to host memory; a thread does the rest."""
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+from . import checkpoint, distributed, retention, sharded
+from .checkpoint import Snapshot, TrainState
+from .config import RunConfig, to_dict
+from .data.tokenizer import Tokenizer
+from .distributed import Process
+from .meter import Diverged
+from .model import Transformer
+from .optim import ScheduledAdamW
+from .paths import RunPaths
+from .retention import Keep
+
+
+class Saver:
+    """Writes a run's checkpoints, one at a time, from all ranks, in the background.
+
+    All of its methods are called by all ranks together, and what they raise is the same on all ranks. As a context, it
+    waits at the end for what is being written.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        run: RunPaths,
+        model: Transformer,
+        optimizer: ScheduledAdamW,
+        tokenizer: Tokenizer,
+        process: Process,
+    ) -> None:
+        self._config, self._run, self._process = config, run, process
+        self._model, self._optimizer = model, optimizer
+        self._tokenizer_file = None if tokenizer.is_default else tokenizer.file
+        self._group = distributed.background_group()
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+        self._writing: int | None = None
+        self.written_step: int | None = None
+        """Of the newest checkpoint that this run has written, once it is whole; best/ aside."""
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if error is None:
+            self.wait()
+        elif not isinstance(error, KeyboardInterrupt) and self._thread:  # that one leaves at once
+            self._thread.join()
+
+    def check_room(self, step: int) -> None:
+        """
+        Raises:
+            UserError: the checkpoints that the run will keep do not fit on the disk.
+        """
+        run = self._run
+        self._on_main(lambda: retention.check_run_room(self._config, run.checkpoints, run.best, step))
+
+    def save(self, state: TrainState, best: bool = False) -> None:
+        """Begin a checkpoint, when the one before is whole.
+
+        Args:
+            best: into the run's best/, alone there; else into checkpoints/, where `train.keep_last` and
+                `train.keep_every_steps` say which older ones stay.
+
+        Raises:
+            Diverged: a weight or a moment is not finite; such a checkpoint would poison every resume.
+            UserError: no room on the disk, for this one or the one before.
+        """
+        self.wait()
+        tensors = {(checkpoint.WEIGHTS, name): each for name, each in self._weights().items()}
+        moments = sharded.plain_names(checkpoint.by_name(self._optimizer.state_dict()).items())
+        tensors |= {(checkpoint.OPTIMIZER, name): each for name, each in moments.items()}
+        mine = sharded.share(tensors, self._process.rank, self._process.world_size)
+        _check_finite(mine, state.step)
+        folder = self._run.best if best else self._run.checkpoints
+        need = sum(each.numel() * each.element_size() for each in tensors.values())
+        self._on_main(lambda: retention.check_room(folder, state.step, need))
+        copies = sharded.to_host(mine)
+        snapshot = Snapshot(
+            state,
+            to_dict(self._config),
+            {name: each for (part, name), each in copies.items() if part == checkpoint.WEIGHTS},
+            {name: each for (part, name), each in copies.items() if part == checkpoint.OPTIMIZER},
+            {self._process.rank: checkpoint.random_state(self._process.device)},
+            self._tokenizer_file,
+        )
+        train = self._config.train
+        keep = Keep(alone=True) if best else Keep(train.keep_last, train.keep_every_steps)
+        self._writing = None if best else state.step
+        self._thread = threading.Thread(target=self._write, args=(folder, snapshot, keep), daemon=True)
+        self._thread.start()
+
+    @property
+    def failed(self) -> bool:
+        """Whether this rank knows that a save has failed; the next `wait` on all ranks says how."""
+        return self._failure is not None
+
+    def wait(self) -> None:
+        """Until what is being written is whole.
+
+        Raises:
+            UserError: no room on the disk.
+        """
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+        failure, self._failure = self._failure, None
+        if failure:
+            raise failure
+
+    def _write(self, folder: Path, snapshot: Snapshot, keep: Keep) -> None:
+        try:
+            checkpoint.write(folder, snapshot, keep, self._group)
+            self.written_step = self.written_step if self._writing is None else self._writing
+        except BaseException as error:
+            self._failure = error
+
+    def _weights(self) -> dict[str, torch.Tensor]:
+        return sharded.plain_names(self._model.state_dict().items())
+
+    def _on_main(self, check: Callable[[], None]) -> None:
+        distributed.agree(check if self._process.is_main else lambda: None)
+
+
+def _check_finite(tensors: dict[tuple[str, str], torch.Tensor], step: int) -> None:
+    """On the device, with one read from it."""
+    finite = [sharded.local(tensor).isfinite().all() for tensor in tensors.values()]
+    flags = torch.stack([flag.to(finite[0].device) for flag in finite]).tolist() if finite else []
+    bad = [name for (_, name), flag in zip(tensors, flags, strict=True) if not flag]
+    if distributed.any_rank(bool(bad))[0]:
+        names = sorted({name for names in distributed.all_gather(bad) for name in names})
+        raise Diverged(
+            f"after step {step:,} the weights {', '.join(names[:3])} are not finite and were not saved. Start "
+            "the same command again to go back to the newest checkpoint, with a lower optim.max_lr"
+        )

@@ -1,0 +1,60 @@
+"""Saved by two ranks, whole on each or in parts; read by one, by two and by four, into either kind."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+from myllm.checkpoint import load, verify
+
+SCRIPT = Path(__file__).parent / "save_on_ranks.py"
+
+
+def torchrun(ranks: int, *words: str | Path) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    done = subprocess.run(
+        [*launcher, str(SCRIPT), *map(str, words)], capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved")
+    torchrun(2, "save", folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["whole", "parts"])
+def test_one_process_reads_what_two_wrote(saved: Path, kind: str, tmp_path: Path) -> None:
+    folder = saved / kind / "checkpoints/step_00000003"
+    assert not list(verify(folder))
+    expected = torch.load(saved / f"{kind}.pt", weights_only=True)
+    found = load(folder)
+    flat = {f"{name}.{key}": tensor for name, kinds in found.optimizer.items() for key, tensor in kinds.items()}
+    for part, tensors in (("weights", found.model), ("optimizer", flat)):
+        sizes = [(folder / part / f"__{rank}_0.distcp").stat().st_size for rank in (0, 1)]
+        assert min(sizes) > 0.4 * sum(sizes)  # each wrote its share
+        dcp_to_torch_save(folder / part, tmp_path / "converted.pt")  # PyTorch's own reader sees the same
+        converted = torch.load(tmp_path / "converted.pt", weights_only=True)
+        assert tensors.keys() == converted.keys() == expected[part].keys()
+        for name, tensor in expected[part].items():
+            assert torch.equal(tensors[name], tensor), name
+            assert torch.equal(converted[name], tensor), name
+    assert len(found.random) == 2
+
+
+def test_four_ranks_read_what_two_wrote(saved: Path) -> None:
+    torchrun(4, "load", saved)
+
+
+def test_a_missing_shard_is_seen(saved: Path) -> None:
+    shard = saved / "parts/checkpoints/step_00000002/optimizer/__1_0.distcp"
+    content = shard.read_bytes()
+    shard.unlink()
+    assert list(verify(shard.parents[1])) == ["optimizer/__1_0.distcp is missing"]
+    shard.write_bytes(content[:-1] + b"x")
+    assert list(verify(shard.parents[1])) == ["the content of optimizer/__1_0.distcp has changed"]
