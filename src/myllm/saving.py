@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
+from typing import NoReturn
 
 import torch
 
@@ -99,8 +100,17 @@ class Saver:
 
     @property
     def failed(self) -> bool:
-        """Whether this rank knows that a save has failed; the next `wait` on all ranks says how."""
+        """Whether this rank knows that a save has failed; `fail` on all ranks says how."""
         return self._failure is not None
+
+    def fail(self) -> NoReturn:
+        """End the run on all ranks, once one of them says that a save has `failed`.
+
+        Raises:
+            UserError: no room on the disk.
+        """
+        self.wait()
+        raise RuntimeError("a checkpoint could not be written; another rank says why")
 
     def wait(self) -> None:
         """Until what is being written is whole.

@@ -48,7 +48,8 @@ def write_tensors(folder: Path, tensors: dict[str, Tensor], group: dist.ProcessG
     Raises:
         Exception: what went wrong here, or `distributed.Elsewhere` where it did so on another rank.
     """
-    planner, writer = DefaultSavePlanner(), _Writer(folder, sync_files=True)
+    # Nothing is copied ahead: that is for tensors on a GPU, and would wait for training's work there.
+    planner, writer = DefaultSavePlanner(), _Writer(folder, sync_files=True, per_thread_copy_ahead=0)
     metadata: Metadata | None = None
 
     def planned() -> Any:
@@ -123,8 +124,11 @@ def share(tensors: dict[K, Tensor], rank: int, world_size: int) -> dict[K, Tenso
 
 def to_host(tensors: dict[K, Tensor]) -> dict[K, Tensor]:
     """Copies in host memory, which what training does next leaves alone."""
-    # non_blocking: CUDA copies into pinned memory, which PyTorch keeps for the next time, one after another.
-    copies = {name: tensor.detach().to("cpu", non_blocking=True, copy=True) for name, tensor in tensors.items()}
+    copies = {}
+    for name, tensor in tensors.items():
+        # From CUDA, non_blocking goes into pinned memory, which PyTorch keeps for the next time. Elsewhere it would
+        # only say that the copy may not be there yet.
+        copies[name] = tensor.detach().to("cpu", non_blocking=tensor.is_cuda, copy=True)
     if any(tensor.is_cuda for tensor in tensors.values()):
         torch.cuda.synchronize()
     return copies

@@ -114,7 +114,7 @@ def train(
                 stop.signal is not None, not dataset.complete, saver.failed
             )
             if unsaved:
-                saver.wait()  # raises
+                saver.fail()
             early = out_of_patience(state, config)
             last_step = state.step if early else max_steps
             ending = stopping or state.step >= last_step or failure is not None

@@ -1,0 +1,140 @@
+"""Saving beside training: steps go on while files are written, and what goes wrong there is not lost."""
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+from collections import namedtuple
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import losses, with_train, write_run_config
+from test_signals import wait_for_step
+from test_train import run
+
+from myllm import checkpoint, retention
+from myllm.checkpoint import Snapshot, list_checkpoints, load, verify
+from myllm.config import RunConfig
+from myllm.data.prepare import prepare
+from myllm.distributed import process_group
+from myllm.errors import UserError
+from myllm.paths import RunPaths
+from myllm.train import train
+
+DEADLINE_S = 60
+
+
+@pytest.fixture
+def quick(tiny: RunConfig) -> RunConfig:
+    """Without what takes time beside training."""
+    evals = replace(tiny.eval, validation_every_steps=0, cloze_every_steps=0, sample_every_steps=0)
+    return replace(tiny, eval=evals)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(quick: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first write, of step 4, waits until step 7 is logged. Without a thread that would never come."""
+    real, metrics, seen = checkpoint.write, RunPaths.of("tiny").metrics, []
+
+    def slow(folder: Path, snapshot: Snapshot, *rest: object) -> Path:
+        seen.append(snapshot.state.step)
+        pause = threading.Event()
+        for _ in range(DEADLINE_S * 50 if snapshot.state.step == 4 else 0):
+            if '"step": 7,' in metrics.read_text():
+                break
+            pause.wait(0.02)
+        else:
+            assert snapshot.state.step != 4, "training stood still"
+        return real(folder, snapshot, *rest)
+
+    plain = run(replace(quick, name="plain"))
+    monkeypatch.setattr(checkpoint, "write", slow)
+    root = run(quick)
+    assert seen == [4, 8, 12]
+    assert losses(root) == losses(plain)
+    for step in (4, 8, 12):  # what was written is the state at its step, not that of when it was written
+        one, other = (each / f"checkpoints/step_{step:08d}/manifest.json" for each in (root, plain))
+        names = ("weights/__0_0.distcp", "optimizer/__0_0.distcp", "random/rank_00000.pt", "state.json")
+        written, expected = ({name: files(each)[name] for name in names} for each in (one, other))
+        assert written == expected
+
+
+def files(manifest: Path) -> dict[str, dict[str, object]]:
+    return json.loads(manifest.read_text())["files"]
+
+
+def test_a_save_that_fails_ends_the_run_at_the_next_step(quick: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = checkpoint.write
+
+    def full(folder: Path, snapshot: Snapshot, *rest: object) -> Path:
+        if snapshot.state.step == 8:
+            raise UserError("no room to save step 8")
+        return real(folder, snapshot, *rest)
+
+    monkeypatch.setattr(checkpoint, "write", full)
+    told: list[int] = []
+    dataset = prepare(quick.data, progress=False)
+    with process_group("cpu") as process, pytest.raises(UserError, match="no room to save step 8"):
+        train(with_train(quick, max_steps=400), dataset, process, told.append)
+    assert max(losses(RunPaths.of("tiny").root)) <= 12  # the next save would have said so too
+    assert told == [4]  # only what is whole is handed on
+    monkeypatch.setattr(checkpoint, "write", real)
+    assert losses(run(quick)) == losses(run(replace(quick, name="whole")))
+
+
+def test_room_for_all_is_looked_for_before_the_first_step(quick: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "free")
+    monkeypatch.setattr(retention.shutil, "disk_usage", lambda _: usage(5_000_000))
+    with pytest.raises(UserError, match=r"the run needs .* for 4 checkpoints of .* has 5\.0 MB free"):
+        run(quick)
+    assert not RunPaths.of("tiny").metrics.exists()
+
+
+HELD = """
+import sys, time
+sys.path[:0] = {paths!r}
+from pathlib import Path
+from myllm import files
+import myllm.checkpoint as checkpoint
+real = checkpoint._seal
+def held(work, final, *rest):
+    if final.name == "step_00000008":
+        (work.parents[1] / "held").touch()
+        until = time.monotonic() + {hold_s}
+        while time.monotonic() < until and not (work.parents[1] / "go").exists():
+            time.sleep(0.02)
+    return real(work, final, *rest)
+checkpoint._seal = held
+sys.argv = ["pretrain.py", "--config", {config!r}]
+import pretrain
+pretrain.main()
+"""
+
+
+def test_stopped_and_killed_while_a_checkpoint_is_written(quick: RunConfig, tmp_path: Path, temp_data: Path) -> None:
+    """SIGTERM waits for it; SIGKILL leaves the one before, and the same command goes on from there."""
+    config = with_train(quick, max_steps=400, save_every_steps=4, keep_last=3)
+    path, root = write_run_config(config, tmp_path / "held.json"), temp_data / "runs/tiny"
+    paths = [str(Path(__file__).parents[1])]
+    code = HELD.format(paths=paths, hold_s=DEADLINE_S, config=str(path))
+    for number in (signal.SIGKILL, signal.SIGTERM):
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        wait_for_step(process, root, 10)
+        assert (root / "held").exists()
+        assert [folder.name for folder in list_checkpoints(root / "checkpoints")] == ["step_00000004"]
+        process.send_signal(number)
+        (root / "go").touch() if number == signal.SIGTERM else None
+        said, _ = process.communicate(timeout=DEADLINE_S)
+        assert process.returncode == (-9 if number == signal.SIGKILL else 128 + number), said
+        (root / "held").unlink()
+        if number == signal.SIGKILL:
+            (root / "metrics.jsonl").write_text("")  # so that the wait above is for new rows
+    newest = load(list_checkpoints(root / "checkpoints")[0])
+    assert f"stopped after step {newest.state.step}, saved" in said
+    assert newest.state.step >= 10
+    assert "resuming from" in (root / "log.txt").read_text()
+    assert not [fault for folder in list_checkpoints(root / "checkpoints") for fault in verify(folder)]
+    assert not [each for each in (root / "checkpoints").iterdir() if each.name.startswith(".")]
