@@ -1,6 +1,7 @@
 """Saving beside training: steps go on while files are written, and what goes wrong there is not lost."""
 
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import losses, with_train, write_run_config
 from test_signals import wait_for_step
 from test_train import run
@@ -20,7 +22,9 @@ from myllm.config import RunConfig
 from myllm.data.prepare import prepare
 from myllm.distributed import process_group
 from myllm.errors import UserError
+from myllm.meter import Diverged
 from myllm.paths import RunPaths
+from myllm.saving import _check_finite
 from myllm.train import train
 
 DEADLINE_S = 60
@@ -138,3 +142,11 @@ def test_stopped_and_killed_while_a_checkpoint_is_written(quick: RunConfig, tmp_
     assert "resuming from" in (root / "log.txt").read_text()
     assert not [fault for folder in list_checkpoints(root / "checkpoints") for fault in verify(folder)]
     assert not [each for each in (root / "checkpoints").iterdir() if each.name.startswith(".")]
+
+
+def test_numbers_whose_sum_overflows_are_finite() -> None:
+    _check_finite({("weights", "w"): torch.full((9,), 3e38), ("optimizer", "v"): torch.ones(2, dtype=torch.int64)}, 1)
+    _check_finite({}, 1)
+    for bad in (math.inf, math.nan):
+        with pytest.raises(Diverged, match="after step 1 the weights v are not finite"):
+            _check_finite({("weights", "w"): torch.full((9,), 3e38), ("weights", "v"): torch.tensor([1.0, bad])}, 1)

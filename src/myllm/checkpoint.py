@@ -17,8 +17,9 @@ files are what its manifest says and falls back to older ones. docs/checkpoint_f
 import json
 import os
 import shutil
+import typing
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -252,14 +253,22 @@ def load(folder: Path) -> Checkpoint:
 
 
 def _open(folder: Path) -> Checkpoint:
-    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    position, early = DataPosition(**state.pop("data")), state.pop("early_stop", None)
     return Checkpoint(
         folder=folder,
-        state=TrainState(**state, data=position, early_stop=EarlyStop(**early) if early else None),
+        state=_state_from(json.loads((folder / "state.json").read_text(encoding="utf-8"))),
         config=json.loads((folder / "config.json").read_text(encoding="utf-8")),
         tokenizer_file=folder / TOKENIZER if (folder / TOKENIZER).is_file() else None,
     )
+
+
+def _state_from(values: dict[str, Any]) -> TrainState:
+    """The way back from `asdict`. What an older checkpoint does not have keeps its default."""
+    hints = typing.get_type_hints(TrainState)
+    for name, value in values.items():
+        kinds = [kind for kind in (hints.get(name), *typing.get_args(hints.get(name))) if is_dataclass(kind)]
+        if kinds and value is not None:
+            values[name] = kinds[0](**value)
+    return TrainState(**values)
 
 
 def verify(folder: Path) -> Iterator[str]:

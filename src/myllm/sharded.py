@@ -122,13 +122,21 @@ def share(tensors: dict[K, Tensor], rank: int, world_size: int) -> dict[K, Tenso
     return mine
 
 
-def to_host(tensors: dict[K, Tensor]) -> dict[K, Tensor]:
-    """Copies in host memory, which what training does next leaves alone."""
+def to_host(tensors: dict[K, Tensor], before: dict[K, Tensor]) -> dict[K, Tensor]:
+    """Copies in host memory, which what training does next leaves alone.
+
+    Args:
+        before: copies that are needed no more: their memory is used again, which is several times as fast.
+    """
     copies = {}
     for name, tensor in tensors.items():
-        # From CUDA, non_blocking goes into pinned memory, which PyTorch keeps for the next time. Elsewhere it would
-        # only say that the copy may not be there yet.
-        copies[name] = tensor.detach().to("cpu", non_blocking=tensor.is_cuda, copy=True)
+        # From CUDA, what does not block goes into pinned memory. Elsewhere it would only come too late.
+        beside = tensor.is_cuda
+        if name in before:
+            local(before[name]).copy_(local(tensor.detach()), non_blocking=beside)
+            copies[name] = before[name]
+        else:
+            copies[name] = tensor.detach().to("cpu", non_blocking=beside, copy=True)
     if any(tensor.is_cuda for tensor in tensors.values()):
         torch.cuda.synchronize()
     return copies
