@@ -33,7 +33,7 @@ FLOORS = [
     | {"language_model"}
     | {"sampling", "filters", "generation", "completion", "chat", "serve", "exporting", "importing", "model_card"}
     | {"publishing", "publish_beside", "early_stop", "reference"},
-    {"train", "step", "meter", "loop_evals", "resume", "signals", "growing"},
+    {"train", "step", "parallel", "meter", "loop_evals", "resume", "signals", "growing"},
     {"cli", "data_cli", "eval_cli", "eval_tasks", "sample_cli", "tokenizer_cli", "export_cli", "publish_cli", "launch"}
     | {"__main__", "pretrain"},
 ]

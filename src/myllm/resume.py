@@ -17,6 +17,7 @@ from .meter import Diverged
 from .metrics import Log
 from .model import Transformer
 from .optim import ScheduledAdamW
+from .parallel import full, part_of
 from .run_folder import check_resumable
 
 
@@ -44,7 +45,11 @@ def save(
         Diverged: a weight is not finite; such a checkpoint would poison every resume.
         UserError: no room on the disk.
     """
-    bad = [name for name, weight in model.state_dict().items() if not weight.isfinite().all()]
+    weights = {name: full(weight) for name, weight in model.state_dict().items()}
+    moments = {
+        name: {key: full(value) for key, value in values.items()} for name, values in optimizer.state_dict().items()
+    }
+    bad = [name for name, weight in weights.items() if not weight.isfinite().all()]
     if bad:
         raise Diverged(
             f"after step {state.step:,} the weights {', '.join(bad[:3])} are not finite and were not saved. Start "
@@ -55,7 +60,7 @@ def save(
     if process.is_main:
         try:
             written = checkpoint.save(
-                folder, state, to_dict(config), model.state_dict(), optimizer.state_dict(), random,
+                folder, state, to_dict(config), weights, moments, random,
                 0 if alone else config.train.keep_last, None if tokenizer.is_default else tokenizer.file,
             )  # fmt: skip
             if alone:
@@ -88,8 +93,11 @@ def restore(
             f"the checkpoint {saved.folder} was trained on other data than {dataset.folder}; give the old data set "
             "with --data.dataset NAME, another --name to start a second run, or --train.fresh to start over"
         )
-    model.load_state_dict(saved.model)
-    optimizer.load_state_dict(saved.optimizer)
+    own = dict(model.named_parameters())
+    model.load_state_dict({name: part_of(weight, own[name]) for name, weight in saved.model.items()})
+    optimizer.load_state_dict(
+        {name: {key: part_of(v, own[name]) for key, v in values.items()} for name, values in saved.optimizer.items()}
+    )
     if len(saved.random) == process.world_size:
         checkpoint.restore_random_state(saved.random[process.rank], process.device)
     else:  # dropout of other ranks is nobody's: start anew from something that no other step has used

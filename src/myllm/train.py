@@ -29,12 +29,13 @@ from .meter import Meter, console_line
 from .metrics import JsonLines, Log, environment
 from .model import Transformer
 from .optim import ScheduledAdamW
+from .parallel import gathered, spread, wrap
 from .paths import RunPaths
 from .reference import ReferenceWatch, reference_of
 from .resume import restore, save, save_due
 from .run_folder import claimed, move_aside, truncate_logs, write_config
 from .signals import stop_signals
-from .step import train_step, wrap
+from .step import train_step
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ def train(
 
         # -- model and optimizer; a checkpoint knows better ----------------------------------------------------------
         model = Transformer(config.model, config.train.seed).to(process.device)
+        whole = spread(model, config, process)  # what evaluations see
         optimizer = ScheduledAdamW(model.named_parameters(), config.optim, max_steps)
         torch.manual_seed(config.train.seed + process.rank)  # dropout differs between ranks
         state = TrainState(0, 0, DataPosition(0, 0, config.train.seed, dataset.hash))
@@ -93,7 +95,7 @@ def train(
 
         # -- what the loop turns with --------------------------------------------------------------------------------
         runner = wrap(model, config, process)
-        evals = pending = planned_evals(config, model, dataset, tokenizer, process, samples, log)
+        evals = pending = planned_evals(config, whole, dataset, tokenizer, process, samples, log)
         earlier = metrics.rows() if process.is_main else ()
         watch = ReferenceWatch(reference_of(to_dict(config)), earlier)
         parts = {"config": config, "model": model, "optimizer": optimizer, "tokenizer": tokenizer, "process": process}
@@ -123,9 +125,9 @@ def train(
             due = [each for each in pending if each.due(state.step, last_step) and not stopping]
             pending = [each for each in pending if each not in due]
             if due:
-                with meter.paused():
+                with meter.paused(), gathered(model, whole):
                     for each in due:
-                        figures = run_eval(each, state, model, config, process, watch, metrics, log)
+                        figures = run_eval(each, state, whole, config, process, watch, metrics, log)
                         if state.early_stop and each.name == "validation" and figures:
                             before, state = state, count_validation(state, figures["loss"])
                             if state.early_stop.best_step != before.early_stop.best_step:
