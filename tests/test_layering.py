@@ -33,8 +33,19 @@ FLOORS = [
     | {"language_model"}
     | {"sampling", "filters", "generation", "completion", "chat", "serve", "exporting", "importing", "model_card"}
     | {"publishing", "publish_beside", "early_stop", "reference"},
-    {"train", "step", "parallel", "meter", "loop_evals", "resume", "signals", "growing"},
-    {"cli", "data_cli", "eval_cli", "eval_tasks", "sample_cli", "tokenizer_cli", "export_cli", "publish_cli", "launch"}
+    {"train", "step", "parallel", "precision", "meter", "loop_evals", "resume", "signals", "growing"},
+    {
+        "cli",
+        "data_cli",
+        "eval_cli",
+        "eval_tasks",
+        "sample_cli",
+        "tokenizer_cli",
+        "export_cli",
+        "publish_cli",
+        "launch",
+        "torchrun",
+    }
     | {"__main__", "pretrain"},
 ]
 PARTS = FLOORS[1]  # the one floor whose rooms have no doors between them

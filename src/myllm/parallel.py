@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .config import RunConfig
 from .distributed import Process
 from .model import Transformer
+from .precision import autocast, computes_in_bfloat16
 
 
 def spread(model: Transformer, config: RunConfig, process: Process) -> Transformer:
@@ -44,15 +45,35 @@ def spread(model: Transformer, config: RunConfig, process: Process) -> Transform
 def wrap(model: Transformer, config: RunConfig, process: Process) -> nn.Module:
     """The model as training calls it: compiled where that pays, with gradients averaged over ranks."""
     compiled = config.train.compile == "on" or (config.train.compile == "auto" and process.device.type == "cuda")
-    if isinstance(model, FSDPModule):
-        for block in model.blocks if compiled else ():
+    # FSDP's collectives stand between the blocks, and torch's splitter of graphs for DDP refuses checkpointed blocks.
+    by_block = isinstance(model, FSDPModule) or config.train.activation_checkpointing
+    for block in model.blocks:
+        block.recompute = config.train.activation_checkpointing
+        if compiled and by_block:
             block.compile()
-        return model
-    runner: nn.Module = torch.compile(model) if compiled else model
-    if process.world_size > 1:
+    runner: nn.Module = torch.compile(model) if compiled and not by_block else model
+    if process.world_size > 1 and not isinstance(model, FSDPModule):
         devices = [process.device] if process.device.type == "cuda" else None
-        runner = DistributedDataParallel(runner, device_ids=devices, gradient_as_bucket_view=True)
+        runner = DistributedDataParallel(runner, devices, gradient_as_bucket_view=True, static_graph=True)
+        _show_graph(runner, config, process)
     return runner
+
+
+def _show_graph(runner: nn.Module, config: RunConfig, process: Process) -> None:
+    """One backward pass over empty text, from which DDP learns the graph and the order in which gradients come.
+
+    It cannot learn it from a micro-step whose gradients stay (torch 2.13 fails with an assertion). And were it to
+    learn it from the first real step, that step would be summed in other buckets, and so in another order, than later
+    ones: on three ranks or more a restarted run would differ in the last bits.
+    """
+    shape = config.train.micro_batch_size, config.model.max_seq_len
+    tokens = torch.zeros(shape, dtype=torch.int64, device=process.device)
+    with torch.random.fork_rng([process.device] if process.device.type == "cuda" else []):
+        runner.train()
+        with autocast(config, process.device):
+            loss = runner(tokens, tokens)
+        loss.backward()
+    runner.zero_grad(set_to_none=True)
 
 
 @contextmanager
@@ -97,10 +118,6 @@ def part_of(whole: Tensor, like: Tensor) -> Tensor:
         return whole
     # Every rank has it all: nothing needs to travel.
     return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
-
-
-def computes_in_bfloat16(config: RunConfig, device: torch.device) -> bool:
-    return config.train.precision == "bfloat16" or (config.train.precision == "auto" and device.type == "cuda")
 
 
 def _release(model: nn.Module) -> None:

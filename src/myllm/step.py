@@ -7,8 +7,9 @@ from .config import RunConfig
 from .data.loader import Loader
 from .distributed import Process
 from .optim import ScheduledAdamW
-from .parallel import computes_in_bfloat16, full, last_of_step
+from .parallel import full, last_of_step
 from .plan import BatchPlan
+from .precision import autocast
 
 
 def train_step(
@@ -51,8 +52,3 @@ def accumulate_gradients(
             part.backward()
         loss += part.detach()
     return loss
-
-
-def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
-    """bfloat16 where the config asks for it; weights and optimizer stay float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=computes_in_bfloat16(config, device))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from . import checkpoint, distributed, plan
+from . import checkpoint, distributed, plan, ranks
 from .checkpoint import TrainState
 from .config import DataConfig, RunConfig, to_dict
 from .data.beside import how_far
@@ -68,9 +68,10 @@ def train(
     tokenizer = dataset.tokenizer()
     with ExitStack() as stack:
         # -- the run's folder, which this process holds until it ends ------------------------------------------------
+        (restarted,) = distributed.any_rank(ranks.restarted())  # what is begun afresh once goes on afterwards
         if process.is_main:
             stack.enter_context(claimed(run))
-            aside = move_aside(run) if config.train.fresh else None
+            aside = move_aside(run) if config.train.fresh and not restarted else None
             for folder in (run.checkpoints, run.best):
                 checkpoint.remove_unfinished(folder)
         distributed.barrier()
