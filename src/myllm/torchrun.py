@@ -17,6 +17,8 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher import api
 
+from .ranks import ask_for_a_store_each_start
+
 DEFAULTS = ["--max-restarts=3", "--shutdown-timeout=120", "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
 """Put before what the user gives: how often processes are started again, how long they have to save when a signal
 comes, and which signals they are told of."""
@@ -43,6 +45,7 @@ def main(words: list[str]) -> int:
     Returns:
         the exit code.
     """
+    ask_for_a_store_each_start()
     arguments: Any = run.parse_args([*DEFAULTS, *words])
     try:
         with mock.patch.object(api, "LocalElasticAgent", Agent):
