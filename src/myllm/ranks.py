@@ -36,6 +36,19 @@ def restarted() -> bool:
     )
 
 
+def meeting_place() -> tuple[str, int, bool]:
+    """Host and port of the store in which the processes find each other, and whether this process has to open it.
+
+    Raises:
+        UserError: a launcher that gives RANK but no address.
+    """
+    host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
+    if not host or not port.isdecimal():
+        raise UserError("RANK is set, but MASTER_ADDR and MASTER_PORT are not: start the processes with torchrun")
+    opened = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by the launcher
+    return host, int(port), rank() == 0 and not opened
+
+
 def ask_for_a_store_each_start() -> None:
     """Have torchrun make the store anew, in which processes find each other, each time it starts them.
 
