@@ -3,9 +3,12 @@
 torchrun itself ends with 1 whatever its processes ended with, and starts them again whatever ended them. Here a process
 that was killed or that failed with a traceback (exit code 1) is started again, as often as --max-restarts says. Any
 other code was meant: 2 is a user's mistake, others are a stop that was asked for. Nothing is started again then, and
-the code is handed on. A signal is handed to the processes, which save, and ends this with 128 and its number.
+the code is handed on. A signal is handed to the processes, which save, and ends this with 128 and its number, or for
+SIGUSR1 with 75, "not finished, start me again".
 """
 
+import os
+import signal
 import sys
 from typing import Any
 from unittest import mock
@@ -59,7 +62,8 @@ def main(words: list[str]) -> int:
             print(f"rank {rank} {how}; --max-restarts {arguments.max_restarts} are used up", file=sys.stderr)
         return chosen or 1
     except SignalException as signalled:
-        return 128 + int(signalled.sigval)
+        # SIGUSR1 is how a scheduler says that time is up: not finished, start it again.
+        return os.EX_TEMPFAIL if signalled.sigval == signal.SIGUSR1 else 128 + int(signalled.sigval)
     return 0
 
 
