@@ -60,20 +60,21 @@ def wrap(model: Transformer, config: RunConfig, process: Process) -> nn.Module:
 
 
 def _show_graph(runner: nn.Module, config: RunConfig, process: Process) -> None:
-    """One backward pass over empty text, from which DDP learns the graph and the order in which gradients come.
+    """Two backward passes over empty text: from the first DDP learns the graph, from the second the order of gradients.
 
-    It cannot learn it from a micro-step whose gradients stay (torch 2.13 fails with an assertion). And were it to
-    learn it from the first real step, that step would be summed in other buckets, and so in another order, than later
-    ones: on three ranks or more a restarted run would differ in the last bits.
+    It cannot learn them from a micro-step whose gradients stay (torch 2.13 fails with an assertion). And were it to
+    learn them from real steps, those would be summed in other buckets, and so in another order, than later ones: on
+    three ranks or more a restarted run would differ in the last bits.
     """
     shape = config.train.micro_batch_size, config.model.max_seq_len
     tokens = torch.zeros(shape, dtype=torch.int64, device=process.device)
     with torch.random.fork_rng([process.device] if process.device.type == "cuda" else []):
         runner.train()
-        with autocast(config, process.device):
-            loss = runner(tokens, tokens)
-        loss.backward()
-    runner.zero_grad(set_to_none=True)
+        for _ in range(2):
+            with autocast(config, process.device):
+                loss = runner(tokens, tokens)
+            loss.backward()
+            runner.zero_grad(set_to_none=True)
 
 
 @contextmanager

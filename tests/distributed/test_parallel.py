@@ -1,5 +1,6 @@
 """DDP and FSDP2 on two ranks against each other and against one: gradients, norms, losses, weights, whole runs."""
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -63,6 +64,17 @@ def test_fsdp_ddp_and_one_rank_agree(tmp_path: Path) -> None:
         assert all(weight.dtype == torch.float32 for weight in two[case]["weights"].values())
         assert two[case]["parts"] == one["part"]  # each weight is on one rank alone
         assert two[case]["kept_bytes"] == 0  # of what the evaluations saw
+
+
+def test_the_first_step_after_a_start_is_like_later_ones(tmp_path: Path) -> None:
+    """On three ranks, where the order of a sum depends on the place in a bucket: promise of bit-identical restarts."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
+    words = [*torchrun, str(SCRIPT.with_name("repeat_gradients.py")), str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    for rank in range(3):
+        found = json.loads((tmp_path / f"rank{rank}.json").read_text())
+        assert found == {"ddp": [True, True], "fsdp": [True, True]}
 
 
 @pytest.mark.slow
