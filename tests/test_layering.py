@@ -45,6 +45,8 @@ FLOORS = [
         "publish_cli",
         "launch",
         "torchrun",
+        "doctor",
+        "network_check",
     }
     | {"__main__", "pretrain"},
 ]
