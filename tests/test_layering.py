@@ -33,22 +33,10 @@ FLOORS = [
     | {"language_model"}
     | {"sampling", "filters", "generation", "completion", "chat", "serve", "exporting", "importing", "model_card"}
     | {"publishing", "publish_beside", "early_stop", "reference"},
-    {"train", "step", "parallel", "precision", "meter", "loop_evals", "resume", "signals", "growing"},
-    {
-        "cli",
-        "data_cli",
-        "eval_cli",
-        "eval_tasks",
-        "sample_cli",
-        "tokenizer_cli",
-        "export_cli",
-        "publish_cli",
-        "launch",
-        "torchrun",
-        "doctor",
-        "network_check",
-    }
-    | {"__main__", "pretrain"},
+    {"train", "step", "meter", "loop_evals", "resume", "signals", "growing"} | {"parallel", "precision"},
+    {"cli", "data_cli", "eval_cli", "eval_tasks", "sample_cli", "tokenizer_cli", "export_cli", "publish_cli", "launch"}
+    | {"__main__", "pretrain"}
+    | {"torchrun", "doctor", "network_check"},
 ]
 PARTS = FLOORS[1]  # the one floor whose rooms have no doors between them
 
