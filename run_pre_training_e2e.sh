@@ -94,7 +94,9 @@ if [ "$preset" = debug ] || { [ "$gpus" -eq 0 ] && [ "$nodes" -eq 1 ]; }; then
 fi
 where="--standalone"
 if [ "$nodes" -gt 1 ]; then
-  where="--nnodes=$nodes --node_rank=$NODE_RANK --master_addr=$MASTER_ADDR --master_port=$MASTER_PORT"
+  # Node 0 is where the others meet; which node gets rank 0 is torchrun's choice.
+  where="--nnodes=$nodes --rdzv_backend=c10d --rdzv_id=${RDZV_ID:-myllm} --rdzv_endpoint=$MASTER_ADDR:$MASTER_PORT"
+  where="$where --rdzv_conf=is_host=$([ "$NODE_RANK" = 0 ] && echo 1 || echo 0)"
 fi
 # shellcheck disable=SC2086 # $where is several words
-exec "$PYTHON" -m torch.distributed.run $where --nproc_per_node="$processes" "$here/pretrain.py" ${preset:+"$preset"} "$@"
+exec "$PYTHON" -m myllm.torchrun $where --nproc_per_node="$processes" "$here/pretrain.py" ${preset:+"$preset"} "$@"

@@ -385,7 +385,7 @@ def test_force_trains_on_cpu_in_a_plain_process(launch, arguments):
 @pytest.mark.parametrize("gpus", [1, 8])
 def test_one_process_for_each_gpu(launch, gpus):
     status, commands, calls = launch(gpus=gpus)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
+    torchrun = ["-m", "myllm.torchrun", "--standalone", f"--nproc_per_node={gpus}"]
     assert status == 0
     assert commands[-1] == [*torchrun, launch.pretrain, "lf-llm-269m"]
     assert [call["WORLD_SIZE"] for call in calls] == [str(gpus), None]
@@ -394,9 +394,10 @@ def test_one_process_for_each_gpu(launch, gpus):
 def test_several_nodes(launch):
     nodes = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
     status, commands, calls = launch("default-150m", gpus=4, **nodes)
-    where = ["--nnodes=2", "--node_rank=1", "--master_addr=10.0.0.1", "--master_port=29500", "--nproc_per_node=4"]
+    meeting = ["--rdzv_backend=c10d", "--rdzv_id=myllm", "--rdzv_endpoint=10.0.0.1:29500", "--rdzv_conf=is_host=0"]
+    where = ["--nnodes=2", *meeting, "--nproc_per_node=4"]
     assert status == 0
-    assert commands[-1] == ["-m", "torch.distributed.run", *where, launch.pretrain, "default-150m"]
+    assert commands[-1] == ["-m", "myllm.torchrun", *where, launch.pretrain, "default-150m"]
     assert [call["WORLD_SIZE"] for call in calls] == ["8", None]
 
 

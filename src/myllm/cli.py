@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from typing import Literal
 
 import tyro
 
@@ -23,6 +24,29 @@ def report(run: Positional[str]) -> None:
     print(write_report(find_run(run)))
 
 
+def doctor(distributed: bool = False, device: Literal["auto", "cpu", "cuda"] = "auto", timeout_s: float = 60.0) -> None:
+    """Look at this machine and, with --distributed under torchrun, at the network between the ranks.
+
+    Args:
+        distributed: all-reduces between all ranks: whether the sums are right, and how fast they go.
+        device: what carries them.
+        timeout_s: how long the ranks wait for each other.
+    """
+    if distributed:
+        from .network_check import check_network
+
+        for line in check_network(device, timeout_s):
+            print(line)
+        return
+    from .doctor import examine
+
+    lines, faults = examine()
+    print("\n".join(lines))
+    if faults:
+        raise UserError("this will hinder training:\n" + "\n".join(f"  - {fault}" for fault in faults))
+    print("nothing here will hinder training")
+
+
 COMMANDS: dict[str, Callable[..., None]] = {
     "data list": data_cli.list_sources,
     "data estimate": data_cli.estimate,
@@ -41,6 +65,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "publish": publish_cli.publish,
     "checkpoint list": checkpoint_cli.list_all,
     "checkpoint verify": checkpoint_cli.verify,
+    "doctor": doctor,
 }
 
 

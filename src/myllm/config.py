@@ -151,6 +151,12 @@ class TrainConfig:
     """auto: bfloat16 autocast on CUDA, float32 elsewhere. Weights are float32 either way."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; auto: on CUDA."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """With several ranks: ddp has all weights on each; fsdp a part of each matrix, its gradient and its moments, and
+    the whole of one block at a time while it computes."""
+    activation_checkpointing: bool = False
+    """Keep only what goes into each block and compute the rest again for its gradient: less memory, a third more
+    arithmetic, the same numbers."""
     fresh: bool = False
     """Start over: an older run of this name is moved aside, never deleted."""
 

@@ -2,9 +2,11 @@
 
 import errno
 import json
+import platform
 import shlex
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ from .paths import RunPaths
 from .presets import describe_presets, preset
 from .validate import check
 
+RANK_0_FIRST_S = 10
 USAGE = """usage: python pretrain.py PRESET [--config FILE.json] [--dry-run] [--prepare-only] [overrides]
 
 Train a language model. The same command resumes an interrupted run.
@@ -148,6 +151,11 @@ def clear_errors() -> Iterator[None]:
 def _fail(message: str) -> None:
     if ranks.rank() == 0:
         print(f"error: {message}", file=sys.stderr)
+    else:
+        # Rank 0 says it for all, and torchrun then ends the others. One that is still here has a mistake of its own,
+        # such as a device that its machine lacks.
+        time.sleep(RANK_0_FIRST_S)
+        print(f"error on rank {ranks.rank()}, {platform.node()}: {message}", file=sys.stderr)
     raise SystemExit(2) from None
 
 

@@ -22,9 +22,9 @@ from .evals.validation import validation_batches
 from .language_model import LanguageModel
 from .metrics import JsonLines, Log
 from .model import Transformer
+from .precision import autocast
 from .reference import ReferenceWatch
 from .sampling import Sampling
-from .step import autocast
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
-"""What a launcher tells a process: the only reader of RANK, LOCAL_RANK and WORLD_SIZE. Knows no torch, which is slow to
-import: command lines and the processes that tokenise start with this.
+"""What a launcher tells a process: the only reader of RANK, LOCAL_RANK, WORLD_SIZE and their like. Knows no torch,
+which is slow to import: command lines and the processes that tokenise start with this.
 """
 
 import os
@@ -19,6 +19,43 @@ def rank() -> int:
 def local_rank() -> int:
     """This process among those of its machine."""
     return int(os.environ["LOCAL_RANK"]) if launched() else 0
+
+
+def node_rank() -> int:
+    """This machine among those of the run."""
+    return int(os.environ.get("GROUP_RANK", "0")) if launched() else 0
+
+
+def restarted() -> bool:
+    """Whether this is another start of the same launch: by torchrun after a process died, or by Slurm after a requeue.
+
+    Not every process of a restarted run need know: a machine that came as a replacement counts from 0.
+    """
+    return any(
+        os.environ.get(name, "0") not in ("", "0") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+    )
+
+
+def meeting_place() -> tuple[str, int, bool]:
+    """Host and port of the store in which the processes find each other, and whether this process has to open it.
+
+    Raises:
+        UserError: a launcher that gives RANK but no address.
+    """
+    host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
+    if not host or not port.isdecimal():
+        raise UserError("RANK is set, but MASTER_ADDR and MASTER_PORT are not: start the processes with torchrun")
+    opened = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by the launcher
+    return host, int(port), rank() == 0 and not opened
+
+
+def ask_for_a_store_each_start() -> None:
+    """Have torchrun make the store anew, in which processes find each other, each time it starts them.
+
+    By default torch 2.13 keeps it, and with it the addresses of processes that are dead: after a restart gloo's ranks
+    now and then try to reach those, and fail or wait for ever (docs/experiments.md).
+    """
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
 
 
 def world_size() -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from . import checkpoint, distributed, plan
+from . import checkpoint, distributed, plan, ranks
 from .checkpoint import TrainState
 from .config import DataConfig, RunConfig, to_dict
 from .data.beside import how_far
@@ -28,6 +28,7 @@ from .meter import Meter, console_line
 from .metrics import JsonLines, Log, environment
 from .model import Transformer
 from .optim import ScheduledAdamW
+from .parallel import gathered, spread, wrap
 from .paths import RunPaths
 from .reference import ReferenceWatch, reference_of
 from .resume import restore
@@ -35,7 +36,7 @@ from .retention import remove_unfinished, save_due
 from .run_folder import claimed, move_aside, truncate_logs, write_config
 from .saving import Saver
 from .signals import stop_signals
-from .step import train_step, wrap
+from .step import train_step
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,10 @@ def train(
     tokenizer = dataset.tokenizer()
     with ExitStack() as stack:
         # -- the run's folder, which this process holds until it ends ------------------------------------------------
+        (restarted,) = distributed.any_rank(ranks.restarted())  # what is begun afresh once goes on afterwards
         if process.is_main:
             stack.enter_context(claimed(run))
-            aside = move_aside(run) if config.train.fresh else None
+            aside = move_aside(run) if config.train.fresh and not restarted else None
             for folder in (run.checkpoints, run.best):
                 remove_unfinished(folder)
         distributed.barrier()
@@ -80,6 +82,7 @@ def train(
 
         # -- model and optimizer; a checkpoint knows better ----------------------------------------------------------
         model = Transformer(config.model, config.train.seed).to(process.device)
+        whole = spread(model, config, process)  # what evaluations see
         optimizer = ScheduledAdamW(model.named_parameters(), config.optim, max_steps)
         torch.manual_seed(config.train.seed + process.rank)  # dropout differs between ranks
         state = TrainState(0, 0, DataPosition(0, 0, config.train.seed, dataset.hash))
@@ -94,7 +97,7 @@ def train(
 
         # -- what the loop turns with --------------------------------------------------------------------------------
         runner = wrap(model, config, process)
-        evals = pending = planned_evals(config, model, dataset, tokenizer, process, samples, log)
+        evals = pending = planned_evals(config, whole, dataset, tokenizer, process, samples, log)
         earlier = metrics.rows() if process.is_main else ()
         watch = ReferenceWatch(reference_of(to_dict(config)), earlier)
         saver = stack.enter_context(Saver(config, run, model, optimizer, tokenizer, process))
@@ -128,9 +131,9 @@ def train(
             due = [each for each in pending if each.due(state.step, last_step) and not stopping]
             pending = [each for each in pending if each not in due]
             if due:
-                with meter.paused():
+                with meter.paused(), gathered(model, whole):
                     for each in due:
-                        figures = run_eval(each, state, model, config, process, watch, metrics, log)
+                        figures = run_eval(each, state, whole, config, process, watch, metrics, log)
                         if state.early_stop and each.name == "validation" and figures:
                             before, state = state, count_validation(state, figures["loss"])
                             if state.early_stop.best_step != before.early_stop.best_step:

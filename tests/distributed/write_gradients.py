@@ -15,8 +15,9 @@ from myllm.data.order import DataPosition
 from myllm.data.prepare import prepare
 from myllm.distributed import process_group
 from myllm.model import Transformer
+from myllm.parallel import wrap
 from myllm.plan import batch_plan
-from myllm.step import accumulate_gradients, wrap
+from myllm.step import accumulate_gradients
 
 
 def main(path: str, folder: str, *sizes: str) -> None:

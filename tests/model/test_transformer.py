@@ -250,3 +250,25 @@ def test_autocast_is_close_and_leaves_gradients_in_float32():
     rough.backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
     assert not model.embedding.weight.grad[config.vocab_size :].any()
+
+
+def test_recomputed_activations_change_no_bit():
+    """Dropout too: the same masks are drawn again."""
+    tokens = tokens_of(SMALL)
+    config = replace(SMALL, dropout_embedding=0.1, dropout_attention_residual=0.2, dropout_ffn=0.3)
+    found = []
+    for recompute in (False, True):
+        model = Transformer(config, seed=1).train()
+        for block in model.blocks:
+            block.recompute = recompute
+        kept = []
+        torch.manual_seed(7)
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(x.numel()) or x, lambda x: x):
+            loss = model(tokens[:, :-1], tokens[:, 1:])
+        loss.backward()
+        found.append((loss.detach(), [p.grad for p in model.parameters()], torch.get_rng_state(), sum(kept)))
+    (loss, gradients, random, kept), (again, others, random_again, fewer) = found
+    assert torch.equal(loss, again)
+    assert all(map(torch.equal, gradients, others))
+    assert torch.equal(random, random_again)
+    assert fewer < kept / 2

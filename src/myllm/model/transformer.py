@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..config import ModelConfig
 from .attention import Attention
@@ -185,11 +186,18 @@ class Block(nn.Module):
         self.attention = Attention(config, layer)
         self.feed_forward_norm = make_norm(config)
         self.feed_forward = FeedForward(config)
+        self.recompute = False
+        """Whether the backward pass computes what is inside again instead of keeping it."""
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, cache: KVCache | None = None) -> Tensor:
         """
         Shapes:
             x (B, T, D); returns (B, T, D)
         """
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self._run, x, rotary, cache, use_reentrant=False)
+        return self._run(x, rotary, cache)
+
+    def _run(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, cache: KVCache | None) -> Tensor:
         x = x + self.attention(self.attention_norm(x), rotary, cache)
         return x + self.feed_forward(self.feed_forward_norm(x))

@@ -1,0 +1,71 @@
+"""torchrun with exit codes that can be told apart: `python -m myllm.torchrun ARGUMENTS OF TORCHRUN`.
+
+torchrun itself ends with 1 whatever its processes ended with, and starts them again whatever ended them. Here a process
+that was killed or that failed with a traceback (exit code 1) is started again, as often as --max-restarts says. Any
+other code was meant: 2 is a user's mistake, others are a stop that was asked for. Nothing is started again then, and
+the code is handed on. A signal is handed to the processes, which save, and ends this with 128 and its number, or for
+SIGUSR1 with 75, "not finished, start me again".
+"""
+
+import os
+import signal
+import sys
+from typing import Any
+from unittest import mock
+
+from torch.distributed import run
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerState
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher import api
+
+from .ranks import ask_for_a_store_each_start
+
+DEFAULTS = ["--max-restarts=3", "--shutdown-timeout=120", "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
+"""Put before what the user gives: how often processes are started again, how long they have to save when a signal
+comes, and which signals they are told of."""
+
+
+class Agent(LocalElasticAgent):
+    """torchrun's own, but for one decision: after a code that was meant, nothing is started again."""
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        result = super()._monitor_workers(worker_group)
+        if result.state == WorkerState.FAILED and any(meant(failure.exitcode) for failure in result.failures.values()):
+            self._remaining_restarts = 0
+        return result
+
+
+def meant(exit_code: int) -> bool:
+    """Whether a process chose to end like this; negative codes are signals that killed it."""
+    return exit_code > 1
+
+
+def main(words: list[str]) -> int:
+    """Run the processes of this node.
+
+    Returns:
+        the exit code.
+    """
+    ask_for_a_store_each_start()
+    arguments: Any = run.parse_args([*DEFAULTS, *words])
+    try:
+        with mock.patch.object(api, "LocalElasticAgent", Agent):
+            run.run(arguments)
+    except ChildFailedError as error:
+        codes = {rank: failure.exitcode for rank, failure in sorted(error.failures.items())}
+        chosen = next((code for code in codes.values() if meant(code)), None)
+        if chosen is None:
+            rank, first = error.get_first_failure()
+            how = f"was killed by signal {-first.exitcode}" if first.exitcode < 0 else "failed; see its traceback above"
+            print(f"rank {rank} {how}; --max-restarts {arguments.max_restarts} are used up", file=sys.stderr)
+        return chosen or 1
+    except SignalException as signalled:
+        # SIGUSR1 is how a scheduler says that time is up: not finished, start it again.
+        return os.EX_TEMPFAIL if signalled.sigval == signal.SIGUSR1 else 128 + int(signalled.sigval)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

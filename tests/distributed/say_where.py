@@ -1,0 +1,33 @@
+"""One rank of several machines: write down which it is and which device it would take, then train.
+
+say_where.py CONFIG.json FOLDER    writes FOLDER/rank<N>.json
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+from myllm import distributed, ranks
+from myllm.config import RunConfig, load_json
+from myllm.data.beside import prepared_beside
+from myllm.train import train
+
+if __name__ == "__main__":
+    config, folder = load_json(Path(sys.argv[1]), RunConfig()), Path(sys.argv[2])
+    with mock.patch.object(torch.cuda, "device_count", return_value=2):
+        device = distributed.choose_device("cuda", ranks.local_rank())
+    with (
+        prepared_beside(config.data, starts=ranks.local_rank() == 0) as dataset,
+        distributed.process_group("cpu") as process,
+    ):
+        outcome = train(config, dataset, process)
+    about = {
+        "machine": os.environ["MYLLM_DATA"], "rank": process.rank, "local_rank": process.local_rank,
+        "node_rank": ranks.node_rank(), "world_size": process.world_size, "device": str(device),
+        "main": process.is_main, "step": outcome.step, "dataset": str(dataset.folder),
+    }  # fmt: skip
+    (folder / f"rank{process.rank}.json").write_text(json.dumps(about))

@@ -1,0 +1,69 @@
+"""`myllm doctor`: what it says of a machine, and of the network between ranks that are there, late or wrong."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch.distributed as dist
+from conftest import ROOT
+
+from myllm import doctor
+from myllm.cli import main
+from myllm.errors import UserError
+from myllm.network_check import check_network
+
+
+def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")} | environment
+    return subprocess.run(
+        [sys.executable, *words], capture_output=True, text=True, timeout=180, check=False, env=environment
+    )
+
+
+def test_a_machine(temp_data, capsys, monkeypatch):
+    main(["doctor"])
+    said = capsys.readouterr().out
+    for word in ("python", "torch 2.", "cores for this process", "GB are available", str(temp_data), "attention"):
+        assert word in said
+    assert said.endswith("nothing here will hinder training\n")
+    monkeypatch.setattr(doctor, "LEAST_FREE_BYTES", 10**18)
+    monkeypatch.setattr(doctor, "PACKAGES", ("torch", "no-such-package"))
+    with pytest.raises(SystemExit) as ended:
+        main(["doctor"])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert "no-such-package is not installed: run src/environment.sh" in said
+    assert f"are free for {temp_data}: free some, or set MYLLM_DATA" in said
+
+
+def test_two_ranks():
+    done = run("-m", "myllm.torchrun", "--standalone", "--nproc_per_node=2", "-m", "myllm", "doctor", "--distributed")
+    assert done.returncode == 0, done.stderr
+    for rank in range(2):
+        assert f"rank {rank}: {socket.gethostname()}, local rank {rank}, " in done.stdout
+    assert len(re.findall(r"KiB|MiB", done.stdout)) == 4
+    assert float(re.search(r"25 MiB .* ms +([0-9.]+) GB/s", done.stdout)[1]) > 0
+    assert done.stdout.count("the sums are right on all 2 ranks") == 1
+
+
+def test_a_rank_that_does_not_come():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "3", "LOCAL_RANK": "0"}
+    done = run("-m", "myllm", "doctor", "--distributed", "--timeout-s", "2", RANK="0", **place)
+    assert done.returncode == 2, done.stderr
+    assert "of 3 ranks, 1, 2 did not come within 2 s" in done.stderr
+    assert f"rank 0: {socket.gethostname()}" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_wrong_sums_are_found(monkeypatch):
+    assert list(check_network("cpu", 10))[-1] == "one rank: nothing had to travel"
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, *_, **__: tensor.numel() > 1 and tensor[:3].add_(1))
+    with pytest.raises(UserError, match=r"all-reduce of 4,096 bytes gave wrong sums: . on rank 0"):
+        list(check_network("cpu", 10))
+    assert not dist.is_initialized()

@@ -1,0 +1,114 @@
+"""DDP and FSDP2 on two ranks against each other and against one: gradients, norms, losses, weights, whole runs."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import eval_rows, launch, losses, train_rows, with_train, write_run_config
+
+from myllm.checkpoint import list_checkpoints
+from myllm.config import RunConfig
+from myllm.loading import load_model
+from myllm.metrics import JsonLines
+
+SCRIPT = Path(__file__).parent / "train_in_parts.py"
+
+
+def results(folder: Path, ranks: int, *cases: str) -> dict[str, dict]:
+    """What each case gave; every rank must have the same of what is everybody's."""
+    folder.mkdir()
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    words = [sys.executable, *torchrun, str(SCRIPT), str(folder), *cases]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    found = {}
+    for case in cases:
+        found[case], *others = (torch.load(folder / f"{case}-rank{rank}.pt") for rank in range(ranks))
+        for other in others:
+            for key in ("losses", "norms", "scores"):
+                assert other[key] == found[case][key], (case, key)
+            for key in ("gradients", "weights", "moments"):
+                assert all(torch.equal(other[key][name], value) for name, value in found[case][key].items())
+            found[case]["parts"] = found[case]["part"] + other["part"]
+    return found
+
+
+def assert_close(mine: dict, other: dict, tolerance: float) -> None:
+    for key in ("losses", "norms", "scores"):
+        assert len(mine[key]) == 5
+        assert mine[key] == pytest.approx(other[key], rel=tolerance), key
+    for key in ("gradients", "weights", "moments"):
+        assert mine[key].keys() == other[key].keys()
+        for name, value in other[key].items():
+            difference = (mine[key][name] - value).norm() / value.norm()
+            assert difference < 10 * tolerance, f"{key} of {name} differ by {difference:.1e}"
+
+
+def test_fsdp_ddp_and_one_rank_agree(tmp_path: Path) -> None:
+    """Two micro-steps each step, tied and untied embeddings, gradients that are clipped, decay groups."""
+    alone = results(tmp_path / "one", 1, "ddp", "untied")
+    two = results(tmp_path / "two", 2, "ddp", "fsdp", "untied", "ddp-bfloat16", "fsdp-bfloat16")
+    one = alone["ddp"]
+    assert min(one["norms"]) > 0.1, "the norm is meant to be clipped"
+    assert_close(two["ddp"], one, 1e-5)
+    assert_close(two["fsdp"], one, 1e-5)
+    assert_close(two["untied"], alone["untied"], 1e-5)
+    # In bfloat16 both round alike but for the norms' weights, which travel in bfloat16.
+    assert_close(two["fsdp-bfloat16"], two["ddp-bfloat16"], 5e-3)
+    assert two["fsdp-bfloat16"]["losses"] != two["fsdp"]["losses"]
+    for case in ("fsdp", "fsdp-bfloat16"):
+        assert all(weight.dtype == torch.float32 for weight in two[case]["weights"].values())
+        assert two[case]["parts"] == one["part"]  # each weight is on one rank alone
+        assert two[case]["kept_bytes"] == 0  # of what the evaluations saw
+
+
+def test_the_first_step_after_a_start_is_like_later_ones(tmp_path: Path) -> None:
+    """On three ranks, where the order of a sum depends on the place in a bucket: promise of bit-identical restarts."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
+    words = [*torchrun, str(SCRIPT.with_name("repeat_gradients.py")), str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    for rank in range(3):
+        found = json.loads((tmp_path / f"rank{rank}.json").read_text())
+        assert found == {"ddp": [True, True], "fsdp": [True, True]}
+
+
+@pytest.mark.slow
+def test_compiled_engines_agree(tmp_path: Path) -> None:
+    cases = "ddp-compiled", "ddp-compiled-recomputed", "fsdp-compiled", "fsdp-compiled-recomputed"
+    (one,) = results(tmp_path / "one", 1, "ddp").values()
+    for found in results(tmp_path / "two", 2, *cases).values():
+        assert_close(found, one, 1e-4)
+
+
+def test_a_run_in_parts(tiny: RunConfig, tmp_path: Path, temp_data: Path) -> None:
+    """A whole run on FSDP with recomputed activations and dropout is the one on DDP: losses, every evaluation, samples,
+    the best checkpoint, which opens everywhere."""
+    evals = replace(tiny.eval, validation_every_steps=2, validation_tokens=320)  # five sequences: unequal shares
+    base = replace(with_train(tiny, max_steps=6, early_stop_patience=9), eval=evals)
+    base = with_train(base, batch_tokens=256)
+    for name, changes in (("ddp", {}), ("fsdp", {"parallel": "fsdp", "activation_checkpointing": True})):
+        config = replace(with_train(base, **changes), name=name)
+        done = launch("--config", write_run_config(config, tmp_path / f"{name}.json"), ranks=2)
+        assert done.returncode == 0, done.stderr
+    ddp, fsdp = temp_data / "runs/ddp", temp_data / "runs/fsdp"
+    assert losses(fsdp) == pytest.approx(losses(ddp), rel=1e-5)
+    assert [row["grad_norm"] for row in train_rows(fsdp)] == pytest.approx(
+        [row["grad_norm"] for row in train_rows(ddp)], rel=1e-4
+    )
+    for name in ("validation", "cloze"):
+        mine, other = eval_rows(fsdp, name), eval_rows(ddp, name)
+        assert [row["step"] for row in mine] == [row["step"] for row in other]
+        for a, b in zip(mine, other, strict=True):
+            a, b = ({key: v for key, v in row.items() if isinstance(v, float | int)} for row in (a, b))
+            assert a | {"seconds": 0} == pytest.approx(b | {"seconds": 0}, rel=1e-4)
+    assert "failed" not in (fsdp / "log.txt").read_text()
+    texts = [[row["text"] for row in JsonLines(run / "samples.jsonl").rows()] for run in (fsdp, ddp)]
+    assert texts[0] == texts[1]
+    assert list_checkpoints(fsdp / "best")[0].name == list_checkpoints(ddp / "best")[0].name
+    mine, other = (load_model(run)[0].state_dict() for run in (fsdp, ddp))
+    assert all(torch.allclose(mine[name], other[name], rtol=1e-3, atol=1e-6) for name in other)

@@ -1,0 +1,135 @@
+"""Starting again what died, and only that: the launcher, two processes, and a real SIGKILL."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import ROOT, losses, with_train, write_run_config
+
+from myllm.config import RunConfig
+from myllm.data.prepare import prepare
+
+TORCHRUN = [sys.executable, "-m", "myllm.torchrun", "--standalone", "--nproc_per_node=2", str(ROOT / "pretrain.py")]
+
+
+class Started:
+    """A launcher of two ranks, whose output goes to a file."""
+
+    def __init__(self, log: Path, *words: str | Path) -> None:
+        environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+        self.log = log
+        with log.open("w") as file:
+            self.process = subprocess.Popen(
+                [*TORCHRUN, *map(str, words)], stdout=file, stderr=subprocess.STDOUT, env=environment
+            )
+
+    def rank(self, number: int) -> psutil.Process:
+        children = psutil.Process(self.process.pid).children()
+        return next(child for child in children if child.environ().get("RANK") == str(number))
+
+    def wait_for(self, there: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 180
+        while not there():
+            assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.02)
+
+    def ended(self) -> tuple[int, str]:
+        return self.process.wait(timeout=180), self.log.read_text()
+
+
+def logged(run: Path, step: int) -> Callable[[], bool]:
+    path = run / "metrics.jsonl"
+    return lambda: path.is_file() and f'"step": {step}, "tokens"' in path.read_text()
+
+
+@pytest.fixture
+def started(tmp_path: Path) -> Iterator[Callable[..., Started]]:
+    """Starts launchers, and leaves none behind."""
+    all_started: list[Started] = []
+
+    def start(*words: str | Path) -> Started:
+        all_started.append(Started(tmp_path / f"launcher{len(all_started)}.txt", *words))
+        return all_started[-1]
+
+    yield start
+    for each in all_started:
+        for child in psutil.Process(each.process.pid).children(recursive=True) if each.process.poll() is None else []:
+            child.kill()
+        each.process.kill()
+
+
+def test_a_killed_rank_is_started_again(
+    tiny: RunConfig, tmp_path: Path, temp_data: Path, started: Callable[..., Started]
+) -> None:
+    """SIGKILL of one rank, and another run whose launcher gets SIGTERM and that the same command takes up: the same
+    losses to the last bit. What --train.fresh moves aside, it moves aside once."""
+    evals = replace(tiny.eval, cloze_every_steps=0, sample_every_steps=0, validation_every_steps=0)
+    config = replace(with_train(tiny, max_steps=24, save_every_steps=5, batch_tokens=256), eval=evals)
+    prepare(config.data, progress=False)
+    path = write_run_config(config, tmp_path / "config.json")
+    run = temp_data / "runs/tiny"
+    run.mkdir(parents=True)
+    (run / "older").touch()
+
+    first = started("--config", path, "--train.fresh")
+    first.wait_for(logged(run, 8))
+    first.rank(1).send_signal(signal.SIGKILL)
+    code, said = first.ended()
+    assert code == 0, said
+    assert (run / "log.txt").read_text().count("resuming from") == 1
+    asides = list(run.parent.glob("tiny.before-*"))
+    assert [(aside / "older").is_file() for aside in asides] == [True]
+    assert not (asides[0] / "metrics.jsonl").exists()
+
+    other = temp_data / "runs/other"
+    again = write_run_config(replace(config, name="other"), tmp_path / "other.json")
+    second = started("--config", again)
+    second.wait_for(logged(other, 12))
+    second.process.send_signal(signal.SIGTERM)
+    code, said = second.ended()
+    assert code == 128 + signal.SIGTERM, said
+    assert "saved; the same command resumes" in said
+    code, said = started("--config", again).ended()
+    assert code == 0, said
+    assert (other / "log.txt").read_text().count("resuming from") == 1
+    assert losses(run) == losses(other)
+    assert losses(run).keys() == set(range(1, 25))
+    assert not [p for p in psutil.process_iter(["cmdline"]) if str(path) in (p.info["cmdline"] or [])]
+
+
+def test_a_mistake_ends_at_once_with_its_own_code(temp_data: Path, started: Callable[..., Started]) -> None:
+    code, said = started("debug", "--train.batch-tokens", "1000").ended()
+    assert code == 2, said
+    assert said.count("error: the config has") == 1
+    assert "Traceback" not in said
+
+
+def test_a_rank_that_fails_is_started_again_until_it_is_enough(tmp_path: Path) -> None:
+    """A traceback each time; a code that was meant on the third start is handed on, and ends it."""
+    script = tmp_path / "fails.py"
+    script.write_text(
+        "import os, sys\n"
+        "count = int(os.environ['TORCHELASTIC_RESTART_COUNT'])\n"
+        "from myllm.ranks import restarted\n"
+        "assert restarted() == (count > 0)\n"
+        "print('start', count, flush=True)\n"
+        "sys.exit(int(sys.argv[1]) if count == int(sys.argv[2]) else 1)\n"
+    )
+    for code, at, starts in (("75", "2", 3), ("1", "0", 2)):
+        words = ["--standalone", "--max-restarts=2" if at == "2" else "--max-restarts=1", str(script), code, at]
+        done = subprocess.run(
+            [sys.executable, "-m", "myllm.torchrun", *words],
+            capture_output=True, text=True, timeout=120, check=False,
+            env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
+        )  # fmt: skip
+        assert done.returncode == int(code), done.stderr
+        assert done.stdout.count("start") == starts
+    assert "rank 0 failed; see its traceback above; --max-restarts 1 are used up" in done.stderr

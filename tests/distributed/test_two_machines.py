@@ -1,0 +1,60 @@
+"""Two machines of two ranks each, on one: two launchers that meet over loopback, each with a temp_data of its own."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, losses, with_train, write_run_config
+
+from myllm.config import RunConfig
+
+SCRIPT = Path(__file__).parent / "say_where.py"
+
+
+@pytest.mark.slow
+def test_ranks_are_never_confused(tiny: RunConfig, tmp_path: Path) -> None:
+    """Global rank 0 alone writes the run, the first rank of each machine prepares data, local ranks choose devices."""
+    evals = replace(tiny.eval, cloze_every_steps=0, sample_every_steps=0)
+    config = replace(with_train(tiny, max_steps=2, batch_tokens=256), eval=evals)
+    path = write_run_config(config, tmp_path / "config.json")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    meeting = ["--nnodes=2", "--nproc_per_node=2", "--rdzv_backend=c10d", "--rdzv_id=two", "--local-addr=127.0.0.1"]
+    machines = [tmp_path / "one", tmp_path / "two"]
+    launchers = []
+    for number, machine in enumerate(machines):
+        where = [f"--rdzv_endpoint=127.0.0.1:{port}", f"--rdzv_conf=is_host={1 - number}"]
+        words = [sys.executable, "-m", "myllm.torchrun", *meeting, *where, str(SCRIPT), str(path), str(tmp_path)]
+        environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "MYLLM_DATA": str(machine)}
+        with (tmp_path / f"{machine.name}.txt").open("w") as file:
+            launchers.append(subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, env=environment))
+    try:
+        codes = [launcher.wait(timeout=200) for launcher in launchers]
+    finally:
+        for launcher in launchers:
+            launcher.terminate()  # which it hands on to its ranks
+    said = [(tmp_path / f"{machine.name}.txt").read_text() for machine in machines]
+    assert codes == [0, 0], said
+
+    found = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(4)]
+    assert [each["rank"] for each in found] == [0, 1, 2, 3]
+    assert [each["local_rank"] for each in found] == [0, 1, 0, 1]
+    assert [each["node_rank"] for each in found] == [0, 0, 1, 1]
+    assert [each["device"] for each in found] == ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]
+    assert [each["main"] for each in found] == [True, False, False, False]
+    assert {each["world_size"] for each in found} == {4}
+    assert {each["step"] for each in found} == {2}
+    first, second = Path(found[0]["machine"]), Path(found[2]["machine"])
+    assert {first, second} == set(machines)  # which of them has rank 0 is torchrun's choice
+    assert [Path(each["machine"]) for each in found] == [first, first, second, second]
+    for each in found:  # every machine has its own data
+        assert Path(each["dataset"]).is_relative_to(each["machine"])
+        assert (Path(each["dataset"]) / "manifest.json").is_file()
+    assert losses(first / "runs/tiny").keys() == {1, 2}
+    assert not (second / "runs").exists()

@@ -1,0 +1,90 @@
+"""A few steps on each engine, and what came of them. Alone or under torchrun.
+
+train_in_parts.py FOLDER [CASE...]    writes FOLDER/CASE-rank<N>.pt for each of CASES, or for those that are named
+"""
+
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from myllm.config import ModelConfig, OptimConfig, RunConfig, TrainConfig
+from myllm.distributed import Process, process_group, sum_over_ranks
+from myllm.model import Transformer
+from myllm.optim import ScheduledAdamW
+from myllm.parallel import full, gathered, spread, wrap
+from myllm.plan import batch_plan
+from myllm.step import accumulate_gradients, train_step
+
+SEQUENCES, SEQ_LEN, STEPS = 8, 32, 5
+MODEL = ModelConfig(
+    vocab_size=300, max_seq_len=SEQ_LEN, d_model=16, n_layers=3, n_heads=2, d_ff=24, qk_norm=True, bias=True
+)
+TRAIN = TrainConfig(batch_tokens=SEQUENCES * SEQ_LEN, micro_batch_size=2, device="cpu")
+BASE = RunConfig(model=MODEL, train=TRAIN, optim=OptimConfig(max_lr=1e-2, warmup_steps=0, eps=1e-4, max_grad_norm=0.1))
+CASES = {
+    "ddp": {},
+    "fsdp": {"parallel": "fsdp"},
+    "untied": {"parallel": "fsdp"},
+    "ddp-bfloat16": {"precision": "bfloat16"},
+    "fsdp-bfloat16": {"parallel": "fsdp", "precision": "bfloat16"},
+    "ddp-compiled": {"compile": "on"},
+    "ddp-compiled-recomputed": {"compile": "on", "activation_checkpointing": True},
+    "fsdp-compiled": {"parallel": "fsdp", "compile": "on"},
+    "fsdp-compiled-recomputed": {"parallel": "fsdp", "compile": "on", "activation_checkpointing": True},
+}
+
+
+class Numbers:
+    """The same sequences in the same global order for any number of ranks, as the real loader deals them out."""
+
+    def __init__(self, process: Process, micro_batch_size: int) -> None:
+        self.generator = torch.Generator().manual_seed(5)
+        self.process, self.size, self.queue = process, micro_batch_size, []
+
+    def next(self) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.queue:
+            step = torch.randint(0, MODEL.vocab_size, (SEQUENCES, SEQ_LEN + 1), generator=self.generator)
+            self.queue = list(step.split(self.size))[self.process.rank :: self.process.world_size]
+        tokens = self.queue.pop(0)
+        return tokens[:, :-1], tokens[:, 1:]
+
+
+def run(case: str, process: Process) -> dict[str, object]:
+    config = replace(BASE, train=replace(TRAIN, **CASES[case]))
+    config = replace(config, model=replace(MODEL, tie_embeddings=case != "untied"))
+    model = Transformer(config.model, 1)
+    whole = spread(model, config, process)
+    optimizer = ScheduledAdamW(model.named_parameters(), config.optim, STEPS)
+    runner, batch = wrap(model, config, process), batch_plan(config.model, config.train, process.world_size)
+    loader = Numbers(process, TRAIN.micro_batch_size)
+    accumulate_gradients(runner, loader, batch, config, process)
+    gradients = {name: full(parameter.grad).clone() for name, parameter in model.named_parameters()}
+    optimizer.zero_grad()
+    losses, norms, scores = [], [], []
+    for step in range(STEPS):
+        loss, norm, _ = train_step(runner, optimizer, loader, batch, step, config, process)
+        losses.append(float(sum_over_ranks(loss)) / process.world_size)
+        norms.append(float(norm))
+        with gathered(model, whole):
+            for _ in range(1 + process.rank):  # as often as each rank likes
+                tokens = torch.arange(SEQ_LEN).unsqueeze(0)
+                scores.append(whole.assess(tokens, tokens)[0].sum().item())
+    with gathered(model, whole):
+        weights = {name: weight.clone() for name, weight in whole.state_dict().items()}
+    kept = sum(parameter.untyped_storage().nbytes() for parameter in whole.parameters())
+    part = sum(getattr(p.detach(), "_local_tensor", p.detach()).numel() for p in model.parameters())
+    moments = {name: full(state["exp_avg_sq"]) for name, state in optimizer.state_dict().items()}
+    return {
+        "config": asdict(config.train), "gradients": gradients, "losses": losses, "norms": norms, "weights": weights,
+        "moments": moments, "scores": scores[:: 1 + process.rank], "kept_bytes": kept, "part": part,
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    folder, *cases = sys.argv[1:]
+    with process_group("cpu") as process:
+        torch.set_num_threads(1)
+        for case in cases or CASES:
+            torch.save(run(case, process), Path(folder) / f"{case}-rank{process.rank}.pt")
