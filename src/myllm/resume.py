@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from . import checkpoint, distributed
+from .bad_step import check_finite
 from .checkpoint import TrainState
 from .config import RunConfig, to_dict
 from .data.order import DataPosition
@@ -13,7 +14,6 @@ from .data.shards import Dataset
 from .data.tokenizer import Tokenizer
 from .distributed import Process
 from .errors import UserError
-from .meter import Diverged
 from .metrics import Log
 from .model import Transformer
 from .optim import ScheduledAdamW
@@ -41,15 +41,10 @@ def save(
         alone: afterwards nothing but the new one is kept there; else the newest `train.keep_last`.
 
     Raises:
-        Diverged: a weight is not finite; such a checkpoint would poison every resume.
+        Diverged: a weight or a moment is not finite; such a checkpoint would poison every resume.
         UserError: no room on the disk.
     """
-    bad = [name for name, weight in model.state_dict().items() if not weight.isfinite().all()]
-    if bad:
-        raise Diverged(
-            f"after step {state.step:,} the weights {', '.join(bad[:3])} are not finite and were not saved. Start "
-            "the same command again to go back to the newest checkpoint, with a lower optim.max_lr"
-        )
+    check_finite(model.state_dict(), optimizer.state_dict(), state.step)
     random = distributed.gather_to_main(checkpoint.random_state(process.device))
     failure: UserError | None = None
     if process.is_main:

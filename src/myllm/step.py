@@ -9,6 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .config import RunConfig
 from .data.loader import Loader
 from .distributed import Process
+from .guard import Guard
 from .model import Transformer
 from .optim import ScheduledAdamW
 from .plan import BatchPlan
@@ -22,15 +23,16 @@ def train_step(
     step: int,
     config: RunConfig,
     process: Process,
+    guard: Guard,
 ) -> tuple[Tensor, Tensor, float]:
-    """One optimizer update, number `step` counted from 0. A gradient that is not finite is not applied.
+    """One optimizer update, number `step` counted from 0, unless the guard leaves it out.
 
     Returns:
         this rank's mean loss and the gradient norm before clipping, on the device, and the rate.
     """
     loss = accumulate_gradients(runner, loader, batch, config, process)
     grad_norm = nn.utils.clip_grad_norm_(optimizer.parameters.values(), config.optim.max_grad_norm)
-    rate = optimizer.step(step, skip=(~grad_norm.isfinite()).float())
+    rate = optimizer.step(step, skip=guard.judge(grad_norm))
     optimizer.zero_grad()
     return loss, grad_norm, rate
 
@@ -53,7 +55,8 @@ def accumulate_gradients(
         with waiting:
             with autocast(config, process.device):
                 part = runner(tokens, targets) / batch.grad_accum_steps
-            part.backward()
+            # A loss that is not finite makes every gradient so: that reaches all ranks, and keeps the update from all.
+            part.backward(torch.where(part.detach().isfinite(), 1.0, torch.nan))
         loss += part.detach()
     return loss
 
