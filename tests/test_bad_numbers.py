@@ -6,13 +6,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import losses, train_rows, with_train
+from rare_token import poison, rare_token, sequences_of_steps
 from torch import nn
 
 from myllm import bad_step, bags, guard
@@ -22,7 +22,7 @@ from myllm.checkpoint import TrainState, checkpoint_folder, list_checkpoints, lo
 from myllm.cli import main
 from myllm.config import RunConfig, TrainConfig
 from myllm.data.loader import batch_of
-from myllm.data.order import DataPosition, count_sequences, step_sequences, window_of
+from myllm.data.order import DataPosition
 from myllm.data.prepare import prepare
 from myllm.data.shards import Dataset
 from myllm.distributed import process_group
@@ -38,52 +38,6 @@ from myllm.skips import Skips
 from myllm.step import accumulate_gradients
 
 CPU = torch.device("cpu")
-
-
-class Rare(NamedTuple):
-    """A token that only one sequence of the first epoch has."""
-
-    token: int
-    step: int
-    """The update that its sequence takes part in, counted from 1."""
-    sample: int
-    """Among that step's."""
-    sequence: int
-
-
-def sequences_of_steps(config: RunConfig, dataset: Dataset, steps: int) -> np.ndarray:
-    """(steps, samples of a step)"""
-    position = DataPosition(0, 0, config.train.seed, dataset.hash)
-    per_step, seq_len = config.train.batch_tokens // config.model.max_seq_len, config.model.max_seq_len
-    n_sequences = count_sequences(dataset.train.tokens, seq_len)
-    return step_sequences(position, steps * per_step, n_sequences, window_of(seq_len)).reshape(steps, per_step)
-
-
-def rare_token(config: RunConfig, dataset: Dataset, first_step: int, odd_sample: bool = False) -> Rare:
-    """One that training meets in its `first_step` or soon after, inside a sequence."""
-    T = config.model.max_seq_len
-    stream = dataset.train.read(0, dataset.train.tokens)
-    ids, counts = np.unique(stream, return_counts=True)
-    places = {int(np.flatnonzero(stream == token)[0]): int(token) for token in ids[counts == 1]}
-    inside = {place // T: token for place, token in places.items() if 0 < place % T < T - 1}
-    order = sequences_of_steps(config, dataset, 12)
-    for step in range(first_step, 12):
-        for sample, sequence in enumerate(order[step - 1].tolist()):
-            if sequence in inside and (sample % 2 == 1 or not odd_sample):
-                return Rare(inside[sequence], step, sample, sequence)
-    raise AssertionError("no such token")
-
-
-def poison(monkeypatch: pytest.MonkeyPatch, token: int) -> None:
-    """Fresh models embed this token as numbers so large that dropout, which scales up, makes infinities of them."""
-
-    def poisoned(config: object, seed: int) -> Transformer:
-        model = Transformer(config, seed)
-        with torch.no_grad():
-            model.embedding.weight[token] = 3.4e38
-        return model
-
-    monkeypatch.setattr(loop, "Transformer", poisoned)
 
 
 @pytest.fixture
@@ -118,7 +72,7 @@ def test_a_document_that_makes_nan_is_found(
     message = stopped(config)
     assert f"the gradient of step {rare.step} is not finite" in message
     assert f"samples {2 * (rare.step - 1)} to {2 * rare.step - 1} of its order" in message
-    assert f"sample {rare.sample}     loss nan: sequence {rare.sequence:,}, on rank 0" in message
+    assert f"sample {rare.sample}     loss nan, gradient nan: sequence {rare.sequence:,}, on rank 0" in message
     assert "first seen   in the output of dropout, on rank 0; what it was given was finite" in message
     assert "gradients    not finite: embedding.weight" in message
     paths = RunPaths.of("tiny")
@@ -142,7 +96,7 @@ def test_a_document_that_makes_nan_is_found(
     assert not list(paths.bags.glob(".*"))
 
     capsys.readouterr()
-    main(["replay", "tiny", "--each"])
+    main(["replay", "tiny"])
     said = capsys.readouterr().out
     assert "not finite here either" in said
     assert "first seen in the output of dropout; what it was given was finite" in said
@@ -176,19 +130,21 @@ def test_a_spike_can_stop_a_run_and_its_bag_repeats_the_row(bare: RunConfig, mon
 
     still = {key: 0.0 if "dropout" in key else value for key, value in bag.config["model"].items()}
     bag = replace(bag, config=bag.config | {"model": still})
-    result = replay_step(bag, CPU, bfloat16=False, each=True)
+    result = replay_step(bag, CPU, bfloat16=False)
     model = Transformer(replace(bare.model, **{key: 0.0 for key in still if "dropout" in key})).double()
     model.load_state_dict(bag.model)
     tokens = torch.from_numpy(bag.tokens.astype(np.int64))
-    own = []
+    own, embedded = [], []
     near = partial(pytest.approx, rel=1e-3)  # the norm of a float32 matrix of 800,000 entries is no closer on a CPU
     for place in range(4):
         model.zero_grad()
-        loss = F.cross_entropy(model(tokens[place : place + 1, :-1])[0], tokens[place, 1:])
+        with model.embedding.register_forward_hook(lambda *given: embedded.append(given[-1])):
+            loss = F.cross_entropy(model(tokens[place : place + 1, :-1])[0], tokens[place, 1:])
+        embedded[-1].retain_grad()
         loss.backward()
         assert result.diagnosis.losses[place] == pytest.approx(loss.item(), rel=1e-5)
         own.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
-        assert result.gradient_norms[place] == near(norm_of(own[-1]))
+        assert result.diagnosis.input_gradients[place] == near(embedded[-1].grad.norm().item() / 4)
     mean = {name: sum(each[name] for each in own) / 4 for name in own[0]}
     assert result.diagnosis.grad_norm == near(norm_of(mean))
     for layer in result.diagnosis.layers:
@@ -196,13 +152,26 @@ def test_a_spike_can_stop_a_run_and_its_bag_repeats_the_row(bare: RunConfig, mon
             mine = {name: value for name, value in mean.items() if name.rpartition(".")[0] == layer.module}
             assert layer.gradient_norm == near(norm_of(mine)), layer.module
     only = replay_step(bag, CPU, bfloat16=False, samples=(2,))
-    assert only.diagnosis.grad_norm == pytest.approx(result.gradient_norms[2], rel=1e-5)
+    assert only.diagnosis.grad_norm == near(norm_of(own[2]))
     with pytest.raises(UserError, match="the step has samples 0 to 3; there is no 4"):
         replay_step(bag, CPU, bfloat16=False, samples=(4,))
 
 
 def norm_of(gradients: dict[str, torch.Tensor]) -> float:
     return math.sqrt(sum(gradient.square().sum().item() for gradient in gradients.values()))
+
+
+def test_a_backward_pass_that_goes_bad_alone_is_found_too(bare: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without dropout nothing overflows on the way in: every loss is finite, and one sample's gradient is not."""
+    model = replace(bare.model, dropout_embedding=0.0, dropout_attention_residual=0.0, dropout_ffn=0.0)
+    rare = rare_token(bare, prepare(bare.data, progress=False), first_step=2)
+    poison(monkeypatch, rare.token)
+    message = stopped(replace(bare, model=model))
+    bag = read_bag(find_bag("tiny", RunPaths.of("tiny").root.parent))
+    assert all(math.isfinite(float(row["loss"])) for row in bag.samples)
+    assert [row["sample"] for row in bag.samples if row["gradient"] == "nan"] == [rare.sample]
+    assert f"gradient nan: sequence {rare.sequence:,}, on rank 0" in message
+    assert "first seen   going backward, in the gradient of the output of " in message
 
 
 def test_a_full_disk_does_not_swallow_the_message(bare: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:

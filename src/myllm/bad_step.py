@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import distributed
-from .bags import Bag, bag_folder, not_finite, write_bag
+from .bags import Bag, bag_folder, write_bag
 from .checkpoint import TrainState, restore_random_state
 from .config import RunConfig, to_dict
 from .data.loader import batch_of, read_rows
@@ -165,14 +165,15 @@ def _samples(
     micro, rows = scene.batch.micro_batch_size, []
     for place, sequence in enumerate(sequences.tolist()):
         micro_step, rank = divmod(place // micro, scene.batch.world_size)
-        losses = diagnoses[rank].losses if diagnoses[rank] else None
+        found, own = diagnoses[rank], micro_step * micro + place % micro
         rows.append(
             {
                 "sample": place,
                 "sequence": sequence,
                 "rank": rank,
                 "micro_step": micro_step,
-                "loss": losses[micro_step * micro + place % micro] if losses else None,
+                "loss": found.losses[own] if found else None,
+                "gradient": found.input_gradients[own] if found else None,
                 "text": scene.tokenizer.decode(tokens[place]),
             }
         )
@@ -203,6 +204,7 @@ def _about(
         "precision": "bfloat16" if half else "float32",
         "bad_weights": list(dict.fromkeys(name for each in whole for name in each.bad_weights)),
         "bad_gradients": list(bad_gradients),
+        "first_bad_backward": next((each.first_bad_backward for each in whole if each.first_bad_backward), None),
         "first_bad": [
             {"rank": rank, "module": layer.module, "input_finite": layer.input_finite} for rank, layer in firsts
         ],
@@ -256,10 +258,13 @@ def _findings(bag: Bag) -> list[str]:
     lines += [f"  not known    rank {rank} could not make it again: {f}" for rank, f in enumerate(about["faults"]) if f]
     if about["bad_weights"]:
         lines.append(f"  weights      not finite before the step: {_names(about['bad_weights'])}")
-    guilty = not_finite(0.0 if row["loss"] is None else row["loss"] for row in bag.samples)
-    for row in (bag.samples[place] for place in guilty[:SHOWN_NAMES]):
+    guilty = [row for row in bag.samples if not (_finite(row["loss"]) and _finite(row["gradient"]))]
+    if about["kind"] == "spike":  # no sample is bad, but one may have most of the gradient
+        guilty = sorted(bag.samples, key=lambda row: row["gradient"] or 0.0, reverse=True)[:1]
+    for row in guilty[:SHOWN_NAMES]:
+        figures = f"loss {row['loss']:.4g}, gradient {row['gradient']:.4g}" if row["loss"] is not None else "not known"
         lines.append(
-            f"  sample {row['sample']:<5} loss {row['loss']}: sequence {row['sequence']:,}, on rank {row['rank']}, "
+            f"  sample {row['sample']:<5} {figures}: sequence {row['sequence']:,}, on rank {row['rank']}, "
             f"{row['text'][:SHOWN_CHARS]!r}"
         )
     if len(guilty) > SHOWN_NAMES:
@@ -269,6 +274,8 @@ def _findings(bag: Bag) -> list[str]:
         lines.append(
             f"  first seen   in the output of {first['module']}, on rank {first['rank']}; what it was given {given}"
         )
+    if about["first_bad_backward"] and not about["first_bad"]:
+        lines.append(f"  first seen   going backward, in the gradient of the output of {about['first_bad_backward']}")
     if about["bad_gradients"]:
         lines.append(f"  gradients    not finite: {_names(about['bad_gradients'])}")
     if about["kind"] == "nonfinite" and about["bad_again"] is False:
@@ -277,6 +284,11 @@ def _findings(bag: Bag) -> list[str]:
             "made of the model, before the data"
         )
     return lines
+
+
+def _finite(value: float | None) -> bool:
+    """Whether a figure is finite, or not known."""
+    return value is None or math.isfinite(value)
 
 
 def _names(names: list[str]) -> str:

@@ -19,7 +19,6 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,11 +137,6 @@ def spelled(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value
-
-
-def not_finite(values: Iterable[float | str]) -> list[int]:
-    """Places of the numbers, spelled out or not, that are not finite."""
-    return [place for place, value in enumerate(values) if not math.isfinite(float(value))]
 
 
 def _flush(file: Any) -> None:

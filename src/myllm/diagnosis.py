@@ -9,6 +9,7 @@ Shapes: B micro-batch, T sequence.
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,9 @@ class Diagnosis:
 
     losses: list[float]
     """By sample, in nats: the mean over its tokens."""
+    input_gradients: list[float]
+    """By sample: norm of the gradient that reaches its embedded tokens. Samples never meet in the model, so a number
+    that goes bad in one's backward pass shows in that one alone."""
     loss: float
     """As the model gave it: the mean over the samples."""
     grad_norm: float
@@ -46,6 +50,8 @@ class Diagnosis:
     bad_weights: list[str]
     """Weights that were not finite to begin with."""
     bad_gradients: list[str]
+    first_bad_backward: str | None
+    """The first module, in the order of the backward pass, at whose output the gradient was not finite."""
 
     @property
     def first_bad(self) -> Layer | None:
@@ -79,11 +85,13 @@ def diagnose(
     norms = {name: parameter.grad.norm() for name, parameter in named.items() if parameter.grad is not None}
     return Diagnosis(
         losses=losses,
+        input_gradients=torch.cat(seen.input_gradients).tolist(),
         loss=loss,
         grad_norm=torch.stack(list(norms.values())).norm().item(),
         layers=seen.layers(model),
         bad_weights=[name for name, parameter in named.items() if not parameter.isfinite().all()],
         bad_gradients=[name for name, norm in norms.items() if not norm.isfinite()],
+        first_bad_backward=seen.first_bad_backward(),
     )
 
 
@@ -104,7 +112,10 @@ class _Seen:
 
     def __init__(self) -> None:
         self._figures: dict[str, list[Tensor]] = {}
+        self._finite_backward: dict[str, list[Tensor]] = {}
         self.last_hidden: Tensor | None = None
+        self.input_gradients: list[Tensor] = []
+        """By micro-batch, (B,)."""
 
     @torch.no_grad()
     def note(self, name: str, given: Tensor, made: Tensor) -> None:
@@ -114,6 +125,15 @@ class _Seen:
         rms = (made / largest.clamp_min(torch.finfo(torch.float32).tiny)).square().mean().sqrt() * largest
         figures = (rms, largest, given.isfinite().all().float(), made.isfinite().all().float())
         self._figures.setdefault(name, []).append(torch.stack(figures))
+
+    def note_gradient(self, name: str, gradient: Tensor) -> None:
+        self._finite_backward.setdefault(name, []).append(gradient.isfinite().all())
+        if name == "embedding":
+            self.input_gradients.append(gradient.float().flatten(1).norm(dim=1))
+
+    def first_bad_backward(self) -> str | None:
+        finite = {name: torch.stack(flags).all().item() for name, flags in self._finite_backward.items()}
+        return next((name for name, sound in finite.items() if not sound), None)
 
     def layers(self, model: nn.Module) -> list[Layer]:
         modules, found = dict(model.named_modules()), []
@@ -146,6 +166,8 @@ def _watched(model: Transformer) -> Iterator[_Seen]:
     def noting(name: str) -> Callable[..., None]:
         def note(_: nn.Module, given: tuple[Tensor, ...], made: Tensor) -> None:
             seen.note(name, given[0], made)
+            if made.requires_grad:
+                made.register_hook(partial(seen.note_gradient, name))
             if name == "norm":
                 seen.last_hidden = made
 

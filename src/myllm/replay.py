@@ -1,7 +1,6 @@
 """A flight bag's step once more, in one process: all ranks' samples one after the other."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -31,19 +30,14 @@ class Replay:
     """The samples that took part, by their place in the step."""
     updates: dict[str, float]
     """How far the update moves each module's own weights, in norm. Empty where the gradient is not finite."""
-    gradient_norms: dict[int, float]
-    """By place, of each sample's own loss; empty unless asked for."""
 
 
-def replay_step(
-    bag: Bag, device: torch.device, bfloat16: bool, samples: Sequence[int] = (), each: bool = False
-) -> Replay:
+def replay_step(bag: Bag, device: torch.device, bfloat16: bool, samples: Sequence[int] = ()) -> Replay:
     """Make the step again: the same weights, samples, micro-batches and, on the same kind of device, dropout.
 
     Args:
         bfloat16: under autocast; else in float32.
         samples: only these, by their place in the step, one at a time. Empty: all, as the run had them.
-        each: the gradient of each sample by itself, too.
 
     Raises:
         UserError: no such sample, or a bag that fits no model.
@@ -63,8 +57,7 @@ def replay_step(
     batches = tqdm(_batches(bag, groups, device), total=len(groups), unit="micro-batch", desc="replay", disable=None)
     diagnosis = diagnose(model, batches, len(groups), autocast)
     updates = _updates(bag, model, config) if not diagnosis.bad_gradients else {}
-    norms = {place: _own_gradient_norm(bag, place, model, device, autocast) for place in places} if each else {}
-    return Replay(diagnosis, places, updates, norms)
+    return Replay(diagnosis, places, updates)
 
 
 def _micro_batches(bag: Bag) -> Iterator[tuple[int | None, list[int]]]:
@@ -100,14 +93,3 @@ def _updates(bag: Bag, model: Transformer, config: RunConfig) -> dict[str, float
             squares[module] = squares.get(module, 0.0) + (parameter - before[name]).norm().item() ** 2
             parameter.copy_(before[name])
     return {module: square**0.5 for module, square in squares.items()}
-
-
-def _own_gradient_norm(
-    bag: Bag, place: int, model: Transformer, device: torch.device, autocast: Callable[[], AbstractContextManager]
-) -> float:
-    model.zero_grad(set_to_none=True)
-    ((tokens, targets),) = _batches(bag, [(None, [place])], device)
-    with autocast():
-        loss = model(tokens, targets)
-    loss.backward()
-    return torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm().item()

@@ -22,7 +22,6 @@ def replay(
     precision: Literal["float32", "bfloat16"] = "float32",
     device: str = "cpu",
     samples: tuple[int, ...] = (),
-    each: bool = False,
     show: int = 1,
 ) -> None:
     """Make the step of a flight bag again, and find the layer and the document where its numbers go bad.
@@ -32,7 +31,6 @@ def replay(
         precision: float32, or bfloat16 autocast as on CUDA.
         device: cpu, cuda, mps or auto. Dropout falls as it did in the run on the same kind of device only.
         samples: only these, by their place in the step; a whole step may take a CPU hours.
-        each: the gradient norm of each sample by itself, too: the step's time once more.
         show: how many samples to show the text of, the worst first.
     """
     from . import paths
@@ -44,7 +42,7 @@ def replay(
         raise UserError(f"show is {show}, but must be at least 0")
     chosen = choose_device(device)
     content = read_bag(find_bag(bag, paths.runs()))
-    result = replay_step(content, chosen, precision == "bfloat16", samples, each)
+    result = replay_step(content, chosen, precision == "bfloat16", samples)
     print("\n".join(_report(content, result, chosen.type, precision, show)))
 
 
@@ -83,7 +81,9 @@ def _verdict(result: "Replay") -> Iterator[str]:
         given = "finite" if first.input_finite else "not finite either"
         yield f"first seen in the output of {first.module}; what it was given was {given}"
     else:
-        yield "every module's output was finite: the head's logits, the loss or the backward pass were not"
+        yield "every module's output was finite"
+    if found.first_bad_backward:
+        yield f"going backward, first seen in the gradient of the output of {found.first_bad_backward}"
     if found.bad_gradients:
         yield f"gradients that are not finite: {', '.join(found.bad_gradients)}"
 
@@ -108,24 +108,23 @@ def _layers(result: "Replay") -> Iterator[str]:
 
 
 def _samples(bag: "Bag", result: "Replay", show: int) -> Iterator[str]:
-    """The worst samples: not finite first, then by gradient norm where it is known, then by loss."""
-    losses = dict(zip(result.places, result.diagnosis.losses, strict=True))
-    norms = result.gradient_norms
+    """The worst samples: not finite first, then by the gradient that reaches them."""
+    found = result.diagnosis
+    figures = dict(zip(result.places, zip(found.losses, found.input_gradients, strict=True), strict=True))
 
     def badness(place: int) -> tuple[bool, float]:
-        figures = [losses[place], *([norms[place]] if norms else [])]
-        return not all(map(math.isfinite, figures)), figures[-1] if math.isfinite(figures[-1]) else math.inf
+        finite = all(map(math.isfinite, figures[place]))
+        return not finite, figures[place][1] if finite else -place
 
-    worst = sorted(result.places, key=badness, reverse=True)
-    yield f"{'sample':>6}{'sequence':>12}{'rank':>6}{'loss then':>12}{'here':>12}" + (
-        f"{'gradient':>12}" if norms else ""
-    )
+    worst = sorted(figures, key=badness, reverse=True)
+    yield f"{'sample':<8}{'sequence':>10}{'rank':>6}{'loss then':>12}{'here':>12}{'gradient then':>15}{'here':>12}"
     for place in worst[:LISTED]:
-        row = bag.samples[place]
-        own = _number(norms[place]) if norms else ""
-        yield f"{place:>6}{row['sequence']:>12,}{row['rank']:>6}{_number(row['loss'])}{_number(losses[place])}{own}"
+        row, (loss, gradient) = bag.samples[place], figures[place]
+        then, here = _number(row["loss"]) + _number(loss), f"{_number(row['gradient']):>15}{_number(gradient)}"
+        yield f"{place:<8}{row['sequence']:>10,}{row['rank']:>6}{then}{here}"
     if len(worst) > LISTED:
         yield f"and {len(worst) - LISTED:,} more"
+    yield "(gradient: norm of what reaches the sample's embedded tokens)"
     for place in worst[:show]:
         yield f"\n--- sample {place}, sequence {bag.samples[place]['sequence']:,}\n{bag.samples[place]['text']}"
 
