@@ -261,7 +261,8 @@ def test_skipping_gives_up(bare: RunConfig, monkeypatch: pytest.MonkeyPatch) -> 
     poison(monkeypatch, prepare(bare.data, progress=False).tokenizer().encode(" the")[0])
     message = stopped(with_train(bare, on_nonfinite="skip", max_skipped_steps=2, log_every_steps=5))
     assert "the gradient of step 3 is not finite" in message
-    assert "3 updates were left out; train.max_skipped_steps allows no more" in message
+    assert "3 left out; train.max_skipped_steps is 2" in message
+    assert "raise --train.max-skipped-steps" in message
     log = (RunPaths.of("tiny").log).read_text()
     assert "left out the update of step 1: its gradient" in log
     assert "left out the update of step 2: its gradient" in log

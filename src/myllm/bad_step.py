@@ -231,10 +231,9 @@ def _message(bag: Bag, packed: str, there: bool) -> list[str]:
             f"the gradient norm of step {step:,} is a spike, {about['grad_norm']:.3g}: the update was not made, and "
             "nothing was saved since"
         ]
-    if about["in_a_row"] > 1:
-        lines.append(
-            f"  in a row     {about['in_a_row']:,} updates were left out; train.max_skipped_steps allows no more"
-        )
+    if _too_many(bag):
+        limit = bag.config["train"]["max_skipped_steps"]
+        lines.append(f"  in a row     {about['in_a_row']:,} left out; train.max_skipped_steps is {limit:,}")
     lines.append(
         f"  data         epoch {data['epoch']}, samples {data['index']:,} to {last:,} of its order, of "
         f"{about['dataset']}"
@@ -244,12 +243,17 @@ def _message(bag: Bag, packed: str, there: bool) -> list[str]:
     lines.append("what to do")
     if there:
         lines.append(f"  myllm replay {packed}   makes this step again on the CPU, and shows its text")
+    way_on = "raise --train.max-skipped-steps" if _too_many(bag) else "leave it out with --train.on-nonfinite skip"
     lines += [
-        "  the same command goes back to the newest checkpoint; if the same step goes bad again, its data or the",
-        "  weights are the cause: lower --optim.max-lr, or leave such updates out with --train.on-nonfinite skip",
-        "  (non-finite ones) or --train.skip-spikes-sigma 6 (spikes)",
+        "  the same command goes back to the newest checkpoint; where the same step goes bad again, its data or the",
+        f"  weights are the cause: lower --optim.max-lr, or {way_on}",
     ]
     return lines
+
+
+def _too_many(bag: Bag) -> bool:
+    """Whether the run ended for want of patience, not at the first number that is not finite."""
+    return bag.about["kind"] == "spike" or bag.config["train"]["on_nonfinite"] == "skip"
 
 
 def _findings(bag: Bag) -> list[str]:

@@ -26,8 +26,9 @@ class Layer:
     weight_norm: float | None
     """None: it has no weights of its own."""
     gradient_norm: float | None
-    activation_rms: float
-    activation_max: float
+    activation_rms: float | None
+    """None, as below: nothing passes through it by itself, such as the head, whose matrix alone is used."""
+    activation_max: float | None
     input_finite: bool
     output_finite: bool
 
@@ -136,26 +137,33 @@ class _Seen:
         return next((name for name, sound in finite.items() if not sound), None)
 
     def layers(self, model: nn.Module) -> list[Layer]:
-        modules, found = dict(model.named_modules()), []
-        for name, figures in self._figures.items():
-            rms, largest, input_finite, output_finite = torch.stack(figures).cpu().double().unbind(dim=1)
-            own = list(modules[name].parameters(recurse=False))
-            found.append(
-                Layer(
-                    module=name,
-                    weight_norm=_norm([parameter.detach() for parameter in own]),
-                    gradient_norm=_norm([parameter.grad for parameter in own if parameter.grad is not None]),
-                    activation_rms=rms.square().mean().sqrt().item(),
-                    activation_max=largest.amax().item(),
-                    input_finite=bool(input_finite.all()),
-                    output_finite=bool(output_finite.all()),
-                )
-            )
-        return found
+        modules = dict(model.named_modules())
+        found = [_layer(name, modules[name], torch.stack(figures)) for name, figures in self._figures.items()]
+        silent = [name for name, each in modules.items() if name not in self._figures and _own(each)]
+        return found + [_layer(name, modules[name], None) for name in silent]
+
+
+def _layer(name: str, module: nn.Module, figures: Tensor | None) -> Layer:
+    """
+    Shapes:
+        figures (micro-batches, 4), as `_Seen.note` makes them
+    """
+    own = _own(module)
+    norms = _norm(own), _norm([parameter.grad for parameter in own if parameter.grad is not None])
+    if figures is None:
+        return Layer(name, *norms, None, None, input_finite=True, output_finite=True)
+    rms, largest, input_finite, output_finite = figures.cpu().double().unbind(dim=1)
+    passed = rms.square().mean().sqrt().item(), largest.amax().item()
+    return Layer(name, *norms, *passed, bool(input_finite.all()), bool(output_finite.all()))
+
+
+def _own(module: nn.Module) -> list[nn.Parameter]:
+    """Its own weights, not those of modules inside it."""
+    return list(module.parameters(recurse=False))
 
 
 def _norm(tensors: list[Tensor]) -> float | None:
-    return torch.stack([tensor.norm() for tensor in tensors]).norm().item() if tensors else None
+    return torch.stack([tensor.detach().norm() for tensor in tensors]).norm().item() if tensors else None
 
 
 @contextmanager

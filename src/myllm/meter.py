@@ -20,8 +20,8 @@ from .plan import flops_per_token
 class Diverged(RuntimeError):
     """Numbers went bad, and training stopped: a gradient that is not finite, or too many updates left out."""
 
-    EXIT_CODE = 3
-    """Not 1, a crash that another try may get past, nor 2, a mistake in what was asked."""
+    EXIT_CODE = 65
+    """sysexits.h's EX_DATAERR. Not 1, a crash that another try may get past, nor 2, a mistake in what was asked."""
 
 
 class Meter:

@@ -48,7 +48,7 @@ def test_both_ranks_stop_and_the_bag_names_one(config: RunConfig, rare: Rare, tm
     done = train(config, rare, tmp_path)
     assert done.returncode != 0
     assert done.stderr.count(f"error: the gradient of step {rare.step} is not finite") == 1
-    assert "exitcode  : 3 " in done.stderr, done.stderr
+    assert "exitcode  : 65 " in done.stderr, done.stderr
     assert f"sequence {rare.sequence:,}, on rank 1, " in done.stdout
     bag = read_bag(find_bag("tiny", RunPaths.of("tiny").root.parent))
     assert (bag.about["world_size"], bag.about["bad_again"], bag.about["faults"]) == (2, True, [None, None])
