@@ -64,7 +64,10 @@ def prepare_and_train(config: "RunConfig", prepare_only: bool) -> None:
             try:
                 outcome = train(config, dataset, process, publisher.offer)
             except Diverged as error:
-                sys.exit(f"error: {error}")
+                if is_main:  # all that is known stands in the log, and above
+                    print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
+                distributed.barrier()  # a launcher ends the others as soon as one has left
+                sys.exit(Diverged.EXIT_CODE)
         if not is_main:
             return
         write_report(outcome.run)

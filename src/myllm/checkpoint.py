@@ -34,6 +34,7 @@ from .early_stop import EarlyStop
 from .errors import UserError
 from .files import file_sha256, fsync_folder, out_of_space, write_json, write_text
 from .retention import KEEP_ALL, Keep, list_checkpoints, remove, remove_others, remove_superseded, set_aside
+from .skips import Skips
 
 FORMAT = "myllm-checkpoint-2"
 MANIFEST = "manifest.json"
@@ -54,6 +55,8 @@ class TrainState:
     data: DataPosition
     early_stop: EarlyStop | None = None
     """None: early stopping is off."""
+    skips: Skips | None = None
+    """Updates left out, and what the gradient norm usually is. None: nothing yet."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Literal
 
 import tyro
 
-from . import checkpoint_cli, data_cli, eval_cli, export_cli, publish_cli, sample_cli, tokenizer_cli
+from . import checkpoint_cli, data_cli, eval_cli, export_cli, publish_cli, replay_cli, sample_cli, tokenizer_cli
 from .errors import UserError, nearest
 from .launch import clear_errors
 
@@ -60,6 +60,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "chat": sample_cli.chat,
     "serve": sample_cli.serve,
     "report": report,
+    "replay": replay_cli.replay,
     "export": export_cli.export,
     "import": export_cli.import_model,
     "publish": publish_cli.publish,

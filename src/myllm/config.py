@@ -157,6 +157,13 @@ class TrainConfig:
     activation_checkpointing: bool = False
     """Keep only what goes into each block and compute the rest again for its gradient: less memory, a third more
     arithmetic, the same numbers."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """At a loss or a gradient that is not finite: stop with a flight bag, or leave this update out and go on."""
+    skip_spikes_sigma: float | None = None
+    """Leave out updates whose gradient norm is a spike: its logarithm so many standard deviations above the mean of
+    about the last 128 steps. 6 is a careful choice. None: make them all."""
+    max_skipped_steps: int = 10
+    """Stop with a flight bag once more updates than this in a row were left out. 0: at the first."""
     fresh: bool = False
     """Start over: an older run of this name is moved aside, never deleted."""
 

@@ -18,7 +18,10 @@ from .plan import flops_per_token
 
 
 class Diverged(RuntimeError):
-    """The gradient was no longer finite. The weights before that step are in the newest checkpoint."""
+    """Numbers went bad, and training stopped: a gradient that is not finite, or too many updates left out."""
+
+    EXIT_CODE = 65
+    """sysexits.h's EX_DATAERR. Not 1, a crash that another try may get past, nor 2, a mistake in what was asked."""
 
 
 class Meter:
@@ -31,30 +34,12 @@ class Meter:
         self._logged_step, self._wait_s = step, 0.0
         peak = peak_flops(device_name(process.device))
         self._peak_flops = peak * process.world_size if peak else None
-        self._first_bad = torch.zeros((), dtype=torch.int64, device=process.device)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         self._stopwatch.stop()
         yield
         self._stopwatch.start()
-
-    def watch(self, step: int, grad_norm: Tensor) -> None:
-        """Remember, on the device, the first step whose gradient was not finite (and so was skipped)."""
-        self._first_bad += ((self._first_bad == 0) & ~grad_norm.isfinite()) * step
-
-    def check_finite(self, state: TrainState) -> None:
-        """
-        Raises:
-            Diverged: a gradient since the last check was not finite.
-        """
-        bad = int(self._first_bad)
-        if bad:
-            raise Diverged(
-                f"the gradient of step {bad:,} was not finite; it was not applied and nothing was saved since. Data: "
-                f"epoch {state.data.epoch}, about sequence {state.data.index:,}. Start the same command again to go "
-                "back to the newest checkpoint; lower optim.max_lr if it happens once more"
-            )
 
     def read(self, state: TrainState, loss: Tensor, grad_norm: Tensor, rate: float) -> dict[str, Any]:
         """One row of metrics.jsonl: one reduction, one read from the device."""
@@ -79,7 +64,15 @@ class Meter:
             "tokens_per_s": tokens_per_s,
             "mfu": flops / self._peak_flops if self._peak_flops else None,
             "data_wait_s": wait_s,
+            **_skipped(self._config, state),
         }
+
+
+def _skipped(config: RunConfig, state: TrainState) -> dict[str, int]:
+    """How many updates were left out so far, where the config leaves any out."""
+    if config.train.on_nonfinite == "stop" and config.train.skip_spikes_sigma is None:
+        return {}
+    return {"skipped_nonfinite": state.skips.nonfinite, "skipped_spikes": state.skips.spikes}
 
 
 def console_line(row: dict[str, Any], max_steps: int) -> str:

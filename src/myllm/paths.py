@@ -88,6 +88,11 @@ class RunPaths:
         return self.root / "best"
 
     @property
+    def bags(self) -> Path:
+        """Flight bags: steps whose numbers went bad, each with all it takes to make it again."""
+        return self.root / "bags"
+
+    @property
     def imported(self) -> Path:
         """Where the weights came from, in a run that began with others'."""
         return self.root / "imported.json"

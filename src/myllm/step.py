@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from .config import RunConfig
 from .data.loader import Loader
 from .distributed import Process
+from .guard import Guard
 from .optim import ScheduledAdamW
 from .parallel import full, last_of_step
 from .plan import BatchPlan
@@ -20,8 +21,9 @@ def train_step(
     step: int,
     config: RunConfig,
     process: Process,
+    guard: Guard,
 ) -> tuple[Tensor, Tensor, float]:
-    """One optimizer update, number `step` counted from 0. A gradient that is not finite is not applied.
+    """One optimizer update, number `step` counted from 0, unless the guard leaves it out.
 
     Returns:
         this rank's mean loss and the gradient norm before clipping, on the device, and the rate.
@@ -29,7 +31,7 @@ def train_step(
     loss = accumulate_gradients(runner, loader, batch, config, process)
     # Of gradients in parts, the norm is that of all parts together.
     grad_norm = full(nn.utils.clip_grad_norm_(optimizer.parameters.values(), config.optim.max_grad_norm))
-    rate = optimizer.step(step, skip=(~grad_norm.isfinite()).float())
+    rate = optimizer.step(step, skip=guard.judge(grad_norm))
     optimizer.zero_grad()
     return loss, grad_norm, rate
 
@@ -49,6 +51,7 @@ def accumulate_gradients(
         with last_of_step(runner, micro_step == batch.grad_accum_steps - 1):
             with autocast(config, process.device):
                 part = runner(tokens, targets) / batch.grad_accum_steps
-            part.backward()
+            # A loss that is not finite makes every gradient so: that reaches all ranks, and keeps the update from all.
+            part.backward(torch.where(part.detach().isfinite(), 1.0, torch.nan))
         loss += part.detach()
     return loss

@@ -4,12 +4,13 @@ import signal
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from . import checkpoint, distributed, plan, ranks
+from . import bad_step, checkpoint, distributed, plan, ranks
 from .checkpoint import TrainState
 from .config import DataConfig, RunConfig, to_dict
 from .data.beside import how_far
@@ -22,6 +23,7 @@ from .early_stop import EarlyStop
 from .errors import UserError
 from .files import write_json
 from .growing import known_sequences, wait_for_data
+from .guard import Guard
 from .hardware import device_name
 from .loop_evals import planned_evals, run_eval
 from .meter import Meter, console_line
@@ -61,7 +63,7 @@ def train(
 
     Raises:
         UserError: too little data, a run folder in use, a checkpoint of other settings, a full disk.
-        Diverged: a gradient was not finite.
+        Diverged: a gradient was not finite, or too many updates in a row were left out; the run has a flight bag.
     """
     run, max_steps, patience = RunPaths.of(config.name), config.train.max_steps, config.train.early_stop_patience
     batch = plan.batch_plan(config.model, config.train, process.world_size)
@@ -73,7 +75,7 @@ def train(
         if process.is_main:
             stack.enter_context(claimed(run))
             aside = move_aside(run) if config.train.fresh and not restarted else None
-            for folder in (run.checkpoints, run.best):
+            for folder in (run.checkpoints, run.best, run.bags):
                 remove_unfinished(folder)
         distributed.barrier()
         log, metrics, samples = Log(run.log, process.is_main), JsonLines(run.metrics), JsonLines(run.samples)
@@ -107,6 +109,9 @@ def train(
         hidden = None if process.is_main else True  # None: shown on a terminal only
         bar = stack.enter_context(tqdm(total=max_steps, initial=state.step, unit="step", disable=hidden))
         meter = Meter(config, process, loader, state.step)
+        guard = Guard(config.train, process.device, state.skips)
+        scene = bad_step.Scene(run, config, dataset, batch, model, whole, optimizer, tokenizer, process, log)
+        checked = partial(bad_step.checked, guard=guard, scene=scene)
         stored = state if saved else None
         told_step = None
         failure: UserError | None = None
@@ -123,7 +128,7 @@ def train(
             ending = stopping or state.step >= last_step or failure is not None
             if save_due(config, state.step, ending) and state != stored:
                 with meter.paused():
-                    meter.check_finite(state)
+                    state = checked(state)
                     saver.save(state)
                     stored = state
             if failure:
@@ -137,7 +142,7 @@ def train(
                         if state.early_stop and each.name == "validation" and figures:
                             before, state = state, count_validation(state, figures["loss"])
                             if state.early_stop.best_step != before.early_stop.best_step:
-                                meter.check_finite(state)
+                                state = checked(state)
                                 saver.save(state, best=True)
             if out_of_patience(state, config) and not ending:
                 continue  # once more past this boundary, as the last: what was not due is measured, and all is saved
@@ -163,7 +168,8 @@ def train(
                     check_data(config, dataset, batch)
                     write_environment(run, config, dataset, process)
                     log(f"data: whole now, {how_far(dataset)}")
-            loss, grad_norm, rate = train_step(runner, optimizer, loader, batch, state.step, config, process)
+            guard.begin(state)
+            loss, grad_norm, rate = train_step(runner, optimizer, loader, batch, state.step, config, process, guard)
             state = replace(
                 state,
                 step=state.step + 1,
@@ -171,15 +177,15 @@ def train(
                 data=state.data.advance(batch.sequences, known_sequences(dataset, batch)),
             )
             pending = evals
-            meter.watch(state.step, grad_norm)
             bar.update()
             if state.step % config.train.log_every_steps == 0 or state.step == max_steps:
+                state = replace(state, skips=guard.look())
                 row = meter.read(state, loss, grad_norm, rate)
                 if process.is_main:
                     metrics.append(row)
                     bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['tokens_per_s']:,.0f} tok/s", refresh=False)
                     log(console_line(row, max_steps))
-                meter.check_finite(state)
+                checked(state)  # after the row of a step that ends the run
 
 
 def check_data(config: RunConfig, dataset: Dataset, batch: plan.BatchPlan) -> None:

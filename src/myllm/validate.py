@@ -107,7 +107,7 @@ def _sizes(config: RunConfig) -> list[str]:
     not_negative = {
         "data": ("workers", "shuffle_seed", "min_chars"),
         "optim": ("warmup_steps",),
-        "train": ("save_every_steps", "keep_last", "keep_every_steps", "seed"),
+        "train": ("save_every_steps", "keep_last", "keep_every_steps", "seed", "max_skipped_steps"),
         "eval": (
             "validation_every_steps", "cloze_every_steps", "hellaswag_every_steps", "sample_every_steps",
             "sample_top_k",
@@ -167,8 +167,14 @@ def _optim_faults(optim: OptimConfig) -> list[str]:
 
 
 def _train_faults(train: TrainConfig) -> list[str]:
-    # A seed goes into 64-bit generators on every device.
-    return [] if train.seed < 2**63 else [f"train.seed {train.seed} is too large: below 2**63"]
+    found = []
+    if train.seed >= 2**63:  # it goes into 64-bit generators on every device
+        found.append(f"train.seed {train.seed} is too large: below 2**63")
+    if train.skip_spikes_sigma is not None and not 0 < train.skip_spikes_sigma < float("inf"):
+        found.append(
+            f"train.skip_spikes_sigma is {train.skip_spikes_sigma}, but must be above 0 and finite, such as 6, or None"
+        )
+    return found
 
 
 def _eval_faults(evals: EvalConfig, train: TrainConfig, model: ModelConfig) -> list[str]:

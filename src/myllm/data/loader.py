@@ -26,9 +26,17 @@ def batch_of(stream: TokenStream, sequences: np.ndarray, seq_len: int) -> Batch:
     Shapes:
         sequences (B,); returns (B, T) int64 twice
     """
-    rows = np.stack([stream.read(int(i) * seq_len, seq_len + 1) for i in sequences]).astype(np.int64)  # (B, T + 1)
-    rows = torch.from_numpy(rows)
-    return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+    return inputs_and_targets(read_rows(stream, sequences, seq_len))
+
+
+def read_rows(stream: TokenStream, sequences: np.ndarray, seq_len: int) -> np.ndarray:
+    """The named sequences, each with the token after it: (B, T + 1) uint16."""
+    return np.stack([stream.read(int(i) * seq_len, seq_len + 1) for i in sequences])
+
+
+def inputs_and_targets(rows: np.ndarray) -> Batch:
+    tokens = torch.from_numpy(rows.astype(np.int64))  # (B, T + 1)
+    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
 def has_step(stream: TokenStream, position: DataPosition, plan: BatchPlan) -> bool:

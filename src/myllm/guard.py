@@ -1,0 +1,136 @@
+"""Which updates are made: decided on the device, step by step, without asking the host.
+
+An update is left out where the gradient is not finite or, if asked for, where its norm is a spike: far above its
+running mean. Once it is time to stop, every later update is left out as well, so that weights and optimizer stay those
+of the step that did it until the host, which looks at the next log line or save, can take that step apart.
+
+The gradient norm is the same on all ranks, to the last bit, so all of them decide alike without a word.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .checkpoint import TrainState, random_state
+from .config import TrainConfig
+from .data.order import DataPosition
+from .skips import Skips
+
+MEMORY_STEPS = 128
+"""The statistics forget a step after about so many more."""
+WARMUP_STEPS = 64
+"""Norms to have seen before one can be called a spike."""
+MIN_DEVIATION = 0.05
+"""Of the log norm. A run whose norm hardly moves must not stumble over a few per cent."""
+
+APPLIED, NONFINITE, SPIKE, FROZEN = range(4)
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A step whose update was left out, and what it takes to make it again."""
+
+    step: int
+    """The update's number, counted from 1: with it, this many would have been made."""
+    kind: Literal["nonfinite", "spike"]
+    grad_norm: float
+    data: DataPosition
+    """Before the step."""
+    random: dict[str, Tensor]
+    """This rank's generators before the step."""
+
+
+@dataclass
+class _Attempt:
+    step: int
+    data: DataPosition
+    random: dict[str, Tensor]
+    verdict: Tensor | None = None
+    grad_norm: Tensor | None = None
+
+
+class Guard:
+    """Decides on each update, counts those left out, and remembers what their steps began with."""
+
+    def __init__(self, config: TrainConfig, device: torch.device, skips: Skips | None = None) -> None:
+        self._config, self._device = config, device
+        self._skips = skips or Skips()
+        self._attempts: list[_Attempt] = []  # since the host last looked
+        self.left_out: list[LeftOut] = []
+        """Steps that the host has seen and not yet dealt with; who deals with them empties it."""
+        self.frozen = False
+        """Whether the last of them ends the run."""
+        counts = (self._skips.nonfinite, self._skips.spikes, self._skips.in_a_row, self._skips.counted)
+        self._nonfinite, self._spikes, self._in_a_row, self._counted = torch.tensor(counts, device=device).unbind()
+        numbers = (self._skips.log_norm_mean, self._skips.log_norm_variance)
+        self._mean, self._variance = torch.tensor(numbers, dtype=torch.float32, device=device).unbind()
+        self._frozen = torch.zeros((), dtype=torch.bool, device=device)
+
+    def begin(self, state: TrainState) -> None:
+        """Remember where the next step begins. Costs the host a few microseconds and the device nothing."""
+        self._attempts.append(_Attempt(state.step + 1, state.data, random_state(self._device)))
+
+    @torch.no_grad()
+    def judge(self, grad_norm: Tensor) -> Tensor:
+        """Whether to leave out the update of the step that began last.
+
+        Args:
+            grad_norm: before clipping; the same on every rank.
+
+        Returns:
+            1 to leave it out, 0 to make it: a float32 scalar on the device.
+        """
+        limit = self._config.skip_spikes_sigma
+        finite, running = grad_norm.isfinite(), ~self._frozen
+        log_norm = grad_norm.float().clamp_min(torch.finfo(torch.float32).tiny).log()
+        known = self._counted >= WARMUP_STEPS
+        ceiling = self._mean + (math.inf if limit is None else limit) * self._variance.sqrt().clamp_min(MIN_DEVIATION)
+        spike = finite & known & (log_norm > ceiling)
+        # A spike counts as if it had reached the ceiling and no more: one of them hardly moves the statistics, but a
+        # norm that has risen for good is in time taken for what it is.
+        self._remember(torch.where(known, torch.minimum(log_norm, ceiling), log_norm), running & finite)
+        self._nonfinite = self._nonfinite + (running & ~finite)
+        self._spikes = self._spikes + (running & spike)
+        bad = spike | ~finite
+        self._in_a_row = torch.where(running, (self._in_a_row + 1) * bad, self._in_a_row)
+        stops = self._in_a_row > self._config.max_skipped_steps
+        if self._config.on_nonfinite == "stop":
+            stops = stops | ~finite
+        verdict = torch.where(finite, torch.where(spike, SPIKE, APPLIED), NONFINITE)
+        verdict = torch.where(running, verdict, FROZEN)
+        self._frozen = self._frozen | stops
+        self._attempts[-1].verdict, self._attempts[-1].grad_norm = verdict, grad_norm
+        return (verdict != APPLIED).float()
+
+    def _remember(self, log_norm: Tensor, counts: Tensor) -> None:
+        """One more norm: a plain mean and variance at first, exponentially weighted ones later.
+
+        Source: West 1979, "Updating mean and variance estimates: an improved method", with weights that decay.
+        """
+        weight = (1 / (self._counted + 1)).clamp_min(1 / MEMORY_STEPS)
+        difference = torch.where(counts, log_norm - self._mean, 0.0)
+        self._mean = self._mean + weight * difference
+        variance = (1 - weight) * (self._variance + weight * difference.square())
+        self._variance = torch.where(counts, variance, self._variance)
+        self._counted = self._counted + counts
+
+    def look(self) -> Skips:
+        """Read from the device what was decided since the last look: into `left_out`, `frozen` and the counts."""
+        if not self._attempts:
+            return self._skips
+        attempts, self._attempts = self._attempts, []
+        verdicts = torch.stack([each.verdict for each in attempts]).tolist()
+        nonfinite, spikes, in_a_row, counted, frozen = torch.stack(
+            (self._nonfinite, self._spikes, self._in_a_row, self._counted, self._frozen.long())
+        ).tolist()
+        mean, variance = torch.stack((self._mean, self._variance)).tolist()
+        self._skips = Skips(nonfinite, spikes, in_a_row, counted, mean, variance)
+        self.frozen = bool(frozen)
+        for each, verdict in zip(attempts, verdicts, strict=True):
+            if verdict in (NONFINITE, SPIKE):
+                kind = "spike" if verdict == SPIKE else "nonfinite"
+                self.left_out.append(LeftOut(each.step, kind, each.grad_norm.item(), each.data, each.random))
+        return self._skips

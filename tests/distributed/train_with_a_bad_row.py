@@ -1,0 +1,30 @@
+"""Train as pretrain.py does, where one token's embedding is so large that dropout makes infinities of it.
+
+train_with_a_bad_row.py CONFIG.json TOKEN
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from myllm import train
+from myllm.config import ModelConfig, RunConfig, load_json
+from myllm.launch import clear_errors
+from myllm.model import Transformer
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import pretrain
+
+
+def poisoned(config: ModelConfig, seed: int) -> Transformer:
+    model = Transformer(config, seed)
+    with torch.no_grad():
+        model.embedding.weight[int(sys.argv[2])] = 3.4e38
+    return model
+
+
+if __name__ == "__main__":
+    train.Transformer = poisoned
+    with clear_errors():
+        pretrain.prepare_and_train(load_json(Path(sys.argv[1]), RunConfig()), prepare_only=False)
