@@ -27,15 +27,17 @@ FLOORS = [
         "hardware",
         "ranks",
         "amounts",
+        "memory",
     },
     {"model", "data", "optim"},
     {"checkpoint", "evals", "metrics", "report", "loading", "run_folder", "hub", "int8", "eval_results"}
     | {"language_model"}
     | {"sampling", "filters", "generation", "completion", "chat", "serve", "exporting", "importing", "model_card"}
     | {"publishing", "publish_beside", "early_stop", "reference"},
-    {"train", "step", "meter", "loop_evals", "resume", "signals", "growing"},
+    {"train", "step", "meter", "loop_evals", "resume", "signals", "growing"}
+    | {"rehearsal", "micro_batch", "preflight", "preflight_data", "preflight_report"},
     {"cli", "data_cli", "eval_cli", "eval_tasks", "sample_cli", "tokenizer_cli", "export_cli", "publish_cli", "launch"}
-    | {"__main__", "pretrain"},
+    | {"preflight_cli", "__main__", "pretrain"},
 ]
 PARTS = FLOORS[1]  # the one floor whose rooms have no doors between them
 

@@ -21,6 +21,11 @@ def local_rank() -> int:
     return int(os.environ["LOCAL_RANK"]) if launched() else 0
 
 
+def local_world_size() -> int:
+    """Processes of the run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if launched() else 1
+
+
 def world_size() -> int:
     """Processes of the run; before it is launched, WORLD_SIZE says for how many it is being planned.
 
