@@ -1,6 +1,11 @@
 """The rehearsal of a run: what it measures, what it makes of that, and that it leaves everything as it was."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from math import log, nan
@@ -384,6 +389,25 @@ def test_what_a_killed_rehearsal_left_goes_with_the_next(temp_data: Path) -> Non
         rehearsal._remove_left_behind(temp_data / "runs")  # what another one would do meanwhile
         assert folder.is_dir()
     assert list((temp_data / "runs").iterdir()) == []
+
+
+def test_a_signal_leaves_nothing(config: RunConfig, tmp_path: Path) -> None:
+    """SIGTERM in the middle of it: the folder goes, as at its own end."""
+    path = write_run_config(with_train(config, batch_tokens=64 * 64 * 8), tmp_path / "tiny.json")
+    (tmp_path / "data/runs").mkdir(parents=True)
+    words = [sys.executable, "-m", "myllm", "preflight", "--config", str(path)]
+    environment = os.environ | {"MYLLM_DATA": str(tmp_path / "data")}
+    process = subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "data/runs").glob(f"{rehearsal.PREFIX}*/dataset/manifest.json")):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 143, said
+    assert "Traceback" not in said
+    assert list((tmp_path / "data/runs").iterdir()) == []
 
 
 def test_every_part_is_the_runs_own() -> None:
