@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From a fresh clone to a trained, evaluated and reported model: environment -> plan -> data and training.
+# From a fresh clone to a trained, evaluated and reported model: environment -> plan -> preflight -> data and training.
 # pretrain.py is the rest of the story: it prepares the data in a process beside the training, which begins as soon as
 # the first shards are there; it evaluates as it trains, writes the report, says what to type next and, with --hub.repo,
 # ends with publishing.
@@ -8,15 +8,20 @@ set -euo pipefail
 
 usage() {
   cat <<'USAGE'
-Usage: ./run_pre_training_e2e.sh [--force] [PRESET] [OVERRIDE...]
+Usage: ./run_pre_training_e2e.sh [OPTION...] [PRESET] [OVERRIDE...]
 
-Makes the Python environment, checks the plan, then prepares the data and, as soon as the first shards are there,
-trains, evaluates and reports on every GPU of this machine. Run it again after an interruption: it goes on where it was.
+Makes the Python environment, checks the plan, rehearses a few steps, evaluations and a save on made-up text, then
+prepares the data and, as soon as the first shards are there, trains, evaluates and reports on every GPU of this
+machine. Run it again after an interruption: it goes on where it was.
 
   PRESET      what to train (default: lf-llm-269m, or what --config FILE says); the first argument, without a dash
   OVERRIDE    handed to pretrain.py, such as --name my-run or --train.max-steps 100 or --config my.json; with
               --hub.repo NAMESPACE/NAME the model is published on the Hugging Face Hub at the end
   --force     train although there is no GPU
+
+  --max-hours H         do not start a run that would take longer
+  --dollars-per-hour X  of all machines of the run together: say what it will cost
+  --no-preflight        no rehearsal (`myllm preflight` alone does nothing else)
 
 Examples:
   ./run_pre_training_e2e.sh
@@ -35,15 +40,24 @@ refuse() {
 
 here="$(unset CDPATH && cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 
-force=""
-for argument in "$@"; do # takes out --force and keeps the rest, in order
+force="" preflight=yes bounds=() wants=""
+for argument in "$@"; do # takes out what is for this script and keeps the rest, in order
   shift
+  if [ -n "$wants" ]; then
+    bounds+=("$wants" "$argument") wants=""
+    continue
+  fi
   case "$argument" in
     -h | --help) usage && exit ;;
     --force) force=yes ;;
+    --no-preflight) preflight="" ;;
+    --max-hours | --dollars-per-hour) wants="$argument" ;;
+    --max-hours=* | --dollars-per-hour=*) bounds+=("$argument") ;;
+    --prepare-only | --dry-run) preflight="" && set -- "$@" "$argument" ;;
     *) set -- "$@" "$argument" ;;
   esac
 done
+[ -z "$wants" ] || refuse "$wants needs a number behind it."
 preset=lf-llm-269m
 case "${1:--}" in
   -*) for argument in "$@"; do case "$argument" in --config | --config=*) preset="" ;; esac; done ;;
@@ -87,16 +101,35 @@ There is no GPU here, so nothing was started. The plan above says how long this 
   This run all the same:                add --force"
 fi
 
+launcher() { # sets run: what starts a process for each GPU. The name keeps one meeting of the nodes from another.
+  run=("$PYTHON")
+  if [ "$preset" = debug ] || { [ "$gpus" -eq 0 ] && [ "$nodes" -eq 1 ]; }; then return; fi
+  where=(--standalone)
+  if [ "$nodes" -gt 1 ]; then
+    # Node 0 is where the others meet; which node gets rank 0 is torchrun's choice.
+    where=("--nnodes=$nodes" --rdzv_backend=c10d "--rdzv_id=$1" "--rdzv_endpoint=$MASTER_ADDR:$MASTER_PORT")
+    where+=("--rdzv_conf=is_host=$([ "$NODE_RANK" = 0 ] && echo 1 || echo 0)")
+  fi
+  run+=(-m myllm.torchrun "${where[@]}" "--nproc_per_node=$processes")
+}
+
+if [ -n "$preflight" ]; then
+  heading "Preflight"
+  launcher "${RDZV_ID:-myllm}-preflight"
+  # Beside this script, which passes a signal on: in its foreground bash would first wait for the end.
+  "${run[@]}" -m myllm preflight ${preset:+"$preset"} "$@" ${bounds[@]+"${bounds[@]}"} &
+  child=$!
+  trap 'kill "$child"; wait "$child" || true; exit 130' INT
+  trap 'kill "$child"; wait "$child" || true; exit 143' TERM
+  wait "$child" || {
+    status=$?
+    printf '\nNothing was started. Start it all the same with --no-preflight.\n' >&2
+    exit "$status"
+  }
+  trap - INT TERM
+fi
+
 heading "Data, training, evaluation and report"
 # exec, so that a scheduler's SIGTERM reaches the training, which saves a checkpoint, and its exit status is ours.
-if [ "$preset" = debug ] || { [ "$gpus" -eq 0 ] && [ "$nodes" -eq 1 ]; }; then
-  exec "$PYTHON" "$here/pretrain.py" ${preset:+"$preset"} "$@"
-fi
-where="--standalone"
-if [ "$nodes" -gt 1 ]; then
-  # Node 0 is where the others meet; which node gets rank 0 is torchrun's choice.
-  where="--nnodes=$nodes --rdzv_backend=c10d --rdzv_id=${RDZV_ID:-myllm} --rdzv_endpoint=$MASTER_ADDR:$MASTER_PORT"
-  where="$where --rdzv_conf=is_host=$([ "$NODE_RANK" = 0 ] && echo 1 || echo 0)"
-fi
-# shellcheck disable=SC2086 # $where is several words
-exec "$PYTHON" -m myllm.torchrun $where --nproc_per_node="$processes" "$here/pretrain.py" ${preset:+"$preset"} "$@"
+launcher "${RDZV_ID:-myllm}"
+exec "${run[@]}" "$here/pretrain.py" ${preset:+"$preset"} "$@"

@@ -51,8 +51,9 @@ def test_the_debug_script_goes_all_the_way(debug: tuple[Path, subprocess.Complet
         assert (run / "checkpoints" / step / "manifest.json").is_file()
     said = done.stdout
     assert [line for line in said.splitlines() if line.startswith("=== ")] == [
-        "=== Environment", "=== Plan: debug", "=== Data, training, evaluation and report"
+        "=== Environment", "=== Plan: debug", "=== Preflight", "=== Data, training, evaluation and report"
     ]  # fmt: skip
+    assert "preflight of debug on 1 x" in said
     last = said.split("everything of this run")[1].replace("'", "")  # a path with spaces is quoted
     assert "myllm serve debug" in last
     for hint in (str(run), "myllm sample debug", "myllm chat debug", "--train.max-steps", "run_pre_training_e2e.sh"):
@@ -66,6 +67,7 @@ def test_the_same_command_again_resumes(debug: tuple[Path, subprocess.CompletedP
     done = user(folder, str(ROOT / "run_pre_training_e2e_debug.sh"), *SHORT)
     assert done.returncode == 0, done.stderr
     assert "resuming from" in done.stdout
+    assert "nothing left to train: the run debug is at step 4 of 4" in done.stdout
     assert train_rows(run) == before
     assert len(list((folder / "data/datasets").glob("*/manifest.json"))) == 1
 

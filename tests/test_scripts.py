@@ -328,9 +328,34 @@ names = ("WORLD_SIZE", "RANK", "LOCAL_RANK")
 call = {"arguments": sys.argv[1:], "cwd": os.getcwd()} | {name: os.environ.get(name) for name in names}
 with open(os.environ["LOG"], "a") as log:
     print(json.dumps(call), file=log)
-stage = "--dry-run" if "--dry-run" in sys.argv else "train"
+stage = next((word for word in ("--dry-run", "preflight") if word in sys.argv), "train")
 sys.exit(int(os.environ["STATUS"]) if os.environ.get("FAILS_AT") == stage else 0)
 """
+
+
+# A preflight that takes a minute, unless it is told to end.
+LASTING = """
+import os, signal, sys, time
+
+def say(word):
+    with open(os.environ["LOG"], "a") as log:
+        print(word, file=log)
+
+def end(*_):
+    say("ended")
+    sys.exit(143)
+
+if sys.argv[1] == "-c":
+    print(os.environ["GPUS"])
+elif "preflight" in sys.argv:
+    signal.signal(signal.SIGTERM, end)
+    say("began")
+    time.sleep(60)
+elif "--dry-run" not in sys.argv:
+    say("trained")
+"""
+
+PREFLIGHT = ["-m", "myllm", "preflight"]
 
 
 class Launch:
@@ -377,8 +402,8 @@ def test_force_trains_on_cpu_in_a_plain_process(launch, arguments):
     status, commands, calls = launch(*arguments.split(), RANK="3", LOCAL_RANK="3", WORLD_SIZE="4")
     run = [launch.pretrain, "small-50m", "--name", "x"]
     assert status == 0
-    assert commands == [[*run, "--dry-run"], run]
-    assert [call["WORLD_SIZE"] for call in calls] == ["1", None]
+    assert commands == [[*run, "--dry-run"], [*PREFLIGHT, *run[1:]], run]
+    assert [call["WORLD_SIZE"] for call in calls] == ["1", None, None]
     assert {call["RANK"] for call in calls} == {call["LOCAL_RANK"] for call in calls} == {None}
 
 
@@ -387,8 +412,8 @@ def test_one_process_for_each_gpu(launch, gpus):
     status, commands, calls = launch(gpus=gpus)
     torchrun = ["-m", "myllm.torchrun", "--standalone", f"--nproc_per_node={gpus}"]
     assert status == 0
-    assert commands[-1] == [*torchrun, launch.pretrain, "lf-llm-269m"]
-    assert [call["WORLD_SIZE"] for call in calls] == [str(gpus), None]
+    assert commands[1:] == [[*torchrun, *PREFLIGHT, "lf-llm-269m"], [*torchrun, launch.pretrain, "lf-llm-269m"]]
+    assert [call["WORLD_SIZE"] for call in calls] == [str(gpus), None, None]
 
 
 def test_several_nodes(launch):
@@ -397,8 +422,10 @@ def test_several_nodes(launch):
     meeting = ["--rdzv_backend=c10d", "--rdzv_id=myllm", "--rdzv_endpoint=10.0.0.1:29500", "--rdzv_conf=is_host=0"]
     where = ["--nnodes=2", *meeting, "--nproc_per_node=4"]
     assert status == 0
-    assert commands[-1] == ["-m", "myllm.torchrun", *where, launch.pretrain, "default-150m"]
-    assert [call["WORLD_SIZE"] for call in calls] == ["8", None]
+    rehearsal = [word.replace("rdzv_id=myllm", "rdzv_id=myllm-preflight") for word in where]
+    assert commands[1] == ["-m", "myllm.torchrun", *rehearsal, *PREFLIGHT, "default-150m"]
+    assert commands[2] == ["-m", "myllm.torchrun", *where, launch.pretrain, "default-150m"]
+    assert [call["WORLD_SIZE"] for call in calls] == ["8", None, None]
 
 
 @pytest.mark.parametrize("nodes", [{"NNODES": "2", "NODE_RANK": "0"}, {"NNODES": "two"}, {"NNODES": "0"}])
@@ -415,7 +442,7 @@ def test_overrides_pass_through_untouched(launch):
     overrides = ["--data.source", "files:my texts/*.txt", "--name", "it's $HOME", "--empty", "", "--x=a  b", "*"]
     status, commands, _ = launch(*overrides, gpus=2)
     assert status == 0
-    assert commands[-1][-len(overrides) :] == overrides
+    assert commands[-1][-len(overrides) :] == commands[1][-len(overrides) :] == overrides
     assert commands[0][2:-1] == overrides
 
 
@@ -432,11 +459,47 @@ def test_debug_is_one_plain_process_whatever_the_machine(launch):
     for gpus in (0, 4):
         status, commands, calls = launch("--name", "a b", gpus=gpus, script=script, NNODES="2")
         assert status == 0
-        assert commands[-1] == [launch.pretrain, "debug", "--name", "a b"]
-        assert [call["WORLD_SIZE"] for call in calls] == ["1", None]
+        assert commands[1:] == [[*PREFLIGHT, "debug", "--name", "a b"], [launch.pretrain, "debug", "--name", "a b"]]
+        assert [call["WORLD_SIZE"] for call in calls] == ["1", None, None]
 
 
-@pytest.mark.parametrize(("stage", "n_calls"), [("--dry-run", 1), ("train", 2)])
+def test_bounds_are_for_the_preflight_alone(launch):
+    words = ["--max-hours", "9.5", "small-50m", "--name", "x", "--dollars-per-hour=12"]
+    status, commands, _ = launch(*words, gpus=1)
+    assert status == 0
+    assert commands[1][-6:] == ["small-50m", "--name", "x", "--max-hours", "9.5", "--dollars-per-hour=12"]
+    assert commands[2][-4:] == [launch.pretrain, "small-50m", "--name", "x"]
+    status, commands, _ = launch("small-50m", "--max-hours", gpus=1)
+    assert (status, commands) == (2, [])
+    assert "--max-hours needs a number" in launch.result.stderr
+
+
+@pytest.mark.parametrize("word", ["--no-preflight", "--prepare-only", "--dry-run"])
+def test_no_preflight(launch, word):
+    status, commands, _ = launch("small-50m", word, gpus=1)
+    rest = [] if word == "--no-preflight" else [word]
+    assert status == 0
+    assert [command[-2 - len(rest) :] for command in commands[1:]] == [[launch.pretrain, "small-50m", *rest]]
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_reaches_the_preflight(launch, tmp_path, number, status):
+    """Nothing is left behind, and nothing is started after it."""
+    lasting = write_script(tmp_path / "bin" / "lasting", f"#!{BASE_PYTHON}\n{LASTING}")
+    write_script(launch.root / "src/environment.sh", f'#!/bin/sh\necho "{lasting}"\n')
+    env = {"PATH": "/usr/bin:/bin", "LOG": str(launch.log_file), "GPUS": "0"}
+    command = [launch.root / "run_pre_training_e2e.sh", "--force", "small-50m"]
+    process = subprocess.Popen(command, env=env, cwd=launch.cwd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 30
+    while not launch.log_file.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(number)
+    assert process.wait(timeout=30) == status
+    assert launch.log_file.read_text() == "began\nended\n"
+
+
+@pytest.mark.parametrize(("stage", "n_calls"), [("--dry-run", 1), ("preflight", 2), ("train", 3)])
 def test_a_failing_stage_ends_the_run_with_its_status(launch, stage, n_calls):
     status, commands, _ = launch(gpus=1, FAILS_AT=stage, STATUS="7")
     assert (status, len(commands)) == (7, n_calls)

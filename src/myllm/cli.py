@@ -6,7 +6,17 @@ from typing import Literal
 
 import tyro
 
-from . import checkpoint_cli, data_cli, eval_cli, export_cli, publish_cli, replay_cli, sample_cli, tokenizer_cli
+from . import (
+    checkpoint_cli,
+    data_cli,
+    eval_cli,
+    export_cli,
+    preflight_cli,
+    publish_cli,
+    replay_cli,
+    sample_cli,
+    tokenizer_cli,
+)
 from .errors import UserError, nearest
 from .launch import clear_errors
 
@@ -55,6 +65,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "data verify": data_cli.verify,
     "data show": data_cli.show,
     "tokenizer train": tokenizer_cli.tokenizer_train,
+    "preflight": preflight_cli.preflight,
     "eval": eval_cli.evaluate,
     "sample": sample_cli.sample,
     "chat": sample_cli.chat,
@@ -68,6 +79,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "checkpoint verify": checkpoint_cli.verify,
     "doctor": doctor,
 }
+TAKES_WORDS = {"preflight"}
+"""Commands that begin with a preset, whose settings are then their options: they read the words themselves."""
 
 
 def main(words: list[str] | None = None) -> None:
@@ -81,7 +94,11 @@ def main(words: list[str] | None = None) -> None:
         if name is None:
             given = " ".join(words[:2] if words[0] in ("data", "tokenizer", "checkpoint") else words[:1])
             raise UserError(f"unknown command {given!r}{nearest(given, list(COMMANDS))}\n{_usage()}")
-        tyro.cli(COMMANDS[name], args=words[name.count(" ") + 1 :], prog=f"myllm {name}")
+        rest = words[name.count(" ") + 1 :]
+        if name in TAKES_WORDS:
+            COMMANDS[name](rest)
+        else:
+            tyro.cli(COMMANDS[name], args=rest, prog=f"myllm {name}")
 
 
 def _usage() -> str:

@@ -134,8 +134,9 @@ class TrainConfig:
     """Optimizer updates."""
     batch_tokens: int = 524_288
     """Tokens a step over all ranks. The number of ranks never changes it."""
-    micro_batch_size: int = 16
-    """Sequences a rank pushes through at once; accumulation makes up the rest of batch_tokens."""
+    micro_batch_size: int | Literal["auto"] = 16
+    """Sequences a rank pushes through at once; accumulation makes up the rest of batch_tokens. auto: the most that the
+    memory holds, tried out at the first start; the run's config.json has the number, and a resume takes it."""
     seed: int = 1_337
     log_every_steps: int = 10
     save_every_steps: int = 500
@@ -274,10 +275,10 @@ def _convert(value: Any, hint: Any) -> Any:
     origin, choices = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         if value not in choices:
-            raise TypeError("one of " + ", ".join(map(str, choices)))
+            raise TypeError("one of " + ", ".join(map(str, choices)) if len(choices) > 1 else repr(choices[0]))
         return value
-    if origin is types.UnionType:  # `X | None`, the only union in use
-        return None if value is None else _convert(value, choices[0])
+    if origin in (types.UnionType, typing.Union):  # `X | None`, or `int | Literal["auto"]`
+        return _convert_to_one_of(value, choices)
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise TypeError("a list")
@@ -290,3 +291,17 @@ def _convert(value: Any, hint: Any) -> Any:
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise TypeError({int: "a whole number", float: "a number", str: "a text", bool: "true or false"}[hint])
     return value
+
+
+def _convert_to_one_of(value: Any, choices: tuple[Any, ...]) -> Any:
+    """As `_convert`, to the first type of a union that takes the value; None is not named among what was expected."""
+    if value is None and types.NoneType in choices:
+        return None
+    expected = []
+    for choice in choices:
+        if choice is not types.NoneType:
+            try:
+                return _convert(value, choice)
+            except TypeError as error:
+                expected.append(str(error))
+    raise TypeError(" or ".join(expected))

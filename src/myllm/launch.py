@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -42,38 +42,61 @@ options:
 
 
 @dataclass(frozen=True)
-class Launch:
-    """What a command line asks for."""
+class AskedRun:
+    """A run as a command line describes it."""
 
     config: Annotated[RunConfig, tyro.conf.arg(name="")]  # no prefix: --train.max-steps
+
+    @property
+    def planning(self) -> bool:
+        """Whether the run is not to be started by this process, so that WORLD_SIZE says for how many it is planned."""
+        return False
+
+
+@dataclass(frozen=True)
+class Launch(AskedRun):
+    """What pretrain.py is asked."""
+
     dry_run: bool = False
     """Check everything, print the resolved config and what it costs, and stop."""
     prepare_only: bool = False
     """Make the data set if it is not there yet, and stop."""
 
+    @property
+    def planning(self) -> bool:
+        return self.dry_run or self.prepare_only
+
 
 def parse(words: list[str]) -> Launch:
-    """The launch that the words of the command line describe. Checked: it can be trained as far as a config tells.
+    """The launch that the words of pretrain.py's command line describe; see `parse_as`."""
+    return parse_as(Launch, words, USAGE)
+
+
+def parse_as(kind: type[AskedRun], words: list[str], usage: str) -> Any:
+    """What the words of a command line ask for, a config and what `kind` has beside it. Checked: the config can be
+    trained as far as it tells itself.
+
+    Args:
+        usage: "usage: PROGRAM PRESET ...", printed where there are no words; {presets} stands for their list.
 
     Raises:
         UserError: unknown preset, bad config file, or a config with faults.
         SystemExit: help was asked for, or tyro found a word it does not know (code 2).
     """
     if not words or words[0] in ("-h", "--help"):
-        print(USAGE.format(presets=describe_presets()))
+        print(usage.format(presets=describe_presets()))
         # Help that was asked for is a success; a command without a preset is not.
         raise SystemExit(0 if words else 2)
     base, words = _base(words)
     launch = tyro.cli(
-        Launch,
+        kind,
         args=words,
-        default=Launch(base),
-        prog=f"python pretrain.py {base.name}",
+        default=kind(base),
+        prog=f"{usage.partition(' PRESET')[0].removeprefix('usage: ')} {base.name}",
         description="Every setting of the run. The same command resumes an interrupted one.",
     )
     # A WORLD_SIZE without torchrun is a plan for later, not the number of processes of this call.
-    planning = launch.dry_run or launch.prepare_only or ranks.launched()
-    check(launch.config, ranks.world_size() if planning else 1)
+    check(launch.config, ranks.world_size() if launch.planning or ranks.launched() else 1)
     return launch
 
 

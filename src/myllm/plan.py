@@ -1,6 +1,6 @@
 """What a run costs, from its config alone: batch arithmetic, parameters, FLOPs, memory, disk. Allocates nothing."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .config import ModelConfig, RunConfig, TrainConfig
 
@@ -54,7 +54,15 @@ class BatchPlan:
 
 
 def batch_plan(model: ModelConfig, train: TrainConfig, world_size: int) -> BatchPlan:
-    return BatchPlan(train.batch_tokens, model.max_seq_len, train.micro_batch_size, world_size)
+    # Until "auto" is a number, one sequence stands for it: it multiplies to the whole wherever any number does.
+    micro_batch_size = 1 if train.micro_batch_size == "auto" else train.micro_batch_size
+    return BatchPlan(train.batch_tokens, model.max_seq_len, micro_batch_size, world_size)
+
+
+def micro_batch_sizes(model: ModelConfig, train: TrainConfig, world_size: int) -> list[int]:
+    """Every micro-batch size that keeps batch_tokens exact on so many ranks, ascending; none if there is none."""
+    share, remainder = divmod(train.batch_tokens, model.max_seq_len * world_size)
+    return [] if remainder else [size for size in range(1, share + 1) if share % size == 0]
 
 
 def parameters_by_part(model: ModelConfig) -> dict[str, int]:
@@ -124,7 +132,8 @@ def checkpoint_bytes(config: RunConfig) -> int:
 def disk_estimate_bytes(config: RunConfig) -> dict[str, int]:
     """What the run's folder and its data set take, for what can be known before anything is read."""
     saves = -(-config.train.max_steps // (config.train.save_every_steps or config.train.max_steps))
-    kept = min(config.train.keep_last or saves, saves)
+    milestones = config.train.max_steps // config.train.keep_every_steps if config.train.keep_every_steps else 0
+    kept = min((config.train.keep_last or saves) + milestones, max(saves, milestones))
     trained = config.train.max_steps * config.train.batch_tokens
     tokens = min(trained, config.data.target_tokens or trained) + config.data.val_tokens
     best = config.train.early_stop_patience is not None
@@ -135,7 +144,12 @@ def disk_estimate_bytes(config: RunConfig) -> dict[str, int]:
 def describe(config: RunConfig, world_size: int) -> str:
     """The arithmetic of a run as a text block for people."""
     model, train = config.model, config.train
-    batch = batch_plan(model, train, world_size)
+    batch, at = str(batch_plan(model, train, world_size)), ""
+    if train.micro_batch_size == "auto":
+        sizes = micro_batch_sizes(model, train, world_size)
+        batch = f"auto: the most that fits of {', '.join(map(str, sizes))} sequences x {model.max_seq_len:,} tokens x "
+        batch += f"{world_size} rank(s), accumulated to {train.batch_tokens:,} tokens a step"
+        config, at = replace(config, train=replace(train, micro_batch_size=1)), ", at one sequence"
     parts = parameters_by_part(model)
     total = sum(parts.values())
     tokens = train.max_steps * train.batch_tokens
@@ -147,7 +161,7 @@ def describe(config: RunConfig, world_size: int) -> str:
         *(f"  {name:<16}{count:>13,}" for name, count in parts.items() if count),
         f"vocabulary   {model.vocab_size:,} tokens, padded to {model.padded_vocab_size:,} rows",
         f"FLOPs        {flops / 1e9:.3f} G a token, {flops * tokens:.3e} in all",
-        "memory       (estimate, one rank)",
+        f"memory       (estimate, one rank{at})",
         *(f"  {name:<30}{size / 2**30:>8.2f} GiB" for name, size in memory_estimate_bytes(config).items()),
         "disk         (estimate)",
         *(f"  {name:<30}{size / 2**30:>8.2f} GiB" for name, size in disk_estimate_bytes(config).items()),

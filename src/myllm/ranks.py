@@ -58,6 +58,11 @@ def ask_for_a_store_each_start() -> None:
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
 
 
+def local_world_size() -> int:
+    """Processes of the run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if launched() else 1
+
+
 def world_size() -> int:
     """Processes of the run; before it is launched, WORLD_SIZE says for how many it is being planned.
 

@@ -28,6 +28,7 @@ from .hardware import device_name
 from .loop_evals import planned_evals, run_eval
 from .meter import Meter, console_line
 from .metrics import JsonLines, Log, environment
+from .micro_batch import settle
 from .model import Transformer
 from .optim import ScheduledAdamW
 from .parallel import gathered, spread, wrap
@@ -69,6 +70,8 @@ def train(
     batch = plan.batch_plan(config.model, config.train, process.world_size)
     check_data(config, dataset, batch)
     tokenizer = dataset.tokenizer()
+    config, settled = settle(config, tokenizer, process, dataset.val.tokens)
+    batch = plan.batch_plan(config.model, config.train, process.world_size)
     with ExitStack() as stack:
         # -- the run's folder, which this process holds until it ends ------------------------------------------------
         (restarted,) = distributed.any_rank(ranks.restarted())  # what is begun afresh once goes on afterwards
@@ -81,6 +84,8 @@ def train(
         log, metrics, samples = Log(run.log, process.is_main), JsonLines(run.metrics), JsonLines(run.samples)
         if process.is_main and aside:
             log(f"fresh start: the older run was moved to {aside}")
+        if settled:
+            log(settled)
 
         # -- model and optimizer; a checkpoint knows better ----------------------------------------------------------
         model = Transformer(config.model, config.train.seed).to(process.device)

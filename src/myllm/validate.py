@@ -118,7 +118,7 @@ def _sizes(config: RunConfig) -> list[str]:
         for part, names in table.items():
             for name in names:
                 value = getattr(getattr(config, part), name)
-                if value is not None and value < least:
+                if isinstance(value, int) and value < least:  # neither None nor "auto"
                     found.append(f"{part}.{name} is {value}, but must be at least {least}")
     return found
 

@@ -1,0 +1,66 @@
+"""`myllm preflight PRESET [overrides]`: a short rehearsal of a run, alone or under torchrun."""
+
+import signal
+from dataclasses import dataclass
+
+from . import ranks
+from .errors import UserError
+from .launch import AskedRun, parse_as
+
+USAGE = """usage: myllm preflight PRESET [--config FILE.json] [--max-hours H] [--dollars-per-hour X] [overrides]
+
+Rehearse a run before it starts: does it fit, how long does it take, what does it cost? Leaves nothing behind.
+
+presets:
+{presets}
+
+options:
+  --config FILE.json    lay a saved or hand-written config over the preset (which may then be left out)
+  --max-hours H         refuse a run that needs more hours than this from here on
+  --dollars-per-hour X  of all machines of the run together: say what the rest of it costs
+  overrides             any setting of the config, as for pretrain.py
+
+With several GPUs: torchrun --standalone --nproc_per_node=8 -m myllm preflight PRESET
+"""
+
+
+@dataclass(frozen=True)
+class PreflightLaunch(AskedRun):
+    """What `myllm preflight` is asked."""
+
+    max_hours: float | None = None
+    """Refuse a run that needs more hours than this from here on."""
+    dollars_per_hour: float | None = None
+    """Of all machines of the run together: prints what the rest of it costs."""
+
+
+def preflight(words: list[str]) -> None:
+    """Rehearse a run: a few real steps, evaluations and a save say whether it fits, what time and what it costs."""
+    wanted = parse_as(PreflightLaunch, words, USAGE)
+    for name in ("max_hours", "dollars_per_hour"):
+        value = getattr(wanted, name)
+        if value is not None and not 0 < value < float("inf"):
+            raise UserError(f"--{name.replace('_', '-')} is {value}, but must be above 0 and finite")
+    from .distributed import process_group
+    from .preflight import preflight as rehearse
+    from .preflight_report import Bounds
+
+    def say(line: str) -> None:
+        if ranks.rank() == 0:
+            print(f"preflight: {line} ...", flush=True)
+
+    before = signal.signal(signal.SIGTERM, _leave)
+    try:
+        with process_group(wanted.config.train.device) as process:
+            findings = rehearse(wanted.config, process, Bounds(wanted.max_hours, wanted.dollars_per_hour), say)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if process.is_main:
+        print(findings.table(), flush=True)
+    if refusals := findings.refusals():
+        raise UserError("this run would not work:\n" + "\n".join(f"  - {refusal}" for refusal in refusals))
+
+
+def _leave(number: int, _: object) -> None:
+    """On SIGTERM, as on Ctrl-C: an exception, so that the temporary folder goes too."""
+    raise SystemExit(128 + number)
