@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from .data.order import DataPosition
+from .data.receipt import Receipt
 from .early_stop import EarlyStop
 from .errors import UserError
 from .files import file_sha256, fsync_folder, out_of_space, write_json, write_text
@@ -47,6 +48,8 @@ class TrainState:
     data: DataPosition
     early_stop: EarlyStop | None = None
     """None: early stopping is off."""
+    receipt: Receipt | None = None
+    """Of every sample trained on. None: nothing yet, or a checkpoint from before there were receipts."""
 
 
 @dataclass(frozen=True)
@@ -167,9 +170,15 @@ def load(folder: Path) -> Checkpoint:
         raise UserError(f"{folder} is not an intact checkpoint: {'; '.join(faults)}")
     state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     position, early = DataPosition(**state.pop("data")), state.pop("early_stop", None)
+    receipt = state.pop("receipt", None)
     return Checkpoint(
         folder=folder,
-        state=TrainState(**state, data=position, early_stop=EarlyStop(**early) if early else None),
+        state=TrainState(
+            **state,
+            data=position,
+            early_stop=EarlyStop(**early) if early else None,
+            receipt=Receipt(**receipt) if receipt else None,
+        ),
         config=json.loads((folder / "config.json").read_text(encoding="utf-8")),
         model=torch.load(folder / "model.pt", map_location="cpu", weights_only=True),
         optimizer=torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True),

@@ -9,6 +9,7 @@ from . import checkpoint, distributed
 from .checkpoint import TrainState
 from .config import RunConfig, to_dict
 from .data.order import DataPosition
+from .data.receipt import Receipt
 from .data.shards import Dataset
 from .data.tokenizer import Tokenizer
 from .distributed import Process
@@ -97,6 +98,7 @@ def restore(
     log(f"resuming from {saved.folder} at step {saved.state.step:,}")
     for line in changed:
         log(f"  changed since then: {line}")
+    state = saved.state
     if imported:
-        return replace(saved.state, data=DataPosition(0, 0, config.train.seed, dataset.hash))
-    return saved.state
+        state = replace(state, data=DataPosition(0, 0, config.train.seed, dataset.hash))
+    return replace(state, receipt=state.receipt or Receipt(since_step=state.step))

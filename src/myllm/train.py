@@ -116,6 +116,7 @@ def train(
             if save_due(config, state.step, ending) and state != stored:
                 with meter.paused():
                     meter.check_finite(state)
+                    state = meter.receipted(state)
                     store(run.checkpoints, state)
                     stored = state
             if failure:
@@ -130,6 +131,7 @@ def train(
                             before, state = state, count_validation(state, figures["loss"])
                             if state.early_stop.best_step != before.early_stop.best_step:
                                 meter.check_finite(state)
+                                state = meter.receipted(state)
                                 store(run.best, state, alone=True)
             if out_of_patience(state, config) and not ending:
                 continue  # once more past this boundary, as the last: what was not due is measured, and all is saved
@@ -163,6 +165,7 @@ def train(
             meter.watch(state.step, grad_norm)
             bar.update()
             if state.step % config.train.log_every_steps == 0 or state.step == max_steps:
+                state = meter.receipted(state)
                 row = meter.read(state, loss, grad_norm, rate)
                 if process.is_main:
                     metrics.append(row)
