@@ -15,7 +15,7 @@ import tyro
 
 from . import plan, ranks
 from .config import RunConfig, load_json, to_dict
-from .errors import UserError
+from .errors import MachineError, UserError
 from .files import out_of_space
 from .paths import RunPaths
 from .presets import describe_presets, preset
@@ -133,7 +133,7 @@ def clear_errors() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        _fail(str(error))
+        _fail(str(error), everywhere=isinstance(error, MachineError))
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except OSError as error:
@@ -145,8 +145,12 @@ def clear_errors() -> Iterator[None]:
         raise
 
 
-def _fail(message: str) -> None:
-    if ranks.rank() == 0:
+def _fail(message: str, everywhere: bool = False) -> None:
+    """
+    Args:
+        everywhere: the first process of every machine says it.
+    """
+    if ranks.rank() == 0 or (everywhere and ranks.local_rank() == 0):
         print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2) from None
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -177,8 +178,10 @@ def train(
 def check_data(config: RunConfig, dataset: Dataset, batch: plan.BatchPlan) -> None:
     """
     Raises:
-        UserError: too little text for one step, or for one validation batch; a tokenizer that does not fit the model.
+        UserError: too little text for one step, or for one validation batch; a tokenizer that does not fit the model;
+            held-out text that was damaged. Shards to train on are checked as they come up (data/loader.py).
     """
+    dataset.val.check(np.zeros(1, dtype=np.int64), dataset.val.tokens)
     need_val = batch.micro_batch_size * batch.seq_len + 1
     if config.eval.validation_every_steps and dataset.val.tokens < need_val:
         # What is held out is at most a tenth of the source: asking for more helps only below that.

@@ -27,6 +27,7 @@ def batch_of(stream: TokenStream, sequences: np.ndarray, seq_len: int) -> Batch:
     Shapes:
         sequences (B,); returns (B, T) int64 twice
     """
+    stream.check(sequences * seq_len, seq_len + 1)
     return inputs_and_targets(read_rows(stream, sequences, seq_len))
 
 
@@ -121,6 +122,7 @@ class Loader:
             complete = stream.complete  # before counting: a stream may grow between the two, but never shrinks
             n_sequences = count_sequences(stream.tokens, plan.seq_len)
             step = step_sequences(position, plan.sequences, n_sequences, window_of(plan.seq_len))
+            stream.check(step * plan.seq_len, plan.seq_len + 1)  # of all ranks, so that they all say no at one step
             places = position.epoch * n_sequences + position.index + np.arange(plan.sequences)  # among all of the run
             position = position.advance(plan.sequences, n_sequences if complete else None)
             for micro_step in range(plan.grad_accum_steps):
