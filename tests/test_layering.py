@@ -35,7 +35,7 @@ FLOORS = [
     | {"publishing", "publish_beside", "early_stop", "reference"},
     {"train", "step", "meter", "loop_evals", "resume", "signals", "growing"},
     {"cli", "data_cli", "eval_cli", "eval_tasks", "sample_cli", "tokenizer_cli", "export_cli", "publish_cli", "launch"}
-    | {"__main__", "pretrain"},
+    | {"__main__", "pretrain", "kills", "proving", "prove_cli"},
 ]
 PARTS = FLOORS[1]  # the one floor whose rooms have no doors between them
 

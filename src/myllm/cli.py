@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import tyro
 
-from . import data_cli, eval_cli, export_cli, publish_cli, sample_cli, tokenizer_cli
+from . import data_cli, eval_cli, export_cli, prove_cli, publish_cli, sample_cli, tokenizer_cli
 from .errors import UserError, nearest
 from .launch import clear_errors
 
@@ -39,7 +39,10 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "export": export_cli.export,
     "import": export_cli.import_model,
     "publish": publish_cli.publish,
+    "prove-resume": prove_cli.prove_resume,
 }
+TAKES_WORDS = {"prove-resume"}
+"""Commands that begin with a preset, whose settings are then their options: they read the words themselves."""
 
 
 def main(words: list[str] | None = None) -> None:
@@ -53,7 +56,11 @@ def main(words: list[str] | None = None) -> None:
         if name is None:
             given = " ".join(words[:2] if words[0] in ("data", "tokenizer") else words[:1])
             raise UserError(f"unknown command {given!r}{nearest(given, list(COMMANDS))}\n{_usage()}")
-        tyro.cli(COMMANDS[name], args=words[name.count(" ") + 1 :], prog=f"myllm {name}")
+        rest = words[name.count(" ") + 1 :]
+        if name in TAKES_WORDS:
+            COMMANDS[name](rest)
+        else:
+            tyro.cli(COMMANDS[name], args=rest, prog=f"myllm {name}")
 
 
 def _usage() -> str:

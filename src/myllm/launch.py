@@ -60,7 +60,7 @@ def parse(words: list[str]) -> Launch:
         print(USAGE.format(presets=describe_presets()))
         # Help that was asked for is a success; a command without a preset is not.
         raise SystemExit(0 if words else 2)
-    base, words = _base(words)
+    base, words = base_config(words)
     launch = tyro.cli(
         Launch,
         args=words,
@@ -74,7 +74,7 @@ def parse(words: list[str]) -> Launch:
     return launch
 
 
-def _base(words: list[str]) -> tuple[RunConfig, list[str]]:
+def base_config(words: list[str]) -> tuple[RunConfig, list[str]]:
     """The config that overrides start from, and the words that are left: a preset, a file, or a file over a preset."""
     base = RunConfig()
     named = not words[0].startswith("-")
