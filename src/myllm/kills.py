@@ -31,6 +31,8 @@ class Training:
     process: subprocess.Popen[bytes]
     run: RunPaths
     log: Path
+    stale: int | None = None
+    """The metrics of an earlier start, by inode: on its start a run writes anew what it keeps of them."""
 
     @classmethod
     def start(cls, config: Path, name: str, data: Path, ranks: int = 1) -> "Training":
@@ -38,7 +40,8 @@ class Training:
         Args:
             data: the temp_data/ of the run.
         """
-        log = data / f"{name}.log"
+        run, log = RunPaths(data / "runs" / name), data / f"{name}.log"
+        stale = _inode(run.metrics)
         # A launcher around this process is not theirs.
         clean = [word for each in ("RANK", "LOCAL_RANK", "WORLD_SIZE") for word in ("-u", each)]
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
@@ -48,7 +51,11 @@ class Training:
                 ["env", *clean, f"MYLLM_DATA={data}", *words, "--name", name],
                 stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
-        return cls(process, RunPaths(data / "runs" / name), log)
+        return cls(process, run, log, stale)
+
+    def step(self) -> int:
+        """The last step that this start has logged, or kept; 0 until it writes its first row."""
+        return 0 if _inode(self.run.metrics) in (None, self.stale) else logged_step(self.run)
 
     def processes(self) -> list[int]:
         """The ranks and whatever else it has started, its own process last."""
@@ -75,9 +82,9 @@ class Training:
             Broken: nothing new for PATIENCE_S.
         """
         seen, since = -1, time.monotonic()
-        while (now := logged_step(self.run)) < step:
+        while (now := self.step()) < step:
             if self.process.poll() is not None:
-                return logged_step(self.run) >= step
+                return self.step() >= step
             if now != seen:
                 seen, since = now, time.monotonic()
             elif time.monotonic() - since > PATIENCE_S:
@@ -98,9 +105,9 @@ class Training:
         except subprocess.TimeoutExpired:
             self.kill()
             raise Broken(f"it did not end after its last step; see {self.log}") from None
-        if code or logged_step(self.run) < last_step:
+        if code or self.step() < last_step:
             tail = "".join(f"\n    {line}" for line in self.log.read_text(errors="replace").splitlines()[-12:])
-            raise Broken(f"it ended with code {code} at step {logged_step(self.run)} of {last_step}:{tail}")
+            raise Broken(f"it ended with code {code} at step {self.step()} of {last_step}:{tail}")
 
 
 def train_rows(run: RunPaths) -> dict[int, dict[str, Any]]:
@@ -116,6 +123,13 @@ def logged_step(run: RunPaths) -> int:
 def saved_step(run: RunPaths) -> int:
     """The newest step whose checkpoint has its final name; 0 if none has."""
     return max((int(path.name.removeprefix("step_")) for path in run.checkpoints.glob("step_*")), default=0)
+
+
+def _inode(path: Path) -> int | None:
+    try:
+        return path.stat().st_ino
+    except FileNotFoundError:
+        return None
 
 
 def wait_until_gone(pids: list[int], patience_s: float = 60) -> None:
