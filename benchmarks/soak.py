@@ -29,10 +29,10 @@ from myllm.kills import Broken, Training, logged_step, saved_step, train_rows, w
 from myllm.presets import preset
 from myllm.proving import shrunk
 
-SAVE_EVERY = 10
+SAVE_EVERY = 5
 PATIENCE_S = 120
-LONGEST_S = 8.0
-"""Between a start's first step and its end."""
+MOST_STEPS = 15
+"""That a start may take before it is hit."""
 
 
 @dataclass
@@ -61,14 +61,25 @@ def hit(training: Training, chance: random.Random) -> str:
     return f"{number.name} to {whom}"
 
 
+def wait_for(training: Training, step: int) -> None:
+    """
+    Raises:
+        Broken: it ended before.
+    """
+    if not training.wait_for_step(step):
+        raise Broken(f"it ended by itself with code {training.process.returncode}; see {training.log}")
+
+
 def soak(minutes: float, seed: int, folder: Path) -> Figures:
     chance, figures = random.Random(seed), Figures()
     config = shrunk(preset("debug"))
     small = replace(config.model, max_seq_len=64, d_model=16, n_layers=2, n_heads=2, d_ff=32)
     config = replace(
         config, model=small, data=replace(config.data, target_tokens=1_000_000),
-        train=replace(config.train, max_steps=1_000_000, batch_tokens=256, save_every_steps=SAVE_EVERY),
         optim=replace(config.optim, schedule="wsd", decay_fraction=0.0),
+        train=replace(
+            config.train, max_steps=1_000_000, batch_tokens=128, micro_batch_size=1, save_every_steps=SAVE_EVERY
+        ),
     )  # fmt: skip
     path = folder / "config.json"
     write_json(path, to_dict(config))
@@ -77,15 +88,15 @@ def soak(minutes: float, seed: int, folder: Path) -> Figures:
         ranks = chance.choice((1, 2, 2))
         started = time.monotonic()
         training = Training.start(path, "soak", folder, ranks)
-        if not training.wait_for_step(saved_step(training.run) + 1):
-            raise Broken(f"it ended by itself with code {training.process.returncode}; see {training.log}")
+        wait_for(training, last + 1)
         figures.recovery_s.append(time.monotonic() - started)
-        time.sleep(chance.uniform(0, LONGEST_S))
+        wait_for(training, last + 1 + chance.randrange(MOST_STEPS))
+        time.sleep(chance.uniform(0, 0.5))  # in the middle of a step or of a save
         kind = hit(training, chance)
         reached, saved = logged_step(training.run), saved_step(training.run)
         figures.kills[kind] = figures.kills.get(kind, 0) + 1
         figures.lost.append(reached - saved)
-        if saved < last or reached - saved > 2 * SAVE_EVERY:
+        if saved < last or reached - saved > 2 * SAVE_EVERY:  # the newest may not have been whole yet
             raise Broken(f"step {reached} was reached and {last} saved before, and now {saved} is the newest save")
         last = saved
         print(f"{sum(figures.kills.values()):4}  {kind:<20} on {ranks}: step {reached}, saved {saved}", flush=True)
