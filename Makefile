@@ -4,7 +4,7 @@ PYTHON = python="$$(src/environment.sh --dev)" && "$$python"
 PARALLEL = --numprocesses auto --dist loadfile --max-worker-restart 1
 SCRIPTS = $(wildcard *.sh src/*.sh) .ci/run
 
-.PHONY: help environment test test-slow lint format clean
+.PHONY: help environment test test-slow soak lint format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' Makefile
@@ -17,6 +17,10 @@ test: lint ## lint, then the tests but for the slow ones: under 10 minutes on 2 
 
 test-slow: environment ## the tests that take long; CI runs them too
 	@$(PYTHON) -m pytest -m slow $(PARALLEL)
+
+MINUTES ?= 30
+soak: environment ## kill and restart a run at random moments for MINUTES=30
+	@$(PYTHON) benchmarks/soak.py --minutes $(MINUTES)
 
 lint: environment ## check style: Python and shell
 	@$(PYTHON) -m ruff check .

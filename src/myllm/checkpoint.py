@@ -30,6 +30,7 @@ from torch import Tensor
 
 from . import distributed, sharded
 from .data.order import DataPosition
+from .data.receipt import Receipt
 from .early_stop import EarlyStop
 from .errors import UserError
 from .files import file_sha256, fsync_folder, out_of_space, write_json, write_text
@@ -57,6 +58,8 @@ class TrainState:
     """None: early stopping is off."""
     skips: Skips | None = None
     """Updates left out, and what the gradient norm usually is. None: nothing yet."""
+    receipt: Receipt | None = None
+    """Of every sample trained on. None: nothing yet, or a checkpoint from before there were receipts."""
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from . import (
     eval_cli,
     export_cli,
     preflight_cli,
+    prove_cli,
     publish_cli,
     replay_cli,
     sample_cli,
@@ -78,8 +79,9 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "checkpoint list": checkpoint_cli.list_all,
     "checkpoint verify": checkpoint_cli.verify,
     "doctor": doctor,
+    "prove-resume": prove_cli.prove_resume,
 }
-TAKES_WORDS = {"preflight"}
+TAKES_WORDS = {"preflight", "prove-resume"}
 """Commands that begin with a preset, whose settings are then their options: they read the words themselves."""
 
 

@@ -9,6 +9,10 @@ class UserError(ValueError):
     """
 
 
+class MachineError(UserError):
+    """A UserError that the run's other machines may not share, such as a damaged file: each machine says its own."""
+
+
 def nearest(word: str, known: list[str]) -> str:
     """`", did you mean 'x'?"` for the closest known word, or an empty string."""
     from difflib import get_close_matches

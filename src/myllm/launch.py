@@ -17,7 +17,7 @@ import tyro
 
 from . import plan, ranks
 from .config import RunConfig, load_json, to_dict
-from .errors import UserError
+from .errors import MachineError, UserError
 from .files import out_of_space
 from .paths import RunPaths
 from .presets import describe_presets, preset
@@ -87,7 +87,7 @@ def parse_as(kind: type[AskedRun], words: list[str], usage: str) -> Any:
         print(usage.format(presets=describe_presets()))
         # Help that was asked for is a success; a command without a preset is not.
         raise SystemExit(0 if words else 2)
-    base, words = _base(words)
+    base, words = base_config(words)
     launch = tyro.cli(
         kind,
         args=words,
@@ -100,7 +100,7 @@ def parse_as(kind: type[AskedRun], words: list[str], usage: str) -> Any:
     return launch
 
 
-def _base(words: list[str]) -> tuple[RunConfig, list[str]]:
+def base_config(words: list[str]) -> tuple[RunConfig, list[str]]:
     """The config that overrides start from, and the words that are left: a preset, a file, or a file over a preset."""
     base = RunConfig()
     named = not words[0].startswith("-")
@@ -159,7 +159,7 @@ def clear_errors() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        _fail(str(error))
+        _fail(str(error), everywhere=isinstance(error, MachineError))
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except OSError as error:
@@ -171,8 +171,12 @@ def clear_errors() -> Iterator[None]:
         raise
 
 
-def _fail(message: str) -> None:
-    if ranks.rank() == 0:
+def _fail(message: str, everywhere: bool = False) -> None:
+    """
+    Args:
+        everywhere: the first process of every machine says it.
+    """
+    if ranks.rank() == 0 or (everywhere and ranks.local_rank() == 0):
         print(f"error: {message}", file=sys.stderr)
     else:
         # Rank 0 says it for all, and torchrun then ends the others. One that is still here has a mistake of its own,

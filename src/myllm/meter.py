@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from . import distributed
 from .checkpoint import TrainState
 from .config import RunConfig
 from .data.loader import Loader
+from .data.receipt import Receipt
 from .distributed import Process
 from .hardware import device_name, peak_flops
 from .metrics import Stopwatch
@@ -32,6 +34,7 @@ class Meter:
         self._stopwatch = Stopwatch(process.device)
         self._stopwatch.start()
         self._logged_step, self._wait_s = step, 0.0
+        self._receipted = loader.delivered.copy()
         peak = peak_flops(device_name(process.device))
         self._peak_flops = peak * process.world_size if peak else None
 
@@ -40,6 +43,14 @@ class Meter:
         self._stopwatch.stop()
         yield
         self._stopwatch.start()
+
+    def receipted(self, state: TrainState) -> TrainState:
+        """The state with a receipt for everything trained on so far. Every rank must ask at the same steps."""
+        fresh = self._loader.delivered - self._receipted
+        self._receipted = self._loader.delivered.copy()
+        # On the host, where the sums are: it never waits for the device.
+        sums = distributed.sum_over_ranks(torch.from_numpy(fresh)).numpy()
+        return replace(state, receipt=(state.receipt or Receipt()).plus(sums))
 
     def read(self, state: TrainState, loss: Tensor, grad_norm: Tensor, rate: float) -> dict[str, Any]:
         """One row of metrics.jsonl: one reduction, one read from the device."""
@@ -65,6 +76,8 @@ class Meter:
             "mfu": flops / self._peak_flops if self._peak_flops else None,
             "data_wait_s": wait_s,
             **_skipped(self._config, state),
+            "receipt": state.receipt.digest,
+            "receipt_since_step": state.receipt.since_step,
         }
 
 

@@ -8,6 +8,7 @@ from . import checkpoint, sharded
 from .checkpoint import TrainState
 from .config import RunConfig
 from .data.order import DataPosition
+from .data.receipt import Receipt
 from .data.shards import Dataset
 from .distributed import Process
 from .errors import UserError
@@ -51,6 +52,7 @@ def restore(
     log(f"resuming from {saved.folder} at step {saved.state.step:,}")
     for line in changed:
         log(f"  changed since then: {line}")
+    state = saved.state
     if imported:
-        return replace(saved.state, data=DataPosition(0, 0, config.train.seed, dataset.hash))
-    return saved.state
+        state = replace(state, data=DataPosition(0, 0, config.train.seed, dataset.hash))
+    return replace(state, receipt=state.receipt or Receipt(since_step=state.step))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -133,7 +134,7 @@ def train(
             ending = stopping or state.step >= last_step or failure is not None
             if save_due(config, state.step, ending) and state != stored:
                 with meter.paused():
-                    state = checked(state)
+                    state = meter.receipted(checked(state))
                     saver.save(state)
                     stored = state
             if failure:
@@ -147,7 +148,7 @@ def train(
                         if state.early_stop and each.name == "validation" and figures:
                             before, state = state, count_validation(state, figures["loss"])
                             if state.early_stop.best_step != before.early_stop.best_step:
-                                state = checked(state)
+                                state = meter.receipted(checked(state))
                                 saver.save(state, best=True)
             if out_of_patience(state, config) and not ending:
                 continue  # once more past this boundary, as the last: what was not due is measured, and all is saved
@@ -184,7 +185,7 @@ def train(
             pending = evals
             bar.update()
             if state.step % config.train.log_every_steps == 0 or state.step == max_steps:
-                state = replace(state, skips=guard.look())
+                state = replace(meter.receipted(state), skips=guard.look())
                 row = meter.read(state, loss, grad_norm, rate)
                 if process.is_main:
                     metrics.append(row)
@@ -196,8 +197,10 @@ def train(
 def check_data(config: RunConfig, dataset: Dataset, batch: plan.BatchPlan) -> None:
     """
     Raises:
-        UserError: too little text for one step, or for one validation batch; a tokenizer that does not fit the model.
+        UserError: too little text for one step, or for one validation batch; a tokenizer that does not fit the model;
+            held-out text that was damaged. Shards to train on are checked as they come up (data/loader.py).
     """
+    dataset.val.check(np.zeros(1, dtype=np.int64), dataset.val.tokens)
     need_val = batch.micro_batch_size * batch.seq_len + 1
     if config.eval.validation_every_steps and dataset.val.tokens < need_val:
         # What is held out is at most a tenth of the source: asking for more helps only below that.

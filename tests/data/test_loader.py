@@ -128,6 +128,9 @@ class Failing:
             True, stream.tokens, stream, error, itertools.count()
         )  # fmt: skip
 
+    def check(self, starts: np.ndarray, count: int) -> None:
+        self._stream.check(starts, count)
+
     def read(self, start: int, count: int) -> np.ndarray:
         if next(self._reads) >= 10:
             raise self._error

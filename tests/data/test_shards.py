@@ -234,3 +234,22 @@ def test_one_made_anew_with_other_settings_is_not_gone_on_with(dataset: Dataset,
     path.unlink()
     with pytest.raises(UserError, match="not a prepared data set"):
         seen.refresh()
+
+
+def test_no_damaged_shard_is_read(make_dataset: MakeDataset) -> None:
+    """Each shard is hashed before its first use: found are those that hold the asked-for tokens, and no others."""
+    dataset = make_dataset(np.arange(1_000), np.arange(40), shard_tokens=100)
+    for number, at in ((3, -1), (7, 128)):
+        path = dataset.folder / f"train_{number:05d}.npy"
+        content, before = bytearray(path.read_bytes()), path.stat()
+        content[at] ^= 1
+        path.write_bytes(content)
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # as a failing disk would
+    stream = Dataset.open(dataset.folder).train
+    stream.check(np.array([0, 290, 800]), 10)
+    stream.check(np.array([410]), 289)
+    for starts, count, said in (([299], 2, "00003"), ([250], 200, "00003"), ([0, 710], 5, "00007")):
+        with pytest.raises(UserError, match=rf"content of train_{said}\.npy in .*verify {dataset.folder} --repair"):
+            stream.check(np.array(starts), count)
+    with pytest.raises(UserError, match=r"train_00003\.npy, train_00007\.npy"):
+        stream.check(np.array([0]), 1_000)

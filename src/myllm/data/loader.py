@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..plan import BatchPlan
 from .order import DataPosition, count_sequences, rank_rows, sequences_needed, step_sequences, window_of
+from .receipt import LANES, sample_sums
 from .shards import TokenStream
 
 Batch = tuple[Tensor, Tensor]
@@ -26,6 +27,7 @@ def batch_of(stream: TokenStream, sequences: np.ndarray, seq_len: int) -> Batch:
     Shapes:
         sequences (B,); returns (B, T) int64 twice
     """
+    stream.check(sequences * seq_len, seq_len + 1)
     return inputs_and_targets(read_rows(stream, sequences, seq_len))
 
 
@@ -51,7 +53,8 @@ class Loader:
     """An endless stream of one rank's micro-batches from a position on.
 
     A thread reads a few batches ahead into pinned memory where there is CUDA; `wait_s` adds up the time that training
-    stood waiting for one. Use it in a `with` block, which ends the thread.
+    stood waiting for one, and `delivered` the hashes of the samples that it was given (data/receipt.py). Use it in a
+    `with` block, which ends the thread.
     """
 
     AHEAD = 4
@@ -62,8 +65,9 @@ class Loader:
         self, stream: TokenStream, plan: BatchPlan, position: DataPosition, rank: int, device: torch.device
     ) -> None:
         self.wait_s = 0.0
+        self.delivered = np.zeros(LANES, dtype=np.int64)
         self._stream, self._plan, self._position, self._rank, self._device = stream, plan, position, rank, device
-        self._queue: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=self.AHEAD)
+        self._queue: queue.Queue[tuple[Batch, np.ndarray] | BaseException] = queue.Queue(maxsize=self.AHEAD)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._fill, name="loader", daemon=True)
 
@@ -87,7 +91,9 @@ class Loader:
         if isinstance(item, BaseException):
             self._queue.put(item)  # the thread has ended, and nothing else will come
             raise item
-        return item[0].to(self._device, non_blocking=True), item[1].to(self._device, non_blocking=True)
+        (tokens, targets), sums = item
+        self.delivered += sums
+        return tokens.to(self._device, non_blocking=True), targets.to(self._device, non_blocking=True)
 
     def _fill(self) -> None:
         try:
@@ -97,7 +103,7 @@ class Loader:
         except BaseException as error:  # carried to the thread that can do something about it
             self._put(error)
 
-    def _put(self, item: Batch | BaseException) -> bool:
+    def _put(self, item: tuple[Batch, np.ndarray] | BaseException) -> bool:
         while not self._stopped.is_set():
             try:
                 self._queue.put(item, timeout=0.1)
@@ -106,7 +112,7 @@ class Loader:
                 continue
         return False
 
-    def _batches(self) -> Iterator[Batch]:
+    def _batches(self) -> Iterator[tuple[Batch, np.ndarray]]:
         stream, plan, position, pinned = self._stream, self._plan, self._position, self._device.type == "cuda"
         while True:
             while not has_step(stream, position, plan):
@@ -116,8 +122,12 @@ class Loader:
             complete = stream.complete  # before counting: a stream may grow between the two, but never shrinks
             n_sequences = count_sequences(stream.tokens, plan.seq_len)
             step = step_sequences(position, plan.sequences, n_sequences, window_of(plan.seq_len))
+            stream.check(step * plan.seq_len, plan.seq_len + 1)  # of all ranks, so that they all say no at one step
+            places = position.epoch * n_sequences + position.index + np.arange(plan.sequences)  # among all of the run
             position = position.advance(plan.sequences, n_sequences if complete else None)
             for micro_step in range(plan.grad_accum_steps):
-                rows = rank_rows(micro_step, self._rank, plan.world_size, plan.micro_batch_size)
-                tokens, targets = batch_of(stream, step[rows], plan.seq_len)
-                yield (tokens.pin_memory(), targets.pin_memory()) if pinned else (tokens, targets)
+                mine = rank_rows(micro_step, self._rank, plan.world_size, plan.micro_batch_size)
+                rows = read_rows(stream, step[mine], plan.seq_len)
+                tokens, targets = inputs_and_targets(rows)
+                batch = (tokens.pin_memory(), targets.pin_memory()) if pinned else (tokens, targets)
+                yield batch, sample_sums(places[mine], step[mine], rows)

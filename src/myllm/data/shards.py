@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from .. import paths
-from ..errors import UserError, nearest
+from ..errors import MachineError, UserError, nearest
 from ..files import file_sha256
 from .tokenizer import Tokenizer, load_tokenizer
 
@@ -32,6 +32,11 @@ WORK = "work"
 """What an unfinished preparation goes on from."""
 FORMAT = "myllm-shards-3"
 _REMEDY = "delete {} and prepare it again"
+_REPAIR = (
+    "`myllm data verify {0} --repair` makes it again from the source; failing that, delete {0} and prepare it again"
+)
+HASHING = 8
+"""Threads that hash shards."""
 
 
 @dataclass(frozen=True)
@@ -133,11 +138,12 @@ class Dataset:
     def damaged(self) -> list[str]:
         """Shards whose content is not what the manifest says, or cannot be read."""
         shards = self.shards
-        with ThreadPoolExecutor() as pool:  # hashlib lets go of the lock
-            intact = list(pool.map(self._intact, shards))
+        with ThreadPoolExecutor(HASHING) as pool:  # hashlib lets go of the lock
+            intact = list(pool.map(self.intact, shards))
         return [shard.file for shard, good in zip(shards, intact, strict=True) if not good]
 
-    def _intact(self, shard: Shard) -> bool:
+    def intact(self, shard: Shard) -> bool:
+        """Whether a shard's content is what the manifest says."""
         try:
             return file_sha256(self.folder / shard.file) == shard.sha256
         except OSError:
@@ -170,6 +176,7 @@ class TokenStream:
     def __init__(self, dataset: Dataset, split: str) -> None:
         self._dataset, self._split = dataset, split
         self._arrays: tuple[np.ndarray, ...] = ()
+        self._intact: set[int] = set()
         self._ends = np.zeros(0, dtype=np.int64)
         self.tokens = 0
         self.extend()
@@ -188,6 +195,37 @@ class TokenStream:
 
     def refresh(self) -> None:
         self._dataset.refresh()
+
+    def check(self, starts: np.ndarray, count: int) -> None:
+        """Make sure of the shards that hold `count` tokens from each start: hash those that were not looked at before.
+
+        A disk that returns other bytes than were written says nothing about it, so this trusts no size or date. Every
+        process does it once for each shard, before the shard's first token is used: a gigabyte takes a second or two.
+
+        Shapes:
+            starts (B,) int64
+
+        Raises:
+            MachineError: a shard's content is not what the manifest says.
+        """
+        if len(self._intact) == len(self._arrays):
+            return
+        firsts, lasts = (np.searchsorted(self._ends, each, side="right") for each in (starts, starts + count - 1))
+        borders = set(zip(firsts.tolist(), lasts.tolist(), strict=True))
+        wanted = sorted({shard for first, last in borders for shard in range(first, last + 1)} - self._intact)
+        if not wanted:
+            return
+        shards = [shard for shard in self._dataset.shards if shard.split == self._split]
+        with ThreadPoolExecutor(HASHING) as pool:
+            intact = list(pool.map(self._dataset.intact, (shards[number] for number in wanted)))
+        damaged = [shards[number].file for number, good in zip(wanted, intact, strict=True) if not good]
+        if damaged:
+            folder = self._dataset.folder
+            raise MachineError(
+                f"the content of {', '.join(damaged)} in {folder} is not what its {MANIFEST} says, and is not trained "
+                f"on; {_REPAIR.format(folder)}"
+            )
+        self._intact.update(wanted)
 
     def read(self, start: int, count: int) -> np.ndarray:
         """`count` tokens from `start`, over shard borders.
@@ -215,11 +253,11 @@ def _map(folder: Path, shard: Shard) -> np.ndarray:
     try:
         array = np.load(path, mmap_mode="r")
     except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"the shard {path} is missing or cut short ({error}); {_REMEDY.format(folder)}") from None
+        raise MachineError(f"the shard {path} is missing or cut short ({error}); {_REPAIR.format(folder)}") from None
     if array.dtype != np.uint16 or array.shape != (shard.tokens,):
-        raise UserError(
+        raise MachineError(
             f"the shard {path} holds {array.dtype} {array.shape}, expected uint16 ({shard.tokens},); "
-            f"{_REMEDY.format(folder)}"
+            f"{_REPAIR.format(folder)}"
         )
     return array
 

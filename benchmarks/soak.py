@@ -1,0 +1,146 @@
+"""A long run of bad luck: one training run on two ranks that is killed at random moments for minutes on end.
+
+    python benchmarks/soak.py --minutes 30 --seed 1
+
+Each start is hit once, by SIGKILL or SIGTERM, in one rank or in torchrun and all of them, after a random time; now and
+then the number of ranks changes. At the end the run is finished, and its receipts must be those of a run left in peace
+(losses are shown: on changing ranks they differ by rounding). Prints kills survived, steps lost, and the seconds from
+a start to its first new step.
+"""
+
+import argparse
+import contextlib
+import os
+import random
+import shutil
+import signal
+import statistics
+import sys
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from tempfile import mkdtemp
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+
+from myllm.config import to_dict
+from myllm.files import write_json
+from myllm.kills import Broken, Training, logged_step, saved_step, train_rows, wait_until_gone
+from myllm.presets import preset
+from myllm.proving import shrunk
+
+SAVE_EVERY = 5
+PATIENCE_S = 120
+MOST_STEPS = 15
+"""That a start may take before it is hit."""
+
+
+@dataclass
+class Figures:
+    kills: dict[str, int] = field(default_factory=dict)
+    lost: list[int] = field(default_factory=list)
+    """Steps from the newest save to the kill, each time."""
+    recovery_s: list[float] = field(default_factory=list)
+    """From a start to the first new step."""
+
+
+def hit(training: Training, chance: random.Random) -> str:
+    """End a run in one of four ways; returns which."""
+    number = chance.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGTERM))
+    everybody, ranks = training.processes(), training.ranks()
+    whom = chance.choice(("one rank", "all"))
+    if whom == "all" and number == signal.SIGKILL:
+        training.kill()
+    else:
+        # torchrun passes SIGTERM on to every rank.
+        target = chance.choice(ranks) if whom == "one rank" and ranks else training.process.pid
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(target, number)
+        training.process.wait(PATIENCE_S)
+    wait_until_gone(everybody)
+    return f"{number.name} to {whom}"
+
+
+def wait_for(training: Training, step: int) -> None:
+    """
+    Raises:
+        Broken: it ended before.
+    """
+    if not training.wait_for_step(step):
+        raise Broken(f"it ended by itself with code {training.process.returncode}; see {training.log}")
+
+
+def soak(minutes: float, seed: int, folder: Path) -> Figures:
+    chance, figures = random.Random(seed), Figures()
+    config = shrunk(preset("debug"))
+    small = replace(config.model, max_seq_len=64, d_model=16, n_layers=2, n_heads=2, d_ff=32)
+    config = replace(
+        config, model=small, data=replace(config.data, target_tokens=1_000_000),
+        optim=replace(config.optim, schedule="wsd", decay_fraction=0.0),
+        train=replace(
+            config.train, max_steps=1_000_000, batch_tokens=128, micro_batch_size=1, save_every_steps=SAVE_EVERY
+        ),
+    )  # fmt: skip
+    path = folder / "config.json"
+    write_json(path, to_dict(config))
+    until, last, training = time.monotonic() + 60 * minutes, 0, None
+    while time.monotonic() < until:
+        ranks = chance.choice((1, 2, 2))
+        started = time.monotonic()
+        training = Training.start(path, "soak", folder, ranks)
+        wait_for(training, last + 1)
+        figures.recovery_s.append(time.monotonic() - started)
+        wait_for(training, last + 1 + chance.randrange(MOST_STEPS))
+        time.sleep(chance.uniform(0, 0.5))  # in the middle of a step or of a save
+        kind = hit(training, chance)
+        reached, saved = logged_step(training.run), saved_step(training.run)
+        figures.kills[kind] = figures.kills.get(kind, 0) + 1
+        figures.lost.append(reached - saved)
+        if saved < last or reached - saved > 2 * SAVE_EVERY:  # the newest may not have been whole yet
+            raise Broken(f"step {reached} was reached and {last} saved before, and now {saved} is the newest save")
+        last = saved
+        print(f"{sum(figures.kills.values()):4}  {kind:<20} on {ranks}: step {reached}, saved {saved}", flush=True)
+    steps = logged_step(training.run) + 5
+    write_json(path, to_dict(replace(config, train=replace(config.train, max_steps=steps))))
+    Training.start(path, "soak", folder, 2).finish(steps)
+    whole = Training.start(path, "whole", folder, 1)
+    whole.finish(steps)
+    compare(train_rows(training.run), train_rows(whole.run), steps)
+    return figures
+
+
+def compare(ours: dict, theirs: dict, steps: int) -> None:
+    """
+    Raises:
+        Broken: the runs trained on other samples.
+    """
+    for step in range(1, steps + 1):
+        if ours[step]["receipt"] != theirs[step]["receipt"]:
+            raise Broken(f"at step {step} it had trained on other samples than a run left in peace")
+    worst = max(abs(ours[step]["loss"] - theirs[step]["loss"]) for step in theirs)
+    print(f"{steps} receipts are the same as those of a run left in peace; losses differ by {worst:.1e} at most")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--seed", type=int, default=random.randrange(10**6))
+    asked = parser.parse_args()
+    folder = Path(mkdtemp(prefix="myllm-soak-"))
+    print(f"{asked.minutes:g} minutes, --seed {asked.seed}, in {folder}", flush=True)
+    try:
+        figures = soak(asked.minutes, asked.seed, folder)
+    except Broken as error:
+        sys.exit(f"BROKEN: {error}\nits files are in {folder}")
+    shutil.rmtree(folder)
+    for kind, count in sorted(figures.kills.items()):
+        print(f"  {count:4}  {kind}")
+    print(
+        f"kills survived: {sum(figures.kills.values())}; steps lost: mean {statistics.mean(figures.lost):.1f}, at most "
+        f"{max(figures.lost)} (a save every {SAVE_EVERY}); a start to its first new step: mean "
+        f"{statistics.mean(figures.recovery_s):.1f} s"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""`myllm prove-resume [PRESET] [overrides]`: see here that a killed run goes on as if nothing had happened."""
+
+import random
+import shutil
+import time
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from . import paths, ranks
+from .config import RunConfig
+from .errors import UserError
+from .launch import base_config
+from .validate import check
+
+
+@dataclass(frozen=True)
+class ProveLaunch:
+    """What `myllm prove-resume` is asked."""
+
+    config: Annotated[RunConfig, tyro.conf.arg(name="")]
+    seed: int | None = None
+    """Decides when runs are killed; None: another one each time, which is shown."""
+    keep: bool = False
+    """Leave the runs' folders there, for inspection."""
+
+
+def prove_resume(words: list[str]) -> None:
+    """Train a small run in peace, then kill and restart it, on other ranks too; compare samples and losses.
+
+    The words are those of pretrain.py. The preset (debug, unless one is given) is shrunk to a few steps on little text;
+    overrides come after that. Exit code 0: proven, 1: not, 2: a mistake in the words.
+    """
+    named = bool(words) and not words[0].startswith("-")
+    base, rest = base_config(words if named or "--config" in words else ["debug", *words])
+    if ranks.launched():
+        raise UserError("`myllm prove-resume` starts its own ranks; call it without torchrun")
+    from .kills import Broken
+    from .proving import layouts, prove, shrunk, verdict
+
+    wanted = tyro.cli(ProveLaunch, args=rest, default=ProveLaunch(shrunk(base)), prog="myllm prove-resume")
+    config = wanted.config
+    for world_size in layouts(config):
+        check(config, world_size)
+    if config.train.log_every_steps != 1 or config.train.max_steps < 4 or not config.train.save_every_steps:
+        raise UserError(
+            f"train.log_every_steps is {config.train.log_every_steps}, train.max_steps {config.train.max_steps:,} and "
+            f"train.save_every_steps {config.train.save_every_steps:,}; to compare every step, log each, save some "
+            "and train at least 4"
+        )
+    seed = random.randrange(10**6) if wanted.seed is None else wanted.seed
+    folder = paths.temp_data() / f"prove-resume-{time.strftime('%Y%m%d-%H%M%S')}-{seed}"
+    folder.mkdir(parents=True)
+    started = time.perf_counter()
+
+    def say(line: str) -> None:
+        print(f"{time.perf_counter() - started:6.1f} s  {line}", flush=True)
+
+    say(f"{config.train.max_steps} steps of {base.name} a run, kills by --seed {seed}; runs and logs are in {folder}")
+    try:
+        results = prove(config, seed, folder, say)
+    except Broken as error:
+        print(f"\nnot proven: {error}\nwhat it left behind: {folder}")
+        raise SystemExit(1) from None
+    proven = not any(result.faults for result in results)
+    print(f"\n{verdict(results)}\n")
+    if proven and not wanted.keep:
+        shutil.rmtree(folder)
+    print("proven: the same samples in the same order, and the losses of a run that was never interrupted" if proven
+          else f"NOT proven; every run's files and output are in {folder}")  # fmt: skip
+    raise SystemExit(0 if proven else 1)

@@ -1,0 +1,70 @@
+"""Training that is hit by faults, in processes that start at once; and how what is left of it is looked at."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from myllm.kills import train_rows
+from myllm.paths import RunPaths
+
+Record = dict[int, tuple[float, str]]
+"""Loss and receipt by step."""
+Goes = Callable[[str], None]
+"""The fixture `goes_on`."""
+SCRIPT = Path(__file__).parent / "faults/pretrain_forks.py"
+
+
+@dataclass(frozen=True)
+class Ended:
+    code: int
+    """Negative for a signal."""
+    said: str
+
+
+class Forks:
+    """pretrain.py with words of one's own, each time in a fresh process that starts at once."""
+
+    def __init__(self, folder: Path, data: Path) -> None:
+        self.folder, self.data = folder, data
+        self.process = subprocess.Popen(
+            [sys.executable, str(SCRIPT)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def __call__(self, config: Path, *words: str, data: Path | None = None, **fault: Any) -> Ended:
+        out = self.folder / "out.txt"
+        words = ["--config", str(config), *words]
+        request = {"words": words, "data": str(data or self.data), "out": str(out), "fault": fault}
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        code = int(self.process.stdout.readline())
+        left = [each.cmdline() for each in psutil.Process(self.process.pid).children(recursive=True)]
+        assert not left, "processes are left behind"
+        return Ended(code, out.read_text(errors="replace"))
+
+
+def run_of(place: Path, name: str) -> RunPaths:
+    return RunPaths(place / "temp_data" / "runs" / name)
+
+
+def record(run: RunPaths) -> Record:
+    """Loss and receipt by step; a step that was written twice fails."""
+    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    rows = train_rows(run)
+    assert len(rows) == len([line for line in lines if line["kind"] == "train"]), "a step was logged twice"
+    return {step: (row["loss"], row["receipt"]) for step, row in rows.items()}
+
+
+def receipts(run: RunPaths) -> dict[int, str]:
+    return {step: receipt for step, (_, receipt) in record(run).items()}
+
+
+def assert_tidy(folder: Path) -> None:
+    """No temporary file or folder is left: nothing hidden but the lock."""
+    left = [path for path in folder.rglob("*") if path.name.startswith(".") or path.suffix == ".tmp"]
+    assert [path.name for path in left] == [".lock"], left

@@ -1,0 +1,80 @@
+"""Two ranks under torchrun, as on a cluster: one killed, all killed, told to stop; and a second run in their folder."""
+
+import json
+import random
+import signal
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import launch, with_train, write_run_config
+from fault_runs import assert_tidy, record, run_of
+
+from myllm.config import RunConfig
+from myllm.kills import Training, saved_step, wait_until_gone
+
+STEPS = 60
+SAVE_EVERY = 5
+SEED = 5
+
+
+@pytest.fixture(scope="module")
+def two(config: RunConfig, place: Path, dataset: object) -> Path:
+    return write_run_config(with_train(config, max_steps=STEPS, save_every_steps=SAVE_EVERY), place / "two.json")
+
+
+def start(two: Path, place: Path, name: str) -> Training:
+    return Training.start(two, name, place / "temp_data", ranks=2)
+
+
+def end(training: Training, everybody: list[int]) -> int:
+    """Wait for an end that was begun; nothing may live on."""
+    code = training.process.wait(120)
+    wait_until_gone(everybody)
+    lost = max(record(training.run), default=0) - saved_step(training.run)
+    assert lost <= 2 * SAVE_EVERY
+    return code
+
+
+def test_two_ranks_that_are_hit_again_and_again(two: Path, place: Path) -> None:
+    whole = start(two, place, "two-whole")
+    whole.finish(STEPS)
+    chance, training = random.Random(SEED), start(two, place, "two-hit")
+
+    # One rank dies: torchrun ends the other.
+    assert training.wait_for_step(chance.randrange(2, 9))
+    everybody, ranks = training.processes(), training.ranks()
+    assert len(ranks) == 2
+    psutil.Process(ranks[chance.randrange(2)]).kill()
+    assert end(training, everybody) != 0
+
+    # Somebody starts the same run while it stands still for a moment: refused, and it goes on. Then all die at once.
+    training = start(two, place, "two-hit")
+    assert training.wait_for_step(chance.randrange(11, 18))
+    psutil.Process(training.ranks()[0]).suspend()
+    second = launch("--config", two, "--name", "two-hit")
+    psutil.Process(training.ranks()[0]).resume()
+    assert second.returncode == 2
+    assert "error: another process is training in" in second.stderr
+    assert training.wait_for_step(max(record(training.run), default=0) + 1)
+    everybody = training.processes()
+    training.kill()
+    assert end(training, everybody) == -9
+
+    # A scheduler's SIGTERM: saved where it is.
+    training = start(two, place, "two-hit")
+    assert training.wait_for_step(max(record(training.run), default=0) + 3)
+    everybody = training.processes()
+    training.process.send_signal(signal.SIGTERM)
+    end(training, everybody)
+    assert saved_step(training.run) == max(record(training.run))
+    assert "saved; the same command resumes" in training.log.read_text()
+
+    training = start(two, place, "two-hit")
+    training.finish(STEPS)
+    assert record(training.run) == record(whole.run)
+    assert_tidy(training.run.root)
+    assert training.run.log.read_text().count("resuming from") == 3
+    assert json.loads(training.run.environment.read_text())["world_size"] == 2
+    assert not [each for each in psutil.process_iter(["cmdline"]) if str(two) in (each.info["cmdline"] or [])]
+    assert run_of(place, "two-hit") == training.run

@@ -1,0 +1,69 @@
+"""Oddities of a machine: a signal in an evaluation, a clock that jumps back, a folder that is taken, or read-only."""
+
+import json
+import os
+import signal
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+from fault_runs import Forks, Goes, Record, assert_tidy, record, run_of
+
+from myllm.data.shards import Dataset
+from myllm.files import locked
+from myllm.kills import saved_step
+from myllm.paths import RunPaths
+
+
+def validation(run: RunPaths) -> dict[int, float]:
+    rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    return {row["step"]: row["loss"] for row in rows if row["kind"] == "eval"}
+
+
+def test_sigterm_in_an_evaluation(forks: Forks, config_file: Path, place: Path, goes_on: Goes) -> None:
+    run = run_of(place, "told")
+    ended = forks(config_file, "--name", "told", stop_in_evaluation=4)
+    assert ended.code == 128 + signal.SIGTERM, ended.said
+    assert saved_step(run) == max(record(run)) >= 4
+    assert "the same command resumes" in ended.said
+    goes_on("told")
+    assert validation(run) == validation(run_of(place, "whole"))
+    assert len(validation(run)) == 3
+
+
+def test_a_clock_that_jumps_back(forks: Forks, config_file: Path, place: Path, whole: Record) -> None:
+    run = run_of(place, "clock")
+    assert forks(config_file, "--name", "clock", "--train.max-steps", "4", clock=3_600).code == 0
+    ended = forks(config_file, "--name", "clock", clock=86_400)
+    assert ended.code == 0, ended.said
+    assert record(run) == whole
+    rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    assert all(row["step_s"] > 0 and row["data_wait_s"] >= 0 for row in rows if row["kind"] == "train")
+    assert_tidy(run.root)
+
+
+def test_a_folder_that_another_run_holds(forks: Forks, config_file: Path, place: Path, goes_on: Goes) -> None:
+    run = run_of(place, "taken")
+    run.root.mkdir(parents=True)
+    with locked(run.root / ".lock"):
+        ended = forks(config_file, "--name", "taken")
+    assert ended.code == 2
+    assert f"error: another process is training in {run.root}; stop it first" in ended.said
+    assert "Traceback" not in ended.said
+    assert [path.name for path in run.root.iterdir()] == [".lock"]
+    goes_on("taken")
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="becomes another user, which only root may")
+def test_a_run_folder_that_may_not_be_written(forks: Forks, config_file: Path, place: Path, dataset: Dataset) -> None:
+    """Rights bind everybody but root: the run is somebody else's, and the folder root's."""
+    with TemporaryDirectory() as name:
+        data = Path(name)
+        data.chmod(0o755)
+        (data / "datasets").symlink_to(dataset.folder.parent)
+        (data / "runs/theirs").mkdir(parents=True)
+        ended = forks(config_file, "--name", "theirs", data=data, user=65_534)
+        assert ended.code == 2, ended.said
+        assert f"error: cannot write the run folder {data / 'runs/theirs'}" in ended.said
+        assert "Traceback" not in ended.said
+        assert not list((data / "runs/theirs").iterdir())

@@ -1,0 +1,93 @@
+"""`myllm prove-resume`: what it takes for a proof, and what it does not."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from myllm import cli
+from myllm.config import RunConfig
+from myllm.plan import batch_plan
+from myllm.presets import PRESETS, preset
+from myllm.proving import AGAIN, REFERENCE, Result, Trial, judge, shrunk, verdict
+from myllm.validate import check
+
+TINY = (
+    "--model.d-model 16 --model.n-layers 2 --model.n-heads 2 --model.d-ff 32 --model.max-seq-len 64 "
+    "--train.batch-tokens 256 --data.target-tokens 20000 --train.max-steps 12"
+)
+OTHER = Trial("1 rank, 2 ranks, 1 rank", (1, 2, 1))
+CPU = replace(preset("debug"), name="proof")
+
+
+def rows(steps: int = 5, **changes: object) -> dict[int, dict[str, object]]:
+    made = {step: {"loss": 10.0 - step, "receipt": f"{step:032x}"} for step in range(1, steps + 1)}
+    for word, value in changes.items():
+        name, step = word.split("_")
+        made[int(step)][name] = value
+    return made
+
+
+def faults(trial: Trial, found: dict[int, dict[str, object]], spread: float = 0.0, config: RunConfig = CPU) -> str:
+    result = Result(trial, found)
+    judge(result, Result(REFERENCE, rows()), config, spread)
+    assert ("NO" in verdict([Result(REFERENCE), result])) == bool(result.faults)
+    return "; ".join(result.faults)
+
+
+def test_what_disproves() -> None:
+    assert faults(AGAIN, rows()) == faults(OTHER, rows()) == ""
+    assert "from step 3 on it trained on other samples" in faults(AGAIN, rows(receipt_3="0", receipt_5="1"))
+    assert "other samples" in faults(OTHER, rows(receipt_5="0"))
+    assert "steps [4, 5] are not logged" in faults(AGAIN, rows(3))
+    # To the last bit on the same layout, unless the machine does not repeat itself; within a tolerance on another.
+    near, far = rows(loss_4=6.0 + 1e-7), rows(loss_4=6.01)
+    assert "losses differ by up to 1e-07, allowed 0" in faults(AGAIN, near)
+    assert faults(AGAIN, near, spread=1e-6) == faults(OTHER, near) == ""
+    assert "allowed 0.001" in faults(OTHER, far)
+    assert "allowed 0.001" in faults(AGAIN, far, spread=1e-6)
+    dropout = replace(CPU, model=replace(CPU.model, dropout_ffn=0.1))
+    assert faults(OTHER, far, config=dropout) == ""
+    assert "other samples" in faults(OTHER, rows(receipt_2="0"), config=dropout)
+    assert faults(AGAIN, far, config=dropout) != ""
+
+
+@pytest.mark.parametrize("name", list(PRESETS))
+def test_every_preset_can_be_shrunk(name: str) -> None:
+    config = shrunk(preset(name))
+    assert config.model == preset(name).model
+    for world_size in (1, 2):
+        check(config, world_size)
+        batch = batch_plan(config.model, config.train, world_size)
+    assert config.train.max_steps * batch.batch_tokens < config.data.target_tokens
+    assert config.data.source == "python-stdlib", "it must work without a network"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["nonsense"], "nonsense"),
+        (["--train.log-every-steps", "5"], "train.log_every_steps is 5"),
+        (["--train.max-steps", "2"], "train.max_steps 2"),
+        (["--train.batch-tokens", "256"], "micro"),
+    ],
+)
+def test_mistakes(words: list[str], said: str, temp_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["prove-resume", *words])
+    assert end.value.code == 2
+    assert said in capsys.readouterr().err
+    assert not temp_data.exists()
+
+
+@pytest.mark.slow
+def test_the_proof(temp_data: Path) -> None:
+    words = [sys.executable, "-m", "myllm", "prove-resume", *TINY.split(), "--seed", "3"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=390, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("12 of 12 the same") == 3
+    assert done.stdout.count("the same, bit for bit") >= 2
+    assert "--seed 3" in done.stdout
+    assert not list(temp_data.iterdir()), "it cleans up after itself"
