@@ -149,6 +149,11 @@ class TrainConfig:
     """auto: bfloat16 autocast on CUDA, float32 elsewhere. Weights are float32 either way."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; auto: on CUDA."""
+    max_wall_s: float | None = None
+    """Save and stop before the process has run for so many seconds, with exit code 75. None: no limit."""
+    collective_timeout_s: float = 300.0
+    """End all ranks when one keeps the others waiting for so long in a step. The first step, evaluations and saves
+    have half an hour."""
     fresh: bool = False
     """Start over: an older run of this name is moved aside, never deleted."""
 

@@ -168,7 +168,12 @@ def _optim_faults(optim: OptimConfig) -> list[str]:
 
 def _train_faults(train: TrainConfig) -> list[str]:
     # A seed goes into 64-bit generators on every device.
-    return [] if train.seed < 2**63 else [f"train.seed {train.seed} is too large: below 2**63"]
+    found = [] if train.seed < 2**63 else [f"train.seed {train.seed} is too large: below 2**63"]
+    for name in ("max_wall_s", "collective_timeout_s"):
+        value = getattr(train, name)
+        if value is not None and not 0 < value < float("inf"):
+            found.append(f"train.{name} is {value}, but must be above 0 and finite, in seconds")
+    return found
 
 
 def _eval_faults(evals: EvalConfig, train: TrainConfig, model: ModelConfig) -> list[str]:

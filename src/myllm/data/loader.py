@@ -43,7 +43,7 @@ class Loader:
     """An endless stream of one rank's micro-batches from a position on.
 
     A thread reads a few batches ahead into pinned memory where there is CUDA; `wait_s` adds up the time that training
-    stood waiting for one. Use it in a `with` block, which ends the thread.
+    stood waiting for one, `taken` counts them. Use it in a `with` block, which ends the thread.
     """
 
     AHEAD = 4
@@ -54,6 +54,7 @@ class Loader:
         self, stream: TokenStream, plan: BatchPlan, position: DataPosition, rank: int, device: torch.device
     ) -> None:
         self.wait_s = 0.0
+        self.taken = 0
         self._stream, self._plan, self._position, self._rank, self._device = stream, plan, position, rank, device
         self._queue: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=self.AHEAD)
         self._stopped = threading.Event()
@@ -79,6 +80,7 @@ class Loader:
         if isinstance(item, BaseException):
             self._queue.put(item)  # the thread has ended, and nothing else will come
             raise item
+        self.taken += 1
         return item[0].to(self._device, non_blocking=True), item[1].to(self._device, non_blocking=True)
 
     def _fill(self) -> None:
