@@ -263,7 +263,8 @@ def how_it_ended(config: RunConfig, state: TrainState, stopped_by: int | None, e
     if stopped_by is None:
         return f"{'stopped early' if early else 'complete'}, after step {state.step:,}", 0
     why = reason(stopped_by, config.train.max_wall_s)
-    return f"stopped by {why} after step {state.step:,}, saved", exit_code(stopped_by)
+    saved = ", saved" if state.step else ""
+    return f"stopped by {why} after step {state.step:,}{saved}", exit_code(stopped_by)
 
 
 def count_validation(state: TrainState, loss: float) -> TrainState:
