@@ -6,6 +6,7 @@ The same command resumes an interrupted run. `python pretrain.py --help` lists t
 """
 
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,6 +41,7 @@ def check_publishing(config: "RunConfig") -> None:
 
 
 def prepare_and_train(config: "RunConfig", prepare_only: bool) -> None:
+    started = time.monotonic()
     from myllm import distributed, ranks
     from myllm.data.beside import prepared_beside
     from myllm.data.prepare import prepare
@@ -47,12 +49,14 @@ def prepare_and_train(config: "RunConfig", prepare_only: bool) -> None:
     from myllm.meter import Diverged
     from myllm.publish_beside import published_beside
     from myllm.report import write_report
+    from myllm.signals import exit_code, unfinished_on_usr1
     from myllm.train import train
 
     if prepare_only:
         dataset = prepare(config.data)
         print(f"data ready: {dataset.folder}, {dataset.train.tokens:,} tokens to train on")
         return
+    unfinished_on_usr1()
     distributed.choose_device(config.train.device)  # one that is not there is a mistake to know before the hours ahead
     is_main = ranks.rank() == 0
     with published_beside(config, active=is_main) as publisher:
@@ -62,7 +66,7 @@ def prepare_and_train(config: "RunConfig", prepare_only: bool) -> None:
             distributed.process_group(config.train.device) as process,
         ):
             try:
-                outcome = train(config, dataset, process, publisher.offer)
+                outcome = train(config, dataset, process, publisher.offer, started)
             except Diverged as error:
                 if is_main:  # all that is known stands in the log, and above
                     print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
@@ -70,10 +74,13 @@ def prepare_and_train(config: "RunConfig", prepare_only: bool) -> None:
                 sys.exit(Diverged.EXIT_CODE)
         if not is_main:
             return
-        write_report(outcome.run)
+        if outcome.stopped_by is None or outcome.run.metrics.is_file():  # stopped before the first row: nothing to draw
+            write_report(outcome.run)
         if outcome.stopped_by is not None:
-            print(f"stopped after step {outcome.step:,}, saved; the same command resumes")
-            sys.exit(128 + outcome.stopped_by)
+            saved = ", saved" if outcome.step else ""
+            print(f"stopped after step {outcome.step:,}{saved}; the same command resumes")
+            # torchrun would start the ranks again for anything but 0; `myllm status` gives the code that is due.
+            sys.exit(0 if ranks.launched() else exit_code(outcome.stopped_by))
         print(what_next(config, outcome.stopped_early))
         publisher.finish(outcome.step)
 

@@ -87,7 +87,9 @@ def test_what_is_measured(rehearsed, config: RunConfig) -> None:
     assert not any(failure for _, failure in measured.evals.values())
     assert 16 * checkpoint_bytes(config) / 12 < measured.peak_bytes < 8e9
     real = folder / "runs/tiny/checkpoints/step_00000004"
-    assert abs(measured.checkpoint_bytes - sum(path.stat().st_size for path in real.rglob("*") if path.is_file())) < 2_000
+    assert (
+        abs(measured.checkpoint_bytes - sum(path.stat().st_size for path in real.rglob("*") if path.is_file())) < 2_000
+    )
     assert findings.done == 4
     assert findings.refusals() == []
     assert findings.room.tokens_are_counted

@@ -58,6 +58,23 @@ def doctor(distributed: bool = False, device: Literal["auto", "cpu", "cuda"] = "
     print("nothing here will hinder training")
 
 
+def status(run: Positional[str], silent_s: float = 600.0) -> None:
+    """Say in one line what a run is doing, or how it ended, and exit with the code that says the same.
+
+    Exit codes: 0 complete; 75 not finished, start it again; 130, 143 stopped by SIGINT, SIGTERM; 1, 2 failed, or no
+    sign of life; 3 at work.
+
+    Args:
+        run: its name, or its folder.
+        silent_s: no sign of life is when it has not got on for so many seconds.
+    """
+    from . import heartbeat
+
+    line, code = heartbeat.status(run, silent_s)
+    print(line)
+    raise SystemExit(code)
+
+
 COMMANDS: dict[str, Callable[..., None]] = {
     "data list": data_cli.list_sources,
     "data estimate": data_cli.estimate,
@@ -73,6 +90,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "serve": sample_cli.serve,
     "report": report,
     "replay": replay_cli.replay,
+    "status": status,
     "export": export_cli.export,
     "import": export_cli.import_model,
     "publish": publish_cli.publish,

@@ -165,6 +165,11 @@ class TrainConfig:
     about the last 128 steps. 6 is a careful choice. None: make them all."""
     max_skipped_steps: int = 10
     """Stop with a flight bag once more updates than this in a row were left out. 0: at the first."""
+    max_wall_s: float | None = None
+    """Save and stop before the process has run for so many seconds, with exit code 75. None: no limit."""
+    collective_timeout_s: float = 300.0
+    """End all ranks when one keeps the others waiting for so long in a step. The first step, evaluations and saves
+    have half an hour."""
     fresh: bool = False
     """Start over: an older run of this name is moved aside, never deleted."""
 

@@ -19,6 +19,8 @@ from .files import out_of_space
 from .ranks import launched, local_rank, rank, world_size
 
 T = TypeVar("T")
+PATIENT_S = 1_800.0
+"""How long a collective may take where ranks do things of very different lengths: compiling, saving, evaluating."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ def process_group(device: str) -> Iterator[Process]:
         # gloo carries what lives on the host (the stop flag, objects), so that it never waits for the device.
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(
-            backend, timeout=timedelta(minutes=30), device_id=chosen if chosen.type == "cuda" else None
+            backend, timeout=timedelta(seconds=PATIENT_S), device_id=chosen if chosen.type == "cuda" else None
         )
     try:
         yield process
@@ -97,6 +99,24 @@ def any_rank(*flags: bool) -> tuple[bool, ...]:
     votes = torch.tensor(flags, dtype=torch.int32)
     dist.all_reduce(votes, op=dist.ReduceOp.MAX)
     return tuple(bool(vote) for vote in votes)
+
+
+def highest(number: int) -> int:
+    """The largest of the ranks' numbers, on every rank."""
+    if not dist.is_initialized():
+        return number
+    box = torch.tensor(number)
+    dist.all_reduce(box, op=dist.ReduceOp.MAX)
+    return int(box)
+
+
+def board() -> dist.Store | None:
+    """Keys and values that all ranks share, without a collective; None where there is one rank."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return None
+    store = dist.distributed_c10d._get_default_store()
+    # A connection of its own: another thread may be waiting on the first.
+    return dist.PrefixStore("board", store.clone() if hasattr(store, "clone") else store)
 
 
 def from_main(value: Any) -> Any:

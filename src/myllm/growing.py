@@ -39,12 +39,14 @@ def wait_for_data(
             except UserError as error:
                 failure = error
             here = has_step(dataset.train, position, batch)
-        missing, stopping, failed = distributed.any_rank(not here, stop.signal is not None, failure is not None)
+        missing, stopping, failed = distributed.any_rank(not here, stop.asked(), failure is not None)
+        if stopping:  # first: what stops a run may have ended the preparation too
+            return False, None
         if failed:
             # A rank whose own data are all right says what the others met.
             return False, failure or UserError("the data of another rank will not come; see its message")
-        if stopping or not missing:
-            return not (stopping or missing), None
+        if not missing:
+            return True, None
         waited = time.perf_counter() - started
         if waited >= said:
             log(f"waiting for data: {how_far(dataset)}")

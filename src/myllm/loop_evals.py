@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,12 +20,59 @@ from .errors import UserError
 from .evals import cloze, hellaswag, perplexity
 from .evals.hellaswag_data import load_examples
 from .evals.validation import validation_batches
+from .heartbeat import Heartbeat
 from .language_model import LanguageModel
 from .metrics import JsonLines, Log
 from .model import Transformer
 from .precision import autocast
 from .reference import ReferenceWatch
 from .sampling import Sampling
+from .signals import StopRequest
+
+
+class Interrupted(Exception):
+    """All ranks were asked to stop in the middle of an evaluation. It is done again after the resume."""
+
+
+class Poll:
+    """Ranks agree, batch by batch, whether to stop. One that has done its share votes on until all have, so it does not
+    matter how many batches each has, and all leave after the same vote."""
+
+    def __init__(self, stop: StopRequest, heartbeat: Heartbeat) -> None:
+        self._stop, self._heartbeat, self._stopped = stop, heartbeat, False
+
+    def __call__(self) -> None:
+        """Before each batch.
+
+        Raises:
+            Interrupted: on all ranks alike.
+        """
+        self._vote(at_work=True)
+
+    def finish(self) -> None:
+        """After the last batch, also where an error made it the last.
+
+        Raises:
+            Interrupted: on all ranks alike.
+        """
+        while not self._stopped and self._vote(at_work=False):
+            pass
+
+    def before(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, with a vote before each call."""
+
+        def polled(*arguments: Any) -> Any:
+            self()
+            return function(*arguments)
+
+        return polled
+
+    def _vote(self, at_work: bool) -> bool:
+        self._heartbeat.mark()
+        self._stopped, working = distributed.any_rank(self._stop.asked(), at_work)
+        if self._stopped:
+            raise Interrupted
+        return working
 
 
 @dataclass(frozen=True)
@@ -50,6 +98,7 @@ def planned_evals(
     process: Process,
     samples: JsonLines,
     log: Log,
+    poll: Poll,
 ) -> list[Eval]:
     """Every evaluation that the config asks for and the data allow. `model` is the bare one: no wrapper, no compile."""
     settings, share = config.eval, (process.rank, process.world_size)
@@ -59,7 +108,7 @@ def planned_evals(
 
     def measure_validation(_: int) -> Tensor:
         batches = validation_batches(dataset.val, n_sequences, seq_len, config.train.micro_batch_size, *share)
-        return perplexity.assess_sums(model.assess, batches, token_bytes, process.device)
+        return perplexity.assess_sums(poll.before(model.assess), batches, token_bytes, process.device)
 
     examples = cloze.make_examples(dataset.val, tokenizer.end_of_text, settings.cloze_examples, config.train.seed)
     if settings.cloze_every_steps and not examples:
@@ -70,7 +119,7 @@ def planned_evals(
 
     def measure_samples(step: int) -> Tensor:
         if process.is_main:
-            _write_samples(config, model, tokenizer, step, samples, log)
+            _write_samples(config, model, tokenizer, step, samples, log, poll)
         return torch.zeros(1)
 
     return [
@@ -78,15 +127,17 @@ def planned_evals(
         Eval(
             "cloze",
             cloze_every,
-            lambda _: cloze.cloze_sums(model.score, examples, process.device, *share),
+            lambda _: cloze.cloze_sums(poll.before(model.score), examples, process.device, *share),
             cloze.finish,
         ),
-        *_hellaswag(config, model, tokenizer, process, log),
+        *_hellaswag(config, model, tokenizer, process, log, poll),
         Eval("samples", settings.sample_every_steps, measure_samples, lambda _: {}),
     ]
 
 
-def _hellaswag(config: RunConfig, model: Transformer, tokenizer: Tokenizer, process: Process, log: Log) -> list[Eval]:
+def _hellaswag(
+    config: RunConfig, model: Transformer, tokenizer: Tokenizer, process: Process, log: Log, poll: Poll
+) -> list[Eval]:
     """HellaSwag, where it is asked for and its data can be had; one line where they cannot."""
     settings = config.eval
     if not settings.hellaswag_every_steps:
@@ -108,20 +159,21 @@ def _hellaswag(config: RunConfig, model: Transformer, tokenizer: Tokenizer, proc
         return []
 
     def measure(_: int) -> Tensor:
-        score = model.score_continuations
+        score = poll.before(model.score_continuations)
         return hellaswag.hellaswag_sums(score, items, process.device, process.rank, process.world_size)
 
     return [Eval("hellaswag", settings.hellaswag_every_steps, measure, hellaswag.finish)]
 
 
 def _write_samples(
-    config: RunConfig, model: Transformer, tokenizer: Tokenizer, step: int, samples: JsonLines, log: Log
+    config: RunConfig, model: Transformer, tokenizer: Tokenizer, step: int, samples: JsonLines, log: Log, poll: Poll
 ) -> None:
     sampling = Sampling(config.eval.sample_temperature, config.eval.sample_top_k)
     pair = LanguageModel(model, tokenizer)
     for number, prompt in enumerate(config.eval.sample_prompts):
         each = replace(sampling, seed=config.train.seed + number)
-        (made,) = complete(pair, [prompt], config.eval.sample_new_tokens, each)
+        new_tokens, on_text = config.eval.sample_new_tokens, lambda *_: poll()
+        (made,) = complete(pair, [prompt], new_tokens, each, on_text=on_text)
         samples.append({"step": step, "prompt": prompt, "text": made.text, "seed": made.seed})
         if number == 0:
             log(f"sample at step {step:,}: {prompt!r} ... {made.text[:100]!r}")
@@ -136,19 +188,26 @@ def run_eval(
     watch: ReferenceWatch,
     metrics: JsonLines,
     log: Log,
+    poll: Poll,
 ) -> dict[str, float]:
     """Measure and write one row. A failing evaluation is reported and never costs training.
 
     Returns:
         the figures, rank 0's on every rank; empty if it failed.
+
+    Raises:
+        Interrupted: the run was asked to stop; no row is written.
     """
     started, sums, failure = time.perf_counter(), torch.zeros(1), None
     model.eval()
     try:
         with autocast(config, process.device):
             sums = each.measure(state.step)
+    except Interrupted:
+        raise
     except Exception as error:
         failure = error
+    poll.finish()
     # Every rank asks, so that none waits for a sum that another never sends.
     (failed,) = distributed.any_rank(failure is not None)
     if failed:

@@ -98,6 +98,16 @@ class RunPaths:
         return self.root / "imported.json"
 
     @property
+    def heartbeat(self) -> Path:
+        """What it is doing right now."""
+        return self.root / "heartbeat.json"
+
+    @property
+    def stacks(self) -> Path:
+        """Where each rank stood when they waited for one in vain."""
+        return self.root / "stacks"
+
+    @property
     def published(self) -> Path:
         return self.root / "published.json"
 

@@ -1,6 +1,7 @@
 """Saving beside training: a step waits for a copy to host memory; a thread does the rest."""
 
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -48,6 +49,8 @@ class Saver:
         self._writing: int | None = None
         self.written_step: int | None = None
         """Of the newest checkpoint that this run has written, once it is whole; best/ aside."""
+        self.slowest_s: float | None = None
+        """The longest that a save took, from its beginning until it was whole."""
 
     def __enter__(self) -> "Saver":
         return self
@@ -78,6 +81,7 @@ class Saver:
             UserError: no room on the disk, for this one or the one before.
         """
         self.wait()
+        self._began = time.monotonic()
         tensors = {(checkpoint.WEIGHTS, name): each for name, each in self._weights().items()}
         moments = sharded.plain_names(checkpoint.by_name(self._optimizer.state_dict()).items())
         tensors |= {(checkpoint.OPTIMIZER, name): each for name, each in moments.items()}
@@ -132,6 +136,7 @@ class Saver:
         try:
             checkpoint.write(folder, snapshot, keep, self._group)
             self.written_step = self.written_step if self._writing is None else self._writing
+            self.slowest_s = max(time.monotonic() - self._began, self.slowest_s or 0.0)
         except BaseException as error:
             self._failure = error
 

@@ -1,6 +1,5 @@
 """The loop: one run from its first step, or its newest checkpoint, to its last."""
 
-import signal
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -26,7 +25,8 @@ from .files import write_json
 from .growing import known_sequences, wait_for_data
 from .guard import Guard
 from .hardware import device_name
-from .loop_evals import planned_evals, run_eval
+from .heartbeat import Heartbeat
+from .loop_evals import Interrupted, Poll, planned_evals, run_eval
 from .meter import Meter, console_line
 from .metrics import JsonLines, Log, environment
 from .micro_batch import settle
@@ -39,8 +39,9 @@ from .resume import restore
 from .retention import remove_unfinished, save_due
 from .run_folder import claimed, move_aside, truncate_logs, write_config
 from .saving import Saver
-from .signals import stop_signals
+from .signals import exit_code, reason, stop_signals
 from .step import train_step
+from .watchdog import watched
 
 
 @dataclass(frozen=True)
@@ -50,18 +51,24 @@ class Outcome:
     run: RunPaths
     step: int
     stopped_by: int | None
-    """The signal that asked for a stop, or None where the run is complete or stopped early."""
+    """The signal that asked for a stop, or signals.TIME_LIMIT; None where the run is complete or stopped early."""
     stopped_early: bool = False
     """Whether train.early_stop_patience ended it."""
 
 
 def train(
-    config: RunConfig, dataset: Dataset, process: Process, on_checkpoint: Callable[[int], None] = lambda step: None
+    config: RunConfig,
+    dataset: Dataset,
+    process: Process,
+    on_checkpoint: Callable[[int], None] = lambda step: None,
+    started: float | None = None,
 ) -> Outcome:
-    """Train to the end, to the end of patience, to a signal, or to the first gradient that is not finite.
+    """Train to the end, to the end of patience, to a signal or the time limit, or to the first gradient that is not
+    finite.
 
     Args:
         on_checkpoint: called on rank 0 with the step of each checkpoint, once what is due at that step is measured.
+        started: by the monotonic clock, from when on train.max_wall_s counts; None: from now on.
 
     Raises:
         UserError: too little data, a run folder in use, a checkpoint of other settings, a full disk.
@@ -105,13 +112,16 @@ def train(
 
         # -- what the loop turns with --------------------------------------------------------------------------------
         runner = wrap(model, config, process)
-        evals = pending = planned_evals(config, whole, dataset, tokenizer, process, samples, log)
+        stop = stack.enter_context(stop_signals(config.train.max_wall_s, started))
+        beat = Heartbeat(run.heartbeat, state.step, writes=process.is_main)
+        poll = Poll(stop, beat)
+        evals = pending = planned_evals(config, whole, dataset, tokenizer, process, samples, log, poll)
         earlier = metrics.rows() if process.is_main else ()
         watch = ReferenceWatch(reference_of(to_dict(config)), earlier)
         saver = stack.enter_context(Saver(config, run, model, optimizer, tokenizer, process))
         saver.check_room(state.step)
         loader = stack.enter_context(Loader(dataset.train, batch, state.data, process.rank, process.device))
-        stop = stack.enter_context(stop_signals())
+        stack.enter_context(watched(beat, loader, stop, run, process, config.train.collective_timeout_s, log))
         hidden = None if process.is_main else True  # None: shown on a terminal only
         bar = stack.enter_context(tqdm(total=max_steps, initial=state.step, unit="step", disable=hidden))
         meter = Meter(config, process, loader, state.step)
@@ -124,49 +134,56 @@ def train(
 
         while True:
             # -- a step boundary: save, evaluate, stop, each if it is time -------------------------------------------
-            stopping, growing, unsaved = distributed.any_rank(
-                stop.signal is not None, not dataset.complete, saver.failed
-            )
+            beat.reached(state.step)
+            stop.saves_take(saver.slowest_s)
+            stopping, growing, unsaved = distributed.any_rank(stop.asked(), not dataset.complete, saver.failed)
             if unsaved:
                 saver.fail()
             early = out_of_patience(state, config)
             last_step = state.step if early else max_steps
             ending = stopping or state.step >= last_step or failure is not None
             if save_due(config, state.step, ending) and state != stored:
-                with meter.paused():
+                with meter.paused(), beat.doing("saving"):
                     state = meter.receipted(checked(state))
                     saver.save(state)
                     stored = state
             if failure:
                 raise failure
-            due = [each for each in pending if each.due(state.step, last_step) and not stopping]
-            pending = [each for each in pending if each not in due]
-            if due:
-                with meter.paused(), gathered(model, whole):
-                    for each in due:
-                        figures = run_eval(each, state, whole, config, process, watch, metrics, log)
-                        if state.early_stop and each.name == "validation" and figures:
-                            before, state = state, count_validation(state, figures["loss"])
-                            if state.early_stop.best_step != before.early_stop.best_step:
-                                state = meter.receipted(checked(state))
-                                saver.save(state, best=True)
+            due = [each for each in pending if each.due(state.step, last_step)]
+            unmeasured = stopping and bool(due)
+            if due and not stopping:
+                pending = [each for each in pending if each not in due]
+                try:
+                    with meter.paused(), beat.doing("evaluating"), gathered(model, whole):
+                        for each in due:
+                            figures = run_eval(each, state, whole, config, process, watch, metrics, log, poll)
+                            if state.early_stop and each.name == "validation" and figures:
+                                before, state = state, count_validation(state, figures["loss"])
+                                if state.early_stop.best_step != before.early_stop.best_step:
+                                    state = meter.receipted(checked(state))
+                                    saver.save(state, best=True)
+                except Interrupted:  # by a stop, which is seen once more at this boundary
+                    pending = [*due, *pending]
+                    continue
             if out_of_patience(state, config) and not ending:
                 continue  # once more past this boundary, as the last: what was not due is measured, and all is saved
             if ending:
-                with meter.paused():
+                with meter.paused(), beat.doing("saving"):
                     saver.wait()
             if process.is_main and saver.written_step not in (None, told_step) and not stopping:
                 told_step = saver.written_step
                 on_checkpoint(told_step)
             if ending:
-                complete = early or state.step >= max_steps
+                complete = (early or state.step >= max_steps) and not unmeasured
                 if complete:
                     say_best(log, run, config, state)
-                return Outcome(run, state.step, None if complete else stop.signal or signal.SIGTERM, early)
+                stopped_by = None if complete else distributed.highest(stop.signal or 0)
+                beat.end(*how_it_ended(config, state, stopped_by, early))
+                return Outcome(run, state.step, stopped_by, early)
 
             # -- the step; its data may still be in the making -------------------------------------------------------
             if growing:
-                with meter.paused():
+                with meter.paused(), beat.doing("waiting for data"):
                     there, failure = wait_for_data(dataset, state.data, batch, stop, loader, log)
                 if not there:
                     continue
@@ -263,6 +280,15 @@ def say_start(
         log(f"nothing left to train: the run is at step {state.step:,}, train.max_steps is {config.train.max_steps:,}")
     else:
         log(f"steps {state.step:,} to {config.train.max_steps:,}; Ctrl-C saves and stops, the same command resumes")
+
+
+def how_it_ended(config: RunConfig, state: TrainState, stopped_by: int | None, early: bool) -> tuple[str, int]:
+    """In words, and as the exit code that says the same."""
+    if stopped_by is None:
+        return f"{'stopped early' if early else 'complete'}, after step {state.step:,}", 0
+    why = reason(stopped_by, config.train.max_wall_s)
+    saved = ", saved" if state.step else ""
+    return f"stopped by {why} after step {state.step:,}{saved}", exit_code(stopped_by)
 
 
 def count_validation(state: TrainState, loss: float) -> TrainState:

@@ -174,6 +174,10 @@ def _train_faults(train: TrainConfig) -> list[str]:
         found.append(
             f"train.skip_spikes_sigma is {train.skip_spikes_sigma}, but must be above 0 and finite, such as 6, or None"
         )
+    for name in ("max_wall_s", "collective_timeout_s"):
+        value = getattr(train, name)
+        if value is not None and not 0 < value < float("inf"):
+            found.append(f"train.{name} is {value}, but must be above 0 and finite, in seconds")
     return found
 
 

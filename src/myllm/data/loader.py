@@ -53,8 +53,8 @@ class Loader:
     """An endless stream of one rank's micro-batches from a position on.
 
     A thread reads a few batches ahead into pinned memory where there is CUDA; `wait_s` adds up the time that training
-    stood waiting for one, and `delivered` the hashes of the samples that it was given (data/receipt.py). Use it in a
-    `with` block, which ends the thread.
+    stood waiting for one, `taken` counts them, and `delivered` adds up the hashes of their samples (data/receipt.py).
+    Use it in a `with` block, which ends the thread.
     """
 
     AHEAD = 4
@@ -66,6 +66,7 @@ class Loader:
     ) -> None:
         self.wait_s = 0.0
         self.delivered = np.zeros(LANES, dtype=np.int64)
+        self.taken = 0
         self._stream, self._plan, self._position, self._rank, self._device = stream, plan, position, rank, device
         self._queue: queue.Queue[tuple[Batch, np.ndarray] | BaseException] = queue.Queue(maxsize=self.AHEAD)
         self._stopped = threading.Event()
@@ -92,6 +93,7 @@ class Loader:
             self._queue.put(item)  # the thread has ended, and nothing else will come
             raise item
         (tokens, targets), sums = item
+        self.taken += 1
         self.delivered += sums
         return tokens.to(self._device, non_blocking=True), targets.to(self._device, non_blocking=True)
 

@@ -1,0 +1,130 @@
+"""What a run is doing right now, in a file that anyone may read: `heartbeat.json` in its folder.
+
+    step, doing       training, evaluating, saving, waiting for data, starting; or ended
+    time              when the file was written, seconds since 1970
+    progress_time     when the loop last got on: a step, a batch of an evaluation
+    pid, host         of rank 0
+    how, exit_code    once it has ended: in words, and the code that it exits with without torchrun
+
+It is replaced in one step, at most every EVERY_S seconds. If it cannot be written, training goes on without.
+"""
+
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+from .paths import RunPaths, runs
+
+EVERY_S = 2.0
+AT_WORK, SILENT = 3, 1
+"""Exit codes of `myllm status` for a run that has not ended by itself."""
+
+
+class Heartbeat:
+    """How far the loop is. The loop sets it, other threads read it: each value is set in one step."""
+
+    def __init__(self, path: Path, step: int = 0, writes: bool = True) -> None:
+        self.step, self.doing_now, self.marks = step, "starting", 0
+        self.first_step_done = False
+        self.ending: tuple[str, int] | None = None
+        self.unwritable: str | None = None
+        self._path, self._writes, self._written = path, writes, 0.0
+        self._progress_time = time.time()
+
+    def mark(self) -> None:
+        """The loop got on."""
+        self.marks += 1
+        self._progress_time = time.time()
+
+    def reached(self, step: int) -> None:
+        """A step boundary: `step` updates are complete."""
+        self.first_step_done = self.first_step_done or (self.doing_now == "training" and step > self.step)
+        self.step, self.doing_now = step, "training"
+        self.mark()
+
+    @contextmanager
+    def doing(self, what: str) -> Iterator[None]:
+        """Something else than training, for the length of a `with` block."""
+        before, self.doing_now = self.doing_now, what
+        self.mark()
+        try:
+            yield
+        finally:
+            self.doing_now = before
+            self.mark()
+
+    def end(self, how: str, exit_code: int) -> None:
+        """The last word."""
+        self.ending = (how, exit_code)
+        self.write(now=True)
+
+    def write(self, now: bool = False) -> None:
+        """Replace the file if it is time. Whatever keeps it from being written is remembered and costs nothing else."""
+        if not self._writes or (not now and time.monotonic() - self._written < EVERY_S):
+            return
+        self._written = time.monotonic()
+        temporary = self._path.with_name(f".{self._path.name}.tmp")
+        try:
+            # Not flushed to the disk, as checkpoints are: after a power cut its word would be out of date anyway.
+            temporary.write_text(json.dumps(self._values()) + "\n", encoding="utf-8")
+            temporary.replace(self._path)
+            self.unwritable = None
+        except OSError as error:
+            self.unwritable = f"cannot write {self._path}: {error.strerror}; training goes on without it"
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+    def _values(self) -> dict[str, Any]:
+        doing = "ended" if self.ending else self.doing_now
+        how, code = self.ending or (None, None)
+        return {
+            "step": self.step, "doing": doing, "time": time.time(), "progress_time": self._progress_time,
+            "pid": os.getpid(), "host": socket.gethostname(), "how": how, "exit_code": code,
+        }  # fmt: skip
+
+
+def status(run: str, silent_s: float) -> tuple[str, int]:
+    """One line about a run, and the exit code that says the same.
+
+    Returns:
+        the line, and: after its end the code that the run exits with without torchrun (0 complete, 75 to be started
+        again, 130 and 143 stopped by SIGINT and SIGTERM, 1 and 2 failed); AT_WORK; SILENT, where its process is gone
+        without a last word, or where the loop has not got on for `silent_s` seconds.
+
+    Raises:
+        UserError: no such run, or one without a heartbeat.
+    """
+    folder = next((each for each in (Path(run).expanduser(), runs() / run) if each.is_dir()), None)
+    path = RunPaths(folder).heartbeat if folder else None
+    if path is None or not path.is_file():
+        raise UserError(f"no heartbeat of a run {run!r}: expected {path or runs() / run / 'heartbeat.json'}")
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+        line = f"step {said['step']:,}: {said['how'] or said['doing']}"
+        if said["doing"] == "ended":
+            return line, int(said["exit_code"])
+        idle = time.time() - said["progress_time"]
+        where = f"process {said['pid']} on {said['host']}"
+        if said["host"] == socket.gethostname() and not _is_alive(said["pid"]):
+            return f"{line}; but {where} is gone, without a last word", SILENT
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is no heartbeat ({error!r})") from None
+    if idle > silent_s:
+        return f"{line}; but it has not got on for {idle:,.0f} s ({where})", SILENT
+    return f"{line}, {max(idle, 0):,.0f} s ago ({where})", AT_WORK
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
