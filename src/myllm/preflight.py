@@ -17,7 +17,8 @@ from .data.shards import Dataset
 from .data.tokenizer import Tokenizer
 from .distributed import Process
 from .errors import UserError
-from .loop_evals import Eval, planned_evals, run_eval
+from .heartbeat import Heartbeat
+from .loop_evals import Eval, Poll, planned_evals, run_eval
 from .meter import Diverged
 from .metrics import JsonLines, Log
 from .micro_batch import largest_that_fits, may_be_tried, settle, sizes_to_try, trial_of
@@ -39,6 +40,7 @@ from .rehearsal import (
 from .resume import restore
 from .retention import list_checkpoints, step_of
 from .saving import Saver
+from .signals import StopRequest
 from .train import check_data
 
 STEPS = 3
@@ -176,15 +178,15 @@ def _timed_evals(parts: Parts, dataset: Dataset, tokenizer: Tokenizer, folder: P
     config = replace(config, eval=replace(config.eval, hellaswag_file=str(folder / "hellaswag.jsonl")))
     said: list[str] = []
     rows, state, watch = JsonLines(folder / "rows.jsonl"), parts.state(dataset, STEPS), ReferenceWatch(None)
-    found = {}
-    for each in planned_evals(config, parts.whole, dataset, tokenizer, process, rows, said.append):
+    found, poll = {}, Poll(StopRequest(), Heartbeat(folder / "heartbeat.json", writes=False))
+    for each in planned_evals(config, parts.whole, dataset, tokenizer, process, rows, said.append, poll):
         if not each.every_steps:
             continue
         for _ in range(2):  # the first one is a warm-up
             said.clear()
             started = time.perf_counter()
             with gathered(parts.model, parts.whole):
-                run_eval(each, state, parts.whole, config, process, watch, rows, said.append)
+                run_eval(each, state, parts.whole, config, process, watch, rows, said.append, poll)
             seconds = time.perf_counter() - started
         found[each.name] = (seconds, _failure(each, said))
     return distributed.from_main(found)

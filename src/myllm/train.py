@@ -208,7 +208,8 @@ def train(
                     metrics.append(row)
                     bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['tokens_per_s']:,.0f} tok/s", refresh=False)
                     log(console_line(row, max_steps))
-                checked(state)  # after the row of a step that ends the run
+                with beat.doing("checking"):  # after the row of a step that ends the run, and takes its time over it
+                    checked(state)
 
 
 def check_data(config: RunConfig, dataset: Dataset, batch: plan.BatchPlan) -> None:

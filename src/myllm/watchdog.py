@@ -30,6 +30,7 @@ from .data.loader import Loader
 from .distributed import PATIENT_S, Process
 from .errors import UserError
 from .heartbeat import Heartbeat
+from .meter import Diverged
 from .metrics import Log
 from .paths import RunPaths
 from .signals import StopRequest
@@ -37,6 +38,7 @@ from .signals import StopRequest
 LOOK_EVERY_S = 1.0
 ANSWER_S = 5.0
 """How long each rank has to say where it is."""
+EXIT_CODES = {UserError: 2, Diverged: Diverged.EXIT_CODE, KeyboardInterrupt: 130}
 SLOWEST = 5
 """A loop that has been slow before may be: this many times its longest pause so far is no hang."""
 
@@ -157,7 +159,7 @@ def watched(
     try:
         yield
     except BaseException as error:
-        code = 2 if isinstance(error, UserError) else 130 if isinstance(error, KeyboardInterrupt) else 1
+        code = next((code for kind, code in EXIT_CODES.items() if isinstance(error, kind)), 1)
         heartbeat.end(f"failed: {str(error) or type(error).__name__}", code)
         raise
     finally:
