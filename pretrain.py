@@ -73,14 +73,15 @@ def prepare_and_train(config: "RunConfig", prepare_only: bool) -> None:
                 distributed.barrier()  # a launcher ends the others as soon as one has left
                 sys.exit(Diverged.EXIT_CODE)
         if not is_main:
+            if outcome.stopped_by is not None:
+                ranks.exit_as(exit_code(outcome.stopped_by))
             return
         if outcome.stopped_by is None or outcome.run.metrics.is_file():  # stopped before the first row: nothing to draw
             write_report(outcome.run)
         if outcome.stopped_by is not None:
             saved = ", saved" if outcome.step else ""
             print(f"stopped after step {outcome.step:,}{saved}; the same command resumes")
-            # torchrun would start the ranks again for anything but 0; `myllm status` gives the code that is due.
-            sys.exit(0 if ranks.launched() else exit_code(outcome.stopped_by))
+            ranks.exit_as(exit_code(outcome.stopped_by))
         print(what_next(config, outcome.stopped_early))
         publisher.finish(outcome.step)
 

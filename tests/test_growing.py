@@ -156,6 +156,7 @@ def test_it_trains_while_the_data_are_made_with_the_same_losses(runs: Runs) -> N
     expect_losses_of_finished_data(runs, 1)
 
 
+@pytest.mark.slow
 def test_stopped_and_deserted_while_it_waits_it_saves_and_goes_on(runs: Runs) -> None:
     """Ctrl-C; a preparation that is killed; then one that takes long to begin again."""
     runs.open_gate(3)
@@ -185,6 +186,7 @@ def test_stopped_and_deserted_while_it_waits_it_saves_and_goes_on(runs: Runs) ->
     expect_losses_of_finished_data(runs, 1)
 
 
+@pytest.mark.slow
 def test_two_ranks_whose_preparation_is_killed_save_and_go_on(runs: Runs) -> None:
     runs.open_gate(3)
     process = runs.start(2)

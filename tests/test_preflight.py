@@ -209,6 +209,7 @@ def test_a_failing_evaluation_is_met(config: RunConfig, temp_data: Path, monkeyp
     assert "eval.cloze_every_steps to 0" in said
 
 
+@pytest.mark.slow
 def test_a_micro_batch_that_is_too_large(config: RunConfig, temp_data: Path) -> None:
     """A limit half-way between what one and four sequences take: the number that the refusal names fits."""
     # Much to keep for the backward pass, little to compute.

@@ -491,7 +491,7 @@ def test_a_signal_reaches_the_preflight(launch, tmp_path, number, status):
     command = [launch.root / "run_pre_training_e2e.sh", "--force", "small-50m"]
     process = subprocess.Popen(command, env=env, cwd=launch.cwd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 30
-    while not launch.log_file.exists():
+    while not launch.log_file.exists() or not launch.log_file.read_text():
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(number)

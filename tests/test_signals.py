@@ -109,6 +109,7 @@ def doing(run: Path) -> str | None:
     return json.loads(path.read_text())["doing"] if path.is_file() else None
 
 
+@pytest.mark.slow
 def test_an_evaluation_of_minutes_stops_at_once(long: RunConfig, tmp_path: Path, temp_data: Path) -> None:
     """SIGUSR1 says "start me again". The interrupted evaluation has no row, and is done after the resume."""
     run = temp_data / "runs" / "tiny"
@@ -131,6 +132,7 @@ def test_an_evaluation_of_minutes_stops_at_once(long: RunConfig, tmp_path: Path,
     assert status("tiny", 600)[1] == 0
 
 
+@pytest.mark.slow
 def test_a_time_limit_and_a_second_interrupt(long: RunConfig, tmp_path: Path, temp_data: Path) -> None:
     """With a clock that jumps back. The limit saves in time; the second Ctrl-C is heard although the main thread never
     comes back from C."""

@@ -3,6 +3,8 @@ which is slow to import: command lines and the processes that tokenise start wit
 """
 
 import os
+from pathlib import Path
+from typing import NoReturn
 
 from .errors import UserError
 
@@ -56,6 +58,23 @@ def ask_for_a_store_each_start() -> None:
     now and then try to reach those, and fail or wait for ever (docs/experiments.md).
     """
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+
+
+def ask_for_exit_codes(file: Path) -> None:
+    """Have the processes of this machine write down there the code that is due, where they end with 0 for torchrun."""
+    os.environ["MYLLM_EXIT_CODE_FILE"] = str(file)
+
+
+def exit_as(code: int) -> NoReturn:
+    """End with the code of a run that was asked to stop.
+
+    torchrun would start again what ends with anything but 0. So processes that it has started end with 0, and leave the
+    code to `myllm.torchrun`, which ends with it.
+    """
+    file = os.environ.get("MYLLM_EXIT_CODE_FILE")
+    if launched() and file and local_rank() == 0:
+        Path(file).write_text(str(code), encoding="utf-8")
+    raise SystemExit(0 if launched() else code)
 
 
 def local_world_size() -> int:

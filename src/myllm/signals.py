@@ -4,8 +4,8 @@
     SIGUSR1            save, stop, exit with 75, "not finished, start me again": Slurm's --signal=USR1@120
     train.max_wall_s   as SIGUSR1, early enough for the save
 
-Under torchrun a run that was stopped exits with 0, since torchrun starts anything else again (--max-restarts). What it
-would have said is in the run's heartbeat.json, which `myllm status RUN` turns into an exit code.
+Under torchrun a run that was stopped exits with 0, since torchrun starts anything else again (--max-restarts);
+`myllm.torchrun` then ends with the code above, and `myllm status RUN` gives it too.
 """
 
 import os
@@ -75,7 +75,7 @@ def unfinished_on_usr1() -> None:
     """While there is nothing to save yet, SIGUSR1 ends the process with the code that asks for another start."""
 
     def leave(_: int, __: FrameType | None) -> None:
-        raise SystemExit(0 if ranks.launched() else UNFINISHED)
+        ranks.exit_as(UNFINISHED)
 
     signal.signal(signal.SIGUSR1, leave)
 

@@ -10,6 +10,8 @@ SIGUSR1 with 75, "not finished, start me again".
 import os
 import signal
 import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from unittest import mock
 
@@ -20,7 +22,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher import api
 
-from .ranks import ask_for_a_store_each_start
+from .ranks import ask_for_a_store_each_start, ask_for_exit_codes
 
 DEFAULTS = ["--max-restarts=3", "--shutdown-timeout=120", "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
 """Put before what the user gives: how often processes are started again, how long they have to save when a signal
@@ -51,8 +53,11 @@ def main(words: list[str]) -> int:
     ask_for_a_store_each_start()
     arguments: Any = run.parse_args([*DEFAULTS, *words])
     try:
-        with mock.patch.object(api, "LocalElasticAgent", Agent):
+        with mock.patch.object(api, "LocalElasticAgent", Agent), TemporaryDirectory() as folder:
+            due = Path(folder) / "exit_code"
+            ask_for_exit_codes(due)
             run.run(arguments)
+            return int(due.read_text(encoding="utf-8")) if due.exists() else 0
     except ChildFailedError as error:
         codes = {rank: failure.exitcode for rank, failure in sorted(error.failures.items())}
         chosen = next((code for code in codes.values() if meant(code)), None)
@@ -64,7 +69,6 @@ def main(words: list[str]) -> int:
     except SignalException as signalled:
         # SIGUSR1 is how a scheduler says that time is up: not finished, start it again.
         return os.EX_TEMPFAIL if signalled.sigval == signal.SIGUSR1 else 128 + int(signalled.sigval)
-    return 0
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ from myllm.distributed import process_group
 from myllm.paths import RunPaths
 from myllm.replay import replay_step
 
+pytestmark = pytest.mark.slow  # real processes, half a minute and more in all
+
 BAD_ROW = Path(__file__).parent / "train_with_a_bad_row.py"
 
 

@@ -15,6 +15,8 @@ from myllm.cli import main
 from myllm.errors import UserError
 from myllm.network_check import check_network
 
+pytestmark = pytest.mark.slow  # real processes, half a minute and more in all
+
 
 def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src")} | environment

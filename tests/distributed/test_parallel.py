@@ -15,6 +15,8 @@ from myllm.config import RunConfig
 from myllm.loading import load_model
 from myllm.metrics import JsonLines
 
+pytestmark = pytest.mark.slow  # real processes, half a minute and more in all
+
 SCRIPT = Path(__file__).parent / "train_in_parts.py"
 
 
@@ -77,7 +79,6 @@ def test_the_first_step_after_a_start_is_like_later_ones(tmp_path: Path) -> None
         assert found == {"ddp": [True, True], "fsdp": [True, True]}
 
 
-@pytest.mark.slow
 def test_compiled_engines_agree(tmp_path: Path) -> None:
     cases = "ddp-compiled", "ddp-compiled-recomputed", "fsdp-compiled", "fsdp-compiled-recomputed"
     (one,) = results(tmp_path / "one", 1, "ddp").values()

@@ -11,6 +11,8 @@ from conftest import launch, losses, with_train, write_run_config
 
 from myllm.config import RunConfig
 
+pytestmark = pytest.mark.slow  # real processes, half a minute and more in all
+
 
 @pytest.fixture
 def short(tiny: RunConfig) -> RunConfig:

@@ -51,17 +51,19 @@ def test_gradients_do_not_depend_on_ranks_or_accumulation(plain: RunConfig, tmp_
 
 
 def test_ranks_come_and_go(plain: RunConfig, tmp_path: Path, temp_data: Path) -> None:
-    """Eight steps on two ranks and four more on one are twelve steps on one: the same samples, losses and figures."""
+    """Four steps on two ranks by DDP, four by FSDP and four on one rank are twelve on one: the same samples, losses and
+    figures."""
     constant = replace(
         plain,
         optim=replace(plain.optim, schedule="wsd", decay_fraction=0.0),
         eval=replace(plain.eval, hellaswag_every_steps=12, hellaswag_file=str(HELLASWAG)),
     )
     whole = write_run_config(replace(with_train(constant, micro_batch_size=4), name="whole"), tmp_path / "whole.json")
-    two = write_run_config(with_train(constant, micro_batch_size=2, max_steps=8), tmp_path / "two.json")
+    two = write_run_config(with_train(constant, micro_batch_size=2, max_steps=4), tmp_path / "two.json")
     assert launch("--config", whole).returncode == 0
-    done = launch("--config", two, ranks=2)
-    assert done.returncode == 0, done.stderr
+    for words in ((), ("--train.parallel", "fsdp", "--train.max-steps", "8")):
+        done = launch("--config", two, *words, ranks=2)
+        assert done.returncode == 0, done.stderr
     run = temp_data / "runs/tiny"
     assert json.loads((run / "environment.json").read_text())["world_size"] == 2
     assert len(load(list_checkpoints(run / "checkpoints")[0]).random) == 2
@@ -71,7 +73,7 @@ def test_ranks_come_and_go(plain: RunConfig, tmp_path: Path, temp_data: Path) ->
     assert one.keys() == other.keys() == set(range(1, 13))
     assert all(abs(one[step] - other[step]) < 1e-4 for step in one)
     by_step = {row["step"]: row for row in eval_rows(temp_data / "runs/whole", "validation")}
-    for row in eval_rows(run, "validation"):  # the two ranks' at 0 and 6, and one rank's
+    for row in eval_rows(run, "validation"):  # the two ranks' at 0 and 6, under either engine, and one rank's
         if row["step"] in by_step:
             assert abs(by_step[row["step"]]["loss"] - row["loss"]) < 1e-4
             assert by_step[row["step"]]["n_tokens"] == row["n_tokens"]

@@ -47,6 +47,7 @@ def test_one_process_reads_what_two_wrote(saved: Path, kind: str, tmp_path: Path
     assert len(found.random) == 2
 
 
+@pytest.mark.slow
 def test_four_ranks_read_what_two_wrote(saved: Path) -> None:
     torchrun(4, "load", saved)
 

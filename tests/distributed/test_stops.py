@@ -24,6 +24,8 @@ import os, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 import pretrain
 from myllm import train
+
+pytestmark = pytest.mark.slow  # real processes, half a minute and more in all
 step = train.train_step
 def sleepy(runner, optimizer, loader, batch, number, config, *rest):
     if number == 5 and config.name == "asleep" and os.environ["RANK"] == "1":
@@ -143,7 +145,6 @@ def test_a_rank_that_sleeps_ends_all(config: RunConfig, tmp_path: Path) -> None:
     assert "rank 1 did not arrive" in line
 
 
-@pytest.mark.slow
 def test_a_rank_that_gives_no_sign_of_life(config: RunConfig, tmp_path: Path) -> None:
     """Stopped as a whole, threads included: the other one says so."""
     started = Launched(tmp_path, with_train(config, collective_timeout_s=3.0), "--shutdown-timeout=3")

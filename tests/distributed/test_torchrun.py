@@ -16,6 +16,8 @@ from conftest import ROOT, losses, with_train, write_run_config
 from myllm.config import RunConfig
 from myllm.data.prepare import prepare
 
+pytestmark = pytest.mark.slow  # real processes, half a minute and more in all
+
 TORCHRUN = [sys.executable, "-m", "myllm.torchrun", "--standalone", "--nproc_per_node=2", str(ROOT / "pretrain.py")]
 
 
@@ -97,9 +99,12 @@ def test_a_killed_rank_is_started_again(
     code, said = second.ended()
     assert code == 128 + signal.SIGTERM, said
     assert "saved; the same command resumes" in said
+    code, said = started("--config", again, "--train.max-wall-s", "1").ended()  # over before the first step
+    assert code == 75, said
+    assert said.count("run other on 2 x") == 1  # not started again
     code, said = started("--config", again).ended()
     assert code == 0, said
-    assert (other / "log.txt").read_text().count("resuming from") == 1
+    assert (other / "log.txt").read_text().count("resuming from") == 2
     assert losses(run) == losses(other)
     assert losses(run).keys() == set(range(1, 25))
     assert not [p for p in psutil.process_iter(["cmdline"]) if str(path) in (p.info["cmdline"] or [])]

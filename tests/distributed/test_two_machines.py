@@ -13,10 +13,11 @@ from conftest import ROOT, losses, with_train, write_run_config
 
 from myllm.config import RunConfig
 
+pytestmark = pytest.mark.slow  # real processes, half a minute and more in all
+
 SCRIPT = Path(__file__).parent / "say_where.py"
 
 
-@pytest.mark.slow
 def test_ranks_are_never_confused(tiny: RunConfig, tmp_path: Path) -> None:
     """Global rank 0 alone writes the run, the first rank of each machine prepares data, local ranks choose devices."""
     evals = replace(tiny.eval, cloze_every_steps=0, sample_every_steps=0)

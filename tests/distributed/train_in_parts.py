@@ -9,8 +9,11 @@ from pathlib import Path
 
 import torch
 
+from myllm.checkpoint import TrainState
 from myllm.config import ModelConfig, OptimConfig, RunConfig, TrainConfig
+from myllm.data.order import DataPosition
 from myllm.distributed import Process, process_group, sum_over_ranks
+from myllm.guard import Guard
 from myllm.model import Transformer
 from myllm.optim import ScheduledAdamW
 from myllm.parallel import full, gathered, spread, wrap
@@ -58,13 +61,14 @@ def run(case: str, process: Process) -> dict[str, object]:
     whole = spread(model, config, process)
     optimizer = ScheduledAdamW(model.named_parameters(), config.optim, STEPS)
     runner, batch = wrap(model, config, process), batch_plan(config.model, config.train, process.world_size)
-    loader = Numbers(process, TRAIN.micro_batch_size)
+    loader, guard = Numbers(process, TRAIN.micro_batch_size), Guard(config.train, process.device)
     accumulate_gradients(runner, loader, batch, config, process)
     gradients = {name: full(parameter.grad).clone() for name, parameter in model.named_parameters()}
     optimizer.zero_grad()
     losses, norms, scores = [], [], []
     for step in range(STEPS):
-        loss, norm, _ = train_step(runner, optimizer, loader, batch, step, config, process)
+        guard.begin(TrainState(step, 0, DataPosition(0, 0, 0, "")))
+        loss, norm, _ = train_step(runner, optimizer, loader, batch, step, config, process, guard)
         losses.append(float(sum_over_ranks(loss)) / process.world_size)
         norms.append(float(norm))
         with gathered(model, whole):

@@ -12,6 +12,8 @@ from fault_runs import Ended, Forks, Goes, run_of
 
 from myllm.data.shards import Dataset
 
+pytestmark = pytest.mark.slow  # real processes, half a minute and more in all
+
 
 @pytest.fixture(scope="module")
 def saved(forks: Forks, config_file: Path, place: Path) -> list[str]:

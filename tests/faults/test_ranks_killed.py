@@ -13,6 +13,8 @@ from fault_runs import assert_tidy, record, run_of
 from myllm.config import RunConfig
 from myllm.kills import Training, saved_step, wait_until_gone
 
+pytestmark = pytest.mark.slow  # real processes, half a minute and more in all
+
 STEPS = 60
 SAVE_EVERY = 5
 SEED = 5

@@ -9,6 +9,8 @@ from fault_runs import Forks, Goes, run_of
 from myllm.checkpoint import list_checkpoints, verify
 from myllm.kills import saved_step
 
+pytestmark = pytest.mark.slow  # real processes, half a minute and more in all
+
 MOST = 200
 """Starts; a save of today has some twenty boundaries."""
 
@@ -43,7 +45,6 @@ def test_killed_around_a_save(forks: Forks, config_file: Path, place: Path, goes
     goes_on("hit")
 
 
-@pytest.mark.slow
 def test_one_run_killed_at_every_boundary_of_a_save(
     forks: Forks, config_file: Path, place: Path, goes_on: Goes
 ) -> None:

@@ -14,6 +14,8 @@ from myllm.files import locked
 from myllm.kills import saved_step
 from myllm.paths import RunPaths
 
+pytestmark = pytest.mark.slow  # real processes, half a minute and more in all
+
 
 def validation(run: RunPaths) -> dict[int, float]:
     rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]

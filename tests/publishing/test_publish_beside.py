@@ -243,6 +243,7 @@ def test_the_whole_way_without_a_network(
     assert not [path for path in temp_data.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]
 
 
+@pytest.mark.slow
 def test_the_whole_way(hub: HubServer, tiny: RunConfig, tmp_path: Path, temp_data: Path) -> None:
     """From the command to a stranger who has only transformers and the name of the repository."""
     every_six = with_train(tiny, save_every_steps=6)
