@@ -18,14 +18,14 @@ from myllm.checkpoint import list_checkpoints, load
 from myllm.config import RunConfig
 from myllm.heartbeat import status
 
+pytestmark = pytest.mark.slow  # real processes, half a minute and more in all
+
 # pretrain.py; the second rank of the run "asleep" sleeps before step 6.
 DRIVER = f"""
 import os, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 import pretrain
 from myllm import train
-
-pytestmark = pytest.mark.slow  # real processes, half a minute and more in all
 step = train.train_step
 def sleepy(runner, optimizer, loader, batch, number, config, *rest):
     if number == 5 and config.name == "asleep" and os.environ["RANK"] == "1":
