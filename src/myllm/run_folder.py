@@ -1,18 +1,25 @@
 """A run's folder: claimed by one process at a time, started fresh or taken up again."""
 
+import secrets
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from . import distributed
 from .checkpoint import MANIFEST, verify
 from .config import RunConfig, to_dict
+from .distributed import Process
 from .errors import UserError
 from .files import locked, write_json
 from .metrics import JsonLines
 from .paths import RunPaths
 from .retention import list_checkpoints
+
+SHARED = ".shared-"
+NETWORK_DISK_S = 20.0
 
 
 @contextmanager
@@ -40,6 +47,42 @@ def _claim(run: RunPaths, stack: ExitStack) -> None:
             f"cannot write the run folder {run.root}: {error.strerror}; make it one that can be written, give another "
             "--name, or set MYLLM_DATA to another folder"
         ) from None
+
+
+def check_shared(run: RunPaths, process: Process) -> None:
+    """Make sure that all ranks see the same run folder: each writes its share of a checkpoint, and reads all of it.
+
+    Raises:
+        UserError: on all ranks; a machine has another folder under that name.
+    """
+    if process.world_size == 1:
+        return
+    mark = run.root / f"{SHARED}{distributed.from_main(secrets.token_hex(8))}"
+    if process.is_main:
+        for left in run.root.glob(f"{SHARED}*"):
+            left.unlink(missing_ok=True)
+        mark.touch()
+    distributed.barrier()
+    hosts = distributed.all_gather(None if _appears(mark) else socket.gethostname())
+    if process.is_main:
+        mark.unlink(missing_ok=True)
+    without = sorted({host for host in hosts if host is not None})
+    if without:
+        raise UserError(
+            f"{run.root} on {', '.join(without)} is not the folder that rank 0 has there; every rank writes a part of "
+            "each checkpoint, so all machines need the same one: set MYLLM_DATA to a folder on a disk that they share, "
+            "or make its runs/ a link to one"
+        )
+
+
+def _appears(path: Path) -> bool:
+    """Network disks may take some seconds to show one machine what another has made."""
+    deadline = time.monotonic() + NETWORK_DISK_S
+    while not path.exists():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
+    return True
 
 
 def move_aside(run: RunPaths) -> Path | None:

@@ -37,7 +37,7 @@ from .paths import RunPaths
 from .reference import ReferenceWatch, reference_of
 from .resume import restore
 from .retention import remove_unfinished, save_due
-from .run_folder import claimed, move_aside, truncate_logs, write_config
+from .run_folder import check_shared, claimed, move_aside, truncate_logs, write_config
 from .saving import Saver
 from .signals import exit_code, reason, stop_signals
 from .step import train_step
@@ -89,6 +89,7 @@ def train(
             for folder in (run.checkpoints, run.best, run.bags):
                 remove_unfinished(folder)
         distributed.barrier()
+        check_shared(run, process)
         log, metrics, samples = Log(run.log, process.is_main), JsonLines(run.metrics), JsonLines(run.samples)
         if process.is_main and aside:
             log(f"fresh start: the older run was moved to {aside}")

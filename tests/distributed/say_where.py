@@ -14,6 +14,7 @@ import torch
 from myllm import distributed, ranks
 from myllm.config import RunConfig, load_json
 from myllm.data.beside import prepared_beside
+from myllm.launch import clear_errors
 from myllm.train import train
 
 if __name__ == "__main__":
@@ -21,6 +22,7 @@ if __name__ == "__main__":
     with mock.patch.object(torch.cuda, "device_count", return_value=2):
         device = distributed.choose_device("cuda", ranks.local_rank())
     with (
+        clear_errors(),  # a mistake is not started again
         prepared_beside(config.data, starts=ranks.local_rank() == 0) as dataset,
         distributed.process_group("cpu") as process,
     ):

@@ -18,16 +18,13 @@ pytestmark = pytest.mark.slow  # real processes, half a minute and more in all
 SCRIPT = Path(__file__).parent / "say_where.py"
 
 
-def test_ranks_are_never_confused(tiny: RunConfig, tmp_path: Path) -> None:
-    """Global rank 0 alone writes the run, the first rank of each machine prepares data, local ranks choose devices."""
-    evals = replace(tiny.eval, cloze_every_steps=0, sample_every_steps=0)
-    config = replace(with_train(tiny, max_steps=2, batch_tokens=256), eval=evals)
+def two_launchers(config: RunConfig, tmp_path: Path, machines: list[Path]) -> tuple[list[int], list[str]]:
+    """Two ranks on each of two machines, whose folders are given; exit codes and what was said."""
     path = write_run_config(config, tmp_path / "config.json")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     meeting = ["--nnodes=2", "--nproc_per_node=2", "--rdzv_backend=c10d", "--rdzv_id=two", "--local-addr=127.0.0.1"]
-    machines = [tmp_path / "one", tmp_path / "two"]
     launchers = []
     for number, machine in enumerate(machines):
         where = [f"--rdzv_endpoint=127.0.0.1:{port}", f"--rdzv_conf=is_host={1 - number}"]
@@ -40,7 +37,31 @@ def test_ranks_are_never_confused(tiny: RunConfig, tmp_path: Path) -> None:
     finally:
         for launcher in launchers:
             launcher.terminate()  # which it hands on to its ranks
-    said = [(tmp_path / f"{machine.name}.txt").read_text() for machine in machines]
+    return codes, [(tmp_path / f"{machine.name}.txt").read_text() for machine in machines]
+
+
+@pytest.fixture
+def small(tiny: RunConfig) -> RunConfig:
+    evals = replace(tiny.eval, cloze_every_steps=0, sample_every_steps=0)
+    return replace(with_train(tiny, max_steps=2, batch_tokens=256), eval=evals)
+
+
+def test_machines_need_one_folder_of_runs(small: RunConfig, tmp_path: Path) -> None:
+    """Each rank writes a part of a checkpoint: that some would be elsewhere is said before the first step."""
+    codes, said = two_launchers(small, tmp_path, [tmp_path / "one", tmp_path / "two"])
+    assert 2 in codes, said
+    assert any("is not the folder that rank 0 has there" in each for each in said), said
+    assert not any("step      1/2" in each for each in said)
+
+
+def test_ranks_are_never_confused(small: RunConfig, tmp_path: Path) -> None:
+    """Global rank 0 alone writes the run, the first rank of each machine prepares data, local ranks choose devices."""
+    machines = [tmp_path / "one", tmp_path / "two"]
+    for machine in machines:  # data of their own, runs on a disk that they share
+        machine.mkdir()
+        (machine / "runs").symlink_to(tmp_path / "runs")
+    (tmp_path / "runs").mkdir()
+    codes, said = two_launchers(small, tmp_path, machines)
     assert codes == [0, 0], said
 
     found = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(4)]
@@ -57,5 +78,4 @@ def test_ranks_are_never_confused(tiny: RunConfig, tmp_path: Path) -> None:
     for each in found:  # every machine has its own data
         assert Path(each["dataset"]).is_relative_to(each["machine"])
         assert (Path(each["dataset"]) / "manifest.json").is_file()
-    assert losses(first / "runs/tiny").keys() == {1, 2}
-    assert not (second / "runs").exists()
+    assert losses(tmp_path / "runs/tiny").keys() == {1, 2}
