@@ -30,7 +30,7 @@ from .meter import Diverged
 from .metrics import Log
 from .model import Transformer
 from .optim import ScheduledAdamW
-from .parallel import gathered
+from .parallel import full, gathered
 from .paths import RunPaths
 from .plan import BatchPlan
 from .precision import autocast
@@ -136,7 +136,7 @@ def _on_main(tensors: dict[str, Tensor], process: Process) -> dict[str, Tensor]:
     """Copies on the CPU, on rank 0; of tensors in parts, the whole, for which every rank has to take part."""
     copies = {}
     for name, tensor in tensors.items():
-        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        whole = full(tensor)
         if process.is_main:
             copies[name] = whole.detach().cpu()
     return copies
