@@ -28,7 +28,7 @@ class Ended:
 
 
 class Forks:
-    """pretrain.py with words of one's own, each time in a fresh process that starts at once."""
+    """pretrain.py with words of one's own on two ranks, each time in fresh processes that start at once."""
 
     def __init__(self, folder: Path, data: Path) -> None:
         self.folder, self.data = folder, data
@@ -36,10 +36,24 @@ class Forks:
             [sys.executable, str(SCRIPT)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
-    def __call__(self, config: Path, *words: str, data: Path | None = None, **fault: Any) -> Ended:
+    def __call__(
+        self,
+        config: Path,
+        *words: str,
+        on: tuple[int, ...] = (0, 1),
+        kill_all: bool = False,
+        data: Path | None = None,
+        **fault: Any,
+    ) -> Ended:
+        """
+        Args:
+            on: the ranks that the faults befall.
+            kill_all: once a rank has failed, kill the other; else it is told to end, as torchrun does.
+        """
         out = self.folder / "out.txt"
         words = ["--config", str(config), *words]
-        request = {"words": words, "data": str(data or self.data), "out": str(out), "fault": fault}
+        request = {"words": words, "data": str(data or self.data), "out": str(out), "fault": fault, "on": on}
+        request["all"] = kill_all
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
         code = int(self.process.stdout.readline())

@@ -11,7 +11,7 @@ from conftest import command, launch, write_run_config
 
 from myllm.config import RunConfig, to_dict
 from myllm.errors import UserError
-from myllm.launch import describe, parse
+from myllm.launch import clear_errors, describe, parse
 from myllm.presets import PRESETS, preset
 
 
@@ -174,3 +174,28 @@ def test_a_run_folder_that_is_a_file(tiny: RunConfig, tmp_path: Path, temp_data:
     assert done.returncode == 2
     assert "cannot write the run folder" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_a_rank_that_lost_another_leaves_the_word_to_it(
+    here: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Real words of gloo and NCCL; another RuntimeError is a fault of one's own, and keeps its traceback."""
+    waited: list[float] = []
+    monkeypatch.setattr("time.sleep", waited.append)
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "1")
+    elsewhere = (
+        "[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:64669. This is typically\nGLHF",
+        "ncclRemoteError: A call failed possibly due to a network error or a remote process exiting prematurely.",
+    )
+    if not here:
+        with pytest.raises(RuntimeError, match="mine"), clear_errors():
+            raise RuntimeError("mine")
+        return
+    for said in elsewhere:
+        with pytest.raises(SystemExit) as end, clear_errors():
+            raise RuntimeError(said)
+        assert end.value.code == 1  # so that a launcher starts it again
+        assert f"rank 1: another rank has ended, and says itself why ({said.splitlines()[0]}" in capsys.readouterr().err
+    assert len(waited) == 2

@@ -24,6 +24,8 @@ from .presets import describe_presets, preset
 from .validate import check
 
 RANK_0_FIRST_S = 10
+LOST_A_RANK = ("onnection closed by peer", "onnection reset by peer", "Broken pipe", "remote process exit")
+"""What gloo and NCCL say where the process at the other end is gone."""
 USAGE = """usage: python pretrain.py PRESET [--config FILE.json] [--dry-run] [--prepare-only] [overrides]
 
 Train a language model. The same command resumes an interrupted run.
@@ -162,6 +164,18 @@ def clear_errors() -> Iterator[None]:
         _fail(str(error), everywhere=isinstance(error, MachineError))
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    except RuntimeError as error:
+        if not (ranks.launched() and any(sign in str(error) for sign in LOST_A_RANK)):
+            raise
+        # What went wrong did so elsewhere: a traceback here would only bury it. And a launcher goes by the first rank
+        # that ends, which is to be the one that knows; it then ends this one.
+        time.sleep(RANK_0_FIRST_S)
+        print(
+            f"rank {ranks.rank()}: another rank has ended, and says itself why ({str(error).splitlines()[0]}). The "
+            "same command goes on from the newest checkpoint",
+            file=sys.stderr,
+        )
+        raise SystemExit(1) from None
     except OSError as error:
         where = error.filename or "a file of the run"
         if out_of_space(error):

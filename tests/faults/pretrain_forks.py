@@ -1,23 +1,31 @@
-"""Runs of pretrain.py, one after another, each in a fork of a process that has imported everything already.
+"""Runs of pretrain.py on two ranks, one after another, in forks of a process that has imported everything already.
 
-Reads one request a line, {"words": [...], "data": temp_data, "out": file, "fault": {name: value}}, and answers each
-with the exit code, negative for a signal. A fork takes a tenth of what a new interpreter with torch does, and dies as
-truly. The faults are put into the fork alone: production knows nothing of them.
+Reads one request a line, {"words": [...], "data": temp_data, "out": file, "fault": {name: value}, "on": [ranks], "all":
+bool}, and answers each with an exit code, negative for a signal. A fork takes a tenth of what a new interpreter with torch does,
+and dies as truly. The faults are put into the forks alone: production knows nothing of them.
+
+As torchrun does, it tells the other rank to end once one has failed, or kills it with the first if "all" is said. As
+`myllm.torchrun` it answers with the code of the first that failed, or the one that a stop which was asked for leaves.
 """
 
 import json
 import os
 import resource
 import signal
+import socket
 import sys
 import time
 import traceback
 from collections.abc import Callable
 from importlib import import_module
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+RANKS = 2
+TO_END_S = 5.0
+"""How long a rank that is told to end may take; torchrun waits 30 s."""
 EARLY = ("pretrain", "myllm.train", "myllm.data.beside", "myllm.launch", "myllm.publish_beside", "myllm.report")
 EARLY += ("torch._dynamo",)  # every optimizer imports it: two thirds of a small run's time
 BOUNDARIES = ("mkdir", "fsync", "rename", "replace", "unlink", "rmdir")
@@ -25,8 +33,8 @@ BOUNDARIES = ("mkdir", "fsync", "rename", "replace", "unlink", "rmdir")
 
 
 def die_before(number: int, events: str) -> None:
-    """SIGKILL before the call of this number among those that touch checkpoints, counted from the first step on. Each
-    is noted first."""
+    """SIGKILL before the call of this number among those of this rank that touch checkpoints, counted from the first
+    step on. Each is noted first."""
     from myllm import train
 
     seen, started, real_step = 0, False, train.train_step
@@ -73,22 +81,59 @@ def stop_in_evaluation(step: int) -> None:
     train.run_eval = run_eval
 
 
+def poison(step: int) -> None:
+    """One NaN in what the layers are given, in the first batch of a step, as from a bad memory cell."""
+    from myllm import train
+
+    real = train.train_step
+
+    def train_step(runner: Any, optimizer: Any, loader: Any, batch: Any, number: int, *others: Any) -> Any:
+        def spoil(module: Any, given: Any, made: Any) -> Any:
+            hook.remove()
+            made = made.clone()
+            made[0, 0, 0] = float("nan")
+            return made
+
+        if number == step - 1:
+            (embedding,) = (module for name, module in runner.named_modules() if name.endswith("embedding"))
+            hook = embedding.register_forward_hook(spoil)
+        return real(runner, optimizer, loader, batch, number, *others)
+
+    train.train_step = train_step
+
+
+def sleep_before(step: int) -> None:
+    """Never take a step."""
+    from myllm import train
+
+    real = train.train_step
+
+    def train_step(runner: Any, optimizer: Any, loader: Any, batch: Any, number: int, *others: Any) -> Any:
+        if number == step - 1:
+            time.sleep(600)
+        return real(runner, optimizer, loader, batch, number, *others)
+
+    train.train_step = train_step
+
+
 def turn_back_the_clock(seconds: float) -> None:
     """The time of day jumps back at every tenth look."""
-    real, looks = time.time, iter(range(10**9))
+    real, looks = time.time, count()
     time.time = lambda: real() - seconds * (next(looks) // 10)
     strftime, localtime = time.strftime, time.localtime
     time.strftime = lambda form, when=None: strftime(form, when or localtime(time.time()))
 
 
-def become(user: int) -> None:
-    """Another user from the moment on that the run's folder is claimed: what Python still imports may be root's."""
+def lose_root(user: int) -> None:
+    """Rights bind everybody but root: root becomes another user, and does so as the run's folder is claimed, since what
+    Python still imports may be root's."""
     from myllm import train
 
     real = train.claimed
 
     def claimed(run: Any) -> Any:
-        os.seteuid(user)
+        if os.getuid() == 0:
+            os.seteuid(user)
         return real(run)
 
     train.claimed = claimed
@@ -100,48 +145,84 @@ def limit_files(size_bytes: int) -> None:
 
 
 FAULTS = {"die_before": die_before, "stop_in_evaluation": stop_in_evaluation, "clock": turn_back_the_clock}
-FAULTS |= {"user": become, "file_size": limit_files}
+FAULTS |= {"nan": poison, "sleep": sleep_before, "user": lose_root, "file_size": limit_files}
 
 
-def run(request: dict[str, Any]) -> None:
-    out = os.open(request["out"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+def run(request: dict[str, Any], rank: int, port: int) -> None:
+    out = os.open(request["out"], os.O_WRONLY | os.O_APPEND)
     os.dup2(out, 1)
     os.dup2(out, 2)
-    os.environ["MYLLM_DATA"] = request["data"]
+    os.environ |= {"MYLLM_DATA": request["data"], "MYLLM_EXIT_CODE_FILE": request["out"] + ".code"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS), "LOCAL_WORLD_SIZE": str(RANKS)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     sys.argv = ["pretrain.py", *request["words"]]
     import pretrain
     from myllm import report
 
     report.write_report = lambda run: None  # takes longer than all else, and has its own tests
-    for name, value in request.get("fault", {}).items():
+    for name, value in request["fault"].items() if rank in request["on"] else ():
         FAULTS[name](**value) if isinstance(value, dict) else FAULTS[name](value)
     pretrain.main()
+
+
+def fork(request: dict[str, Any], rank: int, port: int) -> int:
+    """Start a rank; its process."""
+    child = os.fork()
+    if child:
+        return child
+    code = 70
+    try:
+        run(request, rank, port)
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def wait_for_all(children: set[int], patience_s: float) -> int:
+    """The code of the first rank that fails, or 0. The others are told to end then, and have so long for it."""
+    first, deadline = 0, float("inf")
+    while children:
+        child, status = os.waitpid(-1, os.WNOHANG)
+        if child:
+            children.remove(child)
+        code = os.waitstatus_to_exitcode(status) if child else 0
+        if code and not first:
+            first, deadline = code, time.monotonic() + patience_s
+            for each in children if patience_s else ():
+                os.kill(each, signal.SIGTERM)
+        if time.monotonic() >= deadline:
+            for each in children:
+                os.kill(each, signal.SIGKILL)
+        time.sleep(0.01)
+    return first
+
+
+def answer(request: dict[str, Any]) -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    due = Path(request["out"] + ".code")
+    due.unlink(missing_ok=True)
+    Path(request["out"]).write_text("")
+    children = {fork(request, rank, port) for rank in range(RANKS)}
+    code = wait_for_all(children, 0 if request["all"] else TO_END_S)
+    return int(due.read_text()) if not code and due.exists() else code
 
 
 def main() -> None:
     sys.path[:0] = [str(ROOT), str(ROOT / "src")]
     for name in EARLY:
         import_module(name)
-
     for line in sys.stdin:
-        child = os.fork()
-        if child == 0:
-            code = 70
-            try:
-                run(json.loads(line))
-                code = 0
-            except SystemExit as end:
-                code = end.code if isinstance(end.code, int) else int(end.code is not None)
-                if isinstance(end.code, str):
-                    print(end.code, file=sys.stderr)
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(code)
-        _, status = os.waitpid(child, 0)
-        print(os.waitstatus_to_exitcode(status), flush=True)
+        print(answer(json.loads(line)), flush=True)
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def test_all_checkpoints_damaged(saved: list[str], forks: Forks, config_file: Pa
     ended = forks(config_file, "--name", "all-damaged")
     assert ended.code == 2
     assert "--train.fresh" in ended.said
-    assert "Traceback" not in ended.said
+    assert "Traceback" not in ended.said, ended.said
 
 
 def repair(dataset: Dataset) -> None:
@@ -80,7 +80,7 @@ def refused(ended: Ended, dataset: Dataset, shard: str) -> None:
     assert ended.code == 2, ended.said
     assert shard in ended.said
     assert f"`myllm data verify {dataset.folder} --repair`" in ended.said
-    assert "Traceback" not in ended.said
+    assert "Traceback" not in ended.said, ended.said
 
 
 def test_shards(forks: Forks, config_file: Path, place: Path, dataset: Dataset, goes_on: Goes) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import signal
 from pathlib import Path
 
@@ -29,13 +30,13 @@ def start(two: Path, place: Path, name: str) -> Training:
     return Training.start(two, name, place / "temp_data", ranks=2)
 
 
-def end(training: Training, everybody: list[int]) -> int:
-    """Wait for an end that was begun; nothing may live on."""
+def end(training: Training, everybody: list[int]) -> tuple[int, int]:
+    """Wait for an end that was begun; nothing may live on. The exit code, and the step that was saved last."""
     code = training.process.wait(120)
     wait_until_gone(everybody)
-    lost = max(record(training.run), default=0) - saved_step(training.run)
-    assert lost <= 2 * SAVE_EVERY
-    return code
+    saved = saved_step(training.run)
+    assert max(record(training.run), default=0) - saved <= 2 * SAVE_EVERY
+    return code, saved
 
 
 def test_two_ranks_that_are_hit_again_and_again(two: Path, place: Path) -> None:
@@ -48,7 +49,9 @@ def test_two_ranks_that_are_hit_again_and_again(two: Path, place: Path) -> None:
     everybody, ranks = training.processes(), training.ranks()
     assert len(ranks) == 2
     psutil.Process(ranks[chance.randrange(2)]).kill()
-    assert end(training, everybody) != 0
+    code, saved = end(training, everybody)
+    assert code != 0
+    resumed_from = [saved]
 
     # Somebody starts the same run while it stands still for a moment: refused, and it goes on. Then all die at once.
     training = start(two, place, "two-hit")
@@ -61,22 +64,26 @@ def test_two_ranks_that_are_hit_again_and_again(two: Path, place: Path) -> None:
     assert training.wait_for_step(max(record(training.run), default=0) + 1)
     everybody = training.processes()
     training.kill()
-    assert end(training, everybody) == -9
+    code, saved = end(training, everybody)
+    assert code == -9
+    resumed_from.append(saved)
 
     # A scheduler's SIGTERM: saved where it is.
     training = start(two, place, "two-hit")
     assert training.wait_for_step(max(record(training.run), default=0) + 3)
     everybody = training.processes()
     training.process.send_signal(signal.SIGTERM)
-    end(training, everybody)
-    assert saved_step(training.run) == max(record(training.run))
+    _, saved = end(training, everybody)
+    assert saved == max(record(training.run))
+    resumed_from.append(saved)
     assert "saved; the same command resumes" in training.log.read_text()
 
     training = start(two, place, "two-hit")
     training.finish(STEPS)
     assert record(training.run) == record(whole.run)
     assert_tidy(training.run.root)
-    assert training.run.log.read_text().count("resuming from") == 3
+    said = re.findall(r"resuming from .* at step (\d+)", training.run.log.read_text())
+    assert [int(step) for step in said] == [step for step in resumed_from if step]  # from 0 nothing is resumed
     assert json.loads(training.run.environment.read_text())["world_size"] == 2
     assert not [each for each in psutil.process_iter(["cmdline"]) if str(two) in (each.info["cmdline"] or [])]
     assert run_of(place, "two-hit") == training.run

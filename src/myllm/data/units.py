@@ -33,7 +33,7 @@ SMALL_BYTES = 2_000_000
 """Small files make a unit together, up to about this much text."""
 TINY_BYTES = 2_000
 """A smaller file counts as much, so that a million of them are not one unit."""
-PART_BYTES = 8_000_000
+PART_BYTES = 3_000_000
 """A larger file is read in parts of about this size, where its kind allows. Small enough that at the end no worker has
 much to do alone; large enough that a part's own cost, some milliseconds, does not matter."""
 BATCH_CHARS = 100_000

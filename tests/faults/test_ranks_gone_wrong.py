@@ -1,0 +1,55 @@
+"""One of two ranks that computes nonsense, or nothing at all, while the other means well."""
+
+import json
+from pathlib import Path
+
+import pytest
+from fault_runs import Forks, Goes, record, run_of
+
+from myllm.bags import find_bag, read_bag
+from myllm.kills import saved_step
+from myllm.meter import Diverged
+
+pytestmark = pytest.mark.slow  # real processes, half a minute and more in all
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_nan_in_a_batch(rank: int, forks: Forks, config_file: Path, place: Path, goes_on: Goes) -> None:
+    """Both stop with the bag of that step, and nothing that the NaN has touched is saved."""
+    name = f"nan-{rank}"
+    run = run_of(place, name)
+    ended = forks(config_file, "--name", name, on=(rank,), nan=6)
+    assert ended.code == Diverged.EXIT_CODE, ended.said
+    assert "error: the gradient of step 6 is not finite" in ended.said
+    assert "suspect the device" in ended.said, "made again, the step is sound"
+    assert "Traceback" not in ended.said, ended.said
+    assert saved_step(run) == 4
+    assert read_bag(find_bag(name, run.root.parent)).about["step"] == 6
+    goes_on(name)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_nan_that_is_left_out(rank: int, forks: Forks, config_file: Path, place: Path) -> None:
+    run = run_of(place, f"skip-{rank}")
+    words = ("--name", run.root.name, "--train.on-nonfinite", "skip")
+    ended = forks(config_file, *words, on=(rank,), nan=6)
+    assert ended.code == 0, ended.said
+    assert "left out the update of step 6: its gradient is not finite" in ended.said
+    rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    assert rows[-1]["kind"] == "eval"
+    assert sorted(record(run)) == list(range(1, 9))
+    assert saved_step(run) == 8
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_sleeps(rank: int, forks: Forks, config_file: Path, place: Path, goes_on: Goes) -> None:
+    """Both end, and the message names the one that did not come."""
+    name = f"asleep-{rank}"
+    run = run_of(place, name)
+    ended = forks(config_file, "--name", name, "--train.collective-timeout-s", "3", on=(rank,), sleep=6)
+    assert ended.code == 1, ended.said
+    assert f"error: rank {rank} did not arrive in " in ended.said
+    assert f"rank {rank} is in step 6, training" in ended.said
+    assert sorted(path.name for path in run.stacks.glob("rank*.txt")) == ["rank0.txt", "rank1.txt"]
+    assert saved_step(run) == 4
+    goes_on(name)
