@@ -1,8 +1,8 @@
 """Runs of pretrain.py on two ranks, one after another, in forks of a process that has imported everything already.
 
 Reads one request a line, {"words": [...], "data": temp_data, "out": file, "fault": {name: value}, "on": [ranks], "all":
-bool}, and answers each with an exit code, negative for a signal. A fork takes a tenth of what a new interpreter with torch does,
-and dies as truly. The faults are put into the forks alone: production knows nothing of them.
+bool}, and answers each with an exit code, negative for a signal. A fork takes a tenth of what a new interpreter with
+torch does, and dies as truly. The faults are put into the forks alone: production knows nothing of them.
 
 As torchrun does, it tells the other rank to end once one has failed, or kills it with the first if "all" is said. As
 `myllm.torchrun` it answers with the code of the first that failed, or the one that a stop which was asked for leaves.
