@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -183,6 +184,7 @@ def test_a_rank_that_lost_another_leaves_the_word_to_it(
     """Real words of gloo and NCCL; another RuntimeError is a fault of one's own, and keeps its traceback."""
     waited: list[float] = []
     monkeypatch.setattr("time.sleep", waited.append)
+    monkeypatch.setattr("os._exit", sys.exit)
     for name in ("RANK", "LOCAL_RANK"):
         monkeypatch.setenv(name, "1")
     elsewhere = (
@@ -190,8 +192,10 @@ def test_a_rank_that_lost_another_leaves_the_word_to_it(
         "ncclRemoteError: A call failed possibly due to a network error or a remote process exiting prematurely.",
     )
     if not here:
-        with pytest.raises(RuntimeError, match="mine"), clear_errors():
+        with pytest.raises(SystemExit) as end, clear_errors():
             raise RuntimeError("mine")
+        assert end.value.code == 1
+        assert "Traceback" in capsys.readouterr().err
         return
     for said in elsewhere:
         with pytest.raises(SystemExit) as end, clear_errors():

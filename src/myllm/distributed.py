@@ -57,11 +57,10 @@ def process_group(device: str) -> Iterator[Process]:
         dist.init_process_group(
             backend, timeout=timedelta(seconds=PATIENT_S), device_id=chosen if chosen.type == "cuda" else None
         )
-    try:
-        yield process
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    yield process
+    # Not after an error: where others are still in a collective, to take the group apart can wait for ever.
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def choose_device(device: str, local_rank: int = 0) -> torch.device:

@@ -7,11 +7,12 @@ import shlex
 import shutil
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import tyro
 
@@ -162,30 +163,26 @@ def clear_errors() -> Iterator[None]:
         yield
     except UserError as error:
         _fail(str(error), everywhere=isinstance(error, MachineError))
+    except SystemExit as end:
+        if isinstance(end.code, int) and end.code:
+            ranks.leave(end.code)
+        raise
     except KeyboardInterrupt:
-        raise SystemExit(130) from None
-    except RuntimeError as error:
-        if not (ranks.launched() and any(sign in str(error) for sign in LOST_A_RANK)):
-            raise
-        # What went wrong did so elsewhere: a traceback here would only bury it. And a launcher goes by the first rank
-        # that ends, which is to be the one that knows; it then ends this one.
-        time.sleep(RANK_0_FIRST_S)
-        print(
-            f"rank {ranks.rank()}: another rank has ended, and says itself why ({str(error).splitlines()[0]}). The "
-            "same command goes on from the newest checkpoint",
-            file=sys.stderr,
-        )
-        raise SystemExit(1) from None
+        ranks.leave(130)
     except OSError as error:
         where = error.filename or "a file of the run"
         if out_of_space(error):
             _fail(f"cannot write {where}: {error.strerror}; free some space and start the same command again")
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             _fail(f"cannot write {where}: {error.strerror}; make it writable, or set MYLLM_DATA to another folder")
+        _leave_others(error)
+        raise
+    except Exception as error:
+        _leave_others(error)
         raise
 
 
-def _fail(message: str, everywhere: bool = False) -> None:
+def _fail(message: str, everywhere: bool = False) -> NoReturn:
     """
     Args:
         everywhere: the first process of every machine says it.
@@ -197,7 +194,25 @@ def _fail(message: str, everywhere: bool = False) -> None:
         # such as a device that its machine lacks.
         time.sleep(RANK_0_FIRST_S)
         print(f"error on rank {ranks.rank()}, {platform.node()}: {message}", file=sys.stderr)
-    raise SystemExit(2) from None
+    ranks.leave(2)
+
+
+def _leave_others(error: Exception) -> None:
+    """End one of several ranks, after a fault of its own or of another; where it is alone, do nothing."""
+    if not ranks.launched():
+        return
+    if isinstance(error, RuntimeError) and any(sign in str(error) for sign in LOST_A_RANK):
+        # What went wrong did so elsewhere: a traceback here would only bury it. And a launcher goes by the first rank
+        # that ends, which is to be the one that knows; it then ends this one.
+        time.sleep(RANK_0_FIRST_S)
+        print(
+            f"rank {ranks.rank()}: another rank has ended, and says itself why ({str(error).splitlines()[0]}). The "
+            "same command goes on from the newest checkpoint",
+            file=sys.stderr,
+        )
+    else:
+        traceback.print_exception(error)
+    ranks.leave(1)
 
 
 def what_next(config: RunConfig, stopped_early: bool = False) -> str:

@@ -3,6 +3,7 @@ which is slow to import: command lines and the processes that tokenise start wit
 """
 
 import os
+import sys
 from pathlib import Path
 from typing import NoReturn
 
@@ -75,6 +76,19 @@ def exit_as(code: int) -> NoReturn:
     if launched() and file and local_rank() == 0:
         Path(file).write_text(str(code), encoding="utf-8")
     raise SystemExit(0 if launched() else code)
+
+
+def leave(code: int) -> NoReturn:
+    """End a process that failed, with everything that is to be cleaned up behind it.
+
+    One of several leaves without taking Python and torch apart: their threads may still hold messages of a process
+    group that the others are in, and wait for it, or abort (https://github.com/pytorch/torchtitan/pull/1342).
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if launched():
+        os._exit(code)
+    raise SystemExit(code)
 
 
 def local_world_size() -> int:

@@ -3,6 +3,7 @@
 train_with_a_bad_row.py CONFIG.json TOKEN
 """
 
+import faulthandler
 import sys
 from pathlib import Path
 
@@ -25,6 +26,7 @@ def poisoned(config: ModelConfig, seed: int) -> Transformer:
 
 
 if __name__ == "__main__":
+    faulthandler.dump_traceback_later(150)  # should it hang, the test shows where
     train.Transformer = poisoned
     with clear_errors():
         pretrain.prepare_and_train(load_json(Path(sys.argv[1]), RunConfig()), prepare_only=False)
