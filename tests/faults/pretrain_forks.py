@@ -116,6 +116,21 @@ def sleep_before(step: int) -> None:
     train.train_step = train_step
 
 
+def interrupt_twice_in_save(step: int) -> None:
+    """Ctrl-C and, a moment later, Ctrl-C again, while the disk takes for ever over a save."""
+    real = os.fsync
+
+    def fsync(file: int) -> None:
+        if f"step_{step:08d}" in os.readlink(f"/proc/self/fd/{file}"):
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(1)
+            time.sleep(600)
+        real(file)
+
+    os.fsync = fsync
+
+
 def turn_back_the_clock(seconds: float) -> None:
     """The time of day jumps back at every tenth look."""
     real, looks = time.time, count()
@@ -144,8 +159,16 @@ def limit_files(size_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, resource.RLIM_INFINITY))
 
 
-FAULTS = {"die_before": die_before, "stop_in_evaluation": stop_in_evaluation, "clock": turn_back_the_clock}
-FAULTS |= {"nan": poison, "sleep": sleep_before, "user": lose_root, "file_size": limit_files}
+FAULTS = {
+    "die_before": die_before,
+    "stop_in_evaluation": stop_in_evaluation,
+    "interrupts": interrupt_twice_in_save,
+    "nan": poison,
+    "sleep": sleep_before,
+    "clock": turn_back_the_clock,
+    "user": lose_root,
+    "file_size": limit_files,
+}
 
 
 def run(request: dict[str, Any], rank: int, port: int) -> None:

@@ -37,6 +37,17 @@ def test_sigterm_in_an_evaluation(
     assert len(validation(run)) == 3
 
 
+def test_a_second_interrupt_does_not_wait_for_a_save(
+    forks: Forks, config_file: Path, place: Path, goes_on: Goes
+) -> None:
+    run = run_of(place, "impatient")
+    ended = forks(config_file, "--name", "impatient", interrupts=4)
+    assert ended.code == 128 + signal.SIGINT, ended.said
+    assert saved_step(run) == 2
+    assert "Traceback" not in ended.said, ended.said
+    goes_on("impatient")
+
+
 def test_a_clock_that_jumps_back(forks: Forks, config_file: Path, place: Path, whole: Record) -> None:
     run = run_of(place, "clock")
     assert forks(config_file, "--name", "clock", "--train.max-steps", "4", clock=3_600).code == 0
