@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,7 @@ PARTS = FLOORS[1]  # the one floor whose rooms have no doors between them
 by_file = pytest.mark.parametrize("file", [*FILES, ENTRY_POINT], ids=lambda file: str(file.relative_to(ROOT)))
 
 
+@cache
 def tree(file: Path) -> ast.Module:
     return ast.parse(file.read_text(encoding="utf-8"))
 
