@@ -2,6 +2,8 @@
 
 import json
 import re
+import signal
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -203,3 +205,13 @@ def test_a_rank_that_lost_another_leaves_the_word_to_it(
         assert end.value.code == 1  # so that a launcher starts it again
         assert f"rank 1: another rank has ended, and says itself why ({said.splitlines()[0]}" in capsys.readouterr().err
     assert len(waited) == 2
+
+
+@pytest.mark.parametrize("lines", [1, 100_000])
+def test_a_reader_that_has_had_enough(lines: int) -> None:
+    """As in `myllm eval RUN | head -0`: neither a traceback nor a complaint at the end."""
+    code = f"from myllm.launch import clear_errors\nwith clear_errors():\n    for _ in range({lines}): print('a line')"
+    writer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    writer.stdout.close()
+    said = writer.stderr.read()
+    assert (writer.wait(60), said) == (128 + signal.SIGPIPE, b"")

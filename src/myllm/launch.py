@@ -2,9 +2,12 @@
 
 import errno
 import json
+import os
 import platform
+import select
 import shlex
 import shutil
+import signal
 import sys
 import time
 import traceback
@@ -161,6 +164,7 @@ def clear_errors() -> Iterator[None]:
     """A user's mistake ends the program with one message, from rank 0, and code 2; a fault keeps its traceback."""
     try:
         yield
+        sys.stdout.flush()
     except UserError as error:
         _fail(str(error), everywhere=isinstance(error, MachineError))
     except SystemExit as end:
@@ -170,6 +174,8 @@ def clear_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         ranks.leave(130)
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _reader_left():
+            ranks.leave(128 + signal.SIGPIPE)
         where = error.filename or "a file of the run"
         if out_of_space(error):
             _fail(f"cannot write {where}: {error.strerror}; free some space and start the same command again")
@@ -195,6 +201,16 @@ def _fail(message: str, everywhere: bool = False) -> NoReturn:
         time.sleep(RANK_0_FIRST_S)
         print(f"error on rank {ranks.rank()}, {platform.node()}: {message}", file=sys.stderr)
     ranks.leave(2)
+
+
+def _reader_left() -> bool:
+    """Whether what reads this program's output, such as `head`, has had enough; the rest then goes nowhere."""
+    output, watch = sys.stdout.fileno(), select.poll()
+    watch.register(output, 0)
+    if not any(event & (select.POLLERR | select.POLLHUP) for _, event in watch.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return True
 
 
 def _leave_others(error: Exception) -> None:
