@@ -68,6 +68,7 @@ FLOORS = [
     },
     {
         "bad_step",
+        "garbage",
         "growing",
         "guard",
         "loop_evals",

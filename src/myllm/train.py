@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from . import bad_step, checkpoint, distributed, plan, ranks
+from . import bad_step, checkpoint, distributed, garbage, plan, ranks
 from .checkpoint import TrainState
 from .config import DataConfig, RunConfig, to_dict
 from .data.beside import how_far
@@ -135,6 +135,7 @@ def train(
         checked = partial(bad_step.checked, guard=guard, scene=scene)
         stored = state if saved else None
         told_step = None
+        collected = stack.enter_context(garbage.Schedule(state.step))
         failure: UserError | None = None
 
         while True:
@@ -159,7 +160,12 @@ def train(
             if due and not stopping:
                 pending = [each for each in pending if each not in due]
                 try:
-                    with meter.doing("evaluating"), beat.doing("evaluating"), gathered(model, whole):
+                    with (
+                        meter.doing("evaluating"),
+                        beat.doing("evaluating"),
+                        collected.automatic(),
+                        gathered(model, whole),
+                    ):
                         for each in due:
                             with meter.doing(each.name):
                                 figures = run_eval(each, state, whole, config, process, watch, metrics, log, poll)
@@ -207,6 +213,7 @@ def train(
                 tokens_seen=state.tokens_seen + batch.batch_tokens,
                 data=state.data.advance(batch.sequences, known_sequences(dataset, batch)),
             )
+            collected.after(state.step)
             pending = evals
             bar.update()
             if state.step % config.train.log_every_steps == 0 or state.step == max_steps:
