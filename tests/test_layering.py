@@ -19,6 +19,7 @@ FLOORS = [
     {
         "amounts",
         "config",
+        "cores",
         "distributed",
         "errors",
         "files",

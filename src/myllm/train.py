@@ -14,6 +14,7 @@ from tqdm import tqdm
 from . import bad_step, checkpoint, distributed, garbage, plan, ranks
 from .checkpoint import TrainState
 from .config import DataConfig, RunConfig, to_dict
+from .cores import threads_reason
 from .data.beside import how_far
 from .data.loader import Loader
 from .data.order import DataPosition, count_sequences
@@ -285,6 +286,7 @@ def say_start(
     log: Log, config: RunConfig, dataset: Dataset, batch: plan.BatchPlan, state: TrainState, process: Process
 ) -> None:
     log(f"run {config.name} on {process.world_size} x {device_name(process.device)} ({process.device.type})")
+    log(f"CPU threads: {torch.get_num_threads()} a process, {threads_reason()}")
     log(f"model: {plan.n_parameters(config.model):,} parameters; batch: {batch}")
     if dataset.complete:
         epochs = config.train.max_steps * batch.sequences / count_sequences(dataset.train.tokens, batch.seq_len)
