@@ -30,8 +30,8 @@ def transfer_to(device: torch.device) -> Transfer:
 class Handover:
     """For a device that reads host memory. The loader's thread makes the batch; on a CPU that is all.
 
-    MPS copies it when training asks: PyTorch has one stream there, and a copy that does not block would need the host's
-    tensor to outlive it.
+    MPS copies it when training asks, and training waits. A copy that does not block would read the host's memory after
+    it was freed (pytorch/pytorch#189690).
     """
 
     def __init__(self, device: torch.device) -> None:
