@@ -25,6 +25,7 @@ class Schedule:
     def __enter__(self) -> "Schedule":
         self._enabled = gc.isenabled()
         gc.disable()
+        _settle()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -34,11 +35,8 @@ class Schedule:
 
     def after(self, step: int) -> None:
         """Collect, if it is time: the step alone decides, so all ranks do it together. A device is busy meanwhile."""
-        if step == self._first:
-            # Modules, the model, what was compiled: they live as long as the run, and are not looked at again until its
-            # end. That makes later collections take milliseconds.
-            gc.collect()
-            gc.freeze()
+        if step == self._first:  # it has compiled
+            _settle()
         elif step % EVERY_STEPS == 0:
             gc.collect()
 
@@ -51,3 +49,10 @@ class Schedule:
         finally:
             gc.disable()
             gc.collect()
+
+
+def _settle() -> None:
+    """Take what is there (modules, the model, what was compiled) to live as long as the run: it is not looked at again
+    until the end, so that later collections take milliseconds."""
+    gc.collect()
+    gc.freeze()

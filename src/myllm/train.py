@@ -130,13 +130,13 @@ def train(
         # No rate of tqdm's own: it knows neither what a device has still to do nor what is counted apart.
         shown = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
         bar = stack.enter_context(tqdm(total=max_steps, initial=state.step, bar_format=shown, disable=hidden))
+        collected = stack.enter_context(garbage.Schedule(state.step))
         meter = Meter(config, process, loader, state.step, began)
         guard = Guard(config.train, process.device, state.skips)
         scene = bad_step.Scene(run, config, dataset, batch, model, whole, optimizer, tokenizer, process, log)
         checked = partial(bad_step.checked, guard=guard, scene=scene)
         stored = state if saved else None
         told_step = None
-        collected = stack.enter_context(garbage.Schedule(state.step))
         failure: UserError | None = None
 
         while True:
