@@ -19,6 +19,7 @@ FLOORS = [
     {
         "amounts",
         "config",
+        "cores",
         "distributed",
         "errors",
         "files",
@@ -68,6 +69,7 @@ FLOORS = [
     },
     {
         "bad_step",
+        "garbage",
         "growing",
         "guard",
         "loop_evals",

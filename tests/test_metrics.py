@@ -47,19 +47,61 @@ def test_a_log_of_another_rank_is_silent(tmp_path: Path, capsys: pytest.CaptureF
     assert capsys.readouterr().out == "something\n"
 
 
-def test_the_stopwatch_leaves_pauses_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [100.0]
-    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
+class Device:
+    """A device that takes its time over queued work; the host does not wait unless it synchronises."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.done = 100.0, 100.0
+        monkeypatch.setattr(metrics.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(torch.cuda, "synchronize", self.synchronize)
+        monkeypatch.setattr(torch.mps, "synchronize", self.synchronize)
+
+    def queue(self, seconds: float) -> None:
+        self.done = max(self.now, self.done) + seconds
+
+    def synchronize(self, *_: object) -> None:
+        self.now = max(self.now, self.done)
+
+
+def test_the_stopwatch_counts_apart_what_is_no_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Device(monkeypatch)
     watch = Stopwatch(torch.device("cpu"))
-    watch.start()
-    now[0] += 3
-    watch.stop()
-    now[0] += 50  # an evaluation
-    watch.start()
-    now[0] += 4
+    clock.now += 3
+    with watch.doing("validation"):
+        clock.now += 50
+        with watch.doing("saving"):
+            clock.now += 5
+        clock.now += 1
+    clock.now += 4
     assert watch.lap() == 7
-    now[0] += 2
-    assert watch.lap() == 2
+    clock.now += 2
+
+    def fail() -> None:
+        with watch.doing("validation"):
+            clock.now += 10
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    clock.now += 1
+    assert watch.lap() == 3, "an error does not stop the clock"
+    assert watch.seconds == {"training": 10, "validation": 61, "saving": 5}
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps"])
+def test_the_stopwatch_waits_for_the_device(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Work is charged to what queued it, however long after the host went on."""
+    device = Device(monkeypatch)
+    device.queue(20)  # before the clock begins
+    watch = Stopwatch(torch.device(kind))
+    device.queue(3)  # a step
+    device.now += 0.01
+    with watch.doing("validation"):
+        device.queue(50)
+        device.now += 0.01
+    device.queue(4)
+    assert watch.lap() == 7
+    assert watch.seconds["validation"] == 50
 
 
 def test_perplexity() -> None:

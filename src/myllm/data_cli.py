@@ -76,8 +76,9 @@ def estimate(
         text_column: None: the source's own.
         workers: processes to reckon with; 0: one a core.
     """
+    from .cores import usable_cores
     from .data.estimate import estimate as measure
-    from .data.prepare import available_cores, resolve
+    from .data.prepare import resolve
 
     if target is not None and documents is not None:
         raise UserError("--target and --documents both say how much; give one")
@@ -85,7 +86,7 @@ def estimate(
         raise UserError(f"--documents is {documents}, but must be at least 1")
     wanted = ("documents", float(documents)) if documents else parse_target(target) if target else None
     recipe = resolve(DataConfig(source=source, tokenizer=tokenizer, text_column=text_column))
-    found = measure(recipe, workers or available_cores(), wanted)
+    found = measure(recipe, workers or usable_cores(), wanted)
     many = f"{found.workers} process{'es' if found.workers > 1 else ''}"
     remote = any(file.remote for file in recipe.source.files)
     print(f"{recipe.source.description}: {len(recipe.source.files):,} files, {scaled(recipe.source.size_bytes)}B")

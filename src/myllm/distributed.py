@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .cores import threads_to_use
 from .errors import UserError
 from .files import out_of_space
 from .ranks import launched, local_rank, rank, world_size
@@ -42,13 +43,23 @@ class Process:
 
 @contextmanager
 def process_group(device: str) -> Iterator[Process]:
-    """Join the run's processes for the length of a `with` block.
+    """Join the run's processes for the length of a `with` block, with this one's share of the machine's cores.
 
     Args:
         device: "auto", "cpu", "cuda" or "mps".
+
+    Raises:
+        UserError: no such device on this machine, or several processes for one of MPS.
     """
     chosen = choose_device(device, local_rank())
+    if chosen.type == "mps" and launched() and world_size() > 1:
+        raise UserError(
+            f"{world_size()} processes were started, but MPS is one device and PyTorch has no collectives for it; "
+            "start one process, or give --train.device cpu"
+        )
     process = Process(rank(), local_rank(), world_size() if launched() else 1, chosen)
+    if threads := threads_to_use():
+        torch.set_num_threads(threads)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if process.world_size > 1:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import paths
-from .data.prepare import available_cores
+from .cores import usable_cores
 from .hardware import device_name
 
 PACKAGES = ("torch", "numpy", "tiktoken", "tokenizers", "datasets", "huggingface_hub", "tyro")
@@ -28,7 +28,7 @@ def examine() -> tuple[list[str], list[str]]:
         except metadata.PackageNotFoundError:
             faults.append(f"{name} is not installed: run src/environment.sh")
     lines.append(f"packages     {', '.join(found)}")
-    lines.append(f"processor    {device_name(torch.device('cpu'))}, {available_cores()} cores for this process")
+    lines.append(f"processor    {device_name(torch.device('cpu'))}, {usable_cores()} cores for this process")
     lines.append(f"memory       {memory()}")
     folder = next(path for path in (paths.temp_data(), *paths.temp_data().parents) if path.exists())
     free = shutil.disk_usage(folder).free

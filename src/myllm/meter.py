@@ -1,7 +1,8 @@
 """Time and numbers between two log lines."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -15,8 +16,13 @@ from .data.loader import Loader
 from .data.receipt import Receipt
 from .distributed import Process
 from .hardware import device_name, peak_flops
-from .metrics import Stopwatch
+from .metrics import TRAINING, JsonLines, Log, Stopwatch
 from .plan import flops_per_token
+
+WORTH_SAYING = 0.01
+"""Of a step, spent waiting for data: from here on a log line says so."""
+WORTH_A_SHARE = 0.0005
+"""Of the whole: less is left out where it says where the time went."""
 
 
 class Diverged(RuntimeError):
@@ -29,20 +35,41 @@ class Diverged(RuntimeError):
 class Meter:
     """Time and numbers between two log lines. Reads from the device only when a row is written or a save is due."""
 
-    def __init__(self, config: RunConfig, process: Process, loader: Loader, step: int) -> None:
+    def __init__(self, config: RunConfig, process: Process, loader: Loader, step: int, started: float) -> None:
+        """
+        Args:
+            started: by the monotonic clock, when this process began.
+        """
         self._config, self._process, self._loader = config, process, loader
         self._stopwatch = Stopwatch(process.device)
-        self._stopwatch.start()
+        self._stopwatch.seconds["starting"] = time.monotonic() - started
+        self._told: dict[str, float] = {}
         self._logged_step, self._wait_s = step, 0.0
         self._receipted = loader.delivered.copy()
         peak = peak_flops(device_name(process.device))
         self._peak_flops = peak * process.world_size if peak else None
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        self._stopwatch.stop()
-        yield
-        self._stopwatch.start()
+    def doing(self, what: str) -> AbstractContextManager[None]:
+        """Count a `with` block apart from training, under a name: it is no part of step_s and tokens_per_s."""
+        return self._stopwatch.doing(what)
+
+    def apart(self, step: int) -> list[dict[str, Any]]:
+        """A row of metrics.jsonl with the seconds that were counted apart since the last such row; none if there were
+        none."""
+        seconds = {name: each for name, each in self._stopwatch.seconds.items() if name != TRAINING}
+        fresh = {name: each - self._told.get(name, 0.0) for name, each in seconds.items()}
+        self._told = seconds
+        fresh = {name: each for name, each in fresh.items() if each > 0}
+        return [{"kind": "apart", "step": step, "seconds": fresh}] if fresh else []
+
+    def finish(self, step: int, metrics: JsonLines, log: Log) -> None:
+        """The last row, and a line about where the time went since this process began."""
+        self._stopwatch.lap()
+        # Before the first row there is no file, and none is begun for this: a report could not be drawn from it.
+        if self._process.is_main and metrics.path.is_file():
+            for row in self.apart(step):
+                metrics.append(row)
+        log(time_line(self._stopwatch.seconds, self._loader.wait_s))
 
     def receipted(self, state: TrainState) -> TrainState:
         """The state with a receipt for everything trained on so far. Every rank must ask at the same steps."""
@@ -59,9 +86,10 @@ class Meter:
             .cpu()
             .tolist()
         )
-        step_s = self._stopwatch.lap() / (state.step - self._logged_step)
+        steps = state.step - self._logged_step
+        step_s = self._stopwatch.lap() / steps
         tokens_per_s = self._config.train.batch_tokens / step_s
-        wait_s, self._wait_s = self._loader.wait_s - self._wait_s, self._loader.wait_s
+        wait_s, self._wait_s = (self._loader.wait_s - self._wait_s) / steps, self._loader.wait_s
         self._logged_step = state.step
         flops = flops_per_token(self._config.model) * tokens_per_s
         return {
@@ -91,11 +119,31 @@ def _skipped(config: RunConfig, state: TrainState) -> dict[str, int]:
 def console_line(row: dict[str, Any], max_steps: int) -> str:
     left = (max_steps - row["step"]) * row["step_s"]
     mfu = f"  mfu {row['mfu']:.1%}" if row["mfu"] else ""
+    waiting = row["data_wait_s"] / row["step_s"]
+    waited = f"  data wait {waiting:.0%}" if waiting >= WORTH_SAYING else ""
     return (
         f"step {row['step']:>6,}/{max_steps:,}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  "
         f"norm {row['grad_norm']:.2f}  {row['step_s'] * 1000:,.0f} ms  "
-        f"{row['tokens_per_s']:,.0f} tok/s{mfu}  eta {duration(left)}"
+        f"{row['tokens_per_s']:,.0f} tok/s{mfu}{waited}  eta {duration(left)}"
     )
+
+
+def time_line(seconds: Mapping[str, float], wait_s: float) -> str:
+    """Where the time went.
+
+    Args:
+        seconds: by what was being done.
+        wait_s: of the training, how long it stood waiting for the loader.
+    """
+    total = sum(seconds.values())
+    longest_first = sorted(seconds.items(), key=lambda each: -each[1])
+    shares = [f"{name} {each / total:.1%}" for name, each in longest_first if each / total >= WORTH_A_SHARE]
+    return f"time: {duration(total)} since the start: {', '.join(shares)}; waiting for the loader {wait_s / total:.1%}"
+
+
+def progress(row: dict[str, Any]) -> str:
+    """What stands beside the progress bar."""
+    return f"loss {row['loss']:.3f}, {1 / row['step_s']:.3g} steps/s, {row['tokens_per_s']:,.0f} tok/s"
 
 
 def duration(seconds: float) -> str:

@@ -6,7 +6,9 @@ import platform
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,9 @@ import torch
 from . import paths
 from .files import write_text
 from .hardware import device_name
+
+TRAINING = "training"
+"""What a stopwatch counts unless it is told otherwise."""
 
 
 class JsonLines:
@@ -66,27 +71,37 @@ class Log:
 
 
 class Stopwatch:
-    """Time spent training: paused for evaluations, checkpoints and whatever else is no part of a step."""
+    """Where the time goes: to training, but for what is counted apart under a name of its own. One thing at a time."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._total, self._started = device, 0.0, None
-
-    def start(self) -> None:
+        self._device, self._doing, self._lapped = device, TRAINING, 0.0
+        self.seconds: Counter[str] = Counter()
+        """By what was being done, until it last changed."""
         self._synchronize()
-        self._started = time.perf_counter()
+        self._since = time.perf_counter()
 
-    def stop(self) -> None:
-        if self._started is not None:
-            self._synchronize()
-            self._total += time.perf_counter() - self._started
-            self._started = None
+    @contextmanager
+    def doing(self, what: str) -> Iterator[None]:
+        """Count the `with` block under this name. Blocks nest: the inner one's time is not the outer one's."""
+        self._count()
+        before, self._doing = self._doing, what
+        try:
+            yield
+        finally:
+            self._count()
+            self._doing = before
 
     def lap(self) -> float:
-        """Seconds since the last lap, without the pauses."""
-        self.stop()
-        seconds, self._total = self._total, 0.0
-        self.start()
+        """Seconds of training since the last lap."""
+        self._count()
+        seconds, self._lapped = self.seconds[TRAINING] - self._lapped, self.seconds[TRAINING]
         return seconds
+
+    def _count(self) -> None:
+        self._synchronize()
+        now = time.perf_counter()
+        self.seconds[self._doing] += now - self._since
+        self._since = now
 
     def _synchronize(self) -> None:
         # Work on an accelerator is only queued when a call returns.

@@ -4,6 +4,7 @@ which is slow to import: command lines and the processes that tokenise start wit
 
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -94,6 +95,20 @@ def leave(code: int) -> NoReturn:
 def local_world_size() -> int:
     """Processes of the run on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if launched() else 1
+
+
+def threads_asked() -> str | None:
+    """The variable by which the user has chosen how many CPU threads a process has; None: nobody did.
+
+    torchrun sets OMP_NUM_THREADS to 1 where it starts several processes and finds none. What it was started with tells
+    its choice from the user's.
+    """
+    asked = next((name for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if os.environ.get(name)), None)
+    if asked == "OMP_NUM_THREADS" and os.environ[asked] == "1" and local_world_size() > 1:
+        with suppress(OSError):  # not on Linux: it is taken for the user's
+            given = Path(f"/proc/{os.getppid()}/environ").read_bytes().split(b"\0")
+            return asked if any(each.startswith(b"OMP_NUM_THREADS=") for each in given) else None
+    return asked
 
 
 def world_size() -> int:

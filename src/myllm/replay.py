@@ -11,7 +11,7 @@ from tqdm import tqdm
 from .bags import Bag
 from .checkpoint import restore_random_state
 from .config import RunConfig, from_dict
-from .data.loader import inputs_and_targets
+from .data.transfer import inputs_and_targets
 from .diagnosis import Diagnosis, diagnose
 from .errors import UserError
 from .model import Transformer

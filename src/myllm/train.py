@@ -1,5 +1,6 @@
 """The loop: one run from its first step, or its newest checkpoint, to its last."""
 
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -10,9 +11,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from . import bad_step, checkpoint, distributed, plan, ranks
+from . import bad_step, checkpoint, distributed, garbage, plan, ranks
 from .checkpoint import TrainState
 from .config import DataConfig, RunConfig, to_dict
+from .cores import threads_reason
 from .data.beside import how_far
 from .data.loader import Loader
 from .data.order import DataPosition, count_sequences
@@ -27,7 +29,7 @@ from .guard import Guard
 from .hardware import device_name
 from .heartbeat import Heartbeat
 from .loop_evals import Interrupted, Poll, planned_evals, run_eval
-from .meter import Meter, console_line
+from .meter import Meter, console_line, progress
 from .metrics import JsonLines, Log, environment
 from .micro_batch import settle
 from .model import Transformer
@@ -74,6 +76,7 @@ def train(
         UserError: too little data, a run folder in use, a checkpoint of other settings, a full disk.
         Diverged: a gradient was not finite, or too many updates in a row were left out; the run has a flight bag.
     """
+    began = time.monotonic() if started is None else started
     run, max_steps, patience = RunPaths.of(config.name), config.train.max_steps, config.train.early_stop_patience
     batch = plan.batch_plan(config.model, config.train, process.world_size)
     check_data(config, dataset, batch)
@@ -124,8 +127,11 @@ def train(
         loader = stack.enter_context(Loader(dataset.train, batch, state.data, process.rank, process.device))
         stack.enter_context(watched(beat, loader, stop, run, process, config.train.collective_timeout_s, log))
         hidden = None if process.is_main else True  # None: shown on a terminal only
-        bar = stack.enter_context(tqdm(total=max_steps, initial=state.step, unit="step", disable=hidden))
-        meter = Meter(config, process, loader, state.step)
+        # No rate of tqdm's own: it knows neither what a device has still to do nor what is counted apart.
+        shown = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
+        bar = stack.enter_context(tqdm(total=max_steps, initial=state.step, bar_format=shown, disable=hidden))
+        collected = stack.enter_context(garbage.Schedule(state.step))
+        meter = Meter(config, process, loader, state.step, began)
         guard = Guard(config.train, process.device, state.skips)
         scene = bad_step.Scene(run, config, dataset, batch, model, whole, optimizer, tokenizer, process, log)
         checked = partial(bad_step.checked, guard=guard, scene=scene)
@@ -144,7 +150,7 @@ def train(
             last_step = state.step if early else max_steps
             ending = stopping or state.step >= last_step or failure is not None
             if save_due(config, state.step, ending) and state != stored:
-                with meter.paused(), beat.doing("saving"):
+                with meter.doing("saving"), beat.doing("saving"):
                     state = meter.receipted(checked(state))
                     saver.save(state)
                     stored = state
@@ -155,21 +161,28 @@ def train(
             if due and not stopping:
                 pending = [each for each in pending if each not in due]
                 try:
-                    with meter.paused(), beat.doing("evaluating"), gathered(model, whole):
+                    with (
+                        meter.doing("evaluating"),
+                        beat.doing("evaluating"),
+                        collected.automatic(),
+                        gathered(model, whole),
+                    ):
                         for each in due:
-                            figures = run_eval(each, state, whole, config, process, watch, metrics, log, poll)
+                            with meter.doing(each.name):
+                                figures = run_eval(each, state, whole, config, process, watch, metrics, log, poll)
                             if state.early_stop and each.name == "validation" and figures:
                                 before, state = state, count_validation(state, figures["loss"])
                                 if state.early_stop.best_step != before.early_stop.best_step:
-                                    state = meter.receipted(checked(state))
-                                    saver.save(state, best=True)
+                                    with meter.doing("saving"):
+                                        state = meter.receipted(checked(state))
+                                        saver.save(state, best=True)
                 except Interrupted:  # by a stop, which is seen once more at this boundary
                     pending = [*due, *pending]
                     continue
             if out_of_patience(state, config) and not ending:
                 continue  # once more past this boundary, as the last: what was not due is measured, and all is saved
             if ending:
-                with meter.paused(), beat.doing("saving"):
+                with meter.doing("saving"), beat.doing("saving"):
                     saver.wait()
             if process.is_main and saver.written_step not in (None, told_step) and not stopping:
                 told_step = saver.written_step
@@ -179,13 +192,14 @@ def train(
                 if complete:
                     say_best(log, run, config, state)
                 stopped_by = None if complete else distributed.highest(stop.signal or 0)
+                meter.finish(state.step, metrics, log)
                 beat.end(*how_it_ended(config, state, stopped_by, early))
                 return Outcome(run, state.step, stopped_by, early)
 
             # -- the step; its data may still be in the making -------------------------------------------------------
             if growing:
-                with meter.paused(), beat.doing("waiting for data"):
-                    there, failure = wait_for_data(dataset, state.data, batch, stop, loader, log)
+                with beat.doing("waiting for data"):
+                    there, failure = wait_for_data(dataset, state.data, batch, stop, meter, log)
                 if not there:
                     continue
                 if dataset.complete:  # only now is known how much there is
@@ -200,14 +214,16 @@ def train(
                 tokens_seen=state.tokens_seen + batch.batch_tokens,
                 data=state.data.advance(batch.sequences, known_sequences(dataset, batch)),
             )
+            collected.after(state.step)
             pending = evals
             bar.update()
             if state.step % config.train.log_every_steps == 0 or state.step == max_steps:
                 state = replace(meter.receipted(state), skips=guard.look())
                 row = meter.read(state, loss, grad_norm, rate)
                 if process.is_main:
-                    metrics.append(row)
-                    bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['tokens_per_s']:,.0f} tok/s", refresh=False)
+                    for each in (*meter.apart(state.step), row):
+                        metrics.append(each)
+                    bar.set_postfix_str(progress(row), refresh=False)
                     log(console_line(row, max_steps))
                 with beat.doing("checking"):  # after the row of a step that ends the run, and takes its time over it
                     checked(state)
@@ -270,6 +286,7 @@ def say_start(
     log: Log, config: RunConfig, dataset: Dataset, batch: plan.BatchPlan, state: TrainState, process: Process
 ) -> None:
     log(f"run {config.name} on {process.world_size} x {device_name(process.device)} ({process.device.type})")
+    log(f"CPU threads: {torch.get_num_threads()} a process, {threads_reason()}")
     log(f"model: {plan.n_parameters(config.model):,} parameters; batch: {batch}")
     if dataset.complete:
         epochs = config.train.max_steps * batch.sequences / count_sequences(dataset.train.tokens, batch.seq_len)

@@ -32,6 +32,32 @@ def update(optimizer: ScheduledAdamW, step: int, skip: torch.Tensor | None = Non
     return rate
 
 
+class OnMPS:
+    """A verdict on a device that is not here."""
+
+    def __init__(self, value: float) -> None:
+        self.device, self._value = torch.device("mps"), value
+
+    def item(self) -> float:
+        return self._value
+
+    def to(self, *where: object, **how: object) -> torch.Tensor:
+        return torch.zeros(())  # as if the kernel ignored it
+
+
+def test_mps_leaves_an_update_out_by_asking() -> None:
+    """Its kernel makes the update whatever it is told."""
+    optimizer = ScheduledAdamW(parameters().items(), CONFIG, 20)
+    update(optimizer, 0)
+    before = snapshot(optimizer)
+    for name, grad in gradients(1).items():
+        optimizer.parameters[name].grad = grad * torch.nan
+    assert optimizer.step(1, OnMPS(1.0)) == optimizer.rate(1)
+    after = snapshot(optimizer)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
 def snapshot(optimizer: ScheduledAdamW) -> dict[str, torch.Tensor]:
     """Everything that an update may change, as copies."""
     state = {

@@ -7,18 +7,16 @@ import queue
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ..plan import BatchPlan
 from .order import DataPosition, count_sequences, rank_rows, sequences_needed, step_sequences, window_of
 from .receipt import LANES, sample_sums
 from .shards import TokenStream
-
-Batch = tuple[Tensor, Tensor]
-"""Inputs and targets, (B, T) int64 each."""
+from .transfer import Batch, inputs_and_targets, transfer_to
 
 
 def batch_of(stream: TokenStream, sequences: np.ndarray, seq_len: int) -> Batch:
@@ -36,11 +34,6 @@ def read_rows(stream: TokenStream, sequences: np.ndarray, seq_len: int) -> np.nd
     return np.stack([stream.read(int(i) * seq_len, seq_len + 1) for i in sequences])
 
 
-def inputs_and_targets(rows: np.ndarray) -> Batch:
-    tokens = torch.from_numpy(rows.astype(np.int64))  # (B, T + 1)
-    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-
-
 def has_step(stream: TokenStream, position: DataPosition, plan: BatchPlan) -> bool:
     """Whether the step at a position can be made of what a stream holds by now."""
     if stream.complete:
@@ -52,9 +45,9 @@ def has_step(stream: TokenStream, position: DataPosition, plan: BatchPlan) -> bo
 class Loader:
     """An endless stream of one rank's micro-batches from a position on.
 
-    A thread reads a few batches ahead into pinned memory where there is CUDA; `wait_s` adds up the time that training
-    stood waiting for one, `taken` counts them, and `delivered` adds up the hashes of their samples (data/receipt.py).
-    Use it in a `with` block, which ends the thread.
+    A thread reads a few batches ahead and sends them on their way to the device (data/transfer.py). `wait_s` adds up
+    the time that training stood waiting for the thread, `taken` counts batches, and `delivered` adds up the hashes of
+    their samples (data/receipt.py). Use it in a `with` block, which ends the thread.
     """
 
     AHEAD = 4
@@ -67,8 +60,9 @@ class Loader:
         self.wait_s = 0.0
         self.delivered = np.zeros(LANES, dtype=np.int64)
         self.taken = 0
-        self._stream, self._plan, self._position, self._rank, self._device = stream, plan, position, rank, device
-        self._queue: queue.Queue[tuple[Batch, np.ndarray] | BaseException] = queue.Queue(maxsize=self.AHEAD)
+        self._stream, self._plan, self._position, self._rank = stream, plan, position, rank
+        self._transfer = transfer_to(device)
+        self._queue: queue.Queue[tuple[Any, np.ndarray] | BaseException] = queue.Queue(maxsize=self.AHEAD)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._fill, name="loader", daemon=True)
 
@@ -92,10 +86,10 @@ class Loader:
         if isinstance(item, BaseException):
             self._queue.put(item)  # the thread has ended, and nothing else will come
             raise item
-        (tokens, targets), sums = item
+        sent, sums = item
         self.taken += 1
         self.delivered += sums
-        return tokens.to(self._device, non_blocking=True), targets.to(self._device, non_blocking=True)
+        return self._transfer.receive(sent)
 
     def _fill(self) -> None:
         try:
@@ -105,7 +99,7 @@ class Loader:
         except BaseException as error:  # carried to the thread that can do something about it
             self._put(error)
 
-    def _put(self, item: tuple[Batch, np.ndarray] | BaseException) -> bool:
+    def _put(self, item: tuple[Any, np.ndarray] | BaseException) -> bool:
         while not self._stopped.is_set():
             try:
                 self._queue.put(item, timeout=0.1)
@@ -114,8 +108,8 @@ class Loader:
                 continue
         return False
 
-    def _batches(self) -> Iterator[tuple[Batch, np.ndarray]]:
-        stream, plan, position, pinned = self._stream, self._plan, self._position, self._device.type == "cuda"
+    def _batches(self) -> Iterator[tuple[Any, np.ndarray]]:
+        stream, plan, position = self._stream, self._plan, self._position
         while True:
             while not has_step(stream, position, plan):
                 if self._stopped.wait(self.LOOK_EVERY_S):
@@ -130,6 +124,4 @@ class Loader:
             for micro_step in range(plan.grad_accum_steps):
                 mine = rank_rows(micro_step, self._rank, plan.world_size, plan.micro_batch_size)
                 rows = read_rows(stream, step[mine], plan.seq_len)
-                tokens, targets = inputs_and_targets(rows)
-                batch = (tokens.pin_memory(), targets.pin_memory()) if pinned else (tokens, targets)
-                yield batch, sample_sums(places[mine], step[mine], rows)
+                yield self._transfer.send(rows), sample_sums(places[mine], step[mine], rows)

@@ -13,12 +13,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..config import DataConfig, RunConfig, from_dict
+from ..cores import usable_cores
 from ..errors import UserError
 from ..files import write_json
 from .pipeline import Job
 from .prepare import (
     PART_DONE,
-    available_cores,
     clear_disk_errors,
     exclusive,
     forget_damaged,
@@ -73,7 +73,7 @@ def prepare_part(config: DataConfig, part: str, progress: bool = True) -> Path:
             if is_made(recipe.folder) or (work / PART_DONE).exists():
                 return work
             open_work(recipe, work)
-        workers = config.workers or available_cores()
+        workers = config.workers or usable_cores()
         room = check_disk(recipe, workers, parts)
         if progress:
             tqdm.write(f"preparing part {part} of {recipe.folder.name}: {room}", file=sys.stderr)

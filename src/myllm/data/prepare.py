@@ -11,7 +11,6 @@ whatever interrupts a preparation, the next call goes on from there.
 
 import errno
 import json
-import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -27,6 +26,7 @@ from tqdm import tqdm
 
 from .. import paths
 from ..config import DataConfig
+from ..cores import usable_cores
 from ..errors import UserError
 from ..files import fsync_folder, locked, out_of_space, write_json
 from .assemble import Assembly, sealed_shards
@@ -62,7 +62,7 @@ def prepare(config: DataConfig, progress: bool = True) -> Dataset:
         with clear_disk_errors(), exclusive(recipe.folder):
             if not is_made(recipe.folder):  # another process may have made it meanwhile
                 try:
-                    _build(recipe, config.workers or available_cores(), progress)
+                    _build(recipe, config.workers or usable_cores(), progress)
                 except TooLittleText:  # nor will it be another time
                     shutil.rmtree(recipe.folder)
                     raise
@@ -84,11 +84,6 @@ def resolve(config: DataConfig) -> Recipe:
 
 def is_made(folder: Path) -> bool:
     return (folder / MANIFEST).is_file()
-
-
-def available_cores() -> int:
-    """Cores this process may use, which in a container are fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager

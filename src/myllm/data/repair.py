@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
+from ..cores import usable_cores
 from ..errors import UserError
 from .assemble import write_shard
 from .parts import settings_of
 from .pipeline import Job
-from .prepare import available_cores, clear_disk_errors, exclusive, worker_pools
+from .prepare import clear_disk_errors, exclusive, worker_pools
 from .progress import progress_bar
 from .recipe import Recipe, recipe_of
 from .shards import SPANS, TOKENIZER, Dataset
@@ -28,7 +29,7 @@ def repair(dataset: Dataset, damaged: list[str], workers: int = 0, progress: boo
     spans = _spans_of(dataset, damaged)
     numbers = sorted({unit for each in spans.values() for unit, _, _ in each})
     units, work = recipe.units, folder / ".repair"
-    workers = workers or available_cores()
+    workers = workers or usable_cores()
     with clear_disk_errors(), exclusive(folder):
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir()

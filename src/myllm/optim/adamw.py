@@ -49,6 +49,9 @@ class ScheduledAdamW:
         rate = self.rate(step)
         for group in self._adamw.param_groups:
             group["lr"] = rate
+        # MPS's fused kernel ignored found_inf until pytorch/pytorch#186360: there the host asks, and waits.
+        if skip is not None and skip.device.type == "mps" and skip.item():
+            return rate
         # The fused kernel reads this; it is how GradScaler skips a step too.
         self._adamw.found_inf = skip
         self._adamw.step()

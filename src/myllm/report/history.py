@@ -5,7 +5,8 @@ Readers never trust a file to be finished: training may be writing it, or may ha
 
 import json
 import math
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ class Metrics:
     """Rows by the eval's name, in order of step."""
     skipped: int = 0
     """Lines that could not be read."""
+    apart: dict[str, float] = field(default_factory=dict)
+    """Seconds of what is no part of a step, by its name; of all starts of the run together."""
 
     @property
     def last_step(self) -> int:
@@ -53,10 +56,26 @@ class Metrics:
 
     def training_s(self) -> float:
         """Seconds of training, evaluations and checkpoints not counted; NaN if no row says."""
+        seconds = self._training_s()
+        return float(np.nansum(seconds)) if np.isfinite(seconds).any() else math.nan
+
+    def seconds(self) -> dict[str, float]:
+        """Where the time of all starts went, longest first; empty if no row says.
+
+        What was trained after the newest checkpoint and was lost with a process is not in it: its rows are gone.
+        """
+        if not self.apart or math.isnan(training := self.training_s()):
+            return {}
+        waited = np.clip(column(self.train, "data_wait_s") / column(self.train, "step_s"), 0, 1) * self._training_s()
+        waited = float(np.nansum(waited))
+        seconds = Counter(self.apart) + Counter({"training": training - waited, "waiting for data": waited})
+        return dict(seconds.most_common())
+
+    def _training_s(self) -> np.ndarray:
+        """By training row, since the one before: (N,), NaN where a row does not say."""
         with np.errstate(divide="ignore", invalid="ignore"):
             seconds = np.diff(column(self.train, "tokens"), prepend=0) / column(self.train, "tokens_per_s")
-        seconds = seconds[np.isfinite(seconds)]
-        return float(seconds.sum()) if seconds.size else math.nan
+        return np.where(np.isfinite(seconds), seconds, np.nan)
 
 
 def find_run(run: str | Path) -> paths.RunPaths:
@@ -76,11 +95,14 @@ def read_metrics(path: Path) -> Metrics:
     rows, skipped = _read_lines(path)
     train: list[Row] = []
     evals: dict[str, list[Row]] = {}
+    apart: Counter[str] = Counter()
     for row in rows:
         if row.get("kind") == "train":
             _append_at_step(train, row)
         elif row.get("kind") == "eval" and "name" in row:
             _append_at_step(evals.setdefault(str(row["name"]), []), row)
+        elif row.get("kind") == "apart" and isinstance(row.get("seconds"), dict):
+            apart.update({str(name): each for name, each in row["seconds"].items() if number(each) > 0})
         else:
             skipped += 1
     if not train and not evals:
@@ -88,7 +110,7 @@ def read_metrics(path: Path) -> Metrics:
             f"{path} holds no training or evaluation row yet ({skipped} unreadable lines). "
             "Wait for the run's first logged step, then try again."
         )
-    return Metrics(train, evals, skipped)
+    return Metrics(train, evals, skipped, dict(apart))
 
 
 def read_samples(path: Path) -> dict[str, list[Row]]:

@@ -13,6 +13,7 @@ from .drawing import duration, percent, short, si
 from .history import Metrics, Row, accuracy_key, number
 from .plots import PLOTS
 from .style import PAGE, STYLE
+from .times import times_section
 
 TABLE_ROWS = 25
 SAMPLE_CHARACTERS = 3_000
@@ -38,6 +39,7 @@ def render_page(run: Findings) -> str:
         _figures(run.figures),
         _samples(run.samples),
         _evaluations(run.metrics),
+        times_section(run.metrics.seconds()),
         _commands(run),
         _config(run.config),
         _environment(run.environment),

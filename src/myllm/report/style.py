@@ -86,6 +86,10 @@ pre {
   background: var(--code); border-radius: 8px; padding: 12px 14px; margin: 6px 0 16px; white-space: pre-wrap;
   overflow-wrap: anywhere;
 }
+.times { padding: 18px 20px 8px; }
+.times .parts { display: flex; height: 14px; border-radius: 7px; overflow: hidden; margin-bottom: 10px; }
+.times .name { text-align: left; }
+.times i { display: inline-block; width: 10px; height: 10px; border-radius: 3px; margin-right: 9px; }
 .commands { padding: 18px 20px 4px; }
 footer { margin-top: 40px; color: var(--soft); font-size: 0.85rem; }
 @media (max-width: 760px) {

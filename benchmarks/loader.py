@@ -1,0 +1,120 @@
+"""What training waits for data: the loader alone, and real steps.
+
+    python benchmarks/loader.py [PRESET] [--steps 8] [--micro-batch-size 8] [--batch-tokens 4096]
+
+Made-up text in a temporary folder, one process, and on a GPU with the batches copied as in a run. Prints a Markdown
+table: how many tokens a second the loader hands out when nobody computes, how many training takes, and how much of each
+step training's thread stood waiting for a batch. A copy that comes late would be seen in a step's time and not in that
+share, so on a GPU the last row compares steps on batches that lie there already.
+"""
+
+import argparse
+import platform
+import statistics
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+
+from myllm.data.loader import Loader
+from myllm.data.shards import Dataset
+from myllm.data.tokenizer import load_tokenizer
+from myllm.data.transfer import Batch
+from myllm.distributed import process_group
+from myllm.hardware import device_name
+from myllm.metrics import Stopwatch
+from myllm.plan import BatchPlan, batch_plan
+from myllm.presets import preset
+from myllm.rehearsal import Parts, made_up_dataset, stage
+
+ALONE_S = 5.0
+TEXT_STEPS = 64
+"""Worth of text, so that batches are not the same few all the time."""
+
+
+def main() -> None:
+    options = read_options()
+    config = preset(options.preset)
+    changed = {"batch_tokens": options.batch_tokens, "micro_batch_size": options.micro_batch_size}
+    config = replace(config, train=replace(config.train, **{key: value for key, value in changed.items() if value}))
+    with process_group("auto") as process, stage(process) as folder:
+        batch = batch_plan(config.model, config.train, 1)
+        text = replace(config, train=replace(config.train, batch_tokens=TEXT_STEPS * batch.batch_tokens))
+        dataset = made_up_dataset(text, folder, load_tokenizer("r50k_base"), process)
+        parts = Parts(config, process)
+        alone, first_s = tokens_per_s_alone(parts, dataset, batch)
+        step_s, wait_s, resident_s = steps(parts, dataset, batch, options.steps)
+        print(
+            f"{device_name(process.device)}, {torch.get_num_threads()} CPU threads, torch {torch.__version__}, Python "
+            f"{platform.python_version()}: {options.preset}, {batch}\n"
+        )
+        print("| | |\n|---|---|")
+        print(f"| first batch after | {first_s * 1_000:,.0f} ms |")
+        print(f"| the loader alone | {alone:,.0f} tokens/s |")
+        print(f"| training | {batch.batch_tokens / step_s:,.0f} tokens/s, {step_s:.4f} s a step |")
+        print(f"| the loader could feed | {alone * step_s / batch.batch_tokens:,.1f} times as fast a training |")
+        print(f"| waiting for the loader | {wait_s * 1_000:.3f} ms a step, {wait_s / step_s:.3%} |")
+        print(
+            f"| steps on batches that are there | {resident_s:.4f} s, {step_s / resident_s - 1:+.2%} with the loader |"
+        )
+
+
+def read_options() -> argparse.Namespace:
+    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    arguments.add_argument("preset", nargs="?", default="debug")
+    arguments.add_argument("--steps", type=int, default=8)
+    arguments.add_argument("--micro-batch-size", type=int)
+    arguments.add_argument("--batch-tokens", type=int)
+    return arguments.parse_args()
+
+
+def tokens_per_s_alone(parts: Parts, dataset: Dataset, batch: BatchPlan) -> tuple[float, float]:
+    """Tokens a second that the loader hands out when nothing is done with them, and seconds until its first batch."""
+    watch, tokens = Stopwatch(parts.process.device), 0
+    with parts.loader(dataset, batch) as loader:
+        loader.next()
+        first_s = watch.lap()
+        for _ in range(loader.AHEAD):  # what was made meanwhile does not count
+            loader.next()
+        watch.lap()
+        until = time.perf_counter() + ALONE_S
+        while time.perf_counter() < until:
+            tokens += loader.next()[0].numel()
+        return tokens / watch.lap(), first_s
+
+
+def steps(parts: Parts, dataset: Dataset, batch: BatchPlan, count: int) -> tuple[float, float, float]:
+    """Medians of seconds: a step, of that waiting for the loader, and a step whose batches are there already."""
+    watch, times, waits, resident = Stopwatch(parts.process.device), [], [], []
+    with parts.loader(dataset, batch) as loader:
+        held = [loader.next() for _ in range(batch.grad_accum_steps)]
+        for number in range(2 + count):  # two to warm up; the two kinds in turn, since a machine's speed drifts
+            with handing_out(loader, held):
+                watch.lap()
+                parts.step(loader, dataset, batch, 2 * number)
+                resident.append(watch.lap())
+            before = loader.wait_s
+            parts.step(loader, dataset, batch, 2 * number + 1)
+            times.append(watch.lap())
+            waits.append(loader.wait_s - before)
+    return statistics.median(times[2:]), statistics.median(waits[2:]), statistics.median(resident[2:])
+
+
+@contextmanager
+def handing_out(loader: Loader, batches: list[Batch]):
+    """Have the loader give these batches, which are on the device, instead of its own."""
+    rest = iter(batches)
+    loader.next = lambda: next(rest)
+    try:
+        yield
+    finally:
+        del loader.next
+
+
+if __name__ == "__main__":
+    main()

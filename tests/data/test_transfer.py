@@ -1,0 +1,172 @@
+"""A batch that is copied beside the computation is whole before anything reads it.
+
+The device here is a pretended one: a copy that does not block leaves garbage until its stream has got that far, as on
+CUDA. Real tensors, so too early a look gives wrong numbers and not only another order of calls.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from myllm.data import transfer
+from myllm.data.loader import Loader
+from myllm.data.order import DataPosition
+from myllm.data.transfer import Handover, SideStream, inputs_and_targets, pinned, transfer_to, widened
+from myllm.plan import BatchPlan
+
+GARBAGE = -7
+ROWS = np.array([[0, 1, 2, 32_767], [32_768, 50_256, 65_534, 65_535]], dtype=np.uint16)
+
+
+class Stream:
+    """Work that is queued and not yet done."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.queued = name, []
+
+    def run(self, until: int | None = None) -> None:
+        for work in self.queued[:until]:
+            work()
+        self.queued[:until] = [lambda: None] * len(self.queued[:until])
+
+
+class Cuda:
+    """What SideStream asks of torch.cuda."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+        self.training = Stream("training")
+        self.entered = threading.local()
+        outer = self
+
+        class Event:
+            def record(self, stream: Stream) -> None:
+                outer.calls.append(("record", stream.name, threading.current_thread().name))
+                self.stream, self.place = stream, len(stream.queued)
+
+        def wait_event(event: Event) -> None:
+            outer.calls.append(("wait", threading.current_thread().name))
+            event.stream.run(event.place)
+
+        self.Event = Event
+        self.training.wait_event = wait_event
+
+    def Stream(self, device: torch.device) -> Stream:
+        return Stream("side")
+
+    @contextmanager
+    def stream(self, stream: Stream) -> Iterator[None]:
+        self.entered.stream = stream
+        yield
+        self.entered.stream = None
+
+    def current_stream(self, device: torch.device) -> Stream:
+        return self.training
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
+    fake, to = Cuda(), torch.Tensor.to
+
+    def copy(tensor: torch.Tensor, *to_what: Any, non_blocking: bool = False) -> torch.Tensor:
+        if not non_blocking:
+            return to(tensor, *to_what)
+        there = torch.full_like(tensor, GARBAGE)
+        fake.calls.append(("copy", fake.entered.stream.name, threading.current_thread().name))
+        fake.entered.stream.queued.append(lambda: there.copy_(tensor))
+        return there
+
+    monkeypatch.setattr(torch.Tensor, "to", copy)
+    monkeypatch.setattr(
+        torch.Tensor, "record_stream", lambda tensor, stream: fake.calls.append(("keep", tensor.dtype, stream.name))
+    )
+    monkeypatch.setattr(transfer, "pinned", lambda rows: torch.from_numpy(rows.view(np.int16).copy()))
+    return fake
+
+
+def expected() -> tuple[list[list[int]], list[list[int]]]:
+    return ROWS[:, :-1].astype(int).tolist(), ROWS[:, 1:].astype(int).tolist()
+
+
+@pytest.mark.parametrize("make", [inputs_and_targets, lambda rows: widened(torch.from_numpy(rows.view(np.int16)))])
+def test_every_token_id_survives(make: Callable[[np.ndarray], transfer.Batch]) -> None:
+    """uint16 on the host, or its bits as int16 on the device."""
+    every = np.arange(65_536, dtype=np.uint16).reshape(2, -1)
+    for rows in (ROWS, every):
+        tokens, targets = make(rows)
+        assert tokens.dtype == targets.dtype == torch.int64
+        assert tokens.is_contiguous()
+        assert targets.is_contiguous()
+        assert tokens.tolist() == rows[:, :-1].astype(int).tolist()
+        assert targets.tolist() == rows[:, 1:].astype(int).tolist()
+
+
+def test_the_copy_is_recorded_then_waited_for_then_used(cuda: Cuda) -> None:
+    way = SideStream(torch.device("cpu"), cuda)
+    sent = way.send(ROWS)
+    assert (sent[0] == GARBAGE).all(), "the copy is queued and not done"
+    tokens, targets = way.receive(sent)
+    assert (tokens.tolist(), targets.tolist()) == expected()
+    main = threading.current_thread().name
+    assert cuda.calls == [
+        ("copy", "side", main), ("record", "side", main), ("wait", main), ("keep", torch.int16, "training")
+    ]  # fmt: skip
+
+
+def test_without_the_wait_the_pretended_device_gives_garbage(cuda: Cuda) -> None:
+    """What the test above would not notice otherwise."""
+    cuda.training.wait_event = lambda event: None
+    way = SideStream(torch.device("cpu"), cuda)
+    tokens, _ = way.receive(way.send(ROWS))
+    assert tokens.tolist() != expected()[0]
+
+
+def test_a_batch_waits_for_its_own_copy_alone(cuda: Cuda) -> None:
+    way = SideStream(torch.device("cpu"), cuda)
+    first, second = way.send(ROWS), way.send(ROWS[::-1].copy())
+    assert way.receive(first)[0].tolist() == expected()[0]
+    assert (second[0] == GARBAGE).all(), "the next copy is still under way"
+    assert way.receive(second)[0].tolist() == expected()[0][::-1]
+
+
+def test_the_loaders_thread_copies_and_trainings_waits(
+    cuda: Cuda, monkeypatch: pytest.MonkeyPatch, make_dataset: Callable[..., Any]
+) -> None:
+    dataset = make_dataset(np.arange(40 * 8 + 3), np.arange(40), shard_tokens=90)
+    batch, position, cpu = BatchPlan(32, 8, 2, 1), DataPosition(0, 0, 3, "hash"), torch.device("cpu")
+    with Loader(dataset.train, batch, position, 0, cpu) as loader:
+        plain = [loader.next() for _ in range(30)]
+    monkeypatch.setattr("myllm.data.loader.transfer_to", lambda device: SideStream(device, cuda))
+    with Loader(dataset.train, batch, position, 0, cpu) as loader:
+        streamed = [loader.next() for _ in range(30)]
+    for a, b in zip(plain, streamed, strict=True):
+        assert torch.equal(a[0], b[0])
+        assert torch.equal(a[1], b[1])
+    assert {call[-1] for call in cuda.calls if call[0] in ("copy", "record")} == {"loader"}
+    assert {call[-1] for call in cuda.calls if call[0] == "wait"} == {threading.current_thread().name}
+
+
+def test_other_devices_get_batches_without_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device, **how: asked.append((device, how)) or tensor)
+    for name in ("cpu", "mps"):
+        way = transfer_to(torch.device(name))
+        assert isinstance(way, Handover)
+        tokens, targets = way.receive(way.send(ROWS))
+        assert (tokens.tolist(), targets.tolist()) == expected()
+        assert asked == [(torch.device(name), {})] * 2, "a copy that blocks"
+        asked.clear()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
+def test_on_cuda() -> None:
+    way = transfer_to(torch.device("cuda", 0))
+    assert pinned(ROWS).is_pinned()
+    for _ in range(100):
+        tokens, targets = way.receive(way.send(ROWS))
+        assert (tokens.tolist(), targets.tolist()) == expected()

@@ -1,0 +1,11 @@
+"""Prints its threads as a rank of a run, on a machine that seems to have six cores."""
+
+import torch
+
+from myllm import cores
+from myllm.distributed import process_group
+
+if __name__ == "__main__":
+    cores._affinity, cores._physical = lambda: set(range(6)), len
+    with process_group("cpu"):
+        print(f"{torch.get_num_threads()} threads, {cores.threads_reason()}", flush=True)
