@@ -14,9 +14,9 @@ from .config import RunConfig
 from .data.loader import Loader
 from .data.receipt import Receipt
 from .distributed import Process
-from .hardware import device_name, peak_flops
+from .flops import flops_per_token, peak_flops
+from .hardware import device_name
 from .metrics import Stopwatch
-from .plan import flops_per_token
 
 
 class Diverged(RuntimeError):
