@@ -42,11 +42,16 @@ class Computing:
 
     @classmethod
     def of(cls, config: RunConfig, device: str, ranks: int = 1) -> "Computing":
-        """As precision.py, parallel.py and the config have it. MPS is taken for CUDA."""
-        train, device = config.train, "cpu" if device == "cpu" else "cuda"
+        """As precision.py, parallel.py and the config have it.
+
+        Args:
+            device: torch's name of the kind; any other than cpu is taken for cuda, as far as kernels are concerned.
+        """
+        train = config.train
         half = train.precision == "bfloat16" or (train.precision == "auto" and device == "cuda")
         compiled = train.compile == "on" or (train.compile == "auto" and device == "cuda")
-        return cls(device, half, compiled, ranks, train.parallel == "fsdp" and ranks > 1)
+        kind = "cpu" if device == "cpu" else "cuda"
+        return cls(kind, half, compiled, ranks, train.parallel == "fsdp" and ranks > 1)
 
     @property
     def width(self) -> int:
@@ -78,7 +83,7 @@ def memory_by_part(config: RunConfig, how: Computing) -> dict[str, int]:
 
 
 def predicted_bytes(config: RunConfig, how: Computing) -> int:
-    """The sum of `memory_by_part`."""
+    """The peak: the sum of `memory_by_part`."""
     return sum(memory_by_part(config, how).values())
 
 
