@@ -35,12 +35,13 @@ def cases(device: str) -> list[tuple[str, RunConfig]]:
             if model.d_model > 512:
                 model = replace(model, d_model=512, n_heads=8, d_ff=512 * model.d_ff // model.d_model // 8 * 8)
             config = replace(config, model=model)
-        for sizes, extra in (((1, 4), {}), ((4,), {"activation_checkpointing": True})):
-            for size in sizes:
-                train = replace(config.train, micro_batch_size=size, device=device, **extra)
-                train = replace(train, batch_tokens=2 * size * config.model.max_seq_len)
-                words = [f"{key}={value}" for key, value in extra.items()]
-                found.append((" ".join([name, f"x{size}", *words]), replace(config, train=train)))
+        for size, recompute in ((1, False), (4, False), (4, True)):
+            train = replace(
+                config.train, device=device, micro_batch_size=size, activation_checkpointing=recompute,
+                batch_tokens=2 * size * config.model.max_seq_len,
+            )  # fmt: skip
+            words = ", recomputed" if recompute else ""
+            found.append((f"{name} x {size}{words}", replace(config, train=train)))
     return found
 
 
