@@ -105,7 +105,7 @@ def _measured(config: RunConfig) -> int:
     return step.held + highest(step)
 
 
-@pytest.mark.parametrize("kind", ["plain", "qk-norm", "gpt2, dropout", "grouped, relu2, qk-norm"])
+@pytest.mark.parametrize("kind", ["qk-norm", "gpt2, dropout", "grouped, relu2, qk-norm"])
 def test_what_a_compiled_model_keeps(kind: str) -> None:
     """By the compiler's own choice of what to keep and what to make again, whose code is never generated here.
 

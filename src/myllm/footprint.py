@@ -100,6 +100,8 @@ def _moments(config: RunConfig, how: Computing, n: int, accumulates: bool, store
     whole = how.ranks > 1 and not how.sharded  # DDP's buckets are there all along, and gradients are views of them
     before = FLOAT * stored if accumulates or whole else 0
     last = max(before, FLOAT * stored - table)  # when only the embedding's own is missing
+    if how.compiled and how.ranks == 1 and not recomputes:  # one graph, which hands over all new gradients at its end
+        last = before + FLOAT * stored - table
     block = kept_by_block(model, how, n)
     one = FLOAT * n * model.d_model if recomputes else block
     outside = kept_outside_blocks(model, how, n)
