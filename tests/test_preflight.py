@@ -24,9 +24,10 @@ from myllm.data.prepare import prepare
 from myllm.data.tokenizer import load_tokenizer
 from myllm.distributed import Process
 from myllm.errors import UserError
+from myllm.forecast import describe
 from myllm.memory import peak_bytes, reset_peak
 from myllm.micro_batch import CPU_TOKENS, largest_that_fits, settle, sizes_to_try
-from myllm.plan import checkpoint_bytes, describe
+from myllm.plan import checkpoint_bytes
 from myllm.preflight import preflight
 from myllm.preflight_data import Room, prepared, room_for_run
 from myllm.preflight_report import Bounds, Findings, Measured, times_due
@@ -103,7 +104,7 @@ def test_the_table(rehearsed) -> None:
     for words in (
         "preflight of tiny on 1 x",
         "1 sequences x 64 tokens",
-        "of one rank (estimate 0.0",
+        "of one rank (estimate 0.3",
         "(median of 3)",
         "after step 4",
     ):
@@ -213,15 +214,16 @@ def test_a_failing_evaluation_is_met(config: RunConfig, temp_data: Path, monkeyp
 def test_a_micro_batch_that_is_too_large(config: RunConfig, temp_data: Path) -> None:
     """A limit half-way between what one and four sequences take: the number that the refusal names fits."""
     # Much to keep for the backward pass, little to compute.
-    model = replace(config.model, max_seq_len=256, n_layers=16, d_ff=512)
+    model = replace(config.model, max_seq_len=256, n_layers=16, d_ff=2_048)
     off = {f"{name}_every_steps": 0 for name in ("validation", "cloze", "hellaswag", "sample")}
     wide = replace(
         with_train(config, batch_tokens=4 * 256, micro_batch_size=4), model=model, eval=replace(config.eval, **off)
     )
     with stage(ALONE) as folder:
         dataset = made_up_dataset(wide, folder, load_tokenizer("r50k_base"), ALONE)
+        measured_memory(wide, dataset, ALONE, 4, 2**40)  # a process's first steps leave some of their memory behind
         peaks = {size: measured_memory(wide, dataset, ALONE, size, 2**40) for size in (1, 4)}
-    assert peaks[4] - peaks[1] > 60e6  # more than a process's memory goes up and down by itself
+    assert peaks[4] - peaks[1] > 300e6  # far more than a process's memory goes up and down by itself
     limit = (peaks[1] + peaks[4]) // 2
     findings = preflight(wide, ALONE, Bounds(), lambda line: None, limit)
     assert findings.out_of_memory
@@ -324,7 +326,7 @@ def test_auto_in_a_file_and_in_the_plan(config: RunConfig, tmp_path: Path) -> No
         load_json(path, RunConfig())
     shown = describe(with_train(config, micro_batch_size="auto", batch_tokens=256), 1)
     assert "auto: the most that fits of 1, 2, 4 sequences x 64 tokens x 1 rank(s), accumulated to 256" in shown
-    assert "one rank, at one sequence" in shown
+    assert "tokens a step; memory is for one sequence" in shown
 
 
 def test_the_command(config: RunConfig, tmp_path: Path, temp_data: Path, capsys: pytest.CaptureFixture[str]) -> None:

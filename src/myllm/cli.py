@@ -11,6 +11,7 @@ from . import (
     data_cli,
     eval_cli,
     export_cli,
+    plan_cli,
     preflight_cli,
     prove_cli,
     publish_cli,
@@ -83,6 +84,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "data verify": data_cli.verify,
     "data show": data_cli.show,
     "tokenizer train": tokenizer_cli.tokenizer_train,
+    "plan": plan_cli.plan,
     "preflight": preflight_cli.preflight,
     "eval": eval_cli.evaluate,
     "sample": sample_cli.sample,
@@ -99,7 +101,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "doctor": doctor,
     "prove-resume": prove_cli.prove_resume,
 }
-TAKES_WORDS = {"preflight", "prove-resume"}
+TAKES_WORDS = {"plan", "preflight", "prove-resume"}
 """Commands that begin with a preset, whose settings are then their options: they read the words themselves."""
 
 

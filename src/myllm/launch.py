@@ -15,17 +15,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import tyro
 
-from . import plan, ranks
+from . import forecast, ranks
 from .config import RunConfig, load_json, to_dict
 from .errors import MachineError, UserError
 from .files import out_of_space
+from .flops import flops_per_token
 from .paths import RunPaths
 from .presets import describe_presets, preset
 from .validate import check
+
+if TYPE_CHECKING:
+    import torch
 
 RANK_0_FIRST_S = 10
 LOST_A_RANK = ("onnection closed by peer", "onnection reset by peer", "Broken pipe", "remote process exit")
@@ -131,20 +135,20 @@ def base_config(words: list[str]) -> tuple[RunConfig, list[str]]:
 
 def describe(launch: Launch) -> str:
     """The resolved config and what it costs, for people."""
-    world_size = ranks.world_size()
+    from .distributed import choose_device
+
+    world_size, device = ranks.world_size(), choose_device(launch.config.train.device)
     return (
-        f"{json.dumps(to_dict(launch.config), indent=2)}\n\n{plan.describe(launch.config, world_size)}\n"
-        f"{_time_here(launch.config, world_size)}"
+        f"{json.dumps(to_dict(launch.config), indent=2)}\n\n"
+        f"{forecast.describe(launch.config, world_size, device.type)}\n{_time_here(launch.config, world_size, device)}"
     )
 
 
-def _time_here(config: RunConfig, world_size: int) -> str:
-    from .distributed import choose_device
+def _time_here(config: RunConfig, world_size: int, device: "torch.device") -> str:
     from .hardware import device_name, measure_matmul_flops
 
-    device = choose_device(config.train.device)
     rate = measure_matmul_flops(device) * world_size
-    total = plan.flops_per_token(config.model) * config.train.max_steps * config.train.batch_tokens
+    total = flops_per_token(config.model) * config.train.max_steps * config.train.batch_tokens
     hours = total / (0.4 * rate) / 3_600
     shown = (
         f"{hours / 24 / 365:,.1f} years"

@@ -14,9 +14,6 @@ from pathlib import Path
 
 import torch
 
-HEADROOM = 0.05
-"""Share of what there is that a run should leave free: memory fragments, and evaluations and saves come on top."""
-
 
 def there_bytes(device: torch.device, processes: int = 1) -> int:
     """What this process can have in all: what it holds already, and its share of what nobody holds.

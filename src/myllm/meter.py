@@ -15,9 +15,9 @@ from .config import RunConfig
 from .data.loader import Loader
 from .data.receipt import Receipt
 from .distributed import Process
-from .hardware import device_name, peak_flops
+from .flops import flops_per_token, peak_flops
+from .hardware import device_name
 from .metrics import TRAINING, JsonLines, Log, Stopwatch
-from .plan import flops_per_token
 
 WORTH_SAYING = 0.01
 """Of a step, spent waiting for data: from here on a log line says so."""

@@ -10,6 +10,7 @@ from .data.shards import Dataset
 from .data.tokenizer import Tokenizer
 from .distributed import Process
 from .errors import UserError
+from .footprint import Computing, predicted_bytes
 from .hardware import device_name
 from .paths import RunPaths
 from .rehearsal import made_up_dataset, measured_memory, memory_limit_bytes, stage
@@ -63,8 +64,8 @@ def sizes_to_try(config: RunConfig, process: Process, val_tokens: int | None = N
 def may_be_tried(config: RunConfig, process: Process, size: int, limit_bytes: int) -> bool:
     """Whether a trial of a size is safe. A CPU ends a process that takes too much memory, so there the estimate must
     fit first; elsewhere trying is free."""
-    estimate = plan.memory_estimate_bytes(_with(config, size))
-    return process.device.type != "cpu" or sum(estimate.values()) <= limit_bytes
+    how = Computing.of(config, process.device.type, process.world_size)
+    return process.device.type != "cpu" or predicted_bytes(_with(config, size), how) <= limit_bytes
 
 
 def trial_of(config: RunConfig, dataset: Dataset, process: Process, limit_bytes: int) -> Callable[[int], int | None]:

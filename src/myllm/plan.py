@@ -1,6 +1,6 @@
 """What a run costs, from its config alone: batch arithmetic, parameters, FLOPs, memory, disk. Allocates nothing."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from .config import ModelConfig, RunConfig, TrainConfig
 
@@ -93,37 +93,6 @@ def stored_parameters(model: ModelConfig) -> int:
     return n_parameters(model) + padding * (1 if model.tie_embeddings else 2)
 
 
-def flops_per_token(model: ModelConfig) -> int:
-    """Training FLOPs a token: 6 N + 12 n_layers d_attention T.
-
-    N counts the parameters a token is multiplied with: the head once, tied or not, and neither learned positions nor
-    an untied input embedding, which are looked up.
-
-    Source: Chowdhery et al. 2022 (PaLM), appendix B.
-    """
-    parts = parameters_by_part(model)
-    multiplied = sum(parts.values()) - parts["positions"] - (0 if model.tie_embeddings else parts["embedding"])
-    attention = 12 * model.n_layers * model.n_heads * model.head_size * model.max_seq_len
-    return 6 * multiplied + attention
-
-
-def memory_estimate_bytes(config: RunConfig) -> dict[str, int]:
-    """A rough estimate of one rank's peak memory in training, by part.
-
-    States: float32 weights, gradients and AdamW's two moments. Activations: what the backward pass keeps a token and
-    layer, in units of d_model and d_ff, halved by bfloat16; attention is counted as fused (linear in T).
-    """
-    model, tokens = config.model, config.train.micro_batch_size * config.model.max_seq_len
-    width = 4 if config.train.precision == "float32" else 2
-    ffn = 3 if model.activation == "swiglu" else 2
-    per_layer = 10 * model.d_model + ffn * model.d_ff
-    return {
-        "weights, gradients and AdamW": 16 * stored_parameters(model),
-        "activations": tokens * model.n_layers * per_layer * width,
-        "logits": min(tokens, 4_096) * model.padded_vocab_size * 4,
-    }
-
-
 def checkpoint_bytes(config: RunConfig) -> int:
     """Weights and AdamW's two moments in float32."""
     return 12 * stored_parameters(config.model)
@@ -139,31 +108,3 @@ def disk_estimate_bytes(config: RunConfig) -> dict[str, int]:
     best = config.train.early_stop_patience is not None
     # One more than kept: the newest is whole before the oldest goes.
     return {"checkpoints": (kept + 1 + best) * checkpoint_bytes(config), "token shards, at most": 2 * tokens}
-
-
-def describe(config: RunConfig, world_size: int) -> str:
-    """The arithmetic of a run as a text block for people."""
-    model, train = config.model, config.train
-    batch, at = str(batch_plan(model, train, world_size)), ""
-    if train.micro_batch_size == "auto":
-        sizes = micro_batch_sizes(model, train, world_size)
-        batch = f"auto: the most that fits of {', '.join(map(str, sizes))} sequences x {model.max_seq_len:,} tokens x "
-        batch += f"{world_size} rank(s), accumulated to {train.batch_tokens:,} tokens a step"
-        config, at = replace(config, train=replace(train, micro_batch_size=1)), ", at one sequence"
-    parts = parameters_by_part(model)
-    total = sum(parts.values())
-    tokens = train.max_steps * train.batch_tokens
-    flops = flops_per_token(model)
-    lines = [
-        f"batch        {batch}",
-        f"steps        {train.max_steps:,} steps = {tokens:,} tokens",
-        f"parameters   {total:,} in all, {total - parts['embedding']:,} without the embedding",
-        *(f"  {name:<16}{count:>13,}" for name, count in parts.items() if count),
-        f"vocabulary   {model.vocab_size:,} tokens, padded to {model.padded_vocab_size:,} rows",
-        f"FLOPs        {flops / 1e9:.3f} G a token, {flops * tokens:.3e} in all",
-        f"memory       (estimate, one rank{at})",
-        *(f"  {name:<30}{size / 2**30:>8.2f} GiB" for name, size in memory_estimate_bytes(config).items()),
-        "disk         (estimate)",
-        *(f"  {name:<30}{size / 2**30:>8.2f} GiB" for name, size in disk_estimate_bytes(config).items()),
-    ]
-    return "\n".join(lines)

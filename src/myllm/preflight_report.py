@@ -9,7 +9,9 @@ from .config import RunConfig
 from .data.room import size
 from .distributed import Process
 from .evals.hellaswag import BATCH
-from .hardware import device_name, peak_flops
+from .flops import flops_per_token, peak_flops
+from .footprint import Computing, predicted_bytes
+from .hardware import device_name
 from .meter import duration
 from .micro_batch import nothing_fits
 
@@ -167,7 +169,8 @@ class Findings:
         return "\n".join([*lines, self._token_line()])
 
     def _memory_lines(self) -> list[str]:
-        estimate = _gib(sum(plan.memory_estimate_bytes(self.config).values()))
+        how = Computing.of(self.config, self.process.device.type, self.process.world_size)
+        estimate = _gib(predicted_bytes(self.config, how))
         if self.measured is None:
             return [f"memory       more than the {_gib(self.limit_bytes)} that one rank may use (estimate {estimate})"]
         what = "resident memory" if self.process.device.type == "cpu" else "device memory"
@@ -179,7 +182,7 @@ class Findings:
         config, process = self.config, self.process
         tokens_per_s = config.train.batch_tokens / measured.step_s
         peak = peak_flops(device_name(process.device))
-        mfu = plan.flops_per_token(config.model) * tokens_per_s / (peak * process.world_size) if peak else None
+        mfu = flops_per_token(config.model) * tokens_per_s / (peak * process.world_size) if peak else None
         how = f"median of {measured.steps}" if measured.steps else f"from {measured.share:.1%} of one"
         return [
             f"first step   loss {measured.loss:.4f}, gradient norm {measured.grad_norm:.4g}",

@@ -26,8 +26,9 @@ from .data.shards import FORMAT, MANIFEST, Dataset, Shard
 from .data.tokenizer import Tokenizer
 from .distributed import Process
 from .files import file_sha256, locked, write_json
+from .footprint import HEADROOM
 from .guard import Guard
-from .memory import HEADROOM, is_out_of_memory, limited, peak_bytes, reset_peak, there_bytes
+from .memory import is_out_of_memory, limited, peak_bytes, reset_peak, there_bytes
 from .model import Transformer
 from .optim import ScheduledAdamW
 from .parallel import spread, wrap

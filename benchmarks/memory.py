@@ -1,0 +1,148 @@
+"""The memory that is predicted (src/myllm/footprint.py) beside what a training step really takes.
+
+Each row is measured in a process of its own, over two real steps on made-up tokens: on a card as torch's allocator
+counts it, on a CPU as the process's resident memory. One command fills in a table:
+
+    python benchmarks/memory.py                    # on a CPU: models that are a few hundred MB
+    python benchmarks/memory.py --device cuda      # the presets, at micro-batches that are said to fit the card
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+
+from myllm.config import RunConfig, from_dict, to_dict
+from myllm.footprint import Computing, memory_by_part, predicted_bytes
+from myllm.presets import PRESETS, preset
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def cases(device: str) -> list[tuple[str, RunConfig]]:
+    """Names and configs."""
+    found = []
+    for name in PRESETS:
+        config = preset(name)
+        if device == "cpu":
+            model = replace(config.model, max_seq_len=256, n_layers=min(config.model.n_layers, 6))
+            if model.d_model > 512:
+                model = replace(model, d_model=512, n_heads=8, d_ff=512 * model.d_ff // model.d_model // 8 * 8)
+            config = replace(config, model=model)
+        for size, recompute in ((1, False), (4, False), (4, True)):
+            train = replace(
+                config.train, device=device, micro_batch_size=size, activation_checkpointing=recompute,
+                batch_tokens=2 * size * config.model.max_seq_len,
+            )  # fmt: skip
+            words = ", recomputed" if recompute else ""
+            found.append((f"{name} x {size}{words}", replace(config, train=train)))
+    return found
+
+
+def measure(config: RunConfig) -> None:
+    """In a process of its own: two steps, then the peak in bytes on the last line."""
+    import torch
+
+    from myllm.distributed import Process
+    from myllm.memory import peak_bytes
+    from myllm.model import Transformer
+    from myllm.optim import ScheduledAdamW
+    from myllm.parallel import wrap
+    from myllm.precision import autocast
+
+    device = torch.device(config.train.device)
+    process = Process(0, 0, 1, device)
+    model = Transformer(config.model).to(device)
+    optimizer = ScheduledAdamW(model.named_parameters(), config.optim, 10)
+    runner = wrap(model, config, process)
+    shape = config.train.micro_batch_size, config.model.max_seq_len
+    for step in range(2):
+        for _ in range(2):
+            tokens = torch.randint(config.model.vocab_size, shape, device=device)
+            runner.train()
+            with autocast(config, device):
+                loss = runner(tokens, tokens)
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(optimizer.parameters.values(), 1.0)
+        optimizer.step(step)
+        optimizer.zero_grad()
+    print(peak_bytes(device))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--only", default="", help="rows whose name has this in it")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.one:
+        measure(from_dict(json.loads(asked.one), RunConfig()))
+        return
+    lines = [
+        f"# Memory of a training step, predicted and measured: {date.today()}, {_device_name(asked.device)}\n",
+        f"`python benchmarks/memory.py --device {asked.device}`, torch {_torch_version()}, "
+        f"Python {platform.python_version()}. MiB; runtime is what there is besides tensors, as predicted.\n",
+        "| run | predicted | measured | off by | of it activations | loss or backward pass | states | runtime |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    print("\n".join(lines))
+    for name, config in cases(asked.device):
+        if asked.only not in name:
+            continue
+        lines.append(row(name, config))
+        print(lines[-1], flush=True)
+    if not asked.only:
+        file = RESULTS / f"{date.today()}-{asked.device}-memory.md"
+        file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        print(f"\nwritten to {file}")
+
+
+def row(name: str, config: RunConfig) -> str:
+    """One line of the table."""
+    how = Computing.of(config, config.train.device)
+    words = [sys.executable, __file__, "--one", json.dumps(to_dict(config))]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=600)
+    if done.returncode:
+        return f"| {name} | {_mib(predicted_bytes(config, how))} | failed: {done.stderr.splitlines()[-1:]} | | | | | |"
+    measured, parts = int(done.stdout.split()[-1]), memory_by_part(config, how)
+    predicted = sum(parts.values())
+    states = parts["weights"] + parts["AdamW's moments"] + parts["gradients"]
+    shown = [
+        parts.get("activations", 0),
+        parts.get("loss", 0) + parts.get("backward pass", 0),
+        states,
+        parts["runtime"],
+    ]
+    return (
+        f"| {name} | {_mib(predicted)} | {_mib(measured)} | {predicted / measured - 1:+.1%} | "
+        + " | ".join(map(_mib, shown))
+        + " |"
+    )
+
+
+def _mib(n_bytes: int) -> str:
+    return f"{n_bytes / 2**20:,.0f}"
+
+
+def _torch_version() -> str:
+    import torch
+
+    return torch.__version__
+
+
+def _device_name(device: str) -> str:
+    import torch
+
+    from myllm.hardware import device_name
+
+    return device_name(torch.device(device))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,245 @@
+"""What a run will take on given cards, before anybody rents them: does it fit, with which micro-batch, for how long?
+
+Arithmetic only: nothing is measured or allocated, and no torch is needed. What it stands on is said with each figure.
+"""
+
+import re
+from dataclasses import dataclass, replace
+
+from . import plan
+from .config import RunConfig
+from .errors import UserError, nearest
+from .flops import CARDS, Card, card_named, flops_per_token
+from .footprint import HEADROOM, Computing, memory_by_part, predicted_bytes
+
+GIB = 2**30
+DRIVER_SHARE = 0.02
+"""Of a card's memory, what the driver keeps: torch sees 11.76 GiB of an RTX 3060's 12 and 79.1 of an H100's 80."""
+CONTEXT_BYTES = 0.6 * GIB
+"""CUDA's context with torch's kernels, outside torch's allocator: usually 0.4 to 0.6 GiB. Not measured here."""
+NCCL_BYTES = 0.5 * GIB
+"""Its buffers, where there are several ranks. A guess, not measured here."""
+EXPECTED_MFU = (0.30, 0.50)
+"""Of the card's peak, for compiled models of 100M to 800M parameters. From published runs in the same counting:
+LF_LLM-269M 32 % on 8 x A100, nanochat d16 to d24 37 to 50 % on 8 x H100, TinyLlama 52 % on A100; llm.c, hand-written
+CUDA, 60 to 64 % on 8 x A100. This project's own is not measured on a GPU yet."""
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """The cards of a run, all alike; no card: a CPU."""
+
+    count: int
+    card: Card | None
+
+    def __str__(self) -> str:
+        return f"{self.count} x {self.card.name if self.card else 'CPU'}"
+
+    @property
+    def budget_bytes(self) -> int | None:
+        """What torch's allocator may hold on one card, headroom left. None: a CPU has what the machine has."""
+        if self.card is None:
+            return None
+        free = self.card.memory_gib * GIB * (1 - DRIVER_SHARE) - CONTEXT_BYTES - (NCCL_BYTES if self.count > 1 else 0)
+        return int(free * (1 - HEADROOM))
+
+
+def parse_fleet(text: str) -> Fleet:
+    """8xA100-80, 1xRTX3060, H100 (one of them), or cpu.
+
+    Raises:
+        UserError: unknown, with the names that are known.
+    """
+    found = re.fullmatch(r"(?:(\d+)\s*[x*]\s*)?(.+)", text.strip(), re.IGNORECASE)
+    count, name = (int(found[1] or 1), found[2]) if found else (1, text)
+    card = card_named(name)
+    if count < 1 or (card is None and name.lower() != "cpu"):
+        known = [card.name for card in CARDS]
+        raise UserError(
+            f"--gpus {text!r}: expected a number and a card such as 8xA100-80 or 1xRTX3060, or cpu"
+            f"{nearest(name, known)}; known cards: {', '.join(known)}"
+        )
+    return Fleet(count, card)
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """A run on some cards. `config` has the micro-batch that was asked for, `fits` the largest that fits."""
+
+    config: RunConfig
+    fleet: Fleet
+    fits: int | None
+
+    @property
+    def how(self) -> Computing:
+        return Computing.of(self.config, "cuda" if self.fleet.card else "cpu", self.fleet.count)
+
+    @property
+    def with_fitting(self) -> RunConfig:
+        """The config with the largest micro-batch, or with one sequence where none fits."""
+        return _with(self.config, self.fits or 1)
+
+    @property
+    def as_set_works(self) -> bool:
+        """Whether the micro-batch in the config fits and keeps the batch exact."""
+        asked, train = self.config.train.micro_batch_size, self.config.train
+        sizes = plan.micro_batch_sizes(self.config.model, train, self.fleet.count)
+        return asked in sizes and self.fits is not None and asked <= self.fits
+
+    @property
+    def step_s(self) -> tuple[float, float] | None:
+        """Seconds a step, at the upper and lower end of what is expected; None where the card's peak is not known."""
+        peak = self.fleet.card and self.fleet.card.peak_flops
+        if not peak:
+            return None
+        # Recomputing a forward pass is a third more arithmetic, none of it the model's own.
+        work = flops_per_token(self.config.model) * self.config.train.batch_tokens
+        work *= 4 / 3 if self.config.train.activation_checkpointing else 1
+        low, high = EXPECTED_MFU
+        return work / (peak * self.fleet.count * high), work / (peak * self.fleet.count * low)
+
+    @property
+    def tokens_per_s(self) -> tuple[float, float] | None:
+        """As `step_s`, the lower figure first."""
+        return self.step_s and tuple(self.config.train.batch_tokens / seconds for seconds in reversed(self.step_s))
+
+    @property
+    def hours(self) -> tuple[float, float] | None:
+        """Of training alone: evaluations and saves come on top."""
+        return self.step_s and tuple(seconds * self.config.train.max_steps / 3_600 for seconds in self.step_s)
+
+
+def foresee(config: RunConfig, fleet: Fleet) -> Forecast:
+    """
+    Raises:
+        UserError: train.batch_tokens cannot be cut over so many ranks at all.
+    """
+    sizes = plan.micro_batch_sizes(config.model, config.train, fleet.count)
+    if not sizes:
+        fault = plan.batch_plan(config.model, config.train, fleet.count).fault()
+        raise UserError(f"on {fleet.count} ranks {fault}")
+    how, budget = Computing.of(config, "cuda" if fleet.card else "cpu", fleet.count), fleet.budget_bytes
+    if budget is None:
+        return Forecast(config, fleet, None)
+    return Forecast(
+        config, fleet, max((n for n in sizes if predicted_bytes(_with(config, n), how) <= budget), default=None)
+    )
+
+
+def _with(config: RunConfig, micro_batch_size: int) -> RunConfig:
+    return replace(config, train=replace(config.train, micro_batch_size=micro_batch_size))
+
+
+# -- for people -------------------------------------------------------------------------------------------------------
+
+
+def table(forecast: Forecast) -> str:
+    """Memory by part, the micro-batch, time, and what each figure stands on."""
+    config, fleet, how = forecast.config, forecast.fleet, forecast.how
+    asked = config.train.micro_batch_size
+    shown = forecast.with_fitting if fleet.card or asked == "auto" else config
+    kind = "alone" if fleet.count == 1 else "FSDP" if how.sharded else "DDP"
+    lines = [
+        f"{config.name} on {fleet} ({kind}{', activation checkpointing' * config.train.activation_checkpointing})",
+        *_parameter_lines(config),
+    ]
+    if fleet.card and forecast.fits is None:
+        lines.append("fits         no: one sequence is too much; predicted for one:")
+    else:
+        lines.append(f"batch        {plan.batch_plan(config.model, shown.train, fleet.count)}")
+    lines += memory_lines(shown, how)
+    if fleet.budget_bytes is not None:
+        lines += _fitting_lines(forecast)
+    return "\n".join([*lines, *_time_lines(forecast)])
+
+
+def memory_lines(config: RunConfig, how: Computing) -> list[str]:
+    """The predicted peak of one rank by part."""
+    parts = memory_by_part(config, how)
+    what = "resident memory of the process" if how.device == "cpu" else "what torch's allocator holds"
+    return [
+        f"memory       {sum(parts.values()) / GIB:.2f} GiB predicted at the peak, one rank ({what})",
+        *(f"  {name:<30}{size / GIB:>8.2f} GiB" for name, size in parts.items()),
+    ]
+
+
+def _fitting_lines(forecast: Forecast) -> list[str]:
+    config, fleet, fits, asked = forecast.config, forecast.fleet, forecast.fits, forecast.config.train.micro_batch_size
+    lines = [
+        f"card         {fleet.card.memory_gib:g} GiB, of which {fleet.budget_bytes / GIB:.2f} may be used: driver, "
+        f"CUDA's context{', NCCL' if fleet.count > 1 else ''} and {HEADROOM * 100:.0f} % of headroom are taken off"
+    ]
+    if fits is None:
+        lines.append(
+            "advice       lower model.max_seq_len, model.n_layers or model.d_model, or try "
+            "--train.activation-checkpointing" + (" or --train.parallel fsdp" if fleet.count > 1 else "")
+        )
+    elif asked == "auto" or asked == fits:
+        lines.append(f"micro-batch  {fits}, the largest that fits and divides the batch")
+    else:
+        divides = asked in plan.micro_batch_sizes(config.model, config.train, fleet.count)
+        fault = "does not fit" if divides else "does not divide the batch"
+        why = "fits too" if forecast.as_set_works else fault
+        lines.append(
+            f"micro-batch  {fits} is the largest that fits: --train.micro-batch-size {fits} ({asked}, as set, {why})"
+        )
+    return lines
+
+
+def _time_lines(forecast: Forecast) -> list[str]:
+    if forecast.fleet.card is None:
+        return ["time         not known for a CPU: `pretrain.py PRESET --dry-run` measures this one"]
+    if forecast.step_s is None:
+        return [f"time         not known: no bfloat16 peak of a {forecast.fleet.card.name} is known, or it has none"]
+    fast, slow = forecast.step_s
+    low, high = forecast.tokens_per_s
+    shortest, longest = forecast.hours
+    mfu = " to ".join(f"{share * 100:.0f} %" for share in EXPECTED_MFU)
+    lines = [
+        f"step         {fast:.3g} to {slow:.3g} s, {low:,.0f} to {high:,.0f} tokens/s",
+        f"time         {shortest:,.1f} to {longest:,.1f} hours of training, evaluations and saves not included",
+        f"             at {mfu} of {forecast.fleet.card.tflops:g} TFLOP/s a card, which published runs of this size "
+        "reach; not measured here",
+    ]
+    if not forecast.how.compiled:
+        lines.append("             with train.compile off it will be slower than that")
+    return lines
+
+
+def _parameter_lines(config: RunConfig) -> list[str]:
+    tokens = config.train.max_steps * config.train.batch_tokens
+    flops = flops_per_token(config.model)
+    total = plan.n_parameters(config.model)
+    return [
+        f"steps        {config.train.max_steps:,} steps = {tokens:,} tokens",
+        f"parameters   {total:,} in all",
+        f"FLOPs        {flops / 1e9:.3f} G a token, {flops * tokens:.3e} in all",
+    ]
+
+
+def describe(config: RunConfig, world_size: int, device: str = "cpu") -> str:
+    """The arithmetic of a run as a text block for people: what `--dry-run` prints."""
+    model, train = config.model, config.train
+    batch = str(plan.batch_plan(model, train, world_size))
+    if train.micro_batch_size == "auto":
+        sizes = plan.micro_batch_sizes(model, train, world_size)
+        batch = f"auto: the most that fits of {', '.join(map(str, sizes))} sequences x {model.max_seq_len:,} tokens x "
+        batch += f"{world_size} rank(s), accumulated to {train.batch_tokens:,} tokens a step"
+        batch += "; memory is for one sequence"
+        config = _with(config, 1)
+    parts = plan.parameters_by_part(model)
+    total = sum(parts.values())
+    tokens = train.max_steps * train.batch_tokens
+    flops = flops_per_token(model)
+    lines = [
+        f"batch        {batch}",
+        f"steps        {train.max_steps:,} steps = {tokens:,} tokens",
+        f"parameters   {total:,} in all, {total - parts['embedding']:,} without the embedding",
+        *(f"  {name:<16}{count:>13,}" for name, count in parts.items() if count),
+        f"vocabulary   {model.vocab_size:,} tokens, padded to {model.padded_vocab_size:,} rows",
+        f"FLOPs        {flops / 1e9:.3f} G a token, {flops * tokens:.3e} in all",
+        *memory_lines(config, Computing.of(config, device, world_size)),
+        "disk         (estimate)",
+        *(f"  {name:<30}{size / GIB:>8.2f} GiB" for name, size in plan.disk_estimate_bytes(config).items()),
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,43 @@
+"""`myllm plan PRESET --gpus 8xA100-80`: does a run fit there, with which micro-batch, and for how long?"""
+
+from dataclasses import dataclass
+
+from . import forecast
+from .errors import UserError
+from .launch import AskedRun, parse_as
+
+USAGE = """usage: myllm plan PRESET --gpus 8xA100-80 [--config FILE.json] [overrides]
+
+Predict a run's memory by part, the largest micro-batch that fits, accumulation steps and time. Nothing is measured.
+
+presets:
+{presets}
+
+options:
+  --gpus CARDS        how many of which card: 8xA100-80, 1xRTX3060, H100, or cpu; an unknown name lists all
+  --config FILE.json  lay a saved or hand-written config over the preset (which may then be left out)
+  overrides           any setting of the config, as for pretrain.py: --train.parallel fsdp
+
+`myllm plan --table` prints the presets on common cards, as in docs/hardware.md.
+"""
+
+
+@dataclass(frozen=True)
+class PlanLaunch(AskedRun):
+    """What `myllm plan` is asked."""
+
+    gpus: str = ""
+    """How many of which card: 8xA100-80, 1xRTX3060, H100, or cpu."""
+
+
+def plan(words: list[str]) -> None:
+    """Predict memory, micro-batch and hours of a run on given cards (--gpus 8xA100-80), from its config alone."""
+    if words == ["--table"]:
+        from .hardware_table import page
+
+        print(page(), end="")
+        return
+    wanted = parse_as(PlanLaunch, words, USAGE)
+    if not wanted.gpus:
+        raise UserError("which cards? Say so with --gpus, such as --gpus 8xA100-80 or --gpus cpu")
+    print(forecast.table(forecast.foresee(wanted.config, forecast.parse_fleet(wanted.gpus))))

@@ -1,0 +1,76 @@
+"""What a training step really holds in memory, by two of torch's own means that know nothing of the estimate."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.profiler import ProfilerActivity, profile
+
+from myllm.config import RunConfig
+from myllm.distributed import Process
+from myllm.model import Transformer
+from myllm.optim import ScheduledAdamW
+from myllm.parallel import wrap
+from myllm.precision import autocast
+
+ALONE = Process(0, 0, 1, torch.device("cpu"))
+
+
+class Step:
+    """One rank's steps on a CPU, with a model and an optimizer that are made here."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config, shape = config, (config.train.micro_batch_size, config.model.max_seq_len)
+        self.model = Transformer(config.model)
+        self.optimizer = ScheduledAdamW(self.model.named_parameters(), config.optim, 10)
+        self.runner = wrap(self.model, config, ALONE)
+        self.tokens = torch.randint(config.model.vocab_size, shape)
+        self.accumulation = config.train.batch_tokens // self.tokens.numel()
+
+    def forward(self) -> Tensor:
+        with autocast(self.config, ALONE.device):
+            return self.runner(self.tokens, self.tokens)
+
+    def __call__(self) -> None:
+        self.runner.train()
+        for _ in range(self.accumulation):
+            self.forward().backward()
+        torch.nn.utils.clip_grad_norm_(self.optimizer.parameters.values(), 1.0)
+        self.optimizer.step(0)
+        self.optimizer.zero_grad()
+
+    @property
+    def held(self) -> int:
+        """Bytes of weights, buffers and moments."""
+        moments = [each for state in self.optimizer.state_dict().values() for each in state.values()]
+        return bytes_of([*self.model.parameters(), *self.model.buffers(), *moments])
+
+
+def bytes_of(tensors: list[Tensor]) -> int:
+    """Of their memory; what several of them share counts once."""
+    return sum({each.data_ptr(): each.nbytes() for each in (t.untyped_storage() for t in tensors)}.values())
+
+
+def saved_bytes(step: Step) -> int:
+    """What autograd keeps from a forward pass for the backward pass, weights and buffers left out."""
+    kept: list[Tensor] = []
+    step.runner.train()
+    with saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        loss = step.forward()
+    own = {t.untyped_storage().data_ptr() for t in [*step.model.parameters(), *step.model.buffers(), step.tokens]}
+    kept = [t for t in kept if t.untyped_storage().data_ptr() not in own]
+    del loss
+    return bytes_of(kept)
+
+
+def highest(work: Callable[[], None]) -> int:
+    """How many bytes more than before are allocated at once, at most, while something is done."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        work()
+    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most

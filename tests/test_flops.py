@@ -1,0 +1,213 @@
+"""FLOPs a token against torch's own counter, and peaks by what drivers print."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import flop_counter
+from torch.utils.flop_counter import FlopCounterMode
+
+from myllm.config import ModelConfig
+from myllm.errors import UserError
+from myllm.flops import CARDS, card_named, card_of, flops_per_token, peak_flops
+from myllm.forecast import parse_fleet
+from myllm.model import Transformer
+from myllm.plan import n_parameters
+from myllm.presets import PRESETS, preset
+
+ATEN = torch.ops.aten
+FUSED_ON_A_CPU = {  # with the counter's own formulas, which it has for those of cards alone
+    ATEN._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: flop_counter.sdpa_flop_count(q, k, v),
+    ATEN._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda grad, q, k, v, *_, **__: flop_counter.sdpa_backward_flop_count(grad, q, k, v)
+    ),
+}
+
+
+def counted(config: ModelConfig, rows: int, backend: SDPBackend = SDPBackend.MATH) -> int:
+    """Forward and backward, by torch's counter, with tensors that have shapes but no numbers.
+
+    The loss's own function and the backward pass of attention are among what it sees. Under autocast, since without
+    it the loss adds a product in place (addmm_), which the counter overlooks.
+    """
+    counting = FlopCounterMode(display=False, custom_mapping=FUSED_ON_A_CPU)
+    with FakeTensorMode():
+        model, tokens = Transformer(config), torch.zeros(rows, config.max_seq_len, dtype=torch.int64)
+        with counting, sdpa_kernel(backend), torch.autocast("cpu", torch.bfloat16):
+            model(tokens, tokens).backward()
+    return counting.get_total_flops()
+
+
+def vectors(config: ModelConfig) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in Transformer(config).parameters() if p.ndim == 1)
+
+
+KINDS = [
+    {},
+    {"activation": "gelu", "position": "learned", "norm": "layernorm", "bias": True},
+    {"tie_embeddings": False},
+    {"n_kv_heads": 2, "head_dim": 48, "qk_norm": True, "activation": "relu2"},
+]
+SMALL = ModelConfig(vocab_size=512, max_seq_len=128, d_model=128, n_layers=3, n_heads=4, d_ff=512)
+
+
+@pytest.mark.parametrize("changes", KINDS, ids=str)
+def test_flops_are_those_that_torch_counts(changes) -> None:
+    """With plain attention, to the last one but for vectors: the formula takes biases and norms for multiplied.
+
+    Both count attention in full, though a causal kernel may skip half of it.
+    """
+    config = replace(SMALL, **changes)
+    tokens = 2 * config.max_seq_len
+    assert counted(config, 2) == tokens * (flops_per_token(config) - 6 * vectors(config))
+
+
+@pytest.mark.parametrize("changes", KINDS[:3], ids=str)
+def test_a_fused_kernel_multiplies_once_more(changes) -> None:
+    """Its backward pass computes the scores again: 2 d_attention T a token and layer that the formula leaves out.
+
+    With grouped heads torch's counter takes all heads for the queries' number; that is not compared.
+    """
+    config = replace(SMALL, **changes)
+    tokens, d = 2 * config.max_seq_len, config.n_heads * config.head_size
+    again = 2 * config.n_layers * d * config.max_seq_len
+    expected = tokens * (flops_per_token(config) - 6 * vectors(config) + again)
+    assert counted(config, 2, SDPBackend.FLASH_ATTENTION) == expected
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_flops_of_a_preset(name: str) -> None:
+    """One sequence at full size; what it pads the vocabulary with is counted too."""
+    config = preset(name).model
+    padding = 6 * (config.padded_vocab_size - config.vocab_size) * config.d_model
+    expected = flops_per_token(config) - 6 * vectors(config) + padding
+    assert counted(config, 1) == config.max_seq_len * expected
+
+
+def test_flops_of_the_reference_run() -> None:
+    """6 x 320,145,408 + 12 x 16 layers x 1,024 x 2,048."""
+    assert flops_per_token(preset("lf-llm-269m").model) == 2_323_525_632
+
+
+def test_a_tied_head_counts_once_and_lookups_not_at_all() -> None:
+    model = preset("default-150m").model
+    untied = replace(model, tie_embeddings=False)
+    assert flops_per_token(untied) == flops_per_token(model)
+    assert n_parameters(untied) - n_parameters(model) == model.vocab_size * model.d_model
+    assert flops_per_token(replace(model, position="learned")) == flops_per_token(model)
+
+
+# -- cards ------------------------------------------------------------------------------------------------------------
+
+DRIVERS = {
+    "NVIDIA A100-SXM4-80GB": ("A100-80", 312),
+    "NVIDIA A100-SXM4-40GB": ("A100-40", 312),
+    "NVIDIA A100-PCIE-40GB": ("A100-40", 312),
+    "NVIDIA A100 80GB PCIe": ("A100-80", 312),
+    "NVIDIA A800-SXM4-80GB": ("A800", 312),
+    "NVIDIA H100 80GB HBM3": ("H100", 989),
+    "NVIDIA H100 PCIe": ("H100-PCIe", 756),
+    "NVIDIA H100 NVL": ("H100-NVL", 835),
+    "NVIDIA H800": ("H800", 989),
+    "NVIDIA H20": ("H20", 148),
+    "NVIDIA H200": ("H200", 989),
+    "NVIDIA H200 NVL": ("H200-NVL", 835),
+    "NVIDIA GH200 480GB": ("GH200", 989),
+    "NVIDIA GH200 144G HBM3e": ("GH200-144", 989),
+    "NVIDIA B200": ("B200", 2_250),
+    "NVIDIA GB200": ("GB200", 2_500),
+    "NVIDIA L4": ("L4", 121),
+    "NVIDIA L40": ("L40", 181),
+    "NVIDIA L40S": ("L40S", 362),
+    "NVIDIA A10": ("A10", 125),
+    "NVIDIA A10G": ("A10G", 70),
+    "NVIDIA A40": ("A40", 149.7),
+    "NVIDIA RTX A6000": ("RTX-A6000", 154.8),
+    "NVIDIA RTX 6000 Ada Generation": ("RTX6000-Ada", 364.2),
+    "NVIDIA GeForce RTX 5090": ("RTX5090", 209.5),
+    "NVIDIA GeForce RTX 5080": ("RTX5080", 112.6),
+    "NVIDIA GeForce RTX 4090": ("RTX4090", 165.2),
+    "NVIDIA GeForce RTX 4080": ("RTX4080", 97.5),
+    "NVIDIA GeForce RTX 4080 SUPER": ("RTX4080S", 104.4),
+    "NVIDIA GeForce RTX 4070": ("RTX4070", 58.3),
+    "NVIDIA GeForce RTX 4070 Ti": ("RTX4070Ti", 80.2),
+    "NVIDIA GeForce RTX 4070 Ti SUPER": ("RTX4070TiS", 88.2),
+    "NVIDIA GeForce RTX 3090": ("RTX3090", 71),
+    "NVIDIA GeForce RTX 3090 Ti": ("RTX3090Ti", 80),
+    "NVIDIA GeForce RTX 3080": ("RTX3080", 59.5),
+    "NVIDIA GeForce RTX 3070": ("RTX3070", 40.6),
+    "NVIDIA GeForce RTX 3060": ("RTX3060", 25.5),
+    "NVIDIA GeForce RTX 3060 Ti": ("RTX3060Ti", 32.4),
+    "Tesla T4": ("T4", None),
+    "Tesla V100-SXM2-16GB": ("V100-16", None),
+    "Tesla V100-SXM2-32GB": ("V100-32", None),
+    "AMD Instinct MI300X": ("MI300X", 1_307),
+    "AMD Instinct MI325X": ("MI325X", 1_307),
+}
+UNKNOWN = (
+    "NVIDIA GeForce RTX 4090 Laptop GPU",
+    "NVIDIA GeForce RTX 4090 D",
+    "NVIDIA GeForce RTX 3080 Laptop GPU",
+    "NVIDIA A100-SXM4-80GB MIG 1g.10gb",
+    "NVIDIA H100 80GB HBM3 MIG 3g.40gb",
+    "NVIDIA A100X",
+    "NVIDIA GeForce GTX 1080 Ti",
+    "NVIDIA GeForce RTX 2080 Ti",
+    "NVIDIA RTX 6000",
+    "Quadro RTX 6000",
+    "AMD EPYC",
+    "Intel(R) Xeon(R) Platinum 8480+",
+    "",
+)
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_a_card_by_its_drivers_name(driver: str) -> None:
+    name, tflops = DRIVERS[driver]
+    assert card_of(driver).name == name
+    assert peak_flops(driver) == (None if tflops is None else pytest.approx(tflops * 1e12))
+
+
+@pytest.mark.parametrize("driver", UNKNOWN)
+def test_what_is_not_known_has_no_peak(driver: str) -> None:
+    assert card_of(driver) is None
+    assert peak_flops(driver) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "units", "clock_ghz"),
+    [
+        ("RTX3060", 28, 1.777), ("RTX3060Ti", 38, 1.665), ("RTX3070", 46, 1.725), ("RTX3070Ti", 48, 1.77),
+        ("RTX3080", 68, 1.71), ("RTX3080Ti", 80, 1.665), ("RTX3090", 82, 1.695), ("RTX3090Ti", 84, 1.86),
+        ("RTX4060", 24, 2.46), ("RTX4060Ti-16", 34, 2.535), ("RTX4070", 46, 2.475), ("RTX4070S", 56, 2.475),
+        ("RTX4070Ti", 60, 2.61), ("RTX4070TiS", 66, 2.61), ("RTX4080", 76, 2.505), ("RTX4080S", 80, 2.55),
+        ("RTX4090", 128, 2.52), ("RTX5070", 48, 2.512), ("RTX5070Ti", 70, 2.452), ("RTX5080", 84, 2.617),
+        ("RTX5090", 170, 2.407),
+    ],
+)  # fmt: skip
+def test_geforce_peaks_follow_from_the_chip(name: str, units: int, clock_ghz: float) -> None:
+    """512 FLOP a clock and SM, summed in float32."""
+    assert card_named(name).tflops == pytest.approx(units * 512 * clock_ghz / 1_000, rel=0.01)
+
+
+def test_names_that_people_type() -> None:
+    for name in ("A100-80", "a100-80gb", "A100 80", "a10080"):
+        assert card_named(name).name == "A100-80"
+    for name in ("RTX3060", "rtx 3060", "RTX-3060", "geforce-rtx-3060"):
+        assert card_named(name).name == "RTX3060"
+    assert len({card.name for card in CARDS}) == len(CARDS)
+    for card in CARDS:
+        assert card_named(card.name) is card
+        assert parse_fleet(f"8x{card.name}").card is card
+        assert 5 < card.memory_gib < 300
+
+
+def test_cards_that_nobody_knows() -> None:
+    with pytest.raises(UserError, match=r"--gpus '4xRTX3061'.*did you mean.*known cards: .*A100-80.*RTX3060"):
+        parse_fleet("4xRTX3061")
+    for text in ("0xH100", "8x", "xx", ""):
+        with pytest.raises(UserError, match="expected a number and a card such as 8xA100-80"):
+            parse_fleet(text)

@@ -1,0 +1,125 @@
+"""`myllm plan`: does a run fit on given cards, and how long does it take?"""
+
+import re
+from pathlib import Path
+
+import pytest
+from conftest import with_train
+
+from myllm.cli import main
+from myllm.errors import UserError
+from myllm.flops import CARDS
+from myllm.footprint import predicted_bytes
+from myllm.forecast import EXPECTED_MFU, foresee, parse_fleet, table
+from myllm.hardware_table import FLEETS, page
+from myllm.plan import micro_batch_sizes
+from myllm.presets import PRESETS, preset
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def test_dolma_75m_fits_an_rtx_3060() -> None:
+    """12 GB, with the micro-batch that the preset has."""
+    forecast = foresee(preset("dolma-75m"), parse_fleet("1xRTX3060"))
+    assert forecast.as_set_works
+    assert predicted_bytes(forecast.config, forecast.how) <= forecast.fleet.budget_bytes < 11 * 2**30
+
+
+def test_the_page_is_what_the_code_says() -> None:
+    """If not: myllm plan --table > docs/hardware.md."""
+    assert (DOCS / "hardware.md").read_text(encoding="utf-8") == page()
+
+
+@pytest.mark.parametrize("cards", FLEETS)
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_largest_that_fits(name: str, cards: str) -> None:
+    """It fits, keeps the batch exact, and the next one does not fit."""
+    config, fleet = preset(name), parse_fleet(cards)
+    try:
+        forecast = foresee(config, fleet)
+    except UserError:
+        assert not micro_batch_sizes(config.model, config.train, fleet.count)
+        return
+    sizes = micro_batch_sizes(config.model, config.train, fleet.count)
+    used = {n: predicted_bytes(with_train(config, micro_batch_size=n), forecast.how) for n in sizes}
+    assert list(used.values()) == sorted(used.values())
+    assert forecast.fits == max((n for n in sizes if used[n] <= fleet.budget_bytes), default=None)
+
+
+def test_time_by_hand() -> None:
+    """The reference run on 8 x A100: 2.3235 GFLOP x 524,288 tokens over 8 x 312 TFLOP/s."""
+    forecast = foresee(preset("lf-llm-269m"), parse_fleet("8xA100-80"))
+    low, high = EXPECTED_MFU
+    whole = 2_323_525_632 * 524_288 / (8 * 312e12)
+    assert forecast.step_s == pytest.approx((whole / high, whole / low))
+    assert forecast.tokens_per_s == pytest.approx((524_288 / forecast.step_s[1], 524_288 / forecast.step_s[0]))
+    assert forecast.hours == pytest.approx(tuple(19_073 * seconds / 3_600 for seconds in forecast.step_s))
+    # What it really took there: 346K tokens/s.
+    assert forecast.tokens_per_s[0] < 346e3 < forecast.tokens_per_s[1]
+    slower = foresee(with_train(preset("lf-llm-269m"), activation_checkpointing=True), parse_fleet("8xA100-80"))
+    assert slower.step_s[0] == pytest.approx(forecast.step_s[0] * 4 / 3)
+
+
+def plan(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    main(["plan", *words])
+    return capsys.readouterr().out
+
+
+def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    said = plan(capsys, "lf-llm-269m", "--gpus", "8xA100-80", "--train.max-steps", "100")
+    assert "lf-llm-269m on 8 x A100-80 (DDP)" in said
+    assert "100 steps = 52,428,800 tokens" in said
+    assert re.search(
+        r"micro-batch  \d+ is the largest that fits: --train.micro-batch-size \d+ \(16, as set, fits too\)", said
+    )
+    parts = [float(size) for size in re.findall(r"^  \w[\w' ,]+ +([\d.]+) GiB$", said, re.MULTILINE)]
+    (whole,) = re.findall(r"memory +([\d.]+) GiB predicted", said)
+    assert sum(parts) == pytest.approx(float(whole), abs=0.05)
+    assert "at 30 % to 50 % of 312 TFLOP/s a card" in said
+    sharded = plan(capsys, "lf-llm-269m", "--gpus", "8xRTX3060", "--train.parallel", "fsdp")
+    assert "(FSDP)" in sharded
+    assert "whole matrices for a moment" in sharded
+    assert "16, as set, does not fit" in sharded
+
+
+def test_what_is_not_known_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no bfloat16 peak of a T4 is known" in plan(capsys, "small-50m", "--gpus", "T4")
+    cpu = plan(capsys, "debug", "--gpus", "cpu")
+    assert "resident memory of the process" in cpu
+    assert "time         not known for a CPU" in cpu
+    assert "12, as set, does not divide the batch" in plan(capsys, "dolma-75m", "--gpus", "8xH100")
+    nothing = plan(capsys, "lf-llm-269m", "--gpus", "RTX3070", "--model.n-layers", "80")
+    assert "fits         no" in nothing
+    assert "--train.activation-checkpointing" in nothing
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["debug", "--gpus", "8xFOO"], "known cards: "),
+        (["debug"], "which cards? Say so with --gpus"),
+        (["debug", "--gpus", "7xH100"], "on 7 ranks train.batch_tokens 512 is not a multiple"),
+        (["nothing", "--gpus", "H100"], "unknown preset 'nothing'"),
+    ],
+)
+def test_mistakes(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["plan", *words])
+    assert caught.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_help_and_table(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, code in ((["--help"], 0), ([], 2)):
+        with pytest.raises(SystemExit) as caught:
+            plan(capsys, *words)
+        assert caught.value.code == code
+        assert "usage: myllm plan PRESET --gpus" in capsys.readouterr().out
+    assert plan(capsys, "--table") == page()
+
+
+def test_every_part_of_a_table_is_there() -> None:
+    for card in CARDS:
+        said = table(foresee(preset("small-50m"), parse_fleet(card.name)))
+        for line in ("steps", "memory", "card", "time"):
+            assert f"\n{line} " in said
