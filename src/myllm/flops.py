@@ -49,6 +49,8 @@ class Card:
 # GeForce: "Peak BF16 Tensor TFLOPS with FP32 accumulate" in the white papers of GA102, Ada and Blackwell: 512 FLOP a
 # clock and SM (half of the rate with FP16 sums) x SMs x boost clock, which also gives the cards that they leave out.
 # AMD: data sheets of MI210, MI250X (a device is one of its two dies), MI300A, MI300X, MI325X, MI350X, MI355X.
+# Compared with the source when this list was made: A100, A40, B200, B300, GB200 and GeForce's rule. The others are the
+# published figures as we know them; whoever has a data sheet at hand that says otherwise is right.
 # The first pattern that is found counts. Where one name stands for several memories (RTX 3060, 3080, 4060 Ti), the
 # commoner part is here; only `myllm plan` uses the memory, and a slightly different peak is nearer than none.
 CARDS = (
