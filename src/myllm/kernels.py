@@ -30,8 +30,9 @@ def say_kernels(model: Transformer, config: RunConfig, process: Process, log: Lo
     products = "bfloat16" if half else "float32"
     if half and device.type == "cuda":
         products += ", TF32 for what is left in float32" if may_use_tf32(config, device) else ", the rest in float32"
-    compiled = compiles(model, config, device) or "not"
-    log(f"kernels: attention by the {choice.name} kernel; matrix products in {products}; {compiled} compiled")
+    compiled = {"": "nothing compiled", "whole": "compiled as one graph", "block by block": "compiled block by block"}
+    how = compiled[compiles(model, config, device)]
+    log(f"kernels: attention by the {choice.name} kernel; matrix products in {products}; {how}")
     if choice.name == "math" and device.type == "cuda":
         why = "".join(f"\n  - {refusal}" for refusal in choice.refusals)
         log(
