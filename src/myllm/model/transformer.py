@@ -59,7 +59,7 @@ class Transformer(nn.Module):
         """
         hidden = self.hidden(tokens, cache)  # (B, T, D)
         if targets is not None:
-            loss = self._training_loss if self.training else mean_loss
+            loss = self._training_loss if self.training and torch.is_grad_enabled() else mean_loss
             return loss(hidden.flatten(0, 1), self.head_weight, targets.flatten(), self.config.vocab_size)
         return self._logits(hidden)
 
@@ -209,7 +209,7 @@ class Block(nn.Module):
         Shapes:
             x (B, T, D); returns (B, T, D)
         """
-        if self._compiled is not None and self.training:
+        if self._compiled is not None and self.training and cache is None and torch.is_grad_enabled():
             return self._compiled(x, rotary)
         return self._forward(x, rotary, cache)
 
