@@ -16,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from myllm.config import ModelConfig, RunConfig
+from myllm.diagnosis import diagnose
 from myllm.distributed import Process
 from myllm.evals.perplexity import assess_sums
 from myllm.generation import stream
@@ -128,6 +129,20 @@ def test_checkpointed_blocks_share_one_graph(graphs: Graphs) -> None:
         assert graphs.count == (2, 0)
         evaluate(model, config)
         assert graphs.count == (2, 0), "an evaluation was compiled"
+
+
+def test_a_bad_step_is_taken_apart_uncompiled(graphs: Graphs) -> None:
+    """Its hooks see every module, in blocks that are compiled otherwise and are so again afterwards."""
+    config = small_run("debug", activation_checkpointing=True)
+    model = Transformer(config.model)
+    runner = wrap(model, config, ALONE)
+    train_steps(runner, config, steps=1)
+    found = diagnose(model, [(batch(1), batch(1))], 1, lambda: autocast(config, ALONE.device))
+    assert graphs.count == (2, 0)
+    assert {"blocks.0.attention", "blocks.1.feed_forward.down_proj"} <= {layer.module for layer in found.layers}
+    model.zero_grad(set_to_none=True)
+    train_steps(runner, config, steps=1)
+    assert graphs.count == (2, 0)
 
 
 @pytest.mark.usefixtures("one_rank")

@@ -3,7 +3,8 @@
 Shapes: B batch, T sequence, D d_model, V padded vocabulary, K head dimension; M continuations, P tokens before them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -159,7 +160,21 @@ class Transformer(nn.Module):
         """
         self._training_loss = torch.compile(mean_loss, **options)
         for block in self.blocks:
-            block.compile_training(**options)
+            block.compiled = torch.compile(block.run, **options)
+
+    @contextmanager
+    def parts_uncompiled(self) -> Iterator[None]:
+        """Training that runs operation by operation, so that hooks see each."""
+        loss, compiled = self._training_loss, [block.compiled for block in self.blocks]
+        try:
+            self._training_loss = mean_loss
+            for block in self.blocks:
+                block.compiled = None
+            yield
+        finally:
+            self._training_loss = loss
+            for block, one in zip(self.blocks, compiled, strict=True):
+                block.compiled = one
 
     def _run(self, tokens: Tensor, positions: slice | Tensor, cache: KVCache | None) -> Tensor:
         """From tokens to the normalised output, where the cache is open."""
@@ -202,22 +217,20 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(config)
         self.recompute = False
         """Whether the backward pass computes what is inside again instead of keeping it."""
-        self._compiled: Callable[..., Tensor] | None = None
+        self.compiled: Callable[..., Tensor] | None = None
+        """What training calls in place of the block's own operations, wrappers' hooks aside."""
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, cache: KVCache | None = None) -> Tensor:
         """
         Shapes:
             x (B, T, D); returns (B, T, D)
         """
-        if self._compiled is not None and self.training and cache is None and torch.is_grad_enabled():
-            return self._compiled(x, rotary)
-        return self._forward(x, rotary, cache)
+        if self.compiled is not None and self.training and cache is None and torch.is_grad_enabled():
+            return self.compiled(x, rotary)
+        return self.run(x, rotary, cache)
 
-    def compile_training(self, **options: Any) -> None:
-        """Compile what training calls, what wrappers hook around the block aside."""
-        self._compiled = torch.compile(self._forward, **options)
-
-    def _forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, cache: KVCache | None = None) -> Tensor:
+    def run(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, cache: KVCache | None = None) -> Tensor:
+        """As `forward`, never by way of `compiled`."""
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(self._run, x, rotary, cache, use_reentrant=False)
         return self._run(x, rotary, cache)
