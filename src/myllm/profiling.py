@@ -7,7 +7,6 @@ chrome://tracing), and a table of the ten costliest kernels, by the phase of the
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Any
 
 import torch
 
@@ -15,6 +14,7 @@ from .config import RunConfig
 from .distributed import Process
 from .files import write_text
 from .kernel_costs import STEP, table
+from .meter import Meter
 from .metrics import Log
 from .paths import RunPaths
 
@@ -33,11 +33,11 @@ class Profiler:
     """Records the steps of one window, on rank 0, and costs nothing outside it.
 
     Args:
-        paused: around what is no training: starting, and writing what was recorded.
+        meter: counts apart what is no training: starting, and writing what was recorded.
     """
 
-    def __init__(self, run: RunPaths, config: RunConfig, step: int, process: Process, log: Log, paused: Any) -> None:
-        self._run, self._process, self._log, self._paused = run, process, log, paused
+    def __init__(self, run: RunPaths, config: RunConfig, step: int, process: Process, log: Log, meter: Meter) -> None:
+        self._run, self._process, self._log, self._meter = run, process, log, meter
         self.window = quiet_window(config, step) if process.is_main else range(0)
         self._recording: torch.profiler.profile | None = None
         self._seconds = 0.0
@@ -49,7 +49,7 @@ class Profiler:
             yield
             return
         if self._recording is None:
-            with self._paused():
+            with self._meter.doing("profiling"):
                 self._recording = self._started()
         started = time.perf_counter()
         with _marked(STEP, self._process.device):
@@ -57,7 +57,7 @@ class Profiler:
             _synchronize(self._process.device)  # at each, so that what comes between two steps is not the next one's
         self._seconds += time.perf_counter() - started
         if step == self.window[-1]:
-            with self._paused():
+            with self._meter.doing("profiling"):
                 self._write()
 
     def phase(self, name: str) -> AbstractContextManager[None]:

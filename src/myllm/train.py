@@ -137,7 +137,7 @@ def train(
         bar = stack.enter_context(tqdm(total=max_steps, initial=state.step, bar_format=shown, disable=hidden))
         collected = stack.enter_context(garbage.Schedule(state.step))
         meter = Meter(config, process, loader, state.step, began)
-        profiler = Profiler(run, config, state.step, process, log, meter.paused) if profile else NoProfiler()
+        profiler = Profiler(run, config, state.step, process, log, meter) if profile else NoProfiler()
         guard = Guard(config.train, process.device, state.skips)
         scene = bad_step.Scene(run, config, dataset, batch, model, whole, optimizer, tokenizer, process, log)
         checked = partial(bad_step.checked, guard=guard, scene=scene)
