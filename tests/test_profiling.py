@@ -127,7 +127,7 @@ def test_a_profiled_run_is_the_same_run(tiny: RunConfig) -> None:
     assert {phase: names.count(phase) for phase in PHASES} == {phase: STEPS * n for phase, n in expected.items()}
 
     text = (profiled / "profile/kernels.txt").read_text()
-    rows = re.findall(r"^(\w+) +([\d.]+)% +[\d.]+ +[\d,.]+   (\S+)$", text.partition("costliest")[2], re.MULTILINE)
+    rows = re.findall(r"^(\w+) +([\d.]+)% +[\d.]+ +[\d,.]+   (.+)$", text.partition("costliest")[2], re.MULTILINE)
     assert len(rows) == 10
     shares = [float(share) for _, share, _ in rows]
     assert shares == sorted(shares, reverse=True)
