@@ -27,7 +27,7 @@ def main() -> None:
         if wanted.dry_run:
             print(launch.describe(wanted))
         else:
-            prepare_and_train(wanted.config, wanted.prepare_only)
+            prepare_and_train(wanted.config, wanted.prepare_only, wanted.profile)
 
 
 def check_publishing(config: "RunConfig") -> None:
@@ -40,7 +40,7 @@ def check_publishing(config: "RunConfig") -> None:
         check_hub(config.hub)
 
 
-def prepare_and_train(config: "RunConfig", prepare_only: bool) -> None:
+def prepare_and_train(config: "RunConfig", prepare_only: bool, profile: bool = False) -> None:
     started = time.monotonic()
     from myllm import distributed, ranks
     from myllm.data.beside import prepared_beside
@@ -66,7 +66,7 @@ def prepare_and_train(config: "RunConfig", prepare_only: bool) -> None:
             distributed.process_group(config.train.device) as process,
         ):
             try:
-                outcome = train(config, dataset, process, publisher.offer, started)
+                outcome = train(config, dataset, process, publisher.offer, started, profile)
             except Diverged as error:
                 if is_main:  # all that is known stands in the log, and above
                     print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)

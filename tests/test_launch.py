@@ -138,6 +138,13 @@ def test_bad_text_leaves_nothing(tmp_path: Path, temp_data: Path, case: str) -> 
     assert [path.name for path in temp_data.rglob("*") if path.suffix != ".lock" and path.name != "datasets"] == []
 
 
+def test_profile_is_a_switch_of_one_start() -> None:
+    """And no setting of the run: its config.json would ask for it again."""
+    plain, profiled = parse(["debug"]), parse(["debug", "--profile"])
+    assert (plain.profile, profiled.profile) == (False, True)
+    assert plain.config == profiled.config
+
+
 def test_prepare_only(tiny: RunConfig, tmp_path: Path, temp_data: Path) -> None:
     path = write_run_config(tiny, tmp_path / "tiny.json")
     done = launch("--config", path, "--prepare-only")

@@ -75,7 +75,7 @@ def diagnose(
     model.train()
     model.zero_grad(set_to_none=True)
     losses, loss = [], 0.0
-    with _watched(model) as seen:
+    with model.parts_uncompiled(), _watched(model) as seen:
         for tokens, targets in batches:
             with autocast():
                 part = model(tokens, targets) / n_batches

@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 RANK_0_FIRST_S = 10
 LOST_A_RANK = ("onnection closed by peer", "onnection reset by peer", "Broken pipe", "remote process exit")
 """What gloo and NCCL say where the process at the other end is gone."""
-USAGE = """usage: python pretrain.py PRESET [--config FILE.json] [--dry-run] [--prepare-only] [overrides]
+USAGE = """usage: python pretrain.py PRESET [--config FILE.json] [--dry-run] [--prepare-only] [--profile]
+                          [overrides]
 
 Train a language model. The same command resumes an interrupted run.
 
@@ -45,6 +46,7 @@ options:
   --config FILE.json  lay a saved or hand-written config over the preset (which may then be left out)
   --dry-run           check everything, print the resolved config and what it costs, and stop
   --prepare-only      make the data set if it is not there yet, and stop
+  --profile           record a few of the first steps, say where their time goes, and train on (docs/speed.md)
   overrides           any setting of the config, such as --train.max-steps 100 --optim.max-lr 1e-3 --name my-run
 
 `python pretrain.py PRESET --help` lists every setting with its value in that preset.
@@ -71,6 +73,8 @@ class Launch(AskedRun):
     """Check everything, print the resolved config and what it costs, and stop."""
     prepare_only: bool = False
     """Make the data set if it is not there yet, and stop."""
+    profile: bool = False
+    """Record a few of the first steps, say which kernels they spend their time in, and train on."""
 
     @property
     def planning(self) -> bool:

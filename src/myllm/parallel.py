@@ -7,6 +7,7 @@ step calls, and comes after a checkpoint is loaded.
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +18,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .config import RunConfig
 from .distributed import Process
-from .model import Transformer
+from .model import Transformer, sdpa
 from .precision import autocast, computes_in_bfloat16
+
+BUCKET_MB = 64
+"""Of gradients that DDP sums at a time, from the last layers to the first. Each bucket is a graph of its own where the
+model is compiled, and torch's 25 MB would cut each block of lf-llm-269m, which has 67 MB, in two or three. A sum of
+64 MB takes a few milliseconds of a backward pass of hundreds, and only the last, the embedding's, has nothing to run
+beside. Reasoned, not measured (docs/experiments.md)."""
 
 
 def spread(model: Transformer, config: RunConfig, process: Process) -> Transformer:
@@ -42,19 +49,30 @@ def spread(model: Transformer, config: RunConfig, process: Process) -> Transform
     return whole
 
 
-def wrap(model: Transformer, config: RunConfig, process: Process) -> nn.Module:
-    """The model as training calls it: compiled where that pays, with gradients averaged over ranks."""
-    compiled = config.train.compile == "on" or (config.train.compile == "auto" and process.device.type == "cuda")
+def compiles(model: Transformer, config: RunConfig, device: torch.device) -> Literal["", "whole", "block by block"]:
+    """What is compiled in training: nothing, the model and its loss as one graph, or blocks and the loss apart."""
+    if config.train.compile == "off" or (config.train.compile == "auto" and device.type != "cuda"):
+        return ""
     # FSDP's collectives stand between the blocks, and torch's splitter of graphs for DDP refuses checkpointed blocks.
     by_block = isinstance(model, FSDPModule) or config.train.activation_checkpointing
+    return "block by block" if by_block else "whole"
+
+
+def wrap(model: Transformer, config: RunConfig, process: Process) -> nn.Module:
+    """The model as training calls it: compiled where that pays, with gradients averaged over ranks."""
+    compiled = compiles(model, config, process.device)
     for block in model.blocks:
         block.recompute = config.train.activation_checkpointing
-        if compiled and by_block:
-            block.compile()
-    runner: nn.Module = torch.compile(model) if compiled and not by_block else model
+    # Shapes never change in training. A graph that would break in two is an error, not a slower run.
+    options = {"fullgraph": True, "dynamic": False}
+    if compiled == "block by block":
+        model.compile_parts(**options)
+    runner: nn.Module = torch.compile(model, **options) if compiled == "whole" else model
     if process.world_size > 1 and not isinstance(model, FSDPModule):
         devices = [process.device] if process.device.type == "cuda" else None
-        runner = DistributedDataParallel(runner, devices, gradient_as_bucket_view=True, static_graph=True)
+        runner = DistributedDataParallel(
+            runner, devices, gradient_as_bucket_view=True, static_graph=True, bucket_cap_mb=BUCKET_MB
+        )
         _show_graph(runner, config, process)
     return runner
 
@@ -68,7 +86,8 @@ def _show_graph(runner: nn.Module, config: RunConfig, process: Process) -> None:
     """
     shape = config.train.micro_batch_size, config.model.max_seq_len
     tokens = torch.zeros(shape, dtype=torch.int64, device=process.device)
-    with torch.random.fork_rng([process.device] if process.device.type == "cuda" else []):
+    cards = [process.device] if process.device.type == "cuda" else []
+    with torch.random.fork_rng(cards), sdpa.fastest(process.device):
         runner.train()
         for _ in range(2):
             with autocast(config, process.device):

@@ -108,6 +108,11 @@ class RunPaths:
         return self.root / "stacks"
 
     @property
+    def profile(self) -> Path:
+        """What pretrain.py --profile found."""
+        return self.root / "profile"
+
+    @property
     def published(self) -> Path:
         return self.root / "published.json"
 

@@ -28,6 +28,7 @@ from .growing import known_sequences, wait_for_data
 from .guard import Guard
 from .hardware import device_name
 from .heartbeat import Heartbeat
+from .kernels import fast_kernels
 from .loop_evals import Interrupted, Poll, planned_evals, run_eval
 from .meter import Meter, console_line, progress
 from .metrics import JsonLines, Log, environment
@@ -36,6 +37,7 @@ from .model import Transformer
 from .optim import ScheduledAdamW
 from .parallel import gathered, spread, wrap
 from .paths import RunPaths
+from .profiling import NoProfiler, Profiler
 from .reference import ReferenceWatch, reference_of
 from .resume import restore
 from .retention import remove_unfinished, save_due
@@ -64,6 +66,7 @@ def train(
     process: Process,
     on_checkpoint: Callable[[int], None] = lambda step: None,
     started: float | None = None,
+    profile: bool = False,
 ) -> Outcome:
     """Train to the end, to the end of patience, to a signal or the time limit, or to the first gradient that is not
     finite.
@@ -71,6 +74,7 @@ def train(
     Args:
         on_checkpoint: called on rank 0 with the step of each checkpoint, once what is due at that step is measured.
         started: by the monotonic clock, from when on train.max_wall_s counts; None: from now on.
+        profile: record a few of the first steps into the run's profile/.
 
     Raises:
         UserError: too little data, a run folder in use, a checkpoint of other settings, a full disk.
@@ -115,6 +119,7 @@ def train(
         say_start(log, config, dataset, batch, state, process)
 
         # -- what the loop turns with --------------------------------------------------------------------------------
+        stack.enter_context(fast_kernels(model, config, process, log))
         runner = wrap(model, config, process)
         stop = stack.enter_context(stop_signals(config.train.max_wall_s, started))
         beat = Heartbeat(run.heartbeat, state.step, writes=process.is_main)
@@ -132,6 +137,7 @@ def train(
         bar = stack.enter_context(tqdm(total=max_steps, initial=state.step, bar_format=shown, disable=hidden))
         collected = stack.enter_context(garbage.Schedule(state.step))
         meter = Meter(config, process, loader, state.step, began)
+        profiler = Profiler(run, config, state.step, process, log, meter) if profile else NoProfiler()
         guard = Guard(config.train, process.device, state.skips)
         scene = bad_step.Scene(run, config, dataset, batch, model, whole, optimizer, tokenizer, process, log)
         checked = partial(bad_step.checked, guard=guard, scene=scene)
@@ -207,7 +213,10 @@ def train(
                     write_environment(run, config, dataset, process)
                     log(f"data: whole now, {how_far(dataset)}")
             guard.begin(state)
-            loss, grad_norm, rate = train_step(runner, optimizer, loader, batch, state.step, config, process, guard)
+            with profiler.around(state.step):
+                loss, grad_norm, rate = train_step(
+                    runner, optimizer, loader, batch, state.step, config, process, guard, profiler.phase
+                )
             state = replace(
                 state,
                 step=state.step + 1,

@@ -1,0 +1,41 @@
+"""Which kernels a run computes with: chosen for as long as it lasts, and said in its log."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from .config import RunConfig
+from .distributed import Process
+from .metrics import Log
+from .model import Transformer, sdpa
+from .parallel import compiles
+from .precision import computes_in_bfloat16, float32_products, may_use_tf32
+
+
+@contextmanager
+def fast_kernels(model: Transformer, config: RunConfig, process: Process, log: Log) -> Iterator[None]:
+    """The fastest kernels that compute what the config asks for."""
+    with float32_products(config, process.device), sdpa.newer_flash(config.model, process.device) as remark:
+        say_kernels(model, config, process, log)
+        if remark:
+            log(f"attention: {remark}")
+        yield
+
+
+def say_kernels(model: Transformer, config: RunConfig, process: Process, log: Log) -> None:
+    device = process.device
+    half = computes_in_bfloat16(config, device)
+    choice = sdpa.chosen(config.model, device, torch.bfloat16 if half else torch.float32)
+    products = "bfloat16" if half else "float32"
+    if half and device.type == "cuda":
+        products += ", TF32 for what is left in float32" if may_use_tf32(config, device) else ", the rest in float32"
+    compiled = {"": "nothing compiled", "whole": "compiled as one graph", "block by block": "compiled block by block"}
+    how = compiled[compiles(model, config, device)]
+    log(f"kernels: attention by the {choice.name} kernel; matrix products in {products}; {how}")
+    if choice.name == "math" and device.type == "cuda":
+        why = "".join(f"\n  - {refusal}" for refusal in choice.refusals)
+        log(
+            "warning: attention runs on torch's math path, which holds all T x T scores and is many times slower than "
+            f"a fused kernel. Torch refuses the others for this model{':' if why else ', and does not say why'}{why}"
+        )

@@ -1,0 +1,164 @@
+"""Which attention kernel torch takes, and who is asked. Cards are made up: what is under test is the choice."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn import attention
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
+
+from myllm.config import ModelConfig
+from myllm.model import sdpa
+from myllm.presets import PRESETS
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+CONFIG = ModelConfig(vocab_size=100, max_seq_len=64, d_model=64, n_layers=1, n_heads=4, d_ff=64)
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """A card of that major compute capability."""
+    return lambda major: monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (major, 0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_has_flash_on_a_cpu(name: str, dtype: torch.dtype) -> None:
+    model = PRESETS[name]().model
+    assert sdpa.chosen(replace(model, max_seq_len=128), CPU, dtype) == sdpa.Choice("flash")
+
+
+@pytest.mark.parametrize("n_kv_heads", [None, 2])
+def test_what_is_said_is_what_runs(n_kv_heads: int | None) -> None:
+    """Against the operations that a profile sees, with torch's choice and with one that is forced."""
+    config = replace(CONFIG, n_kv_heads=n_kv_heads)
+    for backend, expected in ((None, "flash"), (SDPBackend.MATH, "math")):
+        with sdpa_kernel(backend or list(sdpa.NAMES)), profile(activities=[ProfilerActivity.CPU]) as recorded:
+            choice = sdpa.chosen(config, CPU, torch.float32)
+            q, k, v = (torch.randn(1, heads, 64, 16) for heads in (4, config.kv_heads, config.kv_heads))
+            F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=n_kv_heads is not None)
+        ran = {event.key for event in recorded.key_averages()}
+        assert choice.name == expected
+        assert ("aten::_scaled_dot_product_flash_attention_for_cpu" in ran) == (expected == "flash")
+        assert ("aten::_scaled_dot_product_attention_math" in ran) == (expected == "math")
+
+
+@pytest.mark.parametrize(
+    ("major", "first"), [(8, "flash"), (9, "cuDNN"), (10, "cuDNN"), (12, "flash")], ids=["A100", "H100", "B200", "5090"]
+)
+def test_the_order_on_a_card(major: int, first: str, card: Callable[[int], None]) -> None:
+    """cuDNN before torch's own flash where it is faster; the math path last; as before afterwards, a CPU untouched."""
+    card(major)
+    before = torch._C._get_sdp_priority_order()
+    with sdpa.fastest(CUDA):
+        order = [SDPBackend(number) for number in torch._C._get_sdp_priority_order()]
+    assert next(sdpa.NAMES[each] for each in order if each in sdpa.NAMES) == first
+    assert order.index(SDPBackend.MATH) == 3
+    assert torch._C._get_sdp_priority_order() == before
+    with sdpa.fastest(CPU):
+        assert torch._C._get_sdp_priority_order() == before
+
+
+class Handle:
+    """Of a newer flash that changes nothing."""
+
+    removed = 0
+
+    def remove(self) -> None:
+        Handle.removed += 1
+
+
+@pytest.fixture
+def impl(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, Any], None]]:
+    """Registers a made-up implementation under a name that torch knows."""
+    Handle.removed = 0
+    registered: dict[str, Any] = dict(attention._registry._FLASH_ATTENTION_IMPLS)
+    monkeypatch.setattr(attention._registry, "_FLASH_ATTENTION_IMPLS", registered)
+    monkeypatch.setattr(sdpa, "_inputs", lambda config, _, dtype: INPUTS(config, CPU, dtype))
+    monkeypatch.setattr(torch, "Generator", lambda _: GENERATOR(CPU))
+    monkeypatch.setattr(torch, "randn", lambda *a, **k: RANDN(*a, **k | {"device": CPU}))
+    yield lambda name, register: attention.register_flash_attention_impl(name, register_fn=register)
+    assert attention.current_flash_attention_impl() is None
+
+
+INPUTS, GENERATOR, RANDN = sdpa._inputs, torch.Generator, torch.randn
+
+
+def missing() -> None:
+    raise ModuleNotFoundError("No module named 'flash_attn_interface'")
+
+
+def broken() -> None:
+    raise RuntimeError("does not expose FA3 kernels")
+
+
+def test_a_newer_flash_is_used_for_as_long_as_a_run_lasts(impl: Callable, card: Callable[[int], None]) -> None:
+    card(9)
+    impl("FA3", Handle)
+    with sdpa.newer_flash(CONFIG, CUDA) as remark:
+        assert attention.current_flash_attention_impl() == "FA3"
+        assert remark is None
+        with sdpa.fastest(CUDA):  # it is faster than cuDNN
+            assert SDPBackend(torch._C._get_sdp_priority_order()[0]) == SDPBackend.FLASH_ATTENTION
+    assert Handle.removed == 1
+
+
+def test_one_that_is_not_installed_is_no_news(impl: Callable, card: Callable[[int], None]) -> None:
+    card(9)
+    impl("FA3", missing)
+    impl("FA4", Handle)
+    with sdpa.newer_flash(CONFIG, CUDA) as remark:
+        assert (attention.current_flash_attention_impl(), remark) == ("FA4", None)
+    impl("FA4", missing)
+    with sdpa.newer_flash(CONFIG, CUDA) as remark:
+        assert (attention.current_flash_attention_impl(), remark) == (None, None)
+
+
+def test_one_that_does_not_start_or_computes_wrong_is_said_and_left(
+    impl: Callable, card: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card(9)
+    impl("FA3", broken)
+    impl("FA4", Handle)
+    real, calls = sdpa._output_and_gradients, []
+
+    def wrong_at_first(*args: Any) -> tuple[torch.Tensor, ...]:
+        calls.append(args)
+        out, *gradients = real(*args)
+        return out, *(each * (1.1 if len(calls) == 1 else 1) for each in gradients)
+
+    monkeypatch.setattr(sdpa, "_output_and_gradients", wrong_at_first)
+    with sdpa.newer_flash(CONFIG, CUDA) as remark:
+        assert attention.current_flash_attention_impl() is None
+    assert Handle.removed == 1
+    assert "FA3 is installed and does not start: does not expose FA3 kernels" in remark
+    assert "FA4 is installed and not used: its results are off by 10.0%" in remark
+
+
+@pytest.mark.parametrize("major", [8, 12])
+def test_cards_that_none_is_for(major: int, impl: Callable, card: Callable[[int], None]) -> None:
+    card(major)
+    impl("FA3", Handle)
+    impl("FA4", Handle)
+    with sdpa.newer_flash(CONFIG, CUDA) as remark:
+        assert (attention.current_flash_attention_impl(), remark) == (None, None)
+
+
+def test_a_torch_without_the_switch(card: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("list_flash_attention_impls", "activate_flash_attention_impl", "current_flash_attention_impl"):
+        monkeypatch.delattr(attention, name)
+    card(9)
+    with sdpa.newer_flash(CONFIG, CUDA) as remark, sdpa.fastest(CUDA):
+        assert remark is None
+
+
+def test_an_error_of_the_run_passes_through(impl: Callable, card: Callable[[int], None]) -> None:
+    card(9)
+    impl("FA3", Handle)
+    with pytest.raises(KeyError, match="the run's"), sdpa.newer_flash(CONFIG, CUDA):
+        raise KeyError("the run's")
+    assert Handle.removed == 1
