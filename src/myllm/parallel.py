@@ -49,9 +49,11 @@ def wrap(model: Transformer, config: RunConfig, process: Process) -> nn.Module:
     by_block = isinstance(model, FSDPModule) or config.train.activation_checkpointing
     for block in model.blocks:
         block.recompute = config.train.activation_checkpointing
-        if compiled and by_block:
-            block.compile()
-    runner: nn.Module = torch.compile(model) if compiled and not by_block else model
+    # Shapes never change in training. A graph that would break in two is an error, not a slower run.
+    options = {"fullgraph": True, "dynamic": False}
+    if compiled and by_block:
+        model.compile_parts(**options)
+    runner: nn.Module = torch.compile(model, **options) if compiled and not by_block else model
     if process.world_size > 1 and not isinstance(model, FSDPModule):
         devices = [process.device] if process.device.type == "cuda" else None
         runner = DistributedDataParallel(runner, devices, gradient_as_bucket_view=True, static_graph=True)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._inductor.utils import run_and_get_code
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from myllm.model import loss as module
@@ -41,11 +42,14 @@ def value_and_gradients(hidden, weight, targets, vocab_size):
     padding=st.integers(0, 9),
     chunk=st.sampled_from([1, 2, 7, 16, 256]),
     seed=st.integers(0, 99),
+    compiling=st.booleans(),
 )
-def test_value_and_gradients(n, d, vocab_size, padding, chunk, seed):
+def test_value_and_gradients(n, d, vocab_size, padding, chunk, seed, compiling):
+    """In place, and in the form that is given to a compiler."""
     hidden, weight, targets = example(n, d, vocab_size, padding, seed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "CPU_CHUNK", chunk)
+        patch.setattr(torch.compiler, "is_compiling", lambda: compiling)
         ours = value_and_gradients(hidden, weight, targets, vocab_size)
     for mine, expected in zip(ours, in_float64(hidden, weight, targets, vocab_size), strict=True):
         torch.testing.assert_close(mine.double(), expected, rtol=1e-5, atol=1e-6)
@@ -139,9 +143,11 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
+@pytest.mark.parametrize("compiling", [False, True])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_logits_never_exist_all_at_once(autocast, monkeypatch):
+def test_logits_never_exist_all_at_once(autocast, compiling, monkeypatch):
     monkeypatch.setattr(module, "CPU_CHUNK", 16)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
     n, d, v = 512, 8, 100
     hidden, weight, targets = example(n, d, v - 4, 4)
     with LargestTensor() as plain:
@@ -161,9 +167,12 @@ def test_compiled(autocast):
     compiled = torch.compile(mean_loss, fullgraph=True)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         plain = value_and_gradients(hidden, weight, targets, 100)
-        loss = compiled(hidden, weight, targets, 100)
+        loss, (code, *_) = run_and_get_code(compiled, hidden, weight, targets, 100)
     gradients = torch.autograd.grad(loss, (hidden, weight))
     for ours, expected in zip((loss.detach(), *gradients), plain, strict=True):
         assert ours.dtype == expected.dtype
         assert (ours - expected).norm() < (5e-3 if autocast else 1e-6) * expected.norm()
     assert not gradients[1][100:].any()
+    if autocast:  # a chunk's logits and their gradient are in memory in bfloat16 alone
+        assert "(256, 128), (128, 1), torch.bfloat16" in code
+        assert "(256, 128), (128, 1), torch.float32" not in code

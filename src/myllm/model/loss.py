@@ -81,24 +81,9 @@ class _MeanLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
         h, w = _in_compute_type(hidden.detach(), weight.detach())
-        n = targets.shape[0]
-        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        grad_h, grad_w = torch.empty_like(h), torch.zeros_like(weight)
-        buffer = _logits_buffer(h, w, n)
-        for start in range(0, n, _chunk(hidden)):
-            rows = slice(start, min(start + _chunk(hidden), n))
-            wanted = targets[rows].unsqueeze(1)  # (C, 1)
-            log_probs = _log_probs(h[rows], w, vocab_size, buffer)  # (C, V)
-            loss -= log_probs.gather(1, wanted).sum() / n
-            # d loss / d logits = (softmax - onehot) / n
-            grad = log_probs.exp_()
-            grad.scatter_add_(1, wanted, grad.new_full(wanted.shape, -1.0))
-            grad = grad.mul_(1 / n).to(w.dtype)
-            grad_h[rows] = grad @ w  # (C, D)
-            if w.dtype == weight.dtype:
-                grad_w.addmm_(grad.t(), h[rows])  # (V, D), with no second matrix of that size
-            else:
-                grad_w += grad.t() @ h[rows]  # (V, D)
+        compiling = torch.compiler.is_compiling()
+        way = _loss_and_gradients_compiled if compiling else _loss_and_gradients_in_place
+        loss, grad_h, grad_w = way(h, w, targets, vocab_size, weight.dtype)
         ctx.save_for_backward(grad_h, grad_w)
         ctx.hidden_dtype = hidden.dtype
         return loss
@@ -107,6 +92,61 @@ class _MeanLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, Tensor, None, None]:
         grad_h, grad_w = ctx.saved_tensors
         return (grad_h * grad_loss).to(ctx.hidden_dtype), grad_w * grad_loss, None, None
+
+
+def _loss_and_gradients_in_place(
+    h: Tensor, w: Tensor, targets: Tensor, vocab_size: int, weight_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The mean loss and its gradients, operation by operation, each in the memory of the one before.
+
+    Shapes:
+        h (N, D) and w (V, D), in the type of the products; targets (N,); returns a float32 scalar, (N, D) in that type,
+        and (V, D) in `weight_dtype`
+    """
+    n = targets.shape[0]
+    loss = torch.zeros((), dtype=torch.float32, device=h.device)
+    grad_h, grad_w = torch.empty_like(h), torch.zeros_like(w, dtype=weight_dtype)
+    buffer = _logits_buffer(h, w, n)
+    for rows in _chunks(h):
+        wanted = targets[rows].unsqueeze(1)  # (C, 1)
+        log_probs = _log_probs(h[rows], w, vocab_size, buffer)  # (C, V)
+        loss -= log_probs.gather(1, wanted).sum() / n
+        # d loss / d logits = (softmax - onehot) / n
+        grad = log_probs.exp_()
+        grad.scatter_add_(1, wanted, grad.new_full(wanted.shape, -1.0))
+        grad = grad.mul_(1 / n).to(w.dtype)
+        grad_h[rows] = grad @ w  # (C, D)
+        if w.dtype == weight_dtype:
+            grad_w.addmm_(grad.t(), h[rows])  # (V, D), with no second matrix of that size
+        else:
+            grad_w += grad.t() @ h[rows]  # (V, D)
+    return loss, grad_h, grad_w
+
+
+def _loss_and_gradients_compiled(
+    h: Tensor, w: Tensor, targets: Tensor, vocab_size: int, weight_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_loss_and_gradients_in_place`, in the form that a compiler fuses.
+
+    Between the matrix products stand only reductions over a row and operations on single elements, so a chunk is read
+    from its logits, in the type of the products, and written as their gradient, in that type: float32 is in registers
+    alone. Buffers, and a one-hot vector that is scattered, would each be a tensor of a chunk's size in memory.
+    """
+    n, columns = targets.shape[0], torch.arange(w.shape[0], device=h.device)  # (V,)
+    loss = torch.zeros((), dtype=torch.float32, device=h.device)
+    grad_h, grad_w = [], torch.zeros_like(w, dtype=weight_dtype)
+    for rows in _chunks(h):
+        wanted = targets[rows].unsqueeze(1)  # (C, 1)
+        logits = (h[rows] @ w.t()).float()  # (C, V)
+        if vocab_size < w.shape[0]:  # the vocabulary's padding has no probability, and no gradient
+            logits = torch.where(columns < vocab_size, logits, float("-inf"))
+        total = logits.logsumexp(dim=-1, keepdim=True)  # (C, 1)
+        onehot = columns == wanted  # (C, V)
+        loss = loss + (total - torch.where(onehot, logits, 0.0).sum(dim=-1, keepdim=True)).sum() / n
+        grad = (((logits - total).exp() - onehot.float()) / n).to(w.dtype)  # (C, V)
+        grad_h.append(grad @ w)  # (C, D)
+        grad_w = grad_w + grad.t() @ h[rows]  # (V, D)
+    return loss, torch.cat(grad_h), grad_w
 
 
 def _log_probs(h: Tensor, w: Tensor, vocab_size: int, buffer: Tensor) -> Tensor:
@@ -132,6 +172,12 @@ def _in_compute_type(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     return hidden.to(dtype), weight.to(dtype)
+
+
+def _chunks(hidden: Tensor) -> list[slice]:
+    """Rows of each chunk; no row twice, and none for no tokens."""
+    n, size = hidden.shape[0], _chunk(hidden)
+    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
 
 def _chunk(hidden: Tensor) -> int:

@@ -46,6 +46,7 @@ class Transformer(nn.Module):
             self.register_buffer("rotary_cos", cos, persistent=False)  # (T, K)
             self.register_buffer("rotary_sin", sin, persistent=False)  # (T, K)
         self._step: Callable[..., Tensor] | None = None
+        self._training_loss: Callable[[Tensor, Tensor, Tensor, int], Tensor] = mean_loss
         initialize(self, config, seed)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
@@ -58,7 +59,8 @@ class Transformer(nn.Module):
         """
         hidden = self.hidden(tokens, cache)  # (B, T, D)
         if targets is not None:
-            return mean_loss(hidden.flatten(0, 1), self.head_weight, targets.flatten(), self.config.vocab_size)
+            loss = self._training_loss if self.training else mean_loss
+            return loss(hidden.flatten(0, 1), self.head_weight, targets.flatten(), self.config.vocab_size)
         return self._logits(hidden)
 
     def next_logits(self, tokens: Tensor, cache: KVCache, counts: list[int] | None = None) -> Tensor:
@@ -147,6 +149,18 @@ class Transformer(nn.Module):
         if self._step is None:
             self._step = torch.compile(self._run, fullgraph=True, dynamic=False, **options)
 
+    def compile_parts(self, **options: Any) -> None:
+        """Compile each block and the loss on their own, for training; blocks of one shape share one graph.
+
+        Evaluations go through the same blocks uncompiled: their shapes would each be compiled anew.
+
+        Args:
+            options: of `torch.compile`.
+        """
+        self._training_loss = torch.compile(mean_loss, **options)
+        for block in self.blocks:
+            block.compile_training(**options)
+
     def _run(self, tokens: Tensor, positions: slice | Tensor, cache: KVCache | None) -> Tensor:
         """From tokens to the normalised output, where the cache is open."""
         x = self.embedding(tokens)  # (B, T, D)
@@ -188,12 +202,22 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(config)
         self.recompute = False
         """Whether the backward pass computes what is inside again instead of keeping it."""
+        self._compiled: Callable[..., Tensor] | None = None
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, cache: KVCache | None = None) -> Tensor:
         """
         Shapes:
             x (B, T, D); returns (B, T, D)
         """
+        if self._compiled is not None and self.training:
+            return self._compiled(x, rotary)
+        return self._forward(x, rotary, cache)
+
+    def compile_training(self, **options: Any) -> None:
+        """Compile what training calls, what wrappers hook around the block aside."""
+        self._compiled = torch.compile(self._forward, **options)
+
+    def _forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, cache: KVCache | None = None) -> Tensor:
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(self._run, x, rotary, cache, use_reentrant=False)
         return self._run(x, rotary, cache)

@@ -1,0 +1,181 @@
+"""What torch.compile makes of a training step: one graph, made once. Graphs are run as traced, by no compiler."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import with_train
+from torch._dynamo.backends.debugging import aot_eager
+from torch._dynamo.utils import counters
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from myllm.config import ModelConfig, RunConfig
+from myllm.distributed import Process
+from myllm.evals.perplexity import assess_sums
+from myllm.generation import stream
+from myllm.model import Transformer, transformer
+from myllm.model.loss import mean_loss
+from myllm.parallel import last_of_step, wrap
+from myllm.precision import autocast
+from myllm.presets import PRESETS, preset
+from myllm.sampling import Sampling
+
+LAYERS = 10
+"""More than torch.compile would make graphs of one function for (recompile_limit, 8)."""
+ALONE = Process(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
+
+
+class Graphs:
+    """Every graph that was made since the test began, and how often one broke in two."""
+
+    def __init__(self) -> None:
+        self.made: list[torch.fx.GraphModule] = []
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        self.made.append(graph)
+        return aot_eager(graph, inputs)
+
+    @property
+    def count(self) -> tuple[int, int]:
+        return len(self.made), sum(counters["graph_break"].values())
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Graphs]:
+    """Counts; in place of a compiler."""
+    torch.compiler.reset()
+    counters.clear()
+    counting = Graphs()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counting))
+    yield counting
+    torch.compiler.reset()
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def small(model: ModelConfig, n_layers: int = 2) -> ModelConfig:
+    """The same kind of model, in small."""
+    grouped = 2 if model.kv_heads != model.n_heads else None
+    return replace(
+        model, max_seq_len=32, n_layers=n_layers, d_model=32, n_heads=4, n_kv_heads=grouped, head_dim=None, d_ff=48,
+        vocab_size=300,
+    )  # fmt: skip
+
+
+def small_run(name: str, n_layers: int = 2, **train: Any) -> RunConfig:
+    config = replace(preset(name), model=small(preset(name).model, n_layers))
+    return with_train(config, compile="on", precision="bfloat16", micro_batch_size=4, **train)
+
+
+def batch(rows: int = 4, length: int = 32) -> torch.Tensor:
+    return torch.randint(300, (rows, length))
+
+
+def train_steps(runner: torch.nn.Module, config: RunConfig, steps: int = 2) -> None:
+    """Two micro-steps each, the second of which would travel between ranks; gradients appear, add up and vanish."""
+    runner.train()
+    for _ in range(steps):
+        for last in (False, True):
+            with last_of_step(runner, last):
+                with autocast(config, ALONE.device):
+                    loss = runner(batch(), batch())
+                loss.backward()
+        runner.zero_grad(set_to_none=True)
+
+
+def evaluate(model: Transformer, config: RunConfig) -> None:
+    """A whole batch of held-out text, the last short one, endings behind their contexts, a sample."""
+    model.eval()
+    with autocast(config, ALONE.device):
+        batches = [(batch(rows), batch(rows)) for rows in (4, 3)]
+        assess_sums(model.assess, batches, torch.ones(300, dtype=torch.int64), ALONE.device)
+        model.score(batch(2, 20), batch(2, 20))
+        model.score_continuations(batch(2, 10), torch.tensor([0, 0, 1]), batch(3, 5), batch(3, 5))
+        list(stream(model, [1, 2, 3], 4, Sampling()))
+
+
+@pytest.mark.parametrize("name", sorted({small(make().model): name for name, make in PRESETS.items()}.values()))
+def test_the_whole_model_is_one_graph(name: str, graphs: Graphs) -> None:
+    """Through micro-steps, steps, evaluations of other shapes, and training again."""
+    config = small_run(name)
+    model = Transformer(config.model)
+    runner = wrap(model, config, ALONE)
+    for _ in range(2):
+        train_steps(runner, config)
+        assert graphs.count == (1, 0)
+        evaluate(model, config)
+        assert graphs.count == (1, 0), "an evaluation was compiled"
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_checkpointed_blocks_share_one_graph(dropout: float, graphs: Graphs) -> None:
+    """And the loss has the other; evaluations go through the same blocks and are not compiled."""
+    config = small_run("lf-llm-269m", LAYERS, activation_checkpointing=True)
+    config = replace(config, model=replace(config.model, dropout_ffn=dropout))
+    model = Transformer(config.model)
+    runner = wrap(model, config, ALONE)
+    for _ in range(2):
+        train_steps(runner, config)
+        assert graphs.count == (2, 0)
+        evaluate(model, config)
+        assert graphs.count == (2, 0), "an evaluation was compiled"
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("recompute", [False, True])
+def test_blocks_in_parts_share_one_graph(recompute: bool, graphs: Graphs) -> None:
+    config = small_run("lf-llm-269m", LAYERS, activation_checkpointing=recompute)
+    model = Transformer(config.model)
+    mesh = init_device_mesh("cpu", (1,))
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    train_steps(wrap(model, config, ALONE), config, steps=3)
+    assert graphs.count == (2, 0)
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_ddp_makes_no_graph_anew(graphs: Graphs) -> None:
+    """Dynamo traces once; DDP then cuts the graph at its buckets, without which nothing would travel beside the
+    backward pass."""
+    config = small_run("default-150m", n_layers=3)
+    model = Transformer(config.model)
+    compiled = wrap(model, config, ALONE)
+    runner = DistributedDataParallel(compiled, gradient_as_bucket_view=True, static_graph=True, bucket_cap_mb=1)
+    for _ in range(2):  # as parallel.wrap shows it the graph
+        with autocast(config, ALONE.device):
+            loss = runner(batch(), batch())
+        loss.backward()
+        runner.zero_grad(set_to_none=True)
+    parts, breaks = graphs.count
+    assert breaks == 0
+    for _ in range(2):
+        train_steps(runner, config)
+        evaluate(model, config)
+        assert graphs.count == (parts, 0)
+        assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_a_graph_that_would_break_is_an_error(graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not a slower run that nobody notices."""
+
+    def breaking(*arguments: Any) -> torch.Tensor:
+        torch._dynamo.graph_break()
+        return mean_loss(*arguments)
+
+    monkeypatch.setattr(transformer, "mean_loss", breaking)
+    config = small_run("debug")
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        train_steps(wrap(Transformer(config.model), config, ALONE), config)
+    assert graphs.made == []
