@@ -171,7 +171,7 @@ def plain_step(
     """The usual training step: accumulate, clip, update."""
     optimizer = ScheduledAdamW(model.named_parameters(), config.optim, config.train.max_steps)
     compiled = config.train.compile == "on" or (config.train.compile == "auto" and process.device.type == "cuda")
-    runner: nn.Module = torch.compile(model) if compiled else model
+    runner: nn.Module = torch.compile(model, dynamic=False) if compiled else model
     if process.world_size > 1:
         devices = [process.device] if process.device.type == "cuda" else None
         runner = DistributedDataParallel(runner, devices, gradient_as_bucket_view=True)

@@ -64,6 +64,17 @@ def test_the_gradient_is_scaled_by_what_comes_after():
         torch.testing.assert_close(part, whole / 8)
 
 
+def test_a_target_far_behind():
+    """Its probability is no float32 any more, its loss is."""
+    hidden, weight, targets = example(6, 4, 9, 3)
+    with torch.no_grad():
+        hidden *= 200
+    ours, exact = (way(hidden, weight, targets, 9) for way in (value_and_gradients, in_float64))
+    assert exact[0] > 200
+    for mine, expected in zip(ours, exact, strict=True):
+        torch.testing.assert_close(mine.double(), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_padding_has_no_probability():
     """A padding row that would win every token changes neither loss nor scores."""
     hidden, weight, targets = example(30, 4, 9, 3)
