@@ -42,19 +42,21 @@ def section(result: Result, process: Process) -> str:
 
 def table(result: Result, process: Process) -> str:
     rows = [
-        "| way | tokens/s | MFU | step ms, median (least to greatest) | peak GiB | waits for data | myllm to this |",
-        "|---|---|---|---|---|---|---|",
+        "| way | tokens/s | MFU | step ms, median (least to greatest) | processor ms | peak GiB | waits for data "
+        "| myllm to this | by processor time |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     peak = peak_flops(device_name(process.device))
     rate_at_peak = peak * process.world_size / flops_per_token(result.config.model) if peak else None
     mine = result.turns["myllm"]
     for name, turns in result.turns.items():
         ratios = [a.tokens_per_s / b.tokens_per_s for a, b in zip(mine, turns, strict=True)]
-        rows.append(row(name, turns, rate_at_peak, ratios))
+        by_host = [b.host_s / a.host_s for a, b in zip(mine, turns, strict=True)]
+        rows.append(row(name, turns, rate_at_peak, ratios, by_host))
     return "\n".join(rows)
 
 
-def row(name: str, turns: list[Turn], rate_at_peak: float | None, ratios: list[float]) -> str:
+def row(name: str, turns: list[Turn], rate_at_peak: float | None, ratios: list[float], by_host: list[float]) -> str:
     rate = statistics.median(turn.tokens_per_s for turn in turns)
     steps = [1_000 * step for turn in turns for step in turn.step_s]
     cells = [
@@ -62,9 +64,11 @@ def row(name: str, turns: list[Turn], rate_at_peak: float | None, ratios: list[f
         f"{rate:,.0f}",
         f"{rate / rate_at_peak:.1%}" if rate_at_peak else "",
         spread(steps, 1),
+        f"{1_000 * statistics.median(turn.host_s for turn in turns):,.1f}",
         f"{max(turn.peak_bytes for turn in turns) / 2**30:.2f}",
         f"{statistics.median(turn.wait_share for turn in turns):.2%}",
         spread(ratios, 2),
+        spread(by_host, 2),
     ]
     return f"| {' | '.join(cells)} |"
 
@@ -78,7 +82,8 @@ def notes(result: Result) -> str:
     absent = f" transformers took no part: {result.absent}." if result.absent else ""
     return (
         f"{len(turns)} turns of {len(turns[0].step_s)} steps, one way after the other; rates, shares and ratios are "
-        f"medians of turns. Peak: the way's own weights and moments, and the most that a step took beside them. "
+        f"medians of turns. Processor: of a step, over all threads. Peak: the way's own weights and moments, and the most "
+        f"that a step took beside them. "
         f"{batches}.{absent}"
     )
 

@@ -39,6 +39,8 @@ class Turn:
     step_s: tuple[float, ...]
     wait_share: float
     """Of the turn that was spent waiting for batches."""
+    host_s: float
+    """Processor time of a step, of all of this process's threads: what other work on the machine disturbs least."""
     peak_bytes: int
     """Weights and moments, and the most that a step took beside them."""
 
@@ -225,18 +227,17 @@ def take_turn(way: Way, steps: int, process: Process) -> Turn:
     way.step()  # fills the caches that the other ways left to theirs
     synchronize(process)
     distributed.barrier()
-    waited, started, marks = way.wait_s(), time.perf_counter(), [mark(process)]
+    waited, host, started, marks = way.wait_s(), time.process_time(), time.perf_counter(), [mark(process)]
     for _ in range(steps):
         way.step()
         marks.append(mark(process))
     synchronize(process)
     elapsed = time.perf_counter() - started
+    wait_share, host_s = (way.wait_s() - waited) / elapsed, (time.process_time() - host) / steps
     peak = way.held_bytes + peak_bytes(process.device) - before
-    mine = (elapsed, way.wait_s() - waited, peak, between(marks))
-    slowest = max(distributed.all_gather(mine))
-    elapsed, waited = slowest[:2]
-    peak = max(each[2] for each in distributed.all_gather(mine))
-    return Turn(steps * way.batch.batch_tokens / elapsed, slowest[3], waited / elapsed, peak)
+    ranks = distributed.all_gather((elapsed, between(marks), wait_share, host_s, peak))
+    elapsed, step_s, wait_share, host_s, _ = max(ranks)
+    return Turn(steps * way.batch.batch_tokens / elapsed, step_s, wait_share, host_s, max(each[-1] for each in ranks))
 
 
 def mark(process: Process) -> float | torch.cuda.Event:
