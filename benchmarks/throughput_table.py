@@ -4,6 +4,7 @@ import re
 import shlex
 import statistics
 import sys
+import textwrap
 import time
 from importlib import metadata
 from pathlib import Path
@@ -37,7 +38,7 @@ def section(result: Result, process: Process) -> str:
         table(result, process),
         notes(result),
     ]
-    return "\n\n".join(lines) + "\n"
+    return "\n\n".join(part if part.startswith(("#", "|")) else wrapped(part) for part in lines) + "\n"
 
 
 def table(result: Result, process: Process) -> str:
@@ -78,14 +79,18 @@ def notes(result: Result) -> str:
     names_of: dict[str, list[str]] = {}
     for name, batch in result.ways.items():
         names_of.setdefault(batch, []).append(name)
-    batches = "; ".join(f"{' and '.join(names)}: {batch}" for batch, names in names_of.items())
+    everyone = "every way" if len(names_of) == 1 else None
+    batches = "; ".join(f"{everyone or ' and '.join(names)}: {batch}" for batch, names in names_of.items())
     absent = f" transformers took no part: {result.absent}." if result.absent else ""
     return (
         f"{len(turns)} turns of {len(turns[0].step_s)} steps, one way after the other; rates, shares and ratios are "
-        f"medians of turns. Processor: of a step, over all threads. Peak: the way's own weights and moments, and the most "
-        f"that a step took beside them. "
-        f"{batches}.{absent}"
+        f"medians of turns. Processor: of a step, over all threads. Peak: the way's own weights and moments, and the "
+        f"most that a step took beside them. {batches}.{absent}"
     )
+
+
+def wrapped(text: str) -> str:
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def spread(values: list[float], digits: int) -> str:

@@ -46,16 +46,18 @@ def test_three_ways_take_turns(load: Load, small: RunConfig) -> None:
     assert list(result.turns) == ["myllm", "the reference's way", "transformers LlamaForCausalLM"]
     assert all(len(each) == 2 and len(each[0].step_s) == 2 for each in result.turns.values())
     for each in (turn for way in result.turns.values() for turn in way):
-        assert each.tokens_per_s == pytest.approx(2 * 128 / sum(each.step_s), rel=0.2)
+        assert 0 < each.tokens_per_s <= 2 * 128 / sum(each.step_s) * (1 + 1e-9)  # the turn is as long as its steps
         assert 0 <= each.wait_share < 1
         assert each.peak_bytes >= 12 * 50_257 * 16  # weights and moments of the embedding alone
     first = result.first_losses
     assert first["transformers LlamaForCausalLM"] == pytest.approx(first["myllm"], rel=1e-5)  # no dropout, one text
     text = table.section(result, ALONE)
+    assert all(len(line) <= 120 for line in text.splitlines() if line[0:1] not in ("#", "|"))
     rows = re.findall(r"^\| (myllm|the reference's way|transformers LlamaForCausalLM) \| [\d,]+ \|", text, re.MULTILINE)
     assert len(rows) == 3
-    assert "2 turns of 2 steps" in text
-    assert "1 sequences x 64 tokens x 1 rank(s) x 2 accumulation step(s)" in text
+    words = " ".join(text.split())
+    assert "2 turns of 2 steps" in words
+    assert "every way: 1 sequences x 64 tokens x 1 rank(s) x 2 accumulation step(s)" in words
 
 
 def test_other_weights_are_refused(load: Load, small: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,16 +104,18 @@ def test_two_ranks_without_transformers(tmp_path: Path, temp_data: Path) -> None
     out = tmp_path / "results.md"
     out.write_text("# Earlier\n", encoding="utf-8")
     sizes = ("--model.d-model", "16", "--model.n-layers", "1", "--model.d-ff", "32", "--model.max-seq-len", "32")
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(SCRIPT), "debug"]
-    words += [*sizes, "--train.batch-tokens", "64", "--train.micro-batch-size", "1"]
-    words += ["--turns", "1", "--steps", "1", "--peer", "none", "--out", str(out)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=240, check=False)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*torchrun, str(SCRIPT), "debug"]
+    command += [*sizes, "--train.batch-tokens", "64", "--train.micro-batch-size", "1"]
+    command += ["--turns", "1", "--steps", "1", "--peer", "none", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("throughput: transformers takes no part: not asked for") == 1
     text = out.read_text(encoding="utf-8")
     assert text.startswith("# Earlier\n\n## Training throughput: debug on 2 x ")
-    assert "torchrun --nproc_per_node=2 benchmarks/throughput.py debug --model.d-model 16" in text
-    assert str(out) not in text
-    assert "1 sequences x 32 tokens x 2 rank(s) x 1 accumulation step(s) = 64 tokens a step" in text
+    words = " ".join(text.split())
+    assert "torchrun --nproc_per_node=2 benchmarks/throughput.py debug --model.d-model 16" in words
+    assert str(out) not in words
+    assert "1 sequences x 32 tokens x 2 rank(s) x 1 accumulation step(s) = 64 tokens a step" in words
     assert text.count("\n| ") == 3  # a head and two ways
     assert not list(tmp_path.glob("**/.preflight-*"))
