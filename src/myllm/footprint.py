@@ -16,7 +16,7 @@ from .plan import parameters_by_part, stored_parameters
 FLOAT = 4
 HEADROOM = 0.05
 """Share of what there is that a run should leave free: memory fragments, and evaluations and saves come on top."""
-LOSS_CHUNK = {"cpu": 256, "cuda": 4_096}
+LOSS_CHUNK = {"cpu": 128, "cuda": 4_096}
 """model/loss.py's chunks, in tokens, which is not imported since it needs torch; a test compares."""
 RUNTIME_BYTES = {"cpu": 330 * 2**20, "cuda": 80 * 2**20}
 """What is there besides tensors. CPU: the interpreter and torch with its libraries, as resident memory

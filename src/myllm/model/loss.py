@@ -16,9 +16,9 @@ from torch import Tensor
 IGNORED = -1
 """Target of a token that is not predicted."""
 
-# Tokens a chunk. On a CPU the figure is flat from 128 to 512 (docs/experiments.md); on a GPU the matrix products need
-# enough rows to fill the card.
-CPU_CHUNK = 256
+# Tokens a chunk. A CPU wants a chunk's logits in its last cache, and no more chunks than that, since each adds to the
+# whole gradient of the head (docs/experiments.md); on a GPU the matrix products need enough rows to fill the card.
+CPU_CHUNK = 128
 GPU_CHUNK = 4_096
 
 
@@ -109,17 +109,20 @@ def _loss_and_gradients_in_place(
     buffer = _logits_buffer(h, w, n)
     for rows in _chunks(h):
         wanted = targets[rows].unsqueeze(1)  # (C, 1)
-        log_probs = _log_probs(h[rows], w, vocab_size, buffer)  # (C, V)
-        loss -= log_probs.gather(1, wanted).sum() / n
-        # d loss / d logits = (softmax - onehot) / n
-        grad = log_probs.exp_()
-        grad.scatter_add_(1, wanted, grad.new_full(wanted.shape, -1.0))
-        grad = grad.mul_(1 / n).to(w.dtype)
-        grad_h[rows] = grad @ w  # (C, D)
+        logits = _logits(h[rows], w, vocab_size, buffer)  # (C, V)
+        # A target's own probability may be too small for a float; that of the likeliest token, plus how far the target
+        # is behind, never is.
+        behind = logits.gather(1, wanted) - logits.amax(dim=-1, keepdim=True)  # (C, 1)
+        probabilities = torch.softmax(logits, dim=-1, out=logits)
+        loss -= (behind + probabilities.amax(dim=-1, keepdim=True).log()).sum() / n
+        # d loss / d logits = (softmax - onehot) / n, where n can wait until the matrices are small.
+        probabilities.scatter_add_(1, wanted, probabilities.new_full(wanted.shape, -1.0))
+        grad = probabilities.to(w.dtype)
+        torch.mm(grad, w, out=grad_h[rows]).div_(n)  # (C, D)
         if w.dtype == weight_dtype:
-            grad_w.addmm_(grad.t(), h[rows])  # (V, D), with no second matrix of that size
+            grad_w.addmm_(grad.t(), h[rows], alpha=1 / n)  # (V, D), with no second matrix of that size
         else:
-            grad_w += grad.t() @ h[rows]  # (V, D)
+            grad_w.add_(grad.t() @ h[rows], alpha=1 / n)  # (V, D)
     return loss, grad_h, grad_w
 
 
@@ -150,7 +153,13 @@ def _loss_and_gradients_compiled(
 
 
 def _log_probs(h: Tensor, w: Tensor, vocab_size: int, buffer: Tensor) -> Tensor:
-    """Log-probabilities in float32, in the buffer's memory where its type allows.
+    """Log-probabilities in float32, in the buffer's memory where its type allows; see `_logits`."""
+    logits = _logits(h, w, vocab_size, buffer)
+    return torch.log_softmax(logits, dim=-1, out=logits)
+
+
+def _logits(h: Tensor, w: Tensor, vocab_size: int, buffer: Tensor) -> Tensor:
+    """Logits in float32, in the buffer's memory where its type allows.
 
     The vocabulary's padding gets minus infinity: no probability, and no gradient.
 
@@ -159,7 +168,7 @@ def _log_probs(h: Tensor, w: Tensor, vocab_size: int, buffer: Tensor) -> Tensor:
     """
     logits = torch.mm(h, w.t(), out=buffer[: h.shape[0]]).float()
     logits[:, vocab_size:] = float("-inf")
-    return torch.log_softmax(logits, dim=-1, out=logits)
+    return logits
 
 
 def _logits_buffer(h: Tensor, w: Tensor, n: int) -> Tensor:

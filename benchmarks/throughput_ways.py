@@ -1,0 +1,232 @@
+"""The ways to train one model that throughput.py compares, each with the same weights, text and optimizer.
+
+Shapes: B micro-batch, T sequence, V vocabulary.
+"""
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from myllm import plan
+from myllm.config import ModelConfig, RunConfig
+from myllm.data.loader import Batch, Loader, batch_of
+from myllm.data.order import DataPosition, count_sequences, rank_rows, step_sequences, window_of
+from myllm.data.shards import Dataset
+from myllm.distributed import Process
+from myllm.exporting.architectures import CLASSES, choose, settings
+from myllm.exporting.weights import convert
+from myllm.model import Transformer
+from myllm.optim import ScheduledAdamW
+from myllm.parallel import last_of_step
+from myllm.plan import BatchPlan
+from myllm.precision import autocast
+from myllm.rehearsal import Parts
+from myllm.step import train_step
+
+REFERENCE_DROPOUT = {"dropout_attention_residual": 0.1, "dropout_ffn": 0.15}
+REFERENCE_MICRO_BATCH = 16
+Weights = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to train, ready to step."""
+
+    name: str
+    step: Callable[[], Tensor]
+    """One optimizer update; gives this rank's mean loss, on the device, and waits for nothing."""
+    wait_s: Callable[[], float]
+    """Time so far that training stood waiting for a batch."""
+    held_bytes: int
+    """Weights and AdamW's two moments: what this way has in memory between steps."""
+    batch: BatchPlan
+
+
+# -- models that compute the same -------------------------------------------------------------------------------------
+
+
+class KeptLogits(nn.Module):
+    """The loss as the reference's loop takes it: of full logits, which the caller gets too."""
+
+    def __init__(self, model: Transformer) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """
+        Shapes:
+            tokens and targets (B, T); returns a scalar and (B, T, V)
+        """
+        logits = self.model(tokens)
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten()), logits
+
+
+class PeerLoss(nn.Module):
+    """A causal model of transformers with the loss that it computes itself."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, None]:
+        # Our targets are one token ahead already; given labels alone it would shift them again.
+        return self.model(input_ids=tokens, labels=targets, shift_labels=targets, use_cache=False).loss, None
+
+
+def reference_shape(model: ModelConfig) -> ModelConfig:
+    """The same model with the reference's dropout, and no rows beyond the vocabulary."""
+    return replace(model, vocab_multiple=1, **REFERENCE_DROPOUT)
+
+
+def reference_model(model: ModelConfig, weights: Weights) -> KeptLogits:
+    made = Transformer(reference_shape(model))
+    made.load_state_dict({name: weights[name][: len(tensor)] for name, tensor in made.state_dict().items()})
+    return KeptLogits(made)
+
+
+def has_transformers() -> bool:
+    try:
+        import transformers  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def peer_model(model: ModelConfig, weights: Weights) -> PeerLoss:
+    """What an export of the model opens as in transformers, with SDPA; Llama, or Qwen3 where it has QK-norm."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    made = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(**settings(model, 0, "float32")), attn_implementation="sdpa"
+    )
+    made.load_state_dict(convert(choose(model), model, weights), strict=not model.tie_embeddings)
+    made.tie_weights()
+    return PeerLoss(made)
+
+
+# -- their steps ------------------------------------------------------------------------------------------------------
+
+
+def ours(config: RunConfig, process: Process, dataset: Dataset, stack: ExitStack) -> Way:
+    """What pretrain.py's loop does between two log lines."""
+    parts, batch = Parts(config, process), plan.batch_plan(config.model, config.train, process.world_size)
+    loader = stack.enter_context(parts.loader(dataset, batch))
+    done = 0
+
+    def step() -> Tensor:
+        nonlocal done
+        parts.guard.begin(parts.state(dataset, done))
+        loss, _, _ = train_step(parts.runner, parts.optimizer, loader, batch, done, config, process, parts.guard)
+        done += 1
+        if done % config.train.log_every_steps == 0:
+            parts.guard.look()
+        return loss
+
+    return Way("myllm", step, lambda: loader.wait_s, held_bytes(parts.model), batch)
+
+
+def reference(config: RunConfig, process: Process, dataset: Dataset, weights: Weights) -> Way:
+    """The reference's loop around this project's model: no padding, dropout, logits kept, tables copied, no reading
+    ahead; 16 sequences a micro-step on a GPU."""
+    batch = plan.batch_plan(config.model, config.train, process.world_size)
+    if process.device.type != "cpu":
+        sequences = batch.sequences // process.world_size
+        batch = replace(batch, micro_batch_size=min(REFERENCE_MICRO_BATCH, sequences))
+    model = reference_model(config.model, weights).to(process.device)
+    loader = SynchronousLoader(dataset, batch, config.train.seed, process)
+    # Its tables live on the host and travel with every call.
+    tables = [(table, table.cpu()) for name, table in model.named_buffers() if "rotary" in name]
+
+    def copy_tables() -> None:
+        for table, source in tables:
+            table.copy_(source)
+
+    step = plain_step(model, loader, batch, config, process, copy_tables)
+    return Way("the reference's way", step, lambda: loader.wait_s, held_bytes(model), batch)
+
+
+def peer(config: RunConfig, process: Process, dataset: Dataset, weights: Weights, stack: ExitStack) -> Way:
+    """transformers' model in a loop of the same size, with this project's loader and optimizer."""
+    batch = plan.batch_plan(config.model, config.train, process.world_size)
+    model = peer_model(config.model, weights).to(process.device)
+    position = DataPosition(0, 0, config.train.seed, dataset.hash)
+    loader = stack.enter_context(Loader(dataset.train, batch, position, process.rank, process.device))
+    step = plain_step(model, loader, batch, config, process)
+    return Way(f"transformers {CLASSES[choose(config.model)]}", step, lambda: loader.wait_s, held_bytes(model), batch)
+
+
+def plain_step(
+    model: KeptLogits | PeerLoss,
+    loader: "Loader | SynchronousLoader",
+    batch: BatchPlan,
+    config: RunConfig,
+    process: Process,
+    before: Callable[[], None] = lambda: None,
+) -> Callable[[], Tensor]:
+    """The usual training step: accumulate, clip, update."""
+    optimizer = ScheduledAdamW(model.named_parameters(), config.optim, config.train.max_steps)
+    compiled = config.train.compile == "on" or (config.train.compile == "auto" and process.device.type == "cuda")
+    runner: nn.Module = torch.compile(model, dynamic=False) if compiled else model
+    if process.world_size > 1:
+        devices = [process.device] if process.device.type == "cuda" else None
+        runner = DistributedDataParallel(runner, devices, gradient_as_bucket_view=True)
+    runner.train()
+    done = 0
+
+    def step() -> Tensor:
+        nonlocal done
+        total = torch.zeros((), device=process.device)
+        for micro_step in range(batch.grad_accum_steps):
+            tokens, targets = loader.next()
+            before()
+            with last_of_step(runner, micro_step == batch.grad_accum_steps - 1):
+                with autocast(config, process.device):
+                    loss, _kept = runner(tokens, targets)
+                loss = loss / batch.grad_accum_steps
+                loss.backward()
+            total += loss.detach()
+        nn.utils.clip_grad_norm_(optimizer.parameters.values(), config.optim.max_grad_norm)
+        optimizer.step(done)
+        optimizer.zero_grad()
+        done += 1
+        return total
+
+    return step
+
+
+class SynchronousLoader:
+    """Batches that are read, converted and copied while training waits. The same ones as Loader's."""
+
+    def __init__(self, dataset: Dataset, batch: BatchPlan, seed: int, process: Process) -> None:
+        self.wait_s = 0.0
+        self._stream, self._batch, self._process = dataset.train, batch, process
+        self._n_sequences = count_sequences(dataset.train.tokens, batch.seq_len)
+        self._position = DataPosition(0, 0, seed, dataset.hash)
+        self._micro_step = 0
+
+    def next(self) -> Batch:
+        started = time.perf_counter()
+        batch, process = self._batch, self._process
+        window = window_of(batch.seq_len)
+        step = step_sequences(self._position, batch.sequences, self._n_sequences, window)
+        mine = rank_rows(self._micro_step, process.rank, process.world_size, batch.micro_batch_size)
+        tokens, targets = batch_of(self._stream, step[mine], batch.seq_len)
+        self._micro_step += 1
+        if self._micro_step == batch.grad_accum_steps:
+            self._micro_step = 0
+            self._position = self._position.advance(batch.sequences, self._n_sequences)
+        made = tokens.to(process.device), targets.to(process.device)
+        self.wait_s += time.perf_counter() - started
+        return made
+
+
+def held_bytes(model: nn.Module) -> int:
+    """Of this rank: where FSDP spreads a matrix, its part."""
+    parameters = (getattr(p, "to_local", lambda p=p: p)() for p in model.parameters())
+    return sum(3 * p.numel() * p.element_size() for p in parameters)
