@@ -72,7 +72,7 @@ def compare(config: RunConfig, process: Process, turns: int, steps: int, with_pe
     weights = Transformer(config.model, config.train.seed).state_dict()
     with stage(process) as folder, ExitStack() as stack:
         dataset = made_up_dataset(config, folder, load_tokenizer(config.data.tokenizer), process)
-        ways = [ours(config, process, dataset, stack), reference(config, process, dataset, weights)]
+        ways = [ours(config, process, dataset, stack, say), reference(config, process, dataset, weights)]
         if not absent:
             ways.append(peer(config, process, dataset, weights, stack))
         first_losses = warmed_up(ways, process, say)

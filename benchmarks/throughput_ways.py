@@ -15,12 +15,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from myllm import plan
 from myllm.config import ModelConfig, RunConfig
-from myllm.data.loader import Batch, Loader, batch_of
+from myllm.data.loader import Loader, batch_of
 from myllm.data.order import DataPosition, count_sequences, rank_rows, step_sequences, window_of
 from myllm.data.shards import Dataset
+from myllm.data.transfer import Batch
 from myllm.distributed import Process
 from myllm.exporting.architectures import CLASSES, choose, settings
 from myllm.exporting.weights import convert
+from myllm.kernels import fast_kernels
 from myllm.model import Transformer
 from myllm.optim import ScheduledAdamW
 from myllm.parallel import last_of_step
@@ -113,9 +115,11 @@ def peer_model(model: ModelConfig, weights: Weights) -> PeerLoss:
 # -- their steps ------------------------------------------------------------------------------------------------------
 
 
-def ours(config: RunConfig, process: Process, dataset: Dataset, stack: ExitStack) -> Way:
-    """What pretrain.py's loop does between two log lines."""
+def ours(config: RunConfig, process: Process, dataset: Dataset, stack: ExitStack, say: Callable[[str], None]) -> Way:
+    """What pretrain.py's loop does between two log lines. Its choice of kernels holds for the whole process, so the
+    other ways have it too."""
     parts, batch = Parts(config, process), plan.batch_plan(config.model, config.train, process.world_size)
+    stack.enter_context(fast_kernels(parts.model, config, process, say))
     loader = stack.enter_context(parts.loader(dataset, batch))
     done = 0
 

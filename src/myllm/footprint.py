@@ -206,9 +206,10 @@ def loss_bytes(model: ModelConfig, how: Computing, n: int) -> int:
     chunk, w = min(LOSS_CHUNK[how.device], n), how.width
     arrives = FLOAT * n * d  # the last norm's output, which the caller holds
     gradients = w * n * d + FLOAT * v * d
-    if how.compiled:  # logits and their gradient in the type of the products; each sum over chunks is a new matrix
-        casts = 2 * (n * d + v * d) + 2 * v * d if how.half else arrives  # both inputs, and a chunk's part of the sum
-        return casts + 2 * w * chunk * v + 2 * gradients
+    if how.compiled:  # logits and their gradient in the type of the products; the sum over chunks is a new matrix
+        casts = 2 * (n * d + v * d) if how.half else arrives  # both inputs
+        waiting = w * v * d * -(-n // chunk)  # of each chunk the head's gradient, until one kernel adds them up
+        return casts + waiting + 2 * w * chunk * v + 2 * gradients
     if not how.half:
         return arrives + gradients + FLOAT * (chunk * v + chunk * d)
     # As they come, in float32, their gradient, and its product; or the next chunk's beside the float32 and the gradient

@@ -1,20 +1,19 @@
 """Which kernels a run computes with: chosen for as long as it lasts, and said in its log."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 
 from .config import RunConfig
 from .distributed import Process
-from .metrics import Log
 from .model import Transformer, sdpa
 from .parallel import compiles
 from .precision import computes_in_bfloat16, float32_products, may_use_tf32
 
 
 @contextmanager
-def fast_kernels(model: Transformer, config: RunConfig, process: Process, log: Log) -> Iterator[None]:
+def fast_kernels(model: Transformer, config: RunConfig, process: Process, log: Callable[[str], None]) -> Iterator[None]:
     """The fastest kernels that compute what the config asks for."""
     with float32_products(config, process.device), sdpa.newer_flash(config.model, process.device) as remark:
         say_kernels(model, config, process, log)
@@ -23,7 +22,7 @@ def fast_kernels(model: Transformer, config: RunConfig, process: Process, log: L
         yield
 
 
-def say_kernels(model: Transformer, config: RunConfig, process: Process, log: Log) -> None:
+def say_kernels(model: Transformer, config: RunConfig, process: Process, log: Callable[[str], None]) -> None:
     device = process.device
     half = computes_in_bfloat16(config, device)
     choice = sdpa.chosen(config.model, device, torch.bfloat16 if half else torch.float32)

@@ -18,6 +18,7 @@ from .data.tokenizer import Tokenizer
 from .distributed import Process
 from .errors import UserError
 from .heartbeat import Heartbeat
+from .kernels import fast_kernels
 from .loop_evals import Eval, Poll, planned_evals, run_eval
 from .meter import Diverged
 from .metrics import JsonLines, Log
@@ -126,7 +127,8 @@ def _rehearse(
 ) -> Measured:
     parts = Parts(config, process)
     say("steps")
-    measured = _timed_steps(parts, dataset)
+    with fast_kernels(parts.model, config, process, lambda line: None):
+        measured = _timed_steps(parts, dataset)
     if not measured.finite:
         return measured
     say("evaluations")
