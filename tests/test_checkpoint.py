@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, TensorStorageMetadata
 
 from myllm import checkpoint, cli, retention
 from myllm.checkpoint import Snapshot, TrainState, list_checkpoints, load, load_latest, save, verify
@@ -183,6 +184,36 @@ def test_a_checkpoint_cannot_run_code(tmp_path: Path, part: str) -> None:
     with pytest.raises(Exception, match=r"Weights only load failed|is not what one is made of"):
         assert not [opened.model, opened.optimizer, opened.random]
     assert not owned.exists()
+
+
+class AsPython3112Does:
+    """An enum's member, or what somebody puts in its place, as `getattr(kind, name)`."""
+
+    def __init__(self, kind: object, name: str) -> None:
+        self.kind, self.name = kind, name
+
+    def __reduce__(self) -> tuple[object, tuple[object, str]]:
+        return (getattr, (self.kind, self.name))
+
+
+def test_a_checkpoint_of_any_python_opens(tmp_path: Path) -> None:
+    """Debian's Python 3.11.2 writes the members of enums with `getattr`: that is taken, any other use is refused."""
+    folder = put(tmp_path, 1)
+    metadata = FileSystemReader(folder / "weights").read_metadata()
+    weights, file = load(folder).model, folder / "weights/.metadata"
+    for kind, name, fine in (
+        (_MEM_FORMAT_ENCODING, "TORCH_CONTIGUOUS_FORMAT", True),
+        (_MEM_FORMAT_ENCODING, "__class__", False),
+        (TensorStorageMetadata, "__init__", False),
+    ):
+        metadata.storage_meta = AsPython3112Does(kind, name)
+        file.write_bytes(pickle.dumps(metadata))
+        vouch(folder)
+        if fine:
+            assert all(torch.equal(tensor, load(folder).model[key]) for key, tensor in weights.items())
+        else:
+            with pytest.raises(UserError, match="is not what one is made of"):
+                assert load(folder).model
 
 
 def vouch(folder: Path) -> None:
