@@ -194,6 +194,7 @@ def test_a_best_checkpoint_is_whole_or_not_there(
     same(whole, run(plateau))
 
 
+@pytest.mark.slow
 def test_a_run_that_stopped_early_goes_on_only_when_told(plateau: RunConfig) -> None:
     root = run(plateau)
     last, _ = expected_end(root)
@@ -263,6 +264,7 @@ def test_a_full_disk_leaves_the_best_one(plateau: RunConfig, monkeypatch: pytest
     assert not list(verify(RunPaths.of("tiny").best / "step_00000002"))
 
 
+@pytest.mark.slow
 def test_a_killed_run_stops_where_it_would_have(
     plateau: RunConfig, whole: Path, tmp_path: Path, temp_data: Path
 ) -> None:

@@ -142,6 +142,7 @@ def expect_losses_of_finished_data(runs: Runs, ranks: int) -> None:
     assert not (folder / "progress.json").exists()
 
 
+@pytest.mark.slow
 def test_it_trains_while_the_data_are_made_with_the_same_losses(runs: Runs) -> None:
     runs.open_gate(3)
     process = runs.start()
@@ -216,6 +217,7 @@ def test_a_killed_training_takes_its_preparation_with_it(runs: Runs) -> None:
     assert [each for each in alive if each.status() != psutil.STATUS_ZOMBIE] == []
 
 
+@pytest.mark.slow
 def test_what_turns_out_to_be_too_little_is_said_as_of_finished_data(runs: Runs) -> None:
     words = ("--train.batch-tokens", "65536", "--train.micro-batch-size", "1")
     for _ in range(2):  # growing, then whole

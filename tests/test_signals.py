@@ -70,6 +70,7 @@ def long(tiny: RunConfig, tmp_path: Path) -> RunConfig:
     return config
 
 
+@pytest.mark.slow
 def test_a_run_that_is_interrupted_three_times(long: RunConfig, tmp_path: Path, temp_data: Path) -> None:
     """Ctrl-C, kill -9, and a scheduler's SIGTERM: the same command each time, and losses as if nothing had happened."""
     run = temp_data / "runs" / "tiny"

@@ -95,6 +95,7 @@ def moment(preparations: "Preparations", chance: random.Random) -> Callable[[], 
     return lambda: set(preparations.seen(found)) - there or (found == "random" and time.monotonic() > at)
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(
     big_corpus: Path, preparations: "Preparations", undisturbed: dict[str, str], hashes: Hashes
 ) -> None:

@@ -40,6 +40,7 @@ def gradients(config: RunConfig, ranks: int, sizes: tuple[int, ...], folder: Pat
     return [first for first, *_ in found]
 
 
+@pytest.mark.slow
 def test_gradients_do_not_depend_on_ranks_or_accumulation(plain: RunConfig, tmp_path: Path) -> None:
     """8 sequences a step as 1, 2 and 4 accumulation steps on one rank, and as 1, 2 and 4 on two."""
     reference, *others = gradients(plain, 1, (8, 4, 2), tmp_path / "one")
@@ -50,6 +51,7 @@ def test_gradients_do_not_depend_on_ranks_or_accumulation(plain: RunConfig, tmp_
             assert difference < 2e-6, f"{name} differs by {difference:.1e}"
 
 
+@pytest.mark.slow
 def test_ranks_come_and_go(plain: RunConfig, tmp_path: Path, temp_data: Path) -> None:
     """Four steps on two ranks by DDP, four by FSDP and four on one rank are twelve on one: the same samples, losses and
     figures."""
@@ -82,6 +84,7 @@ def test_ranks_come_and_go(plain: RunConfig, tmp_path: Path, temp_data: Path) ->
     assert by_one["n_examples"] == 30
 
 
+@pytest.mark.slow
 def test_ranks_stop_early_together(plain: RunConfig, tmp_path: Path, temp_data: Path) -> None:
     """At a rate of next to nothing no validation is better than the first: two more, and all ranks stop, by rank 0's
     figures, though the other rank has its own."""

@@ -10,6 +10,8 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from myllm.checkpoint import load, verify
 
+pytestmark = pytest.mark.slow  # real processes, half a minute and more in all
+
 SCRIPT = Path(__file__).parent / "save_on_ranks.py"
 
 

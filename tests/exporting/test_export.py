@@ -283,9 +283,13 @@ def test_a_kill_leaves_nothing_unfinished_under_the_name(
             os.kill(os.getpid(), signal.SIGKILL)
 
     if (child := os.fork()) == 0:
-        monkeypatch.setattr("myllm.exporting.folder.shutil.rmtree" if there else "myllm.exporting.folder.check", die)
-        export_folder(folder, out, say=quietly)
-        os._exit(0)
+        try:
+            monkeypatch.setattr(
+                "myllm.exporting.folder.shutil.rmtree" if there else "myllm.exporting.folder.check", die
+            )
+            export_folder(folder, out, say=quietly)
+        finally:  # never back into pytest
+            os._exit(0)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
     assert len(list(tmp_path.glob(".partial-out*"))) == 1
     assert not out.exists() or (out / "older").exists() or (out / "model.safetensors").exists()

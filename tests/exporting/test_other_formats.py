@@ -76,7 +76,7 @@ def test_onnx_that_gives_other_logits(save: Save, tmp_path: Path, monkeypatch: p
 # -- GGUF -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.slow if k == "qwen3" else ()) for k in KINDS])
 @torch.no_grad()
 def test_gguf(kind: str, save: Save, tmp_path: Path) -> None:
     # From this format transformers reads no biases of a Llama, and not every size: these are its defaults.
