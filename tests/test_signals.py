@@ -40,7 +40,7 @@ def stuck(runner, optimizer, loader, batch, number, *rest):
 words = list(sys.argv)
 sys.argv = [word for word in words if word != "--stuck"]
 train.train_step, main = stuck, train.train
-train.train = lambda *arguments: main(*arguments[:-1])  # counts from now on, however slow the imports are here
+train.train = lambda *arguments: main(*arguments[:4])  # the limit counts from now on, however slow the imports are
 if __name__ == "__main__":
     pretrain.main()
 """

@@ -36,7 +36,8 @@ def test_a_nan_that_is_left_out(rank: int, forks: Forks, config_file: Path, plac
     assert ended.code == 0, ended.said
     assert "left out the update of step 6: its gradient is not finite" in ended.said
     rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
-    assert rows[-1]["kind"] == "eval"
+    assert [row["step"] for row in rows if row["kind"] == "eval"] == [0, 4, 8]
+    assert [row["skipped_nonfinite"] for row in rows if row["kind"] == "train"] == [0] * 5 + [1] * 3
     assert sorted(record(run)) == list(range(1, 9))
     assert saved_step(run) == 8
 
