@@ -170,6 +170,7 @@ def test_logits_never_exist_all_at_once(autocast, compiling, monkeypatch):
     assert largest.elements <= max(16 * v, n * d, v * d)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="torch.compile needs a C++ compiler")
 @pytest.mark.skipif(" " in torch.__file__, reason="torch.compile cannot link against a torch in a path with a space")
 @pytest.mark.parametrize("autocast", [False, True])

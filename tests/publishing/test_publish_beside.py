@@ -226,6 +226,7 @@ def test_training_does_not_start_without_a_token(
     assert not temp_data.exists()
 
 
+@pytest.mark.slow
 def test_the_whole_way_without_a_network(
     tiny: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, temp_data: Path
 ) -> None:
