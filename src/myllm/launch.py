@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     import torch
 
 RANK_0_FIRST_S = 10
+CAUSE_FIRST_S = 3
+"""How long a rank that lost another lets that one end first."""
 LOST_A_RANK = ("onnection closed by peer", "onnection reset by peer", "Broken pipe", "remote process exit")
 """What gloo and NCCL say where the process at the other end is gone."""
 USAGE = """usage: python pretrain.py PRESET [--config FILE.json] [--dry-run] [--prepare-only] [--profile]
@@ -228,7 +230,7 @@ def _leave_others(error: Exception) -> None:
     if isinstance(error, RuntimeError) and any(sign in str(error) for sign in LOST_A_RANK):
         # What went wrong did so elsewhere: a traceback here would only bury it. And a launcher goes by the first rank
         # that ends, which is to be the one that knows; it then ends this one.
-        time.sleep(RANK_0_FIRST_S)
+        time.sleep(CAUSE_FIRST_S)
         print(
             f"rank {ranks.rank()}: another rank has ended, and says itself why ({str(error).splitlines()[0]}). The "
             "same command goes on from the newest checkpoint",

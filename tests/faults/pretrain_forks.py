@@ -24,7 +24,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 RANKS = 2
-TO_END_S = 5.0
+TO_END_S = 2.0
 """How long a rank that is told to end may take; torchrun waits 30 s."""
 EARLY = ("pretrain", "myllm.train", "myllm.data.beside", "myllm.launch", "myllm.publish_beside", "myllm.report")
 EARLY += ("torch._dynamo",)  # every optimizer imports it: two thirds of a small run's time
