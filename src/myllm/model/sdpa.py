@@ -65,13 +65,13 @@ def chosen(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Cho
     Args:
         dtype: that attention computes in.
     """
+    if device.type not in ("cpu", "cuda"):
+        return Choice(f"only {device.type}")  # torch has no choice of kernels there
     q, k, v = _inputs(config, device, dtype)
     grouped = config.n_heads != config.kv_heads
     with fastest(device):
-        try:  # what scaled_dot_product_attention itself asks; there is no public name for it
-            number = torch._fused_sdp_choice(q, k, v, None, 0.0, True, enable_gqa=grouped)
-        except (NotImplementedError, RuntimeError):  # a device, such as MPS, that torch has no choice for
-            return Choice(f"only {device.type}")
+        # What scaled_dot_product_attention itself asks; there is no public name for it.
+        number = torch._fused_sdp_choice(q, k, v, None, 0.0, True, enable_gqa=grouped)
     backend = SDPBackend.__members__.values()
     name = next((NAMES.get(each, each.name) for each in backend if int(each) == number), f"number {number}")
     refusals = _refusals(SDPAParams(q, k, v, None, 0.0, True, grouped)) if _is_slow(name, device) else ()
