@@ -106,29 +106,26 @@ def evaluate(model: Transformer, config: RunConfig) -> None:
         list(stream(model, [1, 2, 3], 4, Sampling()))
 
 
-@pytest.mark.parametrize("name", sorted({small(make().model): name for name, make in PRESETS.items()}.values()))
-def test_the_whole_model_is_one_graph(name: str, graphs: Graphs) -> None:
-    """Through micro-steps, steps, evaluations of other shapes, and training again."""
-    config = small_run(name)
+def assert_graphs(count: int, config: RunConfig, graphs: Graphs) -> None:
+    """Training makes so many, without breaks; evaluations and training again make none."""
     model = Transformer(config.model)
     runner = wrap(model, config, ALONE)
     for _ in range(2):
         train_steps(runner, config)
-        assert graphs.count == (1, 0)
+        assert graphs.count == (count, 0)
         evaluate(model, config)
-        assert graphs.count == (1, 0), "an evaluation was compiled"
+        assert graphs.count == (count, 0), "an evaluation was compiled"
+
+
+@pytest.mark.parametrize("name", sorted({small(make().model): name for name, make in PRESETS.items()}.values()))
+def test_the_whole_model_is_one_graph(name: str, graphs: Graphs) -> None:
+    """Through micro-steps, steps, evaluations of other shapes, and training again."""
+    assert_graphs(1, small_run(name), graphs)
 
 
 def test_checkpointed_blocks_share_one_graph(graphs: Graphs) -> None:
     """And the loss has the other; evaluations go through the same blocks and are not compiled."""
-    config = small_run("gpt2-124m", LAYERS, activation_checkpointing=True)
-    model = Transformer(config.model)
-    runner = wrap(model, config, ALONE)
-    for _ in range(2):
-        train_steps(runner, config)
-        assert graphs.count == (2, 0)
-        evaluate(model, config)
-        assert graphs.count == (2, 0), "an evaluation was compiled"
+    assert_graphs(2, small_run("gpt2-124m", LAYERS, activation_checkpointing=True), graphs)
 
 
 def test_a_bad_step_is_taken_apart_uncompiled(graphs: Graphs) -> None:
