@@ -34,6 +34,9 @@ import numpy as np
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
+import tiktoken
+from tiktoken.load import load_tiktoken_bpe
+from tiktoken_ext.openai_public import r50k_pat_str
 
 from myllm.config import DataConfig
 from myllm.data.prepare import prepare
@@ -132,8 +135,16 @@ def bare(texts: list[str], n: int) -> float:
     return elapsed
 
 
+def tiktoken_itself() -> tiktoken.Encoding:
+    """r50k_base as tiktoken makes it, of the same file."""
+    ranks = load_tiktoken_bpe(str(Tokenizer().file))
+    return tiktoken.Encoding(
+        "r50k_base", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 50_256}
+    )
+
+
 def _encode_all(texts: list[str], ready: threading.Barrier, seconds: "multiprocessing.Queue[float]") -> None:
-    encode = Tokenizer()._vocabulary._bpe.encode_ordinary
+    encode = tiktoken_itself().encode_ordinary
     ready.wait()
     for text in texts:
         encode(text)
@@ -191,7 +202,7 @@ def _read(corpus: Path, kind: str) -> Iterator[str]:
 def _tokenise(text: str) -> np.ndarray:
     global _ENCODE
     if _ENCODE is None:
-        _ENCODE = Tokenizer()._vocabulary._bpe.encode_ordinary
+        _ENCODE = tiktoken_itself().encode_ordinary
     return np.array([50_256, *_ENCODE(text)], dtype=np.uint16)
 
 

@@ -73,9 +73,9 @@ class Connection(BaseHTTPRequestHandler):
             return self.rfile.read(size)
         cut, body = hub._take_fault(request, cut=True), bytearray()
         end = size if cut is None else min(cut.after_bytes, size)
-        while len(body) < end and not hub._closing.is_set():
+        while len(body) < end and (room := hub._room(request, len(body), end)):
             pace = hub._pace_of(request)
-            piece = self.rfile.read(min(end - len(body), PIECE if pace is None else max(1, int(pace / 20))))
+            piece = self.rfile.read(min(room, PIECE if pace is None else max(1, int(pace / 20))))
             if not piece:
                 break
             body += piece
@@ -102,9 +102,9 @@ class Connection(BaseHTTPRequestHandler):
     def _pieces(self, request: Request, body: memoryview, is_content: bool) -> Iterator[memoryview]:
         """The body in pieces, each followed by the wait that the pace asks for, until the server closes."""
         hub, at = self.server.hub, 0
-        while at < len(body) and not hub._closing.is_set():
+        while at < len(body) and (room := hub._room(request, at, len(body)) if is_content else len(body) - at):
             pace = hub._pace_of(request) if is_content else None
-            size = PIECE if pace is None else max(1, min(PIECE, int(pace / 20)))
+            size = min(room, PIECE, PIECE if pace is None else max(1, int(pace / 20)))
             yield body[at : at + size]
             at += size
             if pace is not None:

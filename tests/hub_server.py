@@ -5,7 +5,7 @@ The tests then drive the real `huggingface_hub` (HF_ENDPOINT, or `endpoint=`) wi
 failure that the internet has. The server is of the standard library alone.
 
     HubServer          what a test holds: add_dataset, add_plain, add_account; fail_next, cut_next, lose_next, slow,
-                       ignore_ranges, down; the requests log; environment and reached, which point a client at it
+                       hold, ignore_ranges, down; the requests log; environment and reached, which point a client at it
       /api/datasets/ID[/revision/REV]              repo info: the commit sha, the siblings
       /api/datasets/ID/tree/REV[/PATH]             a listing in pages, joined by Link headers
       /api/datasets/ID/paths-info/REV              (POST) the same entries for the paths asked for
@@ -77,6 +77,7 @@ class HubServer:
         self._plain: dict[str, bytes] = {}
         self._faults: list[Fault] = []
         self._pace: dict[str, float] = {}
+        self._held: dict[str, int] = {}
         self._down: Reply | None = None
         self._without_ranges: str | None = None
         self.models = Models(self)
@@ -184,6 +185,17 @@ class HubServer:
             if bytes_per_s is not None:
                 self._pace[pattern] = bytes_per_s
 
+    def hold(self, pattern: str, after_bytes: int) -> None:
+        """Stop the bodies of matching GETs and PUTs there, with the connection open, until release(): whoever waits for
+        such a body is in the middle of it for as long as a test wants.
+        """
+        with self._lock:
+            self._held[pattern] = after_bytes
+
+    def release(self) -> None:
+        with self._lock:
+            self._held.clear()
+
     def down(self, status: int | None = 503, retry_after: float | None = 0) -> None:
         """Answer everything with an error until up(); status None hangs up without an answer."""
         self._down = Reply(0) if status is None else error_reply(status, "down for maintenance", retry_after)
@@ -218,6 +230,16 @@ class HubServer:
     def _pace_of(self, request: Request) -> float | None:
         with self._lock:
             return next((pace for pattern, pace in self._pace.items() if matches(pattern, request.path)), None)
+
+    def _room(self, request: Request, at: int, end: int) -> int:
+        """How many bytes of a body may follow the first `at`; waits while it is held there. 0: the server closes."""
+        while not self._closing.is_set():
+            with self._lock:
+                held = [stop for pattern, stop in self._held.items() if matches(pattern, request.path)]
+            if (room := min([end, *held]) - at) > 0:
+                return room
+            self._closing.wait(0.01)
+        return 0
 
     # Answers
 

@@ -172,7 +172,7 @@ def test_a_server_that_knows_no_ranges_sends_it_all_again(
 
 
 def test_a_killed_download_goes_on_where_it_was(hub: HubServer, file: SourceFile, tmp_path: Path) -> None:
-    hub.slow("/cdn/", 4 << 20)
+    hub.hold("/cdn/", 1 << 20)
     words = [sys.executable, "-c", FETCH, json.dumps(asdict(file)), str(tmp_path / "d")]
     client = subprocess.Popen(words, env=os.environ | hub.environment(tmp_path / "home"))
     deadline = time.monotonic() + 60
@@ -183,7 +183,7 @@ def test_a_killed_download_goes_on_where_it_was(hub: HubServer, file: SourceFile
     client.send_signal(signal.SIGKILL)
     client.wait(timeout=60)
     have = local_path(file, tmp_path / "d").with_name("train%200.parquet.part").stat().st_size
-    hub.slow("/cdn/", None)
+    hub.release()
     assert fetch(file, tmp_path / "d").read_bytes() == CONTENT
     assert [one.range for one in hub.seen("/cdn/")] == [None, f"bytes={have}-"]
     assert sent(hub) < 2 * len(CONTENT)

@@ -129,18 +129,21 @@ def test_kills_and_workers_change_no_byte(
 ) -> None:  # fmt: skip
     """Killed in the middle of a download, and again once some tokens are sealed."""
     names = add_many(hub, 6)
-    size = sum(one.size_bytes for one in preparing.resolve(DataConfig(source=MANY["source"])).source.files)
-    hub.slow("/cdn/", size / 6)
-    moments = [
-        lambda: begun(temp_data),
-        lambda: started.seen("work/0*.npz") and begun(temp_data),
-    ]
-    for moment, count in zip(moments, workers, strict=False):
+    files = units.order_files(preparing.resolve(DataConfig(source=MANY["source"])).source.files, True, 0)
+    size = sum(file.size_bytes for file in files)
+
+    def kill_when(moment: Callable[[], object], count: int) -> None:
         process = started.start(**MANY | {"workers": count}, shard_tokens=5_000)
-        started.wait_for(lambda moment=moment, process=process: moment() or process.poll() is not None)
-        assert process.poll() is None, "too fast to be interrupted"
+        started.wait_for(lambda: moment() or process.poll() is not None)
+        assert process.poll() is None, process.communicate()
         started.kill(process)
-    hub.slow("/cdn/", None)
+
+    hub.hold("/cdn/", size // 12)  # half of each
+    kill_when(lambda: begun(temp_data), workers[0])
+    hub.release()
+    hub.hold(f"/cdn/(?!.*{files[0].name.split('/')[-1]})", size // 10)
+    kill_when(lambda: begun(temp_data) and (started.seen("work/0*.npz") or started.seen("train_*.npy")), workers[1])
+    hub.release()
     process = started.start(**MANY | {"workers": workers[-1]}, shard_tokens=5_000)
     _, errors = process.communicate(timeout=240)
     assert process.returncode == 0, errors

@@ -209,7 +209,7 @@ def test_an_outage(hub: HubServer, tmp_path: Path) -> None:
 def test_a_killed_download_starts_again(hub: HubServer, tmp_path: Path) -> None:
     """What a killed process had fetched is lost and stays on disk: each attempt has a partial file of its own name."""
     hub.add_dataset(REPO, {"large.bin": LARGE})
-    hub.slow("/cdn/", 16 << 20)
+    hub.hold("/cdn/", 11 << 20)
     words = f"{REPO!r}, 'large.bin', repo_type='dataset', local_dir={str(tmp_path)!r}, token=False"
     program = f"from huggingface_hub import hf_hub_download; hf_hub_download({words})"
     client = subprocess.Popen([sys.executable, "-c", program], env=os.environ | {"HF_ENDPOINT": hub.endpoint})
@@ -221,7 +221,7 @@ def test_a_killed_download_starts_again(hub: HubServer, tmp_path: Path) -> None:
         time.sleep(0.02)
     client.send_signal(signal.SIGKILL)
     client.wait(timeout=60)
-    hub.slow("/cdn/", None)
+    hub.release()
     assert fetch(hub, tmp_path, "large.bin") == LARGE
     assert [one.range for one in hub.seen("/cdn/")] == [None, None]
     assert len(list(partial.glob("*.incomplete"))) == 1

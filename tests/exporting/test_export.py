@@ -18,12 +18,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from made_checkpoints import GPT2, KINDS, R50K, SMALL, Save
 from safetensors import safe_open
+from tiktoken_ext.openai_public import r50k_pat_str
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from myllm.cli import main as myllm
 from myllm.completion import generate
 from myllm.config import ModelConfig
-from myllm.data.r50k import PATTERN
 from myllm.data.tokenizer import Tokenizer
 from myllm.data.train_tokenizer import train_tokenizer
 from myllm.errors import UserError
@@ -124,7 +124,9 @@ def fast(tmp_path_factory: pytest.TempPathFactory) -> transformers.PreTrainedTok
 def peer() -> tiktoken.Encoding:
     """tiktoken itself, on the file of the vocabulary."""
     ranks = tiktoken.load.load_tiktoken_bpe(str(Tokenizer().file))
-    return tiktoken.Encoding("r50k", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 50_256})
+    return tiktoken.Encoding(
+        "r50k", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 50_256}
+    )
 
 
 ODD = st.sampled_from(

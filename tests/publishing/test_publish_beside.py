@@ -109,14 +109,14 @@ def test_a_killed_publisher_is_started_again(hub: HubServer, run: RunPaths, tiny
     """Killed in the middle of an upload; then each step is there once, and none that was not offered."""
     run.metrics.unlink()  # nothing to draw, which takes long
     save_checkpoint(run, tiny, 16)
-    hub.slow("/lfs/", 50_000)
+    hub.hold("/lfs/", 1_000)
     with published_beside(hub_config(tiny, every_checkpoint=True), True, make_folder) as publisher:
         publisher.offer(4)
         wait_for(lambda: [one for one in hub.seen("/lfs/", "PUT") if one.received_bytes])
         (process,) = publishers()
         os.kill(process.pid, signal.SIGKILL)
         wait_for(lambda: process.status() == psutil.STATUS_ZOMBIE)  # reaping it is the publisher's own business
-        hub.slow("/lfs/", None)
+        hub.release()
         publisher.finish(12)
     assert list(hub.models.tags(REPO)) == ["step-4", "step-8", "step-12"]
     assert len(hub.models.titles(REPO)) == 4
@@ -127,7 +127,7 @@ def test_a_run_that_ends_early_does_not_wait_for_its_upload(
     hub: HubServer, run: RunPaths, tiny: RunConfig, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run.metrics.unlink()
-    hub.slow("/lfs/", 1_000)
+    hub.hold("/lfs/", 1_000)
     config = hub_config(tiny, every_checkpoint=True)
 
     def die() -> None:

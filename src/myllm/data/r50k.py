@@ -4,8 +4,8 @@ import base64
 import hashlib
 import re
 from collections.abc import Iterator, Sequence
-from functools import cached_property
-from itertools import pairwise
+from functools import cache, cached_property
+from itertools import chain, islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -17,18 +17,22 @@ NAME = "r50k_base"
 VOCAB_FILE = "r50k_base.tiktoken"
 # Source: tiktoken_ext/openai_public.py, which checks its download against the same hash.
 VOCAB_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
-PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+# The vocabulary's own pattern (same source) ends in \s++$|\s+(?!\S)|\s: of a run of white space it leaves the last one
+# to what comes next. Looking ahead takes a backtracking engine, which is half as fast and overflows its stack in a run
+# of about a million. `marked` cuts texts there beforehand, and what is left to match needs no lookahead.
+PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+"""
 END_OF_TEXT = 50_256
 END_OF_TEXT_SPELLED = "<|endoftext|>"
+CUT = END_OF_TEXT + 1
+"""Stands for a mark within a document while it is tokenised, and never in what is given out."""
 
-# A run of about a million white-space characters overflows the regex engine's stack inside tiktoken and panics. Looking
-# behind lets a run match at its start alone: tried at each of its characters, a shorter run would take quadratic time.
-MAX_SPACE_CHARS = 100_000
+# What Unicode, and so the pattern, calls white space; Python's own idea of it has four characters more.
+_WHITE = (*range(9, 14), 32, 0x85, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x2028, 0x2029, 0x202F, 0x205F, 0x3000)
 # One call takes some 60 bytes of memory a character where there is nothing to cut words at.
 MAX_PIECE_CHARS = 1_000_000
 NEAR_CHARS = 1_000
+MOST_ENCODINGS = 4
 _BETWEEN_WORDS = re.compile(r"(?<=[A-Za-z]) (?=[A-Za-z])")
-_LONG_SPACE = re.compile(rf"(?<!\s)\s{{{MAX_SPACE_CHARS},}}")
 
 
 def cut_text(text: str, size: int) -> Iterator[str]:
@@ -45,6 +49,37 @@ def cut_text(text: str, size: int) -> Iterator[str]:
         yield text[start:end]
         start = end
     yield text[start:]
+
+
+def marked(texts: Sequence[str], end: str, cut: str) -> str:
+    """The texts as one, `end` before each, and `cut` before the last white space of two or more that something follows.
+
+    Args:
+        end: a character that is in no text, as is `cut`.
+    """
+    joined = end.join(("", *texts))
+    codes = np.frombuffer(joined.encode("utf-32-le"), dtype="<u4")
+    white = _is_white()[codes]
+    cuts = np.flatnonzero(white[:-2] & white[1:-1] & ~white[2:] & (codes[2:] != ord(end))) + 1
+    return cut.join(joined[a:b] for a, b in pairwise((0, *cuts.tolist(), len(joined))))
+
+
+@cache
+def _is_white() -> np.ndarray:
+    """Whether each character of Unicode is white space, (0x110000,) bool."""
+    white = np.zeros(0x110000, dtype=bool)
+    white[list(_WHITE)] = True
+    return white
+
+
+def absent(text: str) -> tuple[str, str]:
+    """Two characters that a text lacks: the same two control characters for nearly any, so that their tables are there.
+
+    A text of a million characters cannot hold all that there are.
+    """
+    candidates = map(chr, chain(range(1, 9), range(0xFDD0, 0x110000)))
+    first, second = islice((one for one in candidates if one not in text), 2)
+    return first, second
 
 
 class R50k:
@@ -73,47 +108,53 @@ class R50k:
         self.end_of_text = END_OF_TEXT
         self.vocab_size = END_OF_TEXT + 1
         self._content = content
+        self._encodings: dict[tuple[str, str], tiktoken.Encoding] = {}
 
     @cached_property
     def _ranks(self) -> dict[bytes, int]:
         return {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, self._content.splitlines())}
 
     @cached_property
-    def _bpe(self) -> tiktoken.Encoding:
+    def _bytes_of(self) -> dict[int, bytes]:
+        return {rank: token for token, rank in self._ranks.items()} | {END_OF_TEXT: END_OF_TEXT_SPELLED.encode()}
+
+    def _bpe(self, end: str, cut: str) -> tiktoken.Encoding:
+        """That takes these two characters for the end of a text, and for a mark within."""
         # At first use: the process that plans a data set never encodes.
-        return tiktoken.Encoding(
-            NAME, pat_str=PATTERN, mergeable_ranks=self._ranks, special_tokens={END_OF_TEXT_SPELLED: END_OF_TEXT}
-        )
+        if (end, cut) not in self._encodings:
+            if len(self._encodings) == MOST_ENCODINGS:
+                self._encodings.clear()
+            self._encodings[end, cut] = tiktoken.Encoding(
+                NAME, pat_str=PATTERN, mergeable_ranks=self._ranks,
+                special_tokens={end: END_OF_TEXT, cut: CUT},
+            )  # fmt: skip
+        return self._encodings[end, cut]
 
     def encode(self, text: str) -> np.ndarray:
-        if len(text) < MAX_SPACE_CHARS:  # too short to hold such a run: nothing to look for
-            return self._encode(text)
-        return np.concatenate([self._encode_long(piece) for piece in cut_text(text, MAX_PIECE_CHARS)])
+        return self.encode_documents([text])[0][1:]
 
     def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
-        if any(len(text) >= MAX_SPACE_CHARS or END_OF_TEXT_SPELLED in text for text in texts):
-            front = np.array([END_OF_TEXT], dtype=np.uint16)
-            return [np.concatenate((front, self.encode(text))) for text in texts]
-        # In one call: tiktoken cuts at the special token before it looks at any text, so no document sees another.
-        joined = END_OF_TEXT_SPELLED.join(("", *texts))
-        tokens = self._bpe.encode_to_numpy(joined, allowed_special={END_OF_TEXT_SPELLED}).astype(np.uint16)
+        if all(len(text) <= MAX_PIECE_CHARS for text in texts):
+            return self._encode_together(texts)
+        front = np.array([END_OF_TEXT], dtype=np.uint16)
+        return [np.concatenate((front, *self._encode_pieces(text))) for text in texts]
+
+    def _encode_pieces(self, text: str) -> Iterator[np.ndarray]:
+        return (self._encode_together([piece])[0][1:] for piece in cut_text(text, MAX_PIECE_CHARS))
+
+    def _encode_together(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """In one call: tiktoken cuts at marks before it looks at any text, so no document sees another."""
+        end, cut = absent("".join(texts))
+        tokens = self._bpe(end, cut).encode_to_numpy(marked(texts, end, cut), allowed_special={end, cut})
+        tokens = tokens[tokens != CUT].astype(np.uint16)
         starts = np.flatnonzero(tokens == END_OF_TEXT).tolist()
         return [tokens[start:end] for start, end in pairwise((*starts, len(tokens)))]
 
-    def _encode_long(self, text: str) -> np.ndarray:
-        # Cutting such a run in pieces changes at most the tokens at the cuts.
-        runs = [match.span() for match in _LONG_SPACE.finditer(text)]
-        cuts = [0, *(cut for a, b in runs for cut in range(a + MAX_SPACE_CHARS, b, MAX_SPACE_CHARS)), len(text)]
-        return np.concatenate([self._encode(text[a:b]) for a, b in pairwise(cuts)])
-
-    def _encode(self, text: str) -> np.ndarray:
-        return self._bpe.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
-
     def decode(self, ids: Sequence[int]) -> str:
-        return self._bpe.decode(ids, errors="replace")
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        return self._bpe.decode_bytes(ids)
+        return b"".join([self._bytes_of[each] for each in ids])
 
     def token_bytes(self) -> np.ndarray:
         lengths = np.zeros(self.vocab_size, dtype=np.int64)
