@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 import myllm
 from myllm import checkpoint
 from myllm.checkpoint import TrainState
+from myllm.cli import main as run_command
 from myllm.completion import Completion, TextStream, complete, generate
 from myllm.config import ModelConfig, RunConfig, to_dict
 from myllm.data.order import DataPosition
@@ -278,10 +279,19 @@ def test_what_is_there_is_shown_while_others_are_made(
         (("tiny", "--prompt", "a", "--temperature", "0", "--max-new-tokens", "2"), 0, "temperature 0 draws nothing"),
     ],
 )  # fmt: skip
-def test_odd_input_gets_a_clear_answer(data: Path, words: tuple[str, ...], code: int, message: str) -> None:
-    done = command(data, "sample", *words)
-    assert done.returncode == code, done.stderr
-    assert message in done.stderr
+def test_odd_input_gets_a_clear_answer(
+    data: Path, words: tuple[str, ...], code: int, message: str, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setenv("MYLLM_DATA", str(data))
+    ended = 0
+    try:
+        run_command(["sample", *words])
+    except SystemExit as error:
+        ended = error.code
+    said = capsys.readouterr().err
+    assert ended == code, said
+    assert message in said
 
 
 # -- chat -------------------------------------------------------------------------------------------------------------

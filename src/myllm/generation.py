@@ -13,6 +13,7 @@ from torch import Tensor
 from .errors import UserError
 from .filters import Likelihood, choose, likelihoods
 from .model import KVCache, Transformer
+from .model.bare import bare
 from .model.kv_cache import cache_dtype
 from .sampling import Sampling
 
@@ -100,6 +101,7 @@ def _continue(
         model.compile_steps(mode="reduce-overhead")
     room = context if static else min(context, max(map(len, windows)) + max_new_tokens)
     cache = KVCache(model.config, len(rows), room, device, cache_dtype(device), static)
+    step = model if static else bare(model)
     logits = read(model, windows, cache)
     while True:
         seen = [row.prompt + row.written for row in rows] if sampling.repetition_penalty != 1 else [[]] * len(rows)
@@ -121,7 +123,7 @@ def _continue(
         if len(kept) < len(rows):
             rows, generators = [rows[index] for index in kept], [generators[index] for index in kept]
             cache.keep(kept)
-        logits = _next(model, rows, cache, context)
+        logits = _next(step, rows, cache, context)
 
 
 def read(model: Transformer, windows: list[list[int]], cache: KVCache) -> Tensor:

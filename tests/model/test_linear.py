@@ -1,19 +1,44 @@
-"""The linear map in slices is the linear map."""
+"""The linear map in another order of multiplication is the linear map."""
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from myllm.model.linear import LARGE, linear
+from myllm.model.linear import LARGE, linear, logits
+
+ROWS = [(1,), (3,), (3, 1), (2, 5), (16, 1), (70,), (0,)]
 
 
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("rows", [1, 3])
-@torch.no_grad()
-def test_slices_of_a_large_matrix(rows: int, bias: bool) -> None:
+def made(rows: tuple[int, ...], width: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(LARGE // 512 + 700, 512, generator=generator)  # the last slice is a part of one
-    x = torch.randn(rows, 1, 512, generator=generator)
-    b = torch.randn(len(weight), generator=generator) if bias else None
+    return torch.randn(*rows, width, generator=generator), torch.randn(LARGE // 512 + 7, width, generator=generator)
+
+
+@pytest.mark.parametrize("width", [16, 512])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", ROWS)
+@torch.no_grad()
+def test_few_rows_and_a_large_matrix(rows: tuple[int, ...], bias: bool, width: int) -> None:
+    x, weight = made(rows, width)
+    b = torch.randn(len(weight)) if bias else None
+    y = linear(x, weight, b)
     expected = F.linear(x.double(), weight.double(), None if b is None else b.double())
-    torch.testing.assert_close(linear(x, weight, b).double(), expected, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-4)
+    assert y.is_contiguous()
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@torch.no_grad()
+def test_logits(rows: tuple[int, ...]) -> None:
+    x, weight = made(rows, 64)
+    expected = F.linear(x.double(), weight.double())
+    torch.testing.assert_close(logits(x, weight).double(), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_gradients() -> None:
+    x, weight = (each.requires_grad_() for each in made((3,), 512))
+    for function in (linear, logits):
+        found = torch.autograd.grad(function(x, weight).square().sum(), (x, weight))
+        expected = torch.autograd.grad(F.linear(x, weight).square().sum(), (x, weight))
+        torch.testing.assert_close(found, expected)

@@ -20,6 +20,7 @@ from serving import DEADLINE_S, DEFAULT, JSON, connect, post, scripted, serving
 
 from myllm import checkpoint
 from myllm.checkpoint import TrainState
+from myllm.cli import main as run_command
 from myllm.completion import complete
 from myllm.config import ModelConfig, RunConfig, to_dict
 from myllm.data.order import DataPosition
@@ -363,18 +364,28 @@ def test_ctrl_c_ends_it_in_the_midst_of_a_text(data: Path) -> None:
     assert (process.returncode, out.strip(), err) == (0, "ended", "")
 
 
-def test_mistakes_of_the_command(data: Path) -> None:
+def test_mistakes_of_the_command(
+    data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         done = command(data, "serve", "tiny", "--port", port)
     assert done.returncode == 2
     assert f"cannot listen on 127.0.0.1, port {port}: Address already in use; give another --port" in done.stderr
-    unknown = command(data, "serve", "tinny", "--port", "0")
-    assert (unknown.returncode, unknown.stderr) == (2, command(data, "sample", "tinny").stderr)
-    done = command(data, "serve", "tiny", "--top-p", "0", "--max-new-tokens", "-1")
-    assert done.returncode == 2
-    assert "top_p 0.0: give" in done.stderr
-    assert "max_new_tokens -1: give" in done.stderr
+    monkeypatch.setenv("MYLLM_DATA", str(data))
+    messages = []
+    for words in (
+        ["serve", "tinny", "--port", "0"],
+        ["sample", "tinny"],
+        ["serve", "tiny", "--top-p", "0", "--max-new-tokens", "-1"],
+    ):
+        with pytest.raises(SystemExit) as ended:
+            run_command(words)
+        assert ended.value.code == 2
+        messages.append(capsys.readouterr().err)
+    assert messages[0] == messages[1]
+    assert "top_p 0.0: give" in messages[2]
+    assert "max_new_tokens -1: give" in messages[2]
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ class Attention(nn.Module):
         """
         B, T, _ = x.shape
         heads = self.qkv_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H + 2G, T, K)
-        q, k, v = heads.split((self.n_heads, self.kv_heads, self.kv_heads), dim=1)  # (B, H|G|G, T, K)
+        q, k, v = heads.split_with_sizes((self.n_heads, self.kv_heads, self.kv_heads), dim=1)  # (B, H|G|G, T, K)
         q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
@@ -44,9 +44,9 @@ class Attention(nn.Module):
             k, v = cache.append(self.layer, k, v)  # (B, G, S, K)
         ragged = cache is not None and cache.mask is not None
         allowed = {"attn_mask": cache.mask} if ragged else _causal(T, k.shape[2], x.device)
-        y = F.scaled_dot_product_attention(
-            q.type_as(v), k.type_as(v), v, **allowed, enable_gqa=self.n_heads != self.kv_heads
-        )  # (B, H, T, K)
+        if q.dtype is not v.dtype:
+            q, k = q.type_as(v), k.type_as(v)
+        y = F.scaled_dot_product_attention(q, k, v, **allowed, enable_gqa=self.n_heads != self.kv_heads)  # (B, H, T, K)
         y = y.transpose(1, 2).reshape(B, T, -1)  # (B, T, H K)
         return self.dropout(self.out_proj(y.type_as(x)))
 

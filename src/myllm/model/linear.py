@@ -5,27 +5,50 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 LARGE = 2**22
-"""Weights from which a matrix is multiplied in slices."""
-SLICE = 1_024
-"""Rows of the matrix in a slice."""
+"""Weights from which a matrix is more than a CPU's cache holds."""
+FEW, FEW_LOGITS = 64, 16
+"""Rows up to which a matrix is better on the left of the product. Of logits, whose columns are left lying as they come
+out, fewer."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b.
 
-    On a CPU the library is a quarter slower with a few tokens and a matrix larger than its cache than with slices of
-    the matrix, one after the other; with one token, or a smaller matrix, slices gain nothing.
-
     Shapes:
         x (..., D); weight (N, D); bias (N,); returns (..., N)
     """
-    small = weight.numel() < LARGE or x.numel() == x.shape[-1]
-    # Gradients and graphs are simpler of the whole, and a quantised matrix may not be cut.
-    whole = torch.is_grad_enabled() or torch.compiler.is_compiling() or type(weight) not in (Tensor, nn.Parameter)
-    if small or whole or x.device.type != "cpu":
+    if weight.numel() < LARGE or not _few_on_cpu(x, weight, FEW):
         return F.linear(x, weight, bias)
-    cuts = [slice(first, first + SLICE) for first in range(0, len(weight), SLICE)]
-    return torch.cat([F.linear(x, weight[cut], None if bias is None else bias[cut]) for cut in cuts], dim=-1)
+    y = _columns(x, weight).contiguous()
+    return y if bias is None else y + bias
+
+
+def logits(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T. A few rows of it are not one after the other in memory: what chooses among them reads them once.
+
+    Shapes:
+        x (..., D); weight (V, D); returns (..., V)
+    """
+    return _columns(x, weight) if _few_on_cpu(x, weight, FEW_LOGITS) else F.linear(x, weight)
+
+
+def _few_on_cpu(x: Tensor, weight: Tensor, few: int) -> bool:
+    # Gradients and graphs are simpler of the plain form, and a quantised matrix may know no other.
+    plain = torch.is_grad_enabled() or torch.compiler.is_compiling() or type(weight) not in (Tensor, nn.Parameter)
+    return not plain and 1 < x.numel() // x.shape[-1] <= few and x.device.type == "cpu"
+
+
+def _columns(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T as (W x^T)^T.
+
+    On a CPU that is up to three times as fast with a few rows and a large matrix: the library packs what stands on the
+    right before it multiplies, and of a matrix that is used but a few times that is most of the work.
+
+    Shapes:
+        x (..., D); weight (N, D); returns (..., N)
+    """
+    rows = x.flatten(0, -2)  # (rows, D)
+    return (weight @ rows.t()).t().unflatten(0, x.shape[:-1])
 
 
 class Linear(nn.Linear):

@@ -18,13 +18,19 @@ class RMSNorm(nn.RMSNorm):
         self.least = torch.tensor(eps, dtype=torch.float32)
 
     def forward(self, x: Tensor) -> Tensor:
-        x32, weight = x.float(), self.weight.float()
+        x32, weight = float32(x), float32(self.weight)
         if x.device.type != "cpu":
             return F.rms_norm(x32, self.normalized_shape, weight, self.eps).type_as(x)
         # There is no kernel for a CPU: F.rms_norm is a chain of operations twice as long as this one.
         length = torch.linalg.vector_norm(x32, dim=-1, keepdim=True)
         mean_square = torch.addcmul(self.least, length, length, value=1 / x.shape[-1])
-        return (x32 * mean_square.rsqrt() * weight).type_as(x)
+        y = x32 * mean_square.rsqrt() * weight
+        return y if x is x32 else y.type_as(x)
+
+
+def float32(x: Tensor) -> Tensor:
+    """x.float(), which takes its time even where there is nothing to do."""
+    return x if x.dtype is torch.float32 else x.float()
 
 
 def make_norm(config: ModelConfig) -> nn.Module:

@@ -9,6 +9,8 @@ Shapes: B batch, H heads, T sequence, K head dimension.
 import torch
 from torch import Tensor
 
+from .norm import float32
+
 
 def rotary_tables(max_seq_len: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosine of every position's angles, and sine, for both dimensions of each pair, in float32.
@@ -30,6 +32,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Shapes:
         x (B, H, T, K); cos and sin (T, K), or (B, 1, T, K) where rows differ; returns (B, H, T, K)
     """
-    x32 = x.float()
+    x32 = float32(x)
     others = x32.roll(x.shape[-1] // 2, dims=-1)  # each dimension's partner in its place
-    return torch.addcmul(x32 * cos, others, sin).type_as(x)
+    y = torch.addcmul(x32 * cos, others, sin)
+    return y if x is x32 else y.type_as(x)

@@ -14,9 +14,10 @@ from torch.utils.checkpoint import checkpoint
 from ..config import ModelConfig
 from .attention import Attention
 from .feed_forward import FeedForward
+from .huge_pages import use_huge_pages
 from .init import initialize
 from .kv_cache import KVCache, cache_dtype
-from .linear import linear
+from .linear import logits
 from .loss import mean_loss, token_places, token_scores
 from .norm import make_norm
 from .rope import rotary_tables
@@ -49,6 +50,7 @@ class Transformer(nn.Module):
         self._step: Callable[..., Tensor] | None = None
         self._training_loss: Callable[[Tensor, Tensor, Tensor, int], Tensor] = mean_loss
         initialize(self, config, seed)
+        use_huge_pages(self)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """Mean loss in nats if targets are given, logits if not.
@@ -194,7 +196,7 @@ class Transformer(nn.Module):
     def _logits(self, hidden: Tensor) -> Tensor:
         if self.quantized:  # such a matrix cannot be cut in inference mode
             return nn.functional.linear(hidden, self._stored_head)[..., : self.config.vocab_size]
-        return linear(hidden, self._stored_head[: self.config.vocab_size])
+        return logits(hidden, self._stored_head[: self.config.vocab_size])
 
     @property
     def head_weight(self) -> Tensor:

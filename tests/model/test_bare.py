@@ -1,0 +1,103 @@
+"""A stand-in computes what its model does, to the bit, and leaves to modules what is theirs."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from myllm.config import ModelConfig
+from myllm.generation import Continuation, continue_batch
+from myllm.model import KVCache, Transformer
+from myllm.model.bare import bare
+from myllm.sampling import Sampling
+
+SMALL = ModelConfig(vocab_size=50, vocab_multiple=8, max_seq_len=20, d_model=24, n_layers=2, n_heads=4, d_ff=32)
+KINDS: list[dict[str, Any]] = [
+    {},
+    {"qk_norm": True, "n_kv_heads": 2, "tie_embeddings": False},
+    {"position": "learned", "norm": "layernorm", "activation": "gelu", "bias": True},
+    {"activation": "relu2", "dropout_embedding": 0.1, "dropout_ffn": 0.1, "dropout_attention_residual": 0.1},
+]
+
+
+def model_of(**kind: Any) -> Transformer:
+    model = Transformer(replace(SMALL, **kind)).eval()
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.15 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def written(model: Any, config: ModelConfig, counts: list[int]) -> Tensor:
+    """Logits of four steps, one token each, after prompts of these lengths."""
+    tokens = torch.randint(50, (len(counts), 12), generator=torch.Generator().manual_seed(1))
+    cache = KVCache(config, len(counts), 20, "cpu", torch.float32)
+    logits = [model.next_logits(tokens[:, : max(counts)], cache, counts)]
+    logits += [model.next_logits(tokens[:, place : place + 1], cache) for place in range(8, 12)]
+    return torch.stack(logits)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("counts", [[8], [8, 8, 8], [3, 8, 1]], ids=str)
+@torch.inference_mode()
+def test_the_same_logits_to_the_bit(kind: dict[str, Any], counts: list[int]) -> None:
+    model = model_of(**kind)
+    assert torch.equal(written(bare(model), model.config, counts), written(model, model.config, counts))
+
+
+def modules_in(stand_in: Any) -> list[nn.Module]:
+    if isinstance(stand_in, nn.Module):
+        return [stand_in]
+    parts = stand_in if isinstance(stand_in, list) else vars(stand_in).values() if hasattr(stand_in, "__dict__") else []
+    return [module for part in parts if not isinstance(part, Tensor) for module in modules_in(part)]
+
+
+@pytest.mark.parametrize("kind", KINDS[:3], ids=str)
+def test_no_module_is_left(kind: dict[str, Any]) -> None:
+    assert modules_in(bare(model_of(**kind))) == []
+
+
+class Doubled(nn.Module):
+    """Somebody's own part."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * self.inner(x)
+
+
+@pytest.mark.parametrize("where", ["feed_forward", "attention.out_proj", "attention_norm"])
+@pytest.mark.parametrize("how", ["hook", "pre-hook", "own part", "own forward", "in place"])
+@torch.inference_mode()
+def test_what_was_changed_counts(where: str, how: str) -> None:
+    """Whatever somebody hangs into a model takes part in generation as in training."""
+    model = model_of()
+    before = written(bare(model), model.config, [8])
+    part = model.blocks[1].get_submodule(where)
+    if how == "hook":
+        part.register_forward_hook(lambda module, arguments, y: 2 * y)
+    elif how == "pre-hook":
+        part.register_forward_pre_hook(lambda module, arguments: (2 * arguments[0], *arguments[1:]))
+    elif how == "own forward":
+        plain = part.forward
+        part.forward = lambda x, *others: 2 * plain(x, *others)
+    elif how == "own part":
+        model.blocks[1].set_submodule(where, Doubled(part))
+    else:
+        next(part.parameters()).mul_(2)
+    after = written(bare(model), model.config, [8])
+    assert torch.equal(after, written(model, model.config, [8]))
+    assert not torch.equal(after, before)
+
+
+def test_hooks_see_each_token_of_a_generation() -> None:
+    model, seen = model_of(), []
+    model.blocks[0].register_forward_hook(lambda module, arguments, y: seen.append(tuple(y.shape)))
+    for _ in continue_batch(model, [Continuation([1, 2, 3], 0)], 4, Sampling(temperature=0)):
+        pass
+    assert seen == [(1, 3, 24)] + 3 * [(1, 1, 24)]
