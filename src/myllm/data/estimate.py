@@ -27,6 +27,8 @@ SAMPLE_BYTES = 8_000_000
 SAMPLE_DOCUMENTS = 2_000
 SAMPLE_FILES = 40
 """Small files are sampled whole, this many of them."""
+TOGETHER = 32
+"""Documents tokenised in one call: for the speed, about as many as preparing takes at once."""
 SMALL_BYTES = 1_000_000
 
 
@@ -80,7 +82,9 @@ def estimate(recipe: Recipe, workers: int, target: tuple[str, float] | None = No
     n_bytes = np.array([len(text.encode(errors="surrogatepass")) for text in texts], dtype=float)
     recipe.tokenizer.encode("warm up")
     started = time.perf_counter()
-    n_tokens = np.array([len(recipe.tokenizer.encode_document(text)) for text in texts], dtype=float)
+    together = (texts[first : first + TOGETHER] for first in range(0, len(texts), TOGETHER))
+    encoded = [document for some in together for document in recipe.tokenizer.encode_documents(some)]
+    n_tokens = np.array([len(document) for document in encoded], dtype=float)
     bytes_per_s = n_bytes.sum() / (time.perf_counter() - started)
 
     amounts = {
