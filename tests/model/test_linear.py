@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from myllm.config import ModelConfig
+from myllm.model import Transformer
 from myllm.model.linear import LARGE, linear, logits
 
 ROWS = [(1,), (3,), (3, 1), (2, 5), (16, 1), (70,), (0,)]
@@ -42,3 +44,16 @@ def test_gradients() -> None:
         found = torch.autograd.grad(function(x, weight).square().sum(), (x, weight))
         expected = torch.autograd.grad(F.linear(x, weight).square().sum(), (x, weight))
         torch.testing.assert_close(found, expected)
+
+
+@torch.no_grad()
+def test_a_model_s_logits_can_be_viewed() -> None:
+    model = Transformer(ModelConfig(vocab_size=50, d_model=8, n_layers=1, n_heads=2, d_ff=8, max_seq_len=16)).eval()
+    assert model(torch.zeros(2, 3, dtype=torch.long)).view(-1).shape == (2 * 3 * 50,)
+
+
+@torch.no_grad()
+def test_bfloat16_stays_so() -> None:
+    x, weight = made((3,), 512)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(x, weight, torch.zeros(len(weight))).dtype == torch.bfloat16

@@ -121,14 +121,15 @@ class R50k:
     def _bpe(self, end: str, cut: str) -> tiktoken.Encoding:
         """That takes these two characters for the end of a text, and for a mark within."""
         # At first use: the process that plans a data set never encodes.
-        if (end, cut) not in self._encodings:
-            if len(self._encodings) == MOST_ENCODINGS:
+        encoding = self._encodings.get((end, cut))
+        if encoding is None:
+            encoding = tiktoken.Encoding(
+                NAME, pat_str=PATTERN, mergeable_ranks=self._ranks, special_tokens={end: END_OF_TEXT, cut: CUT}
+            )
+            if len(self._encodings) >= MOST_ENCODINGS:
                 self._encodings.clear()
-            self._encodings[end, cut] = tiktoken.Encoding(
-                NAME, pat_str=PATTERN, mergeable_ranks=self._ranks,
-                special_tokens={end: END_OF_TEXT, cut: CUT},
-            )  # fmt: skip
-        return self._encodings[end, cut]
+            self._encodings[end, cut] = encoding
+        return encoding
 
     def encode(self, text: str) -> np.ndarray:
         return self.encode_documents([text])[0][1:]

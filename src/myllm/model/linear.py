@@ -20,7 +20,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if weight.numel() < LARGE or not _few_on_cpu(x, weight, FEW):
         return F.linear(x, weight, bias)
     y = _columns(x, weight).contiguous()
-    return y if bias is None else y + bias
+    return y if bias is None else y.add_(bias)
 
 
 def logits(x: Tensor, weight: Tensor) -> Tensor:

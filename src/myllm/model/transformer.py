@@ -17,7 +17,7 @@ from .feed_forward import FeedForward
 from .huge_pages import use_huge_pages
 from .init import initialize
 from .kv_cache import KVCache, cache_dtype
-from .linear import logits
+from .linear import linear, logits
 from .loss import mean_loss, token_places, token_scores
 from .norm import make_norm
 from .rope import rotary_tables
@@ -69,6 +69,8 @@ class Transformer(nn.Module):
     def next_logits(self, tokens: Tensor, cache: KVCache, counts: list[int] | None = None) -> Tensor:
         """Logits of the token after each row's last; the head runs there alone.
 
+        Of few rows they may lie in memory column by column.
+
         Args:
             counts: tokens that each row really has, where shorter rows are filled up on the right. The cache then
                 holds only these. None: all of them.
@@ -78,12 +80,12 @@ class Transformer(nn.Module):
         """
         hidden = self.hidden(tokens, cache)  # (B, T, D)
         if counts is None:
-            return self._logits(hidden[:, -1])
+            return self._logits(hidden[:, -1], logits)
         # What fills up a row comes after its tokens: none of them sees it, and later tokens overwrite it.
         kept = torch.tensor(counts)
         cache.lengths += kept - tokens.shape[1]
         last = (kept - 1).to(tokens.device)
-        return self._logits(hidden[torch.arange(len(counts), device=tokens.device), last])
+        return self._logits(hidden[torch.arange(len(counts), device=tokens.device), last], logits)
 
     @torch.no_grad()
     def score(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -193,10 +195,10 @@ class Transformer(nn.Module):
             x = block(x, rotary, cache)
         return self.norm(x)
 
-    def _logits(self, hidden: Tensor) -> Tensor:
+    def _logits(self, hidden: Tensor, product: Callable[[Tensor, Tensor], Tensor] = linear) -> Tensor:
         if self.quantized:  # such a matrix cannot be cut in inference mode
             return nn.functional.linear(hidden, self._stored_head)[..., : self.config.vocab_size]
-        return logits(hidden, self._stored_head[: self.config.vocab_size])
+        return product(hidden, self._stored_head[: self.config.vocab_size])
 
     @property
     def head_weight(self) -> Tensor:
