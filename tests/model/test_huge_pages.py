@@ -52,6 +52,16 @@ def test_the_system_gave_some() -> None:
     )  # asked for; whether it has any left is the system's affair
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux says")
+def test_no_more_memory_than_before() -> None:
+    """Of a page that a matrix fills in part, no more than that part."""
+    x, status = torch.ones(HUGE // 4 * 3 + 1_000), Path("/proc/self/statm")
+    before = int(status.read_text().split()[1])
+    there = [on_huge_pages(x) for _ in range(20)]
+    pages = int(status.read_text().split()[1]) - before
+    assert pages * mmap.PAGESIZE < 1.1 * sum(one.nbytes for one in there)
+
+
 def test_small_ones_and_those_elsewhere_stay() -> None:
     small, elsewhere = torch.zeros(100), torch.empty(1_500, 1_500, device="meta")
     assert on_huge_pages(small) is small

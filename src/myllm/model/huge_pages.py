@@ -25,10 +25,10 @@ def on_huge_pages(x: Tensor) -> Tensor:
     if type(x) is not Tensor or x.device.type != "cpu" or x.nbytes < HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return x
     room = mmap.mmap(-1, x.nbytes + HUGE)
-    try:
-        room.madvise(mmap.MADV_HUGEPAGE)
+    start = -torch.frombuffer(room, dtype=torch.uint8, count=1).data_ptr() % HUGE
+    try:  # not of the end, which would take a whole page for a part of one
+        room.madvise(mmap.MADV_HUGEPAGE, start, x.nbytes // HUGE * HUGE)
     except OSError:  # a kernel built without them
         return x
-    start = -torch.frombuffer(room, dtype=torch.uint8, count=1).data_ptr() % HUGE
     there = torch.frombuffer(room, dtype=x.dtype, count=x.numel(), offset=start).view_as(x)
     return there.copy_(x)
