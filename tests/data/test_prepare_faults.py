@@ -142,6 +142,30 @@ def test_a_killed_parent_leaves_no_worker_behind(long_file: Path, preparations: 
     preparations.wait_for(lambda: not preparations.processes(), timeout_s=30)
 
 
+STOP_A_WORKER = """
+import os, signal, psutil
+from myllm.data import prepare
+prepare.PATIENCE_S = 0.5
+end_pool = prepare.end_pool
+def stopping(*arguments):
+    workers = [child for child in psutil.Process().children() if "--multiprocessing-fork" in child.cmdline()]
+    os.kill(workers[0].pid, signal.SIGSTOP)
+    end_pool(*arguments)
+prepare.end_pool = stopping
+"""
+
+
+def test_a_worker_that_does_not_end_holds_up_nothing(
+    big_corpus: Path, preparations: "Preparations", undisturbed: dict[str, str], hashes: Hashes
+) -> None:
+    """As one does that waits for a lock of another that was killed."""
+    process = preparations.start(STOP_A_WORKER, source=f"files:{big_corpus}", workers=2, **SETTINGS)
+    code, errors = finish(process)
+    assert code == 0, errors
+    assert hashes(preparations.folder) == undisturbed
+    preparations.wait_for(lambda: not preparations.processes())
+
+
 @pytest.mark.parametrize("whole_group", [True, False], ids=["Ctrl-C", "kill -INT"])
 def test_interrupted_it_stops_at_once_and_can_go_on(
     whole_group: bool, long_file: Path, preparations: "Preparations"

@@ -13,6 +13,7 @@ import errno
 import json
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -42,6 +43,8 @@ from .units import is_intact, start_worker, unit_path
 
 PART_DONE = "done.json"
 """In the folder of a part (parts.py) all of whose units are there."""
+PATIENCE_S = 10
+"""For workers to end by themselves: a batch takes them milliseconds, a document of 64 MB seconds."""
 UNWRITABLE = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT, errno.ENAMETOOLONG
 )  # fmt: skip
@@ -227,12 +230,24 @@ def worker_pools(recipe: Recipe, work: Path, workers: int) -> Iterator[tuple[Pro
                 "work is not under `if __name__ == '__main__':`"
             ) from None
         finally:
-            pool.shutdown(cancel_futures=True)
+            end_pool(pool, PATIENCE_S)
             if fetching is not None:
-                # A download under way is not worth waiting for: what there is of it is kept.
-                for process in list((fetching._processes or {}).values()):
-                    process.terminate()
-                fetching.shutdown(cancel_futures=True)
+                end_pool(fetching, 0)  # a download under way is not worth waiting for: what there is of it is kept
+
+
+def end_pool(pool: ProcessPoolExecutor, patience_s: float) -> None:
+    """Shut a pool down in whatever state it is, and kill the processes that are still there after so long.
+
+    Where a worker was killed, the pool alone might wait for ever: for a process that it had just started, or for one
+    that waits for a lock of the dead one.
+    """
+    processes = list((pool._processes or {}).values())
+    pool.shutdown(wait=False, cancel_futures=True)
+    deadline = time.monotonic() + patience_s
+    for process in processes:
+        process.join(max(deadline - time.monotonic(), 0))
+        if process.is_alive():
+            process.kill()
 
 
 def _size(recipe: Recipe) -> int:
