@@ -6,6 +6,7 @@ from itertools import islice
 
 import pytest
 import torch
+from rough_models import rough
 
 from myllm.config import ModelConfig
 from myllm.errors import UserError
@@ -19,12 +20,7 @@ PROMPT = [3, 14, 15]
 
 
 def model_of(**changes: object) -> Transformer:
-    model = Transformer(replace(SMALL, **changes)).eval()
-    generator = torch.Generator().manual_seed(4)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
-    return model
+    return rough(replace(SMALL, **changes), 0.3)
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from rough_models import rough
 from torch import Tensor, nn
 
 from myllm.config import ModelConfig
@@ -23,12 +24,7 @@ KINDS: list[dict[str, Any]] = [
 
 
 def model_of(**kind: Any) -> Transformer:
-    model = Transformer(replace(SMALL, **kind)).eval()
-    generator = torch.Generator().manual_seed(4)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.15 * torch.randn(parameter.shape, generator=generator)
-    return model
+    return rough(replace(SMALL, **kind), 0.15)
 
 
 def written(model: Any, config: ModelConfig, counts: list[int]) -> Tensor:

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from rough_models import rough
 
 from myllm.config import ModelConfig
 from myllm.model import KVCache, Transformer
@@ -12,12 +13,7 @@ SMALL = ModelConfig(vocab_size=50, vocab_multiple=8, max_seq_len=20, d_model=24,
 
 
 def model_of(kind: dict) -> Transformer:
-    model = Transformer(replace(SMALL, **kind)).eval()
-    generator = torch.Generator().manual_seed(4)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.15 * torch.randn(parameter.shape, generator=generator)
-    return model
+    return rough(replace(SMALL, **kind), 0.15)
 
 
 @pytest.mark.parametrize(
