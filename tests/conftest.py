@@ -1,11 +1,14 @@
 """What many tests need: a small corpus, a tiny config, and a temp_data/ of their own."""
 
+import atexit
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +18,20 @@ from hypothesis import settings
 
 from myllm.config import DataConfig, EvalConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig, to_dict
 
+# Caches and settings of the tests' own: another program's font list, a user's token or compiled kernels must not decide
+# a test. The first process of a run makes the folder; xdist's workers and all children inherit it.
+if "MYLLM_TESTS_HOME" not in os.environ:
+    home = tempfile.mkdtemp(prefix="myllm-tests-home-")
+    atexit.register(shutil.rmtree, home, ignore_errors=True)
+    os.environ["MYLLM_TESTS_HOME"] = home
+for variable, folder in {
+    "HOME": "", "XDG_CACHE_HOME": "cache", "XDG_CONFIG_HOME": "config", "HF_HOME": "huggingface",
+    "MPLCONFIGDIR": "matplotlib", "TORCHINDUCTOR_CACHE_DIR": "inductor", "IPYTHONDIR": "ipython",
+    "JUPYTER_CONFIG_DIR": "jupyter",
+}.items():  # fmt: skip
+    os.environ[variable] = str(Path(os.environ["MYLLM_TESTS_HOME"], folder))
+for variable in ("HF_TOKEN", "HF_ENDPOINT", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "MPLBACKEND", "MATPLOTLIBRC"):
+    os.environ.pop(variable, None)
 # For this process's children too: the models here are too small to share out, and the tests run side by side.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Compiling in the process itself: one thing less that can be left behind.
