@@ -115,6 +115,7 @@ class OptimConfig:
     min_lr_ratio: float = 0.1
     """The rate at the end, as a share of max_lr."""
     warmup_steps: int = 250
+    """Updates of linear warm-up; at most a quarter of train.max_steps is used."""
     schedule: Literal["cosine", "linear", "wsd"] = "cosine"
     """Decay after the warm-up; wsd holds max_lr, then falls linearly over the last decay_fraction of the steps."""
     decay_fraction: float = 0.2

@@ -212,9 +212,15 @@ def _parameter_lines(config: RunConfig) -> list[str]:
     total = plan.n_parameters(config.model)
     return [
         f"steps        {config.train.max_steps:,} steps = {tokens:,} tokens",
+        *_warmup_lines(config),
         f"parameters   {total:,} in all",
         f"FLOPs        {flops / 1e9:.3f} G a token, {flops * tokens:.3e} in all",
     ]
+
+
+def _warmup_lines(config: RunConfig) -> list[str]:
+    note = plan.warmup_note(config)
+    return [f"             {note}"] if note else []
 
 
 def describe(config: RunConfig, world_size: int, device: str = "cpu") -> str:
@@ -234,6 +240,7 @@ def describe(config: RunConfig, world_size: int, device: str = "cpu") -> str:
     lines = [
         f"batch        {batch}",
         f"steps        {train.max_steps:,} steps = {tokens:,} tokens",
+        *_warmup_lines(config),
         f"parameters   {total:,} in all, {total - parts['embedding']:,} without the embedding",
         *(f"  {name:<16}{count:>13,}" for name, count in parts.items() if count),
         f"vocabulary   {model.vocab_size:,} tokens, padded to {model.padded_vocab_size:,} rows",

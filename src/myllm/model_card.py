@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from . import plan
 from .config import RunConfig, from_dict
 from .data.catalog import CORPORA, Corpus
 from .errors import UserError
@@ -302,7 +303,8 @@ def _recipe(about: About) -> str:
     precision = train.precision
     if precision == "auto":
         precision = "bfloat16" if about.environment.get("device") == "cuda" else "float32"
-    schedule = f"{optim.schedule}, {optim.warmup_steps:,} steps of warm-up, ends at {optim.min_lr_ratio:g} of the peak"
+    warmup = plan.warmup_steps(optim, train.max_steps)
+    schedule = f"{optim.schedule}, {warmup:,} steps of warm-up, ends at {optim.min_lr_ratio:g} of the peak"
     table = _table(
         "Recipe",
         {

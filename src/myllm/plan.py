@@ -2,7 +2,11 @@
 
 from dataclasses import dataclass
 
-from .config import ModelConfig, RunConfig, TrainConfig
+from .config import ModelConfig, OptimConfig, RunConfig, TrainConfig
+
+WARMUP_FRACTION = 0.25
+"""Of a run, the most that warm-up takes. Published runs use 0.1 to 10 %; a short trial of a long preset would otherwise
+end before its learning rate has risen."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,22 @@ def micro_batch_sizes(model: ModelConfig, train: TrainConfig, world_size: int) -
     """Every micro-batch size that keeps batch_tokens exact on so many ranks, ascending; none if there is none."""
     share, remainder = divmod(train.batch_tokens, model.max_seq_len * world_size)
     return [] if remainder else [size for size in range(1, share + 1) if share % size == 0]
+
+
+def warmup_steps(optim: OptimConfig, max_steps: int) -> int:
+    """Updates of linear warm-up: optim.warmup_steps, capped at a quarter of the run."""
+    return min(optim.warmup_steps, int(WARMUP_FRACTION * max_steps))
+
+
+def warmup_note(config: RunConfig) -> str | None:
+    """One sentence if warm-up is shorter than configured, or None."""
+    used, max_steps = warmup_steps(config.optim, config.train.max_steps), config.train.max_steps
+    if used == config.optim.warmup_steps:
+        return None
+    return (
+        f"warm-up takes {used:,} steps instead of optim.warmup_steps {config.optim.warmup_steps:,}: at most a quarter "
+        f"of train.max_steps {max_steps:,}"
+    )
 
 
 def parameters_by_part(model: ModelConfig) -> dict[str, int]:

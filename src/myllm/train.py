@@ -302,6 +302,8 @@ def say_start(
         log(f"data: {dataset.name}, {how_far(dataset)}, {epochs:.2f} epoch(s) of them by the end")
     else:
         log(f"data: {dataset.name}, {how_far(dataset)}; the preparation goes on beside the training")
+    if note := plan.warmup_note(config):
+        log(note)
     if out_of_patience(state, config):
         log("nothing left to train: the run has stopped early")
     elif state.step >= config.train.max_steps:

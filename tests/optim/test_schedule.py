@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from myllm import forecast, plan
 from myllm.config import OptimConfig
 from myllm.optim import learning_rate
 from myllm.presets import preset
@@ -34,10 +35,10 @@ def rates(config: OptimConfig, max_steps: int, steps: list[int]) -> list[float]:
         ({"warmup_steps": 1}, {0: 10.0, 1: 10.0, 20: 1.0}),
         ({"min_lr_ratio": 0.0}, {4: 10.0, 12: 5.0, 20: 0.0, 21: 0.0}),
         ({"min_lr_ratio": 1.0}, {0: 2.5, 4: 10.0, 12: 10.0, 20: 10.0}),
-        # The run ends in or with the warm-up: what would come after is the end of the decay.
-        ({"warmup_steps": 20}, {0: 0.5, 19: 10.0, 20: 1.0}),
-        ({"warmup_steps": 40}, {0: 0.25, 19: 5.0, 20: 5.25, 39: 10.0, 40: 1.0}),
-        ({"warmup_steps": 40, "schedule": "wsd"}, {19: 5.0, 39: 10.0}),
+        # A warm-up as long as the run, or longer, is cut to a quarter of it: 5 steps up, then 15 down.
+        ({"warmup_steps": 20}, {0: 2.0, 4: 10.0, 5: 10.0, 20: 1.0}),
+        ({"warmup_steps": 40}, {0: 2.0, 4: 10.0, 5: 10.0, 20: 1.0}),
+        ({"warmup_steps": 40, "schedule": "wsd"}, {0: 2.0, 4: 10.0, 14: 10.0, 15: 10.0, 20: 1.0}),
     ],
     ids=str,
 )
@@ -59,7 +60,8 @@ def test_up_then_down_and_never_outside(schedule, max_steps, warmup_steps, decay
         min_lr_ratio=min_lr_ratio,
     )  # fmt: skip
     every = rates(config, max_steps, list(range(max_steps + 3)))
-    up, down = every[:warmup_steps], every[warmup_steps:]
+    warmup = min(warmup_steps, max_steps // 4)
+    up, down = every[:warmup], every[warmup:]
     assert up == sorted(up)
     assert len(set(up)) == len(up)
     assert all(later <= earlier * (1 + 1e-12) for earlier, later in pairwise(down))
@@ -73,7 +75,7 @@ def test_up_then_down_and_never_outside(schedule, max_steps, warmup_steps, decay
 @given(warmup_steps=st.integers(1, 50), schedule=st.sampled_from(["cosine", "linear", "wsd"]))
 def test_no_jump_where_the_warm_up_ends(warmup_steps, schedule):
     config = OptimConfig(max_lr=1.0, schedule=schedule, warmup_steps=warmup_steps, decay_fraction=1.0)
-    assert rates(config, 100, [warmup_steps - 1, warmup_steps]) == [1.0, 1.0]
+    assert rates(config, 200, [warmup_steps - 1, warmup_steps]) == [1.0, 1.0]
 
 
 def test_reference_run():
@@ -86,3 +88,14 @@ def test_reference_run():
     assert every[-1] == pytest.approx(0.00021, rel=1e-6)
     halfway = 226 + (19_073 - 226) // 2
     assert every[halfway] == pytest.approx(0.0021 * 0.55, rel=1e-3)
+
+
+def test_a_short_trial_of_a_long_preset_says_that_its_warm_up_is_shorter():
+    config = preset("small-50m")
+    assert plan.warmup_note(config) is None
+    short = replace(config, train=replace(config.train, max_steps=100))
+    assert max(rates(short.optim, 100, list(range(100)))) == rates(short.optim, 100, [24])[0] == short.optim.max_lr
+    note = "warm-up takes 25 steps instead of optim.warmup_steps 250: at most a quarter of train.max_steps 100"
+    assert plan.warmup_note(short) == note
+    assert note in forecast.describe(short, 1)
+    assert note in forecast.table(forecast.foresee(short, forecast.parse_fleet("H100")))

@@ -3,20 +3,22 @@
 import math
 
 from ..config import OptimConfig
+from ..plan import warmup_steps
 
 
 def learning_rate(step: int, config: OptimConfig, max_steps: int) -> float:
     """The rate of update number `step`, counted from 0.
 
-    Linear warm-up to max_lr over warmup_steps, its first update already above zero; then the schedule's decay, which
-    reaches min_lr_ratio * max_lr at max_steps.
+    Linear warm-up to max_lr over `plan.warmup_steps`, its first update already above zero; then the schedule's decay,
+    which reaches min_lr_ratio * max_lr at max_steps.
 
     Source: warm-up and cosine as in build-nanogpt's get_lr; wsd is warm-up, stable, decay (Hu et al. 2024, MiniCPM).
     """
-    if step < config.warmup_steps:
-        return config.max_lr * (step + 1) / config.warmup_steps
-    left = max_steps - config.warmup_steps
-    progress = min((step - config.warmup_steps) / left, 1.0) if left > 0 else 1.0
+    warmup = warmup_steps(config, max_steps)
+    if step < warmup:
+        return config.max_lr * (step + 1) / warmup
+    left = max_steps - warmup
+    progress = min((step - warmup) / left, 1.0)
     if config.schedule == "cosine":
         share = 0.5 * (1 + math.cos(math.pi * progress))
     elif config.schedule == "linear":
