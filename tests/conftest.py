@@ -9,11 +9,13 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import settings
 
 from myllm.config import DataConfig, EvalConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig, to_dict
@@ -70,6 +72,14 @@ def temp_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A temp_data/ that the test has to itself."""
     monkeypatch.setenv("MYLLM_DATA", str(tmp_path / "temp_data"))
     return tmp_path / "temp_data"
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    """A process group that has this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 @pytest.fixture

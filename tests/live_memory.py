@@ -11,7 +11,7 @@ from myllm.config import RunConfig
 from myllm.distributed import Process
 from myllm.model import Transformer
 from myllm.optim import ScheduledAdamW
-from myllm.parallel import wrap
+from myllm.parallel import clear_gradients, last_of_step, wrap
 from myllm.precision import autocast
 
 ALONE = Process(0, 0, 1, torch.device("cpu"))
@@ -20,13 +20,13 @@ ALONE = Process(0, 0, 1, torch.device("cpu"))
 class Step:
     """One rank's steps on a CPU, with a model and an optimizer that are made here."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, process: Process = ALONE) -> None:
         self.config, shape = config, (config.train.micro_batch_size, config.model.max_seq_len)
         self.model = Transformer(config.model)
         self.optimizer = ScheduledAdamW(self.model.named_parameters(), config.optim, 10)
-        self.runner = wrap(self.model, config, ALONE)
+        self.runner = wrap(self.model, config, process)
         self.tokens = torch.randint(config.model.vocab_size, shape)
-        self.accumulation = config.train.batch_tokens // self.tokens.numel()
+        self.accumulation = config.train.batch_tokens // (self.tokens.numel() * process.world_size)
 
     def forward(self) -> Tensor:
         with autocast(self.config, ALONE.device):
@@ -34,17 +34,19 @@ class Step:
 
     def __call__(self) -> None:
         self.runner.train()
-        for _ in range(self.accumulation):
-            self.forward().backward()
+        for micro_step in range(self.accumulation):
+            with last_of_step(self.runner, micro_step == self.accumulation - 1):
+                self.forward().backward()
         torch.nn.utils.clip_grad_norm_(self.optimizer.parameters.values(), 1.0)
         self.optimizer.step(0)
-        self.optimizer.zero_grad()
+        clear_gradients(self.runner)
 
     @property
     def held(self) -> int:
-        """Bytes of weights, buffers and moments."""
+        """Bytes of weights, buffers and moments, and of gradients where they stay from step to step."""
         moments = [each for state in self.optimizer.state_dict().values() for each in state.values()]
-        return bytes_of([*self.model.parameters(), *self.model.buffers(), *moments])
+        gradients = [each.grad for each in self.model.parameters() if each.grad is not None]
+        return bytes_of([*self.model.parameters(), *self.model.buffers(), *moments, *gradients])
 
 
 def bytes_of(tensors: list[Tensor]) -> int:

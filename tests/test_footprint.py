@@ -7,11 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import with_train
-from live_memory import Step, highest, saved_bytes
+from live_memory import ALONE, Step, highest, saved_bytes
 from torch.autograd.graph import saved_tensors_hooks
 
 from myllm import footprint
 from myllm.config import ModelConfig, RunConfig, TrainConfig
+from myllm.distributed import Process
 from myllm.footprint import Computing, kept_by_block, kept_outside_blocks, memory_by_part, predicted_bytes
 from myllm.model.loss import CPU_CHUNK, GPU_CHUNK
 from myllm.precision import autocast
@@ -43,8 +44,8 @@ def run_config(kind: str = "plain", micro_batch_size: int = 2, accumulation: int
     return with_train(RunConfig(model=replace(model, **KINDS[kind]), train=whole), **train)
 
 
-def tensors_alone(config: RunConfig) -> int:
-    parts = memory_by_part(config, Computing.of(config, "cpu"))
+def tensors_alone(config: RunConfig, ranks: int = 1) -> int:
+    parts = memory_by_part(config, Computing.of(config, "cpu", ranks))
     return sum(size for name, size in parts.items() if name not in ("allocator", "runtime", "batches"))
 
 
@@ -99,9 +100,19 @@ def test_the_peak_of_a_preset_in_small(name: str) -> None:
     assert tensors_alone(config) == pytest.approx(_measured(config), rel=0.1)
 
 
-def _measured(config: RunConfig) -> int:
-    step = Step(config)
-    step()  # which makes the moments
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_a_steps_peak_with_ddp(accumulation: int) -> None:
+    """Gradients of earlier micro-steps are in the buckets: they are there once, however many steps accumulate."""
+    pair = Process(0, 0, 2, torch.device("cpu"))
+    config = run_config("plain", 1, 2 * accumulation)
+    assert tensors_alone(config, pair.world_size) == pytest.approx(_measured(config, pair), rel=0.1)
+
+
+def _measured(config: RunConfig, process: Process = ALONE) -> int:
+    step = Step(config, process)
+    for _ in range(1 if process.world_size == 1 else 2):  # makes the moments, and in the first one DDP its last buckets
+        step()
     return step.held + highest(step)
 
 

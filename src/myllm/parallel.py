@@ -73,6 +73,9 @@ def wrap(model: Transformer, config: RunConfig, process: Process) -> nn.Module:
         runner = DistributedDataParallel(
             runner, devices, gradient_as_bucket_view=True, static_graph=True, bucket_cap_mb=BUCKET_MB
         )
+        # The only buffers are the rotary tables, which every rank makes alike and no step changes. torch 2.13 has a new
+        # name for the constructor's argument and warns of the old one; the attribute is there in all versions.
+        runner.broadcast_buffers = False
         _show_graph(runner, config, process)
     return runner
 
@@ -85,15 +88,17 @@ def _show_graph(runner: nn.Module, config: RunConfig, process: Process) -> None:
     three ranks or more a restarted run would differ in the last bits.
     """
     shape = config.train.micro_batch_size, config.model.max_seq_len
-    tokens = torch.zeros(shape, dtype=torch.int64, device=process.device)
+    # Two tensors, as in a step: were they one, the graph would be compiled for that case alone, and the first batch
+    # would have it compiled once more.
+    tokens, targets = (torch.zeros(shape, dtype=torch.int64, device=process.device) for _ in range(2))
     cards = [process.device] if process.device.type == "cuda" else []
     with torch.random.fork_rng(cards), sdpa.fastest(process.device):
         runner.train()
         for _ in range(2):
             with autocast(config, process.device):
-                loss = runner(tokens, tokens)
+                loss = runner(tokens, targets)
             loss.backward()
-            runner.zero_grad(set_to_none=True)
+            clear_gradients(runner)
 
 
 @contextmanager
@@ -107,6 +112,15 @@ def last_of_step(runner: nn.Module, last: bool) -> Iterator[None]:
         yield
     else:
         yield
+
+
+def clear_gradients(runner: nn.Module) -> None:
+    """Make ready for the next step's gradients.
+
+    DDP's are views of its buckets, and stay so if they become zero in place. Set to None, those of micro-steps that do
+    not travel would lie in memory of their own, as much again as the buckets.
+    """
+    runner.zero_grad(set_to_none=not isinstance(runner, DistributedDataParallel))
 
 
 @contextmanager

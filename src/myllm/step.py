@@ -12,7 +12,7 @@ from .distributed import Process
 from .guard import Guard
 from .model import sdpa
 from .optim import ScheduledAdamW
-from .parallel import full, last_of_step
+from .parallel import clear_gradients, full, last_of_step
 from .plan import BatchPlan
 from .precision import autocast
 from .profiling import unmarked
@@ -45,7 +45,7 @@ def train_step(
         grad_norm = full(nn.utils.clip_grad_norm_(optimizer.parameters.values(), config.optim.max_grad_norm))
     with phase("optimizer"):
         rate = optimizer.step(step, skip=guard.judge(grad_norm))
-        optimizer.zero_grad()
+        clear_gradients(runner)
     return loss, grad_norm, rate
 
 

@@ -16,7 +16,7 @@ from myllm.distributed import Process, process_group, sum_over_ranks
 from myllm.guard import Guard
 from myllm.model import Transformer
 from myllm.optim import ScheduledAdamW
-from myllm.parallel import full, gathered, spread, wrap
+from myllm.parallel import clear_gradients, full, gathered, spread, wrap
 from myllm.plan import batch_plan
 from myllm.step import accumulate_gradients, train_step
 
@@ -64,7 +64,7 @@ def run(case: str, process: Process) -> dict[str, object]:
     loader, guard = Numbers(process, TRAIN.micro_batch_size), Guard(config.train, process.device)
     accumulate_gradients(runner, loader, batch, config, process)
     gradients = {name: full(parameter.grad).clone() for name, parameter in model.named_parameters()}
-    optimizer.zero_grad()
+    clear_gradients(runner)
     losses, norms, scores = [], [], []
     for step in range(STEPS):
         guard.begin(TrainState(step, 0, DataPosition(0, 0, 0, "")))
