@@ -14,12 +14,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))  # runs from a 
 
 if TYPE_CHECKING:
     from myllm.config import RunConfig
+    from myllm.paths import RunPaths
 
 
 def main() -> None:
     # Imported here, since the processes that tokenise import this file again and need none of it.
     from myllm import launch
+    from myllm.output import open_output
 
+    open_output(keep_going=True)
     with launch.clear_errors():
         wanted = launch.parse(sys.argv[1:])
         if wanted.config.hub.repo and not wanted.prepare_only:
@@ -48,15 +51,14 @@ def prepare_and_train(config: "RunConfig", prepare_only: bool, profile: bool = F
     from myllm.launch import what_next
     from myllm.meter import Diverged
     from myllm.publish_beside import published_beside
-    from myllm.report import write_report
-    from myllm.signals import exit_code, unfinished_on_usr1
+    from myllm.signals import exit_code, unfinished_when_time_is_up
     from myllm.train import train
 
     if prepare_only:
         dataset = prepare(config.data)
         print(f"data ready: {dataset.folder}, {dataset.train.tokens:,} tokens to train on")
         return
-    unfinished_on_usr1()
+    unfinished_when_time_is_up()
     distributed.choose_device(config.train.device)  # one that is not there is a mistake to know before the hours ahead
     is_main = ranks.rank() == 0
     with published_beside(config, active=is_main) as publisher:
@@ -77,13 +79,24 @@ def prepare_and_train(config: "RunConfig", prepare_only: bool, profile: bool = F
                 ranks.exit_as(exit_code(outcome.stopped_by))
             return
         if outcome.stopped_by is None or outcome.run.metrics.is_file():  # stopped before the first row: nothing to draw
-            write_report(outcome.run)
+            draw_report(outcome.run)
         if outcome.stopped_by is not None:
             saved = ", saved" if outcome.step else ""
             print(f"stopped after step {outcome.step:,}{saved}; the same command resumes")
             ranks.exit_as(exit_code(outcome.stopped_by))
         print(what_next(config, outcome.stopped_early))
         publisher.finish(outcome.step)
+
+
+def draw_report(run: "RunPaths") -> None:
+    """The report of a run that has ended. Whatever keeps it from being drawn takes nothing from the run."""
+    try:
+        from myllm.report import write_report
+
+        write_report(run)
+    except Exception as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        print(f"no report: {reason}; `myllm report {run.root.name}` tries again", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ FLOORS = [
         "hardware",
         "hardware_table",
         "memory",
+        "output",
         "paths",
         "plan",
         "presets",

@@ -21,6 +21,7 @@ from . import (
 )
 from .errors import UserError, nearest
 from .launch import clear_errors
+from .output import open_output
 
 Positional = tyro.conf.Positional
 
@@ -62,8 +63,8 @@ def doctor(distributed: bool = False, device: Literal["auto", "cpu", "cuda"] = "
 def status(run: Positional[str], silent_s: float = 600.0) -> None:
     """Say in one line what a run is doing, or how it ended, and exit with the code that says the same.
 
-    Exit codes: 0 complete; 75 not finished, start it again; 130, 143 stopped by SIGINT, SIGTERM; 1, 2 failed, or no
-    sign of life; 3 at work.
+    Exit codes: 0 complete; 75 not finished, start it again; 130, 143, 129, 131 stopped by SIGINT, SIGTERM, SIGHUP,
+    SIGQUIT; 1, 2 failed, or no sign of life; 3 at work.
 
     Args:
         run: its name, or its folder.
@@ -107,6 +108,7 @@ TAKES_WORDS = {"plan", "preflight", "prove-resume"}
 
 def main(words: list[str] | None = None) -> None:
     """Run one command. Exit code 2 for a user's mistake."""
+    open_output()
     words = sys.argv[1:] if words is None else words
     with clear_errors():
         if not words or words[0] in ("-h", "--help"):

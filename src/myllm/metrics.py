@@ -18,6 +18,7 @@ import torch
 from . import paths
 from .files import write_text
 from .hardware import device_name
+from .output import LineFile, lost_output
 
 TRAINING = "training"
 """What a stopwatch counts unless it is told otherwise."""
@@ -26,12 +27,16 @@ TRAINING = "training"
 class JsonLines:
     """An append-only file of one JSON object a line, flushed at each row."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, say: Callable[[str], None] | None = None) -> None:
+        """
+        Args:
+            say: told once if the file cannot be written; rows then wait until it can. None: OSError is raised.
+        """
         self.path = path
+        self._file = LineFile(path, say)
 
     def append(self, row: dict[str, Any]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self._file.append(json.dumps(row, ensure_ascii=False))
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Every whole row; a last line cut by a crash is left out."""
@@ -53,21 +58,35 @@ class JsonLines:
 
 
 class Log:
-    """Lines for people: on the terminal and, with the time, in the run's log.txt. Silent on ranks other than 0."""
+    """Lines for people: on the terminal and, with the time, in the run's log.txt. Silent on ranks other than 0.
+
+    Where one of the two cannot be written, the other says so, once.
+    """
 
     def __init__(self, path: Path, active: bool) -> None:
-        self._path, self._active = path, active
+        self._active = active
+        self._file = LineFile(path, self._show)
+        self._told: set[str] = set()
 
     def __call__(self, line: str) -> None:
         if not self._active:
             return
+        self._show(line)
+        self._keep(line)
+        for name, reason in lost_output():
+            if name not in self._told:
+                self._told.add(name)
+                self._keep(f"{name} cannot be written: {reason}; training goes on, and this file has what it says")
+
+    def _show(self, line: str) -> None:
         # Above a progress bar rather than through it.
         from tqdm import tqdm
 
         tqdm.write(line)
         sys.stdout.flush()
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n")
+
+    def _keep(self, line: str) -> None:
+        self._file.append(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}")
 
 
 class Stopwatch:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from . import ranks
 from .errors import UserError
 from .launch import AskedRun, parse_as
+from .output import open_output
 
 USAGE = """usage: myllm preflight PRESET [--config FILE.json] [--max-hours H] [--dollars-per-hour X] [overrides]
 
@@ -22,6 +23,9 @@ options:
 
 With several GPUs: torchrun --standalone --nproc_per_node=8 -m myllm preflight PRESET
 """
+
+
+ENDS = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
 @dataclass(frozen=True)
@@ -49,12 +53,15 @@ def preflight(words: list[str]) -> None:
         if ranks.rank() == 0:
             print(f"preflight: {line} ...", flush=True)
 
-    before = signal.signal(signal.SIGTERM, _leave)
+    open_output(keep_going=True)  # what comes after it does not depend on who watches
+    ends = [each for each in ENDS if signal.getsignal(each) != signal.SIG_IGN]
+    before = {number: signal.signal(number, _leave) for number in ends}
     try:
         with process_group(wanted.config.train.device) as process:
             findings = rehearse(wanted.config, process, Bounds(wanted.max_hours, wanted.dollars_per_hour), say)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if process.is_main:
         print(findings.table(), flush=True)
     if refusals := findings.refusals():
@@ -62,5 +69,5 @@ def preflight(words: list[str]) -> None:
 
 
 def _leave(number: int, _: object) -> None:
-    """On SIGTERM, as on Ctrl-C: an exception, so that the temporary folder goes too."""
+    """As on Ctrl-C: an exception, so that the temporary folder goes too."""
     raise SystemExit(128 + number)

@@ -75,7 +75,8 @@ def exit_as(code: int) -> NoReturn:
     """
     file = os.environ.get("MYLLM_EXIT_CODE_FILE")
     if launched() and file and local_rank() == 0:
-        Path(file).write_text(str(code), encoding="utf-8")
+        with suppress(OSError):  # a full /tmp: saved is saved
+            Path(file).write_text(str(code), encoding="utf-8")
     raise SystemExit(0 if launched() else code)
 
 

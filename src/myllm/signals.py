@@ -1,7 +1,9 @@
 """Asking a run to stop: by a signal, by a limit of time, or because its launcher is gone.
 
     SIGINT, SIGTERM    save, stop, exit with 128 + the signal's number; a second SIGINT leaves at once
+    SIGHUP, SIGQUIT    likewise: the terminal is gone; Ctrl-\\. Under nohup, SIGHUP stays ignored
     SIGUSR1            save, stop, exit with 75, "not finished, start me again": Slurm's --signal=USR1@120
+    SIGUSR2, SIGXCPU   as SIGUSR1: how other schedulers say that time is up
     train.max_wall_s   as SIGUSR1, early enough for the save
 
 Under torchrun a run that was stopped exits with 0, since torchrun starts anything else again (--max-restarts);
@@ -14,7 +16,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
 
@@ -25,7 +27,8 @@ UNFINISHED = os.EX_TEMPFAIL  # 75
 """Exit code of a run that is to be started again."""
 TIME_LIMIT = int(signal.SIGALRM)
 """Stands for train.max_wall_s among the signals' numbers. No such signal is sent."""
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+TIME_IS_UP = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, *TIME_IS_UP)
 FIRST_SAVE_S = 30.0
 """Kept free for a save while none has been measured; at most a tenth of the limit."""
 
@@ -61,7 +64,7 @@ class StopRequest:
 
 def exit_code(stopped_by: int) -> int:
     """What a run that was stopped exits with, where torchrun does not stand in between."""
-    return UNFINISHED if stopped_by in (TIME_LIMIT, signal.SIGUSR1) else 128 + stopped_by
+    return UNFINISHED if stopped_by in (TIME_LIMIT, *TIME_IS_UP) else 128 + stopped_by
 
 
 def reason(stopped_by: int, max_wall_s: float | None) -> str:
@@ -71,18 +74,20 @@ def reason(stopped_by: int, max_wall_s: float | None) -> str:
     return signal.Signals(stopped_by).name
 
 
-def unfinished_on_usr1() -> None:
-    """While there is nothing to save yet, SIGUSR1 ends the process with the code that asks for another start."""
+def unfinished_when_time_is_up() -> None:
+    """While there is nothing to save yet, SIGUSR1 and its kin end the process with the code that asks for another
+    start."""
 
     def leave(_: int, __: FrameType | None) -> None:
         ranks.exit_as(UNFINISHED)
 
-    signal.signal(signal.SIGUSR1, leave)
+    for number in TIME_IS_UP:
+        signal.signal(number, leave)
 
 
 @contextmanager
 def stop_signals(max_wall_s: float | None = None, started: float | None = None) -> Iterator[StopRequest]:
-    """SIGINT, SIGTERM and SIGUSR1 ask for a stop, and so does the time limit; a second SIGINT leaves at once.
+    """SIGNALS ask for a stop, and so does the time limit; a second SIGINT leaves at once.
 
     Args:
         max_wall_s: the limit, in seconds.
@@ -97,7 +102,9 @@ def stop_signals(max_wall_s: float | None = None, started: float | None = None) 
         if request.signal is None:
             request.signal = number
 
-    before = {number: signal.signal(number, ask) for number in SIGNALS}
+    # nohup has SIGHUP ignored: its user wants the run to outlive the terminal.
+    heard = [each for each in SIGNALS if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN]
+    before = {number: signal.signal(number, ask) for number in heard}
     # A handler in Python waits until the main thread is back from whatever it does in C, a collective that hangs say.
     # What stands behind this descriptor is written by the system's own handler, and another thread reads it.
     ours, theirs = socket.socketpair()
@@ -122,6 +129,7 @@ def _leave_when_asked_twice(numbers: socket.socket) -> None:
         for number in received:
             # torchrun makes SIGTERM of a second Ctrl-C.
             if interrupted and (number == signal.SIGINT or (number == signal.SIGTERM and ranks.launched())):
-                os.write(2, b"\nleft at once, unsaved; the same command goes on from the newest checkpoint\n")
+                with suppress(OSError):
+                    os.write(2, b"\nleft at once, unsaved; the same command goes on from the newest checkpoint\n")
                 os._exit(128 + signal.SIGINT)
             interrupted = interrupted or number == signal.SIGINT

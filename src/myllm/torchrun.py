@@ -4,10 +4,9 @@ torchrun itself ends with 1 whatever its processes ended with, and starts them a
 that was killed or that failed with a traceback (exit code 1) is started again, as often as --max-restarts says. Any
 other code was meant: 2 is a user's mistake, others are a stop that was asked for. Nothing is started again then, and
 the code is handed on. A signal is handed to the processes, which save, and ends this with 128 and its number, or for
-SIGUSR1 with 75, "not finished, start me again".
+SIGUSR1 and SIGUSR2 with 75, "not finished, start me again".
 """
 
-import os
 import signal
 import sys
 from pathlib import Path
@@ -22,11 +21,15 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher import api
 
+from .output import open_output
 from .ranks import ask_for_a_store_each_start, ask_for_exit_codes
+from .signals import exit_code
 
-DEFAULTS = ["--max-restarts=3", "--shutdown-timeout=120", "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
-"""Put before what the user gives: how often processes are started again, how long they have to save when a signal
-comes, and which signals they are told of."""
+DEFAULTS = ["--max-restarts=3", "--shutdown-timeout=120"]
+"""Put before what the user gives: how often processes are started again, and how long they have to save when a signal
+comes."""
+HANDED_ON = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
+"""The signals that they are told of."""
 
 
 class Agent(LocalElasticAgent):
@@ -50,8 +53,11 @@ def main(words: list[str]) -> int:
     Returns:
         the exit code.
     """
+    open_output(keep_going=True)
     ask_for_a_store_each_start()
-    arguments: Any = run.parse_args([*DEFAULTS, *words])
+    # What was ignored before stays so: nohup has SIGHUP ignored, so that all of it outlives the terminal.
+    told = [name for name in HANDED_ON if name != "SIGHUP" or signal.getsignal(signal.SIGHUP) != signal.SIG_IGN]
+    arguments: Any = run.parse_args([*DEFAULTS, f"--signals-to-handle={','.join(told)}", *words])
     try:
         with mock.patch.object(api, "LocalElasticAgent", Agent), TemporaryDirectory() as folder:
             due = Path(folder) / "exit_code"
@@ -67,8 +73,7 @@ def main(words: list[str]) -> int:
             print(f"rank {rank} {how}; --max-restarts {arguments.max_restarts} are used up", file=sys.stderr)
         return chosen or 1
     except SignalException as signalled:
-        # SIGUSR1 is how a scheduler says that time is up: not finished, start it again.
-        return os.EX_TEMPFAIL if signalled.sigval == signal.SIGUSR1 else 128 + int(signalled.sigval)
+        return exit_code(signalled.sigval)
 
 
 if __name__ == "__main__":

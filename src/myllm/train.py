@@ -97,7 +97,8 @@ def train(
                 remove_unfinished(folder)
         distributed.barrier()
         check_shared(run, process)
-        log, metrics, samples = Log(run.log, process.is_main), JsonLines(run.metrics), JsonLines(run.samples)
+        log = Log(run.log, process.is_main)
+        metrics, samples = JsonLines(run.metrics, log), JsonLines(run.samples, log)
         if process.is_main and aside:
             log(f"fresh start: the older run was moved to {aside}")
         if settled:
@@ -210,7 +211,10 @@ def train(
                     continue
                 if dataset.complete:  # only now is known how much there is
                     check_data(config, dataset, batch)
-                    write_environment(run, config, dataset, process)
+                    try:
+                        write_environment(run, config, dataset, process)
+                    except OSError as error:
+                        log(f"cannot write {run.environment}: {error.strerror}; training goes on")
                     log(f"data: whole now, {how_far(dataset)}")
             guard.begin(state)
             with profiler.around(state.step):

@@ -23,6 +23,7 @@ import numpy as np
 
 from ..config import DataConfig
 from ..errors import UserError
+from ..output import open_output
 from .cleaning import clean
 from .readers import can_be_split
 from .sources import Source, SourceFile, documents
@@ -157,11 +158,13 @@ def _hash(document: bytes | np.ndarray) -> bytes:
 
 
 def start_worker() -> None:
-    """What a worker process does first: leave Ctrl-C to its parent, and end with it.
+    """What a worker process does first: leave what a terminal sends (Ctrl-C, its end) to the parent, and end with it.
 
     Each worker holds both ends of the queue that it waits on, so a killed parent would leave it waiting for ever.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    open_output(keep_going=True)
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None, "only for worker processes"
 

@@ -1,0 +1,252 @@
+"""Output for people never ends a run: terminals that go away, readers that leave, full disks, no output at all.
+
+Real processes with real pipes and terminals; those of the first tests do without torch, and take a moment.
+"""
+
+import json
+import os
+import pty
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import ROOT, command, losses, with_train, write_run_config
+
+from myllm.checkpoint import list_checkpoints, load
+from myllm.config import RunConfig
+from myllm.data.prepare import prepare
+from myllm.heartbeat import status
+from myllm.metrics import JsonLines, Log
+from myllm.output import LineFile, open_output
+
+TALKS = """
+import sys
+from pathlib import Path
+from tqdm import tqdm
+from myllm.output import lost_output, open_output
+open_output(keep_going=True)
+kept = open(sys.argv[1], "w")
+bar = tqdm(total=3, mininterval=0)
+for step in range(3):
+    bar.update()
+    tqdm.write("a line " * 100)
+    print("a warning", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+kept.write(str(sorted(lost_output())))
+"""
+
+
+def talk(folder: Path, stdout: int | None, stderr: int | None, close: str = "") -> tuple[int, str]:
+    """The exit code of a program that talks, and what it wrote to a file."""
+    words = ["sh", "-c", f'exec "$@" {close}', "sh", sys.executable, "-c", TALKS, str(folder / "kept")]
+    process = subprocess.run(words, stdout=stdout, stderr=stderr, timeout=60, check=False)
+    return process.returncode, (folder / "kept").read_text()
+
+
+def broken_pipe() -> int:
+    reader, writer = os.pipe()
+    os.close(reader)
+    return writer
+
+
+def full_pipe() -> int:
+    """Non-blocking, and nobody reads."""
+    _, writer = os.pipe()
+    os.set_blocking(writer, False)
+    while True:
+        try:
+            os.write(writer, b" " * 4096)
+        except BlockingIOError:
+            return writer
+
+
+def lost_terminal() -> int:
+    ours, theirs = pty.openpty()
+    os.close(ours)
+    return theirs
+
+
+@pytest.mark.parametrize(
+    ("output", "reason"),
+    [
+        (broken_pipe, "Broken pipe"),
+        (lost_terminal, "Input/output error"),
+        (lambda: os.open("/dev/full", os.O_WRONLY), "No space left on device"),
+        (full_pipe, "it does not accept more"),
+    ],
+    ids=["pipe", "terminal", "disk", "full pipe"],
+)
+def test_a_program_outlives_its_output(output: Callable[[], int], reason: str, tmp_path: Path) -> None:
+    if reason.startswith("No space") and not Path("/dev/full").exists():
+        pytest.skip("no /dev/full")
+    code, kept = talk(tmp_path, output(), output())
+    assert code == 0
+    assert kept == str([("stderr", reason), ("stdout", reason)])
+
+
+def test_a_program_without_output_writes_into_no_file(tmp_path: Path) -> None:
+    """A closed descriptor's number is given to the next file that is opened."""
+    code, kept = talk(tmp_path, None, None, "<&- >&- 2>&-")
+    assert (code, kept) == (0, "[]")
+
+
+def test_lines_wait_for_room(tmp_path: Path) -> None:
+    """Half of a line is taken back, and all come in order once there is room. It is said once."""
+    said: list[str] = []
+    lines = LineFile(tmp_path / "log", said.append)
+    lines.append("first")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8, limit[1]))
+    try:
+        for number in range(3):
+            lines.append(f"line {number}")
+        assert (tmp_path / "log").read_text() == "first\n"
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    lines.append("last")
+    assert (tmp_path / "log").read_text().splitlines() == ["first", "line 0", "line 1", "line 2", "last"]
+    assert len(said) == 2
+    assert said[0].startswith(f"cannot write {tmp_path / 'log'}: File too large; training goes on")
+
+
+def test_rows_and_lines_of_a_run_never_raise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    open_output()
+    log = Log(tmp_path / "gone" / "log.txt", active=True)
+    rows = JsonLines(tmp_path / "gone" / "metrics.jsonl", log)
+    for step in range(3):
+        rows.append({"step": step})
+        log(f"step {step}")
+    said = capsys.readouterr().out
+    assert said.count("cannot write") == 2
+    (tmp_path / "gone").mkdir()
+    rows.append({"step": 3})
+    log("\udcff")
+    assert [row["step"] for row in rows.rows()] == [0, 1, 2, 3]
+    assert (tmp_path / "gone" / "log.txt").read_text().count("  step ") == 3
+    with pytest.raises(FileNotFoundError):
+        JsonLines(tmp_path / "nowhere" / "rows.jsonl").append({})
+
+
+# ---- runs
+
+
+@pytest.fixture
+def endless(tiny: RunConfig, tmp_path: Path) -> Path:
+    """A config that never ends by itself, and saves nothing before it is stopped. Its data are there."""
+    evals = replace(tiny.eval, cloze_every_steps=0, sample_every_steps=0, validation_every_steps=0)
+    config = replace(with_train(tiny, max_steps=10**6, save_every_steps=10**6, log_every_steps=1), eval=evals)
+    prepare(config.data, progress=False)
+    return write_run_config(config, tmp_path / "endless.json")
+
+
+class Watched:
+    """A run whose stdout is a pipe and whose stderr is a terminal, until both go away."""
+
+    def __init__(self, words: list[str], **options: object) -> None:
+        self.reader, writer = os.pipe()
+        self.terminal, theirs = pty.openpty()
+        environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+        self.process = subprocess.Popen(
+            words, stdin=subprocess.DEVNULL, stdout=writer, stderr=theirs, env=environment, **options
+        )
+        os.close(writer)
+        os.close(theirs)
+
+    def leave(self) -> None:
+        os.close(self.reader)
+        os.close(self.terminal)
+
+    def reach(self, run: Path, more: int) -> int:
+        """Wait for so many more rows; the last step."""
+        rows, deadline = JsonLines(run / "metrics.jsonl"), time.monotonic() + 180
+        start = goal = None
+        while True:
+            steps = [row["step"] for row in rows.rows() if row.get("kind") == "train"]
+            if steps and start is None:
+                start, goal = steps[-1], steps[-1] + more
+            if goal is not None and steps[-1] >= goal:
+                return steps[-1]
+            assert self.process.poll() is None, f"ended with {self.process.returncode}"
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
+def test_a_run_outlives_its_terminal_and_saves_when_it_hangs_up(endless: Path, temp_data: Path) -> None:
+    """Where SIGHUP comes, it is a stop; where it does not (`disown`, `| head`), training goes on."""
+    run = temp_data / "runs/tiny"
+    watched = Watched(command("--config", endless))
+    try:
+        watched.reach(run, 1)
+        watched.leave()
+        watched.reach(run, 5)
+        for _ in range(2):  # from the shell, and from the system
+            watched.process.send_signal(signal.SIGHUP)
+        assert watched.process.wait(60) == 128 + signal.SIGHUP
+    finally:
+        watched.process.kill()
+    assert load(list_checkpoints(run / "checkpoints")[0]).state.step == max(losses(run))
+    log = (run / "log.txt").read_text()
+    assert log.count("stdout cannot be written: Broken pipe; training goes on") == 1
+    assert "ended: stopped by SIGHUP after step" in log
+    assert status("tiny", 600)[1] == 129
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launched", [False, True], ids=["alone", "launched"])
+def test_nohup_keeps_its_promise(endless: Path, temp_data: Path, launched: bool) -> None:
+    """SIGHUP to every process of it does nothing; SIGQUIT, and any other end, is a stop."""
+    run, words = temp_data / "runs/tiny", command("--config", endless)
+    if launched:
+        words[1:1] = ["-m", "myllm.torchrun", "--standalone", "--nproc_per_node=2"]
+    watched = Watched(["nohup", *words])
+    started = psutil.Process(watched.process.pid)
+    try:
+        watched.reach(run, 1)
+        watched.leave()
+        for each in [started, *started.children(recursive=True)]:
+            each.send_signal(signal.SIGHUP)
+        watched.reach(run, 5)
+        watched.process.send_signal(signal.SIGQUIT)
+        assert watched.process.wait(120) == 128 + signal.SIGQUIT
+    finally:
+        for each in started.children(recursive=True) if watched.process.poll() is None else []:
+            each.kill()
+        watched.process.kill()
+    assert load(list_checkpoints(run / "checkpoints")[0]).state.step == max(losses(run))
+    assert status("tiny", 600)[1] == 131
+
+
+@pytest.mark.slow
+def test_a_launcher_hands_on_that_its_terminal_is_gone(endless: Path, temp_data: Path) -> None:
+    run, words = temp_data / "runs/tiny", command("--config", endless)
+    words[1:1] = ["-m", "myllm.torchrun", "--standalone", "--nproc_per_node=2"]
+    watched = Watched(words)
+    try:
+        watched.reach(run, 3)
+        watched.leave()
+        watched.process.send_signal(signal.SIGHUP)
+        assert watched.process.wait(120) == 128 + signal.SIGHUP
+    finally:
+        watched.process.kill()
+    assert load(list_checkpoints(run / "checkpoints")[0]).state.step == max(losses(run))
+
+
+@pytest.mark.slow
+def test_a_run_whose_rows_have_no_room_goes_on(endless: Path, tmp_path: Path, temp_data: Path) -> None:
+    """metrics.jsonl and log.txt are full from the start; no output; and there is a save and a code all the same."""
+    run = temp_data / "runs/tiny"
+    run.mkdir(parents=True)
+    for name in ("metrics.jsonl", "log.txt"):
+        (run / name).symlink_to("/dev/full")
+    words = [*command("--config", endless), "--train.max-steps", "6", "--train.save-every-steps", "3"]
+    done = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *words], stderr=subprocess.PIPE, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert load(list_checkpoints(run / "checkpoints")[0]).state.step == 6
+    assert json.loads((run / "heartbeat.json").read_text())["how"] == "complete, after step 6"
