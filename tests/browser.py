@@ -82,7 +82,10 @@ class Browser:
             time.sleep(0.02)
         return value
 
-    def open(self, address: str, width: int = 1400, height: int = 900, dark: bool = False, scale: float = 1) -> None:
+    def open(
+        self, address: str, width: int = 1400, height: int = 900, dark: bool = False, scale: float = 1,
+        ready: str = "document.body.dataset.ready === 'yes'",
+    ) -> None:  # fmt: skip
         self.call(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=scale, mobile=False
         )
@@ -91,7 +94,7 @@ class Browser:
         self.call("Page.navigate", url="about:blank")  # so that what is waited for is never the page before
         self.wait("location.href === 'about:blank' && document.readyState === 'complete'")
         self.call("Page.navigate", url=address)
-        self.wait("document.readyState === 'complete' && document.body.dataset.ready === 'yes'")
+        self.wait(f"document.readyState === 'complete' && !!({ready})")
 
     def type(self, text: str) -> None:
         self.call("Input.insertText", text=text)
@@ -125,7 +128,7 @@ def chromium(profile: Path) -> Iterator[Browser]:
     given = [fcntl.fcntl(each, fcntl.F_DUPFD, 64) for each in (commands_out, answers_in)]
     words = [
         program, "--headless", "--remote-debugging-pipe", "--no-first-run", "--disable-gpu", "--disable-dev-shm-usage",
-        "--no-proxy-server", f"--user-data-dir={profile}", *(["--no-sandbox"] if os.geteuid() == 0 else []),
+        "--no-proxy-server", "--blink-settings=primaryHoverType=2,availableHoverTypes=2", f"--user-data-dir={profile}", *(["--no-sandbox"] if os.geteuid() == 0 else []),
     ]  # fmt: skip
     redirect = f'exec "$@" 3<&{given[0]} 4>&{given[1]}'
     process = subprocess.Popen(

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from browser import chromium
 from matplotlib.image import imread
 
 from myllm.errors import UserError
@@ -385,3 +386,23 @@ def test_the_command_to_resume_does_not_start_afresh(page: Page) -> None:
     commands = [text for tag, text in page.texts if tag == "pre"]
     assert commands[0] == "python pretrain.py debug"
     assert commands[1] == "myllm sample small --prompt 'Hello <b>you</b>'"
+
+
+def test_samples_of_blank_lines_do_not_stretch_the_page(tmp_path: Path) -> None:
+    blanks = {"step": 200, "prompt": "class", "text": "\n" * 400 + "end", "seed": 1}
+    run = write_run(tmp_path / "runs/blanks", full_rows(), [blanks, blanks | {"prompt": "\n" * 200}])
+    with chromium(tmp_path / "profile") as browser:
+        browser.open(write_report(run).as_uri(), width=390, dark=True, ready="document.querySelector('.sample')")
+        heights = browser.run("[...document.querySelectorAll('.sample')].map(e => e.offsetHeight)")
+        assert max(heights) < 700
+        assert browser.run("document.querySelector('.text').textContent").endswith("end")
+
+
+def test_plots_follow_the_color_scheme(reported: RunPaths, tmp_path: Path) -> None:
+    with chromium(tmp_path / "profile") as browser:
+        for dark in (False, True):
+            browser.open(reported.report.as_uri(), dark=dark, ready="document.querySelector('figure img')?.complete")
+            browser.run("document.querySelector('figure').scrollIntoView()")
+            browser.screenshot(tmp_path / "page.png")
+            brightness = np.median(imread(tmp_path / "page.png")[100:300, 200:1000, :3])
+            assert (brightness < 0.4) == dark

@@ -108,6 +108,35 @@ def test_a_token_shows_its_probability_and_runners_up(browser: Browser, server: 
     assert browser.run("document.getElementById('popup').hidden")
 
 
+@pytest.mark.parametrize(("width", "height"), [(1400, 900), (1400, 560), (1000, 480), (400, 620), (360, 500)])
+def test_the_popup_never_covers_the_buttons(browser: Browser, endless: PageServer, width: int, height: int) -> None:
+    browser.open(endless.address, width, height)
+    write(browser, temperature=1, max_new_tokens=60)
+    for index in (0, 20, 59):
+        browser.point(f"{TOKENS}[{index}]")
+        browser.wait("!document.getElementById('popup').hidden")
+        popup, buttons = (
+            browser.run(f"document.querySelector('{element}').getBoundingClientRect().toJSON()")
+            for element in ("#popup", "#go")
+        )
+        apart = popup["top"] >= buttons["bottom"] or popup["bottom"] <= buttons["top"]
+        apart |= popup["left"] >= buttons["right"] or popup["right"] <= buttons["left"]
+        assert apart, (popup, buttons)
+        assert 0 <= popup["left"]
+        assert popup["right"] <= width
+
+
+@pytest.mark.parametrize("touch", [False, True])
+def test_the_hint_speaks_of_the_mouse_only_where_there_is_one(
+    browser: Browser, server: PageServer, touch: bool
+) -> None:
+    browser.call("Emulation.setTouchEmulationEnabled", enabled=touch)
+    browser.open(server.address, 400)
+    hint = browser.run("document.getElementById('hint').innerText")
+    browser.call("Emulation.setTouchEmulationEnabled", enabled=False)
+    assert hint.startswith("Tap a token" if touch else "Hover over a token")
+
+
 def test_without_a_mouse(browser: Browser, server: PageServer) -> None:
     browser.open(server.address)
     assert browser.run("document.activeElement.id") == "prompt"

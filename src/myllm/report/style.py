@@ -55,19 +55,26 @@ p { margin: 0; }
 .cards dd { margin: 0; }
 .cards .value { font-size: 1.75rem; font-weight: 650; line-height: 1.3; letter-spacing: -0.02em; }
 .cards .detail { color: var(--soft); font-size: 0.82rem; line-height: 1.4; }
-figure { margin: 0; padding: 10px; background: #ffffff; overflow: hidden; }
+figure { margin: 0; padding: 10px; overflow: hidden; }
 figure img { display: block; width: 100%; height: auto; }
+@media (prefers-color-scheme: dark) {
+  /* Plots are drawn on white: black and white change places, and turning the hues back keeps each line's color. */
+  figure img { filter: invert(0.885) hue-rotate(180deg); }
+}
 .wide { margin: 14px 0; }
 .grid { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 14px; }
 .figures { grid-template-columns: repeat(6, minmax(0, 1fr)); }
 .figures figure { grid-column: span 3; }
 .figures.odd figure:nth-last-child(-n+3) { grid-column: span 2; }
 .sample { padding: 18px 20px; margin-bottom: 14px; }
-.prompt { font-weight: 600; margin-bottom: 12px; white-space: pre-wrap; overflow-wrap: anywhere; }
+.prompt {
+  font-weight: 600; margin-bottom: 12px; white-space: pre-wrap; overflow-wrap: anywhere; max-height: 10rem;
+  overflow-y: auto;
+}
 .sample .grid { gap: 20px; }
 .sample h3 { margin: 0 0 4px; font-size: 0.85rem; font-weight: 600; color: var(--soft); }
 .sample h3.last { color: var(--accent); }
-.text { white-space: pre-wrap; overflow-wrap: anywhere; font-size: 0.95rem; }
+.text { white-space: pre-wrap; overflow-wrap: anywhere; font-size: 0.95rem; max-height: 20rem; overflow-y: auto; }
 .scroll { overflow-x: auto; padding: 6px 0; }
 table { border-collapse: collapse; width: 100%; font-size: 0.92rem; font-variant-numeric: tabular-nums; }
 th, td { padding: 7px 18px; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--rule); }
