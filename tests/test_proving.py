@@ -69,6 +69,8 @@ def test_every_preset_can_be_shrunk(name: str) -> None:
     ("words", "said"),
     [
         (["nonsense"], "nonsense"),
+        (["--config=absent.json"], "cannot read the config absent.json"),
+        (["--config", "absent.json"], "cannot read the config absent.json"),
         (["--train.log-every-steps", "5"], "train.log_every_steps is 5"),
         (["--train.max-steps", "2"], "train.max_steps 2"),
         (["--train.batch-tokens", "256"], "micro"),

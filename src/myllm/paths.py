@@ -1,13 +1,13 @@
 """Where things live. Every path under temp_data/ is made here, and nowhere else.
 
-    assets/r50k_base.tiktoken                      the vocabulary, shipped with the code
     temp_data/datasets/<name>-<fingerprint>/       token shards, keyed by what made them
     temp_data/listings/                            which files remote sources have, as first seen
     temp_data/downloads/<source>/                  files of remote sources, until their tokens are safe
     temp_data/tokenizers/<source>-<size>/          vocabularies of one's own
     temp_data/runs/<run name>/                     everything one training run leaves behind
 
-Set MYLLM_DATA to keep temp_data/ elsewhere, such as a large scratch disk.
+Set MYLLM_DATA to keep temp_data/ elsewhere, such as a large scratch disk. A package that was installed from a wheel has
+no checkout around it: temp_data/ is then in the current folder.
 """
 
 import os
@@ -20,12 +20,14 @@ def project_root() -> Path:
     return Path(__file__).resolve().parents[2]
 
 
-def assets() -> Path:
-    return project_root() / "assets"
+def is_checkout() -> bool:
+    """False if the package was installed from a wheel: there is no pretrain.py then."""
+    return (project_root() / "pretrain.py").is_file()
 
 
 def temp_data() -> Path:
-    return Path(os.environ.get("MYLLM_DATA") or project_root() / "temp_data").expanduser().absolute()
+    default = (project_root() if is_checkout() else Path.cwd()) / "temp_data"
+    return Path(os.environ.get("MYLLM_DATA") or default).expanduser().absolute()
 
 
 def datasets() -> Path:

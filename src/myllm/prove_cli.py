@@ -33,9 +33,16 @@ def prove_resume(words: list[str]) -> None:
     overrides come after that. Exit code 0: proven, 1: not, 2: a mistake in the words.
     """
     named = bool(words) and not words[0].startswith("-")
-    base, rest = base_config(words if named or "--config" in words else ["debug", *words])
+    base, rest = base_config(
+        words if named or any(word.partition("=")[0] == "--config" for word in words) else ["debug", *words]
+    )
     if ranks.launched():
         raise UserError("`myllm prove-resume` starts its own ranks; call it without torchrun")
+    if not paths.is_checkout():
+        raise UserError(
+            "`myllm prove-resume` starts pretrain.py, which an installed package does not have; run it from a clone of "
+            "the repository"
+        )
     from .kills import Broken
     from .proving import layouts, prove, shrunk, verdict
 

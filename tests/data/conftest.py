@@ -23,8 +23,8 @@ from hub_server import HubServer
 from tiktoken.load import load_tiktoken_bpe
 from tiktoken_ext.openai_public import r50k_pat_str
 
-from myllm import paths
 from myllm.data import prepare as preparing
+from myllm.data.r50k import SHIPPED_VOCABULARY
 from myllm.data.shards import Dataset
 from myllm.data.tokenizer import Tokenizer
 
@@ -33,11 +33,11 @@ MakeDataset = Callable[..., Dataset]
 
 @pytest.fixture(scope="session")
 def reference() -> tiktoken.Encoding:
-    """r50k_base as tiktoken itself would build it, from the file in assets/."""
+    """r50k_base as tiktoken itself would build it, from the file that ships with the package."""
     before = os.environ.get("TIKTOKEN_CACHE_DIR")
     os.environ["TIKTOKEN_CACHE_DIR"] = ""  # no cache
     try:
-        ranks = load_tiktoken_bpe(str(paths.assets() / "r50k_base.tiktoken"))
+        ranks = load_tiktoken_bpe(str(SHIPPED_VOCABULARY))
     finally:
         os.environ.pop("TIKTOKEN_CACHE_DIR")
         if before is not None:

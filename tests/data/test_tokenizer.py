@@ -14,8 +14,7 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from myllm import paths
-from myllm.data.r50k import END_OF_TEXT, MOST_ENCODINGS, VOCAB_FILE
+from myllm.data.r50k import END_OF_TEXT, MOST_ENCODINGS, SHIPPED_VOCABULARY, VOCAB_FILE
 from myllm.data.tokenizer import Tokenizer, load_tokenizer
 from myllm.errors import UserError
 
@@ -201,7 +200,7 @@ def test_bytes_of_every_token(tokenizer: Tokenizer, reference: tiktoken.Encoding
 
 @pytest.mark.parametrize("damage", ["missing", "folder", "empty", "one byte", "cut short", "not base64"])
 def test_a_damaged_vocabulary_is_refused(damage: str, tmp_path: Path) -> None:
-    content = (paths.assets() / VOCAB_FILE).read_bytes()
+    content = SHIPPED_VOCABULARY.read_bytes()
     path = tmp_path / VOCAB_FILE
     if damage == "folder":
         path.mkdir()

@@ -1,4 +1,4 @@
-"""GPT-2's byte-pair encoding (r50k_base) through tiktoken, from the file in assets/, never from the network."""
+"""GPT-2's byte-pair encoding (r50k_base) through tiktoken, from the file beside this one, never from the network."""
 
 import base64
 import hashlib
@@ -15,6 +15,7 @@ from ..errors import UserError
 
 NAME = "r50k_base"
 VOCAB_FILE = "r50k_base.tiktoken"
+SHIPPED_VOCABULARY = Path(__file__).with_name(VOCAB_FILE)
 # Source: tiktoken_ext/openai_public.py, which checks its download against the same hash.
 VOCAB_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 # The vocabulary's own pattern (same source) ends in \s++$|\s+(?!\S)|\s: of a run of white space it leaves the last one

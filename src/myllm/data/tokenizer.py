@@ -6,9 +6,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from .. import paths
 from ..errors import UserError, nearest
-from .r50k import NAME, VOCAB_FILE, R50k
+from .r50k import NAME, SHIPPED_VOCABULARY, VOCAB_FILE, R50k
 from .tokenizer_json import TokenizerJson
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -39,7 +38,7 @@ class Tokenizer:
 
     def __init__(self, file: Path | None = None) -> None:
         """With GPT-2's vocabulary, or with a tokenizer.json."""
-        self.file = file or paths.assets() / VOCAB_FILE
+        self.file = file or SHIPPED_VOCABULARY
         kind = R50k if self.file.name == VOCAB_FILE else TokenizerJson
         self._vocabulary: Vocabulary = kind(self.file)
         self.name = self._vocabulary.name
