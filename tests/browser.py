@@ -128,7 +128,9 @@ def chromium(profile: Path) -> Iterator[Browser]:
     given = [fcntl.fcntl(each, fcntl.F_DUPFD, 64) for each in (commands_out, answers_in)]
     words = [
         program, "--headless", "--remote-debugging-pipe", "--no-first-run", "--disable-gpu", "--disable-dev-shm-usage",
-        "--no-proxy-server", "--blink-settings=primaryHoverType=2,availableHoverTypes=2", f"--user-data-dir={profile}", *(["--no-sandbox"] if os.geteuid() == 0 else []),
+        "--no-proxy-server",
+        "--blink-settings=primaryHoverType=2,availableHoverTypes=2",  # a mouse, which headless it would not have
+        f"--user-data-dir={profile}", *(["--no-sandbox"] if os.geteuid() == 0 else []),
     ]  # fmt: skip
     redirect = f'exec "$@" 3<&{given[0]} 4>&{given[1]}'
     process = subprocess.Popen(
