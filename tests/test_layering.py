@@ -29,6 +29,7 @@ FLOORS = [
         "hardware",
         "hardware_table",
         "memory",
+        "migrations",
         "output",
         "paths",
         "plan",

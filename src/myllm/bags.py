@@ -29,6 +29,7 @@ from torch import Tensor
 
 from .errors import UserError
 from .files import fsync_folder, write_json, write_text
+from .migrations import BAG, CONFIG
 
 FORMAT = "myllm-bag-1"
 ABOUT = "bag.json"
@@ -74,7 +75,7 @@ def write_bag(folder: Path, content: Bag, layers: list[Any]) -> None:
         write_text(work / "samples.jsonl", "".join(lines))
         write_json(work / "layers.json", spelled(layers))
         write_json(work / "config.json", content.config)
-        write_json(work / ABOUT, spelled({"format": FORMAT, **content.about}))
+        write_json(work / ABOUT, spelled(BAG.stamp({"format": FORMAT, **content.about})))
         fsync_folder(work)
         shutil.rmtree(folder, ignore_errors=True)
         work.rename(folder)
@@ -90,7 +91,7 @@ def read_bag(folder: Path) -> Bag:
         UserError: not a bag, or one that cannot be read.
     """
     try:
-        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+        about = BAG.upgrade(json.loads((folder / ABOUT).read_text(encoding="utf-8")), folder / ABOUT)
         if about.get("format") != FORMAT:
             raise UserError(f"{folder} has format {about.get('format')!r}, expected {FORMAT!r}")
         lines = (folder / "samples.jsonl").read_text(encoding="utf-8").split("\n")
@@ -103,7 +104,9 @@ def read_bag(folder: Path) -> Bag:
             about=about,
             samples=[json.loads(line) for line in lines if line],
             tokens=np.load(folder / "tokens.npy"),
-            config=json.loads((folder / "config.json").read_text(encoding="utf-8")),
+            config=CONFIG.upgrade(
+                json.loads((folder / "config.json").read_text(encoding="utf-8")), folder / "config.json"
+            ),
             **tensors,
         )
     except UserError:

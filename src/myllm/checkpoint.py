@@ -34,6 +34,7 @@ from .data.receipt import Receipt
 from .early_stop import EarlyStop
 from .errors import UserError
 from .files import file_sha256, fsync_folder, out_of_space, write_json, write_text
+from .migrations import STATE
 from .retention import KEEP_ALL, Keep, list_checkpoints, remove, remove_others, remove_superseded, set_aside
 from .skips import Skips
 
@@ -180,7 +181,7 @@ def _write_rest(work: Path, snapshot: Snapshot, rank: int) -> dict[str, Any]:
         _write(work / RANDOM / f"rank_{number:05d}.pt", state)
     mine = [*work.glob(f"*/__{rank}_*"), *(work / RANDOM / f"rank_{number:05d}.pt" for number in snapshot.random)]
     if rank == 0:
-        write_json(work / "state.json", asdict(snapshot.state))
+        write_json(work / "state.json", STATE.stamp(asdict(snapshot.state)))
         write_json(work / "config.json", snapshot.config)
         if snapshot.tokenizer_file:
             write_text(work / TOKENIZER, snapshot.tokenizer_file.read_bytes().decode("utf-8"))
@@ -261,20 +262,36 @@ def load(folder: Path) -> Checkpoint:
 def _open(folder: Path) -> Checkpoint:
     return Checkpoint(
         folder=folder,
-        state=_state_from(json.loads((folder / "state.json").read_text(encoding="utf-8"))),
+        state=read_state(folder),
         config=json.loads((folder / "config.json").read_text(encoding="utf-8")),
         tokenizer_file=folder / TOKENIZER if (folder / TOKENIZER).is_file() else None,
     )
 
 
-def _state_from(values: dict[str, Any]) -> TrainState:
-    """The way back from `asdict`. What an older checkpoint does not have keeps its default."""
-    hints = typing.get_type_hints(TrainState)
+def read_state(folder: Path) -> TrainState:
+    """How far the run of a checkpoint had come. What an earlier version did not save has its default.
+
+    Raises:
+        UserError: a later version wrote it, or it holds what this version does not know.
+    """
+    file = folder / "state.json"
+    try:
+        values = STATE.upgrade(json.loads(file.read_text(encoding="utf-8")), file)
+        return _from_values(TrainState, values, "")
+    except (TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"cannot use {file}: {error}; a later version of MyLLM may have written it") from None
+
+
+def _from_values(kind: type, values: dict[str, Any], prefix: str) -> Any:
+    """The way back from `asdict`. TypeError: keys that the class does not know or has no default for."""
+    hints = typing.get_type_hints(kind)
+    if unknown := [f"{prefix}{key}" for key in values.keys() - hints.keys()]:
+        raise TypeError(f"unknown {', '.join(sorted(unknown))}")
     for name, value in values.items():
-        kinds = [kind for kind in (hints.get(name), *typing.get_args(hints.get(name))) if is_dataclass(kind)]
-        if kinds and value is not None:
-            values[name] = kinds[0](**value)
-    return TrainState(**values)
+        inner = [hint for hint in (hints[name], *typing.get_args(hints[name])) if is_dataclass(hint)]
+        if inner and value is not None:
+            values[name] = _from_values(inner[0], value, f"{prefix}{name}.")
+    return kind(**values)
 
 
 def verify(folder: Path) -> Iterator[str]:

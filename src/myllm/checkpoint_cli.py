@@ -77,7 +77,7 @@ def _described(folders: list[Path]) -> Iterator[dict[str, Any]]:
     """One after another, since hashing takes seconds a gigabyte; a bar on a terminal says how far it is."""
     from tqdm import tqdm
 
-    from .checkpoint import verify
+    from .checkpoint import read_state, verify
     from .paths import RunPaths
     from .retention import step_of
 
@@ -88,7 +88,7 @@ def _described(folders: list[Path]) -> Iterator[dict[str, Any]]:
             continue
         tokens = None
         if not faults:
-            tokens = json.loads((folder / "state.json").read_text(encoding="utf-8"))["tokens_seen"]
+            tokens = read_state(folder).tokens_seen
         yield {
             "folder": str(folder),
             "step": step_of(folder),

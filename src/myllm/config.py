@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .errors import UserError, nearest
+from .migrations import CONFIG
 
 
 @dataclass(frozen=True)
@@ -227,18 +228,23 @@ class RunConfig:
 # -- JSON -------------------------------------------------------------------------------------------------------------
 
 
-def to_dict(config: Any) -> dict[str, Any]:
-    """A config as plain JSON values."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """A config as plain JSON values, with the version of their keys."""
+    return CONFIG.stamp(json.loads(json.dumps(dataclasses.asdict(config))))
 
 
-def from_dict(values: Any, base: RunConfig) -> RunConfig:
-    """`base` with the given values laid over it.
+def from_dict(values: Any, base: RunConfig, where: object = None) -> RunConfig:
+    """`base` with the given values laid over it: those of today's version, or of an earlier one.
+
+    Args:
+        where: the file that they are from, for messages about its version.
 
     Raises:
-        UserError: names every unknown key (with the nearest known one) and every value of a wrong type at once.
+        UserError: a later version; or names every unknown key (with the nearest known one) and every value of a wrong
+            type at once.
     """
     faults: list[str] = []
+    values = CONFIG.upgrade(values, where) if isinstance(values, dict) else values
     config = _overlay(values, base, "", faults)
     if faults:
         raise UserError("the config does not fit:\n" + "\n".join(f"  - {fault}" for fault in faults))
@@ -253,7 +259,19 @@ def load_json(path: Path, base: RunConfig) -> RunConfig:
         raise UserError(f"cannot read the config {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"the config {path} is not valid JSON: {error}") from None
-    return from_dict(values, base)
+    return from_dict(values, base, path)
+
+
+def saved_config(values: Any, where: object) -> RunConfig:
+    """A run's config as this program or an earlier version saved it. Settings that it did not know have their default.
+
+    Raises:
+        UserError: it says what this version does not know.
+    """
+    try:
+        return from_dict(values, RunConfig(), where)
+    except UserError as error:
+        raise UserError(f"cannot use {where}: {error}") from None
 
 
 def _overlay(values: Any, base: Any, prefix: str, faults: list[str]) -> Any:

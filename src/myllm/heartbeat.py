@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
+from .migrations import HEARTBEAT
 from .paths import RunPaths, runs
 
 EVERY_S = 2.0
@@ -83,10 +84,10 @@ class Heartbeat:
     def _values(self) -> dict[str, Any]:
         doing = "ended" if self.ending else self.doing_now
         how, code = self.ending or (None, None)
-        return {
+        return HEARTBEAT.stamp({
             "step": self.step, "doing": doing, "time": time.time(), "progress_time": self._progress_time,
             "pid": os.getpid(), "host": socket.gethostname(), "how": how, "exit_code": code,
-        }  # fmt: skip
+        })  # fmt: skip
 
 
 def status(run: str, silent_s: float) -> tuple[str, int]:
@@ -105,7 +106,7 @@ def status(run: str, silent_s: float) -> tuple[str, int]:
     if path is None or not path.is_file():
         raise UserError(f"no heartbeat of a run {run!r}: expected {path or runs() / run / 'heartbeat.json'}")
     try:
-        said = json.loads(path.read_text(encoding="utf-8"))
+        said = HEARTBEAT.upgrade(json.loads(path.read_text(encoding="utf-8")), path)
         line = f"step {said['step']:,}: {said['how'] or said['doing']}"
         if said["doing"] == "ended":
             return line, int(said["exit_code"])
@@ -113,7 +114,9 @@ def status(run: str, silent_s: float) -> tuple[str, int]:
         where = f"process {said['pid']} on {said['host']}"
         if said["host"] == socket.gethostname() and not _is_alive(said["pid"]):
             return f"{line}; but {where} is gone, without a last word", SILENT
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is no heartbeat ({error!r})") from None
     if idle > silent_s:
         return f"{line}; but it has not got on for {idle:,.0f} s ({where})", SILENT

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from . import checkpoint, importing, paths
-from .config import RunConfig, from_dict
+from .config import RunConfig, saved_config
 from .data.tokenizer import Tokenizer
 from .distributed import choose_device
 from .errors import UserError
@@ -48,13 +48,13 @@ def find_model(where: str | Path) -> Origin:
             raise
         folder = importing.find(str(where), None, lambda line: print(line, file=sys.stderr))
         return Origin(folder, Path(), None, RunConfig(), None)
-    config, state = (json.loads((folder / name).read_text(encoding="utf-8")) for name in ("config.json", "state.json"))
+    state, config = checkpoint.read_state(folder), json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return Origin(
         folder=folder,
         home=folder.parent.parent if folder.parent.name in ("checkpoints", "best") else folder,
-        step=state["step"],
-        config=from_dict(config, RunConfig()),
-        dataset_hash=state["data"]["dataset_hash"] or None,  # empty: imported, and not trained on anything yet
+        step=state.step,
+        config=saved_config(config, folder / "config.json"),
+        dataset_hash=state.data.dataset_hash or None,  # empty: imported, and not trained on anything yet
     )
 
 
@@ -74,7 +74,7 @@ def load_model(where: str | Path, device: str = "auto", int8: bool = False) -> L
         foreign = importing.read(folder)
         return _ready(Transformer(foreign.config), foreign.weights, foreign.tokenizer_file, device, int8)
     saved = checkpoint.load(folder)
-    config = from_dict(saved.config, RunConfig()).model
+    config = saved_config(saved.config, folder / "config.json").model
     return _ready(Transformer(config), saved.model, saved.tokenizer_file, device, int8)
 
 

@@ -18,6 +18,7 @@ import torch
 from . import paths
 from .files import write_text
 from .hardware import device_name
+from .migrations import ROW
 from .output import LineFile, lost_output
 
 TRAINING = "training"
@@ -45,9 +46,11 @@ class JsonLines:
         # Not splitlines: a text may hold U+2028 and its kin, which end a line there but not in JSON Lines.
         for line in self.path.read_text(encoding="utf-8", errors="replace").split("\n"):
             try:
-                yield json.loads(line)
+                row = json.loads(line)
             except ValueError:
                 continue
+            if isinstance(row, dict):
+                yield ROW.upgrade(row)
 
     def keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
         """Drop the other rows, in one step: what came after the checkpoint that a run resumes from."""

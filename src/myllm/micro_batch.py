@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from . import distributed, plan
-from .config import RunConfig, to_dict
+from .config import RunConfig, saved_config, to_dict
 from .data.shards import Dataset
 from .data.tokenizer import Tokenizer
 from .distributed import Process
@@ -14,7 +14,7 @@ from .footprint import Computing, predicted_bytes
 from .hardware import device_name
 from .paths import RunPaths
 from .rehearsal import made_up_dataset, measured_memory, memory_limit_bytes, stage
-from .report.history import read_object
+from .report.history import read_config, read_object
 
 CPU_TOKENS = 4_096
 """A CPU gains nothing from micro-batches of more tokens (docs/experiments.md), and has memory for far larger ones."""
@@ -130,12 +130,13 @@ def _with(config: RunConfig, size: int) -> RunConfig:
 def _of_this_run(config: RunConfig, process: Process) -> tuple[int | None, bool]:
     """The number that a run of this name has in its config.json, and whether all that it depends on is the same."""
     run = RunPaths.of(config.name)
-    saved, environment = read_object(run.config), read_object(run.environment)
+    saved, environment = read_config(run.config), read_object(run.environment)
     size = saved.get("train", {}).get("micro_batch_size")
     if config.train.fresh or not isinstance(size, int):
         return None, False
     here = {"device_name": device_name(process.device), "world_size": process.world_size}
-    same = here == {key: environment.get(key) for key in here} and _costs(saved) == _costs(to_dict(config))
+    before = to_dict(saved_config(saved, run.config))
+    same = here == {key: environment.get(key) for key in here} and _costs(before) == _costs(to_dict(config))
     return size, same
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from . import plan
-from .config import RunConfig, from_dict
+from .config import RunConfig, saved_config
 from .data.catalog import CORPORA, Corpus
 from .errors import UserError
 from .paths import RunPaths
@@ -61,7 +61,7 @@ def read_about(run: RunPaths, step: int, repo: str, license: str | None, exporte
         metrics = None
     samples = read_samples(run.samples) if run.samples.is_file() else {}
     samples = {prompt: kept for prompt, rows in samples.items() if (kept := [r for r in rows if r["step"] <= step])}
-    config = from_dict(read_object(run.config), RunConfig())
+    config = saved_config(read_object(run.config), run.config)
     return About(
         run.root.name, repo, step, license, config, read_object(run.environment), metrics, samples, exported,
         read_object(run.imported).get("source"),

@@ -12,6 +12,7 @@ from .data.catalog import CORPORA
 from .data.prepare import resolve
 from .data.shards import MANIFEST, SETTINGS, Dataset, find_dataset
 from .data.tokenizer import Tokenizer, load_tokenizer
+from .migrations import CONFIG
 from .rehearsal import existing
 
 IN_FLIGHT_BYTES = 8_000_000_000
@@ -84,7 +85,7 @@ def prepared(config: DataConfig) -> Dataset | None:
         wanted["source"] = f"files:{Path(where).expanduser().absolute()}"
     for folder in sorted(paths.datasets().glob(f"[!.]*/{SETTINGS}")):
         try:
-            settings = json.loads(folder.read_text(encoding="utf-8"))
+            settings = CONFIG.upgrade({"data": json.loads(folder.read_text(encoding="utf-8"))})["data"]
             if all(wanted.get(key) == value for key, value in settings.items()):
                 return Dataset.open(folder.parent, unfinished=not (folder.parent / MANIFEST).is_file())
         except (

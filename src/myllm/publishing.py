@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint import MANIFEST, WEIGHTS, verify
-from .config import HubConfig, ModelConfig, RunConfig, from_dict, to_dict
+from .config import HubConfig, ModelConfig, saved_config, to_dict
 from .data.fetch import is_final, retry_after
 from .data.listing import first_line
 from .data.room import size
@@ -28,7 +28,7 @@ from .errors import UserError
 from .files import locked, out_of_space, write_json, write_text
 from .model_card import CURVES, About, model_card, read_about, read_exported, without_folders
 from .paths import RunPaths
-from .report.history import read_object
+from .report.history import read_config, read_object
 from .report.plots import save_figures
 from .retention import list_checkpoints, step_of
 
@@ -256,7 +256,7 @@ def complete(folder: Path, run: RunPaths, step: int, hub: HubConfig) -> None:
     about = read_about(run, step, str(hub.repo), hub.license, read_exported(folder))
     curves: list[str] = []
     if about.metrics:
-        drawn = save_figures(about.metrics, read_object(run.config), folder / "plots")
+        drawn = save_figures(about.metrics, read_config(run.config), folder / "plots")
         for name in drawn.keys() - set(CURVES):
             drawn[name].unlink()
         curves = [name for name in CURVES if name in drawn]
@@ -297,7 +297,7 @@ def _remember(run: RunPaths, hub: HubConfig, tag: str, commit: str) -> None:
 
 def hub_of(run: RunPaths) -> HubConfig:
     """What the run's own config says about publishing."""
-    return from_dict(read_object(run.config), RunConfig()).hub
+    return saved_config(read_object(run.config), run.config).hub
 
 
 # -- what can go wrong ------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from .bags import Bag
 from .checkpoint import restore_random_state
-from .config import RunConfig, from_dict
+from .config import RunConfig, saved_config
 from .data.transfer import inputs_and_targets
 from .diagnosis import Diagnosis, diagnose
 from .errors import UserError
@@ -44,7 +44,7 @@ def replay_step(bag: Bag, device: torch.device, bfloat16: bool, samples: Sequenc
     """
     if odd := [place for place in samples if not 0 <= place < len(bag.samples)]:
         raise UserError(f"the step has samples 0 to {len(bag.samples) - 1:,}; there is no {odd[0]:,}")
-    config = from_dict(bag.config, RunConfig())
+    config = saved_config(bag.config, bag.folder / "config.json")
     model = Transformer(config.model)
     try:
         model.load_state_dict(bag.model)

@@ -10,7 +10,7 @@ from typing import Any
 
 from . import distributed
 from .checkpoint import MANIFEST, verify
-from .config import RunConfig, to_dict
+from .config import RunConfig, saved_config, to_dict
 from .distributed import Process
 from .errors import UserError
 from .files import locked, write_json
@@ -114,7 +114,8 @@ def check_resumable(saved: dict[str, Any], config: RunConfig, folder: Path, impo
     Raises:
         UserError: the model or the order of the data would be another.
     """
-    changed = list(_differences(saved, to_dict(config), ""))
+    earlier = to_dict(saved_config(saved, folder / "config.json"))  # what it did not know has today's defaults
+    changed = list(_differences(earlier, to_dict(config), ""))
     # The data set itself is compared by its hash, wherever it lies.
     kept = ("model.",) if imported else ("model.", "train.seed", "train.batch_tokens")
     fixed = [line for line in changed if line.startswith(kept)]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import checkpoint
 from ..checkpoint import Checkpoint
-from ..config import RunConfig, from_dict
+from ..config import RunConfig, saved_config
 from ..data.tokenizer import Tokenizer
 from ..errors import UserError
 from ..files import fsync_folder, write_json, write_text
@@ -75,7 +75,7 @@ def open_source(folder: Path) -> Source:
     from ..report.history import read_object  # brings Matplotlib, which sampling does without
 
     saved: Checkpoint = checkpoint.load(folder)
-    config = from_dict(saved.config, RunConfig())
+    config = saved_config(saved.config, folder / "config.json")
     imported = read_object(RunPaths(folder.parent.parent).imported).get("source")
     source = Source(
         config, saved.state.step, saved.state.tokens_seen, Tokenizer(saved.tokenizer_file), saved.model, imported

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..files import write_text
 from ..paths import RunPaths
-from .history import find_run, read_metrics, read_object, read_samples
+from .history import find_run, read_config, read_metrics, read_object, read_samples
 from .page import Findings, render_page
 from .plots import figure, save_figures
 
@@ -22,7 +22,7 @@ def draw_plots(run: RunPaths) -> list[Path]:
     Raises:
         UserError: if the run or its metrics do not exist or hold no rows.
     """
-    return list(save_figures(read_metrics(run.metrics), read_object(run.config), run.plots).values())
+    return list(save_figures(read_metrics(run.metrics), read_config(run.config), run.plots).values())
 
 
 def write_report(run: RunPaths) -> Path:
@@ -31,7 +31,7 @@ def write_report(run: RunPaths) -> Path:
     Raises:
         UserError: if the run or its metrics do not exist or hold no rows.
     """
-    metrics, config = read_metrics(run.metrics), read_object(run.config)
+    metrics, config = read_metrics(run.metrics), read_config(run.config)
     figures = save_figures(metrics, config, run.plots)
     findings = Findings(
         name=run.root.name,

@@ -14,6 +14,7 @@ import numpy as np
 
 from .. import paths
 from ..errors import UserError, nearest
+from ..migrations import CONFIG, ROW
 
 Row = dict[str, Any]
 
@@ -132,6 +133,15 @@ def read_object(path: Path) -> Row:
     return value if isinstance(value, dict) else {}
 
 
+def read_config(path: Path) -> Row:
+    """A run's config.json, by today's names; empty if it is missing or half written.
+
+    Raises:
+        UserError: a later version of this program wrote it.
+    """
+    return CONFIG.upgrade(read_object(path), path)
+
+
 def column(rows: list[Row], key: str) -> np.ndarray:
     """One column as float64: NaN where a row has no number there.
 
@@ -186,6 +196,7 @@ def _read_lines(path: Path) -> tuple[list[Row], int]:
                 row = json.loads(line)
             except ValueError:
                 row = None
+            row = ROW.upgrade(row) if isinstance(row, dict) else None
             if isinstance(row, dict) and isinstance(row.get("step"), int):
                 rows.append(row)
             elif line.strip():
