@@ -4,7 +4,7 @@ PYTHON = python="$$(src/environment.sh --dev)" && "$$python"
 PARALLEL = --numprocesses auto --dist loadfile --max-worker-restart 1
 SCRIPTS = $(wildcard *.sh src/*.sh) .ci/run
 
-.PHONY: help environment test test-slow soak lint format clean
+.PHONY: help environment test test-slow soak gpu-check lint format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' Makefile
@@ -21,6 +21,9 @@ test-slow: environment ## the tests that take long; CI runs them too
 MINUTES ?= 30
 soak: environment ## kill and restart a run at random moments for MINUTES=30
 	@$(PYTHON) benchmarks/soak.py --minutes $(MINUTES)
+
+gpu-check: environment ## is this GPU right, and as fast as it should be? nine minutes; docs/speed.md
+	@$(PYTHON) benchmarks/gpu_check.py
 
 lint: environment ## check style: Python and shell
 	@$(PYTHON) -m ruff check .

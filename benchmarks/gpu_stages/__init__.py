@@ -1,0 +1,1 @@
+"""The stages of gpu_check.py: one function a stage, which yields what it finds as it finds it (frame.Check)."""

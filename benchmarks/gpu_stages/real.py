@@ -1,0 +1,211 @@
+"""The real step: lf-llm-269m at full depth. Compile time, MFU, kernels, peak memory, and what is left to choose.
+
+Shapes: B sequences, H heads, T tokens of a sequence, K head dimension.
+"""
+
+import gzip
+import json
+import shutil
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from myllm import kernel_costs
+from myllm.config import RunConfig
+from myllm.flops import flops_per_token
+from myllm.forecast import EXPECTED_MFU
+from myllm.memory import peak_bytes
+from myllm.model import loss as head_loss
+from myllm.paths import RunPaths
+from myllm.profiling import TABLE, TRACE, Profiler
+
+from .bench import NO_DROPOUT, Bench, graph_breaks, graphs, relative_error, seconds_of, wall_seconds
+from .frame import Check, bounded, close, correct, noted, skipped
+from .steps import Steps, made_up, stage_folder
+
+STEPS = 8
+COMPILE_S = 90.0
+"""That the compiler may take, with no cache."""
+EXPECTED = {"H100": 0.46, "H200": 0.46}
+"""MFU by card, for biases and dropout as the reference has them: docs/speed.md has the arithmetic."""
+LEAST = 0.85
+"""Of an expected MFU or a predicted peak, below which one of the two is wrong."""
+MOST_MEMORY = 1.05
+ATTENTION_TOKENS = 65_536
+ATTENTION_ERROR = 2e-2
+WIDER_CHUNK = 16_384
+VARIANT_S = 45
+"""That one more way to train takes, compiler included."""
+GROUPS = {
+    "products": ("gemm", "nvjet", "cutlass", "aten::mm", "addmm"),
+    "attention": ("flash", "cudnn", "fmha", "attention"),
+    "fused": ("triton_",),
+}
+"""By what a kernel's name contains."""
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One way to train, measured."""
+
+    compile_s: float
+    step_s: float
+    mfu: float | None
+    """Of the card's peak; None where that is not known."""
+    peak_bytes: int
+    loss: float
+
+    def __str__(self) -> str:
+        mfu = "" if self.mfu is None else f", {self.mfu:.1%} MFU"
+        return f"{self.step_s * 1e3:,.1f} ms a step{mfu}, peak {self.peak_bytes / 2**30:.2f} GiB"
+
+
+def run(bench: Bench) -> Iterator[Check]:
+    config = bench.config()
+    with stage_folder(bench) as folder, ExitStack() as stack:
+        steps = Steps(config, bench.process, made_up(bench, config, folder), stack)
+        base = timed(bench, steps)
+        yield noted("step", f"{steps.batch}; {'; '.join(steps.said)}")
+        yield bounded("compiler", base.compile_s, None, COMPILE_S if bench.on_cuda else None, "s")
+        yield speed(bench, base)
+        yield memory(bench, config, base)
+        count, breaks = graphs(), graph_breaks()
+        right = breaks == 0 and count in (1, 2)
+        yield correct("graphs after all steps", right, f"{count}, {breaks} breaks", "1 or 2, 0 breaks")
+        waited = steps.loader.wait_s / (steps.state.step * base.step_s)
+        yield bounded("waiting for data", 100 * waited, None, 1.0 if bench.on_cuda else None, "% of a step", 2)
+        yield from profile(bench, steps)
+    yield from attention(bench)
+    for name, other, patched in variants(config):
+        if bench.has_time(VARIANT_S):
+            yield variant(bench, name, other, patched, base)
+        else:
+            yield skipped(name, f"needs {VARIANT_S} s")
+
+
+def timed(bench: Bench, steps: Steps) -> Timed:
+    first_s = wall_seconds(bench.device, steps.step)
+    loss = steps.step().item()
+    count = 2 if bench.tiny else STEPS
+    step_s = wall_seconds(bench.device, lambda: steps.losses(count)) / count
+    peak_flops = bench.card and bench.card.peak_flops
+    flops = flops_per_token(steps.config.model) * steps.batch.batch_tokens
+    mfu = flops / step_s / peak_flops if peak_flops else None
+    return Timed(first_s - step_s, step_s, mfu, peak_bytes(bench.device), loss)
+
+
+def speed(bench: Bench, found: Timed) -> Check:
+    if found.mfu is None:
+        return noted("speed", str(found), step_s=found.step_s)
+    bench.found["mfu"] = found.mfu
+    least = LEAST * EXPECTED[bench.card.name] if bench.card.name in EXPECTED else EXPECTED_MFU[0]
+    return bounded("MFU", 100 * found.mfu, 100 * least, None, "%", step_s=found.step_s)
+
+
+def memory(bench: Bench, config: RunConfig, found: Timed) -> Check:
+    """The peak against footprint.py's prediction; a CPU's resident set has this script in it too."""
+    predicted = bench.predicted_bytes(config) / 2**30
+    low, high = (LEAST * predicted, MOST_MEMORY * predicted) if bench.on_cuda else (None, None)
+    return bounded("peak memory", found.peak_bytes / 2**30, low, high, "GiB", 2, predicted=predicted)
+
+
+# -- where the time goes ----------------------------------------------------------------------------------------------
+
+
+def profile(bench: Bench, steps: Steps) -> Iterator[Check]:
+    """Five steps as `pretrain.py --profile` records them; the trace and the table are kept in --out."""
+    run, said = RunPaths(bench.work), []
+    meter = SimpleNamespace(doing=lambda name: nullcontext())
+    profiler = Profiler(run, steps.config, steps.state.step, bench.process, said.append, meter)
+    for number in profiler.window:
+        with profiler.around(number):
+            steps.step(phase=profiler.phase)
+    costs = kernel_costs.read(json.loads((run.profile / TRACE).read_text(encoding="utf-8")))
+    with (run.profile / TRACE).open("rb") as trace, gzip.open(bench.out / f"gpu_check_{TRACE}.gz", "wb") as kept:
+        shutil.copyfileobj(trace, kept)
+    shutil.copy(run.profile / TABLE, bench.out / f"gpu_check_{TABLE}")
+    shares = shares_of(costs)
+    yield noted("kernels", ", ".join(f"{name} {share:.1%}" for name, share in shares.items()), **shares)
+
+
+def shares_of(costs: kernel_costs.Costs) -> dict[str, float]:
+    """Of all kernels' time, by kind of kernel, and by name for the costliest of the rest."""
+    total = sum(cost.us for cost in costs.costs) or 1.0
+    sums: dict[str, float] = defaultdict(float)
+    for cost in costs.costs:
+        name = cost.name.lower()
+        kind = next((kind for kind, parts in GROUPS.items() if any(part in name for part in parts)), cost.name[:40])
+        sums[kind] += cost.us / total
+    return dict(sorted(sums.items(), key=lambda item: item[1], reverse=True)[:6])
+
+
+# -- attention ---------------------------------------------------------------------------------------------------------
+
+
+def attention(bench: Bench) -> Iterator[Check]:
+    """cuDNN's output and gradients against FlashAttention-2's, for a whole micro-batch, and their times."""
+    model = bench.model()
+    sequences = 2 if bench.tiny else ATTENTION_TOKENS // model.max_seq_len
+    ways = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+    if not bench.on_cuda:
+        ways = {"math": SDPBackend.MATH, "flash": SDPBackend.FLASH_ATTENTION}
+    generator = torch.Generator(bench.device).manual_seed(0)
+    shape = 3, sequences, model.max_seq_len, model.n_heads, model.head_size  # as the projection leaves them
+    heads = torch.randn(shape, generator=generator, device=bench.device).bfloat16()
+    heads = [part.transpose(1, 2).requires_grad_() for part in heads]  # (B, H, T, K) each
+    found: dict[str, list[Tensor]] = {}
+    for name, backend in ways.items():
+        with sdpa_kernel(backend):
+            try:
+                found[name] = output_and_gradients(heads)
+                seconds = seconds_of(bench.device, lambda: output_and_gradients(heads), 2 if bench.tiny else 10)
+            except RuntimeError as error:  # no such kernel for this card
+                yield noted(f"attention by {name}", f"not here: {str(error).splitlines()[0][:120]}")
+                continue
+        yield noted(f"attention by {name}", f"{seconds * 1e3:,.2f} ms, forward and backward", seconds=seconds)
+    if len(found) == len(ways):
+        first, second = found.values()
+        error = max(relative_error(a, b) for a, b in zip(first, second, strict=True))
+        yield close(f"attention, {' against '.join(ways)}", error, ATTENTION_ERROR)
+
+
+def output_and_gradients(heads: list[Tensor]) -> list[Tensor]:
+    out = F.scaled_dot_product_attention(*heads, is_causal=True)
+    return [out.detach(), *torch.autograd.grad(out, heads, torch.ones_like(out))]
+
+
+# -- what is left to choose -------------------------------------------------------------------------------------------
+
+
+def variants(config: RunConfig) -> Iterator[tuple[str, RunConfig, dict[str, int]]]:
+    """Names, configs, and constants of model/loss.py that differ."""
+    plain = replace(config, model=replace(config.model, bias=False, **NO_DROPOUT))
+    yield "without biases and dropout", plain, {}
+    yield f"chunks of {WIDER_CHUNK:,}", config, {"CPU_CHUNK": 48, "GPU_CHUNK": WIDER_CHUNK}
+
+
+def variant(bench: Bench, name: str, config: RunConfig, constants: dict[str, int], base: Timed) -> Check:
+    """The same measurement of another way, and its speed as a multiple of the first."""
+    with stage_folder(bench) as folder, ExitStack() as stack:
+        stack.enter_context(changed(constants))
+        found = timed(bench, Steps(config, bench.process, made_up(bench, config, folder), stack))
+    return noted(name, f"{found}, {base.step_s / found.step_s:.3f} times as fast", **vars(found))
+
+
+@contextmanager
+def changed(constants: dict[str, int]) -> Iterator[None]:
+    before = {name: getattr(head_loss, name) for name in constants}
+    try:
+        for name, value in constants.items():
+            setattr(head_loss, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(head_loss, name, value)

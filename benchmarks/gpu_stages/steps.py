@@ -1,0 +1,106 @@
+"""Real steps of a run on made-up text, for the stages that train."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from myllm import checkpoint, plan
+from myllm.checkpoint import TrainState
+from myllm.config import RunConfig
+from myllm.data.loader import Loader
+from myllm.data.order import count_sequences
+from myllm.data.receipt import Receipt
+from myllm.data.shards import Dataset
+from myllm.data.tokenizer import load_tokenizer
+from myllm.distributed import Process
+from myllm.kernels import fast_kernels
+from myllm.paths import RunPaths
+from myllm.profiling import unmarked
+from myllm.rehearsal import Parts, made_up_dataset, stage
+from myllm.resume import restore
+from myllm.saving import Saver
+from myllm.step import train_step
+
+from .bench import Bench, fresh
+
+
+class Steps:
+    """What the loop does between two log lines, over and over: the run's own parts and `train_step`."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        process: Process,
+        dataset: Dataset,
+        stack: ExitStack,
+        load: Callable[[Parts], TrainState] | None = None,
+    ) -> None:
+        """
+        Args:
+            stack: holds what ends with the steps: their kernels and their loader.
+            load: fills weights and optimizer from a checkpoint, and says where it was; None: from the start.
+        """
+        self.config, self.process, self.dataset = config, process, dataset
+        self.batch = plan.batch_plan(config.model, config.train, process.world_size)
+        self.said: list[str] = []
+        self.parts = Parts(config, process)
+        self.state = self.start = load(self.parts) if load else self.parts.state(dataset, 0)
+        stack.enter_context(fast_kernels(self.parts.model, config, process, self.said.append))
+        self.loader = stack.enter_context(
+            Loader(dataset.train, self.batch, self.state.data, process.rank, process.device)
+        )
+
+    def step(self, phase: Callable[[str], AbstractContextManager[None]] = unmarked) -> Tensor:
+        """One update; the loss, on the device, where nothing has waited for it."""
+        parts, state, batch = self.parts, self.state, self.batch
+        parts.guard.begin(state)
+        loss, self.grad_norm, _ = train_step(
+            parts.runner, parts.optimizer, self.loader, batch, state.step, self.config, self.process, parts.guard, phase
+        )
+        self.state = replace(
+            state,
+            step=state.step + 1,
+            tokens_seen=state.tokens_seen + batch.batch_tokens,
+            data=state.data.advance(batch.sequences, count_sequences(self.dataset.train.tokens, batch.seq_len)),
+        )
+        return loss
+
+    @property
+    def receipt(self) -> Receipt:
+        """Of all text since the run's first step."""
+        return (self.start.receipt or Receipt()).plus(self.loader.delivered)
+
+    def losses(self, count: int) -> list[float]:
+        """Of so many steps; one read from the device at their end."""
+        return torch.stack([self.step() for _ in range(count)]).tolist()
+
+
+@contextmanager
+def stage_folder(bench: Bench) -> Iterator[Path]:
+    """A folder, a compiler and a memory that know nothing of what went before, and leave nothing behind."""
+    fresh(bench.device)
+    with stage(bench.process) as folder:
+        yield folder
+    fresh(bench.device)
+
+
+def made_up(bench: Bench, config: RunConfig, folder: Path) -> Dataset:
+    """Text of random tokens, as much as one step trains on."""
+    return made_up_dataset(config, folder, load_tokenizer(config.data.tokenizer), bench.process)
+
+
+def save(steps: Steps, run: RunPaths) -> None:
+    """A checkpoint of where the steps are, whole when this returns."""
+    tokenizer, parts = load_tokenizer(steps.config.data.tokenizer), steps.parts
+    with Saver(steps.config, run, parts.model, parts.optimizer, tokenizer, steps.process) as saver:
+        saver.save(replace(steps.state, receipt=steps.receipt))
+
+
+def load(parts: Parts, run: RunPaths, dataset: Dataset) -> TrainState:
+    """The newest checkpoint, into weights, optimizer and generators."""
+    saved = checkpoint.load_latest(run.checkpoints, lambda line: None)
+    return restore(saved, parts.config, dataset, parts.model, parts.optimizer, parts.process, lambda line: None)
