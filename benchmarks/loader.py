@@ -13,7 +13,7 @@ import platform
 import statistics
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,11 +42,11 @@ def main() -> None:
     config = preset(options.preset)
     changed = {"batch_tokens": options.batch_tokens, "micro_batch_size": options.micro_batch_size}
     config = replace(config, train=replace(config.train, **{key: value for key, value in changed.items() if value}))
-    with process_group("auto") as process, stage(process) as folder:
+    with process_group("auto") as process, stage(process) as folder, ExitStack() as stack:
         batch = batch_plan(config.model, config.train, 1)
         text = replace(config, train=replace(config.train, batch_tokens=TEXT_STEPS * batch.batch_tokens))
         dataset = made_up_dataset(text, folder, load_tokenizer("r50k_base"), process)
-        parts = Parts(config, process)
+        parts = Parts(config, process, stack)
         alone, first_s = tokens_per_s_alone(parts, dataset, batch)
         step_s, wait_s, resident_s = steps(parts, dataset, batch, options.steps)
         print(

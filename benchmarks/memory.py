@@ -50,28 +50,29 @@ def measure(config: RunConfig) -> None:
     import torch
 
     from myllm.distributed import Process
+    from myllm.kernels import fast_kernels
     from myllm.memory import peak_bytes
     from myllm.model import Transformer
     from myllm.optim import ScheduledAdamW
-    from myllm.parallel import wrap
+    from myllm.parallel import clear_gradients
     from myllm.precision import autocast
 
     device = torch.device(config.train.device)
     process = Process(0, 0, 1, device)
     model = Transformer(config.model).to(device)
     optimizer = ScheduledAdamW(model.named_parameters(), config.optim, 10)
-    runner = wrap(model, config, process)
     shape = config.train.micro_batch_size, config.model.max_seq_len
-    for step in range(2):
-        for _ in range(2):
-            tokens = torch.randint(config.model.vocab_size, shape, device=device)
-            runner.train()
-            with autocast(config, device):
-                loss = runner(tokens, tokens)
-            loss.backward()
-        torch.nn.utils.clip_grad_norm_(optimizer.parameters.values(), 1.0)
-        optimizer.step(step)
-        optimizer.zero_grad()
+    with fast_kernels(model, config, process) as runner:
+        for step in range(2):
+            for _ in range(2):
+                tokens, targets = torch.randint(config.model.vocab_size, (2, *shape), device=device).unbind()
+                runner.train()
+                with autocast(config, device):
+                    loss = runner(tokens, targets)
+                loss.backward()
+            torch.nn.utils.clip_grad_norm_(optimizer.parameters.values(), 1.0)
+            optimizer.step(step)
+            clear_gradients(runner)
     print(peak_bytes(device))
 
 

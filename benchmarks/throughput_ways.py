@@ -22,7 +22,6 @@ from myllm.data.transfer import Batch
 from myllm.distributed import Process
 from myllm.exporting.architectures import CLASSES, choose, settings
 from myllm.exporting.weights import convert
-from myllm.kernels import fast_kernels
 from myllm.model import Transformer
 from myllm.optim import ScheduledAdamW
 from myllm.parallel import last_of_step
@@ -118,8 +117,7 @@ def peer_model(model: ModelConfig, weights: Weights) -> PeerLoss:
 def ours(config: RunConfig, process: Process, dataset: Dataset, stack: ExitStack, say: Callable[[str], None]) -> Way:
     """What pretrain.py's loop does between two log lines. Its choice of kernels holds for the whole process, so the
     other ways have it too."""
-    parts, batch = Parts(config, process), plan.batch_plan(config.model, config.train, process.world_size)
-    stack.enter_context(fast_kernels(parts.model, config, process, say))
+    parts, batch = Parts(config, process, stack, say), plan.batch_plan(config.model, config.train, process.world_size)
     loader = stack.enter_context(parts.loader(dataset, batch))
     done = 0
 

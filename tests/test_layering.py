@@ -303,3 +303,11 @@ def test_training_never_imports_a_peer():
         if room(module_name(file)) in FLOORS[3]:
             later = ("hub", "exporting", "importing", "publishing", "publish_beside")
             assert not [name for name in names if room(name) in later], file.name
+
+
+def test_what_training_calls_comes_with_its_kernels():
+    """Compiled under other settings than it runs with, a step is compiled twice: only `fast_kernels` may `wrap`."""
+    for file in (*FILES, *(ROOT / "benchmarks").glob("*.py")):
+        if file.name != "kernels.py":
+            text = file.read_text(encoding="utf-8")
+            assert not re.search(r"(parallel\.|import .*)\bwrap\b", text.replace("textwrap", "")), file.name

@@ -1,5 +1,6 @@
 """The rehearsal of a run: what it measures, what it makes of that, and that it leaves everything as it was."""
 
+import importlib
 import json
 import os
 import signal
@@ -7,17 +8,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from math import log, nan
 from pathlib import Path
 from stat import S_ISDIR
+from typing import Any
 
 import pytest
 import torch
-from conftest import losses, tiny_config, with_train, write_run_config
+from conftest import ROOT, losses, tiny_config, with_train, write_run_config
 
+from myllm import precision, rehearsal
 from myllm import preflight as preflight_module
-from myllm import rehearsal
 from myllm.cli import main
 from myllm.config import RunConfig, load_json
 from myllm.data.prepare import prepare
@@ -301,6 +305,7 @@ def test_sizes_keep_the_batch_exact(config: RunConfig) -> None:
 
 def test_auto_is_settled_once(config: RunConfig, temp_data: Path) -> None:
     """The number is in the run's config.json, a resume takes it, and losses are those of a run that was given it."""
+    config = replace(config, optim=replace(config.optim, warmup_steps=1, min_lr_ratio=1.0))  # for any max_steps
     auto = with_train(config, micro_batch_size="auto", batch_tokens=256, max_steps=8)
     dataset = prepare(config.data, progress=False)
     train(with_train(auto, max_steps=4), dataset, ALONE)
@@ -421,5 +426,44 @@ def test_every_part_is_the_runs_own() -> None:
 
     for name in ("run_eval", "planned_evals", "Saver", "restore", "gathered"):
         assert getattr(preflight_module, name) is getattr(train_module, name)
-    for name in ("train_step", "wrap", "spread", "Transformer", "ScheduledAdamW", "Loader"):
+    for name in ("train_step", "fast_kernels", "spread", "Transformer", "ScheduledAdamW", "Loader"):
         assert getattr(rehearsal, name) is getattr(train_module, name)
+
+
+@pytest.mark.usefixtures("one_rank", "temp_data")
+@pytest.mark.parametrize("what", ["trial", "rehearsal", "benchmark"])
+def test_all_is_compiled_and_done_under_the_runs_own_settings(
+    what: str, config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With DDP too, which compiles before the first step: else what is measured is not what runs."""
+    seen: list[tuple[str, str]] = []
+    monkeypatch.setattr(precision, "may_use_tf32", lambda *_: True)
+    step, pair = rehearsal.train_step, replace(ALONE, world_size=2)
+
+    def compiled(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        seen.append(("compile", torch.get_float32_matmul_precision()))
+        return graph
+
+    def stepped(*arguments: Any) -> Any:
+        seen.append(("step", torch.get_float32_matmul_precision()))
+        return step(*arguments)
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=compiled))
+    monkeypatch.setattr(rehearsal, "train_step", stepped)
+    monkeypatch.setattr(preflight_module, "_timed_save", lambda *_: (0.0, 0.0, 0))  # of two ranks, where there is one
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    ways = importlib.import_module("throughput_ways")
+    monkeypatch.setattr(ways, "train_step", stepped)
+    config = with_train(config, compile="on")
+    with stage(pair) as folder, ExitStack() as stack:
+        torch.compiler.reset()
+        dataset = made_up_dataset(config, folder, load_tokenizer("r50k_base"), pair)
+        if what == "trial":
+            assert measured_memory(config, dataset, pair, 1, 2**40)
+        elif what == "benchmark":
+            ways.ours(config, pair, dataset, stack, print).step()
+        else:
+            assert preflight(config, pair, Bounds(), limit_bytes=2**40).measured.finite
+    assert {kind for kind, _ in seen} == {"compile", "step"}
+    assert {setting for _, setting in seen} == {"high"}
+    assert torch.get_float32_matmul_precision() == "highest"

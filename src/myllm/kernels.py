@@ -4,22 +4,30 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 
 from .config import RunConfig
 from .distributed import Process
 from .model import Transformer, sdpa
-from .parallel import compiles
+from .parallel import compiles, wrap
 from .precision import computes_in_bfloat16, float32_products, may_use_tf32
 
 
 @contextmanager
-def fast_kernels(model: Transformer, config: RunConfig, process: Process, log: Callable[[str], None]) -> Iterator[None]:
-    """The fastest kernels that compute what the config asks for."""
+def fast_kernels(
+    model: Transformer, config: RunConfig, process: Process, log: Callable[[str], None] = lambda line: None
+) -> Iterator[nn.Module]:
+    """What training calls, and for the length of a `with` block the fastest kernels that compute what the config asks
+    for.
+
+    They come together, so that a run, its rehearsal, the trials of a micro-batch and a benchmark compile under the same
+    settings: what is compiled is for those it was compiled under, and others would mean other kernels, made once more.
+    """
     with float32_products(config, process.device), sdpa.newer_flash(config.model, process.device) as remark:
         say_kernels(model, config, process, log)
         if remark:
             log(f"attention: {remark}")
-        yield
+        yield wrap(model, config, process)
 
 
 def say_kernels(model: Transformer, config: RunConfig, process: Process, log: Callable[[str], None]) -> None:

@@ -7,6 +7,7 @@ preflight_report.py.
 
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -18,7 +19,6 @@ from .data.tokenizer import Tokenizer
 from .distributed import Process
 from .errors import UserError
 from .heartbeat import Heartbeat
-from .kernels import fast_kernels
 from .loop_evals import Eval, Poll, planned_evals, run_eval
 from .meter import Diverged
 from .metrics import JsonLines, Log
@@ -125,22 +125,22 @@ def _rehearse(
     may_save: bool,
     say: Callable[[str], None],
 ) -> Measured:
-    parts = Parts(config, process)
-    say("steps")
-    with fast_kernels(parts.model, config, process, lambda line: None):
+    with ExitStack() as stack:
+        parts = Parts(config, process, stack)
+        say("steps")
         measured = _timed_steps(parts, dataset)
-    if not measured.finite:
-        return measured
-    say("evaluations")
-    measured = replace(measured, evals=_timed_evals(parts, dataset, tokenizer, folder))
-    if not may_save:
-        return measured
-    say("a checkpoint")
-    try:
-        save_s, load_s, n_bytes = _timed_save(parts, dataset, tokenizer, folder)
-    except Diverged:
-        return replace(measured, finite=False)
-    return replace(measured, save_s=save_s, load_s=load_s, checkpoint_bytes=n_bytes)
+        if not measured.finite:
+            return measured
+        say("evaluations")
+        measured = replace(measured, evals=_timed_evals(parts, dataset, tokenizer, folder))
+        if not may_save:
+            return measured
+        say("a checkpoint")
+        try:
+            save_s, load_s, n_bytes = _timed_save(parts, dataset, tokenizer, folder)
+        except Diverged:
+            return replace(measured, finite=False)
+        return replace(measured, save_s=save_s, load_s=load_s, checkpoint_bytes=n_bytes)
 
 
 def _timed_steps(parts: Parts, dataset: Dataset) -> Measured:

@@ -9,7 +9,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,11 @@ from .distributed import Process
 from .files import file_sha256, locked, write_json
 from .footprint import HEADROOM
 from .guard import Guard
+from .kernels import fast_kernels
 from .memory import is_out_of_memory, limited, peak_bytes, reset_peak, there_bytes
 from .model import Transformer
 from .optim import ScheduledAdamW
-from .parallel import spread, wrap
+from .parallel import spread
 from .plan import BatchPlan
 from .step import train_step
 
@@ -139,14 +140,21 @@ def made_up_hellaswag(folder: Path, count: int) -> Path:
 
 
 class Parts:
-    """Model, optimizer and what a step calls, made as `train` makes them."""
+    """Model, optimizer and what a step calls, made as `train` makes them.
 
-    def __init__(self, config: RunConfig, process: Process) -> None:
+    Args:
+        stack: ends them, and with them the choice of kernels that holds for the whole process until then.
+        say: called with the lines of a run's log about its kernels.
+    """
+
+    def __init__(
+        self, config: RunConfig, process: Process, stack: ExitStack, say: Callable[[str], None] = lambda line: None
+    ) -> None:
         self.config, self.process = config, process
         self.model = Transformer(config.model, config.train.seed).to(process.device)
         self.whole = spread(self.model, config, process)  # what evaluations see
         self.optimizer = ScheduledAdamW(self.model.named_parameters(), config.optim, config.train.max_steps)
-        self.runner = wrap(self.model, config, process)
+        self.runner = stack.enter_context(fast_kernels(self.model, config, process, say))
         self.guard = Guard(config.train, process.device)
 
     def loader(self, dataset: Dataset, batch: BatchPlan) -> Loader:
@@ -217,8 +225,9 @@ def measured_memory(
     batch = shortened(plan.batch_plan(config.model, config.train, process.world_size))
 
     def two_steps() -> None:
-        parts = Parts(config, process)
-        with parts.loader(dataset, batch) as loader:
+        with ExitStack() as stack:
+            parts = Parts(config, process, stack)
+            loader = stack.enter_context(parts.loader(dataset, batch))
             for step in range(2):  # the second one has AdamW's moments beside its activations
                 parts.step(loader, dataset, batch, step)
 

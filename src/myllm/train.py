@@ -35,7 +35,7 @@ from .metrics import JsonLines, Log, environment
 from .micro_batch import settle
 from .model import Transformer
 from .optim import ScheduledAdamW
-from .parallel import gathered, spread, wrap
+from .parallel import gathered, spread
 from .paths import RunPaths
 from .profiling import NoProfiler, Profiler
 from .reference import ReferenceWatch, reference_of
@@ -120,8 +120,7 @@ def train(
         say_start(log, config, dataset, batch, state, process)
 
         # -- what the loop turns with --------------------------------------------------------------------------------
-        stack.enter_context(fast_kernels(model, config, process, log))
-        runner = wrap(model, config, process)
+        runner = stack.enter_context(fast_kernels(model, config, process, log))
         stop = stack.enter_context(stop_signals(config.train.max_wall_s, started))
         beat = Heartbeat(run.heartbeat, state.step, writes=process.is_main)
         poll = Poll(stop, beat)
