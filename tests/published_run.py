@@ -24,7 +24,7 @@ def save_checkpoint(run: RunPaths, config: RunConfig, step: int, scale: float = 
     return checkpoint.save(run.checkpoints, state, to_dict(config), weights, {}, [], keep_last=0)
 
 
-def write_run(config: RunConfig, steps: tuple[int, ...] = STEPS) -> RunPaths:
+def write_run(config: RunConfig, steps: tuple[int, ...] = STEPS, source: str | None = "files-texts") -> RunPaths:
     run = RunPaths.of(config.name)
     for step in steps:
         save_checkpoint(run, config, step)
@@ -48,7 +48,7 @@ def write_run(config: RunConfig, steps: tuple[int, ...] = STEPS) -> RunPaths:
                 "command": ["python", "/home/me/code/pretrain.py", "debug", "--data.source", "files:/home/me/texts"],
                 "world_size": 8, "versions": {"torch": "2.13.0", "numpy": None}, "git_commit": "c" * 40,
                 "git_dirty": True, "parameters": 1_234_567, "dataset": "files-texts-abc", "dataset_hash": "d" * 64,
-                "source": "files-texts", "train_tokens": 1_000, "val_tokens": 3_000,
+                "source": source, "train_tokens": 1_000, "val_tokens": 3_000,
             }
         )
     )  # fmt: skip

@@ -5,19 +5,25 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import eval_rows, losses
+from conftest import eval_rows, losses, with_train
 
 from myllm.cli import main as myllm
 from myllm.completion import stream_text
-from myllm.config import RunConfig
+from myllm.config import RunConfig, load_json
 from myllm.data.prepare import prepare
 from myllm.data.shards import find_dataset
+from myllm.data.tokenizer import load_tokenizer
 from myllm.data_cli import verify
 from myllm.distributed import process_group
 from myllm.errors import UserError
+from myllm.exporting.card import folder_card
+from myllm.exporting.folder import open_source
 from myllm.generation import stream
 from myllm.loading import load_model
+from myllm.model_card import model_card, read_about
 from myllm.paths import RunPaths
+from myllm.presets import preset
+from myllm.report.history import read_object
 from myllm.sampling import Sampling
 from myllm.train import train
 
@@ -96,3 +102,34 @@ def test_a_data_set_keeps_to_its_vocabulary(tiny: RunConfig, learn: Learn) -> No
     with pytest.raises(UserError, match="is not the one that made"):
         verify(dataset.name)
     assert RunPaths.of("tiny").root.parent.name == "runs"
+
+
+def test_a_run_says_what_it_was_made_of(tiny: RunConfig, learn: Learn, temp_data: Path, tmp_path: Path) -> None:
+    """A preset names a source of its own; the data set that is given by name says which one it was."""
+    config = with_vocabulary(tiny, learn("own", 400), 400)
+    made = prepare(replace(config.data, strip_control=True), progress=False)
+    given = replace(preset("lf-llm-269m").data, dataset=made.name[:-3], workers=1)
+    folder = run(replace(with_train(config, max_steps=2), data=given))
+    saved = load_json(folder / "config.json", RunConfig())
+    assert saved.data.source == config.data.source
+    assert (saved.data.dataset, saved.data.strip_control) == (made.name, True)
+    assert load_json(folder / "checkpoints/step_00000002/config.json", RunConfig()) == saved
+    assert read_object(folder / "environment.json")["tokenizer"] == made.tokenizer().describe()
+
+    vocabulary = made.tokenizer()
+    moved = temp_data.rename(tmp_path / "moved")  # and it goes on where all of it was moved
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MYLLM_DATA", str(moved))
+        assert load_tokenizer(saved.data.tokenizer).sha256 == vocabulary.sha256
+        assert load_tokenizer(made.folder / "tokenizer.json").sha256 == vocabulary.sha256  # as it was called before
+        run(with_train(saved, max_steps=3))
+        run_folder = RunPaths.of("tiny")
+        text = model_card(read_about(run_folder, 3, "me/mine", None, {}), [])
+        source = open_source(run_folder.checkpoints / "step_00000003")
+    facts = {"name": "tiny", "step": 3, "tokens_seen": 3, "architecture": "Llama", "dtype": "float32"}
+    short = folder_card(source.config, facts | {"source": made.manifest["source"], "parameters": 1, "tokenizer": "x"})
+    for card in (text, short):
+        assert "files-" in card or "files:" in card
+        assert not any(word in card.lower() for word in ("fineweb", "odc-by", "r50k", "gpt-2", "datasets:"))
+    assert vocabulary.name in text
+    assert "control characters removed" in text

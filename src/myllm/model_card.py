@@ -9,13 +9,12 @@ folders goes into it.
 import math
 import re
 import shlex
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 from . import plan
 from .config import RunConfig, saved_config
-from .data.catalog import CORPORA, Corpus
+from .data.catalog import corpus_of, source_of
 from .errors import UserError
 from .paths import RunPaths
 from .report.drawing import duration, percent, short, si
@@ -48,7 +47,7 @@ class About:
     metrics: Metrics | None
     samples: dict[str, list[Row]]
     exported: Row
-    """The config.json that goes with the weights."""
+    """The config.json that goes with the weights, and `tokenizer`, what their vocabulary says of itself."""
     imported: str | None = None
     """Where the weights that training began with came from; None: from nothing."""
 
@@ -61,9 +60,11 @@ def read_about(run: RunPaths, step: int, repo: str, license: str | None, exporte
         metrics = None
     samples = read_samples(run.samples) if run.samples.is_file() else {}
     samples = {prompt: kept for prompt, rows in samples.items() if (kept := [r for r in rows if r["step"] <= step])}
-    config = saved_config(read_object(run.config), run.config)
+    config, environment = saved_config(read_object(run.config), run.config), read_object(run.environment)
+    source = source_of(config.data.source, config.data.dataset, environment.get("source"))
+    config = replace(config, data=replace(config.data, source=source))
     return About(
-        run.root.name, repo, step, license, config, read_object(run.environment), metrics, samples, exported,
+        run.root.name, repo, step, license, config, environment, metrics, samples, exported,
         read_object(run.imported).get("source"),
     )  # fmt: skip
 
@@ -262,14 +263,16 @@ def _model(about: About) -> str:
 
 
 def _tokenizer(about: About) -> str:
-    spec = about.config.data.tokenizer
-    return "GPT-2's (r50k_base)" if spec == "r50k_base" else f"its own ({without_folders(spec)})"
+    """By the vocabulary that goes with the weights; a run's config need not name it."""
+    said = about.exported.get("tokenizer") or about.environment.get("tokenizer")
+    name = said.get("name") if isinstance(said, dict) else without_folders(about.config.data.tokenizer)
+    return "GPT-2's (r50k_base)" if name == "r50k_base" else f"its own ({name})"
 
 
 def _data(about: About) -> str:
     if about.imported and about.step == 0:
         return ""  # nothing of ours: the config's settings have never been used
-    data, corpus, environment = about.config.data, _corpus(about.config.data.source), about.environment
+    data, corpus, environment = about.config.data, corpus_of(about.config.data.source), about.environment
     have = number(environment.get("train_tokens"))
     seen = about.step * about.config.train.batch_tokens
     cleaning = {
@@ -352,7 +355,7 @@ def _machine(about: About) -> str:
 
 def _licence(about: About) -> str:
     mine = f"These weights are under `{about.license}`." if about.license else "None was given to these weights."
-    corpus = _corpus(about.config.data.source)
+    corpus = corpus_of(about.config.data.source)
     untrained = about.imported and about.step == 0
     data = f" The data they were trained on are under {corpus.licence}." if corpus and not untrained else ""
     if about.imported:
@@ -360,21 +363,12 @@ def _licence(about: About) -> str:
     return f"## Licence\n\n{mine}{data} The code that trained them is under MIT."
 
 
-def _corpus(source: str) -> Corpus | None:
-    return CORPORA.get(source.partition(":")[0])
-
-
 def _dataset_repo(source: str) -> str | None:
     """The Hub's data set that a source names."""
     kind, _, rest = source.partition(":")
-    corpus = _corpus(source)
+    corpus = corpus_of(source)
     return corpus.repo if corpus else rest.partition(":")[0].partition("@")[0] if kind == "hub" else None
 
 
 def _count(value: Any, unit: str = "") -> str:
     return f"{number(value):,.0f}{unit}" if number(value) > 0 else ""
-
-
-def read_exported(folder: Path) -> Row:
-    """What the weights' own config.json says."""
-    return read_object(folder / "config.json")

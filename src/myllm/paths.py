@@ -30,6 +30,12 @@ def temp_data() -> Path:
     return Path(os.environ.get("MYLLM_DATA") or default).expanduser().absolute()
 
 
+def portable(path: Path, root: Path | None = None) -> str:
+    """How a config names a path: relative to `root` (temp_data/) if it is below, so that the whole may be moved."""
+    path, root = path.absolute(), root or temp_data()
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
+
+
 def datasets() -> Path:
     return temp_data() / "datasets"
 

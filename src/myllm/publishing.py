@@ -26,7 +26,7 @@ from .data.listing import first_line
 from .data.room import size
 from .errors import UserError
 from .files import locked, out_of_space, write_json, write_text
-from .model_card import CURVES, About, model_card, read_about, read_exported, without_folders
+from .model_card import CURVES, About, model_card, read_about, without_folders
 from .paths import RunPaths
 from .report.history import read_config, read_object
 from .report.plots import save_figures
@@ -253,7 +253,10 @@ def _check_same(there: Remote, tag: str, mark: str, hub: HubConfig) -> None:
 
 def complete(folder: Path, run: RunPaths, step: int, hub: HubConfig) -> None:
     """Lay the run's own numbers, the curves and the card beside the weights."""
-    about = read_about(run, step, str(hub.repo), hub.license, read_exported(folder))
+    from .exporting.folder import MARK
+
+    exported = read_object(folder / "config.json") | {"tokenizer": read_object(folder / MARK).get("tokenizer")}
+    about = read_about(run, step, str(hub.repo), hub.license, exported)
     curves: list[str] = []
     if about.metrics:
         drawn = save_figures(about.metrics, read_config(run.config), folder / "plots")

@@ -18,6 +18,7 @@ from importlib.resources import files
 from typing import Any
 
 from .config import to_dict
+from .data.catalog import source_of
 from .presets import preset
 
 Row = dict[str, Any]
@@ -89,10 +90,9 @@ def reference_of(config: Row) -> Reference | None:
     model, data, train = (_section(config, part) for part in ("model", "data", "train"))
     shape = original["model"].keys() - TRAINED_OTHERWISE
     same_model = bool(model) and all(model.get(key, original["model"][key]) == original["model"][key] for key in shape)
-    source, tokenizer = original["data"]["source"], original["data"]["tokenizer"]
-    same_data = data.get("source") == source and data.get("tokenizer", tokenizer) == tokenizer
-    if data.get("dataset") is not None:  # named by hand: its folder carries the source's name
-        same_data = str(data["dataset"]).rstrip("/").rpartition("/")[2].startswith(source)
+    tokenizer, dataset = original["data"]["tokenizer"], data.get("dataset")
+    source = source_of(str(data.get("source")), None if dataset is None else str(dataset))
+    same_data = source == original["data"]["source"] and data.get("tokenizer", tokenizer) == tokenizer
     length = _planned_tokens(original["train"])
     if not (same_model and same_data and abs(_planned_tokens(train) - length) <= SLACK * length):
         return None

@@ -85,6 +85,7 @@ def train(
     batch = plan.batch_plan(config.model, config.train, process.world_size)
     check_data(config, dataset, batch)
     tokenizer = dataset.tokenizer()
+    config = replace(config, data=dataset.settings(config.data))  # what the run keeps of it is the data set's own word
     config, settled = settle(config, tokenizer, process, dataset.val.tokens)
     batch = plan.batch_plan(config.model, config.train, process.world_size)
     with ExitStack() as stack:
@@ -288,6 +289,7 @@ def write_environment(run: RunPaths, config: RunConfig, dataset: Dataset, proces
         "dataset": dataset.name,
         "dataset_hash": dataset.hash,
         "source": dataset.manifest["source"],
+        "tokenizer": dataset.manifest["tokenizer"],
         "train_tokens": dataset.train.tokens if dataset.complete else None,
         "val_tokens": dataset.val.tokens,
     }

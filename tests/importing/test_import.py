@@ -28,7 +28,7 @@ from myllm.cli import main as myllm
 from myllm.completion import generate
 from myllm.config import RunConfig, load_json
 from myllm.data.prepare import prepare
-from myllm.data.tokenizer import Tokenizer
+from myllm.data.tokenizer import Tokenizer, load_tokenizer
 from myllm.data.train_tokenizer import train_tokenizer
 from myllm.distributed import process_group
 from myllm.errors import UserError
@@ -261,7 +261,8 @@ def test_a_vocabulary_of_one_s_own(save: Save, corpus: Path, temp_data: Path, tm
     import_model(str(tmp_path / "out"), "back", say=quietly)
     assert load_model("back", "cpu").tokenizer.sha256 == Tokenizer(file).sha256  # data made with it fit
     config = load_json(temp_data / "runs/back/config.json", RunConfig())
-    assert Tokenizer(Path(config.data.tokenizer)).sha256 == Tokenizer(file).sha256
+    assert config.data.tokenizer == "runs/back/tokenizer.json"  # which goes where temp_data/ does
+    assert load_tokenizer(config.data.tokenizer).sha256 == Tokenizer(file).sha256
 
 
 def test_rows_beyond_the_vocabulary(temp_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -75,14 +75,25 @@ def test_a_card_of_an_earlier_step_knows_nothing_later(run: RunPaths) -> None:
 
 
 def test_public_data_are_named_with_their_licence(tiny: RunConfig, temp_data: Path) -> None:
-    run = write_run(replace(tiny, data=DataConfig(source="fineweb-edu-10bt")))
+    run = write_run(replace(tiny, data=DataConfig(source="fineweb-edu-10bt")), source="fineweb-edu-10bt")
     text = card(run)
     assert front_matter(text)["datasets"] == ["HuggingFaceFW/fineweb-edu"]
     assert "https://huggingface.co/datasets/HuggingFaceFW/fineweb-edu" in row(text, "source")
     assert row(text, "its licence") == "ODC-By 1.0"
     assert "None was given to these weights." in text
-    other = write_run(replace(tiny, name="other", data=DataConfig(source="hub:some/texts@main:data/*.parquet")))
+    hub = DataConfig(source="hub:some/texts@main:data/*.parquet")
+    other = write_run(replace(tiny, name="other", data=hub), source="hub-some-texts-data---parquet")
     assert front_matter(card(other))["datasets"] == ["some/texts"]
+
+
+@pytest.mark.parametrize("recorded", ["files-texts", None])
+def test_private_data_get_no_name_of_public_ones(tiny: RunConfig, temp_data: Path, recorded: str | None) -> None:
+    """Earlier versions kept the preset's source in config.json where the data set was given by name."""
+    data = DataConfig(source="fineweb-edu-10bt", dataset="files-texts-0123456789ab")
+    run = write_run(replace(tiny, data=data), source=recorded)
+    for text in (card(run), json.dumps(publishing.read_about(run, 12, REPO, None, {}).config.data.source)):
+        assert "files-texts" in text
+        assert not any(word in text.lower() for word in ("fineweb-edu", "odc-by", "datasets:"))
 
 
 def test_a_card_of_a_checkpoint_alone(run: RunPaths) -> None:

@@ -4,6 +4,7 @@ Sizes and counts are approximate, for orientation, and mix publishers' ways of c
 measures.
 """
 
+import re
 from dataclasses import dataclass
 
 
@@ -83,3 +84,33 @@ _ALL = (
     ),
 )  # fmt: skip
 CORPORA = {corpus.name: corpus for corpus in _ALL}
+
+
+def corpus_of(source: str) -> Corpus | None:
+    """The corpus that a source names, such as `dolma:v1_6`; None for files, other repositories and unknown names."""
+    return CORPORA.get(source.partition(":")[0])
+
+
+def source_of(source: str, dataset: str | None, recorded: str | None = None) -> str:
+    """The source that a run was trained on. Runs that were given a data set by name once kept their preset's source in
+    config.json; where that contradicts the data set, the data set is right.
+
+    Args:
+        source: `data.source` of the run's config.
+        dataset: `data.dataset` of the run's config.
+        recorded: the source's name in the data set's manifest, where a run recorded it.
+
+    Returns:
+        `source`, or the name of another source if that is all that is known: of a corpus of the catalog, or one that
+        nothing public is called.
+    """
+    kind, _, where = source.partition(":")
+    name = f"hub-{re.split('[@:]', where)[0].replace('/', '-')}" if kind == "hub" else source.replace(":", "-")
+    if recorded:
+        matches = recorded.startswith("files-") if kind == "files" else recorded.startswith(name[:40])
+        matches = matches if kind in ("files", "hub") else recorded == name
+        return source if matches else recorded
+    if dataset is None or kind in ("files", "hub"):
+        return source
+    folder = re.sub(r"-[0-9a-f]{12}$", "", dataset.rstrip("/").rpartition("/")[2])
+    return source if folder == name else folder

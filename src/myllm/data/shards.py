@@ -8,7 +8,7 @@ A folder holds `val_00000.npy`, `train_00000.npy`, ... , one-dimensional uint16 
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,11 @@ from typing import Any
 import numpy as np
 
 from .. import paths
+from ..config import DataConfig, RunConfig, from_dict
 from ..errors import MachineError, UserError, nearest
 from ..files import file_sha256
-from .tokenizer import Tokenizer, load_tokenizer
+from .catalog import source_of
+from .tokenizer import NAME, Tokenizer, load_tokenizer
 
 MANIFEST = "manifest.json"
 PROGRESS = "progress.json"
@@ -121,6 +123,36 @@ class Dataset:
                 f"{tokenizer.sha256[:12]}..., expected {said['sha256'][:12]}...; {_REMEDY.format(self.folder)}"
             )
         return tokenizer
+
+    def settings(self, config: DataConfig) -> DataConfig:
+        """What this data set was made of, whatever `config` says of it: presets name sources of their own.
+
+        Args:
+            config: what it was asked for with; settings that change no byte are taken from here.
+        """
+        recorded = self.manifest["source"]
+        if config.dataset is None:  # found by this very config, or by its fallback
+            same = source_of(config.source, None, recorded) == config.source
+            return config if same else replace(config, source=config.fallback or recorded)
+        try:
+            values = json.loads((self.folder / SETTINGS).read_text(encoding="utf-8"))
+            made_with = from_dict({"data": values}, RunConfig()).data
+        except (OSError, ValueError, RecursionError, UserError):  # lost; the manifest has all but where the text was
+            names = ("source", "text_column", "val_tokens", "target_tokens", "max_documents", "shard_tokens")
+            said = {name: self.manifest[name] for name in names if name in self.manifest}
+            made_with = from_dict({"data": said | self.manifest.get("cleaning", {})}, RunConfig()).data
+        vocabulary = config.tokenizer
+        if vocabulary == NAME and self.manifest["tokenizer"]["kind"] != "tiktoken":
+            vocabulary = paths.portable(self.folder / TOKENIZER)
+        return replace(
+            made_with,
+            source=source_of(made_with.source, None, recorded),
+            dataset=paths.portable(self.folder, paths.datasets()),
+            tokenizer=vocabulary,
+            workers=config.workers,
+            keep_downloads=config.keep_downloads,
+            fallback=config.fallback,
+        )
 
     def refresh(self) -> None:
         """See what was sealed meanwhile. Any thread may ask."""

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from .. import paths
 from ..errors import UserError, nearest
 from .r50k import NAME, SHIPPED_VOCABULARY, VOCAB_FILE, R50k
 from .tokenizer_json import TokenizerJson
@@ -120,7 +121,8 @@ class Tokenizer:
 
 
 def load_tokenizer(spec: str | Path) -> Tokenizer:
-    """The tokenizer that a config names: `r50k_base`, a tokenizer.json, or a folder that holds one.
+    """The tokenizer that a config names: `r50k_base`, a tokenizer.json, or a folder that holds one. A path is relative
+    to the current folder, or to temp_data/.
 
     Raises:
         UserError: nothing there, or none that training can use.
@@ -128,6 +130,8 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
     if str(spec) == NAME:
         return Tokenizer()
     path = Path(spec).expanduser()
+    if not path.exists():
+        path = _below_temp_data(path) or path
     file = path / TOKENIZER_FILE if path.is_dir() else path
     if file.is_file():
         return Tokenizer(file)
@@ -142,6 +146,13 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
         f"no tokenizer {str(spec)!r}{nearest(str(spec), known)}; give {NAME}, or the path of a {TOKENIZER_FILE}, such "
         "as one that `myllm tokenizer train SOURCE` wrote"
     )
+
+
+def _below_temp_data(path: Path) -> Path | None:
+    """Where paths.portable's name leads, or an absolute one that was written before temp_data/ was moved."""
+    kept = Path(*path.parts[-3:]) if path.is_absolute() else path  # such as runs/NAME/tokenizer.json
+    found = paths.temp_data() / kept
+    return found if kept.parts[:1] in (("datasets",), ("runs",), ("tokenizers",)) and found.exists() else None
 
 
 def without_surrogates(text: str) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import checkpoint
 from ..checkpoint import Checkpoint
 from ..config import RunConfig, saved_config
+from ..data.catalog import source_of
 from ..data.tokenizer import Tokenizer
 from ..errors import UserError
 from ..files import fsync_folder, write_json, write_text
@@ -58,6 +59,8 @@ class Source:
     """In float32, by our names."""
     imported: str | None = None
     """Where the weights that training began with came from."""
+    recorded_source: str | None = None
+    """Of its data, by the data set's own word."""
 
     def model(self, dtype: str = "float32") -> Transformer:
         """On the CPU, in float32, with weights rounded to another type."""
@@ -76,9 +79,15 @@ def open_source(folder: Path) -> Source:
 
     saved: Checkpoint = checkpoint.load(folder)
     config = saved_config(saved.config, folder / "config.json")
-    imported = read_object(RunPaths(folder.parent.parent).imported).get("source")
+    run = RunPaths(folder.parent.parent)
     source = Source(
-        config, saved.state.step, saved.state.tokens_seen, Tokenizer(saved.tokenizer_file), saved.model, imported
+        config,
+        saved.state.step,
+        saved.state.tokens_seen,
+        Tokenizer(saved.tokenizer_file),
+        saved.model,
+        imported=read_object(run.imported).get("source"),
+        recorded_source=read_object(run.environment).get("source"),
     )
     if config.model.vocab_size != source.tokenizer.vocab_size:
         raise UserError(
@@ -193,6 +202,7 @@ def _write(folder: Path, source: Source, dtype: str, facts: dict[str, Any], max_
         "parameters": sum(weight.numel() for weight in weights.values()),
         "tokenizer": tokenizer.name,
         "imported": source.imported,
+        "source": source_of(source.config.data.source, source.config.data.dataset, source.recorded_source),
     } | facts
     mark = {key: facts[key] for key in ("name", "step", "tokens_seen")} | {"model": asdict(config)}
     write_json(folder / MARK, {"format": FORMAT} | mark | {"tokenizer": tokenizer.describe()})

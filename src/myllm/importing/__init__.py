@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .. import checkpoint
+from .. import checkpoint, paths
 from ..checkpoint import TrainState
 from ..config import ModelConfig, RunConfig, to_dict
 from ..data.order import DataPosition
@@ -61,7 +61,7 @@ def import_model(
         if foreign.tokenizer_file:
             vocabulary = run.root / checkpoint.TOKENIZER
             write_text(vocabulary, foreign.tokenizer_file.read_bytes().decode("utf-8"))
-            config = replace(config, data=replace(config.data, tokenizer=str(vocabulary)))
+            config = replace(config, data=replace(config.data, tokenizer=paths.portable(vocabulary)))
         write_config(run, config)
         write_json(run.imported, {"source": _public(source, revision)})
         state = TrainState(0, 0, DataPosition(0, 0, 0, checkpoint.UNBOUND))
