@@ -307,7 +307,7 @@ def test_training_never_imports_a_peer():
 
 def test_what_training_calls_comes_with_its_kernels():
     """Compiled under other settings than it runs with, a step is compiled twice: only `fast_kernels` may `wrap`."""
-    for file in (*FILES, *(ROOT / "benchmarks").glob("*.py")):
+    for file in (*FILES, *(ROOT / "benchmarks").rglob("*.py")):
         if file.name != "kernels.py":
             text = file.read_text(encoding="utf-8")
             assert not re.search(r"(parallel\.|import .*)\bwrap\b", text.replace("textwrap", "")), file.name

@@ -16,7 +16,6 @@ from myllm.config import ModelConfig, RunConfig
 from myllm.data.transfer import Batch
 from myllm.kernels import fast_kernels
 from myllm.model import Transformer
-from myllm.parallel import wrap
 from myllm.step import accumulate_gradients
 
 from .bench import NO_DROPOUT, Bench, fresh, graph_breaks, graphs, worst_error
@@ -132,8 +131,7 @@ def ours(bench: Bench, model: ModelConfig, batch: Batch, precision: str, compile
     made = Transformer(model).to(bench.device)
     made.load_state_dict(rough_weights(model))
     steps = plan.batch_plan(model, train, 1)
-    with fast_kernels(made, config, bench.process, lambda line: None):
-        runner = wrap(made, config, bench.process)
+    with fast_kernels(made, config, bench.process) as runner:
         for _ in range(2):
             made.zero_grad(set_to_none=True)
             loss = accumulate_gradients(runner, OneBatch(batch), steps, config, bench.process)

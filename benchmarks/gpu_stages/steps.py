@@ -17,7 +17,6 @@ from myllm.data.receipt import Receipt
 from myllm.data.shards import Dataset
 from myllm.data.tokenizer import load_tokenizer
 from myllm.distributed import Process
-from myllm.kernels import fast_kernels
 from myllm.paths import RunPaths
 from myllm.profiling import unmarked
 from myllm.rehearsal import Parts, made_up_dataset, stage
@@ -47,9 +46,8 @@ class Steps:
         self.config, self.process, self.dataset = config, process, dataset
         self.batch = plan.batch_plan(config.model, config.train, process.world_size)
         self.said: list[str] = []
-        self.parts = Parts(config, process)
+        self.parts = Parts(config, process, stack, self.said.append)
         self.state = self.start = load(self.parts) if load else self.parts.state(dataset, 0)
-        stack.enter_context(fast_kernels(self.parts.model, config, process, self.said.append))
         self.loader = stack.enter_context(
             Loader(dataset.train, self.batch, self.state.data, process.rank, process.device)
         )
