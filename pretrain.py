@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 def main() -> None:
     # Imported here, since the processes that tokenise import this file again and need none of it.
     from myllm import launch
+    from myllm.environment import set_for_libraries
     from myllm.output import open_output
 
+    set_for_libraries()
     open_output(keep_going=True)
     with launch.clear_errors():
         wanted = launch.parse(sys.argv[1:])

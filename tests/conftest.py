@@ -36,6 +36,7 @@ for variable in ("HF_TOKEN", "HF_ENDPOINT", "HF_HUB_CACHE", "HF_DATASETS_CACHE",
     os.environ.pop(variable, None)
 # For this process's children too: the models here are too small to share out, and the tests run side by side.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Compiling in the process itself: one thing less that can be left behind.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 # A shell that starts the tests in the background has them ignore Ctrl-C, and so would every process they start.

@@ -21,6 +21,7 @@ FLOORS = [
         "config",
         "cores",
         "distributed",
+        "environment",
         "errors",
         "files",
         "flops",
@@ -203,8 +204,8 @@ def test_no_import_cycles():
 
 
 @by_file
-def test_the_environment_is_read_in_two_places(file):
-    if file.name in ("ranks.py", "paths.py"):
+def test_the_environment_is_read_in_few_places(file):
+    if file.name in ("ranks.py", "paths.py", "environment.py"):
         return
     for node in ast.walk(tree(file)):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "os":
@@ -291,6 +292,20 @@ import myllm.cli  # what `myllm data prepare` starts its workers with
 print([name for name in ("torch", "transformers", "matplotlib", "datasets") if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.strip() == "[]"
+
+
+def test_training_needs_no_matplotlib():
+    """Every rank would load it, for a picture that one draws after the end."""
+    modules = ("train", "preflight", "preflight_report", "publish_beside", "publishing", "exporting", "loading")
+    code = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import pretrain
+{"".join(f"import myllm.{name}{chr(10)}" for name in modules)}
+print([name for name in ("matplotlib", "tkinter", "IPython") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout.strip() == "[]"
 
 

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -14,13 +15,15 @@ from typing import Any
 import numpy as np
 import pytest
 from browser import chromium
+from conftest import ROOT
 from matplotlib.image import imread
 
 from myllm.errors import UserError
 from myllm.paths import RunPaths
 from myllm.report import draw_plots, find_run, read_metrics, write_report
-from myllm.report.drawing import MAX_POINTS, duration, si, thin
+from myllm.report.drawing import MAX_POINTS, thin
 from myllm.report.history import smooth
+from myllm.report.numbers import duration, si
 
 VOID = {"meta", "img", "source", "br"}
 
@@ -195,6 +198,31 @@ def test_starts_without_torch() -> None:
 
 
 # -- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def program(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, "-c", f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{code}"]
+    return subprocess.run(words, capture_output=True, text=True, timeout=60, check=False, env=os.environ | environment)
+
+
+@pytest.mark.parametrize(
+    "backend", ["nonsense", "module://matplotlib_inline.backend_inline", "module://nowhere.at.all"]
+)
+def test_draws_whatever_a_notebook_says_of_pictures(run: RunPaths, backend: str) -> None:
+    code = f"from myllm.cli import main\nmain(['report', {str(run.root)!r}])"
+    done = program(code, MPLBACKEND=backend)
+    assert done.returncode == 0, done.stderr
+    assert (run.plots / "loss.png").is_file()
+
+
+def test_a_report_that_fails_costs_a_finished_run_one_line(tmp_path: Path) -> None:
+    code = "import pretrain\nfrom myllm.paths import Path, RunPaths\n"
+    code += f"pretrain.draw_report(RunPaths(Path({str(tmp_path)!r})))"
+    for before in ("", "sys.modules['matplotlib'] = None\n"):
+        done = program(before + code)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.startswith("no report: ")
+        assert len(done.stderr.splitlines()) == 1
 
 
 def test_smooth_is_the_mean_of_its_window_and_ignores_what_is_not_finite() -> None:

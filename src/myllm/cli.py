@@ -19,6 +19,7 @@ from . import (
     sample_cli,
     tokenizer_cli,
 )
+from .environment import set_for_libraries
 from .errors import UserError, nearest
 from .launch import clear_errors
 from .output import open_output
@@ -108,6 +109,7 @@ TAKES_WORDS = {"plan", "preflight", "prove-resume"}
 
 def main(words: list[str] | None = None) -> None:
     """Run one command. Exit code 2 for a user's mistake."""
+    set_for_libraries()
     open_output()
     words = sys.argv[1:] if words is None else words
     with clear_errors():

@@ -17,11 +17,9 @@ from .config import RunConfig, saved_config
 from .data.catalog import corpus_of, source_of
 from .errors import UserError
 from .paths import RunPaths
-from .report.drawing import duration, percent, short, si
 from .report.history import Metrics, Row, number, read_metrics, read_object, read_samples
-from .report.plots import PLOTS
+from .report.numbers import duration, percent, short, si
 
-CURVES = tuple(name for name in PLOTS if name != "loss_compact")
 SAMPLE_CHARACTERS = 600
 NAMES = {
     "loss": "loss, nats per token",
@@ -81,7 +79,7 @@ def model_card(about: About, curves: list[str]) -> str:
     """The card as Markdown, with the Hub's front matter.
 
     Args:
-        curves: which of CURVES lie in plots/ beside it.
+        curves: the plots that lie in plots/ beside it, by name.
     """
     sections = (
         _heading(about),
@@ -151,6 +149,8 @@ def _heading(about: About) -> str:
 
 
 def _curve(name: str) -> str:
+    from .report.plots import PLOTS  # brings Matplotlib
+
     return f"![{PLOTS[name].description}](plots/{name}.png)"
 
 

@@ -26,10 +26,9 @@ from .data.listing import first_line
 from .data.room import size
 from .errors import UserError
 from .files import locked, out_of_space, write_json, write_text
-from .model_card import CURVES, About, model_card, read_about, without_folders
+from .model_card import About, model_card, read_about, without_folders
 from .paths import RunPaths
 from .report.history import read_config, read_object
-from .report.plots import save_figures
 from .retention import list_checkpoints, step_of
 
 MakeFolder = Callable[[Path, Path], object]
@@ -254,15 +253,16 @@ def _check_same(there: Remote, tag: str, mark: str, hub: HubConfig) -> None:
 def complete(folder: Path, run: RunPaths, step: int, hub: HubConfig) -> None:
     """Lay the run's own numbers, the curves and the card beside the weights."""
     from .exporting.folder import MARK
+    from .report.plots import PLOTS, save_figures  # brings Matplotlib, which training does without
 
     exported = read_object(folder / "config.json") | {"tokenizer": read_object(folder / MARK).get("tokenizer")}
     about = read_about(run, step, str(hub.repo), hub.license, exported)
     curves: list[str] = []
     if about.metrics:
         drawn = save_figures(about.metrics, read_config(run.config), folder / "plots")
-        for name in drawn.keys() - set(CURVES):
-            drawn[name].unlink()
-        curves = [name for name in CURVES if name in drawn]
+        if narrow := drawn.pop("loss_compact", None):
+            narrow.unlink()
+        curves = [name for name in PLOTS if name in drawn]
     _write_numbers(folder / "training", about)
     write_text(folder / "README.md", model_card(about, curves))
 

@@ -21,6 +21,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher import api
 
+from .environment import set_for_libraries
 from .output import open_output
 from .ranks import ask_for_a_store_each_start, ask_for_exit_codes
 from .signals import exit_code
@@ -53,6 +54,7 @@ def main(words: list[str]) -> int:
     Returns:
         the exit code.
     """
+    set_for_libraries()
     open_output(keep_going=True)
     ask_for_a_store_each_start()
     # What was ignored before stays so: nohup has SIGHUP ignored, so that all of it outlives the terminal.

@@ -44,4 +44,4 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
         (folder / "loss.png").write_bytes(b"\x89PNG of %d rows" % len(metrics.train))
         return {"loss": folder / "loss.png"}
 
-    monkeypatch.setattr(publishing, "save_figures", draw)
+    monkeypatch.setattr("myllm.report.plots.save_figures", draw)

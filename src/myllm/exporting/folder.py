@@ -21,6 +21,7 @@ from ..errors import UserError
 from ..files import fsync_folder, write_json, write_text
 from ..model import Transformer
 from ..paths import RunPaths
+from ..report.history import read_object
 from .architectures import CLASSES, choose, settings
 from .card import folder_card
 from .parity import Parity, check, require_transformers, samples
@@ -75,8 +76,6 @@ def open_source(folder: Path) -> Source:
     Raises:
         UserError: no intact checkpoint, or one whose vocabulary does not fit.
     """
-    from ..report.history import read_object  # brings Matplotlib, which sampling does without
-
     saved: Checkpoint = checkpoint.load(folder)
     config = saved_config(saved.config, folder / "config.json")
     run = RunPaths(folder.parent.parent)

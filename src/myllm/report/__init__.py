@@ -3,17 +3,27 @@
     metrics.jsonl ─▶ history ─▶ plots (drawing) ─▶ plots/*.png ─▶ page ─▶ report.html
 
 Nothing here needs torch: a report opens as fast on a laptop as where the run was trained, and while it still runs.
+Matplotlib comes with the first picture: training reads a run's files through here, and does without it.
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..files import write_text
 from ..paths import RunPaths
-from .history import find_run, read_config, read_metrics, read_object, read_samples
-from .page import Findings, render_page
-from .plots import figure, save_figures
+from .history import Metrics, Row, find_run, read_config, read_metrics, read_object, read_samples
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["draw_plots", "figure", "find_run", "read_metrics", "write_report"]
+
+
+def figure(name: str, metrics: Metrics, config: Row | None = None) -> "Figure | None":
+    """One figure of a run, as plots.figure."""
+    from . import plots
+
+    return plots.figure(name, metrics, config)
 
 
 def draw_plots(run: RunPaths) -> list[Path]:
@@ -22,6 +32,8 @@ def draw_plots(run: RunPaths) -> list[Path]:
     Raises:
         UserError: if the run or its metrics do not exist or hold no rows.
     """
+    from .plots import save_figures
+
     return list(save_figures(read_metrics(run.metrics), read_config(run.config), run.plots).values())
 
 
@@ -31,6 +43,9 @@ def write_report(run: RunPaths) -> Path:
     Raises:
         UserError: if the run or its metrics do not exist or hold no rows.
     """
+    from .page import Findings, render_page
+    from .plots import save_figures
+
     metrics, config = read_metrics(run.metrics), read_config(run.config)
     figures = save_figures(metrics, config, run.plots)
     findings = Findings(

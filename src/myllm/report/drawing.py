@@ -1,12 +1,11 @@
-"""Lines, axes and labels that all figures of a run share, and how numbers are written."""
-
-import math
+"""Lines, axes and labels that all figures of a run share."""
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, Locator, LogLocator, MaxNLocator, NullLocator
 
 from .history import Metrics, Row, column, smooth
+from .numbers import short, si
 
 # Blue, vermillion and green of Okabe and Ito (2008), https://jfly.uni-koeln.de/color, the green darkened, and a purple
 # dark enough for text: distinct under the common colour blindnesses, and no series is told by its colour alone.
@@ -48,46 +47,6 @@ MAX_POINTS = 2_000  # a line has no use for more points than the picture has pix
 
 Label = tuple[float, str, str]
 """Where on the y axis, the text, its colour."""
-
-
-# -- numbers ----------------------------------------------------------------------------------------------------------
-
-
-def si(value: float, digits: int = 3) -> str:
-    """1234567 as 1.23M. A thousand million is B, as is usual for tokens and parameters."""
-    if not math.isfinite(value):
-        return short(value)
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        # 999,999 is 1M, not 1000k: rounded to the digits shown, it has reached the next unit.
-        if abs(float(f"{value:.{digits}g}")) >= size:
-            return f"{float(f'{value / size:.{digits}g}'):g}{unit}"
-    return f"{float(f'{value:.{digits}g}'):g}"
-
-
-def short(value: float) -> str:
-    """Three digits that count: 3.31, 0.0021, 6e-5, NaN."""
-    if math.isnan(value):
-        return "NaN"
-    if math.isinf(value):
-        return "∞" if value > 0 else "-∞"
-    return f"{value:.3g}".replace("e-0", "e-").replace("e+0", "e") if abs(value) < 1_000 else si(value)
-
-
-def percent(value: float) -> str:
-    return f"{value * 100:.1f}\N{NO-BREAK SPACE}%" if math.isfinite(value) else short(value)
-
-
-def duration(seconds: float) -> str:
-    """8000 as "2 h 13 min"; empty where it is unknown."""
-    if not math.isfinite(seconds):
-        return ""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    hours, days = minutes // 60, minutes // 1440
-    if days:
-        return f"{days} d {hours % 24} h"
-    return f"{hours} h {minutes % 60} min" if hours else f"{minutes} min"
 
 
 # -- lines ------------------------------------------------------------------------------------------------------------

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from .drawing import duration, percent, short, si
 from .history import Metrics, Row, accuracy_key, number
+from .numbers import duration, percent, short, si
 from .plots import PLOTS
 from .style import PAGE, STYLE
 from .times import times_section

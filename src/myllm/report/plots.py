@@ -16,8 +16,9 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from ..reference import reference_of
 from . import drawing
-from .drawing import BLUE, GREEN, GREY, INK, PURPLE, VERMILLION, percent, points, short, si
+from .drawing import BLUE, GREEN, GREY, INK, PURPLE, VERMILLION, points
 from .history import Metrics, Row, accuracy_key, column, number, smooth
+from .numbers import percent, short, si
 
 DPI = 200  # twice what a figure's size in inches asks for on a screen
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from html import escape
 
-from .drawing import duration, percent
+from .numbers import duration, percent
 
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#999999")
 """Of the longest, the second, and so on; the last for all that follow. Okabe and Ito 2008, told apart by nearly all."""
