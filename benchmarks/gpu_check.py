@@ -34,6 +34,10 @@ STAGES = [
     Stage("correct", "correct", 60),
     Stage("real", "real", 90),
     Stage("resume", "resume", 30),
+    Stage("parallel", "parallel", 60),
+    Stage("guard", "guard", 15),
+    Stage("memory", "memory", 15),
+    Stage("save", "saves", 30),
 ]
 """By worth. Seconds are estimates until a card has been measured."""
 TINY_SCALE = 0.01

@@ -84,9 +84,9 @@ def within(name: str, errors: dict[str, float], limits: dict[str, float], **valu
     return correct(name, right, measured, expected, errors=errors, limits=limits, **values)
 
 
-def tokens_and_targets(model: ModelConfig, device: torch.device) -> Batch:
+def tokens_and_targets(model: ModelConfig, device: torch.device, sequences: int = SEQUENCES) -> Batch:
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randint(model.vocab_size, (SEQUENCES, model.max_seq_len + 1), generator=generator).to(device)
+    rows = torch.randint(model.vocab_size, (sequences, model.max_seq_len + 1), generator=generator).to(device)
     return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
 

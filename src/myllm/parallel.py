@@ -38,6 +38,12 @@ def spread(model: Transformer, config: RunConfig, process: Process) -> Transform
         return model
     whole = copy.deepcopy(model)
     _release(whole)
+    cut(model, config, process)
+    return whole
+
+
+def cut(model: Transformer, config: RunConfig, process: Process) -> None:
+    """Leave each rank a part of every matrix: FSDP2, on any number of ranks, one included."""
     mesh = init_device_mesh(process.device.type, (process.world_size,))
     # What travels is rounded to what autocast would round it to anyway, which halves it; sums over ranks are float32.
     # The embedding stays float32, so that the residual stream does too.
@@ -46,7 +52,6 @@ def spread(model: Transformer, config: RunConfig, process: Process) -> Transform
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh)
-    return whole
 
 
 def compiles(model: Transformer, config: RunConfig, device: torch.device) -> Literal["", "whole", "block by block"]:
