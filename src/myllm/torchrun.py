@@ -43,6 +43,21 @@ class Agent(LocalElasticAgent):
         return result
 
 
+def defaults(options: str) -> list[str]:
+    """What is put before the user's words, as far as the installed torchrun knows it.
+
+    torch 2.11 has no --shutdown-timeout, so processes have 30 seconds to save there. 2.8 has no --signals-to-handle
+    either: what torchrun is not told of ends it, and the processes, which notice, save.
+
+    Args:
+        options: what `torchrun --help` prints.
+    """
+    # What was ignored before stays so: nohup has SIGHUP ignored, so that all of it outlives the terminal.
+    told = [name for name in HANDED_ON if name != "SIGHUP" or signal.getsignal(signal.SIGHUP) != signal.SIG_IGN]
+    words = [*DEFAULTS, f"--signals-to-handle={','.join(told)}"]
+    return [word for word in words if word.partition("=")[0] in options]
+
+
 def meant(exit_code: int) -> bool:
     """Whether a process chose to end like this; negative codes are signals that killed it."""
     return exit_code > 1
@@ -57,9 +72,8 @@ def main(words: list[str]) -> int:
     set_for_libraries()
     open_output(keep_going=True)
     ask_for_a_store_each_start()
-    # What was ignored before stays so: nohup has SIGHUP ignored, so that all of it outlives the terminal.
-    told = [name for name in HANDED_ON if name != "SIGHUP" or signal.getsignal(signal.SIGHUP) != signal.SIG_IGN]
-    arguments: Any = run.parse_args([*DEFAULTS, f"--signals-to-handle={','.join(told)}", *words])
+    parser = run.get_args_parser()
+    arguments: Any = parser.parse_args([*defaults(parser.format_help()), *words])
     try:
         with mock.patch.object(api, "LocalElasticAgent", Agent), TemporaryDirectory() as folder:
             due = Path(folder) / "exit_code"

@@ -1,0 +1,85 @@
+"""The launcher's decisions, without processes; tests/distributed/test_torchrun.py starts some."""
+
+import inspect
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from torch.distributed import run
+from torch.distributed.elastic.agent.server import api as agents
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.launcher import api
+
+from myllm import torchrun
+from myllm.torchrun import Agent, defaults, main
+
+NEWER = ("--signals-to-handle", "--shutdown-timeout")
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What torchrun is asked to do, in place of doing it."""
+    found: list[Any] = []
+    monkeypatch.setattr(run, "run", found.append)
+    # Of the process, once it is a launcher.
+    monkeypatch.setattr(torchrun, "ask_for_a_store_each_start", lambda: None)
+    monkeypatch.setattr(torchrun, "ask_for_exit_codes", lambda file: None)
+    return found
+
+
+def without(names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A torchrun that lacks options, as older ones do."""
+    real = run.get_args_parser
+
+    def parser() -> Any:
+        made = real()
+        for action in [each for each in made._actions if set(each.option_strings) & set(names)]:
+            made._actions.remove(action)
+            made._optionals._group_actions.remove(action)
+            for word in action.option_strings:
+                del made._option_string_actions[word]
+        return made
+
+    monkeypatch.setattr(run, "get_args_parser", parser)
+
+
+@pytest.mark.parametrize("lacking", [(), NEWER[1:], NEWER])
+def test_an_older_torchrun_is_not_asked_for_what_it_does_not_know(
+    lacking: tuple[str, ...], asked: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without(lacking, monkeypatch)
+    assert main(["--nproc_per_node=2", "--max-restarts=1", "train.py", "--shutdown-timeout", "5"]) == 0
+    (arguments,) = asked
+    assert (arguments.nproc_per_node, arguments.max_restarts) == ("2", 1)  # the user's word is the last one
+    assert arguments.training_script_args == ["--shutdown-timeout", "5"]
+    words = defaults(run.get_args_parser().format_help())
+    assert words[0] == "--max-restarts=3"
+    assert {word.partition("=")[0] for word in words[1:]} == set(NEWER) - set(lacking)
+
+
+def ended_with(codes: list[int], monkeypatch: pytest.MonkeyPatch) -> int:
+    """How many restarts are left after processes that failed so."""
+    failures = {rank: SimpleNamespace(exitcode=code) for rank, code in enumerate(codes)}
+    result = agents.RunResult(state=agents.WorkerState.FAILED, failures=failures)
+    monkeypatch.setattr(LocalElasticAgent, "_monitor_workers", lambda self, group: result)
+    agent = Agent.__new__(Agent)
+    agent._remaining_restarts = 3
+    assert agent._monitor_workers(None) is result
+    return agent._remaining_restarts
+
+
+def test_what_was_meant_is_not_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ended_with([-9, 1], monkeypatch) == 3
+    assert ended_with([1, 2], monkeypatch) == 0
+    assert ended_with([65], monkeypatch) == 0
+
+
+def test_torch_still_has_what_the_agent_takes_the_place_of() -> None:
+    """No option of torchrun says which agent it starts, nor what is started again: both are names inside torch. Where a
+    version moves one, this fails, and not a run that is started again and again."""
+    assert api.LocalElasticAgent is LocalElasticAgent
+    assert "LocalElasticAgent(" in inspect.getsource(api.launch_agent)
+    monitored = inspect.getsource(agents.SimpleElasticAgent._invoke_run)
+    assert "self._monitor_workers(" in monitored
+    assert "self._remaining_restarts > 0" in monitored
+    assert "_monitor_workers" in vars(LocalElasticAgent)
