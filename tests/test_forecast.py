@@ -97,7 +97,9 @@ def test_what_is_not_known_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     ("words", "said"),
     [
         (["debug", "--gpus", "8xFOO"], "known cards: "),
-        (["debug"], "which cards? Say so with --gpus"),
+        (["debug", "--gpus", "8xA100"], "several cards have that name: A100-80, A100-40"),
+        (["debug", "--gpus", "v100"], "several cards have that name: V100-32, V100-16"),
+        (["debug"], "missing --gpus, for example"),
         (["debug", "--gpus", "7xH100"], "on 7 ranks train.batch_tokens 512 is not a multiple"),
         (["nothing", "--gpus", "H100"], "unknown preset 'nothing'"),
     ],

@@ -109,6 +109,7 @@ FLOORS = [
         "eval_tasks",
         "export_cli",
         "kills",
+        "arguments",
         "launch",
         "network_check",
         "plan_cli",

@@ -15,7 +15,7 @@ TITLES = ("step", "tokens", "size", "validation loss", "where", "state")
 
 
 def verify(where: Positional[str]) -> None:
-    """Hash every file of a run's checkpoints, or of one, again and compare with its manifest.
+    """Check a run's checkpoints against their manifests.
 
     Exit code 2 where something is damaged.
 
@@ -34,7 +34,7 @@ def verify(where: Positional[str]) -> None:
 
 
 def list_all(where: Positional[str], as_json: Annotated[bool, tyro.conf.arg(name="json")] = False) -> None:
-    """Show the checkpoints of a run, and whether each is intact by content.
+    """List a run's checkpoints.
 
     Args:
         where: a run's name or folder.

@@ -1,7 +1,11 @@
 """`myllm COMMAND`: everything but training itself. Each command is a function whose arguments are its options."""
 
+import platform
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable
+from importlib import metadata
 from typing import Literal
 
 import tyro
@@ -19,6 +23,7 @@ from . import (
     sample_cli,
     tokenizer_cli,
 )
+from .arguments import parse_arguments
 from .environment import set_for_libraries
 from .errors import UserError, nearest
 from .launch import clear_errors
@@ -28,7 +33,7 @@ Positional = tyro.conf.Positional
 
 
 def report(run: Positional[str]) -> None:
-    """Draw a run's plots and its report.html anew.
+    """Redraw a run's plots and report.html.
 
     Args:
         run: its name, or its folder.
@@ -39,7 +44,7 @@ def report(run: Positional[str]) -> None:
 
 
 def doctor(distributed: bool = False, device: Literal["auto", "cpu", "cuda"] = "auto", timeout_s: float = 60.0) -> None:
-    """Look at this machine and, with --distributed under torchrun, at the network between the ranks.
+    """Check this machine and, with --distributed, the network.
 
     Args:
         distributed: all-reduces between all ranks: whether the sums are right, and how fast they go.
@@ -62,7 +67,7 @@ def doctor(distributed: bool = False, device: Literal["auto", "cpu", "cuda"] = "
 
 
 def status(run: Positional[str], silent_s: float = 600.0) -> None:
-    """Say in one line what a run is doing, or how it ended, and exit with the code that says the same.
+    """Print what a run is doing or how it ended, in one line.
 
     Exit codes: 0 complete; 75 not finished, start it again; 130, 143, 129, 131 stopped by SIGINT, SIGTERM, SIGHUP,
     SIGQUIT; 1, 2 failed, or no sign of life; 3 at work.
@@ -103,6 +108,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "doctor": doctor,
     "prove-resume": prove_cli.prove_resume,
 }
+GROUPS = ("data", "tokenizer", "checkpoint")
+"""First words of commands of two."""
 TAKES_WORDS = {"plan", "preflight", "prove-resume"}
 """Commands that begin with a preset, whose settings are then their options: they read the words themselves."""
 
@@ -113,21 +120,47 @@ def main(words: list[str] | None = None) -> None:
     open_output()
     words = sys.argv[1:] if words is None else words
     with clear_errors():
+        asks_for_help = bool({"-h", "--help"} & set(words))
         if not words or words[0] in ("-h", "--help"):
             print(_usage())
-            raise SystemExit(0 if words else 2)
+            raise SystemExit(0 if asks_for_help else 2)
+        if words[0] == "--version":
+            print(f"myllm {metadata.version('myllm')}, Python {platform.python_version()}, {_torch_version()}")
+            return
+        if words[0] in GROUPS and (len(words) == 1 or words[1] in ("-h", "--help")):
+            print(_usage(words[0]))
+            raise SystemExit(0 if asks_for_help else 2)
         name = next((name for name in COMMANDS if words[: name.count(" ") + 1] == name.split()), None)
         if name is None:
-            given = " ".join(words[:2] if words[0] in ("data", "tokenizer", "checkpoint") else words[:1])
-            raise UserError(f"unknown command {given!r}{nearest(given, list(COMMANDS))}\n{_usage()}")
+            given = " ".join(words[:2] if words[0] in GROUPS else words[:1])
+            raise UserError(f"unknown command {given!r}{nearest(given, list(COMMANDS))}\n\n{_usage()}")
         rest = words[name.count(" ") + 1 :]
         if name in TAKES_WORDS:
             COMMANDS[name](rest)
         else:
-            tyro.cli(COMMANDS[name], args=rest, prog=f"myllm {name}")
+            parse_arguments(COMMANDS[name], rest, f"myllm {name}")
 
 
-def _usage() -> str:
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
-    return "usage: myllm COMMAND ... (--help after a command lists its options)\n\n" + "\n".join(lines)
+def _usage(group: str = "") -> str:
+    """The commands, or those of one group, a description beside each."""
+    shown = {name: command for name, command in COMMANDS.items() if name.startswith(group)}
+    indent = max(map(len, shown)) + 4
+    width = shutil.get_terminal_size().columns
+    lines = [
+        textwrap.fill(
+            (command.__doc__ or "").splitlines()[0], width, initial_indent=f"  {name}".ljust(indent),
+            subsequent_indent=" " * indent,
+        )
+        for name, command in shown.items()
+    ]  # fmt: skip
+    return (
+        f"usage: myllm {f'{group} ' if group else ''}COMMAND ...\n"
+        "       myllm COMMAND --help      list a command's options\n\n" + "\n".join(lines)
+    )
+
+
+def _torch_version() -> str:
+    try:
+        return f"torch {metadata.version('torch')}"
+    except metadata.PackageNotFoundError:
+        return "no torch"

@@ -28,19 +28,27 @@ class ModelConfig:
     max_seq_len: int = 2_048
     """Context, in tokens."""
     d_model: int = 768
+    """Width of the residual stream."""
     n_layers: int = 12
+    """Transformer blocks."""
     n_heads: int = 12
+    """Query heads of each attention."""
     n_kv_heads: int | None = None
     """Key and value heads; fewer than n_heads is grouped-query attention. None: as many as n_heads."""
     head_dim: int | None = None
-    """None: d_model / n_heads."""
+    """Width of each head. None: d_model / n_heads."""
     d_ff: int = 3_072
     """Width inside the feed-forward part."""
     position: Literal["rope", "learned"] = "rope"
+    """Rotary position embeddings, or a learned vector for each position."""
     rope_theta: float = 10_000.0
+    """Base of the rotary frequencies."""
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    """Normalization before each attention and feed-forward part, and before the head."""
     norm_eps: float = 1e-5
+    """Added to the variance in each norm."""
     activation: Literal["swiglu", "gelu", "relu2"] = "swiglu"
+    """Of the feed-forward part; relu2 is the square of ReLU."""
     bias: bool = False
     """Biases on every linear but the head, and on LayerNorm."""
     tie_embeddings: bool = True
@@ -48,11 +56,13 @@ class ModelConfig:
     qk_norm: bool = False
     """RMSNorm over each query and key head before the rotation."""
     dropout_embedding: float = 0.0
+    """On the embedded tokens."""
     dropout_attention_residual: float = 0.0
     """On the attention output, before it is added to the residual stream."""
     dropout_ffn: float = 0.0
     """On the activation inside the feed-forward part, before the down projection."""
     init: Literal["gpt2", "reference"] = "gpt2"
+    """Initial weights: gpt2 scales residual projections by 1 / sqrt(2 n_layers); reference is LF_LLM-269M's."""
 
     @property
     def kv_heads(self) -> int:
@@ -92,6 +102,7 @@ class DataConfig:
     shuffle_files: bool = True
     """Take the source's files, and the parts of a large one, in a seeded order."""
     shuffle_seed: int = 0
+    """Seed of that order."""
     normalise_unicode: bool = False
     """Bring every text to Unicode's form NFC."""
     strip_control: bool = False
@@ -113,6 +124,7 @@ class OptimConfig:
     """AdamW and its learning rate over the run."""
 
     max_lr: float = 6e-4
+    """Learning rate after the warm-up."""
     min_lr_ratio: float = 0.1
     """The rate at the end, as a share of max_lr."""
     warmup_steps: int = 250
@@ -120,12 +132,17 @@ class OptimConfig:
     schedule: Literal["cosine", "linear", "wsd"] = "cosine"
     """Decay after the warm-up; wsd holds max_lr, then falls linearly over the last decay_fraction of the steps."""
     decay_fraction: float = 0.2
+    """Fraction of the steps over which wsd decays."""
     beta1: float = 0.9
+    """AdamW's decay of the first moment."""
     beta2: float = 0.95
+    """AdamW's decay of the second moment."""
     eps: float = 1e-8
+    """AdamW's epsilon, added to the root of the second moment."""
     weight_decay: float = 0.1
     """On matrices, embeddings included; never on biases and norms."""
     max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
 
 
 @dataclass(frozen=True)
@@ -140,8 +157,11 @@ class TrainConfig:
     """Sequences a rank pushes through at once; accumulation makes up the rest of batch_tokens. auto: the most that the
     memory holds, tried out at the first start; the run's config.json has the number, and a resume takes it."""
     seed: int = 1_337
+    """Seed of the weights, the order of the data and dropout."""
     log_every_steps: int = 10
+    """Steps between two rows of metrics.jsonl and lines of the log."""
     save_every_steps: int = 500
+    """Steps between two checkpoints (0: only where training ends or stops)."""
     keep_last: int = 3
     """Checkpoints kept (0: all)."""
     keep_every_steps: int = 0
@@ -150,6 +170,7 @@ class TrainConfig:
     """Stop after this many validations in a row without a new lowest loss, and keep the best checkpoint apart, in the
     run's best/. None: neither."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """auto: CUDA if there is a GPU, else MPS on a Mac, else the CPU."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 autocast on CUDA, float32 elsewhere. Weights are float32 either way."""
     compile: Literal["auto", "on", "off"] = "auto"
@@ -181,20 +202,29 @@ class EvalConfig:
     """What is measured along the way. Each is also done before the first step and after the last; 0 turns it off."""
 
     validation_every_steps: int = 250
+    """Steps between two measurements of the loss on held-out text."""
     validation_tokens: int = 7_864_320
     """Of the held-out stream, from its start; the same tokens each time."""
     cloze_every_steps: int = 1_000
+    """Steps between two cloze tests: pick the true continuation of held-out text out of four."""
     cloze_examples: int = 500
+    """Examples of each cloze test."""
     hellaswag_every_steps: int = 1_000
+    """Steps between two HellaSwag evaluations."""
     hellaswag_examples: int | None = None
     """The first so many of the validation split. None: all 10,042."""
     hellaswag_file: str | None = None
     """A .jsonl or .parquet file of HellaSwag's rows. None: the Hub's, downloaded once."""
     sample_every_steps: int = 1_000
+    """Steps between two rounds of sample texts."""
     sample_prompts: tuple[str, ...] = ("Hello, I'm a language model,", "The meaning of life is", "Once upon a time")
+    """Texts to continue."""
     sample_new_tokens: int = 64
+    """Tokens of each sample."""
     sample_temperature: float = 0.8
+    """0: always the most likely token. 1: the model's own distribution."""
     sample_top_k: int = 50
+    """Draw among this many most likely tokens (0: all)."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ Positional = tyro.conf.Positional
 
 
 def list_sources() -> None:
-    """Show the known sources, and what is prepared."""
+    """List known data sources and prepared data sets."""
     from .data.catalog import CORPORA
 
     rows = [("source", "download", "tokens", "licence", "text", "layout")]
@@ -66,7 +66,7 @@ def estimate(
     text_column: str | None = None,
     workers: int = 0,
 ) -> None:
-    """Sample a few documents of a source: how much text and how many tokens, what disk and time they take.
+    """Estimate a source's tokens, disk space and hours from a sample.
 
     Args:
         source: as for `myllm data prepare`.
@@ -170,7 +170,7 @@ class PrepareOptions:
 
 
 def prepare(source: Positional[str], options: Annotated[PrepareOptions, tyro.conf.arg(name="")]) -> None:
-    """Download and tokenise a source into shards and a manifest under temp_data/datasets.
+    """Download and tokenize a source into shards.
 
     The same command goes on where an interrupted one stopped.
 
@@ -191,7 +191,7 @@ def prepare(source: Positional[str], options: Annotated[PrepareOptions, tyro.con
 
 
 def seal(name: Positional[str], workers: int = 0) -> None:
-    """Join the parts that several machines prepared into one data set.
+    """Merge parts prepared on several machines into one data set.
 
     Args:
         name: the data set's folder under temp_data/datasets, or the start of its name.
@@ -204,7 +204,7 @@ def seal(name: Positional[str], workers: int = 0) -> None:
 
 
 def verify(name: Positional[str], repair: bool = False, workers: int = 0) -> None:
-    """Hash every shard of a data set, and its vocabulary, again and compare with its manifest.
+    """Check every shard of a data set against its manifest.
 
     Args:
         name: under temp_data/datasets, or a folder.
@@ -236,7 +236,7 @@ def show(
     seq_len: int = 2_048,
     train_seed: int | None = None,
 ) -> None:
-    """Decode a document or a training sequence, with the borders of documents in it.
+    """Print a document or training sequence of a data set as text.
 
     Args:
         name: a data set under temp_data/datasets, or a folder.

@@ -28,7 +28,7 @@ def evaluate(
     device: str = "auto",
     int8: bool = False,
 ) -> None:
-    """Measure a trained model: held-out loss, HellaSwag, cloze, any text, how it writes, how fast, what int8 costs.
+    """Evaluate a trained model: loss, HellaSwag, cloze, perplexity, speed.
 
     Args:
         model: a run's name or folder (its newest intact checkpoint), any folder that holds a checkpoint, an exported

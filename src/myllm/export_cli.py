@@ -20,7 +20,7 @@ def export(
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     overwrite: bool = False,
 ) -> None:
-    """Write a checkpoint for transformers, ONNX or llama.cpp, checked before it has its name.
+    """Export a checkpoint to transformers, ONNX or GGUF.
 
     Args:
         model: a run's name or folder (its newest checkpoint), or a checkpoint's folder.
@@ -62,7 +62,7 @@ def export(
 def import_model(
     source: Positional[str], name: str | None = None, revision: str | None = None, overwrite: bool = False
 ) -> None:
-    """Make a run of a model made elsewhere: it samples, exports and can be trained further.
+    """Import a Llama, Qwen3 or GPT-2 model as a run.
 
     Args:
         source: a folder of transformers (Llama, Qwen3, GPT-2, our exports), the reference run's pytorch_model.pth, or

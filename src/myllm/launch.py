@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import tyro
 
 from . import forecast, ranks
+from .arguments import parse_arguments
 from .config import RunConfig, load_json, to_dict
 from .errors import MachineError, UserError
 from .files import out_of_space
@@ -104,12 +105,12 @@ def parse_as(kind: type[AskedRun], words: list[str], usage: str) -> Any:
         # Help that was asked for is a success; a command without a preset is not.
         raise SystemExit(0 if words else 2)
     base, words = base_config(words)
-    launch = tyro.cli(
+    launch = parse_arguments(
         kind,
-        args=words,
-        default=kind(base),
-        prog=f"{usage.partition(' PRESET')[0].removeprefix('usage: ')} {base.name}",
-        description="Every setting of the run. The same command resumes an interrupted one.",
+        words,
+        f"{usage.partition(' PRESET')[0].removeprefix('usage: ')} {base.name}",
+        kind(base),
+        "Every setting of the run, with its value in this preset. The same command resumes an interrupted run.",
     )
     # A WORLD_SIZE without torchrun is a plan for later, not the number of processes of this call.
     check(launch.config, ranks.world_size() if launch.planning or ranks.launched() else 1)
@@ -133,7 +134,7 @@ def base_config(words: list[str]) -> tuple[RunConfig, list[str]]:
         else:
             rest.append(word)
     if not named and not files and not {"-h", "--help"} & set(rest):
-        raise UserError(f"which run? Give a preset first, or --config FILE.json. Presets:\n{describe_presets()}")
+        raise UserError(f"missing PRESET (or --config FILE.json); presets:\n{describe_presets()}")
     for file in files:
         base = load_json(Path(file).expanduser(), base)
     return base, rest

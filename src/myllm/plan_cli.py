@@ -31,7 +31,7 @@ class PlanLaunch(AskedRun):
 
 
 def plan(words: list[str]) -> None:
-    """Predict memory, micro-batch and hours of a run on given cards (--gpus 8xA100-80), from its config alone."""
+    """Predict memory, micro-batch and hours of a run on given GPUs."""
     if words == ["--table"]:
         from .hardware_table import page
 
@@ -39,5 +39,5 @@ def plan(words: list[str]) -> None:
         return
     wanted = parse_as(PlanLaunch, words, USAGE)
     if not wanted.gpus:
-        raise UserError("which cards? Say so with --gpus, such as --gpus 8xA100-80 or --gpus cpu")
+        raise UserError("missing --gpus, for example --gpus 8xA100-80 or --gpus cpu")
     print(forecast.table(forecast.foresee(wanted.config, forecast.parse_fleet(wanted.gpus))))

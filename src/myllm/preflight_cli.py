@@ -39,7 +39,7 @@ class PreflightLaunch(AskedRun):
 
 
 def preflight(words: list[str]) -> None:
-    """Rehearse a run: a few real steps, evaluations and a save say whether it fits, what time and what it costs."""
+    """Rehearse a run: does it fit, how long will it take, what will it cost?"""
     wanted = parse_as(PreflightLaunch, words, USAGE)
     for name in ("max_hours", "dollars_per_hour"):
         value = getattr(wanted, name)

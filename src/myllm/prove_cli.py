@@ -1,5 +1,6 @@
 """`myllm prove-resume [PRESET] [overrides]`: see here that a killed run goes on as if nothing had happened."""
 
+import inspect
 import random
 import shutil
 import time
@@ -9,6 +10,7 @@ from typing import Annotated
 import tyro
 
 from . import paths, ranks
+from .arguments import parse_arguments
 from .config import RunConfig
 from .errors import UserError
 from .launch import base_config
@@ -27,10 +29,11 @@ class ProveLaunch:
 
 
 def prove_resume(words: list[str]) -> None:
-    """Train a small run in peace, then kill and restart it, on other ranks too; compare samples and losses.
+    """Prove that a killed and restarted run matches an uninterrupted one.
 
-    The words are those of pretrain.py. The preset (debug, unless one is given) is shrunk to a few steps on little text;
-    overrides come after that. Exit code 0: proven, 1: not, 2: a mistake in the words.
+    Trains a small run undisturbed, then kills and restarts it, on other numbers of ranks too, and compares samples and
+    losses. Takes a preset (default: debug) and the settings of pretrain.py; the preset is shrunk to a few steps on
+    little text. Exit code 0: proven, 1: not proven, 2: invalid arguments.
     """
     named = bool(words) and not words[0].startswith("-")
     base, rest = base_config(
@@ -46,7 +49,9 @@ def prove_resume(words: list[str]) -> None:
     from .kills import Broken
     from .proving import layouts, prove, shrunk, verdict
 
-    wanted = tyro.cli(ProveLaunch, args=rest, default=ProveLaunch(shrunk(base)), prog="myllm prove-resume")
+    wanted = parse_arguments(
+        ProveLaunch, rest, "myllm prove-resume [PRESET]", ProveLaunch(shrunk(base)), inspect.getdoc(prove_resume)
+    )
     config = wanted.config
     for world_size in layouts(config):
         check(config, world_size)

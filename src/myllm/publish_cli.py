@@ -19,7 +19,7 @@ def publish(
     every_checkpoint: bool = False,
     license: str | None = None,
 ) -> None:
-    """Publish a run on the Hugging Face Hub; again: go on.
+    """Publish a run to the Hugging Face Hub (rerun to resume).
 
     Args:
         run: its name, or its folder.

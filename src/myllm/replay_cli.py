@@ -24,7 +24,7 @@ def replay(
     samples: tuple[int, ...] = (),
     show: int = 1,
 ) -> None:
-    """Make the step of a flight bag again, and find the layer and the document where its numbers go bad.
+    """Replay a bad training step saved in a crash dump.
 
     Args:
         bag: its folder, or a run's name or folder for the newest one of that run.

@@ -35,7 +35,7 @@ def sample(
     device: str = "auto",
     int8: bool = False,
 ) -> None:
-    """Continue one prompt, or a file of prompts.
+    """Generate text from one prompt or a file of prompts.
 
     Args:
         model: a run's name or folder (its newest checkpoint), a checkpoint's folder, an exported folder or another of
@@ -116,7 +116,7 @@ def chat(
     device: str = "auto",
     int8: bool = False,
 ) -> None:
-    """Write with a model in the terminal: it continues what you type.
+    """Generate text interactively in the terminal.
 
     Args:
         model: a run's name or folder (its newest checkpoint), a checkpoint's folder, an exported folder or another of
@@ -143,7 +143,7 @@ def serve(
     device: str = "auto",
     int8: bool = False,
 ) -> None:
-    """Write with a model in the browser: sliders, and each token's probability and runners-up.
+    """Generate text in the browser, with per-token probabilities.
 
     The settings are where the page's sliders stand at first.
 

@@ -27,7 +27,7 @@ SHOWN_CHARS = 100_000
 def tokenizer_train(
     source: Positional[str], vocab_size: int = 32_000, documents: int = 100_000, out: Path | None = None
 ) -> None:
-    """Learn a vocabulary of your own from a source's text: byte-level BPE, as a tokenizer.json.
+    """Train a byte-level BPE tokenizer on a source's text.
 
     Args:
         source: a name of `myllm data list`, hub:NAMESPACE/NAME[:GLOB], or files:PATH.

@@ -44,8 +44,12 @@ def faults(config: RunConfig, world_size: int) -> list[str]:
     ]
     name = config.name
     plain = name.isprintable() and name == name.strip(". ") and not set("/\\") & set(name)
+    plain = plain and not name.startswith("-")  # every command would take it for an option
     if not plain or not 0 < len(name.encode(errors="surrogatepass")) <= 200:
-        found.append(f"name {name!r} must be a plain folder name of at most 200 bytes, such as 'my-run'")
+        found.append(
+            f"name {name!r} must be a plain folder name of at most 200 bytes that does not begin with '-', such as "
+            "'my-run'"
+        )
     texts = {"data.source": config.data.source, "data.dataset": config.data.dataset or ""}
     texts |= {"data.tokenizer": config.data.tokenizer, "data.fallback": config.data.fallback or ""}
     texts["eval.hellaswag_file"] = config.eval.hellaswag_file or ""

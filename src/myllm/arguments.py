@@ -1,0 +1,140 @@
+"""How command lines are parsed: tyro, with names for values and help text that fits any terminal."""
+
+import dataclasses
+import functools
+import inspect
+import shutil
+import textwrap
+import types
+import typing
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
+
+import docstring_parser
+import tyro
+from tyro.constructors import (
+    MISSING,
+    ConstructorRegistry,
+    PrimitiveConstructorSpec,
+    PrimitiveTypeInfo,
+    StructConstructorSpec,
+    StructFieldSpec,
+    StructTypeInfo,
+    UnsupportedTypeAnnotationError,
+)
+
+NONE = "None"
+NAMES = {str: "TEXT"}
+"""What stands for a value in --help, where tyro's own name (INT, FLOAT, PATH) would not do."""
+
+
+def parse_arguments(
+    target: Callable[..., Any], words: Sequence[str], prog: str, default: Any = None, description: str | None = None
+) -> Any:
+    """Call a function, or build a dataclass, from the words of a command line.
+
+    Positional arguments are called by their names: RUN, SOURCE.
+
+    Raises:
+        SystemExit: with code 0 after --help, with code 2 if the words don't fit.
+    """
+    options = {} if default is None else {"default": default}
+    width = shutil.get_terminal_size().columns
+    paragraphs = (description or inspect.getdoc(target) or "").partition("\nArgs:")[0].split("\n\n")
+    # tyro joins lines, but not where one begins with a space.
+    paragraphs = [textwrap.fill(" ".join(text.split()), width, subsequent_indent=" ") for text in paragraphs]
+    if inspect.isfunction(target):
+        target = _with_reflowed_help(target)
+    return tyro.cli(
+        target, args=words, prog=prog, description="\n\n".join(paragraphs), registry=_registry(),
+        config=(tyro.conf.PositionalMetavarFromFieldName,), **options,
+    )  # fmt: skip
+
+
+def _registry() -> ConstructorRegistry:
+    registry = ConstructorRegistry()
+    registry.struct_rule(_dataclass)
+    registry.primitive_rule(_named)
+    registry.primitive_rule(_optional)
+    return registry
+
+
+def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    """`X | None` is shown as X: that it may be None is said by the help text or the default."""
+    choices = typing.get_args(info.type)
+    if info.type_origin not in (types.UnionType, typing.Union) or types.NoneType not in choices:
+        return None
+    rest = functools.reduce(lambda a, b: a | b, [choice for choice in choices if choice is not types.NoneType])
+    inner = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(rest, info.markers))
+    if isinstance(inner, UnsupportedTypeAnnotationError) or inner.nargs != 1:
+        return None
+    return dataclasses.replace(
+        inner,
+        instance_from_str=lambda words: None if words == [NONE] else inner.instance_from_str(words),
+        is_instance=lambda value: value is None or inner.is_instance(value),
+        str_from_instance=lambda value: [NONE] if value is None else inner.str_from_instance(value),
+    )
+
+
+def _named(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    if info.type not in NAMES:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=NAMES[info.type],
+        instance_from_str=lambda words: info.type(words[0]),
+        is_instance=lambda value: isinstance(value, info.type),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+def _dataclass(info: StructTypeInfo) -> StructConstructorSpec | None:
+    """A dataclass whose fields are described by the strings below them."""
+    if not dataclasses.is_dataclass(info.type):
+        return None
+    hints, help_of = typing.get_type_hints(info.type, include_extras=True), {}
+    for base in reversed(info.type.__mro__[:-1]):
+        help_of |= _help(base)
+    return StructConstructorSpec(
+        instantiate=info.type,
+        fields=tuple(
+            StructFieldSpec(
+                name=field.name,
+                type=hints[field.name],
+                default=_default(info, field),
+                helptext=help_of.get(field.name),
+            )
+            for field in dataclasses.fields(info.type)
+        ),
+    )
+
+
+def _default(info: StructTypeInfo, field: dataclasses.Field) -> Any:
+    if isinstance(info.default, info.type):
+        return getattr(info.default, field.name)
+    if field.default is not dataclasses.MISSING:
+        return field.default
+    return MISSING if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def _with_reflowed_help(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with the help of each argument in its annotation: tyro would keep a docstring's line breaks."""
+    hints = typing.get_type_hints(function, include_extras=True)
+    for name, text in _help(function).items():
+        hints[name] = Annotated[hints[name], tyro.conf.arg(help=text)]
+
+    def call(*values: Any, **named: Any) -> Any:
+        return function(*values, **named)
+
+    signature = inspect.signature(function)
+    call.__doc__, call.__annotations__ = function.__doc__, hints
+    call.__signature__ = signature.replace(
+        parameters=[parameter.replace(annotation=hints[name]) for name, parameter in signature.parameters.items()]
+    )
+    return call
+
+
+def _help(described: Any) -> dict[str, str]:
+    """The help of each argument or field, without the line breaks of its docstring."""
+    found = docstring_parser.parse_from_object(described).params
+    return {entry.arg_name: " ".join(entry.description.split()) for entry in found if entry.description}

@@ -1,0 +1,145 @@
+"""The command line's help and what its values may be."""
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from tyro.conf import Positional
+
+from myllm import cli
+from myllm.arguments import parse_arguments
+from myllm.config import RunConfig
+from myllm.launch import parse
+
+SUBCOMMANDS = [name for name in cli.COMMANDS if name not in cli.TAKES_WORDS]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part."""
+
+    count: int | Literal["auto"] = 3
+    """How many, in one long sentence that goes on
+    over a second line."""
+    limit: float | None = None
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A whole."""
+
+    name: str
+    part: Part = dataclasses.field(default_factory=Part)
+
+
+def parse_whole(*words: str) -> Whole:
+    return parse_arguments(Whole, words, "program")
+
+
+def shown(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: str, columns: int = 80) -> str:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with pytest.raises(SystemExit) as end:
+        cli.main(list(words))
+    assert end.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_values() -> None:
+    assert parse_whole("--name", "a b") == Whole("a b")
+    assert parse_whole("--name", "None", "--part.count", "auto") == Whole("None", Part("auto"))
+    assert parse_whole("--name", "x", "--part.count", "5", "--part.limit", "2") == Whole("x", Part(5, 2.0))
+    default = Whole("x", Part(limit=3.5))
+    assert parse_arguments(Whole, ["--part.limit", "None"], "program", default) == Whole("x")
+    assert parse_arguments(Whole, [], "program", default) == default
+
+
+@pytest.mark.parametrize("words", [(), ("--name", "x", "--part.count", "many"), ("--name", "x", "--part.limit", "y")])
+def test_what_does_not_fit_is_refused(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        parse_whole(*words)
+    assert end.value.code == 2
+    assert capsys.readouterr().err
+
+
+def test_functions_are_called() -> None:
+    def double(number: Positional[int], plus: int | None = None, path: Path = Path("x")) -> tuple[int, Path]:
+        """Double.
+
+        Args:
+            number: to double.
+            plus: added
+                afterwards.
+        """
+        return 2 * number + (plus or 0), path
+
+    assert parse_arguments(double, ["4", "--plus", "1", "--path", "a/b"], "program") == (9, Path("a/b"))
+
+
+@pytest.mark.parametrize("name", SUBCOMMANDS)
+@pytest.mark.parametrize("columns", [80, 200])
+def test_help_names_values_and_fits(
+    name: str, columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = shown(capsys, monkeypatch, *name.split(), "--help", columns=columns)
+    assert "STR" not in text
+    assert "{None}" not in text
+    assert max(map(len, text.splitlines()[1:])) <= columns
+    broken = re.findall(r"[a-z,] {20,}│\n│ +[a-z]\w* ", text) if columns == 200 else []
+    assert not broken, "a line ends long before the box does"
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], *([group] for group in cli.GROUPS)])
+@pytest.mark.parametrize("columns", [60, 80])
+def test_lists_of_commands_fit(
+    words: list[str], columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with pytest.raises(SystemExit) as end:
+        cli.main(words)
+    assert end.value.code == (0 if "--help" in words else 2), "help that was asked for is a success"
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= columns
+    expected = [name for name in cli.COMMANDS if words in ([], ["--help"]) or name.startswith(words[0])]
+    assert re.findall(r"^  (\S+(?: \S+)?)  ", text, re.MULTILINE) == expected
+
+
+@pytest.mark.parametrize("group", cli.GROUPS)
+def test_a_group_has_help(group: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    text = shown(capsys, monkeypatch, group, "--help")
+    assert f"usage: myllm {group} COMMAND" in text
+    assert "prove-resume" not in text
+
+
+def test_positional_arguments_have_names(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for words, name in ((("data", "prepare"), "SOURCE"), (("sample",), "MODEL"), (("status",), "RUN")):
+        assert f"usage: myllm {' '.join(words)} [-h] " in (text := shown(capsys, monkeypatch, *words, "--help"))
+        assert name in text.splitlines()[0]
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["--version"])
+    assert re.fullmatch(r"myllm \d+\.\d+\.\d+, Python 3\.\d+\.\d+, torch \d+\.\S+\n", capsys.readouterr().out)
+
+
+def test_prove_resume_explains_itself(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    text = shown(capsys, monkeypatch, "prove-resume", "--help")
+    assert "usage: myllm prove-resume [PRESET]" in text
+    assert "Prove that a killed and restarted run matches an uninterrupted one." in text
+
+
+def test_every_setting_has_help(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    with pytest.raises(SystemExit):
+        parse(["debug", "--help"])
+    text = capsys.readouterr().out
+    without = [
+        f"{part.name}.{field.name}"
+        for part in dataclasses.fields(RunConfig)
+        if dataclasses.is_dataclass(part.type)
+        for field in dataclasses.fields(part.type)
+        if not re.search(rf"--{part.name}\.{field.name.replace('_', '-')}\b[^│]*?[A-Za-z0-9}}]\s+[^\s(]", text)
+    ]
+    assert not without
