@@ -65,8 +65,9 @@ def test_everything_at_once(run: Path, tmp_path: Path, capsys: pytest.CaptureFix
     for name, task in (("validation", "validation"), ("cloze", "cloze")):
         last = eval_rows(run, name)[-1]
         for key, value in last.items():
-            if key not in ("kind", "name", "step", "seconds"):
+            if key not in ("kind", "name", "step", "seconds", "protocol"):
                 assert figures[task][key] == pytest.approx(value, rel=1e-5), key
+    assert results[2].settings["protocol"] == last["protocol"] == 2
     hellaswag = figures["hellaswag"]
     assert hellaswag["n_examples"] == 30
     assert results[1].settings == {"protocol": "nanogpt", "examples": "all", "file": str(OWN)}

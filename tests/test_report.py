@@ -308,6 +308,20 @@ def test_odd_runs_still_make_a_page(tmp_path: Path, rows: list[dict[str, Any]]) 
     assert len(page.images()) == len([path for path in run.plots.glob("*.png") if path.stem != "loss_compact"])
 
 
+def test_cloze_of_two_protocols_is_not_one_curve(tmp_path: Path) -> None:
+    """Only the newer one's chance is a quarter; the score without the context stands beside the model's."""
+    older = [eval_row("cloze", step, acc=0.3, acc_norm=0.3, n_examples=100) for step in (0, 100)]
+    newer = [eval_row("cloze", 200, acc=0.4, acc_norm=0.4, acc_blind=0.24, n_examples=100, protocol=2)]
+    both, old = write_run(tmp_path / "both", older + newer), write_run(tmp_path / "old", older)
+    assert [row["step"] for row in read_metrics(both.metrics).rows("cloze")] == [200]
+    assert [row["step"] for row in read_metrics(old.metrics).rows("cloze")] == [0, 100]
+    space = "\N{NO-BREAK SPACE}"
+    page_of(both), page_of(old)
+    html = both.report.read_text(encoding="utf-8")
+    assert f"100 examples, chance 25{space}%, without the context 24.0{space}%" in html
+    assert "chance" not in old.report.read_text(encoding="utf-8")
+
+
 def test_a_bare_folder_with_metrics_is_enough(tmp_path: Path) -> None:
     run = write_run(tmp_path / "bare", full_rows())
     for path in (run.config, run.environment, run.samples):

@@ -170,6 +170,12 @@ def test_evaluations_leave_training_alone(tiny: RunConfig) -> None:
     assert losses(run(often)) == losses(run(tiny))
 
 
+def test_a_context_that_is_too_short_for_cloze_is_said(tiny: RunConfig) -> None:
+    root = run(with_train(replace(tiny, model=replace(tiny.model, max_seq_len=32)), max_steps=1))
+    assert "no cloze, training goes on without: cloze needs a context of 48 tokens" in (root / "log.txt").read_text()
+    assert not eval_rows(root, "cloze")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -92,14 +92,13 @@ def measure_cloze(subject: Subject, choices: Choices) -> Measured:
     """The examples that training made of the held-out text."""
     from .evals import cloze
 
-    data, config = _held_out(subject, choices), subject.config
-    examples = cloze.make_examples(
-        data.val, subject.tokenizer.end_of_text, config.eval.cloze_examples, config.train.seed
-    )
-    if not examples or subject.model.config.max_seq_len < cloze.CONTEXT_TOKENS + cloze.ENDING_TOKENS:
-        raise UserError("it needs four held-out documents of at least 48 tokens, and a context of as many")
-    figures = cloze.finish(cloze.cloze_sums(subject.model.score, examples, subject.device, 0, 1))
-    return {"dataset": data.name}, figures
+    data, config, end = _held_out(subject, choices), subject.config, subject.tokenizer.end_of_text
+    if reason := cloze.why_none(data.val, end, subject.model.config.max_seq_len):
+        raise UserError(reason)
+    examples = cloze.make_examples(data.val, end, config.eval.cloze_examples, config.train.seed)
+    sums = cloze.cloze_sums(subject.model.score, examples, subject.device, 0, 1)
+    settings = {"dataset": data.name, "protocol": cloze.PROTOCOL}
+    return settings, cloze.finish(sums, cloze.blind_accuracy(data.val, examples))
 
 
 def measure_hellaswag(subject: Subject, choices: Choices) -> Measured:

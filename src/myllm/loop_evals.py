@@ -110,13 +110,6 @@ def planned_evals(
         batches = validation_batches(dataset.val, n_sequences, seq_len, config.train.micro_batch_size, *share)
         return perplexity.assess_sums(poll.before(model.assess), batches, token_bytes, process.device)
 
-    examples = cloze.make_examples(dataset.val, tokenizer.end_of_text, settings.cloze_examples, config.train.seed)
-    if settings.cloze_every_steps and not examples:
-        log("no cloze: it needs four held-out documents of at least 48 tokens")
-    # Longer than the context cannot be scored; only a toy model has so short a one.
-    fits = seq_len >= cloze.CONTEXT_TOKENS + cloze.ENDING_TOKENS
-    cloze_every = settings.cloze_every_steps if examples and fits else 0
-
     def measure_samples(step: int) -> Tensor:
         if process.is_main:
             _write_samples(config, model, tokenizer, step, samples, log, poll)
@@ -124,15 +117,39 @@ def planned_evals(
 
     return [
         Eval("validation", settings.validation_every_steps, measure_validation, perplexity.finish),
-        Eval(
-            "cloze",
-            cloze_every,
-            lambda _: cloze.cloze_sums(poll.before(model.score), examples, process.device, *share),
-            cloze.finish,
-        ),
+        *_cloze(config, model, dataset, tokenizer, process, log, poll),
         *_hellaswag(config, model, tokenizer, process, log, poll),
         Eval("samples", settings.sample_every_steps, measure_samples, lambda _: {}),
     ]
+
+
+def _cloze(
+    config: RunConfig,
+    model: Transformer,
+    dataset: Dataset,
+    tokenizer: Tokenizer,
+    process: Process,
+    log: Log,
+    poll: Poll,
+) -> list[Eval]:
+    """Cloze, where it is asked for and context and held-out text are long enough; one line where they are not."""
+    settings, end = config.eval, tokenizer.end_of_text
+    if not settings.cloze_every_steps:
+        return []
+    if reason := cloze.why_none(dataset.val, end, config.model.max_seq_len):
+        log(f"no cloze, training goes on without: {reason}")
+        return []
+    examples = cloze.make_examples(dataset.val, end, settings.cloze_examples, config.train.seed)
+    blind = cloze.blind_accuracy(dataset.val, examples)
+
+    def measure(_: int) -> Tensor:
+        score = poll.before(model.score)
+        return cloze.cloze_sums(score, examples, process.device, process.rank, process.world_size)
+
+    def finish(sums: Tensor) -> dict[str, float]:
+        return cloze.finish(sums, blind) | {"protocol": cloze.PROTOCOL}
+
+    return [Eval("cloze", settings.cloze_every_steps, measure, finish)]
 
 
 def _hellaswag(

@@ -17,7 +17,7 @@ from .config import RunConfig, saved_config
 from .data.catalog import corpus_of, source_of
 from .errors import UserError
 from .paths import RunPaths
-from .report.history import Metrics, Row, number, read_metrics, read_object, read_samples
+from .report.history import Metrics, Row, chance_is_a_quarter, number, read_metrics, read_object, read_samples
 from .report.numbers import duration, percent, short, si
 
 SAMPLE_CHARACTERS = 600
@@ -28,6 +28,7 @@ NAMES = {
     "token_accuracy": "accuracy of the next token",
     "acc": "accuracy, by the sum of log-probabilities",
     "acc_norm": "accuracy, by their mean",
+    "acc_blind": "accuracy without the context, by how frequent each token is",
 }
 _LOCAL_FOLDER = re.compile(r"(?:^|(?<=[:=]))(?:~|/(?!/))\S*/")
 
@@ -187,7 +188,7 @@ def _results(about: About) -> str:
     for name in about.metrics.evals:
         lines += _figures(name, about.metrics.last(name), about.step)
     note = "No standard error is given where the single measurements (tokens of one text) are not independent."
-    if about.metrics.evals.keys() & {"cloze", "hellaswag"}:
+    if any(chance_is_a_quarter(name, about.metrics.last(name)) for name in about.metrics.evals):
         note += " Chance in a choice of four is 25 %."
     return "\n".join(["## Results", "", *lines, "", note])
 

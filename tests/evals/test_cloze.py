@@ -1,12 +1,25 @@
 """Cloze examples come from the right places, and a model's score is what it deserves."""
 
 import math
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from myllm.evals.cloze import CHOICES, CONTEXT_TOKENS, ENDING_TOKENS, cloze_sums, finish, make_examples
+from myllm import loop_evals
+from myllm.data.tokenizer import Tokenizer
+from myllm.evals.cloze import (
+    CHOICES,
+    CONTEXT_TOKENS,
+    ENDING_TOKENS,
+    blind_accuracy,
+    cloze_sums,
+    finish,
+    make_examples,
+    why_none,
+)
 
 END = 50_256
 PIECE = CONTEXT_TOKENS + ENDING_TOKENS
@@ -46,20 +59,17 @@ def uniform(tokens: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, 
 
 def test_where_examples_come_from():
     examples = make_examples(STREAM, END, 1_000, seed=0)
-    assert len(examples) == sum(length // PIECE for length in LENGTHS)  # every place once
-    assert len({int(example.context[0]) for example in examples}) == len(examples)
+    assert len(examples) == sum(length // PIECE for length in LENGTHS)  # as many as there are places
     for example in examples:
         assert example.context.shape == (CONTEXT_TOKENS,)
         assert example.endings.shape == (CHOICES, ENDING_TOKENS)
-        document = int(example.context[0]) // 1_000
         for text in (example.context, *example.endings):  # each from one place: none runs over a document's end
             assert (np.diff(text.astype(int)) == 1).all()
         assert example.endings[example.answer][0] == example.context[-1] + 1
-        others = np.delete(example.endings, example.answer, axis=0)
-        homes = {int(ending[0]) // 1_000 for ending in others}
-        assert len(homes) == CHOICES - 1
-        assert document not in homes
+        homes = {int(ending[0]) // 1_000 for ending in example.endings}
+        assert len(homes) == CHOICES
         assert not homes & {2, 4}  # too short
+        assert {int(ending[0]) % 1_000 % PIECE for ending in example.endings} == {CONTEXT_TOKENS}  # true and false ones
 
 
 def test_the_same_stream_and_seed_give_the_same_examples():
@@ -77,6 +87,9 @@ def test_too_few_documents():
     assert make_examples(counting([100, 100, 100]), END, 10, seed=0) == []
     assert make_examples(counting([100, 100, 100, PIECE - 1]), END, 10, seed=0) == []
     assert len(make_examples(counting([48, 48, 48, PIECE]), END, 10, seed=0)) == 4
+    assert why_none(counting([48, 48, 48, PIECE]), END, PIECE) is None
+    assert "4 held-out documents of at least 48 tokens" in why_none(counting([100, 100, 100]), END, PIECE)
+    assert "a context of 48 tokens, model.max_seq_len is 47" in why_none(STREAM, END, PIECE - 1)
     assert make_examples(Stream([]), END, 10, seed=0) == []
     assert make_examples(Stream([5] * 500), END, 10, seed=0) == []  # no document begins here
 
@@ -93,22 +106,68 @@ def test_answers_are_balanced(many):
 
 
 def test_a_perfect_model(many):
-    figures = finish(cloze_sums(one_more, many[:100], CPU, 0, 1))
-    assert figures == {"acc": 1.0, "acc_norm": 1.0, "acc_stderr": 0.0, "n_examples": 100}
+    figures = finish(cloze_sums(one_more, many[:100], CPU, 0, 1), 0.25)
+    assert figures == {"acc": 1.0, "acc_norm": 1.0, "acc_stderr": 0.0, "acc_blind": 0.25, "n_examples": 100}
 
 
 def test_the_opposite_of_a_perfect_model(many):
-    figures = finish(cloze_sums(lambda *pair: (-one_more(*pair)[0], None), many[:100], CPU, 0, 1))
+    figures = finish(cloze_sums(lambda *pair: (-one_more(*pair)[0], None), many[:100], CPU, 0, 1), 0.25)
     assert figures["acc"] == 0
 
 
 def test_a_model_that_knows_nothing_is_at_chance(many):
     """All endings tie, the first is taken, and the right one is first a quarter of the time."""
-    figures = finish(cloze_sums(uniform, many, CPU, 0, 1))
+    figures = finish(cloze_sums(uniform, many, CPU, 0, 1), 0.25)
     assert figures["acc"] == pytest.approx(0.25, abs=5 * 0.0137)
     assert figures["acc_norm"] == figures["acc"]
     assert figures["acc_stderr"] == pytest.approx(0.0137, abs=1e-3)
     assert figures["n_examples"] == 1_000
+
+
+# -- a model that does not see the context ----------------------------------------------------------------------------
+
+
+def one_large_document() -> list[np.ndarray]:
+    """A long text of few frequent words, beside many short ones of rare words."""
+    chance = np.random.default_rng(0)
+    return [chance.integers(0, 40, 60_000), *(chance.integers(100, 9_000, 60 + 3 * d) for d in range(120))]
+
+
+def a_rare_beginning() -> list[np.ndarray]:
+    """Every document begins with words that come nowhere else, as licenses and headings do."""
+    chance = np.random.default_rng(1)
+    return [np.concatenate((chance.integers(5_000, 9_000, 96), chance.integers(0, 300, 20 * d))) for d in range(1, 90)]
+
+
+def a_frequent_end() -> list[np.ndarray]:
+    """Documents that trail off into one token, and of very different lengths."""
+    chance = np.random.default_rng(2)
+    lengths = (50 * chance.pareto(1.1, 200)).astype(int) + 48
+    return [np.where(np.arange(n) > n / 2, 7, chance.zipf(1.3, n) % 8_000) for n in lengths.clip(max=50_000)]
+
+
+def python_sources() -> list[np.ndarray]:
+    encode = Tokenizer().encode
+    return [encode(file.read_text(encoding="utf-8")) for file in sorted(Path(loop_evals.__file__).parent.glob("*.py"))]
+
+
+@pytest.mark.parametrize("corpus", [one_large_document, a_rare_beginning, a_frequent_end, python_sources])
+def test_who_does_not_see_the_context_is_at_chance(corpus: Callable[[], list[np.ndarray]]):
+    """By the frequencies of tokens, be they liked or shunned: true endings are drawn as the others are."""
+    stream = Stream(np.concatenate([np.append(END, document) for document in corpus()]))
+    examples = [example for seed in range(10) for example in make_examples(stream, END, 400, seed)]
+    error = math.sqrt(0.25 * 0.75 / len(examples))
+    assert abs(blind_accuracy(stream, examples) - 0.25) < 4 * error
+    counts = np.bincount(stream.read(0, stream.tokens), minlength=65_536)
+    shunned = [np.log(counts[example.endings]).sum(axis=1).argmin() == example.answer for example in examples]
+    assert abs(np.mean(shunned) - 0.25) < 4 * error
+
+
+def test_the_blind_score_is_that_of_token_frequencies():
+    stream = Stream([END, *[1] * 90, END, *[2] * 60, END, *[3] * 55, END, *[4] * 50])
+    examples = make_examples(stream, END, 4, seed=0)
+    expected = np.mean([example.endings[example.answer][0] == 1 for example in examples])
+    assert blind_accuracy(stream, examples) == expected
 
 
 def noise(tokens: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

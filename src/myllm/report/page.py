@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .history import Metrics, Row, accuracy_key, number
+from .history import Metrics, Row, accuracy_key, chance_is_a_quarter, number
 from .numbers import duration, percent, short, si
 from .plots import PLOTS
 from .style import PAGE, STYLE
@@ -99,11 +99,10 @@ def _accuracy_card(metrics: Metrics, name: str, title: str) -> tuple[str, str, s
     key = accuracy_key(metrics.rows(name))
     error, examples = number(row.get("acc_stderr")), number(row.get("n_examples"))
     remarks = [f"± {percent(error)}" if error > 0 else "", f"{examples:,.0f} examples" if examples > 0 else ""]
-    return (
-        f"{title} accuracy",
-        _value(row, key, percent),
-        ", ".join([*filter(None, remarks), "chance 25\N{NO-BREAK SPACE}%"]),
-    )
+    remarks += ["chance 25\N{NO-BREAK SPACE}%"] if chance_is_a_quarter(name, row) else []
+    if "acc_blind" in row:
+        remarks.append(f"without the context {_value(row, 'acc_blind', percent)}")
+    return f"{title} accuracy", _value(row, key, percent), ", ".join(filter(None, remarks))
 
 
 def _passes(train: Row, environment: Row) -> str:

@@ -17,7 +17,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from ..reference import reference_of
 from . import drawing
 from .drawing import BLUE, GREEN, GREY, INK, PURPLE, VERMILLION, points
-from .history import Metrics, Row, accuracy_key, column, number, smooth
+from .history import Metrics, Row, accuracy_key, chance_is_a_quarter, column, number, smooth
 from .numbers import percent, short, si
 
 DPI = 200  # twice what a figure's size in inches asks for on a screen
@@ -183,7 +183,7 @@ def draw_accuracy(axes: Axes, metrics: Metrics, config: Row) -> bool:
         choices += drawing.draw_marked_line(
             axes, rows, accuracy_key(rows), colour, title, marker, percent, error="acc_stderr"
         )  # fmt: skip
-    if choices:
+    if any(chance_is_a_quarter(name, metrics.last(name)) for name in ("cloze", "hellaswag") if metrics.rows(name)):
         axes.axhline(0.25, color=GREY, linewidth=1.2, linestyle=(0, (1, 2.5)))
         choices.append((0.25, "chance\n25 %", GREY))
     if metrics.rows("hellaswag"):
