@@ -18,6 +18,7 @@ machine. Run it again after an interruption: it goes on where it was.
   OVERRIDE    handed to pretrain.py, such as --name my-run or --train.max-steps 100 or --config my.json; with
               --hub.repo NAMESPACE/NAME the model is published on the Hugging Face Hub at the end
   --force     train although there is no GPU
+  --dry-run   print the plan for this machine and stop; --prepare-only: make the data set and stop
 
   --max-hours H         do not start a run that would take longer
   --dollars-per-hour X  of all machines of the run together: say what it will cost
@@ -40,7 +41,7 @@ refuse() {
 
 here="$(unset CDPATH && cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 
-force="" preflight=yes bounds=() wants=""
+force="" preflight=yes bounds=() wants="" only=""
 for argument in "$@"; do # takes out what is for this script and keeps the rest, in order
   shift
   if [ -n "$wants" ]; then
@@ -53,7 +54,7 @@ for argument in "$@"; do # takes out what is for this script and keeps the rest,
     --no-preflight) preflight="" ;;
     --max-hours | --dollars-per-hour) wants="$argument" ;;
     --max-hours=* | --dollars-per-hour=*) bounds+=("$argument") ;;
-    --prepare-only | --dry-run) preflight="" && set -- "$@" "$argument" ;;
+    --prepare-only | --dry-run) only="$argument" ;;
     *) set -- "$@" "$argument" ;;
   esac
 done
@@ -87,19 +88,25 @@ printf 'python: %s\nGPUs:   %s\n' "$PYTHON" "$gpus"
 processes="$gpus" # on this node
 if [ "$gpus" -eq 0 ] || [ "$preset" = debug ]; then processes=1; fi
 
-pretrain() { WORLD_SIZE=$((processes * nodes)) "$PYTHON" "$here/pretrain.py" ${preset:+"$preset"} "$@"; }
-
-heading "Plan: ${preset:-the config file}"
-pretrain "$@" --dry-run
-if [ "$gpus" -eq 0 ] && [ -z "$force" ]; then
+if [ "$gpus" -eq 0 ] && [ -z "$force$only" ]; then
+  heading "Plan: ${preset:-the config file}, on 8 x A100"
+  "$PYTHON" -m myllm plan ${preset:+"$preset"} "$@" --gpus 8xA100-80
   if command -v nvidia-smi >/dev/null; then
     printf '\nnvidia-smi is here, but torch sees no GPU: CUDA_VISIBLE_DEVICES, or a driver older than this torch?\n' >&2
   fi
   refuse "
-There is no GPU here, so nothing was started. The plan above says how long this run would take on this machine.
-  All of it in minutes, no GPU needed:  $here/run_pre_training_e2e_debug.sh
-  This run all the same:                add --force"
+No GPU was found, so nothing was started. The plan above is for 8 x A100; other GPUs: myllm plan --help
+  The whole path in minutes, without a GPU:  $here/run_pre_training_e2e_debug.sh
+  Time and memory on this machine:           add --dry-run
+  Train on this machine anyway:              add --force"
 fi
+
+heading "Plan: ${preset:-the config file}"
+WORLD_SIZE=$((processes * nodes)) "$PYTHON" "$here/pretrain.py" ${preset:+"$preset"} "$@" --dry-run
+case "$only" in
+  --dry-run) exit ;;
+  --prepare-only) exec "$PYTHON" "$here/pretrain.py" ${preset:+"$preset"} "$@" --prepare-only ;;
+esac
 
 launcher() { # sets run: what starts a process for each GPU. The name keeps one meeting of the nodes from another.
   run=("$PYTHON")

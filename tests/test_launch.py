@@ -1,6 +1,5 @@
 """The command line: what it accepts, what it refuses, and what it says."""
 
-import json
 import re
 import signal
 import subprocess
@@ -12,7 +11,7 @@ import pytest
 import torch
 from conftest import command, launch, write_run_config
 
-from myllm.config import RunConfig, to_dict
+from myllm.config import RunConfig
 from myllm.errors import UserError
 from myllm.launch import clear_errors, describe, parse
 from myllm.presets import PRESETS, preset
@@ -95,7 +94,21 @@ def test_dry_run_of_the_reference() -> None:
     assert "2.324 G a token" in text
     assert "19,073 steps = 9,999,745,024 tokens" in text
     shown, _, _ = text.partition("\n\nbatch")
-    assert json.loads(shown) == to_dict(preset("lf-llm-269m"))
+    assert shown == "settings     those of lf-llm-269m; `python pretrain.py lf-llm-269m --help` lists them"
+
+
+def test_dry_run_shows_what_differs_from_the_preset(tmp_path: Path) -> None:
+    words = ["--train.max-steps", "7", "--data.source", "files:/a b", "--model.no-qk-norm", "--name", "other"]
+    expected = [
+        "settings     those of debug (`python pretrain.py debug --help` lists them), but",
+        "  model.qk_norm    True -> False",
+        "  data.source      'python-stdlib' -> 'files:/a b'",
+        "  train.max_steps  600 -> 7",
+    ]
+    wanted = parse(["debug", *words])
+    assert describe(wanted).split("\n\n")[0].splitlines() == expected
+    saved = write_run_config(wanted.config, tmp_path / "config.json")
+    assert describe(parse(["--config", str(saved)])).split("\n\n")[0].splitlines() == expected
 
 
 def test_help_names_every_preset(capsys: pytest.CaptureFixture[str]) -> None:

@@ -389,9 +389,10 @@ def launch(tmp_path) -> Launch:
 def test_without_gpu_shows_the_plan_and_stops(launch):
     status, commands, calls = launch("--train.max-steps", "5")
     assert status == 2
-    assert commands == [[launch.pretrain, "lf-llm-269m", "--train.max-steps", "5", "--dry-run"]]
-    assert calls[0]["WORLD_SIZE"] == "1"
+    plan = ["-m", "myllm", "plan", "lf-llm-269m", "--train.max-steps", "5", "--gpus", "8xA100-80"]
+    assert [call["arguments"] for call in calls] == commands == [plan]
     assert "--force" in launch.result.stderr
+    assert "--dry-run" in launch.result.stderr
     assert "run_pre_training_e2e_debug.sh" in launch.result.stderr
 
 
@@ -472,12 +473,19 @@ def test_bounds_are_for_the_preflight_alone(launch):
     assert "--max-hours needs a number" in launch.result.stderr
 
 
-@pytest.mark.parametrize("word", ["--no-preflight", "--prepare-only", "--dry-run"])
-def test_no_preflight(launch, word):
-    status, commands, _ = launch("small-50m", word, gpus=1)
-    rest = [] if word == "--no-preflight" else [word]
+def test_no_preflight(launch):
+    status, commands, _ = launch("small-50m", "--no-preflight", gpus=1)
     assert status == 0
-    assert [command[-2 - len(rest) :] for command in commands[1:]] == [[launch.pretrain, "small-50m", *rest]]
+    assert [command[-2:] for command in commands[1:]] == [[launch.pretrain, "small-50m"]]
+
+
+@pytest.mark.parametrize("gpus", [0, 8])
+def test_a_plan_or_data_alone_need_no_gpu(launch, gpus):
+    status, commands, _ = launch("--dry-run", "--name", "x", gpus=gpus)
+    assert (status, commands) == (0, [[launch.pretrain, "lf-llm-269m", "--name", "x", "--dry-run"]])
+    status, commands, _ = launch("small-50m", "--prepare-only", gpus=gpus)
+    words = [launch.pretrain, "small-50m"]
+    assert (status, commands) == (0, [[*words, "--dry-run"], [*words, "--prepare-only"]])
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

@@ -1,7 +1,6 @@
 """From the words of a command line to a RunConfig, and what `--dry-run` prints of it."""
 
 import errno
-import json
 import os
 import platform
 import select
@@ -21,12 +20,12 @@ import tyro
 
 from . import forecast, ranks
 from .arguments import parse_arguments
-from .config import RunConfig, load_json, to_dict
+from .config import RunConfig, load_json
 from .errors import MachineError, UserError
 from .files import out_of_space
 from .flops import flops_per_token
 from .paths import RunPaths
-from .presets import describe_presets, preset
+from .presets import describe_presets, describe_settings, preset
 from .validate import check
 
 if TYPE_CHECKING:
@@ -47,7 +46,7 @@ presets:
 
 options:
   --config FILE.json  lay a saved or hand-written config over the preset (which may then be left out)
-  --dry-run           check everything, print the resolved config and what it costs, and stop
+  --dry-run           check everything, print the plan (what differs from the preset, memory, time), and stop
   --prepare-only      make the data set if it is not there yet, and stop
   --profile           record a few of the first steps, say where their time goes, and train on (docs/speed.md)
   overrides           any setting of the config, such as --train.max-steps 100 --optim.max-lr 1e-3 --name my-run
@@ -73,7 +72,7 @@ class Launch(AskedRun):
     """What pretrain.py is asked."""
 
     dry_run: bool = False
-    """Check everything, print the resolved config and what it costs, and stop."""
+    """Check everything, print the plan (what differs from the preset, memory, time), and stop."""
     prepare_only: bool = False
     """Make the data set if it is not there yet, and stop."""
     profile: bool = False
@@ -141,12 +140,12 @@ def base_config(words: list[str]) -> tuple[RunConfig, list[str]]:
 
 
 def describe(launch: Launch) -> str:
-    """The resolved config and what it costs, for people."""
+    """The settings and what they cost, for people."""
     from .distributed import choose_device
 
     world_size, device = ranks.world_size(), choose_device(launch.config.train.device)
     return (
-        f"{json.dumps(to_dict(launch.config), indent=2)}\n\n"
+        f"{describe_settings(launch.config)}\n\n"
         f"{forecast.describe(launch.config, world_size, device.type)}\n{_time_here(launch.config, world_size, device)}"
     )
 

@@ -3,7 +3,9 @@
 `python pretrain.py PRESET --train.max-steps 100` starts from one and changes it.
 """
 
+import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 from .config import DataConfig, EvalConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from .errors import UserError, nearest
@@ -128,6 +130,33 @@ def preset(name: str) -> RunConfig:
         known = ", ".join(PRESETS)
         raise UserError(f"unknown preset {name!r}{nearest(name, list(PRESETS))}; known presets: {known}")
     return PRESETS[name]()
+
+
+def describe_settings(config: RunConfig) -> str:
+    """Which preset a run is closest to, and each setting that differs, a line each."""
+    changes = {name: changed_settings(make(), config) for name, make in PRESETS.items()}
+    name = min(changes, key=lambda preset: len(changes[preset]))
+    if not changes[name]:
+        return f"settings     those of {name}; `python pretrain.py {name} --help` lists them"
+    width = max(map(len, changes[name]))
+    return "\n".join(
+        [
+            f"settings     those of {name} (`python pretrain.py {name} --help` lists them), but",
+            *(f"  {setting:<{width}}  {old!r} -> {new!r}" for setting, (old, new) in changes[name].items()),
+        ]
+    )
+
+
+def changed_settings(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """Settings of two runs that differ, by name, such as "train.max_steps"; names of runs don't count."""
+    found = {}
+    for part in dataclasses.fields(RunConfig):
+        before, after = getattr(old, part.name), getattr(new, part.name)
+        for field in dataclasses.fields(before) if dataclasses.is_dataclass(before) else ():
+            values = getattr(before, field.name), getattr(after, field.name)
+            if values[0] != values[1]:
+                found[f"{part.name}.{field.name}"] = values
+    return found
 
 
 def describe_presets() -> str:
