@@ -19,9 +19,12 @@ if TYPE_CHECKING:
 
 def main() -> None:
     # Imported here, since the processes that tokenise import this file again and need none of it.
-    from myllm import launch
-    from myllm.environment import set_for_libraries
-    from myllm.output import open_output
+    try:
+        from myllm import launch
+        from myllm.environment import set_for_libraries
+        from myllm.output import open_output
+    except ModuleNotFoundError as error:
+        sys.exit(missing_package(error))
 
     set_for_libraries()
     open_output(keep_going=True)
@@ -33,6 +36,16 @@ def main() -> None:
             print(launch.describe(wanted))
         else:
             prepare_and_train(wanted.config, wanted.prepare_only, wanted.profile)
+
+
+def missing_package(error: ModuleNotFoundError) -> int:
+    """Say how to get the environment that this Python lacks, and return the exit code."""
+    if (error.name or "").partition(".")[0] == "myllm":
+        raise error
+    activate = Path(__file__).resolve().parent / ".venv/bin/activate"
+    how = f"source {activate}" if activate.exists() else "./run_pre_training_e2e_debug.sh makes one in .venv"
+    print(f"error: {sys.executable} has no package {error.name!r}; use MyLLM's environment: {how}", file=sys.stderr)
+    return 2
 
 
 def check_publishing(config: "RunConfig") -> None:

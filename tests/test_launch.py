@@ -1,6 +1,7 @@
 """The command line: what it accepts, what it refuses, and what it says."""
 
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import command, launch, write_run_config
+from conftest import ROOT, command, launch, write_run_config
 
 from myllm.config import RunConfig
 from myllm.errors import UserError
@@ -236,3 +237,19 @@ def test_a_reader_that_has_had_enough(lines: int) -> None:
     writer.stdout.close()
     said = writer.stderr.read()
     assert (writer.wait(60), said) == (128 + signal.SIGPIPE, b"")
+
+
+def test_a_python_without_the_packages_says_where_they_are(tmp_path: Path) -> None:
+    """Not a traceback about tyro: a newcomer's first `python pretrain.py` is often the system's Python."""
+    bare = tmp_path / "checkout"
+    bare.mkdir()
+    shutil.copy(ROOT / "pretrain.py", bare)
+    (bare / "src").symlink_to(ROOT / "src")
+    words = [sys.executable, "-S", "-I", str(bare / "pretrain.py"), "debug"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: \S+ has no package '\w+'; use MyLLM's environment: .* in \.venv\n", done.stderr)
+    (bare / ".venv/bin").mkdir(parents=True)
+    (bare / ".venv/bin/activate").touch()
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+    assert f"source {bare}/.venv/bin/activate" in done.stderr
