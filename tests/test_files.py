@@ -1,16 +1,23 @@
 """Writes are whole or not at all; locks end with their holder."""
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
+import signal
+import stat
 import subprocess
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import IO
 
 import pytest
 
-from myllm.files import file_sha256, locked, out_of_space, write_json, write_text
+from myllm import files
+from myllm.errors import UserError
+from myllm.files import file_sha256, is_locked, locked, out_of_space, own_folder, replacing, write_json, write_text
 
 
 def test_write_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
@@ -36,6 +43,96 @@ def test_a_failed_write_keeps_the_old_file_and_no_part(
         write_text(path, "new")
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_several_processes_may_write_one_file(tmp_path: Path) -> None:
+    path, ready, writers = tmp_path / "a.txt", os.pipe(), []
+    for letter in "abc":
+        if (child := os.fork()) == 0:
+            code = 1
+            try:
+                os.close(ready[1])
+                os.read(ready[0], 1)  # all at once
+                for _ in range(60):
+                    write_text(path, letter * 100_000)
+                    seen = path.read_text()
+                    assert len(seen) == 100_000
+                    assert len(set(seen)) == 1
+                code = 0
+            finally:  # never back into pytest
+                os._exit(code)
+        writers.append(child)
+    os.close(ready[1])
+    assert [os.waitpid(writer, 0)[1] for writer in writers] == [0, 0, 0]
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_a_killed_writer_left_is_removed_and_nothing_else(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+
+    def write() -> AbstractContextManager[object]:
+        return replacing(path) if kind == "file" else own_folder(path)
+
+    if os.fork() == 0:
+        with write():
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.wait()
+    assert len(list(tmp_path.glob(".a.txt.*"))) == 1
+    others = {".a.txt.tmp", ".a.txt.0123456789abcdef.tmp", ".b.txt.0123456789abcdef.myllm.tmp", ".a.txt.mine.myllm.tmp"}
+    for name in others:
+        (tmp_path / name).touch()
+    with write():  # one that lives is left alone
+        write_text(path, "new")
+        assert len(list(tmp_path.glob(".a.txt.*"))) == len(others)
+    assert {name.name for name in tmp_path.glob(".*")} == others
+
+
+def test_a_name_as_long_as_a_name_may_be_can_be_written(tmp_path: Path) -> None:
+    path = tmp_path / ("é" * 125 + ".json")
+    write_json(path, 1)
+    assert os.listdir(tmp_path) == [path.name]
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_without_locks_the_machine_keeps_its_own(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file on a disk that has locks stands in for one that is not; where there are none at all, it is said."""
+    (tmp_path / "lustre").mkdir()
+    path, real = tmp_path / "lustre" / "lock", fcntl.flock
+
+    def flock(file: IO[str] | int, operation: int) -> None:
+        where = os.readlink(f"/proc/self/fd/{file if isinstance(file, int) else file.fileno()}")
+        if where.startswith(str(tmp_path / "lustre")):
+            raise OSError(number, os.strerror(number))
+        real(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    monkeypatch.setattr(files.tempfile, "gettempdir", lambda: str(tmp_path))
+    with locked(path) as everywhere:
+        assert not everywhere
+        assert is_locked(path)
+        with pytest.raises(BlockingIOError), locked(path, wait=False):
+            pass
+    assert not is_locked(path)
+    write_text(path.with_name("a.txt"), "written all the same")
+    monkeypatch.setattr(files.tempfile, "gettempdir", lambda: str(tmp_path / "lustre"))
+    with pytest.raises(
+        UserError, match=r"cannot lock .*lock: neither its file system nor .* has locks; set MYLLM_DATA"
+    ):
+        locked(path).__enter__()
+
+
+def test_a_folder_that_cannot_be_flushed_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.fsync
+
+    def fsync(file: int) -> None:
+        if stat.S_ISDIR(os.fstat(file).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        real(file)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_text(tmp_path / "a.txt", "new")
+    assert (tmp_path / "a.txt").read_text() == "new"
 
 
 def test_json_is_for_people_and_programs(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from matplotlib.image import imread
 
 from myllm.errors import UserError
 from myllm.paths import RunPaths
-from myllm.report import draw_plots, find_run, read_metrics, write_report
+from myllm.report import draw_plots, find_run, plots, read_metrics, write_report
 from myllm.report.drawing import MAX_POINTS, thin
 from myllm.report.history import smooth
 from myllm.report.numbers import duration, si
@@ -448,3 +448,26 @@ def test_plots_follow_the_color_scheme(reported: RunPaths, tmp_path: Path) -> No
             browser.screenshot(tmp_path / "page.png")
             brightness = np.median(imread(tmp_path / "page.png")[100:300, 200:1000, :3])
             assert (brightness < 0.4) == dark
+
+
+def test_reports_of_one_run_may_be_written_at_once(run: RunPaths, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run's own at its end, and `myllm report` beside it: neither fails, and no picture is cut short."""
+    monkeypatch.setattr(plots, "PLOTS", {name: plots.PLOTS[name] for name in ("loss", "loss_compact")})
+    children, ready = [], os.pipe()
+    for _ in range(3):
+        if (child := os.fork()) == 0:
+            code = 1
+            try:
+                os.close(ready[1])
+                os.read(ready[0], 1)  # all at once
+                for _ in range(3):
+                    page = page_of(run)
+                    for source in [image["src"] for image in page.images()]:
+                        imread(io.BytesIO(base64.b64decode(str(source).partition("base64,")[2])))
+                code = 0
+            finally:  # never back into pytest
+                os._exit(code)
+        children.append(child)
+    os.close(ready[1])
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * 3
+    assert not list(run.root.rglob("*.tmp"))

@@ -78,14 +78,14 @@ def estimate(
     """
     from .cores import usable_cores
     from .data.estimate import estimate as measure
-    from .data.prepare import resolve
+    from .data.recipe import recipe_of
 
     if target is not None and documents is not None:
         raise UserError("--target and --documents both say how much; give one")
     if documents is not None and documents < 1:
         raise UserError(f"--documents is {documents}, but must be at least 1")
     wanted = ("documents", float(documents)) if documents else parse_target(target) if target else None
-    recipe = resolve(DataConfig(source=source, tokenizer=tokenizer, text_column=text_column))
+    recipe = recipe_of(DataConfig(source=source, tokenizer=tokenizer, text_column=text_column), hashed=False)
     found = measure(recipe, workers or usable_cores(), wanted)
     many = f"{found.workers} process{'es' if found.workers > 1 else ''}"
     remote = any(file.remote for file in recipe.source.files)

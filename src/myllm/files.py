@@ -1,30 +1,103 @@
 """Writing that survives a crash: whole or not at all, and on the disk before anything says so."""
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+import secrets
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, BinaryIO
+
+from .errors import UserError
+
+TEMPORARY = ".myllm.tmp"
+"""How the name of a file ends that is not whole yet."""
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
+"""What file systems without locks say: Lustre without `-o flock`, some NFS, disks in a cloud."""
+NO_FSYNC = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EBADF)
+"""What file systems say that cannot flush a folder: SMB, Windows' disks under WSL, some FUSE."""
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace a file in one step: readers see the old content or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.tmp")
+@contextmanager
+def replacing(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
+    """A file to write, which takes the place of `path` in one step when the block ends without an error: readers see
+    the old content or the new, never a part.
+
+    Until then its name is this writer's alone, so that several may write the same file at once; the last one's stays.
+
+    Args:
+        durable: on the disk before it has its name.
+    """
+    temporary, descriptor = _own(path, lambda name: os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with open(descriptor, "wb") as file:
+            yield file
             file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+            if durable:
+                os.fsync(file.fileno())
+            temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    fsync_folder(path.parent)
+    if durable:
+        fsync_folder(path.parent)
+
+
+@contextmanager
+def own_folder(path: Path) -> Iterator[Path]:
+    """A new folder beside `path`, for what is to have that name, and for this process alone. It is removed when the
+    block ends, with what is still in it, and after a kill by the next call for the same path."""
+
+    def make(name: Path) -> int:
+        name.mkdir()
+        return os.open(name, os.O_RDONLY)
+
+    folder, descriptor = _own(path, make)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(descriptor)
+
+
+def _own(path: Path, make: Callable[[Path], int]) -> tuple[Path, int]:
+    """A name beside a path that nothing has yet, and what was made under it: open, and locked for as long as it is, so
+    that others see whether its writer lives. What killed writers left of the same path is removed before."""
+    # A name of up to 255 bytes must have room for what stands around it.
+    name = path.name if len(os.fsencode(path.name)) <= 200 else hashlib.sha256(os.fsencode(path.name)).hexdigest()
+    _remove_left_behind(path.parent, re.compile(rf"\.{re.escape(name)}\.[0-9a-f]{{16}}{re.escape(TEMPORARY)}"))
+    while True:
+        temporary = path.with_name(f".{name}.{secrets.token_hex(8)}{TEMPORARY}")
+        descriptor = make(temporary)
+        with suppress(OSError):  # no locks here: what a kill leaves will stay
+            _lock(descriptor, wait=True)
+        if temporary.exists():  # else it was taken for a dead writer's, before it was locked
+            return temporary, descriptor
+        os.close(descriptor)
+
+
+def _remove_left_behind(folder: Path, name: re.Pattern[str]) -> None:
+    """Remove what killed writers left, and nothing else: by its exact name, and by its lock."""
+    with suppress(OSError):  # a folder that may be written in, and not listed
+        for left in [Path(entry.path) for entry in os.scandir(folder) if name.fullmatch(entry.name)]:
+            with suppress(OSError):
+                descriptor = os.open(left, os.O_RDONLY if left.is_dir() else os.O_RDWR)
+                try:
+                    _lock(descriptor, wait=False)
+                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+                finally:
+                    os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file in one step: see `replacing`."""
+    with replacing(path) as file:
+        file.write(text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -35,10 +108,16 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make the names in a folder last: a rename is only as durable as its folder."""
+    """Make the names in a folder last: a rename is only as durable as its folder.
+
+    Some file systems cannot; nothing more can be done there.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NO_FSYNC:
+            raise
     finally:
         os.close(descriptor)
 
@@ -62,12 +141,69 @@ def out_of_space(error: BaseException | None) -> bool:
 
 
 @contextmanager
-def locked(path: Path, wait: bool = True) -> Iterator[None]:
+def locked(path: Path, wait: bool = True) -> Iterator[bool]:
     """Hold a file's lock. The system lets go of it when the process ends, however it ends.
+
+    Where the file system has no locks, a file in the machine's own folder for temporary files is locked instead: that
+    keeps the processes of this machine apart.
+
+    Yields:
+        whether other machines are kept out, too.
 
     Raises:
         BlockingIOError: another process holds it, and `wait` is false.
+        UserError: there are no locks here at all.
     """
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        yield
+    with path.open("a") as file:
+        if everywhere := _try_lock(file, wait):
+            yield everywhere
+            return
+    with open(_substitute(path), "a", opener=_open_own) as file:
+        if not _try_lock(file, wait):
+            raise UserError(
+                f"cannot lock {path}: neither its file system nor {file.name}'s has locks; set MYLLM_DATA to a folder "
+                "on a local disk, or TMPDIR to one"
+            )
+        yield False
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process holds the lock of a file; False where it is not there."""
+    for each in (path, _substitute(path)):
+        try:
+            with each.open("rb") as file:
+                if _try_lock(file, wait=False, shared=True):  # two who ask do not take each other for an answer
+                    return False
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+    return False
+
+
+def _try_lock(file: IO[Any], wait: bool, shared: bool = False) -> bool:
+    """Lock an open file, or say False: its file system has no locks."""
+    try:
+        _lock(file, wait, shared)
+    except OSError as error:
+        if error.errno in NO_LOCKS:
+            return False
+        raise
+    return True
+
+
+def _lock(file: IO[Any] | int, wait: bool, shared: bool = False) -> None:
+    import fcntl  # here: Windows has none, and is to be told so in words
+
+    fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+
+
+def _substitute(path: Path) -> Path:
+    """Where a lock is held for a file on a disk that has none."""
+    name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:16]
+    return Path(tempfile.gettempdir(), f"myllm-{os.getuid()}-{name}.lock")
+
+
+def _open_own(path: str, flags: int) -> int:
+    """Everybody can write to the folder for temporary files: follow nobody's link there."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o600)

@@ -14,11 +14,12 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from .errors import UserError
+from .files import replacing
 from .migrations import HEARTBEAT
 from .paths import RunPaths, runs
 
@@ -70,16 +71,13 @@ class Heartbeat:
         if not self._writes or (not now and time.monotonic() - self._written < EVERY_S):
             return
         self._written = time.monotonic()
-        temporary = self._path.with_name(f".{self._path.name}.tmp")
         try:
             # Not flushed to the disk, as checkpoints are: after a power cut its word would be out of date anyway.
-            temporary.write_text(json.dumps(self._values()) + "\n", encoding="utf-8")
-            temporary.replace(self._path)
+            with replacing(self._path, durable=False) as file:
+                file.write(json.dumps(self._values()).encode() + b"\n")
             self.unwritable = None
         except OSError as error:
             self.unwritable = f"cannot write {self._path}: {error.strerror}; training goes on without it"
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
 
     def _values(self) -> dict[str, Any]:
         doing = "ended" if self.ending else self.doing_now

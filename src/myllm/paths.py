@@ -2,6 +2,7 @@
 
     temp_data/datasets/<name>-<fingerprint>/       token shards, keyed by what made them
     temp_data/listings/                            which files remote sources have, as first seen
+    temp_data/.locks/                              one process asks or hashes, the others wait for its answer
     temp_data/downloads/<source>/                  files of remote sources, until their tokens are safe
     temp_data/tokenizers/<source>-<size>/          vocabularies of one's own
     temp_data/runs/<run name>/                     everything one training run leaves behind
@@ -10,9 +11,30 @@ Set MYLLM_DATA to keep temp_data/ elsewhere, such as a large scratch disk. A pac
 no checkout around it: temp_data/ is then in the current folder.
 """
 
+import errno
 import os
 from dataclasses import dataclass
 from pathlib import Path
+
+from .errors import UserError
+
+
+def user_path(text: str | Path) -> Path:
+    """A path as a user gives it: "~" is a home folder, and the name is one that a file can have.
+
+    Raises:
+        UserError: it is none.
+    """
+    shown = f"{str(text)[:60]}..." if len(str(text)) > 100 else str(text)
+    try:
+        path = Path(text).expanduser()
+        os.lstat(path)  # refuses what no file can be called: a name that is too long, or that has a NUL in it
+    except (RuntimeError, ValueError) as error:  # ~NAME of nobody; NUL
+        raise UserError(f"the path {shown!r} cannot be: {error}") from None
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise UserError(f"the path {shown!r} cannot be: {error.strerror}") from None
+    return path
 
 
 def project_root() -> Path:
@@ -27,7 +49,7 @@ def is_checkout() -> bool:
 
 def temp_data() -> Path:
     default = (project_root() if is_checkout() else Path.cwd()) / "temp_data"
-    return Path(os.environ.get("MYLLM_DATA") or default).expanduser().absolute()
+    return user_path(os.environ.get("MYLLM_DATA") or default).absolute()
 
 
 def portable(path: Path, root: Path | None = None) -> str:
@@ -42,6 +64,10 @@ def datasets() -> Path:
 
 def listings() -> Path:
     return temp_data() / "listings"
+
+
+def locks() -> Path:
+    return temp_data() / ".locks"
 
 
 def downloads() -> Path:

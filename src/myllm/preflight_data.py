@@ -1,4 +1,4 @@
-"""What a run's text and its disk look like before anything is prepared. Asks no server and writes nothing."""
+"""What a run's text and its disk look like before anything is prepared. Asks no server, writes and hashes nothing."""
 
 import json
 import shutil
@@ -9,7 +9,7 @@ from . import paths, plan
 from .amounts import parse_count
 from .config import DataConfig, RunConfig
 from .data.catalog import CORPORA
-from .data.prepare import resolve
+from .data.recipe import recipe_of
 from .data.shards import MANIFEST, SETTINGS, Dataset, find_dataset
 from .data.tokenizer import Tokenizer, load_tokenizer
 from .migrations import CONFIG
@@ -69,7 +69,7 @@ def room_for_run(config: RunConfig) -> Room:
         return Room(folder, free, shards, downloads, checkpoints, tokens, False, source)
     if source.startswith("hub:"):
         return Room(folder, free, shards, IN_FLIGHT_BYTES, checkpoints, None, False, source)
-    recipe = resolve(config.data)
+    recipe = recipe_of(config.data, hashed=False)
     tokens = max(int(recipe.estimated_tokens) - recipe.val_tokens, 0)
     shards = max(min(shards, 2 * int(recipe.estimated_tokens)) - there, 0)
     return Room(folder, free, shards, 0, checkpoints, tokens, False, recipe.source.description)

@@ -42,7 +42,7 @@ def tokenizer_train(
     if documents < 0:
         raise UserError(f"--documents is {documents}, but must be at least 0 (0: all)")
     if out is None:
-        out = paths.tokenizers() / f"{find_source(source).name}-{vocab_size}"
+        out = paths.tokenizers() / f"{find_source(source, hashed=False).name}-{vocab_size}"
     if out.suffix != ".json":
         out = out / TOKENIZER_FILE
     last: deque[str] = deque(maxlen=SHOWN_DOCUMENTS)
@@ -85,7 +85,7 @@ def _documents(source: str, limit: int) -> Iterator[str]:
     from .data.task import Faults
     from .data.units import order_files
 
-    found = find_source(source)
+    found = find_source(source, hashed=False)
 
     def every() -> Iterator[str]:
         with tempfile.TemporaryDirectory(dir=paths.tokenizers()) as folder:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import socket
 import time
@@ -257,3 +258,24 @@ def test_no_listing_is_kept_of_an_outage(hub: HubServer, temp_data: Path, no_wai
     assert len(names(f"hub:{REPO}")) == 4
     (kept,) = (temp_data / "listings").iterdir()
     assert len(json.loads(kept.read_text())["files"]) == 6
+
+
+def test_of_several_processes_one_asks(hub: HubServer, temp_data: Path) -> None:
+    """As the ranks of a first start do; each used to ask, and they wrote one file under one temporary name."""
+    hub.add_dataset(REPO, FILES)
+    children, ready = [], os.pipe()
+    for _ in range(6):
+        if (child := os.fork()) == 0:
+            code = 1
+            try:
+                os.close(ready[1])
+                os.read(ready[0], 1)  # all at once
+                code = 0 if len(names(f"hub:{REPO}")) == 4 else 1
+            finally:  # never back into pytest
+                os._exit(code)
+        children.append(child)
+    os.close(ready[1])
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * 6
+    asked = [request.path for request in hub.requests]
+    assert len(asked) == len(set(asked)), "a page was asked for twice"
+    assert not list(temp_data.rglob("*.tmp"))

@@ -255,7 +255,7 @@ def test_killed_right_after_the_manifest_nothing_is_left_lying_about(mixed_corpu
     expected = hashes(dataset.folder)
     (dataset.folder / "work/downloads").mkdir(parents=True)
     (dataset.folder / "work/000000.npz").touch()
-    for name in ("progress.json", ".progress.json.tmp"):
+    for name in ("progress.json", f".progress.json.{'0' * 16}.myllm.tmp"):
         (dataset.folder / name).write_text("{}")
     assert prepare(config(mixed_corpus), progress=False) == dataset
     assert hashes(dataset.folder) == expected

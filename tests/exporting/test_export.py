@@ -97,7 +97,7 @@ def test_the_files(save: Save, tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     assert (config["bos_token_id"], config["eos_token_id"], config["head_dim"]) == (50_256, 50_256, 6)
     assert "7 steps" in (folder / "README.md").read_text()
-    assert not list(tmp_path.glob(".partial-*"))
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_large_models_come_in_shards(save: Save, tmp_path: Path) -> None:
@@ -293,11 +293,11 @@ def test_a_kill_leaves_nothing_unfinished_under_the_name(
         finally:  # never back into pytest
             os._exit(0)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
-    assert len(list(tmp_path.glob(".partial-out*"))) == 1
+    assert len(list(tmp_path.glob(".out.*"))) == 1
     assert not out.exists() or (out / "older").exists() or (out / "model.safetensors").exists()
     export_folder(folder, out, say=quietly)
     assert not (out / "older").exists()
-    assert not list(tmp_path.glob(".partial-out*"))
+    assert not list(tmp_path.glob(".out.*"))
 
 
 @pytest.mark.parametrize("option", ["--to", "--to-gguf"])

@@ -7,7 +7,6 @@ that holds some of them is on the list.
 import hashlib
 import io
 import json
-import os
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, Future
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
-from ..files import fsync_folder, write_json, write_text
+from ..files import replacing, write_json, write_text
 from .cuts import Cut, CutList
 from .recipe import Recipe
 from .shards import MANIFEST, PROGRESS, SPANS, Shard
@@ -40,18 +39,10 @@ def write_shard(path: Path, spans: list[tuple[Path, int, int]]) -> str:
     tokens = sum(end - start for _, start, end in spans)
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": "<u2", "fortran_order": False, "shape": (tokens,)})
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            for part in _parts(header.getvalue(), spans):
-                digest.update(part)
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    fsync_folder(path.parent)
+    with replacing(path) as file:
+        for part in _parts(header.getvalue(), spans):
+            digest.update(part)
+            file.write(part)
     return digest.hexdigest()
 
 
@@ -163,9 +154,5 @@ def sealed_shards(folder: Path, fingerprint: str) -> list[Shard]:
 
 
 def _save_spans(path: Path, spans: Iterable[tuple[int, int, int, int]]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
+    with replacing(path) as file:
         np.save(file, np.array(list(spans), dtype=np.int64).reshape(-1, 4))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)

@@ -1,6 +1,5 @@
 """Training that begins before its data are whole: the preparation runs in a process beside it."""
 
-import fcntl
 import sys
 import time
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from ..config import DataConfig
 from ..errors import UserError
+from ..files import is_locked
 from .prepare import clear_disk_errors, clear_work, exclusive, is_made, lock_of, prepare, resolve
 from .room import size
 from .shards import PROGRESS, WORK, Dataset, find_dataset
@@ -96,18 +96,7 @@ def _wait_for_start(folder: Path, process: BaseProcess | None) -> None:
 
 def is_at_work(folder: Path) -> bool:
     """Whether a process is preparing this data set: it holds a lock, which the system takes back when it ends."""
-    return any(_is_held(lock_of(folder, what)) for what in ("", STARTING))
-
-
-def _is_held(lock: Path) -> bool:
-    try:
-        with lock.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: two who ask do not take each other for an answer
-            return False
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
+    return any(is_locked(lock_of(folder, what)) for what in ("", STARTING))
 
 
 def check_at_work(dataset: Dataset) -> None:

@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from urllib.parse import quote, urlsplit
 
 from .. import paths
 from ..errors import UserError
-from ..files import write_json
+from ..files import locked, write_json
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _TIMEOUTS_S = (5, 15, 15, 15)
@@ -204,22 +204,51 @@ def unreachable_advice(error: UserError, corpus: str) -> UserError:
 
 
 def _kept(question: str, ask: Callable[[], list[RemoteFile]]) -> list[RemoteFile]:
-    """The answer of the first time, from disk."""
+    """The answer of the first time, from disk. One process asks; others that want to know wait for its answer."""
+    path = listing_path(question)
+    if (files := _read_kept(path)) is not None:
+        return files
+    with ExitStack() as stack:
+        with _clear_write_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(answering(path))
+        if (files := _read_kept(path)) is None:
+            files = ask()
+            with _clear_write_errors(path):
+                write_json(path, {"question": question, "files": [asdict(file) for file in files]})
+    return files
+
+
+def listing_path(question: str) -> Path:
+    """Where the answer to a question about a source is kept."""
     # Questions that differ in a sign only have names of their own by the hash.
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", question).strip("-")[:100]
-    path = paths.listings() / f"{name}-{hashlib.sha256(question.encode()).hexdigest()[:8]}.json"
+    digest = hashlib.sha256(question.encode(errors="surrogateescape")).hexdigest()
+    return paths.listings() / f"{name}-{digest[:8]}.json"
+
+
+@contextmanager
+def answering(path: Path) -> Iterator[None]:
+    """Be the only process that makes the answer of this path; another one's is waited for."""
+    paths.locks().mkdir(parents=True, exist_ok=True)
+    with locked(paths.locks() / f"{path.name}.lock"):
+        yield
+
+
+def _read_kept(path: Path) -> list[RemoteFile] | None:
     try:
         return [RemoteFile(**file) for file in json.loads(path.read_text(encoding="utf-8"))["files"]]
     except FileNotFoundError:
-        pass
+        return None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; make it readable, or set MYLLM_DATA") from None
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"the listing {path} is damaged ({error}); delete it, and it is asked for again") from None
-    files = ask()
+
+
+@contextmanager
+def _clear_write_errors(path: Path) -> Iterator[None]:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"question": question, "files": [asdict(file) for file in files]})
+        yield
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; make room there, or set MYLLM_DATA") from None
-    return files

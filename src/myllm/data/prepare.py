@@ -29,7 +29,7 @@ from .. import paths
 from ..config import DataConfig
 from ..cores import usable_cores
 from ..errors import UserError
-from ..files import fsync_folder, locked, out_of_space, write_json
+from ..files import TEMPORARY, fsync_folder, locked, out_of_space, replacing, write_json
 from .assemble import Assembly, sealed_shards
 from .cuts import TooLittleText
 from .listing import Unreachable
@@ -149,7 +149,7 @@ def _build(recipe: Recipe, workers: int, progress: bool) -> None:
 def clear_work(folder: Path) -> None:
     """Delete what a data set that is whole was made from. No worker writes there any more."""
     (folder / PROGRESS).unlink(missing_ok=True)
-    for left in folder.glob(".*.tmp"):
+    for left in folder.glob(f".*{TEMPORARY}"):
         left.unlink(missing_ok=True)
     if (folder / WORK).exists():  # last: as long as it is there, the next call comes here again
         shutil.rmtree(folder / WORK)
@@ -161,20 +161,19 @@ def open_work(recipe: Recipe, work: Path) -> None:
     if folder.exists() and not (folder / WORK).exists():  # what someone's `rm -r` did not get to
         shutil.rmtree(folder)
     work.mkdir(parents=True, exist_ok=True)
-    for left in work.glob(".*.tmp"):
+    for left in work.glob(f".*{TEMPORARY}"):
         left.unlink(missing_ok=True)
     write_json(folder / SETTINGS, recipe.settings())
     if not recipe.tokenizer.is_default:  # in one step: training that goes on meanwhile reads it
-        temporary = folder / f".{TOKENIZER}.tmp"
-        shutil.copyfile(recipe.tokenizer.file, temporary)
-        temporary.replace(folder / TOKENIZER)
+        with replacing(folder / TOKENIZER) as file:
+            file.write(recipe.tokenizer.file.read_bytes())
     fsync_folder(folder)
 
 
 def go_on_from(recipe: Recipe, work: Path) -> None:
     """Forget what an interrupted call cannot have finished."""
     folder = recipe.folder
-    for left in folder.glob(".*.tmp"):
+    for left in folder.glob(f".*{TEMPORARY}"):
         left.unlink(missing_ok=True)
     if not sealed_shards(folder, recipe.fingerprint):
         (folder / PROGRESS).unlink(missing_ok=True)

@@ -95,12 +95,15 @@ class Recipe:
         return {key: value for key, value in values.items() if key not in left_out}
 
 
-def recipe_of(config: DataConfig) -> Recipe:
+def recipe_of(config: DataConfig, hashed: bool = True) -> Recipe:
     """
+    Args:
+        hashed: see `find_source`; without digests the recipe has no fingerprint, and so no folder.
+
     Raises:
         UserError: bad source or tokenizer.
     """
-    source = find_source(config.source, config.text_column)
+    source = find_source(config.source, config.text_column, hashed)
     val_tokens = config.val_tokens
     if all(file.size_bytes for file in source.files):
         val_tokens = min(val_tokens, max(int(estimate_tokens(source.files)) // 10, 1))

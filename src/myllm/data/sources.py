@@ -7,15 +7,14 @@ catalog.py, how their files are found in listing.py, how they are downloaded in 
 import os
 import sysconfig
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import UserError, nearest
-from ..files import file_sha256
 from .catalog import CORPORA, Corpus
+from .digests import file_digests, size_of
 from .grouping import documents_of
-from .listing import RemoteFile, list_hub, list_urls, unreachable_advice
+from .listing import RemoteFile, list_hub, list_urls, listing_path, unreachable_advice
 from .readers import KINDS, read_file, suffix_of
 from .task import Faults, Task
 
@@ -55,11 +54,12 @@ class Source:
         return sum(file.size_bytes for file in self.files)
 
 
-def find_source(spec: str, column: str | None = None) -> Source:
+def find_source(spec: str, column: str | None = None, hashed: bool = True) -> Source:
     """The source that a config names.
 
     Args:
         column: overrides the source's own text column.
+        hashed: with digests; files of one's own are read for theirs, which takes a while where there is much text.
 
     Raises:
         UserError: unknown source, missing or empty path, unreadable file.
@@ -67,11 +67,11 @@ def find_source(spec: str, column: str | None = None) -> Source:
     """
     kind, _, rest = spec.partition(":")
     if kind == "files" and ":" in spec:
-        source = local_files(rest)
+        source = local_files(rest, hashed)
     elif kind == "hub" and rest:
         source = hub_files(rest)
     elif spec == "python-stdlib":
-        source = python_stdlib()
+        source = python_stdlib(hashed)
     elif kind in CORPORA:
         source = known_corpus(CORPORA[kind], rest)
     else:
@@ -152,7 +152,7 @@ def folder_name(text: str) -> str:
 # -- files of one's own -----------------------------------------------------------------------------------------------
 
 
-def local_files(where: str) -> Source:
+def local_files(where: str, hashed: bool = True) -> Source:
     """One's own text: a file, every readable file below a folder, or a glob (** for any depth).
 
     Hidden files are left out, and links to folders are not followed.
@@ -180,7 +180,8 @@ def local_files(where: str) -> Source:
             f"no text found at {where!r}: there is {seen}; expected a file, folder or glob of {', '.join(KINDS)}"
         )
     name = os.path.basename(os.path.abspath(path if path.exists() else root))
-    return Source("files-" + folder_name(name), f"local files at {where}", _describe(readable, root))
+    files = _describe(readable, root, f"files {os.path.abspath(path)}" if hashed else None)
+    return Source("files-" + folder_name(name), f"local files at {where}", files)
 
 
 def _below(folder: Path) -> list[Path]:
@@ -216,7 +217,7 @@ def _leads_nowhere(path: Path) -> bool:
     return path.is_symlink() and not path.exists()
 
 
-def python_stdlib() -> Source:
+def python_stdlib(hashed: bool = True) -> Source:
     """The source and reference text that ship with the running Python: about 10 MB, on every machine."""
     root = Path(sysconfig.get_path("stdlib"))
     # Tests and tables are most of the library's bytes and read like no other text; site-packages is not the library.
@@ -231,23 +232,21 @@ def python_stdlib() -> Source:
             "use your own files with --data.source files:PATH"
         )
     topics = root / "pydoc_data" / "topics.py"
-    files = _describe(found, root)
-    if topics.is_file():
-        files += _describe([topics], root, "topics")
+    question = f"python-stdlib {root}" if hashed else None
+    described = _describe([*found, *([topics] if topics.is_file() else [])], root, question)
+    files = tuple(replace(file, reader="topics") if file.where == str(topics) else file for file in described)
     return Source("python-stdlib", f"the standard library of Python at {root}", files)
 
 
-def _describe(files: list[Path], root: Path, reader: str | None = None) -> tuple[SourceFile, ...]:
-    """Files with size and digest; hashed in threads, since hashlib lets go of the lock."""
-    with ThreadPoolExecutor() as pool:
-        return tuple(pool.map(lambda file: _describe_one(file, root, reader or KINDS[suffix_of(file)]), files))
+def _describe(files: list[Path], root: Path, question: str | None) -> tuple[SourceFile, ...]:
+    """Files with size and digest.
 
-
-def _describe_one(path: Path, root: Path, reader: str) -> SourceFile:
-    try:
-        name, where = path.relative_to(root).as_posix(), str(path.absolute())
-        return SourceFile(name, where, reader, path.stat().st_size, file_sha256(path))
-    except OSError as error:
-        raise UserError(
-            f"cannot read {path}: {error.strerror}; make it readable, or leave it out of the source"
-        ) from None
+    Args:
+        question: what the digests are kept under; None: there are to be none.
+    """
+    where = [str(path.absolute()) for path in files]
+    known = file_digests(where, listing_path(question)) if question else [(size_of(file), "") for file in where]
+    return tuple(
+        SourceFile(path.relative_to(root).as_posix(), str(path.absolute()), KINDS[suffix_of(path)], *size_and_digest)
+        for path, size_and_digest in zip(files, known, strict=True)
+    )

@@ -23,6 +23,7 @@ import numpy as np
 
 from ..config import DataConfig
 from ..errors import UserError
+from ..files import TEMPORARY
 from ..output import open_output
 from .cleaning import clean
 from .readers import can_be_split
@@ -194,7 +195,7 @@ def tokenise_unit(
         InterruptedError: the parent has no use for more, and does not ask for this result.
     """
     # Named anew each time: a worker that outlives a killed parent by a moment spoils nobody's file.
-    temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
+    temporary = out.with_name(f".{out.name}.{secrets.token_hex(8)}{TEMPORARY}")
     try:
         with temporary.open("wb", WRITE_BYTES) as file:
             tokenizer = _tokenizer(config.tokenizer)

@@ -1,5 +1,6 @@
 """A checkpoint as a folder that `transformers`, and what builds on it, opens with no code of ours."""
 
+import glob
 import json
 import shutil
 import time
@@ -18,7 +19,7 @@ from ..config import RunConfig, saved_config
 from ..data.catalog import source_of
 from ..data.tokenizer import Tokenizer
 from ..errors import UserError
-from ..files import fsync_folder, write_json, write_text
+from ..files import TEMPORARY, fsync_folder, write_json, write_text
 from ..model import Transformer
 from ..paths import RunPaths
 from ..report.history import read_object
@@ -35,6 +36,7 @@ MARK = "myllm.json"
 VOCABULARY = "myllm_tokenizer.json"
 """The vocabulary of one's own as training had it, byte for byte: data sets are bound to its hash."""
 SHARD_SIZE = "5GB"
+REPLACED = ".replaced"
 
 
 @dataclass(frozen=True)
@@ -169,11 +171,11 @@ def _take_the_name(work: Path, to: Path) -> None:
     if not to.exists():
         work.rename(to)
     elif not any(to.iterdir()) or is_export(to):
-        old = work.with_name(f"{work.name}-replaced")
-        shutil.rmtree(old, ignore_errors=True)  # of a process that was killed
+        old = work.with_name(f"{work.name}{REPLACED}")
         to.rename(old)
         work.rename(to)
-        shutil.rmtree(old)
+        for left in to.parent.glob(f".{glob.escape(to.name)}.*{TEMPORARY}{REPLACED}"):  # of killed processes, too
+            shutil.rmtree(left, ignore_errors=True)
     else:
         to.rename(to.with_name(f"{to.name}.before-{time.strftime('%Y%m%d-%H%M%S')}"))
         work.rename(to)

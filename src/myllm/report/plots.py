@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from ..files import replacing
 from ..reference import reference_of
 from . import drawing
 from .drawing import BLUE, GREEN, GREY, INK, PURPLE, VERMILLION, points
@@ -56,7 +57,8 @@ def save_figures(metrics: Metrics, config: Row, folder: Path) -> dict[str, Path]
         if drawn is None:
             path.unlink(missing_ok=True)
         else:
-            drawn.savefig(path, dpi=DPI)
+            with replacing(path, durable=False) as file:  # two reports may be drawn at once
+                drawn.savefig(file, dpi=DPI, format="png")
             written[name] = path
     return written
 
