@@ -16,7 +16,7 @@ from myllm.flops import flops_per_token, peak_flops
 from myllm.hardware import device_name
 from myllm.metrics import environment
 from myllm.plan import n_parameters
-from myllm.precision import computes_in_bfloat16
+from myllm.precision import compute_dtype, dtype_name
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -25,13 +25,14 @@ def section(result: Result, process: Process) -> str:
     """A section for a file of results: what ran where, by which command, and the table."""
     config, about = result.config, environment(process.device, process.world_size)
     changed = " with uncommitted changes" if about["git_dirty"] else ""
+    products = dtype_name(compute_dtype(config.train.precision, process.device))
     compiled = config.train.compile == "on" or (config.train.compile == "auto" and process.device.type == "cuda")
     threads = f", {about['cpu_threads']} threads" if process.device.type == "cpu" else ""
     lines = [
         f"## Training throughput: {config.name} on {process.world_size} x {about['device_name']}{threads}",
         f"`{command(process)}` at commit {(about['git_commit'] or 'unknown')[:7]}{changed}, {about['started']}; "
         f"torch {about['versions']['torch']}, transformers {version('transformers')}, Python {about['python']}; "
-        f"{'bfloat16 autocast' if computes_in_bfloat16(config, process.device) else 'float32'}, "
+        f"{products if products == 'float32' else f'{products} autocast'}, "
         f"{'compiled' if compiled else 'not compiled'}; {n_parameters(config.model):,} parameters, "
         f"{flops_per_token(config.model) / 1e9:.3f} GFLOPs a token.",
         f"Same weights and batch, no dropout: {describe(result.agreement)}. Loss of the first step as it trains: "

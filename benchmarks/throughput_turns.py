@@ -18,12 +18,12 @@ from myllm.errors import UserError
 from myllm.exporting.architectures import choose
 from myllm.memory import peak_bytes, reset_peak
 from myllm.model import Transformer
-from myllm.precision import computes_in_bfloat16
+from myllm.precision import compute_dtype
 from myllm.rehearsal import made_up_dataset, stage
 
 WARM_UP_STEPS = 3
-LOSS_TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-3}
-NORM_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+LOSS_TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-3, torch.float16: 1e-3}
+NORM_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 """Of the gradient norm. Relative, as the loss's are."""
 START_TOLERANCE = 0.02
 """Of the first training step's loss: dropout is on, where a way has it."""
@@ -114,7 +114,7 @@ def check_agreement(config: RunConfig, process: Process, with_peer: bool) -> dic
     }
     if with_peer:
         makers["transformers"] = lambda: peer_model(config.model, weights)
-    precisions = [torch.float32] + [torch.bfloat16] * computes_in_bfloat16(config, process.device)
+    precisions = dict.fromkeys((torch.float32, compute_dtype(config.train.precision, process.device)))
     found: dict[torch.dtype, dict[str, Figures]] = {precision: {} for precision in precisions}
     for name, make in makers.items():
         model = make().to(process.device).eval()
@@ -149,14 +149,15 @@ def loss_and_norm(model: nn.Module, config: RunConfig, process: Process, precisi
     shape = (2, 1, config.model.max_seq_len)
     tokens, targets = torch.randint(config.model.vocab_size, shape, generator=generator).to(process.device).unbind()
     model.zero_grad()
-    half = precision == torch.bfloat16
+    half = precision is not torch.float32
+    scale = 2.0**12 if precision is torch.float16 else 1.0  # without one, float16 loses small gradients
     with exact_products() if not half else nullcontext():
         with torch.autocast(process.device.type, precision, enabled=half):
             given = model(tokens, targets)
         loss = given if isinstance(given, Tensor) else given[0]
-        loss.backward()
+        (loss * scale).backward()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    return loss.item(), torch.nn.utils.get_total_norm(gradients).item()
+    return loss.item(), torch.nn.utils.get_total_norm(gradients).item() / scale
 
 
 @contextmanager

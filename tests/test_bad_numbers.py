@@ -121,7 +121,7 @@ def test_a_spike_can_stop_a_run_and_its_bag_repeats_the_row(bare: RunConfig, mon
     assert bag.about["step"] == row["step"] > 3
     assert bag.about["grad_norm"] == row["grad_norm"]
 
-    result = replay_step(bag, CPU, bfloat16=False)
+    result = replay_step(bag, CPU)
     assert result.diagnosis.loss == pytest.approx(row["loss"], rel=1e-6)
     assert result.diagnosis.grad_norm == pytest.approx(row["grad_norm"], rel=1e-5)
     assert sum(result.diagnosis.losses) / 4 == pytest.approx(row["loss"], rel=1e-6)
@@ -130,7 +130,7 @@ def test_a_spike_can_stop_a_run_and_its_bag_repeats_the_row(bare: RunConfig, mon
 
     still = {key: 0.0 if "dropout" in key else value for key, value in bag.config["model"].items()}
     bag = replace(bag, config=bag.config | {"model": still})
-    result = replay_step(bag, CPU, bfloat16=False)
+    result = replay_step(bag, CPU)
     model = Transformer(replace(bare.model, **{key: 0.0 for key in still if "dropout" in key})).double()
     model.load_state_dict(bag.model)
     tokens = torch.from_numpy(bag.tokens.astype(np.int64))
@@ -151,10 +151,10 @@ def test_a_spike_can_stop_a_run_and_its_bag_repeats_the_row(bare: RunConfig, mon
         if layer.gradient_norm is not None:
             mine = {name: value for name, value in mean.items() if name.rpartition(".")[0] == layer.module}
             assert layer.gradient_norm == near(norm_of(mine)), layer.module
-    only = replay_step(bag, CPU, bfloat16=False, samples=(2,))
+    only = replay_step(bag, CPU, samples=(2,))
     assert only.diagnosis.grad_norm == near(norm_of(own[2]))
     with pytest.raises(UserError, match="the step has samples 0 to 3; there is no 4"):
-        replay_step(bag, CPU, bfloat16=False, samples=(4,))
+        replay_step(bag, CPU, samples=(4,))
 
 
 def norm_of(gradients: dict[str, torch.Tensor]) -> float:

@@ -141,9 +141,9 @@ DRIVERS = {
     "NVIDIA GeForce RTX 3070": ("RTX3070", 40.6),
     "NVIDIA GeForce RTX 3060": ("RTX3060", 25.5),
     "NVIDIA GeForce RTX 3060 Ti": ("RTX3060Ti", 32.4),
-    "Tesla T4": ("T4", None),
-    "Tesla V100-SXM2-16GB": ("V100-16", None),
-    "Tesla V100-SXM2-32GB": ("V100-32", None),
+    "Tesla T4": ("T4", 65),
+    "Tesla V100-SXM2-16GB": ("V100-16", 125),
+    "Tesla V100-SXM2-32GB": ("V100-32", 125),
     "AMD Instinct MI300X": ("MI300X", 1_307),
     "AMD Instinct MI325X": ("MI325X", 1_307),
 }

@@ -83,7 +83,11 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_what_is_not_known_is_said(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "no bfloat16 peak of a T4 is known" in plan(capsys, "small-50m", "--gpus", "T4")
+    old = plan(capsys, "small-50m", "--gpus", "T4")
+    assert "precision    float16 with a loss scale" in old
+    assert "of 65 TFLOP/s a card in float16" in old
+    asked = plan(capsys, "small-50m", "--gpus", "T4", "--train.precision", "bfloat16")
+    assert "bfloat16, for which a T4 has no arithmetic" in asked
     cpu = plan(capsys, "debug", "--gpus", "cpu")
     assert "resident memory of the process" in cpu
     assert "time         not known for a CPU" in cpu

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import with_train
 
+from myllm import hardware
 from myllm.config import RunConfig
 from myllm.distributed import Process
 from myllm.kernels import fast_kernels
@@ -21,11 +22,14 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 def said(tiny: RunConfig, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
     """The lines of a run's log about its kernels; on a card of a major compute capability, if one is given."""
 
-    def lines(major: int | None = None, choice: sdpa.Choice | None = None, **train: Any) -> list[str]:
+    def lines(
+        major: int | None = None, choice: sdpa.Choice | None = None, triton: str | None = "there", **train: Any
+    ) -> list[str]:
         config = with_train(replace(tiny, model=replace(tiny.model, vocab_size=300)), **train)
         process = Process(0, 0, 1, CUDA if major else CPU)
         if major:
             monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (major, 0))
+            monkeypatch.setattr(hardware, "find_spec", lambda name: triton)
         if choice:
             monkeypatch.setattr(sdpa, "chosen", lambda *_: choice)
         found: list[str] = []
@@ -47,7 +51,12 @@ def test_on_a_card(said: Callable[..., list[str]]) -> None:
     flash = sdpa.Choice("flash")
     start = "kernels: attention by the flash kernel; matrix products in "
     assert said(8, flash) == [f"{start}bfloat16, TF32 for what is left in float32; compiled as one graph"]
-    assert said(7, flash) == [f"{start}bfloat16, the rest in float32; compiled as one graph"]
+    scaled = f"{start}float16 with a loss scale, the rest in float32; "
+    assert said(7, flash) == [f"{scaled}compiled as one graph"]
+    assert said(6, flash) == said(7, flash, triton=None) == [f"{scaled}nothing compiled"]
+    line, warning = said(7, flash, precision="bfloat16")
+    assert line == f"{start}bfloat16, the rest in float32; compiled as one graph"
+    assert "no bfloat16 arithmetic" in warning
     assert said(8, flash, activation_checkpointing=True, precision="float32") == [
         f"{start}float32; compiled block by block"
     ]

@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from . import distributed
@@ -33,7 +32,7 @@ from .optim import ScheduledAdamW
 from .parallel import full, gathered
 from .paths import RunPaths
 from .plan import BatchPlan
-from .precision import autocast
+from .precision import autocast, compute_dtype, dtype_name
 
 SHOWN_CHARS = 120
 """Of a sample's text, in a message."""
@@ -67,11 +66,11 @@ def checked(state: TrainState, guard: Guard, scene: Scene) -> TrainState:
     skips = guard.look()
     left_out, guard.left_out = guard.left_out, []
     for each in left_out[:-1] if guard.frozen else left_out:
-        why = (
-            "its gradient is not finite"
-            if each.kind == "nonfinite"
-            else f"its gradient norm {each.grad_norm:.3g} is a spike"
-        )
+        why = {
+            "nonfinite": "its gradient is not finite",
+            "spike": f"its gradient norm {each.grad_norm:.3g} is a spike",
+            "overflow": "its gradient was too large for float16, and the loss scale is halved",
+        }[each.kind]
         scene.log(f"left out the update of step {each.step:,}: {why} ({_place(each, scene.batch)})")
     if guard.frozen:
         message = _stop(left_out[-1], skips.in_a_row, scene)
@@ -170,8 +169,6 @@ def _about(
     whole = [each for each in diagnoses if each]
     firsts = [(rank, each.first_bad) for rank, each in enumerate(diagnoses) if each and each.first_bad]
     bad_gradients = dict.fromkeys(name for each in whole for name in each.bad_gradients)
-    with autocast(scene.config, scene.process.device):
-        half = torch.is_autocast_enabled(scene.process.device.type)
     return {
         "step": bad.step,
         "kind": bad.kind,
@@ -185,7 +182,7 @@ def _about(
         "micro_batch_size": scene.batch.micro_batch_size,
         "device": scene.process.device.type,
         "device_name": device_name(scene.process.device),
-        "precision": "bfloat16" if half else "float32",
+        "precision": dtype_name(compute_dtype(scene.config.train.precision, scene.process.device)),
         "bad_weights": list(dict.fromkeys(name for each in whole for name in each.bad_weights)),
         "bad_gradients": list(bad_gradients),
         "first_bad_backward": next((each.first_bad_backward for each in whole if each.first_bad_backward), None),

@@ -171,10 +171,11 @@ class TrainConfig:
     run's best/. None: neither."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto: CUDA if there is a GPU, else MPS on a Mac, else the CPU."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """auto: bfloat16 autocast on CUDA, float32 elsewhere. Weights are float32 either way."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of matrix products, by autocast; weights are float32 in any case. auto: bfloat16 on CUDA, float16 with a loss
+    scale on cards that have no bfloat16 (T4, V100), float32 elsewhere."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile; auto: on CUDA."""
+    """torch.compile; auto: on CUDA, where Triton is installed and runs on the card."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """With several ranks: ddp has all weights on each; fsdp a part of each matrix, its gradient and its moments, and
     the whole of one block at a time while it computes."""

@@ -11,7 +11,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import paths
 from .cores import usable_cores
-from .hardware import device_name
+from .hardware import device_name, has_triton
+from .precision import compute_dtype, has_bfloat16, in_words
 
 PACKAGES = ("torch", "numpy", "tiktoken", "tokenizers", "datasets", "huggingface_hub", "tyro")
 LEAST_FREE_BYTES = 5 * 10**9
@@ -60,10 +61,7 @@ def _devices(faults: list[str]) -> list[str]:
             f"GPU {index}        {about.name}, capability {about.major}.{about.minor}, {free / 1e9:,.0f} of "
             f"{total / 1e9:,.0f} GB free, attention: {_attention(device)}"
         )
-        if about.major < 8:
-            faults.append(
-                f"GPU {index}, {about.name}, has no bfloat16 arithmetic: train with --train.precision float32"
-            )
+        lines.append(f"  {how_it_trains(device)}")
     if lines:
         lines.insert(0, f"CUDA         {torch.version.cuda}, NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}")
         return lines
@@ -76,9 +74,16 @@ def _devices(faults: list[str]) -> list[str]:
     return [f"GPU          none that torch sees; attention on the processor: {_attention(torch.device('cpu'))}"]
 
 
+def how_it_trains(device: torch.device) -> str:
+    """What train.precision auto and train.compile auto mean on a card."""
+    why = "" if has_bfloat16(device) else ", since the card has no bfloat16"
+    compiled = "with torch.compile" if has_triton(device) else "without torch.compile: no Triton for this card here"
+    return f"trains in {in_words('auto', device)}{why}, {compiled}"
+
+
 def _attention(device: torch.device) -> str:
     """Which of the fast kernels of scaled_dot_product_attention run there."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = compute_dtype("auto", device)
     q = torch.zeros(1, 2, 64, 64, device=device, dtype=dtype)
     there = []
     for kernel in FAST_ATTENTION:

@@ -32,9 +32,11 @@ class Card:
     pattern: str
     """What is in the name that the driver gives, and in no other card's before it in the list."""
     tflops: float | None
-    """Dense bfloat16 products summed in float32, 10^12 FLOP/s. None: unknown, or the card has none."""
+    """Dense products in `half` summed in float32, 10^12 FLOP/s. None: unknown."""
     memory_gib: float
     """As nvidia-smi shows it, in whole GiB."""
+    half: str = "bfloat16"
+    """What train.precision auto means there; float16 where the card has no bfloat16."""
 
     @property
     def peak_flops(self) -> float | None:
@@ -43,7 +45,8 @@ class Card:
 
 # Peaks are the makers' figures without sparsity (half of what a data sheet marks "with sparsity"), for the card's
 # standard power limit. NVIDIA, data centre: the data sheets of A100 (rev. 2021), A10, A30, A40, A10G, L4, L40, L40S,
-# H100 (SXM, PCIe, NVL; 1,979, 1,513 and 1,671 with sparsity), H200, H20, GH200, HGX and DGX B200, GB200, HGX B300.
+# H100 (SXM, PCIe, NVL; 1,979, 1,513 and 1,671 with sparsity), H200, H20, GH200, HGX and DGX B200, GB200, HGX B300;
+# T4 and V100 ("mixed precision", "tensor performance"; the V100's is SXM2's, 112 on PCIe).
 # Workstation: data sheets of RTX A4000 to A6000 and of the Ada Generation, whose "tensor performance" is FP16 (Ampere)
 # or FP8 (Ada, twice FP16) with sparsity; RTX PRO 6000: RTX Blackwell PRO white paper.
 # GeForce: "Peak BF16 Tensor TFLOPS with FP32 accumulate" in the white papers of GA102, Ada and Blackwell: 512 FLOP a
@@ -78,9 +81,9 @@ CARDS = (
     Card("L40S", r"L40S", 362, 45),
     Card("L40", r"L40", 181, 45),
     Card("L4", r"L4", 121, 22.5),
-    Card("V100-32", r"V100\S*-32GB|V100S\S*", None, 32),
-    Card("V100-16", r"V100\S*-16GB", None, 16),
-    Card("T4", r"T4", None, 15),
+    Card("V100-32", r"V100\S*-32GB|V100S\S*", 125, 32, "float16"),
+    Card("V100-16", r"V100\S*-16GB", 125, 16, "float16"),
+    Card("T4", r"T4", 65, 15, "float16"),
     Card("RTX-PRO-6000", r"RTX PRO 6000 Blackwell (?:Workstation|Server) Edition", 503.8, 95.6),
     Card("RTX6000-Ada", r"RTX 6000 Ada Generation", 364.2, 48),
     Card("RTX5000-Ada", r"RTX 5000 Ada Generation", 261.1, 32),

@@ -34,7 +34,7 @@ class Computing:
     device: str
     """cpu or cuda."""
     half: bool
-    """Whether matrix products are in bfloat16."""
+    """Whether matrix products are in bfloat16 or float16."""
     compiled: bool
     ranks: int = 1
     sharded: bool = False
@@ -48,7 +48,7 @@ class Computing:
             device: torch's name of the kind; any other than cpu is taken for cuda, as far as kernels are concerned.
         """
         train = config.train
-        half = train.precision == "bfloat16" or (train.precision == "auto" and device == "cuda")
+        half = train.precision in ("bfloat16", "float16") or (train.precision == "auto" and device == "cuda")
         compiled = train.compile == "on" or (train.compile == "auto" and device == "cuda")
         kind = "cpu" if device == "cpu" else "cuda"
         return cls(kind, half, compiled, ranks, train.parallel == "fsdp" and ranks > 1)

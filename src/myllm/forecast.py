@@ -149,10 +149,20 @@ def table(forecast: Forecast) -> str:
         lines.append("fits         no: one sequence is too much; predicted for one:")
     else:
         lines.append(f"batch        {plan.batch_plan(config.model, shown.train, fleet.count)}")
+    if fleet.card:
+        lines.append(f"precision    {_precision(config, fleet.card)}")
     lines += memory_lines(shown, how)
     if fleet.budget_bytes is not None:
         lines += _fitting_lines(forecast)
     return "\n".join([*lines, *_time_lines(forecast)])
+
+
+def _precision(config: RunConfig, card: Card) -> str:
+    asked = config.train.precision
+    dtype = card.half if asked == "auto" else asked
+    if dtype == "bfloat16" and card.half == "float16":
+        return f"bfloat16, for which a {card.name} has no arithmetic: leave train.precision at auto"
+    return dtype + " with a loss scale" * (dtype == "float16")
 
 
 def memory_lines(config: RunConfig, how: Computing) -> list[str]:
@@ -189,10 +199,11 @@ def _fitting_lines(forecast: Forecast) -> list[str]:
 
 
 def _time_lines(forecast: Forecast) -> list[str]:
-    if forecast.fleet.card is None:
+    card = forecast.fleet.card
+    if card is None:
         return ["time         not known for a CPU: `pretrain.py PRESET --dry-run` measures this one"]
     if forecast.step_s is None:
-        return [f"time         not known: no bfloat16 peak of a {forecast.fleet.card.name} is known, or it has none"]
+        return [f"time         not known: no {card.half} peak of a {card.name} is known"]
     fast, slow = forecast.step_s
     low, high = forecast.tokens_per_s
     shortest, longest = forecast.hours
@@ -200,8 +211,8 @@ def _time_lines(forecast: Forecast) -> list[str]:
     lines = [
         f"step         {fast:.3g} to {slow:.3g} s, {low:,.0f} to {high:,.0f} tokens/s",
         f"time         {shortest:,.1f} to {longest:,.1f} hours of training, evaluations and saves not included",
-        f"             at {mfu} of {forecast.fleet.card.tflops:g} TFLOP/s a card, which published runs of this size "
-        "reach; not measured here",
+        f"             at {mfu} of {card.tflops:g} TFLOP/s a card in {card.half}, which published runs of this "
+        "size reach; not measured here",
     ]
     if not forecast.how.compiled:
         lines.append("             with train.compile off it will be slower than that")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .errors import UserError
 from .filters import Likelihood, choose, likelihoods
+from .hardware import has_triton
 from .model import KVCache, Transformer
 from .model.bare import bare
 from .model.kv_cache import cache_dtype
@@ -96,7 +97,7 @@ def _continue(
     if not rows or max_new_tokens == 0:
         return
     windows = [row.prompt[-context:] for row in rows]
-    static = device.type == "cuda" and max_new_tokens >= COMPILED_FROM
+    static = max_new_tokens >= COMPILED_FROM and has_triton(device)
     if static:
         model.compile_steps(mode="reduce-overhead")
     room = context if static else min(context, max(map(len, windows)) + max_new_tokens)

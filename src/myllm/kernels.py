@@ -10,7 +10,7 @@ from .config import RunConfig
 from .distributed import Process
 from .model import Transformer, sdpa
 from .parallel import compiles, wrap
-from .precision import computes_in_bfloat16, float32_products, may_use_tf32
+from .precision import compute_dtype, float32_products, has_bfloat16, in_words, may_use_tf32
 
 
 @contextmanager
@@ -32,14 +32,19 @@ def fast_kernels(
 
 def say_kernels(model: Transformer, config: RunConfig, process: Process, log: Callable[[str], None]) -> None:
     device = process.device
-    half = computes_in_bfloat16(config, device)
-    choice = sdpa.chosen(config.model, device, torch.bfloat16 if half else torch.float32)
-    products = "bfloat16" if half else "float32"
-    if half and device.type == "cuda":
+    dtype = compute_dtype(config.train.precision, device)
+    choice = sdpa.chosen(config.model, device, dtype)
+    products = in_words(config.train.precision, device)
+    if dtype is not torch.float32 and device.type == "cuda":
         products += ", TF32 for what is left in float32" if may_use_tf32(config, device) else ", the rest in float32"
     compiled = {"": "nothing compiled", "whole": "compiled as one graph", "block by block": "compiled block by block"}
     how = compiled[compiles(model, config, device)]
     log(f"kernels: attention by the {choice.name} kernel; matrix products in {products}; {how}")
+    if dtype is torch.bfloat16 and device.type == "cuda" and not has_bfloat16(device):
+        log(
+            "warning: this card has no bfloat16 arithmetic, and what stands in for it is many times slower: leave "
+            "train.precision at auto, which is float16 with a loss scale here"
+        )
     if choice.name == "math" and device.type == "cuda":
         why = "".join(f"\n  - {refusal}" for refusal in choice.refusals)
         log(

@@ -152,8 +152,11 @@ def describe(launch: Launch) -> str:
 
 def _time_here(config: RunConfig, world_size: int, device: "torch.device") -> str:
     from .hardware import device_name, measure_matmul_flops
+    from .precision import compute_dtype, float32_products, in_words
 
-    rate = measure_matmul_flops(device) * world_size
+    products, dtype = in_words(config.train.precision, device), compute_dtype(config.train.precision, device)
+    with float32_products(config, device):
+        rate = measure_matmul_flops(device, dtype) * world_size
     total = flops_per_token(config.model) * config.train.max_steps * config.train.batch_tokens
     hours = total / (0.4 * rate) / 3_600
     shown = (
@@ -165,7 +168,7 @@ def _time_here(config: RunConfig, world_size: int, device: "torch.device") -> st
     )
     return (
         f"time         about {shown} on {world_size} x {device_name(device)}: 40 % of the {rate / 1e12:.2f} TFLOP/s "
-        "that matrix products reached just now"
+        f"that matrix products in {products} reached just now"
     )
 
 

@@ -18,6 +18,7 @@ from .distributed import Process
 from .flops import flops_per_token, peak_flops
 from .hardware import device_name
 from .metrics import TRAINING, JsonLines, Log, Stopwatch
+from .precision import scales_loss
 
 WORTH_SAYING = 0.01
 """Of a step, spent waiting for data: from here on a log line says so."""
@@ -103,17 +104,20 @@ class Meter:
             "tokens_per_s": tokens_per_s,
             "mfu": flops / self._peak_flops if self._peak_flops else None,
             "data_wait_s": wait_s,
-            **_skipped(self._config, state),
+            **_skipped(self._config, state, self._process.device),
             "receipt": state.receipt.digest,
             "receipt_since_step": state.receipt.since_step,
         }
 
 
-def _skipped(config: RunConfig, state: TrainState) -> dict[str, int]:
-    """How many updates were left out so far, where the config leaves any out."""
+def _skipped(config: RunConfig, state: TrainState, device: torch.device) -> dict[str, float]:
+    """How many updates were left out so far, where the config leaves any out, and the loss scale where there is one."""
+    scaling = {}
+    if scales_loss(config.train.precision, device):
+        scaling = {"loss_scale": state.skips.loss_scale, "skipped_overflows": state.skips.overflows}
     if config.train.on_nonfinite == "stop" and config.train.skip_spikes_sigma is None:
-        return {}
-    return {"skipped_nonfinite": state.skips.nonfinite, "skipped_spikes": state.skips.spikes}
+        return scaling
+    return {"skipped_nonfinite": state.skips.nonfinite, "skipped_spikes": state.skips.spikes, **scaling}
 
 
 def console_line(row: dict[str, Any], max_steps: int) -> str:

@@ -306,7 +306,9 @@ def _recipe(about: About) -> str:
     dropouts = (model.dropout_embedding, model.dropout_attention_residual, model.dropout_ffn)
     precision = train.precision
     if precision == "auto":
-        precision = "bfloat16" if about.environment.get("device") == "cuda" else "float32"
+        # Runs from before it was written down computed in bfloat16 on every GPU.
+        usual = "bfloat16" if about.environment.get("device") == "cuda" else "float32"
+        precision = str(about.environment.get("precision", usual))
     warmup = plan.warmup_steps(optim, train.max_steps)
     schedule = f"{optim.schedule}, {warmup:,} steps of warm-up, ends at {optim.min_lr_ratio:g} of the peak"
     table = _table(
@@ -319,7 +321,7 @@ def _recipe(about: About) -> str:
             "learning rate": f"peak {optim.max_lr:g}; {schedule}",
             "gradient clipping": f"norm {optim.max_grad_norm:g}",
             "dropout": " / ".join(f"{p:g}" for p in dropouts) if any(dropouts) else "none",
-            "precision": "bfloat16 autocast, float32 weights" if precision == "bfloat16" else precision,
+            "precision": precision if precision == "float32" else f"{precision} autocast, float32 weights",
             "seed": train.seed,
         },
     )

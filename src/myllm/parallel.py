@@ -18,8 +18,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .config import RunConfig
 from .distributed import Process
+from .hardware import has_triton
 from .model import Transformer, sdpa
-from .precision import autocast, computes_in_bfloat16
+from .precision import autocast, compute_dtype
 
 BUCKET_MB = 64
 """Of gradients that DDP sums at a time, from the last layers to the first. Each bucket is a graph of its own where the
@@ -47,7 +48,8 @@ def cut(model: Transformer, config: RunConfig, process: Process) -> None:
     mesh = init_device_mesh(process.device.type, (process.world_size,))
     # What travels is rounded to what autocast would round it to anyway, which halves it; sums over ranks are float32.
     # The embedding stays float32, so that the residual stream does too.
-    half = torch.bfloat16 if computes_in_bfloat16(config, process.device) else None
+    dtype = compute_dtype(config.train.precision, process.device)
+    half = None if dtype is torch.float32 else dtype
     policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
@@ -56,7 +58,7 @@ def cut(model: Transformer, config: RunConfig, process: Process) -> None:
 
 def compiles(model: Transformer, config: RunConfig, device: torch.device) -> Literal["", "whole", "block by block"]:
     """What is compiled in training: nothing, the model and its loss as one graph, or blocks and the loss apart."""
-    if config.train.compile == "off" or (config.train.compile == "auto" and device.type != "cuda"):
+    if config.train.compile == "off" or (config.train.compile == "auto" and not has_triton(device)):
         return ""
     # FSDP's collectives stand between the blocks, and torch's splitter of graphs for DDP refuses checkpointed blocks.
     by_block = isinstance(model, FSDPModule) or config.train.activation_checkpointing

@@ -7,27 +7,65 @@ import torch
 
 from .config import RunConfig
 
+BFLOAT16_FROM = (8, 0)
+"""Compute capability, Ampere's, from which NVIDIA's cards multiply in bfloat16, and in TF32. Source: CUDA C++
+Programming Guide, "Features and Technical Specifications"; torch emulates bfloat16 below it, many times slower."""
 
-def computes_in_bfloat16(config: RunConfig, device: torch.device) -> bool:
-    """Whether matrix products are in bfloat16; weights and optimizer are float32 either way."""
-    return config.train.precision == "bfloat16" or (config.train.precision == "auto" and device.type == "cuda")
+
+def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The type of matrix products; weights and optimizer are float32 in any case.
+
+    Args:
+        precision: as train.precision has it.
+    """
+    if precision != "auto":
+        return getattr(torch, precision)
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if has_bfloat16(device) else torch.float16
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether a CUDA device has arithmetic for it; of AMD's cards, all that torch supports do."""
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= BFLOAT16_FROM
+
+
+def scales_loss(precision: str, device: torch.device) -> bool:
+    """Whether the loss is multiplied before its backward pass (guard.py), since float16 has no small numbers."""
+    return compute_dtype(precision, device) is torch.float16
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def in_words(precision: str, device: torch.device) -> str:
+    """As plan, preflight, doctor and log say it."""
+    dtype = compute_dtype(precision, device)
+    return dtype_name(dtype) + " with a loss scale" * (dtype is torch.float16)
 
 
 def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
-    """bfloat16 where the config asks for it."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=computes_in_bfloat16(config, device))
+    """The type that the config asks for, for matrix products."""
+    return autocast_to(compute_dtype(config.train.precision, device), device)
+
+
+def autocast_to(dtype: torch.dtype, device: torch.device) -> torch.autocast:
+    """Matrix products in bfloat16 or float16; nothing of the kind for float32."""
+    half = dtype is not torch.float32
+    return torch.autocast(device.type, dtype if half else None, enabled=half)
 
 
 def may_use_tf32(config: RunConfig, device: torch.device) -> bool:
     """Whether products that are left in float32 may run on TF32's tensor cores.
 
-    Where a run computes in bfloat16 anyway, TF32, whose mantissa is 3 bits longer, takes away nothing. A run that asks
-    for float32 gets all of it.
+    Where a run computes in bfloat16 anyway, TF32, whose mantissa is 3 bits longer, takes away nothing, nor from one in
+    float16, whose mantissa is as long. A run that asks for float32 gets all of it.
     """
     return (
         device.type == "cuda"
-        and computes_in_bfloat16(config, device)
-        and torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere, the first that has it
+        and compute_dtype(config.train.precision, device) is not torch.float32
+        and torch.cuda.get_device_capability(device) >= BFLOAT16_FROM
     )
 
 

@@ -14,6 +14,7 @@ from .footprint import Computing, predicted_bytes
 from .hardware import device_name
 from .meter import duration
 from .micro_batch import nothing_fits
+from .precision import in_words
 
 if TYPE_CHECKING:
     from .preflight_data import Room
@@ -158,7 +159,9 @@ class Findings:
             )
         batch = plan.batch_plan(config.model, config.train, process.world_size)
         where = f"{process.world_size} x {device_name(process.device)} ({process.device.type})"
-        lines = [f"preflight of {config.name} on {where}", f"batch        {batch}", *self._memory_lines()]
+        precision = in_words(config.train.precision, process.device)
+        lines = [f"preflight of {config.name} on {where}", f"batch        {batch}", f"precision    {precision}"]
+        lines += self._memory_lines()
         if measured is not None:
             lines += self._step_lines(measured)
         if measured is not None and measured.finite:

@@ -22,8 +22,9 @@ from .config import DataConfig, RunConfig, to_dict
 from .distributed import choose_device
 from .files import write_json
 from .kills import Broken, Training, logged_step, saved_step, train_rows
+from .precision import compute_dtype, dtype_name
 
-TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2}
+TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2, "float16": 3e-2}
 """Largest difference of a loss, in nats, by precision: some hundred times what is seen, and far below what one wrong
 batch does."""
 OTHER_RANKS = 2
@@ -180,9 +181,7 @@ def difference(one: Result, other: Result) -> float:
 
 
 def tolerance(config: RunConfig) -> float:
-    wanted = config.train.precision
-    on_cuda = choose_device(config.train.device).type == "cuda"
-    return TOLERANCE["bfloat16" if wanted == "bfloat16" or (wanted == "auto" and on_cuda) else "float32"]
+    return TOLERANCE[dtype_name(compute_dtype(config.train.precision, choose_device(config.train.device)))]
 
 
 def layouts(config: RunConfig) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ from .diagnosis import Diagnosis, diagnose
 from .errors import UserError
 from .model import Transformer
 from .optim import ScheduledAdamW
+from .precision import autocast_to
 
 Batch = tuple[Tensor, Tensor]
 
@@ -32,11 +33,13 @@ class Replay:
     """How far the update moves each module's own weights, in norm. Empty where the gradient is not finite."""
 
 
-def replay_step(bag: Bag, device: torch.device, bfloat16: bool, samples: Sequence[int] = ()) -> Replay:
+def replay_step(
+    bag: Bag, device: torch.device, dtype: torch.dtype = torch.float32, samples: Sequence[int] = ()
+) -> Replay:
     """Make the step again: the same weights, samples, micro-batches and, on the same kind of device, dropout.
 
     Args:
-        bfloat16: under autocast; else in float32.
+        dtype: of matrix products; bfloat16 and float16 by autocast, without a loss scale.
         samples: only these, by their place in the step, one at a time. Empty: all, as the run had them.
 
     Raises:
@@ -51,7 +54,7 @@ def replay_step(bag: Bag, device: torch.device, bfloat16: bool, samples: Sequenc
     except RuntimeError as error:
         raise UserError(f"the weights in {bag.folder} do not fit its config: {error}") from None
     model.to(device)
-    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=bfloat16)
+    autocast = partial(autocast_to, dtype, device)
     groups = [(None, [place]) for place in samples] or list(_micro_batches(bag))
     places = [place for _, group in groups for place in group]
     batches = tqdm(_batches(bag, groups, device), total=len(groups), unit="micro-batch", desc="replay", disable=None)

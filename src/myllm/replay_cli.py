@@ -19,7 +19,7 @@ LISTED = 10
 
 def replay(
     bag: Positional[str],
-    precision: Literal["float32", "bfloat16"] = "float32",
+    precision: Literal["float32", "bfloat16", "float16"] = "float32",
     device: str = "cpu",
     samples: tuple[int, ...] = (),
     show: int = 1,
@@ -28,11 +28,13 @@ def replay(
 
     Args:
         bag: its folder, or a run's name or folder for the newest one of that run.
-        precision: float32, or bfloat16 autocast as on CUDA.
+        precision: float32, or autocast to bfloat16 or float16 as on CUDA.
         device: cpu, cuda, mps or auto. Dropout falls as it did in the run on the same kind of device only.
         samples: only these, by their place in the step; a whole step may take a CPU hours.
         show: how many samples to show the text of, the worst first.
     """
+    import torch
+
     from . import paths
     from .bags import find_bag, read_bag
     from .distributed import choose_device
@@ -42,7 +44,7 @@ def replay(
         raise UserError(f"show is {show}, but must be at least 0")
     chosen = choose_device(device)
     content = read_bag(find_bag(bag, paths.runs()))
-    result = replay_step(content, chosen, precision == "bfloat16", samples)
+    result = replay_step(content, chosen, getattr(torch, precision), samples)
     print("\n".join(_report(content, result, chosen.type, precision, show)))
 
 

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+FIRST_LOSS_SCALE = 2.0**16
+"""As torch.amp.GradScaler begins."""
+
 
 @dataclass(frozen=True)
 class Skips:
@@ -17,3 +20,9 @@ class Skips:
     """Norms in the statistics."""
     log_norm_mean: float = 0.0
     log_norm_variance: float = 0.0
+    overflows: int = 0
+    """Updates left out because the scaled gradient was too large for float16; none of `nonfinite`, nor in a row."""
+    loss_scale: float = FIRST_LOSS_SCALE
+    """What the loss is multiplied by before its backward pass, where products are in float16."""
+    scaled_steps: int = 0
+    """Made since the scale last changed."""

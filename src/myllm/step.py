@@ -1,6 +1,6 @@
 """One optimizer update."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 
 import torch
@@ -39,14 +39,27 @@ def train_step(
     Returns:
         this rank's mean loss and the gradient norm before clipping, on the device, and the rate.
     """
-    loss = accumulate_gradients(runner, loader, batch, config, process, phase)
+    loss_scale = guard.loss_scale
+    loss = accumulate_gradients(runner, loader, batch, config, process, phase, loss_scale)
     with phase("clip"):
-        # Of gradients in parts, the norm is that of all parts together.
-        grad_norm = full(nn.utils.clip_grad_norm_(optimizer.parameters.values(), config.optim.max_grad_norm))
+        grad_norm = clip_gradients(optimizer.parameters.values(), config.optim.max_grad_norm, loss_scale)
     with phase("optimizer"):
-        rate = optimizer.step(step, skip=guard.judge(grad_norm))
+        rate = optimizer.step(step, guard.judge(grad_norm), loss_scale)
         clear_gradients(runner)
     return loss, grad_norm, rate
+
+
+def clip_gradients(parameters: Collection[nn.Parameter], max_norm: float, loss_scale: Tensor | None = None) -> Tensor:
+    """Make gradients shorter whose norm, without the loss scale, is above `max_norm`. They keep the scale.
+
+    Returns:
+        the norm before, without the scale; of gradients in parts, that of all parts together.
+    """
+    if loss_scale is None:
+        return full(nn.utils.clip_grad_norm_(parameters, max_norm))
+    norm = full(nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])) / loss_scale
+    nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
 
 
 def accumulate_gradients(
@@ -56,14 +69,19 @@ def accumulate_gradients(
     config: RunConfig,
     process: Process,
     phase: Callable[[str], AbstractContextManager[None]] = unmarked,
+    loss_scale: Tensor | None = None,
 ) -> Tensor:
     """Leave in every parameter the gradient of the mean loss over the step's tokens, on all ranks together.
+
+    Args:
+        loss_scale: what that gradient is multiplied by; None: nothing.
 
     Returns:
         this rank's mean loss, on the device.
     """
     runner.train()
     loss = torch.zeros((), device=process.device)
+    scale = 1.0 if loss_scale is None else loss_scale
     for micro_step in range(batch.grad_accum_steps):
         with phase("data"):
             tokens, targets = loader.next()
@@ -73,6 +91,6 @@ def accumulate_gradients(
             with phase("backward"):
                 # A loss that is not finite makes every gradient so: that reaches all ranks, and keeps the update from
                 # all.
-                part.backward(torch.where(part.detach().isfinite(), 1.0, torch.nan))
+                part.backward(torch.where(part.detach().isfinite(), scale, torch.nan))
         loss += part.detach()
     return loss

@@ -37,6 +37,7 @@ from .model import Transformer
 from .optim import ScheduledAdamW
 from .parallel import gathered, spread
 from .paths import RunPaths
+from .precision import compute_dtype, dtype_name
 from .profiling import NoProfiler, Profiler
 from .reference import ReferenceWatch, reference_of
 from .resume import restore
@@ -292,6 +293,7 @@ def write_environment(run: RunPaths, config: RunConfig, dataset: Dataset, proces
         "tokenizer": dataset.manifest["tokenizer"],
         "train_tokens": dataset.train.tokens if dataset.complete else None,
         "val_tokens": dataset.val.tokens,
+        "precision": dtype_name(compute_dtype(config.train.precision, process.device)),
     }
     write_json(run.environment, environment(process.device, process.world_size) | about)
 

@@ -21,6 +21,11 @@ IGNORED = -1
 CPU_CHUNK = 128
 GPU_CHUNK = 4_096
 
+# By what the logits' gradient is multiplied before the products in float16. Divided by the number of tokens, as in
+# other types, most of it would be below float16's least number, 6e-8, and a scale of the loss comes too late to help;
+# left as it is, a sum over a chunk's tokens could be above its largest, 65,504.
+FLOAT16_SHARE = 1 / 16
+
 
 def mean_loss(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
     """Mean cross-entropy in nats of all targets, differentiable in `hidden` and `weight`.
@@ -85,13 +90,17 @@ class _MeanLoss(torch.autograd.Function):
         way = _loss_and_gradients_compiled if compiling else _loss_and_gradients_in_place
         loss, grad_h, grad_w = way(h, w, targets, vocab_size, weight.dtype)
         ctx.save_for_backward(grad_h, grad_w)
-        ctx.hidden_dtype = hidden.dtype
+        ctx.hidden_dtype, ctx.n = hidden.dtype, targets.shape[0]
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, Tensor, None, None]:
         grad_h, grad_w = ctx.saved_tensors
-        return (grad_h * grad_loss).to(ctx.hidden_dtype), grad_w * grad_loss, None, None
+        if grad_h.dtype is torch.float16:  # only now, with a scaled loss, is there room to divide in
+            scaled = grad_h.float() * (grad_loss * (1 / (FLOAT16_SHARE * ctx.n)))
+        else:
+            scaled = grad_h * grad_loss
+        return scaled.to(ctx.hidden_dtype), grad_w * grad_loss, None, None
 
 
 def _loss_and_gradients_in_place(
@@ -101,9 +110,10 @@ def _loss_and_gradients_in_place(
 
     Shapes:
         h (N, D) and w (V, D), in the type of the products; targets (N,); returns a float32 scalar, (N, D) in that type,
-        and (V, D) in `weight_dtype`
+        in float16 times FLOAT16_SHARE N, and (V, D) in `weight_dtype`
     """
-    n = targets.shape[0]
+    n, small = targets.shape[0], w.dtype is torch.float16
+    rest = 1 / (FLOAT16_SHARE * n) if small else 1 / n
     loss = torch.zeros((), dtype=torch.float32, device=h.device)
     grad_h, grad_w = torch.empty_like(h), torch.zeros_like(w, dtype=weight_dtype)
     buffer = _logits_buffer(h, w, n)
@@ -117,12 +127,14 @@ def _loss_and_gradients_in_place(
         loss -= (behind + probabilities.amax(dim=-1, keepdim=True).log()).sum() / n
         # d loss / d logits = (softmax - onehot) / n, where n can wait until the matrices are small.
         probabilities.scatter_add_(1, wanted, probabilities.new_full(wanted.shape, -1.0))
-        grad = probabilities.to(w.dtype)
-        torch.mm(grad, w, out=grad_h[rows]).div_(n)  # (C, D)
+        grad = (probabilities.mul_(FLOAT16_SHARE) if small else probabilities).to(w.dtype)
+        torch.mm(grad, w, out=grad_h[rows])  # (C, D)
+        if not small:
+            grad_h[rows].div_(n)
         if w.dtype == weight_dtype:
-            grad_w.addmm_(grad.t(), h[rows], alpha=1 / n)  # (V, D), with no second matrix of that size
+            grad_w.addmm_(grad.t(), h[rows], alpha=rest)  # (V, D), with no second matrix of that size
         else:
-            grad_w.add_(grad.t() @ h[rows], alpha=1 / n)  # (V, D)
+            grad_w.add_(grad.t() @ h[rows], alpha=rest)  # (V, D)
     return loss, grad_h, grad_w
 
 
@@ -136,6 +148,8 @@ def _loss_and_gradients_compiled(
     alone. Buffers, and a one-hot vector that is scattered, would each be a tensor of a chunk's size in memory.
     """
     n, columns = targets.shape[0], torch.arange(w.shape[0], device=h.device)  # (V,)
+    small = w.dtype is torch.float16
+    divisor = 1 / FLOAT16_SHARE if small else n
     loss = torch.zeros((), dtype=torch.float32, device=h.device)
     grad_h, grad_w = [], torch.zeros_like(w, dtype=weight_dtype)
     for rows in _chunks(h):
@@ -146,9 +160,10 @@ def _loss_and_gradients_compiled(
         total = logits.logsumexp(dim=-1, keepdim=True)  # (C, 1)
         onehot = columns == wanted  # (C, V)
         loss = loss + (total - torch.where(onehot, logits, 0.0).sum(dim=-1, keepdim=True)).sum() / n
-        grad = (((logits - total).exp() - onehot.float()) / n).to(w.dtype)  # (C, V)
+        grad = (((logits - total).exp() - onehot.float()) / divisor).to(w.dtype)  # (C, V)
         grad_h.append(grad @ w)  # (C, D)
-        grad_w = grad_w + grad.t() @ h[rows]  # (V, D)
+        part = grad.t() @ h[rows]  # (V, D)
+        grad_w = grad_w + (part.to(weight_dtype) * (divisor / n) if small else part)
     return loss, torch.cat(grad_h), grad_w
 
 

@@ -36,12 +36,13 @@ class ScheduledAdamW:
     def rate(self, step: int) -> float:
         return learning_rate(step, self._config, self._max_steps)
 
-    def step(self, step: int, skip: Tensor | None = None) -> float:
+    def step(self, step: int, skip: Tensor | None = None, grad_scale: Tensor | None = None) -> float:
         """Update number `step`, counted from 0.
 
         Args:
             step: decides the rate.
             skip: a float32 scalar on the device; where it is not 0, nothing changes.
+            grad_scale: what the gradients are too large by, a float32 scalar on the device; None: by nothing.
 
         Returns:
             the rate used.
@@ -52,8 +53,8 @@ class ScheduledAdamW:
         # MPS's fused kernel ignored found_inf until pytorch/pytorch#186360: there the host asks, and waits.
         if skip is not None and skip.device.type == "mps" and skip.item():
             return rate
-        # The fused kernel reads this; it is how GradScaler skips a step too.
-        self._adamw.found_inf = skip
+        # The fused kernel reads both; it is how GradScaler unscales and skips too.
+        self._adamw.found_inf, self._adamw.grad_scale = skip, grad_scale
         self._adamw.step()
         return rate
 
