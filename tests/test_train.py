@@ -102,7 +102,9 @@ def test_a_finished_run_can_be_extended_and_rerun(tiny: RunConfig) -> None:
     before = losses(root)
     assert losses(run(tiny)) == before  # nothing left to do: nothing changes
     assert max(losses(run(with_train(tiny, max_steps=14)))) == 14
-    assert "changed since then: train.max_steps: 12 -> 14" in (root / "log.txt").read_text()
+    log = (root / "log.txt").read_text()
+    assert "changed since then: train.max_steps: 12 -> 14" in log
+    assert "the schedule now ends at step 14 instead of 12; the loss will rise before it falls" in log
 
 
 def test_a_damaged_checkpoint_is_passed_over(tiny: RunConfig) -> None:

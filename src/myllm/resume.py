@@ -6,7 +6,7 @@ import torch
 
 from . import checkpoint, sharded
 from .checkpoint import TrainState
-from .config import RunConfig
+from .config import RunConfig, saved_config
 from .data.order import DataPosition
 from .data.receipt import Receipt
 from .data.shards import Dataset
@@ -14,8 +14,11 @@ from .distributed import Process
 from .errors import UserError
 from .metrics import Log
 from .model import Transformer
-from .optim import ScheduledAdamW
+from .optim import ScheduledAdamW, learning_rate
 from .run_folder import check_resumable
+
+RATE_JUMP = 1.25
+"""A change of the rate by this factor from one step to the next is said."""
 
 
 def restore(
@@ -52,7 +55,33 @@ def restore(
     log(f"resuming from {saved.folder} at step {saved.state.step:,}")
     for line in changed:
         log(f"  changed since then: {line}")
+    earlier = saved_config(saved.config, saved.folder / "config.json")
+    if not imported and (note := rate_note(saved.state.step, earlier, config)):
+        log(f"  {note}")
     state = saved.state
     if imported:
         state = replace(state, data=DataPosition(0, 0, config.train.seed, dataset.hash))
     return replace(state, receipt=state.receipt or Receipt(since_step=state.step))
+
+
+def rate_note(step: int, earlier: RunConfig, config: RunConfig) -> str | None:
+    """One sentence if the learning rate jumps at a restart, because another schedule was asked for; else None.
+
+    Args:
+        step: updates made so far, by the schedule of `earlier`.
+    """
+    if not 0 < step < config.train.max_steps:
+        return None
+    last = learning_rate(step - 1, earlier.optim, earlier.train.max_steps)
+    planned = learning_rate(step, earlier.optim, earlier.train.max_steps)
+    following = learning_rate(step, config.optim, config.train.max_steps)
+    if following == planned or last / RATE_JUMP <= following <= last * RATE_JUMP:
+        return None
+    why = "optim settings have changed"
+    if config.train.max_steps != earlier.train.max_steps:
+        why = f"the schedule now ends at step {config.train.max_steps:,} instead of {earlier.train.max_steps:,}"
+    advice = "; the loss will rise before it falls (a lower --optim.max-lr makes that smaller)"
+    return (
+        f"the learning rate was {last:.3g} at the last step and is {following:.3g} at the next: {why}"
+        f"{advice if following > last else ''}"
+    )
