@@ -13,6 +13,7 @@ budget ended first.
 
 import argparse
 import faulthandler
+import gc
 import os
 import shutil
 import sys
@@ -37,7 +38,10 @@ STAGES = [
     Stage("parallel", "parallel", 60),
     Stage("guard", "guard", 15),
     Stage("memory", "memory", 15),
-    Stage("save", "saves", 30),
+    Stage("evaluations", "evaluations", 25),
+    Stage("decode", "decode", 40),
+    Stage("save", "saves", 25),
+    Stage("peers", "peers", 90),
 ]
 """By worth. Seconds are estimates until a card has been measured."""
 TINY_SCALE = 0.01
@@ -100,6 +104,7 @@ def check(options: argparse.Namespace, budget: Budget, out: Path, work: Path) ->
         stack.enter_context(ended_at(budget, lambda: give_up(progress, work)))
         stages = [stage for stage in STAGES if not options.only or stage.name in options.only]
         bench = Bench(process, budget, out, work, options.tiny)
+        gc.freeze()  # stages collect garbage to count memory, and need not look at what is loaded by now
         run_stages(stages, bench, budget, TINY_SCALE if options.tiny else 1.0, progress)
         return progress.conclude()
 

@@ -1,6 +1,5 @@
 """What stages share: the machine, the sizes, and how work is timed, counted and compared."""
 
-import gc
 import itertools
 import statistics
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo
 from torch import Tensor
 
 from myllm.config import ModelConfig, RunConfig
@@ -148,7 +148,6 @@ def wall_seconds(device: torch.device, work: Callable[[], Any]) -> float:
 
 def fresh(device: torch.device) -> None:
     """Forget what was compiled, counted and held."""
-    gc.collect()
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
     reset_peak(device)
@@ -166,10 +165,9 @@ def graph_breaks() -> int:
 @contextmanager
 def no_compiler() -> Iterator[None]:
     """Graphs are traced and counted and then run as they are: what --tiny has no time to compile."""
-    from torch._dynamo.backends.debugging import aot_eager
 
     def run_as_traced(graph: torch.fx.GraphModule, inputs: list[Tensor], **_: Any) -> Any:
-        return aot_eager(graph, inputs)
+        return graph.forward
 
     real = torch.compile
     torch.compile = partial(real, backend=run_as_traced)

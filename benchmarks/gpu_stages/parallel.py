@@ -14,7 +14,7 @@ from myllm.footprint import Computing, predicted_bytes
 from myllm.kernels import fast_kernels
 from myllm.memory import peak_bytes
 from myllm.model import Transformer
-from myllm.parallel import clear_gradients, cut, full, wrap
+from myllm.parallel import clear_gradients, cut, full
 from myllm.step import accumulate_gradients
 
 from .bench import NO_DROPOUT, Bench, fresh, graphs, relative_error, seconds_of
@@ -76,8 +76,7 @@ def measured(bench: Bench, config: RunConfig, name: str) -> Found:
     if name == "FSDP2":
         cut(model, config, process)
     steps = plan.batch_plan(config.model, config.train, 1)
-    with fast_kernels(model, config, process, lambda line: None):
-        runner = wrap(model, config, process)
+    with fast_kernels(model, config, process) as runner:
 
         def step() -> Tensor:
             clear_gradients(runner)
