@@ -3,11 +3,13 @@
 Most have a vocabulary of 400 tokens: building, writing and reading GPT-2's takes most of the time of an export.
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import pytest
 from conftest import write_corpus
@@ -17,6 +19,7 @@ from myllm.checkpoint import TrainState
 from myllm.config import ModelConfig, RunConfig, to_dict
 from myllm.data.order import DataPosition
 from myllm.data.train_tokenizer import train_tokenizer
+from myllm.files import file_sha256
 
 Save = Callable[..., Path]
 R50K = ModelConfig(max_seq_len=48, d_model=24, n_layers=2, n_heads=4, d_ff=40)
@@ -27,6 +30,15 @@ KINDS = {
     "qwen3": replace(SMALL, qk_norm=True, tie_embeddings=False),
     "gpt2": GPT2,
 }
+
+
+def rewrite(folder: Path, name: str, change: dict[str, Any]) -> None:
+    """Other values in a JSON file of a checkpoint, with a manifest that says so."""
+    path = folder / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"][name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 @cache

@@ -2,6 +2,7 @@
 
 import errno
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -106,6 +107,11 @@ def test_a_document_that_makes_nan_is_found(
 
     assert f"step {rare.step} " in stopped(config)  # the same data again, and the bag is written over
     assert len(list(paths.bags.iterdir())) == 1
+    (bag.folder / "notes.txt").write_text("seen before")
+    shutil.copytree(bag.folder, bag.folder.with_name(f"step_{rare.step + 1:08d}.bak"))
+    stopped(config)  # what somebody put there is kept, and a copy is nobody's newest
+    assert [path.read_text() for path in paths.bags.glob("*.before-*/notes.txt")] == ["seen before"]
+    assert find_bag("tiny", paths.root.parent) == bag.folder
 
 
 def test_a_spike_can_stop_a_run_and_its_bag_repeats_the_row(bare: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -356,6 +356,74 @@ def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
         assert said in capsys.readouterr().err
 
 
+# -- folders that somebody else named, or put something into
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    "name", ["step_00000002.bak", "step_best", "step_2 (copy)", "step_", "Step_00000003", "step_٣"]
+)
+def test_what_is_not_called_a_step_is_no_checkpoint(tmp_path: Path, name: str) -> None:
+    """It is neither the newest one, nor counted, nor ever removed."""
+    shutil.copytree(put(tmp_path, 2), tmp_path / name)
+    for step in (3, 4, 5):
+        put(tmp_path, step, keep_last=1)
+    assert names(tmp_path) == {"step_00000005", name}
+    assert list_checkpoints(tmp_path) == [tmp_path / "step_00000005"]
+    assert load_latest(tmp_path, print).state.step == 5
+    assert not list(verify(tmp_path / name))
+
+
+def test_checkpoints_go_by_number(tmp_path: Path) -> None:
+    for step in (99_999_999, 100_000_000):
+        put(tmp_path, step)
+    shutil.copytree(put(tmp_path, 7), tmp_path / "step_7")
+    found = [path.name for path in list_checkpoints(tmp_path)]
+    assert found == ["step_100000000", "step_99999999", "step_00000007", "step_7"]
+    put(tmp_path, 100_000_001, keep_last=1)
+    assert names(tmp_path) == {"step_100000001", "step_7"}  # the second is a copy that somebody made
+
+
+def test_another_step_under_a_name(tmp_path: Path) -> None:
+    """A folder that was renamed or copied: seen by its state, passed over, and left alone, even by a save there."""
+    renamed = put(tmp_path, 3).rename(tmp_path / "step_00000099")
+    shutil.copytree(put(tmp_path, 4), tmp_path / "step_00000002")
+    (fault,) = verify(renamed)
+    assert fault == "its name says step 99, but what it holds is step 3"
+    said: list[str] = []
+    assert load_latest(tmp_path, said.append).state.step == 4
+    assert said == [f"passing over {renamed}: {fault}"]
+    put(tmp_path, 5, keep_last=1)
+    assert names(tmp_path) == {"step_00000099", "step_00000002", "step_00000005"}
+    put(tmp_path, 99, keep_last=1)
+    moved = names(tmp_path) - {"step_00000002", "step_00000099"}
+    assert [name.partition(".")[0] for name in moved] == ["step_00000099"]
+    assert checkpoint.read_state(tmp_path / moved.pop()).step == 3
+    assert load_latest(tmp_path, print).state.step == 99
+
+
+def test_what_somebody_put_into_a_checkpoint_is_kept(tmp_path: Path) -> None:
+    noted, linked, plain = (put(tmp_path / "c", step) for step in (1, 2, 3))
+    (noted / "notes.txt").write_text("the good one")
+    (plain / ".DS_Store").touch()
+    linked.rename(tmp_path / "elsewhere")
+    linked.symlink_to(tmp_path / "elsewhere")
+    for step in (4, 5):
+        put(tmp_path / "c", step, keep_last=1)
+    assert names(tmp_path / "c") == {noted.name, linked.name, "step_00000005"}
+    put(tmp_path / "c", 1, keep_last=1)  # trained past again, after a restart from elsewhere
+    assert [path.read_text() for path in (tmp_path / "c").glob("step_00000001.before-*/notes.txt")] == ["the good one"]
+    (tmp_path / "c/.partial-mine").mkdir()
+    (tmp_path / "c/.removed-step_00000009.bak").mkdir()
+    (tmp_path / "c/.removed-step_00000009").mkdir()
+    retention.remove_unfinished(tmp_path / "c")
+    assert {".partial-mine", ".removed-step_00000009.bak"} <= names(tmp_path / "c")
+    assert ".removed-step_00000009" not in names(tmp_path / "c")
+
+
 def test_a_damaged_newer_checkpoint_does_not_crowd_out_sound_ones(tmp_path: Path) -> None:
     (put(tmp_path, 9) / "weights/__0_0.distcp").write_bytes(b"")
     for step in (1, 2, 3):

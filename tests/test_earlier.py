@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import launch, losses
+from made_checkpoints import rewrite
 
 from myllm import cli, config
 from myllm.checkpoint import load, read_state
 from myllm.config import RunConfig, TrainConfig, from_dict, load_json, saved_config, to_dict
 from myllm.errors import UserError
-from myllm.files import file_sha256
 from myllm.migrations import CONFIG, STATE, Change, Schema
 from myllm.run_folder import check_resumable
 
@@ -143,15 +143,6 @@ def test_changes_follow_one_another() -> None:
     given = {"version": 1, "a": {"b": 1}}
     Schema("thing", (Change(removed=("a.b",)),)).upgrade(given)
     assert given == {"version": 1, "a": {"b": 1}}
-
-
-def rewrite(folder: Path, name: str, change: dict) -> None:
-    """Another content of a checkpoint's file, with a manifest that says so."""
-    path = folder / name
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"][name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 @pytest.mark.parametrize("name", ["config.json", "state.json"])

@@ -58,6 +58,7 @@ FLOORS = [
         "heartbeat",
         "hub",
         "importing",
+        "integrity",
         "int8",
         "language_model",
         "loading",

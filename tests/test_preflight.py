@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -394,6 +395,14 @@ def test_a_public_corpus_is_not_asked_for(config: RunConfig, temp_data: Path) ->
 def test_what_a_killed_rehearsal_left_goes_with_the_next(temp_data: Path) -> None:
     (temp_data / "runs").mkdir(parents=True)
     (temp_data / "runs" / f"{rehearsal.PREFIX}old").mkdir()
+    killed, somebodys = (temp_data / "runs" / f"{rehearsal.PREFIX}{name}" for name in ("killed", "notes"))
+    for folder, file in ((killed, ".lock"), (killed, "shard"), (somebodys, "notes")):
+        folder.mkdir(exist_ok=True)
+        (folder / file).touch()
+    with stage(ALONE):
+        pass
+    assert list((temp_data / "runs").iterdir()) == [somebodys]
+    shutil.rmtree(somebodys)
     with stage(ALONE) as folder:
         assert list((temp_data / "runs").iterdir()) == [folder]
         rehearsal._remove_left_behind(temp_data / "runs")  # what another one would do meanwhile

@@ -79,14 +79,18 @@ def put(checkpoints: Path, step: int) -> Path:
     return save(checkpoints, state, {}, {"w": torch.zeros(1)}, {}, [], keep_last=0)
 
 
-def test_naming_a_checkpoint(tmp_path: Path) -> None:
+def test_naming_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = tmp_path / "runs"
     older, newest = (put(runs / "mine" / "checkpoints", step) for step in (5, 10))
     assert latest_checkpoint("mine", runs) == newest
     assert latest_checkpoint(str(runs / "mine"), tmp_path / "elsewhere") == newest
     assert latest_checkpoint(str(older), tmp_path) == older
+    assert capsys.readouterr().err == ""
+    expected = (newest / "weights/__0_0.distcp").stat().st_size
     (newest / "weights/__0_0.distcp").write_bytes(b"")
     assert latest_checkpoint("mine", runs) == older
+    said = capsys.readouterr().err
+    assert said == f"warning: passing over {newest}: weights/__0_0.distcp has 0 bytes, expected {expected:,}\n"
     (older / "weights/__0_0.distcp").write_bytes(b"")
     with pytest.raises(UserError, match=r"is intact: weights/__0_0\.distcp has 0 bytes"):
         latest_checkpoint("mine", runs)

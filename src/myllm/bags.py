@@ -19,6 +19,7 @@ import json
 import math
 import os
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,11 @@ from torch import Tensor
 from .errors import UserError
 from .files import fsync_folder, write_json, write_text
 from .migrations import BAG, CONFIG
+from .retention import folder_name, holds_only, list_checkpoints, unused
 
 FORMAT = "myllm-bag-1"
 ABOUT = "bag.json"
+FILES = {ABOUT, "samples.jsonl", "tokens.npy", "layers.json", "config.json", "model.pt", "optimizer.pt", "random.pt"}
 
 
 @dataclass(frozen=True)
@@ -51,11 +54,12 @@ class Bag:
 
 
 def bag_folder(bags: Path, step: int) -> Path:
-    return bags / f"step_{step:08d}"
+    return bags / folder_name(step)
 
 
 def write_bag(folder: Path, content: Bag, layers: list[Any]) -> None:
-    """Write a bag, in one step as far as readers can tell. One of the same step that is there already is replaced.
+    """Write a bag, in one step as far as readers can tell. One of the same step that is there already
+    is replaced; anything else that has its name gets another one.
 
     Raises:
         OSError, RuntimeError: it could not be written, and is not there.
@@ -77,7 +81,10 @@ def write_bag(folder: Path, content: Bag, layers: list[Any]) -> None:
         write_json(work / "config.json", content.config)
         write_json(work / ABOUT, spelled(BAG.stamp({"format": FORMAT, **content.about})))
         fsync_folder(work)
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.is_dir() and holds_only(folder, FILES):
+            shutil.rmtree(folder)
+        elif folder.exists():
+            folder.rename(unused(folder.with_name(f"{folder.name}.before-{time.strftime('%Y%m%d-%H%M%S')}")))
         work.rename(folder)
         fsync_folder(folder.parent)
     finally:
@@ -124,11 +131,14 @@ def find_bag(where: str, runs: Path) -> Path:
     for root in (Path(where).expanduser(), runs / where):
         if (root / ABOUT).is_file():
             return root
-        found = sorted((root / "bags").glob(f"step_*/{ABOUT}"))
-        if found:
-            return found[-1].parent
-    known = sorted({str(path.parents[2].name) for path in runs.glob(f"*/bags/step_*/{ABOUT}")})
+        if found := _bags_in(root):
+            return found[0]
+    known = sorted(root.name for root in runs.glob("*") if _bags_in(root))
     raise UserError(f"no flight bag at {where!r}; runs that have one: {', '.join(known) or 'none'}")
+
+
+def _bags_in(run: Path) -> list[Path]:
+    return [folder for folder in list_checkpoints(run / "bags") if (folder / ABOUT).is_file()]
 
 
 def spelled(value: Any) -> Any:

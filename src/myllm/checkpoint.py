@@ -18,9 +18,9 @@ import json
 import os
 import shutil
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, is_dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +34,36 @@ from .data.receipt import Receipt
 from .early_stop import EarlyStop
 from .errors import UserError
 from .files import file_sha256, fsync_folder, out_of_space, write_json, write_text
+from .integrity import (
+    EVERYTHING,
+    FORMAT,
+    MANIFEST,
+    MODEL,
+    OPTIMIZER,
+    RANDOM,
+    TOKENIZER,
+    WEIGHTS,
+    Damaged,
+    content_faults,
+    intact,
+    verify,
+    verify_together,
+)  # fmt: skip
 from .migrations import STATE
-from .retention import KEEP_ALL, Keep, list_checkpoints, remove, remove_others, remove_superseded, set_aside
+from .retention import (
+    KEEP_ALL,
+    Keep,
+    folder_name,
+    list_checkpoints,
+    remove,
+    remove_others,
+    remove_superseded,
+    set_aside,
+)
 from .skips import Skips
 
-FORMAT = "myllm-checkpoint-2"
-MANIFEST = "manifest.json"
-TOKENIZER = "tokenizer.json"
 UNBOUND = ""
 """In place of a data set's hash: weights from elsewhere, to be trained on whatever they are given."""
-WEIGHTS, OPTIMIZER, RANDOM = "weights", "optimizer", "random"
-FILES = {f"{WEIGHTS}/{sharded.METADATA}", f"{OPTIMIZER}/{sharded.METADATA}", "state.json", "config.json"}
 
 
 @dataclass(frozen=True)
@@ -103,7 +122,7 @@ class Checkpoint:
 
 
 def checkpoint_folder(checkpoints: Path, step: int) -> Path:
-    return checkpoints / f"step_{step:08d}"
+    return checkpoints / folder_name(step)
 
 
 def by_name(moments: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -234,11 +253,8 @@ def load_latest(checkpoints: Path, log: Callable[[str], None]) -> Checkpoint | N
         UserError: there are checkpoints and every one is damaged; starting over is for the user to decide.
     """
     folders = distributed.from_main(list_checkpoints(checkpoints))
-    for folder in folders:
-        faults = _verify_together(folder)
-        if not faults:
-            return _open(folder)
-        log(f"passing over {folder}: {'; '.join(faults)}")
+    for folder in intact(folders, log, verify_together):
+        return _open(folder)
     if folders:
         raise UserError(
             f"no checkpoint in {checkpoints} is intact; restore one, or start over with --train.fresh (the old run is "
@@ -247,16 +263,26 @@ def load_latest(checkpoints: Path, log: Callable[[str], None]) -> Checkpoint | N
     return None
 
 
-def load(folder: Path) -> Checkpoint:
-    """One checkpoint. Nothing in it is executed: tensors and plain values only.
+def load(folder: Path, hashed: tuple[str, ...] = EVERYTHING) -> Checkpoint:
+    """One checkpoint, whatever its folder is called. Nothing in it is executed: tensors and plain values only.
+
+    Args:
+        hashed: as in `verify`; MODEL is enough where nothing but the model is to be read.
 
     Raises:
-        UserError: not a checkpoint, or a damaged one.
+        Damaged: not a checkpoint, or a damaged one.
+        UserError: a later version of this program wrote it.
     """
-    faults = list(verify(folder))
-    if faults:
-        raise UserError(f"{folder} is not an intact checkpoint: {'; '.join(faults)}")
+    if faults := list(content_faults(folder, hashed)):
+        raise Damaged(f"{folder} is not an intact checkpoint: {'; '.join(faults)}")
     return _open(folder)
+
+
+def load_newest(folders: Iterable[Path], say: Callable[[str], None]) -> Checkpoint | None:
+    """The first whose model is intact; None where none is. Says which were passed over, and why."""
+    for folder in intact(folders, say, partial(verify, hashed=MODEL)):
+        return _open(folder)
+    return None
 
 
 def _open(folder: Path) -> Checkpoint:
@@ -292,54 +318,6 @@ def _from_values(kind: type, values: dict[str, Any], prefix: str) -> Any:
         if inner and value is not None:
             values[name] = _from_values(inner[0], value, f"{prefix}{name}.")
     return kind(**values)
-
-
-def verify(folder: Path) -> Iterator[str]:
-    """What is wrong with a checkpoint's files, by content; nothing if it is intact."""
-    files, faults = _read_manifest(folder)
-    yield from faults
-    for name, expected in files.items():
-        yield from _compare(folder, name, expected)
-
-
-def _verify_together(folder: Path) -> list[str]:
-    """As `verify`, with the hashing shared over all ranks."""
-    files, faults = distributed.from_main(_read_manifest(folder))
-    by_rank = distributed.all_gather(None)
-    mine = list(files.items())[distributed.rank_in(None) :: len(by_rank)]
-    found = [fault for name, expected in mine for fault in _compare(folder, name, expected)]
-    return faults + [fault for one in distributed.all_gather(found) for fault in one]
-
-
-def _read_manifest(folder: Path) -> tuple[dict[str, Any], list[str]]:
-    """What each file should be, and what is wrong with the manifest itself."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        files = {name: {"bytes": int(of["bytes"]), "sha256": of["sha256"]} for name, of in manifest["files"].items()}
-    except FileNotFoundError:
-        return {}, [f"it has no {MANIFEST}"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return {}, [f"its {MANIFEST} cannot be read ({error})"]
-    if manifest.get("format") == "myllm-checkpoint-1":
-        return {}, ["it was written by an older version of this code, which alone can read it"]
-    if manifest.get("format") != FORMAT:
-        return {}, [f"its format is {manifest.get('format')!r}, expected {FORMAT!r}"]
-    if missing := FILES - files.keys():
-        return {}, [f"its {MANIFEST} does not name {', '.join(sorted(missing))}"]
-    return files, []
-
-
-def _compare(folder: Path, name: str, expected: dict[str, Any]) -> Iterator[str]:
-    path = folder / name
-    try:
-        if not path.is_file():
-            yield f"{name} is missing"
-        elif path.stat().st_size != expected["bytes"]:
-            yield f"{name} has {path.stat().st_size:,} bytes, expected {expected['bytes']:,}"
-        elif file_sha256(path) != expected["sha256"]:
-            yield f"the content of {name} has changed"
-    except OSError as error:
-        yield f"{name} cannot be read ({error.strerror})"
 
 
 # -- random state -----------------------------------------------------------------------------------------------------

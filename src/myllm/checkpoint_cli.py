@@ -23,7 +23,7 @@ def verify(where: Positional[str]) -> None:
         where: a run's name or folder, or the folder of one checkpoint.
     """
     damaged = []
-    for about in _described(_find(where)):
+    for about in _described(_find(where), hashing=True):
         print(f"{about['folder']}: {about['state']}", flush=True)
         damaged += [about["folder"]] if about["state"] != "intact" else []
     if damaged:
@@ -34,7 +34,7 @@ def verify(where: Positional[str]) -> None:
 
 
 def list_all(where: Positional[str], as_json: Annotated[bool, tyro.conf.arg(name="json")] = False) -> None:
-    """List a run's checkpoints.
+    """List a run's checkpoints, and whether each has all its files; `checkpoint verify` hashes them.
 
     Args:
         where: a run's name or folder.
@@ -43,7 +43,7 @@ def list_all(where: Positional[str], as_json: Annotated[bool, tyro.conf.arg(name
     from .data.room import size
 
     rows = []
-    for about in _described(_find(where)):
+    for about in _described(_find(where), hashing=False):
         if as_json:
             print(json.dumps(about), flush=True)
             continue
@@ -55,15 +55,16 @@ def list_all(where: Positional[str], as_json: Annotated[bool, tyro.conf.arg(name
         for row in (TITLES, *rows):
             right = [cell.rjust(width) for cell, width in zip(row[:4], widths, strict=False)]
             print("  ".join((*right, row[4].ljust(widths[4]), row[5])).rstrip())
+        print(f"(by the sizes of the files; `myllm checkpoint verify {where}` hashes them)", file=sys.stderr)
 
 
 def _find(where: str) -> list[Path]:
     """The checkpoints that a user means, oldest first, those in best/ last."""
     from . import paths
-    from .retention import list_checkpoints
+    from .retention import MANIFEST, STATE_FILE, is_step, list_checkpoints
 
     for root in (Path(where).expanduser(), paths.runs() / where):
-        if root.name.startswith("step_") and root.is_dir():
+        if root.is_dir() and (is_step(root.name) or ((root / MANIFEST).is_file() and (root / STATE_FILE).is_file())):
             return [root]
         if found := list_checkpoints(root / "checkpoints")[::-1] + list_checkpoints(root / "best"):
             return found
@@ -73,17 +74,19 @@ def _find(where: str) -> list[Path]:
     raise UserError(f"no checkpoint at {where!r}; runs with checkpoints: {', '.join(known) or 'none yet'}")
 
 
-def _described(folders: list[Path]) -> Iterator[dict[str, Any]]:
+def _described(folders: list[Path], hashing: bool) -> Iterator[dict[str, Any]]:
     """One after another, since hashing takes seconds a gigabyte; a bar on a terminal says how far it is."""
     from tqdm import tqdm
 
-    from .checkpoint import read_state, verify
+    from .checkpoint import read_state
+    from .integrity import EVERYTHING, NOTHING, verify
     from .paths import RunPaths
     from .retention import step_of
 
     losses = _validation_losses(RunPaths(folders[0].parent.parent))
-    for folder in tqdm(folders, desc="hashing", unit="checkpoint", disable=None, leave=False, file=sys.stderr):
-        faults = list(verify(folder))
+    hidden = None if hashing else True  # None: shown on a terminal only
+    for folder in tqdm(folders, desc="hashing", unit="checkpoint", disable=hidden, leave=False, file=sys.stderr):
+        faults = list(verify(folder, EVERYTHING if hashing else NOTHING))
         if not folder.is_dir():  # training has removed it meanwhile
             continue
         tokens = None

@@ -79,7 +79,7 @@ def resolve(where: str, device: str, int8: bool) -> Subject:
     from .loading import find_model, load_model
 
     origin = find_model(where)  # once: a run that trains on saves others meanwhile
-    loaded = load_model(origin.folder, device, int8)
+    loaded = load_model(origin, device, int8)
     return Subject(origin.folder, origin.home, origin.step, loaded, origin.config, origin.dataset_hash)
 
 

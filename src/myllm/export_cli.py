@@ -36,9 +36,9 @@ def export(
         if file.expanduser().is_dir() or (file.expanduser().exists() and not overwrite):
             raise UserError(f"{file} is there already; give another name, or --overwrite to replace a file")
     from .exporting import export_folder, open_source
-    from .run_folder import latest_checkpoint
+    from .run_folder import find_checkpoint
 
-    source = open_source(latest_checkpoint(model, paths.runs()))
+    source = open_source(find_checkpoint(model, paths.runs()))
     if to is not None:
         made = export_folder(source, to, dtype, overwrite=overwrite)
         print(made.parity)

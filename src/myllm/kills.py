@@ -14,6 +14,7 @@ from typing import Any
 
 from .metrics import JsonLines
 from .paths import RunPaths, project_root
+from .retention import list_checkpoints, step_of
 
 LOOK_EVERY_S = 0.02
 PATIENCE_S = 600
@@ -122,7 +123,7 @@ def logged_step(run: RunPaths) -> int:
 
 def saved_step(run: RunPaths) -> int:
     """The newest step whose checkpoint has its final name; 0 if none has."""
-    return max((int(path.name.removeprefix("step_")) for path in run.checkpoints.glob("step_*")), default=0)
+    return max(map(step_of, list_checkpoints(run.checkpoints)), default=0)
 
 
 def _inode(path: Path) -> int | None:

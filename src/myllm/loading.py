@@ -1,11 +1,11 @@
 """From a run, a checkpoint, a folder of transformers or a model of the Hub to a model that can be called."""
 
-import json
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from . import checkpoint, importing, paths
+from . import importing, paths
+from .checkpoint import Checkpoint
 from .config import RunConfig, saved_config
 from .data.tokenizer import Tokenizer
 from .distributed import choose_device
@@ -13,7 +13,7 @@ from .errors import UserError
 from .int8 import check_torchao, quantize_int8
 from .language_model import LanguageModel
 from .model import Transformer
-from .run_folder import latest_checkpoint
+from .run_folder import find_checkpoint
 
 
 class Origin(NamedTuple):
@@ -28,6 +28,8 @@ class Origin(NamedTuple):
     """Of its training; all defaults where that is not known."""
     dataset_hash: str | None
     """Of the data that it was trained on, where that is known."""
+    saved: Checkpoint | None = None
+    """Its checkpoint, whose files for the model have been hashed; None for a model made elsewhere."""
 
 
 def find_model(where: str | Path) -> Origin:
@@ -42,24 +44,25 @@ def find_model(where: str | Path) -> Origin:
     if importing.is_foreign(path):
         return Origin(path, Path(), None, RunConfig(), None)
     try:
-        folder = latest_checkpoint(str(where), paths.runs())
+        saved = find_checkpoint(str(where), paths.runs())
     except UserError:
         if path.exists() or (paths.runs() / where).exists() or not importing.is_repository(str(where)):
             raise
         folder = importing.find(str(where), None, lambda line: print(line, file=sys.stderr))
         return Origin(folder, Path(), None, RunConfig(), None)
-    state, config = checkpoint.read_state(folder), json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    folder = saved.folder
     return Origin(
         folder=folder,
         home=folder.parent.parent if folder.parent.name in ("checkpoints", "best") else folder,
-        step=state.step,
-        config=saved_config(config, folder / "config.json"),
-        dataset_hash=state.data.dataset_hash or None,  # empty: imported, and not trained on anything yet
+        step=saved.state.step,
+        config=saved_config(saved.config, folder / "config.json"),
+        dataset_hash=saved.state.data.dataset_hash or None,  # empty: imported, and not trained on anything yet
+        saved=saved,
     )
 
 
-def load_model(where: str | Path, device: str = "auto", int8: bool = False) -> LanguageModel:
-    """The model of whatever `find_model` finds, ready to sample.
+def load_model(where: str | Path | Origin, device: str = "auto", int8: bool = False) -> LanguageModel:
+    """The model of whatever `find_model` finds, or has found, ready to sample.
 
     Args:
         int8: quantise the weights to eight bits, which needs torchao: a quarter of the memory.
@@ -69,13 +72,12 @@ def load_model(where: str | Path, device: str = "auto", int8: bool = False) -> L
     """
     if int8:
         check_torchao()
-    folder = find_model(where).folder
-    if not (folder / checkpoint.MANIFEST).is_file():
-        foreign = importing.read(folder)
+    origin = where if isinstance(where, Origin) else find_model(where)
+    if origin.saved is None:
+        foreign = importing.read(origin.folder)
         return _ready(Transformer(foreign.config), foreign.weights, foreign.tokenizer_file, device, int8)
-    saved = checkpoint.load(folder)
-    config = saved_config(saved.config, folder / "config.json").model
-    return _ready(Transformer(config), saved.model, saved.tokenizer_file, device, int8)
+    saved = origin.saved
+    return _ready(Transformer(origin.config.model), saved.model, saved.tokenizer_file, device, int8)
 
 
 def _ready(model: Transformer, weights: dict, tokenizer_file: Path | None, device: str, int8: bool) -> LanguageModel:

@@ -43,6 +43,11 @@ def open_output(keep_going: bool = False) -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def warn(line: str) -> None:
+    """Say something beside a command's output."""
+    print(f"warning: {line}", file=sys.stderr, flush=True)
+
+
 def lost_output() -> Iterator[tuple[str, str]]:
     """The standard streams that could not take all that was written, each with the reason."""
     for name in STREAMS:

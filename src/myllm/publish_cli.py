@@ -28,9 +28,10 @@ def publish(
         every_checkpoint: each checkpoint that there is, each as a revision; not given: the newest.
         license: of the weights, by the Hub's short name for it, such as mit or apache-2.0.
     """
-    from .run_folder import latest_checkpoint
+    from .run_folder import checkpoints_of
 
-    found = paths.RunPaths(latest_checkpoint(run, paths.runs()).parent.parent)
+    _, checkpoints = checkpoints_of(run, paths.runs())
+    found = paths.RunPaths(checkpoints[0].parent.parent)
     from . import publishing
 
     hub = publishing.hub_of(found)

@@ -13,19 +13,19 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import MANIFEST, WEIGHTS, verify
 from .config import HubConfig, ModelConfig, saved_config, to_dict
 from .data.fetch import is_final, retry_after
 from .data.listing import first_line
 from .data.room import size
 from .errors import UserError
 from .files import locked, out_of_space, write_json, write_text
+from .integrity import MANIFEST, NOTHING, WEIGHTS, Damaged, check
 from .model_card import About, model_card, read_about, without_folders
 from .paths import RunPaths
 from .report.history import read_config, read_object
@@ -106,36 +106,42 @@ def prepare_repo(hub: HubConfig) -> None:
 
 
 def due(run: RunPaths, every_checkpoint: bool, up_to: int | None = None) -> list[Path]:
-    """The checkpoints to publish, oldest first: all, or the newest that is intact.
+    """The checkpoints to publish, oldest first: all, or the newest. What is in them is looked at when they are read.
 
     Raises:
         UserError: there is none.
     """
     found = [folder for folder in list_checkpoints(run.checkpoints) if up_to is None or step_of(folder) <= up_to]
-    intact = (folder for folder in found if not list(verify(folder)))
-    chosen = found[::-1] if every_checkpoint else [folder for folder in [next(intact, None)] if folder]
-    if not chosen:
+    if not found:
         raise UserError(f"no intact checkpoint in {run.checkpoints}; train first, then publish")
-    return chosen
+    return found[::-1] if every_checkpoint else found[:1]
 
 
-def publish(run: RunPaths, checkpoints: Iterable[Path], hub: HubConfig, make_folder: MakeFolder, say: Say) -> None:
-    """Publish checkpoints in the order given, each with tries of its own.
+def publish(run: RunPaths, checkpoints: list[Path], hub: HubConfig, make_folder: MakeFolder, say: Say) -> None:
+    """Publish checkpoints in the order given, each with tries of its own. A damaged one is passed over; without
+    `hub.every_checkpoint` the next older one takes its place.
 
     Raises:
-        UserError: what stopped it, and what to do; those before are published.
+        UserError: what stopped it, and what to do; those before are published. Or all are damaged.
     """
     try:
         with locked(run.root / ".publish.lock", wait=False), _limited_waits():
-            already = []
-            for checkpoint in checkpoints:
+            already, damaged, queue = [], 0, list(checkpoints)
+            for checkpoint in queue:
                 work = run.root / ".publishing"
                 shutil.rmtree(work, ignore_errors=True)  # of a process that was killed
                 try:
                     if not _patiently(run, checkpoint, hub, make_folder, say, work):
                         already.append(f"{step_of(checkpoint):,}")
+                except Damaged as error:
+                    say(f"{error}; it is passed over")
+                    damaged += 1
+                    if not hub.every_checkpoint and checkpoint == queue[-1]:
+                        queue += due(run, False, step_of(checkpoint) - 1) if step_of(checkpoint) else []
                 finally:
                     shutil.rmtree(work, ignore_errors=True)
+            if damaged and damaged == len(queue):
+                raise UserError(f"no checkpoint in {run.checkpoints} is intact; nothing was published")
             if already:
                 say(f"{hub.repo} has step {', '.join(already)} already")
     except BlockingIOError:
@@ -173,6 +179,7 @@ def _publish_step(
     """One try; False: it was published before. `work` keeps the folder of a try that failed for the next."""
     from huggingface_hub import CommitOperationAdd, HfApi
 
+    check(checkpoint, NOTHING)
     api, step, mark = HfApi(), step_of(checkpoint), _mark(checkpoint)
     tag = f"step-{step}"
     there = _look(api, hub)

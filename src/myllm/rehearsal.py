@@ -90,6 +90,9 @@ def _forget_compiled() -> None:
 def _remove_left_behind(base: Path) -> None:
     for folder in base.glob(f"{PREFIX}*"):
         with suppress(OSError):  # in use by another rehearsal, or another user's
+            if not (folder / ".lock").is_file():  # a rehearsal's, if it is empty; else nothing of ours
+                folder.rmdir()
+                continue
             with locked(folder / ".lock", wait=False):
                 pass
             shutil.rmtree(folder)

@@ -1,6 +1,9 @@
 """Which checkpoints are kept, and how the others go: out of their final name first, then from the disk."""
 
+import json
+import re
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +13,12 @@ from .errors import UserError
 from .files import fsync_folder
 from .plan import stored_parameters
 
+MANIFEST, STATE_FILE = "manifest.json", "state.json"
 PARTIAL, REMOVED, REPLACED = ".partial-", ".removed-", ".replaced-"
+_STEP = re.compile(r"step_([0-9]+)")
+_UNFINISHED = re.compile(rf"({re.escape(PARTIAL)}|{re.escape(REMOVED)}|{re.escape(REPLACED)})step_[0-9]+")
+_DEBRIS = re.compile(r"\.DS_Store|\._.*|\.nfs.*")
+"""Files that file managers and network disks leave in every folder."""
 BYTES_A_PARAMETER = 12
 """The weight and AdamW's two moments, float32."""
 SPARE_BYTES = 2_000_000
@@ -33,10 +41,10 @@ class Keep:
         if not self.last:
             return []
         # Newer ones are damaged, or training would have gone on from them: they must not crowd out sound ones.
-        older = [folder for folder in list_checkpoints(new.parent) if folder.name <= new.name]
-        passing = [folder for folder in older if not self._for_ever(step_of(folder))]
-        newest = older[: self.last]
-        return [folder for folder in passing if folder not in newest]
+        older = [folder for folder in list_checkpoints(new.parent) if step_of(folder) <= step_of(new)]
+        older = [folder for folder in older if _has_its_own_name(folder)]
+        passing = [folder for folder in older[self.last :] if not self._for_ever(step_of(folder))]
+        return [folder for folder in passing if is_untouched(folder)]
 
     def _for_ever(self, step: int) -> bool:
         return self.every_steps > 0 and step % self.every_steps == 0
@@ -51,14 +59,58 @@ class Keep:
 KEEP_ALL = Keep()
 
 
-def list_checkpoints(checkpoints: Path) -> list[Path]:
-    """Folders that carry a final name, newest first."""
-    return sorted((path for path in checkpoints.glob("step_*") if path.is_dir()), reverse=True)
+def folder_name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def is_step(name: str) -> bool:
+    """Whether a folder's name is that of a checkpoint: `step_` and digits, nothing else."""
+    return _STEP.fullmatch(name) is not None
 
 
 def step_of(folder: Path) -> int:
-    number = folder.name.removeprefix("step_")
-    return int(number) if number.isdecimal() else 0
+    """By the name of a checkpoint's folder; 0 where it has another name."""
+    found = _STEP.fullmatch(folder.name)
+    return int(found[1]) if found else 0
+
+
+def list_checkpoints(checkpoints: Path) -> list[Path]:
+    """Folders that carry a final name, newest first."""
+    found = [path for path in checkpoints.glob("step_*") if is_step(path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: (step_of(path), path.name == folder_name(step_of(path))), reverse=True)
+
+
+def saved_step(folder: Path) -> int | None:
+    """By the state inside; None where that cannot be read."""
+    try:
+        step = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))["step"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return step if type(step) is int else None
+
+
+def _has_its_own_name(folder: Path) -> bool:
+    """Whether a save gave it this name; a copy of another step, or under a name of its own kind, is somebody's."""
+    step = step_of(folder)
+    return folder.name == folder_name(step) and not folder.is_symlink() and saved_step(folder) in (step, None)
+
+
+def is_untouched(folder: Path) -> bool:
+    """Whether a folder is a checkpoint under the name that its save gave it, with nothing in it that somebody else put
+    there. Only such folders are ever deleted."""
+    if not _has_its_own_name(folder):
+        return False
+    try:
+        known = {MANIFEST, *json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
+    return holds_only(folder, known)
+
+
+def holds_only(folder: Path, known: set[str]) -> bool:
+    """Whether there is no file in a folder but those of the known names, relative to it."""
+    files = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
+    return all(path.relative_to(folder).as_posix() in known or _DEBRIS.fullmatch(path.name) for path in files)
 
 
 def remove(folder: Path) -> None:
@@ -70,18 +122,28 @@ def remove(folder: Path) -> None:
 
 
 def remove_others(folder: Path) -> None:
-    """Leave one checkpoint alone in its folder."""
+    """Leave one checkpoint alone in its folder, but for what is somebody's own."""
     for other in list_checkpoints(folder.parent):
-        if other != folder:
+        if other != folder and is_untouched(other):
             remove(other)
 
 
 def set_aside(folder: Path) -> None:
-    """Make room for a checkpoint of the same step. `remove_unfinished` brings it back if none comes."""
-    if folder.exists():
+    """Make room for a checkpoint of the same step. `remove_unfinished` brings it back if none comes. What is no
+    checkpoint of that step, or holds something else besides, gets another name for good."""
+    if is_untouched(folder):
         aside = folder.with_name(f"{REPLACED}{folder.name}")
         shutil.rmtree(aside, ignore_errors=True)
         folder.rename(aside)
+    elif folder.exists() or folder.is_symlink():
+        folder.rename(unused(folder.with_name(f"{folder.name}.before-{time.strftime('%Y%m%d-%H%M%S')}")))
+
+
+def unused(path: Path) -> Path:
+    """The path, or one like it where there is something already."""
+    while path.exists() or path.is_symlink():  # twice within a second
+        path = path.with_name(f"{path.name}-again")
+    return path
 
 
 def remove_superseded(folder: Path) -> None:
@@ -91,14 +153,14 @@ def remove_superseded(folder: Path) -> None:
 
 def remove_unfinished(checkpoints: Path) -> None:
     """Remove what killed saves left behind, and bring back what one was about to replace."""
-    for aside in checkpoints.glob(f"{REPLACED}step_*"):
+    left = [folder for folder in checkpoints.glob(".*") if _UNFINISHED.fullmatch(folder.name)]
+    for aside in [folder for folder in left if folder.name.startswith(REPLACED)]:
         final = aside.with_name(aside.name.removeprefix(REPLACED))
         if not final.exists():
             aside.rename(final)
             fsync_folder(checkpoints)
-    for prefix in (PARTIAL, REMOVED, REPLACED):
-        for folder in checkpoints.glob(f"{prefix}*"):
-            shutil.rmtree(folder, ignore_errors=True)
+    for folder in left:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 # -- room on the disk -------------------------------------------------------------------------------------------------

@@ -3,20 +3,22 @@
 import secrets
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from . import distributed
-from .checkpoint import MANIFEST, verify
+from .checkpoint import Checkpoint, load, load_newest
 from .config import RunConfig, saved_config, to_dict
 from .distributed import Process
 from .errors import UserError
 from .files import locked, write_json
+from .integrity import MANIFEST, MODEL, misnamed, verify
 from .metrics import JsonLines
+from .output import warn
 from .paths import RunPaths
-from .retention import list_checkpoints
+from .retention import is_step, list_checkpoints, unused
 
 SHARED = ".shared-"
 NETWORK_DISK_S = 20.0
@@ -94,9 +96,7 @@ def move_aside(run: RunPaths) -> Path | None:
     old = [path for path in run.root.iterdir() if path.name != ".lock"]
     if not old:
         return None
-    aside = run.root.with_name(f"{run.root.name}.before-{time.strftime('%Y%m%d-%H%M%S')}")
-    while aside.exists():  # twice within a second
-        aside = aside.with_name(f"{aside.name}-again")
+    aside = unused(run.root.with_name(f"{run.root.name}.before-{time.strftime('%Y%m%d-%H%M%S')}"))
     aside.mkdir()
     for path in old:
         path.rename(aside / path.name)
@@ -146,20 +146,43 @@ def write_config(run: RunPaths, config: RunConfig) -> None:
 
 
 def latest_checkpoint(where: str, runs: Path) -> Path:
-    """The checkpoint that a user means: a folder that holds one, whatever its name, a run's folder, or a run's name.
+    """The folder of `find_checkpoint`."""
+    return find_checkpoint(where, runs).folder
+
+
+def find_checkpoint(where: str, runs: Path, say: Callable[[str], None] = warn) -> Checkpoint:
+    """The checkpoint that a user means, for its model: a folder that holds one, whatever its name, or the newest intact
+    one of a run, by the run's folder or name. Its model's files have been hashed.
+
+    Args:
+        say: told which newer ones were passed over, and why.
+
+    Raises:
+        UserError: nothing there, or nothing that is intact.
+    """
+    root, found = checkpoints_of(where, runs)
+    if found == [root]:
+        for fault in misnamed(root):
+            say(f"{root}: {fault}")
+        return load(root, MODEL)
+    if saved := load_newest(found, say):
+        return saved
+    raise UserError(f"no checkpoint in {found[0].parent} is intact: {'; '.join(verify(found[0], MODEL))}")
+
+
+def checkpoints_of(where: str, runs: Path) -> tuple[Path, list[Path]]:
+    """What a user means by a run's name or folder, or by a folder of checkpoints or of one, and the checkpoints there,
+    newest first. Nothing is hashed.
 
     Raises:
         UserError: nothing there.
     """
     for root in (Path(where).expanduser(), runs / where):
         # Data sets have a manifest too, but no state.
-        if (root / MANIFEST).is_file() and (root.name.startswith("step_") or (root / "state.json").is_file()):
-            return root
-        found = list_checkpoints(root / "checkpoints") or list_checkpoints(root)  # a run, or its best/
-        if intact := next((folder for folder in found if not list(verify(folder))), None):
-            return intact
-        if found:
-            raise UserError(f"no checkpoint in {found[0].parent} is intact: {'; '.join(verify(found[0]))}")
+        if (root / MANIFEST).is_file() and (is_step(root.name) or (root / "state.json").is_file()):
+            return root, [root]
+        if found := list_checkpoints(root / "checkpoints") or list_checkpoints(root):  # a run, or its best/
+            return root, found
     known = sorted(path.name for path in runs.glob("*") if (path / "checkpoints").is_dir())
     raise UserError(f"no checkpoint at {where!r}; runs with checkpoints: {', '.join(known) or 'none yet'}")
 

@@ -205,7 +205,9 @@ def test_a_folder_without_manifest_is_made_anew(mixed_corpus: Path, hashes: Hash
     before = dataset.train.read(0, dataset.train.tokens).tolist()
     for name in ("manifest.json", "val_00000.npy"):  # as an `rm -r` that was interrupted leaves it
         (dataset.folder / name).unlink()
+    (dataset.folder / "notes.txt").write_text("mine")
     assert prepare(config(mixed_corpus), progress=False).train.read(0, len(before)).tolist() == before
+    assert (dataset.folder / "notes.txt").read_text() == "mine"
 
 
 def test_a_damaged_data_set_is_not_trained_on(mixed_corpus: Path) -> None:

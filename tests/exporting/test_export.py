@@ -258,6 +258,8 @@ def test_what_is_in_the_way(save: Save, tmp_path: Path, monkeypatch: pytest.Monk
     (out / "extra").touch()
     export_folder(folder, out, say=quietly)  # an export of ours
     assert not (out / "extra").exists()
+    (kept,) = tmp_path.glob("out.kept-*")  # no part of the export, so not deleted with it
+    assert [path.name for path in kept.iterdir()] == ["extra"]
     (out / "myllm.json").unlink()
     with pytest.raises(UserError, match="is no export of this program"):
         export_folder(folder, out, say=quietly)

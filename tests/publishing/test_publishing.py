@@ -12,9 +12,11 @@ from published_run import REPO, STEPS, TOKEN, save_checkpoint
 from stand_in_export import make_folder
 
 from myllm import cli, publishing
+from myllm.checkpoint import load
 from myllm.config import HubConfig, RunConfig
 from myllm.errors import UserError
 from myllm.files import locked
+from myllm.integrity import MODEL
 from myllm.paths import RunPaths
 from myllm.publishing import due
 
@@ -163,6 +165,29 @@ def test_a_checkpoint_that_is_removed_meanwhile_is_passed_over(hub: HubServer, r
     publishing.publish(run, chosen[:2], HUB, make_folder, said.append)
     assert said[0] == "step 4 was removed before it could be published"
     assert list(hub.models.tags(REPO)) == ["step-8"]
+
+
+@pytest.mark.parametrize("every", [False, True])
+@pytest.mark.parametrize("how", ["cut short", "changed"])
+def test_a_damaged_checkpoint_is_passed_over(hub: HubServer, run: RunPaths, every: bool, how: str) -> None:
+    """It is seen before or while it is read; without every checkpoint, the one before takes its place."""
+    newest = run.checkpoints / "step_00000012/weights/__0_0.distcp"
+    content = newest.read_bytes()
+    newest.write_bytes(content[:-9] if how == "cut short" else content[:-9] + b"!" * 9)
+
+    def make(folder: Path, to: Path) -> None:
+        load(folder, MODEL)
+        make_folder(folder, to)
+
+    said: list[str] = []
+    wanted = replace(HUB, every_checkpoint=every)
+    publishing.publish(run, due(run, every), wanted, make, said.append)
+    assert list(hub.models.tags(REPO)) == (["step-4", "step-8"] if every else ["step-8"])
+    assert sum("step_00000012 is not an intact checkpoint: " in line and "passed over" in line for line in said) == 1
+    for step in (4, 8):
+        (run.checkpoints / f"step_{step:08d}/state.json").write_text("{")
+    with pytest.raises(UserError, match=r"no intact checkpoint|is intact; nothing was published"):
+        publishing.publish(run, due(run, every), wanted, make, said.append)
 
 
 def test_one_at_a_time(hub: HubServer, run: RunPaths) -> None:

@@ -11,13 +11,14 @@ whatever interrupts a preparation, the next call goes on from there.
 
 import errno
 import json
+import re
 import shutil
 import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import repeat
 from multiprocessing import get_context
@@ -37,7 +38,7 @@ from .pipeline import Downloads, Job
 from .progress import progress_bar
 from .recipe import Recipe, estimate_tokens, recipe_of
 from .room import check_disk
-from .shards import MANIFEST, PROGRESS, SETTINGS, TOKENIZER, WORK, Dataset, find_dataset
+from .shards import MANIFEST, PROGRESS, SETTINGS, SPANS, TOKENIZER, WORK, Dataset, find_dataset
 from .sources import find_source
 from .units import is_intact, start_worker, unit_path
 
@@ -67,7 +68,7 @@ def prepare(config: DataConfig, progress: bool = True) -> Dataset:
                 try:
                     _build(recipe, config.workers or usable_cores(), progress)
                 except TooLittleText:  # nor will it be another time
-                    shutil.rmtree(recipe.folder)
+                    remove(recipe.folder)
                     raise
             clear_work(recipe.folder)  # here, since an earlier call may have been killed right after the manifest
     return Dataset.open(recipe.folder)
@@ -155,11 +156,23 @@ def clear_work(folder: Path) -> None:
         shutil.rmtree(folder / WORK)
 
 
+def remove(folder: Path) -> None:
+    """Delete what preparation wrote into a data set's folder, and the folder unless something else is there."""
+    own = {MANIFEST, PROGRESS, SETTINGS, TOKENIZER, SPANS}
+    for path in list(folder.iterdir()):
+        if path.name == WORK:
+            shutil.rmtree(path)
+        elif path.name in own or re.fullmatch(r"(train|val)_\d+\.npy|\..*\.tmp", path.name):
+            path.unlink()
+    with suppress(OSError):  # not empty
+        folder.rmdir()
+
+
 def open_work(recipe: Recipe, work: Path) -> None:
     """Make the folders of a data set and of its units, rid of what cannot be gone on from."""
     folder = recipe.folder
     if folder.exists() and not (folder / WORK).exists():  # what someone's `rm -r` did not get to
-        shutil.rmtree(folder)
+        remove(folder)
     work.mkdir(parents=True, exist_ok=True)
     for left in work.glob(f".*{TEMPORARY}"):
         left.unlink(missing_ok=True)

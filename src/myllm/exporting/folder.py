@@ -2,6 +2,7 @@
 
 import glob
 import json
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -20,9 +21,11 @@ from ..data.catalog import source_of
 from ..data.tokenizer import Tokenizer
 from ..errors import UserError
 from ..files import TEMPORARY, fsync_folder, write_json, write_text
+from ..integrity import MODEL
 from ..model import Transformer
 from ..paths import RunPaths
 from ..report.history import read_object
+from ..retention import unused
 from .architectures import CLASSES, choose, settings
 from .card import folder_card
 from .parity import Parity, check, require_transformers, samples
@@ -33,6 +36,8 @@ from .weights import DTYPES, convert, rounded
 FORMAT = "myllm-export-1"
 MARK = "myllm.json"
 """Says that a folder is an export of ours, and of what."""
+WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+"""The files of weights; how many there are depends on their size."""
 VOCABULARY = "myllm_tokenizer.json"
 """The vocabulary of one's own as training had it, byte for byte: data sets are bound to its hash."""
 SHARD_SIZE = "5GB"
@@ -72,13 +77,14 @@ class Source:
         return model
 
 
-def open_source(folder: Path) -> Source:
-    """A checkpoint's folder as a source of exports.
+def open_source(where: Path | Checkpoint) -> Source:
+    """A checkpoint, by its folder or open already, as a source of exports.
 
     Raises:
         UserError: no intact checkpoint, or one whose vocabulary does not fit.
     """
-    saved: Checkpoint = checkpoint.load(folder)
+    saved = checkpoint.load(where, MODEL) if isinstance(where, Path) else where
+    folder = saved.folder
     config = saved_config(saved.config, folder / "config.json")
     run = RunPaths(folder.parent.parent)
     source = Source(
@@ -138,7 +144,7 @@ def export_folder(
         parity = check(work, model, source.tokenizer)
         rounding = _rounding(source, model) if dtype != "float32" else 0.0
         fsync_folder(work)
-        _take_the_name(work, to)
+        _take_the_name(work, to, say)
     return Exported(to, CLASSES[kind], parity, rounding)
 
 
@@ -166,11 +172,12 @@ def is_export(folder: Path) -> bool:
         return False
 
 
-def _take_the_name(work: Path, to: Path) -> None:
+def _take_the_name(work: Path, to: Path, say: Callable[[str], None]) -> None:
     """Never a part of either under the name, wherever it ends: what was there is moved before it is removed."""
     if not to.exists():
         work.rename(to)
     elif not any(to.iterdir()) or is_export(to):
+        _keep_others_files(work, to, say)
         old = work.with_name(f"{work.name}{REPLACED}")
         to.rename(old)
         work.rename(to)
@@ -179,6 +186,19 @@ def _take_the_name(work: Path, to: Path) -> None:
     else:
         to.rename(to.with_name(f"{to.name}.before-{time.strftime('%Y%m%d-%H%M%S')}"))
         work.rename(to)
+
+
+def _keep_others_files(work: Path, to: Path, say: Callable[[str], None]) -> None:
+    """Move what somebody put into an earlier export out of it: that is replaced, and then deleted."""
+    known = {path.name for path in work.iterdir()} | {VOCABULARY}
+    others = [path for path in to.iterdir() if path.name not in known and not WEIGHTS.fullmatch(path.name)]
+    if not others:
+        return
+    kept = unused(to.with_name(f"{to.name}.kept-{time.strftime('%Y%m%d-%H%M%S')}"))
+    kept.mkdir()
+    for path in others:
+        path.rename(kept / path.name)
+    say(f"{len(others)} of the files in {to} were no part of the export; they are in {kept} now")
 
 
 def _write(folder: Path, source: Source, dtype: str, facts: dict[str, Any], max_shard_size: int | str) -> None:
