@@ -1,5 +1,6 @@
 """One training step: what it never does, and what its phases are."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,13 +12,14 @@ import torch
 from conftest import with_train
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from myllm import plan
+from myllm import kernels, plan
 from myllm.checkpoint import TrainState
 from myllm.config import RunConfig
 from myllm.data.order import DataPosition
 from myllm.distributed import Process
 from myllm.guard import Guard
 from myllm.kernel_costs import PHASES
+from myllm.kernels import fast_kernels
 from myllm.model import Transformer
 from myllm.optim import ScheduledAdamW
 from myllm.parallel import wrap
@@ -110,6 +112,45 @@ def test_nothing_in_a_step_waits_for_the_device(
     float(loss)
     assert "item" in reads.seen
     assert "aten::_local_scalar_dense" in reads.seen
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_step_repeats_itself_where_asked(wanted: bool, tiny: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it, compiling included, and nothing but it; cuBLAS is told before anything is wrapped or computed."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    config = with_train(replace(tiny, model=replace(tiny.model, vocab_size=500)), deterministic=wanted)
+    config = with_train(config, batch_tokens=256, micro_batch_size=2)
+    model, seen, told = Transformer(config.model), [], []
+
+    def look(*_: Any) -> None:
+        seen.append(torch.are_deterministic_algorithms_enabled())
+
+    def wrapped(*given: Any) -> torch.nn.Module:
+        told.append(os.environ.get("CUBLAS_WORKSPACE_CONFIG"))
+        return wrap(*given)
+
+    monkeypatch.setattr(kernels, "wrap", wrapped)
+    with fast_kernels(model, config, ALONE) as runner:
+        parts = Steps(config)
+        parts.runner = runner
+        for parameter in parts.runner.parameters():
+            parameter.register_hook(look)
+        model.blocks[0].register_forward_hook(look)
+        parts.guard.judge, judge = lambda norm: (look(), judge(norm))[1], parts.guard.judge
+        parts.make(0)
+        assert not torch.are_deterministic_algorithms_enabled()
+    assert len(seen) > 20
+    assert set(seen) == {wanted}
+    assert told == [":4096:8" if wanted else None]
+    assert torch.utils.deterministic.fill_uninitialized_memory
+
+
+def test_an_error_in_a_step_leaves_torch_as_it_was(steps: Steps) -> None:
+    steps.config = with_train(steps.config, deterministic=True)
+    steps.runner = torch.nn.Linear(2, 2)
+    with pytest.raises(TypeError):
+        steps.make(0)
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_the_phases_of_a_step(steps: Steps) -> None:

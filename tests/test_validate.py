@@ -172,3 +172,10 @@ def test_early_stopping_needs_validation():
     assert faults(config, 1) == []
     (fault,) = faults(changed(config, eval__validation_every_steps=0), 1)
     assert fault.startswith("train.early_stop_patience is 3, but eval.validation_every_steps is 0")
+
+
+def test_repeatable_steps_need_a_repeatable_attention():
+    for attention in ("auto", "flash", "math"):
+        assert faults(changed(GOOD, train__deterministic=True, train__attention=attention), 1) == []
+    (fault,) = faults(changed(GOOD, train__deterministic=True, train__attention="cudnn"), 1)
+    assert fault.startswith("train.attention is cudnn, whose backward pass does not repeat itself")

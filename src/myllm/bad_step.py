@@ -27,12 +27,12 @@ from .guard import Guard, LeftOut
 from .hardware import device_name
 from .meter import Diverged
 from .metrics import Log
-from .model import Transformer
+from .model import Transformer, sdpa
 from .optim import ScheduledAdamW
 from .parallel import full, gathered
 from .paths import RunPaths
 from .plan import BatchPlan
-from .precision import autocast, compute_dtype, dtype_name
+from .precision import autocast, compute_dtype, dtype_name, repeatable
 
 SHOWN_CHARS = 120
 """Of a sample's text, in a message."""
@@ -128,7 +128,8 @@ def _diagnose_share(bad: LeftOut, sequences: np.ndarray, scene: Scene) -> Diagno
     batches = (
         tuple(part.to(device) for part in batch_of(scene.dataset.train, share, batch.seq_len)) for share in shares
     )
-    return diagnose(scene.whole, batches, len(shares), partial(autocast, scene.config, device))
+    with sdpa.fastest(device, scene.config.train), repeatable(scene.config.train.deterministic):
+        return diagnose(scene.whole, batches, len(shares), partial(autocast, scene.config, device))
 
 
 def _on_main(tensors: dict[str, Tensor], process: Process) -> dict[str, Tensor]:

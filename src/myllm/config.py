@@ -179,6 +179,11 @@ class TrainConfig:
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """With several ranks: ddp has all weights on each; fsdp a part of each matrix, its gradient and its moments, and
     the whole of one block at a time while it computes."""
+    attention: Literal["auto", "flash", "cudnn", "efficient", "math"] = "auto"
+    """The kernel of attention in training that comes first; where it cannot do the shapes, the next one does. auto:
+    cuDNN's on Hopper and data-centre Blackwell, else flash. Evaluations and generation never use cuDNN's."""
+    deterministic: bool = False
+    """Steps that repeat themselves bit for bit on CUDA too, with slower kernels. A CPU's do in any case."""
     activation_checkpointing: bool = False
     """Keep only what goes into each block and compute the rest again for its gradient: less memory, a third more
     arithmetic, the same numbers."""

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from . import ranks
 from .config import RunConfig
 from .distributed import Process
 from .model import Transformer, sdpa
@@ -23,6 +24,8 @@ def fast_kernels(
     They come together, so that a run, its rehearsal, the trials of a micro-batch and a benchmark compile under the same
     settings: what is compiled is for those it was compiled under, and others would mean other kernels, made once more.
     """
+    if config.train.deterministic:
+        ranks.repeat_cublas()
     with float32_products(config, process.device), sdpa.newer_flash(config.model, process.device) as remark:
         say_kernels(model, config, process, log)
         if remark:
@@ -33,19 +36,20 @@ def fast_kernels(
 def say_kernels(model: Transformer, config: RunConfig, process: Process, log: Callable[[str], None]) -> None:
     device = process.device
     dtype = compute_dtype(config.train.precision, device)
-    choice = sdpa.chosen(config.model, device, dtype)
+    choice = sdpa.chosen(config.model, device, dtype, config.train)
     products = in_words(config.train.precision, device)
     if dtype is not torch.float32 and device.type == "cuda":
         products += ", TF32 for what is left in float32" if may_use_tf32(config, device) else ", the rest in float32"
     compiled = {"": "nothing compiled", "whole": "compiled as one graph", "block by block": "compiled block by block"}
     how = compiled[compiles(model, config, device)]
-    log(f"kernels: attention by the {choice.name} kernel; matrix products in {products}; {how}")
+    repeats = "; steps repeat themselves bit for bit" if config.train.deterministic else ""
+    log(f"kernels: attention by the {choice.name} kernel; matrix products in {products}; {how}{repeats}")
     if dtype is torch.bfloat16 and device.type == "cuda" and not has_bfloat16(device):
         log(
             "warning: this card has no bfloat16 arithmetic, and what stands in for it is many times slower: leave "
             "train.precision at auto, which is float16 with a loss scale here"
         )
-    if choice.name == "math" and device.type == "cuda":
+    if choice.name == "math" and device.type == "cuda" and config.train.attention != "math":
         why = "".join(f"\n  - {refusal}" for refusal in choice.refusals)
         log(
             "warning: attention runs on torch's math path, which holds all T x T scores and is many times slower than "

@@ -20,7 +20,7 @@ from .config import RunConfig
 from .distributed import Process
 from .hardware import has_triton
 from .model import Transformer, sdpa
-from .precision import autocast, compute_dtype
+from .precision import autocast, compute_dtype, repeatable
 
 BUCKET_MB = 64
 """Of gradients that DDP sums at a time, from the last layers to the first. Each bucket is a graph of its own where the
@@ -99,7 +99,8 @@ def _show_graph(runner: nn.Module, config: RunConfig, process: Process) -> None:
     # would have it compiled once more.
     tokens, targets = (torch.zeros(shape, dtype=torch.int64, device=process.device) for _ in range(2))
     cards = [process.device] if process.device.type == "cuda" else []
-    with torch.random.fork_rng(cards), sdpa.fastest(process.device):
+    repeats = repeatable(config.train.deterministic)
+    with torch.random.fork_rng(cards), sdpa.fastest(process.device, config.train), repeats:
         runner.train()
         for _ in range(2):
             with autocast(config, process.device):

@@ -1,4 +1,4 @@
-"""In which type a run computes."""
+"""In which type a run computes, and whether its steps repeat themselves to the bit."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -79,3 +79,24 @@ def float32_products(config: RunConfig, device: torch.device) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
+def repeatable(wanted: bool) -> Iterator[None]:
+    """Around a training step: on CUDA only kernels that give the same bits each time. What has none is an error.
+
+    What is compiled inside comes without atomic sums, and without reductions that are tuned by the clock. cuBLAS has to
+    be told before it is first used: see ranks.repeat_cublas.
+    """
+    if not wanted:
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fills = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # costs a pass over memory, and guards against bugs
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = fills

@@ -171,7 +171,8 @@ def judge(result: Result, reference: Result, config: RunConfig, own_spread: floa
     elif worst > allowed:
         result.faults.append(f"losses differ by up to {worst:.2g}, allowed {allowed:g}")
     elif own_spread:
-        result.losses += f" (two uninterrupted runs here differ by {own_spread:.1g})"
+        result.losses += f" (two uninterrupted runs here differ by {own_spread:.1g}"
+        result.losses += ")" if config.train.deterministic else "; not with --train.deterministic)"
 
 
 def difference(one: Result, other: Result) -> float:

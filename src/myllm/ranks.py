@@ -53,6 +53,15 @@ def meeting_place() -> tuple[str, int, bool]:
     return host, int(port), rank() == 0 and not opened
 
 
+def repeat_cublas() -> None:
+    """Have cuBLAS give the same bits each time, in workspaces of its own choice no more. It asks once, when it is first
+    used, and torch refuses products under deterministic algorithms without it.
+
+    Source: cuBLAS's documentation, "Results Reproducibility".
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
 def ask_for_a_store_each_start() -> None:
     """Have torchrun make the store anew, in which processes find each other, each time it starts them.
 

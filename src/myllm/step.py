@@ -14,7 +14,7 @@ from .model import sdpa
 from .optim import ScheduledAdamW
 from .parallel import clear_gradients, full, last_of_step
 from .plan import BatchPlan
-from .precision import autocast
+from .precision import autocast, repeatable
 from .profiling import unmarked
 
 
@@ -40,12 +40,13 @@ def train_step(
         this rank's mean loss and the gradient norm before clipping, on the device, and the rate.
     """
     loss_scale = guard.loss_scale
-    loss = accumulate_gradients(runner, loader, batch, config, process, phase, loss_scale)
-    with phase("clip"):
-        grad_norm = clip_gradients(optimizer.parameters.values(), config.optim.max_grad_norm, loss_scale)
-    with phase("optimizer"):
-        rate = optimizer.step(step, guard.judge(grad_norm), loss_scale)
-        clear_gradients(runner)
+    with repeatable(config.train.deterministic):
+        loss = accumulate_gradients(runner, loader, batch, config, process, phase, loss_scale)
+        with phase("clip"):
+            grad_norm = clip_gradients(optimizer.parameters.values(), config.optim.max_grad_norm, loss_scale)
+        with phase("optimizer"):
+            rate = optimizer.step(step, guard.judge(grad_norm), loss_scale)
+            clear_gradients(runner)
     return loss, grad_norm, rate
 
 
@@ -85,7 +86,7 @@ def accumulate_gradients(
     for micro_step in range(batch.grad_accum_steps):
         with phase("data"):
             tokens, targets = loader.next()
-        with last_of_step(runner, micro_step == batch.grad_accum_steps - 1), sdpa.fastest(process.device):
+        with last_of_step(runner, micro_step == batch.grad_accum_steps - 1), sdpa.fastest(process.device, config.train):
             with phase("forward"), autocast(config, process.device):
                 part = runner(tokens, targets) / batch.grad_accum_steps
             with phase("backward"):

@@ -178,6 +178,11 @@ def _train_faults(train: TrainConfig) -> list[str]:
         found.append(
             f"train.skip_spikes_sigma is {train.skip_spikes_sigma}, but must be above 0 and finite, such as 6, or None"
         )
+    if train.deterministic and train.attention in ("cudnn", "efficient"):
+        found.append(
+            f"train.attention is {train.attention}, whose backward pass does not repeat itself bit for bit; with "
+            "train.deterministic set it to auto, flash or math"
+        )
     for name in ("max_wall_s", "collective_timeout_s"):
         value = getattr(train, name)
         if value is not None and not 0 < value < float("inf"):

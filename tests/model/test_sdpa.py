@@ -11,9 +11,11 @@ from torch.nn import attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
-from myllm.config import ModelConfig
-from myllm.model import sdpa
+from myllm.config import ModelConfig, TrainConfig
+from myllm.generation import Continuation, continue_batch
+from myllm.model import Transformer, sdpa
 from myllm.presets import PRESETS
+from myllm.sampling import Sampling
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 CONFIG = ModelConfig(vocab_size=100, max_seq_len=64, d_model=64, n_layers=1, n_heads=4, d_ff=64)
@@ -61,6 +63,86 @@ def test_the_order_on_a_card(major: int, first: str, card: Callable[[int], None]
     assert torch._C._get_sdp_priority_order() == before
     with sdpa.fastest(CPU):
         assert torch._C._get_sdp_priority_order() == before
+
+
+@pytest.mark.parametrize("major", [8, 9])
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"attention": "flash"}, ["flash", "memory-efficient", "math"]),
+        ({"attention": "cudnn"}, ["cuDNN", "flash", "memory-efficient", "math"]),
+        ({"attention": "efficient"}, ["memory-efficient", "math"]),
+        ({"attention": "math"}, ["math"]),
+        ({"deterministic": True}, ["flash", "math"]),
+        ({"deterministic": True, "attention": "math"}, ["math"]),
+    ],
+)
+def test_the_order_that_is_asked_for(
+    major: int, settings: dict[str, Any], expected: list[str], card: Callable[[int], None]
+) -> None:
+    card(major)
+    with sdpa.fastest(CUDA, TrainConfig(**settings)):
+        allowed = set(attention._cur_sdpa_kernel_backends())
+        order = [SDPBackend(number) for number in torch._C._get_sdp_priority_order()]
+    assert [sdpa.NAMES[each] for each in order if each in allowed] == expected
+
+
+def test_evaluations_never_use_cudnn(card: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever torch prefers on the card; nor does generation. Training is left to whoever trains."""
+    card(9)
+    kinds: list[str] = []
+    steady = sdpa.steady
+
+    def noticed(device: torch.device) -> Any:
+        kinds.append(device.type)
+        return steady(CUDA)
+
+    monkeypatch.setattr(sdpa, "steady", noticed)
+    model, allowed = Transformer(CONFIG), []
+    model.blocks[0].register_forward_hook(lambda *_: allowed.append(set(attention._cur_sdpa_kernel_backends())))
+    tokens = torch.zeros(1, 8, dtype=torch.long)
+    model.eval()
+    model.assess(tokens, tokens)
+    model.score(tokens, tokens)
+    model.score_continuations(tokens, torch.tensor([0]), tokens, tokens)
+    row = Continuation([1, 2], seed=0)
+    list(continue_batch(model, [row], 2, Sampling()))
+    assert len(allowed) == len(kinds) >= 5
+    assert all(
+        each == {SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH} for each in allowed
+    )
+    model.train()
+    model(tokens, tokens)
+    assert SDPBackend.CUDNN_ATTENTION in allowed[-1]
+    assert len(kinds) == len(allowed) - 1
+
+
+def test_what_a_card_takes_is_the_first_that_can(card: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By torch's public questions."""
+    card(9)
+    monkeypatch.setattr(sdpa, "_inputs", lambda config, _, dtype: INPUTS(config, CPU, dtype))
+    can = {"cudnn": True, "flash": True, "efficient": True}
+    for name in can:
+        monkeypatch.setattr(sdpa, f"can_use_{name}_attention", lambda *_, name=name, **__: can[name])
+
+    def name(**settings: Any) -> str:
+        return sdpa.chosen(CONFIG, CUDA, torch.bfloat16, TrainConfig(**settings)).name
+
+    assert (name(), name(attention="flash"), name(attention="math")) == ("cuDNN", "flash", "math")
+    can["cudnn"] = False
+    assert (name(), name(attention="cudnn")) == ("flash", "flash")
+    can["flash"] = False
+    assert (name(), name(deterministic=True)) == ("memory-efficient", "math")
+
+
+def test_asked_for_on_a_cpu() -> None:
+    assert sdpa.chosen(CONFIG, CPU, torch.float32, TrainConfig(attention="math")) == sdpa.Choice("math")
+    assert sdpa.chosen(CONFIG, CPU, torch.float32, TrainConfig(attention="cudnn")) == sdpa.Choice("flash")
+
+
+def test_without_torchs_private_question_only_a_name_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch, "_fused_sdp_choice")
+    assert sdpa.chosen(CONFIG, CPU, torch.float32) == sdpa.Choice("CPU's")
 
 
 class Handle:

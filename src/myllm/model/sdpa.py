@@ -1,4 +1,4 @@
-"""Which of torch's kernels attention runs on in training, and what makes torch take the fastest.
+"""Which of torch's kernels attention runs on, and what makes torch take the fastest in training.
 
 Torch has several behind `scaled_dot_product_attention`: flash (FlashAttention-2, or a newer one that is installed),
 cuDNN's, a memory-efficient one, and plain mathematics, which holds all T x T scores. It takes the first of its order
@@ -14,17 +14,24 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.backends.cuda import SDPAParams, can_use_cudnn_attention, can_use_flash_attention
+from torch.backends.cuda import (
+    SDPAParams,
+    can_use_cudnn_attention,
+    can_use_efficient_attention,
+    can_use_flash_attention,
+)
 from torch.nn import attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..config import ModelConfig
+from ..config import ModelConfig, TrainConfig
 
+FLASH, CUDNN = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION
+EFFICIENT, MATH = SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
 NAMES = {
-    SDPBackend.FLASH_ATTENTION: "flash",
-    SDPBackend.CUDNN_ATTENTION: "cuDNN",
-    SDPBackend.EFFICIENT_ATTENTION: "memory-efficient",
-    SDPBackend.MATH: "math",
+    FLASH: "flash",
+    CUDNN: "cuDNN",
+    EFFICIENT: "memory-efficient",
+    MATH: "math",
 }
 NEWER_FLASH = {9: ("FA3", "FA4"), 10: ("FA4",)}
 """By the major compute capability of a card, the best first. Source: torch/nn/attention/_fa3.py and _fa4.py, which ask
@@ -45,21 +52,40 @@ class Choice:
     """Why no better kernel is taken, in torch's words; only for the math path on a GPU."""
 
 
-def fastest(device: torch.device) -> AbstractContextManager[None]:
-    """Around the forward and backward passes of training: torch takes the fastest kernel of the card.
+def fastest(device: torch.device, train: TrainConfig | None = None) -> AbstractContextManager[None]:
+    """Around the forward and backward passes of training: torch takes the fastest kernel of the card, or the one that
+    the config puts first."""
+    train = train or TrainConfig()
+    if device.type == "cuda" or (device.type == "cpu" and train.attention != "auto"):
+        return sdpa_kernel(list(order_in_training(device, train)), set_priority=True)
+    return nullcontext()
 
-    Not around evaluations: their shapes change from batch to batch, and cuDNN plans each shape anew.
-    """
-    if device.type != "cuda":
-        return nullcontext()
-    flash, cudnn = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION
+
+def steady(device: torch.device) -> AbstractContextManager[None]:
+    """Around evaluations and generation, whose shapes change from batch to batch: cuDNN, which torch itself prefers on
+    some cards, plans each shape anew, for a tenth of a second and more."""
+    return sdpa_kernel([FLASH, EFFICIENT, MATH], set_priority=True) if device.type == "cuda" else nullcontext()
+
+
+def order_in_training(device: torch.device, train: TrainConfig) -> tuple[SDPBackend, ...]:
+    """The kernels that training may run on, the best first."""
+    if train.attention == "math":
+        return (MATH,)
+    if train.deterministic:
+        # Flash's backward pass has a form that repeats itself, which torch takes when told to; the memory-efficient one
+        # has none and raises, cuDNN's depends on its version (aten/src/ATen/native/transformers/cuda).
+        return (FLASH, MATH)
+    if train.attention == "efficient":
+        return (EFFICIENT, MATH)
+    if train.attention == "flash":
+        return (FLASH, EFFICIENT, MATH)
     newer = _switch("current_flash_attention_impl")() is not None
-    cudnn_first = torch.cuda.get_device_capability(device)[0] in CUDNN_FIRST and not newer
-    order = (cudnn, flash) if cudnn_first else (flash, cudnn)
-    return sdpa_kernel([*order, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], set_priority=True)
+    card = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+    cudnn_first = train.attention == "cudnn" or (card in CUDNN_FIRST and not newer)
+    return (CUDNN, FLASH, EFFICIENT, MATH) if cudnn_first else (FLASH, CUDNN, EFFICIENT, MATH)
 
 
-def chosen(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Choice:
+def chosen(config: ModelConfig, device: torch.device, dtype: torch.dtype, train: TrainConfig | None = None) -> Choice:
     """What training's shapes get on a device, by asking torch.
 
     Args:
@@ -67,16 +93,27 @@ def chosen(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Cho
     """
     if device.type not in ("cpu", "cuda"):
         return Choice(f"only {device.type}")  # torch has no choice of kernels there
+    train = train or TrainConfig()
     q, k, v = _inputs(config, device, dtype)
     grouped = config.n_heads != config.kv_heads
-    with fastest(device):
-        # What scaled_dot_product_attention itself asks; there is no public name for it.
-        number = torch._fused_sdp_choice(q, k, v, None, 0.0, True, enable_gqa=grouped)
-    backend = SDPBackend.__members__.values()
-    name = next((NAMES.get(each, each.name) for each in backend if int(each) == number), f"number {number}")
-    refusals = _refusals(SDPAParams(q, k, v, None, 0.0, True, grouped)) if _is_slow(name, device) else ()
+    with fastest(device, train):
+        if device.type == "cpu":
+            return Choice(_chosen_on_cpu(q, k, v, grouped))
+        params = SDPAParams(q, k, v, None, 0.0, True, grouped)
+        takes = {FLASH: can_use_flash_attention, CUDNN: can_use_cudnn_attention, EFFICIENT: can_use_efficient_attention}
+        order = order_in_training(device, train)
+        first = next((backend for backend in order if backend is MATH or takes[backend](params)), MATH)
     newer = _switch("current_flash_attention_impl")()
-    return Choice(f"flash ({newer})" if name == "flash" and newer and device.type == "cuda" else name, refusals)
+    if first is MATH:
+        return Choice("math", () if train.attention == "math" else _refusals(params))
+    return Choice(f"flash ({newer})" if first is FLASH and newer else NAMES[first])
+
+
+def _chosen_on_cpu(q: Tensor, k: Tensor, v: Tensor, grouped: bool) -> str:
+    # What scaled_dot_product_attention itself asks. There is no public name for it, and only a log line depends on it.
+    ask = getattr(torch, "_fused_sdp_choice", None)
+    number = ask and ask(q, k, v, None, 0.0, True, enable_gqa=grouped)
+    return next((name for backend, name in NAMES.items() if int(backend) == number), "CPU's")
 
 
 @contextmanager
@@ -137,10 +174,6 @@ def _inputs(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> li
     shape = 2, config.max_seq_len, total, config.head_size  # (B, T, H + 2G, K)
     heads = torch.empty(shape, device=device, dtype=dtype).requires_grad_().transpose(1, 2)
     return list(heads.split((config.n_heads, config.kv_heads, config.kv_heads), dim=1))
-
-
-def _is_slow(name: str, device: torch.device) -> bool:
-    return name == "math" and device.type == "cuda"
 
 
 def _refusals(params: SDPAParams) -> tuple[str, ...]:

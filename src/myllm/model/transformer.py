@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..config import ModelConfig
+from . import sdpa
 from .attention import Attention
 from .feed_forward import FeedForward
 from .huge_pages import use_huge_pages
@@ -140,7 +141,11 @@ class Transformer(nn.Module):
         end = cache.end if cache is not None else new
         assert end <= self.config.max_seq_len, f"{end} tokens exceed the context of {self.config.max_seq_len}"
         compiled = self._step if cache is not None and cache.static and new == 1 else None
-        x = (compiled or self._run)(tokens, positions, cache)
+        if self.training:  # who trains says by which kernels
+            x = self._run(tokens, positions, cache)
+        else:
+            with sdpa.steady(tokens.device):
+                x = (compiled or self._run)(tokens, positions, cache)
         if cache is not None:
             cache.advance(new)
         return x
