@@ -41,6 +41,7 @@ STAGES = [
     Stage("evaluations", "evaluations", 25),
     Stage("decode", "decode", 40),
     Stage("save", "saves", 25),
+    Stage("fp16", "float16", 40),
     Stage("peers", "peers", 90),
 ]
 """By worth. Seconds are estimates until a card has been measured."""

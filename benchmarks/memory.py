@@ -18,11 +18,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
+from myllm import paths
 from myllm.config import RunConfig, from_dict, to_dict
 from myllm.footprint import Computing, memory_by_part, predicted_bytes
 from myllm.presets import PRESETS, preset
-
-RESULTS = Path(__file__).parent / "results"
 
 
 def cases(device: str) -> list[tuple[str, RunConfig]]:
@@ -80,6 +79,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--only", default="", help="rows whose name has this in it")
+    parser.add_argument("--out", type=Path, help="the file for the table (temp_data/benchmarks/DATE-DEVICE-memory.md)")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.one:
@@ -99,7 +99,8 @@ def main() -> None:
         lines.append(row(name, config))
         print(lines[-1], flush=True)
     if not asked.only:
-        file = RESULTS / f"{date.today()}-{asked.device}-memory.md"
+        file = asked.out or paths.temp_data() / "benchmarks" / f"{date.today()}-{asked.device}-memory.md"
+        file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("\n".join(lines) + "\n", encoding="utf-8")
         print(f"\nwritten to {file}")
 

@@ -35,7 +35,7 @@ options:
   --steps N             timed steps of a turn (5)
   --sequences N         a rank's share of a step (a GPU: 32; a CPU: the preset's)
   --peer same|none      whether the model of transformers that computes the same takes part (same)
-  --out FILE            add the result to this file (benchmarks/results/DATE-DEVICE.md)
+  --out FILE            add the result to this file (temp_data/benchmarks/DATE-DEVICE.md)
   overrides             any setting of the config, as for pretrain.py
 """
 
@@ -53,7 +53,7 @@ class Asked(AskedRun):
     peer: Literal["same", "none"] = "same"
     """Whether the model of transformers that computes the same takes part."""
     out: Path | None = None
-    """The file that the result is added to. None: benchmarks/results/DATE-DEVICE.md."""
+    """The file that the result is added to. None: temp_data/benchmarks/DATE-DEVICE.md."""
 
 
 def settled(asked: Asked, device: str, world_size: int) -> RunConfig:

@@ -11,14 +11,13 @@ from pathlib import Path
 
 from throughput_turns import Result, Turn, describe
 
+from myllm import paths
 from myllm.distributed import Process
 from myllm.flops import flops_per_token, peak_flops
 from myllm.hardware import device_name
 from myllm.metrics import environment
 from myllm.plan import n_parameters
 from myllm.precision import compute_dtype, dtype_name
-
-RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def section(result: Result, process: Process) -> str:
@@ -117,11 +116,12 @@ def command(process: Process) -> str:
 
 
 def write(text: str, process: Process, out: Path | None) -> Path:
-    """Add a section to the file of this day and device."""
+    """Add a section to the file of this day and device, by default where runs are too: nothing is written among the
+    code."""
     name = device_name(process.device)
     if out is None:
         device = process.device.type if process.device.type != "cuda" else re.sub(r"\W+", "-", name).strip("-").lower()
-        out = RESULTS / f"{time.strftime('%Y-%m-%d')}-{device}.md"
+        out = paths.temp_data() / "benchmarks" / f"{time.strftime('%Y-%m-%d')}-{device}.md"
     out.parent.mkdir(parents=True, exist_ok=True)
     before = out.read_text(encoding="utf-8") + "\n" if out.is_file() else f"# {time.strftime('%Y-%m-%d')}, {name}\n\n"
     out.write_text(before + text, encoding="utf-8")

@@ -98,6 +98,23 @@ def test_a_step_that_cannot_be_cut_is_refused(load: Load, small: RunConfig) -> N
         script.settled(script.Asked(with_train(small, micro_batch_size="auto")), "cpu", 1)
 
 
+def test_results_are_kept_where_runs_are(load: Load, temp_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not in the checkout, unless --out says so."""
+    table, memory = load("throughput_table"), load("memory")
+    before = {path for path in (ROOT / "benchmarks").rglob("*") if "__pycache__" not in path.parts}
+    first = table.write("## One\n", ALONE, None)
+    assert table.write("## Two\n", ALONE, None) == first
+    assert first.parent == temp_data / "benchmarks"
+    assert first.read_text(encoding="utf-8").endswith("## One\n\n## Two\n")
+    monkeypatch.setattr(sys, "argv", ["memory.py"])
+    monkeypatch.setattr(memory, "cases", lambda device: [("none", None)])
+    monkeypatch.setattr(memory, "row", lambda name, config: f"| {name} |")
+    memory.main()
+    (written,) = (path for path in first.parent.iterdir() if path != first)
+    assert "| none |" in written.read_text(encoding="utf-8")
+    assert {path for path in (ROOT / "benchmarks").rglob("*") if "__pycache__" not in path.parts} == before
+
+
 @pytest.mark.slow  # two real processes under a launcher
 def test_two_ranks_without_transformers(tmp_path: Path, temp_data: Path) -> None:
     """As a user starts it: one table of both ranks, added to what the file has, and nothing left behind."""
