@@ -218,16 +218,18 @@ def _held_out_sums(subject: Subject, choices: Choices) -> tuple[dict[str, Any], 
 
 def _text_sums(subject: Subject, choices: Choices, file: Path) -> tuple[dict[str, Any], Sums, int]:
     """Settings, sums, and the text's length in bytes."""
+    from .data.encodings import NotText, decode_text
     from .evals.perplexity import window_batches, windows
 
     file = file.expanduser()
     try:
         raw = file.read_bytes()
-        ids = subject.tokenizer.encode(raw.decode("utf-8"))
+        text = decode_text(raw)
+        ids = subject.tokenizer.encode(text)
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8: {error}; convert it first") from None
+    except NotText as error:
+        raise UserError(f"{file}: {error}") from None
     if not len(ids):
         raise UserError(f"{file} has no text; give a file with some")
     context = subject.model.config.max_seq_len
@@ -237,7 +239,7 @@ def _text_sums(subject: Subject, choices: Choices, file: Path) -> tuple[dict[str
     sums = _sums(
         subject, lambda: window_batches(ids, subject.tokenizer.end_of_text, context, stride, choices.batch_size)
     )
-    return settings, sums, len(raw)
+    return settings, sums, len(text.encode())
 
 
 def _sums(subject: Subject, batches: "Callable[[], Iterable[tuple[Tensor, Tensor]]]") -> Sums:

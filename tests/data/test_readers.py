@@ -139,8 +139,13 @@ def test_a_compressed_file_that_ends_early_gives_what_it_has(suffix: str, keep: 
 # Name, content, reason, place, a word of the detail, and what is read all the same.
 GOOD = b'{"text": "a"}\n'
 FAULTS: dict[str, tuple[str, bytes, str, str, str, list[str]]] = {
-    "utf-16": ("a.txt", "hello".encode("utf-16"), "invalid_text", "a.txt", "byte 0", []),
-    "latin-1": ("a.md", "abc été".encode("latin-1"), "invalid_text", "a.md", "byte 4", []),
+    "utf-16 cut short": ("a.txt", "hello".encode("utf-16")[:-1], "invalid_text", "a.txt", "damaged", []),
+    "utf-16 unmarked": ("a.txt", "hello there".encode("utf-16-le"), "invalid_text", "a.txt", "-f UTF-16LE", []),
+    "utf-16 of the other kind": ("a.md", "hello thére".encode("utf-16-be"), "invalid_text", "a.md", "-f UTF-16BE", []),
+    "utf-32 unmarked": ("a.py", "x = 'hello'".encode("utf-32-be"), "invalid_text", "a.py", "-f UTF-32BE", []),
+    "latin-1": ("a.md", "abc été".encode("latin-1"), "invalid_text", "a.md", "LATIN1", []),
+    "utf-16 lines cut short": ("a.jsonl", '{"text": "a"}\n'.encode("utf-16")[:-1], "unreadable_file", "a.jsonl",
+                               "byte order mark", ["a"]),
     "latin-1 python": ("a.py", "s = 'été'".encode("latin-1"), "invalid_text", "a.py", "byte 5", []),
     "not what it names": ("a.py", b"# coding: ascii\n\xe9", "invalid_text", "a.py", "ascii", []),
     "not an encoding of text": ("a.py", b"# coding: hex\n\xe9", "invalid_text", "a.py", "hex", []),
@@ -168,6 +173,25 @@ FAULTS: dict[str, tuple[str, bytes, str, str, str, list[str]]] = {
     "not arrow": ("a.arrow", GOOD, "unreadable_file", "a.arrow", "arrow", []),
     "empty arrow": ("a.arrow", b"", "unreadable_file", "a.arrow", "arrow", []),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "utf-8-sig", "utf-16-be", "utf-32-be"])
+@pytest.mark.parametrize("suffix", [".txt", ".md", ".py", ".jsonl", ".jsonl.gz", ".jsonl.zst"])
+def test_a_byte_order_mark_says_the_encoding(encoding: str, suffix: str, tmp_path: Path) -> None:
+    path, faults, text = tmp_path / f"a{suffix}", Faults(), "naïve\n\u0a0a 日本 🎲\n"
+    content = jsonl([text, "two"]).decode() if "json" in suffix else text
+    marked = ("\ufeff" if encoding.endswith("be") else "") + content
+    path.write_bytes(COMPRESSED.get(suffix, bytes)(marked.encode(encoding)))
+    assert read(path, faults) == ([text, "two"] if "json" in suffix else [text])
+    assert not faults.counts
+
+
+def test_a_wide_file_in_parts_is_read_once(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    texts = [f"document {i}" for i in range(100)]
+    path.write_bytes(jsonl(texts).decode().encode("utf-16"))
+    parts = [read_file("jsonl", Task(path, path.name, part=part, parts=3), Faults()) for part in range(3)]
+    assert [text for part in parts for text in part] == texts
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from .columns import read_arrow, read_parquet
+from .encodings import MARK_BYTES, NotText, as_utf8, decode_text, encoding_of
 from .task import Faults, Task
 
 MAX_PLAIN_CHARS = 100_000
@@ -92,19 +93,17 @@ def _read_topics(task: Task, _: Faults) -> Iterator[str]:
 
 
 def _decode(task: Task, faults: Faults) -> str | None:
-    """A file's text: UTF-8, or what a Python file says it is. Line ends become newlines."""
+    """A file's text: UTF-8, or what a byte order mark or a Python file says it is. Line ends become newlines."""
     content = task.path.read_bytes()
     encoding = "utf-8"
     if task.path.suffix.lower() == ".py":
         with suppress(SyntaxError):  # names one that does not exist
             encoding, _ = tokenize.detect_encoding(io.BytesIO(content).readline)
     try:
-        text = content.decode("utf-8-sig" if encoding == "utf-8" else encoding)
-    except (UnicodeError, LookupError) as error:
-        place = f"byte {error.start:,}" if isinstance(error, UnicodeDecodeError) else "its first lines"
-        faults.add("invalid_text", task.name, f"not {encoding} ({place}); `iconv -f LATIN1 -t UTF-8` converts it")
+        return decode_text(content, encoding).replace("\r\n", "\n")
+    except NotText as error:
+        faults.add("invalid_text", task.name, str(error))
         return None
-    return text.replace("\r\n", "\n")
 
 
 # -- one JSON object a line -------------------------------------------------------------------------------------------
@@ -112,9 +111,11 @@ def _decode(task: Task, faults: Faults) -> str | None:
 
 def _read_jsonl(task: Task, faults: Faults) -> Iterator[str]:
     """One JSON object a line; the text is under a key. Compression follows the name."""
-    with _opened(task.path) as file:
+    with _opened(task.path) as opened, _in_utf8(opened) as file:
         start, end = 0, None
-        if task.parts > 1:
+        if file is not opened and task.part:  # its lines are found from the beginning on, by the first part
+            return
+        if task.parts > 1 and file is opened:
             start, end = task.share(task.path.stat().st_size)
             if start:  # a line belongs to the part that its first byte lies in
                 file.seek(start - 1)
@@ -138,6 +139,16 @@ def _read_jsonl(task: Task, faults: Faults) -> Iterator[str]:
                 del line  # up to MAX_LINE_BYTES, which the caller's work on the text need not keep
                 if text is not None:
                     yield text
+
+
+@contextmanager
+def _in_utf8(file: BinaryIO) -> Iterator[BinaryIO]:
+    """A file's bytes; of one that its byte order mark says to be UTF-16 or UTF-32, those of its text in UTF-8."""
+    wide = encoding_of(file.peek(MARK_BYTES))
+    if wide in ("utf-16", "utf-32"):
+        yield io.BufferedReader(_Chunks(as_utf8(file, wide)), 1 << 16)
+    else:
+        yield file
 
 
 def _pass_over(file: BinaryIO) -> int:
