@@ -96,6 +96,22 @@ def test_a_target_is_met_exactly_and_the_rest_follows(tmp_path: Path) -> None:
     assert twice.share == pytest.approx(2)
 
 
+def test_documents_of_small_files_are_counted_by_the_file(tmp_path: Path) -> None:
+    chance = random.Random(0)
+    for number in range(300):
+        (tmp_path / f"{number}.txt").write_text("word " * chance.randint(1, 3_000))
+    found = estimate(recipe_of(DataConfig(source=f"files:{tmp_path}")), workers=1)
+    assert (found.documents.value, found.documents.error) == (300, 0)
+    assert within(found.tokens.value, found.text_bytes.value / 5, 0.1)
+
+
+def test_a_sample_of_all_leaves_nothing_to_be_wrong_about(tmp_path: Path) -> None:
+    for number, text in enumerate(texts(30)):
+        (tmp_path / f"{number}.txt").write_text(text)
+    found = estimate(recipe_of(DataConfig(source=f"files:{tmp_path}")), workers=1)
+    assert (found.documents.value, found.documents.error, found.tokens.error) == (30, 0, 0)
+
+
 def test_error_bars_hold_what_they_promise() -> None:
     """In 95 of 100 samples the truth lies within; 85 is what chance hardly ever misses."""
     import numpy as np

@@ -74,8 +74,12 @@ def estimate(recipe: Recipe, workers: int, target: tuple[str, float] | None = No
             "the whole; `myllm data prepare` needs no sizes"
         )
     with tempfile.TemporaryDirectory() as folder:
-        texts, stored_bytes, names = _sample(source, recipe, Path(folder), faults)
-    texts = [cleaned for text in texts if (cleaned := clean(text, recipe.config, lambda _: None)) is not None]
+        by_file, stored_bytes, names = _sample(source, recipe, Path(folder), faults)
+    by_file = [
+        [cleaned for text in texts if (cleaned := clean(text, recipe.config, lambda _: None)) is not None]
+        for texts in by_file
+    ]
+    texts = [text for some in by_file for text in some]
     if not texts:
         seen = "; ".join(f"{place['place']}: {place['detail'] or place['reason']}" for place in faults.places[:3])
         raise UserError(f"the sample of {source.description} ({names}) holds no documents{': ' + seen if seen else ''}")
@@ -93,12 +97,19 @@ def estimate(recipe: Recipe, workers: int, target: tuple[str, float] | None = No
         "tokens": n_tokens.sum() / stored_bytes * source.size_bytes,
         "documents": len(texts) / stored_bytes * source.size_bytes,
     }
-    share = 1.0 if target is None else target[1] / amounts[target[0]]
     errors = {
         "text a stored byte": _packing_error(texts, n_bytes, source),
         "tokens a byte": _ratio_error(n_tokens, n_bytes),
         "documents a byte": _ratio_error(np.ones(len(texts)), n_bytes),
     }
+    if len(by_file) > 1:  # whole files: how many documents there are follows from how many files there are
+        counts = np.array([len(some) for some in by_file], dtype=float)
+        amounts["documents"] = counts.mean() * len(source.files)
+        errors["documents a byte"] = _ratio_error(counts, np.ones(len(counts)))
+        # A sample that is a good part of all leaves little to be wrong about.
+        unseen = math.sqrt(1 - len(by_file) / len(source.files))
+        errors = {name: error * unseen for name, error in errors.items()}
+    share = 1.0 if target is None else target[1] / amounts[target[0]]
 
     def part(name: str, factor: float = 1.0) -> Figure:
         """What the share comes to, with the errors of the ratios that lie between it and what is known."""
@@ -149,26 +160,29 @@ def _packing_error(texts: list[str], n_bytes: np.ndarray, source: Source) -> flo
     return _ratio_error(n_bytes, packed)
 
 
-def _sample(source: Source, recipe: Recipe, folder: Path, faults: Faults) -> tuple[list[str], float, str]:
-    """Some documents, how many stored bytes they stand for, and where they are from."""
+def _sample(source: Source, recipe: Recipe, folder: Path, faults: Faults) -> tuple[list[list[str]], float, str]:
+    """Some documents, how many stored bytes they stand for, and where they are from.
+
+    Documents are in one list, or in one a file where several files were read whole.
+    """
     files = order_files(source.files, recipe.config.shuffle_files, recipe.config.shuffle_seed)
     first = files[0]
     if first.size_bytes <= SMALL_BYTES and not first.remote:
         chosen = files[:: max(len(files) // SAMPLE_FILES, 1)]
-        texts = [text for file in chosen for text in documents(source, file, Path(file.where), faults)]
-        return texts, sum(file.size_bytes for file in chosen), f"{len(chosen)} of {len(files)} files"
+        by_file = [list(documents(source, file, Path(file.where), faults)) for file in chosen]
+        return by_file, sum(file.size_bytes for file in chosen), f"{len(chosen)} of {len(files)} files"
     if first.reader == "parquet":
         texts, share = _sample_parquet(source, first, folder, faults)
-        return texts, first.size_bytes * share, first.name
+        return [texts], first.size_bytes * share, first.name
     if suffix_of(first.name) in (".txt", ".md", ".py"):
         path = fetch(first, folder)
-        return list(documents(source, first, path, faults)), first.size_bytes, first.name
+        return [list(documents(source, first, path, faults))], first.size_bytes, first.name
     # The beginning of the file does for kinds that are read from front to back; that it ends early is no fault.
     path, size_bytes = fetch_start(first, folder, SAMPLE_BYTES)
     seen = Faults()
     texts = list(documents(source, first, path, seen))
     faults.places += [place for place in seen.places if place["reason"] != "file_cut_short"]
-    return texts, size_bytes, f"the first {size_bytes:,} bytes of {first.name}"
+    return [texts], size_bytes, f"the first {size_bytes:,} bytes of {first.name}"
 
 
 def _sample_parquet(source: Source, file: SourceFile, folder: Path, faults: Faults) -> tuple[list[str], float]:
