@@ -261,3 +261,41 @@ def test_a_folder_that_cannot_be_listed_is_not_passed_over(tree: Path, monkeypat
 def test_pipes_are_left_alone(tree: Path) -> None:
     os.mkfifo(tree / "pipe.txt")  # opening it would wait for a writer
     assert "pipe.txt" not in names(tree)
+
+
+def test_what_the_program_itself_writes_is_no_text_of_the_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.txt").write_text("mine")
+    (tmp_path / "data" / "more").mkdir(parents=True)
+    (tmp_path / "data" / "more" / "b.txt").write_text("mine too")
+    monkeypatch.setenv("MYLLM_DATA", str(tmp_path / "data"))
+    before = [find_source(f"files:{tmp_path}{glob}") for glob in ("", "/**", "/**/*.txt")]
+    for folder in ("runs/x", "datasets/y", "tokenizers/z", "listings", "downloads/c4"):
+        (tmp_path / "data" / folder).mkdir(parents=True)
+        (tmp_path / "data" / folder / "log.txt").write_text("not mine")
+    assert [find_source(f"files:{tmp_path}{glob}") for glob in ("", "/**", "/**/*.txt")] == before
+    assert [file.name for file in before[0].files] == ["a.txt", "data/more/b.txt"]
+    monkeypatch.setenv("MYLLM_DATA", str(tmp_path))
+    assert len(find_source(f"files:{tmp_path}").files) == 7, "other folders of that name are the user's"
+    assert [file.name for file in find_source(f"files:{tmp_path}/data/runs/x").files] == ["log.txt"]
+
+
+def test_a_path_alone_is_told_from_a_typing_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("a")
+    for spec in ("texts", "./texts", str(tmp_path / "texts"), "texts/a.txt", "texts/*.txt"):
+        refused(spec, f"did you mean 'files:{spec}'?;")
+    refused("./text", "did you mean 'files:./text'? (there is nothing at that path)")
+    refused("roneneldan/TinyStories", "did you mean 'hub:roneneldan/TinyStories'")
+    refused("fineweb-edu", "did you mean 'fineweb-edu-10bt'")
+
+
+def test_files_that_nobody_reads_are_counted(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.html", "c.html", "d.PDF", "Makefile", ".hidden.html"):
+        (tmp_path / name).write_text("text")
+    note = find_source(f"files:{tmp_path}").ignored_note
+    assert note.startswith("left out: 2 .html, 1 .pdf, 1 without suffix; 1 file(s) are read, of the kinds .txt .md")
+    (tmp_path / "a.txt").unlink()
+    refused(f"files:{tmp_path}", "only 4 file(s) of other kinds (2 .html, 1 .pdf, 1 without suffix)")

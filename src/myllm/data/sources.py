@@ -5,11 +5,14 @@ catalog.py, how their files are found in listing.py, how they are downloaded in 
 """
 
 import os
+import re
 import sysconfig
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from .. import paths
 from ..errors import UserError, nearest
 from .catalog import CORPORA, Corpus
 from .digests import file_digests, size_of
@@ -17,6 +20,9 @@ from .grouping import documents_of
 from .listing import RemoteFile, list_hub, list_urls, listing_path, unreachable_advice
 from .readers import KINDS, read_file, suffix_of
 from .task import Faults, Task
+
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?(:.+)?", re.ASCII)
+SHOWN_SUFFIXES = 6
 
 
 @dataclass(frozen=True)
@@ -48,10 +54,20 @@ class Source:
     column: str = "text"
     group: str = "rows"
     """What makes a document of rows: see grouping.documents_of."""
+    ignored: tuple[str, ...] = ()
+    """Suffixes of local files that no reader takes, one a file."""
 
     @property
     def size_bytes(self) -> int:
         return sum(file.size_bytes for file in self.files)
+
+    @property
+    def ignored_note(self) -> str:
+        """For people: which local files are left out, by suffix; empty if none is."""
+        if not self.ignored:
+            return ""
+        kinds = " ".join(KINDS)
+        return f"left out: {count_suffixes(self.ignored)}; {len(self.files):,} file(s) are read, of the kinds {kinds}"
 
 
 def find_source(spec: str, column: str | None = None, hashed: bool = True) -> Source:
@@ -76,12 +92,26 @@ def find_source(spec: str, column: str | None = None, hashed: bool = True) -> So
         source = known_corpus(CORPORA[kind], rest)
     else:
         known = ["python-stdlib", *CORPORA]
+        meant = _meant(spec) or nearest(spec, [*known, "files:", "hub:"])
         raise UserError(
-            f"unknown source {spec!r}{nearest(spec, [*known, 'files:', 'hub:'])}; known sources: {', '.join(known)}, "
+            f"unknown source {spec!r}{meant}; known sources: {', '.join(known)}, "
             "hub:NAMESPACE/NAME[:GLOB] (any repository of parquet or jsonl), files:PATH (a file, folder or glob of "
             "your own)"
         )
     return replace(source, column=column) if column else source
+
+
+def _meant(spec: str) -> str:
+    """What somebody wanted who left out the kind of source, if that can be told."""
+    try:
+        here = bool(spec) and (Path(spec).expanduser().exists() or bool(_matching(Path(spec).expanduser())[0]))
+    except (OSError, RuntimeError, ValueError, UserError):
+        here = False
+    if here or spec.startswith(("/", "./", "../", "~")):
+        return f", did you mean 'files:{spec}'?" + ("" if here else " (there is nothing at that path)")
+    if _REPOSITORY.fullmatch(spec):
+        return f", did you mean 'hub:{spec}', of the Hub, or 'files:{spec}' (there is nothing at that path)?"
+    return ""
 
 
 def documents(
@@ -155,7 +185,7 @@ def folder_name(text: str) -> str:
 def local_files(where: str, hashed: bool = True) -> Source:
     """One's own text: a file, every readable file below a folder, or a glob (** for any depth).
 
-    Hidden files are left out, and links to folders are not followed.
+    Hidden files are left out, and what this program itself writes below the folder. Links to folders are not followed.
     """
     if not where:
         raise UserError("files: needs a path, such as files:~/texts (files:. for this folder)")
@@ -170,18 +200,38 @@ def local_files(where: str, hashed: bool = True) -> Source:
             found, root = _below(path), path
         else:
             found, root = _matching(path)
-        files = [file for file in found if file.is_file() or _leads_nowhere(file)]
+        files = [file for file in _without_own(found, root) if file.is_file() or _leads_nowhere(file)]
     except OSError as error:
         raise UserError(f"cannot read {error.filename or path}: {error.strerror}; make it readable") from None
     readable = [file for file in files if suffix_of(file) in KINDS]
     if not readable:
-        seen = f"only {len(files)} file(s) of other kinds" if files else "nothing"
+        kinds = count_suffixes(suffix_of(file) for file in files)
+        seen = f"only {len(files):,} file(s) of other kinds ({kinds})" if files else "nothing"
         raise UserError(
             f"no text found at {where!r}: there is {seen}; expected a file, folder or glob of {', '.join(KINDS)}"
         )
     name = os.path.basename(os.path.abspath(path if path.exists() else root))
-    files = _describe(readable, root, f"files {os.path.abspath(path)}" if hashed else None)
-    return Source("files-" + folder_name(name), f"local files at {where}", files)
+    ignored = tuple(suffix_of(file) for file in files if suffix_of(file) not in KINDS)
+    described = _describe(readable, root, f"files {os.path.abspath(path)}" if hashed else None)
+    return Source("files-" + folder_name(name), f"local files at {where}", described, ignored=ignored)
+
+
+def count_suffixes(suffixes: Iterable[str]) -> str:
+    """Such as "289 .html, 3 .pdf", the most frequent first."""
+    counts = Counter(suffixes).most_common()
+    shown = [f"{count:,} {suffix or 'without suffix'}" for suffix, count in counts[:SHOWN_SUFFIXES]]
+    rest = sum(count for _, count in counts[SHOWN_SUFFIXES:])
+    return ", ".join(shown + ([f"{rest:,} of other kinds"] if rest else []))
+
+
+def _without_own(files: list[Path], root: Path) -> list[Path]:
+    """The files, but for runs, data sets and what else this program writes below the root."""
+    folders = (paths.datasets(), paths.listings(), paths.downloads(), paths.tokenizers(), paths.runs())
+    base = root.absolute().resolve()
+    own = [folder for each in folders if (folder := each.resolve()) != base and folder.is_relative_to(base)]
+    if not own:
+        return files
+    return [file for file in files if not any(file.absolute().resolve().is_relative_to(folder) for folder in own)]
 
 
 def _below(folder: Path) -> list[Path]:
