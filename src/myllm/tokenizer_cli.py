@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING
 import tyro
 
 from . import paths
+from .config import DataConfig
 from .errors import UserError
 
 if TYPE_CHECKING:
+    from .data.sources import Source
     from .data.tokenizer import Tokenizer
 
 Positional = tyro.conf.Positional
@@ -25,7 +27,12 @@ SHOWN_CHARS = 100_000
 
 
 def tokenizer_train(
-    source: Positional[str], vocab_size: int = 32_000, documents: int = 100_000, out: Path | None = None
+    source: Positional[str],
+    vocab_size: int = 32_000,
+    documents: int = 100_000,
+    text_column: str | None = None,
+    out: Path | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Train a byte-level BPE tokenizer on a source's text.
 
@@ -33,40 +40,50 @@ def tokenizer_train(
         source: a name of `myllm data list`, hub:NAMESPACE/NAME[:GLOB], or files:PATH.
         vocab_size: tokens, 257 to 65536.
         documents: learn from at most so many, in the seeded order of the source's files; 0: from all.
+        text_column: column or key that holds the text; None: the source's own.
         out: the file; None: temp_data/tokenizers/SOURCE-SIZE/tokenizer.json.
+        overwrite: replace a file that is there.
     """
+    from .data.recipe import Recipe
     from .data.sources import find_source
     from .data.tokenizer import TOKENIZER_FILE, Tokenizer
     from .data.train_tokenizer import train_tokenizer
 
     if documents < 0:
         raise UserError(f"--documents is {documents}, but must be at least 0 (0: all)")
+    found = find_source(source, text_column, hashed=False)
     if out is None:
-        out = paths.tokenizers() / f"{find_source(source, hashed=False).name}-{vocab_size}"
+        out = paths.tokenizers() / f"{found.name}-{vocab_size}"
+    out = out.expanduser()
     if out.suffix != ".json":
         out = out / TOKENIZER_FILE
+    if out.exists() and not overwrite:
+        raise UserError(
+            f"there is a vocabulary at {out} already, which data sets and runs may have been made with; --overwrite "
+            "replaces it, --out FILE writes another"
+        )
     last: deque[str] = deque(maxlen=SHOWN_DOCUMENTS)
 
     def remembered() -> Iterator[str]:
-        for text in _documents(source, documents):
+        for text in _documents(found, documents):
             last.append(text[:SHOWN_CHARS])
             yield text
 
     # The library's bars leave empty lines on the standard output of a program that no one watches.
-    file = train_tokenizer(remembered(), vocab_size, out.expanduser(), progress=sys.stderr.isatty())
+    file = train_tokenizer(remembered(), vocab_size, out, progress=sys.stderr.isatty())
     tokenizer = Tokenizer(file)
     print(tokenizer.file)
     print(f"  {tokenizer.vocab_size:,} tokens; the sha256 of the file is {tokenizer.sha256[:12]}...")
     if tokenizer.vocab_size < vocab_size:
         print(f"  the text has no more than that to learn: {vocab_size:,} were asked for; add text to get more")
     _compare(tokenizer, Tokenizer(), list(last))
-    path, where = shlex.quote(str(tokenizer.file)), shlex.quote(source)
+    # What the first command makes, the second one trains on, by its whole name: another may begin alike.
+    config = DataConfig(source=source, tokenizer=str(tokenizer.file), text_column=text_column)
+    dataset = Recipe(find_source(source, text_column), tokenizer, config).folder.name
+    column = f" --text-column {shlex.quote(text_column)}" if text_column is not None else ""
     print("prepare data with it, then train on them:")
-    print(f"  myllm data prepare {where} --tokenizer {path}")
-    print(
-        f"  python pretrain.py PRESET --data.source {where} --data.tokenizer {path} "
-        f"--model.vocab-size {tokenizer.vocab_size}"
-    )
+    print(f"  myllm data prepare {shlex.quote(source)} --tokenizer {shlex.quote(str(tokenizer.file))}{column}")
+    print(f"  python pretrain.py PRESET --data.dataset {dataset} --model.vocab-size {tokenizer.vocab_size}")
 
 
 def _compare(tokenizer: "Tokenizer", default: "Tokenizer", texts: list[str]) -> None:
@@ -78,14 +95,12 @@ def _compare(tokenizer: "Tokenizer", default: "Tokenizer", texts: list[str]) -> 
         print(f"    {name:<10} {n_bytes / max(n_tokens, 1):.2f}")
 
 
-def _documents(source: str, limit: int) -> Iterator[str]:
+def _documents(found: "Source", limit: int) -> Iterator[str]:
     """The source's first documents, in the seeded order of its files. Downloads are deleted again."""
     from .data.fetch import fetch
-    from .data.sources import documents, find_source
+    from .data.sources import documents
     from .data.task import Faults
     from .data.units import order_files
-
-    found = find_source(source, hashed=False)
 
     def every() -> Iterator[str]:
         with tempfile.TemporaryDirectory(dir=paths.tokenizers()) as folder:

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shlex
 import subprocess
 import sys
 import time
@@ -14,6 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
+from myllm import cli
+from myllm.data.shards import Dataset
 from myllm.data.tokenizer import Tokenizer, load_tokenizer
 from myllm.data.train_tokenizer import train_tokenizer
 from myllm.errors import UserError
@@ -121,8 +124,29 @@ def test_the_command(tmp_path: Path, temp_data: Path, capsys: pytest.CaptureFixt
     figures = {words[0]: float(words[1]) for line in said.splitlines() if len(words := line.split()) == 2}
     assert figures.keys() >= {"this", "r50k_base"}
     assert 1 < figures["this"] < 10
-    assert f"myllm data prepare 'files:{corpus}' --tokenizer {file}" in said
     assert "--model.vocab-size 350" in said
+    with pytest.raises(UserError, match=r"tokenizer\.json already.*--overwrite"):
+        tokenizer_train(f"files:{corpus}", vocab_size=350)
+    (file.parent / "tokenizer.json").write_text("other")
+    tokenizer_train(f"files:{corpus}", vocab_size=350, documents=25, overwrite=True)
+    assert capsys.readouterr().out == said
+
+
+@pytest.mark.usefixtures("in_process")
+def test_the_commands_that_it_prints_fit_together(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], temp_data: Path
+) -> None:
+    """Text is tokenized once, and the second command names what the first one makes."""
+    source = tmp_path / "rows of mine.jsonl"
+    source.write_text("".join(json.dumps({"body": f"line number {i} says hello"}) + "\n" for i in range(200)))
+    words = ["tokenizer", "train", f"files:{source}", "--vocab-size", "300", "--text-column", "body"]
+    cli.main(words)
+    prepare, train = (shlex.split(line) for line in capsys.readouterr().out.splitlines()[-2:])
+    cli.main(prepare[1:])
+    dataset = Dataset.open(temp_data / "datasets" / train[train.index("--data.dataset") + 1])
+    assert dataset.manifest["text_column"] == "body"
+    assert dataset.manifest["tokenizer"]["vocab_size"] == int(train[train.index("--model.vocab-size") + 1])
+    assert train[-4:] == [*capsys.readouterr().out.split()[-4:]], "as the first command says it too"
 
 
 def test_the_command_with_too_little_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
