@@ -116,9 +116,10 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
 
 @pytest.fixture
 def runs(tiny: RunConfig, tmp_path: Path) -> Iterator[Runs]:
-    """About 70 sequences an epoch, two a step: the run goes on into the second epoch."""
-    source = write_corpus(tmp_path / "growing", documents=12)
-    data = DataConfig(source=f"files:{source}", val_tokens=500, shard_tokens=700, workers=1)
+    """About 80 sequences an epoch, two a step: the run goes on into the second epoch. What is held out is decided when
+    six units, twelve documents, are there."""
+    source = write_corpus(tmp_path / "growing", documents=30, words=120)
+    data = DataConfig(source=f"files:{source}", val_tokens=190, shard_tokens=700, workers=1)
     found = Runs(tmp_path, replace(
         tiny, data=data, train=replace(tiny.train, max_steps=STEPS, save_every_steps=0),
         eval=EvalConfig(
@@ -144,7 +145,7 @@ def expect_losses_of_finished_data(runs: Runs, ranks: int) -> None:
 
 @pytest.mark.slow
 def test_it_trains_while_the_data_are_made_with_the_same_losses(runs: Runs) -> None:
-    runs.open_gate(3)
+    runs.open_gate(7)
     process = runs.start()
     runs.wait(process, runs.waits)
     done = losses(runs.run)
@@ -160,7 +161,7 @@ def test_it_trains_while_the_data_are_made_with_the_same_losses(runs: Runs) -> N
 @pytest.mark.slow
 def test_stopped_and_deserted_while_it_waits_it_saves_and_goes_on(runs: Runs) -> None:
     """Ctrl-C; a preparation that is killed; then one that takes long to begin again."""
-    runs.open_gate(3)
+    runs.open_gate(7)
     process = runs.start()
     runs.wait(process, runs.waits)
     os.killpg(process.pid, signal.SIGINT)
@@ -170,7 +171,7 @@ def test_stopped_and_deserted_while_it_waits_it_saves_and_goes_on(runs: Runs) ->
     assert f"stopped after step {first}, saved" in said
     assert first == max(losses(runs.run)) > 0
 
-    runs.open_gate(5)
+    runs.open_gate(10)
     process = runs.start()
     runs.wait(process, lambda: f'"step": {first + 1}, "tokens"' in (runs.run / "metrics.jsonl").read_text())
     runs.preparation().kill()
@@ -189,7 +190,7 @@ def test_stopped_and_deserted_while_it_waits_it_saves_and_goes_on(runs: Runs) ->
 
 @pytest.mark.slow
 def test_two_ranks_whose_preparation_is_killed_save_and_go_on(runs: Runs) -> None:
-    runs.open_gate(3)
+    runs.open_gate(7)
     process = runs.start(2)
     runs.wait(process, runs.waits)
     runs.preparation().kill()
@@ -204,7 +205,7 @@ def test_two_ranks_whose_preparation_is_killed_save_and_go_on(runs: Runs) -> Non
 
 
 def test_a_killed_training_takes_its_preparation_with_it(runs: Runs) -> None:
-    runs.open_gate(3)
+    runs.open_gate(7)
     process = runs.start()
     runs.wait(process, runs.waits)
     preparation = runs.preparation()
@@ -229,9 +230,10 @@ def test_what_turns_out_to_be_too_little_is_said_as_of_finished_data(runs: Runs)
 def test_too_little_text_ends_with_the_preparations_own_words(runs: Runs) -> None:
     for path in sorted((runs.folder / "growing").iterdir())[1:]:
         path.unlink()
+    (runs.folder / "growing" / "000.txt").write_text("one word")
     code, said = finish(runs.start())
     assert code == 2
-    assert "leaves nothing to train on; add text" in said
+    assert "at most a tenth and needs two tokens; add text" in said
 
 
 # -- looking at one another, in process -------------------------------------------------------------------------------

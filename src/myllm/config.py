@@ -91,10 +91,10 @@ class DataConfig:
     """GPT-2's vocabulary, or the path of a tokenizer.json."""
     text_column: str | None = None
     """Column or key that holds the text. None: the source's own, which is "text" where nothing else is known."""
-    val_tokens: int = 1_000_000
-    """Held out for validation: whole documents, at least this many tokens, at most about a tenth of the source."""
+    val_tokens: int = 10_000_000
+    """Held out for validation: whole documents, at most this many tokens and at most a tenth of the text."""
     target_tokens: int | None = None
-    """Stop after about this many training tokens. None: all there are."""
+    """Stop after this many training tokens. None: all there are."""
     max_documents: int | None = None
     """Stop after this many documents. None: all there are."""
     shard_tokens: int = 100_000_000

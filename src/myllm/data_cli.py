@@ -90,6 +90,8 @@ def estimate(
     many = f"{found.workers} process{'es' if found.workers > 1 else ''}"
     remote = any(file.remote for file in recipe.source.files)
     print(f"{recipe.source.description}: {len(recipe.source.files):,} files, {scaled(recipe.source.size_bytes)}B")
+    if note := recipe.source.ignored_note:
+        print(note)
     print(f"sample: {found.sampled_documents:,} documents of {found.sampled_from}\n")
     if found.share > 1:
         print(f"that is {found.share:,.1f} times what the source holds: training would go through it more than once\n")
@@ -111,41 +113,41 @@ def estimate(
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """Options of `myllm data prepare`."""
+    """Options of `myllm data prepare`: DataConfig's, as one writes them by hand, with its defaults."""
 
-    tokenizer: str = "r50k_base"
+    tokenizer: str = DataConfig.tokenizer
     """r50k_base, or the path of a tokenizer.json."""
-    text_column: str | None = None
+    text_column: str | None = DataConfig.text_column
     """Column or key that holds the text; None: the source's own."""
-    val_tokens: str = "1M"
-    """Held out for validation: whole documents, at most about a tenth of the source."""
+    val_tokens: str = f"{DataConfig.val_tokens // 10**6}M"
+    """Held out for validation: whole documents, at most so many tokens and at most a tenth of the text."""
     target_tokens: str | None = None
-    """Stop after about this many training tokens, such as 10BT or 500M; None: all there are."""
-    limit: int | None = None
+    """Stop after this many training tokens, such as 10BT or 500M; None: all there are."""
+    limit: int | None = DataConfig.max_documents
     """Stop after this many documents; None: all there are."""
-    shard_tokens: str = "100M"
+    shard_tokens: str = f"{DataConfig.shard_tokens // 10**6}M"
     """Tokens a shard file."""
     max_file_size_mb: int = 512
     """A shard file is never larger, whatever shard_tokens says."""
-    shuffle_files: bool = True
+    shuffle_files: bool = DataConfig.shuffle_files
     """Take files, and the parts of a large one, in a seeded order."""
-    seed: int = 0
+    seed: int = DataConfig.shuffle_seed
     """Of that order."""
-    normalise_unicode: bool = False
+    normalise_unicode: bool = DataConfig.normalise_unicode
     """Bring every text to Unicode's form NFC."""
-    strip_control: bool = False
+    strip_control: bool = DataConfig.strip_control
     """Remove control characters but tab, newline and carriage return."""
-    min_chars: int = 0
+    min_chars: int = DataConfig.min_chars
     """Drop shorter documents."""
-    dedup_exact: bool = False
+    dedup_exact: bool = DataConfig.dedup_exact
     """Keep the first of several documents with the same tokens."""
     part: str | None = None
     """Such as 3/16: tokenise one of several parts only, each on its own machine; `myllm data seal` joins."""
-    fallback: str | None = None
+    fallback: str | None = DataConfig.fallback
     """Take this source without asking if the other cannot be reached."""
-    keep_downloads: bool = False
+    keep_downloads: bool = DataConfig.keep_downloads
     """Keep downloaded files under temp_data/downloads."""
-    workers: int = 0
+    workers: int = DataConfig.workers
     """Processes that tokenise; 0: one a core. Never changes the bytes."""
 
     def config(self, source: str) -> DataConfig:
@@ -270,6 +272,8 @@ def _say_made(dataset: "Dataset") -> None:
     for split in ("train", "val"):
         tokens, documents = counts[f"{split}_tokens"], counts[f"{split}_documents"]
         print(f"  {split:<5}  {tokens:>15,} tokens  {documents:>11,} documents")
+    if counts.get("documents_split"):  # older data sets have none
+        print("         too few documents to hold out whole ones alone: val has the end of the longest, train the rest")
     others = {name: counts[name] for name in ("copies_of_validation_dropped", "duplicates_dropped") if counts[name]}
     for reason, count in {**others, **counts["passed_over"]}.items():
         print(f"  {count:>13,} x {reason.replace('_', ' ')}")

@@ -70,7 +70,7 @@ def room_for_run(config: RunConfig) -> Room:
     if source.startswith("hub:"):
         return Room(folder, free, shards, IN_FLIGHT_BYTES, checkpoints, None, False, source)
     recipe = recipe_of(config.data, hashed=False)
-    tokens = max(int(recipe.estimated_tokens) - recipe.val_tokens, 0)
+    tokens = max(recipe.estimated_tokens - recipe.estimated_val_tokens, 0)
     shards = max(min(shards, 2 * int(recipe.estimated_tokens)) - there, 0)
     return Room(folder, free, shards, 0, checkpoints, tokens, False, recipe.source.description)
 

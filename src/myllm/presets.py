@@ -23,7 +23,7 @@ def lf_llm_269m() -> RunConfig:
             max_seq_len=2_048, d_model=1_024, n_layers=16, n_heads=16, d_ff=4_096, bias=True,
             dropout_attention_residual=0.1, dropout_ffn=0.15, init="reference",
         ),
-        data=DataConfig(source="fineweb-edu-10bt", val_tokens=100_000_000),
+        data=DataConfig(source="fineweb-edu-10bt"),
         optim=OptimConfig(max_lr=2.1e-3, min_lr_ratio=0.1, warmup_steps=226, schedule="cosine"),
         train=TrainConfig(max_steps=19_073, batch_tokens=524_288, micro_batch_size=16),
     )  # fmt: skip
@@ -34,7 +34,7 @@ def default_150m() -> RunConfig:
     return RunConfig(
         name="default-150m",
         model=ModelConfig(max_seq_len=2_048, d_model=768, n_layers=12, n_heads=12, d_ff=3_072, qk_norm=True),
-        data=DataConfig(source="fineweb-edu-10bt", val_tokens=100_000_000),
+        data=DataConfig(source="fineweb-edu-10bt"),
         optim=OptimConfig(max_lr=1.5e-3, min_lr_ratio=0.0, warmup_steps=250, schedule="linear"),
         train=TrainConfig(max_steps=19_073, batch_tokens=524_288, micro_batch_size=16),
     )
@@ -45,7 +45,7 @@ def small_50m() -> RunConfig:
     return RunConfig(
         name="small-50m",
         model=ModelConfig(max_seq_len=1_024, d_model=512, n_layers=8, n_heads=8, d_ff=1_408, qk_norm=True),
-        data=DataConfig(source="fineweb-edu-10bt", val_tokens=10_000_000, target_tokens=2_700_000_000),
+        data=DataConfig(source="fineweb-edu-10bt", target_tokens=2_700_000_000),
         optim=OptimConfig(max_lr=2e-3, min_lr_ratio=0.0, warmup_steps=250, schedule="linear"),
         train=TrainConfig(max_steps=20_000, batch_tokens=131_072, micro_batch_size=16),
         eval=EvalConfig(validation_tokens=2_097_152),
@@ -64,7 +64,7 @@ def gpt2_124m() -> RunConfig:
             max_seq_len=1_024, d_model=768, n_layers=12, n_heads=12, d_ff=3_072, position="learned", norm="layernorm",
             activation="gelu", bias=True, dropout_embedding=0.1, dropout_attention_residual=0.1, dropout_ffn=0.1,
         ),
-        data=DataConfig(source="fineweb-10bt", val_tokens=100_000_000),
+        data=DataConfig(source="fineweb-10bt"),
         optim=OptimConfig(max_lr=6e-4, min_lr_ratio=0.1, warmup_steps=715, schedule="cosine"),
         train=TrainConfig(max_steps=19_073, batch_tokens=524_288, micro_batch_size=32),
     )  # fmt: skip
@@ -78,7 +78,7 @@ def dolma_75m() -> RunConfig:
             max_seq_len=1_024, d_model=640, n_layers=10, n_heads=10, d_ff=2_560, position="learned", norm="layernorm",
             activation="gelu", bias=True,
         ),
-        data=DataConfig(source="dolma-sample", val_tokens=10_000_000, target_tokens=5_000_000_000),
+        data=DataConfig(source="dolma-sample", target_tokens=5_000_000_000),
         optim=OptimConfig(max_lr=5e-4, min_lr_ratio=0.1, warmup_steps=1_000, schedule="cosine"),
         # 12 sequences x 4 accumulation steps x 1,024 tokens on one card; 101,725 steps are 5B tokens.
         train=TrainConfig(max_steps=101_725, batch_tokens=49_152, micro_batch_size=12, save_every_steps=2_000),
@@ -97,7 +97,7 @@ def debug() -> RunConfig:
         model=ModelConfig(
             max_seq_len=256, d_model=64, n_layers=4, n_heads=4, d_ff=192, qk_norm=True, tie_embeddings=False
         ),
-        data=DataConfig(source="python-stdlib", val_tokens=100_000, shard_tokens=1_000_000),
+        data=DataConfig(source="python-stdlib"),
         optim=OptimConfig(max_lr=5e-3, min_lr_ratio=0.0, warmup_steps=40, schedule="linear"),
         train=TrainConfig(
             max_steps=600, batch_tokens=512, micro_batch_size=2, log_every_steps=5, save_every_steps=150, device="cpu"

@@ -55,7 +55,7 @@ def _vocabulary() -> dict[str, Any]:
 def write_manifest(folder: Path, shards: list[dict[str, Any]], name: str = "manifest.json") -> None:
     """A manifest, or the list of what is there so far, put in its place in one step."""
     manifest = {
-        "fingerprint": "f" * 64, "format": "myllm-shards-3", "source": "made-by-hand", "dtype": "uint16",
+        "fingerprint": "f" * 64, "format": "myllm-shards-4", "source": "made-by-hand", "dtype": "uint16",
         "tokenizer": _vocabulary(), "shards": shards,
         "progress": {"done_bytes": len(shards), "source_bytes": 100},
     }  # fmt: skip

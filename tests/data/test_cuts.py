@@ -26,37 +26,84 @@ class Rules:
     max_documents: int | None = None
     dedup: bool = False
 
+    @property
+    def most_held_out(self) -> int:
+        return min(self.val_tokens, 10**9 if self.target_tokens is None else self.target_tokens // 9)
+
 
 class Naive:
     """What the docstrings promise, one document at a time."""
 
-    def __init__(self, rules: Rules, documents: list[Document]) -> None:
-        self.rules = rules
-        self.val: list[int] = []
-        """Documents, by number."""
-        self.train: list[int] = []
-        self.copies = self.duplicates = 0
-        most = rules.max_documents
-        seen: set[int] = set()
-        held_out: set[int] = set()
-        for number, (_, content) in enumerate(documents):
-            train_tokens = sum(documents[i][0] for i in self.train)
-            if most is not None and len(self.val) + len(self.train) >= most:
+    def __init__(self, rules: Rules, documents: list[Document], borders: list[int]) -> None:
+        self.rules, self.documents = rules, documents
+        self.val: list[tuple[int, int]] = []
+        """Tokens: a document by number, and a place in it."""
+        self.train: list[tuple[int, int]] = []
+        self.counts = dict.fromkeys(("train_documents", "val_documents", "documents_split", "copies", "duplicates"), 0)
+        edges = [0, *sorted(min(border, len(documents)) for border in borders), len(documents)]
+        held_out, split = self.hold_out(edges)
+        for number, places in [*sorted(held_out.items()), *split.items()]:
+            self.val += [(number, at) for at in places]
+        self.counts["val_documents"], self.counts["documents_split"] = len(held_out) + len(split), len(split)
+        if self.val:
+            self.take_for_training(edges, held_out, split)
+
+    def hold_out(self, edges: list[int]) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
+        """Whole documents, and the one whose end is held out, by number, with the places held out."""
+        rules, documents = self.rules, self.documents
+        most = rules.most_held_out
+        for edge in edges[1:]:  # whole units, until there is enough to know what a tenth is
+            wanted, distinct, seen = [], [], set()
+            for number, (_, content) in enumerate(documents[:edge]):
+                if content not in seen:
+                    distinct.append(number)
+                if content not in seen or not rules.dedup:
+                    wanted.append(number)
+                seen.add(content)
+            tokens = sum(documents[i][0] for i in distinct)
+            if tokens >= 10 * most or (rules.max_documents is not None and len(wanted) >= rules.max_documents):
                 break
-            if rules.target_tokens is not None and train_tokens >= rules.target_tokens:
+        within = set(wanted[: rules.max_documents])
+        distinct = [i for i in distinct if i in within]
+        tokens = sum(documents[i][0] for i in distinct)
+        most = min(most, tokens // 10)
+        held_out, left = {}, most
+        for number in distinct:
+            if len(held_out) == len(distinct) // 10:
                 break
-            if rules.dedup and content in seen:
-                self.duplicates += 1
+            if documents[number][0] <= left:
+                held_out[number] = list(range(documents[number][0]))
+                left -= documents[number][0]
+            elif left * 10 <= most:
+                break
+        if distinct and most - left < most / 2:
+            longest = max(distinct, key=lambda i: (documents[i][0], -i))
+            length = documents[longest][0]
+            end = min(left, length // 2) - 1
+            if longest not in held_out and end >= 1:
+                return held_out, {longest: [0, *range(length - end, length)]}
+        return held_out, {}
+
+    def take_for_training(self, edges: list[int], held_out: dict[int, list[int]], split: dict[int, list[int]]) -> None:
+        rules, counts, seen = self.rules, self.counts, set()
+        contents = {self.documents[i][1] for i in {*held_out, *split}}
+        room = rules.max_documents - len(held_out) if rules.max_documents is not None else 10**9
+        target = rules.target_tokens or 10**9
+        for number, (length, content) in enumerate(self.documents):
+            if not room or len(self.train) >= target:
+                break
+            copy, seen = content in seen, {*seen, content}
+            if rules.dedup and copy:
+                counts["duplicates"] += 1
+            elif number in held_out:
                 continue
-            seen.add(content)
-            val_room = most is None or len(self.val) < max(most // 10, 1)
-            if not self.train and val_room and sum(documents[i][0] for i in self.val) < rules.val_tokens:
-                self.val.append(number)
-                held_out.add(content)
-            elif content in held_out:
-                self.copies += 1
+            elif content in contents and number not in split:
+                counts["copies"] += 1
             else:
-                self.train.append(number)
+                kept = range(length - len(split.get(number, [0])) + 1)
+                self.train += [(number, at) for at in kept][: target - len(self.train)]
+                room -= 1
+                counts["train_documents"] += 1
 
 
 def cut(rules: Rules, documents: list[Document], borders: list[int]) -> tuple[list[Cut], CutList, list[list[Document]]]:
@@ -100,82 +147,111 @@ def test_documents_go_where_the_rules_say_however_they_are_grouped(
     rules: Rules, documents: list[Document], borders: list[int]
 ) -> None:
     cuts, counted, units = cut(rules, documents, borders)
-    naive = Naive(rules, documents)
-    sizes = {}
-    for split, chosen in (("val", naive.val), ("train", naive.train)):
-        expected = [(number, at) for number in chosen for at in range(documents[number][0])]
-        # A validation that is not full by the end is never written: there is nothing to train on.
-        written = expected if split == "train" or val_is_done(naive, documents) else expected[: full(expected, rules)]
-        assert tokens_of(cuts, split, units) == written
+    naive = Naive(rules, documents, borders)
+    for split, expected in (("val", naive.val), ("train", naive.train)):
+        assert tokens_of(cuts, split, units) == expected
         shards = [each for each in cuts if each.split == split]
-        sizes[split] = len(expected)
         assert [each.number for each in shards] == list(range(len(shards)))
         assert [each.tokens for each in shards[:-1]] == [rules.shard_tokens] * (len(shards) - 1)
         assert all(0 < each.tokens <= rules.shard_tokens for each in shards)
         size = rules.shard_tokens
-        begin = [sum(at == 0 for _, at in written[i : i + size]) for i in range(0, len(written), size)]
+        begin = [sum(at == 0 for _, at in expected[i : i + size]) for i in range(0, len(expected), size)]
         assert [each.documents for each in shards] == begin
         assert [each.tokens for each in shards] == [sum(end - start for _, start, end in c.spans) for c in shards]
     assert counted.counts == {
-        "train_documents": len(naive.train), "train_tokens": sizes["train"],
-        "val_documents": len(naive.val), "val_tokens": sizes["val"],
-        "copies_of_validation_dropped": naive.copies, "duplicates_dropped": naive.duplicates,
+        "train_documents": naive.counts["train_documents"], "train_tokens": len(naive.train),
+        "val_documents": naive.counts["val_documents"], "val_tokens": len(naive.val),
+        "documents_split": naive.counts["documents_split"],
+        "copies_of_validation_dropped": naive.counts["copies"], "duplicates_dropped": naive.counts["duplicates"],
     }  # fmt: skip
-
-
-def val_is_done(naive: Naive, documents: list[Document]) -> bool:
-    rules = naive.rules
-    room = rules.max_documents is None or len(naive.val) < max(rules.max_documents // 10, 1)
-    return not room or sum(documents[i][0] for i in naive.val) >= rules.val_tokens
-
-
-def full(tokens: list[tuple[int, int]], rules: Rules) -> int:
-    """How many of the tokens fill whole shards."""
-    return len(tokens) // rules.shard_tokens * rules.shard_tokens
+    held_out, tokens = len(naive.val), len(naive.val) + len(naive.train)
+    assert held_out <= rules.val_tokens
+    assert 10 * held_out <= tokens or not naive.train
 
 
 def lengths_of(cuts: list[Cut], split: str) -> list[int]:
     return [each.tokens for each in cuts if each.split == split]
 
 
-def test_validation_takes_whole_documents_until_it_has_enough() -> None:
-    cuts, counted, _ = cut(Rules(val_tokens=10, shard_tokens=100), [(6, 1), (4, 2), (5, 3)], [])
-    assert lengths_of(cuts, "val") == [10]
-    cuts, counted, _ = cut(Rules(val_tokens=11, shard_tokens=100), [(6, 1), (4, 2), (5, 3), (1, 4)], [])
-    assert lengths_of(cuts, "val") == [15]
-    assert counted.counts["train_documents"] == 1
+def test_validation_takes_whole_documents_that_fit() -> None:
+    documents = [(6, 1), (4, 2), (5, 3), *((5, i) for i in range(4, 60))]
+    for wanted, taken in ((10, [6, 4]), (14, [6, 4]), (15, [6, 4, 5]), (9, [6])):
+        cuts, counted, _ = cut(Rules(val_tokens=wanted, shard_tokens=100), documents, [])
+        assert lengths_of(cuts, "val") == [sum(taken)]
+        assert counted.counts["val_documents"] == len(taken)
+
+
+LINES = [(4, i) for i in range(1, 3_001)]
+
+
+@pytest.mark.parametrize("at", [0, 1_500, 3_000])
+@pytest.mark.parametrize("wanted", [1_000, 10**6])
+def test_one_long_document_among_short_ones_is_not_held_out(at: int, wanted: int) -> None:
+    """Nor are all the short ones: of each kind there is something to train on, and something held out."""
+    documents = [*LINES[:at], (1_400_000, 0), *LINES[at:]]
+    for borders in ([], [1], [500, 1_000, 2_000]):
+        _, counted, _ = cut(Rules(val_tokens=wanted, shard_tokens=10**6), documents, borders)
+        counts = counted.counts
+        assert counts["train_tokens"] + counts["val_tokens"] == 1_412_000 + counts["documents_split"]
+        assert min(wanted, 141_200) / 2 <= counts["val_tokens"] <= min(wanted, 141_201)
+        assert counts["val_documents"] <= 301
+        assert counts["train_documents"] >= 2_700
+
+
+def test_a_single_document_is_split_and_its_end_held_out() -> None:
+    cuts, counted, units = cut(Rules(val_tokens=500, shard_tokens=1_000), [(1_000, 1)], [])
+    assert tokens_of(cuts, "train", units) == [(0, at) for at in range(901)]
+    assert tokens_of(cuts, "val", units) == [(0, 0), *((0, at) for at in range(901, 1_000))]
+    assert [each.documents for each in cuts] == [1, 1]
+    assert counted.counts["documents_split"] == 1
+
+
+def test_no_copy_of_a_split_document_is_trained_on() -> None:
+    documents = [(100, 1), (100, 2), (100, 1), (100, 1)]
+    _, counted, _ = cut(Rules(val_tokens=500), documents, [2])
+    assert counted.counts["copies_of_validation_dropped"] == 2
+    assert counted.counts["train_tokens"] == 200 - (counted.counts["val_tokens"] - 1)
 
 
 def test_training_has_no_copy_of_validation_but_keeps_its_own() -> None:
-    documents = [(10, 1), (3, 2), (10, 1), (3, 2), (3, 2)]
+    documents = [(10, 1), (3, 2), (10, 1), (3, 2), (3, 2), *((10, i) for i in range(3, 13))]
     _, counted, _ = cut(Rules(), documents, [2])
-    assert counted.counts["train_documents"] == 3
+    assert counted.counts["train_documents"] == 13
     assert counted.counts["copies_of_validation_dropped"] == 1
     _, counted, _ = cut(Rules(dedup=True), documents, [2])
-    assert counted.counts["train_documents"] == 1
+    assert counted.counts["train_documents"] == 11
     assert counted.counts["duplicates_dropped"] == 3
 
 
-def test_the_document_that_reaches_the_target_is_the_last() -> None:
-    documents = [(10, 0)] + [(5, i) for i in range(1, 10)]
-    for wanted, taken in ((1, 5), (5, 5), (6, 10), (10, 10), (11, 15), (10**9, 45)):
-        cuts, counted, _ = cut(Rules(target_tokens=wanted, shard_tokens=100), documents, [3, 4])
-        assert lengths_of(cuts, "train") == [taken]
+def test_the_target_is_met_to_the_token() -> None:
+    documents = [(5, i) for i in range(10)] + [(900, i) for i in range(10, 12)]
+    for wanted in (20, 43, 45, 800, 10**9):
+        cuts, counted, _ = cut(Rules(target_tokens=wanted, shard_tokens=10_000), documents, [3, 11])
         assert counted.full == (wanted < 10**9)
+        [held_out] = lengths_of(cuts, "val")
+        assert held_out <= (held_out + wanted) / 10
+        whole = 1_850 - held_out + counted.counts["documents_split"]
+        assert lengths_of(cuts, "train") == [min(wanted, whole)]
 
 
 def test_of_a_limited_number_of_documents_a_tenth_is_held_out() -> None:
     documents = [(5, i) for i in range(100)]
-    for most, val in ((2, 1), (10, 1), (50, 5), (100, 10), (1_000, 99)):
+    for most, val in ((10, 1), (50, 5), (100, 10), (1_000, 10)):
         _, counted, _ = cut(Rules(val_tokens=495, max_documents=most), documents, [7, 30])
         assert counted.counts["val_documents"] == val
         assert counted.counts["train_documents"] == min(most, 100) - val
+    _, counted, _ = cut(Rules(val_tokens=495, max_documents=9), documents, [7, 30])
+    assert counted.counts["documents_split"] == 1
+    assert (counted.counts["train_documents"], counted.counts["val_tokens"]) == (9, 2)
 
 
-def test_nothing_to_train_on_is_said_with_what_was_passed_over() -> None:
-    _, counted, _ = cut(Rules(), [(30, 1), (30, 1)], [])
-    with pytest.raises(UserError, match=r"x has 2 usable.*; 1,234 x invalid json.*takes 10, which leaves nothing"):
+def test_too_little_to_hold_out_a_tenth_of_is_said_with_what_was_passed_over() -> None:
+    _, counted, _ = cut(Rules(), [(8, 1), (8, 1)], [])
+    with pytest.raises(UserError, match=r"x has 2 usable.*8 tokens; 1,234 x invalid json.*at most a tenth.*add text$"):
         counted.check_enough("x", {"invalid_json": 1_234})
+    _, counted, _ = cut(Rules(target_tokens=9), [(100, 1), (100, 2)], [])
+    with pytest.raises(UserError, match=r"target_tokens takes 9.*raise data.target_tokens"):
+        counted.check_enough("x", {})
     _, counted, _ = cut(Rules(), [(30, 1), (30, 2)], [])
     counted.check_enough("x", {})
 

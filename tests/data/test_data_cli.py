@@ -92,7 +92,9 @@ def test_prepare_takes_every_option(said, mixed_corpus: Path) -> None:
 def test_limit_counts_documents(said, mixed_corpus: Path) -> None:
     folder = Path(said("prepare", f"files:{mixed_corpus}", "--limit", "40").splitlines()[0])
     counts = json.loads((folder / "manifest.json").read_text())["counts"]
-    assert (counts["val_documents"], counts["train_documents"]) == (4, 36)
+    assert counts["val_documents"] + counts["train_documents"] == 40
+    assert 1 <= counts["val_documents"] <= 4
+    assert 10 * counts["val_tokens"] <= counts["val_tokens"] + counts["train_tokens"]
 
 
 def test_parts_verify_repair_and_show(said, mixed_corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,7 +24,7 @@ Hashes = Callable[[Path], dict[str, str]]
 SMALL_BYTES = 1
 """A file a unit: five of them."""
 SETTINGS: list[dict[str, Any]] = [
-    {}, {"dedup_exact": True}, {"target_tokens": 9_000}, {"target_tokens": 1, "dedup_exact": True},
+    {}, {"dedup_exact": True}, {"target_tokens": 9_000}, {"target_tokens": 500, "dedup_exact": True},
     {"max_documents": 150}, {"shuffle_files": False},
 ]  # fmt: skip
 

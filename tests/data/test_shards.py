@@ -105,7 +105,7 @@ def test_a_missing_or_short_shard_is_refused(dataset: Dataset, damage: str) -> N
         (b"\xff", "cannot read"),
         (b"[]", "format None"),
         (b'{"format": "myllm-shards-0"}', "format 'myllm-shards-0'"),
-        (b'{"format": "myllm-shards-1"}', "format 'myllm-shards-1', expected 'myllm-shards-3'"),
+        (b'{"format": "myllm-shards-1"}', "format 'myllm-shards-1', expected 'myllm-shards-4'"),
         (b'{"format": "myllm-shards-3"}', "damaged"),
         (b'{"format": "myllm-shards-3", "fingerprint": "f", "shards": [{"file": "a"}]}', "damaged"),
     ],
@@ -253,3 +253,12 @@ def test_no_damaged_shard_is_read(make_dataset: MakeDataset) -> None:
             stream.check(np.array(starts), count)
     with pytest.raises(UserError, match=r"train_00003\.npy, train_00007\.npy"):
         stream.check(np.array([0]), 1_000)
+
+
+def test_a_data_set_of_the_earlier_format_is_read_the_same(dataset: Dataset) -> None:
+    path = dataset.folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps(manifest | {"format": "myllm-shards-3"}))
+    earlier = Dataset.open(dataset.folder)
+    assert earlier.shards == dataset.shards
+    assert (earlier.train.read(0, 500) == dataset.train.read(0, 500)).all()

@@ -66,7 +66,7 @@ class Assembly:
     def __init__(self, recipe: Recipe, folder: Path, units: Path, pool: Executor) -> None:
         config = recipe.config
         self.cuts = CutList(
-            recipe.val_tokens, config.shard_tokens, config.target_tokens, config.max_documents, config.dedup_exact
+            config.val_tokens, config.shard_tokens, config.target_tokens, config.max_documents, config.dedup_exact
         )
         self.passed_over: Counter[str] = Counter()
         self._recipe, self._folder, self._units, self._pool = recipe, folder, units, pool
@@ -91,9 +91,14 @@ class Assembly:
         self.settle()
 
     def finish(self) -> None:
-        """Write what is left, and the manifest: from now on it is a data set."""
+        """Write what is left, and the manifest: from now on it is a data set.
+
+        Raises:
+            TooLittleText: nothing to train on.
+        """
         for cut in self.cuts.finish():
             self._write(cut)
+        self.cuts.check_enough(self._recipe.source.description, self.passed_over, self.places)
         self.settle(all_of_them=True)
         _save_spans(self._folder / SPANS, self._spans)
         if self.places:
@@ -131,6 +136,8 @@ class Assembly:
         needed = [span for cut, _ in self._writing for span in cut.spans]
         needed += self.cuts.val.spans + self.cuts.train.spans
         behind = min((unit for unit, _, _ in needed), default=self._consumed)
+        if self.cuts.waiting_unit is not None:
+            behind = min(behind, self.cuts.waiting_unit)
         for number in range(self._released, behind):
             unit_path(self._units, number).unlink(missing_ok=True)
         self._released = max(self._released, behind)

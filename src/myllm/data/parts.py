@@ -78,7 +78,7 @@ def prepare_part(config: DataConfig, part: str, progress: bool = True) -> Path:
         if progress:
             tqdm.write(f"preparing part {part} of {recipe.folder.name}: {room}", file=sys.stderr)
         # Where only so much is wanted, a part makes its share of it, and a little more: files differ.
-        wanted = None if config.target_tokens is None else 1.05 * (config.target_tokens + recipe.val_tokens) / parts
+        wanted = None if config.target_tokens is None else 1.05 * (config.target_tokens + config.val_tokens) / parts
         most = None if config.max_documents is None else 1.05 * config.max_documents / parts
         tokens, made, size_bytes = 0, 0, sum(piece.size_bytes for each in mine for piece in units[each])
         with worker_pools(recipe, work, workers) as (pool, downloads), progress_bar(size_bytes, progress) as bar:

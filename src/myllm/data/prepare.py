@@ -128,6 +128,8 @@ def _build(recipe: Recipe, workers: int, progress: bool) -> None:
     room = check_disk(recipe, workers)
     if progress:
         tqdm.write(f"preparing {folder.name}: {room}", file=sys.stderr)
+        if note := recipe.source.ignored_note:
+            tqdm.write(note, file=sys.stderr)
     adopt_parts(recipe, work)
     units = recipe.units
     with worker_pools(recipe, work, workers) as (pool, downloads), progress_bar(_size(recipe), progress) as bar:
@@ -143,7 +145,6 @@ def _build(recipe: Recipe, workers: int, progress: bool) -> None:
                 bar.update(size_bytes)
                 if assembly.cuts.full:
                     break
-        assembly.cuts.check_enough(recipe.source.description, assembly.passed_over, assembly.places)
         assembly.finish()
 
 

@@ -31,8 +31,6 @@ class Recipe:
     source: Source
     tokenizer: Tokenizer
     config: DataConfig
-    val_tokens: int
-    """At most about a tenth of the source, so that a small corpus keeps something to train on."""
 
     @property
     def folder(self) -> Path:
@@ -53,10 +51,15 @@ class Recipe:
     def estimated_tokens(self) -> int:
         tokens, config = estimate_tokens(self.source.files), self.config
         if config.target_tokens is not None:
-            tokens = min(tokens, config.target_tokens + self.val_tokens)
+            tokens = min(tokens, config.target_tokens + min(config.val_tokens, config.target_tokens // 9))
         if config.max_documents is not None:
             tokens = min(tokens, config.max_documents * LONG_DOCUMENT_TOKENS)
         return int(tokens)
+
+    @property
+    def estimated_val_tokens(self) -> int:
+        """Of those, held out (cuts.py)."""
+        return min(self.config.val_tokens, self.estimated_tokens // 10)
 
     def describe(self) -> dict[str, Any]:
         content = hashlib.sha256()
@@ -70,7 +73,7 @@ class Recipe:
             "text_column": self.source.column,
             "documents": self.source.group,
             "tokenizer": self.tokenizer.describe(),
-            "val_tokens": self.val_tokens,
+            "val_tokens": config.val_tokens,
             "target_tokens": config.target_tokens,
             "max_documents": config.max_documents,
             "shard_tokens": config.shard_tokens,
@@ -104,10 +107,7 @@ def recipe_of(config: DataConfig, hashed: bool = True) -> Recipe:
         UserError: bad source or tokenizer.
     """
     source = find_source(config.source, config.text_column, hashed)
-    val_tokens = config.val_tokens
-    if all(file.size_bytes for file in source.files):
-        val_tokens = min(val_tokens, max(int(estimate_tokens(source.files)) // 10, 1))
-    return Recipe(source, load_tokenizer(config.tokenizer), config, val_tokens)
+    return Recipe(source, load_tokenizer(config.tokenizer), config)
 
 
 def estimate_tokens(files: Iterable[SourceFile]) -> float:

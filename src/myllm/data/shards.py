@@ -32,7 +32,9 @@ TOKENIZER = "tokenizer.json"
 """A vocabulary of one's own."""
 WORK = "work"
 """What an unfinished preparation goes on from."""
-FORMAT = "myllm-shards-3"
+FORMAT = "myllm-shards-4"
+READABLE = ("myllm-shards-3", FORMAT)
+"""Older data sets read the same; only what was held out was chosen in another way."""
 _REMEDY = "delete {} and prepare it again"
 _REPAIR = (
     "`myllm data verify {0} --repair` makes it again from the source; failing that, delete {0} and prepare it again"
@@ -192,7 +194,7 @@ def _read_manifest(folder: Path, unfinished: bool) -> tuple[dict[str, Any], bool
         except (OSError, ValueError) as error:
             raise UserError(f"cannot read {folder / name}: {error}; {_REMEDY.format(folder)}") from None
         found = manifest.get("format") if isinstance(manifest, dict) else None
-        if found != FORMAT:
+        if found not in READABLE:
             raise UserError(f"{folder} has format {found!r}, expected {FORMAT!r}; {_REMEDY.format(folder)}")
         return manifest, name == MANIFEST
     if (folder / PROGRESS).exists() or (folder / WORK).exists():
