@@ -112,6 +112,12 @@ def test_a_sample_of_all_leaves_nothing_to_be_wrong_about(tmp_path: Path) -> Non
     assert (found.documents.value, found.documents.error, found.tokens.error) == (30, 0, 0)
 
 
+def test_one_file_that_is_read_whole_leaves_nothing_to_be_wrong_about(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("all that there is")
+    found = estimate(recipe_of(DataConfig(source=f"files:{tmp_path}")), workers=1)
+    assert (found.documents.value, found.documents.error, found.tokens.error) == (1, 0, 0)
+
+
 def test_error_bars_hold_what_they_promise() -> None:
     """In 95 of 100 samples the truth lies within; 85 is what chance hardly ever misses."""
     import numpy as np

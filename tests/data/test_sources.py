@@ -296,6 +296,6 @@ def test_files_that_nobody_reads_are_counted(tmp_path: Path) -> None:
     for name in ("a.txt", "b.html", "c.html", "d.PDF", "Makefile", ".hidden.html"):
         (tmp_path / name).write_text("text")
     note = find_source(f"files:{tmp_path}").ignored_note
-    assert note.startswith("left out: 2 .html, 1 .pdf, 1 without suffix; 1 file(s) are read, of the kinds .txt .md")
+    assert note.startswith("left out: 2 .html, 1 without suffix, 1 .pdf; 1 file(s) are read, of the kinds .txt .md")
     (tmp_path / "a.txt").unlink()
-    refused(f"files:{tmp_path}", "only 4 file(s) of other kinds (2 .html, 1 .pdf, 1 without suffix)")
+    refused(f"files:{tmp_path}", "only 4 file(s) of other kinds (2 .html, 1 without suffix, 1 .pdf)")

@@ -74,11 +74,13 @@ def as_utf8(file: BinaryIO, encoding: str) -> Iterator[bytes]:
 
     Raises:
         OSError: it is not what its byte order mark says.
+        EOFError: it ends early.
     """
     decoder = codecs.getincrementaldecoder(encoding)()
     try:
         while piece := file.read(READ_BYTES):
             yield decoder.decode(piece).encode("utf-8", "surrogatepass")
-        decoder.decode(b"", final=True)
     except UnicodeError as error:
         raise OSError(f"not {encoding}, which its byte order mark says: {error}") from None
+    if decoder.getstate()[0]:
+        raise EOFError(f"it is {encoding} by its byte order mark, and ends within a character")

@@ -75,40 +75,32 @@ def estimate(recipe: Recipe, workers: int, target: tuple[str, float] | None = No
         )
     with tempfile.TemporaryDirectory() as folder:
         by_file, stored_bytes, names = _sample(source, recipe, Path(folder), faults)
-    by_file = [
-        [cleaned for text in texts if (cleaned := clean(text, recipe.config, lambda _: None)) is not None]
-        for texts in by_file
-    ]
+    by_file = [_cleaned(texts, recipe) for texts in by_file]
     texts = [text for some in by_file for text in some]
     if not texts:
         seen = "; ".join(f"{place['place']}: {place['detail'] or place['reason']}" for place in faults.places[:3])
         raise UserError(f"the sample of {source.description} ({names}) holds no documents{': ' + seen if seen else ''}")
     n_bytes = np.array([len(text.encode(errors="surrogatepass")) for text in texts], dtype=float)
-    recipe.tokenizer.encode("warm up")
-    started = time.perf_counter()
-    together = (texts[first : first + TOGETHER] for first in range(0, len(texts), TOGETHER))
-    encoded = [document for some in together for document in recipe.tokenizer.encode_documents(some)]
-    n_tokens = np.array([len(document) for document in encoded], dtype=float)
-    bytes_per_s = n_bytes.sum() / (time.perf_counter() - started)
-
+    n_tokens, seconds = _tokenised(texts, recipe)
+    bytes_per_s = n_bytes.sum() / seconds
     amounts = {
         "stored": float(source.size_bytes),
         "bytes": n_bytes.sum() / stored_bytes * source.size_bytes,
         "tokens": n_tokens.sum() / stored_bytes * source.size_bytes,
         "documents": len(texts) / stored_bytes * source.size_bytes,
     }
-    errors = {
-        "text a stored byte": _packing_error(texts, n_bytes, source),
-        "tokens a byte": _ratio_error(n_tokens, n_bytes),
-        "documents a byte": _ratio_error(np.ones(len(texts)), n_bytes),
-    }
+    documents_error = _ratio_error(np.ones(len(texts)), n_bytes)
     if len(by_file) > 1:  # whole files: how many documents there are follows from how many files there are
         counts = np.array([len(some) for some in by_file], dtype=float)
         amounts["documents"] = counts.mean() * len(source.files)
-        errors["documents a byte"] = _ratio_error(counts, np.ones(len(counts)))
-        # A sample that is a good part of all leaves little to be wrong about.
-        unseen = math.sqrt(1 - len(by_file) / len(source.files))
-        errors = {name: error * unseen for name, error in errors.items()}
+        documents_error = _ratio_error(counts, np.ones(len(counts)))
+    # A sample that is a good part of all leaves little to be wrong about.
+    unseen = math.sqrt(max(1 - stored_bytes / source.size_bytes, 0))
+    errors = {
+        "text a stored byte": _packing_error(texts, n_bytes, source) * unseen,
+        "tokens a byte": _ratio_error(n_tokens, n_bytes) * unseen,
+        "documents a byte": documents_error * unseen,
+    }
     share = 1.0 if target is None else target[1] / amounts[target[0]]
 
     def part(name: str, factor: float = 1.0) -> Figure:
@@ -126,6 +118,19 @@ def estimate(recipe: Recipe, workers: int, target: tuple[str, float] | None = No
         download_bytes=part("stored"), shard_bytes=part("tokens", 2),
         hours=part("bytes", 1 / bytes_per_s / workers / 3_600), workers=workers, share=share,
     )  # fmt: skip
+
+
+def _cleaned(texts: list[str], recipe: Recipe) -> list[str]:
+    return [cleaned for text in texts if (cleaned := clean(text, recipe.config, lambda _: None)) is not None]
+
+
+def _tokenised(texts: list[str], recipe: Recipe) -> tuple[np.ndarray, float]:
+    """Tokens of each text, (texts,) float64, and the seconds that it took."""
+    recipe.tokenizer.encode("warm up")
+    started = time.perf_counter()
+    together = (texts[first : first + TOGETHER] for first in range(0, len(texts), TOGETHER))
+    encoded = [document for some in together for document in recipe.tokenizer.encode_documents(some)]
+    return np.array([len(document) for document in encoded], dtype=float), time.perf_counter() - started
 
 
 _RATIOS: dict[str, frozenset[str]] = {

@@ -218,7 +218,7 @@ def local_files(where: str, hashed: bool = True) -> Source:
 
 def count_suffixes(suffixes: Iterable[str]) -> str:
     """Such as "289 .html, 3 .pdf", the most frequent first."""
-    counts = Counter(suffixes).most_common()
+    counts = sorted(Counter(suffixes).items(), key=lambda item: (-item[1], item[0]))
     shown = [f"{count:,} {suffix or 'without suffix'}" for suffix, count in counts[:SHOWN_SUFFIXES]]
     rest = sum(count for _, count in counts[SHOWN_SUFFIXES:])
     return ", ".join(shown + ([f"{rest:,} of other kinds"] if rest else []))
@@ -226,6 +226,8 @@ def count_suffixes(suffixes: Iterable[str]) -> str:
 
 def _without_own(files: list[Path], root: Path) -> list[Path]:
     """The files, but for runs, data sets and what else this program writes below the root."""
+    if not files:
+        return files
     folders = (paths.datasets(), paths.listings(), paths.downloads(), paths.tokenizers(), paths.runs())
     base = root.absolute().resolve()
     own = [folder for each in folders if (folder := each.resolve()) != base and folder.is_relative_to(base)]
