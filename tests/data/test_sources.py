@@ -272,7 +272,7 @@ def test_what_the_program_itself_writes_is_no_text_of_the_source(
     monkeypatch.setenv("MYLLM_DATA", str(tmp_path / "data"))
     before = [find_source(f"files:{tmp_path}{glob}") for glob in ("", "/**", "/**/*.txt")]
     for folder in ("runs/x", "datasets/y", "tokenizers/z", "listings", "downloads/c4"):
-        (tmp_path / "data" / folder).mkdir(parents=True)
+        (tmp_path / "data" / folder).mkdir(parents=True, exist_ok=True)
         (tmp_path / "data" / folder / "log.txt").write_text("not mine")
     assert [find_source(f"files:{tmp_path}{glob}") for glob in ("", "/**", "/**/*.txt")] == before
     assert [file.name for file in before[0].files] == ["a.txt", "data/more/b.txt"]
