@@ -60,19 +60,24 @@ def check_publishing(config: "RunConfig") -> None:
 
 def prepare_and_train(config: "RunConfig", prepare_only: bool, profile: bool = False) -> None:
     started = time.monotonic()
-    from myllm import distributed, ranks
-    from myllm.data.beside import prepared_beside
+    from myllm import ranks
+    from myllm.data.beside import check_named, prepared_beside
     from myllm.data.prepare import prepare
+
+    if ranks.local_rank() == 0:
+        check_named(config.data)  # a typo is not worth the seconds that torch takes
+    if prepare_only:
+        dataset = prepare(config.data)
+        print(f"data ready: {dataset.folder}, {dataset.train.tokens:,} tokens to train on")
+        return
+
+    from myllm import distributed
     from myllm.launch import what_next
     from myllm.meter import Diverged
     from myllm.publish_beside import published_beside
     from myllm.signals import exit_code, unfinished_when_time_is_up
     from myllm.train import train
 
-    if prepare_only:
-        dataset = prepare(config.data)
-        print(f"data ready: {dataset.folder}, {dataset.train.tokens:,} tokens to train on")
-        return
     unfinished_when_time_is_up()
     distributed.choose_device(config.train.device)  # one that is not there is a mistake to know before the hours ahead
     is_main = ranks.rank() == 0

@@ -26,8 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 from myllm.config import to_dict
 from myllm.files import write_json
 from myllm.kills import Broken, Training, logged_step, saved_step, train_rows, wait_until_gone
-from myllm.presets import preset
-from myllm.proving import shrunk
+from myllm.presets import preset, shrunk
 
 SAVE_EVERY = 5
 PATIENCE_S = 120

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, command, launch, write_run_config
 
+from myllm import cli
 from myllm.config import RunConfig
 from myllm.errors import UserError
 from myllm.launch import clear_errors, describe, parse
@@ -253,3 +254,53 @@ def test_a_python_without_the_packages_says_where_they_are(tmp_path: Path) -> No
     (bare / ".venv/bin/activate").touch()
     done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
     assert f"source {bare}/.venv/bin/activate" in done.stderr
+
+
+TYPOS = """
+import sys
+sys.path.insert(0, ROOT)
+import pretrain
+from myllm import cli
+for words in COMMANDS:
+    start = cli.main
+    if words[0] == "pretrain.py":
+        start, sys.argv = pretrain.main, words
+    try:
+        start(words) if start is cli.main else start()
+    except SystemExit as end:
+        assert end.code == (0 if "--help" in words else 2), (words, end.code)
+    else:
+        raise AssertionError(words)
+    heavy = [name for name in ("torch", "matplotlib", "transformers", "pyarrow") if name in sys.modules]
+    assert not heavy, (words, heavy)
+"""
+
+
+def test_a_typo_is_answered_before_torch_is_loaded(temp_data: Path) -> None:
+    """It takes seconds, and so does no word of help or of a mistake that can be seen without it."""
+    commands = [
+        ["pretrain.py", *words.split()]
+        for words in (
+            "debg", "debug --train.max-step 3", "debug --help", "debug --train.batch-tokens 1000",
+            "debug --data.source files:/nowhere", "debug --data.source pyton-stdlib", "debug --data.dataset nothing",
+            "debug --data.tokenizer nowhere.json", "debug --train.device cudaa", "--config nowhere.json",
+        )
+    ]  # fmt: skip
+    commands += [
+        words.split()
+        for words in (
+            "--help", "evl nothing", "eval nothing", "eval nothing --device cudaa", "eval nothing --tasks validatio",
+            "sample nothing", "sample nothing --top-p 2", "chat nothing", "serve nothing", "export nothing --to there",
+            "export nothing", "import nothing", "publish nothing --repo a/b", "publish nothing --repo a",
+            "report nothing", "replay nothing", "status nothing", "plan debg", "preflight debg",
+            "preflight debug --data.source nothing", "prove-resume debg", "checkpoint list nothing",
+            "checkpoint verify nothing", "data prepare nothing",
+            "data show nothing --sequence 1", "tokenizer train nothing", "doctor --device cudaa",
+            "sample ~nobody-of-this-name/x", f"eval {'x' * 300}",
+        )
+    ]  # fmt: skip
+    commands += [[*name.split(), "--help"] for name in cli.COMMANDS]
+    code = TYPOS.replace("ROOT", repr(str(ROOT))).replace("COMMANDS", repr(commands))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "Traceback" not in done.stderr

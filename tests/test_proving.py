@@ -10,8 +10,8 @@ import pytest
 from myllm import cli
 from myllm.config import RunConfig
 from myllm.plan import batch_plan
-from myllm.presets import PRESETS, preset
-from myllm.proving import AGAIN, REFERENCE, Result, Trial, judge, shrunk, verdict
+from myllm.presets import PRESETS, preset, shrunk
+from myllm.proving import AGAIN, REFERENCE, Result, Trial, judge, verdict
 from myllm.validate import check
 
 TINY = (

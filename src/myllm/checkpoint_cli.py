@@ -70,8 +70,7 @@ def _find(where: str) -> list[Path]:
             return found
         if found := list_checkpoints(root):
             return found[::-1]
-    known = sorted(path.name for path in paths.runs().glob("*") if (path / "checkpoints").is_dir())
-    raise UserError(f"no checkpoint at {where!r}; runs with checkpoints: {', '.join(known) or 'none yet'}")
+    raise paths.no_checkpoint(where, paths.runs())
 
 
 def _described(folders: list[Path], hashing: bool) -> Iterator[dict[str, Any]]:

@@ -7,7 +7,7 @@ from typing import Literal
 
 import tyro
 
-from . import eval_results
+from . import eval_results, paths
 from .errors import UserError, nearest
 from .eval_results import Result
 from .eval_tasks import OF_A_FILE, TASKS, Choices, Subject, measure
@@ -25,7 +25,7 @@ def evaluate(
     dataset: str | None = None,
     batch_size: int = 16,
     out: Path | None = None,
-    device: str = "auto",
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
     int8: bool = False,
 ) -> None:
     """Evaluate a trained model: loss, HellaSwag, cloze, perplexity, speed.
@@ -50,6 +50,11 @@ def evaluate(
         int8: measure with weights in eight bits, by torchao.
     """
     _check(tasks, batch_size, hellaswag_examples)
+    paths.check_model(model)  # before the seconds that torch takes
+    if dataset is not None:
+        from .data.shards import find_folder
+
+        find_folder(dataset)
     subject = resolve(model, device, int8)
     file = subject.home / "eval.json" if out is None else out.expanduser()
     eval_results.read(file)  # not after the hours that measuring takes

@@ -35,6 +35,7 @@ def export(
     for file in filter(None, (to_onnx, to_gguf)):
         if file.expanduser().is_dir() or (file.expanduser().exists() and not overwrite):
             raise UserError(f"{file} is there already; give another name, or --overwrite to replace a file")
+    paths.check_model(model, hub=False)  # before the seconds that torch takes
     from .exporting import export_folder, open_source
     from .run_folder import find_checkpoint
 
@@ -71,6 +72,8 @@ def import_model(
         revision: branch, tag or commit of the repository.
         overwrite: move a run of that name aside.
     """
+    if not paths.leads_somewhere(source):  # before the seconds that torch takes
+        raise UserError(paths.NO_MODEL.format(source))
     from .importing import import_model
 
     run = import_model(source, name, revision, overwrite=overwrite)

@@ -13,10 +13,16 @@ no checkout around it: temp_data/ is then in the current folder.
 
 import errno
 import os
+import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import UserError
+
+REPOSITORY = re.compile(r"(?:hub:)?([\w.-]+/[\w.-]+)(?:@(\S+))?")
+"""A model's repository of the Hub, and its revision."""
+NO_MODEL = "nothing at {!r}: give a folder, a pytorch_model.pth, or a repository of the Hub, namespace/name"
 
 
 def user_path(text: str | Path) -> Path:
@@ -157,3 +163,29 @@ class RunPaths:
     @property
     def report(self) -> Path:
         return self.root / "report.html"
+
+
+def leads_somewhere(where: str, hub: bool = True) -> bool:
+    """Whether a user's word for a model or a run can mean anything: a path, a run, or a repository of the Hub.
+
+    Commands ask this before they load torch, so that a typo is answered at once.
+    """
+    with suppress(OSError, RuntimeError):  # a name that no disk takes; ~NAME of nobody
+        if Path(where).expanduser().exists() or (runs() / where).exists():
+            return True
+    return hub and REPOSITORY.fullmatch(where) is not None
+
+
+def check_model(where: str, hub: bool = True) -> None:
+    """
+    Raises:
+        UserError: `where` leads nowhere.
+    """
+    if not leads_somewhere(where, hub):
+        raise no_checkpoint(where, runs())
+
+
+def no_checkpoint(where: str, runs: Path) -> UserError:
+    """What to say where a user's word leads to no checkpoint."""
+    known = sorted(path.name for path in runs.glob("*") if (path / "checkpoints").is_dir())
+    return UserError(f"no checkpoint at {where!r}; runs with checkpoints: {', '.join(known) or 'none yet'}")

@@ -45,6 +45,10 @@ def preflight(words: list[str]) -> None:
         value = getattr(wanted, name)
         if value is not None and not 0 < value < float("inf"):
             raise UserError(f"--{name.replace('_', '-')} is {value}, but must be above 0 and finite")
+    from .data.beside import check_named
+
+    if ranks.local_rank() == 0:
+        check_named(wanted.config.data)  # before the seconds that torch takes
     from .distributed import process_group
     from .preflight import preflight as rehearse
     from .preflight_report import Bounds

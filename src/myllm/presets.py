@@ -5,6 +5,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from .config import DataConfig, EvalConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
@@ -163,3 +164,26 @@ def describe_presets() -> str:
     """One line a preset, for help texts."""
     width = max(map(len, PRESETS))
     return "\n".join(f"  {name:<{width}}  {(make.__doc__ or '').splitlines()[0]}" for name, make in PRESETS.items())
+
+
+def shrunk(config: RunConfig) -> RunConfig:
+    """A run of the same model and recipe that takes a minute: few steps, four sequences each, on little text."""
+    sequences, steps = 4, 30
+    batch_tokens = sequences * config.model.max_seq_len
+    return replace(
+        config,
+        name="prove-resume",
+        data=DataConfig(
+            source="python-stdlib", val_tokens=20_000, target_tokens=2 * steps * batch_tokens, shard_tokens=1_000_000
+        ),
+        optim=replace(config.optim, warmup_steps=5),
+        train=replace(
+            config.train, max_steps=steps, batch_tokens=batch_tokens, micro_batch_size=2, log_every_steps=1,
+            save_every_steps=4, early_stop_patience=None, fresh=False,
+        ),
+        eval=replace(
+            config.eval, validation_every_steps=10, validation_tokens=sequences * config.model.max_seq_len,
+            cloze_every_steps=0, hellaswag_every_steps=0, sample_every_steps=0,
+        ),
+        hub=replace(config.hub, repo=None, every_checkpoint=False),
+    )  # fmt: skip

@@ -14,6 +14,7 @@ from .arguments import parse_arguments
 from .config import RunConfig
 from .errors import UserError
 from .launch import base_config
+from .presets import shrunk
 from .validate import check
 
 
@@ -46,12 +47,12 @@ def prove_resume(words: list[str]) -> None:
             "`myllm prove-resume` starts pretrain.py, which an installed package does not have; run it from a clone of "
             "the repository"
         )
-    from .kills import Broken
-    from .proving import layouts, prove, shrunk, verdict
-
     wanted = parse_arguments(
         ProveLaunch, rest, "myllm prove-resume [PRESET]", ProveLaunch(shrunk(base)), inspect.getdoc(prove_resume)
     )
+    from .kills import Broken
+    from .proving import layouts, prove, verdict
+
     config = wanted.config
     for world_size in layouts(config):
         check(config, world_size)

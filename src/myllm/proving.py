@@ -12,13 +12,13 @@ TOLERANCE.
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .config import DataConfig, RunConfig, to_dict
+from .config import RunConfig, to_dict
 from .distributed import choose_device
 from .files import write_json
 from .kills import Broken, Training, logged_step, saved_step, train_rows
@@ -62,29 +62,6 @@ class Result:
     faults: list[str] = field(default_factory=list)
     losses: str = ""
     receipts: str = ""
-
-
-def shrunk(config: RunConfig) -> RunConfig:
-    """A run of the same model and recipe that takes a minute: few steps, four sequences each, on little text."""
-    sequences, steps = 4, 30
-    batch_tokens = sequences * config.model.max_seq_len
-    return replace(
-        config,
-        name="prove-resume",
-        data=DataConfig(
-            source="python-stdlib", val_tokens=20_000, target_tokens=2 * steps * batch_tokens, shard_tokens=1_000_000
-        ),
-        optim=replace(config.optim, warmup_steps=5),
-        train=replace(
-            config.train, max_steps=steps, batch_tokens=batch_tokens, micro_batch_size=2, log_every_steps=1,
-            save_every_steps=4, early_stop_patience=None, fresh=False,
-        ),
-        eval=replace(
-            config.eval, validation_every_steps=10, validation_tokens=sequences * config.model.max_seq_len,
-            cloze_every_steps=0, hellaswag_every_steps=0, sample_every_steps=0,
-        ),
-        hub=replace(config.hub, repo=None, every_checkpoint=False),
-    )  # fmt: skip
 
 
 def prove(config: RunConfig, seed: int, folder: Path, say: Say) -> list[Result]:

@@ -28,6 +28,10 @@ def publish(
         every_checkpoint: each checkpoint that there is, each as a revision; not given: the newest.
         license: of the weights, by the Hub's short name for it, such as mit or apache-2.0.
     """
+    given = HubConfig(repo, private, every_checkpoint, license)
+    if repo is not None and (faults := hub_faults(given, "--")):
+        raise UserError("; ".join(faults))
+    paths.check_model(run, hub=False)  # before the seconds that torch takes
     from .run_folder import checkpoints_of
 
     _, checkpoints = checkpoints_of(run, paths.runs())

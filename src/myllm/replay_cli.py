@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
+from . import paths
 from .errors import UserError
 
 if TYPE_CHECKING:
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from .replay import Replay
 
 Positional = tyro.conf.Positional
+Device = Literal["auto", "cpu", "cuda", "mps"]
 LISTED = 10
 """Samples in the table; all are in the bag's samples.jsonl."""
 
@@ -20,7 +22,7 @@ LISTED = 10
 def replay(
     bag: Positional[str],
     precision: Literal["float32", "bfloat16", "float16"] = "float32",
-    device: str = "cpu",
+    device: Device = "cpu",
     samples: tuple[int, ...] = (),
     show: int = 1,
 ) -> None:
@@ -33,15 +35,16 @@ def replay(
         samples: only these, by their place in the step; a whole step may take a CPU hours.
         show: how many samples to show the text of, the worst first.
     """
+    if show < 0:
+        raise UserError(f"show is {show}, but must be at least 0")
+    if not paths.leads_somewhere(bag, hub=False):  # before the seconds that torch takes
+        raise UserError(f"no flight bag at {bag!r}: there is neither such a folder nor such a run")
     import torch
 
-    from . import paths
     from .bags import find_bag, read_bag
     from .distributed import choose_device
     from .replay import replay_step
 
-    if show < 0:
-        raise UserError(f"show is {show}, but must be at least 0")
     chosen = choose_device(device)
     content = read_bag(find_bag(bag, paths.runs()))
     result = replay_step(content, chosen, getattr(torch, precision), samples)

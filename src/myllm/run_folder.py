@@ -17,7 +17,7 @@ from .files import locked, write_json
 from .integrity import MANIFEST, MODEL, misnamed, verify
 from .metrics import JsonLines
 from .output import warn
-from .paths import RunPaths
+from .paths import RunPaths, no_checkpoint
 from .retention import is_step, list_checkpoints, unused
 
 SHARED = ".shared-"
@@ -183,8 +183,7 @@ def checkpoints_of(where: str, runs: Path) -> tuple[Path, list[Path]]:
             return root, [root]
         if found := list_checkpoints(root / "checkpoints") or list_checkpoints(root):  # a run, or its best/
             return root, found
-    known = sorted(path.name for path in runs.glob("*") if (path / "checkpoints").is_dir())
-    raise UserError(f"no checkpoint at {where!r}; runs with checkpoints: {', '.join(known) or 'none yet'}")
+    raise no_checkpoint(where, runs)
 
 
 def _differences(old: Any, new: Any, prefix: str) -> Iterator[str]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
 
 import tyro
 
+from . import paths
 from .errors import UserError
 from .sampling import Sampling
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from .language_model import LanguageModel
 
 Positional = tyro.conf.Positional
+Device = Literal["auto", "cpu", "cuda", "mps"]
 Settings = Annotated[Sampling, tyro.conf.arg(name="")]  # no prefix: --top-p 0.9
 
 
@@ -32,7 +34,7 @@ def sample(
     batch_size: int = 16,
     format: Literal["text", "json", "jsonl"] = "text",
     out: Path | None = None,
-    device: str = "auto",
+    device: Device = "auto",
     int8: bool = False,
 ) -> None:
     """Generate text from one prompt or a file of prompts.
@@ -52,12 +54,13 @@ def sample(
         device: auto, cpu, cuda or mps.
         int8: weights in eight bits, by torchao: a quarter of the memory.
     """
+    sampling.check()  # before the seconds that torch and loading take
+    paths.check_model(model)
+    prompts = _prompts(prompt, prompts_file)
+    _check_folder(out)
     from .completion import complete
     from .loading import load_model
 
-    sampling.check()  # before the seconds that loading takes
-    prompts = _prompts(prompt, prompts_file)
-    _check_folder(out)
     loaded = load_model(model, device, int8)
     _note(loaded, prompts, sampling.temperature == 0 and num_samples > 1)
     settings = {**asdict(sampling), "max_new_tokens": max_new_tokens, "stop": list(stop), "model": model}
@@ -113,7 +116,7 @@ def chat(
     model: Positional[str],
     sampling: Settings,
     max_new_tokens: int = 100,
-    device: str = "auto",
+    device: Device = "auto",
     int8: bool = False,
 ) -> None:
     """Generate text interactively in the terminal.
@@ -125,12 +128,13 @@ def chat(
         device: auto, cpu, cuda or mps.
         int8: weights in eight bits, by torchao: a quarter of the memory.
     """
-    from .chat import chat as converse
-    from .loading import load_model
-
     if max_new_tokens < 0:
         raise UserError(f"max_new_tokens is {max_new_tokens}, but must be at least 0")
     sampling.check()
+    paths.check_model(model)
+    from .chat import chat as converse
+    from .loading import load_model
+
     converse(load_model(model, device, int8), max_new_tokens, sampling)
 
 
@@ -140,7 +144,7 @@ def serve(
     max_new_tokens: int = 100,
     host: str = "127.0.0.1",
     port: int = 8000,
-    device: str = "auto",
+    device: Device = "auto",
     int8: bool = False,
 ) -> None:
     """Generate text in the browser, with per-token probabilities.
@@ -160,6 +164,7 @@ def serve(
 
     default = Asked("", max_new_tokens, sampling)
     check(default)  # before the seconds that loading takes
+    paths.check_model(model)
     from .serve.server import run
 
     run(model, device, int8, host, port, default)

@@ -13,7 +13,9 @@ from ..errors import UserError
 from ..files import is_locked
 from .prepare import clear_disk_errors, clear_work, exclusive, is_made, lock_of, prepare, resolve
 from .room import size
-from .shards import PROGRESS, WORK, Dataset, find_dataset
+from .shards import MANIFEST, PROGRESS, WORK, Dataset, find_dataset, find_folder
+from .sources import check_source
+from .tokenizer import load_tokenizer
 from .units import start_worker
 
 LOOK_EVERY_S = 0.3
@@ -21,6 +23,19 @@ STARTING = ".beside"
 """Names the lock of a preparation that training started, from its first moment on."""
 PATIENCE_S = 60
 """How long nobody may be at work on a data set before that is taken for an end: a process needs a while to start."""
+
+
+def check_named(config: DataConfig) -> None:
+    """Refuse names of data that lead nowhere, at once: no text is read, no server asked, and torch not loaded.
+
+    Raises:
+        UserError: no such data set, source or vocabulary.
+    """
+    load_tokenizer(config.tokenizer)
+    if config.dataset is not None:
+        find_folder(config.dataset, (MANIFEST, PROGRESS))
+    else:
+        check_source(config.source)
 
 
 @contextmanager

@@ -101,6 +101,19 @@ def find_source(spec: str, column: str | None = None, hashed: bool = True) -> So
     return replace(source, column=column) if column else source
 
 
+def check_source(spec: str) -> None:
+    """Refuse a source that cannot be, without reading a text or asking a server.
+
+    Raises:
+        UserError: as `find_source`.
+    """
+    kind, colon, rest = spec.partition(":")
+    if kind == "files" and colon:
+        local_files(rest, hashed=False)
+    elif spec != "python-stdlib" and kind not in CORPORA and not (kind == "hub" and rest):
+        find_source(spec)
+
+
 def _meant(spec: str) -> str:
     """What somebody wanted who left out the kind of source, if that can be told."""
     try:

@@ -1,6 +1,5 @@
 """Models made elsewhere, as runs of ours: they sample, are evaluated, exported, and trained further."""
 
-import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,15 +14,13 @@ from ..data.order import DataPosition
 from ..errors import UserError
 from ..files import write_json, write_text
 from ..model import Transformer
-from ..paths import RunPaths
+from ..paths import NO_MODEL, REPOSITORY, RunPaths
 from ..run_folder import claimed, move_aside, write_config
 from ..validate import faults
 from .foreign import Foreign
 from .hub import download
 from .reference import CHECKPOINT, read_reference
 from .transformers_folder import CONFIG, read_folder
-
-REPOSITORY = re.compile(r"(?:hub:)?([\w.-]+/[\w.-]+)(?:@(\S+))?")
 
 
 def import_model(
@@ -110,7 +107,7 @@ def find(source: str, revision: str | None, say: Callable[[str], None]) -> Path:
         return path
     if found := REPOSITORY.fullmatch(source):
         return download(found[1], revision or found[2], say)
-    raise UserError(f"nothing at {source!r}: give a folder, a {CHECKPOINT}, or a repository of the Hub, namespace/name")
+    raise UserError(NO_MODEL.format(source))
 
 
 def read(where: Path) -> Foreign:

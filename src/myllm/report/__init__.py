@@ -32,9 +32,10 @@ def draw_plots(run: RunPaths) -> list[Path]:
     Raises:
         UserError: if the run or its metrics do not exist or hold no rows.
     """
+    metrics, config = read_metrics(run.metrics), read_config(run.config)
     from .plots import save_figures
 
-    return list(save_figures(read_metrics(run.metrics), read_config(run.config), run.plots).values())
+    return list(save_figures(metrics, config, run.plots).values())
 
 
 def write_report(run: RunPaths) -> Path:
@@ -43,10 +44,10 @@ def write_report(run: RunPaths) -> Path:
     Raises:
         UserError: if the run or its metrics do not exist or hold no rows.
     """
+    metrics, config = read_metrics(run.metrics), read_config(run.config)
     from .page import Findings, render_page
     from .plots import save_figures
 
-    metrics, config = read_metrics(run.metrics), read_config(run.config)
     figures = save_figures(metrics, config, run.plots)
     findings = Findings(
         name=run.root.name,
