@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import myllm
-from myllm import checkpoint
+from myllm import checkpoint, sample_cli
 from myllm.checkpoint import TrainState
 from myllm.cli import main as run_command
 from myllm.completion import Completion, TextStream, complete, generate
@@ -194,6 +194,19 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
 
 
 # -- the command ------------------------------------------------------------------------------------------------------
+
+
+def test_a_prompt_may_hold_what_ends_a_line_elsewhere(tmp_path: Path) -> None:
+    """Form feeds of old sources, NEL and U+2028 of web pages; and lines that our own --format jsonl wrote."""
+    odd = ["page\x0ctwo", "next\x85line", "sep\u2028arated", "last"]
+    (tmp_path / "p.txt").write_bytes("\r\n".join(odd).encode())
+    assert sample_cli._prompts(None, tmp_path / "p.txt") == odd
+    lines = [json.dumps({"prompt": prompt}, ensure_ascii=False) for prompt in odd]
+    (tmp_path / "p.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    assert sample_cli._prompts(None, tmp_path / "p.jsonl") == odd
+    (tmp_path / "p.jsonl").write_text("{}\n")
+    with pytest.raises(UserError, match=r'line 1 of .* is no object with a text under "prompt"'):
+        sample_cli._prompts(None, tmp_path / "p.jsonl")
 
 
 def test_records(data: Path, tmp_path: Path) -> None:

@@ -17,7 +17,19 @@ import pytest
 
 from myllm import files
 from myllm.errors import UserError
-from myllm.files import file_sha256, is_locked, locked, out_of_space, own_folder, replacing, write_json, write_text
+from myllm.files import (
+    file_sha256,
+    is_locked,
+    locked,
+    out_of_space,
+    own_folder,
+    parse_json,
+    read_json,
+    replacing,
+    run_rows,
+    write_json,
+    write_text,
+)
 
 
 def test_write_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
@@ -178,3 +190,48 @@ def test_json_holds_the_name_of_a_file_that_is_no_utf_8(tmp_path: Path) -> None:
     name = os.fsdecode(b"n\xe9/\xc3\xa9")
     write_json(tmp_path / "a.json", {"source": name})
     assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"source": name}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is not valid JSON"),
+        (b'{"a": 1', "is not valid JSON"),
+        (b'{"a": "\xe9"}', "is not valid JSON: 'utf-8'"),
+        (b"null", "holds null, expected an object"),
+        (b"[{}]", "holds a list, expected an object"),
+        (b"7", "holds a number, expected an object"),
+        (b"[" * 100_000, "is nested too deeply"),
+        (b'{"a":' * 200 + b"1" + b"}" * 200, "is nested too deeply, expected at most 100 levels"),
+        (b'{"a": ' + b"9" * 5_000 + b"}", "is not valid JSON"),
+    ],
+)
+def test_what_is_no_json_object_is_said_with_the_file_s_name(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(UserError, match=rf"a\.json {message}"):
+        read_json(tmp_path / "a.json")
+
+
+def test_json_of_other_programs(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(
+        b'\xef\xbb\xbf{"a": [NaN, -Infinity], "b": ' + b"[[]," * 90 + b"[]" + b"]" * 90 + b"}"
+    )
+    assert read_json(tmp_path / "a.json")["a"][1] == float("-inf")
+    assert parse_json("[1]", "here") == [1]
+
+
+def test_rows_of_a_run_that_are_none(tmp_path: Path) -> None:
+    """Each is left out and counted; a text may hold what ends a line elsewhere."""
+    odd = ["{}", "null", "[]", "7", "no JSON", '{"step": null}', '{"step": true}', '{"step": -1}', '{"step": "3"}']
+    odd += [
+        '{"step": 1e400}',
+        '{"step": ' + "9" * 400 + "}",
+        '{"step": 1, "a": ' + "[" * 3_000,
+        '{"step": 1, "version": []}',
+    ]
+    good = ['{"step": 3, "text": "a\u2028b\x85c"}', '{"step": 4, "loss": NaN}\r']
+    (tmp_path / "rows.jsonl").write_text("\n\n".join([*odd, *good]), encoding="utf-8", newline="")
+    rows = list(run_rows(tmp_path / "rows.jsonl"))
+    assert rows.count(None) == len(odd)
+    assert [row["step"] for row in rows if row] == [3, 4]
+    assert rows[-2]["text"] == "a\u2028b\x85c"

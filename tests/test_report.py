@@ -161,6 +161,31 @@ def test_leaves_out_a_cut_last_line(run: RunPaths) -> None:
     assert metrics.skipped == 1
 
 
+def test_rows_and_files_of_odd_types_still_make_a_page(run: RunPaths) -> None:
+    """Another program, or a hand, has been at every file: what cannot be used is left out, and rows are counted."""
+    odd = ["{}", "null", "[[[[", '{"step": 5}', '{"kind": "train", "step": "5"}', "[" * 100_000]
+    huge = "9" * 400
+    odd_rows = [
+        f'{{"kind": "train", "step": 205, "loss": {huge}, "tokens": "many", "lr": [], "tokens_per_s": {{}}}}',
+        '{"kind": "eval", "name": ["x"], "step": 205, "loss": null, "seconds": "long"}',
+        f'{{"kind": "eval", "name": "cloze", "step": 205, "acc": "high", "acc_stderr": {huge}, "protocol": "x"}}',
+        '{"kind": "apart", "step": 205, "seconds": {"saving": "long", "waiting": NaN}}',
+    ]
+    with run.metrics.open("a", encoding="utf-8") as file:
+        file.write("\n".join([*odd, *odd_rows]) + "\n")
+    run.samples.write_text("\n".join([*odd, '{"step": 1, "prompt": 7, "text": null}', '{"step": 2, "prompt": "x"}']))
+    run.config.write_text('{"train": 5, "model": null, "data": [], "eval": "x", "optim": {"max_grad_norm": "1"}}')
+    run.environment.write_text(
+        '{"world_size": "two", "command": [1, null], "source": 5, "device_name": {}, "parameters": {}}'
+    )
+    page_of(run)
+    assert read_metrics(run.metrics).skipped == len(odd)
+    for content in (b"null", b"[" * 100_000, b"\xff\xfe{"):
+        for path in (run.config, run.environment):
+            path.write_bytes(content)
+        page_of(run)
+
+
 def test_steps_done_again_after_a_restart_count_once(tmp_path: Path) -> None:
     before = [train_row(step, loss=9.0) for step in (10, 20, 30, 40)]
     again = [train_row(step, loss=5.0) for step in (30, 40, 50)]

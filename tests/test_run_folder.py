@@ -68,6 +68,15 @@ def test_a_resume_forgets_what_it_will_write_again(run: RunPaths) -> None:
     assert run.samples.read_text() == '{"step": 0}\n'
 
 
+def test_a_resume_passes_over_rows_that_are_none(run: RunPaths) -> None:
+    odd = ["{}", "null", "7", '{"step": "1"}', "[" * 10_000, '{"step": 1}']
+    for path in (run.metrics, run.samples):
+        path.write_text("\n".join([*odd, '{"step": 2, "kind": "train"}']) + "\n")
+    truncate_logs(run, 2)
+    assert [json.loads(line)["step"] for line in run.metrics.read_text().split("\n") if line] == [1, 2]
+    assert [json.loads(line)["step"] for line in run.samples.read_text().split("\n") if line] == [1]
+
+
 def test_fresh_is_not_remembered(run: RunPaths) -> None:
     config = RunConfig()
     write_config(run, replace(config, train=replace(config.train, fresh=True)))

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from .errors import UserError
-from .files import fsync_folder, write_json, write_text
+from .files import fsync_folder, parse_json, read_json, write_json, write_text
 from .migrations import BAG, CONFIG
 from .retention import folder_name, holds_only, list_checkpoints, unused
 
@@ -98,7 +98,7 @@ def read_bag(folder: Path) -> Bag:
         UserError: not a bag, or one that cannot be read.
     """
     try:
-        about = BAG.upgrade(json.loads((folder / ABOUT).read_text(encoding="utf-8")), folder / ABOUT)
+        about = BAG.upgrade(read_json(folder / ABOUT), folder / ABOUT)
         if about.get("format") != FORMAT:
             raise UserError(f"{folder} has format {about.get('format')!r}, expected {FORMAT!r}")
         lines = (folder / "samples.jsonl").read_text(encoding="utf-8").split("\n")
@@ -109,11 +109,9 @@ def read_bag(folder: Path) -> Bag:
         return Bag(
             folder=folder,
             about=about,
-            samples=[json.loads(line) for line in lines if line],
+            samples=[parse_json(line, folder / "samples.jsonl") for line in lines if line],
             tokens=np.load(folder / "tokens.npy"),
-            config=CONFIG.upgrade(
-                json.loads((folder / "config.json").read_text(encoding="utf-8")), folder / "config.json"
-            ),
+            config=CONFIG.upgrade(read_json(folder / "config.json"), folder / "config.json"),
             **tensors,
         )
     except UserError:

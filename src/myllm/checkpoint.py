@@ -14,7 +14,6 @@ A save goes to a temporary folder, is flushed to the disk, and is renamed. A loa
 files are what its manifest says and falls back to older ones. docs/checkpoint_format.md describes the files.
 """
 
-import json
 import os
 import shutil
 import typing
@@ -33,7 +32,7 @@ from .data.order import DataPosition
 from .data.receipt import Receipt
 from .early_stop import EarlyStop
 from .errors import UserError
-from .files import file_sha256, fsync_folder, out_of_space, write_json, write_text
+from .files import file_sha256, fsync_folder, out_of_space, read_json, write_json, write_text
 from .integrity import (
     EVERYTHING,
     FORMAT,
@@ -289,7 +288,7 @@ def _open(folder: Path) -> Checkpoint:
     return Checkpoint(
         folder=folder,
         state=read_state(folder),
-        config=json.loads((folder / "config.json").read_text(encoding="utf-8")),
+        config=read_json(folder / "config.json"),
         tokenizer_file=folder / TOKENIZER if (folder / TOKENIZER).is_file() else None,
     )
 
@@ -302,7 +301,7 @@ def read_state(folder: Path) -> TrainState:
     """
     file = folder / "state.json"
     try:
-        values = STATE.upgrade(json.loads(file.read_text(encoding="utf-8")), file)
+        values = STATE.upgrade(read_json(file), file)
         return _from_values(TrainState, values, "")
     except (TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"cannot use {file}: {error}; a later version of MyLLM may have written it") from None

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .errors import UserError, nearest
+from .files import parse_json
 from .migrations import CONFIG
 
 
@@ -290,11 +291,9 @@ def from_dict(values: Any, base: RunConfig, where: object = None) -> RunConfig:
 def load_json(path: Path, base: RunConfig) -> RunConfig:
     """The config in a JSON file, laid over `base`: a run's config.json, or a hand-written file with a few keys."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8-sig"))
+        values = parse_json(path.read_bytes(), f"the config {path}")
     except OSError as error:
         raise UserError(f"cannot read the config {path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"the config {path} is not valid JSON: {error}") from None
     return from_dict(values, base, path)
 
 

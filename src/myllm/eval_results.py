@@ -1,11 +1,10 @@
 """The file that `myllm eval` adds to. docs/eval_format.md says what is in it."""
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from .errors import UserError
-from .files import locked, write_json
+from .files import locked, read_json, write_json
 
 FORMAT = "myllm-eval"
 VERSION = 1
@@ -36,7 +35,7 @@ def read(file: Path) -> list[Result]:
         UserError: it is none of ours, which is never written over.
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
         if (content["format"], content["version"]) != (FORMAT, VERSION):
             raise ValueError
         return [Result(**each) for each in content["results"]]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 from .errors import UserError
+from .migrations import ROW
 
 TEMPORARY = ".myllm.tmp"
 """How the name of a file ends that is not whole yet."""
@@ -105,6 +106,86 @@ def write_json(path: Path, value: Any) -> None:
     if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
         text = json.dumps(value, indent=2)  # the name of a file that is no UTF-8, which only an escape can hold
     write_text(path, text + "\n")
+
+
+MAX_NESTING = 100
+"""Of JSON that is read. No file of ours or of models is nested deeper than ten."""
+
+
+def parse_json(text: str | bytes, where: object) -> Any:
+    """Any JSON value. NaN and Infinity are taken too: they are no JSON, but programs write them.
+
+    Args:
+        where: the file, or the line of it, for messages.
+
+    Raises:
+        UserError: no JSON, no UTF-8, or nested too deeply for programs that walk through it.
+    """
+    try:
+        text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
+        value = json.loads(text.removeprefix("\ufeff"))
+    except RecursionError:
+        raise UserError(f"{where} is nested too deeply, expected at most {MAX_NESTING} levels") from None
+    except ValueError as error:
+        raise UserError(f"{where} is not valid JSON: {error}") from None
+    if text.count("[") + text.count("{") > MAX_NESTING and _nesting(value) > MAX_NESTING:
+        raise UserError(f"{where} is nested too deeply, expected at most {MAX_NESTING} levels")
+    return value
+
+
+def _nesting(value: Any) -> int:
+    depth, level = 0, [value]
+    while level := [inner for inner in level if isinstance(inner, dict | list)]:
+        depth += 1
+        level = [deep for inner in level for deep in (inner.values() if isinstance(inner, dict) else inner)]
+    return depth
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Types of what is in it are the caller's to check.
+
+    Raises:
+        OSError: it cannot be read.
+        UserError: it holds no JSON object.
+    """
+    value = parse_json(path.read_bytes(), path)
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds {_json_type(value)}, expected an object")
+    return value
+
+
+def run_rows(path: Path) -> Iterator[dict[str, Any] | None]:
+    """The rows of a run's metrics.jsonl or samples.jsonl, in order and by today's names; None for a line that is no
+    row: no object, or without a step, as the last line is after a crash. Blank lines are left out.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with path.open(encoding="utf-8", errors="replace", newline="\n") as lines:  # a text may hold any other line end
+        for line in lines:
+            if line.strip():
+                try:
+                    row = parse_json(line, path)
+                    row = ROW.upgrade(row) if isinstance(row, dict) else None
+                except UserError:
+                    row = None
+                yield row if row is not None and _is_step(row.get("step")) else None
+
+
+def _is_step(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**53
+
+
+def _json_type(value: Any) -> str:
+    names = {
+        type(None): "null",
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+        str: "a text",
+        list: "a list",
+    }
+    return names.get(type(value), "an object")
 
 
 def fsync_folder(folder: Path) -> None:

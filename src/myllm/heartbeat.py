@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
-from .files import replacing
+from .files import read_json, replacing
 from .migrations import HEARTBEAT
 from .paths import RunPaths, runs
 
@@ -104,7 +104,7 @@ def status(run: str, silent_s: float) -> tuple[str, int]:
     if path is None or not path.is_file():
         raise UserError(f"no heartbeat of a run {run!r}: expected {path or runs() / run / 'heartbeat.json'}")
     try:
-        said = HEARTBEAT.upgrade(json.loads(path.read_text(encoding="utf-8")), path)
+        said = HEARTBEAT.upgrade(read_json(path), path)
         line = f"step {said['step']:,}: {said['how'] or said['doing']}"
         if said["doing"] == "ended":
             return line, int(said["exit_code"])

@@ -1,13 +1,12 @@
 """Whether a checkpoint is what was saved: by its manifest, its name, and the content or the sizes of its files."""
 
-import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from . import distributed
 from .errors import UserError
-from .files import file_sha256
+from .files import file_sha256, read_json
 from .retention import MANIFEST, is_step, saved_step, step_of
 from .sharded import METADATA
 
@@ -83,11 +82,11 @@ def verify_together(folder: Path) -> list[str]:
 def _read_manifest(folder: Path) -> tuple[dict[str, Any], list[str]]:
     """What each file should be, and what is wrong with the manifest itself."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_json(folder / MANIFEST)
         files = {name: {"bytes": int(of["bytes"]), "sha256": of["sha256"]} for name, of in manifest["files"].items()}
     except FileNotFoundError:
         return {}, [f"it has no {MANIFEST}"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         return {}, [f"its {MANIFEST} cannot be read ({error})"]
     if manifest.get("format") == "myllm-checkpoint-1":
         return {}, ["it was written by an older version of this code, which alone can read it"]

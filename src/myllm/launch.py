@@ -248,7 +248,7 @@ def what_next(config: RunConfig, stopped_early: bool = False) -> str:
     """Where a run's files are and what to type next."""
     run, myllm = RunPaths.of(config.name), _myllm()
     name = shlex.quote(config.name)
-    prompt = config.eval.sample_prompts[0].splitlines()[0] if config.eval.sample_prompts else "Once upon a time"
+    prompt = next(iter(config.eval.sample_prompts), "").strip().partition("\n")[0] or "Once upon a time"
     longer = f"a larger --train.max-steps than {config.train.max_steps:,}"
     if stopped_early:
         longer = f"a larger --train.early-stop-patience than {config.train.early_stop_patience:,}, or None,"

@@ -16,9 +16,8 @@ from typing import Any
 import torch
 
 from . import paths
-from .files import write_text
+from .files import run_rows, write_text
 from .hardware import device_name
-from .migrations import ROW
 from .output import LineFile, lost_output
 
 TRAINING = "training"
@@ -40,17 +39,10 @@ class JsonLines:
         self._file.append(json.dumps(row, ensure_ascii=False))
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """Every whole row; a last line cut by a crash is left out."""
+        """Every row; what is none is left out, such as a last line cut by a crash."""
         if not self.path.is_file():
             return
-        # Not splitlines: a text may hold U+2028 and its kin, which end a line there but not in JSON Lines.
-        for line in self.path.read_text(encoding="utf-8", errors="replace").split("\n"):
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(row, dict):
-                yield ROW.upgrade(row)
+        yield from (row for row in run_rows(self.path) if row is not None)
 
     def keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
         """Drop the other rows, in one step: what came after the checkpoint that a run resumes from."""

@@ -131,7 +131,8 @@ def _of_this_run(config: RunConfig, process: Process) -> tuple[int | None, bool]
     """The number that a run of this name has in its config.json, and whether all that it depends on is the same."""
     run = RunPaths.of(config.name)
     saved, environment = read_config(run.config), read_object(run.environment)
-    size = saved.get("train", {}).get("micro_batch_size")
+    train = saved.get("train")
+    size = train.get("micro_batch_size") if isinstance(train, dict) else None
     if config.train.fresh or not isinstance(size, int):
         return None, False
     here = {"device_name": device_name(process.device), "world_size": process.world_size}
@@ -144,4 +145,4 @@ def _costs(config: dict[str, Any]) -> dict[str, Any]:
     """What a step's memory depends on, with a little more."""
     passing = ("max_steps", "micro_batch_size", "fresh", "seed", "keep_last")
     train = {key: value for key, value in config["train"].items() if not key.endswith("_steps") and key not in passing}
-    return {"model": config["model"], "train": train}
+    return {"model": config.get("model"), "train": train}

@@ -17,7 +17,7 @@ from .config import RunConfig, saved_config
 from .data.catalog import corpus_of, source_of
 from .errors import UserError
 from .paths import RunPaths
-from .report.history import Metrics, Row, chance_is_a_quarter, number, read_metrics, read_object, read_samples
+from .report.history import Metrics, Row, chance_is_a_quarter, number, read_metrics, read_object, read_samples, text_of
 from .report.numbers import duration, percent, short, si
 
 SAMPLE_CHARACTERS = 600
@@ -60,11 +60,11 @@ def read_about(run: RunPaths, step: int, repo: str, license: str | None, exporte
     samples = read_samples(run.samples) if run.samples.is_file() else {}
     samples = {prompt: kept for prompt, rows in samples.items() if (kept := [r for r in rows if r["step"] <= step])}
     config, environment = saved_config(read_object(run.config), run.config), read_object(run.environment)
-    source = source_of(config.data.source, config.data.dataset, environment.get("source"))
+    source = source_of(config.data.source, config.data.dataset, text_of(environment, "source"))
     config = replace(config, data=replace(config.data, source=source))
     return About(
         run.root.name, repo, step, license, config, environment, metrics, samples, exported,
-        read_object(run.imported).get("source"),
+        text_of(read_object(run.imported), "source"),
     )  # fmt: skip
 
 
@@ -249,7 +249,7 @@ def _model(about: About) -> str:
     return _table(
         "Model",
         {
-            "architecture": ", ".join(about.exported.get("architectures") or []),
+            "architecture": ", ".join(map(str, about.exported.get("architectures") or [])),
             "parameters": _count(about.environment.get("parameters")),
             "stored as": about.exported.get("dtype") or about.exported.get("torch_dtype"),
             "layers": f"{model.n_layers} of {model.d_model}, feed-forward {model.d_ff:,} ({model.activation})",

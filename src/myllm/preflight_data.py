@@ -1,6 +1,5 @@
 """What a run's text and its disk look like before anything is prepared. Asks no server, writes and hashes nothing."""
 
-import json
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from .data.catalog import CORPORA
 from .data.recipe import recipe_of
 from .data.shards import MANIFEST, SETTINGS, Dataset, find_dataset
 from .data.tokenizer import Tokenizer, load_tokenizer
+from .files import read_json
 from .migrations import CONFIG
 from .rehearsal import existing
 
@@ -85,7 +85,7 @@ def prepared(config: DataConfig) -> Dataset | None:
         wanted["source"] = f"files:{Path(where).expanduser().absolute()}"
     for folder in sorted(paths.datasets().glob(f"[!.]*/{SETTINGS}")):
         try:
-            settings = CONFIG.upgrade({"data": json.loads(folder.read_text(encoding="utf-8"))})["data"]
+            settings = CONFIG.upgrade({"data": read_json(folder)})["data"]
             if all(wanted.get(key) == value for key, value in settings.items()):
                 return Dataset.open(folder.parent, unfinished=not (folder.parent / MANIFEST).is_file())
         except (

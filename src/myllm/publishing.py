@@ -24,7 +24,7 @@ from .data.fetch import is_final, retry_after
 from .data.listing import first_line
 from .data.room import size
 from .errors import UserError
-from .files import locked, out_of_space, write_json, write_text
+from .files import locked, out_of_space, read_json, write_json, write_text
 from .integrity import MANIFEST, NOTHING, WEIGHTS, Damaged, check
 from .model_card import About, model_card, read_about, without_folders
 from .paths import RunPaths
@@ -237,7 +237,7 @@ def _look(api: Any, hub: HubConfig) -> Remote:
 
 def _mark(checkpoint: Path) -> str:
     """Which weights a checkpoint holds, in twelve letters."""
-    manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+    manifest = read_json(checkpoint / MANIFEST)
     weights = [of["sha256"] for name, of in sorted(manifest["files"].items()) if name.startswith(f"{WEIGHTS}/")]
     return hashlib.sha256("".join(weights).encode()).hexdigest()[:12]
 
@@ -301,8 +301,10 @@ def _public(value: Any) -> Any:
 
 def _remember(run: RunPaths, hub: HubConfig, tag: str, commit: str) -> None:
     known = read_object(run.published)
-    steps = known.get("published", {}) if known.get("repo") == hub.repo else {}
-    write_json(run.published, {"repo": hub.repo, "published": steps | {tag: commit}})
+    steps = known.get("published") if known.get("repo") == hub.repo else {}
+    write_json(
+        run.published, {"repo": hub.repo, "published": (steps if isinstance(steps, dict) else {}) | {tag: commit}}
+    )
 
 
 def hub_of(run: RunPaths) -> HubConfig:

@@ -146,7 +146,7 @@ class ReferenceWatch:
         self._said: dict[str, tuple[str, float]] = {}
         for row in earlier if reference else ():
             if row.get("kind") == "eval":
-                self.compare(row["name"], row["step"], row)
+                self.compare(str(row.get("name")), row["step"], row)
 
     def compare(self, name: str, step: int, figures: Row) -> tuple[Row, str | None]:
         """One evaluation beside the curve.

@@ -1,6 +1,5 @@
 """Which checkpoints are kept, and how the others go: out of their final name first, then from the disk."""
 
-import json
 import re
 import shutil
 import time
@@ -10,7 +9,7 @@ from pathlib import Path
 from .config import RunConfig
 from .data.room import size
 from .errors import UserError
-from .files import fsync_folder
+from .files import fsync_folder, read_json
 from .plan import stored_parameters
 
 MANIFEST, STATE_FILE = "manifest.json", "state.json"
@@ -83,7 +82,7 @@ def list_checkpoints(checkpoints: Path) -> list[Path]:
 def saved_step(folder: Path) -> int | None:
     """By the state inside; None where that cannot be read."""
     try:
-        step = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))["step"]
+        step = read_json(folder / STATE_FILE)["step"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return step if type(step) is int else None
@@ -101,7 +100,7 @@ def is_untouched(folder: Path) -> bool:
     if not _has_its_own_name(folder):
         return False
     try:
-        known = {MANIFEST, *json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]}
+        known = {MANIFEST, *read_json(folder / MANIFEST)["files"]}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
     return holds_only(folder, known)

@@ -135,7 +135,7 @@ def truncate_logs(run: RunPaths, step: int) -> None:
 
     Evaluations at the step itself go too: a save comes before them, so they may be missing, and are done once more.
     """
-    JsonLines(run.metrics).keep(lambda row: row["step"] < step or (row["step"] == step and row["kind"] != "eval"))
+    JsonLines(run.metrics).keep(lambda row: row["step"] < step or (row["step"] == step and row.get("kind") != "eval"))
     JsonLines(run.samples).keep(lambda row: row["step"] < step)
 
 

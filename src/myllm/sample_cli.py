@@ -12,6 +12,7 @@ import tyro
 
 from . import paths
 from .errors import UserError
+from .files import parse_json
 from .sampling import Sampling
 
 if TYPE_CHECKING:
@@ -181,7 +182,8 @@ def _prompts(prompt: str | None, file: Path | None) -> list[str]:
     if prompt is not None:
         raise UserError("give --prompt or --prompts-file, not both")
     try:
-        lines = file.expanduser().read_text(encoding="utf-8-sig").splitlines()
+        # Not splitlines: form feeds, U+0085 and U+2028 may stand in a prompt.
+        lines = [line.removesuffix("\r") for line in file.expanduser().read_text(encoding="utf-8-sig").split("\n")]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the prompts in {file}: {getattr(error, 'strerror', None) or error}") from None
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
@@ -193,10 +195,7 @@ def _prompts(prompt: str | None, file: Path | None) -> list[str]:
 
 
 def _prompt_of(line: str, where: str) -> str:
-    try:
-        value = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{where} is not valid JSON: {error}") from None
+    value = parse_json(line, where)
     if not isinstance(value, dict) or not isinstance(value.get("prompt"), str):
         raise UserError(f'{where} is no object with a text under "prompt": {line[:80]}')
     return value["prompt"]

@@ -74,7 +74,7 @@ def test_rows_that_are_none_of_hellaswags(row: object, said: str, tmp_path: Path
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("x.jsonl", b"{\n", "line 1 is not JSON"),
+        ("x.jsonl", b"{\n", "line 1 is not valid JSON"),
         ("x.jsonl", b"", "has no examples"),
         ("x.jsonl", b"\xff\xfe", "cannot read"),
         ("x.parquet", b"PAR1", "not a readable parquet file"),

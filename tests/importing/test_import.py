@@ -1,6 +1,7 @@
 """Imports: the reference's checkpoint, folders of transformers, our exports; and what is refused."""
 
 import json
+import math
 import pickle
 import sys
 import types
@@ -304,6 +305,69 @@ def test_what_is_refused(kind: str, changes: dict, message: str, temp_data: Path
     assert not (temp_data / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        ("llama", {"vocab_size": "400"}, "vocab_size is '400', expected a whole number"),
+        ("llama", {"vocab_size": None}, "does not say 'vocab_size'"),
+        ("llama", {"hidden_size": 24.5}, r"hidden_size is 24\.5, expected a whole number"),
+        ("llama", {"num_attention_heads": 0}, "num_attention_heads is 0, expected a whole number from 1"),
+        ("llama", {"num_attention_heads": True}, "num_attention_heads is True"),
+        ("llama", {"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, expected .* to 10,000"),
+        ("llama", {"num_hidden_layers": math.inf}, "num_hidden_layers is inf"),
+        ("llama", {"max_position_embeddings": 10**12}, "max_position_embeddings is"),
+        ("llama", {"rope_scaling": "linear", "rope_parameters": None}, "rope_scaling is 'linear', expected an object"),
+        ("llama", {"rope_parameters": [1]}, r"rope_parameters is \[1\], expected an object"),
+        ("llama", {"rope_parameters": {"rope_theta": "big"}}, r"rope_parameters\.rope_theta is 'big'"),
+        ("llama", {"rope_parameters": {"rope_theta": math.nan}}, r"rope_parameters\.rope_theta is nan"),
+        ("qwen3", {"rope_parameters": {"full_attention": {}}}, "one set for each of full_attention"),
+        ("qwen3", {"layer_types": 5}, "layer_types is 5, expected a list"),
+        ("llama", {"rms_norm_eps": "tiny"}, "rms_norm_eps is 'tiny', expected a number above 0"),
+        ("llama", {"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no', expected true or false"),
+        ("gpt2", {"layer_norm_epsilon": -1}, "layer_norm_epsilon is -1"),
+        ("gpt2", {"activation_function": {}}, "activation_function is {}, expected a text"),
+        ("gpt2", {"model_type": ["gpt2"]}, r"is of a \['gpt2'\] model"),
+    ],
+)
+def test_settings_of_other_types(kind: str, changes: dict, message: str, temp_data: Path, tmp_path: Path) -> None:
+    """Said before any weights are read, by the setting's name."""
+    peer_folder(kind, tmp_path / kind)
+    file = tmp_path / kind / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    (tmp_path / kind / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=message):
+        import_model(str(tmp_path / kind), say=quietly)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("config.json", b"[]", r"config\.json holds a list, expected an object"),
+        ("config.json", b'{"a":' * 99_999 + b"1" + b"}" * 99_999, "nested too deeply"),
+        ("config.json", b'{"model_type": "llama", "x": ' + b"[" * 500 + b"]" * 500 + b"}", "nested too deeply"),
+        ("config.json", b'{"caf\xe9": 1}', "is not valid JSON: 'utf-8' codec"),
+        ("model.safetensors.index.json", b'{"nope": 1}', "weight_map of .* is no object of file names"),
+        ("model.safetensors.index.json", b'{"weight_map": ["a"]}', "weight_map of .* is no object of file names"),
+        ("model.safetensors.index.json", b'{"weight_map": {"a": 5}}', "weight_map of .* is no object of file names"),
+    ],
+)
+def test_files_that_are_not_what_they_are_called(
+    file: str, content: bytes, message: str, temp_data: Path, tmp_path: Path
+) -> None:
+    peer_folder("llama", tmp_path / "llama")
+    (tmp_path / "llama" / file).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        import_model(str(tmp_path / "llama"), say=quietly)
+
+
+def test_whole_numbers_as_other_programs_write_them(temp_data: Path, tmp_path: Path) -> None:
+    peer_folder("llama", tmp_path / "llama")
+    file = tmp_path / "llama/config.json"
+    values = json.loads(file.read_text())
+    file.write_text("\ufeff" + json.dumps(values | {"hidden_size": float(values["hidden_size"])}), encoding="utf-8")
+    import_model(str(tmp_path / "llama"), say=quietly)
+
+
 def test_what_is_not_there(temp_data: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nothing at 'gpt2'"):
         import_model("gpt2", say=quietly)
@@ -372,10 +436,29 @@ def test_from_the_hub(temp_data: Path, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("myllm.importing.hub.snapshot_download", snapshot)
     for number, source in enumerate(("openai-community/gpt2", "hub:openai-community/gpt2")):
         import_model(source, f"from-{number}", "main", say=quietly)
-    assert asked == [("openai-community/gpt2", "main")] * 2
+    assert asked == [("openai-community/gpt2", "main")] * 4  # the settings, then the weights
     assert difference(peer, "from-0") < 1e-5
     with pytest.raises(UserError, match="--revision is for repositories"):
         import_model(str(tmp_path / "gpt2"), "x", "main", say=quietly)
+
+
+def test_a_model_that_is_of_no_use_is_not_downloaded(
+    temp_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A vocabulary that does not fit is seen before the weights are fetched."""
+    peer_folder("llama", tmp_path / "llama")
+    file = tmp_path / "llama/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"vocab_size": 390}))
+    wanted = []
+
+    def snapshot(repo: str, allow_patterns: list[str], **settings: object) -> str:
+        wanted.extend(allow_patterns)
+        return str(tmp_path / "llama")
+
+    monkeypatch.setattr("myllm.importing.hub.snapshot_download", snapshot)
+    with pytest.raises(UserError, match="has 400 tokens, the model 390"):
+        import_model("someone/llama", say=quietly)
+    assert wanted == ["*.json"]
 
 
 def test_a_hub_out_of_reach(temp_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -139,7 +139,7 @@ def test_figures_are_made_only_when_asked_for(model: LanguageModel) -> None:
         (b"", "not valid JSON"),
         (b'{"prompt": ', "not valid JSON"),
         (b'"\xff"', "not valid JSON"),
-        (b"[" * 100_000, "not valid JSON"),
+        (b"[" * 100_000, "nested too deeply"),
         ([], "no JSON object"),
         ({"prompt": 3}, "prompt 3: give a text"),
         ({"prompt": None}, "prompt null: give a text"),

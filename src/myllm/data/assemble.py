@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
-from ..files import replacing, write_json, write_text
+from ..files import read_json, replacing, write_json, write_text
 from .cuts import Cut, CutList
 from .recipe import Recipe
 from .shards import MANIFEST, PROGRESS, SPANS, Shard
@@ -152,7 +152,7 @@ class Assembly:
 def sealed_shards(folder: Path, fingerprint: str) -> list[Shard]:
     """The shards that an earlier call finished; none if any of them is not what it was."""
     try:
-        progress = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
+        progress = read_json(folder / PROGRESS)
         shards = [Shard(**shard) for shard in progress["shards"]]
         intact = all((folder / shard.file).stat().st_size > 2 * shard.tokens for shard in shards)
     except (OSError, ValueError, KeyError, TypeError):

@@ -4,7 +4,6 @@ What was found is kept under temp_data/listings with each file's size and times,
 same. So one of a run's processes hashes, and none at its later starts.
 """
 
-import json
 import os
 import time
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import UserError
-from ..files import file_sha256, write_json
+from ..files import file_sha256, read_json, write_json
 from .listing import answering
 
 FORMAT = "myllm-digests-1"
@@ -99,7 +98,7 @@ def _is_settled(stamp: Stamp, now_ns: int) -> bool:
 def _look_up(files: Sequence[str], memory: Path) -> tuple[Known, list[str]]:
     """What is kept and still holds, and the files of which nothing is."""
     try:
-        content = json.loads(memory.read_text(encoding="utf-8"))
+        content = read_json(memory)
         rows = content["files"] if content["format"] == FORMAT else {}
         kept = {file: (Stamp(*stamp), str(digest)) for file, (*stamp, digest) in rows.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -6,7 +6,6 @@ without a network.
 
 import fnmatch
 import hashlib
-import json
 import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +17,7 @@ from urllib.parse import quote, urlsplit
 
 from .. import paths
 from ..errors import UserError
-from ..files import locked, write_json
+from ..files import locked, read_json, write_json
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _TIMEOUTS_S = (5, 15, 15, 15)
@@ -237,7 +236,7 @@ def answering(path: Path) -> Iterator[None]:
 
 def _read_kept(path: Path) -> list[RemoteFile] | None:
     try:
-        return [RemoteFile(**file) for file in json.loads(path.read_text(encoding="utf-8"))["files"]]
+        return [RemoteFile(**file) for file in read_json(path)["files"]]
     except FileNotFoundError:
         return None
     except OSError as error:

@@ -4,7 +4,6 @@
 which finds its units made, so the bytes are those of one machine.
 """
 
-import json
 import shutil
 import sys
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from tqdm import tqdm
 from ..config import DataConfig, RunConfig, from_dict
 from ..cores import usable_cores
 from ..errors import UserError
-from ..files import write_json
+from ..files import read_json, write_json
 from .pipeline import Job
 from .prepare import (
     PART_DONE,
@@ -129,7 +128,7 @@ def settings_of(folder: Path, workers: int = 0) -> DataConfig:
         UserError: there are none.
     """
     try:
-        values = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        values = read_json(folder / SETTINGS)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {folder / SETTINGS}: {error}; prepare the source again") from None
     return from_dict({"data": {**values, "workers": workers}}, RunConfig()).data

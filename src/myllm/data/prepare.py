@@ -10,7 +10,6 @@ whatever interrupts a preparation, the next call goes on from there.
 """
 
 import errno
-import json
 import re
 import shutil
 import sys
@@ -30,7 +29,7 @@ from .. import paths
 from ..config import DataConfig
 from ..cores import usable_cores
 from ..errors import UserError
-from ..files import TEMPORARY, fsync_folder, locked, out_of_space, replacing, write_json
+from ..files import TEMPORARY, fsync_folder, locked, out_of_space, read_json, replacing, write_json
 from .assemble import Assembly, sealed_shards
 from .cuts import TooLittleText
 from .listing import Unreachable
@@ -204,8 +203,8 @@ def adopt_parts(recipe: Recipe, work: Path) -> None:
     """
     for done in sorted(work.glob(f"part-*/{PART_DONE}")):
         try:
-            made_for = json.loads(done.read_text(encoding="utf-8"))["fingerprint"]
-        except (ValueError, KeyError, TypeError):
+            made_for = read_json(done).get("fingerprint")
+        except UserError:
             made_for = None
         if made_for != recipe.fingerprint:
             raise UserError(

@@ -5,7 +5,6 @@ A folder holds `val_00000.npy`, `train_00000.npy`, ... , one-dimensional uint16 
 `progress.json` lists the shards that are sealed, so that training can begin. docs/data_format.md describes all of it.
 """
 
-import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -18,7 +17,7 @@ import numpy as np
 from .. import paths
 from ..config import DataConfig, RunConfig, from_dict
 from ..errors import MachineError, UserError, nearest
-from ..files import file_sha256
+from ..files import file_sha256, read_json
 from .catalog import source_of
 from .tokenizer import NAME, Tokenizer, load_tokenizer
 
@@ -137,9 +136,9 @@ class Dataset:
             same = source_of(config.source, None, recorded) == config.source
             return config if same else replace(config, source=config.fallback or recorded)
         try:
-            values = json.loads((self.folder / SETTINGS).read_text(encoding="utf-8"))
+            values = read_json(self.folder / SETTINGS)
             made_with = from_dict({"data": values}, RunConfig()).data
-        except (OSError, ValueError, RecursionError, UserError):  # lost; the manifest has all but where the text was
+        except (OSError, UserError):  # lost; the manifest has all but where the text was
             names = ("source", "text_column", "val_tokens", "target_tokens", "max_documents", "shard_tokens")
             said = {name: self.manifest[name] for name in names if name in self.manifest}
             made_with = from_dict({"data": said | self.manifest.get("cleaning", {})}, RunConfig()).data
@@ -188,12 +187,12 @@ def _read_manifest(folder: Path, unfinished: bool) -> tuple[dict[str, Any], bool
     """The manifest, and whether it is the final one."""
     for name in (MANIFEST, PROGRESS, MANIFEST) if unfinished else (MANIFEST,):  # the last turns into the first
         try:
-            manifest = json.loads((folder / name).read_text(encoding="utf-8"))
+            manifest = read_json(folder / name)
         except FileNotFoundError:
             continue
         except (OSError, ValueError) as error:
             raise UserError(f"cannot read {folder / name}: {error}; {_REMEDY.format(folder)}") from None
-        found = manifest.get("format") if isinstance(manifest, dict) else None
+        found = manifest.get("format")
         if found not in READABLE:
             raise UserError(f"{folder} has format {found!r}, expected {FORMAT!r}; {_REMEDY.format(folder)}")
         return manifest, name == MANIFEST

@@ -1,6 +1,5 @@
 """HellaSwag's examples: from a file of one's own, or the Hub's validation split at one pinned revision."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from .. import paths
 from ..data.fetch import fetch
 from ..data.sources import SourceFile
 from ..errors import UserError
+from ..files import parse_json
 from .hellaswag import CHOICES, Example
 
 PINNED = SourceFile(
@@ -75,10 +75,7 @@ def _rows_of(path: Path) -> Iterator[Any]:
     with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
-                try:
-                    yield json.loads(line)
-                except ValueError as error:
-                    raise UserError(f"{path}, line {number:,} is not JSON: {error}") from None
+                yield parse_json(line, f"{path}, line {number:,}")
 
 
 def _parquet_rows(path: Path) -> Iterator[Any]:

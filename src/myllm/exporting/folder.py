@@ -1,7 +1,6 @@
 """A checkpoint as a folder that `transformers`, and what builds on it, opens with no code of ours."""
 
 import glob
-import json
 import re
 import shutil
 import time
@@ -20,11 +19,11 @@ from ..config import RunConfig, saved_config
 from ..data.catalog import source_of
 from ..data.tokenizer import Tokenizer
 from ..errors import UserError
-from ..files import TEMPORARY, fsync_folder, write_json, write_text
+from ..files import TEMPORARY, fsync_folder, read_json, write_json, write_text
 from ..integrity import MODEL
 from ..model import Transformer
 from ..paths import RunPaths
-from ..report.history import read_object
+from ..report.history import read_object, text_of
 from ..retention import unused
 from .architectures import CLASSES, choose, settings
 from .card import folder_card
@@ -93,8 +92,8 @@ def open_source(where: Path | Checkpoint) -> Source:
         saved.state.tokens_seen,
         Tokenizer(saved.tokenizer_file),
         saved.model,
-        imported=read_object(run.imported).get("source"),
-        recorded_source=read_object(run.environment).get("source"),
+        imported=text_of(read_object(run.imported), "source"),
+        recorded_source=text_of(read_object(run.environment), "source"),
     )
     if config.model.vocab_size != source.tokenizer.vocab_size:
         raise UserError(
@@ -167,8 +166,8 @@ def check_target(to: Path, overwrite: bool) -> None:
 def is_export(folder: Path) -> bool:
     """Whether this program made the folder."""
     try:
-        return json.loads((folder / MARK).read_text(encoding="utf-8"))["format"] == FORMAT
-    except (OSError, ValueError, KeyError, TypeError):
+        return read_json(folder / MARK).get("format") == FORMAT
+    except (OSError, UserError):
         return False
 
 

@@ -8,19 +8,28 @@ from huggingface_hub import errors, snapshot_download
 from ..errors import UserError
 from ..files import out_of_space
 from .reference import CHECKPOINT
+from .transformers_folder import CONFIG, read_settings
 
-FILES = ("*.json", "model.safetensors", "model-*.safetensors", CHECKPOINT)
+SETTINGS = ("*.json",)
+WEIGHTS = ("model.safetensors", "model-*.safetensors", CHECKPOINT)
 
 
 def download(repo: str, revision: str | None, say: Callable[[str], None]) -> Path:
-    """The folder that holds what an import reads of a repository.
+    """The folder that holds what an import reads of a repository. Weights come last, once the rest of it is of use.
 
     Raises:
-        UserError: not there, not open to this account, or out of reach.
+        UserError: not there, not open to this account, out of reach, or a model or a vocabulary that cannot be used.
     """
     say(f"looking for {repo} on the Hub")
+    folder = _fetch(repo, revision, SETTINGS)
+    if (folder / CONFIG).is_file():
+        read_settings(folder)
+    return _fetch(repo, revision, SETTINGS + WEIGHTS)
+
+
+def _fetch(repo: str, revision: str | None, files: tuple[str, ...]) -> Path:
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(FILES), ignore_patterns="*/*"))
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(files), ignore_patterns="*/*"))
     except errors.HFValidationError as error:
         raise UserError(f"{repo!r} is no name of a model: {error}") from None
     except errors.GatedRepoError:

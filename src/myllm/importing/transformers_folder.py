@@ -1,6 +1,5 @@
 """Folders of `transformers`, our exports too: Llama, Qwen3 and GPT-2 models whose every switch has a counterpart."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,13 +10,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..config import ModelConfig
+from ..config import ModelConfig, RunConfig, from_dict
 from ..data.tokenizer import Tokenizer
 from ..errors import UserError
 from ..exporting.architectures import CLASSES, pieces
 from ..exporting.folder import MARK, VOCABULARY, is_export
 from ..exporting.parity import random_texts
 from ..exporting.tokenizer_files import TOKENIZER_FILE
+from ..files import read_json
+from ..validate import faults
 from .foreign import Foreign
 
 CONFIG = "config.json"
@@ -25,6 +26,20 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 # Tables that older versions stored with the weights; computed here.
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
+LARGE = 2**24
+WHOLE = {
+    "vocab_size": LARGE, "max_position_embeddings": 2**21, "n_positions": 2**21, "hidden_size": LARGE, "n_embd": LARGE,
+    "num_hidden_layers": 10_000, "n_layer": 10_000, "num_attention_heads": LARGE, "n_head": LARGE, "head_dim": LARGE,
+    "num_key_value_heads": LARGE, "intermediate_size": LARGE, "n_inner": LARGE,
+}  # fmt: skip
+"""Settings that are whole numbers, and what is far beyond any model: more would be allocated before it is compared."""
+TYPES: tuple[tuple[type, tuple[str, ...], str], ...] = (
+    (dict, ("rope_parameters", "rope_scaling"), "an object"),
+    (list, ("layer_types",), "a list"),
+    (str, ("hidden_act", "activation_function"), "a text"),
+    (bool, ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"), "true or false"),
+    (bool, ("scale_attn_weights", "scale_attn_by_inverse_layer_idx", "add_cross_attention"), "true or false"),
+)
 OURS = ("vocab_multiple", "dropout_embedding", "dropout_attention_residual", "dropout_ffn", "init")
 """What config.json cannot say of a model of ours."""
 
@@ -34,12 +49,25 @@ def read_folder(folder: Path) -> Foreign:
     Raises:
         UserError: another kind of model, a switch that has no counterpart here, weights that do not fit, no vocabulary.
     """
-    values = _read_json(folder / CONFIG)
-    config, kind = model_config(values, str(folder / CONFIG)), values["model_type"]
+    config, file, notes = read_settings(folder)
+    kind = _read_json(folder / CONFIG)["model_type"]
+    return Foreign(config, _convert(folder, kind, config, _read_tensors(folder)), file, tuple(notes))
+
+
+def read_settings(folder: Path) -> tuple[ModelConfig, Path | None, list[str]]:
+    """The model, its vocabulary's file (None: the one that ships with the code), and notes for people. It needs no
+    weights, which may have yet to be downloaded.
+
+    Raises:
+        UserError: as `read_folder`.
+    """
+    config = model_config(_read_json(folder / CONFIG), str(folder / CONFIG))
+    if wrong := [fault for fault in faults(RunConfig(model=config), 1) if fault.startswith("model.")]:
+        raise UserError(f"the model in {folder} cannot be used here:\n" + "\n".join(f"  - {x}" for x in wrong))
     if is_export(folder):
         known = _read_json(folder / MARK).get("model", {})
-        config = replace(config, **{name: known[name] for name in OURS if name in known})
-    tensors = _read_tensors(folder)
+        ours = {name: known[name] for name in OURS if name in known} if isinstance(known, dict) else known
+        config = from_dict({"model": ours}, RunConfig(model=config)).model
     file = _vocabulary(folder)
     tokenizer, notes = Tokenizer(file), []
     if tokenizer.vocab_size < config.vocab_size:
@@ -52,7 +80,7 @@ def read_folder(folder: Path) -> Foreign:
             f"the vocabulary in {folder} has {tokenizer.vocab_size:,} tokens, the model {config.vocab_size:,}: they do "
             "not belong together"
         )
-    return Foreign(config, _convert(folder, kind, config, tensors), file, tuple(notes))
+    return config, file, notes
 
 
 # -- config.json ------------------------------------------------------------------------------------------------------
@@ -65,14 +93,43 @@ def model_config(values: dict[str, Any], where: str) -> ModelConfig:
         UserError: names everything in it that has no counterpart here.
     """
     kind = values.get("model_type")
-    if kind not in CLASSES:
+    if not isinstance(kind, str) or kind not in CLASSES:
         raise UserError(f"{where} is of a {kind!r} model; what can be imported is {', '.join(CLASSES)}")
+    values = {key: value for key, value in values.items() if value is not None}  # as if it were not there
+    if wrong := sorted(_type_faults(values)):
+        raise UserError(f"{where} cannot be used:\n" + "\n".join(f"  - {fault}" for fault in wrong))
+    values |= {key: int(values[key]) for key in values.keys() & WHOLE}
     try:
-        if faults := list(_gpt2_faults(values) if kind == "gpt2" else _llama_faults(values)):
-            raise UserError(f"the model of {where} has no counterpart here:\n" + "\n".join(f"  - {x}" for x in faults))
+        if wrong := list(_gpt2_faults(values) if kind == "gpt2" else _llama_faults(values)):
+            raise UserError(f"the model of {where} has no counterpart here:\n" + "\n".join(f"  - {x}" for x in wrong))
         return _gpt2(values) if kind == "gpt2" else _llama(values)
     except KeyError as error:
         raise UserError(f"{where} does not say {error}") from None
+
+
+def _type_faults(values: dict[str, Any]) -> Iterator[str]:
+    """What is of another type than transformers writes, or of a size that no model has."""
+    for key in values.keys() & WHOLE:
+        value, most = values[key], WHOLE[key]
+        if not _is_number(value) or not 1 <= value <= most or value % 1:
+            yield f"{key} is {value!r:.40}, expected a whole number from 1 to {most:,}"
+    for kind, keys, expected in TYPES:
+        for key in values.keys() & keys:
+            if not isinstance(values[key], kind):
+                yield f"{key} is {values[key]!r:.40}, expected {expected}"
+    rope = values.get("rope_parameters")
+    numbers = {key: values.get(key) for key in ("rms_norm_eps", "layer_norm_epsilon", "rope_theta")}
+    if isinstance(rope, dict):
+        numbers["rope_parameters.rope_theta"] = rope.get("rope_theta")
+        if inner := [key for key, value in rope.items() if isinstance(value, dict)]:
+            yield f"rope_parameters has one set for each of {', '.join(inner)}, expected one for all layers"
+    for key, value in numbers.items():
+        if value is not None and not (_is_number(value) and 0 < value < 1e30):
+            yield f"{key} is {value!r:.40}, expected a number above 0"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _llama_faults(values: dict[str, Any]) -> Iterator[str]:
@@ -140,7 +197,10 @@ def _gpt2(values: dict[str, Any]) -> ModelConfig:
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
     if (folder / INDEX).is_file():
-        names = sorted(set(_read_json(folder / INDEX)["weight_map"].values()))
+        places = _read_json(folder / INDEX).get("weight_map")
+        if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+            raise UserError(f"the weight_map of {folder / INDEX} is no object of file names; get the file again")
+        names = sorted(set(places.values()))
     elif (folder / WEIGHTS).is_file():
         names = [WEIGHTS]
     else:
@@ -166,23 +226,23 @@ def _convert(folder: Path, kind: str, config: ModelConfig, tensors: dict[str, Te
         }
     if config.tie_embeddings:
         tensors.pop("lm_head.weight", None)
-    made, faults = {}, []
+    made, wrong = {}, []
     for piece in pieces(kind, config):
         found = [tensors.pop(name, None) for name in piece.theirs]
         if piece.optional and any(each is None for each in found):  # a bias that some of its linears do not have
             found = [torch.zeros(rows) if each is None else each for each, rows in zip(found, piece.rows, strict=True)]
-        faults += [f"{name} is missing" for name, each in zip(piece.theirs, found, strict=True) if each is None]
+        wrong += [f"{name} is missing" for name, each in zip(piece.theirs, found, strict=True) if each is None]
         if all(each is not None for each in found):
             parts = [each.t() if piece.transposed else each for each in found]
             if piece.ours in ("embedding.weight", "head.weight"):
                 parts = [part[: config.vocab_size] for part in parts]
             made[piece.ours] = torch.cat(parts)
             if made[piece.ours].shape[0] != sum(piece.rows):
-                faults.append(f"{', '.join(piece.theirs)}: {made[piece.ours].shape[0]:,} rows, not {sum(piece.rows):,}")
-    faults += [f"{name} has no place in the model" for name in sorted(tensors)]
-    if faults:
+                wrong.append(f"{', '.join(piece.theirs)}: {made[piece.ours].shape[0]:,} rows, not {sum(piece.rows):,}")
+    wrong += [f"{name} has no place in the model" for name in sorted(tensors)]
+    if wrong:
         raise UserError(
-            f"the weights in {folder} do not fit its {CONFIG}:\n" + "\n".join(f"  - {x}" for x in faults[:8])
+            f"the weights in {folder} do not fit its {CONFIG}:\n" + "\n".join(f"  - {x}" for x in wrong[:8])
         )
     return made
 
@@ -213,11 +273,6 @@ def _is_default(file: Path) -> bool:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        return read_json(file)
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{file} holds no object of settings")
-    return values

@@ -3,7 +3,6 @@
 Readers never trust a file to be finished: training may be writing it, or may have died in the middle of a line.
 """
 
-import json
 import math
 from collections import Counter
 from dataclasses import dataclass, field
@@ -14,7 +13,8 @@ import numpy as np
 
 from .. import paths
 from ..errors import UserError, nearest
-from ..migrations import CONFIG, ROW
+from ..files import read_json, run_rows
+from ..migrations import CONFIG
 
 Row = dict[str, Any]
 
@@ -128,10 +128,9 @@ def read_samples(path: Path) -> dict[str, list[Row]]:
 def read_object(path: Path) -> Row:
     """A JSON object such as config.json; empty if it is missing or half written."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(path)
+    except (OSError, UserError):
         return {}
-    return value if isinstance(value, dict) else {}
 
 
 def read_config(path: Path) -> Row:
@@ -151,13 +150,22 @@ def column(rows: list[Row], key: str) -> np.ndarray:
     values = [row.get(key) for row in rows]
     try:
         return np.array(values, dtype=np.float64)  # None becomes NaN
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return np.array([number(value) for value in values], dtype=np.float64)
+
+
+def text_of(row: Row, key: str) -> str | None:
+    """A text in a row; None where there is none."""
+    value = row.get(key)
+    return value if isinstance(value, str) else None
 
 
 def number(value: Any) -> float:
     """A JSON number as a float, anything else as NaN."""
-    return float(value) if isinstance(value, int | float) else math.nan
+    try:
+        return float(value) if isinstance(value, int | float) else math.nan
+    except OverflowError:  # a whole number of hundreds of digits
+        return math.nan
 
 
 def protocol(row: Row) -> int:
@@ -207,19 +215,8 @@ def _read_lines(path: Path) -> tuple[list[Row], int]:
     """The rows of a JSONL file that have a step, and how many lines were no such row."""
     if not path.is_file():
         raise UserError(_missing(path))
-    rows, skipped = [], 0
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            try:
-                row = json.loads(line)
-            except ValueError:
-                row = None
-            row = ROW.upgrade(row) if isinstance(row, dict) else None
-            if isinstance(row, dict) and isinstance(row.get("step"), int):
-                rows.append(row)
-            elif line.strip():
-                skipped += 1
-    return rows, skipped
+    rows = list(run_rows(path))
+    return [row for row in rows if row is not None], rows.count(None)
 
 
 def _append_at_step(rows: list[Row], row: Row) -> None:

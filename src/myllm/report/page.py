@@ -257,7 +257,7 @@ def _footer(run: Findings) -> str:
 def _value(row: Row, key: str, write=short) -> str:
     """A row's number as text; empty if it has none."""
     value = row.get(key)
-    return write(float(value)) if isinstance(value, int | float) else ""
+    return write(number(value)) if isinstance(value, int | float) else ""
 
 
 def _fixed(value: float) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from ..errors import UserError, nearest
+from ..files import parse_json
 from ..sampling import Sampling
 
 MAX_NEW_TOKENS = 100_000
@@ -27,10 +28,7 @@ def parse(body: bytes, default: Asked) -> Asked:
     Raises:
         UserError: no such object, or settings unknown or out of range, all of them named.
     """
-    try:
-        given = json.loads(body.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"the request is not valid JSON: {error}") from None
+    given = parse_json(body, "the request")
     if not isinstance(given, dict):
         raise UserError('the request is no JSON object: send one such as {"prompt": "Once", "temperature": 0.7}')
     base = settings_of(default)
