@@ -87,11 +87,13 @@ def check(options: argparse.Namespace, budget: Budget, out: Path, work: Path) ->
     """Run the stages and say what they found; the exit code."""
     from gpu_stages.bench import Bench, no_compiler
 
+    from myllm import ranks
     from myllm.distributed import process_group
     from myllm.errors import UserError
     from myllm.hardware import device_name
     from myllm.metrics import environment
 
+    ranks.repeat_cublas()  # for the deterministic part, which comes long after cuBLAS has begun
     with ExitStack() as stack:
         try:
             process = stack.enter_context(process_group("cpu" if options.tiny else "cuda"))

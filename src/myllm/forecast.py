@@ -20,9 +20,11 @@ CONTEXT_BYTES = 0.6 * GIB
 NCCL_BYTES = 0.5 * GIB
 """Its buffers, where there are several ranks. A guess, not measured here."""
 EXPECTED_MFU = (0.30, 0.50)
-"""Of the card's peak, for compiled models of 100M to 800M parameters. From published runs in the same counting:
-LF_LLM-269M 32 % on 8 x A100, nanochat d16 to d24 37 to 50 % on 8 x H100, TinyLlama 52 % on A100; llm.c, hand-written
-CUDA, 60 to 64 % on 8 x A100. This project's own is not measured on a GPU yet."""
+"""Of the card's peak in bfloat16, for compiled models of 50M to 1B parameters. From published runs in the same counting
+(6 N + 12 n_layers d_model T), as they stood in March 2026: on H100 nanochat d16 37 % and d24 50.0 % (8 cards; its 66 %
+is with fp8), llm.c 124M 41 % and 350M 46 % (8 cards), autoresearch's 50M 39.8 % (one card); on A100 LF_LLM-269M 32 %
+(8 cards, December 2024), TinyLlama 52 %, llm.c, hand-written CUDA, 60 to 64 % (8 cards). Over hundreds of cards it is
+less: SmolLM3 3B 29 % on 384 H100. This project's own is not measured on a GPU yet; docs/speed.md estimates it."""
 
 
 @dataclass(frozen=True)
