@@ -79,7 +79,9 @@ def prepare_and_train(config: "RunConfig", prepare_only: bool, profile: bool = F
     from myllm.train import train
 
     unfinished_when_time_is_up()
-    distributed.choose_device(config.train.device)  # one that is not there is a mistake to know before the hours ahead
+    distributed.training_device(
+        config.train.device
+    )  # one that is not there is a mistake to know before the hours ahead
     is_main = ranks.rank() == 0
     with published_beside(config, active=is_main) as publisher:
         # The first process of each machine has the data prepared, in a process of its own, while all of them train.

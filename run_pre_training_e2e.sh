@@ -83,7 +83,11 @@ unset RANK LOCAL_RANK WORLD_SIZE
 
 heading "Environment"
 PYTHON="$("$here/src/environment.sh")"
-gpus="$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')"
+gpus="$("$PYTHON" -c 'import sys
+from myllm.hardware import cuda_devices, why_no_cuda
+print(cuda_devices())
+why = None if cuda_devices() else why_no_cuda()
+if why: print(f"torch cannot use the GPUs here: {why}", file=sys.stderr)')"
 printf 'python: %s\nGPUs:   %s\n' "$PYTHON" "$gpus"
 processes="$gpus" # on this node
 if [ "$gpus" -eq 0 ] || [ "$preset" = debug ]; then processes=1; fi
@@ -91,11 +95,8 @@ if [ "$gpus" -eq 0 ] || [ "$preset" = debug ]; then processes=1; fi
 if [ "$gpus" -eq 0 ] && [ -z "$force$only" ]; then
   heading "Plan: ${preset:-the config file}, on 8 x A100"
   "$PYTHON" -m myllm plan ${preset:+"$preset"} "$@" --gpus 8xA100-80
-  if command -v nvidia-smi >/dev/null; then
-    printf '\nnvidia-smi is here, but torch sees no GPU: CUDA_VISIBLE_DEVICES, or a driver older than this torch?\n' >&2
-  fi
   refuse "
-No GPU was found, so nothing was started. The plan above is for 8 x A100; other GPUs: myllm plan --help
+No GPU was found that torch can use, so nothing was started. The plan above is for 8 x A100; other GPUs: myllm plan --help
   The whole path in minutes, without a GPU:  $here/run_pre_training_e2e_debug.sh
   Time and memory on this machine:           add --dry-run
   Train on this machine anyway:              add --force"

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Finds or makes the Python environment, installs what is missing, and prints the path of its python, nothing else:
 #
-#     PYTHON="$(src/environment.sh [--dev])"
+#     PYTHON="$(src/environment.sh [--dev] [--replace-torch])"
 #
 # An active virtual or conda environment is used, else .venv in the repository, which is made if need be. A torch that
 # is already there and within pyproject.toml's range is kept: on a GPU machine it is the one that fits the driver.
+# One that is not stays too where the environment is the user's own, unless --replace-torch is given.
 # --dev adds what the tests need. Nothing is downloaded when nothing is missing. Runs on macOS's bash 3.2 too.
 set -euo pipefail
 exec 3>&1 1>&2 # stdout is for the answer alone
@@ -15,12 +16,14 @@ fail() { # STATUS MESSAGE
   exit "$1"
 }
 
-dev=""
-case "$#:${1:-}" in
-  0:) ;;
-  1:--dev) dev=dev ;;
-  *) fail 2 "usage: src/environment.sh [--dev]" ;;
-esac
+dev="" replace_torch=""
+for argument in "$@"; do
+  case "$argument" in
+    --dev) dev=dev ;;
+    --replace-torch) replace_torch=yes ;;
+    *) fail 2 "usage: src/environment.sh [--dev] [--replace-torch]" ;;
+  esac
+done
 
 unset CDPATH
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -35,6 +38,7 @@ new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < tuple(map(int, s
 
 # examine PYTHON missing    prints what PYTHON's environment lacks, one item a line
 # examine PYTHON torch      prints the version of its torch, if that is one to keep
+# examine PYTHON foreign    prints the version of its torch, if that is one that another would have to replace
 # examine PYTHON FOLDER     writes torch.txt, rest.txt and constraints.txt for pip, and stamp.txt: the file to leave
 #                           behind in the environment when the installation is complete
 examine() {
@@ -97,6 +101,9 @@ if task == "missing":
     print("\n".join(missing()))
 elif task == "torch":
     print(torch_to_keep())
+elif task == "foreign":
+    there = version("torch") and util.find_spec("torch") is not None
+    print(version("torch") if there and not torch_to_keep() else "")
 else:
     Path(task, "stamp.txt").write_text(str(stamps()[0]))
     kept = torch_to_keep()
@@ -175,7 +182,15 @@ install() {
 }
 
 install_missing() { # $lock is a folder to work in
-  local stamp
+  local stamp foreign
+  foreign="$(examine "$python" foreign)"
+  if [ -n "$foreign" ] && [ -z "$replace_torch" ] && [ "$python" != "$root/.venv/bin/python" ]; then
+    fail 2 "the active environment ${python%/bin/python} has torch $foreign, and MyLLM needs torch$(
+      sed -n 's/^ *"torch\(.*\)",$/\1/p' pyproject.toml
+    ).
+Nothing was changed. Deactivate it, and a fitting one is made in .venv; or have its torch replaced:
+  src/environment.sh --replace-torch"
+  fi
   examine "$python" "$lock"
   stamp="$(cat "$lock/stamp.txt")"
   rm -f "$(dirname "$stamp")"/.myllm-*

@@ -159,9 +159,14 @@ def test_production_script_without_a_gpu_explains_itself(tmp_path: Path) -> None
 
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
-    done = user(tmp_path, str(ROOT / "run_pre_training_e2e.sh"))
+    smi = tmp_path / "bin/nvidia-smi"
+    smi.parent.mkdir()
+    smi.write_text("#!/bin/sh\necho 'Driver Version: 470.82.01  CUDA Version: 11.4'\n")
+    smi.chmod(0o755)
+    done = user(tmp_path, "env", f"PATH={smi.parent}:{os.environ['PATH']}", str(ROOT / "run_pre_training_e2e.sh"))
     assert done.returncode == 2
+    assert "torch cannot use the GPUs here: NVIDIA's driver 470.82.01 is here, for CUDA up to 11.4" in done.stderr
     assert "320,145,408 in all, 268,682,240 without the embedding" in done.stdout
-    assert "years on 1 x" in done.stdout
+    assert "8 x" in done.stdout
     assert "--force" in done.stderr
     assert not (tmp_path / "data").exists()

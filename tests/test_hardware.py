@@ -1,15 +1,31 @@
-"""What the machine is."""
+"""What the machine is, and what is said of GPUs that torch cannot use. Drivers and cards are made up."""
 
+import re
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from packaging.specifiers import SpecifierSet
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from myllm import hardware
-from myllm.hardware import device_name, measure_matmul_flops, seconds_of
+from myllm import hardware, launch
+from myllm.distributed import choose_device, process_group, training_device
+from myllm.errors import UserError
+from myllm.hardware import (
+    BUILDS,
+    cuda_devices,
+    device_name,
+    measure_matmul_flops,
+    nvidia_driver,
+    seconds_of,
+    why_no_cuda,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_this_machine_has_a_name_and_a_speed() -> None:
@@ -58,3 +74,109 @@ def test_a_card_times_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "Event", event)
     assert seconds_of(lambda: said.append("work"), torch.device("cuda")) == 0.25
     assert said == ["record", "work", "record", "wait"]
+
+
+@pytest.fixture
+def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Installs a driver of NVIDIA's beside a torch that is built for some CUDA. Eight GPUs, none of them usable."""
+
+    def install(version: str | None, cuda: str | None, built: str | None) -> None:
+        banner = f"| NVIDIA-SMI {version}     Driver Version: {version}     CUDA Version: {cuda}     |"
+        smi = tmp_path / "nvidia-smi"
+        smi.write_text(f"#!/bin/sh\necho '{banner}'\n" if version else "#!/bin/sh\necho no driver; exit 9\n")
+        smi.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        monkeypatch.setattr(torch.version, "cuda", built)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    return install
+
+
+@pytest.mark.parametrize(
+    ("version", "cuda", "built", "said", "command"),
+    [
+        ("550.54.15", "12.4", "13.0", "is built for CUDA 13.0 and needs driver 580 or newer", "torch==2.13.0 .*/cu126"),
+        ("570.86", "12.8", "13.0", "and needs driver 580 or newer", "torch==2.11.0 .*/cu128"),
+        ("470.82", "11.4", "12.6", "needs driver 525 or newer", "install a driver 580 or newer"),
+        ("470.82", "ERR!", "12.6", "needs driver 525 or newer", "torch==2.13.0 .*/cu130"),
+        ("580.65", "13.0", None, "is a build without CUDA", "torch==2.13.0 .*/cu130"),
+        ("580.65", "13.0", "13.0", "which fits torch's CUDA 13.0, but torch says: ", ""),
+        ("525.60", "12.0", "12.8", "which fits torch's CUDA 12.8", ""),  # a newer minor version needs no newer driver
+    ],
+)
+def test_gpus_that_torch_cannot_use(
+    version: str, cuda: str, built: str | None, said: str, command: str, driver: Callable[..., None]
+) -> None:
+    driver(version, cuda, built)
+    why = why_no_cuda()
+    assert f"driver {version}" in why
+    assert said in why
+    assert re.search(command, why), why
+    assert (f"{sys.executable} -m pip install" in why) == ("torch==" in why)
+    assert cuda_devices() == 0
+    assert choose_device("auto") == torch.device("cpu")  # for a sample it will do
+    for start in (training_device, lambda device: process_group(device).__enter__()):
+        with pytest.raises(UserError, match=r"--train\.device cpu") as refused:
+            start("auto")
+        assert why in str(refused.value)
+    with pytest.raises(UserError) as refused:
+        choose_device("cuda")
+    assert why in str(refused.value)
+    assert training_device("cpu") == torch.device("cpu")
+
+
+def test_a_machine_without_gpus_is_no_fault(driver: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    driver(None, None, "13.0")
+    assert nvidia_driver() == (None, None)
+    assert why_no_cuda() is None
+    assert training_device("auto") == torch.device("cpu")
+    driver("550.54.15", "12.4", "13.0")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # hidden by the user
+    assert training_device("auto") == torch.device("cpu")
+
+
+def test_the_plan_is_printed_all_the_same(driver: Callable[..., None]) -> None:
+    driver("550.54.15", "12.4", "13.0")
+    said = launch.describe(launch.parse(["debug", "--train.device", "auto", "--dry-run"]))
+    assert "TFLOP/s" in said
+    assert "no GPU       NVIDIA's driver 550.54.15 is here, for CUDA up to 12.4, but torch" in said
+
+
+@pytest.mark.parametrize(
+    ("capability", "kernels", "fits"),
+    [
+        ((7, 0), ["sm_75", "sm_80", "sm_90", "compute_120"], False),
+        ((7, 5), ["sm_75", "sm_80"], True),
+        ((8, 9), ["sm_80", "sm_86"], True),  # of the same generation
+        ((9, 0), ["sm_80", "sm_90a"], True),
+        ((10, 0), ["sm_80", "sm_90"], False),
+        ((12, 1), ["sm_90", "compute_90"], True),  # compiled when it is loaded
+        ((8, 0), [], True),  # does not say
+        ((9, 4), ["gfx942"], True),
+    ],
+)
+def test_a_card_without_kernels(
+    capability: tuple[int, int], kernels: list[str], fits: bool, driver: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    driver("560.35", "12.6", "12.6")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: kernels)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Some card")
+    if fits:
+        assert training_device("auto", 3) == torch.device("cuda", 3)
+        return
+    with pytest.raises(UserError, match=f"Some card has compute capability {capability[0]}.{capability[1]}") as refused:
+        training_device("auto")
+    assert ", ".join(kernels) in str(refused.value)
+    assert "torch==2.13.0 --index-url https://download.pytorch.org/whl/cu126" in str(refused.value)
+
+
+def test_what_is_recommended_is_supported() -> None:
+    """By pyproject.toml; and a driver is given the newest CUDA that it can have."""
+    bounds = SpecifierSet(re.search(r'"torch([^"]+)"', (ROOT / "pyproject.toml").read_text())[1])
+    assert all(version in bounds for _, version, _, _ in BUILDS)
+    assert [cuda for cuda, *_ in BUILDS] == sorted((cuda for cuda, *_ in BUILDS), reverse=True)

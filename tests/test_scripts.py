@@ -263,9 +263,21 @@ def test_uses_the_active_environment_and_keeps_its_torch(machine, tmp_path, vari
 
 
 @pytest.mark.parametrize("torch", ["2.10.9+cu128", "2.14.0"])
-def test_replaces_a_torch_out_of_range(machine, tmp_path, torch):
+def test_keeps_a_torch_out_of_range_unless_told(machine, tmp_path, torch):
+    """An environment of the user's own: other programs there may need that very torch."""
     active = machine.make_venv(tmp_path / "active", torch=torch)
-    machine.run(VIRTUAL_ENV=str(active), status=1, PIP_FAILS_AT="install")  # seen enough
+    for found in ({"VIRTUAL_ENV": str(active)}, {"PATH": f"{active}/bin:{machine.env['PATH']}"}):
+        message = machine.run(status=2, **found)
+        assert f"{active} has torch {torch}, and MyLLM needs torch>=2." in message
+        assert "src/environment.sh --replace-torch" in message
+        assert machine.log() == []
+    machine.run("--replace-torch", VIRTUAL_ENV=str(active), status=1, PIP_FAILS_AT="install")  # seen enough
+    assert machine.log()[0]["wanted"] == [str(pin) for pin in PINS if pin.name == "torch"]
+
+
+def test_replaces_a_torch_out_of_range_in_its_own_venv(machine):
+    machine.make_venv(machine.root / ".venv", torch="2.2.0")
+    machine.run(status=1, PIP_FAILS_AT="install")
     assert machine.log()[0]["wanted"] == [str(pin) for pin in PINS if pin.name == "torch"]
 
 

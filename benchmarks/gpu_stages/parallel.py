@@ -70,7 +70,7 @@ def measured(bench: Bench, config: RunConfig, name: str) -> Found:
     """Loss and gradients of one batch by the functions that training calls."""
     fresh(bench.device)
     batch = tokens_and_targets(config.model, bench.device, config.train.micro_batch_size)
-    # More than one rank is what makes `wrap` take DDP; FSDP2 is made by `cut`, on the one that there is.
+    # More than one rank is what makes `fast_kernels` take DDP; FSDP2 is made by `cut`, on the one that there is.
     process = replace(bench.process, world_size=2 if name == "DDP" else 1)
     model = Transformer(config.model, config.train.seed).to(bench.device)
     if name == "FSDP2":

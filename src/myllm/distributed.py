@@ -15,8 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .cores import threads_to_use
-from .errors import UserError
+from .errors import MachineError, UserError
 from .files import out_of_space
+from .hardware import cuda_devices, why_no_cuda, why_not_this_card
 from .ranks import launched, local_rank, rank, world_size
 
 T = TypeVar("T")
@@ -49,9 +50,9 @@ def process_group(device: str) -> Iterator[Process]:
         device: "auto", "cpu", "cuda" or "mps".
 
     Raises:
-        UserError: no such device on this machine, or several processes for one of MPS.
+        UserError: no such device on this machine, one that torch cannot use, or several processes for one of MPS.
     """
-    chosen = choose_device(device, local_rank())
+    chosen = training_device(device, local_rank())
     if chosen.type == "mps" and launched() and world_size() > 1:
         raise UserError(
             f"{world_size()} processes were started, but MPS is one device and PyTorch has no collectives for it; "
@@ -80,18 +81,36 @@ def choose_device(device: str, local_rank: int = 0) -> torch.device:
     Raises:
         UserError: no such device on this machine.
     """
-    there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    there = {"cpu": 1, "cuda": cuda_devices(), "mps": int(torch.backends.mps.is_available())}
     if device == "auto":
         device = "cuda" if there["cuda"] else "mps" if there["mps"] else "cpu"
     if device not in there:
         raise UserError(f"unknown device {device!r}; there are auto, {', '.join(there)}")
     if not there[device] or (device == "cuda" and local_rank >= there["cuda"]):
         usable = ", ".join(name for name, count in there.items() if count)
+        why = why_no_cuda() if device == "cuda" and not there["cuda"] else None
         raise UserError(
             f"torch sees {there[device]} device(s) of kind {device!r} here, too few for process {local_rank} of this "
-            f"machine; usable: {usable} (auto takes the best)"
+            f"machine; usable: {usable} (auto takes the best){f'. {why}' if why else ''}"
         )
     return torch.device("cuda", local_rank) if device == "cuda" else torch.device(device)
+
+
+def training_device(device: str, local_rank: int = 0) -> torch.device:
+    """As `choose_device`, but never a processor in place of a GPU that is there and cannot be used.
+
+    Raises:
+        UserError: no such device, or a GPU that this torch does not fit.
+    """
+    chosen = choose_device(device, local_rank)
+    why = None
+    if device == "auto" and chosen.type == "cpu":
+        why = why_no_cuda()
+    elif chosen.type == "cuda":
+        why = why_not_this_card(chosen)
+    if why:
+        raise MachineError(f"{why}. To train on the processor all the same, give --train.device cpu")
+    return chosen
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import paths
 from .cores import usable_cores
-from .hardware import device_name, has_triton
+from .hardware import cuda_devices, device_name, has_triton, why_no_cuda, why_not_this_card
 from .precision import compute_dtype, has_bfloat16, in_words
 
 PACKAGES = ("torch", "numpy", "tiktoken", "tokenizers", "datasets", "huggingface_hub", "tyro")
@@ -53,9 +53,13 @@ def memory() -> str:
 def _devices(faults: list[str]) -> list[str]:
     """The accelerators that torch sees, and how fast attention goes there."""
     lines = []
-    for index in range(torch.cuda.device_count()):
+    for index in range(cuda_devices()):
         device = torch.device("cuda", index)
         about = torch.cuda.get_device_properties(device)
+        if why := why_not_this_card(device):
+            faults.append(f"GPU {index}: {why}")
+            lines.append(f"GPU {index}        {about.name}, which this torch has no kernels for")
+            continue
         free, total = torch.cuda.mem_get_info(device)
         lines.append(
             f"GPU {index}        {about.name}, capability {about.major}.{about.minor}, {free / 1e9:,.0f} of "
@@ -67,10 +71,8 @@ def _devices(faults: list[str]) -> list[str]:
         return lines
     if torch.backends.mps.is_available():
         return ["GPU          Apple's, by way of MPS"]
-    if shutil.which("nvidia-smi"):
-        faults.append(
-            "nvidia-smi is here, but torch sees no GPU: CUDA_VISIBLE_DEVICES, or a driver older than this torch?"
-        )
+    if why := why_no_cuda():
+        faults.append(f"torch cannot use the GPUs here: {why}")
     return [f"GPU          none that torch sees; attention on the processor: {_attention(torch.device('cpu'))}"]
 
 

@@ -1,4 +1,4 @@
-"""The variables that a program of this project sets for the libraries it loads, in its first moment.
+"""The variables of the libraries that a program of this project loads; most it sets, in its first moment.
 
 They are read once, when a library is loaded, and its child processes inherit them.
 """
@@ -19,3 +19,9 @@ def set_for_libraries() -> None:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     # Notebooks hand theirs to every command that they start; to a program without it, it is an error at import.
     os.environ["MPLBACKEND"] = "agg"
+
+
+def visible_gpus() -> str | None:
+    """Which GPUs of the machine the user lets CUDA see; None: nothing said, so all."""
+    value = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return value if value is None else value.strip()

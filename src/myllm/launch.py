@@ -142,11 +142,15 @@ def base_config(words: list[str]) -> tuple[RunConfig, list[str]]:
 def describe(launch: Launch) -> str:
     """The settings and what they cost, for people."""
     from .distributed import choose_device
+    from .hardware import why_no_cuda
 
-    world_size, device = ranks.world_size(), choose_device(launch.config.train.device)
+    asked = launch.config.train.device
+    world_size, device = ranks.world_size(), choose_device(asked)
+    why = why_no_cuda() if asked == "auto" and device.type == "cpu" else None
     return (
         f"{describe_settings(launch.config)}\n\n"
         f"{forecast.describe(launch.config, world_size, device.type)}\n{_time_here(launch.config, world_size, device)}"
+        + (f"\nno GPU       {why}" if why else "")
     )
 
 

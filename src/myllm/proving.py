@@ -16,11 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .config import RunConfig, to_dict
 from .distributed import choose_device
 from .files import write_json
+from .hardware import cuda_devices
 from .kills import Broken, Training, logged_step, saved_step, train_rows
 from .precision import compute_dtype, dtype_name
 
@@ -165,7 +164,7 @@ def tolerance(config: RunConfig) -> float:
 def layouts(config: RunConfig) -> tuple[int, ...]:
     """The numbers of ranks that can be tried here: 1, and OTHER_RANKS on the CPU or where there are as many GPUs."""
     device = choose_device(config.train.device)
-    room = device.type == "cpu" or (device.type == "cuda" and torch.cuda.device_count() >= OTHER_RANKS)
+    room = device.type == "cpu" or (device.type == "cuda" and cuda_devices() >= OTHER_RANKS)
     return (1, OTHER_RANKS) if room else (1,)
 
 

@@ -9,8 +9,6 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-import torch
-
 from myllm import distributed, ranks
 from myllm.config import RunConfig, load_json
 from myllm.data.beside import prepared_beside
@@ -19,7 +17,7 @@ from myllm.train import train
 
 if __name__ == "__main__":
     config, folder = load_json(Path(sys.argv[1]), RunConfig()), Path(sys.argv[2])
-    with mock.patch.object(torch.cuda, "device_count", return_value=2):
+    with mock.patch.object(distributed, "cuda_devices", return_value=2):
         device = distributed.choose_device("cuda", ranks.local_rank())
     with (
         clear_errors(),  # a mistake is not started again
