@@ -31,6 +31,7 @@ from torch import Tensor
 from .errors import UserError
 from .files import fsync_folder, parse_json, read_json, write_json, write_text
 from .migrations import BAG, CONFIG
+from .paths import user_path
 from .retention import folder_name, holds_only, list_checkpoints, unused
 
 FORMAT = "myllm-bag-1"
@@ -126,7 +127,7 @@ def find_bag(where: str, runs: Path) -> Path:
     Raises:
         UserError: nothing there.
     """
-    for root in (Path(where).expanduser(), runs / where):
+    for root in (user_path(where), runs / where):
         if (root / ABOUT).is_file():
             return root
         if found := _bags_in(root):

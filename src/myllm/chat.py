@@ -3,13 +3,14 @@
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 from .completion import stream_text
 from .data.tokenizer import Tokenizer
+from .errors import UserError
 from .files import write_text
 from .generation import stream
 from .language_model import LanguageModel
+from .paths import user_path
 from .sampling import Sampling
 
 HELLO = """{parameters:,} parameters, context {context:,} tokens.
@@ -100,13 +101,16 @@ def _save(value: str, written: str) -> None:
     if not value:
         print("save where? /save FILE")
         return
-    path = Path(value).expanduser()
-    if path.exists():
-        print(f"{path} is there already; give another name")
-        return
     try:
+        path = user_path(value)
+        if path.exists():
+            print(f"{path} is there already; give another name")
+            return
         write_text(path, written)
+    except UserError as error:
+        print(error)
+        return
     except OSError as error:
-        print(f"cannot write {path}: {error.strerror}")
+        print(f"cannot write {value}: {error.strerror}")
         return
     print(f"saved {len(written):,} characters to {path}")

@@ -32,7 +32,7 @@ from .data.order import DataPosition
 from .data.receipt import Receipt
 from .early_stop import EarlyStop
 from .errors import UserError
-from .files import file_sha256, fsync_folder, out_of_space, read_json, write_json, write_text
+from .files import file_sha256, fsync_folder, naming, out_of_space, read_json, write_json, write_text
 from .integrity import (
     EVERYTHING,
     FORMAT,
@@ -234,7 +234,7 @@ def _seal(work: Path, final: Path, written: list[dict[str, Any]], keep: Keep) ->
 
 def _write(path: Path, content: Any) -> None:
     # Through Python's file: torch's RuntimeError about a write that failed then has the OSError as its context.
-    with path.open("wb") as file:
+    with naming(path), path.open("wb") as file:
         torch.save(content, file)
         file.flush()
         os.fsync(file.fileno())

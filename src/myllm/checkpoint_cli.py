@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import tyro
 
 from .errors import UserError
+from .paths import user_path
 
 Positional = tyro.conf.Positional
 TITLES = ("step", "tokens", "size", "validation loss", "where", "state")
@@ -63,7 +64,7 @@ def _find(where: str) -> list[Path]:
     from . import paths
     from .retention import MANIFEST, STATE_FILE, is_step, list_checkpoints
 
-    for root in (Path(where).expanduser(), paths.runs() / where):
+    for root in (user_path(where), paths.runs() / where):
         if root.is_dir() and (is_step(root.name) or ((root / MANIFEST).is_file() and (root / STATE_FILE).is_file())):
             return [root]
         if found := list_checkpoints(root / "checkpoints")[::-1] + list_checkpoints(root / "best"):

@@ -11,6 +11,7 @@ from . import eval_results, paths
 from .errors import UserError, nearest
 from .eval_results import Result
 from .eval_tasks import OF_A_FILE, TASKS, Choices, Subject, measure
+from .paths import user_path
 
 Positional = tyro.conf.Positional
 
@@ -56,7 +57,7 @@ def evaluate(
 
         find_folder(dataset)
     subject = resolve(model, device, int8)
-    file = subject.home / "eval.json" if out is None else out.expanduser()
+    file = subject.home / "eval.json" if out is None else user_path(out)
     eval_results.read(file)  # not after the hours that measuring takes
     choices = Choices(protocol, hellaswag_file, hellaswag_examples, stride, dataset, batch_size)
     results, faults = [], []

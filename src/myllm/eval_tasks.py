@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from . import paths
 from .errors import UserError
+from .paths import user_path
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -221,7 +222,7 @@ def _text_sums(subject: Subject, choices: Choices, file: Path) -> tuple[dict[str
     from .data.encodings import NotText, decode_text
     from .evals.perplexity import window_batches, windows
 
-    file = file.expanduser()
+    file = user_path(file)
     try:
         raw = file.read_bytes()
         text = decode_text(raw)
@@ -278,7 +279,7 @@ def _trained_on(subject: Subject) -> "Dataset":
 
     named = subject.config.data.dataset
     folders = [each.parent for each in paths.datasets().glob("[!.]*/manifest.json")]
-    for folder in (*folders, *([Path(named).expanduser()] if named else [])):
+    for folder in (*folders, *([user_path(named)] if named else [])):
         try:
             fingerprint = Dataset.read(folder).manifest.get("fingerprint")
         except UserError:  # another data set, damaged or gone, is no matter here

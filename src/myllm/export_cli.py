@@ -8,6 +8,7 @@ import tyro
 
 from . import paths
 from .errors import UserError
+from .paths import user_path
 
 Positional = tyro.conf.Positional
 
@@ -33,7 +34,7 @@ def export(
     if to is None and to_onnx is None and to_gguf is None:
         raise UserError("where to? Give --to FOLDER, --to-onnx FILE or --to-gguf FILE")
     for file in filter(None, (to_onnx, to_gguf)):
-        if file.expanduser().is_dir() or (file.expanduser().exists() and not overwrite):
+        if user_path(file).is_dir() or (user_path(file).exists() and not overwrite):
             raise UserError(f"{file} is there already; give another name, or --overwrite to replace a file")
     paths.check_model(model, hub=False)  # before the seconds that torch takes
     from .exporting import export_folder, open_source

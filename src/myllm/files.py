@@ -16,6 +16,22 @@ from typing import IO, Any, BinaryIO
 from .errors import UserError
 from .migrations import ROW
 
+SHARED_MEMORY = Path("/dev/shm")
+MORE_SHARED_MEMORY = "or give a container more of this memory (--shm-size 8g)"
+FULL_BYTES = 1_000_000
+"""A disk with less free space is taken for a full one."""
+FORBIDDEN = (errno.EACCES, errno.EPERM)
+UNUSABLE = {
+    errno.ENAMETOOLONG: "a shorter name",
+    errno.EISDIR: "a file, not a folder",
+    errno.ENOTDIR: "a folder, not a file",
+    errno.EEXIST: "a folder, not a file",
+    errno.ELOOP: "no link that leads back to itself",
+    errno.ENXIO: "a file, not a device or a pipe",
+    errno.ENODEV: "a file, not a device or a pipe",
+    errno.EINVAL: "a name that this file system takes",
+}
+"""What is expected of a path, by the error that says it is not so."""
 TEMPORARY = ".myllm.tmp"
 """How the name of a file ends that is not whole yet."""
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
@@ -34,19 +50,20 @@ def replacing(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
     Args:
         durable: on the disk before it has its name.
     """
-    temporary, descriptor = _own(path, lambda name: os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
-    try:
-        with open(descriptor, "wb") as file:
-            yield file
-            file.flush()
-            if durable:
-                os.fsync(file.fileno())
-            temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    if durable:
-        fsync_folder(path.parent)
+    with naming(path):
+        temporary, descriptor = _own(path, lambda name: os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+        try:
+            with open(descriptor, "wb") as file:
+                yield file
+                file.flush()
+                if durable:
+                    os.fsync(file.fileno())
+                temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        if durable:
+            fsync_folder(path.parent)
 
 
 @contextmanager
@@ -219,6 +236,66 @@ def out_of_space(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give an OSError the file that it is about: a write without room has none of its own."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None or str(error.filename).endswith(TEMPORARY):
+            error.filename = str(path)
+        raise
+
+
+def in_words(error: OSError) -> str | None:
+    """What a user can do about a file or folder that cannot be used; None: the fault is not the user's to mend."""
+    path, why = error.filename, error.strerror or str(error)
+    if out_of_space(error):
+        where = full_place(error)
+        more = MORE_SHARED_MEMORY if where == SHARED_MEMORY else "or set MYLLM_DATA to a folder on a larger disk"
+        return f"cannot write {where or 'a file'}: {why}; free some space and start the same command again, {more}"
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return f"too many files are open ({why}); allow more with `ulimit -n 65536`, and start the same command again"
+    if not isinstance(path, str | bytes):
+        return None
+    path = os.fsdecode(path)
+    if error.errno == errno.EROFS or (error.errno in FORBIDDEN and not _is_unreadable(Path(path))):
+        return f"cannot write {path}: {why}; make it writable, or give another folder (MYLLM_DATA for data and runs)"
+    if error.errno in FORBIDDEN:
+        return f"cannot read {path}: {why}; make it readable"
+    if error.errno in UNUSABLE:
+        return f"cannot use {path}: {why}; expected {UNUSABLE[error.errno]}"
+    return None
+
+
+def full_place(error: OSError, folder: Path | None = None) -> Path | None:
+    """Which file or folder an error without room is about.
+
+    Args:
+        folder: where something was being written; semaphores and queues of processes lie in /dev/shm, and their errors
+            do not say so.
+    """
+    if isinstance(error.filename, str | bytes):
+        return Path(os.fsdecode(error.filename))
+    for each in (folder, SHARED_MEMORY, Path(tempfile.gettempdir())):
+        with suppress(OSError):
+            if each is not None and shutil.disk_usage(each).free < FULL_BYTES:
+                return each
+    return folder
+
+
+def _is_unreadable(path: Path) -> bool:
+    """Whether a file or folder is there, or may be, and this user may not read it."""
+    effective = os.access in os.supports_effective_ids
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True  # a folder above it cannot be entered
+    return not os.access(path, os.R_OK, effective_ids=effective)
 
 
 @contextmanager

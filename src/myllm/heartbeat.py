@@ -21,7 +21,7 @@ from typing import Any
 from .errors import UserError
 from .files import read_json, replacing
 from .migrations import HEARTBEAT
-from .paths import RunPaths, runs
+from .paths import RunPaths, runs, user_path
 
 EVERY_S = 2.0
 AT_WORK, SILENT = 3, 1
@@ -99,7 +99,7 @@ def status(run: str, silent_s: float) -> tuple[str, int]:
     Raises:
         UserError: no such run, or one without a heartbeat.
     """
-    folder = next((each for each in (Path(run).expanduser(), runs() / run) if each.is_dir()), None)
+    folder = next((each for each in (user_path(run), runs() / run) if each.is_dir()), None)
     path = RunPaths(folder).heartbeat if folder else None
     if path is None or not path.is_file():
         raise UserError(f"no heartbeat of a run {run!r}: expected {path or runs() / run / 'heartbeat.json'}")

@@ -1,6 +1,5 @@
 """From the words of a command line to a RunConfig, and what `--dry-run` prints of it."""
 
-import errno
 import os
 import platform
 import select
@@ -22,9 +21,9 @@ from . import forecast, ranks
 from .arguments import parse_arguments
 from .config import RunConfig, load_json
 from .errors import MachineError, UserError
-from .files import out_of_space
+from .files import in_words
 from .flops import flops_per_token
-from .paths import RunPaths
+from .paths import RunPaths, user_path
 from .presets import describe_presets, describe_settings, preset
 from .validate import check
 
@@ -135,7 +134,7 @@ def base_config(words: list[str]) -> tuple[RunConfig, list[str]]:
     if not named and not files and not {"-h", "--help"} & set(rest):
         raise UserError(f"missing PRESET (or --config FILE.json); presets:\n{describe_presets()}")
     for file in files:
-        base = load_json(Path(file).expanduser(), base)
+        base = load_json(user_path(file), base)
     return base, rest
 
 
@@ -180,6 +179,7 @@ def _time_here(config: RunConfig, world_size: int, device: "torch.device") -> st
 def clear_errors() -> Iterator[None]:
     """A user's mistake ends the program with one message, from rank 0, and code 2; a fault keeps its traceback."""
     try:
+        _check_system()
         yield
         sys.stdout.flush()
     except UserError as error:
@@ -193,16 +193,27 @@ def clear_errors() -> Iterator[None]:
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _reader_left():
             ranks.leave(128 + signal.SIGPIPE)
-        where = error.filename or "a file of the run"
-        if out_of_space(error):
-            _fail(f"cannot write {where}: {error.strerror}; free some space and start the same command again")
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            _fail(f"cannot write {where}: {error.strerror}; make it writable, or set MYLLM_DATA to another folder")
+        if said := in_words(error):
+            _fail(said)
         _leave_others(error)
         raise
     except Exception as error:
         _leave_others(error)
         raise
+
+
+def _check_system() -> None:
+    """
+    Raises:
+        UserError: a system that is not one of Unix's, and so cannot lock a file as this program does.
+    """
+    try:
+        import fcntl  # noqa: F401
+    except ImportError:
+        raise UserError(
+            f"this Python is for {sys.platform}; MyLLM runs on Linux and macOS, and on Windows in WSL "
+            "(https://learn.microsoft.com/windows/wsl/install)"
+        ) from None
 
 
 def _fail(message: str, everywhere: bool = False) -> NoReturn:

@@ -13,6 +13,7 @@ from .errors import UserError
 from .int8 import check_torchao, quantize_int8
 from .language_model import LanguageModel
 from .model import Transformer
+from .paths import user_path
 from .run_folder import find_checkpoint
 
 
@@ -40,7 +41,7 @@ def find_model(where: str | Path) -> Origin:
     Raises:
         UserError: nothing there.
     """
-    path = Path(where).expanduser()
+    path = user_path(where)
     if importing.is_foreign(path):
         return Origin(path, Path(), None, RunConfig(), None)
     try:

@@ -34,12 +34,12 @@ def user_path(text: str | Path) -> Path:
     shown = f"{str(text)[:60]}..." if len(str(text)) > 100 else str(text)
     try:
         path = Path(text).expanduser()
-        os.lstat(path)  # refuses what no file can be called: a name that is too long, or that has a NUL in it
-    except (RuntimeError, ValueError) as error:  # ~NAME of nobody; NUL
-        raise UserError(f"the path {shown!r} cannot be: {error}") from None
+        path.is_symlink()  # asks for it by name, and so refuses one that is too long
+    except RuntimeError as error:  # ~NAME of nobody
+        raise UserError(f"cannot find {shown!r}: {error}") from None
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
-            raise UserError(f"the path {shown!r} cannot be: {error.strerror}") from None
+            raise UserError(f"cannot read or write {shown!r}: {error.strerror}") from None
     return path
 
 
@@ -171,7 +171,7 @@ def leads_somewhere(where: str, hub: bool = True) -> bool:
     Commands ask this before they load torch, so that a typo is answered at once.
     """
     with suppress(OSError, RuntimeError):  # a name that no disk takes; ~NAME of nobody
-        if Path(where).expanduser().exists() or (runs() / where).exists():
+        if user_path(where).exists() or (runs() / where).exists():
             return True
     return hub and REPOSITORY.fullmatch(where) is not None
 

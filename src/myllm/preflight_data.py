@@ -13,6 +13,7 @@ from .data.shards import MANIFEST, SETTINGS, Dataset, find_dataset
 from .data.tokenizer import Tokenizer, load_tokenizer
 from .files import read_json
 from .migrations import CONFIG
+from .paths import user_path
 from .rehearsal import existing
 
 IN_FLIGHT_BYTES = 8_000_000_000
@@ -82,7 +83,7 @@ def prepared(config: DataConfig) -> Dataset | None:
     wanted = asdict(config)
     kind, _, where = config.source.partition(":")
     if kind == "files":
-        wanted["source"] = f"files:{Path(where).expanduser().absolute()}"
+        wanted["source"] = f"files:{user_path(where).absolute()}"
     for folder in sorted(paths.datasets().glob(f"[!.]*/{SETTINGS}")):
         try:
             settings = CONFIG.upgrade({"data": read_json(folder)})["data"]

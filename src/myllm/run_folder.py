@@ -17,7 +17,7 @@ from .files import locked, write_json
 from .integrity import MANIFEST, MODEL, misnamed, verify
 from .metrics import JsonLines
 from .output import warn
-from .paths import RunPaths, no_checkpoint
+from .paths import RunPaths, no_checkpoint, user_path
 from .retention import is_step, list_checkpoints, unused
 
 SHARED = ".shared-"
@@ -177,7 +177,7 @@ def checkpoints_of(where: str, runs: Path) -> tuple[Path, list[Path]]:
     Raises:
         UserError: nothing there.
     """
-    for root in (Path(where).expanduser(), runs / where):
+    for root in (user_path(where), runs / where):
         # Data sets have a manifest too, but no state.
         if (root / MANIFEST).is_file() and (is_step(root.name) or (root / "state.json").is_file()):
             return root, [root]

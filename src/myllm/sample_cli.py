@@ -13,6 +13,7 @@ import tyro
 from . import paths
 from .errors import UserError
 from .files import parse_json
+from .paths import user_path
 from .sampling import Sampling
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def sample(
         loaded, prompts, max_new_tokens, sampling, stop=stop, num_samples=num_samples, batch_size=batch_size,
         on_text=turns.show if turns else None,
     )  # fmt: skip
-    with out.expanduser().open("w", encoding="utf-8") if out else nullcontext(sys.stdout) as file:
+    with user_path(out).open("w", encoding="utf-8") if out else nullcontext(sys.stdout) as file:
         if turns:
             turns.write(file, made)
         else:
@@ -172,7 +173,7 @@ def serve(
 
 
 def _check_folder(out: Path | None) -> None:
-    if out is not None and not out.expanduser().absolute().parent.is_dir():
+    if out is not None and not user_path(out).absolute().parent.is_dir():
         raise UserError(f"cannot write {out}: its folder is not there; make it first")
 
 
@@ -183,7 +184,7 @@ def _prompts(prompt: str | None, file: Path | None) -> list[str]:
         raise UserError("give --prompt or --prompts-file, not both")
     try:
         # Not splitlines: form feeds, U+0085 and U+2028 may stand in a prompt.
-        lines = [line.removesuffix("\r") for line in file.expanduser().read_text(encoding="utf-8-sig").split("\n")]
+        lines = [line.removesuffix("\r") for line in user_path(file).read_text(encoding="utf-8-sig").split("\n")]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the prompts in {file}: {getattr(error, 'strerror', None) or error}") from None
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]

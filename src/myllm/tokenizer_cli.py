@@ -14,6 +14,7 @@ import tyro
 from . import paths
 from .config import DataConfig
 from .errors import UserError
+from .paths import user_path
 
 if TYPE_CHECKING:
     from .data.sources import Source
@@ -54,7 +55,7 @@ def tokenizer_train(
     found = find_source(source, text_column, hashed=False)
     if out is None:
         out = paths.tokenizers() / f"{found.name}-{vocab_size}"
-    out = out.expanduser()
+    out = user_path(out)
     if out.suffix != ".json":
         out = out / TOKENIZER_FILE
     if out.exists() and not overwrite:

@@ -12,7 +12,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from ..errors import UserError
-from ..files import file_sha256, fsync_folder, locked, out_of_space
+from ..files import file_sha256, fsync_folder, locked, naming, out_of_space
 from .listing import Unreachable, first_line
 from .sources import SourceFile
 
@@ -163,7 +163,7 @@ def _continue(file: SourceFile, partial: Path, have: int) -> None:
             return
         hf_raise_for_status(response)
         _check_same(file, response.headers)
-        with partial.open("ab") as out:
+        with naming(partial), partial.open("ab") as out:
             if response.status_code != 206:  # the whole file, whatever was asked for
                 out.truncate(0)
             for chunk in response.iter_raw():  # as it comes: a chunk that is waited for is lost with the connection

@@ -29,7 +29,17 @@ from .. import paths
 from ..config import DataConfig
 from ..cores import usable_cores
 from ..errors import UserError
-from ..files import TEMPORARY, fsync_folder, locked, out_of_space, read_json, replacing, write_json
+from ..files import (
+    TEMPORARY,
+    fsync_folder,
+    full_place,
+    in_words,
+    locked,
+    out_of_space,
+    read_json,
+    replacing,
+    write_json,
+)
 from .assemble import Assembly, sealed_shards
 from .cuts import TooLittleText
 from .listing import Unreachable
@@ -45,9 +55,6 @@ PART_DONE = "done.json"
 """In the folder of a part (parts.py) all of whose units are there."""
 PATIENCE_S = 10
 """For workers to end by themselves: a batch takes them milliseconds, a document of 64 MB seconds."""
-UNWRITABLE = (
-    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT, errno.ENAMETOOLONG
-)  # fmt: skip
 
 
 def prepare(config: DataConfig, progress: bool = True) -> Dataset:
@@ -107,15 +114,18 @@ def clear_disk_errors() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if out_of_space(error):
+        where = full_place(error, paths.datasets())
+        if out_of_space(error) and where is not None and where.is_relative_to(paths.datasets()):
             raise UserError(
                 f"no room to write the data set under {paths.datasets()}: {error.strerror}. What is finished is kept: "
                 "free some space and the same command goes on, or set MYLLM_DATA to a folder on a larger disk"
             ) from None
-        if error.errno in UNWRITABLE:
+        if said := in_words(error):
+            raise UserError(said) from None
+        if error.errno == errno.ENOENT:
             raise UserError(
-                f"cannot write {error.filename or paths.datasets()}: {error.strerror}; "
-                "make it a folder that can be written, or set MYLLM_DATA to one"
+                f"cannot find {error.filename or paths.datasets()}: {error.strerror}; start it again, and "
+                "set MYLLM_DATA to another folder if it leads nowhere"
             ) from None
         raise
 

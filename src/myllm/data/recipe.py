@@ -10,6 +10,7 @@ from typing import Any
 
 from .. import paths
 from ..config import DataConfig
+from ..paths import user_path
 from .shards import FORMAT
 from .sources import Source, SourceFile, find_source
 from .tokenizer import Tokenizer, load_tokenizer
@@ -91,7 +92,7 @@ class Recipe:
         values = asdict(self.config)
         kind, _, where = self.config.source.partition(":")
         if kind == "files":
-            values["source"] = f"files:{Path(where).expanduser().absolute()}"
+            values["source"] = f"files:{user_path(where).absolute()}"
         if self.config.tokenizer != self.tokenizer.name:
             values["tokenizer"] = str(self.tokenizer.file.absolute())
         left_out = ("workers", "keep_downloads", "dataset", "fallback")

@@ -18,6 +18,7 @@ from .. import paths
 from ..config import DataConfig, RunConfig, from_dict
 from ..errors import MachineError, UserError, nearest
 from ..files import file_sha256, read_json
+from ..paths import user_path
 from .catalog import source_of
 from .tokenizer import NAME, Tokenizer, load_tokenizer
 
@@ -306,7 +307,7 @@ def find_folder(name: str, marks: tuple[str, ...] = (MANIFEST,)) -> Path:
     Raises:
         UserError: there is none, or more than one.
     """
-    for folder in (Path(name).expanduser(), paths.datasets() / name):
+    for folder in (user_path(name), paths.datasets() / name):
         if any((folder / mark).is_file() for mark in (*marks, PROGRESS)):
             return folder
     known = sorted({each.parent.name for mark in marks for each in paths.datasets().glob(f"[!.]*/{mark}")})

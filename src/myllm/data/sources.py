@@ -14,6 +14,7 @@ from pathlib import Path
 
 from .. import paths
 from ..errors import UserError, nearest
+from ..paths import user_path
 from .catalog import CORPORA, Corpus
 from .digests import file_digests, size_of
 from .grouping import documents_of
@@ -117,7 +118,7 @@ def check_source(spec: str) -> None:
 def _meant(spec: str) -> str:
     """What somebody wanted who left out the kind of source, if that can be told."""
     try:
-        here = bool(spec) and (Path(spec).expanduser().exists() or bool(_matching(Path(spec).expanduser())[0]))
+        here = bool(spec) and (user_path(spec).exists() or bool(_matching(user_path(spec))[0]))
     except (OSError, RuntimeError, ValueError, UserError):
         here = False
     if here or spec.startswith(("/", "./", "../", "~")):
@@ -202,10 +203,7 @@ def local_files(where: str, hashed: bool = True) -> Source:
     """
     if not where:
         raise UserError("files: needs a path, such as files:~/texts (files:. for this folder)")
-    try:
-        path = Path(where).expanduser()
-    except RuntimeError as error:  # ~NAME of nobody
-        raise UserError(f"cannot find {where!r}: {error}") from None
+    path = user_path(where)
     try:
         if path.is_file() or _leads_nowhere(path):
             found, root = [path], path.parent

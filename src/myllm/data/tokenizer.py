@@ -8,6 +8,7 @@ import numpy as np
 
 from .. import paths
 from ..errors import UserError, nearest
+from ..paths import user_path
 from .r50k import NAME, SHIPPED_VOCABULARY, VOCAB_FILE, R50k
 from .tokenizer_json import TokenizerJson
 
@@ -129,7 +130,7 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
     """
     if str(spec) == NAME:
         return Tokenizer()
-    path = Path(spec).expanduser()
+    path = user_path(spec)
     if not path.exists():
         path = _below_temp_data(path) or path
     file = path / TOKENIZER_FILE if path.is_dir() else path

@@ -23,7 +23,7 @@ import numpy as np
 
 from ..config import DataConfig
 from ..errors import UserError
-from ..files import TEMPORARY
+from ..files import TEMPORARY, naming
 from ..output import open_output
 from .cleaning import clean
 from .readers import can_be_split
@@ -197,7 +197,7 @@ def tokenise_unit(
     # Named anew each time: a worker that outlives a killed parent by a moment spoils nobody's file.
     temporary = out.with_name(f".{out.name}.{secrets.token_hex(8)}{TEMPORARY}")
     try:
-        with temporary.open("wb", WRITE_BYTES) as file:
+        with naming(out), temporary.open("wb", WRITE_BYTES) as file:
             tokenizer = _tokenizer(config.tokenizer)
             writer = _Writer(file)
             for batch in _batches(_documents(unit, paths, source, config, writer.faults)):

@@ -9,6 +9,7 @@ from ..data.fetch import fetch
 from ..data.sources import SourceFile
 from ..errors import UserError
 from ..files import parse_json
+from ..paths import user_path
 from .hellaswag import CHOICES, Example
 
 PINNED = SourceFile(
@@ -58,7 +59,7 @@ def _downloaded(pinned: SourceFile) -> Path:
 
 
 def _local(path: Path) -> Path:
-    path = path.expanduser()
+    path = user_path(path)
     if not path.is_file():
         raise UserError(f"no HellaSwag file at {path}; give a .jsonl or .parquet file, or none to take the Hub's")
     if path.suffix.lower() not in KINDS:

@@ -22,7 +22,7 @@ from ..errors import UserError
 from ..files import TEMPORARY, fsync_folder, read_json, write_json, write_text
 from ..integrity import MODEL
 from ..model import Transformer
-from ..paths import RunPaths
+from ..paths import RunPaths, user_path
 from ..report.history import read_object, text_of
 from ..retention import unused
 from .architectures import CLASSES, choose, settings
@@ -130,7 +130,7 @@ def export_folder(
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
-    to = to.expanduser().absolute()
+    to = user_path(to).absolute()
     check_target(to, overwrite)
     require_transformers()  # before minutes of work
     source = open_source(source) if isinstance(source, Path) else source

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..config import ModelConfig
 from ..errors import UserError
+from ..paths import user_path
 from .architectures import ModelType, choose
 from .folder import Source
 from .target import unfinished
@@ -38,7 +39,7 @@ def export_gguf(source: Source, to: Path, dtype: str = "float32") -> int:
         UserError: a model or vocabulary that the format has no place for, or the extra `gguf` is not installed.
     """
     gguf = _require()
-    config, to = source.config.model, to.expanduser().absolute()
+    config, to = source.config.model, user_path(to).absolute()
     kind = choose(config)
     tensors = dict(_tensors(gguf, kind, config, source.weights))
     with unfinished(to) as folder:

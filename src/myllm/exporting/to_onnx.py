@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from ..errors import UserError
+from ..paths import user_path
 from .folder import Source
 from .parity import TOLERANCE, samples
 from .target import unfinished
@@ -32,7 +33,7 @@ def export_onnx(source: Source, to: Path) -> float:
         UserError: the extra `onnx` is not installed, or onnxruntime gives other logits.
     """
     onnxruntime = _require()
-    to = to.expanduser().absolute()
+    to = user_path(to).absolute()
     with unfinished(to) as work:
         model = source.model()
         _write(model, work / to.name)

@@ -14,7 +14,7 @@ from ..data.order import DataPosition
 from ..errors import UserError
 from ..files import write_json, write_text
 from ..model import Transformer
-from ..paths import NO_MODEL, REPOSITORY, RunPaths
+from ..paths import NO_MODEL, REPOSITORY, RunPaths, user_path
 from ..run_folder import claimed, move_aside, write_config
 from ..validate import faults
 from .foreign import Foreign
@@ -100,7 +100,7 @@ def find(source: str, revision: str | None, say: Callable[[str], None]) -> Path:
     Raises:
         UserError: nothing there.
     """
-    path = Path(source).expanduser()
+    path = user_path(source)
     if path.exists():
         if revision:
             raise UserError(f"{path} is on this disk: --revision is for repositories of the Hub")
@@ -162,16 +162,16 @@ def _padded(name: str, weight: Tensor, config: ModelConfig) -> Tensor:
 def _public(source: str, revision: str | None) -> str:
     """What cards say of where weights came from: a repository with its revision, but no folders of this disk."""
     found = REPOSITORY.fullmatch(source)
-    if found and not Path(source).expanduser().exists():
+    if found and not user_path(source).exists():
         revision = revision or found[2]
         return found[1] + (f"@{revision}" if revision else "")
-    return Path(source).expanduser().absolute().name
+    return user_path(source).absolute().name
 
 
 def _plain(source: str) -> str:
     """A run's name after a source."""
     found = REPOSITORY.fullmatch(source)
-    path = Path(source).expanduser()
+    path = user_path(source)
     if found and not path.exists():
         path = Path(found[1])
     path = path.absolute() if path.exists() else path

@@ -15,6 +15,7 @@ from .. import paths
 from ..errors import UserError, nearest
 from ..files import read_json, run_rows
 from ..migrations import CONFIG
+from ..paths import user_path
 
 Row = dict[str, Any]
 
@@ -81,7 +82,7 @@ class Metrics:
 
 def find_run(run: str | Path) -> paths.RunPaths:
     """The run of that name under temp_data/runs, or the run in that folder."""
-    folder = Path(run).expanduser()
+    folder = user_path(run)
     return paths.RunPaths(folder) if (folder / "metrics.jsonl").is_file() else paths.RunPaths.of(str(run))
 
 
