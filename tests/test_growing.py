@@ -285,3 +285,15 @@ def test_a_finished_data_set_starts_no_process_and_is_cleared(tiny: RunConfig, m
     with beside.prepared_beside(tiny.data, starts=True) as dataset:
         assert dataset.complete
     assert not (folder / "work").exists()
+
+
+def test_the_preparation_stands_back_from_training(
+    tiny: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its workers, one a core, would else be as many as all ranks' threads together."""
+    done: list[str] = []
+    monkeypatch.setattr(os, "nice", lambda by: done.append(f"nice {by}"))
+    monkeypatch.setattr(beside, "start_worker", lambda: done.append("started"))
+    monkeypatch.setattr(beside, "prepare", lambda *_: done.append("prepared"))
+    beside._prepare(tiny.data, tmp_path / "made", False)
+    assert done == ["nice 10", "started", "prepared"]

@@ -148,6 +148,26 @@ def board() -> dist.Store | None:
     return dist.PrefixStore("board", store.clone() if hasattr(store, "clone") else store)
 
 
+def all_arrive(place: str, patience_s: float) -> bool:
+    """Whether every rank comes to this place, as often as this one, before so many seconds have passed.
+
+    Every rank calls it, but one that is stuck need not come: nothing is waited for in a collective. Only ranks that are
+    impatient wait at all; with a patience of 0 a rank says that it is here and goes on.
+    """
+    store = board()
+    if store is None:
+        return True
+    # How many times each rank was here: a number of its own for each time.
+    here, world_size = store.add(f"{place}/{dist.get_rank()}", 1), dist.get_world_size()
+    store.set(f"{place}/{dist.get_rank()}/{here}", "here")
+    if patience_s:
+        try:
+            store.wait([f"{place}/{rank}/{here}" for rank in range(world_size)], timedelta(seconds=patience_s))
+        except dist.DistStoreError:
+            return False
+    return True
+
+
 def from_main(value: Any) -> Any:
     """Rank 0's value, on every rank."""
     if not dist.is_initialized():

@@ -4,6 +4,7 @@ On CUDA and MPS that is the device's memory, as torch's allocator counts it; on 
 """
 
 import ctypes
+import errno
 import gc
 import os
 import resource
@@ -13,6 +14,17 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
+
+REFUSALS = (
+    "out of memory",  # CUDA's, HIP's and MPS's allocators, the CUDA runtime (cudaErrorMemoryAllocation), Triton, NCCL
+    "can't allocate memory",  # the CPU's allocator
+    "not enough memory",
+    "std::bad_alloc",
+    "ALLOC_FAILED",  # cuBLAS, cuDNN, cuSOLVER, cuFFT
+    "ALLOCATION_FAILED",  # cuDNN, from version 9
+    "Failed to CUDA calloc",  # NCCL
+)
+"""What a RuntimeError says that is a refusal of memory. Source: torch's c10/cuda, ATen/cuda/Exceptions and c10d."""
 
 
 def there_bytes(device: torch.device, processes: int = 1) -> int:
@@ -71,13 +83,16 @@ def limited(device: torch.device, limit_bytes: int) -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error is a device's, or the host's, refusal of more memory."""
+    """Whether an error is a device's, or the host's, refusal of more memory, or was raised because of one."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    # What the CPU's and MPS's allocators raise.
-    return isinstance(error, RuntimeError) and any(
-        said in str(error) for said in ("can't allocate memory", "MPS backend out of memory", "CUDA out of memory")
-    )
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return True
+    if isinstance(error, RuntimeError) and any(said in str(error) for said in REFUSALS):
+        return True
+    # A compiler that tries its kernels wraps what one of them raised.
+    cause = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return cause is not None and is_out_of_memory(cause)
 
 
 def _free_ram_bytes() -> int:

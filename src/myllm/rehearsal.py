@@ -25,9 +25,11 @@ from .data.order import DataPosition
 from .data.shards import FORMAT, MANIFEST, Dataset, Shard
 from .data.tokenizer import Tokenizer
 from .distributed import Process
+from .errors import UserError
 from .files import file_sha256, locked, write_json
 from .footprint import HEADROOM
 from .guard import Guard
+from .hardware import device_name
 from .kernels import fast_kernels
 from .memory import is_out_of_memory, limited, peak_bytes, reset_peak, there_bytes
 from .model import Transformer
@@ -39,6 +41,8 @@ from .step import train_step
 PREFIX = ".preflight-"
 DOCUMENT_TOKENS = 256
 HELLASWAG = "hellaswag.jsonl"
+ALONE_S = 120.0
+"""How long a rank that is out of memory waits for the others to be so too. A compiler may hold one back for a while."""
 
 
 class OutOfMemory(Exception):
@@ -195,13 +199,15 @@ def memory_limit_bytes(process: Process) -> int:
 def within_memory(work: Callable[[], Any], process: Process, limit_bytes: int) -> tuple[Any, int]:
     """Do some of a run's work with so much memory.
 
-    All ranks have the same limit and so run out at the same point: none waits for another in a collective.
+    All ranks have the same limit and so run out at the same point: none waits for another in a collective. Where one
+    runs out alone all the same, the others may be in one that it will never join, and it ends the trial for all.
 
     Returns:
         what `work` gave, and the peak in bytes on the rank that used most.
 
     Raises:
         OutOfMemory: it needs more, on some rank.
+        UserError: on this rank alone.
     """
     result, failed = None, False
     reset_peak(process.device)
@@ -212,6 +218,11 @@ def within_memory(work: Callable[[], Any], process: Process, limit_bytes: int) -
             if not is_out_of_memory(error):
                 raise
             failed = True
+    if not distributed.all_arrive("memory", ALONE_S if failed else 0.0):
+        raise UserError(
+            f"out of memory on rank {process.rank} ({device_name(process.device)}) alone: the other ranks have not run "
+            f"out of theirs within {ALONE_S:,.0f} s; free what else is on this device, or lower train.micro_batch_size"
+        )
     peak = peak_bytes(process.device)
     peak = distributed.from_main(max(distributed.gather_to_main(peak), default=0))
     (failed,) = distributed.any_rank(failed)

@@ -56,6 +56,21 @@ def test_value_and_gradients(n, d, vocab_size, padding, chunk, seed, compiling):
     assert not ours[2][vocab_size:].any()  # exactly zero, so that padding never moves
 
 
+def test_where_a_product_cannot_be_written_into_a_part(monkeypatch):
+    """MPS on macOS 14 leaves `out` as it was, without a word: no gradient and no score may come from there."""
+    hidden, weight, targets = example(10, 6, 30, 2)
+    expected, scores = in_float64(hidden, weight, targets, 30), token_scores(hidden, weight, targets, 30)[0]
+    real = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda a, b, out=None: real(a, b) if out is None else out)
+    monkeypatch.setattr(module, "CPU_CHUNK", 4)
+    assert not module._writes_parts(torch.device("mps"))
+    assert module._writes_parts(torch.device("cuda"))
+    monkeypatch.setattr(module, "_writes_parts", lambda device: False)
+    for mine, reference in zip(value_and_gradients(hidden, weight, targets, 30), expected, strict=True):
+        torch.testing.assert_close(mine.double(), reference, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(token_scores(hidden, weight, targets, 30)[0], scores)
+
+
 def test_the_gradient_is_scaled_by_what_comes_after():
     hidden, weight, targets = example(5, 4, 9, 3)
     plain = value_and_gradients(hidden, weight, targets, 9)

@@ -1,5 +1,6 @@
 """Training that begins before its data are whole: the preparation runs in a process beside it."""
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ from .tokenizer import load_tokenizer
 from .units import start_worker
 
 LOOK_EVERY_S = 0.3
+NICE = 10
+"""How far the preparation stands back from training, on nice's scale of 0 to 19."""
 STARTING = ".beside"
 """Names the lock of a preparation that training started, from its first moment on."""
 PATIENCE_S = 60
@@ -76,6 +79,7 @@ def prepared_beside(config: DataConfig, starts: bool, progress: bool = True) -> 
 
 def _prepare(config: DataConfig, folder: Path, progress: bool) -> None:
     """What the process beside does. It ends with the one that started it."""
+    os.nice(NICE)  # its workers too, one a core: training's processes are not to wait for them
     start_worker()
     try:
         # Before the data set's own lock come the source's digests, which take minutes where there is much text.

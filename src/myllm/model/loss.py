@@ -128,7 +128,7 @@ def _loss_and_gradients_in_place(
         # d loss / d logits = (softmax - onehot) / n, where n can wait until the matrices are small.
         probabilities.scatter_add_(1, wanted, probabilities.new_full(wanted.shape, -1.0))
         grad = (probabilities.mul_(FLOAT16_SHARE) if small else probabilities).to(w.dtype)
-        torch.mm(grad, w, out=grad_h[rows])  # (C, D)
+        _product(grad, w, grad_h[rows])  # (C, D)
         if not small:
             grad_h[rows].div_(n)
         if w.dtype == weight_dtype:
@@ -181,9 +181,20 @@ def _logits(h: Tensor, w: Tensor, vocab_size: int, buffer: Tensor) -> Tensor:
     Shapes:
         h (C, D); w (V, D); buffer (C or more, V); returns (C, V)
     """
-    logits = torch.mm(h, w.t(), out=buffer[: h.shape[0]]).float()
+    logits = _product(h, w.t(), buffer[: h.shape[0]]).float()
     logits[:, vocab_size:] = float("-inf")
     return logits
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """a @ b in the memory of `out`, which may be a part of a tensor."""
+    return torch.mm(a, b, out=out) if _writes_parts(out.device) else out.copy_(a @ b)
+
+
+def _writes_parts(device: torch.device) -> bool:
+    """Whether a product can be written into a part of a tensor: on macOS 14, MPS leaves the part as it was, and says
+    nothing (pytorch/pytorch#193385)."""
+    return device.type != "mps"
 
 
 def _logits_buffer(h: Tensor, w: Tensor, n: int) -> Tensor:
