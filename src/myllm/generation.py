@@ -100,10 +100,11 @@ def _continue(
     static = max_new_tokens >= COMPILED_FROM and has_triton(device)
     if static:
         model.compile_steps(mode="reduce-overhead")
+        windows += [[0]] * (slots_for(len(rows)) - len(rows))  # what fills up the batch is one token that nobody sees
     room = context if static else min(context, max(map(len, windows)) + max_new_tokens)
-    cache = KVCache(model.config, len(rows), room, device, cache_dtype(device), static)
+    cache = KVCache(model.config, len(windows), room, device, cache_dtype(device), static)
     step = model if static else bare(model)
-    logits = read(model, windows, cache)
+    logits = read(model, windows, cache)[: len(rows)]
     while True:
         seen = [row.prompt + row.written for row in rows] if sampling.repetition_penalty != 1 else [[]] * len(rows)
         tokens = choose(logits, sampling, generators, seen)
@@ -127,6 +128,11 @@ def _continue(
         logits = _next(step, rows, cache, context)
 
 
+def slots_for(rows: int) -> int:
+    """Rows of the cache of a compiled step: the next power of two, so that few sizes of a batch are compiled."""
+    return 1 << (rows - 1).bit_length()
+
+
 def read(model: Transformer, windows: list[list[int]], cache: KVCache) -> Tensor:
     """Fill an empty cache with rows of any lengths and return the logits of what comes next.
 
@@ -136,7 +142,7 @@ def read(model: Transformer, windows: list[list[int]], cache: KVCache) -> Tensor
     counts = [len(window) for window in windows]
     # Shorter rows are filled up on the right with any token: nothing looks at it.
     padded = [window + [0] * (max(counts) - len(window)) for window in windows]
-    return model.next_logits(torch.tensor(padded, device=cache.keys.device), cache, counts)
+    return model.next_logits(torch.tensor(padded, device=cache.device), cache, counts)
 
 
 def _next(model: Transformer, rows: list[Continuation], cache: KVCache, context: int) -> Tensor:
@@ -147,6 +153,8 @@ def _next(model: Transformer, rows: list[Continuation], cache: KVCache, context:
         window.clear()
         tokens = (rows[index].prompt + rows[index].written)[-(context // 2 or 1) :]
         if tokens[:-1]:
-            model.hidden(torch.tensor([tokens[:-1]], device=cache.keys.device), window)
-    newest = torch.tensor([[row.written[-1]] for row in rows], device=cache.keys.device)
-    return model.next_logits(newest, cache)
+            model.hidden(torch.tensor([tokens[:-1]], device=cache.device), window)
+    spare = len(cache.lengths) - len(rows)  # of a static cache: see slots_for
+    cache.lengths[len(rows) :] = 0
+    newest = torch.tensor([[row.written[-1]] for row in rows] + [[0]] * spare, device=cache.device)
+    return model.next_logits(newest, cache)[: len(rows)]

@@ -1,10 +1,15 @@
 """Steps behind a static cache: the tokens of the plain loop, traced once."""
 
+import re
+
 import pytest
 import torch
 from model.test_kv_cache import model_of
 
+from myllm import generation
+from myllm.generation import Continuation, continue_batch
 from myllm.model import KVCache, Transformer
+from myllm.sampling import Sampling
 
 CONTEXT = 24
 KINDS = [{"qk_norm": True, "n_kv_heads": 2}, {"position": "learned", "norm": "layernorm", "bias": True}]
@@ -49,3 +54,63 @@ def test_a_static_cache_that_loses_rows_goes_on_uncompiled() -> None:
     torch.testing.assert_close(
         model.next_logits(tokens[[2, 0], 5:], cache), model(tokens[[2, 0]])[:, -1], rtol=0, atol=1e-5
     )
+
+
+@pytest.fixture
+def compiled_from_one(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
+    """Generation compiles its steps however short the text; what was traced."""
+    torch.compiler.reset()
+    traced: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> torch.fx.GraphModule:
+        traced.append(graph)
+        return graph
+
+    real = Transformer.compile_steps
+    monkeypatch.setattr(Transformer, "compile_steps", lambda model, mode: real(model, backend=backend))
+    monkeypatch.setattr(generation, "COMPILED_FROM", 1)
+    monkeypatch.setattr(generation, "has_triton", lambda device: True)
+    return traced
+
+
+def written(model: Transformer, n_rows: int, count: int) -> list[list[int]]:
+    rows = [Continuation([1 + row % 9] * (1 + row % 3), seed=row) for row in range(n_rows)]
+    list(continue_batch(model, rows, count, Sampling(1.0, 20)))
+    return [row.written for row in rows]
+
+
+def test_no_size_of_a_batch_is_one_too_many(
+    compiled_from_one: list[torch.fx.GraphModule], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch compiles a function eight times, and no more. Sizes are filled up to powers of two, windows that slide
+    included; where these are too many all the same, steps go on uncompiled."""
+    model = model_of(KINDS[0] | {"max_seq_len": CONTEXT})
+    counts = dict.fromkeys(range(1, 10), 4) | {3: CONTEXT + 9}
+    found = {size: written(model, size, count) for size, count in counts.items()}
+    assert len(compiled_from_one) == 5
+    with torch._dynamo.config.patch(recompile_limit=5):
+        found[17] = written(model, 17, 4)
+        assert len(compiled_from_one) == 5
+        assert written(model, 3, counts[3]) == found[3]
+    monkeypatch.setattr(generation, "has_triton", lambda device: False)
+    for size, rows in found.items():
+        assert written(model, size, counts.get(size, 4)) == rows
+    torch.compiler.reset()
+
+
+def test_a_compiled_step_copies_no_cache() -> None:
+    """Of one tensor for all layers, each layer's keys and values would be written as a copy of the whole cache."""
+    from torch._inductor.utils import run_and_get_code
+
+    torch.compiler.reset()
+    model = model_of({"max_seq_len": 48, "n_layers": 3})
+    with torch.inference_mode():
+        cache = KVCache(model.config, 2, 48, "cpu", torch.float32, static=True)
+        model.next_logits(torch.ones(2, 3, dtype=torch.long), cache)
+        model.compile_steps()
+        _, code = run_and_get_code(model.next_logits, torch.ones(2, 1, dtype=torch.long), cache)
+    made = re.findall(r"empty_strided_cpu\(\(([\d, ]+)\)", "\n".join(code))
+    shapes = [tuple(int(size) for size in shape.split(",") if size.strip()) for shape in made]
+    assert shapes
+    assert not [shape for shape in shapes if torch.Size(shape).numel() >= cache.keys[0].numel()]
+    torch.compiler.reset()

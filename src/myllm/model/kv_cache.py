@@ -3,7 +3,9 @@
 Rows of a batch may hold different numbers of tokens: each row's first token is in slot 0, so a token's slot is its
 position, and a row's text never depends on how long its neighbours are.
 
-Shapes: L layers, B batch, M rows of a fork, G key-value heads, T slots, K head dimension.
+A tensor a layer: of one for all of them, a compiled step would copy the whole for each layer that it changes.
+
+Shapes: B batch, M rows of a fork, G key-value heads, T slots, K head dimension.
 """
 
 import copy
@@ -30,15 +32,18 @@ class KVCache:
         dtype: torch.dtype,
         static: bool = False,
     ) -> None:
-        shape = (config.n_layers, batch, config.kv_heads, max_tokens, config.head_size)  # (L, B, G, T, K)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        shape = (batch, config.kv_heads, max_tokens, config.head_size)  # (B, G, T, K)
+
+        def layers() -> list[Tensor]:
+            return [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layers)]
+
+        self.keys, self.values = layers(), layers()
         self.lengths = torch.zeros(batch, dtype=torch.long)
         self.static = static
         self.mask: Tensor | None = None
-        self.end = 0
-        if static:  # captured once, in place: CUDA graphs neither copy it nor fall back
-            for part in (self.keys, self.values):
+        self.start = self.end = 0
+        if static:  # captured once, in place: CUDA graphs neither copy them nor fall back
+            for part in (*self.keys, *self.values):
                 torch._dynamo.mark_static_address(part, guard=False)
 
     @property
@@ -48,7 +53,11 @@ class KVCache:
 
     @property
     def max_tokens(self) -> int:
-        return self.keys.shape[3]
+        return self.keys[0].shape[2]
+
+    @property
+    def device(self) -> torch.device:
+        return self.keys[0].device
 
     def open(self, new: int) -> slice | Tensor:
         """Make ready for `new` tokens a row and say their positions: a slice where rows are equally long, else (B, 1).
@@ -57,22 +66,19 @@ class KVCache:
         (B, 1, 1, end), is true where a row has tokens.
         """
         lengths = self.lengths.tolist()
-        longest = max(lengths)
-        self.end = longest + new
+        self.start = max(lengths)
+        self.end = self.start + new
         assert self.end <= self.max_tokens, f"cache of {self.max_tokens} tokens cannot hold {self.end}"
         static = self.static and new == 1
         if static:
-            self.end, self._all_keys, self._all_values = self.max_tokens, self.keys, self.values
-        else:  # cut once and not in each layer, where it would take a small model as long as attention
-            self._all_keys, self._all_values = self.keys[:, :, :, : self.end], self.values[:, :, :, : self.end]
-        if min(lengths) == longest and not static:
-            self._new_keys, self._new_values = self._all_keys[:, :, :, longest:], self._all_values[:, :, :, longest:]
+            self.end = self.max_tokens
+        elif min(lengths) == self.start:
             self.mask = None
-            return slice(longest, self.end)
+            return slice(self.start, self.end)
         assert new == 1, "rows of different lengths take one token at a time"
-        positions = self.lengths.to(self.keys.device)[:, None]  # (B, 1)
-        self._slot = positions[:, :, None, None].expand(-1, self.keys.shape[2], 1, self.keys.shape[4])  # (B, G, 1, K)
-        self.mask = torch.arange(self.end, device=positions.device) <= positions[:, None, None]  # (B, 1, 1, end)
+        positions = self.lengths.to(self.device)[:, None]  # (B, 1)
+        self._rows, self._slots = torch.arange(len(lengths), device=self.device), positions[:, 0]  # (B,) each
+        self.mask = torch.arange(self.end, device=self.device) <= positions[:, None, None]  # (B, 1, 1, end)
         return positions
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,14 +89,17 @@ class KVCache:
         Shapes:
             keys and values (B, G, new, K); returns (B, G, end, K) each
         """
-        all_keys, all_values = self._all_keys[layer], self._all_values[layer]
+        all_keys, all_values = self.keys[layer], self.values[layer]
         if self.mask is None:
-            self._new_keys[layer] = keys
-            self._new_values[layer] = values
+            new = self.end - self.start
+            all_keys.narrow(2, self.start, new).copy_(keys)
+            all_values.narrow(2, self.start, new).copy_(values)
         else:
-            all_keys.scatter_(2, self._slot, keys.type_as(all_keys))
-            all_values.scatter_(2, self._slot, values.type_as(all_values))
-        return all_keys, all_values
+            all_keys[self._rows, :, self._slots] = keys[:, :, 0].type_as(all_keys)
+            all_values[self._rows, :, self._slots] = values[:, :, 0].type_as(all_values)
+        if self.end == self.max_tokens:
+            return all_keys, all_values
+        return all_keys.narrow(2, 0, self.end), all_values.narrow(2, 0, self.end)
 
     def advance(self, tokens: int) -> None:
         self.lengths += tokens
@@ -98,14 +107,16 @@ class KVCache:
     def row(self, index: int) -> "KVCache":
         """One row as a cache of its own that shares this one's memory and length."""
         view = object.__new__(KVCache)
-        view.keys, view.values = self.keys[:, index : index + 1], self.values[:, index : index + 1]
+        view.keys = [part[index : index + 1] for part in self.keys]
+        view.values = [part[index : index + 1] for part in self.values]
         view.lengths, view.static = self.lengths[index : index + 1], False
         return view
 
     def keep(self, rows: list[int]) -> None:
         """Drop all other rows. The cache is static no longer: another batch size would be compiled anew."""
         self.static = False
-        self.keys, self.values, self.lengths = self.keys[:, rows], self.values[:, rows], self.lengths[rows]
+        self.keys, self.values = [part[rows] for part in self.keys], [part[rows] for part in self.values]
+        self.lengths = self.lengths[rows]
 
     def clear(self) -> None:
         self.lengths.zero_()
@@ -117,10 +128,14 @@ class KVCache:
             owners (M,), each in [0, B); the new cache has M rows
         """
         forked = copy.copy(self)
-        shape = (self.keys.shape[0], len(owners), self.keys.shape[2], max_tokens, self.keys.shape[4])
-        forked.keys, forked.values = self.keys.new_zeros(shape), self.values.new_zeros(shape)  # (L, M, G, T, K)
-        for mine, new in ((self.keys, forked.keys), (self.values, forked.values)):
-            new[:, :, :, : self.length] = mine[:, owners, :, : self.length]
+        length = self.length
+
+        def copied(part: Tensor) -> Tensor:
+            new = part.new_zeros(len(owners), part.shape[1], max_tokens, part.shape[3])  # (M, G, T, K)
+            new[:, :, :length] = part[owners, :, :length]
+            return new
+
+        forked.keys, forked.values = [copied(part) for part in self.keys], [copied(part) for part in self.values]
         forked.lengths = self.lengths[owners.cpu()]
         return forked
 

@@ -140,12 +140,12 @@ class Transformer(nn.Module):
         positions = cache.open(new) if cache is not None else slice(0, new)  # or (B, 1): see KVCache.open
         end = cache.end if cache is not None else new
         assert end <= self.config.max_seq_len, f"{end} tokens exceed the context of {self.config.max_seq_len}"
-        compiled = self._step if cache is not None and cache.static and new == 1 else None
+        compiled = self._step is not None and cache is not None and cache.static and new == 1
         if self.training:  # who trains says by which kernels
             x = self._run(tokens, positions, cache)
         else:
             with sdpa.steady(tokens.device):
-                x = (compiled or self._run)(tokens, positions, cache)
+                x = self._step_compiled(tokens, positions, cache) if compiled else self._run(tokens, positions, cache)
         if cache is not None:
             cache.advance(new)
         return x
@@ -158,6 +158,17 @@ class Transformer(nn.Module):
         """
         if self._step is None:
             self._step = torch.compile(self._run, fullgraph=True, dynamic=False, **options)
+
+    def _step_compiled(self, tokens: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
+        """As `_run`; for the cache's other steps too, once torch has compiled as many kinds of steps as it does of one
+        function, which it says by an error before anything is computed."""
+        try:
+            return self._step(tokens, positions, cache)
+        except Exception as error:
+            if type(error).__name__ != "FailOnRecompileLimitHit":  # of torch._dynamo.exc, which is slow to import
+                raise
+            cache.static = False
+            return self._run(tokens, positions, cache)
 
     def compile_parts(self, **options: Any) -> None:
         """Compile each block and the loss on their own, for training; blocks of one shape share one graph.
