@@ -7,9 +7,9 @@ import gzip
 import json
 import shutil
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
 import torch
@@ -23,6 +23,7 @@ from myllm.flops import flops_per_token
 from myllm.forecast import EXPECTED_MFU
 from myllm.memory import peak_bytes
 from myllm.model import loss as head_loss
+from myllm.parallel import compiles
 from myllm.paths import RunPaths
 from myllm.profiling import TABLE, TRACE, Profiler
 
@@ -69,9 +70,20 @@ class Timed:
 
 def run(bench: Bench) -> Iterator[Check]:
     config = bench.config()
+    base, compiled = yield from as_set(bench, config)
+    yield from attention(bench)
+    for way in variants(config, compiled):
+        if bench.has_time(VARIANT_S):
+            yield measured(bench, way, base)
+        else:
+            yield skipped(way.name, f"needs {VARIANT_S} s")
+
+
+def as_set(bench: Bench, config: RunConfig) -> Generator[Check, None, tuple[Timed, str]]:
+    """The step that a run makes; gives what it took, and how it was compiled. Nothing of it is held afterwards."""
     with stage_folder(bench) as folder, ExitStack() as stack:
         steps = Steps(config, bench.process, made_up(bench, config, folder), stack)
-        base = timed(bench, steps)
+        base, compiled = timed(bench, steps), compiles(steps.parts.model, config, bench.device)
         yield noted("step", f"{steps.batch}; {'; '.join(steps.said)}")
         yield bounded("compiler", base.compile_s, None, COMPILE_S if bench.on_cuda else None, "s")
         yield speed(bench, base)
@@ -82,12 +94,7 @@ def run(bench: Bench) -> Iterator[Check]:
         waited = steps.loader.wait_s / (steps.state.step * base.step_s)
         yield bounded("waiting for data", 100 * waited, None, 1.0 if bench.on_cuda else None, "% of a step", 2)
         yield from profile(bench, steps)
-    yield from attention(bench)
-    for name, other, patched in variants(config):
-        if bench.has_time(VARIANT_S):
-            yield variant(bench, name, other, patched, base)
-        else:
-            yield skipped(name, f"needs {VARIANT_S} s")
+    return base, compiled
 
 
 def timed(bench: Bench, steps: Steps) -> Timed:
@@ -184,19 +191,52 @@ def output_and_gradients(heads: list[Tensor]) -> list[Tensor]:
 # -- what is left to choose -------------------------------------------------------------------------------------------
 
 
-def variants(config: RunConfig) -> Iterator[tuple[str, RunConfig, dict[str, int]]]:
-    """Names, configs, and constants of model/loss.py that differ."""
-    plain = replace(config, model=replace(config.model, bias=False, **NO_DROPOUT))
-    yield "without biases and dropout", plain, {}
-    yield f"chunks of {WIDER_CHUNK:,}", config, {"CPU_CHUNK": 48, "GPU_CHUNK": WIDER_CHUNK}
+@dataclass(frozen=True)
+class Variant:
+    """Another way to train."""
+
+    name: str
+    config: RunConfig
+    constants: dict[str, int] = field(default_factory=dict)
+    """Of model/loss.py."""
+    compile: Callable[[Steps], None] | None = None
+    """What compiles the model; None: as training does."""
 
 
-def variant(bench: Bench, name: str, config: RunConfig, constants: dict[str, int], base: Timed) -> Check:
+def variants(config: RunConfig, compiled: str) -> Iterator[Variant]:
+    """
+    Args:
+        compiled: how training compiles the model, in `parallel.compiles`' words.
+    """
+    yield Variant("without biases and dropout", replace(config, model=replace(config.model, bias=False, **NO_DROPOUT)))
+    uncompiled = replace(config, train=replace(config.train, compile="off"))
+    if compiled == "whole":
+        yield Variant("compiled block by block", uncompiled, compile=by_block)
+    else:
+        yield Variant("compiled as one graph", uncompiled, compile=as_one_graph)
+    yield Variant(f"chunks of {WIDER_CHUNK:,}", config, {"CPU_CHUNK": 48, "GPU_CHUNK": WIDER_CHUNK})
+
+
+def by_block(steps: Steps) -> None:
+    steps.parts.model.compile_parts(fullgraph=True, dynamic=False)
+
+
+def as_one_graph(steps: Steps) -> None:
+    steps.parts.runner = torch.compile(steps.parts.model, fullgraph=True, dynamic=False)
+
+
+def measured(bench: Bench, way: Variant, base: Timed) -> Check:
     """The same measurement of another way, and its speed as a multiple of the first."""
     with stage_folder(bench) as folder, ExitStack() as stack:
-        stack.enter_context(changed(constants))
-        found = timed(bench, Steps(config, bench.process, made_up(bench, config, folder), stack))
-    return noted(name, f"{found}, {base.step_s / found.step_s:.3f} times as fast", **vars(found))
+        stack.enter_context(changed(way.constants))
+        steps = Steps(way.config, bench.process, made_up(bench, way.config, folder), stack)
+        if way.compile:
+            way.compile(steps)
+        found = timed(bench, steps)
+    times = base.step_s / found.step_s
+    return noted(
+        way.name, f"compiler {found.compile_s:.1f} s, {found}, {times:.3f} times as fast", **vars(found), times=times
+    )
 
 
 @contextmanager
