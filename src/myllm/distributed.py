@@ -18,7 +18,7 @@ from .cores import threads_to_use
 from .errors import MachineError, UserError
 from .files import out_of_space
 from .hardware import cuda_devices, why_no_cuda, why_not_this_card
-from .ranks import launched, local_rank, rank, world_size
+from .ranks import launched, local_rank, rank, waiting_said, world_size
 
 T = TypeVar("T")
 PATIENT_S = 1_800.0
@@ -66,9 +66,10 @@ def process_group(device: str) -> Iterator[Process]:
     if process.world_size > 1:
         # gloo carries what lives on the host (the stop flag, objects), so that it never waits for the device.
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-        dist.init_process_group(
-            backend, timeout=timedelta(seconds=PATIENT_S), device_id=chosen if chosen.type == "cuda" else None
-        )
+        with waiting_said():
+            dist.init_process_group(
+                backend, timeout=timedelta(seconds=PATIENT_S), device_id=chosen if chosen.type == "cuda" else None
+            )
     yield process
     # Not after an error: where others are still in a collective, to take the group apart can wait for ever.
     if dist.is_initialized():

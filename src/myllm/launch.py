@@ -180,6 +180,11 @@ def clear_errors() -> Iterator[None]:
     """A user's mistake ends the program with one message, from rank 0, and code 2; a fault keeps its traceback."""
     try:
         _check_system()
+        ranks.check_launcher()
+    except UserError as error:  # before anything asks which process this is
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    try:
         yield
         sys.stdout.flush()
     except UserError as error:

@@ -4,16 +4,69 @@ which is slow to import: command lines and the processes that tokenise start wit
 
 import os
 import sys
-from contextlib import suppress
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
 from .errors import UserError
 
+PLACES = ("RANK", "LOCAL_RANK", "GROUP_RANK")
+COUNTS = ("WORLD_SIZE", "LOCAL_WORLD_SIZE")
+UNSET = "unset RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT"
+WAITING_SAID_AFTER_S = 20.0
+
 
 def launched() -> bool:
-    """Whether torchrun started this process."""
-    return "RANK" in os.environ and "LOCAL_RANK" in os.environ
+    """Whether torchrun, or what takes its place, started this process."""
+    return bool(os.environ.get("RANK") and os.environ.get("LOCAL_RANK"))
+
+
+def check_launcher() -> None:
+    """
+    Raises:
+        UserError: a launcher's variables that cannot be, or that do not fit one another.
+    """
+    if not launched():
+        return
+    for name in (*PLACES, *COUNTS):
+        value = os.environ.get(name) or ("0" if name in PLACES else "1")
+        if not (value.isascii() and value.isdecimal()) or (name in COUNTS and int(value) < 1):
+            raise UserError(f"{name} is {value!r}, expected a whole number, as a launcher sets it; {_start_anew()}")
+    for place, count in (
+        ("RANK", "WORLD_SIZE"),
+        ("LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+        ("LOCAL_WORLD_SIZE", "WORLD_SIZE"),
+    ):
+        have, most = int(os.environ.get(place) or 1), int(os.environ.get(count) or 0)
+        if most and have > most - (place in PLACES):
+            raise UserError(f"{place} is {have}, which does not fit {count} {most}; {_start_anew()}")
+    if world_size() > 1:
+        meeting_place()
+
+
+def _start_anew() -> str:
+    return f"start the processes with torchrun or, for one process, `{UNSET}`"
+
+
+@contextmanager
+def waiting_said() -> Iterator[None]:
+    """Say whom this process waits for, if the others do not come within the `with` block: at once where it was not
+    torchrun that started it. A scheduler's variables may be left over in a shell, and there are no others."""
+    host, port, _ = meeting_place()
+    line = (
+        f"rank {rank()} waits for the other {world_size() - 1} of {world_size()} processes at {host}:{port}, for up to "
+        f"half an hour. If none were started, a launcher's variables are left over: `{UNSET}`"
+    )
+    soon = 0.5 if "TORCHELASTIC_RUN_ID" not in os.environ and rank() == 0 else WAITING_SAID_AFTER_S
+    timer = threading.Timer(soon, print, (line,), {"file": sys.stderr, "flush": True})
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def rank() -> int:
@@ -27,7 +80,7 @@ def local_rank() -> int:
 
 def node_rank() -> int:
     """This machine among those of the run."""
-    return int(os.environ.get("GROUP_RANK", "0")) if launched() else 0
+    return int(os.environ.get("GROUP_RANK") or "0") if launched() else 0
 
 
 def restarted() -> bool:
@@ -48,7 +101,10 @@ def meeting_place() -> tuple[str, int, bool]:
     """
     host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
     if not host or not port.isdecimal():
-        raise UserError("RANK is set, but MASTER_ADDR and MASTER_PORT are not: start the processes with torchrun")
+        raise UserError(
+            f"RANK is set, but MASTER_ADDR is {host!r} and MASTER_PORT is {port!r}, expected where the processes meet; "
+            f"{_start_anew()}"
+        )
     opened = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by the launcher
     return host, int(port), rank() == 0 and not opened
 
@@ -104,7 +160,7 @@ def leave(code: int) -> NoReturn:
 
 def local_world_size() -> int:
     """Processes of the run on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if launched() else 1
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or "1") if launched() else 1
 
 
 def threads_asked() -> str | None:
