@@ -72,8 +72,10 @@ def prepare_and_train(config: "RunConfig", prepare_only: bool, profile: bool = F
         return
 
     from myllm import distributed
+    from myllm.heartbeat import starting
     from myllm.launch import what_next
     from myllm.meter import Diverged
+    from myllm.paths import RunPaths
     from myllm.publish_beside import published_beside
     from myllm.signals import exit_code, unfinished_when_time_is_up
     from myllm.train import train
@@ -83,12 +85,16 @@ def prepare_and_train(config: "RunConfig", prepare_only: bool, profile: bool = F
         config.train.device
     )  # one that is not there is a mistake to know before the hours ahead
     is_main = ranks.rank() == 0
-    with published_beside(config, active=is_main) as publisher:
+    with (
+        starting(RunPaths.of(config.name), active=is_main) as taken_over,
+        published_beside(config, active=is_main) as publisher,
+    ):
         # The first process of each machine has the data prepared, in a process of its own, while all of them train.
         with (
             prepared_beside(config.data, starts=ranks.local_rank() == 0) as dataset,
             distributed.process_group(config.train.device) as process,
         ):
+            taken_over()
             try:
                 outcome = train(config, dataset, process, publisher.offer, started, profile)
             except Diverged as error:

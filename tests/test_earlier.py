@@ -182,12 +182,11 @@ def test_other_files_of_a_later_version(runs: Path, capsys: pytest.CaptureFixtur
 
 
 def test_rows_of_metrics_change_too(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from myllm import metrics
+    from myllm import files, metrics
     from myllm.report import history
 
     renamed = Schema("row", (Change({"grad_norm": "gradient"}, values={"kind": {"train": "training"}}),))
-    for module in (metrics, history):
-        monkeypatch.setattr(module, "ROW", renamed)
+    monkeypatch.setattr(files, "ROW", renamed)
     rows = [row for row in metrics.JsonLines(done / "metrics.jsonl").rows() if row["kind"] == "training"]
     assert len(rows) == 8
     assert all("gradient" in row and "grad_norm" not in row for row in rows)

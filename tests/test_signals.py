@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,9 +16,14 @@ from conftest import ROOT, command, launch, losses, with_train, write_run_config
 
 from myllm.checkpoint import list_checkpoints, load
 from myllm.config import RunConfig
+from myllm.data.prepare import prepare
+from myllm.distributed import process_group
 from myllm.errors import UserError
-from myllm.heartbeat import Heartbeat, status
+from myllm.heartbeat import Heartbeat, starting, status
+from myllm.paths import RunPaths
+from myllm.run_folder import claimed
 from myllm.signals import TIME_LIMIT, StopRequest, exit_code, stop_signals
+from myllm.train import train
 from myllm.validate import faults
 from myllm.watchdog import tell
 
@@ -198,6 +204,52 @@ def test_what_a_watcher_sees(temp_data: Path) -> None:
     assert code == 1
     assert line.startswith("step 7: training; but process")
     assert [path.name for path in run.iterdir()] == ["heartbeat.json"]
+
+
+def test_a_start_is_no_longer_what_the_start_before_was(temp_data: Path) -> None:
+    """From the first look at the data on; and an error before there is a loop is the last word."""
+    run = RunPaths(temp_data / "runs" / "seen")
+    run.root.mkdir(parents=True)
+    (run.checkpoints / "step_00000004").mkdir(parents=True)
+    Heartbeat(run.heartbeat, 4).end("complete, after step 4", 0)
+    with suppress(UserError), starting(run, active=True):
+        wait_for(lambda: status("seen", 600)[1] == 3)
+        assert status("seen", 600)[0].startswith("step 4: starting, ")
+        raise UserError("no such data:\n  - this one\n  - that one")
+    assert status("seen", 600) == ("step 4: failed: no such data: ...", 2)
+    with suppress(UserError), starting(run, active=True) as taken_over:
+        taken_over()
+        Heartbeat(run.heartbeat, 5).end("failed: in the loop", 65)
+        raise UserError("said already")
+    assert status("seen", 600) == ("step 5: failed: in the loop", 65)
+    with claimed(run), starting(run, active=True):  # another process trains there: its word stands
+        time.sleep(0.05)
+        assert status("seen", 600)[1] == 65
+    with starting(run, active=False), starting(RunPaths(temp_data / "new"), active=True):
+        assert status("seen", 600)[1] == 65
+    assert not (temp_data / "new").exists()
+
+
+def wait_for(happened: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_the_heartbeat_is_there_before_the_model(tiny: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, seen = RunPaths.of("tiny"), []
+    run.root.mkdir(parents=True)
+    Heartbeat(run.heartbeat, 9).end("complete, after step 9", 0)
+
+    def build(*_: object) -> None:
+        seen.append(status("tiny", 600))
+        raise UserError("enough")
+
+    monkeypatch.setattr("myllm.train.Transformer", build)
+    with process_group("cpu") as process, pytest.raises(UserError, match="enough"):
+        train(tiny, prepare(tiny.data, progress=False), process)
+    assert (seen[0][0][:17], seen[0][1]) == ("step 0: starting,", 3)
 
 
 def test_who_did_not_arrive() -> None:

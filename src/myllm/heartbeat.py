@@ -12,16 +12,18 @@ It is replaced in one step, at most every EVERY_S seconds. If it cannot be writt
 import json
 import os
 import socket
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from .errors import UserError
-from .files import read_json, replacing
+from .files import locked, read_json, replacing
 from .migrations import HEARTBEAT
 from .paths import RunPaths, runs, user_path
+from .retention import list_checkpoints, step_of
 
 EVERY_S = 2.0
 AT_WORK, SILENT = 3, 1
@@ -88,6 +90,73 @@ class Heartbeat:
         })  # fmt: skip
 
 
+@contextmanager
+def starting(run: RunPaths, active: bool) -> Iterator[Callable[[], None]]:
+    """Say that a run is being started, while its data are looked for, so that nobody takes the end of an earlier start
+    for its state. If an error ends the `with` block before the loop has its own last word, that is the last word.
+
+    Args:
+        active: on the one process of the run that writes its heartbeat.
+
+    Yields:
+        call it when the loop takes over.
+    """
+    taken_over = threading.Event()
+    if not active or not _is_free(run):
+        yield taken_over.set
+        return
+    beat = Heartbeat(run.heartbeat, newest_step(run))
+
+    def write() -> None:
+        while not taken_over.is_set():
+            beat.mark()
+            beat.write(now=True)
+            taken_over.wait(EVERY_S)
+
+    thread = threading.Thread(target=write, name="heartbeat", daemon=True)
+    thread.start()
+
+    def take_over() -> None:
+        taken_over.set()
+        thread.join()
+
+    try:
+        yield take_over
+    except BaseException as error:
+        take_over()
+        if _is_open(run.heartbeat):
+            codes = {UserError: 2, KeyboardInterrupt: 130}
+            code = next((code for kind, code in codes.items() if isinstance(error, kind)), 1)
+            code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else code
+            beat.end(f"failed: {str(error) or type(error).__name__}", code)
+        raise
+    finally:
+        take_over()
+
+
+def newest_step(run: RunPaths) -> int:
+    """Where a run will go on, by the names of its checkpoints."""
+    return max(map(step_of, list_checkpoints(run.checkpoints)), default=0)
+
+
+def _is_free(run: RunPaths) -> bool:
+    """Whether the run's folder is there and no process trains in it."""
+    try:
+        with locked(run.root / ".lock", wait=False):
+            return True
+    except (OSError, UserError):
+        return False
+
+
+def _is_open(path: Path) -> bool:
+    """Whether this process has written a heartbeat, and not its end."""
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+        return said["pid"] == os.getpid() and said["host"] == socket.gethostname() and said["how"] is None
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def status(run: str, silent_s: float) -> tuple[str, int]:
     """One line about a run, and the exit code that says the same.
 
@@ -105,7 +174,8 @@ def status(run: str, silent_s: float) -> tuple[str, int]:
         raise UserError(f"no heartbeat of a run {run!r}: expected {path or runs() / run / 'heartbeat.json'}")
     try:
         said = HEARTBEAT.upgrade(read_json(path), path)
-        line = f"step {said['step']:,}: {said['how'] or said['doing']}"
+        word, *more = str(said["how"] or said["doing"]).splitlines() or [""]
+        line = f"step {said['step']:,}: {word}" + (" ..." if more else "")
         if said["doing"] == "ended":
             return line, int(said["exit_code"])
         idle = time.time() - said["progress_time"]

@@ -1,6 +1,8 @@
 """A run's folder: claimed by one process at a time, started fresh or taken up again."""
 
 import secrets
+import shlex
+import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -9,16 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from . import distributed
-from .checkpoint import Checkpoint, load, load_newest
+from .checkpoint import TOKENIZER, Checkpoint, checkpoint_folder, load, load_newest
 from .config import RunConfig, saved_config, to_dict
 from .distributed import Process
 from .errors import UserError
-from .files import locked, write_json
+from .files import fsync_folder, locked, write_json
 from .integrity import MANIFEST, MODEL, misnamed, verify
 from .metrics import JsonLines
 from .output import warn
 from .paths import RunPaths, no_checkpoint, user_path
-from .retention import is_step, list_checkpoints, unused
+from .report.history import read_object
+from .retention import PARTIAL, is_step, list_checkpoints, unused
 
 SHARED = ".shared-"
 NETWORK_DISK_S = 20.0
@@ -87,13 +90,16 @@ def _appears(path: Path) -> bool:
     return True
 
 
-def move_aside(run: RunPaths) -> Path | None:
+def move_aside(run: RunPaths, but: Path | None = None) -> Path | None:
     """Make room for a fresh run without deleting anything: the old folder's contents move to one with the date.
+
+    Args:
+        but: what stays.
 
     Returns:
         where they are now, or None if there was nothing.
     """
-    old = [path for path in run.root.iterdir() if path.name != ".lock"]
+    old = [path for path in run.root.iterdir() if path.name != ".lock" and path != but]
     if not old:
         return None
     aside = unused(run.root.with_name(f"{run.root.name}.before-{time.strftime('%Y%m%d-%H%M%S')}"))
@@ -101,6 +107,54 @@ def move_aside(run: RunPaths) -> Path | None:
     for path in old:
         path.rename(aside / path.name)
     return aside
+
+
+def start_over(run: RunPaths, config: RunConfig) -> Path | None:
+    """Move the old run aside, as `move_aside` does. One that began with imported weights begins with them again.
+
+    Raises:
+        UserError: these weights are not there any more, or are of another model; nothing is moved.
+    """
+    if not run.imported.is_file():
+        return move_aside(run)
+    start = checkpoint_folder(run.checkpoints, 0)
+    if faults := list(verify(start)):
+        raise UserError(
+            f"{run.root.name} began with weights from elsewhere, and {start} does not have them any more "
+            f"({'; '.join(faults)}): {_IMPORT_AGAIN.format(run=run.root.name, source=_source(run))}"
+        )
+    check_resumable(load(start, MODEL).config, config, start, imported=True)
+    aside = move_aside(run, but=run.imported)
+    if aside is None:
+        return None
+    shutil.copy2(run.imported, aside)
+    run.checkpoints.mkdir()
+    work = run.checkpoints / f"{PARTIAL}{start.name}"
+    shutil.copytree(aside / start.relative_to(run.root), work)
+    work.rename(start)
+    fsync_folder(run.checkpoints)
+    if (aside / TOKENIZER).is_file():  # the config names it
+        shutil.copy2(aside / TOKENIZER, run.root)
+    return aside
+
+
+def check_not_imported(run: RunPaths) -> None:
+    """
+    Raises:
+        UserError: a run without a checkpoint began with imported weights: others would be trained in their name.
+    """
+    if run.imported.is_file():
+        raise UserError(
+            f"{run.root.name} began with weights from elsewhere, and has no checkpoint any more: "
+            f"{_IMPORT_AGAIN.format(run=run.root.name, source=_source(run))}"
+        )
+
+
+_IMPORT_AGAIN = "`myllm import {source} --name {run} --overwrite` gets them again, another --name starts from scratch"
+
+
+def _source(run: RunPaths) -> str:
+    return shlex.quote(str(read_object(run.imported).get("source") or "SOURCE"))
 
 
 def check_resumable(saved: dict[str, Any], config: RunConfig, folder: Path, imported: bool = False) -> list[str]:

@@ -27,7 +27,7 @@ from .files import write_json
 from .growing import known_sequences, wait_for_data
 from .guard import Guard
 from .hardware import device_name
-from .heartbeat import Heartbeat
+from .heartbeat import Heartbeat, newest_step
 from .kernels import fast_kernels
 from .loop_evals import Interrupted, Poll, planned_evals, run_eval
 from .meter import Meter, console_line, progress
@@ -42,7 +42,7 @@ from .profiling import NoProfiler, Profiler
 from .reference import ReferenceWatch, reference_of
 from .resume import restore
 from .retention import remove_unfinished, save_due
-from .run_folder import check_shared, claimed, move_aside, truncate_logs, write_config
+from .run_folder import check_not_imported, check_shared, claimed, start_over, truncate_logs, write_config
 from .saving import Saver
 from .signals import exit_code, reason, stop_signals
 from .step import train_step
@@ -94,9 +94,11 @@ def train(
         (restarted,) = distributed.any_rank(ranks.restarted())  # what is begun afresh once goes on afterwards
         if process.is_main:
             stack.enter_context(claimed(run))
-            aside = move_aside(run) if config.train.fresh and not restarted else None
+            aside = start_over(run, config) if config.train.fresh and not restarted else None
             for folder in (run.checkpoints, run.best, run.bags):
                 remove_unfinished(folder)
+        beat = Heartbeat(run.heartbeat, newest_step(run), writes=process.is_main)
+        beat.write(now=True)  # what takes its place is the end of the start before
         distributed.barrier()
         check_shared(run, process)
         log = Log(run.log, process.is_main)
@@ -114,6 +116,8 @@ def train(
         state = TrainState(0, 0, DataPosition(0, 0, config.train.seed, dataset.hash))
         if saved := checkpoint.load_latest(run.checkpoints, log):
             state = restore(saved, config, dataset, model, optimizer, process, log)
+        else:
+            check_not_imported(run)
         state = replace(state, early_stop=(state.early_stop or EarlyStop()) if patience else None)
         if process.is_main:
             truncate_logs(run, state.step)
@@ -124,7 +128,7 @@ def train(
         # -- what the loop turns with --------------------------------------------------------------------------------
         runner = stack.enter_context(fast_kernels(model, config, process, log))
         stop = stack.enter_context(stop_signals(config.train.max_wall_s, started))
-        beat = Heartbeat(run.heartbeat, state.step, writes=process.is_main)
+        beat.step = state.step
         poll = Poll(stop, beat)
         evals = pending = planned_evals(config, whole, dataset, tokenizer, process, samples, log, poll)
         earlier = metrics.rows() if process.is_main else ()

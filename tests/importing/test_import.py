@@ -3,6 +3,7 @@
 import json
 import math
 import pickle
+import shutil
 import sys
 import types
 from dataclasses import replace
@@ -25,6 +26,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )  # fmt: skip
 
+from myllm.checkpoint import load
 from myllm.cli import main as myllm
 from myllm.completion import generate
 from myllm.config import RunConfig, load_json
@@ -424,6 +426,44 @@ def test_trained_further(tiny: RunConfig, temp_data: Path, tmp_path: Path) -> No
     assert list(losses(run.root)) == [1, 2, 3, 4, 5, 6]
     with pytest.raises(UserError, match=r"train\.seed"):
         go_on(with_train(config, max_steps=8, seed=4))
+
+
+def test_a_fresh_start_of_an_imported_run(tiny: RunConfig, temp_data: Path, tmp_path: Path) -> None:
+    """It begins with the imported weights again, or not at all: never with others, and nothing is lost."""
+    peer_folder("llama", tmp_path / "llama")
+    run = import_model(str(tmp_path / "llama"), "more", say=quietly)
+    imported = load_json(run.config, RunConfig())
+    data = replace(tiny.data, tokenizer=imported.data.tokenizer)
+    config = replace(tiny, name="more", model=replace(imported.model, max_seq_len=48), data=data)
+    config = with_train(config, batch_tokens=96, max_steps=2, save_every_steps=1, keep_last=0)
+    dataset = prepare(config.data, progress=False)
+
+    def start(config: RunConfig) -> None:
+        with process_group("cpu") as process:
+            train(config, dataset, process)
+
+    start(config)
+    first, fresh = losses(run.root), with_train(config, fresh=True)
+    weights = load(run.checkpoints / "step_00000000").model
+    start(fresh)
+    assert losses(run.root) == first
+    again = load(run.checkpoints / "step_00000000").model
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+    assert run.imported.is_file()
+    (aside,) = run.root.parent.glob("more.before-*")
+    assert (run.root / "tokenizer.json").read_bytes() == (aside / "tokenizer.json").read_bytes()
+    assert {path.name for path in (aside / "checkpoints").iterdir()} == {f"step_{step:08d}" for step in range(3)}
+    before = sorted(path for path in temp_data.rglob("*") if path.is_file())
+    with pytest.raises(UserError, match=r"model\.d_ff"):
+        start(replace(fresh, model=replace(config.model, d_ff=config.model.d_ff * 2)))
+    shutil.move(run.checkpoints / "step_00000000", tmp_path / "kept")
+    with pytest.raises(UserError, match=r"weights from elsewhere.* `myllm import llama --name more --overwrite`"):
+        start(fresh)
+    shutil.move(tmp_path / "kept", run.checkpoints / "step_00000000")
+    assert {path for path in temp_data.rglob("*") if path.is_file()} - {run.heartbeat} == {*before} - {run.heartbeat}
+    shutil.rmtree(run.checkpoints)
+    with pytest.raises(UserError, match="has no checkpoint any more"):
+        start(config)
 
 
 def test_from_the_hub(temp_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
