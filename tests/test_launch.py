@@ -305,3 +305,24 @@ def test_a_typo_is_answered_before_torch_is_loaded(temp_data: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "Traceback" not in done.stderr
+
+
+def test_a_compiler_that_is_missing_is_one_sentence(tmp_path: Path) -> None:
+    """A real torch.compile, with a C++ compiler that does not work; and what Triton says where C's is missing."""
+    code = "import torch; from myllm.launch import clear_errors\n"
+    code += "with clear_errors(): torch.compile(lambda x: x * 2 + 1)(torch.ones(8))"
+    environment = os.environ | {"CXX": "/bin/false", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 2, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if "Warning" not in line]
+    assert line.startswith("error: torch.compile needs a C++ compiler that works, and finds none (tried /bin/false)")
+    assert line.endswith("--train.compile off")
+
+
+def test_a_c_compiler_that_triton_misses(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught, clear_errors():
+        raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable or set triton.knobs")
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.startswith("error: torch.compile needs a C compiler that works, and finds none:")

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import select
 import shlex
 import shutil
@@ -35,6 +36,10 @@ CAUSE_FIRST_S = 3
 """How long a rank that lost another lets that one end first."""
 LOST_A_RANK = ("onnection closed by peer", "onnection reset by peer", "Broken pipe", "remote process exit")
 """What gloo and NCCL say where the process at the other end is gone."""
+NO_COMPILER = re.compile(
+    r"(?:No working|Failed to find) (?P<kind>C\+\+|C) compiler(?: found.*\(None, '(?P<tried>[^']*)'\))?"
+)
+"""What Inductor says for a CPU, and Triton for a GPU."""
 USAGE = """usage: python pretrain.py PRESET [--config FILE.json] [--dry-run] [--prepare-only] [--profile]
                           [overrides]
 
@@ -203,8 +208,25 @@ def clear_errors() -> Iterator[None]:
         _leave_others(error)
         raise
     except Exception as error:
+        if said := _no_compiler(error):
+            _fail(said, everywhere=True)
         _leave_others(error)
         raise
+
+
+def _no_compiler(error: BaseException | None) -> str | None:
+    """What to do where torch.compile found no compiler, or one that does not work; None for any other error."""
+    while error is not None:
+        found = NO_COMPILER.search(str(error))
+        if found:
+            tried = f" (tried {found['tried']})" if found["tried"] else ""
+            return (
+                f"torch.compile needs a {found['kind']} compiler that works, and finds none{tried}: install one (g++ "
+                "on Linux, `xcode-select --install` on macOS), name yours in the variable CC or CXX, or train without: "
+                "--train.compile off"
+            )
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _check_system() -> None:
