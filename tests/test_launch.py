@@ -1,5 +1,6 @@
 """The command line: what it accepts, what it refuses, and what it says."""
 
+import os
 import re
 import shutil
 import signal

@@ -21,7 +21,7 @@ from typing import Any
 
 from .config import HubConfig, ModelConfig, saved_config, to_dict
 from .data.fetch import is_final, retry_after
-from .data.listing import first_line
+from .data.listing import first_line, hub_endpoint
 from .data.room import size
 from .errors import UserError
 from .files import locked, out_of_space, read_json, write_json, write_text
@@ -64,10 +64,11 @@ def export(checkpoint: Path, folder: Path) -> None:
 def check_token() -> None:
     """
     Raises:
-        UserError: no account is known here.
+        UserError: no account is known here, or the Hub's address is none.
     """
     from huggingface_hub import get_token
 
+    hub_endpoint()
     if not get_token():
         raise UserError(
             "publishing needs an account of the Hugging Face Hub, and no token is known here: log in with "

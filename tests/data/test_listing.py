@@ -14,6 +14,7 @@ import pytest
 from hub_server import HubServer
 from huggingface_hub import constants
 
+from myllm import importing
 from myllm.config import DataConfig
 from myllm.data import listing
 from myllm.data.listing import Unreachable, list_hub, list_urls
@@ -21,6 +22,8 @@ from myllm.data.prepare import resolve
 from myllm.data.recipe import recipe_of
 from myllm.data.sources import find_source
 from myllm.errors import UserError
+from myllm.evals.hellaswag_data import load_examples
+from myllm.publishing import check_token
 
 REPO = "someone/some-texts"
 FILES = {
@@ -279,3 +282,20 @@ def test_of_several_processes_one_asks(hub: HubServer, temp_data: Path) -> None:
     asked = [request.path for request in hub.requests]
     assert len(asked) == len(set(asked)), "a page was asked for twice"
     assert not list(temp_data.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    "endpoint", ["mirror.example", "localhost:8080", "https://", "ftp://mirror.example", "//mirror"]
+)
+def test_an_address_that_is_none_is_said_at_once(
+    endpoint: str, temp_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By whatever asks the Hub; nothing is tried."""
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(time, "sleep", pytest.fail)
+    for ask in (
+        lambda: find_source(f"hub:{REPO}"), lambda: find_source("dolma"), load_examples, check_token,
+        lambda: importing.find("someone/some-model", None, print),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=f"HF_ENDPOINT is '{re.escape(endpoint)}', expected a whole address"):
+            ask()

@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 from ..errors import UserError
 from ..files import file_sha256, fsync_folder, locked, naming, out_of_space
-from .listing import Unreachable, first_line
+from .listing import Unreachable, first_line, hub_endpoint
 from .sources import SourceFile
 
 CHUNK_BYTES = 1 << 20
@@ -96,6 +96,8 @@ def _download(file: SourceFile, partial: Path, tries: int) -> None:
     Raises:
         _Replaced: what there is of it may not fit what the server has now.
     """
+    if _HUB.fullmatch(file.where):
+        hub_endpoint()  # one that cannot be is not tried
     vain = 0
     while True:
         before = partial.stat().st_size if partial.exists() else 0

@@ -65,7 +65,7 @@ def _ask_hub(repo: str, revision: str | None, pattern: str) -> Iterator[RemoteFi
     if not wanted:
         raise UserError(
             f"{repo} has {len(files)} files under {folder or '/'}, but none match {pattern!r}; see "
-            f"{_endpoint()}/datasets/{repo}/tree/{commit} for what there is"
+            f"{hub_endpoint()}/datasets/{repo}/tree/{commit} for what there is"
         )
     for each in sorted(wanted, key=lambda file: file["path"]):
         digest = each["lfs"]["oid"] if each.get("lfs") else f"git:{each['oid']}"
@@ -81,7 +81,7 @@ def _hub_pages(question: str, **parameters: bool) -> Iterator[Any]:
     from huggingface_hub.utils import validate_repo_id
 
     validate_repo_id("/".join(question.split("/")[:2]))
-    url = address = f"{_endpoint()}/api/datasets/{question}"
+    url = address = f"{hub_endpoint()}/api/datasets/{question}"
     params: dict[str, bool] | None = parameters
     while address:
         answer = _ask_server(address, params=params)
@@ -102,9 +102,20 @@ def _ask_server(url: str, params: dict[str, bool] | None = None) -> Any:
     return answer
 
 
-def _endpoint() -> str:
+def hub_endpoint() -> str:
+    """The Hub's address, or its mirror's.
+
+    Raises:
+        UserError: what HF_ENDPOINT says is none; the client would try it for a minute.
+    """
     from huggingface_hub import constants
 
+    parts = urlsplit(constants.ENDPOINT)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise UserError(
+            f"HF_ENDPOINT is {constants.ENDPOINT!r}, expected a whole address, such as https://huggingface.co; unset "
+            "it for the Hub itself"
+        )
     return constants.ENDPOINT
 
 
@@ -124,6 +135,7 @@ def list_urls(repo: str, file: str) -> list[RemoteFile]:
 def _ask_urls(repo: str, file: str) -> list[RemoteFile]:
     from huggingface_hub import hf_hub_url
 
+    hub_endpoint()
     with _clear_hub_errors(repo):
         text = _ask_server(hf_hub_url(repo, file, repo_type="dataset")).content.decode()
     urls = list(dict.fromkeys(line.strip() for line in text.splitlines() if "://" in line))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from huggingface_hub import errors, snapshot_download
 
+from ..data.listing import hub_endpoint
 from ..errors import UserError
 from ..files import out_of_space
 from .reference import CHECKPOINT
@@ -28,6 +29,7 @@ def download(repo: str, revision: str | None, say: Callable[[str], None]) -> Pat
 
 
 def _fetch(repo: str, revision: str | None, files: tuple[str, ...]) -> Path:
+    hub_endpoint()  # one that cannot be is not tried
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=list(files), ignore_patterns="*/*"))
     except errors.HFValidationError as error:
