@@ -250,3 +250,39 @@ def test_a_run_whose_rows_have_no_room_goes_on(endless: Path, tmp_path: Path, te
     assert done.returncode == 0, done.stderr
     assert load(list_checkpoints(run / "checkpoints")[0]).state.step == 6
     assert json.loads((run / "heartbeat.json").read_text())["how"] == "complete, after step 6"
+
+
+# ---- letters
+
+
+def test_letters_that_a_terminal_lacks_are_escaped(tmp_path: Path) -> None:
+    """In an ASCII and in an ISO-8859 locale: every command's help, names that are no text, and a conversation."""
+    odd = os.fsencode(tmp_path) + b"/datasets/caf\xe9-1234"
+    os.makedirs(odd)
+    for name in (b"/settings.json", b"/manifest.json"):
+        Path(os.fsdecode(odd + name)).write_text("{}")
+    code = f"""
+import sys
+from myllm import cli
+helps = [[*name.split(), "--help"] for name in cli.COMMANDS] if sys.argv[1] == "ascii" else []
+for words in [["data", "list"], *helps]:
+    try:
+        cli.main(words)
+    except SystemExit as end:
+        assert not end.code, words
+print("日 é ∞ \\udcff", file=sys.stderr)
+print("日 é ∞ \\udcff")
+if sys.argv[1] == "utf-8":
+    from myllm import chat
+    chat._save({str(tmp_path / "saved.txt")!r}, chat._read_line())
+"""
+    for encoding in ("ascii", "iso-8859-1", "utf-8"):
+        environment = os.environ | {"PYTHONIOENCODING": encoding, "MYLLM_DATA": str(tmp_path)}
+        done = subprocess.run(
+            [sys.executable, "-c", code, encoding],
+            input=b"caf\xe9\n", capture_output=True, timeout=120, check=False, env=environment,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr.decode()
+        assert b"caf\\udce9-1234" in done.stdout
+        assert b"\\udcff" in done.stdout
+    assert (tmp_path / "saved.txt").read_text() == "caf\\udce9"

@@ -113,16 +113,14 @@ def _remove_left_behind(folder: Path, name: re.Pattern[str]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file in one step: see `replacing`."""
+    """Replace a file in one step: see `replacing`. What UTF-8 cannot hold, as in a name of another encoding, is escaped
+    as JSON does it."""
     with replacing(path) as file:
-        file.write(text.encode())
+        file.write(text.encode(errors="backslashreplace"))
 
 
 def write_json(path: Path, value: Any) -> None:
-    text = json.dumps(value, indent=2, ensure_ascii=False)
-    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
-        text = json.dumps(value, indent=2)  # the name of a file that is no UTF-8, which only an escape can hold
-    write_text(path, text + "\n")
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 MAX_NESTING = 100

@@ -34,6 +34,8 @@ def open_output(keep_going: bool = False) -> None:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
     if sys.stdin is None:
         sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, closefd=False)), encoding="utf-8")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # as of file names: what is no text ends no conversation
     for number, name in enumerate(STREAMS, start=1):
         stream = getattr(sys, name)
         ours = stream is getattr(sys, f"__{name}__")  # not a notebook's, nor a test's

@@ -72,7 +72,8 @@ def sample(
         loaded, prompts, max_new_tokens, sampling, stop=stop, num_samples=num_samples, batch_size=batch_size,
         on_text=turns.show if turns else None,
     )  # fmt: skip
-    with user_path(out).open("w", encoding="utf-8") if out else nullcontext(sys.stdout) as file:
+    escaping = {"encoding": "utf-8", "errors": "backslashreplace"}
+    with user_path(out).open("w", **escaping) if out else nullcontext(sys.stdout) as file:
         if turns:
             turns.write(file, made)
         else:

@@ -111,7 +111,7 @@ class Watchdog:
             message = tell(reports, float(board.get("hang")))
             message += f". Where each stood: {self._run.stacks}. The same command goes on from the newest checkpoint"
             _say(f"error: {message}")
-            with suppress(OSError), self._run.log.open("a", encoding="utf-8") as file:
+            with suppress(OSError), self._run.log.open("a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {message}\n")
             self._heartbeat.end(f"failed: {message}", 1)
             board.set("told", "")
@@ -203,4 +203,4 @@ def _within(seconds: float, happened: Any) -> bool:
 def _say(line: str) -> None:
     # Not through the log: the loop may hold its locks, and does not get on.
     with suppress(OSError):
-        os.write(2, f"\n{line}\n".encode())
+        os.write(2, f"\n{line}\n".encode(errors="backslashreplace"))
