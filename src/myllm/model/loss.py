@@ -17,7 +17,8 @@ IGNORED = -1
 """Target of a token that is not predicted."""
 
 # Tokens a chunk. A CPU wants a chunk's logits in its last cache, and no more chunks than that, since each adds to the
-# whole gradient of the head (docs/experiments.md); on a GPU the matrix products need enough rows to fill the card.
+# whole gradient of the head (docs/experiments.md); on a GPU the matrix products need enough rows to fill the card,
+# and four times as many gain 0.3 % of a step for 1.2 GiB and more (docs/speed.md).
 CPU_CHUNK = 128
 GPU_CHUNK = 4_096
 
