@@ -70,6 +70,28 @@ def test_tiny_runs_every_stage(tmp_path: Path, script: ModuleType) -> None:
     assert (tmp_path / "out" / "gpu_check_trace.json.gz").stat().st_size > 0
 
 
+def test_stages_need_few_packages(script: ModuleType) -> None:
+    """A machine that is lent for minutes has torch and little else."""
+    absent = {"datasets", "matplotlib", "pyarrow", "safetensors", "transformers", "tyro", "zstandard"}
+    program = f"""
+import importlib, sys
+from importlib.machinery import PathFinder
+
+class Without:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        return None if name.split(".")[0] in {absent!r} else PathFinder.find_spec(name, path, target)
+
+sys.meta_path[:] = [Without if finder is PathFinder else finder for finder in sys.meta_path]
+sys.path[:0] = [{str(ROOT / "src")!r}, {str(ROOT / "benchmarks")!r}]
+import gpu_check
+for stage in gpu_check.STAGES:
+    importlib.import_module(f"gpu_stages.{{stage.module}}")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_no_cuda_is_exit_code_2(tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), "--out", str(tmp_path / "out")]
     env = {"PATH": "/usr/bin:/bin", "CUDA_VISIBLE_DEVICES": ""}
