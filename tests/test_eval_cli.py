@@ -10,10 +10,11 @@ import torch
 from conftest import eval_rows
 from made_checkpoints import rewrite
 
-from myllm import cli, eval_tasks
+from myllm import cli, eval_results, eval_tasks
 from myllm.config import RunConfig
 from myllm.data.prepare import prepare
 from myllm.distributed import process_group
+from myllm.errors import UserError
 from myllm.eval_results import add, read
 from myllm.evals import speed as speed_module
 from myllm.evals import writing
@@ -196,6 +197,52 @@ def test_a_task_that_cannot_be_done_stops_no_other(run: Path, capsys: pytest.Cap
     assert evaluate("tiny", "--tasks", "validation", "hellaswag", "--hellaswag-file", OWN) == 2
     assert "validation: the data set that" in capsys.readouterr().err
     assert [each.task for each in read(run / "eval.json")] == ["hellaswag"]
+
+
+def test_a_run_that_cannot_be_written_is_measured_all_the_same(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody else's: the figures are shown first, then it is said where they could not be kept."""
+
+    def refuse(file: Path, results: list) -> None:
+        raise UserError(f"cannot write {file}: Permission denied; give another file with --out")
+
+    monkeypatch.setattr("myllm.eval_cli.why_unwritable", lambda file: "Permission denied")
+    with monkeypatch.context() as patch:
+        patch.setattr(eval_results, "add", refuse)
+        assert evaluate("tiny", "--tasks", "validation", "cloze") == 2
+    said = capsys.readouterr()
+    assert "perplexity" in said.out
+    assert "acc_blind" in said.out
+    assert "eval.json cannot be written (Permission denied): figures are only shown; --out keeps them" in said.err
+    assert "cloze is not kept, only shown: cannot write" in said.err
+    assert evaluate("tiny", "--tasks", "cloze", "--out", tmp_path / "mine.json") == 0
+    assert read(tmp_path / "mine.json")[0].task == "cloze"
+
+
+@pytest.mark.parametrize("out", ["file/eval.json", "", "x" * 300, "/proc/nothing/eval.json"])
+def test_a_place_that_cannot_be_written_is_said_before_anything_is_measured(
+    out: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert evaluate("tiny", "--tasks", "cloze", "--out", tmp_path / out) == 2
+    said = capsys.readouterr().err
+    assert "measuring" not in said
+    assert "give another file with --out" in said
+
+
+def test_hellaswag_that_is_out_of_reach_is_no_failure_unless_it_is_named(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(*_: object) -> None:
+        raise UserError("HellaSwag is not to be had")
+
+    monkeypatch.setitem(eval_tasks.TASKS, "hellaswag", unreachable)
+    assert evaluate("tiny") == 0
+    assert "skipped hellaswag: HellaSwag is not to be had" in capsys.readouterr().err
+    assert [each.task for each in read(run / "eval.json")] == ["validation", "cloze"]
+    assert evaluate("tiny", "--tasks", "validation", "hellaswag") == 2
+    assert "hellaswag: HellaSwag is not to be had" in capsys.readouterr().err
 
 
 def test_what_is_measured_is_kept_at_once(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,9 @@ from myllm.checkpoint import TrainState, save
 from myllm.config import RunConfig, to_dict
 from myllm.data.order import DataPosition
 from myllm.errors import UserError
+from myllm.loading import find_model
 from myllm.paths import RunPaths
+from myllm.report.history import find_run
 from myllm.run_folder import check_resumable, claimed, latest_checkpoint, move_aside, truncate_logs, write_config
 
 
@@ -86,6 +88,26 @@ def test_fresh_is_not_remembered(run: RunPaths) -> None:
 def put(checkpoints: Path, step: int) -> Path:
     state = TrainState(step, 0, DataPosition(0, 0, 0, ""))
     return save(checkpoints, state, {}, {"w": torch.zeros(1)}, {}, [], keep_last=0)
+
+
+def test_a_name_that_means_two_things_says_which_was_taken(
+    temp_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for root, step in ((tmp_path / "here/c9", 5), (temp_data / "runs/c9", 10)):
+        put(root / "checkpoints", step)
+        (root / "metrics.jsonl").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    assert find_model("c9").step == 10
+    assert find_run("c9").root == temp_data / "runs/c9"
+    assert capsys.readouterr().err == ""
+    monkeypatch.chdir(tmp_path / "here")
+    for find in (find_model, find_run):
+        find("c9")
+        said = capsys.readouterr().err
+        assert f"c9 is {tmp_path / 'here/c9'} here, and that is taken" in said
+        assert f"give {temp_data / 'runs/c9'}" in said
+        find(str(temp_data / "runs/c9"))
+        assert capsys.readouterr().err == ""
 
 
 def test_naming_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

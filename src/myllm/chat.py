@@ -11,6 +11,7 @@ from .files import write_text
 from .generation import stream
 from .language_model import LanguageModel
 from .paths import user_path
+from .plan import n_parameters
 from .sampling import Sampling
 
 HELLO = """{parameters:,} parameters, context {context:,} tokens.
@@ -29,7 +30,7 @@ def chat(language_model: LanguageModel, max_new_tokens: int, sampling: Sampling)
     sampling.check()
     model, tokenizer = language_model
     context = model.config.max_seq_len
-    print(HELLO.format(parameters=sum(p.numel() for p in model.parameters()), context=context))
+    print(HELLO.format(parameters=n_parameters(model.config), context=context))
     history: list[int] = [tokenizer.end_of_text]
     written = ""
     while (line := _read_line()) is not None:

@@ -11,14 +11,18 @@ from . import eval_results, paths
 from .errors import UserError, nearest
 from .eval_results import Result
 from .eval_tasks import OF_A_FILE, TASKS, Choices, Subject, measure
+from .files import check_writable, why_unwritable
 from .paths import user_path
 
+USUAL = ("validation", "hellaswag", "cloze")
+OPTIONAL = ("hellaswag", "cloze")
+"""Of the usual tasks, what is no failure where it cannot be done: no network, or a context that is too short."""
 Positional = tyro.conf.Positional
 
 
 def evaluate(
     model: Positional[str],
-    tasks: tuple[str, ...] = ("validation", "hellaswag", "cloze"),
+    tasks: tuple[str, ...] = (),
     protocol: Literal["nanogpt", "lm-eval"] = "nanogpt",
     hellaswag_file: Path | None = None,
     hellaswag_examples: int | None = None,
@@ -34,7 +38,8 @@ def evaluate(
     Args:
         model: a run's name or folder (its newest intact checkpoint), any folder that holds a checkpoint, an exported
             folder or another of transformers, or a model of the Hub: NAMESPACE/NAME, NAMESPACE/NAME@REVISION.
-        tasks: any of validation, hellaswag, cloze; perplexity:FILE, a text of your own; generation, figures of samples
+        tasks: none given: validation, hellaswag and cloze, of which the last two are skipped where they cannot be
+            done. Any of these; perplexity:FILE, a text of your own; generation, figures of samples
             of fixed prompts; speed; quantisation, float weights against int8 on the held-out text, and
             quantisation:FILE on a text of your own.
         protocol: how HellaSwag is scored. nanogpt: as build-nanogpt and llm.c do, acc_norm by the mean a token;
@@ -50,6 +55,7 @@ def evaluate(
         device: auto, cpu, cuda or mps.
         int8: measure with weights in eight bits, by torchao.
     """
+    named, tasks = bool(tasks), tasks or USUAL
     _check(tasks, batch_size, hellaswag_examples)
     paths.check_model(model)  # before the seconds that torch takes
     if dataset is not None:
@@ -59,21 +65,43 @@ def evaluate(
     subject = resolve(model, device, int8)
     file = subject.home / "eval.json" if out is None else user_path(out)
     eval_results.read(file)  # not after the hours that measuring takes
+    if out is not None:
+        check_writable(file, "--out")
+    elif reason := why_unwritable(file):  # somebody else's run
+        print(f"note: {file} cannot be written ({reason}): figures are only shown; --out keeps them", file=sys.stderr)
     choices = Choices(protocol, hellaswag_file, hellaswag_examples, stride, dataset, batch_size)
-    results, faults = [], []
+    _measure_all(tasks, named, subject, choices, file)
+
+
+def _measure_all(tasks: tuple[str, ...], named: bool, subject: Subject, choices: Choices, file: Path) -> None:
+    """Measure, show and keep, task by task.
+
+    Raises:
+        UserError: tasks that could not be done or kept, once all others are. Of the usual tasks, which nobody named,
+            the optional ones may be skipped.
+    """
+    measured, kept, faults = 0, 0, []
     for task in dict.fromkeys(tasks):
         print(f"measuring {task}", file=sys.stderr, flush=True)
         try:
-            results.append(_result(task, subject, choices))
+            result = _result(task, subject, choices)
         except UserError as error:  # the other tasks may still be done
-            faults.append(f"{task}: {error}")
+            if named or task not in OPTIONAL or (task == "hellaswag" and choices.hellaswag_file):
+                faults.append(f"{task}: {error}")
+            else:
+                print(f"skipped {task}: {error}", file=sys.stderr)
             continue
-        eval_results.add(file, results[-1:])
-    if results:
-        print(eval_results.table(results))
+        print(eval_results.table([result]), flush=True)  # shown first: whatever becomes of the file, it is not lost
+        measured += 1
+        try:
+            eval_results.add(file, [result])
+            kept += 1
+        except UserError as error:
+            faults.append(f"{task} is not kept, only shown: {error}")
+    if kept:
         print(file)
-    if faults:
-        raise UserError("\n".join(faults))
+    if faults or not measured:
+        raise UserError("\n".join(faults) or "nothing could be measured")
 
 
 def resolve(where: str, device: str, int8: bool) -> Subject:
@@ -103,8 +131,6 @@ def _result(task: str, subject: Subject, choices: Choices) -> Result:
 
 def _check(tasks: tuple[str, ...], batch_size: int, hellaswag_examples: int | None) -> None:
     known = [*TASKS, *(f"{name}:FILE" for name in OF_A_FILE)]
-    if not tasks:
-        raise UserError(f"no tasks; give any of {', '.join(known)}")
     for task in tasks:
         name, _, file = task.partition(":")
         if task not in TASKS and not (name in OF_A_FILE and file):

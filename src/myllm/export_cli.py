@@ -8,6 +8,7 @@ import tyro
 
 from . import paths
 from .errors import UserError
+from .files import check_writable
 from .paths import user_path
 
 Positional = tyro.conf.Positional
@@ -36,6 +37,7 @@ def export(
     for file in filter(None, (to_onnx, to_gguf)):
         if user_path(file).is_dir() or (user_path(file).exists() and not overwrite):
             raise UserError(f"{file} is there already; give another name, or --overwrite to replace a file")
+        check_writable(user_path(file), "--to-onnx" if file is to_onnx else "--to-gguf")
     paths.check_model(model, hub=False)  # before the seconds that torch takes
     from .exporting import export_folder, open_source
     from .run_folder import find_checkpoint

@@ -123,6 +123,30 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def why_unwritable(path: Path) -> str | None:
+    """Why a file of this name cannot be written, to be asked before the hours that its content takes; None if it can
+    be. Folders that are not there yet are taken for made."""
+    try:
+        if path.is_dir():
+            return "it is a folder"
+        if path.exists() and not os.access(path, os.W_OK):
+            return os.strerror(errno.EACCES)
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+        with tempfile.TemporaryFile(dir=folder):
+            return None
+    except OSError as error:
+        return error.strerror or str(error)
+
+
+def check_writable(path: Path, option: str) -> None:
+    """
+    Raises:
+        UserError: the file that an option names cannot be written.
+    """
+    if reason := why_unwritable(path):
+        raise UserError(f"cannot write {path}: {reason}; give another file with {option}")
+
+
 MAX_NESTING = 100
 """Of JSON that is read. No file of ours or of models is nested deeper than ten."""
 

@@ -22,7 +22,7 @@ from typing import Any
 from .errors import UserError
 from .files import locked, read_json, replacing
 from .migrations import HEARTBEAT
-from .paths import RunPaths, runs, user_path
+from .paths import RunPaths, runs, user_path, warn_of_two
 from .retention import list_checkpoints, step_of
 
 EVERY_S = 2.0
@@ -170,6 +170,8 @@ def status(run: str, silent_s: float) -> tuple[str, int]:
     """
     folder = next((each for each in (user_path(run), runs() / run) if each.is_dir()), None)
     path = RunPaths(folder).heartbeat if folder else None
+    if folder:
+        warn_of_two(run, folder, runs() / run)
     if path is None or not path.is_file():
         raise UserError(f"no heartbeat of a run {run!r}: expected {path or runs() / run / 'heartbeat.json'}")
     try:

@@ -43,6 +43,7 @@ def find_model(where: str | Path) -> Origin:
     """
     path = user_path(where)
     if importing.is_foreign(path):
+        paths.warn_of_two(str(where), path, paths.runs() / where)
         return Origin(path, Path(), None, RunConfig(), None)
     try:
         saved = find_checkpoint(str(where), paths.runs())

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import UserError
+from .output import warn
 
 REPOSITORY = re.compile(r"(?:hub:)?([\w.-]+/[\w.-]+)(?:@(\S+))?")
 """A model's repository of the Hub, and its revision."""
@@ -174,6 +175,18 @@ def leads_somewhere(where: str, hub: bool = True) -> bool:
         if user_path(where).exists() or (runs() / where).exists():
             return True
     return hub and REPOSITORY.fullmatch(where) is not None
+
+
+def warn_of_two(where: str, taken: Path, named: Path) -> None:
+    """Say which was taken where a user's word is a path from here and a name under temp_data/ too.
+
+    Args:
+        taken: what was taken.
+        named: what the name under temp_data/ would be.
+    """
+    with suppress(OSError):
+        if named.exists() and not named.samefile(taken):
+            warn(f"{where} is {taken.absolute()} here, and that is taken; for the other one give {named}")
 
 
 def check_model(where: str, hub: bool = True) -> None:

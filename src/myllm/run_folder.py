@@ -19,7 +19,7 @@ from .files import fsync_folder, locked, write_json
 from .integrity import MANIFEST, MODEL, misnamed, verify
 from .metrics import JsonLines
 from .output import warn
-from .paths import RunPaths, no_checkpoint, user_path
+from .paths import RunPaths, no_checkpoint, user_path, warn_of_two
 from .report.history import read_object
 from .retention import PARTIAL, is_step, list_checkpoints, unused
 
@@ -215,6 +215,7 @@ def find_checkpoint(where: str, runs: Path, say: Callable[[str], None] = warn) -
         UserError: nothing there, or nothing that is intact.
     """
     root, found = checkpoints_of(where, runs)
+    warn_of_two(where, root, runs / where)
     if found == [root]:
         for fault in misnamed(root):
             say(f"{root}: {fault}")

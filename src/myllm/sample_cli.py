@@ -12,7 +12,7 @@ import tyro
 
 from . import paths
 from .errors import UserError
-from .files import parse_json
+from .files import check_writable, parse_json
 from .paths import user_path
 from .sampling import Sampling
 
@@ -59,7 +59,8 @@ def sample(
     sampling.check()  # before the seconds that torch and loading take
     paths.check_model(model)
     prompts = _prompts(prompt, prompts_file)
-    _check_folder(out)
+    out = out and user_path(out)
+    _check_out(out)
     from .completion import complete
     from .loading import load_model
 
@@ -73,7 +74,7 @@ def sample(
         on_text=turns.show if turns else None,
     )  # fmt: skip
     escaping = {"encoding": "utf-8", "errors": "backslashreplace"}
-    with user_path(out).open("w", **escaping) if out else nullcontext(sys.stdout) as file:
+    with out.open("w", **escaping) if out else nullcontext(sys.stdout) as file:
         if turns:
             turns.write(file, made)
         else:
@@ -173,9 +174,12 @@ def serve(
     run(model, device, int8, host, port, default)
 
 
-def _check_folder(out: Path | None) -> None:
-    if out is not None and not user_path(out).absolute().parent.is_dir():
+def _check_out(out: Path | None) -> None:
+    if out is None:
+        return
+    if not out.absolute().parent.is_dir():
         raise UserError(f"cannot write {out}: its folder is not there; make it first")
+    check_writable(out, "--out")
 
 
 def _prompts(prompt: str | None, file: Path | None) -> list[str]:

@@ -14,6 +14,7 @@ import tyro
 from . import paths
 from .config import DataConfig
 from .errors import UserError
+from .files import check_writable
 from .paths import user_path
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ def tokenizer_train(
             f"there is a vocabulary at {out} already, which data sets and runs may have been made with; --overwrite "
             "replaces it, --out FILE writes another"
         )
+    check_writable(out, "--out")
     last: deque[str] = deque(maxlen=SHOWN_DOCUMENTS)
 
     def remembered() -> Iterator[str]:

@@ -29,6 +29,7 @@ from myllm.errors import UserError
 from myllm.generation import Continuation, continue_batch
 from myllm.loading import LanguageModel
 from myllm.model import Transformer
+from myllm.plan import n_parameters
 from myllm.sampling import Sampling
 from myllm.serve.address import is_own_name, listen
 from myllm.serve.asked import MAX_NEW_TOKENS
@@ -92,7 +93,7 @@ def test_what_is_left_out_is_as_the_command_said(model: LanguageModel) -> None:
         connection.request("GET", "/model")
         facts = json.loads(connection.getresponse().read())
     assert (facts["name"], facts["context"], facts["vocabulary"]) == ("a <model>", 32, 50_257)
-    assert facts["parameters"] == sum(parameter.numel() for parameter in model.model.parameters())
+    assert facts["parameters"] == n_parameters(model.model.config)  # as the log says it: without the padding
     assert (facts["settings"]["temperature"], facts["settings"]["max_new_tokens"]) == (0, 3)
 
 

@@ -309,6 +309,7 @@ def find_folder(name: str, marks: tuple[str, ...] = (MANIFEST,)) -> Path:
     """
     for folder in (user_path(name), paths.datasets() / name):
         if any((folder / mark).is_file() for mark in (*marks, PROGRESS)):
+            paths.warn_of_two(name, folder, paths.datasets() / name)
             return folder
     known = sorted({each.parent.name for mark in marks for each in paths.datasets().glob(f"[!.]*/{mark}")})
     matches = [each for each in known if each.startswith(name)]

@@ -23,6 +23,7 @@ from ..files import TEMPORARY, fsync_folder, read_json, write_json, write_text
 from ..integrity import MODEL
 from ..model import Transformer
 from ..paths import RunPaths, user_path
+from ..plan import n_parameters
 from ..report.history import read_object, text_of
 from ..retention import unused
 from .architectures import CLASSES, choose, settings
@@ -219,7 +220,7 @@ def _write(folder: Path, source: Source, dtype: str, facts: dict[str, Any], max_
         "tokens_seen": source.tokens_seen,
         "architecture": CLASSES[kind],
         "dtype": dtype,
-        "parameters": sum(weight.numel() for weight in weights.values()),
+        "parameters": n_parameters(config),
         "tokenizer": tokenizer.name,
         "imported": source.imported,
         "source": source_of(source.config.data.source, source.config.data.dataset, source.recorded_source),

@@ -83,7 +83,10 @@ class Metrics:
 def find_run(run: str | Path) -> paths.RunPaths:
     """The run of that name under temp_data/runs, or the run in that folder."""
     folder = user_path(run)
-    return paths.RunPaths(folder) if (folder / "metrics.jsonl").is_file() else paths.RunPaths.of(str(run))
+    if not (folder / "metrics.jsonl").is_file():
+        return paths.RunPaths.of(str(run))
+    paths.warn_of_two(str(run), folder, paths.runs() / run)
+    return paths.RunPaths(folder)
 
 
 def read_metrics(path: Path) -> Metrics:

@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 
 from ..errors import UserError
 from ..loading import LanguageModel, load_model
+from ..plan import n_parameters
 from .address import is_loopback, is_own_name, listen
 from .asked import MAX_NEW_TOKENS, Asked, parse, settings_of
 from .written import written
@@ -245,7 +246,7 @@ def _facts(model: LanguageModel, name: str, default: Asked) -> dict[str, Any]:
     transformer, tokenizer = model
     return {
         "name": name,
-        "parameters": sum(parameter.numel() for parameter in transformer.parameters()),
+        "parameters": n_parameters(transformer.config),
         "context": transformer.config.max_seq_len,
         "vocabulary": transformer.config.vocab_size,
         "tokenizer": tokenizer.name,
