@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from myllm.data.shards import Dataset, find_dataset
-from myllm.errors import UserError
+from myllm.errors import MachineError, UserError
 
 if TYPE_CHECKING:
     from conftest import Growing
@@ -63,6 +63,21 @@ def test_a_read_does_not_touch_the_disk(dataset: Dataset) -> None:
     dataset.train.read(0, 10)[:] = 0
     assert dataset.train.read(0, 10).tolist() == list(range(10))
     assert dataset.damaged() == []
+
+
+def test_a_shard_that_is_cut_short_in_use_is_said(dataset: Dataset) -> None:
+    """A map of it is still there, and to read that beyond the file's end would be the end of the process."""
+    stream = dataset.train
+    stream.read(0, 10)
+    path = dataset.folder / next(shard.file for shard in dataset.shards if shard.split == "train")
+    size = path.stat().st_size
+    os.truncate(path, size - 2)
+    with pytest.raises(
+        MachineError, match=rf"{path.name} was cut short while it was in use: {size - 2:,} bytes, expected"
+    ):
+        stream.read(0, 10)
+    path.unlink()  # its map holds all of it, but what was cut off
+    assert len(stream.read(0, 10)) == 10
 
 
 def test_one_changed_byte_is_found(dataset: Dataset) -> None:

@@ -5,6 +5,7 @@ A folder holds `val_00000.npy`, `train_00000.npy`, ... , one-dimensional uint16 
 `progress.json` lists the shards that are sealed, so that training can begin. docs/data_format.md describes all of it.
 """
 
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -209,7 +210,7 @@ class TokenStream:
 
     def __init__(self, dataset: Dataset, split: str) -> None:
         self._dataset, self._split = dataset, split
-        self._arrays: tuple[np.ndarray, ...] = ()
+        self._arrays: tuple[np.memmap, ...] = ()
         self._intact: set[int] = set()
         self._ends = np.zeros(0, dtype=np.int64)
         self.tokens = 0
@@ -266,6 +267,9 @@ class TokenStream:
 
         Shapes:
             returns (count,) uint16
+
+        Raises:
+            MachineError: a shard was cut short meanwhile.
         """
         assert 0 <= start <= start + count <= self.tokens, (start, count, self.tokens)
         out = np.empty(count, dtype=np.uint16)
@@ -274,6 +278,7 @@ class TokenStream:
         shard = int(np.searchsorted(ends, start, side="right"))
         while filled < count:
             first = start + filled - (int(ends[shard - 1]) if shard else 0)
+            _check_whole(arrays[shard])
             part = arrays[shard][first : first + count - filled]
             out[filled : filled + len(part)] = part
             filled += len(part)
@@ -281,7 +286,7 @@ class TokenStream:
         return out
 
 
-def _map(folder: Path, shard: Shard) -> np.ndarray:
+def _map(folder: Path, shard: Shard) -> np.memmap:
     """A shard as an array that stays on disk, (shard.tokens,) uint16."""
     path = folder / shard.file
     try:
@@ -294,6 +299,21 @@ def _map(folder: Path, shard: Shard) -> np.ndarray:
             f"{_REPAIR.format(folder)}"
         )
     return array
+
+
+def _check_whole(array: np.memmap) -> None:
+    """Look at a shard's size before its content: to read a map beyond the end of its file ends the process (SIGBUS),
+    without a word. A file that was deleted is whole for as long as it is mapped."""
+    try:
+        size_bytes = os.stat(array.filename).st_size
+    except OSError:
+        return
+    if size_bytes < array.offset + array.nbytes:
+        path = Path(array.filename)
+        raise MachineError(
+            f"the shard {path} was cut short while it was in use: {size_bytes:,} bytes, expected "
+            f"{array.offset + array.nbytes:,}; {_REPAIR.format(path.parent)}"
+        )
 
 
 def find_dataset(name: str, unfinished: bool = False) -> Dataset:
