@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))  # runs from a 
 
 if TYPE_CHECKING:
     from myllm.config import RunConfig
+    from myllm.data.shards import Dataset
     from myllm.paths import RunPaths
 
 
@@ -35,7 +36,7 @@ def main() -> None:
         if wanted.dry_run:
             print(launch.describe(wanted))
         else:
-            prepare_and_train(wanted.config, wanted.prepare_only, wanted.profile)
+            prepare_and_train(wanted.config, wanted.prepare_only, wanted.profile, wanted.own_text)
 
 
 def missing_package(error: ModuleNotFoundError) -> int:
@@ -58,7 +59,7 @@ def check_publishing(config: "RunConfig") -> None:
         check_hub(config.hub)
 
 
-def prepare_and_train(config: "RunConfig", prepare_only: bool, profile: bool = False) -> None:
+def prepare_and_train(config: "RunConfig", prepare_only: bool, profile: bool = False, own_text: bool = False) -> None:
     started = time.monotonic()
     from myllm import ranks
     from myllm.data.beside import check_named, prepared_beside
@@ -71,7 +72,7 @@ def prepare_and_train(config: "RunConfig", prepare_only: bool, profile: bool = F
         print(f"data ready: {dataset.folder}, {dataset.train.tokens:,} tokens to train on")
         return
 
-    from myllm import distributed
+    from myllm import distributed, plan
     from myllm.heartbeat import starting
     from myllm.launch import what_next
     from myllm.meter import Diverged
@@ -85,15 +86,20 @@ def prepare_and_train(config: "RunConfig", prepare_only: bool, profile: bool = F
         config.train.device
     )  # one that is not there is a mistake to know before the hours ahead
     is_main = ranks.rank() == 0
+
+    def enough(dataset: "Dataset") -> bool:
+        return plan.has_known_length(config, dataset.train.tokens, dataset.complete, own_text)
+
     with (
         starting(RunPaths.of(config.name), active=is_main) as taken_over,
         published_beside(config, active=is_main) as publisher,
     ):
         # The first process of each machine has the data prepared, in a process of its own, while all of them train.
         with (
-            prepared_beside(config.data, starts=ranks.local_rank() == 0) as dataset,
+            prepared_beside(config.data, starts=ranks.local_rank() == 0, enough=enough) as dataset,
             distributed.process_group(config.train.device) as process,
         ):
+            config = plan.with_length(config, dataset.train.tokens, own_text)
             taken_over()
             try:
                 outcome = train(config, dataset, process, publisher.offer, started, profile)

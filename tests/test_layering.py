@@ -45,6 +45,7 @@ FLOORS = [
     },
     {
         "bags",
+        "begun",
         "chat",
         "checkpoint",
         "completion",

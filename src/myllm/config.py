@@ -152,6 +152,9 @@ class TrainConfig:
 
     max_steps: int = 19_073
     """Optimizer updates."""
+    epochs: float | None = None
+    """Instead of max_steps: passes over the data, such as 3 or 0.5. Becomes max_steps, which the run's config.json has,
+    once the data are prepared: training begins only then. None: max_steps."""
     batch_tokens: int = 524_288
     """Tokens a step over all ranks. The number of ranks never changes it."""
     micro_batch_size: int | Literal["auto"] = 16

@@ -7,11 +7,16 @@ from typing import Literal
 import tyro
 
 from . import paths
+from .config import RunConfig, load_json
 from .errors import UserError
 from .files import check_writable
 from .paths import user_path
 
 Positional = tyro.conf.Positional
+
+TUNING_EPOCHS = 3
+TUNING_BATCH_TOKENS = 32_768
+"""Of a step, about: so a few megabytes of text are some tens of updates an epoch."""
 
 
 def export(
@@ -83,5 +88,10 @@ def import_model(
     shown = shlex.quote(run.root.name)
     print(f"imported as the run {run.root.name}, in {run.root}")
     print(f"  sample     myllm sample {shown} --prompt 'Once upon a time'")
-    config = shlex.quote(str(run.config))
-    print(f"  train on   python pretrain.py --config {config} --data.source SOURCE --optim.max-lr 5e-5")
+    length = load_json(run.config, RunConfig()).model.max_seq_len
+    batch_tokens = -(-TUNING_BATCH_TOKENS // length) * length
+    print(
+        f"  train on   python pretrain.py --config {shlex.quote(str(run.config))} --data.source files:/path/to/texts "
+        f"--train.epochs {TUNING_EPOCHS} --train.batch-tokens {batch_tokens} --train.micro-batch-size auto "
+        "--optim.max-lr 5e-5"
+    )

@@ -12,15 +12,16 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import tyro
 
-from . import forecast, ranks
+from . import forecast, plan, ranks
 from .arguments import parse_arguments
-from .config import RunConfig, load_json
+from .config import DataConfig, RunConfig, TrainConfig, load_json
 from .errors import MachineError, UserError
 from .files import in_words
 from .flops import flops_per_token
@@ -64,6 +65,8 @@ class AskedRun:
     """A run as a command line describes it."""
 
     config: Annotated[RunConfig, tyro.conf.arg(name="")]  # no prefix: --train.max-steps
+    own_text: tyro.conf.Suppress[bool] = False
+    """Whether the text is not the preset's, and nobody said how long to train on it (`plan.with_length`)."""
 
     @property
     def planning(self) -> bool:
@@ -107,14 +110,20 @@ def parse_as(kind: type[AskedRun], words: list[str], usage: str) -> Any:
         print(usage.format(presets=describe_presets()))
         # Help that was asked for is a success; a command without a preset is not.
         raise SystemExit(0 if words else 2)
+    own_text = names_own_text(words)
     base, words = base_config(words)
     launch = parse_arguments(
         kind,
         words,
         f"{usage.partition(' PRESET')[0].removeprefix('usage: ')} {base.name}",
-        kind(base),
+        kind(base, own_text),
         "Every setting of the run, with its value in this preset. The same command resumes an interrupted run.",
     )
+    if RunPaths.of(launch.config.name).checkpoints.is_dir():
+        from .begun import as_begun
+
+        config, own_text = as_begun(launch.config, launch.own_text)
+        launch = replace(launch, config=config, own_text=own_text)
     # A WORLD_SIZE without torchrun is a plan for later, not the number of processes of this call.
     check(launch.config, ranks.world_size() if launch.planning or ranks.launched() else 1)
     return launch
@@ -139,8 +148,66 @@ def base_config(words: list[str]) -> tuple[RunConfig, list[str]]:
     if not named and not files and not {"-h", "--help"} & set(rest):
         raise UserError(f"missing PRESET (or --config FILE.json); presets:\n{describe_presets()}")
     for file in files:
-        base = load_json(user_path(file), base)
-    return base, rest
+        config = load_json(user_path(file), base)
+        base = load_json(user_path(file), _for_source(base, config.data.source))
+    return _for_overrides(base, rest), rest
+
+
+def _for_overrides(base: RunConfig, words: list[str]) -> RunConfig:
+    """The config that these overrides are laid over.
+
+    Raises:
+        UserError: two of them say how long to train.
+    """
+    given = _options(words)
+    steps, epochs = "--train.max-steps" in given, given.get("--train.epochs") not in (None, "None")
+    if steps and epochs:
+        raise UserError("--train.max-steps and --train.epochs both say how long to train; give one of them")
+    if steps:
+        base = replace(base, train=replace(base.train, epochs=None))
+    return _for_source(base, given.get("--data.source", base.data.source))
+
+
+def _for_source(base: RunConfig, source: str) -> RunConfig:
+    """The config for text from a source: how much to take of it, and where it has its text, is said of one source only.
+
+    So a preset on text of one's own asks for the very data set that `myllm data prepare` makes.
+    """
+    if source == base.data.source:
+        return base
+    names = ("val_tokens", "target_tokens", "max_documents", "text_column", "shard_tokens")
+    return replace(base, data=replace(base.data, **{name: getattr(DataConfig(), name) for name in names}))
+
+
+def _options(words: list[str]) -> dict[str, str]:
+    """Options among the words, as they are spelled in help, with what follows each."""
+    found = {}
+    for word, following in pairwise([*words, ""]):
+        if word.startswith("--"):
+            name, equals, value = word.partition("=")
+            found[name.replace("_", "-")] = value if equals else following
+    return found
+
+
+def names_own_text(words: list[str]) -> bool:
+    """Whether the words, or a file that they name, choose other text and say nothing of how long to train on it."""
+    given, own_text = _options(words), False
+    for word, following in pairwise([*words, ""]):
+        if word == "--config" or word.startswith("--config="):
+            file = word.partition("=")[2] if "=" in word else following
+            own_text = _says(user_path(file), own_text) if file else own_text
+    if given.keys() & {"--train.max-steps", "--train.epochs"}:
+        return False
+    return own_text or bool(given.keys() & {"--data.source", "--data.dataset"})
+
+
+def _says(file: Path, own_text: bool) -> bool:
+    """As `names_own_text`, after one config file more."""
+    nothing = RunConfig(data=DataConfig("", ""), train=TrainConfig(max_steps=-1, epochs=-1))
+    found = load_json(file, nothing)
+    if found.train.max_steps != -1 or (found.train.epochs or -1) != -1:
+        return False
+    return own_text or bool(found.data.source or found.data.dataset)
 
 
 def describe(launch: Launch) -> str:
@@ -148,14 +215,29 @@ def describe(launch: Launch) -> str:
     from .distributed import choose_device
     from .hardware import why_no_cuda
 
-    asked = launch.config.train.device
-    world_size, device = ranks.world_size(), choose_device(asked)
-    why = why_no_cuda() if asked == "auto" and device.type == "cpu" else None
+    world_size, device = ranks.world_size(), choose_device(launch.config.train.device)
+    config, length = with_length_here(launch)
     return (
         f"{describe_settings(launch.config)}\n\n"
-        f"{forecast.describe(launch.config, world_size, device.type)}\n{_time_here(launch.config, world_size, device)}"
-        + (f"\nno GPU       {why}" if why else "")
+        f"{forecast.describe(config, world_size, device.type)}\n{_time_here(config, world_size, device)}\n"
+        + "\n".join(f"data         {line}" for line in length)
     )
+
+
+def with_length_here(launch: AskedRun) -> tuple[RunConfig, list[str]]:
+    """The config with the steps that its text gives, as far as that is known here, and what there is to say of it."""
+    from .preflight_data import room_for_run
+
+    config = launch.config
+    try:
+        room = room_for_run(config)
+    except UserError as error:  # a plan may be made where the text is not
+        return config, [str(error)]
+    if not room.tokens:
+        note = plan.length_note(config, launch.own_text)
+        return config, [f"how many tokens {room.text} has is not known yet", *([note] if note else [])]
+    config = plan.with_length(config, room.tokens, launch.own_text)
+    return config, [room.text, *plan.describe_length(config, room.tokens, room.tokens_are_counted)]
 
 
 def _time_here(config: RunConfig, world_size: int, device: "torch.device") -> str:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from . import forecast
 from .errors import UserError
 from .launch import AskedRun, parse_as
+from .plan import length_note
 
 USAGE = """usage: myllm plan PRESET --gpus 8xA100-80 [--config FILE.json] [overrides]
 
@@ -40,4 +41,6 @@ def plan(words: list[str]) -> None:
     wanted = parse_as(PlanLaunch, words, USAGE)
     if not wanted.gpus:
         raise UserError("missing --gpus, for example --gpus 8xA100-80 or --gpus cpu")
+    if note := length_note(wanted.config, wanted.own_text):
+        print(note)
     print(forecast.table(forecast.foresee(wanted.config, forecast.parse_fleet(wanted.gpus))))

@@ -59,17 +59,24 @@ def preflight(
     bounds: Bounds,
     say: Callable[[str], None] = print,
     limit_bytes: int | None = None,
+    own_text: bool = False,
 ) -> Findings:
     """Rehearse a run. It leaves nothing behind, and neither the run's folder nor the random state is touched.
 
     Args:
         say: called on every rank with a line about what is being done.
         limit_bytes: memory that one rank may use; None: what there is, less headroom.
+        own_text: as for `plan.with_length`.
 
     Raises:
         UserError: settings that could not be trained with, whatever the machine.
     """
     tokenizer, room, done, val_tokens = _found_here(config, process)
+    if room.tokens:
+        config = plan.with_length(config, room.tokens, own_text)
+    else:
+        say(plan.length_note(config, own_text) or "how much text there is is not known yet")
+        config = replace(config, train=replace(config.train, epochs=None))
     limit_bytes = memory_limit_bytes(process) if limit_bytes is None else limit_bytes
     if done >= config.train.max_steps:
         return Findings(config, process, bounds, room, limit_bytes, done)

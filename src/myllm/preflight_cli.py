@@ -62,7 +62,8 @@ def preflight(words: list[str]) -> None:
     before = {number: signal.signal(number, _leave) for number in ends}
     try:
         with process_group(wanted.config.train.device) as process:
-            findings = rehearse(wanted.config, process, Bounds(wanted.max_hours, wanted.dollars_per_hour), say)
+            bounds = Bounds(wanted.max_hours, wanted.dollars_per_hour)
+            findings = rehearse(wanted.config, process, bounds, say, own_text=wanted.own_text)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

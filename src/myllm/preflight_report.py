@@ -169,7 +169,7 @@ class Findings:
         need, free = self.disk_bytes, self.room.free_bytes
         parts = ", ".join(f"{name} {size(n_bytes)}" for name, n_bytes in need.items() if n_bytes)
         lines.append(f"disk         {size(sum(need.values()))} to write ({parts or 'nothing'}); {size(free)} free")
-        return "\n".join([*lines, self._token_line()])
+        return "\n".join([*lines, *self._token_lines()])
 
     def _memory_lines(self) -> list[str]:
         how = Computing.of(self.config, self.process.device.type, self.process.world_size)
@@ -211,15 +211,13 @@ class Findings:
             lines.append(f"cost left    ${cost:,.2f} at ${self.bounds.dollars_per_hour:,.2f} an hour")
         return lines
 
-    def _token_line(self) -> str:
+    def _token_lines(self) -> list[str]:
         train, room = self.config.train, self.room
-        asked = train.max_steps * train.batch_tokens
         if not room.tokens:
-            return f"tokens       {asked:,} to train on; how many {room.text} has is not known yet"
-        has = "has" if room.tokens_are_counted else "has about"
-        return (
-            f"tokens       {asked:,} to train on; {room.text} {has} {room.tokens:,}: {asked / room.tokens:.2f} epoch(s)"
-        )
+            wanted = train.max_steps * train.batch_tokens
+            return [f"tokens       {wanted:,} to train on; how many {room.text} has is not known yet"]
+        first, *others = plan.describe_length(self.config, room.tokens, room.tokens_are_counted)
+        return [f"tokens       {first} of {room.text}", *(f"             {line}" for line in others)]
 
     # -- why not to start ---------------------------------------------------------------------------------------------
 
@@ -228,7 +226,7 @@ class Findings:
         measured = self.measured
         if self.done >= self.config.train.max_steps:
             return []
-        found = [self._memory_refusal(), self._disk_refusal(), self._token_refusal()]
+        found = [self._memory_refusal(), self._disk_refusal()]
         if measured is not None and not measured.finite:
             found.append(
                 f"the first step is not finite (loss {measured.loss}, gradient norm {measured.grad_norm}): lower "
@@ -267,18 +265,6 @@ class Findings:
         return (
             f"the disk of {self.room.folder} has {size(free)} free, the run writes about {size(sum(need.values()))} "
             f"({parts}): {size(missing)} are missing; " + "; or ".join(advice)
-        )
-
-    def _token_refusal(self) -> str:
-        asked, room = self.config.data.target_tokens, self.room
-        # A guess from the sizes of files is only believed where it is far off.
-        believed = room.tokens and (room.tokens if room.tokens_are_counted else 2 * room.tokens)
-        if not asked or not believed or believed >= 0.95 * asked:
-            return ""
-        about = "" if room.tokens_are_counted else "about "
-        return (
-            f"{room.text} has {about}{room.tokens:,} tokens to train on, fewer than data.target_tokens {asked:,}; set "
-            f"that to {room.tokens:,} or to None, or take a larger data.source"
         )
 
     def _time_refusal(self) -> str:

@@ -82,6 +82,10 @@ def train(
         Diverged: a gradient was not finite, or too many updates in a row were left out; the run has a flight bag.
     """
     began = time.monotonic() if started is None else started
+    if dataset.complete:
+        config = plan.with_length(config, dataset.train.tokens)
+    elif config.train.epochs is not None:
+        raise UserError(f"train.epochs needs all of {dataset.name}, whose preparation is not over; prepare it first")
     run, max_steps, patience = RunPaths.of(config.name), config.train.max_steps, config.train.early_stop_patience
     batch = plan.batch_plan(config.model, config.train, process.world_size)
     check_data(config, dataset, batch)
@@ -220,7 +224,8 @@ def train(
                         write_environment(run, config, dataset, process)
                     except OSError as error:
                         log(f"cannot write {run.environment}: {error.strerror}; training goes on")
-                    log(f"data: whole now, {how_far(dataset)}")
+                    for line in ("whole now", *plan.describe_length(config, dataset.train.tokens)):
+                        log(f"data: {line}")
             guard.begin(state)
             with profiler.around(state.step):
                 loss, grad_norm, rate = train_step(
@@ -309,8 +314,8 @@ def say_start(
     log(f"CPU threads: {torch.get_num_threads()} a process, {threads_reason()}")
     log(f"model: {plan.n_parameters(config.model):,} parameters; batch: {batch}")
     if dataset.complete:
-        epochs = config.train.max_steps * batch.sequences / count_sequences(dataset.train.tokens, batch.seq_len)
-        log(f"data: {dataset.name}, {how_far(dataset)}, {epochs:.2f} epoch(s) of them by the end")
+        for line in (dataset.name, *plan.describe_length(config, dataset.train.tokens)):
+            log(f"data: {line}")
     else:
         log(f"data: {dataset.name}, {how_far(dataset)}; the preparation goes on beside the training")
     if note := plan.warmup_note(config):

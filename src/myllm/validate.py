@@ -183,6 +183,8 @@ def _train_faults(train: TrainConfig) -> list[str]:
             f"train.attention is {train.attention}, whose backward pass does not repeat itself bit for bit; with "
             "train.deterministic set it to auto, flash or math"
         )
+    if train.epochs is not None and not 0 < train.epochs < float("inf"):
+        found.append(f"train.epochs is {train.epochs}, but must be above 0 and finite, such as 3")
     for name in ("max_wall_s", "collective_timeout_s"):
         value = getattr(train, name)
         if value is not None and not 0 < value < float("inf"):

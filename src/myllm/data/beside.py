@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
@@ -42,10 +42,13 @@ def check_named(config: DataConfig) -> None:
 
 
 @contextmanager
-def prepared_beside(config: DataConfig, starts: bool, progress: bool = True) -> Iterator[Dataset]:
+def prepared_beside(
+    config: DataConfig, starts: bool, progress: bool = True, enough: Callable[[Dataset], bool] = lambda _: True
+) -> Iterator[Dataset]:
     """The data set that the config asks for, as soon as its validation and first training shards are there.
 
     Args:
+        enough: whether what is there is enough to begin with; asked again as long as there is less than the whole.
         starts: begin the preparation, unless it is done. One process a machine does; where another is already at it,
             such as `myllm data prepare`, that one is waited for.
 
@@ -53,7 +56,7 @@ def prepared_beside(config: DataConfig, starts: bool, progress: bool = True) -> 
         UserError: as `prepare`.
     """
     if config.dataset is not None:
-        yield find_dataset(config.dataset, unfinished=True)
+        yield _with_enough(find_dataset(config.dataset, unfinished=True), enough)
         return
     folder = resolve(config).folder
     if is_made(folder):
@@ -70,11 +73,22 @@ def prepared_beside(config: DataConfig, starts: bool, progress: bool = True) -> 
         process.start()
     try:
         _wait_for_start(folder, process)
-        yield Dataset.open(folder, unfinished=True)
+        yield _with_enough(Dataset.open(folder, unfinished=True), enough)
     finally:
         if process is not None:
             process.terminate()  # what it has finished is kept; the next start goes on from there
             process.join()
+
+
+def _with_enough(dataset: Dataset, enough: Callable[[Dataset], bool]) -> Dataset:
+    """
+    Raises:
+        UserError: the preparation ended early.
+    """
+    while not dataset.complete and not enough(dataset):
+        check_at_work(dataset)
+        time.sleep(LOOK_EVERY_S)
+    return dataset
 
 
 def _prepare(config: DataConfig, folder: Path, progress: bool) -> None:

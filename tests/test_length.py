@@ -1,0 +1,163 @@
+"""How long a run is: steps, or passes over a text whose size is known only once it is prepared."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, write_corpus, write_run_config
+
+from myllm import plan
+from myllm.begun import as_begun
+from myllm.config import DataConfig, RunConfig, to_dict
+from myllm.data.prepare import prepare
+from myllm.data.shards import FORMAT, find_dataset
+from myllm.errors import UserError
+from myllm.launch import base_config, names_own_text, parse
+from myllm.presets import preset
+
+SMALL = replace(preset("small-50m"), data=DataConfig())
+STEP = SMALL.train.batch_tokens
+
+
+def steps(config: RunConfig, tokens: int, own_text: bool = False) -> int:
+    return plan.with_length(config, tokens, own_text).train.max_steps
+
+
+def test_epochs_are_steps_of_what_there_is() -> None:
+    for epochs, expected in ((1.0, 10), (2.5, 25), (0.5, 5), (0.001, 1), (1_000, 10_000)):
+        config = replace(SMALL, train=replace(SMALL.train, epochs=epochs))
+        assert steps(config, 10 * STEP + 1) == expected
+        resolved = plan.with_length(config, 10 * STEP + 1)
+        assert resolved.train.epochs is None
+        assert plan.with_length(resolved, 10 * STEP + 1) == resolved
+
+
+def test_own_text_is_trained_on_four_times_and_no_longer_than_the_preset() -> None:
+    assert steps(SMALL, 10 * STEP + 1, own_text=True) == 40
+    assert steps(SMALL, 10 * STEP + 1) == SMALL.train.max_steps
+    assert steps(SMALL, 10**10, own_text=True) == SMALL.train.max_steps
+    assert steps(SMALL, 5, own_text=True) == 1, "what is wrong with so little text is said elsewhere"
+    assert not plan.has_known_length(SMALL, 10 * STEP, complete=False, own_text=True)
+    assert plan.has_known_length(SMALL, 10**10, complete=False, own_text=True), "it need not wait for the rest"
+    in_epochs = replace(SMALL, train=replace(SMALL.train, epochs=1.0))
+    assert not plan.has_known_length(in_epochs, 10**10, complete=False, own_text=False)
+    assert plan.has_known_length(in_epochs, 1, complete=True, own_text=False)
+
+
+def test_what_is_unusual_is_said() -> None:
+    first, many = plan.describe_length(SMALL, 700_000)
+    assert first.startswith("2,621,440,000 tokens to train on in 20,000 steps: 3,")
+    assert first.endswith("epoch(s) of the 700,000 tokens")
+    assert many.startswith("warning: 3,7")
+    assert "--train.epochs 4 (21 steps)" in many
+    four = plan.with_length(SMALL, 700_000, own_text=True)
+    _, few = plan.describe_length(four, 700_000)
+    assert few.startswith("warning: 21 steps are few: a smaller train.batch_tokens than 131,072")
+    assert len(plan.describe_length(SMALL, 10**9)) == 1
+    assert "more than there is" in plan.describe_length(preset("small-50m"), 10**9)[1]
+    assert "about 2.6" in plan.describe_length(SMALL, 10**9, counted=False)[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "own"),
+    [
+        ("small-50m", False),
+        ("small-50m --data.source files:texts", True),
+        ("small-50m --data.source=files:texts --name x", True),
+        ("small-50m --data.dataset files-texts", True),
+        ("small-50m --data.dataset files-texts --train.max-steps 5", False),
+        ("small-50m --data.dataset files-texts --train.max_steps=5", False),
+        ("small-50m --data.source files:texts --train.epochs 2", False),
+        ("--config text.json", True),
+        ("--config length.json", False),
+        ("--config both.json", False),
+        ("--config both.json --data.source files:texts", True),
+        ("--config text.json --config length.json", False),
+        ("--config=length.json --config=text.json", True),
+    ],
+)
+def test_a_length_counts_for_the_text_that_it_was_said_of(
+    words: str, own: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text, length = {"data": {"source": "files:texts"}}, {"train": {"max_steps": 7}}
+    for name, values in (("text", text), ("length", length), ("both", text | length)):
+        Path(f"{name}.json").write_text(json.dumps(values))
+    assert names_own_text(words.split()) == own
+
+
+def test_steps_and_epochs_are_not_both_said(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="both say how long to train"):
+        parse(["debug", "--train.epochs", "2", "--train.max-steps", "5"])
+    (tmp_path / "run.json").write_text(json.dumps({"train": {"epochs": 3}}))
+    config = ["debug", "--config", str(tmp_path / "run.json")]
+    assert parse(config).config.train.epochs == 3
+    assert parse([*config, "--train.max-steps", "5"]).config.train.epochs is None
+    for wrong in ("0", "-1", "nan", "inf"):
+        with pytest.raises(UserError, match="epochs is"):
+            parse(["debug", "--train.epochs", wrong])
+
+
+def test_a_preset_on_own_text_wants_the_data_set_that_data_prepare_makes(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(json.dumps({"data": {"source": "files:texts"}}))
+    for name in ("small-50m", "debug", "lf-llm-269m", "dolma-75m"):
+        for words in (["--data.source", "files:texts"], ["--config", str(tmp_path / "run.json")]):
+            base, rest = base_config([name, *words])
+            assert replace(base.data, source="files:texts") == DataConfig("files:texts"), (name, rest)
+        assert parse([name, "--data.source", "files:x", "--data.target-tokens", "5"]).config.data.target_tokens == 5
+        assert base_config([name])[0] == preset(name)
+        same = {**to_dict(preset(name))["data"], "target_tokens": None}
+        assert same == to_dict(RunConfig(data=DataConfig(preset(name).data.source)))["data"], "but for the amount"
+
+
+def test_a_run_goes_on_with_its_data_set_and_its_length(tiny: RunConfig) -> None:
+    """Whose defaults have changed since; a fresh one, or one on other text, takes today's."""
+    run = Path(prepare(tiny.data, progress=False).folder).parent.parent / "runs" / "tiny"
+    dataset = find_dataset(next(iter((run.parent.parent / "datasets").glob("files-*"))).name)
+    today = replace(tiny, data=replace(tiny.data, val_tokens=77), train=replace(tiny.train, max_steps=999))
+    (run / "checkpoints" / "step_00000004").mkdir(parents=True)
+    (run / "checkpoints" / "step_00000004" / "manifest.json").write_text("{}")
+    (run / "config.json").write_text(json.dumps(to_dict(tiny)))
+    (run / "environment.json").write_text(json.dumps({"dataset": dataset.name, "dataset_hash": dataset.hash}))
+    config, own_text = as_begun(today, True)
+    assert (config.data.dataset, config.train.max_steps, own_text) == (dataset.name, 12, False)
+    assert as_begun(today, False)[0].train.max_steps == 999, "as it was said"
+    assert as_begun(tiny, False) == (tiny, False), "found by its settings"
+    manifest = dataset.folder / "manifest.json"
+    manifest.write_text(manifest.read_text().replace(FORMAT, "myllm-shards-3"))
+    assert as_begun(tiny, False)[0].data.dataset == dataset.name
+    for other in (
+        replace(today, data=replace(today.data, source="files:other")),
+        replace(today, train=replace(today.train, fresh=True)),
+        replace(today, name="another"),
+    ):
+        assert as_begun(other, False) == (other, False)
+
+
+def pretrain(folder: Path, *words: str) -> str:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "pretrain.py"), "--config", str(folder / "run.json"), *words],
+        capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def test_a_run_in_epochs_from_its_plan_to_its_config(tiny: RunConfig, tmp_path: Path, temp_data: Path) -> None:
+    """While its text is still in the making it waits; the resolved number stays with the run."""
+    write_run_config(replace(tiny, train=replace(tiny.train, max_steps=10_000)), tmp_path / "run.json")
+    words = ("--data.source", f"files:{write_corpus(tmp_path / 'texts', documents=12, words=60)}")
+    said = pretrain(tmp_path, *words, "--train.epochs", "0.5")
+    config = json.loads((temp_data / "runs" / "tiny" / "config.json").read_text())["train"]
+    tokens = find_dataset("files-texts").train.tokens
+    assert config["epochs"] is None
+    assert config["max_steps"] == round(0.5 * ((tokens - 1) // 64) / 2)
+    assert f"{config['max_steps']} steps: 0.5" in said
+    assert "nothing left to train" in pretrain(tmp_path, *words, "--train.epochs", "0.5")
+    assert "nothing left to train" in pretrain(tmp_path, *words), "a run that was begun keeps its length"
+    planned = pretrain(tmp_path, *words, "--name", "other", "--dry-run")
+    assert f"steps        {4 * ((tokens - 1) // 64) // 2} steps" in planned
+    assert "epoch(s) of the" in planned
