@@ -16,6 +16,7 @@ from myllm.distributed import process_group
 from myllm.errors import UserError
 from myllm.meter import Diverged
 from myllm.paths import RunPaths
+from myllm.validate import check
 
 
 class Interrupted(Exception):
@@ -179,16 +180,29 @@ def test_a_context_that_is_too_short_for_cloze_is_said(tiny: RunConfig) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("held_out", "batch_tokens", "message"),
     [
-        ({"micro_batch_size": 64, "batch_tokens": 64 * 64}, "too few for one validation batch"),
-        ({"batch_tokens": 64 * 2 * 1_000}, "fewer than the 2,000 of one step"),
+        (64, 128, "holds out 64 tokens, too few for one sequence of model.max_seq_len 64 and its last target"),
+        (3_000, 64 * 2 * 1_000, "fewer than the 2,000 of one step"),
     ],
 )
-def test_too_little_text(tiny: RunConfig, changes: dict[str, int], message: str) -> None:
+def test_too_little_text(tiny: RunConfig, held_out: int, batch_tokens: int, message: str) -> None:
+    config = with_train(replace(tiny, data=replace(tiny.data, val_tokens=held_out)), batch_tokens=batch_tokens)
     with pytest.raises(UserError, match=message):
-        run(with_train(tiny, **changes))
+        run(config)
     assert not RunPaths.of("tiny").root.exists()
+
+
+def test_what_is_held_out_may_be_less_than_a_batch(tiny: RunConfig) -> None:
+    """Down to one sequence; and nothing where nothing is validated."""
+    config = replace(tiny, data=replace(tiny.data, val_tokens=100), eval=replace(tiny.eval, cloze_every_steps=0))
+    config = with_train(config, micro_batch_size=4, batch_tokens=256, max_steps=2)
+    rows = eval_rows(run(config), "validation")
+    assert [row["n_tokens"] for row in rows] == [64, 64]
+    off = replace(config.eval, validation_every_steps=0, validation_tokens=1)
+    config = replace(config, name="off", data=replace(config.data, val_tokens=20), eval=off)
+    check(config, 1)
+    assert not eval_rows(run(config), "validation")
 
 
 def test_a_second_run_in_the_same_folder_is_refused(tiny: RunConfig) -> None:

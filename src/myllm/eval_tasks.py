@@ -211,7 +211,8 @@ def _held_out_sums(subject: Subject, choices: Choices) -> tuple[dict[str, Any], 
     from .evals.validation import validation_batches
 
     data, context = _held_out(subject, choices), subject.model.config.max_seq_len
-    n = min(subject.config.eval.validation_tokens // context, count_sequences(data.val.tokens, context))
+    wanted = max(subject.config.eval.validation_tokens // context, 1)  # a run that never validates may ask for less
+    n = min(wanted, count_sequences(data.val.tokens, context))
     if not n:
         raise UserError(f"the data set {data.name} holds out {data.val.tokens:,} tokens, fewer than the context")
     return {"dataset": data.name}, _sums(subject, lambda: validation_batches(data.val, n, context, choices.batch_size))

@@ -255,18 +255,18 @@ def train(
 def check_data(config: RunConfig, dataset: Dataset, batch: plan.BatchPlan) -> None:
     """
     Raises:
-        UserError: too little text for one step, or for one validation batch; a tokenizer that does not fit the model;
-            held-out text that was damaged. Shards to train on are checked as they come up (data/loader.py).
+        UserError: too little text for one step, or for one sequence of validation; a tokenizer that does not fit the
+            model; held-out text that was damaged. Shards to train on are checked as they come up (data/loader.py).
     """
     dataset.val.check(np.zeros(1, dtype=np.int64), dataset.val.tokens)
-    need_val = batch.micro_batch_size * batch.seq_len + 1
+    need_val = batch.seq_len + 1  # validation takes batches that are not full
     if config.eval.validation_every_steps and dataset.val.tokens < need_val:
         # What is held out is at most a tenth of the source: asking for more helps only below that.
         more = "raise data.val_tokens, " if dataset.val.tokens >= config.data.val_tokens else ""
         raise UserError(
-            f"the data set {dataset.name} holds out {dataset.val.tokens:,} tokens, too few for one validation batch: "
-            f"train.micro_batch_size {batch.micro_batch_size} x model.max_seq_len {batch.seq_len:,} + 1 = {need_val:,}"
-            f"; add text, {more}or lower train.micro_batch_size or model.max_seq_len"
+            f"the data set {dataset.name} holds out {dataset.val.tokens:,} tokens, too few for one sequence of "
+            f"model.max_seq_len {batch.seq_len:,} and its last target; add text, {more}lower model.max_seq_len, or set "
+            "eval.validation_every_steps to 0"
         )
     have = count_sequences(dataset.train.tokens, batch.seq_len)
     if dataset.complete and have < batch.sequences:

@@ -199,10 +199,10 @@ def _eval_faults(evals: EvalConfig, train: TrainConfig, model: ModelConfig) -> l
             f"train.early_stop_patience is {train.early_stop_patience}, but eval.validation_every_steps is 0: nothing "
             "is validated; set it above 0, or train.early_stop_patience to None"
         )
-    if evals.validation_tokens < model.max_seq_len:
+    if evals.validation_every_steps and evals.validation_tokens < model.max_seq_len:
         found.append(
             f"eval.validation_tokens {evals.validation_tokens:,} is less than one sequence of "
-            f"model.max_seq_len {model.max_seq_len:,}"
+            f"model.max_seq_len {model.max_seq_len:,}; raise it, or set eval.validation_every_steps to 0"
         )
     if not 0 <= evals.sample_temperature < float("inf"):
         found.append(
