@@ -119,13 +119,13 @@ def parse_as(kind: type[AskedRun], words: list[str], usage: str) -> Any:
         kind(base, own_text),
         "Every setting of the run, with its value in this preset. The same command resumes an interrupted run.",
     )
+    # A WORLD_SIZE without torchrun is a plan for later, not the number of processes of this call.
+    check(launch.config, ranks.world_size() if launch.planning or ranks.launched() else 1)
     if RunPaths.of(launch.config.name).checkpoints.is_dir():
         from .begun import as_begun
 
         config, own_text = as_begun(launch.config, launch.own_text)
         launch = replace(launch, config=config, own_text=own_text)
-    # A WORLD_SIZE without torchrun is a plan for later, not the number of processes of this call.
-    check(launch.config, ranks.world_size() if launch.planning or ranks.launched() else 1)
     return launch
 
 
@@ -215,13 +215,18 @@ def describe(launch: Launch) -> str:
     from .distributed import choose_device
     from .hardware import why_no_cuda
 
-    world_size, device = ranks.world_size(), choose_device(launch.config.train.device)
+    asked = launch.config.train.device
+    world_size, device = ranks.world_size(), choose_device(asked)
+    why = why_no_cuda() if asked == "auto" and device.type == "cpu" else None
     config, length = with_length_here(launch)
-    return (
-        f"{describe_settings(launch.config)}\n\n"
-        f"{forecast.describe(config, world_size, device.type)}\n{_time_here(config, world_size, device)}\n"
-        + "\n".join(f"data         {line}" for line in length)
-    )
+    lines = [
+        f"{describe_settings(launch.config)}\n",
+        forecast.describe(config, world_size, device.type),
+        *(f"data         {line}" for line in length),
+        _time_here(config, world_size, device),
+        *([f"no GPU       {why}"] if why else []),
+    ]
+    return "\n".join(lines)
 
 
 def with_length_here(launch: AskedRun) -> tuple[RunConfig, list[str]]:
