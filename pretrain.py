@@ -82,9 +82,7 @@ def prepare_and_train(config: "RunConfig", prepare_only: bool, profile: bool = F
     from myllm.train import train
 
     unfinished_when_time_is_up()
-    distributed.training_device(
-        config.train.device
-    )  # one that is not there is a mistake to know before the hours ahead
+    distributed.training_device(config.train.device)  # one that is not there is to be known before the hours ahead
     is_main = ranks.rank() == 0
 
     def enough(dataset: "Dataset") -> bool:
