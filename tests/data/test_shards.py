@@ -118,7 +118,7 @@ def test_a_missing_or_short_shard_is_refused(dataset: Dataset, damage: str) -> N
         (b"", "cannot read"),
         (b'{"format": "myllm-sh', "cannot read"),
         (b"\xff", "cannot read"),
-        (b"[]", "format None"),
+        (b"[]", "holds a list, expected an object"),
         (b'{"format": "myllm-shards-0"}', "format 'myllm-shards-0'"),
         (b'{"format": "myllm-shards-1"}', "format 'myllm-shards-1', expected 'myllm-shards-4'"),
         (b'{"format": "myllm-shards-3"}', "damaged"),
