@@ -1,41 +1,46 @@
-"""The variables that are set for libraries, unless the user has."""
+"""What programs set for the libraries that they load."""
 
 import os
+import subprocess
+import sys
 
 import pytest
+from conftest import ROOT
 
-from myllm import environment
-from myllm.environment import ALLOCATING, set_for_libraries
-
-RANKS = {"RANK": "9", "LOCAL_RANK": "1", "WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}
-THREADS = "TORCHINDUCTOR_COMPILE_THREADS"
-
-
-@pytest.fixture(autouse=True)
-def clean(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "environ", {})
-    monkeypatch.setattr(environment, "usable_cores", lambda: 96)
-
-
-def test_ranks_share_the_cores_to_compile_on() -> None:
-    """torch starts up to 32 processes a rank, whatever the number of ranks. A launcher is none, and says nothing."""
-    set_for_libraries()
-    assert THREADS not in os.environ
-    os.environ.update(RANKS)
-    set_for_libraries()
-    assert os.environ[THREADS] == "12"
-    os.environ.update({THREADS: "3", "LOCAL_WORLD_SIZE": "200"})
-    set_for_libraries()
-    assert os.environ[THREADS] == "3"
+# What pretrain.py's and myllm's first moment leaves to be read by a library that is loaded next.
+CODE = """
+import os, sys
+sys.path.insert(0, ROOT)
+import pretrain
+from myllm import cli
+start = pretrain.main if sys.argv[1] == "pretrain" else cli.main
+sys.argv = ["program", "--help"]
+try:
+    start()
+except SystemExit:
+    pass
+assert "torch" not in sys.modules
+print(*(os.environ.get(name) for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")), file=sys.stderr)
+"""
 
 
-def test_cuda_memory_grows_in_place() -> None:
-    set_for_libraries()
-    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
-
-
-@pytest.mark.parametrize("name", ALLOCATING)
-def test_the_users_allocator_stands(name: str) -> None:
-    os.environ[name] = "max_split_size_mb:128"
-    set_for_libraries()
-    assert {each: os.environ[each] for each in ALLOCATING if each in os.environ} == {name: "max_split_size_mb:128"}
+@pytest.mark.parametrize("program", ["pretrain", "myllm"])
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [
+        ({}, "PASSIVE None None"),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE None None"),
+        ({"GOMP_SPINCOUNT": "7"}, "None 7 None"),
+        ({"KMP_BLOCKTIME": "5"}, "None None 5"),
+    ],
+    ids=["nothing", "policy", "spin count", "block time"],
+)
+def test_threads_sleep_while_they_wait_unless_the_user_says_otherwise(
+    program: str, chosen: dict[str, str], expected: str
+) -> None:
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
+    environment = {name: value for name, value in os.environ.items() if name not in names} | chosen
+    words = [sys.executable, "-c", CODE.replace("ROOT", repr(str(ROOT))), program]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines()[-1] == expected
