@@ -43,6 +43,7 @@ STAGES = [
     Stage("save", "saves", 25),
     Stage("fp16", "float16", 40),
     Stage("peers", "peers", 90),
+    Stage("variants", "variants", 45),
 ]
 """By worth. Seconds are estimates until a card has been measured."""
 TINY_SCALE = 0.01

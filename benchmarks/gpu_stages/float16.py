@@ -42,7 +42,7 @@ def run(bench: Bench) -> Iterator[Check]:
 def gradients(bench: Bench) -> Iterator[Check]:
     """Against float64, eager and compiled."""
     model = replace(bench.model(layers=LAYERS), **NO_DROPOUT, **({"vocab_size": 300} if bench.tiny else {}))
-    batch, scale = tokens_and_targets(model, bench.device), torch.tensor(SCALE, device=bench.device)
+    batch, scale = tokens_and_targets(model, bench.device, 1), torch.tensor(SCALE, device=bench.device)
     expected_loss, expected = reference(model, batch, bench.device)
     for compiled in ("off", "on"):
         fresh(bench.device)

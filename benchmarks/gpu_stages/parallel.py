@@ -1,5 +1,6 @@
 """NCCL on one card, in a group of one rank: DDP and FSDP2 against the plain model, and what they cost."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -59,6 +60,8 @@ def run(bench: Bench) -> Iterator[Check]:
 def group_of_one(bench: Bench) -> Iterator[None]:
     backend = "cpu:gloo,cuda:nccl" if bench.on_cuda else "gloo"
     device = bench.device if bench.on_cuda else None
+    for library in ("GLOO", "NCCL"):  # one rank needs no network, and a machine may have none
+        os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo")
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=device)
     try:
         yield

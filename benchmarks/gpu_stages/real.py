@@ -1,4 +1,4 @@
-"""The real step: lf-llm-269m at full depth. Compile time, MFU, kernels, peak memory, and what is left to choose.
+"""The real step: lf-llm-269m at full depth. Compile time, MFU, kernels, peak memory.
 
 Shapes: B sequences, H heads, T tokens of a sequence, K head dimension.
 """
@@ -7,9 +7,9 @@ import gzip
 import json
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
@@ -22,13 +22,11 @@ from myllm.config import RunConfig
 from myllm.flops import flops_per_token
 from myllm.forecast import EXPECTED_MFU
 from myllm.memory import peak_bytes
-from myllm.model import loss as head_loss
-from myllm.parallel import compiles
 from myllm.paths import RunPaths
 from myllm.profiling import TABLE, TRACE, Profiler
 
-from .bench import NO_DROPOUT, Bench, graph_breaks, graphs, relative_error, seconds_of, wall_seconds
-from .frame import Check, bounded, close, correct, noted, skipped
+from .bench import Bench, graph_breaks, graphs, relative_error, seconds_of, wall_seconds
+from .frame import Check, bounded, close, correct, noted
 from .steps import Steps, made_up, stage_folder
 
 STEPS = 8
@@ -41,9 +39,6 @@ LEAST = 0.85
 MOST_MEMORY = 1.05
 ATTENTION_TOKENS = 65_536
 ATTENTION_ERROR = 2e-2
-WIDER_CHUNK = 16_384
-VARIANT_S = 45
-"""That one more way to train takes, compiler included."""
 GROUPS = {
     "products": ("gemm", "nvjet", "cutlass", "aten::mm", "addmm"),
     "attention": ("flash", "cudnn", "fmha", "attention"),
@@ -69,21 +64,16 @@ class Timed:
 
 
 def run(bench: Bench) -> Iterator[Check]:
-    config = bench.config()
-    base, compiled = yield from as_set(bench, config)
+    yield from step(bench, bench.config())
     yield from attention(bench)
-    for way in variants(config, compiled):
-        if bench.has_time(VARIANT_S):
-            yield measured(bench, way, base)
-        else:
-            yield skipped(way.name, f"needs {VARIANT_S} s")
 
 
-def as_set(bench: Bench, config: RunConfig) -> Generator[Check, None, tuple[Timed, str]]:
-    """The step that a run makes; gives what it took, and how it was compiled. Nothing of it is held afterwards."""
+def step(bench: Bench, config: RunConfig) -> Iterator[Check]:
+    """The step that a run makes; nothing of it is held afterwards."""
     with stage_folder(bench) as folder, ExitStack() as stack:
         steps = Steps(config, bench.process, made_up(bench, config, folder), stack)
-        base, compiled = timed(bench, steps), compiles(steps.parts.model, config, bench.device)
+        base = timed(bench, steps)
+        bench.found["step_s"] = base.step_s
         yield noted("step", f"{steps.batch}; {'; '.join(steps.said)}")
         yield bounded("compiler", base.compile_s, None, COMPILE_S if bench.on_cuda else None, "s")
         yield speed(bench, base)
@@ -94,7 +84,6 @@ def as_set(bench: Bench, config: RunConfig) -> Generator[Check, None, tuple[Time
         waited = steps.loader.wait_s / (steps.state.step * base.step_s)
         yield bounded("waiting for data", 100 * waited, None, 1.0 if bench.on_cuda else None, "% of a step", 2)
         yield from profile(bench, steps)
-    return base, compiled
 
 
 def timed(bench: Bench, steps: Steps) -> Timed:
@@ -186,66 +175,3 @@ def attention(bench: Bench) -> Iterator[Check]:
 def output_and_gradients(heads: list[Tensor]) -> list[Tensor]:
     out = F.scaled_dot_product_attention(*heads, is_causal=True)
     return [out.detach(), *torch.autograd.grad(out, heads, torch.ones_like(out))]
-
-
-# -- what is left to choose -------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Variant:
-    """Another way to train."""
-
-    name: str
-    config: RunConfig
-    constants: dict[str, int] = field(default_factory=dict)
-    """Of model/loss.py."""
-    compile: Callable[[Steps], None] | None = None
-    """What compiles the model; None: as training does."""
-
-
-def variants(config: RunConfig, compiled: str) -> Iterator[Variant]:
-    """
-    Args:
-        compiled: how training compiles the model, in `parallel.compiles`' words.
-    """
-    yield Variant("without biases and dropout", replace(config, model=replace(config.model, bias=False, **NO_DROPOUT)))
-    uncompiled = replace(config, train=replace(config.train, compile="off"))
-    if compiled == "whole":
-        yield Variant("compiled block by block", uncompiled, compile=by_block)
-    else:
-        yield Variant("compiled as one graph", uncompiled, compile=as_one_graph)
-    yield Variant(f"chunks of {WIDER_CHUNK:,}", config, {"CPU_CHUNK": 48, "GPU_CHUNK": WIDER_CHUNK})
-
-
-def by_block(steps: Steps) -> None:
-    steps.parts.model.compile_parts(fullgraph=True, dynamic=False)
-
-
-def as_one_graph(steps: Steps) -> None:
-    steps.parts.runner = torch.compile(steps.parts.model, fullgraph=True, dynamic=False)
-
-
-def measured(bench: Bench, way: Variant, base: Timed) -> Check:
-    """The same measurement of another way, and its speed as a multiple of the first."""
-    with stage_folder(bench) as folder, ExitStack() as stack:
-        stack.enter_context(changed(way.constants))
-        steps = Steps(way.config, bench.process, made_up(bench, way.config, folder), stack)
-        if way.compile:
-            way.compile(steps)
-        found = timed(bench, steps)
-    times = base.step_s / found.step_s
-    return noted(
-        way.name, f"compiler {found.compile_s:.1f} s, {found}, {times:.3f} times as fast", **vars(found), times=times
-    )
-
-
-@contextmanager
-def changed(constants: dict[str, int]) -> Iterator[None]:
-    before = {name: getattr(head_loss, name) for name in constants}
-    try:
-        for name, value in constants.items():
-            setattr(head_loss, name, value)
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(head_loss, name, value)
