@@ -113,8 +113,13 @@ def assert_graphs(count: int, config: RunConfig, graphs: Graphs) -> None:
 
 @pytest.mark.parametrize("name", sorted({small(make().model): name for name, make in PRESETS.items()}.values()))
 def test_the_whole_model_is_one_graph(name: str, graphs: Graphs) -> None:
-    """Through micro-steps, steps, evaluations of other shapes, and training again."""
-    assert_graphs(1, small_run(name), graphs)
+    """Where it is asked for. Through micro-steps, steps, evaluations of other shapes, and training again."""
+    assert_graphs(1, small_run(name, compile_unit="model"), graphs)
+
+
+def test_blocks_share_one_graph(graphs: Graphs) -> None:
+    """And the loss has the other, however many layers there are."""
+    assert_graphs(2, small_run("lf-llm-269m", LAYERS), graphs)
 
 
 def test_checkpointed_blocks_share_one_graph(graphs: Graphs) -> None:
@@ -150,14 +155,32 @@ def test_blocks_in_parts_share_one_graph(recompute: bool, graphs: Graphs) -> Non
 
 
 @pytest.mark.usefixtures("one_rank")
-def test_ddp_makes_no_graph_anew(graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("recompute", [False, True])
+def test_ddp_cuts_no_block(recompute: bool, graphs: Graphs) -> None:
+    """One graph for all blocks and one for the loss, before the first step. Torch would cut each at 1 MB and again at a
+    bucket, and refuse those that compute again what is inside."""
+    config = small_run("lf-llm-269m", n_layers=3, activation_checkpointing=recompute)
+    config = replace(config, model=replace(config.model, d_model=256, n_kv_heads=None))
+    model = Transformer(config.model)
+    runner = wrap(model, config, PAIR)
+    for _ in range(2):
+        assert graphs.count == (2, 0)
+        assert counters["stats"]["unique_graphs"] == 2
+        train_steps(runner, config)
+        evaluate(model, config)
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_ddp_cuts_a_whole_model_once(graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
     """Dynamo traces once, before the first step; DDP then cuts the graph at its buckets, without which nothing would
     travel beside the backward pass."""
     monkeypatch.setattr(parallel, "BUCKET_MB", 1)
-    config = small_run("default-150m", n_layers=3)
+    config = small_run("default-150m", n_layers=3, compile_unit="model")
+    config = replace(config, model=replace(config.model, d_model=256, n_kv_heads=None))
     model = Transformer(config.model)
     runner = wrap(model, config, PAIR)
     parts, breaks = graphs.count
+    assert parts > 1
     assert (breaks, counters["stats"]["unique_graphs"]) == (0, 1)
     for _ in range(2):
         train_steps(runner, config)
@@ -174,7 +197,7 @@ def test_a_graph_that_would_break_is_an_error(graphs: Graphs, monkeypatch: pytes
         return mean_loss(*arguments)
 
     monkeypatch.setattr(transformer, "mean_loss", breaking)
-    config = small_run("debug")
+    config = small_run("debug", compile_unit="model")
     with pytest.raises(torch._dynamo.exc.Unsupported):
         train_steps(wrap(Transformer(config.model), config, ALONE), config)
     assert graphs.made == []

@@ -43,19 +43,19 @@ def said(tiny: RunConfig, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list
 def test_on_a_cpu(said: Callable[..., list[str]]) -> None:
     assert said() == ["kernels: attention by the flash kernel; matrix products in float32; nothing compiled"]
     assert said(precision="bfloat16", compile="on") == [
-        "kernels: attention by the flash kernel; matrix products in bfloat16; compiled as one graph"
+        "kernels: attention by the flash kernel; matrix products in bfloat16; compiled block by block"
     ]
 
 
 def test_on_a_card(said: Callable[..., list[str]]) -> None:
     flash = sdpa.Choice("flash")
     start = "kernels: attention by the flash kernel; matrix products in "
-    assert said(8, flash) == [f"{start}bfloat16, TF32 for what is left in float32; compiled as one graph"]
+    assert said(8, flash) == [f"{start}bfloat16, TF32 for what is left in float32; compiled block by block"]
     scaled = f"{start}float16 with a loss scale, the rest in float32; "
-    assert said(7, flash) == [f"{scaled}compiled as one graph"]
+    assert said(7, flash) == [f"{scaled}compiled block by block"]
     assert said(6, flash) == said(7, flash, triton=None) == [f"{scaled}nothing compiled"]
     line, warning = said(7, flash, precision="bfloat16")
-    assert line == f"{start}bfloat16, the rest in float32; compiled as one graph"
+    assert line == f"{start}bfloat16, the rest in float32; compiled block by block"
     assert "no bfloat16 arithmetic" in warning
     assert said(8, flash, activation_checkpointing=True, precision="float32") == [
         f"{start}float32; compiled block by block"

@@ -262,7 +262,7 @@ def test_uses_the_active_environment_and_keeps_its_torch(machine, tmp_path, vari
     assert machine.log() == []
 
 
-@pytest.mark.parametrize("torch", ["2.10.9+cu128", "2.14.0"])
+@pytest.mark.parametrize("torch", ["2.10.9+cu128", "2.15.0"])
 def test_keeps_a_torch_out_of_range_unless_told(machine, tmp_path, torch):
     """An environment of the user's own: other programs there may need that very torch."""
     active = machine.make_venv(tmp_path / "active", torch=torch)

@@ -180,6 +180,9 @@ class TrainConfig:
     scale on cards that have no bfloat16 (T4, V100), float32 elsewhere."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; auto: on CUDA, where Triton is installed and runs on the card."""
+    compile_unit: Literal["block", "model"] = "block"
+    """What torch.compile makes one graph of: a block, for all of them, and the loss; or the whole model, which takes
+    several times as long to compile. FSDP and activation checkpointing always take blocks."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """With several ranks: ddp has all weights on each; fsdp a part of each matrix, its gradient and its moments, and
     the whole of one block at a time while it computes."""

@@ -39,6 +39,8 @@ class Computing:
     ranks: int = 1
     sharded: bool = False
     """FSDP; else DDP where there are several ranks."""
+    one_graph: bool = False
+    """Whether what is compiled is the model as a whole, and not each block by itself."""
 
     @classmethod
     def of(cls, config: RunConfig, device: str, ranks: int = 1) -> "Computing":
@@ -51,7 +53,9 @@ class Computing:
         half = train.precision in ("bfloat16", "float16") or (train.precision == "auto" and device == "cuda")
         compiled = train.compile == "on" or (train.compile == "auto" and device == "cuda")
         kind = "cpu" if device == "cpu" else "cuda"
-        return cls(kind, half, compiled, ranks, train.parallel == "fsdp" and ranks > 1)
+        sharded = train.parallel == "fsdp" and ranks > 1
+        whole = compiled and train.compile_unit == "model" and not sharded and not train.activation_checkpointing
+        return cls(kind, half, compiled, ranks, sharded, whole)
 
     @property
     def width(self) -> int:
@@ -100,8 +104,10 @@ def _moments(config: RunConfig, how: Computing, n: int, accumulates: bool, store
     whole = how.ranks > 1 and not how.sharded  # DDP's buckets are there all along, and gradients are views of them
     before = FLOAT * stored if accumulates or whole else 0
     last = max(before, FLOAT * stored - table)  # when only the embedding's own is missing
-    if how.compiled and how.ranks == 1 and not recomputes:  # one graph, which hands over all new gradients at its end
+    if how.one_graph and how.ranks == 1:  # which hands over all new gradients at its end
         last = before + FLOAT * stored - table
+    elif how.compiled and before:  # a graph hands over those of its block, beside the earlier ones
+        last += _matrices_of_a_block(model) * FLOAT // (how.ranks if how.sharded else 1)
     block = kept_by_block(model, how, n)
     one = FLOAT * n * model.d_model if recomputes else block
     outside = kept_outside_blocks(model, how, n)
@@ -226,7 +232,11 @@ def loss_backward_bytes(model: ModelConfig, how: Computing, n: int) -> int:
 
 def _gathered_bytes(model: ModelConfig, how: Computing) -> int:
     """FSDP: two blocks' matrices (one at work, one on its way) and one's gradient, and the embedding's and head's."""
-    parts = parameters_by_part(model)
-    block = (parts["attention"] + parts["feed-forward"]) // model.n_layers
+    block = _matrices_of_a_block(model)
     outside = stored_parameters(model) - block * model.n_layers
     return 2 * how.width * block + (how.width + FLOAT) * block + FLOAT * outside
+
+
+def _matrices_of_a_block(model: ModelConfig) -> int:
+    parts = parameters_by_part(model)
+    return (parts["attention"] + parts["feed-forward"]) // model.n_layers

@@ -6,7 +6,7 @@ step calls, and comes after a checkpoint is loaded.
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal
 
 import torch
@@ -24,9 +24,9 @@ from .precision import autocast, compute_dtype, repeatable
 
 BUCKET_MB = 64
 """Of gradients that DDP sums at a time, from the last layers to the first. Each bucket is a graph of its own where the
-model is compiled, and torch's 25 MB would cut each block of lf-llm-269m, which has 67 MB, in two or three. A sum of
-64 MB takes a few milliseconds of a backward pass of hundreds, and only the last, the embedding's, has nothing to run
-beside. Reasoned, not measured (docs/experiments.md)."""
+model is compiled as a whole, and torch's 25 MB would cut each block of lf-llm-269m, which has 67 MB, in two or three.
+A sum of 64 MB takes a few milliseconds of a backward pass of hundreds, and only the last, the embedding's, has nothing
+to run beside. Reasoned, not measured (docs/experiments.md)."""
 
 
 def spread(model: Transformer, config: RunConfig, process: Process) -> Transformer:
@@ -61,7 +61,8 @@ def compiles(model: Transformer, config: RunConfig, device: torch.device) -> Lit
     if config.train.compile == "off" or (config.train.compile == "auto" and not has_triton(device)):
         return ""
     # FSDP's collectives stand between the blocks, and torch's splitter of graphs for DDP refuses checkpointed blocks.
-    by_block = isinstance(model, FSDPModule) or config.train.activation_checkpointing
+    needed = isinstance(model, FSDPModule) or config.train.activation_checkpointing
+    by_block = needed or config.train.compile_unit == "block"
     return "block by block" if by_block else "whole"
 
 
@@ -83,8 +84,17 @@ def wrap(model: Transformer, config: RunConfig, process: Process) -> nn.Module:
         # The only buffers are the rotary tables, which every rank makes alike and no step changes. torch 2.13 has a new
         # name for the constructor's argument and warns of the old one; the attribute is there in all versions.
         runner.broadcast_buffers = False
-        _show_graph(runner, config, process)
+        with _uncut() if compiled == "block by block" else nullcontext():
+            _show_graph(runner, config, process)
     return runner
+
+
+def _uncut() -> AbstractContextManager[None]:
+    """Keep torch from cutting graphs at DDP's buckets. It does so to every graph that is compiled inside DDP, and a
+    whole model needs it, for gradients to travel beside its backward pass; a block would be cut in two or three."""
+    from torch._dynamo import config
+
+    return config.patch(optimize_ddp=False)
 
 
 def _show_graph(runner: nn.Module, config: RunConfig, process: Process) -> None:
