@@ -242,6 +242,27 @@ def test_a_reader_that_has_had_enough(lines: int) -> None:
     assert (writer.wait(60), said) == (128 + signal.SIGPIPE, b"")
 
 
+@pytest.mark.parametrize(
+    ("ending", "code"),
+    [("raise SystemExit(0)", 141), ("raise SystemExit(75)", 75), ("raise UserError('mine')", 2), ("pass", 141)],
+)
+def test_an_end_without_a_reader_says_nothing_of_pipes(ending: str, code: int) -> None:
+    """As in `myllm --help | true` and `myllm status RUN | true`."""
+    program = f"""
+from myllm.errors import UserError
+from myllm.launch import clear_errors
+with clear_errors():
+    print('a line')
+    {ending}
+"""
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    writer = subprocess.Popen([sys.executable, "-c", program], env=buffered, **pipes)
+    writer.stdout.close()
+    said = writer.stderr.read()
+    assert (writer.wait(60), said) == (code, b"error: mine\n" if code == 2 else b"")
+
+
 def test_a_python_without_the_packages_says_where_they_are(tmp_path: Path) -> None:
     """Not a traceback about tyro: a newcomer's first `python pretrain.py` is often the system's Python."""
     bare = tmp_path / "checkout"

@@ -12,6 +12,7 @@ from .errors import UserError, nearest
 from .eval_results import Result
 from .eval_tasks import OF_A_FILE, TASKS, Choices, Subject, measure
 from .files import check_writable, why_unwritable
+from .output import open_output
 from .paths import user_path
 
 USUAL = ("validation", "hellaswag", "cloze")
@@ -69,6 +70,7 @@ def evaluate(
         check_writable(file, "--out")
     elif reason := why_unwritable(file):  # somebody else's run
         print(f"note: {file} cannot be written ({reason}): figures are only shown; --out keeps them", file=sys.stderr)
+    open_output(keep_going=True)  # `| head` has had enough of the figures, and is no reason not to keep them
     choices = Choices(protocol, hellaswag_file, hellaswag_examples, stride, dataset, batch_size)
     _measure_all(tasks, named, subject, choices, file)
 

@@ -1,9 +1,8 @@
 """From the words of a command line to a RunConfig, and what `--dry-run` prints of it."""
 
-import os
+import errno
 import platform
 import re
-import select
 import shlex
 import shutil
 import signal
@@ -25,6 +24,7 @@ from .config import DataConfig, RunConfig, TrainConfig, load_json
 from .errors import MachineError, UserError
 from .files import in_words
 from .flops import flops_per_token
+from .output import flush_output, reader_left
 from .paths import RunPaths, user_path
 from .presets import describe_presets, describe_settings, preset
 from .validate import check
@@ -284,11 +284,13 @@ def clear_errors() -> Iterator[None]:
     except SystemExit as end:
         if isinstance(end.code, int) and end.code:
             ranks.leave(end.code)
+        if flush_output():
+            ranks.leave(128 + signal.SIGPIPE)
         raise
     except KeyboardInterrupt:
         ranks.leave(130)
     except OSError as error:
-        if isinstance(error, BrokenPipeError) and _reader_left():
+        if error.errno in (errno.EPIPE, errno.EIO) and reader_left():
             ranks.leave(128 + signal.SIGPIPE)
         if said := in_words(error):
             _fail(said)
@@ -343,16 +345,6 @@ def _fail(message: str, everywhere: bool = False) -> NoReturn:
         time.sleep(RANK_0_FIRST_S)
         print(f"error on rank {ranks.rank()}, {platform.node()}: {message}", file=sys.stderr)
     ranks.leave(2)
-
-
-def _reader_left() -> bool:
-    """Whether what reads this program's output, such as `head`, has had enough; the rest then goes nowhere."""
-    output, watch = sys.stdout.fileno(), select.poll()
-    watch.register(output, 0)
-    if not any(event & (select.POLLERR | select.POLLHUP) for _, event in watch.poll(0)):
-        return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), output)
-    return True
 
 
 def _leave_others(error: Exception) -> None:

@@ -50,6 +50,26 @@ def warn(line: str) -> None:
     print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
+def flush_output() -> str | None:
+    """Write what stdout still holds. Returns why that cannot be; what is left then goes nowhere."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return error.strerror
+    return None
+
+
+def reader_left() -> bool:
+    """Whether what reads this program's output, such as `head`, has had enough; the rest then goes nowhere."""
+    output, watch = sys.stdout.fileno(), select.poll()
+    watch.register(output, 0)
+    if not any(event & (select.POLLERR | select.POLLHUP) for _, event in watch.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return True
+
+
 def lost_output() -> Iterator[tuple[str, str]]:
     """The standard streams that could not take all that was written, each with the reason."""
     for name in STREAMS:

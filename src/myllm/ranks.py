@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from .errors import UserError
+from .output import flush_output
 
 PLACES = ("RANK", "LOCAL_RANK", "GROUP_RANK")
 COUNTS = ("WORLD_SIZE", "LOCAL_WORLD_SIZE")
@@ -151,7 +152,7 @@ def leave(code: int) -> NoReturn:
     One of several leaves without taking Python and torch apart: their threads may still hold messages of a process
     group that the others are in, and wait for it, or abort (https://github.com/pytorch/torchtitan/pull/1342).
     """
-    sys.stdout.flush()
+    flush_output()  # nobody to read it is no reason for another code
     sys.stderr.flush()
     if launched():
         os._exit(code)
