@@ -158,7 +158,7 @@ def test_blocks_in_parts_share_one_graph(recompute: bool, graphs: Graphs) -> Non
 @pytest.mark.parametrize("recompute", [False, True])
 def test_ddp_cuts_no_block(recompute: bool, graphs: Graphs) -> None:
     """One graph for all blocks and one for the loss, before the first step. Torch would cut each at 1 MB and again at a
-    bucket, and refuse those that compute again what is inside."""
+    bucket."""
     config = small_run("lf-llm-269m", n_layers=3, activation_checkpointing=recompute)
     config = replace(config, model=replace(config.model, d_model=256, n_kv_heads=None))
     model = Transformer(config.model)
