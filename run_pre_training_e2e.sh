@@ -4,6 +4,7 @@
 # the first shards are there; it evaluates as it trains, writes the report, says what to type next and, with --hub.repo,
 # ends with publishing.
 # There is no cd in here: a file named in an override is relative to where the user stands.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # `sh run_...sh`: everything below is bash's
 set -euo pipefail
 
 usage() {
@@ -39,7 +40,12 @@ refuse() {
   exit 2
 }
 
-here="$(unset CDPATH && cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+script="${BASH_SOURCE[0]}"
+while [ -L "$script" ]; do # a link to this script, such as one in ~/bin
+  target="$(readlink "$script")"
+  case "$target" in /*) script="$target" ;; *) script="$(dirname "$script")/$target" ;; esac
+done
+here="$(unset CDPATH && cd "$(dirname "$script")" && pwd)"
 
 force="" preflight=yes bounds=() wants="" only=""
 for argument in "$@"; do # takes out what is for this script and keeps the rest, in order
@@ -129,12 +135,13 @@ if [ -n "$preflight" ]; then
   child=$!
   trap 'kill "$child"; wait "$child" || true; exit 130' INT
   trap 'kill "$child"; wait "$child" || true; exit 143' TERM
+  trap 'kill "$child"; wait "$child" || true; exit 129' HUP # not where it is ignored, under nohup
   wait "$child" || {
     status=$?
     printf '\nNothing was started. Start it all the same with --no-preflight.\n' >&2
     exit "$status"
   }
-  trap - INT TERM
+  trap - INT TERM HUP
 fi
 
 heading "Data, training, evaluation and report"

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # run_pre_training_e2e.sh with the debug preset: the whole path in one process, with no GPU and no downloaded data.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # `sh run_...sh`: everything below is bash's
 set -euo pipefail
 
 for argument in "$@"; do
@@ -16,5 +17,10 @@ USAGE
   esac
 done
 
-here="$(unset CDPATH && cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+script="${BASH_SOURCE[0]}"
+while [ -L "$script" ]; do # a link to this script, such as one in ~/bin
+  target="$(readlink "$script")"
+  case "$target" in /*) script="$target" ;; *) script="$(dirname "$script")/$target" ;; esac
+done
+here="$(unset CDPATH && cd "$(dirname "$script")" && pwd)"
 exec "$here/run_pre_training_e2e.sh" --force debug "$@"

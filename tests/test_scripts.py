@@ -427,6 +427,29 @@ def test_one_process_for_each_gpu(launch, gpus):
     assert [call["WORLD_SIZE"] for call in calls] == [str(gpus), None, None]
 
 
+@pytest.mark.parametrize("shell", ["sh", "dash"])
+@pytest.mark.parametrize("script", ["run_pre_training_e2e.sh", "run_pre_training_e2e_debug.sh"])
+def test_another_shell_hands_over_to_bash(launch, shell, script):
+    if shutil.which(shell) is None:
+        pytest.skip(f"no {shell}")
+    env = {"PATH": "/usr/bin:/bin", "LOG": str(launch.log_file), "GPUS": "0"}
+    words = [shell, launch.root / script, "--dry-run", "--name", "my run"]
+    done = subprocess.run(words, env=env, cwd=launch.cwd, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "my run" in launch.log_file.read_text()
+
+
+def test_a_link_to_the_script_finds_what_lies_beside_it(launch, tmp_path):
+    for name in ("run_pre_training_e2e.sh", "run_pre_training_e2e_debug.sh"):
+        (tmp_path / "links" / "more").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "links" / name).symlink_to(launch.root / name)
+        (tmp_path / "links" / "more" / name).symlink_to(Path("..", name))
+        for link in (tmp_path / "links" / name, tmp_path / "links" / "more" / name):
+            status, commands, _ = launch("--force", "--no-preflight", script=link)
+            assert status == 0, launch.result.stderr
+            assert commands[-1][0] == launch.pretrain
+
+
 def test_several_nodes(launch):
     nodes = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
     status, commands, calls = launch("default-150m", gpus=4, **nodes)
@@ -500,7 +523,7 @@ def test_a_plan_or_data_alone_need_no_gpu(launch, gpus):
     assert (status, commands) == (0, [[*words, "--dry-run"], [*words, "--prepare-only"]])
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_signal_reaches_the_preflight(launch, tmp_path, number, status):
     """Nothing is left behind, and nothing is started after it."""
     lasting = write_script(tmp_path / "bin" / "lasting", f"#!{BASE_PYTHON}\n{LASTING}")
