@@ -104,9 +104,10 @@ def debug() -> RunConfig:
             max_steps=600, batch_tokens=512, micro_batch_size=2, log_every_steps=5, save_every_steps=150, device="cpu"
         ),
         eval=EvalConfig(
-            validation_every_steps=100, validation_tokens=16_384, cloze_every_steps=300, cloze_examples=100,
-            hellaswag_every_steps=0, sample_every_steps=300, sample_new_tokens=48, sample_temperature=0.8,
-            sample_prompts=("def __init__(self", "import os\n", "Return the", "class"),
+            validation_every_steps=100, validation_tokens=16_384, cloze_every_steps=300, cloze_examples=300,
+            # In mid-line and warm: at the start of a line so small a model goes on with blanks, the commonest tokens.
+            hellaswag_every_steps=0, sample_every_steps=300, sample_new_tokens=32, sample_temperature=1.0,
+            sample_prompts=("return self.", "raise ValueError(", "    if self._", "        self.assert"),
         ),
     )  # fmt: skip
 
