@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from myllm import checkpoint, cli, int8, loading
+from myllm import checkpoint, cli, int8, loading, paths
 from myllm.checkpoint import TrainState
 from myllm.config import ModelConfig, RunConfig, to_dict
 from myllm.data.order import DataPosition
@@ -206,16 +206,19 @@ quantize_int8(Transformer(ModelConfig(64, 64, 8, 16, 1, 2, d_ff=16)))
 def test_the_switch(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def load(where: str, device: str, int8: bool) -> None:
-        asked.append((where, device, int8))
+    def load(where: str, device: str, int8: bool, precision: str | None) -> None:
+        asked.append((where, device, int8, precision))
         raise UserError("enough")
 
+    monkeypatch.setattr(paths, "check_model", lambda model: None)
     monkeypatch.setattr(loading, "load_model", load)
     monkeypatch.setattr(server, "load_model", load)
-    for words in ([], ["--int8"]):
+    for words in ([], ["--int8"], ["--precision", "bfloat16"]):
         with pytest.raises(SystemExit):
             cli.main([command, "tiny", "--device", "cpu", *words, *(["--port", "0"] if command == "serve" else [])])
-    assert asked == [("tiny", "cpu", False), ("tiny", "cpu", True)]
+    assert asked == [
+        ("tiny", "cpu", False, None), ("tiny", "cpu", True, None), ("tiny", "cpu", False, "bfloat16")
+    ]  # fmt: skip
 
 
 def test_a_checkpoint_in_int8(tmp_path: Path) -> None:

@@ -2,20 +2,27 @@
 
 from pathlib import Path
 
+import pytest
 import torch
+from model.test_kv_cache import model_of
 
 from myllm import checkpoint
 from myllm.checkpoint import TrainState
-from myllm.config import ModelConfig, RunConfig, to_dict
+from myllm.config import ModelConfig, RunConfig, TrainConfig, to_dict
 from myllm.data.order import DataPosition
 from myllm.data.tokenizer import load_tokenizer
 from myllm.data.train_tokenizer import train_tokenizer
+from myllm.errors import UserError
+from myllm.generation import Continuation, continue_batch
+from myllm.int8 import weight_type
 from myllm.loading import load_model
 from myllm.model import Transformer
+from myllm.sampling import Sampling
 
 
-def put(folder: Path, vocab_size: int, tokenizer_file: Path | None) -> Path:
-    config = RunConfig(model=ModelConfig(vocab_size, max_seq_len=16, d_model=16, n_layers=1, n_heads=2, d_ff=32))
+def put(folder: Path, vocab_size: int, tokenizer_file: Path | None, precision: str = "auto") -> Path:
+    model = ModelConfig(vocab_size, max_seq_len=16, d_model=16, n_layers=1, n_heads=2, d_ff=32)
+    config = RunConfig(model=model, train=TrainConfig(precision=precision))
     model = Transformer(config.model)
     random = [checkpoint.random_state(torch.device("cpu"))]
     state = TrainState(1, 1, DataPosition(0, 0, 0, ""))
@@ -36,3 +43,36 @@ def test_a_vocabulary_of_ones_own(tmp_path: Path) -> None:
     assert tokenizer.describe() == expected
     assert model.config.vocab_size == tokenizer.vocab_size
     assert tokenizer.decode(tokenizer.encode("the bridge")) == "the bridge"
+
+
+@pytest.mark.parametrize("kind", [{}, {"tie_embeddings": False, "qk_norm": True, "n_kv_heads": 2}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_models_own_precision_is_that_of_autocast(kind: dict, dtype: torch.dtype) -> None:
+    """To the bit, whether the caller's autocast says so, as training's evaluations do, or the model."""
+    model, generator = model_of(kind), torch.Generator().manual_seed(1)
+    tokens = torch.randint(50, (2, 9), generator=generator)
+
+    def figures() -> list[torch.Tensor]:
+        rows = [Continuation([1, 2, 3], seed=0), Continuation([4], seed=1)]
+        list(continue_batch(model, rows, 9, Sampling(1.0, 0)))
+        owners, written = torch.tensor([1, 0]), [torch.tensor(row.written) for row in rows]
+        return [*model.assess(tokens, tokens), *model.score_continuations(tokens, owners, tokens, tokens), *written]
+
+    exact = figures()
+    with torch.autocast("cpu", dtype):
+        expected = figures()
+    model.compute_in(dtype)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(figures(), expected, strict=True))
+    assert not torch.equal(expected[0], exact[0])
+    assert not torch.is_autocast_enabled("cpu")
+    assert weight_type(model) == str(dtype).removeprefix("torch.")
+
+
+def test_the_runs_own_precision_is_the_default(tmp_path: Path) -> None:
+    folder = put(tmp_path, 50_257, None, precision="bfloat16")
+    assert load_model(folder, "cpu").model.compute_dtype is torch.bfloat16
+    assert load_model(folder, "cpu", precision="auto").model.compute_dtype is None
+    assert load_model(folder, "cpu", precision="float32").model.compute_dtype is None
+    assert load_model(put(tmp_path / "other", 50_257, None), "cpu").model.compute_dtype is None
+    with pytest.raises(UserError, match="precision bfloat16 is for weights that are floats"):
+        load_model(folder, "cpu", int8=True, precision="bfloat16")

@@ -33,6 +33,7 @@ def evaluate(
     out: Path | None = None,
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
     int8: bool = False,
+    precision: Literal["auto", "float32", "bfloat16", "float16"] | None = None,
 ) -> None:
     """Evaluate a trained model: loss, HellaSwag, cloze, perplexity, speed.
 
@@ -55,6 +56,7 @@ def evaluate(
             has no run, in the current folder for any other model.
         device: auto, cpu, cuda or mps.
         int8: measure with weights in eight bits, by torchao.
+        precision: of matrix products; None: the training's own, as it is on this device.
     """
     named, tasks = bool(tasks), tasks or USUAL
     _check(tasks, batch_size, hellaswag_examples)
@@ -63,7 +65,7 @@ def evaluate(
         from .data.shards import find_folder
 
         find_folder(dataset)
-    subject = resolve(model, device, int8)
+    subject = resolve(model, device, int8, precision)
     file = subject.home / "eval.json" if out is None else user_path(out)
     eval_results.read(file)  # not after the hours that measuring takes
     if out is not None:
@@ -106,7 +108,7 @@ def _measure_all(tasks: tuple[str, ...], named: bool, subject: Subject, choices:
         raise UserError("\n".join(faults) or "nothing could be measured")
 
 
-def resolve(where: str, device: str, int8: bool) -> Subject:
+def resolve(where: str, device: str, int8: bool, precision: str | None = None) -> Subject:
     """What a user's word for a model means: its weights, and what is known of their training.
 
     Raises:
@@ -115,7 +117,7 @@ def resolve(where: str, device: str, int8: bool) -> Subject:
     from .loading import find_model, load_model
 
     origin = find_model(where)  # once: a run that trains on saves others meanwhile
-    loaded = load_model(origin, device, int8)
+    loaded = load_model(origin, device, int8, precision)
     return Subject(origin.folder, origin.home, origin.step, loaded, origin.config, origin.dataset_hash)
 
 

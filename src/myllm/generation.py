@@ -102,7 +102,8 @@ def _continue(
         model.compile_steps(mode="reduce-overhead")
         windows += [[0]] * (slots_for(len(rows)) - len(rows))  # what fills up the batch is one token that nobody sees
     room = context if static else min(context, max(map(len, windows)) + max_new_tokens)
-    cache = KVCache(model.config, len(windows), room, device, cache_dtype(device), static)
+    with model.computing():
+        cache = KVCache(model.config, len(windows), room, device, cache_dtype(device), static)
     step = model if static else bare(model)
     logits = read(model, windows, cache)[: len(rows)]
     while True:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 
+import torch
 from torch import Tensor, nn
 
 from .errors import UserError
@@ -57,6 +58,7 @@ def quantize_int8(model: Transformer) -> None:
         UserError: torchao is not installed.
     """
     check_torchao()
+    model.compute_in(torch.float32)
     with _quiet():
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
@@ -74,8 +76,9 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 def weight_type(model: Transformer) -> str:
-    """`float32`, `int8`, ..."""
-    return "int8" if model.quantized else str(model.embedding.weight.dtype).removeprefix("torch.")
+    """`float32`, `int8`, or what `Transformer.compute_in` was given."""
+    dtype = model.compute_dtype or model.embedding.weight.dtype
+    return "int8" if model.quantized else str(dtype).removeprefix("torch.")
 
 
 def _stored(parameter: Tensor) -> list[Tensor]:

@@ -14,6 +14,7 @@ from .int8 import check_torchao, quantize_int8
 from .language_model import LanguageModel
 from .model import Transformer
 from .paths import user_path
+from .precision import compute_dtype
 from .run_folder import find_checkpoint
 
 
@@ -63,30 +64,41 @@ def find_model(where: str | Path) -> Origin:
     )
 
 
-def load_model(where: str | Path | Origin, device: str = "auto", int8: bool = False) -> LanguageModel:
+def load_model(
+    where: str | Path | Origin, device: str = "auto", int8: bool = False, precision: str | None = None
+) -> LanguageModel:
     """The model of whatever `find_model` finds, or has found, ready to sample.
 
     Args:
         int8: quantise the weights to eight bits, which needs torchao: a quarter of the memory.
+        precision: of matrix products, as train.precision has it; None: the training's own, as it is on this device.
 
     Raises:
-        UserError: nothing there, a damaged checkpoint, a model that has no counterpart here, or no torchao.
+        UserError: nothing there, a damaged checkpoint, a model that has no counterpart here, no torchao, or a precision
+            for eight-bit weights, which have their own.
     """
+    if int8 and precision not in (None, "float32"):
+        raise UserError(f"precision {precision} is for weights that are floats: leave it out, or int8")
     if int8:
         check_torchao()
     origin = where if isinstance(where, Origin) else find_model(where)
     if origin.saved is None:
         foreign = importing.read(origin.folder)
-        return _ready(Transformer(foreign.config), foreign.weights, foreign.tokenizer_file, device, int8)
-    saved = origin.saved
-    return _ready(Transformer(origin.config.model), saved.model, saved.tokenizer_file, device, int8)
+        loaded = _ready(Transformer(foreign.config), foreign.weights, foreign.tokenizer_file, device)
+    else:
+        saved = origin.saved
+        loaded = _ready(Transformer(origin.config.model), saved.model, saved.tokenizer_file, device)
+    if int8:
+        quantize_int8(loaded.model)
+    else:
+        on = loaded.model.embedding.weight.device
+        loaded.model.compute_in(compute_dtype(precision or origin.config.train.precision, on))
+    return loaded
 
 
-def _ready(model: Transformer, weights: dict, tokenizer_file: Path | None, device: str, int8: bool) -> LanguageModel:
+def _ready(model: Transformer, weights: dict, tokenizer_file: Path | None, device: str) -> LanguageModel:
     model.load_state_dict(weights)
     model.to(choose_device(device)).eval()
-    if int8:
-        quantize_int8(model)
     return LanguageModel(model, Tokenizer(tokenizer_file))
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 Positional = tyro.conf.Positional
 Device = Literal["auto", "cpu", "cuda", "mps"]
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
 Settings = Annotated[Sampling, tyro.conf.arg(name="")]  # no prefix: --top-p 0.9
 
 
@@ -38,6 +39,7 @@ def sample(
     out: Path | None = None,
     device: Device = "auto",
     int8: bool = False,
+    precision: Precision | None = None,
 ) -> None:
     """Generate text from one prompt or a file of prompts.
 
@@ -55,6 +57,7 @@ def sample(
         out: write to this file instead of the terminal.
         device: auto, cpu, cuda or mps.
         int8: weights in eight bits, by torchao: a quarter of the memory.
+        precision: of matrix products; None: the training's own, as it is on this device.
     """
     sampling.check()  # before the seconds that torch and loading take
     paths.check_model(model)
@@ -64,7 +67,7 @@ def sample(
     from .completion import complete
     from .loading import load_model
 
-    loaded = load_model(model, device, int8)
+    loaded = load_model(model, device, int8, precision)
     _note(loaded, prompts, sampling.temperature == 0 and num_samples > 1)
     settings = {**asdict(sampling), "max_new_tokens": max_new_tokens, "stop": list(stop), "model": model}
     del settings["seed"]  # each record has its own
@@ -122,6 +125,7 @@ def chat(
     max_new_tokens: int = 100,
     device: Device = "auto",
     int8: bool = False,
+    precision: Precision | None = None,
 ) -> None:
     """Generate text interactively in the terminal.
 
@@ -131,6 +135,7 @@ def chat(
         max_new_tokens: of each reply.
         device: auto, cpu, cuda or mps.
         int8: weights in eight bits, by torchao: a quarter of the memory.
+        precision: of matrix products; None: the training's own, as it is on this device.
     """
     if max_new_tokens < 0:
         raise UserError(f"max_new_tokens is {max_new_tokens}, but must be at least 0")
@@ -139,7 +144,7 @@ def chat(
     from .chat import chat as converse
     from .loading import load_model
 
-    converse(load_model(model, device, int8), max_new_tokens, sampling)
+    converse(load_model(model, device, int8, precision), max_new_tokens, sampling)
 
 
 def serve(
@@ -150,6 +155,7 @@ def serve(
     port: int = 8000,
     device: Device = "auto",
     int8: bool = False,
+    precision: Precision | None = None,
 ) -> None:
     """Generate text in the browser, with per-token probabilities.
 
@@ -163,6 +169,7 @@ def serve(
         port: to listen on; 0: any that is free.
         device: auto, cpu, cuda or mps.
         int8: weights in eight bits, by torchao: a quarter of the memory.
+        precision: of matrix products; None: the training's own, as it is on this device.
     """
     from .serve.asked import Asked, check
 
@@ -171,7 +178,7 @@ def serve(
     paths.check_model(model)
     from .serve.server import run
 
-    run(model, device, int8, host, port, default)
+    run(model, device, int8, host, port, default, precision)
 
 
 def _check_out(out: Path | None) -> None:

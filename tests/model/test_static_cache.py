@@ -98,6 +98,7 @@ def test_no_size_of_a_batch_is_one_too_many(
     torch.compiler.reset()
 
 
+@pytest.mark.slow
 def test_a_compiled_step_copies_no_cache() -> None:
     """Of one tensor for all layers, each layer's keys and values would be written as a copy of the whole cache."""
     from torch._inductor.utils import run_and_get_code

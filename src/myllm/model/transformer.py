@@ -4,7 +4,8 @@ Shapes: B batch, T sequence, D d_model, V padded vocabulary, K head dimension; M
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import wraps
 from typing import Any
 
 import torch
@@ -24,6 +25,17 @@ from .norm import make_norm
 from .rope import rotary_tables
 
 
+def _in_own_precision(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method that evaluations and generation call, with products in what `Transformer.compute_in` said."""
+
+    @wraps(method)
+    def computed(model: "Transformer", *arguments: Any, **settings: Any) -> Any:
+        with model.computing():
+            return method(model, *arguments, **settings)
+
+    return computed
+
+
 class Transformer(nn.Module):
     """A decoder-only language model with fresh weights.
 
@@ -36,6 +48,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.quantized = False
+        self.compute_dtype: torch.dtype | None = None
         self.embedding = nn.Embedding(config.padded_vocab_size, config.d_model)
         self.dropout = nn.Dropout(config.dropout_embedding) if config.dropout_embedding else nn.Identity()
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
@@ -67,6 +80,7 @@ class Transformer(nn.Module):
             return loss(hidden.flatten(0, 1), self.head_weight, targets.flatten(), self.config.vocab_size)
         return self._logits(hidden)
 
+    @_in_own_precision
     def next_logits(self, tokens: Tensor, cache: KVCache, counts: list[int] | None = None) -> Tensor:
         """Logits of the token after each row's last; the head runs there alone.
 
@@ -89,6 +103,7 @@ class Transformer(nn.Module):
         return self._logits(hidden[torch.arange(len(counts), device=tokens.device), last], logits)
 
     @torch.no_grad()
+    @_in_own_precision
     def score(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probability of each target, and whether it was the likeliest token. Targets of -1 are not asked.
 
@@ -100,6 +115,7 @@ class Transformer(nn.Module):
         return log_probs.view_as(targets), correct.view_as(targets)
 
     @torch.no_grad()
+    @_in_own_precision
     def score_continuations(
         self, prefixes: Tensor, owners: Tensor, tokens: Tensor, targets: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -119,6 +135,7 @@ class Transformer(nn.Module):
         return log_probs.view_as(targets), correct.view_as(targets)
 
     @torch.no_grad()
+    @_in_own_precision
     def assess(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probability of each target, how many tokens were likelier, and the likeliest one's probability.
 
@@ -144,11 +161,29 @@ class Transformer(nn.Module):
         if self.training:  # who trains says by which kernels
             x = self._run(tokens, positions, cache)
         else:
-            with sdpa.steady(tokens.device):
+            with sdpa.steady(tokens.device), self.computing():
                 x = self._step_compiled(tokens, positions, cache) if compiled else self._run(tokens, positions, cache)
         if cache is not None:
             cache.advance(new)
         return x
+
+    def compute_in(self, dtype: torch.dtype) -> None:
+        """Multiply in `dtype` in evaluations and generation, as training's autocast does, to the bit.
+
+        The blocks' matrices are kept in it, so that no step has to round them; the rest stays float32. Not for
+        training.
+        """
+        self.compute_dtype = None if dtype is torch.float32 else dtype
+        for module in self.blocks.modules():
+            if isinstance(module, nn.Linear):
+                module.to(dtype)
+
+    def computing(self) -> AbstractContextManager[None]:
+        """Autocast to the type of `compute_in`; nothing where there is none, or whoever calls has said one."""
+        device = self._stored_head.device.type
+        if self.compute_dtype is None or torch.is_autocast_enabled(device):
+            return nullcontext()
+        return torch.autocast(device, self.compute_dtype)
 
     def compile_steps(self, **options: Any) -> None:
         """Compile single tokens behind a static cache, at the first of them; done once.

@@ -43,14 +43,16 @@ class Refusal(Exception):
         self.status = status
 
 
-def run(model: str, device: str, int8: bool, host: str, port: int, default: Asked) -> None:
+def run(
+    model: str, device: str, int8: bool, host: str, port: int, default: Asked, precision: str | None = None
+) -> None:
     """Serve the page until Ctrl-C.
 
     Raises:
         UserError: no such model or device, no torchao for int8, or no such address or a port in use.
     """
     with listen(host, port) as listening:  # before the seconds that loading takes
-        loaded = load_model(model, device, int8)
+        loaded = load_model(model, device, int8, precision)
         with PageServer(listening, host, loaded, model, default) as server:
             if not server.alone:
                 print(f"note: everybody who reaches {host} can use the model: there is no password", file=sys.stderr)
