@@ -64,7 +64,8 @@ def test_a_hand_written_config_over_a_preset(tmp_path: Path) -> None:
         (["debug", "--name", "a\nb"], "plain folder name"),
         (["debug", "--name", "n" * 300], "plain folder name"),
         (["debug", "--config=", "--dry-run"], "--config needs"),
-        (["debug", "--eval.sample-prompts", "\udcff"], r"eval\.sample_prompts\[0\] .* is not UTF-8"),
+        (["debug", "--eval.sample-prompts", "\udcff"], r"eval\.sample_prompts\[0\] .* is not UTF-8: rename"),
+        (["debug", "--data.source", "files:\udcc3\udca9"], r"data\.source .* is not text in this locale's encoding"),
         (["debug", "--train.batch-tokens", "1000000000256"], "is not a multiple"),
     ],
 )

@@ -24,6 +24,8 @@ def environment(**changes: str | None) -> dict[str, str]:
     ("changes", "expected"),
     [
         ({"RANK": "x"}, "RANK is 'x', expected a whole number"),
+        ({"RANK": "x", "LOCAL_RANK": None, "MASTER_ADDR": None}, "RANK is 'x', expected a whole number"),
+        ({"RANK": None, "LOCAL_RANK": "x", "WORLD_SIZE": None}, "LOCAL_RANK is 'x', expected a whole number"),
         ({"LOCAL_RANK": "-1"}, "LOCAL_RANK is '-1', expected a whole number"),
         ({"GROUP_RANK": "1.0"}, "GROUP_RANK is '1.0', expected a whole number"),
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0', expected a whole number"),
@@ -55,6 +57,8 @@ def test_variables_that_say_nothing_are_none(changes: dict[str, str | None]) -> 
         [sys.executable, "-c", CHECK], env=environment(**changes), capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout) == (0, "fine\n"), done.stderr
+    half = {"RANK", "LOCAL_RANK"} & changes.keys()
+    assert ("this process works alone" in done.stderr) == bool(half), done.stderr
 
 
 def test_who_is_waited_for_is_said_at_once() -> None:

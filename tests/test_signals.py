@@ -206,6 +206,19 @@ def test_what_a_watcher_sees(temp_data: Path) -> None:
     assert [path.name for path in run.iterdir()] == ["heartbeat.json"]
 
 
+def test_a_folder_that_has_the_name_of_a_run_is_none(
+    temp_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "seen").mkdir()
+    run = RunPaths(temp_data / "runs" / "seen")
+    run.root.mkdir(parents=True)
+    with pytest.raises(UserError, match=f"expected {run.heartbeat}"):
+        status("seen", 600)
+    Heartbeat(run.heartbeat, 4).end("complete, after step 4", 0)
+    assert status("seen", 600) == ("step 4: complete, after step 4", 0)
+
+
 def test_a_start_is_no_longer_what_the_start_before_was(temp_data: Path) -> None:
     """From the first look at the data on; and an error before there is a loop is the last word."""
     run = RunPaths(temp_data / "runs" / "seen")

@@ -59,7 +59,8 @@ def test_paths_that_cannot_be(
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_paths_of_the_run_and_of_its_environment(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_of_the_run_and_of_its_environment(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError):
         parse(["--config", path])
     if not path.startswith(("/dev", "a/")):  # what is not there may be made

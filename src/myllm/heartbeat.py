@@ -168,12 +168,14 @@ def status(run: str, silent_s: float) -> tuple[str, int]:
     Raises:
         UserError: no such run, or one without a heartbeat.
     """
-    folder = next((each for each in (user_path(run), runs() / run) if each.is_dir()), None)
-    path = RunPaths(folder).heartbeat if folder else None
-    if folder:
-        warn_of_two(run, folder, runs() / run)
-    if path is None or not path.is_file():
-        raise UserError(f"no heartbeat of a run {run!r}: expected {path or runs() / run / 'heartbeat.json'}")
+    folders = [each for each in (user_path(run), runs() / run) if each.is_dir()]
+    # A folder here that has the run's name need not be one.
+    folder = next((each for each in folders if RunPaths(each).heartbeat.is_file()), None)
+    if folder is None:
+        expected = RunPaths(folders[-1] if folders else runs() / run).heartbeat
+        raise UserError(f"no heartbeat of a run {run!r}: expected {expected}")
+    warn_of_two(run, folder, runs() / run)
+    path = RunPaths(folder).heartbeat
     try:
         said = HEARTBEAT.upgrade(read_json(path), path)
         word, *more = str(said["how"] or said["doing"]).splitlines() or [""]

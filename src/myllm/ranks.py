@@ -30,11 +30,10 @@ def check_launcher() -> None:
         UserError: a launcher's variables that cannot be, or that do not fit one another.
     """
     if not launched():
+        _check_without_launcher()
         return
     for name in (*PLACES, *COUNTS):
-        value = os.environ.get(name) or ("0" if name in PLACES else "1")
-        if not (value.isascii() and value.isdecimal()) or (name in COUNTS and int(value) < 1):
-            raise UserError(f"{name} is {value!r}, expected a whole number, as a launcher sets it; {_start_anew()}")
+        _check_number(name)
     for place, count in (
         ("RANK", "WORLD_SIZE"),
         ("LOCAL_RANK", "LOCAL_WORLD_SIZE"),
@@ -45,6 +44,27 @@ def check_launcher() -> None:
             raise UserError(f"{place} is {have}, which does not fit {count} {most}; {_start_anew()}")
     if world_size() > 1:
         meeting_place()
+
+
+def _check_number(name: str) -> None:
+    value = os.environ.get(name) or ("0" if name in PLACES else "1")
+    if not (value.isascii() and value.isdecimal()) or (name in COUNTS and int(value) < 1):
+        raise UserError(f"{name} is {value!r}, expected a whole number, as a launcher sets it; {_start_anew()}")
+
+
+def _check_without_launcher() -> None:
+    """Some schedulers say which process of how many this is, and start it without torchrun: each would train alone."""
+    given = [name for name in ("RANK", "LOCAL_RANK") if os.environ.get(name)]
+    for name in given:
+        _check_number(name)
+    if given and world_size() > 1:
+        missing = "LOCAL_RANK" if given == ["RANK"] else "RANK"
+        print(
+            f"warning: {given[0]} and WORLD_SIZE are set, and {missing} is not: this process works alone, as if none "
+            f"of them were; {_start_anew()}",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _start_anew() -> str:

@@ -1,6 +1,8 @@
 """Everything that can be wrong with a config, found at once and before anything is downloaded or allocated."""
 
+import os
 import re
+import sys
 
 from . import plan
 from .config import EvalConfig, HubConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
@@ -54,8 +56,8 @@ def faults(config: RunConfig, world_size: int) -> list[str]:
     texts |= {"data.tokenizer": config.data.tokenizer, "data.fallback": config.data.fallback or ""}
     texts["eval.hellaswag_file"] = config.eval.hellaswag_file or ""
     texts |= {f"eval.sample_prompts[{i}]": prompt for i, prompt in enumerate(config.eval.sample_prompts)}
-    # The shell hands bytes that are no UTF-8 over as lone surrogates, which no file of the run could hold.
-    found += [f"{key} {text!r} is not UTF-8" for key, text in texts.items() if not _is_unicode(text)]
+    # The shell hands bytes that the locale cannot read over as lone surrogates, which no file of the run could hold.
+    found += [f"{key} {text!r} is not {_expected(text)}" for key, text in texts.items() if not _is_unicode(text)]
     batch = plan.batch_plan(config.model, config.train, world_size)
     if batch.batch_tokens > 0 and batch.micro_tokens > 0 and (fault := batch.fault()):
         found.append(fault)
@@ -92,6 +94,16 @@ def hub_faults(hub: HubConfig, prefix: str) -> list[str]:
 
 def _is_unicode(text: str) -> bool:
     return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _expected(text: str) -> str:
+    """What a text with lone surrogates should have been, and what to do about it."""
+    encoding = sys.getfilesystemencoding()
+    try:
+        os.fsencode(text).decode()
+    except UnicodeError:
+        return "UTF-8: rename the file or folder, or give other text"
+    return f"text in this locale's encoding, {encoding}: set LC_ALL=C.UTF-8, or PYTHONUTF8=1"
 
 
 def _sizes(config: RunConfig) -> list[str]:
