@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, TensorStorageMetadata
 
@@ -21,8 +23,8 @@ from myllm.checkpoint import Snapshot, TrainState, list_checkpoints, load, load_
 from myllm.config import RunConfig, TrainConfig
 from myllm.data.order import DataPosition
 from myllm.errors import UserError
-from myllm.plan import stored_parameters
-from myllm.retention import SPARE_BYTES, Keep, check_room, check_run_room, run_bytes, step_of
+from myllm.plan import checkpoint_bytes, disk_estimate_bytes, n_kept, n_saves, stored_parameters
+from myllm.retention import SPARE_BYTES, Keep, check_room, check_run_room, run_bytes, save_due, step_of
 from myllm.sharded import plain_names, read_into
 
 KILLS = Path(__file__).parent / "kill_inside_saves.py"
@@ -278,9 +280,46 @@ def test_some_are_kept_for_ever(tmp_path: Path) -> None:
         state, weights = TrainState(step, 0, DataPosition(0, 0, 0, "")), {"w": torch.randn(2)}
         checkpoint.write(tmp_path, Snapshot(state, {}, weights, {}, {}), Keep(last=2, every_steps=6))
     assert [step_of(folder) for folder in list_checkpoints(tmp_path)] == [20, 18, 12, 6]
-    assert Keep(2, 6).count(list(range(2, 21, 2))) == 4
-    assert Keep(0).count([1, 2, 3]) == 3
-    assert Keep(2).count([1]) == 1
+
+
+def saved_and_kept(train: TrainConfig, here: list[int], step: int) -> tuple[int, int]:
+    """By making every step of a run."""
+    folders = list(here)
+    saves = [
+        at for at in range(step + 1, train.max_steps + 1) if save_due(RunConfig(train=train), at, at == train.max_steps)
+    ]
+    for at in saves:
+        folders.append(at)
+        passing = folders[: -train.keep_last] if train.keep_last else []
+        gone = {old for old in passing if not train.keep_every_steps or old % train.keep_every_steps}
+        folders = [old for old in folders if old not in gone]
+    return len(saves), len(folders)
+
+
+@given(
+    *(st.integers(least, most) for least, most in ((1, 60), (0, 20), (0, 20), (0, 8))),
+    st.integers(0, 30), st.sets(st.integers(1, 30), max_size=4),
+)  # fmt: skip
+def test_how_many_there_will_be(most: int, save: int, keep: int, last: int, step: int, here: set[int]) -> None:
+    """One answer to what a run makes and keeps, for plan, preflight and the disk's room, as if each step were made."""
+    train = TrainConfig(max_steps=most, save_every_steps=save, keep_every_steps=keep, keep_last=last)
+    there = sorted(at for at in here if at <= step)
+    made, kept = saved_and_kept(train, there, step)
+    assert n_saves(train, step, most) == made
+    if made:
+        assert n_kept(train, there, step) == kept
+
+
+def test_long_runs_are_counted_at_once(tmp_path: Path) -> None:
+    train = TrainConfig(max_steps=3_000, save_every_steps=1_000, keep_every_steps=1_500, keep_last=0)
+    config = RunConfig(train=train)
+    one = disk_estimate_bytes(config)["checkpoints"] // 5
+    assert one == checkpoint_bytes(config)
+    assert run_bytes(config, tmp_path, tmp_path, 0)[1] == 5
+    for last, kept in ((0, 10**12 // 2 + 10**12 // 7 - 10**12 // 14), (10**11, 10**11 + (10**12 - 175 * 10**9) // 7)):
+        long = replace(train, max_steps=10**12, save_every_steps=2, keep_every_steps=7, keep_last=last)
+        assert abs(n_kept(long) - kept) <= 1
+        assert run_bytes(RunConfig(train=long), tmp_path, tmp_path, 0)[1] == n_kept(long) + 1
 
 
 def test_room_is_checked_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

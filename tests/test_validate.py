@@ -1,13 +1,17 @@
 """Every fault of a config is found before anything is allocated, and all of them at once."""
 
+import re
 from dataclasses import replace
 from math import inf, nan
 
 import pytest
 
+from myllm import forecast
 from myllm.config import ModelConfig, RunConfig, TrainConfig
 from myllm.errors import UserError
+from myllm.plan import disk_estimate_bytes, micro_batch_sizes
 from myllm.presets import PRESETS, preset
+from myllm.profiling import quiet_window
 from myllm.validate import check, check_data_config, faults
 
 GOOD = RunConfig(
@@ -179,3 +183,32 @@ def test_repeatable_steps_need_a_repeatable_attention():
         assert faults(changed(GOOD, train__deterministic=True, train__attention=attention), 1) == []
     (fault,) = faults(changed(GOOD, train__deterministic=True, train__attention="cudnn"), 1)
     assert fault.startswith("train.attention is cudnn, whose backward pass does not repeat itself")
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [
+        ("train", "max_steps", 10**30), ("train", "keep_last", 10**18), ("train", "batch_tokens", 10**15),
+        ("train", "save_every_steps", 10**400), ("eval", "cloze_every_steps", 10**30), ("model", "n_layers", 10**9),
+        ("model", "max_seq_len", 10**12), ("data", "workers", 10**6), ("data", "target_tokens", 10**30),
+        ("optim", "warmup_steps", 10**30), ("train", "epochs", 1e300),
+    ],
+)  # fmt: skip
+def test_numbers_that_no_run_has(part: str, name: str, value: int) -> None:
+    """Said in a sentence, and as fast as any other fault."""
+    config = RunConfig()
+    wrong = replace(config, **{part: replace(getattr(config, part), **{name: value})})
+    assert any(re.match(rf"{part}\.{name} is .*, but must be at most [\d,]+$", fault) for fault in faults(wrong, 1))
+
+
+def test_a_run_that_is_very_long() -> None:
+    """Nothing on the way to it goes through its steps one by one."""
+    long = replace(TrainConfig(), max_steps=10**10, save_every_steps=1, keep_every_steps=3, log_every_steps=10**10)
+    config = replace(RunConfig(), train=long)
+    assert not faults(config, 1)
+    assert "tokens" in forecast.describe(config, 1, "cpu")
+    assert len(quiet_window(config, 0)) == 5
+    assert sum(disk_estimate_bytes(config).values()) > 0
+    tokens = replace(long, batch_tokens=10**12 // 2_048 * 2_048, micro_batch_size=1)
+    assert any("tokens, more than a run can count" in fault for fault in faults(replace(config, train=tokens), 1))
+    assert len(micro_batch_sizes(config.model, tokens, 1)) > 1

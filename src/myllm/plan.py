@@ -1,5 +1,8 @@
 """What a run costs, from its config alone: batch arithmetic, parameters, FLOPs, memory, disk. Allocates nothing."""
 
+import bisect
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from .config import ModelConfig, OptimConfig, RunConfig, TrainConfig
@@ -71,7 +74,10 @@ def batch_plan(model: ModelConfig, train: TrainConfig, world_size: int) -> Batch
 def micro_batch_sizes(model: ModelConfig, train: TrainConfig, world_size: int) -> list[int]:
     """Every micro-batch size that keeps batch_tokens exact on so many ranks, ascending; none if there is none."""
     share, remainder = divmod(train.batch_tokens, model.max_seq_len * world_size)
-    return [] if remainder else [size for size in range(1, share + 1) if share % size == 0]
+    if remainder:
+        return []
+    below = [size for size in range(1, math.isqrt(share) + 1) if share % size == 0]
+    return sorted({*below, *(share // size for size in below)})
 
 
 def epochs_of(config: RunConfig, train_tokens: int) -> float:
@@ -196,11 +202,46 @@ def checkpoint_bytes(config: RunConfig) -> int:
     return 12 * stored_parameters(config.model)
 
 
+def n_saves(train: TrainConfig, first: int, last: int) -> int:
+    """How many checkpoints are made after step `first`, up to `last`: at multiples of save_every_steps and of
+    keep_every_steps, and at the run's end. By arithmetic, however long the run is."""
+    cadences = [every for every in (train.save_every_steps, train.keep_every_steps) if every > 0]
+
+    def multiples(of: int) -> int:
+        return last // of - first // of
+
+    count = sum(map(multiples, cadences)) - (multiples(math.lcm(*cadences)) if len(cadences) == 2 else 0)
+    at_end = first < train.max_steps <= last and not any(train.max_steps % every == 0 for every in cadences)
+    return max(count, 0) + at_end
+
+
+def n_kept(train: TrainConfig, here: Sequence[int] = (), step: int = 0) -> int:
+    """How many checkpoints there are when a run has ended: keep_last of the newest (0: all), and those at multiples of
+    keep_every_steps.
+
+    Args:
+        here: the steps of those that are there already, in order.
+        step: where the run goes on.
+    """
+    end, ahead = train.max_steps, n_saves(train, step, train.max_steps)
+    if not train.keep_last or train.keep_last >= len(here) + ahead:
+        return len(here) + ahead
+    milestone = train.keep_every_steps
+    if train.keep_last >= ahead:
+        older = here[: len(here) - (train.keep_last - ahead)]
+        milestones_ahead = 0
+    else:  # the step before the newest keep_last, by bisection: each step further back can only add saves
+        older = here
+        newest = bisect.bisect_left(
+            range(end - step), train.keep_last, key=lambda back: n_saves(train, end - back, end)
+        )
+        milestones_ahead = (end - newest) // milestone - step // milestone if milestone else 0
+    return train.keep_last + milestones_ahead + sum(milestone > 0 and at % milestone == 0 for at in older)
+
+
 def disk_estimate_bytes(config: RunConfig) -> dict[str, int]:
     """What the run's folder and its data set take, for what can be known before anything is read."""
-    saves = -(-config.train.max_steps // (config.train.save_every_steps or config.train.max_steps))
-    milestones = config.train.max_steps // config.train.keep_every_steps if config.train.keep_every_steps else 0
-    kept = min((config.train.keep_last or saves) + milestones, max(saves, milestones))
+    kept = n_kept(config.train)
     trained = config.train.max_steps * config.train.batch_tokens
     tokens = min(trained, config.data.target_tokens or trained) + config.data.val_tokens
     best = config.train.early_stop_patience is not None

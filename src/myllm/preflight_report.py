@@ -1,5 +1,6 @@
 """What a rehearsal's figures mean for the whole run: a table, and the reasons not to start it."""
 
+import bisect
 from dataclasses import dataclass, field, replace
 from math import ceil, isfinite
 from typing import TYPE_CHECKING
@@ -124,7 +125,7 @@ class Findings:
         left = {"training": (train.max_steps - self.done) * measured.step_s}
         for name, (seconds, _) in measured.evals.items():
             left[name] = seconds * batches[name] * times_due(every[name], self.done, train.max_steps)
-        saves = times_due(train.save_every_steps or train.max_steps, self.done + 1, train.max_steps)
+        saves = plan.n_saves(train, self.done, train.max_steps)
         return left | {"saves": saves * measured.save_s}
 
     @property
@@ -252,11 +253,14 @@ class Findings:
         if missing <= 0:
             return ""
         train, advice = self.config.train, []
-        for keep in range((train.keep_last or train.max_steps) - 1, 0, -1):
+
+        def too_many(keep: int) -> bool:
             fewer = replace(self, config=replace(self.config, train=replace(train, keep_last=keep)))
-            if sum(fewer.disk_bytes.values()) <= free:
-                advice.append(f"lower train.keep_last from {train.keep_last or 'all (0)'} to {keep}")
-                break
+            return sum(fewer.disk_bytes.values()) > free
+
+        keep = bisect.bisect_left(range(1, train.keep_last or train.max_steps), True, key=too_many)
+        if keep:
+            advice.append(f"lower train.keep_last from {train.keep_last or 'all (0)'} to {keep}")
         tokens = (need["shards"] - missing) // 2
         if need["shards"] > missing and tokens > 0:
             advice.append(f"set data.target_tokens to {tokens - self.config.data.val_tokens:,}")

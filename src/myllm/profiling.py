@@ -21,6 +21,8 @@ from .paths import RunPaths
 WARMUP_STEPS = 10
 """Of this process, before those that are recorded."""
 STEPS = 5
+LOOKED_AT = 10_000
+"""Places for the window, at most."""
 TRACE, TABLE = "trace.json", "kernels.txt"
 
 
@@ -114,7 +116,7 @@ def quiet_window(config: RunConfig, step: int) -> range:
         between = range(start + 1, start + length)
         return sum(boundary % cadence == 0 for boundary in between for cadence in cadences if cadence)
 
-    far = min(steps - length, first + max(cadences, default=0))
+    far = min(steps - length, first + max(cadences, default=0), first + LOOKED_AT)
     start = min(range(first, far + 1), key=disturbances, default=first)
     return range(start, start + length)
 

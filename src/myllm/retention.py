@@ -10,7 +10,7 @@ from .config import RunConfig
 from .data.room import size
 from .errors import UserError
 from .files import fsync_folder, read_json
-from .plan import stored_parameters
+from .plan import n_kept, n_saves, stored_parameters
 
 MANIFEST, STATE_FILE = "manifest.json", "state.json"
 PARTIAL, REMOVED, REPLACED = ".partial-", ".removed-", ".replaced-"
@@ -47,12 +47,6 @@ class Keep:
 
     def _for_ever(self, step: int) -> bool:
         return self.every_steps > 0 and step % self.every_steps == 0
-
-    def count(self, steps: list[int]) -> int:
-        """How many of checkpoints at `steps`, in order, are kept in the end."""
-        if not self.last:
-            return len(steps)
-        return len(steps[-self.last :]) + sum(map(self._for_ever, steps[: -self.last]))
 
 
 KEEP_ALL = Keep()
@@ -189,13 +183,11 @@ def run_bytes(config: RunConfig, checkpoints: Path, best: Path, step: int) -> tu
     Returns:
         bytes, and how many checkpoints that is at most at one time: an old one goes when the new one is whole.
     """
-    train, keep = config.train, Keep(config.train.keep_last, config.train.keep_every_steps)
+    train = config.train
     here = sorted(step_of(folder) for folder in list_checkpoints(checkpoints))
-    ahead = sorted({at for every in _cadences(config) for at in range(every, train.max_steps + 1, every) if at > step})
-    ahead += [train.max_steps] if train.max_steps not in ahead and train.max_steps > step else []
     there = list_checkpoints(best)
-    kept = keep.count([*here, *ahead]) - len(here) + (train.early_stop_patience is not None and not there)
-    count = max(kept, 0) + 1 if ahead else 0
+    kept = n_kept(train, here, step) - len(here) + (train.early_stop_patience is not None and not there)
+    count = max(kept, 0) + 1 if n_saves(train, step, train.max_steps) else 0
     return count * (stored_parameters(config.model) * BYTES_A_PARAMETER + SPARE_BYTES), count
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .language_model import LanguageModel
 
 Positional = tyro.conf.Positional
+MOST_SAMPLES = 1_000_000
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 Settings = Annotated[Sampling, tyro.conf.arg(name="")]  # no prefix: --top-p 0.9
@@ -60,6 +61,8 @@ def sample(
         precision: of matrix products; None: the training's own, as it is on this device.
     """
     sampling.check()  # before the seconds that torch and loading take
+    if num_samples > MOST_SAMPLES:
+        raise UserError(f"num_samples is {num_samples:,}, but must be at most {MOST_SAMPLES:,} a call")
     paths.check_model(model)
     prompts = _prompts(prompt, prompts_file)
     out = out and user_path(out)

@@ -23,7 +23,7 @@ def check(config: RunConfig, world_size: int) -> None:
 
 def check_data_config(config: RunConfig) -> None:
     """As `check`, for the data settings alone."""
-    _raise([fault for fault in _sizes(config) if fault.startswith("data.")])
+    _raise([fault for fault in _sizes(config) + _too_large(config) if fault.startswith("data.")])
 
 
 def _raise(found: list[str]) -> None:
@@ -38,6 +38,7 @@ def faults(config: RunConfig, world_size: int) -> list[str]:
     """One sentence a fault: the value seen, what was expected, what to do."""
     found = [
         *_sizes(config),
+        *_too_large(config),
         *_model_faults(config.model),
         *_optim_faults(config.optim),
         *_train_faults(config.train),
@@ -137,6 +138,44 @@ def _sizes(config: RunConfig) -> list[str]:
                 if isinstance(value, int) and value < least:  # neither None nor "auto"
                     found.append(f"{part}.{name} is {value}, but must be at least {least}")
     return found
+
+
+def _too_large(config: RunConfig) -> list[str]:
+    """Numbers that no run has, such as a slip of the keyboard: sizes that no memory holds, counts beyond 64 bits."""
+    limits = {
+        "model": dict.fromkeys(("vocab_multiple", "d_model", "n_heads", "n_kv_heads", "head_dim"), 10 ** 6)
+        | {"n_layers": 10_000, "d_ff": 10**7, "max_seq_len": 10**8},
+        "data": {"workers": 4_096, "min_chars": 10**12}
+        | dict.fromkeys(("val_tokens", "target_tokens", "max_documents", "shard_tokens"), 10**15),
+        "optim": {"warmup_steps": 10**12},
+        "train": {"batch_tokens": 10**12, "micro_batch_size": 10**9, "epochs": 10**6}
+        | dict.fromkeys(
+            (
+                "max_steps", "log_every_steps", "save_every_steps", "keep_last", "keep_every_steps",
+                "early_stop_patience", "max_skipped_steps",
+            ),
+            10**12,
+        ),
+        "eval": {"sample_new_tokens": 10**9, "validation_tokens": 10**15}
+        | {name: 10**12 for name in vars(config.eval) if name.endswith(("_every_steps", "_examples"))},
+    }  # fmt: skip
+    found = []
+    for part, names in limits.items():
+        for name, most in names.items():
+            value = getattr(getattr(config, part), name)
+            if isinstance(value, int | float) and most < value < float("inf"):
+                found.append(f"{part}.{name} is {_shown(int(value))}, but must be at most {most:,}")
+    tokens = config.train.max_steps * config.train.batch_tokens
+    if not any(fault.startswith("train.") for fault in found) and tokens >= 2**63:
+        found.append(
+            f"train.max_steps {config.train.max_steps:,} x train.batch_tokens {config.train.batch_tokens:,} is "
+            f"{_shown(tokens)} tokens, more than a run can count"
+        )
+    return found
+
+
+def _shown(value: int) -> str:
+    return f"{value:,}" if value < 10**18 else f"about 10^{len(str(value)) - 1}" if value < 10**4_000 else "enormous"
 
 
 def _model_faults(model: ModelConfig) -> list[str]:
