@@ -1,13 +1,15 @@
 """The launcher's decisions, without processes; tests/distributed/test_torchrun.py starts some."""
 
 import inspect
+import re
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from torch.distributed import run
+from torch.distributed import DistNetworkError, run
 from torch.distributed.elastic.agent.server import api as agents
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.rendezvous import RendezvousConnectionError
 from torch.distributed.launcher import api
 
 from myllm import torchrun
@@ -56,6 +58,34 @@ def test_an_older_torchrun_is_not_asked_for_what_it_does_not_know(
     words = defaults(run.get_args_parser().format_help())
     assert words[0] == "--max-restarts=3"
     assert {word.partition("=")[0] for word in words[1:]} == known - set(lacking)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--nproc_per_node=x",), ("--nproc-per-node=0",), ("--nproc_per_node=-1",), ("--nnodes=x",), ("--nnodes=0",),
+        ("--nnodes=2:1",), ("--nnodes=1:2:3",), ("--master-port=65536",), ("--master_port=-1",),
+    ],
+)  # fmt: skip
+def test_options_that_cannot_be_are_a_sentence(
+    options: tuple[str, ...], asked: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*options, "train.py"]) == 2
+    assert not asked
+    assert re.fullmatch(r"error: .*[,;] expected .*\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("error", [DistNetworkError("EADDRINUSE\nmore"), RendezvousConnectionError("EADDRINUSE")])
+def test_a_port_that_is_taken_is_a_sentence(
+    error: Exception, asked: list[Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(run, "run", fail)
+    assert main(["--nnodes=2", "--master-addr=10.0.0.1", "--master-port=29500", "train.py"]) == 1
+    said = "error: the machines cannot meet at 10.0.0.1:29500: EADDRINUSE; give a free port, the same on all\n"
+    assert capsys.readouterr().err == said
 
 
 def ended_with(codes: list[int], monkeypatch: pytest.MonkeyPatch) -> int:

@@ -14,11 +14,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from unittest import mock
 
-from torch.distributed import run
+from torch.distributed import DistError, run
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher import api
 
 from .environment import set_for_libraries
@@ -58,6 +59,25 @@ def defaults(options: str) -> list[str]:
     return [word for word in words if word.partition("=")[0] in options]
 
 
+def unusable(arguments: Any) -> str | None:
+    """What is wrong with the processes asked for, or with where they meet, which torchrun would say with a traceback;
+    None: nothing."""
+    port = arguments.master_port
+    if port is not None and not 0 <= port < 2**16:
+        return f"--master-port is {port}, expected a port: 0 to {2**16 - 1}"
+    try:
+        least, most = run.parse_min_max_nnodes(arguments.nnodes)
+        if 0 < least <= most and run.determine_local_world_size(arguments.nproc_per_node) > 0:
+            return None
+        reason = "none could be started"
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).rstrip(".")
+    return (
+        f"torchrun cannot start --nnodes {arguments.nnodes} with --nproc-per-node {arguments.nproc_per_node}: {reason}"
+        "; expected a number of machines (or MIN:MAX), and of processes on each (or gpu, cpu or auto)"
+    )
+
+
 def meant(exit_code: int) -> bool:
     """Whether a process chose to end like this; negative codes are signals that killed it."""
     return exit_code > 1
@@ -74,6 +94,9 @@ def main(words: list[str]) -> int:
     ask_for_a_store_each_start()
     parser = run.get_args_parser()
     arguments: Any = parser.parse_args([*defaults(parser.format_help()), *words])
+    if fault := unusable(arguments):
+        print(f"error: {fault}", file=sys.stderr)
+        return 2
     try:
         with mock.patch.object(api, "LocalElasticAgent", Agent), TemporaryDirectory() as folder:
             due = Path(folder) / "exit_code"
@@ -88,6 +111,13 @@ def main(words: list[str]) -> int:
             how = f"was killed by signal {-first.exitcode}" if first.exitcode < 0 else "failed; see its traceback above"
             print(f"rank {rank} {how}; --max-restarts {arguments.max_restarts} are used up", file=sys.stderr)
         return chosen or 1
+    except (DistError, RendezvousError) as error:
+        where = arguments.rdzv_endpoint or f"{arguments.master_addr}:{arguments.master_port}"
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        print(
+            f"error: the machines cannot meet at {where}: {reason}; give a free port, the same on all", file=sys.stderr
+        )
+        return 1
     except SignalException as signalled:
         return exit_code(signalled.sigval)
 
