@@ -21,7 +21,7 @@ import pytest
 import torch
 from conftest import ROOT, losses, tiny_config, with_train, write_run_config
 
-from myllm import precision, rehearsal
+from myllm import micro_batch, paths, precision, rehearsal
 from myllm import preflight as preflight_module
 from myllm.cli import main
 from myllm.config import RunConfig, load_json
@@ -31,7 +31,7 @@ from myllm.distributed import Process
 from myllm.errors import UserError
 from myllm.forecast import describe
 from myllm.memory import peak_bytes, reset_peak
-from myllm.micro_batch import CPU_TOKENS, largest_that_fits, settle, sizes_to_try
+from myllm.micro_batch import CPU_TOKENS, hand_over, largest_that_fits, settle, sizes_to_try
 from myllm.plan import checkpoint_bytes
 from myllm.preflight import preflight
 from myllm.preflight_data import Room, prepared, room_for_run
@@ -321,6 +321,52 @@ def test_auto_is_settled_once(config: RunConfig, temp_data: Path) -> None:
     assert "changed since then: train.micro_batch_size" not in (run / "log.txt").read_text()
     train(replace(with_train(auto, micro_batch_size=chosen), name="whole"), dataset, ALONE)
     assert losses(run) == losses(temp_data / "runs/whole")
+
+
+def test_a_run_takes_its_preflights_number_untried(
+    config: RunConfig, tmp_path: Path, temp_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The preflight's command and then the run: no size is tried a second time."""
+    auto = with_train(config, micro_batch_size="auto", batch_tokens=256, max_steps=2)
+    main(["preflight", "--config", str(write_run_config(auto, tmp_path / "auto.json"))])
+    assert not (temp_data / "runs").exists()
+    monkeypatch.setattr(micro_batch, "trial_of", lambda *_: pytest.fail("a size was tried again"))
+    train(auto, prepare(config.data, progress=False), ALONE)
+    assert "micro_batch_size auto: 4, as the preflight found it" in (temp_data / "runs/tiny/log.txt").read_text()
+    assert json.loads((temp_data / "runs/tiny/config.json").read_text())["train"]["micro_batch_size"] == 4
+
+
+def test_a_preflights_number_is_for_its_own_conditions(
+    config: RunConfig, temp_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    auto = with_train(config, micro_batch_size="auto", batch_tokens=256)
+    monkeypatch.setattr(micro_batch, "trial_of", lambda *_: lambda size: size)  # finds 4, the largest
+    tokenizer = load_tokenizer("r50k_base")
+
+    def taken(config: RunConfig, limit: int = 2**30, val_tokens: int | None = None, rehearsed: bool = True) -> int:
+        found, why = settle(config, tokenizer, ALONE, val_tokens, limit, rehearsed)
+        assert ("as the preflight found it" in why) == (found.train.micro_batch_size == 2)
+        return found.train.micro_batch_size
+
+    hand_over(with_train(auto, micro_batch_size=2), ALONE, 2**29)
+    assert taken(auto) == 2
+    assert taken(with_train(auto, max_steps=9, seed=5, fresh=True)) == 2  # which no memory depends on
+    assert taken(auto, rehearsed=False) == 4
+    assert taken(auto, limit=2**28) == 4  # there is less memory now than it took
+    assert taken(auto, val_tokens=65) == 1  # there is no batch of 2 to validate with
+    assert taken(with_train(auto, precision="bfloat16")) == 4
+    assert taken(replace(auto, model=replace(auto.model, n_layers=1))) == 4
+    assert taken(replace(auto, name="other")) == 4
+    file = paths.micro_batch(auto.name)
+    found = json.loads(file.read_text())
+    odd = [{"device_name": "a card"}, {"torch": "2.0"}, {"world_size": 8}, {"micro_batch_size": 3}]
+    odd += [{"micro_batch_size": "2"}, {"micro_batch_size": True}, {"peak_bytes": None}, {"more": 1}]
+    for text in (*(json.dumps(found | change) for change in odd), "[]", "{", "", "\0"):
+        file.write_text(text)
+        assert taken(auto) == 4
+    file.unlink()
+    file.mkdir()
+    assert taken(auto) == 4
 
 
 # -- the config and the command line ----------------------------------------------------------------------------------

@@ -4,12 +4,15 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from . import distributed, plan
+import torch
+
+from . import distributed, paths, plan
 from .config import RunConfig, saved_config, to_dict
 from .data.shards import Dataset
 from .data.tokenizer import Tokenizer
 from .distributed import Process
 from .errors import UserError
+from .files import write_json
 from .footprint import Computing, predicted_bytes
 from .hardware import device_name
 from .paths import RunPaths
@@ -85,15 +88,18 @@ def settle(
     process: Process,
     val_tokens: int | None = None,
     limit_bytes: int | None = None,
+    rehearsed: bool = False,
 ) -> tuple[RunConfig, str]:
     """The config with a number for "auto", the same on all ranks, and a line that says why; any other as it is.
 
     A run that has begun keeps its number. Where the ranks, the device or the settings have changed since, the number
-    is tried first, and replaced only if it no longer divides or fits.
+    is tried first, and replaced only if it no longer divides or fits. A run that begins takes the number of its
+    preflight untried, if that was for the same ranks, device and settings and what it needed is there.
 
     Args:
         val_tokens: held out, where that is known: a micro-batch of validation is never larger.
         limit_bytes: memory of one rank that may be used; None: what there is, less headroom.
+        rehearsed: whether a preflight's number may be taken; a preflight itself finds its own.
 
     Raises:
         UserError: not even one sequence fits.
@@ -105,6 +111,10 @@ def settle(
     if before in plan.micro_batch_sizes(config.model, config.train, process.world_size) and same:
         return _with(config, before), f"train.micro_batch_size auto: {before}, as this run began"
     limit_bytes = memory_limit_bytes(process) if limit_bytes is None else limit_bytes
+    size, peak = distributed.from_main(_of_preflight(config, process) if process.is_main and rehearsed else (None, 0))
+    if size in sizes and peak <= limit_bytes:
+        needed = f"{peak / 2**30:.2f} of {limit_bytes / 2**30:.2f} GiB a rank"
+        return _with(config, size), f"train.micro_batch_size auto: {size}, as the preflight found it, in {needed}"
     with stage(process) as folder:
         dataset = made_up_dataset(config, folder, tokenizer, process)
         measure = trial_of(config, dataset, process, limit_bytes)
@@ -139,6 +149,32 @@ def _of_this_run(config: RunConfig, process: Process) -> tuple[int | None, bool]
     before = to_dict(saved_config(saved, run.config))
     same = here == {key: environment.get(key) for key in here} and _costs(before) == _costs(to_dict(config))
     return size, same
+
+
+def hand_over(config: RunConfig, process: Process, peak_bytes: int) -> None:
+    """Leave the number that a preflight settled on, with all that it depends on, for the run to take.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    file = paths.micro_batch(config.name)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    found = {"micro_batch_size": config.train.micro_batch_size, "peak_bytes": peak_bytes}
+    write_json(file, found | _conditions(config, process))
+
+
+def _of_preflight(config: RunConfig, process: Process) -> tuple[int | None, int]:
+    """The number that a preflight left for just this run, and the bytes that it took; None if there is none."""
+    left = read_object(paths.micro_batch(config.name))
+    size, peak = left.pop("micro_batch_size", None), left.pop("peak_bytes", None)
+    fits = type(size) is int and type(peak) is int and left == _conditions(config, process)
+    return (size, peak) if fits else (None, 0)
+
+
+def _conditions(config: RunConfig, process: Process) -> dict[str, Any]:
+    """What the memory that a number takes depends on, as JSON has it."""
+    machine = {"device_name": device_name(process.device), "world_size": process.world_size}
+    return {**machine, "torch": torch.__version__, **_costs(to_dict(config))}
 
 
 def _costs(config: dict[str, Any]) -> dict[str, Any]:

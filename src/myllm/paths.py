@@ -5,6 +5,7 @@
     temp_data/.locks/                              one process asks or hashes, the others wait for its answer
     temp_data/downloads/<source>/                  files of remote sources, until their tokens are safe
     temp_data/tokenizers/<source>-<size>/          vocabularies of one's own
+    temp_data/micro_batches/<run name>.json        the micro-batch size that a preflight found for a run to come
     temp_data/runs/<run name>/                     everything one training run leaves behind
 
 Set MYLLM_DATA to keep temp_data/ elsewhere, such as a large scratch disk. A package that was installed from a wheel has
@@ -83,6 +84,11 @@ def downloads() -> Path:
 
 def tokenizers() -> Path:
     return temp_data() / "tokenizers"
+
+
+def micro_batch(run_name: str) -> Path:
+    """Where a preflight leaves the micro-batch size that it found for a run."""
+    return temp_data() / "micro_batches" / f"{run_name}.json"
 
 
 def runs() -> Path:

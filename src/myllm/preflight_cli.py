@@ -10,7 +10,8 @@ from .output import open_output
 
 USAGE = """usage: myllm preflight PRESET [--config FILE.json] [--max-hours H] [--dollars-per-hour X] [overrides]
 
-Rehearse a run before it starts: does it fit, how long does it take, what does it cost? Leaves nothing behind.
+Rehearse a run before it starts: does it fit, how long does it take, what does it cost? Leaves nothing behind,
+but with --train.micro-batch-size auto the size that it found, which the run takes.
 
 presets:
 {presets}
@@ -50,6 +51,7 @@ def preflight(words: list[str]) -> None:
     if ranks.local_rank() == 0:
         check_named(wanted.config.data)  # before the seconds that torch takes
     from .distributed import process_group
+    from .micro_batch import hand_over
     from .preflight import preflight as rehearse
     from .preflight_report import Bounds
 
@@ -71,6 +73,11 @@ def preflight(words: list[str]) -> None:
         print(findings.table(), flush=True)
     if refusals := findings.refusals():
         raise UserError("this run would not work:\n" + "\n".join(f"  - {refusal}" for refusal in refusals))
+    if wanted.config.train.micro_batch_size == "auto" and findings.measured and process.is_main:
+        try:
+            hand_over(findings.config, process, findings.measured.peak_bytes)
+        except OSError as error:
+            say(f"cannot leave the micro-batch size for the run, which will find it again: {error.strerror}")
 
 
 def _leave(number: int, _: object) -> None:

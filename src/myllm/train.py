@@ -91,7 +91,7 @@ def train(
     check_data(config, dataset, batch)
     tokenizer = dataset.tokenizer()
     config = replace(config, data=dataset.settings(config.data))  # what the run keeps of it is the data set's own word
-    config, settled = settle(config, tokenizer, process, dataset.val.tokens)
+    config, settled = settle(config, tokenizer, process, dataset.val.tokens, rehearsed=True)
     batch = plan.batch_plan(config.model, config.train, process.world_size)
     with ExitStack() as stack:
         # -- the run's folder, which this process holds until it ends ------------------------------------------------
