@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -124,3 +125,20 @@ def test_a_text_may_hold_what_ends_a_line_elsewhere(tmp_path: Path) -> None:
         rows.append(row)
     rows.keep(lambda row: True)
     assert list(rows.rows()) == wanted
+
+
+def test_log_lines_fit_the_terminal_and_stay_whole_in_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    line = "validation at step 20: " + ", ".join(f"figure_{number} {number / 7:.4f}" for number in range(12))
+    Log(tmp_path / "piped.txt", True)(line)
+    assert capsys.readouterr().out == f"{line}\n"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    Log(tmp_path / "watched.txt", True)(line)
+    shown = capsys.readouterr().out.splitlines()
+    assert len(shown) > 1
+    assert max(map(len, shown)) <= 80
+    assert [text[:4] for text in shown[1:]] == ["    "] * (len(shown) - 1)
+    assert " ".join(" ".join(shown).split()) == line
+    assert (tmp_path / "watched.txt").read_text().endswith(f"  {line}\n")

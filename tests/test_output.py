@@ -3,15 +3,19 @@
 Real processes with real pipes and terminals; those of the first tests do without torch, and take a moment.
 """
 
+import fcntl
 import json
 import os
 import pty
 import resource
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -196,6 +200,28 @@ def test_a_run_outlives_its_terminal_and_saves_when_it_hangs_up(endless: Path, t
     assert log.count("stdout cannot be written: Broken pipe; training goes on") == 1
     assert "ended: stopped by SIGHUP after step" in log
     assert status("tiny", 600)[1] == 129
+
+
+def test_no_bar_is_left_standing_after_ctrl_c(endless: Path, temp_data: Path) -> None:
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    words = [*command("--config", endless), "--train.log-every-steps", "1"]
+    process = subprocess.Popen(words, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
+    os.close(theirs)
+    shown, stopped = b"", False
+    with suppress(OSError):  # the end of a terminal
+        while part := os.read(ours, 1 << 16):
+            shown += part
+            if not stopped and b"eta" in shown:
+                process.send_signal(signal.SIGINT)
+                stopped = True
+    assert process.wait(60) == 130
+    assert b"%|" in shown, "a bar was shown"
+    # What stands on each line in the end: a carriage return goes back to its start, and what follows lies over it.
+    lines = shown.decode(errors="replace").replace("\r\n", "\n").split("\n")
+    standing = [line.rstrip("\r").rpartition("\r")[2] for line in lines]
+    assert not [line for line in standing if "%|" in line], shown[-1500:]
+    assert "stopped after step" in standing[-2]
 
 
 @pytest.mark.slow

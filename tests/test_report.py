@@ -455,6 +455,16 @@ def test_the_command_to_resume_does_not_start_afresh(page: Page) -> None:
     assert commands[1] == "myllm sample small --prompt 'Hello <b>you</b>'"
 
 
+def test_a_finished_run_is_not_resumed_and_its_command_can_be_pasted(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "runs/whole", full_rows())
+    config = json.loads(run.config.read_text())
+    run.config.write_text(json.dumps(config | {"train": {"max_steps": 200}}))
+    run.environment.write_text(json.dumps({"command": ["python", "pretrain.py", "debug", "--name", "a b"]}))
+    texts = [text for _, text in page_of(run).texts]
+    assert "Resume training" not in texts
+    assert "python pretrain.py debug --name 'a b'" in texts
+
+
 def test_samples_of_blank_lines_do_not_stretch_the_page(tmp_path: Path) -> None:
     blanks = {"step": 200, "prompt": "class", "text": "\n" * 400 + "end", "seed": 1}
     run = write_run(tmp_path / "runs/blanks", full_rows(), [blanks, blanks | {"prompt": "\n" * 200}])

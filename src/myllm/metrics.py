@@ -3,8 +3,10 @@
 import json
 import math
 import platform
+import shutil
 import subprocess
 import sys
+import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -77,11 +79,19 @@ class Log:
         # Above a progress bar rather than through it.
         from tqdm import tqdm
 
-        tqdm.write(line)
+        tqdm.write(_wrapped(line) if sys.stdout.isatty() else line)
         sys.stdout.flush()
 
     def _keep(self, line: str) -> None:
         self._file.append(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}")
+
+
+def _wrapped(line: str) -> str:
+    """A line cut between words for the terminal's width; what goes to a file or a pipe stays one line."""
+    width = shutil.get_terminal_size().columns
+    parts = line.split("\n")
+    options = {"subsequent_indent": "    ", "break_long_words": False, "break_on_hyphens": False}
+    return "\n".join(textwrap.fill(part, width, **options) if len(part) > width else part for part in parts)
 
 
 class Stopwatch:

@@ -10,6 +10,7 @@ import select
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -35,7 +36,8 @@ def open_output(keep_going: bool = False) -> None:
     if sys.stdin is None:
         sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, closefd=False)), encoding="utf-8")
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # as of file names: what is no text ends no conversation
+        with suppress(io.UnsupportedOperation):  # somebody has read from it: it is theirs
+            sys.stdin.reconfigure(errors="surrogateescape")  # as of file names: what is no text ends no conversation
     for number, name in enumerate(STREAMS, start=1):
         stream = getattr(sys, name)
         ours = stream is getattr(sys, f"__{name}__")  # not a notebook's, nor a test's

@@ -144,7 +144,9 @@ def train(
         hidden = None if process.is_main else True  # None: shown on a terminal only
         # No rate of tqdm's own: it knows neither what a device has still to do nor what is counted apart.
         shown = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
-        bar = stack.enter_context(tqdm(total=max_steps, initial=state.step, bar_format=shown, disable=hidden))
+        bar = stack.enter_context(
+            tqdm(total=max_steps, initial=state.step, bar_format=shown, disable=hidden, leave=False)
+        )
         collected = stack.enter_context(garbage.Schedule(state.step))
         meter = Meter(config, process, loader, state.step, began)
         profiler = Profiler(run, config, state.step, process, log, meter) if profile else NoProfiler()

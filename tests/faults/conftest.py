@@ -26,6 +26,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def config(corpus: Path, place: Path) -> RunConfig:
     """Eight steps with a save every two: dropout, validation and all."""
     base = with_train(tiny_config(corpus), max_steps=8, save_every_steps=2, keep_last=2)
+    # Some tests begin with fewer steps, of which a warm-up takes at most a quarter.
+    base = replace(base, optim=replace(base.optim, warmup_steps=1, min_lr_ratio=1.0))
     return replace(base, eval=replace(base.eval, validation_every_steps=4, cloze_every_steps=0, sample_every_steps=0))
 
 

@@ -216,7 +216,8 @@ def _commands(run: Findings) -> str:
     resume = shlex.join(word for word in words if word != "--train.fresh")
     prompt = next((prompt.strip() for prompt in run.samples if "'" not in prompt), "Once upon a time")
     sample = f"myllm sample {shlex.quote(run.name)} --prompt {shlex.quote(prompt)}"
-    parts = [("Go on where it stopped", resume), ("Ask it to continue a text", sample)]
+    finished = number(_section(run.config, "train").get("max_steps")) <= run.metrics.last_step
+    parts = [("Resume training", "" if finished else resume), ("Generate text", sample)]
     blocks = "".join(f"<p>{title}</p><pre>{escape(command)}</pre>" for title, command in parts if command)
     return f'<h2>Commands</h2><div class="card commands">{blocks}</div>'
 
@@ -236,6 +237,9 @@ def _config(config: Row) -> str:
 
 
 def _environment(environment: Row) -> str:
+    command = environment.get("command")
+    if isinstance(command, list):
+        environment = environment | {"command": shlex.join(map(str, command))}
     return f'<h2>Environment</h2><div class="card">{_facts(environment)}</div>' if environment else ""
 
 
