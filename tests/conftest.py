@@ -20,8 +20,8 @@ from hypothesis import settings
 
 from myllm.config import DataConfig, EvalConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig, to_dict
 
-# Caches and settings of the tests' own: another program's font list, a user's token or compiled kernels must not decide
-# a test. The first process of a run makes the folder; xdist's workers and all children inherit it.
+# Caches and settings of the tests' own: another program's font list, a user's token, runs or compiled kernels must not
+# decide a test. The first process of a run makes the folder; xdist's workers and all children inherit it.
 if "MYLLM_TESTS_HOME" not in os.environ:
     home = tempfile.mkdtemp(prefix="myllm-tests-home-")
     atexit.register(shutil.rmtree, home, ignore_errors=True)
@@ -29,7 +29,7 @@ if "MYLLM_TESTS_HOME" not in os.environ:
 for variable, folder in {
     "HOME": "", "XDG_CACHE_HOME": "cache", "XDG_CONFIG_HOME": "config", "HF_HOME": "huggingface",
     "MPLCONFIGDIR": "matplotlib", "TORCHINDUCTOR_CACHE_DIR": "inductor", "IPYTHONDIR": "ipython",
-    "JUPYTER_CONFIG_DIR": "jupyter",
+    "JUPYTER_CONFIG_DIR": "jupyter", "MYLLM_DATA": "temp_data",
 }.items():  # fmt: skip
     os.environ[variable] = str(Path(os.environ["MYLLM_TESTS_HOME"], folder))
 for variable in ("HF_TOKEN", "HF_ENDPOINT", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "MPLBACKEND", "MATPLOTLIBRC"):

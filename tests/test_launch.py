@@ -50,6 +50,16 @@ def test_a_hand_written_config_over_a_preset(tmp_path: Path) -> None:
     assert (config.name, config.optim.max_lr, config.model) == ("mine", 0.01, preset("debug").model)
 
 
+def test_a_config_may_come_through_a_pipe(tmp_path: Path) -> None:
+    """As the shell's `--config <(jq ...)` does: it can be read once."""
+    reader, writer = os.pipe()
+    os.write(writer, b'{"name": "piped", "data": {"source": "files:texts"}}')
+    os.close(writer)
+    launch = parse(["debug", "--config", f"/dev/fd/{reader}", "--dry-run"])
+    os.close(reader)
+    assert (launch.config.name, launch.config.data.source, launch.own_text) == ("piped", "files:texts", True)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -57,6 +67,7 @@ def test_a_hand_written_config_over_a_preset(tmp_path: Path) -> None:
         (["--train.max-steps", "3"], "missing PRESET"),
         (["debug", "--config"], "--config needs"),
         (["debug", "--config", "nowhere.json"], "cannot read the config nowhere.json"),
+        (["debug", "--config", "/dev/zero"], "cannot read the config /dev/zero: it is a device"),
         (["debug", "--train.batch-tokens", "3000"], r"2,560 or 3,072"),
         (["debug", "--train.max-steps", "0", "--optim.beta1", "2"], r"2 faults(.|\n)*max_steps(.|\n)*beta1"),
         (["debug", "--name", "../up"], "plain folder name"),

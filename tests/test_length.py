@@ -15,7 +15,7 @@ from myllm.config import DataConfig, RunConfig, to_dict
 from myllm.data.prepare import prepare
 from myllm.data.shards import FORMAT, find_dataset
 from myllm.errors import UserError
-from myllm.launch import base_config, names_own_text, parse
+from myllm.launch import base_config, config_files, names_own_text, parse
 from myllm.presets import preset
 
 SMALL = replace(preset("small-50m"), data=DataConfig())
@@ -86,7 +86,7 @@ def test_a_length_counts_for_the_text_that_it_was_said_of(
     text, length = {"data": {"source": "files:texts"}}, {"train": {"max_steps": 7}}
     for name, values in (("text", text), ("length", length), ("both", text | length)):
         Path(f"{name}.json").write_text(json.dumps(values))
-    assert names_own_text(words.split()) == own
+    assert names_own_text(*config_files(words.split())) == own
 
 
 def test_steps_and_epochs_are_not_both_said(tmp_path: Path) -> None:
@@ -105,10 +105,10 @@ def test_a_preset_on_own_text_wants_the_data_set_that_data_prepare_makes(tmp_pat
     (tmp_path / "run.json").write_text(json.dumps({"data": {"source": "files:texts"}}))
     for name in ("small-50m", "debug", "lf-llm-269m", "dolma-75m"):
         for words in (["--data.source", "files:texts"], ["--config", str(tmp_path / "run.json")]):
-            base, rest = base_config([name, *words])
+            base, rest = base_config(*config_files([name, *words]))
             assert replace(base.data, source="files:texts") == DataConfig("files:texts"), (name, rest)
         assert parse([name, "--data.source", "files:x", "--data.target-tokens", "5"]).config.data.target_tokens == 5
-        assert base_config([name])[0] == preset(name)
+        assert base_config([], [name])[0] == preset(name)
         same = {**to_dict(preset(name))["data"], "target_tokens": None}
         assert same == to_dict(RunConfig(data=DataConfig(preset(name).data.source)))["data"], "but for the amount"
 

@@ -296,11 +296,17 @@ def from_dict(values: Any, base: RunConfig, where: object = None) -> RunConfig:
 
 def load_json(path: Path, base: RunConfig) -> RunConfig:
     """The config in a JSON file, laid over `base`: a run's config.json, or a hand-written file with a few keys."""
+    return from_dict(read_values(path), base, path)
+
+
+def read_values(path: Path) -> Any:
+    """What a JSON file says, to be laid over configs by `from_dict`."""
     try:
-        values = parse_json(path.read_bytes(), f"the config {path}")
+        if path.is_char_device():  # some never end
+            raise UserError(f"cannot read the config {path}: it is a device, expected a file or a pipe")
+        return parse_json(path.read_bytes(), f"the config {path}")
     except OSError as error:
         raise UserError(f"cannot read the config {path}: {error.strerror}") from None
-    return from_dict(values, base, path)
 
 
 def saved_config(values: Any, where: object) -> RunConfig:

@@ -20,7 +20,7 @@ import tyro
 
 from . import forecast, plan, ranks
 from .arguments import parse_arguments
-from .config import DataConfig, RunConfig, TrainConfig, load_json
+from .config import DataConfig, RunConfig, TrainConfig, from_dict, read_values
 from .errors import MachineError, UserError
 from .files import in_words
 from .flops import flops_per_token
@@ -110,8 +110,9 @@ def parse_as(kind: type[AskedRun], words: list[str], usage: str) -> Any:
         print(usage.format(presets=describe_presets()))
         # Help that was asked for is a success; a command without a preset is not.
         raise SystemExit(0 if words else 2)
-    own_text = names_own_text(words)
-    base, words = base_config(words)
+    files, words = config_files(words)
+    own_text = names_own_text(files, words)
+    base, words = base_config(files, words)
     launch = parse_arguments(
         kind,
         words,
@@ -129,12 +130,13 @@ def parse_as(kind: type[AskedRun], words: list[str], usage: str) -> Any:
     return launch
 
 
-def base_config(words: list[str]) -> tuple[RunConfig, list[str]]:
-    """The config that overrides start from, and the words that are left: a preset, a file, or a file over a preset."""
-    base = RunConfig()
-    named = not words[0].startswith("-")
-    if named:
-        base, words = preset(words[0]), words[1:]
+ConfigFile = tuple[Path, Any]
+"""A config file that the words of a command line name, and what it says."""
+
+
+def config_files(words: list[str]) -> tuple[list[ConfigFile], list[str]]:
+    """The config files that the words name, and the words that are left. Each is read here and nowhere else: it may be
+    a pipe, as `--config <(jq ...)` is."""
     rest, files = [], []
     remaining = iter(words)
     for word in remaining:
@@ -142,15 +144,24 @@ def base_config(words: list[str]) -> tuple[RunConfig, list[str]]:
             value = word.partition("=")[2] if "=" in word else next(remaining, None)
             if not value:
                 raise UserError("--config needs the path of a JSON file")
-            files.append(value)
+            path = user_path(value)
+            files.append((path, read_values(path)))
         else:
             rest.append(word)
-    if not named and not files and not {"-h", "--help"} & set(rest):
+    return files, rest
+
+
+def base_config(files: list[ConfigFile], words: list[str]) -> tuple[RunConfig, list[str]]:
+    """The config that overrides start from, and the words that are left: a preset, a file, or a file over a preset."""
+    base = RunConfig()
+    if words and not words[0].startswith("-"):
+        base, words = preset(words[0]), words[1:]
+    elif not files and not {"-h", "--help"} & set(words):
         raise UserError(f"missing PRESET (or --config FILE.json); presets:\n{describe_presets()}")
-    for file in files:
-        config = load_json(user_path(file), base)
-        base = load_json(user_path(file), _for_source(base, config.data.source))
-    return _for_overrides(base, rest), rest
+    for path, values in files:
+        config = from_dict(values, base, path)
+        base = from_dict(values, _for_source(base, config.data.source), path)
+    return _for_overrides(base, words), words
 
 
 def _for_overrides(base: RunConfig, words: list[str]) -> RunConfig:
@@ -189,22 +200,20 @@ def _options(words: list[str]) -> dict[str, str]:
     return found
 
 
-def names_own_text(words: list[str]) -> bool:
-    """Whether the words, or a file that they name, choose other text and say nothing of how long to train on it."""
+def names_own_text(files: list[ConfigFile], words: list[str]) -> bool:
+    """Whether the words, or a config file, choose other text and say nothing of how long to train on it."""
     given, own_text = _options(words), False
-    for word, following in pairwise([*words, ""]):
-        if word == "--config" or word.startswith("--config="):
-            file = word.partition("=")[2] if "=" in word else following
-            own_text = _says(user_path(file), own_text) if file else own_text
+    for file in files:
+        own_text = _says(file, own_text)
     if given.keys() & {"--train.max-steps", "--train.epochs"}:
         return False
     return own_text or bool(given.keys() & {"--data.source", "--data.dataset"})
 
 
-def _says(file: Path, own_text: bool) -> bool:
+def _says(file: ConfigFile, own_text: bool) -> bool:
     """As `names_own_text`, after one config file more."""
-    nothing = RunConfig(data=DataConfig("", ""), train=TrainConfig(max_steps=-1, epochs=-1))
-    found = load_json(file, nothing)
+    path, values = file
+    found = from_dict(values, RunConfig(data=DataConfig("", ""), train=TrainConfig(max_steps=-1, epochs=-1)), path)
     if found.train.max_steps != -1 or (found.train.epochs or -1) != -1:
         return False
     return own_text or bool(found.data.source or found.data.dataset)

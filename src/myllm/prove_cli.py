@@ -13,7 +13,7 @@ from . import paths, ranks
 from .arguments import parse_arguments
 from .config import RunConfig
 from .errors import UserError
-from .launch import base_config
+from .launch import base_config, config_files
 from .presets import shrunk
 from .validate import check
 
@@ -36,10 +36,9 @@ def prove_resume(words: list[str]) -> None:
     losses. Takes a preset (default: debug) and the settings of pretrain.py; the preset is shrunk to a few steps on
     little text. Exit code 0: proven, 1: not proven, 2: invalid arguments.
     """
-    named = bool(words) and not words[0].startswith("-")
-    base, rest = base_config(
-        words if named or any(word.partition("=")[0] == "--config" for word in words) else ["debug", *words]
-    )
+    files, rest = config_files(words)
+    named = bool(rest) and not rest[0].startswith("-")
+    base, rest = base_config(files, rest if named or files else ["debug", *rest])
     if ranks.launched():
         raise UserError("`myllm prove-resume` starts its own ranks; call it without torchrun")
     if not paths.is_checkout():
