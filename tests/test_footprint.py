@@ -14,6 +14,7 @@ from myllm import footprint
 from myllm.config import ModelConfig, RunConfig, TrainConfig
 from myllm.distributed import Process
 from myllm.footprint import Computing, kept_by_block, kept_outside_blocks, memory_by_part, predicted_bytes
+from myllm.forecast import describe
 from myllm.model.loss import CPU_CHUNK, GPU_CHUNK
 from myllm.precision import autocast
 from myllm.presets import PRESETS, preset
@@ -152,6 +153,17 @@ def test_the_states_are_sixteen_bytes_a_parameter() -> None:
     assert parts["weights"] == stored + buffers
     assert parts["AdamW's moments"] == 2 * stored
     assert memory_by_part(config, Computing.of(config, "cuda", 8))["gradients"] >= stored  # DDP's buckets
+
+
+def test_without_triton_nothing_is_compiled_by_itself() -> None:
+    config = with_train(preset("lf-llm-269m"), compile="auto")
+    assert Computing.of(config, "cuda").compiled
+    assert not Computing.of(config, "cuda", triton=False).compiled
+    assert Computing.of(with_train(config, compile="on"), "cuda", triton=False).compiled
+    off = Computing.of(with_train(config, compile="off"), "cuda", 8)
+    assert Computing.of(config, "cuda", 8, triton=False) == off
+    assert describe(config, 8, "cuda", triton=False) == describe(with_train(config, compile="off"), 8, "cuda")
+    assert describe(config, 8, "cuda") != describe(config, 8, "cuda", triton=False)
 
 
 def test_what_saves_memory_does() -> None:

@@ -21,7 +21,7 @@ import pytest
 import torch
 from conftest import ROOT, losses, tiny_config, with_train, write_run_config
 
-from myllm import micro_batch, paths, precision, rehearsal
+from myllm import micro_batch, paths, precision, preflight_report, rehearsal
 from myllm import preflight as preflight_module
 from myllm.cli import main
 from myllm.config import RunConfig, load_json
@@ -154,6 +154,16 @@ def findings(config: RunConfig) -> Findings:
 def test_the_time_that_is_left(findings: Findings) -> None:
     assert findings.seconds_left == {"training": 192.0, "validation": 20.0, "saves": 6.0}
     assert findings.refusals() == []
+
+
+def test_the_estimate_is_for_what_is_compiled_there(findings: Findings, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = with_train(findings.config, compile="auto")
+    on_card = replace(findings, config=config, process=Process(0, 0, 1, torch.device("cuda")))
+    shown = []
+    for works in (True, False):
+        monkeypatch.setattr(preflight_report, "has_triton", lambda device, works=works: works)
+        shown.append(on_card._memory_lines())
+    assert shown[0] != shown[1]
 
 
 def test_too_many_hours(findings: Findings) -> None:

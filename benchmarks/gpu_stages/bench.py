@@ -18,7 +18,7 @@ from myllm.config import ModelConfig, RunConfig
 from myllm.distributed import Process
 from myllm.flops import Card, card_of
 from myllm.footprint import HEADROOM, Computing, predicted_bytes
-from myllm.hardware import device_name
+from myllm.hardware import device_name, has_triton
 from myllm.memory import reset_peak, there_bytes
 from myllm.presets import preset
 
@@ -104,7 +104,7 @@ class Bench:
         return next((each for each in made if self.predicted_bytes(each) <= limit), made[-1])
 
     def predicted_bytes(self, config: RunConfig) -> int:
-        return predicted_bytes(config, Computing.of(config, self.device.type))
+        return predicted_bytes(config, Computing.of(config, self.device.type, triton=has_triton(self.device)))
 
 
 # -- time and memory --------------------------------------------------------------------------------------------------

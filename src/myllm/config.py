@@ -188,7 +188,8 @@ class TrainConfig:
     the whole of one block at a time while it computes."""
     attention: Literal["auto", "flash", "cudnn", "efficient", "math"] = "auto"
     """The kernel of attention in training that comes first; where it cannot do the shapes, the next one does. auto:
-    cuDNN's on Hopper and data-centre Blackwell, else flash. Evaluations and generation never use cuDNN's."""
+    cuDNN's on Hopper and data-centre Blackwell, else flash. math: no fused kernel, to compare with; it holds all T x T
+    scores, which no estimate of memory counts. Evaluations and generation never use cuDNN's."""
     deterministic: bool = False
     """Steps that repeat themselves bit for bit on CUDA too, with slower kernels. A CPU's do in any case."""
     activation_checkpointing: bool = False

@@ -3,6 +3,7 @@
 Bytes are counted along one micro-step, and the largest moment is the peak: in the loss, in its backward pass, in the
 backward pass of the last block (when every other block's activations are still kept) or of the first (when every
 gradient is there), and at the embedding's gradient, which comes last. The tests compare with what torch allocates.
+Attention is counted as a fused kernel, also where train.attention math asks for all T x T scores.
 
 Letters: N tokens of a micro-batch, D d_model, F d_ff, V padded vocabulary, C tokens of a chunk of the loss; `w` bytes
 of a number in the type that matrix products are in.
@@ -43,15 +44,16 @@ class Computing:
     """Whether what is compiled is the model as a whole, and not each block by itself."""
 
     @classmethod
-    def of(cls, config: RunConfig, device: str, ranks: int = 1) -> "Computing":
+    def of(cls, config: RunConfig, device: str, ranks: int = 1, triton: bool = True) -> "Computing":
         """As precision.py, parallel.py and the config have it.
 
         Args:
             device: torch's name of the kind; any other than cpu is taken for cuda, as far as kernels are concerned.
+            triton: whether torch.compile works on the card (hardware.has_triton), on which train.compile auto depends.
         """
         train = config.train
         half = train.precision in ("bfloat16", "float16") or (train.precision == "auto" and device == "cuda")
-        compiled = train.compile == "on" or (train.compile == "auto" and device == "cuda")
+        compiled = train.compile == "on" or (train.compile == "auto" and device == "cuda" and triton)
         kind = "cpu" if device == "cpu" else "cuda"
         sharded = train.parallel == "fsdp" and ranks > 1
         whole = compiled and train.compile_unit == "model" and not sharded and not train.activation_checkpointing

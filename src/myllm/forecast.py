@@ -238,8 +238,12 @@ def _warmup_lines(config: RunConfig) -> list[str]:
     return [f"             {note}"] if note else []
 
 
-def describe(config: RunConfig, world_size: int, device: str = "cpu") -> str:
-    """The arithmetic of a run as a text block for people: what `--dry-run` prints."""
+def describe(config: RunConfig, world_size: int, device: str = "cpu", triton: bool = True) -> str:
+    """The arithmetic of a run as a text block for people: what `--dry-run` prints.
+
+    Args:
+        triton: as for `Computing.of`.
+    """
     model, train = config.model, config.train
     batch = str(plan.batch_plan(model, train, world_size))
     if train.micro_batch_size == "auto":
@@ -260,7 +264,7 @@ def describe(config: RunConfig, world_size: int, device: str = "cpu") -> str:
         *(f"  {name:<16}{count:>13,}" for name, count in parts.items() if count),
         f"vocabulary   {model.vocab_size:,} tokens, padded to {model.padded_vocab_size:,} rows",
         f"FLOPs        {flops / 1e9:.3f} G a token, {flops * tokens:.3e} in all",
-        *memory_lines(config, Computing.of(config, device, world_size)),
+        *memory_lines(config, Computing.of(config, device, world_size, triton)),
         "disk         (estimate)",
         *(f"  {name:<30}{size / GIB:>8.2f} GiB" for name, size in plan.disk_estimate_bytes(config).items()),
     ]

@@ -222,7 +222,7 @@ def _says(file: ConfigFile, own_text: bool) -> bool:
 def describe(launch: Launch) -> str:
     """The settings and what they cost, for people."""
     from .distributed import choose_device
-    from .hardware import why_no_cuda
+    from .hardware import has_triton, why_no_cuda
 
     asked = launch.config.train.device
     world_size, device = ranks.world_size(), choose_device(asked)
@@ -230,7 +230,7 @@ def describe(launch: Launch) -> str:
     config, length = with_length_here(launch)
     lines = [
         f"{describe_settings(launch.config)}\n",
-        forecast.describe(config, world_size, device.type),
+        forecast.describe(config, world_size, device.type, has_triton(device)),
         *(f"data         {line}" for line in length),
         _time_here(config, world_size, device),
         *([f"no GPU       {why}"] if why else []),

@@ -12,7 +12,7 @@ from .distributed import Process
 from .evals.hellaswag import BATCH
 from .flops import flops_per_token, peak_flops
 from .footprint import Computing, predicted_bytes
-from .hardware import device_name
+from .hardware import device_name, has_triton
 from .meter import duration
 from .micro_batch import nothing_fits
 from .precision import in_words
@@ -173,11 +173,12 @@ class Findings:
         return "\n".join([*lines, *self._token_lines()])
 
     def _memory_lines(self) -> list[str]:
-        how = Computing.of(self.config, self.process.device.type, self.process.world_size)
+        device = self.process.device
+        how = Computing.of(self.config, device.type, self.process.world_size, has_triton(device))
         estimate = _gib(predicted_bytes(self.config, how))
         if self.measured is None:
             return [f"memory       more than the {_gib(self.limit_bytes)} that one rank may use (estimate {estimate})"]
-        what = "resident memory" if self.process.device.type == "cpu" else "device memory"
+        what = "resident memory" if device.type == "cpu" else "device memory"
         peak = _gib(self.measured.peak_bytes)
         may = f"{_gib(self.limit_bytes)} may be used"
         return [f"memory       {peak} at most, {what} of one rank (estimate {estimate}); {may}"]
