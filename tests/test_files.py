@@ -212,6 +212,25 @@ def test_what_is_no_json_object_is_said_with_the_file_s_name(content: bytes, mes
         read_json(tmp_path / "a.json")
 
 
+def test_a_folder_that_is_cleared_away_before_it_is_open_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process that wants the same name takes it for a dead one's."""
+    real, cleared = os.open, []
+
+    def clear(path: Path, flags: int, *more: int, **named: int | None) -> int:
+        if Path(path).is_dir() and not cleared:
+            cleared.append(path)
+            Path(path).rmdir()
+        return real(path, flags, *more, **named)
+
+    monkeypatch.setattr(os, "open", clear)
+    with own_folder(tmp_path / "a") as folder:
+        assert folder.is_dir()
+    assert cleared
+    assert not list(tmp_path.iterdir())
+
+
 def test_json_of_other_programs(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_bytes(
         b'\xef\xbb\xbf{"a": [NaN, -Infinity], "b": ' + b"[[]," * 90 + b"[]" + b"]" * 90 + b"}"

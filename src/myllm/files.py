@@ -72,8 +72,10 @@ def own_folder(path: Path) -> Iterator[Path]:
     block ends, with what is still in it, and after a kill by the next call for the same path."""
 
     def make(name: Path) -> int:
-        name.mkdir()
-        return os.open(name, os.O_RDONLY)
+        while True:
+            name.mkdir()
+            with suppress(FileNotFoundError):  # taken for a dead writer's before it was open
+                return os.open(name, os.O_RDONLY)
 
     folder, descriptor = _own(path, make)
     try:
