@@ -1,5 +1,6 @@
 """Which attention kernel torch takes, and who is asked. Cards are made up: what is under test is the choice."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -133,6 +134,31 @@ def test_what_a_card_takes_is_the_first_that_can(card: Callable[[int], None], mo
     assert (name(), name(attention="cudnn")) == ("flash", "flash")
     can["flash"] = False
     assert (name(), name(deterministic=True)) == ("memory-efficient", "math")
+
+
+def test_every_kernel_that_was_open_says_why_it_is_not_taken(
+    card: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card(8)
+    monkeypatch.setattr(sdpa, "_inputs", lambda config, _, dtype: INPUTS(config, CPU, dtype))
+
+    def refusing(name: str) -> Callable[..., bool]:
+        def ask(_: object, debug: bool = False) -> bool:
+            if debug:
+                warnings.warn(f"{name} does not (Triggered internally at sdp_utils.cpp)", stacklevel=1)
+            return False
+
+        return ask
+
+    for name in ("flash", "cudnn", "efficient"):
+        monkeypatch.setattr(sdpa, f"can_use_{name}_attention", refusing(name))
+
+    def refusals(**settings: Any) -> tuple[str, ...]:
+        return sdpa.chosen(CONFIG, CUDA, torch.float32, TrainConfig(**settings)).refusals
+
+    assert refusals() == ("flash does not", "cudnn does not", "efficient does not")
+    assert refusals(deterministic=True) == ("flash does not",)
+    assert refusals(attention="math") == ()
 
 
 def test_asked_for_on_a_cpu() -> None:

@@ -105,7 +105,7 @@ def chosen(config: ModelConfig, device: torch.device, dtype: torch.dtype, train:
         first = next((backend for backend in order if backend is MATH or takes[backend](params)), MATH)
     newer = _switch("current_flash_attention_impl")()
     if first is MATH:
-        return Choice("math", () if train.attention == "math" else _refusals(params))
+        return Choice("math", tuple(_refusals(params, [takes[each] for each in order if each is not MATH])))
     return Choice(f"flash ({newer})" if first is FLASH and newer else NAMES[first])
 
 
@@ -176,13 +176,13 @@ def _inputs(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> li
     return list(heads.split((config.n_heads, config.kv_heads, config.kv_heads), dim=1))
 
 
-def _refusals(params: SDPAParams) -> tuple[str, ...]:
-    """Torch says why as warnings."""
+def _refusals(params: SDPAParams, can_use: list[Callable[..., bool]]) -> dict[str, None]:
+    """Why torch does not take the kernels that training may run on, each reason once: it says so as warnings."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        can_use_flash_attention(params, debug=True)
-        can_use_cudnn_attention(params, debug=True)
-    return tuple(dict.fromkeys(str(each.message).split("(Triggered")[0].strip() for each in caught))
+        for ask in can_use:
+            ask(params, debug=True)
+    return dict.fromkeys(str(each.message).split("(Triggered")[0].strip() for each in caught)
 
 
 def _switch(name: str) -> Callable[..., Any]:
