@@ -34,7 +34,10 @@ def main() -> None:
         if wanted.config.hub.repo and not wanted.prepare_only:
             check_publishing(wanted.config)
         if wanted.dry_run:
+            from myllm.data.beside import check_named
+
             print(launch.describe(wanted))
+            check_named(wanted.config.data)  # the plan is of use where the text is not, but this run could not start
         else:
             prepare_and_train(wanted.config, wanted.prepare_only, wanted.profile, wanted.own_text)
 
@@ -74,16 +77,16 @@ def prepare_and_train(config: "RunConfig", prepare_only: bool, profile: bool = F
 
     from myllm import distributed, plan
     from myllm.heartbeat import starting
-    from myllm.launch import what_next
     from myllm.meter import Diverged
     from myllm.paths import RunPaths
     from myllm.publish_beside import published_beside
+    from myllm.run_folder import what_next
     from myllm.signals import exit_code, unfinished_when_time_is_up
     from myllm.train import train
 
     unfinished_when_time_is_up()
     distributed.training_device(config.train.device)  # one that is not there is to be known before the hours ahead
-    is_main = ranks.rank() == 0
+    is_main, epochs = ranks.rank() == 0, config.train.epochs
 
     def enough(dataset: "Dataset") -> bool:
         return plan.has_known_length(config, dataset.train.tokens, dataset.complete, own_text)
@@ -116,7 +119,7 @@ def prepare_and_train(config: "RunConfig", prepare_only: bool, profile: bool = F
             saved = ", saved" if outcome.step else ""
             print(f"stopped after step {outcome.step:,}{saved}; the same command resumes")
             ranks.exit_as(exit_code(outcome.stopped_by))
-        print(what_next(config, outcome.stopped_early))
+        print(what_next(config, outcome.stopped_early, epochs))
         publisher.finish(outcome.step)
 
 

@@ -99,10 +99,19 @@ processes="$gpus" # on this node
 if [ "$gpus" -eq 0 ] || [ "$preset" = debug ]; then processes=1; fi
 
 if [ "$gpus" -eq 0 ] && [ -z "$force$only" ]; then
-  heading "Plan: ${preset:-the config file}, on 8 x A100"
-  "$PYTHON" -m myllm plan ${preset:+"$preset"} "$@" --gpus 8xA100-80
+  for n_cards in 8 1; do # a small batch may not divide among eight
+    status=0
+    planned="$("$PYTHON" -m myllm plan ${preset:+"$preset"} "$@" --gpus "${n_cards}xA100-80" 2>&1)" || status=$?
+    [ "$status" -ne 0 ] || break
+  done
+  if [ "$status" -ne 0 ]; then
+    printf '%s\n' "$planned" >&2
+    exit "$status"
+  fi
+  heading "Plan: ${preset:-the config file}, on $n_cards x A100"
+  printf '%s\n' "$planned"
   refuse "
-No GPU was found that torch can use, so nothing was started. The plan above is for 8 x A100; other GPUs: myllm plan --help
+No GPU was found that torch can use, so nothing was started. The plan above is for $n_cards x A100; other GPUs: myllm plan --help
   The whole path in minutes, without a GPU:  $here/run_pre_training_e2e_debug.sh
   Time and memory on this machine:           add --dry-run
   Train on this machine anyway:              add --force"

@@ -86,7 +86,7 @@ def test_help_names_values_and_fits(
     text = shown(capsys, monkeypatch, *name.split(), "--help", columns=columns)
     assert "STR" not in text
     assert "{None}" not in text
-    assert max(map(len, text.splitlines()[1:])) <= columns
+    assert max(map(len, text.splitlines())) <= columns
     broken = re.findall(r"[a-z,] {20,}│\n│ +[a-z]\w* ", text) if columns == 200 else []
     assert not broken, "a line ends long before the box does"
 
@@ -113,15 +113,49 @@ def test_a_group_has_help(group: str, capsys: pytest.CaptureFixture[str], monkey
     assert "prove-resume" not in text
 
 
+def test_a_typo_in_a_group_lists_the_group(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["data", "shwo"])
+    assert end.value.code == 2
+    said = capsys.readouterr().err
+    assert "did you mean 'data show'?" in said
+    assert "data verify" in said
+    assert "prove-resume" not in said
+
+
 def test_positional_arguments_have_names(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     for words, name in ((("data", "prepare"), "SOURCE"), (("sample",), "MODEL"), (("status",), "RUN")):
         assert f"usage: myllm {' '.join(words)} [-h] " in (text := shown(capsys, monkeypatch, *words, "--help"))
         assert name in text.splitlines()[0]
 
 
+@pytest.mark.parametrize("command", [["plan"], ["preflight"], ["prove-resume"], None])
+@pytest.mark.parametrize("columns", [60, 80, 200])
+def test_help_laid_out_by_hand_fits(
+    command: list[str] | None, columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if command is not None:
+        text = shown(capsys, monkeypatch, *command, "--help", columns=columns)
+    else:
+        monkeypatch.setenv("COLUMNS", str(columns))
+        with pytest.raises(SystemExit):
+            parse(["--help"])
+        text = capsys.readouterr().out
+    to_paste = [line for line in text.splitlines() if line.startswith("  torchrun ")]
+    assert max(len(line) for line in text.splitlines() if line not in to_paste) <= columns
+    if "presets:" in text:
+        assert re.search(r"^  lf-llm-269m   The reference run", text, re.MULTILINE)
+        assert not re.search(r"^ {1,9}[a-z]\w* [a-z]", text, re.MULTILINE), "a description leaves its column"
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        parse(["--version"])
+    assert end.value.code == 0
     cli.main(["--version"])
-    assert re.fullmatch(r"myllm \d+\.\d+\.\d+, Python 3\.\d+\.\d+, torch \d+\.\S+\n", capsys.readouterr().out)
+    first, second = capsys.readouterr().out.splitlines(keepends=True)
+    assert first == second
+    assert re.fullmatch(r"myllm \d+\.\d+\.\d+, Python 3\.\d+\.\d+, torch \d+\.\S+\n", second)
 
 
 def test_prove_resume_explains_itself(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

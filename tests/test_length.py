@@ -53,6 +53,8 @@ def test_what_is_unusual_is_said() -> None:
     assert first.endswith("epoch(s) of the 700,000 tokens")
     assert many.startswith("warning: 3,7")
     assert "--train.epochs 4 (21 steps)" in many
+    one_step = replace(SMALL, train=replace(SMALL.train, max_steps=1))
+    assert "lower train.batch_tokens" in plan.describe_length(one_step, 21_000)[1], "no fewer steps than one"
     four = plan.with_length(SMALL, 700_000, own_text=True)
     _, few = plan.describe_length(four, 700_000)
     assert few.startswith("warning: 21 steps are few: a smaller train.batch_tokens than 131,072")
@@ -156,6 +158,7 @@ def test_a_run_in_epochs_from_its_plan_to_its_config(tiny: RunConfig, tmp_path: 
     assert config["epochs"] is None
     assert config["max_steps"] == round(0.5 * ((tokens - 1) // 64) / 2)
     assert f"{config['max_steps']} steps: 0.5" in said
+    assert "with a larger --train.epochs than 0.5 it trains on" in said, "--train.max-steps would be refused beside it"
     assert "nothing left to train" in pretrain(tmp_path, *words, "--train.epochs", "0.5")
     assert "nothing left to train" in pretrain(tmp_path, *words), "a run that was begun keeps its length"
     planned = pretrain(tmp_path, *words, "--name", "other", "--dry-run")

@@ -338,7 +338,7 @@ names = ("WORLD_SIZE", "RANK", "LOCAL_RANK")
 call = {"arguments": sys.argv[1:], "cwd": os.getcwd()} | {name: os.environ.get(name) for name in names}
 with open(os.environ["LOG"], "a") as log:
     print(json.dumps(call), file=log)
-stage = next((word for word in ("--dry-run", "preflight") if word in sys.argv), "train")
+stage = next((word for word in ("--dry-run", "preflight", "8xA100-80") if word in sys.argv), "train")
 sys.exit(int(os.environ["STATUS"]) if os.environ.get("FAILS_AT") == stage else 0)
 """
 
@@ -406,6 +406,13 @@ def test_without_gpu_shows_the_plan_and_stops(launch):
     assert "--force" in launch.result.stderr
     assert "--dry-run" in launch.result.stderr
     assert "run_pre_training_e2e_debug.sh" in launch.result.stderr
+
+
+def test_without_gpu_a_batch_for_one_card_is_planned_for_one(launch):
+    status, commands, _ = launch("small-50m", FAILS_AT="8xA100-80", STATUS="2")
+    assert (status, [command[-1] for command in commands]) == (2, ["8xA100-80", "1xA100-80"])
+    assert "The plan above is for 1 x A100" in launch.result.stderr
+    assert "Plan: small-50m, on 1 x A100" in launch.result.stdout
 
 
 @pytest.mark.parametrize("arguments", ["--force small-50m --name x", "small-50m --name x --force"])

@@ -3,11 +3,14 @@
 import dataclasses
 import functools
 import inspect
+import platform
+import re
 import shutil
 import textwrap
 import types
 import typing
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from typing import Annotated, Any
 
 import docstring_parser
@@ -51,6 +54,30 @@ def parse_arguments(
     )  # fmt: skip
 
 
+def wrap_help(text: str) -> str:
+    """The lines of a help text that was laid out by hand, wrapped at the width of the terminal.
+
+    What follows a name, as in "  --option  what it does" or "usage: program", stays in its column.
+    """
+    width, lines = shutil.get_terminal_size().columns, []
+    for line in text.splitlines():
+        name = re.match(r"usage: (\S+ )?|  \S.*?  +", line)
+        lines += textwrap.wrap(
+            line, width, subsequent_indent=" " * (name.end() if name else 0),
+            break_long_words=False, break_on_hyphens=False,
+        ) or [""]  # fmt: skip
+    return "\n".join(lines)
+
+
+def version() -> str:
+    """The versions that a bug report should name, on one line."""
+    try:
+        torch = f"torch {metadata.version('torch')}"
+    except metadata.PackageNotFoundError:
+        torch = "no torch"
+    return f"myllm {metadata.version('myllm')}, Python {platform.python_version()}, {torch}"
+
+
 def _registry() -> ConstructorRegistry:
     registry = ConstructorRegistry()
     registry.struct_rule(_dataclass)
@@ -84,7 +111,7 @@ def _named(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
         metavar=NAMES[info.type],
         instance_from_str=lambda words: info.type(words[0]),
         is_instance=lambda value: isinstance(value, info.type),
-        str_from_instance=lambda value: [str(value)],
+        str_from_instance=lambda value: [str(value).replace("\n", r"\n")],  # what help shows of a default
     )
 
 

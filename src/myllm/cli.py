@@ -1,11 +1,9 @@
 """`myllm COMMAND`: everything but training itself. Each command is a function whose arguments are its options."""
 
-import platform
 import shutil
 import sys
 import textwrap
 from collections.abc import Callable
-from importlib import metadata
 from typing import Literal
 
 import tyro
@@ -23,7 +21,7 @@ from . import (
     sample_cli,
     tokenizer_cli,
 )
-from .arguments import parse_arguments
+from .arguments import parse_arguments, version
 from .environment import set_for_libraries
 from .errors import UserError, nearest
 from .launch import clear_errors
@@ -125,15 +123,16 @@ def main(words: list[str] | None = None) -> None:
             print(_usage())
             raise SystemExit(0 if asks_for_help else 2)
         if words[0] == "--version":
-            print(f"myllm {metadata.version('myllm')}, Python {platform.python_version()}, {_torch_version()}")
+            print(version())
             return
         if words[0] in GROUPS and (len(words) == 1 or words[1] in ("-h", "--help")):
             print(_usage(words[0]))
             raise SystemExit(0 if asks_for_help else 2)
         name = next((name for name in COMMANDS if words[: name.count(" ") + 1] == name.split()), None)
         if name is None:
-            given = " ".join(words[:2] if words[0] in GROUPS else words[:1])
-            raise UserError(f"unknown command {given!r}{nearest(given, list(COMMANDS))}\n\n{_usage()}")
+            group = words[0] if words[0] in GROUPS else ""
+            given = " ".join(words[:2] if group else words[:1])
+            raise UserError(f"unknown command {given!r}{nearest(given, list(COMMANDS))}\n\n{_usage(group)}")
         rest = words[name.count(" ") + 1 :]
         if name in TAKES_WORDS:
             COMMANDS[name](rest)
@@ -157,10 +156,3 @@ def _usage(group: str = "") -> str:
         f"usage: myllm {f'{group} ' if group else ''}COMMAND ...\n"
         "       myllm COMMAND --help      list a command's options\n\n" + "\n".join(lines)
     )
-
-
-def _torch_version() -> str:
-    try:
-        return f"torch {metadata.version('torch')}"
-    except metadata.PackageNotFoundError:
-        return "no torch"

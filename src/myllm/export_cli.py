@@ -69,7 +69,10 @@ def export(
 
 
 def import_model(
-    source: Positional[str], name: str | None = None, revision: str | None = None, overwrite: bool = False
+    source: Positional[str],
+    name: str | None = None,
+    revision: str | None = None,
+    overwrite: tyro.conf.FlagCreatePairsOff[bool] = False,
 ) -> None:
     """Import a Llama, Qwen3 or GPT-2 model as a run.
 

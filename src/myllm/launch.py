@@ -3,8 +3,6 @@
 import errno
 import platform
 import re
-import shlex
-import shutil
 import signal
 import sys
 import time
@@ -19,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import tyro
 
 from . import forecast, plan, ranks
-from .arguments import parse_arguments
+from .arguments import parse_arguments, version, wrap_help
 from .config import DataConfig, RunConfig, TrainConfig, from_dict, read_values
 from .errors import MachineError, UserError
 from .files import in_words
@@ -41,8 +39,7 @@ NO_COMPILER = re.compile(
     r"(?:No working|Failed to find) (?P<kind>C\+\+|C) compiler(?: found.*\(None, '(?P<tried>[^']*)'\))?"
 )
 """What Inductor says for a CPU, and Triton for a GPU."""
-USAGE = """usage: python pretrain.py PRESET [--config FILE.json] [--dry-run] [--prepare-only] [--profile]
-                          [overrides]
+USAGE = """usage: python pretrain.py PRESET [--config FILE.json] [--dry-run] [--prepare-only] [--profile] [overrides]
 
 Train a language model. The same command resumes an interrupted run.
 
@@ -104,10 +101,13 @@ def parse_as(kind: type[AskedRun], words: list[str], usage: str) -> Any:
 
     Raises:
         UserError: unknown preset, bad config file, or a config with faults.
-        SystemExit: help was asked for, or tyro found a word it does not know (code 2).
+        SystemExit: help or the version was asked for, or tyro found a word it does not know (code 2).
     """
+    if words[:1] == ["--version"]:
+        print(version())
+        raise SystemExit(0)
     if not words or words[0] in ("-h", "--help"):
-        print(usage.format(presets=describe_presets()))
+        print(wrap_help(usage.format(presets=describe_presets())))
         # Help that was asked for is a success; a command without a preset is not.
         raise SystemExit(0 if words else 2)
     files, words = config_files(words)
@@ -157,7 +157,7 @@ def base_config(files: list[ConfigFile], words: list[str]) -> tuple[RunConfig, l
     if words and not words[0].startswith("-"):
         base, words = preset(words[0]), words[1:]
     elif not files and not {"-h", "--help"} & set(words):
-        raise UserError(f"missing PRESET (or --config FILE.json); presets:\n{describe_presets()}")
+        raise UserError(f"missing PRESET (or --config FILE.json); presets:\n{wrap_help(describe_presets())}")
     for path, values in files:
         config = from_dict(values, base, path)
         base = from_dict(values, _for_source(base, config.data.source), path)
@@ -372,38 +372,3 @@ def _leave_others(error: Exception) -> None:
     else:
         traceback.print_exception(error)
     ranks.leave(1)
-
-
-def what_next(config: RunConfig, stopped_early: bool = False) -> str:
-    """Where a run's files are and what to type next."""
-    run, myllm = RunPaths.of(config.name), _myllm()
-    name = shlex.quote(config.name)
-    prompt = next(iter(config.eval.sample_prompts), "").strip().partition("\n")[0] or "Once upon a time"
-    longer = f"a larger --train.max-steps than {config.train.max_steps:,}"
-    if stopped_early:
-        longer = f"a larger --train.early-stop-patience than {config.train.early_stop_patience:,}, or None,"
-    best = f"\n  best         {run.best}   (lowest validation loss)" if run.best.is_dir() else ""
-    return f"""
-everything of this run is in {run.root}
-  report       {run.report}
-  plots        {run.plots}
-  checkpoints  {run.checkpoints}{best}
-  numbers      {run.metrics}
-what to type next
-  sample       {myllm} sample {name} --prompt {shlex.quote(prompt)}
-  chat         {myllm} chat {name}
-  serve        {myllm} serve {name}   (a page in the browser)
-  resume       the same command; with {longer} it trains on from here
-  full run     ./run_pre_training_e2e.sh lf-llm-269m --dry-run   (what it costs; without --dry-run it starts)"""
-
-
-def _myllm() -> str:
-    """How to call the command line from here: by its name if that is on the PATH, else beside this Python."""
-    beside = Path(sys.executable).parent / "myllm"
-    on_path = shutil.which("myllm")
-    if on_path and Path(on_path).resolve() == beside.resolve():
-        return "myllm"
-    if not beside.exists():
-        return f"{shlex.quote(sys.executable)} -m myllm"
-    here = Path.cwd()
-    return shlex.quote(str(beside.relative_to(here) if beside.is_relative_to(here) else beside))

@@ -127,10 +127,12 @@ def describe_length(config: RunConfig, train_tokens: int, counted: bool = True) 
     ]
     usual = with_length(replace(config, train=replace(config.train, epochs=USUAL_EPOCHS)), train_tokens)
     if epochs > 1.05 * USUAL_EPOCHS:
+        fewer = f"give --train.epochs {USUAL_EPOCHS:g} ({usual.train.max_steps:,} steps)"
+        if usual.train.max_steps >= config.train.max_steps:  # one step alone reads the text that often
+            fewer = "lower train.batch_tokens"
         lines.append(
             f"warning: {epochs:,.1f} epochs are many: up to about {USUAL_EPOCHS:g}, repeated text is nearly as good as "
-            "new, far beyond that the model learns it by heart (arXiv 2305.16264); add text, or give --train.epochs "
-            f"{USUAL_EPOCHS:g} ({usual.train.max_steps:,} steps)"
+            f"new, far beyond that the model learns it by heart (arXiv 2305.16264); add text, or {fewer}"
         )
     if config.train.max_steps < FEW_STEPS and train_tokens < FEW_STEPS * config.train.batch_tokens:
         lines.append(

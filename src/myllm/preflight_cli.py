@@ -22,7 +22,8 @@ options:
   --dollars-per-hour X  of all machines of the run together: say what the rest of it costs
   overrides             any setting of the config, as for pretrain.py
 
-With several GPUs: torchrun --standalone --nproc_per_node=8 -m myllm preflight PRESET
+With several GPUs:
+  torchrun --standalone --nproc_per_node=8 -m myllm preflight PRESET
 """
 
 

@@ -4,6 +4,7 @@ import secrets
 import shlex
 import shutil
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -251,3 +252,40 @@ def _differences(old: Any, new: Any, prefix: str) -> Iterator[str]:
             yield from _differences(a, b, f"{name}.")
         else:
             yield f"{name}: {a} -> {b}"
+
+
+def what_next(config: RunConfig, stopped_early: bool = False, epochs: float | None = None) -> str:
+    """Where a run's files are and what to type next; `epochs` is the run's length where the command gave it so."""
+    run, myllm = RunPaths.of(config.name), _myllm()
+    name = shlex.quote(config.name)
+    prompt = next(iter(config.eval.sample_prompts), "").strip().partition("\n")[0] or "Once upon a time"
+    longer = f"a larger --train.max-steps than {config.train.max_steps:,}"
+    if epochs is not None:
+        longer = f"a larger --train.epochs than {epochs:g}"
+    if stopped_early:
+        longer = f"a larger --train.early-stop-patience than {config.train.early_stop_patience:,}, or None,"
+    best = f"\n  best         {run.best}   (lowest validation loss)" if run.best.is_dir() else ""
+    return f"""
+everything of this run is in {run.root}
+  report       {run.report}
+  plots        {run.plots}
+  checkpoints  {run.checkpoints}{best}
+  numbers      {run.metrics}
+what to type next
+  sample       {myllm} sample {name} --prompt {shlex.quote(prompt)}
+  chat         {myllm} chat {name}
+  serve        {myllm} serve {name}   (a page in the browser)
+  resume       the same command; with {longer} it trains on from here
+  full run     ./run_pre_training_e2e.sh lf-llm-269m --dry-run   (what it costs; without --dry-run it starts)"""
+
+
+def _myllm() -> str:
+    """How to call the command line from here: by its name if that is on the PATH, else beside this Python."""
+    beside = Path(sys.executable).parent / "myllm"
+    on_path = shutil.which("myllm")
+    if on_path and Path(on_path).resolve() == beside.resolve():
+        return "myllm"
+    if not beside.exists():
+        return f"{shlex.quote(sys.executable)} -m myllm"
+    here = Path.cwd()
+    return shlex.quote(str(beside.relative_to(here) if beside.is_relative_to(here) else beside))

@@ -82,7 +82,10 @@ def why_none(stream: TokenStream, end_of_text: int, context: int) -> str | None:
     if context < piece:
         return f"cloze needs a context of {piece} tokens, model.max_seq_len is {context}"
     if not make_examples(stream, end_of_text, 1, 0):
-        return f"cloze needs {CHOICES} held-out documents of at least {piece} tokens; hold out more (data.val_tokens)"
+        return (
+            f"cloze needs {CHOICES} held-out documents of at least {piece} tokens; use more text, or a larger "
+            "data.val_tokens if less than a tenth of the text is held out"
+        )
     return None
 
 
