@@ -187,7 +187,7 @@ def test_rows_of_metrics_change_too(done: Path, monkeypatch: pytest.MonkeyPatch)
 
     renamed = Schema("row", (Change({"grad_norm": "gradient"}, values={"kind": {"train": "training"}}),))
     monkeypatch.setattr(files, "ROW", renamed)
-    rows = [row for row in metrics.JsonLines(done / "metrics.jsonl").rows() if row["kind"] == "training"]
-    assert len(rows) == 8
-    assert all("gradient" in row and "grad_norm" not in row for row in rows)
+    found = [row for row in metrics.JsonLines(done / "metrics.jsonl").rows() if row["kind"] == "training"]
+    assert len(found) == 8
+    assert all("gradient" in row and "grad_norm" not in row for row in found)
     assert not history.read_metrics(done / "metrics.jsonl").train

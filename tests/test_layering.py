@@ -37,6 +37,7 @@ FLOORS = [
         "plan",
         "presets",
         "ranks",
+        "nonfinite",
         "validate",
     },
     {

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from myllm import metrics
+from myllm.eval_results import Result, add, read
 from myllm.metrics import JsonLines, Log, Stopwatch, environment, perplexity
+from myllm.report.history import column, read_metrics
 
 
 def test_rows_are_appended_and_read_back(tmp_path: Path) -> None:
@@ -142,3 +144,38 @@ def test_log_lines_fit_the_terminal_and_stay_whole_in_files(
     assert [text[:4] for text in shown[1:]] == ["    "] * (len(shown) - 1)
     assert " ".join(" ".join(shown).split()) == line
     assert (tmp_path / "watched.txt").read_text().endswith(f"  {line}\n")
+
+
+def test_numbers_that_are_not_finite_are_json(tmp_path: Path) -> None:
+    """Any reader of JSON takes the file; what is read back is what was written, as from files that hold bare NaN."""
+    rows = JsonLines(tmp_path / "metrics.jsonl")
+    rows.append({"kind": "train", "step": 1, "loss": math.nan, "grad_norm": math.inf, "lr": -math.inf})
+    rows.append({"step": 1, "prompt": "nan", "text": "inf"})  # a sample
+    old = '{"kind": "eval", "name": "validation", "step": 1, "loss": NaN, "perplexity": Infinity}\n'
+    with rows.path.open("a") as file:
+        file.write(old)
+
+    def strict(name: str) -> None:
+        raise AssertionError(name)
+
+    for line in rows.path.read_text().splitlines()[:2]:
+        json.loads(line, parse_constant=strict)
+    for _ in range(2):
+        train, sample, validation = rows.rows()
+        assert math.isnan(train["loss"])
+        assert (train["grad_norm"], train["lr"]) == (math.inf, -math.inf)
+        assert (sample["prompt"], sample["text"]) == ("nan", "inf")
+        assert math.isnan(validation["loss"])
+        assert validation["perplexity"] == math.inf
+        rows.keep(lambda row: True)
+    for line in rows.path.read_text().splitlines():  # of a resume, the old line too
+        json.loads(line, parse_constant=strict)
+    read = read_metrics(rows.path)
+    assert math.isnan(column(read.train, "loss")[0])
+    assert column(read.train, "grad_norm")[0] == math.inf
+
+
+def test_results_of_evaluations_are_json(tmp_path: Path) -> None:
+    add(tmp_path / "eval.json", [Result("a", "b", 1, "float32", {}, {"loss": math.nan}, "cpu", 1.0)])
+    assert '"loss": "nan"' in (tmp_path / "eval.json").read_text()
+    assert [result.figures for result in read(tmp_path / "eval.json")] == [{"loss": "nan"}]

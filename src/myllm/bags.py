@@ -16,7 +16,6 @@ docs/checkpoint_format.md describes the files.
 """
 
 import json
-import math
 import os
 import shutil
 import time
@@ -31,6 +30,7 @@ from torch import Tensor
 from .errors import UserError
 from .files import fsync_folder, parse_json, read_json, write_json, write_text
 from .migrations import BAG, CONFIG
+from .nonfinite import json_safe
 from .paths import user_path
 from .retention import folder_name, holds_only, list_checkpoints, unused
 
@@ -76,11 +76,11 @@ def write_bag(folder: Path, content: Bag, layers: list[Any]) -> None:
         with (work / "tokens.npy").open("wb") as file:
             np.save(file, content.tokens)
             _flush(file)
-        lines = (json.dumps(spelled(row), ensure_ascii=False) + "\n" for row in content.samples)
+        lines = (json.dumps(json_safe(row), ensure_ascii=False) + "\n" for row in content.samples)
         write_text(work / "samples.jsonl", "".join(lines))
-        write_json(work / "layers.json", spelled(layers))
+        write_json(work / "layers.json", json_safe(layers))
         write_json(work / "config.json", content.config)
-        write_json(work / ABOUT, spelled(BAG.stamp({"format": FORMAT, **content.about})))
+        write_json(work / ABOUT, json_safe(BAG.stamp({"format": FORMAT, **content.about})))
         fsync_folder(work)
         if folder.is_dir() and holds_only(folder, FILES):
             shutil.rmtree(folder)
@@ -138,17 +138,6 @@ def find_bag(where: str, runs: Path) -> Path:
 
 def _bags_in(run: Path) -> list[Path]:
     return [folder for folder in list_checkpoints(run / "bags") if (folder / ABOUT).is_file()]
-
-
-def spelled(value: Any) -> Any:
-    """The same for JSON, which has no NaN and no infinity: they are spelled out, as float() reads them back."""
-    if isinstance(value, dict):
-        return {key: spelled(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [spelled(each) for each in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value
 
 
 def _flush(file: Any) -> None:

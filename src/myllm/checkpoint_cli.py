@@ -42,11 +42,12 @@ def list_all(where: Positional[str], as_json: Annotated[bool, tyro.conf.arg(name
         as_json: print a JSON object a line instead: folder, step, tokens, bytes, validation_loss, where, state.
     """
     from .data.room import size
+    from .nonfinite import json_safe
 
     rows = []
     for about in _described(_find(where), hashing=False):
         if as_json:
-            print(json.dumps(about), flush=True)
+            print(json.dumps(json_safe(about)), flush=True)
             continue
         loss = "-" if about["validation_loss"] is None else f"{about['validation_loss']:.4f}"
         tokens = "-" if about["tokens"] is None else f"{about['tokens']:,}"

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from .errors import UserError
 from .files import locked, read_json, write_json
+from .nonfinite import json_safe
 
 FORMAT = "myllm-eval"
 VERSION = 1
@@ -67,7 +68,7 @@ def add(file: Path, results: list[Result]) -> None:
                 else:
                     merged.append(new)
             rows = [each._asdict() for each in merged]
-            write_json(file, {"format": FORMAT, "version": VERSION, "results": rows})
+            write_json(file, {"format": FORMAT, "version": VERSION, "results": json_safe(rows)})
     except OSError as error:
         raise UserError(f"cannot write {file}: {error.strerror}; give another file with --out") from None
 

@@ -15,6 +15,7 @@ from typing import IO, Any, BinaryIO
 
 from .errors import UserError
 from .migrations import ROW
+from .nonfinite import restored
 
 SHARED_MEMORY = Path("/dev/shm")
 MORE_SHARED_MEMORY = "or give a container more of this memory (--shm-size 8g)"
@@ -207,7 +208,7 @@ def run_rows(path: Path) -> Iterator[dict[str, Any] | None]:
             if line.strip():
                 try:
                     row = parse_json(line, path)
-                    row = ROW.upgrade(row) if isinstance(row, dict) else None
+                    row = restored(ROW.upgrade(row)) if isinstance(row, dict) else None
                 except UserError:
                     row = None
                 yield row if row is not None and _is_step(row.get("step")) else None

@@ -20,6 +20,7 @@ import torch
 from . import paths
 from .files import run_rows, write_text
 from .hardware import device_name
+from .nonfinite import json_safe
 from .output import LineFile, lost_output
 
 TRAINING = "training"
@@ -38,7 +39,7 @@ class JsonLines:
         self._file = LineFile(path, say)
 
     def append(self, row: dict[str, Any]) -> None:
-        self._file.append(json.dumps(row, ensure_ascii=False))
+        self._file.append(json.dumps(json_safe(row), ensure_ascii=False))
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Every row; what is none is left out, such as a last line cut by a crash."""
@@ -50,7 +51,8 @@ class JsonLines:
         """Drop the other rows, in one step: what came after the checkpoint that a run resumes from."""
         if self.path.is_file():
             write_text(
-                self.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows() if wanted(row))
+                self.path,
+                "".join(json.dumps(json_safe(row), ensure_ascii=False) + "\n" for row in self.rows() if wanted(row)),
             )
 
 

@@ -27,6 +27,7 @@ from .errors import UserError
 from .files import locked, out_of_space, read_json, write_json, write_text
 from .integrity import MANIFEST, NOTHING, WEIGHTS, Damaged, check
 from .model_card import About, model_card, read_about, without_folders
+from .nonfinite import json_safe
 from .paths import RunPaths
 from .report.history import read_config, read_object
 from .retention import list_checkpoints, step_of
@@ -283,7 +284,9 @@ def _write_numbers(folder: Path, about: About) -> None:
     write_json(folder / "environment.json", _public(about.environment))
     if about.metrics:
         rows = [*about.metrics.train, *(row for rows in about.metrics.evals.values() for row in rows)]
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in sorted(rows, key=lambda row: row["step"])]
+        lines = [
+            json.dumps(json_safe(row), ensure_ascii=False) + "\n" for row in sorted(rows, key=lambda row: row["step"])
+        ]
         write_text(folder / "metrics.jsonl", "".join(lines))
 
 
