@@ -117,6 +117,12 @@ def test_the_whole_model_is_one_graph(name: str, graphs: Graphs) -> None:
     assert_graphs(1, small_run(name, compile_unit="model"), graphs)
 
 
+@pytest.mark.parametrize(("unit", "count"), [("model", 1), ("block", 2)])
+def test_a_bfloat16_residual_stream_makes_no_graph_more(unit: str, count: int, graphs: Graphs) -> None:
+    config = small_run("default-150m", compile_unit=unit)
+    assert_graphs(count, replace(config, model=replace(config.model, residual_dtype="bfloat16")), graphs)
+
+
 def test_blocks_share_one_graph(graphs: Graphs) -> None:
     """And the loss has the other, however many layers there are."""
     assert_graphs(2, small_run("lf-llm-269m", LAYERS), graphs)

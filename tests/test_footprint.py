@@ -32,6 +32,8 @@ KINDS = {
     "grouped": {"n_kv_heads": 1, "bias": True},
     "wide heads, untied": {"head_dim": 24, "tie_embeddings": False},
     "layernorm without bias": {"norm": "layernorm"},
+    "half stream": {"residual_dtype": "bfloat16", "qk_norm": True},
+    "half stream, gpt2, dropout": GPT2 | DROPOUT | {"residual_dtype": "bfloat16"},
 }
 by_kind = pytest.mark.parametrize("kind", KINDS)
 by_precision = pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -56,7 +58,8 @@ def tensors_alone(config: RunConfig, ranks: int = 1) -> int:
 def test_what_autograd_keeps_is_known_to_the_byte(kind: str, precision: str, recompute: bool) -> None:
     config = run_config(kind, precision=precision, activation_checkpointing=recompute)
     model, how, n = config.model, Computing.of(config, "cpu"), 2 * 64
-    block = 4 * n * model.d_model if recompute else kept_by_block(model, how, n)
+    stream = 2 if kind.startswith("half") and precision == "bfloat16" else 4
+    block = stream * n * model.d_model if recompute else kept_by_block(model, how, n)
     loss = how.width * n * model.d_model + 4 * model.padded_vocab_size * model.d_model
     assert saved_bytes(Step(config)) == model.n_layers * block + kept_outside_blocks(model, how, n) + loss
 
@@ -78,6 +81,8 @@ def test_what_autograd_keeps_is_known_to_the_byte(kind: str, precision: str, rec
         ("grouped, relu2, qk-norm", "float32", False, 4, 2),
         ("wide heads, untied", "float32", False, 4, 2),
         ("wide heads, untied", "float32", True, 2, 1),
+        ("half stream", "bfloat16", False, 8, 2),
+        ("half stream, gpt2, dropout", "bfloat16", True, 4, 1),
     ],
 )
 def test_a_steps_peak(kind: str, precision: str, recompute: bool, micro_batch_size: int, accumulation: int) -> None:
@@ -117,7 +122,7 @@ def _measured(config: RunConfig, process: Process = ALONE) -> int:
     return step.held + highest(step)
 
 
-@pytest.mark.parametrize("kind", ["qk-norm", "gpt2, dropout", "grouped, relu2, qk-norm"])
+@pytest.mark.parametrize("kind", ["qk-norm", "gpt2, dropout", "grouped, relu2, qk-norm", "half stream"])
 def test_what_a_compiled_model_keeps(kind: str) -> None:
     """By the compiler's own choice of what to keep and what to make again, whose code is never generated here.
 
@@ -176,6 +181,19 @@ def test_what_saves_memory_does() -> None:
     for costing in ({"compile": "off"}, {"precision": "float32"}):
         changed = with_train(config, **costing)
         assert predicted_bytes(changed, Computing.of(changed, "cuda", 8)) > base
+
+
+@pytest.mark.parametrize("train", [{"compile": "on"}, {"activation_checkpointing": True}], ids=str)
+def test_a_bfloat16_residual_stream_saves_memory(train: dict) -> None:
+    for name in PRESETS:
+        base = with_train(preset(name), precision="bfloat16", **train)
+        half = replace(base, model=replace(base.model, residual_dtype="bfloat16"))
+        for device in ("cpu", "cuda"):
+            assert predicted_bytes(half, Computing.of(half, device)) < predicted_bytes(base, Computing.of(base, device))
+    float32 = with_train(half, precision="float32")
+    assert predicted_bytes(float32, Computing.of(float32, "cpu")) == predicted_bytes(
+        with_train(base, precision="float32"), Computing.of(float32, "cpu")
+    )
 
 
 def test_the_losss_chunks_are_the_losss() -> None:

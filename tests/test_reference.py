@@ -83,6 +83,7 @@ def changed(part: str, **values: object) -> RunConfig:
         replace(preset("lf-llm-269m"), name="mine"),
         changed("optim", max_lr=1e-3, schedule="linear"),
         changed("model", dropout_ffn=0.0, vocab_multiple=1),
+        changed("model", residual_dtype="bfloat16"),
         changed("train", batch_tokens=262_144, max_steps=38_146),
         changed("data", dataset="fineweb-edu-10bt-0123456789ab"),
         changed("data", dataset="/big/disk/fineweb-edu-10bt-0123456789ab/"),

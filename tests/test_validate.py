@@ -178,6 +178,13 @@ def test_early_stopping_needs_validation():
     assert fault.startswith("train.early_stop_patience is 3, but eval.validation_every_steps is 0")
 
 
+def test_a_bfloat16_residual_stream_is_not_for_float16():
+    for precision in ("auto", "bfloat16", "float32"):
+        assert faults(changed(GOOD, model__residual_dtype="bfloat16", train__precision=precision), 1) == []
+    (fault,) = faults(changed(GOOD, model__residual_dtype="bfloat16", train__precision="float16"), 1)
+    assert fault.startswith("model.residual_dtype is bfloat16, which train.precision float16 cannot have; set")
+
+
 def test_repeatable_steps_need_a_repeatable_attention():
     for attention in ("auto", "flash", "math"):
         assert faults(changed(GOOD, train__deterministic=True, train__attention=attention), 1) == []

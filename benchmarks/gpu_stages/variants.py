@@ -44,6 +44,8 @@ class Variant:
 def variants(bench: Bench, config: RunConfig) -> Iterator[Variant]:
     """By worth."""
     yield Variant("without biases and dropout", replace(config, model=replace(config.model, bias=False, **NO_DROPOUT)))
+    half = replace(config.model, residual_dtype="bfloat16")
+    yield Variant("residual stream in bfloat16", replace(config, model=half))
     uncompiled = replace(config, train=replace(config.train, compile="off"))
     with torch.device("meta"):
         compiled = compiles(Transformer(config.model), config, bench.device)

@@ -62,6 +62,9 @@ class ModelConfig:
     """On the attention output, before it is added to the residual stream."""
     dropout_ffn: float = 0.0
     """On the activation inside the feed-forward part, before the down projection."""
+    residual_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the residual stream in training. With bfloat16, less memory and memory traffic, and it is rounded at each sum;
+    only where train.precision comes to bfloat16, in float32 it changes nothing. Norms compute in float32 either way."""
     init: Literal["gpt2", "reference"] = "gpt2"
     """Initial weights: gpt2 scales residual projections by 1 / sqrt(2 n_layers); reference is LF_LLM-269M's."""
 

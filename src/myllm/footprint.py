@@ -111,11 +111,11 @@ def _moments(config: RunConfig, how: Computing, n: int, accumulates: bool, store
     elif how.compiled and before:  # a graph hands over those of its block, beside the earlier ones
         last += _matrices_of_a_block(model) * FLOAT // (how.ranks if how.sharded else 1)
     block = kept_by_block(model, how, n)
-    one = FLOAT * n * model.d_model if recomputes else block
+    one = _stream_width(model, how) * n * model.d_model if recomputes else block
     outside = kept_outside_blocks(model, how, n)
     kept = model.n_layers * one + outside
     again = block - one  # made anew before a block's backward pass
-    stream = FLOAT * n * model.d_model  # the gradient of the residual stream
+    stream = _stream_width(model, how) * n * model.d_model  # the gradient of the residual stream
     block_work = stream + again + _block_work_bytes(model, how, n)
     tied = table if model.tie_embeddings else 0  # the head's part waits for the embedding's
     half_weights = _half_weights(model) if how.half and recomputes else 0  # autocast's cache, until the loss is there
@@ -134,7 +134,7 @@ def _moments(config: RunConfig, how: Computing, n: int, accumulates: bool, store
 def kept_by_block(model: ModelConfig, how: Computing, n: int) -> int:
     """Bytes that the backward pass of one block needs, its input included; parameters are not among them."""
     d, w, cpu = n * model.d_model, how.width, how.device == "cpu"
-    kept = 2 * (FLOAT * d + _kept_by_norm(model, how, n))  # what goes into each norm
+    kept = 2 * (_norm_input_width(model, how) * d + _kept_by_norm(model, how, n))  # what goes into each norm
     kept += _kept_by_attention(model, how, n) + _kept_by_feed_forward(model, how, n)
     kept += 2 * w * d  # the norms' outputs, which the projections multiply
     if model.dropout_attention_residual:
@@ -145,8 +145,27 @@ def kept_by_block(model: ModelConfig, how: Computing, n: int) -> int:
 def kept_outside_blocks(model: ModelConfig, how: Computing, n: int) -> int:
     """Bytes kept before the first block and behind the last one, the loss's own not included."""
     d = n * model.d_model
-    noise = d * (FLOAT if how.device == "cpu" and not how.compiled else 1) if model.dropout_embedding else 0
-    return noise + FLOAT * d + _kept_by_norm(model, how, n)
+    as_input = how.device == "cpu" and not how.compiled
+    noise = d * (_stream_width(model, how) if as_input else 1) if model.dropout_embedding else 0
+    return noise + _norm_input_width(model, how) * d + _kept_by_norm(model, how, n)
+
+
+def _stream_width(model: ModelConfig, how: Computing) -> int:
+    """Bytes of a number of the residual stream."""
+    return 2 if model.residual_dtype == "bfloat16" and how.half else FLOAT
+
+
+def _norm_input_width(model: ModelConfig, how: Computing) -> int:
+    """Bytes of a number as a norm keeps it: the stream's where a compiler or LayerNorm's kernel for CPUs reads that,
+    and else a float32 copy, made by our RMSNorm, or on CUDA by autocast for LayerNorm."""
+    mixed = how.compiled or (model.norm == "layernorm" and how.device == "cpu")
+    return _stream_width(model, how) if mixed else FLOAT
+
+
+def _norm_output_width(model: ModelConfig, how: Computing) -> int:
+    """Bytes of a number of a norm's output: the stream's, but that autocast has LayerNorm's in float32 on CUDA."""
+    widened = model.norm == "layernorm" and how.device != "cpu"
+    return FLOAT if widened else _stream_width(model, how)
 
 
 def _half_weights(model: ModelConfig) -> int:
@@ -177,8 +196,9 @@ def _kept_by_attention(model: ModelConfig, how: Computing, n: int) -> int:
         if not how.compiled:
             copies = int(how.half) + int(how.device == "cpu")  # in float32, and normalised before the weight
             kept += copies * FLOAT * both
-    # What comes out, each row's log of sums, and in bfloat16 what comes out once more: it goes through float32.
-    return kept + w * queries * (2 if how.half else 1) + FLOAT * n * model.n_heads
+    # What comes out, each row's log of sums, and in bfloat16 what comes out once more, if it goes through float32.
+    again = how.half and _norm_output_width(model, how) == FLOAT
+    return kept + w * queries * (2 if again else 1) + FLOAT * n * model.n_heads
 
 
 def _kept_by_feed_forward(model: ModelConfig, how: Computing, n: int) -> int:
@@ -212,10 +232,10 @@ def loss_bytes(model: ModelConfig, how: Computing, n: int) -> int:
     """
     d, v = model.d_model, model.padded_vocab_size
     chunk, w = min(LOSS_CHUNK[how.device], n), how.width
-    arrives = FLOAT * n * d  # the last norm's output, which the caller holds
+    arrives = _norm_output_width(model, how) * n * d  # the last norm's output, which the caller holds
     gradients = w * n * d + FLOAT * v * d
     if how.compiled:  # logits and their gradient in the type of the products; the sum over chunks is a new matrix
-        casts = 2 * (n * d + v * d) if how.half else arrives  # both inputs
+        casts = 2 * (n * d + v * d) if how.half else arrives  # both inputs, of which one may have come so
         waiting = w * v * d * -(-n // chunk)  # of each chunk the head's gradient, until one kernel adds them up
         return casts + waiting + 2 * w * chunk * v + 2 * gradients
     if not how.half:
@@ -223,13 +243,15 @@ def loss_bytes(model: ModelConfig, how: Computing, n: int) -> int:
     # As they come, in float32, their gradient, and its product; or the next chunk's beside the float32 and the gradient
     # of the one before, which are let go when they are made anew.
     logits = max((2 + FLOAT + 2) * chunk * v + 2 * v * d, (2 + 2 * FLOAT + 2) * chunk * v if n > chunk else 0)
-    return arrives + 2 * (n * d + v * d) + gradients + logits
+    cast = 2 * n * d if arrives > 2 * n * d else 0
+    return arrives + cast + 2 * v * d + gradients + logits
 
 
 def loss_backward_bytes(model: ModelConfig, how: Computing, n: int) -> int:
     """Both gradients, and the same times the gradient of the loss."""
     d, v = n * model.d_model, model.padded_vocab_size * model.d_model
-    return 2 * FLOAT * v + 2 * how.width * d + (FLOAT * d if how.half else 0)
+    cast = FLOAT * d if how.half and _norm_output_width(model, how) == FLOAT else 0
+    return 2 * FLOAT * v + 2 * how.width * d + cast
 
 
 def _gathered_bytes(model: ModelConfig, how: Computing) -> int:

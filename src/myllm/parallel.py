@@ -47,7 +47,7 @@ def cut(model: Transformer, config: RunConfig, process: Process) -> None:
     """Leave each rank a part of every matrix: FSDP2, on any number of ranks, one included."""
     mesh = init_device_mesh(process.device.type, (process.world_size,))
     # What travels is rounded to what autocast would round it to anyway, which halves it; sums over ranks are float32.
-    # The embedding stays float32, so that the residual stream does too.
+    # The embedding stays float32, so that the residual stream begins in it.
     dtype = compute_dtype(config.train.precision, process.device)
     half = None if dtype is torch.float32 else dtype
     policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)

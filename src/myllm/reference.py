@@ -25,7 +25,9 @@ Row = dict[str, Any]
 
 SLACK = 0.01
 """A run this share before the first point, or past the last, is compared with that point."""
-TRAINED_OTHERWISE = {"vocab_multiple", "init", "dropout_embedding", "dropout_attention_residual", "dropout_ffn"}
+TRAINED_OTHERWISE = {
+    "vocab_multiple", "init", "dropout_embedding", "dropout_attention_residual", "dropout_ffn", "residual_dtype",
+}  # fmt: skip
 """Settings of the model that may differ: they change how it learns, not what it is."""
 TITLES = {"validation": "validation loss", "hellaswag": "HellaSwag accuracy"}
 

@@ -45,6 +45,11 @@ def faults(config: RunConfig, world_size: int) -> list[str]:
         *_eval_faults(config.eval, config.train, config.model),
         *hub_faults(config.hub, "hub."),
     ]
+    if config.model.residual_dtype == "bfloat16" and config.train.precision == "float16":
+        found.append(
+            "model.residual_dtype is bfloat16, which train.precision float16 cannot have; set "
+            "model.residual_dtype to float32, or train.precision to bfloat16"
+        )
     name = config.name
     plain = name.isprintable() and name == name.strip(". ") and not set("/\\") & set(name)
     plain = plain and not name.startswith("-")  # every command would take it for an option

@@ -243,7 +243,7 @@ def test_shards_and_bfloat16(temp_data: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_there_and_back(kind: str, save: Save, temp_data: Path, tmp_path: Path) -> None:
-    config = replace(KINDS[kind], dropout_ffn=0.2, vocab_multiple=64, init="reference")
+    config = replace(KINDS[kind], dropout_ffn=0.2, vocab_multiple=64, init="reference", residual_dtype="bfloat16")
     export_folder(save(config), tmp_path / "out", say=quietly)
     run = import_model(str(tmp_path / "out"), "back", say=quietly)
     back, made = load_model("back", "cpu"), load_model("made", "cpu")
@@ -255,6 +255,7 @@ def test_there_and_back(kind: str, save: Save, temp_data: Path, tmp_path: Path) 
     assert not back.model.embedding.weight[400:].any()  # padding, which was anything before
     again = load_json(run.config, RunConfig()).model
     assert (again.dropout_ffn, again.init, again.vocab_multiple) == (0.2, "reference", 64)
+    assert again.residual_dtype == "bfloat16"
     assert (again.kv_heads, again.head_size, again.bias) == (config.kv_heads, config.head_size, config.bias)
 
 

@@ -1,5 +1,6 @@
 """The whole model: its loss, causality, starting weights, parameter counts, dropout and saved names."""
 
+import copy
 import math
 from dataclasses import replace
 
@@ -250,6 +251,33 @@ def test_autocast_is_close_and_leaves_gradients_in_float32():
     rough.backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
     assert not model.embedding.weight.grad[config.vocab_size :].any()
+
+
+def gradients_of(model: Transformer, tokens: torch.Tensor, autocast: bool = False) -> list[torch.Tensor]:
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = model(tokens[:, :-1], tokens[:, 1:])
+    return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
+
+
+@by_kind
+def test_a_bfloat16_residual_stream(kind):
+    """Its loss and gradients are as close to float64's as autocast's own, and no other computation changes by a bit."""
+    plain = lively(replace(SMALL, **kind)).train()
+    half = Transformer(replace(SMALL, **kind, residual_dtype="bfloat16")).train()
+    half.load_state_dict(plain.state_dict())
+    tokens, types = tokens_of(SMALL), []
+    for block in half.blocks:
+        block.register_forward_hook(lambda block, inputs, output: types.extend([inputs[0].dtype, output.dtype]))
+    rough, usual = gradients_of(half, tokens, autocast=True), gradients_of(plain, tokens, autocast=True)
+    assert set(types) == {torch.bfloat16}
+    assert {gradient.dtype for gradient in rough} == {torch.float32}
+    exact = [gradient.float() for gradient in gradients_of(copy.deepcopy(plain).double(), tokens)]
+    assert rough[0].item() == pytest.approx(exact[0].item(), rel=0.01)
+    for mine, theirs, expected in zip(rough[1:], usual[1:], exact[1:], strict=True):
+        assert (mine - expected).norm() < 3 * (theirs - expected).norm() + 0.01 * expected.norm()
+    assert all(map(torch.equal, gradients_of(half, tokens), gradients_of(plain, tokens)))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(half.eval()(tokens), plain.eval()(tokens))
 
 
 def test_recomputed_activations_change_no_bit():

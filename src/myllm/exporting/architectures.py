@@ -17,7 +17,8 @@ CLASSES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM", "gpt2": "GP
 # Fields of ModelConfig that every one of them can express: sizes, and what only training or our own files need.
 ANYWHERE = frozenset(
     {"vocab_size", "vocab_multiple", "max_seq_len", "d_model", "n_layers", "n_heads", "d_ff", "norm_eps"}
-    | {"tie_embeddings", "dropout_embedding", "dropout_attention_residual", "dropout_ffn", "init"}
+    | {"tie_embeddings", "dropout_embedding", "dropout_attention_residual", "dropout_ffn"}
+    | {"residual_dtype", "init"}
 )
 # What the others must be; None: whatever they are. GPT-2 has biases, which are zeros where a model has none.
 SWITCHES: dict[str, dict[str, tuple[Any, ...] | None]] = {

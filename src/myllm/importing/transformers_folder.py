@@ -40,7 +40,7 @@ TYPES: tuple[tuple[type, tuple[str, ...], str], ...] = (
     (bool, ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"), "true or false"),
     (bool, ("scale_attn_weights", "scale_attn_by_inverse_layer_idx", "add_cross_attention"), "true or false"),
 )
-OURS = ("vocab_multiple", "dropout_embedding", "dropout_attention_residual", "dropout_ffn", "init")
+OURS = ("vocab_multiple", "dropout_embedding", "dropout_attention_residual", "dropout_ffn", "residual_dtype", "init")
 """What config.json cannot say of a model of ours."""
 
 

@@ -241,6 +241,8 @@ class Transformer(nn.Module):
             rotary = self.rotary_cos[positions], self.rotary_sin[positions]  # (T, K) each
             if not isinstance(positions, slice):
                 rotary = rotary[0].unsqueeze(1), rotary[1].unsqueeze(1)  # (B, 1, T, K) each
+        if self.training and self.config.residual_dtype == "bfloat16" and _autocasts_to_bfloat16(x.device):
+            x = x.bfloat16()  # and stays so: autocast has what blocks add in bfloat16
         x = self.dropout(x)
         for block in self.blocks:
             x = block(x, rotary, cache)
@@ -259,6 +261,10 @@ class Transformer(nn.Module):
     @property
     def _stored_head(self) -> Tensor:
         return self.embedding.weight if self.head is None else self.head.weight
+
+
+def _autocasts_to_bfloat16(device: torch.device) -> bool:
+    return torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) is torch.bfloat16
 
 
 class Block(nn.Module):
