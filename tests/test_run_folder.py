@@ -14,7 +14,15 @@ from myllm.errors import UserError
 from myllm.loading import find_model
 from myllm.paths import RunPaths
 from myllm.report.history import find_run
-from myllm.run_folder import check_resumable, claimed, latest_checkpoint, move_aside, truncate_logs, write_config
+from myllm.run_folder import (
+    check_resumable,
+    claimed,
+    latest_checkpoint,
+    move_aside,
+    truncate_logs,
+    what_next,
+    write_config,
+)
 
 
 @pytest.fixture
@@ -127,3 +135,10 @@ def test_naming_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         latest_checkpoint("mine", runs)
     with pytest.raises(UserError, match="no checkpoint at 'mien'; runs with checkpoints: mine"):
         latest_checkpoint("mien", runs)
+
+
+@pytest.mark.parametrize("prompts", [(), ("",), ("\n\n",), ("two\nlines",)])
+def test_what_to_type_next_has_a_prompt(tiny: RunConfig, prompts: tuple[str, ...]) -> None:
+    config = replace(tiny, eval=replace(tiny.eval, sample_every_steps=0, sample_prompts=prompts))
+    expected = "two" if any(prompt.strip() for prompt in prompts) else "'Once upon a time'"
+    assert f"sample tiny --prompt {expected}\n" in what_next(config)

@@ -233,3 +233,20 @@ def test_a_damaged_data_set_is_not_trained_on(mixed_corpus: Path) -> None:
     (dataset.folder / "train_00000.npy").unlink()
     with pytest.raises(UserError, match=f"delete {dataset.folder} and prepare it again"):
         prepare(config(mixed_corpus), progress=False)
+
+
+def test_a_set_of_the_same_text_in_other_amounts_is_named(
+    mixed_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever prepared all of a source is not to tokenize it again for a preset that wants some of it, unasked."""
+    whole = prepare(config(mixed_corpus), progress=False)
+    prepare(config(mixed_corpus, strip_control=True), progress=False)
+    others = [f"text number {number} is another one" for number in range(40)]
+    prepare(config(write(tmp_path / "other", *others)), progress=False)
+    capsys.readouterr()
+    prepare(config(mixed_corpus, target_tokens=300))
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note:")]
+    assert notes == [
+        f"note: {whole.name} has {whole.train.tokens:,} training tokens of the same source (target_tokens None instead "
+        f"of 300); to train on it instead: --data.dataset {whole.name}"
+    ]

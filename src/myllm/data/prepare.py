@@ -92,6 +92,26 @@ def resolve(config: DataConfig) -> Recipe:
         return recipe_of(replace(config, source=config.fallback, fallback=None))
 
 
+def siblings(recipe: Recipe) -> Iterator[str]:
+    """A sentence on each whole data set of the same text and vocabulary, cut in other amounts: it may do as well."""
+    wanted = recipe.describe()
+    amounts = ("val_tokens", "target_tokens", "max_documents", "shard_tokens", "shuffle_seed")
+    for file in sorted(paths.datasets().glob(f"[!.]*/{MANIFEST}")):
+        try:
+            manifest = Dataset.read(file.parent).manifest
+        except UserError:
+            continue
+        if any(manifest.get(key) != wanted[key] for key in wanted.keys() - {*amounts, "format"}):
+            continue
+        differs = ", ".join(
+            f"{key} {manifest.get(key)} instead of {wanted[key]}" for key in amounts if manifest.get(key) != wanted[key]
+        )
+        yield (
+            f"note: {file.parent.name} has {manifest['counts']['train_tokens']:,} training tokens of the same source "
+            f"({differs or 'an earlier format'}); to train on it instead: --data.dataset {file.parent.name}"
+        )
+
+
 def is_made(folder: Path) -> bool:
     return (folder / MANIFEST).is_file()
 
@@ -138,6 +158,8 @@ def _build(recipe: Recipe, workers: int, progress: bool) -> None:
     if progress:
         tqdm.write(f"preparing {folder.name}: {room}", file=sys.stderr)
         if note := recipe.source.ignored_note:
+            tqdm.write(note, file=sys.stderr)
+        for note in siblings(recipe):
             tqdm.write(note, file=sys.stderr)
     adopt_parts(recipe, work)
     units = recipe.units
