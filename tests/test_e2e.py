@@ -101,13 +101,13 @@ def test_report_and_verify(debug: tuple[Path, subprocess.CompletedProcess[str]])
     assert done.returncode == 0, done.stderr
     assert (folder / "data/runs/debug/report.html").is_file()
     assert "all as the manifest says" in myllm(folder, "data", "verify", "python-stdlib").stdout
-    shard = next((folder / "data/datasets").glob("*/train_00001.npy"))
+    shard = next((folder / "data/datasets").glob("*/train_00000.npy"))
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)
     done = myllm(folder, "data", "verify", "python-stdlib")
     assert done.returncode == 2
-    assert "train_00001.npy" in done.stderr
+    assert "train_00000.npy" in done.stderr
     content[-1] ^= 1
     shard.write_bytes(content)
 
@@ -166,7 +166,7 @@ def test_production_script_without_a_gpu_explains_itself(tmp_path: Path) -> None
     done = user(tmp_path, "env", f"PATH={smi.parent}:{os.environ['PATH']}", str(ROOT / "run_pre_training_e2e.sh"))
     assert done.returncode == 2
     assert "torch cannot use the GPUs here: NVIDIA's driver 470.82.01 is here, for CUDA up to 11.4" in done.stderr
-    assert "320,145,408 in all, 268,682,240 without the embedding" in done.stdout
-    assert "8 x" in done.stdout
+    assert "lf-llm-269m on 8 x A100-80 (DDP)" in done.stdout
+    assert "320,145,408 in all" in done.stdout
     assert "--force" in done.stderr
     assert not (tmp_path / "data").exists()

@@ -36,7 +36,8 @@ def learn(corpus: Path, temp_data: Path, capsys: pytest.CaptureFixture[str]) -> 
 
     def run(name: str, size: int) -> Path:
         capsys.readouterr()  # what ran before
-        myllm(["tokenizer", "train", f"files:{corpus}", "--vocab-size", str(size), "--out", str(temp_data / name)])
+        out = ["--out", str(temp_data / name), "--overwrite"]
+        myllm(["tokenizer", "train", f"files:{corpus}", "--vocab-size", str(size), *out])
         return Path(capsys.readouterr().out.splitlines()[0])
 
     return run

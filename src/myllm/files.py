@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
+from . import paths
 from .errors import UserError
 from .migrations import ROW
 from .nonfinite import restored
@@ -291,7 +292,8 @@ def in_words(error: OSError) -> str | None:
     if error.errno in FORBIDDEN:
         return f"cannot read {path}: {why}; make it readable"
     if error.errno in UNUSABLE:
-        return f"cannot use {path}: {why}; expected {UNUSABLE[error.errno]}"
+        elsewhere = "; or set MYLLM_DATA to another folder" if Path(path).is_relative_to(paths.temp_data()) else ""
+        return f"cannot use {path}: {why}; expected {UNUSABLE[error.errno]}{elsewhere}"
     return None
 
 

@@ -57,7 +57,8 @@ def parse_fleet(text: str) -> Fleet:
     card = card_named(name)
     if count < 1 or (card is None and name.lower() != "cpu"):
         known = [card.name for card in CARDS]
-        if variants := [card for card in known if re.match(rf"{re.escape(name)}[^a-z0-9]", card, re.IGNORECASE)]:
+        variants = [kind for kind in known if re.match(rf"{re.escape(name)}[^a-z0-9]", kind, re.IGNORECASE)]
+        if card is None and variants:
             raise UserError(f"--gpus {text!r}: several cards have that name: {', '.join(variants)}; give one of them")
         raise UserError(
             f"--gpus {text!r}: expected a number and a card such as 8xA100-80 or 1xRTX3060, or cpu"
