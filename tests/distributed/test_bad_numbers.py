@@ -59,7 +59,7 @@ def test_both_ranks_stop_and_the_bag_names_one(config: RunConfig, rare: Rare, tm
     assert [row["sample"] for row in bag.samples if row["loss"] == "nan"] == [rare.sample]
     assert len(bag.random) == 2
     assert not torch.equal(bag.random[0]["cpu"], bag.random[1]["cpu"])
-    found = replay_step(bag, torch.device("cpu"), bfloat16=False)
+    found = replay_step(bag, torch.device("cpu"))
     here = dict(zip(found.places, found.diagnosis.losses, strict=True))
     for row in bag.samples:
         assert here[row["sample"]] == pytest.approx(float(row["loss"]), rel=1e-6, nan_ok=True)

@@ -57,7 +57,7 @@ def test_ranks_come_and_go(plain: RunConfig, tmp_path: Path, temp_data: Path) ->
     figures."""
     constant = replace(
         plain,
-        optim=replace(plain.optim, schedule="wsd", decay_fraction=0.0),
+        optim=replace(plain.optim, schedule="wsd", decay_fraction=0.0, warmup_steps=1),  # for any number of steps
         eval=replace(plain.eval, hellaswag_every_steps=12, hellaswag_file=str(HELLASWAG)),
     )
     whole = write_run_config(replace(with_train(constant, micro_batch_size=4), name="whole"), tmp_path / "whole.json")
