@@ -1,6 +1,7 @@
 """A run that is stopped from outside, with real processes and real signals."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -163,6 +164,26 @@ def test_a_time_limit_and_a_second_interrupt(long: RunConfig, tmp_path: Path, te
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "left at once" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [
+        ("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129), ("SIGQUIT", 131), ("SIGUSR1", 75), ("SIGUSR2", 75),
+        ("SIGXCPU", 75),
+    ],
+)  # fmt: skip
+def test_each_signal_asks_for_a_stop_with_its_code(name: str, code: int) -> None:
+    number = signal.Signals[name]
+    before = signal.signal(number, signal.SIG_DFL)  # a shell that runs the tests under nohup ignores SIGHUP
+    try:
+        with stop_signals() as stop:
+            os.kill(os.getpid(), number)
+            assert stop.asked()
+            assert stop.signal == number
+        assert exit_code(stop.signal) == code
+    finally:
+        signal.signal(number, before)
 
 
 def test_the_time_limit_leaves_time_for_the_save() -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 import pickle
+import shlex
 import shutil
 import sys
 import types
@@ -38,8 +39,10 @@ from myllm.errors import UserError
 from myllm.exporting import export_folder
 from myllm.exporting.tokenizer_files import tokenizer_files
 from myllm.importing import import_model
+from myllm.launch import parse
 from myllm.loading import load_model
 from myllm.paths import RunPaths
+from myllm.plan import with_length
 from myllm.run_folder import latest_checkpoint
 from myllm.train import train
 
@@ -401,6 +404,23 @@ def test_a_run_of_that_name(temp_data: Path, tmp_path: Path) -> None:
 
 
 # -- and then ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_that_import_prints_is_a_short_run_on_own_text(
+    corpus: Path, temp_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not the 10B tokens of a preset: three epochs of what the user has, by a command that parses as it stands."""
+    peer_folder("llama", tmp_path / "llama")
+    myllm(["import", str(tmp_path / "llama"), "--name", "tune"])
+    lines = capsys.readouterr().out.splitlines()
+    (line,) = [line for line in lines if "pretrain.py" in line]
+    words = shlex.split(line.partition("pretrain.py ")[2].replace("/path/to/texts", str(corpus)))
+    wanted = parse(words)
+    assert wanted.config.train.epochs == 3
+    dataset = prepare(wanted.config.data, progress=False)
+    config = with_length(wanted.config, dataset.train.tokens, wanted.own_text)
+    trained = config.train.max_steps * config.train.batch_tokens
+    assert trained <= 3 * dataset.train.tokens + config.train.batch_tokens
 
 
 def test_trained_further(tiny: RunConfig, temp_data: Path, tmp_path: Path) -> None:
