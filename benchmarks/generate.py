@@ -23,7 +23,7 @@ from myllm.exporting.architectures import choose, settings
 from myllm.exporting.weights import convert
 from myllm.generation import Continuation, continue_batch
 from myllm.hardware import device_name
-from myllm.model import Transformer
+from myllm.model.transformer import Transformer
 from myllm.presets import preset
 from myllm.sampling import Sampling
 

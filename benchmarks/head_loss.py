@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from myllm.hardware import device_name
-from myllm.model import Transformer
+from myllm.model.transformer import Transformer
 from myllm.presets import preset
 
 

@@ -23,7 +23,7 @@ from myllm.data.tokenizer import Tokenizer
 from myllm.evals.hellaswag import Item, ending_totals, make_items
 from myllm.evals.hellaswag_data import load_examples
 from myllm.hardware import device_name
-from myllm.model import Transformer
+from myllm.model.transformer import Transformer
 from myllm.presets import preset
 
 CPU = torch.device("cpu")

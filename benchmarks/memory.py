@@ -51,8 +51,8 @@ def measure(config: RunConfig) -> None:
     from myllm.distributed import Process
     from myllm.kernels import fast_kernels
     from myllm.memory import peak_bytes
-    from myllm.model import Transformer
-    from myllm.optim import ScheduledAdamW
+    from myllm.model.transformer import Transformer
+    from myllm.optim.adamw import ScheduledAdamW
     from myllm.parallel import clear_gradients
     from myllm.precision import autocast
 

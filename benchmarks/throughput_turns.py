@@ -17,7 +17,7 @@ from myllm.distributed import Process
 from myllm.errors import UserError
 from myllm.exporting.architectures import choose
 from myllm.memory import peak_bytes, reset_peak
-from myllm.model import Transformer
+from myllm.model.transformer import Transformer
 from myllm.precision import compute_dtype
 from myllm.rehearsal import made_up_dataset, stage
 

@@ -22,8 +22,8 @@ from myllm.data.transfer import Batch
 from myllm.distributed import Process
 from myllm.exporting.architectures import CLASSES, choose, settings
 from myllm.exporting.weights import convert
-from myllm.model import Transformer
-from myllm.optim import ScheduledAdamW
+from myllm.model.transformer import Transformer
+from myllm.optim.adamw import ScheduledAdamW
 from myllm.parallel import last_of_step
 from myllm.plan import BatchPlan
 from myllm.precision import autocast

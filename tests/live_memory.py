@@ -9,8 +9,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from myllm.config import RunConfig
 from myllm.distributed import Process
-from myllm.model import Transformer
-from myllm.optim import ScheduledAdamW
+from myllm.model.transformer import Transformer
+from myllm.optim.adamw import ScheduledAdamW
 from myllm.parallel import clear_gradients, last_of_step, wrap
 from myllm.precision import autocast
 

@@ -10,7 +10,7 @@ from myllm import train
 from myllm.config import ModelConfig, RunConfig
 from myllm.data.order import DataPosition, count_sequences, step_sequences, window_of
 from myllm.data.shards import Dataset
-from myllm.model import Transformer
+from myllm.model.transformer import Transformer
 
 
 class Rare(NamedTuple):

@@ -3,7 +3,7 @@
 import torch
 
 from myllm.config import ModelConfig
-from myllm.model import Transformer
+from myllm.model.transformer import Transformer
 
 
 def rough(config: ModelConfig, scale: float) -> Transformer:

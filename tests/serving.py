@@ -11,7 +11,7 @@ import torch
 from myllm.config import ModelConfig
 from myllm.data.tokenizer import Tokenizer
 from myllm.loading import LanguageModel
-from myllm.model import Transformer
+from myllm.model.transformer import Transformer
 from myllm.sampling import Sampling
 from myllm.serve.address import listen
 from myllm.serve.asked import Asked

@@ -30,8 +30,8 @@ from myllm.distributed import process_group
 from myllm.errors import UserError
 from myllm.guard import Guard
 from myllm.meter import Diverged
-from myllm.model import Transformer
-from myllm.optim import ScheduledAdamW
+from myllm.model.transformer import Transformer
+from myllm.optim.adamw import ScheduledAdamW
 from myllm.paths import RunPaths
 from myllm.plan import batch_plan
 from myllm.replay import replay_step

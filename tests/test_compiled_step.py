@@ -19,8 +19,9 @@ from myllm.diagnosis import diagnose
 from myllm.distributed import Process
 from myllm.evals.perplexity import assess_sums
 from myllm.generation import stream
-from myllm.model import Transformer, transformer
-from myllm.model.loss import mean_loss
+from myllm.model import transformer
+from myllm.model.cross_entropy import mean_loss
+from myllm.model.transformer import Transformer
 from myllm.parallel import clear_gradients, last_of_step, wrap
 from myllm.precision import autocast
 from myllm.presets import PRESETS, preset

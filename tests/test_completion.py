@@ -29,7 +29,7 @@ from myllm.data.tokenizer import Tokenizer
 from myllm.errors import UserError
 from myllm.generation import stream
 from myllm.loading import LanguageModel
-from myllm.model import Transformer
+from myllm.model.transformer import Transformer
 from myllm.sample_cli import Turns
 from myllm.sampling import Sampling
 

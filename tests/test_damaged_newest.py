@@ -8,7 +8,8 @@ import pytest
 from made_checkpoints import SMALL, Save, rewrite
 
 from myllm import chat, cli, files, integrity
-from myllm.exporting import export_folder, open_source, parity
+from myllm.exporting import parity
+from myllm.exporting.folder import export_folder, open_source
 from myllm.loading import load_model
 from myllm.serve import server
 

@@ -13,7 +13,7 @@ from myllm.config import ModelConfig
 from myllm.errors import UserError
 from myllm.flops import CARDS, card_named, card_of, flops_per_token, peak_flops
 from myllm.forecast import parse_fleet
-from myllm.model import Transformer
+from myllm.model.transformer import Transformer
 from myllm.plan import n_parameters
 from myllm.presets import PRESETS, preset
 

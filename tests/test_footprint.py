@@ -15,7 +15,7 @@ from myllm.config import ModelConfig, RunConfig, TrainConfig
 from myllm.distributed import Process
 from myllm.footprint import Computing, kept_by_block, kept_outside_blocks, memory_by_part, predicted_bytes
 from myllm.forecast import describe
-from myllm.model.loss import CPU_CHUNK, GPU_CHUNK
+from myllm.model.cross_entropy import CPU_CHUNK, GPU_CHUNK
 from myllm.precision import autocast
 from myllm.presets import PRESETS, preset
 
@@ -150,7 +150,7 @@ def test_what_a_compiled_model_keeps(kind: str) -> None:
 def test_the_states_are_sixteen_bytes_a_parameter() -> None:
     config = preset("lf-llm-269m")
     with torch.device("meta"):
-        from myllm.model import Transformer
+        from myllm.model.transformer import Transformer
 
         model = Transformer(config.model)
     stored, buffers = (sum(t.nbytes for t in each) for each in (model.parameters(), model.buffers()))

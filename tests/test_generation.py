@@ -12,7 +12,7 @@ from myllm.config import ModelConfig
 from myllm.errors import UserError
 from myllm.filters import choose
 from myllm.generation import Continuation, continue_batch, stream
-from myllm.model import Transformer
+from myllm.model.transformer import Transformer
 from myllm.sampling import Sampling
 
 SMALL = ModelConfig(vocab_size=50, vocab_multiple=32, max_seq_len=24, d_model=24, n_layers=2, n_heads=4, d_ff=32)

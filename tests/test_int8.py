@@ -19,7 +19,7 @@ from myllm.errors import UserError
 from myllm.generation import Continuation, continue_batch, stream
 from myllm.int8 import RowsEmbedding, quantize_int8, weight_bytes, weight_type
 from myllm.loading import load_model
-from myllm.model import Transformer
+from myllm.model.transformer import Transformer
 from myllm.sampling import Sampling
 from myllm.serve import server
 

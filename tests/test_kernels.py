@@ -12,7 +12,8 @@ from myllm import hardware
 from myllm.config import RunConfig
 from myllm.distributed import Process
 from myllm.kernels import fast_kernels
-from myllm.model import Transformer, sdpa
+from myllm.model import attention_backend as sdpa
+from myllm.model.transformer import Transformer
 from myllm.precision import float32_products
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)

@@ -16,7 +16,7 @@ from myllm.errors import UserError
 from myllm.generation import Continuation, continue_batch
 from myllm.int8 import weight_type
 from myllm.loading import load_model
-from myllm.model import Transformer
+from myllm.model.transformer import Transformer
 from myllm.sampling import Sampling
 
 

@@ -23,10 +23,10 @@ from myllm.data.prepare import prepare
 from myllm.distributed import Process, process_group
 from myllm.guard import GROWTH_STEPS, LARGEST_LOSS_SCALE, Guard
 from myllm.meter import Diverged
-from myllm.model import Transformer
-from myllm.model import loss as model_loss
-from myllm.model.loss import mean_loss
-from myllm.optim import ScheduledAdamW
+from myllm.model import cross_entropy as model_loss
+from myllm.model.cross_entropy import mean_loss
+from myllm.model.transformer import Transformer
+from myllm.optim.adamw import ScheduledAdamW
 from myllm.parallel import wrap
 from myllm.paths import RunPaths
 from myllm.precision import autocast, compute_dtype, has_bfloat16

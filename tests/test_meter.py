@@ -14,7 +14,7 @@ from myllm import train as loop
 from myllm.config import RunConfig
 from myllm.data.loader import Loader
 from myllm.meter import console_line, progress, time_line
-from myllm.report import read_metrics
+from myllm.report.history import read_metrics
 from myllm.report.times import times_section
 
 

@@ -13,9 +13,9 @@ from nbclient import NotebookClient
 from myllm.completion import generate
 from myllm.config import ModelConfig, RunConfig
 from myllm.data.tokenizer import Tokenizer
-from myllm.exporting import Source, export_folder
+from myllm.exporting.folder import Source, export_folder
 from myllm.loading import LanguageModel
-from myllm.model import Transformer
+from myllm.model.transformer import Transformer
 
 SHAPE = ModelConfig(max_seq_len=64, d_model=16, n_layers=1, n_heads=2, d_ff=32)
 ROOT = Path(__file__).resolve().parents[1]

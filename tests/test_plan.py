@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from myllm import plan
 from myllm.config import RunConfig, TrainConfig
 from myllm.forecast import describe
-from myllm.model import Transformer
+from myllm.model.transformer import Transformer
 from myllm.plan import BatchPlan, n_parameters
 from myllm.presets import PRESETS, preset
 

@@ -16,8 +16,9 @@ from myllm import train as loop
 from myllm.config import RunConfig, to_dict
 from myllm.presets import PRESETS, preset
 from myllm.reference import Curve, Reference, ReferenceWatch, reference_of
-from myllm.report import figure, read_metrics, write_report
+from myllm.report import figure, write_report
 from myllm.report.drawing import INK
+from myllm.report.history import read_metrics
 
 FALLING = Curve("loss", True, 0.05, (1_000, 10_000, 100_000), (4.0, 3.0, 2.5))
 RISING = Curve("acc_norm", False, 0.02, (100_000,), (0.35,))

@@ -20,9 +20,9 @@ from matplotlib.image import imread
 
 from myllm.errors import UserError
 from myllm.paths import RunPaths
-from myllm.report import draw_plots, find_run, plots, read_metrics, write_report
+from myllm.report import draw_plots, plots, write_report
 from myllm.report.drawing import MAX_POINTS, thin
-from myllm.report.history import smooth
+from myllm.report.history import find_run, read_metrics, smooth
 from myllm.report.numbers import duration, si
 
 VOID = {"meta", "img", "source", "br"}

@@ -20,8 +20,8 @@ from myllm.distributed import Process
 from myllm.guard import Guard
 from myllm.kernel_costs import PHASES
 from myllm.kernels import fast_kernels
-from myllm.model import Transformer
-from myllm.optim import ScheduledAdamW
+from myllm.model.transformer import Transformer
+from myllm.optim.adamw import ScheduledAdamW
 from myllm.parallel import wrap
 from myllm.step import train_step
 

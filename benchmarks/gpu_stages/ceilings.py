@@ -7,7 +7,7 @@ import torch
 
 from myllm.hardware import device_name, measure_matmul_flops
 from myllm.memory import there_bytes
-from myllm.model import sdpa
+from myllm.model import attention_backend as sdpa
 from myllm.precision import compute_dtype
 
 from .bench import Bench, seconds_of

@@ -16,7 +16,7 @@ from myllm.config import ModelConfig, RunConfig
 from myllm.data.transfer import Batch
 from myllm.kernels import fast_kernels
 from myllm.memory import there_bytes
-from myllm.model import Transformer
+from myllm.model.transformer import Transformer
 from myllm.step import accumulate_gradients
 
 from .bench import NO_DROPOUT, Bench, fresh, graph_breaks, graphs, worst_error

@@ -8,7 +8,7 @@ import torch
 
 from myllm import generation
 from myllm.generation import Continuation, continue_batch
-from myllm.model import Transformer
+from myllm.model.transformer import Transformer
 from myllm.precision import autocast
 from myllm.sampling import Sampling
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from myllm.config import RunConfig
 from myllm.data.tokenizer import load_tokenizer
 from myllm.evals.hellaswag import CHOICES, Example, Item, hellaswag_sums, make_items
-from myllm.model import Transformer
+from myllm.model.transformer import Transformer
 from myllm.precision import autocast
 
 from .bench import Bench, wall_seconds

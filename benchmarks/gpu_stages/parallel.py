@@ -14,7 +14,7 @@ from myllm.config import RunConfig
 from myllm.footprint import Computing, predicted_bytes
 from myllm.kernels import fast_kernels
 from myllm.memory import peak_bytes
-from myllm.model import Transformer
+from myllm.model.transformer import Transformer
 from myllm.parallel import clear_gradients, cut, full
 from myllm.step import accumulate_gradients
 

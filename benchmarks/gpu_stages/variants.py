@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from myllm.config import RunConfig
-from myllm.model import Transformer
-from myllm.model import loss as head_loss
+from myllm.model import cross_entropy as head_loss
+from myllm.model.transformer import Transformer
 from myllm.parallel import compiles
 
 from .bench import NO_DROPOUT, Bench

@@ -13,22 +13,24 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from . import distributed
+from myllm import distributed
+from myllm.data.loader import batch_of, read_rows
+from myllm.data.order import count_sequences, rank_rows, step_sequences, window_of
+from myllm.data.shards import Dataset
+from myllm.data.tokenizer import Tokenizer
+from myllm.model.transformer import Transformer
+from myllm.optim.adamw import ScheduledAdamW
+
 from .bags import Bag, bag_folder, write_bag
 from .checkpoint import TrainState, restore_random_state
 from .config import RunConfig, to_dict
-from .data.loader import batch_of, read_rows
-from .data.order import count_sequences, rank_rows, step_sequences, window_of
-from .data.shards import Dataset
-from .data.tokenizer import Tokenizer
 from .diagnosis import Diagnosis, diagnose
 from .distributed import Process
 from .guard import Guard, LeftOut
 from .hardware import device_name
 from .meter import Diverged
 from .metrics import Log
-from .model import Transformer, sdpa
-from .optim import ScheduledAdamW
+from .model import attention_backend as sdpa
 from .parallel import full, gathered
 from .paths import RunPaths
 from .plan import BatchPlan

@@ -3,9 +3,10 @@
 import json
 from dataclasses import asdict, replace
 
-from . import paths
+from myllm import paths
+from myllm.data.shards import FORMAT, MANIFEST
+
 from .config import DataConfig, RunConfig, load_json
-from .data.shards import FORMAT, MANIFEST
 from .errors import UserError
 from .retention import list_checkpoints, step_of
 

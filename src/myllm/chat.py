@@ -4,8 +4,9 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 
+from myllm.data.tokenizer import Tokenizer
+
 from .completion import stream_text
-from .data.tokenizer import Tokenizer
 from .errors import UserError
 from .files import write_text
 from .generation import stream

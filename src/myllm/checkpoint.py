@@ -27,13 +27,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import distributed, sharded
-from .data.order import DataPosition
-from .data.receipt import Receipt
+from myllm import distributed, sharded
+from myllm.data.order import DataPosition
+from myllm.data.receipt import Receipt
+
 from .early_stop import EarlyStop
 from .errors import UserError
 from .files import file_sha256, fsync_folder, naming, out_of_space, read_json, write_json, write_text
-from .integrity import (
+from .integrity import (  # fmt: skip
     EVERYTHING,
     FORMAT,
     MANIFEST,
@@ -47,7 +48,7 @@ from .integrity import (
     intact,
     verify,
     verify_together,
-)  # fmt: skip
+)
 from .migrations import STATE
 from .retention import (
     KEEP_ALL,

@@ -41,7 +41,8 @@ def list_all(where: Positional[str], as_json: Annotated[bool, tyro.conf.arg(name
         where: a run's name or folder.
         as_json: print a JSON object a line instead: folder, step, tokens, bytes, validation_loss, where, state.
     """
-    from .data.room import size
+    from myllm.data.room import size
+
     from .nonfinite import json_safe
 
     rows = []
@@ -62,7 +63,8 @@ def list_all(where: Positional[str], as_json: Annotated[bool, tyro.conf.arg(name
 
 def _find(where: str) -> list[Path]:
     """The checkpoints that a user means, oldest first, those in best/ last."""
-    from . import paths
+    from myllm import paths
+
     from .retention import MANIFEST, STATE_FILE, is_step, list_checkpoints
 
     for root in (user_path(where), paths.runs() / where):

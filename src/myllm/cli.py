@@ -8,7 +8,7 @@ from typing import Literal
 
 import tyro
 
-from . import (
+from myllm import (
     checkpoint_cli,
     data_cli,
     eval_cli,
@@ -21,6 +21,7 @@ from . import (
     sample_cli,
     tokenizer_cli,
 )
+
 from .arguments import parse_arguments, version
 from .environment import set_for_libraries
 from .errors import UserError, nearest
@@ -36,7 +37,9 @@ def report(run: Positional[str]) -> None:
     Args:
         run: its name, or its folder.
     """
-    from .report import find_run, write_report
+    from myllm.report.history import find_run
+
+    from .report import write_report
 
     print(write_report(find_run(run)))
 
@@ -74,7 +77,7 @@ def status(run: Positional[str], silent_s: float = 600.0) -> None:
         run: its name, or its folder.
         silent_s: no sign of life is when it has not got on for so many seconds.
     """
-    from . import heartbeat
+    from myllm import heartbeat
 
     line, code = heartbeat.status(run, silent_s)
     print(line)

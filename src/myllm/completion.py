@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import overload
 
-from .data.tokenizer import Tokenizer
+from myllm.data.tokenizer import Tokenizer
+
 from .errors import UserError
 from .generation import Continuation, Finish, continue_batch
 from .language_model import LanguageModel

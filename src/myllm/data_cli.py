@@ -11,14 +11,14 @@ from .errors import UserError
 from .validate import check_data_config
 
 if TYPE_CHECKING:
-    from .data.shards import Dataset
+    from myllm.data.shards import Dataset
 
 Positional = tyro.conf.Positional
 
 
 def list_sources() -> None:
     """List known data sources and prepared data sets."""
-    from .data.catalog import CORPORA
+    from myllm.data.catalog import CORPORA
 
     rows = [("source", "download", "tokens", "licence", "text", "layout")]
     rows += [
@@ -38,8 +38,8 @@ def list_sources() -> None:
 
 def _list_prepared() -> None:
     """The data sets under temp_data/datasets, and how far each is."""
-    from . import paths
-    from .data.shards import MANIFEST, PROGRESS, SETTINGS, Dataset
+    from myllm import paths
+    from myllm.data.shards import MANIFEST, PROGRESS, SETTINGS, Dataset
 
     folders = sorted(path.parent for path in paths.datasets().glob(f"[!.]*/{SETTINGS}"))
     print(
@@ -76,9 +76,10 @@ def estimate(
         text_column: None: the source's own.
         workers: processes to reckon with; 0: one a core.
     """
+    from myllm.data.estimate import estimate as measure
+    from myllm.data.recipe import recipe_of
+
     from .cores import usable_cores
-    from .data.estimate import estimate as measure
-    from .data.recipe import recipe_of
 
     if target is not None and documents is not None:
         raise UserError("--target and --documents both say how much; give one")
@@ -180,8 +181,8 @@ def prepare(source: Positional[str], options: Annotated[PrepareOptions, tyro.con
         source: a name of `myllm data list`, hub:NAMESPACE/NAME[:GLOB], or files:PATH for a file, folder or glob.
         options: of the preparation.
     """
-    from .data.parts import prepare_part
-    from .data.prepare import prepare as make
+    from myllm.data.parts import prepare_part
+    from myllm.data.prepare import prepare as make
 
     config = options.config(source)
     if options.part is None:
@@ -199,8 +200,8 @@ def seal(name: Positional[str], workers: int = 0) -> None:
         name: the data set's folder under temp_data/datasets, or the start of its name.
         workers: processes; 0: one a core.
     """
-    from .data.parts import seal as join
-    from .data.shards import SETTINGS, find_folder
+    from myllm.data.parts import seal as join
+    from myllm.data.shards import SETTINGS, find_folder
 
     _say_made(join(find_folder(name, (SETTINGS,)), workers))
 
@@ -213,8 +214,8 @@ def verify(name: Positional[str], repair: bool = False, workers: int = 0) -> Non
         repair: make damaged and missing shards again from the source, and nothing else.
         workers: processes that repair; 0: one a core.
     """
-    from .data.repair import repair as mend
-    from .data.shards import Dataset, find_folder
+    from myllm.data.repair import repair as mend
+    from myllm.data.shards import Dataset, find_folder
 
     dataset = Dataset.read(find_folder(name))
     damaged = dataset.damaged()
@@ -248,8 +249,8 @@ def show(
         seq_len: tokens a sequence, as model.max_seq_len.
         train_seed: count sequences in the order in which a run with this train.seed takes them; None: as they lie.
     """
-    from .data.shards import find_dataset
-    from .data.show import describe_tokens, document_at, sequence_at
+    from myllm.data.shards import find_dataset
+    from myllm.data.show import describe_tokens, document_at, sequence_at
 
     if (document is None) == (sequence is None):
         raise UserError("give --document N or --sequence N, one of them")

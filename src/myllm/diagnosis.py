@@ -14,8 +14,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from .model import Transformer
-from .model.loss import token_scores
+from myllm.model.cross_entropy import token_scores
+from myllm.model.transformer import Transformer
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from . import paths
+from myllm import paths
+
 from .cores import usable_cores
 from .hardware import cuda_devices, device_name, has_triton, why_no_cuda, why_not_this_card
 from .precision import compute_dtype, has_bfloat16, in_words

@@ -7,7 +7,8 @@ from typing import Literal
 
 import tyro
 
-from . import eval_results, paths
+from myllm import eval_results, paths
+
 from .errors import UserError, nearest
 from .eval_results import Result
 from .eval_tasks import OF_A_FILE, TASKS, Choices, Subject, measure
@@ -62,7 +63,7 @@ def evaluate(
     _check(tasks, batch_size, hellaswag_examples)
     paths.check_model(model)  # before the seconds that torch takes
     if dataset is not None:
-        from .data.shards import find_folder
+        from myllm.data.shards import find_folder
 
         find_folder(dataset)
     subject = resolve(model, device, int8, precision)

@@ -6,18 +6,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from . import paths
+from myllm import paths
+
 from .errors import UserError
 from .paths import user_path
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from myllm.data.shards import Dataset
+    from myllm.data.tokenizer import Tokenizer
+    from myllm.model.transformer import Transformer
+
     from .config import RunConfig
-    from .data.shards import Dataset
-    from .data.tokenizer import Tokenizer
     from .loading import LanguageModel
-    from .model import Transformer
 
 Figures = dict[str, Any]
 Measured = tuple[dict[str, Any], Figures]
@@ -104,8 +106,9 @@ def measure_cloze(subject: Subject, choices: Choices) -> Measured:
 
 def measure_hellaswag(subject: Subject, choices: Choices) -> Measured:
     """HellaSwag by the chosen protocol."""
+    from myllm.evals.hellaswag_data import load_examples
+
     from .evals import hellaswag
-    from .evals.hellaswag_data import load_examples
 
     examples = load_examples(choices.hellaswag_file, choices.hellaswag_examples)
     tokenizer, window = subject.tokenizer, subject.model.config.max_seq_len
@@ -207,8 +210,8 @@ Sums = Callable[["Transformer"], "Tensor"]
 
 
 def _held_out_sums(subject: Subject, choices: Choices) -> tuple[dict[str, Any], Sums]:
-    from .data.order import count_sequences
-    from .evals.validation import validation_batches
+    from myllm.data.order import count_sequences
+    from myllm.evals.validation import validation_batches
 
     data, context = _held_out(subject, choices), subject.model.config.max_seq_len
     wanted = max(subject.config.eval.validation_tokens // context, 1)  # a run that never validates may ask for less
@@ -220,8 +223,8 @@ def _held_out_sums(subject: Subject, choices: Choices) -> tuple[dict[str, Any], 
 
 def _text_sums(subject: Subject, choices: Choices, file: Path) -> tuple[dict[str, Any], Sums, int]:
     """Settings, sums, and the text's length in bytes."""
-    from .data.encodings import NotText, decode_text
-    from .evals.perplexity import window_batches, windows
+    from myllm.data.encodings import NotText, decode_text
+    from myllm.evals.perplexity import window_batches, windows
 
     file = user_path(file)
     try:
@@ -247,7 +250,7 @@ def _text_sums(subject: Subject, choices: Choices, file: Path) -> tuple[dict[str
 def _sums(subject: Subject, batches: "Callable[[], Iterable[tuple[Tensor, Tensor]]]") -> Sums:
     import torch
 
-    from .evals.perplexity import assess_sums
+    from myllm.evals.perplexity import assess_sums
 
     token_bytes = torch.from_numpy(subject.tokenizer.token_bytes())
     return lambda model: assess_sums(model.assess, batches(), token_bytes, subject.device)
@@ -259,7 +262,7 @@ def _held_out(subject: Subject, choices: Choices) -> "Dataset":
     Raises:
         UserError: it is not here, or is one of another vocabulary.
     """
-    from .data.shards import find_dataset
+    from myllm.data.shards import find_dataset
 
     found = find_dataset(choices.dataset) if choices.dataset is not None else _trained_on(subject)
     made_with = found.manifest["tokenizer"]
@@ -276,7 +279,7 @@ def _trained_on(subject: Subject) -> "Dataset":
     Raises:
         UserError: it is not here, or damaged.
     """
-    from .data.shards import Dataset
+    from myllm.data.shards import Dataset
 
     named = subject.config.data.dataset
     folders = [each.parent for each in paths.datasets().glob("[!.]*/manifest.json")]

@@ -6,7 +6,8 @@ from typing import Literal
 
 import tyro
 
-from . import paths
+from myllm import paths
+
 from .config import RunConfig, load_json
 from .errors import UserError
 from .files import check_writable
@@ -44,7 +45,8 @@ def export(
             raise UserError(f"{file} is there already; give another name, or --overwrite to replace a file")
         check_writable(user_path(file), "--to-onnx" if file is to_onnx else "--to-gguf")
     paths.check_model(model, hub=False)  # before the seconds that torch takes
-    from .exporting import export_folder, open_source
+    from myllm.exporting.folder import export_folder, open_source
+
     from .run_folder import find_checkpoint
 
     source = open_source(find_checkpoint(model, paths.runs()))
@@ -55,13 +57,13 @@ def export(
             print(f"rounding to {dtype} changes a logit by at most {made.rounding:.1e}")
         print(f"exported {made.architecture} to {made.folder}")
     if to_onnx is not None:
-        from .exporting.to_onnx import export_onnx
+        from myllm.exporting.to_onnx import export_onnx
 
         print("writing ONNX in float32")
         difference = export_onnx(source, to_onnx)
         print(f"exported to {to_onnx}; onnxruntime's logits differ by at most {difference:.1e}")
     if to_gguf is not None:
-        from .exporting.to_gguf import export_gguf
+        from myllm.exporting.to_gguf import export_gguf
 
         print(f"writing GGUF in {dtype}")
         count = export_gguf(source, to_gguf, dtype)

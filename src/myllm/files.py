@@ -13,7 +13,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
-from . import paths
+from myllm import paths
+
 from .errors import UserError
 from .migrations import ROW
 from .nonfinite import restored

@@ -6,7 +6,8 @@ Arithmetic only: nothing is measured or allocated, and no torch is needed. What 
 import re
 from dataclasses import dataclass, replace
 
-from . import plan
+from myllm import plan
+
 from .config import RunConfig
 from .errors import UserError, nearest
 from .flops import CARDS, Card, card_named, flops_per_token

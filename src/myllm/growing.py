@@ -2,11 +2,12 @@
 
 import time
 
-from . import distributed
-from .data.beside import check_at_work, how_far
-from .data.loader import has_step
-from .data.order import DataPosition, count_sequences
-from .data.shards import Dataset
+from myllm import distributed
+from myllm.data.beside import check_at_work, how_far
+from myllm.data.loader import has_step
+from myllm.data.order import DataPosition, count_sequences
+from myllm.data.shards import Dataset
+
 from .errors import UserError
 from .meter import Meter
 from .metrics import Log

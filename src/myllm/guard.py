@@ -18,9 +18,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from myllm.data.order import DataPosition
+
 from .checkpoint import TrainState, random_state
 from .config import TrainConfig
-from .data.order import DataPosition
 from .precision import scales_loss
 from .skips import Skips
 

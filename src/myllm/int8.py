@@ -15,8 +15,9 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor, nn
 
+from myllm.model.transformer import Transformer
+
 from .errors import UserError
-from .model import Transformer
 
 TORCHAO = "torchao==0.18.0"
 """As in pyproject.toml's extra."""

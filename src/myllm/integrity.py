@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from . import distributed
+from myllm import distributed
+
 from .errors import UserError
 from .files import file_sha256, read_json
 from .retention import MANIFEST, is_step, saved_step, step_of

@@ -6,10 +6,12 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from . import ranks
+from myllm import ranks
+from myllm.model.transformer import Transformer
+
 from .config import RunConfig
 from .distributed import Process
-from .model import Transformer, sdpa
+from .model import attention_backend as sdpa
 from .parallel import compiles, wrap
 from .precision import compute_dtype, float32_products, has_bfloat16, in_words, may_use_tf32
 

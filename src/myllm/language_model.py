@@ -2,8 +2,8 @@
 
 from typing import NamedTuple
 
-from .data.tokenizer import Tokenizer
-from .model import Transformer
+from myllm.data.tokenizer import Tokenizer
+from myllm.model.transformer import Transformer
 
 
 class LanguageModel(NamedTuple):

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import tyro
 
-from . import forecast, plan, ranks
+from myllm import forecast, plan, ranks
+
 from .arguments import parse_arguments, version, wrap_help
 from .config import DataConfig, RunConfig, TrainConfig, from_dict, read_values
 from .errors import MachineError, UserError

@@ -4,15 +4,16 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from . import importing, paths
+from myllm import importing, paths
+from myllm.data.tokenizer import Tokenizer
+from myllm.model.transformer import Transformer
+
 from .checkpoint import Checkpoint
 from .config import RunConfig, saved_config
-from .data.tokenizer import Tokenizer
 from .distributed import choose_device
 from .errors import UserError
 from .int8 import check_torchao, quantize_int8
 from .language_model import LanguageModel
-from .model import Transformer
 from .paths import user_path
 from .precision import compute_dtype
 from .run_folder import find_checkpoint

@@ -8,22 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import distributed
+from myllm import distributed
+from myllm.data.order import count_sequences
+from myllm.data.shards import Dataset
+from myllm.data.tokenizer import Tokenizer
+from myllm.evals.hellaswag_data import load_examples
+from myllm.evals.validation import validation_batches
+from myllm.model.transformer import Transformer
+
 from .checkpoint import TrainState
 from .completion import complete
 from .config import RunConfig
-from .data.order import count_sequences
-from .data.shards import Dataset
-from .data.tokenizer import Tokenizer
 from .distributed import Process
 from .errors import UserError
 from .evals import cloze, hellaswag, perplexity
-from .evals.hellaswag_data import load_examples
-from .evals.validation import validation_batches
 from .heartbeat import Heartbeat
 from .language_model import LanguageModel
 from .metrics import JsonLines, Log
-from .model import Transformer
 from .precision import autocast
 from .reference import ReferenceWatch
 from .sampling import Sampling

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import distributed
+from myllm import distributed
+from myllm.data.loader import Loader
+from myllm.data.receipt import Receipt
+
 from .checkpoint import TrainState
 from .config import RunConfig
-from .data.loader import Loader
-from .data.receipt import Receipt
 from .distributed import Process
 from .flops import flops_per_token, peak_flops
 from .hardware import device_name

@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from . import paths
+from myllm import paths
+
 from .files import run_rows, write_text
 from .hardware import device_name
 from .nonfinite import json_safe

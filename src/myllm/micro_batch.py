@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 
-from . import distributed, paths, plan
+from myllm import distributed, paths, plan
+from myllm.data.shards import Dataset
+from myllm.data.tokenizer import Tokenizer
+from myllm.report.history import read_config, read_object
+
 from .config import RunConfig, saved_config, to_dict
-from .data.shards import Dataset
-from .data.tokenizer import Tokenizer
 from .distributed import Process
 from .errors import UserError
 from .files import write_json
@@ -17,7 +19,6 @@ from .footprint import Computing, predicted_bytes
 from .hardware import device_name
 from .paths import RunPaths
 from .rehearsal import made_up_dataset, measured_memory, memory_limit_bytes, stage
-from .report.history import read_config, read_object
 
 CPU_TOKENS = 4_096
 """A CPU gains nothing from micro-batches of more tokens (docs/experiments.md), and has memory for far larger ones."""

@@ -12,13 +12,23 @@ import shlex
 from dataclasses import dataclass, replace
 from typing import Any
 
-from . import plan
+from myllm import plan
+from myllm.data.catalog import corpus_of, source_of
+from myllm.report.history import (
+    Metrics,
+    Row,
+    chance_is_a_quarter,
+    number,
+    read_metrics,
+    read_object,
+    read_samples,
+    text_of,
+)
+from myllm.report.numbers import duration, percent, short, si
+
 from .config import RunConfig, saved_config
-from .data.catalog import corpus_of, source_of
 from .errors import UserError
 from .paths import RunPaths
-from .report.history import Metrics, Row, chance_is_a_quarter, number, read_metrics, read_object, read_samples, text_of
-from .report.numbers import duration, percent, short, si
 
 SAMPLE_CHARACTERS = 600
 NAMES = {
@@ -150,7 +160,7 @@ def _heading(about: About) -> str:
 
 
 def _curve(name: str) -> str:
-    from .report.plots import PLOTS  # brings Matplotlib
+    from myllm.report.plots import PLOTS  # brings Matplotlib
 
     return f"![{PLOTS[name].description}](plots/{name}.png)"
 

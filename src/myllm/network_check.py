@@ -8,7 +8,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from . import ranks
+from myllm import ranks
+
 from .distributed import choose_device
 from .errors import UserError
 from .hardware import device_name

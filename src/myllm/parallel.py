@@ -16,10 +16,12 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from myllm.model.transformer import Transformer
+
 from .config import RunConfig
 from .distributed import Process
 from .hardware import has_triton
-from .model import Transformer, sdpa
+from .model import attention_backend as sdpa
 from .precision import autocast, compute_dtype, repeatable
 
 BUCKET_MB = 64

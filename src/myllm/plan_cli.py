@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from . import forecast
+from myllm import forecast
+
 from .errors import UserError
 from .launch import AskedRun, parse_as
 from .plan import length_note

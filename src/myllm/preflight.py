@@ -13,10 +13,11 @@ from math import isfinite
 from pathlib import Path
 from statistics import median
 
-from . import checkpoint, distributed, plan
+from myllm import checkpoint, distributed, plan
+from myllm.data.shards import Dataset
+from myllm.data.tokenizer import Tokenizer
+
 from .config import RunConfig
-from .data.shards import Dataset
-from .data.tokenizer import Tokenizer
 from .distributed import Process
 from .errors import UserError
 from .heartbeat import Heartbeat

@@ -3,7 +3,8 @@
 import signal
 from dataclasses import dataclass
 
-from . import ranks
+from myllm import ranks
+
 from .errors import UserError
 from .launch import AskedRun, parse_as
 from .output import open_output
@@ -47,7 +48,7 @@ def preflight(words: list[str]) -> None:
         value = getattr(wanted, name)
         if value is not None and not 0 < value < float("inf"):
             raise UserError(f"--{name.replace('_', '-')} is {value}, but must be above 0 and finite")
-    from .data.beside import check_named
+    from myllm.data.beside import check_named
 
     if ranks.local_rank() == 0:
         check_named(wanted.config.data)  # before the seconds that torch takes

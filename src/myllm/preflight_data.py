@@ -4,13 +4,14 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from . import paths, plan
+from myllm import paths, plan
+from myllm.data.catalog import CORPORA
+from myllm.data.recipe import recipe_of
+from myllm.data.shards import MANIFEST, SETTINGS, Dataset, find_dataset
+from myllm.data.tokenizer import Tokenizer, load_tokenizer
+
 from .amounts import parse_count
 from .config import DataConfig, RunConfig
-from .data.catalog import CORPORA
-from .data.recipe import recipe_of
-from .data.shards import MANIFEST, SETTINGS, Dataset, find_dataset
-from .data.tokenizer import Tokenizer, load_tokenizer
 from .files import read_json
 from .migrations import CONFIG
 from .paths import user_path

@@ -5,11 +5,12 @@ from dataclasses import dataclass, field, replace
 from math import ceil, isfinite
 from typing import TYPE_CHECKING
 
-from . import plan
+from myllm import plan
+from myllm.data.room import size
+from myllm.evals.hellaswag import BATCH
+
 from .config import RunConfig
-from .data.room import size
 from .distributed import Process
-from .evals.hellaswag import BATCH
 from .flops import flops_per_token, peak_flops
 from .footprint import Computing, predicted_bytes
 from .hardware import device_name, has_triton

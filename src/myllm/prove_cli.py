@@ -9,7 +9,8 @@ from typing import Annotated
 
 import tyro
 
-from . import paths, ranks
+from myllm import paths, ranks
+
 from .arguments import parse_arguments
 from .config import RunConfig
 from .errors import UserError

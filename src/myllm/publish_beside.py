@@ -17,9 +17,10 @@ from multiprocessing.process import BaseProcess
 from multiprocessing.queues import Queue
 from pathlib import Path
 
-from . import publishing
+from myllm import publishing
+from myllm.data.units import start_worker
+
 from .config import HubConfig, RunConfig
-from .data.units import start_worker
 from .errors import UserError
 from .paths import RunPaths
 from .publishing import MakeFolder

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import tyro
 
-from . import paths
+from myllm import paths
+
 from .config import HubConfig
 from .errors import UserError
 from .validate import hub_faults
@@ -36,7 +37,7 @@ def publish(
 
     _, checkpoints = checkpoints_of(run, paths.runs())
     found = paths.RunPaths(checkpoints[0].parent.parent)
-    from . import publishing
+    from myllm import publishing
 
     hub = publishing.hub_of(found)
     given = HubConfig(repo or hub.repo, private, every_checkpoint, license)

@@ -19,17 +19,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from myllm.data.fetch import is_final, retry_after
+from myllm.data.listing import first_line, hub_endpoint
+from myllm.data.room import size
+from myllm.report.history import read_config, read_object
+
 from .config import HubConfig, ModelConfig, saved_config, to_dict
-from .data.fetch import is_final, retry_after
-from .data.listing import first_line, hub_endpoint
-from .data.room import size
 from .errors import UserError
 from .files import locked, out_of_space, read_json, write_json, write_text
 from .integrity import MANIFEST, NOTHING, WEIGHTS, Damaged, check
 from .model_card import About, model_card, read_about, without_folders
 from .nonfinite import json_safe
 from .paths import RunPaths
-from .report.history import read_config, read_object
 from .retention import list_checkpoints, step_of
 
 MakeFolder = Callable[[Path, Path], object]
@@ -57,7 +58,7 @@ class Remote:
 
 def export(checkpoint: Path, folder: Path) -> None:
     """The folder that is published: `transformers`' format, in the precision of the checkpoint."""
-    from .exporting import export_folder
+    from myllm.exporting.folder import export_folder
 
     export_folder(checkpoint, folder, "float32", say=lambda line: None)
 
@@ -82,8 +83,8 @@ def check_export(model: ModelConfig) -> None:
     Raises:
         UserError: a model that `transformers` has no architecture for; or it is not installed, to compare with.
     """
-    from .exporting.architectures import choose
-    from .exporting.parity import require_transformers
+    from myllm.exporting.architectures import choose
+    from myllm.exporting.parity import require_transformers
 
     choose(model)
     require_transformers()
@@ -261,8 +262,8 @@ def _check_same(there: Remote, tag: str, mark: str, hub: HubConfig) -> None:
 
 def complete(folder: Path, run: RunPaths, step: int, hub: HubConfig) -> None:
     """Lay the run's own numbers, the curves and the card beside the weights."""
-    from .exporting.folder import MARK
-    from .report.plots import PLOTS, save_figures  # brings Matplotlib, which training does without
+    from myllm.exporting.folder import MARK
+    from myllm.report.plots import PLOTS, save_figures  # brings Matplotlib, which training does without
 
     exported = read_object(folder / "config.json") | {"tokenizer": read_object(folder / MARK).get("tokenizer")}
     about = read_about(run, step, str(hub.repo), hub.license, exported)

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
+from myllm.data.catalog import source_of
+
 from .config import to_dict
-from .data.catalog import source_of
 from .presets import preset
 
 Row = dict[str, Any]

@@ -17,13 +17,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import distributed, paths, plan, ranks
+from myllm import distributed, paths, plan, ranks
+from myllm.data.loader import Loader
+from myllm.data.order import DataPosition
+from myllm.data.shards import FORMAT, MANIFEST, Dataset, Shard
+from myllm.data.tokenizer import Tokenizer
+from myllm.model.transformer import Transformer
+from myllm.optim.adamw import ScheduledAdamW
+
 from .checkpoint import TrainState, random_state, restore_random_state
 from .config import RunConfig
-from .data.loader import Loader
-from .data.order import DataPosition
-from .data.shards import FORMAT, MANIFEST, Dataset, Shard
-from .data.tokenizer import Tokenizer
 from .distributed import Process
 from .errors import UserError
 from .files import file_sha256, locked, write_json
@@ -32,8 +35,6 @@ from .guard import Guard
 from .hardware import device_name
 from .kernels import fast_kernels
 from .memory import is_out_of_memory, limited, peak_bytes, reset_peak, there_bytes
-from .model import Transformer
-from .optim import ScheduledAdamW
 from .parallel import spread
 from .plan import BatchPlan
 from .step import train_step

@@ -8,14 +8,15 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from myllm.data.transfer import inputs_and_targets
+from myllm.model.transformer import Transformer
+from myllm.optim.adamw import ScheduledAdamW
+
 from .bags import Bag
 from .checkpoint import restore_random_state
 from .config import RunConfig, saved_config
-from .data.transfer import inputs_and_targets
 from .diagnosis import Diagnosis, diagnose
 from .errors import UserError
-from .model import Transformer
-from .optim import ScheduledAdamW
 from .precision import autocast_to
 
 Batch = tuple[Tensor, Tensor]

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from . import paths
+from myllm import paths
+
 from .errors import UserError
 
 if TYPE_CHECKING:

@@ -4,17 +4,19 @@ from dataclasses import replace
 
 import torch
 
-from . import checkpoint, sharded
+from myllm import checkpoint, sharded
+from myllm.data.order import DataPosition
+from myllm.data.receipt import Receipt
+from myllm.data.shards import Dataset
+from myllm.model.transformer import Transformer
+from myllm.optim.adamw import ScheduledAdamW
+from myllm.optim.schedule import learning_rate
+
 from .checkpoint import TrainState
 from .config import RunConfig, saved_config
-from .data.order import DataPosition
-from .data.receipt import Receipt
-from .data.shards import Dataset
 from .distributed import Process
 from .errors import UserError
 from .metrics import Log
-from .model import Transformer
-from .optim import ScheduledAdamW, learning_rate
 from .run_folder import check_resumable
 
 RATE_JUMP = 1.25

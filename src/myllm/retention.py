@@ -6,8 +6,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from myllm.data.room import size
+
 from .config import RunConfig
-from .data.room import size
 from .errors import UserError
 from .files import fsync_folder, read_json
 from .plan import n_kept, n_saves, stored_parameters

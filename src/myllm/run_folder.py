@@ -11,7 +11,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from . import distributed
+from myllm import distributed
+from myllm.report.history import read_object
+
 from .checkpoint import TOKENIZER, Checkpoint, checkpoint_folder, load, load_newest
 from .config import RunConfig, saved_config, to_dict
 from .distributed import Process
@@ -21,7 +23,6 @@ from .integrity import MANIFEST, MODEL, misnamed, verify
 from .metrics import JsonLines
 from .output import warn
 from .paths import RunPaths, no_checkpoint, user_path, warn_of_two
-from .report.history import read_object
 from .retention import PARTIAL, is_step, list_checkpoints, unused
 
 SHARED = ".shared-"

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
 
 import tyro
 
-from . import paths
+from myllm import paths
+
 from .errors import UserError
 from .files import check_writable, parse_json
 from .paths import user_path
@@ -174,12 +175,12 @@ def serve(
         int8: weights in eight bits, by torchao: a quarter of the memory.
         precision: of matrix products; None: the training's own, as it is on this device.
     """
-    from .serve.asked import Asked, check
+    from myllm.serve.asked import Asked, check
 
     default = Asked("", max_new_tokens, sampling)
     check(default)  # before the seconds that loading takes
     paths.check_model(model)
-    from .serve.server import run
+    from myllm.serve.server import run
 
     run(model, device, int8, host, port, default, precision)
 

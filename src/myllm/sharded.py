@@ -19,7 +19,8 @@ from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner,
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
-from . import distributed
+from myllm import distributed
+
 from .errors import UserError
 
 METADATA = ".metadata"

@@ -20,7 +20,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
 
-from . import ranks
+from myllm import ranks
+
 from .meter import duration
 
 UNFINISHED = os.EX_TEMPFAIL  # 75

@@ -6,12 +6,13 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor, nn
 
+from myllm.data.loader import Loader
+from myllm.optim.adamw import ScheduledAdamW
+
 from .config import RunConfig
-from .data.loader import Loader
 from .distributed import Process
 from .guard import Guard
-from .model import sdpa
-from .optim import ScheduledAdamW
+from .model import attention_backend as sdpa
 from .parallel import clear_gradients, full, last_of_step
 from .plan import BatchPlan
 from .precision import autocast, repeatable

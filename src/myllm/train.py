@@ -11,15 +11,18 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from . import bad_step, checkpoint, distributed, garbage, plan, ranks
+from myllm import bad_step, checkpoint, distributed, garbage, plan, ranks
+from myllm.data.beside import how_far
+from myllm.data.loader import Loader
+from myllm.data.order import DataPosition, count_sequences
+from myllm.data.shards import Dataset
+from myllm.data.tokenizer import load_tokenizer
+from myllm.model.transformer import Transformer
+from myllm.optim.adamw import ScheduledAdamW
+
 from .checkpoint import TrainState
 from .config import DataConfig, RunConfig, to_dict
 from .cores import threads_reason
-from .data.beside import how_far
-from .data.loader import Loader
-from .data.order import DataPosition, count_sequences
-from .data.shards import Dataset
-from .data.tokenizer import load_tokenizer
 from .distributed import Process
 from .early_stop import EarlyStop
 from .errors import UserError
@@ -33,8 +36,6 @@ from .loop_evals import Interrupted, Poll, planned_evals, run_eval
 from .meter import Meter, console_line, progress
 from .metrics import JsonLines, Log, environment
 from .micro_batch import settle
-from .model import Transformer
-from .optim import ScheduledAdamW
 from .parallel import gathered, spread
 from .paths import RunPaths
 from .precision import compute_dtype, dtype_name

@@ -4,7 +4,8 @@ import os
 import re
 import sys
 
-from . import plan
+from myllm import plan
+
 from .config import EvalConfig, HubConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from .errors import UserError
 

@@ -25,8 +25,9 @@ from typing import Any
 
 import torch
 
-from . import distributed, ranks
-from .data.loader import Loader
+from myllm import distributed, ranks
+from myllm.data.loader import Loader
+
 from .distributed import PATIENT_S, Process
 from .errors import UserError
 from .heartbeat import Heartbeat

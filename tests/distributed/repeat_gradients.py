@@ -11,7 +11,7 @@ import torch
 
 from myllm.config import ModelConfig, RunConfig, TrainConfig
 from myllm.distributed import process_group
-from myllm.model import Transformer
+from myllm.model.transformer import Transformer
 from myllm.parallel import clear_gradients, full, last_of_step, spread, wrap
 
 # Gradients of 3.1 MB: more than DDP's first bucket takes, which is what makes it cut them again.

@@ -20,8 +20,8 @@ from myllm.data.tokenizer import load_tokenizer
 from myllm.distributed import Process, process_group
 from myllm.errors import UserError
 from myllm.meter import Diverged
-from myllm.model import Transformer
-from myllm.optim import ScheduledAdamW
+from myllm.model.transformer import Transformer
+from myllm.optim.adamw import ScheduledAdamW
 from myllm.paths import RunPaths
 from myllm.saving import Saver
 

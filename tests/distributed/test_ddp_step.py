@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from myllm.config import RunConfig
 from myllm.distributed import Process
-from myllm.model import Transformer
+from myllm.model.transformer import Transformer
 from myllm.parallel import clear_gradients, last_of_step, wrap
 
 PAIR = Process(0, 0, 2, torch.device("cpu"))

@@ -14,8 +14,8 @@ from myllm.config import ModelConfig, OptimConfig, RunConfig, TrainConfig
 from myllm.data.order import DataPosition
 from myllm.distributed import Process, process_group, sum_over_ranks
 from myllm.guard import Guard
-from myllm.model import Transformer
-from myllm.optim import ScheduledAdamW
+from myllm.model.transformer import Transformer
+from myllm.optim.adamw import ScheduledAdamW
 from myllm.parallel import clear_gradients, full, gathered, spread, wrap
 from myllm.plan import batch_plan
 from myllm.step import accumulate_gradients, train_step

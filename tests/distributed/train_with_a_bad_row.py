@@ -12,7 +12,7 @@ import torch
 from myllm import train
 from myllm.config import ModelConfig, RunConfig, load_json
 from myllm.launch import clear_errors
-from myllm.model import Transformer
+from myllm.model.transformer import Transformer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import pretrain

@@ -14,7 +14,7 @@ from myllm.data.loader import Loader
 from myllm.data.order import DataPosition
 from myllm.data.prepare import prepare
 from myllm.distributed import process_group
-from myllm.model import Transformer
+from myllm.model.transformer import Transformer
 from myllm.parallel import wrap
 from myllm.plan import batch_plan
 from myllm.step import accumulate_gradients

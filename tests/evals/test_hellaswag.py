@@ -15,7 +15,7 @@ from myllm.data.tokenizer import Tokenizer
 from myllm.errors import UserError
 from myllm.evals.hellaswag import Example, ending_totals, finish, hellaswag_sums, make_items
 from myllm.evals.hellaswag_data import load_examples
-from myllm.model import Transformer
+from myllm.model.transformer import Transformer
 
 OWN = Path(__file__).with_name("hellaswag_own.jsonl")
 CPU = torch.device("cpu")

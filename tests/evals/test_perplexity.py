@@ -10,15 +10,8 @@ from hypothesis import strategies as st
 
 from myllm.config import ModelConfig
 from myllm.errors import UserError
-from myllm.evals.perplexity import (
-    BINS,
-    assess_sums,
-    expected_calibration_error,
-    finish,
-    window_batches,
-    windows,
-)
-from myllm.model import Transformer
+from myllm.evals.perplexity import BINS, assess_sums, expected_calibration_error, finish, window_batches, windows
+from myllm.model.transformer import Transformer
 
 CPU = torch.device("cpu")
 END = 40

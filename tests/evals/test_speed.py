@@ -7,7 +7,7 @@ import pytest
 from myllm.config import ModelConfig
 from myllm.evals import speed
 from myllm.int8 import weight_bytes
-from myllm.model import Transformer
+from myllm.model.transformer import Transformer
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from myllm.data.tokenizer import Tokenizer
 from myllm.evals import writing
 from myllm.generation import Continuation
 from myllm.loading import LanguageModel
-from myllm.model import Transformer
+from myllm.model.transformer import Transformer
 
 R50K = Tokenizer()
 END = R50K.end_of_text

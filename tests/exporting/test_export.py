@@ -27,7 +27,8 @@ from myllm.config import ModelConfig
 from myllm.data.tokenizer import Tokenizer
 from myllm.data.train_tokenizer import train_tokenizer
 from myllm.errors import UserError
-from myllm.exporting import architectures, export_folder, parity
+from myllm.exporting import architectures, parity
+from myllm.exporting.folder import export_folder
 from myllm.exporting.tokenizer_files import tokenizer_files
 from myllm.loading import load_model
 

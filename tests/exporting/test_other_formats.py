@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from myllm.cli import main as myllm
 from myllm.data.train_tokenizer import train_tokenizer
 from myllm.errors import UserError
-from myllm.exporting import open_source, to_onnx
+from myllm.exporting import to_onnx
+from myllm.exporting.folder import open_source
 from myllm.exporting.to_gguf import export_gguf
 from myllm.exporting.to_onnx import export_onnx
 from myllm.loading import load_model

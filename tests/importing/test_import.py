@@ -36,7 +36,7 @@ from myllm.data.tokenizer import Tokenizer, load_tokenizer
 from myllm.data.train_tokenizer import train_tokenizer
 from myllm.distributed import process_group
 from myllm.errors import UserError
-from myllm.exporting import export_folder
+from myllm.exporting.folder import export_folder
 from myllm.exporting.tokenizer_files import tokenizer_files
 from myllm.importing import import_model
 from myllm.launch import parse

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from myllm.config import ModelConfig
-from myllm.model import Transformer
 from myllm.model.huge_pages import HUGE, on_huge_pages, use_huge_pages
+from myllm.model.transformer import Transformer
 
 ENABLED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 

@@ -7,7 +7,8 @@ import torch
 from rough_models import rough
 
 from myllm.config import ModelConfig
-from myllm.model import KVCache, Transformer
+from myllm.model.kv_cache import KVCache
+from myllm.model.transformer import Transformer
 
 SMALL = ModelConfig(vocab_size=50, vocab_multiple=8, max_seq_len=20, d_model=24, n_layers=3, n_heads=4, d_ff=32)
 

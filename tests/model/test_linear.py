@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from myllm.config import ModelConfig
-from myllm.model import Transformer
 from myllm.model.linear import LARGE, linear, logits
+from myllm.model.transformer import Transformer
 
 ROWS = [(1,), (3,), (3, 1), (2, 5), (16, 1), (70,), (0,)]
 

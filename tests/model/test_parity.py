@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2LMHeadModel, Llam
 from myllm.config import ModelConfig
 from myllm.exporting.architectures import choose, settings
 from myllm.exporting.weights import convert
-from myllm.model import Transformer
+from myllm.model.transformer import Transformer
 
 TOLERANCE = 1e-5
 SMALL = ModelConfig(

@@ -8,7 +8,8 @@ from model.test_kv_cache import model_of
 
 from myllm import generation
 from myllm.generation import Continuation, continue_batch
-from myllm.model import KVCache, Transformer
+from myllm.model.kv_cache import KVCache
+from myllm.model.transformer import Transformer
 from myllm.sampling import Sampling
 
 CONTEXT = 24

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from myllm.config import ModelConfig
-from myllm.model import KVCache, Transformer
+from myllm.model.kv_cache import KVCache
+from myllm.model.transformer import Transformer
 from myllm.plan import n_parameters, parameters_by_part
 from myllm.presets import PRESETS
 

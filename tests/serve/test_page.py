@@ -11,7 +11,7 @@ from serving import post, scripted, serving
 from myllm.config import ModelConfig
 from myllm.data.tokenizer import Tokenizer
 from myllm.loading import LanguageModel
-from myllm.model import Transformer
+from myllm.model.transformer import Transformer
 from myllm.serve.server import PageServer
 
 R50K = Tokenizer()

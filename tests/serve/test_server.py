@@ -28,7 +28,7 @@ from myllm.data.tokenizer import Tokenizer
 from myllm.errors import UserError
 from myllm.generation import Continuation, continue_batch
 from myllm.loading import LanguageModel
-from myllm.model import Transformer
+from myllm.model.transformer import Transformer
 from myllm.plan import n_parameters
 from myllm.sampling import Sampling
 from myllm.serve.address import is_own_name, listen

@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import UserError
-from ..files import read_json, replacing, write_json, write_text
+from myllm.errors import UserError
+from myllm.files import read_json, replacing, write_json, write_text
+
 from .cuts import Cut, CutList
 from .recipe import Recipe
 from .shards import MANIFEST, PROGRESS, SPANS, Shard

@@ -9,9 +9,10 @@ from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from ..config import DataConfig
-from ..errors import UserError
-from ..files import is_locked
+from myllm.config import DataConfig
+from myllm.errors import UserError
+from myllm.files import is_locked
+
 from .prepare import clear_disk_errors, clear_work, exclusive, is_made, lock_of, prepare, resolve
 from .room import size
 from .shards import MANIFEST, PROGRESS, WORK, Dataset, find_dataset, find_folder

@@ -6,7 +6,7 @@ import unicodedata
 from collections.abc import Callable
 from functools import cache
 
-from ..config import DataConfig
+from myllm.config import DataConfig
 
 # Controls but tab, newline and carriage return; formats such as zero-width marks stay, since scripts need some.
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")

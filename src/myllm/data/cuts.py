@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..errors import UserError
+from myllm.errors import UserError
+
 from .units import UnitIndex
 
 Span = tuple[int, int, int]

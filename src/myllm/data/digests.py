@@ -12,8 +12,9 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from ..errors import UserError
-from ..files import file_sha256, read_json, write_json
+from myllm.errors import UserError
+from myllm.files import file_sha256, read_json, write_json
+
 from .listing import answering
 
 FORMAT = "myllm-digests-1"

@@ -4,7 +4,7 @@ import codecs
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from ..errors import UserError
+from myllm.errors import UserError
 
 MARKS = (  # UTF-32's little-endian one begins as UTF-16's does
     (codecs.BOM_UTF32_LE, "utf-32"),

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import UserError
+from myllm.errors import UserError
+
 from .cleaning import clean
 from .columns import parquet_table, table_texts
 from .fetch import fetch, fetch_start

@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import quote
 
-from ..errors import UserError
-from ..files import file_sha256, fsync_folder, locked, naming, out_of_space
+from myllm.errors import UserError
+from myllm.files import file_sha256, fsync_folder, locked, naming, out_of_space
+
 from .listing import Unreachable, first_line, hub_endpoint
 from .sources import SourceFile
 

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from .. import paths
-from ..errors import UserError
-from ..files import locked, read_json, write_json
+from myllm import paths
+from myllm.errors import UserError
+from myllm.files import locked, read_json, write_json
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _TIMEOUTS_S = (5, 15, 15, 15)

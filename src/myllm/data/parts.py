@@ -11,10 +11,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..config import DataConfig, RunConfig, from_dict
-from ..cores import usable_cores
-from ..errors import UserError
-from ..files import read_json, write_json
+from myllm.config import DataConfig, RunConfig, from_dict
+from myllm.cores import usable_cores
+from myllm.errors import UserError
+from myllm.files import read_json, write_json
+
 from .pipeline import Job
 from .prepare import (
     PART_DONE,

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from .. import paths
+from myllm import paths
+
 from .fetch import fetch, local_path
 from .listing import Unreachable, unreachable_advice
 from .progress import Progress

@@ -25,11 +25,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from .. import paths
-from ..config import DataConfig
-from ..cores import usable_cores
-from ..errors import UserError
-from ..files import (
+from myllm import paths
+from myllm.config import DataConfig
+from myllm.cores import usable_cores
+from myllm.errors import UserError
+from myllm.files import (
     TEMPORARY,
     fsync_folder,
     full_place,
@@ -40,6 +40,7 @@ from ..files import (
     replacing,
     write_json,
 )
+
 from .assemble import Assembly, sealed_shards
 from .cuts import TooLittleText
 from .listing import Unreachable

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-from ..errors import UserError
+from myllm.errors import UserError
 
 NAME = "r50k_base"
 VOCAB_FILE = "r50k_base.tiktoken"

@@ -8,9 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from .. import paths
-from ..config import DataConfig
-from ..paths import user_path
+from myllm import paths
+from myllm.config import DataConfig
+from myllm.paths import user_path
+
 from .shards import FORMAT
 from .sources import Source, SourceFile, find_source
 from .tokenizer import Tokenizer, load_tokenizer

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ..cores import usable_cores
-from ..errors import UserError
+from myllm.cores import usable_cores
+from myllm.errors import UserError
+
 from .assemble import write_shard
 from .parts import settings_of
 from .pipeline import Job

@@ -4,8 +4,9 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from .. import paths
-from ..errors import UserError
+from myllm import paths
+from myllm.errors import UserError
+
 from .pipeline import Downloads
 from .recipe import Recipe, estimate_tokens
 from .sources import SourceFile

@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from .. import paths
-from ..config import DataConfig, RunConfig, from_dict
-from ..errors import MachineError, UserError, nearest
-from ..files import file_sha256, read_json
-from ..paths import user_path
+from myllm import paths
+from myllm.config import DataConfig, RunConfig, from_dict
+from myllm.errors import MachineError, UserError, nearest
+from myllm.files import file_sha256, read_json
+from myllm.paths import user_path
+
 from .catalog import source_of
 from .tokenizer import NAME, Tokenizer, load_tokenizer
 

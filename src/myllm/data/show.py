@@ -4,7 +4,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from ..errors import UserError
+from myllm.errors import UserError
+
 from .order import DataPosition, count_sequences, step_sequences, window_of
 from .shards import Dataset, TokenStream
 

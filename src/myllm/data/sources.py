@@ -12,9 +12,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .. import paths
-from ..errors import UserError, nearest
-from ..paths import user_path
+from myllm import paths
+from myllm.errors import UserError, nearest
+from myllm.paths import user_path
+
 from .catalog import CORPORA, Corpus
 from .digests import file_digests, size_of
 from .grouping import documents_of

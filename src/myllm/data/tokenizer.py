@@ -6,9 +6,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from .. import paths
-from ..errors import UserError, nearest
-from ..paths import user_path
+from myllm import paths
+from myllm.errors import UserError, nearest
+from myllm.paths import user_path
+
 from .r50k import NAME, SHIPPED_VOCABULARY, VOCAB_FILE, R50k
 from .tokenizer_json import TokenizerJson
 

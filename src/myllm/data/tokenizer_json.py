@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from ..errors import UserError
+from myllm.errors import UserError
 
 MAX_VOCAB_SIZE = 65_536
 """Shards hold uint16."""

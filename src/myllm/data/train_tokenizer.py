@@ -7,8 +7,9 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from ..errors import UserError
-from ..files import write_text
+from myllm.errors import UserError
+from myllm.files import write_text
+
 from .tokenizer import without_surrogates
 from .tokenizer_json import MAX_VOCAB_SIZE
 

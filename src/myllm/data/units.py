@@ -21,10 +21,11 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from ..config import DataConfig
-from ..errors import UserError
-from ..files import TEMPORARY, naming
-from ..output import open_output
+from myllm.config import DataConfig
+from myllm.errors import UserError
+from myllm.files import TEMPORARY, naming
+from myllm.output import open_output
+
 from .cleaning import clean
 from .readers import can_be_split
 from .sources import Source, SourceFile, documents

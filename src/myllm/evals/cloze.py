@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.shards import TokenStream
+from myllm.data.shards import TokenStream
+
 from . import Score
 
 CONTEXT_TOKENS = 32

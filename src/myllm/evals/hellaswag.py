@@ -24,7 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from myllm.errors import UserError
+
 from . import ScoreContinuations
 
 Protocol = Literal["nanogpt", "lm-eval"]

@@ -4,12 +4,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .. import paths
-from ..data.fetch import fetch
-from ..data.sources import SourceFile
-from ..errors import UserError
-from ..files import parse_json
-from ..paths import user_path
+from myllm import paths
+from myllm.data.fetch import fetch
+from myllm.data.sources import SourceFile
+from myllm.errors import UserError
+from myllm.files import parse_json
+from myllm.paths import user_path
+
 from .hellaswag import CHOICES, Example
 
 PINNED = SourceFile(

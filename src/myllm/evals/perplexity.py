@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import UserError
-from ..metrics import perplexity
+from myllm.errors import UserError
+from myllm.metrics import perplexity
+
 from . import Assess
 
 TOP = 5

@@ -5,8 +5,9 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from ..int8 import quantize_int8, weight_bytes
-from ..model import Transformer
+from myllm.int8 import quantize_int8, weight_bytes
+from myllm.model.transformer import Transformer
+
 from . import perplexity, speed
 
 

@@ -15,10 +15,10 @@ import time
 
 import torch
 
-from ..generation import Continuation, continue_batch
-from ..int8 import weight_bytes
-from ..model import Transformer
-from ..sampling import Sampling
+from myllm.generation import Continuation, continue_batch
+from myllm.int8 import weight_bytes
+from myllm.model.transformer import Transformer
+from myllm.sampling import Sampling
 
 BATCHES = (1, 16)
 PROMPT_TOKENS = 128

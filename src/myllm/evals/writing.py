@@ -23,10 +23,10 @@ from itertools import islice, pairwise
 
 import numpy as np
 
-from ..data.shards import TokenStream
-from ..generation import Continuation, continue_batch
-from ..loading import LanguageModel
-from ..sampling import Sampling
+from myllm.data.shards import TokenStream
+from myllm.generation import Continuation, continue_batch
+from myllm.loading import LanguageModel
+from myllm.sampling import Sampling
 
 SAMPLING = Sampling(temperature=0.8, top_k=50)
 """As `myllm sample` draws if it is not told otherwise; of prompt p, sample n has the seed n."""

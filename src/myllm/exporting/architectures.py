@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..config import ModelConfig
-from ..errors import UserError
+from myllm.config import ModelConfig
+from myllm.errors import UserError
 
 ModelType = Literal["llama", "qwen3", "gpt2"]
 

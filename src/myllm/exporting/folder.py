@@ -13,19 +13,20 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
-from .. import checkpoint
-from ..checkpoint import Checkpoint
-from ..config import RunConfig, saved_config
-from ..data.catalog import source_of
-from ..data.tokenizer import Tokenizer
-from ..errors import UserError
-from ..files import TEMPORARY, fsync_folder, read_json, write_json, write_text
-from ..integrity import MODEL
-from ..model import Transformer
-from ..paths import RunPaths, user_path
-from ..plan import n_parameters
-from ..report.history import read_object, text_of
-from ..retention import unused
+from myllm import checkpoint
+from myllm.checkpoint import Checkpoint
+from myllm.config import RunConfig, saved_config
+from myllm.data.catalog import source_of
+from myllm.data.tokenizer import Tokenizer
+from myllm.errors import UserError
+from myllm.files import TEMPORARY, fsync_folder, read_json, write_json, write_text
+from myllm.integrity import MODEL
+from myllm.model.transformer import Transformer
+from myllm.paths import RunPaths, user_path
+from myllm.plan import n_parameters
+from myllm.report.history import read_object, text_of
+from myllm.retention import unused
+
 from .architectures import CLASSES, choose, settings
 from .card import folder_card
 from .parity import Parity, check, require_transformers, samples

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import paths
-from ..completion import prompt_ids
-from ..data.tokenizer import Tokenizer
-from ..errors import UserError
-from ..model import Transformer
+from myllm import paths
+from myllm.completion import prompt_ids
+from myllm.data.tokenizer import Tokenizer
+from myllm.errors import UserError
+from myllm.model.transformer import Transformer
 
 # Of the largest logit. Two float32 programs of the same sums differ by about 1e-6; a wrong detail by 1e-2 and more.
 TOLERANCE = 1e-4

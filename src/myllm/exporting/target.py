@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from ..errors import UserError
-from ..files import fsync_folder, out_of_space, own_folder
+from myllm.errors import UserError
+from myllm.files import fsync_folder, out_of_space, own_folder
 
 
 @contextmanager

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import ModelConfig
-from ..errors import UserError
-from ..paths import user_path
+from myllm.config import ModelConfig
+from myllm.errors import UserError
+from myllm.paths import user_path
+
 from .architectures import ModelType, choose
 from .folder import Source
 from .target import unfinished

@@ -11,8 +11,9 @@ from types import ModuleType
 import numpy as np
 import torch
 
-from ..errors import UserError
-from ..paths import user_path
+from myllm.errors import UserError
+from myllm.paths import user_path
+
 from .folder import Source
 from .parity import TOLERANCE, samples
 from .target import unfinished

@@ -13,8 +13,8 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
-from ..data.tokenizer import Tokenizer
-from ..data.tokenizer_json import byte_alphabet
+from myllm.data.tokenizer import Tokenizer
+from myllm.data.tokenizer_json import byte_alphabet
 
 TOKENIZER_FILE = "tokenizer.json"
 

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from ..config import ModelConfig
+from myllm.config import ModelConfig
+
 from .architectures import ModelType, pieces
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -7,16 +7,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .. import checkpoint, paths
-from ..checkpoint import TrainState
-from ..config import ModelConfig, RunConfig, to_dict
-from ..data.order import DataPosition
-from ..errors import UserError
-from ..files import write_json, write_text
-from ..model import Transformer
-from ..paths import NO_MODEL, REPOSITORY, RunPaths, user_path
-from ..run_folder import claimed, move_aside, write_config
-from ..validate import faults
+from myllm import checkpoint, paths
+from myllm.checkpoint import TrainState
+from myllm.config import ModelConfig, RunConfig, to_dict
+from myllm.data.order import DataPosition
+from myllm.errors import UserError
+from myllm.files import write_json, write_text
+from myllm.model.transformer import Transformer
+from myllm.paths import NO_MODEL, REPOSITORY, RunPaths, user_path
+from myllm.run_folder import claimed, move_aside, write_config
+from myllm.validate import faults
+
 from .foreign import Foreign
 from .hub import download
 from .reference import CHECKPOINT, read_reference

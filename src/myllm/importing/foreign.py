@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..config import ModelConfig
+from myllm.config import ModelConfig
 
 
 @dataclass(frozen=True)

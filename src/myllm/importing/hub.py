@@ -5,9 +5,10 @@ from pathlib import Path
 
 from huggingface_hub import errors, snapshot_download
 
-from ..data.listing import hub_endpoint
-from ..errors import UserError
-from ..files import out_of_space
+from myllm.data.listing import hub_endpoint
+from myllm.errors import UserError
+from myllm.files import out_of_space
+
 from .reference import CHECKPOINT
 from .transformers_folder import CONFIG, read_settings
 

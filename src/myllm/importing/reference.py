@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import ModelConfig
-from ..data.listing import first_line
-from ..data.tokenizer import Tokenizer
-from ..errors import UserError
+from myllm.config import ModelConfig
+from myllm.data.listing import first_line
+from myllm.data.tokenizer import Tokenizer
+from myllm.errors import UserError
+
 from .foreign import Foreign
 
 CHECKPOINT = "pytorch_model.pth"

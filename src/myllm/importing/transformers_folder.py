@@ -10,15 +10,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..config import ModelConfig, RunConfig, from_dict
-from ..data.tokenizer import Tokenizer
-from ..errors import UserError
-from ..exporting.architectures import CLASSES, pieces
-from ..exporting.folder import MARK, VOCABULARY, is_export
-from ..exporting.parity import random_texts
-from ..exporting.tokenizer_files import TOKENIZER_FILE
-from ..files import read_json
-from ..validate import faults
+from myllm.config import ModelConfig, RunConfig, from_dict
+from myllm.data.tokenizer import Tokenizer
+from myllm.errors import UserError
+from myllm.exporting.architectures import CLASSES, pieces
+from myllm.exporting.folder import MARK, VOCABULARY, is_export
+from myllm.exporting.parity import random_texts
+from myllm.exporting.tokenizer_files import TOKENIZER_FILE
+from myllm.files import read_json
+from myllm.validate import faults
+
 from .foreign import Foreign
 
 CONFIG = "config.json"

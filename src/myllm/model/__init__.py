@@ -1,6 +1,1 @@
-"""The Transformer. Knows no ranks and no files."""
-
-from .kv_cache import KVCache
-from .transformer import Transformer
-
-__all__ = ["KVCache", "Transformer"]
+"""The Transformer and its parts: attention, feed-forward, norms, loss, key-value cache. Knows no ranks and no files."""

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import ModelConfig
+from myllm.config import ModelConfig
+
 from .kv_cache import KVCache
 from .norm import RMSNorm
 from .rope import rotate

@@ -6,7 +6,8 @@ Shapes: B batch, T sequence, D d_model, F d_ff.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import ModelConfig
+from myllm.config import ModelConfig
+
 from .linear import Linear
 
 

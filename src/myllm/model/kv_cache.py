@@ -13,7 +13,7 @@ import copy
 import torch
 from torch import Tensor
 
-from ..config import ModelConfig
+from myllm.config import ModelConfig
 
 
 class KVCache:

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import ModelConfig
+from myllm.config import ModelConfig
 
 
 class RMSNorm(nn.RMSNorm):

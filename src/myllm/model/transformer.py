@@ -12,15 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..config import ModelConfig
-from . import sdpa
+from myllm.config import ModelConfig
+
+from . import attention_backend as sdpa
 from .attention import Attention
+from .cross_entropy import mean_loss, token_places, token_scores
 from .feed_forward import FeedForward
 from .huge_pages import use_huge_pages
-from .init import initialize
+from .init_weights import initialize
 from .kv_cache import KVCache, cache_dtype
 from .linear import linear, logits
-from .loss import mean_loss, token_places, token_scores
 from .norm import make_norm
 from .rope import rotary_tables
 

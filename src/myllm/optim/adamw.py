@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import OptimConfig
+from myllm.config import OptimConfig
+
 from .schedule import learning_rate
 
 

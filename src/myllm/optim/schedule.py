@@ -2,8 +2,8 @@
 
 import math
 
-from ..config import OptimConfig
-from ..plan import warmup_steps
+from myllm.config import OptimConfig
+from myllm.plan import warmup_steps
 
 
 def learning_rate(step: int, config: OptimConfig, max_steps: int) -> float:

@@ -9,8 +9,9 @@ Matplotlib comes with the first picture: training reads a run's files through he
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..files import write_text
-from ..paths import RunPaths
+from myllm.files import write_text
+from myllm.paths import RunPaths
+
 from .history import Metrics, Row, find_run, read_config, read_metrics, read_object, read_samples
 
 if TYPE_CHECKING:

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from .. import paths
-from ..errors import UserError, nearest
-from ..files import read_json, run_rows
-from ..migrations import CONFIG
-from ..paths import user_path
+from myllm import paths
+from myllm.errors import UserError, nearest
+from myllm.files import read_json, run_rows
+from myllm.migrations import CONFIG
+from myllm.paths import user_path
 
 Row = dict[str, Any]
 

@@ -14,8 +14,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from ..files import replacing
-from ..reference import reference_of
+from myllm.files import replacing
+from myllm.reference import reference_of
+
 from . import drawing
 from .drawing import BLUE, GREEN, GREY, INK, PURPLE, VERMILLION, points
 from .history import Metrics, Row, accuracy_key, chance_is_a_quarter, column, number, smooth

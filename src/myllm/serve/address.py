@@ -4,7 +4,7 @@ import socket
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from urllib.parse import urlsplit
 
-from ..errors import UserError
+from myllm.errors import UserError
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from ..errors import UserError, nearest
-from ..files import parse_json
-from ..sampling import Sampling
+from myllm.errors import UserError, nearest
+from myllm.files import parse_json
+from myllm.sampling import Sampling
 
 MAX_NEW_TOKENS = 100_000
 

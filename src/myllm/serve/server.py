@@ -21,9 +21,10 @@ from importlib.resources import files
 from typing import Any
 from urllib.parse import urlsplit
 
-from ..errors import UserError
-from ..loading import LanguageModel, load_model
-from ..plan import n_parameters
+from myllm.errors import UserError
+from myllm.loading import LanguageModel, load_model
+from myllm.plan import n_parameters
+
 from .address import is_loopback, is_own_name, listen
 from .asked import MAX_NEW_TOKENS, Asked, parse, settings_of
 from .written import written

@@ -4,11 +4,12 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from ..completion import TextStream, prompt_ids
-from ..data.tokenizer import Tokenizer
-from ..filters import Likelihood
-from ..generation import Continuation, continue_batch
-from ..language_model import LanguageModel
+from myllm.completion import TextStream, prompt_ids
+from myllm.data.tokenizer import Tokenizer
+from myllm.filters import Likelihood
+from myllm.generation import Continuation, continue_batch
+from myllm.language_model import LanguageModel
+
 from .asked import Asked
 
 LIKELIEST = 8  # as many as a small window beside a token shows at a glance

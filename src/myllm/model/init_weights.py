@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from ..config import ModelConfig
+from myllm.config import ModelConfig
 
 # Projections that write into the residual stream: their variance adds up over the layers, so it starts smaller.
 RESIDUAL = ("out_proj.weight", "down_proj.weight")

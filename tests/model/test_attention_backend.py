@@ -14,7 +14,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from myllm.config import ModelConfig, TrainConfig
 from myllm.generation import Continuation, continue_batch
-from myllm.model import Transformer, sdpa
+from myllm.model import attention_backend as sdpa
+from myllm.model.transformer import Transformer
 from myllm.presets import PRESETS
 from myllm.sampling import Sampling
 

@@ -23,7 +23,7 @@ from torch.backends.cuda import (
 from torch.nn import attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..config import ModelConfig, TrainConfig
+from myllm.config import ModelConfig, TrainConfig
 
 FLASH, CUDNN = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION
 EFFICIENT, MATH = SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH

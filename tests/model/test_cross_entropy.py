@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch._inductor.utils import run_and_get_code
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from myllm.model import loss as module
-from myllm.model.loss import IGNORED, mean_loss, token_scores
+from myllm.model import cross_entropy as module
+from myllm.model.cross_entropy import IGNORED, mean_loss, token_scores
 
 
 def example(n: int, d: int, vocab_size: int, padding: int, seed: int = 0) -> tuple[torch.Tensor, ...]:
