@@ -34,7 +34,7 @@ from myllm.data.receipt import Receipt
 from .early_stop import EarlyStop
 from .errors import UserError
 from .files import file_sha256, fsync_folder, naming, out_of_space, read_json, write_json, write_text
-from .integrity import (  # fmt: skip
+from .integrity import (
     EVERYTHING,
     FORMAT,
     MANIFEST,

@@ -10,7 +10,7 @@ from myllm.data.receipt import Receipt
 from myllm.data.shards import Dataset
 from myllm.model.transformer import Transformer
 from myllm.optim.adamw import ScheduledAdamW
-from myllm.optim.schedule import learning_rate
+from myllm.optim.lr_schedule import learning_rate
 
 from .checkpoint import TrainState
 from .config import RunConfig, saved_config

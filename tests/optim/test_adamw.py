@@ -9,7 +9,7 @@ from torch import nn
 
 from myllm.config import OptimConfig
 from myllm.optim.adamw import ScheduledAdamW
-from myllm.optim.schedule import learning_rate
+from myllm.optim.lr_schedule import learning_rate
 
 CONFIG = OptimConfig(max_lr=0.02, warmup_steps=3, schedule="linear", weight_decay=0.1, beta1=0.9, beta2=0.95)
 SHAPES = {"embedding.weight": (7, 4), "proj.weight": (4, 5), "proj.bias": (5,), "norm.weight": (4,)}

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from myllm.config import OptimConfig
 
-from .schedule import learning_rate
+from .lr_schedule import learning_rate
 
 
 class ScheduledAdamW:
