@@ -75,10 +75,11 @@ def prepare_and_train(config: "RunConfig", prepare_only: bool, profile: bool = F
         print(f"data ready: {dataset.folder}, {dataset.train.tokens:,} tokens to train on")
         return
 
-    from myllm import distributed, plan
+    from myllm import distributed
     from myllm.heartbeat import starting
     from myllm.meter import Diverged
     from myllm.paths import RunPaths
+    from myllm.planning import batch as plan
     from myllm.publish_beside import published_beside
     from myllm.run_folder import what_next
     from myllm.signals import exit_code, unfinished_when_time_is_up

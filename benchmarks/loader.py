@@ -28,7 +28,7 @@ from myllm.data.transfer import Batch
 from myllm.distributed import process_group
 from myllm.hardware import device_name
 from myllm.metrics import Stopwatch
-from myllm.plan import BatchPlan, batch_plan
+from myllm.planning.batch import BatchPlan, batch_plan
 from myllm.presets import preset
 from myllm.rehearsal import Parts, made_up_dataset, stage
 

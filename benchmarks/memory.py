@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from myllm import paths
 from myllm.config import RunConfig, from_dict, to_dict
-from myllm.footprint import Computing, memory_by_part, predicted_bytes
+from myllm.planning.memory_estimate import Computing, memory_by_part, predicted_bytes
 from myllm.presets import PRESETS, preset
 
 

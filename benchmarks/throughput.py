@@ -16,10 +16,11 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # runs from a bare checkout too
 
-from myllm import plan, ranks
+from myllm import ranks
 from myllm.config import RunConfig
 from myllm.errors import UserError
 from myllm.launch import AskedRun, clear_errors, parse_as
+from myllm.planning import batch as plan
 
 GPU_SEQUENCES = 32
 """A rank's share of a step on a GPU: 16 x 2 accumulation steps, as the reference's run has on each of its eight."""

@@ -13,10 +13,10 @@ from throughput_turns import Result, Turn, describe
 
 from myllm import paths
 from myllm.distributed import Process
-from myllm.flops import flops_per_token, peak_flops
 from myllm.hardware import device_name
 from myllm.metrics import environment
-from myllm.plan import n_parameters
+from myllm.planning.batch import n_parameters
+from myllm.planning.flops import flops_per_token, peak_flops
 from myllm.precision import compute_dtype, dtype_name
 
 

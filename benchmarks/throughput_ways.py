@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from myllm import plan
 from myllm.config import ModelConfig, RunConfig
 from myllm.data.loader import Loader, batch_of
 from myllm.data.order import DataPosition, count_sequences, rank_rows, step_sequences, window_of
@@ -25,7 +24,8 @@ from myllm.exporting.weights import convert
 from myllm.model.transformer import Transformer
 from myllm.optim.adamw import ScheduledAdamW
 from myllm.parallel import last_of_step
-from myllm.plan import BatchPlan
+from myllm.planning import batch as plan
+from myllm.planning.batch import BatchPlan
 from myllm.precision import autocast
 from myllm.rehearsal import Parts
 from myllm.step import train_step

@@ -33,7 +33,7 @@ from myllm.meter import Diverged
 from myllm.model.transformer import Transformer
 from myllm.optim.adamw import ScheduledAdamW
 from myllm.paths import RunPaths
-from myllm.plan import batch_plan
+from myllm.planning.batch import batch_plan
 from myllm.replay import replay_step
 from myllm.skips import Skips
 from myllm.step import accumulate_gradients

@@ -23,7 +23,7 @@ from myllm.checkpoint import Snapshot, TrainState, list_checkpoints, load, load_
 from myllm.config import RunConfig, TrainConfig
 from myllm.data.order import DataPosition
 from myllm.errors import UserError
-from myllm.plan import checkpoint_bytes, disk_estimate_bytes, n_kept, n_saves, stored_parameters
+from myllm.planning.batch import checkpoint_bytes, disk_estimate_bytes, n_kept, n_saves, stored_parameters
 from myllm.retention import SPARE_BYTES, Keep, check_room, check_run_room, run_bytes, save_due, step_of
 from myllm.sharded import plain_names, read_into
 

@@ -14,7 +14,7 @@ from conftest import losses, train_rows, with_train
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from myllm import doctor, guard, plan
+from myllm import doctor, guard
 from myllm import train as loop
 from myllm.checkpoint import TrainState, list_checkpoints, load
 from myllm.config import RunConfig, TrainConfig
@@ -29,6 +29,7 @@ from myllm.model.transformer import Transformer
 from myllm.optim.adamw import ScheduledAdamW
 from myllm.parallel import wrap
 from myllm.paths import RunPaths
+from myllm.planning import batch as plan
 from myllm.precision import autocast, compute_dtype, has_bfloat16
 from myllm.skips import FIRST_LOSS_SCALE, Skips
 from myllm.step import accumulate_gradients, clip_gradients

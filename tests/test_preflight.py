@@ -29,10 +29,10 @@ from myllm.data.prepare import prepare
 from myllm.data.tokenizer import load_tokenizer
 from myllm.distributed import Process
 from myllm.errors import UserError
-from myllm.forecast import describe
 from myllm.memory import peak_bytes, reset_peak
 from myllm.micro_batch import CPU_TOKENS, hand_over, largest_that_fits, settle, sizes_to_try
-from myllm.plan import checkpoint_bytes
+from myllm.planning.batch import checkpoint_bytes
+from myllm.planning.forecast import describe
 from myllm.preflight import preflight
 from myllm.preflight_data import Room, prepared, room_for_run
 from myllm.preflight_report import Bounds, Findings, Measured, times_due

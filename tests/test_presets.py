@@ -4,7 +4,7 @@ import pytest
 
 from myllm.config import RunConfig
 from myllm.errors import UserError
-from myllm.plan import batch_plan, n_parameters
+from myllm.planning.batch import batch_plan, n_parameters
 from myllm.presets import PRESETS, describe_presets, preset
 
 

@@ -22,10 +22,10 @@ from myllm.distributed import process_group
 from myllm.errors import UserError
 from myllm.heartbeat import Heartbeat, starting, status
 from myllm.paths import RunPaths
+from myllm.planning.validation import faults
 from myllm.run_folder import claimed
 from myllm.signals import TIME_LIMIT, StopRequest, exit_code, stop_signals
 from myllm.train import train
-from myllm.validate import faults
 from myllm.watchdog import tell
 
 # pretrain.py whose third step never comes back from C, and whose clock on the wall jumps back at the second.

@@ -12,7 +12,7 @@ import torch
 from conftest import with_train
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from myllm import kernels, plan
+from myllm import kernels
 from myllm.checkpoint import TrainState
 from myllm.config import RunConfig
 from myllm.data.order import DataPosition
@@ -23,6 +23,7 @@ from myllm.kernels import fast_kernels
 from myllm.model.transformer import Transformer
 from myllm.optim.adamw import ScheduledAdamW
 from myllm.parallel import wrap
+from myllm.planning import batch as plan
 from myllm.step import train_step
 
 ALONE = Process(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))

@@ -16,7 +16,7 @@ from myllm.distributed import process_group
 from myllm.errors import UserError
 from myllm.meter import Diverged
 from myllm.paths import RunPaths
-from myllm.validate import check
+from myllm.planning.validation import check
 
 
 class Interrupted(Exception):

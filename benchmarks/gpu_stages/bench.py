@@ -16,10 +16,10 @@ from torch import Tensor
 
 from myllm.config import ModelConfig, RunConfig
 from myllm.distributed import Process
-from myllm.flops import Card, card_of
-from myllm.footprint import HEADROOM, Computing, predicted_bytes
 from myllm.hardware import device_name, has_triton
 from myllm.memory import reset_peak, there_bytes
+from myllm.planning.flops import Card, card_of
+from myllm.planning.memory_estimate import HEADROOM, Computing, predicted_bytes
 from myllm.presets import preset
 
 from .frame import Budget

@@ -9,13 +9,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from myllm import plan
 from myllm.config import RunConfig
-from myllm.footprint import Computing, predicted_bytes
 from myllm.kernels import fast_kernels
 from myllm.memory import peak_bytes
 from myllm.model.transformer import Transformer
 from myllm.parallel import clear_gradients, cut, full
+from myllm.planning import batch as plan
+from myllm.planning.memory_estimate import Computing, predicted_bytes
 from myllm.step import accumulate_gradients
 
 from .bench import NO_DROPOUT, Bench, fresh, graphs, relative_error, seconds_of

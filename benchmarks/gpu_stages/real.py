@@ -19,10 +19,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from myllm import kernel_costs
 from myllm.config import RunConfig
-from myllm.flops import flops_per_token
-from myllm.forecast import EXPECTED_MFU
 from myllm.memory import peak_bytes
 from myllm.paths import RunPaths
+from myllm.planning.flops import flops_per_token
+from myllm.planning.forecast import EXPECTED_MFU
 from myllm.profiling import TABLE, TRACE, Profiler
 
 from .bench import Bench, graph_breaks, graphs, relative_error, seconds_of, wall_seconds

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from myllm import checkpoint, plan
+from myllm import checkpoint
 from myllm.checkpoint import TrainState
 from myllm.config import RunConfig
 from myllm.data.loader import Loader
@@ -18,6 +18,7 @@ from myllm.data.shards import Dataset
 from myllm.data.tokenizer import load_tokenizer
 from myllm.distributed import Process
 from myllm.paths import RunPaths
+from myllm.planning import batch as plan
 from myllm.profiling import unmarked
 from myllm.rehearsal import Parts, made_up_dataset, stage
 from myllm.resume import restore

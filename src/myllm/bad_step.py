@@ -20,6 +20,7 @@ from myllm.data.shards import Dataset
 from myllm.data.tokenizer import Tokenizer
 from myllm.model.transformer import Transformer
 from myllm.optim.adamw import ScheduledAdamW
+from myllm.planning.batch import BatchPlan
 
 from .bags import Bag, bag_folder, write_bag
 from .checkpoint import TrainState, restore_random_state
@@ -33,7 +34,6 @@ from .metrics import Log
 from .model import attention_backend as sdpa
 from .parallel import full, gathered
 from .paths import RunPaths
-from .plan import BatchPlan
 from .precision import autocast, compute_dtype, dtype_name, repeatable
 
 SHOWN_CHARS = 120

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from myllm.data.tokenizer import Tokenizer
+from myllm.planning.batch import n_parameters
 
 from .completion import stream_text
 from .errors import UserError
@@ -12,7 +13,6 @@ from .files import write_text
 from .generation import stream
 from .language_model import LanguageModel
 from .paths import user_path
-from .plan import n_parameters
 from .sampling import Sampling
 
 HELLO = """{parameters:,} parameters, context {context:,} tokens.

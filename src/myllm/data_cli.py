@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from myllm.planning.validation import check_data_config
+
 from .amounts import parse_count, parse_target, scaled
 from .config import DataConfig, RunConfig
 from .errors import UserError
-from .validate import check_data_config
 
 if TYPE_CHECKING:
     from myllm.data.shards import Dataset

@@ -7,11 +7,11 @@ from myllm.data.beside import check_at_work, how_far
 from myllm.data.loader import has_step
 from myllm.data.order import DataPosition, count_sequences
 from myllm.data.shards import Dataset
+from myllm.planning.batch import BatchPlan
 
 from .errors import UserError
 from .meter import Meter
 from .metrics import Log
-from .plan import BatchPlan
 from .signals import StopRequest
 
 LOOK_EVERY_S = 0.5

@@ -16,17 +16,19 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import tyro
 
-from myllm import forecast, plan, ranks
+from myllm import ranks
+from myllm.planning.flops import flops_per_token
+from myllm.planning.validation import check
 
 from .arguments import parse_arguments, version, wrap_help
 from .config import DataConfig, RunConfig, TrainConfig, from_dict, read_values
 from .errors import MachineError, UserError
 from .files import in_words
-from .flops import flops_per_token
 from .output import flush_output, reader_left
 from .paths import RunPaths, user_path
+from .planning import batch as plan
+from .planning import forecast
 from .presets import describe_presets, describe_settings, preset
-from .validate import check
 
 if TYPE_CHECKING:
     import torch

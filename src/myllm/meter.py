@@ -12,11 +12,11 @@ from torch import Tensor
 from myllm import distributed
 from myllm.data.loader import Loader
 from myllm.data.receipt import Receipt
+from myllm.planning.flops import flops_per_token, peak_flops
 
 from .checkpoint import TrainState
 from .config import RunConfig
 from .distributed import Process
-from .flops import flops_per_token, peak_flops
 from .hardware import device_name
 from .metrics import TRAINING, JsonLines, Log, Stopwatch
 from .precision import scales_loss

@@ -12,7 +12,6 @@ import shlex
 from dataclasses import dataclass, replace
 from typing import Any
 
-from myllm import plan
 from myllm.data.catalog import corpus_of, source_of
 from myllm.report.history import (
     Metrics,
@@ -29,6 +28,7 @@ from myllm.report.numbers import duration, percent, short, si
 from .config import RunConfig, saved_config
 from .errors import UserError
 from .paths import RunPaths
+from .planning import batch as plan
 
 SAMPLE_CHARACTERS = 600
 NAMES = {

@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-from myllm import forecast
+from myllm.planning.batch import length_note
 
 from .errors import UserError
 from .launch import AskedRun, parse_as
-from .plan import length_note
+from .planning import forecast
 
 USAGE = """usage: myllm plan PRESET --gpus 8xA100-80 [--config FILE.json] [overrides]
 
@@ -35,7 +35,7 @@ class PlanLaunch(AskedRun):
 def plan(words: list[str]) -> None:
     """Predict memory, micro-batch and hours of a run on given GPUs."""
     if words == ["--table"]:
-        from .hardware_table import page
+        from myllm.planning.hardware_table import page
 
         print(page(), end="")
         return

@@ -13,7 +13,7 @@ from math import isfinite
 from pathlib import Path
 from statistics import median
 
-from myllm import checkpoint, distributed, plan
+from myllm import checkpoint, distributed
 from myllm.data.shards import Dataset
 from myllm.data.tokenizer import Tokenizer
 
@@ -27,6 +27,7 @@ from .metrics import JsonLines, Log
 from .micro_batch import largest_that_fits, may_be_tried, settle, sizes_to_try, trial_of
 from .parallel import gathered
 from .paths import RunPaths
+from .planning import batch as plan
 from .preflight_data import Room, prepared, room_for_run, vocabulary_of
 from .preflight_report import Bounds, Findings, Measured, part_of_eval
 from .reference import ReferenceWatch

@@ -4,7 +4,7 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from myllm import paths, plan
+from myllm import paths
 from myllm.data.catalog import CORPORA
 from myllm.data.recipe import recipe_of
 from myllm.data.shards import MANIFEST, SETTINGS, Dataset, find_dataset
@@ -15,6 +15,7 @@ from .config import DataConfig, RunConfig
 from .files import read_json
 from .migrations import CONFIG
 from .paths import user_path
+from .planning import batch as plan
 from .rehearsal import existing
 
 IN_FLIGHT_BYTES = 8_000_000_000

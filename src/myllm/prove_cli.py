@@ -10,13 +10,13 @@ from typing import Annotated
 import tyro
 
 from myllm import paths, ranks
+from myllm.planning.validation import check
 
 from .arguments import parse_arguments
 from .config import RunConfig
 from .errors import UserError
 from .launch import base_config, config_files
 from .presets import shrunk
-from .validate import check
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ from dataclasses import replace
 import tyro
 
 from myllm import paths
+from myllm.planning.validation import hub_faults
 
 from .config import HubConfig
 from .errors import UserError
-from .validate import hub_faults
 
 Positional = tyro.conf.Positional
 

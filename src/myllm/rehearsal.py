@@ -17,26 +17,27 @@ from typing import Any
 import numpy as np
 import torch
 
-from myllm import distributed, paths, plan, ranks
+from myllm import distributed, paths, ranks
 from myllm.data.loader import Loader
 from myllm.data.order import DataPosition
 from myllm.data.shards import FORMAT, MANIFEST, Dataset, Shard
 from myllm.data.tokenizer import Tokenizer
 from myllm.model.transformer import Transformer
 from myllm.optim.adamw import ScheduledAdamW
+from myllm.planning.batch import BatchPlan
+from myllm.planning.memory_estimate import HEADROOM
 
 from .checkpoint import TrainState, random_state, restore_random_state
 from .config import RunConfig
 from .distributed import Process
 from .errors import UserError
 from .files import file_sha256, locked, write_json
-from .footprint import HEADROOM
 from .guard import Guard
 from .hardware import device_name
 from .kernels import fast_kernels
 from .memory import is_out_of_memory, limited, peak_bytes, reset_peak, there_bytes
 from .parallel import spread
-from .plan import BatchPlan
+from .planning import batch as plan
 from .step import train_step
 
 PREFIX = ".preflight-"

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from myllm.data.room import size
+from myllm.planning.batch import n_kept, n_saves, stored_parameters
 
 from .config import RunConfig
 from .errors import UserError
 from .files import fsync_folder, read_json
-from .plan import n_kept, n_saves, stored_parameters
 
 MANIFEST, STATE_FILE = "manifest.json", "state.json"
 PARTIAL, REMOVED, REPLACED = ".partial-", ".removed-", ".replaced-"

@@ -8,13 +8,13 @@ from torch import Tensor, nn
 
 from myllm.data.loader import Loader
 from myllm.optim.adamw import ScheduledAdamW
+from myllm.planning.batch import BatchPlan
 
 from .config import RunConfig
 from .distributed import Process
 from .guard import Guard
 from .model import attention_backend as sdpa
 from .parallel import clear_gradients, full, last_of_step
-from .plan import BatchPlan
 from .precision import autocast, repeatable
 from .profiling import unmarked
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from myllm import bad_step, checkpoint, distributed, garbage, plan, ranks
+from myllm import bad_step, checkpoint, distributed, garbage, ranks
 from myllm.data.beside import how_far
 from myllm.data.loader import Loader
 from myllm.data.order import DataPosition, count_sequences
@@ -38,6 +38,7 @@ from .metrics import JsonLines, Log, environment
 from .micro_batch import settle
 from .parallel import gathered, spread
 from .paths import RunPaths
+from .planning import batch as plan
 from .precision import compute_dtype, dtype_name
 from .profiling import NoProfiler, Profiler
 from .reference import ReferenceWatch, reference_of

@@ -19,7 +19,7 @@ from myllm.data.loader import Batch, Loader, batch_of, has_step
 from myllm.data.order import DataPosition, count_sequences, step_sequences
 from myllm.data.shards import Dataset, TokenStream
 from myllm.errors import UserError
-from myllm.plan import BatchPlan
+from myllm.planning.batch import BatchPlan
 
 if TYPE_CHECKING:
     from conftest import Growing

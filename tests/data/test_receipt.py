@@ -17,7 +17,7 @@ from myllm.data.loader import Loader
 from myllm.data.order import DataPosition
 from myllm.data.receipt import LANES, Receipt, sample_sums
 from myllm.data.shards import Dataset
-from myllm.plan import BatchPlan
+from myllm.planning.batch import BatchPlan
 
 T = 8
 SEQUENCES = 8

@@ -17,7 +17,7 @@ from myllm.data import transfer
 from myllm.data.loader import Loader
 from myllm.data.order import DataPosition
 from myllm.data.transfer import Handover, SideStream, inputs_and_targets, pinned, transfer_to, widened
-from myllm.plan import BatchPlan
+from myllm.planning.batch import BatchPlan
 
 GARBAGE = -7
 ROWS = np.array([[0, 1, 2, 32_767], [32_768, 50_256, 65_534, 65_535]], dtype=np.uint16)

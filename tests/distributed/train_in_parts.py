@@ -17,7 +17,7 @@ from myllm.guard import Guard
 from myllm.model.transformer import Transformer
 from myllm.optim.adamw import ScheduledAdamW
 from myllm.parallel import clear_gradients, full, gathered, spread, wrap
-from myllm.plan import batch_plan
+from myllm.planning.batch import batch_plan
 from myllm.step import accumulate_gradients, train_step
 
 SEQUENCES, SEQ_LEN, STEPS = 8, 32, 5

@@ -16,7 +16,7 @@ from myllm.data.prepare import prepare
 from myllm.distributed import process_group
 from myllm.model.transformer import Transformer
 from myllm.parallel import wrap
-from myllm.plan import batch_plan
+from myllm.planning.batch import batch_plan
 from myllm.step import accumulate_gradients
 
 

@@ -42,7 +42,7 @@ from myllm.importing import import_model
 from myllm.launch import parse
 from myllm.loading import load_model
 from myllm.paths import RunPaths
-from myllm.plan import with_length
+from myllm.planning.batch import with_length
 from myllm.run_folder import latest_checkpoint
 from myllm.train import train
 

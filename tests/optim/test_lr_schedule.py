@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from myllm import forecast, plan
 from myllm.config import OptimConfig
 from myllm.optim.lr_schedule import learning_rate
+from myllm.planning import batch as plan
+from myllm.planning import forecast
 from myllm.presets import preset
 
 TEN = OptimConfig(max_lr=10.0, min_lr_ratio=0.1, warmup_steps=4, schedule="linear", decay_fraction=0.25)

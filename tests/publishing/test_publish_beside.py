@@ -27,10 +27,10 @@ from myllm.errors import UserError
 from myllm.launch import parse
 from myllm.loading import load_model
 from myllm.paths import RunPaths
+from myllm.planning.validation import hub_faults
 from myllm.publish_beside import check_hub, publish_offers, published_beside
 from myllm.publishing import due
 from myllm.train import train
-from myllm.validate import hub_faults
 
 
 @pytest.fixture(autouse=True)

@@ -29,7 +29,7 @@ from myllm.errors import UserError
 from myllm.generation import Continuation, continue_batch
 from myllm.loading import LanguageModel
 from myllm.model.transformer import Transformer
-from myllm.plan import n_parameters
+from myllm.planning.batch import n_parameters
 from myllm.sampling import Sampling
 from myllm.serve.address import is_own_name, listen
 from myllm.serve.asked import MAX_NEW_TOKENS

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from myllm.plan import BatchPlan
+from myllm.planning.batch import BatchPlan
 
 from .order import DataPosition, count_sequences, rank_rows, sequences_needed, step_sequences, window_of
 from .receipt import LANES, sample_sums

@@ -23,7 +23,7 @@ from myllm.files import TEMPORARY, fsync_folder, read_json, write_json, write_te
 from myllm.integrity import MODEL
 from myllm.model.transformer import Transformer
 from myllm.paths import RunPaths, user_path
-from myllm.plan import n_parameters
+from myllm.planning.batch import n_parameters
 from myllm.report.history import read_object, text_of
 from myllm.retention import unused
 

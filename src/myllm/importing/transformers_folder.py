@@ -18,7 +18,7 @@ from myllm.exporting.folder import MARK, VOCABULARY, is_export
 from myllm.exporting.parity import random_texts
 from myllm.exporting.tokenizer_files import TOKENIZER_FILE
 from myllm.files import read_json
-from myllm.validate import faults
+from myllm.planning.validation import faults
 
 from .foreign import Foreign
 

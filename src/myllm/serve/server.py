@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 
 from myllm.errors import UserError
 from myllm.loading import LanguageModel, load_model
-from myllm.plan import n_parameters
+from myllm.planning.batch import n_parameters
 
 from .address import is_loopback, is_own_name, listen
 from .asked import MAX_NEW_TOKENS, Asked, parse, settings_of

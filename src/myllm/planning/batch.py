@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from .config import ModelConfig, OptimConfig, RunConfig, TrainConfig
+from myllm.config import ModelConfig, OptimConfig, RunConfig, TrainConfig
 
 WARMUP_FRACTION = 0.25
 """Of a run, the most that warm-up takes. Published runs use 0.1 to 10 %; a short trial of a long preset would otherwise

@@ -11,10 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from myllm.config import ModelConfig
 from myllm.errors import UserError
-from myllm.flops import CARDS, card_named, card_of, flops_per_token, peak_flops
-from myllm.forecast import parse_fleet
 from myllm.model.transformer import Transformer
-from myllm.plan import n_parameters
+from myllm.planning.batch import n_parameters
+from myllm.planning.flops import CARDS, card_named, card_of, flops_per_token, peak_flops
+from myllm.planning.forecast import parse_fleet
 from myllm.presets import PRESETS, preset
 
 ATEN = torch.ops.aten

@@ -10,12 +10,18 @@ from conftest import with_train
 from live_memory import ALONE, Step, highest, saved_bytes
 from torch.autograd.graph import saved_tensors_hooks
 
-from myllm import footprint
 from myllm.config import ModelConfig, RunConfig, TrainConfig
 from myllm.distributed import Process
-from myllm.footprint import Computing, kept_by_block, kept_outside_blocks, memory_by_part, predicted_bytes
-from myllm.forecast import describe
 from myllm.model.cross_entropy import CPU_CHUNK, GPU_CHUNK
+from myllm.planning import memory_estimate as footprint
+from myllm.planning.forecast import describe
+from myllm.planning.memory_estimate import (
+    Computing,
+    kept_by_block,
+    kept_outside_blocks,
+    memory_by_part,
+    predicted_bytes,
+)
 from myllm.precision import autocast
 from myllm.presets import PRESETS, preset
 
@@ -201,6 +207,6 @@ def test_the_losss_chunks_are_the_losss() -> None:
 
 
 def test_no_torch_is_needed() -> None:
-    code = "import sys; import myllm.forecast, myllm.hardware_table, myllm.plan_cli; print('torch' in sys.modules)"
+    code = "import sys; import myllm.planning.forecast, myllm.planning.hardware_table, myllm.plan_cli; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "False"

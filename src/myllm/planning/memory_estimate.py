@@ -11,8 +11,9 @@ of a number in the type that matrix products are in.
 
 from dataclasses import dataclass
 
-from .config import ModelConfig, RunConfig
-from .plan import parameters_by_part, stored_parameters
+from myllm.config import ModelConfig, RunConfig
+
+from .batch import parameters_by_part, stored_parameters
 
 FLOAT = 4
 HEADROOM = 0.05

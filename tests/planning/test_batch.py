@@ -7,11 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from myllm import plan
 from myllm.config import RunConfig, TrainConfig
-from myllm.forecast import describe
 from myllm.model.transformer import Transformer
-from myllm.plan import BatchPlan, n_parameters
+from myllm.planning import batch as plan
+from myllm.planning.batch import BatchPlan, n_parameters
+from myllm.planning.forecast import describe
 from myllm.presets import PRESETS, preset
 
 # -- batches ----------------------------------------------------------------------------------------------------------

@@ -4,10 +4,10 @@ import os
 import re
 import sys
 
-from myllm import plan
+from myllm.config import EvalConfig, HubConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from myllm.errors import UserError
 
-from .config import EvalConfig, HubConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
-from .errors import UserError
+from . import batch as plan
 
 _REPO = re.compile(r"[A-Za-z0-9_](?:[\w.-]*[A-Za-z0-9_])?/[A-Za-z0-9_](?:[\w.-]*[A-Za-z0-9_])?", re.ASCII)
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")

@@ -6,13 +6,13 @@ from math import inf, nan
 
 import pytest
 
-from myllm import forecast
 from myllm.config import ModelConfig, RunConfig, TrainConfig
 from myllm.errors import UserError
-from myllm.plan import disk_estimate_bytes, micro_batch_sizes
+from myllm.planning import forecast
+from myllm.planning.batch import disk_estimate_bytes, micro_batch_sizes
+from myllm.planning.validation import check, check_data_config, faults
 from myllm.presets import PRESETS, preset
 from myllm.profiling import quiet_window
-from myllm.validate import check, check_data_config, faults
 
 GOOD = RunConfig(
     name="good",

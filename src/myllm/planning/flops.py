@@ -3,8 +3,9 @@
 import re
 from dataclasses import dataclass
 
-from .config import ModelConfig
-from .plan import parameters_by_part
+from myllm.config import ModelConfig
+
+from .batch import parameters_by_part
 
 
 def flops_per_token(model: ModelConfig) -> int:

@@ -1,9 +1,10 @@
 """docs/hardware.md: the presets on common cards, made from the code, so that it is never behind it."""
 
-from .config import RunConfig
-from .footprint import HEADROOM, predicted_bytes
+from myllm.config import RunConfig
+from myllm.presets import PRESETS, preset
+
 from .forecast import EXPECTED_MFU, Forecast, foresee, parse_fleet
-from .presets import PRESETS, preset
+from .memory_estimate import HEADROOM, predicted_bytes
 
 FLEETS = (
     "1xRTX3060", "1xRTX3090", "1xRTX4090", "1xL4", "1xA100-40", "1xA100-80", "1xH100", "8xRTX4090", "8xA100-80",

@@ -8,14 +8,14 @@ from conftest import with_train
 
 from myllm.cli import main
 from myllm.errors import UserError
-from myllm.flops import CARDS
-from myllm.footprint import predicted_bytes
-from myllm.forecast import EXPECTED_MFU, foresee, parse_fleet, table
-from myllm.hardware_table import FLEETS, page
-from myllm.plan import micro_batch_sizes
+from myllm.planning.batch import micro_batch_sizes
+from myllm.planning.flops import CARDS
+from myllm.planning.forecast import EXPECTED_MFU, foresee, parse_fleet, table
+from myllm.planning.hardware_table import FLEETS, page
+from myllm.planning.memory_estimate import predicted_bytes
 from myllm.presets import PRESETS, preset
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 def test_dolma_75m_fits_an_rtx_3060() -> None:

@@ -6,12 +6,12 @@ Arithmetic only: nothing is measured or allocated, and no torch is needed. What 
 import re
 from dataclasses import dataclass, replace
 
-from myllm import plan
+from myllm.config import RunConfig
+from myllm.errors import UserError, nearest
 
-from .config import RunConfig
-from .errors import UserError, nearest
+from . import batch as plan
 from .flops import CARDS, Card, card_named, flops_per_token
-from .footprint import HEADROOM, Computing, memory_by_part, predicted_bytes
+from .memory_estimate import HEADROOM, Computing, memory_by_part, predicted_bytes
 
 GIB = 2**30
 DRIVER_SHARE = 0.02
