@@ -22,7 +22,7 @@ def main() -> None:
     # Imported here, since the processes that tokenise import this file again and need none of it.
     try:
         from myllm import launch
-        from myllm.environment import set_for_libraries
+        from myllm.distributed.library_env import set_for_libraries
         from myllm.output import open_output
     except ModuleNotFoundError as error:
         sys.exit(missing_package(error))
@@ -54,7 +54,8 @@ def missing_package(error: ModuleNotFoundError) -> int:
 
 def check_publishing(config: "RunConfig") -> None:
     """Only one process publishes, and only that one needs a token."""
-    from myllm import publishing, ranks
+    from myllm import publishing
+    from myllm.distributed import launcher as ranks
     from myllm.publish_beside import check_hub
 
     if ranks.rank() == 0:
@@ -64,9 +65,9 @@ def check_publishing(config: "RunConfig") -> None:
 
 def prepare_and_train(config: "RunConfig", prepare_only: bool, profile: bool = False, own_text: bool = False) -> None:
     started = time.monotonic()
-    from myllm import ranks
     from myllm.data.beside import check_named, prepared_beside
     from myllm.data.prepare import prepare
+    from myllm.distributed import launcher as ranks
 
     if ranks.local_rank() == 0:
         check_named(config.data)  # a typo is not worth the seconds that torch takes
@@ -75,7 +76,7 @@ def prepare_and_train(config: "RunConfig", prepare_only: bool, profile: bool = F
         print(f"data ready: {dataset.folder}, {dataset.train.tokens:,} tokens to train on")
         return
 
-    from myllm import distributed
+    from myllm.distributed import collectives as distributed
     from myllm.heartbeat import starting
     from myllm.meter import Diverged
     from myllm.paths import RunPaths

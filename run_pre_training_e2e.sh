@@ -90,7 +90,7 @@ unset RANK LOCAL_RANK WORLD_SIZE
 heading "Environment"
 PYTHON="$("$here/src/environment.sh")"
 gpus="$("$PYTHON" -c 'import sys
-from myllm.hardware import cuda_devices, why_no_cuda
+from myllm.distributed.device_info import cuda_devices, why_no_cuda
 print(cuda_devices())
 why = None if cuda_devices() else why_no_cuda()
 if why: print(f"torch cannot use the GPUs here: {why}", file=sys.stderr)')"
@@ -133,7 +133,7 @@ launcher() { # sets run: what starts a process for each GPU. The name keeps one 
     where=("--nnodes=$nodes" --rdzv_backend=c10d "--rdzv_id=$1" "--rdzv_endpoint=$MASTER_ADDR:$MASTER_PORT")
     where+=("--rdzv_conf=is_host=$([ "$NODE_RANK" = 0 ] && echo 1 || echo 0)")
   fi
-  run+=(-m myllm.torchrun "${where[@]}" "--nproc_per_node=$processes")
+  run+=(-m myllm.distributed.elastic "${where[@]}" "--nproc_per_node=$processes")
 }
 
 if [ -n "$preflight" ]; then

@@ -88,10 +88,10 @@ def check(options: argparse.Namespace, budget: Budget, out: Path, work: Path) ->
     """Run the stages and say what they found; the exit code."""
     from gpu_stages.bench import Bench, no_compiler
 
-    from myllm import ranks
-    from myllm.distributed import process_group
+    from myllm.distributed import launcher as ranks
+    from myllm.distributed.collectives import process_group
+    from myllm.distributed.device_info import device_name
     from myllm.errors import UserError
-    from myllm.hardware import device_name
     from myllm.metrics import environment
 
     ranks.repeat_cublas()  # for the deterministic part, which comes long after cuBLAS has begun

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from myllm.hardware import device_name
+from myllm.distributed.device_info import device_name
 from myllm.model.transformer import Transformer
 from myllm.presets import preset
 

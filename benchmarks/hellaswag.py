@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from myllm.data.tokenizer import Tokenizer
+from myllm.distributed.device_info import device_name
 from myllm.evals.hellaswag import Item, ending_totals, make_items
 from myllm.evals.hellaswag_data import load_examples
-from myllm.hardware import device_name
 from myllm.model.transformer import Transformer
 from myllm.presets import preset
 

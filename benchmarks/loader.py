@@ -25,8 +25,8 @@ from myllm.data.loader import Loader
 from myllm.data.shards import Dataset
 from myllm.data.tokenizer import load_tokenizer
 from myllm.data.transfer import Batch
-from myllm.distributed import process_group
-from myllm.hardware import device_name
+from myllm.distributed.collectives import process_group
+from myllm.distributed.device_info import device_name
 from myllm.metrics import Stopwatch
 from myllm.planning.batch import BatchPlan, batch_plan
 from myllm.presets import preset

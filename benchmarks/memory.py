@@ -48,13 +48,13 @@ def measure(config: RunConfig) -> None:
     """In a process of its own: two steps, then the peak in bytes on the last line."""
     import torch
 
-    from myllm.distributed import Process
+    from myllm.distributed.collectives import Process
+    from myllm.distributed.parallelize import clear_gradients
+    from myllm.distributed.precision import autocast
     from myllm.kernels import fast_kernels
     from myllm.memory import peak_bytes
     from myllm.model.transformer import Transformer
     from myllm.optim.adamw import ScheduledAdamW
-    from myllm.parallel import clear_gradients
-    from myllm.precision import autocast
 
     device = torch.device(config.train.device)
     process = Process(0, 0, 1, device)
@@ -141,7 +141,7 @@ def _torch_version() -> str:
 def _device_name(device: str) -> str:
     import torch
 
-    from myllm.hardware import device_name
+    from myllm.distributed.device_info import device_name
 
     return device_name(torch.device(device))
 

@@ -90,7 +90,7 @@ PEAK = [0]
 def device_name_of_cpu() -> str:
     import torch
 
-    from myllm.hardware import device_name
+    from myllm.distributed.device_info import device_name
 
     return device_name(torch.device("cpu"))
 

@@ -19,7 +19,7 @@ from myllm.checkpoint import TrainState, load_latest
 from myllm.data.order import DataPosition
 from myllm.data.room import size
 from myllm.data.tokenizer import load_tokenizer
-from myllm.distributed import process_group
+from myllm.distributed.collectives import process_group
 from myllm.model.transformer import Transformer
 from myllm.optim.adamw import ScheduledAdamW
 from myllm.paths import RunPaths

@@ -16,8 +16,8 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # runs from a bare checkout too
 
-from myllm import ranks
 from myllm.config import RunConfig
+from myllm.distributed import launcher as ranks
 from myllm.errors import UserError
 from myllm.launch import AskedRun, clear_errors, parse_as
 from myllm.planning import batch as plan
@@ -83,7 +83,7 @@ def main() -> None:
         from throughput_table import section, write
         from throughput_turns import compare
 
-        from myllm.distributed import process_group
+        from myllm.distributed.collectives import process_group
 
         with process_group(asked.config.train.device) as process:
             config = settled(asked, process.device.type, process.world_size)

@@ -12,12 +12,12 @@ from pathlib import Path
 from throughput_turns import Result, Turn, describe
 
 from myllm import paths
-from myllm.distributed import Process
-from myllm.hardware import device_name
+from myllm.distributed.collectives import Process
+from myllm.distributed.device_info import device_name
+from myllm.distributed.precision import compute_dtype, dtype_name
 from myllm.metrics import environment
 from myllm.planning.batch import n_parameters
 from myllm.planning.flops import flops_per_token, peak_flops
-from myllm.precision import compute_dtype, dtype_name
 
 
 def section(result: Result, process: Process) -> str:

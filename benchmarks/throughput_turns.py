@@ -10,15 +10,15 @@ import torch
 from throughput_ways import Way, Weights, has_transformers, ours, peer, peer_model, reference, reference_model
 from torch import Tensor, nn
 
-from myllm import distributed
 from myllm.config import RunConfig
 from myllm.data.tokenizer import load_tokenizer
-from myllm.distributed import Process
+from myllm.distributed import collectives as distributed
+from myllm.distributed.collectives import Process
+from myllm.distributed.precision import compute_dtype
 from myllm.errors import UserError
 from myllm.exporting.architectures import choose
 from myllm.memory import peak_bytes, reset_peak
 from myllm.model.transformer import Transformer
-from myllm.precision import compute_dtype
 from myllm.rehearsal import made_up_dataset, stage
 
 WARM_UP_STEPS = 3

@@ -18,15 +18,15 @@ from myllm.data.loader import Loader, batch_of
 from myllm.data.order import DataPosition, count_sequences, rank_rows, step_sequences, window_of
 from myllm.data.shards import Dataset
 from myllm.data.transfer import Batch
-from myllm.distributed import Process
+from myllm.distributed.collectives import Process
+from myllm.distributed.parallelize import last_of_step
+from myllm.distributed.precision import autocast
 from myllm.exporting.architectures import CLASSES, choose, settings
 from myllm.exporting.weights import convert
 from myllm.model.transformer import Transformer
 from myllm.optim.adamw import ScheduledAdamW
-from myllm.parallel import last_of_step
 from myllm.planning import batch as plan
 from myllm.planning.batch import BatchPlan
-from myllm.precision import autocast
 from myllm.rehearsal import Parts
 from myllm.step import train_step
 

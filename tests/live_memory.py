@@ -8,11 +8,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
 from myllm.config import RunConfig
-from myllm.distributed import Process
+from myllm.distributed.collectives import Process
+from myllm.distributed.parallelize import clear_gradients, last_of_step, wrap
+from myllm.distributed.precision import autocast
 from myllm.model.transformer import Transformer
 from myllm.optim.adamw import ScheduledAdamW
-from myllm.parallel import clear_gradients, last_of_step, wrap
-from myllm.precision import autocast
 
 ALONE = Process(0, 0, 1, torch.device("cpu"))
 

@@ -2,8 +2,8 @@
 
 import torch
 
-from myllm import cores
-from myllm.distributed import process_group
+from myllm.distributed import cpu_threads as cores
+from myllm.distributed.collectives import process_group
 
 if __name__ == "__main__":
     cores._affinity, cores._physical = lambda: set(range(6)), len

@@ -26,7 +26,7 @@ from myllm.data.loader import batch_of
 from myllm.data.order import DataPosition
 from myllm.data.prepare import prepare
 from myllm.data.shards import Dataset
-from myllm.distributed import process_group
+from myllm.distributed.collectives import process_group
 from myllm.errors import UserError
 from myllm.guard import Guard
 from myllm.meter import Diverged

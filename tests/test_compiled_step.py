@@ -13,17 +13,17 @@ from torch._dynamo.utils import counters
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from myllm import parallel
 from myllm.config import ModelConfig, RunConfig
 from myllm.diagnosis import diagnose
-from myllm.distributed import Process
+from myllm.distributed import parallelize as parallel
+from myllm.distributed.collectives import Process
+from myllm.distributed.parallelize import clear_gradients, last_of_step, wrap
+from myllm.distributed.precision import autocast
 from myllm.evals.perplexity import assess_sums
 from myllm.generation import stream
 from myllm.model import transformer
 from myllm.model.cross_entropy import mean_loss
 from myllm.model.transformer import Transformer
-from myllm.parallel import clear_gradients, last_of_step, wrap
-from myllm.precision import autocast
 from myllm.presets import PRESETS, preset
 from myllm.sampling import Sampling
 

@@ -16,7 +16,7 @@ from myllm import checkpoint
 from myllm.checkpoint import list_checkpoints, load, verify
 from myllm.config import RunConfig
 from myllm.data.prepare import prepare
-from myllm.distributed import process_group
+from myllm.distributed.collectives import process_group
 from myllm.early_stop import EarlyStop
 from myllm.errors import UserError
 from myllm.evals import perplexity

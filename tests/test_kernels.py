@@ -8,13 +8,13 @@ import pytest
 import torch
 from conftest import with_train
 
-from myllm import hardware
 from myllm.config import RunConfig
-from myllm.distributed import Process
+from myllm.distributed import device_info as hardware
+from myllm.distributed.collectives import Process
+from myllm.distributed.precision import float32_products
 from myllm.kernels import fast_kernels
 from myllm.model import attention_backend as sdpa
 from myllm.model.transformer import Transformer
-from myllm.precision import float32_products
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 

@@ -14,23 +14,24 @@ from conftest import losses, train_rows, with_train
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from myllm import doctor, guard
+from myllm import guard
 from myllm import train as loop
 from myllm.checkpoint import TrainState, list_checkpoints, load
 from myllm.config import RunConfig, TrainConfig
 from myllm.data.order import DataPosition
 from myllm.data.prepare import prepare
-from myllm.distributed import Process, process_group
+from myllm.distributed import doctor
+from myllm.distributed.collectives import Process, process_group
+from myllm.distributed.parallelize import wrap
+from myllm.distributed.precision import autocast, compute_dtype, has_bfloat16
 from myllm.guard import GROWTH_STEPS, LARGEST_LOSS_SCALE, Guard
 from myllm.meter import Diverged
 from myllm.model import cross_entropy as model_loss
 from myllm.model.cross_entropy import mean_loss
 from myllm.model.transformer import Transformer
 from myllm.optim.adamw import ScheduledAdamW
-from myllm.parallel import wrap
 from myllm.paths import RunPaths
 from myllm.planning import batch as plan
-from myllm.precision import autocast, compute_dtype, has_bfloat16
 from myllm.skips import FIRST_LOSS_SCALE, Skips
 from myllm.step import accumulate_gradients, clip_gradients
 

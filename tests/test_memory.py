@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from myllm import distributed, rehearsal
-from myllm.distributed import Process
+from myllm import rehearsal
+from myllm.distributed import collectives as distributed
+from myllm.distributed.collectives import Process
 from myllm.errors import UserError
 from myllm.memory import is_out_of_memory
 from myllm.rehearsal import OutOfMemory, within_memory

@@ -230,7 +230,7 @@ def test_nohup_keeps_its_promise(endless: Path, temp_data: Path, launched: bool)
     """SIGHUP to every process of it does nothing; SIGQUIT, and any other end, is a stop."""
     run, words = temp_data / "runs/tiny", command("--config", endless)
     if launched:
-        words[1:1] = ["-m", "myllm.torchrun", "--standalone", "--nproc_per_node=2"]
+        words[1:1] = ["-m", "myllm.distributed.elastic", "--standalone", "--nproc_per_node=2"]
     watched = Watched(["nohup", *words])
     started = psutil.Process(watched.process.pid)
     try:
@@ -252,7 +252,7 @@ def test_nohup_keeps_its_promise(endless: Path, temp_data: Path, launched: bool)
 @pytest.mark.slow
 def test_a_launcher_hands_on_that_its_terminal_is_gone(endless: Path, temp_data: Path) -> None:
     run, words = temp_data / "runs/tiny", command("--config", endless)
-    words[1:1] = ["-m", "myllm.torchrun", "--standalone", "--nproc_per_node=2"]
+    words[1:1] = ["-m", "myllm.distributed.elastic", "--standalone", "--nproc_per_node=2"]
     watched = Watched(words)
     try:
         watched.reach(run, 3)

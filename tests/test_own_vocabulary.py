@@ -14,7 +14,7 @@ from myllm.data.prepare import prepare
 from myllm.data.shards import find_dataset
 from myllm.data.tokenizer import load_tokenizer
 from myllm.data_cli import verify
-from myllm.distributed import process_group
+from myllm.distributed.collectives import process_group
 from myllm.errors import UserError
 from myllm.exporting.card import folder_card
 from myllm.exporting.folder import open_source

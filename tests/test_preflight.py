@@ -21,13 +21,14 @@ import pytest
 import torch
 from conftest import ROOT, losses, tiny_config, with_train, write_run_config
 
-from myllm import micro_batch, paths, precision, preflight_report, rehearsal
+from myllm import micro_batch, paths, preflight_report, rehearsal
 from myllm import preflight as preflight_module
 from myllm.cli import main
 from myllm.config import RunConfig, load_json
 from myllm.data.prepare import prepare
 from myllm.data.tokenizer import load_tokenizer
-from myllm.distributed import Process
+from myllm.distributed import precision
+from myllm.distributed.collectives import Process
 from myllm.errors import UserError
 from myllm.memory import peak_bytes, reset_peak
 from myllm.micro_batch import CPU_TOKENS, hand_over, largest_that_fits, settle, sizes_to_try

@@ -10,7 +10,7 @@ from conftest import losses, with_train
 
 from myllm.config import RunConfig
 from myllm.data.prepare import prepare
-from myllm.distributed import process_group
+from myllm.distributed.collectives import process_group
 from myllm.kernel_costs import PHASES, Cost, read, table
 from myllm.profiling import STEPS, WARMUP_STEPS, quiet_window
 from myllm.train import train

@@ -20,7 +20,7 @@ from myllm import checkpoint, retention
 from myllm.checkpoint import Snapshot, list_checkpoints, load, verify
 from myllm.config import RunConfig
 from myllm.data.prepare import prepare
-from myllm.distributed import process_group
+from myllm.distributed.collectives import process_group
 from myllm.errors import UserError
 from myllm.meter import Diverged
 from myllm.paths import RunPaths

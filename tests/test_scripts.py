@@ -428,7 +428,7 @@ def test_force_trains_on_cpu_in_a_plain_process(launch, arguments):
 @pytest.mark.parametrize("gpus", [1, 8])
 def test_one_process_for_each_gpu(launch, gpus):
     status, commands, calls = launch(gpus=gpus)
-    torchrun = ["-m", "myllm.torchrun", "--standalone", f"--nproc_per_node={gpus}"]
+    torchrun = ["-m", "myllm.distributed.elastic", "--standalone", f"--nproc_per_node={gpus}"]
     assert status == 0
     assert commands[1:] == [[*torchrun, *PREFLIGHT, "lf-llm-269m"], [*torchrun, launch.pretrain, "lf-llm-269m"]]
     assert [call["WORLD_SIZE"] for call in calls] == [str(gpus), None, None]
@@ -464,8 +464,8 @@ def test_several_nodes(launch):
     where = ["--nnodes=2", *meeting, "--nproc_per_node=4"]
     assert status == 0
     rehearsal = [word.replace("rdzv_id=myllm", "rdzv_id=myllm-preflight") for word in where]
-    assert commands[1] == ["-m", "myllm.torchrun", *rehearsal, *PREFLIGHT, "default-150m"]
-    assert commands[2] == ["-m", "myllm.torchrun", *where, launch.pretrain, "default-150m"]
+    assert commands[1] == ["-m", "myllm.distributed.elastic", *rehearsal, *PREFLIGHT, "default-150m"]
+    assert commands[2] == ["-m", "myllm.distributed.elastic", *where, launch.pretrain, "default-150m"]
     assert [call["WORLD_SIZE"] for call in calls] == ["8", None, None]
 
 

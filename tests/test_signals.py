@@ -18,7 +18,7 @@ from conftest import ROOT, command, launch, losses, with_train, write_run_config
 from myllm.checkpoint import list_checkpoints, load
 from myllm.config import RunConfig
 from myllm.data.prepare import prepare
-from myllm.distributed import process_group
+from myllm.distributed.collectives import process_group
 from myllm.errors import UserError
 from myllm.heartbeat import Heartbeat, starting, status
 from myllm.paths import RunPaths

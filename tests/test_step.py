@@ -16,13 +16,13 @@ from myllm import kernels
 from myllm.checkpoint import TrainState
 from myllm.config import RunConfig
 from myllm.data.order import DataPosition
-from myllm.distributed import Process
+from myllm.distributed.collectives import Process
+from myllm.distributed.parallelize import wrap
 from myllm.guard import Guard
 from myllm.kernel_costs import PHASES
 from myllm.kernels import fast_kernels
 from myllm.model.transformer import Transformer
 from myllm.optim.adamw import ScheduledAdamW
-from myllm.parallel import wrap
 from myllm.planning import batch as plan
 from myllm.step import train_step
 

@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT, with_train
 
 from myllm.config import RunConfig
-from myllm.distributed import Process
+from myllm.distributed.collectives import Process
 from myllm.errors import UserError
 
 SCRIPT = ROOT / "benchmarks" / "throughput.py"

@@ -12,7 +12,7 @@ from myllm import train as loop
 from myllm.checkpoint import list_checkpoints, load
 from myllm.config import RunConfig
 from myllm.data.prepare import prepare
-from myllm.distributed import process_group
+from myllm.distributed.collectives import process_group
 from myllm.errors import UserError
 from myllm.meter import Diverged
 from myllm.paths import RunPaths

@@ -15,8 +15,8 @@ import torch._dynamo
 from torch import Tensor
 
 from myllm.config import ModelConfig, RunConfig
-from myllm.distributed import Process
-from myllm.hardware import device_name, has_triton
+from myllm.distributed.collectives import Process
+from myllm.distributed.device_info import device_name, has_triton
 from myllm.memory import reset_peak, there_bytes
 from myllm.planning.flops import Card, card_of
 from myllm.planning.memory_estimate import HEADROOM, Computing, predicted_bytes

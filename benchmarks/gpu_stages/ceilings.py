@@ -5,10 +5,10 @@ from collections.abc import Iterator
 
 import torch
 
-from myllm.hardware import device_name, measure_matmul_flops
+from myllm.distributed.device_info import device_name, measure_matmul_flops
+from myllm.distributed.precision import compute_dtype
 from myllm.memory import there_bytes
 from myllm.model import attention_backend as sdpa
-from myllm.precision import compute_dtype
 
 from .bench import Bench, seconds_of
 from .frame import Check, bounded, noted

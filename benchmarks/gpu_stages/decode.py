@@ -7,9 +7,9 @@ from contextlib import contextmanager
 import torch
 
 from myllm import generation
+from myllm.distributed.precision import autocast
 from myllm.generation import Continuation, continue_batch
 from myllm.model.transformer import Transformer
-from myllm.precision import autocast
 from myllm.sampling import Sampling
 
 from .bench import Bench, fresh, synchronize

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from myllm.config import RunConfig
 from myllm.data.tokenizer import load_tokenizer
+from myllm.distributed.precision import autocast
 from myllm.evals.hellaswag import CHOICES, Example, Item, hellaswag_sums, make_items
 from myllm.model.transformer import Transformer
-from myllm.precision import autocast
 
 from .bench import Bench, wall_seconds
 from .frame import Check, bounded, correct, noted

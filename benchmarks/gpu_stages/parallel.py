@@ -10,10 +10,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from myllm.config import RunConfig
+from myllm.distributed.parallelize import clear_gradients, cut, full
 from myllm.kernels import fast_kernels
 from myllm.memory import peak_bytes
 from myllm.model.transformer import Transformer
-from myllm.parallel import clear_gradients, cut, full
 from myllm.planning import batch as plan
 from myllm.planning.memory_estimate import Computing, predicted_bytes
 from myllm.step import accumulate_gradients

@@ -16,7 +16,7 @@ from myllm.data.order import count_sequences
 from myllm.data.receipt import Receipt
 from myllm.data.shards import Dataset
 from myllm.data.tokenizer import load_tokenizer
-from myllm.distributed import Process
+from myllm.distributed.collectives import Process
 from myllm.paths import RunPaths
 from myllm.planning import batch as plan
 from myllm.profiling import unmarked

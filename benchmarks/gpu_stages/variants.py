@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from myllm.config import RunConfig
+from myllm.distributed.parallelize import compiles
 from myllm.model import cross_entropy as head_loss
 from myllm.model.transformer import Transformer
-from myllm.parallel import compiles
 
 from .bench import NO_DROPOUT, Bench
 from .frame import Check, noted, skipped

@@ -13,11 +13,15 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from myllm import distributed
 from myllm.data.loader import batch_of, read_rows
 from myllm.data.order import count_sequences, rank_rows, step_sequences, window_of
 from myllm.data.shards import Dataset
 from myllm.data.tokenizer import Tokenizer
+from myllm.distributed import collectives as distributed
+from myllm.distributed.collectives import Process
+from myllm.distributed.device_info import device_name
+from myllm.distributed.parallelize import full, gathered
+from myllm.distributed.precision import autocast, compute_dtype, dtype_name, repeatable
 from myllm.model.transformer import Transformer
 from myllm.optim.adamw import ScheduledAdamW
 from myllm.planning.batch import BatchPlan
@@ -26,15 +30,11 @@ from .bags import Bag, bag_folder, write_bag
 from .checkpoint import TrainState, restore_random_state
 from .config import RunConfig, to_dict
 from .diagnosis import Diagnosis, diagnose
-from .distributed import Process
 from .guard import Guard, LeftOut
-from .hardware import device_name
 from .meter import Diverged
 from .metrics import Log
 from .model import attention_backend as sdpa
-from .parallel import full, gathered
 from .paths import RunPaths
-from .precision import autocast, compute_dtype, dtype_name, repeatable
 
 SHOWN_CHARS = 120
 """Of a sample's text, in a message."""

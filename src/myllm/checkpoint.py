@@ -27,9 +27,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from myllm import distributed, sharded
+from myllm import sharded
 from myllm.data.order import DataPosition
 from myllm.data.receipt import Receipt
+from myllm.distributed import collectives as distributed
 
 from .early_stop import EarlyStop
 from .errors import UserError

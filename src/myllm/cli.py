@@ -21,9 +21,9 @@ from myllm import (
     sample_cli,
     tokenizer_cli,
 )
+from myllm.distributed.library_env import set_for_libraries
 
 from .arguments import parse_arguments, version
-from .environment import set_for_libraries
 from .errors import UserError, nearest
 from .launch import clear_errors
 from .output import open_output
@@ -53,12 +53,12 @@ def doctor(distributed: bool = False, device: Literal["auto", "cpu", "cuda"] = "
         timeout_s: how long the ranks wait for each other.
     """
     if distributed:
-        from .network_check import check_network
+        from myllm.distributed.network_check import check_network
 
         for line in check_network(device, timeout_s):
             print(line)
         return
-    from .doctor import examine
+    from myllm.distributed.doctor import examine
 
     lines, faults = examine()
     print("\n".join(lines))

@@ -79,8 +79,7 @@ def estimate(
     """
     from myllm.data.estimate import estimate as measure
     from myllm.data.recipe import recipe_of
-
-    from .cores import usable_cores
+    from myllm.distributed.cpu_threads import usable_cores
 
     if target is not None and documents is not None:
         raise UserError("--target and --documents both say how much; give one")

@@ -123,7 +123,8 @@ def resolve(where: str, device: str, int8: bool, precision: str | None = None) -
 
 
 def _result(task: str, subject: Subject, choices: Choices) -> Result:
-    from .hardware import device_name
+    from myllm.distributed.device_info import device_name
+
     from .int8 import weight_type
 
     started = time.perf_counter()

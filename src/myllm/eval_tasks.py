@@ -178,8 +178,9 @@ def measure_quantisation(subject: Subject, choices: Choices, file: Path | None =
 def _speed_settings(subject: Subject) -> dict[str, Any]:
     import torch
 
+    from myllm.distributed.device_info import device_name
+
     from .evals import speed
-    from .hardware import device_name
     from .int8 import weight_type
 
     prompt, new = speed.lengths(subject.model.config.max_seq_len)

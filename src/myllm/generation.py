@@ -10,13 +10,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from myllm.distributed.device_info import has_triton
 from myllm.model.bare import bare
 from myllm.model.kv_cache import KVCache, cache_dtype
 from myllm.model.transformer import Transformer
 
 from .errors import UserError
 from .filters import Likelihood, choose, likelihoods
-from .hardware import has_triton
 from .sampling import Sampling
 
 COMPILED_FROM = 512

@@ -2,11 +2,11 @@
 
 import time
 
-from myllm import distributed
 from myllm.data.beside import check_at_work, how_far
 from myllm.data.loader import has_step
 from myllm.data.order import DataPosition, count_sequences
 from myllm.data.shards import Dataset
+from myllm.distributed import collectives as distributed
 from myllm.planning.batch import BatchPlan
 
 from .errors import UserError

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from myllm.data.order import DataPosition
+from myllm.distributed.precision import scales_loss
 
 from .checkpoint import TrainState, random_state
 from .config import TrainConfig
-from .precision import scales_loss
 from .skips import Skips
 
 MEMORY_STEPS = 128

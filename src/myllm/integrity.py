@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from myllm import distributed
+from myllm.distributed import collectives as distributed
 
 from .errors import UserError
 from .files import file_sha256, read_json

@@ -6,14 +6,14 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from myllm import ranks
+from myllm.distributed import launcher as ranks
+from myllm.distributed.collectives import Process
+from myllm.distributed.parallelize import compiles, wrap
+from myllm.distributed.precision import compute_dtype, float32_products, has_bfloat16, in_words, may_use_tf32
 from myllm.model.transformer import Transformer
 
 from .config import RunConfig
-from .distributed import Process
 from .model import attention_backend as sdpa
-from .parallel import compiles, wrap
-from .precision import compute_dtype, float32_products, has_bfloat16, in_words, may_use_tf32
 
 
 @contextmanager

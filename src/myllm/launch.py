@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import tyro
 
-from myllm import ranks
+from myllm.distributed import launcher as ranks
 from myllm.planning.flops import flops_per_token
 from myllm.planning.validation import check
 
@@ -224,8 +224,8 @@ def _says(file: ConfigFile, own_text: bool) -> bool:
 
 def describe(launch: Launch) -> str:
     """The settings and what they cost, for people."""
-    from .distributed import choose_device
-    from .hardware import has_triton, why_no_cuda
+    from myllm.distributed.collectives import choose_device
+    from myllm.distributed.device_info import has_triton, why_no_cuda
 
     asked = launch.config.train.device
     world_size, device = ranks.world_size(), choose_device(asked)
@@ -258,8 +258,8 @@ def with_length_here(launch: AskedRun) -> tuple[RunConfig, list[str]]:
 
 
 def _time_here(config: RunConfig, world_size: int, device: "torch.device") -> str:
-    from .hardware import device_name, measure_matmul_flops
-    from .precision import compute_dtype, float32_products, in_words
+    from myllm.distributed.device_info import device_name, measure_matmul_flops
+    from myllm.distributed.precision import compute_dtype, float32_products, in_words
 
     products, dtype = in_words(config.train.precision, device), compute_dtype(config.train.precision, device)
     with float32_products(config, device):

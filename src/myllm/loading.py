@@ -6,16 +6,16 @@ from typing import NamedTuple
 
 from myllm import importing, paths
 from myllm.data.tokenizer import Tokenizer
+from myllm.distributed.collectives import choose_device
+from myllm.distributed.precision import compute_dtype
 from myllm.model.transformer import Transformer
 
 from .checkpoint import Checkpoint
 from .config import RunConfig, saved_config
-from .distributed import choose_device
 from .errors import UserError
 from .int8 import check_torchao, quantize_int8
 from .language_model import LanguageModel
 from .paths import user_path
-from .precision import compute_dtype
 from .run_folder import find_checkpoint
 
 

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from myllm import distributed
 from myllm.data.order import count_sequences
 from myllm.data.shards import Dataset
 from myllm.data.tokenizer import Tokenizer
+from myllm.distributed import collectives as distributed
+from myllm.distributed.collectives import Process
+from myllm.distributed.precision import autocast
 from myllm.evals.hellaswag_data import load_examples
 from myllm.evals.validation import validation_batches
 from myllm.model.transformer import Transformer
@@ -19,13 +21,11 @@ from myllm.model.transformer import Transformer
 from .checkpoint import TrainState
 from .completion import complete
 from .config import RunConfig
-from .distributed import Process
 from .errors import UserError
 from .evals import cloze, hellaswag, perplexity
 from .heartbeat import Heartbeat
 from .language_model import LanguageModel
 from .metrics import JsonLines, Log
-from .precision import autocast
 from .reference import ReferenceWatch
 from .sampling import Sampling
 from .signals import StopRequest

@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from myllm import distributed
 from myllm.data.loader import Loader
 from myllm.data.receipt import Receipt
+from myllm.distributed import collectives as distributed
+from myllm.distributed.collectives import Process
+from myllm.distributed.device_info import device_name
+from myllm.distributed.precision import scales_loss
 from myllm.planning.flops import flops_per_token, peak_flops
 
 from .checkpoint import TrainState
 from .config import RunConfig
-from .distributed import Process
-from .hardware import device_name
 from .metrics import TRAINING, JsonLines, Log, Stopwatch
-from .precision import scales_loss
 
 WORTH_SAYING = 0.01
 """Of a step, spent waiting for data: from here on a log line says so."""

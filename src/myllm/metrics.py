@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 from myllm import paths
+from myllm.distributed.device_info import device_name
 
 from .files import run_rows, write_text
-from .hardware import device_name
 from .nonfinite import json_safe
 from .output import LineFile, lost_output
 

@@ -6,17 +6,18 @@ from typing import Any
 
 import torch
 
-from myllm import distributed, paths
+from myllm import paths
 from myllm.data.shards import Dataset
 from myllm.data.tokenizer import Tokenizer
+from myllm.distributed import collectives as distributed
+from myllm.distributed.collectives import Process
+from myllm.distributed.device_info import device_name
 from myllm.planning.memory_estimate import Computing, predicted_bytes
 from myllm.report.history import read_config, read_object
 
 from .config import RunConfig, saved_config, to_dict
-from .distributed import Process
 from .errors import UserError
 from .files import write_json
-from .hardware import device_name
 from .paths import RunPaths
 from .planning import batch as plan
 from .rehearsal import made_up_dataset, measured_memory, memory_limit_bytes, stage

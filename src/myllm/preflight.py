@@ -13,19 +13,20 @@ from math import isfinite
 from pathlib import Path
 from statistics import median
 
-from myllm import checkpoint, distributed
+from myllm import checkpoint
 from myllm.data.shards import Dataset
 from myllm.data.tokenizer import Tokenizer
+from myllm.distributed import collectives as distributed
+from myllm.distributed.collectives import Process
+from myllm.distributed.parallelize import gathered
 
 from .config import RunConfig
-from .distributed import Process
 from .errors import UserError
 from .heartbeat import Heartbeat
 from .loop_evals import Eval, Poll, planned_evals, run_eval
 from .meter import Diverged
 from .metrics import JsonLines, Log
 from .micro_batch import largest_that_fits, may_be_tried, settle, sizes_to_try, trial_of
-from .parallel import gathered
 from .paths import RunPaths
 from .planning import batch as plan
 from .preflight_data import Room, prepared, room_for_run, vocabulary_of

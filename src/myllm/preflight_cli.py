@@ -3,7 +3,7 @@
 import signal
 from dataclasses import dataclass
 
-from myllm import ranks
+from myllm.distributed import launcher as ranks
 
 from .errors import UserError
 from .launch import AskedRun, parse_as
@@ -52,7 +52,8 @@ def preflight(words: list[str]) -> None:
 
     if ranks.local_rank() == 0:
         check_named(wanted.config.data)  # before the seconds that torch takes
-    from .distributed import process_group
+    from myllm.distributed.collectives import process_group
+
     from .micro_batch import hand_over
     from .preflight import preflight as rehearse
     from .preflight_report import Bounds

@@ -6,17 +6,17 @@ from math import ceil, isfinite
 from typing import TYPE_CHECKING
 
 from myllm.data.room import size
+from myllm.distributed.collectives import Process
+from myllm.distributed.device_info import device_name, has_triton
+from myllm.distributed.precision import in_words
 from myllm.evals.hellaswag import BATCH
 from myllm.planning.flops import flops_per_token, peak_flops
 from myllm.planning.memory_estimate import Computing, predicted_bytes
 
 from .config import RunConfig
-from .distributed import Process
-from .hardware import device_name, has_triton
 from .meter import duration
 from .micro_batch import nothing_fits
 from .planning import batch as plan
-from .precision import in_words
 
 if TYPE_CHECKING:
     from .preflight_data import Room

@@ -10,8 +10,9 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 
 import torch
 
+from myllm.distributed.collectives import Process
+
 from .config import RunConfig
-from .distributed import Process
 from .files import write_text
 from .kernel_costs import STEP, table
 from .meter import Meter

@@ -9,7 +9,8 @@ from typing import Annotated
 
 import tyro
 
-from myllm import paths, ranks
+from myllm import paths
+from myllm.distributed import launcher as ranks
 from myllm.planning.validation import check
 
 from .arguments import parse_arguments

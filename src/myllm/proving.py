@@ -16,12 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from myllm.distributed.collectives import choose_device
+from myllm.distributed.device_info import cuda_devices
+from myllm.distributed.precision import compute_dtype, dtype_name
+
 from .config import RunConfig, to_dict
-from .distributed import choose_device
 from .files import write_json
-from .hardware import cuda_devices
 from .kills import Broken, Training, logged_step, saved_step, train_rows
-from .precision import compute_dtype, dtype_name
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2, "float16": 3e-2}
 """Largest difference of a loss, in nats, by precision: some hundred times what is seen, and far below what one wrong

@@ -17,11 +17,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from myllm import distributed, paths, ranks
+from myllm import paths
 from myllm.data.loader import Loader
 from myllm.data.order import DataPosition
 from myllm.data.shards import FORMAT, MANIFEST, Dataset, Shard
 from myllm.data.tokenizer import Tokenizer
+from myllm.distributed import collectives as distributed
+from myllm.distributed import launcher as ranks
+from myllm.distributed.collectives import Process
+from myllm.distributed.device_info import device_name
+from myllm.distributed.parallelize import spread
 from myllm.model.transformer import Transformer
 from myllm.optim.adamw import ScheduledAdamW
 from myllm.planning.batch import BatchPlan
@@ -29,14 +34,11 @@ from myllm.planning.memory_estimate import HEADROOM
 
 from .checkpoint import TrainState, random_state, restore_random_state
 from .config import RunConfig
-from .distributed import Process
 from .errors import UserError
 from .files import file_sha256, locked, write_json
 from .guard import Guard
-from .hardware import device_name
 from .kernels import fast_kernels
 from .memory import is_out_of_memory, limited, peak_bytes, reset_peak, there_bytes
-from .parallel import spread
 from .planning import batch as plan
 from .step import train_step
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from myllm.data.transfer import inputs_and_targets
+from myllm.distributed.precision import autocast_to
 from myllm.model.transformer import Transformer
 from myllm.optim.adamw import ScheduledAdamW
 
@@ -17,7 +18,6 @@ from .checkpoint import restore_random_state
 from .config import RunConfig, saved_config
 from .diagnosis import Diagnosis, diagnose
 from .errors import UserError
-from .precision import autocast_to
 
 Batch = tuple[Tensor, Tensor]
 

@@ -42,8 +42,9 @@ def replay(
         raise UserError(f"no flight bag at {bag!r}: there is neither such a folder nor such a run")
     import torch
 
+    from myllm.distributed.collectives import choose_device
+
     from .bags import find_bag, read_bag
-    from .distributed import choose_device
     from .replay import replay_step
 
     chosen = choose_device(device)

@@ -8,13 +8,13 @@ from myllm import checkpoint, sharded
 from myllm.data.order import DataPosition
 from myllm.data.receipt import Receipt
 from myllm.data.shards import Dataset
+from myllm.distributed.collectives import Process
 from myllm.model.transformer import Transformer
 from myllm.optim.adamw import ScheduledAdamW
 from myllm.optim.lr_schedule import learning_rate
 
 from .checkpoint import TrainState
 from .config import RunConfig, saved_config
-from .distributed import Process
 from .errors import UserError
 from .metrics import Log
 from .run_folder import check_resumable

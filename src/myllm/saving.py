@@ -10,14 +10,15 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from myllm import checkpoint, distributed, retention, sharded
+from myllm import checkpoint, retention, sharded
 from myllm.data.tokenizer import Tokenizer
+from myllm.distributed import collectives as distributed
+from myllm.distributed.collectives import Process
 from myllm.model.transformer import Transformer
 from myllm.optim.adamw import ScheduledAdamW
 
 from .checkpoint import Snapshot, TrainState
 from .config import RunConfig, to_dict
-from .distributed import Process
 from .meter import Diverged
 from .paths import RunPaths
 from .retention import Keep

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner,
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
-from myllm import distributed
+from myllm.distributed import collectives as distributed
 
 from .errors import UserError
 

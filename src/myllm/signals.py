@@ -7,7 +7,7 @@
     train.max_wall_s   as SIGUSR1, early enough for the save
 
 Under torchrun a run that was stopped exits with 0, since torchrun starts anything else again (--max-restarts);
-`myllm.torchrun` then ends with the code above, and `myllm status RUN` gives it too.
+`myllm.distributed.elastic` then ends with the code above, and `myllm status RUN` gives it too.
 """
 
 import os
@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
 
-from myllm import ranks
+from myllm.distributed import launcher as ranks
 
 from .meter import duration
 

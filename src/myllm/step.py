@@ -7,15 +7,15 @@ import torch
 from torch import Tensor, nn
 
 from myllm.data.loader import Loader
+from myllm.distributed.collectives import Process
+from myllm.distributed.parallelize import clear_gradients, full, last_of_step
+from myllm.distributed.precision import autocast, repeatable
 from myllm.optim.adamw import ScheduledAdamW
 from myllm.planning.batch import BatchPlan
 
 from .config import RunConfig
-from .distributed import Process
 from .guard import Guard
 from .model import attention_backend as sdpa
-from .parallel import clear_gradients, full, last_of_step
-from .precision import autocast, repeatable
 from .profiling import unmarked
 
 

@@ -11,35 +11,37 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from myllm import bad_step, checkpoint, distributed, garbage, ranks
+from myllm import bad_step, checkpoint, garbage
 from myllm.data.beside import how_far
 from myllm.data.loader import Loader
 from myllm.data.order import DataPosition, count_sequences
 from myllm.data.shards import Dataset
 from myllm.data.tokenizer import load_tokenizer
+from myllm.distributed import collectives as distributed
+from myllm.distributed import launcher as ranks
+from myllm.distributed.collectives import Process
+from myllm.distributed.cpu_threads import threads_reason
+from myllm.distributed.device_info import device_name
+from myllm.distributed.parallelize import gathered, spread
+from myllm.distributed.precision import compute_dtype, dtype_name
 from myllm.model.transformer import Transformer
 from myllm.optim.adamw import ScheduledAdamW
 
 from .checkpoint import TrainState
 from .config import DataConfig, RunConfig, to_dict
-from .cores import threads_reason
-from .distributed import Process
 from .early_stop import EarlyStop
 from .errors import UserError
 from .files import write_json
 from .growing import known_sequences, wait_for_data
 from .guard import Guard
-from .hardware import device_name
 from .heartbeat import Heartbeat, newest_step
 from .kernels import fast_kernels
 from .loop_evals import Interrupted, Poll, planned_evals, run_eval
 from .meter import Meter, console_line, progress
 from .metrics import JsonLines, Log, environment
 from .micro_batch import settle
-from .parallel import gathered, spread
 from .paths import RunPaths
 from .planning import batch as plan
-from .precision import compute_dtype, dtype_name
 from .profiling import NoProfiler, Profiler
 from .reference import ReferenceWatch, reference_of
 from .resume import restore

@@ -25,10 +25,11 @@ from typing import Any
 
 import torch
 
-from myllm import distributed, ranks
 from myllm.data.loader import Loader
+from myllm.distributed import collectives as distributed
+from myllm.distributed import launcher as ranks
+from myllm.distributed.collectives import PATIENT_S, Process
 
-from .distributed import PATIENT_S, Process
 from .errors import UserError
 from .heartbeat import Heartbeat
 from .meter import Diverged

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from myllm.config import ModelConfig, RunConfig, TrainConfig
-from myllm.distributed import process_group
+from myllm.distributed.collectives import process_group
+from myllm.distributed.parallelize import clear_gradients, full, last_of_step, spread, wrap
 from myllm.model.transformer import Transformer
-from myllm.parallel import clear_gradients, full, last_of_step, spread, wrap
 
 # Gradients of 3.1 MB: more than DDP's first bucket takes, which is what makes it cut them again.
 MODEL = ModelConfig(vocab_size=8_000, max_seq_len=32, d_model=64, n_layers=4, n_heads=2, d_ff=256, bias=True)

@@ -12,12 +12,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from myllm import checkpoint, distributed, sharded
+from myllm import checkpoint, sharded
 from myllm.checkpoint import TrainState
 from myllm.config import ModelConfig, OptimConfig, RunConfig
 from myllm.data.order import DataPosition
 from myllm.data.tokenizer import load_tokenizer
-from myllm.distributed import Process, process_group
+from myllm.distributed import collectives as distributed
+from myllm.distributed.collectives import Process, process_group
 from myllm.errors import UserError
 from myllm.meter import Diverged
 from myllm.model.transformer import Transformer

@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-from myllm import distributed, ranks
 from myllm.config import RunConfig, load_json
 from myllm.data.beside import prepared_beside
+from myllm.distributed import collectives as distributed
+from myllm.distributed import launcher as ranks
 from myllm.launch import clear_errors
 from myllm.train import train
 

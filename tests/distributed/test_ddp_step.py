@@ -10,9 +10,9 @@ from conftest import with_train
 from torch.profiler import ProfilerActivity, profile
 
 from myllm.config import RunConfig
-from myllm.distributed import Process
+from myllm.distributed.collectives import Process
+from myllm.distributed.parallelize import clear_gradients, last_of_step, wrap
 from myllm.model.transformer import Transformer
-from myllm.parallel import clear_gradients, last_of_step, wrap
 
 PAIR = Process(0, 0, 2, torch.device("cpu"))
 """What DDP is chosen for; the group of these tests has one rank."""

@@ -10,10 +10,10 @@ import pytest
 import torch.distributed as dist
 from conftest import ROOT
 
-from myllm import doctor
 from myllm.cli import main
+from myllm.distributed import doctor
+from myllm.distributed.network_check import check_network
 from myllm.errors import UserError
-from myllm.network_check import check_network
 
 pytestmark = pytest.mark.slow  # real processes, half a minute and more in all
 
@@ -42,7 +42,16 @@ def test_a_machine(temp_data, capsys, monkeypatch):
 
 
 def test_two_ranks():
-    done = run("-m", "myllm.torchrun", "--standalone", "--nproc_per_node=2", "-m", "myllm", "doctor", "--distributed")
+    done = run(
+        "-m",
+        "myllm.distributed.elastic",
+        "--standalone",
+        "--nproc_per_node=2",
+        "-m",
+        "myllm",
+        "doctor",
+        "--distributed",
+    )
     assert done.returncode == 0, done.stderr
     for rank in range(2):
         assert f"rank {rank}: {socket.gethostname()}, local rank {rank}, " in done.stdout

@@ -28,7 +28,16 @@ def two_launchers(config: RunConfig, tmp_path: Path, machines: list[Path]) -> tu
     launchers = []
     for number, machine in enumerate(machines):
         where = [f"--rdzv_endpoint=127.0.0.1:{port}", f"--rdzv_conf=is_host={1 - number}"]
-        words = [sys.executable, "-m", "myllm.torchrun", *meeting, *where, str(SCRIPT), str(path), str(tmp_path)]
+        words = [
+            sys.executable,
+            "-m",
+            "myllm.distributed.elastic",
+            *meeting,
+            *where,
+            str(SCRIPT),
+            str(path),
+            str(tmp_path),
+        ]
         environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "MYLLM_DATA": str(machine)}
         with (tmp_path / f"{machine.name}.txt").open("w") as file:
             launchers.append(subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, env=environment))

@@ -12,11 +12,11 @@ import torch
 from myllm.checkpoint import TrainState
 from myllm.config import ModelConfig, OptimConfig, RunConfig, TrainConfig
 from myllm.data.order import DataPosition
-from myllm.distributed import Process, process_group, sum_over_ranks
+from myllm.distributed.collectives import Process, process_group, sum_over_ranks
+from myllm.distributed.parallelize import clear_gradients, full, gathered, spread, wrap
 from myllm.guard import Guard
 from myllm.model.transformer import Transformer
 from myllm.optim.adamw import ScheduledAdamW
-from myllm.parallel import clear_gradients, full, gathered, spread, wrap
 from myllm.planning.batch import batch_plan
 from myllm.step import accumulate_gradients, train_step
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from myllm.config import RunConfig, load_json
 from myllm.data.prepare import prepare
-from myllm.distributed import process_group
+from myllm.distributed.collectives import process_group
 from myllm.evals import perplexity
 from myllm.train import train
 

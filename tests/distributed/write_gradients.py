@@ -13,9 +13,9 @@ from myllm.config import RunConfig, load_json
 from myllm.data.loader import Loader
 from myllm.data.order import DataPosition
 from myllm.data.prepare import prepare
-from myllm.distributed import process_group
+from myllm.distributed.collectives import process_group
+from myllm.distributed.parallelize import wrap
 from myllm.model.transformer import Transformer
-from myllm.parallel import wrap
 from myllm.planning.batch import batch_plan
 from myllm.step import accumulate_gradients
 

@@ -23,7 +23,7 @@ def main(to: Path) -> None:
     from myllm.config import DataConfig, EvalConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
     from myllm.data.prepare import prepare
     from myllm.data.train_tokenizer import train_tokenizer
-    from myllm.distributed import process_group
+    from myllm.distributed.collectives import process_group
     from myllm.meter import Diverged
 
     with tempfile.TemporaryDirectory() as folder:

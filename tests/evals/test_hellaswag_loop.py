@@ -12,7 +12,7 @@ from conftest import eval_rows, train_rows
 from myllm import loop_evals
 from myllm.config import RunConfig
 from myllm.data.prepare import prepare
-from myllm.distributed import process_group
+from myllm.distributed.collectives import process_group
 from myllm.errors import UserError
 from myllm.train import train
 

@@ -34,7 +34,7 @@ from myllm.config import RunConfig, load_json
 from myllm.data.prepare import prepare
 from myllm.data.tokenizer import Tokenizer, load_tokenizer
 from myllm.data.train_tokenizer import train_tokenizer
-from myllm.distributed import process_group
+from myllm.distributed.collectives import process_group
 from myllm.errors import UserError
 from myllm.exporting.folder import export_folder
 from myllm.exporting.tokenizer_files import tokenizer_files

@@ -11,7 +11,8 @@ from live_memory import ALONE, Step, highest, saved_bytes
 from torch.autograd.graph import saved_tensors_hooks
 
 from myllm.config import ModelConfig, RunConfig, TrainConfig
-from myllm.distributed import Process
+from myllm.distributed.collectives import Process
+from myllm.distributed.precision import autocast
 from myllm.model.cross_entropy import CPU_CHUNK, GPU_CHUNK
 from myllm.planning import memory_estimate as footprint
 from myllm.planning.forecast import describe
@@ -22,7 +23,6 @@ from myllm.planning.memory_estimate import (
     memory_by_part,
     predicted_bytes,
 )
-from myllm.precision import autocast
 from myllm.presets import PRESETS, preset
 
 GPT2 = {"position": "learned", "norm": "layernorm", "activation": "gelu", "bias": True}

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from myllm import publish_beside, publishing
 from myllm.config import HubConfig, RunConfig
 from myllm.data.prepare import prepare
-from myllm.distributed import process_group
+from myllm.distributed.collectives import process_group
 from myllm.errors import UserError
 from myllm.launch import parse
 from myllm.loading import load_model

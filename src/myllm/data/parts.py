@@ -12,7 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from myllm.config import DataConfig, RunConfig, from_dict
-from myllm.cores import usable_cores
+from myllm.distributed.cpu_threads import usable_cores
 from myllm.errors import UserError
 from myllm.files import read_json, write_json
 

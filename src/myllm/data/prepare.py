@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from myllm import paths
 from myllm.config import DataConfig
-from myllm.cores import usable_cores
+from myllm.distributed.cpu_threads import usable_cores
 from myllm.errors import UserError
 from myllm.files import (
     TEMPORARY,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from myllm.cores import usable_cores
+from myllm.distributed.cpu_threads import usable_cores
 from myllm.errors import UserError
 
 from .assemble import write_shard

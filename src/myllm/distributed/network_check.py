@@ -8,11 +8,11 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from myllm import ranks
+from myllm.errors import UserError
 
-from .distributed import choose_device
-from .errors import UserError
-from .hardware import device_name
+from . import launcher as ranks
+from .collectives import choose_device
+from .device_info import device_name
 
 SIZES_BYTES = (4 << 10, 1 << 20, 25 << 20, 100 << 20)
 """Of what is timed: a norm or a flag, a small matrix, one of DDP's buckets, the gradient of an embedding."""

@@ -1,4 +1,4 @@
-"""The launcher's decisions, without processes; tests/distributed/test_torchrun.py starts some."""
+"""The launcher's decisions, without processes; tests/distributed/test_elastic_processes.py starts some."""
 
 import inspect
 import re
@@ -12,8 +12,8 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.rendezvous import RendezvousConnectionError
 from torch.distributed.launcher import api
 
-from myllm import torchrun
-from myllm.torchrun import Agent, defaults, main
+from myllm.distributed import elastic as torchrun
+from myllm.distributed.elastic import Agent, defaults, main
 
 NEWER = ("--signals-to-handle", "--shutdown-timeout")
 

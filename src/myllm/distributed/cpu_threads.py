@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from .ranks import local_world_size, threads_asked
+from .launcher import local_world_size, threads_asked
 
 
 def usable_cores() -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from .environment import visible_gpus
+from .library_env import visible_gpus
 
 CPU_SIZE, GPU_SIZE = 1_024, 8_192
 """Of the square products that are timed; smaller ones do not fill a card."""

@@ -12,10 +12,10 @@ import torch
 from packaging.specifiers import SpecifierSet
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from myllm import hardware, launch
-from myllm.distributed import choose_device, process_group, training_device
-from myllm.errors import UserError
-from myllm.hardware import (
+from myllm import launch
+from myllm.distributed import device_info as hardware
+from myllm.distributed.collectives import choose_device, process_group, training_device
+from myllm.distributed.device_info import (
     BUILDS,
     cuda_devices,
     device_name,
@@ -24,8 +24,9 @@ from myllm.hardware import (
     seconds_of,
     why_no_cuda,
 )
+from myllm.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_this_machine_has_a_name_and_a_speed() -> None:

@@ -14,11 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .cores import threads_to_use
-from .errors import MachineError, UserError
-from .files import out_of_space
-from .hardware import cuda_devices, why_no_cuda, why_not_this_card
-from .ranks import launched, local_rank, rank, waiting_said, world_size
+from myllm.errors import MachineError, UserError
+from myllm.files import out_of_space
+
+from .cpu_threads import threads_to_use
+from .device_info import cuda_devices, why_no_cuda, why_not_this_card
+from .launcher import launched, local_rank, rank, waiting_said, world_size
 
 T = TypeVar("T")
 PATIENT_S = 1_800.0

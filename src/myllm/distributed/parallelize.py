@@ -16,12 +16,12 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from myllm.config import RunConfig
+from myllm.model import attention_backend as sdpa
 from myllm.model.transformer import Transformer
 
-from .config import RunConfig
-from .distributed import Process
-from .hardware import has_triton
-from .model import attention_backend as sdpa
+from .collectives import Process
+from .device_info import has_triton
 from .precision import autocast, compute_dtype, repeatable
 
 BUCKET_MB = 64

@@ -9,7 +9,8 @@ import pytest
 import torch
 from conftest import ROOT
 
-from myllm import cores, distributed
+from myllm.distributed import collectives as distributed
+from myllm.distributed import cpu_threads as cores
 from myllm.errors import UserError
 
 
@@ -115,7 +116,14 @@ def test_a_launchers_choice_is_told_from_the_users(given: dict[str, str], expect
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="it is told from /proc")
 def test_torchruns_choice_does_not_stand() -> None:
-    words = [sys.executable, "-m", "myllm.torchrun", "--standalone", "--nproc_per_node=2", ROOT / "tests/six_cores.py"]
+    words = [
+        sys.executable,
+        "-m",
+        "myllm.distributed.elastic",
+        "--standalone",
+        "--nproc_per_node=2",
+        ROOT / "tests/six_cores.py",
+    ]
     done = subprocess.run(words, env=without_choice(), capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.count("3 threads, 6 usable core(s) for 2 processes") == 2
 

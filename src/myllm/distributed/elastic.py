@@ -1,4 +1,4 @@
-"""torchrun with exit codes that can be told apart: `python -m myllm.torchrun ARGUMENTS OF TORCHRUN`.
+"""torchrun with exit codes that can be told apart: `python -m myllm.distributed.elastic ARGUMENTS OF TORCHRUN`.
 
 torchrun itself ends with 1 whatever its processes ended with, and starts them again whatever ended them. Here a process
 that was killed or that failed with a traceback (exit code 1) is started again, as often as --max-restarts says. Any
@@ -22,10 +22,11 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher import api
 
-from .environment import set_for_libraries
-from .output import open_output
-from .ranks import ask_for_a_store_each_start, ask_for_exit_codes
-from .signals import exit_code
+from myllm.output import open_output
+from myllm.signals import exit_code
+
+from .launcher import ask_for_a_store_each_start, ask_for_exit_codes
+from .library_env import set_for_libraries
 
 DEFAULTS = ["--max-restarts=3", "--shutdown-timeout=120"]
 """Put before what the user gives: how often processes are started again, and how long they have to save when a signal

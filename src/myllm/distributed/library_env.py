@@ -5,8 +5,8 @@ They are read once, when a library is loaded, and its child processes inherit th
 
 import os
 
-from .cores import usable_cores
-from .ranks import launched, local_world_size
+from .cpu_threads import usable_cores
+from .launcher import launched, local_world_size
 
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
 """By any of these a user has chosen how threads wait."""

@@ -11,8 +11,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from myllm import paths
 
-from .cores import usable_cores
-from .hardware import cuda_devices, device_name, has_triton, why_no_cuda, why_not_this_card
+from .cpu_threads import usable_cores
+from .device_info import cuda_devices, device_name, has_triton, why_no_cuda, why_not_this_card
 from .precision import compute_dtype, has_bfloat16, in_words
 
 PACKAGES = ("torch", "numpy", "tiktoken", "tokenizers", "datasets", "huggingface_hub", "tyro")

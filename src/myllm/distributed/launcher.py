@@ -10,8 +10,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
-from .errors import UserError
-from .output import flush_output
+from myllm.errors import UserError
+from myllm.output import flush_output
 
 PLACES = ("RANK", "LOCAL_RANK", "GROUP_RANK")
 COUNTS = ("WORLD_SIZE", "LOCAL_WORLD_SIZE")
@@ -157,7 +157,7 @@ def exit_as(code: int) -> NoReturn:
     """End with the code of a run that was asked to stop.
 
     torchrun would start again what ends with anything but 0. So processes that it has started end with 0, and leave the
-    code to `myllm.torchrun`, which ends with it.
+    code to `myllm.distributed.elastic`, which ends with it.
     """
     file = os.environ.get("MYLLM_EXIT_CODE_FILE")
     if launched() and file and local_rank() == 0:

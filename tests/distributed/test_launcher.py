@@ -64,7 +64,7 @@ def test_variables_that_say_nothing_are_none(changes: dict[str, str | None]) -> 
 def test_who_is_waited_for_is_said_at_once() -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
-    code = "from myllm.distributed import process_group; process_group('cpu').__enter__()"
+    code = "from myllm.distributed.collectives import process_group; process_group('cpu').__enter__()"
     process = subprocess.Popen(
         [sys.executable, "-c", code], env=environment(MASTER_PORT=port), stderr=subprocess.PIPE, text=True
     )

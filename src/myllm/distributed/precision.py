@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
-from .config import RunConfig
+from myllm.config import RunConfig
 
 BFLOAT16_FROM = (8, 0)
 """Compute capability, Ampere's, from which NVIDIA's cards multiply in bfloat16, and in TF32. Source: CUDA C++

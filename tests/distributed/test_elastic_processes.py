@@ -18,7 +18,14 @@ from myllm.data.prepare import prepare
 
 pytestmark = pytest.mark.slow  # real processes, half a minute and more in all
 
-TORCHRUN = [sys.executable, "-m", "myllm.torchrun", "--standalone", "--nproc_per_node=2", str(ROOT / "pretrain.py")]
+TORCHRUN = [
+    sys.executable,
+    "-m",
+    "myllm.distributed.elastic",
+    "--standalone",
+    "--nproc_per_node=2",
+    str(ROOT / "pretrain.py"),
+]
 
 
 class Started:
@@ -124,7 +131,7 @@ def test_a_rank_that_fails_is_started_again_until_it_is_enough(tmp_path: Path) -
     script.write_text(
         "import os, sys\n"
         "count = int(os.environ['TORCHELASTIC_RESTART_COUNT'])\n"
-        "from myllm.ranks import restarted\n"
+        "from myllm.distributed.launcher import restarted\n"
         "assert restarted() == (count > 0)\n"
         "print('start', count, flush=True)\n"
         "sys.exit(int(sys.argv[1]) if count == int(sys.argv[2]) else 1)\n"
@@ -132,7 +139,7 @@ def test_a_rank_that_fails_is_started_again_until_it_is_enough(tmp_path: Path) -
     for code, at, starts in (("75", "2", 3), ("1", "0", 2)):
         words = ["--standalone", "--max-restarts=2" if at == "2" else "--max-restarts=1", str(script), code, at]
         done = subprocess.run(
-            [sys.executable, "-m", "myllm.torchrun", *words],
+            [sys.executable, "-m", "myllm.distributed.elastic", *words],
             capture_output=True, text=True, timeout=120, check=False,
             env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
         )  # fmt: skip
