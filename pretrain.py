@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))  # runs from a 
 
 if TYPE_CHECKING:
     from myllm.config import RunConfig
-    from myllm.data.shards import Dataset
+    from myllm.data.dataset import Dataset
     from myllm.paths import RunPaths
 
 
@@ -34,7 +34,7 @@ def main() -> None:
         if wanted.config.hub.repo and not wanted.prepare_only:
             check_publishing(wanted.config)
         if wanted.dry_run:
-            from myllm.data.beside import check_named
+            from myllm.data.prepare.background import check_named
 
             print(launch.describe(wanted))
             check_named(wanted.config.data)  # the plan is of use where the text is not, but this run could not start
@@ -65,8 +65,8 @@ def check_publishing(config: "RunConfig") -> None:
 
 def prepare_and_train(config: "RunConfig", prepare_only: bool, profile: bool = False, own_text: bool = False) -> None:
     started = time.monotonic()
-    from myllm.data.beside import check_named, prepared_beside
-    from myllm.data.prepare import prepare
+    from myllm.data.prepare.background import check_named, prepared_beside
+    from myllm.data.prepare.prepare import prepare
     from myllm.distributed import launcher as ranks
 
     if ranks.local_rank() == 0:

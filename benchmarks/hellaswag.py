@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from myllm.data.tokenizer import Tokenizer
+from myllm.data.tokenizer.load import Tokenizer
 from myllm.distributed.device_info import device_name
 from myllm.evals.hellaswag import Item, ending_totals, make_items
 from myllm.evals.hellaswag_data import load_examples

@@ -21,9 +21,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
-from myllm.data.loader import Loader
-from myllm.data.shards import Dataset
-from myllm.data.tokenizer import load_tokenizer
+from myllm.data.dataloader import Loader
+from myllm.data.dataset import Dataset
+from myllm.data.tokenizer.load import load_tokenizer
 from myllm.data.transfer import Batch
 from myllm.distributed.collectives import process_group
 from myllm.distributed.device_info import device_name

@@ -39,9 +39,9 @@ from tiktoken.load import load_tiktoken_bpe
 from tiktoken_ext.openai_public import r50k_pat_str
 
 from myllm.config import DataConfig
-from myllm.data.prepare import prepare
-from myllm.data.readers import cut_prose
-from myllm.data.tokenizer import Tokenizer
+from myllm.data.prepare.prepare import prepare
+from myllm.data.sources.readers import cut_prose
+from myllm.data.tokenizer.load import Tokenizer
 
 SHARD_TOKENS = 20_000_000
 DOCUMENT_CHARS = 3_000  # about the mean of FineWeb-Edu

@@ -16,9 +16,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from myllm import presets
 from myllm.checkpoint import TrainState, load_latest
-from myllm.data.order import DataPosition
-from myllm.data.room import size
-from myllm.data.tokenizer import load_tokenizer
+from myllm.data.prepare.disk_space import size
+from myllm.data.sampler import DataPosition
+from myllm.data.tokenizer.load import load_tokenizer
 from myllm.distributed.collectives import process_group
 from myllm.model.transformer import Transformer
 from myllm.optim.adamw import ScheduledAdamW

@@ -11,7 +11,7 @@ from throughput_ways import Way, Weights, has_transformers, ours, peer, peer_mod
 from torch import Tensor, nn
 
 from myllm.config import RunConfig
-from myllm.data.tokenizer import load_tokenizer
+from myllm.data.tokenizer.load import load_tokenizer
 from myllm.distributed import collectives as distributed
 from myllm.distributed.collectives import Process
 from myllm.distributed.precision import compute_dtype

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from myllm.config import ModelConfig, RunConfig
-from myllm.data.loader import Loader, batch_of
-from myllm.data.order import DataPosition, count_sequences, rank_rows, step_sequences, window_of
-from myllm.data.shards import Dataset
+from myllm.data.dataloader import Loader, batch_of
+from myllm.data.dataset import Dataset
+from myllm.data.sampler import DataPosition, count_sequences, rank_rows, step_sequences, window_of
 from myllm.data.transfer import Batch
 from myllm.distributed.collectives import Process
 from myllm.distributed.parallelize import last_of_step

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from myllm.checkpoint import TrainState, list_checkpoints, load, random_state, save, verify
-from myllm.data.order import DataPosition
+from myllm.data.sampler import DataPosition
 from myllm.retention import remove_unfinished
 
 CALLS = ("fsync", "rename", "replace", "mkdir", "rmdir", "unlink")

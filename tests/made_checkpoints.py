@@ -17,8 +17,8 @@ from conftest import write_corpus
 from myllm import checkpoint
 from myllm.checkpoint import TrainState
 from myllm.config import ModelConfig, RunConfig, to_dict
-from myllm.data.order import DataPosition
-from myllm.data.train_tokenizer import train_tokenizer
+from myllm.data.sampler import DataPosition
+from myllm.data.tokenizer.train import train_tokenizer
 from myllm.files import file_sha256
 
 Save = Callable[..., Path]

@@ -9,7 +9,7 @@ import torch
 from myllm import checkpoint
 from myllm.checkpoint import TrainState
 from myllm.config import HubConfig, RunConfig, to_dict
-from myllm.data.order import DataPosition
+from myllm.data.sampler import DataPosition
 from myllm.paths import RunPaths
 
 TOKEN = "hf_averysecrettoken"

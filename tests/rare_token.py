@@ -8,8 +8,8 @@ import torch
 
 from myllm import train
 from myllm.config import ModelConfig, RunConfig
-from myllm.data.order import DataPosition, count_sequences, step_sequences, window_of
-from myllm.data.shards import Dataset
+from myllm.data.dataset import Dataset
+from myllm.data.sampler import DataPosition, count_sequences, step_sequences, window_of
 from myllm.model.transformer import Transformer
 
 

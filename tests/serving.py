@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 
 from myllm.config import ModelConfig
-from myllm.data.tokenizer import Tokenizer
+from myllm.data.tokenizer.load import Tokenizer
 from myllm.loading import LanguageModel
 from myllm.model.transformer import Transformer
 from myllm.sampling import Sampling

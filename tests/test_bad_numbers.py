@@ -22,10 +22,10 @@ from myllm.bags import find_bag, read_bag
 from myllm.checkpoint import TrainState, checkpoint_folder, list_checkpoints, load
 from myllm.cli import main
 from myllm.config import RunConfig, TrainConfig
-from myllm.data.loader import batch_of
-from myllm.data.order import DataPosition
-from myllm.data.prepare import prepare
-from myllm.data.shards import Dataset
+from myllm.data.dataloader import batch_of
+from myllm.data.dataset import Dataset
+from myllm.data.prepare.prepare import prepare
+from myllm.data.sampler import DataPosition
 from myllm.distributed.collectives import process_group
 from myllm.errors import UserError
 from myllm.guard import Guard

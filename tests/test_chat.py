@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 
 from myllm.completion import stream_text
-from myllm.data.tokenizer import Tokenizer, load_tokenizer
+from myllm.data.tokenizer.load import Tokenizer, load_tokenizer
 
 R50K = Tokenizer()
 

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, TensorSt
 from myllm import checkpoint, cli, retention
 from myllm.checkpoint import Snapshot, TrainState, list_checkpoints, load, load_latest, save, verify
 from myllm.config import RunConfig, TrainConfig
-from myllm.data.order import DataPosition
+from myllm.data.sampler import DataPosition
 from myllm.errors import UserError
 from myllm.planning.batch import checkpoint_bytes, disk_estimate_bytes, n_kept, n_saves, stored_parameters
 from myllm.retention import SPARE_BYTES, Keep, check_room, check_run_room, run_bytes, save_due, step_of
@@ -231,7 +231,7 @@ FULL_DISK = """
 import resource, sys, torch
 from pathlib import Path
 from myllm.checkpoint import TrainState, random_state, save
-from myllm.data.order import DataPosition
+from myllm.data.sampler import DataPosition
 from myllm.errors import UserError
 
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))  # a write beyond 1 MiB fails, as on a full disk

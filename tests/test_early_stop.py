@@ -15,7 +15,7 @@ from test_train import run, run_until
 from myllm import checkpoint
 from myllm.checkpoint import list_checkpoints, load, verify
 from myllm.config import RunConfig
-from myllm.data.prepare import prepare
+from myllm.data.prepare.prepare import prepare
 from myllm.distributed.collectives import process_group
 from myllm.early_stop import EarlyStop
 from myllm.errors import UserError

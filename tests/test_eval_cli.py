@@ -12,7 +12,7 @@ from made_checkpoints import rewrite
 
 from myllm import cli, eval_results, eval_tasks
 from myllm.config import RunConfig
-from myllm.data.prepare import prepare
+from myllm.data.prepare.prepare import prepare
 from myllm.distributed.collectives import process_group
 from myllm.errors import UserError
 from myllm.eval_results import add, read

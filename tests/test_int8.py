@@ -14,7 +14,7 @@ from conftest import ROOT
 from myllm import checkpoint, cli, int8, loading, paths
 from myllm.checkpoint import TrainState
 from myllm.config import ModelConfig, RunConfig, to_dict
-from myllm.data.order import DataPosition
+from myllm.data.sampler import DataPosition
 from myllm.errors import UserError
 from myllm.generation import Continuation, continue_batch, stream
 from myllm.int8 import RowsEmbedding, quantize_int8, weight_bytes, weight_type

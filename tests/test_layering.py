@@ -138,7 +138,7 @@ def tree(file: Path) -> ast.Module:
 
 
 def module_name(file: Path) -> str:
-    """`myllm.data.shards` for src/myllm/data/shards.py."""
+    """`myllm.data.dataset` for src/myllm/data/shards.py."""
     if file == ENTRY_POINT:
         return "myllm.pretrain"
     return ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
@@ -161,7 +161,7 @@ def imported_modules(file: Path) -> Iterator[str]:
 
 
 def room(name: str) -> str | None:
-    """`data` for `myllm.data.shards`; None for what is not ours, and for the package itself."""
+    """`data` for `myllm.data.dataset`; None for what is not ours, and for the package itself."""
     words = name.split(".")
     rooms = set().union(*FLOORS)
     return words[1] if len(words) > 1 and words[0] == "myllm" and words[1] in rooms else None

@@ -11,8 +11,8 @@ from conftest import ROOT, write_corpus, write_run_config
 
 from myllm.begun import as_begun
 from myllm.config import DataConfig, RunConfig, to_dict
-from myllm.data.prepare import prepare
-from myllm.data.shards import FORMAT, find_dataset
+from myllm.data.dataset import FORMAT, find_dataset
+from myllm.data.prepare.prepare import prepare
 from myllm.errors import UserError
 from myllm.launch import base_config, config_files, names_own_text, parse
 from myllm.planning import batch as plan

@@ -9,9 +9,9 @@ from model.test_kv_cache import model_of
 from myllm import checkpoint
 from myllm.checkpoint import TrainState
 from myllm.config import ModelConfig, RunConfig, TrainConfig, to_dict
-from myllm.data.order import DataPosition
-from myllm.data.tokenizer import load_tokenizer
-from myllm.data.train_tokenizer import train_tokenizer
+from myllm.data.sampler import DataPosition
+from myllm.data.tokenizer.load import load_tokenizer
+from myllm.data.tokenizer.train import train_tokenizer
 from myllm.errors import UserError
 from myllm.generation import Continuation, continue_batch
 from myllm.int8 import weight_type

@@ -18,8 +18,8 @@ from myllm import guard
 from myllm import train as loop
 from myllm.checkpoint import TrainState, list_checkpoints, load
 from myllm.config import RunConfig, TrainConfig
-from myllm.data.order import DataPosition
-from myllm.data.prepare import prepare
+from myllm.data.prepare.prepare import prepare
+from myllm.data.sampler import DataPosition
 from myllm.distributed import doctor
 from myllm.distributed.collectives import Process, process_group
 from myllm.distributed.parallelize import wrap

@@ -12,7 +12,7 @@ from test_train import run, run_until
 from myllm import meter as meters
 from myllm import train as loop
 from myllm.config import RunConfig
-from myllm.data.loader import Loader
+from myllm.data.dataloader import Loader
 from myllm.meter import console_line, progress, time_line
 from myllm.report.history import read_metrics
 from myllm.report.times import times_section

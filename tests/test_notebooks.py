@@ -12,7 +12,7 @@ from nbclient import NotebookClient
 
 from myllm.completion import generate
 from myllm.config import ModelConfig, RunConfig
-from myllm.data.tokenizer import Tokenizer
+from myllm.data.tokenizer.load import Tokenizer
 from myllm.exporting.folder import Source, export_folder
 from myllm.loading import LanguageModel
 from myllm.model.transformer import Transformer

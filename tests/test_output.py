@@ -25,7 +25,7 @@ from conftest import ROOT, command, losses, with_train, write_run_config
 
 from myllm.checkpoint import list_checkpoints, load
 from myllm.config import RunConfig
-from myllm.data.prepare import prepare
+from myllm.data.prepare.prepare import prepare
 from myllm.heartbeat import status
 from myllm.metrics import JsonLines, Log
 from myllm.output import LineFile, open_output

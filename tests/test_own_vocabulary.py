@@ -10,9 +10,9 @@ from conftest import eval_rows, losses, with_train
 from myllm.cli import main as myllm
 from myllm.completion import stream_text
 from myllm.config import RunConfig, load_json
-from myllm.data.prepare import prepare
-from myllm.data.shards import find_dataset
-from myllm.data.tokenizer import load_tokenizer
+from myllm.data.dataset import find_dataset
+from myllm.data.prepare.prepare import prepare
+from myllm.data.tokenizer.load import load_tokenizer
 from myllm.data_cli import verify
 from myllm.distributed.collectives import process_group
 from myllm.errors import UserError

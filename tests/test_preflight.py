@@ -25,8 +25,8 @@ from myllm import micro_batch, paths, preflight_report, rehearsal
 from myllm import preflight as preflight_module
 from myllm.cli import main
 from myllm.config import RunConfig, load_json
-from myllm.data.prepare import prepare
-from myllm.data.tokenizer import load_tokenizer
+from myllm.data.prepare.prepare import prepare
+from myllm.data.tokenizer.load import load_tokenizer
 from myllm.distributed import precision
 from myllm.distributed.collectives import Process
 from myllm.errors import UserError

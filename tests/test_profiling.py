@@ -9,7 +9,7 @@ import pytest
 from conftest import losses, with_train
 
 from myllm.config import RunConfig
-from myllm.data.prepare import prepare
+from myllm.data.prepare.prepare import prepare
 from myllm.distributed.collectives import process_group
 from myllm.kernel_costs import PHASES, Cost, read, table
 from myllm.profiling import STEPS, WARMUP_STEPS, quiet_window

@@ -9,7 +9,7 @@ import torch
 
 from myllm.checkpoint import TrainState, save
 from myllm.config import RunConfig, to_dict
-from myllm.data.order import DataPosition
+from myllm.data.sampler import DataPosition
 from myllm.errors import UserError
 from myllm.loading import find_model
 from myllm.paths import RunPaths

@@ -19,7 +19,7 @@ from test_train import run
 from myllm import checkpoint, retention
 from myllm.checkpoint import Snapshot, list_checkpoints, load, verify
 from myllm.config import RunConfig
-from myllm.data.prepare import prepare
+from myllm.data.prepare.prepare import prepare
 from myllm.distributed.collectives import process_group
 from myllm.errors import UserError
 from myllm.meter import Diverged

@@ -17,7 +17,7 @@ from conftest import ROOT, command, launch, losses, with_train, write_run_config
 
 from myllm.checkpoint import list_checkpoints, load
 from myllm.config import RunConfig
-from myllm.data.prepare import prepare
+from myllm.data.prepare.prepare import prepare
 from myllm.distributed.collectives import process_group
 from myllm.errors import UserError
 from myllm.heartbeat import Heartbeat, starting, status

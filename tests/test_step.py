@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from myllm import kernels
 from myllm.checkpoint import TrainState
 from myllm.config import RunConfig
-from myllm.data.order import DataPosition
+from myllm.data.sampler import DataPosition
 from myllm.distributed.collectives import Process
 from myllm.distributed.parallelize import wrap
 from myllm.guard import Guard

@@ -14,7 +14,7 @@ from conftest import ROOT
 from made_checkpoints import SMALL, Save
 
 from myllm.cli import COMMANDS, main
-from myllm.data.prepare import clear_disk_errors
+from myllm.data.prepare.prepare import clear_disk_errors
 from myllm.errors import UserError
 from myllm.files import full_place, in_words, naming, replacing
 from myllm.launch import clear_errors, parse

@@ -51,7 +51,7 @@ def test_an_installed_package_tokenizes_and_keeps_its_data_in_the_current_folder
     script = """
 import myllm
 from myllm import paths
-from myllm.data.tokenizer import Tokenizer
+from myllm.data.tokenizer.load import Tokenizer
 print(myllm.__file__)
 print(Tokenizer().decode(Tokenizer().encode("Hello, world")))
 print(paths.temp_data())

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from myllm.config import RunConfig
-from myllm.data.tokenizer import load_tokenizer
+from myllm.data.tokenizer.load import load_tokenizer
 from myllm.distributed.precision import autocast
 from myllm.evals.hellaswag import CHOICES, Example, Item, hellaswag_sums, make_items
 from myllm.model.transformer import Transformer

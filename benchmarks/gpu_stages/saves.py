@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 
-from myllm.data.tokenizer import load_tokenizer
+from myllm.data.tokenizer.load import load_tokenizer
 from myllm.paths import RunPaths
 from myllm.saving import Saver
 

@@ -11,11 +11,11 @@ from torch import Tensor
 from myllm import checkpoint
 from myllm.checkpoint import TrainState
 from myllm.config import RunConfig
-from myllm.data.loader import Loader
-from myllm.data.order import count_sequences
-from myllm.data.receipt import Receipt
-from myllm.data.shards import Dataset
-from myllm.data.tokenizer import load_tokenizer
+from myllm.data.dataloader import Loader
+from myllm.data.dataset import Dataset
+from myllm.data.sample_digest import Receipt
+from myllm.data.sampler import count_sequences
+from myllm.data.tokenizer.load import load_tokenizer
 from myllm.distributed.collectives import Process
 from myllm.paths import RunPaths
 from myllm.planning import batch as plan

@@ -13,11 +13,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from myllm.data.loader import batch_of, read_rows
-from myllm.data.order import count_sequences, rank_rows, step_sequences, window_of
-from myllm.data.shards import Dataset
-from myllm.data.tokenizer import Tokenizer
-from myllm.distributed import collectives as distributed
+from myllm.data.dataloader import batch_of, read_rows
+from myllm.data.dataset import Dataset
+from myllm.data.sampler import count_sequences, rank_rows, step_sequences, window_of
+from myllm.data.tokenizer.load import Tokenizer
 from myllm.distributed.collectives import Process
 from myllm.distributed.device_info import device_name
 from myllm.distributed.parallelize import full, gathered
@@ -30,6 +29,7 @@ from .bags import Bag, bag_folder, write_bag
 from .checkpoint import TrainState, restore_random_state
 from .config import RunConfig, to_dict
 from .diagnosis import Diagnosis, diagnose
+from .distributed import collectives as distributed
 from .guard import Guard, LeftOut
 from .meter import Diverged
 from .metrics import Log

@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict, replace
 
 from myllm import paths
-from myllm.data.shards import FORMAT, MANIFEST
+from myllm.data.dataset import FORMAT, MANIFEST
 
 from .config import DataConfig, RunConfig, load_json
 from .errors import UserError

@@ -28,10 +28,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from myllm import sharded
-from myllm.data.order import DataPosition
-from myllm.data.receipt import Receipt
-from myllm.distributed import collectives as distributed
+from myllm.data.sample_digest import Receipt
+from myllm.data.sampler import DataPosition
 
+from .distributed import collectives as distributed
 from .early_stop import EarlyStop
 from .errors import UserError
 from .files import file_sha256, fsync_folder, naming, out_of_space, read_json, write_json, write_text

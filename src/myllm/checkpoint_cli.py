@@ -41,7 +41,7 @@ def list_all(where: Positional[str], as_json: Annotated[bool, tyro.conf.arg(name
         where: a run's name or folder.
         as_json: print a JSON object a line instead: folder, step, tokens, bytes, validation_loss, where, state.
     """
-    from myllm.data.room import size
+    from myllm.data.prepare.disk_space import size
 
     from .nonfinite import json_safe
 

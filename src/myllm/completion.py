@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import overload
 
-from myllm.data.tokenizer import Tokenizer
+from myllm.data.tokenizer.load import Tokenizer
 
 from .errors import UserError
 from .generation import Continuation, Finish, continue_batch

@@ -12,14 +12,14 @@ from .config import DataConfig, RunConfig
 from .errors import UserError
 
 if TYPE_CHECKING:
-    from myllm.data.shards import Dataset
+    from myllm.data.dataset import Dataset
 
 Positional = tyro.conf.Positional
 
 
 def list_sources() -> None:
     """List known data sources and prepared data sets."""
-    from myllm.data.catalog import CORPORA
+    from myllm.data.sources.catalog import CORPORA
 
     rows = [("source", "download", "tokens", "licence", "text", "layout")]
     rows += [
@@ -40,7 +40,7 @@ def list_sources() -> None:
 def _list_prepared() -> None:
     """The data sets under temp_data/datasets, and how far each is."""
     from myllm import paths
-    from myllm.data.shards import MANIFEST, PROGRESS, SETTINGS, Dataset
+    from myllm.data.dataset import MANIFEST, PROGRESS, SETTINGS, Dataset
 
     folders = sorted(path.parent for path in paths.datasets().glob(f"[!.]*/{SETTINGS}"))
     print(
@@ -77,8 +77,8 @@ def estimate(
         text_column: None: the source's own.
         workers: processes to reckon with; 0: one a core.
     """
-    from myllm.data.estimate import estimate as measure
-    from myllm.data.recipe import recipe_of
+    from myllm.data.prepare.estimate import estimate as measure
+    from myllm.data.prepare.spec import recipe_of
     from myllm.distributed.cpu_threads import usable_cores
 
     if target is not None and documents is not None:
@@ -181,8 +181,8 @@ def prepare(source: Positional[str], options: Annotated[PrepareOptions, tyro.con
         source: a name of `myllm data list`, hub:NAMESPACE/NAME[:GLOB], or files:PATH for a file, folder or glob.
         options: of the preparation.
     """
-    from myllm.data.parts import prepare_part
-    from myllm.data.prepare import prepare as make
+    from myllm.data.prepare.multi_machine import prepare_part
+    from myllm.data.prepare.prepare import prepare as make
 
     config = options.config(source)
     if options.part is None:
@@ -200,8 +200,8 @@ def seal(name: Positional[str], workers: int = 0) -> None:
         name: the data set's folder under temp_data/datasets, or the start of its name.
         workers: processes; 0: one a core.
     """
-    from myllm.data.parts import seal as join
-    from myllm.data.shards import SETTINGS, find_folder
+    from myllm.data.dataset import SETTINGS, find_folder
+    from myllm.data.prepare.multi_machine import seal as join
 
     _say_made(join(find_folder(name, (SETTINGS,)), workers))
 
@@ -214,8 +214,8 @@ def verify(name: Positional[str], repair: bool = False, workers: int = 0) -> Non
         repair: make damaged and missing shards again from the source, and nothing else.
         workers: processes that repair; 0: one a core.
     """
-    from myllm.data.repair import repair as mend
-    from myllm.data.shards import Dataset, find_folder
+    from myllm.data.dataset import Dataset, find_folder
+    from myllm.data.prepare.repair import repair as mend
 
     dataset = Dataset.read(find_folder(name))
     damaged = dataset.damaged()
@@ -249,8 +249,8 @@ def show(
         seq_len: tokens a sequence, as model.max_seq_len.
         train_seed: count sequences in the order in which a run with this train.seed takes them; None: as they lie.
     """
-    from myllm.data.shards import find_dataset
-    from myllm.data.show import describe_tokens, document_at, sequence_at
+    from myllm.data.dataset import find_dataset
+    from myllm.data.inspect import describe_tokens, document_at, sequence_at
 
     if (document is None) == (sequence is None):
         raise UserError("give --document N or --sequence N, one of them")

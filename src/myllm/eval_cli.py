@@ -63,7 +63,7 @@ def evaluate(
     _check(tasks, batch_size, hellaswag_examples)
     paths.check_model(model)  # before the seconds that torch takes
     if dataset is not None:
-        from myllm.data.shards import find_folder
+        from myllm.data.dataset import find_folder
 
         find_folder(dataset)
     subject = resolve(model, device, int8, precision)

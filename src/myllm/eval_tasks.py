@@ -14,8 +14,8 @@ from .paths import user_path
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from myllm.data.shards import Dataset
-    from myllm.data.tokenizer import Tokenizer
+    from myllm.data.dataset import Dataset
+    from myllm.data.tokenizer.load import Tokenizer
     from myllm.model.transformer import Transformer
 
     from .config import RunConfig
@@ -211,7 +211,7 @@ Sums = Callable[["Transformer"], "Tensor"]
 
 
 def _held_out_sums(subject: Subject, choices: Choices) -> tuple[dict[str, Any], Sums]:
-    from myllm.data.order import count_sequences
+    from myllm.data.sampler import count_sequences
     from myllm.evals.validation import validation_batches
 
     data, context = _held_out(subject, choices), subject.model.config.max_seq_len
@@ -224,7 +224,7 @@ def _held_out_sums(subject: Subject, choices: Choices) -> tuple[dict[str, Any], 
 
 def _text_sums(subject: Subject, choices: Choices, file: Path) -> tuple[dict[str, Any], Sums, int]:
     """Settings, sums, and the text's length in bytes."""
-    from myllm.data.encodings import NotText, decode_text
+    from myllm.data.sources.text_encoding import NotText, decode_text
     from myllm.evals.perplexity import window_batches, windows
 
     file = user_path(file)
@@ -263,7 +263,7 @@ def _held_out(subject: Subject, choices: Choices) -> "Dataset":
     Raises:
         UserError: it is not here, or is one of another vocabulary.
     """
-    from myllm.data.shards import find_dataset
+    from myllm.data.dataset import find_dataset
 
     found = find_dataset(choices.dataset) if choices.dataset is not None else _trained_on(subject)
     made_with = found.manifest["tokenizer"]
@@ -280,7 +280,7 @@ def _trained_on(subject: Subject) -> "Dataset":
     Raises:
         UserError: it is not here, or damaged.
     """
-    from myllm.data.shards import Dataset
+    from myllm.data.dataset import Dataset
 
     named = subject.config.data.dataset
     folders = [each.parent for each in paths.datasets().glob("[!.]*/manifest.json")]

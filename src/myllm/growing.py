@@ -2,13 +2,13 @@
 
 import time
 
-from myllm.data.beside import check_at_work, how_far
-from myllm.data.loader import has_step
-from myllm.data.order import DataPosition, count_sequences
-from myllm.data.shards import Dataset
-from myllm.distributed import collectives as distributed
+from myllm.data.dataloader import has_step
+from myllm.data.dataset import Dataset
+from myllm.data.prepare.background import check_at_work, how_far
+from myllm.data.sampler import DataPosition, count_sequences
 from myllm.planning.batch import BatchPlan
 
+from .distributed import collectives as distributed
 from .errors import UserError
 from .meter import Meter
 from .metrics import Log

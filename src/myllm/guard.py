@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from myllm.data.order import DataPosition
+from myllm.data.sampler import DataPosition
 from myllm.distributed.precision import scales_loss
 
 from .checkpoint import TrainState, random_state

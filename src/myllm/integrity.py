@@ -4,8 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from myllm.distributed import collectives as distributed
-
+from .distributed import collectives as distributed
 from .errors import UserError
 from .files import file_sha256, read_json
 from .retention import MANIFEST, is_step, saved_step, step_of

@@ -6,13 +6,13 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from myllm.distributed import launcher as ranks
 from myllm.distributed.collectives import Process
 from myllm.distributed.parallelize import compiles, wrap
 from myllm.distributed.precision import compute_dtype, float32_products, has_bfloat16, in_words, may_use_tf32
 from myllm.model.transformer import Transformer
 
 from .config import RunConfig
+from .distributed import launcher as ranks
 from .model import attention_backend as sdpa
 
 

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from myllm.data.tokenizer import Tokenizer
+from myllm.data.tokenizer.load import Tokenizer
 from myllm.model.transformer import Transformer
 
 

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import tyro
 
-from myllm.distributed import launcher as ranks
 from myllm.planning.flops import flops_per_token
 from myllm.planning.validation import check
 
 from .arguments import parse_arguments, version, wrap_help
 from .config import DataConfig, RunConfig, TrainConfig, from_dict, read_values
+from .distributed import launcher as ranks
 from .errors import MachineError, UserError
 from .files import in_words
 from .output import flush_output, reader_left

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from myllm import importing, paths
-from myllm.data.tokenizer import Tokenizer
+from myllm.data.tokenizer.load import Tokenizer
 from myllm.distributed.collectives import choose_device
 from myllm.distributed.precision import compute_dtype
 from myllm.model.transformer import Transformer

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from myllm.data.order import count_sequences
-from myllm.data.shards import Dataset
-from myllm.data.tokenizer import Tokenizer
-from myllm.distributed import collectives as distributed
+from myllm.data.dataset import Dataset
+from myllm.data.sampler import count_sequences
+from myllm.data.tokenizer.load import Tokenizer
 from myllm.distributed.collectives import Process
 from myllm.distributed.precision import autocast
 from myllm.evals.hellaswag_data import load_examples
@@ -21,6 +20,7 @@ from myllm.model.transformer import Transformer
 from .checkpoint import TrainState
 from .completion import complete
 from .config import RunConfig
+from .distributed import collectives as distributed
 from .errors import UserError
 from .evals import cloze, hellaswag, perplexity
 from .heartbeat import Heartbeat

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from myllm.data.loader import Loader
-from myllm.data.receipt import Receipt
-from myllm.distributed import collectives as distributed
+from myllm.data.dataloader import Loader
+from myllm.data.sample_digest import Receipt
 from myllm.distributed.collectives import Process
 from myllm.distributed.device_info import device_name
 from myllm.distributed.precision import scales_loss
@@ -19,6 +18,7 @@ from myllm.planning.flops import flops_per_token, peak_flops
 
 from .checkpoint import TrainState
 from .config import RunConfig
+from .distributed import collectives as distributed
 from .metrics import TRAINING, JsonLines, Log, Stopwatch
 
 WORTH_SAYING = 0.01

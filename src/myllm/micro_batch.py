@@ -7,15 +7,15 @@ from typing import Any
 import torch
 
 from myllm import paths
-from myllm.data.shards import Dataset
-from myllm.data.tokenizer import Tokenizer
-from myllm.distributed import collectives as distributed
+from myllm.data.dataset import Dataset
+from myllm.data.tokenizer.load import Tokenizer
 from myllm.distributed.collectives import Process
 from myllm.distributed.device_info import device_name
 from myllm.planning.memory_estimate import Computing, predicted_bytes
 from myllm.report.history import read_config, read_object
 
 from .config import RunConfig, saved_config, to_dict
+from .distributed import collectives as distributed
 from .errors import UserError
 from .files import write_json
 from .paths import RunPaths

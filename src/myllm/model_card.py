@@ -12,7 +12,7 @@ import shlex
 from dataclasses import dataclass, replace
 from typing import Any
 
-from myllm.data.catalog import corpus_of, source_of
+from myllm.data.sources.catalog import corpus_of, source_of
 from myllm.report.history import (
     Metrics,
     Row,

@@ -14,13 +14,13 @@ from pathlib import Path
 from statistics import median
 
 from myllm import checkpoint
-from myllm.data.shards import Dataset
-from myllm.data.tokenizer import Tokenizer
-from myllm.distributed import collectives as distributed
+from myllm.data.dataset import Dataset
+from myllm.data.tokenizer.load import Tokenizer
 from myllm.distributed.collectives import Process
 from myllm.distributed.parallelize import gathered
 
 from .config import RunConfig
+from .distributed import collectives as distributed
 from .errors import UserError
 from .heartbeat import Heartbeat
 from .loop_evals import Eval, Poll, planned_evals, run_eval

@@ -3,8 +3,7 @@
 import signal
 from dataclasses import dataclass
 
-from myllm.distributed import launcher as ranks
-
+from .distributed import launcher as ranks
 from .errors import UserError
 from .launch import AskedRun, parse_as
 from .output import open_output
@@ -48,7 +47,7 @@ def preflight(words: list[str]) -> None:
         value = getattr(wanted, name)
         if value is not None and not 0 < value < float("inf"):
             raise UserError(f"--{name.replace('_', '-')} is {value}, but must be above 0 and finite")
-    from myllm.data.beside import check_named
+    from myllm.data.prepare.background import check_named
 
     if ranks.local_rank() == 0:
         check_named(wanted.config.data)  # before the seconds that torch takes

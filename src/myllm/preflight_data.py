@@ -5,10 +5,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from myllm import paths
-from myllm.data.catalog import CORPORA
-from myllm.data.recipe import recipe_of
-from myllm.data.shards import MANIFEST, SETTINGS, Dataset, find_dataset
-from myllm.data.tokenizer import Tokenizer, load_tokenizer
+from myllm.data.dataset import MANIFEST, SETTINGS, Dataset, find_dataset
+from myllm.data.prepare.spec import recipe_of
+from myllm.data.sources.catalog import CORPORA
+from myllm.data.tokenizer.load import Tokenizer, load_tokenizer
 
 from .amounts import parse_count
 from .config import DataConfig, RunConfig

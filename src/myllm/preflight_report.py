@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from math import ceil, isfinite
 from typing import TYPE_CHECKING
 
-from myllm.data.room import size
+from myllm.data.prepare.disk_space import size
 from myllm.distributed.collectives import Process
 from myllm.distributed.device_info import device_name, has_triton
 from myllm.distributed.precision import in_words

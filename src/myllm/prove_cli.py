@@ -10,11 +10,11 @@ from typing import Annotated
 import tyro
 
 from myllm import paths
-from myllm.distributed import launcher as ranks
 from myllm.planning.validation import check
 
 from .arguments import parse_arguments
 from .config import RunConfig
+from .distributed import launcher as ranks
 from .errors import UserError
 from .launch import base_config, config_files
 from .presets import shrunk

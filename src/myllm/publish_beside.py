@@ -18,7 +18,7 @@ from multiprocessing.queues import Queue
 from pathlib import Path
 
 from myllm import publishing
-from myllm.data.units import start_worker
+from myllm.data.prepare.work_items import start_worker
 
 from .config import HubConfig, RunConfig
 from .errors import UserError

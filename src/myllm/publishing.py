@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from myllm.data.fetch import is_final, retry_after
-from myllm.data.listing import first_line, hub_endpoint
-from myllm.data.room import size
+from myllm.data.prepare.disk_space import size
+from myllm.data.sources.download import is_final, retry_after
+from myllm.data.sources.hub_listing import first_line, hub_endpoint
 from myllm.report.history import read_config, read_object
 
 from .config import HubConfig, ModelConfig, saved_config, to_dict

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
-from myllm.data.catalog import source_of
+from myllm.data.sources.catalog import source_of
 
 from .config import to_dict
 from .presets import preset

@@ -18,12 +18,10 @@ import numpy as np
 import torch
 
 from myllm import paths
-from myllm.data.loader import Loader
-from myllm.data.order import DataPosition
-from myllm.data.shards import FORMAT, MANIFEST, Dataset, Shard
-from myllm.data.tokenizer import Tokenizer
-from myllm.distributed import collectives as distributed
-from myllm.distributed import launcher as ranks
+from myllm.data.dataloader import Loader
+from myllm.data.dataset import FORMAT, MANIFEST, Dataset, Shard
+from myllm.data.sampler import DataPosition
+from myllm.data.tokenizer.load import Tokenizer
 from myllm.distributed.collectives import Process
 from myllm.distributed.device_info import device_name
 from myllm.distributed.parallelize import spread
@@ -34,6 +32,8 @@ from myllm.planning.memory_estimate import HEADROOM
 
 from .checkpoint import TrainState, random_state, restore_random_state
 from .config import RunConfig
+from .distributed import collectives as distributed
+from .distributed import launcher as ranks
 from .errors import UserError
 from .files import file_sha256, locked, write_json
 from .guard import Guard

@@ -5,9 +5,9 @@ from dataclasses import replace
 import torch
 
 from myllm import checkpoint, sharded
-from myllm.data.order import DataPosition
-from myllm.data.receipt import Receipt
-from myllm.data.shards import Dataset
+from myllm.data.dataset import Dataset
+from myllm.data.sample_digest import Receipt
+from myllm.data.sampler import DataPosition
 from myllm.distributed.collectives import Process
 from myllm.model.transformer import Transformer
 from myllm.optim.adamw import ScheduledAdamW

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from myllm.data.room import size
+from myllm.data.prepare.disk_space import size
 from myllm.planning.batch import n_kept, n_saves, stored_parameters
 
 from .config import RunConfig

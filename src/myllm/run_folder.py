@@ -11,12 +11,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from myllm.distributed import collectives as distributed
 from myllm.distributed.collectives import Process
 from myllm.report.history import read_object
 
 from .checkpoint import TOKENIZER, Checkpoint, checkpoint_folder, load, load_newest
 from .config import RunConfig, saved_config, to_dict
+from .distributed import collectives as distributed
 from .errors import UserError
 from .files import fsync_folder, locked, write_json
 from .integrity import MANIFEST, MODEL, misnamed, verify

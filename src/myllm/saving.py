@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from myllm import checkpoint, retention, sharded
-from myllm.data.tokenizer import Tokenizer
-from myllm.distributed import collectives as distributed
+from myllm.data.tokenizer.load import Tokenizer
 from myllm.distributed.collectives import Process
 from myllm.model.transformer import Transformer
 from myllm.optim.adamw import ScheduledAdamW
 
 from .checkpoint import Snapshot, TrainState
 from .config import RunConfig, to_dict
+from .distributed import collectives as distributed
 from .meter import Diverged
 from .paths import RunPaths
 from .retention import Keep

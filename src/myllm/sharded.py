@@ -19,8 +19,7 @@ from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner,
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
-from myllm.distributed import collectives as distributed
-
+from .distributed import collectives as distributed
 from .errors import UserError
 
 METADATA = ".metadata"

@@ -20,8 +20,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
 
-from myllm.distributed import launcher as ranks
-
+from .distributed import launcher as ranks
 from .meter import duration
 
 UNFINISHED = os.EX_TEMPFAIL  # 75

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor, nn
 
-from myllm.data.loader import Loader
+from myllm.data.dataloader import Loader
 from myllm.distributed.collectives import Process
 from myllm.distributed.parallelize import clear_gradients, full, last_of_step
 from myllm.distributed.precision import autocast, repeatable

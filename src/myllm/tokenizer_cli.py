@@ -19,8 +19,8 @@ from .files import check_writable
 from .paths import user_path
 
 if TYPE_CHECKING:
-    from myllm.data.sources import Source
-    from myllm.data.tokenizer import Tokenizer
+    from myllm.data.sources.source import Source
+    from myllm.data.tokenizer.load import Tokenizer
 
 Positional = tyro.conf.Positional
 
@@ -47,10 +47,10 @@ def tokenizer_train(
         out: the file; None: temp_data/tokenizers/SOURCE-SIZE/tokenizer.json.
         overwrite: replace a file that is there.
     """
-    from myllm.data.recipe import Recipe
-    from myllm.data.sources import find_source
-    from myllm.data.tokenizer import TOKENIZER_FILE, Tokenizer
-    from myllm.data.train_tokenizer import train_tokenizer
+    from myllm.data.prepare.spec import Recipe
+    from myllm.data.sources.source import find_source
+    from myllm.data.tokenizer.load import TOKENIZER_FILE, Tokenizer
+    from myllm.data.tokenizer.train import train_tokenizer
 
     if documents < 0:
         raise UserError(f"--documents is {documents}, but must be at least 0 (0: all)")
@@ -101,10 +101,10 @@ def _compare(tokenizer: "Tokenizer", default: "Tokenizer", texts: list[str]) -> 
 
 def _documents(found: "Source", limit: int) -> Iterator[str]:
     """The source's first documents, in the seeded order of its files. Downloads are deleted again."""
-    from myllm.data.fetch import fetch
-    from myllm.data.sources import documents
-    from myllm.data.task import Faults
-    from myllm.data.units import order_files
+    from myllm.data.prepare.work_items import order_files
+    from myllm.data.sources.download import fetch
+    from myllm.data.sources.read_task import Faults
+    from myllm.data.sources.source import documents
 
     def every() -> Iterator[str]:
         with tempfile.TemporaryDirectory(dir=paths.tokenizers()) as folder:

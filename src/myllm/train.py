@@ -12,13 +12,11 @@ import torch
 from tqdm import tqdm
 
 from myllm import bad_step, checkpoint, garbage
-from myllm.data.beside import how_far
-from myllm.data.loader import Loader
-from myllm.data.order import DataPosition, count_sequences
-from myllm.data.shards import Dataset
-from myllm.data.tokenizer import load_tokenizer
-from myllm.distributed import collectives as distributed
-from myllm.distributed import launcher as ranks
+from myllm.data.dataloader import Loader
+from myllm.data.dataset import Dataset
+from myllm.data.prepare.background import how_far
+from myllm.data.sampler import DataPosition, count_sequences
+from myllm.data.tokenizer.load import load_tokenizer
 from myllm.distributed.collectives import Process
 from myllm.distributed.cpu_threads import threads_reason
 from myllm.distributed.device_info import device_name
@@ -29,6 +27,8 @@ from myllm.optim.adamw import ScheduledAdamW
 
 from .checkpoint import TrainState
 from .config import DataConfig, RunConfig, to_dict
+from .distributed import collectives as distributed
+from .distributed import launcher as ranks
 from .early_stop import EarlyStop
 from .errors import UserError
 from .files import write_json

@@ -25,11 +25,11 @@ from typing import Any
 
 import torch
 
-from myllm.data.loader import Loader
-from myllm.distributed import collectives as distributed
-from myllm.distributed import launcher as ranks
+from myllm.data.dataloader import Loader
 from myllm.distributed.collectives import PATIENT_S, Process
 
+from .distributed import collectives as distributed
+from .distributed import launcher as ranks
 from .errors import UserError
 from .heartbeat import Heartbeat
 from .meter import Diverged

@@ -23,10 +23,10 @@ from hub_server import HubServer
 from tiktoken.load import load_tiktoken_bpe
 from tiktoken_ext.openai_public import r50k_pat_str
 
-from myllm.data import prepare as preparing
-from myllm.data.r50k import SHIPPED_VOCABULARY
-from myllm.data.shards import Dataset
-from myllm.data.tokenizer import Tokenizer
+from myllm.data.dataset import Dataset
+from myllm.data.prepare import prepare as preparing
+from myllm.data.tokenizer.gpt2 import SHIPPED_VOCABULARY
+from myllm.data.tokenizer.load import Tokenizer
 
 MakeDataset = Callable[..., Dataset]
 
@@ -154,8 +154,8 @@ PREPARE = """
 import json, sys
 from myllm.config import DataConfig
 from myllm.data import units
-from myllm.data.parts import prepare_part
-from myllm.data.prepare import prepare
+from myllm.data.prepare.multi_machine import prepare_part
+from myllm.data.prepare.prepare import prepare
 from myllm.errors import UserError
 settings = json.loads(sys.argv[1])
 units.SMALL_BYTES = settings.pop("small_bytes", units.SMALL_BYTES)

@@ -8,7 +8,7 @@ import pytest
 
 from myllm.amounts import parse_count, parse_target, scaled
 from myllm.cli import main as myllm
-from myllm.data.catalog import CORPORA
+from myllm.data.sources.catalog import CORPORA
 from myllm.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("temp_data", "in_process")

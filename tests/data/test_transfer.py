@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from myllm.data import transfer
-from myllm.data.loader import Loader
-from myllm.data.order import DataPosition
+from myllm.data.dataloader import Loader
+from myllm.data.sampler import DataPosition
 from myllm.data.transfer import Handover, SideStream, inputs_and_targets, pinned, transfer_to, widened
 from myllm.planning.batch import BatchPlan
 
@@ -141,7 +141,7 @@ def test_the_loaders_thread_copies_and_trainings_waits(
     batch, position, cpu = BatchPlan(32, 8, 2, 1), DataPosition(0, 0, 3, "hash"), torch.device("cpu")
     with Loader(dataset.train, batch, position, 0, cpu) as loader:
         plain = [loader.next() for _ in range(30)]
-    monkeypatch.setattr("myllm.data.loader.transfer_to", lambda device: SideStream(device, cuda))
+    monkeypatch.setattr("myllm.data.dataloader.transfer_to", lambda device: SideStream(device, cuda))
     with Loader(dataset.train, batch, position, 0, cpu) as loader:
         streamed = [loader.next() for _ in range(30)]
     for a, b in zip(plain, streamed, strict=True):

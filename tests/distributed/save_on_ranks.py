@@ -15,8 +15,8 @@ from torch.distributed.tensor import DTensor
 from myllm import checkpoint, sharded
 from myllm.checkpoint import TrainState
 from myllm.config import ModelConfig, OptimConfig, RunConfig
-from myllm.data.order import DataPosition
-from myllm.data.tokenizer import load_tokenizer
+from myllm.data.sampler import DataPosition
+from myllm.data.tokenizer.load import load_tokenizer
 from myllm.distributed import collectives as distributed
 from myllm.distributed.collectives import Process, process_group
 from myllm.errors import UserError

@@ -10,7 +10,7 @@ from pathlib import Path
 from unittest import mock
 
 from myllm.config import RunConfig, load_json
-from myllm.data.beside import prepared_beside
+from myllm.data.prepare.background import prepared_beside
 from myllm.distributed import collectives as distributed
 from myllm.distributed import launcher as ranks
 from myllm.launch import clear_errors

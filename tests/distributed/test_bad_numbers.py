@@ -14,7 +14,7 @@ from myllm import train as loop
 from myllm.bags import find_bag, read_bag
 from myllm.checkpoint import list_checkpoints, load
 from myllm.config import RunConfig
-from myllm.data.prepare import prepare
+from myllm.data.prepare.prepare import prepare
 from myllm.distributed.collectives import process_group
 from myllm.paths import RunPaths
 from myllm.replay import replay_step

@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT, losses, with_train, write_run_config
 
 from myllm.config import RunConfig
-from myllm.data.prepare import prepare
+from myllm.data.prepare.prepare import prepare
 
 pytestmark = pytest.mark.slow  # real processes, half a minute and more in all
 

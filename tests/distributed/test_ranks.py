@@ -12,7 +12,7 @@ from conftest import eval_rows, launch, losses, with_train, write_run_config
 
 from myllm.checkpoint import list_checkpoints, load
 from myllm.config import RunConfig
-from myllm.data.prepare import prepare
+from myllm.data.prepare.prepare import prepare
 
 GRADIENTS = Path(__file__).parent / "write_gradients.py"
 ODD_RANK = Path(__file__).parent / "train_with_an_odd_rank.py"

@@ -11,7 +11,7 @@ import torch
 
 from myllm.checkpoint import TrainState
 from myllm.config import ModelConfig, OptimConfig, RunConfig, TrainConfig
-from myllm.data.order import DataPosition
+from myllm.data.sampler import DataPosition
 from myllm.distributed.collectives import Process, process_group, sum_over_ranks
 from myllm.distributed.parallelize import clear_gradients, full, gathered, spread, wrap
 from myllm.guard import Guard

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from myllm.config import RunConfig, load_json
-from myllm.data.prepare import prepare
+from myllm.data.prepare.prepare import prepare
 from myllm.distributed.collectives import process_group
 from myllm.evals import perplexity
 from myllm.train import train

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from myllm.config import RunConfig, load_json
-from myllm.data.loader import Loader
-from myllm.data.order import DataPosition
-from myllm.data.prepare import prepare
+from myllm.data.dataloader import Loader
+from myllm.data.prepare.prepare import prepare
+from myllm.data.sampler import DataPosition
 from myllm.distributed.collectives import process_group
 from myllm.distributed.parallelize import wrap
 from myllm.model.transformer import Transformer

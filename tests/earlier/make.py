@@ -21,8 +21,8 @@ def main(to: Path) -> None:
     os.environ["MYLLM_DATA"] = str(to.absolute())
     from myllm import train as loop
     from myllm.config import DataConfig, EvalConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
-    from myllm.data.prepare import prepare
-    from myllm.data.train_tokenizer import train_tokenizer
+    from myllm.data.prepare.prepare import prepare
+    from myllm.data.tokenizer.train import train_tokenizer
     from myllm.distributed.collectives import process_group
     from myllm.meter import Diverged
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from myllm import loop_evals
-from myllm.data.tokenizer import Tokenizer
+from myllm.data.tokenizer.load import Tokenizer
 from myllm.evals.cloze import (
     CHOICES,
     CONTEXT_TOKENS,

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from myllm.config import ModelConfig
-from myllm.data.tokenizer import Tokenizer
+from myllm.data.tokenizer.load import Tokenizer
 from myllm.errors import UserError
 from myllm.evals.hellaswag import Example, ending_totals, finish, hellaswag_sums, make_items
 from myllm.evals.hellaswag_data import load_examples

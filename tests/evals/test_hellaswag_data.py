@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 from hub_server import HubServer
 
-from myllm.data import fetch as fetching
-from myllm.data.sources import SourceFile
+from myllm.data.sources import download as fetching
+from myllm.data.sources.source import SourceFile
 from myllm.errors import UserError
 from myllm.evals.hellaswag_data import PINNED, load_examples
 

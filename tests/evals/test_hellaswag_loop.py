@@ -11,7 +11,7 @@ from conftest import eval_rows, train_rows
 
 from myllm import loop_evals
 from myllm.config import RunConfig
-from myllm.data.prepare import prepare
+from myllm.data.prepare.prepare import prepare
 from myllm.distributed.collectives import process_group
 from myllm.errors import UserError
 from myllm.train import train

@@ -11,8 +11,8 @@ from model.test_parity import peer_of, random_model
 from transformers import PreTrainedTokenizerFast
 
 from myllm.config import ModelConfig
-from myllm.data.tokenizer import Tokenizer
-from myllm.data.train_tokenizer import train_tokenizer
+from myllm.data.tokenizer.load import Tokenizer
+from myllm.data.tokenizer.train import train_tokenizer
 from myllm.evals.hellaswag import ending_totals, finish, hellaswag_sums, make_items
 from myllm.evals.hellaswag_data import load_examples
 from myllm.model.transformer import Transformer

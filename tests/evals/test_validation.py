@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from myllm.data.tokenizer import Tokenizer
+from myllm.data.tokenizer.load import Tokenizer
 from myllm.evals.perplexity import assess_sums, finish
 from myllm.evals.validation import validation_batches
 

@@ -11,7 +11,7 @@ import torch
 
 from myllm.completion import complete
 from myllm.config import ModelConfig
-from myllm.data.tokenizer import Tokenizer
+from myllm.data.tokenizer.load import Tokenizer
 from myllm.evals import writing
 from myllm.generation import Continuation
 from myllm.loading import LanguageModel

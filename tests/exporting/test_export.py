@@ -24,8 +24,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from myllm.cli import main as myllm
 from myllm.completion import generate
 from myllm.config import ModelConfig
-from myllm.data.tokenizer import Tokenizer
-from myllm.data.train_tokenizer import train_tokenizer
+from myllm.data.tokenizer.load import Tokenizer
+from myllm.data.tokenizer.train import train_tokenizer
 from myllm.errors import UserError
 from myllm.exporting import architectures, parity
 from myllm.exporting.folder import export_folder

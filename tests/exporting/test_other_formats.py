@@ -14,7 +14,7 @@ from made_checkpoints import KINDS, SMALL, Save, small_vocabulary
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from myllm.cli import main as myllm
-from myllm.data.train_tokenizer import train_tokenizer
+from myllm.data.tokenizer.train import train_tokenizer
 from myllm.errors import UserError
 from myllm.exporting import to_onnx
 from myllm.exporting.folder import open_source

@@ -9,8 +9,8 @@ from conftest import tiny_config, with_train, write_run_config
 from fault_runs import Forks, Goes, Record, assert_tidy, record, run_of
 
 from myllm.config import RunConfig
-from myllm.data.prepare import prepare
-from myllm.data.shards import Dataset
+from myllm.data.dataset import Dataset
+from myllm.data.prepare.prepare import prepare
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,14 @@ ROOT = Path(__file__).resolve().parents[2]
 RANKS = 2
 TO_END_S = 2.0
 """How long a rank that is told to end may take; torchrun waits 30 s."""
-EARLY = ("pretrain", "myllm.train", "myllm.data.beside", "myllm.launch", "myllm.publish_beside", "myllm.report")
+EARLY = (
+    "pretrain",
+    "myllm.train",
+    "myllm.data.prepare.background",
+    "myllm.launch",
+    "myllm.publish_beside",
+    "myllm.report",
+)
 EARLY += ("torch._dynamo",)  # every optimizer imports it: two thirds of a small run's time
 BOUNDARIES = ("mkdir", "fsync", "rename", "replace", "unlink", "rmdir")
 """Calls of the system between which a save can be cut in two."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from fault_runs import Ended, Forks, Goes, run_of
 
-from myllm.data.shards import Dataset
+from myllm.data.dataset import Dataset
 
 pytestmark = pytest.mark.slow  # real processes, half a minute and more in all
 

@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 import pytest
 from fault_runs import Forks, Goes, Record, assert_tidy, record, run_of
 
-from myllm.data.shards import Dataset
+from myllm.data.dataset import Dataset
 from myllm.files import locked
 from myllm.kills import saved_step
 from myllm.paths import RunPaths

@@ -31,9 +31,9 @@ from myllm.checkpoint import load
 from myllm.cli import main as myllm
 from myllm.completion import generate
 from myllm.config import RunConfig, load_json
-from myllm.data.prepare import prepare
-from myllm.data.tokenizer import Tokenizer, load_tokenizer
-from myllm.data.train_tokenizer import train_tokenizer
+from myllm.data.prepare.prepare import prepare
+from myllm.data.tokenizer.load import Tokenizer, load_tokenizer
+from myllm.data.tokenizer.train import train_tokenizer
 from myllm.distributed.collectives import process_group
 from myllm.errors import UserError
 from myllm.exporting.folder import export_folder

@@ -23,8 +23,8 @@ from myllm.checkpoint import TrainState
 from myllm.cli import main as run_command
 from myllm.completion import complete
 from myllm.config import ModelConfig, RunConfig, to_dict
-from myllm.data.order import DataPosition
-from myllm.data.tokenizer import Tokenizer
+from myllm.data.sampler import DataPosition
+from myllm.data.tokenizer.load import Tokenizer
 from myllm.errors import UserError
 from myllm.generation import Continuation, continue_batch
 from myllm.loading import LanguageModel

@@ -1,1 +1,1 @@
-"""From text to batches: sources, tokenizer, shards on disk, order, loader. Knows no model."""
+"""From text to batches: sources, tokenizer, preparation, shards on disk, order, loader. Knows no model."""

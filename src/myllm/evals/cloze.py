@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from myllm.data.shards import TokenStream
+from myllm.data.dataset import TokenStream
 
 from . import Score
 

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from myllm import paths
-from myllm.data.fetch import fetch
-from myllm.data.sources import SourceFile
+from myllm.data.sources.download import fetch
+from myllm.data.sources.source import SourceFile
 from myllm.errors import UserError
 from myllm.files import parse_json
 from myllm.paths import user_path

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import numpy as np
 from torch import Tensor
 
-from myllm.data.loader import batch_of
-from myllm.data.shards import TokenStream
+from myllm.data.dataloader import batch_of
+from myllm.data.dataset import TokenStream
 
 
 def validation_batches(

@@ -23,7 +23,7 @@ from itertools import islice, pairwise
 
 import numpy as np
 
-from myllm.data.shards import TokenStream
+from myllm.data.dataset import TokenStream
 from myllm.generation import Continuation, continue_batch
 from myllm.loading import LanguageModel
 from myllm.sampling import Sampling

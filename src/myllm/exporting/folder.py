@@ -16,8 +16,8 @@ from torch import Tensor
 from myllm import checkpoint
 from myllm.checkpoint import Checkpoint
 from myllm.config import RunConfig, saved_config
-from myllm.data.catalog import source_of
-from myllm.data.tokenizer import Tokenizer
+from myllm.data.sources.catalog import source_of
+from myllm.data.tokenizer.load import Tokenizer
 from myllm.errors import UserError
 from myllm.files import TEMPORARY, fsync_folder, read_json, write_json, write_text
 from myllm.integrity import MODEL

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from myllm import paths
 from myllm.completion import prompt_ids
-from myllm.data.tokenizer import Tokenizer
+from myllm.data.tokenizer.load import Tokenizer
 from myllm.errors import UserError
 from myllm.model.transformer import Transformer
 

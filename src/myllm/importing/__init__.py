@@ -10,7 +10,7 @@ from torch import Tensor
 from myllm import checkpoint, paths
 from myllm.checkpoint import TrainState
 from myllm.config import ModelConfig, RunConfig, to_dict
-from myllm.data.order import DataPosition
+from myllm.data.sampler import DataPosition
 from myllm.errors import UserError
 from myllm.files import write_json, write_text
 from myllm.model.transformer import Transformer

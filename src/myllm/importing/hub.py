@@ -5,7 +5,7 @@ from pathlib import Path
 
 from huggingface_hub import errors, snapshot_download
 
-from myllm.data.listing import hub_endpoint
+from myllm.data.sources.hub_listing import hub_endpoint
 from myllm.errors import UserError
 from myllm.files import out_of_space
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from myllm.config import ModelConfig
-from myllm.data.listing import first_line
-from myllm.data.tokenizer import Tokenizer
+from myllm.data.sources.hub_listing import first_line
+from myllm.data.tokenizer.load import Tokenizer
 from myllm.errors import UserError
 
 from .foreign import Foreign

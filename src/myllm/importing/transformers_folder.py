@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from myllm.config import ModelConfig, RunConfig, from_dict
-from myllm.data.tokenizer import Tokenizer
+from myllm.data.tokenizer.load import Tokenizer
 from myllm.errors import UserError
 from myllm.exporting.architectures import CLASSES, pieces
 from myllm.exporting.folder import MARK, VOCABULARY, is_export

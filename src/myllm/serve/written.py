@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from myllm.completion import TextStream, prompt_ids
-from myllm.data.tokenizer import Tokenizer
+from myllm.data.tokenizer.load import Tokenizer
 from myllm.filters import Likelihood
 from myllm.generation import Continuation, continue_batch
 from myllm.language_model import LanguageModel

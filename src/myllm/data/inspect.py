@@ -1,0 +1,83 @@
+"""What training will see, decoded: documents, and sequences with the borders of documents in them."""
+
+from itertools import pairwise
+
+import numpy as np
+
+from myllm.errors import UserError
+
+from .dataset import Dataset, TokenStream
+from .sampler import DataPosition, count_sequences, step_sequences, window_of
+
+READ_TOKENS = 1 << 20
+
+
+def document_at(dataset: Dataset, split: str, number: int) -> tuple[int, np.ndarray]:
+    """Where a document begins in its split's stream, and its tokens, the end-of-text token in front included.
+
+    Raises:
+        UserError: there are fewer documents.
+    """
+    stream = dataset.train if split == "train" else dataset.val
+    start, before = 0, 0
+    for shard in (shard for shard in dataset.shards if shard.split == split):
+        if number < before + shard.documents:
+            found = np.flatnonzero(stream.read(start, shard.tokens) == dataset.end_of_text)
+            first = start + int(found[number - before])
+            return first, stream.read(first, _end_of(stream, first + 1, dataset.end_of_text) - first)
+        before += shard.documents
+        start += shard.tokens
+    raise UserError(f"{dataset.name} has {before:,} {split} documents, numbered from 0; there is no {number:,}")
+
+
+def _end_of(stream: TokenStream, start: int, end_of_text: int) -> int:
+    """Where the next document begins, or the stream ends."""
+    while start < stream.tokens:
+        part = stream.read(start, min(READ_TOKENS, stream.tokens - start))
+        found = np.flatnonzero(part == end_of_text)
+        if len(found):
+            return start + int(found[0])
+        start += len(part)
+    return stream.tokens
+
+
+def sequence_at(
+    dataset: Dataset, split: str, number: int, seq_len: int, train_seed: int | None
+) -> tuple[int, np.ndarray]:
+    """Where a sequence begins in its split's stream, and its tokens: seq_len inputs, and the last target.
+
+    Args:
+        train_seed: count in the order in which a run of this seed takes them, from its first step on. None: in the
+            stream's own order.
+
+    Raises:
+        UserError: there are fewer sequences.
+    """
+    stream = dataset.train if split == "train" else dataset.val
+    total = count_sequences(stream.tokens, seq_len)
+    if train_seed is None and number >= total:
+        raise UserError(f"{dataset.name} has {total:,} {split} sequences of {seq_len:,} tokens, numbered from 0")
+    if train_seed is not None:
+        if not total:
+            raise UserError(f"{dataset.name} has not one {split} sequence of {seq_len:,} tokens")
+        position = DataPosition(number // total, number % total, train_seed, dataset.hash)
+        number = int(step_sequences(position, 1, total, window_of(seq_len))[0])
+    return number * seq_len, stream.read(number * seq_len, seq_len + 1)
+
+
+def describe_tokens(dataset: Dataset, tokens: np.ndarray) -> str:
+    """Text for people: each document under a line that says where it begins."""
+    tokenizer = dataset.tokenizer()
+    starts = np.flatnonzero(tokens == dataset.end_of_text).tolist()
+    lines = []
+    if not starts or starts[0] > 0:
+        lines += [
+            "--- goes on from a document that began before",
+            tokenizer.decode(tokens[: starts[0] if starts else None]),
+        ]
+    for a, b in pairwise([*starts, len(tokens)]):
+        lines += [
+            f"--- token {a:,}: a document begins, {b - a - 1:,} tokens of it here",
+            tokenizer.decode(tokens[a + 1 : b]),
+        ]
+    return "\n".join(lines)

@@ -1,0 +1,121 @@
+"""What decides the bytes of a data set, and so its name."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from myllm import paths
+from myllm.config import DataConfig
+from myllm.data.dataset import FORMAT
+from myllm.data.sources.source import Source, SourceFile, find_source
+from myllm.data.tokenizer.load import Tokenizer, load_tokenizer
+from myllm.paths import user_path
+
+from .work_items import Unit, make_units
+
+# Rough, for English; only for estimates made before anything is read. Source: FineWeb-Edu's sample is 28.5 GB of
+# parquet and 10B tokens, a file of C4 is 318 MB of gzip and about 180M tokens.
+_TOKENS_PER_BYTE = {".parquet": 0.35, ".gz": 0.57, ".zst": 0.57}
+
+
+LONG_DOCUMENT_TOKENS = 10_000
+"""More than nearly every document has: where only so many documents are wanted, room for long ones."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A source, a tokenizer and the settings that matter."""
+
+    source: Source
+    tokenizer: Tokenizer
+    config: DataConfig
+
+    @property
+    def folder(self) -> Path:
+        return paths.datasets() / f"{self.source.name}-{self.fingerprint[:12]}"
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return fingerprint_of(self.describe())
+
+    @cached_property
+    def units(self) -> list[Unit]:
+        config = self.config
+        # A part of a file may begin in the middle of an article.
+        split = self.source.group != "articles"
+        return make_units(self.source.files, config.shuffle_files, config.shuffle_seed, split)
+
+    @property
+    def estimated_tokens(self) -> int:
+        tokens, config = estimate_tokens(self.source.files), self.config
+        if config.target_tokens is not None:
+            tokens = min(tokens, config.target_tokens + min(config.val_tokens, config.target_tokens // 9))
+        if config.max_documents is not None:
+            tokens = min(tokens, config.max_documents * LONG_DOCUMENT_TOKENS)
+        return int(tokens)
+
+    @property
+    def estimated_val_tokens(self) -> int:
+        """Of those, held out (cuts.py)."""
+        return min(self.config.val_tokens, self.estimated_tokens // 10)
+
+    def describe(self) -> dict[str, Any]:
+        content = hashlib.sha256()
+        for file in sorted(self.source.files, key=lambda file: file.name):
+            content.update(f"{file.name}\0{file.digest}\n".encode(errors="surrogateescape"))
+        config = self.config
+        return {
+            "format": FORMAT,
+            "source": self.source.name,
+            "source_sha256": content.hexdigest(),
+            "text_column": self.source.column,
+            "documents": self.source.group,
+            "tokenizer": self.tokenizer.describe(),
+            "val_tokens": config.val_tokens,
+            "target_tokens": config.target_tokens,
+            "max_documents": config.max_documents,
+            "shard_tokens": config.shard_tokens,
+            "shuffle_seed": config.shuffle_seed if config.shuffle_files else None,
+            "cleaning": {
+                "normalise_unicode": config.normalise_unicode,
+                "strip_control": config.strip_control,
+                "min_chars": config.min_chars,
+                "dedup_exact": config.dedup_exact,
+            },
+        }
+
+    def settings(self) -> dict[str, Any]:
+        """How to make it again: what `verify --repair` reads. Not what changes no byte."""
+        values = asdict(self.config)
+        kind, _, where = self.config.source.partition(":")
+        if kind == "files":
+            values["source"] = f"files:{user_path(where).absolute()}"
+        if self.config.tokenizer != self.tokenizer.name:
+            values["tokenizer"] = str(self.tokenizer.file.absolute())
+        left_out = ("workers", "keep_downloads", "dataset", "fallback")
+        return {key: value for key, value in values.items() if key not in left_out}
+
+
+def recipe_of(config: DataConfig, hashed: bool = True) -> Recipe:
+    """
+    Args:
+        hashed: see `find_source`; without digests the recipe has no fingerprint, and so no folder.
+
+    Raises:
+        UserError: bad source or tokenizer.
+    """
+    source = find_source(config.source, config.text_column, hashed)
+    return Recipe(source, load_tokenizer(config.tokenizer), config)
+
+
+def estimate_tokens(files: Iterable[SourceFile]) -> float:
+    """Tokens in files, from their sizes and kinds alone."""
+    return sum(file.size_bytes * _TOKENS_PER_BYTE.get(Path(file.name).suffix.lower(), 0.25) for file in files)
+
+
+def fingerprint_of(description: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""Where text comes from: files, the Hub, known corpora; read into documents, one row at a time."""

@@ -1,0 +1,210 @@
+"""What an estimate says agrees with what a preparation then makes, and it reads a little of one file only."""
+
+import gzip
+import io
+import json
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hub_server import HubServer
+
+from myllm.config import DataConfig
+from myllm.data.prepare import estimate as estimating
+from myllm.data.prepare.estimate import Estimate, estimate
+from myllm.data.prepare.prepare import prepare
+from myllm.data.prepare.spec import recipe_of
+from myllm.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("temp_data")
+WORDS = ["the", "old", "river", "ran", "under", "stone", "été", "3.14", "\n\n", "bridge,", "evening."]
+
+
+def texts(count: int, seed: int = 0) -> list[str]:
+    chance = random.Random(seed)
+    return [" ".join(chance.choices(WORDS, k=chance.randint(20, 400))) for _ in range(count)]
+
+
+def as_jsonl(found: list[str]) -> bytes:
+    return "".join(json.dumps({"text": text}) + "\n" for text in found).encode()
+
+
+def as_parquet(found: list[str]) -> bytes:
+    out = io.BytesIO()
+    pq.write_table(pa.table({"text": found, "id": range(len(found))}), out, row_group_size=100)
+    return out.getvalue()
+
+
+WRITERS: dict[str, Callable[[list[str]], bytes]] = {
+    ".jsonl": as_jsonl,
+    ".jsonl.gz": lambda found: gzip.compress(as_jsonl(found)),
+    ".parquet": as_parquet,
+}
+
+
+def within(estimated: float, truth: float, share: float) -> bool:
+    return abs(estimated - truth) <= share * truth
+
+
+def agrees(found: Estimate, documents: list[str], tokens: int) -> None:
+    text_bytes = sum(len(text.encode()) for text in documents)
+    assert within(found.documents.value, len(documents), 0.1)
+    assert within(found.text_bytes.value, text_bytes, 0.1)
+    assert within(found.tokens.value, tokens, 0.1)
+    assert within(found.tokens_per_byte.value, tokens / text_bytes, 0.05)
+    assert found.shard_bytes.value == 2 * found.tokens.value
+    assert 0 < found.tokens.error < 0.2 * found.tokens.value
+    assert found.hours.value > 0
+
+
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_a_sample_of_one_file_tells_of_all(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimating, "SAMPLE_BYTES", 60_000)
+    monkeypatch.setattr(estimating, "SAMPLE_DOCUMENTS", 300)
+    documents = []
+    for number in range(3):
+        each = texts(600, seed=number)
+        documents += each
+        (tmp_path / "s").mkdir(exist_ok=True)
+        (tmp_path / "s" / f"{number}{suffix}").write_bytes(WRITERS[suffix](each))
+    # Large enough not to be read whole.
+    monkeypatch.setattr(estimating, "SMALL_BYTES", 0)
+    config = DataConfig(source=f"files:{tmp_path / 's'}", val_tokens=500)
+    found = estimate(recipe_of(config), workers=2)
+    counts = prepare(config, progress=False).manifest["counts"]
+    assert found.sampled_documents < 600
+    agrees(found, documents, counts["train_tokens"] + counts["val_tokens"])
+
+
+def test_a_target_is_met_exactly_and_the_rest_follows(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(as_jsonl(texts(500)))
+    recipe = recipe_of(DataConfig(source=f"files:{tmp_path}"))
+    whole = estimate(recipe, workers=1)
+    half = estimate(recipe, workers=1, target=("tokens", whole.tokens.value / 2))
+    assert (half.share, half.tokens.error) == (pytest.approx(0.5), 0)
+    assert half.documents.value == pytest.approx(whole.documents.value / 2)
+    assert half.shard_bytes.value == pytest.approx(whole.tokens.value)
+    by_documents = estimate(recipe, workers=1, target=("documents", 50.0))
+    assert (by_documents.documents.value, by_documents.documents.error) == (pytest.approx(50), 0)
+    assert by_documents.tokens.value == pytest.approx(whole.tokens.value / whole.documents.value * 50)
+    twice = estimate(recipe, workers=1, target=("bytes", 2 * whole.text_bytes.value))
+    assert twice.share == pytest.approx(2)
+
+
+def test_documents_of_small_files_are_counted_by_the_file(tmp_path: Path) -> None:
+    chance = random.Random(0)
+    for number in range(300):
+        (tmp_path / f"{number}.txt").write_text("word " * chance.randint(1, 3_000))
+    found = estimate(recipe_of(DataConfig(source=f"files:{tmp_path}")), workers=1)
+    assert (found.documents.value, found.documents.error) == (300, 0)
+    assert within(found.tokens.value, found.text_bytes.value / 5, 0.1)
+
+
+def test_a_sample_of_all_leaves_nothing_to_be_wrong_about(tmp_path: Path) -> None:
+    for number, text in enumerate(texts(30)):
+        (tmp_path / f"{number}.txt").write_text(text)
+    found = estimate(recipe_of(DataConfig(source=f"files:{tmp_path}")), workers=1)
+    assert (found.documents.value, found.documents.error, found.tokens.error) == (30, 0, 0)
+
+
+def test_one_file_that_is_read_whole_leaves_nothing_to_be_wrong_about(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("all that there is")
+    found = estimate(recipe_of(DataConfig(source=f"files:{tmp_path}")), workers=1)
+    assert (found.documents.value, found.documents.error, found.tokens.error) == (1, 0, 0)
+
+
+def test_error_bars_hold_what_they_promise() -> None:
+    """In 95 of 100 samples the truth lies within; 85 is what chance hardly ever misses."""
+    import numpy as np
+
+    chance, hits = np.random.default_rng(0), 0
+    for _ in range(200):
+        below = chance.gamma(2, 1_000, size=300)
+        above = below * chance.normal(0.25, 0.05, size=300)
+        error = estimating._ratio_error(above, below)
+        hits += abs(above.sum() / below.sum() / 0.25 - 1) <= error
+    assert 0.85 < hits / 200 <= 1
+
+
+def test_nothing_to_sample_is_said(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"body": "a"}\n')
+    with pytest.raises(UserError, match=r"holds no documents.*'body'"):
+        estimate(recipe_of(DataConfig(source=f"files:{tmp_path}")), workers=1)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".parquet"])
+def test_of_a_remote_source_only_a_little_is_downloaded(
+    suffix: str, hub: HubServer, monkeypatch: pytest.MonkeyPatch, temp_data: Path
+) -> None:
+    monkeypatch.setattr(estimating, "SAMPLE_BYTES", 40_000)
+    monkeypatch.setattr(estimating, "SAMPLE_DOCUMENTS", 200)
+    files = {f"data/train-{n}{suffix}": WRITERS[suffix](texts(8_000, seed=n)) for n in range(3)}
+    hub.add_dataset("me/texts", files)
+    found = estimate(recipe_of(DataConfig(source="hub:me/texts")), workers=1)
+    whole = sum(map(len, files.values()))
+    asked = {request.path for request in hub.requests if "data/train" in request.path and request.method == "GET"}
+    assert len({path.partition("?")[0].rpartition("/")[2] for path in asked}) == 1, "one file, not the set"
+    if suffix == ".jsonl.gz":
+        assert sum(request.sent_bytes for request in hub.requests) < whole / 5
+    assert within(found.documents.value, 24_000, 0.15)
+    assert found.download_bytes.value == whole
+    assert not list(temp_data.rglob("*.gz")), "a sample leaves nothing behind"
+
+
+ROWS = texts(4_000)
+
+
+@pytest.mark.parametrize(
+    ("column", "keep", "said"),
+    [
+        (pa.array(ROWS), 0.8, "half.parquet: not a whole parquet file"),
+        (pa.array([text.encode() for text in ROWS]), 1, "holds binary, expected texts"),
+        (pa.array([{"a": text} for text in ROWS]), 1, "holds struct<a: string>, expected texts"),
+    ],
+)
+def test_a_parquet_file_without_texts_is_explained(column: pa.Array, keep: float, said: str, tmp_path: Path) -> None:
+    file = tmp_path / "half.parquet"
+    pq.write_table(pa.table({"text": column}), file)
+    whole = file.read_bytes()
+    assert len(whole) > estimating.SMALL_BYTES
+    file.write_bytes(whole[: int(len(whole) * keep)])
+    with pytest.raises(UserError, match=said):
+        estimate(recipe_of(DataConfig(source=f"files:{file}")), workers=1)
+
+
+def test_rows_and_row_groups_that_are_damaged_are_left_out_of_a_sample(tmp_path: Path) -> None:
+    file = tmp_path / "a.parquet"
+    spoilt = [b"\xff" + text.encode() if number % 3 == 0 else text.encode() for number, text in enumerate(ROWS)]
+    pq.write_table(pa.table({"text": pa.array(spoilt).view(pa.string())}), file, row_group_size=500)
+    content = bytearray(file.read_bytes())
+    content[1_000:100_000] = random.Random(1).randbytes(99_000)  # of the first row group
+    file.write_bytes(content)
+    found = estimate(recipe_of(DataConfig(source=f"files:{file}")), workers=1)
+    assert found.sampled_documents == estimating.SAMPLE_DOCUMENTS
+
+
+def test_a_wrong_key_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(as_jsonl(ROWS).replace(b'{"text"', b'{"body"'))
+    with pytest.raises(UserError, match=r"no documents: a.jsonl, line 1: expected .* 'text', found .*'body'"):
+        estimate(recipe_of(DataConfig(source=f"files:{tmp_path}")), workers=1)
+
+
+def test_a_parquet_file_that_cannot_be_had_is_no_fault_of_ours(hub: HubServer) -> None:
+    hub.add_dataset("me/some", {"data/a.parquet": as_parquet(ROWS)})
+    recipe = recipe_of(DataConfig(source="hub:me/some"))
+    hub.fail_next("/api/|/resolve/|/cdn/", status=404, times=1_000, method="*")
+    with pytest.raises(UserError, match=r"cannot read hf://datasets/me/some@.*/a\.parquet"):
+        estimate(recipe, workers=1)
+
+
+def test_a_server_that_tells_no_sizes_is_refused(hub: HubServer) -> None:
+    hub.add_dataset("me/some", {"data/a.jsonl.gz": gzip.compress(as_jsonl(ROWS))})
+    recipe = recipe_of(DataConfig(source="hub:me/some"))
+    files = tuple(replace(file, size_bytes=0) for file in recipe.source.files)
+    with pytest.raises(UserError, match="does not say how large its files are"):
+        estimate(replace(recipe, source=replace(recipe.source, files=files)), workers=1)

@@ -1,0 +1,217 @@
+"""A data set made in parts, on one machine or several: the bytes are those of one machine."""
+
+import itertools
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from myllm.config import DataConfig
+from myllm.data.prepare import scheduler as pipeline
+from myllm.data.prepare import work_items as units
+from myllm.data.prepare.multi_machine import part_number, part_units, prepare_part, seal
+from myllm.data.prepare.prepare import prepare
+from myllm.data.prepare.spec import recipe_of
+from myllm.errors import UserError
+
+if TYPE_CHECKING:
+    from conftest import Preparations
+
+Hashes = Callable[[Path], dict[str, str]]
+SMALL_BYTES = 1
+"""A file a unit: five of them."""
+SETTINGS: list[dict[str, Any]] = [
+    {}, {"dedup_exact": True}, {"target_tokens": 9_000}, {"target_tokens": 500, "dedup_exact": True},
+    {"max_documents": 150}, {"shuffle_files": False},
+]  # fmt: skip
+
+
+@pytest.fixture
+def asked(mixed_corpus: Path, temp_data: Path, in_process: None, monkeypatch: pytest.MonkeyPatch) -> DataConfig:
+    monkeypatch.setattr(units, "SMALL_BYTES", SMALL_BYTES)
+    return DataConfig(source=f"files:{mixed_corpus}", val_tokens=500, shard_tokens=5_000, workers=1)
+
+
+def alone(config: DataConfig, hashes: Hashes) -> dict[str, str]:
+    """What a single machine makes; nothing of it stays."""
+    folder = prepare(config, progress=False).folder
+    found = hashes(folder)
+    shutil.rmtree(folder)
+    return found
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_parts_in_any_order_make_the_same_bytes(settings: dict[str, Any], asked: DataConfig, hashes: Hashes) -> None:
+    config = replace(asked, **settings)
+    expected = alone(config, hashes)
+    for order in list(itertools.permutations(["1/3", "2/3", "3/3"]))[::2]:
+        folders = [prepare_part(config, part, progress=False) for part in order]
+        assert all((folder / "done.json").is_file() for folder in folders)
+        dataset = seal(recipe_of(config).folder, progress=False)
+        assert hashes(dataset.folder) == expected
+        assert not (dataset.folder / "work").exists()
+        shutil.rmtree(dataset.folder)
+
+
+@pytest.mark.parametrize(("settings", "made"), [({}, 3), ({"max_documents": 10}, 2), ({"target_tokens": 100}, 2)])
+def test_a_part_makes_its_share_of_what_is_wanted_and_no_more(
+    settings: dict[str, int], made: int, asked: DataConfig
+) -> None:
+    folder = prepare_part(replace(asked, **settings), "1/2", progress=False)
+    assert len(list(folder.glob("*.npz"))) == made
+
+
+def test_parts_of_two_machines_are_copied_together(
+    asked: DataConfig, temp_data: Path, hashes: Hashes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = alone(asked, hashes)
+    folder = recipe_of(asked).folder
+    for number in (1, 2, 3):
+        monkeypatch.setenv("MYLLM_DATA", str(temp_data.with_name(f"machine{number}")))
+        made = prepare_part(asked, f"{number}/3", progress=False)
+        monkeypatch.setenv("MYLLM_DATA", str(temp_data))
+        if number == 1:
+            shutil.copytree(made.parents[1], folder)
+        else:
+            shutil.copytree(made, folder / "work" / made.name)
+    assert hashes(seal(folder, progress=False).folder) == expected
+
+
+def test_parts_of_two_machines_at_once(
+    mixed_corpus: Path, asked: DataConfig, preparations: "Preparations", hashes: Hashes
+) -> None:
+    """They begin at the same moment, in the same folder, and one of them is killed on the way."""
+    expected = alone(asked, hashes)
+    settings = {"val_tokens": 500, "shard_tokens": 5_000, "workers": 1, "small_bytes": SMALL_BYTES}
+    for _ in range(2):
+        started = [
+            preparations.start(source=f"files:{mixed_corpus}", part=f"{number}/3", **settings) for number in (1, 2, 3)
+        ]
+        preparations.wait_for(lambda: preparations.seen("work/part-1-of-3/*.bin"))
+        started[0].kill()
+        for process in started[1:]:
+            _, errors = process.communicate(timeout=60)
+            assert process.returncode == 0, errors
+    prepare_part(asked, "1/3", progress=False)
+    assert hashes(seal(recipe_of(asked).folder, progress=False).folder) == expected
+
+
+def test_a_part_goes_on_where_it_was_interrupted(
+    asked: DataConfig, hashes: Hashes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = alone(asked, hashes)
+    done: list[str] = []
+    original = pipeline.tokenise_unit
+
+    def tokenise(*args: Any) -> None:
+        if args[4].name in ("000001.bin", "000003.bin") and args[4].name not in tried:
+            tried.add(args[4].name)
+            raise KeyboardInterrupt
+        original(*args)
+        done.append(args[4].name)
+
+    tried: set[str] = set()
+    monkeypatch.setattr(pipeline, "tokenise_unit", tokenise)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            prepare_part(asked, "1/1", progress=False)
+    prepare_part(asked, "1/1", progress=False)
+    assert prepare_part(asked, "1/1", progress=False).name == "part-1-of-1"
+    assert sorted(done) == [f"{number:06d}.bin" for number in range(5)], "a unit was made twice"
+    assert hashes(seal(recipe_of(asked).folder, progress=False).folder) == expected
+    assert len(done) == 5, "what the part had made was made again"
+
+
+def test_an_interrupted_seal_goes_on(asked: DataConfig, hashes: Hashes) -> None:
+    """Also where it was taking over the parts: a unit's tokens were moved, its index was not."""
+    expected = alone(asked, hashes)
+    for part in ("1/2", "2/2"):
+        made = prepare_part(asked, part, progress=False)
+    first = min(made.glob("*.bin"))
+    first.rename(made.parent / first.name)
+    assert hashes(seal(recipe_of(asked).folder, progress=False).folder) == expected
+
+
+def test_missing_parts_are_named(asked: DataConfig) -> None:
+    folder = recipe_of(asked).folder
+    with pytest.raises(UserError, match="has no parts to join"):
+        seal(folder, progress=False)
+    prepare_part(asked, "2/4", progress=False)
+    unfinished = prepare_part(asked, "3/4", progress=False)
+    (unfinished / "done.json").unlink()
+    with pytest.raises(UserError, match="lacks part-1-of-4, part-3-of-4, part-4-of-4: prepare those first"):
+        seal(folder, progress=False)
+    prepare_part(asked, "1/2", progress=False)
+    with pytest.raises(UserError, match="lacks part-2-of-2: "):  # one way to cut is as good as another, but whole
+        seal(folder, progress=False)
+
+
+def test_more_parts_than_files(asked: DataConfig, hashes: Hashes) -> None:
+    expected = alone(asked, hashes)
+    for number in range(1, 9):
+        prepare_part(asked, f"{number}/8", progress=False)
+    assert hashes(seal(recipe_of(asked).folder, progress=False).folder) == expected
+
+
+def test_a_part_of_other_settings_is_not_joined(asked: DataConfig) -> None:
+    """Its folder has the same name, but its tokens are other ones."""
+    other = prepare_part(replace(asked, strip_control=True), "2/2", progress=False)
+    made = prepare_part(asked, "1/2", progress=False)
+    shutil.copytree(other, made.with_name(other.name))
+    with pytest.raises(UserError, match=r"part-2-of-2 is no part of files-mixed-\w+: it was made with other settings"):
+        seal(made.parents[1], progress=False)
+    (made.with_name(other.name) / "done.json").write_text("")
+    with pytest.raises(UserError, match="is no part of"):
+        seal(made.parents[1], progress=False)
+
+
+def test_a_source_that_changed_meanwhile_is_not_joined(asked: DataConfig, tmp_path: Path) -> None:
+    source = shutil.copytree(asked.source.partition(":")[2], tmp_path / "copy")
+    made = prepare_part(replace(asked, source=f"files:{source}"), "1/1", progress=False)
+    (source / "part0.jsonl").write_text('{"text": "something else"}\n')
+    with pytest.raises(UserError, match="cannot be joined: its source is not what the parts were made from"):
+        seal(made.parents[1], progress=False)
+
+
+def test_a_part_of_a_finished_data_set_does_nothing(asked: DataConfig, hashes: Hashes) -> None:
+    folder = prepare(asked, progress=False).folder
+    before = hashes(folder)
+    prepare_part(asked, "1/2", progress=False)
+    assert hashes(folder) == before
+    assert seal(folder, progress=False).hash == json.loads((folder / "manifest.json").read_text())["fingerprint"]
+
+
+def test_an_ordinary_preparation_takes_what_parts_have_finished(
+    asked: DataConfig, hashes: Hashes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = alone(asked, hashes)
+    prepare_part(asked, "1/2", progress=False)
+    done: list[int] = []
+    original = pipeline.tokenise_unit
+    monkeypatch.setattr(pipeline, "tokenise_unit", lambda *args: (done.append(1), original(*args))[1])
+    assert hashes(prepare(asked, progress=False).folder) == expected
+    assert len(done) == 2, "three of five files were there"
+
+
+@pytest.mark.parametrize("text", ["0/3", "4/3", "1", "1/", "/3", "1/0", "-1/3", "a/b", "1/3/5", "1.5/3", "", " 1/3"])
+def test_a_part_that_is_none_is_said(text: str, asked: DataConfig) -> None:
+    with pytest.raises(UserError, match="is not one of several: expected such as 3/16"):
+        prepare_part(asked, text, progress=False)
+
+
+def test_parts_share_out_every_unit_and_keep_a_file_together(asked: DataConfig) -> None:
+    assert part_number("3/16") == (3, 16)
+    found = recipe_of(asked).units
+    for parts in range(1, 8):
+        shares = [part_units(found, number, parts) for number in range(1, parts + 1)]
+        assert sorted(itertools.chain(*shares)) == list(range(len(found)))
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    pieces = [(replace(piece, part=part, parts=3),) for unit in found for piece in unit for part in range(3)]
+    for number in (1, 2):
+        files = {pieces[at][0].file.name for at in part_units(pieces, number, 2)}
+        others = {pieces[at][0].file.name for at in part_units(pieces, 3 - number, 2)}
+        assert not files & others

@@ -1,0 +1,264 @@
+"""A preparation that was cut short goes on where it was: nothing twice, nothing lost, the same bytes."""
+
+import contextlib
+import errno
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from myllm.config import DataConfig
+from myllm.data.dataset import Dataset
+from myllm.data.prepare import prepare as preparing
+from myllm.data.prepare import scheduler as pipeline
+from myllm.data.prepare import shard_writer as assemble
+from myllm.data.prepare import work_items as units
+from myllm.data.prepare.disk_space import check_disk
+from myllm.data.prepare.multi_machine import prepare_part
+from myllm.data.prepare.prepare import prepare
+from myllm.data.prepare.spec import Recipe, recipe_of
+from myllm.errors import UserError
+
+Hashes = Callable[[Path], dict[str, str]]
+pytestmark = pytest.mark.usefixtures("temp_data", "in_process")
+
+
+def config(source: Path, **changes: object) -> DataConfig:
+    return replace(DataConfig(source=f"files:{source}", val_tokens=500, workers=1), **changes)
+
+
+def test_too_little_room_is_said_before_anything_starts(
+    mixed_corpus: Path, temp_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preparing, "worker_pools", None)
+    leave(monkeypatch, 1_000)
+    for call in (
+        lambda: prepare(config(mixed_corpus), progress=False),
+        lambda: prepare_part(config(mixed_corpus), "1/2", progress=False),
+    ):
+        with pytest.raises(UserError, match=rf"needs about .* under {temp_data}.* of shards.* has 0\.0 MB free"):
+            call()
+
+
+def leave(monkeypatch: pytest.MonkeyPatch, free_bytes: int) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**12, 10**12, free_bytes))
+
+
+def test_a_few_documents_need_little_room(mixed_corpus: Path) -> None:
+    everything = recipe_of(config(mixed_corpus)).estimated_tokens
+    assert recipe_of(config(mixed_corpus, max_documents=3)).estimated_tokens == 30_000 < everything
+    assert recipe_of(config(mixed_corpus, max_documents=3, target_tokens=5_000)).estimated_tokens == 5_500
+
+
+def test_what_is_there_already_counts_as_room(mixed_corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interrupted preparation has used room that it need not find again."""
+    asked = config(mixed_corpus)
+    recipe = recipe_of(asked)
+    needed = int(re.search(r"needs about ([\d.]+) MB", check(recipe, monkeypatch, 10**12))[1].replace(".", "")) * 10**5
+    with pytest.raises(UserError, match="free"):
+        check(recipe, monkeypatch, needed // 2)
+    (recipe.folder / "work").mkdir(parents=True)
+    (recipe.folder / "work/000000.bin").write_bytes(b"x" * needed)
+    assert "needs about" in check(recipe, monkeypatch, needed // 2)
+
+
+def check(recipe: Recipe, monkeypatch: pytest.MonkeyPatch, free_bytes: int) -> str:
+    recipe.folder.parent.mkdir(parents=True, exist_ok=True)
+    leave(monkeypatch, free_bytes)
+    return check_disk(recipe, workers=1)
+
+
+def test_the_room_is_said_where_there_is_enough(mixed_corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prepare(config(mixed_corpus))
+    assert re.search(r"preparing files-mixed-\w+: needs about .* MB of shards, .* free", capsys.readouterr().err)
+
+
+MOMENTS = {
+    "a unit": ("myllm.data.prepare.work_items.np.savez", 1),
+    "a shard": ("myllm.data.prepare.shard_writer.write_shard", 2),
+    "the settings": ("myllm.data.prepare.prepare.write_json", 0),
+    "the list of shards": ("myllm.data.prepare.shard_writer.write_json", 1),
+    "the spans": ("myllm.data.prepare.shard_writer.np.save", 0),
+    "the manifest": ("myllm.data.prepare.shard_writer.write_json", -1),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_room_that_runs_out_is_said_and_nothing_is_lost(
+    moment: str, number: int, mixed_corpus: Path, monkeypatch: pytest.MonkeyPatch, hashes: Hashes
+) -> None:
+    name, after = MOMENTS[moment]
+    monkeypatch.setattr(units, "SMALL_BYTES", 20_000)  # several units
+    expected = hashes(prepare(config(mixed_corpus, shard_tokens=9_000), progress=False).folder)
+    shutil.rmtree(recipe_of(config(mixed_corpus, shard_tokens=9_000)).folder)
+    module, _, function = name.rpartition(".")
+    owner = import_module(module) if not module.endswith(".np") else np
+    original, calls = getattr(owner, function), []
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        if len(calls) > after >= 0 or (after < 0 and args[0].name == "manifest.json"):
+            raise OSError(number, os.strerror(number))
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, function, fail)
+        for _ in range(2):  # the second time it is no better
+            with pytest.raises(UserError, match=r"no room to write the data set.*kept: free some space and the same"):
+                prepare(config(mixed_corpus, shard_tokens=9_000), progress=False)
+    assert len(calls) > max(after, 0)
+    [folder] = (path for path in recipe_of(config(mixed_corpus)).folder.parent.iterdir() if path.is_dir())
+    assert not (folder / "manifest.json").exists()
+    with pytest.raises(UserError, match="not whole yet"):
+        Dataset.open(folder)
+    dataset = prepare(config(mixed_corpus, shard_tokens=9_000), progress=False)
+    assert hashes(dataset.folder) == expected
+
+
+def interrupt(asked: DataConfig, stop_after: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prepare up to this unit."""
+    add = assemble.Assembly.add
+
+    def stop(self: assemble.Assembly, number: int, size_bytes: int) -> None:
+        add(self, number, size_bytes)
+        if number == stop_after:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(assemble.Assembly, "add", stop)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(asked, progress=False)
+
+
+def interrupted(
+    source: Path, monkeypatch: pytest.MonkeyPatch, hashes: Hashes
+) -> tuple[DataConfig, Path, dict[str, str]]:
+    """A data set in the midst of its fourth unit, its folder, and the hashes that it has when whole."""
+    monkeypatch.setattr(units, "SMALL_BYTES", 1)
+    asked = config(source, shard_tokens=5_000)
+    expected = hashes(prepare(asked, progress=False).folder)
+    folder = recipe_of(asked).folder
+    shutil.rmtree(folder)
+    interrupt(asked, 3, monkeypatch)
+    return asked, folder, expected
+
+
+def count_units(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The units that are tokenised from now on, by the name of their file."""
+    done: list[str] = []
+    original = pipeline.tokenise_unit
+
+    def tokenise(*args: Any) -> None:
+        original(*args)
+        done.append(args[4].name)
+
+    monkeypatch.setattr(pipeline, "tokenise_unit", tokenise)
+    return done
+
+
+@pytest.mark.parametrize("dedup", [False, True])
+def test_only_unfinished_units_are_done_again(
+    dedup: bool, mixed_corpus: Path, monkeypatch: pytest.MonkeyPatch, hashes: Hashes
+) -> None:
+    """Stopped after each unit in turn: in all, every unit is tokenised once, every shard written once."""
+    monkeypatch.setattr(units, "SMALL_BYTES", 1)  # a unit a file
+    asked = config(mixed_corpus, shard_tokens=5_000, dedup_exact=dedup)
+    done = count_units(monkeypatch)
+    expected = hashes(prepare(asked, progress=False).folder)
+    assert done == [f"{number:06d}.bin" for number in range(5)]
+    folder = recipe_of(asked).folder
+    shutil.rmtree(folder)
+    done.clear()
+    written: list[str] = []
+    write = assemble.write_shard
+
+    def write_and_say(path: Path, *args: Any) -> str:
+        written.append(path.name)
+        return write(path, *args)
+
+    monkeypatch.setattr(assemble, "write_shard", write_and_say)
+    for stop_after in range(5):
+        interrupt(asked, stop_after, monkeypatch)
+        assert not (folder / "manifest.json").exists()
+    assert hashes(prepare(asked, progress=False).folder) == expected
+    assert sorted(done) == sorted(set(done))
+    assert len(done) == 5
+    assert sorted(written) == sorted(name for name in expected if name.endswith(".npy") and name != "spans.npy")
+
+
+def test_tokens_are_deleted_once_they_are_in_shards(mixed_corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(units, "SMALL_BYTES", 1)
+    most = 0
+    settle = assemble.Assembly.settle
+
+    def look(self: assemble.Assembly, all_of_them: bool = False) -> None:
+        nonlocal most
+        settle(self, all_of_them)
+        most = max(most, len(list((self._folder / "work").glob("*.bin"))))
+
+    monkeypatch.setattr(assemble.Assembly, "settle", look)
+    prepare(config(mixed_corpus, shard_tokens=500), progress=False)
+    assert most <= 3, "units lie about that no shard needs"
+
+
+@pytest.mark.parametrize(
+    "loss",
+    ["progress.json", "val_00000.npy", "train_00001.npy", "half a shard", "settings.json", "a unit", "all units"],
+)
+def test_what_someone_deleted_from_an_unfinished_data_set_is_made_again(
+    loss: str, mixed_corpus: Path, monkeypatch: pytest.MonkeyPatch, hashes: Hashes
+) -> None:
+    asked, folder, expected = interrupted(mixed_corpus, monkeypatch, hashes)
+    left = sorted((folder / "work").glob("*.bin"))
+    if loss == "half a shard":
+        (folder / "train_00000.npy").write_bytes((folder / "train_00000.npy").read_bytes()[:3_000])
+    elif "unit" in loss:
+        for path in left[: 1 if loss == "a unit" else None]:
+            path.unlink()
+    else:
+        (folder / loss).unlink()
+    for _ in range(len(left) if "unit" in loss else 0):
+        with contextlib.suppress(UserError):  # says which is gone
+            prepare(asked, progress=False)
+    assert hashes(prepare(asked, progress=False).folder) == expected
+
+
+def flip(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+@pytest.mark.parametrize("kind", ["bin", "npz"])
+@pytest.mark.parametrize(
+    "damage", [flip, lambda c: b"", lambda c: c[: len(c) // 2], lambda c: bytes(len(c)), lambda c: c + b"ab"],
+    ids=["a bit", "empty", "half", "zeros", "more"],
+)  # fmt: skip
+def test_units_that_a_power_failure_left_damaged_are_made_again(
+    damage: Callable[[bytes], bytes], kind: str, mixed_corpus: Path, monkeypatch: pytest.MonkeyPatch, hashes: Hashes
+) -> None:
+    asked, folder, expected = interrupted(mixed_corpus, monkeypatch, hashes)
+    made = sorted((folder / "work").glob("[0-9]*.npz"))
+    assert len(list((folder / "work").glob("[0-9]*.bin"))) < len(made), "some are in shards already"
+    for path in (folder / "work").glob(f"[0-9]*.{kind}"):
+        path.write_bytes(damage(path.read_bytes()))
+    assert hashes(prepare(asked, progress=False).folder) == expected
+
+
+def test_killed_right_after_the_manifest_nothing_is_left_lying_about(mixed_corpus: Path, hashes: Hashes) -> None:
+    dataset = prepare(config(mixed_corpus), progress=False)
+    expected = hashes(dataset.folder)
+    (dataset.folder / "work/downloads").mkdir(parents=True)
+    (dataset.folder / "work/000000.npz").touch()
+    for name in ("progress.json", f".progress.json.{'0' * 16}.myllm.tmp"):
+        (dataset.folder / name).write_text("{}")
+    assert prepare(config(mixed_corpus), progress=False) == dataset
+    assert hashes(dataset.folder) == expected
+    assert not (dataset.folder / "work").exists()

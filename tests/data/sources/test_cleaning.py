@@ -1,0 +1,74 @@
+"""Cleaning changes what it was asked to, counts it, and leaves the rest alone."""
+
+import unicodedata
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from myllm.config import DataConfig
+from myllm.data.sources.cleaning import clean
+
+# Letters that compose, marks, controls of both ranges, white space, format characters and a lone surrogate.
+LETTERS = "aé가ﬁe\u0301\u0316\u0344\u0f73\u1100\u1161\x00\x07\x7f\x85\x9f \t\n\r\u2028\u200b\ufeff\ud83d"
+
+
+def cleaned(text: str, **settings: object) -> tuple[str | None, dict[str, int]]:
+    counts: Counter[str] = Counter()
+    return clean(text, DataConfig(**settings), lambda reason: counts.update([reason])), dict(counts)
+
+
+@given(st.text(alphabet=LETTERS))
+def test_nothing_changes_unless_asked_for(text: str) -> None:
+    kept, counts = cleaned(text)
+    noticed = {"nul_characters_kept": 1} if "\0" in text else {}
+    assert (kept, counts) == ((text, noticed) if text.strip() else (None, {"empty": 1}))
+
+
+@pytest.mark.parametrize("text", ["", " ", "\n\t\r\x0b\u2003", " " * 1_000_000])
+def test_a_text_of_white_space_is_empty(text: str) -> None:
+    assert cleaned(text) == (None, {"empty": 1})
+
+
+def test_unicode_is_normalised_and_counted() -> None:
+    assert cleaned("cafe\u0301", normalise_unicode=True) == ("café", {"unicode_normalised": 1})
+    assert cleaned("café ﬁ", normalise_unicode=True) == ("café ﬁ", {})  # NFC, not NFKC
+    assert cleaned("\u1112\u1161\u11ab", normalise_unicode=True) == ("한", {"unicode_normalised": 1})
+    assert cleaned("a\ud83d", normalise_unicode=True) == ("a\ud83d", {})
+
+
+def test_control_characters_go_but_white_space_stays() -> None:
+    text = "".join(map(chr, [*range(0x20), *range(0x7F, 0xA0)])) + "a\u200b\u200d\ufeff"
+    assert cleaned(text, strip_control=True) == ("\t\n\ra\u200b\u200d\ufeff", {"control_characters_stripped": 1})
+    assert cleaned("a\t\r\n", strip_control=True) == ("a\t\r\n", {})
+    assert cleaned("\x00 \x07", strip_control=True) == (None, {"control_characters_stripped": 1, "empty": 1})
+
+
+def test_short_texts_are_dropped_and_counted() -> None:
+    assert cleaned("abc", min_chars=3) == ("abc", {})
+    assert cleaned("ab", min_chars=3) == (None, {"too_short": 1})
+    assert cleaned("🙂🙂🙂", min_chars=3) == ("🙂🙂🙂", {})
+    # What counts is the length of what is kept.
+    assert cleaned("ab\x00", min_chars=3, strip_control=True)[0] is None
+    assert cleaned("ae\u0301", min_chars=3, normalise_unicode=True)[0] is None
+
+
+@given(st.text(alphabet=LETTERS))
+def test_all_together_leave_a_text_that_needs_nothing_more(text: str) -> None:
+    """Above all where a control character stands between a letter and its mark."""
+    settings = {"normalise_unicode": True, "strip_control": True}
+    kept, _ = cleaned(text, **settings)
+    if kept is not None:
+        assert unicodedata.is_normalized("NFC", kept)
+        assert cleaned(kept, **settings) == (kept, {})
+        without = "".join(c for c in text if unicodedata.category(c) != "Cc" or c in "\t\n\r")
+        assert kept == unicodedata.normalize("NFC", without)
+
+
+@pytest.mark.parametrize("marks", ["\u0301\u0316", "\u0f73", "\u0344\u0316"])
+def test_a_million_marks_on_one_letter_do_not_take_for_ever(marks: str) -> None:
+    """To order n marks takes Python n x n steps: hours. No writing has a hundred."""
+    text = "e\u0301 a" + marks * (1_000_000 // len(marks))
+    assert cleaned(text, normalise_unicode=True) == (text, {"unicode_not_normalised": 1})
+    assert cleaned("a" + "\u0301\u0316" * 15, normalise_unicode=True)[1] == {"unicode_normalised": 1}

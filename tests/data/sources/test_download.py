@@ -1,0 +1,326 @@
+"""Downloads: resumed where they stopped, checked before they get their name, and clear about what cannot be had."""
+
+import hashlib
+import json
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import httpx2
+import numpy as np
+import pytest
+from hub_server import HubServer
+from huggingface_hub.errors import HfHubHTTPError
+
+from myllm.data.sources import download as fetching
+from myllm.data.sources.download import fetch, fetch_start, local_path
+from myllm.data.sources.hub_listing import Unreachable
+from myllm.data.sources.source import SourceFile
+from myllm.errors import UserError
+from myllm.files import out_of_space
+
+REPO = "someone/some-texts"
+NAME = "data/train 0.parquet"
+CONTENT = np.random.default_rng(1).bytes(4 << 20)
+FETCH = """
+import json, sys
+from pathlib import Path
+from myllm.data.sources.download import fetch
+from myllm.data.sources.source import SourceFile
+fetch(SourceFile(**json.loads(sys.argv[1])), Path(sys.argv[2]))
+"""
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
+    with HubServer() as server, server.reached(monkeypatch, tmp_path / "home"):
+        yield server
+
+
+@pytest.fixture
+def file(hub: HubServer) -> SourceFile:
+    sha = hub.add_dataset(REPO, {NAME: CONTENT, "notes.md": b"small", "empty.jsonl": b""})
+    where = f"hf://datasets/{REPO}@{sha}/{NAME}"
+    return SourceFile(NAME, where, "parquet", len(CONTENT), hashlib.sha256(CONTENT).hexdigest())
+
+
+@pytest.fixture
+def waited(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds that were waited for, without waiting."""
+    found: list[float] = []
+    monkeypatch.setattr(time, "sleep", found.append)
+    return found
+
+
+def plain(hub: HubServer, content: bytes, size_bytes: int) -> SourceFile:
+    url = hub.add_plain("v1/a.json.gz", content)
+    return SourceFile("v1/a.json.gz", url, "jsonl", size_bytes, f"url:{url} {size_bytes}")
+
+
+def left(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock")
+
+
+def sent(hub: HubServer) -> int:
+    return sum(one.sent_bytes for one in hub.seen("/cdn/|/plain/"))
+
+
+def test_a_file_is_fetched_once(hub: HubServer, file: SourceFile, tmp_path: Path) -> None:
+    path = fetch(file, tmp_path / "d")
+    assert path == local_path(file, tmp_path / "d")
+    assert path.suffix == ".parquet"
+    assert path.read_bytes() == CONTENT
+    assert fetch(file, tmp_path / "d") == path
+    assert fetch(file, tmp_path / "other", kept=tmp_path / "d") == path
+    assert len(hub.seen("/cdn/")) == 1
+    assert left(tmp_path / "d") == [path.name]
+
+
+def test_small_files_are_checked_by_what_git_calls_them(hub: HubServer, file: SourceFile, tmp_path: Path) -> None:
+    digest = "git:" + hashlib.sha1(b"blob 5\0small").hexdigest()
+    notes = SourceFile("notes.md", file.where.replace(NAME, "notes.md"), "prose", 5, digest)
+    assert fetch(notes, tmp_path).read_bytes() == b"small"
+    with pytest.raises(UserError, match="not what was listed: git:"):
+        fetch(replace(notes, name="other.md", digest="git:" + "0" * 40), tmp_path)
+    nothing = SourceFile(
+        "empty.jsonl", file.where.replace(NAME, "empty.jsonl"), "jsonl", 0, hashlib.sha256().hexdigest()
+    )
+    assert fetch(nothing, tmp_path).read_bytes() == b""
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_a_cut_connection_goes_on_where_it_was(
+    hub: HubServer, file: SourceFile, tmp_path: Path, waited: list[float], reset: bool
+) -> None:
+    hub.cut_next("/cdn/", 1 << 20, times=3, reset=reset)
+    assert fetch(file, tmp_path).read_bytes() == CONTENT
+    requests = hub.seen("/cdn/")
+    assert len(requests) == 4
+    assert all(one.range for one in requests[1:])
+    assert sent(hub) < 2 * len(CONTENT)
+
+
+def test_more_cuts_than_tries_do_no_harm_as_long_as_bytes_come(
+    hub: HubServer, file: SourceFile, tmp_path: Path, waited: list[float]
+) -> None:
+    times = 5 * fetching.TRIES
+    hub.cut_next("/cdn/", 100_000, times=times)
+    assert fetch(file, tmp_path).read_bytes() == CONTENT
+    assert len(hub.seen("/cdn/")) == times + 1
+
+
+@pytest.mark.parametrize("status", [429, 503, 500, 408])
+def test_a_busy_server_is_asked_again_when_it_says(
+    hub: HubServer, file: SourceFile, tmp_path: Path, waited: list[float], status: int
+) -> None:
+    hub.cut_next("/cdn/", 1 << 20)
+    hub.fail_next("/cdn/", status=status, retry_after=17)
+    hub.fail_next("/resolve/", status=status, retry_after=None)
+    assert fetch(file, tmp_path).read_bytes() == CONTENT
+    assert 17 in waited
+    assert sum(waited) < 30
+
+
+def test_the_hubs_own_word_on_when_to_come_back_is_heard() -> None:
+    request = httpx2.Request("GET", "http://127.0.0.1/")
+
+    def asked(headers: dict[str, str]) -> int:
+        return fetching.retry_after(
+            HfHubHTTPError("busy", response=httpx2.Response(429, headers=headers, request=request))
+        )
+
+    window = {"RateLimit": '"resolvers";r=0;t=55', "RateLimit-Policy": '"fixed window";"resolvers";q=500;w=300'}
+    assert asked(window) == 56
+    assert asked(window | {"RateLimit": '"resolvers";r=12;t=55'}) == 0
+    assert asked(window | {"Retry-After": "7"}) == 7
+    assert asked({"Retry-After": "Wed, 21 Oct 2026 07:28:00 GMT"}) == 0
+    assert fetching.retry_after(OSError("no answer at all")) == 0
+
+
+def test_a_plain_url_whose_file_is_replaced_in_the_middle_is_never_two_files_in_one(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = hub.add_plain("v1/a.json.gz", CONTENT)
+    etag = hashlib.md5(CONTENT).hexdigest()
+    file = SourceFile("a.json.gz", url, "jsonl", len(CONTENT), f'url:{url} {len(CONTENT)} "{etag}"')
+    hub.cut_next("/plain/", 1 << 20)
+    # Of the same size, before the rest is asked for.
+    monkeypatch.setattr(time, "sleep", lambda _: hub.add_plain("v1/a.json.gz", CONTENT[::-1]))
+    with pytest.raises(UserError, match=f"not what was listed: .*expected .{etag}.*Delete the listing"):
+        fetch(file, tmp_path)
+    assert not list(tmp_path.glob("a.json*"))
+    hub.add_plain("v1/a.json.gz", CONTENT)
+    assert fetch(file, tmp_path).read_bytes() == CONTENT
+
+
+def test_a_server_that_knows_no_ranges_sends_it_all_again(
+    hub: HubServer, file: SourceFile, tmp_path: Path, waited: list[float]
+) -> None:
+    hub.ignore_ranges("/cdn/")
+    hub.cut_next("/cdn/", 3 << 20)
+    hub.cut_next("/cdn/", 1 << 20)  # less than there was
+    assert fetch(file, tmp_path).read_bytes() == CONTENT
+    assert [one.status for one in hub.seen("/cdn/")] == [200] * 3
+
+
+def test_a_killed_download_goes_on_where_it_was(hub: HubServer, file: SourceFile, tmp_path: Path) -> None:
+    hub.hold("/cdn/", 1 << 20)
+    words = [sys.executable, "-c", FETCH, json.dumps(asdict(file)), str(tmp_path / "d")]
+    client = subprocess.Popen(words, env=os.environ | hub.environment(tmp_path / "home"))
+    deadline = time.monotonic() + 60
+    while sum(path.stat().st_size for path in tmp_path.rglob("*.part")) < 1 << 20:
+        assert client.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    client.send_signal(signal.SIGKILL)
+    client.wait(timeout=60)
+    have = local_path(file, tmp_path / "d").with_name("train%200.parquet.part").stat().st_size
+    hub.release()
+    assert fetch(file, tmp_path / "d").read_bytes() == CONTENT
+    assert [one.range for one in hub.seen("/cdn/")] == [None, f"bytes={have}-"]
+    assert sent(hub) < 2 * len(CONTENT)
+
+
+def test_a_stalled_connection_is_given_up_and_goes_on(
+    hub: HubServer, file: SourceFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetching, "_TIMEOUT_S", 0.3)
+    hub.slow("/cdn/", 0.5)  # a byte, and the next one two seconds later
+    timer = threading.Timer(0.2, hub.slow, ("/cdn/", None))  # for the requests to come
+    timer.start()
+    assert fetch(file, tmp_path).read_bytes() == CONTENT
+    timer.join()
+    assert [one.range for one in hub.seen("/cdn/")] == [None, "bytes=1-"]
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_other_content_than_listed_is_fetched_again_once(
+    hub: HubServer, file: SourceFile, tmp_path: Path, times: int
+) -> None:
+    """Damaged in the same length on its way, or for good."""
+    partial = local_path(file, tmp_path).with_name("train%200.parquet.part")
+    partial.parent.mkdir(parents=True)
+    partial.write_bytes(b"another file's beginning")
+    if times == 1:
+        assert fetch(file, tmp_path).read_bytes() == CONTENT
+        assert [one.range for one in hub.seen("/cdn/")] == ["bytes=24-", None]
+        return
+    with pytest.raises(UserError, match=r"is not what was listed: sha256 .*expected 000.*Delete the listing") as caught:
+        fetch(replace(file, digest="0" * 64), tmp_path)
+    assert not isinstance(caught.value, Unreachable)
+    assert len(hub.seen("/cdn/")) == 2
+    assert left(tmp_path) == []
+
+
+@pytest.mark.parametrize("size", [10, 15, 25])
+def test_a_plain_url_of_another_size_than_listed_is_no_file(hub: HubServer, tmp_path: Path, size: int) -> None:
+    with pytest.raises(UserError, match=f"not what was listed: 20 bytes, expected {size}"):
+        fetch(plain(hub, b"0123456789" * 2, size), tmp_path)
+    assert left(tmp_path) == []
+
+
+def test_a_size_that_no_server_says_is_no_hindrance(hub: HubServer, tmp_path: Path, waited: list[float]) -> None:
+    hub.cut_next("/plain/", 5)
+    assert fetch(plain(hub, b"0123456789", 0), tmp_path).read_bytes() == b"0123456789"
+    partial = tmp_path / "b" / "v1" / "a.json.gz.part"  # whole, and killed just before it got its name
+    partial.parent.mkdir(parents=True)
+    partial.write_bytes(b"0123456789")
+    assert fetch(plain(hub, b"0123456789", 0), tmp_path / "b").read_bytes() == b"0123456789"
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_what_is_not_there_or_not_open_is_said_at_once(
+    hub: HubServer, file: SourceFile, tmp_path: Path, status: int
+) -> None:
+    hub.fail_next("/resolve/", status=status)
+    with pytest.raises(Unreachable, match=rf"cannot download hf://.*{status}.*delete the listing.*hf auth login"):
+        fetch(file, tmp_path)
+    assert len(hub.requests) == 1
+    with pytest.raises(Unreachable, match=r"cannot download http.*404"):
+        fetch(replace(file, where=f"{hub.endpoint}/plain/nothing"), tmp_path)
+
+
+def test_an_outage_in_the_middle_says_so_and_keeps_what_there_is(
+    hub: HubServer, file: SourceFile, tmp_path: Path, waited: list[float]
+) -> None:
+    partial = local_path(file, tmp_path).with_name("train%200.parquet.part")
+    partial.parent.mkdir(parents=True)
+    partial.write_bytes(CONTENT[:1000])
+    hub.down(503, retry_after=None)
+    with pytest.raises(Unreachable, match=r"cannot download .*503.*HF_ENDPOINT. What there is of it is kept"):
+        fetch(file, tmp_path)
+    assert partial.read_bytes() == CONTENT[:1000]
+    assert 20 < sum(waited) < 120, "long enough for a short outage, and no longer"
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        nobody = f"http://127.0.0.1:{server.getsockname()[1]}/a"
+    with pytest.raises(Unreachable, match="Connection refused"):
+        fetch(replace(file, where=nobody), tmp_path)
+
+
+@pytest.fixture
+def small_disk() -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_is_no_outage(hub: HubServer, file: SourceFile, tmp_path: Path, small_disk: None) -> None:
+    with pytest.raises(OSError, match="File too large") as caught:
+        fetch(file, tmp_path)
+    assert out_of_space(caught.value)
+    assert len(hub.seen("/cdn/")) == 1
+
+
+def test_the_token_goes_to_the_hub_alone(
+    hub: HubServer, file: SourceFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    fetch(file, tmp_path)
+    fetch(plain(hub, b"x", 1), tmp_path)
+    fetch_start(plain(hub, b"x", 1), tmp_path, 1)
+    seen = {(one.path.split("/")[1], one.authorization) for one in hub.requests}
+    assert seen == {("datasets", "Bearer hf_secret"), ("cdn", None), ("plain", None)}
+
+
+def test_a_kept_file_of_another_revision_is_not_taken(hub: HubServer, file: SourceFile, tmp_path: Path) -> None:
+    fetch(file, tmp_path / "kept")
+    changed = CONTENT[::-1]
+    sha = hub.add_dataset(REPO, {NAME: changed})
+    where = f"hf://datasets/{REPO}@{sha}/{NAME}"
+    other = replace(file, where=where, digest=hashlib.sha256(changed).hexdigest())
+    assert fetch(other, tmp_path / "own", kept=tmp_path / "kept").read_bytes() == changed
+    assert local_path(file, tmp_path / "kept").read_bytes() == CONTENT
+    assert fetch(other, tmp_path / "kept", kept=tmp_path / "kept").read_bytes() == changed
+
+
+def test_two_that_want_the_same_file_fetch_it_once(hub: HubServer, file: SourceFile, tmp_path: Path) -> None:
+    hub.slow("/cdn/", 8 << 20)
+    threads = [threading.Thread(target=fetch, args=(file, tmp_path)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert local_path(file, tmp_path).read_bytes() == CONTENT
+    assert len(hub.seen("/cdn/")) == 1
+
+
+@pytest.mark.parametrize("name", ["../../up.jsonl", "a/../../up.jsonl", "日" * 100 + ".jsonl", "d/" * 600 + "x.jsonl"])
+def test_every_name_has_a_place_of_its_own_inside(name: str, tmp_path: Path) -> None:
+    def place(name: str) -> Path:
+        return local_path(SourceFile(name, "https://x/y", "jsonl", 0, ""), tmp_path)
+
+    found = place(name)
+    assert found.resolve().is_relative_to(tmp_path)
+    assert found.suffix == ".jsonl"
+    assert found != place("x" + name)
+    found.parent.mkdir(parents=True, exist_ok=True)
+    found.with_name(found.name + ".part").touch()

@@ -1,0 +1,135 @@
+"""A file is hashed once: by one process of several, and again only when its content may be another."""
+
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from myllm.config import DataConfig, RunConfig
+from myllm.data.prepare.prepare import resolve
+from myllm.data.sources import file_digests as digests
+from myllm.data.sources.file_digests import file_digests
+from myllm.preflight_data import room_for_run
+
+Hashed = Callable[[], list[str]]
+
+
+pytestmark = pytest.mark.usefixtures("temp_data")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two files, both old enough."""
+    monkeypatch.setattr(digests, "SETTLED_NS", -1)
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for name in "ab":
+        (texts / f"{name}.txt").write_text(f"the text of {name}")
+    return texts
+
+
+@pytest.fixture
+def hashed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hashed:
+    """The names of the files that were hashed since the last call, by whatever process."""
+    log, real = tmp_path / "log", digests.file_sha256
+    log.touch()
+
+    def file_sha256(path: Path) -> str:
+        with log.open("a") as file:
+            file.write(f"{path.name}\n")
+        return real(path)
+
+    def names() -> list[str]:
+        seen = sorted(log.read_text().split())
+        log.write_text("")
+        return seen
+
+    monkeypatch.setattr(digests, "file_sha256", file_sha256)
+    return names
+
+
+def ask(folder: Path) -> list[str]:
+    """The digests of a folder's files; each is what it should be."""
+    files = sorted(map(str, folder.glob("*.txt")))
+    found = file_digests(files, folder.parent / "listings" / "memory.json")
+    for file, (size, digest) in zip(files, found, strict=True):
+        content = Path(file).read_bytes()
+        assert (size, digest) == (len(content), hashlib.sha256(content).hexdigest())
+    return [digest for _, digest in found]
+
+
+def test_only_what_may_have_changed_is_hashed_again(folder: Path, hashed: Hashed) -> None:
+    ask(folder)
+    assert hashed() == ["a.txt", "b.txt"]
+    ask(folder)
+    assert hashed() == []
+    before = (folder / "a.txt").stat()
+    (folder / "a.txt").write_text("the text of c")  # as long as it was
+    os.utime(folder / "a.txt", ns=(before.st_atime_ns, before.st_mtime_ns))  # and, it says, as old
+    (folder / "c.txt").write_text("new")
+    ask(folder)
+    assert hashed() == ["a.txt", "c.txt"]
+    (folder / "c.txt").unlink()
+    ask(folder)
+    assert hashed() == []
+
+
+def test_of_several_processes_one_hashes(folder: Path, hashed: Hashed) -> None:
+    children, ready = [], os.pipe()
+    for _ in range(4):
+        if (child := os.fork()) == 0:
+            code = 1
+            try:
+                os.close(ready[1])
+                os.read(ready[0], 1)  # all at once
+                ask(folder)
+                code = 0
+            finally:  # never back into pytest
+                os._exit(code)
+        children.append(child)
+    os.close(ready[1])
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
+    assert hashed() == ["a.txt", "b.txt"]
+
+
+def test_what_was_changed_just_now_is_not_trusted(
+    folder: Path, hashed: Hashed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may change once more within the same tick of the disk's clock."""
+    monkeypatch.setattr(digests, "SETTLED_NS", 10**18)
+    for _ in range(2):
+        ask(folder)
+        assert hashed() == ["a.txt", "b.txt"]
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"format": "myllm-digests-1", "files": {"a": [1]}}'])
+def test_a_memory_that_is_damaged_or_cannot_be_written_costs_time_alone(
+    content: str, folder: Path, hashed: Hashed
+) -> None:
+    memory = folder.parent / "listings" / "memory.json"
+    memory.parent.mkdir()
+    memory.write_text(content)
+    ask(folder)
+    assert hashed() == ["a.txt", "b.txt"]
+    memory.unlink()
+    memory.parent.rename(folder.parent / "elsewhere")
+    memory.parent.write_text("a file where the folder should be")
+    ask(folder)
+    assert hashed() == ["a.txt", "b.txt"]
+
+
+def test_the_starts_of_a_run_hash_its_source_once(folder: Path, hashed: Hashed) -> None:
+    config = DataConfig(source=f"files:{folder}", val_tokens=2)
+    assert resolve(config).folder == resolve(config).folder
+    assert hashed() == ["a.txt", "b.txt"]
+
+
+def test_what_needs_no_digests_hashes_nothing(folder: Path, hashed: Hashed, temp_data: Path) -> None:
+    """A preflight, which asks for sizes alone; it leaves nothing behind either."""
+    config = DataConfig(source=f"files:{folder}", val_tokens=2)
+    assert room_for_run(replace(RunConfig(), data=config)).tokens
+    assert hashed() == []
+    assert not temp_data.exists()

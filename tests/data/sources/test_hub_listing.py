@@ -1,0 +1,301 @@
+"""Which files a remote source has: asked of the Hub once, kept, and clear about what is not there."""
+
+import hashlib
+import json
+import os
+import re
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hub_server import HubServer
+from huggingface_hub import constants
+
+from myllm import importing
+from myllm.config import DataConfig
+from myllm.data.prepare.prepare import resolve
+from myllm.data.prepare.spec import recipe_of
+from myllm.data.sources import hub_listing as listing
+from myllm.data.sources.hub_listing import Unreachable, list_hub, list_urls
+from myllm.data.sources.source import find_source
+from myllm.errors import UserError
+from myllm.evals.hellaswag_data import load_examples
+from myllm.publishing import check_token
+
+REPO = "someone/some-texts"
+FILES = {
+    "README.md": b"# Some texts\n",
+    "en/000.jsonl.gz": b"one",
+    "en/001.jsonl.gz": b"",
+    "en/deep/002.jsonl": b"two",
+    "en.noclean/000.jsonl.gz": b"not asked for",
+    "pictures/a.png": b"png",
+}
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, temp_data: Path) -> Iterator[HubServer]:
+    with HubServer(page_size=2) as server, server.reached(monkeypatch, tmp_path / "home"):
+        yield server
+
+
+@pytest.fixture
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+
+
+def names(spec: str) -> list[str]:
+    return [file.name for file in find_source(spec).files]
+
+
+def test_globs_and_folders_choose_files(hub: HubServer) -> None:
+    hub.add_dataset(REPO, FILES)
+    english = ["en/000.jsonl.gz", "en/001.jsonl.gz", "en/deep/002.jsonl"]
+    # Whole folders are whole folders: "en" is not the beginning of "en.noclean".
+    for glob in ("en", "en/", "en/*", "/en/*", "en/*.json*"):
+        assert names(f"hub:{REPO}:{glob}") == english, glob
+    assert names(f"hub:{REPO}:en/000.jsonl.gz") == english[:1]
+    assert names(f"hub:{REPO}:en/deep/*") == english[2:]
+    assert names(f"hub:{REPO}:*/000.jsonl.gz") == ["en.noclean/000.jsonl.gz", "en/000.jsonl.gz"]
+    # Its card is no text; a glob may still name it.
+    assert names(f"hub:{REPO}") == ["en.noclean/000.jsonl.gz", *english]
+    assert names(f"hub:{REPO}:README.md") == ["README.md"]
+
+
+def test_a_listing_takes_every_page_and_only_the_folder(hub: HubServer) -> None:
+    hub.add_dataset(REPO, {f"{folder}/{i}.jsonl": b"x%d" % i for folder in ("data", "other") for i in range(7)})
+    assert len(names(f"hub:{REPO}:data/*.jsonl")) == 7
+    assert len(hub.seen("/tree/")) == 4
+    assert all("/data?" in one.path for one in hub.seen("/tree/"))
+
+
+def test_files_are_pinned_by_commit_and_content(hub: HubServer) -> None:
+    sha = hub.add_dataset(REPO, FILES)
+    lfs, git = (list_hub(REPO, None, path)[0] for path in ("en/000.jsonl.gz", "README.md"))
+    assert lfs.url == f"hf://datasets/{REPO}@{sha}/en/000.jsonl.gz"
+    assert (lfs.size_bytes, lfs.digest) == (3, hashlib.sha256(b"one").hexdigest())
+    assert git.digest == "git:" + hashlib.sha1(b"blob 13\0# Some texts\n").hexdigest()
+
+
+def test_a_revision_may_be_named(hub: HubServer) -> None:
+    old = hub.add_dataset(REPO, FILES)
+    hub.add_dataset(REPO, {"en/new.jsonl": b"new"})
+    assert names(f"hub:{REPO}:en") == ["en/new.jsonl"]
+    assert len(names(f"hub:{REPO}@{old}:en")) == 3
+    assert names(f"hub:{REPO}@main:en") == ["en/new.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("hub:someone/else", r"no dataset 'someone/else', .*accept the dataset's terms on .*hf auth login"),
+        (f"hub:{REPO}@v9", r"no revision 'v9'; leave it out"),
+        (f"hub:{REPO}@{'0' * 40}", r"no revision '0{40}'; leave it out"),
+        (f"hub:{REPO}:fr/*.jsonl", r"no such file or folder: .*/fr; see http.*/tree/main"),
+        (f"hub:{REPO}:en/*.parquet", r"3 files under en, but none match 'en/\*.parquet'; see http"),
+        (f"hub:{REPO}:pictures", r"no readable files: found 1 of kind .png; expected .*\.parquet.* A glob"),
+        ("hub:nobody", r"expected hub:NAMESPACE/NAME"),
+        ("hub:a/b/c", r"expected hub:NAMESPACE/NAME"),
+        ("hub:a b/c..d", r"'a b/c..d' is no name of a dataset"),
+    ],
+)
+def test_what_is_not_there_is_said_at_once(hub: HubServer, spec: str, message: str) -> None:
+    hub.add_dataset(REPO, FILES)
+    with pytest.raises(UserError, match=message) as caught:
+        find_source(spec)
+    assert not isinstance(caught.value, Unreachable), "a fallback would be taken for a typing error"
+    assert len(hub.requests) <= 3, "asked again for what is not there"
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_busy_hub_is_asked_again(hub: HubServer, status: int, no_waiting: None) -> None:
+    hub.add_dataset(REPO, FILES)
+    hub.fail_next("/revision/main", status=status)
+    hub.fail_next("/tree/", status=status, times=2)
+    hub.fail_next("cursor=", status=status, retry_after=None)
+    assert len(names(f"hub:{REPO}:en")) == 3
+
+
+def test_the_first_listing_is_kept(hub: HubServer) -> None:
+    hub.add_dataset(REPO, FILES)
+    config = DataConfig(source=f"hub:{REPO}:en/*.gz")
+    first = recipe_of(config)
+    hub.add_dataset(REPO, {"en/new.jsonl.gz": b"new"})
+    hub.requests.clear()
+    hub.down(None)
+    assert recipe_of(config).folder == first.folder
+    assert hub.requests == []
+
+
+def test_a_name_does_not_depend_on_the_endpoint(
+    hub: HubServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    hub.add_dataset(REPO, FILES)
+    config = DataConfig(source=f"hub:{REPO}:en/*.gz")
+    here = recipe_of(config)
+    with HubServer() as mirror, mirror.reached(monkeypatch, tmp_path / "other"):
+        mirror.add_dataset(REPO, FILES)
+        monkeypatch.setenv("MYLLM_DATA", str(tmp_path / "elsewhere"))
+        there = recipe_of(config)
+        assert mirror.requests
+    assert there.describe() == here.describe()
+    assert there.source.files == here.source.files
+
+
+def test_globs_that_differ_in_a_sign_are_different_questions(hub: HubServer) -> None:
+    hub.add_dataset(REPO, {"en.jsonl": b"1", "en/a.jsonl": b"2", "token.jsonl": b"3"})
+    assert names(f"hub:{REPO}:en") == ["en/a.jsonl"]
+    assert names(f"hub:{REPO}:*en*") == ["en.jsonl", "en/a.jsonl", "token.jsonl"]
+    assert names(f"hub:{REPO}:en?jsonl") == ["en.jsonl"]
+    assert names(f"hub:{REPO}:{'*' * 300}") == ["en.jsonl", "en/a.jsonl", "token.jsonl"]
+
+
+def test_a_damaged_listing_is_named(hub: HubServer, temp_data: Path) -> None:
+    hub.add_dataset(REPO, FILES)
+    names(f"hub:{REPO}")
+    (kept,) = (temp_data / "listings").iterdir()
+    kept.write_text(kept.read_text()[:-20])
+    with pytest.raises(UserError, match=f"the listing {kept} is damaged .*; delete it"):
+        names(f"hub:{REPO}")
+    kept.unlink()
+    (temp_data / "listings").rmdir()
+    (temp_data / "listings").write_text("a file where a folder belongs")
+    with pytest.raises(UserError, match=r"cannot read .*listings.*: Not a directory"):
+        names(f"hub:{REPO}")
+
+
+def test_the_token_goes_to_the_hub_alone(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    with HubServer() as mirror:
+        urls = [mirror.add_plain(f"{i}.json.gz", b"x" * i) for i in (1, 2)]
+        hub.add_dataset("allenai/dolma", {"urls/v1_6-sample.txt": "\n".join(urls).encode()})
+        find_source("dolma-sample")
+        assert [one.authorization for one in mirror.requests] == [None] * 3
+    # The content delivery network is another host too: a signature in its URL is what it goes by.
+    seen = {(one.path.split("/")[1], one.authorization) for one in hub.requests}
+    assert seen == {("datasets", "Bearer hf_secret"), ("cdn", None)}
+
+
+def test_the_next_page_is_asked_of_the_same_endpoint(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mirror passes on Link headers that name the Hub itself."""
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    hub.add_dataset(REPO, FILES)
+    with HubServer() as elsewhere:
+        reply = hub._page
+        monkeypatch.setattr(
+            hub, "_page", lambda *asked: reply(*asked[:3], asked[3].replace(hub.endpoint, elsewhere.endpoint))
+        )
+        assert len(names(f"hub:{REPO}:en")) == 3
+        assert elsewhere.requests == []
+
+
+def test_urls_are_listed_with_size_and_version(hub: HubServer) -> None:
+    urls = [hub.add_plain(f"v1/{i}.json.gz", b"x" * i) for i in (1, 2, 3)]
+    hub.add_dataset("a/b", {"urls.txt": "\n".join(["", *urls, urls[0], "# no url"]).encode()})
+    hub.fail_next("v1/2", method="HEAD")
+    found = list_urls("a/b", "urls.txt")
+    assert [(file.name, file.url, file.size_bytes) for file in found] == [
+        (f"plain/v1/{i}.json.gz", url, i) for i, url in enumerate(urls, 1)
+    ]
+    assert found[0].digest.startswith(f"url:{urls[0]} 1 ")
+    assert hashlib.md5(b"x").hexdigest() in found[0].digest
+
+
+@pytest.mark.parametrize("status", [None, 503, 404])
+def test_an_outage_of_dolma_names_dolma_and_c4(hub: HubServer, no_waiting: None, status: int | None) -> None:
+    with HubServer() as mirror:
+        hub.add_dataset("allenai/dolma", {"urls/v1_6-sample.txt": mirror.add_plain("a.json.gz", b"x").encode()})
+        hub.add_dataset("allenai/c4", {"en/c4-train.00000-of-01024.json.gz": b"x"})
+        mirror.down(status)
+        config = DataConfig(source="dolma-sample")
+        with pytest.raises(Unreachable, match=r"^Dolma cannot be reached: 127.0.0.1 .*C4 .*--fallback c4"):
+            resolve(config)
+        assert len(mirror.requests) <= 3, "one question is enough where nobody answers"
+        assert resolve(replace(config, fallback="c4")).source.name == "c4"
+
+
+def test_a_dolma_that_is_gone_or_closed_names_c4_too(hub: HubServer, capsys: pytest.CaptureFixture[str]) -> None:
+    hub.add_dataset("allenai/c4", {"en/c4-train.00000-of-01024.json.gz": b"x"})
+    with pytest.raises(Unreachable, match=r"Dolma cannot be reached: the Hub has no dataset 'allenai/dolma'.*C4"):
+        find_source("dolma")
+    assert resolve(DataConfig(source="dolma", fallback="c4")).source.name == "c4"
+    assert re.search(r"Dolma cannot be reached(.|\n)*taking c4 instead", capsys.readouterr().err)
+
+
+def test_an_outage_of_everything_is_one_clear_message(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    hub.down(503, retry_after=None)
+    message = rf"the Hub at {hub.endpoint} does not answer .*check the network, a proxy \(HTTPS_PROXY\), HF_ENDPOINT"
+    for source in ("c4", "fineweb-edu-10bt", "dolma", f"hub:{REPO}"):
+        waited.clear()
+        with pytest.raises(Unreachable, match=message):
+            resolve(DataConfig(source=source))
+        assert sum(waited) < 10
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{unused.getsockname()[1]}")
+    waited.clear()
+    with pytest.raises(Unreachable, match=r"does not answer .*Connection refused.*HF_ENDPOINT"):
+        resolve(DataConfig(source="dolma", fallback="c4"))
+    assert sum(waited) < 20, "Dolma's and C4's"
+
+
+def test_a_silent_hub_is_given_up(hub: HubServer, monkeypatch: pytest.MonkeyPatch, no_waiting: None) -> None:
+    monkeypatch.setattr(listing, "_TIMEOUTS_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections, and says nothing
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        with pytest.raises(Unreachable, match=r"does not answer .*timed out"):
+            list_hub(REPO, "0" * 40, "")
+
+
+def test_no_listing_is_kept_of_an_outage(hub: HubServer, temp_data: Path, no_waiting: None) -> None:
+    hub.add_dataset(REPO, FILES)
+    hub.fail_next("cursor=", times=4)
+    with pytest.raises(Unreachable):
+        names(f"hub:{REPO}")
+    assert not list(temp_data.rglob("*.json"))
+    assert len(names(f"hub:{REPO}")) == 4
+    (kept,) = (temp_data / "listings").iterdir()
+    assert len(json.loads(kept.read_text())["files"]) == 6
+
+
+def test_of_several_processes_one_asks(hub: HubServer, temp_data: Path) -> None:
+    """As the ranks of a first start do; each used to ask, and they wrote one file under one temporary name."""
+    hub.add_dataset(REPO, FILES)
+    children, ready = [], os.pipe()
+    for _ in range(6):
+        if (child := os.fork()) == 0:
+            code = 1
+            try:
+                os.close(ready[1])
+                os.read(ready[0], 1)  # all at once
+                code = 0 if len(names(f"hub:{REPO}")) == 4 else 1
+            finally:  # never back into pytest
+                os._exit(code)
+        children.append(child)
+    os.close(ready[1])
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * 6
+    asked = [request.path for request in hub.requests]
+    assert len(asked) == len(set(asked)), "a page was asked for twice"
+    assert not list(temp_data.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    "endpoint", ["mirror.example", "localhost:8080", "https://", "ftp://mirror.example", "//mirror"]
+)
+def test_an_address_that_is_none_is_said_at_once(
+    endpoint: str, temp_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By whatever asks the Hub; nothing is tried."""
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(time, "sleep", pytest.fail)
+    for ask in (
+        lambda: find_source(f"hub:{REPO}"), lambda: find_source("dolma"), load_examples, check_token,
+        lambda: importing.find("someone/some-model", None, print),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=f"HF_ENDPOINT is '{re.escape(endpoint)}', expected a whole address"):
+            ask()

@@ -1,0 +1,259 @@
+"""The loader hands out what direct reads give, from any position, on any number of ranks, and ends when told."""
+
+import itertools
+import random
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from myllm.data import sampler as order
+from myllm.data.dataloader import Batch, Loader, batch_of, has_step
+from myllm.data.dataset import Dataset, TokenStream
+from myllm.data.sampler import DataPosition, count_sequences, step_sequences
+from myllm.errors import UserError
+from myllm.planning.batch import BatchPlan
+
+if TYPE_CHECKING:
+    from conftest import Growing
+
+MakeDataset = Callable[..., Dataset]
+MakeGrowing = Callable[[Dataset], "Growing"]
+CPU = torch.device("cpu")
+T = 8
+
+
+@pytest.fixture(scope="session")
+def dataset(make_dataset: MakeDataset) -> Dataset:
+    """50 sequences of 8 in five shards, each token its own place."""
+    return make_dataset(np.arange(50 * T + 3), np.arange(40), shard_tokens=90)
+
+
+def plan(world_size: int = 1, micro: int = 2, sequences: int = 8) -> BatchPlan:
+    return BatchPlan(sequences * T, T, micro, world_size)
+
+
+def take(dataset: Dataset, count: int, position: DataPosition, batch: BatchPlan, rank: int = 0) -> list[Batch]:
+    with Loader(dataset.train, batch, position, rank, CPU) as loader:
+        return [loader.next() for _ in range(count)]
+
+
+def at(epoch: int, index: int) -> DataPosition:
+    return DataPosition(epoch, index, 3, "hash")
+
+
+def sequences_of(batches: list[Batch]) -> list[int]:
+    """Which sequences were in the batches: their first token says so."""
+    return [int(first) // T for tokens, _ in batches for first in tokens[:, 0]]
+
+
+def test_a_batch_is_windows_of_the_stream(dataset: Dataset) -> None:
+    tokens, targets = batch_of(dataset.train, np.array([0, 11, 49]), T)
+    assert tokens.dtype == targets.dtype == torch.int64
+    assert tokens.is_contiguous()
+    assert targets.is_contiguous()
+    assert tokens.tolist() == [list(range(i * T, i * T + T)) for i in (0, 11, 49)]
+    assert (targets == tokens + 1).all()
+
+
+def test_batches_equal_direct_reads(dataset: Dataset) -> None:
+    position = at(0, 0)
+    batches = take(dataset, 4 * 10, position, plan())
+    for step in range(10):  # 80 sequences: over the end of the first epoch
+        sequences = step_sequences(position, 8, 50, 50)
+        for micro_step in range(4):
+            tokens, targets = batches[4 * step + micro_step]
+            for row, sequence in enumerate(sequences[2 * micro_step : 2 * micro_step + 2]):
+                whole = dataset.train.read(int(sequence) * T, T + 1).tolist()
+                assert tokens[row].tolist() == whole[:-1]
+                assert targets[row].tolist() == whole[1:]
+        position = position.advance(8, 50)
+
+
+def test_an_epoch_has_every_sequence_once(dataset: Dataset) -> None:
+    assert count_sequences(dataset.train.tokens, T) == 50
+    seen = sequences_of(take(dataset, 50, at(0, 0), plan(micro=2, sequences=4)))
+    assert sorted(seen[:50]) == sorted(seen[50:]) == list(range(50))
+    assert seen[:50] != seen[50:]
+
+
+@settings(max_examples=25)
+@given(st.integers(0, 12), st.sampled_from([2, 4, 8, 16]))
+def test_resuming_anywhere_goes_on_as_if_never_stopped(dataset: Dataset, steps: int, sequences: int) -> None:
+    batch = plan(sequences=sequences)
+    whole = take(dataset, (steps + 3) * batch.grad_accum_steps, at(0, 0), batch)
+    position = at(0, 0)
+    for _ in range(steps):
+        position = position.advance(batch.sequences, 50)
+    resumed = take(dataset, 3 * batch.grad_accum_steps, position, batch)
+    for a, b in zip(whole[steps * batch.grad_accum_steps :], resumed, strict=True):
+        assert torch.equal(a[0], b[0])
+        assert torch.equal(a[1], b[1])
+
+
+@pytest.mark.parametrize(("world_size", "micro"), [(1, 1), (1, 8), (2, 1), (2, 4), (4, 1), (4, 2)])
+def test_the_order_knows_nothing_of_ranks(dataset: Dataset, world_size: int, micro: int) -> None:
+    alone = sequences_of(take(dataset, 8 * 7, at(1, 40), plan(micro=1)))
+    batch = plan(world_size, micro)
+    ranks = [take(dataset, 7 * batch.grad_accum_steps, at(1, 40), batch, rank) for rank in range(world_size)]
+    interleaved = [batches for step in zip(*ranks, strict=True) for batches in step]
+    assert sequences_of(interleaved) == alone
+
+
+def loader_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "loader"]
+
+
+@pytest.mark.parametrize("taken", [0, 1, 7])
+def test_the_thread_ends_with_the_block(dataset: Dataset, taken: int) -> None:
+    take(dataset, taken, at(0, 0), plan())
+    assert loader_threads() == []
+    with pytest.raises(KeyError), Loader(dataset.train, plan(), at(0, 0), 0, CPU):
+        raise KeyError
+    assert loader_threads() == []
+
+
+class Failing:
+    """A stream that breaks at its tenth read."""
+
+    def __init__(self, stream: TokenStream, error: BaseException) -> None:
+        self.complete, self.tokens, self._stream, self._error, self._reads = (
+            True, stream.tokens, stream, error, itertools.count()
+        )  # fmt: skip
+
+    def check(self, starts: np.ndarray, count: int) -> None:
+        self._stream.check(starts, count)
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        if next(self._reads) >= 10:
+            raise self._error
+        return self._stream.read(start, count)
+
+
+@pytest.mark.parametrize("error", [OSError("disk gone"), ValueError("odd"), SystemExit("out")])
+def test_what_the_thread_meets_reaches_training(dataset: Dataset, error: BaseException) -> None:
+    with Loader(Failing(dataset.train, error), plan(), at(0, 0), 0, CPU) as loader:
+        for _ in range(5):
+            loader.next()
+        for _ in range(3):  # and does not hang whoever asks again
+            with pytest.raises(type(error), match=str(error)):
+                loader.next()
+    assert loader_threads() == []
+
+
+def test_no_sequences_is_an_error_and_no_endless_loop(make_dataset: MakeDataset) -> None:
+    short = make_dataset(np.arange(T), np.arange(T))
+    with Loader(short.train, plan(), at(0, 0), 0, CPU) as loader, pytest.raises(AssertionError):
+        loader.next()
+
+
+def test_time_spent_waiting_is_counted(dataset: Dataset) -> None:
+    class Slow(Failing):
+        def read(self, start: int, count: int) -> np.ndarray:
+            time.sleep(0.05)
+            return self._stream.read(start, count)
+
+    with Loader(Slow(dataset.train, OSError()), plan(), at(0, 0), 0, CPU) as loader:
+        loader.next()
+        assert 0.05 <= loader.wait_s < 5
+
+
+# -- data that are still being made -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows of 6 sequences: shards end within them, and so do steps."""
+    monkeypatch.setattr(order, "WINDOW_TOKENS", 6 * T)
+
+
+@pytest.mark.usefixtures("small_windows")
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("sequences", [2, 8, 48, 64])
+def test_growing_data_give_the_batches_of_finished_data(
+    dataset: Dataset, make_growing: MakeGrowing, world_size: int, sequences: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over the ends of windows and of epochs; each rank looks for itself."""
+    monkeypatch.setattr(Loader, "LOOK_EVERY_S", 0.005)
+    batch = plan(world_size, 1, sequences)
+    count = (2 * 50 // sequences + 2) * batch.grad_accum_steps
+    for rank in range(world_size):
+        expected = take(dataset, count, at(0, 0), batch, rank)
+        growing = make_growing(dataset)
+        growing.grow(2)
+        chance = random.Random(rank)
+
+        def make_the_rest(growing: "Growing" = growing, chance: random.Random = chance) -> None:
+            while not growing.whole:
+                time.sleep(chance.uniform(0, 0.03))
+                growing.grow()
+            time.sleep(chance.uniform(0, 0.03))
+            growing.finish()
+
+        thread = threading.Thread(target=make_the_rest)
+        thread.start()
+        seen = take(Dataset.open(growing.folder, unfinished=True), count, at(0, 0), batch, rank)
+        thread.join()
+        for (a, b), (x, y) in zip(seen, expected, strict=True):
+            assert torch.equal(a, x)
+            assert torch.equal(b, y)
+
+
+@pytest.mark.usefixtures("small_windows")
+def test_no_step_is_handed_out_before_its_windows_are_there(dataset: Dataset, make_growing: MakeGrowing) -> None:
+    """A window is 6 sequences, a shard 90 tokens: 11 sequences and a bit."""
+    growing = make_growing(dataset)
+    growing.grow(2)
+    seen, batch = Dataset.open(growing.folder, unfinished=True), plan(sequences=2, micro=2)
+    steps = [i for i in range(20) if has_step(seen.train, at(0, 2 * i), batch)]
+    assert seen.train.tokens == 90
+    assert steps == [0, 1, 2], "11 sequences are there: one window of 6"
+    growing.grow()
+    seen.refresh()
+    assert [i for i in range(20) if has_step(seen.train, at(0, 2 * i), batch)] == list(range(9))
+    assert not has_step(seen.train, at(1, 0), batch), "a later epoch needs all of it"
+    growing.finish()
+    seen.refresh()
+    assert has_step(seen.train, at(1, 0), batch)
+
+
+@pytest.mark.usefixtures("small_windows")
+@pytest.mark.parametrize("there", [1, 2])
+def test_a_loader_that_waits_ends_when_told(dataset: Dataset, make_growing: MakeGrowing, there: int) -> None:
+    growing = make_growing(dataset)
+    growing.grow(there)
+    seen = Dataset.open(growing.folder, unfinished=True)
+    with Loader(seen.train, plan(), at(0, 40), 0, CPU):
+        time.sleep(0.05)
+    assert loader_threads() == []
+
+
+@pytest.mark.usefixtures("small_windows")
+def test_data_that_vanish_while_it_waits_are_said(
+    dataset: Dataset, make_growing: MakeGrowing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Loader, "LOOK_EVERY_S", 0.01)
+    growing = make_growing(dataset)
+    growing.grow(2)
+    seen = Dataset.open(growing.folder, unfinished=True)
+    shutil.rmtree(growing.folder)
+    with Loader(seen.train, plan(), at(0, 40), 0, CPU) as loader, pytest.raises(UserError, match="not a prepared"):
+        loader.next()
+
+
+@pytest.mark.usefixtures("small_windows")
+def test_resuming_within_and_behind_windows(dataset: Dataset) -> None:
+    batch = plan(sequences=4)
+    whole = take(dataset, 2 * 30, at(0, 0), batch)
+    position = at(0, 0)
+    for step in range(26):
+        resumed = take(dataset, 2, position, batch)
+        assert all(torch.equal(a[0], b[0]) for a, b in zip(resumed, whole[2 * step :], strict=False)), step
+        position = position.advance(4, 50)

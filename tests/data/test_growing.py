@@ -1,0 +1,299 @@
+"""Training that begins before its data are whole: the same losses, and a clear end where the data do not come."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import ROOT, losses, write_corpus, write_run_config
+
+from myllm.checkpoint import list_checkpoints, load
+from myllm.config import DataConfig, EvalConfig, RunConfig
+from myllm.data.dataset import Dataset
+from myllm.data.prepare import background as beside
+from myllm.data.prepare.prepare import exclusive, prepare
+from myllm.data.prepare.spec import recipe_of
+from myllm.errors import UserError
+
+# pretrain.py with windows of 8 sequences and units of two files. A worker takes up a unit only once the number in
+# the file `gate` is larger than the unit's, if there is such a file. All but the end runs in spawned processes too.
+DRIVER = f"""
+import os, sys, time
+from pathlib import Path
+sys.path.insert(0, {str(ROOT)!r})
+import pretrain
+from myllm.data import order, pipeline, units
+order.WINDOW_TOKENS, units.SMALL_BYTES = 8 * 64, 3_000
+gate, tokenise = Path(os.environ["GATE"]), units.tokenise_unit
+def tokenise_unit(unit, paths, source, config, out, stop):
+    while gate.exists() and int(gate.read_text() or 0) <= int(out.stem):
+        time.sleep(0.02)
+    tokenise(unit, paths, source, config, out, stop)
+tokenise_unit.__module__ = units.__name__  # the name by which it is handed to a worker
+units.tokenise_unit = pipeline.tokenise_unit = tokenise_unit
+if __name__ == "__mp_main__":
+    time.sleep(float(os.environ.pop("START_DELAY_S", 0)))
+if __name__ == "__main__":
+    pretrain.main()
+"""
+STEPS = 45
+
+
+class Runs:
+    """Runs of one config in one temp_data/, whose preparation the test lets go on or not."""
+
+    def __init__(self, folder: Path, config: RunConfig) -> None:
+        self.folder, self.config, self.run = folder, config, folder / "temp_data/runs" / config.name
+        self._gate = folder / "gate"
+        (folder / "driver.py").write_text(DRIVER)
+        write_run_config(config, folder / "run.json")
+        self._started: list[subprocess.Popen[str]] = []
+
+    def start(self, ranks: int = 1, *words: str, delay_s: float = 0) -> subprocess.Popen[str]:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+        environment = os.environ | {
+            "MYLLM_DATA": str(self.folder / "temp_data"), "GATE": str(self._gate), "START_DELAY_S": str(delay_s)
+        }  # fmt: skip
+        driver, config = self.folder / "driver.py", self.folder / "run.json"
+        process = subprocess.Popen(
+            [sys.executable, *torchrun, str(driver), "--config", str(config), *words],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        )  # fmt: skip
+        self._started.append(process)
+        return process
+
+    def open_gate(self, units: int | None = None) -> None:
+        """Let the preparation take so many units; all of them."""
+        if units is None:
+            self._gate.unlink(missing_ok=True)
+        else:
+            (self.folder / "gate.new").write_text(str(units))
+            (self.folder / "gate.new").replace(self._gate)
+
+    def wait(self, process: subprocess.Popen[str], condition: Callable[[], object]) -> None:
+        deadline = time.monotonic() + 120
+        while not condition():
+            assert process.poll() is None, process.communicate(timeout=240)[0]
+            assert time.monotonic() < deadline, "waited in vain"
+            time.sleep(0.02)
+
+    def waits(self, times: int = 1) -> bool:
+        log = self.run / "log.txt"
+        return log.exists() and log.read_text().count("waiting for data") >= times
+
+    def preparation(self) -> psutil.Process:
+        """The process beside: of those that the runs spawned, the one that is not a child of another."""
+        found = [
+            child for each in self._started if each.poll() is None for child in psutil.Process(each.pid).children(True)
+        ]
+        spawned = [child for child in found if "--multiprocessing-fork" in child.cmdline()]
+        [beside] = [child for child in spawned if child.parent() not in spawned]
+        return beside
+
+    def saved(self) -> int:
+        return load(list_checkpoints(self.run / "checkpoints")[0]).state.step
+
+    def end(self) -> None:
+        for process in self._started:
+            if process.poll() is None:  # torchrun puts each rank into a session of its own
+                for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+                    each.kill()
+            process.communicate(timeout=240)
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
+    said, _ = process.communicate(timeout=120)
+    assert "Traceback" not in said or process.returncode not in (0, 2), said
+    return process.returncode, said
+
+
+@pytest.fixture
+def runs(tiny: RunConfig, tmp_path: Path) -> Iterator[Runs]:
+    """About 80 sequences an epoch, two a step: the run goes on into the second epoch. What is held out is decided when
+    six units, twelve documents, are there."""
+    source = write_corpus(tmp_path / "growing", documents=30, words=120)
+    data = DataConfig(source=f"files:{source}", val_tokens=190, shard_tokens=700, workers=1)
+    found = Runs(tmp_path, replace(
+        tiny, data=data, train=replace(tiny.train, max_steps=STEPS, save_every_steps=0),
+        eval=EvalConfig(
+            validation_every_steps=30, validation_tokens=256, cloze_every_steps=0, hellaswag_every_steps=0,
+            sample_every_steps=0,
+        ),
+    ))  # fmt: skip
+    yield found
+    found.end()
+
+
+def expect_losses_of_finished_data(runs: Runs, ranks: int) -> None:
+    """The same run once more, from its first step, on the data set that is whole by now."""
+    code, said = finish(runs.start(ranks, "--name", "whole"))
+    assert code == 0, said
+    assert "goes on beside" not in said
+    assert losses(runs.run) == losses(runs.run.with_name("whole"))
+    assert len(losses(runs.run)) == STEPS
+    [folder] = [path for path in (runs.folder / "temp_data/datasets").iterdir() if path.is_dir()]
+    assert not (folder / "work").exists()
+    assert not (folder / "progress.json").exists()
+
+
+@pytest.mark.slow
+def test_it_trains_while_the_data_are_made_with_the_same_losses(runs: Runs) -> None:
+    runs.open_gate(7)
+    process = runs.start()
+    runs.wait(process, runs.waits)
+    done = losses(runs.run)
+    assert 0 < len(done) < STEPS, "it began before the data were whole"
+    runs.open_gate()
+    code, said = finish(process)
+    assert code == 0, said
+    assert "the preparation goes on beside the training" in said
+    assert said.count("tokens to train on so far, from") >= 2
+    expect_losses_of_finished_data(runs, 1)
+
+
+@pytest.mark.slow
+def test_stopped_and_deserted_while_it_waits_it_saves_and_goes_on(runs: Runs) -> None:
+    """Ctrl-C; a preparation that is killed; then one that takes long to begin again."""
+    runs.open_gate(7)
+    process = runs.start()
+    runs.wait(process, runs.waits)
+    os.killpg(process.pid, signal.SIGINT)
+    code, said = finish(process)
+    assert code == 130, said
+    first = runs.saved()
+    assert f"stopped after step {first}, saved" in said
+    assert first == max(losses(runs.run)) > 0
+
+    runs.open_gate(10)
+    process = runs.start()
+    runs.wait(process, lambda: f'"step": {first + 1}, "tokens"' in (runs.run / "metrics.jsonl").read_text())
+    runs.preparation().kill()
+    code, said = finish(process)
+    assert code == 2, said
+    assert "error: the preparation of" in said
+    assert "start the same command again: what is finished is kept" in said
+    assert runs.saved() == max(losses(runs.run)) > first
+
+    runs.open_gate()
+    code, said = finish(runs.start(delay_s=6))
+    assert code == 0, said
+    assert f"resuming from {list_checkpoints(runs.run / 'checkpoints')[-1].parent}" in said
+    expect_losses_of_finished_data(runs, 1)
+
+
+@pytest.mark.slow
+def test_two_ranks_whose_preparation_is_killed_save_and_go_on(runs: Runs) -> None:
+    runs.open_gate(7)
+    process = runs.start(2)
+    runs.wait(process, runs.waits)
+    runs.preparation().kill()
+    said, _ = process.communicate(timeout=120)  # torchrun's own traceback is among it
+    assert process.returncode != 0
+    assert said.count("error: the preparation of") == 1, said
+    assert runs.saved() == max(losses(runs.run)) > 0
+    runs.open_gate()
+    code, said = finish(runs.start(2))
+    assert code == 0, said
+    expect_losses_of_finished_data(runs, 2)
+
+
+def test_a_killed_training_takes_its_preparation_with_it(runs: Runs) -> None:
+    runs.open_gate(7)
+    process = runs.start()
+    runs.wait(process, runs.waits)
+    preparation = runs.preparation()
+    family = [preparation, *preparation.children(recursive=True)]
+    process.kill()
+    process.wait(timeout=60)
+    assert len(family) >= 2, "the preparation and its worker"
+    # Where nobody reaps orphans, as in some containers, they stay as zombies.
+    _, alive = psutil.wait_procs(family, timeout=20)
+    assert [each for each in alive if each.status() != psutil.STATUS_ZOMBIE] == []
+
+
+@pytest.mark.slow
+def test_what_turns_out_to_be_too_little_is_said_as_of_finished_data(runs: Runs) -> None:
+    words = ("--train.batch-tokens", "65536", "--train.micro-batch-size", "1")
+    for _ in range(2):  # growing, then whole
+        code, said = finish(runs.start(1, *words))
+        assert code == 2, said
+        assert "fewer than the 1,024 of one step; add text or lower train.batch_tokens" in said
+
+
+def test_too_little_text_ends_with_the_preparations_own_words(runs: Runs) -> None:
+    for path in sorted((runs.folder / "growing").iterdir())[1:]:
+        path.unlink()
+    (runs.folder / "growing" / "000.txt").write_text("one word")
+    code, said = finish(runs.start())
+    assert code == 2
+    assert "at most a tenth and needs two tokens; add text" in said
+
+
+# -- looking at one another, in process -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def growing(tiny: RunConfig) -> Dataset:
+    """A data set that was interrupted, and nobody is at work on."""
+    folder = prepare(tiny.data, progress=False).folder
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["shards"] = manifest["shards"][:3]
+    (folder / "progress.json").write_text(json.dumps(manifest | {"progress": {"done_bytes": 1, "source_bytes": 4}}))
+    (folder / "manifest.json").unlink()
+    (folder / "work").mkdir()
+    return Dataset.open(folder, unfinished=True)
+
+
+def test_who_is_at_work_is_known_by_a_lock(growing: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(beside.time, "sleep", lambda _: None)
+    assert not beside.is_at_work(growing.folder)
+    with pytest.raises(UserError, match=r"ended before it was whole.*start the same command again"):
+        beside.check_at_work(growing)
+    for what in ("", beside.STARTING):
+        with exclusive(growing.folder, what):
+            assert beside.is_at_work(growing.folder)
+            beside.check_at_work(growing)
+        assert not beside.is_at_work(growing.folder)
+    assert not beside.is_at_work(growing.folder.with_name("never")), "asking makes no file"
+    assert not list(growing.folder.parent.glob(".never*"))
+
+
+def test_what_an_interrupted_preparation_left_is_not_begun_with(
+    growing: Dataset, tiny: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process of this machine starts the preparation; until it does, nothing is there to rely on."""
+    monkeypatch.setattr(beside, "PATIENCE_S", 0.5)
+    with pytest.raises(UserError, match="ended before it was whole"), beside.prepared_beside(tiny.data, starts=False):
+        pytest.fail("it began")
+    with exclusive(growing.folder), beside.prepared_beside(tiny.data, starts=False) as dataset:
+        assert not dataset.complete
+        assert beside.how_far(dataset) == f"{dataset.train.tokens:,} tokens to train on so far, from 25% of 0.0 MB"
+
+
+def test_a_finished_data_set_starts_no_process_and_is_cleared(tiny: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(beside, "get_context", None)
+    folder = prepare(tiny.data, progress=False).folder
+    assert folder == recipe_of(tiny.data).folder
+    (folder / "work").mkdir()
+    with beside.prepared_beside(tiny.data, starts=True) as dataset:
+        assert dataset.complete
+    assert not (folder / "work").exists()
+
+
+def test_the_preparation_stands_back_from_training(
+    tiny: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its workers, one a core, would else be as many as all ranks' threads together."""
+    done: list[str] = []
+    monkeypatch.setattr(os, "nice", lambda by: done.append(f"nice {by}"))
+    monkeypatch.setattr(beside, "start_worker", lambda: done.append("started"))
+    monkeypatch.setattr(beside, "prepare", lambda *_: done.append("prepared"))
+    beside._prepare(tiny.data, tmp_path / "made", False)
+    assert done == ["nice 10", "started", "prepared"]

@@ -1,0 +1,161 @@
+"""A vocabulary that was learned here: what Hugging Face makes of its file, and texts that would hang the trainer."""
+
+import json
+import random
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tokenizers
+from conftest import write_corpus
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
+
+from myllm import cli
+from myllm.data.dataset import Dataset
+from myllm.data.tokenizer.load import Tokenizer, load_tokenizer
+from myllm.data.tokenizer.train import train_tokenizer
+from myllm.errors import UserError
+from myllm.tokenizer_cli import tokenizer_train
+
+TEXTS = ["the river ran under the old bridge, été <|endoftext|> 3.14\n" * 30, "", "bread\ud800 and copper 🙂 " * 30]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_tokenizer(iter(TEXTS), 300, tmp_path_factory.mktemp("trained") / "tokenizer.json", progress=False)
+
+
+@pytest.fixture(scope="module")
+def ours(trained: Path) -> Tokenizer:
+    return load_tokenizer(trained)
+
+
+@pytest.fixture(scope="module")
+def peer(trained: Path) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(tokenizer_file=str(trained), split_special_tokens=True)
+
+
+def test_what_is_in_it(trained: Path, ours: Tokenizer) -> None:
+    peer = tokenizers.Tokenizer.from_file(str(trained))
+    assert peer.token_to_id("<|endoftext|>") == ours.end_of_text == 0
+    assert peer.get_vocab_size() == ours.vocab_size == 300
+    assert sorted(ours.token_bytes())[:258] == [0, *[1] * 256, 2]  # the special token, and every byte
+    assert [path.name for path in trained.parent.iterdir()] == ["tokenizer.json"]
+
+
+@given(text=st.text() | st.text(alphabet=" \nthervbd.é🙂<|endoftext>"))
+def test_hugging_face_reads_the_same(ours: Tokenizer, peer: PreTrainedTokenizerFast, text: str) -> None:
+    ids = ours.encode(text)
+    assert ids.tolist() == peer.encode(text, add_special_tokens=False)
+    assert 0 not in ids
+    assert ours.decode(ids) == text == peer.decode(ids.tolist(), clean_up_tokenization_spaces=False)
+    assert ours.token_bytes()[ids].sum() == len(text.encode())
+
+
+def test_the_same_texts_give_the_same_bytes(trained: Path, tmp_path: Path) -> None:
+    code = """
+import sys
+from pathlib import Path
+from myllm.data.tokenizer.train import train_tokenizer
+texts = eval(sys.stdin.read())
+train_tokenizer(texts, 300, Path(sys.argv[1]), progress=False)
+"""
+    for seed in ("1", "2"):
+        out = tmp_path / f"{seed}.json"
+        environment = {"PYTHONHASHSEED": seed, "PYTHONPATH": ":".join(filter(None, sys.path))}
+        subprocess.run(
+            [sys.executable, "-c", code, out], input=ascii(TEXTS), text=True, check=True, env=environment, timeout=60
+        )
+        assert out.read_bytes() == trained.read_bytes()
+
+
+@pytest.mark.parametrize("size", [-1, 0, 256, 65_537])
+def test_sizes_that_cannot_be(size: int, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"vocab_size is .*expected 257 .*65,536"):
+        train_tokenizer(TEXTS, size, tmp_path / "t.json")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_smallest(tmp_path: Path) -> None:
+    smallest = load_tokenizer(train_tokenizer(TEXTS, 257, tmp_path / "t.json", progress=False))
+    assert smallest.vocab_size == 257
+    assert smallest.encode("été").tolist() != []
+    assert len(smallest.encode("été")) == 5
+
+
+def test_no_text_and_a_source_that_fails(tmp_path: Path) -> None:
+    for texts in ([], [""]):
+        with pytest.raises(UserError, match="no text to learn"):
+            train_tokenizer(texts, 300, tmp_path / "t.json", progress=False)
+
+    def failing():
+        yield "some text"
+        raise UserError("cannot read it")
+
+    with pytest.raises(UserError, match="cannot read it"):
+        train_tokenizer(failing(), 300, tmp_path / "t.json", progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("text", ["a" * 5_000_000, " " * 2_000_000 + "x", "acgt", "\x00" * 300_000])
+def test_hostile_texts_do_not_hang_the_trainer(text: str, tmp_path: Path) -> None:
+    if text == "acgt":
+        text = "".join(random.Random(1).choices(text, k=500_000))
+    started = time.perf_counter()
+    made = load_tokenizer(train_tokenizer([text, "and a word"], 400, tmp_path / "t.json", progress=False))
+    assert time.perf_counter() - started < 30
+    assert made.vocab_size > 257
+    assert made.decode(made.encode(text[:1_000])) == text[:1_000]
+
+
+def test_the_command(tmp_path: Path, temp_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    corpus = write_corpus(tmp_path / "my texts", documents=30, words=60)
+    tokenizer_train(f"files:{corpus}", vocab_size=350, documents=25)
+    said = capsys.readouterr().out
+    (file,) = (temp_data / "tokenizers").rglob("tokenizer.json")
+    assert file.parent.name.endswith("-350")
+    assert said.startswith(f"{file}\n  350 tokens")
+    assert "on the last 20 document(s)" in said
+    figures = {words[0]: float(words[1]) for line in said.splitlines() if len(words := line.split()) == 2}
+    assert figures.keys() >= {"this", "r50k_base"}
+    assert 1 < figures["this"] < 10
+    assert "--model.vocab-size 350" in said
+    with pytest.raises(UserError, match=r"tokenizer\.json already.*--overwrite"):
+        tokenizer_train(f"files:{corpus}", vocab_size=350)
+    (file.parent / "tokenizer.json").write_text("other")
+    tokenizer_train(f"files:{corpus}", vocab_size=350, documents=25, overwrite=True)
+    assert capsys.readouterr().out == said
+
+
+@pytest.mark.usefixtures("in_process")
+def test_the_commands_that_it_prints_fit_together(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], temp_data: Path
+) -> None:
+    """Text is tokenized once, and the second command names what the first one makes."""
+    source = tmp_path / "rows of mine.jsonl"
+    source.write_text("".join(json.dumps({"body": f"line number {i} says hello"}) + "\n" for i in range(200)))
+    words = ["tokenizer", "train", f"files:{source}", "--vocab-size", "300", "--text-column", "body"]
+    cli.main(words)
+    prepare, train = (shlex.split(line) for line in capsys.readouterr().out.splitlines()[-2:])
+    cli.main(prepare[1:])
+    dataset = Dataset.open(temp_data / "datasets" / train[train.index("--data.dataset") + 1])
+    assert dataset.manifest["text_column"] == "body"
+    assert dataset.manifest["tokenizer"]["vocab_size"] == int(train[train.index("--model.vocab-size") + 1])
+    assert train[-4:] == [*capsys.readouterr().out.split()[-4:]], "as the first command says it too"
+
+
+def test_the_command_with_too_little_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.txt").write_text("one two two\n", encoding="utf-8")
+    tokenizer_train(f"files:{tmp_path / 'a.txt'}", vocab_size=32_000, out=tmp_path / "out")
+    said = capsys.readouterr().out
+    size = len(json.loads((tmp_path / "out" / "tokenizer.json").read_text())["model"]["vocab"])
+    assert f"{size:,} tokens" in said
+    assert "32,000 were asked for" in said
+    assert f"--model.vocab-size {size}" in said
+    with pytest.raises(UserError, match="documents is -1"):
+        tokenizer_train(f"files:{tmp_path / 'a.txt'}", documents=-1)
