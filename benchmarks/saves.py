@@ -15,7 +15,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from myllm import presets
-from myllm.checkpoint import TrainState, load_latest
+from myllm.checkpoint.async_saver import Saver
+from myllm.checkpoint.format import TrainState, load_latest
 from myllm.data.prepare.disk_space import size
 from myllm.data.sampler import DataPosition
 from myllm.data.tokenizer.load import load_tokenizer
@@ -23,7 +24,6 @@ from myllm.distributed.collectives import process_group
 from myllm.model.transformer import Transformer
 from myllm.optim.adamw import ScheduledAdamW
 from myllm.paths import RunPaths
-from myllm.saving import Saver
 
 
 def main(preset: str, rounds: int) -> None:

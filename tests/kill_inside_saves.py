@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from myllm.checkpoint import TrainState, list_checkpoints, load, random_state, save, verify
+from myllm.checkpoint.format import TrainState, list_checkpoints, load, random_state, save, verify
+from myllm.checkpoint.retention import remove_unfinished
 from myllm.data.sampler import DataPosition
-from myllm.retention import remove_unfinished
 
 CALLS = ("fsync", "rename", "replace", "mkdir", "rmdir", "unlink")
 

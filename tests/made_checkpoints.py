@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from conftest import write_corpus
 
-from myllm import checkpoint
-from myllm.checkpoint import TrainState
+from myllm.checkpoint import format as checkpoint
+from myllm.checkpoint.format import TrainState
 from myllm.config import ModelConfig, RunConfig, to_dict
 from myllm.data.sampler import DataPosition
 from myllm.data.tokenizer.train import train_tokenizer

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from myllm import checkpoint
-from myllm.checkpoint import TrainState
+from myllm.checkpoint import format as checkpoint
+from myllm.checkpoint.format import TrainState
 from myllm.config import HubConfig, RunConfig, to_dict
 from myllm.data.sampler import DataPosition
 from myllm.paths import RunPaths

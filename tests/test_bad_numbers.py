@@ -19,7 +19,8 @@ from torch import nn
 from myllm import bad_step, bags, guard
 from myllm import train as loop
 from myllm.bags import find_bag, read_bag
-from myllm.checkpoint import TrainState, checkpoint_folder, list_checkpoints, load
+from myllm.checkpoint.format import TrainState, checkpoint_folder, list_checkpoints, load
+from myllm.checkpoint.skips import Skips
 from myllm.cli import main
 from myllm.config import RunConfig, TrainConfig
 from myllm.data.dataloader import batch_of
@@ -35,7 +36,6 @@ from myllm.optim.adamw import ScheduledAdamW
 from myllm.paths import RunPaths
 from myllm.planning.batch import batch_plan
 from myllm.replay import replay_step
-from myllm.skips import Skips
 from myllm.step import accumulate_gradients
 
 CPU = torch.device("cpu")

@@ -19,8 +19,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import myllm
-from myllm import checkpoint, sample_cli
-from myllm.checkpoint import TrainState
+from myllm import sample_cli
+from myllm.checkpoint import format as checkpoint
+from myllm.checkpoint.format import TrainState
 from myllm.cli import main as run_command
 from myllm.completion import Completion, TextStream, complete, generate
 from myllm.config import ModelConfig, RunConfig, to_dict

@@ -12,12 +12,12 @@ from conftest import eval_rows, launch, losses, tiny_config, with_train, write_r
 from test_signals import start, wait_for_step
 from test_train import run, run_until
 
-from myllm import checkpoint
-from myllm.checkpoint import list_checkpoints, load, verify
+from myllm.checkpoint import format as checkpoint
+from myllm.checkpoint.early_stop import EarlyStop
+from myllm.checkpoint.format import list_checkpoints, load, verify
 from myllm.config import RunConfig
 from myllm.data.prepare.prepare import prepare
 from myllm.distributed.collectives import process_group
-from myllm.early_stop import EarlyStop
 from myllm.errors import UserError
 from myllm.evals import perplexity
 from myllm.loading import load_model

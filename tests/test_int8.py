@@ -11,8 +11,9 @@ import pytest
 import torch
 from conftest import ROOT
 
-from myllm import checkpoint, cli, int8, loading, paths
-from myllm.checkpoint import TrainState
+from myllm import cli, int8, loading, paths
+from myllm.checkpoint import format as checkpoint
+from myllm.checkpoint.format import TrainState
 from myllm.config import ModelConfig, RunConfig, to_dict
 from myllm.data.sampler import DataPosition
 from myllm.errors import UserError

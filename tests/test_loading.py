@@ -6,8 +6,8 @@ import pytest
 import torch
 from model.test_kv_cache import model_of
 
-from myllm import checkpoint
-from myllm.checkpoint import TrainState
+from myllm.checkpoint import format as checkpoint
+from myllm.checkpoint.format import TrainState
 from myllm.config import ModelConfig, RunConfig, TrainConfig, to_dict
 from myllm.data.sampler import DataPosition
 from myllm.data.tokenizer.load import load_tokenizer

@@ -16,7 +16,8 @@ from torch.distributed.fsdp import fully_shard
 
 from myllm import guard
 from myllm import train as loop
-from myllm.checkpoint import TrainState, list_checkpoints, load
+from myllm.checkpoint.format import TrainState, list_checkpoints, load
+from myllm.checkpoint.skips import FIRST_LOSS_SCALE, Skips
 from myllm.config import RunConfig, TrainConfig
 from myllm.data.prepare.prepare import prepare
 from myllm.data.sampler import DataPosition
@@ -32,7 +33,6 @@ from myllm.model.transformer import Transformer
 from myllm.optim.adamw import ScheduledAdamW
 from myllm.paths import RunPaths
 from myllm.planning import batch as plan
-from myllm.skips import FIRST_LOSS_SCALE, Skips
 from myllm.step import accumulate_gradients, clip_gradients
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)

@@ -23,7 +23,7 @@ import psutil
 import pytest
 from conftest import ROOT, command, losses, with_train, write_run_config
 
-from myllm.checkpoint import list_checkpoints, load
+from myllm.checkpoint.format import list_checkpoints, load
 from myllm.config import RunConfig
 from myllm.data.prepare.prepare import prepare
 from myllm.heartbeat import status

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from myllm.checkpoint import TrainState, save
+from myllm.checkpoint.format import TrainState, save
 from myllm.config import RunConfig, to_dict
 from myllm.data.sampler import DataPosition
 from myllm.errors import UserError

@@ -13,7 +13,7 @@ from conftest import with_train
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from myllm import kernels
-from myllm.checkpoint import TrainState
+from myllm.checkpoint.format import TrainState
 from myllm.config import RunConfig
 from myllm.data.sampler import DataPosition
 from myllm.distributed.collectives import Process

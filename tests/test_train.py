@@ -9,7 +9,7 @@ import torch
 from conftest import eval_rows, losses, train_rows, with_train
 
 from myllm import train as loop
-from myllm.checkpoint import list_checkpoints, load
+from myllm.checkpoint.format import list_checkpoints, load
 from myllm.config import RunConfig
 from myllm.data.prepare.prepare import prepare
 from myllm.distributed.collectives import process_group

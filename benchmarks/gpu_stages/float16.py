@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from myllm.checkpoint.skips import Skips
 from myllm.guard import Guard
-from myllm.skips import Skips
 
 from .bench import NO_DROPOUT, Bench, fresh, worst_error
 from .correct import ours, reference, tokens_and_targets

@@ -4,9 +4,9 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 
+from myllm.checkpoint.async_saver import Saver
 from myllm.data.tokenizer.load import load_tokenizer
 from myllm.paths import RunPaths
-from myllm.saving import Saver
 
 from .bench import Bench, synchronize
 from .frame import Check, bounded, correct, noted

@@ -8,8 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from myllm import checkpoint
-from myllm.checkpoint import TrainState
+from myllm.checkpoint import format as checkpoint
+from myllm.checkpoint.async_saver import Saver
+from myllm.checkpoint.format import TrainState
+from myllm.checkpoint.restore import restore
 from myllm.config import RunConfig
 from myllm.data.dataloader import Loader
 from myllm.data.dataset import Dataset
@@ -21,8 +23,6 @@ from myllm.paths import RunPaths
 from myllm.planning import batch as plan
 from myllm.profiling import unmarked
 from myllm.rehearsal import Parts, made_up_dataset, stage
-from myllm.resume import restore
-from myllm.saving import Saver
 from myllm.step import train_step
 
 from .bench import Bench, fresh

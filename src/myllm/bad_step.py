@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from myllm.checkpoint.format import TrainState, restore_random_state
 from myllm.data.dataloader import batch_of, read_rows
 from myllm.data.dataset import Dataset
 from myllm.data.sampler import count_sequences, rank_rows, step_sequences, window_of
@@ -26,7 +27,6 @@ from myllm.optim.adamw import ScheduledAdamW
 from myllm.planning.batch import BatchPlan
 
 from .bags import Bag, bag_folder, write_bag
-from .checkpoint import TrainState, restore_random_state
 from .config import RunConfig, to_dict
 from .diagnosis import Diagnosis, diagnose
 from .distributed import collectives as distributed

@@ -27,12 +27,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from myllm.checkpoint.retention import folder_name, holds_only, list_checkpoints, unused
+
 from .errors import UserError
 from .files import fsync_folder, parse_json, read_json, write_json, write_text
 from .migrations import BAG, CONFIG
 from .nonfinite import json_safe
 from .paths import user_path
-from .retention import folder_name, holds_only, list_checkpoints, unused
 
 FORMAT = "myllm-bag-1"
 ABOUT = "bag.json"

@@ -64,8 +64,7 @@ def list_all(where: Positional[str], as_json: Annotated[bool, tyro.conf.arg(name
 def _find(where: str) -> list[Path]:
     """The checkpoints that a user means, oldest first, those in best/ last."""
     from myllm import paths
-
-    from .retention import MANIFEST, STATE_FILE, is_step, list_checkpoints
+    from myllm.checkpoint.retention import MANIFEST, STATE_FILE, is_step, list_checkpoints
 
     for root in (user_path(where), paths.runs() / where):
         if root.is_dir() and (is_step(root.name) or ((root / MANIFEST).is_file() and (root / STATE_FILE).is_file())):
@@ -81,10 +80,11 @@ def _described(folders: list[Path], hashing: bool) -> Iterator[dict[str, Any]]:
     """One after another, since hashing takes seconds a gigabyte; a bar on a terminal says how far it is."""
     from tqdm import tqdm
 
-    from .checkpoint import read_state
-    from .integrity import EVERYTHING, NOTHING, verify
+    from myllm.checkpoint.format import read_state
+    from myllm.checkpoint.integrity import EVERYTHING, NOTHING, verify
+    from myllm.checkpoint.retention import step_of
+
     from .paths import RunPaths
-    from .retention import step_of
 
     losses = _validation_losses(RunPaths(folders[0].parent.parent))
     hidden = None if hashing else True  # None: shown on a terminal only

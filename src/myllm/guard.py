@@ -18,12 +18,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from myllm.checkpoint.format import TrainState, random_state
+from myllm.checkpoint.skips import Skips
 from myllm.data.sampler import DataPosition
 from myllm.distributed.precision import scales_loss
 
-from .checkpoint import TrainState, random_state
 from .config import TrainConfig
-from .skips import Skips
 
 MEMORY_STEPS = 128
 """The statistics forget a step after about so many more."""

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from myllm.checkpoint.retention import list_checkpoints, step_of
+
 from .metrics import JsonLines
 from .paths import RunPaths, project_root
-from .retention import list_checkpoints, step_of
 
 LOOK_EVERY_S = 0.02
 PATIENCE_S = 600

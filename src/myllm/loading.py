@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from myllm import importing, paths
+from myllm.checkpoint.format import Checkpoint
 from myllm.data.tokenizer.load import Tokenizer
 from myllm.distributed.collectives import choose_device
 from myllm.distributed.precision import compute_dtype
 from myllm.model.transformer import Transformer
 
-from .checkpoint import Checkpoint
 from .config import RunConfig, saved_config
 from .errors import UserError
 from .int8 import check_torchao, quantize_int8

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from myllm.checkpoint.format import TrainState
 from myllm.data.dataset import Dataset
 from myllm.data.sampler import count_sequences
 from myllm.data.tokenizer.load import Tokenizer
@@ -17,7 +18,6 @@ from myllm.evals.hellaswag_data import load_examples
 from myllm.evals.validation import validation_batches
 from myllm.model.transformer import Transformer
 
-from .checkpoint import TrainState
 from .completion import complete
 from .config import RunConfig
 from .distributed import collectives as distributed

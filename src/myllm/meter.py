@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from myllm.checkpoint.format import TrainState
 from myllm.data.dataloader import Loader
 from myllm.data.sample_digest import Receipt
 from myllm.distributed.collectives import Process
@@ -16,7 +17,6 @@ from myllm.distributed.device_info import device_name
 from myllm.distributed.precision import scales_loss
 from myllm.planning.flops import flops_per_token, peak_flops
 
-from .checkpoint import TrainState
 from .config import RunConfig
 from .distributed import collectives as distributed
 from .metrics import TRAINING, JsonLines, Log, Stopwatch

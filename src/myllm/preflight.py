@@ -13,7 +13,10 @@ from math import isfinite
 from pathlib import Path
 from statistics import median
 
-from myllm import checkpoint
+from myllm.checkpoint import format as checkpoint
+from myllm.checkpoint.async_saver import Saver
+from myllm.checkpoint.restore import restore
+from myllm.checkpoint.retention import list_checkpoints, step_of
 from myllm.data.dataset import Dataset
 from myllm.data.tokenizer.load import Tokenizer
 from myllm.distributed.collectives import Process
@@ -42,9 +45,6 @@ from .rehearsal import (
     stage,
     within_memory,
 )
-from .resume import restore
-from .retention import list_checkpoints, step_of
-from .saving import Saver
 from .signals import StopRequest
 from .train import check_data
 

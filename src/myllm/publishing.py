@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from myllm.checkpoint.integrity import MANIFEST, NOTHING, WEIGHTS, Damaged, check
+from myllm.checkpoint.retention import list_checkpoints, step_of
 from myllm.data.prepare.disk_space import size
 from myllm.data.sources.download import is_final, retry_after
 from myllm.data.sources.hub_listing import first_line, hub_endpoint
@@ -27,11 +29,9 @@ from myllm.report.history import read_config, read_object
 from .config import HubConfig, ModelConfig, saved_config, to_dict
 from .errors import UserError
 from .files import locked, out_of_space, read_json, write_json, write_text
-from .integrity import MANIFEST, NOTHING, WEIGHTS, Damaged, check
 from .model_card import About, model_card, read_about, without_folders
 from .nonfinite import json_safe
 from .paths import RunPaths
-from .retention import list_checkpoints, step_of
 
 MakeFolder = Callable[[Path, Path], object]
 """Makes of a checkpoint, the first path, a new folder of weights that others can load, the second."""

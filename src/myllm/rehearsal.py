@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from myllm import paths
+from myllm.checkpoint.format import TrainState, random_state, restore_random_state
 from myllm.data.dataloader import Loader
 from myllm.data.dataset import FORMAT, MANIFEST, Dataset, Shard
 from myllm.data.sampler import DataPosition
@@ -30,7 +31,6 @@ from myllm.optim.adamw import ScheduledAdamW
 from myllm.planning.batch import BatchPlan
 from myllm.planning.memory_estimate import HEADROOM
 
-from .checkpoint import TrainState, random_state, restore_random_state
 from .config import RunConfig
 from .distributed import collectives as distributed
 from .distributed import launcher as ranks

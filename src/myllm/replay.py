@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from myllm.checkpoint.format import restore_random_state
 from myllm.data.transfer import inputs_and_targets
 from myllm.distributed.precision import autocast_to
 from myllm.model.transformer import Transformer
 from myllm.optim.adamw import ScheduledAdamW
 
 from .bags import Bag
-from .checkpoint import restore_random_state
 from .config import RunConfig, saved_config
 from .diagnosis import Diagnosis, diagnose
 from .errors import UserError

@@ -11,7 +11,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from myllm import bad_step, checkpoint, garbage
+from myllm import bad_step, garbage
+from myllm.checkpoint import format as checkpoint
+from myllm.checkpoint.async_saver import Saver
+from myllm.checkpoint.early_stop import EarlyStop
+from myllm.checkpoint.format import TrainState
+from myllm.checkpoint.restore import restore
+from myllm.checkpoint.retention import remove_unfinished, save_due
 from myllm.data.dataloader import Loader
 from myllm.data.dataset import Dataset
 from myllm.data.prepare.background import how_far
@@ -25,11 +31,9 @@ from myllm.distributed.precision import compute_dtype, dtype_name
 from myllm.model.transformer import Transformer
 from myllm.optim.adamw import ScheduledAdamW
 
-from .checkpoint import TrainState
 from .config import DataConfig, RunConfig, to_dict
 from .distributed import collectives as distributed
 from .distributed import launcher as ranks
-from .early_stop import EarlyStop
 from .errors import UserError
 from .files import write_json
 from .growing import known_sequences, wait_for_data
@@ -44,10 +48,7 @@ from .paths import RunPaths
 from .planning import batch as plan
 from .profiling import NoProfiler, Profiler
 from .reference import ReferenceWatch, reference_of
-from .resume import restore
-from .retention import remove_unfinished, save_due
 from .run_folder import check_not_imported, check_shared, claimed, start_over, truncate_logs, write_config
-from .saving import Saver
 from .signals import exit_code, reason, stop_signals
 from .step import train_step
 from .watchdog import watched

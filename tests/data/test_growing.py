@@ -14,7 +14,7 @@ import psutil
 import pytest
 from conftest import ROOT, losses, write_corpus, write_run_config
 
-from myllm.checkpoint import list_checkpoints, load
+from myllm.checkpoint.format import list_checkpoints, load
 from myllm.config import DataConfig, EvalConfig, RunConfig
 from myllm.data.dataset import Dataset
 from myllm.data.prepare import background as beside

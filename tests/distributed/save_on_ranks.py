@@ -12,8 +12,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from myllm import checkpoint, sharded
-from myllm.checkpoint import TrainState
+from myllm.checkpoint import dcp as sharded
+from myllm.checkpoint import format as checkpoint
+from myllm.checkpoint.async_saver import Saver
+from myllm.checkpoint.format import TrainState
 from myllm.config import ModelConfig, OptimConfig, RunConfig
 from myllm.data.sampler import DataPosition
 from myllm.data.tokenizer.load import load_tokenizer
@@ -24,7 +26,6 @@ from myllm.meter import Diverged
 from myllm.model.transformer import Transformer
 from myllm.optim.adamw import ScheduledAdamW
 from myllm.paths import RunPaths
-from myllm.saving import Saver
 
 KINDS = ("whole", "parts")
 MODEL = ModelConfig(vocab_size=250, max_seq_len=16, d_model=24, n_layers=3, n_heads=2, d_ff=40, bias=True)

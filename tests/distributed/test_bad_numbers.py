@@ -12,7 +12,7 @@ from rare_token import Rare, poison, rare_token
 
 from myllm import train as loop
 from myllm.bags import find_bag, read_bag
-from myllm.checkpoint import list_checkpoints, load
+from myllm.checkpoint.format import list_checkpoints, load
 from myllm.config import RunConfig
 from myllm.data.prepare.prepare import prepare
 from myllm.distributed.collectives import process_group

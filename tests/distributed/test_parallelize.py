@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import eval_rows, launch, losses, train_rows, with_train, write_run_config
 
-from myllm.checkpoint import list_checkpoints
+from myllm.checkpoint.format import list_checkpoints
 from myllm.config import RunConfig
 from myllm.loading import load_model
 from myllm.metrics import JsonLines

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import eval_rows, launch, losses, with_train, write_run_config
 
-from myllm.checkpoint import list_checkpoints, load
+from myllm.checkpoint.format import list_checkpoints, load
 from myllm.config import RunConfig
 from myllm.data.prepare.prepare import prepare
 

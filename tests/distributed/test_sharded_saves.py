@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from myllm.checkpoint import load, verify
+from myllm.checkpoint.format import load, verify
 
 pytestmark = pytest.mark.slow  # real processes, half a minute and more in all
 

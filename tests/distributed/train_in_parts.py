@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from myllm.checkpoint import TrainState
+from myllm.checkpoint.format import TrainState
 from myllm.config import ModelConfig, OptimConfig, RunConfig, TrainConfig
 from myllm.data.sampler import DataPosition
 from myllm.distributed.collectives import Process, process_group, sum_over_ranks

@@ -1,4 +1,4 @@
-"""Write what tests/test_earlier.py reads, with the code of whatever checkout is on PYTHONPATH:
+"""Write what tests/earlier/test_earlier.py reads, with the code of whatever checkout is on PYTHONPATH:
 
     PYTHONPATH=CHECKOUT/src python tests/earlier/make.py tests/earlier/COMMIT
 

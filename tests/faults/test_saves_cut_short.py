@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from fault_runs import Forks, Goes, run_of
 
-from myllm.checkpoint import list_checkpoints, verify
+from myllm.checkpoint.format import list_checkpoints, verify
 from myllm.kills import saved_step
 
 pytestmark = pytest.mark.slow  # real processes, half a minute and more in all

@@ -27,7 +27,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )  # fmt: skip
 
-from myllm.checkpoint import load
+from myllm.checkpoint.format import load
 from myllm.cli import main as myllm
 from myllm.completion import generate
 from myllm.config import RunConfig, load_json

@@ -12,11 +12,11 @@ from published_run import REPO, STEPS, TOKEN, save_checkpoint
 from stand_in_export import make_folder
 
 from myllm import cli, publishing
-from myllm.checkpoint import load
+from myllm.checkpoint.format import load
+from myllm.checkpoint.integrity import MODEL
 from myllm.config import HubConfig, RunConfig
 from myllm.errors import UserError
 from myllm.files import locked
-from myllm.integrity import MODEL
 from myllm.paths import RunPaths
 from myllm.publishing import due
 

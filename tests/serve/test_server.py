@@ -18,8 +18,8 @@ import torch
 from conftest import ROOT
 from serving import DEADLINE_S, DEFAULT, JSON, connect, post, scripted, serving
 
-from myllm import checkpoint
-from myllm.checkpoint import TrainState
+from myllm.checkpoint import format as checkpoint
+from myllm.checkpoint.format import TrainState
 from myllm.cli import main as run_command
 from myllm.completion import complete
 from myllm.config import ModelConfig, RunConfig, to_dict

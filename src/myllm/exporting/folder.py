@@ -13,19 +13,19 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
-from myllm import checkpoint
-from myllm.checkpoint import Checkpoint
+from myllm.checkpoint import format as checkpoint
+from myllm.checkpoint.format import Checkpoint
+from myllm.checkpoint.integrity import MODEL
+from myllm.checkpoint.retention import unused
 from myllm.config import RunConfig, saved_config
 from myllm.data.sources.catalog import source_of
 from myllm.data.tokenizer.load import Tokenizer
 from myllm.errors import UserError
 from myllm.files import TEMPORARY, fsync_folder, read_json, write_json, write_text
-from myllm.integrity import MODEL
 from myllm.model.transformer import Transformer
 from myllm.paths import RunPaths, user_path
 from myllm.planning.batch import n_parameters
 from myllm.report.history import read_object, text_of
-from myllm.retention import unused
 
 from .architectures import CLASSES, choose, settings
 from .card import folder_card

@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from myllm import checkpoint, paths
-from myllm.checkpoint import TrainState
+from myllm import paths
+from myllm.checkpoint import format as checkpoint
+from myllm.checkpoint.format import TrainState
 from myllm.config import ModelConfig, RunConfig, to_dict
 from myllm.data.sampler import DataPosition
 from myllm.errors import UserError

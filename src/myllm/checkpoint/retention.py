@@ -6,12 +6,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from myllm.config import RunConfig
 from myllm.data.prepare.disk_space import size
+from myllm.errors import UserError
+from myllm.files import fsync_folder, read_json
 from myllm.planning.batch import n_kept, n_saves, stored_parameters
-
-from .config import RunConfig
-from .errors import UserError
-from .files import fsync_folder, read_json
 
 MANIFEST, STATE_FILE = "manifest.json", "state.json"
 PARTIAL, REMOVED, REPLACED = ".partial-", ".removed-", ".replaced-"

@@ -18,16 +18,18 @@ from hypothesis import strategies as st
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, TensorStorageMetadata
 
-from myllm import checkpoint, cli, retention
-from myllm.checkpoint import Snapshot, TrainState, list_checkpoints, load, load_latest, save, verify
+from myllm import cli
+from myllm.checkpoint import format as checkpoint
+from myllm.checkpoint import retention
+from myllm.checkpoint.dcp import plain_names, read_into
+from myllm.checkpoint.format import Snapshot, TrainState, list_checkpoints, load, load_latest, save, verify
+from myllm.checkpoint.retention import SPARE_BYTES, Keep, check_room, check_run_room, run_bytes, save_due, step_of
 from myllm.config import RunConfig, TrainConfig
 from myllm.data.sampler import DataPosition
 from myllm.errors import UserError
 from myllm.planning.batch import checkpoint_bytes, disk_estimate_bytes, n_kept, n_saves, stored_parameters
-from myllm.retention import SPARE_BYTES, Keep, check_room, check_run_room, run_bytes, save_due, step_of
-from myllm.sharded import plain_names, read_into
 
-KILLS = Path(__file__).parent / "kill_inside_saves.py"
+KILLS = Path(__file__).parents[1] / "kill_inside_saves.py"
 
 
 def put(folder: Path, step: int, keep_last: int = 0, tokenizer_file: Path | None = None) -> Path:
@@ -230,7 +232,7 @@ def vouch(folder: Path) -> None:
 FULL_DISK = """
 import resource, sys, torch
 from pathlib import Path
-from myllm.checkpoint import TrainState, random_state, save
+from myllm.checkpoint.format import TrainState, random_state, save
 from myllm.data.sampler import DataPosition
 from myllm.errors import UserError
 

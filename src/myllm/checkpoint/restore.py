@@ -4,20 +4,21 @@ from dataclasses import replace
 
 import torch
 
-from myllm import checkpoint, sharded
+from myllm.config import RunConfig, saved_config
 from myllm.data.dataset import Dataset
 from myllm.data.sample_digest import Receipt
 from myllm.data.sampler import DataPosition
 from myllm.distributed.collectives import Process
+from myllm.errors import UserError
+from myllm.metrics import Log
 from myllm.model.transformer import Transformer
 from myllm.optim.adamw import ScheduledAdamW
 from myllm.optim.lr_schedule import learning_rate
+from myllm.run_folder import check_resumable
 
-from .checkpoint import TrainState
-from .config import RunConfig, saved_config
-from .errors import UserError
-from .metrics import Log
-from .run_folder import check_resumable
+from . import dcp as sharded
+from . import format as checkpoint
+from .format import TrainState
 
 RATE_JUMP = 1.25
 """A change of the rate by this factor from one step to the next is said."""

@@ -19,8 +19,8 @@ from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner,
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
-from .distributed import collectives as distributed
-from .errors import UserError
+from myllm.distributed import collectives as distributed
+from myllm.errors import UserError
 
 METADATA = ".metadata"
 """The one file of a folder that says which tensor is where in the others."""

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from made_checkpoints import SMALL, Save, rewrite
 
-from myllm import chat, cli, files, integrity
+from myllm import chat, cli, files
+from myllm.checkpoint import integrity
 from myllm.exporting import parity
 from myllm.exporting.folder import export_folder, open_source
 from myllm.loading import load_model

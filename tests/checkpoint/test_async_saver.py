@@ -16,15 +16,16 @@ from conftest import losses, with_train, write_run_config
 from test_signals import wait_for_step
 from test_train import run
 
-from myllm import checkpoint, retention
-from myllm.checkpoint import Snapshot, list_checkpoints, load, verify
+from myllm.checkpoint import format as checkpoint
+from myllm.checkpoint import retention
+from myllm.checkpoint.async_saver import _check_finite
+from myllm.checkpoint.format import Snapshot, list_checkpoints, load, verify
 from myllm.config import RunConfig
 from myllm.data.prepare.prepare import prepare
 from myllm.distributed.collectives import process_group
 from myllm.errors import UserError
 from myllm.meter import Diverged
 from myllm.paths import RunPaths
-from myllm.saving import _check_finite
 from myllm.train import train
 
 DEADLINE_S = 60
@@ -100,7 +101,7 @@ import sys, time
 sys.path[:0] = {paths!r}
 from pathlib import Path
 from myllm import files
-import myllm.checkpoint as checkpoint
+import myllm.checkpoint.format as checkpoint
 real = checkpoint._seal
 def held(work, final, *rest):
     if final.name == "step_00000008":
@@ -121,7 +122,7 @@ def test_stopped_and_killed_while_a_checkpoint_is_written(quick: RunConfig, tmp_
     """SIGTERM waits for it; SIGKILL leaves the one before, and the same command goes on from there."""
     config = with_train(quick, max_steps=400, save_every_steps=4, keep_last=3)
     path, root = write_run_config(config, tmp_path / "held.json"), temp_data / "runs/tiny"
-    paths = [str(Path(__file__).parents[1])]
+    paths = [str(Path(__file__).parents[2])]
     code = HELD.format(paths=paths, hold_s=DEADLINE_S, config=str(path))
     for number in (signal.SIGKILL, signal.SIGTERM):
         process = subprocess.Popen(

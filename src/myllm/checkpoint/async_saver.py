@@ -10,17 +10,19 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from myllm import checkpoint, retention, sharded
+from myllm.config import RunConfig, to_dict
 from myllm.data.tokenizer.load import Tokenizer
+from myllm.distributed import collectives as distributed
 from myllm.distributed.collectives import Process
+from myllm.meter import Diverged
 from myllm.model.transformer import Transformer
 from myllm.optim.adamw import ScheduledAdamW
+from myllm.paths import RunPaths
 
-from .checkpoint import Snapshot, TrainState
-from .config import RunConfig, to_dict
-from .distributed import collectives as distributed
-from .meter import Diverged
-from .paths import RunPaths
+from . import dcp as sharded
+from . import format as checkpoint
+from . import retention
+from .format import Snapshot, TrainState
 from .retention import Keep
 
 

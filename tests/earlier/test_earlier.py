@@ -11,13 +11,13 @@ from conftest import launch, losses
 from made_checkpoints import rewrite
 
 from myllm import cli, config
-from myllm.checkpoint import load, read_state
+from myllm.checkpoint.format import load, read_state
 from myllm.config import RunConfig, TrainConfig, from_dict, load_json, saved_config, to_dict
 from myllm.errors import UserError
 from myllm.migrations import CONFIG, STATE, Change, Schema
 from myllm.run_folder import check_resumable
 
-EARLIER = Path(__file__).parent / "earlier"
+EARLIER = Path(__file__).parents[1] / "earlier"
 VERSIONS = sorted(path.name for path in EARLIER.iterdir() if path.is_dir())
 
 

@@ -4,11 +4,12 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .distributed import collectives as distributed
-from .errors import UserError
-from .files import file_sha256, read_json
+from myllm.distributed import collectives as distributed
+from myllm.errors import UserError
+from myllm.files import file_sha256, read_json
+
+from .dcp import METADATA
 from .retention import MANIFEST, is_step, saved_step, step_of
-from .sharded import METADATA
 
 FORMAT = "myllm-checkpoint-2"
 TOKENIZER = "tokenizer.json"

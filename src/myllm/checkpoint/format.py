@@ -27,14 +27,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from myllm import sharded
 from myllm.data.sample_digest import Receipt
 from myllm.data.sampler import DataPosition
+from myllm.distributed import collectives as distributed
+from myllm.errors import UserError
+from myllm.files import file_sha256, fsync_folder, naming, out_of_space, read_json, write_json, write_text
+from myllm.migrations import STATE
 
-from .distributed import collectives as distributed
+from . import dcp as sharded
 from .early_stop import EarlyStop
-from .errors import UserError
-from .files import file_sha256, fsync_folder, naming, out_of_space, read_json, write_json, write_text
 from .integrity import (
     EVERYTHING,
     FORMAT,
@@ -50,7 +51,6 @@ from .integrity import (
     verify,
     verify_together,
 )
-from .migrations import STATE
 from .retention import (
     KEEP_ALL,
     Keep,
