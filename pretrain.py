@@ -77,12 +77,12 @@ def prepare_and_train(config: "RunConfig", prepare_only: bool, profile: bool = F
         return
 
     from myllm.distributed import collectives as distributed
-    from myllm.heartbeat import starting
     from myllm.meter import Diverged
     from myllm.paths import RunPaths
     from myllm.planning import batch as plan
     from myllm.publish_beside import published_beside
-    from myllm.run_folder import what_next
+    from myllm.runs.heartbeat import starting
+    from myllm.runs.run_dir import what_next
     from myllm.signals import exit_code, unfinished_when_time_is_up
     from myllm.train import train
 
@@ -128,7 +128,7 @@ def prepare_and_train(config: "RunConfig", prepare_only: bool, profile: bool = F
 def draw_report(run: "RunPaths") -> None:
     """The report of a run that has ended. Whatever keeps it from being drawn takes nothing from the run."""
     try:
-        from myllm.report import write_report
+        from myllm.runs.report.write import write_report
 
         write_report(run)
     except Exception as error:

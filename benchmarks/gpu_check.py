@@ -92,7 +92,7 @@ def check(options: argparse.Namespace, budget: Budget, out: Path, work: Path) ->
     from myllm.distributed.collectives import process_group
     from myllm.distributed.device_info import device_name
     from myllm.errors import UserError
-    from myllm.metrics import environment
+    from myllm.runs.logs import environment
 
     ranks.repeat_cublas()  # for the deterministic part, which comes long after cuBLAS has begun
     with ExitStack() as stack:

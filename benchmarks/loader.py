@@ -27,10 +27,10 @@ from myllm.data.tokenizer.load import load_tokenizer
 from myllm.data.transfer import Batch
 from myllm.distributed.collectives import process_group
 from myllm.distributed.device_info import device_name
-from myllm.metrics import Stopwatch
 from myllm.planning.batch import BatchPlan, batch_plan
 from myllm.presets import preset
 from myllm.rehearsal import Parts, made_up_dataset, stage
+from myllm.runs.logs import Stopwatch
 
 ALONE_S = 5.0
 TEXT_STEPS = 64

@@ -15,9 +15,9 @@ from myllm import paths
 from myllm.distributed.collectives import Process
 from myllm.distributed.device_info import device_name
 from myllm.distributed.precision import compute_dtype, dtype_name
-from myllm.metrics import environment
 from myllm.planning.batch import n_parameters
 from myllm.planning.flops import flops_per_token, peak_flops
+from myllm.runs.logs import environment
 
 
 def section(result: Result, process: Process) -> str:

@@ -14,8 +14,8 @@ from myllm import train as loop
 from myllm.config import RunConfig
 from myllm.data.dataloader import Loader
 from myllm.meter import console_line, progress, time_line
-from myllm.report.history import read_metrics
-from myllm.report.times import times_section
+from myllm.runs.history import read_metrics
+from myllm.runs.report.times import times_section
 
 
 def apart_rows(root: Path) -> list[dict]:
@@ -28,7 +28,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1_000.0
-        monkeypatch.setattr("myllm.metrics.time.perf_counter", lambda: self.now)
+        monkeypatch.setattr("myllm.runs.logs.time.perf_counter", lambda: self.now)
 
     def slow(self, monkeypatch: pytest.MonkeyPatch, owner: object, name: str, seconds: float) -> None:
         real = getattr(owner, name)

@@ -26,9 +26,9 @@ from conftest import ROOT, command, losses, with_train, write_run_config
 from myllm.checkpoint.format import list_checkpoints, load
 from myllm.config import RunConfig
 from myllm.data.prepare.prepare import prepare
-from myllm.heartbeat import status
-from myllm.metrics import JsonLines, Log
 from myllm.output import LineFile, open_output
+from myllm.runs.heartbeat import status
+from myllm.runs.logs import JsonLines, Log
 
 TALKS = """
 import sys

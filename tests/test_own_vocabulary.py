@@ -23,7 +23,7 @@ from myllm.loading import load_model
 from myllm.model_card import model_card, read_about
 from myllm.paths import RunPaths
 from myllm.presets import preset
-from myllm.report.history import read_object
+from myllm.runs.history import read_object
 from myllm.sampling import Sampling
 from myllm.train import train
 

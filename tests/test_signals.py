@@ -20,10 +20,10 @@ from myllm.config import RunConfig
 from myllm.data.prepare.prepare import prepare
 from myllm.distributed.collectives import process_group
 from myllm.errors import UserError
-from myllm.heartbeat import Heartbeat, starting, status
 from myllm.paths import RunPaths
 from myllm.planning.validation import faults
-from myllm.run_folder import claimed
+from myllm.runs.heartbeat import Heartbeat, starting, status
+from myllm.runs.run_dir import claimed
 from myllm.signals import TIME_LIMIT, StopRequest, exit_code, stop_signals
 from myllm.train import train
 from myllm.watchdog import tell

@@ -206,7 +206,7 @@ def test_what_is_held_out_may_be_less_than_a_batch(tiny: RunConfig) -> None:
 
 
 def test_a_second_run_in_the_same_folder_is_refused(tiny: RunConfig) -> None:
-    from myllm.run_folder import claimed
+    from myllm.runs.run_dir import claimed
 
     with claimed(RunPaths.of("tiny")), pytest.raises(UserError, match="another process is training in"):
         run(tiny)

@@ -25,6 +25,7 @@ from myllm.distributed.precision import autocast, compute_dtype, dtype_name, rep
 from myllm.model.transformer import Transformer
 from myllm.optim.adamw import ScheduledAdamW
 from myllm.planning.batch import BatchPlan
+from myllm.runs.logs import Log
 
 from .bags import Bag, bag_folder, write_bag
 from .config import RunConfig, to_dict
@@ -32,7 +33,6 @@ from .diagnosis import Diagnosis, diagnose
 from .distributed import collectives as distributed
 from .guard import Guard, LeftOut
 from .meter import Diverged
-from .metrics import Log
 from .model import attention_backend as sdpa
 from .paths import RunPaths
 

@@ -108,7 +108,7 @@ def _described(folders: list[Path], hashing: bool) -> Iterator[dict[str, Any]]:
 
 def _validation_losses(run: Any) -> dict[int, float]:
     """By step, of what a run has measured so far; empty where there is no run."""
-    from .metrics import JsonLines
+    from myllm.runs.logs import JsonLines
 
     rows = JsonLines(run.metrics).rows() if run.metrics.is_file() else ()
     return {row["step"]: row["loss"] for row in rows if row["kind"] == "eval" and row.get("name") == "validation"}

@@ -37,9 +37,8 @@ def report(run: Positional[str]) -> None:
     Args:
         run: its name, or its folder.
     """
-    from myllm.report.history import find_run
-
-    from .report import write_report
+    from myllm.runs.history import find_run
+    from myllm.runs.report.write import write_report
 
     print(write_report(find_run(run)))
 
@@ -77,7 +76,7 @@ def status(run: Positional[str], silent_s: float = 600.0) -> None:
         run: its name, or its folder.
         silent_s: no sign of life is when it has not got on for so many seconds.
     """
-    from myllm import heartbeat
+    from myllm.runs import heartbeat
 
     line, code = heartbeat.status(run, silent_s)
     print(line)

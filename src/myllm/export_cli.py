@@ -46,8 +46,7 @@ def export(
         check_writable(user_path(file), "--to-onnx" if file is to_onnx else "--to-gguf")
     paths.check_model(model, hub=False)  # before the seconds that torch takes
     from myllm.exporting.folder import export_folder, open_source
-
-    from .run_folder import find_checkpoint
+    from myllm.runs.run_dir import find_checkpoint
 
     source = open_source(find_checkpoint(model, paths.runs()))
     if to is not None:

@@ -7,11 +7,11 @@ from myllm.data.dataset import Dataset
 from myllm.data.prepare.background import check_at_work, how_far
 from myllm.data.sampler import DataPosition, count_sequences
 from myllm.planning.batch import BatchPlan
+from myllm.runs.logs import Log
 
 from .distributed import collectives as distributed
 from .errors import UserError
 from .meter import Meter
-from .metrics import Log
 from .signals import StopRequest
 
 LOOK_EVERY_S = 0.5

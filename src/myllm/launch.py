@@ -126,7 +126,7 @@ def parse_as(kind: type[AskedRun], words: list[str], usage: str) -> Any:
     # A WORLD_SIZE without torchrun is a plan for later, not the number of processes of this call.
     check(launch.config, ranks.world_size() if launch.planning or ranks.launched() else 1)
     if RunPaths.of(launch.config.name).checkpoints.is_dir():
-        from .begun import as_begun
+        from myllm.runs.saved_settings import as_begun
 
         config, own_text = as_begun(launch.config, launch.own_text)
         launch = replace(launch, config=config, own_text=own_text)

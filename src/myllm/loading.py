@@ -10,13 +10,13 @@ from myllm.data.tokenizer.load import Tokenizer
 from myllm.distributed.collectives import choose_device
 from myllm.distributed.precision import compute_dtype
 from myllm.model.transformer import Transformer
+from myllm.runs.run_dir import find_checkpoint
 
 from .config import RunConfig, saved_config
 from .errors import UserError
 from .int8 import check_torchao, quantize_int8
 from .language_model import LanguageModel
 from .paths import user_path
-from .run_folder import find_checkpoint
 
 
 class Origin(NamedTuple):

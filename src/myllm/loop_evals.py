@@ -17,16 +17,16 @@ from myllm.distributed.precision import autocast
 from myllm.evals.hellaswag_data import load_examples
 from myllm.evals.validation import validation_batches
 from myllm.model.transformer import Transformer
+from myllm.runs.heartbeat import Heartbeat
+from myllm.runs.logs import JsonLines, Log
+from myllm.runs.reference_curve import ReferenceWatch
 
 from .completion import complete
 from .config import RunConfig
 from .distributed import collectives as distributed
 from .errors import UserError
 from .evals import cloze, hellaswag, perplexity
-from .heartbeat import Heartbeat
 from .language_model import LanguageModel
-from .metrics import JsonLines, Log
-from .reference import ReferenceWatch
 from .sampling import Sampling
 from .signals import StopRequest
 

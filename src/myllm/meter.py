@@ -16,10 +16,10 @@ from myllm.distributed.collectives import Process
 from myllm.distributed.device_info import device_name
 from myllm.distributed.precision import scales_loss
 from myllm.planning.flops import flops_per_token, peak_flops
+from myllm.runs.logs import TRAINING, JsonLines, Log, Stopwatch
 
 from .config import RunConfig
 from .distributed import collectives as distributed
-from .metrics import TRAINING, JsonLines, Log, Stopwatch
 
 WORTH_SAYING = 0.01
 """Of a step, spent waiting for data: from here on a log line says so."""

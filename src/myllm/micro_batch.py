@@ -12,7 +12,7 @@ from myllm.data.tokenizer.load import Tokenizer
 from myllm.distributed.collectives import Process
 from myllm.distributed.device_info import device_name
 from myllm.planning.memory_estimate import Computing, predicted_bytes
-from myllm.report.history import read_config, read_object
+from myllm.runs.history import read_config, read_object
 
 from .config import RunConfig, saved_config, to_dict
 from .distributed import collectives as distributed

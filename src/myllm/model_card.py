@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from myllm.data.sources.catalog import corpus_of, source_of
-from myllm.report.history import (
+from myllm.runs.history import (
     Metrics,
     Row,
     chance_is_a_quarter,
@@ -23,7 +23,7 @@ from myllm.report.history import (
     read_samples,
     text_of,
 )
-from myllm.report.numbers import duration, percent, short, si
+from myllm.runs.report.numbers import duration, percent, short, si
 
 from .config import RunConfig, saved_config
 from .errors import UserError
@@ -160,7 +160,7 @@ def _heading(about: About) -> str:
 
 
 def _curve(name: str) -> str:
-    from myllm.report.plots import PLOTS  # brings Matplotlib
+    from myllm.runs.report.plots import PLOTS  # brings Matplotlib
 
     return f"![{PLOTS[name].description}](plots/{name}.png)"
 

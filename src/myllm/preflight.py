@@ -13,7 +13,6 @@ from math import isfinite
 from pathlib import Path
 from statistics import median
 
-from myllm.checkpoint import format as checkpoint
 from myllm.checkpoint.async_saver import Saver
 from myllm.checkpoint.restore import restore
 from myllm.checkpoint.retention import list_checkpoints, step_of
@@ -21,20 +20,21 @@ from myllm.data.dataset import Dataset
 from myllm.data.tokenizer.load import Tokenizer
 from myllm.distributed.collectives import Process
 from myllm.distributed.parallelize import gathered
+from myllm.runs.heartbeat import Heartbeat
+from myllm.runs.logs import JsonLines, Log
+from myllm.runs.reference_curve import ReferenceWatch
 
+from .checkpoint import format as checkpoint
 from .config import RunConfig
 from .distributed import collectives as distributed
 from .errors import UserError
-from .heartbeat import Heartbeat
 from .loop_evals import Eval, Poll, planned_evals, run_eval
 from .meter import Diverged
-from .metrics import JsonLines, Log
 from .micro_batch import largest_that_fits, may_be_tried, settle, sizes_to_try, trial_of
 from .paths import RunPaths
 from .planning import batch as plan
 from .preflight_data import Room, prepared, room_for_run, vocabulary_of
 from .preflight_report import Bounds, Findings, Measured, part_of_eval
-from .reference import ReferenceWatch
 from .rehearsal import (
     OutOfMemory,
     Parts,

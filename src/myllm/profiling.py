@@ -11,12 +11,12 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 import torch
 
 from myllm.distributed.collectives import Process
+from myllm.runs.logs import Log
 
 from .config import RunConfig
 from .files import write_text
 from .kernel_costs import STEP, table
 from .meter import Meter
-from .metrics import Log
 from .paths import RunPaths
 
 WARMUP_STEPS = 10

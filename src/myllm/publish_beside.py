@@ -154,7 +154,7 @@ def _run_publisher(run: RunPaths, hub: HubConfig, make_folder: MakeFolder, steps
     """What the process beside does, until it is told that nothing more comes. Ends with the one that started it."""
     from huggingface_hub.utils import disable_progress_bars
 
-    from .metrics import Log
+    from myllm.runs.logs import Log
 
     start_worker()
     os.nice(10)  # training goes first

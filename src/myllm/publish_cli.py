@@ -33,7 +33,7 @@ def publish(
     if repo is not None and (faults := hub_faults(given, "--")):
         raise UserError("; ".join(faults))
     paths.check_model(run, hub=False)  # before the seconds that torch takes
-    from .run_folder import checkpoints_of
+    from myllm.runs.run_dir import checkpoints_of
 
     _, checkpoints = checkpoints_of(run, paths.runs())
     found = paths.RunPaths(checkpoints[0].parent.parent)

@@ -24,7 +24,7 @@ from myllm.checkpoint.retention import list_checkpoints, step_of
 from myllm.data.prepare.disk_space import size
 from myllm.data.sources.download import is_final, retry_after
 from myllm.data.sources.hub_listing import first_line, hub_endpoint
-from myllm.report.history import read_config, read_object
+from myllm.runs.history import read_config, read_object
 
 from .config import HubConfig, ModelConfig, saved_config, to_dict
 from .errors import UserError
@@ -263,7 +263,7 @@ def _check_same(there: Remote, tag: str, mark: str, hub: HubConfig) -> None:
 def complete(folder: Path, run: RunPaths, step: int, hub: HubConfig) -> None:
     """Lay the run's own numbers, the curves and the card beside the weights."""
     from myllm.exporting.folder import MARK
-    from myllm.report.plots import PLOTS, save_figures  # brings Matplotlib, which training does without
+    from myllm.runs.report.plots import PLOTS, save_figures  # brings Matplotlib, which training does without
 
     exported = read_object(folder / "config.json") | {"tokenizer": read_object(folder / MARK).get("tokenizer")}
     about = read_about(run, step, str(hub.repo), hub.license, exported)

@@ -12,7 +12,6 @@ import torch
 from tqdm import tqdm
 
 from myllm import bad_step, garbage
-from myllm.checkpoint import format as checkpoint
 from myllm.checkpoint.async_saver import Saver
 from myllm.checkpoint.early_stop import EarlyStop
 from myllm.checkpoint.format import TrainState
@@ -30,7 +29,12 @@ from myllm.distributed.parallelize import gathered, spread
 from myllm.distributed.precision import compute_dtype, dtype_name
 from myllm.model.transformer import Transformer
 from myllm.optim.adamw import ScheduledAdamW
+from myllm.runs.heartbeat import Heartbeat, newest_step
+from myllm.runs.logs import JsonLines, Log, environment
+from myllm.runs.reference_curve import ReferenceWatch, reference_of
+from myllm.runs.run_dir import check_not_imported, check_shared, claimed, start_over, truncate_logs, write_config
 
+from .checkpoint import format as checkpoint
 from .config import DataConfig, RunConfig, to_dict
 from .distributed import collectives as distributed
 from .distributed import launcher as ranks
@@ -38,17 +42,13 @@ from .errors import UserError
 from .files import write_json
 from .growing import known_sequences, wait_for_data
 from .guard import Guard
-from .heartbeat import Heartbeat, newest_step
 from .kernels import fast_kernels
 from .loop_evals import Interrupted, Poll, planned_evals, run_eval
 from .meter import Meter, console_line, progress
-from .metrics import JsonLines, Log, environment
 from .micro_batch import settle
 from .paths import RunPaths
 from .planning import batch as plan
 from .profiling import NoProfiler, Profiler
-from .reference import ReferenceWatch, reference_of
-from .run_folder import check_not_imported, check_shared, claimed, start_over, truncate_logs, write_config
 from .signals import exit_code, reason, stop_signals
 from .step import train_step
 from .watchdog import watched

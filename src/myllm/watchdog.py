@@ -27,13 +27,13 @@ import torch
 
 from myllm.data.dataloader import Loader
 from myllm.distributed.collectives import PATIENT_S, Process
+from myllm.runs.heartbeat import Heartbeat
+from myllm.runs.logs import Log
 
 from .distributed import collectives as distributed
 from .distributed import launcher as ranks
 from .errors import UserError
-from .heartbeat import Heartbeat
 from .meter import Diverged
-from .metrics import Log
 from .paths import RunPaths
 from .signals import StopRequest
 

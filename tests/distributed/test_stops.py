@@ -16,7 +16,7 @@ from conftest import ROOT, losses, with_train, write_run_config
 
 from myllm.checkpoint.format import list_checkpoints, load
 from myllm.config import RunConfig
-from myllm.heartbeat import status
+from myllm.runs.heartbeat import status
 
 pytestmark = pytest.mark.slow  # real processes, half a minute and more in all
 

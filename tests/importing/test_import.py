@@ -43,7 +43,7 @@ from myllm.launch import parse
 from myllm.loading import load_model
 from myllm.paths import RunPaths
 from myllm.planning.batch import with_length
-from myllm.run_folder import latest_checkpoint
+from myllm.runs.run_dir import latest_checkpoint
 from myllm.train import train
 
 TOKENS = torch.randint(400, (2, 32), generator=torch.Generator().manual_seed(5))

@@ -10,7 +10,7 @@ from published_run import TOKEN, write_run
 from myllm import publishing
 from myllm.config import RunConfig
 from myllm.paths import RunPaths
-from myllm.report.history import Metrics, Row
+from myllm.runs.history import Metrics, Row
 
 
 @pytest.fixture
@@ -44,4 +44,4 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
         (folder / "loss.png").write_bytes(b"\x89PNG of %d rows" % len(metrics.train))
         return {"loss": folder / "loss.png"}
 
-    monkeypatch.setattr("myllm.report.plots.save_figures", draw)
+    monkeypatch.setattr("myllm.runs.report.plots.save_figures", draw)

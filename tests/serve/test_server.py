@@ -405,4 +405,4 @@ def test_the_page_and_the_published_curve_are_part_of_the_wheel(tmp_path: Path) 
     code = "from setuptools import build_meta; build_meta.build_wheel('.')"
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, check=True, timeout=DEADLINE_S)
     (wheel,) = tmp_path.glob("*.whl")
-    assert {"myllm/serve/page.html", "myllm/reference.json"} <= set(zipfile.ZipFile(wheel).namelist())
+    assert {"myllm/serve/page.html", "myllm/runs/reference.json"} <= set(zipfile.ZipFile(wheel).namelist())

@@ -10,11 +10,11 @@ from myllm.data.sample_digest import Receipt
 from myllm.data.sampler import DataPosition
 from myllm.distributed.collectives import Process
 from myllm.errors import UserError
-from myllm.metrics import Log
 from myllm.model.transformer import Transformer
 from myllm.optim.adamw import ScheduledAdamW
 from myllm.optim.lr_schedule import learning_rate
-from myllm.run_folder import check_resumable
+from myllm.runs.logs import Log
+from myllm.runs.run_dir import check_resumable
 
 from . import dcp as sharded
 from . import format as checkpoint

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from myllm.errors import UserError
-from myllm.metrics import perplexity
+from myllm.runs.logs import perplexity
 
 from . import Assess
 

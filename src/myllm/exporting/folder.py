@@ -25,7 +25,7 @@ from myllm.files import TEMPORARY, fsync_folder, read_json, write_json, write_te
 from myllm.model.transformer import Transformer
 from myllm.paths import RunPaths, user_path
 from myllm.planning.batch import n_parameters
-from myllm.report.history import read_object, text_of
+from myllm.runs.history import read_object, text_of
 
 from .architectures import CLASSES, choose, settings
 from .card import folder_card

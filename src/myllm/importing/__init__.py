@@ -17,7 +17,7 @@ from myllm.files import write_json, write_text
 from myllm.model.transformer import Transformer
 from myllm.paths import NO_MODEL, REPOSITORY, RunPaths, user_path
 from myllm.planning.validation import faults
-from myllm.run_folder import claimed, move_aside, write_config
+from myllm.runs.run_dir import claimed, move_aside, write_config
 
 from .foreign import Foreign
 from .hub import download

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from .history import Metrics, Row, accuracy_key, chance_is_a_quarter, number
+from myllm.runs.history import Metrics, Row, accuracy_key, chance_is_a_quarter, number
+
+from .css import PAGE, STYLE
 from .numbers import duration, percent, short, si
 from .plots import PLOTS
-from .style import PAGE, STYLE
 from .times import times_section
 
 TABLE_ROWS = 25

@@ -19,10 +19,9 @@ import torch
 
 from myllm import paths
 from myllm.distributed.device_info import device_name
-
-from .files import run_rows, write_text
-from .nonfinite import json_safe
-from .output import LineFile, lost_output
+from myllm.files import run_rows, write_text
+from myllm.nonfinite import json_safe
+from myllm.output import LineFile, lost_output
 
 TRAINING = "training"
 """What a stopwatch counts unless it is told otherwise."""

@@ -17,10 +17,9 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
+from myllm.config import to_dict
 from myllm.data.sources.catalog import source_of
-
-from .config import to_dict
-from .presets import preset
+from myllm.presets import preset
 
 Row = dict[str, Any]
 

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 
 from myllm.files import write_text
 from myllm.paths import RunPaths
-
-from .history import Metrics, Row, find_run, read_config, read_metrics, read_object, read_samples
+from myllm.runs.history import Metrics, Row, find_run, read_config, read_metrics, read_object, read_samples
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -46,7 +45,7 @@ def write_report(run: RunPaths) -> Path:
         UserError: if the run or its metrics do not exist or hold no rows.
     """
     metrics, config = read_metrics(run.metrics), read_config(run.config)
-    from .page import Findings, render_page
+    from .html import Findings, render_page
     from .plots import save_figures
 
     figures = save_figures(metrics, config, run.plots)

@@ -4,7 +4,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, Locator, LogLocator, MaxNLocator, NullLocator
 
-from .history import Metrics, Row, column, smooth
+from myllm.runs.history import Metrics, Row, column, smooth
+
 from .numbers import short, si
 
 # Blue, vermillion and green of Okabe and Ito (2008), https://jfly.uni-koeln.de/color, the green darkened, and a purple

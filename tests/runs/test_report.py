@@ -20,10 +20,11 @@ from matplotlib.image import imread
 
 from myllm.errors import UserError
 from myllm.paths import RunPaths
-from myllm.report import draw_plots, plots, write_report
-from myllm.report.drawing import MAX_POINTS, thin
-from myllm.report.history import find_run, read_metrics, smooth
-from myllm.report.numbers import duration, si
+from myllm.runs.history import find_run, read_metrics, smooth
+from myllm.runs.report import plots
+from myllm.runs.report.axes import MAX_POINTS, thin
+from myllm.runs.report.numbers import duration, si
+from myllm.runs.report.write import draw_plots, write_report
 
 VOID = {"meta", "img", "source", "br"}
 
@@ -218,7 +219,7 @@ def test_finds_a_run_by_name_or_folder(run: RunPaths, monkeypatch: pytest.Monkey
 
 
 def test_starts_without_torch() -> None:
-    code = "import sys, myllm.report; sys.exit('torch' in sys.modules or 'matplotlib.pyplot' in sys.modules)"
+    code = "import sys, myllm.runs.report.write; sys.exit('torch' in sys.modules or 'matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

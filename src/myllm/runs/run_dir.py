@@ -14,16 +14,16 @@ from typing import Any
 from myllm.checkpoint.format import TOKENIZER, Checkpoint, checkpoint_folder, load, load_newest
 from myllm.checkpoint.integrity import MANIFEST, MODEL, misnamed, verify
 from myllm.checkpoint.retention import PARTIAL, is_step, list_checkpoints, unused
+from myllm.config import RunConfig, saved_config, to_dict
+from myllm.distributed import collectives as distributed
 from myllm.distributed.collectives import Process
-from myllm.report.history import read_object
+from myllm.errors import UserError
+from myllm.files import fsync_folder, locked, write_json
+from myllm.output import warn
+from myllm.paths import RunPaths, no_checkpoint, user_path, warn_of_two
 
-from .config import RunConfig, saved_config, to_dict
-from .distributed import collectives as distributed
-from .errors import UserError
-from .files import fsync_folder, locked, write_json
-from .metrics import JsonLines
-from .output import warn
-from .paths import RunPaths, no_checkpoint, user_path, warn_of_two
+from .history import read_object
+from .logs import JsonLines
 
 SHARED = ".shared-"
 NETWORK_DISK_S = 20.0

@@ -15,11 +15,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from myllm.files import replacing
-from myllm.reference import reference_of
+from myllm.runs.history import Metrics, Row, accuracy_key, chance_is_a_quarter, column, number, smooth
+from myllm.runs.reference_curve import reference_of
 
-from . import drawing
-from .drawing import BLUE, GREEN, GREY, INK, PURPLE, VERMILLION, points
-from .history import Metrics, Row, accuracy_key, chance_is_a_quarter, column, number, smooth
+from . import axes as drawing
+from .axes import BLUE, GREEN, GREY, INK, PURPLE, VERMILLION, points
 from .numbers import percent, short, si
 
 DPI = 200  # twice what a figure's size in inches asks for on a screen

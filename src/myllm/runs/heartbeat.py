@@ -20,11 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from myllm.checkpoint.retention import list_checkpoints, step_of
-
-from .errors import UserError
-from .files import locked, read_json, replacing
-from .migrations import HEARTBEAT
-from .paths import RunPaths, runs, user_path, warn_of_two
+from myllm.errors import UserError
+from myllm.files import locked, read_json, replacing
+from myllm.migrations import HEARTBEAT
+from myllm.paths import RunPaths, runs, user_path, warn_of_two
 
 EVERY_S = 2.0
 AT_WORK, SILENT = 3, 1

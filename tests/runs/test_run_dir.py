@@ -13,8 +13,8 @@ from myllm.data.sampler import DataPosition
 from myllm.errors import UserError
 from myllm.loading import find_model
 from myllm.paths import RunPaths
-from myllm.report.history import find_run
-from myllm.run_folder import (
+from myllm.runs.history import find_run
+from myllm.runs.run_dir import (
     check_resumable,
     claimed,
     latest_checkpoint,

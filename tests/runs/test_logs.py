@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from myllm import metrics
 from myllm.eval_results import Result, add, read
-from myllm.metrics import JsonLines, Log, Stopwatch, environment, perplexity
-from myllm.report.history import column, read_metrics
+from myllm.runs import logs as metrics
+from myllm.runs.history import column, read_metrics
+from myllm.runs.logs import JsonLines, Log, Stopwatch, environment, perplexity
 
 
 def test_rows_are_appended_and_read_back(tmp_path: Path) -> None:

@@ -5,10 +5,9 @@ from dataclasses import asdict, replace
 
 from myllm import paths
 from myllm.checkpoint.retention import list_checkpoints, step_of
+from myllm.config import DataConfig, RunConfig, load_json
 from myllm.data.dataset import FORMAT, MANIFEST
-
-from .config import DataConfig, RunConfig, load_json
-from .errors import UserError
+from myllm.errors import UserError
 
 MADE_AGAIN = ("dataset", "val_tokens", "shard_tokens", "workers", "keep_downloads", "fallback")
 """Settings of the data that say nothing of which text it is. Their defaults have changed, and may again."""
