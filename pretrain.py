@@ -54,9 +54,9 @@ def missing_package(error: ModuleNotFoundError) -> int:
 
 def check_publishing(config: "RunConfig") -> None:
     """Only one process publishes, and only that one needs a token."""
-    from myllm import publishing
     from myllm.distributed import launcher as ranks
-    from myllm.publish_beside import check_hub
+    from myllm.hub import publish as publishing
+    from myllm.hub.background_publish import check_hub
 
     if ranks.rank() == 0:
         publishing.check_export(config.model)
@@ -77,10 +77,10 @@ def prepare_and_train(config: "RunConfig", prepare_only: bool, profile: bool = F
         return
 
     from myllm.distributed import collectives as distributed
+    from myllm.hub.background_publish import published_beside
     from myllm.meter import Diverged
     from myllm.paths import RunPaths
     from myllm.planning import batch as plan
-    from myllm.publish_beside import published_beside
     from myllm.runs.heartbeat import starting
     from myllm.runs.run_dir import what_next
     from myllm.signals import exit_code, unfinished_when_time_is_up

@@ -20,9 +20,9 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from myllm.distributed.device_info import device_name
-from myllm.exporting.architectures import choose, settings
-from myllm.exporting.weights import convert
 from myllm.generation import Continuation, continue_batch
+from myllm.hub.architectures import choose, settings
+from myllm.hub.export.weights import convert
 from myllm.model.transformer import Transformer
 from myllm.presets import preset
 from myllm.sampling import Sampling

@@ -16,7 +16,7 @@ from myllm.distributed import collectives as distributed
 from myllm.distributed.collectives import Process
 from myllm.distributed.precision import compute_dtype
 from myllm.errors import UserError
-from myllm.exporting.architectures import choose
+from myllm.hub.architectures import choose
 from myllm.memory import peak_bytes, reset_peak
 from myllm.model.transformer import Transformer
 from myllm.rehearsal import made_up_dataset, stage

@@ -21,8 +21,8 @@ from myllm.data.transfer import Batch
 from myllm.distributed.collectives import Process
 from myllm.distributed.parallelize import last_of_step
 from myllm.distributed.precision import autocast
-from myllm.exporting.architectures import CLASSES, choose, settings
-from myllm.exporting.weights import convert
+from myllm.hub.architectures import CLASSES, choose, settings
+from myllm.hub.export.weights import convert
 from myllm.model.transformer import Transformer
 from myllm.optim.adamw import ScheduledAdamW
 from myllm.planning import batch as plan

@@ -12,7 +12,7 @@ from made_checkpoints import KINDS, Save
 from myllm.cli import main as myllm
 from myllm.completion import generate
 from myllm.errors import UserError
-from myllm.exporting.folder import export_folder
+from myllm.hub.export.transformers import export_folder
 from myllm.loading import find_model, load_model
 
 

@@ -13,7 +13,7 @@ from nbclient import NotebookClient
 from myllm.completion import generate
 from myllm.config import ModelConfig, RunConfig
 from myllm.data.tokenizer.load import Tokenizer
-from myllm.exporting.folder import Source, export_folder
+from myllm.hub.export.transformers import Source, export_folder
 from myllm.loading import LanguageModel
 from myllm.model.transformer import Transformer
 

@@ -16,11 +16,11 @@ from myllm.data.tokenizer.load import load_tokenizer
 from myllm.data_cli import verify
 from myllm.distributed.collectives import process_group
 from myllm.errors import UserError
-from myllm.exporting.card import folder_card
-from myllm.exporting.folder import open_source
 from myllm.generation import stream
+from myllm.hub.export.card import folder_card
+from myllm.hub.export.transformers import open_source
+from myllm.hub.model_card import model_card, read_about
 from myllm.loading import load_model
-from myllm.model_card import model_card, read_about
 from myllm.paths import RunPaths
 from myllm.presets import preset
 from myllm.runs.history import read_object

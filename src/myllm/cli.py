@@ -76,7 +76,7 @@ def status(run: Positional[str], silent_s: float = 600.0) -> None:
         run: its name, or its folder.
         silent_s: no sign of life is when it has not got on for so many seconds.
     """
-    from myllm.runs import heartbeat
+    from .runs import heartbeat
 
     line, code = heartbeat.status(run, silent_s)
     print(line)

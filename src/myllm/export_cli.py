@@ -45,7 +45,7 @@ def export(
             raise UserError(f"{file} is there already; give another name, or --overwrite to replace a file")
         check_writable(user_path(file), "--to-onnx" if file is to_onnx else "--to-gguf")
     paths.check_model(model, hub=False)  # before the seconds that torch takes
-    from myllm.exporting.folder import export_folder, open_source
+    from myllm.hub.export.transformers import export_folder, open_source
     from myllm.runs.run_dir import find_checkpoint
 
     source = open_source(find_checkpoint(model, paths.runs()))
@@ -56,13 +56,13 @@ def export(
             print(f"rounding to {dtype} changes a logit by at most {made.rounding:.1e}")
         print(f"exported {made.architecture} to {made.folder}")
     if to_onnx is not None:
-        from myllm.exporting.to_onnx import export_onnx
+        from myllm.hub.export.onnx import export_onnx
 
         print("writing ONNX in float32")
         difference = export_onnx(source, to_onnx)
         print(f"exported to {to_onnx}; onnxruntime's logits differ by at most {difference:.1e}")
     if to_gguf is not None:
-        from myllm.exporting.to_gguf import export_gguf
+        from myllm.hub.export.gguf import export_gguf
 
         print(f"writing GGUF in {dtype}")
         count = export_gguf(source, to_gguf, dtype)
@@ -86,7 +86,7 @@ def import_model(
     """
     if not paths.leads_somewhere(source):  # before the seconds that torch takes
         raise UserError(paths.NO_MODEL.format(source))
-    from .importing import import_model
+    from myllm.hub.import_model import import_model
 
     run = import_model(source, name, revision, overwrite=overwrite)
     shown = shlex.quote(run.root.name)

@@ -4,11 +4,12 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from myllm import importing, paths
+from myllm import paths
 from myllm.checkpoint.format import Checkpoint
 from myllm.data.tokenizer.load import Tokenizer
 from myllm.distributed.collectives import choose_device
 from myllm.distributed.precision import compute_dtype
+from myllm.hub import import_model as importing
 from myllm.model.transformer import Transformer
 from myllm.runs.run_dir import find_checkpoint
 

@@ -9,8 +9,8 @@ from made_checkpoints import SMALL, Save, rewrite
 
 from myllm import chat, cli, files
 from myllm.checkpoint import integrity
-from myllm.exporting import parity
-from myllm.exporting.folder import export_folder, open_source
+from myllm.hub.export import verify as parity
+from myllm.hub.export.transformers import export_folder, open_source
 from myllm.loading import load_model
 from myllm.serve import server
 
@@ -43,7 +43,7 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 @pytest.fixture(autouse=True)
 def _unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     """What transformers says of an export is of no interest here."""
-    monkeypatch.setattr("myllm.exporting.folder.check", lambda *_: parity.Parity(0, 0, 1, 0))
+    monkeypatch.setattr("myllm.hub.export.transformers.check", lambda *_: parity.Parity(0, 0, 1, 0))
 
 
 def damage(folder: Path) -> str:

@@ -31,7 +31,7 @@ EARLY = (
     "myllm.train",
     "myllm.data.prepare.background",
     "myllm.launch",
-    "myllm.publish_beside",
+    "myllm.hub.background_publish",
     "myllm.runs.report.write",
 )
 EARLY += ("torch._dynamo",)  # every optimizer imports it: two thirds of a small run's time

@@ -9,8 +9,8 @@ from model import reference
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2LMHeadModel, LlamaForCausalLM, Qwen3ForCausalLM
 
 from myllm.config import ModelConfig
-from myllm.exporting.architectures import choose, settings
-from myllm.exporting.weights import convert
+from myllm.hub.architectures import choose, settings
+from myllm.hub.export.weights import convert
 from myllm.model.transformer import Transformer
 
 TOLERANCE = 1e-5

@@ -14,7 +14,6 @@ import pytest
 from hub_server import HubServer
 from huggingface_hub import constants
 
-from myllm import importing
 from myllm.config import DataConfig
 from myllm.data.prepare.prepare import resolve
 from myllm.data.prepare.spec import recipe_of
@@ -23,7 +22,8 @@ from myllm.data.sources.hub_listing import Unreachable, list_hub, list_urls
 from myllm.data.sources.source import find_source
 from myllm.errors import UserError
 from myllm.evals.hellaswag_data import load_examples
-from myllm.publishing import check_token
+from myllm.hub import import_model as importing
+from myllm.hub.publish import check_token
 
 REPO = "someone/some-texts"
 FILES = {

@@ -13,14 +13,14 @@ from torch import Tensor
 from myllm.config import ModelConfig, RunConfig, from_dict
 from myllm.data.tokenizer.load import Tokenizer
 from myllm.errors import UserError
-from myllm.exporting.architectures import CLASSES, pieces
-from myllm.exporting.folder import MARK, VOCABULARY, is_export
-from myllm.exporting.parity import random_texts
-from myllm.exporting.tokenizer_files import TOKENIZER_FILE
 from myllm.files import read_json
+from myllm.hub.export.tokenizer import TOKENIZER_FILE
+from myllm.hub.export.transformers import MARK, VOCABULARY, is_export
+from myllm.hub.export.verify import random_texts
 from myllm.planning.validation import faults
 
-from .foreign import Foreign
+from .architectures import CLASSES, pieces
+from .external_model import Foreign
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"

@@ -19,10 +19,10 @@ from myllm.paths import NO_MODEL, REPOSITORY, RunPaths, user_path
 from myllm.planning.validation import faults
 from myllm.runs.run_dir import claimed, move_aside, write_config
 
-from .foreign import Foreign
-from .hub import download
-from .reference import CHECKPOINT, read_reference
-from .transformers_folder import CONFIG, read_folder
+from .download import download
+from .external_model import Foreign
+from .import_lf_llm import CHECKPOINT, read_reference
+from .import_transformers import CONFIG, read_folder
 
 
 def import_model(

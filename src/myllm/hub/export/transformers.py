@@ -22,16 +22,16 @@ from myllm.data.sources.catalog import source_of
 from myllm.data.tokenizer.load import Tokenizer
 from myllm.errors import UserError
 from myllm.files import TEMPORARY, fsync_folder, read_json, write_json, write_text
+from myllm.hub.architectures import CLASSES, choose, settings
 from myllm.model.transformer import Transformer
 from myllm.paths import RunPaths, user_path
 from myllm.planning.batch import n_parameters
 from myllm.runs.history import read_object, text_of
 
-from .architectures import CLASSES, choose, settings
 from .card import folder_card
-from .parity import Parity, check, require_transformers, samples
 from .target import unfinished
-from .tokenizer_files import tokenizer_files
+from .tokenizer import tokenizer_files
+from .verify import Parity, check, require_transformers, samples
 from .weights import DTYPES, convert, rounded
 
 FORMAT = "myllm-export-1"

@@ -14,9 +14,9 @@ import torch
 from myllm.errors import UserError
 from myllm.paths import user_path
 
-from .folder import Source
-from .parity import TOLERANCE, samples
 from .target import unfinished
+from .transformers import Source
+from .verify import TOLERANCE, samples
 
 OPSET = 20
 

@@ -18,7 +18,7 @@ from myllm.data.sources.hub_listing import first_line
 from myllm.data.tokenizer.load import Tokenizer
 from myllm.errors import UserError
 
-from .foreign import Foreign
+from .external_model import Foreign
 
 CHECKPOINT = "pytorch_model.pth"
 MODULE = "src.params."

@@ -11,14 +11,15 @@ from hub_server import HubServer
 from published_run import REPO, STEPS, TOKEN, save_checkpoint
 from stand_in_export import make_folder
 
-from myllm import cli, publishing
+from myllm import cli
 from myllm.checkpoint.format import load
 from myllm.checkpoint.integrity import MODEL
 from myllm.config import HubConfig, RunConfig
 from myllm.errors import UserError
 from myllm.files import locked
+from myllm.hub import publish as publishing
+from myllm.hub.publish import due
 from myllm.paths import RunPaths
-from myllm.publishing import due
 
 HUB = HubConfig(REPO)
 

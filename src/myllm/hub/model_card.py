@@ -12,7 +12,11 @@ import shlex
 from dataclasses import dataclass, replace
 from typing import Any
 
+from myllm.config import RunConfig, saved_config
 from myllm.data.sources.catalog import corpus_of, source_of
+from myllm.errors import UserError
+from myllm.paths import RunPaths
+from myllm.planning import batch as plan
 from myllm.runs.history import (
     Metrics,
     Row,
@@ -24,11 +28,6 @@ from myllm.runs.history import (
     text_of,
 )
 from myllm.runs.report.numbers import duration, percent, short, si
-
-from .config import RunConfig, saved_config
-from .errors import UserError
-from .paths import RunPaths
-from .planning import batch as plan
 
 SAMPLE_CHARACTERS = 600
 NAMES = {

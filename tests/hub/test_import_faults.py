@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from myllm.errors import UserError
-from myllm.importing.reference import read_reference
+from myllm.hub.import_lf_llm import read_reference
 
 SETTINGS = {"n_vocab": 50_257, "n_ctx": 9, "n_embd": 8, "n_head": 2, "n_layer": 1}
 

@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from myllm.cli import main as myllm
 from myllm.data.tokenizer.train import train_tokenizer
 from myllm.errors import UserError
-from myllm.exporting import to_onnx
-from myllm.exporting.folder import open_source
-from myllm.exporting.to_gguf import export_gguf
-from myllm.exporting.to_onnx import export_onnx
+from myllm.hub.export import onnx as to_onnx
+from myllm.hub.export.gguf import export_gguf
+from myllm.hub.export.onnx import export_onnx
+from myllm.hub.export.transformers import open_source
 from myllm.loading import load_model
 
 ONE_LAYER = replace(SMALL, n_layers=1)

@@ -9,8 +9,8 @@ from myllm.data.sources.hub_listing import hub_endpoint
 from myllm.errors import UserError
 from myllm.files import out_of_space
 
-from .reference import CHECKPOINT
-from .transformers_folder import CONFIG, read_settings
+from .import_lf_llm import CHECKPOINT
+from .import_transformers import CONFIG, read_settings
 
 SETTINGS = ("*.json",)
 WEIGHTS = ("model.safetensors", "model-*.safetensors", CHECKPOINT)

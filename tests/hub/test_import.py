@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import losses, train_rows, with_train
-from importing.reference_model import HParams, ReferenceModel
 from made_checkpoints import KINDS, Save, small_vocabulary
 from safetensors.torch import load_file, save_file
+from support.reference_model import HParams, ReferenceModel
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -36,9 +36,9 @@ from myllm.data.tokenizer.load import Tokenizer, load_tokenizer
 from myllm.data.tokenizer.train import train_tokenizer
 from myllm.distributed.collectives import process_group
 from myllm.errors import UserError
-from myllm.exporting.folder import export_folder
-from myllm.exporting.tokenizer_files import tokenizer_files
-from myllm.importing import import_model
+from myllm.hub.export.tokenizer import tokenizer_files
+from myllm.hub.export.transformers import export_folder
+from myllm.hub.import_model import import_model
 from myllm.launch import parse
 from myllm.loading import load_model
 from myllm.paths import RunPaths
@@ -494,7 +494,7 @@ def test_from_the_hub(temp_data: Path, tmp_path: Path, monkeypatch: pytest.Monke
         asked.append((repo, settings["revision"]))
         return str(tmp_path / "gpt2")
 
-    monkeypatch.setattr("myllm.importing.hub.snapshot_download", snapshot)
+    monkeypatch.setattr("myllm.hub.download.snapshot_download", snapshot)
     for number, source in enumerate(("openai-community/gpt2", "hub:openai-community/gpt2")):
         import_model(source, f"from-{number}", "main", say=quietly)
     assert asked == [("openai-community/gpt2", "main")] * 4  # the settings, then the weights
@@ -516,7 +516,7 @@ def test_a_model_that_is_of_no_use_is_not_downloaded(
         wanted.extend(allow_patterns)
         return str(tmp_path / "llama")
 
-    monkeypatch.setattr("myllm.importing.hub.snapshot_download", snapshot)
+    monkeypatch.setattr("myllm.hub.download.snapshot_download", snapshot)
     with pytest.raises(UserError, match="has 400 tokens, the model 390"):
         import_model("someone/llama", say=quietly)
     assert wanted == ["*.json"]

@@ -7,8 +7,8 @@ import pytest
 from hub_server import HubServer
 from published_run import TOKEN, write_run
 
-from myllm import publishing
 from myllm.config import RunConfig
+from myllm.hub import publish as publishing
 from myllm.paths import RunPaths
 from myllm.runs.history import Metrics, Row
 

@@ -11,7 +11,7 @@ def folder_card(config: RunConfig, facts: dict[str, Any]) -> str:
     Args:
         facts: name, step, tokens_seen, source, architecture, dtype, parameters and tokenizer; whatever else is known.
     """
-    from myllm.model_card import without_folders  # brings Matplotlib, which sampling does without
+    from myllm.hub.model_card import without_folders  # brings Matplotlib, which sampling does without
 
     model = config.model
     about = "A base language model, trained with MyLLM: it continues text and was never taught to answer."

@@ -17,13 +17,13 @@ from multiprocessing.process import BaseProcess
 from multiprocessing.queues import Queue
 from pathlib import Path
 
-from myllm import publishing
+from myllm.config import HubConfig, RunConfig
 from myllm.data.prepare.work_items import start_worker
+from myllm.errors import UserError
+from myllm.paths import RunPaths
 
-from .config import HubConfig, RunConfig
-from .errors import UserError
-from .paths import RunPaths
-from .publishing import MakeFolder
+from . import publish as publishing
+from .publish import MakeFolder
 
 FIRST_ANSWER_S = 20
 """How long the start of a training waits for the Hub."""

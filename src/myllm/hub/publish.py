@@ -21,17 +21,17 @@ from typing import Any
 
 from myllm.checkpoint.integrity import MANIFEST, NOTHING, WEIGHTS, Damaged, check
 from myllm.checkpoint.retention import list_checkpoints, step_of
+from myllm.config import HubConfig, ModelConfig, saved_config, to_dict
 from myllm.data.prepare.disk_space import size
 from myllm.data.sources.download import is_final, retry_after
 from myllm.data.sources.hub_listing import first_line, hub_endpoint
+from myllm.errors import UserError
+from myllm.files import locked, out_of_space, read_json, write_json, write_text
+from myllm.nonfinite import json_safe
+from myllm.paths import RunPaths
 from myllm.runs.history import read_config, read_object
 
-from .config import HubConfig, ModelConfig, saved_config, to_dict
-from .errors import UserError
-from .files import locked, out_of_space, read_json, write_json, write_text
 from .model_card import About, model_card, read_about, without_folders
-from .nonfinite import json_safe
-from .paths import RunPaths
 
 MakeFolder = Callable[[Path, Path], object]
 """Makes of a checkpoint, the first path, a new folder of weights that others can load, the second."""
@@ -58,7 +58,7 @@ class Remote:
 
 def export(checkpoint: Path, folder: Path) -> None:
     """The folder that is published: `transformers`' format, in the precision of the checkpoint."""
-    from myllm.exporting.folder import export_folder
+    from myllm.hub.export.transformers import export_folder
 
     export_folder(checkpoint, folder, "float32", say=lambda line: None)
 
@@ -83,8 +83,9 @@ def check_export(model: ModelConfig) -> None:
     Raises:
         UserError: a model that `transformers` has no architecture for; or it is not installed, to compare with.
     """
-    from myllm.exporting.architectures import choose
-    from myllm.exporting.parity import require_transformers
+    from myllm.hub.export.verify import require_transformers
+
+    from .architectures import choose
 
     choose(model)
     require_transformers()
@@ -262,7 +263,7 @@ def _check_same(there: Remote, tag: str, mark: str, hub: HubConfig) -> None:
 
 def complete(folder: Path, run: RunPaths, step: int, hub: HubConfig) -> None:
     """Lay the run's own numbers, the curves and the card beside the weights."""
-    from myllm.exporting.folder import MARK
+    from myllm.hub.export.transformers import MARK
     from myllm.runs.report.plots import PLOTS, save_figures  # brings Matplotlib, which training does without
 
     exported = read_object(folder / "config.json") | {"tokenizer": read_object(folder / MARK).get("tokenizer")}

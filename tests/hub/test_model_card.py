@@ -9,9 +9,9 @@ import pytest
 import yaml
 from published_run import REPO, write_run
 
-from myllm import publishing
 from myllm.config import DataConfig, HubConfig, RunConfig
-from myllm.model_card import model_card, read_about, without_folders
+from myllm.hub import publish as publishing
+from myllm.hub.model_card import model_card, read_about, without_folders
 from myllm.paths import RunPaths
 
 

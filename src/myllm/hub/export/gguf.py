@@ -15,12 +15,12 @@ from torch import Tensor
 
 from myllm.config import ModelConfig
 from myllm.errors import UserError
+from myllm.hub.architectures import ModelType, choose
 from myllm.paths import user_path
 
-from .architectures import ModelType, choose
-from .folder import Source
 from .target import unfinished
-from .tokenizer_files import fast_tokenizer
+from .tokenizer import fast_tokenizer
+from .transformers import Source
 from .weights import convert
 
 ARCHITECTURES = {"llama": "LLAMA", "qwen3": "QWEN3", "gpt2": "GPT2"}

@@ -27,9 +27,10 @@ from myllm.config import ModelConfig
 from myllm.data.tokenizer.load import Tokenizer
 from myllm.data.tokenizer.train import train_tokenizer
 from myllm.errors import UserError
-from myllm.exporting import architectures, parity
-from myllm.exporting.folder import export_folder
-from myllm.exporting.tokenizer_files import tokenizer_files
+from myllm.hub import architectures
+from myllm.hub.export import verify as parity
+from myllm.hub.export.tokenizer import tokenizer_files
+from myllm.hub.export.transformers import export_folder
 from myllm.loading import load_model
 
 STRANGER = """
@@ -225,7 +226,7 @@ def test_other_logits_are_no_export(save: Save, tmp_path: Path, monkeypatch: pyt
     def wrong(*arguments: object) -> dict:
         return right(*arguments) | {"rms_norm_eps": 1e-2}
 
-    monkeypatch.setattr("myllm.exporting.folder.settings", wrong)
+    monkeypatch.setattr("myllm.hub.export.transformers.settings", wrong)
     with pytest.raises(UserError, match="transformers gives other logits than this model"):
         export_folder(save(SMALL), tmp_path / "out", say=quietly)
     assert list(tmp_path.glob("*out*")) == []
@@ -239,7 +240,7 @@ def test_other_ids_are_no_export(save: Save, tmp_path: Path, monkeypatch: pytest
         settings = json.loads(files["tokenizer_config.json"]) | {"split_special_tokens": False}
         return files | {"tokenizer_config.json": json.dumps(settings)}
 
-    monkeypatch.setattr("myllm.exporting.folder.tokenizer_files", wrong)
+    monkeypatch.setattr("myllm.hub.export.transformers.tokenizer_files", wrong)
     with pytest.raises(UserError, match="gives other ids than r50k_base"):
         export_folder(save(R50K), tmp_path / "out", say=quietly)
 
@@ -252,7 +253,9 @@ def test_without_transformers(save: Save, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_what_is_in_the_way(save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("myllm.exporting.folder.check", lambda *_: parity.Parity(0, 0, 1, 0))  # of no interest here
+    monkeypatch.setattr(
+        "myllm.hub.export.transformers.check", lambda *_: parity.Parity(0, 0, 1, 0)
+    )  # of no interest here
     folder, out = save(SMALL), tmp_path / "out"
     out.mkdir()
     export_folder(folder, out, say=quietly)  # empty
@@ -278,7 +281,7 @@ def test_a_kill_leaves_nothing_unfinished_under_the_name(
 ) -> None:
     """A real one, when all is written but nothing compared; then when the older export makes room."""
     folder, out = save(SMALL), tmp_path / "out"
-    monkeypatch.setattr("myllm.exporting.folder.check", lambda *_: parity.Parity(0, 0, 1, 0))
+    monkeypatch.setattr("myllm.hub.export.transformers.check", lambda *_: parity.Parity(0, 0, 1, 0))
     if there:
         export_folder(folder, out, say=quietly)
         (out / "older").touch()
@@ -290,7 +293,7 @@ def test_a_kill_leaves_nothing_unfinished_under_the_name(
     if (child := os.fork()) == 0:
         try:
             monkeypatch.setattr(
-                "myllm.exporting.folder.shutil.rmtree" if there else "myllm.exporting.folder.check", die
+                "myllm.hub.export.transformers.shutil.rmtree" if there else "myllm.hub.export.transformers.check", die
             )
             export_folder(folder, out, say=quietly)
         finally:  # never back into pytest

@@ -19,17 +19,18 @@ from published_run import REPO, TOKEN, hub_config, save_checkpoint
 from stand_in_export import make_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from myllm import publish_beside, publishing
 from myllm.config import HubConfig, RunConfig
 from myllm.data.prepare.prepare import prepare
 from myllm.distributed.collectives import process_group
 from myllm.errors import UserError
+from myllm.hub import background_publish as publish_beside
+from myllm.hub import publish as publishing
+from myllm.hub.background_publish import check_hub, publish_offers, published_beside
+from myllm.hub.publish import due
 from myllm.launch import parse
 from myllm.loading import load_model
 from myllm.paths import RunPaths
 from myllm.planning.validation import hub_faults
-from myllm.publish_beside import check_hub, publish_offers, published_beside
-from myllm.publishing import due
 from myllm.train import train
 
 

@@ -11,7 +11,7 @@ import torch
 from made_checkpoints import KINDS, Save
 
 from myllm.completion import prompt_ids
-from myllm.exporting.folder import export_folder
+from myllm.hub.export.transformers import export_folder
 from myllm.loading import LanguageModel, load_model
 
 TASK = """

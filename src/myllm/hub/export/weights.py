@@ -4,8 +4,7 @@ import torch
 from torch import Tensor
 
 from myllm.config import ModelConfig
-
-from .architectures import ModelType, pieces
+from myllm.hub.architectures import ModelType, pieces
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -1,0 +1,1 @@
+"""Models in and out: transformers folders, GGUF, ONNX, the Hugging Face Hub."""
