@@ -20,12 +20,12 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from myllm.distributed.device_info import device_name
-from myllm.generation import Continuation, continue_batch
 from myllm.hub.architectures import choose, settings
 from myllm.hub.export.weights import convert
+from myllm.inference.generate import Continuation, continue_batch
+from myllm.inference.sampling_params import Sampling
 from myllm.model.transformer import Transformer
 from myllm.presets import preset
-from myllm.sampling import Sampling
 
 Way = Callable[[int, Sampling], list[list[int]]]
 """New tokens and how they are chosen, to each row's tokens."""

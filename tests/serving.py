@@ -10,12 +10,12 @@ import torch
 
 from myllm.config import ModelConfig
 from myllm.data.tokenizer.load import Tokenizer
-from myllm.loading import LanguageModel
+from myllm.inference.load import LanguageModel
+from myllm.inference.sampling_params import Sampling
+from myllm.inference.server.http import PageServer
+from myllm.inference.server.request import Asked
+from myllm.inference.server.security import listen
 from myllm.model.transformer import Transformer
-from myllm.sampling import Sampling
-from myllm.serve.address import listen
-from myllm.serve.asked import Asked
-from myllm.serve.server import PageServer
 
 DEADLINE_S = 60.0
 DEFAULT = Asked("", 12, Sampling())

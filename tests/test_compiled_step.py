@@ -20,12 +20,12 @@ from myllm.distributed.collectives import Process
 from myllm.distributed.parallelize import clear_gradients, last_of_step, wrap
 from myllm.distributed.precision import autocast
 from myllm.evals.perplexity import assess_sums
-from myllm.generation import stream
+from myllm.inference.generate import stream
+from myllm.inference.sampling_params import Sampling
 from myllm.model import transformer
 from myllm.model.cross_entropy import mean_loss
 from myllm.model.transformer import Transformer
 from myllm.presets import PRESETS, preset
-from myllm.sampling import Sampling
 
 LAYERS = 9
 """More than torch.compile would make graphs of one function for (recompile_limit, 8)."""

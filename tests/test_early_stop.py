@@ -20,7 +20,7 @@ from myllm.data.prepare.prepare import prepare
 from myllm.distributed.collectives import process_group
 from myllm.errors import UserError
 from myllm.evals import perplexity
-from myllm.loading import load_model
+from myllm.inference.load import load_model
 from myllm.paths import RunPaths
 from myllm.train import train
 

@@ -18,7 +18,7 @@ from myllm.errors import UserError
 from myllm.eval_results import add, read
 from myllm.evals import speed as speed_module
 from myllm.evals import writing
-from myllm.loading import load_model
+from myllm.inference.load import load_model
 from myllm.train import train
 
 OWN = Path(__file__).parent / "evals" / "hellaswag_own.jsonl"

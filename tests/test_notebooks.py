@@ -10,11 +10,11 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from myllm.completion import generate
 from myllm.config import ModelConfig, RunConfig
 from myllm.data.tokenizer.load import Tokenizer
 from myllm.hub.export.transformers import Source, export_folder
-from myllm.loading import LanguageModel
+from myllm.inference.completion import generate
+from myllm.inference.load import LanguageModel
 from myllm.model.transformer import Transformer
 
 SHAPE = ModelConfig(max_seq_len=64, d_model=16, n_layers=1, n_heads=2, d_ff=32)

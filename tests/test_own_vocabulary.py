@@ -8,7 +8,6 @@ import pytest
 from conftest import eval_rows, losses, with_train
 
 from myllm.cli import main as myllm
-from myllm.completion import stream_text
 from myllm.config import RunConfig, load_json
 from myllm.data.dataset import find_dataset
 from myllm.data.prepare.prepare import prepare
@@ -16,15 +15,16 @@ from myllm.data.tokenizer.load import load_tokenizer
 from myllm.data_cli import verify
 from myllm.distributed.collectives import process_group
 from myllm.errors import UserError
-from myllm.generation import stream
 from myllm.hub.export.card import folder_card
 from myllm.hub.export.transformers import open_source
 from myllm.hub.model_card import model_card, read_about
-from myllm.loading import load_model
+from myllm.inference.completion import stream_text
+from myllm.inference.generate import stream
+from myllm.inference.load import load_model
+from myllm.inference.sampling_params import Sampling
 from myllm.paths import RunPaths
 from myllm.presets import preset
 from myllm.runs.history import read_object
-from myllm.sampling import Sampling
 from myllm.train import train
 
 Learn = Callable[[str, int], Path]

@@ -6,11 +6,11 @@ from contextlib import contextmanager
 
 import torch
 
-from myllm import generation
 from myllm.distributed.precision import autocast
-from myllm.generation import Continuation, continue_batch
+from myllm.inference import generate as generation
+from myllm.inference.generate import Continuation, continue_batch
+from myllm.inference.sampling_params import Sampling
 from myllm.model.transformer import Transformer
-from myllm.sampling import Sampling
 
 from .bench import Bench, fresh, synchronize
 from .frame import Check, correct, noted, skipped

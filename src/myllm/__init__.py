@@ -4,8 +4,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .completion import generate
-    from .loading import load_model
+    from myllm.inference.completion import generate
+    from myllm.inference.load import load_model
 
 __version__ = "0.1.0"
 __all__ = ["generate", "load_model"]

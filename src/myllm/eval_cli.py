@@ -115,7 +115,7 @@ def resolve(where: str, device: str, int8: bool, precision: str | None = None) -
     Raises:
         UserError: nothing there, a damaged checkpoint, or no torchao for int8.
     """
-    from .loading import find_model, load_model
+    from myllm.inference.load import find_model, load_model
 
     origin = find_model(where)  # once: a run that trains on saves others meanwhile
     loaded = load_model(origin, device, int8, precision)
@@ -124,8 +124,7 @@ def resolve(where: str, device: str, int8: bool, precision: str | None = None) -
 
 def _result(task: str, subject: Subject, choices: Choices) -> Result:
     from myllm.distributed.device_info import device_name
-
-    from .int8 import weight_type
+    from myllm.inference.int8 import weight_type
 
     started = time.perf_counter()
     settings, figures = measure(task, subject, choices)

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
     from myllm.data.dataset import Dataset
     from myllm.data.tokenizer.load import Tokenizer
+    from myllm.inference.load import LanguageModel
     from myllm.model.transformer import Transformer
 
     from .config import RunConfig
-    from .loading import LanguageModel
 
 Figures = dict[str, Any]
 Measured = tuple[dict[str, Any], Figures]
@@ -179,9 +179,9 @@ def _speed_settings(subject: Subject) -> dict[str, Any]:
     import torch
 
     from myllm.distributed.device_info import device_name
+    from myllm.inference.int8 import weight_type
 
     from .evals import speed
-    from .int8 import weight_type
 
     prompt, new = speed.lengths(subject.model.config.max_seq_len)
     return {

@@ -16,18 +16,18 @@ from myllm.distributed.collectives import Process
 from myllm.distributed.precision import autocast
 from myllm.evals.hellaswag_data import load_examples
 from myllm.evals.validation import validation_batches
+from myllm.inference.completion import complete
+from myllm.inference.language_model import LanguageModel
+from myllm.inference.sampling_params import Sampling
 from myllm.model.transformer import Transformer
 from myllm.runs.heartbeat import Heartbeat
 from myllm.runs.logs import JsonLines, Log
 from myllm.runs.reference_curve import ReferenceWatch
 
-from .completion import complete
 from .config import RunConfig
 from .distributed import collectives as distributed
 from .errors import UserError
 from .evals import cloze, hellaswag, perplexity
-from .language_model import LanguageModel
-from .sampling import Sampling
 from .signals import StopRequest
 
 

@@ -37,7 +37,7 @@ def publish(
 
     _, checkpoints = checkpoints_of(run, paths.runs())
     found = paths.RunPaths(checkpoints[0].parent.parent)
-    from myllm.hub import publish as publishing
+    from .hub import publish as publishing
 
     hub = publishing.hub_of(found)
     given = HubConfig(repo or hub.repo, private, every_checkpoint, license)

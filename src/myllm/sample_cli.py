@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
 import tyro
 
 from myllm import paths
+from myllm.inference.sampling_params import Sampling
 
 from .errors import UserError
 from .files import check_writable, parse_json
 from .paths import user_path
-from .sampling import Sampling
 
 if TYPE_CHECKING:
-    from .completion import Completion
-    from .language_model import LanguageModel
+    from myllm.inference.completion import Completion
+    from myllm.inference.language_model import LanguageModel
 
 Positional = tyro.conf.Positional
 MOST_SAMPLES = 1_000_000
@@ -68,8 +68,8 @@ def sample(
     prompts = _prompts(prompt, prompts_file)
     out = out and user_path(out)
     _check_out(out)
-    from .completion import complete
-    from .loading import load_model
+    from myllm.inference.completion import complete
+    from myllm.inference.load import load_model
 
     loaded = load_model(model, device, int8, precision)
     _note(loaded, prompts, sampling.temperature == 0 and num_samples > 1)
@@ -145,8 +145,8 @@ def chat(
         raise UserError(f"max_new_tokens is {max_new_tokens}, but must be at least 0")
     sampling.check()
     paths.check_model(model)
-    from .chat import chat as converse
-    from .loading import load_model
+    from myllm.inference.chat import chat as converse
+    from myllm.inference.load import load_model
 
     converse(load_model(model, device, int8, precision), max_new_tokens, sampling)
 
@@ -175,12 +175,12 @@ def serve(
         int8: weights in eight bits, by torchao: a quarter of the memory.
         precision: of matrix products; None: the training's own, as it is on this device.
     """
-    from myllm.serve.asked import Asked, check
+    from myllm.inference.server.request import Asked, check
 
     default = Asked("", max_new_tokens, sampling)
     check(default)  # before the seconds that loading takes
     paths.check_model(model)
-    from myllm.serve.server import run
+    from myllm.inference.server.http import run
 
     run(model, device, int8, host, port, default, precision)
 
@@ -220,7 +220,7 @@ def _prompt_of(line: str, where: str) -> str:
 
 def _note(model: "LanguageModel", prompts: Sequence[str], all_alike: bool) -> None:
     """What a user may not expect, on the error stream, so that it never mixes with the text."""
-    from .completion import prompt_ids
+    from myllm.inference.completion import prompt_ids
 
     context = model.model.config.max_seq_len
     if "" in prompts:

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 from made_checkpoints import SMALL, Save, rewrite
 
-from myllm import chat, cli, files
+from myllm import cli, files
 from myllm.checkpoint import integrity
 from myllm.hub.export import verify as parity
 from myllm.hub.export.transformers import export_folder, open_source
-from myllm.loading import load_model
-from myllm.serve import server
+from myllm.inference import chat
+from myllm.inference.load import load_model
+from myllm.inference.server import http as server
 
 MODEL_FILES = {"weights/.metadata", "weights/__0_0.distcp", "state.json", "config.json", "tokenizer.json"}
 

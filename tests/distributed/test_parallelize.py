@@ -12,7 +12,7 @@ from conftest import eval_rows, launch, losses, train_rows, with_train, write_ru
 
 from myllm.checkpoint.format import list_checkpoints
 from myllm.config import RunConfig
-from myllm.loading import load_model
+from myllm.inference.load import load_model
 from myllm.runs.logs import JsonLines
 
 pytestmark = pytest.mark.slow  # real processes, half a minute and more in all

@@ -6,7 +6,7 @@ import pytest
 
 from myllm.config import ModelConfig
 from myllm.evals import speed
-from myllm.int8 import weight_bytes
+from myllm.inference.int8 import weight_bytes
 from myllm.model.transformer import Transformer
 
 

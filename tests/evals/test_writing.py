@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from myllm.completion import complete
 from myllm.config import ModelConfig
 from myllm.data.tokenizer.load import Tokenizer
 from myllm.evals import writing
-from myllm.generation import Continuation
-from myllm.loading import LanguageModel
+from myllm.inference.completion import complete
+from myllm.inference.generate import Continuation
+from myllm.inference.load import LanguageModel
 from myllm.model.transformer import Transformer
 
 R50K = Tokenizer()

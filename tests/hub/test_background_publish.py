@@ -27,8 +27,8 @@ from myllm.hub import background_publish as publish_beside
 from myllm.hub import publish as publishing
 from myllm.hub.background_publish import check_hub, publish_offers, published_beside
 from myllm.hub.publish import due
+from myllm.inference.load import load_model
 from myllm.launch import parse
-from myllm.loading import load_model
 from myllm.paths import RunPaths
 from myllm.planning.validation import hub_faults
 from myllm.train import train

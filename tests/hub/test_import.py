@@ -29,7 +29,6 @@ from transformers import (
 
 from myllm.checkpoint.format import load
 from myllm.cli import main as myllm
-from myllm.completion import generate
 from myllm.config import RunConfig, load_json
 from myllm.data.prepare.prepare import prepare
 from myllm.data.tokenizer.load import Tokenizer, load_tokenizer
@@ -39,8 +38,9 @@ from myllm.errors import UserError
 from myllm.hub.export.tokenizer import tokenizer_files
 from myllm.hub.export.transformers import export_folder
 from myllm.hub.import_model import import_model
+from myllm.inference.completion import generate
+from myllm.inference.load import load_model
 from myllm.launch import parse
-from myllm.loading import load_model
 from myllm.paths import RunPaths
 from myllm.planning.batch import with_length
 from myllm.runs.run_dir import latest_checkpoint

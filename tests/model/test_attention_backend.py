@@ -13,11 +13,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
 from myllm.config import ModelConfig, TrainConfig
-from myllm.generation import Continuation, continue_batch
+from myllm.inference.generate import Continuation, continue_batch
+from myllm.inference.sampling_params import Sampling
 from myllm.model import attention_backend as sdpa
 from myllm.model.transformer import Transformer
 from myllm.presets import PRESETS
-from myllm.sampling import Sampling
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 CONFIG = ModelConfig(vocab_size=100, max_seq_len=64, d_model=64, n_layers=1, n_heads=4, d_ff=64)

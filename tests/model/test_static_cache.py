@@ -6,11 +6,11 @@ import pytest
 import torch
 from model.test_kv_cache import model_of
 
-from myllm import generation
-from myllm.generation import Continuation, continue_batch
+from myllm.inference import generate as generation
+from myllm.inference.generate import Continuation, continue_batch
+from myllm.inference.sampling_params import Sampling
 from myllm.model.kv_cache import KVCache
 from myllm.model.transformer import Transformer
-from myllm.sampling import Sampling
 
 CONTEXT = 24
 KINDS = [{"qk_norm": True, "n_kv_heads": 2}, {"position": "learned", "norm": "layernorm", "bias": True}]

@@ -11,7 +11,7 @@ from myllm.checkpoint.format import TrainState, save
 from myllm.config import RunConfig, to_dict
 from myllm.data.sampler import DataPosition
 from myllm.errors import UserError
-from myllm.loading import find_model
+from myllm.inference.load import find_model
 from myllm.paths import RunPaths
 from myllm.runs.history import find_run
 from myllm.runs.run_dir import (

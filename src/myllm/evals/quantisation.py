@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from myllm.int8 import quantize_int8, weight_bytes
+from myllm.inference.int8 import quantize_int8, weight_bytes
 from myllm.model.transformer import Transformer
 
 from . import perplexity, speed

@@ -15,10 +15,10 @@ import time
 
 import torch
 
-from myllm.generation import Continuation, continue_batch
-from myllm.int8 import weight_bytes
+from myllm.inference.generate import Continuation, continue_batch
+from myllm.inference.int8 import weight_bytes
+from myllm.inference.sampling_params import Sampling
 from myllm.model.transformer import Transformer
-from myllm.sampling import Sampling
 
 BATCHES = (1, 16)
 PROMPT_TOKENS = 128

@@ -24,9 +24,9 @@ from itertools import islice, pairwise
 import numpy as np
 
 from myllm.data.dataset import TokenStream
-from myllm.generation import Continuation, continue_batch
-from myllm.loading import LanguageModel
-from myllm.sampling import Sampling
+from myllm.inference.generate import Continuation, continue_batch
+from myllm.inference.load import LanguageModel
+from myllm.inference.sampling_params import Sampling
 
 SAMPLING = Sampling(temperature=0.8, top_k=50)
 """As `myllm sample` draws if it is not told otherwise; of prompt p, sample n has the seed n."""

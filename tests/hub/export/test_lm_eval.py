@@ -10,9 +10,9 @@ import pytest
 import torch
 from made_checkpoints import KINDS, Save
 
-from myllm.completion import prompt_ids
 from myllm.hub.export.transformers import export_folder
-from myllm.loading import LanguageModel, load_model
+from myllm.inference.completion import prompt_ids
+from myllm.inference.load import LanguageModel, load_model
 
 TASK = """
 task: rivers

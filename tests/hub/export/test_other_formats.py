@@ -20,7 +20,7 @@ from myllm.hub.export import onnx as to_onnx
 from myllm.hub.export.gguf import export_gguf
 from myllm.hub.export.onnx import export_onnx
 from myllm.hub.export.transformers import open_source
-from myllm.loading import load_model
+from myllm.inference.load import load_model
 
 ONE_LAYER = replace(SMALL, n_layers=1)
 

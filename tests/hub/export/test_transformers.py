@@ -22,7 +22,6 @@ from tiktoken_ext.openai_public import r50k_pat_str
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from myllm.cli import main as myllm
-from myllm.completion import generate
 from myllm.config import ModelConfig
 from myllm.data.tokenizer.load import Tokenizer
 from myllm.data.tokenizer.train import train_tokenizer
@@ -31,7 +30,8 @@ from myllm.hub import architectures
 from myllm.hub.export import verify as parity
 from myllm.hub.export.tokenizer import tokenizer_files
 from myllm.hub.export.transformers import export_folder
-from myllm.loading import load_model
+from myllm.inference.completion import generate
+from myllm.inference.load import load_model
 
 STRANGER = """
 import json, sys

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from myllm import paths
-from myllm.completion import prompt_ids
 from myllm.data.tokenizer.load import Tokenizer
 from myllm.errors import UserError
+from myllm.inference.completion import prompt_ids
 from myllm.model.transformer import Transformer
 
 # Of the largest logit. Two float32 programs of the same sums differ by about 1e-6; a wrong detail by 1e-2 and more.

@@ -5,15 +5,15 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from myllm.data.tokenizer.load import Tokenizer
+from myllm.errors import UserError
+from myllm.files import write_text
+from myllm.paths import user_path
 from myllm.planning.batch import n_parameters
 
 from .completion import stream_text
-from .errors import UserError
-from .files import write_text
-from .generation import stream
+from .generate import stream
 from .language_model import LanguageModel
-from .paths import user_path
-from .sampling import Sampling
+from .sampling_params import Sampling
 
 HELLO = """{parameters:,} parameters, context {context:,} tokens.
 This is a base model: it continues your text, it does not answer.

@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import nn
 
-from .attention import Attention
-from .feed_forward import FeedForward
-from .linear import Linear
-from .norm import RMSNorm
-from .transformer import Block, Transformer
+from myllm.model.attention import Attention
+from myllm.model.feed_forward import FeedForward
+from myllm.model.linear import Linear
+from myllm.model.norm import RMSNorm
+from myllm.model.transformer import Block, Transformer
 
 KNOWN = (
     Transformer,

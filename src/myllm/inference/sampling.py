@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .sampling import Sampling
+from .sampling_params import Sampling
 
 OUT = float("-inf")
 NUCLEUS = 1_024

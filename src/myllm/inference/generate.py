@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from myllm.distributed.device_info import has_triton
-from myllm.model.bare import bare
+from myllm.errors import UserError
 from myllm.model.kv_cache import KVCache, cache_dtype
 from myllm.model.transformer import Transformer
 
-from .errors import UserError
-from .filters import Likelihood, choose, likelihoods
-from .sampling import Sampling
+from .bare import bare
+from .sampling import Likelihood, choose, likelihoods
+from .sampling_params import Sampling
 
 COMPILED_FROM = 512
 """New tokens from which on CUDA compiles the steps: it takes a while, and pays only for a long text."""

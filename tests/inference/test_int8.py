@@ -11,18 +11,20 @@ import pytest
 import torch
 from conftest import ROOT
 
-from myllm import cli, int8, loading, paths
+from myllm import cli, paths
 from myllm.checkpoint import format as checkpoint
 from myllm.checkpoint.format import TrainState
 from myllm.config import ModelConfig, RunConfig, to_dict
 from myllm.data.sampler import DataPosition
 from myllm.errors import UserError
-from myllm.generation import Continuation, continue_batch, stream
-from myllm.int8 import RowsEmbedding, quantize_int8, weight_bytes, weight_type
-from myllm.loading import load_model
+from myllm.inference import int8
+from myllm.inference import load as loading
+from myllm.inference.generate import Continuation, continue_batch, stream
+from myllm.inference.int8 import RowsEmbedding, quantize_int8, weight_bytes, weight_type
+from myllm.inference.load import load_model
+from myllm.inference.sampling_params import Sampling
+from myllm.inference.server import http as server
 from myllm.model.transformer import Transformer
-from myllm.sampling import Sampling
-from myllm.serve import server
 
 SMALL = ModelConfig(vocab_size=90, vocab_multiple=32, max_seq_len=24, d_model=32, n_layers=2, n_heads=4, d_ff=48)
 KINDS = {
@@ -194,8 +196,8 @@ def test_without_torchao(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
 def test_torchao_is_imported_in_silence() -> None:
     code = """
 from myllm.config import ModelConfig
-from myllm.int8 import quantize_int8
-from myllm.loading import load_model
+from myllm.inference.int8 import quantize_int8
+from myllm.inference.load import load_model
 from myllm.model import Transformer
 quantize_int8(Transformer(ModelConfig(64, 64, 8, 16, 1, 2, d_ff=16)))
 """

@@ -11,7 +11,7 @@ from transformers import (
 )
 
 from myllm.errors import UserError
-from myllm.filters import (
+from myllm.inference.sampling import (
     NUCLEUS,
     draw,
     filter_logits,
@@ -21,7 +21,7 @@ from myllm.filters import (
     likeliest,
     penalize_repetition,
 )
-from myllm.sampling import Sampling
+from myllm.inference.sampling_params import Sampling
 
 LOGITS = 3 * torch.randn(8, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
 SEEN = torch.randint(40, (8, 6), generator=torch.Generator().manual_seed(3))

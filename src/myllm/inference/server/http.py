@@ -22,12 +22,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from myllm.errors import UserError
-from myllm.loading import LanguageModel, load_model
+from myllm.inference.load import LanguageModel, load_model
 from myllm.planning.batch import n_parameters
 
-from .address import is_loopback, is_own_name, listen
-from .asked import MAX_NEW_TOKENS, Asked, parse, settings_of
-from .written import written
+from .events import written
+from .request import MAX_NEW_TOKENS, Asked, parse, settings_of
+from .security import is_loopback, is_own_name, listen
 
 MAX_BODY_BYTES = 1 << 20
 PATIENCE_S = 1.0

@@ -21,19 +21,19 @@ from serving import DEADLINE_S, DEFAULT, JSON, connect, post, scripted, serving
 from myllm.checkpoint import format as checkpoint
 from myllm.checkpoint.format import TrainState
 from myllm.cli import main as run_command
-from myllm.completion import complete
 from myllm.config import ModelConfig, RunConfig, to_dict
 from myllm.data.sampler import DataPosition
 from myllm.data.tokenizer.load import Tokenizer
 from myllm.errors import UserError
-from myllm.generation import Continuation, continue_batch
-from myllm.loading import LanguageModel
+from myllm.inference.completion import complete
+from myllm.inference.generate import Continuation, continue_batch
+from myllm.inference.load import LanguageModel
+from myllm.inference.sampling_params import Sampling
+from myllm.inference.server.http import MAX_BODY_BYTES, PageServer
+from myllm.inference.server.request import MAX_NEW_TOKENS
+from myllm.inference.server.security import is_own_name, listen
 from myllm.model.transformer import Transformer
 from myllm.planning.batch import n_parameters
-from myllm.sampling import Sampling
-from myllm.serve.address import is_own_name, listen
-from myllm.serve.asked import MAX_NEW_TOKENS
-from myllm.serve.server import MAX_BODY_BYTES, PageServer
 
 R50K = Tokenizer()
 CONFIG = ModelConfig(max_seq_len=32, d_model=16, n_layers=2, n_heads=2, d_ff=32)
@@ -313,7 +313,7 @@ def test_a_failing_model_says_so_and_the_server_stays(
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patched:
-        patched.setattr("myllm.serve.written.continue_batch", fail)
+        patched.setattr("myllm.inference.server.events.continue_batch", fail)
         status, (*_, last), _ = post(server, {})
     assert (status, last["kind"]) == (200, "error")
     assert "out of memory" in last["error"]
@@ -405,4 +405,4 @@ def test_the_page_and_the_published_curve_are_part_of_the_wheel(tmp_path: Path) 
     code = "from setuptools import build_meta; build_meta.build_wheel('.')"
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, check=True, timeout=DEADLINE_S)
     (wheel,) = tmp_path.glob("*.whl")
-    assert {"myllm/serve/page.html", "myllm/runs/reference.json"} <= set(zipfile.ZipFile(wheel).namelist())
+    assert {"myllm/inference/server/page.html", "myllm/runs/reference.json"} <= set(zipfile.ZipFile(wheel).namelist())

@@ -10,10 +10,10 @@ from rough_models import rough
 
 from myllm.config import ModelConfig
 from myllm.errors import UserError
-from myllm.filters import choose
-from myllm.generation import Continuation, continue_batch, stream
+from myllm.inference.generate import Continuation, continue_batch, stream
+from myllm.inference.sampling import choose
+from myllm.inference.sampling_params import Sampling
 from myllm.model.transformer import Transformer
-from myllm.sampling import Sampling
 
 SMALL = ModelConfig(vocab_size=50, vocab_multiple=32, max_seq_len=24, d_model=24, n_layers=2, n_heads=4, d_ff=32)
 PROMPT = [3, 14, 15]

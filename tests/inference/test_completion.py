@@ -23,16 +23,16 @@ from myllm import sample_cli
 from myllm.checkpoint import format as checkpoint
 from myllm.checkpoint.format import TrainState
 from myllm.cli import main as run_command
-from myllm.completion import Completion, TextStream, complete, generate
 from myllm.config import ModelConfig, RunConfig, to_dict
 from myllm.data.sampler import DataPosition
 from myllm.data.tokenizer.load import Tokenizer
 from myllm.errors import UserError
-from myllm.generation import stream
-from myllm.loading import LanguageModel
+from myllm.inference.completion import Completion, TextStream, complete, generate
+from myllm.inference.generate import stream
+from myllm.inference.load import LanguageModel
+from myllm.inference.sampling_params import Sampling
 from myllm.model.transformer import Transformer
 from myllm.sample_cli import Turns
-from myllm.sampling import Sampling
 
 R50K = Tokenizer()
 CONFIG = ModelConfig(max_seq_len=32, d_model=16, n_layers=1, n_heads=2, d_ff=32)

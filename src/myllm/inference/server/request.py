@@ -7,7 +7,7 @@ from typing import Any
 
 from myllm.errors import UserError, nearest
 from myllm.files import parse_json
-from myllm.sampling import Sampling
+from myllm.inference.sampling_params import Sampling
 
 MAX_NEW_TOKENS = 100_000
 

@@ -7,11 +7,11 @@ from itertools import chain
 from typing import overload
 
 from myllm.data.tokenizer.load import Tokenizer
+from myllm.errors import UserError
 
-from .errors import UserError
-from .generation import Continuation, Finish, continue_batch
+from .generate import Continuation, Finish, continue_batch
 from .language_model import LanguageModel
-from .sampling import Sampling
+from .sampling_params import Sampling
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,13 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from myllm.completion import TextStream, prompt_ids
 from myllm.data.tokenizer.load import Tokenizer
-from myllm.filters import Likelihood
-from myllm.generation import Continuation, continue_batch
-from myllm.language_model import LanguageModel
+from myllm.inference.completion import TextStream, prompt_ids
+from myllm.inference.generate import Continuation, continue_batch
+from myllm.inference.language_model import LanguageModel
+from myllm.inference.sampling import Likelihood
 
-from .asked import Asked
+from .request import Asked
 
 LIKELIEST = 8  # as many as a small window beside a token shows at a glance
 Event = dict[str, Any]

@@ -6,8 +6,8 @@ import pytest
 import torch
 from model.test_parity import SMALL, peer_of, random_model
 
-from myllm.generation import Continuation, continue_batch
-from myllm.sampling import Sampling
+from myllm.inference.generate import Continuation, continue_batch
+from myllm.inference.sampling_params import Sampling
 
 PROMPTS = [[7], [3, 14, 15], [9, 8, 7, 6, 5, 4, 3, 2, 1]]
 

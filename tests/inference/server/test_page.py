@@ -10,9 +10,9 @@ from serving import post, scripted, serving
 
 from myllm.config import ModelConfig
 from myllm.data.tokenizer.load import Tokenizer
-from myllm.loading import LanguageModel
+from myllm.inference.load import LanguageModel
+from myllm.inference.server.http import PageServer
 from myllm.model.transformer import Transformer
-from myllm.serve.server import PageServer
 
 R50K = Tokenizer()
 TEXT = "<script>document.title='run'</script>\n\tand  🧬 <b>é"

@@ -13,11 +13,11 @@ from myllm.data.sampler import DataPosition
 from myllm.data.tokenizer.load import load_tokenizer
 from myllm.data.tokenizer.train import train_tokenizer
 from myllm.errors import UserError
-from myllm.generation import Continuation, continue_batch
-from myllm.int8 import weight_type
-from myllm.loading import load_model
+from myllm.inference.generate import Continuation, continue_batch
+from myllm.inference.int8 import weight_type
+from myllm.inference.load import load_model
+from myllm.inference.sampling_params import Sampling
 from myllm.model.transformer import Transformer
-from myllm.sampling import Sampling
 
 
 def put(folder: Path, vocab_size: int, tokenizer_file: Path | None, precision: str = "auto") -> Path:

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 
-from myllm.completion import stream_text
 from myllm.data.tokenizer.load import Tokenizer, load_tokenizer
+from myllm.inference.completion import stream_text
 
 R50K = Tokenizer()
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .errors import UserError
+from myllm.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -6,18 +6,18 @@ from typing import NamedTuple
 
 from myllm import paths
 from myllm.checkpoint.format import Checkpoint
+from myllm.config import RunConfig, saved_config
 from myllm.data.tokenizer.load import Tokenizer
 from myllm.distributed.collectives import choose_device
 from myllm.distributed.precision import compute_dtype
+from myllm.errors import UserError
 from myllm.hub import import_model as importing
 from myllm.model.transformer import Transformer
+from myllm.paths import user_path
 from myllm.runs.run_dir import find_checkpoint
 
-from .config import RunConfig, saved_config
-from .errors import UserError
 from .int8 import check_torchao, quantize_int8
 from .language_model import LanguageModel
-from .paths import user_path
 
 
 class Origin(NamedTuple):

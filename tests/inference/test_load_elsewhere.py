@@ -10,10 +10,10 @@ from hub_server import HubServer
 from made_checkpoints import KINDS, Save
 
 from myllm.cli import main as myllm
-from myllm.completion import generate
 from myllm.errors import UserError
 from myllm.hub.export.transformers import export_folder
-from myllm.loading import find_model, load_model
+from myllm.inference.completion import generate
+from myllm.inference.load import find_model, load_model
 
 
 @pytest.fixture
@@ -95,6 +95,6 @@ def test_what_is_a_run_is_a_run(save: Save, temp_data: Path, tmp_path: Path) -> 
 
 def test_loading_brings_neither_transformers_nor_matplotlib() -> None:
     names = "('matplotlib', 'transformers', 'datasets')"
-    code = f"import sys, myllm.loading; print([x for x in {names} if x in sys.modules])"
+    code = f"import sys, myllm.inference.load; print([x for x in {names} if x in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout.strip() == "[]"

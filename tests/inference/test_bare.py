@@ -9,11 +9,11 @@ from rough_models import rough
 from torch import Tensor, nn
 
 from myllm.config import ModelConfig
-from myllm.generation import Continuation, continue_batch
-from myllm.model.bare import bare
+from myllm.inference.bare import bare
+from myllm.inference.generate import Continuation, continue_batch
+from myllm.inference.sampling_params import Sampling
 from myllm.model.kv_cache import KVCache
 from myllm.model.transformer import Transformer
-from myllm.sampling import Sampling
 
 SMALL = ModelConfig(vocab_size=50, vocab_multiple=8, max_seq_len=20, d_model=24, n_layers=2, n_heads=4, d_ff=32)
 KINDS: list[dict[str, Any]] = [

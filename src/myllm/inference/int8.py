@@ -15,9 +15,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor, nn
 
+from myllm.errors import UserError
 from myllm.model.transformer import Transformer
-
-from .errors import UserError
 
 TORCHAO = "torchao==0.18.0"
 """As in pyproject.toml's extra."""

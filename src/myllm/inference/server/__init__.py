@@ -1,0 +1,1 @@
+"""`myllm serve`: a page in the browser to write with a model."""
