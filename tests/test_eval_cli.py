@@ -10,14 +10,16 @@ import torch
 from conftest import eval_rows
 from made_checkpoints import rewrite
 
-from myllm import cli, eval_results, eval_tasks
+from myllm import cli
 from myllm.config import RunConfig
 from myllm.data.prepare.prepare import prepare
 from myllm.distributed.collectives import process_group
 from myllm.errors import UserError
-from myllm.eval_results import add, read
+from myllm.evals import results as eval_results
+from myllm.evals import sample_quality as writing
 from myllm.evals import speed as speed_module
-from myllm.evals import writing
+from myllm.evals import tasks as eval_tasks
+from myllm.evals.results import add, read
 from myllm.inference.load import load_model
 from myllm.train import train
 

@@ -7,11 +7,12 @@ from typing import Literal
 
 import tyro
 
-from myllm import eval_results, paths
+from myllm import paths
+from myllm.evals import results as eval_results
+from myllm.evals.results import Result
+from myllm.evals.tasks import OF_A_FILE, TASKS, Choices, Subject, measure
 
 from .errors import UserError, nearest
-from .eval_results import Result
-from .eval_tasks import OF_A_FILE, TASKS, Choices, Subject, measure
 from .files import check_writable, why_unwritable
 from .output import open_output
 from .paths import user_path

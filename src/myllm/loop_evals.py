@@ -14,6 +14,7 @@ from myllm.data.sampler import count_sequences
 from myllm.data.tokenizer.load import Tokenizer
 from myllm.distributed.collectives import Process
 from myllm.distributed.precision import autocast
+from myllm.evals import cloze, hellaswag, perplexity
 from myllm.evals.hellaswag_data import load_examples
 from myllm.evals.validation import validation_batches
 from myllm.inference.completion import complete
@@ -27,7 +28,6 @@ from myllm.runs.reference_curve import ReferenceWatch
 from .config import RunConfig
 from .distributed import collectives as distributed
 from .errors import UserError
-from .evals import cloze, hellaswag, perplexity
 from .signals import StopRequest
 
 

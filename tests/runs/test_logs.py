@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from myllm.eval_results import Result, add, read
+from myllm.evals.results import Result, add, read
 from myllm.runs import logs as metrics
 from myllm.runs.history import column, read_metrics
 from myllm.runs.logs import JsonLines, Log, Stopwatch, environment, perplexity

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from myllm.data.dataset import TokenStream
 
-from . import Score
+from .scoring import Score
 
 CONTEXT_TOKENS = 32
 ENDING_TOKENS = 16

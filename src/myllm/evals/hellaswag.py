@@ -26,7 +26,7 @@ from torch import Tensor
 
 from myllm.errors import UserError
 
-from . import ScoreContinuations
+from .scoring import ScoreContinuations
 
 Protocol = Literal["nanogpt", "lm-eval"]
 Encode = Callable[[str], np.ndarray]

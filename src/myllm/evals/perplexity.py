@@ -18,7 +18,7 @@ from torch import Tensor
 from myllm.errors import UserError
 from myllm.runs.logs import perplexity
 
-from . import Assess
+from .scoring import Assess
 
 TOP = 5
 BINS = 15

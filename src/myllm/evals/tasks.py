@@ -7,19 +7,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from myllm import paths
-
-from .errors import UserError
-from .paths import user_path
+from myllm.errors import UserError
+from myllm.paths import user_path
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from myllm.config import RunConfig
     from myllm.data.dataset import Dataset
     from myllm.data.tokenizer.load import Tokenizer
     from myllm.inference.load import LanguageModel
     from myllm.model.transformer import Transformer
-
-    from .config import RunConfig
 
 Figures = dict[str, Any]
 Measured = tuple[dict[str, Any], Figures]
@@ -85,7 +83,7 @@ def measure(task: str, subject: Subject, choices: Choices) -> Measured:
 
 def measure_validation(subject: Subject, choices: Choices) -> Measured:
     """The held-out tokens that training validated on."""
-    from .evals import perplexity
+    from . import perplexity
 
     settings, sums = _held_out_sums(subject, choices)
     return settings, perplexity.finish(sums(subject.model))
@@ -93,7 +91,7 @@ def measure_validation(subject: Subject, choices: Choices) -> Measured:
 
 def measure_cloze(subject: Subject, choices: Choices) -> Measured:
     """The examples that training made of the held-out text."""
-    from .evals import cloze
+    from . import cloze
 
     data, config, end = _held_out(subject, choices), subject.config, subject.tokenizer.end_of_text
     if reason := cloze.why_none(data.val, end, subject.model.config.max_seq_len):
@@ -106,9 +104,8 @@ def measure_cloze(subject: Subject, choices: Choices) -> Measured:
 
 def measure_hellaswag(subject: Subject, choices: Choices) -> Measured:
     """HellaSwag by the chosen protocol."""
-    from myllm.evals.hellaswag_data import load_examples
-
-    from .evals import hellaswag
+    from . import hellaswag
+    from .hellaswag_data import load_examples
 
     examples = load_examples(choices.hellaswag_file, choices.hellaswag_examples)
     tokenizer, window = subject.tokenizer, subject.model.config.max_seq_len
@@ -122,7 +119,7 @@ def measure_hellaswag(subject: Subject, choices: Choices) -> Measured:
 
 def measure_text(subject: Subject, choices: Choices, file: Path) -> Measured:
     """A text by sliding window."""
-    from .evals import perplexity
+    from . import perplexity
 
     settings, sums, n_bytes = _text_sums(subject, choices, file)
     return settings, perplexity.finish(sums(subject.model), n_bytes)
@@ -133,7 +130,7 @@ def measure_text(subject: Subject, choices: Choices, file: Path) -> Measured:
 
 def measure_generation(subject: Subject, choices: Choices) -> Measured:
     """Samples of fixed prompts; beside them people's text, where there is held-out text."""
-    from .evals import writing
+    from . import sample_quality as writing
 
     texts = writing.prompts()
     sampling = asdict(writing.SAMPLING)
@@ -157,14 +154,14 @@ def measure_generation(subject: Subject, choices: Choices) -> Measured:
 
 def measure_speed(subject: Subject, choices: Choices) -> Measured:
     """Prefill, decode, time to the first token, memory."""
-    from .evals import speed
+    from . import speed
 
     return _speed_settings(subject), speed.measure(subject.model)
 
 
 def measure_quantisation(subject: Subject, choices: Choices, file: Path | None = None) -> Measured:
     """Float against int8, on held-out tokens or a text."""
-    from .evals import quantisation
+    from . import quantization as quantisation
 
     if subject.model.quantized:
         raise UserError("this task makes the int8 weights itself, to compare: leave --int8 out")
@@ -181,7 +178,7 @@ def _speed_settings(subject: Subject) -> dict[str, Any]:
     from myllm.distributed.device_info import device_name
     from myllm.inference.int8 import weight_type
 
-    from .evals import speed
+    from . import speed
 
     prompt, new = speed.lengths(subject.model.config.max_seq_len)
     return {
@@ -212,7 +209,8 @@ Sums = Callable[["Transformer"], "Tensor"]
 
 def _held_out_sums(subject: Subject, choices: Choices) -> tuple[dict[str, Any], Sums]:
     from myllm.data.sampler import count_sequences
-    from myllm.evals.validation import validation_batches
+
+    from .validation import validation_batches
 
     data, context = _held_out(subject, choices), subject.model.config.max_seq_len
     wanted = max(subject.config.eval.validation_tokens // context, 1)  # a run that never validates may ask for less
@@ -225,7 +223,8 @@ def _held_out_sums(subject: Subject, choices: Choices) -> tuple[dict[str, Any], 
 def _text_sums(subject: Subject, choices: Choices, file: Path) -> tuple[dict[str, Any], Sums, int]:
     """Settings, sums, and the text's length in bytes."""
     from myllm.data.sources.text_encoding import NotText, decode_text
-    from myllm.evals.perplexity import window_batches, windows
+
+    from .perplexity import window_batches, windows
 
     file = user_path(file)
     try:
@@ -251,7 +250,7 @@ def _text_sums(subject: Subject, choices: Choices, file: Path) -> tuple[dict[str
 def _sums(subject: Subject, batches: "Callable[[], Iterable[tuple[Tensor, Tensor]]]") -> Sums:
     import torch
 
-    from myllm.evals.perplexity import assess_sums
+    from .perplexity import assess_sums
 
     token_bytes = torch.from_numpy(subject.tokenizer.token_bytes())
     return lambda model: assess_sums(model.assess, batches(), token_bytes, subject.device)

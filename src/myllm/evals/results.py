@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .errors import UserError
-from .files import locked, read_json, write_json
-from .nonfinite import json_safe
+from myllm.errors import UserError
+from myllm.files import locked, read_json, write_json
+from myllm.nonfinite import json_safe
 
 FORMAT = "myllm-eval"
 VERSION = 1

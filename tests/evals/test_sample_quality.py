@@ -11,7 +11,7 @@ import torch
 
 from myllm.config import ModelConfig
 from myllm.data.tokenizer.load import Tokenizer
-from myllm.evals import writing
+from myllm.evals import sample_quality as writing
 from myllm.inference.completion import complete
 from myllm.inference.generate import Continuation
 from myllm.inference.load import LanguageModel
@@ -90,6 +90,6 @@ def test_the_prompts_are_package_data() -> None:
     texts = writing.prompts()
     assert len(texts) == len(set(texts)) >= 20
     assert all(text == text.strip() and len(text) > 8 for text in texts)
-    assert math.isfinite(len(files("myllm.evals").joinpath("prompts.txt").read_bytes()))
+    assert math.isfinite(len(files("myllm.evals.scoring").joinpath("prompts.txt").read_bytes()))
     project = (Path(__file__).resolve().parents[2] / "pyproject.toml").read_text()
-    assert '"myllm.evals" = ["prompts.txt"]' in project
+    assert '"myllm.evals.scoring" = ["prompts.txt"]' in project
