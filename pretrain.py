@@ -78,13 +78,13 @@ def prepare_and_train(config: "RunConfig", prepare_only: bool, profile: bool = F
 
     from myllm.distributed import collectives as distributed
     from myllm.hub.background_publish import published_beside
-    from myllm.meter import Diverged
     from myllm.paths import RunPaths
     from myllm.planning import batch as plan
     from myllm.runs.heartbeat import starting
     from myllm.runs.run_dir import what_next
-    from myllm.signals import exit_code, unfinished_when_time_is_up
-    from myllm.train import train
+    from myllm.training.loop import train
+    from myllm.training.stop_signals import exit_code, unfinished_when_time_is_up
+    from myllm.training.throughput import Diverged
 
     unfinished_when_time_is_up()
     distributed.training_device(config.train.device)  # one that is not there is to be known before the hours ahead

@@ -29,8 +29,8 @@ from myllm.distributed.collectives import process_group
 from myllm.distributed.device_info import device_name
 from myllm.planning.batch import BatchPlan, batch_plan
 from myllm.presets import preset
-from myllm.rehearsal import Parts, made_up_dataset, stage
 from myllm.runs.logs import Stopwatch
+from myllm.training.preflight.rehearsal import Parts, made_up_dataset, stage
 
 ALONE_S = 5.0
 TEXT_STEPS = 64

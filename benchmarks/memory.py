@@ -51,10 +51,10 @@ def measure(config: RunConfig) -> None:
     from myllm.distributed.collectives import Process
     from myllm.distributed.parallelize import clear_gradients
     from myllm.distributed.precision import autocast
-    from myllm.kernels import fast_kernels
-    from myllm.memory import peak_bytes
     from myllm.model.transformer import Transformer
     from myllm.optim.adamw import ScheduledAdamW
+    from myllm.training.kernels import fast_kernels
+    from myllm.training.preflight.device_memory import peak_bytes
 
     device = torch.device(config.train.device)
     process = Process(0, 0, 1, device)

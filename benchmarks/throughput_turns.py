@@ -17,9 +17,9 @@ from myllm.distributed.collectives import Process
 from myllm.distributed.precision import compute_dtype
 from myllm.errors import UserError
 from myllm.hub.architectures import choose
-from myllm.memory import peak_bytes, reset_peak
 from myllm.model.transformer import Transformer
-from myllm.rehearsal import made_up_dataset, stage
+from myllm.training.preflight.device_memory import peak_bytes, reset_peak
+from myllm.training.preflight.rehearsal import made_up_dataset, stage
 
 WARM_UP_STEPS = 3
 LOSS_TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-3, torch.float16: 1e-3}

@@ -27,8 +27,8 @@ from myllm.model.transformer import Transformer
 from myllm.optim.adamw import ScheduledAdamW
 from myllm.planning import batch as plan
 from myllm.planning.batch import BatchPlan
-from myllm.rehearsal import Parts
-from myllm.step import train_step
+from myllm.training.preflight.rehearsal import Parts
+from myllm.training.step import train_step
 
 REFERENCE_DROPOUT = {"dropout_attention_residual": 0.1, "dropout_ffn": 0.15}
 REFERENCE_MICRO_BATCH = 16

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from myllm import train
 from myllm.config import ModelConfig, RunConfig
 from myllm.data.dataset import Dataset
 from myllm.data.sampler import DataPosition, count_sequences, step_sequences, window_of
 from myllm.model.transformer import Transformer
+from myllm.training import loop as train
 
 
 class Rare(NamedTuple):

@@ -21,7 +21,7 @@ from myllm.evals import speed as speed_module
 from myllm.evals import tasks as eval_tasks
 from myllm.evals.results import add, read
 from myllm.inference.load import load_model
-from myllm.train import train
+from myllm.training.loop import train
 
 OWN = Path(__file__).parent / "evals" / "hellaswag_own.jsonl"
 

@@ -181,7 +181,7 @@ def test_imports_are_seen():
     assert "myllm.planning.batch" in set(imported_modules(PACKAGE / "train.py"))  # from . import plan
     assert "myllm.config" in set(imported_modules(PACKAGE / "model" / "norm.py"))  # from ..config import ModelConfig
     assert "myllm.inference.load" in set(imported_modules(PACKAGE / "sample_cli.py"))  # inside a function
-    assert "myllm.train" in set(imported_modules(ENTRY_POINT))  # from myllm.train import train
+    assert "myllm.training.loop" in set(imported_modules(ENTRY_POINT))  # from myllm.training.loop import train
 
 
 @by_file

@@ -25,7 +25,7 @@ from myllm.inference.sampling_params import Sampling
 from myllm.paths import RunPaths
 from myllm.presets import preset
 from myllm.runs.history import read_object
-from myllm.train import train
+from myllm.training.loop import train
 
 Learn = Callable[[str, int], Path]
 

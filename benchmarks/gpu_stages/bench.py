@@ -17,10 +17,10 @@ from torch import Tensor
 from myllm.config import ModelConfig, RunConfig
 from myllm.distributed.collectives import Process
 from myllm.distributed.device_info import device_name, has_triton
-from myllm.memory import reset_peak, there_bytes
 from myllm.planning.flops import Card, card_of
 from myllm.planning.memory_estimate import HEADROOM, Computing, predicted_bytes
 from myllm.presets import preset
+from myllm.training.preflight.device_memory import reset_peak, there_bytes
 
 from .frame import Budget
 

@@ -7,8 +7,8 @@ import torch
 
 from myllm.distributed.device_info import device_name, measure_matmul_flops
 from myllm.distributed.precision import compute_dtype
-from myllm.memory import there_bytes
 from myllm.model import attention_backend as sdpa
+from myllm.training.preflight.device_memory import there_bytes
 
 from .bench import Bench, seconds_of
 from .frame import Check, bounded, noted

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from myllm.config import ModelConfig, RunConfig
 from myllm.data.transfer import Batch
-from myllm.kernels import fast_kernels
-from myllm.memory import there_bytes
 from myllm.model.transformer import Transformer
 from myllm.planning import batch as plan
-from myllm.step import accumulate_gradients
+from myllm.training.kernels import fast_kernels
+from myllm.training.preflight.device_memory import there_bytes
+from myllm.training.step import accumulate_gradients
 
 from .bench import NO_DROPOUT, Bench, fresh, graph_breaks, graphs, worst_error
 from .frame import Check, correct, skipped

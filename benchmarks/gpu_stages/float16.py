@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from myllm.checkpoint.skips import Skips
-from myllm.guard import Guard
+from myllm.training.gradient_guard import Guard
 
 from .bench import NO_DROPOUT, Bench, fresh, worst_error
 from .correct import ours, reference, tokens_and_targets

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import torch
 
-from myllm.memory import is_out_of_memory
-from myllm.rehearsal import measured_memory, memory_limit_bytes
+from myllm.training.preflight.device_memory import is_out_of_memory
+from myllm.training.preflight.rehearsal import measured_memory, memory_limit_bytes
 
 from .bench import Bench
 from .frame import Check, bounded, correct

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from myllm.config import RunConfig
 from myllm.distributed.parallelize import clear_gradients, cut, full
-from myllm.kernels import fast_kernels
-from myllm.memory import peak_bytes
 from myllm.model.transformer import Transformer
 from myllm.planning import batch as plan
 from myllm.planning.memory_estimate import Computing, predicted_bytes
-from myllm.step import accumulate_gradients
+from myllm.training.kernels import fast_kernels
+from myllm.training.preflight.device_memory import peak_bytes
+from myllm.training.step import accumulate_gradients
 
 from .bench import NO_DROPOUT, Bench, fresh, graphs, relative_error, seconds_of
 from .correct import OneBatch, tokens_and_targets

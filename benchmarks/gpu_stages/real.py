@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from myllm import kernel_costs
 from myllm.config import RunConfig
-from myllm.memory import peak_bytes
 from myllm.paths import RunPaths
 from myllm.planning.flops import flops_per_token
 from myllm.planning.forecast import EXPECTED_MFU
-from myllm.profiling import TABLE, TRACE, Profiler
+from myllm.training import kernel_costs
+from myllm.training.preflight.device_memory import peak_bytes
+from myllm.training.profiler import TABLE, TRACE, Profiler
 
 from .bench import Bench, graph_breaks, graphs, relative_error, seconds_of, wall_seconds
 from .frame import Check, bounded, close, correct, noted

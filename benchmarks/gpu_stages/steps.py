@@ -21,9 +21,9 @@ from myllm.data.tokenizer.load import load_tokenizer
 from myllm.distributed.collectives import Process
 from myllm.paths import RunPaths
 from myllm.planning import batch as plan
-from myllm.profiling import unmarked
-from myllm.rehearsal import Parts, made_up_dataset, stage
-from myllm.step import train_step
+from myllm.training.preflight.rehearsal import Parts, made_up_dataset, stage
+from myllm.training.profiler import unmarked
+from myllm.training.step import train_step
 
 from .bench import Bench, fresh
 

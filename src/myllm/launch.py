@@ -243,7 +243,7 @@ def describe(launch: Launch) -> str:
 
 def with_length_here(launch: AskedRun) -> tuple[RunConfig, list[str]]:
     """The config with the steps that its text gives, as far as that is known here, and what there is to say of it."""
-    from .preflight_data import room_for_run
+    from myllm.training.preflight.data_and_disk import room_for_run
 
     config = launch.config
     try:

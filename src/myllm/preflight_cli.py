@@ -52,10 +52,9 @@ def preflight(words: list[str]) -> None:
     if ranks.local_rank() == 0:
         check_named(wanted.config.data)  # before the seconds that torch takes
     from myllm.distributed.collectives import process_group
-
-    from .micro_batch import hand_over
-    from .preflight import preflight as rehearse
-    from .preflight_report import Bounds
+    from myllm.training.preflight.batch_size import hand_over
+    from myllm.training.preflight.preflight import preflight as rehearse
+    from myllm.training.preflight.summary import Bounds
 
     def say(line: str) -> None:
         if ranks.rank() == 0:

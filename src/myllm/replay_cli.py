@@ -11,8 +11,8 @@ from myllm import paths
 from .errors import UserError
 
 if TYPE_CHECKING:
-    from .bags import Bag
-    from .replay import Replay
+    from myllm.training.anomaly.dump import Bag
+    from myllm.training.anomaly.replay import Replay
 
 Positional = tyro.conf.Positional
 Device = Literal["auto", "cpu", "cuda", "mps"]
@@ -43,9 +43,8 @@ def replay(
     import torch
 
     from myllm.distributed.collectives import choose_device
-
-    from .bags import find_bag, read_bag
-    from .replay import replay_step
+    from myllm.training.anomaly.dump import find_bag, read_bag
+    from myllm.training.anomaly.replay import replay_step
 
     chosen = choose_device(device)
     content = read_bag(find_bag(bag, paths.runs()))

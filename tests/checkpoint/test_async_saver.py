@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import losses, with_train, write_run_config
-from test_signals import wait_for_step
-from test_train import run
+from training.test_loop import run
+from training.test_stop_signals import wait_for_step
 
 from myllm.checkpoint import format as checkpoint
 from myllm.checkpoint import retention
@@ -24,9 +24,9 @@ from myllm.config import RunConfig
 from myllm.data.prepare.prepare import prepare
 from myllm.distributed.collectives import process_group
 from myllm.errors import UserError
-from myllm.meter import Diverged
 from myllm.paths import RunPaths
-from myllm.train import train
+from myllm.training.loop import train
+from myllm.training.throughput import Diverged
 
 DEADLINE_S = 60
 

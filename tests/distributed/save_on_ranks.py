@@ -22,10 +22,10 @@ from myllm.data.tokenizer.load import load_tokenizer
 from myllm.distributed import collectives as distributed
 from myllm.distributed.collectives import Process, process_group
 from myllm.errors import UserError
-from myllm.meter import Diverged
 from myllm.model.transformer import Transformer
 from myllm.optim.adamw import ScheduledAdamW
 from myllm.paths import RunPaths
+from myllm.training.throughput import Diverged
 
 KINDS = ("whole", "parts")
 MODEL = ModelConfig(vocab_size=250, max_seq_len=16, d_model=24, n_layers=3, n_heads=2, d_ff=40, bias=True)

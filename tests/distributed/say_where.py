@@ -14,7 +14,7 @@ from myllm.data.prepare.background import prepared_beside
 from myllm.distributed import collectives as distributed
 from myllm.distributed import launcher as ranks
 from myllm.launch import clear_errors
-from myllm.train import train
+from myllm.training.loop import train
 
 if __name__ == "__main__":
     config, folder = load_json(Path(sys.argv[1]), RunConfig()), Path(sys.argv[2])

@@ -10,14 +10,14 @@ import torch
 from conftest import tiny_config, train_rows, with_train, write_run_config
 from rare_token import Rare, poison, rare_token
 
-from myllm import train as loop
-from myllm.bags import find_bag, read_bag
 from myllm.checkpoint.format import list_checkpoints, load
 from myllm.config import RunConfig
 from myllm.data.prepare.prepare import prepare
 from myllm.distributed.collectives import process_group
 from myllm.paths import RunPaths
-from myllm.replay import replay_step
+from myllm.training import loop
+from myllm.training.anomaly.dump import find_bag, read_bag
+from myllm.training.anomaly.replay import replay_step
 
 pytestmark = pytest.mark.slow  # real processes, half a minute and more in all
 

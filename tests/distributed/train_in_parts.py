@@ -14,11 +14,11 @@ from myllm.config import ModelConfig, OptimConfig, RunConfig, TrainConfig
 from myllm.data.sampler import DataPosition
 from myllm.distributed.collectives import Process, process_group, sum_over_ranks
 from myllm.distributed.parallelize import clear_gradients, full, gathered, spread, wrap
-from myllm.guard import Guard
 from myllm.model.transformer import Transformer
 from myllm.optim.adamw import ScheduledAdamW
 from myllm.planning.batch import batch_plan
-from myllm.step import accumulate_gradients, train_step
+from myllm.training.gradient_guard import Guard
+from myllm.training.step import accumulate_gradients, train_step
 
 SEQUENCES, SEQ_LEN, STEPS = 8, 32, 5
 MODEL = ModelConfig(

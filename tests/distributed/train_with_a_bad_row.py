@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-from myllm import train
 from myllm.config import ModelConfig, RunConfig, load_json
 from myllm.launch import clear_errors
 from myllm.model.transformer import Transformer
+from myllm.training import loop as train
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import pretrain

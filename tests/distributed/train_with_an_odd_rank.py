@@ -8,7 +8,7 @@ from myllm.config import RunConfig, load_json
 from myllm.data.prepare.prepare import prepare
 from myllm.distributed.collectives import process_group
 from myllm.evals import perplexity
-from myllm.train import train
+from myllm.training.loop import train
 
 if __name__ == "__main__":
     config = load_json(Path(sys.argv[1]), RunConfig())

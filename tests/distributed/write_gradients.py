@@ -17,7 +17,7 @@ from myllm.distributed.collectives import process_group
 from myllm.distributed.parallelize import wrap
 from myllm.model.transformer import Transformer
 from myllm.planning.batch import batch_plan
-from myllm.step import accumulate_gradients
+from myllm.training.step import accumulate_gradients
 
 
 def main(path: str, folder: str, *sizes: str) -> None:

@@ -19,12 +19,12 @@ WORDS = "the river ran under old stone bridge while children counted boats and s
 
 def main(to: Path) -> None:
     os.environ["MYLLM_DATA"] = str(to.absolute())
-    from myllm import train as loop
     from myllm.config import DataConfig, EvalConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
     from myllm.data.prepare.prepare import prepare
     from myllm.data.tokenizer.train import train_tokenizer
     from myllm.distributed.collectives import process_group
-    from myllm.meter import Diverged
+    from myllm.training import loop
+    from myllm.training.throughput import Diverged
 
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder) / "texts"

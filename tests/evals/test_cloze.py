@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from myllm import loop_evals
 from myllm.data.tokenizer.load import Tokenizer
 from myllm.evals.cloze import (
     CHOICES,
@@ -20,6 +19,7 @@ from myllm.evals.cloze import (
     make_examples,
     why_none,
 )
+from myllm.training import evaluator as loop_evals
 
 END = 50_256
 PIECE = CONTEXT_TOKENS + ENDING_TOKENS

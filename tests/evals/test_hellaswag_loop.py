@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from conftest import eval_rows, train_rows
 
-from myllm import loop_evals
 from myllm.config import RunConfig
 from myllm.data.prepare.prepare import prepare
 from myllm.distributed.collectives import process_group
 from myllm.errors import UserError
-from myllm.train import train
+from myllm.training import evaluator as loop_evals
+from myllm.training.loop import train
 
 OWN = Path(__file__).with_name("hellaswag_own.jsonl")
 

@@ -28,7 +28,7 @@ TO_END_S = 2.0
 """How long a rank that is told to end may take; torchrun waits 30 s."""
 EARLY = (
     "pretrain",
-    "myllm.train",
+    "myllm.training.loop",
     "myllm.data.prepare.background",
     "myllm.launch",
     "myllm.hub.background_publish",
@@ -42,7 +42,7 @@ BOUNDARIES = ("mkdir", "fsync", "rename", "replace", "unlink", "rmdir")
 def die_before(number: int, events: str) -> None:
     """SIGKILL before the call of this number among those of this rank that touch checkpoints, counted from the first
     step on. Each is noted first."""
-    from myllm import train
+    from myllm.training import loop as train
 
     seen, started, real_step = 0, False, train.train_step
 
@@ -76,7 +76,7 @@ def die_before(number: int, events: str) -> None:
 
 def stop_in_evaluation(step: int) -> None:
     """SIGTERM right before the first evaluation at a step."""
-    from myllm import train
+    from myllm.training import loop as train
 
     real = train.run_eval
 
@@ -90,7 +90,7 @@ def stop_in_evaluation(step: int) -> None:
 
 def poison(step: int) -> None:
     """One NaN in what the layers are given, in the first batch of a step, as from a bad memory cell."""
-    from myllm import train
+    from myllm.training import loop as train
 
     real = train.train_step
 
@@ -111,7 +111,7 @@ def poison(step: int) -> None:
 
 def sleep_before(step: int) -> None:
     """Never take a step."""
-    from myllm import train
+    from myllm.training import loop as train
 
     real = train.train_step
 
@@ -149,7 +149,7 @@ def turn_back_the_clock(seconds: float) -> None:
 def lose_root(user: int) -> None:
     """Rights bind everybody but root: root becomes another user, and does so as the run's folder is claimed, since what
     Python still imports may be root's."""
-    from myllm import train
+    from myllm.training import loop as train
 
     real = train.claimed
 

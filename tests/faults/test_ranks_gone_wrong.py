@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from fault_runs import Forks, Goes, record, run_of
 
-from myllm.bags import find_bag, read_bag
 from myllm.kills import saved_step
-from myllm.meter import Diverged
+from myllm.training.anomaly.dump import find_bag, read_bag
+from myllm.training.throughput import Diverged
 
 pytestmark = pytest.mark.slow  # real processes, half a minute and more in all
 

@@ -31,7 +31,7 @@ from myllm.inference.load import load_model
 from myllm.launch import parse
 from myllm.paths import RunPaths
 from myllm.planning.validation import hub_faults
-from myllm.train import train
+from myllm.training.loop import train
 
 
 @pytest.fixture(autouse=True)

@@ -44,7 +44,7 @@ from myllm.launch import parse
 from myllm.paths import RunPaths
 from myllm.planning.batch import with_length
 from myllm.runs.run_dir import latest_checkpoint
-from myllm.train import train
+from myllm.training.loop import train
 
 TOKENS = torch.randint(400, (2, 32), generator=torch.Generator().manual_seed(5))
 SHAPE = {"vocab_size": 400, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2}

@@ -12,7 +12,7 @@ from myllm.planning import forecast
 from myllm.planning.batch import disk_estimate_bytes, micro_batch_sizes
 from myllm.planning.validation import check, check_data_config, faults
 from myllm.presets import PRESETS, preset
-from myllm.profiling import quiet_window
+from myllm.training.profiler import quiet_window
 
 GOOD = RunConfig(
     name="good",

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from conftest import eval_rows, with_train
 from runs.test_report import eval_row, train_row, validation_row, write_run
-from test_train import run, run_until
+from training.test_loop import run, run_until
 
-from myllm import train as loop
 from myllm.config import RunConfig, to_dict
 from myllm.presets import PRESETS, preset
 from myllm.runs import reference_curve as reference
@@ -19,6 +18,7 @@ from myllm.runs.history import read_metrics
 from myllm.runs.reference_curve import Curve, Reference, ReferenceWatch, reference_of
 from myllm.runs.report.axes import INK
 from myllm.runs.report.write import figure, write_report
+from myllm.training import loop
 
 FALLING = Curve("loss", True, 0.05, (1_000, 10_000, 100_000), (4.0, 3.0, 2.5))
 RISING = Curve("acc_norm", False, 0.02, (100_000,), (0.35,))

@@ -14,10 +14,10 @@ from myllm.config import RunConfig, to_dict
 from myllm.data.tokenizer.load import Tokenizer
 from myllm.distributed import collectives as distributed
 from myllm.distributed.collectives import Process
-from myllm.meter import Diverged
 from myllm.model.transformer import Transformer
 from myllm.optim.adamw import ScheduledAdamW
 from myllm.paths import RunPaths
+from myllm.training.throughput import Diverged
 
 from . import dcp as sharded
 from . import format as checkpoint

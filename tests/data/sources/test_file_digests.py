@@ -12,7 +12,7 @@ from myllm.config import DataConfig, RunConfig
 from myllm.data.prepare.prepare import resolve
 from myllm.data.sources import file_digests as digests
 from myllm.data.sources.file_digests import file_digests
-from myllm.preflight_data import room_for_run
+from myllm.training.preflight.data_and_disk import room_for_run
 
 Hashed = Callable[[], list[str]]
 

@@ -1,0 +1,1 @@
+"""Steps with bad numbers: report, dump, diagnose, replay."""

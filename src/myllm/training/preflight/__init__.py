@@ -1,0 +1,1 @@
+"""A short rehearsal before a long run: memory, time, data, disk."""

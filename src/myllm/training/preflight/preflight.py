@@ -1,0 +1,239 @@
+"""A short rehearsal before a long run: does it fit, how long does it take, what does it cost?
+
+Real steps, a batch of every planned evaluation, a sample, a save and a load: with the run's own model, optimizer,
+precision and ranks, at full shapes, on made-up text (rehearsal.py). What follows from the figures is in
+preflight_report.py.
+"""
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from math import isfinite
+from pathlib import Path
+from statistics import median
+
+from myllm.checkpoint import format as checkpoint
+from myllm.checkpoint.async_saver import Saver
+from myllm.checkpoint.restore import restore
+from myllm.checkpoint.retention import list_checkpoints, step_of
+from myllm.config import RunConfig
+from myllm.data.dataset import Dataset
+from myllm.data.tokenizer.load import Tokenizer
+from myllm.distributed import collectives as distributed
+from myllm.distributed.collectives import Process
+from myllm.distributed.parallelize import gathered
+from myllm.errors import UserError
+from myllm.paths import RunPaths
+from myllm.planning import batch as plan
+from myllm.runs.heartbeat import Heartbeat
+from myllm.runs.logs import JsonLines, Log
+from myllm.runs.reference_curve import ReferenceWatch
+from myllm.training.evaluator import Eval, Poll, planned_evals, run_eval
+from myllm.training.loop import check_data
+from myllm.training.stop_signals import StopRequest
+from myllm.training.throughput import Diverged
+
+from .batch_size import largest_that_fits, may_be_tried, settle, sizes_to_try, trial_of
+from .data_and_disk import Room, prepared, room_for_run, vocabulary_of
+from .rehearsal import (
+    OutOfMemory,
+    Parts,
+    made_up_dataset,
+    made_up_hellaswag,
+    memory_limit_bytes,
+    shortened,
+    stage,
+    within_memory,
+)
+from .summary import Bounds, Findings, Measured, part_of_eval
+
+STEPS = 3
+"""Timed, after a warm-up."""
+SETTLING_STEPS = 20
+"""Before a loss scale that still overflows is taken for bad numbers; it gets from its first to its least in 16."""
+STEPS_S = 30.0
+"""Where a whole step takes so long that these would take longer, fewer or a part of one are timed."""
+
+
+def preflight(
+    config: RunConfig,
+    process: Process,
+    bounds: Bounds,
+    say: Callable[[str], None] = print,
+    limit_bytes: int | None = None,
+    own_text: bool = False,
+) -> Findings:
+    """Rehearse a run. It leaves nothing behind, and neither the run's folder nor the random state is touched.
+
+    Args:
+        say: called on every rank with a line about what is being done.
+        limit_bytes: memory that one rank may use; None: what there is, less headroom.
+        own_text: as for `plan.with_length`.
+
+    Raises:
+        UserError: settings that could not be trained with, whatever the machine.
+    """
+    tokenizer, room, done, val_tokens = _found_here(config, process)
+    if room.tokens:
+        config = plan.with_length(config, room.tokens, own_text)
+    else:
+        say(plan.length_note(config, own_text) or "how much text there is is not known yet")
+        config = replace(config, train=replace(config.train, epochs=None))
+    limit_bytes = memory_limit_bytes(process) if limit_bytes is None else limit_bytes
+    if done >= config.train.max_steps:
+        return Findings(config, process, bounds, room, limit_bytes, done)
+    config, settled = settle(config, tokenizer, process, val_tokens, limit_bytes)
+    if settled:
+        say(settled)
+    findings = Findings(config, process, bounds, room, limit_bytes, done)
+    with stage(process) as folder:
+        dataset = made_up_dataset(config, folder, tokenizer, process)
+        check_data(config, dataset, plan.batch_plan(config.model, config.train, process.world_size))
+        size = config.train.micro_batch_size
+        try:
+            if not may_be_tried(config, process, size, limit_bytes):
+                raise OutOfMemory
+            measured, peak = within_memory(
+                lambda: _rehearse(config, dataset, tokenizer, process, folder, findings.has_room_to_save, say),
+                process,
+                limit_bytes,
+            )
+            return replace(findings, measured=replace(measured, peak_bytes=peak))
+        except OutOfMemory:
+            pass
+        say(f"out of memory with train.micro_batch_size {size}; looking for one that fits")
+        smaller = [each for each in sizes_to_try(config, process) if each < size]
+        fits = largest_that_fits(smaller, trial_of(config, dataset, process, limit_bytes), limit_bytes)
+        return replace(findings, out_of_memory=True, fits=fits)
+
+
+def _found_here(config: RunConfig, process: Process) -> tuple[Tokenizer, Room, int, int | None]:
+    """Vocabulary, room, steps that are done, and held-out tokens if the data set is prepared, as rank 0 finds them.
+
+    Raises:
+        UserError: text that is not there, or too little of it for one step; on every rank.
+    """
+    room, done, val_tokens, failure = None, 0, None, None
+    if process.is_main:
+        try:
+            room, done, made = room_for_run(config), _steps_done(config), prepared(config.data)
+            if made is not None and made.complete:
+                check_data(config, made, plan.batch_plan(config.model, config.train, process.world_size))
+                val_tokens = made.val.tokens
+        except UserError as error:
+            failure = error
+    room, done, val_tokens, failure = distributed.from_main((room, done, val_tokens, failure))
+    if failure:
+        raise failure
+    return vocabulary_of(config), room, done, val_tokens
+
+
+def _rehearse(
+    config: RunConfig,
+    dataset: Dataset,
+    tokenizer: Tokenizer,
+    process: Process,
+    folder: Path,
+    may_save: bool,
+    say: Callable[[str], None],
+) -> Measured:
+    with ExitStack() as stack:
+        parts = Parts(config, process, stack)
+        say("steps")
+        measured = _timed_steps(parts, dataset)
+        if not measured.finite:
+            return measured
+        say("evaluations")
+        measured = replace(measured, evals=_timed_evals(parts, dataset, tokenizer, folder))
+        if not may_save:
+            return measured
+        say("a checkpoint")
+        try:
+            save_s, load_s, n_bytes = _timed_save(parts, dataset, tokenizer, folder)
+        except Diverged:
+            return replace(measured, finite=False)
+        return replace(measured, save_s=save_s, load_s=load_s, checkpoint_bytes=n_bytes)
+
+
+def _timed_steps(parts: Parts, dataset: Dataset) -> Measured:
+    """A warm-up of two micro-steps, the same again timed, then whole steps as far as they take less than `STEPS_S`."""
+    config, process = parts.config, parts.process
+    whole = plan.batch_plan(config.model, config.train, process.world_size)
+    short, step, seconds, first = shortened(whole), 0, [], None
+
+    def run(batch: plan.BatchPlan, times: int) -> None:
+        nonlocal step, first
+        with parts.loader(dataset, batch) as loader:
+            for _ in range(times):
+                started = time.perf_counter()
+                figures = parts.step(loader, dataset, batch, step)
+                seconds.append(time.perf_counter() - started)
+                if first is None or (parts.guard.loss_scale is not None and not isfinite(first[1])):
+                    first = figures
+                step += 1
+
+    run(short, 2)
+    while parts.guard.loss_scale is not None and not isfinite(first[1]) and step < SETTLING_STEPS:
+        run(short, 1)  # as at the start of the run, the loss scale is halved until nothing overflows
+    share = short.grad_accum_steps / whole.grad_accum_steps
+    expected_s = distributed.from_main(seconds[-1]) / share
+    times = min(STEPS, int(STEPS_S / expected_s))
+    if times:
+        seconds.clear()
+        run(whole, times)
+        share = 1.0
+    step_s = distributed.from_main(median(seconds) if times else expected_s)
+    loss, grad_norm = (distributed.from_main(value) for value in first)
+    return Measured(step_s, times, share, loss, grad_norm)
+
+
+def _timed_evals(parts: Parts, dataset: Dataset, tokenizer: Tokenizer, folder: Path) -> dict[str, tuple[float, str]]:
+    """By evaluation: seconds of one batch on each rank, after a warm-up, and what it said if it failed."""
+    config, process = part_of_eval(parts.config, parts.process.world_size), parts.process
+    if process.is_main:
+        made_up_hellaswag(folder, config.eval.hellaswag_examples or 0)
+    config = replace(config, eval=replace(config.eval, hellaswag_file=str(folder / "hellaswag.jsonl")))
+    said: list[str] = []
+    rows, state, watch = JsonLines(folder / "rows.jsonl"), parts.state(dataset, STEPS), ReferenceWatch(None)
+    found, poll = {}, Poll(StopRequest(), Heartbeat(folder / "heartbeat.json", writes=False))
+    for each in planned_evals(config, parts.whole, dataset, tokenizer, process, rows, said.append, poll):
+        if not each.every_steps:
+            continue
+        for _ in range(2):  # the first one is a warm-up
+            said.clear()
+            started = time.perf_counter()
+            with gathered(parts.model, parts.whole):
+                run_eval(each, state, parts.whole, config, process, watch, rows, said.append, poll)
+            seconds = time.perf_counter() - started
+        found[each.name] = (seconds, _failure(each, said))
+    return distributed.from_main(found)
+
+
+def _failure(each: Eval, said: list[str]) -> str:
+    """What `run_eval` said of an evaluation that failed; it goes on where a rehearsal should not."""
+    return next((line for line in said if line.startswith(f"the {each.name} evaluation failed")), "")
+
+
+def _timed_save(parts: Parts, dataset: Dataset, tokenizer: Tokenizer, folder: Path) -> tuple[float, float, int]:
+    """Seconds of a save, seconds of a load, and bytes on the disk."""
+    config, process, run, log = parts.config, parts.process, RunPaths(folder), Log(folder / "log.txt", False)
+    started = time.perf_counter()
+    with Saver(config, run, parts.model, parts.optimizer, tokenizer, process) as saver:
+        saver.save(parts.state(dataset, STEPS))
+    saved_at = time.perf_counter()
+    saved = checkpoint.load_latest(run.checkpoints, log)
+    restore(saved, config, dataset, parts.model, parts.optimizer, process, log)
+    loaded_at = time.perf_counter()
+    n_bytes = (
+        sum(path.stat().st_size for path in run.checkpoints.rglob("*") if path.is_file()) if process.is_main else 0
+    )
+    return distributed.from_main((saved_at - started, loaded_at - saved_at, n_bytes))
+
+
+def _steps_done(config: RunConfig) -> int:
+    """Where the run of this name will go on, by its newest checkpoint's name."""
+    if config.train.fresh:
+        return 0
+    newest = list_checkpoints(RunPaths.of(config.name).checkpoints)[:1]
+    return step_of(newest[0]) if newest else 0

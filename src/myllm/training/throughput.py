@@ -1,0 +1,156 @@
+"""Time and numbers between two log lines."""
+
+import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from myllm.checkpoint.format import TrainState
+from myllm.config import RunConfig
+from myllm.data.dataloader import Loader
+from myllm.data.sample_digest import Receipt
+from myllm.distributed import collectives as distributed
+from myllm.distributed.collectives import Process
+from myllm.distributed.device_info import device_name
+from myllm.distributed.precision import scales_loss
+from myllm.planning.flops import flops_per_token, peak_flops
+from myllm.runs.logs import TRAINING, JsonLines, Log, Stopwatch
+
+WORTH_SAYING = 0.01
+"""Of a step, spent waiting for data: from here on a log line says so."""
+WORTH_A_SHARE = 0.0005
+"""Of the whole: less is left out where it says where the time went."""
+
+
+class Diverged(RuntimeError):
+    """Numbers went bad, and training stopped: a gradient that is not finite, or too many updates left out."""
+
+    EXIT_CODE = 65
+    """sysexits.h's EX_DATAERR. Not 1, a crash that another try may get past, nor 2, a mistake in what was asked."""
+
+
+class Meter:
+    """Time and numbers between two log lines. Reads from the device only when a row is written or a save is due."""
+
+    def __init__(self, config: RunConfig, process: Process, loader: Loader, step: int, started: float) -> None:
+        """
+        Args:
+            started: by the monotonic clock, when this process began.
+        """
+        self._config, self._process, self._loader = config, process, loader
+        self._stopwatch = Stopwatch(process.device)
+        self._stopwatch.seconds["starting"] = time.monotonic() - started
+        self._told: dict[str, float] = {}
+        self._logged_step, self._wait_s = step, 0.0
+        self._receipted = loader.delivered.copy()
+        peak = peak_flops(device_name(process.device))
+        self._peak_flops = peak * process.world_size if peak else None
+
+    def doing(self, what: str) -> AbstractContextManager[None]:
+        """Count a `with` block apart from training, under a name: it is no part of step_s and tokens_per_s."""
+        return self._stopwatch.doing(what)
+
+    def apart(self, step: int) -> list[dict[str, Any]]:
+        """A row of metrics.jsonl with the seconds that were counted apart since the last such row; none if there were
+        none."""
+        seconds = {name: each for name, each in self._stopwatch.seconds.items() if name != TRAINING}
+        fresh = {name: each - self._told.get(name, 0.0) for name, each in seconds.items()}
+        self._told = seconds
+        fresh = {name: each for name, each in fresh.items() if each > 0}
+        return [{"kind": "apart", "step": step, "seconds": fresh}] if fresh else []
+
+    def finish(self, step: int, metrics: JsonLines, log: Log) -> None:
+        """The last row, and a line about where the time went since this process began."""
+        self._stopwatch.lap()
+        # Before the first row there is no file, and none is begun for this: a report could not be drawn from it.
+        if self._process.is_main and metrics.path.is_file():
+            for row in self.apart(step):
+                metrics.append(row)
+        log(time_line(self._stopwatch.seconds, self._loader.wait_s))
+
+    def receipted(self, state: TrainState) -> TrainState:
+        """The state with a receipt for everything trained on so far. Every rank must ask at the same steps."""
+        fresh = self._loader.delivered - self._receipted
+        self._receipted = self._loader.delivered.copy()
+        # On the host, where the sums are: it never waits for the device.
+        sums = distributed.sum_over_ranks(torch.from_numpy(fresh)).numpy()
+        return replace(state, receipt=(state.receipt or Receipt()).plus(sums))
+
+    def read(self, state: TrainState, loss: Tensor, grad_norm: Tensor, rate: float) -> dict[str, Any]:
+        """One row of metrics.jsonl: one reduction, one read from the device."""
+        mean_loss, norm = (
+            (distributed.sum_over_ranks(torch.stack((loss.float(), grad_norm.float()))) / self._process.world_size)
+            .cpu()
+            .tolist()
+        )
+        steps = state.step - self._logged_step
+        step_s = self._stopwatch.lap() / steps
+        tokens_per_s = self._config.train.batch_tokens / step_s
+        wait_s, self._wait_s = (self._loader.wait_s - self._wait_s) / steps, self._loader.wait_s
+        self._logged_step = state.step
+        flops = flops_per_token(self._config.model) * tokens_per_s
+        return {
+            "kind": "train",
+            "step": state.step,
+            "tokens": state.tokens_seen,
+            "loss": mean_loss,
+            "lr": rate,
+            "grad_norm": norm,
+            "step_s": step_s,
+            "tokens_per_s": tokens_per_s,
+            "mfu": flops / self._peak_flops if self._peak_flops else None,
+            "data_wait_s": wait_s,
+            **_skipped(self._config, state, self._process.device),
+            "receipt": state.receipt.digest,
+            "receipt_since_step": state.receipt.since_step,
+        }
+
+
+def _skipped(config: RunConfig, state: TrainState, device: torch.device) -> dict[str, float]:
+    """How many updates were left out so far, where the config leaves any out, and the loss scale where there is one."""
+    scaling = {}
+    if scales_loss(config.train.precision, device):
+        scaling = {"loss_scale": state.skips.loss_scale, "skipped_overflows": state.skips.overflows}
+    if config.train.on_nonfinite == "stop" and config.train.skip_spikes_sigma is None:
+        return scaling
+    return {"skipped_nonfinite": state.skips.nonfinite, "skipped_spikes": state.skips.spikes, **scaling}
+
+
+def console_line(row: dict[str, Any], max_steps: int) -> str:
+    left = (max_steps - row["step"]) * row["step_s"]
+    mfu = f"  mfu {row['mfu']:.1%}" if row["mfu"] else ""
+    waiting = row["data_wait_s"] / row["step_s"]
+    waited = f"  data wait {waiting:.0%}" if waiting >= WORTH_SAYING else ""
+    return (
+        f"step {row['step']:>6,}/{max_steps:,}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  "
+        f"norm {row['grad_norm']:.2f}  {row['step_s'] * 1000:,.0f} ms  "
+        f"{row['tokens_per_s']:,.0f} tok/s{mfu}{waited}  eta {duration(left)}"
+    )
+
+
+def time_line(seconds: Mapping[str, float], wait_s: float) -> str:
+    """Where the time went.
+
+    Args:
+        seconds: by what was being done.
+        wait_s: of the training, how long it stood waiting for the loader.
+    """
+    total = sum(seconds.values())
+    longest_first = sorted(seconds.items(), key=lambda each: -each[1])
+    shares = [f"{name} {each / total:.1%}" for name, each in longest_first if each / total >= WORTH_A_SHARE]
+    return f"time: {duration(total)} since the start: {', '.join(shares)}; waiting for the loader {wait_s / total:.1%}"
+
+
+def progress(row: dict[str, Any]) -> str:
+    """What stands beside the progress bar."""
+    return f"loss {row['loss']:.3f}, {1 / row['step_s']:.3g} steps/s, {row['tokens_per_s']:,.0f} tok/s"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"

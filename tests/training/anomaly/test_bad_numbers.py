@@ -1,0 +1,362 @@
+"""Numbers that go bad: what stops, what is left out, what is kept, and the flight bag that makes the step again."""
+
+import errno
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import losses, train_rows, with_train
+from rare_token import poison, rare_token, sequences_of_steps
+from torch import nn
+
+from myllm.checkpoint.format import TrainState, checkpoint_folder, list_checkpoints, load
+from myllm.checkpoint.skips import Skips
+from myllm.cli import main
+from myllm.config import RunConfig, TrainConfig
+from myllm.data.dataloader import batch_of
+from myllm.data.dataset import Dataset
+from myllm.data.prepare.prepare import prepare
+from myllm.data.sampler import DataPosition
+from myllm.distributed.collectives import process_group
+from myllm.errors import UserError
+from myllm.model.transformer import Transformer
+from myllm.optim.adamw import ScheduledAdamW
+from myllm.paths import RunPaths
+from myllm.planning.batch import batch_plan
+from myllm.training import gradient_guard as guard
+from myllm.training import loop
+from myllm.training.anomaly import dump as bags
+from myllm.training.anomaly import report as bad_step
+from myllm.training.anomaly.dump import find_bag, read_bag
+from myllm.training.anomaly.replay import replay_step
+from myllm.training.gradient_guard import Guard
+from myllm.training.step import accumulate_gradients
+from myllm.training.throughput import Diverged
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def bare(tiny: RunConfig) -> RunConfig:
+    """No evaluations, and an input embedding of its own, which only samples with the token look at."""
+    evals = replace(tiny.eval, validation_every_steps=0, cloze_every_steps=0, sample_every_steps=0)
+    return replace(tiny, model=replace(tiny.model, tie_embeddings=False), eval=evals)
+
+
+def run(config: RunConfig) -> Path:
+    with process_group("cpu") as process:
+        return loop.train(config, prepare(config.data, progress=False), process).run.root
+
+
+def stopped(config: RunConfig) -> str:
+    with pytest.raises(Diverged) as caught:
+        run(config)
+    return str(caught.value)
+
+
+# -- what stops a run, and what it leaves
+
+
+def test_a_document_that_makes_nan_is_found(
+    bare: RunConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The step is exactly the bad one though the host looks later; its weights are those of the checkpoint before."""
+    dataset = prepare(bare.data, progress=False)
+    rare = rare_token(bare, dataset, first_step=3)
+    poison(monkeypatch, rare.token)
+    config = with_train(bare, save_every_steps=rare.step - 1, log_every_steps=rare.step + 2, max_steps=30)
+    message = stopped(config)
+    assert f"the gradient of step {rare.step} is not finite" in message
+    assert f"samples {2 * (rare.step - 1)} to {2 * rare.step - 1} of its order" in message
+    assert f"sample {rare.sample}     loss nan, gradient nan: sequence {rare.sequence:,}, on rank 0" in message
+    assert "first seen   in the output of dropout, on rank 0; what it was given was finite" in message
+    assert "gradients    not finite: embedding.weight" in message
+    paths = RunPaths.of("tiny")
+    assert message in paths.log.read_text()
+    assert f"myllm replay {paths.bags}/step_{rare.step:08d}" in message
+
+    bag = read_bag(find_bag("tiny", paths.root.parent))
+    saved = load(checkpoint_folder(paths.checkpoints, rare.step - 1))
+    assert list_checkpoints(paths.checkpoints) == [saved.folder]
+    assert all(torch.equal(saved.model[name], bag.model[name]) for name in saved.model)
+    assert all(
+        torch.equal(saved.optimizer[name][key], bag.optimizer[name][key])
+        for name in saved.optimizer
+        for key in saved.optimizer[name]
+    )
+    assert torch.equal(saved.random[0]["cpu"], bag.random[0]["cpu"])
+    assert [row["sequence"] for row in bag.samples] == sequences_of_steps(bare, dataset, 12)[rare.step - 1].tolist()
+    assert [row["sample"] for row in bag.samples if row["loss"] == "nan"] == [rare.sample]
+    token = dataset.tokenizer().decode([rare.token])
+    assert token in bag.samples[rare.sample]["text"]
+    assert not list(paths.bags.glob(".*"))
+
+    capsys.readouterr()
+    main(["replay", "tiny"])
+    said = capsys.readouterr().out
+    assert "not finite here either" in said
+    assert "first seen in the output of dropout; what it was given was finite" in said
+    assert f"--- sample {rare.sample}, sequence {rare.sequence:,}\n{bag.samples[rare.sample]['text']}" in said
+    main(["replay", str(bag.folder), "--samples", str(1 - rare.sample), "--precision", "bfloat16"])
+    assert "finite here" in capsys.readouterr().out.splitlines()
+
+    assert f"step {rare.step} " in stopped(config)  # the same data again, and the bag is written over
+    assert len(list(paths.bags.iterdir())) == 1
+    (bag.folder / "notes.txt").write_text("seen before")
+    shutil.copytree(bag.folder, bag.folder.with_name(f"step_{rare.step + 1:08d}.bak"))
+    stopped(config)  # what somebody put there is kept, and a copy is nobody's newest
+    assert [path.read_text() for path in paths.bags.glob("*.before-*/notes.txt")] == ["seen before"]
+    assert find_bag("tiny", paths.root.parent) == bag.folder
+
+
+def test_a_spike_can_stop_a_run_and_its_bag_repeats_the_row(bare: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A healthy step: made again it has the row's loss and norm, dropout included; without it, those of float64."""
+    monkeypatch.setattr(guard, "WARMUP_STEPS", 3)
+    monkeypatch.setattr(guard, "MIN_DEVIATION", 1e-6)
+    config = with_train(bare, batch_tokens=256, micro_batch_size=2, skip_spikes_sigma=0.01, max_skipped_steps=0)
+    message = stopped(replace(config, optim=replace(config.optim, max_lr=3e-2)))
+    paths = RunPaths.of("tiny")
+    row, bag = train_rows(paths.root)[-1], read_bag(find_bag(str(paths.root), Path()))
+    assert f"the gradient norm of step {row['step']} is a spike, {row['grad_norm']:.3g}" in message
+    assert row["skipped_spikes"] == 1
+    assert bag.about["step"] == row["step"] > 3
+    assert bag.about["grad_norm"] == row["grad_norm"]
+
+    result = replay_step(bag, CPU)
+    assert result.diagnosis.loss == pytest.approx(row["loss"], rel=1e-6)
+    assert result.diagnosis.grad_norm == pytest.approx(row["grad_norm"], rel=1e-5)
+    assert sum(result.diagnosis.losses) / 4 == pytest.approx(row["loss"], rel=1e-6)
+    assert [row["loss"] for row in bag.samples] == pytest.approx(result.diagnosis.losses, rel=1e-6)
+    assert 0 < result.updates["embedding"] < 1
+
+    still = {key: 0.0 if "dropout" in key else value for key, value in bag.config["model"].items()}
+    bag = replace(bag, config=bag.config | {"model": still})
+    result = replay_step(bag, CPU)
+    model = Transformer(replace(bare.model, **{key: 0.0 for key in still if "dropout" in key})).double()
+    model.load_state_dict(bag.model)
+    tokens = torch.from_numpy(bag.tokens.astype(np.int64))
+    own, embedded = [], []
+    near = partial(pytest.approx, rel=1e-3)  # the norm of a float32 matrix of 800,000 entries is no closer on a CPU
+    for place in range(4):
+        model.zero_grad()
+        with model.embedding.register_forward_hook(lambda *given: embedded.append(given[-1])):
+            loss = F.cross_entropy(model(tokens[place : place + 1, :-1])[0], tokens[place, 1:])
+        embedded[-1].retain_grad()
+        loss.backward()
+        assert result.diagnosis.losses[place] == pytest.approx(loss.item(), rel=1e-5)
+        own.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
+        assert result.diagnosis.input_gradients[place] == near(embedded[-1].grad.norm().item() / 4)
+    mean = {name: sum(each[name] for each in own) / 4 for name in own[0]}
+    assert result.diagnosis.grad_norm == near(norm_of(mean))
+    for layer in result.diagnosis.layers:
+        if layer.gradient_norm is not None:
+            mine = {name: value for name, value in mean.items() if name.rpartition(".")[0] == layer.module}
+            assert layer.gradient_norm == near(norm_of(mine)), layer.module
+    only = replay_step(bag, CPU, samples=(2,))
+    assert only.diagnosis.grad_norm == near(norm_of(own[2]))
+    with pytest.raises(UserError, match="the step has samples 0 to 3; there is no 4"):
+        replay_step(bag, CPU, samples=(4,))
+
+
+def norm_of(gradients: dict[str, torch.Tensor]) -> float:
+    return math.sqrt(sum(gradient.square().sum().item() for gradient in gradients.values()))
+
+
+def test_a_backward_pass_that_goes_bad_alone_is_found_too(bare: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without dropout nothing overflows on the way in: every loss is finite, and one sample's gradient is not."""
+    model = replace(bare.model, dropout_embedding=0.0, dropout_attention_residual=0.0, dropout_ffn=0.0)
+    rare = rare_token(bare, prepare(bare.data, progress=False), first_step=2)
+    poison(monkeypatch, rare.token)
+    message = stopped(replace(bare, model=model))
+    bag = read_bag(find_bag("tiny", RunPaths.of("tiny").root.parent))
+    assert all(math.isfinite(float(row["loss"])) for row in bag.samples)
+    assert [row["sample"] for row in bag.samples if row["gradient"] == "nan"] == [rare.sample]
+    assert f"gradient nan: sequence {rare.sequence:,}, on rank 0" in message
+    assert "first seen   going backward, in the gradient of the output of " in message
+
+
+def test_a_full_disk_does_not_swallow_the_message(bare: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    poison(monkeypatch, rare_token(bare, prepare(bare.data, progress=False), first_step=2).token)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(bags.np, "save", full)
+    monkeypatch.setattr(bad_step, "diagnose", full)
+    message = stopped(bare)
+    assert "is not finite" in message
+    assert "flight bag   none, it could not be written: [Errno 28] No space left on device" in message
+    assert "rank 0 could not make it again: OSError" in message
+    assert "myllm replay" not in message
+    assert list(RunPaths.of("tiny").bags.iterdir()) == []
+
+
+# -- updates left out -------------------------------------------------------------------------------------------------
+
+
+def trained_without(config: RunConfig, dataset: Dataset, left_out: int) -> dict[str, torch.Tensor]:
+    """The weights of a plain loop that never makes one of the updates."""
+    model = loop.Transformer(config.model, config.train.seed)
+    optimizer = ScheduledAdamW(model.named_parameters(), config.optim, config.train.max_steps)
+    torch.manual_seed(config.train.seed)
+    model.train()
+    for step, sequences in enumerate(sequences_of_steps(config, dataset, config.train.max_steps), 1):
+        for sequence in sequences:
+            tokens, targets = batch_of(dataset.train, np.array([sequence]), config.model.max_seq_len)
+            (model(tokens, targets) / len(sequences)).backward()
+        if step != left_out:
+            nn.utils.clip_grad_norm_(model.parameters(), config.optim.max_grad_norm)
+            optimizer.step(step - 1)
+        optimizer.zero_grad()
+    return model.state_dict()
+
+
+def test_skipping_is_as_if_the_update_had_never_been(
+    bare: RunConfig, monkeypatch: pytest.MonkeyPatch, run_until: Callable[..., None]
+) -> None:
+    """And a resume behind it is exact, counts and statistics included."""
+    monkeypatch.setattr(guard, "WARMUP_STEPS", 2)
+    dataset = prepare(bare.data, progress=False)
+    rare = rare_token(bare, dataset, first_step=2)
+    poison(monkeypatch, rare.token)
+    config = with_train(bare, on_nonfinite="skip", skip_spikes_sigma=50.0, log_every_steps=5, max_steps=14)
+    root = run(config)
+    saved = load(list_checkpoints(root / "checkpoints")[0])
+    for name, weight in trained_without(config, dataset, rare.step).items():
+        assert torch.equal(saved.model[name], weight), name
+    skips = saved.state.skips
+    assert (skips.nonfinite, skips.spikes, skips.in_a_row, skips.counted) == (1, 0, 0, 13)
+    rows = train_rows(root)
+    assert [row["skipped_nonfinite"] for row in rows] == [int(row["step"] >= rare.step) for row in rows]
+    assert f"left out the update of step {rare.step}: its gradient is not finite" in (root / "log.txt").read_text()
+
+    broken = replace(config, name="broken")
+    for at in (rare.step + 1, 13):
+        run_until(broken, at)
+    other = load(list_checkpoints(run(broken) / "checkpoints")[0])
+    assert other.state == saved.state
+    assert all(torch.equal(other.model[name], weight) for name, weight in saved.model.items())
+    assert losses(RunPaths.of("broken").root) == losses(root)
+
+
+@pytest.fixture
+def run_until(monkeypatch: pytest.MonkeyPatch) -> Callable[[RunConfig, int], None]:
+    """Train, and die without a word when update number `step`, counted from 0, would begin."""
+
+    def until(config: RunConfig, step: int) -> None:
+        real = loop.train_step
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "train_step", lambda *a: real(*a) if a[4] != step else (_ for _ in ()).throw(Cut()))
+            with pytest.raises(Cut):
+                run(config)
+
+    return until
+
+
+class Cut(Exception):
+    pass
+
+
+def test_skipping_gives_up(bare: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token that is everywhere: no update can be made, and the third in a row is one too many."""
+    poison(monkeypatch, prepare(bare.data, progress=False).tokenizer().encode(" the")[0])
+    message = stopped(with_train(bare, on_nonfinite="skip", max_skipped_steps=2, log_every_steps=5))
+    assert "the gradient of step 3 is not finite" in message
+    assert "3 left out; train.max_skipped_steps is 2" in message
+    assert "raise --train.max-skipped-steps" in message
+    log = (RunPaths.of("tiny").log).read_text()
+    assert "left out the update of step 1: its gradient" in log
+    assert "left out the update of step 2: its gradient" in log
+    assert not list_checkpoints(RunPaths.of("tiny").checkpoints)
+
+
+# -- the guard itself -------------------------------------------------------------------------------------------------
+
+
+def judged(config: TrainConfig, norms: list[float], skips: Skips | None = None) -> tuple[list[int], Skips]:
+    watch, state = Guard(config, CPU, skips), TrainState(0, 0, DataPosition(0, 0, 0, ""))
+    verdicts = []
+    for norm in norms:
+        watch.begin(state)
+        verdicts.append(int(watch.judge(torch.tensor(norm))))
+    return verdicts, watch.look()
+
+
+def by_hand(norms: list[float], sigma: float) -> tuple[list[int], float, float]:
+    """The same rule in plain float64: mean and variance of what was seen, old steps fading."""
+    mean = variance = 0.0
+    verdicts, n = [], 0
+    for norm in norms:
+        if not math.isfinite(norm):
+            verdicts.append(1)
+            continue
+        value = math.log(norm)
+        ceiling = mean + sigma * max(math.sqrt(variance), guard.MIN_DEVIATION)
+        spike = n >= guard.WARMUP_STEPS and value > ceiling
+        verdicts.append(int(spike))
+        value = ceiling if spike else value
+        share = max(1 / (n + 1), 1 / guard.MEMORY_STEPS)
+        # Variance of the mixture of the old distribution and the new point.
+        new = (1 - share) * mean + share * value
+        variance = (1 - share) * (variance + (mean - new) ** 2) + share * (value - new) ** 2
+        mean, n = new, n + 1
+    return verdicts, mean, variance
+
+
+def test_spikes_are_judged_by_running_statistics() -> None:
+    chance = np.random.default_rng(3)
+    norms = np.exp(chance.normal(0.0, 0.15, 600) + np.linspace(2.0, 0.0, 600)).tolist()
+    norms[20] *= 3  # in the warm-up
+    for place in (200, 201, 450):
+        norms[place] *= 30
+    norms[300], norms[301] = math.nan, math.inf
+    config = TrainConfig(on_nonfinite="skip", skip_spikes_sigma=6.0)
+    verdicts, skips = judged(config, norms)
+    expected, mean, variance = by_hand(norms, 6.0)
+    assert verdicts == expected
+    assert [place for place, verdict in enumerate(verdicts) if verdict] == [200, 201, 300, 301, 450]
+    assert (skips.spikes, skips.nonfinite, skips.in_a_row, skips.counted) == (3, 2, 0, 598)
+    assert skips.log_norm_mean == pytest.approx(mean, rel=1e-4)
+    assert skips.log_norm_variance == pytest.approx(variance, rel=1e-3)
+    first, middle = judged(config, norms[:251])  # a restart changes nothing, to the last bit
+    second, end = judged(config, norms[251:], middle)
+    assert (first + second, end) == (verdicts, skips)
+    assert judged(TrainConfig(), norms[:300])[0] == [0] * 300  # off
+
+
+def test_a_norm_that_rises_for_good_is_accepted_in_time() -> None:
+    """Were spikes kept out of the statistics, every later update would be left out."""
+    verdicts, _ = judged(TrainConfig(skip_spikes_sigma=6.0, max_skipped_steps=100), [1.0] * 100 + [3.0] * 100)
+    assert verdicts[100] == 1
+    assert verdicts[-50:] == [0] * 50
+
+
+def test_after_the_end_nothing_is_applied_or_counted() -> None:
+    verdicts, skips = judged(TrainConfig(), [1.0, math.nan, 1.0, math.inf, 1.0])
+    assert verdicts == [0, 1, 1, 1, 1]
+    assert (skips.nonfinite, skips.counted) == (1, 1)
+
+
+def test_a_loss_that_is_not_finite_makes_every_gradient_so(tiny: RunConfig) -> None:
+    """Minus infinity as the logit of a target gives an infinite loss with a gradient that looks sound."""
+
+    class Infinite(nn.Linear):
+        def forward(self, tokens: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+            return super().forward(tokens).sum() + math.inf
+
+    class Batches:
+        def next(self) -> tuple[torch.Tensor, torch.Tensor]:
+            return torch.ones(1, 3), torch.ones(1, 3)
+
+    layer = Infinite(3, 1)
+    with process_group("cpu") as process:
+        loss = accumulate_gradients(layer, Batches(), batch_plan(tiny.model, tiny.train, 1), tiny, process)
+    assert loss == math.inf
+    assert layer.weight.grad.isnan().all()

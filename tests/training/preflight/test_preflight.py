@@ -1,0 +1,540 @@
+"""The rehearsal of a run: what it measures, what it makes of that, and that it leaves everything as it was."""
+
+import importlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from math import log, nan
+from pathlib import Path
+from stat import S_ISDIR
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, losses, tiny_config, with_train, write_run_config
+
+from myllm import paths
+from myllm.cli import main
+from myllm.config import RunConfig, load_json
+from myllm.data.prepare.prepare import prepare
+from myllm.data.tokenizer.load import load_tokenizer
+from myllm.distributed import precision
+from myllm.distributed.collectives import Process
+from myllm.errors import UserError
+from myllm.planning.batch import checkpoint_bytes
+from myllm.planning.forecast import describe
+from myllm.presets import preset
+from myllm.training.loop import train
+from myllm.training.preflight import batch_size as micro_batch
+from myllm.training.preflight import preflight as preflight_module
+from myllm.training.preflight import rehearsal
+from myllm.training.preflight import summary as preflight_report
+from myllm.training.preflight.batch_size import CPU_TOKENS, hand_over, largest_that_fits, settle, sizes_to_try
+from myllm.training.preflight.data_and_disk import Room, prepared, room_for_run
+from myllm.training.preflight.device_memory import peak_bytes, reset_peak
+from myllm.training.preflight.preflight import preflight
+from myllm.training.preflight.rehearsal import made_up_dataset, measured_memory, stage
+from myllm.training.preflight.summary import Bounds, Findings, Measured, times_due
+
+CPU = torch.device("cpu")
+ALONE = Process(0, 0, 1, CPU)
+HELLASWAG = Path(__file__).parents[2] / "evals/hellaswag_own.jsonl"
+
+
+def content(folder: Path) -> dict[str, tuple[int, int] | None]:
+    """Every file and folder below; of files, what shows that one was touched."""
+    stats = {str(path): path.stat() for path in folder.rglob("*")}
+    return {name: None if S_ISDIR(stat.st_mode) else (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
+
+
+@pytest.fixture(scope="module")
+def config(corpus: Path) -> RunConfig:
+    """Evaluations of every kind."""
+    base = tiny_config(corpus)
+    return replace(base, eval=replace(base.eval, hellaswag_every_steps=6, hellaswag_file=str(HELLASWAG)))
+
+
+@pytest.fixture(scope="module")
+def rehearsed(
+    config: RunConfig, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Findings, Path, dict, dict]]:
+    """One rehearsal beside a prepared data set and a run that has begun, with what was there before and after."""
+    folder = tmp_path_factory.mktemp("preflight")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MYLLM_DATA", str(folder))
+        dataset = prepare(config.data, progress=False)
+        train(with_train(config, max_steps=4), dataset, ALONE)
+        before = content(folder)
+        torch.manual_seed(3)
+        random = torch.get_rng_state()
+        findings = preflight(config, ALONE, Bounds(dollars_per_hour=36), lambda line: None)
+        assert torch.equal(torch.get_rng_state(), random)
+        yield findings, folder, before, content(folder)
+
+
+def test_it_leaves_everything_as_it_was(rehearsed) -> None:
+    _, _, before, after = rehearsed
+    assert after == before
+
+
+def test_what_is_measured(rehearsed, config: RunConfig) -> None:
+    findings, folder, _, _ = rehearsed
+    measured = findings.measured
+    assert abs(measured.loss - log(50_257)) < 0.2  # it knows nothing yet
+    assert measured.finite
+    assert measured.steps == 3
+    assert measured.share == 1
+    assert 0 < measured.step_s < 30
+    assert measured.evals.keys() == {"validation", "cloze", "hellaswag", "samples"}
+    assert not any(failure for _, failure in measured.evals.values())
+    assert 16 * checkpoint_bytes(config) / 12 < measured.peak_bytes < 8e9
+    real = folder / "runs/tiny/checkpoints/step_00000004"
+    assert (
+        abs(measured.checkpoint_bytes - sum(path.stat().st_size for path in real.rglob("*") if path.is_file())) < 2_000
+    )
+    assert findings.done == 4
+    assert findings.refusals() == []
+    assert findings.room.tokens_are_counted
+    assert findings.room.shards_bytes == 0
+
+
+def test_the_table(rehearsed) -> None:
+    findings, *_ = rehearsed
+    shown = findings.table()
+    total = sum(findings.seconds_left.values())
+    for words in (
+        "preflight of tiny on 1 x",
+        "1 sequences x 64 tokens",
+        "of one rank (estimate 0.3",
+        "(median of 3)",
+        "after step 4",
+    ):
+        assert words in shown
+    assert f"cost left    ${total / 100:,.2f} at $36.00 an hour" in shown
+
+
+def test_a_run_is_the_same_with_and_without(config: RunConfig, temp_data: Path) -> None:
+    dataset = prepare(config.data, progress=False)
+    short = with_train(config, max_steps=2)
+    train(replace(short, name="without"), dataset, ALONE)
+    preflight(short, ALONE, Bounds(), lambda line: None)
+    train(replace(short, name="with"), dataset, ALONE)
+    assert losses(temp_data / "runs/with") == losses(temp_data / "runs/without")
+
+
+# -- arithmetic, against figures made by hand -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("every", "done", "max_steps", "times"),
+    [(10, 0, 100, 11), (10, 0, 95, 11), (10, 41, 100, 6), (10, 40, 100, 7), (0, 0, 100, 0), (500, 1, 100, 1)],
+)
+def test_times_due(every: int, done: int, max_steps: int, times: int) -> None:
+    """As `Eval.due` says it, step by step."""
+    assert times_due(every, done, max_steps) == times
+    assert times == sum(every > 0 and (s % every == 0 or s == max_steps) for s in range(done, max_steps + 1))
+
+
+@pytest.fixture
+def findings(config: RunConfig) -> Findings:
+    """100 steps of 2 s, 4 of them behind; two batches of validation of 1 s at 10 steps; saves of 3 s."""
+    train = replace(config.train, max_steps=100, save_every_steps=50, keep_last=3)
+    evals = replace(config.eval, validation_every_steps=10, validation_tokens=128)
+    data = replace(config.data, target_tokens=1_000_000, val_tokens=128)
+    room = Room(Path("/disk"), 10**9, 2_000_000, 0, 0, 2_000_000, True, "the text")
+    measured = Measured(2.0, 3, 1.0, 10.8, 1.0, evals={"validation": (1.0, "")}, save_s=3.0, checkpoint_bytes=10**8)
+    whole = replace(config, train=train, eval=evals, data=data)
+    return Findings(whole, ALONE, Bounds(), room, 2**30, 4, measured)
+
+
+def test_the_time_that_is_left(findings: Findings) -> None:
+    assert findings.seconds_left == {"training": 192.0, "validation": 20.0, "saves": 6.0}
+    assert findings.refusals() == []
+
+
+def test_the_estimate_is_for_what_is_compiled_there(findings: Findings, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = with_train(findings.config, compile="auto")
+    on_card = replace(findings, config=config, process=Process(0, 0, 1, torch.device("cuda")))
+    shown = []
+    for works in (True, False):
+        monkeypatch.setattr(preflight_report, "has_triton", lambda device, works=works: works)
+        shown.append(on_card._memory_lines())
+    assert shown[0] != shown[1]
+
+
+def test_too_many_hours(findings: Findings) -> None:
+    (said,) = replace(findings, bounds=Bounds(max_hours=0.02)).refusals()
+    # 72 s of 218 s are 33 % of the 96 steps ahead.
+    assert "0.06 hours more, beyond --max-hours 0.02; lower train.max_steps from 100 to 35, or raise" in said
+    assert replace(findings, bounds=Bounds(max_hours=0.07)).refusals() == []
+
+
+def test_a_disk_that_is_too_small(findings: Findings) -> None:
+    """Two checkpoints and one in the making, 100 MB each, and 2 MB of shards; 250 MB free."""
+    tight = replace(findings, room=replace(findings.room, free_bytes=250_000_000))
+    (said,) = tight.refusals()
+    assert "the disk of /disk has 250.0 MB free, the run writes about 302.0 MB" in said
+    assert "52.0 MB are missing; lower train.keep_last from 3 to 1" in said
+    assert replace(findings, room=replace(findings.room, free_bytes=302_000_000)).refusals() == []
+    there = replace(tight.room, checkpoints_bytes=100_000_000)  # what a resumed run has saved already
+    assert replace(tight, room=there).refusals() == []
+
+
+def test_too_little_text(findings: Findings) -> None:
+    """Training takes what there is, and so does its rehearsal; both say it."""
+    few = replace(findings.room, tokens=600_000)
+    said, note = replace(findings, room=few), "note: data.target_tokens 1,000,000 is more than there is"
+    assert said.refusals() == []
+    assert note in said.table()
+    assert note not in replace(findings, room=replace(few, tokens_are_counted=False)).table()  # it may be so far off
+    assert replace(findings, room=replace(few, tokens=None)).refusals() == []
+
+
+def test_out_of_memory(findings: Findings) -> None:
+    (said,) = replace(findings, measured=None, out_of_memory=True, fits=4).refusals()
+    assert "train.micro_batch_size 1 needs more than the 1.00 GiB that one rank may use; set it to 4" in said
+    (said,) = replace(findings, measured=None, out_of_memory=True).refusals()
+    assert "not even one sequence of model.max_seq_len 64 fits in the 1.00 GiB" in said
+
+
+def test_a_failing_evaluation(findings: Findings) -> None:
+    failed = replace(findings.measured, evals={"samples": (1.0, "the samples evaluation failed at step 3: x; more")})
+    assert replace(findings, measured=failed).refusals() == [
+        "the samples evaluation failed at step 3: x; lower train.micro_batch_size, or set eval.sample_every_steps to 0"
+    ]
+
+
+# -- what really goes wrong -------------------------------------------------------------------------------------------
+
+
+def test_a_first_step_that_is_not_finite(config: RunConfig, temp_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rehearsal, "train_step", lambda *_: (torch.tensor(nan), torch.tensor(1.0), 0.0))
+    (said,) = preflight(config, ALONE, Bounds(), lambda line: None).refusals()
+    assert "the first step is not finite (loss nan, gradient norm 1.0): lower optim.max_lr 0.003" in said
+
+
+def test_a_failing_evaluation_is_met(config: RunConfig, temp_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: object) -> None:
+        raise RuntimeError("no such thing")
+
+    monkeypatch.setattr("myllm.evals.scoring.cloze.cloze_sums", failing)
+    (said,) = preflight(config, ALONE, Bounds(), lambda line: None).refusals()
+    assert "the cloze evaluation failed" in said
+    assert "eval.cloze_every_steps to 0" in said
+
+
+@pytest.mark.slow
+def test_a_micro_batch_that_is_too_large(config: RunConfig, temp_data: Path) -> None:
+    """A limit half-way between what one and four sequences take: the number that the refusal names fits."""
+    # Much to keep for the backward pass, little to compute.
+    model = replace(config.model, max_seq_len=256, n_layers=16, d_ff=2_048)
+    off = {f"{name}_every_steps": 0 for name in ("validation", "cloze", "hellaswag", "sample")}
+    wide = replace(
+        with_train(config, batch_tokens=4 * 256, micro_batch_size=4), model=model, eval=replace(config.eval, **off)
+    )
+    with stage(ALONE) as folder:
+        dataset = made_up_dataset(wide, folder, load_tokenizer("r50k_base"), ALONE)
+        measured_memory(wide, dataset, ALONE, 4, 2**40)  # a process's first steps leave some of their memory behind
+        peaks = {size: measured_memory(wide, dataset, ALONE, size, 2**40) for size in (1, 4)}
+    assert peaks[4] - peaks[1] > 300e6  # far more than a process's memory goes up and down by itself
+    limit = (peaks[1] + peaks[4]) // 2
+    findings = preflight(wide, ALONE, Bounds(), lambda line: None, limit)
+    assert findings.out_of_memory
+    assert findings.fits in (1, 2)
+    assert f"set it to {findings.fits}, the largest that fits" in findings.refusals()[0]
+    auto = with_train(wide, micro_batch_size="auto")
+    assert settle(auto, load_tokenizer("r50k_base"), ALONE, limit_bytes=limit)[0].train.micro_batch_size in (1, 2)
+    with pytest.raises(UserError, match="not even one sequence"):
+        settle(auto, load_tokenizer("r50k_base"), ALONE, limit_bytes=1_000)
+    assert list(temp_data.parent.glob(f"{rehearsal.PREFIX}*")) == []
+
+
+def test_what_a_cpu_must_not_even_try(temp_data: Path) -> None:
+    """320M parameters and their moments in 1 GiB: refused before any is made."""
+    large = with_train(preset("lf-llm-269m"), device="cpu")
+    findings = preflight(large, ALONE, Bounds(), lambda line: None, 2**30)
+    assert findings.out_of_memory
+    assert any(
+        "not even one sequence of model.max_seq_len 2,048 fits in the 1.00 GiB" in r for r in findings.refusals()
+    )
+
+
+def test_peaks_are_forgotten() -> None:
+    """256 MB more are seen, and no longer once they are given back."""
+    reset_peak(CPU)
+    before = peak_bytes(CPU)
+    block = torch.ones(64 << 20)
+    assert peak_bytes(CPU) - before > 250e6
+    del block
+    reset_peak(CPU)
+    assert peak_bytes(CPU) - before < 100e6
+
+
+# -- the largest that fits --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected", "tried"),
+    [
+        (1_000, 16, [1, 2, 16]),  # 200 + 20 a sequence: all fit
+        (460, 8, [1, 2, 8]),
+        (359, 4, [1, 2, 4]),
+        (225, 1, [1, 2]),
+        (219, None, [1]),
+    ],
+)
+def test_the_largest_that_fits(limit: int, expected: int | None, tried: list[int]) -> None:
+    asked: list[int] = []
+
+    def measure(size: int) -> int | None:
+        asked.append(size)
+        peak = 200 + 20 * size
+        return peak if peak <= limit else None
+
+    assert largest_that_fits([1, 2, 4, 8, 16], measure, limit) == expected
+    assert asked == tried
+
+
+def test_memory_that_bends() -> None:
+    """A size that the line promised and the device refused, and one that it did not expect: 4 in the end."""
+    peaks = {1: 100, 2: 110, 4: 180, 8: None, 16: None}
+    asked: list[int] = []
+    assert largest_that_fits(list(peaks), lambda size: asked.append(size) or peaks[size], 200) == 4
+    assert asked == [1, 2, 8, 4]
+
+
+def test_sizes_keep_the_batch_exact(config: RunConfig) -> None:
+    twelve = with_train(config, batch_tokens=12 * 64)
+    assert sizes_to_try(twelve, ALONE) == [1, 2, 3, 4, 6, 12]
+    assert sizes_to_try(twelve, ALONE, val_tokens=5 * 64) == [1, 2, 3, 4]
+    assert sizes_to_try(twelve, Process(0, 0, 2, CPU)) == [1, 2, 3, 6]
+    assert sizes_to_try(with_train(config, batch_tokens=128 * 64), ALONE)[-1] == CPU_TOKENS // 64
+    assert sizes_to_try(with_train(config, batch_tokens=128 * 64), Process(0, 0, 1, torch.device("cuda")))[-1] == 128
+
+
+def test_auto_is_settled_once(config: RunConfig, temp_data: Path) -> None:
+    """The number is in the run's config.json, a resume takes it, and losses are those of a run that was given it."""
+    config = replace(config, optim=replace(config.optim, warmup_steps=1, min_lr_ratio=1.0))  # for any max_steps
+    auto = with_train(config, micro_batch_size="auto", batch_tokens=256, max_steps=8)
+    dataset = prepare(config.data, progress=False)
+    train(with_train(auto, max_steps=4), dataset, ALONE)
+    run = temp_data / "runs/tiny"
+    chosen = json.loads((run / "config.json").read_text())["train"]["micro_batch_size"]
+    assert chosen == 4
+    assert f"micro_batch_size auto: {chosen}, the largest of 1, 2, 4 that fits" in (run / "log.txt").read_text()
+    train(auto, dataset, ALONE)
+    assert f"micro_batch_size auto: {chosen}, as this run began" in (run / "log.txt").read_text()
+    assert "changed since then: train.micro_batch_size" not in (run / "log.txt").read_text()
+    train(replace(with_train(auto, micro_batch_size=chosen), name="whole"), dataset, ALONE)
+    assert losses(run) == losses(temp_data / "runs/whole")
+
+
+def test_a_run_takes_its_preflights_number_untried(
+    config: RunConfig, tmp_path: Path, temp_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The preflight's command and then the run: no size is tried a second time."""
+    auto = with_train(config, micro_batch_size="auto", batch_tokens=256, max_steps=2)
+    main(["preflight", "--config", str(write_run_config(auto, tmp_path / "auto.json"))])
+    assert not (temp_data / "runs").exists()
+    monkeypatch.setattr(micro_batch, "trial_of", lambda *_: pytest.fail("a size was tried again"))
+    train(auto, prepare(config.data, progress=False), ALONE)
+    assert "micro_batch_size auto: 4, as the preflight found it" in (temp_data / "runs/tiny/log.txt").read_text()
+    assert json.loads((temp_data / "runs/tiny/config.json").read_text())["train"]["micro_batch_size"] == 4
+
+
+def test_a_preflights_number_is_for_its_own_conditions(
+    config: RunConfig, temp_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    auto = with_train(config, micro_batch_size="auto", batch_tokens=256)
+    monkeypatch.setattr(micro_batch, "trial_of", lambda *_: lambda size: size)  # finds 4, the largest
+    tokenizer = load_tokenizer("r50k_base")
+
+    def taken(config: RunConfig, limit: int = 2**30, val_tokens: int | None = None, rehearsed: bool = True) -> int:
+        found, why = settle(config, tokenizer, ALONE, val_tokens, limit, rehearsed)
+        assert ("as the preflight found it" in why) == (found.train.micro_batch_size == 2)
+        return found.train.micro_batch_size
+
+    hand_over(with_train(auto, micro_batch_size=2), ALONE, 2**29)
+    assert taken(auto) == 2
+    assert taken(with_train(auto, max_steps=9, seed=5, fresh=True)) == 2  # which no memory depends on
+    assert taken(auto, rehearsed=False) == 4
+    assert taken(auto, limit=2**28) == 4  # there is less memory now than it took
+    assert taken(auto, val_tokens=65) == 1  # there is no batch of 2 to validate with
+    assert taken(with_train(auto, precision="bfloat16")) == 4
+    assert taken(replace(auto, model=replace(auto.model, n_layers=1))) == 4
+    assert taken(replace(auto, name="other")) == 4
+    file = paths.micro_batch(auto.name)
+    found = json.loads(file.read_text())
+    odd = [{"device_name": "a card"}, {"torch": "2.0"}, {"world_size": 8}, {"micro_batch_size": 3}]
+    odd += [{"micro_batch_size": "2"}, {"micro_batch_size": True}, {"peak_bytes": None}, {"more": 1}]
+    for text in (*(json.dumps(found | change) for change in odd), "[]", "{", "", "\0"):
+        file.write_text(text)
+        assert taken(auto) == 4
+    file.unlink()
+    file.mkdir()
+    assert taken(auto) == 4
+
+
+# -- the config and the command line ----------------------------------------------------------------------------------
+
+
+def test_auto_in_a_file_and_in_the_plan(config: RunConfig, tmp_path: Path) -> None:
+    path = write_run_config(with_train(config, micro_batch_size="auto"), tmp_path / "auto.json")
+    assert load_json(path, RunConfig()).train.micro_batch_size == "auto"
+    path.write_text('{"train": {"micro_batch_size": "most"}}')
+    with pytest.raises(UserError, match=r"train\.micro_batch_size: expected a whole number or 'auto', found 'most'"):
+        load_json(path, RunConfig())
+    shown = describe(with_train(config, micro_batch_size="auto", batch_tokens=256), 1)
+    assert "auto: the most that fits of 1, 2, 4 sequences x 64 tokens x 1 rank(s), accumulated to 256" in shown
+    assert "tokens a step; memory is for one sequence" in shown
+
+
+def test_the_command(config: RunConfig, tmp_path: Path, temp_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(write_run_config(config, tmp_path / "tiny.json"))
+    main(["preflight", "--config", path, "--eval.hellaswag-every-steps", "0"])
+    assert "time left" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as caught:
+        main(["preflight", "--config", path, "--max-hours", "1e-9", "--train.micro-batch-size", "auto"])
+    assert caught.value.code == 2
+    shown = capsys.readouterr()
+    assert "beyond --max-hours 1e-09; raise --max-hours to" in shown.err
+    assert "micro_batch_size auto: 2" in shown.out
+    with pytest.raises(SystemExit) as caught:
+        main(["preflight", "--config", path, "--max-hours", "-1"])
+    assert caught.value.code == 2
+    assert "--max-hours is -1.0, but must be above 0" in capsys.readouterr().err
+    assert not temp_data.exists()
+
+
+# -- the disk and the text --------------------------------------------------------------------------------------------
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, code in (["preflight", "--help"], 0), (["preflight"], 2):
+        with pytest.raises(SystemExit) as caught:
+            main(words)
+        assert caught.value.code == code
+        assert "usage: myllm preflight PRESET" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["preflight", "debug", "--help"])
+    shown = capsys.readouterr().out
+    assert "usage: myllm preflight debug" in shown
+    assert "--dry-run" not in shown
+
+
+def test_a_prepared_data_set_is_known_by_its_settings(config: RunConfig, temp_data: Path) -> None:
+    assert prepared(config.data) is None
+    with pytest.raises(UserError, match="no text found"):
+        preflight(replace(config, data=replace(config.data, source="files:/nowhere")), ALONE, Bounds(), print)
+    room = room_for_run(config)
+    assert (room.tokens_are_counted, room.checkpoints_bytes) == (False, 0)
+    dataset = prepare(config.data, progress=False)
+    assert abs(room.tokens / dataset.train.tokens - 1) < 0.5
+    assert prepared(config.data).folder == dataset.folder
+    assert prepared(replace(config.data, workers=7)).folder == dataset.folder  # which changes no byte
+    assert prepared(replace(config.data, min_chars=3)) is None
+    assert room_for_run(config).tokens == dataset.train.tokens
+    large = with_train(config, batch_tokens=64 * 1_024)
+    with pytest.raises(UserError, match="fewer than the 1,024 of one step"):
+        preflight(large, ALONE, Bounds(), print)
+
+
+def test_a_public_corpus_is_not_asked_for(config: RunConfig, temp_data: Path) -> None:
+    room = room_for_run(replace(config, data=replace(config.data, source="fineweb-edu-10bt", target_tokens=None)))
+    assert (room.tokens, room.tokens_are_counted) == (10_000_000_000, False)
+    assert room.downloads_bytes == 8_000_000_000
+    assert not temp_data.exists()
+
+
+def test_what_a_killed_rehearsal_left_goes_with_the_next(temp_data: Path) -> None:
+    (temp_data / "runs").mkdir(parents=True)
+    (temp_data / "runs" / f"{rehearsal.PREFIX}old").mkdir()
+    killed, somebodys = (temp_data / "runs" / f"{rehearsal.PREFIX}{name}" for name in ("killed", "notes"))
+    for folder, file in ((killed, ".lock"), (killed, "shard"), (somebodys, "notes")):
+        folder.mkdir(exist_ok=True)
+        (folder / file).touch()
+    with stage(ALONE):
+        pass
+    assert list((temp_data / "runs").iterdir()) == [somebodys]
+    shutil.rmtree(somebodys)
+    with stage(ALONE) as folder:
+        assert list((temp_data / "runs").iterdir()) == [folder]
+        rehearsal._remove_left_behind(temp_data / "runs")  # what another one would do meanwhile
+        assert folder.is_dir()
+    assert list((temp_data / "runs").iterdir()) == []
+
+
+def test_a_signal_leaves_nothing(config: RunConfig, tmp_path: Path) -> None:
+    """SIGTERM in the middle of it: the folder goes, as at its own end."""
+    path = write_run_config(with_train(config, batch_tokens=64 * 64 * 8), tmp_path / "tiny.json")
+    (tmp_path / "data/runs").mkdir(parents=True)
+    words = [sys.executable, "-m", "myllm", "preflight", "--config", str(path)]
+    environment = os.environ | {"MYLLM_DATA": str(tmp_path / "data")}
+    process = subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "data/runs").glob(f"{rehearsal.PREFIX}*/dataset/manifest.json")):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 143, said
+    assert "Traceback" not in said
+    assert list((tmp_path / "data/runs").iterdir()) == []
+
+
+def test_every_part_is_the_runs_own() -> None:
+    """What a rehearsal does goes through the functions that `train` calls."""
+    from myllm.training import loop as train_module
+
+    for name in ("run_eval", "planned_evals", "Saver", "restore", "gathered"):
+        assert getattr(preflight_module, name) is getattr(train_module, name)
+    for name in ("train_step", "fast_kernels", "spread", "Transformer", "ScheduledAdamW", "Loader"):
+        assert getattr(rehearsal, name) is getattr(train_module, name)
+
+
+@pytest.mark.usefixtures("one_rank", "temp_data")
+@pytest.mark.parametrize("what", ["trial", "rehearsal", "benchmark"])
+def test_all_is_compiled_and_done_under_the_runs_own_settings(
+    what: str, config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With DDP too, which compiles before the first step: else what is measured is not what runs."""
+    seen: list[tuple[str, str]] = []
+    monkeypatch.setattr(precision, "may_use_tf32", lambda *_: True)
+    step, pair = rehearsal.train_step, replace(ALONE, world_size=2)
+
+    def compiled(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        seen.append(("compile", torch.get_float32_matmul_precision()))
+        return graph
+
+    def stepped(*arguments: Any) -> Any:
+        seen.append(("step", torch.get_float32_matmul_precision()))
+        return step(*arguments)
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=compiled))
+    monkeypatch.setattr(rehearsal, "train_step", stepped)
+    monkeypatch.setattr(preflight_module, "_timed_save", lambda *_: (0.0, 0.0, 0))  # of two ranks, where there is one
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    ways = importlib.import_module("throughput_ways")
+    monkeypatch.setattr(ways, "train_step", stepped)
+    config = with_train(config, compile="on")
+    with stage(pair) as folder, ExitStack() as stack:
+        torch.compiler.reset()
+        dataset = made_up_dataset(config, folder, load_tokenizer("r50k_base"), pair)
+        if what == "trial":
+            assert measured_memory(config, dataset, pair, 1, 2**40)
+        elif what == "benchmark":
+            ways.ours(config, pair, dataset, stack, print).step()
+        else:
+            assert preflight(config, pair, Bounds(), limit_bytes=2**40).measured.finite
+    assert {kind for kind, _ in seen} == {"compile", "step"}
+    assert {setting for _, setting in seen} == {"high"}
+    assert torch.get_float32_matmul_precision() == "highest"

@@ -1,0 +1,210 @@
+"""What torch.compile makes of a training step: one graph, made once. Graphs are run as traced, by no compiler."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from conftest import with_train
+from torch._dynamo.backends.debugging import aot_eager
+from torch._dynamo.utils import counters
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from myllm.config import ModelConfig, RunConfig
+from myllm.distributed import parallelize as parallel
+from myllm.distributed.collectives import Process
+from myllm.distributed.parallelize import clear_gradients, last_of_step, wrap
+from myllm.distributed.precision import autocast
+from myllm.evals.perplexity import assess_sums
+from myllm.inference.generate import stream
+from myllm.inference.sampling_params import Sampling
+from myllm.model import transformer
+from myllm.model.cross_entropy import mean_loss
+from myllm.model.transformer import Transformer
+from myllm.presets import PRESETS, preset
+from myllm.training.anomaly.diagnose import diagnose
+
+LAYERS = 9
+"""More than torch.compile would make graphs of one function for (recompile_limit, 8)."""
+ALONE = Process(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
+PAIR = replace(ALONE, world_size=2)
+"""What DDP is chosen for. The group of the test has one rank, which is no different to what is counted."""
+
+
+class Graphs:
+    """Every graph that was made since the test began, and how often one broke in two."""
+
+    def __init__(self) -> None:
+        self.made: list[torch.fx.GraphModule] = []
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        self.made.append(graph)
+        return aot_eager(graph, inputs)
+
+    @property
+    def count(self) -> tuple[int, int]:
+        return len(self.made), sum(counters["graph_break"].values())
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Graphs]:
+    """Counts; in place of a compiler."""
+    torch.compiler.reset()
+    counters.clear()
+    counting = Graphs()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counting))
+    yield counting
+    torch.compiler.reset()
+
+
+def small(model: ModelConfig, n_layers: int = 2) -> ModelConfig:
+    """The same kind of model, in small."""
+    grouped = 2 if model.kv_heads != model.n_heads else None
+    return replace(
+        model, max_seq_len=32, n_layers=n_layers, d_model=32, n_heads=4, n_kv_heads=grouped, head_dim=None, d_ff=48,
+        vocab_size=300,
+    )  # fmt: skip
+
+
+def small_run(name: str, n_layers: int = 2, **train: Any) -> RunConfig:
+    config = replace(preset(name), model=small(preset(name).model, n_layers))
+    return with_train(config, compile="on", precision="bfloat16", micro_batch_size=4, **train)
+
+
+def batch(rows: int = 4, length: int = 32) -> torch.Tensor:
+    return torch.randint(300, (rows, length))
+
+
+def train_steps(runner: torch.nn.Module, config: RunConfig, steps: int = 2) -> None:
+    """Two micro-steps each, the second of which would travel between ranks; gradients appear, add up and vanish."""
+    runner.train()
+    for _ in range(steps):
+        for last in (False, True):
+            with last_of_step(runner, last):
+                with autocast(config, ALONE.device):
+                    loss = runner(batch(), batch())
+                loss.backward()
+        clear_gradients(runner)
+
+
+def evaluate(model: Transformer, config: RunConfig) -> None:
+    """A whole batch of held-out text, the last short one, endings behind their contexts, a sample."""
+    model.eval()
+    with autocast(config, ALONE.device):
+        batches = [(batch(rows), batch(rows)) for rows in (4, 3)]
+        assess_sums(model.assess, batches, torch.ones(300, dtype=torch.int64), ALONE.device)
+        model.score(batch(2, 20), batch(2, 20))
+        model.score_continuations(batch(2, 10), torch.tensor([0, 0, 1]), batch(3, 5), batch(3, 5))
+        list(stream(model, [1, 2, 3], 4, Sampling()))
+
+
+def assert_graphs(count: int, config: RunConfig, graphs: Graphs) -> None:
+    """Training makes so many, without breaks; evaluations and training again make none."""
+    model = Transformer(config.model)
+    runner = wrap(model, config, ALONE)
+    for _ in range(2):
+        train_steps(runner, config)
+        assert graphs.count == (count, 0)
+        evaluate(model, config)
+        assert graphs.count == (count, 0), "an evaluation was compiled"
+
+
+@pytest.mark.parametrize("name", sorted({small(make().model): name for name, make in PRESETS.items()}.values()))
+def test_the_whole_model_is_one_graph(name: str, graphs: Graphs) -> None:
+    """Where it is asked for. Through micro-steps, steps, evaluations of other shapes, and training again."""
+    assert_graphs(1, small_run(name, compile_unit="model"), graphs)
+
+
+@pytest.mark.parametrize(("unit", "count"), [("model", 1), ("block", 2)])
+def test_a_bfloat16_residual_stream_makes_no_graph_more(unit: str, count: int, graphs: Graphs) -> None:
+    config = small_run("default-150m", compile_unit=unit)
+    assert_graphs(count, replace(config, model=replace(config.model, residual_dtype="bfloat16")), graphs)
+
+
+def test_blocks_share_one_graph(graphs: Graphs) -> None:
+    """And the loss has the other, however many layers there are."""
+    assert_graphs(2, small_run("lf-llm-269m", LAYERS), graphs)
+
+
+def test_checkpointed_blocks_share_one_graph(graphs: Graphs) -> None:
+    """And the loss has the other; evaluations go through the same blocks and are not compiled."""
+    assert_graphs(2, small_run("gpt2-124m", LAYERS, activation_checkpointing=True), graphs)
+
+
+def test_a_bad_step_is_taken_apart_uncompiled(graphs: Graphs) -> None:
+    """Its hooks see every module, in blocks that are compiled otherwise and are so again afterwards."""
+    config = small_run("debug", activation_checkpointing=True)
+    model = Transformer(config.model)
+    runner = wrap(model, config, ALONE)
+    train_steps(runner, config, steps=1)
+    found = diagnose(model, [(batch(1), batch(1))], 1, lambda: autocast(config, ALONE.device))
+    assert graphs.count == (2, 0)
+    assert {"blocks.0.attention", "blocks.1.feed_forward.down_proj"} <= {layer.module for layer in found.layers}
+    model.zero_grad(set_to_none=True)
+    train_steps(runner, config, steps=1)
+    assert graphs.count == (2, 0)
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("recompute", [False, True])
+def test_blocks_in_parts_share_one_graph(recompute: bool, graphs: Graphs) -> None:
+    config = small_run("lf-llm-269m", LAYERS, activation_checkpointing=recompute)
+    model = Transformer(config.model)
+    mesh = init_device_mesh("cpu", (1,))
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    train_steps(wrap(model, config, ALONE), config, steps=3)
+    assert graphs.count == (2, 0)
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("recompute", [False, True])
+def test_ddp_cuts_no_block(recompute: bool, graphs: Graphs) -> None:
+    """One graph for all blocks and one for the loss, before the first step. Torch would cut each at 1 MB and again at a
+    bucket."""
+    config = small_run("lf-llm-269m", n_layers=3, activation_checkpointing=recompute)
+    config = replace(config, model=replace(config.model, d_model=256, n_kv_heads=None))
+    model = Transformer(config.model)
+    runner = wrap(model, config, PAIR)
+    for _ in range(2):
+        assert graphs.count == (2, 0)
+        assert counters["stats"]["unique_graphs"] == 2
+        train_steps(runner, config)
+        evaluate(model, config)
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_ddp_cuts_a_whole_model_once(graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dynamo traces once, before the first step; DDP then cuts the graph at its buckets, without which nothing would
+    travel beside the backward pass."""
+    monkeypatch.setattr(parallel, "BUCKET_MB", 1)
+    config = small_run("default-150m", n_layers=3, compile_unit="model")
+    config = replace(config, model=replace(config.model, d_model=256, n_kv_heads=None))
+    model = Transformer(config.model)
+    runner = wrap(model, config, PAIR)
+    parts, breaks = graphs.count
+    assert parts > 1
+    assert (breaks, counters["stats"]["unique_graphs"]) == (0, 1)
+    for _ in range(2):
+        train_steps(runner, config)
+        evaluate(model, config)
+        assert graphs.count == (parts, 0)
+        assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_a_graph_that_would_break_is_an_error(graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not a slower run that nobody notices."""
+
+    def breaking(*arguments: Any) -> torch.Tensor:
+        torch._dynamo.graph_break()
+        return mean_loss(*arguments)
+
+    monkeypatch.setattr(transformer, "mean_loss", breaking)
+    config = small_run("debug", compile_unit="model")
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        train_steps(wrap(Transformer(config.model), config, ALONE), config)
+    assert graphs.made == []

@@ -1,0 +1,144 @@
+"""Garbage is collected after the steps that are due, and never within one."""
+
+import gc
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import pytest
+from conftest import with_train
+from training.test_loop import run
+
+from myllm.config import RunConfig
+from myllm.training import gc_schedule as garbage
+from myllm.training import loop
+from myllm.training.gc_schedule import Schedule
+
+
+class Node:
+    """With itself it makes a cycle, which counting references cannot free."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+
+def cycle() -> weakref.ref:
+    return weakref.ref(Node())
+
+
+@pytest.fixture
+def collections() -> Iterator[list[int]]:
+    """Generations that Python collected, from here on."""
+    seen: list[int] = []
+
+    def note(phase: str, info: dict[str, int]) -> None:
+        if phase == "start":
+            seen.append(info["generation"])
+
+    gc.collect()
+    gc.callbacks.append(note)
+    yield seen
+    gc.callbacks.remove(note)
+
+
+@contextmanager
+def many_objects() -> Iterator[None]:
+    """Enough of them that Python would collect, many times over."""
+    kept = [[] for _ in range(5_000)]
+    yield
+    kept.extend([] for _ in range(5_000))
+
+
+def test_without_a_schedule_python_collects(collections: list[int]) -> None:
+    with many_objects():
+        assert collections
+
+
+def test_collected_when_due_and_only_then(collections: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(garbage, "EVERY_STEPS", 5)
+    found = []
+    with Schedule(step=7) as schedule:
+        for step in range(8, 22):
+            left = cycle()
+            with many_objects():
+                pass
+            assert left() is not None, f"within step {step}"
+            before = len(collections)
+            schedule.after(step)
+            if len(collections) > before:
+                found.append(step)
+                assert left() is None
+        assert gc.get_freeze_count() > 0
+    assert found == [8, 10, 15, 20], "the first of this process, and those that the number decides"
+    assert collections == [2] * 5, "and one at the beginning"
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == 0
+
+
+def test_memory_does_not_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was made after the first step is found, however long the run."""
+    monkeypatch.setattr(garbage, "EVERY_STEPS", 10)
+    alive: list[weakref.ref] = []
+    with Schedule(step=0) as schedule:
+        for step in range(1, 101):
+            alive = [each for each in [*alive, cycle()] if each() is not None]
+            schedule.after(step)
+            assert len(alive) <= 10
+            if step % 10 == 0:
+                assert not [each for each in alive if each() is not None]
+
+
+@pytest.mark.parametrize("error", [None, KeyError])
+def test_evaluations_collect_by_themselves_and_leave_nothing(error: type[Exception] | None) -> None:
+    left = None
+
+    def evaluate(schedule: Schedule) -> None:
+        nonlocal left
+        with schedule.automatic():
+            assert gc.isenabled()
+            left = cycle()
+            if error:
+                raise error
+
+    with Schedule(step=0) as schedule:
+        with suppress(KeyError):
+            evaluate(schedule)
+        assert not gc.isenabled()
+        assert left() is None
+
+
+def test_one_that_was_off_stays_off() -> None:
+    gc.disable()
+    try:
+        with Schedule(step=0):
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+
+
+def test_no_collection_within_a_real_step(
+    tiny: RunConfig, collections: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(garbage, "EVERY_STEPS", 4)
+    within, real = [], loop.train_step
+    after: dict[int, int] = {}
+
+    def step(*arguments: object) -> object:
+        before = len(collections)
+        with many_objects():
+            result = real(*arguments)
+        within.append(len(collections) - before)
+        return result
+
+    def note(schedule: Schedule, number: int, done=Schedule.after) -> None:
+        before = len(collections)
+        done(schedule, number)
+        after[number] = len(collections) - before
+
+    monkeypatch.setattr(loop, "train_step", step)
+    monkeypatch.setattr(Schedule, "after", note)
+    run(with_train(tiny, max_steps=9))
+    assert within == [0] * 9
+    assert [number for number, count in after.items() if count] == [1, 4, 8]
+    assert gc.isenabled()

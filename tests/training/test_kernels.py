@@ -1,0 +1,86 @@
+"""What a run says about its kernels, and what it sets for them. Cards are made up: what is under test is the choice."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from conftest import with_train
+
+from myllm.config import RunConfig
+from myllm.distributed import device_info as hardware
+from myllm.distributed.collectives import Process
+from myllm.distributed.precision import float32_products
+from myllm.model import attention_backend as sdpa
+from myllm.model.transformer import Transformer
+from myllm.training.kernels import fast_kernels
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@pytest.fixture
+def said(tiny: RunConfig, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """The lines of a run's log about its kernels; on a card of a major compute capability, if one is given."""
+
+    def lines(
+        major: int | None = None, choice: sdpa.Choice | None = None, triton: str | None = "there", **train: Any
+    ) -> list[str]:
+        config = with_train(replace(tiny, model=replace(tiny.model, vocab_size=300)), **train)
+        process = Process(0, 0, 1, CUDA if major else CPU)
+        if major:
+            monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (major, 0))
+            monkeypatch.setattr(hardware, "find_spec", lambda name: triton)
+        if choice:
+            monkeypatch.setattr(sdpa, "chosen", lambda *_: choice)
+        found: list[str] = []
+        with fast_kernels(Transformer(config.model), config, process, found.append):
+            pass
+        return found
+
+    return lines
+
+
+def test_on_a_cpu(said: Callable[..., list[str]]) -> None:
+    assert said() == ["kernels: attention by the flash kernel; matrix products in float32; nothing compiled"]
+    assert said(precision="bfloat16", compile="on") == [
+        "kernels: attention by the flash kernel; matrix products in bfloat16; compiled block by block"
+    ]
+
+
+def test_on_a_card(said: Callable[..., list[str]]) -> None:
+    flash = sdpa.Choice("flash")
+    start = "kernels: attention by the flash kernel; matrix products in "
+    assert said(8, flash) == [f"{start}bfloat16, TF32 for what is left in float32; compiled block by block"]
+    scaled = f"{start}float16 with a loss scale, the rest in float32; "
+    assert said(7, flash) == [f"{scaled}compiled block by block"]
+    assert said(6, flash) == said(7, flash, triton=None) == [f"{scaled}nothing compiled"]
+    line, warning = said(7, flash, precision="bfloat16")
+    assert line == f"{start}bfloat16, the rest in float32; compiled block by block"
+    assert "no bfloat16 arithmetic" in warning
+    assert said(8, flash, activation_checkpointing=True, precision="float32") == [
+        f"{start}float32; compiled block by block"
+    ]
+
+
+def test_the_math_path_on_a_card_is_never_silent(said: Callable[..., list[str]]) -> None:
+    _, warning = said(8, sdpa.Choice("math", ("head_dim should be at most 256", "no bfloat16 here")))
+    assert warning.startswith("warning: attention runs on torch's math path")
+    assert warning.endswith(":\n  - head_dim should be at most 256\n  - no bfloat16 here")
+    assert said(8, sdpa.Choice("math"))[1].endswith("does not say why")
+    assert len(said(None, sdpa.Choice("math"))) == 1  # a CPU's own business
+
+
+@pytest.mark.parametrize(
+    ("major", "precision", "expected"),
+    [(8, "auto", "high"), (9, "bfloat16", "high"), (7, "auto", "highest"), (9, "float32", "highest")],
+)
+def test_tf32(tiny: RunConfig, major: int, precision: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a run computes in bfloat16 and the card has it; who asks for float32 gets it; as before afterwards."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (major, 0))
+    config = with_train(tiny, precision=precision)
+    with float32_products(config, CUDA):
+        assert torch.get_float32_matmul_precision() == expected
+    assert torch.get_float32_matmul_precision() == "highest"
+    with float32_products(with_train(tiny, precision="bfloat16"), CPU):
+        assert torch.get_float32_matmul_precision() == "highest"

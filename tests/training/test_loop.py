@@ -1,0 +1,261 @@
+"""A run from end to end, its interruptions, and what it refuses."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import eval_rows, losses, train_rows, with_train
+
+from myllm.checkpoint.format import list_checkpoints, load
+from myllm.config import RunConfig
+from myllm.data.prepare.prepare import prepare
+from myllm.distributed.collectives import process_group
+from myllm.errors import UserError
+from myllm.paths import RunPaths
+from myllm.planning.validation import check
+from myllm.training import loop
+from myllm.training.throughput import Diverged
+
+
+class Interrupted(Exception):
+    pass
+
+
+def run(config: RunConfig) -> Path:
+    with process_group("cpu") as process:
+        return loop.train(config, prepare(config.data, progress=False), process).run.root
+
+
+def run_until(config: RunConfig, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train, and die without a word when update number `step` would begin."""
+    real = loop.train_step
+
+    def fail_at(*args: object) -> object:
+        if args[4] == step:
+            raise Interrupted
+        return real(*args)
+
+    monkeypatch.setattr(loop, "train_step", fail_at)
+    with pytest.raises(Interrupted):
+        run(config)
+    monkeypatch.setattr(loop, "train_step", real)
+
+
+def weights(root: Path) -> dict[str, torch.Tensor]:
+    return load(list_checkpoints(root / "checkpoints")[0]).model
+
+
+def test_a_run_leaves_what_the_design_says(tiny: RunConfig) -> None:
+    root = run(tiny)
+    rows = train_rows(root)
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    assert [row["tokens"] for row in rows] == [128 * n for n in range(1, 13)]
+    assert rows[0].keys() == {
+        "kind", "step", "tokens", "loss", "lr", "grad_norm", "step_s", "tokens_per_s", "mfu", "data_wait_s", "receipt",
+        "receipt_since_step"
+    }  # fmt: skip
+    assert rows[0]["mfu"] is None  # a CPU's peak is unknown
+    assert [row["step"] for row in eval_rows(root, "validation")] == [0, 6, 12]
+    assert {"loss", "perplexity", "bits_per_byte", "token_accuracy"} <= eval_rows(root, "validation")[0].keys()
+    assert [row["step"] for row in eval_rows(root, "cloze")] == [0, 12]
+    assert {"acc", "acc_norm", "n_examples"} <= eval_rows(root, "cloze")[0].keys()
+    samples = [json.loads(line) for line in (root / "samples.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in samples] == [0, 12]
+    assert [path.name for path in list_checkpoints(root / "checkpoints")] == [
+        "step_00000012", "step_00000008", "step_00000004"
+    ]  # fmt: skip
+    assert json.loads((root / "config.json").read_text())["model"]["d_model"] == 16
+    environment = json.loads((root / "environment.json").read_text())
+    assert {"git_commit", "git_dirty", "versions", "device", "dataset_hash", "parameters"} <= environment.keys()
+    assert "step     12/12" in (root / "log.txt").read_text()
+
+
+def test_training_learns(tiny: RunConfig) -> None:
+    config = replace(tiny, optim=replace(tiny.optim, max_lr=1e-2, warmup_steps=5))
+    root = run(with_train(config, max_steps=60, save_every_steps=0))
+    first, last = eval_rows(root, "validation")[0]["loss"], eval_rows(root, "validation")[-1]["loss"]
+    assert first > 10
+    assert last < first - 3
+
+
+def test_resumed_twice_equals_uninterrupted(tiny: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit, with dropout: the same losses in the log, the same weights at the end."""
+    whole = run(replace(tiny, name="whole"))
+    broken = replace(tiny, name="broken")
+    run_until(broken, 6, monkeypatch)  # two updates past the save at 4
+    run_until(broken, 11, monkeypatch)  # three past the save at 8
+    root = run(broken)
+    assert losses(root) == losses(whole)
+    assert [row["lr"] for row in train_rows(root)] == [row["lr"] for row in train_rows(whole)]
+    for name in ("validation", "cloze"):
+        figures = [{k: v for k, v in row.items() if k != "seconds"} for row in eval_rows(root, name)]
+        assert figures == [{k: v for k, v in row.items() if k != "seconds"} for row in eval_rows(whole, name)]
+    assert (root / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
+    for name, tensor in weights(whole).items():
+        assert torch.equal(weights(root)[name], tensor), name
+    assert (root / "log.txt").read_text().count("resuming from") == 2
+
+
+def test_a_finished_run_can_be_extended_and_rerun(tiny: RunConfig) -> None:
+    root = run(tiny)
+    before = losses(root)
+    assert losses(run(tiny)) == before  # nothing left to do: nothing changes
+    assert max(losses(run(with_train(tiny, max_steps=14)))) == 14
+    log = (root / "log.txt").read_text()
+    assert "changed since then: train.max_steps: 12 -> 14" in log
+    assert "the schedule now ends at step 14 instead of 12; the loss will rise before it falls" in log
+
+
+def test_a_damaged_checkpoint_is_passed_over(tiny: RunConfig) -> None:
+    whole = losses(run(replace(tiny, name="whole")))
+    root = run(tiny)
+    newest = list_checkpoints(root / "checkpoints")[0]
+    content = bytearray((newest / "weights/__0_0.distcp").read_bytes())
+    content[len(content) // 2] ^= 1
+    (newest / "weights/__0_0.distcp").write_bytes(content)
+    assert losses(run(tiny)) == whole
+    assert f"passing over {newest}: the content of weights/__0_0.distcp has changed" in (root / "log.txt").read_text()
+
+
+def test_fresh_starts_over_and_deletes_nothing(tiny: RunConfig) -> None:
+    root = run(tiny)
+    old = {path.relative_to(root): path.read_bytes() for path in root.rglob("*.distcp")}
+    assert losses(run(with_train(tiny, fresh=True))) == losses(root)
+    aside = [path for path in root.parent.iterdir() if path.name.startswith("tiny.before-")]
+    assert len(aside) == 1
+    assert {path.relative_to(aside[0]): path.read_bytes() for path in aside[0].rglob("*.distcp")} == old
+    assert json.loads((root / "config.json").read_text())["train"]["fresh"] is False
+
+
+def test_other_settings_do_not_resume(tiny: RunConfig) -> None:
+    run(tiny)
+    with pytest.raises(UserError, match=r"model\.d_ff: 32 -> 64(.|\n)*--train\.fresh"):
+        run(replace(tiny, model=replace(tiny.model, d_ff=64)))
+    with pytest.raises(UserError, match="trained on other data"):
+        run(replace(tiny, data=replace(tiny.data, val_tokens=2_000)))
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(tiny: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = loop.Transformer.forward, []
+
+    def poisoned(self: object, *args: object, **kwargs: object) -> torch.Tensor:
+        calls.append(1)
+        out = real(self, *args, **kwargs)
+        return out * float("nan") if len(calls) > 2 * 6 and self.training else out
+
+    monkeypatch.setattr(loop.Transformer, "forward", poisoned)
+    with pytest.raises(Diverged, match="the gradient of step"):
+        run(tiny)
+    monkeypatch.setattr(loop.Transformer, "forward", real)
+    root = RunPaths.of("tiny").root
+    for folder in list_checkpoints(root / "checkpoints"):
+        assert all(tensor.isfinite().all() for tensor in load(folder).model.values())
+    whole = run(replace(tiny, name="whole"))
+    assert losses(run(tiny)) == losses(whole)  # and going on from the newest checkpoint heals it
+
+
+def test_a_failing_evaluation_does_not_cost_training(tiny: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("no such luck")
+
+    monkeypatch.setattr("myllm.evals.scoring.perplexity.assess_sums", broken)
+    root = run(tiny)
+    assert len(train_rows(root)) == 12
+    assert "the validation evaluation failed at step 6: no such luck" in (root / "log.txt").read_text()
+    assert eval_rows(root, "validation") == []
+    assert len(eval_rows(root, "cloze")) == 2
+
+
+def test_evaluations_leave_training_alone(tiny: RunConfig) -> None:
+    often = replace(tiny, name="often", eval=replace(tiny.eval, validation_every_steps=1, sample_every_steps=1))
+    assert losses(run(often)) == losses(run(tiny))
+
+
+def test_a_context_that_is_too_short_for_cloze_is_said(tiny: RunConfig) -> None:
+    root = run(with_train(replace(tiny, model=replace(tiny.model, max_seq_len=32)), max_steps=1))
+    assert "no cloze, training goes on without: cloze needs a context of 48 tokens" in (root / "log.txt").read_text()
+    assert not eval_rows(root, "cloze")
+
+
+@pytest.mark.parametrize(
+    ("held_out", "batch_tokens", "message"),
+    [
+        (64, 128, "holds out 64 tokens, too few for one sequence of model.max_seq_len 64 and its last target"),
+        (3_000, 64 * 2 * 1_000, "fewer than the 2,000 of one step"),
+    ],
+)
+def test_too_little_text(tiny: RunConfig, held_out: int, batch_tokens: int, message: str) -> None:
+    config = with_train(replace(tiny, data=replace(tiny.data, val_tokens=held_out)), batch_tokens=batch_tokens)
+    with pytest.raises(UserError, match=message):
+        run(config)
+    assert not RunPaths.of("tiny").root.exists()
+
+
+def test_what_is_held_out_may_be_less_than_a_batch(tiny: RunConfig) -> None:
+    """Down to one sequence; and nothing where nothing is validated."""
+    config = replace(tiny, data=replace(tiny.data, val_tokens=100), eval=replace(tiny.eval, cloze_every_steps=0))
+    config = with_train(config, micro_batch_size=4, batch_tokens=256, max_steps=2)
+    rows = eval_rows(run(config), "validation")
+    assert [row["n_tokens"] for row in rows] == [64, 64]
+    off = replace(config.eval, validation_every_steps=0, validation_tokens=1)
+    config = replace(config, name="off", data=replace(config.data, val_tokens=20), eval=off)
+    check(config, 1)
+    assert not eval_rows(run(config), "validation")
+
+
+def test_a_second_run_in_the_same_folder_is_refused(tiny: RunConfig) -> None:
+    from myllm.runs.run_dir import claimed
+
+    with claimed(RunPaths.of("tiny")), pytest.raises(UserError, match="another process is training in"):
+        run(tiny)
+
+
+def test_keep_last(tiny: RunConfig) -> None:
+    root = run(with_train(tiny, save_every_steps=2, keep_last=2))
+    assert [path.name for path in list_checkpoints(root / "checkpoints")] == ["step_00000012", "step_00000010"]
+    assert len(list_checkpoints(run(replace(with_train(tiny, keep_last=0), name="all")) / "checkpoints")) == 3
+
+
+def test_training_goes_round_the_corpus(tiny: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More steps than an epoch has: the position rolls over, and a resume in the second epoch is exact."""
+    evals = replace(tiny.eval, validation_every_steps=0, cloze_every_steps=0, sample_every_steps=0)
+    config = with_train(tiny, max_steps=40, save_every_steps=30)
+    config = replace(config, data=replace(tiny.data, target_tokens=3_000), eval=evals)
+    run_until(config, 35, monkeypatch)
+    root = run(config)
+    state = load(list_checkpoints(root / "checkpoints")[0]).state
+    assert state.data.epoch >= 1
+    assert state.tokens_seen == 40 * 128
+    assert losses(root) == losses(run(replace(config, name="whole")))
+
+
+def test_weights_that_are_not_finite_are_never_saved(tiny: RunConfig) -> None:
+    wild = replace(tiny, optim=replace(tiny.optim, max_lr=1e39, warmup_steps=0))
+    with pytest.raises(Diverged):
+        run(with_train(wild, save_every_steps=1))
+    for folder in list_checkpoints(RunPaths.of("tiny").root / "checkpoints"):
+        assert all(tensor.isfinite().all() for tensor in load(folder).model.values())
+
+
+def test_damage_to_every_checkpoint_does_not_start_over_by_itself(tiny: RunConfig) -> None:
+    root = run(tiny)
+    before = (root / "metrics.jsonl").read_text()
+    for folder in list_checkpoints(root / "checkpoints"):
+        (folder / "weights/__0_0.distcp").write_bytes(b"")
+    with pytest.raises(UserError, match="is intact"):
+        run(tiny)
+    assert (root / "metrics.jsonl").read_text() == before
+
+
+def test_what_a_killed_save_left_is_removed(tiny: RunConfig) -> None:
+    left = RunPaths.of("tiny").checkpoints / ".partial-step_00000005"
+    left.mkdir(parents=True)
+    run(tiny)
+    assert not left.exists()
+
+
+def test_a_vocabulary_that_is_not_the_tokenizers(tiny: RunConfig) -> None:
+    with pytest.raises(UserError, match=r"model\.vocab_size is 50,304(.|\n)*set it to 50257"):
+        run(replace(tiny, model=replace(tiny.model, vocab_size=50_304)))

@@ -1,0 +1,316 @@
+"""float16 with a loss scale, which is what a card without bfloat16 computes in. A CPU does the same, only slower."""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from conftest import losses, train_rows, with_train
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from myllm.checkpoint.format import TrainState, list_checkpoints, load
+from myllm.checkpoint.skips import FIRST_LOSS_SCALE, Skips
+from myllm.config import RunConfig, TrainConfig
+from myllm.data.prepare.prepare import prepare
+from myllm.data.sampler import DataPosition
+from myllm.distributed import doctor
+from myllm.distributed.collectives import Process, process_group
+from myllm.distributed.parallelize import wrap
+from myllm.distributed.precision import autocast, compute_dtype, has_bfloat16
+from myllm.model import cross_entropy as model_loss
+from myllm.model.cross_entropy import mean_loss
+from myllm.model.transformer import Transformer
+from myllm.optim.adamw import ScheduledAdamW
+from myllm.paths import RunPaths
+from myllm.planning import batch as plan
+from myllm.training import gradient_guard as guard
+from myllm.training import loop
+from myllm.training.gradient_guard import GROWTH_STEPS, LARGEST_LOSS_SCALE, Guard
+from myllm.training.step import accumulate_gradients, clip_gradients
+from myllm.training.throughput import Diverged
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+ALONE = Process(rank=0, local_rank=0, world_size=1, device=CPU)
+HALF = TrainConfig(precision="float16")
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [
+        ((6, 1), torch.float16),
+        ((7, 0), torch.float16),
+        ((7, 5), torch.float16),
+        ((8, 0), torch.bfloat16),
+        ((8, 9), torch.bfloat16),
+        ((9, 0), torch.bfloat16),
+        ((12, 0), torch.bfloat16),
+    ],
+)
+def test_auto_is_what_the_card_can(
+    capability: tuple[int, int], expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    assert compute_dtype("auto", CUDA) is expected
+    assert compute_dtype("float32", CUDA) is torch.float32
+    assert compute_dtype("auto", CPU) is torch.float32
+    scaled = expected is torch.float16
+    assert ("float16 with a loss scale" in doctor.how_it_trains(CUDA)) == scaled
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert has_bfloat16(CUDA)
+
+
+# -- the gradient -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compiling", [False, True])
+def test_the_losss_gradient_does_not_vanish(compiling: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Divided by 32,768 tokens before the products, most of it would be below float16's least number."""
+    monkeypatch.setattr(model_loss, "CPU_CHUNK", 4_096)  # as on a GPU
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)  # the form that is compiled, uncompiled
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(32_768, 16, generator=generator), 0.02 * torch.randn(128, 16, generator=generator)
+    targets = torch.randint(100, (32_768,), generator=generator)
+    exact = [part.double().requires_grad_() for part in (hidden, weight)]
+    F.cross_entropy((exact[0] @ exact[1].t())[:, :100], targets).backward()
+    found = [part.clone().requires_grad_() for part in (hidden, weight)]
+    with torch.autocast("cpu", torch.float16):
+        loss = mean_loss(*found, targets, 100)
+    loss.backward(torch.tensor(FIRST_LOSS_SCALE))
+    for mine, true in zip(found, exact, strict=True):
+        assert (mine.grad / FIRST_LOSS_SCALE - true.grad).norm() < 2e-3 * true.grad.norm()
+
+
+class MadeUp:
+    """Stands in for a loader: the same few batches again and again."""
+
+    def __init__(self) -> None:
+        self._turn = 0
+        self._rows = torch.randint(100, (4, 4, 65), generator=torch.Generator().manual_seed(1))
+
+    def next(self) -> tuple[torch.Tensor, torch.Tensor]:
+        self._turn += 1
+        rows = self._rows[self._turn % len(self._rows)]
+        return rows[:, :-1], rows[:, 1:]
+
+
+class Steps:
+    """The parts of a run, and its steps."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = replace(config, model=replace(config.model, vocab_size=100, dropout_ffn=0.0))
+        self.model = Transformer(self.config.model)
+        self.optimizer = ScheduledAdamW(self.model.named_parameters(), config.optim, config.train.max_steps)
+        self.runner, self.guard = wrap(self.model, self.config, ALONE), Guard(config.train, CPU)
+        self.batch, self.loader = plan.batch_plan(self.config.model, config.train, 1), MadeUp()
+
+    def make(self, step: int) -> tuple[float, float]:
+        self.guard.begin(TrainState(step, 0, DataPosition(0, 0, 0, "")))
+        parts = self.runner, self.optimizer, self.loader, self.batch, step, self.config, ALONE, self.guard
+        loss, norm, _ = loop.train_step(*parts)
+        return loss.item(), norm.item()
+
+
+@pytest.fixture
+def steps(tiny: RunConfig) -> Callable[[str], Steps]:
+    config = replace(tiny, model=replace(tiny.model, dropout_embedding=0.0, dropout_attention_residual=0.0))
+    settings = {"batch_tokens": 1_024, "micro_batch_size": 4, "max_steps": 30}
+    return lambda precision: Steps(with_train(config, precision=precision, **settings))
+
+
+def test_steps_are_those_of_float32(steps: Callable[[str], Steps]) -> None:
+    """Losses, and norms without the scale; what the optimizer gets is clipped and unscaled."""
+    exact, half = steps("float32"), steps("float16")
+    for step in range(12):
+        (loss, norm), (true_loss, true_norm) = half.make(step), exact.make(step)
+        assert loss == pytest.approx(true_loss, abs=3e-3)
+        assert norm == pytest.approx(true_norm, rel=2e-2)
+    assert half.guard.look() == replace(half.guard.look(), overflows=0, scaled_steps=12)
+    assert half.guard.loss_scale == FIRST_LOSS_SCALE
+    assert exact.guard.loss_scale is None
+
+
+def test_clipping_and_unscaling_round_nothing() -> None:
+    def updated(scale: float | None) -> tuple[torch.Tensor, torch.Tensor]:
+        weight = torch.nn.Parameter(torch.randn(8, 8, generator=torch.Generator().manual_seed(0)))
+        optimizer = ScheduledAdamW([("weight", weight)], RunConfig().optim, 10)
+        weight.grad = torch.randn(8, 8, generator=torch.Generator().manual_seed(1)) * (scale or 1.0)
+        given = None if scale is None else torch.tensor(scale)
+        norm = clip_gradients([weight], 1.0, given)
+        optimizer.step(0, torch.tensor(0.0), given)
+        return weight.detach(), norm
+
+    assert all(torch.equal(a, b) for a, b in zip(updated(None), updated(2.0**16), strict=True))
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_of_gradients_in_parts_too(steps: Callable[[str], Steps]) -> None:
+    """FSDP: float16 on the way, float32 sums, one norm, the scale taken off."""
+    exact, config = steps("float32"), steps("float16").config
+    model = Transformer(config.model)
+    for block in model.blocks:
+        fully_shard(block, mesh=init_device_mesh("cpu", (1,)))
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    parted = steps("float16")
+    parted.model, parted.runner = model, wrap(model, config, ALONE)
+    parted.optimizer = ScheduledAdamW(model.named_parameters(), config.optim, config.train.max_steps)
+    for step in range(4):
+        (loss, norm), (true_loss, true_norm) = parted.make(step), exact.make(step)
+        assert loss == pytest.approx(true_loss, abs=3e-3)
+        assert norm == pytest.approx(true_norm, rel=2e-2)
+
+
+def test_small_gradients_need_the_scale(steps: Callable[[str], Steps]) -> None:
+    """Most numbers of a long batch's gradient are too small for float16; with the scale none that matters is lost."""
+
+    def gradients(precision: str, scale: float | None) -> dict[str, torch.Tensor]:
+        made = steps(precision)
+        batch = replace(made.batch, batch_tokens=1_024)
+        given = None if scale is None else torch.tensor(scale)
+
+        def small(tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            return made.model(tokens, targets) / 4_096  # as of so many accumulation steps
+
+        small.train = made.model.train
+        accumulate_gradients(small, made.loader, batch, made.config, ALONE, loss_scale=given)
+        return {name: each.grad.double() / (scale or 1.0) for name, each in made.model.named_parameters()}
+
+    true, scaled, plain = gradients("float32", None), gradients("float16", 2.0**20), gradients("float16", None)
+    name = "blocks.0.attention.qkv_proj.weight"
+    assert (scaled[name] - true[name]).norm() < 0.02 * true[name].norm()
+    assert (plain[name] - true[name]).norm() > 0.1 * true[name].norm()
+
+
+# -- the scale --------------------------------------------------------------------------------------------------------
+
+
+def judged(judge: Guard, norms: list[float]) -> list[float]:
+    """What becomes of each step's update, as the optimizer is told; 1 is left out."""
+    found = []
+    for step, norm in enumerate(norms):
+        judge.begin(TrainState(step, 0, DataPosition(0, 0, 0, "")))
+        found.append(judge.judge(torch.tensor(norm)).item())
+    return found
+
+
+def test_an_overflow_costs_an_update_and_halves_the_scale() -> None:
+    """It ends no run, is counted apart, and neither adds to what was bad in a row nor starts that anew."""
+    judge = Guard(replace(HALF, max_skipped_steps=0), CPU)
+    assert judged(judge, [1.0, math.inf, math.nan, 1.0]) == [0, 1, 1, 0]
+    skips = judge.look()
+    assert (skips.overflows, skips.nonfinite, skips.in_a_row) == (2, 0, 0)
+    assert (skips.loss_scale, skips.scaled_steps) == (FIRST_LOSS_SCALE / 4, 1)
+    assert not judge.frozen
+    assert [each.kind for each in judge.left_out] == ["overflow", "overflow"]
+    assert [each.step for each in judge.left_out] == [2, 3]
+
+
+def test_what_overflows_at_the_least_scale_is_a_bad_number() -> None:
+    judge = Guard(HALF, CPU)
+    halvings = int(math.log2(FIRST_LOSS_SCALE))
+    assert judged(judge, [math.nan] * halvings) == [1] * halvings
+    assert judge.look().loss_scale == 1.0
+    assert not judge.frozen
+    judged(judge, [math.nan, 1.0])
+    assert judge.look().nonfinite == 1
+    assert judge.frozen
+    assert judge.left_out[-1].kind == "nonfinite"
+    exact = Guard(TrainConfig(precision="float32"), CPU)
+    judged(exact, [math.nan])
+    exact.look()
+    assert exact.frozen
+
+
+def test_the_scale_grows_back() -> None:
+    judge = Guard(HALF, CPU, Skips(loss_scale=1_024.0, scaled_steps=GROWTH_STEPS - 2))
+    judged(judge, [1.0])
+    assert judge.loss_scale == 1_024.0
+    judged(judge, [1.0])
+    assert judge.loss_scale == 2_048.0
+    assert judge.look().scaled_steps == 0
+    largest = Guard(HALF, CPU, Skips(loss_scale=LARGEST_LOSS_SCALE, scaled_steps=GROWTH_STEPS))
+    judged(largest, [1.0])
+    assert largest.loss_scale == LARGEST_LOSS_SCALE
+
+
+# -- runs -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bare(tiny: RunConfig) -> RunConfig:
+    evals = replace(tiny.eval, validation_every_steps=0, cloze_every_steps=0, sample_every_steps=0)
+    return with_train(replace(tiny, eval=evals), precision="float16", max_steps=6, log_every_steps=1)
+
+
+def run(config: RunConfig, stop_at: int | None = None) -> Any:
+    if stop_at is not None:
+        config = with_train(config, max_steps=stop_at)
+    with process_group("cpu") as process:
+        return RunPaths.of(loop.train(config, prepare(config.data, progress=False), process).run.root.name)
+
+
+def test_a_run_begins_with_overflows_and_a_resume_goes_on(bare: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a scale that is far too large it finds its own; the checkpoint has it, and the losses after a restart are
+    those of a run that was never stopped."""
+    monkeypatch.setattr(guard, "GROWTH_STEPS", 2)
+    monkeypatch.setattr(guard, "Skips", lambda *given: Skips(*given) if given else Skips(loss_scale=2.0**23))
+    whole = run(bare)
+    rows, saved = train_rows(whole.root), load(list_checkpoints(whole.checkpoints)[0])
+    assert saved.state.skips.overflows == rows[-1]["skipped_overflows"] > 0
+    assert saved.state.skips.loss_scale == rows[-1]["loss_scale"] < 2.0**23
+    assert "too large for float16, and the loss scale is halved" in whole.log.read_text()
+    assert json.loads(whole.environment.read_text())["precision"] == "float16"
+    broken = replace(bare, name="broken")
+    real = loop.train_step
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train_step", lambda *a: real(*a) if a[4] != 3 else (_ for _ in ()).throw(Cut()))
+        with pytest.raises(Cut):
+            run(with_train(broken, save_every_steps=2))
+    again = run(broken)
+    assert load(list_checkpoints(again.checkpoints)[0]).state == saved.state
+    assert losses(again.root) == losses(whole.root)
+
+
+class Cut(Exception):
+    pass
+
+
+def test_bad_numbers_still_end_a_run(bare: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "Transformer", poisoned)
+    monkeypatch.setattr(guard, "Skips", lambda *given: Skips(*given) if given else Skips(loss_scale=4.0))
+    with pytest.raises(Diverged, match="the gradient of step 3 is not finite"):
+        run(with_train(bare, log_every_steps=6, save_every_steps=6))
+
+
+def poisoned(*given: Any) -> Transformer:
+    model = Transformer(*given)
+    with torch.no_grad():
+        model.norm.weight[0] = math.nan
+    return model
+
+
+def test_a_checkpoint_from_before_has_the_first_scale() -> None:
+    old = {"nonfinite": 1, "spikes": 0, "in_a_row": 0, "counted": 3, "log_norm_mean": 0.1, "log_norm_variance": 0.2}
+    skips = Skips(**old)
+    assert (skips.loss_scale, skips.overflows) == (FIRST_LOSS_SCALE, 0)
+    assert Guard(HALF, CPU, skips).loss_scale == FIRST_LOSS_SCALE
+
+
+def test_autocast_reaches_the_model(tiny: RunConfig) -> None:
+    with autocast(with_train(tiny, precision="float16"), CPU):
+        assert torch.get_autocast_dtype("cpu") is torch.float16
+        assert torch.is_autocast_enabled("cpu")
+    with autocast(with_train(tiny, precision="float32"), CPU):
+        assert not torch.is_autocast_enabled("cpu")

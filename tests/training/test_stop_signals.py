@@ -1,0 +1,299 @@
+"""A run that is stopped from outside, with real processes and real signals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import ROOT, command, launch, losses, with_train, write_run_config
+
+from myllm.checkpoint.format import list_checkpoints, load
+from myllm.config import RunConfig
+from myllm.data.prepare.prepare import prepare
+from myllm.distributed.collectives import process_group
+from myllm.errors import UserError
+from myllm.paths import RunPaths
+from myllm.planning.validation import faults
+from myllm.runs.heartbeat import Heartbeat, starting, status
+from myllm.runs.run_dir import claimed
+from myllm.training.loop import train
+from myllm.training.stop_signals import TIME_LIMIT, StopRequest, exit_code, stop_signals
+from myllm.training.watchdog import tell
+
+# pretrain.py whose third step never comes back from C, and whose clock on the wall jumps back at the second.
+STUCK = f"""
+import ctypes, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import pretrain
+from myllm import train
+step, now = train.train_step, time.time
+def stuck(runner, optimizer, loader, batch, number, *rest):
+    if number == 1:
+        time.time = lambda: now() - 1e6
+    if number == 2 and "--stuck" in words:
+        lock = ctypes.create_string_buffer(64)
+        ctypes.CDLL(None).pthread_mutex_lock(lock)
+        print("stuck", flush=True)
+        ctypes.CDLL(None).pthread_mutex_lock(lock)  # no signal interrupts this, as none does a collective
+    return step(runner, optimizer, loader, batch, number, *rest)
+words = list(sys.argv)
+sys.argv = [word for word in words if word != "--stuck"]
+train.train_step, main = stuck, train.train
+train.train = lambda *arguments: main(*arguments[:4])  # the limit counts from now on, however slow the imports are
+if __name__ == "__main__":
+    pretrain.main()
+"""
+
+
+def start(path: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(command("--config", path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if (run / "metrics.jsonl").is_file() and f'"step": {step}, "tokens"' in (run / "metrics.jsonl").read_text():
+            return
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.02)
+    pytest.fail(f"step {step} was never reached")
+
+
+@pytest.fixture
+def long(tiny: RunConfig, tmp_path: Path) -> RunConfig:
+    """Long enough to be hit in the middle."""
+    evals = replace(tiny.eval, cloze_every_steps=0, sample_every_steps=0, validation_every_steps=0)
+    config = replace(with_train(tiny, max_steps=60, save_every_steps=10), eval=evals)
+    write_run_config(config, tmp_path / "long.json")
+    write_run_config(replace(config, name="whole"), tmp_path / "whole.json")
+    return config
+
+
+@pytest.mark.slow
+def test_a_run_that_is_interrupted_three_times(long: RunConfig, tmp_path: Path, temp_data: Path) -> None:
+    """Ctrl-C, kill -9, and a scheduler's SIGTERM: the same command each time, and losses as if nothing had happened."""
+    run = temp_data / "runs" / "tiny"
+    for number, step in ((signal.SIGINT, 7), (signal.SIGKILL, 24), (signal.SIGTERM, 43)):
+        process = start(tmp_path / "long.json")
+        wait_for_step(process, run, step)
+        process.send_signal(number)
+        said, _ = process.communicate(timeout=60)
+        if number == signal.SIGKILL:
+            assert process.returncode == -9
+            continue
+        # Polite signals save where they are.
+        assert process.returncode == 128 + number, said
+        newest = load(list_checkpoints(run / "checkpoints")[0])
+        assert newest.state.step == max(losses(run)) >= step
+        assert f"stopped after step {newest.state.step}, saved" in said
+        assert "Traceback" not in said
+    assert launch("--config", tmp_path / "long.json").returncode == 0
+    assert launch("--config", tmp_path / "whole.json").returncode == 0
+    assert losses(run) == losses(temp_data / "runs" / "whole")
+    assert (run / "log.txt").read_text().count("resuming from") == 3
+    assert (run / "report.html").is_file()
+    assert not [path for path in run.rglob("*") if path.name.startswith(".partial") or path.suffix == ".tmp"]
+    assert not [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path / "long.json") in (p.info["cmdline"] or [])]
+
+
+def wait_until(happened: Callable[[], object], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not happened():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+def doing(run: Path) -> str | None:
+    path = run / "heartbeat.json"
+    return json.loads(path.read_text())["doing"] if path.is_file() else None
+
+
+@pytest.mark.slow
+def test_an_evaluation_of_minutes_stops_at_once(long: RunConfig, tmp_path: Path, temp_data: Path) -> None:
+    """SIGUSR1 says "start me again". The interrupted evaluation has no row, and is done after the resume."""
+    run = temp_data / "runs" / "tiny"
+    endless = replace(long.eval, sample_every_steps=5, sample_new_tokens=10**8)
+    config = with_train(replace(long, eval=endless), max_steps=5)
+    process = start(write_run_config(config, tmp_path / "endless.json"))
+    wait_until(lambda: doing(run) == "evaluating", process)
+    assert status("tiny", 600)[1] == 3
+    process.send_signal(signal.SIGUSR1)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, said
+    assert "ended: stopped by SIGUSR1 after step 0\n" in said
+    assert status("tiny", 600) == ("step 0: stopped by SIGUSR1 after step 0", 75)
+    assert not (run / "samples.jsonl").exists()
+    short = replace(config, eval=replace(endless, sample_new_tokens=4))
+    done = launch("--config", write_run_config(short, tmp_path / "short.json"))
+    assert done.returncode == 0, done.stderr
+    assert [json.loads(line)["step"] for line in (run / "samples.jsonl").read_text().splitlines()] == [0, 5]
+    assert "ended: complete, after step 5" in done.stdout + done.stderr
+    assert status("tiny", 600)[1] == 0
+
+
+@pytest.mark.slow
+def test_a_time_limit_and_a_second_interrupt(long: RunConfig, tmp_path: Path, temp_data: Path) -> None:
+    """With a clock that jumps back. The limit saves in time; the second Ctrl-C is heard although the main thread never
+    comes back from C."""
+    (tmp_path / "stuck.py").write_text(STUCK)
+    words = [sys.executable, tmp_path / "stuck.py", "--config", tmp_path / "long.json"]
+    limited = [*words, "--train.max-steps", "1000000", "--train.max-wall-s", "6", "--train.save-every-steps", "0"]
+    done = subprocess.run(limited, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 75, done.stderr
+    assert "ended: stopped by the time limit, train.max_wall_s 0:00:06" in done.stdout
+    run = temp_data / "runs" / "tiny"
+    assert load(list_checkpoints(run / "checkpoints")[0]).state.step == max(losses(run))
+    again = [*words, "--name", "stuck", "--stuck"]
+    process = subprocess.Popen(again, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for line in process.stdout:
+        if "stuck" in line and "run " not in line:
+            break
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "left at once" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [
+        ("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129), ("SIGQUIT", 131), ("SIGUSR1", 75), ("SIGUSR2", 75),
+        ("SIGXCPU", 75),
+    ],
+)  # fmt: skip
+def test_each_signal_asks_for_a_stop_with_its_code(name: str, code: int) -> None:
+    number = signal.Signals[name]
+    before = signal.signal(number, signal.SIG_DFL)  # a shell that runs the tests under nohup ignores SIGHUP
+    try:
+        with stop_signals() as stop:
+            os.kill(os.getpid(), number)
+            assert stop.asked()
+            assert stop.signal == number
+        assert exit_code(stop.signal) == code
+    finally:
+        signal.signal(number, before)
+
+
+def test_the_time_limit_leaves_time_for_the_save() -> None:
+    now = time.monotonic()
+    assert not StopRequest(deadline=now + 100, save_s=40).asked()
+    asked = StopRequest(deadline=now + 100, save_s=80)
+    assert asked.asked()
+    assert asked.signal == TIME_LIMIT
+    assert exit_code(TIME_LIMIT) == exit_code(signal.SIGUSR1) == 75
+    assert exit_code(signal.SIGTERM) == 143
+    with stop_signals(max_wall_s=10, started=now - 10) as stop:
+        assert stop.asked()
+    assert len(faults(with_train(RunConfig(), max_wall_s=0.0, collective_timeout_s=-1.0), 1)) == 2
+
+
+def test_a_heartbeat_that_cannot_be_written_costs_nothing(tmp_path: Path, temp_data: Path) -> None:
+    (tmp_path / "file").touch()
+    beat = Heartbeat(tmp_path / "file" / "heartbeat.json")
+    beat.write(now=True)
+    assert "cannot write" in beat.unwritable
+    beat.end("complete", 0)
+    with pytest.raises(UserError, match="no heartbeat of a run 'unknown'"):
+        status("unknown", 600)
+
+
+def test_what_a_watcher_sees(temp_data: Path) -> None:
+    run = temp_data / "runs" / "seen"
+    run.mkdir(parents=True)
+    beat = Heartbeat(run / "heartbeat.json")
+    beat.reached(7)
+    beat.write(now=True)
+    assert status("seen", 600)[1] == 3
+    assert status(str(run), -1)[1] == 1  # has not got on for too long
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    values = json.loads((run / "heartbeat.json").read_text()) | {"pid": gone.pid}
+    (run / "heartbeat.json").write_text(json.dumps(values))
+    line, code = status("seen", 600)
+    assert code == 1
+    assert line.startswith("step 7: training; but process")
+    assert [path.name for path in run.iterdir()] == ["heartbeat.json"]
+
+
+def test_a_folder_that_has_the_name_of_a_run_is_none(
+    temp_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "seen").mkdir()
+    run = RunPaths(temp_data / "runs" / "seen")
+    run.root.mkdir(parents=True)
+    with pytest.raises(UserError, match=f"expected {run.heartbeat}"):
+        status("seen", 600)
+    Heartbeat(run.heartbeat, 4).end("complete, after step 4", 0)
+    assert status("seen", 600) == ("step 4: complete, after step 4", 0)
+
+
+def test_a_start_is_no_longer_what_the_start_before_was(temp_data: Path) -> None:
+    """From the first look at the data on; and an error before there is a loop is the last word."""
+    run = RunPaths(temp_data / "runs" / "seen")
+    run.root.mkdir(parents=True)
+    (run.checkpoints / "step_00000004").mkdir(parents=True)
+    Heartbeat(run.heartbeat, 4).end("complete, after step 4", 0)
+    with suppress(UserError), starting(run, active=True):
+        wait_for(lambda: status("seen", 600)[1] == 3)
+        assert status("seen", 600)[0].startswith("step 4: starting, ")
+        raise UserError("no such data:\n  - this one\n  - that one")
+    assert status("seen", 600) == ("step 4: failed: no such data: ...", 2)
+    with suppress(UserError), starting(run, active=True) as taken_over:
+        taken_over()
+        Heartbeat(run.heartbeat, 5).end("failed: in the loop", 65)
+        raise UserError("said already")
+    assert status("seen", 600) == ("step 5: failed: in the loop", 65)
+    with claimed(run), starting(run, active=True):  # another process trains there: its word stands
+        time.sleep(0.05)
+        assert status("seen", 600)[1] == 65
+    with starting(run, active=False), starting(RunPaths(temp_data / "new"), active=True):
+        assert status("seen", 600)[1] == 65
+    assert not (temp_data / "new").exists()
+
+
+def wait_for(happened: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_the_heartbeat_is_there_before_the_model(tiny: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, seen = RunPaths.of("tiny"), []
+    run.root.mkdir(parents=True)
+    Heartbeat(run.heartbeat, 9).end("complete, after step 9", 0)
+
+    def build(*_: object) -> None:
+        seen.append(status("tiny", 600))
+        raise UserError("enough")
+
+    monkeypatch.setattr("myllm.training.loop.Transformer", build)
+    with process_group("cpu") as process, pytest.raises(UserError, match="enough"):
+        train(tiny, prepare(tiny.data, progress=False), process)
+    assert (seen[0][0][:17], seen[0][1]) == ("step 0: starting,", 3)
+
+
+def test_who_did_not_arrive() -> None:
+    def report(step: int, taken: int, waits: bool) -> dict[str, object]:
+        where = {"doing": "training", "place": "loader.py, line 1, next", "host": "node", "pid": 9}
+        return {"arrived": [step, taken, step], "waits": waits, **where}
+
+    waiting, late = report(7, 14, True), report(7, 13, False)
+    assert tell([waiting, late, waiting], 60).startswith("rank 1 did not arrive in 60 s; rank 1 is in step 8, training")
+    assert tell([waiting, None], 60).startswith("rank 1 did not arrive in 60 s; rank 1 gives no sign of life; rank 0")
+    assert tell([report(7, 14, False), waiting, waiting], 60).startswith("rank 0 did not arrive")  # by its stack
+    assert tell([late, waiting, late], 60).startswith("ranks 0, 2 did not arrive")
+    assert tell([waiting, waiting], 60).startswith("no rank got on for 60 s")

@@ -1,0 +1,126 @@
+"""What a run says about its time: rows, lines, and the report's table."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import train_rows, with_train
+from training.test_loop import run, run_until
+
+from myllm.config import RunConfig
+from myllm.data.dataloader import Loader
+from myllm.runs.history import read_metrics
+from myllm.runs.report.times import times_section
+from myllm.training import loop
+from myllm.training import throughput as meters
+from myllm.training.throughput import console_line, progress, time_line
+
+
+def apart_rows(root: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (root / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["kind"] == "apart"]
+
+
+class Clock:
+    """Time goes on only where a test says so."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1_000.0
+        monkeypatch.setattr("myllm.runs.logs.time.perf_counter", lambda: self.now)
+
+    def slow(self, monkeypatch: pytest.MonkeyPatch, owner: object, name: str, seconds: float) -> None:
+        real = getattr(owner, name)
+
+        def slowed(*args: object, **kwargs: object) -> object:
+            self.now += seconds
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, slowed)
+
+
+def test_nothing_but_steps_is_in_tokens_per_second(tiny: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Validation, samples and saves are made to take hours; steps take 2 s each, of which 0.5 s wait for data."""
+    clock = Clock(monkeypatch)
+    clock.slow(monkeypatch, loop, "train_step", 1.5)
+    clock.slow(monkeypatch, loop, "run_eval", 3_600)
+    clock.slow(monkeypatch, loop.Saver, "save", 1_800)
+    real = Loader.next
+
+    def late(self: Loader) -> object:
+        batch = real(self)
+        self.wait_s += 0.25
+        clock.now += 0.25
+        return batch
+
+    monkeypatch.setattr(Loader, "next", late)
+    root = run(with_train(tiny, log_every_steps=3))
+    rows = train_rows(root)
+    assert [row["step"] for row in rows] == [3, 6, 9, 12]
+    for row in rows:  # two micro-steps of 64 tokens
+        assert row["step_s"] == pytest.approx(2.0)
+        assert row["tokens_per_s"] == pytest.approx(64.0)
+        assert row["data_wait_s"] == pytest.approx(0.5, abs=0.2), "of each step; what the loader really took is in it"
+    seconds = [row["seconds"] for row in apart_rows(root)]
+    assert seconds[0] == pytest.approx(
+        {"starting": seconds[0]["starting"], "validation": 3_600, "cloze": 3_600, "samples": 3_600}
+    )
+    assert seconds[0]["starting"] > 0
+    assert seconds[1:] == [{"saving": 1_800}, {"saving": 1_800, "validation": 3_600}, pytest.approx(
+        {"saving": 1_800, "validation": 3_600, "cloze": 3_600, "samples": 3_600}
+    )]  # fmt: skip
+    assert [row["step"] for row in apart_rows(root)] == [3, 6, 9, 12]
+    (line,) = [line for line in (root / "log.txt").read_text().splitlines() if "  time: " in line]
+    assert "validation 35.3%" in line
+    assert "training 0.1%" in line
+
+
+def test_a_restart_counts_on(tiny: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of steps that are made again are gone, and so is their time; every start's own time stays."""
+    broken = with_train(replace(tiny, name="broken"), log_every_steps=2)
+    run_until(broken, 6, monkeypatch)
+    run_until(broken, 11, monkeypatch)
+    root = run(broken)
+    rows = apart_rows(root)
+    assert [row["step"] for row in rows if "starting" in row["seconds"]] == [2, 6, 10]
+    metrics = read_metrics(root / "metrics.jsonl")
+    assert metrics.skipped == 0
+    assert metrics.apart["starting"] == pytest.approx(sum(row["seconds"].get("starting", 0) for row in rows))
+    seconds = metrics.seconds()
+    assert {"training", "starting", "validation", "cloze", "samples", "saving"} <= seconds.keys()
+    training = sum(2 * row["step_s"] for row in train_rows(root))
+    assert seconds["training"] + seconds.get("waiting for data", 0) == pytest.approx(training)
+
+
+def test_lines_for_people() -> None:
+    row = {"step": 5, "loss": 3.0, "lr": 1e-3, "grad_norm": 1.0, "step_s": 0.25, "tokens_per_s": 4_000.0, "mfu": None}
+    assert "wait" not in console_line(row | {"data_wait_s": 0.001}, 10)
+    assert "data wait 20%" in console_line(row | {"data_wait_s": 0.05}, 10)
+    assert progress(row) == "loss 3.000, 4 steps/s, 4,000 tok/s"
+    line = time_line({"starting": 7, "training": 920, "validation": 60, "saving": 13, "evaluating": 0.1}, 1.0)
+    assert line == (
+        "time: 0:16:40 since the start: training 92.0%, validation 6.0%, saving 1.3%, starting 0.7%; "
+        "waiting for the loader 0.1%"
+    )
+
+
+def test_the_table_of_the_report() -> None:
+    assert times_section({}) == ""
+    html = times_section({"training": 7_200.0, "<b>": 800.0})
+    assert "2 h 0 min" in html
+    assert "&lt;b&gt;" in html
+    assert "width: 90.000%" in html
+
+
+def test_a_stop_before_the_first_row_leaves_no_file(tmp_path: Path) -> None:
+    """Of a file without a step no report can be drawn."""
+    meter = object.__new__(meters.Meter)
+    meter._stopwatch, meter._told = meters.Stopwatch(torch.device("cpu")), {}
+    meter._process, meter._loader = type("P", (), {"is_main": True}), type("L", (), {"wait_s": 0.0})
+    lines: list[str] = []
+    with meter.doing("starting"):
+        pass
+    meter.finish(0, meters.JsonLines(tmp_path / "metrics.jsonl"), lines.append)
+    assert not (tmp_path / "metrics.jsonl").exists()
+    assert lines[0].startswith("time: 0:00:00")
