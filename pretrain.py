@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def main() -> None:
     # Imported here, since the processes that tokenise import this file again and need none of it.
     try:
-        from myllm import launch
+        from myllm.cli import launch
         from myllm.distributed.library_env import set_for_libraries
         from myllm.output import open_output
     except ModuleNotFoundError as error:

@@ -23,9 +23,16 @@ from tempfile import mkdtemp
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
+from myllm.cli.prove_resume.training_process import (
+    Broken,
+    Training,
+    logged_step,
+    saved_step,
+    train_rows,
+    wait_until_gone,
+)
 from myllm.config import to_dict
 from myllm.files import write_json
-from myllm.kills import Broken, Training, logged_step, saved_step, train_rows, wait_until_gone
 from myllm.presets import preset, shrunk
 
 SAVE_EVERY = 5

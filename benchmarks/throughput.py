@@ -16,10 +16,10 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # runs from a bare checkout too
 
+from myllm.cli.launch import AskedRun, clear_errors, parse_as
 from myllm.config import RunConfig
 from myllm.distributed import launcher as ranks
 from myllm.errors import UserError
-from myllm.launch import AskedRun, clear_errors, parse_as
 from myllm.planning import batch as plan
 
 GPU_SEQUENCES = 32

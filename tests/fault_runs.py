@@ -10,7 +10,7 @@ from typing import Any
 
 import psutil
 
-from myllm.kills import train_rows
+from myllm.cli.prove_resume.training_process import train_rows
 from myllm.paths import RunPaths
 
 Record = dict[int, tuple[float, str]]

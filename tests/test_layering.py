@@ -293,7 +293,7 @@ def test_preparing_data_needs_no_torch():
     modules = ("prepare", "units", "pipeline", "beside", "sources", "readers", "tokenizer", "shards", "order")
     code = f"""
 import sys
-import myllm.cli  # what `myllm data prepare` starts its workers with
+import myllm.cli.main  # what `myllm data prepare` starts its workers with
 {"".join(f"import myllm.data.{name}{chr(10)}" for name in modules)}
 print([name for name in ("torch", "transformers", "matplotlib", "datasets") if name in sys.modules])
 """

@@ -13,11 +13,11 @@ import pytest
 from conftest import ROOT
 from made_checkpoints import SMALL, Save
 
-from myllm.cli import COMMANDS, main
+from myllm.cli.launch import clear_errors, parse
+from myllm.cli.main import COMMANDS, main
 from myllm.data.prepare.prepare import clear_disk_errors
 from myllm.errors import UserError
 from myllm.files import full_place, in_words, naming, replacing
-from myllm.launch import clear_errors, parse
 from myllm.paths import temp_data, user_path
 
 PATHS = ("~nobody-of-this-name/x", "n" * 300, "a/" + "é" * 200 + "/b.json", "/dev/null/x")
@@ -123,7 +123,7 @@ def test_a_full_shared_memory_is_not_taken_for_the_data_folder(tmp_path: Path, m
 def test_a_system_without_fcntl_is_told_so() -> None:
     """Windows: before anything is imported that it lacks."""
     hide = "import sys; sys.modules['fcntl'] = sys.modules['resource'] = None; "
-    for program in ("from myllm.cli import main; main(['data', 'list'])", "import pretrain; pretrain.main()"):
+    for program in ("from myllm.cli.main import main; main(['data', 'list'])", "import pretrain; pretrain.main()"):
         done = subprocess.run(
             [sys.executable, "-c", hide + program, "debug"], capture_output=True, text=True, cwd=ROOT, check=False
         )

@@ -1,6 +1,6 @@
 """`python -m myllm`."""
 
-from .cli import main
+from myllm.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from made_checkpoints import SMALL, Save, rewrite
 
-from myllm import cli, files
+from myllm import files
 from myllm.checkpoint import integrity
+from myllm.cli import main as cli
 from myllm.hub.export import verify as parity
 from myllm.hub.export.transformers import export_folder, open_source
 from myllm.inference import chat

@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, TensorStorageMetadata
 
-from myllm import cli
 from myllm.checkpoint import format as checkpoint
 from myllm.checkpoint import retention
 from myllm.checkpoint.dcp import plain_names, read_into
 from myllm.checkpoint.format import Snapshot, TrainState, list_checkpoints, load, load_latest, save, verify
 from myllm.checkpoint.retention import SPARE_BYTES, Keep, check_room, check_run_room, run_bytes, save_due, step_of
+from myllm.cli import main as cli
 from myllm.config import RunConfig, TrainConfig
 from myllm.data.sampler import DataPosition
 from myllm.errors import UserError

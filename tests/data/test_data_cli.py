@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from myllm.amounts import parse_count, parse_target, scaled
-from myllm.cli import main as myllm
+from myllm.cli.main import main as myllm
 from myllm.data.sources.catalog import CORPORA
 from myllm.errors import UserError
 

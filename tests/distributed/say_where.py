@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+from myllm.cli.launch import clear_errors
 from myllm.config import RunConfig, load_json
 from myllm.data.prepare.background import prepared_beside
 from myllm.distributed import collectives as distributed
 from myllm.distributed import launcher as ranks
-from myllm.launch import clear_errors
 from myllm.training.loop import train
 
 if __name__ == "__main__":

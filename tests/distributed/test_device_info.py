@@ -12,7 +12,7 @@ import torch
 from packaging.specifiers import SpecifierSet
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from myllm import launch
+from myllm.cli import launch
 from myllm.distributed import device_info as hardware
 from myllm.distributed.collectives import choose_device, process_group, training_device
 from myllm.distributed.device_info import (

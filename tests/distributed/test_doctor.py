@@ -10,7 +10,7 @@ import pytest
 import torch.distributed as dist
 from conftest import ROOT
 
-from myllm.cli import main
+from myllm.cli.main import main
 from myllm.distributed import doctor
 from myllm.distributed.network_check import check_network
 from myllm.errors import UserError

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
+from myllm.cli.launch import clear_errors
 from myllm.config import ModelConfig, RunConfig, load_json
-from myllm.launch import clear_errors
 from myllm.model.transformer import Transformer
 from myllm.training import loop as train
 

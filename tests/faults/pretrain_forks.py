@@ -30,7 +30,7 @@ EARLY = (
     "pretrain",
     "myllm.training.loop",
     "myllm.data.prepare.background",
-    "myllm.launch",
+    "myllm.cli.launch",
     "myllm.hub.background_publish",
     "myllm.runs.report.write",
 )

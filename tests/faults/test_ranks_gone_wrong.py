@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from fault_runs import Forks, Goes, record, run_of
 
-from myllm.kills import saved_step
+from myllm.cli.prove_resume.training_process import saved_step
 from myllm.training.anomaly.dump import find_bag, read_bag
 from myllm.training.throughput import Diverged
 

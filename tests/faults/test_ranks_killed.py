@@ -11,8 +11,8 @@ import pytest
 from conftest import launch, with_train, write_run_config
 from fault_runs import assert_tidy, record, run_of
 
+from myllm.cli.prove_resume.training_process import Training, saved_step, wait_until_gone
 from myllm.config import RunConfig
-from myllm.kills import Training, saved_step, wait_until_gone
 
 pytestmark = pytest.mark.slow  # real processes, half a minute and more in all
 

@@ -7,7 +7,7 @@ import pytest
 from fault_runs import Forks, Goes, run_of
 
 from myllm.checkpoint.format import list_checkpoints, verify
-from myllm.kills import saved_step
+from myllm.cli.prove_resume.training_process import saved_step
 
 pytestmark = pytest.mark.slow  # real processes, half a minute and more in all
 

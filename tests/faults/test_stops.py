@@ -8,9 +8,9 @@ from tempfile import TemporaryDirectory
 import pytest
 from fault_runs import Forks, Goes, Record, assert_tidy, record, run_of
 
+from myllm.cli.prove_resume.training_process import saved_step
 from myllm.data.dataset import Dataset
 from myllm.files import locked
-from myllm.kills import saved_step
 from myllm.paths import RunPaths
 
 pytestmark = pytest.mark.slow  # real processes, half a minute and more in all

@@ -19,6 +19,7 @@ from published_run import REPO, TOKEN, hub_config, save_checkpoint
 from stand_in_export import make_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from myllm.cli.launch import parse
 from myllm.config import HubConfig, RunConfig
 from myllm.data.prepare.prepare import prepare
 from myllm.distributed.collectives import process_group
@@ -28,7 +29,6 @@ from myllm.hub import publish as publishing
 from myllm.hub.background_publish import check_hub, publish_offers, published_beside
 from myllm.hub.publish import due
 from myllm.inference.load import load_model
-from myllm.launch import parse
 from myllm.paths import RunPaths
 from myllm.planning.validation import hub_faults
 from myllm.training.loop import train

@@ -28,7 +28,8 @@ from transformers import (
 )  # fmt: skip
 
 from myllm.checkpoint.format import load
-from myllm.cli import main as myllm
+from myllm.cli.launch import parse
+from myllm.cli.main import main as myllm
 from myllm.config import RunConfig, load_json
 from myllm.data.prepare.prepare import prepare
 from myllm.data.tokenizer.load import Tokenizer, load_tokenizer
@@ -40,7 +41,6 @@ from myllm.hub.export.transformers import export_folder
 from myllm.hub.import_model import import_model
 from myllm.inference.completion import generate
 from myllm.inference.load import load_model
-from myllm.launch import parse
 from myllm.paths import RunPaths
 from myllm.planning.batch import with_length
 from myllm.runs.run_dir import latest_checkpoint

@@ -11,9 +11,9 @@ from hub_server import HubServer
 from published_run import REPO, STEPS, TOKEN, save_checkpoint
 from stand_in_export import make_folder
 
-from myllm import cli
 from myllm.checkpoint.format import load
 from myllm.checkpoint.integrity import MODEL
+from myllm.cli import main as cli
 from myllm.config import HubConfig, RunConfig
 from myllm.errors import UserError
 from myllm.files import locked

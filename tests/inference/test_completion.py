@@ -19,10 +19,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import myllm
-from myllm import sample_cli
 from myllm.checkpoint import format as checkpoint
 from myllm.checkpoint.format import TrainState
-from myllm.cli import main as run_command
+from myllm.cli import sample as sample_cli
+from myllm.cli.main import main as run_command
+from myllm.cli.sample import Turns
 from myllm.config import ModelConfig, RunConfig, to_dict
 from myllm.data.sampler import DataPosition
 from myllm.data.tokenizer.load import Tokenizer
@@ -32,7 +33,6 @@ from myllm.inference.generate import stream
 from myllm.inference.load import LanguageModel
 from myllm.inference.sampling_params import Sampling
 from myllm.model.transformer import Transformer
-from myllm.sample_cli import Turns
 
 R50K = Tokenizer()
 CONFIG = ModelConfig(max_seq_len=32, d_model=16, n_layers=1, n_heads=2, d_ff=32)

@@ -11,9 +11,10 @@ import pytest
 import torch
 from conftest import ROOT
 
-from myllm import cli, paths
+from myllm import paths
 from myllm.checkpoint import format as checkpoint
 from myllm.checkpoint.format import TrainState
+from myllm.cli import main as cli
 from myllm.config import ModelConfig, RunConfig, to_dict
 from myllm.data.sampler import DataPosition
 from myllm.errors import UserError

@@ -9,7 +9,7 @@ import pytest
 from hub_server import HubServer
 from made_checkpoints import KINDS, Save
 
-from myllm.cli import main as myllm
+from myllm.cli.main import main as myllm
 from myllm.errors import UserError
 from myllm.hub.export.transformers import export_folder
 from myllm.inference.completion import generate

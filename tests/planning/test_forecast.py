@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from conftest import with_train
 
-from myllm.cli import main
+from myllm.cli.main import main
 from myllm.errors import UserError
 from myllm.planning.batch import micro_batch_sizes
 from myllm.planning.flops import CARDS

@@ -235,7 +235,7 @@ def program(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     "backend", ["nonsense", "module://matplotlib_inline.backend_inline", "module://nowhere.at.all"]
 )
 def test_draws_whatever_a_notebook_says_of_pictures(run: RunPaths, backend: str) -> None:
-    code = f"from myllm.cli import main\nmain(['report', {str(run.root)!r}])"
+    code = f"from myllm.cli.main import main\nmain(['report', {str(run.root)!r}])"
     done = program(code, MPLBACKEND=backend)
     assert done.returncode == 0, done.stderr
     assert (run.plots / "loss.png").is_file()

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, write_corpus, write_run_config
 
+from myllm.cli.launch import base_config, config_files, names_own_text, parse
 from myllm.config import DataConfig, RunConfig, to_dict
 from myllm.data.dataset import FORMAT, find_dataset
 from myllm.data.prepare.prepare import prepare
 from myllm.errors import UserError
-from myllm.launch import base_config, config_files, names_own_text, parse
 from myllm.planning import batch as plan
 from myllm.presets import preset
 from myllm.runs.saved_settings import as_begun

@@ -40,10 +40,10 @@ from myllm.runs.heartbeat import Heartbeat, newest_step
 from myllm.runs.logs import JsonLines, Log, environment
 from myllm.runs.reference_curve import ReferenceWatch, reference_of
 from myllm.runs.run_dir import check_not_imported, check_shared, claimed, start_over, truncate_logs, write_config
-from myllm.training.anomaly import report as bad_step
 from myllm.training.preflight.batch_size import settle
 
 from . import gc_schedule as garbage
+from .anomaly import report as bad_step
 from .evaluator import Interrupted, Poll, planned_evals, run_eval
 from .gradient_guard import Guard
 from .growing import known_sequences, wait_for_data

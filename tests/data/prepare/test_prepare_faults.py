@@ -204,7 +204,7 @@ LIMIT = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0}));
 
 
 def test_a_full_disk_ends_with_a_clear_message_and_code_2(big_corpus: Path, preparations: "Preparations") -> None:
-    code = LIMIT.format(1_000) + "import sys; from myllm.cli import main; main(sys.argv[1:])"
+    code = LIMIT.format(1_000) + "import sys; from myllm.cli.main import main; main(sys.argv[1:])"
     status, errors = finish(preparations.python("-c", code, "data", "prepare", f"files:{big_corpus}"))
     assert status == 2
     assert "no room to write the data set" in errors

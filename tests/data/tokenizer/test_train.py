@@ -15,12 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from myllm import cli
+from myllm.cli import main as cli
+from myllm.cli.tokenizer import tokenizer_train
 from myllm.data.dataset import Dataset
 from myllm.data.tokenizer.load import Tokenizer, load_tokenizer
 from myllm.data.tokenizer.train import train_tokenizer
 from myllm.errors import UserError
-from myllm.tokenizer_cli import tokenizer_train
 
 TEXTS = ["the river ran under the old bridge, été <|endoftext|> 3.14\n" * 30, "", "bread\ud800 and copper 🙂 " * 30]
 

@@ -13,7 +13,7 @@ import torch
 from made_checkpoints import KINDS, SMALL, Save, small_vocabulary
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from myllm.cli import main as myllm
+from myllm.cli.main import main as myllm
 from myllm.data.tokenizer.train import train_tokenizer
 from myllm.errors import UserError
 from myllm.hub.export import onnx as to_onnx

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from tiktoken_ext.openai_public import r50k_pat_str
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from myllm.cli import main as myllm
+from myllm.cli.main import main as myllm
 from myllm.config import ModelConfig
 from myllm.data.tokenizer.load import Tokenizer
 from myllm.data.tokenizer.train import train_tokenizer

@@ -20,7 +20,7 @@ from serving import DEADLINE_S, DEFAULT, JSON, connect, post, scripted, serving
 
 from myllm.checkpoint import format as checkpoint
 from myllm.checkpoint.format import TrainState
-from myllm.cli import main as run_command
+from myllm.cli.main import main as run_command
 from myllm.config import ModelConfig, RunConfig, to_dict
 from myllm.data.sampler import DataPosition
 from myllm.data.tokenizer.load import Tokenizer

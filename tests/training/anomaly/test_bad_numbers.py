@@ -18,7 +18,7 @@ from torch import nn
 
 from myllm.checkpoint.format import TrainState, checkpoint_folder, list_checkpoints, load
 from myllm.checkpoint.skips import Skips
-from myllm.cli import main
+from myllm.cli.main import main
 from myllm.config import RunConfig, TrainConfig
 from myllm.data.dataloader import batch_of
 from myllm.data.dataset import Dataset

@@ -22,7 +22,7 @@ import torch
 from conftest import ROOT, losses, tiny_config, with_train, write_run_config
 
 from myllm import paths
-from myllm.cli import main
+from myllm.cli.main import main
 from myllm.config import RunConfig, load_json
 from myllm.data.prepare.prepare import prepare
 from myllm.data.tokenizer.load import load_tokenizer

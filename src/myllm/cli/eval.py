@@ -8,14 +8,13 @@ from typing import Literal
 import tyro
 
 from myllm import paths
+from myllm.errors import UserError, nearest
+from myllm.evals import results as eval_results
 from myllm.evals.results import Result
 from myllm.evals.tasks import OF_A_FILE, TASKS, Choices, Subject, measure
-
-from .errors import UserError, nearest
-from .evals import results as eval_results
-from .files import check_writable, why_unwritable
-from .output import open_output
-from .paths import user_path
+from myllm.files import check_writable, why_unwritable
+from myllm.output import open_output
+from myllm.paths import user_path
 
 USUAL = ("validation", "hellaswag", "cloze")
 OPTIONAL = ("hellaswag", "cloze")

@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
 import tyro
 
 from myllm import paths
+from myllm.errors import UserError
+from myllm.files import check_writable, parse_json
 from myllm.inference.sampling_params import Sampling
-
-from .errors import UserError
-from .files import check_writable, parse_json
-from .paths import user_path
+from myllm.paths import user_path
 
 if TYPE_CHECKING:
     from myllm.inference.completion import Completion

@@ -16,13 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from myllm.config import RunConfig, to_dict
 from myllm.distributed.collectives import choose_device
 from myllm.distributed.device_info import cuda_devices
 from myllm.distributed.precision import compute_dtype, dtype_name
+from myllm.files import write_json
 
-from .config import RunConfig, to_dict
-from .files import write_json
-from .kills import Broken, Training, logged_step, saved_step, train_rows
+from .training_process import Broken, Training, logged_step, saved_step, train_rows
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2, "float16": 3e-2}
 """Largest difference of a loss, in nats, by precision: some hundred times what is seen, and far below what one wrong

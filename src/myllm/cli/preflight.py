@@ -3,10 +3,11 @@
 import signal
 from dataclasses import dataclass
 
-from .distributed import launcher as ranks
-from .errors import UserError
+from myllm.distributed import launcher as ranks
+from myllm.errors import UserError
+from myllm.output import open_output
+
 from .launch import AskedRun, parse_as
-from .output import open_output
 
 USAGE = """usage: myllm preflight PRESET [--config FILE.json] [--max-hours H] [--dollars-per-hour X] [overrides]
 

@@ -5,11 +5,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from myllm.amounts import parse_count, parse_target, scaled
+from myllm.config import DataConfig, RunConfig
+from myllm.errors import UserError
 from myllm.planning.validation import check_data_config
-
-from .amounts import parse_count, parse_target, scaled
-from .config import DataConfig, RunConfig
-from .errors import UserError
 
 if TYPE_CHECKING:
     from myllm.data.dataset import Dataset

@@ -5,10 +5,9 @@ from dataclasses import replace
 import tyro
 
 from myllm import paths
+from myllm.config import HubConfig
+from myllm.errors import UserError
 from myllm.planning.validation import hub_faults
-
-from .config import HubConfig
-from .errors import UserError
 
 Positional = tyro.conf.Positional
 
@@ -37,7 +36,7 @@ def publish(
 
     _, checkpoints = checkpoints_of(run, paths.runs())
     found = paths.RunPaths(checkpoints[0].parent.parent)
-    from .hub import publish as publishing
+    from myllm.hub import publish as publishing
 
     hub = publishing.hub_of(found)
     given = HubConfig(repo or hub.repo, private, every_checkpoint, license)

@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
+from myllm.errors import UserError
+from myllm.planning import forecast
 from myllm.planning.batch import length_note
 
-from .errors import UserError
 from .launch import AskedRun, parse_as
-from .planning import forecast
 
 USAGE = """usage: myllm plan PRESET --gpus 8xA100-80 [--config FILE.json] [overrides]
 

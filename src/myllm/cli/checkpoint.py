@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from .errors import UserError
-from .paths import user_path
+from myllm.errors import UserError
+from myllm.paths import user_path
 
 Positional = tyro.conf.Positional
 TITLES = ("step", "tokens", "size", "validation loss", "where", "state")
@@ -42,8 +42,7 @@ def list_all(where: Positional[str], as_json: Annotated[bool, tyro.conf.arg(name
         as_json: print a JSON object a line instead: folder, step, tokens, bytes, validation_loss, where, state.
     """
     from myllm.data.prepare.disk_space import size
-
-    from .nonfinite import json_safe
+    from myllm.nonfinite import json_safe
 
     rows = []
     for about in _described(_find(where), hashing=False):
@@ -83,8 +82,7 @@ def _described(folders: list[Path], hashing: bool) -> Iterator[dict[str, Any]]:
     from myllm.checkpoint.format import read_state
     from myllm.checkpoint.integrity import EVERYTHING, NOTHING, verify
     from myllm.checkpoint.retention import step_of
-
-    from .paths import RunPaths
+    from myllm.paths import RunPaths
 
     losses = _validation_losses(RunPaths(folders[0].parent.parent))
     hidden = None if hashing else True  # None: shown on a terminal only

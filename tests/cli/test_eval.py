@@ -10,7 +10,7 @@ import torch
 from conftest import eval_rows
 from made_checkpoints import rewrite
 
-from myllm import cli
+from myllm.cli import main as cli
 from myllm.config import RunConfig
 from myllm.data.prepare.prepare import prepare
 from myllm.distributed.collectives import process_group
@@ -23,7 +23,7 @@ from myllm.evals.results import add, read
 from myllm.inference.load import load_model
 from myllm.training.loop import train
 
-OWN = Path(__file__).parent / "evals" / "hellaswag_own.jsonl"
+OWN = Path(__file__).parents[1] / "evals" / "hellaswag_own.jsonl"
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +209,7 @@ def test_a_run_that_cannot_be_written_is_measured_all_the_same(
     def refuse(file: Path, results: list) -> None:
         raise UserError(f"cannot write {file}: Permission denied; give another file with --out")
 
-    monkeypatch.setattr("myllm.eval_cli.why_unwritable", lambda file: "Permission denied")
+    monkeypatch.setattr("myllm.cli.eval.why_unwritable", lambda file: "Permission denied")
     with monkeypatch.context() as patch:
         patch.setattr(eval_results, "add", refuse)
         assert evaluate("tiny", "--tasks", "validation", "cloze") == 2

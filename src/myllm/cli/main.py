@@ -8,25 +8,23 @@ from typing import Literal
 
 import tyro
 
-from myllm import (
-    checkpoint_cli,
-    data_cli,
-    eval_cli,
-    export_cli,
-    plan_cli,
-    preflight_cli,
-    prove_cli,
-    publish_cli,
-    replay_cli,
-    sample_cli,
-    tokenizer_cli,
-)
+from myllm.cli.prove_resume import command as prove_cli
 from myllm.distributed.library_env import set_for_libraries
+from myllm.errors import UserError, nearest
+from myllm.output import open_output
 
-from .arguments import parse_arguments, version
-from .errors import UserError, nearest
+from . import checkpoint as checkpoint_cli
+from . import data as data_cli
+from . import eval as eval_cli
+from . import export as export_cli
+from . import plan as plan_cli
+from . import preflight as preflight_cli
+from . import publish as publish_cli
+from . import replay as replay_cli
+from . import sample as sample_cli
+from . import tokenizer as tokenizer_cli
 from .launch import clear_errors
-from .output import open_output
+from .parse import parse_arguments, version
 
 Positional = tyro.conf.Positional
 
@@ -76,7 +74,7 @@ def status(run: Positional[str], silent_s: float = 600.0) -> None:
         run: its name, or its folder.
         silent_s: no sign of life is when it has not got on for so many seconds.
     """
-    from .runs import heartbeat
+    from myllm.runs import heartbeat
 
     line, code = heartbeat.status(run, silent_s)
     print(line)

@@ -13,10 +13,10 @@ import pytest
 import torch
 from conftest import ROOT, command, launch, write_run_config
 
-from myllm import cli
+from myllm.cli import main as cli
+from myllm.cli.launch import clear_errors, describe, parse
 from myllm.config import RunConfig
 from myllm.errors import UserError
-from myllm.launch import clear_errors, describe, parse
 from myllm.presets import PRESETS, preset
 
 
@@ -247,7 +247,9 @@ def test_a_rank_that_lost_another_leaves_the_word_to_it(
 @pytest.mark.parametrize("lines", [1, 100_000])
 def test_a_reader_that_has_had_enough(lines: int) -> None:
     """As in `myllm eval RUN | head -0`: neither a traceback nor a complaint at the end."""
-    code = f"from myllm.launch import clear_errors\nwith clear_errors():\n    for _ in range({lines}): print('a line')"
+    code = (
+        f"from myllm.cli.launch import clear_errors\nwith clear_errors():\n    for _ in range({lines}): print('a line')"
+    )
     writer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     writer.stdout.close()
     said = writer.stderr.read()
@@ -262,7 +264,7 @@ def test_an_end_without_a_reader_says_nothing_of_pipes(ending: str, code: int) -
     """As in `myllm --help | true` and `myllm status RUN | true`."""
     program = f"""
 from myllm.errors import UserError
-from myllm.launch import clear_errors
+from myllm.cli.launch import clear_errors
 with clear_errors():
     print('a line')
     {ending}
@@ -343,7 +345,7 @@ def test_a_typo_is_answered_before_torch_is_loaded(temp_data: Path) -> None:
 
 def test_a_compiler_that_is_missing_is_one_sentence(tmp_path: Path) -> None:
     """A real torch.compile, with a C++ compiler that does not work; and what Triton says where C's is missing."""
-    code = "import torch; from myllm.launch import clear_errors\n"
+    code = "import torch; from myllm.cli.launch import clear_errors\n"
     code += "with clear_errors(): torch.compile(lambda x: x * 2 + 1)(torch.ones(8))"
     environment = os.environ | {"CXX": "/bin/false", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from myllm import cli
+from myllm.cli import main as cli
+from myllm.cli.prove_resume.compare import AGAIN, REFERENCE, Result, Trial, judge, verdict
 from myllm.config import RunConfig
 from myllm.planning.batch import batch_plan
 from myllm.planning.validation import check
 from myllm.presets import PRESETS, preset, shrunk
-from myllm.proving import AGAIN, REFERENCE, Result, Trial, judge, verdict
 
 TINY = (
     "--model.d-model 16 --model.n-layers 2 --model.n-heads 2 --model.d-ff 32 --model.max-seq-len 64 "

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 from myllm import paths
-
-from .errors import UserError
+from myllm.errors import UserError
 
 if TYPE_CHECKING:
     from myllm.training.anomaly.dump import Bag

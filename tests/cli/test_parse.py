@@ -9,10 +9,10 @@ from typing import Literal
 import pytest
 from tyro.conf import Positional
 
-from myllm import cli
-from myllm.arguments import parse_arguments
+from myllm.cli import main as cli
+from myllm.cli.launch import parse
+from myllm.cli.parse import parse_arguments
 from myllm.config import RunConfig
-from myllm.launch import parse
 
 SUBCOMMANDS = [name for name in cli.COMMANDS if name not in cli.TAKES_WORDS]
 

@@ -10,14 +10,13 @@ from typing import Annotated
 import tyro
 
 from myllm import paths
+from myllm.cli.launch import base_config, config_files
+from myllm.cli.parse import parse_arguments
+from myllm.config import RunConfig
+from myllm.distributed import launcher as ranks
+from myllm.errors import UserError
 from myllm.planning.validation import check
-
-from .arguments import parse_arguments
-from .config import RunConfig
-from .distributed import launcher as ranks
-from .errors import UserError
-from .launch import base_config, config_files
-from .presets import shrunk
+from myllm.presets import shrunk
 
 
 @dataclass(frozen=True)
@@ -51,8 +50,8 @@ def prove_resume(words: list[str]) -> None:
     wanted = parse_arguments(
         ProveLaunch, rest, "myllm prove-resume [PRESET]", ProveLaunch(shrunk(base)), inspect.getdoc(prove_resume)
     )
-    from .kills import Broken
-    from .proving import layouts, prove, verdict
+    from .compare import layouts, prove, verdict
+    from .training_process import Broken
 
     config = wanted.config
     for world_size in layouts(config):

@@ -7,11 +7,10 @@ from typing import Literal
 import tyro
 
 from myllm import paths
-
-from .config import RunConfig, load_json
-from .errors import UserError
-from .files import check_writable
-from .paths import user_path
+from myllm.config import RunConfig, load_json
+from myllm.errors import UserError
+from myllm.files import check_writable
+from myllm.paths import user_path
 
 Positional = tyro.conf.Positional
 

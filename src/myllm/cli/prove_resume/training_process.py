@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from myllm.checkpoint.retention import list_checkpoints, step_of
+from myllm.paths import RunPaths, project_root
 from myllm.runs.logs import JsonLines
-
-from .paths import RunPaths, project_root
 
 LOOK_EVERY_S = 0.02
 PATIENCE_S = 600

@@ -16,19 +16,19 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import tyro
 
+from myllm.config import DataConfig, RunConfig, TrainConfig, from_dict, read_values
+from myllm.distributed import launcher as ranks
+from myllm.errors import MachineError, UserError
+from myllm.files import in_words
+from myllm.output import flush_output, reader_left
+from myllm.paths import RunPaths, user_path
+from myllm.planning import batch as plan
+from myllm.planning import forecast
 from myllm.planning.flops import flops_per_token
 from myllm.planning.validation import check
+from myllm.presets import describe_presets, describe_settings, preset
 
-from .arguments import parse_arguments, version, wrap_help
-from .config import DataConfig, RunConfig, TrainConfig, from_dict, read_values
-from .distributed import launcher as ranks
-from .errors import MachineError, UserError
-from .files import in_words
-from .output import flush_output, reader_left
-from .paths import RunPaths, user_path
-from .planning import batch as plan
-from .planning import forecast
-from .presets import describe_presets, describe_settings, preset
+from .parse import parse_arguments, version, wrap_help
 
 if TYPE_CHECKING:
     import torch

@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING
 import tyro
 
 from myllm import paths
-
-from .config import DataConfig
-from .errors import UserError
-from .files import check_writable
-from .paths import user_path
+from myllm.config import DataConfig
+from myllm.errors import UserError
+from myllm.files import check_writable
+from myllm.paths import user_path
 
 if TYPE_CHECKING:
     from myllm.data.sources.source import Source

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from conftest import eval_rows, losses, with_train
 
-from myllm.cli import main as myllm
+from myllm.cli.data import verify
+from myllm.cli.main import main as myllm
 from myllm.config import RunConfig, load_json
 from myllm.data.dataset import find_dataset
 from myllm.data.prepare.prepare import prepare
 from myllm.data.tokenizer.load import load_tokenizer
-from myllm.data_cli import verify
 from myllm.distributed.collectives import process_group
 from myllm.errors import UserError
 from myllm.hub.export.card import folder_card

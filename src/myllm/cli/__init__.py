@@ -1,0 +1,1 @@
+"""Command lines: pretrain.py and `myllm COMMAND`. Nothing below imports these."""
