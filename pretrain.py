@@ -22,8 +22,8 @@ def main() -> None:
     # Imported here, since the processes that tokenise import this file again and need none of it.
     try:
         from myllm.cli import launch
+        from myllm.console import open_output
         from myllm.distributed.library_env import set_for_libraries
-        from myllm.output import open_output
     except ModuleNotFoundError as error:
         sys.exit(missing_package(error))
 

@@ -19,8 +19,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from .console import warn
 from .errors import UserError
-from .output import warn
 
 REPOSITORY = re.compile(r"(?:hub:)?([\w.-]+/[\w.-]+)(?:@(\S+))?")
 """A model's repository of the Hub, and its revision."""

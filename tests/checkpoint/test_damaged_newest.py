@@ -5,7 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from made_checkpoints import SMALL, Save, rewrite
+from support.made_checkpoints import SMALL, Save, rewrite
 
 from myllm import files
 from myllm.checkpoint import integrity

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import eval_rows
-from made_checkpoints import rewrite
+from support.made_checkpoints import rewrite
 
 from myllm.cli import main as cli
 from myllm.config import RunConfig

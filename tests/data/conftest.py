@@ -19,7 +19,7 @@ import numpy as np
 import psutil
 import pytest
 import tiktoken
-from hub_server import HubServer
+from support.hub_server import HubServer
 from tiktoken.load import load_tiktoken_bpe
 from tiktoken_ext.openai_public import r50k_pat_str
 

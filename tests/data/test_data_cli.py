@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from myllm.amounts import parse_count, parse_target, scaled
 from myllm.cli.main import main as myllm
 from myllm.data.sources.catalog import CORPORA
 from myllm.errors import UserError
+from myllm.formatting import parse_count, parse_target, scaled
 
 pytestmark = pytest.mark.usefixtures("temp_data", "in_process")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_config, train_rows, with_train, write_run_config
-from rare_token import Rare, poison, rare_token
+from support.rare_token import Rare, poison, rare_token
 
 from myllm.checkpoint.format import list_checkpoints, load
 from myllm.config import RunConfig

@@ -122,14 +122,14 @@ def test_torchruns_choice_does_not_stand() -> None:
         "myllm.distributed.elastic",
         "--standalone",
         "--nproc_per_node=2",
-        ROOT / "tests/six_cores.py",
+        ROOT / "tests/support/six_cores.py",
     ]
     done = subprocess.run(words, env=without_choice(), capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.count("3 threads, 6 usable core(s) for 2 processes") == 2
 
 
 def test_alone() -> None:
-    words = [sys.executable, ROOT / "tests/six_cores.py"]
+    words = [sys.executable, ROOT / "tests/support/six_cores.py"]
     done = subprocess.run(words, env=without_choice(), capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.strip() == "6 threads, 6 usable core(s)"
 

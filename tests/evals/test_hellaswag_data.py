@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hub_server import HubServer
+from support.hub_server import HubServer
 
 from myllm.data.sources import download as fetching
 from myllm.data.sources.source import SourceFile

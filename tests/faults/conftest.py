@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from conftest import tiny_config, with_train, write_run_config
-from fault_runs import Forks, Goes, Record, assert_tidy, record, run_of
+from support.fault_runs import Forks, Goes, Record, assert_tidy, record, run_of
 
 from myllm.config import RunConfig
 from myllm.data.dataset import Dataset

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from fault_runs import Ended, Forks, Goes, run_of
+from support.fault_runs import Ended, Forks, Goes, run_of
 
 from myllm.data.dataset import Dataset
 

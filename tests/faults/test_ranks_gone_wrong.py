@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from fault_runs import Forks, Goes, record, run_of
+from support.fault_runs import Forks, Goes, record, run_of
 
 from myllm.cli.prove_resume.training_process import saved_step
 from myllm.training.anomaly.dump import find_bag, read_bag

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import launch, with_train, write_run_config
-from fault_runs import assert_tidy, record, run_of
+from support.fault_runs import assert_tidy, record, run_of
 
 from myllm.cli.prove_resume.training_process import Training, saved_step, wait_until_gone
 from myllm.config import RunConfig

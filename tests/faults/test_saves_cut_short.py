@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from fault_runs import Forks, Goes, run_of
+from support.fault_runs import Forks, Goes, run_of
 
 from myllm.checkpoint.format import list_checkpoints, verify
 from myllm.cli.prove_resume.training_process import saved_step

@@ -6,7 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
-from fault_runs import Forks, Goes, Record, assert_tidy, record, run_of
+from support.fault_runs import Forks, Goes, Record, assert_tidy, record, run_of
 
 from myllm.cli.prove_resume.training_process import saved_step
 from myllm.data.dataset import Dataset

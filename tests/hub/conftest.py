@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hub_server import HubServer
-from published_run import TOKEN, write_run
+from support.hub_server import HubServer
+from support.published_run import TOKEN, write_run
 
 from myllm.config import RunConfig
 from myllm.hub import publish as publishing

@@ -12,11 +12,11 @@ import psutil
 import pytest
 import torch
 from conftest import launch, losses, with_train, write_run_config
-from hub_server import HubServer
 from huggingface_hub import snapshot_download
 from huggingface_hub.utils import validate_repo_id
-from published_run import REPO, TOKEN, hub_config, save_checkpoint
-from stand_in_export import make_folder
+from support.hub_server import HubServer
+from support.published_run import REPO, TOKEN, hub_config, save_checkpoint
+from support.stand_in_export import make_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from myllm.cli.launch import parse

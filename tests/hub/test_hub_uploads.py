@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hub_server import HubServer
 from huggingface_hub import CommitOperationAdd, HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
+from support.hub_server import HubServer
 
 REPO = "someone/model"
 WEIGHTS = bytes(range(256)) * 4_000

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import losses, train_rows, with_train
-from made_checkpoints import KINDS, Save, small_vocabulary
 from safetensors.torch import load_file, save_file
+from support.made_checkpoints import KINDS, Save, small_vocabulary
 from support.reference_model import HParams, ReferenceModel
 from transformers import (
     AutoModelForCausalLM,

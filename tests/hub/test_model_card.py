@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from published_run import REPO, write_run
+from support.published_run import REPO, write_run
 
 from myllm.config import DataConfig, HubConfig, RunConfig
 from myllm.hub import publish as publishing

@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hub_server import HubServer
-from published_run import REPO, STEPS, TOKEN, save_checkpoint
-from stand_in_export import make_folder
+from support.hub_server import HubServer
+from support.published_run import REPO, STEPS, TOKEN, save_checkpoint
+from support.stand_in_export import make_folder
 
 from myllm.checkpoint.format import load
 from myllm.checkpoint.integrity import MODEL

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from rough_models import rough
+from support.rough_models import rough
 from torch import Tensor, nn
 
 from myllm.config import ModelConfig

@@ -6,7 +6,7 @@ from itertools import islice
 
 import pytest
 import torch
-from rough_models import rough
+from support.rough_models import rough
 
 from myllm.config import ModelConfig
 from myllm.errors import UserError

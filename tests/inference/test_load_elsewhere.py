@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from hub_server import HubServer
-from made_checkpoints import KINDS, Save
+from support.hub_server import HubServer
+from support.made_checkpoints import KINDS, Save
 
 from myllm.cli.main import main as myllm
 from myllm.errors import UserError

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from rough_models import rough
+from support.rough_models import rough
 
 from myllm.config import ModelConfig
 from myllm.model.kv_cache import KVCache

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import with_train
-from live_memory import ALONE, Step, highest, saved_bytes
+from support.live_memory import ALONE, Step, highest, saved_bytes
 from torch.autograd.graph import saved_tensors_hooks
 
 from myllm.config import ModelConfig, RunConfig, TrainConfig

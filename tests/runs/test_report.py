@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from browser import chromium
 from conftest import ROOT
 from matplotlib.image import imread
+from support.browser import chromium
 
 from myllm.errors import UserError
 from myllm.paths import RunPaths

@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from myllm.amounts import parse_count, parse_target, scaled
 from myllm.config import DataConfig, RunConfig
 from myllm.errors import UserError
+from myllm.formatting import parse_count, parse_target, scaled
 from myllm.planning.validation import check_data_config
 
 if TYPE_CHECKING:

@@ -8,12 +8,12 @@ from typing import Literal
 import tyro
 
 from myllm import paths
+from myllm.console import open_output
 from myllm.errors import UserError, nearest
 from myllm.evals import results as eval_results
 from myllm.evals.results import Result
 from myllm.evals.tasks import OF_A_FILE, TASKS, Choices, Subject, measure
 from myllm.files import check_writable, why_unwritable
-from myllm.output import open_output
 from myllm.paths import user_path
 
 USUAL = ("validation", "hellaswag", "cloze")

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import tyro
 
 from myllm.config import DataConfig, RunConfig, TrainConfig, from_dict, read_values
+from myllm.console import flush_output, reader_left
 from myllm.distributed import launcher as ranks
 from myllm.errors import MachineError, UserError
 from myllm.files import in_words
-from myllm.output import flush_output, reader_left
 from myllm.paths import RunPaths, user_path
 from myllm.planning import batch as plan
 from myllm.planning import forecast

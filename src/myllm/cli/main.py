@@ -8,10 +8,9 @@ from typing import Literal
 
 import tyro
 
-from myllm.cli.prove_resume import command as prove_cli
+from myllm.console import open_output
 from myllm.distributed.library_env import set_for_libraries
 from myllm.errors import UserError, nearest
-from myllm.output import open_output
 
 from . import checkpoint as checkpoint_cli
 from . import data as data_cli
@@ -25,6 +24,7 @@ from . import sample as sample_cli
 from . import tokenizer as tokenizer_cli
 from .launch import clear_errors
 from .parse import parse_arguments, version
+from .prove_resume import command as prove_cli
 
 Positional = tyro.conf.Positional
 

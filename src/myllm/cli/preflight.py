@@ -3,9 +3,9 @@
 import signal
 from dataclasses import dataclass
 
+from myllm.console import open_output
 from myllm.distributed import launcher as ranks
 from myllm.errors import UserError
-from myllm.output import open_output
 
 from .launch import AskedRun, parse_as
 

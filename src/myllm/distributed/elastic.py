@@ -22,7 +22,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher import api
 
-from myllm.output import open_output
+from myllm.console import open_output
 from myllm.training.stop_signals import exit_code
 
 from .launcher import ask_for_a_store_each_start, ask_for_exit_codes

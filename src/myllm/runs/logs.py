@@ -18,10 +18,10 @@ from typing import Any
 import torch
 
 from myllm import paths
+from myllm.console import LineFile, lost_output
 from myllm.distributed.device_info import device_name
 from myllm.files import run_rows, write_text
 from myllm.nonfinite import json_safe
-from myllm.output import LineFile, lost_output
 
 TRAINING = "training"
 """What a stopwatch counts unless it is told otherwise."""

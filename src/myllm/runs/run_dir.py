@@ -15,11 +15,11 @@ from myllm.checkpoint.format import TOKENIZER, Checkpoint, checkpoint_folder, lo
 from myllm.checkpoint.integrity import MANIFEST, MODEL, misnamed, verify
 from myllm.checkpoint.retention import PARTIAL, is_step, list_checkpoints, unused
 from myllm.config import RunConfig, saved_config, to_dict
+from myllm.console import warn
 from myllm.distributed import collectives as distributed
 from myllm.distributed.collectives import Process
 from myllm.errors import UserError
 from myllm.files import fsync_folder, locked, write_json
-from myllm.output import warn
 from myllm.paths import RunPaths, no_checkpoint, user_path, warn_of_two
 
 from .history import read_object

@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hub_server import HubServer
+from support.hub_server import HubServer
 
 from myllm.config import DataConfig
 from myllm.data.prepare import estimate as estimating

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hub_server import HubServer
+from support.hub_server import HubServer
 
 from myllm.config import DataConfig
 from myllm.data.prepare import prepare as preparing

@@ -17,8 +17,8 @@ from pathlib import Path
 import httpx2
 import numpy as np
 import pytest
-from hub_server import HubServer
 from huggingface_hub.errors import HfHubHTTPError
+from support.hub_server import HubServer
 
 from myllm.data.sources import download as fetching
 from myllm.data.sources.download import fetch, fetch_start, local_path

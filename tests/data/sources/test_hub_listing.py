@@ -11,8 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hub_server import HubServer
 from huggingface_hub import constants
+from support.hub_server import HubServer
 
 from myllm.config import DataConfig
 from myllm.data.prepare.prepare import resolve

@@ -19,7 +19,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hub_server import HubServer
 from huggingface_hub import HfApi, HfFileSystem, close_session, constants, hf_hub_download
 from huggingface_hub.errors import (
     HfHubHTTPError,
@@ -27,6 +26,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from support.hub_server import HubServer
 
 REPO = "someone/some-texts"
 FILES = {

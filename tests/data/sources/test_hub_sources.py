@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tiktoken
-from hub_server import HubServer
+from support.hub_server import HubServer
 
 from myllm.config import DataConfig
 from myllm.data.prepare.prepare import prepare

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from made_checkpoints import KINDS, Save
+from support.made_checkpoints import KINDS, Save
 
 from myllm.hub.export.transformers import export_folder
 from myllm.inference.completion import prompt_ids

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from browser import CONTROL, Browser, chromium
-from serving import post, scripted, serving
+from support.browser import CONTROL, Browser, chromium
+from support.serving import post, scripted, serving
 
 from myllm.config import ModelConfig
 from myllm.data.tokenizer.load import Tokenizer

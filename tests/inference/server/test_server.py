@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
-from serving import DEADLINE_S, DEFAULT, JSON, connect, post, scripted, serving
+from support.serving import DEADLINE_S, DEFAULT, JSON, connect, post, scripted, serving
 
 from myllm.checkpoint import format as checkpoint
 from myllm.checkpoint.format import TrainState

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import losses, train_rows, with_train
-from rare_token import poison, rare_token, sequences_of_steps
+from support.rare_token import poison, rare_token, sequences_of_steps
 from torch import nn
 
 from myllm.checkpoint.format import TrainState, checkpoint_folder, list_checkpoints, load

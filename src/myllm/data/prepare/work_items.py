@@ -22,6 +22,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from myllm.config import DataConfig
+from myllm.console import open_output
 from myllm.data.sources.cleaning import clean
 from myllm.data.sources.read_task import Faults
 from myllm.data.sources.readers import can_be_split
@@ -29,7 +30,6 @@ from myllm.data.sources.source import Source, SourceFile, documents
 from myllm.data.tokenizer.load import Tokenizer, load_tokenizer
 from myllm.errors import UserError
 from myllm.files import TEMPORARY, naming
-from myllm.output import open_output
 
 SMALL_BYTES = 2_000_000
 """Small files make a unit together, up to about this much text."""

@@ -5,13 +5,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from myllm import paths
-from myllm.amounts import parse_count
 from myllm.config import DataConfig, RunConfig
 from myllm.data.dataset import MANIFEST, SETTINGS, Dataset, find_dataset
 from myllm.data.prepare.spec import recipe_of
 from myllm.data.sources.catalog import CORPORA
 from myllm.data.tokenizer.load import Tokenizer, load_tokenizer
 from myllm.files import read_json
+from myllm.formatting import parse_count
 from myllm.migrations import CONFIG
 from myllm.paths import user_path
 from myllm.planning import batch as plan

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
-from made_checkpoints import SMALL, Save
+from support.made_checkpoints import SMALL, Save
 
 from myllm.cli.launch import clear_errors, parse
 from myllm.cli.main import COMMANDS, main

@@ -33,8 +33,9 @@ from types import TracebackType
 from urllib.parse import parse_qs, quote, unquote, urlencode, urlsplit
 
 import pytest
-from hub_connection import Listener
-from hub_replies import (
+from huggingface_hub import close_session, constants
+from support.hub_connection import Listener
+from support.hub_replies import (
     IN_GIT,
     Blob,
     Commit,
@@ -48,8 +49,7 @@ from hub_replies import (
     matches,
     repo_info,
 )
-from hub_uploads import Models
-from huggingface_hub import close_session, constants
+from support.hub_uploads import Models
 
 API = re.compile(
     r"/api/(?P<kind>dataset|model)s/(?P<repo>[^/]+/[^/]+)(?:/(?P<verb>revision|tree|paths-info)/(?P<revision>[^/]+)(?:/(?P<path>.+))?)?"

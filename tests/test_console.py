@@ -25,8 +25,8 @@ from conftest import ROOT, command, losses, with_train, write_run_config
 
 from myllm.checkpoint.format import list_checkpoints, load
 from myllm.config import RunConfig
+from myllm.console import LineFile, open_output
 from myllm.data.prepare.prepare import prepare
-from myllm.output import LineFile, open_output
 from myllm.runs.heartbeat import status
 from myllm.runs.logs import JsonLines, Log
 
@@ -34,7 +34,7 @@ TALKS = """
 import sys
 from pathlib import Path
 from tqdm import tqdm
-from myllm.output import lost_output, open_output
+from myllm.console import lost_output, open_output
 open_output(keep_going=True)
 kept = open(sys.argv[1], "w")
 bar = tqdm(total=3, mininterval=0)

@@ -17,7 +17,7 @@ Record = dict[int, tuple[float, str]]
 """Loss and receipt by step."""
 Goes = Callable[[str], None]
 """The fixture `goes_on`."""
-SCRIPT = Path(__file__).parent / "faults/pretrain_forks.py"
+SCRIPT = Path(__file__).parents[1] / "faults/pretrain_forks.py"
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hub_replies import DATE, Blob, Commit, Reply, error_reply, json_reply
+from support.hub_replies import DATE, Blob, Commit, Reply, error_reply, json_reply
 
 if TYPE_CHECKING:
-    from hub_server import HubServer
+    from support.hub_server import HubServer
 
 REPO = r"(?P<repo>[^/]+/[^/]+)"
 REGULAR = (".gitattributes", ".json", ".jsonl", ".md", ".py", ".txt", ".yaml")
