@@ -72,8 +72,8 @@ def test_what_is_requeued(slurm: Slurm, status: int, launcher: int, code: int, r
     launch, asked, *rest = slurm.lines()
     meeting = "--rdzv_backend=c10d --rdzv_id=7-1 --rdzv_endpoint=node-a:29500 --rdzv_conf=is_host=1,join_timeout=600"
     assert launch == (
-        f"-m myllm.distributed.elastic --nnodes=2 --nproc_per_node=8 {meeting} pretrain.py lf-llm-269m --hub.license two words "
-        "--name my run"
+        f"-m myllm.distributed.elastic --nnodes=2 --nproc_per_node=8 {meeting} pretrain.py lf-llm-269m --hub.license "
+        "two words --name my run"
     )
     assert asked == "-m myllm status my run"
     assert rest == (["scontrol requeue 7"] if requeued else [])

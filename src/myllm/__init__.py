@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = ["generate", "load_model"]
-HOMES = (("generate", "completion"), ("load_model", "loading"))
+HOMES = (("generate", "inference.completion"), ("load_model", "inference.load"))
 
 
 def __getattr__(name: str) -> Any:

@@ -29,7 +29,7 @@ from myllm.data.sampler import DataPosition
 from myllm.errors import UserError
 from myllm.planning.batch import checkpoint_bytes, disk_estimate_bytes, n_kept, n_saves, stored_parameters
 
-KILLS = Path(__file__).parents[1] / "kill_inside_saves.py"
+KILLS = Path(__file__).parents[1] / "support/kill_inside_saves.py"
 
 
 def put(folder: Path, step: int, keep_last: int = 0, tokenizer_file: Path | None = None) -> Path:

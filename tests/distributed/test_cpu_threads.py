@@ -96,7 +96,8 @@ LAUNCHER = """
 import os, subprocess, sys
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
-subprocess.run([sys.executable, "-c", "from myllm import ranks; print(ranks.threads_asked())"], check=True)
+code = "from myllm.distributed import launcher; print(launcher.threads_asked())"
+subprocess.run([sys.executable, "-c", code], check=True)
 """
 
 

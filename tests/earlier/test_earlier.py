@@ -10,14 +10,15 @@ import torch
 from conftest import launch, losses
 from support.made_checkpoints import rewrite
 
-from myllm import cli, config
+from myllm import config
 from myllm.checkpoint.format import load, read_state
+from myllm.cli import main as cli
 from myllm.config import RunConfig, TrainConfig, from_dict, load_json, saved_config, to_dict
 from myllm.errors import UserError
 from myllm.migrations import CONFIG, STATE, Change, Schema
-from myllm.run_folder import check_resumable
+from myllm.runs.run_dir import check_resumable
 
-EARLIER = Path(__file__).parents[1] / "earlier"
+EARLIER = Path(__file__).parent
 VERSIONS = sorted(path.name for path in EARLIER.iterdir() if path.is_dir())
 
 
@@ -182,8 +183,9 @@ def test_other_files_of_a_later_version(runs: Path, capsys: pytest.CaptureFixtur
 
 
 def test_rows_of_metrics_change_too(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from myllm import files, metrics
-    from myllm.report import history
+    from myllm import files
+    from myllm.runs import history
+    from myllm.runs import logs as metrics
 
     renamed = Schema("row", (Change({"grad_norm": "gradient"}, values={"kind": {"train": "training"}}),))
     monkeypatch.setattr(files, "ROW", renamed)

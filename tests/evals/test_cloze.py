@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import myllm
 from myllm.data.tokenizer.load import Tokenizer
 from myllm.evals.cloze import (
     CHOICES,
@@ -19,7 +20,6 @@ from myllm.evals.cloze import (
     make_examples,
     why_none,
 )
-from myllm.training import evaluator as loop_evals
 
 END = 50_256
 PIECE = CONTEXT_TOKENS + ENDING_TOKENS
@@ -148,7 +148,7 @@ def a_frequent_end() -> list[np.ndarray]:
 
 def python_sources() -> list[np.ndarray]:
     encode = Tokenizer().encode
-    return [encode(file.read_text(encoding="utf-8")) for file in sorted(Path(loop_evals.__file__).parent.glob("*.py"))]
+    return [encode(file.read_text(encoding="utf-8")) for file in sorted(Path(myllm.__file__).parent.rglob("*.py"))]
 
 
 @pytest.mark.parametrize("corpus", [one_large_document, a_rare_beginning, a_frequent_end, python_sources])

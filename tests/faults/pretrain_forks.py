@@ -5,7 +5,7 @@ bool}, and answers each with an exit code, negative for a signal. A fork takes a
 torch does, and dies as truly. The faults are put into the forks alone: production knows nothing of them.
 
 As torchrun does, it tells the other rank to end once one has failed, or kills it with the first if "all" is said. As
-`myllm.distributed.elastic` it answers with the code of the first that failed, or the one that a stop which was asked for leaves.
+`myllm.distributed.elastic` it answers with the code of the first that failed, or the one that a requested stop leaves.
 """
 
 import json

@@ -207,6 +207,7 @@ def test_the_losss_chunks_are_the_losss() -> None:
 
 
 def test_no_torch_is_needed() -> None:
-    code = "import sys; import myllm.planning.forecast, myllm.planning.hardware_table, myllm.cli.plan; print('torch' in sys.modules)"
+    modules = "myllm.planning.forecast, myllm.planning.hardware_table, myllm.cli.plan"
+    code = f"import sys; import {modules}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "False"

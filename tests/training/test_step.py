@@ -171,7 +171,8 @@ def test_the_phases_of_a_step(steps: Steps) -> None:
 def test_no_module_of_a_step_reads_the_device_by_name() -> None:
     """What runs on a GPU alone is not seen by the watch above. MPS has to ask the device, on a line that names it."""
     source = Path(__file__).resolve().parents[2] / "src/myllm"
-    for name in ("step.py", "optim/adamw.py", "model/loss.py", "model/attention.py", "model/norm.py", "model/rope.py"):
+    model = ("cross_entropy", "attention", "norm", "rope")
+    for name in ("training/step.py", "optim/adamw.py", *(f"model/{part}.py" for part in model)):
         lines = (source / name).read_text(encoding="utf-8").splitlines()
         text = "\n".join(line for line in lines if '"mps"' not in line)
         for call in (".item()", ".tolist()", ".cpu()", ".numpy()", "synchronize"):
