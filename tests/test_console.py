@@ -289,7 +289,7 @@ def test_letters_that_a_terminal_lacks_are_escaped(tmp_path: Path) -> None:
         Path(os.fsdecode(odd + name)).write_text("{}")
     code = f"""
 import sys
-from myllm import cli
+from myllm.cli import main as cli
 helps = [[*name.split(), "--help"] for name in cli.COMMANDS] if sys.argv[1] == "ascii" else []
 for words in [["data", "list"], *helps]:
     try:
@@ -299,7 +299,7 @@ for words in [["data", "list"], *helps]:
 print("日 é ∞ \\udcff", file=sys.stderr)
 print("日 é ∞ \\udcff")
 if sys.argv[1] == "utf-8":
-    from myllm import chat
+    from myllm.inference import chat
     chat._save({str(tmp_path / "saved.txt")!r}, chat._read_line())
 """
     for encoding in ("ascii", "iso-8859-1", "utf-8"):

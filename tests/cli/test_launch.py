@@ -297,7 +297,7 @@ TYPOS = """
 import sys
 sys.path.insert(0, ROOT)
 import pretrain
-from myllm import cli
+from myllm.cli import main as cli
 for words in COMMANDS:
     start = cli.main
     if words[0] == "pretrain.py":

@@ -153,7 +153,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
 PREPARE = """
 import json, sys
 from myllm.config import DataConfig
-from myllm.data import units
+from myllm.data.prepare import work_items as units
 from myllm.data.prepare.multi_machine import prepare_part
 from myllm.data.prepare.prepare import prepare
 from myllm.errors import UserError

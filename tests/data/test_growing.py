@@ -29,7 +29,8 @@ import os, sys, time
 from pathlib import Path
 sys.path.insert(0, {str(ROOT)!r})
 import pretrain
-from myllm.data import order, pipeline, units
+from myllm.data import sampler as order
+from myllm.data.prepare import scheduler as pipeline, work_items as units
 order.WINDOW_TOKENS, units.SMALL_BYTES = 8 * 64, 3_000
 gate, tokenise = Path(os.environ["GATE"]), units.tokenise_unit
 def tokenise_unit(unit, paths, source, config, out, stop):

@@ -12,7 +12,7 @@ CODE = """
 import os, sys
 sys.path.insert(0, ROOT)
 import pretrain
-from myllm import cli
+from myllm.cli import main as cli
 start = pretrain.main if sys.argv[1] == "pretrain" else cli.main
 sys.argv = ["program", "--help"]
 try:

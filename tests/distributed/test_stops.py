@@ -25,7 +25,7 @@ DRIVER = f"""
 import os, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 import pretrain
-from myllm import train
+from myllm.training import loop as train
 step = train.train_step
 def sleepy(runner, optimizer, loader, batch, number, config, *rest):
     if number == 5 and config.name == "asleep" and os.environ["RANK"] == "1":

@@ -90,6 +90,6 @@ def test_the_prompts_are_package_data() -> None:
     texts = writing.prompts()
     assert len(texts) == len(set(texts)) >= 20
     assert all(text == text.strip() and len(text) > 8 for text in texts)
-    assert math.isfinite(len(files("myllm.evals.scoring").joinpath("prompts.txt").read_bytes()))
+    assert math.isfinite(len(files("myllm.evals").joinpath("prompts.txt").read_bytes()))
     project = (Path(__file__).resolve().parents[2] / "pyproject.toml").read_text()
-    assert '"myllm.evals.scoring" = ["prompts.txt"]' in project
+    assert '"myllm.evals" = ["prompts.txt"]' in project

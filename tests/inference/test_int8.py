@@ -199,7 +199,7 @@ def test_torchao_is_imported_in_silence() -> None:
 from myllm.config import ModelConfig
 from myllm.inference.int8 import quantize_int8
 from myllm.inference.load import load_model
-from myllm.model import Transformer
+from myllm.model.transformer import Transformer
 quantize_int8(Transformer(ModelConfig(64, 64, 8, 16, 1, 2, d_ff=16)))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)

@@ -33,7 +33,7 @@ STUCK = f"""
 import ctypes, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 import pretrain
-from myllm import train
+from myllm.training import loop as train
 step, now = train.train_step, time.time
 def stuck(runner, optimizer, loader, batch, number, *rest):
     if number == 1:

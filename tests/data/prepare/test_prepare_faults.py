@@ -144,7 +144,7 @@ def test_a_killed_parent_leaves_no_worker_behind(long_file: Path, preparations: 
 
 STOP_A_WORKER = """
 import os, signal, psutil
-from myllm.data import prepare
+from myllm.data.prepare import prepare
 prepare.PATIENCE_S = 0.5
 end_pool = prepare.end_pool
 def stopping(*arguments):

@@ -225,7 +225,7 @@ def test_a_failing_evaluation_is_met(config: RunConfig, temp_data: Path, monkeyp
     def failing(*_: object) -> None:
         raise RuntimeError("no such thing")
 
-    monkeypatch.setattr("myllm.evals.scoring.cloze.cloze_sums", failing)
+    monkeypatch.setattr("myllm.evals.cloze.cloze_sums", failing)
     (said,) = preflight(config, ALONE, Bounds(), lambda line: None).refusals()
     assert "the cloze evaluation failed" in said
     assert "eval.cloze_every_steps to 0" in said
