@@ -77,14 +77,14 @@ def prepare_and_train(config: "RunConfig", prepare_only: bool, profile: bool = F
         return
 
     from myllm.distributed import collectives as distributed
+    from myllm.errors import TrainingDiverged, exit_code
     from myllm.hub.background_publish import published_beside
     from myllm.paths import RunPaths
     from myllm.planning import batch as plan
     from myllm.runs.heartbeat import starting
     from myllm.runs.run_dir import what_next
     from myllm.training.loop import train
-    from myllm.training.stop_signals import exit_code, unfinished_when_time_is_up
-    from myllm.training.throughput import Diverged
+    from myllm.training.stop_signals import unfinished_when_time_is_up
 
     unfinished_when_time_is_up()
     distributed.training_device(config.train.device)  # one that is not there is to be known before the hours ahead
@@ -106,11 +106,11 @@ def prepare_and_train(config: "RunConfig", prepare_only: bool, profile: bool = F
             taken_over()
             try:
                 outcome = train(config, dataset, process, publisher.offer, started, profile)
-            except Diverged as error:
+            except TrainingDiverged as error:
                 if is_main:  # all that is known stands in the log, and above
                     print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
                 distributed.barrier()  # a launcher ends the others as soon as one has left
-                sys.exit(Diverged.EXIT_CODE)
+                sys.exit(TrainingDiverged.EXIT_CODE)
         if not is_main:
             if outcome.stopped_by is not None:
                 ranks.exit_as(exit_code(outcome.stopped_by))

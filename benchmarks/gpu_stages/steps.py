@@ -11,7 +11,6 @@ from torch import Tensor
 from myllm.checkpoint import format as checkpoint
 from myllm.checkpoint.async_saver import Saver
 from myllm.checkpoint.format import TrainState
-from myllm.checkpoint.restore import restore
 from myllm.config import RunConfig
 from myllm.data.dataloader import Loader
 from myllm.data.dataset import Dataset
@@ -23,6 +22,7 @@ from myllm.paths import RunPaths
 from myllm.planning import batch as plan
 from myllm.training.preflight.rehearsal import Parts, made_up_dataset, stage
 from myllm.training.profiler import unmarked
+from myllm.training.restore import restore
 from myllm.training.step import train_step
 
 from .bench import Bench, fresh

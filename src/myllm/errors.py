@@ -1,4 +1,14 @@
-"""The one exception for things a user can put right."""
+"""Exceptions and exit codes that several packages share."""
+
+import os
+import signal
+
+UNFINISHED = os.EX_TEMPFAIL  # 75
+"""Exit code of a run that is to be started again."""
+TIME_LIMIT = int(signal.SIGALRM)
+"""Stands for train.max_wall_s among the signal numbers. No such signal is sent."""
+TIME_IS_UP = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+"""Signals by which schedulers say that the time is up."""
 
 
 class UserError(ValueError):
@@ -11,6 +21,18 @@ class UserError(ValueError):
 
 class MachineError(UserError):
     """A UserError that the run's other machines may not share, such as a damaged file: each machine says its own."""
+
+
+class TrainingDiverged(RuntimeError):
+    """A gradient or weight is not finite, or too many updates in a row were skipped."""
+
+    EXIT_CODE = 65
+    """sysexits.h's EX_DATAERR. Not 1, a crash that another try may get past, nor 2, a mistake of the user's."""
+
+
+def exit_code(stopped_by: int) -> int:
+    """Exit code of a run that a signal (or TIME_LIMIT) stopped."""
+    return UNFINISHED if stopped_by in (TIME_LIMIT, *TIME_IS_UP) else 128 + stopped_by
 
 
 def nearest(word: str, known: list[str]) -> str:

@@ -23,10 +23,9 @@ from myllm.checkpoint.format import Snapshot, list_checkpoints, load, verify
 from myllm.config import RunConfig
 from myllm.data.prepare.prepare import prepare
 from myllm.distributed.collectives import process_group
-from myllm.errors import UserError
+from myllm.errors import TrainingDiverged, UserError
 from myllm.paths import RunPaths
 from myllm.training.loop import train
-from myllm.training.throughput import Diverged
 
 DEADLINE_S = 60
 
@@ -150,5 +149,5 @@ def test_numbers_whose_sum_overflows_are_finite() -> None:
     _check_finite({("weights", "w"): torch.full((9,), 3e38), ("optimizer", "v"): torch.ones(2, dtype=torch.int64)}, 1)
     _check_finite({}, 1)
     for bad in (math.inf, math.nan):
-        with pytest.raises(Diverged, match="after step 1 the weights v are not finite"):
+        with pytest.raises(TrainingDiverged, match="after step 1 the weights v are not finite"):
             _check_finite({("weights", "w"): torch.full((9,), 3e38), ("weights", "v"): torch.tensor([1.0, bad])}, 1)

@@ -21,11 +21,10 @@ from myllm.data.sampler import DataPosition
 from myllm.data.tokenizer.load import load_tokenizer
 from myllm.distributed import collectives as distributed
 from myllm.distributed.collectives import Process, process_group
-from myllm.errors import UserError
+from myllm.errors import TrainingDiverged, UserError
 from myllm.model.transformer import Transformer
 from myllm.optim.adamw import ScheduledAdamW
 from myllm.paths import RunPaths
-from myllm.training.throughput import Diverged
 
 KINDS = ("whole", "parts")
 MODEL = ModelConfig(vocab_size=250, max_seq_len=16, d_model=24, n_layers=3, n_heads=2, d_ff=40, bias=True)
@@ -100,7 +99,7 @@ def fails_alike(saver: Saver, run: RunPaths, model: Transformer, process: Proces
     saw = ""
     try:
         saver.save(state)
-    except Diverged as error:
+    except TrainingDiverged as error:
         saw = str(error)
     assert "blocks.2.feed_forward.down_proj.weight" in saw, saw
     weight.copy_(before)

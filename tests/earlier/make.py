@@ -23,8 +23,8 @@ def main(to: Path) -> None:
     from myllm.data.prepare.prepare import prepare
     from myllm.data.tokenizer.train import train_tokenizer
     from myllm.distributed.collectives import process_group
+    from myllm.errors import TrainingDiverged
     from myllm.training import loop
-    from myllm.training.throughput import Diverged
 
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder) / "texts"
@@ -53,7 +53,7 @@ def main(to: Path) -> None:
     with process_group("cpu") as process:
         loop.train(config, dataset, process)
         bad = replace(config, name="diverged", optim=replace(config.optim, max_lr=1e30, warmup_steps=0))
-        with suppress(Diverged):
+        with suppress(TrainingDiverged):
             loop.train(bad, dataset, process)
     words = ("eval", "done", "--tasks", "validation", "--device", "cpu")
     subprocess.run([sys.executable, "-m", "myllm", *words], check=True)

@@ -7,8 +7,8 @@ import pytest
 from support.fault_runs import Forks, Goes, record, run_of
 
 from myllm.cli.prove_resume.training_process import saved_step
+from myllm.errors import TrainingDiverged
 from myllm.training.anomaly.dump import find_bag, read_bag
-from myllm.training.throughput import Diverged
 
 pytestmark = pytest.mark.slow  # real processes, half a minute and more in all
 
@@ -19,7 +19,7 @@ def test_a_nan_in_a_batch(rank: int, forks: Forks, config_file: Path, place: Pat
     name = f"nan-{rank}"
     run = run_of(place, name)
     ended = forks(config_file, "--name", name, on=(rank,), nan=6)
-    assert ended.code == Diverged.EXIT_CODE, ended.said
+    assert ended.code == TrainingDiverged.EXIT_CODE, ended.said
     assert "error: the gradient of step 6 is not finite" in ended.said
     assert "suspect the device" in ended.said, "made again, the step is sound"
     assert "Traceback" not in ended.said, ended.said

@@ -12,11 +12,10 @@ from myllm.checkpoint.format import list_checkpoints, load
 from myllm.config import RunConfig
 from myllm.data.prepare.prepare import prepare
 from myllm.distributed.collectives import process_group
-from myllm.errors import UserError
+from myllm.errors import TrainingDiverged, UserError
 from myllm.paths import RunPaths
 from myllm.planning.validation import check
 from myllm.training import loop
-from myllm.training.throughput import Diverged
 
 
 class Interrupted(Exception):
@@ -146,7 +145,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(tiny: RunConfig, monkeypatc
         return out * float("nan") if len(calls) > 2 * 6 and self.training else out
 
     monkeypatch.setattr(loop.Transformer, "forward", poisoned)
-    with pytest.raises(Diverged, match="the gradient of step"):
+    with pytest.raises(TrainingDiverged, match="the gradient of step"):
         run(tiny)
     monkeypatch.setattr(loop.Transformer, "forward", real)
     root = RunPaths.of("tiny").root
@@ -233,7 +232,7 @@ def test_training_goes_round_the_corpus(tiny: RunConfig, monkeypatch: pytest.Mon
 
 def test_weights_that_are_not_finite_are_never_saved(tiny: RunConfig) -> None:
     wild = replace(tiny, optim=replace(tiny.optim, max_lr=1e39, warmup_steps=0))
-    with pytest.raises(Diverged):
+    with pytest.raises(TrainingDiverged):
         run(with_train(wild, save_every_steps=1))
     for folder in list_checkpoints(RunPaths.of("tiny").root / "checkpoints"):
         assert all(tensor.isfinite().all() for tensor in load(folder).model.values())

@@ -23,6 +23,7 @@ from myllm.distributed import doctor
 from myllm.distributed.collectives import Process, process_group
 from myllm.distributed.parallelize import wrap
 from myllm.distributed.precision import autocast, compute_dtype, has_bfloat16
+from myllm.errors import TrainingDiverged
 from myllm.model import cross_entropy as model_loss
 from myllm.model.cross_entropy import mean_loss
 from myllm.model.transformer import Transformer
@@ -33,7 +34,6 @@ from myllm.training import gradient_guard as guard
 from myllm.training import loop
 from myllm.training.gradient_guard import GROWTH_STEPS, LARGEST_LOSS_SCALE, Guard
 from myllm.training.step import accumulate_gradients, clip_gradients
-from myllm.training.throughput import Diverged
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 ALONE = Process(rank=0, local_rank=0, world_size=1, device=CPU)
@@ -290,7 +290,7 @@ class Cut(Exception):
 def test_bad_numbers_still_end_a_run(bare: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "Transformer", poisoned)
     monkeypatch.setattr(guard, "Skips", lambda *given: Skips(*given) if given else Skips(loss_scale=4.0))
-    with pytest.raises(Diverged, match="the gradient of step 3 is not finite"):
+    with pytest.raises(TrainingDiverged, match="the gradient of step 3 is not finite"):
         run(with_train(bare, log_every_steps=6, save_every_steps=6))
 
 

@@ -19,13 +19,13 @@ from myllm.checkpoint.format import list_checkpoints, load
 from myllm.config import RunConfig
 from myllm.data.prepare.prepare import prepare
 from myllm.distributed.collectives import process_group
-from myllm.errors import UserError
+from myllm.errors import TIME_LIMIT, UserError, exit_code
 from myllm.paths import RunPaths
 from myllm.planning.validation import faults
 from myllm.runs.heartbeat import Heartbeat, starting, status
 from myllm.runs.run_dir import claimed
 from myllm.training.loop import train
-from myllm.training.stop_signals import TIME_LIMIT, StopRequest, exit_code, stop_signals
+from myllm.training.stop_signals import StopRequest, stop_signals
 from myllm.training.watchdog import tell
 
 # pretrain.py whose third step never comes back from C, and whose clock on the wall jumps back at the second.

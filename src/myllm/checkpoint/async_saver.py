@@ -14,10 +14,10 @@ from myllm.config import RunConfig, to_dict
 from myllm.data.tokenizer.load import Tokenizer
 from myllm.distributed import collectives as distributed
 from myllm.distributed.collectives import Process
+from myllm.errors import TrainingDiverged
 from myllm.model.transformer import Transformer
 from myllm.optim.adamw import ScheduledAdamW
 from myllm.paths import RunPaths
-from myllm.training.throughput import Diverged
 
 from . import dcp as sharded
 from . import format as checkpoint
@@ -81,7 +81,7 @@ class Saver:
                 `train.keep_every_steps` say which older ones stay.
 
         Raises:
-            Diverged: a weight or a moment is not finite; such a checkpoint would poison every resume.
+            TrainingDiverged: a weight or a moment is not finite; such a checkpoint would poison every resume.
             UserError: no room on the disk, for this one or the one before.
         """
         self.wait()
@@ -161,7 +161,7 @@ def _check_finite(tensors: dict[tuple[str, str], Tensor], step: int) -> None:
     bad = [key[1] for key in doubtful if not sharded.local(tensors[key]).isfinite().all()]
     if distributed.any_rank(bool(bad))[0]:
         names = sorted({name for names in distributed.all_gather(bad) for name in names})
-        raise Diverged(
+        raise TrainingDiverged(
             f"after step {step:,} the weights {', '.join(names[:3])} are not finite and were not saved. Start "
             "the same command again to go back to the newest checkpoint, with a lower optim.max_lr"
         )

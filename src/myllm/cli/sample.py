@@ -219,13 +219,12 @@ def _prompt_of(line: str, where: str) -> str:
 
 def _note(model: "LanguageModel", prompts: Sequence[str], all_alike: bool) -> None:
     """What a user may not expect, on the error stream, so that it never mixes with the text."""
-    from myllm.inference.completion import prompt_ids
 
     context = model.model.config.max_seq_len
     if "" in prompts:
         print("note: the prompt is empty: the model begins a new document", file=sys.stderr)
     for number, prompt in enumerate(prompts, 1):
-        if (length := len(prompt_ids(model.tokenizer, prompt))) > context:
+        if (length := len(model.tokenizer.encode_document(prompt).tolist())) > context:
             print(
                 f"note: prompt {number} has {length:,} tokens, the context {context:,}: only its last {context:,} "
                 "are read",

@@ -23,7 +23,7 @@ from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher import api
 
 from myllm.console import open_output
-from myllm.training.stop_signals import exit_code
+from myllm.errors import exit_code
 
 from .launcher import ask_for_a_store_each_start, ask_for_exit_codes
 from .library_env import set_for_libraries

@@ -124,7 +124,7 @@ def _complete(
     on_text: Callable[[int, str], None],
 ) -> Iterator[Completion]:
     """Samples that are made together; `first` is the number of the first one."""
-    batch = [Continuation(prompt_ids(model.tokenizer, prompt), seed) for prompt, seed in asked]
+    batch = [Continuation(model.tokenizer.encode_document(prompt).tolist(), seed) for prompt, seed in asked]
     streams = [TextStream(model.tokenizer, stop) for _ in batch]
     number = {id(row): index for index, row in enumerate(batch)}
     texts = [""] * len(batch)
@@ -150,11 +150,6 @@ def _complete(
             row.finish = "stop"
         yield from finished()
     yield from finished()
-
-
-def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """A prompt as the start of a document, as in training."""
-    return tokenizer.encode_document(prompt).tolist()
 
 
 @overload

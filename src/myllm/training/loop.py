@@ -15,7 +15,6 @@ from myllm.checkpoint import format as checkpoint
 from myllm.checkpoint.async_saver import Saver
 from myllm.checkpoint.early_stop import EarlyStop
 from myllm.checkpoint.format import TrainState
-from myllm.checkpoint.restore import restore
 from myllm.checkpoint.retention import remove_unfinished, save_due
 from myllm.config import DataConfig, RunConfig, to_dict
 from myllm.data.dataloader import Loader
@@ -30,7 +29,7 @@ from myllm.distributed.cpu_threads import threads_reason
 from myllm.distributed.device_info import device_name
 from myllm.distributed.parallelize import gathered, spread
 from myllm.distributed.precision import compute_dtype, dtype_name
-from myllm.errors import UserError
+from myllm.errors import UserError, exit_code
 from myllm.files import write_json
 from myllm.model.transformer import Transformer
 from myllm.optim.adamw import ScheduledAdamW
@@ -49,8 +48,9 @@ from .gradient_guard import Guard
 from .growing import known_sequences, wait_for_data
 from .kernels import fast_kernels
 from .profiler import NoProfiler, Profiler
+from .restore import restore
 from .step import train_step
-from .stop_signals import exit_code, reason, stop_signals
+from .stop_signals import reason, stop_signals
 from .throughput import Meter, console_line, progress
 from .watchdog import watched
 
@@ -85,7 +85,7 @@ def train(
 
     Raises:
         UserError: too little data, a run folder in use, a checkpoint of other settings, a full disk.
-        Diverged: a gradient was not finite, or too many updates in a row were left out; the run has a flight bag.
+        TrainingDiverged: a gradient was not finite, or too many updates in a row were skipped.
     """
     began = time.monotonic() if started is None else started
     if dataset.complete:

@@ -21,14 +21,10 @@ from dataclasses import dataclass
 from types import FrameType
 
 from myllm.distributed import launcher as ranks
+from myllm.errors import TIME_IS_UP, TIME_LIMIT, UNFINISHED
 
 from .throughput import duration
 
-UNFINISHED = os.EX_TEMPFAIL  # 75
-"""Exit code of a run that is to be started again."""
-TIME_LIMIT = int(signal.SIGALRM)
-"""Stands for train.max_wall_s among the signals' numbers. No such signal is sent."""
-TIME_IS_UP = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, *TIME_IS_UP)
 FIRST_SAVE_S = 30.0
 """Kept free for a save while none has been measured; at most a tenth of the limit."""
@@ -61,11 +57,6 @@ class StopRequest:
         """How long the slowest save so far took, and so how much the time limit must leave for the last."""
         if slowest_s is not None:
             self.save_s = slowest_s
-
-
-def exit_code(stopped_by: int) -> int:
-    """What a run that was stopped exits with, where torchrun does not stand in between."""
-    return UNFINISHED if stopped_by in (TIME_LIMIT, *TIME_IS_UP) else 128 + stopped_by
 
 
 def reason(stopped_by: int, max_wall_s: float | None) -> str:

@@ -26,13 +26,6 @@ WORTH_A_SHARE = 0.0005
 """Of the whole: less is left out where it says where the time went."""
 
 
-class Diverged(RuntimeError):
-    """Numbers went bad, and training stopped: a gradient that is not finite, or too many updates left out."""
-
-    EXIT_CODE = 65
-    """sysexits.h's EX_DATAERR. Not 1, a crash that another try may get past, nor 2, a mistake in what was asked."""
-
-
 class Meter:
     """Time and numbers between two log lines. Reads from the device only when a row is written or a save is due."""
 

@@ -29,18 +29,17 @@ from myllm.data.dataloader import Loader
 from myllm.distributed import collectives as distributed
 from myllm.distributed import launcher as ranks
 from myllm.distributed.collectives import PATIENT_S, Process
-from myllm.errors import UserError
+from myllm.errors import TrainingDiverged, UserError
 from myllm.paths import RunPaths
 from myllm.runs.heartbeat import Heartbeat
 from myllm.runs.logs import Log
 
 from .stop_signals import StopRequest
-from .throughput import Diverged
 
 LOOK_EVERY_S = 1.0
 ANSWER_S = 5.0
 """How long each rank has to say where it is."""
-EXIT_CODES = {UserError: 2, Diverged: Diverged.EXIT_CODE, KeyboardInterrupt: 130}
+EXIT_CODES = {UserError: 2, TrainingDiverged: TrainingDiverged.EXIT_CODE, KeyboardInterrupt: 130}
 SLOWEST = 5
 """A loop that has been slow before may be: this many times its longest pause so far is no hang."""
 

@@ -11,7 +11,6 @@ import torch
 from support.made_checkpoints import KINDS, Save
 
 from myllm.hub.export.transformers import export_folder
-from myllm.inference.completion import prompt_ids
 from myllm.inference.load import LanguageModel, load_model
 
 TASK = """
@@ -35,7 +34,7 @@ def our_choice(pair: LanguageModel, question: str, choices: list[str]) -> tuple[
     """The likeliest choice by its summed log-probability, and all of these."""
     scores = []
     for choice in choices:
-        context, whole = (prompt_ids(pair.tokenizer, text) for text in (question, f"{question} {choice}"))
+        context, whole = (pair.tokenizer.encode_document(text).tolist() for text in (question, f"{question} {choice}"))
         log_probs, _ = pair.model.score(torch.tensor([whole[:-1]]), torch.tensor([whole[1:]]))
         scores.append(float(log_probs[0, len(context) - 1 :].sum()))
     return max(range(len(scores)), key=scores.__getitem__), scores

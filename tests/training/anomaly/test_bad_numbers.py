@@ -25,7 +25,7 @@ from myllm.data.dataset import Dataset
 from myllm.data.prepare.prepare import prepare
 from myllm.data.sampler import DataPosition
 from myllm.distributed.collectives import process_group
-from myllm.errors import UserError
+from myllm.errors import TrainingDiverged, UserError
 from myllm.model.transformer import Transformer
 from myllm.optim.adamw import ScheduledAdamW
 from myllm.paths import RunPaths
@@ -38,7 +38,6 @@ from myllm.training.anomaly.dump import find_bag, read_bag
 from myllm.training.anomaly.replay import replay_step
 from myllm.training.gradient_guard import Guard
 from myllm.training.step import accumulate_gradients
-from myllm.training.throughput import Diverged
 
 CPU = torch.device("cpu")
 
@@ -56,7 +55,7 @@ def run(config: RunConfig) -> Path:
 
 
 def stopped(config: RunConfig) -> str:
-    with pytest.raises(Diverged) as caught:
+    with pytest.raises(TrainingDiverged) as caught:
         run(config)
     return str(caught.value)
 

@@ -12,7 +12,6 @@ from torch import Tensor
 from myllm import paths
 from myllm.data.tokenizer.load import Tokenizer
 from myllm.errors import UserError
-from myllm.inference.completion import prompt_ids
 from myllm.model.transformer import Transformer
 
 # Of the largest logit. Two float32 programs of the same sums differ by about 1e-6; a wrong detail by 1e-2 and more.
@@ -100,7 +99,9 @@ def samples(model: Transformer, tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
     config = model.config
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randint(config.vocab_size, (2, min(config.max_seq_len, RANDOM_TOKENS)), generator=generator)
-    return drawn, torch.tensor([prompt_ids(tokenizer, real_text())[: min(config.max_seq_len, TEXT_TOKENS)]])
+    return drawn, torch.tensor(
+        [tokenizer.encode_document(real_text()).tolist()[: min(config.max_seq_len, TEXT_TOKENS)]]
+    )
 
 
 def real_text() -> str:
@@ -130,7 +131,7 @@ def _check_ids(fast: Any, tokenizer: Tokenizer) -> int:
     texts = [*random_texts(), real_text(), "", " ", "\n"]
     for text in texts:
         try:
-            ours = prompt_ids(tokenizer, text)
+            ours = tokenizer.encode_document(text).tolist()
         except UserError:  # a vocabulary without some characters
             continue
         theirs = fast(text).input_ids

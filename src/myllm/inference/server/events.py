@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from myllm.data.tokenizer.load import Tokenizer
-from myllm.inference.completion import TextStream, prompt_ids
+from myllm.inference.completion import TextStream
 from myllm.inference.generate import Continuation, continue_batch
 from myllm.inference.language_model import LanguageModel
 from myllm.inference.sampling import Likelihood
@@ -24,7 +24,7 @@ def written(model: LanguageModel, asked: Asked) -> Iterator[Event]:
     what it adds: nothing while a character is not whole. Then `{"kind": "end", "text", "finish", "tokens", "seconds"}`,
     and, where the model ended the document, the figures of that decision.
     """
-    row = Continuation(prompt_ids(model.tokenizer, asked.prompt), asked.sampling.seed)
+    row = Continuation(model.tokenizer.encode_document(asked.prompt).tolist(), asked.sampling.seed)
     count, context = len(row.prompt), model.model.config.max_seq_len
     yield {"kind": "start", "prompt_tokens": count, "unread_tokens": max(0, count - context)}
     began = time.perf_counter()

@@ -24,6 +24,7 @@ from myllm.distributed.collectives import Process
 from myllm.distributed.device_info import device_name
 from myllm.distributed.parallelize import full, gathered
 from myllm.distributed.precision import autocast, compute_dtype, dtype_name, repeatable
+from myllm.errors import TrainingDiverged
 from myllm.model import attention_backend as sdpa
 from myllm.model.transformer import Transformer
 from myllm.optim.adamw import ScheduledAdamW
@@ -31,7 +32,6 @@ from myllm.paths import RunPaths
 from myllm.planning.batch import BatchPlan
 from myllm.runs.logs import Log
 from myllm.training.gradient_guard import Guard, LeftOut
-from myllm.training.throughput import Diverged
 
 from .diagnose import Diagnosis, diagnose
 from .dump import Bag, bag_folder, write_bag
@@ -63,7 +63,7 @@ def checked(state: TrainState, guard: Guard, scene: Scene) -> TrainState:
     """The state with its counts of updates left out. Says which these were; every rank must ask at the same steps.
 
     Raises:
-        Diverged: it is time to stop. The run has a flight bag of the last of them.
+        TrainingDiverged: it is time to stop. The run has a flight bag of the last of them.
     """
     skips = guard.look()
     left_out, guard.left_out = guard.left_out, []
@@ -76,7 +76,7 @@ def checked(state: TrainState, guard: Guard, scene: Scene) -> TrainState:
         scene.log(f"left out the update of step {each.step:,}: {why} ({_place(each, scene.batch)})")
     if guard.frozen:
         message = _stop(left_out[-1], skips.in_a_row, scene)
-        raise Diverged(message)
+        raise TrainingDiverged(message)
     return replace(state, skips=skips)
 
 

@@ -15,7 +15,6 @@ from statistics import median
 
 from myllm.checkpoint import format as checkpoint
 from myllm.checkpoint.async_saver import Saver
-from myllm.checkpoint.restore import restore
 from myllm.checkpoint.retention import list_checkpoints, step_of
 from myllm.config import RunConfig
 from myllm.data.dataset import Dataset
@@ -23,7 +22,7 @@ from myllm.data.tokenizer.load import Tokenizer
 from myllm.distributed import collectives as distributed
 from myllm.distributed.collectives import Process
 from myllm.distributed.parallelize import gathered
-from myllm.errors import UserError
+from myllm.errors import TrainingDiverged, UserError
 from myllm.paths import RunPaths
 from myllm.planning import batch as plan
 from myllm.runs.heartbeat import Heartbeat
@@ -31,8 +30,8 @@ from myllm.runs.logs import JsonLines, Log
 from myllm.runs.reference_curve import ReferenceWatch
 from myllm.training.evaluator import Eval, Poll, planned_evals, run_eval
 from myllm.training.loop import check_data
+from myllm.training.restore import restore
 from myllm.training.stop_signals import StopRequest
-from myllm.training.throughput import Diverged
 
 from .batch_size import largest_that_fits, may_be_tried, settle, sizes_to_try, trial_of
 from .data_and_disk import Room, prepared, room_for_run, vocabulary_of
@@ -151,7 +150,7 @@ def _rehearse(
         say("a checkpoint")
         try:
             save_s, load_s, n_bytes = _timed_save(parts, dataset, tokenizer, folder)
-        except Diverged:
+        except TrainingDiverged:
             return replace(measured, finite=False)
         return replace(measured, save_s=save_s, load_s=load_s, checkpoint_bytes=n_bytes)
 

@@ -4,6 +4,9 @@ from dataclasses import replace
 
 import torch
 
+from myllm.checkpoint import dcp as sharded
+from myllm.checkpoint import format as checkpoint
+from myllm.checkpoint.format import TrainState
 from myllm.config import RunConfig, saved_config
 from myllm.data.dataset import Dataset
 from myllm.data.sample_digest import Receipt
@@ -15,10 +18,6 @@ from myllm.optim.adamw import ScheduledAdamW
 from myllm.optim.lr_schedule import learning_rate
 from myllm.runs.logs import Log
 from myllm.runs.run_dir import check_resumable
-
-from . import dcp as sharded
-from . import format as checkpoint
-from .format import TrainState
 
 RATE_JUMP = 1.25
 """A change of the rate by this factor from one step to the next is said."""

@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-from myllm.checkpoint.restore import rate_note
 from myllm.config import OptimConfig, RunConfig, TrainConfig
+from myllm.training.restore import rate_note
 
 RUN = RunConfig(
     optim=OptimConfig(max_lr=1e-3, min_lr_ratio=0.0, warmup_steps=10, schedule="linear"),
