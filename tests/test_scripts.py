@@ -106,7 +106,13 @@ class Machine:
     def __init__(self, tmp_path: Path):
         self.root, self.bin, self.packages = tmp_path / "my llm", tmp_path / "bin", tmp_path / "system packages"
         self.pip, self.log_file = tmp_path / "fake" / "pip", tmp_path / "log.jsonl"
-        for name in ("pyproject.toml", "requirements.txt", "src/environment.sh", "src/myllm/__init__.py"):
+        for name in (
+            "pyproject.toml",
+            "requirements.txt",
+            "src/environment.sh",
+            "src/environment.py",
+            "src/myllm/__init__.py",
+        ):
             (self.root / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, self.root / name)
         for name, text in (("__init__.py", ""), ("__main__.py", FAKE_PIP)):
@@ -317,14 +323,23 @@ def test_says_what_debian_lacks(machine):
     assert not (machine.root / ".venv").exists()
 
 
-def test_installs_with_uv_where_there_is_no_pip(machine, tmp_path):
+@pytest.mark.parametrize("has_pip", [True, False])
+def test_installs_with_uv_if_it_is_installed(machine, tmp_path, has_pip):
     active = machine.make_venv(tmp_path / "active")
-    shutil.rmtree(next(active.glob("lib/python*/site-packages/pip")))
+    if not has_pip:
+        shutil.rmtree(next(active.glob("lib/python*/site-packages/pip")))
     # uv pip install --python PYTHON ARGUMENTS...
     uv = f'python="$4"\nshift 4\nPYTHONPATH="{machine.pip.parent}" exec "$python" -m pip uv-install "$@"\n'
     write_script(machine.bin / "uv", f"#!/bin/sh\n{uv}")
     machine.run(VIRTUAL_ENV=str(active))
     assert [call["arguments"][0] for call in machine.log()] == ["uv-install"] * 3
+
+
+def test_a_uv_that_fails_leaves_it_to_pip(machine, tmp_path):
+    """It knows nothing of pip.conf, which may name the only index that can be reached."""
+    write_script(machine.bin / "uv", "#!/bin/sh\nexit 1\n")
+    machine.run(VIRTUAL_ENV=str(machine.make_venv(tmp_path / "active")))
+    assert [call["arguments"][0] for call in machine.log()] == ["install"] * 3
 
 
 # ---- run_pre_training_e2e.sh and its debug sibling
