@@ -56,11 +56,11 @@ def check_publishing(config: "RunConfig") -> None:
     """Only one process publishes, and only that one needs a token."""
     from myllm.distributed import launcher as ranks
     from myllm.hub import publish as publishing
-    from myllm.hub.background_publish import check_hub
+    from myllm.hub.background_publish import check_hub_access
 
     if ranks.rank() == 0:
         publishing.check_export(config.model)
-        check_hub(config.hub)
+        check_hub_access(config.hub)
 
 
 def prepare_and_train(config: "RunConfig", prepare_only: bool, profile: bool = False, own_text: bool = False) -> None:
@@ -78,7 +78,7 @@ def prepare_and_train(config: "RunConfig", prepare_only: bool, profile: bool = F
 
     from myllm.distributed import collectives as distributed
     from myllm.errors import TrainingDiverged, exit_code
-    from myllm.hub.background_publish import published_beside
+    from myllm.hub.background_publish import background_publisher
     from myllm.paths import RunPaths
     from myllm.planning import batch as plan
     from myllm.runs.heartbeat import starting
@@ -95,7 +95,7 @@ def prepare_and_train(config: "RunConfig", prepare_only: bool, profile: bool = F
 
     with (
         starting(RunPaths.of(config.name), active=is_main) as taken_over,
-        published_beside(config, active=is_main) as publisher,
+        background_publisher(config, active=is_main) as publisher,
     ):
         # The first process of each machine has the data prepared, in a process of its own, while all of them train.
         with (
@@ -105,7 +105,7 @@ def prepare_and_train(config: "RunConfig", prepare_only: bool, profile: bool = F
             config = plan.with_length(config, dataset.train.tokens, own_text)
             taken_over()
             try:
-                outcome = train(config, dataset, process, publisher.offer, started, profile)
+                outcome = train(config, dataset, process, publisher.submit, started, profile)
             except TrainingDiverged as error:
                 if is_main:  # all that is known stands in the log, and above
                     print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)

@@ -17,14 +17,14 @@ from myllm.distributed.collectives import process_group
 from myllm.errors import UserError
 from myllm.hub.export.card import folder_card
 from myllm.hub.export.transformers import open_source
-from myllm.hub.model_card import model_card, read_about
+from myllm.hub.model_card import read_card_data, render_model_card
 from myllm.inference.completion import stream_text
 from myllm.inference.generate import stream
 from myllm.inference.load import load_model
 from myllm.inference.sampling_params import Sampling
 from myllm.paths import RunPaths
 from myllm.presets import preset
-from myllm.runs.history import read_object
+from myllm.runs.history import read_json_or_empty
 from myllm.training.loop import train
 
 Learn = Callable[[str, int], Path]
@@ -115,7 +115,7 @@ def test_a_run_says_what_it_was_made_of(tiny: RunConfig, learn: Learn, temp_data
     assert saved.data.source == config.data.source
     assert (saved.data.dataset, saved.data.strip_control) == (made.name, True)
     assert load_json(folder / "checkpoints/step_00000002/config.json", RunConfig()) == saved
-    assert read_object(folder / "environment.json")["tokenizer"] == made.tokenizer().describe()
+    assert read_json_or_empty(folder / "environment.json")["tokenizer"] == made.tokenizer().describe()
 
     vocabulary = made.tokenizer()
     moved = temp_data.rename(tmp_path / "moved")  # and it goes on where all of it was moved
@@ -125,7 +125,7 @@ def test_a_run_says_what_it_was_made_of(tiny: RunConfig, learn: Learn, temp_data
         assert load_tokenizer(made.folder / "tokenizer.json").sha256 == vocabulary.sha256  # as it was called before
         run(with_train(saved, max_steps=3))
         run_folder = RunPaths.of("tiny")
-        text = model_card(read_about(run_folder, 3, "me/mine", None, {}), [])
+        text = render_model_card(read_card_data(run_folder, 3, "me/mine", None, {}), [])
         source = open_source(run_folder.checkpoints / "step_00000003")
     facts = {"name": "tiny", "step": 3, "tokens_seen": 3, "architecture": "Llama", "dtype": "float32"}
     short = folder_card(source.config, facts | {"source": made.manifest["source"], "parameters": 1, "tokenizer": "x"})

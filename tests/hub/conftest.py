@@ -26,7 +26,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """No waiting between tries, of ours or the client's."""
-    monkeypatch.setattr(publishing, "DELAYS_S", (0, 0))
+    monkeypatch.setattr(publishing, "RETRY_DELAYS_S", (0, 0))
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
 
 

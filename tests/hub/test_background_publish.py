@@ -19,6 +19,7 @@ from support.published_run import REPO, TOKEN, hub_config, save_checkpoint
 from support.stand_in_export import make_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from myllm.checkpoint.retention import step_of
 from myllm.cli.launch import parse
 from myllm.config import HubConfig, RunConfig
 from myllm.data.prepare.prepare import prepare
@@ -26,8 +27,8 @@ from myllm.distributed.collectives import process_group
 from myllm.errors import UserError
 from myllm.hub import background_publish as publish_beside
 from myllm.hub import publish as publishing
-from myllm.hub.background_publish import check_hub, publish_offers, published_beside
-from myllm.hub.publish import due
+from myllm.hub.background_publish import background_publisher, check_hub_access, publish_from_queue
+from myllm.hub.publish import select_checkpoints
 from myllm.inference.load import load_model
 from myllm.paths import RunPaths
 from myllm.planning.validation import hub_faults
@@ -36,7 +37,7 @@ from myllm.training.loop import train
 
 @pytest.fixture(autouse=True)
 def _deadline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(publish_beside, "PATIENCE_S", 90)
+    monkeypatch.setattr(publish_beside, "FINISH_TIMEOUT_S", 90)
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
@@ -59,8 +60,8 @@ def test_without_every_checkpoint_only_the_end_is_published(
     hub: HubServer, run: RunPaths, tiny: RunConfig, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run.metrics.unlink()  # nothing to draw, which takes long
-    with published_beside(hub_config(tiny), True, make_folder) as publisher:
-        publisher.offer(4)
+    with background_publisher(hub_config(tiny), True, make_folder) as publisher:
+        publisher.submit(4)
         assert hub.requests == []
         assert publishers() == []
         publisher.finish(12)
@@ -76,8 +77,8 @@ def test_nothing_is_done_where_nothing_is_asked(
     repo: str | None, active: bool, hub: HubServer, run: RunPaths, tiny: RunConfig
 ) -> None:
     config = hub_config(tiny, every_checkpoint=True)
-    with published_beside(replace(config, hub=replace(config.hub, repo=repo)), active, make_folder) as publisher:
-        publisher.offer(4)
+    with background_publisher(replace(config, hub=replace(config.hub, repo=repo)), active, make_folder) as publisher:
+        publisher.submit(4)
         publisher.finish(12)
         assert publishers() == []
     assert hub.requests == []
@@ -89,10 +90,10 @@ def test_an_outage_costs_training_nothing_and_the_next_command_goes_on(
     """The Hub hangs up all the time; the end waits so long and no longer."""
     trained(replace(tiny, name="undisturbed"))
     hub.down(None)
-    monkeypatch.setattr(publish_beside, "PATIENCE_S", 3)
+    monkeypatch.setattr(publish_beside, "FINISH_TIMEOUT_S", 3)
     config = hub_config(tiny, every_checkpoint=True)
-    with published_beside(config, True, make_folder) as publisher:
-        root = trained(config, publisher.offer)
+    with background_publisher(config, True, make_folder) as publisher:
+        root = trained(config, publisher.submit)
         publisher.finish(12)
     assert publishers() == []
     assert losses(root) == losses(RunPaths.of("undisturbed").root)
@@ -102,7 +103,7 @@ def test_an_outage_costs_training_nothing_and_the_next_command_goes_on(
     assert f"myllm publish tiny --repo {REPO}" in said
     hub.up()
     run = RunPaths(root)
-    publishing.publish(run, due(run, True), config.hub, make_folder, print)
+    publishing.publish(run, select_checkpoints(run, True), config.hub, make_folder, print)
     assert list(hub.models.tags(REPO)) == ["step-4", "step-8", "step-12"]
 
 
@@ -111,8 +112,8 @@ def test_a_killed_publisher_is_started_again(hub: HubServer, run: RunPaths, tiny
     run.metrics.unlink()  # nothing to draw, which takes long
     save_checkpoint(run, tiny, 16)
     hub.hold("/lfs/", 1_000)
-    with published_beside(hub_config(tiny, every_checkpoint=True), True, make_folder) as publisher:
-        publisher.offer(4)
+    with background_publisher(hub_config(tiny, every_checkpoint=True), True, make_folder) as publisher:
+        publisher.submit(4)
         wait_for(lambda: [one for one in hub.seen("/lfs/", "PUT") if one.received_bytes])
         (process,) = publishers()
         os.kill(process.pid, signal.SIGKILL)
@@ -132,8 +133,8 @@ def test_a_run_that_ends_early_does_not_wait_for_its_upload(
     config = hub_config(tiny, every_checkpoint=True)
 
     def die() -> None:
-        with published_beside(config, True, make_folder) as publisher:
-            publisher.offer(4)
+        with background_publisher(config, True, make_folder) as publisher:
+            publisher.submit(4)
             wait_for(lambda: hub.seen("/lfs/", "PUT"))
             raise UserError("the disk is full")
 
@@ -150,7 +151,7 @@ def test_a_fault_is_said_and_the_next_checkpoint_tries_again(
     tries: list[int] = []
 
     def make(checkpoint: Path, folder: Path) -> None:
-        tries.append(publishing.step_of(checkpoint))
+        tries.append(step_of(checkpoint))
         if len(tries) == 1:
             raise UserError("no room for it")
         if len(tries) == 2:
@@ -162,7 +163,7 @@ def test_a_fault_is_said_and_the_next_checkpoint_tries_again(
         steps: SimpleQueue[int | None] = SimpleQueue()
         for offered in (step, None):
             steps.put(offered)
-        assert publish_offers(run, config, make, steps, said.append) is fine
+        assert publish_from_queue(run, config, make, steps, said.append) is fine
     assert said[0] == "publishing gives up for now: no room for it"
     assert said[1] == "publishing failed: ZeroDivisionError: a fault that tells the token (token)"
     assert tries == [4, 4, 4, 8, 12]
@@ -173,23 +174,23 @@ def test_a_fault_is_said_and_the_next_checkpoint_tries_again(
 
 
 def test_who_may_not_write_learns_it_at_once(hub: HubServer, tiny: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_hub(hub_config(tiny).hub)
+    check_hub_access(hub_config(tiny).hub)
     with pytest.raises(UserError, match="it needs write access to what belongs to other"):
-        check_hub(replace(hub_config(tiny).hub, repo="other/tiny"))
+        check_hub_access(replace(hub_config(tiny).hub, repo="other/tiny"))
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     with pytest.raises(UserError, match="the Hub does not know this token"):
-        check_hub(hub_config(tiny).hub)
+        check_hub_access(hub_config(tiny).hub)
 
 
 def test_a_hub_that_is_away_is_no_obstacle(hub: HubServer, tiny: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     hub.down()
-    check_hub(hub_config(tiny).hub, said.append)
-    assert said == ["the Hub answered 503 (down for maintenance); training begins, and publishing is tried again then"]
+    check_hub_access(hub_config(tiny).hub, said.append)
+    assert said == ["the Hub answered 503 (down for maintenance); training starts, and publishing is tried again later"]
     hub.up()
-    monkeypatch.setattr(publish_beside, "FIRST_ANSWER_S", 0)
-    check_hub(hub_config(tiny).hub, said.append)
-    assert said[1].startswith("the Hub has not answered within 0 s; training begins")
+    monkeypatch.setattr(publish_beside, "ACCESS_CHECK_TIMEOUT_S", 0)
+    check_hub_access(hub_config(tiny).hub, said.append)
+    assert said[1].startswith("the Hub did not answer within 0 s; training starts")
 
 
 @pytest.mark.parametrize(
@@ -238,7 +239,7 @@ def test_the_whole_way_without_a_network(
     done = launch("--config", config)
     assert done.returncode == 0, done.stderr
     assert len(losses(temp_data / "runs/tiny")) == 12
-    assert "HF_HUB_OFFLINE is set: unset it, or publish from a machine with a network; training begins" in done.stdout
+    assert "HF_HUB_OFFLINE is set: unset it, or publish from a machine with a network; training starts" in done.stdout
     assert "publishing gives up for now: HF_HUB_OFFLINE is set" in done.stdout
     assert f"myllm publish tiny --repo {REPO}" in done.stdout.split("not published: see above")[1]
     assert TOKEN not in done.stdout + done.stderr

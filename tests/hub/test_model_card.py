@@ -11,13 +11,13 @@ from support.published_run import REPO, write_run
 
 from myllm.config import DataConfig, HubConfig, RunConfig
 from myllm.hub import publish as publishing
-from myllm.hub.model_card import model_card, read_about, without_folders
+from myllm.hub.model_card import read_card_data, render_model_card, strip_local_paths
 from myllm.paths import RunPaths
 
 
 def card(run: RunPaths, step: int = 12, license: str | None = None, curves: tuple[str, ...] = ()) -> str:
-    about = read_about(run, step, REPO, license, {"architectures": ["Qwen3ForCausalLM"], "dtype": "float32"})
-    return model_card(about, list(curves))
+    about = read_card_data(run, step, REPO, license, {"architectures": ["Qwen3ForCausalLM"], "dtype": "float32"})
+    return render_model_card(about, list(curves))
 
 
 def front_matter(text: str) -> dict[str, object]:
@@ -91,7 +91,7 @@ def test_private_data_get_no_name_of_public_ones(tiny: RunConfig, temp_data: Pat
     """Earlier versions kept the preset's source in config.json where the data set was given by name."""
     data = DataConfig(source="fineweb-edu-10bt", dataset="files-texts-0123456789ab")
     run = write_run(replace(tiny, data=data), source=recorded)
-    for text in (card(run), json.dumps(publishing.read_about(run, 12, REPO, None, {}).config.data.source)):
+    for text in (card(run), json.dumps(publishing.read_card_data(run, 12, REPO, None, {}).config.data.source)):
         assert "files-texts" in text
         assert not any(word in text.lower() for word in ("fineweb-edu", "odc-by", "datasets:"))
 
@@ -114,7 +114,7 @@ def test_samples_cannot_break_out_of_their_box(run: RunPaths) -> None:
 def test_the_curves_end_where_the_card_does(run: RunPaths, tmp_path: Path) -> None:
     folder = tmp_path / "made"
     folder.mkdir()
-    publishing.complete(folder, run, 8, HubConfig(REPO))
+    publishing.add_run_files(folder, run, 8, HubConfig(REPO))
     drawn = {path.name for path in (folder / "plots").iterdir()}
     assert {"loss.png", "accuracy.png", "throughput.png"} <= drawn
     assert "loss_compact.png" not in drawn
@@ -136,7 +136,7 @@ def test_the_curves_end_where_the_card_does(run: RunPaths, tmp_path: Path) -> No
     ],
 )
 def test_folders_are_left_out(text: str, expected: str) -> None:
-    assert without_folders(text) == expected
+    assert strip_local_paths(text) == expected
 
 
 def test_weights_from_elsewhere_are_said_to_be(run: RunPaths) -> None:

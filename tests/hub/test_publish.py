@@ -18,7 +18,7 @@ from myllm.config import HubConfig, RunConfig
 from myllm.errors import UserError
 from myllm.files import locked
 from myllm.hub import publish as publishing
-from myllm.hub.publish import due
+from myllm.hub.publish import select_checkpoints
 from myllm.paths import RunPaths
 
 HUB = HubConfig(REPO)
@@ -31,7 +31,7 @@ def _undrawn(undrawn: None) -> None:
 
 def publish(run: RunPaths, hub: HubConfig = HUB) -> list[str]:
     said: list[str] = []
-    publishing.publish(run, due(run, hub.every_checkpoint), hub, make_folder, said.append)
+    publishing.publish(run, select_checkpoints(run, hub.every_checkpoint), hub, make_folder, said.append)
     return said
 
 
@@ -41,7 +41,7 @@ def test_the_newest_checkpoint_with_all_that_belongs_to_it(hub: HubServer, run: 
     assert hub.models.private == {REPO}
     assert list(hub.models.tags(REPO)) == ["step-12"]
     files = hub.models.files(REPO, "step-12")
-    assert files["model.safetensors"] == (due(run, False)[0] / "weights/__0_0.distcp").read_bytes()
+    assert files["model.safetensors"] == (select_checkpoints(run, False)[0] / "weights/__0_0.distcp").read_bytes()
     assert files.keys() >= {"config.json", "tokenizer.json", "README.md", "plots/loss.png", "training/config.json"}
     assert files["plots/loss.png"].startswith(b"\x89PNG")
     assert b"license: mit" in files["README.md"]
@@ -102,7 +102,10 @@ def test_a_fault_costs_time_and_nothing_else(fault: str, hub: HubServer, run: Ru
     publish(run)
     assert len(hub.models.titles(REPO)) == 2  # never two commits of a step
     assert list(hub.models.tags(REPO)) == ["step-12"]
-    assert hub.models.files(REPO)["model.safetensors"] == (due(run, False)[0] / "weights/__0_0.distcp").read_bytes()
+    assert (
+        hub.models.files(REPO)["model.safetensors"]
+        == (select_checkpoints(run, False)[0] / "weights/__0_0.distcp").read_bytes()
+    )
 
 
 def test_retry_after_is_kept_to(hub: HubServer, run: RunPaths, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,7 +163,7 @@ def test_other_weights_of_that_step_are_left_alone(hub: HubServer, run: RunPaths
 
 
 def test_a_checkpoint_that_is_removed_meanwhile_is_passed_over(hub: HubServer, run: RunPaths) -> None:
-    chosen = due(run, True)
+    chosen = select_checkpoints(run, True)
     shutil.rmtree(chosen[0])
     said: list[str] = []
     publishing.publish(run, chosen[:2], HUB, make_folder, said.append)
@@ -182,13 +185,13 @@ def test_a_damaged_checkpoint_is_passed_over(hub: HubServer, run: RunPaths, ever
 
     said: list[str] = []
     wanted = replace(HUB, every_checkpoint=every)
-    publishing.publish(run, due(run, every), wanted, make, said.append)
+    publishing.publish(run, select_checkpoints(run, every), wanted, make, said.append)
     assert list(hub.models.tags(REPO)) == (["step-4", "step-8"] if every else ["step-8"])
     assert sum("step_00000012 is not an intact checkpoint: " in line and "passed over" in line for line in said) == 1
     for step in (4, 8):
         (run.checkpoints / f"step_{step:08d}/state.json").write_text("{")
     with pytest.raises(UserError, match=r"no intact checkpoint|is intact; nothing was published"):
-        publishing.publish(run, due(run, every), wanted, make, said.append)
+        publishing.publish(run, select_checkpoints(run, every), wanted, make, said.append)
 
 
 def test_one_at_a_time(hub: HubServer, run: RunPaths) -> None:
@@ -209,7 +212,7 @@ def command(*words: str) -> int:
 
 @pytest.fixture
 def exported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(publishing, "export", make_folder)
+    monkeypatch.setattr(publishing, "export_checkpoint", make_folder)
 
 
 def test_the_command(hub: HubServer, run: RunPaths, exported: None, capsys: pytest.CaptureFixture[str]) -> None:

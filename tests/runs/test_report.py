@@ -20,7 +20,7 @@ from support.browser import chromium
 
 from myllm.errors import UserError
 from myllm.paths import RunPaths
-from myllm.runs.history import find_run, read_metrics, smooth
+from myllm.runs.history import find_run, moving_average, read_metrics
 from myllm.runs.report import plots
 from myllm.runs.report.axes import MAX_POINTS, thin
 from myllm.runs.report.numbers import duration, si
@@ -254,7 +254,7 @@ def test_a_report_that_fails_costs_a_finished_run_one_line(tmp_path: Path) -> No
 def test_smooth_is_the_mean_of_its_window_and_ignores_what_is_not_finite() -> None:
     values = np.sin(np.arange(200.0))
     values[[50, 60, 199]] = [np.nan, np.inf, np.nan]
-    mean = smooth(values, share=0.05)  # 10 to each side
+    mean = moving_average(values, share=0.05)  # 10 to each side
     for index in (80, 150, 199):
         window = values[index - 10 : index + 11]
         assert mean[index] == pytest.approx(window[np.isfinite(window)].mean())

@@ -38,7 +38,7 @@ def publish(
     found = paths.RunPaths(checkpoints[0].parent.parent)
     from myllm.hub import publish as publishing
 
-    hub = publishing.hub_of(found)
+    hub = publishing.saved_hub_config(found)
     given = HubConfig(repo or hub.repo, private, every_checkpoint, license)
     if given.repo is None:
         raise UserError("where to? Give --repo NAMESPACE/NAME, such as my-account/my-model")
@@ -47,6 +47,8 @@ def publish(
     publishing.check_token()
     hub = replace(given, private=private or hub.private, license=license or hub.license)
     try:
-        publishing.publish(found, publishing.due(found, every_checkpoint), hub, publishing.export, print)
+        publishing.publish(
+            found, publishing.select_checkpoints(found, every_checkpoint), hub, publishing.export_checkpoint, print
+        )
     except UserError as error:
         raise UserError(f"{error}\nNothing is lost: the same command goes on where this one stopped") from None

@@ -1,7 +1,7 @@
 """Publishing while training goes on, in a process of its own: it can fail, wait and be killed, and training does not
 notice.
 
-The loop says which steps are saved and evaluated (`offer`); the process publishes them, one after the other. When all
+The loop says which steps are saved and evaluated (`submit`); the process publishes them, one after the other. When all
 is done, `finish` has the newest published and waits for it where people can see it, but not for ever. Nothing is lost
 by an end in the middle: the next start, or `myllm publish`, asks the Hub what it has and goes on from there.
 """
@@ -23,25 +23,25 @@ from myllm.errors import UserError
 from myllm.paths import RunPaths
 
 from . import publish as publishing
-from .publish import MakeFolder
+from .publish import ExportFolder
 
-FIRST_ANSWER_S = 20
+ACCESS_CHECK_TIMEOUT_S = 20
 """How long the start of a training waits for the Hub."""
-PATIENCE_S = 1_800
+FINISH_TIMEOUT_S = 1_800
 """How long the end of a training waits for the last upload."""
-TELL_EVERY_S = 30
+STATUS_EVERY_S = 30
 
 
 class Publisher:
     """Where the loop hands over what is to be published. Without a repository, or on other ranks, it does nothing."""
 
-    def __init__(self, config: RunConfig, active: bool, make_folder: MakeFolder) -> None:
+    def __init__(self, config: RunConfig, active: bool, make_folder: ExportFolder) -> None:
         self._run, self._hub = RunPaths.of(config.name), config.hub
         self._active, self._make_folder = active and config.hub.repo is not None, make_folder
         self._process: BaseProcess | None = None
         self._steps: Queue[int | None] | None = None
 
-    def offer(self, step: int) -> None:
+    def submit(self, step: int) -> None:
         """A checkpoint is there and what is measured at its step too. Returns at once, whatever happens."""
         if self._active and self._hub.every_checkpoint:
             self._send(step)
@@ -51,7 +51,7 @@ class Publisher:
         if not self._active:
             return
         print(f"\n=== Publishing: {self._hub.repo}", flush=True)
-        deadline = time.monotonic() + PATIENCE_S
+        deadline = time.monotonic() + FINISH_TIMEOUT_S
         for _ in range(2):  # once more if the process was killed, now or before
             self._send(step)
             if self._process is None or self._steps is None:
@@ -61,7 +61,7 @@ class Publisher:
             if (self._process.exitcode or 0) >= 0:
                 break
         if self._process.is_alive():
-            print(f"not published within {PATIENCE_S / 60:.0f} minutes. {self._advice()}", flush=True)
+            print(f"not published within {FINISH_TIMEOUT_S / 60:.0f} minutes. {self._advice()}", flush=True)
         elif self._process.exitcode:
             print(f"not published: see above. {self._advice()}", flush=True)
 
@@ -69,7 +69,7 @@ class Publisher:
         started = told = time.monotonic()
         while process.is_alive() and (now := time.monotonic()) < deadline:
             process.join(0.5)
-            if now - told > TELL_EVERY_S:
+            if now - told > STATUS_EVERY_S:
                 told = now
                 print(
                     f"still publishing, for {(now - started) / 60:.1f} minutes now; Ctrl-C leaves it for later",
@@ -108,8 +108,8 @@ class Publisher:
 
 
 @contextmanager
-def published_beside(
-    config: RunConfig, active: bool, make_folder: MakeFolder = publishing.export
+def background_publisher(
+    config: RunConfig, active: bool, make_folder: ExportFolder = publishing.export_checkpoint
 ) -> Iterator[Publisher]:  # fmt: skip
     """Training publishes through what this gives.
 
@@ -123,7 +123,7 @@ def published_beside(
         publisher.stop()
 
 
-def check_hub(hub: HubConfig, say: publishing.Say = print) -> None:
+def check_hub_access(hub: HubConfig, say: publishing.LogLine = print) -> None:
     """Before the hours of training: may this account write there? A Hub that cannot be asked now is no obstacle.
 
     Raises:
@@ -134,23 +134,26 @@ def check_hub(hub: HubConfig, say: publishing.Say = print) -> None:
 
     def ask() -> None:
         try:
-            publishing.prepare_repo(hub)
+            publishing.create_repo(hub)
         except Exception as error:
             found.append(error)
 
     # In a thread, since a network that swallows everything may keep it for minutes.
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()
-    asking.join(FIRST_ANSWER_S)
+    asking.join(ACCESS_CHECK_TIMEOUT_S)
     if asking.is_alive():
-        say(f"the Hub has not answered within {FIRST_ANSWER_S} s; training begins, and publishing is tried again then")
+        say(
+            f"the Hub did not answer within {ACCESS_CHECK_TIMEOUT_S} s; training starts, "
+            "and publishing is tried again later"
+        )
     elif found and isinstance(found[0], UserError):
         raise found[0]
     elif found:
-        say(f"{publishing.reason(found[0], hub)}; training begins, and publishing is tried again then")
+        say(f"{publishing.explain_error(found[0], hub)}; training starts, and publishing is tried again later")
 
 
-def _run_publisher(run: RunPaths, hub: HubConfig, make_folder: MakeFolder, steps: "Queue[int | None]") -> None:
+def _run_publisher(run: RunPaths, hub: HubConfig, make_folder: ExportFolder, steps: "Queue[int | None]") -> None:
     """What the process beside does, until it is told that nothing more comes. Ends with the one that started it."""
     from huggingface_hub.utils import disable_progress_bars
 
@@ -159,11 +162,11 @@ def _run_publisher(run: RunPaths, hub: HubConfig, make_folder: MakeFolder, steps
     start_worker()
     os.nice(10)  # training goes first
     disable_progress_bars()
-    sys.exit(0 if publish_offers(run, hub, make_folder, steps, Log(run.log, active=True)) else 1)
+    sys.exit(0 if publish_from_queue(run, hub, make_folder, steps, Log(run.log, active=True)) else 1)
 
 
-def publish_offers(
-    run: RunPaths, hub: HubConfig, make_folder: MakeFolder, steps: "Queue[int | None]", say: publishing.Say
+def publish_from_queue(
+    run: RunPaths, hub: HubConfig, make_folder: ExportFolder, steps: "Queue[int | None]", say: publishing.LogLine
 ) -> bool:
     """Publish what comes through `steps` until None does. Whether all that was wanted last is there."""
     done: set[Path] = set()
@@ -178,12 +181,16 @@ def publish_offers(
             continue
         fine = False
         try:
-            found = [folder for folder in publishing.due(run, hub.every_checkpoint, newest) if folder not in done]
+            found = [
+                folder
+                for folder in publishing.select_checkpoints(run, hub.every_checkpoint, newest)
+                if folder not in done
+            ]
             publishing.publish(run, found, hub, make_folder, say)
             done.update(found)
             fine = True
         except UserError as error:
             say(f"publishing gives up for now: {error}")
         except Exception as error:  # a fault of ours, which is no reason to be a burden to the run
-            say(f"publishing failed: {type(error).__name__}: {publishing.without_token(str(error))}")
+            say(f"publishing failed: {type(error).__name__}: {publishing.redact_token(str(error))}")
     return fine

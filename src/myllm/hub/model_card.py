@@ -20,12 +20,12 @@ from myllm.planning import batch as plan
 from myllm.runs.history import (
     Metrics,
     Row,
+    as_float,
     chance_is_a_quarter,
-    number,
+    get_text,
+    read_json_or_empty,
     read_metrics,
-    read_object,
     read_samples,
-    text_of,
 )
 from myllm.runs.report.numbers import duration, percent, short, si
 
@@ -43,7 +43,7 @@ _LOCAL_FOLDER = re.compile(r"(?:^|(?<=[:=]))(?:~|/(?!/))\S*/")
 
 
 @dataclass(frozen=True)
-class About:
+class CardData:
     """What a card says, up to one step."""
 
     name: str
@@ -60,24 +60,24 @@ class About:
     """Where the weights that training began with came from; None: from nothing."""
 
 
-def read_about(run: RunPaths, step: int, repo: str, license: str | None, exported: Row) -> About:
+def read_card_data(run: RunPaths, step: int, repo: str, license: str | None, exported: Row) -> CardData:
     """Everything a run wrote up to `step`; what is missing is left out of the card."""
     try:
-        metrics = up_to(read_metrics(run.metrics), step)
+        metrics = truncate_metrics(read_metrics(run.metrics), step)
     except UserError:
         metrics = None
     samples = read_samples(run.samples) if run.samples.is_file() else {}
     samples = {prompt: kept for prompt, rows in samples.items() if (kept := [r for r in rows if r["step"] <= step])}
-    config, environment = saved_config(read_object(run.config), run.config), read_object(run.environment)
-    source = source_of(config.data.source, config.data.dataset, text_of(environment, "source"))
+    config, environment = saved_config(read_json_or_empty(run.config), run.config), read_json_or_empty(run.environment)
+    source = source_of(config.data.source, config.data.dataset, get_text(environment, "source"))
     config = replace(config, data=replace(config.data, source=source))
-    return About(
+    return CardData(
         run.root.name, repo, step, license, config, environment, metrics, samples, exported,
-        text_of(read_object(run.imported), "source"),
+        get_text(read_json_or_empty(run.imported), "source"),
     )  # fmt: skip
 
 
-def up_to(metrics: Metrics, step: int) -> Metrics | None:
+def truncate_metrics(metrics: Metrics, step: int) -> Metrics | None:
     """The rows of the first `step` steps; None if there are none."""
     evals = {name: [row for row in rows if row["step"] <= step] for name, rows in metrics.evals.items()}
     evals = {name: rows for name, rows in evals.items() if rows}
@@ -85,7 +85,7 @@ def up_to(metrics: Metrics, step: int) -> Metrics | None:
     return Metrics(train, evals) if train or evals else None
 
 
-def model_card(about: About, curves: list[str]) -> str:
+def render_model_card(about: CardData, curves: list[str]) -> str:
     """The card as Markdown, with the Hub's front matter.
 
     Args:
@@ -109,7 +109,7 @@ def model_card(about: About, curves: list[str]) -> str:
     return f"---\n{_front_matter(about)}\n---\n\n" + "\n\n".join(filter(None, sections)) + "\n"
 
 
-def without_folders(text: str) -> str:
+def strip_local_paths(text: str) -> str:
     """ "files:/home/me/texts" as "files:texts": where things lie on somebody's disk is nobody else's business."""
     return _LOCAL_FOLDER.sub("", text)
 
@@ -128,7 +128,7 @@ The weights, `config.json` and the tokenizer are in `transformers`' format. `tra
 `step-N` are checkpoints after N steps."""
 
 
-def _front_matter(about: About) -> str:
+def _front_matter(about: CardData) -> str:
     from huggingface_hub import ModelCardData
 
     repo = None if about.imported and about.step == 0 else _dataset_repo(about.config.data.source)
@@ -140,8 +140,8 @@ def _front_matter(about: About) -> str:
     ).to_yaml()  # fmt: skip
 
 
-def _heading(about: About) -> str:
-    parameters = number(about.environment.get("parameters"))
+def _heading(about: CardData) -> str:
+    parameters = as_float(about.environment.get("parameters"))
     size = f" of {si(parameters)} parameters" if parameters > 0 else ""
     source = about.imported and f"the weights of {about.imported}"
     origin = f"trained further with MyLLM from {source}" if source else "trained from nothing with MyLLM"
@@ -172,7 +172,7 @@ def _curves(names: list[str]) -> str:
     return "\n".join(["## Curves", "", "| | |", "|---|---|", *rows])
 
 
-def _loading(about: About) -> str:
+def _loading(about: CardData) -> str:
     return f"""## Load it
 
 ```python
@@ -190,7 +190,7 @@ print(tokenizer.decode(made[0], skip_special_tokens=True))
 # -- figures ----------------------------------------------------------------------------------------------------------
 
 
-def _results(about: About) -> str:
+def _results(about: CardData) -> str:
     if about.metrics is None or not about.metrics.evals:
         return ""
     lines = ["| evaluation | figure | value | standard error | measured on |", "|---|---|---:|---:|---|"]
@@ -205,13 +205,13 @@ def _results(about: About) -> str:
 def _figures(name: str, row: Row, step: int) -> list[str]:
     """Lines of the table for one evaluation's newest row."""
     keys = [key for key in row if key in NAMES]
-    examples, tokens = number(row.get("n_examples")), number(row.get("n_tokens"))
+    examples, tokens = as_float(row.get("n_examples")), as_float(row.get("n_tokens"))
     on = f"{examples:,.0f} examples" if examples > 0 else f"{tokens:,.0f} held-out tokens" if tokens > 0 else ""
     if row["step"] != step:
         on = ", ".join(filter(None, [on, f"at step {row['step']:,}"]))
     lines = []
     for key in keys:
-        value, is_share = number(row[key]), key.startswith("acc") or key.endswith("accuracy")
+        value, is_share = as_float(row[key]), key.startswith("acc") or key.endswith("accuracy")
         shown = percent(value) if is_share else f"{value:.4f}" if value < 100 else f"{value:,.0f}"
         error = _standard_error(row, key)
         lines.append(f"| {name} | {NAMES[key]} | {shown} | {f'± {percent(error)}' if error else ''} | {on} |")
@@ -220,13 +220,13 @@ def _figures(name: str, row: Row, step: int) -> list[str]:
 
 def _standard_error(row: Row, key: str) -> float:
     """Of a share of independent examples: measured, or sqrt(p (1 - p) / n). 0 where it is unknown."""
-    measured, share, n = number(row.get(f"{key}_stderr")), number(row.get(key)), number(row.get("n_examples"))
+    measured, share, n = as_float(row.get(f"{key}_stderr")), as_float(row.get(key)), as_float(row.get("n_examples"))
     if measured > 0:
         return measured
     return math.sqrt(share * (1 - share) / n) if key.startswith("acc") and n > 0 and 0 <= share <= 1 else 0.0
 
 
-def _sample(about: About) -> str:
+def _sample(about: CardData) -> str:
     if not about.samples:
         return ""
     prompt, rows = next(iter(about.samples.items()))
@@ -249,7 +249,7 @@ def _cell(value: Any) -> str:
     return str(value).replace("|", "\\|").replace("\n", " ")
 
 
-def _model(about: About) -> str:
+def _model(about: CardData) -> str:
     model = about.config.model
     heads = f"{model.n_heads} of {model.head_size}"
     if model.kv_heads != model.n_heads:
@@ -272,18 +272,18 @@ def _model(about: About) -> str:
     )
 
 
-def _tokenizer(about: About) -> str:
+def _tokenizer(about: CardData) -> str:
     """By the vocabulary that goes with the weights; a run's config need not name it."""
     said = about.exported.get("tokenizer") or about.environment.get("tokenizer")
-    name = said.get("name") if isinstance(said, dict) else without_folders(about.config.data.tokenizer)
+    name = said.get("name") if isinstance(said, dict) else strip_local_paths(about.config.data.tokenizer)
     return "GPT-2's (r50k_base)" if name == "r50k_base" else f"its own ({name})"
 
 
-def _data(about: About) -> str:
+def _data(about: CardData) -> str:
     if about.imported and about.step == 0:
         return ""  # nothing of ours: the config's settings have never been used
     data, corpus, environment = about.config.data, corpus_of(about.config.data.source), about.environment
-    have = number(environment.get("train_tokens"))
+    have = as_float(environment.get("train_tokens"))
     seen = about.step * about.config.train.batch_tokens
     cleaning = {
         "Unicode's form NFC": data.normalise_unicode,
@@ -296,7 +296,7 @@ def _data(about: About) -> str:
     return _table(
         "Data",
         {
-            "source": ", ".join(filter(None, [without_folders(str(environment.get("source") or data.source)), link])),
+            "source": ", ".join(filter(None, [strip_local_paths(str(environment.get("source") or data.source)), link])),
             "what it is": corpus and corpus.about,
             "its licence": corpus and corpus.licence,
             "tokens seen": f"{seen:,}" + (f", {short(seen / have)} passes over {have:,.0f}" if have > 0 else ""),
@@ -308,7 +308,7 @@ def _data(about: About) -> str:
     )
 
 
-def _recipe(about: About) -> str:
+def _recipe(about: CardData) -> str:
     if about.imported and about.step == 0:
         return ""
     optim, train, model = about.config.optim, about.config.train, about.config.model
@@ -335,18 +335,18 @@ def _recipe(about: About) -> str:
         },
     )
     command = about.environment.get("command")
-    words = [without_folders(str(word)) for word in command] if isinstance(command, list) else []
+    words = [strip_local_paths(str(word)) for word in command] if isinstance(command, list) else []
     return f"{table}\n\n```sh\n{shlex.join(words)}\n```" if words else table
 
 
-def _machine(about: About) -> str:
+def _machine(about: CardData) -> str:
     environment, metrics = about.environment, about.metrics
-    world_size = number(environment.get("world_size"))
+    world_size = as_float(environment.get("world_size"))
     seconds = metrics.training_s() if metrics and metrics.train else math.nan
     last = metrics.last() if metrics else {}
     device_hours = seconds * world_size / 3_600
     hours = f"{duration(seconds)}, {device_hours:.3g} device hours" if math.isfinite(device_hours) else ""
-    evals_s = sum(number(row.get("seconds")) for rows in metrics.evals.values() for row in rows) if metrics else 0
+    evals_s = sum(as_float(row.get("seconds")) for rows in metrics.evals.values() for row in rows) if metrics else 0
     versions = environment.get("versions")
     commit = environment.get("git_commit")
     return _table(
@@ -356,7 +356,7 @@ def _machine(about: About) -> str:
             "training": hours,
             "evaluations": duration(evals_s) if evals_s > 0 else None,
             "speed, at the end": _count(last.get("tokens_per_s"), " tokens/s")
-            + (f", {percent(number(last['mfu']))} MFU" if number(last.get("mfu")) > 0 else ""),
+            + (f", {percent(as_float(last['mfu']))} MFU" if as_float(last.get("mfu")) > 0 else ""),
             "last started": environment.get("started"),
             "Python": environment.get("python"),
             "packages": ", ".join(f"{k} {v}" for k, v in versions.items() if v) if isinstance(versions, dict) else None,
@@ -365,7 +365,7 @@ def _machine(about: About) -> str:
     )
 
 
-def _licence(about: About) -> str:
+def _licence(about: CardData) -> str:
     mine = f"These weights are under `{about.license}`." if about.license else "None was given to these weights."
     corpus = corpus_of(about.config.data.source)
     untrained = about.imported and about.step == 0
@@ -383,4 +383,4 @@ def _dataset_repo(source: str) -> str | None:
 
 
 def _count(value: Any, unit: str = "") -> str:
-    return f"{number(value):,.0f}{unit}" if number(value) > 0 else ""
+    return f"{as_float(value):,.0f}{unit}" if as_float(value) > 0 else ""

@@ -29,23 +29,23 @@ from myllm.errors import UserError
 from myllm.files import locked, out_of_space, read_json, write_json, write_text
 from myllm.nonfinite import json_safe
 from myllm.paths import RunPaths
-from myllm.runs.history import read_config, read_object
+from myllm.runs.history import read_config, read_json_or_empty
 
-from .model_card import About, model_card, read_about, without_folders
+from .model_card import CardData, read_card_data, render_model_card, strip_local_paths
 
-MakeFolder = Callable[[Path, Path], object]
+ExportFolder = Callable[[Path, Path], object]
 """Makes of a checkpoint, the first path, a new folder of weights that others can load, the second."""
-Say = Callable[[str], None]
+LogLine = Callable[[str], None]
 
-DELAYS_S = (2, 10, 30, 60)
+RETRY_DELAYS_S = (2, 10, 30, 60)
 """Between tries at one step; the client has retries of its own within each."""
-TIMEOUT_S = 120
+READ_TIMEOUT_S = 120
 """How long a connection may be silent."""
 _TITLE = re.compile(r"Step (?P<step>\d+) of .* \((?P<mark>[0-9a-f]{12})\)")
 
 
 @dataclass(frozen=True)
-class Remote:
+class RemoteRepo:
     """What a repository holds."""
 
     head: str
@@ -56,7 +56,7 @@ class Remote:
     """Of the commits of "main", newest first."""
 
 
-def export(checkpoint: Path, folder: Path) -> None:
+def export_checkpoint(checkpoint: Path, folder: Path) -> None:
     """The folder that is published: `transformers`' format, in the precision of the checkpoint."""
     from myllm.hub.export.transformers import export_folder
 
@@ -91,7 +91,7 @@ def check_export(model: ModelConfig) -> None:
     require_transformers()
 
 
-def prepare_repo(hub: HubConfig) -> None:
+def create_repo(hub: HubConfig) -> None:
     """Make the repository, unless it is there.
 
     Raises:
@@ -100,16 +100,16 @@ def prepare_repo(hub: HubConfig) -> None:
     """
     from huggingface_hub import HfApi
 
-    with _limited_waits():
+    with _client_timeout():
         try:
             HfApi().create_repo(hub.repo, private=hub.private or None, exist_ok=True)
         except Exception as error:
-            if _status(error) and is_final(error):
-                raise UserError(reason(error, hub)) from None
+            if _http_status(error) and is_final(error):
+                raise UserError(explain_error(error, hub)) from None
             raise
 
 
-def due(run: RunPaths, every_checkpoint: bool, up_to: int | None = None) -> list[Path]:
+def select_checkpoints(run: RunPaths, every_checkpoint: bool, up_to: int | None = None) -> list[Path]:
     """The checkpoints to publish, oldest first: all, or the newest. What is in them is looked at when they are read.
 
     Raises:
@@ -121,7 +121,7 @@ def due(run: RunPaths, every_checkpoint: bool, up_to: int | None = None) -> list
     return found[::-1] if every_checkpoint else found[:1]
 
 
-def publish(run: RunPaths, checkpoints: list[Path], hub: HubConfig, make_folder: MakeFolder, say: Say) -> None:
+def publish(run: RunPaths, checkpoints: list[Path], hub: HubConfig, make_folder: ExportFolder, say: LogLine) -> None:
     """Publish checkpoints in the order given, each with tries of its own. A damaged one is passed over; without
     `hub.every_checkpoint` the next older one takes its place.
 
@@ -129,19 +129,19 @@ def publish(run: RunPaths, checkpoints: list[Path], hub: HubConfig, make_folder:
         UserError: what stopped it, and what to do; those before are published. Or all are damaged.
     """
     try:
-        with locked(run.root / ".publish.lock", wait=False), _limited_waits():
+        with locked(run.root / ".publish.lock", wait=False), _client_timeout():
             already, damaged, queue = [], 0, list(checkpoints)
             for checkpoint in queue:
                 work = run.root / ".publishing"
                 shutil.rmtree(work, ignore_errors=True)  # of a process that was killed
                 try:
-                    if not _patiently(run, checkpoint, hub, make_folder, say, work):
+                    if not _publish_with_retries(run, checkpoint, hub, make_folder, say, work):
                         already.append(f"{step_of(checkpoint):,}")
                 except Damaged as error:
                     say(f"{error}; it is passed over")
                     damaged += 1
                     if not hub.every_checkpoint and checkpoint == queue[-1]:
-                        queue += due(run, False, step_of(checkpoint) - 1) if step_of(checkpoint) else []
+                        queue += select_checkpoints(run, False, step_of(checkpoint) - 1) if step_of(checkpoint) else []
                 finally:
                     shutil.rmtree(work, ignore_errors=True)
             if damaged and damaged == len(queue):
@@ -152,11 +152,11 @@ def publish(run: RunPaths, checkpoints: list[Path], hub: HubConfig, make_folder:
         raise UserError(f"another process is publishing {run.root} just now; wait for it, or stop it first") from None
 
 
-def _patiently(
-    run: RunPaths, checkpoint: Path, hub: HubConfig, make_folder: MakeFolder, say: Say, work: Path
+def _publish_with_retries(
+    run: RunPaths, checkpoint: Path, hub: HubConfig, make_folder: ExportFolder, say: LogLine, work: Path
 ) -> bool:  # fmt: skip
     """Whether there was something to do."""
-    for delay in (*DELAYS_S, None):
+    for delay in (*RETRY_DELAYS_S, None):
         try:
             return _publish_step(run, checkpoint, hub, make_folder, say, work)
         except Exception as error:
@@ -168,36 +168,36 @@ def _patiently(
                 raise UserError(f"no room in {run.root} to make what is to be published; free some space") from None
             if cause is None:
                 raise
-            overtaken = _status(cause) in (409, 412)
+            overtaken = _http_status(cause) in (409, 412)
             if delay is None or (is_final(cause) and not overtaken):
-                raise UserError(reason(cause, hub)) from None
+                raise UserError(explain_error(cause, hub)) from None
             wait = 0 if overtaken else max(delay, retry_after(cause))
-            say(f"publishing to {hub.repo}: {reason(cause, hub)}; again in {wait} s")
+            say(f"publishing to {hub.repo}: {explain_error(cause, hub)}; again in {wait} s")
             time.sleep(wait)
     raise AssertionError("the last try returns or raises")
 
 
 def _publish_step(
-    run: RunPaths, checkpoint: Path, hub: HubConfig, make_folder: MakeFolder, say: Say, work: Path
+    run: RunPaths, checkpoint: Path, hub: HubConfig, make_folder: ExportFolder, say: LogLine, work: Path
 ) -> bool:  # fmt: skip
     """One try; False: it was published before. `work` keeps the folder of a try that failed for the next."""
     from huggingface_hub import CommitOperationAdd, HfApi
 
     check(checkpoint, NOTHING)
-    api, step, mark = HfApi(), step_of(checkpoint), _mark(checkpoint)
+    api, step, mark = HfApi(), step_of(checkpoint), _weights_digest(checkpoint)
     tag = f"step-{step}"
-    there = _look(api, hub)
+    there = _read_remote(api, hub)
     if tag in there.tags:
-        _check_same(there, tag, mark, hub)
-        _remember(run, hub, tag, there.tags[tag])
+        _check_same_weights(there, tag, mark, hub)
+        _record(run, hub, tag, there.tags[tag])
         return False
-    commit = next((sha for sha, title in there.titles.items() if _title(title) == (step, mark)), None)
+    commit = next((sha for sha, title in there.titles.items() if _parse_title(title) == (step, mark)), None)
     if commit is None:
-        newer = next((title for title in there.titles.values() if _title(title)[0] > step), None)
+        newer = next((title for title in there.titles.values() if _parse_title(title)[0] > step), None)
         if newer:
             say(f"step {step:,} is older than what {hub.repo} shows ({newer}), and is passed over")
             return True
-        folder = _made(run, checkpoint, hub, make_folder, work)
+        folder = _build_folder(run, checkpoint, hub, make_folder, work)
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         say(f"publishing step {step:,} to {hub.repo}: {size(sum(path.stat().st_size for path in files))}")
         commit = api.create_commit(
@@ -207,24 +207,24 @@ def _publish_step(
             parent_commit=there.head,
         ).oid
     api.create_tag(hub.repo, tag=tag, revision=commit, exist_ok=True)
-    _remember(run, hub, tag, commit)
+    _record(run, hub, tag, commit)
     say(f"published step {step:,}: {api.endpoint}/{hub.repo} (revision {tag})")
     return True
 
 
-def _made(run: RunPaths, checkpoint: Path, hub: HubConfig, make_folder: MakeFolder, work: Path) -> Path:
+def _build_folder(run: RunPaths, checkpoint: Path, hub: HubConfig, make_folder: ExportFolder, work: Path) -> Path:
     """What is published of a checkpoint; made once for all tries."""
     folder, unfinished = work / "whole", work / "unfinished"
     if not folder.is_dir():
         shutil.rmtree(unfinished, ignore_errors=True)
         work.mkdir(exist_ok=True)
         make_folder(checkpoint, unfinished)
-        complete(unfinished, run, step_of(checkpoint), hub)
+        add_run_files(unfinished, run, step_of(checkpoint), hub)
         unfinished.rename(folder)
     return folder
 
 
-def _look(api: Any, hub: HubConfig) -> Remote:
+def _read_remote(api: Any, hub: HubConfig) -> RemoteRepo:
     from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
@@ -232,42 +232,44 @@ def _look(api: Any, hub: HubConfig) -> Remote:
     except RepositoryNotFoundError:
         api.create_repo(hub.repo, private=hub.private or None, exist_ok=True)
         refs = api.list_repo_refs(hub.repo)
-    return Remote(
+    return RemoteRepo(
         head=next(branch.target_commit for branch in refs.branches if branch.name == "main"),
         tags={tag.name: tag.target_commit for tag in refs.tags},
         titles={commit.commit_id: commit.title for commit in api.list_repo_commits(hub.repo)},
     )
 
 
-def _mark(checkpoint: Path) -> str:
+def _weights_digest(checkpoint: Path) -> str:
     """Which weights a checkpoint holds, in twelve letters."""
     manifest = read_json(checkpoint / MANIFEST)
     weights = [of["sha256"] for name, of in sorted(manifest["files"].items()) if name.startswith(f"{WEIGHTS}/")]
     return hashlib.sha256("".join(weights).encode()).hexdigest()[:12]
 
 
-def _title(title: str) -> tuple[int, str]:
+def _parse_title(title: str) -> tuple[int, str]:
     """Step and mark in the title of a commit of ours; (-1, "") in another's."""
     found = _TITLE.fullmatch(title)
     return (int(found["step"]), found["mark"]) if found else (-1, "")
 
 
-def _check_same(there: Remote, tag: str, mark: str, hub: HubConfig) -> None:
+def _check_same_weights(there: RemoteRepo, tag: str, mark: str, hub: HubConfig) -> None:
     title = there.titles.get(there.tags[tag], "another branch's commit")
-    if _title(title)[1] != mark:
+    if _parse_title(title)[1] != mark:
         raise UserError(
             f"{hub.repo} has a revision {tag} already, of other weights ({title}); nothing was changed there. Give "
             "another repository, or delete that tag on the Hub if it is to be replaced"
         )
 
 
-def complete(folder: Path, run: RunPaths, step: int, hub: HubConfig) -> None:
+def add_run_files(folder: Path, run: RunPaths, step: int, hub: HubConfig) -> None:
     """Lay the run's own numbers, the curves and the card beside the weights."""
     from myllm.hub.export.transformers import MARK
     from myllm.runs.report.plots import PLOTS, save_figures  # brings Matplotlib, which training does without
 
-    exported = read_object(folder / "config.json") | {"tokenizer": read_object(folder / MARK).get("tokenizer")}
-    about = read_about(run, step, str(hub.repo), hub.license, exported)
+    exported = read_json_or_empty(folder / "config.json") | {
+        "tokenizer": read_json_or_empty(folder / MARK).get("tokenizer")
+    }
+    about = read_card_data(run, step, str(hub.repo), hub.license, exported)
     curves: list[str] = []
     if about.metrics:
         drawn = save_figures(about.metrics, read_config(run.config), folder / "plots")
@@ -275,15 +277,15 @@ def complete(folder: Path, run: RunPaths, step: int, hub: HubConfig) -> None:
             narrow.unlink()
         curves = [name for name in PLOTS if name in drawn]
     _write_numbers(folder / "training", about)
-    write_text(folder / "README.md", model_card(about, curves))
+    write_text(folder / "README.md", render_model_card(about, curves))
 
 
-def _write_numbers(folder: Path, about: About) -> None:
+def _write_numbers(folder: Path, about: CardData) -> None:
     folder.mkdir(exist_ok=True)
     config = to_dict(about.config)
     del config["hub"]
-    write_json(folder / "config.json", _public(config))
-    write_json(folder / "environment.json", _public(about.environment))
+    write_json(folder / "config.json", _strip_all_paths(config))
+    write_json(folder / "environment.json", _strip_all_paths(about.environment))
     if about.metrics:
         rows = [*about.metrics.train, *(row for rows in about.metrics.evals.values() for row in rows)]
         lines = [
@@ -292,30 +294,30 @@ def _write_numbers(folder: Path, about: About) -> None:
         write_text(folder / "metrics.jsonl", "".join(lines))
 
 
-def _public(value: Any) -> Any:
+def _strip_all_paths(value: Any) -> Any:
     """JSON values without the names of this machine's folders."""
     match value:
         case dict():
-            return {key: _public(each) for key, each in value.items()}
+            return {key: _strip_all_paths(each) for key, each in value.items()}
         case list():
-            return [_public(each) for each in value]
+            return [_strip_all_paths(each) for each in value]
         case str():
-            return without_folders(value)
+            return strip_local_paths(value)
         case _:
             return value
 
 
-def _remember(run: RunPaths, hub: HubConfig, tag: str, commit: str) -> None:
-    known = read_object(run.published)
+def _record(run: RunPaths, hub: HubConfig, tag: str, commit: str) -> None:
+    known = read_json_or_empty(run.published)
     steps = known.get("published") if known.get("repo") == hub.repo else {}
     write_json(
         run.published, {"repo": hub.repo, "published": (steps if isinstance(steps, dict) else {}) | {tag: commit}}
     )
 
 
-def hub_of(run: RunPaths) -> HubConfig:
+def saved_hub_config(run: RunPaths) -> HubConfig:
     """What the run's own config says about publishing."""
-    return saved_config(read_object(run.config), run.config).hub
+    return saved_config(read_json_or_empty(run.config), run.config).hub
 
 
 # -- what can go wrong ------------------------------------------------------------------------------------------------
@@ -330,21 +332,21 @@ def _http_error(error: BaseException | None) -> Exception | None:
     return error
 
 
-def _status(error: Exception) -> int:
+def _http_status(error: Exception) -> int:
     return getattr(getattr(error, "response", None), "status_code", 0)
 
 
-def without_token(text: str) -> str:
+def redact_token(text: str) -> str:
     from huggingface_hub import get_token
 
     return text.replace(get_token() or "\0", "(token)")
 
 
-def reason(error: Exception, hub: HubConfig) -> str:
+def explain_error(error: Exception, hub: HubConfig) -> str:
     """What happened and what to do about it, without the token, whatever the server's answer holds."""
     from huggingface_hub.errors import OfflineModeIsEnabled
 
-    status, said = _status(error), without_token(getattr(error, "server_message", None) or first_line(error))
+    status, said = _http_status(error), redact_token(getattr(error, "server_message", None) or first_line(error))
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set: unset it, or publish from a machine with a network"
     if status == 401:
@@ -358,14 +360,14 @@ def reason(error: Exception, hub: HubConfig) -> str:
 
 
 @contextmanager
-def _limited_waits() -> Iterator[None]:
+def _client_timeout() -> Iterator[None]:
     """The client, which would wait for a silent connection for ever, gives up in the end; so its retries begin."""
     from huggingface_hub import set_client_factory
     from huggingface_hub.utils._http import default_client_factory
 
     def impatient() -> Any:
         client = default_client_factory()
-        client.timeout = TIMEOUT_S
+        client.timeout = READ_TIMEOUT_S
         return client
 
     set_client_factory(impatient)

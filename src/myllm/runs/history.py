@@ -107,7 +107,7 @@ def read_metrics(path: Path) -> Metrics:
         elif row.get("kind") == "eval" and "name" in row:
             _append_at_step(evals.setdefault(str(row["name"]), []), row)
         elif row.get("kind") == "apart" and isinstance(row.get("seconds"), dict):
-            apart.update({str(name): each for name, each in row["seconds"].items() if number(each) > 0})
+            apart.update({str(name): each for name, each in row["seconds"].items() if as_float(each) > 0})
         else:
             skipped += 1
     if not train and not evals:
@@ -129,7 +129,7 @@ def read_samples(path: Path) -> dict[str, list[Row]]:
     return by_prompt
 
 
-def read_object(path: Path) -> Row:
+def read_json_or_empty(path: Path) -> Row:
     """A JSON object such as config.json; empty if it is missing or half written."""
     try:
         return read_json(path)
@@ -143,7 +143,7 @@ def read_config(path: Path) -> Row:
     Raises:
         UserError: a later version of this program wrote it.
     """
-    return CONFIG.upgrade(read_object(path), path)
+    return CONFIG.upgrade(read_json_or_empty(path), path)
 
 
 def column(rows: list[Row], key: str) -> np.ndarray:
@@ -155,16 +155,16 @@ def column(rows: list[Row], key: str) -> np.ndarray:
     try:
         return np.array(values, dtype=np.float64)  # None becomes NaN
     except (TypeError, ValueError, OverflowError):
-        return np.array([number(value) for value in values], dtype=np.float64)
+        return np.array([as_float(value) for value in values], dtype=np.float64)
 
 
-def text_of(row: Row, key: str) -> str | None:
+def get_text(row: Row, key: str) -> str | None:
     """A text in a row; None where there is none."""
     value = row.get(key)
     return value if isinstance(value, str) else None
 
 
-def number(value: Any) -> float:
+def as_float(value: Any) -> float:
     """A JSON number as a float, anything else as NaN."""
     try:
         return float(value) if isinstance(value, int | float) else math.nan
@@ -172,7 +172,7 @@ def number(value: Any) -> float:
         return math.nan
 
 
-def protocol(row: Row) -> int:
+def eval_protocol(row: Row) -> int:
     """How an evaluation was done: cloze's examples have been drawn in two ways, and only the newer says so."""
     found = row.get("protocol")
     return found if isinstance(found, int) else 1
@@ -180,13 +180,13 @@ def protocol(row: Row) -> int:
 
 def chance_is_a_quarter(name: str, row: Row) -> bool:
     """Whether a model that knows nothing is right in one of four cases: not so in the first protocol of cloze."""
-    return name == "hellaswag" or (name == "cloze" and protocol(row) > 1)
+    return name == "hellaswag" or (name == "cloze" and eval_protocol(row) > 1)
 
 
 def _of_newest_protocol(rows: list[Row]) -> list[Row]:
     """Figures of a run that was taken up by a newer version are not drawn as one curve."""
-    newest = max(map(protocol, rows))
-    return [row for row in rows if protocol(row) == newest]
+    newest = max(map(eval_protocol, rows))
+    return [row for row in rows if eval_protocol(row) == newest]
 
 
 def accuracy_key(rows: list[Row]) -> str:
@@ -194,7 +194,7 @@ def accuracy_key(rows: list[Row]) -> str:
     return "acc_norm" if np.isfinite(column(rows, "acc_norm")).any() else "acc"
 
 
-def smooth(values: np.ndarray, share: float = 0.02) -> np.ndarray:
+def moving_average(values: np.ndarray, share: float = 0.02) -> np.ndarray:
     """A moving mean that ignores what is not finite.
 
     The window is centred and grows with the distance from the first value, so that the steep beginning of a loss curve

@@ -22,7 +22,7 @@ from myllm.errors import UserError
 from myllm.files import fsync_folder, locked, write_json
 from myllm.paths import RunPaths, no_checkpoint, user_path, warn_of_two
 
-from .history import read_object
+from .history import read_json_or_empty
 from .logs import JsonLines
 
 SHARED = ".shared-"
@@ -156,7 +156,7 @@ _IMPORT_AGAIN = "`myllm import {source} --name {run} --overwrite` gets them agai
 
 
 def _source(run: RunPaths) -> str:
-    return shlex.quote(str(read_object(run.imported).get("source") or "SOURCE"))
+    return shlex.quote(str(read_json_or_empty(run.imported).get("source") or "SOURCE"))
 
 
 def check_resumable(saved: dict[str, Any], config: RunConfig, folder: Path, imported: bool = False) -> list[str]:

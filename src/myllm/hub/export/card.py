@@ -11,11 +11,12 @@ def folder_card(config: RunConfig, facts: dict[str, Any]) -> str:
     Args:
         facts: name, step, tokens_seen, source, architecture, dtype, parameters and tokenizer; whatever else is known.
     """
-    from myllm.hub.model_card import without_folders  # brings Matplotlib, which sampling does without
+
+    from myllm.hub.model_card import strip_local_paths  # brings Matplotlib, which sampling does without
 
     model = config.model
     about = "A base language model, trained with MyLLM: it continues text and was never taught to answer."
-    trained = f"{facts['step']:,} steps, {facts['tokens_seen']:,} tokens of {without_folders(facts['source'])}"
+    trained = f"{facts['step']:,} steps, {facts['tokens_seen']:,} tokens of {strip_local_paths(facts['source'])}"
     if imported := facts.get("imported"):
         trained = f"{trained}, from the weights of {imported}" if facts["step"] else f"as {imported}, not further"
         about = f"A language model, made with MyLLM from the weights of {imported}."

@@ -26,7 +26,7 @@ from myllm.hub.architectures import CLASSES, choose, settings
 from myllm.model.transformer import Transformer
 from myllm.paths import RunPaths, user_path
 from myllm.planning.batch import n_parameters
-from myllm.runs.history import read_object, text_of
+from myllm.runs.history import get_text, read_json_or_empty
 
 from .card import folder_card
 from .target import unfinished
@@ -94,8 +94,8 @@ def open_source(where: Path | Checkpoint) -> Source:
         saved.state.tokens_seen,
         Tokenizer(saved.tokenizer_file),
         saved.model,
-        imported=text_of(read_object(run.imported), "source"),
-        recorded_source=text_of(read_object(run.environment), "source"),
+        imported=get_text(read_json_or_empty(run.imported), "source"),
+        recorded_source=get_text(read_json_or_empty(run.environment), "source"),
     )
     if config.model.vocab_size != source.tokenizer.vocab_size:
         raise UserError(

@@ -4,7 +4,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, Locator, LogLocator, MaxNLocator, NullLocator
 
-from myllm.runs.history import Metrics, Row, column, smooth
+from myllm.runs.history import Metrics, Row, column, moving_average
 
 from .numbers import short, si
 
@@ -86,7 +86,7 @@ def draw_noisy_line(axes: Axes, rows: list[Row], key: str, colour: str, name: st
     steps, values = points(rows, key)
     if not steps.size:
         return []
-    mean = smooth(values)
+    mean = moving_average(values)
     axes.plot(*thin(steps, values), color=colour, alpha=0.28, linewidth=0.8)
     axes.plot(*thin(steps, mean), color=colour, marker="o" if steps.size == 1 else None)
     return [(mean[-1], f"{name}\n{short(mean[-1])}", colour)]

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from myllm.runs.history import Metrics, Row, accuracy_key, chance_is_a_quarter, number
+from myllm.runs.history import Metrics, Row, accuracy_key, as_float, chance_is_a_quarter
 
 from .css import PAGE, STYLE
 from .numbers import duration, percent, short, si
@@ -21,7 +21,7 @@ SAMPLE_CHARACTERS = 3_000
 
 
 @dataclass(frozen=True)
-class Findings:
+class ReportData:
     """What the page shows. Everything but the name and the metrics may be empty."""
 
     name: str
@@ -33,7 +33,7 @@ class Findings:
     """PNG by the figure's name."""
 
 
-def render_page(run: Findings) -> str:
+def render_page(run: ReportData) -> str:
     sections = (
         _heading(run),
         _cards(run),
@@ -52,9 +52,9 @@ def render_page(run: Findings) -> str:
 # -- the top ----------------------------------------------------------------------------------------------------------
 
 
-def _heading(run: Findings) -> str:
+def _heading(run: ReportData) -> str:
     step = run.metrics.last_step
-    planned = number(_section(run.config, "train").get("max_steps"))
+    planned = as_float(_section(run.config, "train").get("max_steps"))
     facts = [
         _text(run.environment.get("source") or _section(run.config, "data").get("source")),
         _devices(run.environment),
@@ -73,11 +73,11 @@ def _heading(run: Findings) -> str:
 
 def _devices(environment: Row) -> str:
     name = _text(environment.get("device_name") or environment.get("device"))
-    world_size = number(environment.get("world_size"))
+    world_size = as_float(environment.get("world_size"))
     return f"{world_size:.0f} x {name}" if name and world_size > 1 else name
 
 
-def headline(run: Findings) -> list[tuple[str, str, str]]:
+def headline(run: ReportData) -> list[tuple[str, str, str]]:
     """The cards: what is measured, its newest value, and a remark. What was never measured has no card."""
     metrics, train, validation = run.metrics, run.metrics.last(), run.metrics.last("validation")
     at = f"at step {validation['step']:,}" if validation else ""
@@ -98,7 +98,7 @@ def headline(run: Findings) -> list[tuple[str, str, str]]:
 def _accuracy_card(metrics: Metrics, name: str, title: str) -> tuple[str, str, str]:
     row = metrics.last(name)
     key = accuracy_key(metrics.rows(name))
-    error, examples = number(row.get("acc_stderr")), number(row.get("n_examples"))
+    error, examples = as_float(row.get("acc_stderr")), as_float(row.get("n_examples"))
     remarks = [f"± {percent(error)}" if error > 0 else "", f"{examples:,.0f} examples" if examples > 0 else ""]
     remarks += ["chance 25\N{NO-BREAK SPACE}%"] if chance_is_a_quarter(name, row) else []
     if "acc_blind" in row:
@@ -107,14 +107,14 @@ def _accuracy_card(metrics: Metrics, name: str, title: str) -> tuple[str, str, s
 
 
 def _passes(train: Row, environment: Row) -> str:
-    passes = number(train.get("tokens")) / (number(environment.get("train_tokens")) or np.nan)
+    passes = as_float(train.get("tokens")) / (as_float(environment.get("train_tokens")) or np.nan)
     if passes >= 1:
         return f"{short(passes)} passes over the data"
     return f"{short(100 * passes)}\N{NO-BREAK SPACE}% of the data" if passes > 0 else ""
 
 
 def _mfu(train: Row) -> str:
-    mfu = number(train.get("mfu"))
+    mfu = as_float(train.get("mfu"))
     return f"{percent(mfu)} MFU" if mfu > 0 else ""
 
 
@@ -123,7 +123,7 @@ def _shape(model: Row) -> str:
     return ", ".join(f"{model[key]} {name}" for key, name in names.items() if key in model)
 
 
-def _cards(run: Findings) -> str:
+def _cards(run: ReportData) -> str:
     shown = headline(run)
     columns = next((columns for columns in (4, 3) if len(shown) % columns == 0), 4)
     cards = (
@@ -210,14 +210,14 @@ def _evaluations(metrics: Metrics) -> str:
     return f"<h2>Evaluations</h2>{table}{note if shown is not steps else ''}"
 
 
-def _commands(run: Findings) -> str:
+def _commands(run: ReportData) -> str:
     words = run.environment.get("command") or ""
     words = [str(word) for word in words] if isinstance(words, list) else str(words).split()
     # Asking for a fresh start again would move this run aside instead of going on with it.
     resume = shlex.join(word for word in words if word != "--train.fresh")
     prompt = next((prompt.strip() for prompt in run.samples if "'" not in prompt), "Once upon a time")
     sample = f"myllm sample {shlex.quote(run.name)} --prompt {shlex.quote(prompt)}"
-    finished = number(_section(run.config, "train").get("max_steps")) <= run.metrics.last_step
+    finished = as_float(_section(run.config, "train").get("max_steps")) <= run.metrics.last_step
     parts = [("Resume training", "" if finished else resume), ("Generate text", sample)]
     blocks = "".join(f"<p>{title}</p><pre>{escape(command)}</pre>" for title, command in parts if command)
     return f'<h2>Commands</h2><div class="card commands">{blocks}</div>'
@@ -249,7 +249,7 @@ def _facts(values: Row) -> str:
     return f'<table class="facts">{"".join(lines)}</table>'
 
 
-def _footer(run: Findings) -> str:
+def _footer(run: ReportData) -> str:
     metrics = run.metrics
     rows = len(metrics.train) + sum(map(len, metrics.evals.values()))
     skipped = f"; {metrics.skipped} unreadable lines left out" if metrics.skipped else ""
@@ -262,7 +262,7 @@ def _footer(run: Findings) -> str:
 def _value(row: Row, key: str, write=short) -> str:
     """A row's number as text; empty if it has none."""
     value = row.get(key)
-    return write(number(value)) if isinstance(value, int | float) else ""
+    return write(as_float(value)) if isinstance(value, int | float) else ""
 
 
 def _fixed(value: float) -> str:

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from myllm.files import replacing
-from myllm.runs.history import Metrics, Row, accuracy_key, chance_is_a_quarter, column, number, smooth
+from myllm.runs.history import Metrics, Row, accuracy_key, as_float, chance_is_a_quarter, column, moving_average
 from myllm.runs.reference_curve import reference_of
 
 from . import axes as drawing
@@ -113,7 +113,7 @@ def draw_perplexity(axes: Axes, metrics: Metrics, config: Row) -> bool:
     axes.set_title("Perplexity")
     # exp of the mean loss, not the mean of exp: that would follow the outliers.
     with np.errstate(over="ignore"):
-        perplexity = np.exp(smooth(column(metrics.train, "loss")))
+        perplexity = np.exp(moving_average(column(metrics.train, "loss")))
     rows = [{"step": row["step"], "perplexity": value} for row, value in zip(metrics.train, perplexity, strict=True)]
     labels = drawing.draw_line(axes, rows, "perplexity", BLUE, "train")
     labels += drawing.draw_marked_line(
@@ -144,7 +144,7 @@ def draw_grad_norm(axes: Axes, metrics: Metrics, config: Row) -> bool:
     if not labels:
         return False
     optim = config.get("optim")
-    clip = number(optim.get("max_grad_norm")) if isinstance(optim, dict) else 0.0
+    clip = as_float(optim.get("max_grad_norm")) if isinstance(optim, dict) else 0.0
     if clip > 0:
         axes.axhline(clip, color=VERMILLION, linewidth=1.2, linestyle=(0, (4, 3)))
         labels.append((clip, f"clipped at\n{short(clip)}", VERMILLION))
@@ -165,12 +165,12 @@ def draw_throughput(axes: Axes, metrics: Metrics, config: Row) -> bool:
         axes.set_title("Tokens per second, and MFU")
         # On one set of devices both are the same curve: another scale keeps one line from hiding the other.
         other = axes.twinx()
-        other.plot(*drawing.thin(steps, smooth(mfu)), color=GREEN, linestyle=(0, (4, 2)), linewidth=1.5)
+        other.plot(*drawing.thin(steps, moving_average(mfu)), color=GREEN, linestyle=(0, (4, 2)), linewidth=1.5)
         top = (mfu.max() or 1.0) * 1.7
         other.set_ylim(0, top)
         other.set_axis_off()
         axes.tick_params(left=False)  # twinx puts the ticks back
-        labels.append((mfu[-1] / top * axes.get_ylim()[1], f"MFU\n{percent(smooth(mfu)[-1])}", GREEN))
+        labels.append((mfu[-1] / top * axes.get_ylim()[1], f"MFU\n{percent(moving_average(mfu)[-1])}", GREEN))
     drawing.finish_axes(axes, metrics, labels)
     return True
 

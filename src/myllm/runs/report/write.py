@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from myllm.files import write_text
 from myllm.paths import RunPaths
-from myllm.runs.history import Metrics, Row, find_run, read_config, read_metrics, read_object, read_samples
+from myllm.runs.history import Metrics, Row, find_run, read_config, read_json_or_empty, read_metrics, read_samples
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -45,16 +45,16 @@ def write_report(run: RunPaths) -> Path:
         UserError: if the run or its metrics do not exist or hold no rows.
     """
     metrics, config = read_metrics(run.metrics), read_config(run.config)
-    from .html import Findings, render_page
+    from .html import ReportData, render_page
     from .plots import save_figures
 
     figures = save_figures(metrics, config, run.plots)
-    findings = Findings(
+    findings = ReportData(
         name=run.root.name,
         metrics=metrics,
         samples=read_samples(run.samples),
         config=config,
-        environment=read_object(run.environment),
+        environment=read_json_or_empty(run.environment),
         figures={name: path.read_bytes() for name, path in figures.items()},
     )
     # Written whole or not at all: a browser may be reloading the page while training goes on.

@@ -18,7 +18,7 @@ from myllm.files import write_json
 from myllm.paths import RunPaths
 from myllm.planning import batch as plan
 from myllm.planning.memory_estimate import Computing, predicted_bytes
-from myllm.runs.history import read_config, read_object
+from myllm.runs.history import read_config, read_json_or_empty
 
 from .rehearsal import made_up_dataset, measured_memory, memory_limit_bytes, stage
 
@@ -143,7 +143,7 @@ def _with(config: RunConfig, size: int) -> RunConfig:
 def _of_this_run(config: RunConfig, process: Process) -> tuple[int | None, bool]:
     """The number that a run of this name has in its config.json, and whether all that it depends on is the same."""
     run = RunPaths.of(config.name)
-    saved, environment = read_config(run.config), read_object(run.environment)
+    saved, environment = read_config(run.config), read_json_or_empty(run.environment)
     train = saved.get("train")
     size = train.get("micro_batch_size") if isinstance(train, dict) else None
     if config.train.fresh or not isinstance(size, int):
@@ -168,7 +168,7 @@ def hand_over(config: RunConfig, process: Process, peak_bytes: int) -> None:
 
 def _of_preflight(config: RunConfig, process: Process) -> tuple[int | None, int]:
     """The number that a preflight left for just this run, and the bytes that it took; None if there is none."""
-    left = read_object(paths.micro_batch(config.name))
+    left = read_json_or_empty(paths.micro_batch(config.name))
     size, peak = left.pop("micro_batch_size", None), left.pop("peak_bytes", None)
     fits = type(size) is int and type(peak) is int and left == _conditions(config, process)
     return (size, peak) if fits else (None, 0)
