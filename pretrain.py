@@ -80,7 +80,7 @@ def prepare_and_train(config: "RunConfig", prepare_only: bool, profile: bool = F
     from myllm.errors import TrainingDiverged, exit_code
     from myllm.hub.background_publish import background_publisher
     from myllm.paths import RunPaths
-    from myllm.planning import batch as plan
+    from myllm.planning.length import can_resolve_max_steps, resolve_max_steps
     from myllm.runs.heartbeat import starting
     from myllm.runs.run_dir import what_next
     from myllm.training.loop import train
@@ -91,7 +91,7 @@ def prepare_and_train(config: "RunConfig", prepare_only: bool, profile: bool = F
     is_main, epochs = ranks.rank() == 0, config.train.epochs
 
     def enough(dataset: "Dataset") -> bool:
-        return plan.has_known_length(config, dataset.train.tokens, dataset.complete, own_text)
+        return can_resolve_max_steps(config, dataset.train.tokens, dataset.complete, own_text)
 
     with (
         starting(RunPaths.of(config.name), active=is_main) as taken_over,
@@ -102,7 +102,7 @@ def prepare_and_train(config: "RunConfig", prepare_only: bool, profile: bool = F
             prepared_beside(config.data, starts=ranks.local_rank() == 0, enough=enough) as dataset,
             distributed.process_group(config.train.device) as process,
         ):
-            config = plan.with_length(config, dataset.train.tokens, own_text)
+            config = resolve_max_steps(config, dataset.train.tokens, own_text)
             taken_over()
             try:
                 outcome = train(config, dataset, process, publisher.submit, started, profile)

@@ -30,7 +30,7 @@ from myllm.distributed.device_info import device_name
 from myllm.planning.batch import BatchPlan, batch_plan
 from myllm.presets import preset
 from myllm.runs.logs import Stopwatch
-from myllm.training.preflight.rehearsal import Parts, made_up_dataset, stage
+from myllm.training.preflight.rehearsal import Parts, scratch_folder, synthetic_dataset
 
 ALONE_S = 5.0
 TEXT_STEPS = 64
@@ -42,10 +42,10 @@ def main() -> None:
     config = preset(options.preset)
     changed = {"batch_tokens": options.batch_tokens, "micro_batch_size": options.micro_batch_size}
     config = replace(config, train=replace(config.train, **{key: value for key, value in changed.items() if value}))
-    with process_group("auto") as process, stage(process) as folder, ExitStack() as stack:
-        batch = batch_plan(config.model, config.train, 1)
+    with process_group("auto") as process, scratch_folder(process) as folder, ExitStack() as stack:
+        batch = batch_plan(config, 1)
         text = replace(config, train=replace(config.train, batch_tokens=TEXT_STEPS * batch.batch_tokens))
-        dataset = made_up_dataset(text, folder, load_tokenizer("r50k_base"), process)
+        dataset = synthetic_dataset(text, folder, load_tokenizer("r50k_base"), process)
         parts = Parts(config, process, stack)
         alone, first_s = tokens_per_s_alone(parts, dataset, batch)
         step_s, wait_s, resident_s = steps(parts, dataset, batch, options.steps)

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from myllm import paths
 from myllm.config import RunConfig, from_dict, to_dict
-from myllm.planning.memory_estimate import Computing, memory_by_part, predicted_bytes
+from myllm.planning.memory_estimate import ComputeMode, memory_by_part, predicted_bytes
 from myllm.presets import PRESETS, preset
 
 
@@ -107,7 +107,7 @@ def main() -> None:
 
 def row(name: str, config: RunConfig) -> str:
     """One line of the table."""
-    how = Computing.of(config, config.train.device)
+    how = ComputeMode.of(config, config.train.device)
     words = [sys.executable, __file__, "--one", json.dumps(to_dict(config))]
     done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=600)
     if done.returncode:

@@ -20,7 +20,7 @@ from myllm.cli.launch import AskedRun, clear_errors, parse_as
 from myllm.config import RunConfig
 from myllm.distributed import launcher as ranks
 from myllm.errors import UserError
-from myllm.planning import batch as plan
+from myllm.planning.batch import batch_plan
 
 GPU_SEQUENCES = 32
 """A rank's share of a step on a GPU: 16 x 2 accumulation steps, as the reference's run has on each of its eight."""
@@ -72,7 +72,7 @@ def settled(asked: Asked, device: str, world_size: int) -> RunConfig:
     if sequences:
         batch_tokens = sequences * config.model.max_seq_len * world_size
         config = replace(config, train=replace(config.train, batch_tokens=batch_tokens))
-    if fault := plan.batch_plan(config.model, config.train, world_size).fault():
+    if fault := batch_plan(config, world_size).fault():
         raise UserError(fault)
     return config
 

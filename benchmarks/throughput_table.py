@@ -15,8 +15,8 @@ from myllm import paths
 from myllm.distributed.collectives import Process
 from myllm.distributed.device_info import device_name
 from myllm.distributed.precision import compute_dtype, dtype_name
-from myllm.planning.batch import n_parameters
-from myllm.planning.flops import flops_per_token, peak_flops
+from myllm.planning.flops import flops_per_token, n_parameters
+from myllm.planning.gpu_specs import peak_flops
 from myllm.runs.logs import environment
 
 

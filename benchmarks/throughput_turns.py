@@ -19,7 +19,7 @@ from myllm.errors import UserError
 from myllm.hub.architectures import choose
 from myllm.model.transformer import Transformer
 from myllm.training.preflight.device_memory import peak_bytes, reset_peak
-from myllm.training.preflight.rehearsal import made_up_dataset, stage
+from myllm.training.preflight.rehearsal import scratch_folder, synthetic_dataset
 
 WARM_UP_STEPS = 3
 LOSS_TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-3, torch.float16: 1e-3}
@@ -70,8 +70,8 @@ def compare(config: RunConfig, process: Process, turns: int, steps: int, with_pe
     agreement = check_agreement(config, process, absent is None)
     say(f"the ways agree: {describe(agreement)}")
     weights = Transformer(config.model, config.train.seed).state_dict()
-    with stage(process) as folder, ExitStack() as stack:
-        dataset = made_up_dataset(config, folder, load_tokenizer(config.data.tokenizer), process)
+    with scratch_folder(process) as folder, ExitStack() as stack:
+        dataset = synthetic_dataset(config, folder, load_tokenizer(config.data.tokenizer), process)
         ways = [ours(config, process, dataset, stack, say), reference(config, process, dataset, weights)]
         if not absent:
             ways.append(peer(config, process, dataset, weights, stack))

@@ -25,8 +25,7 @@ from myllm.hub.architectures import CLASSES, choose, settings
 from myllm.hub.export.weights import convert
 from myllm.model.transformer import Transformer
 from myllm.optim.adamw import ScheduledAdamW
-from myllm.planning import batch as plan
-from myllm.planning.batch import BatchPlan
+from myllm.planning.batch import BatchPlan, batch_plan
 from myllm.training.preflight.rehearsal import Parts
 from myllm.training.step import train_step
 
@@ -117,7 +116,7 @@ def peer_model(model: ModelConfig, weights: Weights) -> PeerLoss:
 def ours(config: RunConfig, process: Process, dataset: Dataset, stack: ExitStack, say: Callable[[str], None]) -> Way:
     """What pretrain.py's loop does between two log lines. Its choice of kernels holds for the whole process, so the
     other ways have it too."""
-    parts, batch = Parts(config, process, stack, say), plan.batch_plan(config.model, config.train, process.world_size)
+    parts, batch = Parts(config, process, stack, say), batch_plan(config, process.world_size)
     loader = stack.enter_context(parts.loader(dataset, batch))
     done = 0
 
@@ -136,7 +135,7 @@ def ours(config: RunConfig, process: Process, dataset: Dataset, stack: ExitStack
 def reference(config: RunConfig, process: Process, dataset: Dataset, weights: Weights) -> Way:
     """The reference's loop around this project's model: no padding, dropout, logits kept, tables copied, no reading
     ahead; 16 sequences a micro-step on a GPU."""
-    batch = plan.batch_plan(config.model, config.train, process.world_size)
+    batch = batch_plan(config, process.world_size)
     if process.device.type != "cpu":
         sequences = batch.sequences // process.world_size
         batch = replace(batch, micro_batch_size=min(REFERENCE_MICRO_BATCH, sequences))
@@ -155,7 +154,7 @@ def reference(config: RunConfig, process: Process, dataset: Dataset, weights: We
 
 def peer(config: RunConfig, process: Process, dataset: Dataset, weights: Weights, stack: ExitStack) -> Way:
     """transformers' model in a loop of the same size, with this project's loader and optimizer."""
-    batch = plan.batch_plan(config.model, config.train, process.world_size)
+    batch = batch_plan(config, process.world_size)
     model = peer_model(config.model, weights).to(process.device)
     position = DataPosition(0, 0, config.train.seed, dataset.hash)
     loader = stack.enter_context(Loader(dataset.train, batch, position, process.rank, process.device))

@@ -4,7 +4,8 @@ import pytest
 
 from myllm.config import RunConfig
 from myllm.errors import UserError
-from myllm.planning.batch import batch_plan, n_parameters
+from myllm.planning.batch import batch_plan
+from myllm.planning.flops import n_parameters
 from myllm.presets import PRESETS, describe_presets, preset
 
 
@@ -59,7 +60,7 @@ def test_gpt2_124m():
 def test_dolma_75m():
     config = preset("dolma-75m")
     assert (config.model.activation, config.model.position) == ("gelu", "learned")
-    batch = batch_plan(config.model, config.train, world_size=1)
+    batch = batch_plan(config, world_size=1)
     assert (batch.micro_batch_size, batch.grad_accum_steps) == (12, 4)
     assert config.optim.max_lr == 5e-4
     assert config.data.target_tokens == 5_000_000_000
@@ -80,7 +81,7 @@ def test_lf_llm_269m():
     assert (optim.beta1, optim.beta2, optim.eps, optim.weight_decay) == (0.9, 0.95, 1e-8, 0.1)
     assert optim.max_grad_norm == 1.0
     assert (train.max_steps, train.batch_tokens, train.micro_batch_size) == (19_073, 524_288, 16)
-    assert batch_plan(model, train, world_size=8).grad_accum_steps == 2
+    assert batch_plan(config, world_size=8).grad_accum_steps == 2
     assert optim.warmup_steps == int(0.0119 * train.max_steps)
     assert config.data.source == "fineweb-edu-10bt"
     assert config.data.val_tokens >= config.eval.validation_tokens

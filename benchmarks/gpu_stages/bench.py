@@ -17,10 +17,10 @@ from torch import Tensor
 from myllm.config import ModelConfig, RunConfig
 from myllm.distributed.collectives import Process
 from myllm.distributed.device_info import device_name, has_triton
-from myllm.planning.flops import Card, card_of
-from myllm.planning.memory_estimate import HEADROOM, Computing, predicted_bytes
+from myllm.planning.gpu_specs import GpuSpec, gpu_from_device_name
+from myllm.planning.memory_estimate import HEADROOM, ComputeMode, predicted_bytes
 from myllm.presets import preset
-from myllm.training.preflight.device_memory import reset_peak, there_bytes
+from myllm.training.preflight.device_memory import available_bytes, reset_peak
 
 from .frame import Budget
 
@@ -54,8 +54,8 @@ class Bench:
         return self.device.type == "cuda"
 
     @property
-    def card(self) -> Card | None:
-        return card_of(device_name(self.device)) if self.on_cuda else None
+    def card(self) -> GpuSpec | None:
+        return gpu_from_device_name(device_name(self.device)) if self.on_cuda else None
 
     def has_time(self, seconds: float) -> bool:
         """Whether a part of a stage that takes so long on a card fits into what is left."""
@@ -100,11 +100,11 @@ class Bench:
         ]
         if len(made) == 1:
             return made[0]
-        limit = there_bytes(self.device) * (1 - HEADROOM)
+        limit = available_bytes(self.device) * (1 - HEADROOM)
         return next((each for each in made if self.predicted_bytes(each) <= limit), made[-1])
 
     def predicted_bytes(self, config: RunConfig) -> int:
-        return predicted_bytes(config, Computing.of(config, self.device.type, triton=has_triton(self.device)))
+        return predicted_bytes(config, ComputeMode.of(config, self.device.type, triton=has_triton(self.device)))
 
 
 # -- time and memory --------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import torch
 from myllm.distributed.device_info import device_name, measure_matmul_flops
 from myllm.distributed.precision import compute_dtype
 from myllm.model import attention_backend as sdpa
-from myllm.training.preflight.device_memory import there_bytes
+from myllm.training.preflight.device_memory import available_bytes
 
 from .bench import Bench, seconds_of
 from .frame import Check, bounded, noted
@@ -33,7 +33,7 @@ def versions(bench: Bench) -> str:
     if bench.on_cuda:
         major, minor = torch.cuda.get_device_capability(bench.device)
         there += f", capability {major}.{minor}, driver {driver()}, CUDA {torch.version.cuda}"
-    return f"{there}, {there_bytes(bench.device) / 2**30:.1f} GiB free"
+    return f"{there}, {available_bytes(bench.device) / 2**30:.1f} GiB free"
 
 
 def driver() -> str:

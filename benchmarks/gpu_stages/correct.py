@@ -14,9 +14,9 @@ from torch import Tensor
 from myllm.config import ModelConfig, RunConfig
 from myllm.data.transfer import Batch
 from myllm.model.transformer import Transformer
-from myllm.planning import batch as plan
+from myllm.planning.batch import batch_plan
 from myllm.training.kernels import fast_kernels
-from myllm.training.preflight.device_memory import there_bytes
+from myllm.training.preflight.device_memory import available_bytes
 from myllm.training.step import accumulate_gradients
 
 from .bench import NO_DROPOUT, Bench, fresh, graph_breaks, graphs, worst_error
@@ -79,7 +79,7 @@ def compare(name: str, model: ModelConfig, bench: Bench) -> Iterator[Check]:
 
 def roomy(bench: Bench) -> bool:
     """Whether float64's scores and logits of several sequences fit."""
-    return there_bytes(bench.device) >= 40 * 2**30
+    return available_bytes(bench.device) >= 40 * 2**30
 
 
 def within(name: str, errors: dict[str, float], limits: dict[str, float], **values: Any) -> Check:
@@ -142,7 +142,7 @@ def ours(
     config: RunConfig = replace(base, model=model, train=train)
     made = Transformer(model).to(bench.device)
     made.load_state_dict(rough_weights(model))
-    steps = plan.batch_plan(model, train, 1)
+    steps = batch_plan(config, 1)
     with fast_kernels(made, config, bench.process) as runner:
         for _ in range(2):
             made.zero_grad(set_to_none=True)

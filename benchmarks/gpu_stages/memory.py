@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from myllm.training.preflight.device_memory import is_out_of_memory
-from myllm.training.preflight.rehearsal import measured_memory, memory_limit_bytes
+from myllm.training.preflight.rehearsal import measure_peak_bytes, memory_limit_bytes
 
 from .bench import Bench
 from .frame import Check, bounded, correct
@@ -25,16 +25,16 @@ def run(bench: Bench) -> Iterator[Check]:
     with stage_folder(bench) as folder:
         dataset, limit = made_up(bench, config, folder), memory_limit_bytes(bench.process)
         before = allocated(bench)
-        need = measured_memory(config, dataset, bench.process, size, limit)
+        need = measure_peak_bytes(config, dataset, bench.process, size, limit)
         yield correct("with all memory", need is not None, f"{(need or 0) / 2**30:.2f} GiB", "fits")
         if need is None:
             return
-        refused = measured_memory(config, dataset, bench.process, size, int(TOO_LITTLE * need)) is None
+        refused = measure_peak_bytes(config, dataset, bench.process, size, int(TOO_LITTLE * need)) is None
         measured = "refused" if refused else "fits"
         yield correct(f"with {TOO_LITTLE:.0%} of that", refused, measured, "refused")
         left = allocated(bench) - before
         yield bounded("left behind", left / 2**20, None, LEFT_BYTES / 2**20 if bench.on_cuda else None, "MiB")
-        again = measured_memory(config, dataset, bench.process, size, limit)
+        again = measure_peak_bytes(config, dataset, bench.process, size, limit)
         yield correct("afterwards", again is not None, f"{(again or 0) / 2**30:.2f} GiB", "fits again")
 
 

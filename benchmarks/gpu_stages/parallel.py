@@ -12,8 +12,8 @@ from torch import Tensor
 from myllm.config import RunConfig
 from myllm.distributed.parallelize import clear_gradients, cut, full
 from myllm.model.transformer import Transformer
-from myllm.planning import batch as plan
-from myllm.planning.memory_estimate import Computing, predicted_bytes
+from myllm.planning.batch import batch_plan
+from myllm.planning.memory_estimate import ComputeMode, predicted_bytes
 from myllm.training.kernels import fast_kernels
 from myllm.training.preflight.device_memory import peak_bytes
 from myllm.training.step import accumulate_gradients
@@ -78,7 +78,7 @@ def measured(bench: Bench, config: RunConfig, name: str) -> Found:
     model = Transformer(config.model, config.train.seed).to(bench.device)
     if name == "FSDP2":
         cut(model, config, process)
-    steps = plan.batch_plan(config.model, config.train, 1)
+    steps = batch_plan(config, 1)
     with fast_kernels(model, config, process) as runner:
 
         def step() -> Tensor:
@@ -117,7 +117,7 @@ def compared(bench: Bench, config: RunConfig, name: str, found: Found, plain: Fo
     yield correct(f"{name}, collectives of a step", "broadcast" not in found.collectives, sent, "no broadcast")
     ratio = found.seconds / plain.seconds
     yield bounded(f"{name}, time", ratio, None, MOST_SECONDS if bench.on_cuda else None, "of the plain step's", 2)
-    how = Computing.of(config, bench.device.type, 2 if name == "DDP" else 1)
+    how = ComputeMode.of(config, bench.device.type, 2 if name == "DDP" else 1)
     predicted = predicted_bytes(config, replace(how, sharded=name == "FSDP2")) / 2**30
     limit = MOST_MEMORY * predicted if bench.on_cuda else None
     yield bounded(f"{name}, peak memory", found.peak_bytes / 2**30, None, limit, "GiB", 2, predicted=predicted)

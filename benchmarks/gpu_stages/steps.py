@@ -19,9 +19,9 @@ from myllm.data.sampler import count_sequences
 from myllm.data.tokenizer.load import load_tokenizer
 from myllm.distributed.collectives import Process
 from myllm.paths import RunPaths
-from myllm.planning import batch as plan
-from myllm.training.preflight.rehearsal import Parts, made_up_dataset, stage
-from myllm.training.profiler import unmarked
+from myllm.planning.batch import batch_plan
+from myllm.training.preflight.rehearsal import Parts, scratch_folder, synthetic_dataset
+from myllm.training.profiler import no_phase
 from myllm.training.restore import restore
 from myllm.training.step import train_step
 
@@ -45,7 +45,7 @@ class Steps:
             load: fills weights and optimizer from a checkpoint, and says where it was; None: from the start.
         """
         self.config, self.process, self.dataset = config, process, dataset
-        self.batch = plan.batch_plan(config.model, config.train, process.world_size)
+        self.batch = batch_plan(config, process.world_size)
         self.said: list[str] = []
         self.parts = Parts(config, process, stack, self.said.append)
         self.state = self.start = load(self.parts) if load else self.parts.state(dataset, 0)
@@ -53,7 +53,7 @@ class Steps:
             Loader(dataset.train, self.batch, self.state.data, process.rank, process.device)
         )
 
-    def step(self, phase: Callable[[str], AbstractContextManager[None]] = unmarked) -> Tensor:
+    def step(self, phase: Callable[[str], AbstractContextManager[None]] = no_phase) -> Tensor:
         """One update; the loss, on the device, where nothing has waited for it."""
         parts, state, batch = self.parts, self.state, self.batch
         parts.guard.begin(state)
@@ -82,14 +82,14 @@ class Steps:
 def stage_folder(bench: Bench) -> Iterator[Path]:
     """A folder, a compiler and a memory that know nothing of what went before, and leave nothing behind."""
     fresh(bench.device)
-    with stage(bench.process) as folder:
+    with scratch_folder(bench.process) as folder:
         yield folder
     fresh(bench.device)
 
 
 def made_up(bench: Bench, config: RunConfig, folder: Path) -> Dataset:
     """Text of random tokens, as much as one step trains on."""
-    return made_up_dataset(config, folder, load_tokenizer(config.data.tokenizer), bench.process)
+    return synthetic_dataset(config, folder, load_tokenizer(config.data.tokenizer), bench.process)
 
 
 def save(steps: Steps, run: RunPaths) -> None:

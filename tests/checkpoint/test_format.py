@@ -27,7 +27,8 @@ from myllm.cli import main as cli
 from myllm.config import RunConfig, TrainConfig
 from myllm.data.sampler import DataPosition
 from myllm.errors import UserError
-from myllm.planning.batch import checkpoint_bytes, disk_estimate_bytes, n_kept, n_saves, stored_parameters
+from myllm.planning.disk import checkpoint_bytes, disk_estimate_bytes, n_kept, n_saves
+from myllm.planning.flops import stored_parameters
 
 KILLS = Path(__file__).parents[1] / "support/kill_inside_saves.py"
 

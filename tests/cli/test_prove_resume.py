@@ -11,7 +11,7 @@ from myllm.cli import main as cli
 from myllm.cli.prove_resume.compare import AGAIN, REFERENCE, Result, Trial, judge, verdict
 from myllm.config import RunConfig
 from myllm.planning.batch import batch_plan
-from myllm.planning.validation import check
+from myllm.planning.validation import check_config
 from myllm.presets import PRESETS, preset, shrunk
 
 TINY = (
@@ -59,8 +59,8 @@ def test_every_preset_can_be_shrunk(name: str) -> None:
     config = shrunk(preset(name))
     assert config.model == preset(name).model
     for world_size in (1, 2):
-        check(config, world_size)
-        batch = batch_plan(config.model, config.train, world_size)
+        check_config(config, world_size)
+        batch = batch_plan(config, world_size)
     assert config.train.max_steps * batch.batch_tokens < config.data.target_tokens
     assert config.data.source == "python-stdlib", "it must work without a network"
 
@@ -87,7 +87,7 @@ def test_mistakes(words: list[str], said: str, temp_data: Path, capsys: pytest.C
 @pytest.mark.slow
 def test_the_proof(temp_data: Path) -> None:
     words = [sys.executable, "-m", "myllm", "prove-resume", *TINY.split(), "--seed", "3"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=390, check=False)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=390, check_config=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("12 of 12 the same") == 3
     assert done.stdout.count("the same, bit for bit") >= 2

@@ -16,7 +16,7 @@ from myllm.data.prepare.prepare import prepare
 from myllm.distributed.collectives import process_group
 from myllm.paths import RunPaths
 from myllm.training import loop
-from myllm.training.anomaly.dump import find_bag, read_bag
+from myllm.training.anomaly.dump import find_dump, read_dump
 from myllm.training.anomaly.replay import replay_step
 
 pytestmark = pytest.mark.slow  # real processes, half a minute and more in all
@@ -52,7 +52,7 @@ def test_both_ranks_stop_and_the_bag_names_one(config: RunConfig, rare: Rare, tm
     assert done.stderr.count(f"error: the gradient of step {rare.step} is not finite") == 1
     assert "exitcode  : 65 " in done.stderr, done.stderr
     assert f"sequence {rare.sequence:,}, on rank 1, " in done.stdout
-    bag = read_bag(find_bag("tiny", RunPaths.of("tiny").root.parent))
+    bag = read_dump(find_dump("tiny", RunPaths.of("tiny").root.parent))
     assert (bag.about["world_size"], bag.about["bad_again"], bag.about["faults"]) == (2, True, [None, None])
     assert bag.about["first_bad"] == [{"rank": 1, "module": "dropout", "input_finite": True}]
     assert [row["rank"] for row in bag.samples] == [0, 1, 0, 1]

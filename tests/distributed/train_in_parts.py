@@ -60,7 +60,7 @@ def run(case: str, process: Process) -> dict[str, object]:
     model = Transformer(config.model, 1)
     whole = spread(model, config, process)
     optimizer = ScheduledAdamW(model.named_parameters(), config.optim, STEPS)
-    runner, batch = wrap(model, config, process), batch_plan(config.model, config.train, process.world_size)
+    runner, batch = wrap(model, config, process), batch_plan(config, process.world_size)
     loader, guard = Numbers(process, TRAIN.micro_batch_size), Guard(config.train, process.device)
     accumulate_gradients(runner, loader, batch, config, process)
     gradients = {name: full(parameter.grad).clone() for name, parameter in model.named_parameters()}

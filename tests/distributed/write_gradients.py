@@ -28,7 +28,7 @@ def main(path: str, folder: str, *sizes: str) -> None:
         for size in map(int, sizes):
             config = replace(base, train=replace(base.train, micro_batch_size=size))
             model = Transformer(config.model, config.train.seed)
-            batch = batch_plan(config.model, config.train, process.world_size)
+            batch = batch_plan(config, process.world_size)
             position = DataPosition(0, 0, config.train.seed, dataset.hash)
             with Loader(dataset.train, batch, position, process.rank, process.device) as loader:
                 accumulate_gradients(wrap(model, config, process), loader, batch, config, process)

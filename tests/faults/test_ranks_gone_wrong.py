@@ -8,7 +8,7 @@ from support.fault_runs import Forks, Goes, record, run_of
 
 from myllm.cli.prove_resume.training_process import saved_step
 from myllm.errors import TrainingDiverged
-from myllm.training.anomaly.dump import find_bag, read_bag
+from myllm.training.anomaly.dump import find_dump, read_dump
 
 pytestmark = pytest.mark.slow  # real processes, half a minute and more in all
 
@@ -24,7 +24,7 @@ def test_a_nan_in_a_batch(rank: int, forks: Forks, config_file: Path, place: Pat
     assert "suspect the device" in ended.said, "made again, the step is sound"
     assert "Traceback" not in ended.said, ended.said
     assert saved_step(run) == 4
-    assert read_bag(find_bag(name, run.root.parent)).about["step"] == 6
+    assert read_dump(find_dump(name, run.root.parent)).about["step"] == 6
     goes_on(name)
 
 

@@ -31,7 +31,7 @@ from myllm.hub.background_publish import background_publisher, check_hub_access,
 from myllm.hub.publish import select_checkpoints
 from myllm.inference.load import load_model
 from myllm.paths import RunPaths
-from myllm.planning.validation import hub_faults
+from myllm.planning.validation import hub_errors
 from myllm.training.loop import train
 
 
@@ -214,7 +214,7 @@ def test_the_clients_own_rules_for_names_are_ours(repo: str) -> None:
         expected = True
     except ValueError:
         expected = False
-    assert (hub_faults(HubConfig(repo), "") == []) is expected
+    assert (hub_errors(HubConfig(repo), "") == []) is expected
 
 
 def test_training_does_not_start_without_a_token(

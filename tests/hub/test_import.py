@@ -42,7 +42,7 @@ from myllm.hub.import_model import import_model
 from myllm.inference.completion import generate
 from myllm.inference.load import load_model
 from myllm.paths import RunPaths
-from myllm.planning.batch import with_length
+from myllm.planning.length import resolve_max_steps
 from myllm.runs.run_dir import latest_checkpoint
 from myllm.training.loop import train
 
@@ -418,7 +418,7 @@ def test_the_command_that_import_prints_is_a_short_run_on_own_text(
     wanted = parse(words)
     assert wanted.config.train.epochs == 3
     dataset = prepare(wanted.config.data, progress=False)
-    config = with_length(wanted.config, dataset.train.tokens, wanted.own_text)
+    config = resolve_max_steps(wanted.config, dataset.train.tokens, wanted.own_text)
     trained = config.train.max_steps * config.train.batch_tokens
     assert trained <= 3 * dataset.train.tokens + config.train.batch_tokens
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from myllm.config import ModelConfig
 from myllm.model.kv_cache import KVCache
 from myllm.model.transformer import Transformer
-from myllm.planning.batch import n_parameters, parameters_by_part
+from myllm.planning.flops import n_parameters, parameters_by_part
 from myllm.presets import PRESETS
 
 SMALL = ModelConfig(vocab_size=61, vocab_multiple=16, max_seq_len=16, d_model=24, n_layers=2, n_heads=4, d_ff=40)

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from myllm.config import OptimConfig
 from myllm.optim.lr_schedule import learning_rate
-from myllm.planning import batch as plan
 from myllm.planning import forecast
+from myllm.planning.length import warmup_note
 from myllm.presets import preset
 
 TEN = OptimConfig(max_lr=10.0, min_lr_ratio=0.1, warmup_steps=4, schedule="linear", decay_fraction=0.25)
@@ -93,10 +93,10 @@ def test_reference_run():
 
 def test_a_short_trial_of_a_long_preset_says_that_its_warm_up_is_shorter():
     config = preset("small-50m")
-    assert plan.warmup_note(config) is None
+    assert warmup_note(config) is None
     short = replace(config, train=replace(config.train, max_steps=100))
     assert max(rates(short.optim, 100, list(range(100)))) == rates(short.optim, 100, [24])[0] == short.optim.max_lr
     note = "warm-up takes 25 steps instead of optim.warmup_steps 250: at most a quarter of train.max_steps 100"
-    assert plan.warmup_note(short) == note
-    assert note in forecast.describe(short, 1)
-    assert note in forecast.table(forecast.foresee(short, forecast.parse_fleet("H100")))
+    assert warmup_note(short) == note
+    assert note in forecast.describe_run(short, 1)
+    assert note in forecast.format_forecast(forecast.predict(short, forecast.parse_hardware("H100")))

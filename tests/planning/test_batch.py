@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 from myllm.config import RunConfig, TrainConfig
 from myllm.model.transformer import Transformer
-from myllm.planning import batch as plan
-from myllm.planning.batch import BatchPlan, n_parameters
-from myllm.planning.forecast import describe
+from myllm.planning.batch import BatchPlan, batch_plan
+from myllm.planning.disk import checkpoint_bytes, disk_estimate_bytes
+from myllm.planning.flops import n_parameters, stored_parameters
+from myllm.planning.forecast import describe_run
 from myllm.presets import PRESETS, preset
 
 # -- batches ----------------------------------------------------------------------------------------------------------
@@ -78,7 +79,7 @@ def test_the_words_of_a_fault():
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])
 def test_the_reference_batch(world_size):
     config = preset("lf-llm-269m")
-    batch = plan.batch_plan(config.model, config.train, world_size)
+    batch = batch_plan(config, world_size)
     assert batch.fault() is None
     assert batch.grad_accum_steps == 16 // world_size
     assert str(batch) == (
@@ -97,8 +98,8 @@ def test_what_is_stored(tied):
     config = replace(config, model=replace(config.model, tie_embeddings=tied))
     with torch.device("meta"):
         held = sum(p.numel() for p in Transformer(config.model).parameters())
-    assert plan.stored_parameters(config.model) == held
-    assert plan.checkpoint_bytes(config) == 12 * held
+    assert stored_parameters(config.model) == held
+    assert checkpoint_bytes(config) == 12 * held
 
 
 @pytest.mark.parametrize(
@@ -107,22 +108,22 @@ def test_what_is_stored(tied):
 def test_disk_has_room_for_one_more_than_is_kept(keep_last, save_every_steps, kept):
     train = TrainConfig(max_steps=200, keep_last=keep_last, save_every_steps=save_every_steps)
     config = replace(preset("debug"), train=train)
-    assert plan.disk_estimate_bytes(config)["checkpoints"] == (kept + 1) * plan.checkpoint_bytes(config)
+    assert disk_estimate_bytes(config)["checkpoints"] == (kept + 1) * checkpoint_bytes(config)
 
 
 def test_disk_has_room_for_milestones():
     """Saves at 20, 40, ... 200; the last three stay, 180 among them, and those at 60 and 120; one more is written."""
     train = TrainConfig(max_steps=200, keep_last=3, save_every_steps=20, keep_every_steps=60)
     config = replace(preset("debug"), train=train)
-    assert plan.disk_estimate_bytes(config)["checkpoints"] == (3 + 2 + 1) * plan.checkpoint_bytes(config)
+    assert disk_estimate_bytes(config)["checkpoints"] == (3 + 2 + 1) * checkpoint_bytes(config)
     always = replace(config, train=replace(train, keep_last=0))
-    assert plan.disk_estimate_bytes(always)["checkpoints"] == (10 + 1) * plan.checkpoint_bytes(config)
+    assert disk_estimate_bytes(always)["checkpoints"] == (10 + 1) * checkpoint_bytes(config)
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_describe_shows_every_part(name):
     config = preset(name)
-    text = describe(config, 1)
+    text = describe_run(config, 1)
     assert f"{n_parameters(config.model):,} in all" in text
     assert f"{config.train.max_steps * config.train.batch_tokens:,} tokens" in text
     for line in ("batch", "steps", "parameters", "vocabulary", "FLOPs", "memory", "disk"):
@@ -130,4 +131,4 @@ def test_describe_shows_every_part(name):
 
 
 def test_describe_is_made_from_the_config_alone():
-    assert describe(RunConfig(), 8) == describe(RunConfig(), 8)
+    assert describe_run(RunConfig(), 8) == describe_run(RunConfig(), 8)

@@ -12,9 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from myllm.config import ModelConfig
 from myllm.errors import UserError
 from myllm.model.transformer import Transformer
-from myllm.planning.batch import n_parameters
-from myllm.planning.flops import CARDS, card_named, card_of, flops_per_token, peak_flops
-from myllm.planning.forecast import parse_fleet
+from myllm.planning.flops import flops_per_token, n_parameters
+from myllm.planning.forecast import parse_hardware
+from myllm.planning.gpu_specs import GPU_SPECS, gpu_by_name, gpu_from_device_name, peak_flops
 from myllm.presets import PRESETS, preset
 
 ATEN = torch.ops.aten
@@ -167,13 +167,13 @@ UNKNOWN = (
 @pytest.mark.parametrize("driver", DRIVERS)
 def test_a_card_by_its_drivers_name(driver: str) -> None:
     name, tflops = DRIVERS[driver]
-    assert card_of(driver).name == name
+    assert gpu_from_device_name(driver).name == name
     assert peak_flops(driver) == (None if tflops is None else pytest.approx(tflops * 1e12))
 
 
 @pytest.mark.parametrize("driver", UNKNOWN)
 def test_what_is_not_known_has_no_peak(driver: str) -> None:
-    assert card_of(driver) is None
+    assert gpu_from_device_name(driver) is None
     assert peak_flops(driver) is None
 
 
@@ -190,24 +190,24 @@ def test_what_is_not_known_has_no_peak(driver: str) -> None:
 )  # fmt: skip
 def test_geforce_peaks_follow_from_the_chip(name: str, units: int, clock_ghz: float) -> None:
     """512 FLOP a clock and SM, summed in float32."""
-    assert card_named(name).tflops == pytest.approx(units * 512 * clock_ghz / 1_000, rel=0.01)
+    assert gpu_by_name(name).tflops == pytest.approx(units * 512 * clock_ghz / 1_000, rel=0.01)
 
 
 def test_names_that_people_type() -> None:
     for name in ("A100-80", "a100-80gb", "A100 80", "a10080"):
-        assert card_named(name).name == "A100-80"
+        assert gpu_by_name(name).name == "A100-80"
     for name in ("RTX3060", "rtx 3060", "RTX-3060", "geforce-rtx-3060"):
-        assert card_named(name).name == "RTX3060"
-    assert len({card.name for card in CARDS}) == len(CARDS)
-    for card in CARDS:
-        assert card_named(card.name) is card
-        assert parse_fleet(f"8x{card.name}").card is card
+        assert gpu_by_name(name).name == "RTX3060"
+    assert len({card.name for card in GPU_SPECS}) == len(GPU_SPECS)
+    for card in GPU_SPECS:
+        assert gpu_by_name(card.name) is card
+        assert parse_hardware(f"8x{card.name}").card is card
         assert 5 < card.memory_gib < 300
 
 
 def test_cards_that_nobody_knows() -> None:
     with pytest.raises(UserError, match=r"--gpus '4xRTX3061'.*did you mean.*known cards: .*A100-80.*RTX3060"):
-        parse_fleet("4xRTX3061")
+        parse_hardware("4xRTX3061")
     for text in ("0xH100", "8x", "xx", ""):
         with pytest.raises(UserError, match="expected a number and a card such as 8xA100-80"):
-            parse_fleet(text)
+            parse_hardware(text)

@@ -15,12 +15,12 @@ from myllm.distributed.collectives import Process
 from myllm.distributed.precision import autocast
 from myllm.model.cross_entropy import CPU_CHUNK, GPU_CHUNK
 from myllm.planning import memory_estimate as footprint
-from myllm.planning.forecast import describe
+from myllm.planning.forecast import describe_run
 from myllm.planning.memory_estimate import (
-    Computing,
-    kept_by_block,
-    kept_outside_blocks,
+    ComputeMode,
+    block_saved_bytes,
     memory_by_part,
+    outer_saved_bytes,
     predicted_bytes,
 )
 from myllm.presets import PRESETS, preset
@@ -54,7 +54,7 @@ def run_config(kind: str = "plain", micro_batch_size: int = 2, accumulation: int
 
 
 def tensors_alone(config: RunConfig, ranks: int = 1) -> int:
-    parts = memory_by_part(config, Computing.of(config, "cpu", ranks))
+    parts = memory_by_part(config, ComputeMode.of(config, "cpu", ranks))
     return sum(size for name, size in parts.items() if name not in ("allocator", "runtime", "batches"))
 
 
@@ -63,11 +63,11 @@ def tensors_alone(config: RunConfig, ranks: int = 1) -> int:
 @by_checkpointing
 def test_what_autograd_keeps_is_known_to_the_byte(kind: str, precision: str, recompute: bool) -> None:
     config = run_config(kind, precision=precision, activation_checkpointing=recompute)
-    model, how, n = config.model, Computing.of(config, "cpu"), 2 * 64
+    model, how, n = config.model, ComputeMode.of(config, "cpu"), 2 * 64
     stream = 2 if kind.startswith("half") and precision == "bfloat16" else 4
-    block = stream * n * model.d_model if recompute else kept_by_block(model, how, n)
+    block = stream * n * model.d_model if recompute else block_saved_bytes(model, how, n)
     loss = how.width * n * model.d_model + 4 * model.padded_vocab_size * model.d_model
-    assert saved_bytes(Step(config)) == model.n_layers * block + kept_outside_blocks(model, how, n) + loss
+    assert saved_bytes(Step(config)) == model.n_layers * block + outer_saved_bytes(model, how, n) + loss
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_what_a_compiled_model_keeps(kind: str) -> None:
     Within 10 %: the residual stream is kept now in float32, now as the bfloat16 that was added to it.
     """
     config = run_config(kind, precision="bfloat16", compile="on")
-    model, how, step = config.model, Computing.of(config, "cpu"), Step(with_train(config, compile="off"))
+    model, how, step = config.model, ComputeMode.of(config, "cpu"), Step(with_train(config, compile="off"))
     hidden, kept = torch.compile(step.model.hidden, backend="aot_eager_decomp_partition"), []
     step.model.train()
     try:
@@ -146,7 +146,7 @@ def test_what_a_compiled_model_keeps(kind: str) -> None:
     own = {t.untyped_storage().data_ptr() for t in [*step.model.parameters(), *step.model.buffers(), step.tokens]}
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept if torch.is_tensor(t)}
     found = sum(size for pointer, size in storages.items() if pointer not in own)
-    expected = model.n_layers * kept_by_block(model, how, 2 * 64) + kept_outside_blocks(model, how, 2 * 64)
+    expected = model.n_layers * block_saved_bytes(model, how, 2 * 64) + outer_saved_bytes(model, how, 2 * 64)
     assert expected == pytest.approx(found, rel=0.1)
 
 
@@ -160,33 +160,33 @@ def test_the_states_are_sixteen_bytes_a_parameter() -> None:
 
         model = Transformer(config.model)
     stored, buffers = (sum(t.nbytes for t in each) for each in (model.parameters(), model.buffers()))
-    parts = memory_by_part(config, Computing.of(config, "cuda"))
+    parts = memory_by_part(config, ComputeMode.of(config, "cuda"))
     assert parts["weights"] == stored + buffers
     assert parts["AdamW's moments"] == 2 * stored
-    assert memory_by_part(config, Computing.of(config, "cuda", 8))["gradients"] >= stored  # DDP's buckets
+    assert memory_by_part(config, ComputeMode.of(config, "cuda", 8))["gradients"] >= stored  # DDP's buckets
 
 
 def test_without_triton_nothing_is_compiled_by_itself() -> None:
     config = with_train(preset("lf-llm-269m"), compile="auto")
-    assert Computing.of(config, "cuda").compiled
-    assert not Computing.of(config, "cuda", triton=False).compiled
-    assert Computing.of(with_train(config, compile="on"), "cuda", triton=False).compiled
-    off = Computing.of(with_train(config, compile="off"), "cuda", 8)
-    assert Computing.of(config, "cuda", 8, triton=False) == off
-    assert describe(config, 8, "cuda", triton=False) == describe(with_train(config, compile="off"), 8, "cuda")
-    assert describe(config, 8, "cuda") != describe(config, 8, "cuda", triton=False)
+    assert ComputeMode.of(config, "cuda").compiled
+    assert not ComputeMode.of(config, "cuda", triton=False).compiled
+    assert ComputeMode.of(with_train(config, compile="on"), "cuda", triton=False).compiled
+    off = ComputeMode.of(with_train(config, compile="off"), "cuda", 8)
+    assert ComputeMode.of(config, "cuda", 8, triton=False) == off
+    assert describe_run(config, 8, "cuda", triton=False) == describe_run(with_train(config, compile="off"), 8, "cuda")
+    assert describe_run(config, 8, "cuda") != describe_run(config, 8, "cuda", triton=False)
 
 
 def test_what_saves_memory_does() -> None:
     config = preset("lf-llm-269m")
-    how = Computing.of(config, "cuda", 8)
+    how = ComputeMode.of(config, "cuda", 8)
     base = predicted_bytes(config, how)
     for saving in ({"activation_checkpointing": True}, {"parallel": "fsdp"}, {"micro_batch_size": 8}):
         changed = with_train(config, **saving)
-        assert predicted_bytes(changed, Computing.of(changed, "cuda", 8)) < base
+        assert predicted_bytes(changed, ComputeMode.of(changed, "cuda", 8)) < base
     for costing in ({"compile": "off"}, {"precision": "float32"}):
         changed = with_train(config, **costing)
-        assert predicted_bytes(changed, Computing.of(changed, "cuda", 8)) > base
+        assert predicted_bytes(changed, ComputeMode.of(changed, "cuda", 8)) > base
 
 
 @pytest.mark.parametrize("train", [{"compile": "on"}, {"activation_checkpointing": True}], ids=str)
@@ -195,10 +195,12 @@ def test_a_bfloat16_residual_stream_saves_memory(train: dict) -> None:
         base = with_train(preset(name), precision="bfloat16", **train)
         half = replace(base, model=replace(base.model, residual_dtype="bfloat16"))
         for device in ("cpu", "cuda"):
-            assert predicted_bytes(half, Computing.of(half, device)) < predicted_bytes(base, Computing.of(base, device))
+            assert predicted_bytes(half, ComputeMode.of(half, device)) < predicted_bytes(
+                base, ComputeMode.of(base, device)
+            )
     float32 = with_train(half, precision="float32")
-    assert predicted_bytes(float32, Computing.of(float32, "cpu")) == predicted_bytes(
-        with_train(base, precision="float32"), Computing.of(float32, "cpu")
+    assert predicted_bytes(float32, ComputeMode.of(float32, "cpu")) == predicted_bytes(
+        with_train(base, precision="float32"), ComputeMode.of(float32, "cpu")
     )
 
 

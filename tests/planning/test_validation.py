@@ -9,10 +9,11 @@ import pytest
 from myllm.config import ModelConfig, RunConfig, TrainConfig
 from myllm.errors import UserError
 from myllm.planning import forecast
-from myllm.planning.batch import disk_estimate_bytes, micro_batch_sizes
-from myllm.planning.validation import check, check_data_config, faults
+from myllm.planning.batch import micro_batch_sizes
+from myllm.planning.disk import disk_estimate_bytes
+from myllm.planning.validation import check_config, check_data_config, config_errors
 from myllm.presets import PRESETS, preset
-from myllm.training.profiler import quiet_window
+from myllm.training.profiler import choose_window
 
 GOOD = RunConfig(
     name="good",
@@ -42,7 +43,7 @@ WORLD_SIZES = {
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_are_without_fault(name):
     for world_size in WORLD_SIZES[name]:
-        assert faults(preset(name), world_size) == []
+        assert config_errors(preset(name), world_size) == []
 
 
 ZERO_IS_TOO_SMALL = [
@@ -84,7 +85,7 @@ NOT_FINITE = [
     ],
 )
 def test_a_fault_names_the_setting_and_its_value(setting, value):
-    found = faults(changed(GOOD, **{setting.replace(".", "__"): value}), 1)
+    found = config_errors(changed(GOOD, **{setting.replace(".", "__"): value}), 1)
     assert any(fault.startswith(f"{setting} ") and f"{value}" in fault for fault in found), found
 
 
@@ -104,20 +105,20 @@ def test_a_fault_names_the_setting_and_its_value(setting, value):
     ids=str,
 )
 def test_faults_between_settings(changes, said):
-    (fault,) = faults(changed(GOOD, **changes), 1)
+    (fault,) = config_errors(changed(GOOD, **changes), 1)
     for words in said:
         assert words in fault
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a\\b", " a", "a ", "../up", "/abs"])
 def test_names_that_are_no_folder(name):
-    (fault,) = faults(changed(GOOD, name=name), 1)
+    (fault,) = config_errors(changed(GOOD, name=name), 1)
     assert repr(name) in fault
 
 
 @pytest.mark.parametrize("name", ["a", "my-run", "run.2", "Größe", "with space"])
 def test_names_that_are(name):
-    assert faults(changed(GOOD, name=name), 1) == []
+    assert config_errors(changed(GOOD, name=name), 1) == []
 
 
 @pytest.mark.parametrize(
@@ -134,12 +135,12 @@ def test_names_that_are(name):
     ids=str,
 )
 def test_what_is_no_fault(changes):
-    assert faults(changed(GOOD, **changes), 1) == []
+    assert config_errors(changed(GOOD, **changes), 1) == []
 
 
 def test_the_number_of_ranks_counts():
-    assert faults(GOOD, 1) == []
-    (fault,) = faults(GOOD, 3)
+    assert config_errors(GOOD, 1) == []
+    (fault,) = config_errors(GOOD, 3)
     assert "3 rank(s)" in fault
 
 
@@ -148,21 +149,21 @@ def test_all_faults_are_listed():
         GOOD, name="a/b", model__d_ff=0, optim__max_lr=-1.0, train__batch_tokens=100, eval__cloze_examples=0
     )
     with pytest.raises(UserError) as error:
-        check(config, 1)
+        check_config(config, 1)
     lines = str(error.value).split("\n")
     assert lines[0] == "the config has 5 faults:"
     assert len(lines) == 6
     for name in ("name", "model.d_ff", "optim.max_lr", "train.batch_tokens", "eval.cloze_examples"):
         assert sum(line.startswith(f"  - {name} ") for line in lines) == 1
     with pytest.raises(UserError, match="the config has 1 fault:"):
-        check(changed(GOOD, name=""), 1)
-    check(GOOD, 1)
+        check_config(changed(GOOD, name=""), 1)
+    check_config(GOOD, 1)
 
 
 def test_everything_zero_is_still_only_faults():
     """Nothing divides by a value that another fault is about."""
     zeros = {name.replace(".", "__"): 0 for name in ZERO_IS_TOO_SMALL}
-    assert len(faults(changed(GOOD, **zeros), 1)) >= len(ZERO_IS_TOO_SMALL)
+    assert len(config_errors(changed(GOOD, **zeros), 1)) >= len(ZERO_IS_TOO_SMALL)
 
 
 def test_data_settings_alone():
@@ -173,22 +174,22 @@ def test_data_settings_alone():
 
 def test_early_stopping_needs_validation():
     config = changed(GOOD, train__early_stop_patience=3)
-    assert faults(config, 1) == []
-    (fault,) = faults(changed(config, eval__validation_every_steps=0), 1)
+    assert config_errors(config, 1) == []
+    (fault,) = config_errors(changed(config, eval__validation_every_steps=0), 1)
     assert fault.startswith("train.early_stop_patience is 3, but eval.validation_every_steps is 0")
 
 
 def test_a_bfloat16_residual_stream_is_not_for_float16():
     for precision in ("auto", "bfloat16", "float32"):
-        assert faults(changed(GOOD, model__residual_dtype="bfloat16", train__precision=precision), 1) == []
-    (fault,) = faults(changed(GOOD, model__residual_dtype="bfloat16", train__precision="float16"), 1)
+        assert config_errors(changed(GOOD, model__residual_dtype="bfloat16", train__precision=precision), 1) == []
+    (fault,) = config_errors(changed(GOOD, model__residual_dtype="bfloat16", train__precision="float16"), 1)
     assert fault.startswith("model.residual_dtype is bfloat16, which train.precision float16 cannot have; set")
 
 
 def test_repeatable_steps_need_a_repeatable_attention():
     for attention in ("auto", "flash", "math"):
-        assert faults(changed(GOOD, train__deterministic=True, train__attention=attention), 1) == []
-    (fault,) = faults(changed(GOOD, train__deterministic=True, train__attention="cudnn"), 1)
+        assert config_errors(changed(GOOD, train__deterministic=True, train__attention=attention), 1) == []
+    (fault,) = config_errors(changed(GOOD, train__deterministic=True, train__attention="cudnn"), 1)
     assert fault.startswith("train.attention is cudnn, whose backward pass does not repeat itself")
 
 
@@ -205,17 +206,19 @@ def test_numbers_that_no_run_has(part: str, name: str, value: int) -> None:
     """Said in a sentence, and as fast as any other fault."""
     config = RunConfig()
     wrong = replace(config, **{part: replace(getattr(config, part), **{name: value})})
-    assert any(re.match(rf"{part}\.{name} is .*, but must be at most [\d,]+$", fault) for fault in faults(wrong, 1))
+    pattern = rf"{part}\.{name} is .*, but must be at most [\d,]+$"
+    assert any(re.match(pattern, error) for error in config_errors(wrong, 1))
 
 
 def test_a_run_that_is_very_long() -> None:
     """Nothing on the way to it goes through its steps one by one."""
     long = replace(TrainConfig(), max_steps=10**10, save_every_steps=1, keep_every_steps=3, log_every_steps=10**10)
     config = replace(RunConfig(), train=long)
-    assert not faults(config, 1)
-    assert "tokens" in forecast.describe(config, 1, "cpu")
-    assert len(quiet_window(config, 0)) == 5
+    assert not config_errors(config, 1)
+    assert "tokens" in forecast.describe_run(config, 1, "cpu")
+    assert len(choose_window(config, 0)) == 5
     assert sum(disk_estimate_bytes(config).values()) > 0
     tokens = replace(long, batch_tokens=10**12 // 2_048 * 2_048, micro_batch_size=1)
-    assert any("tokens, more than a run can count" in fault for fault in faults(replace(config, train=tokens), 1))
-    assert len(micro_batch_sizes(config.model, tokens, 1)) > 1
+    many = replace(config, train=tokens)
+    assert any("tokens, more than a run can count" in error for error in config_errors(many, 1))
+    assert len(micro_batch_sizes(many, 1)) > 1

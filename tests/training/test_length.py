@@ -14,7 +14,7 @@ from myllm.config import DataConfig, RunConfig, to_dict
 from myllm.data.dataset import FORMAT, find_dataset
 from myllm.data.prepare.prepare import prepare
 from myllm.errors import UserError
-from myllm.planning import batch as plan
+from myllm.planning.length import can_resolve_max_steps, describe_length, resolve_max_steps
 from myllm.presets import preset
 from myllm.runs.saved_settings import as_begun
 
@@ -23,16 +23,16 @@ STEP = SMALL.train.batch_tokens
 
 
 def steps(config: RunConfig, tokens: int, own_text: bool = False) -> int:
-    return plan.with_length(config, tokens, own_text).train.max_steps
+    return resolve_max_steps(config, tokens, own_text).train.max_steps
 
 
 def test_epochs_are_steps_of_what_there_is() -> None:
     for epochs, expected in ((1.0, 10), (2.5, 25), (0.5, 5), (0.001, 1), (1_000, 10_000)):
         config = replace(SMALL, train=replace(SMALL.train, epochs=epochs))
         assert steps(config, 10 * STEP + 1) == expected
-        resolved = plan.with_length(config, 10 * STEP + 1)
+        resolved = resolve_max_steps(config, 10 * STEP + 1)
         assert resolved.train.epochs is None
-        assert plan.with_length(resolved, 10 * STEP + 1) == resolved
+        assert resolve_max_steps(resolved, 10 * STEP + 1) == resolved
 
 
 def test_own_text_is_trained_on_four_times_and_no_longer_than_the_preset() -> None:
@@ -40,27 +40,27 @@ def test_own_text_is_trained_on_four_times_and_no_longer_than_the_preset() -> No
     assert steps(SMALL, 10 * STEP + 1) == SMALL.train.max_steps
     assert steps(SMALL, 10**10, own_text=True) == SMALL.train.max_steps
     assert steps(SMALL, 5, own_text=True) == 1, "what is wrong with so little text is said elsewhere"
-    assert not plan.has_known_length(SMALL, 10 * STEP, complete=False, own_text=True)
-    assert plan.has_known_length(SMALL, 10**10, complete=False, own_text=True), "it need not wait for the rest"
+    assert not can_resolve_max_steps(SMALL, 10 * STEP, complete=False, own_text=True)
+    assert can_resolve_max_steps(SMALL, 10**10, complete=False, own_text=True), "it need not wait for the rest"
     in_epochs = replace(SMALL, train=replace(SMALL.train, epochs=1.0))
-    assert not plan.has_known_length(in_epochs, 10**10, complete=False, own_text=False)
-    assert plan.has_known_length(in_epochs, 1, complete=True, own_text=False)
+    assert not can_resolve_max_steps(in_epochs, 10**10, complete=False, own_text=False)
+    assert can_resolve_max_steps(in_epochs, 1, complete=True, own_text=False)
 
 
 def test_what_is_unusual_is_said() -> None:
-    first, many = plan.describe_length(SMALL, 700_000)
+    first, many = describe_length(SMALL, 700_000)
     assert first.startswith("2,621,440,000 tokens to train on in 20,000 steps: 3,")
     assert first.endswith("epoch(s) of the 700,000 tokens")
     assert many.startswith("warning: 3,7")
     assert "--train.epochs 4 (21 steps)" in many
     one_step = replace(SMALL, train=replace(SMALL.train, max_steps=1))
-    assert "lower train.batch_tokens" in plan.describe_length(one_step, 21_000)[1], "no fewer steps than one"
-    four = plan.with_length(SMALL, 700_000, own_text=True)
-    _, few = plan.describe_length(four, 700_000)
+    assert "lower train.batch_tokens" in describe_length(one_step, 21_000)[1], "no fewer steps than one"
+    four = resolve_max_steps(SMALL, 700_000, own_text=True)
+    _, few = describe_length(four, 700_000)
     assert few.startswith("warning: 21 steps are few: a smaller train.batch_tokens than 131,072")
-    assert len(plan.describe_length(SMALL, 10**9)) == 1
-    assert "more than there is" in plan.describe_length(preset("small-50m"), 10**9)[1]
-    assert "about 2.6" in plan.describe_length(SMALL, 10**9, counted=False)[0]
+    assert len(describe_length(SMALL, 10**9)) == 1
+    assert "more than there is" in describe_length(preset("small-50m"), 10**9)[1]
+    assert "about 2.6" in describe_length(SMALL, 10**9, counted=False)[0]
 
 
 @pytest.mark.parametrize(

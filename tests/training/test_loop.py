@@ -14,7 +14,7 @@ from myllm.data.prepare.prepare import prepare
 from myllm.distributed.collectives import process_group
 from myllm.errors import TrainingDiverged, UserError
 from myllm.paths import RunPaths
-from myllm.planning.validation import check
+from myllm.planning.validation import check_config
 from myllm.training import loop
 
 
@@ -200,7 +200,7 @@ def test_what_is_held_out_may_be_less_than_a_batch(tiny: RunConfig) -> None:
     assert [row["n_tokens"] for row in rows] == [64, 64]
     off = replace(config.eval, validation_every_steps=0, validation_tokens=1)
     config = replace(config, name="off", data=replace(config.data, val_tokens=20), eval=off)
-    check(config, 1)
+    check_config(config, 1)
     assert not eval_rows(run(config), "validation")
 
 

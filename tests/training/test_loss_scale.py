@@ -29,7 +29,7 @@ from myllm.model.cross_entropy import mean_loss
 from myllm.model.transformer import Transformer
 from myllm.optim.adamw import ScheduledAdamW
 from myllm.paths import RunPaths
-from myllm.planning import batch as plan
+from myllm.planning.batch import batch_plan
 from myllm.training import gradient_guard as guard
 from myllm.training import loop
 from myllm.training.gradient_guard import GROWTH_STEPS, LARGEST_LOSS_SCALE, Guard
@@ -107,7 +107,7 @@ class Steps:
         self.model = Transformer(self.config.model)
         self.optimizer = ScheduledAdamW(self.model.named_parameters(), config.optim, config.train.max_steps)
         self.runner, self.guard = wrap(self.model, self.config, ALONE), Guard(config.train, CPU)
-        self.batch, self.loader = plan.batch_plan(self.config.model, config.train, 1), MadeUp()
+        self.batch, self.loader = batch_plan(self.config, 1), MadeUp()
 
     def make(self, step: int) -> tuple[float, float]:
         self.guard.begin(TrainState(step, 0, DataPosition(0, 0, 0, "")))

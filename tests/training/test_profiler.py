@@ -13,7 +13,7 @@ from myllm.data.prepare.prepare import prepare
 from myllm.distributed.collectives import process_group
 from myllm.training.kernel_costs import PHASES, Cost, read, table
 from myllm.training.loop import train
-from myllm.training.profiler import STEPS, WARMUP_STEPS, quiet_window
+from myllm.training.profiler import STEPS, WARMUP_STEPS, choose_window
 
 
 def call(correlation: int, ts: float, category: str = "cuda_runtime") -> dict:
@@ -91,7 +91,7 @@ def test_the_window_lies_between_what_disturbs(tiny: RunConfig, begun: int) -> N
     config = with_train(tiny, max_steps=600, log_every_steps=10, save_every_steps=150)
     evals = {"validation_every_steps": 12, "cloze_every_steps": 300, "sample_every_steps": 0}
     config = replace(config, eval=replace(tiny.eval, **evals))
-    window = quiet_window(config, begun)
+    window = choose_window(config, begun)
     assert window.start >= begun
     assert window.stop <= 600
     assert len(window) == min(STEPS, 600 - begun)
@@ -103,7 +103,7 @@ def test_the_window_lies_between_what_disturbs(tiny: RunConfig, begun: int) -> N
 
 def test_a_window_is_found_where_everything_disturbs(tiny: RunConfig) -> None:
     config = with_train(tiny, max_steps=40, log_every_steps=1)
-    assert quiet_window(config, 0) == range(12, 17)  # validation at 6, 12, 18; saves at 4, 8, 12, 16
+    assert choose_window(config, 0) == range(12, 17)  # validation at 6, 12, 18; saves at 4, 8, 12, 16
 
 
 def test_a_profiled_run_is_the_same_run(tiny: RunConfig) -> None:

@@ -19,7 +19,7 @@ from myllm.distributed.collectives import Process
 from myllm.distributed.parallelize import wrap
 from myllm.model.transformer import Transformer
 from myllm.optim.adamw import ScheduledAdamW
-from myllm.planning import batch as plan
+from myllm.planning.batch import batch_plan
 from myllm.training import kernels
 from myllm.training.gradient_guard import Guard
 from myllm.training.kernel_costs import PHASES
@@ -76,7 +76,7 @@ class Steps:
         model = Transformer(config.model)
         self.optimizer = ScheduledAdamW(model.named_parameters(), config.optim, 10)
         self.runner, self.guard = wrap(model, config, ALONE), Guard(config.train, ALONE.device)
-        self.batch = plan.batch_plan(config.model, config.train, 1)
+        self.batch = batch_plan(config, 1)
 
     def make(self, step: int, *phase: Any) -> tuple[torch.Tensor, torch.Tensor, float]:
         self.guard.begin(TrainState(step, 0, DataPosition(0, 0, 0, "")))

@@ -21,7 +21,7 @@ from myllm.data.prepare.prepare import prepare
 from myllm.distributed.collectives import process_group
 from myllm.errors import TIME_LIMIT, UserError, exit_code
 from myllm.paths import RunPaths
-from myllm.planning.validation import faults
+from myllm.planning.validation import config_errors
 from myllm.runs.heartbeat import Heartbeat, starting, status
 from myllm.runs.run_dir import claimed
 from myllm.training.loop import train
@@ -196,7 +196,7 @@ def test_the_time_limit_leaves_time_for_the_save() -> None:
     assert exit_code(signal.SIGTERM) == 143
     with stop_signals(max_wall_s=10, started=now - 10) as stop:
         assert stop.asked()
-    assert len(faults(with_train(RunConfig(), max_wall_s=0.0, collective_timeout_s=-1.0), 1)) == 2
+    assert len(config_errors(with_train(RunConfig(), max_wall_s=0.0, collective_timeout_s=-1.0), 1)) == 2
 
 
 def test_a_heartbeat_that_cannot_be_written_costs_nothing(tmp_path: Path, temp_data: Path) -> None:

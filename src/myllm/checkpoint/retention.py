@@ -10,7 +10,8 @@ from myllm.config import RunConfig
 from myllm.data.prepare.disk_space import size
 from myllm.errors import UserError
 from myllm.files import fsync_folder, read_json
-from myllm.planning.batch import n_kept, n_saves, stored_parameters
+from myllm.planning.disk import n_kept, n_saves
+from myllm.planning.flops import stored_parameters
 
 MANIFEST, STATE_FILE = "manifest.json", "state.json"
 PARTIAL, REMOVED, REPLACED = ".partial-", ".removed-", ".replaced-"

@@ -22,10 +22,10 @@ from myllm.distributed import launcher as ranks
 from myllm.errors import MachineError, UserError
 from myllm.files import in_words
 from myllm.paths import RunPaths, user_path
-from myllm.planning import batch as plan
 from myllm.planning import forecast
 from myllm.planning.flops import flops_per_token
-from myllm.planning.validation import check
+from myllm.planning.length import describe_length, length_note, resolve_max_steps
+from myllm.planning.validation import check_config
 from myllm.presets import describe_presets, describe_settings, preset
 
 from .parse import parse_arguments, version, wrap_help
@@ -124,7 +124,7 @@ def parse_as(kind: type[AskedRun], words: list[str], usage: str) -> Any:
         "Every setting of the run, with its value in this preset. The same command resumes an interrupted run.",
     )
     # A WORLD_SIZE without torchrun is a plan for later, not the number of processes of this call.
-    check(launch.config, ranks.world_size() if launch.planning or ranks.launched() else 1)
+    check_config(launch.config, ranks.world_size() if launch.planning or ranks.launched() else 1)
     if RunPaths.of(launch.config.name).checkpoints.is_dir():
         from myllm.runs.saved_settings import as_begun
 
@@ -233,7 +233,7 @@ def describe(launch: Launch) -> str:
     config, length = with_length_here(launch)
     lines = [
         f"{describe_settings(launch.config)}\n",
-        forecast.describe(config, world_size, device.type, has_triton(device)),
+        forecast.describe_run(config, world_size, device.type, has_triton(device)),
         *(f"data         {line}" for line in length),
         _time_here(config, world_size, device),
         *([f"no GPU       {why}"] if why else []),
@@ -243,18 +243,18 @@ def describe(launch: Launch) -> str:
 
 def with_length_here(launch: AskedRun) -> tuple[RunConfig, list[str]]:
     """The config with the steps that its text gives, as far as that is known here, and what there is to say of it."""
-    from myllm.training.preflight.data_and_disk import room_for_run
+    from myllm.training.preflight.data_and_disk import inspect_data_and_disk
 
     config = launch.config
     try:
-        room = room_for_run(config)
+        room = inspect_data_and_disk(config)
     except UserError as error:  # a plan may be made where the text is not
         return config, [str(error)]
     if not room.tokens:
-        note = plan.length_note(config, launch.own_text)
+        note = length_note(config, launch.own_text)
         return config, [f"how many tokens {room.text} has is not known yet", *([note] if note else [])]
-    config = plan.with_length(config, room.tokens, launch.own_text)
-    return config, [room.text, *plan.describe_length(config, room.tokens, room.tokens_are_counted)]
+    config = resolve_max_steps(config, room.tokens, launch.own_text)
+    return config, [room.text, *describe_length(config, room.tokens, room.tokens_are_counted)]
 
 
 def _time_here(config: RunConfig, world_size: int, device: "torch.device") -> str:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from myllm.errors import UserError
 from myllm.planning import forecast
-from myllm.planning.batch import length_note
+from myllm.planning.length import length_note
 
 from .launch import AskedRun, parse_as
 
@@ -44,4 +44,4 @@ def plan(words: list[str]) -> None:
         raise UserError("missing --gpus, for example --gpus 8xA100-80 or --gpus cpu")
     if note := length_note(wanted.config, wanted.own_text):
         print(note)
-    print(forecast.table(forecast.foresee(wanted.config, forecast.parse_fleet(wanted.gpus))))
+    print(forecast.format_forecast(forecast.predict(wanted.config, forecast.parse_hardware(wanted.gpus))))

@@ -53,9 +53,9 @@ def preflight(words: list[str]) -> None:
     if ranks.local_rank() == 0:
         check_named(wanted.config.data)  # before the seconds that torch takes
     from myllm.distributed.collectives import process_group
-    from myllm.training.preflight.batch_size import hand_over
+    from myllm.training.preflight.batch_size import save_for_run
     from myllm.training.preflight.preflight import preflight as rehearse
-    from myllm.training.preflight.summary import Bounds
+    from myllm.training.preflight.summary import Limits
 
     def say(line: str) -> None:
         if ranks.rank() == 0:
@@ -66,18 +66,18 @@ def preflight(words: list[str]) -> None:
     before = {number: signal.signal(number, _leave) for number in ends}
     try:
         with process_group(wanted.config.train.device) as process:
-            bounds = Bounds(wanted.max_hours, wanted.dollars_per_hour)
+            bounds = Limits(wanted.max_hours, wanted.dollars_per_hour)
             findings = rehearse(wanted.config, process, bounds, say, own_text=wanted.own_text)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
     if process.is_main:
         print(findings.table(), flush=True)
-    if refusals := findings.refusals():
+    if refusals := findings.problems():
         raise UserError("this run would not work:\n" + "\n".join(f"  - {refusal}" for refusal in refusals))
     if wanted.config.train.micro_batch_size == "auto" and findings.measured and process.is_main:
         try:
-            hand_over(findings.config, process, findings.measured.peak_bytes)
+            save_for_run(findings.config, process, findings.measured.peak_bytes)
         except OSError as error:
             say(f"cannot leave the micro-batch size for the run, which will find it again: {error.strerror}")
 

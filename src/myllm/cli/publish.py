@@ -7,7 +7,7 @@ import tyro
 from myllm import paths
 from myllm.config import HubConfig
 from myllm.errors import UserError
-from myllm.planning.validation import hub_faults
+from myllm.planning.validation import hub_errors
 
 Positional = tyro.conf.Positional
 
@@ -29,7 +29,7 @@ def publish(
         license: of the weights, by the Hub's short name for it, such as mit or apache-2.0.
     """
     given = HubConfig(repo, private, every_checkpoint, license)
-    if repo is not None and (faults := hub_faults(given, "--")):
+    if repo is not None and (faults := hub_errors(given, "--")):
         raise UserError("; ".join(faults))
     paths.check_model(run, hub=False)  # before the seconds that torch takes
     from myllm.runs.run_dir import checkpoints_of
@@ -42,7 +42,7 @@ def publish(
     given = HubConfig(repo or hub.repo, private, every_checkpoint, license)
     if given.repo is None:
         raise UserError("where to? Give --repo NAMESPACE/NAME, such as my-account/my-model")
-    if faults := hub_faults(given, "--"):
+    if faults := hub_errors(given, "--"):
         raise UserError("; ".join(faults))
     publishing.check_token()
     hub = replace(given, private=private or hub.private, license=license or hub.license)

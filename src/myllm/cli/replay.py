@@ -10,7 +10,7 @@ from myllm import paths
 from myllm.errors import UserError
 
 if TYPE_CHECKING:
-    from myllm.training.anomaly.dump import Bag
+    from myllm.training.anomaly.dump import AnomalyDump
     from myllm.training.anomaly.replay import Replay
 
 Positional = tyro.conf.Positional
@@ -42,16 +42,16 @@ def replay(
     import torch
 
     from myllm.distributed.collectives import choose_device
-    from myllm.training.anomaly.dump import find_bag, read_bag
+    from myllm.training.anomaly.dump import find_dump, read_dump
     from myllm.training.anomaly.replay import replay_step
 
     chosen = choose_device(device)
-    content = read_bag(find_bag(bag, paths.runs()))
+    content = read_dump(find_dump(bag, paths.runs()))
     result = replay_step(content, chosen, getattr(torch, precision), samples)
     print("\n".join(_report(content, result, chosen.type, precision, show)))
 
 
-def _report(bag: "Bag", result: "Replay", device: str, precision: str, show: int) -> Iterator[str]:
+def _report(bag: "AnomalyDump", result: "Replay", device: str, precision: str, show: int) -> Iterator[str]:
     about, found = bag.about, result.diagnosis
     yield f"{bag.folder}"
     yield (
@@ -112,7 +112,7 @@ def _layers(result: "Replay") -> Iterator[str]:
         yield f"{layer.module:<{width}}" + "".join(map(_number, figures)) + ("" if layer.output_finite else "   bad")
 
 
-def _samples(bag: "Bag", result: "Replay", show: int) -> Iterator[str]:
+def _samples(bag: "AnomalyDump", result: "Replay", show: int) -> Iterator[str]:
     """The worst samples: not finite first, then by the gradient that reaches them."""
     found = result.diagnosis
     figures = dict(zip(result.places, zip(found.losses, found.input_gradients, strict=True), strict=True))

@@ -16,7 +16,7 @@ from myllm.errors import UserError
 from myllm.files import write_json, write_text
 from myllm.model.transformer import Transformer
 from myllm.paths import NO_MODEL, REPOSITORY, RunPaths, user_path
-from myllm.planning.validation import faults
+from myllm.planning.validation import config_errors
 from myllm.runs.run_dir import claimed, move_aside, write_config
 
 from .download import download
@@ -50,7 +50,7 @@ def import_model(
     run = RunPaths.of(name)
     if any(run.root.glob("checkpoints/step_*")) and not overwrite:
         raise UserError(f"there is a run {name} already; give another --name, or --overwrite to move it aside")
-    if wrong := [fault for fault in faults(RunConfig(name=name), 1) if fault.startswith("name ")]:
+    if wrong := [fault for fault in config_errors(RunConfig(name=name), 1) if fault.startswith("name ")]:
         raise UserError("; ".join(wrong))
     foreign = read(where)
     config = RunConfig(name=name, model=foreign.config)
@@ -119,7 +119,7 @@ def read(where: Path) -> Foreign:
         UserError: nothing that can be used here.
     """
     foreign = _read(where)
-    if wrong := [fault for fault in faults(RunConfig(model=foreign.config), 1) if fault.startswith("model.")]:
+    if wrong := [fault for fault in config_errors(RunConfig(model=foreign.config), 1) if fault.startswith("model.")]:
         raise UserError(f"the model in {where} cannot be used here:\n" + "\n".join(f"  - {fault}" for fault in wrong))
     return replace(foreign, weights=_checked(where, foreign))
 

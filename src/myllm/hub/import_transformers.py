@@ -17,7 +17,7 @@ from myllm.files import read_json
 from myllm.hub.export.tokenizer import TOKENIZER_FILE
 from myllm.hub.export.transformers import MARK, VOCABULARY, is_export
 from myllm.hub.export.verify import random_texts
-from myllm.planning.validation import faults
+from myllm.planning.validation import config_errors
 
 from .architectures import CLASSES, pieces
 from .external_model import Foreign
@@ -63,7 +63,7 @@ def read_settings(folder: Path) -> tuple[ModelConfig, Path | None, list[str]]:
         UserError: as `read_folder`.
     """
     config = model_config(_read_json(folder / CONFIG), str(folder / CONFIG))
-    if wrong := [fault for fault in faults(RunConfig(model=config), 1) if fault.startswith("model.")]:
+    if wrong := [fault for fault in config_errors(RunConfig(model=config), 1) if fault.startswith("model.")]:
         raise UserError(f"the model in {folder} cannot be used here:\n" + "\n".join(f"  - {x}" for x in wrong))
     if is_export(folder):
         known = _read_json(folder / MARK).get("model", {})

@@ -16,7 +16,7 @@ from myllm.config import RunConfig, saved_config
 from myllm.data.sources.catalog import corpus_of, source_of
 from myllm.errors import UserError
 from myllm.paths import RunPaths
-from myllm.planning import batch as plan
+from myllm.planning.length import warmup_steps
 from myllm.runs.history import (
     Metrics,
     Row,
@@ -318,7 +318,7 @@ def _recipe(about: CardData) -> str:
         # Runs from before it was written down computed in bfloat16 on every GPU.
         usual = "bfloat16" if about.environment.get("device") == "cuda" else "float32"
         precision = str(about.environment.get("precision", usual))
-    warmup = plan.warmup_steps(optim, train.max_steps)
+    warmup = warmup_steps(optim, train.max_steps)
     schedule = f"{optim.schedule}, {warmup:,} steps of warm-up, ends at {optim.min_lr_ratio:g} of the peak"
     table = _table(
         "Recipe",

@@ -8,7 +8,7 @@ from myllm.data.tokenizer.load import Tokenizer
 from myllm.errors import UserError
 from myllm.files import write_text
 from myllm.paths import user_path
-from myllm.planning.batch import n_parameters
+from myllm.planning.flops import n_parameters
 
 from .completion import stream_text
 from .generate import stream

@@ -3,7 +3,7 @@
 import math
 
 from myllm.config import OptimConfig
-from myllm.planning.batch import warmup_steps
+from myllm.planning.length import warmup_steps
 
 
 def learning_rate(step: int, config: OptimConfig, max_steps: int) -> float:

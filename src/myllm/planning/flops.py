@@ -1,11 +1,34 @@
-"""Arithmetic of a model, and how much of it the cards that people train on can do: FLOPs a token, peaks, memory."""
-
-import re
-from dataclasses import dataclass
+"""Parameters and FLOPs of a model, from its config alone."""
 
 from myllm.config import ModelConfig
 
-from .batch import parameters_by_part
+
+def parameters_by_part(model: ModelConfig) -> dict[str, int]:
+    """Parameters by part, before the vocabulary is padded. A tied head counts once, as the embedding."""
+    d, size, layers = model.d_model, model.head_size, model.n_layers
+    bias = int(model.bias)
+    heads = model.n_heads * size  # width of the queries
+    qkv = heads + 2 * model.kv_heads * size
+    up = model.d_ff * (2 if model.activation == "swiglu" else 1)
+    norm = d * (1 + bias) if model.norm == "layernorm" else d
+    return {
+        "embedding": model.vocab_size * d,
+        "positions": model.max_seq_len * d if model.position == "learned" else 0,
+        "attention": layers * (d * qkv + bias * qkv + heads * d + bias * d + (2 * size if model.qk_norm else 0)),
+        "feed-forward": layers * (d * up + bias * up + model.d_ff * d + bias * d),
+        "norms": layers * 2 * norm + norm,
+        "head": 0 if model.tie_embeddings else model.vocab_size * d,
+    }
+
+
+def n_parameters(model: ModelConfig) -> int:
+    return sum(parameters_by_part(model).values())
+
+
+def stored_parameters(model: ModelConfig) -> int:
+    """As n_parameters, with the rows that pad the vocabulary."""
+    padding = (model.padded_vocab_size - model.vocab_size) * model.d_model
+    return n_parameters(model) + padding * (1 if model.tie_embeddings else 2)
 
 
 def flops_per_token(model: ModelConfig) -> int:
@@ -22,132 +45,3 @@ def flops_per_token(model: ModelConfig) -> int:
     multiplied = sum(parts.values()) - parts["positions"] - (0 if model.tie_embeddings else parts["embedding"])
     attention = 12 * model.n_layers * model.n_heads * model.head_size * model.max_seq_len
     return 6 * multiplied + attention
-
-
-@dataclass(frozen=True)
-class Card:
-    """A card by one of its names."""
-
-    name: str
-    """As `myllm plan --gpus` takes it."""
-    pattern: str
-    """What is in the name that the driver gives, and in no other card's before it in the list."""
-    tflops: float | None
-    """Dense products in `half` summed in float32, 10^12 FLOP/s. None: unknown."""
-    memory_gib: float
-    """As nvidia-smi shows it, in whole GiB."""
-    half: str = "bfloat16"
-    """What train.precision auto means there; float16 where the card has no bfloat16."""
-
-    @property
-    def peak_flops(self) -> float | None:
-        return self.tflops and self.tflops * 1e12
-
-
-# Peaks are the makers' figures without sparsity (half of what a data sheet marks "with sparsity"), for the card's
-# standard power limit. NVIDIA, data centre: the data sheets of A100 (rev. 2021), A10, A30, A40, A10G, L4, L40, L40S,
-# H100 (SXM, PCIe, NVL; 1,979, 1,513 and 1,671 with sparsity), H200, H20, GH200, HGX and DGX B200, GB200, HGX B300;
-# T4 and V100 ("mixed precision", "tensor performance"; the V100's is SXM2's, 112 on PCIe).
-# Workstation: data sheets of RTX A4000 to A6000 and of the Ada Generation, whose "tensor performance" is FP16 (Ampere)
-# or FP8 (Ada, twice FP16) with sparsity; RTX PRO 6000: RTX Blackwell PRO white paper.
-# GeForce: "Peak BF16 Tensor TFLOPS with FP32 accumulate" in the white papers of GA102, Ada and Blackwell: 512 FLOP a
-# clock and SM (half of the rate with FP16 sums) x SMs x boost clock, which also gives the cards that they leave out.
-# AMD: data sheets of MI210, MI250X (a device is one of its two dies), MI300A, MI300X, MI325X, MI350X, MI355X.
-# Compared with the source when this list was made: A100, A40, B200, B300, GB200 and GeForce's rule. The others are the
-# published figures as we know them; whoever has a data sheet at hand that says otherwise is right.
-# The first pattern that is found counts. Where one name stands for several memories (RTX 3060, 3080, 4060 Ti), the
-# commoner part is here; only `myllm plan` uses the memory, and a slightly different peak is nearer than none.
-CARDS = (
-    Card("GB300", r"GB300", 2_500, 277),
-    Card("B300", r"B300", 2_250, 269),
-    Card("GB200", r"GB200", 2_500, 185),
-    Card("B200", r"B200", 2_250, 179),
-    Card("B100", r"B100", 1_750, 179),
-    Card("GH200-144", r"GH200 144G HBM3e", 989, 141),
-    Card("GH200", r"GH200", 989, 95),
-    Card("H200-NVL", r"H200 NVL", 835, 140),
-    Card("H200", r"H200", 989, 140),
-    Card("H100-NVL", r"H100 NVL", 835, 94),
-    Card("H100-PCIe", r"H100 PCIe", 756, 80),
-    Card("H100", r"H100 80GB HBM3", 989, 80),
-    Card("H800", r"H800 80GB|H800(?! PCIe)", 989, 80),
-    Card("H20", r"H20", 148, 95),
-    Card("A100-80", r"A100-SXM4-80GB|A100 80GB PCIe|A100-SXM-80GB", 312, 80),
-    Card("A100-40", r"A100-SXM4-40GB|A100-PCIE-40GB|A100-SXM-40GB", 312, 40),
-    Card("A800", r"A800-SXM4-80GB|A800 80GB PCIe", 312, 80),
-    Card("A40", r"A40", 149.7, 45),
-    Card("A30", r"A30", 165, 24),
-    Card("A10G", r"A10G", 70, 22.5),
-    Card("A10", r"A10", 125, 22.5),
-    Card("L40S", r"L40S", 362, 45),
-    Card("L40", r"L40", 181, 45),
-    Card("L4", r"L4", 121, 22.5),
-    Card("V100-32", r"V100\S*-32GB|V100S\S*", 125, 32, "float16"),
-    Card("V100-16", r"V100\S*-16GB", 125, 16, "float16"),
-    Card("T4", r"T4", 65, 15, "float16"),
-    Card("RTX-PRO-6000", r"RTX PRO 6000 Blackwell (?:Workstation|Server) Edition", 503.8, 95.6),
-    Card("RTX6000-Ada", r"RTX 6000 Ada Generation", 364.2, 48),
-    Card("RTX5000-Ada", r"RTX 5000 Ada Generation", 261.1, 32),
-    Card("RTX4000-Ada", r"RTX 4000 Ada Generation", 81.9, 20),
-    Card("RTX-A6000", r"RTX A6000", 154.8, 48),
-    Card("RTX-A5000", r"RTX A5000", 111.1, 24),
-    Card("RTX-A4000", r"RTX A4000", 76.7, 16),
-    Card("RTX5090", r"RTX 5090", 209.5, 31.8),
-    Card("RTX5080", r"RTX 5080", 112.6, 15.9),
-    Card("RTX5070Ti", r"RTX 5070 Ti", 87.9, 15.9),
-    Card("RTX5070", r"RTX 5070", 61.7, 12),
-    Card("RTX4090", r"RTX 4090", 165.2, 24),
-    Card("RTX4080S", r"RTX 4080 SUPER", 104.4, 16),
-    Card("RTX4080", r"RTX 4080", 97.5, 16),
-    Card("RTX4070TiS", r"RTX 4070 Ti SUPER", 88.2, 16),
-    Card("RTX4070Ti", r"RTX 4070 Ti", 80.2, 12),
-    Card("RTX4070S", r"RTX 4070 SUPER", 71, 12),
-    Card("RTX4070", r"RTX 4070", 58.3, 12),
-    Card("RTX4060Ti-16", r"RTX 4060 Ti", 44.1, 16),
-    Card("RTX4060", r"RTX 4060", 30.2, 8),
-    Card("RTX3090Ti", r"RTX 3090 Ti", 80, 24),
-    Card("RTX3090", r"RTX 3090", 71, 24),
-    Card("RTX3080Ti", r"RTX 3080 Ti", 68.2, 12),
-    Card("RTX3080", r"RTX 3080", 59.5, 10),
-    Card("RTX3070Ti", r"RTX 3070 Ti", 43.5, 8),
-    Card("RTX3070", r"RTX 3070", 40.6, 8),
-    Card("RTX3060Ti", r"RTX 3060 Ti", 32.4, 8),
-    Card("RTX3060", r"RTX 3060", 25.5, 12),
-    Card("MI355X", r"MI355X", 2_516, 288),
-    Card("MI350X", r"MI350X", 2_306, 288),
-    Card("MI325X", r"MI325X", 1_307, 256),
-    Card("MI300X", r"MI300X", 1_307, 192),
-    Card("MI300A", r"MI300A", 981, 128),
-    Card("MI250X", r"MI250X", 191.5, 64),
-    Card("MI210", r"MI210", 181, 64),
-)
-OTHER_PART = r"(?! (?:Ti|SUPER|D|Laptop|Max-Q|with Max-Q|MIG|Mobile|SFF)\b)"
-"""What behind a name makes it that of another card: GeForce's variants, and a slice of a card."""
-
-
-def card_of(device_name: str) -> Card | None:
-    """The card by the name its driver gives, such as "NVIDIA A100-SXM4-80GB"; None where it is not known.
-
-    A slice of a card (MIG) and a mobile part are not the card.
-    """
-    if re.search(r"\b(MIG|Laptop|Max-Q)\b", device_name):
-        return None
-    for card in CARDS:
-        if re.search(rf"(?<![\w-])(?:{card.pattern})(?![\w-]){OTHER_PART}", device_name, re.IGNORECASE):
-            return card
-    return None
-
-
-def peak_flops(device_name: str) -> float | None:
-    """Peak bf16 FLOP/s of a card by the name its driver gives, or None where it is unknown."""
-    card = card_of(device_name)
-    return card and card.peak_flops
-
-
-def card_named(name: str) -> Card | None:
-    """The card by the name that people type: A100-80, h100, rtx3060, RTX-3060."""
-
-    def plain(text: str) -> str:
-        return re.sub(r"nvidia|geforce|amd|instinct|gb$|[^a-z0-9]", "", text.lower())
-
-    return next((card for card in CARDS if plain(card.name) == plain(name)), None)

@@ -9,9 +9,12 @@ from dataclasses import dataclass, replace
 from myllm.config import RunConfig
 from myllm.errors import UserError, nearest
 
-from . import batch as plan
-from .flops import CARDS, Card, card_named, flops_per_token
-from .memory_estimate import HEADROOM, Computing, memory_by_part, predicted_bytes
+from .batch import batch_plan, micro_batch_sizes
+from .disk import disk_estimate_bytes
+from .flops import flops_per_token, n_parameters, parameters_by_part
+from .gpu_specs import GPU_SPECS, GpuSpec, gpu_by_name
+from .length import warmup_note
+from .memory_estimate import HEADROOM, ComputeMode, memory_by_part, predicted_bytes
 
 GIB = 2**30
 DRIVER_SHARE = 0.02
@@ -29,11 +32,11 @@ less: SmolLM3 3B 29 % on 384 H100. This project's own is not measured on a GPU y
 
 
 @dataclass(frozen=True)
-class Fleet:
+class Hardware:
     """The cards of a run, all alike; no card: a CPU."""
 
     count: int
-    card: Card | None
+    card: GpuSpec | None
 
     def __str__(self) -> str:
         return f"{self.count} x {self.card.name if self.card else 'CPU'}"
@@ -47,7 +50,7 @@ class Fleet:
         return int(free * (1 - HEADROOM))
 
 
-def parse_fleet(text: str) -> Fleet:
+def parse_hardware(text: str) -> Hardware:
     """8xA100-80, 1xRTX3060, H100 (one of them), or cpu.
 
     Raises:
@@ -55,9 +58,9 @@ def parse_fleet(text: str) -> Fleet:
     """
     found = re.fullmatch(r"(?:(\d+)\s*[x*]\s*)?(.+)", text.strip(), re.IGNORECASE)
     count, name = (int(found[1] or 1), found[2]) if found else (1, text)
-    card = card_named(name)
+    card = gpu_by_name(name)
     if count < 1 or (card is None and name.lower() != "cpu"):
-        known = [card.name for card in CARDS]
+        known = [card.name for card in GPU_SPECS]
         variants = [kind for kind in known if re.match(rf"{re.escape(name)}[^a-z0-9]", kind, re.IGNORECASE)]
         if card is None and variants:
             raise UserError(f"--gpus {text!r}: several cards have that name: {', '.join(variants)}; give one of them")
@@ -65,7 +68,7 @@ def parse_fleet(text: str) -> Fleet:
             f"--gpus {text!r}: expected a number and a card such as 8xA100-80 or 1xRTX3060, or cpu"
             f"{nearest(name, known)}; known cards: {', '.join(known)}"
         )
-    return Fleet(count, card)
+    return Hardware(count, card)
 
 
 @dataclass(frozen=True)
@@ -73,23 +76,23 @@ class Forecast:
     """A run on some cards. `config` has the micro-batch that was asked for, `fits` the largest that fits."""
 
     config: RunConfig
-    fleet: Fleet
+    fleet: Hardware
     fits: int | None
 
     @property
-    def how(self) -> Computing:
-        return Computing.of(self.config, "cuda" if self.fleet.card else "cpu", self.fleet.count)
+    def how(self) -> ComputeMode:
+        return ComputeMode.of(self.config, "cuda" if self.fleet.card else "cpu", self.fleet.count)
 
     @property
-    def with_fitting(self) -> RunConfig:
+    def fitted_config(self) -> RunConfig:
         """The config with the largest micro-batch, or with one sequence where none fits."""
         return _with(self.config, self.fits or 1)
 
     @property
-    def as_set_works(self) -> bool:
+    def configured_batch_fits(self) -> bool:
         """Whether the micro-batch in the config fits and keeps the batch exact."""
-        asked, train = self.config.train.micro_batch_size, self.config.train
-        sizes = plan.micro_batch_sizes(self.config.model, train, self.fleet.count)
+        asked = self.config.train.micro_batch_size
+        sizes = micro_batch_sizes(self.config, self.fleet.count)
         return asked in sizes and self.fits is not None and asked <= self.fits
 
     @property
@@ -115,16 +118,16 @@ class Forecast:
         return self.step_s and tuple(seconds * self.config.train.max_steps / 3_600 for seconds in self.step_s)
 
 
-def foresee(config: RunConfig, fleet: Fleet) -> Forecast:
+def predict(config: RunConfig, fleet: Hardware) -> Forecast:
     """
     Raises:
         UserError: train.batch_tokens cannot be cut over so many ranks at all.
     """
-    sizes = plan.micro_batch_sizes(config.model, config.train, fleet.count)
+    sizes = micro_batch_sizes(config, fleet.count)
     if not sizes:
-        fault = plan.batch_plan(config.model, config.train, fleet.count).fault()
+        fault = batch_plan(config, fleet.count).fault()
         raise UserError(f"on {fleet.count} ranks {fault}")
-    how, budget = Computing.of(config, "cuda" if fleet.card else "cpu", fleet.count), fleet.budget_bytes
+    how, budget = ComputeMode.of(config, "cuda" if fleet.card else "cpu", fleet.count), fleet.budget_bytes
     if budget is None:
         return Forecast(config, fleet, None)
     return Forecast(
@@ -139,11 +142,11 @@ def _with(config: RunConfig, micro_batch_size: int) -> RunConfig:
 # -- for people -------------------------------------------------------------------------------------------------------
 
 
-def table(forecast: Forecast) -> str:
+def format_forecast(forecast: Forecast) -> str:
     """Memory by part, the micro-batch, time, and what each figure stands on."""
     config, fleet, how = forecast.config, forecast.fleet, forecast.how
     asked = config.train.micro_batch_size
-    shown = forecast.with_fitting if fleet.card or asked == "auto" else config
+    shown = forecast.fitted_config if fleet.card or asked == "auto" else config
     kind = "alone" if fleet.count == 1 else "FSDP" if how.sharded else "DDP"
     lines = [
         f"{config.name} on {fleet} ({kind}{', activation checkpointing' * config.train.activation_checkpointing})",
@@ -152,7 +155,7 @@ def table(forecast: Forecast) -> str:
     if fleet.card and forecast.fits is None:
         lines.append("fits         no: one sequence is too much; predicted for one:")
     else:
-        lines.append(f"batch        {plan.batch_plan(config.model, shown.train, fleet.count)}")
+        lines.append(f"batch        {batch_plan(shown, fleet.count)}")
     if fleet.card:
         lines.append(f"precision    {_precision(config, fleet.card)}")
     lines += memory_lines(shown, how)
@@ -161,7 +164,7 @@ def table(forecast: Forecast) -> str:
     return "\n".join([*lines, *_time_lines(forecast)])
 
 
-def _precision(config: RunConfig, card: Card) -> str:
+def _precision(config: RunConfig, card: GpuSpec) -> str:
     asked = config.train.precision
     dtype = card.half if asked == "auto" else asked
     if dtype == "bfloat16" and card.half == "float16":
@@ -169,7 +172,7 @@ def _precision(config: RunConfig, card: Card) -> str:
     return dtype + " with a loss scale" * (dtype == "float16")
 
 
-def memory_lines(config: RunConfig, how: Computing) -> list[str]:
+def memory_lines(config: RunConfig, how: ComputeMode) -> list[str]:
     """The predicted peak of one rank by part."""
     parts = memory_by_part(config, how)
     what = "resident memory of the process" if how.device == "cpu" else "what torch's allocator holds"
@@ -193,9 +196,9 @@ def _fitting_lines(forecast: Forecast) -> list[str]:
     elif asked == "auto" or asked == fits:
         lines.append(f"micro-batch  {fits}, the largest that fits and divides the batch")
     else:
-        divides = asked in plan.micro_batch_sizes(config.model, config.train, fleet.count)
+        divides = asked in micro_batch_sizes(config, fleet.count)
         fault = "does not fit" if divides else "does not divide the batch"
-        why = "fits too" if forecast.as_set_works else fault
+        why = "fits too" if forecast.configured_batch_fits else fault
         lines.append(
             f"micro-batch  {fits} is the largest that fits: --train.micro-batch-size {fits} ({asked}, as set, {why})"
         )
@@ -226,7 +229,7 @@ def _time_lines(forecast: Forecast) -> list[str]:
 def _parameter_lines(config: RunConfig) -> list[str]:
     tokens = config.train.max_steps * config.train.batch_tokens
     flops = flops_per_token(config.model)
-    total = plan.n_parameters(config.model)
+    total = n_parameters(config.model)
     return [
         f"steps        {config.train.max_steps:,} steps = {tokens:,} tokens",
         *_warmup_lines(config),
@@ -236,25 +239,25 @@ def _parameter_lines(config: RunConfig) -> list[str]:
 
 
 def _warmup_lines(config: RunConfig) -> list[str]:
-    note = plan.warmup_note(config)
+    note = warmup_note(config)
     return [f"             {note}"] if note else []
 
 
-def describe(config: RunConfig, world_size: int, device: str = "cpu", triton: bool = True) -> str:
+def describe_run(config: RunConfig, world_size: int, device: str = "cpu", triton: bool = True) -> str:
     """The arithmetic of a run as a text block for people: what `--dry-run` prints.
 
     Args:
-        triton: as for `Computing.of`.
+        triton: as for `ComputeMode.of`.
     """
     model, train = config.model, config.train
-    batch = str(plan.batch_plan(model, train, world_size))
+    batch = str(batch_plan(config, world_size))
     if train.micro_batch_size == "auto":
-        sizes = plan.micro_batch_sizes(model, train, world_size)
+        sizes = micro_batch_sizes(config, world_size)
         batch = f"auto: the most that fits of {', '.join(map(str, sizes))} sequences x {model.max_seq_len:,} tokens x "
         batch += f"{world_size} rank(s), accumulated to {train.batch_tokens:,} tokens a step"
         batch += "; memory is for one sequence"
         config = _with(config, 1)
-    parts = plan.parameters_by_part(model)
+    parts = parameters_by_part(model)
     total = sum(parts.values())
     tokens = train.max_steps * train.batch_tokens
     flops = flops_per_token(model)
@@ -266,8 +269,8 @@ def describe(config: RunConfig, world_size: int, device: str = "cpu", triton: bo
         *(f"  {name:<16}{count:>13,}" for name, count in parts.items() if count),
         f"vocabulary   {model.vocab_size:,} tokens, padded to {model.padded_vocab_size:,} rows",
         f"FLOPs        {flops / 1e9:.3f} G a token, {flops * tokens:.3e} in all",
-        *memory_lines(config, Computing.of(config, device, world_size, triton)),
+        *memory_lines(config, ComputeMode.of(config, device, world_size, triton)),
         "disk         (estimate)",
-        *(f"  {name:<30}{size / GIB:>8.2f} GiB" for name, size in plan.disk_estimate_bytes(config).items()),
+        *(f"  {name:<30}{size / GIB:>8.2f} GiB" for name, size in disk_estimate_bytes(config).items()),
     ]
     return "\n".join(lines)

@@ -3,7 +3,7 @@
 from myllm.config import RunConfig
 from myllm.presets import PRESETS, preset
 
-from .forecast import EXPECTED_MFU, Forecast, foresee, parse_fleet
+from .forecast import EXPECTED_MFU, Forecast, parse_hardware, predict
 from .memory_estimate import HEADROOM, predicted_bytes
 
 FLEETS = (
@@ -42,16 +42,16 @@ def _section(config: RunConfig) -> str:
         "| cards | micro-batch | as set | accumulation | peak GiB | tokens/s | hours |",
         "|---|---|---|---|---|---|---|",
     ]
-    return "\n".join([*lines, *(_row(foresee(config, parse_fleet(cards))) for cards in FLEETS), ""])
+    return "\n".join([*lines, *(_row(predict(config, parse_hardware(cards))) for cards in FLEETS), ""])
 
 
 def _row(forecast: Forecast) -> str:
     fleet, fits = forecast.fleet, forecast.fits
     if fits is None:
         return f"| {fleet} | does not fit | | | | | |"
-    shown = forecast.with_fitting
+    shown = forecast.fitted_config
     accumulation = shown.train.batch_tokens // (fits * shown.model.max_seq_len * fleet.count)
-    as_set = forecast.config.train.micro_batch_size if forecast.as_set_works else "no"
+    as_set = forecast.config.train.micro_batch_size if forecast.configured_batch_fits else "no"
     peak = predicted_bytes(shown, forecast.how) / 2**30
     rates, hours = forecast.tokens_per_s, forecast.hours
     speed = f"{_thousands(rates[0])} to {_thousands(rates[1])} | {hours[0]:.3g} to {hours[1]:.3g}" if rates else "? | ?"

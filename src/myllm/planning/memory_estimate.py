@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from myllm.config import ModelConfig, RunConfig
 
-from .batch import parameters_by_part, stored_parameters
+from .flops import parameters_by_part, stored_parameters
 
 FLOAT = 4
 HEADROOM = 0.05
@@ -24,13 +24,13 @@ RUNTIME_BYTES = {"cpu": 330 * 2**20, "cuda": 80 * 2**20}
 """What is there besides tensors. CPU: the interpreter and torch with its libraries, as resident memory
 (benchmarks/memory.py). CUDA: workspaces of cuBLAS, as torch's allocator sees them (32 MiB a handle on Hopper, forward
 and backward have one each; CUDA's own context is not among them, see forecast.py)."""
-ALLOCATOR_SHARE = {"cpu": 0.05, "cuda": 0.05}
+ALLOCATOR_OVERHEAD = {"cpu": 0.05, "cuda": 0.05}
 """What allocators hold beyond what is asked of them: rounding up, and blocks that fit nothing. glibc's is between 1 and
 10 % (benchmarks/results); CUDA's is a guess."""
 
 
 @dataclass(frozen=True)
-class Computing:
+class ComputeMode:
     """How a run computes, as far as memory depends on it."""
 
     device: str
@@ -45,7 +45,7 @@ class Computing:
     """Whether what is compiled is the model as a whole, and not each block by itself."""
 
     @classmethod
-    def of(cls, config: RunConfig, device: str, ranks: int = 1, triton: bool = True) -> "Computing":
+    def of(cls, config: RunConfig, device: str, ranks: int = 1, triton: bool = True) -> "ComputeMode":
         """As precision.py, parallel.py and the config have it.
 
         Args:
@@ -65,7 +65,7 @@ class Computing:
         return 2 if self.half else FLOAT
 
 
-def memory_by_part(config: RunConfig, how: Computing) -> dict[str, int]:
+def memory_by_part(config: RunConfig, how: ComputeMode) -> dict[str, int]:
     """Bytes of one rank at its peak, by what takes them; they add up to the peak.
 
     For a CPU that is the process's resident memory; for a card what torch's allocator reserves.
@@ -84,17 +84,17 @@ def memory_by_part(config: RunConfig, how: Computing) -> dict[str, int]:
     if how.sharded:
         parts["whole matrices for a moment"] = _gathered_bytes(model, how)
     parts["batches"] = 4 * n * 16  # int64 tokens and targets, some of them on their way
-    parts["allocator"] = int(ALLOCATOR_SHARE[how.device] * sum(parts.values()))
+    parts["allocator"] = int(ALLOCATOR_OVERHEAD[how.device] * sum(parts.values()))
     parts["runtime"] = RUNTIME_BYTES[how.device]
     return parts
 
 
-def predicted_bytes(config: RunConfig, how: Computing) -> int:
+def predicted_bytes(config: RunConfig, how: ComputeMode) -> int:
     """The peak: the sum of `memory_by_part`."""
     return sum(memory_by_part(config, how).values())
 
 
-def _moments(config: RunConfig, how: Computing, n: int, accumulates: bool, stored: int) -> list[dict[str, int]]:
+def _moments(config: RunConfig, how: ComputeMode, n: int, accumulates: bool, stored: int) -> list[dict[str, int]]:
     """Gradients, activations and temporaries at each moment that can be the peak.
 
     Args:
@@ -111,9 +111,9 @@ def _moments(config: RunConfig, how: Computing, n: int, accumulates: bool, store
         last = before + FLOAT * stored - table
     elif how.compiled and before:  # a graph hands over those of its block, beside the earlier ones
         last += _matrices_of_a_block(model) * FLOAT // (how.ranks if how.sharded else 1)
-    block = kept_by_block(model, how, n)
+    block = block_saved_bytes(model, how, n)
     one = _stream_width(model, how) * n * model.d_model if recomputes else block
-    outside = kept_outside_blocks(model, how, n)
+    outside = outer_saved_bytes(model, how, n)
     kept = model.n_layers * one + outside
     again = block - one  # made anew before a block's backward pass
     stream = _stream_width(model, how) * n * model.d_model  # the gradient of the residual stream
@@ -132,7 +132,7 @@ def _moments(config: RunConfig, how: Computing, n: int, accumulates: bool, store
 # -- what autograd keeps ----------------------------------------------------------------------------------------------
 
 
-def kept_by_block(model: ModelConfig, how: Computing, n: int) -> int:
+def block_saved_bytes(model: ModelConfig, how: ComputeMode, n: int) -> int:
     """Bytes that the backward pass of one block needs, its input included; parameters are not among them."""
     d, w, cpu = n * model.d_model, how.width, how.device == "cpu"
     kept = 2 * (_norm_input_width(model, how) * d + _kept_by_norm(model, how, n))  # what goes into each norm
@@ -143,7 +143,7 @@ def kept_by_block(model: ModelConfig, how: Computing, n: int) -> int:
     return kept + (_half_weights(model) // model.n_layers if how.half else 0)
 
 
-def kept_outside_blocks(model: ModelConfig, how: Computing, n: int) -> int:
+def outer_saved_bytes(model: ModelConfig, how: ComputeMode, n: int) -> int:
     """Bytes kept before the first block and behind the last one, the loss's own not included."""
     d = n * model.d_model
     as_input = how.device == "cpu" and not how.compiled
@@ -151,19 +151,19 @@ def kept_outside_blocks(model: ModelConfig, how: Computing, n: int) -> int:
     return noise + _norm_input_width(model, how) * d + _kept_by_norm(model, how, n)
 
 
-def _stream_width(model: ModelConfig, how: Computing) -> int:
+def _stream_width(model: ModelConfig, how: ComputeMode) -> int:
     """Bytes of a number of the residual stream."""
     return 2 if model.residual_dtype == "bfloat16" and how.half else FLOAT
 
 
-def _norm_input_width(model: ModelConfig, how: Computing) -> int:
+def _norm_input_width(model: ModelConfig, how: ComputeMode) -> int:
     """Bytes of a number as a norm keeps it: the stream's where a compiler or LayerNorm's kernel for CPUs reads that,
     and else a float32 copy, made by our RMSNorm, or on CUDA by autocast for LayerNorm."""
     mixed = how.compiled or (model.norm == "layernorm" and how.device == "cpu")
     return _stream_width(model, how) if mixed else FLOAT
 
 
-def _norm_output_width(model: ModelConfig, how: Computing) -> int:
+def _norm_output_width(model: ModelConfig, how: ComputeMode) -> int:
     """Bytes of a number of a norm's output: the stream's, but that autocast has LayerNorm's in float32 on CUDA."""
     widened = model.norm == "layernorm" and how.device != "cpu"
     return FLOAT if widened else _stream_width(model, how)
@@ -177,7 +177,7 @@ def _half_weights(model: ModelConfig) -> int:
     return 2 * model.n_layers * (attention + feed_forward)
 
 
-def _kept_by_norm(model: ModelConfig, how: Computing, n: int) -> int:
+def _kept_by_norm(model: ModelConfig, how: ComputeMode, n: int) -> int:
     """Besides what goes in: a float32 statistic or two a token; without a kernel (model/norm.py) the product too."""
     if model.norm == "layernorm":
         return 2 * FLOAT * n
@@ -186,7 +186,7 @@ def _kept_by_norm(model: ModelConfig, how: Computing, n: int) -> int:
     return FLOAT * n
 
 
-def _kept_by_attention(model: ModelConfig, how: Computing, n: int) -> int:
+def _kept_by_attention(model: ModelConfig, how: ComputeMode, n: int) -> int:
     w, size = how.width, n * model.head_size
     queries, both = model.n_heads * size, (model.n_heads + model.kv_heads) * size
     kept = w * (both + model.kv_heads * size)  # the projections' output: values are a part of it
@@ -202,7 +202,7 @@ def _kept_by_attention(model: ModelConfig, how: Computing, n: int) -> int:
     return kept + w * queries * (2 if again else 1) + FLOAT * n * model.n_heads
 
 
-def _kept_by_feed_forward(model: ModelConfig, how: Computing, n: int) -> int:
+def _kept_by_feed_forward(model: ModelConfig, how: ComputeMode, n: int) -> int:
     w, f = how.width, n * model.d_ff
     up = 2 * f if model.activation == "swiglu" else f
     kept = w * (up + f)  # the projection's output, and what goes into the next
@@ -218,7 +218,7 @@ def _kept_by_feed_forward(model: ModelConfig, how: Computing, n: int) -> int:
 # -- what comes and goes ----------------------------------------------------------------------------------------------
 
 
-def _block_work_bytes(model: ModelConfig, how: Computing, n: int) -> int:
+def _block_work_bytes(model: ModelConfig, how: ComputeMode, n: int) -> int:
     """Beyond what is kept, at the widest point of a block's backward pass: inside the feed-forward part."""
     f, w = n * model.d_ff, how.width
     copies = {"swiglu": 2, "gelu": 1, "relu2": 2}[model.activation]
@@ -226,7 +226,7 @@ def _block_work_bytes(model: ModelConfig, how: Computing, n: int) -> int:
     return copies * f * w + stream
 
 
-def loss_bytes(model: ModelConfig, how: Computing, n: int) -> int:
+def loss_bytes(model: ModelConfig, how: ComputeMode, n: int) -> int:
     """model/loss.py's forward pass: its input, one chunk's logits, and both gradients, which are made there.
 
     `n` is the tokens of a micro-batch.
@@ -248,14 +248,14 @@ def loss_bytes(model: ModelConfig, how: Computing, n: int) -> int:
     return arrives + cast + 2 * v * d + gradients + logits
 
 
-def loss_backward_bytes(model: ModelConfig, how: Computing, n: int) -> int:
+def loss_backward_bytes(model: ModelConfig, how: ComputeMode, n: int) -> int:
     """Both gradients, and the same times the gradient of the loss."""
     d, v = n * model.d_model, model.padded_vocab_size * model.d_model
     cast = FLOAT * d if how.half and _norm_output_width(model, how) == FLOAT else 0
     return 2 * FLOAT * v + 2 * how.width * d + cast
 
 
-def _gathered_bytes(model: ModelConfig, how: Computing) -> int:
+def _gathered_bytes(model: ModelConfig, how: ComputeMode) -> int:
     """FSDP: two blocks' matrices (one at work, one on its way) and one's gradient, and the embedding's and head's."""
     block = _matrices_of_a_block(model)
     outside = stored_parameters(model) - block * model.n_layers

@@ -7,19 +7,19 @@ import sys
 from myllm.config import EvalConfig, HubConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from myllm.errors import UserError
 
-from . import batch as plan
+from .batch import batch_plan
 
 _REPO = re.compile(r"[A-Za-z0-9_](?:[\w.-]*[A-Za-z0-9_])?/[A-Za-z0-9_](?:[\w.-]*[A-Za-z0-9_])?", re.ASCII)
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 
 
-def check(config: RunConfig, world_size: int) -> None:
+def check_config(config: RunConfig, world_size: int) -> None:
     """Refuse a config that cannot be trained.
 
     Raises:
         UserError: listing every fault of the config, if it has any.
     """
-    _raise(faults(config, world_size))
+    _raise(config_errors(config, world_size))
 
 
 def check_data_config(config: RunConfig) -> None:
@@ -35,7 +35,7 @@ def _raise(found: list[str]) -> None:
         )
 
 
-def faults(config: RunConfig, world_size: int) -> list[str]:
+def config_errors(config: RunConfig, world_size: int) -> list[str]:
     """One sentence a fault: the value seen, what was expected, what to do."""
     found = [
         *_sizes(config),
@@ -44,7 +44,7 @@ def faults(config: RunConfig, world_size: int) -> list[str]:
         *_optim_faults(config.optim),
         *_train_faults(config.train),
         *_eval_faults(config.eval, config.train, config.model),
-        *hub_faults(config.hub, "hub."),
+        *hub_errors(config.hub, "hub."),
     ]
     if config.model.residual_dtype == "bfloat16" and config.train.precision == "float16":
         found.append(
@@ -65,13 +65,13 @@ def faults(config: RunConfig, world_size: int) -> list[str]:
     texts |= {f"eval.sample_prompts[{i}]": prompt for i, prompt in enumerate(config.eval.sample_prompts)}
     # The shell hands bytes that the locale cannot read over as lone surrogates, which no file of the run could hold.
     found += [f"{key} {text!r} is not {_expected(text)}" for key, text in texts.items() if not _is_unicode(text)]
-    batch = plan.batch_plan(config.model, config.train, world_size)
+    batch = batch_plan(config, world_size)
     if batch.batch_tokens > 0 and batch.micro_tokens > 0 and (fault := batch.fault()):
         found.append(fault)
     return found
 
 
-def hub_faults(hub: HubConfig, prefix: str) -> list[str]:
+def hub_errors(hub: HubConfig, prefix: str) -> list[str]:
     """What is wrong with the settings of publishing; the Hub has the last word.
 
     Args:

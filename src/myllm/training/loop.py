@@ -34,12 +34,14 @@ from myllm.files import write_json
 from myllm.model.transformer import Transformer
 from myllm.optim.adamw import ScheduledAdamW
 from myllm.paths import RunPaths
-from myllm.planning import batch as plan
+from myllm.planning.batch import BatchPlan, batch_plan
+from myllm.planning.flops import n_parameters
+from myllm.planning.length import describe_length, resolve_max_steps, warmup_note
 from myllm.runs.heartbeat import Heartbeat, newest_step
 from myllm.runs.logs import JsonLines, Log, environment
 from myllm.runs.reference_curve import ReferenceWatch, reference_of
 from myllm.runs.run_dir import check_not_imported, check_shared, claimed, start_over, truncate_logs, write_config
-from myllm.training.preflight.batch_size import settle
+from myllm.training.preflight.batch_size import resolve_micro_batch_size
 
 from . import gc_schedule as garbage
 from .anomaly import report as bad_step
@@ -89,16 +91,16 @@ def train(
     """
     began = time.monotonic() if started is None else started
     if dataset.complete:
-        config = plan.with_length(config, dataset.train.tokens)
+        config = resolve_max_steps(config, dataset.train.tokens)
     elif config.train.epochs is not None:
         raise UserError(f"train.epochs needs all of {dataset.name}, whose preparation is not over; prepare it first")
     run, max_steps, patience = RunPaths.of(config.name), config.train.max_steps, config.train.early_stop_patience
-    batch = plan.batch_plan(config.model, config.train, process.world_size)
+    batch = batch_plan(config, process.world_size)
     check_data(config, dataset, batch)
     tokenizer = dataset.tokenizer()
     config = replace(config, data=dataset.settings(config.data))  # what the run keeps of it is the data set's own word
-    config, settled = settle(config, tokenizer, process, dataset.val.tokens, rehearsed=True)
-    batch = plan.batch_plan(config.model, config.train, process.world_size)
+    config, settled = resolve_micro_batch_size(config, tokenizer, process, dataset.val.tokens, rehearsed=True)
+    batch = batch_plan(config, process.world_size)
     with ExitStack() as stack:
         # -- the run's folder, which this process holds until it ends ------------------------------------------------
         (restarted,) = distributed.any_rank(ranks.restarted())  # what is begun afresh once goes on afterwards
@@ -157,8 +159,8 @@ def train(
         meter = Meter(config, process, loader, state.step, began)
         profiler = Profiler(run, config, state.step, process, log, meter) if profile else NoProfiler()
         guard = Guard(config.train, process.device, state.skips)
-        scene = bad_step.Scene(run, config, dataset, batch, model, whole, optimizer, tokenizer, process, log)
-        checked = partial(bad_step.checked, guard=guard, scene=scene)
+        scene = bad_step.StepContext(run, config, dataset, batch, model, whole, optimizer, tokenizer, process, log)
+        checked = partial(bad_step.raise_if_diverged, guard=guard, scene=scene)
         stored = state if saved else None
         told_step = None
         failure: UserError | None = None
@@ -232,7 +234,7 @@ def train(
                         write_environment(run, config, dataset, process)
                     except OSError as error:
                         log(f"cannot write {run.environment}: {error.strerror}; training goes on")
-                    for line in ("whole now", *plan.describe_length(config, dataset.train.tokens)):
+                    for line in ("whole now", *describe_length(config, dataset.train.tokens)):
                         log(f"data: {line}")
             guard.begin(state)
             with profiler.around(state.step):
@@ -260,7 +262,7 @@ def train(
                     checked(state)
 
 
-def check_data(config: RunConfig, dataset: Dataset, batch: plan.BatchPlan) -> None:
+def check_data(config: RunConfig, dataset: Dataset, batch: BatchPlan) -> None:
     """
     Raises:
         UserError: too little text for one step, or for one sequence of validation; a tokenizer that does not fit the
@@ -303,7 +305,7 @@ def write_environment(run: RunPaths, config: RunConfig, dataset: Dataset, proces
     if not process.is_main:
         return
     about: dict[str, Any] = {
-        "parameters": plan.n_parameters(config.model),
+        "parameters": n_parameters(config.model),
         "dataset": dataset.name,
         "dataset_hash": dataset.hash,
         "source": dataset.manifest["source"],
@@ -316,17 +318,17 @@ def write_environment(run: RunPaths, config: RunConfig, dataset: Dataset, proces
 
 
 def say_start(
-    log: Log, config: RunConfig, dataset: Dataset, batch: plan.BatchPlan, state: TrainState, process: Process
+    log: Log, config: RunConfig, dataset: Dataset, batch: BatchPlan, state: TrainState, process: Process
 ) -> None:
     log(f"run {config.name} on {process.world_size} x {device_name(process.device)} ({process.device.type})")
     log(f"CPU threads: {torch.get_num_threads()} a process, {threads_reason()}")
-    log(f"model: {plan.n_parameters(config.model):,} parameters; batch: {batch}")
+    log(f"model: {n_parameters(config.model):,} parameters; batch: {batch}")
     if dataset.complete:
-        for line in (dataset.name, *plan.describe_length(config, dataset.train.tokens)):
+        for line in (dataset.name, *describe_length(config, dataset.train.tokens)):
             log(f"data: {line}")
     else:
         log(f"data: {dataset.name}, {how_far(dataset)}; the preparation goes on beside the training")
-    if note := plan.warmup_note(config):
+    if note := warmup_note(config):
         log(note)
     if out_of_patience(state, config):
         log("nothing left to train: the run has stopped early")

@@ -27,7 +27,7 @@ LOOKED_AT = 10_000
 TRACE, TABLE = "trace.json", "kernels.txt"
 
 
-def unmarked(phase: str) -> AbstractContextManager[None]:
+def no_phase(phase: str) -> AbstractContextManager[None]:
     """Where nothing is recorded, phases are nothing."""
     return nullcontext()
 
@@ -41,7 +41,7 @@ class Profiler:
 
     def __init__(self, run: RunPaths, config: RunConfig, step: int, process: Process, log: Log, meter: Meter) -> None:
         self._run, self._process, self._log, self._meter = run, process, log, meter
-        self.window = quiet_window(config, step) if process.is_main else range(0)
+        self.window = choose_window(config, step) if process.is_main else range(0)
         self._recording: torch.profiler.profile | None = None
         self._seconds = 0.0
 
@@ -94,13 +94,13 @@ class Profiler:
 class NoProfiler:
     """What stands in for a Profiler where none was asked for."""
 
-    phase = staticmethod(unmarked)
+    phase = staticmethod(no_phase)
 
     def around(self, step: int) -> AbstractContextManager[None]:
         return nullcontext()
 
 
-def quiet_window(config: RunConfig, step: int) -> range:
+def choose_window(config: RunConfig, step: int) -> range:
     """The steps to record, counted from 0: the first few behind the warm-up with nothing in between that is no
     training, as far as there are such.
 

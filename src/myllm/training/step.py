@@ -16,7 +16,7 @@ from myllm.optim.adamw import ScheduledAdamW
 from myllm.planning.batch import BatchPlan
 
 from .gradient_guard import Guard
-from .profiler import unmarked
+from .profiler import no_phase
 
 
 def train_step(
@@ -28,7 +28,7 @@ def train_step(
     config: RunConfig,
     process: Process,
     guard: Guard,
-    phase: Callable[[str], AbstractContextManager[None]] = unmarked,
+    phase: Callable[[str], AbstractContextManager[None]] = no_phase,
 ) -> tuple[Tensor, Tensor, float]:
     """One optimizer update, number `step` counted from 0, unless the guard leaves it out.
 
@@ -70,7 +70,7 @@ def accumulate_gradients(
     batch: BatchPlan,
     config: RunConfig,
     process: Process,
-    phase: Callable[[str], AbstractContextManager[None]] = unmarked,
+    phase: Callable[[str], AbstractContextManager[None]] = no_phase,
     loss_scale: Tensor | None = None,
 ) -> Tensor:
     """Leave in every parameter the gradient of the mean loss over the step's tokens, on all ranks together.

@@ -17,7 +17,8 @@ from myllm.distributed import collectives as distributed
 from myllm.distributed.collectives import Process
 from myllm.distributed.device_info import device_name
 from myllm.distributed.precision import scales_loss
-from myllm.planning.flops import flops_per_token, peak_flops
+from myllm.planning.flops import flops_per_token
+from myllm.planning.gpu_specs import peak_flops
 from myllm.runs.logs import TRAINING, JsonLines, Log, Stopwatch
 
 WORTH_SAYING = 0.01

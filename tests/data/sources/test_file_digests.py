@@ -12,7 +12,7 @@ from myllm.config import DataConfig, RunConfig
 from myllm.data.prepare.prepare import resolve
 from myllm.data.sources import file_digests as digests
 from myllm.data.sources.file_digests import file_digests
-from myllm.training.preflight.data_and_disk import room_for_run
+from myllm.training.preflight.data_and_disk import inspect_data_and_disk
 
 Hashed = Callable[[], list[str]]
 
@@ -130,6 +130,6 @@ def test_the_starts_of_a_run_hash_its_source_once(folder: Path, hashed: Hashed) 
 def test_what_needs_no_digests_hashes_nothing(folder: Path, hashed: Hashed, temp_data: Path) -> None:
     """A preflight, which asks for sizes alone; it leaves nothing behind either."""
     config = DataConfig(source=f"files:{folder}", val_tokens=2)
-    assert room_for_run(replace(RunConfig(), data=config)).tokens
+    assert inspect_data_and_disk(replace(RunConfig(), data=config)).tokens
     assert hashed() == []
     assert not temp_data.exists()

@@ -33,7 +33,7 @@ from myllm.inference.server.http import MAX_BODY_BYTES, PageServer
 from myllm.inference.server.request import MAX_NEW_TOKENS
 from myllm.inference.server.security import is_own_name, listen
 from myllm.model.transformer import Transformer
-from myllm.planning.batch import n_parameters
+from myllm.planning.flops import n_parameters
 
 R50K = Tokenizer()
 CONFIG = ModelConfig(max_seq_len=32, d_model=16, n_layers=2, n_heads=2, d_ff=32)

@@ -34,7 +34,7 @@ from myllm.training import gradient_guard as guard
 from myllm.training import loop
 from myllm.training.anomaly import dump as bags
 from myllm.training.anomaly import report as bad_step
-from myllm.training.anomaly.dump import find_bag, read_bag
+from myllm.training.anomaly.dump import find_dump, read_dump
 from myllm.training.anomaly.replay import replay_step
 from myllm.training.gradient_guard import Guard
 from myllm.training.step import accumulate_gradients
@@ -81,7 +81,7 @@ def test_a_document_that_makes_nan_is_found(
     assert message in paths.log.read_text()
     assert f"myllm replay {paths.bags}/step_{rare.step:08d}" in message
 
-    bag = read_bag(find_bag("tiny", paths.root.parent))
+    bag = read_dump(find_dump("tiny", paths.root.parent))
     saved = load(checkpoint_folder(paths.checkpoints, rare.step - 1))
     assert list_checkpoints(paths.checkpoints) == [saved.folder]
     assert all(torch.equal(saved.model[name], bag.model[name]) for name in saved.model)
@@ -112,7 +112,7 @@ def test_a_document_that_makes_nan_is_found(
     shutil.copytree(bag.folder, bag.folder.with_name(f"step_{rare.step + 1:08d}.bak"))
     stopped(config)  # what somebody put there is kept, and a copy is nobody's newest
     assert [path.read_text() for path in paths.bags.glob("*.before-*/notes.txt")] == ["seen before"]
-    assert find_bag("tiny", paths.root.parent) == bag.folder
+    assert find_dump("tiny", paths.root.parent) == bag.folder
 
 
 def test_a_spike_can_stop_a_run_and_its_bag_repeats_the_row(bare: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +122,7 @@ def test_a_spike_can_stop_a_run_and_its_bag_repeats_the_row(bare: RunConfig, mon
     config = with_train(bare, batch_tokens=256, micro_batch_size=2, skip_spikes_sigma=0.01, max_skipped_steps=0)
     message = stopped(replace(config, optim=replace(config.optim, max_lr=3e-2)))
     paths = RunPaths.of("tiny")
-    row, bag = train_rows(paths.root)[-1], read_bag(find_bag(str(paths.root), Path()))
+    row, bag = train_rows(paths.root)[-1], read_dump(find_dump(str(paths.root), Path()))
     assert f"the gradient norm of step {row['step']} is a spike, {row['grad_norm']:.3g}" in message
     assert row["skipped_spikes"] == 1
     assert bag.about["step"] == row["step"] > 3
@@ -174,7 +174,7 @@ def test_a_backward_pass_that_goes_bad_alone_is_found_too(bare: RunConfig, monke
     rare = rare_token(bare, prepare(bare.data, progress=False), first_step=2)
     poison(monkeypatch, rare.token)
     message = stopped(replace(bare, model=model))
-    bag = read_bag(find_bag("tiny", RunPaths.of("tiny").root.parent))
+    bag = read_dump(find_dump("tiny", RunPaths.of("tiny").root.parent))
     assert all(math.isfinite(float(row["loss"])) for row in bag.samples)
     assert [row["sample"] for row in bag.samples if row["gradient"] == "nan"] == [rare.sample]
     assert f"gradient nan: sequence {rare.sequence:,}, on rank 0" in message
@@ -356,6 +356,6 @@ def test_a_loss_that_is_not_finite_makes_every_gradient_so(tiny: RunConfig) -> N
 
     layer = Infinite(3, 1)
     with process_group("cpu") as process:
-        loss = accumulate_gradients(layer, Batches(), batch_plan(tiny.model, tiny.train, 1), tiny, process)
+        loss = accumulate_gradients(layer, Batches(), batch_plan(tiny, 1), tiny, process)
     assert loss == math.inf
     assert layer.weight.grad.isnan().all()

@@ -13,7 +13,7 @@ from myllm.distributed.collectives import Process
 from myllm.errors import UserError
 from myllm.training.preflight import rehearsal
 from myllm.training.preflight.device_memory import is_out_of_memory
-from myllm.training.preflight.rehearsal import OutOfMemory, within_memory
+from myllm.training.preflight.rehearsal import OutOfMemory, run_within_memory
 
 PAIR = Process(0, 0, 2, torch.device("cpu"))
 
@@ -81,7 +81,7 @@ def test_a_rank_that_runs_out_alone_ends_the_trial(store: dist.Store) -> None:
     """The others wait for it in a collective, for half an hour if it went to wait for them in another."""
     started = time.monotonic()
     with pytest.raises(UserError, match=r"out of memory on rank 0 .* alone: .* lower train\.micro_batch_size"):
-        within_memory(refused, PAIR, 2**40)
+        run_within_memory(refused, PAIR, 2**40)
     assert time.monotonic() - started < 60
 
 
@@ -89,6 +89,6 @@ def test_ranks_that_run_out_together_go_on(store: dist.Store) -> None:
     for trial in (1, 2):
         store.set(f"memory/1/{trial}", "here")
         with pytest.raises(OutOfMemory):
-            within_memory(refused, PAIR, 2**40)
-    assert within_memory(lambda: "done", PAIR, 2**40)[0] == "done"  # waits for nobody here
-    assert within_memory(lambda: "done", replace(PAIR, rank=0), 2**40)[0] == "done"
+            run_within_memory(refused, PAIR, 2**40)
+    assert run_within_memory(lambda: "done", PAIR, 2**40)[0] == "done"  # waits for nobody here
+    assert run_within_memory(lambda: "done", replace(PAIR, rank=0), 2**40)[0] == "done"

@@ -29,20 +29,26 @@ from myllm.data.tokenizer.load import load_tokenizer
 from myllm.distributed import precision
 from myllm.distributed.collectives import Process
 from myllm.errors import UserError
-from myllm.planning.batch import checkpoint_bytes
-from myllm.planning.forecast import describe
+from myllm.planning.disk import checkpoint_bytes
+from myllm.planning.forecast import describe_run
 from myllm.presets import preset
 from myllm.training.loop import train
 from myllm.training.preflight import batch_size as micro_batch
 from myllm.training.preflight import preflight as preflight_module
 from myllm.training.preflight import rehearsal
 from myllm.training.preflight import summary as preflight_report
-from myllm.training.preflight.batch_size import CPU_TOKENS, hand_over, largest_that_fits, settle, sizes_to_try
-from myllm.training.preflight.data_and_disk import Room, prepared, room_for_run
+from myllm.training.preflight.batch_size import (
+    CPU_TOKENS,
+    candidate_sizes,
+    largest_that_fits,
+    resolve_micro_batch_size,
+    save_for_run,
+)
+from myllm.training.preflight.data_and_disk import DataAndDisk, find_prepared, inspect_data_and_disk
 from myllm.training.preflight.device_memory import peak_bytes, reset_peak
 from myllm.training.preflight.preflight import preflight
-from myllm.training.preflight.rehearsal import made_up_dataset, measured_memory, stage
-from myllm.training.preflight.summary import Bounds, Findings, Measured, times_due
+from myllm.training.preflight.rehearsal import measure_peak_bytes, scratch_folder, synthetic_dataset
+from myllm.training.preflight.summary import Limits, Measurements, PreflightResult, count_due
 
 CPU = torch.device("cpu")
 ALONE = Process(0, 0, 1, CPU)
@@ -65,7 +71,7 @@ def config(corpus: Path) -> RunConfig:
 @pytest.fixture(scope="module")
 def rehearsed(
     config: RunConfig, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[Findings, Path, dict, dict]]:
+) -> Iterator[tuple[PreflightResult, Path, dict, dict]]:
     """One rehearsal beside a prepared data set and a run that has begun, with what was there before and after."""
     folder = tmp_path_factory.mktemp("preflight")
     with pytest.MonkeyPatch.context() as patch:
@@ -75,7 +81,7 @@ def rehearsed(
         before = content(folder)
         torch.manual_seed(3)
         random = torch.get_rng_state()
-        findings = preflight(config, ALONE, Bounds(dollars_per_hour=36), lambda line: None)
+        findings = preflight(config, ALONE, Limits(dollars_per_hour=36), lambda line: None)
         assert torch.equal(torch.get_rng_state(), random)
         yield findings, folder, before, content(folder)
 
@@ -101,7 +107,7 @@ def test_what_is_measured(rehearsed, config: RunConfig) -> None:
         abs(measured.checkpoint_bytes - sum(path.stat().st_size for path in real.rglob("*") if path.is_file())) < 2_000
     )
     assert findings.done == 4
-    assert findings.refusals() == []
+    assert findings.problems() == []
     assert findings.room.tokens_are_counted
     assert findings.room.shards_bytes == 0
 
@@ -125,7 +131,7 @@ def test_a_run_is_the_same_with_and_without(config: RunConfig, temp_data: Path) 
     dataset = prepare(config.data, progress=False)
     short = with_train(config, max_steps=2)
     train(replace(short, name="without"), dataset, ALONE)
-    preflight(short, ALONE, Bounds(), lambda line: None)
+    preflight(short, ALONE, Limits(), lambda line: None)
     train(replace(short, name="with"), dataset, ALONE)
     assert losses(temp_data / "runs/with") == losses(temp_data / "runs/without")
 
@@ -139,28 +145,28 @@ def test_a_run_is_the_same_with_and_without(config: RunConfig, temp_data: Path) 
 )
 def test_times_due(every: int, done: int, max_steps: int, times: int) -> None:
     """As `Eval.due` says it, step by step."""
-    assert times_due(every, done, max_steps) == times
+    assert count_due(every, done, max_steps) == times
     assert times == sum(every > 0 and (s % every == 0 or s == max_steps) for s in range(done, max_steps + 1))
 
 
 @pytest.fixture
-def findings(config: RunConfig) -> Findings:
+def findings(config: RunConfig) -> PreflightResult:
     """100 steps of 2 s, 4 of them behind; two batches of validation of 1 s at 10 steps; saves of 3 s."""
     train = replace(config.train, max_steps=100, save_every_steps=50, keep_last=3)
     evals = replace(config.eval, validation_every_steps=10, validation_tokens=128)
     data = replace(config.data, target_tokens=1_000_000, val_tokens=128)
-    room = Room(Path("/disk"), 10**9, 2_000_000, 0, 0, 2_000_000, True, "the text")
-    measured = Measured(2.0, 3, 1.0, 10.8, 1.0, evals={"validation": (1.0, "")}, save_s=3.0, checkpoint_bytes=10**8)
+    room = DataAndDisk(Path("/disk"), 10**9, 2_000_000, 0, 0, 2_000_000, True, "the text")
+    measured = Measurements(2.0, 3, 1.0, 10.8, 1.0, evals={"validation": (1.0, "")}, save_s=3.0, checkpoint_bytes=10**8)
     whole = replace(config, train=train, eval=evals, data=data)
-    return Findings(whole, ALONE, Bounds(), room, 2**30, 4, measured)
+    return PreflightResult(whole, ALONE, Limits(), room, 2**30, 4, measured)
 
 
-def test_the_time_that_is_left(findings: Findings) -> None:
+def test_the_time_that_is_left(findings: PreflightResult) -> None:
     assert findings.seconds_left == {"training": 192.0, "validation": 20.0, "saves": 6.0}
-    assert findings.refusals() == []
+    assert findings.problems() == []
 
 
-def test_the_estimate_is_for_what_is_compiled_there(findings: Findings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_estimate_is_for_what_is_compiled_there(findings: PreflightResult, monkeypatch: pytest.MonkeyPatch) -> None:
     config = with_train(findings.config, compile="auto")
     on_card = replace(findings, config=config, process=Process(0, 0, 1, torch.device("cuda")))
     shown = []
@@ -170,44 +176,44 @@ def test_the_estimate_is_for_what_is_compiled_there(findings: Findings, monkeypa
     assert shown[0] != shown[1]
 
 
-def test_too_many_hours(findings: Findings) -> None:
-    (said,) = replace(findings, bounds=Bounds(max_hours=0.02)).refusals()
+def test_too_many_hours(findings: PreflightResult) -> None:
+    (said,) = replace(findings, bounds=Limits(max_hours=0.02)).problems()
     # 72 s of 218 s are 33 % of the 96 steps ahead.
     assert "0.06 hours more, beyond --max-hours 0.02; lower train.max_steps from 100 to 35, or raise" in said
-    assert replace(findings, bounds=Bounds(max_hours=0.07)).refusals() == []
+    assert replace(findings, bounds=Limits(max_hours=0.07)).problems() == []
 
 
-def test_a_disk_that_is_too_small(findings: Findings) -> None:
+def test_a_disk_that_is_too_small(findings: PreflightResult) -> None:
     """Two checkpoints and one in the making, 100 MB each, and 2 MB of shards; 250 MB free."""
     tight = replace(findings, room=replace(findings.room, free_bytes=250_000_000))
-    (said,) = tight.refusals()
+    (said,) = tight.problems()
     assert "the disk of /disk has 250.0 MB free, the run writes about 302.0 MB" in said
     assert "52.0 MB are missing; lower train.keep_last from 3 to 1" in said
-    assert replace(findings, room=replace(findings.room, free_bytes=302_000_000)).refusals() == []
+    assert replace(findings, room=replace(findings.room, free_bytes=302_000_000)).problems() == []
     there = replace(tight.room, checkpoints_bytes=100_000_000)  # what a resumed run has saved already
-    assert replace(tight, room=there).refusals() == []
+    assert replace(tight, room=there).problems() == []
 
 
-def test_too_little_text(findings: Findings) -> None:
+def test_too_little_text(findings: PreflightResult) -> None:
     """Training takes what there is, and so does its rehearsal; both say it."""
     few = replace(findings.room, tokens=600_000)
     said, note = replace(findings, room=few), "note: data.target_tokens 1,000,000 is more than there is"
-    assert said.refusals() == []
+    assert said.problems() == []
     assert note in said.table()
     assert note not in replace(findings, room=replace(few, tokens_are_counted=False)).table()  # it may be so far off
-    assert replace(findings, room=replace(few, tokens=None)).refusals() == []
+    assert replace(findings, room=replace(few, tokens=None)).problems() == []
 
 
-def test_out_of_memory(findings: Findings) -> None:
-    (said,) = replace(findings, measured=None, out_of_memory=True, fits=4).refusals()
+def test_out_of_memory(findings: PreflightResult) -> None:
+    (said,) = replace(findings, measured=None, out_of_memory=True, fits=4).problems()
     assert "train.micro_batch_size 1 needs more than the 1.00 GiB that one rank may use; set it to 4" in said
-    (said,) = replace(findings, measured=None, out_of_memory=True).refusals()
+    (said,) = replace(findings, measured=None, out_of_memory=True).problems()
     assert "not even one sequence of model.max_seq_len 64 fits in the 1.00 GiB" in said
 
 
-def test_a_failing_evaluation(findings: Findings) -> None:
+def test_a_failing_evaluation(findings: PreflightResult) -> None:
     failed = replace(findings.measured, evals={"samples": (1.0, "the samples evaluation failed at step 3: x; more")})
-    assert replace(findings, measured=failed).refusals() == [
+    assert replace(findings, measured=failed).problems() == [
         "the samples evaluation failed at step 3: x; lower train.micro_batch_size, or set eval.sample_every_steps to 0"
     ]
 
@@ -217,7 +223,7 @@ def test_a_failing_evaluation(findings: Findings) -> None:
 
 def test_a_first_step_that_is_not_finite(config: RunConfig, temp_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rehearsal, "train_step", lambda *_: (torch.tensor(nan), torch.tensor(1.0), 0.0))
-    (said,) = preflight(config, ALONE, Bounds(), lambda line: None).refusals()
+    (said,) = preflight(config, ALONE, Limits(), lambda line: None).problems()
     assert "the first step is not finite (loss nan, gradient norm 1.0): lower optim.max_lr 0.003" in said
 
 
@@ -226,7 +232,7 @@ def test_a_failing_evaluation_is_met(config: RunConfig, temp_data: Path, monkeyp
         raise RuntimeError("no such thing")
 
     monkeypatch.setattr("myllm.evals.cloze.cloze_sums", failing)
-    (said,) = preflight(config, ALONE, Bounds(), lambda line: None).refusals()
+    (said,) = preflight(config, ALONE, Limits(), lambda line: None).problems()
     assert "the cloze evaluation failed" in said
     assert "eval.cloze_every_steps to 0" in said
 
@@ -240,30 +246,31 @@ def test_a_micro_batch_that_is_too_large(config: RunConfig, temp_data: Path) -> 
     wide = replace(
         with_train(config, batch_tokens=4 * 256, micro_batch_size=4), model=model, eval=replace(config.eval, **off)
     )
-    with stage(ALONE) as folder:
-        dataset = made_up_dataset(wide, folder, load_tokenizer("r50k_base"), ALONE)
-        measured_memory(wide, dataset, ALONE, 4, 2**40)  # a process's first steps leave some of their memory behind
-        peaks = {size: measured_memory(wide, dataset, ALONE, size, 2**40) for size in (1, 4)}
+    with scratch_folder(ALONE) as folder:
+        dataset = synthetic_dataset(wide, folder, load_tokenizer("r50k_base"), ALONE)
+        measure_peak_bytes(wide, dataset, ALONE, 4, 2**40)  # a process's first steps leave some of their memory behind
+        peaks = {size: measure_peak_bytes(wide, dataset, ALONE, size, 2**40) for size in (1, 4)}
     assert peaks[4] - peaks[1] > 300e6  # far more than a process's memory goes up and down by itself
     limit = (peaks[1] + peaks[4]) // 2
-    findings = preflight(wide, ALONE, Bounds(), lambda line: None, limit)
+    findings = preflight(wide, ALONE, Limits(), lambda line: None, limit)
     assert findings.out_of_memory
     assert findings.fits in (1, 2)
-    assert f"set it to {findings.fits}, the largest that fits" in findings.refusals()[0]
+    assert f"set it to {findings.fits}, the largest that fits" in findings.problems()[0]
     auto = with_train(wide, micro_batch_size="auto")
-    assert settle(auto, load_tokenizer("r50k_base"), ALONE, limit_bytes=limit)[0].train.micro_batch_size in (1, 2)
+    resolved, _ = resolve_micro_batch_size(auto, load_tokenizer("r50k_base"), ALONE, limit_bytes=limit)
+    assert resolved.train.micro_batch_size in (1, 2)
     with pytest.raises(UserError, match="not even one sequence"):
-        settle(auto, load_tokenizer("r50k_base"), ALONE, limit_bytes=1_000)
+        resolve_micro_batch_size(auto, load_tokenizer("r50k_base"), ALONE, limit_bytes=1_000)
     assert list(temp_data.parent.glob(f"{rehearsal.PREFIX}*")) == []
 
 
 def test_what_a_cpu_must_not_even_try(temp_data: Path) -> None:
     """320M parameters and their moments in 1 GiB: refused before any is made."""
     large = with_train(preset("lf-llm-269m"), device="cpu")
-    findings = preflight(large, ALONE, Bounds(), lambda line: None, 2**30)
+    findings = preflight(large, ALONE, Limits(), lambda line: None, 2**30)
     assert findings.out_of_memory
     assert any(
-        "not even one sequence of model.max_seq_len 2,048 fits in the 1.00 GiB" in r for r in findings.refusals()
+        "not even one sequence of model.max_seq_len 2,048 fits in the 1.00 GiB" in r for r in findings.problems()
     )
 
 
@@ -313,11 +320,11 @@ def test_memory_that_bends() -> None:
 
 def test_sizes_keep_the_batch_exact(config: RunConfig) -> None:
     twelve = with_train(config, batch_tokens=12 * 64)
-    assert sizes_to_try(twelve, ALONE) == [1, 2, 3, 4, 6, 12]
-    assert sizes_to_try(twelve, ALONE, val_tokens=5 * 64) == [1, 2, 3, 4]
-    assert sizes_to_try(twelve, Process(0, 0, 2, CPU)) == [1, 2, 3, 6]
-    assert sizes_to_try(with_train(config, batch_tokens=128 * 64), ALONE)[-1] == CPU_TOKENS // 64
-    assert sizes_to_try(with_train(config, batch_tokens=128 * 64), Process(0, 0, 1, torch.device("cuda")))[-1] == 128
+    assert candidate_sizes(twelve, ALONE) == [1, 2, 3, 4, 6, 12]
+    assert candidate_sizes(twelve, ALONE, val_tokens=5 * 64) == [1, 2, 3, 4]
+    assert candidate_sizes(twelve, Process(0, 0, 2, CPU)) == [1, 2, 3, 6]
+    assert candidate_sizes(with_train(config, batch_tokens=128 * 64), ALONE)[-1] == CPU_TOKENS // 64
+    assert candidate_sizes(with_train(config, batch_tokens=128 * 64), Process(0, 0, 1, torch.device("cuda")))[-1] == 128
 
 
 def test_auto_is_settled_once(config: RunConfig, temp_data: Path) -> None:
@@ -344,7 +351,7 @@ def test_a_run_takes_its_preflights_number_untried(
     auto = with_train(config, micro_batch_size="auto", batch_tokens=256, max_steps=2)
     main(["preflight", "--config", str(write_run_config(auto, tmp_path / "auto.json"))])
     assert not (temp_data / "runs").exists()
-    monkeypatch.setattr(micro_batch, "trial_of", lambda *_: pytest.fail("a size was tried again"))
+    monkeypatch.setattr(micro_batch, "memory_probe", lambda *_: pytest.fail("a size was tried again"))
     train(auto, prepare(config.data, progress=False), ALONE)
     assert "micro_batch_size auto: 4, as the preflight found it" in (temp_data / "runs/tiny/log.txt").read_text()
     assert json.loads((temp_data / "runs/tiny/config.json").read_text())["train"]["micro_batch_size"] == 4
@@ -354,15 +361,15 @@ def test_a_preflights_number_is_for_its_own_conditions(
     config: RunConfig, temp_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     auto = with_train(config, micro_batch_size="auto", batch_tokens=256)
-    monkeypatch.setattr(micro_batch, "trial_of", lambda *_: lambda size: size)  # finds 4, the largest
+    monkeypatch.setattr(micro_batch, "memory_probe", lambda *_: lambda size: size)  # finds 4, the largest
     tokenizer = load_tokenizer("r50k_base")
 
     def taken(config: RunConfig, limit: int = 2**30, val_tokens: int | None = None, rehearsed: bool = True) -> int:
-        found, why = settle(config, tokenizer, ALONE, val_tokens, limit, rehearsed)
+        found, why = resolve_micro_batch_size(config, tokenizer, ALONE, val_tokens, limit, rehearsed)
         assert ("as the preflight found it" in why) == (found.train.micro_batch_size == 2)
         return found.train.micro_batch_size
 
-    hand_over(with_train(auto, micro_batch_size=2), ALONE, 2**29)
+    save_for_run(with_train(auto, micro_batch_size=2), ALONE, 2**29)
     assert taken(auto) == 2
     assert taken(with_train(auto, max_steps=9, seed=5, fresh=True)) == 2  # which no memory depends on
     assert taken(auto, rehearsed=False) == 4
@@ -392,7 +399,7 @@ def test_auto_in_a_file_and_in_the_plan(config: RunConfig, tmp_path: Path) -> No
     path.write_text('{"train": {"micro_batch_size": "most"}}')
     with pytest.raises(UserError, match=r"train\.micro_batch_size: expected a whole number or 'auto', found 'most'"):
         load_json(path, RunConfig())
-    shown = describe(with_train(config, micro_batch_size="auto", batch_tokens=256), 1)
+    shown = describe_run(with_train(config, micro_batch_size="auto", batch_tokens=256), 1)
     assert "auto: the most that fits of 1, 2, 4 sequences x 64 tokens x 1 rank(s), accumulated to 256" in shown
     assert "tokens a step; memory is for one sequence" in shown
 
@@ -431,24 +438,25 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_prepared_data_set_is_known_by_its_settings(config: RunConfig, temp_data: Path) -> None:
-    assert prepared(config.data) is None
+    assert find_prepared(config.data) is None
     with pytest.raises(UserError, match="no text found"):
-        preflight(replace(config, data=replace(config.data, source="files:/nowhere")), ALONE, Bounds(), print)
-    room = room_for_run(config)
+        preflight(replace(config, data=replace(config.data, source="files:/nowhere")), ALONE, Limits(), print)
+    room = inspect_data_and_disk(config)
     assert (room.tokens_are_counted, room.checkpoints_bytes) == (False, 0)
     dataset = prepare(config.data, progress=False)
     assert abs(room.tokens / dataset.train.tokens - 1) < 0.5
-    assert prepared(config.data).folder == dataset.folder
-    assert prepared(replace(config.data, workers=7)).folder == dataset.folder  # which changes no byte
-    assert prepared(replace(config.data, min_chars=3)) is None
-    assert room_for_run(config).tokens == dataset.train.tokens
+    assert find_prepared(config.data).folder == dataset.folder
+    assert find_prepared(replace(config.data, workers=7)).folder == dataset.folder  # which changes no byte
+    assert find_prepared(replace(config.data, min_chars=3)) is None
+    assert inspect_data_and_disk(config).tokens == dataset.train.tokens
     large = with_train(config, batch_tokens=64 * 1_024)
     with pytest.raises(UserError, match="fewer than the 1,024 of one step"):
-        preflight(large, ALONE, Bounds(), print)
+        preflight(large, ALONE, Limits(), print)
 
 
 def test_a_public_corpus_is_not_asked_for(config: RunConfig, temp_data: Path) -> None:
-    room = room_for_run(replace(config, data=replace(config.data, source="fineweb-edu-10bt", target_tokens=None)))
+    corpus = replace(config.data, source="fineweb-edu-10bt", target_tokens=None)
+    room = inspect_data_and_disk(replace(config, data=corpus))
     assert (room.tokens, room.tokens_are_counted) == (10_000_000_000, False)
     assert room.downloads_bytes == 8_000_000_000
     assert not temp_data.exists()
@@ -461,11 +469,11 @@ def test_what_a_killed_rehearsal_left_goes_with_the_next(temp_data: Path) -> Non
     for folder, file in ((killed, ".lock"), (killed, "shard"), (somebodys, "notes")):
         folder.mkdir(exist_ok=True)
         (folder / file).touch()
-    with stage(ALONE):
+    with scratch_folder(ALONE):
         pass
     assert list((temp_data / "runs").iterdir()) == [somebodys]
     shutil.rmtree(somebodys)
-    with stage(ALONE) as folder:
+    with scratch_folder(ALONE) as folder:
         assert list((temp_data / "runs").iterdir()) == [folder]
         rehearsal._remove_left_behind(temp_data / "runs")  # what another one would do meanwhile
         assert folder.is_dir()
@@ -526,15 +534,15 @@ def test_all_is_compiled_and_done_under_the_runs_own_settings(
     ways = importlib.import_module("throughput_ways")
     monkeypatch.setattr(ways, "train_step", stepped)
     config = with_train(config, compile="on")
-    with stage(pair) as folder, ExitStack() as stack:
+    with scratch_folder(pair) as folder, ExitStack() as stack:
         torch.compiler.reset()
-        dataset = made_up_dataset(config, folder, load_tokenizer("r50k_base"), pair)
+        dataset = synthetic_dataset(config, folder, load_tokenizer("r50k_base"), pair)
         if what == "trial":
-            assert measured_memory(config, dataset, pair, 1, 2**40)
+            assert measure_peak_bytes(config, dataset, pair, 1, 2**40)
         elif what == "benchmark":
             ways.ours(config, pair, dataset, stack, print).step()
         else:
-            assert preflight(config, pair, Bounds(), limit_bytes=2**40).measured.finite
+            assert preflight(config, pair, Limits(), limit_bytes=2**40).measured.finite
     assert {kind for kind, _ in seen} == {"compile", "step"}
     assert {setting for _, setting in seen} == {"high"}
     assert torch.get_float32_matmul_precision() == "highest"

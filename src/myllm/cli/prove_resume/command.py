@@ -15,7 +15,7 @@ from myllm.cli.parse import parse_arguments
 from myllm.config import RunConfig
 from myllm.distributed import launcher as ranks
 from myllm.errors import UserError
-from myllm.planning.validation import check
+from myllm.planning.validation import check_config
 from myllm.presets import shrunk
 
 
@@ -55,7 +55,7 @@ def prove_resume(words: list[str]) -> None:
 
     config = wanted.config
     for world_size in layouts(config):
-        check(config, world_size)
+        check_config(config, world_size)
     if config.train.log_every_steps != 1 or config.train.max_steps < 4 or not config.train.save_every_steps:
         raise UserError(
             f"train.log_every_steps is {config.train.log_every_steps}, train.max_steps {config.train.max_steps:,} and "

@@ -25,7 +25,7 @@ from myllm.files import TEMPORARY, fsync_folder, read_json, write_json, write_te
 from myllm.hub.architectures import CLASSES, choose, settings
 from myllm.model.transformer import Transformer
 from myllm.paths import RunPaths, user_path
-from myllm.planning.batch import n_parameters
+from myllm.planning.flops import n_parameters
 from myllm.runs.history import get_text, read_json_or_empty
 
 from .card import folder_card

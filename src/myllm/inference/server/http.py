@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 
 from myllm.errors import UserError
 from myllm.inference.load import LanguageModel, load_model
-from myllm.planning.batch import n_parameters
+from myllm.planning.flops import n_parameters
 
 from .events import written
 from .request import MAX_NEW_TOKENS, Asked, parse, settings_of

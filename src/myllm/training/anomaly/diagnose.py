@@ -19,7 +19,7 @@ from myllm.model.transformer import Transformer
 
 
 @dataclass(frozen=True)
-class Layer:
+class LayerStats:
     """One module: its own weights, their gradient, and what came out of it over the whole step."""
 
     module: str
@@ -46,7 +46,7 @@ class Diagnosis:
     """As the model gave it: the mean over the samples."""
     grad_norm: float
     """Before clipping; of the gradient of the mean over these samples."""
-    layers: list[Layer]
+    layers: list[LayerStats]
     """In the order in which the model computes them."""
     bad_weights: list[str]
     """Weights that were not finite to begin with."""
@@ -55,7 +55,7 @@ class Diagnosis:
     """The first module, in the order of the backward pass, at whose output the gradient was not finite."""
 
     @property
-    def first_bad(self) -> Layer | None:
+    def first_bad(self) -> LayerStats | None:
         """The first module whose output was not finite."""
         return next((layer for layer in self.layers if not layer.output_finite), None)
 
@@ -136,14 +136,14 @@ class _Seen:
         finite = {name: torch.stack(flags).all().item() for name, flags in self._finite_backward.items()}
         return next((name for name, sound in finite.items() if not sound), None)
 
-    def layers(self, model: nn.Module) -> list[Layer]:
+    def layers(self, model: nn.Module) -> list[LayerStats]:
         modules = dict(model.named_modules())
         found = [_layer(name, modules[name], torch.stack(figures)) for name, figures in self._figures.items()]
         silent = [name for name, each in modules.items() if name not in self._figures and _own(each)]
         return found + [_layer(name, modules[name], None) for name in silent]
 
 
-def _layer(name: str, module: nn.Module, figures: Tensor | None) -> Layer:
+def _layer(name: str, module: nn.Module, figures: Tensor | None) -> LayerStats:
     """
     Shapes:
         figures (micro-batches, 4), as `_Seen.note` makes them
@@ -151,10 +151,10 @@ def _layer(name: str, module: nn.Module, figures: Tensor | None) -> Layer:
     own = _own(module)
     norms = _norm(own), _norm([parameter.grad for parameter in own if parameter.grad is not None])
     if figures is None:
-        return Layer(name, *norms, None, None, input_finite=True, output_finite=True)
+        return LayerStats(name, *norms, None, None, input_finite=True, output_finite=True)
     rms, largest, input_finite, output_finite = figures.cpu().double().unbind(dim=1)
     passed = rms.square().mean().sqrt().item(), largest.amax().item()
-    return Layer(name, *norms, *passed, bool(input_finite.all()), bool(output_finite.all()))
+    return LayerStats(name, *norms, *passed, bool(input_finite.all()), bool(output_finite.all()))
 
 
 def _own(module: nn.Module) -> list[nn.Parameter]:

@@ -40,7 +40,7 @@ FILES = {ABOUT, "samples.jsonl", "tokens.npy", "layers.json", "config.json", "mo
 
 
 @dataclass(frozen=True)
-class Bag:
+class AnomalyDump:
     """What a folder holds, in memory, on the CPU."""
 
     folder: Path
@@ -58,7 +58,7 @@ def bag_folder(bags: Path, step: int) -> Path:
     return bags / folder_name(step)
 
 
-def write_bag(folder: Path, content: Bag, layers: list[Any]) -> None:
+def write_dump(folder: Path, content: AnomalyDump, layers: list[Any]) -> None:
     """Write a bag, in one step as far as readers can tell. One of the same step that is there already
     is replaced; anything else that has its name gets another one.
 
@@ -92,7 +92,7 @@ def write_bag(folder: Path, content: Bag, layers: list[Any]) -> None:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def read_bag(folder: Path) -> Bag:
+def read_dump(folder: Path) -> AnomalyDump:
     """A bag's content. Nothing in it is executed: tensors and plain values only.
 
     Raises:
@@ -107,7 +107,7 @@ def read_bag(folder: Path) -> Bag:
             name: torch.load(folder / f"{name}.pt", map_location="cpu", weights_only=True)
             for name in ("model", "optimizer", "random")
         }
-        return Bag(
+        return AnomalyDump(
             folder=folder,
             about=about,
             samples=[parse_json(line, folder / "samples.jsonl") for line in lines if line],
@@ -121,7 +121,7 @@ def read_bag(folder: Path) -> Bag:
         raise UserError(f"the flight bag {folder} cannot be read: {error}") from None
 
 
-def find_bag(where: str, runs: Path) -> Path:
+def find_dump(where: str, runs: Path) -> Path:
     """The bag that a user means: its folder, or a run's newest by the run's name or folder.
 
     Raises:

@@ -17,7 +17,7 @@ from myllm.model.transformer import Transformer
 from myllm.optim.adamw import ScheduledAdamW
 
 from .diagnose import Diagnosis, diagnose
-from .dump import Bag
+from .dump import AnomalyDump
 
 Batch = tuple[Tensor, Tensor]
 
@@ -35,7 +35,7 @@ class Replay:
 
 
 def replay_step(
-    bag: Bag, device: torch.device, dtype: torch.dtype = torch.float32, samples: Sequence[int] = ()
+    bag: AnomalyDump, device: torch.device, dtype: torch.dtype = torch.float32, samples: Sequence[int] = ()
 ) -> Replay:
     """Make the step again: the same weights, samples, micro-batches and, on the same kind of device, dropout.
 
@@ -64,7 +64,7 @@ def replay_step(
     return Replay(diagnosis, places, updates)
 
 
-def _micro_batches(bag: Bag) -> Iterator[tuple[int | None, list[int]]]:
+def _micro_batches(bag: AnomalyDump) -> Iterator[tuple[int | None, list[int]]]:
     """The places of each micro-batch, rank by rank; with a rank's number before its first."""
     for rank in range(bag.about["world_size"]):
         mine: dict[int, list[int]] = {}
@@ -75,7 +75,7 @@ def _micro_batches(bag: Bag) -> Iterator[tuple[int | None, list[int]]]:
             yield rank if micro_step == 0 else None, places
 
 
-def _batches(bag: Bag, groups: list[tuple[int | None, list[int]]], device: torch.device) -> Iterator[Batch]:
+def _batches(bag: AnomalyDump, groups: list[tuple[int | None, list[int]]], device: torch.device) -> Iterator[Batch]:
     for rank, places in groups:
         if rank is not None:
             restore_random_state(bag.random[rank], device)
@@ -83,7 +83,7 @@ def _batches(bag: Bag, groups: list[tuple[int | None, list[int]]], device: torch
         yield tokens.to(device), targets.to(device)
 
 
-def _updates(bag: Bag, model: Transformer, config: RunConfig) -> dict[str, float]:
+def _updates(bag: AnomalyDump, model: Transformer, config: RunConfig) -> dict[str, float]:
     """Make the update, and measure by how much it moved each module's own weights."""
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     optimizer = ScheduledAdamW(model.named_parameters(), config.optim, config.train.max_steps)

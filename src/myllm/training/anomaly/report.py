@@ -34,7 +34,7 @@ from myllm.runs.logs import Log
 from myllm.training.gradient_guard import Guard, LeftOut
 
 from .diagnose import Diagnosis, diagnose
-from .dump import Bag, bag_folder, write_bag
+from .dump import AnomalyDump, bag_folder, write_dump
 
 SHOWN_CHARS = 120
 """Of a sample's text, in a message."""
@@ -42,7 +42,7 @@ SHOWN_NAMES = 4
 
 
 @dataclass(frozen=True)
-class Scene:
+class StepContext:
     """What it takes to make a step again."""
 
     run: RunPaths
@@ -59,7 +59,7 @@ class Scene:
     log: Log
 
 
-def checked(state: TrainState, guard: Guard, scene: Scene) -> TrainState:
+def raise_if_diverged(state: TrainState, guard: Guard, scene: StepContext) -> TrainState:
     """The state with its counts of updates left out. Says which these were; every rank must ask at the same steps.
 
     Raises:
@@ -80,7 +80,7 @@ def checked(state: TrainState, guard: Guard, scene: Scene) -> TrainState:
     return replace(state, skips=skips)
 
 
-def _stop(bad: LeftOut, in_a_row: int, scene: Scene) -> str:
+def _stop(bad: LeftOut, in_a_row: int, scene: StepContext) -> str:
     """Take the step apart on every rank, pack the bag on rank 0, and say on all of them what happened."""
     sequences = sequences_of(bad, scene)
     diagnosis, fault = None, None
@@ -99,10 +99,10 @@ def _stop(bad: LeftOut, in_a_row: int, scene: Scene) -> str:
         tokens = read_rows(scene.dataset.train, sequences, scene.batch.seq_len)
         samples = _samples(sequences, tokens, diagnoses, scene)
         folder = bag_folder(scene.run.bags, bad.step)
-        bag = Bag(folder, about, samples, tokens, to_dict(scene.config), weights, moments, random)
+        bag = AnomalyDump(folder, about, samples, tokens, to_dict(scene.config), weights, moments, random)
         layers = [[asdict(layer) for layer in each.layers] if each else None for each in diagnoses]
         try:
-            write_bag(folder, bag, layers)
+            write_dump(folder, bag, layers)
             packed = f"{folder}"
         except Exception as error:  # a full disk must not swallow the message
             packed = f"none, it could not be written: {error}"
@@ -113,13 +113,13 @@ def _stop(bad: LeftOut, in_a_row: int, scene: Scene) -> str:
     return distributed.from_main(message)
 
 
-def sequences_of(bad: LeftOut, scene: Scene) -> np.ndarray:
+def sequences_of(bad: LeftOut, scene: StepContext) -> np.ndarray:
     """The step's sequences in their global order, (G,) int64."""
     n_sequences = count_sequences(scene.dataset.train.tokens, scene.batch.seq_len)
     return step_sequences(bad.data, scene.batch.sequences, n_sequences, window_of(scene.batch.seq_len))
 
 
-def _diagnose_share(bad: LeftOut, sequences: np.ndarray, scene: Scene) -> Diagnosis:
+def _diagnose_share(bad: LeftOut, sequences: np.ndarray, scene: StepContext) -> Diagnosis:
     """This rank's share of the step once more, in the precision and on the device that it was made with."""
     batch, device = scene.batch, scene.process.device
     restore_random_state(bad.random, device)
@@ -145,7 +145,7 @@ def _on_main(tensors: dict[str, Tensor], process: Process) -> dict[str, Tensor]:
 
 
 def _samples(
-    sequences: np.ndarray, tokens: np.ndarray, diagnoses: list[Diagnosis | None], scene: Scene
+    sequences: np.ndarray, tokens: np.ndarray, diagnoses: list[Diagnosis | None], scene: StepContext
 ) -> list[dict[str, Any]]:
     """One row a sample, in the step's order."""
     micro, rows = scene.batch.micro_batch_size, []
@@ -167,7 +167,7 @@ def _samples(
 
 
 def _about(
-    bad: LeftOut, in_a_row: int, diagnoses: list[Diagnosis | None], faults: list[str | None], scene: Scene
+    bad: LeftOut, in_a_row: int, diagnoses: list[Diagnosis | None], faults: list[str | None], scene: StepContext
 ) -> dict[str, Any]:
     whole = [each for each in diagnoses if each]
     firsts = [(rank, each.first_bad) for rank, each in enumerate(diagnoses) if each and each.first_bad]
@@ -204,7 +204,7 @@ def _place(bad: LeftOut, batch: BatchPlan) -> str:
     return f"data: epoch {bad.data.epoch}, samples {bad.data.index:,} to {last:,} of its order"
 
 
-def _message(bag: Bag, packed: str, there: bool) -> list[str]:
+def _message(bag: AnomalyDump, packed: str, there: bool) -> list[str]:
     """What happened, where, and what to do."""
     about, data = bag.about, bag.about["data"]
     step, last = about["step"], data["index"] + len(bag.samples) - 1
@@ -235,12 +235,12 @@ def _message(bag: Bag, packed: str, there: bool) -> list[str]:
     return lines
 
 
-def _too_many(bag: Bag) -> bool:
+def _too_many(bag: AnomalyDump) -> bool:
     """Whether the run ended for want of patience, not at the first number that is not finite."""
     return bag.about["kind"] == "spike" or bag.config["train"]["on_nonfinite"] == "skip"
 
 
-def _findings(bag: Bag) -> list[str]:
+def _findings(bag: AnomalyDump) -> list[str]:
     """Which sample, which module, which tensors."""
     about, lines = bag.about, []
     lines += [f"  not known    rank {rank} could not make it again: {f}" for rank, f in enumerate(about["faults"]) if f]

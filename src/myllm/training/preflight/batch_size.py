@@ -16,11 +16,11 @@ from myllm.distributed.device_info import device_name
 from myllm.errors import UserError
 from myllm.files import write_json
 from myllm.paths import RunPaths
-from myllm.planning import batch as plan
-from myllm.planning.memory_estimate import Computing, predicted_bytes
+from myllm.planning.batch import micro_batch_sizes
+from myllm.planning.memory_estimate import ComputeMode, predicted_bytes
 from myllm.runs.history import read_config, read_json_or_empty
 
-from .rehearsal import made_up_dataset, measured_memory, memory_limit_bytes, stage
+from .rehearsal import measure_peak_bytes, memory_limit_bytes, scratch_folder, synthetic_dataset
 
 CPU_TOKENS = 4_096
 """A CPU gains nothing from micro-batches of more tokens (docs/experiments.md), and has memory for far larger ones."""
@@ -58,34 +58,36 @@ def _next_to_try(left: list[int], found: list[tuple[int, int]], limit_bytes: int
     return max((size for size in left if b_bytes + slope * (size - b) <= limit_bytes), default=None)
 
 
-def sizes_to_try(config: RunConfig, process: Process, val_tokens: int | None = None) -> list[int]:
+def candidate_sizes(config: RunConfig, process: Process, val_tokens: int | None = None) -> list[int]:
     """Every size that keeps batch_tokens exact and the held-out text, if that is known, has a batch for."""
-    sizes, seq_len = plan.micro_batch_sizes(config.model, config.train, process.world_size), config.model.max_seq_len
+    sizes, seq_len = micro_batch_sizes(config, process.world_size), config.model.max_seq_len
     most = (sizes[-1] if val_tokens is None else (val_tokens - 1) // seq_len) * seq_len
     if process.device.type == "cpu":
         most = min(most, CPU_TOKENS)
     return [size for size in sizes if size * seq_len <= most] or sizes[:1]
 
 
-def may_be_tried(config: RunConfig, process: Process, size: int, limit_bytes: int) -> bool:
+def is_safe_to_try(config: RunConfig, process: Process, size: int, limit_bytes: int) -> bool:
     """Whether a trial of a size is safe. A CPU ends a process that takes too much memory, so there the estimate must
     fit first; elsewhere trying is free."""
-    how = Computing.of(config, process.device.type, process.world_size)
+    how = ComputeMode.of(config, process.device.type, process.world_size)
     return process.device.type != "cpu" or predicted_bytes(_with(config, size), how) <= limit_bytes
 
 
-def trial_of(config: RunConfig, dataset: Dataset, process: Process, limit_bytes: int) -> Callable[[int], int | None]:
+def memory_probe(
+    config: RunConfig, dataset: Dataset, process: Process, limit_bytes: int
+) -> Callable[[int], int | None]:
     """What `largest_that_fits` measures with: real steps on this device."""
 
     def measure(size: int) -> int | None:
-        if not may_be_tried(config, process, size, limit_bytes):
+        if not is_safe_to_try(config, process, size, limit_bytes):
             return None
-        return measured_memory(config, dataset, process, size, limit_bytes)
+        return measure_peak_bytes(config, dataset, process, size, limit_bytes)
 
     return measure
 
 
-def settle(
+def resolve_micro_batch_size(
     config: RunConfig,
     tokenizer: Tokenizer,
     process: Process,
@@ -109,27 +111,27 @@ def settle(
     """
     if config.train.micro_batch_size != "auto":
         return config, ""
-    sizes = sizes_to_try(config, process, val_tokens)
+    sizes = candidate_sizes(config, process, val_tokens)
     before, same = distributed.from_main(_of_this_run(config, process) if process.is_main else None)
-    if before in plan.micro_batch_sizes(config.model, config.train, process.world_size) and same:
+    if before in micro_batch_sizes(config, process.world_size) and same:
         return _with(config, before), f"train.micro_batch_size auto: {before}, as this run began"
     limit_bytes = memory_limit_bytes(process) if limit_bytes is None else limit_bytes
     size, peak = distributed.from_main(_of_preflight(config, process) if process.is_main and rehearsed else (None, 0))
     if size in sizes and peak <= limit_bytes:
         needed = f"{peak / 2**30:.2f} of {limit_bytes / 2**30:.2f} GiB a rank"
         return _with(config, size), f"train.micro_batch_size auto: {size}, as the preflight found it, in {needed}"
-    with stage(process) as folder:
-        dataset = made_up_dataset(config, folder, tokenizer, process)
-        measure = trial_of(config, dataset, process, limit_bytes)
+    with scratch_folder(process) as folder:
+        dataset = synthetic_dataset(config, folder, tokenizer, process)
+        measure = memory_probe(config, dataset, process, limit_bytes)
         kept = before in sizes and measure(before) is not None
         size = before if kept else largest_that_fits(sizes, measure, limit_bytes)
     if size is None:
-        raise UserError(nothing_fits(config, limit_bytes))
+        raise UserError(nothing_fits_message(config, limit_bytes))
     why = "as this run began" if kept else f"the largest of {', '.join(map(str, sizes))} that fits"
     return _with(config, size), f"train.micro_batch_size auto: {size}, {why} in {limit_bytes / 2**30:.2f} GiB a rank"
 
 
-def nothing_fits(config: RunConfig, limit_bytes: int) -> str:
+def nothing_fits_message(config: RunConfig, limit_bytes: int) -> str:
     return (
         f"out of memory: not even one sequence of model.max_seq_len {config.model.max_seq_len:,} fits in the "
         f"{limit_bytes / 2**30:.2f} GiB that one rank may use; lower model.max_seq_len, model.n_layers or model.d_model"
@@ -154,7 +156,7 @@ def _of_this_run(config: RunConfig, process: Process) -> tuple[int | None, bool]
     return size, same
 
 
-def hand_over(config: RunConfig, process: Process, peak_bytes: int) -> None:
+def save_for_run(config: RunConfig, process: Process, peak_bytes: int) -> None:
     """Leave the number that a preflight settled on, with all that it depends on, for the run to take.
 
     Raises:

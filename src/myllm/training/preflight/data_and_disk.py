@@ -14,16 +14,16 @@ from myllm.files import read_json
 from myllm.formatting import parse_count
 from myllm.migrations import CONFIG
 from myllm.paths import user_path
-from myllm.planning import batch as plan
+from myllm.planning.disk import disk_estimate_bytes
 
-from .rehearsal import existing
+from .rehearsal import nearest_existing
 
 IN_FLIGHT_BYTES = 8_000_000_000
 """Downloads that lie on the disk at a time, where they are not kept: about; the preparation reckons exactly."""
 
 
 @dataclass(frozen=True)
-class Room:
+class DataAndDisk:
     """The disk that a run writes to, and how much text it has."""
 
     folder: Path
@@ -41,26 +41,26 @@ class Room:
     """Where they come from, for people."""
 
 
-def vocabulary_of(config: RunConfig) -> Tokenizer:
+def tokenizer_for(config: RunConfig) -> Tokenizer:
     """The vocabulary that the run's text is, or will be, made with."""
     if config.data.dataset is not None:
         return find_dataset(config.data.dataset, unfinished=True).tokenizer()
     return load_tokenizer(config.data.tokenizer)
 
 
-def room_for_run(config: RunConfig) -> Room:
+def inspect_data_and_disk(config: RunConfig) -> DataAndDisk:
     """
     Raises:
         UserError: a source that is not there.
     """
-    folder = existing(paths.runs())
+    folder = nearest_existing(paths.runs())
     free = shutil.disk_usage(folder).free
-    checkpoints = 0 if config.train.fresh else bytes_in(paths.RunPaths.of(config.name).root)
-    made = prepared(config.data)
+    checkpoints = 0 if config.train.fresh else folder_bytes(paths.RunPaths.of(config.name).root)
+    made = find_prepared(config.data)
     if made is not None and made.complete:
-        return Room(folder, free, 0, 0, checkpoints, made.train.tokens, True, made.name)
-    there = bytes_in(made.folder) if made is not None else 0
-    shards = max(plan.disk_estimate_bytes(config)["token shards, at most"] - there, 0)
+        return DataAndDisk(folder, free, 0, 0, checkpoints, made.train.tokens, True, made.name)
+    there = folder_bytes(made.folder) if made is not None else 0
+    shards = max(disk_estimate_bytes(config)["token shards, at most"] - there, 0)
     source = config.data.source
     corpus = CORPORA.get(source.partition(":")[0])
     if corpus is not None:
@@ -69,16 +69,16 @@ def room_for_run(config: RunConfig) -> Room:
         if config.data.target_tokens and tokens and config.data.keep_downloads:
             downloads = int(downloads * min(config.data.target_tokens / tokens, 1))
         downloads = downloads if config.data.keep_downloads else min(downloads, IN_FLIGHT_BYTES)
-        return Room(folder, free, shards, downloads, checkpoints, tokens, False, source)
+        return DataAndDisk(folder, free, shards, downloads, checkpoints, tokens, False, source)
     if source.startswith("hub:"):
-        return Room(folder, free, shards, IN_FLIGHT_BYTES, checkpoints, None, False, source)
+        return DataAndDisk(folder, free, shards, IN_FLIGHT_BYTES, checkpoints, None, False, source)
     recipe = recipe_of(config.data, hashed=False)
     tokens = max(recipe.estimated_tokens - recipe.estimated_val_tokens, 0)
     shards = max(min(shards, 2 * int(recipe.estimated_tokens)) - there, 0)
-    return Room(folder, free, shards, 0, checkpoints, tokens, False, recipe.source.description)
+    return DataAndDisk(folder, free, shards, 0, checkpoints, tokens, False, recipe.source.description)
 
 
-def prepared(config: DataConfig) -> Dataset | None:
+def find_prepared(config: DataConfig) -> Dataset | None:
     """The data set of these settings if it is there, whole or in part. By its settings, so that nothing is hashed."""
     if config.dataset is not None:
         return find_dataset(config.dataset, unfinished=True)
@@ -99,7 +99,7 @@ def prepared(config: DataConfig) -> Dataset | None:
     return None
 
 
-def bytes_in(folder: Path) -> int:
+def folder_bytes(folder: Path) -> int:
     total = 0
     for path in folder.rglob("*"):
         try:

@@ -27,7 +27,7 @@ REFUSALS = (
 """What a RuntimeError says that is a refusal of memory. Source: torch's c10/cuda, ATen/cuda/Exceptions and c10d."""
 
 
-def there_bytes(device: torch.device, processes: int = 1) -> int:
+def available_bytes(device: torch.device, processes: int = 1) -> int:
     """What this process can have in all: what it holds already, and its share of what nobody holds.
 
     Args:
@@ -69,7 +69,7 @@ def reset_peak(device: torch.device) -> None:
 
 
 @contextmanager
-def limited(device: torch.device, limit_bytes: int) -> Iterator[None]:
+def memory_limit(device: torch.device, limit_bytes: int) -> Iterator[None]:
     """On CUDA, refuse this process more than so much, as if the device had no more. Elsewhere nothing is enforced."""
     if device.type != "cuda":
         yield

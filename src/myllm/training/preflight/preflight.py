@@ -24,7 +24,8 @@ from myllm.distributed.collectives import Process
 from myllm.distributed.parallelize import gathered
 from myllm.errors import TrainingDiverged, UserError
 from myllm.paths import RunPaths
-from myllm.planning import batch as plan
+from myllm.planning.batch import BatchPlan, batch_plan
+from myllm.planning.length import length_note, resolve_max_steps
 from myllm.runs.heartbeat import Heartbeat
 from myllm.runs.logs import JsonLines, Log
 from myllm.runs.reference_curve import ReferenceWatch
@@ -33,19 +34,19 @@ from myllm.training.loop import check_data
 from myllm.training.restore import restore
 from myllm.training.stop_signals import StopRequest
 
-from .batch_size import largest_that_fits, may_be_tried, settle, sizes_to_try, trial_of
-from .data_and_disk import Room, prepared, room_for_run, vocabulary_of
+from .batch_size import candidate_sizes, is_safe_to_try, largest_that_fits, memory_probe, resolve_micro_batch_size
+from .data_and_disk import DataAndDisk, find_prepared, inspect_data_and_disk, tokenizer_for
 from .rehearsal import (
     OutOfMemory,
     Parts,
-    made_up_dataset,
-    made_up_hellaswag,
     memory_limit_bytes,
-    shortened,
-    stage,
-    within_memory,
+    run_within_memory,
+    scratch_folder,
+    shorten,
+    synthetic_dataset,
+    synthetic_hellaswag,
 )
-from .summary import Bounds, Findings, Measured, part_of_eval
+from .summary import Limits, Measurements, PreflightResult, shorten_evals
 
 STEPS = 3
 """Timed, after a warm-up."""
@@ -58,11 +59,11 @@ STEPS_S = 30.0
 def preflight(
     config: RunConfig,
     process: Process,
-    bounds: Bounds,
+    bounds: Limits,
     say: Callable[[str], None] = print,
     limit_bytes: int | None = None,
     own_text: bool = False,
-) -> Findings:
+) -> PreflightResult:
     """Rehearse a run. It leaves nothing behind, and neither the run's folder nor the random state is touched.
 
     Args:
@@ -75,25 +76,25 @@ def preflight(
     """
     tokenizer, room, done, val_tokens = _found_here(config, process)
     if room.tokens:
-        config = plan.with_length(config, room.tokens, own_text)
+        config = resolve_max_steps(config, room.tokens, own_text)
     else:
-        say(plan.length_note(config, own_text) or "how much text there is is not known yet")
+        say(length_note(config, own_text) or "how much text there is is not known yet")
         config = replace(config, train=replace(config.train, epochs=None))
     limit_bytes = memory_limit_bytes(process) if limit_bytes is None else limit_bytes
     if done >= config.train.max_steps:
-        return Findings(config, process, bounds, room, limit_bytes, done)
-    config, settled = settle(config, tokenizer, process, val_tokens, limit_bytes)
+        return PreflightResult(config, process, bounds, room, limit_bytes, done)
+    config, settled = resolve_micro_batch_size(config, tokenizer, process, val_tokens, limit_bytes)
     if settled:
         say(settled)
-    findings = Findings(config, process, bounds, room, limit_bytes, done)
-    with stage(process) as folder:
-        dataset = made_up_dataset(config, folder, tokenizer, process)
-        check_data(config, dataset, plan.batch_plan(config.model, config.train, process.world_size))
+    findings = PreflightResult(config, process, bounds, room, limit_bytes, done)
+    with scratch_folder(process) as folder:
+        dataset = synthetic_dataset(config, folder, tokenizer, process)
+        check_data(config, dataset, batch_plan(config, process.world_size))
         size = config.train.micro_batch_size
         try:
-            if not may_be_tried(config, process, size, limit_bytes):
+            if not is_safe_to_try(config, process, size, limit_bytes):
                 raise OutOfMemory
-            measured, peak = within_memory(
+            measured, peak = run_within_memory(
                 lambda: _rehearse(config, dataset, tokenizer, process, folder, findings.has_room_to_save, say),
                 process,
                 limit_bytes,
@@ -102,12 +103,12 @@ def preflight(
         except OutOfMemory:
             pass
         say(f"out of memory with train.micro_batch_size {size}; looking for one that fits")
-        smaller = [each for each in sizes_to_try(config, process) if each < size]
-        fits = largest_that_fits(smaller, trial_of(config, dataset, process, limit_bytes), limit_bytes)
+        smaller = [each for each in candidate_sizes(config, process) if each < size]
+        fits = largest_that_fits(smaller, memory_probe(config, dataset, process, limit_bytes), limit_bytes)
         return replace(findings, out_of_memory=True, fits=fits)
 
 
-def _found_here(config: RunConfig, process: Process) -> tuple[Tokenizer, Room, int, int | None]:
+def _found_here(config: RunConfig, process: Process) -> tuple[Tokenizer, DataAndDisk, int, int | None]:
     """Vocabulary, room, steps that are done, and held-out tokens if the data set is prepared, as rank 0 finds them.
 
     Raises:
@@ -116,16 +117,16 @@ def _found_here(config: RunConfig, process: Process) -> tuple[Tokenizer, Room, i
     room, done, val_tokens, failure = None, 0, None, None
     if process.is_main:
         try:
-            room, done, made = room_for_run(config), _steps_done(config), prepared(config.data)
+            room, done, made = inspect_data_and_disk(config), _steps_done(config), find_prepared(config.data)
             if made is not None and made.complete:
-                check_data(config, made, plan.batch_plan(config.model, config.train, process.world_size))
+                check_data(config, made, batch_plan(config, process.world_size))
                 val_tokens = made.val.tokens
         except UserError as error:
             failure = error
     room, done, val_tokens, failure = distributed.from_main((room, done, val_tokens, failure))
     if failure:
         raise failure
-    return vocabulary_of(config), room, done, val_tokens
+    return tokenizer_for(config), room, done, val_tokens
 
 
 def _rehearse(
@@ -136,7 +137,7 @@ def _rehearse(
     folder: Path,
     may_save: bool,
     say: Callable[[str], None],
-) -> Measured:
+) -> Measurements:
     with ExitStack() as stack:
         parts = Parts(config, process, stack)
         say("steps")
@@ -155,13 +156,13 @@ def _rehearse(
         return replace(measured, save_s=save_s, load_s=load_s, checkpoint_bytes=n_bytes)
 
 
-def _timed_steps(parts: Parts, dataset: Dataset) -> Measured:
+def _timed_steps(parts: Parts, dataset: Dataset) -> Measurements:
     """A warm-up of two micro-steps, the same again timed, then whole steps as far as they take less than `STEPS_S`."""
     config, process = parts.config, parts.process
-    whole = plan.batch_plan(config.model, config.train, process.world_size)
-    short, step, seconds, first = shortened(whole), 0, [], None
+    whole = batch_plan(config, process.world_size)
+    short, step, seconds, first = shorten(whole), 0, [], None
 
-    def run(batch: plan.BatchPlan, times: int) -> None:
+    def run(batch: BatchPlan, times: int) -> None:
         nonlocal step, first
         with parts.loader(dataset, batch) as loader:
             for _ in range(times):
@@ -184,14 +185,14 @@ def _timed_steps(parts: Parts, dataset: Dataset) -> Measured:
         share = 1.0
     step_s = distributed.from_main(median(seconds) if times else expected_s)
     loss, grad_norm = (distributed.from_main(value) for value in first)
-    return Measured(step_s, times, share, loss, grad_norm)
+    return Measurements(step_s, times, share, loss, grad_norm)
 
 
 def _timed_evals(parts: Parts, dataset: Dataset, tokenizer: Tokenizer, folder: Path) -> dict[str, tuple[float, str]]:
     """By evaluation: seconds of one batch on each rank, after a warm-up, and what it said if it failed."""
-    config, process = part_of_eval(parts.config, parts.process.world_size), parts.process
+    config, process = shorten_evals(parts.config, parts.process.world_size), parts.process
     if process.is_main:
-        made_up_hellaswag(folder, config.eval.hellaswag_examples or 0)
+        synthetic_hellaswag(folder, config.eval.hellaswag_examples or 0)
     config = replace(config, eval=replace(config.eval, hellaswag_file=str(folder / "hellaswag.jsonl")))
     said: list[str] = []
     rows, state, watch = JsonLines(folder / "rows.jsonl"), parts.state(dataset, STEPS), ReferenceWatch(None)

@@ -33,14 +33,13 @@ from myllm.errors import UserError
 from myllm.files import file_sha256, locked, write_json
 from myllm.model.transformer import Transformer
 from myllm.optim.adamw import ScheduledAdamW
-from myllm.planning import batch as plan
-from myllm.planning.batch import BatchPlan
+from myllm.planning.batch import BatchPlan, batch_plan
 from myllm.planning.memory_estimate import HEADROOM
 from myllm.training.gradient_guard import Guard
 from myllm.training.kernels import fast_kernels
 from myllm.training.step import train_step
 
-from .device_memory import is_out_of_memory, limited, peak_bytes, reset_peak, there_bytes
+from .device_memory import available_bytes, is_out_of_memory, memory_limit, peak_bytes, reset_peak
 
 PREFIX = ".preflight-"
 DOCUMENT_TOKENS = 256
@@ -57,14 +56,14 @@ class OutOfMemory(Exception):
 
 
 @contextmanager
-def stage(process: Process) -> Iterator[Path]:
+def scratch_folder(process: Process) -> Iterator[Path]:
     """A temporary folder, the same on all ranks, on the disk that runs are on. Nothing outlasts the `with` block: not
     the folder, not the random state, not what torch.compile has learnt of shapes.
 
     A folder that a killed rehearsal left behind is removed by the next one.
     """
     before = random_state(process.device)
-    base = existing(paths.runs())
+    base = nearest_existing(paths.runs())
     folder: Path | None = None
     if process.is_main:
         _remove_left_behind(base)
@@ -85,7 +84,7 @@ def stage(process: Process) -> Iterator[Path]:
         restore_random_state(before, process.device)
 
 
-def existing(folder: Path) -> Path:
+def nearest_existing(folder: Path) -> Path:
     """The folder itself or, where it is not there yet, the nearest one above: it is on the same disk."""
     return next(each for each in (folder, *folder.parents) if each.is_dir())
 
@@ -109,10 +108,10 @@ def _remove_left_behind(base: Path) -> None:
 # -- made-up text -----------------------------------------------------------------------------------------------------
 
 
-def made_up_dataset(config: RunConfig, folder: Path, tokenizer: Tokenizer, process: Process) -> Dataset:
+def synthetic_dataset(config: RunConfig, folder: Path, tokenizer: Tokenizer, process: Process) -> Dataset:
     """Documents of random tokens: as many as one step trains on, and one batch of validation for each rank."""
     seq_len = config.model.max_seq_len
-    batch = plan.batch_plan(config.model, config.train, process.world_size)
+    batch = batch_plan(config, process.world_size)
     tokens = {"train": batch.sequences * seq_len + 1}
     tokens["val"] = max(batch.micro_tokens, 8 * DOCUMENT_TOKENS) + 1
     folder = folder / "dataset"
@@ -131,7 +130,7 @@ def made_up_dataset(config: RunConfig, folder: Path, tokenizer: Tokenizer, proce
     return Dataset.open(folder)
 
 
-def made_up_hellaswag(folder: Path, count: int) -> Path:
+def synthetic_hellaswag(folder: Path, count: int) -> Path:
     """So many rows in HellaSwag's format, about as long as its longer ones."""
     context, ending = "the river ran under the old stone bridge while " * 12, "the children counted boats and sang " * 4
     row = {
@@ -184,7 +183,7 @@ class Parts:
         return float(loss), float(grad_norm)
 
 
-def shortened(batch: BatchPlan, accumulation_steps: int = 2) -> BatchPlan:
+def shorten(batch: BatchPlan, accumulation_steps: int = 2) -> BatchPlan:
     """The same micro-steps, but no more than so many of them: with two a step has all that it ever has in memory."""
     steps = min(batch.grad_accum_steps, accumulation_steps)
     return replace(batch, batch_tokens=steps * batch.micro_tokens)
@@ -195,12 +194,12 @@ def shortened(batch: BatchPlan, accumulation_steps: int = 2) -> BatchPlan:
 
 def memory_limit_bytes(process: Process) -> int:
     """What a run may use on each rank: what the rank with least has, less headroom."""
-    mine = there_bytes(process.device, ranks.local_world_size())
+    mine = available_bytes(process.device, ranks.local_world_size())
     least = min(distributed.gather_to_main(mine), default=0)
     return int(distributed.from_main(least) * (1 - HEADROOM))
 
 
-def within_memory(work: Callable[[], Any], process: Process, limit_bytes: int) -> tuple[Any, int]:
+def run_within_memory(work: Callable[[], Any], process: Process, limit_bytes: int) -> tuple[Any, int]:
     """Do some of a run's work with so much memory.
 
     All ranks have the same limit and so run out at the same point: none waits for another in a collective. Where one
@@ -215,7 +214,7 @@ def within_memory(work: Callable[[], Any], process: Process, limit_bytes: int) -
     """
     result, failed = None, False
     reset_peak(process.device)
-    with limited(process.device, limit_bytes):
+    with memory_limit(process.device, limit_bytes):
         try:
             result = work()
         except Exception as error:
@@ -235,12 +234,12 @@ def within_memory(work: Callable[[], Any], process: Process, limit_bytes: int) -
     return result, peak
 
 
-def measured_memory(
+def measure_peak_bytes(
     config: RunConfig, dataset: Dataset, process: Process, micro_batch_size: int, limit_bytes: int
 ) -> int | None:
     """Peak bytes of two real steps with that micro-batch size, on the rank that used most; None if they do not fit."""
     config = replace(config, train=replace(config.train, micro_batch_size=micro_batch_size))
-    batch = shortened(plan.batch_plan(config.model, config.train, process.world_size))
+    batch = shorten(batch_plan(config, process.world_size))
 
     def two_steps() -> None:
         with ExitStack() as stack:
@@ -250,7 +249,7 @@ def measured_memory(
                 parts.step(loader, dataset, batch, step)
 
     try:
-        return within_memory(two_steps, process, limit_bytes)[1]
+        return run_within_memory(two_steps, process, limit_bytes)[1]
     except OutOfMemory:
         return None
     finally:

@@ -11,22 +11,25 @@ from myllm.distributed.collectives import Process
 from myllm.distributed.device_info import device_name, has_triton
 from myllm.distributed.precision import in_words
 from myllm.evals.hellaswag import BATCH
-from myllm.planning import batch as plan
-from myllm.planning.flops import flops_per_token, peak_flops
-from myllm.planning.memory_estimate import Computing, predicted_bytes
+from myllm.planning.batch import batch_plan
+from myllm.planning.disk import checkpoint_bytes, disk_estimate_bytes, n_saves
+from myllm.planning.flops import flops_per_token
+from myllm.planning.gpu_specs import peak_flops
+from myllm.planning.length import describe_length
+from myllm.planning.memory_estimate import ComputeMode, predicted_bytes
 from myllm.training.throughput import duration
 
-from .batch_size import nothing_fits
+from .batch_size import nothing_fits_message
 
 if TYPE_CHECKING:
-    from .data_and_disk import Room
+    from .data_and_disk import DataAndDisk
 
 CLOZE_BATCH = 8
 HELLASWAG_EXAMPLES = 10_042
 
 
 @dataclass(frozen=True)
-class Bounds:
+class Limits:
     """What the user will pay."""
 
     max_hours: float | None = None
@@ -36,7 +39,7 @@ class Bounds:
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measurements:
     """Figures of a rehearsal."""
 
     step_s: float
@@ -60,7 +63,7 @@ class Measured:
         object.__setattr__(self, "finite", self.finite and isfinite(self.loss) and isfinite(self.grad_norm))
 
 
-def part_of_eval(config: RunConfig, world_size: int) -> RunConfig:
+def shorten_evals(config: RunConfig, world_size: int) -> RunConfig:
     """The config with one batch of each evaluation for each rank."""
     evals = config.eval
     return replace(
@@ -75,7 +78,7 @@ def part_of_eval(config: RunConfig, world_size: int) -> RunConfig:
     )
 
 
-def batches_of_eval(config: RunConfig, world_size: int) -> dict[str, int]:
+def count_eval_batches(config: RunConfig, world_size: int) -> dict[str, int]:
     """Batches that one rank goes through in each evaluation; of samples, prompts."""
     evals, model = config.eval, config.model
     sequences = min(evals.validation_tokens, config.data.val_tokens) // model.max_seq_len
@@ -88,7 +91,7 @@ def batches_of_eval(config: RunConfig, world_size: int) -> dict[str, int]:
     }
 
 
-def times_due(every: int, done: int, max_steps: int) -> int:
+def count_due(every: int, done: int, max_steps: int) -> int:
     """How often something is done from step `done` on, that step included: at multiples of `every` and at the end."""
     if not every:
         return 0
@@ -96,18 +99,18 @@ def times_due(every: int, done: int, max_steps: int) -> int:
 
 
 @dataclass(frozen=True)
-class Findings:
+class PreflightResult:
     """A rehearsal of a run, and the run that it was of."""
 
     config: RunConfig
     process: Process
-    bounds: Bounds
-    room: "Room"
+    bounds: Limits
+    room: "DataAndDisk"
     limit_bytes: int
     """Memory that one rank may use."""
     done: int = 0
     """Steps that the run has behind it."""
-    measured: Measured | None = None
+    measured: Measurements | None = None
     out_of_memory: bool = False
     fits: int | None = None
     """The largest micro-batch size that does, if the config's does not."""
@@ -118,21 +121,21 @@ class Findings:
     def seconds_left(self) -> dict[str, float]:
         """By what takes them."""
         train, evals, measured = self.config.train, self.config.eval, self.measured
-        batches = batches_of_eval(self.config, self.process.world_size)
+        batches = count_eval_batches(self.config, self.process.world_size)
         every = {
             "validation": evals.validation_every_steps, "cloze": evals.cloze_every_steps,
             "hellaswag": evals.hellaswag_every_steps, "samples": evals.sample_every_steps,
         }  # fmt: skip
         left = {"training": (train.max_steps - self.done) * measured.step_s}
         for name, (seconds, _) in measured.evals.items():
-            left[name] = seconds * batches[name] * times_due(every[name], self.done, train.max_steps)
-        saves = plan.n_saves(train, self.done, train.max_steps)
+            left[name] = seconds * batches[name] * count_due(every[name], self.done, train.max_steps)
+        saves = n_saves(train, self.done, train.max_steps)
         return left | {"saves": saves * measured.save_s}
 
     @property
     def checkpoint_bytes(self) -> int:
         measured = self.measured.checkpoint_bytes if self.measured else 0
-        return measured or plan.checkpoint_bytes(self.config)
+        return measured or checkpoint_bytes(self.config)
 
     @property
     def has_room_to_save(self) -> bool:
@@ -142,8 +145,8 @@ class Findings:
     @property
     def disk_bytes(self) -> dict[str, int]:
         """Still to be written, by what."""
-        estimate = plan.disk_estimate_bytes(self.config)["checkpoints"]
-        checkpoints = estimate * self.checkpoint_bytes // plan.checkpoint_bytes(self.config)
+        estimate = disk_estimate_bytes(self.config)["checkpoints"]
+        checkpoints = estimate * self.checkpoint_bytes // checkpoint_bytes(self.config)
         room = self.room
         return {
             "checkpoints": max(checkpoints - room.checkpoints_bytes, 0),
@@ -159,7 +162,7 @@ class Findings:
             return (
                 f"nothing left to train: the run {config.name} is at step {self.done:,} of {config.train.max_steps:,}"
             )
-        batch = plan.batch_plan(config.model, config.train, process.world_size)
+        batch = batch_plan(config, process.world_size)
         where = f"{process.world_size} x {device_name(process.device)} ({process.device.type})"
         precision = in_words(config.train.precision, process.device)
         lines = [f"preflight of {config.name} on {where}", f"batch        {batch}", f"precision    {precision}"]
@@ -175,7 +178,7 @@ class Findings:
 
     def _memory_lines(self) -> list[str]:
         device = self.process.device
-        how = Computing.of(self.config, device.type, self.process.world_size, has_triton(device))
+        how = ComputeMode.of(self.config, device.type, self.process.world_size, has_triton(device))
         estimate = _gib(predicted_bytes(self.config, how))
         if self.measured is None:
             return [f"memory       more than the {_gib(self.limit_bytes)} that one rank may use (estimate {estimate})"]
@@ -184,7 +187,7 @@ class Findings:
         may = f"{_gib(self.limit_bytes)} may be used"
         return [f"memory       {peak} at most, {what} of one rank (estimate {estimate}); {may}"]
 
-    def _step_lines(self, measured: Measured) -> list[str]:
+    def _step_lines(self, measured: Measurements) -> list[str]:
         config, process = self.config, self.process
         tokens_per_s = config.train.batch_tokens / measured.step_s
         peak = peak_flops(device_name(process.device))
@@ -202,7 +205,7 @@ class Findings:
         parts = ", ".join(f"{name} {duration(seconds)}" for name, seconds in left.items() if seconds >= 0.5)
         lines = []
         if measured.checkpoint_bytes:
-            estimate = plan.checkpoint_bytes(self.config)
+            estimate = checkpoint_bytes(self.config)
             lines.append(
                 f"checkpoint   {size(measured.checkpoint_bytes)} (estimate {size(estimate)}), saved in "
                 f"{measured.save_s:.1f} s, loaded in {measured.load_s:.1f} s"
@@ -219,12 +222,12 @@ class Findings:
         if not room.tokens:
             wanted = train.max_steps * train.batch_tokens
             return [f"tokens       {wanted:,} to train on; how many {room.text} has is not known yet"]
-        first, *others = plan.describe_length(self.config, room.tokens, room.tokens_are_counted)
+        first, *others = describe_length(self.config, room.tokens, room.tokens_are_counted)
         return [f"tokens       {first} of {room.text}", *(f"             {line}" for line in others)]
 
     # -- why not to start ---------------------------------------------------------------------------------------------
 
-    def refusals(self) -> list[str]:
+    def problems(self) -> list[str]:
         """One sentence a reason, with the number to change; empty where there is none."""
         measured = self.measured
         if self.done >= self.config.train.max_steps:
@@ -243,7 +246,7 @@ class Findings:
         if not self.out_of_memory:
             return ""
         if self.fits is None:
-            return nothing_fits(self.config, self.limit_bytes)
+            return nothing_fits_message(self.config, self.limit_bytes)
         return (
             f"out of memory: train.micro_batch_size {self.config.train.micro_batch_size} needs more than the "
             f"{_gib(self.limit_bytes)} that one rank may use; set it to {self.fits}, the largest that fits"
@@ -284,7 +287,7 @@ class Findings:
             f"{ceil(total / 36) / 100:,.2f}"
         )
 
-    def _eval_refusals(self, measured: Measured) -> list[str]:
+    def _eval_refusals(self, measured: Measurements) -> list[str]:
         found = []
         for name, (_, failure) in measured.evals.items():
             if failure:
