@@ -20,8 +20,8 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from myllm.distributed.device_info import device_name
-from myllm.hub.architectures import choose, settings
-from myllm.hub.export.weights import convert
+from myllm.hub.architectures import select_architecture, transformers_config
+from myllm.hub.export.weights import to_transformers
 from myllm.inference.generate import Continuation, continue_batch
 from myllm.inference.sampling_params import Sampling
 from myllm.model.transformer import Transformer
@@ -33,10 +33,11 @@ Way = Callable[[int, Sampling], list[list[int]]]
 
 def peer_of(model: Transformer) -> torch.nn.Module:
     """The exporter's model, with transformers' default (SDPA) attention."""
-    kind = choose(model.config)
-    config = AutoConfig.for_model(**settings(model.config, 0, "float32"))
+    kind = select_architecture(model.config)
+    config = AutoConfig.for_model(**transformers_config(model.config, 0, "float32"))
     peer = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
-    peer.load_state_dict(convert(kind, model.config, model.state_dict()), strict=not model.config.tie_embeddings)
+    weights = to_transformers(kind, model.config, model.state_dict())
+    peer.load_state_dict(weights, strict=not model.config.tie_embeddings)
     peer.tie_weights()
     return peer.eval()
 

@@ -32,7 +32,7 @@ def main(preset: str, rounds: int) -> None:
         run = RunPaths(Path(folder))
         model = Transformer(config.model, 1).to(process.device)
         optimizer = ScheduledAdamW(model.named_parameters(), config.optim, config.train.max_steps)
-        optimizer.load_state_dict(optimizer.blank_state())
+        optimizer.load_state_dict(optimizer.zero_state())
         with Saver(config, run, model, optimizer, load_tokenizer("r50k_base"), process) as saver:
             for step in range(1, rounds + 1):
                 start = time.perf_counter()

@@ -16,7 +16,7 @@ from myllm.distributed import collectives as distributed
 from myllm.distributed.collectives import Process
 from myllm.distributed.precision import compute_dtype
 from myllm.errors import UserError
-from myllm.hub.architectures import choose
+from myllm.hub.architectures import select_architecture
 from myllm.model.transformer import Transformer
 from myllm.training.preflight.device_memory import peak_bytes, reset_peak
 from myllm.training.preflight.rehearsal import scratch_folder, synthetic_dataset
@@ -92,7 +92,7 @@ def why_no_peer(config: RunConfig, with_peer: bool) -> str | None:
     if not has_transformers():
         return "it is not installed"
     try:
-        choose(config.model)
+        select_architecture(config.model)
     except UserError as error:
         return str(error).splitlines()[0]
     return None

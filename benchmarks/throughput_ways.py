@@ -21,8 +21,8 @@ from myllm.data.transfer import Batch
 from myllm.distributed.collectives import Process
 from myllm.distributed.parallelize import last_of_step
 from myllm.distributed.precision import autocast
-from myllm.hub.architectures import CLASSES, choose, settings
-from myllm.hub.export.weights import convert
+from myllm.hub.architectures import CLASSES, select_architecture, transformers_config
+from myllm.hub.export.weights import to_transformers
 from myllm.model.transformer import Transformer
 from myllm.optim.adamw import ScheduledAdamW
 from myllm.planning.batch import BatchPlan, batch_plan
@@ -103,9 +103,9 @@ def peer_model(model: ModelConfig, weights: Weights) -> PeerLoss:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     made = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(**settings(model, 0, "float32")), attn_implementation="sdpa"
+        AutoConfig.for_model(**transformers_config(model, 0, "float32")), attn_implementation="sdpa"
     )
-    made.load_state_dict(convert(choose(model), model, weights), strict=not model.tie_embeddings)
+    made.load_state_dict(to_transformers(select_architecture(model), model, weights), strict=not model.tie_embeddings)
     made.tie_weights()
     return PeerLoss(made)
 
@@ -159,7 +159,8 @@ def peer(config: RunConfig, process: Process, dataset: Dataset, weights: Weights
     position = DataPosition(0, 0, config.train.seed, dataset.hash)
     loader = stack.enter_context(Loader(dataset.train, batch, position, process.rank, process.device))
     step = plain_step(model, loader, batch, config, process)
-    return Way(f"transformers {CLASSES[choose(config.model)]}", step, lambda: loader.wait_s, held_bytes(model), batch)
+    name = f"transformers {CLASSES[select_architecture(config.model)]}"
+    return Way(name, step, lambda: loader.wait_s, held_bytes(model), batch)
 
 
 def plain_step(

@@ -12,7 +12,7 @@ from nbclient import NotebookClient
 
 from myllm.config import ModelConfig, RunConfig
 from myllm.data.tokenizer.load import Tokenizer
-from myllm.hub.export.transformers import Source, export_folder
+from myllm.hub.export.transformers import ExportSource, export_transformers
 from myllm.inference.completion import generate
 from myllm.inference.load import LanguageModel
 from myllm.model.transformer import Transformer
@@ -52,7 +52,8 @@ def write_run(folder: Path, final_loss: float) -> None:
 def write_export(folder: Path) -> None:
     """An exported model that knows nothing."""
     config, tokenizer = RunConfig(name="exported", model=SHAPE), Tokenizer()
-    export_folder(Source(config, 1, 1, tokenizer, Transformer(SHAPE).state_dict()), folder, say=lambda _: None)
+    source = ExportSource(config, 1, 1, tokenizer, Transformer(SHAPE).state_dict())
+    export_transformers(source, folder, say=lambda _: None)
 
 
 @pytest.fixture

@@ -47,8 +47,8 @@ def driver() -> str:
 
 def attention(bench: Bench) -> Check:
     """The kernel that training's shapes get. A card that trains in bfloat16 must have a fused one."""
-    choice = sdpa.chosen(bench.model(), bench.device, torch.bfloat16)
-    measured = choice.name + "".join(f"; {refusal}" for refusal in choice.refusals)
+    choice = sdpa.selected_backend(bench.model(), bench.device, torch.bfloat16)
+    measured = choice.name + "".join(f"; {refusal}" for refusal in choice.rejections)
     if not bench.on_cuda:
         return noted("attention in training", measured)
     within = choice.name != "math"

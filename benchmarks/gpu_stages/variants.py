@@ -57,7 +57,7 @@ def variants(bench: Bench, config: RunConfig) -> Iterator[Variant]:
 
 
 def by_block(steps: Steps) -> None:
-    steps.parts.model.compile_parts(fullgraph=True, dynamic=False)
+    steps.parts.model.compile_blocks(fullgraph=True, dynamic=False)
 
 
 def as_one_graph(steps: Steps) -> None:

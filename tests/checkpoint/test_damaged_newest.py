@@ -11,7 +11,7 @@ from myllm import files
 from myllm.checkpoint import integrity
 from myllm.cli import main as cli
 from myllm.hub.export import verify as parity
-from myllm.hub.export.transformers import export_folder, open_source
+from myllm.hub.export.transformers import export_transformers, load_export_source
 from myllm.inference import chat
 from myllm.inference.load import load_model
 from myllm.inference.server import http as server
@@ -45,7 +45,7 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 @pytest.fixture(autouse=True)
 def _unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     """What transformers says of an export is of no interest here."""
-    monkeypatch.setattr("myllm.hub.export.transformers.check", lambda *_: parity.Parity(0, 0, 1, 0))
+    monkeypatch.setattr("myllm.hub.export.transformers.verify", lambda *_: parity.Parity(0, 0, 1, 0))
 
 
 def damage(folder: Path) -> str:
@@ -86,8 +86,8 @@ def test_each_file_of_the_model_is_hashed_once(
     for number, call in enumerate((
         lambda: cli.main(["eval", "made", "--tasks", "generation", "--device", "cpu"]),
         lambda: cli.main(["export", "made", "--to", str(tmp_path / "exported")]),
-        lambda: export_folder(newest, tmp_path / "exported", say=lambda _: None),
-        lambda: open_source(newest),
+        lambda: export_transformers(newest, tmp_path / "exported", say=lambda _: None),
+        lambda: load_export_source(newest),
         lambda: load_model(newest, "cpu"),
     )):  # fmt: skip
         hashed.clear()

@@ -16,7 +16,7 @@ from myllm.data.tokenizer.load import load_tokenizer
 from myllm.distributed.collectives import process_group
 from myllm.errors import UserError
 from myllm.hub.export.card import folder_card
-from myllm.hub.export.transformers import open_source
+from myllm.hub.export.transformers import load_export_source
 from myllm.hub.model_card import read_card_data, render_model_card
 from myllm.inference.completion import stream_text
 from myllm.inference.generate import stream
@@ -126,7 +126,7 @@ def test_a_run_says_what_it_was_made_of(tiny: RunConfig, learn: Learn, temp_data
         run(with_train(saved, max_steps=3))
         run_folder = RunPaths.of("tiny")
         text = render_model_card(read_card_data(run_folder, 3, "me/mine", None, {}), [])
-        source = open_source(run_folder.checkpoints / "step_00000003")
+        source = load_export_source(run_folder.checkpoints / "step_00000003")
     facts = {"name": "tiny", "step": 3, "tokens_seen": 3, "architecture": "Llama", "dtype": "float32"}
     short = folder_card(source.config, facts | {"source": made.manifest["source"], "parameters": 1, "tokenizer": "x"})
     for card in (text, short):

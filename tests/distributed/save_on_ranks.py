@@ -115,7 +115,7 @@ def load(folder: Path) -> None:
         for kind in KINDS:
             model, optimizer = make(kind, seed=4)
             sharded.read_into(found.folder / "weights", model.state_dict())
-            moments = optimizer.blank_state()
+            moments = optimizer.zero_state()
             sharded.read_into(found.folder / "optimizer", checkpoint.by_name(moments))
             optimizer.load_state_dict(moments)
             here = contents(model, optimizer)

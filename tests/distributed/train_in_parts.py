@@ -74,7 +74,7 @@ def run(case: str, process: Process) -> dict[str, object]:
         with gathered(model, whole):
             for _ in range(1 + process.rank):  # as often as each rank likes
                 tokens = torch.arange(SEQ_LEN).unsqueeze(0)
-                scores.append(whole.assess(tokens, tokens)[0].sum().item())
+                scores.append(whole.evaluate(tokens, tokens)[0].sum().item())
     with gathered(model, whole):
         weights = {name: weight.clone() for name, weight in whole.state_dict().items()}
     kept = sum(parameter.untyped_storage().nbytes() for parameter in whole.parameters())

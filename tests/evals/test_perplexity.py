@@ -74,7 +74,7 @@ def test_figures_are_those_of_a_naive_loop(n, stride, model):
 
     def sums(batch: int, ranks: int) -> torch.Tensor:
         return sum(
-            assess_sums(model.assess, window_batches(text, END, 12, stride, batch, rank, ranks), token_bytes, CPU)
+            assess_sums(model.evaluate, window_batches(text, END, 12, stride, batch, rank, ranks), token_bytes, CPU)
             for rank in range(ranks)
         )
 

@@ -37,7 +37,7 @@ from myllm.data.tokenizer.train import train_tokenizer
 from myllm.distributed.collectives import process_group
 from myllm.errors import UserError
 from myllm.hub.export.tokenizer import tokenizer_files
-from myllm.hub.export.transformers import export_folder
+from myllm.hub.export.transformers import export_transformers
 from myllm.hub.import_model import import_model
 from myllm.inference.completion import generate
 from myllm.inference.load import load_model
@@ -152,7 +152,7 @@ def test_the_reference_s_logits(
 def test_the_reference_exports_and_samples(reference: ReferenceModel, temp_data: Path, tmp_path: Path) -> None:
     import_model(str(write_reference(reference, tmp_path / "pytorch_model.pth")), "lf", say=quietly)
     assert generate(load_model("lf", "cpu"), "the river", 5, temperature=0).startswith("the river")
-    made = export_folder(latest_checkpoint("lf", temp_data / "runs"), tmp_path / "out", say=quietly)
+    made = export_transformers(latest_checkpoint("lf", temp_data / "runs"), tmp_path / "out", say=quietly)
     assert made.architecture == "LlamaForCausalLM"
     assert difference(AutoModelForCausalLM.from_pretrained(made.folder), "lf") < 1e-5
     with torch.no_grad():
@@ -247,7 +247,7 @@ def test_shards_and_bfloat16(temp_data: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_there_and_back(kind: str, save: Save, temp_data: Path, tmp_path: Path) -> None:
     config = replace(KINDS[kind], dropout_ffn=0.2, vocab_multiple=64, init="reference", residual_dtype="bfloat16")
-    export_folder(save(config), tmp_path / "out", say=quietly)
+    export_transformers(save(config), tmp_path / "out", say=quietly)
     run = import_model(str(tmp_path / "out"), "back", say=quietly)
     back, made = load_model("back", "cpu"), load_model("made", "cpu")
     assert back.model.state_dict().keys() == made.model.state_dict().keys()
@@ -264,7 +264,7 @@ def test_there_and_back(kind: str, save: Save, temp_data: Path, tmp_path: Path) 
 
 def test_a_vocabulary_of_one_s_own(save: Save, corpus: Path, temp_data: Path, tmp_path: Path) -> None:
     file = train_tokenizer((path.read_text() for path in corpus.iterdir()), 400, tmp_path / "v.json", progress=False)
-    export_folder(save(replace(KINDS["llama"], vocab_size=400), file), tmp_path / "out", say=quietly)
+    export_transformers(save(replace(KINDS["llama"], vocab_size=400), file), tmp_path / "out", say=quietly)
     import_model(str(tmp_path / "out"), "back", say=quietly)
     assert load_model("back", "cpu").tokenizer.sha256 == Tokenizer(file).sha256  # data made with it fit
     config = load_json(temp_data / "runs/back/config.json", RunConfig())

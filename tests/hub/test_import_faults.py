@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from myllm.errors import UserError
-from myllm.hub.import_lf_llm import read_reference
+from myllm.hub.import_lf_llm import read_lf_llm
 
 SETTINGS = {"n_vocab": 50_257, "n_ctx": 9, "n_embd": 8, "n_head": 2, "n_layer": 1}
 
@@ -46,23 +46,23 @@ def zipped(pickled: bytes, file: Path) -> Path:
 
 @pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
 def test_wrappers(prefix: str, tmp_path: Path) -> None:
-    made = read_reference(write(tmp_path / "x.pth", weights(prefix=prefix))).weights
+    made = read_lf_llm(write(tmp_path / "x.pth", weights(prefix=prefix))).weights
     assert torch.equal(made["embedding.weight"], weights()["embd.weight"])
     assert not [name for name in made if "module" in name or "_orig" in name]
 
 
 def test_a_padded_vocabulary_is_cut(tmp_path: Path) -> None:
-    found = read_reference(write(tmp_path / "x.pth", weights(50_304), SETTINGS | {"n_vocab": 50_304}))
+    found = read_lf_llm(write(tmp_path / "x.pth", weights(50_304), SETTINGS | {"n_vocab": 50_304}))
     assert (found.config.vocab_size, len(found.weights["embedding.weight"])) == (50_257, 50_257)
     assert "the model has 50,304 rows for 50,257 tokens: the others are left out" in found.notes
     with pytest.raises(UserError, match="has 300 tokens; a checkpoint of the reference run has 50,257"):
-        read_reference(write(tmp_path / "x.pth", weights(300), SETTINGS | {"n_vocab": 300}))
+        read_lf_llm(write(tmp_path / "x.pth", weights(300), SETTINGS | {"n_vocab": 300}))
 
 
 def test_numbers_of_numpy_beside_the_weights(tmp_path: Path) -> None:
     """As a scheduler that computes with NumPy, or its random state, leaves behind: harmless, of no use, never made."""
     more = {"scheduler_state_dict": {"rate": np.float64(0.1)}, "random_state": np.random.RandomState(1).get_state()}
-    assert read_reference(write(tmp_path / "x.pth", weights(), **more)).config.d_model == 8
+    assert read_lf_llm(write(tmp_path / "x.pth", weights(), **more)).config.d_model == 8
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_numbers_of_numpy_beside_the_weights(tmp_path: Path) -> None:
 )
 def test_what_is_in_the_wrong_place(state: object, settings: object, message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
-        read_reference(write(tmp_path / "x.pth", state, settings))
+        read_lf_llm(write(tmp_path / "x.pth", state, settings))
 
 
 ODD: dict[str, bytes] = {
@@ -102,7 +102,7 @@ def test_odd_pickles(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(os, "system", never)
     with pytest.raises(UserError, match=r"x\.pth"):
-        read_reference(zipped(ODD[name], tmp_path / "x.pth"))
+        read_lf_llm(zipped(ODD[name], tmp_path / "x.pth"))
 
 
 def test_damaged_bytes(tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_damaged_bytes(tmp_path: Path) -> None:
         for _ in range(chance.randint(1, 4)):
             content[chance.randrange(len(content))] = chance.randrange(256)
         try:
-            read_reference(zipped(bytes(content), tmp_path / "y.pth"))
+            read_lf_llm(zipped(bytes(content), tmp_path / "y.pth"))
         except UserError:
             refused += 1
     assert refused > 100
@@ -126,4 +126,4 @@ def test_a_download_that_ended_early(damage: Callable[[bytes], bytes], tmp_path:
     file = write(tmp_path / "x.pth", weights())
     file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(UserError, match="cannot be read as a checkpoint"):
-        read_reference(file)
+        read_lf_llm(file)

@@ -56,12 +56,12 @@ def test_a_models_own_precision_is_that_of_autocast(kind: dict, dtype: torch.dty
         rows = [Continuation([1, 2, 3], seed=0), Continuation([4], seed=1)]
         list(continue_batch(model, rows, 9, Sampling(1.0, 0)))
         owners, written = torch.tensor([1, 0]), [torch.tensor(row.written) for row in rows]
-        return [*model.assess(tokens, tokens), *model.score_continuations(tokens, owners, tokens, tokens), *written]
+        return [*model.evaluate(tokens, tokens), *model.score_continuations(tokens, owners, tokens, tokens), *written]
 
     exact = figures()
     with torch.autocast("cpu", dtype):
         expected = figures()
-    model.compute_in(dtype)
+    model.set_compute_dtype(dtype)
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(figures(), expected, strict=True))
     assert not torch.equal(expected[0], exact[0])
     assert not torch.is_autocast_enabled("cpu")

@@ -11,14 +11,14 @@ from support.made_checkpoints import KINDS, Save
 
 from myllm.cli.main import main as myllm
 from myllm.errors import UserError
-from myllm.hub.export.transformers import export_folder
+from myllm.hub.export.transformers import export_transformers
 from myllm.inference.completion import generate
 from myllm.inference.load import find_model, load_model
 
 
 @pytest.fixture
 def exported(save: Save, tmp_path: Path) -> Path:
-    return export_folder(save(KINDS["qwen3"]), tmp_path / "my models" / "an export", say=lambda _: None).folder
+    return export_transformers(save(KINDS["qwen3"]), tmp_path / "my models" / "an export", say=lambda _: None).folder
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

@@ -33,7 +33,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_has_flash_on_a_cpu(name: str, dtype: torch.dtype) -> None:
     model = PRESETS[name]().model
-    assert sdpa.chosen(replace(model, max_seq_len=128), CPU, dtype) == sdpa.Choice("flash")
+    assert sdpa.selected_backend(replace(model, max_seq_len=128), CPU, dtype) == sdpa.SelectedBackend("flash")
 
 
 @pytest.mark.parametrize("n_kv_heads", [None, 2])
@@ -41,8 +41,8 @@ def test_what_is_said_is_what_runs(n_kv_heads: int | None) -> None:
     """Against the operations that a profile sees, with torch's choice and with one that is forced."""
     config = replace(CONFIG, n_kv_heads=n_kv_heads)
     for backend, expected in ((None, "flash"), (SDPBackend.MATH, "math")):
-        with sdpa_kernel(backend or list(sdpa.NAMES)), profile(activities=[ProfilerActivity.CPU]) as recorded:
-            choice = sdpa.chosen(config, CPU, torch.float32)
+        with sdpa_kernel(backend or list(sdpa.BACKEND_NAMES)), profile(activities=[ProfilerActivity.CPU]) as recorded:
+            choice = sdpa.selected_backend(config, CPU, torch.float32)
             q, k, v = (torch.randn(1, heads, 64, 16) for heads in (4, config.kv_heads, config.kv_heads))
             F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=n_kv_heads is not None)
         ran = {event.key for event in recorded.key_averages()}
@@ -58,12 +58,12 @@ def test_the_order_on_a_card(major: int, first: str, card: Callable[[int], None]
     """cuDNN before torch's own flash where it is faster; the math path last; as before afterwards, a CPU untouched."""
     card(major)
     before = torch._C._get_sdp_priority_order()
-    with sdpa.fastest(CUDA):
+    with sdpa.training_backends(CUDA):
         order = [SDPBackend(number) for number in torch._C._get_sdp_priority_order()]
-    assert next(sdpa.NAMES[each] for each in order if each in sdpa.NAMES) == first
+    assert next(sdpa.BACKEND_NAMES[each] for each in order if each in sdpa.BACKEND_NAMES) == first
     assert order.index(SDPBackend.MATH) == 3
     assert torch._C._get_sdp_priority_order() == before
-    with sdpa.fastest(CPU):
+    with sdpa.training_backends(CPU):
         assert torch._C._get_sdp_priority_order() == before
 
 
@@ -83,28 +83,28 @@ def test_the_order_that_is_asked_for(
     major: int, settings: dict[str, Any], expected: list[str], card: Callable[[int], None]
 ) -> None:
     card(major)
-    with sdpa.fastest(CUDA, TrainConfig(**settings)):
+    with sdpa.training_backends(CUDA, TrainConfig(**settings)):
         allowed = set(attention._cur_sdpa_kernel_backends())
         order = [SDPBackend(number) for number in torch._C._get_sdp_priority_order()]
-    assert [sdpa.NAMES[each] for each in order if each in allowed] == expected
+    assert [sdpa.BACKEND_NAMES[each] for each in order if each in allowed] == expected
 
 
 def test_evaluations_never_use_cudnn(card: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever torch prefers on the card; nor does generation. Training is left to whoever trains."""
     card(9)
     kinds: list[str] = []
-    steady = sdpa.steady
+    steady = sdpa.inference_backends
 
     def noticed(device: torch.device) -> Any:
         kinds.append(device.type)
         return steady(CUDA)
 
-    monkeypatch.setattr(sdpa, "steady", noticed)
+    monkeypatch.setattr(sdpa, "inference_backends", noticed)
     model, allowed = Transformer(CONFIG), []
     model.blocks[0].register_forward_hook(lambda *_: allowed.append(set(attention._cur_sdpa_kernel_backends())))
     tokens = torch.zeros(1, 8, dtype=torch.long)
     model.eval()
-    model.assess(tokens, tokens)
+    model.evaluate(tokens, tokens)
     model.score(tokens, tokens)
     model.score_continuations(tokens, torch.tensor([0]), tokens, tokens)
     row = Continuation([1, 2], seed=0)
@@ -128,7 +128,7 @@ def test_what_a_card_takes_is_the_first_that_can(card: Callable[[int], None], mo
         monkeypatch.setattr(sdpa, f"can_use_{name}_attention", lambda *_, name=name, **__: can[name])
 
     def name(**settings: Any) -> str:
-        return sdpa.chosen(CONFIG, CUDA, torch.bfloat16, TrainConfig(**settings)).name
+        return sdpa.selected_backend(CONFIG, CUDA, torch.bfloat16, TrainConfig(**settings)).name
 
     assert (name(), name(attention="flash"), name(attention="math")) == ("cuDNN", "flash", "math")
     can["cudnn"] = False
@@ -155,7 +155,7 @@ def test_every_kernel_that_was_open_says_why_it_is_not_taken(
         monkeypatch.setattr(sdpa, f"can_use_{name}_attention", refusing(name))
 
     def refusals(**settings: Any) -> tuple[str, ...]:
-        return sdpa.chosen(CONFIG, CUDA, torch.float32, TrainConfig(**settings)).refusals
+        return sdpa.selected_backend(CONFIG, CUDA, torch.float32, TrainConfig(**settings)).rejections
 
     assert refusals() == ("flash does not", "cudnn does not", "efficient does not")
     assert refusals(deterministic=True) == ("flash does not",)
@@ -163,13 +163,14 @@ def test_every_kernel_that_was_open_says_why_it_is_not_taken(
 
 
 def test_asked_for_on_a_cpu() -> None:
-    assert sdpa.chosen(CONFIG, CPU, torch.float32, TrainConfig(attention="math")) == sdpa.Choice("math")
-    assert sdpa.chosen(CONFIG, CPU, torch.float32, TrainConfig(attention="cudnn")) == sdpa.Choice("flash")
+    for kernel, expected in (("math", "math"), ("cudnn", "flash")):
+        backend = sdpa.selected_backend(CONFIG, CPU, torch.float32, TrainConfig(attention=kernel))
+        assert backend == sdpa.SelectedBackend(expected)
 
 
 def test_without_torchs_private_question_only_a_name_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch, "_fused_sdp_choice")
-    assert sdpa.chosen(CONFIG, CPU, torch.float32) == sdpa.Choice("CPU's")
+    assert sdpa.selected_backend(CONFIG, CPU, torch.float32) == sdpa.SelectedBackend("CPU's")
 
 
 class Handle:
@@ -208,10 +209,10 @@ def broken() -> None:
 def test_a_newer_flash_is_used_for_as_long_as_a_run_lasts(impl: Callable, card: Callable[[int], None]) -> None:
     card(9)
     impl("FA3", Handle)
-    with sdpa.newer_flash(CONFIG, CUDA) as remark:
+    with sdpa.use_newer_flash(CONFIG, CUDA) as remark:
         assert attention.current_flash_attention_impl() == "FA3"
         assert remark is None
-        with sdpa.fastest(CUDA):  # it is faster than cuDNN
+        with sdpa.training_backends(CUDA):  # it is faster than cuDNN
             assert SDPBackend(torch._C._get_sdp_priority_order()[0]) == SDPBackend.FLASH_ATTENTION
     assert Handle.removed == 1
 
@@ -220,10 +221,10 @@ def test_one_that_is_not_installed_is_no_news(impl: Callable, card: Callable[[in
     card(9)
     impl("FA3", missing)
     impl("FA4", Handle)
-    with sdpa.newer_flash(CONFIG, CUDA) as remark:
+    with sdpa.use_newer_flash(CONFIG, CUDA) as remark:
         assert (attention.current_flash_attention_impl(), remark) == ("FA4", None)
     impl("FA4", missing)
-    with sdpa.newer_flash(CONFIG, CUDA) as remark:
+    with sdpa.use_newer_flash(CONFIG, CUDA) as remark:
         assert (attention.current_flash_attention_impl(), remark) == (None, None)
 
 
@@ -241,7 +242,7 @@ def test_one_that_does_not_start_or_computes_wrong_is_said_and_left(
         return out, *(each * (1.1 if len(calls) == 1 else 1) for each in gradients)
 
     monkeypatch.setattr(sdpa, "_output_and_gradients", wrong_at_first)
-    with sdpa.newer_flash(CONFIG, CUDA) as remark:
+    with sdpa.use_newer_flash(CONFIG, CUDA) as remark:
         assert attention.current_flash_attention_impl() is None
     assert Handle.removed == 1
     assert "FA3 is installed and does not start: does not expose FA3 kernels" in remark
@@ -253,7 +254,7 @@ def test_cards_that_none_is_for(major: int, impl: Callable, card: Callable[[int]
     card(major)
     impl("FA3", Handle)
     impl("FA4", Handle)
-    with sdpa.newer_flash(CONFIG, CUDA) as remark:
+    with sdpa.use_newer_flash(CONFIG, CUDA) as remark:
         assert (attention.current_flash_attention_impl(), remark) == (None, None)
 
 
@@ -261,13 +262,13 @@ def test_a_torch_without_the_switch(card: Callable[[int], None], monkeypatch: py
     for name in ("list_flash_attention_impls", "activate_flash_attention_impl", "current_flash_attention_impl"):
         monkeypatch.delattr(attention, name)
     card(9)
-    with sdpa.newer_flash(CONFIG, CUDA) as remark, sdpa.fastest(CUDA):
+    with sdpa.use_newer_flash(CONFIG, CUDA) as remark, sdpa.training_backends(CUDA):
         assert remark is None
 
 
 def test_an_error_of_the_run_passes_through(impl: Callable, card: Callable[[int], None]) -> None:
     card(9)
     impl("FA3", Handle)
-    with pytest.raises(KeyError, match="the run's"), sdpa.newer_flash(CONFIG, CUDA):
+    with pytest.raises(KeyError, match="the run's"), sdpa.use_newer_flash(CONFIG, CUDA):
         raise KeyError("the run's")
     assert Handle.removed == 1

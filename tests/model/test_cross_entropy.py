@@ -11,7 +11,7 @@ from torch._inductor.utils import run_and_get_code
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from myllm.model import cross_entropy as module
-from myllm.model.cross_entropy import IGNORED, mean_loss, token_scores
+from myllm.model.cross_entropy import IGNORE_INDEX, linear_cross_entropy, token_log_probs
 
 
 def example(n: int, d: int, vocab_size: int, padding: int, seed: int = 0) -> tuple[torch.Tensor, ...]:
@@ -30,7 +30,7 @@ def in_float64(hidden, weight, targets, vocab_size):
 
 
 def value_and_gradients(hidden, weight, targets, vocab_size):
-    loss = mean_loss(hidden, weight, targets, vocab_size)
+    loss = linear_cross_entropy(hidden, weight, targets, vocab_size)
     return (loss.detach(), *torch.autograd.grad(loss, (hidden, weight)))
 
 
@@ -59,7 +59,7 @@ def test_value_and_gradients(n, d, vocab_size, padding, chunk, seed, compiling):
 def test_where_a_product_cannot_be_written_into_a_part(monkeypatch):
     """MPS on macOS 14 leaves `out` as it was, without a word: no gradient and no score may come from there."""
     hidden, weight, targets = example(10, 6, 30, 2)
-    expected, scores = in_float64(hidden, weight, targets, 30), token_scores(hidden, weight, targets, 30)[0]
+    expected, scores = in_float64(hidden, weight, targets, 30), token_log_probs(hidden, weight, targets, 30)[0]
     real = torch.mm
     monkeypatch.setattr(torch, "mm", lambda a, b, out=None: real(a, b) if out is None else out)
     monkeypatch.setattr(module, "CPU_CHUNK", 4)
@@ -68,13 +68,13 @@ def test_where_a_product_cannot_be_written_into_a_part(monkeypatch):
     monkeypatch.setattr(module, "_writes_parts", lambda device: False)
     for mine, reference in zip(value_and_gradients(hidden, weight, targets, 30), expected, strict=True):
         torch.testing.assert_close(mine.double(), reference, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(token_scores(hidden, weight, targets, 30)[0], scores)
+    torch.testing.assert_close(token_log_probs(hidden, weight, targets, 30)[0], scores)
 
 
 def test_the_gradient_is_scaled_by_what_comes_after():
     hidden, weight, targets = example(5, 4, 9, 3)
     plain = value_and_gradients(hidden, weight, targets, 9)
-    scaled = torch.autograd.grad(mean_loss(hidden, weight, targets, 9) / 8, (hidden, weight))
+    scaled = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets, 9) / 8, (hidden, weight))
     for part, whole in zip(scaled, plain[1:], strict=True):
         torch.testing.assert_close(part, whole / 8)
 
@@ -97,12 +97,12 @@ def test_padding_has_no_probability():
         hidden[:, 0] = 1
         loud = weight.clone()
         loud[9:, 0] = 1e4
-    assert mean_loss(hidden, loud, targets, 9) == mean_loss(hidden, weight, targets, 9)
+    assert linear_cross_entropy(hidden, loud, targets, 9) == linear_cross_entropy(hidden, weight, targets, 9)
     for ours, plain in zip(
-        token_scores(hidden, loud, targets, 9), token_scores(hidden, weight, targets, 9), strict=True
+        token_log_probs(hidden, loud, targets, 9), token_log_probs(hidden, weight, targets, 9), strict=True
     ):
         assert torch.equal(ours, plain)
-    everything = torch.stack([token_scores(hidden, loud, torch.full((30,), token), 9)[0] for token in range(9)])
+    everything = torch.stack([token_log_probs(hidden, loud, torch.full((30,), token), 9)[0] for token in range(9)])
     torch.testing.assert_close(everything.exp().sum(dim=0), torch.ones(30))
 
 
@@ -110,12 +110,12 @@ def test_padding_has_no_probability():
 @given(n=st.integers(0, 30), ignored=st.floats(0, 1), chunk=st.sampled_from([1, 4, 256]), seed=st.integers(0, 99))
 def test_token_scores(n, ignored, chunk, seed):
     hidden, weight, targets = example(n, 6, 11, 5, seed)
-    targets[torch.rand(n, generator=torch.Generator().manual_seed(seed)) < ignored] = IGNORED
+    targets[torch.rand(n, generator=torch.Generator().manual_seed(seed)) < ignored] = IGNORE_INDEX
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "CPU_CHUNK", chunk)
-        scores, hits = token_scores(hidden, weight, targets, 11)
+        scores, hits = token_log_probs(hidden, weight, targets, 11)
     logits = hidden.detach().double() @ weight.detach().double()[:11].t()
-    asked = targets != IGNORED
+    asked = targets != IGNORE_INDEX
     expected = logits.log_softmax(-1).gather(1, targets.clamp(min=0).unsqueeze(1)).squeeze(1) * asked
     torch.testing.assert_close(scores.double(), expected, rtol=1e-5, atol=1e-6)
     assert scores.dtype == torch.float32
@@ -125,7 +125,7 @@ def test_token_scores(n, ignored, chunk, seed):
 
 def test_nothing_asked():
     hidden, weight, _ = example(7, 4, 9, 0)
-    scores, hits = token_scores(hidden, weight, torch.full((7,), IGNORED), 9)
+    scores, hits = token_log_probs(hidden, weight, torch.full((7,), IGNORE_INDEX), 9)
     assert not scores.any()
     assert not hits.any()
 
@@ -136,7 +136,7 @@ def test_bfloat16_autocast():
     exact = value_and_gradients(hidden, weight, targets, 500)
     with torch.autocast("cpu", torch.bfloat16):
         rough = value_and_gradients(hidden, weight, targets, 500)
-        scores, _ = token_scores(hidden, weight, targets, 500)
+        scores, _ = token_log_probs(hidden, weight, targets, 500)
     assert [x.dtype for x in rough] == [torch.float32] * 3
     assert scores.dtype == torch.float32
     torch.testing.assert_close(rough[0], exact[0], rtol=4e-3, atol=0)
@@ -181,7 +181,7 @@ def test_logits_never_exist_all_at_once(autocast, compiling, monkeypatch):
     assert plain.elements >= n * (v - 4)  # the measure sees what a plain loss allocates
     with LargestTensor() as largest, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         value_and_gradients(hidden, weight, targets, v - 4)
-        token_scores(hidden, weight, targets, v - 4)
+        token_log_probs(hidden, weight, targets, v - 4)
     assert largest.elements <= max(16 * v, n * d, v * d)
 
 
@@ -191,7 +191,7 @@ def test_logits_never_exist_all_at_once(autocast, compiling, monkeypatch):
 @pytest.mark.parametrize("autocast", [False, True])
 def test_compiled(autocast):
     hidden, weight, targets = example(300, 16, 100, 28)  # two whole chunks and a part of one
-    compiled = torch.compile(mean_loss, fullgraph=True)
+    compiled = torch.compile(linear_cross_entropy, fullgraph=True)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         plain = value_and_gradients(hidden, weight, targets, 100)
         loss, (code, *_) = run_and_get_code(compiled, hidden, weight, targets, 100)

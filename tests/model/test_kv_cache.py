@@ -82,7 +82,7 @@ def test_a_forked_cache_goes_on_from_the_rows_it_was_given(kind):
     owners = torch.tensor([1, 0, 0, 1, 1])
     cache = KVCache(model.config, 2, 9, "cpu", torch.float32)
     model(prefixes, cache=cache)
-    forked = cache.fork(owners, 15)
+    forked = cache.expand(owners, 15)
     got = model(ends, cache=forked)
     assert (cache.length, forked.length) == (9, 15)
     whole = model(torch.cat((prefixes[owners], ends), dim=1))[:, 9:]

@@ -9,8 +9,8 @@ from model import reference
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2LMHeadModel, LlamaForCausalLM, Qwen3ForCausalLM
 
 from myllm.config import ModelConfig
-from myllm.hub.architectures import choose, settings
-from myllm.hub.export.weights import convert
+from myllm.hub.architectures import select_architecture, transformers_config
+from myllm.hub.export.weights import to_transformers
 from myllm.model.transformer import Transformer
 
 TOLERANCE = 1e-5
@@ -48,11 +48,11 @@ def assert_same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
 def peer_of(model: Transformer) -> torch.nn.Module:
     """transformers' own model with our weights, by the tables that exports use."""
     config = model.config
-    kind = choose(config)
+    kind = select_architecture(config)
     peer = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(**settings(config, 0, "float32")), attn_implementation="eager"
+        AutoConfig.for_model(**transformers_config(config, 0, "float32")), attn_implementation="eager"
     )
-    missing, unexpected = peer.load_state_dict(convert(kind, config, model.state_dict()), strict=False)
+    missing, unexpected = peer.load_state_dict(to_transformers(kind, config, model.state_dict()), strict=False)
     assert unexpected == []
     assert missing == (["lm_head.weight"] if config.tie_embeddings else [])
     peer.tie_weights()

@@ -37,7 +37,7 @@ def test_compiled_steps_give_the_same_tokens_and_are_traced_once(kind: dict) -> 
         traced.append(graph)
         return graph
 
-    model.compile_steps(backend=backend)
+    model.compile_decoding(backend=backend)
     for prompts in ([[7, 1], [3, 4]], [[5], [9, 8, 7, 6]], [[1, 2, 3, 4, 5, 6], [2]]):
         assert greedy(model, True, prompts, 12) == greedy(model, False, prompts, 12)
     assert len(traced) == 1
@@ -47,11 +47,11 @@ def test_compiled_steps_give_the_same_tokens_and_are_traced_once(kind: dict) -> 
 @torch.inference_mode()
 def test_a_static_cache_that_loses_rows_goes_on_uncompiled() -> None:
     model = model_of(KINDS[0])
-    model.compile_steps(backend=lambda *_: pytest.fail("compiled"))
+    model.compile_decoding(backend=lambda *_: pytest.fail("compiled"))
     cache = KVCache(model.config, 3, CONTEXT, "cpu", torch.float32, static=True)
     tokens = torch.randint(50, (3, 6), generator=torch.Generator().manual_seed(1))
     model.next_logits(tokens[:, :5], cache)
-    cache.keep([2, 0])
+    cache.select_rows([2, 0])
     torch.testing.assert_close(
         model.next_logits(tokens[[2, 0], 5:], cache), model(tokens[[2, 0]])[:, -1], rtol=0, atol=1e-5
     )
@@ -67,8 +67,8 @@ def compiled_from_one(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphMod
         traced.append(graph)
         return graph
 
-    real = Transformer.compile_steps
-    monkeypatch.setattr(Transformer, "compile_steps", lambda model, mode: real(model, backend=backend))
+    real = Transformer.compile_decoding
+    monkeypatch.setattr(Transformer, "compile_decoding", lambda model, mode: real(model, backend=backend))
     monkeypatch.setattr(generation, "COMPILED_FROM", 1)
     monkeypatch.setattr(generation, "has_triton", lambda device: True)
     return traced
@@ -109,7 +109,7 @@ def test_a_compiled_step_copies_no_cache() -> None:
     with torch.inference_mode():
         cache = KVCache(model.config, 2, 48, "cpu", torch.float32, static=True)
         model.next_logits(torch.ones(2, 3, dtype=torch.long), cache)
-        model.compile_steps()
+        model.compile_decoding()
         _, code = run_and_get_code(model.next_logits, torch.ones(2, 1, dtype=torch.long), cache)
     made = re.findall(r"empty_strided_cpu\(\(([\d, ]+)\)", "\n".join(code))
     shapes = [tuple(int(size) for size in shape.split(",") if size.strip()) for shape in made]

@@ -22,7 +22,7 @@ from myllm.evals.perplexity import assess_sums
 from myllm.inference.generate import stream
 from myllm.inference.sampling_params import Sampling
 from myllm.model import transformer
-from myllm.model.cross_entropy import mean_loss
+from myllm.model.cross_entropy import linear_cross_entropy
 from myllm.model.transformer import Transformer
 from myllm.presets import PRESETS, preset
 from myllm.training.anomaly.diagnose import diagnose
@@ -95,7 +95,7 @@ def evaluate(model: Transformer, config: RunConfig) -> None:
     model.eval()
     with autocast(config, ALONE.device):
         batches = [(batch(rows), batch(rows)) for rows in (4, 3)]
-        assess_sums(model.assess, batches, torch.ones(300, dtype=torch.int64), ALONE.device)
+        assess_sums(model.evaluate, batches, torch.ones(300, dtype=torch.int64), ALONE.device)
         model.score(batch(2, 20), batch(2, 20))
         model.score_continuations(batch(2, 10), torch.tensor([0, 0, 1]), batch(3, 5), batch(3, 5))
         list(stream(model, [1, 2, 3], 4, Sampling()))
@@ -201,7 +201,7 @@ def test_a_graph_that_would_break_is_an_error(graphs: Graphs, monkeypatch: pytes
 
     def breaking(*arguments: Any) -> torch.Tensor:
         torch._dynamo.graph_break()
-        return mean_loss(*arguments)
+        return linear_cross_entropy(*arguments)
 
     monkeypatch.setattr(transformer, "mean_loss", breaking)
     config = small_run("debug", compile_unit="model")

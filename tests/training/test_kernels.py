@@ -24,7 +24,7 @@ def said(tiny: RunConfig, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list
     """The lines of a run's log about its kernels; on a card of a major compute capability, if one is given."""
 
     def lines(
-        major: int | None = None, choice: sdpa.Choice | None = None, triton: str | None = "there", **train: Any
+        major: int | None = None, choice: sdpa.SelectedBackend | None = None, triton: str | None = "there", **train: Any
     ) -> list[str]:
         config = with_train(replace(tiny, model=replace(tiny.model, vocab_size=300)), **train)
         process = Process(0, 0, 1, CUDA if major else CPU)
@@ -32,7 +32,7 @@ def said(tiny: RunConfig, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list
             monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (major, 0))
             monkeypatch.setattr(hardware, "find_spec", lambda name: triton)
         if choice:
-            monkeypatch.setattr(sdpa, "chosen", lambda *_: choice)
+            monkeypatch.setattr(sdpa, "selected_backend", lambda *_: choice)
         found: list[str] = []
         with fast_kernels(Transformer(config.model), config, process, found.append):
             pass
@@ -49,7 +49,7 @@ def test_on_a_cpu(said: Callable[..., list[str]]) -> None:
 
 
 def test_on_a_card(said: Callable[..., list[str]]) -> None:
-    flash = sdpa.Choice("flash")
+    flash = sdpa.SelectedBackend("flash")
     start = "kernels: attention by the flash kernel; matrix products in "
     assert said(8, flash) == [f"{start}bfloat16, TF32 for what is left in float32; compiled block by block"]
     scaled = f"{start}float16 with a loss scale, the rest in float32; "
@@ -64,11 +64,11 @@ def test_on_a_card(said: Callable[..., list[str]]) -> None:
 
 
 def test_the_math_path_on_a_card_is_never_silent(said: Callable[..., list[str]]) -> None:
-    _, warning = said(8, sdpa.Choice("math", ("head_dim should be at most 256", "no bfloat16 here")))
+    _, warning = said(8, sdpa.SelectedBackend("math", ("head_dim should be at most 256", "no bfloat16 here")))
     assert warning.startswith("warning: attention runs on torch's math path")
     assert warning.endswith(":\n  - head_dim should be at most 256\n  - no bfloat16 here")
-    assert said(8, sdpa.Choice("math"))[1].endswith("does not say why")
-    assert len(said(None, sdpa.Choice("math"))) == 1  # a CPU's own business
+    assert said(8, sdpa.SelectedBackend("math"))[1].endswith("does not say why")
+    assert len(said(None, sdpa.SelectedBackend("math"))) == 1  # a CPU's own business
 
 
 @pytest.mark.parametrize(

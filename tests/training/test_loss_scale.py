@@ -25,7 +25,7 @@ from myllm.distributed.parallelize import wrap
 from myllm.distributed.precision import autocast, compute_dtype, has_bfloat16
 from myllm.errors import TrainingDiverged
 from myllm.model import cross_entropy as model_loss
-from myllm.model.cross_entropy import mean_loss
+from myllm.model.cross_entropy import linear_cross_entropy
 from myllm.model.transformer import Transformer
 from myllm.optim.adamw import ScheduledAdamW
 from myllm.paths import RunPaths
@@ -80,7 +80,7 @@ def test_the_losss_gradient_does_not_vanish(compiling: bool, monkeypatch: pytest
     F.cross_entropy((exact[0] @ exact[1].t())[:, :100], targets).backward()
     found = [part.clone().requires_grad_() for part in (hidden, weight)]
     with torch.autocast("cpu", torch.float16):
-        loss = mean_loss(*found, targets, 100)
+        loss = linear_cross_entropy(*found, targets, 100)
     loss.backward(torch.tensor(FIRST_LOSS_SCALE))
     for mine, true in zip(found, exact, strict=True):
         assert (mine.grad / FIRST_LOSS_SCALE - true.grad).norm() < 2e-3 * true.grad.norm()

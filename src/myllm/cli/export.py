@@ -44,12 +44,12 @@ def export(
             raise UserError(f"{file} is there already; give another name, or --overwrite to replace a file")
         check_writable(user_path(file), "--to-onnx" if file is to_onnx else "--to-gguf")
     paths.check_model(model, hub=False)  # before the seconds that torch takes
-    from myllm.hub.export.transformers import export_folder, open_source
+    from myllm.hub.export.transformers import export_transformers, load_export_source
     from myllm.runs.run_dir import find_checkpoint
 
-    source = open_source(find_checkpoint(model, paths.runs()))
+    source = load_export_source(find_checkpoint(model, paths.runs()))
     if to is not None:
-        made = export_folder(source, to, dtype, overwrite=overwrite)
+        made = export_transformers(source, to, dtype, overwrite=overwrite)
         print(made.parity)
         if made.rounding:
             print(f"rounding to {dtype} changes a logit by at most {made.rounding:.1e}")

@@ -76,7 +76,7 @@ def wrap(model: Transformer, config: RunConfig, process: Process) -> nn.Module:
     # Shapes never change in training. A graph that would break in two is an error, not a slower run.
     options = {"fullgraph": True, "dynamic": False}
     if compiled == "block by block":
-        model.compile_parts(**options)
+        model.compile_blocks(**options)
     runner: nn.Module = torch.compile(model, **options) if compiled == "whole" else model
     if process.world_size > 1 and not isinstance(model, FSDPModule):
         devices = [process.device] if process.device.type == "cuda" else None
@@ -112,7 +112,7 @@ def _show_graph(runner: nn.Module, config: RunConfig, process: Process) -> None:
     tokens, targets = (torch.zeros(shape, dtype=torch.int64, device=process.device) for _ in range(2))
     cards = [process.device] if process.device.type == "cuda" else []
     repeats = repeatable(config.train.deterministic)
-    with torch.random.fork_rng(cards), sdpa.fastest(process.device, config.train), repeats:
+    with torch.random.fork_rng(cards), sdpa.training_backends(process.device, config.train), repeats:
         runner.train()
         for _ in range(2):
             with autocast(config, process.device):

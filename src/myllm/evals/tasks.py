@@ -253,7 +253,7 @@ def _sums(subject: Subject, batches: "Callable[[], Iterable[tuple[Tensor, Tensor
     from .perplexity import assess_sums
 
     token_bytes = torch.from_numpy(subject.tokenizer.token_bytes())
-    return lambda model: assess_sums(model.assess, batches(), token_bytes, subject.device)
+    return lambda model: assess_sums(model.evaluate, batches(), token_bytes, subject.device)
 
 
 def _held_out(subject: Subject, choices: Choices) -> "Dataset":

@@ -37,7 +37,7 @@ SWITCHES: dict[str, dict[str, tuple[Any, ...] | None]] = {
 }  # fmt: skip
 
 
-def choose(config: ModelConfig) -> ModelType:
+def select_architecture(config: ModelConfig) -> ModelType:
     """The architecture that computes what this model does.
 
     Raises:
@@ -66,9 +66,9 @@ def _obstacles(config: ModelConfig, kind: ModelType) -> Iterator[str]:
         yield f"model.head_dim is {config.head_size}, not model.d_model / model.n_heads"
 
 
-def settings(config: ModelConfig, end_of_text: int, dtype: str) -> dict[str, Any]:
+def transformers_config(config: ModelConfig, end_of_text: int, dtype: str) -> dict[str, Any]:
     """The content of config.json."""
-    kind = choose(config)
+    kind = select_architecture(config)
     shared = {
         "architectures": [CLASSES[kind]],
         "model_type": kind,
@@ -114,7 +114,7 @@ def settings(config: ModelConfig, end_of_text: int, dtype: str) -> dict[str, Any
 
 
 @dataclass(frozen=True)
-class Piece:
+class WeightMapping:
     """One of our weights and what it is there: one tensor or several, cut by rows."""
 
     ours: str
@@ -127,7 +127,7 @@ class Piece:
     """A bias: zeros on the side that has it where the other has none."""
 
 
-def pieces(kind: ModelType, config: ModelConfig, bias: bool | None = None) -> Iterator[Piece]:
+def weight_mappings(kind: ModelType, config: ModelConfig, bias: bool | None = None) -> Iterator[WeightMapping]:
     """Every weight of a model of this architecture.
 
     Args:
@@ -138,16 +138,17 @@ def pieces(kind: ModelType, config: ModelConfig, bias: bool | None = None) -> It
         return
     bias = config.bias if bias is None else bias
     q, kv, size = config.n_heads * config.head_size, config.kv_heads * config.head_size, config.d_model
-    yield Piece("embedding.weight", ("model.embed_tokens.weight",), (config.vocab_size,))
-    yield Piece("norm.weight", ("model.norm.weight",), (size,))
+    yield WeightMapping("embedding.weight", ("model.embed_tokens.weight",), (config.vocab_size,))
+    yield WeightMapping("norm.weight", ("model.norm.weight",), (size,))
     if not config.tie_embeddings:
-        yield Piece("head.weight", ("lm_head.weight",), (config.vocab_size,))
+        yield WeightMapping("head.weight", ("lm_head.weight",), (config.vocab_size,))
     for i in range(config.n_layers):
         ours, theirs = f"blocks.{i}.", f"model.layers.{i}."
-        yield Piece(f"{ours}attention_norm.weight", (f"{theirs}input_layernorm.weight",), (size,))
-        yield Piece(f"{ours}feed_forward_norm.weight", (f"{theirs}post_attention_layernorm.weight",), (size,))
+        yield WeightMapping(f"{ours}attention_norm.weight", (f"{theirs}input_layernorm.weight",), (size,))
+        yield WeightMapping(f"{ours}feed_forward_norm.weight", (f"{theirs}post_attention_layernorm.weight",), (size,))
         for name in ("q_norm", "k_norm") if config.qk_norm else ():
-            yield Piece(f"{ours}attention.{name}.weight", (f"{theirs}self_attn.{name}.weight",), (config.head_size,))
+            norm = f"attention.{name}.weight"
+            yield WeightMapping(f"{ours}{norm}", (f"{theirs}self_attn.{name}.weight",), (config.head_size,))
         attention, mlp = f"{theirs}self_attn.", f"{theirs}mlp."
         linears = (
             ("attention.qkv_proj", tuple(f"{attention}{x}_proj" for x in "qkv"), (q, kv, kv)),
@@ -157,17 +158,17 @@ def pieces(kind: ModelType, config: ModelConfig, bias: bool | None = None) -> It
         )
         for name, names, rows in linears:
             for part in ("weight", "bias") if bias else ("weight",):
-                yield Piece(
+                yield WeightMapping(
                     f"{ours}{name}.{part}", tuple(f"{each}.{part}" for each in names), rows, optional=part == "bias"
                 )
 
 
-def _gpt2_pieces(config: ModelConfig) -> Iterator[Piece]:
+def _gpt2_pieces(config: ModelConfig) -> Iterator[WeightMapping]:
     size, top = config.d_model, "transformer."
-    yield Piece("embedding.weight", (f"{top}wte.weight",), (config.vocab_size,))
-    yield Piece("positions.weight", (f"{top}wpe.weight",), (config.max_seq_len,))
+    yield WeightMapping("embedding.weight", (f"{top}wte.weight",), (config.vocab_size,))
+    yield WeightMapping("positions.weight", (f"{top}wpe.weight",), (config.max_seq_len,))
     if not config.tie_embeddings:
-        yield Piece("head.weight", ("lm_head.weight",), (config.vocab_size,))
+        yield WeightMapping("head.weight", ("lm_head.weight",), (config.vocab_size,))
     yield from _with_bias("norm", f"{top}ln_f", size, linear=False)
     for i in range(config.n_layers):
         ours, theirs = f"blocks.{i}.", f"{top}h.{i}."
@@ -179,6 +180,6 @@ def _gpt2_pieces(config: ModelConfig) -> Iterator[Piece]:
         yield from _with_bias(f"{ours}feed_forward.down_proj", f"{theirs}mlp.c_proj", size)
 
 
-def _with_bias(ours: str, theirs: str, rows: int, linear: bool = True) -> Iterator[Piece]:
-    yield Piece(f"{ours}.weight", (f"{theirs}.weight",), (rows,), transposed=linear)
-    yield Piece(f"{ours}.bias", (f"{theirs}.bias",), (rows,), optional=True)
+def _with_bias(ours: str, theirs: str, rows: int, linear: bool = True) -> Iterator[WeightMapping]:
+    yield WeightMapping(f"{ours}.weight", (f"{theirs}.weight",), (rows,), transposed=linear)
+    yield WeightMapping(f"{ours}.bias", (f"{theirs}.bias",), (rows,), optional=True)

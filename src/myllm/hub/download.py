@@ -10,7 +10,7 @@ from myllm.errors import UserError
 from myllm.files import out_of_space
 
 from .import_lf_llm import CHECKPOINT
-from .import_transformers import CONFIG, read_settings
+from .import_transformers import CONFIG, read_model_config
 
 SETTINGS = ("*.json",)
 WEIGHTS = ("model.safetensors", "model-*.safetensors", CHECKPOINT)
@@ -25,7 +25,7 @@ def download(repo: str, revision: str | None, say: Callable[[str], None]) -> Pat
     say(f"looking for {repo} on the Hub")
     folder = _fetch(repo, revision, SETTINGS)
     if (folder / CONFIG).is_file():
-        read_settings(folder)
+        read_model_config(folder)
     return _fetch(repo, revision, SETTINGS + WEIGHTS)
 
 

@@ -9,7 +9,7 @@ from myllm.config import ModelConfig
 
 
 @dataclass(frozen=True)
-class Foreign:
+class ExternalModel:
     """A model made elsewhere, in our terms."""
 
     config: ModelConfig

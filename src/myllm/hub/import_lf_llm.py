@@ -18,13 +18,13 @@ from myllm.data.sources.hub_listing import first_line
 from myllm.data.tokenizer.load import Tokenizer
 from myllm.errors import UserError
 
-from .external_model import Foreign
+from .external_model import ExternalModel
 
 CHECKPOINT = "pytorch_model.pth"
 MODULE = "src.params."
 # Numbers and arrays of NumPy, such as a scheduler or random state may hold: of no use here, so they become records too.
 NUMPY = re.compile(r"numpy\.(_?core\.multiarray\.(scalar|_reconstruct)|ndarray|dtype|dtypes\.\w+)")
-SETTINGS = ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")
+HPARAMS = ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")
 WRAPPERS = ("_orig_mod.", "module.")
 """What torch.compile and DDP put in front of names."""
 
@@ -40,7 +40,7 @@ class Record:
             self.__dict__.update(state)
 
 
-def read_reference(file: Path) -> Foreign:
+def read_lf_llm(file: Path) -> ExternalModel:
     """
     Raises:
         UserError: no such checkpoint, or one that would run code.
@@ -62,7 +62,7 @@ def read_reference(file: Path) -> Foreign:
         made |= {name: made[name][:tokens] for name in ("embedding.weight", "head.weight") if name in made}
     elif config.vocab_size < tokens:
         raise UserError(f"{file} has {config.vocab_size:,} tokens; a checkpoint of the reference run has {tokens:,}")
-    return Foreign(config, made, None, tuple(notes))
+    return ExternalModel(config, made, None, tuple(notes))
 
 
 def _weights(file: Path, found: Any) -> dict[str, Tensor]:
@@ -104,7 +104,7 @@ def _load(file: Path) -> dict[str, Any]:
 
 def _model_config(file: Path, settings: Any, weights: dict[str, Tensor]) -> ModelConfig:
     values = settings if isinstance(settings, dict) else getattr(settings, "__dict__", {})
-    if missing := [name for name in SETTINGS if not isinstance(values.get(name), int)]:
+    if missing := [name for name in HPARAMS if not isinstance(values.get(name), int)]:
         raise UserError(f"the hParams of {file} have no {', '.join(missing)}; they have {', '.join(values) or 'none'}")
     up, embedding = weights.get("transformer_blocks.0.ffn.net.0.weight"), weights.get("embd.weight")
     if up is None or embedding is None or up.ndim != 2:

@@ -20,9 +20,9 @@ from myllm.planning.validation import config_errors
 from myllm.runs.run_dir import claimed, move_aside, write_config
 
 from .download import download
-from .external_model import Foreign
-from .import_lf_llm import CHECKPOINT, read_reference
-from .import_transformers import CONFIG, read_folder
+from .external_model import ExternalModel
+from .import_lf_llm import CHECKPOINT, read_lf_llm
+from .import_transformers import CONFIG, read_transformers
 
 
 def import_model(
@@ -45,14 +45,14 @@ def import_model(
     Raises:
         UserError: nothing there, nothing that can be imported, or a run in the way.
     """
-    where = find(source, revision, say)
-    name = name or _plain(source)
+    where = resolve_source(source, revision, say)
+    name = name or _default_name(source)
     run = RunPaths.of(name)
     if any(run.root.glob("checkpoints/step_*")) and not overwrite:
         raise UserError(f"there is a run {name} already; give another --name, or --overwrite to move it aside")
     if wrong := [fault for fault in config_errors(RunConfig(name=name), 1) if fault.startswith("name ")]:
         raise UserError("; ".join(wrong))
-    foreign = read(where)
+    foreign = read_external_model(where)
     config = RunConfig(name=name, model=foreign.config)
     with claimed(run):
         if aside := move_aside(run):
@@ -62,7 +62,7 @@ def import_model(
             write_text(vocabulary, foreign.tokenizer_file.read_bytes().decode("utf-8"))
             config = replace(config, data=replace(config.data, tokenizer=paths.portable(vocabulary)))
         write_config(run, config)
-        write_json(run.imported, {"source": _public(source, revision)})
+        write_json(run.imported, {"source": _source_label(source, revision)})
         state = TrainState(0, 0, DataPosition(0, 0, 0, checkpoint.UNBOUND))
         checkpoint.save(run.checkpoints, state, to_dict(config), foreign.weights, {}, [], 0, foreign.tokenizer_file)
     for note in foreign.notes:
@@ -70,17 +70,17 @@ def import_model(
     return run
 
 
-def is_foreign(where: Path) -> bool:
+def is_external_model(where: Path) -> bool:
     """Whether a file or folder is a model made elsewhere, or an export of ours; not a run, not a checkpoint of ours."""
     if where.is_file():
         return where.suffix in (".pth", ".pt")
-    if _is_ours(where):
+    if _is_own(where):
         return False
     # A run that has saved nothing yet has a config.json too.
     return (where / CHECKPOINT).is_file() or b'"model_type"' in _content(where / CONFIG)
 
 
-def _is_ours(where: Path) -> bool:
+def _is_own(where: Path) -> bool:
     return (where / checkpoint.MANIFEST).is_file() or (where / "checkpoints").is_dir()
 
 
@@ -96,7 +96,7 @@ def is_repository(source: str) -> bool:
     return REPOSITORY.fullmatch(source) is not None
 
 
-def find(source: str, revision: str | None, say: Callable[[str], None]) -> Path:
+def resolve_source(source: str, revision: str | None, say: Callable[[str], None]) -> Path:
     """What a user means: a file or folder here, or one of the Hub, which is then in its cache.
 
     Raises:
@@ -112,26 +112,26 @@ def find(source: str, revision: str | None, say: Callable[[str], None]) -> Path:
     raise UserError(NO_MODEL.format(source))
 
 
-def read(where: Path) -> Foreign:
+def read_external_model(where: Path) -> ExternalModel:
     """A model made elsewhere, its weights in float32 and of exactly the shapes that ours has.
 
     Raises:
         UserError: nothing that can be used here.
     """
-    foreign = _read(where)
+    foreign = _read_any(where)
     if wrong := [fault for fault in config_errors(RunConfig(model=foreign.config), 1) if fault.startswith("model.")]:
         raise UserError(f"the model in {where} cannot be used here:\n" + "\n".join(f"  - {fault}" for fault in wrong))
-    return replace(foreign, weights=_checked(where, foreign))
+    return replace(foreign, weights=_validate_weights(where, foreign))
 
 
-def _read(where: Path) -> Foreign:
+def _read_any(where: Path) -> ExternalModel:
     if where.is_file():
-        return read_reference(where)
-    if (where / CONFIG).is_file() and not _is_ours(where):
-        return read_folder(where)
+        return read_lf_llm(where)
+    if (where / CONFIG).is_file() and not _is_own(where):
+        return read_transformers(where)
     if (where / CHECKPOINT).is_file():
-        return read_reference(where / CHECKPOINT)
-    if _is_ours(where):
+        return read_lf_llm(where / CHECKPOINT)
+    if _is_own(where):
         raise UserError(f"{where} is a run or a checkpoint of this program already: there is nothing to import")
     seen = ", ".join(sorted(path.name for path in where.iterdir())[:8])
     raise UserError(
@@ -140,9 +140,9 @@ def _read(where: Path) -> Foreign:
     )
 
 
-def _checked(where: Path, foreign: Foreign) -> dict[str, Tensor]:
+def _validate_weights(where: Path, foreign: ExternalModel) -> dict[str, Tensor]:
     """The weights in float32, with the vocabulary's padding, of exactly the shapes that the model has."""
-    weights = {name: _padded(name, tensor.float(), foreign.config) for name, tensor in foreign.weights.items()}
+    weights = {name: _pad_vocab(name, tensor.float(), foreign.config) for name, tensor in foreign.weights.items()}
     expected = {name: tuple(tensor.shape) for name, tensor in Transformer(foreign.config).state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     wrong = [
@@ -154,14 +154,14 @@ def _checked(where: Path, foreign: Foreign) -> dict[str, Tensor]:
     return weights
 
 
-def _padded(name: str, weight: Tensor, config: ModelConfig) -> Tensor:
+def _pad_vocab(name: str, weight: Tensor, config: ModelConfig) -> Tensor:
     if name not in ("embedding.weight", "head.weight"):
         return weight.contiguous()
     rows = weight.new_zeros(config.padded_vocab_size - config.vocab_size, weight.shape[1])
     return torch.cat((weight, rows))
 
 
-def _public(source: str, revision: str | None) -> str:
+def _source_label(source: str, revision: str | None) -> str:
     """What cards say of where weights came from: a repository with its revision, but no folders of this disk."""
     found = REPOSITORY.fullmatch(source)
     if found and not user_path(source).exists():
@@ -170,7 +170,7 @@ def _public(source: str, revision: str | None) -> str:
     return user_path(source).absolute().name
 
 
-def _plain(source: str) -> str:
+def _default_name(source: str) -> str:
     """A run's name after a source."""
     found = REPOSITORY.fullmatch(source)
     path = user_path(source)
@@ -178,6 +178,3 @@ def _plain(source: str) -> str:
         path = Path(found[1])
     path = path.absolute() if path.exists() else path
     return (path.parent if path.name == CHECKPOINT else path).name or "imported"
-
-
-__all__ = ["find", "import_model", "is_foreign", "is_repository", "read"]

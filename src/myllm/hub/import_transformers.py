@@ -15,12 +15,12 @@ from myllm.data.tokenizer.load import Tokenizer
 from myllm.errors import UserError
 from myllm.files import read_json
 from myllm.hub.export.tokenizer import TOKENIZER_FILE
-from myllm.hub.export.transformers import MARK, VOCABULARY, is_export
+from myllm.hub.export.transformers import EXPORT_FILE, TOKENIZER_COPY, is_export
 from myllm.hub.export.verify import random_texts
 from myllm.planning.validation import config_errors
 
-from .architectures import CLASSES, pieces
-from .external_model import Foreign
+from .architectures import CLASSES, weight_mappings
+from .external_model import ExternalModel
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -45,28 +45,28 @@ OURS = ("vocab_multiple", "dropout_embedding", "dropout_attention_residual", "dr
 """What config.json cannot say of a model of ours."""
 
 
-def read_folder(folder: Path) -> Foreign:
+def read_transformers(folder: Path) -> ExternalModel:
     """
     Raises:
         UserError: another kind of model, a switch that has no counterpart here, weights that do not fit, no vocabulary.
     """
-    config, file, notes = read_settings(folder)
+    config, file, notes = read_model_config(folder)
     kind = _read_json(folder / CONFIG)["model_type"]
-    return Foreign(config, _convert(folder, kind, config, _read_tensors(folder)), file, tuple(notes))
+    return ExternalModel(config, _convert(folder, kind, config, _read_tensors(folder)), file, tuple(notes))
 
 
-def read_settings(folder: Path) -> tuple[ModelConfig, Path | None, list[str]]:
+def read_model_config(folder: Path) -> tuple[ModelConfig, Path | None, list[str]]:
     """The model, its vocabulary's file (None: the one that ships with the code), and notes for people. It needs no
     weights, which may have yet to be downloaded.
 
     Raises:
-        UserError: as `read_folder`.
+        UserError: as `read_transformers`.
     """
     config = model_config(_read_json(folder / CONFIG), str(folder / CONFIG))
     if wrong := [fault for fault in config_errors(RunConfig(model=config), 1) if fault.startswith("model.")]:
         raise UserError(f"the model in {folder} cannot be used here:\n" + "\n".join(f"  - {x}" for x in wrong))
     if is_export(folder):
-        known = _read_json(folder / MARK).get("model", {})
+        known = _read_json(folder / EXPORT_FILE).get("model", {})
         ours = {name: known[name] for name in OURS if name in known} if isinstance(known, dict) else known
         config = from_dict({"model": ours}, RunConfig(model=config)).model
     file = _vocabulary(folder)
@@ -228,7 +228,7 @@ def _convert(folder: Path, kind: str, config: ModelConfig, tensors: dict[str, Te
     if config.tie_embeddings:
         tensors.pop("lm_head.weight", None)
     made, wrong = {}, []
-    for piece in pieces(kind, config):
+    for piece in weight_mappings(kind, config):
         found = [tensors.pop(name, None) for name in piece.theirs]
         if piece.optional and any(each is None for each in found):  # a bias that some of its linears do not have
             found = [torch.zeros(rows) if each is None else each for each, rows in zip(found, piece.rows, strict=True)]
@@ -253,7 +253,7 @@ def _convert(folder: Path, kind: str, config: ModelConfig, tensors: dict[str, Te
 
 def _vocabulary(folder: Path) -> Path | None:
     """The file to go on with; None where it is the one that ships with the code."""
-    for name in (VOCABULARY, TOKENIZER_FILE):
+    for name in (TOKENIZER_COPY, TOKENIZER_FILE):
         if (folder / name).is_file():
             return None if _is_default(folder / name) else folder / name
     raise UserError(

@@ -58,9 +58,9 @@ class RemoteRepo:
 
 def export_checkpoint(checkpoint: Path, folder: Path) -> None:
     """The folder that is published: `transformers`' format, in the precision of the checkpoint."""
-    from myllm.hub.export.transformers import export_folder
+    from myllm.hub.export.transformers import export_transformers
 
-    export_folder(checkpoint, folder, "float32", say=lambda line: None)
+    export_transformers(checkpoint, folder, "float32", say=lambda line: None)
 
 
 def check_token() -> None:
@@ -85,9 +85,9 @@ def check_export(model: ModelConfig) -> None:
     """
     from myllm.hub.export.verify import require_transformers
 
-    from .architectures import choose
+    from .architectures import select_architecture
 
-    choose(model)
+    select_architecture(model)
     require_transformers()
 
 
@@ -263,11 +263,11 @@ def _check_same_weights(there: RemoteRepo, tag: str, mark: str, hub: HubConfig) 
 
 def add_run_files(folder: Path, run: RunPaths, step: int, hub: HubConfig) -> None:
     """Lay the run's own numbers, the curves and the card beside the weights."""
-    from myllm.hub.export.transformers import MARK
+    from myllm.hub.export.transformers import EXPORT_FILE
     from myllm.runs.report.plots import PLOTS, save_figures  # brings Matplotlib, which training does without
 
     exported = read_json_or_empty(folder / "config.json") | {
-        "tokenizer": read_json_or_empty(folder / MARK).get("tokenizer")
+        "tokenizer": read_json_or_empty(folder / EXPORT_FILE).get("tokenizer")
     }
     about = read_card_data(run, step, str(hub.repo), hub.license, exported)
     curves: list[str] = []

@@ -100,10 +100,10 @@ def _continue(
     windows = [row.prompt[-context:] for row in rows]
     static = max_new_tokens >= COMPILED_FROM and has_triton(device)
     if static:
-        model.compile_steps(mode="reduce-overhead")
+        model.compile_decoding(mode="reduce-overhead")
         windows += [[0]] * (slots_for(len(rows)) - len(rows))  # what fills up the batch is one token that nobody sees
     room = context if static else min(context, max(map(len, windows)) + max_new_tokens)
-    with model.computing():
+    with model.autocast():
         cache = KVCache(model.config, len(windows), room, device, cache_dtype(device), static)
     step = model if static else bare(model)
     logits = read(model, windows, cache)[: len(rows)]
@@ -126,7 +126,7 @@ def _continue(
             return
         if len(kept) < len(rows):
             rows, generators = [rows[index] for index in kept], [generators[index] for index in kept]
-            cache.keep(kept)
+            cache.select_rows(kept)
         logits = _next(step, rows, cache, context)
 
 

@@ -58,7 +58,7 @@ def quantize_int8(model: Transformer) -> None:
         UserError: torchao is not installed.
     """
     check_torchao()
-    model.compute_in(torch.float32)
+    model.set_compute_dtype(torch.float32)
     with _quiet():
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
@@ -76,7 +76,7 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 def weight_type(model: Transformer) -> str:
-    """`float32`, `int8`, or what `Transformer.compute_in` was given."""
+    """`float32`, `int8`, or what `Transformer.set_compute_dtype` was given."""
     dtype = model.compute_dtype or model.embedding.weight.dtype
     return "int8" if model.quantized else str(dtype).removeprefix("torch.")
 

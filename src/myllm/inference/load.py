@@ -45,7 +45,7 @@ def find_model(where: str | Path) -> Origin:
         UserError: nothing there.
     """
     path = user_path(where)
-    if importing.is_foreign(path):
+    if importing.is_external_model(path):
         paths.warn_of_two(str(where), path, paths.runs() / where)
         return Origin(path, Path(), None, RunConfig(), None)
     try:
@@ -53,7 +53,7 @@ def find_model(where: str | Path) -> Origin:
     except UserError:
         if path.exists() or (paths.runs() / where).exists() or not importing.is_repository(str(where)):
             raise
-        folder = importing.find(str(where), None, lambda line: print(line, file=sys.stderr))
+        folder = importing.resolve_source(str(where), None, lambda line: print(line, file=sys.stderr))
         return Origin(folder, Path(), None, RunConfig(), None)
     folder = saved.folder
     return Origin(
@@ -85,7 +85,7 @@ def load_model(
         check_torchao()
     origin = where if isinstance(where, Origin) else find_model(where)
     if origin.saved is None:
-        foreign = importing.read(origin.folder)
+        foreign = importing.read_external_model(origin.folder)
         loaded = _ready(Transformer(foreign.config), foreign.weights, foreign.tokenizer_file, device)
     else:
         saved = origin.saved
@@ -94,7 +94,7 @@ def load_model(
         quantize_int8(loaded.model)
     else:
         on = loaded.model.embedding.weight.device
-        loaded.model.compute_in(compute_dtype(precision or origin.config.train.precision, on))
+        loaded.model.set_compute_dtype(compute_dtype(precision or origin.config.train.precision, on))
     return loaded
 
 

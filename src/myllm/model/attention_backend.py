@@ -27,7 +27,7 @@ from myllm.config import ModelConfig, TrainConfig
 
 FLASH, CUDNN = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION
 EFFICIENT, MATH = SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
-NAMES = {
+BACKEND_NAMES = {
     FLASH: "flash",
     CUDNN: "cuDNN",
     EFFICIENT: "memory-efficient",
@@ -44,30 +44,30 @@ TOLERANCE = 0.02
 
 
 @dataclass(frozen=True)
-class Choice:
+class SelectedBackend:
     """What attention runs on."""
 
     name: str
-    refusals: tuple[str, ...] = ()
+    rejections: tuple[str, ...] = ()
     """Why no better kernel is taken, in torch's words; only for the math path on a GPU."""
 
 
-def fastest(device: torch.device, train: TrainConfig | None = None) -> AbstractContextManager[None]:
+def training_backends(device: torch.device, train: TrainConfig | None = None) -> AbstractContextManager[None]:
     """Around the forward and backward passes of training: torch takes the fastest kernel of the card, or the one that
     the config puts first."""
     train = train or TrainConfig()
     if device.type == "cuda" or (device.type == "cpu" and train.attention != "auto"):
-        return sdpa_kernel(list(order_in_training(device, train)), set_priority=True)
+        return sdpa_kernel(list(backend_priority(device, train)), set_priority=True)
     return nullcontext()
 
 
-def steady(device: torch.device) -> AbstractContextManager[None]:
+def inference_backends(device: torch.device) -> AbstractContextManager[None]:
     """Around evaluations and generation, whose shapes change from batch to batch: cuDNN, which torch itself prefers on
     some cards, plans each shape anew, for a tenth of a second and more."""
     return sdpa_kernel([FLASH, EFFICIENT, MATH], set_priority=True) if device.type == "cuda" else nullcontext()
 
 
-def order_in_training(device: torch.device, train: TrainConfig) -> tuple[SDPBackend, ...]:
+def backend_priority(device: torch.device, train: TrainConfig) -> tuple[SDPBackend, ...]:
     """The kernels that training may run on, the best first."""
     if train.attention == "math":
         return (MATH,)
@@ -85,39 +85,41 @@ def order_in_training(device: torch.device, train: TrainConfig) -> tuple[SDPBack
     return (CUDNN, FLASH, EFFICIENT, MATH) if cudnn_first else (FLASH, CUDNN, EFFICIENT, MATH)
 
 
-def chosen(config: ModelConfig, device: torch.device, dtype: torch.dtype, train: TrainConfig | None = None) -> Choice:
+def selected_backend(
+    config: ModelConfig, device: torch.device, dtype: torch.dtype, train: TrainConfig | None = None
+) -> SelectedBackend:
     """What training's shapes get on a device, by asking torch.
 
     Args:
         dtype: that attention computes in.
     """
     if device.type not in ("cpu", "cuda"):
-        return Choice(f"only {device.type}")  # torch has no choice of kernels there
+        return SelectedBackend(f"only {device.type}")  # torch has no choice of kernels there
     train = train or TrainConfig()
     q, k, v = _inputs(config, device, dtype)
     grouped = config.n_heads != config.kv_heads
-    with fastest(device, train):
+    with training_backends(device, train):
         if device.type == "cpu":
-            return Choice(_chosen_on_cpu(q, k, v, grouped))
+            return SelectedBackend(_chosen_on_cpu(q, k, v, grouped))
         params = SDPAParams(q, k, v, None, 0.0, True, grouped)
         takes = {FLASH: can_use_flash_attention, CUDNN: can_use_cudnn_attention, EFFICIENT: can_use_efficient_attention}
-        order = order_in_training(device, train)
+        order = backend_priority(device, train)
         first = next((backend for backend in order if backend is MATH or takes[backend](params)), MATH)
     newer = _switch("current_flash_attention_impl")()
     if first is MATH:
-        return Choice("math", tuple(_refusals(params, [takes[each] for each in order if each is not MATH])))
-    return Choice(f"flash ({newer})" if first is FLASH and newer else NAMES[first])
+        return SelectedBackend("math", tuple(_refusals(params, [takes[each] for each in order if each is not MATH])))
+    return SelectedBackend(f"flash ({newer})" if first is FLASH and newer else BACKEND_NAMES[first])
 
 
 def _chosen_on_cpu(q: Tensor, k: Tensor, v: Tensor, grouped: bool) -> str:
     # What scaled_dot_product_attention itself asks. There is no public name for it, and only a log line depends on it.
     ask = getattr(torch, "_fused_sdp_choice", None)
     number = ask and ask(q, k, v, None, 0.0, True, enable_gqa=grouped)
-    return next((name for backend, name in NAMES.items() if int(backend) == number), "CPU's")
+    return next((name for backend, name in BACKEND_NAMES.items() if int(backend) == number), "CPU's")
 
 
 @contextmanager
-def newer_flash(config: ModelConfig, device: torch.device) -> Iterator[str | None]:
+def use_newer_flash(config: ModelConfig, device: torch.device) -> Iterator[str | None]:
     """A newer FlashAttention in place of torch's own, if one is installed that suits the card and computes right.
 
     Gives:

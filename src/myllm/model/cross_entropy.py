@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-IGNORED = -1
+IGNORE_INDEX = -1
 """Target of a token that is not predicted."""
 
 # Tokens a chunk. A CPU wants a chunk's logits in its last cache, and no more chunks than that, since each adds to the
@@ -25,10 +25,10 @@ GPU_CHUNK = 4_096
 # By what the logits' gradient is multiplied before the products in float16. Divided by the number of tokens, as in
 # other types, most of it would be below float16's least number, 6e-8, and a scale of the loss comes too late to help;
 # left as it is, a sum over a chunk's tokens could be above its largest, 65,504.
-FLOAT16_SHARE = 1 / 16
+FLOAT16_GRAD_SCALE = 1 / 16
 
 
-def mean_loss(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
     """Mean cross-entropy in nats of all targets, differentiable in `hidden` and `weight`.
 
     Shapes:
@@ -38,7 +38,7 @@ def mean_loss(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) 
 
 
 @torch.no_grad()
-def token_scores(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
+def token_log_probs(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
     """Log-probability of each target, and whether no token was likelier. The head runs only where a target is.
 
     Shapes:
@@ -54,7 +54,7 @@ def token_scores(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: in
 
 
 @torch.no_grad()
-def token_places(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
+def token_ranks(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """As `token_scores`, with each target's place among all tokens and what the likeliest one is given.
 
     Shapes:
@@ -76,7 +76,7 @@ def _asked_log_probs(
     hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Which tokens have a target, (C,), with their log-probabilities, (C, V), in chunks; valid until the next one."""
-    asked = (targets != IGNORED).nonzero().squeeze(1)
+    asked = (targets != IGNORE_INDEX).nonzero().squeeze(1)
     h, w = _in_compute_type(hidden, weight)
     buffer = _logits_buffer(h, w, len(asked))
     for rows in asked.split(_chunk(hidden)):
@@ -98,7 +98,7 @@ class _MeanLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, Tensor, None, None]:
         grad_h, grad_w = ctx.saved_tensors
         if grad_h.dtype is torch.float16:  # only now, with a scaled loss, is there room to divide in
-            scaled = grad_h.float() * (grad_loss * (1 / (FLOAT16_SHARE * ctx.n)))
+            scaled = grad_h.float() * (grad_loss * (1 / (FLOAT16_GRAD_SCALE * ctx.n)))
         else:
             scaled = grad_h * grad_loss
         return scaled.to(ctx.hidden_dtype), grad_w * grad_loss, None, None
@@ -114,7 +114,7 @@ def _loss_and_gradients_in_place(
         in float16 times FLOAT16_SHARE N, and (V, D) in `weight_dtype`
     """
     n, small = targets.shape[0], w.dtype is torch.float16
-    rest = 1 / (FLOAT16_SHARE * n) if small else 1 / n
+    rest = 1 / (FLOAT16_GRAD_SCALE * n) if small else 1 / n
     loss = torch.zeros((), dtype=torch.float32, device=h.device)
     grad_h, grad_w = torch.empty_like(h), torch.zeros_like(w, dtype=weight_dtype)
     buffer = _logits_buffer(h, w, n)
@@ -128,7 +128,7 @@ def _loss_and_gradients_in_place(
         loss -= (behind + probabilities.amax(dim=-1, keepdim=True).log()).sum() / n
         # d loss / d logits = (softmax - onehot) / n, where n can wait until the matrices are small.
         probabilities.scatter_add_(1, wanted, probabilities.new_full(wanted.shape, -1.0))
-        grad = (probabilities.mul_(FLOAT16_SHARE) if small else probabilities).to(w.dtype)
+        grad = (probabilities.mul_(FLOAT16_GRAD_SCALE) if small else probabilities).to(w.dtype)
         _product(grad, w, grad_h[rows])  # (C, D)
         if not small:
             grad_h[rows].div_(n)
@@ -150,7 +150,7 @@ def _loss_and_gradients_compiled(
     """
     n, columns = targets.shape[0], torch.arange(w.shape[0], device=h.device)  # (V,)
     small = w.dtype is torch.float16
-    divisor = 1 / FLOAT16_SHARE if small else n
+    divisor = 1 / FLOAT16_GRAD_SCALE if small else n
     loss = torch.zeros((), dtype=torch.float32, device=h.device)
     grad_h, grad_w = [], torch.zeros_like(w, dtype=weight_dtype)
     for rows in _chunks(h):

@@ -59,7 +59,7 @@ class KVCache:
     def device(self) -> torch.device:
         return self.keys[0].device
 
-    def open(self, new: int) -> slice | Tensor:
+    def start_step(self, new: int) -> slice | Tensor:
         """Make ready for `new` tokens a row and say their positions: a slice where rows are equally long, else (B, 1).
 
         Rows of different lengths take one token at a time; then, and in a static cache's single steps, `mask`,
@@ -112,7 +112,7 @@ class KVCache:
         view.lengths, view.static = self.lengths[index : index + 1], False
         return view
 
-    def keep(self, rows: list[int]) -> None:
+    def select_rows(self, rows: list[int]) -> None:
         """Drop all other rows. The cache is static no longer: another batch size would be compiled anew."""
         self.static = False
         self.keys, self.values = [part[rows] for part in self.keys], [part[rows] for part in self.values]
@@ -121,7 +121,7 @@ class KVCache:
     def clear(self) -> None:
         self.lengths.zero_()
 
-    def fork(self, owners: Tensor, max_tokens: int) -> "KVCache":
+    def expand(self, owners: Tensor, max_tokens: int) -> "KVCache":
         """A cache whose row m begins with what row `owners[m]` of this one holds.
 
         Shapes:

@@ -16,7 +16,7 @@ from myllm.config import ModelConfig
 
 from . import attention_backend as sdpa
 from .attention import Attention
-from .cross_entropy import mean_loss, token_places, token_scores
+from .cross_entropy import linear_cross_entropy, token_log_probs, token_ranks
 from .feed_forward import FeedForward
 from .huge_pages import use_huge_pages
 from .init_weights import initialize
@@ -27,11 +27,11 @@ from .rope import rotary_tables
 
 
 def _in_own_precision(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A method that evaluations and generation call, with products in what `Transformer.compute_in` said."""
+    """A method that evaluations and generation call, with products in what `Transformer.set_compute_dtype` said."""
 
     @wraps(method)
     def computed(model: "Transformer", *arguments: Any, **settings: Any) -> Any:
-        with model.computing():
+        with model.autocast():
             return method(model, *arguments, **settings)
 
     return computed
@@ -63,7 +63,7 @@ class Transformer(nn.Module):
             self.register_buffer("rotary_cos", cos, persistent=False)  # (T, K)
             self.register_buffer("rotary_sin", sin, persistent=False)  # (T, K)
         self._step: Callable[..., Tensor] | None = None
-        self._training_loss: Callable[[Tensor, Tensor, Tensor, int], Tensor] = mean_loss
+        self._training_loss: Callable[[Tensor, Tensor, Tensor, int], Tensor] = linear_cross_entropy
         initialize(self, config, seed)
         use_huge_pages(self)
 
@@ -77,7 +77,7 @@ class Transformer(nn.Module):
         """
         hidden = self.hidden(tokens, cache)  # (B, T, D)
         if targets is not None:
-            loss = self._training_loss if self.training and torch.is_grad_enabled() else mean_loss
+            loss = self._training_loss if self.training and torch.is_grad_enabled() else linear_cross_entropy
             return loss(hidden.flatten(0, 1), self.head_weight, targets.flatten(), self.config.vocab_size)
         return self._logits(hidden)
 
@@ -112,7 +112,7 @@ class Transformer(nn.Module):
             tokens and targets (B, T); returns (B, T) float32 and (B, T) bool
         """
         hidden = self.hidden(tokens).flatten(0, 1)  # (B T, D)
-        log_probs, correct = token_scores(hidden, self.head_weight, targets.flatten(), self.config.vocab_size)
+        log_probs, correct = token_log_probs(hidden, self.head_weight, targets.flatten(), self.config.vocab_size)
         return log_probs.view_as(targets), correct.view_as(targets)
 
     @torch.no_grad()
@@ -131,20 +131,20 @@ class Transformer(nn.Module):
         cache = KVCache(self.config, B, P, tokens.device, cache_dtype(tokens.device))
         if P:
             self.hidden(prefixes, cache)
-        hidden = self.hidden(tokens, cache.fork(owners, P + tokens.shape[1])).flatten(0, 1)  # (M T, D)
-        log_probs, correct = token_scores(hidden, self.head_weight, targets.flatten(), self.config.vocab_size)
+        hidden = self.hidden(tokens, cache.expand(owners, P + tokens.shape[1])).flatten(0, 1)  # (M T, D)
+        log_probs, correct = token_log_probs(hidden, self.head_weight, targets.flatten(), self.config.vocab_size)
         return log_probs.view_as(targets), correct.view_as(targets)
 
     @torch.no_grad()
     @_in_own_precision
-    def assess(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def evaluate(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probability of each target, how many tokens were likelier, and the likeliest one's probability.
 
         Shapes:
             tokens and targets (B, T), targets of -1 are not asked; returns (B, T) float32, int64 and float32
         """
         hidden = self.hidden(tokens).flatten(0, 1)  # (B T, D)
-        parts = token_places(hidden, self.head_weight, targets.flatten(), self.config.vocab_size)
+        parts = token_ranks(hidden, self.head_weight, targets.flatten(), self.config.vocab_size)
         log_probs, places, confidence = (part.view_as(targets) for part in parts)
         return log_probs, places, confidence
 
@@ -155,20 +155,20 @@ class Transformer(nn.Module):
             tokens (B, T); returns (B, T, D)
         """
         new = tokens.shape[1]
-        positions = cache.open(new) if cache is not None else slice(0, new)  # or (B, 1): see KVCache.open
+        positions = cache.start_step(new) if cache is not None else slice(0, new)  # or (B, 1): see KVCache.start_step
         end = cache.end if cache is not None else new
         assert end <= self.config.max_seq_len, f"{end} tokens exceed the context of {self.config.max_seq_len}"
         compiled = self._step is not None and cache is not None and cache.static and new == 1
         if self.training:  # who trains says by which kernels
             x = self._run(tokens, positions, cache)
         else:
-            with sdpa.steady(tokens.device), self.computing():
+            with sdpa.inference_backends(tokens.device), self.autocast():
                 x = self._step_compiled(tokens, positions, cache) if compiled else self._run(tokens, positions, cache)
         if cache is not None:
             cache.advance(new)
         return x
 
-    def compute_in(self, dtype: torch.dtype) -> None:
+    def set_compute_dtype(self, dtype: torch.dtype) -> None:
         """Multiply in `dtype` in evaluations and generation, as training's autocast does, to the bit.
 
         The blocks' matrices are kept in it, so that no step has to round them; the rest stays float32. Not for
@@ -179,14 +179,14 @@ class Transformer(nn.Module):
             if isinstance(module, nn.Linear):
                 module.to(dtype)
 
-    def computing(self) -> AbstractContextManager[None]:
-        """Autocast to the type of `compute_in`; nothing where there is none, or whoever calls has said one."""
+    def autocast(self) -> AbstractContextManager[None]:
+        """Autocast to the type of `set_compute_dtype`; nothing where there is none, or whoever calls has said one."""
         device = self._stored_head.device.type
         if self.compute_dtype is None or torch.is_autocast_enabled(device):
             return nullcontext()
         return torch.autocast(device, self.compute_dtype)
 
-    def compile_steps(self, **options: Any) -> None:
+    def compile_decoding(self, **options: Any) -> None:
         """Compile single tokens behind a static cache, at the first of them; done once.
 
         Args:
@@ -206,7 +206,7 @@ class Transformer(nn.Module):
             cache.static = False
             return self._run(tokens, positions, cache)
 
-    def compile_parts(self, **options: Any) -> None:
+    def compile_blocks(self, **options: Any) -> None:
         """Compile each block and the loss on their own, for training; blocks of one shape share one graph.
 
         Evaluations go through the same blocks uncompiled: their shapes would each be compiled anew.
@@ -214,16 +214,16 @@ class Transformer(nn.Module):
         Args:
             options: of `torch.compile`.
         """
-        self._training_loss = torch.compile(mean_loss, **options)
+        self._training_loss = torch.compile(linear_cross_entropy, **options)
         for block in self.blocks:
             block.compiled = torch.compile(block.run, **options)
 
     @contextmanager
-    def parts_uncompiled(self) -> Iterator[None]:
+    def uncompiled(self) -> Iterator[None]:
         """Training that runs operation by operation, so that hooks see each."""
         loss, compiled = self._training_loss, [block.compiled for block in self.blocks]
         try:
-            self._training_loss = mean_loss
+            self._training_loss = linear_cross_entropy
             for block in self.blocks:
                 block.compiled = None
             yield

@@ -66,7 +66,7 @@ class ScheduledAdamW:
         """AdamW's moments and step counts, by parameter name. Empty before the first step."""
         return {name: dict(self._adamw.state[p]) for name, p in self.parameters.items() if self._adamw.state.get(p)}
 
-    def blank_state(self) -> dict[str, dict[str, Tensor]]:
+    def zero_state(self) -> dict[str, dict[str, Tensor]]:
         """As `state_dict` after a step, but zeros: what a checkpoint is read into."""
         return {
             name: {

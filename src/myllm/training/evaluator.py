@@ -109,7 +109,7 @@ def planned_evals(
 
     def measure_validation(_: int) -> Tensor:
         batches = validation_batches(dataset.val, n_sequences, seq_len, config.train.micro_batch_size, *share)
-        return perplexity.assess_sums(poll.before(model.assess), batches, token_bytes, process.device)
+        return perplexity.assess_sums(poll.before(model.evaluate), batches, token_bytes, process.device)
 
     def measure_samples(step: int) -> Tensor:
         if process.is_main:

@@ -27,7 +27,7 @@ def fast_kernels(
     """
     if config.train.deterministic:
         ranks.repeat_cublas()
-    with float32_products(config, process.device), sdpa.newer_flash(config.model, process.device) as remark:
+    with float32_products(config, process.device), sdpa.use_newer_flash(config.model, process.device) as remark:
         say_kernels(model, config, process, log)
         if remark:
             log(f"attention: {remark}")
@@ -37,7 +37,7 @@ def fast_kernels(
 def say_kernels(model: Transformer, config: RunConfig, process: Process, log: Callable[[str], None]) -> None:
     device = process.device
     dtype = compute_dtype(config.train.precision, device)
-    choice = sdpa.chosen(config.model, device, dtype, config.train)
+    choice = sdpa.selected_backend(config.model, device, dtype, config.train)
     products = in_words(config.train.precision, device)
     if dtype is not torch.float32 and device.type == "cuda":
         products += ", TF32 for what is left in float32" if may_use_tf32(config, device) else ", the rest in float32"
@@ -51,7 +51,7 @@ def say_kernels(model: Transformer, config: RunConfig, process: Process, log: Ca
             "train.precision at auto, which is float16 with a loss scale here"
         )
     if choice.name == "math" and device.type == "cuda" and config.train.attention != "math":
-        why = "".join(f"\n  - {refusal}" for refusal in choice.refusals)
+        why = "".join(f"\n  - {refusal}" for refusal in choice.rejections)
         log(
             "warning: attention runs on torch's math path, which holds all T x T scores and is many times slower than "
             f"a fused kernel. Torch refuses the others for this model{':' if why else ', and does not say why'}{why}"

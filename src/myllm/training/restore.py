@@ -46,7 +46,7 @@ def restore(
         )
     sharded.read_into(saved.folder / checkpoint.WEIGHTS, sharded.plain_names(model.state_dict().items()))
     if sharded.names_in(saved.folder / checkpoint.OPTIMIZER):  # none: imported weights
-        blank = optimizer.blank_state()
+        blank = optimizer.zero_state()
         moments = sharded.plain_names(checkpoint.by_name(blank).items())
         sharded.read_into(saved.folder / checkpoint.OPTIMIZER, moments)
         optimizer.load_state_dict(blank)

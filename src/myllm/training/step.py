@@ -11,7 +11,7 @@ from myllm.data.dataloader import Loader
 from myllm.distributed.collectives import Process
 from myllm.distributed.parallelize import clear_gradients, full, last_of_step
 from myllm.distributed.precision import autocast, repeatable
-from myllm.model import attention_backend as sdpa
+from myllm.model.attention_backend import training_backends
 from myllm.optim.adamw import ScheduledAdamW
 from myllm.planning.batch import BatchPlan
 
@@ -87,7 +87,8 @@ def accumulate_gradients(
     for micro_step in range(batch.grad_accum_steps):
         with phase("data"):
             tokens, targets = loader.next()
-        with last_of_step(runner, micro_step == batch.grad_accum_steps - 1), sdpa.fastest(process.device, config.train):
+        last = micro_step == batch.grad_accum_steps - 1
+        with last_of_step(runner, last), training_backends(process.device, config.train):
             with phase("forward"), autocast(config, process.device):
                 part = runner(tokens, targets) / batch.grad_accum_steps
             with phase("backward"):

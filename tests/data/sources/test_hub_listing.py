@@ -295,7 +295,7 @@ def test_an_address_that_is_none_is_said_at_once(
     monkeypatch.setattr(time, "sleep", pytest.fail)
     for ask in (
         lambda: find_source(f"hub:{REPO}"), lambda: find_source("dolma"), load_examples, check_token,
-        lambda: importing.find("someone/some-model", None, print),
+        lambda: importing.resolve_source("someone/some-model", None, print),
     ):  # fmt: skip
         with pytest.raises(UserError, match=f"HF_ENDPOINT is '{re.escape(endpoint)}', expected a whole address"):
             ask()

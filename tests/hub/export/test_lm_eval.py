@@ -10,7 +10,7 @@ import pytest
 import torch
 from support.made_checkpoints import KINDS, Save
 
-from myllm.hub.export.transformers import export_folder
+from myllm.hub.export.transformers import export_transformers
 from myllm.inference.load import LanguageModel, load_model
 
 TASK = """
@@ -43,7 +43,7 @@ def our_choice(pair: LanguageModel, question: str, choices: list[str]) -> tuple[
 @pytest.mark.slow
 def test_the_same_accuracy(save: Save, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
-    folder = export_folder(save(KINDS["qwen3"]), tmp_path / "out", say=lambda _: None).folder
+    folder = export_transformers(save(KINDS["qwen3"]), tmp_path / "out", say=lambda _: None).folder
     (tmp_path / "questions.jsonl").write_text("".join(json.dumps(each) + "\n" for each in QUESTIONS))
     (tmp_path / "rivers.yaml").write_text(TASK.format(file=tmp_path / "questions.jsonl"))
     done = subprocess.run(

@@ -19,7 +19,7 @@ from myllm.errors import UserError
 from myllm.hub.export import onnx as to_onnx
 from myllm.hub.export.gguf import export_gguf
 from myllm.hub.export.onnx import export_onnx
-from myllm.hub.export.transformers import open_source
+from myllm.hub.export.transformers import load_export_source
 from myllm.inference.load import load_model
 
 ONE_LAYER = replace(SMALL, n_layers=1)
@@ -41,7 +41,7 @@ def our_logits(asked: torch.Tensor) -> np.ndarray:
 def test_onnx(kind: str, save: Save, tmp_path: Path) -> None:
     config = KINDS.get(kind) or replace(SMALL, activation="relu2", qk_norm=True, bias=True, n_kv_heads=1)
     config = replace(config, n_layers=1)
-    assert export_onnx(open_source(save(config)), tmp_path / "m.onnx") < 1e-4
+    assert export_onnx(load_export_source(save(config)), tmp_path / "m.onnx") < 1e-4
     session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
     for shape in ((1, 1), (3, 7), (2, 48)):
         (theirs,) = session.run(["logits"], {"tokens": tokens(*shape).numpy()})
@@ -53,7 +53,7 @@ def test_onnx(kind: str, save: Save, tmp_path: Path) -> None:
 def test_onnx_with_weights_beside(save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As for models that one file cannot hold."""
     monkeypatch.setattr(to_onnx, "_large", lambda _: True)
-    export_onnx(open_source(save(ONE_LAYER)), tmp_path / "m.onnx")
+    export_onnx(load_export_source(save(ONE_LAYER)), tmp_path / "m.onnx")
     assert sorted(path.name for path in tmp_path.glob("*onnx*")) == ["m.onnx", "m.onnx.data"]
     session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
     (theirs,) = session.run(None, {"tokens": tokens(1, 5).numpy()})
@@ -70,7 +70,7 @@ def test_onnx_that_gives_other_logits(save: Save, tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(to_onnx, "_write", wrong)
     with pytest.raises(UserError, match="onnxruntime gives other logits"):
-        export_onnx(open_source(save(ONE_LAYER)), tmp_path / "m.onnx")
+        export_onnx(load_export_source(save(ONE_LAYER)), tmp_path / "m.onnx")
     assert not list(tmp_path.glob("*onnx*"))
 
 
@@ -84,7 +84,7 @@ def test_gguf(kind: str, save: Save, tmp_path: Path) -> None:
     seen = {"llama": {"bias": False}, "qwen3": {"head_dim": 128}, "gpt2": {"max_seq_len": 1_024, "d_ff": 96}}
     vocabulary = {"vocab_size": 50_257} if kind == "qwen3" else {}
     config = replace(KINDS[kind], **seen.get(kind, {}), **vocabulary)
-    export_gguf(open_source(save(config)), tmp_path / "m.gguf")
+    export_gguf(load_export_source(save(config)), tmp_path / "m.gguf")
     peer = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32)
     theirs = peer.eval()(tokens(2, 48)).logits.numpy()
     assert np.abs(theirs - our_logits(tokens(2, 48))).max() < 1e-4
@@ -95,7 +95,7 @@ def test_gguf(kind: str, save: Save, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("dtype", "name"), [("bfloat16", "BF16"), ("float16", "F16")])
 def test_gguf_types_and_biases(dtype: str, name: str, save: Save, tmp_path: Path) -> None:
-    source = open_source(save(KINDS["llama"]))
+    source = load_export_source(save(KINDS["llama"]))
     count = export_gguf(source, tmp_path / "m.gguf", dtype)
     reader = gguf.GGUFReader(tmp_path / "m.gguf")
     assert len(reader.tensors) == count
@@ -116,7 +116,7 @@ def test_gguf_types_and_biases(dtype: str, name: str, save: Save, tmp_path: Path
 
 def test_gguf_of_one_s_own_vocabulary(save: Save, corpus: Path, tmp_path: Path) -> None:
     file = train_tokenizer((path.read_text() for path in corpus.iterdir()), 400, tmp_path / "v.json", progress=False)
-    source = open_source(save(SMALL, file))
+    source = load_export_source(save(SMALL, file))
     export_gguf(source, tmp_path / "m.gguf")
     text = "the river  ran\n under"
     theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")(text, add_special_tokens=False).input_ids
@@ -144,4 +144,4 @@ def test_the_command(save: Save, tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_without_the_extra(package: str, call, save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UserError, match=f"needs {package}, which is not installed: pip install"):
-        call(open_source(save(SMALL)), tmp_path / "file")
+        call(load_export_source(save(SMALL)), tmp_path / "file")

@@ -29,7 +29,7 @@ from myllm.errors import UserError
 from myllm.hub import architectures
 from myllm.hub.export import verify as parity
 from myllm.hub.export.tokenizer import tokenizer_files
-from myllm.hub.export.transformers import export_folder
+from myllm.hub.export.transformers import export_transformers
 from myllm.inference.completion import generate
 from myllm.inference.load import load_model
 
@@ -73,7 +73,7 @@ def test_a_stranger_gets_the_same_greedy_text(save: Save, tmp_path: Path, capsys
 @pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-5), ("bfloat16", 0.3), ("float16", 0.03)])
 @torch.no_grad()
 def test_logits_and_types(dtype: str, bound: float, save: Save, tmp_path: Path) -> None:
-    made = export_folder(save(KINDS["llama"]), tmp_path / "out", dtype, say=quietly)
+    made = export_transformers(save(KINDS["llama"]), tmp_path / "out", dtype, say=quietly)
     peer = AutoModelForCausalLM.from_pretrained(made.folder)
     assert peer.dtype == getattr(torch, dtype)
     assert peer.config.vocab_size == peer.get_input_embeddings().weight.shape[0] == 400
@@ -88,7 +88,7 @@ def test_logits_and_types(dtype: str, bound: float, save: Save, tmp_path: Path) 
 
 
 def test_the_files(save: Save, tmp_path: Path) -> None:
-    folder = export_folder(save(replace(KINDS["qwen3"], vocab_size=50_257)), tmp_path / "out", say=quietly).folder
+    folder = export_transformers(save(replace(KINDS["qwen3"], vocab_size=50_257)), tmp_path / "out", say=quietly).folder
     assert {path.name for path in folder.iterdir()} == {
         "README.md", "config.json", "generation_config.json", "model.safetensors", "myllm.json",
         "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json",
@@ -103,7 +103,7 @@ def test_the_files(save: Save, tmp_path: Path) -> None:
 
 
 def test_large_models_come_in_shards(save: Save, tmp_path: Path) -> None:
-    folder = export_folder(save(KINDS["gpt2"]), tmp_path / "out", say=quietly, max_shard_size="20KB").folder
+    folder = export_transformers(save(KINDS["gpt2"]), tmp_path / "out", say=quietly, max_shard_size="20KB").folder
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     files = set(index["weight_map"].values())
     assert len(files) > 1
@@ -177,7 +177,7 @@ def test_a_vocabulary_of_one_s_own(save: Save, corpus: Path, tmp_path: Path) -> 
     spec = json.loads(file.read_text())
     spec["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
     file.write_text(json.dumps(spec))
-    folder = export_folder(
+    folder = export_transformers(
         save(replace(R50K, vocab_size=400, vocab_multiple=64), file), tmp_path / "out", say=quietly
     ).folder
     made, ours = AutoTokenizer.from_pretrained(folder), Tokenizer(file)
@@ -214,21 +214,21 @@ def test_every_switch_has_an_answer() -> None:
 )
 def test_switches_without_a_counterpart_are_named(changes: dict, words: list[str], save: Save, tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
-        export_folder(save(replace(R50K, **changes)), tmp_path / "out", say=quietly)
+        export_transformers(save(replace(R50K, **changes)), tmp_path / "out", say=quietly)
     for word in words:
         assert word in str(caught.value)
     assert list(tmp_path.glob("*out*")) == []
 
 
 def test_other_logits_are_no_export(save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = architectures.settings
+    right = architectures.transformers_config
 
     def wrong(*arguments: object) -> dict:
         return right(*arguments) | {"rms_norm_eps": 1e-2}
 
-    monkeypatch.setattr("myllm.hub.export.transformers.settings", wrong)
+    monkeypatch.setattr("myllm.hub.export.transformers.transformers_config", wrong)
     with pytest.raises(UserError, match="transformers gives other logits than this model"):
-        export_folder(save(SMALL), tmp_path / "out", say=quietly)
+        export_transformers(save(SMALL), tmp_path / "out", say=quietly)
     assert list(tmp_path.glob("*out*")) == []
 
 
@@ -242,37 +242,37 @@ def test_other_ids_are_no_export(save: Save, tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr("myllm.hub.export.transformers.tokenizer_files", wrong)
     with pytest.raises(UserError, match="gives other ids than r50k_base"):
-        export_folder(save(R50K), tmp_path / "out", say=quietly)
+        export_transformers(save(R50K), tmp_path / "out", say=quietly)
 
 
 def test_without_transformers(save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(UserError, match="pip install transformers"):
-        export_folder(save(SMALL), tmp_path / "out", say=quietly)
+        export_transformers(save(SMALL), tmp_path / "out", say=quietly)
     assert not (tmp_path / "out").exists()
 
 
 def test_what_is_in_the_way(save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "myllm.hub.export.transformers.check", lambda *_: parity.Parity(0, 0, 1, 0)
+        "myllm.hub.export.transformers.verify", lambda *_: parity.Parity(0, 0, 1, 0)
     )  # of no interest here
     folder, out = save(SMALL), tmp_path / "out"
     out.mkdir()
-    export_folder(folder, out, say=quietly)  # empty
+    export_transformers(folder, out, say=quietly)  # empty
     (out / "extra").touch()
-    export_folder(folder, out, say=quietly)  # an export of ours
+    export_transformers(folder, out, say=quietly)  # an export of ours
     assert not (out / "extra").exists()
     (kept,) = tmp_path.glob("out.kept-*")  # no part of the export, so not deleted with it
     assert [path.name for path in kept.iterdir()] == ["extra"]
     (out / "myllm.json").unlink()
     with pytest.raises(UserError, match="is no export of this program"):
-        export_folder(folder, out, say=quietly)
-    export_folder(folder, out, overwrite=True, say=quietly)
+        export_transformers(folder, out, say=quietly)
+    export_transformers(folder, out, overwrite=True, say=quietly)
     assert (out / "myllm.json").exists()
     (aside,) = tmp_path.glob("out.before-*")
     assert (aside / "config.json").exists()
     with pytest.raises(UserError, match="is a file"):
-        export_folder(folder, out / "config.json", say=quietly)
+        export_transformers(folder, out / "config.json", say=quietly)
 
 
 @pytest.mark.parametrize("there", [False, True])
@@ -281,9 +281,9 @@ def test_a_kill_leaves_nothing_unfinished_under_the_name(
 ) -> None:
     """A real one, when all is written but nothing compared; then when the older export makes room."""
     folder, out = save(SMALL), tmp_path / "out"
-    monkeypatch.setattr("myllm.hub.export.transformers.check", lambda *_: parity.Parity(0, 0, 1, 0))
+    monkeypatch.setattr("myllm.hub.export.transformers.verify", lambda *_: parity.Parity(0, 0, 1, 0))
     if there:
-        export_folder(folder, out, say=quietly)
+        export_transformers(folder, out, say=quietly)
         (out / "older").touch()
 
     def die(where: Path, *_: object, **__: object) -> None:
@@ -293,15 +293,15 @@ def test_a_kill_leaves_nothing_unfinished_under_the_name(
     if (child := os.fork()) == 0:
         try:
             monkeypatch.setattr(
-                "myllm.hub.export.transformers.shutil.rmtree" if there else "myllm.hub.export.transformers.check", die
+                "myllm.hub.export.transformers.shutil.rmtree" if there else "myllm.hub.export.transformers.verify", die
             )
-            export_folder(folder, out, say=quietly)
+            export_transformers(folder, out, say=quietly)
         finally:  # never back into pytest
             os._exit(0)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
     assert len(list(tmp_path.glob(".out.*"))) == 1
     assert not out.exists() or (out / "older").exists() or (out / "model.safetensors").exists()
-    export_folder(folder, out, say=quietly)
+    export_transformers(folder, out, say=quietly)
     assert not (out / "older").exists()
     assert not list(tmp_path.glob(".out.*"))
 
@@ -330,9 +330,9 @@ def test_a_disk_that_is_full_or_not_there(
 def test_damaged_and_missing_checkpoints(save: Save, tmp_path: Path) -> None:
     folder = save(SMALL)
     with pytest.raises(UserError, match="dtype is 'int8'"):
-        export_folder(folder, tmp_path / "out", "int8")
+        export_transformers(folder, tmp_path / "out", "int8")
     (folder / "weights/__0_0.distcp").write_bytes(b"no")
     with pytest.raises(UserError, match="is not an intact checkpoint"):
-        export_folder(folder, tmp_path / "out", say=quietly)
+        export_transformers(folder, tmp_path / "out", say=quietly)
     with pytest.raises(SystemExit):
         myllm(["export", "nothing", "--to", str(tmp_path / "out")])

@@ -15,20 +15,20 @@ from torch import Tensor
 
 from myllm.config import ModelConfig
 from myllm.errors import UserError
-from myllm.hub.architectures import ModelType, choose
+from myllm.hub.architectures import ModelType, select_architecture
 from myllm.paths import user_path
 
-from .target import unfinished
+from .target import atomic_dir
 from .tokenizer import fast_tokenizer
-from .transformers import Source
-from .weights import convert
+from .transformers import ExportSource
+from .weights import to_transformers
 
 ARCHITECTURES = {"llama": "LLAMA", "qwen3": "QWEN3", "gpt2": "GPT2"}
 TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 FILE_TYPES = {"float32": "ALL_F32", "float16": "MOSTLY_F16", "bfloat16": "MOSTLY_BF16"}
 
 
-def export_gguf(source: Source, to: Path, dtype: str = "float32") -> int:
+def export_gguf(source: ExportSource, to: Path, dtype: str = "float32") -> int:
     """Write the file, read it back, compare it tensor by tensor, and only then give it its name.
 
     Vectors and learned positions stay in float32, as llama.cpp has them.
@@ -41,9 +41,9 @@ def export_gguf(source: Source, to: Path, dtype: str = "float32") -> int:
     """
     gguf = _require()
     config, to = source.config.model, user_path(to).absolute()
-    kind = choose(config)
+    kind = select_architecture(config)
     tensors = dict(_tensors(gguf, kind, config, source.weights))
-    with unfinished(to) as folder:
+    with atomic_dir(to) as folder:
         work = folder / to.name
         writer = gguf.GGUFWriter(work, ARCHITECTURES[kind].lower())
         writer.add_name(source.config.name)
@@ -68,20 +68,20 @@ def _tensors(
     gguf: Any, kind: ModelType, config: ModelConfig, weights: dict[str, Tensor]
 ) -> Iterator[tuple[str, np.ndarray]]:
     names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, ARCHITECTURES[kind]), config.n_layers)
-    for theirs, tensor in convert(kind, config, weights).items():
+    for theirs, tensor in to_transformers(kind, config, weights).items():
         name = names.get_name(theirs, try_suffixes=(".weight", ".bias"))
         assert name, theirs
         array = tensor.float().numpy()
         if kind == "gpt2" and ".h." in theirs and array.ndim == 2:
             array = array.T  # outputs as rows, unlike Conv1D
         if kind == "llama" and "self_attn.q_proj" in theirs:
-            array = neighbours(array, config.n_heads)
+            array = interleave_rotary_rows(array, config.n_heads)
         if kind == "llama" and "self_attn.k_proj" in theirs:
-            array = neighbours(array, config.kv_heads)
+            array = interleave_rotary_rows(array, config.kv_heads)
         yield name, np.ascontiguousarray(array)
 
 
-def neighbours(rows: np.ndarray, heads: int) -> np.ndarray:
+def interleave_rotary_rows(rows: np.ndarray, heads: int) -> np.ndarray:
     """Rows of queries or keys, head by head, so that dimensions that turn together stand side by side.
 
     A Llama in GGUF pairs dimension 2i with 2i + 1 where we pair i with i + K/2.
@@ -116,7 +116,7 @@ def _add_settings(writer: Any, kind: ModelType, config: ModelConfig) -> None:
     writer.add_rope_freq_base(config.rope_theta)
 
 
-def _add_vocabulary(gguf: Any, writer: Any, source: Source) -> None:
+def _add_vocabulary(gguf: Any, writer: Any, source: ExportSource) -> None:
     """
     Raises:
         UserError: not a byte-level vocabulary that cuts words as GPT-2's does.

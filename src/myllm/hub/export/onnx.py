@@ -14,14 +14,14 @@ import torch
 from myllm.errors import UserError
 from myllm.paths import user_path
 
-from .target import unfinished
-from .transformers import Source
-from .verify import TOLERANCE, samples
+from .target import atomic_dir
+from .transformers import ExportSource
+from .verify import TOLERANCE, sample_inputs
 
 OPSET = 20
 
 
-def export_onnx(source: Source, to: Path) -> float:
+def export_onnx(source: ExportSource, to: Path) -> float:
     """Write the file, run it with onnxruntime, and only then give it its name.
 
     In float32; batch and sequence may have any length up to the context. Weights beyond 2 GB go to a file beside it,
@@ -35,12 +35,12 @@ def export_onnx(source: Source, to: Path) -> float:
     """
     onnxruntime = _require()
     to = user_path(to).absolute()
-    with unfinished(to) as work:
+    with atomic_dir(to) as work:
         model = source.model()
         _write(model, work / to.name)
         difference, largest = 0.0, 0.0
         session = onnxruntime.InferenceSession(work / to.name, providers=["CPUExecutionProvider"])
-        for tokens in (*samples(model, source.tokenizer), torch.tensor([[source.tokenizer.end_of_text]])):
+        for tokens in (*sample_inputs(model, source.tokenizer), torch.tensor([[source.tokenizer.end_of_text]])):
             with torch.no_grad():
                 ours = model(tokens).numpy()
             (theirs,) = session.run(None, {"tokens": tokens.numpy()})

@@ -9,7 +9,7 @@ from myllm.files import fsync_folder, out_of_space, own_folder
 
 
 @contextmanager
-def unfinished(to: Path) -> Iterator[Path]:
+def atomic_dir(to: Path) -> Iterator[Path]:
     """A folder beside `to` to write in, for this process alone; gone at the end with what is left in it, after a kill
     at the next try.
 

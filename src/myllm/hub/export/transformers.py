@@ -22,31 +22,31 @@ from myllm.data.sources.catalog import source_of
 from myllm.data.tokenizer.load import Tokenizer
 from myllm.errors import UserError
 from myllm.files import TEMPORARY, fsync_folder, read_json, write_json, write_text
-from myllm.hub.architectures import CLASSES, choose, settings
+from myllm.hub.architectures import CLASSES, select_architecture, transformers_config
 from myllm.model.transformer import Transformer
 from myllm.paths import RunPaths, user_path
 from myllm.planning.flops import n_parameters
 from myllm.runs.history import get_text, read_json_or_empty
 
 from .card import folder_card
-from .target import unfinished
+from .target import atomic_dir
 from .tokenizer import tokenizer_files
-from .verify import Parity, check, require_transformers, samples
-from .weights import DTYPES, convert, rounded
+from .verify import Parity, require_transformers, sample_inputs, verify
+from .weights import DTYPES, cast_weights, to_transformers
 
 FORMAT = "myllm-export-1"
-MARK = "myllm.json"
+EXPORT_FILE = "myllm.json"
 """Says that a folder is an export of ours, and of what."""
 WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 """The files of weights; how many there are depends on their size."""
-VOCABULARY = "myllm_tokenizer.json"
+TOKENIZER_COPY = "myllm_tokenizer.json"
 """The vocabulary of one's own as training had it, byte for byte: data sets are bound to its hash."""
 SHARD_SIZE = "5GB"
 REPLACED = ".replaced"
 
 
 @dataclass(frozen=True)
-class Exported:
+class ExportResult:
     """A finished export."""
 
     folder: Path
@@ -57,7 +57,7 @@ class Exported:
 
 
 @dataclass(frozen=True)
-class Source:
+class ExportSource:
     """A checkpoint, ready to be written in other formats."""
 
     config: RunConfig
@@ -74,11 +74,11 @@ class Source:
     def model(self, dtype: str = "float32") -> Transformer:
         """On the CPU, in float32, with weights rounded to another type."""
         model = Transformer(self.config.model).eval()
-        model.load_state_dict(rounded(self.weights, dtype))
+        model.load_state_dict(cast_weights(self.weights, dtype))
         return model
 
 
-def open_source(where: Path | Checkpoint) -> Source:
+def load_export_source(where: Path | Checkpoint) -> ExportSource:
     """A checkpoint, by its folder or open already, as a source of exports.
 
     Raises:
@@ -88,7 +88,7 @@ def open_source(where: Path | Checkpoint) -> Source:
     folder = saved.folder
     config = saved_config(saved.config, folder / "config.json")
     run = RunPaths(folder.parent.parent)
-    source = Source(
+    source = ExportSource(
         config,
         saved.state.step,
         saved.state.tokens_seen,
@@ -105,8 +105,8 @@ def open_source(where: Path | Checkpoint) -> Source:
     return source
 
 
-def export_folder(
-    source: Path | Source,
+def export_transformers(
+    source: Path | ExportSource,
     to: Path,
     dtype: str = "float32",
     *,
@@ -114,7 +114,7 @@ def export_folder(
     facts: dict[str, Any] | None = None,
     say: Callable[[str], None] = print,
     max_shard_size: int | str = SHARD_SIZE,
-) -> Exported:
+) -> ExportResult:
     """Write the folder, check it with transformers, and only then give it its name.
 
     Args:
@@ -135,18 +135,18 @@ def export_folder(
     to = user_path(to).absolute()
     check_target(to, overwrite)
     require_transformers()  # before minutes of work
-    source = open_source(source) if isinstance(source, Path) else source
-    kind = choose(source.config.model)
-    with unfinished(to) as work:
+    source = load_export_source(source) if isinstance(source, Path) else source
+    kind = select_architecture(source.config.model)
+    with atomic_dir(to) as work:
         say(f"writing {CLASSES[kind]} in {dtype}")
         _write(work, source, dtype, facts or {}, max_shard_size)
         say("comparing with transformers")
         model = source.model(dtype)
-        parity = check(work, model, source.tokenizer)
+        parity = verify(work, model, source.tokenizer)
         rounding = _rounding(source, model) if dtype != "float32" else 0.0
         fsync_folder(work)
         _take_the_name(work, to, say)
-    return Exported(to, CLASSES[kind], parity, rounding)
+    return ExportResult(to, CLASSES[kind], parity, rounding)
 
 
 def check_target(to: Path, overwrite: bool) -> None:
@@ -168,7 +168,7 @@ def check_target(to: Path, overwrite: bool) -> None:
 def is_export(folder: Path) -> bool:
     """Whether this program made the folder."""
     try:
-        return read_json(folder / MARK).get("format") == FORMAT
+        return read_json(folder / EXPORT_FILE).get("format") == FORMAT
     except (OSError, UserError):
         return False
 
@@ -191,7 +191,7 @@ def _take_the_name(work: Path, to: Path, say: Callable[[str], None]) -> None:
 
 def _keep_others_files(work: Path, to: Path, say: Callable[[str], None]) -> None:
     """Move what somebody put into an earlier export out of it: that is replaced, and then deleted."""
-    known = {path.name for path in work.iterdir()} | {VOCABULARY}
+    known = {path.name for path in work.iterdir()} | {TOKENIZER_COPY}
     others = [path for path in to.iterdir() if path.name not in known and not WEIGHTS.fullmatch(path.name)]
     if not others:
         return
@@ -202,19 +202,19 @@ def _keep_others_files(work: Path, to: Path, say: Callable[[str], None]) -> None
     say(f"{len(others)} of the files in {to} were no part of the export; they are in {kept} now")
 
 
-def _write(folder: Path, source: Source, dtype: str, facts: dict[str, Any], max_shard_size: int | str) -> None:
+def _write(folder: Path, source: ExportSource, dtype: str, facts: dict[str, Any], max_shard_size: int | str) -> None:
     config, tokenizer = source.config.model, source.tokenizer
-    kind, end = choose(config), tokenizer.end_of_text
-    weights = convert(kind, config, rounded(source.weights, dtype))
+    kind, end = select_architecture(config), tokenizer.end_of_text
+    weights = to_transformers(kind, config, cast_weights(source.weights, dtype))
     save_torch_state_dict(weights, folder, max_shard_size=max_shard_size, metadata={"format": "pt"})
-    write_json(folder / "config.json", settings(config, end, dtype))
+    write_json(folder / "config.json", transformers_config(config, end, dtype))
     for file in folder.glob("*.safetensors"):  # written for its owner's eyes alone
         file.chmod((folder / "config.json").stat().st_mode)
     write_json(folder / "generation_config.json", {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end})
     for name, content in tokenizer_files(tokenizer, config.max_seq_len).items():
         write_text(folder / name, content)
     if not tokenizer.is_default:
-        write_text(folder / VOCABULARY, tokenizer.file.read_bytes().decode("utf-8"))
+        write_text(folder / TOKENIZER_COPY, tokenizer.file.read_bytes().decode("utf-8"))
     facts = {
         "name": source.config.name,
         "step": source.step,
@@ -227,11 +227,11 @@ def _write(folder: Path, source: Source, dtype: str, facts: dict[str, Any], max_
         "source": source_of(source.config.data.source, source.config.data.dataset, source.recorded_source),
     } | facts
     mark = {key: facts[key] for key in ("name", "step", "tokens_seen")} | {"model": asdict(config)}
-    write_json(folder / MARK, {"format": FORMAT} | mark | {"tokenizer": tokenizer.describe()})
+    write_json(folder / EXPORT_FILE, {"format": FORMAT} | mark | {"tokenizer": tokenizer.describe()})
     write_text(folder / "README.md", folder_card(source.config, facts))
 
 
 @torch.no_grad()
-def _rounding(source: Source, model: Transformer) -> float:
-    tokens = samples(model, source.tokenizer)[1]
+def _rounding(source: ExportSource, model: Transformer) -> float:
+    tokens = sample_inputs(model, source.tokenizer)[1]
     return float((source.model()(tokens) - model(tokens)).abs().max())

@@ -56,7 +56,7 @@ def require_transformers() -> Any:
 
 
 @torch.no_grad()
-def check(folder: Path, model: Transformer, tokenizer: Tokenizer) -> Parity:
+def verify(folder: Path, model: Transformer, tokenizer: Tokenizer) -> Parity:
     """Load the folder as a stranger would and compare.
 
     Args:
@@ -75,7 +75,7 @@ def check(folder: Path, model: Transformer, tokenizer: Tokenizer) -> Parity:
     if odd := {kind: sorted(names) for kind, names in notes.items() if names}:
         raise UserError(f"transformers finds other weights than were written: {odd}")
     differences, largest = [], 0.0
-    for tokens in samples(model, tokenizer):
+    for tokens in sample_inputs(model, tokenizer):
         ours, theirs = model(tokens), peer.eval()(tokens).logits
         _check_same_size(ours, theirs)
         differences.append(float((ours - theirs).abs().max()))
@@ -94,7 +94,7 @@ def _check_same_size(ours: Tensor, theirs: Tensor) -> None:
         raise UserError(f"transformers gives logits of the shape {tuple(theirs.shape)}, not {tuple(ours.shape)}")
 
 
-def samples(model: Transformer, tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
+def sample_inputs(model: Transformer, tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
     """Random tokens and the start of a document, as far into the context as time allows."""
     config = model.config
     generator = torch.Generator().manual_seed(0)

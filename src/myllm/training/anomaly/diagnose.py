@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from myllm.model.cross_entropy import token_scores
+from myllm.model.cross_entropy import token_log_probs
 from myllm.model.transformer import Transformer
 
 
@@ -75,7 +75,7 @@ def diagnose(
     model.train()
     model.zero_grad(set_to_none=True)
     losses, loss = [], 0.0
-    with model.parts_uncompiled(), _watched(model) as seen:
+    with model.uncompiled(), _watched(model) as seen:
         for tokens, targets in batches:
             with autocast():
                 part = model(tokens, targets) / n_batches
@@ -102,7 +102,7 @@ def _sample_losses(model: Transformer, hidden: Tensor, targets: Tensor) -> Tenso
     Shapes:
         hidden (B, T, D); targets (B, T); returns (B,)
     """
-    scores, _ = token_scores(
+    scores, _ = token_log_probs(
         hidden.detach().flatten(0, 1), model.head_weight, targets.flatten(), model.config.vocab_size
     )
     return -scores.view_as(targets).mean(dim=1)

@@ -130,7 +130,7 @@ def _diagnose_share(bad: LeftOut, sequences: np.ndarray, scene: StepContext) -> 
     batches = (
         tuple(part.to(device) for part in batch_of(scene.dataset.train, share, batch.seq_len)) for share in shares
     )
-    with sdpa.fastest(device, scene.config.train), repeatable(scene.config.train.deterministic):
+    with sdpa.training_backends(device, scene.config.train), repeatable(scene.config.train.deterministic):
         return diagnose(scene.whole, batches, len(shares), partial(autocast, scene.config, device))
 
 
