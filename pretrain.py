@@ -29,14 +29,14 @@ def main() -> None:
 
     set_for_libraries()
     open_output(keep_going=True)
-    with launch.clear_errors():
-        wanted = launch.parse(sys.argv[1:])
+    with launch.exit_on_error():
+        wanted = launch.parse_args(sys.argv[1:])
         if wanted.config.hub.repo and not wanted.prepare_only:
             check_publishing(wanted.config)
         if wanted.dry_run:
             from myllm.data.prepare.background import check_named
 
-            print(launch.describe(wanted))
+            print(launch.describe_plan(wanted))
             check_named(wanted.config.data)  # the plan is of use where the text is not, but this run could not start
         else:
             prepare_and_train(wanted.config, wanted.prepare_only, wanted.profile, wanted.own_text)
@@ -84,9 +84,9 @@ def prepare_and_train(config: "RunConfig", prepare_only: bool, profile: bool = F
     from myllm.runs.heartbeat import starting
     from myllm.runs.run_dir import what_next
     from myllm.training.loop import train
-    from myllm.training.stop_signals import unfinished_when_time_is_up
+    from myllm.training.stop_signals import exit_unfinished_on_time_signals
 
-    unfinished_when_time_is_up()
+    exit_unfinished_on_time_signals()
     distributed.training_device(config.train.device)  # one that is not there is to be known before the hours ahead
     is_main, epochs = ranks.rank() == 0, config.train.epochs
 

@@ -16,7 +16,7 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # runs from a bare checkout too
 
-from myllm.cli.launch import AskedRun, clear_errors, parse_as
+from myllm.cli.launch import RunArgs, exit_on_error, parse_run_args
 from myllm.config import RunConfig
 from myllm.distributed import launcher as ranks
 from myllm.errors import UserError
@@ -42,7 +42,7 @@ options:
 
 
 @dataclass(frozen=True)
-class Asked(AskedRun):
+class Asked(RunArgs):
     """What the command line asks."""
 
     turns: int = 7
@@ -78,8 +78,8 @@ def settled(asked: Asked, device: str, world_size: int) -> RunConfig:
 
 
 def main() -> None:
-    with clear_errors():
-        asked = parse_as(Asked, sys.argv[1:], USAGE)
+    with exit_on_error():
+        asked = parse_run_args(Asked, sys.argv[1:], USAGE)
         from throughput_table import section, write
         from throughput_turns import compare
 

@@ -122,11 +122,11 @@ def ours(config: RunConfig, process: Process, dataset: Dataset, stack: ExitStack
 
     def step() -> Tensor:
         nonlocal done
-        parts.guard.begin(parts.state(dataset, done))
+        parts.guard.record(parts.state(dataset, done))
         loss, _, _ = train_step(parts.runner, parts.optimizer, loader, batch, done, config, process, parts.guard)
         done += 1
         if done % config.train.log_every_steps == 0:
-            parts.guard.look()
+            parts.guard.sync()
         return loss
 
     return Way("myllm", step, lambda: loader.wait_s, held_bytes(parts.model), batch)

@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT
 from support.made_checkpoints import SMALL, Save
 
-from myllm.cli.launch import clear_errors, parse
+from myllm.cli.launch import exit_on_error, parse_args
 from myllm.cli.main import COMMANDS, main
 from myllm.data.prepare.prepare import clear_disk_errors
 from myllm.errors import UserError
@@ -62,12 +62,12 @@ def test_paths_that_cannot_be(
 def test_paths_of_the_run_and_of_its_environment(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError):
-        parse(["--config", path])
+        parse_args(["--config", path])
     if not path.startswith(("/dev", "a/")):  # what is not there may be made
         with pytest.raises(UserError, match=r"cannot (find|read or write)"):
             user_path(path)
     monkeypatch.setenv("MYLLM_DATA", path)
-    with pytest.raises((UserError, SystemExit)), clear_errors():
+    with pytest.raises((UserError, SystemExit)), exit_on_error():
         (temp_data() / "runs").mkdir(parents=True)
 
 
@@ -91,7 +91,7 @@ def test_errors_of_files_in_words(
 ) -> None:  # fmt: skip
     (tmp_path / "unreadable").touch()
     monkeypatch.setattr(os, "access", lambda path, *_, **__: not str(path).endswith("unreadable"))
-    with pytest.raises(SystemExit) as caught, clear_errors():
+    with pytest.raises(SystemExit) as caught, exit_on_error():
         raise OSError(number, os.strerror(number), str(tmp_path / name))
     assert caught.value.code == 2
     assert re.search(f"^error: {expected}", capsys.readouterr().err)

@@ -47,7 +47,7 @@ def skips(steps: Steps) -> Iterator[Check]:
     parts.runner = Spoilt(real)
     steps.step()
     parts.runner = real
-    counted = parts.guard.look().nonfinite
+    counted = parts.guard.sync().nonfinite
     kept = equal(before, state(steps))
     measured = f"{counted} counted, weights and moments {'as before' if kept else 'CHANGED'}"
     yield correct("an update that is not finite", kept and counted == 1, measured, "1 counted, as before")

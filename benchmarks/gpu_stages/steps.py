@@ -56,7 +56,7 @@ class Steps:
     def step(self, phase: Callable[[str], AbstractContextManager[None]] = no_phase) -> Tensor:
         """One update; the loss, on the device, where nothing has waited for it."""
         parts, state, batch = self.parts, self.state, self.batch
-        parts.guard.begin(state)
+        parts.guard.record(state)
         loss, self.grad_norm, _ = train_step(
             parts.runner, parts.optimizer, self.loader, batch, state.step, self.config, self.process, parts.guard, phase
         )

@@ -14,23 +14,25 @@ import torch
 from conftest import ROOT, command, launch, write_run_config
 
 from myllm.cli import main as cli
-from myllm.cli.launch import clear_errors, describe, parse
+from myllm.cli.launch import describe_plan, exit_on_error, parse_args
 from myllm.config import RunConfig
 from myllm.errors import UserError
 from myllm.presets import PRESETS, preset
 
 
 def test_a_preset_alone() -> None:
-    assert parse(["debug"]).config == preset("debug")
+    assert parse_args(["debug"]).config == preset("debug")
 
 
 def test_overrides() -> None:
-    wanted = parse(["debug", "--train.max-steps", "7", "--optim.max_lr=1e-3", "--name", "mine", "--model.no-qk-norm"])
+    wanted = parse_args(
+        ["debug", "--train.max-steps", "7", "--optim.max_lr=1e-3", "--name", "mine", "--model.no-qk-norm"]
+    )
     assert wanted.config.train.max_steps == 7
     assert wanted.config.optim.max_lr == 1e-3
     assert wanted.config.name == "mine"
     assert wanted.config.model.qk_norm is False
-    assert parse(["debug", "--eval.sample-prompts", "one two", "three"]).config.eval.sample_prompts == (
+    assert parse_args(["debug", "--eval.sample-prompts", "one two", "three"]).config.eval.sample_prompts == (
         "one two",
         "three",
     )
@@ -39,14 +41,14 @@ def test_overrides() -> None:
 def test_a_saved_config_gives_the_same_run(tmp_path: Path) -> None:
     config = replace(preset("gpt2-124m"), name="saved")
     path = write_run_config(config, tmp_path / "config.json")
-    assert parse(["--config", str(path)]).config == config
-    assert parse([f"--config={path}", "--train.max-steps", "5"]).config.train.max_steps == 5
+    assert parse_args(["--config", str(path)]).config == config
+    assert parse_args([f"--config={path}", "--train.max-steps", "5"]).config.train.max_steps == 5
 
 
 def test_a_hand_written_config_over_a_preset(tmp_path: Path) -> None:
     path = tmp_path / "mine.json"
     path.write_text('{"name": "mine", "optim": {"max_lr": 0.01}}')
-    config = parse(["debug", "--config", str(path), "--dry-run"]).config
+    config = parse_args(["debug", "--config", str(path), "--dry-run"]).config
     assert (config.name, config.optim.max_lr, config.model) == ("mine", 0.01, preset("debug").model)
 
 
@@ -55,7 +57,7 @@ def test_a_config_may_come_through_a_pipe(tmp_path: Path) -> None:
     reader, writer = os.pipe()
     os.write(writer, b'{"name": "piped", "data": {"source": "files:texts"}}')
     os.close(writer)
-    launch = parse(["debug", "--config", f"/dev/fd/{reader}", "--dry-run"])
+    launch = parse_args(["debug", "--config", f"/dev/fd/{reader}", "--dry-run"])
     os.close(reader)
     assert (launch.config.name, launch.config.data.source, launch.own_text) == ("piped", "files:texts", True)
 
@@ -82,14 +84,14 @@ def test_a_config_may_come_through_a_pipe(tmp_path: Path) -> None:
 )
 def test_mistakes_are_named(words: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        parse(words)
+        parse_args(words)
 
 
 def test_unknown_keys_in_a_file(tmp_path: Path) -> None:
     path = tmp_path / "bad.json"
     path.write_text('{"train": {"max_step": 3, "seed": "x"}, "modle": {}}')
     with pytest.raises(UserError, match=r"train\.max_step: unknown key, did you mean 'max_steps'") as caught:
-        parse(["debug", "--config", str(path)])
+        parse_args(["debug", "--config", str(path)])
     assert "modle: unknown key, did you mean 'model'" in str(caught.value)
     assert "train.seed: expected a whole number, found 'x'" in str(caught.value)
 
@@ -97,14 +99,14 @@ def test_unknown_keys_in_a_file(tmp_path: Path) -> None:
 def test_the_batch_is_checked_for_the_planned_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(UserError, match=r"3 rank\(s\)"):
-        parse(["lf-llm-269m", "--dry-run"])
-    assert parse(["lf-llm-269m"])  # but without torchrun this process would train alone
+        parse_args(["lf-llm-269m", "--dry-run"])
+    assert parse_args(["lf-llm-269m"])  # but without torchrun this process would train alone
     monkeypatch.setenv("WORLD_SIZE", "8")
-    assert "x 8 rank(s) x 2 accumulation step(s) = 524,288" in describe(parse(["lf-llm-269m", "--dry-run"]))
+    assert "x 8 rank(s) x 2 accumulation step(s) = 524,288" in describe_plan(parse_args(["lf-llm-269m", "--dry-run"]))
 
 
 def test_dry_run_of_the_reference() -> None:
-    text = describe(parse(["lf-llm-269m"]))
+    text = describe_plan(parse_args(["lf-llm-269m"]))
     assert "320,145,408 in all, 268,682,240 without the embedding" in text
     assert "2.324 G a token" in text
     assert "19,073 steps = 9,999,745,024 tokens" in text
@@ -120,15 +122,15 @@ def test_dry_run_shows_what_differs_from_the_preset(tmp_path: Path) -> None:
         "  data.source      'python-stdlib' -> 'files:/a b'",
         "  train.max_steps  600 -> 7",
     ]
-    wanted = parse(["debug", *words])
-    assert describe(wanted).split("\n\n")[0].splitlines() == expected
+    wanted = parse_args(["debug", *words])
+    assert describe_plan(wanted).split("\n\n")[0].splitlines() == expected
     saved = write_run_config(wanted.config, tmp_path / "config.json")
-    assert describe(parse(["--config", str(saved)])).split("\n\n")[0].splitlines() == expected
+    assert describe_plan(parse_args(["--config", str(saved)])).split("\n\n")[0].splitlines() == expected
 
 
 def test_help_names_every_preset(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        parse(["--help"])
+        parse_args(["--help"])
     assert caught.value.code == 0
     shown = capsys.readouterr().out
     assert all(name in shown for name in PRESETS)
@@ -136,7 +138,7 @@ def test_help_names_every_preset(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_preset_help_shows_its_values(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        parse(["gpt2-124m", "--help"])
+        parse_args(["gpt2-124m", "--help"])
     assert caught.value.code == 0
     shown = capsys.readouterr().out
     assert "--optim.max-lr" in shown
@@ -170,7 +172,7 @@ def test_bad_text_leaves_nothing(tmp_path: Path, temp_data: Path, case: str) -> 
 
 def test_profile_is_a_switch_of_one_start() -> None:
     """And no setting of the run: its config.json would ask for it again."""
-    plain, profiled = parse(["debug"]), parse(["debug", "--profile"])
+    plain, profiled = parse_args(["debug"]), parse_args(["debug", "--profile"])
     assert (plain.profile, profiled.profile) == (False, True)
     assert plain.config == profiled.config
 
@@ -204,7 +206,7 @@ def test_a_device_that_is_not_there(temp_data: Path) -> None:
 def test_a_world_size_that_is_none(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("WORLD_SIZE", value)
     with pytest.raises(UserError, match="WORLD_SIZE is"):
-        parse(["debug", "--dry-run"])
+        parse_args(["debug", "--dry-run"])
 
 
 def test_a_run_folder_that_is_a_file(tiny: RunConfig, tmp_path: Path, temp_data: Path) -> None:
@@ -231,13 +233,13 @@ def test_a_rank_that_lost_another_leaves_the_word_to_it(
         "ncclRemoteError: A call failed possibly due to a network error or a remote process exiting prematurely.",
     )
     if not here:
-        with pytest.raises(SystemExit) as end, clear_errors():
+        with pytest.raises(SystemExit) as end, exit_on_error():
             raise RuntimeError("mine")
         assert end.value.code == 1
         assert "Traceback" in capsys.readouterr().err
         return
     for said in elsewhere:
-        with pytest.raises(SystemExit) as end, clear_errors():
+        with pytest.raises(SystemExit) as end, exit_on_error():
             raise RuntimeError(said)
         assert end.value.code == 1  # so that a launcher starts it again
         assert f"rank 1: another rank has ended, and says itself why ({said.splitlines()[0]}" in capsys.readouterr().err
@@ -247,9 +249,7 @@ def test_a_rank_that_lost_another_leaves_the_word_to_it(
 @pytest.mark.parametrize("lines", [1, 100_000])
 def test_a_reader_that_has_had_enough(lines: int) -> None:
     """As in `myllm eval RUN | head -0`: neither a traceback nor a complaint at the end."""
-    code = (
-        f"from myllm.cli.launch import clear_errors\nwith clear_errors():\n    for _ in range({lines}): print('a line')"
-    )
+    code = f"from myllm.cli.launch import exit_on_error\nwith exit_on_error():\n    for _ in range({lines}): print(1)"
     writer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     writer.stdout.close()
     said = writer.stderr.read()
@@ -264,8 +264,8 @@ def test_an_end_without_a_reader_says_nothing_of_pipes(ending: str, code: int) -
     """As in `myllm --help | true` and `myllm status RUN | true`."""
     program = f"""
 from myllm.errors import UserError
-from myllm.cli.launch import clear_errors
-with clear_errors():
+from myllm.cli.launch import exit_on_error
+with exit_on_error():
     print('a line')
     {ending}
 """
@@ -345,8 +345,8 @@ def test_a_typo_is_answered_before_torch_is_loaded(temp_data: Path) -> None:
 
 def test_a_compiler_that_is_missing_is_one_sentence(tmp_path: Path) -> None:
     """A real torch.compile, with a C++ compiler that does not work; and what Triton says where C's is missing."""
-    code = "import torch; from myllm.cli.launch import clear_errors\n"
-    code += "with clear_errors(): torch.compile(lambda x: x * 2 + 1)(torch.ones(8))"
+    code = "import torch; from myllm.cli.launch import exit_on_error\n"
+    code += "with exit_on_error(): torch.compile(lambda x: x * 2 + 1)(torch.ones(8))"
     environment = os.environ | {"CXX": "/bin/false", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=240, check=False
@@ -358,7 +358,7 @@ def test_a_compiler_that_is_missing_is_one_sentence(tmp_path: Path) -> None:
 
 
 def test_a_c_compiler_that_triton_misses(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught, clear_errors():
+    with pytest.raises(SystemExit) as caught, exit_on_error():
         raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable or set triton.knobs")
     assert caught.value.code == 2
     assert capsys.readouterr().err.startswith("error: torch.compile needs a C compiler that works, and finds none:")

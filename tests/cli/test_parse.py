@@ -10,7 +10,7 @@ import pytest
 from tyro.conf import Positional
 
 from myllm.cli import main as cli
-from myllm.cli.launch import parse
+from myllm.cli.launch import parse_args
 from myllm.cli.parse import parse_arguments
 from myllm.config import RunConfig
 
@@ -139,7 +139,7 @@ def test_help_laid_out_by_hand_fits(
     else:
         monkeypatch.setenv("COLUMNS", str(columns))
         with pytest.raises(SystemExit):
-            parse(["--help"])
+            parse_args(["--help"])
         text = capsys.readouterr().out
     to_paste = [line for line in text.splitlines() if line.startswith("  torchrun ")]
     assert max(len(line) for line in text.splitlines() if line not in to_paste) <= columns
@@ -150,7 +150,7 @@ def test_help_laid_out_by_hand_fits(
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
-        parse(["--version"])
+        parse_args(["--version"])
     assert end.value.code == 0
     cli.main(["--version"])
     first, second = capsys.readouterr().out.splitlines(keepends=True)
@@ -167,7 +167,7 @@ def test_prove_resume_explains_itself(capsys: pytest.CaptureFixture[str], monkey
 def test_every_setting_has_help(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "400")
     with pytest.raises(SystemExit):
-        parse(["debug", "--help"])
+        parse_args(["debug", "--help"])
     text = capsys.readouterr().out
     without = [
         f"{part.name}.{field.name}"

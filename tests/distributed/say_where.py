@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-from myllm.cli.launch import clear_errors
+from myllm.cli.launch import exit_on_error
 from myllm.config import RunConfig, load_json
 from myllm.data.prepare.background import prepared_beside
 from myllm.distributed import collectives as distributed
@@ -21,7 +21,7 @@ if __name__ == "__main__":
     with mock.patch.object(distributed, "cuda_devices", return_value=2):
         device = distributed.choose_device("cuda", ranks.local_rank())
     with (
-        clear_errors(),  # a mistake is not started again
+        exit_on_error(),  # a mistake is not started again
         prepared_beside(config.data, starts=ranks.local_rank() == 0) as dataset,
         distributed.process_group("cpu") as process,
     ):

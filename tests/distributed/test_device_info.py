@@ -140,7 +140,7 @@ def test_a_machine_without_gpus_is_no_fault(driver: Callable[..., None], monkeyp
 
 def test_the_plan_is_printed_all_the_same(driver: Callable[..., None]) -> None:
     driver("550.54.15", "12.4", "13.0")
-    said = launch.describe(launch.parse(["debug", "--train.device", "auto", "--dry-run"]))
+    said = launch.describe_plan(launch.parse_args(["debug", "--train.device", "auto", "--dry-run"]))
     assert "TFLOP/s" in said
     assert "no GPU       NVIDIA's driver 550.54.15 is here, for CUDA up to 12.4, but torch" in said
 

@@ -17,7 +17,7 @@ from myllm.distributed.parallelize import clear_gradients, full, gathered, sprea
 from myllm.model.transformer import Transformer
 from myllm.optim.adamw import ScheduledAdamW
 from myllm.planning.batch import batch_plan
-from myllm.training.gradient_guard import Guard
+from myllm.training.gradient_guard import GradientGuard
 from myllm.training.step import accumulate_gradients, train_step
 
 SEQUENCES, SEQ_LEN, STEPS = 8, 32, 5
@@ -61,13 +61,13 @@ def run(case: str, process: Process) -> dict[str, object]:
     whole = spread(model, config, process)
     optimizer = ScheduledAdamW(model.named_parameters(), config.optim, STEPS)
     runner, batch = wrap(model, config, process), batch_plan(config, process.world_size)
-    loader, guard = Numbers(process, TRAIN.micro_batch_size), Guard(config.train, process.device)
+    loader, guard = Numbers(process, TRAIN.micro_batch_size), GradientGuard(config.train, process.device)
     accumulate_gradients(runner, loader, batch, config, process)
     gradients = {name: full(parameter.grad).clone() for name, parameter in model.named_parameters()}
     clear_gradients(runner)
     losses, norms, scores = [], [], []
     for step in range(STEPS):
-        guard.begin(TrainState(step, 0, DataPosition(0, 0, 0, "")))
+        guard.record(TrainState(step, 0, DataPosition(0, 0, 0, "")))
         loss, norm, _ = train_step(runner, optimizer, loader, batch, step, config, process, guard)
         losses.append(float(sum_over_ranks(loss)) / process.world_size)
         norms.append(float(norm))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from myllm.cli.launch import clear_errors
+from myllm.cli.launch import exit_on_error
 from myllm.config import ModelConfig, RunConfig, load_json
 from myllm.model.transformer import Transformer
 from myllm.training import loop as train
@@ -28,5 +28,5 @@ def poisoned(config: ModelConfig, seed: int) -> Transformer:
 if __name__ == "__main__":
     faulthandler.dump_traceback_later(150)  # should it hang, the test shows where
     train.Transformer = poisoned
-    with clear_errors():
+    with exit_on_error():
         pretrain.prepare_and_train(load_json(Path(sys.argv[1]), RunConfig()), prepare_only=False)

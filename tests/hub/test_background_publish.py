@@ -20,7 +20,7 @@ from support.stand_in_export import make_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from myllm.checkpoint.retention import step_of
-from myllm.cli.launch import parse
+from myllm.cli.launch import parse_args
 from myllm.config import HubConfig, RunConfig
 from myllm.data.prepare.prepare import prepare
 from myllm.distributed.collectives import process_group
@@ -204,7 +204,7 @@ def test_a_hub_that_is_away_is_no_obstacle(hub: HubServer, tiny: RunConfig, monk
 )
 def test_mistakes_are_found_with_all_others(words: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        parse(["debug", *words])
+        parse_args(["debug", *words])
 
 
 @pytest.mark.parametrize("repo", [REPO, "a/b", "A.b/c_d-e", "a/b.git", "a/.b", "a-/b", "a/b--c", "a..b/c"])

@@ -28,7 +28,7 @@ from transformers import (
 )  # fmt: skip
 
 from myllm.checkpoint.format import load
-from myllm.cli.launch import parse
+from myllm.cli.launch import parse_args
 from myllm.cli.main import main as myllm
 from myllm.config import RunConfig, load_json
 from myllm.data.prepare.prepare import prepare
@@ -415,7 +415,7 @@ def test_the_command_that_import_prints_is_a_short_run_on_own_text(
     lines = capsys.readouterr().out.splitlines()
     (line,) = [line for line in lines if "pretrain.py" in line]
     words = shlex.split(line.partition("pretrain.py ")[2].replace("/path/to/texts", str(corpus)))
-    wanted = parse(words)
+    wanted = parse_args(words)
     assert wanted.config.train.epochs == 3
     dataset = prepare(wanted.config.data, progress=False)
     config = resolve_max_steps(wanted.config, dataset.train.tokens, wanted.own_text)

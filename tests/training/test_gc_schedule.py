@@ -12,7 +12,7 @@ from training.test_loop import run
 from myllm.config import RunConfig
 from myllm.training import gc_schedule as garbage
 from myllm.training import loop
-from myllm.training.gc_schedule import Schedule
+from myllm.training.gc_schedule import GcSchedule
 
 
 class Node:
@@ -57,7 +57,7 @@ def test_without_a_schedule_python_collects(collections: list[int]) -> None:
 def test_collected_when_due_and_only_then(collections: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(garbage, "EVERY_STEPS", 5)
     found = []
-    with Schedule(step=7) as schedule:
+    with GcSchedule(step=7) as schedule:
         for step in range(8, 22):
             left = cycle()
             with many_objects():
@@ -79,7 +79,7 @@ def test_memory_does_not_grow(monkeypatch: pytest.MonkeyPatch) -> None:
     """What was made after the first step is found, however long the run."""
     monkeypatch.setattr(garbage, "EVERY_STEPS", 10)
     alive: list[weakref.ref] = []
-    with Schedule(step=0) as schedule:
+    with GcSchedule(step=0) as schedule:
         for step in range(1, 101):
             alive = [each for each in [*alive, cycle()] if each() is not None]
             schedule.after(step)
@@ -92,7 +92,7 @@ def test_memory_does_not_grow(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_evaluations_collect_by_themselves_and_leave_nothing(error: type[Exception] | None) -> None:
     left = None
 
-    def evaluate(schedule: Schedule) -> None:
+    def evaluate(schedule: GcSchedule) -> None:
         nonlocal left
         with schedule.automatic():
             assert gc.isenabled()
@@ -100,7 +100,7 @@ def test_evaluations_collect_by_themselves_and_leave_nothing(error: type[Excepti
             if error:
                 raise error
 
-    with Schedule(step=0) as schedule:
+    with GcSchedule(step=0) as schedule:
         with suppress(KeyError):
             evaluate(schedule)
         assert not gc.isenabled()
@@ -110,7 +110,7 @@ def test_evaluations_collect_by_themselves_and_leave_nothing(error: type[Excepti
 def test_one_that_was_off_stays_off() -> None:
     gc.disable()
     try:
-        with Schedule(step=0):
+        with GcSchedule(step=0):
             pass
         assert not gc.isenabled()
     finally:
@@ -131,13 +131,13 @@ def test_no_collection_within_a_real_step(
         within.append(len(collections) - before)
         return result
 
-    def note(schedule: Schedule, number: int, done=Schedule.after) -> None:
+    def note(schedule: GcSchedule, number: int, done=GcSchedule.after) -> None:
         before = len(collections)
         done(schedule, number)
         after[number] = len(collections) - before
 
     monkeypatch.setattr(loop, "train_step", step)
-    monkeypatch.setattr(Schedule, "after", note)
+    monkeypatch.setattr(GcSchedule, "after", note)
     run(with_train(tiny, max_steps=9))
     assert within == [0] * 9
     assert [number for number, count in after.items() if count] == [1, 4, 8]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, write_corpus, write_run_config
 
-from myllm.cli.launch import base_config, config_files, names_own_text, parse
+from myllm.cli.launch import base_config, parse_args, read_config_files, uses_own_text
 from myllm.config import DataConfig, RunConfig, to_dict
 from myllm.data.dataset import FORMAT, find_dataset
 from myllm.data.prepare.prepare import prepare
@@ -88,28 +88,30 @@ def test_a_length_counts_for_the_text_that_it_was_said_of(
     text, length = {"data": {"source": "files:texts"}}, {"train": {"max_steps": 7}}
     for name, values in (("text", text), ("length", length), ("both", text | length)):
         Path(f"{name}.json").write_text(json.dumps(values))
-    assert names_own_text(*config_files(words.split())) == own
+    assert uses_own_text(*read_config_files(words.split())) == own
 
 
 def test_steps_and_epochs_are_not_both_said(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="both say how long to train"):
-        parse(["debug", "--train.epochs", "2", "--train.max-steps", "5"])
+        parse_args(["debug", "--train.epochs", "2", "--train.max-steps", "5"])
     (tmp_path / "run.json").write_text(json.dumps({"train": {"epochs": 3}}))
     config = ["debug", "--config", str(tmp_path / "run.json")]
-    assert parse(config).config.train.epochs == 3
-    assert parse([*config, "--train.max-steps", "5"]).config.train.epochs is None
+    assert parse_args(config).config.train.epochs == 3
+    assert parse_args([*config, "--train.max-steps", "5"]).config.train.epochs is None
     for wrong in ("0", "-1", "nan", "inf"):
         with pytest.raises(UserError, match="epochs is"):
-            parse(["debug", "--train.epochs", wrong])
+            parse_args(["debug", "--train.epochs", wrong])
 
 
 def test_a_preset_on_own_text_wants_the_data_set_that_data_prepare_makes(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(json.dumps({"data": {"source": "files:texts"}}))
     for name in ("small-50m", "debug", "lf-llm-269m", "dolma-75m"):
         for words in (["--data.source", "files:texts"], ["--config", str(tmp_path / "run.json")]):
-            base, rest = base_config(*config_files([name, *words]))
+            base, rest = base_config(*read_config_files([name, *words]))
             assert replace(base.data, source="files:texts") == DataConfig("files:texts"), (name, rest)
-        assert parse([name, "--data.source", "files:x", "--data.target-tokens", "5"]).config.data.target_tokens == 5
+        assert (
+            parse_args([name, "--data.source", "files:x", "--data.target-tokens", "5"]).config.data.target_tokens == 5
+        )
         assert base_config([], [name])[0] == preset(name)
         same = {**to_dict(preset(name))["data"], "target_tokens": None}
         assert same == to_dict(RunConfig(data=DataConfig(preset(name).data.source)))["data"], "but for the amount"

@@ -32,7 +32,7 @@ from myllm.paths import RunPaths
 from myllm.planning.batch import batch_plan
 from myllm.training import gradient_guard as guard
 from myllm.training import loop
-from myllm.training.gradient_guard import GROWTH_STEPS, LARGEST_LOSS_SCALE, Guard
+from myllm.training.gradient_guard import GROWTH_STEPS, LARGEST_LOSS_SCALE, GradientGuard
 from myllm.training.step import accumulate_gradients, clip_gradients
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -106,11 +106,11 @@ class Steps:
         self.config = replace(config, model=replace(config.model, vocab_size=100, dropout_ffn=0.0))
         self.model = Transformer(self.config.model)
         self.optimizer = ScheduledAdamW(self.model.named_parameters(), config.optim, config.train.max_steps)
-        self.runner, self.guard = wrap(self.model, self.config, ALONE), Guard(config.train, CPU)
+        self.runner, self.guard = wrap(self.model, self.config, ALONE), GradientGuard(config.train, CPU)
         self.batch, self.loader = batch_plan(self.config, 1), MadeUp()
 
     def make(self, step: int) -> tuple[float, float]:
-        self.guard.begin(TrainState(step, 0, DataPosition(0, 0, 0, "")))
+        self.guard.record(TrainState(step, 0, DataPosition(0, 0, 0, "")))
         parts = self.runner, self.optimizer, self.loader, self.batch, step, self.config, ALONE, self.guard
         loss, norm, _ = loop.train_step(*parts)
         return loss.item(), norm.item()
@@ -130,7 +130,7 @@ def test_steps_are_those_of_float32(steps: Callable[[str], Steps]) -> None:
         (loss, norm), (true_loss, true_norm) = half.make(step), exact.make(step)
         assert loss == pytest.approx(true_loss, abs=3e-3)
         assert norm == pytest.approx(true_norm, rel=2e-2)
-    assert half.guard.look() == replace(half.guard.look(), overflows=0, scaled_steps=12)
+    assert half.guard.sync() == replace(half.guard.sync(), overflows=0, scaled_steps=12)
     assert half.guard.loss_scale == FIRST_LOSS_SCALE
     assert exact.guard.loss_scale is None
 
@@ -196,51 +196,51 @@ def test_small_gradients_need_the_scale(steps: Callable[[str], Steps]) -> None:
 # -- the scale --------------------------------------------------------------------------------------------------------
 
 
-def judged(judge: Guard, norms: list[float]) -> list[float]:
+def judged(judge: GradientGuard, norms: list[float]) -> list[float]:
     """What becomes of each step's update, as the optimizer is told; 1 is left out."""
     found = []
     for step, norm in enumerate(norms):
-        judge.begin(TrainState(step, 0, DataPosition(0, 0, 0, "")))
-        found.append(judge.judge(torch.tensor(norm)).item())
+        judge.record(TrainState(step, 0, DataPosition(0, 0, 0, "")))
+        found.append(judge.check(torch.tensor(norm)).item())
     return found
 
 
 def test_an_overflow_costs_an_update_and_halves_the_scale() -> None:
     """It ends no run, is counted apart, and neither adds to what was bad in a row nor starts that anew."""
-    judge = Guard(replace(HALF, max_skipped_steps=0), CPU)
+    judge = GradientGuard(replace(HALF, max_skipped_steps=0), CPU)
     assert judged(judge, [1.0, math.inf, math.nan, 1.0]) == [0, 1, 1, 0]
-    skips = judge.look()
+    skips = judge.sync()
     assert (skips.overflows, skips.nonfinite, skips.in_a_row) == (2, 0, 0)
     assert (skips.loss_scale, skips.scaled_steps) == (FIRST_LOSS_SCALE / 4, 1)
-    assert not judge.frozen
-    assert [each.kind for each in judge.left_out] == ["overflow", "overflow"]
-    assert [each.step for each in judge.left_out] == [2, 3]
+    assert not judge.diverged
+    assert [each.kind for each in judge.skipped] == ["overflow", "overflow"]
+    assert [each.step for each in judge.skipped] == [2, 3]
 
 
 def test_what_overflows_at_the_least_scale_is_a_bad_number() -> None:
-    judge = Guard(HALF, CPU)
+    judge = GradientGuard(HALF, CPU)
     halvings = int(math.log2(FIRST_LOSS_SCALE))
     assert judged(judge, [math.nan] * halvings) == [1] * halvings
-    assert judge.look().loss_scale == 1.0
-    assert not judge.frozen
+    assert judge.sync().loss_scale == 1.0
+    assert not judge.diverged
     judged(judge, [math.nan, 1.0])
-    assert judge.look().nonfinite == 1
-    assert judge.frozen
-    assert judge.left_out[-1].kind == "nonfinite"
-    exact = Guard(TrainConfig(precision="float32"), CPU)
+    assert judge.sync().nonfinite == 1
+    assert judge.diverged
+    assert judge.skipped[-1].kind == "nonfinite"
+    exact = GradientGuard(TrainConfig(precision="float32"), CPU)
     judged(exact, [math.nan])
-    exact.look()
-    assert exact.frozen
+    exact.sync()
+    assert exact.diverged
 
 
 def test_the_scale_grows_back() -> None:
-    judge = Guard(HALF, CPU, Skips(loss_scale=1_024.0, scaled_steps=GROWTH_STEPS - 2))
+    judge = GradientGuard(HALF, CPU, Skips(loss_scale=1_024.0, scaled_steps=GROWTH_STEPS - 2))
     judged(judge, [1.0])
     assert judge.loss_scale == 1_024.0
     judged(judge, [1.0])
     assert judge.loss_scale == 2_048.0
-    assert judge.look().scaled_steps == 0
-    largest = Guard(HALF, CPU, Skips(loss_scale=LARGEST_LOSS_SCALE, scaled_steps=GROWTH_STEPS))
+    assert judge.sync().scaled_steps == 0
+    largest = GradientGuard(HALF, CPU, Skips(loss_scale=LARGEST_LOSS_SCALE, scaled_steps=GROWTH_STEPS))
     judged(largest, [1.0])
     assert largest.loss_scale == LARGEST_LOSS_SCALE
 
@@ -305,7 +305,7 @@ def test_a_checkpoint_from_before_has_the_first_scale() -> None:
     old = {"nonfinite": 1, "spikes": 0, "in_a_row": 0, "counted": 3, "log_norm_mean": 0.1, "log_norm_variance": 0.2}
     skips = Skips(**old)
     assert (skips.loss_scale, skips.overflows) == (FIRST_LOSS_SCALE, 0)
-    assert Guard(HALF, CPU, skips).loss_scale == FIRST_LOSS_SCALE
+    assert GradientGuard(HALF, CPU, skips).loss_scale == FIRST_LOSS_SCALE
 
 
 def test_autocast_reaches_the_model(tiny: RunConfig) -> None:

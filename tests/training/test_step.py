@@ -21,7 +21,7 @@ from myllm.model.transformer import Transformer
 from myllm.optim.adamw import ScheduledAdamW
 from myllm.planning.batch import batch_plan
 from myllm.training import kernels
-from myllm.training.gradient_guard import Guard
+from myllm.training.gradient_guard import GradientGuard
 from myllm.training.kernel_costs import PHASES
 from myllm.training.kernels import fast_kernels
 from myllm.training.step import train_step
@@ -75,11 +75,11 @@ class Steps:
         self.config = config
         model = Transformer(config.model)
         self.optimizer = ScheduledAdamW(model.named_parameters(), config.optim, 10)
-        self.runner, self.guard = wrap(model, config, ALONE), Guard(config.train, ALONE.device)
+        self.runner, self.guard = wrap(model, config, ALONE), GradientGuard(config.train, ALONE.device)
         self.batch = batch_plan(config, 1)
 
     def make(self, step: int, *phase: Any) -> tuple[torch.Tensor, torch.Tensor, float]:
-        self.guard.begin(TrainState(step, 0, DataPosition(0, 0, 0, "")))
+        self.guard.record(TrainState(step, 0, DataPosition(0, 0, 0, "")))
         parts = self.runner, self.optimizer, MadeUp(), self.batch, step, self.config, ALONE, self.guard
         return train_step(*parts, *phase)
 

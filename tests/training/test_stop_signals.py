@@ -25,8 +25,8 @@ from myllm.planning.validation import config_errors
 from myllm.runs.heartbeat import Heartbeat, starting, status
 from myllm.runs.run_dir import claimed
 from myllm.training.loop import train
-from myllm.training.stop_signals import StopRequest, stop_signals
-from myllm.training.watchdog import tell
+from myllm.training.stop_signals import StopRequest, handle_stop_signals
+from myllm.training.watchdog import describe_hang
 
 # pretrain.py whose third step never comes back from C, and whose clock on the wall jumps back at the second.
 STUCK = f"""
@@ -177,9 +177,9 @@ def test_each_signal_asks_for_a_stop_with_its_code(name: str, code: int) -> None
     number = signal.Signals[name]
     before = signal.signal(number, signal.SIG_DFL)  # a shell that runs the tests under nohup ignores SIGHUP
     try:
-        with stop_signals() as stop:
+        with handle_stop_signals() as stop:
             os.kill(os.getpid(), number)
-            assert stop.asked()
+            assert stop.requested()
             assert stop.signal == number
         assert exit_code(stop.signal) == code
     finally:
@@ -188,14 +188,14 @@ def test_each_signal_asks_for_a_stop_with_its_code(name: str, code: int) -> None
 
 def test_the_time_limit_leaves_time_for_the_save() -> None:
     now = time.monotonic()
-    assert not StopRequest(deadline=now + 100, save_s=40).asked()
+    assert not StopRequest(deadline=now + 100, save_s=40).requested()
     asked = StopRequest(deadline=now + 100, save_s=80)
-    assert asked.asked()
+    assert asked.requested()
     assert asked.signal == TIME_LIMIT
     assert exit_code(TIME_LIMIT) == exit_code(signal.SIGUSR1) == 75
     assert exit_code(signal.SIGTERM) == 143
-    with stop_signals(max_wall_s=10, started=now - 10) as stop:
-        assert stop.asked()
+    with handle_stop_signals(max_wall_s=10, started=now - 10) as stop:
+        assert stop.requested()
     assert len(config_errors(with_train(RunConfig(), max_wall_s=0.0, collective_timeout_s=-1.0), 1)) == 2
 
 
@@ -292,8 +292,14 @@ def test_who_did_not_arrive() -> None:
         return {"arrived": [step, taken, step], "waits": waits, **where}
 
     waiting, late = report(7, 14, True), report(7, 13, False)
-    assert tell([waiting, late, waiting], 60).startswith("rank 1 did not arrive in 60 s; rank 1 is in step 8, training")
-    assert tell([waiting, None], 60).startswith("rank 1 did not arrive in 60 s; rank 1 gives no sign of life; rank 0")
-    assert tell([report(7, 14, False), waiting, waiting], 60).startswith("rank 0 did not arrive")  # by its stack
-    assert tell([late, waiting, late], 60).startswith("ranks 0, 2 did not arrive")
-    assert tell([waiting, waiting], 60).startswith("no rank got on for 60 s")
+    assert describe_hang([waiting, late, waiting], 60).startswith(
+        "rank 1 did not arrive in 60 s; rank 1 is in step 8, training"
+    )
+    assert describe_hang([waiting, None], 60).startswith(
+        "rank 1 did not arrive in 60 s; rank 1 gives no sign of life; rank 0"
+    )
+    assert describe_hang([report(7, 14, False), waiting, waiting], 60).startswith(
+        "rank 0 did not arrive"
+    )  # by its stack
+    assert describe_hang([late, waiting, late], 60).startswith("ranks 0, 2 did not arrive")
+    assert describe_hang([waiting, waiting], 60).startswith("no rank got on for 60 s")

@@ -61,7 +61,7 @@ options:
 
 
 @dataclass(frozen=True)
-class AskedRun:
+class RunArgs:
     """A run as a command line describes it."""
 
     config: Annotated[RunConfig, tyro.conf.arg(name="")]  # no prefix: --train.max-steps
@@ -75,7 +75,7 @@ class AskedRun:
 
 
 @dataclass(frozen=True)
-class Launch(AskedRun):
+class PretrainArgs(RunArgs):
     """What pretrain.py is asked."""
 
     dry_run: bool = False
@@ -90,12 +90,12 @@ class Launch(AskedRun):
         return self.dry_run or self.prepare_only
 
 
-def parse(words: list[str]) -> Launch:
+def parse_args(words: list[str]) -> PretrainArgs:
     """The launch that the words of pretrain.py's command line describe; see `parse_as`."""
-    return parse_as(Launch, words, USAGE)
+    return parse_run_args(PretrainArgs, words, USAGE)
 
 
-def parse_as(kind: type[AskedRun], words: list[str], usage: str) -> Any:
+def parse_run_args(kind: type[RunArgs], words: list[str], usage: str) -> Any:
     """What the words of a command line ask for, a config and what `kind` has beside it. Checked: the config can be
     trained as far as it tells itself.
 
@@ -113,8 +113,8 @@ def parse_as(kind: type[AskedRun], words: list[str], usage: str) -> Any:
         print(wrap_help(usage.format(presets=describe_presets())))
         # Help that was asked for is a success; a command without a preset is not.
         raise SystemExit(0 if words else 2)
-    files, words = config_files(words)
-    own_text = names_own_text(files, words)
+    files, words = read_config_files(words)
+    own_text = uses_own_text(files, words)
     base, words = base_config(files, words)
     launch = parse_arguments(
         kind,
@@ -137,7 +137,7 @@ ConfigFile = tuple[Path, Any]
 """A config file that the words of a command line name, and what it says."""
 
 
-def config_files(words: list[str]) -> tuple[list[ConfigFile], list[str]]:
+def read_config_files(words: list[str]) -> tuple[list[ConfigFile], list[str]]:
     """The config files that the words name, and the words that are left. Each is read here and nowhere else: it may be
     a pipe, as `--config <(jq ...)` is."""
     rest, files = [], []
@@ -203,7 +203,7 @@ def _options(words: list[str]) -> dict[str, str]:
     return found
 
 
-def names_own_text(files: list[ConfigFile], words: list[str]) -> bool:
+def uses_own_text(files: list[ConfigFile], words: list[str]) -> bool:
     """Whether the words, or a config file, choose other text and say nothing of how long to train on it."""
     given, own_text = _options(words), False
     for file in files:
@@ -222,7 +222,7 @@ def _says(file: ConfigFile, own_text: bool) -> bool:
     return own_text or bool(found.data.source or found.data.dataset)
 
 
-def describe(launch: Launch) -> str:
+def describe_plan(launch: PretrainArgs) -> str:
     """The settings and what they cost, for people."""
     from myllm.distributed.collectives import choose_device
     from myllm.distributed.device_info import has_triton, why_no_cuda
@@ -241,7 +241,7 @@ def describe(launch: Launch) -> str:
     return "\n".join(lines)
 
 
-def with_length_here(launch: AskedRun) -> tuple[RunConfig, list[str]]:
+def with_length_here(launch: RunArgs) -> tuple[RunConfig, list[str]]:
     """The config with the steps that its text gives, as far as that is known here, and what there is to say of it."""
     from myllm.training.preflight.data_and_disk import inspect_data_and_disk
 
@@ -280,7 +280,7 @@ def _time_here(config: RunConfig, world_size: int, device: "torch.device") -> st
 
 
 @contextmanager
-def clear_errors() -> Iterator[None]:
+def exit_on_error() -> Iterator[None]:
     """A user's mistake ends the program with one message, from rank 0, and code 2; a fault keeps its traceback."""
     try:
         _check_system()

@@ -22,7 +22,7 @@ from . import publish as publish_cli
 from . import replay as replay_cli
 from . import sample as sample_cli
 from . import tokenizer as tokenizer_cli
-from .launch import clear_errors
+from .launch import exit_on_error
 from .parse import parse_arguments, version
 from .prove_resume import command as prove_cli
 
@@ -117,7 +117,7 @@ def main(words: list[str] | None = None) -> None:
     set_for_libraries()
     open_output()
     words = sys.argv[1:] if words is None else words
-    with clear_errors():
+    with exit_on_error():
         asks_for_help = bool({"-h", "--help"} & set(words))
         if not words or words[0] in ("-h", "--help"):
             print(_usage())

@@ -6,7 +6,7 @@ from myllm.errors import UserError
 from myllm.planning import forecast
 from myllm.planning.length import length_note
 
-from .launch import AskedRun, parse_as
+from .launch import RunArgs, parse_run_args
 
 USAGE = """usage: myllm plan PRESET --gpus 8xA100-80 [--config FILE.json] [overrides]
 
@@ -25,7 +25,7 @@ options:
 
 
 @dataclass(frozen=True)
-class PlanLaunch(AskedRun):
+class PlanLaunch(RunArgs):
     """What `myllm plan` is asked."""
 
     gpus: str = ""
@@ -39,7 +39,7 @@ def plan(words: list[str]) -> None:
 
         print(page(), end="")
         return
-    wanted = parse_as(PlanLaunch, words, USAGE)
+    wanted = parse_run_args(PlanLaunch, words, USAGE)
     if not wanted.gpus:
         raise UserError("missing --gpus, for example --gpus 8xA100-80 or --gpus cpu")
     if note := length_note(wanted.config, wanted.own_text):

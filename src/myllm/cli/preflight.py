@@ -7,7 +7,7 @@ from myllm.console import open_output
 from myllm.distributed import launcher as ranks
 from myllm.errors import UserError
 
-from .launch import AskedRun, parse_as
+from .launch import RunArgs, parse_run_args
 
 USAGE = """usage: myllm preflight PRESET [--config FILE.json] [--max-hours H] [--dollars-per-hour X] [overrides]
 
@@ -32,7 +32,7 @@ ENDS = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
 @dataclass(frozen=True)
-class PreflightLaunch(AskedRun):
+class PreflightLaunch(RunArgs):
     """What `myllm preflight` is asked."""
 
     max_hours: float | None = None
@@ -43,7 +43,7 @@ class PreflightLaunch(AskedRun):
 
 def preflight(words: list[str]) -> None:
     """Rehearse a run: does it fit, how long will it take, what will it cost?"""
-    wanted = parse_as(PreflightLaunch, words, USAGE)
+    wanted = parse_run_args(PreflightLaunch, words, USAGE)
     for name in ("max_hours", "dollars_per_hour"):
         value = getattr(wanted, name)
         if value is not None and not 0 < value < float("inf"):

@@ -31,11 +31,11 @@ from myllm.runs.reference_curve import ReferenceWatch
 from .stop_signals import StopRequest
 
 
-class Interrupted(Exception):
+class EvalInterrupted(Exception):
     """All ranks were asked to stop in the middle of an evaluation. It is done again after the resume."""
 
 
-class Poll:
+class StopVote:
     """Ranks agree, batch by batch, whether to stop. One that has done its share votes on until all have, so it does not
     matter how many batches each has, and all leave after the same vote."""
 
@@ -70,9 +70,9 @@ class Poll:
 
     def _vote(self, at_work: bool) -> bool:
         self._heartbeat.mark()
-        self._stopped, working = distributed.any_rank(self._stop.asked(), at_work)
+        self._stopped, working = distributed.any_rank(self._stop.requested(), at_work)
         if self._stopped:
-            raise Interrupted
+            raise EvalInterrupted
         return working
 
 
@@ -91,7 +91,7 @@ class Eval:
         return self.every_steps > 0 and (step % self.every_steps == 0 or step == max_steps)
 
 
-def planned_evals(
+def build_evals(
     config: RunConfig,
     model: Transformer,
     dataset: Dataset,
@@ -99,7 +99,7 @@ def planned_evals(
     process: Process,
     samples: JsonLines,
     log: Log,
-    poll: Poll,
+    poll: StopVote,
 ) -> list[Eval]:
     """Every evaluation that the config asks for and the data allow. `model` is the bare one: no wrapper, no compile."""
     settings, share = config.eval, (process.rank, process.world_size)
@@ -131,7 +131,7 @@ def _cloze(
     tokenizer: Tokenizer,
     process: Process,
     log: Log,
-    poll: Poll,
+    poll: StopVote,
 ) -> list[Eval]:
     """Cloze, where it is asked for and context and held-out text are long enough; one line where they are not."""
     settings, end = config.eval, tokenizer.end_of_text
@@ -154,7 +154,7 @@ def _cloze(
 
 
 def _hellaswag(
-    config: RunConfig, model: Transformer, tokenizer: Tokenizer, process: Process, log: Log, poll: Poll
+    config: RunConfig, model: Transformer, tokenizer: Tokenizer, process: Process, log: Log, poll: StopVote
 ) -> list[Eval]:
     """HellaSwag, where it is asked for and its data can be had; one line where they cannot."""
     settings = config.eval
@@ -184,7 +184,7 @@ def _hellaswag(
 
 
 def _write_samples(
-    config: RunConfig, model: Transformer, tokenizer: Tokenizer, step: int, samples: JsonLines, log: Log, poll: Poll
+    config: RunConfig, model: Transformer, tokenizer: Tokenizer, step: int, samples: JsonLines, log: Log, poll: StopVote
 ) -> None:
     sampling = Sampling(config.eval.sample_temperature, config.eval.sample_top_k)
     pair = LanguageModel(model, tokenizer)
@@ -206,7 +206,7 @@ def run_eval(
     watch: ReferenceWatch,
     metrics: JsonLines,
     log: Log,
-    poll: Poll,
+    poll: StopVote,
 ) -> dict[str, float]:
     """Measure and write one row. A failing evaluation is reported and never costs training.
 
@@ -221,7 +221,7 @@ def run_eval(
     try:
         with autocast(config, process.device):
             sums = each.measure(state.step)
-    except Interrupted:
+    except EvalInterrupted:
         raise
     except Exception as error:
         failure = error

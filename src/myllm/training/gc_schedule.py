@@ -12,7 +12,7 @@ from contextlib import contextmanager
 EVERY_STEPS = 100
 
 
-class Schedule:
+class GcSchedule:
     """Keeps Python from collecting garbage by itself, as a context, but for the times that it says."""
 
     def __init__(self, step: int) -> None:
@@ -22,7 +22,7 @@ class Schedule:
         """
         self._first = step + 1
 
-    def __enter__(self) -> "Schedule":
+    def __enter__(self) -> "GcSchedule":
         self._enabled = gc.isenabled()
         gc.disable()
         _settle()

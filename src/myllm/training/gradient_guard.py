@@ -43,7 +43,7 @@ _KINDS = {NONFINITE: "nonfinite", SPIKE: "spike", OVERFLOW: "overflow"}
 
 
 @dataclass(frozen=True)
-class LeftOut:
+class SkippedStep:
     """A step whose update was left out, and what it takes to make it again."""
 
     step: int
@@ -57,7 +57,7 @@ class LeftOut:
 
 
 @dataclass
-class _Attempt:
+class PendingStep:
     step: int
     data: DataPosition
     random: dict[str, Tensor]
@@ -65,16 +65,16 @@ class _Attempt:
     grad_norm: Tensor | None = None
 
 
-class Guard:
+class GradientGuard:
     """Decides on each update, counts those left out, and remembers what their steps began with."""
 
     def __init__(self, config: TrainConfig, device: torch.device, skips: Skips | None = None) -> None:
         self._config, self._device = config, device
         self._skips = skips or Skips()
-        self._attempts: list[_Attempt] = []  # since the host last looked
-        self.left_out: list[LeftOut] = []
+        self._attempts: list[PendingStep] = []  # since the host last looked
+        self.skipped: list[SkippedStep] = []
         """Steps that the host has seen and not yet dealt with; who deals with them empties it."""
-        self.frozen = False
+        self.diverged = False
         """Whether the last of them ends the run."""
         counts = (self._skips.nonfinite, self._skips.spikes, self._skips.in_a_row, self._skips.counted)
         self._nonfinite, self._spikes, self._in_a_row, self._counted = torch.tensor(counts, device=device).unbind()
@@ -92,12 +92,12 @@ class Guard:
         """What the step that began last multiplies its loss by, a float32 scalar on the device; None: by nothing."""
         return self._scale if self._scales else None
 
-    def begin(self, state: TrainState) -> None:
+    def record(self, state: TrainState) -> None:
         """Remember where the next step begins. Costs the host a few microseconds and the device nothing."""
-        self._attempts.append(_Attempt(state.step + 1, state.data, random_state(self._device)))
+        self._attempts.append(PendingStep(state.step + 1, state.data, random_state(self._device)))
 
     @torch.no_grad()
-    def judge(self, grad_norm: Tensor) -> Tensor:
+    def check(self, grad_norm: Tensor) -> Tensor:
         """Whether to leave out the update of the step that began last.
 
         Args:
@@ -153,7 +153,7 @@ class Guard:
         self._scaled_steps = torch.where(running, steps * ~grows, self._scaled_steps)
         self._overflows = self._overflows + (running & overflow)
 
-    def look(self) -> Skips:
+    def sync(self) -> Skips:
         """Read from the device what was decided since the last look: into `left_out`, `frozen` and the counts."""
         if not self._attempts:
             return self._skips
@@ -166,8 +166,8 @@ class Guard:
         mean, variance, scale = torch.stack((self._mean, self._variance, self._scale)).tolist()
         scaling = (overflows, scale, steps) if self._scales else ()
         self._skips = Skips(nonfinite, spikes, in_a_row, counted, mean, variance, *scaling)
-        self.frozen = bool(frozen)
+        self.diverged = bool(frozen)
         for each, verdict in zip(attempts, verdicts, strict=True):
             if kind := _KINDS.get(verdict):
-                self.left_out.append(LeftOut(each.step, kind, each.grad_norm.item(), each.data, each.random))
+                self.skipped.append(SkippedStep(each.step, kind, each.grad_norm.item(), each.data, each.random))
         return self._skips

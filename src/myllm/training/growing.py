@@ -12,7 +12,7 @@ from myllm.planning.batch import BatchPlan
 from myllm.runs.logs import Log
 
 from .stop_signals import StopRequest
-from .throughput import Meter
+from .throughput import ThroughputMeter
 
 LOOK_EVERY_S = 0.5
 SAY_EVERY_S = 30.0
@@ -24,7 +24,7 @@ def known_sequences(dataset: Dataset, batch: BatchPlan) -> int | None:
 
 
 def wait_for_data(
-    dataset: Dataset, position: DataPosition, batch: BatchPlan, stop: StopRequest, meter: Meter, log: Log
+    dataset: Dataset, position: DataPosition, batch: BatchPlan, stop: StopRequest, meter: ThroughputMeter, log: Log
 ) -> tuple[bool, UserError | None]:
     """Wait until every rank has the data of the next step.
 
@@ -41,7 +41,7 @@ def wait_for_data(
             except UserError as error:
                 failure = error
             here = has_step(dataset.train, position, batch)
-        missing, stopping, failed = distributed.any_rank(not here, stop.asked(), failure is not None)
+        missing, stopping, failed = distributed.any_rank(not here, stop.requested(), failure is not None)
         if stopping:  # first: what stops a run may have ended the preparation too
             return False, None
         if failed:
@@ -54,5 +54,5 @@ def wait_for_data(
             log(f"waiting for data: {how_far(dataset)}")
             said += SAY_EVERY_S
         # The wait alone: to count apart waits for the device, which a step that has its data should not.
-        with meter.doing("waiting for data"):
+        with meter.timed("waiting for data"):
             time.sleep(LOOK_EVERY_S)

@@ -28,13 +28,13 @@ def fast_kernels(
     if config.train.deterministic:
         ranks.repeat_cublas()
     with float32_products(config, process.device), sdpa.use_newer_flash(config.model, process.device) as remark:
-        say_kernels(model, config, process, log)
+        log_kernels(model, config, process, log)
         if remark:
             log(f"attention: {remark}")
         yield wrap(model, config, process)
 
 
-def say_kernels(model: Transformer, config: RunConfig, process: Process, log: Callable[[str], None]) -> None:
+def log_kernels(model: Transformer, config: RunConfig, process: Process, log: Callable[[str], None]) -> None:
     device = process.device
     dtype = compute_dtype(config.train.precision, device)
     choice = sdpa.selected_backend(config.model, device, dtype, config.train)

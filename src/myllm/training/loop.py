@@ -45,15 +45,15 @@ from myllm.training.preflight.batch_size import resolve_micro_batch_size
 
 from . import gc_schedule as garbage
 from .anomaly import report as bad_step
-from .evaluator import Interrupted, Poll, planned_evals, run_eval
-from .gradient_guard import Guard
+from .evaluator import EvalInterrupted, StopVote, build_evals, run_eval
+from .gradient_guard import GradientGuard
 from .growing import known_sequences, wait_for_data
 from .kernels import fast_kernels
 from .profiler import NoProfiler, Profiler
 from .restore import restore
 from .step import train_step
-from .stop_signals import reason, stop_signals
-from .throughput import Meter, console_line, progress
+from .stop_signals import describe_stop, handle_stop_signals
+from .throughput import ThroughputMeter, console_line, progress
 from .watchdog import watched
 
 
@@ -139,10 +139,10 @@ def train(
 
         # -- what the loop turns with --------------------------------------------------------------------------------
         runner = stack.enter_context(fast_kernels(model, config, process, log))
-        stop = stack.enter_context(stop_signals(config.train.max_wall_s, started))
+        stop = stack.enter_context(handle_stop_signals(config.train.max_wall_s, started))
         beat.step = state.step
-        poll = Poll(stop, beat)
-        evals = pending = planned_evals(config, whole, dataset, tokenizer, process, samples, log, poll)
+        poll = StopVote(stop, beat)
+        evals = pending = build_evals(config, whole, dataset, tokenizer, process, samples, log, poll)
         earlier = metrics.rows() if process.is_main else ()
         watch = ReferenceWatch(reference_of(to_dict(config)), earlier)
         saver = stack.enter_context(Saver(config, run, model, optimizer, tokenizer, process))
@@ -155,10 +155,10 @@ def train(
         bar = stack.enter_context(
             tqdm(total=max_steps, initial=state.step, bar_format=shown, disable=hidden, leave=False)
         )
-        collected = stack.enter_context(garbage.Schedule(state.step))
-        meter = Meter(config, process, loader, state.step, began)
+        collected = stack.enter_context(garbage.GcSchedule(state.step))
+        meter = ThroughputMeter(config, process, loader, state.step, began)
         profiler = Profiler(run, config, state.step, process, log, meter) if profile else NoProfiler()
-        guard = Guard(config.train, process.device, state.skips)
+        guard = GradientGuard(config.train, process.device, state.skips)
         scene = bad_step.StepContext(run, config, dataset, batch, model, whole, optimizer, tokenizer, process, log)
         checked = partial(bad_step.raise_if_diverged, guard=guard, scene=scene)
         stored = state if saved else None
@@ -168,16 +168,16 @@ def train(
         while True:
             # -- a step boundary: save, evaluate, stop, each if it is time -------------------------------------------
             beat.reached(state.step)
-            stop.saves_take(saver.slowest_s)
-            stopping, growing, unsaved = distributed.any_rank(stop.asked(), not dataset.complete, saver.failed)
+            stop.note_save_time(saver.slowest_s)
+            stopping, growing, unsaved = distributed.any_rank(stop.requested(), not dataset.complete, saver.failed)
             if unsaved:
                 saver.fail()
             early = out_of_patience(state, config)
             last_step = state.step if early else max_steps
             ending = stopping or state.step >= last_step or failure is not None
             if save_due(config, state.step, ending) and state != stored:
-                with meter.doing("saving"), beat.doing("saving"):
-                    state = meter.receipted(checked(state))
+                with meter.timed("saving"), beat.doing("saving"):
+                    state = meter.with_digest(checked(state))
                     saver.save(state)
                     stored = state
             if failure:
@@ -188,27 +188,27 @@ def train(
                 pending = [each for each in pending if each not in due]
                 try:
                     with (
-                        meter.doing("evaluating"),
+                        meter.timed("evaluating"),
                         beat.doing("evaluating"),
                         collected.automatic(),
                         gathered(model, whole),
                     ):
                         for each in due:
-                            with meter.doing(each.name):
+                            with meter.timed(each.name):
                                 figures = run_eval(each, state, whole, config, process, watch, metrics, log, poll)
                             if state.early_stop and each.name == "validation" and figures:
                                 before, state = state, count_validation(state, figures["loss"])
                                 if state.early_stop.best_step != before.early_stop.best_step:
-                                    with meter.doing("saving"):
-                                        state = meter.receipted(checked(state))
+                                    with meter.timed("saving"):
+                                        state = meter.with_digest(checked(state))
                                         saver.save(state, best=True)
-                except Interrupted:  # by a stop, which is seen once more at this boundary
+                except EvalInterrupted:  # by a stop, which is seen once more at this boundary
                     pending = [*due, *pending]
                     continue
             if out_of_patience(state, config) and not ending:
                 continue  # once more past this boundary, as the last: what was not due is measured, and all is saved
             if ending:
-                with meter.doing("saving"), beat.doing("saving"):
+                with meter.timed("saving"), beat.doing("saving"):
                     saver.wait()
             if process.is_main and saver.written_step not in (None, told_step) and not stopping:
                 told_step = saver.written_step
@@ -236,7 +236,7 @@ def train(
                         log(f"cannot write {run.environment}: {error.strerror}; training goes on")
                     for line in ("whole now", *describe_length(config, dataset.train.tokens)):
                         log(f"data: {line}")
-            guard.begin(state)
+            guard.record(state)
             with profiler.around(state.step):
                 loss, grad_norm, rate = train_step(
                     runner, optimizer, loader, batch, state.step, config, process, guard, profiler.phase
@@ -251,10 +251,10 @@ def train(
             pending = evals
             bar.update()
             if state.step % config.train.log_every_steps == 0 or state.step == max_steps:
-                state = replace(meter.receipted(state), skips=guard.look())
-                row = meter.read(state, loss, grad_norm, rate)
+                state = replace(meter.with_digest(state), skips=guard.sync())
+                row = meter.measure(state, loss, grad_norm, rate)
                 if process.is_main:
-                    for each in (*meter.apart(state.step), row):
+                    for each in (*meter.overhead(state.step), row):
                         metrics.append(each)
                     bar.set_postfix_str(progress(row), refresh=False)
                     log(console_line(row, max_steps))
@@ -342,7 +342,7 @@ def how_it_ended(config: RunConfig, state: TrainState, stopped_by: int | None, e
     """In words, and as the exit code that says the same."""
     if stopped_by is None:
         return f"{'stopped early' if early else 'complete'}, after step {state.step:,}", 0
-    why = reason(stopped_by, config.train.max_wall_s)
+    why = describe_stop(stopped_by, config.train.max_wall_s)
     saved = ", saved" if state.step else ""
     return f"stopped by {why} after step {state.step:,}{saved}", exit_code(stopped_by)
 

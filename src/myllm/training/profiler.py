@@ -17,7 +17,7 @@ from myllm.paths import RunPaths
 from myllm.runs.logs import Log
 
 from .kernel_costs import STEP, table
-from .throughput import Meter
+from .throughput import ThroughputMeter
 
 WARMUP_STEPS = 10
 """Of this process, before those that are recorded."""
@@ -39,7 +39,9 @@ class Profiler:
         meter: counts apart what is no training: starting, and writing what was recorded.
     """
 
-    def __init__(self, run: RunPaths, config: RunConfig, step: int, process: Process, log: Log, meter: Meter) -> None:
+    def __init__(
+        self, run: RunPaths, config: RunConfig, step: int, process: Process, log: Log, meter: ThroughputMeter
+    ) -> None:
         self._run, self._process, self._log, self._meter = run, process, log, meter
         self.window = choose_window(config, step) if process.is_main else range(0)
         self._recording: torch.profiler.profile | None = None
@@ -52,7 +54,7 @@ class Profiler:
             yield
             return
         if self._recording is None:
-            with self._meter.doing("profiling"):
+            with self._meter.timed("profiling"):
                 self._recording = self._started()
         started = time.perf_counter()
         with _marked(STEP, self._process.device):
@@ -60,7 +62,7 @@ class Profiler:
             _synchronize(self._process.device)  # at each, so that what comes between two steps is not the next one's
         self._seconds += time.perf_counter() - started
         if step == self.window[-1]:
-            with self._meter.doing("profiling"):
+            with self._meter.timed("profiling"):
                 self._write()
 
     def phase(self, name: str) -> AbstractContextManager[None]:

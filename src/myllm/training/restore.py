@@ -58,7 +58,7 @@ def restore(
     for line in changed:
         log(f"  changed since then: {line}")
     earlier = saved_config(saved.config, saved.folder / "config.json")
-    if not imported and (note := rate_note(saved.state.step, earlier, config)):
+    if not imported and (note := describe_lr_jump(saved.state.step, earlier, config)):
         log(f"  {note}")
     state = saved.state
     if imported:
@@ -66,7 +66,7 @@ def restore(
     return replace(state, receipt=state.receipt or Receipt(since_step=state.step))
 
 
-def rate_note(step: int, earlier: RunConfig, config: RunConfig) -> str | None:
+def describe_lr_jump(step: int, earlier: RunConfig, config: RunConfig) -> str | None:
     """One sentence if the learning rate jumps at a restart, because another schedule was asked for; else None.
 
     Args:

@@ -15,7 +15,7 @@ from myllm.model.attention_backend import training_backends
 from myllm.optim.adamw import ScheduledAdamW
 from myllm.planning.batch import BatchPlan
 
-from .gradient_guard import Guard
+from .gradient_guard import GradientGuard
 from .profiler import no_phase
 
 
@@ -27,7 +27,7 @@ def train_step(
     step: int,
     config: RunConfig,
     process: Process,
-    guard: Guard,
+    guard: GradientGuard,
     phase: Callable[[str], AbstractContextManager[None]] = no_phase,
 ) -> tuple[Tensor, Tensor, float]:
     """One optimizer update, number `step` counted from 0, unless the guard leaves it out.
@@ -46,7 +46,7 @@ def train_step(
         with phase("clip"):
             grad_norm = clip_gradients(optimizer.parameters.values(), config.optim.max_grad_norm, loss_scale)
         with phase("optimizer"):
-            rate = optimizer.step(step, guard.judge(grad_norm), loss_scale)
+            rate = optimizer.step(step, guard.check(grad_norm), loss_scale)
             clear_gradients(runner)
     return loss, grad_norm, rate
 

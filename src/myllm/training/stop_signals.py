@@ -45,7 +45,7 @@ class StopRequest:
 
     _looked: float | None = None
 
-    def asked(self) -> bool:
+    def requested(self) -> bool:
         if self.signal is None and self.deadline is not None:
             now = time.monotonic()
             self.step_s, self._looked = max(self.step_s, now - (self._looked or now)), now
@@ -53,20 +53,20 @@ class StopRequest:
                 self.signal = TIME_LIMIT
         return self.signal is not None
 
-    def saves_take(self, slowest_s: float | None) -> None:
+    def note_save_time(self, slowest_s: float | None) -> None:
         """How long the slowest save so far took, and so how much the time limit must leave for the last."""
         if slowest_s is not None:
             self.save_s = slowest_s
 
 
-def reason(stopped_by: int, max_wall_s: float | None) -> str:
+def describe_stop(stopped_by: int, max_wall_s: float | None) -> str:
     """For people."""
     if stopped_by == TIME_LIMIT:
         return f"the time limit, train.max_wall_s {duration(max_wall_s or 0)}"
     return signal.Signals(stopped_by).name
 
 
-def unfinished_when_time_is_up() -> None:
+def exit_unfinished_on_time_signals() -> None:
     """While there is nothing to save yet, SIGUSR1 and its kin end the process with the code that asks for another
     start."""
 
@@ -78,7 +78,7 @@ def unfinished_when_time_is_up() -> None:
 
 
 @contextmanager
-def stop_signals(max_wall_s: float | None = None, started: float | None = None) -> Iterator[StopRequest]:
+def handle_stop_signals(max_wall_s: float | None = None, started: float | None = None) -> Iterator[StopRequest]:
     """SIGNALS ask for a stop, and so does the time limit; a second SIGINT leaves at once.
 
     Args:

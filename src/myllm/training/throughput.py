@@ -27,7 +27,7 @@ WORTH_A_SHARE = 0.0005
 """Of the whole: less is left out where it says where the time went."""
 
 
-class Meter:
+class ThroughputMeter:
     """Time and numbers between two log lines. Reads from the device only when a row is written or a save is due."""
 
     def __init__(self, config: RunConfig, process: Process, loader: Loader, step: int, started: float) -> None:
@@ -44,11 +44,11 @@ class Meter:
         peak = peak_flops(device_name(process.device))
         self._peak_flops = peak * process.world_size if peak else None
 
-    def doing(self, what: str) -> AbstractContextManager[None]:
+    def timed(self, what: str) -> AbstractContextManager[None]:
         """Count a `with` block apart from training, under a name: it is no part of step_s and tokens_per_s."""
         return self._stopwatch.doing(what)
 
-    def apart(self, step: int) -> list[dict[str, Any]]:
+    def overhead(self, step: int) -> list[dict[str, Any]]:
         """A row of metrics.jsonl with the seconds that were counted apart since the last such row; none if there were
         none."""
         seconds = {name: each for name, each in self._stopwatch.seconds.items() if name != TRAINING}
@@ -62,11 +62,11 @@ class Meter:
         self._stopwatch.lap()
         # Before the first row there is no file, and none is begun for this: a report could not be drawn from it.
         if self._process.is_main and metrics.path.is_file():
-            for row in self.apart(step):
+            for row in self.overhead(step):
                 metrics.append(row)
         log(time_line(self._stopwatch.seconds, self._loader.wait_s))
 
-    def receipted(self, state: TrainState) -> TrainState:
+    def with_digest(self, state: TrainState) -> TrainState:
         """The state with a receipt for everything trained on so far. Every rank must ask at the same steps."""
         fresh = self._loader.delivered - self._receipted
         self._receipted = self._loader.delivered.copy()
@@ -74,7 +74,7 @@ class Meter:
         sums = distributed.sum_over_ranks(torch.from_numpy(fresh)).numpy()
         return replace(state, receipt=(state.receipt or Receipt()).plus(sums))
 
-    def read(self, state: TrainState, loss: Tensor, grad_norm: Tensor, rate: float) -> dict[str, Any]:
+    def measure(self, state: TrainState, loss: Tensor, grad_norm: Tensor, rate: float) -> dict[str, Any]:
         """One row of metrics.jsonl: one reduction, one read from the device."""
         mean_loss, norm = (
             (distributed.sum_over_ranks(torch.stack((loss.float(), grad_norm.float()))) / self._process.world_size)

@@ -109,7 +109,7 @@ class Watchdog:
             names = [f"rank{other}" for other in range(self._process.world_size)]
             _within(ANSWER_S, lambda: board.check(names))
             reports = [json.loads(board.get(name)) if board.check([name]) else None for name in names]
-            message = tell(reports, float(board.get("hang")))
+            message = describe_hang(reports, float(board.get("hang")))
             message += f". Where each stood: {self._run.stacks}. The same command goes on from the newest checkpoint"
             _say(f"error: {message}")
             with suppress(OSError), self._run.log.open("a", encoding="utf-8", errors="backslashreplace") as file:
@@ -169,7 +169,7 @@ def watched(
         log(f"ended: {heartbeat.ending[0]}")
 
 
-def tell(reports: list[dict[str, Any] | None], waited_s: float) -> str:
+def describe_hang(reports: list[dict[str, Any] | None], waited_s: float) -> str:
     """Who did not arrive, and what each was doing; by rank, None for one that says nothing."""
     said = {rank: report for rank, report in enumerate(reports) if report is not None}
     late = [rank for rank, report in enumerate(reports) if report is None]

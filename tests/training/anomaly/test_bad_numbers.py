@@ -36,7 +36,7 @@ from myllm.training.anomaly import dump as bags
 from myllm.training.anomaly import report as bad_step
 from myllm.training.anomaly.dump import find_dump, read_dump
 from myllm.training.anomaly.replay import replay_step
-from myllm.training.gradient_guard import Guard
+from myllm.training.gradient_guard import GradientGuard
 from myllm.training.step import accumulate_gradients
 
 CPU = torch.device("cpu")
@@ -280,12 +280,12 @@ def test_skipping_gives_up(bare: RunConfig, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def judged(config: TrainConfig, norms: list[float], skips: Skips | None = None) -> tuple[list[int], Skips]:
-    watch, state = Guard(config, CPU, skips), TrainState(0, 0, DataPosition(0, 0, 0, ""))
+    watch, state = GradientGuard(config, CPU, skips), TrainState(0, 0, DataPosition(0, 0, 0, ""))
     verdicts = []
     for norm in norms:
-        watch.begin(state)
-        verdicts.append(int(watch.judge(torch.tensor(norm))))
-    return verdicts, watch.look()
+        watch.record(state)
+        verdicts.append(int(watch.check(torch.tensor(norm))))
+    return verdicts, watch.sync()
 
 
 def by_hand(norms: list[float], sigma: float) -> tuple[list[int], float, float]:

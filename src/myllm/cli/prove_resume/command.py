@@ -10,7 +10,7 @@ from typing import Annotated
 import tyro
 
 from myllm import paths
-from myllm.cli.launch import base_config, config_files
+from myllm.cli.launch import base_config, read_config_files
 from myllm.cli.parse import parse_arguments
 from myllm.config import RunConfig
 from myllm.distributed import launcher as ranks
@@ -37,7 +37,7 @@ def prove_resume(words: list[str]) -> None:
     losses. Takes a preset (default: debug) and the settings of pretrain.py; the preset is shrunk to a few steps on
     little text. Exit code 0: proven, 1: not proven, 2: invalid arguments.
     """
-    files, rest = config_files(words)
+    files, rest = read_config_files(words)
     named = bool(rest) and not rest[0].startswith("-")
     base, rest = base_config(files, rest if named or files else ["debug", *rest])
     if ranks.launched():

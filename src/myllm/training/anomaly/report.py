@@ -31,7 +31,7 @@ from myllm.optim.adamw import ScheduledAdamW
 from myllm.paths import RunPaths
 from myllm.planning.batch import BatchPlan
 from myllm.runs.logs import Log
-from myllm.training.gradient_guard import Guard, LeftOut
+from myllm.training.gradient_guard import GradientGuard, SkippedStep
 
 from .diagnose import Diagnosis, diagnose
 from .dump import AnomalyDump, bag_folder, write_dump
@@ -59,28 +59,28 @@ class StepContext:
     log: Log
 
 
-def raise_if_diverged(state: TrainState, guard: Guard, scene: StepContext) -> TrainState:
+def raise_if_diverged(state: TrainState, guard: GradientGuard, scene: StepContext) -> TrainState:
     """The state with its counts of updates left out. Says which these were; every rank must ask at the same steps.
 
     Raises:
         TrainingDiverged: it is time to stop. The run has a flight bag of the last of them.
     """
-    skips = guard.look()
-    left_out, guard.left_out = guard.left_out, []
-    for each in left_out[:-1] if guard.frozen else left_out:
+    skips = guard.sync()
+    left_out, guard.skipped = guard.skipped, []
+    for each in left_out[:-1] if guard.diverged else left_out:
         why = {
             "nonfinite": "its gradient is not finite",
             "spike": f"its gradient norm {each.grad_norm:.3g} is a spike",
             "overflow": "its gradient was too large for float16, and the loss scale is halved",
         }[each.kind]
         scene.log(f"left out the update of step {each.step:,}: {why} ({_place(each, scene.batch)})")
-    if guard.frozen:
+    if guard.diverged:
         message = _stop(left_out[-1], skips.in_a_row, scene)
         raise TrainingDiverged(message)
     return replace(state, skips=skips)
 
 
-def _stop(bad: LeftOut, in_a_row: int, scene: StepContext) -> str:
+def _stop(bad: SkippedStep, in_a_row: int, scene: StepContext) -> str:
     """Take the step apart on every rank, pack the bag on rank 0, and say on all of them what happened."""
     sequences = sequences_of(bad, scene)
     diagnosis, fault = None, None
@@ -113,13 +113,13 @@ def _stop(bad: LeftOut, in_a_row: int, scene: StepContext) -> str:
     return distributed.from_main(message)
 
 
-def sequences_of(bad: LeftOut, scene: StepContext) -> np.ndarray:
+def sequences_of(bad: SkippedStep, scene: StepContext) -> np.ndarray:
     """The step's sequences in their global order, (G,) int64."""
     n_sequences = count_sequences(scene.dataset.train.tokens, scene.batch.seq_len)
     return step_sequences(bad.data, scene.batch.sequences, n_sequences, window_of(scene.batch.seq_len))
 
 
-def _diagnose_share(bad: LeftOut, sequences: np.ndarray, scene: StepContext) -> Diagnosis:
+def _diagnose_share(bad: SkippedStep, sequences: np.ndarray, scene: StepContext) -> Diagnosis:
     """This rank's share of the step once more, in the precision and on the device that it was made with."""
     batch, device = scene.batch, scene.process.device
     restore_random_state(bad.random, device)
@@ -167,7 +167,7 @@ def _samples(
 
 
 def _about(
-    bad: LeftOut, in_a_row: int, diagnoses: list[Diagnosis | None], faults: list[str | None], scene: StepContext
+    bad: SkippedStep, in_a_row: int, diagnoses: list[Diagnosis | None], faults: list[str | None], scene: StepContext
 ) -> dict[str, Any]:
     whole = [each for each in diagnoses if each]
     firsts = [(rank, each.first_bad) for rank, each in enumerate(diagnoses) if each and each.first_bad]
@@ -199,7 +199,7 @@ def _about(
 # -- words ------------------------------------------------------------------------------------------------------------
 
 
-def _place(bad: LeftOut, batch: BatchPlan) -> str:
+def _place(bad: SkippedStep, batch: BatchPlan) -> str:
     last = bad.data.index + batch.sequences - 1
     return f"data: epoch {bad.data.epoch}, samples {bad.data.index:,} to {last:,} of its order"
 

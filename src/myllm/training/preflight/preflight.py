@@ -29,7 +29,7 @@ from myllm.planning.length import length_note, resolve_max_steps
 from myllm.runs.heartbeat import Heartbeat
 from myllm.runs.logs import JsonLines, Log
 from myllm.runs.reference_curve import ReferenceWatch
-from myllm.training.evaluator import Eval, Poll, planned_evals, run_eval
+from myllm.training.evaluator import Eval, StopVote, build_evals, run_eval
 from myllm.training.loop import check_data
 from myllm.training.restore import restore
 from myllm.training.stop_signals import StopRequest
@@ -196,8 +196,8 @@ def _timed_evals(parts: Parts, dataset: Dataset, tokenizer: Tokenizer, folder: P
     config = replace(config, eval=replace(config.eval, hellaswag_file=str(folder / "hellaswag.jsonl")))
     said: list[str] = []
     rows, state, watch = JsonLines(folder / "rows.jsonl"), parts.state(dataset, STEPS), ReferenceWatch(None)
-    found, poll = {}, Poll(StopRequest(), Heartbeat(folder / "heartbeat.json", writes=False))
-    for each in planned_evals(config, parts.whole, dataset, tokenizer, process, rows, said.append, poll):
+    found, poll = {}, StopVote(StopRequest(), Heartbeat(folder / "heartbeat.json", writes=False))
+    for each in build_evals(config, parts.whole, dataset, tokenizer, process, rows, said.append, poll):
         if not each.every_steps:
             continue
         for _ in range(2):  # the first one is a warm-up

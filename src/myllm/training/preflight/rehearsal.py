@@ -35,7 +35,7 @@ from myllm.model.transformer import Transformer
 from myllm.optim.adamw import ScheduledAdamW
 from myllm.planning.batch import BatchPlan, batch_plan
 from myllm.planning.memory_estimate import HEADROOM
-from myllm.training.gradient_guard import Guard
+from myllm.training.gradient_guard import GradientGuard
 from myllm.training.kernels import fast_kernels
 from myllm.training.step import train_step
 
@@ -165,7 +165,7 @@ class Parts:
         self.whole = spread(self.model, config, process)  # what evaluations see
         self.optimizer = ScheduledAdamW(self.model.named_parameters(), config.optim, config.train.max_steps)
         self.runner = stack.enter_context(fast_kernels(self.model, config, process, say))
-        self.guard = Guard(config.train, process.device)
+        self.guard = GradientGuard(config.train, process.device)
 
     def loader(self, dataset: Dataset, batch: BatchPlan) -> Loader:
         position = self.state(dataset, 0).data
@@ -176,7 +176,7 @@ class Parts:
 
     def step(self, loader: Loader, dataset: Dataset, batch: BatchPlan, step: int) -> tuple[float, float]:
         """One real step, done when it returns; loss and gradient norm of this rank."""
-        self.guard.begin(self.state(dataset, step))
+        self.guard.record(self.state(dataset, step))
         loss, grad_norm, _ = train_step(
             self.runner, self.optimizer, loader, batch, step, self.config, self.process, self.guard
         )
