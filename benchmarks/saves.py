@@ -17,10 +17,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 from myllm import presets
 from myllm.checkpoint.async_saver import Saver
 from myllm.checkpoint.format import TrainState, load_latest
-from myllm.data.prepare.disk_space import size
 from myllm.data.sampler import DataPosition
 from myllm.data.tokenizer.load import load_tokenizer
 from myllm.distributed.collectives import process_group
+from myllm.formatting import format_bytes
 from myllm.model.transformer import Transformer
 from myllm.optim.adamw import ScheduledAdamW
 from myllm.paths import RunPaths
@@ -45,7 +45,7 @@ def main(preset: str, rounds: int) -> None:
         start = time.perf_counter()
         found = load_latest(run.checkpoints, print)
         verified = time.perf_counter() - start
-        print(f"{size(n_bytes)}; verified in {verified:.2f} s, step {found.state.step}")
+        print(f"{format_bytes(n_bytes)}; verified in {verified:.2f} s, step {found.state.step}")
         whole_file = Path(folder) / "plain.pt"
         start = time.perf_counter()
         torch.save([found.model, found.optimizer], whole_file)

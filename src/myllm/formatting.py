@@ -1,5 +1,6 @@
-"""Amounts as people write them: 10GB, 10BT, 500M."""
+"""Numbers as text: sizes, counts, percentages and durations to show, and amounts that users type (10GB, 10BT)."""
 
+import math
 import re
 
 from .errors import UserError
@@ -36,9 +37,54 @@ def parse_target(text: str) -> tuple[str, float]:
     return ("bytes" if found[3].upper() == "B" else "tokens"), value
 
 
-def scaled(value: float) -> str:
-    """Three digits and K, M, G or T."""
-    for letter, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("K", 1e3)):
-        if value >= size:
-            return f"{value / size:.3g} {letter}"
-    return f"{value:.3g} "
+def format_bytes(n_bytes: float) -> str:
+    """1234567890 as "1.2 GB"; less than 1e9 in MB."""
+    return f"{n_bytes / 1e9:,.1f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:,.1f} MB"
+
+
+def format_gib(n_bytes: float) -> str:
+    """Memory in GiB: "1.23 GiB"."""
+    return f"{n_bytes / 2**30:.2f} GiB"
+
+
+def format_si(value: float, digits: int = 3) -> str:
+    """1234567 as 1.23M. 1e9 is B, as is usual for tokens and parameters."""
+    if not math.isfinite(value):
+        return format_number(value)
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        # Round first: 999,999 is 1M, not 1000k.
+        if abs(float(f"{value:.{digits}g}")) >= size:
+            return f"{float(f'{value / size:.{digits}g}'):g}{unit}"
+    return f"{float(f'{value:.{digits}g}'):g}"
+
+
+def format_number(value: float) -> str:
+    """Three significant digits: 3.31, 0.0021, 6e-5, NaN."""
+    if math.isnan(value):
+        return "NaN"
+    if math.isinf(value):
+        return "∞" if value > 0 else "-∞"
+    return f"{value:.3g}".replace("e-0", "e-").replace("e+0", "e") if abs(value) < 1_000 else format_si(value)
+
+
+def format_percent(value: float) -> str:
+    return f"{value * 100:.1f}\N{NO-BREAK SPACE}%" if math.isfinite(value) else format_number(value)
+
+
+def format_duration(seconds: float) -> str:
+    """8000 as "2 h 13 min"; empty if not finite."""
+    if not math.isfinite(seconds):
+        return ""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    hours, days = minutes // 60, minutes // 1440
+    if days:
+        return f"{days} d {hours % 24} h"
+    return f"{hours} h {minutes % 60} min" if hours else f"{minutes} min"
+
+
+def format_clock(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"

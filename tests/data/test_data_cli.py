@@ -9,7 +9,7 @@ import pytest
 from myllm.cli.main import main as myllm
 from myllm.data.sources.catalog import CORPORA
 from myllm.errors import UserError
-from myllm.formatting import parse_count, parse_target, scaled
+from myllm.formatting import parse_count, parse_target
 
 pytestmark = pytest.mark.usefixtures("temp_data", "in_process")
 
@@ -48,9 +48,6 @@ def test_amounts() -> None:
     for text in ("10", "10BB", "GB", "0GB", "-1GB", "10 parrots"):
         with pytest.raises(UserError, match="such as 10GB"):
             parse_target(text)
-    assert [scaled(value) for value in (0, 12, 1_234, 5.678e6, 1e9, 2.5e12)] == [
-        "0 ", "12 ", "1.23 K", "5.68 M", "1 G", "2.5 T"
-    ]  # fmt: skip
 
 
 def test_list_shows_every_known_source_and_what_is_prepared(said, mixed_corpus: Path, temp_data: Path) -> None:
@@ -128,8 +125,8 @@ def test_estimate_prints_every_figure(said, mixed_corpus: Path) -> None:
     shown = said("estimate", f"files:{mixed_corpus}", "--target", "10MT", "--workers", "4")
     for name in ("documents", "text", "tokens", "tokens a byte", "to read", "shards on disk", "tokenising"):
         assert f"\n  {name} " in shown, name
-    assert "10 M" in shown
-    assert "20 MB" in shown
+    assert "10M" in shown
+    assert "20.0 MB" in shown
     assert "with 4 processes" in shown
     assert "times what the source holds" in shown
 

@@ -19,11 +19,11 @@ from matplotlib.image import imread
 from support.browser import chromium
 
 from myllm.errors import UserError
+from myllm.formatting import format_duration, format_si
 from myllm.paths import RunPaths
 from myllm.runs.history import find_run, moving_average, read_metrics
 from myllm.runs.report import plots
 from myllm.runs.report.axes import MAX_POINTS, thin
-from myllm.runs.report.numbers import duration, si
 from myllm.runs.report.write import draw_plots, write_report
 
 VOID = {"meta", "img", "source", "br"}
@@ -276,14 +276,14 @@ def test_thin_keeps_ends_and_spikes() -> None:
     [(0, "0"), (999, "999"), (1_234, "1.23k"), (999_999, "1M"), (7_340_032, "7.34M"), (9.96e9, "9.96B")],
 )
 def test_si(value: float, text: str) -> None:
-    assert si(value) == text
+    assert format_si(value) == text
 
 
 @pytest.mark.parametrize(
     ("seconds", "text"), [(math.nan, ""), (46, "46 s"), (130, "2 min"), (8_000, "2 h 13 min"), (200_000, "2 d 7 h")]
 )
 def test_duration(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
+    assert format_duration(seconds) == text
 
 
 # -- figures ----------------------------------------------------------------------------------------------------------

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from myllm.config import RunConfig
-from myllm.data.prepare.disk_space import size
 from myllm.errors import UserError
 from myllm.files import fsync_folder, read_json
+from myllm.formatting import format_bytes
 from myllm.planning.disk import n_kept, n_saves
 from myllm.planning.flops import stored_parameters
 
@@ -172,8 +172,10 @@ def check_room(checkpoints: Path, step: int, need_bytes: int) -> None:
     free = _free_bytes(checkpoints)
     if need_bytes + SPARE_BYTES > free:
         raise UserError(
-            f"no room to save step {step:,} in {checkpoints}: it needs {size(need_bytes + SPARE_BYTES)}, the disk has "
-            f"{size(free)} free; older checkpoints are untouched. Free some space, or lower train.keep_last, and start "
+            f"no room to save step {step:,} in {checkpoints}: it needs {format_bytes(need_bytes + SPARE_BYTES)}, the "
+            "disk has "
+            f"{format_bytes(free)} free; older checkpoints are untouched. Free some space, or lower train.keep_last, "
+            "and start "
             "the same command again"
         )
 
@@ -200,8 +202,9 @@ def check_run_room(config: RunConfig, checkpoints: Path, best: Path, step: int) 
     (need, count), free = run_bytes(config, checkpoints, best, step), _free_bytes(checkpoints)
     if need > free:
         raise UserError(
-            f"the run needs {size(need)} for {count:,} checkpoint{'s' * (count != 1)} of {size(need / count)} in "
-            f"{checkpoints}, the disk has {size(free)} free; free some space, keep fewer (train.keep_last "
+            f"the run needs {format_bytes(need)} for {count:,} checkpoint{'s' * (count != 1)} of "
+            f"{format_bytes(need / count)} in "
+            f"{checkpoints}, the disk has {format_bytes(free)} free; free some space, keep fewer (train.keep_last "
             f"{config.train.keep_last}, 0 keeps all; train.keep_every_steps {config.train.keep_every_steps:,}), or set "
             "MYLLM_DATA to a folder on a larger disk"
         )

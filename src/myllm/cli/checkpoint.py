@@ -41,7 +41,7 @@ def list_all(where: Positional[str], as_json: Annotated[bool, tyro.conf.arg(name
         where: a run's name or folder.
         as_json: print a JSON object a line instead: folder, step, tokens, bytes, validation_loss, where, state.
     """
-    from myllm.data.prepare.disk_space import size
+    from myllm.formatting import format_bytes
     from myllm.nonfinite import json_safe
 
     rows = []
@@ -51,7 +51,7 @@ def list_all(where: Positional[str], as_json: Annotated[bool, tyro.conf.arg(name
             continue
         loss = "-" if about["validation_loss"] is None else f"{about['validation_loss']:.4f}"
         tokens = "-" if about["tokens"] is None else f"{about['tokens']:,}"
-        rows.append((f"{about['step']:,}", tokens, size(about["bytes"]), loss, about["where"], about["state"]))
+        rows.append((f"{about['step']:,}", tokens, format_bytes(about["bytes"]), loss, about["where"], about["state"]))
     if not as_json:
         widths = [max(len(row[column]) for row in (TITLES, *rows)) for column in range(len(TITLES) - 1)]
         for row in (TITLES, *rows):

@@ -7,7 +7,7 @@ import tyro
 
 from myllm.config import DataConfig, RunConfig
 from myllm.errors import UserError
-from myllm.formatting import parse_count, parse_target, scaled
+from myllm.formatting import format_bytes, format_si, parse_count, parse_target
 from myllm.planning.validation import check_data_config
 
 if TYPE_CHECKING:
@@ -89,22 +89,22 @@ def estimate(
     found = measure(recipe, workers or usable_cores(), wanted)
     many = f"{found.workers} process{'es' if found.workers > 1 else ''}"
     remote = any(file.remote for file in recipe.source.files)
-    print(f"{recipe.source.description}: {len(recipe.source.files):,} files, {scaled(recipe.source.size_bytes)}B")
+    print(f"{recipe.source.description}: {len(recipe.source.files):,} files, {format_bytes(recipe.source.size_bytes)}")
     if note := recipe.source.ignored_note:
         print(note)
     print(f"sample: {found.sampled_documents:,} documents of {found.sampled_from}\n")
     if found.share > 1:
         print(f"that is {found.share:,.1f} times what the source holds: training would go through it more than once\n")
-    for name, figure, unit in (
-        ("documents", found.documents, ""),
-        ("text", found.text_bytes, "B"),
-        ("tokens", found.tokens, ""),
-        ("tokens a byte", found.tokens_per_byte, ""),
-        ("to download" if remote else "to read", found.download_bytes, "B"),
-        ("shards on disk", found.shard_bytes, "B"),
+    for name, figure, write in (
+        ("documents", found.documents, format_si),
+        ("text", found.text_bytes, format_bytes),
+        ("tokens", found.tokens, format_si),
+        ("tokens a byte", found.tokens_per_byte, format_si),
+        ("to download" if remote else "to read", found.download_bytes, format_bytes),
+        ("shards on disk", found.shard_bytes, format_bytes),
     ):
         error = figure.error / figure.value if figure.value else 1.0
-        print(f"  {name:<15} {scaled(figure.value):>9}{unit:<2} +- {error:.1%}")
+        print(f"  {name:<15} {write(figure.value):>11} +- {error:.1%}")
     hours, error = found.hours.value, found.hours.error / found.hours.value
     took = f"{hours:.3g} h" if hours >= 1 else f"{hours * 60:.3g} min"
     print(f"  {'tokenising':<15} {took:>11} +- {error:.1%}, with {many} at the speed of this machine")

@@ -15,6 +15,7 @@ from typing import Any
 from myllm.config import RunConfig, saved_config
 from myllm.data.sources.catalog import corpus_of, source_of
 from myllm.errors import UserError
+from myllm.formatting import format_duration, format_number, format_percent, format_si
 from myllm.paths import RunPaths
 from myllm.planning.length import warmup_steps
 from myllm.runs.history import (
@@ -27,7 +28,6 @@ from myllm.runs.history import (
     read_metrics,
     read_samples,
 )
-from myllm.runs.report.numbers import duration, percent, short, si
 
 SAMPLE_CHARACTERS = 600
 NAMES = {
@@ -142,7 +142,7 @@ def _front_matter(about: CardData) -> str:
 
 def _heading(about: CardData) -> str:
     parameters = as_float(about.environment.get("parameters"))
-    size = f" of {si(parameters)} parameters" if parameters > 0 else ""
+    size = f" of {format_si(parameters)} parameters" if parameters > 0 else ""
     source = about.imported and f"the weights of {about.imported}"
     origin = f"trained further with MyLLM from {source}" if source else "trained from nothing with MyLLM"
     if source and about.step == 0:
@@ -212,9 +212,9 @@ def _figures(name: str, row: Row, step: int) -> list[str]:
     lines = []
     for key in keys:
         value, is_share = as_float(row[key]), key.startswith("acc") or key.endswith("accuracy")
-        shown = percent(value) if is_share else f"{value:.4f}" if value < 100 else f"{value:,.0f}"
+        shown = format_percent(value) if is_share else f"{value:.4f}" if value < 100 else f"{value:,.0f}"
         error = _standard_error(row, key)
-        lines.append(f"| {name} | {NAMES[key]} | {shown} | {f'± {percent(error)}' if error else ''} | {on} |")
+        lines.append(f"| {name} | {NAMES[key]} | {shown} | {f'± {format_percent(error)}' if error else ''} | {on} |")
     return lines
 
 
@@ -299,7 +299,8 @@ def _data(about: CardData) -> str:
             "source": ", ".join(filter(None, [strip_local_paths(str(environment.get("source") or data.source)), link])),
             "what it is": corpus and corpus.about,
             "its licence": corpus and corpus.licence,
-            "tokens seen": f"{seen:,}" + (f", {short(seen / have)} passes over {have:,.0f}" if have > 0 else ""),
+            "tokens seen": f"{seen:,}"
+            + (f", {format_number(seen / have)} passes over {have:,.0f}" if have > 0 else ""),
             "held out for validation": _count(environment.get("val_tokens"), " tokens"),
             "cleaning": ", ".join(name for name, on in cleaning.items() if on) or "none",
             "prepared data set": environment.get("dataset") and f"`{environment['dataset']}`",
@@ -345,7 +346,7 @@ def _machine(about: CardData) -> str:
     seconds = metrics.training_s() if metrics and metrics.train else math.nan
     last = metrics.last() if metrics else {}
     device_hours = seconds * world_size / 3_600
-    hours = f"{duration(seconds)}, {device_hours:.3g} device hours" if math.isfinite(device_hours) else ""
+    hours = f"{format_duration(seconds)}, {device_hours:.3g} device hours" if math.isfinite(device_hours) else ""
     evals_s = sum(as_float(row.get("seconds")) for rows in metrics.evals.values() for row in rows) if metrics else 0
     versions = environment.get("versions")
     commit = environment.get("git_commit")
@@ -354,9 +355,9 @@ def _machine(about: CardData) -> str:
         {
             "devices": f"{world_size:.0f} x {environment.get('device_name')}" if world_size > 0 else None,
             "training": hours,
-            "evaluations": duration(evals_s) if evals_s > 0 else None,
+            "evaluations": format_duration(evals_s) if evals_s > 0 else None,
             "speed, at the end": _count(last.get("tokens_per_s"), " tokens/s")
-            + (f", {percent(as_float(last['mfu']))} MFU" if as_float(last.get("mfu")) > 0 else ""),
+            + (f", {format_percent(as_float(last['mfu']))} MFU" if as_float(last.get("mfu")) > 0 else ""),
             "last started": environment.get("started"),
             "Python": environment.get("python"),
             "packages": ", ".join(f"{k} {v}" for k, v in versions.items() if v) if isinstance(versions, dict) else None,

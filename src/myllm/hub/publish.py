@@ -22,11 +22,11 @@ from typing import Any
 from myllm.checkpoint.integrity import MANIFEST, NOTHING, WEIGHTS, Damaged, check
 from myllm.checkpoint.retention import list_checkpoints, step_of
 from myllm.config import HubConfig, ModelConfig, saved_config, to_dict
-from myllm.data.prepare.disk_space import size
 from myllm.data.sources.download import is_final, retry_after
 from myllm.data.sources.hub_listing import first_line, hub_endpoint
 from myllm.errors import UserError
 from myllm.files import locked, out_of_space, read_json, write_json, write_text
+from myllm.formatting import format_bytes
 from myllm.nonfinite import json_safe
 from myllm.paths import RunPaths
 from myllm.runs.history import read_config, read_json_or_empty
@@ -199,7 +199,7 @@ def _publish_step(
             return True
         folder = _build_folder(run, checkpoint, hub, make_folder, work)
         files = sorted(path for path in folder.rglob("*") if path.is_file())
-        say(f"publishing step {step:,} to {hub.repo}: {size(sum(path.stat().st_size for path in files))}")
+        say(f"publishing step {step:,} to {hub.repo}: {format_bytes(sum(path.stat().st_size for path in files))}")
         commit = api.create_commit(
             hub.repo,
             [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files],

@@ -22,8 +22,7 @@ from types import FrameType
 
 from myllm.distributed import launcher as ranks
 from myllm.errors import TIME_IS_UP, TIME_LIMIT, UNFINISHED
-
-from .throughput import duration
+from myllm.formatting import format_clock
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, *TIME_IS_UP)
 FIRST_SAVE_S = 30.0
@@ -62,7 +61,7 @@ class StopRequest:
 def describe_stop(stopped_by: int, max_wall_s: float | None) -> str:
     """For people."""
     if stopped_by == TIME_LIMIT:
-        return f"the time limit, train.max_wall_s {duration(max_wall_s or 0)}"
+        return f"the time limit, train.max_wall_s {format_clock(max_wall_s or 0)}"
     return signal.Signals(stopped_by).name
 
 

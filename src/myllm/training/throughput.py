@@ -17,6 +17,7 @@ from myllm.distributed import collectives as distributed
 from myllm.distributed.collectives import Process
 from myllm.distributed.device_info import device_name
 from myllm.distributed.precision import scales_loss
+from myllm.formatting import format_clock
 from myllm.planning.flops import flops_per_token
 from myllm.planning.gpu_specs import peak_flops
 from myllm.runs.logs import TRAINING, JsonLines, Log, Stopwatch
@@ -122,7 +123,7 @@ def console_line(row: dict[str, Any], max_steps: int) -> str:
     return (
         f"step {row['step']:>6,}/{max_steps:,}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  "
         f"norm {row['grad_norm']:.2f}  {row['step_s'] * 1000:,.0f} ms  "
-        f"{row['tokens_per_s']:,.0f} tok/s{mfu}{waited}  eta {duration(left)}"
+        f"{row['tokens_per_s']:,.0f} tok/s{mfu}{waited}  eta {format_clock(left)}"
     )
 
 
@@ -136,15 +137,11 @@ def time_line(seconds: Mapping[str, float], wait_s: float) -> str:
     total = sum(seconds.values())
     longest_first = sorted(seconds.items(), key=lambda each: -each[1])
     shares = [f"{name} {each / total:.1%}" for name, each in longest_first if each / total >= WORTH_A_SHARE]
-    return f"time: {duration(total)} since the start: {', '.join(shares)}; waiting for the loader {wait_s / total:.1%}"
+    return (
+        f"time: {format_clock(total)} since the start: {', '.join(shares)}; waiting for the loader {wait_s / total:.1%}"
+    )
 
 
 def progress(row: dict[str, Any]) -> str:
     """What stands beside the progress bar."""
     return f"loss {row['loss']:.3f}, {1 / row['step_s']:.3g} steps/s, {row['tokens_per_s']:,.0f} tok/s"
-
-
-def duration(seconds: float) -> str:
-    """Seconds as h:mm:ss."""
-    whole = round(seconds)
-    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"

@@ -15,8 +15,8 @@ from myllm.data.sources.source import check_source
 from myllm.data.tokenizer.load import load_tokenizer
 from myllm.errors import UserError
 from myllm.files import is_locked
+from myllm.formatting import format_bytes
 
-from .disk_space import size
 from .prepare import clear_disk_errors, clear_work, exclusive, is_made, lock_of, prepare, resolve
 from .work_items import start_worker
 
@@ -160,4 +160,4 @@ def how_far(dataset: Dataset) -> str:
     if dataset.complete or not progress or not progress["source_bytes"]:
         return there
     share = progress["done_bytes"] / progress["source_bytes"]
-    return f"{there} so far, from {share:.0%} of {size(progress['source_bytes'])}"
+    return f"{there} so far, from {share:.0%} of {format_bytes(progress['source_bytes'])}"

@@ -7,6 +7,7 @@ from pathlib import Path
 from myllm import paths
 from myllm.data.sources.source import SourceFile
 from myllm.errors import UserError
+from myllm.formatting import format_bytes
 
 from .scheduler import Downloads
 from .spec import Recipe, estimate_tokens
@@ -29,14 +30,15 @@ def check_disk(recipe: Recipe, workers: int, parts: int = 1) -> str:
     downloads = _download_bytes(recipe, remote, workers, parts)
     have = sum(map(_size_on_disk, folder.rglob("*")))
     need, free = int(shards + units + downloads), shutil.disk_usage(folder.parent).free
-    what = f"{size(shards)} of shards, {size(units)} of work in progress"
-    what += f", {size(downloads)} of downloads" if remote else ""
+    what = f"{format_bytes(shards)} of shards, {format_bytes(units)} of work in progress"
+    what += f", {format_bytes(downloads)} of downloads" if remote else ""
     if need > free + have:
         raise UserError(
-            f"the data set needs about {size(need)} under {folder.parent} ({what}), which has {size(free)} free; "
+            f"the data set needs about {format_bytes(need)} under {folder.parent} ({what}), which has "
+            f"{format_bytes(free)} free; "
             "free some space, set MYLLM_DATA to a folder on a larger disk, or lower data.target_tokens"
         )
-    return f"needs about {size(need)} under {folder.parent} ({what}); {size(free + have)} free"
+    return f"needs about {format_bytes(need)} under {folder.parent} ({what}); {format_bytes(free + have)} free"
 
 
 def _download_bytes(recipe: Recipe, remote: list[SourceFile], workers: int, parts: int) -> float:
@@ -56,8 +58,3 @@ def _size_on_disk(path: Path) -> int:
         return path.stat().st_size if path.is_file() else 0
     except FileNotFoundError:  # of a part that is just being made, or of a worker that outlived its parent by a moment
         return 0
-
-
-def size(n_bytes: float) -> str:
-    """Bytes for people."""
-    return f"{n_bytes / 1e9:,.1f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:,.1f} MB"

@@ -4,9 +4,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, Locator, LogLocator, MaxNLocator, NullLocator
 
+from myllm.formatting import format_number, format_si
 from myllm.runs.history import Metrics, Row, column, moving_average
-
-from .numbers import short, si
 
 # Blue, vermillion and green of Okabe and Ito (2008), https://jfly.uni-koeln.de/color, the green darkened, and a purple
 # dark enough for text: distinct under the common colour blindnesses, and no series is told by its colour alone.
@@ -78,7 +77,7 @@ def draw_line(axes: Axes, rows: list[Row], key: str, colour: str, name: str) -> 
     if not steps.size:
         return []
     axes.plot(*thin(steps, values), color=colour, marker="o" if steps.size == 1 else None)
-    return [(values[-1], f"{name}\n{short(values[-1])}", colour)]
+    return [(values[-1], f"{name}\n{format_number(values[-1])}", colour)]
 
 
 def draw_noisy_line(axes: Axes, rows: list[Row], key: str, colour: str, name: str) -> list[Label]:
@@ -89,11 +88,18 @@ def draw_noisy_line(axes: Axes, rows: list[Row], key: str, colour: str, name: st
     mean = moving_average(values)
     axes.plot(*thin(steps, values), color=colour, alpha=0.28, linewidth=0.8)
     axes.plot(*thin(steps, mean), color=colour, marker="o" if steps.size == 1 else None)
-    return [(mean[-1], f"{name}\n{short(mean[-1])}", colour)]
+    return [(mean[-1], f"{name}\n{format_number(mean[-1])}", colour)]
 
 
 def draw_marked_line(
-    axes: Axes, rows: list[Row], key: str, colour: str, name: str, marker: str, write=short, error: str | None = None
+    axes: Axes,
+    rows: list[Row],
+    key: str,
+    colour: str,
+    name: str,
+    marker: str,
+    write=format_number,
+    error: str | None = None,
 ) -> list[Label]:
     """Measurements far apart: every point has a marker, unless there are too many to tell apart."""
     steps, values = points(rows, key)
@@ -130,7 +136,7 @@ def log_scale(axes: Axes, locator: Locator | None = None) -> None:
     axes.set_yscale("log", nonpositive="mask")
     axes.yaxis.set_major_locator(locator)
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_number(value)))
 
 
 def finish_axes(axes: Axes, metrics: Metrics, labels: list[Label]) -> None:
@@ -138,7 +144,7 @@ def finish_axes(axes: Axes, metrics: Metrics, labels: list[Label]) -> None:
     axes.set_xlim(0, max(metrics.last_step, 1))
     axes.set_xlabel("step")
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: si(value)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_si(value)))
     place_labels(axes, labels)
 
 
@@ -178,7 +184,7 @@ def add_tokens_axis(axes: Axes, metrics: Metrics) -> None:
     top = axes.secondary_xaxis("top", functions=(lambda step: step * rate, lambda tokens: tokens / rate))
     top.set_xlabel("tokens")
     top.xaxis.set_major_locator(MaxNLocator(6))
-    top.xaxis.set_major_formatter(FuncFormatter(lambda value, _: si(value)))
+    top.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_si(value)))
     top.spines["top"].set_visible(False)
     top.tick_params(length=0)
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from myllm.formatting import format_duration, format_number, format_percent, format_si
 from myllm.runs.history import Metrics, Row, accuracy_key, as_float, chance_is_a_quarter
 
 from .css import PAGE, STYLE
-from .numbers import duration, percent, short, si
 from .plots import PLOTS
 from .times import times_section
 
@@ -87,10 +87,10 @@ def headline(run: ReportData) -> list[tuple[str, str, str]]:
         ("Bits per byte", _value(validation, "bits_per_byte", _fixed), at),
         *(_accuracy_card(metrics, name, title) for name, title in (("cloze", "Cloze"), ("hellaswag", "HellaSwag"))),
         ("Training loss", "" if validation else _value(train, "loss", _fixed), "nats per token, newest row"),
-        ("Tokens seen", _value(train, "tokens", si), _passes(train, run.environment)),
-        ("Tokens per second", _value(train, "tokens_per_s", si), _mfu(train)),
-        ("Training time", duration(metrics.training_s()), "without evaluations"),
-        ("Parameters", _value(run.environment, "parameters", si), _shape(_section(run.config, "model"))),
+        ("Tokens seen", _value(train, "tokens", format_si), _passes(train, run.environment)),
+        ("Tokens per second", _value(train, "tokens_per_s", format_si), _mfu(train)),
+        ("Training time", format_duration(metrics.training_s()), "without evaluations"),
+        ("Parameters", _value(run.environment, "parameters", format_si), _shape(_section(run.config, "model"))),
     ]
     return [card for card in cards if card[1]]
 
@@ -99,23 +99,23 @@ def _accuracy_card(metrics: Metrics, name: str, title: str) -> tuple[str, str, s
     row = metrics.last(name)
     key = accuracy_key(metrics.rows(name))
     error, examples = as_float(row.get("acc_stderr")), as_float(row.get("n_examples"))
-    remarks = [f"± {percent(error)}" if error > 0 else "", f"{examples:,.0f} examples" if examples > 0 else ""]
+    remarks = [f"± {format_percent(error)}" if error > 0 else "", f"{examples:,.0f} examples" if examples > 0 else ""]
     remarks += ["chance 25\N{NO-BREAK SPACE}%"] if chance_is_a_quarter(name, row) else []
     if "acc_blind" in row:
-        remarks.append(f"without the context {_value(row, 'acc_blind', percent)}")
-    return f"{title} accuracy", _value(row, key, percent), ", ".join(filter(None, remarks))
+        remarks.append(f"without the context {_value(row, 'acc_blind', format_percent)}")
+    return f"{title} accuracy", _value(row, key, format_percent), ", ".join(filter(None, remarks))
 
 
 def _passes(train: Row, environment: Row) -> str:
     passes = as_float(train.get("tokens")) / (as_float(environment.get("train_tokens")) or np.nan)
     if passes >= 1:
-        return f"{short(passes)} passes over the data"
-    return f"{short(100 * passes)}\N{NO-BREAK SPACE}% of the data" if passes > 0 else ""
+        return f"{format_number(passes)} passes over the data"
+    return f"{format_number(100 * passes)}\N{NO-BREAK SPACE}% of the data" if passes > 0 else ""
 
 
 def _mfu(train: Row) -> str:
     mfu = as_float(train.get("mfu"))
-    return f"{percent(mfu)} MFU" if mfu > 0 else ""
+    return f"{format_percent(mfu)} MFU" if mfu > 0 else ""
 
 
 def _shape(model: Row) -> str:
@@ -188,9 +188,9 @@ def _evaluations(metrics: Metrics) -> str:
         ("Validation<br>loss", "validation", "loss", _fixed),
         ("<br>perplexity", "validation", "perplexity", _perplexity),
         ("<br>bits per byte", "validation", "bits_per_byte", _fixed),
-        ("<br>token accuracy", "validation", "token_accuracy", percent),
-        ("Cloze<br>accuracy", "cloze", accuracy_key(metrics.rows("cloze")), percent),
-        ("HellaSwag<br>accuracy", "hellaswag", accuracy_key(metrics.rows("hellaswag")), percent),
+        ("<br>token accuracy", "validation", "token_accuracy", format_percent),
+        ("Cloze<br>accuracy", "cloze", accuracy_key(metrics.rows("cloze")), format_percent),
+        ("HellaSwag<br>accuracy", "hellaswag", accuracy_key(metrics.rows("hellaswag")), format_percent),
     )
     columns = [column for column in columns if metrics.rows(column[1])]
     if not columns:
@@ -202,7 +202,7 @@ def _evaluations(metrics: Metrics) -> str:
         shown = [steps[index] for index in np.linspace(0, len(steps) - 1, TABLE_ROWS).round().astype(int)]
     lines = ["<tr><th>Step</th><th>Tokens</th>" + "".join(f"<th>{title}</th>" for title, *_ in columns) + "</tr>"]
     for step, tokens in zip(shown, metrics.tokens_at(shown), strict=True):
-        cells = [f"{step:,}", si(tokens) if tokens >= 0 else ""]
+        cells = [f"{step:,}", format_si(tokens) if tokens >= 0 else ""]
         cells += [_value(by_step[name].get(step, {}), key, write) for _, name, key, write in columns]
         lines.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
     note = f'<p class="note">{len(shown)} of {len(steps)} evaluated steps; metrics.jsonl has all of them.</p>'
@@ -259,18 +259,18 @@ def _footer(run: ReportData) -> str:
 # -- values as text ---------------------------------------------------------------------------------------------------
 
 
-def _value(row: Row, key: str, write=short) -> str:
+def _value(row: Row, key: str, write=format_number) -> str:
     """A row's number as text; empty if it has none."""
     value = row.get(key)
     return write(as_float(value)) if isinstance(value, int | float) else ""
 
 
 def _fixed(value: float) -> str:
-    return f"{value:.4f}" if np.isfinite(value) else short(value)
+    return f"{value:.4f}" if np.isfinite(value) else format_number(value)
 
 
 def _perplexity(value: float) -> str:
-    return f"{value:.2f}" if value < 1_000 else si(value)
+    return f"{value:.2f}" if value < 1_000 else format_si(value)
 
 
 def _section(config: Row, name: str) -> Row:

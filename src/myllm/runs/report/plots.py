@@ -15,12 +15,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from myllm.files import replacing
+from myllm.formatting import format_number, format_percent, format_si
 from myllm.runs.history import Metrics, Row, accuracy_key, as_float, chance_is_a_quarter, column, moving_average
 from myllm.runs.reference_curve import reference_of
 
 from . import axes as drawing
 from .axes import BLUE, GREEN, GREY, INK, PURPLE, VERMILLION, points
-from .numbers import percent, short, si
 
 DPI = 200  # twice what a figure's size in inches asks for on a screen
 
@@ -94,7 +94,7 @@ def draw_reference_loss(axes: Axes, metrics: Metrics, config: Row) -> list[drawi
     axes.fill_between(steps, values - curve.band, values + curve.band, color=INK, alpha=0.1, linewidth=0)
     axes.plot(steps, values, color=INK, linewidth=1.1, linestyle=(0, (4, 3)))
     axes.plot(at[: shown.size], shown, color=INK, linestyle="none", marker="D", markersize=3.5, clip_on=False, zorder=4)
-    return [(values[-1], f"{reference.name}\n{short(values[-1])}", INK)]
+    return [(values[-1], f"{reference.name}\n{format_number(values[-1])}", INK)]
 
 
 def draw_reference_hellaswag(axes: Axes, config: Row) -> list[drawing.Label]:
@@ -133,7 +133,7 @@ def draw_learning_rate(axes: Axes, metrics: Metrics, config: Row) -> bool:
         axes.fill_between(*drawing.thin(steps, rates), color=BLUE, alpha=0.08, linewidth=0)
         axes.set_ylim(0, (rates.max() or 1.0) * 1.1)
         axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_number(value)))
         drawing.finish_axes(axes, metrics, labels)
     return bool(labels)
 
@@ -147,7 +147,7 @@ def draw_grad_norm(axes: Axes, metrics: Metrics, config: Row) -> bool:
     clip = as_float(optim.get("max_grad_norm")) if isinstance(optim, dict) else 0.0
     if clip > 0:
         axes.axhline(clip, color=VERMILLION, linewidth=1.2, linestyle=(0, (4, 3)))
-        labels.append((clip, f"clipped at\n{short(clip)}", VERMILLION))
+        labels.append((clip, f"clipped at\n{format_number(clip)}", VERMILLION))
     drawing.log_scale(axes)
     drawing.finish_axes(axes, metrics, labels)
     return True
@@ -159,7 +159,7 @@ def draw_throughput(axes: Axes, metrics: Metrics, config: Row) -> bool:
     if not labels:
         return False
     axes.set_ylim(0, (points(metrics.train, "tokens_per_s")[1].max() or 1.0) * 1.15)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: si(value)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_si(value)))
     steps, mfu = points(metrics.train, "mfu")
     if mfu.size:
         axes.set_title("Tokens per second, and MFU")
@@ -170,7 +170,7 @@ def draw_throughput(axes: Axes, metrics: Metrics, config: Row) -> bool:
         other.set_ylim(0, top)
         other.set_axis_off()
         axes.tick_params(left=False)  # twinx puts the ticks back
-        labels.append((mfu[-1] / top * axes.get_ylim()[1], f"MFU\n{percent(moving_average(mfu)[-1])}", GREEN))
+        labels.append((mfu[-1] / top * axes.get_ylim()[1], f"MFU\n{format_percent(moving_average(mfu)[-1])}", GREEN))
     drawing.finish_axes(axes, metrics, labels)
     return True
 
@@ -178,13 +178,13 @@ def draw_throughput(axes: Axes, metrics: Metrics, config: Row) -> bool:
 def draw_accuracy(axes: Axes, metrics: Metrics, config: Row) -> bool:
     axes.set_title("Accuracy")
     labels = drawing.draw_marked_line(
-        axes, metrics.rows("validation"), "token_accuracy", VERMILLION, "next token", "o", percent
+        axes, metrics.rows("validation"), "token_accuracy", VERMILLION, "next token", "o", format_percent
     )
     choices = []
     for name, title, colour, marker in (("cloze", "cloze", GREEN, "s"), ("hellaswag", "HellaSwag", PURPLE, "D")):
         rows = metrics.rows(name)
         choices += drawing.draw_marked_line(
-            axes, rows, accuracy_key(rows), colour, title, marker, percent, error="acc_stderr"
+            axes, rows, accuracy_key(rows), colour, title, marker, format_percent, error="acc_stderr"
         )  # fmt: skip
     if any(chance_is_a_quarter(name, metrics.last(name)) for name in ("cloze", "hellaswag") if metrics.rows(name)):
         axes.axhline(0.25, color=GREY, linewidth=1.2, linestyle=(0, (1, 2.5)))

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from html import escape
 
-from .numbers import duration, percent
+from myllm.formatting import format_duration, format_percent
 
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#999999")
 """Of the longest, the second, and so on; the last for all that follow. Okabe and Ito 2008, told apart by nearly all."""
@@ -23,7 +23,7 @@ def times_section(seconds: Mapping[str, float]) -> str:
         bar.append(f'<span style="width: {width:.3f}%; background: {colour}" title="{escape(name)}"></span>')
         lines.append(
             f'<tr><td class="name"><i style="background: {colour}"></i>{escape(name)}</td>'
-            f"<td>{escape(duration(each))}</td><td>{escape(percent(each / total))}</td></tr>"
+            f"<td>{escape(format_duration(each))}</td><td>{escape(format_percent(each / total))}</td></tr>"
         )
     note = "All starts of the run. What a killed process lost counts once. Compiling is part of a first step."
     return (

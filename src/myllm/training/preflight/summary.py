@@ -6,18 +6,17 @@ from math import ceil, isfinite
 from typing import TYPE_CHECKING
 
 from myllm.config import RunConfig
-from myllm.data.prepare.disk_space import size
 from myllm.distributed.collectives import Process
 from myllm.distributed.device_info import device_name, has_triton
 from myllm.distributed.precision import in_words
 from myllm.evals.hellaswag import BATCH
+from myllm.formatting import format_bytes, format_clock, format_gib
 from myllm.planning.batch import batch_plan
 from myllm.planning.disk import checkpoint_bytes, disk_estimate_bytes, n_saves
 from myllm.planning.flops import flops_per_token
 from myllm.planning.gpu_specs import peak_flops
 from myllm.planning.length import describe_length
 from myllm.planning.memory_estimate import ComputeMode, predicted_bytes
-from myllm.training.throughput import duration
 
 from .batch_size import nothing_fits_message
 
@@ -172,19 +171,24 @@ class PreflightResult:
         if measured is not None and measured.finite:
             lines += self._time_lines()
         need, free = self.disk_bytes, self.room.free_bytes
-        parts = ", ".join(f"{name} {size(n_bytes)}" for name, n_bytes in need.items() if n_bytes)
-        lines.append(f"disk         {size(sum(need.values()))} to write ({parts or 'nothing'}); {size(free)} free")
+        parts = ", ".join(f"{name} {format_bytes(n_bytes)}" for name, n_bytes in need.items() if n_bytes)
+        lines.append(
+            f"disk         {format_bytes(sum(need.values()))} to write ({parts or 'nothing'}); {format_bytes(free)} "
+            "free"
+        )
         return "\n".join([*lines, *self._token_lines()])
 
     def _memory_lines(self) -> list[str]:
         device = self.process.device
         how = ComputeMode.of(self.config, device.type, self.process.world_size, has_triton(device))
-        estimate = _gib(predicted_bytes(self.config, how))
+        estimate = format_gib(predicted_bytes(self.config, how))
         if self.measured is None:
-            return [f"memory       more than the {_gib(self.limit_bytes)} that one rank may use (estimate {estimate})"]
+            return [
+                f"memory       more than the {format_gib(self.limit_bytes)} that one rank may use (estimate {estimate})"
+            ]
         what = "resident memory" if device.type == "cpu" else "device memory"
-        peak = _gib(self.measured.peak_bytes)
-        may = f"{_gib(self.limit_bytes)} may be used"
+        peak = format_gib(self.measured.peak_bytes)
+        may = f"{format_gib(self.limit_bytes)} may be used"
         return [f"memory       {peak} at most, {what} of one rank (estimate {estimate}); {may}"]
 
     def _step_lines(self, measured: Measurements) -> list[str]:
@@ -202,16 +206,16 @@ class PreflightResult:
     def _time_lines(self) -> list[str]:
         measured, left = self.measured, self.seconds_left
         total = sum(left.values())
-        parts = ", ".join(f"{name} {duration(seconds)}" for name, seconds in left.items() if seconds >= 0.5)
+        parts = ", ".join(f"{name} {format_clock(seconds)}" for name, seconds in left.items() if seconds >= 0.5)
         lines = []
         if measured.checkpoint_bytes:
             estimate = checkpoint_bytes(self.config)
             lines.append(
-                f"checkpoint   {size(measured.checkpoint_bytes)} (estimate {size(estimate)}), saved in "
+                f"checkpoint   {format_bytes(measured.checkpoint_bytes)} (estimate {format_bytes(estimate)}), saved in "
                 f"{measured.save_s:.1f} s, loaded in {measured.load_s:.1f} s"
             )
         after = f" after step {self.done:,}" if self.done else ""
-        lines.append(f"time left    {duration(total)}{after}: {parts or 'nothing'}")
+        lines.append(f"time left    {format_clock(total)}{after}: {parts or 'nothing'}")
         if self.bounds.dollars_per_hour is not None:
             cost = total / 3_600 * self.bounds.dollars_per_hour
             lines.append(f"cost left    ${cost:,.2f} at ${self.bounds.dollars_per_hour:,.2f} an hour")
@@ -249,7 +253,7 @@ class PreflightResult:
             return nothing_fits_message(self.config, self.limit_bytes)
         return (
             f"out of memory: train.micro_batch_size {self.config.train.micro_batch_size} needs more than the "
-            f"{_gib(self.limit_bytes)} that one rank may use; set it to {self.fits}, the largest that fits"
+            f"{format_gib(self.limit_bytes)} that one rank may use; set it to {self.fits}, the largest that fits"
         )
 
     def _disk_refusal(self) -> str:
@@ -270,10 +274,11 @@ class PreflightResult:
         if need["shards"] > missing and tokens > 0:
             advice.append(f"set data.target_tokens to {tokens - self.config.data.val_tokens:,}")
         advice.append("free that much, or set MYLLM_DATA to a folder on a larger disk")
-        parts = ", ".join(f"{name} {size(n_bytes)}" for name, n_bytes in need.items() if n_bytes)
+        parts = ", ".join(f"{name} {format_bytes(n_bytes)}" for name, n_bytes in need.items() if n_bytes)
         return (
-            f"the disk of {self.room.folder} has {size(free)} free, the run writes about {size(sum(need.values()))} "
-            f"({parts}): {size(missing)} are missing; " + "; or ".join(advice)
+            f"the disk of {self.room.folder} has {format_bytes(free)} free, the run writes about "
+            f"{format_bytes(sum(need.values()))} "
+            f"({parts}): {format_bytes(missing)} are missing; " + "; or ".join(advice)
         )
 
     def _time_refusal(self) -> str:
@@ -296,7 +301,3 @@ class PreflightResult:
                     f"{failure.partition(';')[0]}; lower train.micro_batch_size, or set eval.{setting}_every_steps to 0"
                 )
         return found
-
-
-def _gib(n_bytes: float) -> str:
-    return f"{n_bytes / 2**30:.2f} GiB"
