@@ -1,0 +1,32 @@
+"""What every part of a training run shares."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from myllm.config import RunConfig
+from myllm.distributed.collectives import Process
+from myllm.paths import RunPaths
+from myllm.runs.logs import JsonLines, Log
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """Created once per run. Functions that need only one of these take that one."""
+
+    config: RunConfig
+    dist: Process
+    paths: RunPaths
+    log: Callable[[str], None]
+    metrics: JsonLines
+    samples: JsonLines
+
+    @classmethod
+    def create(cls, config: RunConfig, dist: Process, paths: RunPaths | None = None) -> "RunContext":
+        """Opens nothing: the files appear with their first lines.
+
+        Args:
+            paths: None: the folder of the run that has the config's name.
+        """
+        paths = paths or RunPaths.of(config.name)
+        log = Log(paths.log, dist.is_main)
+        return cls(config, dist, paths, log, JsonLines(paths.metrics, log), JsonLines(paths.samples, log))
