@@ -22,12 +22,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from myllm.distributed.device_info import device_name
 from myllm.hub.architectures import select_architecture, transformers_config
 from myllm.hub.export.weights import to_transformers
-from myllm.inference.generate import Continuation, continue_batch
-from myllm.inference.sampling_params import Sampling
+from myllm.inference.generate import Sequence, generate_batch
+from myllm.inference.sampling_params import SamplingParams
 from myllm.model.transformer import Transformer
 from myllm.presets import preset
 
-Way = Callable[[int, Sampling], list[list[int]]]
+Way = Callable[[int, SamplingParams], list[list[int]]]
 """New tokens and how they are chosen, to each row's tokens."""
 
 
@@ -42,15 +42,15 @@ def peer_of(model: Transformer) -> torch.nn.Module:
     return peer.eval()
 
 
-def ours(model: Transformer, prompts: torch.Tensor, new: int, sampling: Sampling) -> list[list[int]]:
-    batch = [Continuation(prompt, seed) for seed, prompt in enumerate(prompts.tolist())]
-    for _ in continue_batch(model, batch, new, sampling):
+def ours(model: Transformer, prompts: torch.Tensor, new: int, sampling: SamplingParams) -> list[list[int]]:
+    batch = [Sequence(prompt, seed) for seed, prompt in enumerate(prompts.tolist())]
+    for _ in generate_batch(model, batch, new, sampling):
         pass
-    return [row.written for row in batch]
+    return [row.generated for row in batch]
 
 
 def theirs(
-    peer: torch.nn.Module, prompts: torch.Tensor, new: int, sampling: Sampling, cache: str | None
+    peer: torch.nn.Module, prompts: torch.Tensor, new: int, sampling: SamplingParams, cache: str | None
 ) -> list[list[int]]:
     drawn = {"do_sample": True, "temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
     made = peer.generate(
@@ -61,7 +61,7 @@ def theirs(
     return made[:, prompts.shape[1] :].tolist()
 
 
-def decode_rate(way: Way, sampling: Sampling, new: int, batch: int) -> float:
+def decode_rate(way: Way, sampling: SamplingParams, new: int, batch: int) -> float:
     """Tokens a second behind the first."""
     started = time.perf_counter()
     way(1, sampling)
@@ -100,7 +100,7 @@ def compare(name: str, model: Transformer, peer: torch.nn.Module, batch: int, op
         "transformers.generate, static cache": lambda new, sampling: theirs(peer, prompts, new, sampling, "static"),
         "myllm": lambda new, sampling: ours(model, prompts, new, sampling),
     }
-    for choice, sampling in (("greedy", Sampling(temperature=0)), ("sampled", Sampling(0.8, 50))):
+    for choice, sampling in (("greedy", SamplingParams(temperature=0)), ("sampled", SamplingParams(0.8, 50))):
         first = [way(8, sampling) for way in ways.values()]  # and warms up
         assert choice == "sampled" or first[0] == first[1] == first[2], f"{name}: the greedy tokens differ"
         rates: dict[str, list[float]] = {way: [] for way in ways}

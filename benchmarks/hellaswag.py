@@ -21,7 +21,7 @@ from torch import Tensor
 
 from myllm.data.tokenizer.load import Tokenizer
 from myllm.distributed.device_info import device_name
-from myllm.evals.hellaswag import Item, ending_totals, make_items
+from myllm.evals.hellaswag import TokenizedExample, ending_log_probs, tokenize_examples
 from myllm.evals.hellaswag_data import load_examples
 from myllm.model.transformer import Transformer
 from myllm.presets import preset
@@ -38,7 +38,7 @@ def main() -> None:
     config, tokenizer = preset("debug").model, Tokenizer()
     model = Transformer(config).eval()
     examples = load_examples(options.file, options.examples)
-    items = make_items(examples, tokenizer.encode, tokenizer.end_of_text, config.max_seq_len)
+    items = tokenize_examples(examples, tokenizer.encode, tokenizer.end_of_text, config.max_seq_len)
     ways = {
         "one example at a time, all logits": lambda: one_at_a_time(model, items),
         "one example at a time, our scoring": lambda: batched(model, items, 1),
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 @torch.no_grad()
-def one_at_a_time(model: Transformer, items: list[Item]) -> Tensor:
+def one_at_a_time(model: Transformer, items: list[TokenizedExample]) -> Tensor:
     """Each ending's summed log-probability, (examples, 4)."""
     totals = []
     for item in items:
@@ -77,9 +77,9 @@ def one_at_a_time(model: Transformer, items: list[Item]) -> Tensor:
     return torch.stack(totals)
 
 
-def batched(model: Transformer, items: list[Item], batch: int) -> Tensor:
+def batched(model: Transformer, items: list[TokenizedExample], batch: int) -> Tensor:
     totals = torch.zeros(len(items), 4)
-    for numbers, sums in ending_totals(model.score_continuations, items, CPU, 0, 1, batch):
+    for numbers, sums in ending_log_probs(model.score_continuations, items, CPU, 0, 1, batch):
         totals[numbers] = sums.float()
     return totals
 

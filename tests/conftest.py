@@ -45,7 +45,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 # The fixture `save`.
-pytest_plugins = ["support.made_checkpoints"]
+pytest_plugins = ["support.saved_checkpoints"]
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = (
     "the river ran under old stone bridge while children counted boats and sang of salt wind light harbour evening "

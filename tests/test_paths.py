@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
-from support.made_checkpoints import SMALL, Save
+from support.saved_checkpoints import SMALL, Save
 
 from myllm.cli.launch import exit_on_error, parse_args
 from myllm.cli.main import COMMANDS, main

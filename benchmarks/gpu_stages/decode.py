@@ -8,8 +8,8 @@ import torch
 
 from myllm.distributed.precision import autocast
 from myllm.inference import generate as generation
-from myllm.inference.generate import Continuation, continue_batch
-from myllm.inference.sampling_params import Sampling
+from myllm.inference.generate import Sequence, generate_batch
+from myllm.inference.sampling_params import SamplingParams
 from myllm.model.transformer import Transformer
 
 from .bench import Bench, fresh, synchronize
@@ -72,9 +72,9 @@ def decode(
     """Greedy texts, and tokens a second behind the prompt's."""
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(model.config.vocab_size, (batch, prompt), generator=generator).tolist()
-    rows = [Continuation(tokens, seed) for seed, tokens in enumerate(prompts)]
+    rows = [Sequence(tokens, seed) for seed, tokens in enumerate(prompts)]
     with compiled_from(0 if compiled else 10**9):
-        steps = continue_batch(model, rows, new, Sampling(temperature=0))
+        steps = generate_batch(model, rows, new, SamplingParams(temperature=0))
         for _ in range(batch):  # the first token of each row
             next(steps)
         synchronize(bench.device)
@@ -82,15 +82,15 @@ def decode(
         for _ in steps:
             pass
         synchronize(bench.device)
-    return [row.written for row in rows], batch * (new - 1) / (time.perf_counter() - started)
+    return [row.generated for row in rows], batch * (new - 1) / (time.perf_counter() - started)
 
 
 @contextmanager
 def compiled_from(tokens: int) -> Iterator[None]:
     """CUDA compiles texts of so many tokens or more."""
-    before = generation.COMPILED_FROM
+    before = generation.COMPILE_MIN_TOKENS
     try:
-        generation.COMPILED_FROM = tokens
+        generation.COMPILE_MIN_TOKENS = tokens
         yield
     finally:
-        generation.COMPILED_FROM = before
+        generation.COMPILE_MIN_TOKENS = before

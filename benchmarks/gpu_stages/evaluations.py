@@ -9,7 +9,7 @@ from torch import Tensor
 from myllm.config import RunConfig
 from myllm.data.tokenizer.load import load_tokenizer
 from myllm.distributed.precision import autocast
-from myllm.evals.hellaswag import CHOICES, Example, Item, hellaswag_sums, make_items
+from myllm.evals.hellaswag import CHOICES, Example, TokenizedExample, hellaswag_sums, tokenize_examples
 from myllm.model.transformer import Transformer
 
 from .bench import Bench, wall_seconds
@@ -33,7 +33,7 @@ def run(bench: Bench) -> Iterator[Check]:
     items = made_up_items(config, 8 if bench.tiny else EXAMPLES)
     sums: list[Tensor] = []
 
-    def evaluate(part: list[Item] = items) -> None:
+    def evaluate(part: list[TokenizedExample] = items) -> None:
         with autocast(config, bench.device):
             sums.append(hellaswag_sums(model.score_continuations, part, bench.device, 0, 1))
 
@@ -47,7 +47,7 @@ def run(bench: Bench) -> Iterator[Check]:
     yield kernels(bench, lambda: evaluate(items[:64]))
 
 
-def made_up_items(config: RunConfig, count: int) -> list[Item]:
+def made_up_items(config: RunConfig, count: int) -> list[TokenizedExample]:
     """Contexts and endings of about HellaSwag's lengths, in the vocabulary that ships with the code."""
     chance, tokenizer = random.Random(0), load_tokenizer(config.data.tokenizer)
     words, longest = WORDS.split(), min(config.model.max_seq_len // 3, 40)
@@ -59,7 +59,7 @@ def made_up_items(config: RunConfig, count: int) -> list[Item]:
     for number in range(count):
         context, endings = text(8, 3 * longest), tuple(text(4, longest // 2) for _ in range(CHOICES))
         examples.append(Example("Walking", context, "", context, endings, number % CHOICES))
-    return make_items(examples, tokenizer.encode, tokenizer.end_of_text, config.model.max_seq_len)
+    return tokenize_examples(examples, tokenizer.encode, tokenizer.end_of_text, config.model.max_seq_len)
 
 
 def kernels(bench: Bench, evaluate: object) -> Check:

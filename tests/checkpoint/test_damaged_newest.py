@@ -5,7 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from support.made_checkpoints import SMALL, Save, rewrite
+from support.saved_checkpoints import SMALL, Save, rewrite
 
 from myllm import files
 from myllm.checkpoint import integrity

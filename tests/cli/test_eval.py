@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import eval_rows
-from support.made_checkpoints import rewrite
+from support.saved_checkpoints import rewrite
 
 from myllm.cli import main as cli
 from myllm.config import RunConfig
@@ -260,7 +260,7 @@ def test_what_is_measured_is_kept_at_once(run: Path, monkeypatch: pytest.MonkeyP
 def test_writing_speed_and_quantisation(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writing, "SAMPLES", 1)
+    monkeypatch.setattr(writing, "SAMPLES_PER_PROMPT", 1)
     monkeypatch.setattr(writing, "NEW_TOKENS", 12)
     monkeypatch.setattr(speed_module, "NEW_TOKENS", 8)
     assert evaluate("tiny", "--tasks", "generation", "speed", "quantisation", f"quantisation:{OWN}") == 0

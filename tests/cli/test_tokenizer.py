@@ -19,9 +19,9 @@ from myllm.hub.export.card import folder_card
 from myllm.hub.export.transformers import load_export_source
 from myllm.hub.model_card import read_card_data, render_model_card
 from myllm.inference.completion import stream_text
-from myllm.inference.generate import stream
+from myllm.inference.generate import stream_tokens
 from myllm.inference.load import load_model
-from myllm.inference.sampling_params import Sampling
+from myllm.inference.sampling_params import SamplingParams
 from myllm.paths import RunPaths
 from myllm.presets import preset
 from myllm.runs.history import read_json_or_empty
@@ -63,7 +63,7 @@ def test_from_text_to_samples(tiny: RunConfig, learn: Learn) -> None:
     model, tokenizer = load_model("tiny", "cpu")
     assert tokenizer.vocab_size == 400
     prompt = [tokenizer.end_of_text, *tokenizer.encode("the river").tolist()]
-    ids = stream(model, prompt, 5, Sampling(temperature=0))
+    ids = stream_tokens(model, prompt, 5, SamplingParams(temperature=0))
     assert isinstance("".join(stream_text(ids, tokenizer)), str)
     dataset = prepare(replace(tiny.data, dataset=next(folder.parents[1].glob("datasets/*-*")).name), progress=False)
     assert dataset.tokenizer().sha256 == tokenizer.sha256

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import launch, losses
-from support.made_checkpoints import rewrite
+from support.saved_checkpoints import rewrite
 
 from myllm import config
 from myllm.checkpoint.format import load, read_state

@@ -13,7 +13,7 @@ import torch
 from myllm.config import ModelConfig
 from myllm.data.tokenizer.load import Tokenizer
 from myllm.errors import UserError
-from myllm.evals.hellaswag import Example, ending_totals, finish, hellaswag_sums, make_items
+from myllm.evals.hellaswag import Example, ending_log_probs, finish, hellaswag_sums, tokenize_examples
 from myllm.evals.hellaswag_data import load_examples
 from myllm.model.transformer import Transformer
 
@@ -45,7 +45,7 @@ def random_model(config: ModelConfig = SMALL) -> Transformer:
 
 def totals(model: Transformer, items: list, batch: int = 16, rank: int = 0, ranks: int = 1) -> dict[int, list[float]]:
     found = {}
-    for numbers, sums in ending_totals(model.score_continuations, items, CPU, rank, ranks, batch):
+    for numbers, sums in ending_log_probs(model.score_continuations, items, CPU, rank, ranks, batch):
         found |= dict(zip(numbers, sums.tolist(), strict=True))
     return found
 
@@ -85,7 +85,7 @@ def naive_texts(row: dict, protocol: str, tokenizer: Tokenizer) -> tuple[list[in
 def test_totals_are_those_of_one_sequence_at_a_time(protocol, changes, tokenizer, rows):
     config = replace(SMALL, **changes)
     model = random_model(config)
-    items = make_items(load_examples(OWN), tokenizer.encode, tokenizer.end_of_text, config.max_seq_len, protocol)
+    items = tokenize_examples(load_examples(OWN), tokenizer.encode, tokenizer.end_of_text, config.max_seq_len, protocol)
     found = totals(model, items)
     right, right_by_norm, cut = 0, 0, 0
     for number, row in enumerate(rows):
@@ -104,7 +104,7 @@ def test_totals_are_those_of_one_sequence_at_a_time(protocol, changes, tokenizer
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_neither_the_batch_nor_the_number_of_ranks_changes_anything(protocol, tokenizer):
     model = random_model()
-    items = make_items(load_examples(OWN), tokenizer.encode, tokenizer.end_of_text, 160, protocol)
+    items = tokenize_examples(load_examples(OWN), tokenizer.encode, tokenizer.end_of_text, 160, protocol)
     whole, score = totals(model, items), model.score_continuations
     sums = hellaswag_sums(score, items, CPU, 0, 1)
     for batch in (1, 100):
@@ -126,14 +126,14 @@ def test_neither_the_batch_nor_the_number_of_ranks_changes_anything(protocol, to
 
 
 def test_the_context_is_computed_once_and_only_endings_are_asked(tokenizer):
-    items, seen = make_items(load_examples(OWN), tokenizer.encode, tokenizer.end_of_text, 160), []
+    items, seen = tokenize_examples(load_examples(OWN), tokenizer.encode, tokenizer.end_of_text, 160), []
 
     def watch(prefixes, owners, tokens, targets):
         seen.append((prefixes, owners, tokens, targets))
         return torch.zeros(targets.shape), torch.zeros(targets.shape, dtype=torch.bool)
 
     for (numbers, _), (prefixes, owners, _, targets) in zip(
-        ending_totals(watch, items, CPU, 0, 1, 8), seen, strict=False
+        ending_log_probs(watch, items, CPU, 0, 1, 8), seen, strict=False
     ):
         batch = [items[i] for i in numbers]
         assert len(prefixes) == len(batch)  # not four times
@@ -153,7 +153,7 @@ def example(**changes: object) -> Example:
 
 
 def shown(one: Example, protocol: str, tokenizer: Tokenizer) -> tuple[str, list[str], tuple[int, ...]]:
-    (item,) = make_items([one], tokenizer.encode, tokenizer.end_of_text, 160, protocol)
+    (item,) = tokenize_examples([one], tokenizer.encode, tokenizer.end_of_text, 160, protocol)
     return tokenizer.decode(item.contexts[0]), [tokenizer.decode(each) for each in item.endings], item.lengths
 
 
@@ -173,7 +173,7 @@ def test_what_each_protocol_shows(tokenizer):
 
 
 def test_an_empty_text_goes_on_from_the_end_of_text(tokenizer):
-    (item,) = make_items([example(ctx="")], tokenizer.encode, tokenizer.end_of_text, 160)
+    (item,) = tokenize_examples([example(ctx="")], tokenizer.encode, tokenizer.end_of_text, 160)
     assert item.contexts[0].tolist() == [tokenizer.end_of_text]
     model = random_model()
     expected = [naive_total(model, [tokenizer.end_of_text], each.tolist()) for each in item.endings]
@@ -182,8 +182,8 @@ def test_an_empty_text_goes_on_from_the_end_of_text(tokenizer):
 
 def test_an_ending_that_does_not_fit(tokenizer):
     with pytest.raises(UserError, match="an ending of example 0 has 2 tokens, the model looks at 1"):
-        make_items([example()], tokenizer.encode, tokenizer.end_of_text, 1)
-    (item,) = make_items([example()], tokenizer.encode, tokenizer.end_of_text, 2)
+        tokenize_examples([example()], tokenizer.encode, tokenizer.end_of_text, 1)
+    (item,) = tokenize_examples([example()], tokenizer.encode, tokenizer.end_of_text, 2)
     assert [len(each) for each in item.contexts] == [2, 2, 1, 2]
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from myllm.config import ModelConfig
 from myllm.data.tokenizer.load import Tokenizer
 from myllm.data.tokenizer.train import train_tokenizer
-from myllm.evals.hellaswag import ending_totals, finish, hellaswag_sums, make_items
+from myllm.evals.hellaswag import ending_log_probs, finish, hellaswag_sums, tokenize_examples
 from myllm.evals.hellaswag_data import load_examples
 from myllm.model.transformer import Transformer
 
@@ -65,10 +65,10 @@ def test_parity(window: int, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: 
     )
     model = random_model(config)
     theirs = by_the_harness(exported(model, tokenizer, tmp_path), 4)
-    items = make_items(load_examples(OWN), tokenizer.encode, tokenizer.end_of_text, window, "lm-eval")
+    items = tokenize_examples(load_examples(OWN), tokenizer.encode, tokenizer.end_of_text, window, "lm-eval")
     assert any(len(item.contexts) > 1 for item in items) == (window == 64)
     ours = {}
-    for numbers, totals in ending_totals(model.score_continuations, items, CPU, 0, 1):
+    for numbers, totals in ending_log_probs(model.score_continuations, items, CPU, 0, 1):
         ours |= dict(zip(numbers, totals, strict=True))
     samples = sorted(theirs["samples"]["own_hellaswag"], key=lambda sample: sample["doc_id"])
     assert len(samples) == len(items) == len(OWN.read_text(encoding="utf-8").splitlines()) >= 24

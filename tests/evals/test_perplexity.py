@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from myllm.config import ModelConfig
 from myllm.errors import UserError
-from myllm.evals.perplexity import BINS, assess_sums, expected_calibration_error, finish, window_batches, windows
+from myllm.evals.perplexity import BINS, expected_calibration_error, finish, perplexity_sums, window_batches, windows
 from myllm.model.transformer import Transformer
 
 CPU = torch.device("cpu")
@@ -74,7 +74,7 @@ def test_figures_are_those_of_a_naive_loop(n, stride, model):
 
     def sums(batch: int, ranks: int) -> torch.Tensor:
         return sum(
-            assess_sums(model.evaluate, window_batches(text, END, 12, stride, batch, rank, ranks), token_bytes, CPU)
+            perplexity_sums(model.evaluate, window_batches(text, END, 12, stride, batch, rank, ranks), token_bytes, CPU)
             for rank in range(ranks)
         )
 
@@ -124,7 +124,7 @@ def test_confidence_goes_into_the_right_bin():
         return torch.zeros(targets.shape), torch.tensor([places]), torch.tensor([sure])
 
     batch = (torch.zeros(1, 5, dtype=torch.long), torch.zeros(1, 5, dtype=torch.long))
-    sums = assess_sums(fixed, [batch], torch.ones(1), CPU)
+    sums = perplexity_sums(fixed, [batch], torch.ones(1), CPU)
     table = sums[5:].view(BINS, 3)
     assert table[:, 0].nonzero().flatten().tolist() == [0, 1, 7, 14]
     assert table[14].tolist() == pytest.approx([2, 1, 1.999])

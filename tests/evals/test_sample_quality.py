@@ -13,7 +13,7 @@ from myllm.config import ModelConfig
 from myllm.data.tokenizer.load import Tokenizer
 from myllm.evals import sample_quality as writing
 from myllm.inference.completion import complete
-from myllm.inference.generate import Continuation
+from myllm.inference.generate import Sequence
 from myllm.inference.load import LanguageModel
 from myllm.model.transformer import Transformer
 
@@ -40,35 +40,37 @@ def test_variety_by_hand() -> None:
 
 
 def test_figures_by_hand() -> None:
-    rows = [Continuation([0], 0, [1, 2], "end_of_text"), Continuation([0], 1, [1, 2, 3], "length")]
-    found = writing.figures([(rows[0], [-1.0, -2.0, -6.0]), (rows[1], [-1.0, -1.0, -1.0])])
+    rows = [Sequence([0], 0, [1, 2], "end_of_text"), Sequence([0], 1, [1, 2, 3], "length")]
+    found = writing.sample_metrics([(rows[0], [-1.0, -2.0, -6.0]), (rows[1], [-1.0, -1.0, -1.0])])
     assert (found["ended"], found["mean_log_prob"], found["n_samples"], found["n_tokens"]) == (0.5, -2.0, 2, 5)
 
 
 def test_the_same_each_time_and_in_any_batches(pair: LanguageModel) -> None:
     texts = writing.prompts()[:3]
-    first = list(writing.write(pair, texts, 2, 12, batch_size=16))
-    again = list(writing.write(pair, texts, 2, 12, batch_size=4))
-    assert [row.written for row, _ in first] == [row.written for row, _ in again]
-    assert writing.figures(first)["mean_log_prob"] == pytest.approx(writing.figures(again)["mean_log_prob"], abs=1e-6)
+    first = list(writing.sample_prompts(pair, texts, 2, 12, batch_size=16))
+    again = list(writing.sample_prompts(pair, texts, 2, 12, batch_size=4))
+    assert [row.generated for row, _ in first] == [row.generated for row, _ in again]
+    assert writing.sample_metrics(first)["mean_log_prob"] == pytest.approx(
+        writing.sample_metrics(again)["mean_log_prob"], abs=1e-6
+    )
     # They are what `myllm sample` makes of these prompts.
     made = complete(pair, texts, 12, writing.SAMPLING, num_samples=2)
-    assert [R50K.decode(row.written) for row, _ in first] == [each.text for each in made]
+    assert [R50K.decode(row.generated) for row, _ in first] == [each.text for each in made]
 
 
 @torch.no_grad()
 def test_log_probabilities_are_the_model_s(pair: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of each drawn token, at temperature 1 and of the whole vocabulary; the end of the text is one of them."""
     monkeypatch.setattr(writing, "SAMPLING", replace(writing.SAMPLING, temperature=0.5, top_k=3))
-    (plain, *_) = writing.write(pair, ["The weather"], 1, 9, batch_size=1)
-    ending = next(token for token in plain[0].written[2:] if token not in plain[0].written[:2])
-    at = plain[0].written.index(ending)
+    (plain, *_) = writing.sample_prompts(pair, ["The weather"], 1, 9, batch_size=1)
+    ending = next(token for token in plain[0].generated[2:] if token not in plain[0].generated[:2])
+    at = plain[0].generated.index(ending)
     prompt = R50K.encode_document("The weather")
     monkeypatch.setattr(R50K, "encode_document", lambda _: prompt)  # as it was with the real end of text
     monkeypatch.setattr(R50K, "end_of_text", ending)
-    ((row, scores),) = writing.write(pair, ["The weather"], 1, 9, batch_size=1)
-    assert (row.finish, row.written) == ("end_of_text", plain[0].written[:at])
-    whole = torch.tensor([[*row.prompt, *row.written, ending]])
+    ((row, scores),) = writing.sample_prompts(pair, ["The weather"], 1, 9, batch_size=1)
+    assert (row.finish_reason, row.generated) == ("end_of_text", plain[0].generated[:at])
+    whole = torch.tensor([[*row.prompt, *row.generated, ending]])
     expected = pair.model(whole[:, :-1]).double().log_softmax(dim=-1).gather(2, whole[:, 1:, None])[0, :, 0]
     assert scores == pytest.approx(expected[len(row.prompt) - 1 :].tolist(), abs=1e-5)
 
@@ -81,9 +83,9 @@ def test_pieces_of_held_out_documents() -> None:
             documents = [list(range(20)), list(range(100, 105)), list(range(200, 240))]
             return np.array([token for document in documents for token in [END, *document]][start : start + count])
 
-    assert writing.held_out(Stream(), END, 9, 10) == [list(range(8, 18)), list(range(208, 218))]
-    assert writing.held_out(Stream(), END, 1, 10) == [list(range(8, 18))]
-    assert writing.held_out(Stream(), END, 9, 1_000) == []
+    assert writing.held_out_samples(Stream(), END, 9, 10) == [list(range(8, 18)), list(range(208, 218))]
+    assert writing.held_out_samples(Stream(), END, 1, 10) == [list(range(8, 18))]
+    assert writing.held_out_samples(Stream(), END, 9, 1_000) == []
 
 
 def test_the_prompts_are_package_data() -> None:

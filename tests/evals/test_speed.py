@@ -16,9 +16,9 @@ def model() -> Transformer:
 
 
 def test_lengths_fit_the_context() -> None:
-    assert speed.lengths(2_048) == (128, 64)
-    assert speed.lengths(100) == (50, 50)
-    assert speed.lengths(1) == (1, 2)
+    assert speed.token_counts(2_048) == (128, 64)
+    assert speed.token_counts(100) == (50, 50)
+    assert speed.token_counts(1) == (1, 2)
 
 
 def test_what_the_clock_is_read_for(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:

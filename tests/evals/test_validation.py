@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from myllm.data.tokenizer.load import Tokenizer
-from myllm.evals.perplexity import assess_sums, finish
+from myllm.evals.perplexity import finish, perplexity_sums
 from myllm.evals.validation import validation_batches
 
 VOCAB = 40
@@ -40,7 +40,9 @@ def toy_assess(tokens: torch.Tensor, targets: torch.Tensor) -> Assessed:
 
 def sums(stream: Stream, n_sequences: int, batch_size: int, ranks: int, token_bytes: torch.Tensor) -> torch.Tensor:
     shares = [
-        assess_sums(toy_assess, validation_batches(stream, n_sequences, 8, batch_size, rank, ranks), token_bytes, CPU)
+        perplexity_sums(
+            toy_assess, validation_batches(stream, n_sequences, 8, batch_size, rank, ranks), token_bytes, CPU
+        )
         for rank in range(ranks)
     ]
     assert all(share.dtype == torch.float64 for share in shares)
@@ -104,7 +106,7 @@ def test_bits_per_byte_of_a_known_text():
         return torch.full(targets.shape, -3 * math.log(2)), torch.ones_like(targets), torch.zeros(targets.shape)
 
     token_bytes = torch.from_numpy(tokenizer.token_bytes())
-    got = assess_sums(three_bits, validation_batches(stream, 1, len(ids), 1), token_bytes, CPU)
+    got = perplexity_sums(three_bits, validation_batches(stream, 1, len(ids), 1), token_bytes, CPU)
     assert got[2] == len(text.encode()) > len(text)
     assert finish(got)["bits_per_byte"] == pytest.approx(3 * len(ids) / len(text.encode()), rel=1e-6)
 
@@ -118,5 +120,5 @@ def test_the_end_of_text_has_no_bytes():
         return torch.zeros(targets.shape), torch.zeros_like(targets), torch.ones(targets.shape)
 
     n = stream.tokens - 1
-    got = assess_sums(certain, validation_batches(stream, 1, n, 1), token_bytes, CPU)
+    got = perplexity_sums(certain, validation_batches(stream, 1, n, 1), token_bytes, CPU)
     assert got[:5].tolist() == [0, n, len("one two") + len("three"), n, n]

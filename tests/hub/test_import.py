@@ -15,8 +15,8 @@ import pytest
 import torch
 from conftest import losses, train_rows, with_train
 from safetensors.torch import load_file, save_file
-from support.made_checkpoints import KINDS, Save, small_vocabulary
 from support.reference_model import HParams, ReferenceModel
+from support.saved_checkpoints import KINDS, Save, small_vocabulary
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,

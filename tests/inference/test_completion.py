@@ -29,14 +29,14 @@ from myllm.data.sampler import DataPosition
 from myllm.data.tokenizer.load import Tokenizer
 from myllm.errors import UserError
 from myllm.inference.completion import Completion, TextStream, complete, generate
-from myllm.inference.generate import stream
+from myllm.inference.generate import stream_tokens
 from myllm.inference.load import LanguageModel
-from myllm.inference.sampling_params import Sampling
+from myllm.inference.sampling_params import SamplingParams
 from myllm.model.transformer import Transformer
 
 R50K = Tokenizer()
 CONFIG = ModelConfig(max_seq_len=32, d_model=16, n_layers=1, n_heads=2, d_ff=32)
-FREE = Sampling(1.0, 0, seed=3)
+FREE = SamplingParams(1.0, 0, seed=3)
 
 
 @pytest.fixture(scope="module")
@@ -68,16 +68,16 @@ def command(data: Path, *words: str | Path, stdin: str = "") -> subprocess.Compl
 
 @given(st.text(alphabet="abc🙂"), st.lists(st.text(alphabet="abc🙂", min_size=1, max_size=4), max_size=3))
 def test_text_ends_before_the_first_stop_string(text: str, stops: list[str]) -> None:
-    stream, given_out = TextStream(R50K, stops), ""
+    stream_tokens, given_out = TextStream(R50K, stops), ""
     # One byte a token: every stop string is split over tokens.
     for byte in text.encode():
-        given_out += stream.feed(R50K.encode(chr(byte))[0] if byte < 128 else byte_token(byte))
+        given_out += stream_tokens.feed(R50K.encode(chr(byte))[0] if byte < 128 else byte_token(byte))
         assert text.startswith(given_out)
-        if stream.stopped:
+        if stream_tokens.stopped:
             break
-    given_out += stream.end()
+    given_out += stream_tokens.end()
     ends = [text.find(stop) for stop in stops if stop in text]
-    assert stream.stopped == bool(ends)
+    assert stream_tokens.stopped == bool(ends)
     assert len(given_out) <= len(text)
     if not ends:
         assert given_out == text
@@ -90,22 +90,22 @@ def byte_token(byte: int) -> int:
 
 def test_a_stop_string_ends_a_sample(pair: LanguageModel) -> None:
     (whole,) = complete(pair, ["the river"], 20, FREE)
-    assert (whole.finish, whole.tokens, whole.seed) == ("length", 20, 3)
+    assert (whole.finish_reason, whole.tokens, whole.seed) == ("length", 20, 3)
     stop = whole.text[len(whole.text) // 2 :][:5]
     (cut,) = complete(pair, ["the river"], 20, FREE, stop=["never there", stop])
-    assert (cut.finish, cut.text) == ("stop", whole.text[: whole.text.find(stop)])
+    assert (cut.finish_reason, cut.text) == ("stop", whole.text[: whole.text.find(stop)])
     assert cut.tokens < 20
 
 
 def test_the_end_of_the_document(pair: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     prompt, tokens = "the river", R50K.encode_document("the river").tolist()
-    drawn = list(stream(pair.model, tokens, 9, FREE))
+    drawn = list(stream_tokens(pair.model, tokens, 9, FREE))
     ending = next(token for token in drawn[3:] if token not in drawn[:3])
     at = drawn.index(ending)
     monkeypatch.setattr(R50K, "encode_document", lambda _: np.array(tokens))  # as it was with the real end of text
     monkeypatch.setattr(R50K, "end_of_text", ending)
     (made,) = complete(pair, [prompt], 9, FREE)
-    assert (made.finish, made.tokens, made.text) == ("end_of_text", at, R50K.decode(drawn[:at]))
+    assert (made.finish_reason, made.tokens, made.text) == ("end_of_text", at, R50K.decode(drawn[:at]))
 
 
 # -- batches and seeds ------------------------------------------------------------------------------------------------
@@ -142,7 +142,7 @@ def test_a_sample_is_given_out_once_it_and_those_before_it_are_done(pair: Langua
     )
     for number, each in enumerate(made):
         events.append(("done", number))
-        assert each.finish == ("length" if number == 1 else "stop")
+        assert each.finish_reason == ("length" if number == 1 else "stop")
     first, second, third = (events.index(("done", number)) for number in range(3))
     assert ("text", 1) in events[first:second]  # the first did not wait for the second,
     assert ("text", 2) not in events[second:]  # but the third did
@@ -164,7 +164,7 @@ def test_generate_gives_prompt_and_continuation(pair: LanguageModel) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [({"num_samples": 0}, "num_samples is 0"), ({"batch_size": 0}, "batch_size is 0"), ({"stop": [""]}, "is empty"),
-     ({"max_new_tokens": -1}, "max_new_tokens is -1"), ({"sampling": Sampling(top_p=0)}, "top_p 0")],
+     ({"max_new_tokens": -1}, "max_new_tokens is -1"), ({"sampling": SamplingParams(top_p=0)}, "top_p 0")],
 )  # fmt: skip
 def test_faults_at_the_call(pair: LanguageModel, settings: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
@@ -220,7 +220,7 @@ def test_records(data: Path, tmp_path: Path) -> None:
     assert [(row["prompt"], row["seed"]) for row in rows] == [
         ("the river", 7), ("the river", 8), ("two\nlines é", 7), ("two\nlines é", 8),
     ]  # fmt: skip
-    assert rows[0]["finish"] == "length"
+    assert rows[0]["finish_reason"] == "length"
     assert rows[0]["tokens"] == 4
     assert rows[0]["settings"]["temperature"] == 0.8
     assert rows[0]["settings"]["stop"] == ["never", "there"]
@@ -256,8 +256,8 @@ def test_what_is_there_is_shown_while_others_are_made(
     data: Path, pair: LanguageModel, tmp_path: Path, form: str
 ) -> None:
     """Two samples; the first ends at a stop string, the second would take hours."""
-    (first,) = complete(pair, ["the river"], 40, Sampling(seed=3))
-    (second,) = complete(pair, ["the river"], 400, Sampling(seed=4))
+    (first,) = complete(pair, ["the river"], 40, SamplingParams(seed=3))
+    (second,) = complete(pair, ["the river"], 400, SamplingParams(seed=4))
     stop = next(text for at in range(8, 80) if (text := first.text[at : at + 3]) not in second.text)
     process = subprocess.Popen(
         [sys.executable, "-m", "myllm", "sample", "tiny", "--prompt", "the river", "--num-samples", "2", "--seed", "3",
@@ -270,7 +270,7 @@ def test_what_is_there_is_shown_while_others_are_made(
         cut = first.text[: first.text.index(stop)]
         if form == "jsonl":
             row = json.loads(process.stdout.readline())
-            assert (row["text"], row["finish"]) == (cut, "stop")
+            assert (row["text"], row["finish_reason"]) == (cut, "stop")
         else:
             expected = f"--- 1\nthe river{cut}\n--- 2\nthe river{second.text[:300]}".encode()
             assert process.stdout.read(len(expected)) == expected

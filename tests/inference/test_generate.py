@@ -6,13 +6,13 @@ from itertools import islice
 
 import pytest
 import torch
-from support.rough_models import rough
+from support.random_models import random_model
 
 from myllm.config import ModelConfig
 from myllm.errors import UserError
-from myllm.inference.generate import Continuation, continue_batch, stream
+from myllm.inference.generate import Sequence, generate_batch, stream_tokens
 from myllm.inference.sampling import choose
-from myllm.inference.sampling_params import Sampling
+from myllm.inference.sampling_params import SamplingParams
 from myllm.model.transformer import Transformer
 
 SMALL = ModelConfig(vocab_size=50, vocab_multiple=32, max_seq_len=24, d_model=24, n_layers=2, n_heads=4, d_ff=32)
@@ -20,7 +20,7 @@ PROMPT = [3, 14, 15]
 
 
 def model_of(**changes: object) -> Transformer:
-    return rough(replace(SMALL, **changes), 0.3)
+    return random_model(replace(SMALL, **changes), 0.3)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def model() -> Transformer:
 def generate(
     model: Transformer, prompt: list[int], max_new_tokens: int, end_of_text: int | None = None, **settings: float
 ) -> Iterator[int]:
-    return stream(model, prompt, max_new_tokens, Sampling(**{"top_k": 0, **settings}), end_of_text)
+    return stream_tokens(model, prompt, max_new_tokens, SamplingParams(**{"top_k": 0, **settings}), end_of_text)
 
 
 @torch.no_grad()
@@ -82,7 +82,7 @@ def test_gradients_stay_on_between_tokens(model):
 
 def frequencies(logits: torch.Tensor, temperature: float, top_k: int, draws: int = 6_000) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
-    sampling = Sampling(temperature, top_k)
+    sampling = SamplingParams(temperature, top_k)
     drawn = torch.tensor([choose(logits[None], sampling, [generator], [[]])[0] for _ in range(draws)])
     return drawn.bincount(minlength=len(logits)) / draws
 
@@ -106,9 +106,9 @@ def test_top_k_takes_no_more_than_k_of_equals():
 
 def test_huge_and_low_precision_logits():
     generator = torch.Generator().manual_seed(0)
-    assert choose(torch.tensor([[3e38, -3e38, 2.9e38]]), Sampling(0.1, 0), [generator], [[]]) == [0]
+    assert choose(torch.tensor([[3e38, -3e38, 2.9e38]]), SamplingParams(0.1, 0), [generator], [[]]) == [0]
     low = torch.tensor([[1.0, 5.0, 2.0]], dtype=torch.bfloat16)
-    assert choose(low, Sampling(0.01, 2), [generator], [[]]) == [1]
+    assert choose(low, SamplingParams(0.01, 2), [generator], [[]]) == [1]
 
 
 def test_top_k_keeps_to_the_likeliest(model):
@@ -202,28 +202,30 @@ PROMPTS = [[7], PROMPT, list(range(20)), [9, 8, 7, 6, 5], [(7 * i) % 50 for i in
     ids=str,
 )
 @pytest.mark.parametrize(
-    "sampling", [Sampling(temperature=0), Sampling(1.2, 20, 0.9, 0.01, 1.1)], ids=["greedy", "sampled"]
+    "sampling", [SamplingParams(temperature=0), SamplingParams(1.2, 20, 0.9, 0.01, 1.1)], ids=["greedy", "sampled"]
 )
 def test_a_batch_is_its_rows_one_by_one(kind, sampling):
     """Lengths from 1 to beyond the context, rows that end early, and windows that slide, each at its own time."""
     model, count, end = model_of(**kind), 2 * SMALL.max_seq_len, 11
-    batch = [Continuation(prompt, seed=number) for number, prompt in enumerate(PROMPTS)]
-    assert sum(1 for _ in continue_batch(model, batch, count, sampling, end)) == sum(len(row.written) for row in batch)
+    batch = [Sequence(prompt, seed=number) for number, prompt in enumerate(PROMPTS)]
+    assert sum(1 for _ in generate_batch(model, batch, count, sampling, end)) == sum(
+        len(row.generated) for row in batch
+    )
     for row in batch:
-        alone = list(stream(model, row.prompt, count, replace(sampling, seed=row.seed), end))
-        assert row.written == alone
-        assert row.finish == ("length" if len(alone) == count else "end_of_text")
+        alone = list(stream_tokens(model, row.prompt, count, replace(sampling, seed=row.seed), end))
+        assert row.generated == alone
+        assert row.finish_reason == ("length" if len(alone) == count else "end_of_text")
 
 
 def test_a_row_stopped_from_outside_leaves_the_others_alone(model):
     expected = list(generate(model, PROMPT, 30, temperature=1, seed=1))
-    batch = [Continuation([5, 6], 0), Continuation(PROMPT, 1)]
-    for row in continue_batch(model, batch, 30, Sampling(1.0, 0)):
-        if row is batch[0] and len(row.written) == 4:
-            row.finish = "stop"
-    assert len(batch[0].written) == 4
-    assert batch[1].written == expected
+    batch = [Sequence([5, 6], 0), Sequence(PROMPT, 1)]
+    for row in generate_batch(model, batch, 30, SamplingParams(1.0, 0)):
+        if row is batch[0] and len(row.generated) == 4:
+            row.finish_reason = "stop"
+    assert len(batch[0].generated) == 4
+    assert batch[1].generated == expected
 
 
 def test_no_rows(model):
-    assert list(continue_batch(model, [], 5, Sampling())) == []
+    assert list(generate_batch(model, [], 5, SamplingParams())) == []

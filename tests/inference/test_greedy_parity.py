@@ -6,8 +6,8 @@ import pytest
 import torch
 from model.test_parity import SMALL, peer_of, random_model
 
-from myllm.inference.generate import Continuation, continue_batch
-from myllm.inference.sampling_params import Sampling
+from myllm.inference.generate import Sequence, generate_batch
+from myllm.inference.sampling_params import SamplingParams
 
 PROMPTS = [[7], [3, 14, 15], [9, 8, 7, 6, 5, 4, 3, 2, 1]]
 
@@ -18,11 +18,11 @@ PROMPTS = [[7], [3, 14, 15], [9, 8, 7, 6, 5, 4, 3, 2, 1]]
 def test_greedy_tokens_are_those_of_transformers(changes: dict, penalty: float) -> None:
     model = random_model(replace(SMALL, **changes))
     peer = peer_of(model)
-    batch = [Continuation(prompt, 0) for prompt in PROMPTS]
-    list(continue_batch(model, batch, 15, Sampling(temperature=0, repetition_penalty=penalty)))
+    batch = [Sequence(prompt, 0) for prompt in PROMPTS]
+    list(generate_batch(model, batch, 15, SamplingParams(temperature=0, repetition_penalty=penalty)))
     for row in batch:
         made = peer.generate(
             torch.tensor([row.prompt]), attention_mask=torch.ones(1, len(row.prompt)), max_new_tokens=15,
             do_sample=False, repetition_penalty=penalty, eos_token_id=None, pad_token_id=0,
         )  # fmt: skip
-        assert row.written == made[0, len(row.prompt) :].tolist()
+        assert row.generated == made[0, len(row.prompt) :].tolist()

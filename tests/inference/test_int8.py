@@ -20,10 +20,10 @@ from myllm.data.sampler import DataPosition
 from myllm.errors import UserError
 from myllm.inference import int8
 from myllm.inference import load as loading
-from myllm.inference.generate import Continuation, continue_batch, stream
-from myllm.inference.int8 import RowsEmbedding, quantize_int8, weight_bytes, weight_type
+from myllm.inference.generate import Sequence, generate_batch, stream_tokens
+from myllm.inference.int8 import Int8Embedding, quantize_int8, weight_bytes, weight_dtype
 from myllm.inference.load import load_model
-from myllm.inference.sampling_params import Sampling
+from myllm.inference.sampling_params import SamplingParams
 from myllm.inference.server import http as server
 from myllm.model.transformer import Transformer
 
@@ -33,7 +33,7 @@ KINDS = {
     "untied": {"tie_embeddings": False, "qk_norm": True, "n_kv_heads": 2},
     "gpt2": {"position": "learned", "bias": True, "norm": "layernorm", "activation": "gelu"},
 }
-GREEDY = Sampling(temperature=0)
+GREEDY = SamplingParams(temperature=0)
 
 
 def pair(kind: str) -> tuple[Transformer, Transformer]:
@@ -157,16 +157,16 @@ def test_greedy_text(kind: str) -> None:
     tokens = [3, 14, 15]
     for _ in range(20):
         tokens.append(int(ints(torch.tensor([tokens]))[0, -1].argmax()))
-    assert list(stream(ints, tokens[:3], 20, GREEDY)) == tokens[3:]
-    batch = [Continuation([7], 0), Continuation([3, 14, 15], 0)]
-    assert sum(1 for _ in continue_batch(ints, batch, 50, GREEDY)) == 100
-    assert batch[1].written[:20] == tokens[3:]
+    assert list(stream_tokens(ints, tokens[:3], 20, GREEDY)) == tokens[3:]
+    batch = [Sequence([7], 0), Sequence([3, 14, 15], 0)]
+    assert sum(1 for _ in generate_batch(ints, batch, 50, GREEDY)) == 100
+    assert batch[1].generated[:20] == tokens[3:]
 
 
 def test_a_tied_head_stays_tied() -> None:
     floats, ints = pair("tied")
     assert ints.head is None
-    assert isinstance(ints.embedding, RowsEmbedding)
+    assert isinstance(ints.embedding, Int8Embedding)
     assert torch.equal(ints.head_weight, ints.embedding.weight.dequantize())
     with torch.no_grad():
         looked_up = ints.embedding(torch.tensor([[5, 89, 5]]))
@@ -182,7 +182,7 @@ def test_memory() -> None:
     rows = sum(len(matrix) for matrix in matrices(floats).values())
     # A byte a weight, and a scale and a zero a row.
     assert n_matrix + 4 * rows <= narrow - (wide - 4 * n_matrix) <= n_matrix + 8 * rows
-    assert (weight_type(floats), weight_type(ints)) == ("float32", "int8")
+    assert (weight_dtype(floats), weight_dtype(ints)) == ("float32", "int8")
 
 
 def test_without_torchao(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -190,8 +190,8 @@ def test_without_torchao(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     with pytest.raises(UserError, match=r"python -m pip install torchao==\d"):
         loading.load_model(tmp_path / "nothing there", int8=True)  # said before anything is looked for
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    assert extras["int8"] == [int8.TORCHAO]
-    assert int8.TORCHAO in extras["dev"]
+    assert extras["int8"] == [int8.TORCHAO_REQUIREMENT]
+    assert int8.TORCHAO_REQUIREMENT in extras["dev"]
 
 
 def test_torchao_is_imported_in_silence() -> None:

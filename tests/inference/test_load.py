@@ -13,10 +13,10 @@ from myllm.data.sampler import DataPosition
 from myllm.data.tokenizer.load import load_tokenizer
 from myllm.data.tokenizer.train import train_tokenizer
 from myllm.errors import UserError
-from myllm.inference.generate import Continuation, continue_batch
-from myllm.inference.int8 import weight_type
+from myllm.inference.generate import Sequence, generate_batch
+from myllm.inference.int8 import weight_dtype
 from myllm.inference.load import load_model
-from myllm.inference.sampling_params import Sampling
+from myllm.inference.sampling_params import SamplingParams
 from myllm.model.transformer import Transformer
 
 
@@ -53,10 +53,10 @@ def test_a_models_own_precision_is_that_of_autocast(kind: dict, dtype: torch.dty
     tokens = torch.randint(50, (2, 9), generator=generator)
 
     def figures() -> list[torch.Tensor]:
-        rows = [Continuation([1, 2, 3], seed=0), Continuation([4], seed=1)]
-        list(continue_batch(model, rows, 9, Sampling(1.0, 0)))
-        owners, written = torch.tensor([1, 0]), [torch.tensor(row.written) for row in rows]
-        return [*model.evaluate(tokens, tokens), *model.score_continuations(tokens, owners, tokens, tokens), *written]
+        rows = [Sequence([1, 2, 3], seed=0), Sequence([4], seed=1)]
+        list(generate_batch(model, rows, 9, SamplingParams(1.0, 0)))
+        owners, generated = torch.tensor([1, 0]), [torch.tensor(row.generated) for row in rows]
+        return [*model.evaluate(tokens, tokens), *model.score_continuations(tokens, owners, tokens, tokens), *generated]
 
     exact = figures()
     with torch.autocast("cpu", dtype):
@@ -65,7 +65,7 @@ def test_a_models_own_precision_is_that_of_autocast(kind: dict, dtype: torch.dty
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(figures(), expected, strict=True))
     assert not torch.equal(expected[0], exact[0])
     assert not torch.is_autocast_enabled("cpu")
-    assert weight_type(model) == str(dtype).removeprefix("torch.")
+    assert weight_dtype(model) == str(dtype).removeprefix("torch.")
 
 
 def test_the_runs_own_precision_is_the_default(tmp_path: Path) -> None:

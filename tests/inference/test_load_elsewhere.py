@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from support.hub_server import HubServer
-from support.made_checkpoints import KINDS, Save
+from support.saved_checkpoints import KINDS, Save
 
 from myllm.cli.main import main as myllm
 from myllm.errors import UserError

@@ -12,16 +12,16 @@ from transformers import (
 
 from myllm.errors import UserError
 from myllm.inference.sampling import (
-    NUCLEUS,
+    TOP_P_FIRST_TRY,
     draw,
     filter_logits,
     keep_min_p,
     keep_top_k,
     keep_top_p,
-    likeliest,
     penalize_repetition,
+    top_k_candidates,
 )
-from myllm.inference.sampling_params import Sampling
+from myllm.inference.sampling_params import SamplingParams
 
 LOGITS = 3 * torch.randn(8, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
 SEEN = torch.randint(40, (8, 6), generator=torch.Generator().manual_seed(3))
@@ -46,18 +46,20 @@ def test_top_p(p):
 @pytest.mark.parametrize("spread", [0.1, 5.0], ids=["wide", "narrow"])
 def test_a_nucleus_of_a_large_vocabulary(spread):
     """Wider than what is looked at first, and not."""
-    logits = spread * torch.randn(3, 3 * NUCLEUS, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    logits = spread * torch.randn(
+        3, 3 * TOP_P_FIRST_TRY, dtype=torch.float64, generator=torch.Generator().manual_seed(5)
+    )
     ours = keep_top_p(logits, 0.9)
-    assert ((ours > float("-inf")).sum(dim=-1) > NUCLEUS).all() == (spread < 1)
+    assert ((ours > float("-inf")).sum(dim=-1) > TOP_P_FIRST_TRY).all() == (spread < 1)
     assert same(ours, TopPLogitsWarper(0.9)(SEEN, logits))
 
 
 def test_the_likeliest_come_with_their_ids_rising():
-    logits, ids = likeliest(LOGITS, 5)
+    logits, ids = top_k_candidates(LOGITS, 5)
     assert torch.equal(ids, LOGITS.topk(5).indices.sort().values)
     assert torch.equal(logits, LOGITS.gather(1, ids))
     for k in (0, 40, 99):
-        logits, ids = likeliest(LOGITS, k)
+        logits, ids = top_k_candidates(LOGITS, k)
         assert torch.equal(logits, LOGITS)
         assert torch.equal(ids, torch.arange(40).expand(8, 40))
 
@@ -78,7 +80,7 @@ def test_the_order_of_all_together():
     theirs = LOGITS
     for warper in (TemperatureLogitsWarper(1.7), TopKLogitsWarper(20), TopPLogitsWarper(0.8), MinPLogitsWarper(0.1)):
         theirs = warper(SEEN, theirs)
-    assert same(filter_logits(LOGITS, Sampling(1.7, 20, 0.8, 0.1)), theirs)
+    assert same(filter_logits(LOGITS, SamplingParams(1.7, 20, 0.8, 0.1)), theirs)
 
 
 def test_the_draw_at_its_edges():
@@ -89,10 +91,10 @@ def test_the_draw_at_its_edges():
 
 
 def test_every_fault_is_named_at_once():
-    wrong = Sampling(float("nan"), -1, 0.0, 2.0, 0.0, -5)
+    wrong = SamplingParams(float("nan"), -1, 0.0, 2.0, 0.0, -5)
     with pytest.raises(UserError) as caught:
         wrong.check()
     for name in ("temperature nan", "top_k -1", "top_p 0.0", "min_p 2.0", "repetition_penalty 0.0", "seed -5"):
         assert name in str(caught.value)
-    assert [fault[:9] for fault in Sampling(top_p=1.1).faults()] == ["top_p 1.1"]
-    Sampling(0.0, 0, 1.0, 0.0, 1.0, 0).check()
+    assert [fault[:9] for fault in SamplingParams(top_p=1.1).faults()] == ["top_p 1.1"]
+    SamplingParams(0.0, 0, 1.0, 0.0, 1.0, 0).check()

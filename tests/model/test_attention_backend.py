@@ -13,8 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
 from myllm.config import ModelConfig, TrainConfig
-from myllm.inference.generate import Continuation, continue_batch
-from myllm.inference.sampling_params import Sampling
+from myllm.inference.generate import Sequence, generate_batch
+from myllm.inference.sampling_params import SamplingParams
 from myllm.model import attention_backend as sdpa
 from myllm.model.transformer import Transformer
 from myllm.presets import PRESETS
@@ -107,8 +107,8 @@ def test_evaluations_never_use_cudnn(card: Callable[[int], None], monkeypatch: p
     model.evaluate(tokens, tokens)
     model.score(tokens, tokens)
     model.score_continuations(tokens, torch.tensor([0]), tokens, tokens)
-    row = Continuation([1, 2], seed=0)
-    list(continue_batch(model, [row], 2, Sampling()))
+    row = Sequence([1, 2], seed=0)
+    list(generate_batch(model, [row], 2, SamplingParams()))
     assert len(allowed) == len(kinds) >= 5
     assert all(
         each == {SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH} for each in allowed

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.rough_models import rough
+from support.random_models import random_model
 
 from myllm.config import ModelConfig
 from myllm.model.kv_cache import KVCache
@@ -14,7 +14,7 @@ SMALL = ModelConfig(vocab_size=50, vocab_multiple=8, max_seq_len=20, d_model=24,
 
 
 def model_of(kind: dict) -> Transformer:
-    return rough(replace(SMALL, **kind), 0.15)
+    return random_model(replace(SMALL, **kind), 0.15)
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ import torch
 from model.test_kv_cache import model_of
 
 from myllm.inference import generate as generation
-from myllm.inference.generate import Continuation, continue_batch
-from myllm.inference.sampling_params import Sampling
+from myllm.inference.generate import Sequence, generate_batch
+from myllm.inference.sampling_params import SamplingParams
 from myllm.model.kv_cache import KVCache
 from myllm.model.transformer import Transformer
 
@@ -69,15 +69,15 @@ def compiled_from_one(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphMod
 
     real = Transformer.compile_decoding
     monkeypatch.setattr(Transformer, "compile_decoding", lambda model, mode: real(model, backend=backend))
-    monkeypatch.setattr(generation, "COMPILED_FROM", 1)
+    monkeypatch.setattr(generation, "COMPILE_MIN_TOKENS", 1)
     monkeypatch.setattr(generation, "has_triton", lambda device: True)
     return traced
 
 
-def written(model: Transformer, n_rows: int, count: int) -> list[list[int]]:
-    rows = [Continuation([1 + row % 9] * (1 + row % 3), seed=row) for row in range(n_rows)]
-    list(continue_batch(model, rows, count, Sampling(1.0, 20)))
-    return [row.written for row in rows]
+def generated(model: Transformer, n_rows: int, count: int) -> list[list[int]]:
+    rows = [Sequence([1 + row % 9] * (1 + row % 3), seed=row) for row in range(n_rows)]
+    list(generate_batch(model, rows, count, SamplingParams(1.0, 20)))
+    return [row.generated for row in rows]
 
 
 def test_no_size_of_a_batch_is_one_too_many(
@@ -87,15 +87,15 @@ def test_no_size_of_a_batch_is_one_too_many(
     included; where these are too many all the same, steps go on uncompiled."""
     model = model_of(KINDS[0] | {"max_seq_len": CONTEXT})
     counts = dict.fromkeys(range(1, 10), 4) | {3: CONTEXT + 9}
-    found = {size: written(model, size, count) for size, count in counts.items()}
+    found = {size: generated(model, size, count) for size, count in counts.items()}
     assert len(compiled_from_one) == 5
     with torch._dynamo.config.patch(recompile_limit=5):
-        found[17] = written(model, 17, 4)
+        found[17] = generated(model, 17, 4)
         assert len(compiled_from_one) == 5
-        assert written(model, 3, counts[3]) == found[3]
+        assert generated(model, 3, counts[3]) == found[3]
     monkeypatch.setattr(generation, "has_triton", lambda device: False)
     for size, rows in found.items():
-        assert written(model, size, counts.get(size, 4)) == rows
+        assert generated(model, size, counts.get(size, 4)) == rows
     torch.compiler.reset()
 
 

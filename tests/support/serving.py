@@ -11,14 +11,14 @@ import torch
 from myllm.config import ModelConfig
 from myllm.data.tokenizer.load import Tokenizer
 from myllm.inference.load import LanguageModel
-from myllm.inference.sampling_params import Sampling
+from myllm.inference.sampling_params import SamplingParams
 from myllm.inference.server.http import PageServer
-from myllm.inference.server.request import Asked
+from myllm.inference.server.request import GenerateRequest
 from myllm.inference.server.security import listen
 from myllm.model.transformer import Transformer
 
 DEADLINE_S = 60.0
-DEFAULT = Asked("", 12, Sampling())
+DEFAULT = GenerateRequest("", 12, SamplingParams())
 JSON = {"Content-Type": "application/json"}
 
 
@@ -40,7 +40,7 @@ def scripted(tokenizer: Tokenizer, script: Sequence[int], logit: float = 14.0) -
 
 
 @contextmanager
-def serving(model: LanguageModel, default: Asked = DEFAULT) -> Iterator[PageServer]:
+def serving(model: LanguageModel, default: GenerateRequest = DEFAULT) -> Iterator[PageServer]:
     with PageServer(listen("127.0.0.1", 0), "127.0.0.1", model, "a <model>", default) as server:
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()

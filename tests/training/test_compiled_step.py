@@ -18,9 +18,9 @@ from myllm.distributed import parallelize as parallel
 from myllm.distributed.collectives import Process
 from myllm.distributed.parallelize import clear_gradients, last_of_step, wrap
 from myllm.distributed.precision import autocast
-from myllm.evals.perplexity import assess_sums
-from myllm.inference.generate import stream
-from myllm.inference.sampling_params import Sampling
+from myllm.evals.perplexity import perplexity_sums
+from myllm.inference.generate import stream_tokens
+from myllm.inference.sampling_params import SamplingParams
 from myllm.model import transformer
 from myllm.model.cross_entropy import linear_cross_entropy
 from myllm.model.transformer import Transformer
@@ -95,10 +95,10 @@ def evaluate(model: Transformer, config: RunConfig) -> None:
     model.eval()
     with autocast(config, ALONE.device):
         batches = [(batch(rows), batch(rows)) for rows in (4, 3)]
-        assess_sums(model.evaluate, batches, torch.ones(300, dtype=torch.int64), ALONE.device)
+        perplexity_sums(model.evaluate, batches, torch.ones(300, dtype=torch.int64), ALONE.device)
         model.score(batch(2, 20), batch(2, 20))
         model.score_continuations(batch(2, 10), torch.tensor([0, 0, 1]), batch(3, 5), batch(3, 5))
-        list(stream(model, [1, 2, 3], 4, Sampling()))
+        list(stream_tokens(model, [1, 2, 3], 4, SamplingParams()))
 
 
 def assert_graphs(count: int, config: RunConfig, graphs: Graphs) -> None:

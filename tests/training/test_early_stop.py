@@ -246,7 +246,7 @@ def test_losses_that_are_not_finite(plateau: RunConfig, monkeypatch: pytest.Monk
     def fails(*_: object, **__: object) -> None:
         raise RuntimeError("no such luck")
 
-    monkeypatch.setattr(perplexity, "assess_sums", fails)
+    monkeypatch.setattr(perplexity, "perplexity_sums", fails)
     assert max(losses(run(replace(with_train(plateau, max_steps=8), name="failing")))) == 8
 
 

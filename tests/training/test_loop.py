@@ -159,7 +159,7 @@ def test_a_failing_evaluation_does_not_cost_training(tiny: RunConfig, monkeypatc
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("no such luck")
 
-    monkeypatch.setattr("myllm.evals.perplexity.assess_sums", broken)
+    monkeypatch.setattr("myllm.evals.perplexity.perplexity_sums", broken)
     root = run(tiny)
     assert len(train_rows(root)) == 12
     assert "the validation evaluation failed at step 6: no such luck" in (root / "log.txt").read_text()

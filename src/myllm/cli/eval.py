@@ -124,12 +124,12 @@ def resolve(where: str, device: str, int8: bool, precision: str | None = None) -
 
 def _result(task: str, subject: Subject, choices: Choices) -> Result:
     from myllm.distributed.device_info import device_name
-    from myllm.inference.int8 import weight_type
+    from myllm.inference.int8 import weight_dtype
 
     started = time.perf_counter()
     settings, figures = measure(task, subject, choices)
     return Result(
-        task, str(subject.folder), subject.step, weight_type(subject.model), settings, figures,
+        task, str(subject.folder), subject.step, weight_dtype(subject.model), settings, figures,
         device_name(subject.device), round(time.perf_counter() - started, 2),
     )  # fmt: skip
 

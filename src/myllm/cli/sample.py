@@ -13,7 +13,7 @@ import tyro
 from myllm import paths
 from myllm.errors import UserError
 from myllm.files import check_writable, parse_json
-from myllm.inference.sampling_params import Sampling
+from myllm.inference.sampling_params import SamplingParams
 from myllm.paths import user_path
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ Positional = tyro.conf.Positional
 MOST_SAMPLES = 1_000_000
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
-Settings = Annotated[Sampling, tyro.conf.arg(name="")]  # no prefix: --top-p 0.9
+Settings = Annotated[SamplingParams, tyro.conf.arg(name="")]  # no prefix: --top-p 0.9
 
 
 def sample(
@@ -174,14 +174,14 @@ def serve(
         int8: weights in eight bits, by torchao: a quarter of the memory.
         precision: of matrix products; None: the training's own, as it is on this device.
     """
-    from myllm.inference.server.request import Asked, check
+    from myllm.inference.server.request import GenerateRequest, check_request
 
-    default = Asked("", max_new_tokens, sampling)
-    check(default)  # before the seconds that loading takes
+    default = GenerateRequest("", max_new_tokens, sampling)
+    check_request(default)  # before the seconds that loading takes
     paths.check_model(model)
-    from myllm.inference.server.http import run
+    from myllm.inference.server.http import serve
 
-    run(model, device, int8, host, port, default, precision)
+    serve(model, device, int8, host, port, default, precision)
 
 
 def _check_out(out: Path | None) -> None:

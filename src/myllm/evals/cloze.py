@@ -45,7 +45,7 @@ def make_examples(stream: TokenStream, end_of_text: int, count: int, seed: int) 
     at it is right in exactly a quarter of the cases, whatever the text. That is worth the example that comes twice.
     """
     piece = CONTEXT_TOKENS + ENDING_TOKENS
-    tokens = _read(stream)
+    tokens = _read_stream(stream)
     bounds = np.append(np.flatnonzero(tokens == end_of_text), len(tokens))
     documents = [tokens[a + 1 : b] for a, b in pairwise(bounds) if b - a - 1 >= piece]
     if len(documents) < CHOICES:
@@ -68,12 +68,12 @@ def blind_accuracy(stream: TokenStream, examples: list[Example]) -> float:
 
     Within a few standard errors of a quarter, sqrt(3 / (16 n)); what a model scores beyond it is understanding.
     """
-    counts = np.maximum(np.bincount(_read(stream)), 1)
+    counts = np.maximum(np.bincount(_read_stream(stream)), 1)
     scores = np.log(counts)[np.stack([example.endings for example in examples])].sum(axis=-1)  # (N, CHOICES)
     return float(np.mean(scores.argmax(axis=1) == [example.answer for example in examples]))
 
 
-def why_none(stream: TokenStream, end_of_text: int, context: int) -> str | None:
+def why_unavailable(stream: TokenStream, end_of_text: int, context: int) -> str | None:
     """For people: why there can be no cloze; None where there can.
 
     Args:
@@ -90,7 +90,7 @@ def why_none(stream: TokenStream, end_of_text: int, context: int) -> str | None:
     return None
 
 
-def _read(stream: TokenStream) -> np.ndarray:
+def _read_stream(stream: TokenStream) -> np.ndarray:
     return stream.read(0, min(stream.tokens, READ_TOKENS))
 
 

@@ -32,7 +32,7 @@ Protocol = Literal["nanogpt", "lm-eval"]
 Encode = Callable[[str], np.ndarray]
 
 CHOICES = 4
-BATCH = 16
+BATCH_SIZE = 16
 """Examples scored together."""
 
 
@@ -49,7 +49,7 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Item:
+class TokenizedExample:
     """An example in token ids, made once and kept."""
 
     contexts: tuple[np.ndarray, ...]
@@ -63,9 +63,9 @@ class Item:
 # -- texts to tokens --------------------------------------------------------------------------------------------------
 
 
-def make_items(
+def tokenize_examples(
     examples: list[Example], encode: Encode, end_of_text: int, window: int, protocol: Protocol = "nanogpt"
-) -> list[Item]:
+) -> list[TokenizedExample]:
     """The examples as a protocol shows them to a model that looks at `window` tokens.
 
     Args:
@@ -89,7 +89,7 @@ def make_items(
         contexts = (context,)
         if len(context) + longest - 1 > window:  # the last token of an ending is never read
             contexts = tuple(context[-(window + 1 - len(ending)) :] for ending in endings)
-        items.append(Item(contexts, endings, lengths, example.label))
+        items.append(TokenizedExample(contexts, endings, lengths, example.label))
     return items
 
 
@@ -108,8 +108,8 @@ def lm_eval_tokens(example: Example, encode: Encode) -> Tokens:
     The harness tokenises the context alone and with each ending, and takes for the ending what lies behind the
     context's number of tokens.
     """
-    context = cleaned(f"{example.activity_label}: {example.ctx_a} {example.ctx_b.capitalize()}")
-    choices = [cleaned(ending) for ending in example.endings]
+    context = clean_text(f"{example.activity_label}: {example.ctx_a} {example.ctx_b.capitalize()}")
+    choices = [clean_text(ending) for ending in example.endings]
     stripped = context.rstrip()  # spaces at the context's end go to the ending
     between = context[len(stripped) :] + " "
     tokens = encode(stripped)
@@ -117,7 +117,7 @@ def lm_eval_tokens(example: Example, encode: Encode) -> Tokens:
     return tokens, endings, tuple(map(len, choices))
 
 
-def cleaned(text: str) -> str:
+def clean_text(text: str) -> str:
     """A text without the marks that WikiHow's pages left in it, as lm-eval cleans it."""
     text = text.strip().replace(" [title]", ". ")
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
@@ -127,7 +127,12 @@ def cleaned(text: str) -> str:
 
 
 def hellaswag_sums(
-    score: ScoreContinuations, items: list[Item], device: torch.device, rank: int, world_size: int, batch: int = BATCH
+    score: ScoreContinuations,
+    items: list[TokenizedExample],
+    device: torch.device,
+    rank: int,
+    world_size: int,
+    batch: int = BATCH_SIZE,
 ) -> Tensor:
     """One rank's share of the examples.
 
@@ -135,7 +140,7 @@ def hellaswag_sums(
         returns (3,) float64: right by the sum, right by the normalised sum, examples
     """
     sums = torch.zeros(3, dtype=torch.float64)
-    for numbers, totals in ending_totals(score, items, device, rank, world_size, batch):
+    for numbers, totals in ending_log_probs(score, items, device, rank, world_size, batch):
         lengths = torch.tensor([items[i].lengths for i in numbers], dtype=torch.float64)  # (N, CHOICES)
         answers = torch.tensor([items[i].answer for i in numbers])
         right = (totals.argmax(dim=1) == answers).sum()
@@ -144,8 +149,13 @@ def hellaswag_sums(
     return sums
 
 
-def ending_totals(
-    score: ScoreContinuations, items: list[Item], device: torch.device, rank: int, world_size: int, batch: int = BATCH
+def ending_log_probs(
+    score: ScoreContinuations,
+    items: list[TokenizedExample],
+    device: torch.device,
+    rank: int,
+    world_size: int,
+    batch: int = BATCH_SIZE,
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Numbers of this rank's examples, a batch at a time, with each ending's summed log-probability.
 
@@ -162,11 +172,11 @@ def ending_totals(
         yield numbers, log_probs.cpu().double().sum(dim=1).view(-1, CHOICES)
 
 
-def _longest(item: Item) -> int:
+def _longest(item: TokenizedExample) -> int:
     return max(map(len, item.endings))
 
 
-def _rows(batch: list[Item]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _rows(batch: list[TokenizedExample]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What `ScoreContinuations` takes, for the endings of a batch in their order.
 
     Contexts are of about one length, not of exactly one: what all have is their prefix, and the rest of each stands

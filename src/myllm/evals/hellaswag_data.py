@@ -21,8 +21,8 @@ PINNED = SourceFile(
     digest="899813071e1e95efafec90f856e1987d2150fa4d020fc005df6962c259f660cd",
 )
 TEXTS = ("activity_label", "ctx_a", "ctx_b", "ctx")
-KINDS = (".jsonl", ".parquet")
-TRIES = 3
+SUFFIXES = (".jsonl", ".parquet")
+MAX_ATTEMPTS = 3
 """A few seconds where there is no network: training waits for them, and goes on without."""
 
 
@@ -50,7 +50,7 @@ def load_examples(
 
 def _downloaded(pinned: SourceFile) -> Path:
     try:
-        return fetch(pinned, paths.downloads() / "hellaswag", tries=TRIES)
+        return fetch(pinned, paths.downloads() / "hellaswag", tries=MAX_ATTEMPTS)
     except (UserError, OSError) as error:
         # The advice behind the semicolon is for a data set's listing, which this file has none of.
         raise UserError(
@@ -63,7 +63,7 @@ def _local(path: Path) -> Path:
     path = user_path(path)
     if not path.is_file():
         raise UserError(f"no HellaSwag file at {path}; give a .jsonl or .parquet file, or none to take the Hub's")
-    if path.suffix.lower() not in KINDS:
+    if path.suffix.lower() not in SUFFIXES:
         raise UserError(
             f"the HellaSwag file {path} is a {path.suffix or 'file without suffix'}; expected .jsonl or .parquet"
         )

@@ -20,7 +20,7 @@ from myllm.runs.logs import perplexity
 
 from .scoring import Assess
 
-TOP = 5
+TOP_K = 5
 BINS = 15
 """Of confidence, each as wide."""
 
@@ -67,7 +67,7 @@ def window_batches(
         yield torch.from_numpy(tokens), torch.from_numpy(targets)
 
 
-def assess_sums(
+def perplexity_sums(
     assess: Assess, batches: Iterable[tuple[Tensor, Tensor]], token_bytes: Tensor, device: torch.device
 ) -> Tensor:
     """Sums over batches of inputs and targets.
@@ -83,7 +83,7 @@ def assess_sums(
         lost, likelier, sure = (
             part.cpu().flatten()[asked].double() for part in (-log_probs, places, confidence)
         )  # (n,) each; on the host, since MPS has no float64
-        hits, among = (likelier == 0).double(), (likelier < TOP).double()
+        hits, among = (likelier == 0).double(), (likelier < TOP_K).double()
         bytes_ = token_bytes[targets.flatten()[asked]]
         parts = (lost, torch.ones_like(lost), bytes_, hits, among)
         bins = (sure * BINS).long().clamp(max=BINS - 1)
@@ -107,7 +107,7 @@ def finish(sums: Tensor, text_bytes: int | None = None) -> dict[str, float]:
         "perplexity": perplexity(loss),
         "bits_per_byte": loss_sum / math.log(2) / n_bytes if n_bytes else math.nan,
         "token_accuracy": hits / tokens,
-        f"top{TOP}_accuracy": among / tokens,
+        f"top{TOP_K}_accuracy": among / tokens,
         "calibration_error": expected_calibration_error(sums[5:].view(BINS, 3)),
         "n_tokens": int(tokens),
     }

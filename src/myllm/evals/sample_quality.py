@@ -17,23 +17,23 @@ the samples are. Distinct words well below them are dull, repetition well above 
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from importlib.resources import files
 from itertools import islice, pairwise
 
 import numpy as np
 
 from myllm.data.dataset import TokenStream
-from myllm.inference.generate import Continuation, continue_batch
+from myllm.inference.generate import Sequence, generate_batch
 from myllm.inference.load import LanguageModel
-from myllm.inference.sampling_params import Sampling
+from myllm.inference.sampling_params import SamplingParams
 
-SAMPLING = Sampling(temperature=0.8, top_k=50)
+SAMPLING = SamplingParams(temperature=0.8, top_k=50)
 """As `myllm sample` draws if it is not told otherwise; of prompt p, sample n has the seed n."""
-SAMPLES = 2
+SAMPLES_PER_PROMPT = 2
 """Of each prompt."""
 NEW_TOKENS = 64
-RUN = 4
+NGRAM = 4
 READ_TOKENS = 2_000_000
 """How much of the held-out stream documents are taken from."""
 
@@ -43,12 +43,12 @@ def prompts() -> list[str]:
     return files(__package__).joinpath("prompts.txt").read_text(encoding="utf-8").splitlines()
 
 
-def write(
-    model: LanguageModel, texts: Sequence[str], samples: int, new_tokens: int, batch_size: int
-) -> Iterator[tuple[Continuation, list[float]]]:
+def sample_prompts(
+    model: LanguageModel, texts: list[str], samples: int, new_tokens: int, batch_size: int
+) -> Iterator[tuple[Sequence, list[float]]]:
     """Samples of each prompt, with the log-probabilities of what was drawn: of the end of text too, where it was."""
     rows = [
-        Continuation(model.tokenizer.encode_document(text).tolist(), SAMPLING.seed + number)
+        Sequence(model.tokenizer.encode_document(text).tolist(), SAMPLING.seed + number)
         for text in texts
         for number in range(samples)
     ]
@@ -56,30 +56,30 @@ def write(
         batch = rows[first : first + batch_size]
         drawn: dict[int, list[float]] = {id(row): [] for row in batch}
         end = model.tokenizer.end_of_text
-        for row in continue_batch(model.model, batch, new_tokens, SAMPLING, end, likeliest=1):
-            drawn[id(row)].append(row.likelihood.probability)
+        for row in generate_batch(model.model, batch, new_tokens, SAMPLING, end, top_logprobs=1):
+            drawn[id(row)].append(row.logprobs.logprob)
         for row in batch:
-            if row.finish == "end_of_text":
-                drawn[id(row)].append(row.likelihood.probability)
-            yield row, [math.log(max(value, 1e-300)) for value in drawn[id(row)]]
+            if row.finish_reason == "end_of_text":
+                drawn[id(row)].append(row.logprobs.logprob)
+            yield row, drawn[id(row)]
 
 
-def figures(made: Iterable[tuple[Continuation, list[float]]]) -> dict[str, float]:
+def sample_metrics(made: Iterable[tuple[Sequence, list[float]]]) -> dict[str, float]:
     """Of samples and their log-probabilities."""
     rows, scores = zip(*made, strict=True)
     drawn = [value for values in scores for value in values]
     return {
-        **variety([row.written for row in rows]),
-        "ended": sum(row.finish == "end_of_text" for row in rows) / len(rows),
+        **variety([row.generated for row in rows]),
+        "ended": sum(row.finish_reason == "end_of_text" for row in rows) / len(rows),
         "mean_log_prob": math.fsum(drawn) / len(drawn),
         "n_samples": len(rows),
-        "n_tokens": sum(len(row.written) for row in rows),
+        "n_tokens": sum(len(row.generated) for row in rows),
     }
 
 
-def variety(samples: Sequence[Sequence[int]]) -> dict[str, float]:
+def variety(samples: list[list[int]]) -> dict[str, float]:
     """Distinct words and pairs, and repetition, of token ids."""
-    repeated = [repetition(sample) for sample in samples if len(sample) >= RUN]
+    repeated = [repetition(sample) for sample in samples if len(sample) >= NGRAM]
     return {
         "distinct_1": _distinct([token for sample in samples for token in sample]),
         "distinct_2": _distinct([pair for sample in samples for pair in pairwise(sample)]),
@@ -87,12 +87,12 @@ def variety(samples: Sequence[Sequence[int]]) -> dict[str, float]:
     }
 
 
-def repetition(sample: Sequence[int]) -> float:
+def repetition(sample: list[int]) -> float:
     """The share of runs of four that came before."""
-    return 1 - _distinct([tuple(sample[at : at + RUN]) for at in range(len(sample) - RUN + 1)])
+    return 1 - _distinct([tuple(sample[at : at + NGRAM]) for at in range(len(sample) - NGRAM + 1)])
 
 
-def held_out(stream: TokenStream, end_of_text: int, count: int, length: int) -> list[list[int]]:
+def held_out_samples(stream: TokenStream, end_of_text: int, count: int, length: int) -> list[list[int]]:
     """The beginnings, behind a prompt's length, of the stream's first `count` documents that are long enough."""
     tokens = stream.read(0, min(stream.tokens, READ_TOKENS))
     bounds = np.append(np.flatnonzero(tokens == end_of_text), len(tokens))
@@ -101,5 +101,5 @@ def held_out(stream: TokenStream, end_of_text: int, count: int, length: int) -> 
     return [piece.tolist() for piece in islice(long, count)]
 
 
-def _distinct(parts: Sequence[object]) -> float:
+def _distinct(parts: list[object]) -> float:
     return len(set(parts)) / len(parts) if parts else 0.0

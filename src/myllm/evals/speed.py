@@ -15,9 +15,9 @@ import time
 
 import torch
 
-from myllm.inference.generate import Continuation, continue_batch
+from myllm.inference.generate import Sequence, generate_batch
 from myllm.inference.int8 import weight_bytes
-from myllm.inference.sampling_params import Sampling
+from myllm.inference.sampling_params import SamplingParams
 from myllm.model.transformer import Transformer
 
 BATCHES = (1, 16)
@@ -27,7 +27,7 @@ REPEATS = 3
 MB = 1e6
 
 
-def lengths(context: int) -> tuple[int, int]:
+def token_counts(context: int) -> tuple[int, int]:
     """Tokens of a prompt, and new ones: as above, less where the context is short."""
     prompt = max(min(PROMPT_TOKENS, context // 2), 1)
     return prompt, max(min(NEW_TOKENS, context - prompt), 2)
@@ -43,7 +43,7 @@ def measure(model: Transformer, batches: tuple[int, ...] = BATCHES, repeats: int
     device = next(model.parameters()).device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    prompt, new = lengths(model.config.max_seq_len)
+    prompt, new = token_counts(model.config.max_seq_len)
     found: dict[str, float] = {}
     for batch in batches:
         first, whole = _seconds(model, batch, prompt, new, repeats)
@@ -60,9 +60,9 @@ def _seconds(model: Transformer, batch: int, prompt: int, new: int, repeats: int
     prompts = torch.randint(model.config.vocab_size, (batch, prompt), generator=generator).tolist()
     times = []
     for _ in range(repeats + 1):
-        rows = [Continuation(tokens, seed=0) for tokens in prompts]
+        rows = [Sequence(tokens, seed=0) for tokens in prompts]
         started, first = time.perf_counter(), 0.0
-        for count, _ in enumerate(continue_batch(model, rows, new, Sampling(temperature=0)), 1):
+        for count, _ in enumerate(generate_batch(model, rows, new, SamplingParams(temperature=0)), 1):
             if count == batch:
                 first = time.perf_counter() - started
         times.append((first, time.perf_counter() - started))

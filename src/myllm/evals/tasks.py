@@ -94,7 +94,7 @@ def measure_cloze(subject: Subject, choices: Choices) -> Measured:
     from . import cloze
 
     data, config, end = _held_out(subject, choices), subject.config, subject.tokenizer.end_of_text
-    if reason := cloze.why_none(data.val, end, subject.model.config.max_seq_len):
+    if reason := cloze.why_unavailable(data.val, end, subject.model.config.max_seq_len):
         raise UserError(reason)
     examples = cloze.make_examples(data.val, end, config.eval.cloze_examples, config.train.seed)
     sums = cloze.cloze_sums(subject.model.score, examples, subject.device, 0, 1)
@@ -109,7 +109,7 @@ def measure_hellaswag(subject: Subject, choices: Choices) -> Measured:
 
     examples = load_examples(choices.hellaswag_file, choices.hellaswag_examples)
     tokenizer, window = subject.tokenizer, subject.model.config.max_seq_len
-    items = hellaswag.make_items(examples, tokenizer.encode, tokenizer.end_of_text, window, choices.protocol)
+    items = hellaswag.tokenize_examples(examples, tokenizer.encode, tokenizer.end_of_text, window, choices.protocol)
     score = subject.model.score_continuations
     sums = hellaswag.hellaswag_sums(score, items, subject.device, 0, 1, choices.batch_size)
     file = choices.hellaswag_file
@@ -135,19 +135,19 @@ def measure_generation(subject: Subject, choices: Choices) -> Measured:
     texts = writing.prompts()
     sampling = asdict(writing.SAMPLING)
     settings = {name: sampling[name] for name in ("temperature", "top_k", "seed")}
-    settings |= {"prompts": len(texts), "samples": writing.SAMPLES, "new_tokens": writing.NEW_TOKENS}
+    settings |= {"prompts": len(texts), "samples": writing.SAMPLES_PER_PROMPT, "new_tokens": writing.NEW_TOKENS}
     try:
         stream = _held_out(subject, choices).val
     except UserError:
         if choices.dataset is not None:  # asked for; else it is only a comparison
             raise
         stream = None
-    made = writing.write(
-        subject.language_model, texts, writing.SAMPLES, writing.NEW_TOKENS, batch_size=choices.batch_size
+    made = writing.sample_prompts(
+        subject.language_model, texts, writing.SAMPLES_PER_PROMPT, writing.NEW_TOKENS, batch_size=choices.batch_size
     )
-    figures = writing.figures(made)
-    end, count = subject.tokenizer.end_of_text, len(texts) * writing.SAMPLES
-    pieces = writing.held_out(stream, end, count, writing.NEW_TOKENS) if stream else []
+    figures = writing.sample_metrics(made)
+    end, count = subject.tokenizer.end_of_text, len(texts) * writing.SAMPLES_PER_PROMPT
+    pieces = writing.held_out_samples(stream, end, count, writing.NEW_TOKENS) if stream else []
     theirs = {f"{name}_of_held_out": value for name, value in writing.variety(pieces).items()} if pieces else {}
     return settings, figures | theirs
 
@@ -176,13 +176,13 @@ def _speed_settings(subject: Subject) -> dict[str, Any]:
     import torch
 
     from myllm.distributed.device_info import device_name
-    from myllm.inference.int8 import weight_type
+    from myllm.inference.int8 import weight_dtype
 
     from . import speed
 
-    prompt, new = speed.lengths(subject.model.config.max_seq_len)
+    prompt, new = speed.token_counts(subject.model.config.max_seq_len)
     return {
-        "device": device_name(subject.device), "dtype": weight_type(subject.model), "threads": torch.get_num_threads(),
+        "device": device_name(subject.device), "dtype": weight_dtype(subject.model), "threads": torch.get_num_threads(),
         "prompt_tokens": prompt, "new_tokens": new,
     }  # fmt: skip
 
@@ -250,10 +250,10 @@ def _text_sums(subject: Subject, choices: Choices, file: Path) -> tuple[dict[str
 def _sums(subject: Subject, batches: "Callable[[], Iterable[tuple[Tensor, Tensor]]]") -> Sums:
     import torch
 
-    from .perplexity import assess_sums
+    from .perplexity import perplexity_sums
 
     token_bytes = torch.from_numpy(subject.tokenizer.token_bytes())
-    return lambda model: assess_sums(model.evaluate, batches(), token_bytes, subject.device)
+    return lambda model: perplexity_sums(model.evaluate, batches(), token_bytes, subject.device)
 
 
 def _held_out(subject: Subject, choices: Choices) -> "Dataset":

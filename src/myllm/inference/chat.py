@@ -11,9 +11,9 @@ from myllm.paths import user_path
 from myllm.planning.flops import n_parameters
 
 from .completion import stream_text
-from .generate import stream
+from .generate import stream_tokens
 from .language_model import LanguageModel
-from .sampling_params import Sampling
+from .sampling_params import SamplingParams
 
 HELLO = """{parameters:,} parameters, context {context:,} tokens.
 This is a base model: it continues your text, it does not answer.
@@ -22,7 +22,7 @@ This is a base model: it continues your text, it does not answer.
 COMMANDS = "/reset, /temperature NUMBER, /save FILE and /quit"
 
 
-def chat(language_model: LanguageModel, max_new_tokens: int, sampling: Sampling) -> None:
+def chat(language_model: LanguageModel, max_new_tokens: int, sampling: SamplingParams) -> None:
     """Read lines, stream continuations, until the input ends.
 
     Args:
@@ -51,7 +51,9 @@ def chat(language_model: LanguageModel, max_new_tokens: int, sampling: Sampling)
             history += tokenizer.encode(line).tolist()
             # Room for the reply: generation would forget half the context at once to make it.
             history = history[-max(context - max_new_tokens, context // 2, 1) :]
-            ids, text = _stream(stream(model, history, max_new_tokens, sampling, tokenizer.end_of_text), tokenizer)
+            ids, text = _stream(
+                stream_tokens(model, history, max_new_tokens, sampling, tokenizer.end_of_text), tokenizer
+            )
             sampling = replace(sampling, seed=(sampling.seed + 1) % 2**63)
             history, written = history + ids, f"{written}{line}{text}\n"
 

@@ -1,7 +1,7 @@
 """Text from text: what notebooks, `myllm sample`, `myllm chat` and the evaluations call."""
 
 import codecs
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import overload
@@ -9,9 +9,9 @@ from typing import overload
 from myllm.data.tokenizer.load import Tokenizer
 from myllm.errors import UserError
 
-from .generate import Continuation, Finish, continue_batch
+from .generate import FinishReason, Sequence, generate_batch
 from .language_model import LanguageModel
-from .sampling_params import Sampling
+from .sampling_params import SamplingParams
 
 
 @dataclass(frozen=True)
@@ -23,14 +23,14 @@ class Completion:
     """What follows the prompt, up to a stop string or the end of the document, neither included."""
     tokens: int
     """Tokens drawn for the text; those of a stop string count, the end of the document does not."""
-    finish: Finish
+    finish_reason: FinishReason
     seed: int
 
 
 class TextStream:
     """Text from tokens as they come: whole characters, and nothing that may yet turn out to be a stop string."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop: list[str] = ()) -> None:
         self.tokenizer, self.stop = tokenizer, stop
         # By bytes: some vocabularies' decode leaves out the space before a text's first word, which here is any word.
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -75,11 +75,11 @@ def stream_text(ids: Iterable[int], tokenizer: Tokenizer) -> Iterator[str]:
 
 def complete(
     model: LanguageModel,
-    prompts: Sequence[str],
+    prompts: list[str],
     max_new_tokens: int = 100,
-    sampling: Sampling | None = None,
+    sampling: SamplingParams | None = None,
     *,
-    stop: Sequence[str] = (),
+    stop: list[str] = (),
     num_samples: int = 1,
     batch_size: int = 16,
     on_text: Callable[[int, str], None] | None = None,
@@ -97,7 +97,7 @@ def complete(
     Raises:
         UserError: settings out of range, at the call.
     """
-    sampling = sampling or Sampling()
+    sampling = sampling or SamplingParams()
     sampling.check()
     for name, value, least in (
         ("num_samples", num_samples, 1), ("batch_size", batch_size, 1), ("max_new_tokens", max_new_tokens, 0)
@@ -119,12 +119,12 @@ def _complete(
     first: int,
     asked: list[tuple[str, int]],
     max_new_tokens: int,
-    sampling: Sampling,
+    sampling: SamplingParams,
     stop: tuple[str, ...],
     on_text: Callable[[int, str], None],
 ) -> Iterator[Completion]:
     """Samples that are made together; `first` is the number of the first one."""
-    batch = [Continuation(model.tokenizer.encode_document(prompt).tolist(), seed) for prompt, seed in asked]
+    batch = [Sequence(model.tokenizer.encode_document(prompt).tolist(), seed) for prompt, seed in asked]
     streams = [TextStream(model.tokenizer, stop) for _ in batch]
     number = {id(row): index for index, row in enumerate(batch)}
     texts = [""] * len(batch)
@@ -137,17 +137,17 @@ def _complete(
 
     def finished() -> Iterator[Completion]:
         nonlocal done
-        while done < len(batch) and (finish := batch[done].finish) is not None:
+        while done < len(batch) and (finish_reason := batch[done].finish_reason) is not None:
             give(done, streams[done].end())
             prompt, seed = asked[done]
-            yield Completion(prompt, texts[done], len(batch[done].written), finish, seed)
+            yield Completion(prompt, texts[done], len(batch[done].generated), finish_reason, seed)
             done += 1
 
-    for row in continue_batch(model.model, batch, max_new_tokens, sampling, model.tokenizer.end_of_text):
+    for row in generate_batch(model.model, batch, max_new_tokens, sampling, model.tokenizer.end_of_text):
         index = number[id(row)]
-        give(index, streams[index].feed(row.written[-1]))
+        give(index, streams[index].feed(row.generated[-1]))
         if streams[index].stopped:
-            row.finish = "stop"
+            row.finish_reason = "stop"
         yield from finished()
     yield from finished()
 
@@ -155,15 +155,13 @@ def _complete(
 @overload
 def generate(model: LanguageModel, prompt: str, max_new_tokens: int = ..., **settings: float) -> str: ...
 @overload
-def generate(
-    model: LanguageModel, prompt: Sequence[str], max_new_tokens: int = ..., **settings: float
-) -> list[str]: ...
+def generate(model: LanguageModel, prompt: list[str], max_new_tokens: int = ..., **settings: float) -> list[str]: ...
 def generate(
     model: LanguageModel,
-    prompt: str | Sequence[str],
+    prompt: str | list[str],
     max_new_tokens: int = 100,
     *,
-    stop: str | Sequence[str] = (),
+    stop: str | list[str] = (),
     **settings: float,
 ) -> str | list[str]:
     """A prompt and its continuation as one text; of several prompts, a list, made in one batch.
@@ -174,12 +172,12 @@ def generate(
     Raises:
         UserError: an unknown setting, or one out of range.
     """
-    unknown = sorted(set(settings) - set(Sampling.__dataclass_fields__))
+    unknown = sorted(set(settings) - set(SamplingParams.__dataclass_fields__))
     if unknown:
-        known = ", ".join(Sampling.__dataclass_fields__)
+        known = ", ".join(SamplingParams.__dataclass_fields__)
         raise UserError(f"unknown setting {', '.join(unknown)}; there are {known}, and stop")
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     stops = [stop] if isinstance(stop, str) else list(stop)
-    made = complete(model, prompts, max_new_tokens, Sampling(**settings), stop=stops)
+    made = complete(model, prompts, max_new_tokens, SamplingParams(**settings), stop=stops)
     texts = [each.prompt + each.text for each in made]
     return texts[0] if isinstance(prompt, str) else texts

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from myllm.errors import UserError
 from myllm.model.transformer import Transformer
 
-TORCHAO = "torchao==0.18.0"
+TORCHAO_REQUIREMENT = "torchao==0.18.0"
 """As in pyproject.toml's extra."""
 
 
-class RowsEmbedding(nn.Module):
+class Int8Embedding(nn.Module):
     """An embedding of a quantised matrix. torchao's own would turn the whole vocabulary into floats for each token."""
 
     def __init__(self, weight: nn.Parameter) -> None:
@@ -44,8 +44,8 @@ def check_torchao() -> None:
     """
     if find_spec("torchao") is None:
         raise UserError(
-            f"int8 weights need torchao, which is not installed: python -m pip install {TORCHAO} (or the extra "
-            '"int8" of this package), or leave --int8 out'
+            f"int8 weights need torchao, which is not installed: python -m pip install {TORCHAO_REQUIREMENT} "
+            '(or the extra "int8" of this package), or leave --int8 out'
         )
 
 
@@ -66,7 +66,7 @@ def quantize_int8(model: Transformer) -> None:
     config = Int8WeightOnlyConfig(set_inductor_config=False)
     chosen = {id(model.embedding)} | {id(module) for module in model.modules() if isinstance(module, nn.Linear)}
     quantize_(model, config, filter_fn=lambda module, _: id(module) in chosen)
-    model.embedding = RowsEmbedding(model.embedding.weight)
+    model.embedding = Int8Embedding(model.embedding.weight)
     model.quantized = True
 
 
@@ -75,7 +75,7 @@ def weight_bytes(model: nn.Module) -> int:
     return sum(part.nbytes for parameter in model.parameters() for part in _stored(parameter))
 
 
-def weight_type(model: Transformer) -> str:
+def weight_dtype(model: Transformer) -> str:
     """`float32`, `int8`, or what `Transformer.set_compute_dtype` was given."""
     dtype = model.compute_dtype or model.embedding.weight.dtype
     return "int8" if model.quantized else str(dtype).removeprefix("torch.")

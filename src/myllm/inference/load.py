@@ -20,7 +20,7 @@ from .int8 import check_torchao, quantize_int8
 from .language_model import LanguageModel
 
 
-class Origin(NamedTuple):
+class ModelSource(NamedTuple):
     """Where a model is, and what is known of it beside its weights."""
 
     folder: Path
@@ -36,7 +36,7 @@ class Origin(NamedTuple):
     """Its checkpoint, whose files for the model have been hashed; None for a model made elsewhere."""
 
 
-def find_model(where: str | Path) -> Origin:
+def find_model(where: str | Path) -> ModelSource:
     """The model that a user means: a run's name or folder (its newest checkpoint), a checkpoint's folder, a folder of
     transformers such as our exports, the reference run's checkpoint, or a repository of the Hub, NAMESPACE/NAME or
     NAMESPACE/NAME@REVISION.
@@ -47,16 +47,16 @@ def find_model(where: str | Path) -> Origin:
     path = user_path(where)
     if importing.is_external_model(path):
         paths.warn_of_two(str(where), path, paths.runs() / where)
-        return Origin(path, Path(), None, RunConfig(), None)
+        return ModelSource(path, Path(), None, RunConfig(), None)
     try:
         saved = find_checkpoint(str(where), paths.runs())
     except UserError:
         if path.exists() or (paths.runs() / where).exists() or not importing.is_repository(str(where)):
             raise
         folder = importing.resolve_source(str(where), None, lambda line: print(line, file=sys.stderr))
-        return Origin(folder, Path(), None, RunConfig(), None)
+        return ModelSource(folder, Path(), None, RunConfig(), None)
     folder = saved.folder
-    return Origin(
+    return ModelSource(
         folder=folder,
         home=folder.parent.parent if folder.parent.name in ("checkpoints", "best") else folder,
         step=saved.state.step,
@@ -67,7 +67,7 @@ def find_model(where: str | Path) -> Origin:
 
 
 def load_model(
-    where: str | Path | Origin, device: str = "auto", int8: bool = False, precision: str | None = None
+    where: str | Path | ModelSource, device: str = "auto", int8: bool = False, precision: str | None = None
 ) -> LanguageModel:
     """The model of whatever `find_model` finds, or has found, ready to sample.
 
@@ -83,7 +83,7 @@ def load_model(
         raise UserError(f"precision {precision} is for weights that are floats: leave it out, or int8")
     if int8:
         check_torchao()
-    origin = where if isinstance(where, Origin) else find_model(where)
+    origin = where if isinstance(where, ModelSource) else find_model(where)
     if origin.saved is None:
         foreign = importing.read_external_model(origin.folder)
         loaded = _ready(Transformer(foreign.config), foreign.weights, foreign.tokenizer_file, device)
@@ -104,4 +104,4 @@ def _ready(model: Transformer, weights: dict, tokenizer_file: Path | None, devic
     return LanguageModel(model, Tokenizer(tokenizer_file))
 
 
-__all__ = ["LanguageModel", "Origin", "find_model", "load_model"]
+__all__ = ["LanguageModel", "ModelSource", "find_model", "load_model"]

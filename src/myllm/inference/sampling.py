@@ -12,29 +12,29 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .sampling_params import Sampling
+from .sampling_params import SamplingParams
 
-OUT = float("-inf")
-NUCLEUS = 1_024
+NEG_INF = float("-inf")
+TOP_P_FIRST_TRY = 1_024
 """Tokens among which top-p looks first."""
 
 
-class Likelihood(NamedTuple):
-    """How likely the model itself found a token, and what it found likeliest.
+class TokenLogprobs(NamedTuple):
+    """How likely the model found a token, and the most likely tokens.
 
-    Of its own distribution: at temperature 1, before every filter and penalty. So the figures say what the model
-    learnt, are the same whatever the settings of the draw, and show what a filter took away.
+    In the model's own distribution: at temperature 1, before all filters and penalties, so the numbers do not depend on
+    the sampling parameters.
     """
 
-    probability: float
+    logprob: float
     rank: int
-    """1 for the likeliest."""
-    likeliest: list[tuple[int, float]]
-    """Tokens and their probabilities, the likeliest first, the chosen one among them if it is that likely."""
+    """1 for the most likely token."""
+    top: list[tuple[int, float]]
+    """Token ids and their log-probabilities, the most likely first."""
 
 
 def choose(
-    logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator], seen: Sequence[Sequence[int]]
+    logits: Tensor, sampling: SamplingParams, generators: Sequence[torch.Generator], seen: Sequence[Sequence[int]]
 ) -> list[int]:
     """One token id a row.
 
@@ -57,14 +57,14 @@ def choose(
     if sampling.temperature == 0:
         # On a CPU NumPy's is more than ten times as fast as PyTorch's.
         return (logits.float().numpy() if logits.device.type == "cpu" else logits).argmax(-1).tolist()
-    candidates, ids = likeliest(logits.cpu() if logits.device.type == "mps" else logits, sampling.top_k)
+    candidates, ids = top_k_candidates(logits.cpu() if logits.device.type == "mps" else logits, sampling.top_k)
     # In float64: a tiny temperature stays a number, and the sum of a whole vocabulary is exact enough to draw from.
     filtered = filter_logits(candidates.double(), sampling)
     drawn = torch.stack([torch.rand(1, dtype=torch.float64, generator=generator) for generator in generators])
     return ids.gather(1, draw(filtered, drawn.to(ids.device)).unsqueeze(1)).squeeze(1).tolist()
 
 
-def likeliest(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+def top_k_candidates(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """The k likeliest tokens and their ids, rising; of 0, or more than there are, all. What follows costs k, not V.
 
     Rising ids, since near equals may change places with the rounding, and a draw must not.
@@ -78,7 +78,7 @@ def likeliest(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     return logits.gather(-1, ids), ids
 
 
-def filter_logits(logits: Tensor, sampling: Sampling) -> Tensor:
+def filter_logits(logits: Tensor, sampling: SamplingParams) -> Tensor:
     """Temperature, top-k, top-p and min-p, one after the other.
 
     Shapes:
@@ -124,7 +124,7 @@ def keep_top_k(logits: Tensor, top_k: int) -> Tensor:
         logits (B, V); returns (B, V)
     """
     values, ids = logits.topk(min(top_k, logits.shape[-1]))  # (B, k)
-    return torch.full_like(logits, OUT).scatter(-1, ids, values)
+    return torch.full_like(logits, NEG_INF).scatter(-1, ids, values)
 
 
 def keep_top_p(logits: Tensor, top_p: float) -> Tensor:
@@ -137,7 +137,7 @@ def keep_top_p(logits: Tensor, top_p: float) -> Tensor:
     """
     total = logits.logsumexp(dim=-1, keepdim=True)
     # Sorting a whole vocabulary costs more than a small model's step, and a trained model's nucleus is mostly small.
-    for count in (min(NUCLEUS, logits.shape[-1]), logits.shape[-1]):
+    for count in (min(TOP_P_FIRST_TRY, logits.shape[-1]), logits.shape[-1]):
         ordered, ids = logits.topk(count)  # (B, count)
         probabilities = (ordered - total).exp()
         cumulated = probabilities.cumsum(dim=-1)
@@ -145,7 +145,7 @@ def keep_top_p(logits: Tensor, top_p: float) -> Tensor:
             break
     # A token stays while those before it have not reached top_p: the likeliest always does.
     reached = cumulated - probabilities >= top_p
-    return torch.full_like(logits, OUT).scatter(-1, ids, ordered.masked_fill(reached, OUT))
+    return torch.full_like(logits, NEG_INF).scatter(-1, ids, ordered.masked_fill(reached, NEG_INF))
 
 
 def keep_min_p(logits: Tensor, min_p: float) -> Tensor:
@@ -157,7 +157,7 @@ def keep_min_p(logits: Tensor, min_p: float) -> Tensor:
         logits (B, V); returns (B, V)
     """
     probabilities = logits.softmax(dim=-1)
-    return logits.masked_fill(probabilities < min_p * probabilities.amax(dim=-1, keepdim=True), OUT)
+    return logits.masked_fill(probabilities < min_p * probabilities.amax(dim=-1, keepdim=True), NEG_INF)
 
 
 def draw(logits: Tensor, uniform: Tensor) -> Tensor:
@@ -169,24 +169,21 @@ def draw(logits: Tensor, uniform: Tensor) -> Tensor:
     cumulated = logits.softmax(dim=-1).cumsum(dim=-1)  # (B, V)
     # Of the rounded sum, not of 1; a token without probability adds nothing, so it is never where the sum passes.
     drawn = torch.searchsorted(cumulated, uniform * cumulated[:, -1:], right=True).squeeze(1)
-    last = (logits > OUT).cumsum(dim=-1).argmax(dim=-1)  # (B,), the last token that is in
+    last = (logits > NEG_INF).cumsum(dim=-1).argmax(dim=-1)  # (B,), the last token that is in
     return torch.minimum(drawn, last)
 
 
-def likelihoods(logits: Tensor, chosen: Sequence[int], count: int) -> list[Likelihood]:
-    """Each row's chosen token, and its `count` likeliest ones, in the model's own distribution.
+def token_logprobs(logits: Tensor, chosen: Sequence[int], count: int) -> list[TokenLogprobs]:
+    """The log-probability of each row's chosen token, and its `count` most likely tokens.
 
     Shapes:
         logits (B, V)
     """
-    exact = (logits.cpu() if logits.device.type == "mps" else logits).double()
-    probabilities = exact.softmax(dim=-1)  # (B, V)
-    own = exact.gather(1, torch.tensor(chosen, device=exact.device).unsqueeze(1))  # (B, 1)
-    ranks = (exact > own).sum(dim=-1) + 1  # (B,)
-    top, ids = probabilities.topk(min(count, probabilities.shape[-1]))  # (B, count)
+    logprobs = (logits.cpu() if logits.device.type == "mps" else logits).double().log_softmax(dim=-1)  # (B, V)
+    own = logprobs.gather(1, torch.tensor(chosen, device=logprobs.device).unsqueeze(1))  # (B, 1)
+    ranks = (logprobs > own).sum(dim=-1) + 1  # (B,)
+    values, ids = logprobs.topk(min(count, logprobs.shape[-1]))  # (B, count)
+    rows = zip(own[:, 0].tolist(), ranks.tolist(), ids.tolist(), values.tolist(), strict=True)
     return [
-        Likelihood(row[token].item(), rank, list(zip(tokens, values, strict=True)))
-        for row, token, rank, tokens, values in zip(
-            probabilities, chosen, ranks.tolist(), ids.tolist(), top.tolist(), strict=True
-        )
+        TokenLogprobs(logprob, rank, list(zip(top, top_values, strict=True))) for logprob, rank, top, top_values in rows
     ]

@@ -8,7 +8,7 @@ from myllm.errors import UserError
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingParams:
     """How freely to write."""
 
     temperature: float = 0.8

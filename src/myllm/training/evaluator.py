@@ -22,7 +22,7 @@ from myllm.evals.hellaswag_data import load_examples
 from myllm.evals.validation import validation_batches
 from myllm.inference.completion import complete
 from myllm.inference.language_model import LanguageModel
-from myllm.inference.sampling_params import Sampling
+from myllm.inference.sampling_params import SamplingParams
 from myllm.model.transformer import Transformer
 from myllm.runs.heartbeat import Heartbeat
 from myllm.runs.logs import JsonLines, Log
@@ -109,7 +109,7 @@ def build_evals(
 
     def measure_validation(_: int) -> Tensor:
         batches = validation_batches(dataset.val, n_sequences, seq_len, config.train.micro_batch_size, *share)
-        return perplexity.assess_sums(poll.before(model.evaluate), batches, token_bytes, process.device)
+        return perplexity.perplexity_sums(poll.before(model.evaluate), batches, token_bytes, process.device)
 
     def measure_samples(step: int) -> Tensor:
         if process.is_main:
@@ -137,7 +137,7 @@ def _cloze(
     settings, end = config.eval, tokenizer.end_of_text
     if not settings.cloze_every_steps:
         return []
-    if reason := cloze.why_none(dataset.val, end, config.model.max_seq_len):
+    if reason := cloze.why_unavailable(dataset.val, end, config.model.max_seq_len):
         log(f"no cloze, training goes on without: {reason}")
         return []
     examples = cloze.make_examples(dataset.val, end, settings.cloze_examples, config.train.seed)
@@ -169,7 +169,7 @@ def _hellaswag(
     examples, fault = distributed.from_main((examples, fault))
     try:
         window = config.model.max_seq_len
-        items = hellaswag.make_items(examples, tokenizer.encode, tokenizer.end_of_text, window)
+        items = hellaswag.tokenize_examples(examples, tokenizer.encode, tokenizer.end_of_text, window)
     except UserError as error:
         items, fault = [], str(error)
     if not items:
@@ -186,7 +186,7 @@ def _hellaswag(
 def _write_samples(
     config: RunConfig, model: Transformer, tokenizer: Tokenizer, step: int, samples: JsonLines, log: Log, poll: StopVote
 ) -> None:
-    sampling = Sampling(config.eval.sample_temperature, config.eval.sample_top_k)
+    sampling = SamplingParams(config.eval.sample_temperature, config.eval.sample_top_k)
     pair = LanguageModel(model, tokenizer)
     for number, prompt in enumerate(config.eval.sample_prompts):
         each = replace(sampling, seed=config.train.seed + number)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.made_checkpoints import KINDS, Save
+from support.saved_checkpoints import KINDS, Save
 
 from myllm.hub.export.transformers import export_transformers
 from myllm.inference.load import LanguageModel, load_model

@@ -10,7 +10,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from support.made_checkpoints import KINDS, SMALL, Save, small_vocabulary
+from support.saved_checkpoints import KINDS, SMALL, Save, small_vocabulary
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from myllm.cli.main import main as myllm

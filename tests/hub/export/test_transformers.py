@@ -17,7 +17,7 @@ import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from support.made_checkpoints import GPT2, KINDS, R50K, SMALL, Save
+from support.saved_checkpoints import GPT2, KINDS, R50K, SMALL, Save
 from tiktoken_ext.openai_public import r50k_pat_str
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

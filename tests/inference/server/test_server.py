@@ -1,6 +1,7 @@
 """The server over real HTTP: what it writes, whom it refuses, and that one text at a time is written."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -26,12 +27,12 @@ from myllm.data.sampler import DataPosition
 from myllm.data.tokenizer.load import Tokenizer
 from myllm.errors import UserError
 from myllm.inference.completion import complete
-from myllm.inference.generate import Continuation, continue_batch
+from myllm.inference.generate import Sequence, generate_batch
 from myllm.inference.load import LanguageModel
-from myllm.inference.sampling_params import Sampling
+from myllm.inference.sampling_params import SamplingParams
 from myllm.inference.server.http import MAX_BODY_BYTES, PageServer
 from myllm.inference.server.request import MAX_NEW_TOKENS
-from myllm.inference.server.security import is_own_name, listen
+from myllm.inference.server.security import is_allowed_host, listen
 from myllm.model.transformer import Transformer
 from myllm.planning.flops import n_parameters
 
@@ -66,26 +67,26 @@ def test_figures_are_those_of_a_plain_forward_pass(server: PageServer, model: La
     ids = R50K.encode_document("the river").tolist()
     for event in tokens:
         # At temperature 1, without a cache, and before every filter.
-        expected = model.model(torch.tensor([ids]))[0, -1].double().softmax(dim=-1)  # (V,)
+        expected = model.model(torch.tensor([ids]))[0, -1].double().log_softmax(dim=-1)  # (V,)
         chosen = event["token"]["id"]
-        assert event["probability"] == pytest.approx(expected[chosen].item(), rel=1e-4)
+        assert event["logprob"] == pytest.approx(expected[chosen].item(), rel=1e-4)
         assert event["rank"] == int((expected > expected[chosen]).sum()) + 1
-        values, likeliest = expected.topk(8)
-        assert [each["id"] for each in event["likeliest"]] == likeliest.tolist()
-        assert [each["probability"] for each in event["likeliest"]] == pytest.approx(values.tolist(), rel=1e-4)
+        values, most_likely = expected.topk(8)
+        assert [each["id"] for each in event["top_logprobs"]] == most_likely.tolist()
+        assert [each["logprob"] for each in event["top_logprobs"]] == pytest.approx(values.tolist(), rel=1e-4)
         ids.append(chosen)
 
 
 def test_the_text_is_that_of_myllm_sample(server: PageServer, model: LanguageModel) -> None:
-    sampling = Sampling(1.2, 0, 0.95, 0.001, 1.1, seed=7)
+    sampling = SamplingParams(1.2, 0, 0.95, 0.001, 1.1, seed=7)
     _, (_, *events), _ = post(server, {"prompt": "a 🙂 and", "max_new_tokens": 40, **vars(sampling)})
     (expected,) = complete(model, ["a 🙂 and"], 40, sampling)
     assert "".join(event["text"] for event in events) == expected.text
-    assert (events[-1]["finish"], events[-1]["tokens"]) == (expected.finish, expected.tokens)
+    assert (events[-1]["finish_reason"], events[-1]["tokens"]) == (expected.finish_reason, expected.tokens)
 
 
 def test_what_is_left_out_is_as_the_command_said(model: LanguageModel) -> None:
-    default = replace(DEFAULT, max_new_tokens=3, sampling=Sampling(temperature=0))
+    default = replace(DEFAULT, max_new_tokens=3, sampling=SamplingParams(temperature=0))
     with serving(model, default) as server:
         greedy = post(server, {"prompt": "the river"})[1]
         assert [event["rank"] for event in greedy[1:-1]] == [1, 1, 1]
@@ -102,7 +103,7 @@ def test_a_prompt_beyond_the_context_and_no_prompt(server: PageServer) -> None:
     start = post(server, {"prompt": words, "max_new_tokens": 1})[1][0]
     assert start == {"kind": "start", "prompt_tokens": 51, "unread_tokens": 51 - 32}
     start, end = post(server, {"max_new_tokens": 0})[1]
-    assert (start["prompt_tokens"], start["unread_tokens"], end["finish"], end["tokens"]) == (1, 0, "length", 0)
+    assert (start["prompt_tokens"], start["unread_tokens"], end["finish_reason"], end["tokens"]) == (1, 0, "length", 0)
 
 
 def test_halves_of_a_character_and_the_end_of_the_document() -> None:
@@ -115,20 +116,20 @@ def test_halves_of_a_character_and_the_end_of_the_document() -> None:
     assert bytes.fromhex(" ".join(event["token"]["bytes"] for event in halves)).decode() == "🙂"
     assert [bool(event["text"]) for event in halves] == [False] * (len(halves) - 1) + [True]
     # The decision to end is a token as any other, though it adds no text.
-    assert (end["finish"], end["token"]["text"], end["text"]) == ("end_of_text", "<|endoftext|>", "")
+    assert (end["finish_reason"], end["token"]["text"], end["text"]) == ("end_of_text", "<|endoftext|>", "")
     assert end["rank"] == 1
-    assert end["likeliest"][0]["probability"] == end["probability"] > 0.9
+    assert end["top_logprobs"][0]["logprob"] == end["logprob"] > math.log(0.9)
     assert "application/x-ndjson" in headers["Content-Type"]
 
 
 def test_figures_are_made_only_when_asked_for(model: LanguageModel) -> None:
-    rows = [Continuation([3, 4], 1), Continuation([5], 2)]
-    for row in continue_batch(model.model, rows, 4, Sampling()):
-        assert row.likelihood is None
-    plain, asked = [row.written for row in rows], [Continuation([3, 4], 1), Continuation([5], 2)]
-    for row in continue_batch(model.model, asked, 4, Sampling(), likeliest=2):
-        assert len(row.likelihood.likeliest) == 2
-    assert [row.written for row in asked] == plain
+    rows = [Sequence([3, 4], 1), Sequence([5], 2)]
+    for row in generate_batch(model.model, rows, 4, SamplingParams()):
+        assert row.logprobs is None
+    plain, asked = [row.generated for row in rows], [Sequence([3, 4], 1), Sequence([5], 2)]
+    for row in generate_batch(model.model, asked, 4, SamplingParams(), top_logprobs=2):
+        assert len(row.logprobs.top) == 2
+    assert [row.generated for row in asked] == plain
 
 
 # -- whom it refuses --------------------------------------------------------------------------------------------------
@@ -284,7 +285,7 @@ def test_broken_requests_leave_it_standing(server: PageServer, capfd: pytest.Cap
     ],
 )
 def test_names(header: str, host: str, alone: bool, good: bool) -> None:
-    assert is_own_name(header, host, alone) == good
+    assert is_allowed_host(header, host, alone) == good
 
 
 # -- one text at a time -----------------------------------------------------------------------------------------------
@@ -313,7 +314,7 @@ def test_a_failing_model_says_so_and_the_server_stays(
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patched:
-        patched.setattr("myllm.inference.server.events.continue_batch", fail)
+        patched.setattr("myllm.inference.server.events.generate_batch", fail)
         status, (*_, last), _ = post(server, {})
     assert (status, last["kind"]) == (200, "error")
     assert "out of memory" in last["error"]

@@ -25,18 +25,18 @@ from myllm.errors import UserError
 from myllm.inference.load import LanguageModel, load_model
 from myllm.planning.flops import n_parameters
 
-from .events import written
-from .request import MAX_NEW_TOKENS, Asked, parse, settings_of
-from .security import is_loopback, is_own_name, listen
+from .events import generate_events
+from .request import MAX_NEW_TOKENS, GenerateRequest, parse_request, to_settings
+from .security import is_allowed_host, is_loopback, listen
 
 MAX_BODY_BYTES = 1 << 20
-PATIENCE_S = 1.0
+BUSY_TIMEOUT_S = 1.0
 """How long a request waits for the one before it: the page may ask again while a stopped text is still ending."""
-SILENCE_S = 30.0
+CLIENT_TIMEOUT_S = 30.0
 """After which a client that neither sends nor takes anything is taken for gone."""
 
 
-class Refusal(Exception):
+class HttpError(Exception):
     """A request that is not answered, with the HTTP status that says why."""
 
     def __init__(self, status: HTTPStatus, why: str) -> None:
@@ -44,8 +44,8 @@ class Refusal(Exception):
         self.status = status
 
 
-def run(
-    model: str, device: str, int8: bool, host: str, port: int, default: Asked, precision: str | None = None
+def serve(
+    model: str, device: str, int8: bool, host: str, port: int, default: GenerateRequest, precision: str | None = None
 ) -> None:
     """Serve the page until Ctrl-C.
 
@@ -74,8 +74,10 @@ class PageServer(ThreadingHTTPServer):
         default: what a request leaves out, and where the page's sliders stand at first.
     """
 
-    def __init__(self, listening: socket.socket, host: str, model: LanguageModel, name: str, default: Asked) -> None:
-        super().__init__(listening.getsockname()[:2], Exchange, bind_and_activate=False)
+    def __init__(
+        self, listening: socket.socket, host: str, model: LanguageModel, name: str, default: GenerateRequest
+    ) -> None:
+        super().__init__(listening.getsockname()[:2], RequestHandler, bind_and_activate=False)
         self.socket.close()
         self.socket = listening
         self.host, self.model, self.default = host, model, default
@@ -108,12 +110,12 @@ class PageServer(ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
 
-class Exchange(BaseHTTPRequestHandler):
+class RequestHandler(BaseHTTPRequestHandler):
     """One request and its answer, after which the connection is closed."""
 
     server: PageServer
     protocol_version = "HTTP/1.1"
-    timeout = SILENCE_S
+    timeout = CLIENT_TIMEOUT_S
     disable_nagle_algorithm = True  # a token leaves when it is there
 
     def do_GET(self) -> None:
@@ -129,9 +131,9 @@ class Exchange(BaseHTTPRequestHandler):
             self._check_host()
             path = self.path.partition("?")[0]
             if path not in rooms:
-                raise Refusal(HTTPStatus.NOT_FOUND, f"there is no {self.command} {path} here; the page is at /")
+                raise HttpError(HTTPStatus.NOT_FOUND, f"there is no {self.command} {path} here; the page is at /")
             rooms[path]()
-        except Refusal as refusal:
+        except HttpError as refusal:
             self._skip_body()
             self._send_json(refusal.status, {"error": str(refusal)})
         except UserError as error:
@@ -139,8 +141,8 @@ class Exchange(BaseHTTPRequestHandler):
 
     def _check_host(self) -> None:
         named = self.headers.get_all("Host", [])
-        if len(named) != 1 or not is_own_name(named[0], self.server.host, self.server.alone):
-            raise Refusal(
+        if len(named) != 1 or not is_allowed_host(named[0], self.server.host, self.server.alone):
+            raise HttpError(
                 HTTPStatus.FORBIDDEN,
                 f"this server does not go by the name {', '.join(named) or '(none)'}: open {self.server.address}",
             )
@@ -152,9 +154,9 @@ class Exchange(BaseHTTPRequestHandler):
         self._send_json(HTTPStatus.OK, self.server.facts)
 
     def _generate(self) -> None:
-        asked = parse(self._body(), self.server.default)
-        if not self.server.busy.acquire(timeout=PATIENCE_S):
-            raise Refusal(
+        asked = parse_request(self._body(), self.server.default)
+        if not self.server.busy.acquire(timeout=BUSY_TIMEOUT_S):
+            raise HttpError(
                 HTTPStatus.SERVICE_UNAVAILABLE,
                 "another text is being written, perhaps in another window: wait for its end, or stop it there",
             )
@@ -169,14 +171,14 @@ class Exchange(BaseHTTPRequestHandler):
     def _body(self) -> bytes:
         origin = self.headers.get("Origin")
         if origin is not None and _place(origin) != self.headers["Host"].lower():
-            raise Refusal(HTTPStatus.FORBIDDEN, f"{origin} is not this server's page, and may not use it")
+            raise HttpError(HTTPStatus.FORBIDDEN, f"{origin} is not this server's page, and may not use it")
         kind = self.headers.get_content_type()
         if kind != "application/json":  # what a page elsewhere cannot send without asking first
-            raise Refusal(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, f"the request is {kind}: send application/json")
+            raise HttpError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, f"the request is {kind}: send application/json")
         if self.unread < 0:
-            raise Refusal(HTTPStatus.LENGTH_REQUIRED, "the request does not say its Content-Length")
+            raise HttpError(HTTPStatus.LENGTH_REQUIRED, "the request does not say its Content-Length")
         if self.unread > MAX_BODY_BYTES:
-            raise Refusal(
+            raise HttpError(
                 HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
                 f"the request has {self.unread:,} bytes, but {MAX_BODY_BYTES:,} is the limit: give a shorter prompt",
             )
@@ -187,11 +189,11 @@ class Exchange(BaseHTTPRequestHandler):
         """Read what was refused: a connection that is closed on unread data may take the answer with it."""
         self.rfile.read(max(0, min(self.unread, 8 * MAX_BODY_BYTES)))
 
-    def _stream(self, asked: Asked) -> None:
+    def _stream(self, asked: GenerateRequest) -> None:
         """A JSON object a line. The text is whole when the last one is the end, or an error."""
         self._begin(HTTPStatus.OK, "application/x-ndjson")
         try:
-            with closing(written(self.server.model, asked)) as events:
+            with closing(generate_events(self.server.model, asked)) as events:
                 for event in events:
                     self.wfile.write(_line(event))
                     if self.server.stopping.is_set():
@@ -245,7 +247,7 @@ def _place(origin: str) -> str:
         return ""
 
 
-def _facts(model: LanguageModel, name: str, default: Asked) -> dict[str, Any]:
+def _facts(model: LanguageModel, name: str, default: GenerateRequest) -> dict[str, Any]:
     transformer, tokenizer = model
     return {
         "name": name,
@@ -255,7 +257,7 @@ def _facts(model: LanguageModel, name: str, default: Asked) -> dict[str, Any]:
         "tokenizer": tokenizer.name,
         "device": str(next(transformer.parameters()).device),
         "max_new_tokens": MAX_NEW_TOKENS,
-        "settings": settings_of(default),
+        "settings": to_settings(default),
     }
 
 

@@ -7,22 +7,22 @@ from typing import Any
 
 from myllm.errors import UserError, nearest
 from myllm.files import parse_json
-from myllm.inference.sampling_params import Sampling
+from myllm.inference.sampling_params import SamplingParams
 
 MAX_NEW_TOKENS = 100_000
 
 
 @dataclass(frozen=True)
-class Asked:
+class GenerateRequest:
     """One text to write."""
 
     prompt: str
     """Empty: begin a new document."""
     max_new_tokens: int
-    sampling: Sampling
+    sampling: SamplingParams
 
 
-def parse(body: bytes, default: Asked) -> Asked:
+def parse_request(body: bytes, default: GenerateRequest) -> GenerateRequest:
     """What a JSON object asks for; a key that it leaves out is as in `default`.
 
     Raises:
@@ -31,7 +31,7 @@ def parse(body: bytes, default: Asked) -> Asked:
     given = parse_json(body, "the request")
     if not isinstance(given, dict):
         raise UserError('the request is no JSON object: send one such as {"prompt": "Once", "temperature": 0.7}')
-    base = settings_of(default)
+    base = to_settings(default)
     faults = [f"unknown setting {key!r}{nearest(key, list(base))}" for key in given if key not in base]
     values = {**base}
     for key in base.keys() & given.keys():
@@ -40,18 +40,18 @@ def parse(body: bytes, default: Asked) -> Asked:
         except ValueError as error:
             faults.append(f"{key} {json.dumps(given[key])[:80]}: {error}")
     prompt, max_new_tokens = values.pop("prompt"), values.pop("max_new_tokens")
-    asked = Asked(prompt, max_new_tokens, Sampling(**values))
-    check(asked, faults)
+    asked = GenerateRequest(prompt, max_new_tokens, SamplingParams(**values))
+    check_request(asked, faults)
     return asked
 
 
-def settings_of(asked: Asked) -> dict[str, Any]:
+def to_settings(asked: GenerateRequest) -> dict[str, Any]:
     """The keys of a request and their values: those of `Sampling`, `prompt` and `max_new_tokens`."""
-    own = {field.name: getattr(asked.sampling, field.name) for field in fields(Sampling)}
+    own = {field.name: getattr(asked.sampling, field.name) for field in fields(SamplingParams)}
     return {"prompt": asked.prompt, "max_new_tokens": asked.max_new_tokens, **own}
 
 
-def check(asked: Asked, faults: Sequence[str] = ()) -> None:
+def check_request(asked: GenerateRequest, faults: Sequence[str] = ()) -> None:
     """
     Args:
         faults: those already found.

@@ -33,7 +33,7 @@ def listen(host: str, port: int) -> socket.socket:
     return made
 
 
-def is_own_name(header: str, host: str, alone: bool) -> bool:
+def is_allowed_host(header: str, host: str, alone: bool) -> bool:
     """Whether a Host header names this server.
 
     An attacker's page whose name is made to point here still sends its own name. That is never an address: so

@@ -9,7 +9,7 @@ from myllm.config import RunConfig
 from myllm.distributed.collectives import Process
 from myllm.distributed.device_info import device_name, has_triton
 from myllm.distributed.precision import in_words
-from myllm.evals.hellaswag import BATCH
+from myllm.evals.hellaswag import BATCH_SIZE
 from myllm.formatting import format_bytes, format_clock, format_gib
 from myllm.planning.batch import batch_plan
 from myllm.planning.disk import checkpoint_bytes, disk_estimate_bytes, n_saves
@@ -71,7 +71,7 @@ def shorten_evals(config: RunConfig, world_size: int) -> RunConfig:
             evals,
             validation_tokens=config.train.micro_batch_size * config.model.max_seq_len * world_size,
             cloze_examples=min(evals.cloze_examples, CLOZE_BATCH * world_size),
-            hellaswag_examples=min(evals.hellaswag_examples or HELLASWAG_EXAMPLES, BATCH * world_size),
+            hellaswag_examples=min(evals.hellaswag_examples or HELLASWAG_EXAMPLES, BATCH_SIZE * world_size),
             sample_prompts=evals.sample_prompts[:1],
         ),
     )
@@ -85,7 +85,7 @@ def count_eval_batches(config: RunConfig, world_size: int) -> dict[str, int]:
     return {
         "validation": ceil(ceil(sequences / world_size) / config.train.micro_batch_size),
         "cloze": ceil(ceil(evals.cloze_examples / world_size) / CLOZE_BATCH),
-        "hellaswag": ceil(ceil(hellaswag / BATCH) / world_size),
+        "hellaswag": ceil(ceil(hellaswag / BATCH_SIZE) / world_size),
         "samples": len(evals.sample_prompts),
     }
 

@@ -6,7 +6,7 @@ from myllm.config import ModelConfig
 from myllm.model.transformer import Transformer
 
 
-def rough(config: ModelConfig, scale: float) -> Transformer:
+def random_model(config: ModelConfig, scale: float) -> Transformer:
     """A model for evaluation, each of its weights moved by seeded noise of that size."""
     model = Transformer(config).eval()
     generator = torch.Generator().manual_seed(4)

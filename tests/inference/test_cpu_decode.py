@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from support.rough_models import rough
+from support.random_models import random_model
 from torch import Tensor, nn
 
 from myllm.config import ModelConfig
-from myllm.inference.bare import bare
-from myllm.inference.generate import Continuation, continue_batch
-from myllm.inference.sampling_params import Sampling
+from myllm.inference.cpu_decode import as_plain_objects
+from myllm.inference.generate import Sequence, generate_batch
+from myllm.inference.sampling_params import SamplingParams
 from myllm.model.kv_cache import KVCache
 from myllm.model.transformer import Transformer
 
@@ -25,10 +25,10 @@ KINDS: list[dict[str, Any]] = [
 
 
 def model_of(**kind: Any) -> Transformer:
-    return rough(replace(SMALL, **kind), 0.15)
+    return random_model(replace(SMALL, **kind), 0.15)
 
 
-def written(model: Any, config: ModelConfig, counts: list[int]) -> Tensor:
+def generated(model: Any, config: ModelConfig, counts: list[int]) -> Tensor:
     """Logits of four steps, one token each, after prompts of these lengths."""
     tokens = torch.randint(50, (len(counts), 12), generator=torch.Generator().manual_seed(1))
     cache = KVCache(config, len(counts), 20, "cpu", torch.float32)
@@ -42,7 +42,7 @@ def written(model: Any, config: ModelConfig, counts: list[int]) -> Tensor:
 @torch.inference_mode()
 def test_the_same_logits_to_the_bit(kind: dict[str, Any], counts: list[int]) -> None:
     model = model_of(**kind)
-    assert torch.equal(written(bare(model), model.config, counts), written(model, model.config, counts))
+    assert torch.equal(generated(as_plain_objects(model), model.config, counts), generated(model, model.config, counts))
 
 
 def modules_in(stand_in: Any) -> list[nn.Module]:
@@ -54,7 +54,7 @@ def modules_in(stand_in: Any) -> list[nn.Module]:
 
 @pytest.mark.parametrize("kind", KINDS[:3], ids=str)
 def test_no_module_is_left(kind: dict[str, Any]) -> None:
-    assert modules_in(bare(model_of(**kind))) == []
+    assert modules_in(as_plain_objects(model_of(**kind))) == []
 
 
 class Doubled(nn.Module):
@@ -74,7 +74,7 @@ class Doubled(nn.Module):
 def test_what_was_changed_counts(where: str, how: str) -> None:
     """Whatever somebody hangs into a model takes part in generation as in training."""
     model = model_of()
-    before = written(bare(model), model.config, [8])
+    before = generated(as_plain_objects(model), model.config, [8])
     part = model.blocks[1].get_submodule(where)
     if how == "hook":
         part.register_forward_hook(lambda module, arguments, y: 2 * y)
@@ -87,14 +87,14 @@ def test_what_was_changed_counts(where: str, how: str) -> None:
         model.blocks[1].set_submodule(where, Doubled(part))
     else:
         next(part.parameters()).mul_(2)
-    after = written(bare(model), model.config, [8])
-    assert torch.equal(after, written(model, model.config, [8]))
+    after = generated(as_plain_objects(model), model.config, [8])
+    assert torch.equal(after, generated(model, model.config, [8]))
     assert not torch.equal(after, before)
 
 
 def test_hooks_see_each_token_of_a_generation() -> None:
     model, seen = model_of(), []
     model.blocks[0].register_forward_hook(lambda module, arguments, y: seen.append(tuple(y.shape)))
-    for _ in continue_batch(model, [Continuation([1, 2, 3], 0)], 4, Sampling(temperature=0)):
+    for _ in generate_batch(model, [Sequence([1, 2, 3], 0)], 4, SamplingParams(temperature=0)):
         pass
     assert seen == [(1, 3, 24)] + 3 * [(1, 1, 24)]

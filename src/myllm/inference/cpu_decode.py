@@ -15,7 +15,7 @@ from myllm.model.linear import Linear
 from myllm.model.norm import RMSNorm
 from myllm.model.transformer import Block, Transformer
 
-KNOWN = (
+SUPPORTED_TYPES = (
     Transformer,
     Block,
     Attention,
@@ -28,28 +28,33 @@ KNOWN = (
     nn.Identity,
 )
 """Kinds of modules whose methods need nothing of nn.Module. Any other, such as a user's own, stays what it is."""
-INTERNALS = frozenset(vars(nn.Module()))
+MODULE_INTERNALS = frozenset(vars(nn.Module()))
 
 
-def bare(module: nn.Module) -> Any:
+def as_plain_objects(module: nn.Module) -> Any:
     """What stands in for a module, with its weights; the module itself where it is of no known kind, or has hooks or a
     `forward` of its own.
 
     Changes of weights in place are seen. What is replaced afterwards is not: make one for each use.
     """
     if isinstance(module, nn.ModuleList):
-        return [bare(part) for part in module]
-    if type(module) not in KNOWN or module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+        return [as_plain_objects(part) for part in module]
+    if (
+        type(module) not in SUPPORTED_TYPES
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or "forward" in vars(module)
+    ):
         return module
-    stand_in = _without_machinery(type(module))()
-    settings = {name: value for name, value in vars(module).items() if name not in INTERNALS}
-    parts = {name: None if part is None else bare(part) for name, part in module._modules.items()}
+    stand_in = _plain_class(type(module))()
+    settings = {name: value for name, value in vars(module).items() if name not in MODULE_INTERNALS}
+    parts = {name: None if part is None else as_plain_objects(part) for name, part in module._modules.items()}
     vars(stand_in).update(settings, training=module.training, **module._parameters, **module._buffers, **parts)
     return stand_in
 
 
 @cache
-def _without_machinery(kind: type[nn.Module]) -> type:
+def _plain_class(kind: type[nn.Module]) -> type:
     """A class of a module's own methods alone, called like it."""
     methods = {name: value for name, value in vars(kind).items() if not name.startswith("__")}
     return type(f"Bare{kind.__name__}", (), methods | {"__call__": kind.forward})
