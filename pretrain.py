@@ -23,11 +23,11 @@ def main() -> None:
     try:
         from myllm.cli import launch
         from myllm.console import open_output
-        from myllm.distributed.library_env import set_for_libraries
+        from myllm.distributed.library_env import set_library_env
     except ModuleNotFoundError as error:
         sys.exit(missing_package(error))
 
-    set_for_libraries()
+    set_library_env()
     open_output(keep_going=True)
     with launch.exit_on_error():
         wanted = launch.parse_args(sys.argv[1:])
@@ -88,14 +88,14 @@ def prepare_and_train(config: "RunConfig", prepare_only: bool, profile: bool = F
 
     exit_unfinished_on_time_signals()
     distributed.training_device(config.train.device)  # one that is not there is to be known before the hours ahead
-    is_main, epochs = ranks.rank() == 0, config.train.epochs
+    is_rank_zero, epochs = ranks.rank() == 0, config.train.epochs
 
     def enough(dataset: "Dataset") -> bool:
         return can_resolve_max_steps(config, dataset.train.tokens, dataset.complete, own_text)
 
     with (
-        starting(RunPaths.of(config.name), active=is_main) as taken_over,
-        background_publisher(config, active=is_main) as publisher,
+        starting(RunPaths.of(config.name), active=is_rank_zero) as taken_over,
+        background_publisher(config, active=is_rank_zero) as publisher,
     ):
         # The first process of each machine has the data prepared, in a process of its own, while all of them train.
         with (
@@ -107,20 +107,20 @@ def prepare_and_train(config: "RunConfig", prepare_only: bool, profile: bool = F
             try:
                 outcome = train(config, dataset, process, publisher.submit, started, profile)
             except TrainingDiverged as error:
-                if is_main:  # all that is known stands in the log, and above
+                if is_rank_zero:  # all that is known stands in the log, and above
                     print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
                 distributed.barrier()  # a launcher ends the others as soon as one has left
                 sys.exit(TrainingDiverged.EXIT_CODE)
-        if not is_main:
+        if not is_rank_zero:
             if outcome.stopped_by is not None:
-                ranks.exit_as(exit_code(outcome.stopped_by))
+                ranks.exit_with(exit_code(outcome.stopped_by))
             return
         if outcome.stopped_by is None or outcome.run.metrics.is_file():  # stopped before the first row: nothing to draw
             draw_report(outcome.run)
         if outcome.stopped_by is not None:
             saved = ", saved" if outcome.step else ""
             print(f"stopped after step {outcome.step:,}{saved}; the same command resumes")
-            ranks.exit_as(exit_code(outcome.stopped_by))
+            ranks.exit_with(exit_code(outcome.stopped_by))
         print(what_next(config, outcome.stopped_early, epochs))
         publisher.finish(outcome.step)
 

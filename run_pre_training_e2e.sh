@@ -90,9 +90,9 @@ unset RANK LOCAL_RANK WORLD_SIZE
 heading "Environment"
 PYTHON="$("$here/src/environment.sh")"
 gpus="$("$PYTHON" -c 'import sys
-from myllm.distributed.device_info import cuda_devices, why_no_cuda
-print(cuda_devices())
-why = None if cuda_devices() else why_no_cuda()
+from myllm.distributed.device_info import cuda_device_count, cuda_problem
+print(cuda_device_count())
+why = None if cuda_device_count() else cuda_problem()
 if why: print(f"torch cannot use the GPUs here: {why}", file=sys.stderr)')"
 printf 'python: %s\nGPUs:   %s\n' "$PYTHON" "$gpus"
 processes="$gpus" # on this node

@@ -94,7 +94,7 @@ def check(options: argparse.Namespace, budget: Budget, out: Path, work: Path) ->
     from myllm.errors import UserError
     from myllm.runs.logs import environment
 
-    ranks.repeat_cublas()  # for the deterministic part, which comes long after cuBLAS has begun
+    ranks.make_cublas_deterministic()  # for the deterministic part, which comes long after cuBLAS has begun
     with ExitStack() as stack:
         try:
             process = stack.enter_context(process_group("cpu" if options.tiny else "cuda"))

@@ -48,8 +48,8 @@ def measure(config: RunConfig) -> None:
     """In a process of its own: two steps, then the peak in bytes on the last line."""
     import torch
 
-    from myllm.distributed.collectives import Process
-    from myllm.distributed.parallelize import clear_gradients
+    from myllm.distributed.collectives import DistContext
+    from myllm.distributed.parallelize import zero_grad
     from myllm.distributed.precision import autocast
     from myllm.model.transformer import Transformer
     from myllm.optim.adamw import ScheduledAdamW
@@ -57,7 +57,7 @@ def measure(config: RunConfig) -> None:
     from myllm.training.preflight.device_memory import peak_bytes
 
     device = torch.device(config.train.device)
-    process = Process(0, 0, 1, device)
+    process = DistContext(0, 0, 1, device)
     model = Transformer(config.model).to(device)
     optimizer = ScheduledAdamW(model.named_parameters(), config.optim, 10)
     shape = config.train.micro_batch_size, config.model.max_seq_len
@@ -71,7 +71,7 @@ def measure(config: RunConfig) -> None:
                 loss.backward()
             torch.nn.utils.clip_grad_norm_(optimizer.parameters.values(), 1.0)
             optimizer.step(step)
-            clear_gradients(runner)
+            zero_grad(runner)
     print(peak_bytes(device))
 
 

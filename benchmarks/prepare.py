@@ -40,7 +40,7 @@ from tiktoken_ext.openai_public import r50k_pat_str
 
 from myllm.config import DataConfig
 from myllm.data.prepare.prepare import prepare
-from myllm.data.sources.readers import cut_prose
+from myllm.data.sources.readers import split_prose
 from myllm.data.tokenizer.load import Tokenizer
 
 SHARD_TOKENS = 20_000_000
@@ -100,7 +100,7 @@ def write_corpus(folder: Path, n_bytes: float, kind: str, files: int) -> list[st
     folder.mkdir()
     root = Path(sysconfig.get_path("stdlib"))
     sources = [path.read_text(encoding="utf-8", errors="ignore") for path in sorted(root.glob("*.py"))]
-    pieces = [piece for text in sources for piece in cut_prose(text, DOCUMENT_CHARS)]
+    pieces = [piece for text in sources for piece in split_prose(text, DOCUMENT_CHARS)]
     chance, texts, size = np.random.default_rng(0), [], 0
     while size < n_bytes:
         texts.append(pieces[int(chance.integers(len(pieces)))])

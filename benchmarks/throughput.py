@@ -88,7 +88,7 @@ def main() -> None:
         with process_group(asked.config.train.device) as process:
             config = settled(asked, process.device.type, process.world_size)
             result = compare(config, process, asked.turns, asked.steps, asked.peer == "same", say)
-            if process.is_main:
+            if process.is_rank_zero:
                 text = section(result, process)
                 print(f"\n{text}")
                 print(f"added to {write(text, process, asked.out)}")

@@ -12,7 +12,7 @@ from pathlib import Path
 from throughput_turns import Result, Turn, describe
 
 from myllm import paths
-from myllm.distributed.collectives import Process
+from myllm.distributed.collectives import DistContext
 from myllm.distributed.device_info import device_name
 from myllm.distributed.precision import compute_dtype, dtype_name
 from myllm.planning.flops import flops_per_token, n_parameters
@@ -20,7 +20,7 @@ from myllm.planning.gpu_specs import peak_flops
 from myllm.runs.logs import environment
 
 
-def section(result: Result, process: Process) -> str:
+def section(result: Result, process: DistContext) -> str:
     """A section for a file of results: what ran where, by which command, and the table."""
     config, about = result.config, environment(process.device, process.world_size)
     changed = " with uncommitted changes" if about["git_dirty"] else ""
@@ -42,7 +42,7 @@ def section(result: Result, process: Process) -> str:
     return "\n\n".join(part if part.startswith(("#", "|")) else wrapped(part) for part in lines) + "\n"
 
 
-def table(result: Result, process: Process) -> str:
+def table(result: Result, process: DistContext) -> str:
     rows = [
         "| way | tokens/s | MFU | step ms, median (least to greatest) | processor ms | peak GiB | waits for data "
         "| myllm to this | by processor time |",
@@ -107,7 +107,7 @@ def version(package: str) -> str:
         return "none"
 
 
-def command(process: Process) -> str:
+def command(process: DistContext) -> str:
     """What was typed, but for where --out pointed."""
     given = sys.argv[1:]
     words = [word for before, word in zip(["", *given], given, strict=False) if "--out" not in (before, word)]
@@ -115,7 +115,7 @@ def command(process: Process) -> str:
     return f"{launcher} benchmarks/throughput.py {shlex.join(words)}".rstrip()
 
 
-def write(text: str, process: Process, out: Path | None) -> Path:
+def write(text: str, process: DistContext, out: Path | None) -> Path:
     """Add a section to the file of this day and device, by default where runs are too: nothing is written among the
     code."""
     name = device_name(process.device)

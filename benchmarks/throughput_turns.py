@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from myllm.config import RunConfig
 from myllm.data.tokenizer.load import load_tokenizer
 from myllm.distributed import collectives as distributed
-from myllm.distributed.collectives import Process
+from myllm.distributed.collectives import DistContext
 from myllm.distributed.precision import compute_dtype
 from myllm.errors import UserError
 from myllm.hub.architectures import select_architecture
@@ -58,7 +58,7 @@ class Result:
     """Why transformers takes no part."""
 
 
-def compare(config: RunConfig, process: Process, turns: int, steps: int, with_peer: bool, say: Callable) -> Result:
+def compare(config: RunConfig, process: DistContext, turns: int, steps: int, with_peer: bool, say: Callable) -> Result:
     """Check that the ways agree, then let them take turns.
 
     Raises:
@@ -101,7 +101,7 @@ def why_no_peer(config: RunConfig, with_peer: bool) -> str | None:
 # -- whether they compute the same ------------------------------------------------------------------------------------
 
 
-def check_agreement(config: RunConfig, process: Process, with_peer: bool) -> dict[str, dict[str, Figures]]:
+def check_agreement(config: RunConfig, process: DistContext, with_peer: bool) -> dict[str, dict[str, Figures]]:
     """Loss and gradient norm of every way, with the same weights and batch, uncompiled and without dropout.
 
     Raises:
@@ -144,7 +144,7 @@ def loaded(config: RunConfig, weights: Weights) -> Transformer:
     return model
 
 
-def loss_and_norm(model: nn.Module, config: RunConfig, process: Process, precision: torch.dtype) -> Figures:
+def loss_and_norm(model: nn.Module, config: RunConfig, process: DistContext, precision: torch.dtype) -> Figures:
     generator = torch.Generator().manual_seed(config.train.seed)
     shape = (2, 1, config.model.max_seq_len)
     tokens, targets = torch.randint(config.model.vocab_size, shape, generator=generator).to(process.device).unbind()
@@ -199,7 +199,7 @@ def describe(agreement: dict[str, dict[str, Figures]]) -> str:
 # -- turns ------------------------------------------------------------------------------------------------------------
 
 
-def warmed_up(ways: list[Way], process: Process, say: Callable) -> dict[str, float]:
+def warmed_up(ways: list[Way], process: DistContext, say: Callable) -> dict[str, float]:
     """Everything compiled and allocated; the loss of each way's first step, as it trains.
 
     Raises:
@@ -208,7 +208,7 @@ def warmed_up(ways: list[Way], process: Process, say: Callable) -> dict[str, flo
     losses = {}
     for way in ways:
         started = time.perf_counter()
-        losses[way.name] = distributed.from_main(way.step().item())
+        losses[way.name] = distributed.broadcast_object(way.step().item())
         for _ in range(WARM_UP_STEPS):
             way.step()
         synchronize(process)
@@ -222,7 +222,7 @@ def warmed_up(ways: list[Way], process: Process, say: Callable) -> dict[str, flo
     return losses
 
 
-def take_turn(way: Way, steps: int, process: Process) -> Turn:
+def take_turn(way: Way, steps: int, process: DistContext) -> Turn:
     reset_peak(process.device)
     before = peak_bytes(process.device)
     way.step()  # fills the caches that the other ways left to theirs
@@ -236,12 +236,12 @@ def take_turn(way: Way, steps: int, process: Process) -> Turn:
     elapsed = time.perf_counter() - started
     wait_share, host_s = (way.wait_s() - waited) / elapsed, (time.process_time() - host) / steps
     peak = way.held_bytes + peak_bytes(process.device) - before
-    ranks = distributed.all_gather((elapsed, between(marks), wait_share, host_s, peak))
+    ranks = distributed.all_gather_object((elapsed, between(marks), wait_share, host_s, peak))
     elapsed, step_s, wait_share, host_s, _ = max(ranks)
     return Turn(steps * way.batch.batch_tokens / elapsed, step_s, wait_share, host_s, max(each[-1] for each in ranks))
 
 
-def mark(process: Process) -> float | torch.cuda.Event:
+def mark(process: DistContext) -> float | torch.cuda.Event:
     """A moment: on CUDA one of the device's, so that steps are told apart without waiting for any."""
     if process.device.type != "cuda":
         synchronize(process)
@@ -257,7 +257,7 @@ def between(marks: list) -> tuple[float, ...]:
     return tuple(b - a if isinstance(a, float) else a.elapsed_time(b) / 1_000 for a, b in pairs)
 
 
-def synchronize(process: Process) -> None:
+def synchronize(process: DistContext) -> None:
     if process.device.type == "cuda":
         torch.cuda.synchronize(process.device)
     elif process.device.type == "mps":

@@ -18,8 +18,8 @@ from myllm.data.dataloader import Loader, batch_of
 from myllm.data.dataset import Dataset
 from myllm.data.sampler import DataPosition, count_sequences, rank_rows, step_sequences, window_of
 from myllm.data.transfer import Batch
-from myllm.distributed.collectives import Process
-from myllm.distributed.parallelize import last_of_step
+from myllm.distributed.collectives import DistContext
+from myllm.distributed.parallelize import sync_grads_on_last
 from myllm.distributed.precision import autocast
 from myllm.hub.architectures import CLASSES, select_architecture, transformers_config
 from myllm.hub.export.weights import to_transformers
@@ -113,7 +113,9 @@ def peer_model(model: ModelConfig, weights: Weights) -> PeerLoss:
 # -- their steps ------------------------------------------------------------------------------------------------------
 
 
-def ours(config: RunConfig, process: Process, dataset: Dataset, stack: ExitStack, say: Callable[[str], None]) -> Way:
+def ours(
+    config: RunConfig, process: DistContext, dataset: Dataset, stack: ExitStack, say: Callable[[str], None]
+) -> Way:
     """What pretrain.py's loop does between two log lines. Its choice of kernels holds for the whole process, so the
     other ways have it too."""
     parts, batch = Parts(config, process, stack, say), batch_plan(config, process.world_size)
@@ -132,7 +134,7 @@ def ours(config: RunConfig, process: Process, dataset: Dataset, stack: ExitStack
     return Way("myllm", step, lambda: loader.wait_s, held_bytes(parts.model), batch)
 
 
-def reference(config: RunConfig, process: Process, dataset: Dataset, weights: Weights) -> Way:
+def reference(config: RunConfig, process: DistContext, dataset: Dataset, weights: Weights) -> Way:
     """The reference's loop around this project's model: no padding, dropout, logits kept, tables copied, no reading
     ahead; 16 sequences a micro-step on a GPU."""
     batch = batch_plan(config, process.world_size)
@@ -152,7 +154,7 @@ def reference(config: RunConfig, process: Process, dataset: Dataset, weights: We
     return Way("the reference's way", step, lambda: loader.wait_s, held_bytes(model), batch)
 
 
-def peer(config: RunConfig, process: Process, dataset: Dataset, weights: Weights, stack: ExitStack) -> Way:
+def peer(config: RunConfig, process: DistContext, dataset: Dataset, weights: Weights, stack: ExitStack) -> Way:
     """transformers' model in a loop of the same size, with this project's loader and optimizer."""
     batch = batch_plan(config, process.world_size)
     model = peer_model(config.model, weights).to(process.device)
@@ -168,7 +170,7 @@ def plain_step(
     loader: "Loader | SynchronousLoader",
     batch: BatchPlan,
     config: RunConfig,
-    process: Process,
+    process: DistContext,
     before: Callable[[], None] = lambda: None,
 ) -> Callable[[], Tensor]:
     """The usual training step: accumulate, clip, update."""
@@ -187,7 +189,7 @@ def plain_step(
         for micro_step in range(batch.grad_accum_steps):
             tokens, targets = loader.next()
             before()
-            with last_of_step(runner, micro_step == batch.grad_accum_steps - 1):
+            with sync_grads_on_last(runner, micro_step == batch.grad_accum_steps - 1):
                 with autocast(config, process.device):
                     loss, _kept = runner(tokens, targets)
                 loss = loss / batch.grad_accum_steps
@@ -205,7 +207,7 @@ def plain_step(
 class SynchronousLoader:
     """Batches that are read, converted and copied while training waits. The same ones as Loader's."""
 
-    def __init__(self, dataset: Dataset, batch: BatchPlan, seed: int, process: Process) -> None:
+    def __init__(self, dataset: Dataset, batch: BatchPlan, seed: int, process: DistContext) -> None:
         self.wait_s = 0.0
         self._stream, self._batch, self._process = dataset.train, batch, process
         self._n_sequences = count_sequences(dataset.train.tokens, batch.seq_len)

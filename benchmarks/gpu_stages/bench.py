@@ -15,7 +15,7 @@ import torch._dynamo
 from torch import Tensor
 
 from myllm.config import ModelConfig, RunConfig
-from myllm.distributed.collectives import Process
+from myllm.distributed.collectives import DistContext
 from myllm.distributed.device_info import device_name, has_triton
 from myllm.planning.gpu_specs import GpuSpec, gpu_from_device_name
 from myllm.planning.memory_estimate import HEADROOM, ComputeMode, predicted_bytes
@@ -35,7 +35,7 @@ NO_DROPOUT = {"dropout_embedding": 0.0, "dropout_attention_residual": 0.0, "drop
 class Bench:
     """The machine that is checked, and what stages have found about it so far."""
 
-    process: Process
+    process: DistContext
     budget: Budget
     out: Path
     """For files that are kept."""

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from myllm.config import RunConfig
-from myllm.distributed.parallelize import clear_gradients, cut, full
+from myllm.distributed.parallelize import apply_fsdp, full_tensor, zero_grad
 from myllm.model.transformer import Transformer
 from myllm.planning.batch import batch_plan
 from myllm.planning.memory_estimate import ComputeMode, predicted_bytes
@@ -77,12 +77,12 @@ def measured(bench: Bench, config: RunConfig, name: str) -> Found:
     process = replace(bench.process, world_size=2 if name == "DDP" else 1)
     model = Transformer(config.model, config.train.seed).to(bench.device)
     if name == "FSDP2":
-        cut(model, config, process)
+        apply_fsdp(model, config, process)
     steps = batch_plan(config, 1)
     with fast_kernels(model, config, process) as runner:
 
         def step() -> Tensor:
-            clear_gradients(runner)
+            zero_grad(runner)
             return accumulate_gradients(runner, OneBatch(batch), steps, config, process)
 
         step()
@@ -91,7 +91,7 @@ def measured(bench: Bench, config: RunConfig, name: str) -> Found:
         peak = peak_bytes(bench.device)
         counts = collectives(step)
         loss = step().item()
-        gradients = torch.cat([full(parameter.grad).flatten().cpu() for parameter in model.parameters()])
+        gradients = torch.cat([full_tensor(parameter.grad).flatten().cpu() for parameter in model.parameters()])
     return Found(loss, gradients, (first, graphs()), seconds, peak, counts)
 
 

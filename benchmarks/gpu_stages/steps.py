@@ -17,7 +17,7 @@ from myllm.data.dataset import Dataset
 from myllm.data.sample_digest import Receipt
 from myllm.data.sampler import count_sequences
 from myllm.data.tokenizer.load import load_tokenizer
-from myllm.distributed.collectives import Process
+from myllm.distributed.collectives import DistContext
 from myllm.paths import RunPaths
 from myllm.planning.batch import batch_plan
 from myllm.training.preflight.rehearsal import Parts, scratch_folder, synthetic_dataset
@@ -34,7 +34,7 @@ class Steps:
     def __init__(
         self,
         config: RunConfig,
-        process: Process,
+        process: DistContext,
         dataset: Dataset,
         stack: ExitStack,
         load: Callable[[Parts], TrainState] | None = None,

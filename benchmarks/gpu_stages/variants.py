@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from myllm.config import RunConfig
-from myllm.distributed.parallelize import compiles
+from myllm.distributed.parallelize import compile_mode
 from myllm.model import cross_entropy as head_loss
 from myllm.model.transformer import Transformer
 
@@ -48,7 +48,7 @@ def variants(bench: Bench, config: RunConfig) -> Iterator[Variant]:
     yield Variant("residual stream in bfloat16", replace(config, model=half))
     uncompiled = replace(config, train=replace(config.train, compile="off"))
     with torch.device("meta"):
-        compiled = compiles(Transformer(config.model), config, bench.device)
+        compiled = compile_mode(Transformer(config.model), config, bench.device)
     if compiled == "whole":
         yield Variant("compiled block by block", uncompiled, compile=by_block)
     else:

@@ -107,7 +107,7 @@ class DataConfig:
     """Take the source's files, and the parts of a large one, in a seeded order."""
     shuffle_seed: int = 0
     """Seed of that order."""
-    normalise_unicode: bool = False
+    normalize_unicode: bool = False
     """Bring every text to Unicode's form NFC."""
     strip_control: bool = False
     """Remove control characters but tab, newline and carriage return."""

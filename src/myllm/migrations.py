@@ -72,7 +72,10 @@ class Schema:
         return content
 
 
-CONFIG = Schema("config")
+CONFIG = Schema(
+    "config",
+    (Change(renamed={"data.normalise_unicode": "data.normalize_unicode"}),),
+)
 """A RunConfig: config.json of runs, checkpoints and flight bags, and the files of --config."""
 STATE = Schema("training state")
 """A TrainState: state.json of checkpoints."""

@@ -14,11 +14,11 @@ import torch
 from conftest import ROOT, with_train
 
 from myllm.config import RunConfig
-from myllm.distributed.collectives import Process
+from myllm.distributed.collectives import DistContext
 from myllm.errors import UserError
 
 SCRIPT = ROOT / "benchmarks" / "throughput.py"
-ALONE = Process(0, 0, 1, torch.device("cpu"))
+ALONE = DistContext(0, 0, 1, torch.device("cpu"))
 Load = Callable[[str], ModuleType]
 
 

@@ -54,7 +54,7 @@ def test_list_shows_every_known_source_and_what_is_prepared(said, mixed_corpus: 
     shown = said("list")
     for corpus in CORPORA.values():
         row = next(line for line in shown.splitlines() if line.startswith(f"{corpus.name} "))
-        assert corpus.licence in row
+        assert corpus.license in row
         assert corpus.tokens in row
         assert f"{corpus.name}: {corpus.about}" in shown
     assert "hub:NAMESPACE/NAME" in shown
@@ -71,7 +71,7 @@ def test_list_shows_every_known_source_and_what_is_prepared(said, mixed_corpus: 
 def test_prepare_takes_every_option(said, mixed_corpus: Path) -> None:
     options = [
         "--val-tokens", "500", "--target-tokens", "500K", "--shard-tokens", "10M", "--max-file-size-mb", "1",
-        "--no-shuffle-files", "--seed", "3", "--normalise-unicode", "--strip-control", "--min-chars", "20",
+        "--no-shuffle-files", "--seed", "3", "--normalize-unicode", "--strip-control", "--min-chars", "20",
         "--dedup-exact", "--text-column", "text", "--workers", "1", "--keep-downloads", "--limit", "400",
     ]  # fmt: skip
     folder = Path(said("prepare", f"files:{mixed_corpus}", *options).splitlines()[0])

@@ -11,7 +11,7 @@ import torch
 
 from myllm.config import ModelConfig, RunConfig, TrainConfig
 from myllm.distributed.collectives import process_group
-from myllm.distributed.parallelize import clear_gradients, full, last_of_step, spread, wrap
+from myllm.distributed.parallelize import full_tensor, parallelize, shard, sync_grads_on_last, zero_grad
 from myllm.model.transformer import Transformer
 
 # Gradients of 3.1 MB: more than DDP's first bucket takes, which is what makes it cut them again.
@@ -27,13 +27,13 @@ if __name__ == "__main__":
             train = TrainConfig(micro_batch_size=2, parallel=engine, device="cpu")
             config = RunConfig(model=MODEL, train=train)
             model = Transformer(MODEL, 1)
-            spread(model, config, process)
-            runner, gradients = wrap(model, config, process), []
+            shard(model, config, process)
+            runner, gradients = parallelize(model, config, process), []
             for _ in range(3):
                 for micro_step in range(2):
-                    with last_of_step(runner, micro_step == 1):
+                    with sync_grads_on_last(runner, micro_step == 1):
                         runner(tokens[micro_step, :, :-1], tokens[micro_step, :, 1:]).backward()
-                gradients.append([full(parameter.grad).clone() for parameter in model.parameters()])
-                clear_gradients(runner)
+                gradients.append([full_tensor(parameter.grad).clone() for parameter in model.parameters()])
+                zero_grad(runner)
             found[engine] = [all(map(torch.equal, gradients[0], other)) for other in gradients[1:]]
         Path(sys.argv[1], f"rank{process.rank}.json").write_text(json.dumps(found))

@@ -20,7 +20,7 @@ from myllm.config import ModelConfig, OptimConfig, RunConfig
 from myllm.data.sampler import DataPosition
 from myllm.data.tokenizer.load import load_tokenizer
 from myllm.distributed import collectives as distributed
-from myllm.distributed.collectives import Process, process_group
+from myllm.distributed.collectives import DistContext, process_group
 from myllm.errors import TrainingDiverged, UserError
 from myllm.model.transformer import Transformer
 from myllm.optim.adamw import ScheduledAdamW
@@ -57,7 +57,7 @@ def contents(model: Transformer, optimizer: ScheduledAdamW) -> dict[str, dict[st
     return {"weights": whole(model.state_dict()), "optimizer": whole(moments)}
 
 
-def save(folder: Path, process: Process) -> None:
+def save(folder: Path, process: DistContext) -> None:
     for kind in KINDS:
         model, optimizer = make(kind, seed=3)
         config = replace(RunConfig(name=kind, model=MODEL), train=replace(RunConfig().train, keep_last=2))
@@ -71,12 +71,12 @@ def save(folder: Path, process: Process) -> None:
                 step(model, optimizer, 100 + number)
             saver.wait()
             assert saver.written_step == 3
-            if process.is_main:
+            if process.is_rank_zero:
                 torch.save(at_save, folder / f"{kind}.pt")
             fails_alike(saver, run, model, process)
 
 
-def fails_alike(saver: Saver, run: RunPaths, model: Transformer, process: Process) -> None:
+def fails_alike(saver: Saver, run: RunPaths, model: Transformer, process: DistContext) -> None:
     """What goes wrong on rank 1 alone, or in its share alone, is said by both, and leaves nothing behind."""
     real, state = checkpoint._write_rest, TrainState(9, 0, DataPosition(0, 0, 0, "x"))
 

@@ -18,7 +18,7 @@ from myllm.training.loop import train
 
 if __name__ == "__main__":
     config, folder = load_json(Path(sys.argv[1]), RunConfig()), Path(sys.argv[2])
-    with mock.patch.object(distributed, "cuda_devices", return_value=2):
+    with mock.patch.object(distributed, "cuda_device_count", return_value=2):
         device = distributed.choose_device("cuda", ranks.local_rank())
     with (
         exit_on_error(),  # a mistake is not started again
@@ -29,6 +29,6 @@ if __name__ == "__main__":
     about = {
         "machine": os.environ["MYLLM_DATA"], "rank": process.rank, "local_rank": process.local_rank,
         "node_rank": ranks.node_rank(), "world_size": process.world_size, "device": str(device),
-        "main": process.is_main, "step": outcome.step, "dataset": str(dataset.folder),
+        "main": process.is_rank_zero, "step": outcome.step, "dataset": str(dataset.folder),
     }  # fmt: skip
     (folder / f"rank{process.rank}.json").write_text(json.dumps(about))

@@ -79,7 +79,7 @@ def test_the_ranks_of_a_machine_share_its_cores(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(cores, "_physical", len)
     monkeypatch.setattr(cores, "_within_quota", lambda count: count)
     monkeypatch.setattr(cores, "local_world_size", lambda: ranks)
-    assert cores.threads_to_use() == expected
+    assert cores.num_threads() == expected
     assert cores.threads_reason().startswith("12 usable core(s)")
 
 
@@ -87,7 +87,7 @@ def test_the_ranks_of_a_machine_share_its_cores(monkeypatch: pytest.MonkeyPatch,
 @pytest.mark.usefixtures("nobody_chose")
 def test_the_users_word_stands(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv(name, "3")
-    assert cores.threads_to_use() is None
+    assert cores.num_threads() is None
     assert cores.threads_reason() == f"as {name} says"
 
 
@@ -96,7 +96,7 @@ LAUNCHER = """
 import os, subprocess, sys
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
-code = "from myllm.distributed import launcher; print(launcher.threads_asked())"
+code = "from myllm.distributed import launcher; print(launcher.thread_count_variable())"
 subprocess.run([sys.executable, "-c", code], check=True)
 """
 

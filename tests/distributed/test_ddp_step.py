@@ -10,11 +10,11 @@ from conftest import with_train
 from torch.profiler import ProfilerActivity, profile
 
 from myllm.config import RunConfig
-from myllm.distributed.collectives import Process
-from myllm.distributed.parallelize import clear_gradients, last_of_step, wrap
+from myllm.distributed.collectives import DistContext
+from myllm.distributed.parallelize import parallelize, sync_grads_on_last, zero_grad
 from myllm.model.transformer import Transformer
 
-PAIR = Process(0, 0, 2, torch.device("cpu"))
+PAIR = DistContext(0, 0, 2, torch.device("cpu"))
 """What DDP is chosen for; the group of these tests has one rank."""
 pytestmark = pytest.mark.usefixtures("one_rank")
 
@@ -25,15 +25,15 @@ class Steps:
     def __init__(self, config: RunConfig) -> None:
         config = with_train(replace(config, model=replace(config.model, vocab_size=300)), micro_batch_size=2)
         self.model, self.pointers = Transformer(config.model), []
-        self.runner = wrap(self.model, config, PAIR)
+        self.runner = parallelize(self.model, config, PAIR)
 
     def __call__(self) -> None:
         self.runner.train()
         for last in (False, True):
-            with last_of_step(self.runner, last):
+            with sync_grads_on_last(self.runner, last):
                 self.runner(torch.randint(300, (2, 64)), torch.randint(300, (2, 64))).backward()
             self.pointers.append({p.grad.untyped_storage().data_ptr() for p in self.model.parameters()})
-        clear_gradients(self.runner)
+        zero_grad(self.runner)
 
 
 def messages(work: Callable[[], None]) -> Counter[str]:

@@ -17,12 +17,12 @@ from myllm.distributed import device_info as hardware
 from myllm.distributed.collectives import choose_device, process_group, training_device
 from myllm.distributed.device_info import (
     BUILDS,
-    cuda_devices,
+    cuda_device_count,
+    cuda_problem,
     device_name,
     measure_matmul_flops,
     nvidia_driver,
-    seconds_of,
-    why_no_cuda,
+    time_on_device,
 )
 from myllm.errors import UserError
 
@@ -53,7 +53,7 @@ def test_a_card_is_timed_by_products_that_fill_it(monkeypatch: pytest.MonkeyPatc
     randn = torch.randn
     monkeypatch.setattr(torch, "mm", mm)
     monkeypatch.setattr(torch, "randn", lambda *shape, device, **kinds: randn(*shape, **kinds))
-    monkeypatch.setattr(hardware, "seconds_of", timed)
+    monkeypatch.setattr(hardware, "time_on_device", timed)
     with FakeTensorMode():
         rate = measure_matmul_flops(torch.device("cuda"), torch.bfloat16, seconds=0.1)
     assert rate == pytest.approx(2 * 8_192**3 / 0.002)
@@ -73,7 +73,7 @@ def test_a_card_times_itself(monkeypatch: pytest.MonkeyPatch) -> None:
         )
 
     monkeypatch.setattr(torch.cuda, "Event", event)
-    assert seconds_of(lambda: said.append("work"), torch.device("cuda")) == 0.25
+    assert time_on_device(lambda: said.append("work"), torch.device("cuda")) == 0.25
     assert said == ["record", "work", "record", "wait"]
 
 
@@ -111,12 +111,12 @@ def test_gpus_that_torch_cannot_use(
     version: str, cuda: str, built: str | None, said: str, command: str, driver: Callable[..., None]
 ) -> None:
     driver(version, cuda, built)
-    why = why_no_cuda()
+    why = cuda_problem()
     assert f"driver {version}" in why
     assert said in why
     assert re.search(command, why), why
     assert (f"{sys.executable} -m pip install" in why) == ("torch==" in why)
-    assert cuda_devices() == 0
+    assert cuda_device_count() == 0
     assert choose_device("auto") == torch.device("cpu")  # for a sample it will do
     for start in (training_device, lambda device: process_group(device).__enter__()):
         with pytest.raises(UserError, match=r"--train\.device cpu") as refused:
@@ -131,7 +131,7 @@ def test_gpus_that_torch_cannot_use(
 def test_a_machine_without_gpus_is_no_fault(driver: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     driver(None, None, "13.0")
     assert nvidia_driver() == (None, None)
-    assert why_no_cuda() is None
+    assert cuda_problem() is None
     assert training_device("auto") == torch.device("cpu")
     driver("550.54.15", "12.4", "13.0")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # hidden by the user

@@ -13,7 +13,7 @@ from torch.distributed.elastic.rendezvous import RendezvousConnectionError
 from torch.distributed.launcher import api
 
 from myllm.distributed import elastic as torchrun
-from myllm.distributed.elastic import Agent, defaults, main
+from myllm.distributed.elastic import Agent, default_arguments, main
 
 NEWER = ("--signals-to-handle", "--shutdown-timeout")
 
@@ -24,8 +24,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     found: list[Any] = []
     monkeypatch.setattr(run, "run", found.append)
     # Of the process, once it is a launcher.
-    monkeypatch.setattr(torchrun, "ask_for_a_store_each_start", lambda: None)
-    monkeypatch.setattr(torchrun, "ask_for_exit_codes", lambda file: None)
+    monkeypatch.setattr(torchrun, "use_new_store_each_start", lambda: None)
+    monkeypatch.setattr(torchrun, "record_exit_code_in", lambda file: None)
     return found
 
 
@@ -55,7 +55,7 @@ def test_an_older_torchrun_is_not_asked_for_what_it_does_not_know(
     (arguments,) = asked
     assert (arguments.nproc_per_node, arguments.max_restarts) == ("2", 1)  # the user's word is the last one
     assert arguments.training_script_args == ["--shutdown-timeout", "5"]
-    words = defaults(run.get_args_parser().format_help())
+    words = default_arguments(run.get_args_parser().format_help())
     assert words[0] == "--max-restarts=3"
     assert {word.partition("=")[0] for word in words[1:]} == known - set(lacking)
 

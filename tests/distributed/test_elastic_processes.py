@@ -131,8 +131,8 @@ def test_a_rank_that_fails_is_started_again_until_it_is_enough(tmp_path: Path) -
     script.write_text(
         "import os, sys\n"
         "count = int(os.environ['TORCHELASTIC_RESTART_COUNT'])\n"
-        "from myllm.distributed.launcher import restarted\n"
-        "assert restarted() == (count > 0)\n"
+        "from myllm.distributed.launcher import is_restart\n"
+        "assert is_restart() == (count > 0)\n"
         "print('start', count, flush=True)\n"
         "sys.exit(int(sys.argv[1]) if count == int(sys.argv[2]) else 1)\n"
     )

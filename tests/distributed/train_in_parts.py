@@ -12,8 +12,8 @@ import torch
 from myllm.checkpoint.format import TrainState
 from myllm.config import ModelConfig, OptimConfig, RunConfig, TrainConfig
 from myllm.data.sampler import DataPosition
-from myllm.distributed.collectives import Process, process_group, sum_over_ranks
-from myllm.distributed.parallelize import clear_gradients, full, gathered, spread, wrap
+from myllm.distributed.collectives import DistContext, all_reduce_sum, process_group
+from myllm.distributed.parallelize import full_params, full_tensor, parallelize, shard, zero_grad
 from myllm.model.transformer import Transformer
 from myllm.optim.adamw import ScheduledAdamW
 from myllm.planning.batch import batch_plan
@@ -42,7 +42,7 @@ CASES = {
 class Numbers:
     """The same sequences in the same global order for any number of ranks, as the real loader deals them out."""
 
-    def __init__(self, process: Process, micro_batch_size: int) -> None:
+    def __init__(self, process: DistContext, micro_batch_size: int) -> None:
         self.generator = torch.Generator().manual_seed(5)
         self.process, self.size, self.queue = process, micro_batch_size, []
 
@@ -54,32 +54,32 @@ class Numbers:
         return tokens[:, :-1], tokens[:, 1:]
 
 
-def run(case: str, process: Process) -> dict[str, object]:
+def run(case: str, process: DistContext) -> dict[str, object]:
     config = replace(BASE, train=replace(TRAIN, **CASES[case]))
     config = replace(config, model=replace(MODEL, tie_embeddings=case != "untied"))
     model = Transformer(config.model, 1)
-    whole = spread(model, config, process)
+    whole = shard(model, config, process)
     optimizer = ScheduledAdamW(model.named_parameters(), config.optim, STEPS)
-    runner, batch = wrap(model, config, process), batch_plan(config, process.world_size)
+    runner, batch = parallelize(model, config, process), batch_plan(config, process.world_size)
     loader, guard = Numbers(process, TRAIN.micro_batch_size), GradientGuard(config.train, process.device)
     accumulate_gradients(runner, loader, batch, config, process)
-    gradients = {name: full(parameter.grad).clone() for name, parameter in model.named_parameters()}
-    clear_gradients(runner)
+    gradients = {name: full_tensor(parameter.grad).clone() for name, parameter in model.named_parameters()}
+    zero_grad(runner)
     losses, norms, scores = [], [], []
     for step in range(STEPS):
         guard.record(TrainState(step, 0, DataPosition(0, 0, 0, "")))
         loss, norm, _ = train_step(runner, optimizer, loader, batch, step, config, process, guard)
-        losses.append(float(sum_over_ranks(loss)) / process.world_size)
+        losses.append(float(all_reduce_sum(loss)) / process.world_size)
         norms.append(float(norm))
-        with gathered(model, whole):
+        with full_params(model, whole):
             for _ in range(1 + process.rank):  # as often as each rank likes
                 tokens = torch.arange(SEQ_LEN).unsqueeze(0)
                 scores.append(whole.evaluate(tokens, tokens)[0].sum().item())
-    with gathered(model, whole):
+    with full_params(model, whole):
         weights = {name: weight.clone() for name, weight in whole.state_dict().items()}
     kept = sum(parameter.untyped_storage().nbytes() for parameter in whole.parameters())
     part = sum(getattr(p.detach(), "_local_tensor", p.detach()).numel() for p in model.parameters())
-    moments = {name: full(state["exp_avg_sq"]) for name, state in optimizer.state_dict().items()}
+    moments = {name: full_tensor(state["exp_avg_sq"]) for name, state in optimizer.state_dict().items()}
     return {
         "config": asdict(config.train), "gradients": gradients, "losses": losses, "norms": norms, "weights": weights,
         "moments": moments, "scores": scores[:: 1 + process.rank], "kept_bytes": kept, "part": part,

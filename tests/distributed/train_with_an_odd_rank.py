@@ -15,7 +15,7 @@ if __name__ == "__main__":
     with process_group("cpu") as process:
         real = perplexity.finish
         falling = iter(range(100, 0, -1))  # left to itself, this rank would never run out of patience
-        if not process.is_main:
+        if not process.is_rank_zero:
             perplexity.finish = lambda sums: real(sums) | {"loss": float(next(falling))}
         outcome = train(config, prepare(config.data, progress=False), process)
         result = {"step": outcome.step, "stopped_early": outcome.stopped_early}

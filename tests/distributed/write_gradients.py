@@ -14,7 +14,7 @@ from myllm.data.dataloader import Loader
 from myllm.data.prepare.prepare import prepare
 from myllm.data.sampler import DataPosition
 from myllm.distributed.collectives import process_group
-from myllm.distributed.parallelize import wrap
+from myllm.distributed.parallelize import parallelize
 from myllm.model.transformer import Transformer
 from myllm.planning.batch import batch_plan
 from myllm.training.step import accumulate_gradients
@@ -31,7 +31,7 @@ def main(path: str, folder: str, *sizes: str) -> None:
             batch = batch_plan(config, process.world_size)
             position = DataPosition(0, 0, config.train.seed, dataset.hash)
             with Loader(dataset.train, batch, position, process.rank, process.device) as loader:
-                accumulate_gradients(wrap(model, config, process), loader, batch, config, process)
+                accumulate_gradients(parallelize(model, config, process), loader, batch, config, process)
             gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
             torch.save(gradients, Path(folder) / f"micro{size}-rank{process.rank}.pt")
 

@@ -74,12 +74,12 @@ def test_a_card_of_an_earlier_step_knows_nothing_later(run: RunPaths) -> None:
     assert "at step 12" not in text
 
 
-def test_public_data_are_named_with_their_licence(tiny: RunConfig, temp_data: Path) -> None:
+def test_public_data_are_named_with_their_license(tiny: RunConfig, temp_data: Path) -> None:
     run = write_run(replace(tiny, data=DataConfig(source="fineweb-edu-10bt")), source="fineweb-edu-10bt")
     text = card(run)
     assert front_matter(text)["datasets"] == ["HuggingFaceFW/fineweb-edu"]
     assert "https://huggingface.co/datasets/HuggingFaceFW/fineweb-edu" in row(text, "source")
-    assert row(text, "its licence") == "ODC-By 1.0"
+    assert row(text, "its license") == "ODC-By 1.0"
     assert "None was given to these weights." in text
     hub = DataConfig(source="hub:some/texts@main:data/*.parquet")
     other = write_run(replace(tiny, name="other", data=hub), source="hub-some-texts-data---parquet")

@@ -11,7 +11,7 @@ from support.live_memory import ALONE, Step, highest, saved_bytes
 from torch.autograd.graph import saved_tensors_hooks
 
 from myllm.config import ModelConfig, RunConfig, TrainConfig
-from myllm.distributed.collectives import Process
+from myllm.distributed.collectives import DistContext
 from myllm.distributed.precision import autocast
 from myllm.model.cross_entropy import CPU_CHUNK, GPU_CHUNK
 from myllm.planning import memory_estimate as footprint
@@ -116,12 +116,12 @@ def test_the_peak_of_a_preset_in_small(name: str) -> None:
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_a_steps_peak_with_ddp(accumulation: int) -> None:
     """Gradients of earlier micro-steps are in the buckets: they are there once, however many steps accumulate."""
-    pair = Process(0, 0, 2, torch.device("cpu"))
+    pair = DistContext(0, 0, 2, torch.device("cpu"))
     config = run_config("plain", 1, 2 * accumulation)
     assert tensors_alone(config, pair.world_size) == pytest.approx(_measured(config, pair), rel=0.1)
 
 
-def _measured(config: RunConfig, process: Process = ALONE) -> int:
+def _measured(config: RunConfig, process: DistContext = ALONE) -> int:
     step = Step(config, process)
     for _ in range(1 if process.world_size == 1 else 2):  # makes the moments, and in the first one DDP its last buckets
         step()

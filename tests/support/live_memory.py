@@ -8,23 +8,23 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
 from myllm.config import RunConfig
-from myllm.distributed.collectives import Process
-from myllm.distributed.parallelize import clear_gradients, last_of_step, wrap
+from myllm.distributed.collectives import DistContext
+from myllm.distributed.parallelize import parallelize, sync_grads_on_last, zero_grad
 from myllm.distributed.precision import autocast
 from myllm.model.transformer import Transformer
 from myllm.optim.adamw import ScheduledAdamW
 
-ALONE = Process(0, 0, 1, torch.device("cpu"))
+ALONE = DistContext(0, 0, 1, torch.device("cpu"))
 
 
 class Step:
     """One rank's steps on a CPU, with a model and an optimizer that are made here."""
 
-    def __init__(self, config: RunConfig, process: Process = ALONE) -> None:
+    def __init__(self, config: RunConfig, process: DistContext = ALONE) -> None:
         self.config, shape = config, (config.train.micro_batch_size, config.model.max_seq_len)
         self.model = Transformer(config.model)
         self.optimizer = ScheduledAdamW(self.model.named_parameters(), config.optim, 10)
-        self.runner = wrap(self.model, config, process)
+        self.runner = parallelize(self.model, config, process)
         self.tokens = torch.randint(config.model.vocab_size, shape)
         self.accumulation = config.train.batch_tokens // (self.tokens.numel() * process.world_size)
 
@@ -35,11 +35,11 @@ class Step:
     def __call__(self) -> None:
         self.runner.train()
         for micro_step in range(self.accumulation):
-            with last_of_step(self.runner, micro_step == self.accumulation - 1):
+            with sync_grads_on_last(self.runner, micro_step == self.accumulation - 1):
                 self.forward().backward()
         torch.nn.utils.clip_grad_norm_(self.optimizer.parameters.values(), 1.0)
         self.optimizer.step(0)
-        clear_gradients(self.runner)
+        zero_grad(self.runner)
 
     @property
     def held(self) -> int:

@@ -15,8 +15,8 @@ from torch.distributed.fsdp import fully_shard
 
 from myllm.config import ModelConfig, RunConfig
 from myllm.distributed import parallelize as parallel
-from myllm.distributed.collectives import Process
-from myllm.distributed.parallelize import clear_gradients, last_of_step, wrap
+from myllm.distributed.collectives import DistContext
+from myllm.distributed.parallelize import parallelize, sync_grads_on_last, zero_grad
 from myllm.distributed.precision import autocast
 from myllm.evals.perplexity import perplexity_sums
 from myllm.inference.generate import stream_tokens
@@ -29,7 +29,7 @@ from myllm.training.anomaly.diagnose import diagnose
 
 LAYERS = 9
 """More than torch.compile would make graphs of one function for (recompile_limit, 8)."""
-ALONE = Process(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
+ALONE = DistContext(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
 PAIR = replace(ALONE, world_size=2)
 """What DDP is chosen for. The group of the test has one rank, which is no different to what is counted."""
 
@@ -83,11 +83,11 @@ def train_steps(runner: torch.nn.Module, config: RunConfig, steps: int = 2) -> N
     runner.train()
     for _ in range(steps):
         for last in (False, True):
-            with last_of_step(runner, last):
+            with sync_grads_on_last(runner, last):
                 with autocast(config, ALONE.device):
                     loss = runner(batch(), batch())
                 loss.backward()
-        clear_gradients(runner)
+        zero_grad(runner)
 
 
 def evaluate(model: Transformer, config: RunConfig) -> None:
@@ -104,7 +104,7 @@ def evaluate(model: Transformer, config: RunConfig) -> None:
 def assert_graphs(count: int, config: RunConfig, graphs: Graphs) -> None:
     """Training makes so many, without breaks; evaluations and training again make none."""
     model = Transformer(config.model)
-    runner = wrap(model, config, ALONE)
+    runner = parallelize(model, config, ALONE)
     for _ in range(2):
         train_steps(runner, config)
         assert graphs.count == (count, 0)
@@ -138,7 +138,7 @@ def test_a_bad_step_is_taken_apart_uncompiled(graphs: Graphs) -> None:
     """Its hooks see every module, in blocks that are compiled otherwise and are so again afterwards."""
     config = small_run("debug", activation_checkpointing=True)
     model = Transformer(config.model)
-    runner = wrap(model, config, ALONE)
+    runner = parallelize(model, config, ALONE)
     train_steps(runner, config, steps=1)
     found = diagnose(model, [(batch(1), batch(1))], 1, lambda: autocast(config, ALONE.device))
     assert graphs.count == (2, 0)
@@ -157,7 +157,7 @@ def test_blocks_in_parts_share_one_graph(recompute: bool, graphs: Graphs) -> Non
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    train_steps(wrap(model, config, ALONE), config, steps=3)
+    train_steps(parallelize(model, config, ALONE), config, steps=3)
     assert graphs.count == (2, 0)
 
 
@@ -169,7 +169,7 @@ def test_ddp_cuts_no_block(recompute: bool, graphs: Graphs) -> None:
     config = small_run("lf-llm-269m", n_layers=3, activation_checkpointing=recompute)
     config = replace(config, model=replace(config.model, d_model=256, n_kv_heads=None))
     model = Transformer(config.model)
-    runner = wrap(model, config, PAIR)
+    runner = parallelize(model, config, PAIR)
     for _ in range(2):
         assert graphs.count == (2, 0)
         assert counters["stats"]["unique_graphs"] == 2
@@ -185,7 +185,7 @@ def test_ddp_cuts_a_whole_model_once(graphs: Graphs, monkeypatch: pytest.MonkeyP
     config = small_run("default-150m", n_layers=3, compile_unit="model")
     config = replace(config, model=replace(config.model, d_model=256, n_kv_heads=None))
     model = Transformer(config.model)
-    runner = wrap(model, config, PAIR)
+    runner = parallelize(model, config, PAIR)
     parts, breaks = graphs.count
     assert parts > 1
     assert (breaks, counters["stats"]["unique_graphs"]) == (0, 1)
@@ -206,5 +206,5 @@ def test_a_graph_that_would_break_is_an_error(graphs: Graphs, monkeypatch: pytes
     monkeypatch.setattr(transformer, "mean_loss", breaking)
     config = small_run("debug", compile_unit="model")
     with pytest.raises(torch._dynamo.exc.Unsupported):
-        train_steps(wrap(Transformer(config.model), config, ALONE), config)
+        train_steps(parallelize(Transformer(config.model), config, ALONE), config)
     assert graphs.made == []

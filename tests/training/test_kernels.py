@@ -10,8 +10,8 @@ from conftest import with_train
 
 from myllm.config import RunConfig
 from myllm.distributed import device_info as hardware
-from myllm.distributed.collectives import Process
-from myllm.distributed.precision import float32_products
+from myllm.distributed.collectives import DistContext
+from myllm.distributed.precision import allow_tf32
 from myllm.model import attention_backend as sdpa
 from myllm.model.transformer import Transformer
 from myllm.training.kernels import fast_kernels
@@ -27,7 +27,7 @@ def said(tiny: RunConfig, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list
         major: int | None = None, choice: sdpa.SelectedBackend | None = None, triton: str | None = "there", **train: Any
     ) -> list[str]:
         config = with_train(replace(tiny, model=replace(tiny.model, vocab_size=300)), **train)
-        process = Process(0, 0, 1, CUDA if major else CPU)
+        process = DistContext(0, 0, 1, CUDA if major else CPU)
         if major:
             monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (major, 0))
             monkeypatch.setattr(hardware, "find_spec", lambda name: triton)
@@ -79,8 +79,8 @@ def test_tf32(tiny: RunConfig, major: int, precision: str, expected: str, monkey
     """Where a run computes in bfloat16 and the card has it; who asks for float32 gets it; as before afterwards."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (major, 0))
     config = with_train(tiny, precision=precision)
-    with float32_products(config, CUDA):
+    with allow_tf32(config, CUDA):
         assert torch.get_float32_matmul_precision() == expected
     assert torch.get_float32_matmul_precision() == "highest"
-    with float32_products(with_train(tiny, precision="bfloat16"), CPU):
+    with allow_tf32(with_train(tiny, precision="bfloat16"), CPU):
         assert torch.get_float32_matmul_precision() == "highest"

@@ -20,8 +20,8 @@ from myllm.config import RunConfig, TrainConfig
 from myllm.data.prepare.prepare import prepare
 from myllm.data.sampler import DataPosition
 from myllm.distributed import doctor
-from myllm.distributed.collectives import Process, process_group
-from myllm.distributed.parallelize import wrap
+from myllm.distributed.collectives import DistContext, process_group
+from myllm.distributed.parallelize import parallelize
 from myllm.distributed.precision import autocast, compute_dtype, has_bfloat16
 from myllm.errors import TrainingDiverged
 from myllm.model import cross_entropy as model_loss
@@ -36,7 +36,7 @@ from myllm.training.gradient_guard import GROWTH_STEPS, LARGEST_LOSS_SCALE, Grad
 from myllm.training.step import accumulate_gradients, clip_gradients
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
-ALONE = Process(rank=0, local_rank=0, world_size=1, device=CPU)
+ALONE = DistContext(rank=0, local_rank=0, world_size=1, device=CPU)
 HALF = TrainConfig(precision="float16")
 
 
@@ -106,7 +106,7 @@ class Steps:
         self.config = replace(config, model=replace(config.model, vocab_size=100, dropout_ffn=0.0))
         self.model = Transformer(self.config.model)
         self.optimizer = ScheduledAdamW(self.model.named_parameters(), config.optim, config.train.max_steps)
-        self.runner, self.guard = wrap(self.model, self.config, ALONE), GradientGuard(config.train, CPU)
+        self.runner, self.guard = parallelize(self.model, self.config, ALONE), GradientGuard(config.train, CPU)
         self.batch, self.loader = batch_plan(self.config, 1), MadeUp()
 
     def make(self, step: int) -> tuple[float, float]:
@@ -164,7 +164,7 @@ def test_of_gradients_in_parts_too(steps: Callable[[str], Steps]) -> None:
         fully_shard(block, mesh=init_device_mesh("cpu", (1,)))
     fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
     parted = steps("float16")
-    parted.model, parted.runner = model, wrap(model, config, ALONE)
+    parted.model, parted.runner = model, parallelize(model, config, ALONE)
     parted.optimizer = ScheduledAdamW(model.named_parameters(), config.optim, config.train.max_steps)
     for step in range(4):
         (loss, norm), (true_loss, true_norm) = parted.make(step), exact.make(step)

@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from myllm.checkpoint.format import TrainState
 from myllm.config import RunConfig
 from myllm.data.sampler import DataPosition
-from myllm.distributed.collectives import Process
-from myllm.distributed.parallelize import wrap
+from myllm.distributed.collectives import DistContext
+from myllm.distributed.parallelize import parallelize
 from myllm.model.transformer import Transformer
 from myllm.optim.adamw import ScheduledAdamW
 from myllm.planning.batch import batch_plan
@@ -26,7 +26,7 @@ from myllm.training.kernel_costs import PHASES
 from myllm.training.kernels import fast_kernels
 from myllm.training.step import train_step
 
-ALONE = Process(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
+ALONE = DistContext(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
 READS = ("item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__", "__array__")
 """Methods that make the host wait until the device has the value."""
 WAITS = ("aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero", "aten::equal", "aten::masked_select")
@@ -75,7 +75,7 @@ class Steps:
         self.config = config
         model = Transformer(config.model)
         self.optimizer = ScheduledAdamW(model.named_parameters(), config.optim, 10)
-        self.runner, self.guard = wrap(model, config, ALONE), GradientGuard(config.train, ALONE.device)
+        self.runner, self.guard = parallelize(model, config, ALONE), GradientGuard(config.train, ALONE.device)
         self.batch = batch_plan(config, 1)
 
     def make(self, step: int, *phase: Any) -> tuple[torch.Tensor, torch.Tensor, float]:
@@ -128,9 +128,9 @@ def test_a_step_repeats_itself_where_asked(wanted: bool, tiny: RunConfig, monkey
 
     def wrapped(*given: Any) -> torch.nn.Module:
         told.append(os.environ.get("CUBLAS_WORKSPACE_CONFIG"))
-        return wrap(*given)
+        return parallelize(*given)
 
-    monkeypatch.setattr(kernels, "wrap", wrapped)
+    monkeypatch.setattr(kernels, "parallelize", wrapped)
     with fast_kernels(model, config, ALONE) as runner:
         parts = Steps(config)
         parts.runner = runner

@@ -117,7 +117,7 @@ def test_a_stop_before_the_first_row_leaves_no_file(tmp_path: Path) -> None:
     """Of a file without a step no report can be drawn."""
     meter = object.__new__(meters.ThroughputMeter)
     meter._stopwatch, meter._told = meters.Stopwatch(torch.device("cpu")), {}
-    meter._process, meter._loader = type("P", (), {"is_main": True}), type("L", (), {"wait_s": 0.0})
+    meter._process, meter._loader = type("P", (), {"is_rank_zero": True}), type("L", (), {"wait_s": 0.0})
     lines: list[str] = []
     with meter.timed("starting"):
         pass

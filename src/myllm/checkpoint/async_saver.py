@@ -13,7 +13,7 @@ from torch import Tensor
 from myllm.config import RunConfig, to_dict
 from myllm.data.tokenizer.load import Tokenizer
 from myllm.distributed import collectives as distributed
-from myllm.distributed.collectives import Process
+from myllm.distributed.collectives import DistContext
 from myllm.errors import TrainingDiverged
 from myllm.model.transformer import Transformer
 from myllm.optim.adamw import ScheduledAdamW
@@ -40,12 +40,12 @@ class Saver:
         model: Transformer,
         optimizer: ScheduledAdamW,
         tokenizer: Tokenizer,
-        process: Process,
+        process: DistContext,
     ) -> None:
         self._config, self._run, self._process = config, run, process
         self._model, self._optimizer = model, optimizer
         self._tokenizer_file = None if tokenizer.is_default else tokenizer.file
-        self._group = distributed.background_group()
+        self._group = distributed.new_background_group()
         self._copies: dict[tuple[str, str], Tensor] = {}
         """Of the save before: host memory for the next one."""
         self._thread: threading.Thread | None = None
@@ -148,7 +148,7 @@ class Saver:
         return sharded.plain_names(self._model.state_dict().items())
 
     def _on_main(self, check: Callable[[], None]) -> None:
-        distributed.agree(check if self._process.is_main else lambda: None)
+        distributed.run_on_all_ranks(check if self._process.is_rank_zero else lambda: None)
 
 
 def _check_finite(tensors: dict[tuple[str, str], Tensor], step: int) -> None:
@@ -159,8 +159,8 @@ def _check_finite(tensors: dict[tuple[str, str], Tensor], step: int) -> None:
     flags = torch.stack([each.to(sums[0].device) for each in sums]).isfinite().tolist() if sums else []
     doubtful = [key for key, fine in zip(tensors, flags, strict=True) if not fine]
     bad = [key[1] for key in doubtful if not sharded.local(tensors[key]).isfinite().all()]
-    if distributed.any_rank(bool(bad))[0]:
-        names = sorted({name for names in distributed.all_gather(bad) for name in names})
+    if distributed.all_reduce_any(bool(bad))[0]:
+        names = sorted({name for names in distributed.all_gather_object(bad) for name in names})
         raise TrainingDiverged(
             f"after step {step:,} the weights {', '.join(names[:3])} are not finite and were not saved. Start "
             "the same command again to go back to the newest checkpoint, with a lower optim.max_lr"

@@ -47,7 +47,7 @@ def write_tensors(folder: Path, tensors: dict[str, Tensor], group: dist.ProcessG
         group: whose ranks all call this; None is the default one, or this process alone where there is none.
 
     Raises:
-        Exception: what went wrong here, or `distributed.Elsewhere` where it did so on another rank.
+        Exception: what went wrong here, or `RemoteRankError` where it did so on another rank.
     """
     # Nothing is copied ahead: that is for tensors on a GPU, and would wait for training's work there.
     planner, writer = DefaultSavePlanner(), _Writer(folder, sync_files=True, per_thread_copy_ahead=0)
@@ -66,16 +66,16 @@ def write_tensors(folder: Path, tensors: dict[str, Tensor], group: dist.ProcessG
         return writer.prepare_global_plan(plans)
 
     def written() -> Any:
-        return writer.write_data(planner.finish_plan(plans[distributed.rank_in(group)]), planner).wait()
+        return writer.write_data(planner.finish_plan(plans[distributed.group_rank(group)]), planner).wait()
 
     def finished() -> None:
         if distributed.is_first(group):
             writer.finish(metadata, results)
 
-    wishes = distributed.agree(planned, group)
-    plans = distributed.agree(dealt_out, group)[0]
-    results = distributed.agree(written, group)
-    distributed.agree(finished, group)
+    wishes = distributed.run_on_all_ranks(planned, group)
+    plans = distributed.run_on_all_ranks(dealt_out, group)[0]
+    results = distributed.run_on_all_ranks(written, group)
+    distributed.run_on_all_ranks(finished, group)
 
 
 def read_into(folder: Path, tensors: dict[str, Tensor]) -> None:

@@ -170,11 +170,13 @@ def write(checkpoints: Path, snapshot: Snapshot, keep: Keep = KEEP_ALL, group: d
     work = checkpoints / f".partial-{final.name}"
     first = distributed.is_first(group)
     try:
-        distributed.agree(lambda: _begin(work) if first else None, group)
+        distributed.run_on_all_ranks(lambda: _begin(work) if first else None, group)
         sharded.write_tensors(work / WEIGHTS, snapshot.weights, group)
         sharded.write_tensors(work / OPTIMIZER, snapshot.optimizer, group)
-        written = distributed.agree(lambda: _write_rest(work, snapshot, distributed.rank_in(group)), group)
-        distributed.agree(lambda: _seal(work, final, written, keep) if first else None, group)
+        written = distributed.run_on_all_ranks(
+            lambda: _write_rest(work, snapshot, distributed.group_rank(group)), group
+        )
+        distributed.run_on_all_ranks(lambda: _seal(work, final, written, keep) if first else None, group)
     except (OSError, RuntimeError) as error:
         if not out_of_space(error):
             raise
@@ -253,7 +255,7 @@ def load_latest(checkpoints: Path, log: Callable[[str], None]) -> Checkpoint | N
     Raises:
         UserError: there are checkpoints and every one is damaged; starting over is for the user to decide.
     """
-    folders = distributed.from_main(list_checkpoints(checkpoints))
+    folders = distributed.broadcast_object(list_checkpoints(checkpoints))
     for folder in intact(folders, log, verify_together):
         return _open(folder)
     if folders:

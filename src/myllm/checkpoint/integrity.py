@@ -72,12 +72,12 @@ def content_faults(folder: Path, hashed: tuple[str, ...]) -> Iterator[str]:
 
 def verify_together(folder: Path) -> list[str]:
     """As `verify`, with the hashing shared over all ranks."""
-    files, faults = distributed.from_main(_read_manifest(folder))
-    faults = distributed.from_main(misnamed(folder)) + faults
-    by_rank = distributed.all_gather(None)
-    mine = list(files.items())[distributed.rank_in(None) :: len(by_rank)]
+    files, faults = distributed.broadcast_object(_read_manifest(folder))
+    faults = distributed.broadcast_object(misnamed(folder)) + faults
+    by_rank = distributed.all_gather_object(None)
+    mine = list(files.items())[distributed.group_rank(None) :: len(by_rank)]
     found = [fault for name, expected in mine for fault in _compare(folder, name, expected)]
-    return faults + [fault for one in distributed.all_gather(found) for fault in one]
+    return faults + [fault for one in distributed.all_gather_object(found) for fault in one]
 
 
 def _read_manifest(folder: Path) -> tuple[dict[str, Any], list[str]]:

@@ -20,9 +20,9 @@ def list_sources() -> None:
     """List known data sources and prepared data sets."""
     from myllm.data.sources.catalog import CORPORA
 
-    rows = [("source", "download", "tokens", "licence", "text", "layout")]
+    rows = [("source", "download", "tokens", "license", "text", "layout")]
     rows += [
-        (each.name, f"{each.download_gb:,g} GB", each.tokens, each.licence, each.column, each.layout)
+        (each.name, f"{each.download_gb:,g} GB", each.tokens, each.license, each.column, each.layout)
         for each in CORPORA.values()
     ]
     rows.append(("python-stdlib", "none", "4M", "PSF-2.0", "-", "the .py files of this Python's own library"))
@@ -133,7 +133,7 @@ class PrepareOptions:
     """Take files, and the parts of a large one, in a seeded order."""
     seed: int = DataConfig.shuffle_seed
     """Of that order."""
-    normalise_unicode: bool = DataConfig.normalise_unicode
+    normalize_unicode: bool = DataConfig.normalize_unicode
     """Bring every text to Unicode's form NFC."""
     strip_control: bool = DataConfig.strip_control
     """Remove control characters but tab, newline and carriage return."""
@@ -163,7 +163,7 @@ class PrepareOptions:
             val_tokens=parse_count(self.val_tokens, "--val-tokens"),
             target_tokens=parse_count(self.target_tokens, "--target-tokens") if self.target_tokens else None,
             max_documents=self.limit, shard_tokens=min(parse_count(self.shard_tokens, "--shard-tokens"), most),
-            shuffle_files=self.shuffle_files, shuffle_seed=self.seed, normalise_unicode=self.normalise_unicode,
+            shuffle_files=self.shuffle_files, shuffle_seed=self.seed, normalize_unicode=self.normalize_unicode,
             strip_control=self.strip_control, min_chars=self.min_chars, dedup_exact=self.dedup_exact,
             fallback=self.fallback, keep_downloads=self.keep_downloads, workers=self.workers,
         )  # fmt: skip

@@ -124,7 +124,7 @@ def parse_run_args(kind: type[RunArgs], words: list[str], usage: str) -> Any:
         "Every setting of the run, with its value in this preset. The same command resumes an interrupted run.",
     )
     # A WORLD_SIZE without torchrun is a plan for later, not the number of processes of this call.
-    check_config(launch.config, ranks.world_size() if launch.planning or ranks.launched() else 1)
+    check_config(launch.config, ranks.world_size() if launch.planning or ranks.is_launched() else 1)
     if RunPaths.of(launch.config.name).checkpoints.is_dir():
         from myllm.runs.saved_settings import as_begun
 
@@ -225,11 +225,11 @@ def _says(file: ConfigFile, own_text: bool) -> bool:
 def describe_plan(launch: PretrainArgs) -> str:
     """The settings and what they cost, for people."""
     from myllm.distributed.collectives import choose_device
-    from myllm.distributed.device_info import has_triton, why_no_cuda
+    from myllm.distributed.device_info import cuda_problem, has_triton
 
     asked = launch.config.train.device
     world_size, device = ranks.world_size(), choose_device(asked)
-    why = why_no_cuda() if asked == "auto" and device.type == "cpu" else None
+    why = cuda_problem() if asked == "auto" and device.type == "cpu" else None
     config, length = with_length_here(launch)
     lines = [
         f"{describe_settings(launch.config)}\n",
@@ -259,10 +259,10 @@ def with_length_here(launch: RunArgs) -> tuple[RunConfig, list[str]]:
 
 def _time_here(config: RunConfig, world_size: int, device: "torch.device") -> str:
     from myllm.distributed.device_info import device_name, measure_matmul_flops
-    from myllm.distributed.precision import compute_dtype, float32_products, in_words
+    from myllm.distributed.precision import allow_tf32, compute_dtype, describe_precision
 
-    products, dtype = in_words(config.train.precision, device), compute_dtype(config.train.precision, device)
-    with float32_products(config, device):
+    products, dtype = describe_precision(config.train.precision, device), compute_dtype(config.train.precision, device)
+    with allow_tf32(config, device):
         rate = measure_matmul_flops(device, dtype) * world_size
     total = flops_per_token(config.model) * config.train.max_steps * config.train.batch_tokens
     hours = total / (0.4 * rate) / 3_600
@@ -295,15 +295,15 @@ def exit_on_error() -> Iterator[None]:
         _fail(str(error), everywhere=isinstance(error, MachineError))
     except SystemExit as end:
         if isinstance(end.code, int) and end.code:
-            ranks.leave(end.code)
+            ranks.exit_failed(end.code)
         if flush_output():
-            ranks.leave(128 + signal.SIGPIPE)
+            ranks.exit_failed(128 + signal.SIGPIPE)
         raise
     except KeyboardInterrupt:
-        ranks.leave(130)
+        ranks.exit_failed(130)
     except OSError as error:
         if error.errno in (errno.EPIPE, errno.EIO) and reader_left():
-            ranks.leave(128 + signal.SIGPIPE)
+            ranks.exit_failed(128 + signal.SIGPIPE)
         if said := in_words(error):
             _fail(said)
         _leave_others(error)
@@ -356,12 +356,12 @@ def _fail(message: str, everywhere: bool = False) -> NoReturn:
         # such as a device that its machine lacks.
         time.sleep(RANK_0_FIRST_S)
         print(f"error on rank {ranks.rank()}, {platform.node()}: {message}", file=sys.stderr)
-    ranks.leave(2)
+    ranks.exit_failed(2)
 
 
 def _leave_others(error: Exception) -> None:
     """End one of several ranks, after a fault of its own or of another; where it is alone, do nothing."""
-    if not ranks.launched():
+    if not ranks.is_launched():
         return
     if isinstance(error, RuntimeError) and any(sign in str(error) for sign in LOST_A_RANK):
         # What went wrong did so elsewhere: a traceback here would only bury it. And a launcher goes by the first rank
@@ -374,4 +374,4 @@ def _leave_others(error: Exception) -> None:
         )
     else:
         traceback.print_exception(error)
-    ranks.leave(1)
+    ranks.exit_failed(1)

@@ -9,7 +9,7 @@ from typing import Literal
 import tyro
 
 from myllm.console import open_output
-from myllm.distributed.library_env import set_for_libraries
+from myllm.distributed.library_env import set_library_env
 from myllm.errors import UserError, nearest
 
 from . import checkpoint as checkpoint_cli
@@ -55,9 +55,9 @@ def doctor(distributed: bool = False, device: Literal["auto", "cpu", "cuda"] = "
         for line in check_network(device, timeout_s):
             print(line)
         return
-    from myllm.distributed.doctor import examine
+    from myllm.distributed.doctor import check_machine
 
-    lines, faults = examine()
+    lines, faults = check_machine()
     print("\n".join(lines))
     if faults:
         raise UserError("this will hinder training:\n" + "\n".join(f"  - {fault}" for fault in faults))
@@ -114,7 +114,7 @@ TAKES_WORDS = {"plan", "preflight", "prove-resume"}
 
 def main(words: list[str] | None = None) -> None:
     """Run one command. Exit code 2 for a user's mistake."""
-    set_for_libraries()
+    set_library_env()
     open_output()
     words = sys.argv[1:] if words is None else words
     with exit_on_error():

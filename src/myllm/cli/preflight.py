@@ -71,11 +71,11 @@ def preflight(words: list[str]) -> None:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if process.is_main:
+    if process.is_rank_zero:
         print(findings.table(), flush=True)
     if refusals := findings.problems():
         raise UserError("this run would not work:\n" + "\n".join(f"  - {refusal}" for refusal in refusals))
-    if wanted.config.train.micro_batch_size == "auto" and findings.measured and process.is_main:
+    if wanted.config.train.micro_batch_size == "auto" and findings.measured and process.is_rank_zero:
         try:
             save_for_run(findings.config, process, findings.measured.peak_bytes)
         except OSError as error:

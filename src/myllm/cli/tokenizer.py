@@ -101,15 +101,15 @@ def _compare(tokenizer: "Tokenizer", default: "Tokenizer", texts: list[str]) -> 
 def _documents(found: "Source", limit: int) -> Iterator[str]:
     """The source's first documents, in the seeded order of its files. Downloads are deleted again."""
     from myllm.data.prepare.work_items import order_files
-    from myllm.data.sources.download import fetch
-    from myllm.data.sources.read_task import Faults
-    from myllm.data.sources.source import documents
+    from myllm.data.sources.download import download_file
+    from myllm.data.sources.read_task import SkipLog
+    from myllm.data.sources.source import read_documents
 
     def every() -> Iterator[str]:
         with tempfile.TemporaryDirectory(dir=paths.tokenizers()) as folder:
             for file in order_files(found.files, shuffle=True, seed=0):
-                path = fetch(file, Path(folder))
-                yield from documents(found, file, path, Faults())
+                path = download_file(file, Path(folder))
+                yield from read_documents(found, file, path, SkipLog())
                 if file.remote:
                     path.unlink()
 

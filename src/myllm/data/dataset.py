@@ -17,7 +17,7 @@ import numpy as np
 
 from myllm import paths
 from myllm.config import DataConfig, RunConfig, from_dict
-from myllm.data.sources.catalog import source_of
+from myllm.data.sources.catalog import actual_source
 from myllm.data.tokenizer.load import NAME, Tokenizer, load_tokenizer
 from myllm.errors import MachineError, UserError, nearest
 from myllm.files import file_sha256, read_json
@@ -135,7 +135,7 @@ class Dataset:
         """
         recorded = self.manifest["source"]
         if config.dataset is None:  # found by this very config, or by its fallback
-            same = source_of(config.source, None, recorded) == config.source
+            same = actual_source(config.source, None, recorded) == config.source
             return config if same else replace(config, source=config.fallback or recorded)
         try:
             values = read_json(self.folder / SETTINGS)
@@ -149,7 +149,7 @@ class Dataset:
             vocabulary = paths.portable(self.folder / TOKENIZER)
         return replace(
             made_with,
-            source=source_of(made_with.source, None, recorded),
+            source=actual_source(made_with.source, None, recorded),
             dataset=paths.portable(self.folder, paths.datasets()),
             tokenizer=vocabulary,
             workers=config.workers,

@@ -17,17 +17,17 @@ from torch import Tensor
 from myllm.errors import MachineError, UserError
 from myllm.files import out_of_space
 
-from .cpu_threads import threads_to_use
-from .device_info import cuda_devices, why_no_cuda, why_not_this_card
-from .launcher import launched, local_rank, rank, waiting_said, world_size
+from .cpu_threads import num_threads
+from .device_info import cuda_device_count, cuda_problem, gpu_problem
+from .launcher import is_launched, local_rank, rank, warn_while_waiting, world_size
 
 T = TypeVar("T")
-PATIENT_S = 1_800.0
+COLLECTIVE_TIMEOUT_S = 1_800.0
 """How long a collective may take where ranks do things of very different lengths: compiling, saving, evaluating."""
 
 
 @dataclass(frozen=True)
-class Process:
+class DistContext:
     """This process among those of the run."""
 
     rank: int
@@ -38,13 +38,13 @@ class Process:
     device: torch.device
 
     @property
-    def is_main(self) -> bool:
+    def is_rank_zero(self) -> bool:
         """Writes the files and talks to the user: global rank 0."""
         return self.rank == 0
 
 
 @contextmanager
-def process_group(device: str) -> Iterator[Process]:
+def process_group(device: str) -> Iterator[DistContext]:
     """Join the run's processes for the length of a `with` block, with this one's share of the machine's cores.
 
     Args:
@@ -54,22 +54,24 @@ def process_group(device: str) -> Iterator[Process]:
         UserError: no such device on this machine, one that torch cannot use, or several processes for one of MPS.
     """
     chosen = training_device(device, local_rank())
-    if chosen.type == "mps" and launched() and world_size() > 1:
+    if chosen.type == "mps" and is_launched() and world_size() > 1:
         raise UserError(
             f"{world_size()} processes were started, but MPS is one device and PyTorch has no collectives for it; "
             "start one process, or give --train.device cpu"
         )
-    process = Process(rank(), local_rank(), world_size() if launched() else 1, chosen)
-    if threads := threads_to_use():
+    process = DistContext(rank(), local_rank(), world_size() if is_launched() else 1, chosen)
+    if threads := num_threads():
         torch.set_num_threads(threads)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if process.world_size > 1:
         # gloo carries what lives on the host (the stop flag, objects), so that it never waits for the device.
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-        with waiting_said():
+        with warn_while_waiting():
             dist.init_process_group(
-                backend, timeout=timedelta(seconds=PATIENT_S), device_id=chosen if chosen.type == "cuda" else None
+                backend,
+                timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
+                device_id=chosen if chosen.type == "cuda" else None,
             )
     yield process
     # Not after an error: where others are still in a collective, to take the group apart can wait for ever.
@@ -83,14 +85,14 @@ def choose_device(device: str, local_rank: int = 0) -> torch.device:
     Raises:
         UserError: no such device on this machine.
     """
-    there = {"cpu": 1, "cuda": cuda_devices(), "mps": int(torch.backends.mps.is_available())}
+    there = {"cpu": 1, "cuda": cuda_device_count(), "mps": int(torch.backends.mps.is_available())}
     if device == "auto":
         device = "cuda" if there["cuda"] else "mps" if there["mps"] else "cpu"
     if device not in there:
         raise UserError(f"unknown device {device!r}; there are auto, {', '.join(there)}")
     if not there[device] or (device == "cuda" and local_rank >= there["cuda"]):
         usable = ", ".join(name for name, count in there.items() if count)
-        why = why_no_cuda() if device == "cuda" and not there["cuda"] else None
+        why = cuda_problem() if device == "cuda" and not there["cuda"] else None
         raise UserError(
             f"torch sees {there[device]} device(s) of kind {device!r} here, too few for process {local_rank} of this "
             f"machine; usable: {usable} (auto takes the best){f'. {why}' if why else ''}"
@@ -107,15 +109,15 @@ def training_device(device: str, local_rank: int = 0) -> torch.device:
     chosen = choose_device(device, local_rank)
     why = None
     if device == "auto" and chosen.type == "cpu":
-        why = why_no_cuda()
+        why = cuda_problem()
     elif chosen.type == "cuda":
-        why = why_not_this_card(chosen)
+        why = gpu_problem(chosen)
     if why:
         raise MachineError(f"{why}. To train on the processor all the same, give --train.device cpu")
     return chosen
 
 
-def sum_over_ranks(values: Tensor) -> Tensor:
+def all_reduce_sum(values: Tensor) -> Tensor:
     """The element-wise sum, the same on every rank."""
     if dist.is_initialized():
         values = values.clone()
@@ -123,7 +125,7 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
-def any_rank(*flags: bool) -> tuple[bool, ...]:
+def all_reduce_any(*flags: bool) -> tuple[bool, ...]:
     """Of each flag, whether any rank says so; every rank gets the same answers."""
     if not dist.is_initialized():
         return flags
@@ -132,7 +134,7 @@ def any_rank(*flags: bool) -> tuple[bool, ...]:
     return tuple(bool(vote) for vote in votes)
 
 
-def highest(number: int) -> int:
+def all_reduce_max(number: int) -> int:
     """The largest of the ranks' numbers, on every rank."""
     if not dist.is_initialized():
         return number
@@ -141,7 +143,7 @@ def highest(number: int) -> int:
     return int(box)
 
 
-def board() -> dist.Store | None:
+def shared_store() -> dist.Store | None:
     """Keys and values that all ranks share, without a collective; None where there is one rank."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return None
@@ -150,13 +152,13 @@ def board() -> dist.Store | None:
     return dist.PrefixStore("board", store.clone() if hasattr(store, "clone") else store)
 
 
-def all_arrive(place: str, patience_s: float) -> bool:
+def all_ranks_arrive(place: str, patience_s: float) -> bool:
     """Whether every rank comes to this place, as often as this one, before so many seconds have passed.
 
     Every rank calls it, but one that is stuck need not come: nothing is waited for in a collective. Only ranks that are
     impatient wait at all; with a patience of 0 a rank says that it is here and goes on.
     """
-    store = board()
+    store = shared_store()
     if store is None:
         return True
     # How many times each rank was here: a number of its own for each time.
@@ -170,7 +172,7 @@ def all_arrive(place: str, patience_s: float) -> bool:
     return True
 
 
-def from_main(value: Any) -> Any:
+def broadcast_object(value: Any) -> Any:
     """Rank 0's value, on every rank."""
     if not dist.is_initialized():
         return value
@@ -179,7 +181,7 @@ def from_main(value: Any) -> Any:
     return box[0]
 
 
-def gather_to_main(value: Any) -> list[Any]:
+def gather_object(value: Any) -> list[Any]:
     """Every rank's value by rank, on rank 0; an empty list elsewhere."""
     if not dist.is_initialized():
         return [value]
@@ -188,7 +190,7 @@ def gather_to_main(value: Any) -> list[Any]:
     return boxes or []
 
 
-def all_gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+def all_gather_object(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
     """Every rank's value by rank, on every rank of a group (None: all)."""
     if not dist.is_initialized():
         return [value]
@@ -197,30 +199,30 @@ def all_gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
     return boxes
 
 
-class Elsewhere(RuntimeError):
+class RemoteRankError(RuntimeError):
     """Something went wrong on another rank."""
 
 
-def agree(do: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
+def run_on_all_ranks(do: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
     """Do something on every rank of a group; every rank gets every result, by rank, or an error.
 
     Raises:
         Exception: what `do` raised on this rank.
-        Elsewhere: it raised on others alone; OSError where one of those was an OSError, UserError likewise.
+        RemoteRankError: it raised on others alone; OSError where one of those was an OSError, UserError likewise.
     """
     result, error = None, None
     try:
         result = do()
     except Exception as raised:
         error = raised
-    answers = all_gather((result, _told(error)), group)
+    answers = all_gather_object((result, _told(error)), group)
     if error:
         raise error
     for number, (_, told) in enumerate(answers):
         if told and told[0]:  # an error number
             raise OSError(told[0], f"{told[2]} (on rank {number})")
         if told:
-            raise UserError(told[2]) if told[1] else Elsewhere(f"rank {number}: {told[2]}")
+            raise UserError(told[2]) if told[1] else RemoteRankError(f"rank {number}: {told[2]}")
     return [answer for answer, _ in answers]
 
 
@@ -234,15 +236,15 @@ def _told(error: Exception | None) -> tuple[int | None, bool, str] | None:
     return number, mine, text if number or mine else f"{type(error).__name__}: {text}"
 
 
-def rank_in(group: dist.ProcessGroup | None) -> int:
+def group_rank(group: dist.ProcessGroup | None) -> int:
     return dist.get_rank(group) if dist.is_initialized() else 0
 
 
 def is_first(group: dist.ProcessGroup | None) -> bool:
-    return rank_in(group) == 0
+    return group_rank(group) == 0
 
 
-def background_group() -> dist.ProcessGroup | None:
+def new_background_group() -> dist.ProcessGroup | None:
     """A group of all ranks for what goes on beside training, whose messages never meet training's. All ranks call it;
     None where there is one process."""
     return dist.new_group(backend="gloo", timeout=timedelta(minutes=30)) if dist.is_initialized() else None
@@ -250,4 +252,4 @@ def background_group() -> dist.ProcessGroup | None:
 
 def barrier() -> None:
     if dist.is_initialized():
-        any_rank(False)  # on gloo: dist.barrier would run on the device
+        all_reduce_any(False)  # on gloo: dist.barrier would run on the device

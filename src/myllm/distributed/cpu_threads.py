@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from .launcher import local_world_size, threads_asked
+from .launcher import local_world_size, thread_count_variable
 
 
 def usable_cores() -> int:
@@ -14,7 +14,7 @@ def usable_cores() -> int:
     return _within_quota(len(mine) if mine else os.cpu_count() or 1)
 
 
-def threads_to_use() -> int | None:
+def num_threads() -> int | None:
     """Threads for this process's arithmetic: its share of the physical cores that the machine's ranks may use.
 
     The second logical core of a physical one adds next to nothing to a matrix product. The number depends on the
@@ -24,14 +24,14 @@ def threads_to_use() -> int | None:
         None where the user has chosen, or on a system that does not say: torch's own number stands then.
     """
     mine = _affinity()
-    if threads_asked() or not mine:
+    if thread_count_variable() or not mine:
         return None
     return max(_within_quota(_physical(mine)) // local_world_size(), 1)
 
 
 def threads_reason() -> str:
     """Why it is that number of threads, for the log."""
-    if asked := threads_asked():
+    if asked := thread_count_variable():
         return f"as {asked} says"
     ranks = local_world_size()
     return f"{usable_cores()} usable core(s)" + (f" for {ranks} processes" if ranks > 1 else "")

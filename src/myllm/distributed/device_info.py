@@ -70,12 +70,12 @@ def measure_matmul_flops(
             torch.mm(a, b, out=out)
 
     multiply()  # first calls set things up
-    while (took := seconds_of(multiply, device)) < seconds:
+    while (took := time_on_device(multiply, device)) < seconds:
         products *= 2
     return 2 * size**3 * products / took
 
 
-def seconds_of(work: Callable[[], None], device: torch.device) -> float:
+def time_on_device(work: Callable[[], None], device: torch.device) -> float:
     """How long the device takes for what `work` hands it. Waits once, at the end; on CUDA it is timed by the card."""
     if device.type == "cuda":
         began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -99,15 +99,15 @@ def _wait(device: torch.device) -> None:
 # -- GPUs that torch cannot use ---------------------------------------------------------------------------------------
 
 
-def cuda_devices() -> int:
+def cuda_device_count() -> int:
     """How many GPUs torch can compute on. torch.cuda.device_count() alone also counts those of a driver that is too old
     for it."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what it would say of the driver, `why_no_cuda` says with the remedy
+        warnings.simplefilter("ignore")  # what it would say of the driver, `cuda_problem` says with the remedy
         return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
-def why_no_cuda() -> str | None:
+def cuda_problem() -> str | None:
     """Why torch cannot use the GPUs of this machine, and what to do; None where NVIDIA's driver is not installed, or
     hides its GPUs because the user said so."""
     chosen = visible_gpus()
@@ -132,7 +132,7 @@ def why_no_cuda() -> str | None:
     return f"{found}, but torch sees no GPU; CUDA_VISIBLE_DEVICES is {chosen!r}"
 
 
-def why_not_this_card(device: torch.device) -> str | None:
+def gpu_problem(device: torch.device) -> str | None:
     """Why the installed torch has no kernels for a GPU that it sees, and what to do; None if it has."""
     kernels = [re.fullmatch(r"(sm|compute)_(\d+)(\d)[a-z]?", each) for each in torch.cuda.get_arch_list()]
     if not all(kernels) or not kernels:  # another maker's GPU, or no GPU

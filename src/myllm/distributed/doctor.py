@@ -12,15 +12,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from myllm import paths
 
 from .cpu_threads import usable_cores
-from .device_info import cuda_devices, device_name, has_triton, why_no_cuda, why_not_this_card
-from .precision import compute_dtype, has_bfloat16, in_words
+from .device_info import cuda_device_count, cuda_problem, device_name, gpu_problem, has_triton
+from .precision import compute_dtype, describe_precision, has_bfloat16
 
 PACKAGES = ("torch", "numpy", "tiktoken", "tokenizers", "datasets", "huggingface_hub", "tyro")
 LEAST_FREE_BYTES = 5 * 10**9
 FAST_ATTENTION = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
 
 
-def examine() -> tuple[list[str], list[str]]:
+def check_machine() -> tuple[list[str], list[str]]:
     """A line for each thing worth knowing, and a sentence for each that will hinder training."""
     lines, faults = [f"python       {platform.python_version()} on {platform.platform()}"], []
     found = []
@@ -54,10 +54,10 @@ def memory() -> str:
 def _devices(faults: list[str]) -> list[str]:
     """The accelerators that torch sees, and how fast attention goes there."""
     lines = []
-    for index in range(cuda_devices()):
+    for index in range(cuda_device_count()):
         device = torch.device("cuda", index)
         about = torch.cuda.get_device_properties(device)
-        if why := why_not_this_card(device):
+        if why := gpu_problem(device):
             faults.append(f"GPU {index}: {why}")
             lines.append(f"GPU {index}        {about.name}, which this torch has no kernels for")
             continue
@@ -72,7 +72,7 @@ def _devices(faults: list[str]) -> list[str]:
         return lines
     if torch.backends.mps.is_available():
         return ["GPU          Apple's, by way of MPS"]
-    if why := why_no_cuda():
+    if why := cuda_problem():
         faults.append(f"torch cannot use the GPUs here: {why}")
     return [f"GPU          none that torch sees; attention on the processor: {_attention(torch.device('cpu'))}"]
 
@@ -81,7 +81,7 @@ def how_it_trains(device: torch.device) -> str:
     """What train.precision auto and train.compile auto mean on a card."""
     why = "" if has_bfloat16(device) else ", since the card has no bfloat16"
     compiled = "with torch.compile" if has_triton(device) else "without torch.compile: no Triton for this card here"
-    return f"trains in {in_words('auto', device)}{why}, {compiled}"
+    return f"trains in {describe_precision('auto', device)}{why}, {compiled}"
 
 
 def _attention(device: torch.device) -> str:

@@ -25,13 +25,13 @@ from torch.distributed.launcher import api
 from myllm.console import open_output
 from myllm.errors import exit_code
 
-from .launcher import ask_for_a_store_each_start, ask_for_exit_codes
-from .library_env import set_for_libraries
+from .launcher import record_exit_code_in, use_new_store_each_start
+from .library_env import set_library_env
 
 DEFAULTS = ["--max-restarts=3", "--shutdown-timeout=120"]
 """Put before what the user gives: how often processes are started again, and how long they have to save when a signal
 comes."""
-HANDED_ON = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
+FORWARDED_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
 """The signals that they are told of."""
 
 
@@ -40,12 +40,14 @@ class Agent(LocalElasticAgent):
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         result = super()._monitor_workers(worker_group)
-        if result.state == WorkerState.FAILED and any(meant(failure.exitcode) for failure in result.failures.values()):
+        if result.state == WorkerState.FAILED and any(
+            is_deliberate(failure.exitcode) for failure in result.failures.values()
+        ):
             self._remaining_restarts = 0
         return result
 
 
-def defaults(options: str) -> list[str]:
+def default_arguments(options: str) -> list[str]:
     """What is put before the user's words, as far as the installed torchrun knows it.
 
     torch 2.11 has no --shutdown-timeout, so processes have 30 seconds to save there. 2.8 has no --signals-to-handle
@@ -55,12 +57,12 @@ def defaults(options: str) -> list[str]:
         options: what `torchrun --help` prints.
     """
     # What was ignored before stays so: nohup has SIGHUP ignored, so that all of it outlives the terminal.
-    told = [name for name in HANDED_ON if name != "SIGHUP" or signal.getsignal(signal.SIGHUP) != signal.SIG_IGN]
+    told = [name for name in FORWARDED_SIGNALS if name != "SIGHUP" or signal.getsignal(signal.SIGHUP) != signal.SIG_IGN]
     words = [*DEFAULTS, f"--signals-to-handle={','.join(told)}"]
     return [word for word in words if word.partition("=")[0] in options]
 
 
-def unusable(arguments: Any) -> str | None:
+def invalid_arguments(arguments: Any) -> str | None:
     """What is wrong with the processes asked for, or with where they meet, which torchrun would say with a traceback;
     None: nothing."""
     port = arguments.master_port
@@ -79,7 +81,7 @@ def unusable(arguments: Any) -> str | None:
     )
 
 
-def meant(exit_code: int) -> bool:
+def is_deliberate(exit_code: int) -> bool:
     """Whether a process chose to end like this; negative codes are signals that killed it."""
     return exit_code > 1
 
@@ -90,23 +92,23 @@ def main(words: list[str]) -> int:
     Returns:
         the exit code.
     """
-    set_for_libraries()
+    set_library_env()
     open_output(keep_going=True)
-    ask_for_a_store_each_start()
+    use_new_store_each_start()
     parser = run.get_args_parser()
-    arguments: Any = parser.parse_args([*defaults(parser.format_help()), *words])
-    if fault := unusable(arguments):
+    arguments: Any = parser.parse_args([*default_arguments(parser.format_help()), *words])
+    if fault := invalid_arguments(arguments):
         print(f"error: {fault}", file=sys.stderr)
         return 2
     try:
         with mock.patch.object(api, "LocalElasticAgent", Agent), TemporaryDirectory() as folder:
             due = Path(folder) / "exit_code"
-            ask_for_exit_codes(due)
+            record_exit_code_in(due)
             run.run(arguments)
             return int(due.read_text(encoding="utf-8")) if due.exists() else 0
     except ChildFailedError as error:
         codes = {rank: failure.exitcode for rank, failure in sorted(error.failures.items())}
-        chosen = next((code for code in codes.values() if meant(code)), None)
+        chosen = next((code for code in codes.values() if is_deliberate(code)), None)
         if chosen is None:
             rank, first = error.get_first_failure()
             how = f"was killed by signal {-first.exitcode}" if first.exitcode < 0 else "failed; see its traceback above"

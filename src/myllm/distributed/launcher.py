@@ -19,7 +19,7 @@ UNSET = "unset RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PO
 WAITING_SAID_AFTER_S = 20.0
 
 
-def launched() -> bool:
+def is_launched() -> bool:
     """Whether torchrun, or what takes its place, started this process."""
     return bool(os.environ.get("RANK") and os.environ.get("LOCAL_RANK"))
 
@@ -29,7 +29,7 @@ def check_launcher() -> None:
     Raises:
         UserError: a launcher's variables that cannot be, or that do not fit one another.
     """
-    if not launched():
+    if not is_launched():
         _check_without_launcher()
         return
     for name in (*PLACES, *COUNTS):
@@ -43,7 +43,7 @@ def check_launcher() -> None:
         if most and have > most - (place in PLACES):
             raise UserError(f"{place} is {have}, which does not fit {count} {most}; {_start_anew()}")
     if world_size() > 1:
-        meeting_place()
+        store_address()
 
 
 def _check_number(name: str) -> None:
@@ -72,10 +72,10 @@ def _start_anew() -> str:
 
 
 @contextmanager
-def waiting_said() -> Iterator[None]:
+def warn_while_waiting() -> Iterator[None]:
     """Say whom this process waits for, if the others do not come within the `with` block: at once where it was not
     torchrun that started it. A scheduler's variables may be left over in a shell, and there are no others."""
-    host, port, _ = meeting_place()
+    host, port, _ = store_address()
     line = (
         f"rank {rank()} waits for the other {world_size() - 1} of {world_size()} processes at {host}:{port}, for up to "
         f"half an hour. If none were started, a launcher's variables are left over: `{UNSET}`"
@@ -91,20 +91,20 @@ def waiting_said() -> Iterator[None]:
 
 
 def rank() -> int:
-    return int(os.environ["RANK"]) if launched() else 0
+    return int(os.environ["RANK"]) if is_launched() else 0
 
 
 def local_rank() -> int:
     """This process among those of its machine."""
-    return int(os.environ["LOCAL_RANK"]) if launched() else 0
+    return int(os.environ["LOCAL_RANK"]) if is_launched() else 0
 
 
 def node_rank() -> int:
     """This machine among those of the run."""
-    return int(os.environ.get("GROUP_RANK") or "0") if launched() else 0
+    return int(os.environ.get("GROUP_RANK") or "0") if is_launched() else 0
 
 
-def restarted() -> bool:
+def is_restart() -> bool:
     """Whether this is another start of the same launch: by torchrun after a process died, or by Slurm after a requeue.
 
     Not every process of a restarted run need know: a machine that came as a replacement counts from 0.
@@ -114,7 +114,7 @@ def restarted() -> bool:
     )
 
 
-def meeting_place() -> tuple[str, int, bool]:
+def store_address() -> tuple[str, int, bool]:
     """Host and port of the store in which the processes find each other, and whether this process has to open it.
 
     Raises:
@@ -130,7 +130,7 @@ def meeting_place() -> tuple[str, int, bool]:
     return host, int(port), rank() == 0 and not opened
 
 
-def repeat_cublas() -> None:
+def make_cublas_deterministic() -> None:
     """Have cuBLAS give the same bits each time, in workspaces of its own choice no more. It asks once, when it is first
     used, and torch refuses products under deterministic algorithms without it.
 
@@ -139,7 +139,7 @@ def repeat_cublas() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
-def ask_for_a_store_each_start() -> None:
+def use_new_store_each_start() -> None:
     """Have torchrun make the store anew, in which processes find each other, each time it starts them.
 
     By default torch 2.13 keeps it, and with it the addresses of processes that are dead: after a restart gloo's ranks
@@ -148,25 +148,25 @@ def ask_for_a_store_each_start() -> None:
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
 
 
-def ask_for_exit_codes(file: Path) -> None:
+def record_exit_code_in(file: Path) -> None:
     """Have the processes of this machine write down there the code that is due, where they end with 0 for torchrun."""
     os.environ["MYLLM_EXIT_CODE_FILE"] = str(file)
 
 
-def exit_as(code: int) -> NoReturn:
+def exit_with(code: int) -> NoReturn:
     """End with the code of a run that was asked to stop.
 
     torchrun would start again what ends with anything but 0. So processes that it has started end with 0, and leave the
     code to `myllm.distributed.elastic`, which ends with it.
     """
     file = os.environ.get("MYLLM_EXIT_CODE_FILE")
-    if launched() and file and local_rank() == 0:
+    if is_launched() and file and local_rank() == 0:
         with suppress(OSError):  # a full /tmp: saved is saved
             Path(file).write_text(str(code), encoding="utf-8")
-    raise SystemExit(0 if launched() else code)
+    raise SystemExit(0 if is_launched() else code)
 
 
-def leave(code: int) -> NoReturn:
+def exit_failed(code: int) -> NoReturn:
     """End a process that failed, with everything that is to be cleaned up behind it.
 
     One of several leaves without taking Python and torch apart: their threads may still hold messages of a process
@@ -174,17 +174,17 @@ def leave(code: int) -> NoReturn:
     """
     flush_output()  # nobody to read it is no reason for another code
     sys.stderr.flush()
-    if launched():
+    if is_launched():
         os._exit(code)
     raise SystemExit(code)
 
 
 def local_world_size() -> int:
     """Processes of the run on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or "1") if launched() else 1
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or "1") if is_launched() else 1
 
 
-def threads_asked() -> str | None:
+def thread_count_variable() -> str | None:
     """The variable by which the user has chosen how many CPU threads a process has; None: nobody did.
 
     torchrun sets OMP_NUM_THREADS to 1 where it starts several processes and finds none. What it was started with tells

@@ -6,7 +6,7 @@ They are read once, when a library is loaded, and its child processes inherit th
 import os
 
 from .cpu_threads import usable_cores
-from .launcher import launched, local_world_size
+from .launcher import is_launched, local_world_size
 
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
 """By any of these a user has chosen how threads wait."""
@@ -14,7 +14,7 @@ ALLOCATING = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLO
 """By any of these, how torch's allocator works."""
 
 
-def set_for_libraries() -> None:
+def set_library_env() -> None:
     """Before torch and Matplotlib are loaded: threads sleep while they wait, ranks share the cores to compile on,
     CUDA's memory grows in place, and pictures go to files.
 
@@ -25,7 +25,7 @@ def set_for_libraries() -> None:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     # One process that compiles for each core and each rank would be hundreds on a machine of eight GPUs: torch knows
     # nothing of the other ranks.
-    if launched() and local_world_size() > 1:
+    if is_launched() and local_world_size() > 1:
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(usable_cores() // local_world_size(), 1)))
     # CUDA's memory in pieces that grow: evaluations, whose shapes vary, leave no holes that training cannot use. Read
     # when the first tensor goes to a GPU; torch 2.8 knows the second name alone, and does as it used to.

@@ -30,7 +30,7 @@ def check_network(device: str, timeout_s: float) -> Iterator[str]:
     Raises:
         UserError: ranks that did not come, or a sum that is wrong.
     """
-    rank, world_size = ranks.rank(), ranks.world_size() if ranks.launched() else 1
+    rank, world_size = ranks.rank(), ranks.world_size() if ranks.is_launched() else 1
     chosen = choose_device(device, ranks.local_rank())
     timeout = timedelta(seconds=timeout_s)
     store = _store(rank, world_size, timeout)
@@ -55,7 +55,7 @@ def check_network(device: str, timeout_s: float) -> Iterator[str]:
 def _store(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
     if world_size == 1:
         return dist.HashStore()
-    host, port, mine = ranks.meeting_place()
+    host, port, mine = ranks.store_address()
     try:
         return dist.TCPStore(host, port, is_master=mine, timeout=timeout, wait_for_workers=False)
     except dist.DistError as error:

@@ -20,9 +20,9 @@ from myllm.config import RunConfig
 from myllm.model import attention_backend as sdpa
 from myllm.model.transformer import Transformer
 
-from .collectives import Process
+from .collectives import DistContext
 from .device_info import has_triton
-from .precision import autocast, compute_dtype, repeatable
+from .precision import autocast, compute_dtype, deterministic
 
 BUCKET_MB = 64
 """Of gradients that DDP sums at a time, from the last layers to the first. Each bucket is a graph of its own where the
@@ -31,7 +31,7 @@ A sum of 64 MB takes a few milliseconds of a backward pass of hundreds, and only
 to run beside. Reasoned, not measured (docs/experiments.md)."""
 
 
-def spread(model: Transformer, config: RunConfig, process: Process) -> Transformer:
+def shard(model: Transformer, config: RunConfig, process: DistContext) -> Transformer:
     """Cut the weights of `model` into one part a rank, where train.parallel asks for that.
 
     Returns:
@@ -41,11 +41,11 @@ def spread(model: Transformer, config: RunConfig, process: Process) -> Transform
         return model
     whole = copy.deepcopy(model)
     _release(whole)
-    cut(model, config, process)
+    apply_fsdp(model, config, process)
     return whole
 
 
-def cut(model: Transformer, config: RunConfig, process: Process) -> None:
+def apply_fsdp(model: Transformer, config: RunConfig, process: DistContext) -> None:
     """Leave each rank a part of every matrix: FSDP2, on any number of ranks, one included."""
     mesh = init_device_mesh(process.device.type, (process.world_size,))
     # What travels is rounded to what autocast would round it to anyway, which halves it; sums over ranks are float32.
@@ -58,7 +58,7 @@ def cut(model: Transformer, config: RunConfig, process: Process) -> None:
     fully_shard(model, mesh=mesh)
 
 
-def compiles(model: Transformer, config: RunConfig, device: torch.device) -> Literal["", "whole", "block by block"]:
+def compile_mode(model: Transformer, config: RunConfig, device: torch.device) -> Literal["", "whole", "block by block"]:
     """What is compiled in training: nothing, the model and its loss as one graph, or blocks and the loss apart."""
     if config.train.compile == "off" or (config.train.compile == "auto" and not has_triton(device)):
         return ""
@@ -68,9 +68,9 @@ def compiles(model: Transformer, config: RunConfig, device: torch.device) -> Lit
     return "block by block" if by_block else "whole"
 
 
-def wrap(model: Transformer, config: RunConfig, process: Process) -> nn.Module:
+def parallelize(model: Transformer, config: RunConfig, process: DistContext) -> nn.Module:
     """The model as training calls it: compiled where that pays, with gradients averaged over ranks."""
-    compiled = compiles(model, config, process.device)
+    compiled = compile_mode(model, config, process.device)
     for block in model.blocks:
         block.recompute = config.train.activation_checkpointing
     # Shapes never change in training. A graph that would break in two is an error, not a slower run.
@@ -99,7 +99,7 @@ def _uncut() -> AbstractContextManager[None]:
     return config.patch(optimize_ddp=False)
 
 
-def _show_graph(runner: nn.Module, config: RunConfig, process: Process) -> None:
+def _show_graph(runner: nn.Module, config: RunConfig, process: DistContext) -> None:
     """Two backward passes over empty text: from the first DDP learns the graph, from the second the order of gradients.
 
     It cannot learn them from a micro-step whose gradients stay (torch 2.13 fails with an assertion). And were it to
@@ -111,18 +111,18 @@ def _show_graph(runner: nn.Module, config: RunConfig, process: Process) -> None:
     # would have it compiled once more.
     tokens, targets = (torch.zeros(shape, dtype=torch.int64, device=process.device) for _ in range(2))
     cards = [process.device] if process.device.type == "cuda" else []
-    repeats = repeatable(config.train.deterministic)
+    repeats = deterministic(config.train.deterministic)
     with torch.random.fork_rng(cards), sdpa.training_backends(process.device, config.train), repeats:
         runner.train()
         for _ in range(2):
             with autocast(config, process.device):
                 loss = runner(tokens, targets)
             loss.backward()
-            clear_gradients(runner)
+            zero_grad(runner)
 
 
 @contextmanager
-def last_of_step(runner: nn.Module, last: bool) -> Iterator[None]:
+def sync_grads_on_last(runner: nn.Module, last: bool) -> Iterator[None]:
     """Around one micro-step: gradients travel between ranks with the last one's backward pass alone."""
     if isinstance(runner, DistributedDataParallel) and not last:
         with runner.no_sync():
@@ -134,7 +134,7 @@ def last_of_step(runner: nn.Module, last: bool) -> Iterator[None]:
         yield
 
 
-def clear_gradients(runner: nn.Module) -> None:
+def zero_grad(runner: nn.Module) -> None:
     """Make ready for the next step's gradients.
 
     DDP's are views of its buckets, and stay so if they become zero in place. Set to None, those of micro-steps that do
@@ -144,7 +144,7 @@ def clear_gradients(runner: nn.Module) -> None:
 
 
 @contextmanager
-def gathered(model: Transformer, whole: Transformer) -> Iterator[None]:
+def full_params(model: Transformer, whole: Transformer) -> Iterator[None]:
     """Give `whole`, which `spread` returned, the weights of `model`. Every rank takes part, at entry only.
 
     Inside there is no communication, so ranks may call the model as often as each likes, and one that fails leaves no
@@ -155,18 +155,18 @@ def gathered(model: Transformer, whole: Transformer) -> Iterator[None]:
         return
     try:
         for mine, part in zip(whole.parameters(), model.parameters(), strict=True):
-            mine.data = full(part.detach())
+            mine.data = full_tensor(part.detach())
         yield
     finally:
         _release(whole)
 
 
-def full(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """All of a tensor of which this rank may have a part. Every rank takes part."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def part_of(whole: Tensor, like: Tensor) -> Tensor:
+def shard_like(whole: Tensor, like: Tensor) -> Tensor:
     """This rank's part of `whole`, cut as `like` is. Every rank takes part, with the same `whole`."""
     if not isinstance(like, DTensor) or whole.shape != like.shape:
         return whole

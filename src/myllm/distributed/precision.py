@@ -30,7 +30,7 @@ def has_bfloat16(device: torch.device) -> bool:
     return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= BFLOAT16_FROM
 
 
-def scales_loss(precision: str, device: torch.device) -> bool:
+def needs_loss_scale(precision: str, device: torch.device) -> bool:
     """Whether the loss is multiplied before its backward pass (guard.py), since float16 has no small numbers."""
     return compute_dtype(precision, device) is torch.float16
 
@@ -39,7 +39,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def in_words(precision: str, device: torch.device) -> str:
+def describe_precision(precision: str, device: torch.device) -> str:
     """As plan, preflight, doctor and log say it."""
     dtype = compute_dtype(precision, device)
     return dtype_name(dtype) + " with a loss scale" * (dtype is torch.float16)
@@ -70,7 +70,7 @@ def may_use_tf32(config: RunConfig, device: torch.device) -> bool:
 
 
 @contextmanager
-def float32_products(config: RunConfig, device: torch.device) -> Iterator[None]:
+def allow_tf32(config: RunConfig, device: torch.device) -> Iterator[None]:
     """TF32 where it is safe, for as long as a run lasts."""
     before = torch.get_float32_matmul_precision()
     if may_use_tf32(config, device):
@@ -82,11 +82,11 @@ def float32_products(config: RunConfig, device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def repeatable(wanted: bool) -> Iterator[None]:
+def deterministic(wanted: bool) -> Iterator[None]:
     """Around a training step: on CUDA only kernels that give the same bits each time. What has none is an error.
 
     What is compiled inside comes without atomic sums, and without reductions that are tuned by the clock. cuBLAS has to
-    be told before it is first used: see ranks.repeat_cublas.
+    be told before it is first used: see launcher.make_cublas_deterministic.
     """
     if not wanted:
         yield

@@ -137,7 +137,7 @@ def hellaswag_sums(
     """One rank's share of the examples.
 
     Shapes:
-        returns (3,) float64: right by the sum, right by the normalised sum, examples
+        returns (3,) float64: right by the sum, right by the normalized sum, examples
     """
     sums = torch.zeros(3, dtype=torch.float64)
     for numbers, totals in ending_log_probs(score, items, device, rank, world_size, batch):

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from myllm import paths
-from myllm.data.sources.download import fetch
+from myllm.data.sources.download import download_file
 from myllm.data.sources.source import SourceFile
 from myllm.errors import UserError
 from myllm.files import parse_json
@@ -50,7 +50,7 @@ def load_examples(
 
 def _downloaded(pinned: SourceFile) -> Path:
     try:
-        return fetch(pinned, paths.downloads() / "hellaswag", tries=MAX_ATTEMPTS)
+        return download_file(pinned, paths.downloads() / "hellaswag", tries=MAX_ATTEMPTS)
     except (UserError, OSError) as error:
         # The advice behind the semicolon is for a data set's listing, which this file has none of.
         raise UserError(

@@ -222,7 +222,7 @@ def _held_out_sums(subject: Subject, choices: Choices) -> tuple[dict[str, Any], 
 
 def _text_sums(subject: Subject, choices: Choices, file: Path) -> tuple[dict[str, Any], Sums, int]:
     """Settings, sums, and the text's length in bytes."""
-    from myllm.data.sources.text_encoding import NotText, decode_text
+    from myllm.data.sources.text_encoding import NotTextError, decode_text
 
     from .perplexity import window_batches, windows
 
@@ -233,7 +233,7 @@ def _text_sums(subject: Subject, choices: Choices, file: Path) -> tuple[dict[str
         ids = subject.tokenizer.encode(text)
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}") from None
-    except NotText as error:
+    except NotTextError as error:
         raise UserError(f"{file}: {error}") from None
     if not len(ids):
         raise UserError(f"{file} has no text; give a file with some")

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from myllm.config import RunConfig, saved_config
-from myllm.data.sources.catalog import corpus_of, source_of
+from myllm.data.sources.catalog import actual_source, find_corpus
 from myllm.errors import UserError
 from myllm.formatting import format_duration, format_number, format_percent, format_si
 from myllm.paths import RunPaths
@@ -69,7 +69,7 @@ def read_card_data(run: RunPaths, step: int, repo: str, license: str | None, exp
     samples = read_samples(run.samples) if run.samples.is_file() else {}
     samples = {prompt: kept for prompt, rows in samples.items() if (kept := [r for r in rows if r["step"] <= step])}
     config, environment = saved_config(read_json_or_empty(run.config), run.config), read_json_or_empty(run.environment)
-    source = source_of(config.data.source, config.data.dataset, get_text(environment, "source"))
+    source = actual_source(config.data.source, config.data.dataset, get_text(environment, "source"))
     config = replace(config, data=replace(config.data, source=source))
     return CardData(
         run.root.name, repo, step, license, config, environment, metrics, samples, exported,
@@ -103,7 +103,7 @@ def render_model_card(about: CardData, curves: list[str]) -> str:
         _curves([name for name in curves if name != "loss"]),
         _machine(about),
         LIMITATIONS,
-        _licence(about),
+        _license(about),
         FILES,
     )
     return f"---\n{_front_matter(about)}\n---\n\n" + "\n\n".join(filter(None, sections)) + "\n"
@@ -262,7 +262,7 @@ def _model(about: CardData) -> str:
             "parameters": _count(about.environment.get("parameters")),
             "stored as": about.exported.get("dtype") or about.exported.get("torch_dtype"),
             "layers": f"{model.n_layers} of {model.d_model}, feed-forward {model.d_ff:,} ({model.activation})",
-            "attention heads": heads + (", queries and keys normalised" if model.qk_norm else ""),
+            "attention heads": heads + (", queries and keys normalized" if model.qk_norm else ""),
             "normalisation": f"{norm}, eps {model.norm_eps:g}",
             "positions": f"rotary, theta {model.rope_theta:,.0f}" if model.position == "rope" else "learned",
             "context": f"{model.max_seq_len:,} tokens",
@@ -282,11 +282,11 @@ def _tokenizer(about: CardData) -> str:
 def _data(about: CardData) -> str:
     if about.imported and about.step == 0:
         return ""  # nothing of ours: the config's settings have never been used
-    data, corpus, environment = about.config.data, corpus_of(about.config.data.source), about.environment
+    data, corpus, environment = about.config.data, find_corpus(about.config.data.source), about.environment
     have = as_float(environment.get("train_tokens"))
     seen = about.step * about.config.train.batch_tokens
     cleaning = {
-        "Unicode's form NFC": data.normalise_unicode,
+        "Unicode's form NFC": data.normalize_unicode,
         "control characters removed": data.strip_control,
         f"documents of at least {data.min_chars} characters": data.min_chars > 0,
         "exact copies removed": data.dedup_exact,
@@ -298,7 +298,7 @@ def _data(about: CardData) -> str:
         {
             "source": ", ".join(filter(None, [strip_local_paths(str(environment.get("source") or data.source)), link])),
             "what it is": corpus and corpus.about,
-            "its licence": corpus and corpus.licence,
+            "its license": corpus and corpus.license,
             "tokens seen": f"{seen:,}"
             + (f", {format_number(seen / have)} passes over {have:,.0f}" if have > 0 else ""),
             "held out for validation": _count(environment.get("val_tokens"), " tokens"),
@@ -366,20 +366,20 @@ def _machine(about: CardData) -> str:
     )
 
 
-def _licence(about: CardData) -> str:
+def _license(about: CardData) -> str:
     mine = f"These weights are under `{about.license}`." if about.license else "None was given to these weights."
-    corpus = corpus_of(about.config.data.source)
+    corpus = find_corpus(about.config.data.source)
     untrained = about.imported and about.step == 0
-    data = f" The data they were trained on are under {corpus.licence}." if corpus and not untrained else ""
+    data = f" The data they were trained on are under {corpus.license}." if corpus and not untrained else ""
     if about.imported:
         data += f" What {about.imported} was published under holds too."
-    return f"## Licence\n\n{mine}{data} The code that trained them is under MIT."
+    return f"## License\n\n{mine}{data} The code that trained them is under MIT."
 
 
 def _dataset_repo(source: str) -> str | None:
     """The Hub's data set that a source names."""
     kind, _, rest = source.partition(":")
-    corpus = corpus_of(source)
+    corpus = find_corpus(source)
     return corpus.repo if corpus else rest.partition(":")[0].partition("@")[0] if kind == "hub" else None
 
 

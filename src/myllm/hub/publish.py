@@ -22,7 +22,7 @@ from typing import Any
 from myllm.checkpoint.integrity import MANIFEST, NOTHING, WEIGHTS, Damaged, check
 from myllm.checkpoint.retention import list_checkpoints, step_of
 from myllm.config import HubConfig, ModelConfig, saved_config, to_dict
-from myllm.data.sources.download import is_final, retry_after
+from myllm.data.sources.download import is_permanent, retry_after
 from myllm.data.sources.hub_listing import first_line, hub_endpoint
 from myllm.errors import UserError
 from myllm.files import locked, out_of_space, read_json, write_json, write_text
@@ -104,7 +104,7 @@ def create_repo(hub: HubConfig) -> None:
         try:
             HfApi().create_repo(hub.repo, private=hub.private or None, exist_ok=True)
         except Exception as error:
-            if _http_status(error) and is_final(error):
+            if _http_status(error) and is_permanent(error):
                 raise UserError(explain_error(error, hub)) from None
             raise
 
@@ -169,7 +169,7 @@ def _publish_with_retries(
             if cause is None:
                 raise
             overtaken = _http_status(cause) in (409, 412)
-            if delay is None or (is_final(cause) and not overtaken):
+            if delay is None or (is_permanent(cause) and not overtaken):
                 raise UserError(explain_error(cause, hub)) from None
             wait = 0 if overtaken else max(delay, retry_after(cause))
             say(f"publishing to {hub.repo}: {explain_error(cause, hub)}; again in {wait} s")

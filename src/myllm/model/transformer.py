@@ -149,7 +149,7 @@ class Transformer(nn.Module):
         return log_probs, places, confidence
 
     def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
-        """The last layer's normalised output.
+        """The last layer's normalized output.
 
         Shapes:
             tokens (B, T); returns (B, T, D)
@@ -233,7 +233,7 @@ class Transformer(nn.Module):
                 block.compiled = one
 
     def _run(self, tokens: Tensor, positions: slice | Tensor, cache: KVCache | None) -> Tensor:
-        """From tokens to the normalised output, where the cache is open."""
+        """From tokens to the normalized output, where the cache is open."""
         x = self.embedding(tokens)  # (B, T, D)
         rotary = None
         if self.config.position == "learned":
@@ -269,7 +269,7 @@ def _autocasts_to_bfloat16(device: torch.device) -> bool:
 
 
 class Block(nn.Module):
-    """Attention, then feed-forward, each normalised before and added back."""
+    """Attention, then feed-forward, each normalized before and added back."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()

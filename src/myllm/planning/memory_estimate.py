@@ -191,11 +191,11 @@ def _kept_by_attention(model: ModelConfig, how: ComputeMode, n: int) -> int:
     queries, both = model.n_heads * size, (model.n_heads + model.kv_heads) * size
     kept = w * (both + model.kv_heads * size)  # the projections' output: values are a part of it
     if model.position == "rope" or model.qk_norm:
-        kept += w * both  # rotated or normalised queries and keys
+        kept += w * both  # rotated or normalized queries and keys
     if model.qk_norm:
         kept += (1 if how.compiled or how.device != "cpu" else 2) * FLOAT * both // model.head_size
         if not how.compiled:
-            copies = int(how.half) + int(how.device == "cpu")  # in float32, and normalised before the weight
+            copies = int(how.half) + int(how.device == "cpu")  # in float32, and normalized before the weight
             kept += copies * FLOAT * both
     # What comes out, each row's log of sums, and in bfloat16 what comes out once more, if it goes through float32.
     again = how.half and _norm_output_width(model, how) == FLOAT

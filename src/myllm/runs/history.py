@@ -190,7 +190,7 @@ def _of_newest_protocol(rows: list[Row]) -> list[Row]:
 
 
 def accuracy_key(rows: list[Row]) -> str:
-    """The accuracy to show of a multiple-choice eval: normalised by length, as published figures are, where known."""
+    """The accuracy to show of a multiple-choice eval: normalized by length, as published figures are, where known."""
     return "acc_norm" if np.isfinite(column(rows, "acc_norm")).any() else "acc"
 
 

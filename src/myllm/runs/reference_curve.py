@@ -18,7 +18,7 @@ from importlib.resources import files
 from typing import Any
 
 from myllm.config import to_dict
-from myllm.data.sources.catalog import source_of
+from myllm.data.sources.catalog import actual_source
 from myllm.presets import preset
 
 Row = dict[str, Any]
@@ -93,7 +93,7 @@ def reference_of(config: Row) -> Reference | None:
     shape = original["model"].keys() - TRAINED_OTHERWISE
     same_model = bool(model) and all(model.get(key, original["model"][key]) == original["model"][key] for key in shape)
     tokenizer, dataset = original["data"]["tokenizer"], data.get("dataset")
-    source = source_of(str(data.get("source")), None if dataset is None else str(dataset))
+    source = actual_source(str(data.get("source")), None if dataset is None else str(dataset))
     same_data = source == original["data"]["source"] and data.get("tokenizer", tokenizer) == tokenizer
     length = _planned_tokens(original["train"])
     if not (same_model and same_data and abs(_planned_tokens(train) - length) <= SLACK * length):

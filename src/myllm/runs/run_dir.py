@@ -17,7 +17,7 @@ from myllm.checkpoint.retention import PARTIAL, is_step, list_checkpoints, unuse
 from myllm.config import RunConfig, saved_config, to_dict
 from myllm.console import warn
 from myllm.distributed import collectives as distributed
-from myllm.distributed.collectives import Process
+from myllm.distributed.collectives import DistContext
 from myllm.errors import UserError
 from myllm.files import fsync_folder, locked, write_json
 from myllm.paths import RunPaths, no_checkpoint, user_path, warn_of_two
@@ -56,7 +56,7 @@ def _claim(run: RunPaths, stack: ExitStack) -> None:
         ) from None
 
 
-def check_shared(run: RunPaths, process: Process) -> None:
+def check_shared(run: RunPaths, process: DistContext) -> None:
     """Make sure that all ranks see the same run folder: each writes its share of a checkpoint, and reads all of it.
 
     Raises:
@@ -64,14 +64,14 @@ def check_shared(run: RunPaths, process: Process) -> None:
     """
     if process.world_size == 1:
         return
-    mark = run.root / f"{SHARED}{distributed.from_main(secrets.token_hex(8))}"
-    if process.is_main:
+    mark = run.root / f"{SHARED}{distributed.broadcast_object(secrets.token_hex(8))}"
+    if process.is_rank_zero:
         for left in run.root.glob(f"{SHARED}*"):
             left.unlink(missing_ok=True)
         mark.touch()
     distributed.barrier()
-    hosts = distributed.all_gather(None if _appears(mark) else socket.gethostname())
-    if process.is_main:
+    hosts = distributed.all_gather_object(None if _appears(mark) else socket.gethostname())
+    if process.is_rank_zero:
         mark.unlink(missing_ok=True)
     without = sorted({host for host in hosts if host is not None})
     if without:

@@ -14,7 +14,7 @@ from myllm.data.dataset import Dataset
 from myllm.data.sampler import count_sequences
 from myllm.data.tokenizer.load import Tokenizer
 from myllm.distributed import collectives as distributed
-from myllm.distributed.collectives import Process
+from myllm.distributed.collectives import DistContext
 from myllm.distributed.precision import autocast
 from myllm.errors import UserError
 from myllm.evals import cloze, hellaswag, perplexity
@@ -70,7 +70,7 @@ class StopVote:
 
     def _vote(self, at_work: bool) -> bool:
         self._heartbeat.mark()
-        self._stopped, working = distributed.any_rank(self._stop.requested(), at_work)
+        self._stopped, working = distributed.all_reduce_any(self._stop.requested(), at_work)
         if self._stopped:
             raise EvalInterrupted
         return working
@@ -96,7 +96,7 @@ def build_evals(
     model: Transformer,
     dataset: Dataset,
     tokenizer: Tokenizer,
-    process: Process,
+    process: DistContext,
     samples: JsonLines,
     log: Log,
     poll: StopVote,
@@ -112,7 +112,7 @@ def build_evals(
         return perplexity.perplexity_sums(poll.before(model.evaluate), batches, token_bytes, process.device)
 
     def measure_samples(step: int) -> Tensor:
-        if process.is_main:
+        if process.is_rank_zero:
             _write_samples(config, model, tokenizer, step, samples, log, poll)
         return torch.zeros(1)
 
@@ -129,7 +129,7 @@ def _cloze(
     model: Transformer,
     dataset: Dataset,
     tokenizer: Tokenizer,
-    process: Process,
+    process: DistContext,
     log: Log,
     poll: StopVote,
 ) -> list[Eval]:
@@ -154,19 +154,19 @@ def _cloze(
 
 
 def _hellaswag(
-    config: RunConfig, model: Transformer, tokenizer: Tokenizer, process: Process, log: Log, poll: StopVote
+    config: RunConfig, model: Transformer, tokenizer: Tokenizer, process: DistContext, log: Log, poll: StopVote
 ) -> list[Eval]:
     """HellaSwag, where it is asked for and its data can be had; one line where they cannot."""
     settings = config.eval
     if not settings.hellaswag_every_steps:
         return []
     examples, fault = [], ""
-    if process.is_main:  # the others, on other machines too, get what it read
+    if process.is_rank_zero:  # the others, on other machines too, get what it read
         try:
             examples = load_examples(settings.hellaswag_file, settings.hellaswag_examples)
         except Exception as error:  # whatever it is: the other ranks wait, and no evaluation costs training
             fault = str(error)
-    examples, fault = distributed.from_main((examples, fault))
+    examples, fault = distributed.broadcast_object((examples, fault))
     try:
         window = config.model.max_seq_len
         items = hellaswag.tokenize_examples(examples, tokenizer.encode, tokenizer.end_of_text, window)
@@ -202,7 +202,7 @@ def run_eval(
     state: TrainState,
     model: Transformer,
     config: RunConfig,
-    process: Process,
+    process: DistContext,
     watch: ReferenceWatch,
     metrics: JsonLines,
     log: Log,
@@ -227,14 +227,14 @@ def run_eval(
         failure = error
     poll.finish()
     # Every rank asks, so that none waits for a sum that another never sends.
-    (failed,) = distributed.any_rank(failure is not None)
+    (failed,) = distributed.all_reduce_any(failure is not None)
     if failed:
         reason = failure or "on another rank"
         log(f"the {each.name} evaluation failed at step {state.step:,}: {reason}; training goes on")
         return {}
     # The same sums everywhere; rank 0's figures all the same, since what is decided by them must not differ in a bit.
-    figures = distributed.from_main(each.finish(distributed.sum_over_ranks(sums)))
-    if process.is_main and figures:
+    figures = distributed.broadcast_object(each.finish(distributed.all_reduce_sum(sums)))
+    if process.is_rank_zero and figures:
         seconds = time.perf_counter() - started
         compared, remark = watch.compare(each.name, state.step, figures)
         row = {"kind": "eval", "name": each.name, "step": state.step, **figures, **compared, "seconds": seconds}

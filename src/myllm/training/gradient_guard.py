@@ -22,7 +22,7 @@ from myllm.checkpoint.format import TrainState, random_state
 from myllm.checkpoint.skips import Skips
 from myllm.config import TrainConfig
 from myllm.data.sampler import DataPosition
-from myllm.distributed.precision import scales_loss
+from myllm.distributed.precision import needs_loss_scale
 
 MEMORY_STEPS = 128
 """The statistics forget a step after about so many more."""
@@ -85,7 +85,7 @@ class GradientGuard:
             (self._skips.overflows, self._skips.scaled_steps), device=device
         ).unbind()
         self._scale = torch.tensor(self._skips.loss_scale, dtype=torch.float32, device=device)
-        self._scales = scales_loss(config.precision, device)
+        self._scales = needs_loss_scale(config.precision, device)
 
     @property
     def loss_scale(self) -> Tensor | None:

@@ -41,7 +41,7 @@ def wait_for_data(
             except UserError as error:
                 failure = error
             here = has_step(dataset.train, position, batch)
-        missing, stopping, failed = distributed.any_rank(not here, stop.requested(), failure is not None)
+        missing, stopping, failed = distributed.all_reduce_any(not here, stop.requested(), failure is not None)
         if stopping:  # first: what stops a run may have ended the preparation too
             return False, None
         if failed:

@@ -24,10 +24,10 @@ from myllm.data.sampler import DataPosition, count_sequences
 from myllm.data.tokenizer.load import load_tokenizer
 from myllm.distributed import collectives as distributed
 from myllm.distributed import launcher as ranks
-from myllm.distributed.collectives import Process
+from myllm.distributed.collectives import DistContext
 from myllm.distributed.cpu_threads import threads_reason
 from myllm.distributed.device_info import device_name
-from myllm.distributed.parallelize import gathered, spread
+from myllm.distributed.parallelize import full_params, shard
 from myllm.distributed.precision import compute_dtype, dtype_name
 from myllm.errors import UserError, exit_code
 from myllm.files import write_json
@@ -72,7 +72,7 @@ class Outcome:
 def train(
     config: RunConfig,
     dataset: Dataset,
-    process: Process,
+    process: DistContext,
     on_checkpoint: Callable[[int], None] = lambda step: None,
     started: float | None = None,
     profile: bool = False,
@@ -103,26 +103,26 @@ def train(
     batch = batch_plan(config, process.world_size)
     with ExitStack() as stack:
         # -- the run's folder, which this process holds until it ends ------------------------------------------------
-        (restarted,) = distributed.any_rank(ranks.restarted())  # what is begun afresh once goes on afterwards
-        if process.is_main:
+        (restarted,) = distributed.all_reduce_any(ranks.is_restart())  # what is begun afresh once goes on afterwards
+        if process.is_rank_zero:
             stack.enter_context(claimed(run))
             aside = start_over(run, config) if config.train.fresh and not restarted else None
             for folder in (run.checkpoints, run.best, run.bags):
                 remove_unfinished(folder)
-        beat = Heartbeat(run.heartbeat, newest_step(run), writes=process.is_main)
+        beat = Heartbeat(run.heartbeat, newest_step(run), writes=process.is_rank_zero)
         beat.write(now=True)  # what takes its place is the end of the start before
         distributed.barrier()
         check_shared(run, process)
-        log = Log(run.log, process.is_main)
+        log = Log(run.log, process.is_rank_zero)
         metrics, samples = JsonLines(run.metrics, log), JsonLines(run.samples, log)
-        if process.is_main and aside:
+        if process.is_rank_zero and aside:
             log(f"fresh start: the older run was moved to {aside}")
         if settled:
             log(settled)
 
         # -- model and optimizer; a checkpoint knows better ----------------------------------------------------------
         model = Transformer(config.model, config.train.seed).to(process.device)
-        whole = spread(model, config, process)  # what evaluations see
+        whole = shard(model, config, process)  # what evaluations see
         optimizer = ScheduledAdamW(model.named_parameters(), config.optim, max_steps)
         torch.manual_seed(config.train.seed + process.rank)  # dropout differs between ranks
         state = TrainState(0, 0, DataPosition(0, 0, config.train.seed, dataset.hash))
@@ -131,7 +131,7 @@ def train(
         else:
             check_not_imported(run)
         state = replace(state, early_stop=(state.early_stop or EarlyStop()) if patience else None)
-        if process.is_main:
+        if process.is_rank_zero:
             truncate_logs(run, state.step)
             write_config(run, config)
         write_environment(run, config, dataset, process)
@@ -143,13 +143,13 @@ def train(
         beat.step = state.step
         poll = StopVote(stop, beat)
         evals = pending = build_evals(config, whole, dataset, tokenizer, process, samples, log, poll)
-        earlier = metrics.rows() if process.is_main else ()
+        earlier = metrics.rows() if process.is_rank_zero else ()
         watch = ReferenceWatch(reference_of(to_dict(config)), earlier)
         saver = stack.enter_context(Saver(config, run, model, optimizer, tokenizer, process))
         saver.check_room(state.step)
         loader = stack.enter_context(Loader(dataset.train, batch, state.data, process.rank, process.device))
         stack.enter_context(watched(beat, loader, stop, run, process, config.train.collective_timeout_s, log))
-        hidden = None if process.is_main else True  # None: shown on a terminal only
+        hidden = None if process.is_rank_zero else True  # None: shown on a terminal only
         # No rate of tqdm's own: it knows neither what a device has still to do nor what is counted apart.
         shown = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
         bar = stack.enter_context(
@@ -169,7 +169,9 @@ def train(
             # -- a step boundary: save, evaluate, stop, each if it is time -------------------------------------------
             beat.reached(state.step)
             stop.note_save_time(saver.slowest_s)
-            stopping, growing, unsaved = distributed.any_rank(stop.requested(), not dataset.complete, saver.failed)
+            stopping, growing, unsaved = distributed.all_reduce_any(
+                stop.requested(), not dataset.complete, saver.failed
+            )
             if unsaved:
                 saver.fail()
             early = out_of_patience(state, config)
@@ -191,7 +193,7 @@ def train(
                         meter.timed("evaluating"),
                         beat.doing("evaluating"),
                         collected.automatic(),
-                        gathered(model, whole),
+                        full_params(model, whole),
                     ):
                         for each in due:
                             with meter.timed(each.name):
@@ -210,14 +212,14 @@ def train(
             if ending:
                 with meter.timed("saving"), beat.doing("saving"):
                     saver.wait()
-            if process.is_main and saver.written_step not in (None, told_step) and not stopping:
+            if process.is_rank_zero and saver.written_step not in (None, told_step) and not stopping:
                 told_step = saver.written_step
                 on_checkpoint(told_step)
             if ending:
                 complete = (early or state.step >= max_steps) and not unmeasured
                 if complete:
                     say_best(log, run, config, state)
-                stopped_by = None if complete else distributed.highest(stop.signal or 0)
+                stopped_by = None if complete else distributed.all_reduce_max(stop.signal or 0)
                 meter.finish(state.step, metrics, log)
                 beat.end(*how_it_ended(config, state, stopped_by, early))
                 return Outcome(run, state.step, stopped_by, early)
@@ -253,7 +255,7 @@ def train(
             if state.step % config.train.log_every_steps == 0 or state.step == max_steps:
                 state = replace(meter.with_digest(state), skips=guard.sync())
                 row = meter.measure(state, loss, grad_norm, rate)
-                if process.is_main:
+                if process.is_rank_zero:
                     for each in (*meter.overhead(state.step), row):
                         metrics.append(each)
                     bar.set_postfix_str(progress(row), refresh=False)
@@ -300,9 +302,9 @@ def check_data(config: RunConfig, dataset: Dataset, batch: BatchPlan) -> None:
         )
 
 
-def write_environment(run: RunPaths, config: RunConfig, dataset: Dataset, process: Process) -> None:
+def write_environment(run: RunPaths, config: RunConfig, dataset: Dataset, process: DistContext) -> None:
     """What the run runs on: the machine, the versions, the data."""
-    if not process.is_main:
+    if not process.is_rank_zero:
         return
     about: dict[str, Any] = {
         "parameters": n_parameters(config.model),
@@ -318,7 +320,7 @@ def write_environment(run: RunPaths, config: RunConfig, dataset: Dataset, proces
 
 
 def say_start(
-    log: Log, config: RunConfig, dataset: Dataset, batch: BatchPlan, state: TrainState, process: Process
+    log: Log, config: RunConfig, dataset: Dataset, batch: BatchPlan, state: TrainState, process: DistContext
 ) -> None:
     log(f"run {config.name} on {process.world_size} x {device_name(process.device)} ({process.device.type})")
     log(f"CPU threads: {torch.get_num_threads()} a process, {threads_reason()}")

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 import torch
 
 from myllm.config import RunConfig
-from myllm.distributed.collectives import Process
+from myllm.distributed.collectives import DistContext
 from myllm.files import write_text
 from myllm.paths import RunPaths
 from myllm.runs.logs import Log
@@ -40,10 +40,10 @@ class Profiler:
     """
 
     def __init__(
-        self, run: RunPaths, config: RunConfig, step: int, process: Process, log: Log, meter: ThroughputMeter
+        self, run: RunPaths, config: RunConfig, step: int, process: DistContext, log: Log, meter: ThroughputMeter
     ) -> None:
         self._run, self._process, self._log, self._meter = run, process, log, meter
-        self.window = choose_window(config, step) if process.is_main else range(0)
+        self.window = choose_window(config, step) if process.is_rank_zero else range(0)
         self._recording: torch.profiler.profile | None = None
         self._seconds = 0.0
 

@@ -11,7 +11,7 @@ from myllm.config import RunConfig, saved_config
 from myllm.data.dataset import Dataset
 from myllm.data.sample_digest import Receipt
 from myllm.data.sampler import DataPosition
-from myllm.distributed.collectives import Process
+from myllm.distributed.collectives import DistContext
 from myllm.errors import UserError
 from myllm.model.transformer import Transformer
 from myllm.optim.adamw import ScheduledAdamW
@@ -29,7 +29,7 @@ def restore(
     dataset: Dataset,
     model: Transformer,
     optimizer: ScheduledAdamW,
-    process: Process,
+    process: DistContext,
     log: Log,
 ) -> TrainState:
     """Load a checkpoint into model and optimizer and take its place in the data.

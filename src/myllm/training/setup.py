@@ -13,7 +13,7 @@ from myllm.checkpoint.format import TrainState
 from myllm.data.dataloader import Loader
 from myllm.data.dataset import Dataset
 from myllm.data.sampler import DataPosition
-from myllm.distributed.parallelize import spread
+from myllm.distributed.parallelize import shard
 from myllm.model.transformer import Transformer
 from myllm.optim.adamw import ScheduledAdamW
 from myllm.planning.batch import BatchPlan
@@ -53,7 +53,7 @@ def build(ctx: RunContext, dataset: Dataset, batch: BatchPlan) -> Iterator[tuple
     """
     config, dist = ctx.config, ctx.dist
     model = Transformer(config.model, config.train.seed).to(dist.device)
-    eval_model = spread(model, config, dist)
+    eval_model = shard(model, config, dist)
     optimizer = ScheduledAdamW(model.named_parameters(), config.optim, config.train.max_steps)
     torch.manual_seed(config.train.seed + dist.rank)  # dropout differs between ranks
     state = TrainState(0, 0, DataPosition(0, 0, config.train.seed, dataset.hash))

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from myllm.config import RunConfig
 from myllm.data.dataloader import Loader
-from myllm.distributed.collectives import Process
-from myllm.distributed.parallelize import clear_gradients, full, last_of_step
-from myllm.distributed.precision import autocast, repeatable
+from myllm.distributed.collectives import DistContext
+from myllm.distributed.parallelize import full_tensor, sync_grads_on_last, zero_grad
+from myllm.distributed.precision import autocast, deterministic
 from myllm.model.attention_backend import training_backends
 from myllm.optim.adamw import ScheduledAdamW
 from myllm.planning.batch import BatchPlan
@@ -26,7 +26,7 @@ def train_step(
     batch: BatchPlan,
     step: int,
     config: RunConfig,
-    process: Process,
+    process: DistContext,
     guard: GradientGuard,
     phase: Callable[[str], AbstractContextManager[None]] = no_phase,
 ) -> tuple[Tensor, Tensor, float]:
@@ -41,13 +41,13 @@ def train_step(
         this rank's mean loss and the gradient norm before clipping, on the device, and the rate.
     """
     loss_scale = guard.loss_scale
-    with repeatable(config.train.deterministic):
+    with deterministic(config.train.deterministic):
         loss = accumulate_gradients(runner, loader, batch, config, process, phase, loss_scale)
         with phase("clip"):
             grad_norm = clip_gradients(optimizer.parameters.values(), config.optim.max_grad_norm, loss_scale)
         with phase("optimizer"):
             rate = optimizer.step(step, guard.check(grad_norm), loss_scale)
-            clear_gradients(runner)
+            zero_grad(runner)
     return loss, grad_norm, rate
 
 
@@ -58,8 +58,10 @@ def clip_gradients(parameters: Collection[nn.Parameter], max_norm: float, loss_s
         the norm before, without the scale; of gradients in parts, that of all parts together.
     """
     if loss_scale is None:
-        return full(nn.utils.clip_grad_norm_(parameters, max_norm))
-    norm = full(nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])) / loss_scale
+        return full_tensor(nn.utils.clip_grad_norm_(parameters, max_norm))
+    norm = (
+        full_tensor(nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])) / loss_scale
+    )
     nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm
 
@@ -69,7 +71,7 @@ def accumulate_gradients(
     loader: Loader,
     batch: BatchPlan,
     config: RunConfig,
-    process: Process,
+    process: DistContext,
     phase: Callable[[str], AbstractContextManager[None]] = no_phase,
     loss_scale: Tensor | None = None,
 ) -> Tensor:
@@ -88,7 +90,7 @@ def accumulate_gradients(
         with phase("data"):
             tokens, targets = loader.next()
         last = micro_step == batch.grad_accum_steps - 1
-        with last_of_step(runner, last), training_backends(process.device, config.train):
+        with sync_grads_on_last(runner, last), training_backends(process.device, config.train):
             with phase("forward"), autocast(config, process.device):
                 part = runner(tokens, targets) / batch.grad_accum_steps
             with phase("backward"):

@@ -70,7 +70,7 @@ def exit_unfinished_on_time_signals() -> None:
     start."""
 
     def leave(_: int, __: FrameType | None) -> None:
-        ranks.exit_as(UNFINISHED)
+        ranks.exit_with(UNFINISHED)
 
     for number in TIME_IS_UP:
         signal.signal(number, leave)
@@ -119,7 +119,7 @@ def _leave_when_asked_twice(numbers: socket.socket) -> None:
     while received := numbers.recv(64):
         for number in received:
             # torchrun makes SIGTERM of a second Ctrl-C.
-            if interrupted and (number == signal.SIGINT or (number == signal.SIGTERM and ranks.launched())):
+            if interrupted and (number == signal.SIGINT or (number == signal.SIGTERM and ranks.is_launched())):
                 with suppress(OSError):
                     os.write(2, b"\nleft at once, unsaved; the same command goes on from the newest checkpoint\n")
                 os._exit(128 + signal.SIGINT)

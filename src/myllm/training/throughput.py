@@ -14,9 +14,9 @@ from myllm.config import RunConfig
 from myllm.data.dataloader import Loader
 from myllm.data.sample_digest import Receipt
 from myllm.distributed import collectives as distributed
-from myllm.distributed.collectives import Process
+from myllm.distributed.collectives import DistContext
 from myllm.distributed.device_info import device_name
-from myllm.distributed.precision import scales_loss
+from myllm.distributed.precision import needs_loss_scale
 from myllm.formatting import format_clock
 from myllm.planning.flops import flops_per_token
 from myllm.planning.gpu_specs import peak_flops
@@ -31,7 +31,7 @@ WORTH_A_SHARE = 0.0005
 class ThroughputMeter:
     """Time and numbers between two log lines. Reads from the device only when a row is written or a save is due."""
 
-    def __init__(self, config: RunConfig, process: Process, loader: Loader, step: int, started: float) -> None:
+    def __init__(self, config: RunConfig, process: DistContext, loader: Loader, step: int, started: float) -> None:
         """
         Args:
             started: by the monotonic clock, when this process began.
@@ -62,7 +62,7 @@ class ThroughputMeter:
         """The last row, and a line about where the time went since this process began."""
         self._stopwatch.lap()
         # Before the first row there is no file, and none is begun for this: a report could not be drawn from it.
-        if self._process.is_main and metrics.path.is_file():
+        if self._process.is_rank_zero and metrics.path.is_file():
             for row in self.overhead(step):
                 metrics.append(row)
         log(time_line(self._stopwatch.seconds, self._loader.wait_s))
@@ -72,13 +72,13 @@ class ThroughputMeter:
         fresh = self._loader.delivered - self._receipted
         self._receipted = self._loader.delivered.copy()
         # On the host, where the sums are: it never waits for the device.
-        sums = distributed.sum_over_ranks(torch.from_numpy(fresh)).numpy()
+        sums = distributed.all_reduce_sum(torch.from_numpy(fresh)).numpy()
         return replace(state, receipt=(state.receipt or Receipt()).plus(sums))
 
     def measure(self, state: TrainState, loss: Tensor, grad_norm: Tensor, rate: float) -> dict[str, Any]:
         """One row of metrics.jsonl: one reduction, one read from the device."""
         mean_loss, norm = (
-            (distributed.sum_over_ranks(torch.stack((loss.float(), grad_norm.float()))) / self._process.world_size)
+            (distributed.all_reduce_sum(torch.stack((loss.float(), grad_norm.float()))) / self._process.world_size)
             .cpu()
             .tolist()
         )
@@ -108,7 +108,7 @@ class ThroughputMeter:
 def _skipped(config: RunConfig, state: TrainState, device: torch.device) -> dict[str, float]:
     """How many updates were left out so far, where the config leaves any out, and the loss scale where there is one."""
     scaling = {}
-    if scales_loss(config.train.precision, device):
+    if needs_loss_scale(config.train.precision, device):
         scaling = {"loss_scale": state.skips.loss_scale, "skipped_overflows": state.skips.overflows}
     if config.train.on_nonfinite == "stop" and config.train.skip_spikes_sigma is None:
         return scaling

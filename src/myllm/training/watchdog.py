@@ -7,7 +7,7 @@ another, which needs no collective). Each rank then writes down where it is, wit
 names those that did not arrive; and all end.
 
 The short limit holds for training alone, after the first step: compiling, evaluations, saves and waiting for data take
-as long as they take, up to PATIENT_S.
+as long as they take, up to COLLECTIVE_TIMEOUT_S.
 """
 
 import faulthandler
@@ -28,7 +28,7 @@ import torch
 from myllm.data.dataloader import Loader
 from myllm.distributed import collectives as distributed
 from myllm.distributed import launcher as ranks
-from myllm.distributed.collectives import PATIENT_S, Process
+from myllm.distributed.collectives import COLLECTIVE_TIMEOUT_S, DistContext
 from myllm.errors import TrainingDiverged, UserError
 from myllm.paths import RunPaths
 from myllm.runs.heartbeat import Heartbeat
@@ -48,11 +48,17 @@ class Watchdog:
     """Watches this process's loop. Use it in a `with` block, `watched`, which ends the thread."""
 
     def __init__(
-        self, heartbeat: Heartbeat, loader: Loader, stop: StopRequest, run: RunPaths, process: Process, timeout_s: float
+        self,
+        heartbeat: Heartbeat,
+        loader: Loader,
+        stop: StopRequest,
+        run: RunPaths,
+        process: DistContext,
+        timeout_s: float,
     ) -> None:
         self._heartbeat, self._loader, self._stop, self._run, self._process = heartbeat, loader, stop, run, process
-        self._timeout_s, self._parent = timeout_s, os.getppid() if ranks.launched() else None
-        self._board, self._main = distributed.board(), threading.main_thread().ident
+        self._timeout_s, self._parent = timeout_s, os.getppid() if ranks.is_launched() else None
+        self._board, self._main = distributed.shared_store(), threading.main_thread().ident
         self._seen, self._since, self._longest = (), time.monotonic(), 0.0
         self._ended, self._told = threading.Event(), False
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -97,7 +103,11 @@ class Watchdog:
         return self._heartbeat.first_step_done and self._heartbeat.doing_now == "training"
 
     def _limit_s(self) -> float:
-        return max(self._timeout_s, SLOWEST * self._longest) if self._short() else max(PATIENT_S, self._timeout_s)
+        return (
+            max(self._timeout_s, SLOWEST * self._longest)
+            if self._short()
+            else max(COLLECTIVE_TIMEOUT_S, self._timeout_s)
+        )
 
     def _end_all(self) -> None:
         """Say where this rank is, have one rank say who is late, and end."""
@@ -151,7 +161,13 @@ class Watchdog:
 
 @contextmanager
 def watched(
-    heartbeat: Heartbeat, loader: Loader, stop: StopRequest, run: RunPaths, process: Process, timeout_s: float, log: Log
+    heartbeat: Heartbeat,
+    loader: Loader,
+    stop: StopRequest,
+    run: RunPaths,
+    process: DistContext,
+    timeout_s: float,
+    log: Log,
 ) -> Iterator[None]:
     """Watch the loop inside a `with` block. If it ends by an error, the heartbeat has that as its last word."""
     watchdog = Watchdog(heartbeat, loader, stop, run, process, timeout_s)

@@ -17,7 +17,7 @@ from myllm.config import DataConfig
 from myllm.data.prepare import work_items as units_module
 from myllm.data.prepare.work_items import load_index, make_units, tokenise_unit, unit_path
 from myllm.data.sources import readers
-from myllm.data.sources.read_task import NAMED_FAULTS
+from myllm.data.sources.read_task import MAX_LOGGED_SKIPS
 from myllm.data.sources.source import find_source
 from myllm.data.tokenizer.load import Tokenizer
 
@@ -211,4 +211,4 @@ def test_a_file_of_nothing_but_faults_names_some_and_counts_all(folder: Path, wo
     (folder / "a.jsonl").write_bytes(b"broken\n" * 5_000 + line("good"))
     texts, counts, places = work(folder)
     assert (texts, counts) == (["good"], {"invalid_json": 5_000})
-    assert places == [f"a.jsonl, line {number}" for number in range(1, NAMED_FAULTS + 1)]
+    assert places == [f"a.jsonl, line {number}" for number in range(1, MAX_LOGGED_SKIPS + 1)]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from myllm.data.prepare.shard_plan import Cut, CutList, HashSet
 from myllm.data.prepare.work_items import UnitIndex
-from myllm.data.sources.readers import Faults
+from myllm.data.sources.readers import SkipLog
 from myllm.errors import UserError
 
 Document = tuple[int, int]
@@ -115,7 +115,7 @@ def cut(rules: Rules, documents: list[Document], borders: list[int]) -> tuple[li
     for number, unit in enumerate(units):
         lengths = np.array([length for length, _ in unit], dtype=np.int64)
         hashes = np.array([content for _, content in unit], dtype=np.uint64)
-        made += list(cuts.add(number, UnitIndex(Path(str(number)), lengths, hashes, Faults())))
+        made += list(cuts.add(number, UnitIndex(Path(str(number)), lengths, hashes, SkipLog())))
     return made + list(cuts.finish()), cuts, units
 
 

@@ -31,11 +31,11 @@ def test_a_text_of_white_space_is_empty(text: str) -> None:
     assert cleaned(text) == (None, {"empty": 1})
 
 
-def test_unicode_is_normalised_and_counted() -> None:
-    assert cleaned("cafe\u0301", normalise_unicode=True) == ("café", {"unicode_normalised": 1})
-    assert cleaned("café ﬁ", normalise_unicode=True) == ("café ﬁ", {})  # NFC, not NFKC
-    assert cleaned("\u1112\u1161\u11ab", normalise_unicode=True) == ("한", {"unicode_normalised": 1})
-    assert cleaned("a\ud83d", normalise_unicode=True) == ("a\ud83d", {})
+def test_unicode_is_normalized_and_counted() -> None:
+    assert cleaned("cafe\u0301", normalize_unicode=True) == ("café", {"unicode_normalized": 1})
+    assert cleaned("café ﬁ", normalize_unicode=True) == ("café ﬁ", {})  # NFC, not NFKC
+    assert cleaned("\u1112\u1161\u11ab", normalize_unicode=True) == ("한", {"unicode_normalized": 1})
+    assert cleaned("a\ud83d", normalize_unicode=True) == ("a\ud83d", {})
 
 
 def test_control_characters_go_but_white_space_stays() -> None:
@@ -51,13 +51,13 @@ def test_short_texts_are_dropped_and_counted() -> None:
     assert cleaned("🙂🙂🙂", min_chars=3) == ("🙂🙂🙂", {})
     # What counts is the length of what is kept.
     assert cleaned("ab\x00", min_chars=3, strip_control=True)[0] is None
-    assert cleaned("ae\u0301", min_chars=3, normalise_unicode=True)[0] is None
+    assert cleaned("ae\u0301", min_chars=3, normalize_unicode=True)[0] is None
 
 
 @given(st.text(alphabet=LETTERS))
 def test_all_together_leave_a_text_that_needs_nothing_more(text: str) -> None:
     """Above all where a control character stands between a letter and its mark."""
-    settings = {"normalise_unicode": True, "strip_control": True}
+    settings = {"normalize_unicode": True, "strip_control": True}
     kept, _ = cleaned(text, **settings)
     if kept is not None:
         assert unicodedata.is_normalized("NFC", kept)
@@ -70,5 +70,5 @@ def test_all_together_leave_a_text_that_needs_nothing_more(text: str) -> None:
 def test_a_million_marks_on_one_letter_do_not_take_for_ever(marks: str) -> None:
     """To order n marks takes Python n x n steps: hours. No writing has a hundred."""
     text = "e\u0301 a" + marks * (1_000_000 // len(marks))
-    assert cleaned(text, normalise_unicode=True) == (text, {"unicode_not_normalised": 1})
-    assert cleaned("a" + "\u0301\u0316" * 15, normalise_unicode=True)[1] == {"unicode_normalised": 1}
+    assert cleaned(text, normalize_unicode=True) == (text, {"unicode_not_normalized": 1})
+    assert cleaned("a" + "\u0301\u0316" * 15, normalize_unicode=True)[1] == {"unicode_normalized": 1}

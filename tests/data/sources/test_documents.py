@@ -7,20 +7,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from myllm.data.sources import documents as grouping
-from myllm.data.sources.documents import SENTENCE_DOCUMENT_CHARS, documents_of
+from myllm.data.sources.documents import SENTENCE_DOCUMENT_CHARS, group_rows
 
 
 def articles(rows: list[str]) -> list[str]:
-    return list(documents_of(rows, "articles"))
+    return list(group_rows(rows, "articles"))
 
 
 def sentences(rows: list[str]) -> list[str]:
-    return list(documents_of(rows, "sentences"))
+    return list(group_rows(rows, "sentences"))
 
 
 @given(st.lists(st.text(alphabet="ab =\n", max_size=9)))
 def test_rows_are_documents_as_they_are(rows: list[str]) -> None:
-    assert list(documents_of(rows, "rows")) == rows
+    assert list(group_rows(rows, "rows")) == rows
 
 
 # -- sentences --------------------------------------------------------------------------------------------------------

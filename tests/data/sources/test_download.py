@@ -21,8 +21,8 @@ from huggingface_hub.errors import HfHubHTTPError
 from support.hub_server import HubServer
 
 from myllm.data.sources import download as fetching
-from myllm.data.sources.download import fetch, fetch_start, local_path
-from myllm.data.sources.hub_listing import Unreachable
+from myllm.data.sources.download import download_file, download_head, local_path
+from myllm.data.sources.hub_listing import UnreachableError
 from myllm.data.sources.source import SourceFile
 from myllm.errors import UserError
 from myllm.files import out_of_space
@@ -33,9 +33,9 @@ CONTENT = np.random.default_rng(1).bytes(4 << 20)
 FETCH = """
 import json, sys
 from pathlib import Path
-from myllm.data.sources.download import fetch
+from myllm.data.sources.download import download_file
 from myllm.data.sources.source import SourceFile
-fetch(SourceFile(**json.loads(sys.argv[1])), Path(sys.argv[2]))
+download_file(SourceFile(**json.loads(sys.argv[1])), Path(sys.argv[2]))
 """
 
 
@@ -74,12 +74,12 @@ def sent(hub: HubServer) -> int:
 
 
 def test_a_file_is_fetched_once(hub: HubServer, file: SourceFile, tmp_path: Path) -> None:
-    path = fetch(file, tmp_path / "d")
+    path = download_file(file, tmp_path / "d")
     assert path == local_path(file, tmp_path / "d")
     assert path.suffix == ".parquet"
     assert path.read_bytes() == CONTENT
-    assert fetch(file, tmp_path / "d") == path
-    assert fetch(file, tmp_path / "other", kept=tmp_path / "d") == path
+    assert download_file(file, tmp_path / "d") == path
+    assert download_file(file, tmp_path / "other", kept=tmp_path / "d") == path
     assert len(hub.seen("/cdn/")) == 1
     assert left(tmp_path / "d") == [path.name]
 
@@ -87,13 +87,13 @@ def test_a_file_is_fetched_once(hub: HubServer, file: SourceFile, tmp_path: Path
 def test_small_files_are_checked_by_what_git_calls_them(hub: HubServer, file: SourceFile, tmp_path: Path) -> None:
     digest = "git:" + hashlib.sha1(b"blob 5\0small").hexdigest()
     notes = SourceFile("notes.md", file.where.replace(NAME, "notes.md"), "prose", 5, digest)
-    assert fetch(notes, tmp_path).read_bytes() == b"small"
+    assert download_file(notes, tmp_path).read_bytes() == b"small"
     with pytest.raises(UserError, match="not what was listed: git:"):
-        fetch(replace(notes, name="other.md", digest="git:" + "0" * 40), tmp_path)
+        download_file(replace(notes, name="other.md", digest="git:" + "0" * 40), tmp_path)
     nothing = SourceFile(
         "empty.jsonl", file.where.replace(NAME, "empty.jsonl"), "jsonl", 0, hashlib.sha256().hexdigest()
     )
-    assert fetch(nothing, tmp_path).read_bytes() == b""
+    assert download_file(nothing, tmp_path).read_bytes() == b""
 
 
 @pytest.mark.parametrize("reset", [False, True])
@@ -101,7 +101,7 @@ def test_a_cut_connection_goes_on_where_it_was(
     hub: HubServer, file: SourceFile, tmp_path: Path, waited: list[float], reset: bool
 ) -> None:
     hub.cut_next("/cdn/", 1 << 20, times=3, reset=reset)
-    assert fetch(file, tmp_path).read_bytes() == CONTENT
+    assert download_file(file, tmp_path).read_bytes() == CONTENT
     requests = hub.seen("/cdn/")
     assert len(requests) == 4
     assert all(one.range for one in requests[1:])
@@ -113,7 +113,7 @@ def test_more_cuts_than_tries_do_no_harm_as_long_as_bytes_come(
 ) -> None:
     times = 5 * fetching.TRIES
     hub.cut_next("/cdn/", 100_000, times=times)
-    assert fetch(file, tmp_path).read_bytes() == CONTENT
+    assert download_file(file, tmp_path).read_bytes() == CONTENT
     assert len(hub.seen("/cdn/")) == times + 1
 
 
@@ -124,7 +124,7 @@ def test_a_busy_server_is_asked_again_when_it_says(
     hub.cut_next("/cdn/", 1 << 20)
     hub.fail_next("/cdn/", status=status, retry_after=17)
     hub.fail_next("/resolve/", status=status, retry_after=None)
-    assert fetch(file, tmp_path).read_bytes() == CONTENT
+    assert download_file(file, tmp_path).read_bytes() == CONTENT
     assert 17 in waited
     assert sum(waited) < 30
 
@@ -155,10 +155,10 @@ def test_a_plain_url_whose_file_is_replaced_in_the_middle_is_never_two_files_in_
     # Of the same size, before the rest is asked for.
     monkeypatch.setattr(time, "sleep", lambda _: hub.add_plain("v1/a.json.gz", CONTENT[::-1]))
     with pytest.raises(UserError, match=f"not what was listed: .*expected .{etag}.*Delete the listing"):
-        fetch(file, tmp_path)
+        download_file(file, tmp_path)
     assert not list(tmp_path.glob("a.json*"))
     hub.add_plain("v1/a.json.gz", CONTENT)
-    assert fetch(file, tmp_path).read_bytes() == CONTENT
+    assert download_file(file, tmp_path).read_bytes() == CONTENT
 
 
 def test_a_server_that_knows_no_ranges_sends_it_all_again(
@@ -167,7 +167,7 @@ def test_a_server_that_knows_no_ranges_sends_it_all_again(
     hub.ignore_ranges("/cdn/")
     hub.cut_next("/cdn/", 3 << 20)
     hub.cut_next("/cdn/", 1 << 20)  # less than there was
-    assert fetch(file, tmp_path).read_bytes() == CONTENT
+    assert download_file(file, tmp_path).read_bytes() == CONTENT
     assert [one.status for one in hub.seen("/cdn/")] == [200] * 3
 
 
@@ -184,7 +184,7 @@ def test_a_killed_download_goes_on_where_it_was(hub: HubServer, file: SourceFile
     client.wait(timeout=60)
     have = local_path(file, tmp_path / "d").with_name("train%200.parquet.part").stat().st_size
     hub.release()
-    assert fetch(file, tmp_path / "d").read_bytes() == CONTENT
+    assert download_file(file, tmp_path / "d").read_bytes() == CONTENT
     assert [one.range for one in hub.seen("/cdn/")] == [None, f"bytes={have}-"]
     assert sent(hub) < 2 * len(CONTENT)
 
@@ -196,7 +196,7 @@ def test_a_stalled_connection_is_given_up_and_goes_on(
     hub.slow("/cdn/", 0.5)  # a byte, and the next one two seconds later
     timer = threading.Timer(0.2, hub.slow, ("/cdn/", None))  # for the requests to come
     timer.start()
-    assert fetch(file, tmp_path).read_bytes() == CONTENT
+    assert download_file(file, tmp_path).read_bytes() == CONTENT
     timer.join()
     assert [one.range for one in hub.seen("/cdn/")] == [None, "bytes=1-"]
 
@@ -210,12 +210,12 @@ def test_other_content_than_listed_is_fetched_again_once(
     partial.parent.mkdir(parents=True)
     partial.write_bytes(b"another file's beginning")
     if times == 1:
-        assert fetch(file, tmp_path).read_bytes() == CONTENT
+        assert download_file(file, tmp_path).read_bytes() == CONTENT
         assert [one.range for one in hub.seen("/cdn/")] == ["bytes=24-", None]
         return
     with pytest.raises(UserError, match=r"is not what was listed: sha256 .*expected 000.*Delete the listing") as caught:
-        fetch(replace(file, digest="0" * 64), tmp_path)
-    assert not isinstance(caught.value, Unreachable)
+        download_file(replace(file, digest="0" * 64), tmp_path)
+    assert not isinstance(caught.value, UnreachableError)
     assert len(hub.seen("/cdn/")) == 2
     assert left(tmp_path) == []
 
@@ -223,17 +223,17 @@ def test_other_content_than_listed_is_fetched_again_once(
 @pytest.mark.parametrize("size", [10, 15, 25])
 def test_a_plain_url_of_another_size_than_listed_is_no_file(hub: HubServer, tmp_path: Path, size: int) -> None:
     with pytest.raises(UserError, match=f"not what was listed: 20 bytes, expected {size}"):
-        fetch(plain(hub, b"0123456789" * 2, size), tmp_path)
+        download_file(plain(hub, b"0123456789" * 2, size), tmp_path)
     assert left(tmp_path) == []
 
 
 def test_a_size_that_no_server_says_is_no_hindrance(hub: HubServer, tmp_path: Path, waited: list[float]) -> None:
     hub.cut_next("/plain/", 5)
-    assert fetch(plain(hub, b"0123456789", 0), tmp_path).read_bytes() == b"0123456789"
+    assert download_file(plain(hub, b"0123456789", 0), tmp_path).read_bytes() == b"0123456789"
     partial = tmp_path / "b" / "v1" / "a.json.gz.part"  # whole, and killed just before it got its name
     partial.parent.mkdir(parents=True)
     partial.write_bytes(b"0123456789")
-    assert fetch(plain(hub, b"0123456789", 0), tmp_path / "b").read_bytes() == b"0123456789"
+    assert download_file(plain(hub, b"0123456789", 0), tmp_path / "b").read_bytes() == b"0123456789"
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
@@ -241,11 +241,11 @@ def test_what_is_not_there_or_not_open_is_said_at_once(
     hub: HubServer, file: SourceFile, tmp_path: Path, status: int
 ) -> None:
     hub.fail_next("/resolve/", status=status)
-    with pytest.raises(Unreachable, match=rf"cannot download hf://.*{status}.*delete the listing.*hf auth login"):
-        fetch(file, tmp_path)
+    with pytest.raises(UnreachableError, match=rf"cannot download hf://.*{status}.*delete the listing.*hf auth login"):
+        download_file(file, tmp_path)
     assert len(hub.requests) == 1
-    with pytest.raises(Unreachable, match=r"cannot download http.*404"):
-        fetch(replace(file, where=f"{hub.endpoint}/plain/nothing"), tmp_path)
+    with pytest.raises(UnreachableError, match=r"cannot download http.*404"):
+        download_file(replace(file, where=f"{hub.endpoint}/plain/nothing"), tmp_path)
 
 
 def test_an_outage_in_the_middle_says_so_and_keeps_what_there_is(
@@ -255,14 +255,14 @@ def test_an_outage_in_the_middle_says_so_and_keeps_what_there_is(
     partial.parent.mkdir(parents=True)
     partial.write_bytes(CONTENT[:1000])
     hub.down(503, retry_after=None)
-    with pytest.raises(Unreachable, match=r"cannot download .*503.*HF_ENDPOINT. What there is of it is kept"):
-        fetch(file, tmp_path)
+    with pytest.raises(UnreachableError, match=r"cannot download .*503.*HF_ENDPOINT. What there is of it is kept"):
+        download_file(file, tmp_path)
     assert partial.read_bytes() == CONTENT[:1000]
     assert 20 < sum(waited) < 120, "long enough for a short outage, and no longer"
     with socket.create_server(("127.0.0.1", 0)) as server:
         nobody = f"http://127.0.0.1:{server.getsockname()[1]}/a"
-    with pytest.raises(Unreachable, match="Connection refused"):
-        fetch(replace(file, where=nobody), tmp_path)
+    with pytest.raises(UnreachableError, match="Connection refused"):
+        download_file(replace(file, where=nobody), tmp_path)
 
 
 @pytest.fixture
@@ -275,7 +275,7 @@ def small_disk() -> Iterator[None]:
 
 def test_a_full_disk_is_no_outage(hub: HubServer, file: SourceFile, tmp_path: Path, small_disk: None) -> None:
     with pytest.raises(OSError, match="File too large") as caught:
-        fetch(file, tmp_path)
+        download_file(file, tmp_path)
     assert out_of_space(caught.value)
     assert len(hub.seen("/cdn/")) == 1
 
@@ -284,27 +284,27 @@ def test_the_token_goes_to_the_hub_alone(
     hub: HubServer, file: SourceFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    fetch(file, tmp_path)
-    fetch(plain(hub, b"x", 1), tmp_path)
-    fetch_start(plain(hub, b"x", 1), tmp_path, 1)
+    download_file(file, tmp_path)
+    download_file(plain(hub, b"x", 1), tmp_path)
+    download_head(plain(hub, b"x", 1), tmp_path, 1)
     seen = {(one.path.split("/")[1], one.authorization) for one in hub.requests}
     assert seen == {("datasets", "Bearer hf_secret"), ("cdn", None), ("plain", None)}
 
 
 def test_a_kept_file_of_another_revision_is_not_taken(hub: HubServer, file: SourceFile, tmp_path: Path) -> None:
-    fetch(file, tmp_path / "kept")
+    download_file(file, tmp_path / "kept")
     changed = CONTENT[::-1]
     sha = hub.add_dataset(REPO, {NAME: changed})
     where = f"hf://datasets/{REPO}@{sha}/{NAME}"
     other = replace(file, where=where, digest=hashlib.sha256(changed).hexdigest())
-    assert fetch(other, tmp_path / "own", kept=tmp_path / "kept").read_bytes() == changed
+    assert download_file(other, tmp_path / "own", kept=tmp_path / "kept").read_bytes() == changed
     assert local_path(file, tmp_path / "kept").read_bytes() == CONTENT
-    assert fetch(other, tmp_path / "kept", kept=tmp_path / "kept").read_bytes() == changed
+    assert download_file(other, tmp_path / "kept", kept=tmp_path / "kept").read_bytes() == changed
 
 
 def test_two_that_want_the_same_file_fetch_it_once(hub: HubServer, file: SourceFile, tmp_path: Path) -> None:
     hub.slow("/cdn/", 8 << 20)
-    threads = [threading.Thread(target=fetch, args=(file, tmp_path)) for _ in range(3)]
+    threads = [threading.Thread(target=download_file, args=(file, tmp_path)) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:

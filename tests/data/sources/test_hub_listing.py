@@ -18,7 +18,7 @@ from myllm.config import DataConfig
 from myllm.data.prepare.prepare import resolve
 from myllm.data.prepare.spec import recipe_of
 from myllm.data.sources import hub_listing as listing
-from myllm.data.sources.hub_listing import Unreachable, list_hub, list_urls
+from myllm.data.sources.hub_listing import UnreachableError, list_hub, list_urls
 from myllm.data.sources.source import find_source
 from myllm.errors import UserError
 from myllm.evals.hellaswag_data import load_examples
@@ -106,7 +106,7 @@ def test_what_is_not_there_is_said_at_once(hub: HubServer, spec: str, message: s
     hub.add_dataset(REPO, FILES)
     with pytest.raises(UserError, match=message) as caught:
         find_source(spec)
-    assert not isinstance(caught.value, Unreachable), "a fallback would be taken for a typing error"
+    assert not isinstance(caught.value, UnreachableError), "a fallback would be taken for a typing error"
     assert len(hub.requests) <= 3, "asked again for what is not there"
 
 
@@ -211,7 +211,7 @@ def test_an_outage_of_dolma_names_dolma_and_c4(hub: HubServer, no_waiting: None,
         hub.add_dataset("allenai/c4", {"en/c4-train.00000-of-01024.json.gz": b"x"})
         mirror.down(status)
         config = DataConfig(source="dolma-sample")
-        with pytest.raises(Unreachable, match=r"^Dolma cannot be reached: 127.0.0.1 .*C4 .*--fallback c4"):
+        with pytest.raises(UnreachableError, match=r"^Dolma cannot be reached: 127.0.0.1 .*C4 .*--fallback c4"):
             resolve(config)
         assert len(mirror.requests) <= 3, "one question is enough where nobody answers"
         assert resolve(replace(config, fallback="c4")).source.name == "c4"
@@ -219,7 +219,7 @@ def test_an_outage_of_dolma_names_dolma_and_c4(hub: HubServer, no_waiting: None,
 
 def test_a_dolma_that_is_gone_or_closed_names_c4_too(hub: HubServer, capsys: pytest.CaptureFixture[str]) -> None:
     hub.add_dataset("allenai/c4", {"en/c4-train.00000-of-01024.json.gz": b"x"})
-    with pytest.raises(Unreachable, match=r"Dolma cannot be reached: the Hub has no dataset 'allenai/dolma'.*C4"):
+    with pytest.raises(UnreachableError, match=r"Dolma cannot be reached: the Hub has no dataset 'allenai/dolma'.*C4"):
         find_source("dolma")
     assert resolve(DataConfig(source="dolma", fallback="c4")).source.name == "c4"
     assert re.search(r"Dolma cannot be reached(.|\n)*taking c4 instead", capsys.readouterr().err)
@@ -232,14 +232,14 @@ def test_an_outage_of_everything_is_one_clear_message(hub: HubServer, monkeypatc
     message = rf"the Hub at {hub.endpoint} does not answer .*check the network, a proxy \(HTTPS_PROXY\), HF_ENDPOINT"
     for source in ("c4", "fineweb-edu-10bt", "dolma", f"hub:{REPO}"):
         waited.clear()
-        with pytest.raises(Unreachable, match=message):
+        with pytest.raises(UnreachableError, match=message):
             resolve(DataConfig(source=source))
         assert sum(waited) < 10
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{unused.getsockname()[1]}")
     waited.clear()
-    with pytest.raises(Unreachable, match=r"does not answer .*Connection refused.*HF_ENDPOINT"):
+    with pytest.raises(UnreachableError, match=r"does not answer .*Connection refused.*HF_ENDPOINT"):
         resolve(DataConfig(source="dolma", fallback="c4"))
     assert sum(waited) < 20, "Dolma's and C4's"
 
@@ -248,14 +248,14 @@ def test_a_silent_hub_is_given_up(hub: HubServer, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(listing, "_TIMEOUTS_S", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections, and says nothing
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
-        with pytest.raises(Unreachable, match=r"does not answer .*timed out"):
+        with pytest.raises(UnreachableError, match=r"does not answer .*timed out"):
             list_hub(REPO, "0" * 40, "")
 
 
 def test_no_listing_is_kept_of_an_outage(hub: HubServer, temp_data: Path, no_waiting: None) -> None:
     hub.add_dataset(REPO, FILES)
     hub.fail_next("cursor=", times=4)
-    with pytest.raises(Unreachable):
+    with pytest.raises(UnreachableError):
         names(f"hub:{REPO}")
     assert not list(temp_data.rglob("*.json"))
     assert len(names(f"hub:{REPO}")) == 4

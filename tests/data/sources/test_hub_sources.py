@@ -23,7 +23,7 @@ from support.hub_server import HubServer
 from myllm.config import DataConfig
 from myllm.data.prepare.prepare import prepare
 from myllm.data.sources.catalog import CORPORA
-from myllm.data.sources.hub_listing import Unreachable
+from myllm.data.sources.hub_listing import UnreachableError
 from myllm.data.sources.source import find_source
 
 END = 50_256
@@ -191,7 +191,9 @@ def test_dolma_that_fails_in_the_middle_names_c4(
         dolma(hub, mirror)
         mirror.fail_next("/plain/", times=999, retry_after=None)
         monkeypatch.setattr(time, "sleep", lambda _: None)
-        with pytest.raises(Unreachable, match=r"Dolma cannot be reached: cannot download .*503.*C4 is the next best"):
+        with pytest.raises(
+            UnreachableError, match=r"Dolma cannot be reached: cannot download .*503.*C4 is the next best"
+        ):
             prepare(DataConfig(source="dolma-sample", val_tokens=500, workers=1), progress=False)
 
 

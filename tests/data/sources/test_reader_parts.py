@@ -12,17 +12,17 @@ from hypothesis import strategies as st
 from pyarrow import ipc
 
 from myllm.data.sources import readers
-from myllm.data.sources.readers import KINDS, Faults, Task, can_be_split, read_file, suffix_of
+from myllm.data.sources.readers import READER_BY_SUFFIX, ReadTask, SkipLog, is_splittable, read_file, suffix_of
 
 WORDS = ["", "a", "déjà vu ", "日本語 🙂\n", "x" * 500, "\x00", "<|endoftext|>", "\u2028"]
 
 
-def read(path: Path, faults: Faults | None = None, parts: int = 1, column: str = "text") -> list[str]:
+def read(path: Path, faults: SkipLog | None = None, parts: int = 1, column: str = "text") -> list[str]:
     """All parts' rows, end to end; without `faults`, none are allowed."""
-    found = Faults() if faults is None else faults
+    found = SkipLog() if faults is None else faults
     rows: list[str] = []
     for part in range(parts):
-        rows += read_file(KINDS[suffix_of(path)], Task(path, path.name, column, part, parts), found)
+        rows += read_file(READER_BY_SUFFIX[suffix_of(path)], ReadTask(path, path.name, column, part, parts), found)
     assert faults is not None or not found.counts, found
     return rows
 
@@ -44,7 +44,7 @@ BOTH = pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
 
 
 def test_what_is_compressed_as_a_whole_is_not_split() -> None:
-    assert {suffix for suffix in KINDS if can_be_split(f"a{suffix}")} == {".parquet", ".arrow", ".jsonl"}
+    assert {suffix for suffix in READER_BY_SUFFIX if is_splittable(f"a{suffix}")} == {".parquet", ".arrow", ".jsonl"}
 
 
 @BOTH
@@ -78,7 +78,7 @@ def test_parts_of_lines_make_the_whole(
         content += ("{broken é" if number in broken else line) + end
         expected += [] if number in broken else [f"{number}{word * times}"]
     path.write_bytes((content if ends else content.rstrip("\r\n")).encode())
-    whole, split = Faults(), Faults()
+    whole, split = SkipLog(), SkipLog()
     assert read(path, whole) == read(path, split, parts) == expected
     assert split.counts == whole.counts
     assert whole.counts.total() == whole.counts["invalid_json"] == len(broken & set(range(len(lines))))
@@ -96,7 +96,7 @@ def test_a_line_too_long_is_passed_over_by_one_part(
     texts = [f"{number}".ljust(length - 13, "x") for number, length in enumerate(lengths)]
     lines = [json.dumps({"text": text}).encode() + b"\n" for text in texts]
     path.write_bytes(b"".join(lines) if ends else b"".join(lines)[:-1])
-    faults = Faults()
+    faults = SkipLog()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(readers, "MAX_LINE_BYTES", 100)
         rows = read(path, faults, parts)
@@ -108,7 +108,7 @@ def test_a_line_too_long_is_passed_over_by_one_part(
 
 
 def test_a_part_says_behind_which_byte_its_lines_are_counted(tmp_path: Path) -> None:
-    path, faults = tmp_path / "a.jsonl", Faults()
+    path, faults = tmp_path / "a.jsonl", SkipLog()
     path.write_bytes(b'{"text": "a"}\n' * 10 + b"broken\n")
     assert len(read(path, faults, parts=2)) == 10
     place = faults.places[0]["place"]
@@ -120,7 +120,7 @@ def test_a_part_says_behind_which_byte_its_lines_are_counted(tmp_path: Path) -> 
 
 @BOTH
 def test_a_missing_column_is_said_once_for_all_parts(suffix: str, tmp_path: Path) -> None:
-    path, faults = write(tmp_path / f"a{suffix}", pa.table({"body": ["a"] * 50}), 5), Faults()
+    path, faults = write(tmp_path / f"a{suffix}", pa.table({"body": ["a"] * 50}), 5), SkipLog()
     assert read(path, faults, parts=4) == []
     assert dict(faults.counts) == {"no_text_column": 1}
     assert faults.places[0]["detail"] == "no column 'text', but ['body']"
@@ -133,7 +133,7 @@ def test_a_missing_column_is_said_once_for_all_parts(suffix: str, tmp_path: Path
 @pytest.mark.parametrize("parts", [1, 4])
 def test_half_an_arrow_file_gives_its_first_batches(parts: int, tmp_path: Path) -> None:
     texts = [f"{i} " * 40 for i in range(60)]
-    path, faults = write(tmp_path / "a.arrow", pa.table({"text": texts}), 3), Faults()
+    path, faults = write(tmp_path / "a.arrow", pa.table({"text": texts}), 3), SkipLog()
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     rows = read(path, faults, parts)
@@ -148,7 +148,7 @@ def test_half_a_parquet_file_is_named(tmp_path: Path) -> None:
     path = write(tmp_path / "a.parquet", pa.table({"text": [f"{i} " * 40 for i in range(60)]}), 3)
     whole = path.read_bytes()
     for damaged in (whole[: len(whole) // 2], whole[:-1], whole[:-20] + b"\xff" * 20):
-        faults = Faults()
+        faults = SkipLog()
         path.write_bytes(damaged)
         assert read(path, faults) == []
         assert dict(faults.counts) == {"unreadable_file": 1}
@@ -158,7 +158,7 @@ def test_half_a_parquet_file_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("parts", [1, 3])
 def test_one_damaged_row_group_costs_no_other(parts: int, tmp_path: Path) -> None:
     texts = [f"{i} " * 40 for i in range(60)]
-    path, faults = write(tmp_path / "a.parquet", pa.table({"text": texts}), 10), Faults()
+    path, faults = write(tmp_path / "a.parquet", pa.table({"text": texts}), 10), SkipLog()
     chunk = pq.ParquetFile(path).metadata.row_group(2).column(0)
     start = chunk.dictionary_page_offset or chunk.data_page_offset
     content = bytearray(path.read_bytes())
@@ -175,7 +175,7 @@ def test_an_arrow_batch_that_points_anywhere_costs_no_other(kind: pa.DataType, t
     dictionary = pa.types.is_dictionary(kind)
     texts = [f"text {i % 5 if dictionary else i}" for i in range(60)]
     column = pa.chunked_array([pa.array(texts).dictionary_encode() if dictionary else pa.array(texts, kind)])
-    path, faults = write(tmp_path / "a.arrow", pa.table({"text": column}), 20), Faults()
+    path, faults = write(tmp_path / "a.arrow", pa.table({"text": column}), 20), SkipLog()
     wide = 8 if pa.types.is_large_string(kind) else 4
     second = texts[20:40]
     marks = [texts.index(text) for text in second] if dictionary else [sum(map(len, second[:i])) for i in range(21)]
@@ -203,7 +203,7 @@ def test_no_damage_stops_the_reading(suffix: str, seed: int, tmp_path: Path) -> 
             within = chance.choice([len(content), min(1_000, len(content))])
             content[chance.choice([-1, 1]) * chance.randrange(within)] = chance.randrange(256)
         path.write_bytes(content)
-        "".join(read(path, Faults()))
+        "".join(read(path, SkipLog()))
 
 
 # -- columns ----------------------------------------------------------------------------------------------------------
@@ -243,7 +243,7 @@ def test_a_column_of_nothing_is_empty_texts(suffix: str, tmp_path: Path) -> None
     ids=["numbers", "bytes", "nested", "twice"],
 )
 def test_a_column_that_holds_no_texts_is_named(suffix: str, table: pa.Table, said: str, tmp_path: Path) -> None:
-    faults = Faults()
+    faults = SkipLog()
     assert read(write(tmp_path / f"a{suffix}", table), faults) == []
     assert dict(faults.counts) == {"no_text_column": 1}
     assert faults.places[0]["place"] == f"a{suffix}"
@@ -255,7 +255,7 @@ def test_a_row_that_is_no_utf_8_costs_only_itself(suffix: str, tmp_path: Path) -
     texts = [b"row %d" % i for i in range(600)]
     texts[400] = b"caf\xe9"
     column = pa.array(texts, pa.binary()).view(pa.string())
-    path, faults = write(tmp_path / f"a{suffix}", pa.table({"text": column}), 1_000), Faults()
+    path, faults = write(tmp_path / f"a{suffix}", pa.table({"text": column}), 1_000), SkipLog()
     assert read(path, faults) == [text.decode() for text in texts if text != b"caf\xe9"]
     assert dict(faults.counts) == {"invalid_utf8": 1}
     assert faults.places[0]["place"].endswith("0, row 400")

@@ -14,8 +14,16 @@ from hypothesis import strategies as st
 from pyarrow import ipc
 
 from myllm.data.sources import readers
-from myllm.data.sources.read_task import NAMED_FAULTS
-from myllm.data.sources.readers import KINDS, MAX_PLAIN_CHARS, Faults, Task, cut_prose, read_file, suffix_of
+from myllm.data.sources.read_task import MAX_LOGGED_SKIPS
+from myllm.data.sources.readers import (
+    MAX_PLAIN_CHARS,
+    READER_BY_SUFFIX,
+    ReadTask,
+    SkipLog,
+    read_file,
+    split_prose,
+    suffix_of,
+)
 
 DOCUMENTS = ["Plain words.\n", "été, 日本語 and 🙂", "one\n\ntwo\n", " \x00<|endoftext|>\u2028 ", "x" * 70_000]
 
@@ -48,16 +56,16 @@ WRITERS: dict[str, Callable[[Path, list[str]], object]] = {
 PLAIN = (".txt", ".md", ".py")
 
 
-def read(path: Path, faults: Faults | None = None, column: str = "text") -> list[str]:
+def read(path: Path, faults: SkipLog | None = None, column: str = "text") -> list[str]:
     """A file's rows; without `faults`, none are allowed."""
-    found = Faults() if faults is None else faults
-    rows = list(read_file(KINDS[suffix_of(path)], Task(path, path.name, column), found))
+    found = SkipLog() if faults is None else faults
+    rows = list(read_file(READER_BY_SUFFIX[suffix_of(path)], ReadTask(path, path.name, column), found))
     assert faults is not None or not found.counts, found
     return rows
 
 
 def test_every_kind_is_tested() -> None:
-    assert set(WRITERS) == set(KINDS)
+    assert set(WRITERS) == set(READER_BY_SUFFIX)
 
 
 @pytest.mark.parametrize("suffix", WRITERS)
@@ -96,7 +104,7 @@ def test_python_files_name_their_encoding(tmp_path: Path) -> None:
 
 @given(st.text(alphabet="a \n", max_size=60), st.integers(1, 12))
 def test_long_prose_is_cut_without_loss(text: str, most: int) -> None:
-    pieces = list(cut_prose(text, most))
+    pieces = list(split_prose(text, most))
     assert "".join(pieces) == text
     assert all(len(piece) <= most for piece in pieces)
 
@@ -125,7 +133,7 @@ COMPRESSED = {".jsonl.gz": gzip.compress, ".json.gz": gzip.compress, ".jsonl.zst
 @pytest.mark.parametrize("suffix", COMPRESSED)
 @pytest.mark.parametrize("keep", [0.0, 0.5, 0.98, -1, -5])
 def test_a_compressed_file_that_ends_early_gives_what_it_has(suffix: str, keep: float, tmp_path: Path) -> None:
-    path, faults = tmp_path / f"a{suffix}", Faults()
+    path, faults = tmp_path / f"a{suffix}", SkipLog()
     documents = [f"document {i * i}" for i in range(2_000)]
     whole = COMPRESSED[suffix](jsonl(documents))
     path.write_bytes(whole[: int(keep) or int(len(whole) * keep)] if keep else b"")
@@ -176,7 +184,7 @@ FAULTS: dict[str, tuple[str, bytes, str, str, str, list[str]]] = {
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "utf-8-sig", "utf-16-be", "utf-32-be"])
 @pytest.mark.parametrize("suffix", [".txt", ".md", ".py", ".jsonl", ".jsonl.gz", ".jsonl.zst"])
 def test_a_byte_order_mark_says_the_encoding(encoding: str, suffix: str, tmp_path: Path) -> None:
-    path, faults, text = tmp_path / f"a{suffix}", Faults(), "naïve\n\u0a0a 日本 🎲\n"
+    path, faults, text = tmp_path / f"a{suffix}", SkipLog(), "naïve\n\u0a0a 日本 🎲\n"
     content = jsonl([text, "two"]).decode() if "json" in suffix else text
     marked = ("\ufeff" if encoding.endswith("be") else "") + content
     path.write_bytes(COMPRESSED.get(suffix, bytes)(marked.encode(encoding)))
@@ -188,7 +196,7 @@ def test_a_wide_file_in_parts_is_read_once(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     texts = [f"document {i}" for i in range(100)]
     path.write_bytes(jsonl(texts).decode().encode("utf-16"))
-    parts = [read_file("jsonl", Task(path, path.name, part=part, parts=3), Faults()) for part in range(3)]
+    parts = [read_file("jsonl", ReadTask(path, path.name, part=part, parts=3), SkipLog()) for part in range(3)]
     assert [text for part in parts for text in part] == texts
 
 
@@ -196,7 +204,7 @@ def test_a_wide_file_in_parts_is_read_once(tmp_path: Path) -> None:
 def test_a_fault_is_named_and_counted_and_costs_only_itself(fault: str, tmp_path: Path) -> None:
     name, content, reason, place, word, rows = FAULTS[fault]
     (tmp_path / name).write_bytes(content)
-    faults = Faults()
+    faults = SkipLog()
     assert read(tmp_path / name, faults) == rows
     assert dict(faults.counts) == {reason: 1}
     assert [(each["reason"], each["place"]) for each in faults.places] == [(reason, place)]
@@ -205,7 +213,7 @@ def test_a_fault_is_named_and_counted_and_costs_only_itself(fault: str, tmp_path
 
 def test_wide_lines_that_end_early_give_what_there_is(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(jsonl(["a" * 70_000, "b"]).decode().encode("utf-16")[:-1])
-    faults = Faults()
+    faults = SkipLog()
     assert read(tmp_path / "a.jsonl", faults) == ["a" * 70_000]
     assert dict(faults.counts) == {"file_cut_short": 1}
 
@@ -215,7 +223,7 @@ def test_a_text_that_is_a_nest_of_lists_is_passed_over(depth: int, tmp_path: Pat
     """At the depth where JSON can just be read, saying what was found must not fail either."""
     nest = b'{"text": ' + b"[" * depth + b"]" * depth + b"}\n"
     (tmp_path / "a.jsonl").write_bytes(GOOD + nest + GOOD)
-    faults = Faults()
+    faults = SkipLog()
     assert read(tmp_path / "a.jsonl", faults) == ["a", "a"]
     assert faults.counts.total() == 1
 
@@ -225,7 +233,7 @@ def test_a_file_that_cannot_be_opened_is_named(suffix: str, tmp_path: Path) -> N
     path = tmp_path / f"a{suffix}"
     path.mkdir()
     for missing in (path, tmp_path / f"none{suffix}"):
-        faults = Faults()
+        faults = SkipLog()
         assert read(missing, faults) == []
         assert dict(faults.counts) == {"unreadable_file": 1}
         assert faults.places[0]["place"] == missing.name
@@ -234,7 +242,7 @@ def test_a_file_that_cannot_be_opened_is_named(suffix: str, tmp_path: Path) -> N
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst"])
 def test_a_line_that_is_too_long_is_passed_over(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readers, "MAX_LINE_BYTES", 1_000)
-    path, faults = tmp_path / f"a{suffix}", Faults()
+    path, faults = tmp_path / f"a{suffix}", SkipLog()
     WRITERS[suffix](path, ["before", "x" * 3_000_000, "between", "x" * 980, "after"])
     assert read(path, faults) == ["before", "between", "after"]
     assert dict(faults.counts) == {"line_too_long": 2}
@@ -248,9 +256,9 @@ def test_a_line_that_compresses_to_nothing_is_read(tmp_path: Path) -> None:
 
 
 def test_faults_are_all_counted_but_not_all_named() -> None:
-    faults = Faults()
-    for number in range(10 * NAMED_FAULTS):
+    faults = SkipLog()
+    for number in range(10 * MAX_LOGGED_SKIPS):
         faults.add("invalid_json", f"line {number}", "found\n\t " + "x" * 10_000)
-    assert dict(faults.counts) == {"invalid_json": 10 * NAMED_FAULTS}
-    assert [each["place"] for each in faults.places] == [f"line {number}" for number in range(NAMED_FAULTS)]
+    assert dict(faults.counts) == {"invalid_json": 10 * MAX_LOGGED_SKIPS}
+    assert [each["place"] for each in faults.places] == [f"line {number}" for number in range(MAX_LOGGED_SKIPS)]
     assert all(len(each["detail"]) == 200 and "\n" not in each["detail"] for each in faults.places)

@@ -13,8 +13,8 @@ import pytest
 from myllm.config import DataConfig
 from myllm.data.prepare.spec import recipe_of
 from myllm.data.sources.catalog import CORPORA
-from myllm.data.sources.readers import KINDS, Faults
-from myllm.data.sources.source import documents, find_source
+from myllm.data.sources.readers import READER_BY_SUFFIX, SkipLog
+from myllm.data.sources.source import find_source, read_documents
 from myllm.errors import UserError
 
 
@@ -47,7 +47,7 @@ def test_python_stdlib() -> None:
     assert not {"test", "tests", "idle_test", "site-packages", "encodings", "__pycache__"} & set(parts)
     assert "argparse.py" in [file.name for file in source.files]
     topics = next(file for file in source.files if file.name.endswith("topics.py"))
-    texts = list(documents(source, topics, Path(topics.where), Faults()))
+    texts = list(read_documents(source, topics, Path(topics.where), SkipLog()))
     tree = ast.parse(Path(topics.where).read_text(encoding="utf-8"))  # without running it
     values = next(node.value for node in tree.body if isinstance(node, ast.Assign))
     assert texts == list(ast.literal_eval(values).values())
@@ -55,9 +55,9 @@ def test_python_stdlib() -> None:
 
 
 def test_the_standard_library_is_read_without_a_fault() -> None:
-    source, faults = find_source("python-stdlib"), Faults()
+    source, faults = find_source("python-stdlib"), SkipLog()
     for file in source.files:
-        texts = list(documents(source, file, Path(file.where), faults))
+        texts = list(read_documents(source, file, Path(file.where), faults))
         assert len(texts) == 1 or file.reader == "topics"
     assert not faults.counts
 
@@ -72,16 +72,16 @@ def test_a_file_says_where_it_is_and_what_reads_it(tree: Path, monkeypatch: pyte
         assert file.reader == ("jsonl" if name == "sub/c.jsonl" else "prose")
         assert file.size_bytes == len(content)
         assert file.digest == hashlib.sha256(content).hexdigest()
-    source, faults = find_source("files:."), Faults()
+    source, faults = find_source("files:."), SkipLog()
     assert source.size_bytes == sum(file.size_bytes for file in found.values())
-    assert list(documents(source, found["sub/c.jsonl"], tree / "sub/c.jsonl", faults)) == ["sub/c.jsonl"]
+    assert list(read_documents(source, found["sub/c.jsonl"], tree / "sub/c.jsonl", faults)) == ["sub/c.jsonl"]
 
 
 def test_the_column_is_the_sources_own_unless_another_is_asked_for(tree: Path) -> None:
     assert find_source(f"files:{tree}").column == "text"
     (tree / "sub" / "c.jsonl").write_text('{"text": "no", "body": "yes"}')
     source = find_source(f"files:{tree}/sub/c.jsonl", column="body")
-    assert list(documents(source, source.files[0], tree / "sub" / "c.jsonl", Faults())) == ["yes"]
+    assert list(read_documents(source, source.files[0], tree / "sub" / "c.jsonl", SkipLog())) == ["yes"]
 
 
 def test_a_folder_is_read_to_its_depth_without_hidden_files(tree: Path) -> None:
@@ -183,7 +183,7 @@ def test_what_is_not_there(tree: Path, tmp_path: Path) -> None:
     refused("files:~nobody-of-this-name/texts", "cannot find", "~nobody-of-this-name")
     for odd in ("\0", "\0*", "[", "\ud83d", "**"):
         refused(f"files:{tmp_path}/empty/{odd}", "no text found")
-    for kind in KINDS:
+    for kind in READER_BY_SUFFIX:
         refused(f"files:{tmp_path / 'empty'}", kind)
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from myllm.data.tokenizer.huggingface import END_OF_TEXT_TOKENS, MAX_PIECE_CHARS, byte_alphabet, cut_text
+from myllm.data.tokenizer.huggingface import END_OF_TEXT_TOKENS, MAX_PIECE_CHARS, byte_alphabet, split_text
 from myllm.data.tokenizer.load import Tokenizer, load_tokenizer
 from myllm.errors import UserError
 
@@ -233,7 +233,7 @@ def test_a_cut_at_a_word_changes_nothing(files: dict[str, Path], bytewise: Token
 
 @given(st.text(alphabet=" \nab", max_size=60), st.integers(2, 9))
 def test_pieces_make_up_the_text(text: str, size: int) -> None:
-    pieces = list(cut_text(text, size))
+    pieces = list(split_text(text, size))
     assert "".join(pieces) == text
     assert all(len(piece) <= size for piece in pieces)
     assert all(pieces) or not text

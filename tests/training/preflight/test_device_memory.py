@@ -9,13 +9,13 @@ import torch
 import torch.distributed as dist
 
 from myllm.distributed import collectives as distributed
-from myllm.distributed.collectives import Process
+from myllm.distributed.collectives import DistContext
 from myllm.errors import UserError
 from myllm.training.preflight import rehearsal
 from myllm.training.preflight.device_memory import is_out_of_memory
 from myllm.training.preflight.rehearsal import OutOfMemory, run_within_memory
 
-PAIR = Process(0, 0, 2, torch.device("cpu"))
+PAIR = DistContext(0, 0, 2, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -70,9 +70,9 @@ def refused() -> NoReturn:
 def store(one_rank: None, monkeypatch: pytest.MonkeyPatch) -> dist.Store:
     """What two ranks share; the other one is not there."""
     shared = dist.HashStore()
-    monkeypatch.setattr(distributed, "board", lambda: shared)
+    monkeypatch.setattr(distributed, "shared_store", lambda: shared)
     monkeypatch.setattr(dist, "get_world_size", lambda *_: 2)
-    monkeypatch.setattr(distributed, "gather_to_main", lambda value: [value])
+    monkeypatch.setattr(distributed, "gather_object", lambda value: [value])
     monkeypatch.setattr(rehearsal, "ALONE_S", 0.2)
     return shared
 

@@ -27,7 +27,7 @@ from myllm.config import RunConfig, load_json
 from myllm.data.prepare.prepare import prepare
 from myllm.data.tokenizer.load import load_tokenizer
 from myllm.distributed import precision
-from myllm.distributed.collectives import Process
+from myllm.distributed.collectives import DistContext
 from myllm.errors import UserError
 from myllm.planning.disk import checkpoint_bytes
 from myllm.planning.forecast import describe_run
@@ -51,7 +51,7 @@ from myllm.training.preflight.rehearsal import measure_peak_bytes, scratch_folde
 from myllm.training.preflight.summary import Limits, Measurements, PreflightResult, count_due
 
 CPU = torch.device("cpu")
-ALONE = Process(0, 0, 1, CPU)
+ALONE = DistContext(0, 0, 1, CPU)
 HELLASWAG = Path(__file__).parents[2] / "evals/hellaswag_own.jsonl"
 
 
@@ -168,7 +168,7 @@ def test_the_time_that_is_left(findings: PreflightResult) -> None:
 
 def test_the_estimate_is_for_what_is_compiled_there(findings: PreflightResult, monkeypatch: pytest.MonkeyPatch) -> None:
     config = with_train(findings.config, compile="auto")
-    on_card = replace(findings, config=config, process=Process(0, 0, 1, torch.device("cuda")))
+    on_card = replace(findings, config=config, process=DistContext(0, 0, 1, torch.device("cuda")))
     shown = []
     for works in (True, False):
         monkeypatch.setattr(preflight_report, "has_triton", lambda device, works=works: works)
@@ -322,9 +322,12 @@ def test_sizes_keep_the_batch_exact(config: RunConfig) -> None:
     twelve = with_train(config, batch_tokens=12 * 64)
     assert candidate_sizes(twelve, ALONE) == [1, 2, 3, 4, 6, 12]
     assert candidate_sizes(twelve, ALONE, val_tokens=5 * 64) == [1, 2, 3, 4]
-    assert candidate_sizes(twelve, Process(0, 0, 2, CPU)) == [1, 2, 3, 6]
+    assert candidate_sizes(twelve, DistContext(0, 0, 2, CPU)) == [1, 2, 3, 6]
     assert candidate_sizes(with_train(config, batch_tokens=128 * 64), ALONE)[-1] == CPU_TOKENS // 64
-    assert candidate_sizes(with_train(config, batch_tokens=128 * 64), Process(0, 0, 1, torch.device("cuda")))[-1] == 128
+    assert (
+        candidate_sizes(with_train(config, batch_tokens=128 * 64), DistContext(0, 0, 1, torch.device("cuda")))[-1]
+        == 128
+    )
 
 
 def test_auto_is_settled_once(config: RunConfig, temp_data: Path) -> None:

@@ -40,7 +40,7 @@ def prove_resume(words: list[str]) -> None:
     files, rest = read_config_files(words)
     named = bool(rest) and not rest[0].startswith("-")
     base, rest = base_config(files, rest if named or files else ["debug", *rest])
-    if ranks.launched():
+    if ranks.is_launched():
         raise UserError("`myllm prove-resume` starts its own ranks; call it without torchrun")
     if not paths.is_checkout():
         raise UserError(

@@ -18,7 +18,7 @@ from typing import Any
 
 from myllm.config import RunConfig, to_dict
 from myllm.distributed.collectives import choose_device
-from myllm.distributed.device_info import cuda_devices
+from myllm.distributed.device_info import cuda_device_count
 from myllm.distributed.precision import compute_dtype, dtype_name
 from myllm.files import write_json
 
@@ -165,7 +165,7 @@ def tolerance(config: RunConfig) -> float:
 def layouts(config: RunConfig) -> tuple[int, ...]:
     """The numbers of ranks that can be tried here: 1, and OTHER_RANKS on the CPU or where there are as many GPUs."""
     device = choose_device(config.train.device)
-    room = device.type == "cpu" or (device.type == "cuda" and cuda_devices() >= OTHER_RANKS)
+    room = device.type == "cpu" or (device.type == "cuda" and cuda_device_count() >= OTHER_RANKS)
     return (1, OTHER_RANKS) if room else (1,)
 
 

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
-from myllm.data.sources.arrow_readers import parquet_table, table_texts
+from myllm.data.sources.arrow_readers import open_parquet, table_texts
 from myllm.data.sources.cleaning import clean
-from myllm.data.sources.documents import documents_of
-from myllm.data.sources.download import fetch, fetch_start
-from myllm.data.sources.hub_listing import Unreachable, first_line
-from myllm.data.sources.read_task import Faults, Task
+from myllm.data.sources.documents import group_rows
+from myllm.data.sources.download import download_file, download_head
+from myllm.data.sources.hub_listing import UnreachableError, first_line
+from myllm.data.sources.read_task import ReadTask, SkipLog
 from myllm.data.sources.readers import suffix_of
-from myllm.data.sources.source import Source, SourceFile, documents
+from myllm.data.sources.source import Source, SourceFile, read_documents
 from myllm.errors import UserError
 
 from .spec import Recipe
@@ -68,7 +68,7 @@ def estimate(recipe: Recipe, workers: int, target: tuple[str, float] | None = No
     Raises:
         UserError: nothing to sample, or a source that cannot be reached.
     """
-    source, faults = recipe.source, Faults()
+    source, faults = recipe.source, SkipLog()
     if not all(file.size_bytes for file in source.files if file.remote):
         raise UserError(
             f"the server of {source.description} does not say how large its files are, so a sample says nothing of "
@@ -166,7 +166,7 @@ def _packing_error(texts: list[str], n_bytes: np.ndarray, source: Source) -> flo
     return _ratio_error(n_bytes, packed)
 
 
-def _sample(source: Source, recipe: Recipe, folder: Path, faults: Faults) -> tuple[list[list[str]], float, str]:
+def _sample(source: Source, recipe: Recipe, folder: Path, faults: SkipLog) -> tuple[list[list[str]], float, str]:
     """Some documents, how many stored bytes they stand for, and where they are from.
 
     Documents are in one list, or in one a file where several files were read whole.
@@ -175,23 +175,23 @@ def _sample(source: Source, recipe: Recipe, folder: Path, faults: Faults) -> tup
     first = files[0]
     if first.size_bytes <= SMALL_BYTES and not first.remote:
         chosen = files[:: max(len(files) // SAMPLE_FILES, 1)]
-        by_file = [list(documents(source, file, Path(file.where), faults)) for file in chosen]
+        by_file = [list(read_documents(source, file, Path(file.where), faults)) for file in chosen]
         return by_file, sum(file.size_bytes for file in chosen), f"{len(chosen)} of {len(files)} files"
     if first.reader == "parquet":
         texts, share = _sample_parquet(source, first, folder, faults)
         return [texts], first.size_bytes * share, first.name
     if suffix_of(first.name) in (".txt", ".md", ".py"):
-        path = fetch(first, folder)
-        return [list(documents(source, first, path, faults))], first.size_bytes, first.name
+        path = download_file(first, folder)
+        return [list(read_documents(source, first, path, faults))], first.size_bytes, first.name
     # The beginning of the file does for kinds that are read from front to back; that it ends early is no fault.
-    path, size_bytes = fetch_start(first, folder, SAMPLE_BYTES)
-    seen = Faults()
-    texts = list(documents(source, first, path, seen))
+    path, size_bytes = download_head(first, folder, SAMPLE_BYTES)
+    seen = SkipLog()
+    texts = list(read_documents(source, first, path, seen))
     faults.places += [place for place in seen.places if place["reason"] != "file_cut_short"]
     return [texts], size_bytes, f"the first {size_bytes:,} bytes of {first.name}"
 
 
-def _sample_parquet(source: Source, file: SourceFile, folder: Path, faults: Faults) -> tuple[list[str], float]:
+def _sample_parquet(source: Source, file: SourceFile, folder: Path, faults: SkipLog) -> tuple[list[str], float]:
     """The first rows of a parquet file, and which share of its rows they are; the Hub sends only what is read."""
     try:
         if file.where.startswith("hf://"):
@@ -199,19 +199,19 @@ def _sample_parquet(source: Source, file: SourceFile, folder: Path, faults: Faul
 
             opened = HfFileSystem().open(file.where.removeprefix("hf://"), block_size=1 << 20)
         else:
-            opened = fetch(file, folder).open("rb")
-        with opened, parquet_table(opened, buffer_size=1 << 16) as table:
+            opened = download_file(file, folder).open("rb")
+        with opened, open_parquet(opened, buffer_size=1 << 16) as table:
             # Rows that are joined into documents are many more than documents.
             most = SAMPLE_DOCUMENTS * (20 if source.group != "rows" else 1)
-            rows = list(islice(table_texts(table, Task(folder, file.name, source.column), faults), most))
+            rows = list(islice(table_texts(table, ReadTask(folder, file.name, source.column), faults), most))
             total = table.metadata.num_rows
     except UserError:
         raise
     except Exception as error:  # the client's errors have no common class over its versions
         if file.remote:
-            raise Unreachable(f"cannot read {file.where}: {first_line(error)}; check the network") from None
+            raise UnreachableError(f"cannot read {file.where}: {first_line(error)}; check the network") from None
         if not isinstance(error, OSError):
             raise
         faults.add("unreadable_file", file.name, str(error))
         return [], 1.0
-    return list(documents_of(rows, source.group)), len(rows) / max(total, 1)
+    return list(group_rows(rows, source.group)), len(rows) / max(total, 1)

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from myllm import paths
 from myllm.config import DataConfig
 from myllm.data.dataset import MANIFEST, PROGRESS, SETTINGS, SPANS, TOKENIZER, WORK, Dataset, find_dataset
-from myllm.data.sources.hub_listing import Unreachable
+from myllm.data.sources.hub_listing import UnreachableError
 from myllm.data.sources.source import find_source
 from myllm.distributed.cpu_threads import usable_cores
 from myllm.errors import UserError
@@ -85,7 +85,7 @@ def resolve(config: DataConfig) -> Recipe:
     """What the config asks for, or its fallback where the source cannot be reached."""
     try:
         return recipe_of(config)
-    except Unreachable as error:
+    except UnreachableError as error:
         if config.fallback is None:
             raise
         find_source(config.fallback, config.text_column)  # says what is wrong with it before it is taken

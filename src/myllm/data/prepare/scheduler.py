@@ -10,8 +10,8 @@ from itertools import islice
 from pathlib import Path
 
 from myllm import paths
-from myllm.data.sources.download import fetch, local_path
-from myllm.data.sources.hub_listing import Unreachable, unreachable_advice
+from myllm.data.sources.download import download_file, local_path
+from myllm.data.sources.hub_listing import UnreachableError, suggest_fallback
 from myllm.data.sources.source import SourceFile
 
 from .progress import Progress
@@ -36,7 +36,7 @@ class Downloads:
         if file.name not in self._futures:
             if file.remote and self._pool is not None:
                 folder = self._kept_folder if self._keep else self._own_folder
-                self._futures[file.name] = self._pool.submit(fetch, file, folder, self._kept_folder)
+                self._futures[file.name] = self._pool.submit(download_file, file, folder, self._kept_folder)
             else:
                 here: Future[Path] = Future()
                 here.set_result(local_path(file, self._own_folder))
@@ -114,8 +114,8 @@ class Job:
                 return [future for future in files.values() if not future.done()]
             try:
                 places = {name: future.result() for name, future in files.items()}
-            except Unreachable as error:
-                raise unreachable_advice(error, self.recipe.source.name) from None
+            except UnreachableError as error:
+                raise suggest_fallback(error, self.recipe.source.name) from None
             source, config, out = self.recipe.source, self.recipe.config, unit_path(self.work, number)
             job = self.pool.submit(tokenise_unit, self.units[number], places, source, config, out, stop)
         waiting.append((left.popleft(), job))

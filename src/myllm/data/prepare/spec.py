@@ -80,8 +80,9 @@ class Recipe:
             "max_documents": config.max_documents,
             "shard_tokens": config.shard_tokens,
             "shuffle_seed": config.shuffle_seed if config.shuffle_files else None,
+            # Keys here keep their first spelling: they are part of the fingerprint of every existing data set.
             "cleaning": {
-                "normalise_unicode": config.normalise_unicode,
+                "normalise_unicode": config.normalize_unicode,
                 "strip_control": config.strip_control,
                 "min_chars": config.min_chars,
                 "dedup_exact": config.dedup_exact,

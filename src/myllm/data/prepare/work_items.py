@@ -24,9 +24,9 @@ import numpy as np
 from myllm.config import DataConfig
 from myllm.console import open_output
 from myllm.data.sources.cleaning import clean
-from myllm.data.sources.read_task import Faults
-from myllm.data.sources.readers import can_be_split
-from myllm.data.sources.source import Source, SourceFile, documents
+from myllm.data.sources.read_task import SkipLog
+from myllm.data.sources.readers import is_splittable
+from myllm.data.sources.source import Source, SourceFile, read_documents
 from myllm.data.tokenizer.load import Tokenizer, load_tokenizer
 from myllm.errors import UserError
 from myllm.files import TEMPORARY, naming
@@ -80,7 +80,7 @@ def make_units(files: Iterable[SourceFile], shuffle: bool, seed: int, split: boo
     small: list[Piece] = []
     held_bytes = 0
     for file in order_files(files, shuffle, seed):
-        parts = max(1, round(file.size_bytes / PART_BYTES)) if split and can_be_split(file.name) else 1
+        parts = max(1, round(file.size_bytes / PART_BYTES)) if split and is_splittable(file.name) else 1
         if parts > 1:
             numbers = sorted(range(parts), key=lambda part: _mix(f"{seed}\0{file.name}\0{part}") if shuffle else part)
             units += [tuple(small)] if small else []
@@ -113,7 +113,7 @@ class UnitIndex:
     """Tokens of each document, (documents,) int64."""
     hashes: np.ndarray
     """First 8 bytes of the sha256 of each document's tokens, (documents,) uint64."""
-    faults: Faults
+    faults: SkipLog
 
 
 def unit_path(folder: Path, number: int) -> Path:
@@ -128,7 +128,7 @@ def load_index(folder: Path, number: int) -> UnitIndex:
     path = unit_path(folder, number)
     with np.load(path.with_suffix(".npz")) as saved:
         said = json.loads(bytes(saved["faults"]))
-        faults = Faults(places=said["places"])
+        faults = SkipLog(places=said["places"])
         faults.counts.update(said["counts"])
         return UnitIndex(path, saved["lengths"].astype(np.int64), saved["hashes"], faults)
 
@@ -224,7 +224,7 @@ class _Writer:
     def __init__(self, file: BinaryIO) -> None:
         self.lengths: list[int] = []
         self.digests: list[bytes] = []
-        self.faults = Faults()
+        self.faults = SkipLog()
         self._file = file
 
     def add(self, document: np.ndarray) -> None:
@@ -235,7 +235,7 @@ class _Writer:
 
 
 def _documents(
-    unit: Unit, paths: dict[str, Path], source: Source, config: DataConfig, faults: Faults
+    unit: Unit, paths: dict[str, Path], source: Source, config: DataConfig, faults: SkipLog
 ) -> Iterator[tuple[str, str]]:
     """The unit's documents, cleaned, each with the name of its file."""
     place = ""
@@ -248,7 +248,7 @@ def _documents(
         path = paths[piece.file.name]
         if not path.exists():  # what is there but damaged is passed over and named; this is another matter
             raise UserError(f"{path} is no longer there; put it back, or start again without it")
-        texts = documents(source, piece.file, path, faults, piece.part, piece.parts)
+        texts = read_documents(source, piece.file, path, faults, piece.part, piece.parts)
         for number, text in enumerate(texts, start=1):
             place = f"{name}, document {number}"
             if (cleaned := clean(text, config, report)) is not None:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from .read_task import Faults, Task
+from .read_task import ReadTask, SkipLog
 
 if TYPE_CHECKING:
     import pyarrow
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 BATCH_ROWS = 256
 
 
-def read_parquet(task: Task, faults: Faults) -> Iterator[str]:
+def read_parquet(task: ReadTask, faults: SkipLog) -> Iterator[str]:
     """A column of texts, one a row. Parts are runs of row groups."""
     # Without pre_buffer, and with a buffer, a row group is read as it is used, not whole.
-    with parquet_table(task.path, buffer_size=1 << 20) as table:
+    with open_parquet(task.path, buffer_size=1 << 20) as table:
         yield from table_texts(table, task, faults)
 
 
-def parquet_table(file: "Path | IO[bytes]", buffer_size: int) -> "pyarrow.parquet.ParquetFile":
+def open_parquet(file: "Path | IO[bytes]", buffer_size: int) -> "pyarrow.parquet.ParquetFile":
     """
     Raises:
         OSError: no parquet file, or not a whole one.
@@ -36,7 +36,7 @@ def parquet_table(file: "Path | IO[bytes]", buffer_size: int) -> "pyarrow.parque
     return table
 
 
-def table_texts(table: "pyarrow.parquet.ParquetFile", task: Task, faults: Faults) -> Iterator[str]:
+def table_texts(table: "pyarrow.parquet.ParquetFile", task: ReadTask, faults: SkipLog) -> Iterator[str]:
     """The texts of the task's part of an opened table."""
     import pyarrow
 
@@ -53,7 +53,7 @@ def table_texts(table: "pyarrow.parquet.ParquetFile", task: Task, faults: Faults
             faults.add("damaged_row_group", place, str(error))
 
 
-def read_arrow(task: Task, faults: Faults) -> Iterator[str]:
+def read_arrow(task: ReadTask, faults: SkipLog) -> Iterator[str]:
     """The same of an arrow file: a stream, as `datasets` keeps them, or one with a footer (Feather).
 
     Parts are runs of record batches, by where they begin, or by number where a footer says how many there are.
@@ -78,7 +78,7 @@ def read_arrow(task: Task, faults: Faults) -> Iterator[str]:
                 yield from _column_texts(column.slice(first, BATCH_ROWS), first, place, faults)
 
 
-def _stream_batches(source: "pyarrow.MemoryMappedFile", task: Task) -> Iterator[Any]:
+def _stream_batches(source: "pyarrow.MemoryMappedFile", task: ReadTask) -> Iterator[Any]:
     """A stream's schema, then its record batches that begin in the task's share, with their numbers."""
     import pyarrow
     import pyarrow.ipc
@@ -102,7 +102,7 @@ def _stream_batches(source: "pyarrow.MemoryMappedFile", task: Task) -> Iterator[
         number += 1
 
 
-def _footer_batches(source: "pyarrow.MemoryMappedFile", task: Task) -> Iterator[Any]:
+def _footer_batches(source: "pyarrow.MemoryMappedFile", task: ReadTask) -> Iterator[Any]:
     """The same of a file with a footer."""
     import pyarrow
     import pyarrow.ipc
@@ -134,7 +134,7 @@ def _broken(column: "pyarrow.Array") -> str:
     return ""
 
 
-def _has_texts(schema: "pyarrow.Schema", task: Task, faults: Faults) -> bool:
+def _has_texts(schema: "pyarrow.Schema", task: ReadTask, faults: SkipLog) -> bool:
     """Whether the column of texts is there. Where it is not, the file's first part says so for all."""
     fault = _column_fault(schema, task.column)
     if fault and task.part == 0:
@@ -161,7 +161,7 @@ def _column_fault(schema: "pyarrow.Schema", column: str) -> str:
     return "" if any(check(kind) for check in known) else f"the column {column!r} holds {kind}, expected texts"
 
 
-def _column_texts(column: "pyarrow.Array", first: int, place: str, faults: Faults) -> Iterator[str]:
+def _column_texts(column: "pyarrow.Array", first: int, place: str, faults: SkipLog) -> Iterator[str]:
     try:
         texts = column.to_pylist()
     except UnicodeDecodeError:
@@ -171,7 +171,7 @@ def _column_texts(column: "pyarrow.Array", first: int, place: str, faults: Fault
         yield text or ""
 
 
-def _value_text(value: "pyarrow.Scalar", place: str, faults: Faults) -> str | bool | None:
+def _value_text(value: "pyarrow.Scalar", place: str, faults: SkipLog) -> str | bool | None:
     """One value's text; False for one that is not UTF-8."""
     try:
         return value.as_py()

@@ -14,7 +14,7 @@ class Corpus:
     about: str
     repo: str
     """Dataset repository of the Hub."""
-    licence: str
+    license: str
     download_gb: float
     tokens: str
     """How many, for people."""
@@ -42,56 +42,56 @@ _ALL = (
         # Source: the dataset's card, and the tree of that revision.
         name="fineweb-edu-10bt", about="educational web pages, a 10B token sample of FineWeb-Edu",
         repo="HuggingFaceFW/fineweb-edu", revision="87f09149ef4734204d70ed1d046ddc9ca3f2b8f9",
-        pattern="sample/10BT/*.parquet", licence="ODC-By 1.0", download_gb=28.5, tokens="10B",
+        pattern="sample/10BT/*.parquet", license="ODC-By 1.0", download_gb=28.5, tokens="10B",
         layout="14 parquet files of up to 2.2 GB, 9.7M documents",
     ),
     Corpus(
         name="fineweb-10bt", about="web pages, a 10B token sample of FineWeb", repo="HuggingFaceFW/fineweb",
-        pattern="sample/10BT/*.parquet", licence="ODC-By 1.0", download_gb=30.6, tokens="10B",
+        pattern="sample/10BT/*.parquet", license="ODC-By 1.0", download_gb=30.6, tokens="10B",
         layout="15 parquet files of up to 2.2 GB",
     ),
     Corpus(
         # Source: allenai/dolma, urls/v1_6-sample.txt.
         name="dolma-sample", about="web, papers, books, code and encyclopedias: a sample of Dolma 1.6",
-        repo="allenai/dolma", url_list="urls/{}.txt", variants=("v1_6-sample",), licence="ODC-By 1.0",
+        repo="allenai/dolma", url_list="urls/{}.txt", variants=("v1_6-sample",), license="ODC-By 1.0",
         download_gb=16.4, tokens="10B", layout="103 .json.gz",
     ),
     Corpus(
         name="dolma", about="all of Dolma: 4.5 TB, so give --target-tokens", repo="allenai/dolma",
         url_list="urls/{}.txt", variants=("v1_7", "v1_6", "v1_5", "v1_6-sample", "v1_5-sample"),
-        licence="ODC-By 1.0", download_gb=4_500, tokens="2,300B", layout="2,419 .json.gz; dolma:v1_6 and others",
+        license="ODC-By 1.0", download_gb=4_500, tokens="2,300B", layout="2,419 .json.gz; dolma:v1_6 and others",
     ),
     Corpus(
         name="c4", about="web pages of April 2019, cleaned, English: the Colossal Clean Crawled Corpus",
-        repo="allenai/c4", pattern="en/c4-train.*.json.gz", licence="ODC-By 1.0", download_gb=325, tokens="160B",
+        repo="allenai/c4", pattern="en/c4-train.*.json.gz", license="ODC-By 1.0", download_gb=325, tokens="160B",
         layout="1,024 .json.gz of 318 MB, 365M documents; 60 make 10B tokens",
     ),
     Corpus(
         # The original repository is a script that `datasets` no longer runs; this is a mirror.
         name="bookcorpus", about="unpublished novels, as sentences in lower case, joined here into documents",
-        repo="SamuelYang/bookcorpus", pattern="*.arrow", licence="unknown", download_gb=4.8, tokens="1B words",
+        repo="SamuelYang/bookcorpus", pattern="*.arrow", license="unknown", download_gb=4.8, tokens="1B words",
         layout="one .arrow, 74M sentences", group="sentences",
     ),
     Corpus(
         name="tinystories", about="short stories in a small child's words, written by GPT-3.5 and GPT-4",
-        repo="roneneldan/TinyStories", pattern="data/train-*.parquet", licence="CDLA-Sharing 1.0", download_gb=1.0,
+        repo="roneneldan/TinyStories", pattern="data/train-*.parquet", license="CDLA-Sharing 1.0", download_gb=1.0,
         tokens="0.47B", layout="4 parquet files, 2.1M stories",
     ),
     Corpus(
         name="wikitext-103", about="good and featured articles of Wikipedia, joined here from lines",
-        repo="Salesforce/wikitext", pattern="wikitext-103-raw-v1/train-*.parquet", licence="CC BY-SA 3.0",
+        repo="Salesforce/wikitext", pattern="wikitext-103-raw-v1/train-*.parquet", license="CC BY-SA 3.0",
         download_gb=0.31, tokens="0.12B", layout="2 parquet files, a line a row, 29K articles", group="articles",
     ),
 )  # fmt: skip
 CORPORA = {corpus.name: corpus for corpus in _ALL}
 
 
-def corpus_of(source: str) -> Corpus | None:
+def find_corpus(source: str) -> Corpus | None:
     """The corpus that a source names, such as `dolma:v1_6`; None for files, other repositories and unknown names."""
     return CORPORA.get(source.partition(":")[0])
 
 
-def source_of(source: str, dataset: str | None, recorded: str | None = None) -> str:
+def actual_source(source: str, dataset: str | None, recorded: str | None = None) -> str:
     """The source that a run was trained on. Runs that were given a data set by name once kept their preset's source in
     config.json; where that contradicts the data set, the data set is right.
 

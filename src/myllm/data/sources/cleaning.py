@@ -27,12 +27,12 @@ def clean(text: str, config: DataConfig, report: Callable[[str], None]) -> str |
             report("empty")
             return None
     # Behind the above: a mark may have stood apart from its letter by a control character.
-    if config.normalise_unicode and not text.isascii():
+    if config.normalize_unicode and not text.isascii():
         if _many_marks().search(text):
-            report("unicode_not_normalised")
+            report("unicode_not_normalized")
         elif not unicodedata.is_normalized("NFC", text):
             text = unicodedata.normalize("NFC", text)
-            report("unicode_normalised")
+            report("unicode_normalized")
     if "<|endoftext|>" in text:  # stays, and becomes ordinary tokens
         report("end_of_text_spelled_out")
     if "\0" in text:

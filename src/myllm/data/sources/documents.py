@@ -9,7 +9,7 @@ SENTENCE_DOCUMENT_CHARS = 20_000
 _TITLE = re.compile(r"\s*= [^=].*[^=] =\s*|\s*= [^=\s] =\s*")
 
 
-def documents_of(rows: Iterable[str], group: str) -> Iterator[str]:
+def group_rows(rows: Iterable[str], group: str) -> Iterator[str]:
     """Documents from the rows of a file: each row one ("rows"), or joined as `group` says."""
     if group == "sentences":
         return join_sentences(rows)

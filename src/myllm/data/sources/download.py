@@ -14,7 +14,7 @@ from urllib.parse import quote
 from myllm.errors import UserError
 from myllm.files import file_sha256, fsync_folder, locked, naming, out_of_space
 
-from .hub_listing import Unreachable, first_line, hub_endpoint
+from .hub_listing import UnreachableError, first_line, hub_endpoint
 from .source import SourceFile
 
 CHUNK_BYTES = 1 << 20
@@ -37,7 +37,7 @@ def local_path(file: SourceFile, downloads: Path) -> Path:
     return downloads / name
 
 
-def fetch(file: SourceFile, downloads: Path, kept: Path | None = None, tries: int = TRIES) -> Path:
+def download_file(file: SourceFile, downloads: Path, kept: Path | None = None, tries: int = TRIES) -> Path:
     """The file on this disk; downloaded if it is not there yet.
 
     Args:
@@ -112,13 +112,13 @@ def _download(file: SourceFile, partial: Path, tries: int) -> None:
                 raise
             gained = partial.exists() and partial.stat().st_size > before
             vain = 0 if gained else vain + 1
-            if is_final(error):
-                raise Unreachable(
+            if is_permanent(error):
+                raise UnreachableError(
                     f"cannot download {file.where}: {first_line(error)}; if it was moved, delete the listing under "
                     "temp_data/listings, and if it is not open to all, log in with `hf auth login`"
                 ) from None
             if vain >= tries:
-                raise Unreachable(
+                raise UnreachableError(
                     f"cannot download {file.where}: {first_line(error)}; check the network, a proxy (HTTPS_PROXY) and "
                     "HF_ENDPOINT. What there is of it is kept, and the same command goes on from there"
                 ) from None
@@ -138,7 +138,7 @@ def retry_after(error: Exception) -> int:
     return min(window.reset_in_seconds + 1, 301) if window and not window.remaining else 0
 
 
-def is_final(error: Exception) -> bool:
+def is_permanent(error: Exception) -> bool:
     """Whether asking again is no use: not found, not allowed."""
     from huggingface_hub.errors import OfflineModeIsEnabled
 
@@ -211,7 +211,7 @@ def _fault(file: SourceFile, partial: Path) -> str:
     return ""
 
 
-def fetch_start(file: SourceFile, folder: Path, most_bytes: int) -> tuple[Path, int]:
+def download_head(file: SourceFile, folder: Path, most_bytes: int) -> tuple[Path, int]:
     """The beginning of a file, under its own suffix, and how many bytes that is. For samples."""
     from huggingface_hub.utils import hf_raise_for_status, http_stream_backoff
 
@@ -233,5 +233,5 @@ def fetch_start(file: SourceFile, folder: Path, most_bytes: int) -> tuple[Path, 
         except Exception as error:  # the client's errors have no common class over its versions
             if out_of_space(error):
                 raise
-            raise Unreachable(f"cannot download {file.where}: {first_line(error)}") from None
+            raise UnreachableError(f"cannot download {file.where}: {first_line(error)}") from None
     return path, path.stat().st_size

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from myllm.errors import UserError
 from myllm.files import file_sha256, read_json, write_json
 
-from .hub_listing import answering
+from .hub_listing import listing_lock
 
 FORMAT = "myllm-digests-1"
 SETTLED_NS, COARSE_NS = 100_000_000, 2_000_000_000
@@ -51,7 +51,7 @@ def file_digests(files: Sequence[str], memory: Path) -> list[tuple[int, str]]:
         with ExitStack() as stack:
             with suppress(OSError, UserError):  # nothing can be written there: this process's own answer will do
                 memory.parent.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(answering(memory))
+                stack.enter_context(listing_lock(memory))
             known, unknown = _look_up(files, memory)
             known |= _hash(unknown, known, memory)
     return [(known[file][0].size_bytes, known[file][1]) for file in files]

@@ -24,7 +24,7 @@ _TIMEOUTS_S = (5, 15, 15, 15)
 """To connect, to read, to write, and to wait for a free connection."""
 
 
-class Unreachable(UserError):
+class UnreachableError(UserError):
     """A server did not answer, or not as it should."""
 
 
@@ -157,7 +157,7 @@ def _ask_url(url: str, max_retries: int = 5) -> RemoteFile:
         )
         response.raise_for_status()
     except Exception as error:  # the client's errors have no common class over its versions
-        raise Unreachable(
+        raise UnreachableError(
             f"{host} does not answer for {url}: {first_line(error)}; check the network and a proxy (HTTPS_PROXY)"
         ) from None
     size = int(response.headers.get("content-length") or 0)
@@ -189,7 +189,7 @@ def _clear_hub_errors(repo: str, revision: str | None = None) -> Iterator[None]:
     except (UserError, KeyboardInterrupt):
         raise
     except Exception as error:  # the client's errors have no common class over its versions
-        raise Unreachable(
+        raise UnreachableError(
             f"the Hub at {constants.ENDPOINT} does not answer for {repo}: {first_line(error)}; check the network, a "
             "proxy (HTTPS_PROXY), HF_ENDPOINT and HF_HUB_OFFLINE"
         ) from None
@@ -199,16 +199,16 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def unreachable_advice(error: UserError, corpus: str) -> UserError:
+def suggest_fallback(error: UserError, corpus: str) -> UserError:
     """The same error, with the next best source where there is one.
 
     A corpus that is known by name has no typing errors in it: one that is missing has been moved or closed.
     """
-    if not isinstance(error, Unreachable | Missing):
+    if not isinstance(error, UnreachableError | Missing):
         return error
     if not corpus.startswith("dolma"):
-        return Unreachable(str(error))
-    return Unreachable(
+        return UnreachableError(str(error))
+    return UnreachableError(
         f"Dolma cannot be reached: {error}. C4 is the next best: give c4 as the source, or --fallback c4 "
         "(--data.fallback c4 for pretrain.py) to take it without asking"
     )
@@ -222,7 +222,7 @@ def _kept(question: str, ask: Callable[[], list[RemoteFile]]) -> list[RemoteFile
     with ExitStack() as stack:
         with _clear_write_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(answering(path))
+            stack.enter_context(listing_lock(path))
         if (files := _read_kept(path)) is None:
             files = ask()
             with _clear_write_errors(path):
@@ -239,7 +239,7 @@ def listing_path(question: str) -> Path:
 
 
 @contextmanager
-def answering(path: Path) -> Iterator[None]:
+def listing_lock(path: Path) -> Iterator[None]:
     """Be the only process that makes the answer of this path; another one's is waited for."""
     paths.locks().mkdir(parents=True, exist_ok=True)
     with locked(paths.locks() / f"{path.name}.lock"):

@@ -4,12 +4,12 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-NAMED_FAULTS = 100
+MAX_LOGGED_SKIPS = 100
 """Places named a unit of work and reason; the rest are counted only."""
 
 
 @dataclass
-class Faults:
+class SkipLog:
     """What was passed over or repaired, and where."""
 
     counts: Counter[str] = field(default_factory=Counter)
@@ -17,12 +17,12 @@ class Faults:
 
     def add(self, reason: str, place: str, detail: str = "") -> None:
         self.counts[reason] += 1
-        if self.counts[reason] <= NAMED_FAULTS:
+        if self.counts[reason] <= MAX_LOGGED_SKIPS:
             self.places.append({"reason": reason, "place": place, "detail": " ".join(detail.split())[:200]})
 
 
 @dataclass(frozen=True)
-class Task:
+class ReadTask:
     """One file to read, or one part of it."""
 
     path: Path

@@ -1,7 +1,7 @@
 """How one file becomes rows of text, by its kind. Readers are generators and hold a row or a small batch at a time.
 
 A reader gives what it can and names what it cannot: a row without text, a line that is no JSON, a file that ends early.
-None of that stops a preparation; `Faults` counts it, and the data set's manifest says so.
+None of that stops a preparation; `SkipLog` counts it, and the data set's manifest says so.
 
 Large parquet, arrow and plain jsonl files can be read in parts, each by another process: part k of n takes the row
 groups, batches or lines that begin in its share of the file.
@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from .arrow_readers import read_arrow, read_parquet
-from .read_task import Faults, Task
-from .text_encoding import MARK_BYTES, NotText, as_utf8, decode_text, encoding_of
+from .read_task import ReadTask, SkipLog
+from .text_encoding import MARK_BYTES, NotTextError, as_utf8, decode_text, encoding_of
 
 MAX_PLAIN_CHARS = 100_000
 """A longer .txt or .md, such as a book, is cut into documents at blank lines, so that validation can be held out."""
@@ -30,7 +30,7 @@ MAX_LINE_BYTES = 1 << 26
 
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
-Reader = Callable[[Task, Faults], Iterator[str]]
+Reader = Callable[[ReadTask, SkipLog], Iterator[str]]
 
 
 def suffix_of(name: str | Path) -> str:
@@ -39,7 +39,7 @@ def suffix_of(name: str | Path) -> str:
     return "".join(suffixes[-2:]) if suffixes and suffixes[-1] in (".gz", ".zst") else "".join(suffixes[-1:])
 
 
-def read_file(reader: str, task: Task, faults: Faults) -> Iterator[str]:
+def read_file(reader: str, task: ReadTask, faults: SkipLog) -> Iterator[str]:
     """The rows of a file. Whatever makes the rest of it unreadable ends it, and is named."""
     place = task.name if task.parts == 1 else f"{task.name}, part {task.part + 1} of {task.parts}"
     try:
@@ -50,7 +50,7 @@ def read_file(reader: str, task: Task, faults: Faults) -> Iterator[str]:
         faults.add("unreadable_file", place, _without_path(error, task))
 
 
-def _without_path(error: Exception, task: Task) -> str:
+def _without_path(error: Exception, task: ReadTask) -> str:
     """What is said of a file goes with the data set, and is the same wherever the file lay."""
     return str(error).replace(str(task.path), task.name)
 
@@ -58,21 +58,21 @@ def _without_path(error: Exception, task: Task) -> str:
 # -- plain text -------------------------------------------------------------------------------------------------------
 
 
-def _read_whole(task: Task, faults: Faults) -> Iterator[str]:
+def _read_whole(task: ReadTask, faults: SkipLog) -> Iterator[str]:
     """A whole file as one document."""
     text = _decode(task, faults)
     if text is not None:
         yield text
 
 
-def _read_prose(task: Task, faults: Faults) -> Iterator[str]:
+def _read_prose(task: ReadTask, faults: SkipLog) -> Iterator[str]:
     """A file as one document, or several of at most MAX_PLAIN_CHARS, cut at blank lines where it has any."""
     text = _decode(task, faults)
     if text is not None:
-        yield from cut_prose(text, MAX_PLAIN_CHARS)
+        yield from split_prose(text, MAX_PLAIN_CHARS)
 
 
-def cut_prose(text: str, most: int) -> Iterator[str]:
+def split_prose(text: str, most: int) -> Iterator[str]:
     """A text in pieces of at most `most` characters, cut at a blank line, a line's end or a space if there is one."""
     start = 0
     while len(text) - start > most:
@@ -87,12 +87,12 @@ def cut_prose(text: str, most: int) -> Iterator[str]:
     yield text[start:]
 
 
-def _read_topics(task: Task, _: Faults) -> Iterator[str]:
+def _read_topics(task: ReadTask, _: SkipLog) -> Iterator[str]:
     """pydoc's reference topics: a module that holds one dictionary of texts."""
     yield from runpy.run_path(str(task.path))["topics"].values()
 
 
-def _decode(task: Task, faults: Faults) -> str | None:
+def _decode(task: ReadTask, faults: SkipLog) -> str | None:
     """A file's text: UTF-8, or what a byte order mark or a Python file says it is. Line ends become newlines."""
     content = task.path.read_bytes()
     encoding = "utf-8"
@@ -101,7 +101,7 @@ def _decode(task: Task, faults: Faults) -> str | None:
             encoding, _ = tokenize.detect_encoding(io.BytesIO(content).readline)
     try:
         return decode_text(content, encoding).replace("\r\n", "\n")
-    except NotText as error:
+    except NotTextError as error:
         faults.add("invalid_text", task.name, str(error))
         return None
 
@@ -109,7 +109,7 @@ def _decode(task: Task, faults: Faults) -> str | None:
 # -- one JSON object a line -------------------------------------------------------------------------------------------
 
 
-def _read_jsonl(task: Task, faults: Faults) -> Iterator[str]:
+def _read_jsonl(task: ReadTask, faults: SkipLog) -> Iterator[str]:
     """One JSON object a line; the text is under a key. Compression follows the name."""
     with _opened(task.path) as opened, _in_utf8(opened) as file:
         start, end = 0, None
@@ -161,7 +161,7 @@ def _pass_over(file: BinaryIO) -> int:
     return passed
 
 
-def _parse(line: bytes, place: str, column: str, faults: Faults) -> str | None:
+def _parse(line: bytes, place: str, column: str, faults: SkipLog) -> str | None:
     try:
         row = json.loads(line.decode("utf-8-sig"))  # Windows programs start a file with a byte order mark
     except UnicodeDecodeError as error:
@@ -182,7 +182,7 @@ def _parse(line: bytes, place: str, column: str, faults: Faults) -> str | None:
     return None
 
 
-def _text_of(value: Any, place: str, faults: Faults) -> str | None:
+def _text_of(value: Any, place: str, faults: SkipLog) -> str | None:
     if value is None:
         return ""
     if isinstance(value, str):
@@ -253,7 +253,7 @@ READERS: dict[str, Reader] = {
     "parquet": read_parquet,
     "arrow": read_arrow,
 }
-KINDS = {
+READER_BY_SUFFIX = {
     ".txt": "prose",
     ".md": "prose",
     ".py": "whole",
@@ -267,6 +267,6 @@ KINDS = {
 """Which reader takes which files, by suffix."""
 
 
-def can_be_split(name: str) -> bool:
+def is_splittable(name: str) -> bool:
     """Whether a file can be read in parts: one that is compressed as a whole cannot."""
     return suffix_of(name) in (".parquet", ".arrow", ".jsonl")

@@ -17,11 +17,11 @@ from myllm.errors import UserError, nearest
 from myllm.paths import user_path
 
 from .catalog import CORPORA, Corpus
-from .documents import documents_of
+from .documents import group_rows
 from .file_digests import file_digests, size_of
-from .hub_listing import RemoteFile, list_hub, list_urls, listing_path, unreachable_advice
-from .read_task import Faults, Task
-from .readers import KINDS, read_file, suffix_of
+from .hub_listing import RemoteFile, list_hub, list_urls, listing_path, suggest_fallback
+from .read_task import ReadTask, SkipLog
+from .readers import READER_BY_SUFFIX, read_file, suffix_of
 
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?(:.+)?", re.ASCII)
 SHOWN_SUFFIXES = 6
@@ -55,7 +55,7 @@ class Source:
     files: tuple[SourceFile, ...]
     column: str = "text"
     group: str = "rows"
-    """What makes a document of rows: see grouping.documents_of."""
+    """What makes a document of rows: see documents.group_rows."""
     ignored: tuple[str, ...] = ()
     """Suffixes of local files that no reader takes, one a file."""
 
@@ -68,7 +68,7 @@ class Source:
         """For people: which local files are left out, by suffix; empty if none is."""
         if not self.ignored:
             return ""
-        kinds = " ".join(KINDS)
+        kinds = " ".join(READER_BY_SUFFIX)
         return f"left out: {count_suffixes(self.ignored)}; {len(self.files):,} file(s) are read, of the kinds {kinds}"
 
 
@@ -129,12 +129,12 @@ def _meant(spec: str) -> str:
     return ""
 
 
-def documents(
-    source: Source, file: SourceFile, path: Path, faults: Faults, part: int = 0, parts: int = 1
+def read_documents(
+    source: Source, file: SourceFile, path: Path, faults: SkipLog, part: int = 0, parts: int = 1
 ) -> Iterator[str]:
     """The documents of one file, or of one part of it, at `path`."""
-    task = Task(path, file.name, source.column, part, parts)
-    return documents_of(read_file(file.reader, task, faults), source.group)
+    task = ReadTask(path, file.name, source.column, part, parts)
+    return group_rows(read_file(file.reader, task, faults), source.group)
 
 
 # -- public corpora ---------------------------------------------------------------------------------------------------
@@ -155,7 +155,7 @@ def known_corpus(corpus: Corpus, variant: str) -> Source:
         else:
             found = list_hub(corpus.repo, corpus.revision, corpus.pattern)
     except UserError as error:
-        raise unreachable_advice(error, corpus.name) from None
+        raise suggest_fallback(error, corpus.name) from None
     name = f"{corpus.name}-{variant}" if variant else corpus.name
     return Source(name, corpus.about, _remote_files(found, name), corpus.column, corpus.group)
 
@@ -171,22 +171,23 @@ def hub_files(spec: str) -> Source:
         raise UserError(f"hub:{spec}: expected hub:NAMESPACE/NAME, such as hub:roneneldan/TinyStories:data/train-*")
     found = list_hub(repo, revision or None, pattern)
     if not pattern:  # a repository's card and scripts speak of its texts, and are none of them
-        rows = [file for file in found if KINDS.get(suffix_of(file.name)) in ("jsonl", "parquet", "arrow")]
+        rows = [file for file in found if READER_BY_SUFFIX.get(suffix_of(file.name)) in ("jsonl", "parquet", "arrow")]
         found = rows or [file for file in found if file.name != "README.md"]
     name = "hub-" + folder_name(repo.replace("/", "-") + (f"-{pattern}" if pattern else ""))
     return Source(name, f"the dataset {repo} of the Hub", _remote_files(found, f"hub:{spec}"))
 
 
 def _remote_files(found: list[RemoteFile], name: str) -> tuple[SourceFile, ...]:
-    readable = [file for file in found if suffix_of(file.name) in KINDS]
+    readable = [file for file in found if suffix_of(file.name) in READER_BY_SUFFIX]
     if not readable:
         seen = ", ".join(sorted({suffix_of(file.name) or "(none)" for file in found})[:8])
         raise UserError(
             f"{name} has no readable files: found {len(found)} of kind {seen or 'none'}; expected "
-            f"{', '.join(KINDS)}. A glob behind the name chooses files: hub:NAMESPACE/NAME:GLOB"
+            f"{', '.join(READER_BY_SUFFIX)}. A glob behind the name chooses files: hub:NAMESPACE/NAME:GLOB"
         )
     return tuple(
-        SourceFile(file.name, file.url, KINDS[suffix_of(file.name)], file.size_bytes, file.digest) for file in readable
+        SourceFile(file.name, file.url, READER_BY_SUFFIX[suffix_of(file.name)], file.size_bytes, file.digest)
+        for file in readable
     )
 
 
@@ -215,15 +216,13 @@ def local_files(where: str, hashed: bool = True) -> Source:
         files = [file for file in _without_own(found, root) if file.is_file() or _leads_nowhere(file)]
     except OSError as error:
         raise UserError(f"cannot read {error.filename or path}: {error.strerror}; make it readable") from None
-    readable = [file for file in files if suffix_of(file) in KINDS]
+    readable = [file for file in files if suffix_of(file) in READER_BY_SUFFIX]
     if not readable:
         kinds = count_suffixes(suffix_of(file) for file in files)
         seen = f"only {len(files):,} file(s) of other kinds ({kinds})" if files else "nothing"
-        raise UserError(
-            f"no text found at {where!r}: there is {seen}; expected a file, folder or glob of {', '.join(KINDS)}"
-        )
+        raise UserError(f"no text found at {where!r}: there is {seen}; expected one of {', '.join(READER_BY_SUFFIX)}")
     name = os.path.basename(os.path.abspath(path if path.exists() else root))
-    ignored = tuple(suffix_of(file) for file in files if suffix_of(file) not in KINDS)
+    ignored = tuple(suffix_of(file) for file in files if suffix_of(file) not in READER_BY_SUFFIX)
     described = _describe(readable, root, f"files {os.path.abspath(path)}" if hashed else None)
     return Source("files-" + folder_name(name), f"local files at {where}", described, ignored=ignored)
 
@@ -311,6 +310,8 @@ def _describe(files: list[Path], root: Path, question: str | None) -> tuple[Sour
     where = [str(path.absolute()) for path in files]
     known = file_digests(where, listing_path(question)) if question else [(size_of(file), "") for file in where]
     return tuple(
-        SourceFile(path.relative_to(root).as_posix(), str(path.absolute()), KINDS[suffix_of(path)], *size_and_digest)
+        SourceFile(
+            path.relative_to(root).as_posix(), str(path.absolute()), READER_BY_SUFFIX[suffix_of(path)], *size_and_digest
+        )
         for path, size_and_digest in zip(files, known, strict=True)
     )

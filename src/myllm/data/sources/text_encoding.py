@@ -17,7 +17,7 @@ MARK_BYTES = 4
 READ_BYTES = 1 << 16
 
 
-class NotText(UserError):
+class NotTextError(UserError):
     """Bytes that are no text in the encoding that they should be in."""
 
 
@@ -33,16 +33,16 @@ def decode_text(content: bytes, encoding: str = "utf-8") -> str:
         encoding: of a file without a byte order mark.
 
     Raises:
-        NotText: it is in another one; says how to convert it.
+        NotTextError: it is in another one; says how to convert it.
     """
     encoding = encoding_of(content) or encoding
     try:
         text = content.decode(encoding)
     except (UnicodeError, LookupError) as error:
         place = f"byte {error.start:,}" if isinstance(error, UnicodeDecodeError) else "its first lines"
-        raise NotText(f"not {encoding.removesuffix('-sig')} ({place}); {_advice(content)}") from None
+        raise NotTextError(f"not {encoding.removesuffix('-sig')} ({place}); {_advice(content)}") from None
     if encoding == "utf-8" and (wide := _wide_without_mark(content)):
-        raise NotText(f"{wide} without a byte order mark; `iconv -f {wide} -t UTF-8` converts it")
+        raise NotTextError(f"{wide} without a byte order mark; `iconv -f {wide} -t UTF-8` converts it")
     return text
 
 

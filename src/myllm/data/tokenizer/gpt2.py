@@ -36,7 +36,7 @@ MOST_ENCODINGS = 4
 _BETWEEN_WORDS = re.compile(r"(?<=[A-Za-z]) (?=[A-Za-z])")
 
 
-def cut_text(text: str, size: int) -> Iterator[str]:
+def split_text(text: str, size: int) -> Iterator[str]:
     """Pieces of at most `size` characters, cut between two words where there are some near.
 
     No token of this vocabulary reaches over such a place, so a cut there changes nothing; elsewhere it changes at most
@@ -83,7 +83,7 @@ def absent(text: str) -> tuple[str, str]:
     return first, second
 
 
-class R50k:
+class GPT2Tokenizer:
     """The vocabulary that ships with the code. Its tables are built at first use, which takes a moment.
 
     Raises:
@@ -142,7 +142,7 @@ class R50k:
         return [np.concatenate((front, *self._encode_pieces(text))) for text in texts]
 
     def _encode_pieces(self, text: str) -> Iterator[np.ndarray]:
-        return (self._encode_together([piece])[0][1:] for piece in cut_text(text, MAX_PIECE_CHARS))
+        return (self._encode_together([piece])[0][1:] for piece in split_text(text, MAX_PIECE_CHARS))
 
     def _encode_together(self, texts: Sequence[str]) -> list[np.ndarray]:
         """In one call: tiktoken cuts at marks before it looks at any text, so no document sees another."""

@@ -26,7 +26,7 @@ _WORD_START = re.compile(r"(?<=\S)\s")
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
-class TokenizerJson:
+class HuggingFaceTokenizer:
     """The vocabulary in a tokenizer.json.
 
     What the file says about padding, truncation, dropout and tokens around a text is for a model's input, and is left
@@ -89,7 +89,7 @@ class TokenizerJson:
         try:
             if len(text) <= MAX_PIECE_CHARS:
                 return self._encode(text)
-            return np.concatenate([self._encode(piece) for piece in cut_text(text, MAX_PIECE_CHARS)])
+            return np.concatenate([self._encode(piece) for piece in split_text(text, MAX_PIECE_CHARS)])
         except Exception as error:
             if type(error) is not Exception:  # the library's own has no type
                 raise
@@ -132,7 +132,7 @@ class TokenizerJson:
         return self._lengths.copy()
 
 
-def cut_text(text: str, size: int) -> Iterator[str]:
+def split_text(text: str, size: int) -> Iterator[str]:
     """Pieces of at most `size` characters, cut before a white-space character where one is near.
 
     A cut there changes no token of the usual vocabularies; elsewhere it changes at most the tokens at the cut, and a

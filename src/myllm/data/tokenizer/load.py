@@ -10,8 +10,8 @@ from myllm import paths
 from myllm.errors import UserError, nearest
 from myllm.paths import user_path
 
-from .gpt2 import NAME, SHIPPED_VOCABULARY, VOCAB_FILE, R50k
-from .huggingface import TokenizerJson
+from .gpt2 import NAME, SHIPPED_VOCABULARY, VOCAB_FILE, GPT2Tokenizer
+from .huggingface import HuggingFaceTokenizer
 
 TOKENIZER_FILE = "tokenizer.json"
 
@@ -42,7 +42,7 @@ class Tokenizer:
     def __init__(self, file: Path | None = None) -> None:
         """With GPT-2's vocabulary, or with a tokenizer.json."""
         self.file = file or SHIPPED_VOCABULARY
-        kind = R50k if self.file.name == VOCAB_FILE else TokenizerJson
+        kind = GPT2Tokenizer if self.file.name == VOCAB_FILE else HuggingFaceTokenizer
         self._vocabulary: Vocabulary = kind(self.file)
         self.name = self._vocabulary.name
         self.sha256 = self._vocabulary.sha256

@@ -18,7 +18,7 @@ from myllm.checkpoint.format import Checkpoint
 from myllm.checkpoint.integrity import MODEL
 from myllm.checkpoint.retention import unused
 from myllm.config import RunConfig, saved_config
-from myllm.data.sources.catalog import source_of
+from myllm.data.sources.catalog import actual_source
 from myllm.data.tokenizer.load import Tokenizer
 from myllm.errors import UserError
 from myllm.files import TEMPORARY, fsync_folder, read_json, write_json, write_text
@@ -224,7 +224,7 @@ def _write(folder: Path, source: ExportSource, dtype: str, facts: dict[str, Any]
         "parameters": n_parameters(config),
         "tokenizer": tokenizer.name,
         "imported": source.imported,
-        "source": source_of(source.config.data.source, source.config.data.dataset, source.recorded_source),
+        "source": actual_source(source.config.data.source, source.config.data.dataset, source.recorded_source),
     } | facts
     mark = {key: facts[key] for key in ("name", "step", "tokens_seen")} | {"model": asdict(config)}
     write_json(folder / EXPORT_FILE, {"format": FORMAT} | mark | {"tokenizer": tokenizer.describe()})

@@ -20,10 +20,10 @@ from myllm.data.dataset import Dataset
 from myllm.data.sampler import count_sequences, rank_rows, step_sequences, window_of
 from myllm.data.tokenizer.load import Tokenizer
 from myllm.distributed import collectives as distributed
-from myllm.distributed.collectives import Process
+from myllm.distributed.collectives import DistContext
 from myllm.distributed.device_info import device_name
-from myllm.distributed.parallelize import full, gathered
-from myllm.distributed.precision import autocast, compute_dtype, dtype_name, repeatable
+from myllm.distributed.parallelize import full_params, full_tensor
+from myllm.distributed.precision import autocast, compute_dtype, deterministic, dtype_name
 from myllm.errors import TrainingDiverged
 from myllm.model import attention_backend as sdpa
 from myllm.model.transformer import Transformer
@@ -55,7 +55,7 @@ class StepContext:
     """As `parallel.spread` returned it."""
     optimizer: ScheduledAdamW
     tokenizer: Tokenizer
-    process: Process
+    process: DistContext
     log: Log
 
 
@@ -84,16 +84,16 @@ def _stop(bad: SkippedStep, in_a_row: int, scene: StepContext) -> str:
     """Take the step apart on every rank, pack the bag on rank 0, and say on all of them what happened."""
     sequences = sequences_of(bad, scene)
     diagnosis, fault = None, None
-    with gathered(scene.model, scene.whole):
+    with full_params(scene.model, scene.whole):
         try:
             diagnosis = _diagnose_share(bad, sequences, scene)
         except Exception as error:  # such as no memory for a model that is not compiled: what is known is said anyway
             fault = f"{type(error).__name__}: {error}"
         weights = _on_main(scene.whole.state_dict(), scene.process)
-    reports = distributed.gather_to_main((diagnosis, fault, bad.random))
+    reports = distributed.gather_object((diagnosis, fault, bad.random))
     moments = {name: _on_main(state, scene.process) for name, state in scene.optimizer.state_dict().items()}
     message = None
-    if scene.process.is_main:
+    if scene.process.is_rank_zero:
         diagnoses, faults, random = (list(each) for each in zip(*reports, strict=True))
         about = _about(bad, in_a_row, diagnoses, faults, scene)
         tokens = read_rows(scene.dataset.train, sequences, scene.batch.seq_len)
@@ -110,7 +110,7 @@ def _stop(bad: SkippedStep, in_a_row: int, scene: StepContext) -> str:
         message = "\n".join(_message(bag, packed, folder is not None))
         with suppress(OSError):  # a full disk again: the terminal has it
             scene.log(message)
-    return distributed.from_main(message)
+    return distributed.broadcast_object(message)
 
 
 def sequences_of(bad: SkippedStep, scene: StepContext) -> np.ndarray:
@@ -130,16 +130,16 @@ def _diagnose_share(bad: SkippedStep, sequences: np.ndarray, scene: StepContext)
     batches = (
         tuple(part.to(device) for part in batch_of(scene.dataset.train, share, batch.seq_len)) for share in shares
     )
-    with sdpa.training_backends(device, scene.config.train), repeatable(scene.config.train.deterministic):
+    with sdpa.training_backends(device, scene.config.train), deterministic(scene.config.train.deterministic):
         return diagnose(scene.whole, batches, len(shares), partial(autocast, scene.config, device))
 
 
-def _on_main(tensors: dict[str, Tensor], process: Process) -> dict[str, Tensor]:
+def _on_main(tensors: dict[str, Tensor], process: DistContext) -> dict[str, Tensor]:
     """Copies on the CPU, on rank 0; of tensors in parts, the whole, for which every rank has to take part."""
     copies = {}
     for name, tensor in tensors.items():
-        whole = full(tensor)
-        if process.is_main:
+        whole = full_tensor(tensor)
+        if process.is_rank_zero:
             copies[name] = whole.detach().cpu()
     return copies
 

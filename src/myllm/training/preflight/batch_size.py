@@ -11,7 +11,7 @@ from myllm.config import RunConfig, saved_config, to_dict
 from myllm.data.dataset import Dataset
 from myllm.data.tokenizer.load import Tokenizer
 from myllm.distributed import collectives as distributed
-from myllm.distributed.collectives import Process
+from myllm.distributed.collectives import DistContext
 from myllm.distributed.device_info import device_name
 from myllm.errors import UserError
 from myllm.files import write_json
@@ -58,7 +58,7 @@ def _next_to_try(left: list[int], found: list[tuple[int, int]], limit_bytes: int
     return max((size for size in left if b_bytes + slope * (size - b) <= limit_bytes), default=None)
 
 
-def candidate_sizes(config: RunConfig, process: Process, val_tokens: int | None = None) -> list[int]:
+def candidate_sizes(config: RunConfig, process: DistContext, val_tokens: int | None = None) -> list[int]:
     """Every size that keeps batch_tokens exact and the held-out text, if that is known, has a batch for."""
     sizes, seq_len = micro_batch_sizes(config, process.world_size), config.model.max_seq_len
     most = (sizes[-1] if val_tokens is None else (val_tokens - 1) // seq_len) * seq_len
@@ -67,7 +67,7 @@ def candidate_sizes(config: RunConfig, process: Process, val_tokens: int | None 
     return [size for size in sizes if size * seq_len <= most] or sizes[:1]
 
 
-def is_safe_to_try(config: RunConfig, process: Process, size: int, limit_bytes: int) -> bool:
+def is_safe_to_try(config: RunConfig, process: DistContext, size: int, limit_bytes: int) -> bool:
     """Whether a trial of a size is safe. A CPU ends a process that takes too much memory, so there the estimate must
     fit first; elsewhere trying is free."""
     how = ComputeMode.of(config, process.device.type, process.world_size)
@@ -75,7 +75,7 @@ def is_safe_to_try(config: RunConfig, process: Process, size: int, limit_bytes: 
 
 
 def memory_probe(
-    config: RunConfig, dataset: Dataset, process: Process, limit_bytes: int
+    config: RunConfig, dataset: Dataset, process: DistContext, limit_bytes: int
 ) -> Callable[[int], int | None]:
     """What `largest_that_fits` measures with: real steps on this device."""
 
@@ -90,7 +90,7 @@ def memory_probe(
 def resolve_micro_batch_size(
     config: RunConfig,
     tokenizer: Tokenizer,
-    process: Process,
+    process: DistContext,
     val_tokens: int | None = None,
     limit_bytes: int | None = None,
     rehearsed: bool = False,
@@ -112,11 +112,13 @@ def resolve_micro_batch_size(
     if config.train.micro_batch_size != "auto":
         return config, ""
     sizes = candidate_sizes(config, process, val_tokens)
-    before, same = distributed.from_main(_of_this_run(config, process) if process.is_main else None)
+    before, same = distributed.broadcast_object(_of_this_run(config, process) if process.is_rank_zero else None)
     if before in micro_batch_sizes(config, process.world_size) and same:
         return _with(config, before), f"train.micro_batch_size auto: {before}, as this run began"
     limit_bytes = memory_limit_bytes(process) if limit_bytes is None else limit_bytes
-    size, peak = distributed.from_main(_of_preflight(config, process) if process.is_main and rehearsed else (None, 0))
+    size, peak = distributed.broadcast_object(
+        _of_preflight(config, process) if process.is_rank_zero and rehearsed else (None, 0)
+    )
     if size in sizes and peak <= limit_bytes:
         needed = f"{peak / 2**30:.2f} of {limit_bytes / 2**30:.2f} GiB a rank"
         return _with(config, size), f"train.micro_batch_size auto: {size}, as the preflight found it, in {needed}"
@@ -142,7 +144,7 @@ def _with(config: RunConfig, size: int) -> RunConfig:
     return replace(config, train=replace(config.train, micro_batch_size=size))
 
 
-def _of_this_run(config: RunConfig, process: Process) -> tuple[int | None, bool]:
+def _of_this_run(config: RunConfig, process: DistContext) -> tuple[int | None, bool]:
     """The number that a run of this name has in its config.json, and whether all that it depends on is the same."""
     run = RunPaths.of(config.name)
     saved, environment = read_config(run.config), read_json_or_empty(run.environment)
@@ -156,7 +158,7 @@ def _of_this_run(config: RunConfig, process: Process) -> tuple[int | None, bool]
     return size, same
 
 
-def save_for_run(config: RunConfig, process: Process, peak_bytes: int) -> None:
+def save_for_run(config: RunConfig, process: DistContext, peak_bytes: int) -> None:
     """Leave the number that a preflight settled on, with all that it depends on, for the run to take.
 
     Raises:
@@ -168,7 +170,7 @@ def save_for_run(config: RunConfig, process: Process, peak_bytes: int) -> None:
     write_json(file, found | _conditions(config, process))
 
 
-def _of_preflight(config: RunConfig, process: Process) -> tuple[int | None, int]:
+def _of_preflight(config: RunConfig, process: DistContext) -> tuple[int | None, int]:
     """The number that a preflight left for just this run, and the bytes that it took; None if there is none."""
     left = read_json_or_empty(paths.micro_batch(config.name))
     size, peak = left.pop("micro_batch_size", None), left.pop("peak_bytes", None)
@@ -176,7 +178,7 @@ def _of_preflight(config: RunConfig, process: Process) -> tuple[int | None, int]
     return (size, peak) if fits else (None, 0)
 
 
-def _conditions(config: RunConfig, process: Process) -> dict[str, Any]:
+def _conditions(config: RunConfig, process: DistContext) -> dict[str, Any]:
     """What the memory that a number takes depends on, as JSON has it."""
     machine = {"device_name": device_name(process.device), "world_size": process.world_size}
     return {**machine, "torch": torch.__version__, **_costs(to_dict(config))}

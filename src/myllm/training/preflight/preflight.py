@@ -20,8 +20,8 @@ from myllm.config import RunConfig
 from myllm.data.dataset import Dataset
 from myllm.data.tokenizer.load import Tokenizer
 from myllm.distributed import collectives as distributed
-from myllm.distributed.collectives import Process
-from myllm.distributed.parallelize import gathered
+from myllm.distributed.collectives import DistContext
+from myllm.distributed.parallelize import full_params
 from myllm.errors import TrainingDiverged, UserError
 from myllm.paths import RunPaths
 from myllm.planning.batch import BatchPlan, batch_plan
@@ -58,7 +58,7 @@ STEPS_S = 30.0
 
 def preflight(
     config: RunConfig,
-    process: Process,
+    process: DistContext,
     bounds: Limits,
     say: Callable[[str], None] = print,
     limit_bytes: int | None = None,
@@ -108,14 +108,14 @@ def preflight(
         return replace(findings, out_of_memory=True, fits=fits)
 
 
-def _found_here(config: RunConfig, process: Process) -> tuple[Tokenizer, DataAndDisk, int, int | None]:
+def _found_here(config: RunConfig, process: DistContext) -> tuple[Tokenizer, DataAndDisk, int, int | None]:
     """Vocabulary, room, steps that are done, and held-out tokens if the data set is prepared, as rank 0 finds them.
 
     Raises:
         UserError: text that is not there, or too little of it for one step; on every rank.
     """
     room, done, val_tokens, failure = None, 0, None, None
-    if process.is_main:
+    if process.is_rank_zero:
         try:
             room, done, made = inspect_data_and_disk(config), _steps_done(config), find_prepared(config.data)
             if made is not None and made.complete:
@@ -123,7 +123,7 @@ def _found_here(config: RunConfig, process: Process) -> tuple[Tokenizer, DataAnd
                 val_tokens = made.val.tokens
         except UserError as error:
             failure = error
-    room, done, val_tokens, failure = distributed.from_main((room, done, val_tokens, failure))
+    room, done, val_tokens, failure = distributed.broadcast_object((room, done, val_tokens, failure))
     if failure:
         raise failure
     return tokenizer_for(config), room, done, val_tokens
@@ -133,7 +133,7 @@ def _rehearse(
     config: RunConfig,
     dataset: Dataset,
     tokenizer: Tokenizer,
-    process: Process,
+    process: DistContext,
     folder: Path,
     may_save: bool,
     say: Callable[[str], None],
@@ -177,21 +177,21 @@ def _timed_steps(parts: Parts, dataset: Dataset) -> Measurements:
     while parts.guard.loss_scale is not None and not isfinite(first[1]) and step < SETTLING_STEPS:
         run(short, 1)  # as at the start of the run, the loss scale is halved until nothing overflows
     share = short.grad_accum_steps / whole.grad_accum_steps
-    expected_s = distributed.from_main(seconds[-1]) / share
+    expected_s = distributed.broadcast_object(seconds[-1]) / share
     times = min(STEPS, int(STEPS_S / expected_s))
     if times:
         seconds.clear()
         run(whole, times)
         share = 1.0
-    step_s = distributed.from_main(median(seconds) if times else expected_s)
-    loss, grad_norm = (distributed.from_main(value) for value in first)
+    step_s = distributed.broadcast_object(median(seconds) if times else expected_s)
+    loss, grad_norm = (distributed.broadcast_object(value) for value in first)
     return Measurements(step_s, times, share, loss, grad_norm)
 
 
 def _timed_evals(parts: Parts, dataset: Dataset, tokenizer: Tokenizer, folder: Path) -> dict[str, tuple[float, str]]:
     """By evaluation: seconds of one batch on each rank, after a warm-up, and what it said if it failed."""
     config, process = shorten_evals(parts.config, parts.process.world_size), parts.process
-    if process.is_main:
+    if process.is_rank_zero:
         synthetic_hellaswag(folder, config.eval.hellaswag_examples or 0)
     config = replace(config, eval=replace(config.eval, hellaswag_file=str(folder / "hellaswag.jsonl")))
     said: list[str] = []
@@ -203,11 +203,11 @@ def _timed_evals(parts: Parts, dataset: Dataset, tokenizer: Tokenizer, folder: P
         for _ in range(2):  # the first one is a warm-up
             said.clear()
             started = time.perf_counter()
-            with gathered(parts.model, parts.whole):
+            with full_params(parts.model, parts.whole):
                 run_eval(each, state, parts.whole, config, process, watch, rows, said.append, poll)
             seconds = time.perf_counter() - started
         found[each.name] = (seconds, _failure(each, said))
-    return distributed.from_main(found)
+    return distributed.broadcast_object(found)
 
 
 def _failure(each: Eval, said: list[str]) -> str:
@@ -226,9 +226,9 @@ def _timed_save(parts: Parts, dataset: Dataset, tokenizer: Tokenizer, folder: Pa
     restore(saved, config, dataset, parts.model, parts.optimizer, process, log)
     loaded_at = time.perf_counter()
     n_bytes = (
-        sum(path.stat().st_size for path in run.checkpoints.rglob("*") if path.is_file()) if process.is_main else 0
+        sum(path.stat().st_size for path in run.checkpoints.rglob("*") if path.is_file()) if process.is_rank_zero else 0
     )
-    return distributed.from_main((saved_at - started, loaded_at - saved_at, n_bytes))
+    return distributed.broadcast_object((saved_at - started, loaded_at - saved_at, n_bytes))
 
 
 def _steps_done(config: RunConfig) -> int:

@@ -26,9 +26,9 @@ from myllm.data.sampler import DataPosition
 from myllm.data.tokenizer.load import Tokenizer
 from myllm.distributed import collectives as distributed
 from myllm.distributed import launcher as ranks
-from myllm.distributed.collectives import Process
+from myllm.distributed.collectives import DistContext
 from myllm.distributed.device_info import device_name
-from myllm.distributed.parallelize import spread
+from myllm.distributed.parallelize import shard
 from myllm.errors import UserError
 from myllm.files import file_sha256, locked, write_json
 from myllm.model.transformer import Transformer
@@ -56,7 +56,7 @@ class OutOfMemory(Exception):
 
 
 @contextmanager
-def scratch_folder(process: Process) -> Iterator[Path]:
+def scratch_folder(process: DistContext) -> Iterator[Path]:
     """A temporary folder, the same on all ranks, on the disk that runs are on. Nothing outlasts the `with` block: not
     the folder, not the random state, not what torch.compile has learnt of shapes.
 
@@ -65,19 +65,19 @@ def scratch_folder(process: Process) -> Iterator[Path]:
     before = random_state(process.device)
     base = nearest_existing(paths.runs())
     folder: Path | None = None
-    if process.is_main:
+    if process.is_rank_zero:
         _remove_left_behind(base)
         folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=base))
-    folder = distributed.from_main(folder)
+    folder = distributed.broadcast_object(folder)
     try:
-        if not process.is_main:
+        if not process.is_rank_zero:
             yield folder
         else:
             with locked(folder / ".lock"):
                 yield folder
         distributed.barrier()  # not after an error, which may be this rank's alone
     finally:
-        if process.is_main:
+        if process.is_rank_zero:
             shutil.rmtree(folder, ignore_errors=True)
         _forget_compiled()
         reset_peak(process.device)
@@ -108,14 +108,14 @@ def _remove_left_behind(base: Path) -> None:
 # -- made-up text -----------------------------------------------------------------------------------------------------
 
 
-def synthetic_dataset(config: RunConfig, folder: Path, tokenizer: Tokenizer, process: Process) -> Dataset:
+def synthetic_dataset(config: RunConfig, folder: Path, tokenizer: Tokenizer, process: DistContext) -> Dataset:
     """Documents of random tokens: as many as one step trains on, and one batch of validation for each rank."""
     seq_len = config.model.max_seq_len
     batch = batch_plan(config, process.world_size)
     tokens = {"train": batch.sequences * seq_len + 1}
     tokens["val"] = max(batch.micro_tokens, 8 * DOCUMENT_TOKENS) + 1
     folder = folder / "dataset"
-    if process.is_main:
+    if process.is_rank_zero:
         folder.mkdir(exist_ok=True)
         chance, shards = np.random.Generator(np.random.PCG64(config.train.seed)), []
         for split, count in tokens.items():
@@ -158,11 +158,11 @@ class Parts:
     """
 
     def __init__(
-        self, config: RunConfig, process: Process, stack: ExitStack, say: Callable[[str], None] = lambda line: None
+        self, config: RunConfig, process: DistContext, stack: ExitStack, say: Callable[[str], None] = lambda line: None
     ) -> None:
         self.config, self.process = config, process
         self.model = Transformer(config.model, config.train.seed).to(process.device)
-        self.whole = spread(self.model, config, process)  # what evaluations see
+        self.whole = shard(self.model, config, process)  # what evaluations see
         self.optimizer = ScheduledAdamW(self.model.named_parameters(), config.optim, config.train.max_steps)
         self.runner = stack.enter_context(fast_kernels(self.model, config, process, say))
         self.guard = GradientGuard(config.train, process.device)
@@ -192,14 +192,14 @@ def shorten(batch: BatchPlan, accumulation_steps: int = 2) -> BatchPlan:
 # -- memory -----------------------------------------------------------------------------------------------------------
 
 
-def memory_limit_bytes(process: Process) -> int:
+def memory_limit_bytes(process: DistContext) -> int:
     """What a run may use on each rank: what the rank with least has, less headroom."""
     mine = available_bytes(process.device, ranks.local_world_size())
-    least = min(distributed.gather_to_main(mine), default=0)
-    return int(distributed.from_main(least) * (1 - HEADROOM))
+    least = min(distributed.gather_object(mine), default=0)
+    return int(distributed.broadcast_object(least) * (1 - HEADROOM))
 
 
-def run_within_memory(work: Callable[[], Any], process: Process, limit_bytes: int) -> tuple[Any, int]:
+def run_within_memory(work: Callable[[], Any], process: DistContext, limit_bytes: int) -> tuple[Any, int]:
     """Do some of a run's work with so much memory.
 
     All ranks have the same limit and so run out at the same point: none waits for another in a collective. Where one
@@ -221,21 +221,21 @@ def run_within_memory(work: Callable[[], Any], process: Process, limit_bytes: in
             if not is_out_of_memory(error):
                 raise
             failed = True
-    if not distributed.all_arrive("memory", ALONE_S if failed else 0.0):
+    if not distributed.all_ranks_arrive("memory", ALONE_S if failed else 0.0):
         raise UserError(
             f"out of memory on rank {process.rank} ({device_name(process.device)}) alone: the other ranks have not run "
             f"out of theirs within {ALONE_S:,.0f} s; free what else is on this device, or lower train.micro_batch_size"
         )
     peak = peak_bytes(process.device)
-    peak = distributed.from_main(max(distributed.gather_to_main(peak), default=0))
-    (failed,) = distributed.any_rank(failed)
+    peak = distributed.broadcast_object(max(distributed.gather_object(peak), default=0))
+    (failed,) = distributed.all_reduce_any(failed)
     if failed or peak > limit_bytes:
         raise OutOfMemory
     return result, peak
 
 
 def measure_peak_bytes(
-    config: RunConfig, dataset: Dataset, process: Process, micro_batch_size: int, limit_bytes: int
+    config: RunConfig, dataset: Dataset, process: DistContext, micro_batch_size: int, limit_bytes: int
 ) -> int | None:
     """Peak bytes of two real steps with that micro-batch size, on the rank that used most; None if they do not fit."""
     config = replace(config, train=replace(config.train, micro_batch_size=micro_batch_size))

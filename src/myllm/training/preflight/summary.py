@@ -6,9 +6,9 @@ from math import ceil, isfinite
 from typing import TYPE_CHECKING
 
 from myllm.config import RunConfig
-from myllm.distributed.collectives import Process
+from myllm.distributed.collectives import DistContext
 from myllm.distributed.device_info import device_name, has_triton
-from myllm.distributed.precision import in_words
+from myllm.distributed.precision import describe_precision
 from myllm.evals.hellaswag import BATCH_SIZE
 from myllm.formatting import format_bytes, format_clock, format_gib
 from myllm.planning.batch import batch_plan
@@ -102,7 +102,7 @@ class PreflightResult:
     """A rehearsal of a run, and the run that it was of."""
 
     config: RunConfig
-    process: Process
+    process: DistContext
     bounds: Limits
     room: "DataAndDisk"
     limit_bytes: int
@@ -163,7 +163,7 @@ class PreflightResult:
             )
         batch = batch_plan(config, process.world_size)
         where = f"{process.world_size} x {device_name(process.device)} ({process.device.type})"
-        precision = in_words(config.train.precision, process.device)
+        precision = describe_precision(config.train.precision, process.device)
         lines = [f"preflight of {config.name} on {where}", f"batch        {batch}", f"precision    {precision}"]
         lines += self._memory_lines()
         if measured is not None:
