@@ -34,10 +34,10 @@ def main() -> None:
         if wanted.config.hub.repo and not wanted.prepare_only:
             check_publishing(wanted.config)
         if wanted.dry_run:
-            from myllm.data.prepare.background import check_named
+            from myllm.data.prepare.background import check_data_names
 
             print(launch.describe_plan(wanted))
-            check_named(wanted.config.data)  # the plan is of use where the text is not, but this run could not start
+            check_data_names(wanted.config.data)  # a plan helps without the data, but this run could not start
         else:
             prepare_and_train(wanted.config, wanted.prepare_only, wanted.profile, wanted.own_text)
 
@@ -65,12 +65,12 @@ def check_publishing(config: "RunConfig") -> None:
 
 def prepare_and_train(config: "RunConfig", prepare_only: bool, profile: bool = False, own_text: bool = False) -> None:
     started = time.monotonic()
-    from myllm.data.prepare.background import check_named, prepared_beside
+    from myllm.data.prepare.background import check_data_names, prepare_in_background
     from myllm.data.prepare.prepare import prepare
     from myllm.distributed import launcher as ranks
 
     if ranks.local_rank() == 0:
-        check_named(config.data)  # a typo is not worth the seconds that torch takes
+        check_data_names(config.data)  # a typo is not worth the seconds that torch takes
     if prepare_only:
         dataset = prepare(config.data)
         print(f"data ready: {dataset.folder}, {dataset.train.tokens:,} tokens to train on")
@@ -99,7 +99,7 @@ def prepare_and_train(config: "RunConfig", prepare_only: bool, profile: bool = F
     ):
         # The first process of each machine has the data prepared, in a process of its own, while all of them train.
         with (
-            prepared_beside(config.data, starts=ranks.local_rank() == 0, enough=enough) as dataset,
+            prepare_in_background(config.data, starts=ranks.local_rank() == 0, enough=enough) as dataset,
             distributed.process_group(config.train.device) as process,
         ):
             config = resolve_max_steps(config, dataset.train.tokens, own_text)

@@ -21,7 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
-from myllm.data.dataloader import Loader
+from myllm.data.dataloader import BatchLoader
 from myllm.data.dataset import Dataset
 from myllm.data.tokenizer.load import load_tokenizer
 from myllm.data.transfer import Batch
@@ -77,14 +77,14 @@ def tokens_per_s_alone(parts: Parts, dataset: Dataset, batch: BatchPlan) -> tupl
     """Tokens a second that the loader hands out when nothing is done with them, and seconds until its first batch."""
     watch, tokens = Stopwatch(parts.process.device), 0
     with parts.loader(dataset, batch) as loader:
-        loader.next()
+        loader.next_batch()
         first_s = watch.lap()
         for _ in range(loader.AHEAD):  # what was made meanwhile does not count
-            loader.next()
+            loader.next_batch()
         watch.lap()
         until = time.perf_counter() + ALONE_S
         while time.perf_counter() < until:
-            tokens += loader.next()[0].numel()
+            tokens += loader.next_batch()[0].numel()
         return tokens / watch.lap(), first_s
 
 
@@ -92,7 +92,7 @@ def steps(parts: Parts, dataset: Dataset, batch: BatchPlan, count: int) -> tuple
     """Medians of seconds: a step, of that waiting for the loader, and a step whose batches are there already."""
     watch, times, waits, resident = Stopwatch(parts.process.device), [], [], []
     with parts.loader(dataset, batch) as loader:
-        held = [loader.next() for _ in range(batch.grad_accum_steps)]
+        held = [loader.next_batch() for _ in range(batch.grad_accum_steps)]
         for number in range(2 + count):  # two to warm up; the two kinds in turn, since a machine's speed drifts
             with handing_out(loader, held):
                 watch.lap()
@@ -106,7 +106,7 @@ def steps(parts: Parts, dataset: Dataset, batch: BatchPlan, count: int) -> tuple
 
 
 @contextmanager
-def handing_out(loader: Loader, batches: list[Batch]):
+def handing_out(loader: BatchLoader, batches: list[Batch]):
     """Have the loader give these batches, which are on the device, instead of its own."""
     rest = iter(batches)
     loader.next = lambda: next(rest)

@@ -121,7 +121,7 @@ def compare(ours: dict, theirs: dict, steps: int) -> None:
         Broken: the runs trained on other samples.
     """
     for step in range(1, steps + 1):
-        if ours[step]["receipt"] != theirs[step]["receipt"]:
+        if ours[step]["sample_digest"] != theirs[step]["sample_digest"]:
             raise Broken(f"at step {step} it had trained on other samples than a run left in peace")
     worst = max(abs(ours[step]["loss"] - theirs[step]["loss"]) for step in theirs)
     print(f"{steps} receipts are the same as those of a run left in peace; losses differ by {worst:.1e} at most")

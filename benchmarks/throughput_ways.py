@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from myllm.config import ModelConfig, RunConfig
-from myllm.data.dataloader import Loader, batch_of
+from myllm.data.dataloader import BatchLoader, read_batch
 from myllm.data.dataset import Dataset
-from myllm.data.sampler import DataPosition, count_sequences, rank_rows, step_sequences, window_of
+from myllm.data.sampler import DataPosition, count_sequences, rank_rows, step_sequences, window_sequences
 from myllm.data.transfer import Batch
 from myllm.distributed.collectives import DistContext
 from myllm.distributed.parallelize import sync_grads_on_last
@@ -158,8 +158,8 @@ def peer(config: RunConfig, process: DistContext, dataset: Dataset, weights: Wei
     """transformers' model in a loop of the same size, with this project's loader and optimizer."""
     batch = batch_plan(config, process.world_size)
     model = peer_model(config.model, weights).to(process.device)
-    position = DataPosition(0, 0, config.train.seed, dataset.hash)
-    loader = stack.enter_context(Loader(dataset.train, batch, position, process.rank, process.device))
+    position = DataPosition(0, 0, config.train.seed, dataset.fingerprint)
+    loader = stack.enter_context(BatchLoader(dataset.train, batch, position, process.rank, process.device))
     step = plain_step(model, loader, batch, config, process)
     name = f"transformers {CLASSES[select_architecture(config.model)]}"
     return Way(name, step, lambda: loader.wait_s, held_bytes(model), batch)
@@ -167,7 +167,7 @@ def peer(config: RunConfig, process: DistContext, dataset: Dataset, weights: Wei
 
 def plain_step(
     model: KeptLogits | PeerLoss,
-    loader: "Loader | SynchronousLoader",
+    loader: "BatchLoader | SynchronousLoader",
     batch: BatchPlan,
     config: RunConfig,
     process: DistContext,
@@ -187,7 +187,7 @@ def plain_step(
         nonlocal done
         total = torch.zeros((), device=process.device)
         for micro_step in range(batch.grad_accum_steps):
-            tokens, targets = loader.next()
+            tokens, targets = loader.next_batch()
             before()
             with sync_grads_on_last(runner, micro_step == batch.grad_accum_steps - 1):
                 with autocast(config, process.device):
@@ -211,16 +211,16 @@ class SynchronousLoader:
         self.wait_s = 0.0
         self._stream, self._batch, self._process = dataset.train, batch, process
         self._n_sequences = count_sequences(dataset.train.tokens, batch.seq_len)
-        self._position = DataPosition(0, 0, seed, dataset.hash)
+        self._position = DataPosition(0, 0, seed, dataset.fingerprint)
         self._micro_step = 0
 
-    def next(self) -> Batch:
+    def next_batch(self) -> Batch:
         started = time.perf_counter()
         batch, process = self._batch, self._process
-        window = window_of(batch.seq_len)
+        window = window_sequences(batch.seq_len)
         step = step_sequences(self._position, batch.sequences, self._n_sequences, window)
         mine = rank_rows(self._micro_step, process.rank, process.world_size, batch.micro_batch_size)
-        tokens, targets = batch_of(self._stream, step[mine], batch.seq_len)
+        tokens, targets = read_batch(self._stream, step[mine], batch.seq_len)
         self._micro_step += 1
         if self._micro_step == batch.grad_accum_steps:
             self._micro_step = 0

@@ -15,7 +15,7 @@ from support.saved_checkpoints import SMALL, Save
 
 from myllm.cli.launch import exit_on_error, parse_args
 from myllm.cli.main import COMMANDS, main
-from myllm.data.prepare.prepare import clear_disk_errors
+from myllm.data.prepare.prepare import disk_errors_for_users
 from myllm.errors import UserError
 from myllm.files import full_place, in_words, naming, replacing
 from myllm.paths import temp_data, user_path
@@ -114,7 +114,7 @@ def test_a_full_shared_memory_is_not_taken_for_the_data_folder(tmp_path: Path, m
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0 if path == full else 10**12))
     error = OSError(errno.ENOSPC, "No space left on device")
     assert full_place(error, tmp_path) == full
-    with pytest.raises(UserError, match=r"cannot write /dev/shm: No space left .*--shm-size"), clear_disk_errors():
+    with pytest.raises(UserError, match=r"cannot write /dev/shm: No space left .*--shm-size"), disk_errors_for_users():
         raise error
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0 if path == tmp_path else 10**12))
     assert full_place(error, tmp_path) == tmp_path

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from myllm.data.transfer import inputs_and_targets, transfer_to
+from myllm.data.transfer import inputs_and_targets, make_transfer
 
 from .bench import Bench
 from .frame import Check, correct, noted
@@ -97,7 +97,7 @@ def transfer(bench: Bench) -> Check:
     shape = 2 if bench.tiny else 32, model.max_seq_len + 1
     rows = [chance.integers(2**16, size=shape, dtype=np.uint16) for _ in range(rounds)]
     busy = torch.randn(2, 64 if bench.tiny else 4_096, 64 if bench.tiny else 4_096, device=bench.device)
-    way, differ = transfer_to(bench.device), torch.zeros((), dtype=torch.int64, device=bench.device)
+    way, differ = make_transfer(bench.device), torch.zeros((), dtype=torch.int64, device=bench.device)
     with ThreadPoolExecutor(1) as thread:
         sent = [thread.submit(way.send, row) for row in rows[:AHEAD]]
         for number, row in enumerate(rows):

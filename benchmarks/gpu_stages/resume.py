@@ -38,12 +38,12 @@ def resumed(bench: Bench, config: RunConfig, name: str, bit_for_bit: bool) -> It
             steps = Steps(config, bench.process, dataset, stack)
             steps.losses(BEFORE)
             save(steps, run)
-            expected, receipt = steps.losses(AFTER), steps.receipt
+            expected, receipt = steps.losses(AFTER), steps.sample_digest
             del steps
         torch.compiler.reset()
         with ExitStack() as stack:
             again = Steps(config, bench.process, dataset, stack, lambda parts: load(parts, run, dataset))
-            found, same_text = again.losses(AFTER), again.receipt == receipt
+            found, same_text = again.losses(AFTER), again.sample_digest == receipt
     yield correct(f"{name}, receipt of all text", same_text, "equal" if same_text else "differs", "equal")
     worst = max(abs(a - b) / b for a, b in zip(found, expected, strict=True))
     right = worst == 0 if bit_for_bit else worst <= LOSS_ERROR

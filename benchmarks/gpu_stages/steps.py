@@ -12,9 +12,9 @@ from myllm.checkpoint import format as checkpoint
 from myllm.checkpoint.async_saver import Saver
 from myllm.checkpoint.format import TrainState
 from myllm.config import RunConfig
-from myllm.data.dataloader import Loader
+from myllm.data.dataloader import BatchLoader
 from myllm.data.dataset import Dataset
-from myllm.data.sample_digest import Receipt
+from myllm.data.sample_digest import SampleDigest
 from myllm.data.sampler import count_sequences
 from myllm.data.tokenizer.load import load_tokenizer
 from myllm.distributed.collectives import DistContext
@@ -50,7 +50,7 @@ class Steps:
         self.parts = Parts(config, process, stack, self.said.append)
         self.state = self.start = load(self.parts) if load else self.parts.state(dataset, 0)
         self.loader = stack.enter_context(
-            Loader(dataset.train, self.batch, self.state.data, process.rank, process.device)
+            BatchLoader(dataset.train, self.batch, self.state.data, process.rank, process.device)
         )
 
     def step(self, phase: Callable[[str], AbstractContextManager[None]] = no_phase) -> Tensor:
@@ -69,9 +69,9 @@ class Steps:
         return loss
 
     @property
-    def receipt(self) -> Receipt:
+    def sample_digest(self) -> SampleDigest:
         """Of all text since the run's first step."""
-        return (self.start.receipt or Receipt()).plus(self.loader.delivered)
+        return (self.start.sample_digest or SampleDigest()).add(self.loader.digest_sums)
 
     def losses(self, count: int) -> list[float]:
         """Of so many steps; one read from the device at their end."""
@@ -96,7 +96,7 @@ def save(steps: Steps, run: RunPaths) -> None:
     """A checkpoint of where the steps are, whole when this returns."""
     tokenizer, parts = load_tokenizer(steps.config.data.tokenizer), steps.parts
     with Saver(steps.config, run, parts.model, parts.optimizer, tokenizer, steps.process) as saver:
-        saver.save(replace(steps.state, receipt=steps.receipt))
+        saver.save(replace(steps.state, sample_digest=steps.sample_digest))
 
 
 def load(parts: Parts, run: RunPaths, dataset: Dataset) -> TrainState:

@@ -77,13 +77,13 @@ CONFIG = Schema(
     (Change(renamed={"data.normalise_unicode": "data.normalize_unicode"}),),
 )
 """A RunConfig: config.json of runs, checkpoints and flight bags, and the files of --config."""
-STATE = Schema("training state")
+STATE = Schema("training state", (Change({"receipt": "sample_digest"}),))
 """A TrainState: state.json of checkpoints."""
 BAG = Schema("flight bag")
 """bag.json."""
 HEARTBEAT = Schema("heartbeat")
 """heartbeat.json, with the words for what a run does and how it ended."""
-ROW = Schema("row")
+ROW = Schema("row", (Change({"receipt": "sample_digest", "receipt_since_step": "sample_digest_since_step"}),))
 """A line of metrics.jsonl or samples.jsonl. Lines carry no version: all changes are made to each."""
 
 

@@ -154,14 +154,14 @@ PREPARE = """
 import json, sys
 from myllm.config import DataConfig
 from myllm.data.prepare import work_items as units
-from myllm.data.prepare.multi_machine import prepare_part
+from myllm.data.prepare.multi_machine import prepare_worker_shard
 from myllm.data.prepare.prepare import prepare
 from myllm.errors import UserError
 settings = json.loads(sys.argv[1])
 units.SMALL_BYTES = settings.pop("small_bytes", units.SMALL_BYTES)
 part = settings.pop("part", None)
 try:
-    prepare_part(DataConfig(**settings), part) if part else prepare(DataConfig(**settings))
+    prepare_worker_shard(DataConfig(**settings), part) if part else prepare(DataConfig(**settings))
 except UserError as error:
     sys.exit(f"user error: {error}")
 """

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from myllm.data import sampler as order
-from myllm.data.dataloader import Batch, Loader, batch_of, has_step
+from myllm.data.dataloader import Batch, BatchLoader, has_step, read_batch
 from myllm.data.dataset import Dataset, TokenStream
 from myllm.data.sampler import DataPosition, count_sequences, step_sequences
 from myllm.errors import UserError
@@ -41,8 +41,8 @@ def plan(world_size: int = 1, micro: int = 2, sequences: int = 8) -> BatchPlan:
 
 
 def take(dataset: Dataset, count: int, position: DataPosition, batch: BatchPlan, rank: int = 0) -> list[Batch]:
-    with Loader(dataset.train, batch, position, rank, CPU) as loader:
-        return [loader.next() for _ in range(count)]
+    with BatchLoader(dataset.train, batch, position, rank, CPU) as loader:
+        return [loader.next_batch() for _ in range(count)]
 
 
 def at(epoch: int, index: int) -> DataPosition:
@@ -55,7 +55,7 @@ def sequences_of(batches: list[Batch]) -> list[int]:
 
 
 def test_a_batch_is_windows_of_the_stream(dataset: Dataset) -> None:
-    tokens, targets = batch_of(dataset.train, np.array([0, 11, 49]), T)
+    tokens, targets = read_batch(dataset.train, np.array([0, 11, 49]), T)
     assert tokens.dtype == targets.dtype == torch.int64
     assert tokens.is_contiguous()
     assert targets.is_contiguous()
@@ -115,7 +115,7 @@ def loader_threads() -> list[threading.Thread]:
 def test_the_thread_ends_with_the_block(dataset: Dataset, taken: int) -> None:
     take(dataset, taken, at(0, 0), plan())
     assert loader_threads() == []
-    with pytest.raises(KeyError), Loader(dataset.train, plan(), at(0, 0), 0, CPU):
+    with pytest.raises(KeyError), BatchLoader(dataset.train, plan(), at(0, 0), 0, CPU):
         raise KeyError
     assert loader_threads() == []
 
@@ -139,19 +139,19 @@ class Failing:
 
 @pytest.mark.parametrize("error", [OSError("disk gone"), ValueError("odd"), SystemExit("out")])
 def test_what_the_thread_meets_reaches_training(dataset: Dataset, error: BaseException) -> None:
-    with Loader(Failing(dataset.train, error), plan(), at(0, 0), 0, CPU) as loader:
+    with BatchLoader(Failing(dataset.train, error), plan(), at(0, 0), 0, CPU) as loader:
         for _ in range(5):
-            loader.next()
+            loader.next_batch()
         for _ in range(3):  # and does not hang whoever asks again
             with pytest.raises(type(error), match=str(error)):
-                loader.next()
+                loader.next_batch()
     assert loader_threads() == []
 
 
 def test_no_sequences_is_an_error_and_no_endless_loop(make_dataset: MakeDataset) -> None:
     short = make_dataset(np.arange(T), np.arange(T))
-    with Loader(short.train, plan(), at(0, 0), 0, CPU) as loader, pytest.raises(AssertionError):
-        loader.next()
+    with BatchLoader(short.train, plan(), at(0, 0), 0, CPU) as loader, pytest.raises(AssertionError):
+        loader.next_batch()
 
 
 def test_time_spent_waiting_is_counted(dataset: Dataset) -> None:
@@ -160,8 +160,8 @@ def test_time_spent_waiting_is_counted(dataset: Dataset) -> None:
             time.sleep(0.05)
             return self._stream.read(start, count)
 
-    with Loader(Slow(dataset.train, OSError()), plan(), at(0, 0), 0, CPU) as loader:
-        loader.next()
+    with BatchLoader(Slow(dataset.train, OSError()), plan(), at(0, 0), 0, CPU) as loader:
+        loader.next_batch()
         assert 0.05 <= loader.wait_s < 5
 
 
@@ -181,7 +181,7 @@ def test_growing_data_give_the_batches_of_finished_data(
     dataset: Dataset, make_growing: MakeGrowing, world_size: int, sequences: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Over the ends of windows and of epochs; each rank looks for itself."""
-    monkeypatch.setattr(Loader, "LOOK_EVERY_S", 0.005)
+    monkeypatch.setattr(BatchLoader, "LOOK_EVERY_S", 0.005)
     batch = plan(world_size, 1, sequences)
     count = (2 * 50 // sequences + 2) * batch.grad_accum_steps
     for rank in range(world_size):
@@ -230,7 +230,7 @@ def test_a_loader_that_waits_ends_when_told(dataset: Dataset, make_growing: Make
     growing = make_growing(dataset)
     growing.grow(there)
     seen = Dataset.open(growing.folder, unfinished=True)
-    with Loader(seen.train, plan(), at(0, 40), 0, CPU):
+    with BatchLoader(seen.train, plan(), at(0, 40), 0, CPU):
         time.sleep(0.05)
     assert loader_threads() == []
 
@@ -239,13 +239,13 @@ def test_a_loader_that_waits_ends_when_told(dataset: Dataset, make_growing: Make
 def test_data_that_vanish_while_it_waits_are_said(
     dataset: Dataset, make_growing: MakeGrowing, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Loader, "LOOK_EVERY_S", 0.01)
+    monkeypatch.setattr(BatchLoader, "LOOK_EVERY_S", 0.01)
     growing = make_growing(dataset)
     growing.grow(2)
     seen = Dataset.open(growing.folder, unfinished=True)
     shutil.rmtree(growing.folder)
-    with Loader(seen.train, plan(), at(0, 40), 0, CPU) as loader, pytest.raises(UserError, match="not a prepared"):
-        loader.next()
+    with BatchLoader(seen.train, plan(), at(0, 40), 0, CPU) as loader, pytest.raises(UserError, match="not a prepared"):
+        loader.next_batch()
 
 
 @pytest.mark.usefixtures("small_windows")

@@ -138,9 +138,9 @@ def test_a_damaged_manifest_is_refused(dataset: Dataset, content: bytes | None, 
 def test_the_hash_is_the_recipes(dataset: Dataset) -> None:
     path = dataset.folder / "manifest.json"
     manifest = json.loads(path.read_text())
-    assert dataset.hash == manifest["fingerprint"]
+    assert dataset.fingerprint == manifest["fingerprint"]
     path.write_text(json.dumps(dict(reversed(manifest.items())), indent=4))
-    assert Dataset.open(dataset.folder).hash == dataset.hash, "layout and order of keys are not content"
+    assert Dataset.open(dataset.folder).fingerprint == dataset.fingerprint, "layout and order of keys are not content"
 
 
 def test_finding_a_data_set(dataset: Dataset, temp_data: Path, tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ from myllm.checkpoint.format import list_checkpoints, load
 from myllm.config import DataConfig, EvalConfig, RunConfig
 from myllm.data.dataset import Dataset
 from myllm.data.prepare import background as beside
-from myllm.data.prepare.prepare import exclusive, prepare
-from myllm.data.prepare.spec import recipe_of
+from myllm.data.prepare.prepare import preparation_lock, prepare
+from myllm.data.prepare.spec import make_spec
 from myllm.errors import UserError
 
 # pretrain.py with windows of 8 sequences and units of two files. A worker takes up a unit only once the number in
@@ -32,13 +32,13 @@ import pretrain
 from myllm.data import sampler as order
 from myllm.data.prepare import scheduler as pipeline, work_items as units
 order.WINDOW_TOKENS, units.SMALL_BYTES = 8 * 64, 3_000
-gate, tokenise = Path(os.environ["GATE"]), units.tokenise_unit
-def tokenise_unit(unit, paths, source, config, out, stop):
+gate, tokenise = Path(os.environ["GATE"]), units.tokenize_item
+def tokenize_item(unit, paths, source, config, out, stop):
     while gate.exists() and int(gate.read_text() or 0) <= int(out.stem):
         time.sleep(0.02)
     tokenise(unit, paths, source, config, out, stop)
-tokenise_unit.__module__ = units.__name__  # the name by which it is handed to a worker
-units.tokenise_unit = pipeline.tokenise_unit = tokenise_unit
+tokenize_item.__module__ = units.__name__  # the name by which it is handed to a worker
+units.tokenize_item = pipeline.tokenize_item = tokenize_item
 if __name__ == "__mp_main__":
     time.sleep(float(os.environ.pop("START_DELAY_S", 0)))
 if __name__ == "__main__":
@@ -254,15 +254,15 @@ def growing(tiny: RunConfig) -> Dataset:
 
 def test_who_is_at_work_is_known_by_a_lock(growing: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(beside.time, "sleep", lambda _: None)
-    assert not beside.is_at_work(growing.folder)
+    assert not beside.is_being_prepared(growing.folder)
     with pytest.raises(UserError, match=r"ended before it was whole.*start the same command again"):
-        beside.check_at_work(growing)
+        beside.raise_if_abandoned(growing)
     for what in ("", beside.STARTING):
-        with exclusive(growing.folder, what):
-            assert beside.is_at_work(growing.folder)
-            beside.check_at_work(growing)
-        assert not beside.is_at_work(growing.folder)
-    assert not beside.is_at_work(growing.folder.with_name("never")), "asking makes no file"
+        with preparation_lock(growing.folder, what):
+            assert beside.is_being_prepared(growing.folder)
+            beside.raise_if_abandoned(growing)
+        assert not beside.is_being_prepared(growing.folder)
+    assert not beside.is_being_prepared(growing.folder.with_name("never")), "asking makes no file"
     assert not list(growing.folder.parent.glob(".never*"))
 
 
@@ -271,19 +271,25 @@ def test_what_an_interrupted_preparation_left_is_not_begun_with(
 ) -> None:
     """Another process of this machine starts the preparation; until it does, nothing is there to rely on."""
     monkeypatch.setattr(beside, "PATIENCE_S", 0.5)
-    with pytest.raises(UserError, match="ended before it was whole"), beside.prepared_beside(tiny.data, starts=False):
+    with (
+        pytest.raises(UserError, match="ended before it was whole"),
+        beside.prepare_in_background(tiny.data, starts=False),
+    ):
         pytest.fail("it began")
-    with exclusive(growing.folder), beside.prepared_beside(tiny.data, starts=False) as dataset:
+    with preparation_lock(growing.folder), beside.prepare_in_background(tiny.data, starts=False) as dataset:
         assert not dataset.complete
-        assert beside.how_far(dataset) == f"{dataset.train.tokens:,} tokens to train on so far, from 25% of 0.0 MB"
+        assert (
+            beside.describe_progress(dataset)
+            == f"{dataset.train.tokens:,} tokens to train on so far, from 25% of 0.0 MB"
+        )
 
 
 def test_a_finished_data_set_starts_no_process_and_is_cleared(tiny: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(beside, "get_context", None)
     folder = prepare(tiny.data, progress=False).folder
-    assert folder == recipe_of(tiny.data).folder
+    assert folder == make_spec(tiny.data).folder
     (folder / "work").mkdir()
-    with beside.prepared_beside(tiny.data, starts=True) as dataset:
+    with beside.prepare_in_background(tiny.data, starts=True) as dataset:
         assert dataset.complete
     assert not (folder / "work").exists()
 
@@ -294,7 +300,7 @@ def test_the_preparation_stands_back_from_training(
     """Its workers, one a core, would else be as many as all ranks' threads together."""
     done: list[str] = []
     monkeypatch.setattr(os, "nice", lambda by: done.append(f"nice {by}"))
-    monkeypatch.setattr(beside, "start_worker", lambda: done.append("started"))
+    monkeypatch.setattr(beside, "init_worker", lambda: done.append("started"))
     monkeypatch.setattr(beside, "prepare", lambda *_: done.append("prepared"))
     beside._prepare(tiny.data, tmp_path / "made", False)
     assert done == ["nice 10", "started", "prepared"]

@@ -7,11 +7,11 @@ import pytest
 import tiktoken
 
 from myllm.config import DataConfig
-from myllm.data.dataloader import batch_of
+from myllm.data.dataloader import read_batch
 from myllm.data.dataset import Dataset
 from myllm.data.inspect import describe_tokens, document_at, sequence_at
 from myllm.data.prepare.prepare import prepare
-from myllm.data.sampler import DataPosition, count_sequences, step_sequences, window_of
+from myllm.data.sampler import DataPosition, count_sequences, step_sequences, window_sequences
 from myllm.errors import UserError
 
 END = 50_256
@@ -42,10 +42,10 @@ def test_a_sequence_is_what_training_reads(dataset: Dataset) -> None:
     total = count_sequences(dataset.train.tokens, 64)
     for number in (0, 1, total - 1):
         start, tokens = sequence_at(dataset, "train", number, 64, None)
-        inputs, targets = batch_of(dataset.train, np.array([number]), 64)
+        inputs, targets = read_batch(dataset.train, np.array([number]), 64)
         assert start == 64 * number
         assert (tokens[:-1].tolist(), tokens[1:].tolist()) == (inputs[0].tolist(), targets[0].tolist())
-    order = step_sequences(DataPosition(0, 0, 7, dataset.hash), 10, total, window_of(64))
+    order = step_sequences(DataPosition(0, 0, 7, dataset.fingerprint), 10, total, window_sequences(64))
     assert [sequence_at(dataset, "train", i, 64, 7)[0] // 64 for i in range(10)] == order.tolist()
     # Beyond the first epoch, too.
     assert sequence_at(dataset, "train", total, 64, 7)[1].shape == (65,)

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from myllm.data import sampler as order
-from myllm.data.dataloader import Loader
+from myllm.data.dataloader import BatchLoader
 from myllm.data.dataset import Dataset
-from myllm.data.sample_digest import LANES, Receipt, sample_sums
+from myllm.data.sample_digest import LANES, SampleDigest, hash_samples
 from myllm.data.sampler import DataPosition
 from myllm.planning.batch import BatchPlan
 
@@ -33,24 +33,24 @@ def dataset(make_dataset: Callable[..., Dataset]) -> Dataset:
 def delivered(dataset: Dataset, first: int, steps: int, world_size: int = 1, micro: int = 2) -> np.ndarray:
     """What the loaders of all ranks hand over in some steps, added up."""
     plan = BatchPlan(SEQUENCES * T, T, micro, world_size)
-    start = DataPosition(0, 0, 3, dataset.hash).advance(first * SEQUENCES, 50)
+    start = DataPosition(0, 0, 3, dataset.fingerprint).advance(first * SEQUENCES, 50)
     sums = np.zeros(LANES, dtype=np.int64)
     for rank in range(world_size):
-        with Loader(dataset.train, plan, start, rank, torch.device("cpu")) as loader:
+        with BatchLoader(dataset.train, plan, start, rank, torch.device("cpu")) as loader:
             for _ in range(steps * plan.grad_accum_steps):
-                loader.next()
-            sums += loader.delivered
+                loader.next_batch()
+            sums += loader.digest_sums
     return sums
 
 
 def test_a_receipt_knows_nothing_of_ranks_and_restarts(dataset: Dataset) -> None:
     """Ten steps, into the second epoch: on 1, 2, 4 and 8 ranks, and interrupted anywhere with the ranks changed."""
-    whole = Receipt().plus(delivered(dataset, 0, 10))
+    whole = SampleDigest().add(delivered(dataset, 0, 10))
     for world_size, micro in ((1, 1), (1, 8), (2, 1), (2, 4), (4, 2), (8, 1)):
-        assert Receipt().plus(delivered(dataset, 0, 10, world_size, micro)) == whole
+        assert SampleDigest().add(delivered(dataset, 0, 10, world_size, micro)) == whole
     for stop in range(1, 10):
-        first = Receipt().plus(delivered(dataset, 0, stop, 2, 2))
-        assert first.plus(delivered(dataset, stop, 10 - stop, 4, 1)) == whole
+        first = SampleDigest().add(delivered(dataset, 0, stop, 2, 2))
+        assert first.add(delivered(dataset, stop, 10 - stop, 4, 1)) == whole
 
 
 @pytest.fixture
@@ -63,15 +63,15 @@ def samples(dataset: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def test_the_samples_are_those_that_the_loader_delivers(dataset: Dataset, samples: tuple[np.ndarray, ...]) -> None:
     places, sequences, rows = samples
-    assert (sample_sums(places, sequences[places], rows[places]) == delivered(dataset, 0, 3)).all()
+    assert (hash_samples(places, sequences[places], rows[places]) == delivered(dataset, 0, 3)).all()
 
 
 def test_every_fault_changes_a_receipt(samples: tuple[np.ndarray, ...]) -> None:
     places, sequences, rows = samples
-    honest = Receipt().plus(sample_sums(places, sequences[places], rows[places]))
+    honest = SampleDigest().add(hash_samples(places, sequences[places], rows[places]))
 
-    def after(picked: np.ndarray, at: np.ndarray = places) -> Receipt:
-        return Receipt().plus(sample_sums(at, sequences[picked], rows[picked]))
+    def after(picked: np.ndarray, at: np.ndarray = places) -> SampleDigest:
+        return SampleDigest().add(hash_samples(at, sequences[picked], rows[picked]))
 
     assert after(places) == honest
     found = [honest]
@@ -93,15 +93,15 @@ def test_a_changed_token_changes_a_receipt(samples: tuple[np.ndarray, ...]) -> N
     for i, j in ((0, 0), (5, T), (23, 3)):  # column T is a target only
         changed = rows.copy()
         changed[i, j] ^= 1
-        assert (sample_sums(places, sequences, changed) != sample_sums(places, sequences, rows)).any()
+        assert (hash_samples(places, sequences, changed) != hash_samples(places, sequences, rows)).any()
 
 
 def test_a_hash_by_hand() -> None:
     row = struct.pack("<2q3H", 7, 41, 1, 2, 65_535)
     by_hand = hashlib.blake2b(row, digest_size=16).hexdigest()
-    sums = sample_sums(np.array([7]), np.array([41]), np.array([[1, 2, 65_535]], dtype=np.uint16))
-    assert Receipt().plus(sums).digest == by_hand
-    twice = Receipt().plus(sums).plus(sums).digest
+    sums = hash_samples(np.array([7]), np.array([41]), np.array([[1, 2, 65_535]], dtype=np.uint16))
+    assert SampleDigest().add(sums).digest == by_hand
+    twice = SampleDigest().add(sums).add(sums).digest
     lanes = [2 * lane % 2**32 for lane in struct.unpack("<4I", bytes.fromhex(by_hand))]
     assert twice == struct.pack("<4I", *lanes).hex()
 
@@ -115,4 +115,4 @@ def test_the_program_of_the_documentation(dataset: Dataset, tmp_path: Path) -> N
         words = [str(dataset.folder), "3", str(T), str(SEQUENCES * T), str(steps)]
         command = [sys.executable, str(tmp_path / "receipt.py"), *words]
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
-        assert done.stdout.strip() == Receipt().plus(delivered(dataset, 0, steps)).digest
+        assert done.stdout.strip() == SampleDigest().add(delivered(dataset, 0, steps)).digest

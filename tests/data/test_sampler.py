@@ -13,8 +13,8 @@ from myllm.data.sampler import (
     rank_rows,
     sequences_needed,
     step_sequences,
-    window_of,
     window_order,
+    window_sequences,
 )
 
 MASK = 2**64 - 1
@@ -216,5 +216,5 @@ def test_the_end_of_an_epoch_is_the_start_of_the_next(n: int, window: int, count
 
 
 def test_a_window_is_a_number_of_tokens() -> None:
-    assert window_of(2_048) == 65_536
-    assert window_of(1 << 30) == 1
+    assert window_sequences(2_048) == 65_536
+    assert window_sequences(1 << 30) == 1

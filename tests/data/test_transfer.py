@@ -14,9 +14,16 @@ import pytest
 import torch
 
 from myllm.data import transfer
-from myllm.data.dataloader import Loader
+from myllm.data.dataloader import BatchLoader
 from myllm.data.sampler import DataPosition
-from myllm.data.transfer import Handover, SideStream, inputs_and_targets, pinned, transfer_to, widened
+from myllm.data.transfer import (
+    CudaTransfer,
+    HostTransfer,
+    inputs_and_targets,
+    inputs_and_targets_on_device,
+    make_transfer,
+    pin_rows,
+)
 from myllm.planning.batch import BatchPlan
 
 GARBAGE = -7
@@ -85,7 +92,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
     monkeypatch.setattr(
         torch.Tensor, "record_stream", lambda tensor, stream: fake.calls.append(("keep", tensor.dtype, stream.name))
     )
-    monkeypatch.setattr(transfer, "pinned", lambda rows: torch.from_numpy(rows.view(np.int16).copy()))
+    monkeypatch.setattr(transfer, "pin_rows", lambda rows: torch.from_numpy(rows.view(np.int16).copy()))
     return fake
 
 
@@ -93,7 +100,9 @@ def expected() -> tuple[list[list[int]], list[list[int]]]:
     return ROWS[:, :-1].astype(int).tolist(), ROWS[:, 1:].astype(int).tolist()
 
 
-@pytest.mark.parametrize("make", [inputs_and_targets, lambda rows: widened(torch.from_numpy(rows.view(np.int16)))])
+@pytest.mark.parametrize(
+    "make", [inputs_and_targets, lambda rows: inputs_and_targets_on_device(torch.from_numpy(rows.view(np.int16)))]
+)
 def test_every_token_id_survives(make: Callable[[np.ndarray], transfer.Batch]) -> None:
     """uint16 on the host, or its bits as int16 on the device."""
     every = np.arange(65_536, dtype=np.uint16).reshape(2, -1)
@@ -107,7 +116,7 @@ def test_every_token_id_survives(make: Callable[[np.ndarray], transfer.Batch]) -
 
 
 def test_the_copy_is_recorded_then_waited_for_then_used(cuda: Cuda) -> None:
-    way = SideStream(torch.device("cpu"), cuda)
+    way = CudaTransfer(torch.device("cpu"), cuda)
     sent = way.send(ROWS)
     assert (sent[0] == GARBAGE).all(), "the copy is queued and not done"
     tokens, targets = way.receive(sent)
@@ -121,13 +130,13 @@ def test_the_copy_is_recorded_then_waited_for_then_used(cuda: Cuda) -> None:
 def test_without_the_wait_the_pretended_device_gives_garbage(cuda: Cuda) -> None:
     """What the test above would not notice otherwise."""
     cuda.training.wait_event = lambda event: None
-    way = SideStream(torch.device("cpu"), cuda)
+    way = CudaTransfer(torch.device("cpu"), cuda)
     tokens, _ = way.receive(way.send(ROWS))
     assert tokens.tolist() != expected()[0]
 
 
 def test_a_batch_waits_for_its_own_copy_alone(cuda: Cuda) -> None:
-    way = SideStream(torch.device("cpu"), cuda)
+    way = CudaTransfer(torch.device("cpu"), cuda)
     first, second = way.send(ROWS), way.send(ROWS[::-1].copy())
     assert way.receive(first)[0].tolist() == expected()[0]
     assert (second[0] == GARBAGE).all(), "the next copy is still under way"
@@ -139,11 +148,11 @@ def test_the_loaders_thread_copies_and_trainings_waits(
 ) -> None:
     dataset = make_dataset(np.arange(40 * 8 + 3), np.arange(40), shard_tokens=90)
     batch, position, cpu = BatchPlan(32, 8, 2, 1), DataPosition(0, 0, 3, "hash"), torch.device("cpu")
-    with Loader(dataset.train, batch, position, 0, cpu) as loader:
-        plain = [loader.next() for _ in range(30)]
-    monkeypatch.setattr("myllm.data.dataloader.transfer_to", lambda device: SideStream(device, cuda))
-    with Loader(dataset.train, batch, position, 0, cpu) as loader:
-        streamed = [loader.next() for _ in range(30)]
+    with BatchLoader(dataset.train, batch, position, 0, cpu) as loader:
+        plain = [loader.next_batch() for _ in range(30)]
+    monkeypatch.setattr("myllm.data.dataloader.make_transfer", lambda device: CudaTransfer(device, cuda))
+    with BatchLoader(dataset.train, batch, position, 0, cpu) as loader:
+        streamed = [loader.next_batch() for _ in range(30)]
     for a, b in zip(plain, streamed, strict=True):
         assert torch.equal(a[0], b[0])
         assert torch.equal(a[1], b[1])
@@ -155,8 +164,8 @@ def test_other_devices_get_batches_without_streams(monkeypatch: pytest.MonkeyPat
     asked = []
     monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device, **how: asked.append((device, how)) or tensor)
     for name in ("cpu", "mps"):
-        way = transfer_to(torch.device(name))
-        assert isinstance(way, Handover)
+        way = make_transfer(torch.device(name))
+        assert isinstance(way, HostTransfer)
         tokens, targets = way.receive(way.send(ROWS))
         assert (tokens.tolist(), targets.tolist()) == expected()
         assert asked == [(torch.device(name), {})] * 2, "a copy that blocks"
@@ -165,8 +174,8 @@ def test_other_devices_get_batches_without_streams(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
 def test_on_cuda() -> None:
-    way = transfer_to(torch.device("cuda", 0))
-    assert pinned(ROWS).is_pinned()
+    way = make_transfer(torch.device("cuda", 0))
+    assert pin_rows(ROWS).is_pinned()
     for _ in range(100):
         tokens, targets = way.receive(way.send(ROWS))
         assert (tokens.tolist(), targets.tolist()) == expected()

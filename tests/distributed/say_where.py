@@ -11,7 +11,7 @@ from unittest import mock
 
 from myllm.cli.launch import exit_on_error
 from myllm.config import RunConfig, load_json
-from myllm.data.prepare.background import prepared_beside
+from myllm.data.prepare.background import prepare_in_background
 from myllm.distributed import collectives as distributed
 from myllm.distributed import launcher as ranks
 from myllm.training.loop import train
@@ -22,7 +22,7 @@ if __name__ == "__main__":
         device = distributed.choose_device("cuda", ranks.local_rank())
     with (
         exit_on_error(),  # a mistake is not started again
-        prepared_beside(config.data, starts=ranks.local_rank() == 0) as dataset,
+        prepare_in_background(config.data, starts=ranks.local_rank() == 0) as dataset,
         distributed.process_group("cpu") as process,
     ):
         outcome = train(config, dataset, process)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from myllm.config import RunConfig, load_json
-from myllm.data.dataloader import Loader
+from myllm.data.dataloader import BatchLoader
 from myllm.data.prepare.prepare import prepare
 from myllm.data.sampler import DataPosition
 from myllm.distributed.collectives import process_group
@@ -29,8 +29,8 @@ def main(path: str, folder: str, *sizes: str) -> None:
             config = replace(base, train=replace(base.train, micro_batch_size=size))
             model = Transformer(config.model, config.train.seed)
             batch = batch_plan(config, process.world_size)
-            position = DataPosition(0, 0, config.train.seed, dataset.hash)
-            with Loader(dataset.train, batch, position, process.rank, process.device) as loader:
+            position = DataPosition(0, 0, config.train.seed, dataset.fingerprint)
+            with BatchLoader(dataset.train, batch, position, process.rank, process.device) as loader:
                 accumulate_gradients(parallelize(model, config, process), loader, batch, config, process)
             gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
             torch.save(gradients, Path(folder) / f"micro{size}-rank{process.rank}.pt")

@@ -43,7 +43,7 @@ def test_a_run_is_resumed(done: Path) -> None:
     assert {step: loss for step, loss in losses(done).items() if step <= 8} == before
     assert set(losses(done)) == set(range(1, 11))
     state = read_state(done / "checkpoints/step_00000010")
-    assert (state.step, state.tokens_seen, state.receipt.since_step) == (10, 640, 0)
+    assert (state.step, state.tokens_seen, state.sample_digest.since_step) == (10, 640, 0)
     assert state.early_stop.best_step is not None
     for name, schema in (("config", CONFIG), ("state", STATE)):
         saved = json.loads((done / f"checkpoints/step_00000010/{name}.json").read_text())

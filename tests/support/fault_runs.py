@@ -71,7 +71,7 @@ def record(run: RunPaths) -> Record:
     lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     rows = train_rows(run)
     assert len(rows) == len([line for line in lines if line["kind"] == "train"]), "a step was logged twice"
-    return {step: (row["loss"], row["receipt"]) for step, row in rows.items()}
+    return {step: (row["loss"], row["sample_digest"]) for step, row in rows.items()}
 
 
 def receipts(run: RunPaths) -> dict[int, str]:

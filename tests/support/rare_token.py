@@ -8,7 +8,7 @@ import torch
 
 from myllm.config import ModelConfig, RunConfig
 from myllm.data.dataset import Dataset
-from myllm.data.sampler import DataPosition, count_sequences, step_sequences, window_of
+from myllm.data.sampler import DataPosition, count_sequences, step_sequences, window_sequences
 from myllm.model.transformer import Transformer
 from myllm.training import loop as train
 
@@ -26,10 +26,10 @@ class Rare(NamedTuple):
 
 def sequences_of_steps(config: RunConfig, dataset: Dataset, steps: int) -> np.ndarray:
     """(steps, samples of a step)"""
-    position = DataPosition(0, 0, config.train.seed, dataset.hash)
+    position = DataPosition(0, 0, config.train.seed, dataset.fingerprint)
     per_step, seq_len = config.train.batch_tokens // config.model.max_seq_len, config.model.max_seq_len
     n_sequences = count_sequences(dataset.train.tokens, seq_len)
-    return step_sequences(position, steps * per_step, n_sequences, window_of(seq_len)).reshape(steps, per_step)
+    return step_sequences(position, steps * per_step, n_sequences, window_sequences(seq_len)).reshape(steps, per_step)
 
 
 def rare_token(config: RunConfig, dataset: Dataset, first_step: int, odd_sample: bool = False) -> Rare:

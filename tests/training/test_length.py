@@ -125,7 +125,7 @@ def test_a_run_goes_on_with_its_data_set_and_its_length(tiny: RunConfig) -> None
     (run / "checkpoints" / "step_00000004").mkdir(parents=True)
     (run / "checkpoints" / "step_00000004" / "manifest.json").write_text("{}")
     (run / "config.json").write_text(json.dumps(to_dict(tiny)))
-    (run / "environment.json").write_text(json.dumps({"dataset": dataset.name, "dataset_hash": dataset.hash}))
+    (run / "environment.json").write_text(json.dumps({"dataset": dataset.name, "dataset_hash": dataset.fingerprint}))
     config, own_text = as_begun(today, True)
     assert (config.data.dataset, config.train.max_steps, own_text) == (dataset.name, 12, False)
     assert as_begun(today, False)[0].train.max_steps == 999, "as it was said"

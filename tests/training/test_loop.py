@@ -52,8 +52,9 @@ def test_a_run_leaves_what_the_design_says(tiny: RunConfig) -> None:
     assert [row["step"] for row in rows] == list(range(1, 13))
     assert [row["tokens"] for row in rows] == [128 * n for n in range(1, 13)]
     assert rows[0].keys() == {
-        "kind", "step", "tokens", "loss", "lr", "grad_norm", "step_s", "tokens_per_s", "mfu", "data_wait_s", "receipt",
-        "receipt_since_step"
+        "kind", "step", "tokens", "loss", "lr", "grad_norm", "step_s", "tokens_per_s", "mfu", "data_wait_s",
+        "sample_digest",
+        "sample_digest_since_step"
     }  # fmt: skip
     assert rows[0]["mfu"] is None  # a CPU's peak is unknown
     assert [row["step"] for row in eval_rows(root, "validation")] == [0, 6, 12]

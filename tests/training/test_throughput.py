@@ -10,7 +10,7 @@ from conftest import train_rows, with_train
 from training.test_loop import run, run_until
 
 from myllm.config import RunConfig
-from myllm.data.dataloader import Loader
+from myllm.data.dataloader import BatchLoader
 from myllm.runs.history import read_metrics
 from myllm.runs.report.times import times_section
 from myllm.training import loop
@@ -46,15 +46,15 @@ def test_nothing_but_steps_is_in_tokens_per_second(tiny: RunConfig, monkeypatch:
     clock.slow(monkeypatch, loop, "train_step", 1.5)
     clock.slow(monkeypatch, loop, "run_eval", 3_600)
     clock.slow(monkeypatch, loop.Saver, "save", 1_800)
-    real = Loader.next
+    real = BatchLoader.next_batch
 
-    def late(self: Loader) -> object:
+    def late(self: BatchLoader) -> object:
         batch = real(self)
         self.wait_s += 0.25
         clock.now += 0.25
         return batch
 
-    monkeypatch.setattr(Loader, "next", late)
+    monkeypatch.setattr(BatchLoader, "next_batch", late)
     root = run(with_train(tiny, log_every_steps=3))
     rows = train_rows(root)
     assert [row["step"] for row in rows] == [3, 6, 9, 12]

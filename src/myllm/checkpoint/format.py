@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from myllm.data.sample_digest import Receipt
+from myllm.data.sample_digest import SampleDigest
 from myllm.data.sampler import DataPosition
 from myllm.distributed import collectives as distributed
 from myllm.errors import UserError
@@ -79,7 +79,7 @@ class TrainState:
     """None: early stopping is off."""
     skips: Skips | None = None
     """Updates left out, and what the gradient norm usually is. None: nothing yet."""
-    receipt: Receipt | None = None
+    sample_digest: SampleDigest | None = None
     """Of every sample trained on. None: nothing yet, or a checkpoint from before there were receipts."""
 
 

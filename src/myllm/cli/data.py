@@ -77,7 +77,7 @@ def estimate(
         workers: processes to reckon with; 0: one a core.
     """
     from myllm.data.prepare.estimate import estimate as measure
-    from myllm.data.prepare.spec import recipe_of
+    from myllm.data.prepare.spec import make_spec
     from myllm.distributed.cpu_threads import usable_cores
 
     if target is not None and documents is not None:
@@ -85,7 +85,7 @@ def estimate(
     if documents is not None and documents < 1:
         raise UserError(f"--documents is {documents}, but must be at least 1")
     wanted = ("documents", float(documents)) if documents else parse_target(target) if target else None
-    recipe = recipe_of(DataConfig(source=source, tokenizer=tokenizer, text_column=text_column), hashed=False)
+    recipe = make_spec(DataConfig(source=source, tokenizer=tokenizer, text_column=text_column), hashed=False)
     found = measure(recipe, workers or usable_cores(), wanted)
     many = f"{found.workers} process{'es' if found.workers > 1 else ''}"
     remote = any(file.remote for file in recipe.source.files)
@@ -180,14 +180,14 @@ def prepare(source: Positional[str], options: Annotated[PrepareOptions, tyro.con
         source: a name of `myllm data list`, hub:NAMESPACE/NAME[:GLOB], or files:PATH for a file, folder or glob.
         options: of the preparation.
     """
-    from myllm.data.prepare.multi_machine import prepare_part
+    from myllm.data.prepare.multi_machine import prepare_worker_shard
     from myllm.data.prepare.prepare import prepare as make
 
     config = options.config(source)
     if options.part is None:
         _say_made(make(config))
         return
-    folder = prepare_part(config, options.part)
+    folder = prepare_worker_shard(config, options.part)
     print(f"part {options.part} is done: {folder}")
     print(f"join them all with: myllm data seal {folder.parent.parent.name}")
 
@@ -199,10 +199,10 @@ def seal(name: Positional[str], workers: int = 0) -> None:
         name: the data set's folder under temp_data/datasets, or the start of its name.
         workers: processes; 0: one a core.
     """
-    from myllm.data.dataset import SETTINGS, find_folder
-    from myllm.data.prepare.multi_machine import seal as join
+    from myllm.data.dataset import SETTINGS, find_dataset_folder
+    from myllm.data.prepare.multi_machine import merge_worker_shards as join
 
-    _say_made(join(find_folder(name, (SETTINGS,)), workers))
+    _say_made(join(find_dataset_folder(name, (SETTINGS,)), workers))
 
 
 def verify(name: Positional[str], repair: bool = False, workers: int = 0) -> None:
@@ -213,10 +213,10 @@ def verify(name: Positional[str], repair: bool = False, workers: int = 0) -> Non
         repair: make damaged and missing shards again from the source, and nothing else.
         workers: processes that repair; 0: one a core.
     """
-    from myllm.data.dataset import Dataset, find_folder
+    from myllm.data.dataset import Dataset, find_dataset_folder
     from myllm.data.prepare.repair import repair as mend
 
-    dataset = Dataset.read(find_folder(name))
+    dataset = Dataset.read(find_dataset_folder(name))
     damaged = dataset.damaged()
     if damaged and not repair:
         raise UserError(

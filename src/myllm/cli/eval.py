@@ -63,9 +63,9 @@ def evaluate(
     _check(tasks, batch_size, hellaswag_examples)
     paths.check_model(model)  # before the seconds that torch takes
     if dataset is not None:
-        from myllm.data.dataset import find_folder
+        from myllm.data.dataset import find_dataset_folder
 
-        find_folder(dataset)
+        find_dataset_folder(dataset)
     subject = resolve(model, device, int8, precision)
     file = subject.home / "eval.json" if out is None else user_path(out)
     eval_results.read(file)  # not after the hours that measuring takes

@@ -48,10 +48,10 @@ def preflight(words: list[str]) -> None:
         value = getattr(wanted, name)
         if value is not None and not 0 < value < float("inf"):
             raise UserError(f"--{name.replace('_', '-')} is {value}, but must be above 0 and finite")
-    from myllm.data.prepare.background import check_named
+    from myllm.data.prepare.background import check_data_names
 
     if ranks.local_rank() == 0:
-        check_named(wanted.config.data)  # before the seconds that torch takes
+        check_data_names(wanted.config.data)  # before the seconds that torch takes
     from myllm.distributed.collectives import process_group
     from myllm.training.preflight.batch_size import save_for_run
     from myllm.training.preflight.preflight import preflight as rehearse

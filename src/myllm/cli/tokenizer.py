@@ -46,7 +46,7 @@ def tokenizer_train(
         out: the file; None: temp_data/tokenizers/SOURCE-SIZE/tokenizer.json.
         overwrite: replace a file that is there.
     """
-    from myllm.data.prepare.spec import Recipe
+    from myllm.data.prepare.spec import DatasetSpec
     from myllm.data.sources.source import find_source
     from myllm.data.tokenizer.load import TOKENIZER_FILE, Tokenizer
     from myllm.data.tokenizer.train import train_tokenizer
@@ -82,7 +82,7 @@ def tokenizer_train(
     _compare(tokenizer, Tokenizer(), list(last))
     # What the first command makes, the second one trains on, by its whole name: another may begin alike.
     config = DataConfig(source=source, tokenizer=str(tokenizer.file), text_column=text_column)
-    dataset = Recipe(find_source(source, text_column), tokenizer, config).folder.name
+    dataset = DatasetSpec(find_source(source, text_column), tokenizer, config).folder.name
     column = f" --text-column {shlex.quote(text_column)}" if text_column is not None else ""
     print("prepare data with it, then train on them:")
     print(f"  myllm data prepare {shlex.quote(source)} --tokenizer {shlex.quote(str(tokenizer.file))}{column}")

@@ -15,12 +15,12 @@ import torch
 from myllm.planning.batch import BatchPlan
 
 from .dataset import TokenStream
-from .sample_digest import LANES, sample_sums
-from .sampler import DataPosition, count_sequences, rank_rows, sequences_needed, step_sequences, window_of
-from .transfer import Batch, inputs_and_targets, transfer_to
+from .sample_digest import LANES, hash_samples
+from .sampler import DataPosition, count_sequences, rank_rows, sequences_needed, step_sequences, window_sequences
+from .transfer import Batch, inputs_and_targets, make_transfer
 
 
-def batch_of(stream: TokenStream, sequences: np.ndarray, seq_len: int) -> Batch:
+def read_batch(stream: TokenStream, sequences: np.ndarray, seq_len: int) -> Batch:
     """The named sequences as inputs and targets, the targets one token ahead.
 
     Shapes:
@@ -39,11 +39,11 @@ def has_step(stream: TokenStream, position: DataPosition, plan: BatchPlan) -> bo
     """Whether the step at a position can be made of what a stream holds by now."""
     if stream.complete:
         return True
-    needed = sequences_needed(position, plan.sequences, window_of(plan.seq_len))
+    needed = sequences_needed(position, plan.sequences, window_sequences(plan.seq_len))
     return needed is not None and count_sequences(stream.tokens, plan.seq_len) >= needed
 
 
-class Loader:
+class BatchLoader:
     """An endless stream of one rank's micro-batches from a position on.
 
     A thread reads a few batches ahead and sends them on their way to the device (data/transfer.py). `wait_s` adds up
@@ -59,15 +59,15 @@ class Loader:
         self, stream: TokenStream, plan: BatchPlan, position: DataPosition, rank: int, device: torch.device
     ) -> None:
         self.wait_s = 0.0
-        self.delivered = np.zeros(LANES, dtype=np.int64)
-        self.taken = 0
+        self.digest_sums = np.zeros(LANES, dtype=np.int64)
+        self.batches_taken = 0
         self._stream, self._plan, self._position, self._rank = stream, plan, position, rank
-        self._transfer = transfer_to(device)
+        self._transfer = make_transfer(device)
         self._queue: queue.Queue[tuple[Any, np.ndarray] | BaseException] = queue.Queue(maxsize=self.AHEAD)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._fill, name="loader", daemon=True)
 
-    def __enter__(self) -> "Loader":
+    def __enter__(self) -> "BatchLoader":
         self._thread.start()
         return self
 
@@ -75,7 +75,7 @@ class Loader:
         self._stopped.set()
         self._thread.join()
 
-    def next(self) -> Batch:
+    def next_batch(self) -> Batch:
         """The next micro-batch on the device.
 
         Raises:
@@ -88,8 +88,8 @@ class Loader:
             self._queue.put(item)  # the thread has ended, and nothing else will come
             raise item
         sent, sums = item
-        self.taken += 1
-        self.delivered += sums
+        self.batches_taken += 1
+        self.digest_sums += sums
         return self._transfer.receive(sent)
 
     def _fill(self) -> None:
@@ -118,11 +118,11 @@ class Loader:
                 stream.refresh()
             complete = stream.complete  # before counting: a stream may grow between the two, but never shrinks
             n_sequences = count_sequences(stream.tokens, plan.seq_len)
-            step = step_sequences(position, plan.sequences, n_sequences, window_of(plan.seq_len))
+            step = step_sequences(position, plan.sequences, n_sequences, window_sequences(plan.seq_len))
             stream.check(step * plan.seq_len, plan.seq_len + 1)  # of all ranks, so that they all say no at one step
             places = position.epoch * n_sequences + position.index + np.arange(plan.sequences)  # among all of the run
             position = position.advance(plan.sequences, n_sequences if complete else None)
             for micro_step in range(plan.grad_accum_steps):
                 mine = rank_rows(micro_step, self._rank, plan.world_size, plan.micro_batch_size)
                 rows = read_rows(stream, step[mine], plan.seq_len)
-                yield self._transfer.send(rows), sample_sums(places[mine], step[mine], rows)
+                yield self._transfer.send(rows), hash_samples(places[mine], step[mine], rows)

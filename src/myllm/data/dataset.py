@@ -76,7 +76,7 @@ class Dataset:
         manifest, complete = _read_manifest(folder, unfinished)
         dataset = cls(folder, manifest, complete)
         try:
-            _ = dataset.train, dataset.val, dataset.hash  # maps every shard
+            _ = dataset.train, dataset.val, dataset.fingerprint  # maps every shard
         except (KeyError, TypeError) as error:
             raise UserError(f"{folder / MANIFEST} is damaged ({error!r}); {_REMEDY.format(folder)}") from None
         return dataset
@@ -91,7 +91,7 @@ class Dataset:
         return self.folder.name
 
     @property
-    def hash(self) -> str:
+    def fingerprint(self) -> str:
         """The recipe's fingerprint: what decided the bytes. Known before they are all there."""
         return self.manifest["fingerprint"]
 
@@ -163,7 +163,7 @@ class Dataset:
             return
         with self._lock:
             manifest, complete = _read_manifest(self.folder, unfinished=True)
-            if manifest.get("fingerprint") != self.hash:
+            if manifest.get("fingerprint") != self.fingerprint:
                 raise UserError(f"{self.folder} was made anew with other settings while it was in use; start again")
             self.manifest = manifest
             self.train.extend()
@@ -318,10 +318,10 @@ def _check_whole(array: np.memmap) -> None:
 
 def find_dataset(name: str, unfinished: bool = False) -> Dataset:
     """A data set by its folder, its name under temp_data/datasets, or the start of that name where only one fits."""
-    return Dataset.open(find_folder(name, (MANIFEST, PROGRESS) if unfinished else (MANIFEST,)), unfinished)
+    return Dataset.open(find_dataset_folder(name, (MANIFEST, PROGRESS) if unfinished else (MANIFEST,)), unfinished)
 
 
-def find_folder(name: str, marks: tuple[str, ...] = (MANIFEST,)) -> Path:
+def find_dataset_folder(name: str, marks: tuple[str, ...] = (MANIFEST,)) -> Path:
     """The folder that `find_dataset` opens: one that holds one of the marks.
 
     Raises:

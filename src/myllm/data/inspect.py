@@ -7,7 +7,7 @@ import numpy as np
 from myllm.errors import UserError
 
 from .dataset import Dataset, TokenStream
-from .sampler import DataPosition, count_sequences, step_sequences, window_of
+from .sampler import DataPosition, count_sequences, step_sequences, window_sequences
 
 READ_TOKENS = 1 << 20
 
@@ -60,8 +60,8 @@ def sequence_at(
     if train_seed is not None:
         if not total:
             raise UserError(f"{dataset.name} has not one {split} sequence of {seq_len:,} tokens")
-        position = DataPosition(number // total, number % total, train_seed, dataset.hash)
-        number = int(step_sequences(position, 1, total, window_of(seq_len))[0])
+        position = DataPosition(number // total, number % total, train_seed, dataset.fingerprint)
+        number = int(step_sequences(position, 1, total, window_sequences(seq_len))[0])
     return number * seq_len, stream.read(number * seq_len, seq_len + 1)
 
 

@@ -21,7 +21,7 @@ LANES = 4
 
 
 @dataclass(frozen=True)
-class Receipt:
+class SampleDigest:
     """What a run has trained on, since one of its steps."""
 
     digest: str = "0" * (8 * LANES)
@@ -29,17 +29,17 @@ class Receipt:
     since_step: int = 0
     """0, unless the run goes on from a checkpoint that had no receipt."""
 
-    def plus(self, sums: np.ndarray) -> "Receipt":
+    def add(self, sums: np.ndarray) -> "SampleDigest":
         """The receipt after samples whose hashes add up to `sums`, those of all ranks together.
 
         Shapes:
             sums (LANES,) int64
         """
         total = (np.frombuffer(bytes.fromhex(self.digest), dtype="<u4").astype(np.int64) + sums) % (1 << 32)
-        return Receipt(total.astype("<u4").tobytes().hex(), self.since_step)
+        return SampleDigest(total.astype("<u4").tobytes().hex(), self.since_step)
 
 
-def sample_sums(places: np.ndarray, sequences: np.ndarray, rows: np.ndarray) -> np.ndarray:
+def hash_samples(places: np.ndarray, sequences: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """The hashes of some samples, added up.
 
     Shapes:

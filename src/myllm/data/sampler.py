@@ -43,7 +43,7 @@ def count_sequences(tokens: int, seq_len: int) -> int:
     return max(tokens - 1, 0) // seq_len
 
 
-def window_of(seq_len: int) -> int:
+def window_sequences(seq_len: int) -> int:
     """Sequences that the first epoch shuffles together."""
     return max(WINDOW_TOKENS // seq_len, 1)
 

@@ -23,11 +23,11 @@ class Transfer(Protocol):
         """In training's thread: the batch, on the device, as far as work that is queued later can tell."""
 
 
-def transfer_to(device: torch.device) -> Transfer:
-    return SideStream(device) if device.type == "cuda" else Handover(device)
+def make_transfer(device: torch.device) -> Transfer:
+    return CudaTransfer(device) if device.type == "cuda" else HostTransfer(device)
 
 
-class Handover:
+class HostTransfer:
     """For a device that reads host memory. The loader's thread makes the batch; on a CPU that is all.
 
     MPS copies it when training asks, and training waits. A copy that does not block would read the host's memory after
@@ -45,7 +45,7 @@ class Handover:
         return tokens.to(self._device), targets.to(self._device)
 
 
-class SideStream:
+class CudaTransfer:
     """For CUDA: copies on a stream of their own, from pinned memory, beside the computation.
 
     The loader's thread queues the copy and behind it an event. Training's stream, not its thread, waits for that event.
@@ -64,7 +64,7 @@ class SideStream:
         # The stream's context makes its device this thread's too. Without, pinning would open a context on GPU 0.
         with self._cuda.stream(self._stream):
             # The allocator of pinned memory gives it to nobody else before the copy is done.
-            there = pinned(rows).to(self._device, non_blocking=True)
+            there = pin_rows(rows).to(self._device, non_blocking=True)
             copied = self._cuda.Event()
             copied.record(self._stream)
         return there, copied
@@ -74,10 +74,10 @@ class SideStream:
         stream = self._cuda.current_stream(self._device)
         stream.wait_event(copied)
         there.record_stream(stream)  # else its memory could be the next copy's while this stream still reads it
-        return widened(there)
+        return inputs_and_targets_on_device(there)
 
 
-def pinned(rows: np.ndarray) -> Tensor:
+def pin_rows(rows: np.ndarray) -> Tensor:
     """The bits of (B, T + 1) uint16 in pinned memory, as int16."""
     host = torch.empty(rows.shape, dtype=torch.int16, pin_memory=True)
     host.numpy()[:] = rows.view(np.int16)
@@ -96,7 +96,7 @@ def inputs_and_targets(rows: np.ndarray) -> Batch:
     return torch.from_numpy(inputs), torch.from_numpy(targets)
 
 
-def widened(rows: Tensor) -> Batch:
+def inputs_and_targets_on_device(rows: Tensor) -> Batch:
     """The same on the rows' device.
 
     Shapes:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 from torch import Tensor
 
-from myllm.data.dataloader import batch_of
+from myllm.data.dataloader import read_batch
 from myllm.data.dataset import TokenStream
 
 
@@ -19,4 +19,4 @@ def validation_batches(
     """
     mine = np.arange(n_sequences)[rank::world_size]
     for start in range(0, len(mine), batch_size):
-        yield batch_of(stream, mine[start : start + batch_size], seq_len)
+        yield read_batch(stream, mine[start : start + batch_size], seq_len)

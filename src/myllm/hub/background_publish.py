@@ -18,7 +18,7 @@ from multiprocessing.queues import Queue
 from pathlib import Path
 
 from myllm.config import HubConfig, RunConfig
-from myllm.data.prepare.work_items import start_worker
+from myllm.data.prepare.work_items import init_worker
 from myllm.errors import UserError
 from myllm.paths import RunPaths
 
@@ -159,7 +159,7 @@ def _run_publisher(run: RunPaths, hub: HubConfig, make_folder: ExportFolder, ste
 
     from myllm.runs.logs import Log
 
-    start_worker()
+    init_worker()
     os.nice(10)  # training goes first
     disable_progress_bars()
     sys.exit(0 if publish_from_queue(run, hub, make_folder, steps, Log(run.log, active=True)) else 1)

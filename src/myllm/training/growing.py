@@ -4,7 +4,7 @@ import time
 
 from myllm.data.dataloader import has_step
 from myllm.data.dataset import Dataset
-from myllm.data.prepare.background import check_at_work, how_far
+from myllm.data.prepare.background import describe_progress, raise_if_abandoned
 from myllm.data.sampler import DataPosition, count_sequences
 from myllm.distributed import collectives as distributed
 from myllm.errors import UserError
@@ -37,7 +37,7 @@ def wait_for_data(
         here = has_step(dataset.train, position, batch)
         if not here:
             try:
-                check_at_work(dataset)  # looks again at what is there
+                raise_if_abandoned(dataset)  # looks again at what is there
             except UserError as error:
                 failure = error
             here = has_step(dataset.train, position, batch)
@@ -51,7 +51,7 @@ def wait_for_data(
             return True, None
         waited = time.perf_counter() - started
         if waited >= said:
-            log(f"waiting for data: {how_far(dataset)}")
+            log(f"waiting for data: {describe_progress(dataset)}")
             said += SAY_EVERY_S
         # The wait alone: to count apart waits for the device, which a step that has its data should not.
         with meter.timed("waiting for data"):

@@ -17,9 +17,9 @@ from myllm.checkpoint.early_stop import EarlyStop
 from myllm.checkpoint.format import TrainState
 from myllm.checkpoint.retention import remove_unfinished, save_due
 from myllm.config import DataConfig, RunConfig, to_dict
-from myllm.data.dataloader import Loader
+from myllm.data.dataloader import BatchLoader
 from myllm.data.dataset import Dataset
-from myllm.data.prepare.background import how_far
+from myllm.data.prepare.background import describe_progress
 from myllm.data.sampler import DataPosition, count_sequences
 from myllm.data.tokenizer.load import load_tokenizer
 from myllm.distributed import collectives as distributed
@@ -125,7 +125,7 @@ def train(
         whole = shard(model, config, process)  # what evaluations see
         optimizer = ScheduledAdamW(model.named_parameters(), config.optim, max_steps)
         torch.manual_seed(config.train.seed + process.rank)  # dropout differs between ranks
-        state = TrainState(0, 0, DataPosition(0, 0, config.train.seed, dataset.hash))
+        state = TrainState(0, 0, DataPosition(0, 0, config.train.seed, dataset.fingerprint))
         if saved := checkpoint.load_latest(run.checkpoints, log):
             state = restore(saved, config, dataset, model, optimizer, process, log)
         else:
@@ -147,7 +147,7 @@ def train(
         watch = ReferenceWatch(reference_of(to_dict(config)), earlier)
         saver = stack.enter_context(Saver(config, run, model, optimizer, tokenizer, process))
         saver.check_room(state.step)
-        loader = stack.enter_context(Loader(dataset.train, batch, state.data, process.rank, process.device))
+        loader = stack.enter_context(BatchLoader(dataset.train, batch, state.data, process.rank, process.device))
         stack.enter_context(watched(beat, loader, stop, run, process, config.train.collective_timeout_s, log))
         hidden = None if process.is_rank_zero else True  # None: shown on a terminal only
         # No rate of tqdm's own: it knows neither what a device has still to do nor what is counted apart.
@@ -309,7 +309,7 @@ def write_environment(run: RunPaths, config: RunConfig, dataset: Dataset, proces
     about: dict[str, Any] = {
         "parameters": n_parameters(config.model),
         "dataset": dataset.name,
-        "dataset_hash": dataset.hash,
+        "dataset_hash": dataset.fingerprint,
         "source": dataset.manifest["source"],
         "tokenizer": dataset.manifest["tokenizer"],
         "train_tokens": dataset.train.tokens if dataset.complete else None,
@@ -329,7 +329,7 @@ def say_start(
         for line in (dataset.name, *describe_length(config, dataset.train.tokens)):
             log(f"data: {line}")
     else:
-        log(f"data: {dataset.name}, {how_far(dataset)}; the preparation goes on beside the training")
+        log(f"data: {dataset.name}, {describe_progress(dataset)}; the preparation goes on beside the training")
     if note := warmup_note(config):
         log(note)
     if out_of_patience(state, config):

@@ -9,7 +9,7 @@ from myllm.checkpoint import format as checkpoint
 from myllm.checkpoint.format import TrainState
 from myllm.config import RunConfig, saved_config
 from myllm.data.dataset import Dataset
-from myllm.data.sample_digest import Receipt
+from myllm.data.sample_digest import SampleDigest
 from myllm.data.sampler import DataPosition
 from myllm.distributed.collectives import DistContext
 from myllm.errors import UserError
@@ -39,7 +39,7 @@ def restore(
     """
     imported = saved.state.data.dataset_hash == checkpoint.UNBOUND
     changed = check_resumable(saved.config, config, saved.folder, imported)
-    if not imported and saved.state.data.dataset_hash != dataset.hash:
+    if not imported and saved.state.data.dataset_hash != dataset.fingerprint:
         raise UserError(
             f"the checkpoint {saved.folder} was trained on other data than {dataset.folder}; give the old data set "
             "with --data.dataset NAME, another --name to start a second run, or --train.fresh to start over"
@@ -62,8 +62,8 @@ def restore(
         log(f"  {note}")
     state = saved.state
     if imported:
-        state = replace(state, data=DataPosition(0, 0, config.train.seed, dataset.hash))
-    return replace(state, receipt=state.receipt or Receipt(since_step=state.step))
+        state = replace(state, data=DataPosition(0, 0, config.train.seed, dataset.fingerprint))
+    return replace(state, sample_digest=state.sample_digest or SampleDigest(since_step=state.step))
 
 
 def describe_lr_jump(step: int, earlier: RunConfig, config: RunConfig) -> str | None:

@@ -10,7 +10,7 @@ from torch import nn
 from myllm.checkpoint import format as checkpoint
 from myllm.checkpoint.early_stop import EarlyStop
 from myllm.checkpoint.format import TrainState
-from myllm.data.dataloader import Loader
+from myllm.data.dataloader import BatchLoader
 from myllm.data.dataset import Dataset
 from myllm.data.sampler import DataPosition
 from myllm.distributed.parallelize import shard
@@ -38,7 +38,7 @@ class Trainer:
     train_model: nn.Module
     """`model`, wrapped for several ranks and compiled."""
     optimizer: ScheduledAdamW
-    loader: Loader
+    loader: BatchLoader
     guard: GradientGuard
 
 
@@ -56,7 +56,7 @@ def build(ctx: RunContext, dataset: Dataset, batch: BatchPlan) -> Iterator[tuple
     eval_model = shard(model, config, dist)
     optimizer = ScheduledAdamW(model.named_parameters(), config.optim, config.train.max_steps)
     torch.manual_seed(config.train.seed + dist.rank)  # dropout differs between ranks
-    state = TrainState(0, 0, DataPosition(0, 0, config.train.seed, dataset.hash))
+    state = TrainState(0, 0, DataPosition(0, 0, config.train.seed, dataset.fingerprint))
     if saved := checkpoint.load_latest(ctx.paths.checkpoints, ctx.log):
         state = restore(saved, config, dataset, model, optimizer, dist, ctx.log)
     else:
@@ -65,6 +65,6 @@ def build(ctx: RunContext, dataset: Dataset, batch: BatchPlan) -> Iterator[tuple
     state = replace(state, early_stop=(state.early_stop or EarlyStop()) if patience else None)
     with ExitStack() as stack:
         train_model = stack.enter_context(fast_kernels(model, config, dist, ctx.log))
-        loader = stack.enter_context(Loader(dataset.train, batch, state.data, dist.rank, dist.device))
+        loader = stack.enter_context(BatchLoader(dataset.train, batch, state.data, dist.rank, dist.device))
         guard = GradientGuard(config.train, dist.device, state.skips)
         yield Trainer(ctx, batch, model, eval_model, train_model, optimizer, loader, guard), state

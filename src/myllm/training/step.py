@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from myllm.config import RunConfig
-from myllm.data.dataloader import Loader
+from myllm.data.dataloader import BatchLoader
 from myllm.distributed.collectives import DistContext
 from myllm.distributed.parallelize import full_tensor, sync_grads_on_last, zero_grad
 from myllm.distributed.precision import autocast, deterministic
@@ -22,7 +22,7 @@ from .profiler import no_phase
 def train_step(
     runner: nn.Module,
     optimizer: ScheduledAdamW,
-    loader: Loader,
+    loader: BatchLoader,
     batch: BatchPlan,
     step: int,
     config: RunConfig,
@@ -68,7 +68,7 @@ def clip_gradients(parameters: Collection[nn.Parameter], max_norm: float, loss_s
 
 def accumulate_gradients(
     runner: nn.Module,
-    loader: Loader,
+    loader: BatchLoader,
     batch: BatchPlan,
     config: RunConfig,
     process: DistContext,
@@ -88,7 +88,7 @@ def accumulate_gradients(
     scale = 1.0 if loss_scale is None else loss_scale
     for micro_step in range(batch.grad_accum_steps):
         with phase("data"):
-            tokens, targets = loader.next()
+            tokens, targets = loader.next_batch()
         last = micro_step == batch.grad_accum_steps - 1
         with sync_grads_on_last(runner, last), training_backends(process.device, config.train):
             with phase("forward"), autocast(config, process.device):

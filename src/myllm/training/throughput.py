@@ -11,8 +11,8 @@ from torch import Tensor
 
 from myllm.checkpoint.format import TrainState
 from myllm.config import RunConfig
-from myllm.data.dataloader import Loader
-from myllm.data.sample_digest import Receipt
+from myllm.data.dataloader import BatchLoader
+from myllm.data.sample_digest import SampleDigest
 from myllm.distributed import collectives as distributed
 from myllm.distributed.collectives import DistContext
 from myllm.distributed.device_info import device_name
@@ -31,7 +31,7 @@ WORTH_A_SHARE = 0.0005
 class ThroughputMeter:
     """Time and numbers between two log lines. Reads from the device only when a row is written or a save is due."""
 
-    def __init__(self, config: RunConfig, process: DistContext, loader: Loader, step: int, started: float) -> None:
+    def __init__(self, config: RunConfig, process: DistContext, loader: BatchLoader, step: int, started: float) -> None:
         """
         Args:
             started: by the monotonic clock, when this process began.
@@ -41,7 +41,7 @@ class ThroughputMeter:
         self._stopwatch.seconds["starting"] = time.monotonic() - started
         self._told: dict[str, float] = {}
         self._logged_step, self._wait_s = step, 0.0
-        self._receipted = loader.delivered.copy()
+        self._digested = loader.digest_sums.copy()
         peak = peak_flops(device_name(process.device))
         self._peak_flops = peak * process.world_size if peak else None
 
@@ -69,11 +69,11 @@ class ThroughputMeter:
 
     def with_digest(self, state: TrainState) -> TrainState:
         """The state with a receipt for everything trained on so far. Every rank must ask at the same steps."""
-        fresh = self._loader.delivered - self._receipted
-        self._receipted = self._loader.delivered.copy()
+        fresh = self._loader.digest_sums - self._digested
+        self._digested = self._loader.digest_sums.copy()
         # On the host, where the sums are: it never waits for the device.
         sums = distributed.all_reduce_sum(torch.from_numpy(fresh)).numpy()
-        return replace(state, receipt=(state.receipt or Receipt()).plus(sums))
+        return replace(state, sample_digest=(state.sample_digest or SampleDigest()).add(sums))
 
     def measure(self, state: TrainState, loss: Tensor, grad_norm: Tensor, rate: float) -> dict[str, Any]:
         """One row of metrics.jsonl: one reduction, one read from the device."""
@@ -100,8 +100,8 @@ class ThroughputMeter:
             "mfu": flops / self._peak_flops if self._peak_flops else None,
             "data_wait_s": wait_s,
             **_skipped(self._config, state, self._process.device),
-            "receipt": state.receipt.digest,
-            "receipt_since_step": state.receipt.since_step,
+            "sample_digest": state.sample_digest.digest,
+            "sample_digest_since_step": state.sample_digest.since_step,
         }
 
 

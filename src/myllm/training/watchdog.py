@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from myllm.data.dataloader import Loader
+from myllm.data.dataloader import BatchLoader
 from myllm.distributed import collectives as distributed
 from myllm.distributed import launcher as ranks
 from myllm.distributed.collectives import COLLECTIVE_TIMEOUT_S, DistContext
@@ -50,7 +50,7 @@ class Watchdog:
     def __init__(
         self,
         heartbeat: Heartbeat,
-        loader: Loader,
+        loader: BatchLoader,
         stop: StopRequest,
         run: RunPaths,
         process: DistContext,
@@ -92,7 +92,7 @@ class Watchdog:
 
     def _idle_s(self) -> float:
         """How long the loop has not got on."""
-        progress, now = (self._heartbeat.step, self._loader.taken, self._heartbeat.marks), time.monotonic()
+        progress, now = (self._heartbeat.step, self._loader.batches_taken, self._heartbeat.marks), time.monotonic()
         if progress != self._seen:
             if self._seen and self._short():
                 self._longest = max(self._longest, now - self._since)
@@ -139,7 +139,7 @@ class Watchdog:
         )
         beat = self._heartbeat
         return {
-            "arrived": [beat.step, self._loader.taken, beat.marks], "doing": beat.doing_now, "place": place,
+            "arrived": [beat.step, self._loader.batches_taken, beat.marks], "doing": beat.doing_now, "place": place,
             "waits": waits, "host": socket.gethostname(), "pid": os.getpid(),
         }  # fmt: skip
 
@@ -162,7 +162,7 @@ class Watchdog:
 @contextmanager
 def watched(
     heartbeat: Heartbeat,
-    loader: Loader,
+    loader: BatchLoader,
     stop: StopRequest,
     run: RunPaths,
     process: DistContext,

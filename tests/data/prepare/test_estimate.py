@@ -17,7 +17,7 @@ from myllm.config import DataConfig
 from myllm.data.prepare import estimate as estimating
 from myllm.data.prepare.estimate import Estimate, estimate
 from myllm.data.prepare.prepare import prepare
-from myllm.data.prepare.spec import recipe_of
+from myllm.data.prepare.spec import make_spec
 from myllm.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("temp_data")
@@ -75,7 +75,7 @@ def test_a_sample_of_one_file_tells_of_all(suffix: str, tmp_path: Path, monkeypa
     # Large enough not to be read whole.
     monkeypatch.setattr(estimating, "SMALL_BYTES", 0)
     config = DataConfig(source=f"files:{tmp_path / 's'}", val_tokens=500)
-    found = estimate(recipe_of(config), workers=2)
+    found = estimate(make_spec(config), workers=2)
     counts = prepare(config, progress=False).manifest["counts"]
     assert found.sampled_documents < 600
     agrees(found, documents, counts["train_tokens"] + counts["val_tokens"])
@@ -83,7 +83,7 @@ def test_a_sample_of_one_file_tells_of_all(suffix: str, tmp_path: Path, monkeypa
 
 def test_a_target_is_met_exactly_and_the_rest_follows(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(as_jsonl(texts(500)))
-    recipe = recipe_of(DataConfig(source=f"files:{tmp_path}"))
+    recipe = make_spec(DataConfig(source=f"files:{tmp_path}"))
     whole = estimate(recipe, workers=1)
     half = estimate(recipe, workers=1, target=("tokens", whole.tokens.value / 2))
     assert (half.share, half.tokens.error) == (pytest.approx(0.5), 0)
@@ -100,7 +100,7 @@ def test_documents_of_small_files_are_counted_by_the_file(tmp_path: Path) -> Non
     chance = random.Random(0)
     for number in range(300):
         (tmp_path / f"{number}.txt").write_text("word " * chance.randint(1, 3_000))
-    found = estimate(recipe_of(DataConfig(source=f"files:{tmp_path}")), workers=1)
+    found = estimate(make_spec(DataConfig(source=f"files:{tmp_path}")), workers=1)
     assert (found.documents.value, found.documents.error) == (300, 0)
     assert within(found.tokens.value, found.text_bytes.value / 5, 0.1)
 
@@ -108,13 +108,13 @@ def test_documents_of_small_files_are_counted_by_the_file(tmp_path: Path) -> Non
 def test_a_sample_of_all_leaves_nothing_to_be_wrong_about(tmp_path: Path) -> None:
     for number, text in enumerate(texts(30)):
         (tmp_path / f"{number}.txt").write_text(text)
-    found = estimate(recipe_of(DataConfig(source=f"files:{tmp_path}")), workers=1)
+    found = estimate(make_spec(DataConfig(source=f"files:{tmp_path}")), workers=1)
     assert (found.documents.value, found.documents.error, found.tokens.error) == (30, 0, 0)
 
 
 def test_one_file_that_is_read_whole_leaves_nothing_to_be_wrong_about(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("all that there is")
-    found = estimate(recipe_of(DataConfig(source=f"files:{tmp_path}")), workers=1)
+    found = estimate(make_spec(DataConfig(source=f"files:{tmp_path}")), workers=1)
     assert (found.documents.value, found.documents.error, found.tokens.error) == (1, 0, 0)
 
 
@@ -134,7 +134,7 @@ def test_error_bars_hold_what_they_promise() -> None:
 def test_nothing_to_sample_is_said(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"body": "a"}\n')
     with pytest.raises(UserError, match=r"holds no documents.*'body'"):
-        estimate(recipe_of(DataConfig(source=f"files:{tmp_path}")), workers=1)
+        estimate(make_spec(DataConfig(source=f"files:{tmp_path}")), workers=1)
 
 
 @pytest.mark.parametrize("suffix", [".jsonl.gz", ".parquet"])
@@ -145,7 +145,7 @@ def test_of_a_remote_source_only_a_little_is_downloaded(
     monkeypatch.setattr(estimating, "SAMPLE_DOCUMENTS", 200)
     files = {f"data/train-{n}{suffix}": WRITERS[suffix](texts(8_000, seed=n)) for n in range(3)}
     hub.add_dataset("me/texts", files)
-    found = estimate(recipe_of(DataConfig(source="hub:me/texts")), workers=1)
+    found = estimate(make_spec(DataConfig(source="hub:me/texts")), workers=1)
     whole = sum(map(len, files.values()))
     asked = {request.path for request in hub.requests if "data/train" in request.path and request.method == "GET"}
     assert len({path.partition("?")[0].rpartition("/")[2] for path in asked}) == 1, "one file, not the set"
@@ -174,7 +174,7 @@ def test_a_parquet_file_without_texts_is_explained(column: pa.Array, keep: float
     assert len(whole) > estimating.SMALL_BYTES
     file.write_bytes(whole[: int(len(whole) * keep)])
     with pytest.raises(UserError, match=said):
-        estimate(recipe_of(DataConfig(source=f"files:{file}")), workers=1)
+        estimate(make_spec(DataConfig(source=f"files:{file}")), workers=1)
 
 
 def test_rows_and_row_groups_that_are_damaged_are_left_out_of_a_sample(tmp_path: Path) -> None:
@@ -184,19 +184,19 @@ def test_rows_and_row_groups_that_are_damaged_are_left_out_of_a_sample(tmp_path:
     content = bytearray(file.read_bytes())
     content[1_000:100_000] = random.Random(1).randbytes(99_000)  # of the first row group
     file.write_bytes(content)
-    found = estimate(recipe_of(DataConfig(source=f"files:{file}")), workers=1)
+    found = estimate(make_spec(DataConfig(source=f"files:{file}")), workers=1)
     assert found.sampled_documents == estimating.SAMPLE_DOCUMENTS
 
 
 def test_a_wrong_key_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(as_jsonl(ROWS).replace(b'{"text"', b'{"body"'))
     with pytest.raises(UserError, match=r"no documents: a.jsonl, line 1: expected .* 'text', found .*'body'"):
-        estimate(recipe_of(DataConfig(source=f"files:{tmp_path}")), workers=1)
+        estimate(make_spec(DataConfig(source=f"files:{tmp_path}")), workers=1)
 
 
 def test_a_parquet_file_that_cannot_be_had_is_no_fault_of_ours(hub: HubServer) -> None:
     hub.add_dataset("me/some", {"data/a.parquet": as_parquet(ROWS)})
-    recipe = recipe_of(DataConfig(source="hub:me/some"))
+    recipe = make_spec(DataConfig(source="hub:me/some"))
     hub.fail_next("/api/|/resolve/|/cdn/", status=404, times=1_000, method="*")
     with pytest.raises(UserError, match=r"cannot read hf://datasets/me/some@.*/a\.parquet"):
         estimate(recipe, workers=1)
@@ -204,7 +204,7 @@ def test_a_parquet_file_that_cannot_be_had_is_no_fault_of_ours(hub: HubServer) -
 
 def test_a_server_that_tells_no_sizes_is_refused(hub: HubServer) -> None:
     hub.add_dataset("me/some", {"data/a.jsonl.gz": gzip.compress(as_jsonl(ROWS))})
-    recipe = recipe_of(DataConfig(source="hub:me/some"))
+    recipe = make_spec(DataConfig(source="hub:me/some"))
     files = tuple(replace(file, size_bytes=0) for file in recipe.source.files)
     with pytest.raises(UserError, match="does not say how large its files are"):
         estimate(replace(recipe, source=replace(recipe.source, files=files)), workers=1)

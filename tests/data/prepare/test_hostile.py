@@ -1,6 +1,6 @@
 """Hostile files, from the file to the tokens: each is handled, or passed over, counted and named, and nothing else is.
 
-Every test goes through what a worker does, `tokenise_unit`, and reads the tokens and the index that it leaves.
+Every test goes through what a worker does, `tokenize_item`, and reads the tokens and the index that it leaves.
 """
 
 import gzip
@@ -15,7 +15,7 @@ import pytest
 
 from myllm.config import DataConfig
 from myllm.data.prepare import work_items as units_module
-from myllm.data.prepare.work_items import load_index, make_units, tokenise_unit, unit_path
+from myllm.data.prepare.work_items import load_item_index, make_work_items, tokenize_item, tokens_path
 from myllm.data.sources import readers
 from myllm.data.sources.read_task import MAX_LOGGED_SKIPS
 from myllm.data.sources.source import find_source
@@ -36,10 +36,10 @@ def work(tmp_path: Path, tokenizer: Tokenizer) -> Work:
     def do(folder: Path, **settings: object) -> tuple[list[str], dict[str, int], list[str]]:
         source = find_source(f"files:{folder}", settings.pop("column", None))
         texts, counts, places = [], {}, []
-        for number, unit in enumerate(make_units(source.files, False, 0)):
+        for number, unit in enumerate(make_work_items(source.files, False, 0)):
             paths = {file.name: Path(file.where) for file in source.files}
-            tokenise_unit(unit, paths, source, DataConfig(**settings), unit_path(tmp_path, number), tmp_path / "stop")
-            index = load_index(tmp_path, number)
+            tokenize_item(unit, paths, source, DataConfig(**settings), tokens_path(tmp_path, number), tmp_path / "stop")
+            index = load_item_index(tmp_path, number)
             tokens = np.fromfile(index.path, dtype="<u2")
             assert len(tokens) == index.lengths.sum()
             for document in np.split(tokens, np.cumsum(index.lengths)[:-1]) if len(tokens) else []:
@@ -115,10 +115,10 @@ def test_a_line_of_50_mb(folder: Path, tmp_path: Path, tokenizer: Tokenizer) -> 
     with (folder / "a.jsonl").open("wb") as file:
         file.writelines([line("before"), line(text), line("after")])
     source, documents = find_source(f"files:{folder}"), []
-    for number, unit in enumerate(make_units(source.files, False, 0)):  # the line reaches over several
-        out = unit_path(tmp_path, number)
-        tokenise_unit(unit, {"a.jsonl": folder / "a.jsonl"}, source, DataConfig(), out, tmp_path / "stop")
-        index = load_index(tmp_path, number)
+    for number, unit in enumerate(make_work_items(source.files, False, 0)):  # the line reaches over several
+        out = tokens_path(tmp_path, number)
+        tokenize_item(unit, {"a.jsonl": folder / "a.jsonl"}, source, DataConfig(), out, tmp_path / "stop")
+        index = load_item_index(tmp_path, number)
         assert not index.faults.counts
         documents += np.split(np.fromfile(out, dtype="<u2"), np.cumsum(index.lengths))[:-1]
     assert len(documents) == 3

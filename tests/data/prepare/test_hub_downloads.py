@@ -20,7 +20,7 @@ from myllm.config import DataConfig
 from myllm.data.prepare import prepare as preparing
 from myllm.data.prepare import work_items as units
 from myllm.data.prepare.prepare import prepare
-from myllm.data.prepare.scheduler import Downloads, Job
+from myllm.data.prepare.scheduler import Downloads, WorkScheduler
 from myllm.data.sources.source import SourceFile
 from myllm.errors import UserError
 
@@ -81,9 +81,9 @@ def test_few_downloads_are_on_the_disk_at_a_time(hub: HubServer, started: Any, t
 def test_a_file_of_many_units_is_not_followed_by_all_the_others(kind: str, most: int, tmp_path: Path) -> None:
     """Eight units under way and two ahead: of few large files where they are read in parts, else of ten."""
     files = [SourceFile(f"{i}{kind}", f"https://x/{i}", "jsonl", 34 * units.PART_BYTES, "") for i in range(40)]
-    found, fetched = units.make_units(files, True, 0), set()
+    found, fetched = units.make_work_items(files, True, 0), set()
     downloads = SimpleNamespace(start=lambda file: fetched.add(file.name))
-    job = Job(None, found, range(len(found)), tmp_path, None, downloads, in_flight=8)
+    job = WorkScheduler(None, found, range(len(found)), tmp_path, None, downloads, in_flight=8)
     job._start_downloads(deque(range(len(found))), 0)
     assert len(fetched) == most
 

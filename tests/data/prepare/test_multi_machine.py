@@ -13,9 +13,14 @@ import pytest
 from myllm.config import DataConfig
 from myllm.data.prepare import scheduler as pipeline
 from myllm.data.prepare import work_items as units
-from myllm.data.prepare.multi_machine import part_number, part_units, prepare_part, seal
+from myllm.data.prepare.multi_machine import (
+    items_of_shard,
+    merge_worker_shards,
+    parse_worker_shard,
+    prepare_worker_shard,
+)
 from myllm.data.prepare.prepare import prepare
-from myllm.data.prepare.spec import recipe_of
+from myllm.data.prepare.spec import make_spec
 from myllm.errors import UserError
 
 if TYPE_CHECKING:
@@ -49,9 +54,9 @@ def test_parts_in_any_order_make_the_same_bytes(settings: dict[str, Any], asked:
     config = replace(asked, **settings)
     expected = alone(config, hashes)
     for order in list(itertools.permutations(["1/3", "2/3", "3/3"]))[::2]:
-        folders = [prepare_part(config, part, progress=False) for part in order]
+        folders = [prepare_worker_shard(config, part, progress=False) for part in order]
         assert all((folder / "done.json").is_file() for folder in folders)
-        dataset = seal(recipe_of(config).folder, progress=False)
+        dataset = merge_worker_shards(make_spec(config).folder, progress=False)
         assert hashes(dataset.folder) == expected
         assert not (dataset.folder / "work").exists()
         shutil.rmtree(dataset.folder)
@@ -61,7 +66,7 @@ def test_parts_in_any_order_make_the_same_bytes(settings: dict[str, Any], asked:
 def test_a_part_makes_its_share_of_what_is_wanted_and_no_more(
     settings: dict[str, int], made: int, asked: DataConfig
 ) -> None:
-    folder = prepare_part(replace(asked, **settings), "1/2", progress=False)
+    folder = prepare_worker_shard(replace(asked, **settings), "1/2", progress=False)
     assert len(list(folder.glob("*.npz"))) == made
 
 
@@ -69,16 +74,16 @@ def test_parts_of_two_machines_are_copied_together(
     asked: DataConfig, temp_data: Path, hashes: Hashes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = alone(asked, hashes)
-    folder = recipe_of(asked).folder
+    folder = make_spec(asked).folder
     for number in (1, 2, 3):
         monkeypatch.setenv("MYLLM_DATA", str(temp_data.with_name(f"machine{number}")))
-        made = prepare_part(asked, f"{number}/3", progress=False)
+        made = prepare_worker_shard(asked, f"{number}/3", progress=False)
         monkeypatch.setenv("MYLLM_DATA", str(temp_data))
         if number == 1:
             shutil.copytree(made.parents[1], folder)
         else:
             shutil.copytree(made, folder / "work" / made.name)
-    assert hashes(seal(folder, progress=False).folder) == expected
+    assert hashes(merge_worker_shards(folder, progress=False).folder) == expected
 
 
 def test_parts_of_two_machines_at_once(
@@ -96,8 +101,8 @@ def test_parts_of_two_machines_at_once(
         for process in started[1:]:
             _, errors = process.communicate(timeout=60)
             assert process.returncode == 0, errors
-    prepare_part(asked, "1/3", progress=False)
-    assert hashes(seal(recipe_of(asked).folder, progress=False).folder) == expected
+    prepare_worker_shard(asked, "1/3", progress=False)
+    assert hashes(merge_worker_shards(make_spec(asked).folder, progress=False).folder) == expected
 
 
 def test_a_part_goes_on_where_it_was_interrupted(
@@ -105,7 +110,7 @@ def test_a_part_goes_on_where_it_was_interrupted(
 ) -> None:
     expected = alone(asked, hashes)
     done: list[str] = []
-    original = pipeline.tokenise_unit
+    original = pipeline.tokenize_item
 
     def tokenise(*args: Any) -> None:
         if args[4].name in ("000001.bin", "000003.bin") and args[4].name not in tried:
@@ -115,14 +120,14 @@ def test_a_part_goes_on_where_it_was_interrupted(
         done.append(args[4].name)
 
     tried: set[str] = set()
-    monkeypatch.setattr(pipeline, "tokenise_unit", tokenise)
+    monkeypatch.setattr(pipeline, "tokenize_item", tokenise)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            prepare_part(asked, "1/1", progress=False)
-    prepare_part(asked, "1/1", progress=False)
-    assert prepare_part(asked, "1/1", progress=False).name == "part-1-of-1"
+            prepare_worker_shard(asked, "1/1", progress=False)
+    prepare_worker_shard(asked, "1/1", progress=False)
+    assert prepare_worker_shard(asked, "1/1", progress=False).name == "part-1-of-1"
     assert sorted(done) == [f"{number:06d}.bin" for number in range(5)], "a unit was made twice"
-    assert hashes(seal(recipe_of(asked).folder, progress=False).folder) == expected
+    assert hashes(merge_worker_shards(make_spec(asked).folder, progress=False).folder) == expected
     assert len(done) == 5, "what the part had made was made again"
 
 
@@ -130,69 +135,72 @@ def test_an_interrupted_seal_goes_on(asked: DataConfig, hashes: Hashes) -> None:
     """Also where it was taking over the parts: a unit's tokens were moved, its index was not."""
     expected = alone(asked, hashes)
     for part in ("1/2", "2/2"):
-        made = prepare_part(asked, part, progress=False)
+        made = prepare_worker_shard(asked, part, progress=False)
     first = min(made.glob("*.bin"))
     first.rename(made.parent / first.name)
-    assert hashes(seal(recipe_of(asked).folder, progress=False).folder) == expected
+    assert hashes(merge_worker_shards(make_spec(asked).folder, progress=False).folder) == expected
 
 
 def test_missing_parts_are_named(asked: DataConfig) -> None:
-    folder = recipe_of(asked).folder
+    folder = make_spec(asked).folder
     with pytest.raises(UserError, match="has no parts to join"):
-        seal(folder, progress=False)
-    prepare_part(asked, "2/4", progress=False)
-    unfinished = prepare_part(asked, "3/4", progress=False)
+        merge_worker_shards(folder, progress=False)
+    prepare_worker_shard(asked, "2/4", progress=False)
+    unfinished = prepare_worker_shard(asked, "3/4", progress=False)
     (unfinished / "done.json").unlink()
     with pytest.raises(UserError, match="lacks part-1-of-4, part-3-of-4, part-4-of-4: prepare those first"):
-        seal(folder, progress=False)
-    prepare_part(asked, "1/2", progress=False)
+        merge_worker_shards(folder, progress=False)
+    prepare_worker_shard(asked, "1/2", progress=False)
     with pytest.raises(UserError, match="lacks part-2-of-2: "):  # one way to cut is as good as another, but whole
-        seal(folder, progress=False)
+        merge_worker_shards(folder, progress=False)
 
 
 def test_more_parts_than_files(asked: DataConfig, hashes: Hashes) -> None:
     expected = alone(asked, hashes)
     for number in range(1, 9):
-        prepare_part(asked, f"{number}/8", progress=False)
-    assert hashes(seal(recipe_of(asked).folder, progress=False).folder) == expected
+        prepare_worker_shard(asked, f"{number}/8", progress=False)
+    assert hashes(merge_worker_shards(make_spec(asked).folder, progress=False).folder) == expected
 
 
 def test_a_part_of_other_settings_is_not_joined(asked: DataConfig) -> None:
     """Its folder has the same name, but its tokens are other ones."""
-    other = prepare_part(replace(asked, strip_control=True), "2/2", progress=False)
-    made = prepare_part(asked, "1/2", progress=False)
+    other = prepare_worker_shard(replace(asked, strip_control=True), "2/2", progress=False)
+    made = prepare_worker_shard(asked, "1/2", progress=False)
     shutil.copytree(other, made.with_name(other.name))
     with pytest.raises(UserError, match=r"part-2-of-2 is no part of files-mixed-\w+: it was made with other settings"):
-        seal(made.parents[1], progress=False)
+        merge_worker_shards(made.parents[1], progress=False)
     (made.with_name(other.name) / "done.json").write_text("")
     with pytest.raises(UserError, match="is no part of"):
-        seal(made.parents[1], progress=False)
+        merge_worker_shards(made.parents[1], progress=False)
 
 
 def test_a_source_that_changed_meanwhile_is_not_joined(asked: DataConfig, tmp_path: Path) -> None:
     source = shutil.copytree(asked.source.partition(":")[2], tmp_path / "copy")
-    made = prepare_part(replace(asked, source=f"files:{source}"), "1/1", progress=False)
+    made = prepare_worker_shard(replace(asked, source=f"files:{source}"), "1/1", progress=False)
     (source / "part0.jsonl").write_text('{"text": "something else"}\n')
     with pytest.raises(UserError, match="cannot be joined: its source is not what the parts were made from"):
-        seal(made.parents[1], progress=False)
+        merge_worker_shards(made.parents[1], progress=False)
 
 
 def test_a_part_of_a_finished_data_set_does_nothing(asked: DataConfig, hashes: Hashes) -> None:
     folder = prepare(asked, progress=False).folder
     before = hashes(folder)
-    prepare_part(asked, "1/2", progress=False)
+    prepare_worker_shard(asked, "1/2", progress=False)
     assert hashes(folder) == before
-    assert seal(folder, progress=False).hash == json.loads((folder / "manifest.json").read_text())["fingerprint"]
+    assert (
+        merge_worker_shards(folder, progress=False).fingerprint
+        == json.loads((folder / "manifest.json").read_text())["fingerprint"]
+    )
 
 
 def test_an_ordinary_preparation_takes_what_parts_have_finished(
     asked: DataConfig, hashes: Hashes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = alone(asked, hashes)
-    prepare_part(asked, "1/2", progress=False)
+    prepare_worker_shard(asked, "1/2", progress=False)
     done: list[int] = []
-    original = pipeline.tokenise_unit
-    monkeypatch.setattr(pipeline, "tokenise_unit", lambda *args: (done.append(1), original(*args))[1])
+    original = pipeline.tokenize_item
+    monkeypatch.setattr(pipeline, "tokenize_item", lambda *args: (done.append(1), original(*args))[1])
     assert hashes(prepare(asked, progress=False).folder) == expected
     assert len(done) == 2, "three of five files were there"
 
@@ -200,18 +208,18 @@ def test_an_ordinary_preparation_takes_what_parts_have_finished(
 @pytest.mark.parametrize("text", ["0/3", "4/3", "1", "1/", "/3", "1/0", "-1/3", "a/b", "1/3/5", "1.5/3", "", " 1/3"])
 def test_a_part_that_is_none_is_said(text: str, asked: DataConfig) -> None:
     with pytest.raises(UserError, match="is not one of several: expected such as 3/16"):
-        prepare_part(asked, text, progress=False)
+        prepare_worker_shard(asked, text, progress=False)
 
 
 def test_parts_share_out_every_unit_and_keep_a_file_together(asked: DataConfig) -> None:
-    assert part_number("3/16") == (3, 16)
-    found = recipe_of(asked).units
+    assert parse_worker_shard("3/16") == (3, 16)
+    found = make_spec(asked).units
     for parts in range(1, 8):
-        shares = [part_units(found, number, parts) for number in range(1, parts + 1)]
+        shares = [items_of_shard(found, number, parts) for number in range(1, parts + 1)]
         assert sorted(itertools.chain(*shares)) == list(range(len(found)))
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
     pieces = [(replace(piece, part=part, parts=3),) for unit in found for piece in unit for part in range(3)]
     for number in (1, 2):
-        files = {pieces[at][0].file.name for at in part_units(pieces, number, 2)}
-        others = {pieces[at][0].file.name for at in part_units(pieces, 3 - number, 2)}
+        files = {pieces[at][0].file.name for at in items_of_shard(pieces, number, 2)}
+        others = {pieces[at][0].file.name for at in items_of_shard(pieces, 3 - number, 2)}
         assert not files & others

@@ -16,7 +16,7 @@ from myllm.config import DataConfig
 from myllm.data.dataset import Dataset
 from myllm.data.prepare import prepare as preparing
 from myllm.data.prepare.prepare import prepare
-from myllm.data.prepare.spec import recipe_of
+from myllm.data.prepare.spec import make_spec
 from myllm.errors import UserError
 
 Hashes = Callable[[Path], dict[str, str]]
@@ -164,8 +164,8 @@ def test_the_manifest_says_what_made_it(mixed_corpus: Path) -> None:
     assert manifest["tokenizer"]["end_of_text"] == END
     assert manifest["source"] == "files-mixed"
     assert dataset.name.startswith("files-mixed-")
-    assert manifest["fingerprint"] == dataset.hash
-    assert dataset.name.endswith(dataset.hash[:12])
+    assert manifest["fingerprint"] == dataset.fingerprint
+    assert dataset.name.endswith(dataset.fingerprint[:12])
     assert sorted(path.name for path in dataset.folder.iterdir()) == sorted(
         ["manifest.json", "passed_over.jsonl", "settings.json", "spans.npy", *(shard.file for shard in dataset.shards)]
     )
@@ -201,15 +201,15 @@ def test_what_another_process_made_meanwhile_is_taken(mixed_corpus: Path, monkey
         aside.rename(dataset.folder)
         yield
 
-    monkeypatch.setattr(preparing, "exclusive", locked_after_a_wait)
+    monkeypatch.setattr(preparing, "preparation_lock", locked_after_a_wait)
     monkeypatch.setattr(preparing, "_build", None)
     assert prepare(config(mixed_corpus), progress=False) == dataset
 
 
 def test_every_setting_that_changes_bytes_changes_the_name(mixed_corpus: Path) -> None:
     changes = [{}, {"val_tokens": 501}, {"target_tokens": 9}, {"shard_tokens": 9}, {"shuffle_seed": 9}]
-    assert len({recipe_of(config(mixed_corpus, **change)).folder for change in changes}) == len(changes)
-    assert recipe_of(config(mixed_corpus, workers=9)).folder == recipe_of(config(mixed_corpus)).folder
+    assert len({make_spec(config(mixed_corpus, **change)).folder for change in changes}) == len(changes)
+    assert make_spec(config(mixed_corpus, workers=9)).folder == make_spec(config(mixed_corpus)).folder
 
 
 def test_a_data_folder_that_is_a_file(mixed_corpus: Path, temp_data: Path) -> None:

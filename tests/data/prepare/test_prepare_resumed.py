@@ -21,9 +21,9 @@ from myllm.data.prepare import scheduler as pipeline
 from myllm.data.prepare import shard_writer as assemble
 from myllm.data.prepare import work_items as units
 from myllm.data.prepare.disk_space import check_disk
-from myllm.data.prepare.multi_machine import prepare_part
+from myllm.data.prepare.multi_machine import prepare_worker_shard
 from myllm.data.prepare.prepare import prepare
-from myllm.data.prepare.spec import Recipe, recipe_of
+from myllm.data.prepare.spec import DatasetSpec, make_spec
 from myllm.errors import UserError
 
 Hashes = Callable[[Path], dict[str, str]]
@@ -41,7 +41,7 @@ def test_too_little_room_is_said_before_anything_starts(
     leave(monkeypatch, 1_000)
     for call in (
         lambda: prepare(config(mixed_corpus), progress=False),
-        lambda: prepare_part(config(mixed_corpus), "1/2", progress=False),
+        lambda: prepare_worker_shard(config(mixed_corpus), "1/2", progress=False),
     ):
         with pytest.raises(UserError, match=rf"needs about .* under {temp_data}.* of shards.* has 0\.0 MB free"):
             call()
@@ -52,15 +52,15 @@ def leave(monkeypatch: pytest.MonkeyPatch, free_bytes: int) -> None:
 
 
 def test_a_few_documents_need_little_room(mixed_corpus: Path) -> None:
-    everything = recipe_of(config(mixed_corpus)).estimated_tokens
-    assert recipe_of(config(mixed_corpus, max_documents=3)).estimated_tokens == 30_000 < everything
-    assert recipe_of(config(mixed_corpus, max_documents=3, target_tokens=5_000)).estimated_tokens == 5_500
+    everything = make_spec(config(mixed_corpus)).estimated_tokens
+    assert make_spec(config(mixed_corpus, max_documents=3)).estimated_tokens == 30_000 < everything
+    assert make_spec(config(mixed_corpus, max_documents=3, target_tokens=5_000)).estimated_tokens == 5_500
 
 
 def test_what_is_there_already_counts_as_room(mixed_corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An interrupted preparation has used room that it need not find again."""
     asked = config(mixed_corpus)
-    recipe = recipe_of(asked)
+    recipe = make_spec(asked)
     needed = int(re.search(r"needs about ([\d.]+) MB", check(recipe, monkeypatch, 10**12))[1].replace(".", "")) * 10**5
     with pytest.raises(UserError, match="free"):
         check(recipe, monkeypatch, needed // 2)
@@ -69,7 +69,7 @@ def test_what_is_there_already_counts_as_room(mixed_corpus: Path, monkeypatch: p
     assert "needs about" in check(recipe, monkeypatch, needed // 2)
 
 
-def check(recipe: Recipe, monkeypatch: pytest.MonkeyPatch, free_bytes: int) -> str:
+def check(recipe: DatasetSpec, monkeypatch: pytest.MonkeyPatch, free_bytes: int) -> str:
     recipe.folder.parent.mkdir(parents=True, exist_ok=True)
     leave(monkeypatch, free_bytes)
     return check_disk(recipe, workers=1)
@@ -98,7 +98,7 @@ def test_room_that_runs_out_is_said_and_nothing_is_lost(
     name, after = MOMENTS[moment]
     monkeypatch.setattr(units, "SMALL_BYTES", 20_000)  # several units
     expected = hashes(prepare(config(mixed_corpus, shard_tokens=9_000), progress=False).folder)
-    shutil.rmtree(recipe_of(config(mixed_corpus, shard_tokens=9_000)).folder)
+    shutil.rmtree(make_spec(config(mixed_corpus, shard_tokens=9_000)).folder)
     module, _, function = name.rpartition(".")
     owner = import_module(module) if not module.endswith(".np") else np
     original, calls = getattr(owner, function), []
@@ -115,7 +115,7 @@ def test_room_that_runs_out_is_said_and_nothing_is_lost(
             with pytest.raises(UserError, match=r"no room to write the data set.*kept: free some space and the same"):
                 prepare(config(mixed_corpus, shard_tokens=9_000), progress=False)
     assert len(calls) > max(after, 0)
-    [folder] = (path for path in recipe_of(config(mixed_corpus)).folder.parent.iterdir() if path.is_dir())
+    [folder] = (path for path in make_spec(config(mixed_corpus)).folder.parent.iterdir() if path.is_dir())
     assert not (folder / "manifest.json").exists()
     with pytest.raises(UserError, match="not whole yet"):
         Dataset.open(folder)
@@ -125,15 +125,15 @@ def test_room_that_runs_out_is_said_and_nothing_is_lost(
 
 def interrupt(asked: DataConfig, stop_after: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prepare up to this unit."""
-    add = assemble.Assembly.add
+    add = assemble.ShardWriter.add
 
-    def stop(self: assemble.Assembly, number: int, size_bytes: int) -> None:
+    def stop(self: assemble.ShardWriter, number: int, size_bytes: int) -> None:
         add(self, number, size_bytes)
         if number == stop_after:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(assemble.Assembly, "add", stop)
+        patch.setattr(assemble.ShardWriter, "add", stop)
         with pytest.raises(KeyboardInterrupt):
             prepare(asked, progress=False)
 
@@ -145,7 +145,7 @@ def interrupted(
     monkeypatch.setattr(units, "SMALL_BYTES", 1)
     asked = config(source, shard_tokens=5_000)
     expected = hashes(prepare(asked, progress=False).folder)
-    folder = recipe_of(asked).folder
+    folder = make_spec(asked).folder
     shutil.rmtree(folder)
     interrupt(asked, 3, monkeypatch)
     return asked, folder, expected
@@ -154,13 +154,13 @@ def interrupted(
 def count_units(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The units that are tokenised from now on, by the name of their file."""
     done: list[str] = []
-    original = pipeline.tokenise_unit
+    original = pipeline.tokenize_item
 
     def tokenise(*args: Any) -> None:
         original(*args)
         done.append(args[4].name)
 
-    monkeypatch.setattr(pipeline, "tokenise_unit", tokenise)
+    monkeypatch.setattr(pipeline, "tokenize_item", tokenise)
     return done
 
 
@@ -174,7 +174,7 @@ def test_only_unfinished_units_are_done_again(
     done = count_units(monkeypatch)
     expected = hashes(prepare(asked, progress=False).folder)
     assert done == [f"{number:06d}.bin" for number in range(5)]
-    folder = recipe_of(asked).folder
+    folder = make_spec(asked).folder
     shutil.rmtree(folder)
     done.clear()
     written: list[str] = []
@@ -197,14 +197,14 @@ def test_only_unfinished_units_are_done_again(
 def test_tokens_are_deleted_once_they_are_in_shards(mixed_corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(units, "SMALL_BYTES", 1)
     most = 0
-    settle = assemble.Assembly.settle
+    settle = assemble.ShardWriter.settle
 
-    def look(self: assemble.Assembly, all_of_them: bool = False) -> None:
+    def look(self: assemble.ShardWriter, all_of_them: bool = False) -> None:
         nonlocal most
         settle(self, all_of_them)
         most = max(most, len(list((self._folder / "work").glob("*.bin"))))
 
-    monkeypatch.setattr(assemble.Assembly, "settle", look)
+    monkeypatch.setattr(assemble.ShardWriter, "settle", look)
     prepare(config(mixed_corpus, shard_tokens=500), progress=False)
     assert most <= 3, "units lie about that no shard needs"
 

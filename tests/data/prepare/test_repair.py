@@ -62,14 +62,14 @@ def test_only_the_units_of_the_damaged_shard_are_read(
         (tmp_path / "corpus" / f"own{number}.py").write_text(f"# {number}\n" + "word_" * 500_000)  # a unit each
     dataset = prepare(replace(config, shard_tokens=300_000), progress=False)
     numbers: list[int] = []
-    real = repairing.Job
+    real = repairing.WorkScheduler
 
     def remember(*arguments: Any, **others: Any) -> object:
         job = real(*arguments, **others)
         numbers.extend(job.numbers)
         return job
 
-    monkeypatch.setattr(repairing, "Job", remember)
+    monkeypatch.setattr(repairing, "WorkScheduler", remember)
     last = dataset.shards[-1].file
     (dataset.folder / last).unlink()
     repair(Dataset.read(dataset.folder), [last], progress=False)

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from myllm.data.prepare.shard_plan import Cut, CutList, HashSet
-from myllm.data.prepare.work_items import UnitIndex
+from myllm.data.prepare.shard_plan import HashSet, ShardPlanner, ShardSpec
+from myllm.data.prepare.work_items import ItemIndex
 from myllm.data.sources.readers import SkipLog
 from myllm.errors import UserError
 
@@ -106,20 +106,22 @@ class Naive:
                 counts["train_documents"] += 1
 
 
-def cut(rules: Rules, documents: list[Document], borders: list[int]) -> tuple[list[Cut], CutList, list[list[Document]]]:
+def cut(
+    rules: Rules, documents: list[Document], borders: list[int]
+) -> tuple[list[ShardSpec], ShardPlanner, list[list[Document]]]:
     """What CutList makes of the documents, dealt out to units that end at these borders."""
     edges = [0, *sorted(min(border, len(documents)) for border in borders), len(documents)]
     units = [documents[a:b] for a, b in pairwise(edges)]
-    cuts = CutList(rules.val_tokens, rules.shard_tokens, rules.target_tokens, rules.max_documents, rules.dedup)
+    cuts = ShardPlanner(rules.val_tokens, rules.shard_tokens, rules.target_tokens, rules.max_documents, rules.dedup)
     made = []
     for number, unit in enumerate(units):
         lengths = np.array([length for length, _ in unit], dtype=np.int64)
         hashes = np.array([content for _, content in unit], dtype=np.uint64)
-        made += list(cuts.add(number, UnitIndex(Path(str(number)), lengths, hashes, SkipLog())))
+        made += list(cuts.add(number, ItemIndex(Path(str(number)), lengths, hashes, SkipLog())))
     return made + list(cuts.finish()), cuts, units
 
 
-def tokens_of(cuts: list[Cut], split: str, units: list[list[Document]]) -> list[tuple[int, int]]:
+def tokens_of(cuts: list[ShardSpec], split: str, units: list[list[Document]]) -> list[tuple[int, int]]:
     """Each token of a split, as its document's number over all units, and its place in it."""
     owners, first = [], 0
     for unit in units:
@@ -169,7 +171,7 @@ def test_documents_go_where_the_rules_say_however_they_are_grouped(
     assert 10 * held_out <= tokens or not naive.train
 
 
-def lengths_of(cuts: list[Cut], split: str) -> list[int]:
+def lengths_of(cuts: list[ShardSpec], split: str) -> list[int]:
     return [each.tokens for each in cuts if each.split == split]
 
 

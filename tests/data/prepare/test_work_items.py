@@ -15,13 +15,13 @@ from myllm.data.prepare import work_items as units_module
 from myllm.data.prepare.work_items import (
     PART_BYTES,
     SMALL_BYTES,
-    Unit,
-    is_sealed,
-    load_index,
-    make_units,
+    WorkItem,
+    is_tokenized,
+    load_item_index,
+    make_work_items,
     order_files,
-    tokenise_unit,
-    unit_path,
+    tokenize_item,
+    tokens_path,
 )
 from myllm.data.sources.source import Source, SourceFile, find_source
 from myllm.data.tokenizer.load import Tokenizer
@@ -32,7 +32,7 @@ def file(name: str, size_bytes: int = 1, where: str = "/x") -> SourceFile:
     return SourceFile(name, where, "whole", size_bytes, name)
 
 
-def shape(units: list[Unit]) -> list[list[tuple[str, int, int]]]:
+def shape(units: list[WorkItem]) -> list[list[tuple[str, int, int]]]:
     return [[(piece.file.name, piece.part, piece.parts) for piece in unit] for unit in units]
 
 
@@ -50,7 +50,7 @@ def test_each_file_and_part_is_in_one_unit(
     named: dict[str, tuple[int, str]], shuffle: bool, chance: random.Random
 ) -> None:
     files = [file(f"{name}x{suffix}", min(size, 50 * PART_BYTES)) for name, (size, suffix) in named.items()]
-    units = make_units(files, shuffle, 3)
+    units = make_work_items(files, shuffle, 3)
     pieces = [piece for unit in units for piece in unit]
     for each in files:
         mine = [piece for piece in pieces if piece.file == each]
@@ -62,13 +62,13 @@ def test_each_file_and_part_is_in_one_unit(
     assert all(units)
     shuffled = list(files)
     chance.shuffle(shuffled)
-    assert shape(make_units(shuffled, shuffle, 3)) == shape(units)
+    assert shape(make_work_items(shuffled, shuffle, 3)) == shape(units)
 
 
 def test_without_shuffling_the_order_is_by_name() -> None:
     files = [file("b.parquet", 3 * PART_BYTES), file("c"), file("a/z"), file("a")]
     expected = [[("a", 0, 1), ("a/z", 0, 1)], [("b.parquet", part, 3) for part in range(3)], [("c", 0, 1)]]
-    assert shape(make_units(files, False, 0)) == [expected[0], *([part] for part in expected[1]), expected[2]]
+    assert shape(make_work_items(files, False, 0)) == [expected[0], *([part] for part in expected[1]), expected[2]]
 
 
 def test_the_seed_decides_the_order_and_nothing_else_does() -> None:
@@ -78,23 +78,23 @@ def test_the_seed_decides_the_order_and_nothing_else_does() -> None:
     assert all(set(order) == {each.name for each in files} for order in orders)
     # Where a file lies, and what is in it, is no matter.
     moved = [SourceFile(each.name, "/elsewhere", "jsonl", 2 * PART_BYTES, "digest") for each in files]
-    assert shape(make_units(moved, True, 1)) == shape(make_units(files, True, 1))
-    numbers = [piece.part for unit in make_units([file("a.jsonl", 40 * PART_BYTES)], True, 0) for piece in unit]
+    assert shape(make_work_items(moved, True, 1)) == shape(make_work_items(files, True, 1))
+    numbers = [piece.part for unit in make_work_items([file("a.jsonl", 40 * PART_BYTES)], True, 0) for piece in unit]
     assert sorted(numbers) == list(range(40)) != numbers, "parts are shuffled too"
 
 
 def test_small_files_go_together_but_a_million_tiny_ones_do_not() -> None:
-    assert shape(make_units([file(f"{i}", SMALL_BYTES // 4) for i in range(8)], False, 0)) == [
+    assert shape(make_work_items([file(f"{i}", SMALL_BYTES // 4) for i in range(8)], False, 0)) == [
         [(f"{i}", 0, 1) for i in range(4)], [(f"{i}", 0, 1) for i in range(4, 8)]
     ]  # fmt: skip
-    units = make_units([file(f"{i}", i % 2) for i in range(20_000)], True, 0)
+    units = make_work_items([file(f"{i}", i % 2) for i in range(20_000)], True, 0)
     assert sum(map(len, units)) == 20_000
     assert max(map(len, units)) <= 1_000
 
 
 def test_files_of_unknown_size_are_no_small_ones() -> None:
     """A server that gives no size is not one whose thousand files are all fetched for the first unit."""
-    assert len(make_units([file(f"{i}.json.gz", 0, f"https://x/{i}") for i in range(10)], True, 0)) == 10
+    assert len(make_work_items([file(f"{i}.json.gz", 0, f"https://x/{i}") for i in range(10)], True, 0)) == 10
 
 
 # -- what a worker leaves ---------------------------------------------------------------------------------------------
@@ -111,14 +111,14 @@ def source(tmp_path: Path) -> Source:
 
 
 def tokenise(source: Source, folder: Path, **settings: object) -> None:
-    (unit,) = make_units(source.files, False, 0)
+    (unit,) = make_work_items(source.files, False, 0)
     paths = {each.name: Path(each.where) for each in source.files}
-    tokenise_unit(unit, paths, source, DataConfig(**settings), unit_path(folder, 0), folder / "stop")
+    tokenize_item(unit, paths, source, DataConfig(**settings), tokens_path(folder, 0), folder / "stop")
 
 
 def test_a_unit_is_its_documents_end_to_end_with_an_index(source: Source, tmp_path: Path) -> None:
     tokenise(source, tmp_path)
-    index, tokenizer = load_index(tmp_path, 0), Tokenizer()
+    index, tokenizer = load_item_index(tmp_path, 0), Tokenizer()
     tokens = np.fromfile(index.path, dtype="<u2")
     texts = ["One text.", "two", "three <|endoftext|> \ufffd", "two"]
     documents = np.split(tokens, np.cumsum(index.lengths)[:-1])
@@ -139,16 +139,16 @@ def test_a_unit_is_its_documents_end_to_end_with_an_index(source: Source, tmp_pa
 
 def test_cleaning_is_asked_for_by_the_settings(source: Source, tmp_path: Path) -> None:
     tokenise(source, tmp_path, min_chars=5)
-    assert len(load_index(tmp_path, 0).lengths) == 2
-    assert load_index(tmp_path, 0).faults.counts["too_short"] == 2
+    assert len(load_item_index(tmp_path, 0).lengths) == 2
+    assert load_item_index(tmp_path, 0).faults.counts["too_short"] == 2
 
 
 def test_batches_of_any_size_give_the_same(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenise(source, tmp_path)
-    whole = unit_path(tmp_path, 0).read_bytes()
+    whole = tokens_path(tmp_path, 0).read_bytes()
     monkeypatch.setattr(units_module, "BATCH_CHARS", 1)
     tokenise(source, tmp_path)
-    assert unit_path(tmp_path, 0).read_bytes() == whole
+    assert tokens_path(tmp_path, 0).read_bytes() == whole
 
 
 def test_a_text_that_the_tokenizer_fails_on_is_named_with_its_file(
@@ -168,7 +168,7 @@ def test_a_text_that_the_tokenizer_fails_on_is_named_with_its_file(
 
     monkeypatch.setattr(Tokenizer, "encode_documents", encode_documents)
     tokenise(source, tmp_path)
-    found = load_index(tmp_path, 0)
+    found = load_item_index(tmp_path, 0)
     assert len(found.lengths) == 3
     assert found.faults.counts["untokenisable"] == 1
     assert found.faults.places[-1]["place"] == "c.jsonl, a text of 21 characters"
@@ -185,7 +185,7 @@ def test_what_is_not_the_texts_fault_ends_the_unit(
     monkeypatch.setattr(Tokenizer, "encode_documents", encode_documents)
     with pytest.raises(type(error)):
         tokenise(source, tmp_path)
-    assert not is_sealed(tmp_path, 0)
+    assert not is_tokenized(tmp_path, 0)
     assert [path.name for path in tmp_path.iterdir()] == ["texts"], "nothing is left behind"
 
 
@@ -193,7 +193,7 @@ def test_a_file_that_has_gone_is_no_damage_but_an_error(source: Source, tmp_path
     (tmp_path / "texts" / "a.txt").unlink()
     with pytest.raises(UserError, match=r"a\.txt is no longer there"):
         tokenise(source, tmp_path)
-    assert not is_sealed(tmp_path, 0)
+    assert not is_tokenized(tmp_path, 0)
 
 
 def test_a_unit_stops_when_nobody_wants_it(tmp_path: Path) -> None:
@@ -210,11 +210,11 @@ def test_a_file_in_parts_gives_each_document_once(tmp_path: Path, monkeypatch: p
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.jsonl").write_text("".join(f'{{"text": "number {i}"}}\n' for i in range(300)))
     source = find_source(f"files:{tmp_path / 'texts'}")
-    units = make_units(source.files, True, 0)
+    units = make_work_items(source.files, True, 0)
     assert len(units) == round(source.size_bytes / 1_000)
     hashes = []
     for number, unit in enumerate(units):
         paths = {"a.jsonl": tmp_path / "texts" / "a.jsonl"}
-        tokenise_unit(unit, paths, source, DataConfig(), unit_path(tmp_path, number), tmp_path / "stop")
-        hashes += load_index(tmp_path, number).hashes.tolist()
+        tokenize_item(unit, paths, source, DataConfig(), tokens_path(tmp_path, number), tmp_path / "stop")
+        hashes += load_item_index(tmp_path, number).hashes.tolist()
     assert len(hashes) == len(set(hashes)) == 300

@@ -16,7 +16,7 @@ from support.hub_server import HubServer
 
 from myllm.config import DataConfig
 from myllm.data.prepare.prepare import resolve
-from myllm.data.prepare.spec import recipe_of
+from myllm.data.prepare.spec import make_spec
 from myllm.data.sources import hub_listing as listing
 from myllm.data.sources.hub_listing import UnreachableError, list_hub, list_urls
 from myllm.data.sources.source import find_source
@@ -122,11 +122,11 @@ def test_a_busy_hub_is_asked_again(hub: HubServer, status: int, no_waiting: None
 def test_the_first_listing_is_kept(hub: HubServer) -> None:
     hub.add_dataset(REPO, FILES)
     config = DataConfig(source=f"hub:{REPO}:en/*.gz")
-    first = recipe_of(config)
+    first = make_spec(config)
     hub.add_dataset(REPO, {"en/new.jsonl.gz": b"new"})
     hub.requests.clear()
     hub.down(None)
-    assert recipe_of(config).folder == first.folder
+    assert make_spec(config).folder == first.folder
     assert hub.requests == []
 
 
@@ -135,11 +135,11 @@ def test_a_name_does_not_depend_on_the_endpoint(
 ) -> None:
     hub.add_dataset(REPO, FILES)
     config = DataConfig(source=f"hub:{REPO}:en/*.gz")
-    here = recipe_of(config)
+    here = make_spec(config)
     with HubServer() as mirror, mirror.reached(monkeypatch, tmp_path / "other"):
         mirror.add_dataset(REPO, FILES)
         monkeypatch.setenv("MYLLM_DATA", str(tmp_path / "elsewhere"))
-        there = recipe_of(config)
+        there = make_spec(config)
         assert mirror.requests
     assert there.describe() == here.describe()
     assert there.source.files == here.source.files

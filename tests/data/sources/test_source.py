@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 import pytest
 
 from myllm.config import DataConfig
-from myllm.data.prepare.spec import recipe_of
+from myllm.data.prepare.spec import make_spec
 from myllm.data.sources.catalog import CORPORA
 from myllm.data.sources.readers import READER_BY_SUFFIX, SkipLog
 from myllm.data.sources.source import find_source, read_documents
@@ -23,7 +23,7 @@ def names(spec: str | Path) -> list[str]:
 
 
 def fingerprint(spec: str | Path) -> str:
-    return recipe_of(DataConfig(source=f"files:{spec}")).fingerprint
+    return make_spec(DataConfig(source=f"files:{spec}")).fingerprint
 
 
 @pytest.fixture

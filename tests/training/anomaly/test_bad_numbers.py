@@ -20,7 +20,7 @@ from myllm.checkpoint.format import TrainState, checkpoint_folder, list_checkpoi
 from myllm.checkpoint.skips import Skips
 from myllm.cli.main import main
 from myllm.config import RunConfig, TrainConfig
-from myllm.data.dataloader import batch_of
+from myllm.data.dataloader import read_batch
 from myllm.data.dataset import Dataset
 from myllm.data.prepare.prepare import prepare
 from myllm.data.sampler import DataPosition
@@ -208,7 +208,7 @@ def trained_without(config: RunConfig, dataset: Dataset, left_out: int) -> dict[
     model.train()
     for step, sequences in enumerate(sequences_of_steps(config, dataset, config.train.max_steps), 1):
         for sequence in sequences:
-            tokens, targets = batch_of(dataset.train, np.array([sequence]), config.model.max_seq_len)
+            tokens, targets = read_batch(dataset.train, np.array([sequence]), config.model.max_seq_len)
             (model(tokens, targets) / len(sequences)).backward()
         if step != left_out:
             nn.utils.clip_grad_norm_(model.parameters(), config.optim.max_grad_norm)

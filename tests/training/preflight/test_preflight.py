@@ -508,7 +508,7 @@ def test_every_part_is_the_runs_own() -> None:
 
     for name in ("run_eval", "planned_evals", "Saver", "restore", "gathered"):
         assert getattr(preflight_module, name) is getattr(train_module, name)
-    for name in ("train_step", "fast_kernels", "spread", "Transformer", "ScheduledAdamW", "Loader"):
+    for name in ("train_step", "fast_kernels", "spread", "Transformer", "ScheduledAdamW", "BatchLoader"):
         assert getattr(rehearsal, name) is getattr(train_module, name)
 
 

@@ -134,7 +134,7 @@ def judge(result: Result, reference: Result, config: RunConfig, own_spread: floa
     if missing and not result.faults:
         result.faults.append(f"steps {missing[:5]} are not logged")
     shared = [step for step in theirs if step in ours]
-    wrong = [step for step in shared if ours[step]["receipt"] != theirs[step]["receipt"]]
+    wrong = [step for step in shared if ours[step]["sample_digest"] != theirs[step]["sample_digest"]]
     result.receipts = f"{len(shared) - len(wrong)} of {len(theirs)} the same"
     if wrong:
         result.faults.append(f"from step {wrong[0]} on it trained on other samples")

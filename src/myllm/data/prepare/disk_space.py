@@ -10,10 +10,10 @@ from myllm.errors import UserError
 from myllm.formatting import format_bytes
 
 from .scheduler import Downloads
-from .spec import Recipe, estimate_tokens
+from .spec import DatasetSpec, estimate_tokens
 
 
-def check_disk(recipe: Recipe, workers: int, parts: int = 1) -> str:
+def check_disk(recipe: DatasetSpec, workers: int, parts: int = 1) -> str:
     """What the preparation, or one of several parts of it, needs and what there is, as one line.
 
     Raises:
@@ -41,7 +41,7 @@ def check_disk(recipe: Recipe, workers: int, parts: int = 1) -> str:
     return f"needs about {format_bytes(need)} under {folder.parent} ({what}); {format_bytes(free + have)} free"
 
 
-def _download_bytes(recipe: Recipe, remote: list[SourceFile], workers: int, parts: int) -> float:
+def _download_bytes(recipe: DatasetSpec, remote: list[SourceFile], workers: int, parts: int) -> float:
     """Of downloaded files on the disk at a time."""
     sizes = sorted((file.size_bytes for file in remote), reverse=True)
     if recipe.config.keep_downloads:

@@ -20,7 +20,7 @@ from myllm.data.sources.readers import suffix_of
 from myllm.data.sources.source import Source, SourceFile, read_documents
 from myllm.errors import UserError
 
-from .spec import Recipe
+from .spec import DatasetSpec
 from .work_items import order_files
 
 SAMPLE_BYTES = 8_000_000
@@ -59,7 +59,7 @@ class Estimate:
     """Of the whole source."""
 
 
-def estimate(recipe: Recipe, workers: int, target: tuple[str, float] | None = None) -> Estimate:
+def estimate(recipe: DatasetSpec, workers: int, target: tuple[str, float] | None = None) -> Estimate:
     """Sample a source and say what all of it, or a target amount of it, comes to.
 
     Args:
@@ -121,11 +121,11 @@ def estimate(recipe: Recipe, workers: int, target: tuple[str, float] | None = No
     )  # fmt: skip
 
 
-def _cleaned(texts: list[str], recipe: Recipe) -> list[str]:
+def _cleaned(texts: list[str], recipe: DatasetSpec) -> list[str]:
     return [cleaned for text in texts if (cleaned := clean(text, recipe.config, lambda _: None)) is not None]
 
 
-def _tokenised(texts: list[str], recipe: Recipe) -> tuple[np.ndarray, float]:
+def _tokenised(texts: list[str], recipe: DatasetSpec) -> tuple[np.ndarray, float]:
     """Tokens of each text, (texts,) float64, and the seconds that it took."""
     recipe.tokenizer.encode("warm up")
     started = time.perf_counter()
@@ -166,7 +166,7 @@ def _packing_error(texts: list[str], n_bytes: np.ndarray, source: Source) -> flo
     return _ratio_error(n_bytes, packed)
 
 
-def _sample(source: Source, recipe: Recipe, folder: Path, faults: SkipLog) -> tuple[list[list[str]], float, str]:
+def _sample(source: Source, recipe: DatasetSpec, folder: Path, faults: SkipLog) -> tuple[list[list[str]], float, str]:
     """Some documents, how many stored bytes they stand for, and where they are from.
 
     Documents are in one list, or in one a file where several files were read whole.

@@ -20,21 +20,21 @@ from myllm.files import read_json, write_json
 from .disk_space import check_disk
 from .prepare import (
     PART_DONE,
-    clear_disk_errors,
-    exclusive,
+    disk_errors_for_users,
     forget_damaged,
-    is_made,
+    is_complete,
     open_work,
+    preparation_lock,
     prepare,
     resolve,
     worker_pools,
 )
 from .progress import progress_bar
-from .scheduler import Job
-from .work_items import Unit, load_index, unit_path
+from .scheduler import WorkScheduler
+from .work_items import WorkItem, load_item_index, tokens_path
 
 
-def part_number(text: str) -> tuple[int, int]:
+def parse_worker_shard(text: str) -> tuple[int, int]:
     """ "3/16" as (3, 16).
 
     Raises:
@@ -46,7 +46,7 @@ def part_number(text: str) -> tuple[int, int]:
     return int(part), int(parts)
 
 
-def part_units(units: Sequence[Unit], number: int, parts: int) -> list[int]:
+def items_of_shard(units: Sequence[WorkItem], number: int, parts: int) -> list[int]:
     """The units of one part, by number: files are dealt out in turn, so that the parts go forward together."""
     dealt: dict[str, int] = {}
     for unit in units:
@@ -54,7 +54,7 @@ def part_units(units: Sequence[Unit], number: int, parts: int) -> list[int]:
     return [at for at, unit in enumerate(units) if dealt[unit[0].file.name] % parts == number - 1]
 
 
-def prepare_part(config: DataConfig, part: str, progress: bool = True) -> Path:
+def prepare_worker_shard(config: DataConfig, part: str, progress: bool = True) -> Path:
     """Tokenise one part of the files, for `seal` to join.
 
     Returns:
@@ -63,14 +63,14 @@ def prepare_part(config: DataConfig, part: str, progress: bool = True) -> Path:
     Raises:
         UserError: as `prepare`, and a part that is not one.
     """
-    number, parts = part_number(part)
+    number, parts = parse_worker_shard(part)
     recipe = resolve(config)
     work = recipe.folder / WORK / f"part-{number}-of-{parts}"
     units = recipe.units
-    mine = part_units(units, number, parts)
-    with clear_disk_errors(), exclusive(recipe.folder, f".part-{number}-of-{parts}"):
-        with exclusive(recipe.folder):  # what the parts share: another part may be beginning, or all be joined by now
-            if is_made(recipe.folder) or (work / PART_DONE).exists():
+    mine = items_of_shard(units, number, parts)
+    with disk_errors_for_users(), preparation_lock(recipe.folder, f".part-{number}-of-{parts}"):
+        with preparation_lock(recipe.folder):  # shared by all parts
+            if is_complete(recipe.folder) or (work / PART_DONE).exists():
                 return work
             open_work(recipe, work)
         workers = config.workers or usable_cores()
@@ -83,12 +83,12 @@ def prepare_part(config: DataConfig, part: str, progress: bool = True) -> Path:
         tokens, made, size_bytes = 0, 0, sum(piece.size_bytes for each in mine for piece in units[each])
         with worker_pools(recipe, work, workers) as (pool, downloads), progress_bar(size_bytes, progress) as bar:
             forget_damaged(work, pool)
-            job = Job(recipe, units, mine, work, pool, downloads, in_flight=2 * workers)
+            job = WorkScheduler(recipe, units, mine, work, pool, downloads, in_flight=2 * workers)
             with job.finished(bar) as finished:
                 for each in finished:
                     bar.update(sum(piece.size_bytes for piece in units[each]))
-                    tokens += unit_path(work, each).stat().st_size // 2
-                    made += len(load_index(work, each).lengths) if most is not None else 0
+                    tokens += tokens_path(work, each).stat().st_size // 2
+                    made += len(load_item_index(work, each).lengths) if most is not None else 0
                     if (wanted is not None and tokens >= wanted) or (most is not None and made >= most):
                         break
         shutil.rmtree(work / "downloads", ignore_errors=True)  # what was fetched ahead, and not needed
@@ -97,14 +97,14 @@ def prepare_part(config: DataConfig, part: str, progress: bool = True) -> Path:
     return work
 
 
-def seal(folder: Path, workers: int = 0, progress: bool = True) -> Dataset:
+def merge_worker_shards(folder: Path, workers: int = 0, progress: bool = True) -> Dataset:
     """Join the parts of a data set.
 
     Raises:
         UserError: there are none, some are missing, or the source is not what they were made from.
     """
     found = [path for path in (folder / WORK).glob("part-*-of-*") if path.name.rpartition("-")[2].isdecimal()]
-    if not found and not is_made(folder):
+    if not found and not is_complete(folder):
         raise UserError(f"{folder} has no parts to join; make them with `myllm data prepare SOURCE --part 1/N` and on")
     for parts in sorted({int(path.name.rpartition("-")[2]) for path in found}):
         names = [f"part-{number}-of-{parts}" for number in range(1, parts + 1)]
@@ -114,7 +114,7 @@ def seal(folder: Path, workers: int = 0, progress: bool = True) -> Dataset:
                 "those first, with the same settings; a part made on another machine is copied there as a folder"
             )
     config = settings_of(folder, workers)
-    if not is_made(folder) and resolve(config).folder.resolve() != folder.resolve():
+    if not is_complete(folder) and resolve(config).folder.resolve() != folder.resolve():
         raise UserError(
             f"{folder} cannot be joined: its source is not what the parts were made from (or MYLLM_DATA is another "
             "folder than it was); put the source back as it was, or prepare it again"

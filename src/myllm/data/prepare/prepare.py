@@ -46,11 +46,11 @@ from myllm.files import (
 
 from .disk_space import check_disk
 from .progress import progress_bar
-from .scheduler import Downloads, Job
-from .shard_plan import TooLittleText
-from .shard_writer import Assembly, sealed_shards
-from .spec import Recipe, estimate_tokens, recipe_of
-from .work_items import is_intact, start_worker, unit_path
+from .scheduler import Downloads, WorkScheduler
+from .shard_plan import NotEnoughText
+from .shard_writer import ShardWriter, finished_shards
+from .spec import DatasetSpec, estimate_tokens, make_spec
+from .work_items import init_worker, is_item_intact, tokens_path
 
 PART_DONE = "done.json"
 """In the folder of a part (parts.py) all of whose units are there."""
@@ -69,31 +69,31 @@ def prepare(config: DataConfig, progress: bool = True) -> Dataset:
     if config.dataset is not None:
         return find_dataset(config.dataset)
     recipe = resolve(config)
-    if not is_made(recipe.folder) or (recipe.folder / WORK).exists():
-        with clear_disk_errors(), exclusive(recipe.folder):
-            if not is_made(recipe.folder):  # another process may have made it meanwhile
+    if not is_complete(recipe.folder) or (recipe.folder / WORK).exists():
+        with disk_errors_for_users(), preparation_lock(recipe.folder):
+            if not is_complete(recipe.folder):  # another process may have made it meanwhile
                 try:
                     _build(recipe, config.workers or usable_cores(), progress)
-                except TooLittleText:  # nor will it be another time
+                except NotEnoughText:  # nor will it be another time
                     remove(recipe.folder)
                     raise
             clear_work(recipe.folder)  # here, since an earlier call may have been killed right after the manifest
     return Dataset.open(recipe.folder)
 
 
-def resolve(config: DataConfig) -> Recipe:
+def resolve(config: DataConfig) -> DatasetSpec:
     """What the config asks for, or its fallback where the source cannot be reached."""
     try:
-        return recipe_of(config)
+        return make_spec(config)
     except UnreachableError as error:
         if config.fallback is None:
             raise
         find_source(config.fallback, config.text_column)  # says what is wrong with it before it is taken
         tqdm.write(f"{error}\ntaking {config.fallback} instead", file=sys.stderr)
-        return recipe_of(replace(config, source=config.fallback, fallback=None))
+        return make_spec(replace(config, source=config.fallback, fallback=None))
 
 
-def siblings(recipe: Recipe) -> Iterator[str]:
+def siblings(recipe: DatasetSpec) -> Iterator[str]:
     """A sentence on each whole data set of the same text and vocabulary, cut in other amounts: it may do as well."""
     wanted = recipe.describe()
     amounts = ("val_tokens", "target_tokens", "max_documents", "shard_tokens", "shuffle_seed")
@@ -113,24 +113,24 @@ def siblings(recipe: Recipe) -> Iterator[str]:
         )
 
 
-def is_made(folder: Path) -> bool:
+def is_complete(folder: Path) -> bool:
     return (folder / MANIFEST).is_file()
 
 
 @contextmanager
-def exclusive(folder: Path, what: str = "") -> Iterator[None]:
+def preparation_lock(folder: Path, what: str = "") -> Iterator[None]:
     """Hold the preparation of a data set, or of a part of it, for this process; others wait."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with locked(lock_of(folder, what)):
+    with locked(lock_path(folder, what)):
         yield
 
 
-def lock_of(folder: Path, what: str = "") -> Path:
+def lock_path(folder: Path, what: str = "") -> Path:
     return folder.parent / f".{folder.name}{what}.lock"
 
 
 @contextmanager
-def clear_disk_errors() -> Iterator[None]:
+def disk_errors_for_users() -> Iterator[None]:
     """A full disk or a folder that cannot be written is the user's to mend; any other fault keeps its traceback."""
     try:
         yield
@@ -151,7 +151,7 @@ def clear_disk_errors() -> Iterator[None]:
         raise
 
 
-def _build(recipe: Recipe, workers: int, progress: bool) -> None:
+def _build(recipe: DatasetSpec, workers: int, progress: bool) -> None:
     folder, work = recipe.folder, recipe.folder / WORK
     open_work(recipe, work)
     go_on_from(recipe, work)
@@ -166,9 +166,9 @@ def _build(recipe: Recipe, workers: int, progress: bool) -> None:
     units = recipe.units
     with worker_pools(recipe, work, workers) as (pool, downloads), progress_bar(_size(recipe), progress) as bar:
         forget_damaged(work, pool)
-        assembly = Assembly(recipe, folder, work, pool)
+        assembly = ShardWriter(recipe, folder, work, pool)
         # Shards that are written meanwhile go on the list at once: training may be waiting for them.
-        job = Job(recipe, units, range(len(units)), work, pool, downloads, 2 * workers, assembly.settle)
+        job = WorkScheduler(recipe, units, range(len(units)), work, pool, downloads, 2 * workers, assembly.settle)
         with job.finished(bar) as finished:
             for number in finished:
                 size_bytes = sum(piece.size_bytes for piece in units[number])
@@ -201,7 +201,7 @@ def remove(folder: Path) -> None:
         folder.rmdir()
 
 
-def open_work(recipe: Recipe, work: Path) -> None:
+def open_work(recipe: DatasetSpec, work: Path) -> None:
     """Make the folders of a data set and of its units, rid of what cannot be gone on from."""
     folder = recipe.folder
     if folder.exists() and not (folder / WORK).exists():  # what someone's `rm -r` did not get to
@@ -216,19 +216,19 @@ def open_work(recipe: Recipe, work: Path) -> None:
     fsync_folder(folder)
 
 
-def go_on_from(recipe: Recipe, work: Path) -> None:
+def go_on_from(recipe: DatasetSpec, work: Path) -> None:
     """Forget what an interrupted call cannot have finished."""
     folder = recipe.folder
     for left in folder.glob(f".*{TEMPORARY}"):
         left.unlink(missing_ok=True)
-    if not sealed_shards(folder, recipe.fingerprint):
+    if not finished_shards(folder, recipe.fingerprint):
         (folder / PROGRESS).unlink(missing_ok=True)
         for index in work.glob("*.npz"):  # of tokens that went into shards which are no longer there
             if not index.with_suffix(".bin").exists():
                 index.unlink()
 
 
-def adopt_parts(recipe: Recipe, work: Path) -> None:
+def adopt_parts(recipe: DatasetSpec, work: Path) -> None:
     """Take over the units that finished parts left.
 
     Raises:
@@ -251,21 +251,21 @@ def adopt_parts(recipe: Recipe, work: Path) -> None:
 def forget_damaged(work: Path, pool: Executor) -> None:
     """Delete the units of an earlier call, or of another machine, that did not reach this disk whole."""
     numbers = [int(index.stem) for index in sorted(work.glob("[0-9]*.npz"))]
-    for number, intact in zip(numbers, pool.map(is_intact, repeat(work), numbers), strict=True):
+    for number, intact in zip(numbers, pool.map(is_item_intact, repeat(work), numbers), strict=True):
         if not intact:
-            unit_path(work, number).with_suffix(".npz").unlink()
-            unit_path(work, number).unlink(missing_ok=True)
+            tokens_path(work, number).with_suffix(".npz").unlink()
+            tokens_path(work, number).unlink(missing_ok=True)
 
 
 @contextmanager
-def worker_pools(recipe: Recipe, work: Path, workers: int) -> Iterator[tuple[ProcessPoolExecutor, Downloads]]:
+def worker_pools(recipe: DatasetSpec, work: Path, workers: int) -> Iterator[tuple[ProcessPoolExecutor, Downloads]]:
     """Processes that tokenise, and others that download where there is something to download."""
     # spawn: a forked child would inherit the parent's threads' locks.
     context = get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=init_worker)
     remote = any(file.remote for file in recipe.source.files)
     fetchers = min(8, 2 + workers // 8)
-    fetching = ProcessPoolExecutor(fetchers, mp_context=context, initializer=start_worker) if remote else None
+    fetching = ProcessPoolExecutor(fetchers, mp_context=context, initializer=init_worker) if remote else None
     with pool:
         try:
             yield pool, Downloads(recipe, work, fetching)
@@ -295,7 +295,7 @@ def end_pool(pool: ProcessPoolExecutor, patience_s: float) -> None:
             process.kill()
 
 
-def _size(recipe: Recipe) -> int:
+def _size(recipe: DatasetSpec) -> int:
     """Bytes of the source that will be read."""
     share = recipe.estimated_tokens / max(estimate_tokens(recipe.source.files), 1)
     return int(recipe.source.size_bytes * min(share, 1))

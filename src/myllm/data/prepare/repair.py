@@ -11,12 +11,12 @@ from myllm.distributed.cpu_threads import usable_cores
 from myllm.errors import UserError
 
 from .multi_machine import settings_of
-from .prepare import clear_disk_errors, exclusive, worker_pools
+from .prepare import disk_errors_for_users, preparation_lock, worker_pools
 from .progress import progress_bar
-from .scheduler import Job
+from .scheduler import WorkScheduler
 from .shard_writer import write_shard
-from .spec import Recipe, recipe_of
-from .work_items import unit_path
+from .spec import DatasetSpec, make_spec
+from .work_items import tokens_path
 
 
 def repair(dataset: Dataset, damaged: list[str], workers: int = 0, progress: bool = True) -> None:
@@ -31,18 +31,18 @@ def repair(dataset: Dataset, damaged: list[str], workers: int = 0, progress: boo
     numbers = sorted({unit for each in spans.values() for unit, _, _ in each})
     units, work = recipe.units, folder / ".repair"
     workers = workers or usable_cores()
-    with clear_disk_errors(), exclusive(folder):
+    with disk_errors_for_users(), preparation_lock(folder):
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir()
         try:
             size_bytes = sum(piece.size_bytes for number in numbers for piece in units[number])
             with worker_pools(recipe, work, workers) as (pool, downloads), progress_bar(size_bytes, progress) as bar:
-                job = Job(recipe, units, numbers, work, pool, downloads, in_flight=2 * workers)
+                job = WorkScheduler(recipe, units, numbers, work, pool, downloads, in_flight=2 * workers)
                 with job.finished(bar) as finished:
                     for number in finished:
                         bar.update(sum(piece.size_bytes for piece in units[number]))
             for file, each in spans.items():
-                digest = write_shard(work / file, [(unit_path(work, unit), start, end) for unit, start, end in each])
+                digest = write_shard(work / file, [(tokens_path(work, unit), start, end) for unit, start, end in each])
                 said = next(shard.sha256 for shard in dataset.shards if shard.file == file)
                 if digest != said:
                     raise UserError(
@@ -54,10 +54,10 @@ def repair(dataset: Dataset, damaged: list[str], workers: int = 0, progress: boo
             shutil.rmtree(work, ignore_errors=True)
 
 
-def _same_recipe(dataset: Dataset) -> Recipe:
+def _same_recipe(dataset: Dataset) -> DatasetSpec:
     config = settings_of(dataset.folder)
     own = dataset.folder / TOKENIZER
-    recipe = recipe_of(replace(config, tokenizer=str(own)) if own.exists() else config)
+    recipe = make_spec(replace(config, tokenizer=str(own)) if own.exists() else config)
     # Which documents went where, spans.npy says: an older version's way of choosing them is not needed here.
     how = {"format", "val_tokens"} if dataset.manifest["format"] != FORMAT else set()
     changed = [key for key, value in recipe.describe().items() if dataset.manifest.get(key) != value and key not in how]

@@ -15,8 +15,8 @@ from myllm.data.sources.hub_listing import UnreachableError, suggest_fallback
 from myllm.data.sources.source import SourceFile
 
 from .progress import Progress
-from .spec import Recipe
-from .work_items import Unit, is_sealed, tokenise_unit, unit_path
+from .spec import DatasetSpec
+from .work_items import WorkItem, is_tokenized, tokenize_item, tokens_path
 
 
 class Downloads:
@@ -25,7 +25,7 @@ class Downloads:
     AHEAD_FILES = 3
     """So many files are on the disk or on their way at a time where a file is many units."""
 
-    def __init__(self, recipe: Recipe, work: Path, pool: Executor | None) -> None:
+    def __init__(self, recipe: DatasetSpec, work: Path, pool: Executor | None) -> None:
         self._pool, self._keep = pool, recipe.config.keep_downloads
         self._kept_folder = paths.downloads() / recipe.source.name
         self._own_folder = work / "downloads"
@@ -51,11 +51,11 @@ class Downloads:
 
 
 @dataclass
-class Job:
+class WorkScheduler:
     """Units to tokenise, and with what."""
 
-    recipe: Recipe
-    units: list[Unit]
+    recipe: DatasetSpec
+    units: list[WorkItem]
     numbers: Sequence[int]
     """Which of the units, in order."""
     work: Path
@@ -108,7 +108,7 @@ class Job:
         """Hand the next unit to a worker; or the downloads that have to come first."""
         number = left[0]
         job = None
-        if not is_sealed(self.work, number):
+        if not is_tokenized(self.work, number):
             files = self._start_downloads(left, len(waiting))
             if not all(future.done() for future in files.values()):
                 return [future for future in files.values() if not future.done()]
@@ -116,8 +116,8 @@ class Job:
                 places = {name: future.result() for name, future in files.items()}
             except UnreachableError as error:
                 raise suggest_fallback(error, self.recipe.source.name) from None
-            source, config, out = self.recipe.source, self.recipe.config, unit_path(self.work, number)
-            job = self.pool.submit(tokenise_unit, self.units[number], places, source, config, out, stop)
+            source, config, out = self.recipe.source, self.recipe.config, tokens_path(self.work, number)
+            job = self.pool.submit(tokenize_item, self.units[number], places, source, config, out, stop)
         waiting.append((left.popleft(), job))
         return []
 
@@ -129,7 +129,7 @@ class Job:
         for number in islice(left, 1_000):
             if enough <= 0 and len(names) >= Downloads.AHEAD_FILES:
                 break
-            if not is_sealed(self.work, number):
+            if not is_tokenized(self.work, number):
                 enough -= 1
                 names |= {piece.file.name for piece in self.units[number]}
                 for piece in self.units[number]:

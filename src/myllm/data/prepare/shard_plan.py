@@ -10,14 +10,14 @@ import numpy as np
 
 from myllm.errors import UserError
 
-from .work_items import UnitIndex
+from .work_items import ItemIndex
 
 Span = tuple[int, int, int]
 """Unit, and its tokens [start, end)."""
 
 
 @dataclass
-class ShardCutter:
+class SplitWriter:
     """Spans of one split, regrouped into shards of exactly `size` tokens; the last one is shorter."""
 
     split: str
@@ -30,7 +30,7 @@ class ShardCutter:
     """That begin in the shard that is being filled."""
     _filled: int = 0
 
-    def add(self, unit: int, starts: np.ndarray, lengths: np.ndarray, beginning: bool = True) -> Iterator["Cut"]:
+    def add(self, unit: int, starts: np.ndarray, lengths: np.ndarray, beginning: bool = True) -> Iterator["ShardSpec"]:
         """Take documents; give every shard that they fill.
 
         Args:
@@ -55,16 +55,16 @@ class ShardCutter:
                 if self._filled == self.size:
                     yield self.finish()
 
-    def finish(self) -> "Cut":
+    def finish(self) -> "ShardSpec":
         """The shard that is being filled, as it is; the next one begins."""
-        cut = Cut(self.split, self.number, self._filled, self.documents, tuple(self.spans))
+        cut = ShardSpec(self.split, self.number, self._filled, self.documents, tuple(self.spans))
         self.spans, self._filled, self.documents = [], 0, 0
         self.number += 1
         return cut
 
 
 @dataclass(frozen=True)
-class Cut:
+class ShardSpec:
     """One shard to be: which tokens, in order."""
 
     split: str
@@ -79,7 +79,7 @@ class Cut:
         return f"{self.split}_{self.number:05d}.npy"
 
 
-class TooLittleText(UserError):
+class NotEnoughText(UserError):
     """Nothing is left to train on."""
 
 
@@ -97,7 +97,7 @@ class _Documents:
     """Those that are no copies of an earlier one."""
 
 
-class CutList:
+class ShardPlanner:
     """Which documents of which unit go into which shard.
 
     Validation takes the first documents, at most `val_tokens` and at most a tenth of the text and of the documents. One
@@ -115,8 +115,8 @@ class CutList:
             "train_documents": 0, "train_tokens": 0, "val_documents": 0, "val_tokens": 0, "documents_split": 0,
             "copies_of_validation_dropped": 0, "duplicates_dropped": 0,
         }  # fmt: skip
-        self.val = ShardCutter("val", shard_tokens)
-        self.train = ShardCutter("train", shard_tokens)
+        self.val = SplitWriter("val", shard_tokens)
+        self.train = SplitWriter("train", shard_tokens)
         # Beside so many tokens to train on, a tenth of both together.
         self._val_tokens = val_tokens if target_tokens is None else min(val_tokens, target_tokens // 9)
         self._target_tokens, self._max_documents, self._dedup = target_tokens, max_documents, dedup
@@ -144,7 +144,7 @@ class CutList:
         """The first unit that is not dealt out yet."""
         return self._waiting[0].unit if self._waiting else None
 
-    def add(self, number: int, unit: UnitIndex) -> Iterator[Cut]:
+    def add(self, number: int, unit: ItemIndex) -> Iterator[ShardSpec]:
         """Deal out a unit's documents; give every shard that they fill."""
         if self.full:
             return
@@ -161,14 +161,14 @@ class CutList:
         if self._seen_tokens >= 10 * self._val_tokens or (most is not None and self._seen_documents >= most):
             yield from self._begin()
 
-    def finish(self) -> Iterator[Cut]:
+    def finish(self) -> Iterator[ShardSpec]:
         """The last shards."""
         if not self._chosen:
             yield from self._begin()
         if self.train.spans:
             yield self.train.finish()
 
-    def _begin(self) -> Iterator[Cut]:
+    def _begin(self) -> Iterator[ShardSpec]:
         """Decide what is held out, and deal out the units that waited for that."""
         yield from self._hold_out()
         self._chosen = True
@@ -179,7 +179,7 @@ class CutList:
             if not self.full:
                 yield from self._deal(documents)
 
-    def _hold_out(self) -> Iterator[Cut]:
+    def _hold_out(self) -> Iterator[ShardSpec]:
         """Choose validation's documents among those that wait, and give its shards."""
         left = self._room()
         candidates: list[tuple[_Documents, np.ndarray]] = []
@@ -207,13 +207,13 @@ class CutList:
         if self.val.spans:
             yield self.val.finish()
 
-    def _take_for_validation(self, documents: _Documents, places: np.ndarray) -> Iterator[Cut]:
+    def _take_for_validation(self, documents: _Documents, places: np.ndarray) -> Iterator[ShardSpec]:
         self._held_out[documents.unit] = places
         self._val_hashes.add_new(documents.hashes[places])
         self._count("val", documents.lengths[places])
         yield from self.val.add(documents.unit, _starts(documents)[places], documents.lengths[places])
 
-    def _split_for_validation(self, documents: _Documents, place: int, tokens: int) -> Iterator[Cut]:
+    def _split_for_validation(self, documents: _Documents, place: int, tokens: int) -> Iterator[ShardSpec]:
         """Hold out the end of one document, behind the end-of-text token that it begins with."""
         if tokens < 2:
             return
@@ -226,7 +226,7 @@ class CutList:
         end = np.array([start + length - (tokens - 1)])
         yield from self.val.add(documents.unit, end, np.array([tokens - 1]), beginning=False)
 
-    def _deal(self, documents: _Documents) -> Iterator[Cut]:
+    def _deal(self, documents: _Documents) -> Iterator[ShardSpec]:
         """Give training its documents of a unit. All are counted, dropped ones too."""
         lengths, held_out = documents.lengths.copy(), self._held_out.pop(documents.unit, documents.wanted[:0])
         left = np.setdiff1d(documents.wanted, held_out, assume_unique=True)
@@ -265,7 +265,7 @@ class CutList:
     def check_enough(self, source: str, dropped: dict[str, int], places: Sequence[dict[str, str]] = ()) -> None:
         """
         Raises:
-            TooLittleText: nothing to train on; `source` is its name for people, `dropped` what was passed over and why,
+            NotEnoughText: nothing to train on; `source` is its name for people, `dropped` what was passed over and why,
                 `places` where.
         """
         if self.counts["train_tokens"]:
@@ -275,9 +275,9 @@ class CutList:
             where = "".join(f"\n  {place['place']}: {place['detail'] or place['reason']}" for place in places[:3])
             column = "; --text-column NAME chooses another column or key"
             advice = column if {"no_text", "no_text_column"} & set(dropped) else ""
-            raise TooLittleText(f"the source {source} has no usable document{why}{advice}{where}")
+            raise NotEnoughText(f"the source {source} has no usable document{why}{advice}{where}")
         limits = "" if self._target_tokens is None else f", of which data.target_tokens takes {self._target_tokens:,}"
-        raise TooLittleText(
+        raise NotEnoughText(
             f"the source {source} has {self._seen_documents:,} usable document(s) with {self._seen_tokens:,} tokens"
             f"{limits}{why}. Validation takes at most a tenth and needs two tokens; add text"
             + (", or raise data.target_tokens" if limits else "")

@@ -19,9 +19,9 @@ from myllm.data.dataset import MANIFEST, PROGRESS, SPANS, Shard
 from myllm.errors import UserError
 from myllm.files import read_json, replacing, write_json, write_text
 
-from .shard_plan import Cut, CutList
-from .spec import Recipe
-from .work_items import load_index, unit_path
+from .shard_plan import ShardPlanner, ShardSpec
+from .spec import DatasetSpec
+from .work_items import load_item_index, tokens_path
 
 COPY_BYTES = 1 << 20
 NAMED_FAULTS = 10_000
@@ -61,20 +61,20 @@ def _parts(header: bytes, spans: list[tuple[Path, int, int]]) -> Iterator[bytes]
                 left -= len(part)
 
 
-class Assembly:
+class ShardWriter:
     """The shards of one data set as they come into being. One process, which sees no token."""
 
-    def __init__(self, recipe: Recipe, folder: Path, units: Path, pool: Executor) -> None:
+    def __init__(self, recipe: DatasetSpec, folder: Path, units: Path, pool: Executor) -> None:
         config = recipe.config
-        self.cuts = CutList(
+        self.cuts = ShardPlanner(
             config.val_tokens, config.shard_tokens, config.target_tokens, config.max_documents, config.dedup_exact
         )
         self.passed_over: Counter[str] = Counter()
         self._recipe, self._folder, self._units, self._pool = recipe, folder, units, pool
-        self._sealed = sealed_shards(folder, recipe.fingerprint)
+        self._sealed = finished_shards(folder, recipe.fingerprint)
         """By an earlier call, and by this one."""
         self._cut = 0
-        self._writing: deque[tuple[Cut, Future[str]]] = deque()
+        self._writing: deque[tuple[ShardSpec, Future[str]]] = deque()
         self._spans: list[tuple[int, int, int, int]] = []
         self.places: list[dict[str, str]] = []
         self._consumed = self._released = 0
@@ -82,7 +82,7 @@ class Assembly:
 
     def add(self, number: int, size_bytes: int) -> None:
         """Deal out the documents of the next unit, which stands for so many bytes of the source."""
-        index = load_index(self._units, number)
+        index = load_item_index(self._units, number)
         self.passed_over.update(index.faults.counts)
         self.places += index.faults.places[: NAMED_FAULTS - len(self.places)]
         self._done_bytes += size_bytes
@@ -95,7 +95,7 @@ class Assembly:
         """Write what is left, and the manifest: from now on it is a data set.
 
         Raises:
-            TooLittleText: nothing to train on.
+            NotEnoughText: nothing to train on.
         """
         for cut in self.cuts.finish():
             self._write(cut)
@@ -120,12 +120,12 @@ class Assembly:
             write_json(self._folder / PROGRESS, {**self._description(), "progress": progress, **self._shards()})
         self._release()
 
-    def _write(self, cut: Cut) -> None:
+    def _write(self, cut: ShardSpec) -> None:
         self._spans += [(self._cut, *span) for span in cut.spans]
         self._cut += 1
         if self._cut <= len(self._sealed):
             return  # by an earlier call
-        spans = [(unit_path(self._units, unit), start, end) for unit, start, end in cut.spans]
+        spans = [(tokens_path(self._units, unit), start, end) for unit, start, end in cut.spans]
         if lost := sorted({path for path, _, _ in spans if not path.exists()}):
             for path in lost:  # no longer sealed
                 path.with_suffix(".npz").unlink(missing_ok=True)
@@ -140,7 +140,7 @@ class Assembly:
         if self.cuts.waiting_unit is not None:
             behind = min(behind, self.cuts.waiting_unit)
         for number in range(self._released, behind):
-            unit_path(self._units, number).unlink(missing_ok=True)
+            tokens_path(self._units, number).unlink(missing_ok=True)
         self._released = max(self._released, behind)
 
     def _description(self) -> dict[str, Any]:
@@ -150,7 +150,7 @@ class Assembly:
         return {"shards": [vars(shard) for shard in self._sealed]}
 
 
-def sealed_shards(folder: Path, fingerprint: str) -> list[Shard]:
+def finished_shards(folder: Path, fingerprint: str) -> list[Shard]:
     """The shards that an earlier call finished; none if any of them is not what it was."""
     try:
         progress = read_json(folder / PROGRESS)

@@ -15,7 +15,7 @@ from myllm.data.sources.source import Source, SourceFile, find_source
 from myllm.data.tokenizer.load import Tokenizer, load_tokenizer
 from myllm.paths import user_path
 
-from .work_items import Unit, make_units
+from .work_items import WorkItem, make_work_items
 
 # Rough, for English; only for estimates made before anything is read. Source: FineWeb-Edu's sample is 28.5 GB of
 # parquet and 10B tokens, a file of C4 is 318 MB of gzip and about 180M tokens.
@@ -27,7 +27,7 @@ LONG_DOCUMENT_TOKENS = 10_000
 
 
 @dataclass(frozen=True)
-class Recipe:
+class DatasetSpec:
     """A source, a tokenizer and the settings that matter."""
 
     source: Source
@@ -43,11 +43,11 @@ class Recipe:
         return fingerprint_of(self.describe())
 
     @cached_property
-    def units(self) -> list[Unit]:
+    def units(self) -> list[WorkItem]:
         config = self.config
         # A part of a file may begin in the middle of an article.
         split = self.source.group != "articles"
-        return make_units(self.source.files, config.shuffle_files, config.shuffle_seed, split)
+        return make_work_items(self.source.files, config.shuffle_files, config.shuffle_seed, split)
 
     @property
     def estimated_tokens(self) -> int:
@@ -101,7 +101,7 @@ class Recipe:
         return {key: value for key, value in values.items() if key not in left_out}
 
 
-def recipe_of(config: DataConfig, hashed: bool = True) -> Recipe:
+def make_spec(config: DataConfig, hashed: bool = True) -> DatasetSpec:
     """
     Args:
         hashed: see `find_source`; without digests the recipe has no fingerprint, and so no folder.
@@ -110,7 +110,7 @@ def recipe_of(config: DataConfig, hashed: bool = True) -> Recipe:
         UserError: bad source or tokenizer.
     """
     source = find_source(config.source, config.text_column, hashed)
-    return Recipe(source, load_tokenizer(config.tokenizer), config)
+    return DatasetSpec(source, load_tokenizer(config.tokenizer), config)
 
 
 def estimate_tokens(files: Iterable[SourceFile]) -> float:

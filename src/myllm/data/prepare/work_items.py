@@ -46,7 +46,7 @@ WRITE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
-class Piece:
+class FilePart:
     """A file, or one part of it."""
 
     file: SourceFile
@@ -58,7 +58,7 @@ class Piece:
         return self.file.size_bytes // self.parts
 
 
-Unit = tuple[Piece, ...]
+WorkItem = tuple[FilePart, ...]
 
 
 def order_files(files: Iterable[SourceFile], shuffle: bool, seed: int) -> list[SourceFile]:
@@ -70,24 +70,24 @@ def order_files(files: Iterable[SourceFile], shuffle: bool, seed: int) -> list[S
     return sorted(files, key=key)
 
 
-def make_units(files: Iterable[SourceFile], shuffle: bool, seed: int, split: bool = True) -> list[Unit]:
+def make_work_items(files: Iterable[SourceFile], shuffle: bool, seed: int, split: bool = True) -> list[WorkItem]:
     """Files in order, small ones together, large ones in parts. A function of names, sizes and seed alone.
 
     Args:
         split: whether files may be read in parts at all.
     """
-    units: list[Unit] = []
-    small: list[Piece] = []
+    units: list[WorkItem] = []
+    small: list[FilePart] = []
     held_bytes = 0
     for file in order_files(files, shuffle, seed):
         parts = max(1, round(file.size_bytes / PART_BYTES)) if split and is_splittable(file.name) else 1
         if parts > 1:
             numbers = sorted(range(parts), key=lambda part: _mix(f"{seed}\0{file.name}\0{part}") if shuffle else part)
             units += [tuple(small)] if small else []
-            units += [(Piece(file, part, parts),) for part in numbers]
+            units += [(FilePart(file, part, parts),) for part in numbers]
             small, held_bytes = [], 0
             continue
-        small.append(Piece(file))
+        small.append(FilePart(file))
         # A server that does not say how large a file is has no small ones; a tiny one costs its opening.
         held_bytes += max(file.size_bytes, TINY_BYTES) if file.size_bytes or not file.remote else SMALL_BYTES
         if held_bytes >= SMALL_BYTES:
@@ -104,7 +104,7 @@ def _mix(text: str) -> bytes:
 
 
 @dataclass(frozen=True)
-class UnitIndex:
+class ItemIndex:
     """A finished unit: where its tokens are, and its documents in them."""
 
     path: Path
@@ -116,37 +116,37 @@ class UnitIndex:
     faults: SkipLog
 
 
-def unit_path(folder: Path, number: int) -> Path:
+def tokens_path(folder: Path, number: int) -> Path:
     return folder / f"{number:06d}.bin"
 
 
-def is_sealed(folder: Path, number: int) -> bool:
-    return unit_path(folder, number).with_suffix(".npz").exists()
+def is_tokenized(folder: Path, number: int) -> bool:
+    return tokens_path(folder, number).with_suffix(".npz").exists()
 
 
-def load_index(folder: Path, number: int) -> UnitIndex:
-    path = unit_path(folder, number)
+def load_item_index(folder: Path, number: int) -> ItemIndex:
+    path = tokens_path(folder, number)
     with np.load(path.with_suffix(".npz")) as saved:
         said = json.loads(bytes(saved["faults"]))
         faults = SkipLog(places=said["places"])
         faults.counts.update(said["counts"])
-        return UnitIndex(path, saved["lengths"].astype(np.int64), saved["hashes"], faults)
+        return ItemIndex(path, saved["lengths"].astype(np.int64), saved["hashes"], faults)
 
 
-def is_intact(folder: Path, number: int) -> bool:
+def is_item_intact(folder: Path, number: int) -> bool:
     """Whether a finished unit is what it was: each document has its hash, and there is nothing else.
 
     Of a unit whose tokens are in shards by now, and so deleted, there is only the index to look at.
     """
     try:
-        index = load_index(folder, number)
+        index = load_item_index(folder, number)
         with index.path.open("rb") as file:
             for length, expected in zip(index.lengths.tolist(), index.hashes.tolist(), strict=True):
                 if int.from_bytes(_hash(file.read(2 * length)), "little") != expected:
                     return False
             return not file.read(1)
     except FileNotFoundError:
-        return is_sealed(folder, number)
+        return is_tokenized(folder, number)
     except (OSError, ValueError, KeyError, EOFError, BadZipFile):
         return False
 
@@ -158,7 +158,7 @@ def _hash(document: bytes | np.ndarray) -> bytes:
 # -- what a worker does -----------------------------------------------------------------------------------------------
 
 
-def start_worker() -> None:
+def init_worker() -> None:
     """What a worker process does first: leave what a terminal sends (Ctrl-C, its end) to the parent, and end with it.
 
     Each worker holds both ends of the queue that it waits on, so a killed parent would leave it waiting for ever.
@@ -182,8 +182,8 @@ def _tokenizer(spec: str) -> Tokenizer:
     return load_tokenizer(spec)
 
 
-def tokenise_unit(
-    unit: Unit, paths: dict[str, Path], source: Source, config: DataConfig, out: Path, stop: Path
+def tokenize_item(
+    unit: WorkItem, paths: dict[str, Path], source: Source, config: DataConfig, out: Path, stop: Path
 ) -> None:
     """Read every document of the unit and write its tokens to `out`, and the index beside it.
 
@@ -235,7 +235,7 @@ class _Writer:
 
 
 def _documents(
-    unit: Unit, paths: dict[str, Path], source: Source, config: DataConfig, faults: SkipLog
+    unit: WorkItem, paths: dict[str, Path], source: Source, config: DataConfig, faults: SkipLog
 ) -> Iterator[tuple[str, str]]:
     """The unit's documents, cleaned, each with the name of its file."""
     place = ""

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from myllm.checkpoint.format import TrainState, restore_random_state
 from myllm.config import RunConfig, to_dict
-from myllm.data.dataloader import batch_of, read_rows
+from myllm.data.dataloader import read_batch, read_rows
 from myllm.data.dataset import Dataset
-from myllm.data.sampler import count_sequences, rank_rows, step_sequences, window_of
+from myllm.data.sampler import count_sequences, rank_rows, step_sequences, window_sequences
 from myllm.data.tokenizer.load import Tokenizer
 from myllm.distributed import collectives as distributed
 from myllm.distributed.collectives import DistContext
@@ -116,7 +116,7 @@ def _stop(bad: SkippedStep, in_a_row: int, scene: StepContext) -> str:
 def sequences_of(bad: SkippedStep, scene: StepContext) -> np.ndarray:
     """The step's sequences in their global order, (G,) int64."""
     n_sequences = count_sequences(scene.dataset.train.tokens, scene.batch.seq_len)
-    return step_sequences(bad.data, scene.batch.sequences, n_sequences, window_of(scene.batch.seq_len))
+    return step_sequences(bad.data, scene.batch.sequences, n_sequences, window_sequences(scene.batch.seq_len))
 
 
 def _diagnose_share(bad: SkippedStep, sequences: np.ndarray, scene: StepContext) -> Diagnosis:
@@ -128,7 +128,7 @@ def _diagnose_share(bad: SkippedStep, sequences: np.ndarray, scene: StepContext)
         for micro_step in range(batch.grad_accum_steps)
     ]
     batches = (
-        tuple(part.to(device) for part in batch_of(scene.dataset.train, share, batch.seq_len)) for share in shares
+        tuple(part.to(device) for part in read_batch(scene.dataset.train, share, batch.seq_len)) for share in shares
     )
     with sdpa.training_backends(device, scene.config.train), deterministic(scene.config.train.deterministic):
         return diagnose(scene.whole, batches, len(shares), partial(autocast, scene.config, device))

@@ -7,7 +7,7 @@ from pathlib import Path
 from myllm import paths
 from myllm.config import DataConfig, RunConfig
 from myllm.data.dataset import MANIFEST, SETTINGS, Dataset, find_dataset
-from myllm.data.prepare.spec import recipe_of
+from myllm.data.prepare.spec import make_spec
 from myllm.data.sources.catalog import CORPORA
 from myllm.data.tokenizer.load import Tokenizer, load_tokenizer
 from myllm.files import read_json
@@ -72,7 +72,7 @@ def inspect_data_and_disk(config: RunConfig) -> DataAndDisk:
         return DataAndDisk(folder, free, shards, downloads, checkpoints, tokens, False, source)
     if source.startswith("hub:"):
         return DataAndDisk(folder, free, shards, IN_FLIGHT_BYTES, checkpoints, None, False, source)
-    recipe = recipe_of(config.data, hashed=False)
+    recipe = make_spec(config.data, hashed=False)
     tokens = max(recipe.estimated_tokens - recipe.estimated_val_tokens, 0)
     shards = max(min(shards, 2 * int(recipe.estimated_tokens)) - there, 0)
     return DataAndDisk(folder, free, shards, 0, checkpoints, tokens, False, recipe.source.description)

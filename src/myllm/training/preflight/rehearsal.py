@@ -20,7 +20,7 @@ import torch
 from myllm import paths
 from myllm.checkpoint.format import TrainState, random_state, restore_random_state
 from myllm.config import RunConfig
-from myllm.data.dataloader import Loader
+from myllm.data.dataloader import BatchLoader
 from myllm.data.dataset import FORMAT, MANIFEST, Dataset, Shard
 from myllm.data.sampler import DataPosition
 from myllm.data.tokenizer.load import Tokenizer
@@ -167,14 +167,14 @@ class Parts:
         self.runner = stack.enter_context(fast_kernels(self.model, config, process, say))
         self.guard = GradientGuard(config.train, process.device)
 
-    def loader(self, dataset: Dataset, batch: BatchPlan) -> Loader:
+    def loader(self, dataset: Dataset, batch: BatchPlan) -> BatchLoader:
         position = self.state(dataset, 0).data
-        return Loader(dataset.train, batch, position, self.process.rank, self.process.device)
+        return BatchLoader(dataset.train, batch, position, self.process.rank, self.process.device)
 
     def state(self, dataset: Dataset, step: int) -> TrainState:
-        return TrainState(step, 0, DataPosition(0, 0, self.config.train.seed, dataset.hash))
+        return TrainState(step, 0, DataPosition(0, 0, self.config.train.seed, dataset.fingerprint))
 
-    def step(self, loader: Loader, dataset: Dataset, batch: BatchPlan, step: int) -> tuple[float, float]:
+    def step(self, loader: BatchLoader, dataset: Dataset, batch: BatchPlan, step: int) -> tuple[float, float]:
         """One real step, done when it returns; loss and gradient norm of this rank."""
         self.guard.record(self.state(dataset, step))
         loss, grad_norm, _ = train_step(
