@@ -128,7 +128,7 @@ def prepare_and_train(config: "RunConfig", prepare_only: bool, profile: bool = F
 def draw_report(run: "RunPaths") -> None:
     """The report of a run that has ended. Whatever keeps it from being drawn takes nothing from the run."""
     try:
-        from myllm.runs.report.write import write_report
+        from myllm.runs.report.html import write_report
 
         write_report(run)
     except Exception as error:

@@ -32,7 +32,7 @@ EARLY = (
     "myllm.data.prepare.background",
     "myllm.cli.launch",
     "myllm.hub.background_publish",
-    "myllm.runs.report.write",
+    "myllm.runs.report.html",
 )
 EARLY += ("torch._dynamo",)  # every optimizer imports it: two thirds of a small run's time
 BOUNDARIES = ("mkdir", "fsync", "rename", "replace", "unlink", "rmdir")
@@ -187,7 +187,7 @@ def run(request: dict[str, Any], rank: int, port: int) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     sys.argv = ["pretrain.py", *request["words"]]
     import pretrain
-    from myllm.runs.report import write as report
+    from myllm.runs.report import html as report
 
     report.write_report = lambda run: None  # takes longer than all else, and has its own tests
     for name, value in request["fault"].items() if rank in request["on"] else ():

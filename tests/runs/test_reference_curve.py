@@ -17,7 +17,8 @@ from myllm.runs import reference_curve as reference
 from myllm.runs.history import read_metrics
 from myllm.runs.reference_curve import Curve, Reference, ReferenceWatch, reference_of
 from myllm.runs.report.axes import INK
-from myllm.runs.report.write import figure, write_report
+from myllm.runs.report.html import write_report
+from myllm.runs.report.plots import figure
 from myllm.training import loop
 
 FALLING = Curve("loss", True, 0.05, (1_000, 10_000, 100_000), (4.0, 3.0, 2.5))

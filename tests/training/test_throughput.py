@@ -12,7 +12,6 @@ from training.test_loop import run, run_until
 from myllm.config import RunConfig
 from myllm.data.dataloader import BatchLoader
 from myllm.runs.history import read_metrics
-from myllm.runs.report.times import times_section
 from myllm.training import loop
 from myllm.training import throughput as meters
 from myllm.training.throughput import console_line, progress, time_line
@@ -86,8 +85,8 @@ def test_a_restart_counts_on(tiny: RunConfig, monkeypatch: pytest.MonkeyPatch) -
     assert [row["step"] for row in rows if "starting" in row["seconds"]] == [2, 6, 10]
     metrics = read_metrics(root / "metrics.jsonl")
     assert metrics.skipped == 0
-    assert metrics.apart["starting"] == pytest.approx(sum(row["seconds"].get("starting", 0) for row in rows))
-    seconds = metrics.seconds()
+    assert metrics.overhead["starting"] == pytest.approx(sum(row["seconds"].get("starting", 0) for row in rows))
+    seconds = metrics.time_by_activity()
     assert {"training", "starting", "validation", "cloze", "samples", "saving"} <= seconds.keys()
     training = sum(2 * row["step_s"] for row in train_rows(root))
     assert seconds["training"] + seconds.get("waiting for data", 0) == pytest.approx(training)
@@ -103,14 +102,6 @@ def test_lines_for_people() -> None:
         "time: 0:16:40 since the start: training 92.0%, validation 6.0%, saving 1.3%, starting 0.7%; "
         "waiting for the loader 0.1%"
     )
-
-
-def test_the_table_of_the_report() -> None:
-    assert times_section({}) == ""
-    html = times_section({"training": 7_200.0, "<b>": 800.0})
-    assert "2 h 0 min" in html
-    assert "&lt;b&gt;" in html
-    assert "width: 90.000%" in html
 
 
 def test_a_stop_before_the_first_row_leaves_no_file(tmp_path: Path) -> None:

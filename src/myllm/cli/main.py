@@ -36,7 +36,7 @@ def report(run: Positional[str]) -> None:
         run: its name, or its folder.
     """
     from myllm.runs.history import find_run
-    from myllm.runs.report.write import write_report
+    from myllm.runs.report.html import write_report
 
     print(write_report(find_run(run)))
 

@@ -22,7 +22,7 @@ from myllm.runs.history import (
     Metrics,
     Row,
     as_float,
-    chance_is_a_quarter,
+    chance_accuracy,
     get_text,
     read_json_or_empty,
     read_metrics,
@@ -197,7 +197,7 @@ def _results(about: CardData) -> str:
     for name in about.metrics.evals:
         lines += _figures(name, about.metrics.last(name), about.step)
     note = "No standard error is given where the single measurements (tokens of one text) are not independent."
-    if any(chance_is_a_quarter(name, about.metrics.last(name)) for name in about.metrics.evals):
+    if any(chance_accuracy(name, about.metrics.last(name)) for name in about.metrics.evals):
         note += " Chance in a choice of four is 25 %."
     return "\n".join(["## Results", "", *lines, "", note])
 

@@ -1,6 +1,6 @@
-"""What a run wrote about itself, read back: metrics.jsonl, samples.jsonl, config.json, environment.json.
+"""Reads what a run writes about itself: metrics.jsonl, samples.jsonl, config.json, environment.json.
 
-Readers never trust a file to be finished: training may be writing it, or may have died in the middle of a line.
+A file may be unfinished: training may be writing it, or may have died in the middle of a line.
 """
 
 import math
@@ -22,22 +22,22 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Metrics:
-    """The rows of a metrics.jsonl, in order of step and each step once."""
+    """The rows of a metrics.jsonl: sorted by step, each step once."""
 
     train: list[Row]
     evals: dict[str, list[Row]]
-    """Rows by the eval's name, in order of step."""
+    """Rows by evaluation name."""
     skipped: int = 0
-    """Lines that could not be read."""
-    apart: dict[str, float] = field(default_factory=dict)
-    """Seconds of what is no part of a step, by its name; of all starts of the run together."""
+    """Number of unreadable lines."""
+    overhead: dict[str, float] = field(default_factory=dict)
+    """Seconds outside training steps by activity, summed over all starts of the run."""
 
     @property
     def last_step(self) -> int:
         return max(rows[-1]["step"] for rows in (self.train, *self.evals.values()) if rows)
 
     def last(self, name: str = "train") -> Row:
-        """The newest row of an eval, or of training; empty if there is none."""
+        """The newest row of training or of an evaluation; empty if there is none."""
         rows = self.rows(name)
         return rows[-1] if rows else {}
 
@@ -45,7 +45,7 @@ class Metrics:
         return self.train if name == "train" else self.evals.get(name, [])
 
     def tokens_at(self, steps: np.ndarray | list[int]) -> np.ndarray:
-        """Tokens seen after that many steps each; NaN if no row says.
+        """Tokens seen after each of these steps, interpolated; NaN if no row has them.
 
         Shapes: (N,) -> (N,)
         """
@@ -57,31 +57,32 @@ class Metrics:
         return np.interp(steps, np.append(0, known_steps), np.append(0, tokens[known]))
 
     def training_s(self) -> float:
-        """Seconds of training, evaluations and checkpoints not counted; NaN if no row says."""
-        seconds = self._training_s()
+        """Seconds in training steps, without evaluations and checkpoints; NaN if unknown."""
+        seconds = self._training_s_by_row()
         return float(np.nansum(seconds)) if np.isfinite(seconds).any() else math.nan
 
-    def seconds(self) -> dict[str, float]:
-        """Where the time of all starts went, longest first; empty if no row says.
+    def time_by_activity(self) -> dict[str, float]:
+        """Seconds of all starts by activity, the longest first; empty if unknown.
 
-        What was trained after the newest checkpoint and was lost with a process is not in it: its rows are gone.
+        Steps that were lost with a killed process do not count: a later start overwrote their rows.
         """
-        if not self.apart or math.isnan(training := self.training_s()):
+        training = self.training_s()
+        if not self.overhead or math.isnan(training):
             return {}
-        waited = np.clip(column(self.train, "data_wait_s") / column(self.train, "step_s"), 0, 1) * self._training_s()
-        waited = float(np.nansum(waited))
-        seconds = Counter(self.apart) + Counter({"training": training - waited, "waiting for data": waited})
+        wait_fraction = np.clip(column(self.train, "data_wait_s") / column(self.train, "step_s"), 0, 1)
+        waiting = float(np.nansum(wait_fraction * self._training_s_by_row()))
+        seconds = Counter(self.overhead) + Counter({"training": training - waiting, "waiting for data": waiting})
         return dict(seconds.most_common())
 
-    def _training_s(self) -> np.ndarray:
-        """By training row, since the one before: (N,), NaN where a row does not say."""
+    def _training_s_by_row(self) -> np.ndarray:
+        """Training seconds since the previous row; NaN where unknown. Shapes: (len(self.train),)"""
         with np.errstate(divide="ignore", invalid="ignore"):
             seconds = np.diff(column(self.train, "tokens"), prepend=0) / column(self.train, "tokens_per_s")
         return np.where(np.isfinite(seconds), seconds, np.nan)
 
 
 def find_run(run: str | Path) -> paths.RunPaths:
-    """The run of that name under temp_data/runs, or the run in that folder."""
+    """Find a run by its name under temp_data/runs or by its folder."""
     folder = user_path(run)
     if not (folder / "metrics.jsonl").is_file():
         return paths.RunPaths.of(str(run))
@@ -90,37 +91,38 @@ def find_run(run: str | Path) -> paths.RunPaths:
 
 
 def read_metrics(path: Path) -> Metrics:
-    """Every training and evaluation row of a metrics.jsonl.
+    """Read the training and evaluation rows of a metrics.jsonl.
 
-    A run that went back to a checkpoint wrote some steps twice: what it wrote last is what happened.
+    A run that returned to a checkpoint wrote some steps twice: the later rows count.
 
     Raises:
-        UserError: if there is no such file, or no row in it.
+        UserError: the file is missing or has no rows.
     """
     rows, skipped = _read_lines(path)
     train: list[Row] = []
     evals: dict[str, list[Row]] = {}
-    apart: Counter[str] = Counter()
+    overhead: Counter[str] = Counter()
     for row in rows:
-        if row.get("kind") == "train":
-            _append_at_step(train, row)
-        elif row.get("kind") == "eval" and "name" in row:
-            _append_at_step(evals.setdefault(str(row["name"]), []), row)
-        elif row.get("kind") == "apart" and isinstance(row.get("seconds"), dict):
-            apart.update({str(name): each for name, each in row["seconds"].items() if as_float(each) > 0})
-        else:
-            skipped += 1
+        match row:
+            case {"kind": "train"}:
+                _append_at_step(train, row)
+            case {"kind": "eval", "name": name}:
+                _append_at_step(evals.setdefault(str(name), []), row)
+            case {"kind": "overhead" | "apart", "seconds": dict(seconds)}:  # "apart": its name in earlier versions
+                overhead.update({str(activity): value for activity, value in seconds.items() if as_float(value) > 0})
+            case _:
+                skipped += 1
     if not train and not evals:
         raise UserError(
-            f"{path} holds no training or evaluation row yet ({skipped} unreadable lines). "
+            f"{path} has no training or evaluation row yet ({skipped} unreadable lines). "
             "Wait for the run's first logged step, then try again."
         )
     evals = {name: _of_newest_protocol(rows) for name, rows in evals.items()}
-    return Metrics(train, evals, skipped, dict(apart))
+    return Metrics(train, evals, skipped, dict(overhead))
 
 
 def read_samples(path: Path) -> dict[str, list[Row]]:
-    """Samples by prompt, in order of step; empty if the run wrote none."""
+    """Read samples by prompt, sorted by step; empty if the run has none."""
     by_prompt: dict[str, list[Row]] = {}
     if path.is_file():
         for row in _read_lines(path)[0]:
@@ -130,7 +132,7 @@ def read_samples(path: Path) -> dict[str, list[Row]]:
 
 
 def read_json_or_empty(path: Path) -> Row:
-    """A JSON object such as config.json; empty if it is missing or half written."""
+    """Read a JSON object such as environment.json; empty if the file is missing or incomplete."""
     try:
         return read_json(path)
     except (OSError, UserError):
@@ -138,19 +140,22 @@ def read_json_or_empty(path: Path) -> Row:
 
 
 def read_config(path: Path) -> Row:
-    """A run's config.json, by today's names; empty if it is missing or half written.
+    """Read a run's config.json, migrated to today's names; empty if the file is missing or incomplete.
 
     Raises:
-        UserError: a later version of this program wrote it.
+        UserError: a later version of MyLLM wrote it.
     """
     return CONFIG.upgrade(read_json_or_empty(path), path)
 
 
-def column(rows: list[Row], key: str) -> np.ndarray:
-    """One column as float64: NaN where a row has no number there.
+def section(config: Row, name: str) -> Row:
+    """One group of settings; empty if it is missing or of another type."""
+    settings = config.get(name)
+    return settings if isinstance(settings, dict) else {}
 
-    Shapes: (len(rows),)
-    """
+
+def column(rows: list[Row], key: str) -> np.ndarray:
+    """The values of `key` as float64, NaN where a row has no number. Shapes: (len(rows),)"""
     values = [row.get(key) for row in rows]
     try:
         return np.array(values, dtype=np.float64)  # None becomes NaN
@@ -159,55 +164,55 @@ def column(rows: list[Row], key: str) -> np.ndarray:
 
 
 def get_text(row: Row, key: str) -> str | None:
-    """A text in a row; None where there is none."""
+    """The string at `key`; None if there is none."""
     value = row.get(key)
     return value if isinstance(value, str) else None
 
 
 def as_float(value: Any) -> float:
-    """A JSON number as a float, anything else as NaN."""
+    """A JSON number as a float; NaN for anything else."""
     try:
         return float(value) if isinstance(value, int | float) else math.nan
-    except OverflowError:  # a whole number of hundreds of digits
+    except OverflowError:  # an integer with hundreds of digits
         return math.nan
 
 
 def eval_protocol(row: Row) -> int:
-    """How an evaluation was done: cloze's examples have been drawn in two ways, and only the newer says so."""
-    found = row.get("protocol")
-    return found if isinstance(found, int) else 1
+    """The version of an evaluation: cloze draws its examples differently since protocol 2; older rows have none."""
+    protocol = row.get("protocol")
+    return protocol if isinstance(protocol, int) else 1
 
 
-def chance_is_a_quarter(name: str, row: Row) -> bool:
-    """Whether a model that knows nothing is right in one of four cases: not so in the first protocol of cloze."""
-    return name == "hellaswag" or (name == "cloze" and eval_protocol(row) > 1)
+def chance_accuracy(name: str, row: Row) -> float | None:
+    """The accuracy of random guessing; None where it is unknown, as in the first protocol of cloze."""
+    return 0.25 if name == "hellaswag" or (name == "cloze" and eval_protocol(row) > 1) else None
 
 
 def _of_newest_protocol(rows: list[Row]) -> list[Row]:
-    """Figures of a run that was taken up by a newer version are not drawn as one curve."""
+    """Drop results of older protocols: a run that a newer version resumed has two curves that do not compare."""
     newest = max(map(eval_protocol, rows))
     return [row for row in rows if eval_protocol(row) == newest]
 
 
 def accuracy_key(rows: list[Row]) -> str:
-    """The accuracy to show of a multiple-choice eval: normalized by length, as published figures are, where known."""
+    """Which accuracy of a multiple-choice evaluation to show: normalized by length, as in papers, if it is known."""
     return "acc_norm" if np.isfinite(column(rows, "acc_norm")).any() else "acc"
 
 
-def moving_average(values: np.ndarray, share: float = 0.02) -> np.ndarray:
-    """A moving mean that ignores what is not finite.
+def moving_average(values: np.ndarray, half_window: float = 0.02) -> np.ndarray:
+    """Moving average that ignores NaN and infinity.
 
-    The window is centred and grows with the distance from the first value, so that the steep beginning of a loss curve
-    stays where it is; at the end it reaches back only, so that the last value is not a single noisy one.
+    The window is centered. It is shorter near the first value, so that the steep start of a loss curve keeps its shape;
+    at the end it only reaches back, so that the last value is not one noisy value.
 
     Args:
-        values: (N,), in order of time.
-        share: half the window, as a share of N.
+        values: (N,)
+        half_window: as a fraction of N.
     """
     count = len(values)
     finite = np.isfinite(values)
     index = np.arange(count)
-    half = np.minimum(max(2, round(count * share)), index // 4)
+    half = np.minimum(max(2, round(count * half_window)), index // 4)
     first, end = index - half, np.minimum(index + half + 1, count)
     sums = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
     counts = np.concatenate([[0], np.cumsum(finite)])
@@ -216,23 +221,24 @@ def moving_average(values: np.ndarray, share: float = 0.02) -> np.ndarray:
 
 
 def _read_lines(path: Path) -> tuple[list[Row], int]:
-    """The rows of a JSONL file that have a step, and how many lines were no such row."""
+    """The rows of a JSONL file that have a step, and the number of other lines."""
     if not path.is_file():
-        raise UserError(_missing(path))
+        raise UserError(_describe_missing(path))
     rows = list(run_rows(path))
     return [row for row in rows if row is not None], rows.count(None)
 
 
 def _append_at_step(rows: list[Row], row: Row) -> None:
+    """Append a row in place of those at its step and after it."""
     while rows and rows[-1]["step"] >= row["step"]:
         rows.pop()
     rows.append(row)
 
 
-def _missing(path: Path) -> str:
+def _describe_missing(path: Path) -> str:
     run = path.parent
     if run.is_dir():
-        return f"{run} has no {path.name}: training writes it at its first logged step. Start the run, or name another."
+        return f"{run} has no {path.name}: training writes it at the first logged step. Start the run, or name another."
     known = sorted(file.parent.name for file in run.parent.glob("*/metrics.jsonl"))
-    others = f"runs there: {', '.join(known)}" if known else "no run has been started there yet"
+    others = f"existing runs: {', '.join(known)}" if known else "no run has been started there yet"
     return f"there is no run folder {run}{nearest(run.name, known)}; {others}."

@@ -1,5 +1,7 @@
 """Lines, axes and labels that all figures of a run share."""
 
+from typing import NamedTuple
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, Locator, LogLocator, MaxNLocator, NullLocator
@@ -7,10 +9,10 @@ from matplotlib.ticker import FuncFormatter, Locator, LogLocator, MaxNLocator, N
 from myllm.formatting import format_number, format_si
 from myllm.runs.history import Metrics, Row, column, moving_average
 
-# Blue, vermillion and green of Okabe and Ito (2008), https://jfly.uni-koeln.de/color, the green darkened, and a purple
-# dark enough for text: distinct under the common colour blindnesses, and no series is told by its colour alone.
-BLUE, VERMILLION, GREEN, PURPLE = "#0072b2", "#d55e00", "#00815d", "#aa3377"
-INK, GREY, RULE, FAINT = "#1f2430", "#6b7280", "#c3c8d0", "#e5e7eb"
+# Blue, vermilion and green of Okabe and Ito (2008), https://jfly.uni-koeln.de/color, with a darker green, and a purple
+# dark enough for text. Color-blind readers can tell them apart, and no series is identified by its color alone.
+BLUE, VERMILION, GREEN, PURPLE = "#0072b2", "#d55e00", "#00815d", "#aa3377"
+INK, GRAY, RULE, FAINT = "#1f2430", "#6b7280", "#c3c8d0", "#e5e7eb"
 
 STYLE = {
     "font.family": "DejaVu Sans",
@@ -21,7 +23,7 @@ STYLE = {
     "figure.constrained_layout.h_pad": 0.12,
     "text.color": INK,
     "axes.edgecolor": RULE,
-    "axes.labelcolor": GREY,
+    "axes.labelcolor": GRAY,
     "axes.titlelocation": "left",
     "axes.titlesize": 11.5,
     "axes.titleweight": "bold",
@@ -34,127 +36,126 @@ STYLE = {
     "axes.axisbelow": True,
     "grid.color": FAINT,
     "xtick.color": RULE,
-    "xtick.labelcolor": GREY,
-    "ytick.color": GREY,
+    "xtick.labelcolor": GRAY,
+    "ytick.color": GRAY,
     "ytick.left": False,
     "ytick.right": False,
     "lines.linewidth": 1.9,
     "lines.solid_capstyle": "round",
     "lines.solid_joinstyle": "round",
 }
+DASHED, DOTTED = (0, (4, 3)), (0, (1, 2.5))
 
-MAX_POINTS = 2_000  # a line has no use for more points than the picture has pixels
+MAX_POINTS = 2_000  # a line needs no more points than the picture has pixels
 
-Label = tuple[float, str, str]
-"""Where on the y axis, the text, its colour."""
+
+class Label(NamedTuple):
+    """Text beside the end of a line, at its y value and in its color."""
+
+    y: float
+    text: str
+    color: str
 
 
 # -- lines ------------------------------------------------------------------------------------------------------------
 
 
-def points(rows: list[Row], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of the rows where the value is finite."""
+def finite_points(rows: list[Row], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values of the rows whose value is finite."""
     values = column(rows, key)
     finite = np.isfinite(values)
     return column(rows, "step")[finite], values[finite]
 
 
-def thin(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """At most about MAX_POINTS of the points: the lowest and highest of each stretch, so that no spike is lost."""
+def downsample(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Keep about MAX_POINTS points: the lowest and the highest of each bin, so that no spike is lost."""
     if len(steps) <= MAX_POINTS:
         return steps, values
-    stretches = np.array_split(np.arange(len(steps)), MAX_POINTS // 2)
     kept = {0, len(steps) - 1}
-    for stretch in stretches:
-        kept.update((stretch[values[stretch].argmin()], stretch[values[stretch].argmax()]))
+    for indices in np.array_split(np.arange(len(steps)), MAX_POINTS // 2):
+        kept |= {indices[values[indices].argmin()], indices[values[indices].argmax()]}
     index = np.array(sorted(kept))
     return steps[index], values[index]
 
 
-def draw_line(axes: Axes, rows: list[Row], key: str, colour: str, name: str) -> list[Label]:
-    """One value as it is."""
-    steps, values = points(rows, key)
+def plot_line(axes: Axes, rows: list[Row], key: str, name: str, color: str = BLUE, smooth: bool = False) -> list[Label]:
+    """Plot one value of the training rows; with `smooth` its moving average, over the faint values themselves."""
+    steps, values = finite_points(rows, key)
     if not steps.size:
         return []
-    axes.plot(*thin(steps, values), color=colour, marker="o" if steps.size == 1 else None)
-    return [(values[-1], f"{name}\n{format_number(values[-1])}", colour)]
+    if smooth:
+        axes.plot(*downsample(steps, values), color=color, alpha=0.28, linewidth=0.8)
+        values = moving_average(values)
+    axes.plot(*downsample(steps, values), color=color, marker="o" if steps.size == 1 else None)
+    return [Label(values[-1], f"{name}\n{format_number(values[-1])}", color)]
 
 
-def draw_noisy_line(axes: Axes, rows: list[Row], key: str, colour: str, name: str) -> list[Label]:
-    """One value as it is, faint, and its moving mean; the label is the mean's last."""
-    steps, values = points(rows, key)
-    if not steps.size:
-        return []
-    mean = moving_average(values)
-    axes.plot(*thin(steps, values), color=colour, alpha=0.28, linewidth=0.8)
-    axes.plot(*thin(steps, mean), color=colour, marker="o" if steps.size == 1 else None)
-    return [(mean[-1], f"{name}\n{format_number(mean[-1])}", colour)]
-
-
-def draw_marked_line(
+def plot_evals(
     axes: Axes,
     rows: list[Row],
     key: str,
-    colour: str,
     name: str,
-    marker: str,
-    write=format_number,
-    error: str | None = None,
+    color: str = VERMILION,
+    marker: str = "o",
+    format_value=format_number,
 ) -> list[Label]:
-    """Measurements far apart: every point has a marker, unless there are too many to tell apart."""
-    steps, values = points(rows, key)
+    """Plot an evaluation with markers, thinned out where there are too many to tell apart, and its standard errors."""
+    steps, values = finite_points(rows, key)
     if not steps.size:
         return []
-    every = -(-steps.size // 60)
-    if error and (bars := dict(zip(*points(rows, error), strict=True))):
-        heights = np.array([bars.get(step, 0.0) for step in steps])
-        axes.errorbar(steps, values, heights, fmt="none", errorevery=every, ecolor=colour, alpha=0.45, capsize=2.5)
-    axes.plot(steps, values, color=colour, linewidth=1.2, alpha=0.7)
+    stride = -(-steps.size // 60)
+    if errors := dict(zip(*finite_points(rows, "acc_stderr"), strict=True)):
+        heights = np.array([errors.get(step, 0.0) for step in steps])
+        axes.errorbar(steps, values, heights, fmt="none", errorevery=stride, ecolor=color, alpha=0.45, capsize=2.5)
+    axes.plot(steps, values, color=color, linewidth=1.2, alpha=0.7)
     axes.plot(
-        steps[::every], values[::every], color=colour, linestyle="none", marker=marker, markersize=5.5,
+        steps[::stride], values[::stride], color=color, linestyle="none", marker=marker, markersize=5.5,
         markeredgecolor="white", markeredgewidth=0.9, clip_on=False, zorder=3,
     )  # fmt: skip
-    return [(values[-1], f"{name}\n{write(values[-1])}", colour)]
+    return [Label(values[-1], f"{name}\n{format_value(values[-1])}", color)]
 
 
 # -- axes -------------------------------------------------------------------------------------------------------------
 
 
-def log_scale(axes: Axes, locator: Locator | None = None) -> None:
-    """A logarithmic y axis for the lines drawn, or the plain one if none of them has a positive value.
+def set_log_scale(axes: Axes, locator: Locator | None = None) -> None:
+    """Make the y axis logarithmic, unless no line has a positive value.
 
     Args:
-        locator: where the ticks are. None: the fewer decades the lines span, the more ticks in each.
+        locator: of the ticks. None: the fewer decades the lines span, the more ticks a decade.
     """
     values = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in axes.lines])
     values = values[values > 0]
     if not values.size:
         return
     if locator is None:
-        spread = values.max() / values.min()
-        locator = LogLocator(subs=(1, 2, 5) if spread < 100 else (1, 3) if spread < 1e5 else (1,), numticks=12)
+        ratio = values.max() / values.min()
+        locator = LogLocator(subs=(1, 2, 5) if ratio < 100 else (1, 3) if ratio < 1e5 else (1,), numticks=12)
     axes.set_yscale("log", nonpositive="mask")
-    axes.yaxis.set_major_locator(locator)
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_number(value)))
+    set_ticks(axes.yaxis, locator, format_number)
 
 
-def finish_axes(axes: Axes, metrics: Metrics, labels: list[Label]) -> None:
-    """The step axis, and the labels at the lines' ends."""
+def set_ticks(axis, locator: Locator | None, format_value) -> None:
+    """Set where an axis has its ticks (None: where they are) and how their values are written."""
+    if locator:
+        axis.set_major_locator(locator)
+    axis.set_major_formatter(FuncFormatter(lambda value, _: format_value(value)))
+
+
+def set_step_axis(axes: Axes, metrics: Metrics) -> None:
     axes.set_xlim(0, max(metrics.last_step, 1))
     axes.set_xlabel("step")
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_si(value)))
-    place_labels(axes, labels)
+    set_ticks(axes.xaxis, MaxNLocator(6, integer=True), format_si)
 
 
 def place_labels(axes: Axes, labels: list[Label]) -> None:
-    """Two-line labels right of the axes, each as near to its line's end as the others leave room."""
-    height = axes.get_figure().get_figheight() * 0.72 * 72  # the axes' own, about, in points
-    gap = 2 * 1.3 * font_size(axes) / height
+    """Write two-line labels right of the axes, as near to the ends of their lines as they fit without overlap."""
+    font_size = axes.xaxis.label.get_fontsize()
+    axes_height = axes.get_figure().get_figheight() * 0.72 * 72  # in points, roughly
+    gap = 2 * 1.3 * font_size / axes_height
     to_axes = axes.transData + axes.transAxes.inverted()
-    placed = [(float(to_axes.transform((0, value))[1]), text, colour) for value, text, colour in labels]
-    placed.sort()
+    placed = sorted((float(to_axes.transform((0, label.y))[1]), label.text, label.color) for label in labels)
     heights = [min(max(height, 0.0), 1.0) for height, _, _ in placed]
     for index in range(1, len(heights)):
         heights[index] = max(heights[index], heights[index - 1] + gap)
@@ -162,44 +163,37 @@ def place_labels(axes: Axes, labels: list[Label]) -> None:
         heights[-1] = 1.0
         for index in reversed(range(len(heights) - 1)):
             heights[index] = min(heights[index], heights[index + 1] - gap)
-    for height, (_, text, colour) in zip(heights, placed, strict=True):
+    for height, (_, text, color) in zip(heights, placed, strict=True):
         axes.annotate(
-            text, (1, height), xycoords="axes fraction", textcoords="offset points", xytext=(9, 0), color=colour,
-            va="center", fontweight="bold", fontsize=font_size(axes) - 0.5, linespacing=1.15,
+            text, (1, height), xycoords="axes fraction", textcoords="offset points", xytext=(9, 0), color=color,
+            va="center", fontweight="bold", fontsize=font_size - 0.5, linespacing=1.15,
         )  # fmt: skip
 
 
-def font_size(axes: Axes) -> float:
-    return axes.xaxis.label.get_fontsize()
-
-
-def add_tokens_axis(axes: Axes, metrics: Metrics) -> None:
-    """A second step axis on top, in tokens; left out if the tokens a step changed on the way."""
-    steps, tokens = points(metrics.train, "tokens")
+def add_token_axis(axes: Axes, metrics: Metrics) -> None:
+    """Add an axis in tokens at the top, unless the batch size changed during the run."""
+    steps, tokens = finite_points(metrics.train, "tokens")
     if not steps.size or steps[-1] <= 0 or tokens[-1] <= 0:
         return
-    rate = tokens[-1] / steps[-1]
-    if not np.allclose(tokens, steps * rate, rtol=0.01):
+    batch_tokens = tokens[-1] / steps[-1]
+    if not np.allclose(tokens, steps * batch_tokens, rtol=0.01):
         return
-    top = axes.secondary_xaxis("top", functions=(lambda step: step * rate, lambda tokens: tokens / rate))
+    top = axes.secondary_xaxis("top", functions=(lambda step: step * batch_tokens, lambda token: token / batch_tokens))
     top.set_xlabel("tokens")
-    top.xaxis.set_major_locator(MaxNLocator(6))
-    top.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_si(value)))
+    set_ticks(top.xaxis, MaxNLocator(6), format_si)
     top.spines["top"].set_visible(False)
     top.tick_params(length=0)
 
 
 def mark_non_finite(axes: Axes, rows: list[Row], key: str) -> None:
-    """Crosses on the step axis where the value was NaN or infinite."""
-    suspects = np.flatnonzero(~np.isfinite(column(rows, key)))
-    bad = [rows[index]["step"] for index in suspects if key in rows[index]]
-    if not bad:
+    """Mark the steps whose value is NaN or infinite with crosses on the step axis."""
+    steps = [rows[index]["step"] for index in np.flatnonzero(~np.isfinite(column(rows, key))) if key in rows[index]]
+    if not steps:
         return
-    ground = axes.get_xaxis_transform()
     axes.plot(
-        bad, [0.02] * len(bad), "x", color=INK, markersize=5, markevery=-(-len(bad) // 200), transform=ground, zorder=4,
-        clip_on=False,
+        steps, [0.02] * len(steps), "x", color=INK, markersize=5, markevery=-(-len(steps) // 200), clip_on=False,
+        transform=axes.get_xaxis_transform(), zorder=4,
     )  # fmt: skip
-    times = f"{len(bad)} times, first " if len(bad) > 1 else ""
-    # In the corner that a falling curve leaves empty.
-    axes.text(0.99, 0.97, f"x not finite {times}at step {bad[0]:,}", transform=axes.transAxes, ha="right", va="top")
+    times = f"{len(steps)} times, first " if len(steps) > 1 else ""
+    # A falling curve leaves this corner empty.
+    axes.text(0.99, 0.97, f"x not finite {times}at step {steps[0]:,}", transform=axes.transAxes, ha="right", va="top")

@@ -1,23 +1,41 @@
-"""report.html: everything found out about one run on one page that needs no other file and no network."""
+"""report.html: one page with everything that is known about a run. It needs no other file, no script and no network.
+
+The page is the template report.html with the styles of report.css; this module computes what they show.
+"""
 
 import base64
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
-from html import escape
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from myllm.files import write_text
 from myllm.formatting import format_duration, format_number, format_percent, format_si
-from myllm.runs.history import Metrics, Row, accuracy_key, as_float, chance_is_a_quarter
+from myllm.paths import RunPaths
+from myllm.runs.history import (
+    Metrics,
+    Row,
+    accuracy_key,
+    as_float,
+    chance_accuracy,
+    read_config,
+    read_json_or_empty,
+    read_metrics,
+    read_samples,
+    section,
+)
 
-from .css import PAGE, STYLE
-from .plots import PLOTS
-from .times import times_section
+from .plots import PLOTS, save_figures
 
-TABLE_ROWS = 25
-SAMPLE_CHARACTERS = 3_000
+MAX_TABLE_ROWS = 25
+MAX_SAMPLE_CHARS = 3_000
+ACTIVITY_COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#999999")
+"""Longest activity first; the last color serves all that follow. Source: Okabe and Ito (2008), safe for color-blind
+readers."""
 
 
 @dataclass(frozen=True)
@@ -30,87 +48,122 @@ class ReportData:
     config: Row
     environment: Row
     figures: dict[str, bytes]
-    """PNG by the figure's name."""
+    """PNG files by figure name."""
 
 
-def render_page(run: ReportData) -> str:
-    sections = (
-        _heading(run),
-        _cards(run),
-        _figures(run.figures),
-        _samples(run.samples),
-        _evaluations(run.metrics),
-        times_section(run.metrics.seconds()),
-        _commands(run),
-        _config(run.config),
-        _environment(run.environment),
-        _footer(run),
+class Card(NamedTuple):
+    """One headline figure."""
+
+    title: str
+    value: str
+    detail: str
+
+
+def write_report(run: RunPaths) -> Path:
+    """Draw the figures into plots/ and write report.html.
+
+    Raises:
+        UserError: the run or its metrics do not exist or hold no rows.
+    """
+    metrics, config = read_metrics(run.metrics), read_config(run.config)
+    figures = save_figures(metrics, config, run.plots)
+    data = ReportData(
+        name=run.root.name,
+        metrics=metrics,
+        samples=read_samples(run.samples),
+        config=config,
+        environment=read_json_or_empty(run.environment),
+        figures={name: path.read_bytes() for name, path in figures.items()},
     )
-    return PAGE.substitute(title=escape(f"{run.name} - MyLLM"), style=STYLE, body="\n".join(filter(None, sections)))
+    write_text(run.report, render_page(data))  # atomic: a browser may reload the page while training continues
+    return run.report
+
+
+def render_page(data: ReportData) -> str:
+    metrics = data.metrics
+    jinja = Environment(
+        loader=PackageLoader(__package__, "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    jinja.filters |= {
+        "duration": format_duration, "flatten": _flatten, "percent": format_percent, "sample": _shorten, "text": _text,
+        "thousands": "{:,.0f}".format,
+    }  # fmt: skip
+    return jinja.get_template("report.html").render(
+        name=data.name,
+        subtitle=" · ".join(filter(None, _subtitle(data))),
+        step=metrics.last_step,
+        max_steps=_max_steps(data),
+        cards=headline(data),
+        figures={name: _figure(name, png) for name, png in data.figures.items()},
+        samples=data.samples,
+        evals=_eval_table(metrics),
+        activities=activities(metrics),
+        commands=_commands(data),
+        config=_config_groups(data.config),
+        environment=_environment(data.environment),
+        n_rows=len(metrics.train) + sum(map(len, metrics.evals.values())),
+        n_skipped=metrics.skipped,
+    )
 
 
 # -- the top ----------------------------------------------------------------------------------------------------------
 
 
-def _heading(run: ReportData) -> str:
-    step = run.metrics.last_step
-    planned = as_float(_section(run.config, "train").get("max_steps"))
-    facts = [
-        _text(run.environment.get("source") or _section(run.config, "data").get("source")),
-        _devices(run.environment),
-        _text(run.environment.get("started")).replace("T", " ")[:16],
-    ]
-    progress = f"<span>step {step:,}</span>"
-    if planned > 0:
-        done = min(100.0, 100 * step / planned)
-        progress = f'<div class="bar"><span style="width: {done:.1f}%"></span></div>'
-        progress += f"<span>step {step:,} of {planned:,.0f}</span>"
-    return (
-        f'<header><p class="kicker">MyLLM pretraining run</p><h1>{escape(run.name)}</h1>'
-        f'<p class="soft">{escape(" · ".join(filter(None, facts)))}</p><div class="progress">{progress}</div></header>'
-    )
-
-
-def _devices(environment: Row) -> str:
-    name = _text(environment.get("device_name") or environment.get("device"))
+def _subtitle(data: ReportData) -> list[str]:
+    environment = data.environment
+    device = _text(environment.get("device_name") or environment.get("device"))
     world_size = as_float(environment.get("world_size"))
-    return f"{world_size:.0f} x {name}" if name and world_size > 1 else name
+    return [
+        _text(environment.get("source") or section(data.config, "data").get("source")),
+        f"{world_size:.0f} x {device}" if device and world_size > 1 else device,
+        _text(environment.get("started")).replace("T", " ")[:16],
+    ]
 
 
-def headline(run: ReportData) -> list[tuple[str, str, str]]:
-    """The cards: what is measured, its newest value, and a remark. What was never measured has no card."""
-    metrics, train, validation = run.metrics, run.metrics.last(), run.metrics.last("validation")
+def _max_steps(data: ReportData) -> float:
+    """The planned length of the run; NaN if unknown."""
+    return as_float(section(data.config, "train").get("max_steps"))
+
+
+def headline(data: ReportData) -> list[Card]:
+    """The newest value of each measurement; a measurement without a value has no card."""
+    metrics, train, validation = data.metrics, data.metrics.last(), data.metrics.last("validation")
     at = f"at step {validation['step']:,}" if validation else ""
     cards = [
-        ("Validation loss", _value(validation, "loss", _fixed), at and f"nats per token, {at}"),
-        ("Perplexity", _value(validation, "perplexity", _perplexity), at),
-        ("Bits per byte", _value(validation, "bits_per_byte", _fixed), at),
-        *(_accuracy_card(metrics, name, title) for name, title in (("cloze", "Cloze"), ("hellaswag", "HellaSwag"))),
-        ("Training loss", "" if validation else _value(train, "loss", _fixed), "nats per token, newest row"),
-        ("Tokens seen", _value(train, "tokens", format_si), _passes(train, run.environment)),
-        ("Tokens per second", _value(train, "tokens_per_s", format_si), _mfu(train)),
-        ("Training time", format_duration(metrics.training_s()), "without evaluations"),
-        ("Parameters", _value(run.environment, "parameters", format_si), _shape(_section(run.config, "model"))),
+        Card("Validation loss", _value(validation, "loss", _loss), at and f"nats per token, {at}"),
+        Card("Perplexity", _value(validation, "perplexity", _perplexity), at),
+        Card("Bits per byte", _value(validation, "bits_per_byte", _loss), at),
+        _accuracy_card(metrics, "cloze", "Cloze accuracy"),
+        _accuracy_card(metrics, "hellaswag", "HellaSwag accuracy"),
+        Card("Training loss", "" if validation else _value(train, "loss", _loss), "nats per token, newest row"),
+        Card("Tokens seen", _value(train, "tokens", format_si), _epochs(train, data.environment)),
+        Card("Tokens per second", _value(train, "tokens_per_s", format_si), _mfu(train)),
+        Card("Training time", format_duration(metrics.training_s()), "without evaluations"),
+        Card("Parameters", _value(data.environment, "parameters", format_si), _shape(section(data.config, "model"))),
     ]
-    return [card for card in cards if card[1]]
+    return [card for card in cards if card.value]
 
 
-def _accuracy_card(metrics: Metrics, name: str, title: str) -> tuple[str, str, str]:
+def _accuracy_card(metrics: Metrics, name: str, title: str) -> Card:
     row = metrics.last(name)
-    key = accuracy_key(metrics.rows(name))
     error, examples = as_float(row.get("acc_stderr")), as_float(row.get("n_examples"))
-    remarks = [f"± {format_percent(error)}" if error > 0 else "", f"{examples:,.0f} examples" if examples > 0 else ""]
-    remarks += ["chance 25\N{NO-BREAK SPACE}%"] if chance_is_a_quarter(name, row) else []
+    details = [f"± {format_percent(error)}" if error > 0 else "", f"{examples:,.0f} examples" if examples > 0 else ""]
+    if row and (chance := chance_accuracy(name, row)):
+        details.append(f"chance {chance * 100:.0f}\N{NO-BREAK SPACE}%")
     if "acc_blind" in row:
-        remarks.append(f"without the context {_value(row, 'acc_blind', format_percent)}")
-    return f"{title} accuracy", _value(row, key, format_percent), ", ".join(filter(None, remarks))
+        details.append(f"without the context {_value(row, 'acc_blind', format_percent)}")
+    return Card(title, _value(row, accuracy_key(metrics.rows(name)), format_percent), ", ".join(filter(None, details)))
 
 
-def _passes(train: Row, environment: Row) -> str:
-    passes = as_float(train.get("tokens")) / (as_float(environment.get("train_tokens")) or np.nan)
-    if passes >= 1:
-        return f"{format_number(passes)} passes over the data"
-    return f"{format_number(100 * passes)}\N{NO-BREAK SPACE}% of the data" if passes > 0 else ""
+def _epochs(train: Row, environment: Row) -> str:
+    epochs = as_float(train.get("tokens")) / (as_float(environment.get("train_tokens")) or np.nan)
+    if epochs >= 1:
+        return f"{format_number(epochs)} epochs"
+    return f"{format_number(100 * epochs)}\N{NO-BREAK SPACE}% of the data" if epochs > 0 else ""
 
 
 def _mfu(train: Row) -> str:
@@ -123,149 +176,88 @@ def _shape(model: Row) -> str:
     return ", ".join(f"{model[key]} {name}" for key, name in names.items() if key in model)
 
 
-def _cards(run: ReportData) -> str:
-    shown = headline(run)
-    columns = next((columns for columns in (4, 3) if len(shown) % columns == 0), 4)
-    cards = (
-        f'<div><dt>{escape(title)}</dt><dd class="value">{escape(value)}</dd>'
-        f'<dd class="detail">{escape(remark)}</dd></div>'
-        for title, value, remark in shown
-    )
-    return f'<dl class="cards columns-{columns}">{"".join(cards)}</dl>'
+def _figure(name: str, png: bytes) -> dict[str, str]:
+    url = f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"
+    return {"url": url, "description": PLOTS[name].description}
 
 
-# -- figures and samples ----------------------------------------------------------------------------------------------
-
-
-def _figures(figures: dict[str, bytes]) -> str:
-    parts = []
-    if "loss" in figures:
-        narrow = _data_url(figures["loss_compact"])
-        parts.append(
-            f'<figure class="wide"><picture><source media="(max-width: 760px)" srcset="{narrow}">'
-            f"{_image('loss', figures['loss'])}</picture></figure>"
-        )
-    others = [name for name in figures if name not in ("loss", "loss_compact")]
-    # An odd figure would leave a hole: the last three share a row instead.
-    parts.append(f'<div class="grid figures{" odd" if len(others) % 2 and len(others) > 1 else ""}">')
-    parts += [f"<figure>{_image(name, figures[name])}</figure>" for name in others]
-    return "".join([*parts, "</div>"])
-
-
-def _image(name: str, png: bytes) -> str:
-    return f'<img alt="{escape(PLOTS[name].description)}" src="{_data_url(png)}">'
-
-
-def _data_url(png: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"
-
-
-def _samples(samples: dict[str, list[Row]]) -> str:
-    if not samples:
-        return ""
-    blocks = []
-    for prompt, rows in samples.items():
-        columns = [_sample(rows[0], "")] if len(rows) > 1 else []
-        columns.append(_sample(rows[-1], "last"))
-        blocks.append(
-            f'<div class="card sample"><p class="prompt">{escape(prompt)}</p>'
-            f'<div class="grid">{"".join(columns)}</div></div>'
-        )
-    return f"<h2>How it continues a text</h2>{''.join(blocks)}"
-
-
-def _sample(row: Row, style: str) -> str:
-    text = str(row["text"]).removeprefix(" ")
-    text = text if len(text) <= SAMPLE_CHARACTERS else text[:SAMPLE_CHARACTERS] + " ..."
-    return f'<div><h3 class="{style}">step {row["step"]:,}</h3><p class="text">{escape(text)}</p></div>'
+def _shorten(sample: Any) -> str:
+    text = str(sample).removeprefix(" ")
+    return text if len(text) <= MAX_SAMPLE_CHARS else text[:MAX_SAMPLE_CHARS] + " ..."
 
 
 # -- tables -----------------------------------------------------------------------------------------------------------
 
 
-def _evaluations(metrics: Metrics) -> str:
-    columns = (
-        ("Validation<br>loss", "validation", "loss", _fixed),
-        ("<br>perplexity", "validation", "perplexity", _perplexity),
-        ("<br>bits per byte", "validation", "bits_per_byte", _fixed),
-        ("<br>token accuracy", "validation", "token_accuracy", format_percent),
-        ("Cloze<br>accuracy", "cloze", accuracy_key(metrics.rows("cloze")), format_percent),
-        ("HellaSwag<br>accuracy", "hellaswag", accuracy_key(metrics.rows("hellaswag")), format_percent),
-    )
-    columns = [column for column in columns if metrics.rows(column[1])]
-    if not columns:
-        return ""
-    by_step = {name: {row["step"]: row for row in rows} for name, rows in metrics.evals.items()}
-    steps = sorted(set().union(*(by_step[name] for _, name, _, _ in columns)))
+def _eval_table(metrics: Metrics) -> dict[str, Any]:
+    """Columns and rows of the table of evaluations, with at most MAX_TABLE_ROWS of the evaluated steps."""
+    columns = [
+        ("Validation", "loss", "validation", "loss", _loss),
+        ("", "perplexity", "validation", "perplexity", _perplexity),
+        ("", "bits per byte", "validation", "bits_per_byte", _loss),
+        ("", "token accuracy", "validation", "token_accuracy", format_percent),
+        ("Cloze", "accuracy", "cloze", accuracy_key(metrics.rows("cloze")), format_percent),
+        ("HellaSwag", "accuracy", "hellaswag", accuracy_key(metrics.rows("hellaswag")), format_percent),
+    ]
+    columns = [column for column in columns if metrics.rows(column[2])]
+    by_step = {name: {row["step"]: row for row in metrics.rows(name)} for _, _, name, _, _ in columns}
+    steps = sorted(set().union(*by_step.values()))
     shown = steps
-    if len(steps) > TABLE_ROWS:
-        shown = [steps[index] for index in np.linspace(0, len(steps) - 1, TABLE_ROWS).round().astype(int)]
-    lines = ["<tr><th>Step</th><th>Tokens</th>" + "".join(f"<th>{title}</th>" for title, *_ in columns) + "</tr>"]
-    for step, tokens in zip(shown, metrics.tokens_at(shown), strict=True):
-        cells = [f"{step:,}", format_si(tokens) if tokens >= 0 else ""]
-        cells += [_value(by_step[name].get(step, {}), key, write) for _, name, key, write in columns]
-        lines.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
-    note = f'<p class="note">{len(shown)} of {len(steps)} evaluated steps; metrics.jsonl has all of them.</p>'
-    table = f'<div class="card scroll"><table>{"".join(lines)}</table></div>'
-    return f"<h2>Evaluations</h2>{table}{note if shown is not steps else ''}"
+    if len(steps) > MAX_TABLE_ROWS:
+        shown = [steps[index] for index in np.linspace(0, len(steps) - 1, MAX_TABLE_ROWS).round().astype(int)]
+    rows = [
+        [f"{step:,}", format_si(tokens) if tokens >= 0 else ""]
+        + [_value(by_step[name].get(step, {}), key, format_value) for _, _, name, key, format_value in columns]
+        for step, tokens in zip(shown, metrics.tokens_at(shown), strict=True)
+    ]
+    return {"headings": [column[:2] for column in columns], "rows": rows, "n_steps": len(steps)}
 
 
-def _commands(run: ReportData) -> str:
-    words = run.environment.get("command") or ""
+def activities(metrics: Metrics) -> list[dict[str, Any]]:
+    """Where the run's time went, the longest activity first: name, seconds, fraction and color."""
+    seconds = metrics.time_by_activity()
+    total = sum(seconds.values())
+    last = len(ACTIVITY_COLORS) - 1
+    return [
+        {"name": name, "seconds": value, "fraction": value / total, "color": ACTIVITY_COLORS[min(index, last)]}
+        for index, (name, value) in enumerate(seconds.items())
+    ]
+
+
+def _commands(data: ReportData) -> dict[str, str]:
+    words = data.environment.get("command") or ""
     words = [str(word) for word in words] if isinstance(words, list) else str(words).split()
-    # Asking for a fresh start again would move this run aside instead of going on with it.
+    # --train.fresh would move this run aside instead of resuming it.
     resume = shlex.join(word for word in words if word != "--train.fresh")
-    prompt = next((prompt.strip() for prompt in run.samples if "'" not in prompt), "Once upon a time")
-    sample = f"myllm sample {shlex.quote(run.name)} --prompt {shlex.quote(prompt)}"
-    finished = as_float(_section(run.config, "train").get("max_steps")) <= run.metrics.last_step
-    parts = [("Resume training", "" if finished else resume), ("Generate text", sample)]
-    blocks = "".join(f"<p>{title}</p><pre>{escape(command)}</pre>" for title, command in parts if command)
-    return f'<h2>Commands</h2><div class="card commands">{blocks}</div>'
+    prompt = next((prompt.strip() for prompt in data.samples if "'" not in prompt), "Once upon a time")
+    finished = _max_steps(data) <= data.metrics.last_step
+    return {
+        "Resume training": "" if finished else resume,
+        "Generate text": f"myllm sample {shlex.quote(data.name)} --prompt {shlex.quote(prompt)}",
+    }
 
 
-def _config(config: Row) -> str:
-    if not config:
-        return ""
+def _config_groups(config: Row) -> dict[str, Row]:
     groups = {"run": {key: value for key, value in config.items() if not isinstance(value, dict)}}
     groups |= {key: value for key, value in config.items() if isinstance(value, dict)}
-    blocks = (
-        f'<details><summary>{escape(name)} <span class="soft">{len(values)} '
-        f"setting{'s' * (len(values) != 1)}</span></summary>{_facts(values)}</details>"
-        for name, values in groups.items()
-        if values
-    )
-    return f"<h2>Config</h2>{''.join(blocks)}"
+    return {name: settings for name, settings in groups.items() if settings}
 
 
-def _environment(environment: Row) -> str:
+def _environment(environment: Row) -> Row:
     command = environment.get("command")
-    if isinstance(command, list):
-        environment = environment | {"command": shlex.join(map(str, command))}
-    return f'<h2>Environment</h2><div class="card">{_facts(environment)}</div>' if environment else ""
-
-
-def _facts(values: Row) -> str:
-    lines = (f"<tr><th>{escape(key)}</th><td>{escape(_text(value))}</td></tr>" for key, value in _flat(values))
-    return f'<table class="facts">{"".join(lines)}</table>'
-
-
-def _footer(run: ReportData) -> str:
-    metrics = run.metrics
-    rows = len(metrics.train) + sum(map(len, metrics.evals.values()))
-    skipped = f"; {metrics.skipped} unreadable lines left out" if metrics.skipped else ""
-    return f"<footer>Made from {rows:,} rows of metrics.jsonl{skipped}.</footer>"
+    return environment | ({"command": shlex.join(map(str, command))} if isinstance(command, list) else {})
 
 
 # -- values as text ---------------------------------------------------------------------------------------------------
 
 
-def _value(row: Row, key: str, write=format_number) -> str:
+def _value(row: Row, key: str, format_value=format_number) -> str:
     """A row's number as text; empty if it has none."""
     value = row.get(key)
-    return write(as_float(value)) if isinstance(value, int | float) else ""
+    return format_value(as_float(value)) if isinstance(value, int | float) else ""
 
 
-def _fixed(value: float) -> str:
+def _loss(value: float) -> str:
     return f"{value:.4f}" if np.isfinite(value) else format_number(value)
 
 
@@ -273,15 +265,11 @@ def _perplexity(value: float) -> str:
     return f"{value:.2f}" if value < 1_000 else format_si(value)
 
 
-def _section(config: Row, name: str) -> Row:
-    section = config.get(name)
-    return section if isinstance(section, dict) else {}
-
-
-def _flat(values: Row, prefix: str = "") -> Iterable[tuple[str, Any]]:
+def _flatten(values: Row, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested settings as ("versions.torch", value) pairs."""
     for key, value in values.items():
         if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from _flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
