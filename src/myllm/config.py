@@ -199,12 +199,12 @@ class TrainConfig:
     """Keep only what goes into each block and compute the rest again for its gradient: less memory, a third more
     arithmetic, the same numbers."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """At a loss or a gradient that is not finite: stop with a flight bag, or leave this update out and go on."""
+    """If a loss or a gradient is not finite: stop with an anomaly dump, or skip this update and continue."""
     skip_spikes_sigma: float | None = None
     """Leave out updates whose gradient norm is a spike: its logarithm so many standard deviations above the mean of
     about the last 128 steps. 6 is a careful choice. None: make them all."""
     max_skipped_steps: int = 10
-    """Stop with a flight bag once more updates than this in a row were left out. 0: at the first."""
+    """Stop with an anomaly dump once more consecutive updates than this were skipped. 0: at the first."""
     max_wall_s: float | None = None
     """Save and stop before the process has run for so many seconds, with exit code 75. None: no limit."""
     collective_timeout_s: float = 300.0

@@ -76,11 +76,27 @@ CONFIG = Schema(
     "config",
     (Change(renamed={"data.normalise_unicode": "data.normalize_unicode"}),),
 )
-"""A RunConfig: config.json of runs, checkpoints and flight bags, and the files of --config."""
+"""A RunConfig: config.json of runs, checkpoints and anomaly dumps, and the files of --config."""
 STATE = Schema("training state", (Change({"receipt": "sample_digest"}),))
 """A TrainState: state.json of checkpoints."""
-BAG = Schema("flight bag")
-"""bag.json."""
+ANOMALY = Schema(
+    "anomaly dump",
+    (
+        Change(
+            renamed={
+                "in_a_row": "consecutive",
+                "bad_again": "reproduced",
+                "bad_weights": "nonfinite_weights",
+                "bad_gradients": "nonfinite_gradients",
+                "first_bad": "first_nonfinite",
+                "first_bad_backward": "first_nonfinite_backward",
+                "faults": "errors",
+            },
+            removed=("format",),
+        ),
+    ),
+)
+"""anomaly.json, which was bag.json in version 1."""
 HEARTBEAT = Schema("heartbeat")
 """heartbeat.json, with the words for what a run does and how it ended."""
 ROW = Schema("row", (Change({"receipt": "sample_digest", "receipt_since_step": "sample_digest_since_step"}),))

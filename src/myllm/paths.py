@@ -135,9 +135,9 @@ class RunPaths:
         return self.root / "best"
 
     @property
-    def bags(self) -> Path:
-        """Flight bags: steps whose numbers went bad, each with all it takes to make it again."""
-        return self.root / "bags"
+    def anomalies(self) -> Path:
+        """Anomaly dumps: training steps that diverged, each with everything needed to replay it."""
+        return self.root / "anomalies"
 
     @property
     def imported(self) -> Path:

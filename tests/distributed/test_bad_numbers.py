@@ -1,4 +1,4 @@
-"""A bad document on one of two ranks: all stop, or all leave the update out, and the bag says whose it was."""
+"""A bad document on one of two ranks: all stop, or all leave the update out, and the dump says whose it was."""
 
 import subprocess
 import sys
@@ -45,23 +45,23 @@ def train(config: RunConfig, rare: Rare, folder: Path) -> subprocess.CompletedPr
     return subprocess.run(words, capture_output=True, text=True, timeout=240, check=False)
 
 
-def test_both_ranks_stop_and_the_bag_names_one(config: RunConfig, rare: Rare, tmp_path: Path) -> None:
+def test_both_ranks_stop_and_the_dump_names_one(config: RunConfig, rare: Rare, tmp_path: Path) -> None:
     """Made again in one process, each rank's samples have the losses that they had there, dropout included."""
     done = train(config, rare, tmp_path)
     assert done.returncode != 0
     assert done.stderr.count(f"error: the gradient of step {rare.step} is not finite") == 1
     assert "exitcode  : 65 " in done.stderr, done.stderr
     assert f"sequence {rare.sequence:,}, on rank 1, " in done.stdout
-    bag = read_dump(find_dump("tiny", RunPaths.of("tiny").root.parent))
-    assert (bag.about["world_size"], bag.about["bad_again"], bag.about["faults"]) == (2, True, [None, None])
-    assert bag.about["first_bad"] == [{"rank": 1, "module": "dropout", "input_finite": True}]
-    assert [row["rank"] for row in bag.samples] == [0, 1, 0, 1]
-    assert [row["sample"] for row in bag.samples if row["loss"] == "nan"] == [rare.sample]
-    assert len(bag.random) == 2
-    assert not torch.equal(bag.random[0]["cpu"], bag.random[1]["cpu"])
-    found = replay_step(bag, torch.device("cpu"))
-    here = dict(zip(found.places, found.diagnosis.losses, strict=True))
-    for row in bag.samples:
+    dump = read_dump(find_dump("tiny", RunPaths.of("tiny").root.parent))
+    assert (dump.summary["world_size"], dump.summary["reproduced"], dump.summary["errors"]) == (2, True, [None, None])
+    assert dump.summary["first_nonfinite"] == [{"rank": 1, "module": "dropout", "input_finite": True}]
+    assert [row["rank"] for row in dump.samples] == [0, 1, 0, 1]
+    assert [row["sample"] for row in dump.samples if row["loss"] == "nan"] == [rare.sample]
+    assert len(dump.random) == 2
+    assert not torch.equal(dump.random[0]["cpu"], dump.random[1]["cpu"])
+    found = replay_step(dump, torch.device("cpu"))
+    here = dict(zip(found.samples, found.diagnosis.losses, strict=True))
+    for row in dump.samples:
         assert here[row["sample"]] == pytest.approx(float(row["loss"]), rel=1e-6, nan_ok=True)
 
 

@@ -66,9 +66,9 @@ def test_commands_read_a_run(done: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert (ended.value.code, capsys.readouterr().out) == (0, "step 8: complete, after step 8\n")
 
 
-def test_a_flight_bag_is_replayed(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_anomaly_dump_is_replayed(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cli.main(["replay", "diverged"])
-    assert "not finite here either" in capsys.readouterr().out
+    assert "not finite in the replay either" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         cli.main(["status", "diverged"])
     cli.main(["report", "diverged"])

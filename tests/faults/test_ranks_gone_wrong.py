@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow  # real processes, half a minute and more in all
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_nan_in_a_batch(rank: int, forks: Forks, config_file: Path, place: Path, goes_on: Goes) -> None:
-    """Both stop with the bag of that step, and nothing that the NaN has touched is saved."""
+    """Both stop with the dump of that step, and nothing that the NaN has touched is saved."""
     name = f"nan-{rank}"
     run = run_of(place, name)
     ended = forks(config_file, "--name", name, on=(rank,), nan=6)
@@ -24,7 +24,7 @@ def test_a_nan_in_a_batch(rank: int, forks: Forks, config_file: Path, place: Pat
     assert "suspect the device" in ended.said, "made again, the step is sound"
     assert "Traceback" not in ended.said, ended.said
     assert saved_step(run) == 4
-    assert read_dump(find_dump(name, run.root.parent)).about["step"] == 6
+    assert read_dump(find_dump(name, run.root.parent)).summary["step"] == 6
     goes_on(name)
 
 
@@ -34,7 +34,7 @@ def test_a_nan_that_is_left_out(rank: int, forks: Forks, config_file: Path, plac
     words = ("--name", run.root.name, "--train.on-nonfinite", "skip")
     ended = forks(config_file, *words, on=(rank,), nan=6)
     assert ended.code == 0, ended.said
-    assert "left out the update of step 6: its gradient is not finite" in ended.said
+    assert "skipped the update of step 6: its gradient is not finite" in ended.said
     rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     assert [row["step"] for row in rows if row["kind"] == "eval"] == [0, 4, 8]
     assert [row["skipped_nonfinite"] for row in rows if row["kind"] == "train"] == [0] * 5 + [1] * 3

@@ -107,7 +107,7 @@ def train(
         if process.is_rank_zero:
             stack.enter_context(claimed(run))
             aside = start_over(run, config) if config.train.fresh and not restarted else None
-            for folder in (run.checkpoints, run.best, run.bags):
+            for folder in (run.checkpoints, run.best, run.anomalies):
                 remove_unfinished(folder)
         beat = Heartbeat(run.heartbeat, newest_step(run), writes=process.is_rank_zero)
         beat.write(now=True)  # what takes its place is the end of the start before
@@ -160,7 +160,7 @@ def train(
         profiler = Profiler(run, config, state.step, process, log, meter) if profile else NoProfiler()
         guard = GradientGuard(config.train, process.device, state.skips)
         scene = bad_step.StepContext(run, config, dataset, batch, model, whole, optimizer, tokenizer, process, log)
-        checked = partial(bad_step.raise_if_diverged, guard=guard, scene=scene)
+        checked = partial(bad_step.raise_if_diverged, guard=guard, ctx=scene)
         stored = state if saved else None
         told_step = None
         failure: UserError | None = None

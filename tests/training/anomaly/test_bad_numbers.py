@@ -1,4 +1,4 @@
-"""Numbers that go bad: what stops, what is left out, what is kept, and the flight bag that makes the step again."""
+"""Numbers that go bad: what stops, what is left out, what is kept, and the anomaly dump that repeats the step."""
 
 import errno
 import math
@@ -32,7 +32,7 @@ from myllm.paths import RunPaths
 from myllm.planning.batch import batch_plan
 from myllm.training import gradient_guard as guard
 from myllm.training import loop
-from myllm.training.anomaly import dump as bags
+from myllm.training.anomaly import dump as dump_module
 from myllm.training.anomaly import report as bad_step
 from myllm.training.anomaly.dump import find_dump, read_dump
 from myllm.training.anomaly.replay import replay_step
@@ -73,74 +73,79 @@ def test_a_document_that_makes_nan_is_found(
     config = with_train(bare, save_every_steps=rare.step - 1, log_every_steps=rare.step + 2, max_steps=30)
     message = stopped(config)
     assert f"the gradient of step {rare.step} is not finite" in message
-    assert f"samples {2 * (rare.step - 1)} to {2 * rare.step - 1} of its order" in message
+    assert f"samples {2 * (rare.step - 1)} to {2 * rare.step - 1} in shuffled order" in message
     assert f"sample {rare.sample}     loss nan, gradient nan: sequence {rare.sequence:,}, on rank 0" in message
-    assert "first seen   in the output of dropout, on rank 0; what it was given was finite" in message
+    assert "first seen   in the output of dropout on rank 0; its input was finite" in message
     assert "gradients    not finite: embedding.weight" in message
     paths = RunPaths.of("tiny")
     assert message in paths.log.read_text()
-    assert f"myllm replay {paths.bags}/step_{rare.step:08d}" in message
+    assert f"myllm replay {paths.anomalies}/step_{rare.step:08d}" in message
 
-    bag = read_dump(find_dump("tiny", paths.root.parent))
+    dump = read_dump(find_dump("tiny", paths.root.parent))
     saved = load(checkpoint_folder(paths.checkpoints, rare.step - 1))
     assert list_checkpoints(paths.checkpoints) == [saved.folder]
-    assert all(torch.equal(saved.model[name], bag.model[name]) for name in saved.model)
+    assert all(torch.equal(saved.model[name], dump.model[name]) for name in saved.model)
     assert all(
-        torch.equal(saved.optimizer[name][key], bag.optimizer[name][key])
+        torch.equal(saved.optimizer[name][key], dump.optimizer[name][key])
         for name in saved.optimizer
         for key in saved.optimizer[name]
     )
-    assert torch.equal(saved.random[0]["cpu"], bag.random[0]["cpu"])
-    assert [row["sequence"] for row in bag.samples] == sequences_of_steps(bare, dataset, 12)[rare.step - 1].tolist()
-    assert [row["sample"] for row in bag.samples if row["loss"] == "nan"] == [rare.sample]
+    assert torch.equal(saved.random[0]["cpu"], dump.random[0]["cpu"])
+    before = load(list_checkpoints(dump.folder)[0])  # an ordinary checkpoint
+    assert (before.folder.name, before.state) == (
+        saved.folder.name,
+        replace(saved.state, skips=None, sample_digest=None),
+    )
+    assert [row["sequence"] for row in dump.samples] == sequences_of_steps(bare, dataset, 12)[rare.step - 1].tolist()
+    assert [row["sample"] for row in dump.samples if row["loss"] == "nan"] == [rare.sample]
     token = dataset.tokenizer().decode([rare.token])
-    assert token in bag.samples[rare.sample]["text"]
-    assert not list(paths.bags.glob(".*"))
+    assert token in dump.samples[rare.sample]["text"]
+    assert not list(paths.anomalies.glob(".*"))
 
     capsys.readouterr()
     main(["replay", "tiny"])
     said = capsys.readouterr().out
-    assert "not finite here either" in said
-    assert "first seen in the output of dropout; what it was given was finite" in said
-    assert f"--- sample {rare.sample}, sequence {rare.sequence:,}\n{bag.samples[rare.sample]['text']}" in said
-    main(["replay", str(bag.folder), "--samples", str(1 - rare.sample), "--precision", "bfloat16"])
-    assert "finite here" in capsys.readouterr().out.splitlines()
+    assert "not finite in the replay either" in said
+    assert "first seen in the output of dropout; its input was finite" in said
+    assert f"--- sample {rare.sample}, sequence {rare.sequence:,}\n{dump.samples[rare.sample]['text']}" in said
+    main(["replay", str(dump.folder), "--samples", str(1 - rare.sample), "--precision", "bfloat16"])
+    assert "finite in the replay" in capsys.readouterr().out.splitlines()
 
-    assert f"step {rare.step} " in stopped(config)  # the same data again, and the bag is written over
-    assert len(list(paths.bags.iterdir())) == 1
-    (bag.folder / "notes.txt").write_text("seen before")
-    shutil.copytree(bag.folder, bag.folder.with_name(f"step_{rare.step + 1:08d}.bak"))
+    assert f"step {rare.step} " in stopped(config)  # the same data again, and the dump is written over
+    assert len(list(paths.anomalies.iterdir())) == 1
+    (dump.folder / "notes.txt").write_text("seen before")
+    shutil.copytree(dump.folder, dump.folder.with_name(f"step_{rare.step + 1:08d}.bak"))
     stopped(config)  # what somebody put there is kept, and a copy is nobody's newest
-    assert [path.read_text() for path in paths.bags.glob("*.before-*/notes.txt")] == ["seen before"]
-    assert find_dump("tiny", paths.root.parent) == bag.folder
+    assert [path.read_text() for path in paths.anomalies.glob("*.before-*/notes.txt")] == ["seen before"]
+    assert find_dump("tiny", paths.root.parent) == dump.folder
 
 
-def test_a_spike_can_stop_a_run_and_its_bag_repeats_the_row(bare: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_spike_can_stop_a_run_and_its_dump_repeats_the_row(bare: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """A healthy step: made again it has the row's loss and norm, dropout included; without it, those of float64."""
     monkeypatch.setattr(guard, "WARMUP_STEPS", 3)
     monkeypatch.setattr(guard, "MIN_DEVIATION", 1e-6)
     config = with_train(bare, batch_tokens=256, micro_batch_size=2, skip_spikes_sigma=0.01, max_skipped_steps=0)
     message = stopped(replace(config, optim=replace(config.optim, max_lr=3e-2)))
     paths = RunPaths.of("tiny")
-    row, bag = train_rows(paths.root)[-1], read_dump(find_dump(str(paths.root), Path()))
+    row, dump = train_rows(paths.root)[-1], read_dump(find_dump(str(paths.root), Path()))
     assert f"the gradient norm of step {row['step']} is a spike, {row['grad_norm']:.3g}" in message
     assert row["skipped_spikes"] == 1
-    assert bag.about["step"] == row["step"] > 3
-    assert bag.about["grad_norm"] == row["grad_norm"]
+    assert dump.summary["step"] == row["step"] > 3
+    assert dump.summary["grad_norm"] == row["grad_norm"]
 
-    result = replay_step(bag, CPU)
+    result = replay_step(dump, CPU)
     assert result.diagnosis.loss == pytest.approx(row["loss"], rel=1e-6)
     assert result.diagnosis.grad_norm == pytest.approx(row["grad_norm"], rel=1e-5)
     assert sum(result.diagnosis.losses) / 4 == pytest.approx(row["loss"], rel=1e-6)
-    assert [row["loss"] for row in bag.samples] == pytest.approx(result.diagnosis.losses, rel=1e-6)
+    assert [row["loss"] for row in dump.samples] == pytest.approx(result.diagnosis.losses, rel=1e-6)
     assert 0 < result.updates["embedding"] < 1
 
-    still = {key: 0.0 if "dropout" in key else value for key, value in bag.config["model"].items()}
-    bag = replace(bag, config=bag.config | {"model": still})
-    result = replay_step(bag, CPU)
-    model = Transformer(replace(bare.model, **{key: 0.0 for key in still if "dropout" in key})).double()
-    model.load_state_dict(bag.model)
-    tokens = torch.from_numpy(bag.tokens.astype(np.int64))
+    still = {name: 0.0 for name in vars(bare.model) if name.startswith("dropout")}
+    dump = replace(dump, config=replace(dump.config, model=replace(bare.model, **still)))
+    result = replay_step(dump, CPU)
+    model = Transformer(dump.config.model).double()
+    model.load_state_dict(dump.model)
+    tokens = torch.from_numpy(dump.tokens.astype(np.int64))
     own, embedded = [], []
     near = partial(pytest.approx, rel=1e-3)  # the norm of a float32 matrix of 800,000 entries is no closer on a CPU
     for place in range(4):
@@ -151,17 +156,17 @@ def test_a_spike_can_stop_a_run_and_its_bag_repeats_the_row(bare: RunConfig, mon
         loss.backward()
         assert result.diagnosis.losses[place] == pytest.approx(loss.item(), rel=1e-5)
         own.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
-        assert result.diagnosis.input_gradients[place] == near(embedded[-1].grad.norm().item() / 4)
+        assert result.diagnosis.input_gradient_norms[place] == near(embedded[-1].grad.norm().item() / 4)
     mean = {name: sum(each[name] for each in own) / 4 for name in own[0]}
     assert result.diagnosis.grad_norm == near(norm_of(mean))
     for layer in result.diagnosis.layers:
         if layer.gradient_norm is not None:
             mine = {name: value for name, value in mean.items() if name.rpartition(".")[0] == layer.module}
             assert layer.gradient_norm == near(norm_of(mine)), layer.module
-    only = replay_step(bag, CPU, samples=(2,))
+    only = replay_step(dump, CPU, samples=(2,))
     assert only.diagnosis.grad_norm == near(norm_of(own[2]))
-    with pytest.raises(UserError, match="the step has samples 0 to 3; there is no 4"):
-        replay_step(bag, CPU, samples=(4,))
+    with pytest.raises(UserError, match="no sample 4 in this step; it has samples 0 to 3"):
+        replay_step(dump, CPU, samples=(4,))
 
 
 def norm_of(gradients: dict[str, torch.Tensor]) -> float:
@@ -174,11 +179,11 @@ def test_a_backward_pass_that_goes_bad_alone_is_found_too(bare: RunConfig, monke
     rare = rare_token(bare, prepare(bare.data, progress=False), first_step=2)
     poison(monkeypatch, rare.token)
     message = stopped(replace(bare, model=model))
-    bag = read_dump(find_dump("tiny", RunPaths.of("tiny").root.parent))
-    assert all(math.isfinite(float(row["loss"])) for row in bag.samples)
-    assert [row["sample"] for row in bag.samples if row["gradient"] == "nan"] == [rare.sample]
+    dump = read_dump(find_dump("tiny", RunPaths.of("tiny").root.parent))
+    assert all(math.isfinite(float(row["loss"])) for row in dump.samples)
+    assert [row["sample"] for row in dump.samples if row["gradient"] == "nan"] == [rare.sample]
     assert f"gradient nan: sequence {rare.sequence:,}, on rank 0" in message
-    assert "first seen   going backward, in the gradient of the output of " in message
+    assert "first seen   in the backward pass, in the gradient of the output of " in message
 
 
 def test_a_full_disk_does_not_swallow_the_message(bare: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,14 +192,14 @@ def test_a_full_disk_does_not_swallow_the_message(bare: RunConfig, monkeypatch: 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(bags.np, "save", full)
+    monkeypatch.setattr(dump_module.np, "save", full)
     monkeypatch.setattr(bad_step, "diagnose", full)
     message = stopped(bare)
     assert "is not finite" in message
-    assert "flight bag   none, it could not be written: [Errno 28] No space left on device" in message
-    assert "rank 0 could not make it again: OSError" in message
+    assert "dump         not written: [Errno 28] No space left on device" in message
+    assert "rank 0 could not repeat the step: OSError" in message
     assert "myllm replay" not in message
-    assert list(RunPaths.of("tiny").bags.iterdir()) == []
+    assert list(RunPaths.of("tiny").anomalies.iterdir()) == []
 
 
 # -- updates left out -------------------------------------------------------------------------------------------------
@@ -234,7 +239,7 @@ def test_skipping_is_as_if_the_update_had_never_been(
     assert (skips.nonfinite, skips.spikes, skips.in_a_row, skips.counted) == (1, 0, 0, 13)
     rows = train_rows(root)
     assert [row["skipped_nonfinite"] for row in rows] == [int(row["step"] >= rare.step) for row in rows]
-    assert f"left out the update of step {rare.step}: its gradient is not finite" in (root / "log.txt").read_text()
+    assert f"skipped the update of step {rare.step}: its gradient is not finite" in (root / "log.txt").read_text()
 
     broken = replace(config, name="broken")
     for at in (rare.step + 1, 13):
@@ -268,11 +273,11 @@ def test_skipping_gives_up(bare: RunConfig, monkeypatch: pytest.MonkeyPatch) -> 
     poison(monkeypatch, prepare(bare.data, progress=False).tokenizer().encode(" the")[0])
     message = stopped(with_train(bare, on_nonfinite="skip", max_skipped_steps=2, log_every_steps=5))
     assert "the gradient of step 3 is not finite" in message
-    assert "3 left out; train.max_skipped_steps is 2" in message
+    assert "3 in a row; train.max_skipped_steps is 2" in message
     assert "raise --train.max-skipped-steps" in message
     log = (RunPaths.of("tiny").log).read_text()
-    assert "left out the update of step 1: its gradient" in log
-    assert "left out the update of step 2: its gradient" in log
+    assert "skipped the update of step 1: its gradient" in log
+    assert "skipped the update of step 2: its gradient" in log
     assert not list_checkpoints(RunPaths.of("tiny").checkpoints)
 
 

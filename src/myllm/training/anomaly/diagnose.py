@@ -1,9 +1,9 @@
-"""What a step does inside the model: norms of weights, activations and gradients by layer, and each sample's loss.
+"""Statistics of one training step: norms of weights, gradients and activations by layer, and each sample's loss.
 
-Runs on the bare model, in training mode, so that dropout falls as it did in the step if the generators stand where they
-stood then. Nothing is communicated: a rank that fails at it leaves no other waiting.
+The unwrapped model runs in training mode, so dropout repeats if the random generators are restored first. Ranks do not
+communicate here: one that fails leaves no other waiting.
 
-Shapes: B micro-batch, T sequence.
+Shapes: B micro-batch, T sequence, D d_model.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -20,14 +20,14 @@ from myllm.model.transformer import Transformer
 
 @dataclass(frozen=True)
 class LayerStats:
-    """One module: its own weights, their gradient, and what came out of it over the whole step."""
+    """One module: its own weights, their gradient, and its output over the whole step."""
 
     module: str
     weight_norm: float | None
     """None: it has no weights of its own."""
     gradient_norm: float | None
     activation_rms: float | None
-    """None, as below: nothing passes through it by itself, such as the head, whose matrix alone is used."""
+    """None, as below: the module is never called, like the head, of which only the matrix is used."""
     activation_max: float | None
     input_finite: bool
     output_finite: bool
@@ -39,24 +39,24 @@ class Diagnosis:
 
     losses: list[float]
     """By sample, in nats: the mean over its tokens."""
-    input_gradients: list[float]
-    """By sample: norm of the gradient that reaches its embedded tokens. Samples never meet in the model, so a number
-    that goes bad in one's backward pass shows in that one alone."""
+    input_gradient_norms: list[float]
+    """By sample: norm of the gradient at its embedded tokens. Samples are independent in the model, so a number that is
+    not finite in the backward pass of one sample shows up in that sample only."""
     loss: float
-    """As the model gave it: the mean over the samples."""
+    """The model's own: the mean over the samples."""
     grad_norm: float
     """Before clipping; of the gradient of the mean over these samples."""
     layers: list[LayerStats]
-    """In the order in which the model computes them."""
-    bad_weights: list[str]
-    """Weights that were not finite to begin with."""
-    bad_gradients: list[str]
-    first_bad_backward: str | None
-    """The first module, in the order of the backward pass, at whose output the gradient was not finite."""
+    """In the order of computation."""
+    nonfinite_weights: list[str]
+    """Before the step."""
+    nonfinite_gradients: list[str]
+    first_nonfinite_backward: str | None
+    """The first module, in the order of the backward pass, with a gradient of its output that is not finite."""
 
     @property
-    def first_bad(self) -> LayerStats | None:
-        """The first module whose output was not finite."""
+    def first_nonfinite(self) -> LayerStats | None:
+        """The first module with an output that is not finite."""
         return next((layer for layer in self.layers if not layer.output_finite), None)
 
 
@@ -66,38 +66,37 @@ def diagnose(
     n_batches: int,
     autocast: Callable[[], AbstractContextManager],
 ) -> Diagnosis:
-    """Forward and backward over micro-batches of one size; leaves the gradient of their mean loss in the parameters.
+    """Forward and backward over micro-batches of one size. Leaves the gradient of their mean loss in the parameters.
 
     Args:
         batches: inputs and targets, (B, T) each, on the model's device.
-        n_batches: how many these are.
     """
     model.train()
     model.zero_grad(set_to_none=True)
     losses, loss = [], 0.0
-    with model.uncompiled(), _watched(model) as seen:
+    with model.uncompiled(), _recording(model) as recorder:
         for tokens, targets in batches:
             with autocast():
-                part = model(tokens, targets) / n_batches
-                losses += _sample_losses(model, seen.last_hidden, targets).tolist()
-            part.backward()
-            loss += part.item()
-    named = dict(model.named_parameters())
-    norms = {name: parameter.grad.norm() for name, parameter in named.items() if parameter.grad is not None}
+                batch_loss = model(tokens, targets) / n_batches
+                losses += _sample_losses(model, recorder.last_hidden, targets).tolist()
+            batch_loss.backward()
+            loss += batch_loss.item()
+    parameters = dict(model.named_parameters())
+    norms = {name: parameter.grad.norm() for name, parameter in parameters.items() if parameter.grad is not None}
     return Diagnosis(
         losses=losses,
-        input_gradients=torch.cat(seen.input_gradients).tolist(),
+        input_gradient_norms=torch.cat(recorder.input_gradient_norms).tolist(),
         loss=loss,
         grad_norm=torch.stack(list(norms.values())).norm().item(),
-        layers=seen.layers(model),
-        bad_weights=[name for name, parameter in named.items() if not parameter.isfinite().all()],
-        bad_gradients=[name for name, norm in norms.items() if not norm.isfinite()],
-        first_bad_backward=seen.first_bad_backward(),
+        layers=recorder.layer_stats(model),
+        nonfinite_weights=[name for name, parameter in parameters.items() if not parameter.isfinite().all()],
+        nonfinite_gradients=[name for name, norm in norms.items() if not norm.isfinite()],
+        first_nonfinite_backward=recorder.first_nonfinite_backward(),
     )
 
 
 def _sample_losses(model: Transformer, hidden: Tensor, targets: Tensor) -> Tensor:
-    """Each sample's mean loss, from the hidden states that the step's own loss came from.
+    """Each sample's mean loss, from the hidden states of the step's own forward pass.
 
     Shapes:
         hidden (B, T, D); targets (B, T); returns (B,)
@@ -108,57 +107,60 @@ def _sample_losses(model: Transformer, hidden: Tensor, targets: Tensor) -> Tenso
     return -scores.view_as(targets).mean(dim=1)
 
 
-class _Seen:
-    """What passed through each module, on the device until the step is over."""
+class _Recorder:
+    """Statistics of every module's inputs, outputs and gradients, on the device until the step is over."""
 
     def __init__(self) -> None:
-        self._figures: dict[str, list[Tensor]] = {}
-        self._finite_backward: dict[str, list[Tensor]] = {}
+        self._outputs: dict[str, list[Tensor]] = {}
+        """By module: (4,) for each micro-batch: root mean square, largest, whether input and output were finite."""
+        self._finite_gradients: dict[str, list[Tensor]] = {}
         self.last_hidden: Tensor | None = None
-        self.input_gradients: list[Tensor] = []
+        self.input_gradient_norms: list[Tensor] = []
         """By micro-batch, (B,)."""
 
-    @torch.no_grad()
-    def note(self, name: str, given: Tensor, made: Tensor) -> None:
-        made = made.float()
-        largest = made.abs().amax()
-        # Divided first: the square of a large number would overflow.
-        rms = (made / largest.clamp_min(torch.finfo(torch.float32).tiny)).square().mean().sqrt() * largest
-        figures = (rms, largest, given.isfinite().all().float(), made.isfinite().all().float())
-        self._figures.setdefault(name, []).append(torch.stack(figures))
+    def forward_hook(self, name: str, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        with torch.no_grad():
+            values = output.float()
+            largest = values.abs().amax()
+            # Divide first: the square of a large number would overflow.
+            rms = (values / largest.clamp_min(torch.finfo(torch.float32).tiny)).square().mean().sqrt() * largest
+            finite = inputs[0].isfinite().all().float(), values.isfinite().all().float()
+            self._outputs.setdefault(name, []).append(torch.stack((rms, largest, *finite)))
+        if output.requires_grad:
+            output.register_hook(partial(self._gradient_hook, name))
+        if name == "norm":
+            self.last_hidden = output
 
-    def note_gradient(self, name: str, gradient: Tensor) -> None:
-        self._finite_backward.setdefault(name, []).append(gradient.isfinite().all())
+    def _gradient_hook(self, name: str, gradient: Tensor) -> None:
+        self._finite_gradients.setdefault(name, []).append(gradient.isfinite().all())
         if name == "embedding":
-            self.input_gradients.append(gradient.float().flatten(1).norm(dim=1))
+            self.input_gradient_norms.append(gradient.float().flatten(1).norm(dim=1))
 
-    def first_bad_backward(self) -> str | None:
-        finite = {name: torch.stack(flags).all().item() for name, flags in self._finite_backward.items()}
-        return next((name for name, sound in finite.items() if not sound), None)
+    def first_nonfinite_backward(self) -> str | None:
+        return next((name for name, flags in self._finite_gradients.items() if not torch.stack(flags).all()), None)
 
-    def layers(self, model: nn.Module) -> list[LayerStats]:
+    def layer_stats(self, model: nn.Module) -> list[LayerStats]:
         modules = dict(model.named_modules())
-        found = [_layer(name, modules[name], torch.stack(figures)) for name, figures in self._figures.items()]
-        silent = [name for name, each in modules.items() if name not in self._figures and _own(each)]
-        return found + [_layer(name, modules[name], None) for name in silent]
+        called = [_layer_stats(name, modules[name], torch.stack(rows)) for name, rows in self._outputs.items()]
+        uncalled = [name for name in modules if name not in self._outputs and _own_parameters(modules[name])]
+        return called + [_layer_stats(name, modules[name], None) for name in uncalled]
 
 
-def _layer(name: str, module: nn.Module, figures: Tensor | None) -> LayerStats:
+def _layer_stats(name: str, module: nn.Module, outputs: Tensor | None) -> LayerStats:
     """
     Shapes:
-        figures (micro-batches, 4), as `_Seen.note` makes them
+        outputs (micro-batches, 4), as `_Recorder` has them
     """
-    own = _own(module)
-    norms = _norm(own), _norm([parameter.grad for parameter in own if parameter.grad is not None])
-    if figures is None:
+    parameters = _own_parameters(module)
+    norms = _norm(parameters), _norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    if outputs is None:
         return LayerStats(name, *norms, None, None, input_finite=True, output_finite=True)
-    rms, largest, input_finite, output_finite = figures.cpu().double().unbind(dim=1)
-    passed = rms.square().mean().sqrt().item(), largest.amax().item()
-    return LayerStats(name, *norms, *passed, bool(input_finite.all()), bool(output_finite.all()))
+    rms, largest, input_finite, output_finite = outputs.cpu().double().unbind(dim=1)
+    activations = rms.square().mean().sqrt().item(), largest.amax().item()
+    return LayerStats(name, *norms, *activations, bool(input_finite.all()), bool(output_finite.all()))
 
 
-def _own(module: nn.Module) -> list[nn.Parameter]:
-    """Its own weights, not those of modules inside it."""
+def _own_parameters(module: nn.Module) -> list[nn.Parameter]:
     return list(module.parameters(recurse=False))
 
 
@@ -167,27 +169,15 @@ def _norm(tensors: list[Tensor]) -> float | None:
 
 
 @contextmanager
-def _watched(model: Transformer) -> Iterator[_Seen]:
-    """Note what every module takes and makes."""
-    seen = _Seen()
-
-    def noting(name: str) -> Callable[..., None]:
-        def note(_: nn.Module, given: tuple[Tensor, ...], made: Tensor) -> None:
-            seen.note(name, given[0], made)
-            if made.requires_grad:
-                made.register_hook(partial(seen.note_gradient, name))
-            if name == "norm":
-                seen.last_hidden = made
-
-        return note
-
+def _recording(model: Transformer) -> Iterator[_Recorder]:
+    recorder = _Recorder()
     hooks = [
-        module.register_forward_hook(noting(name))
+        module.register_forward_hook(partial(recorder.forward_hook, name))
         for name, module in model.named_modules()
         if name and not isinstance(module, nn.ModuleList | nn.Identity)
     ]
     try:
-        yield seen
+        yield recorder
     finally:
         for hook in hooks:
             hook.remove()

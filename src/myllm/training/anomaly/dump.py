@@ -1,25 +1,21 @@
-"""Flight bags: one step whose numbers went bad, with everything it takes to make it again elsewhere.
+"""Anomaly dumps: a training step that diverged, with everything needed to replay it on another machine.
 
-`bags/step_00000123/` holds the step that would have been update 123:
+`anomalies/step_00000123/` holds the step that would have been update 123:
 
-    bag.json       what happened: the numbers, the data position, who was bad first
-    samples.jsonl  the step's samples in their order: sequence, rank, micro-step, loss, text
-    tokens.npy     the same samples as tokens, (samples, seq_len + 1) uint16
-    layers.json    norms of weights, gradients and activations by layer, for each rank
-    config.json    the run's config
-    model.pt       weights before the step
-    optimizer.pt   AdamW's moments before the step
-    random.pt      random state of every rank before the step
+    step_00000122/  an ordinary checkpoint of the state before the step (checkpoint/format.py)
+    tokens.npy      the step's samples as tokens, (samples, seq_len + 1) uint16
+    samples.jsonl   the same samples: sequence, rank, micro-step, loss, text
+    layers.json     norms of weights, gradients and activations by layer, for each rank
+    anomaly.json    summary: loss, gradient norm, data position, first module that was not finite
 
-A bag is written under a temporary name, flushed to the disk and renamed: it is whole, or it is not there.
-docs/checkpoint_format.md describes the files.
+A dump is written under a temporary name, flushed to the disk and renamed, so it is never incomplete.
 """
 
 import json
 import os
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,119 +23,139 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from myllm.checkpoint.retention import folder_name, holds_only, list_checkpoints, unused
+from myllm.checkpoint import format as checkpoint
+from myllm.checkpoint.retention import folder_name, is_untouched, list_checkpoints, unused
+from myllm.config import RunConfig, saved_config
 from myllm.errors import UserError
 from myllm.files import fsync_folder, parse_json, read_json, write_json, write_text
-from myllm.migrations import BAG, CONFIG
+from myllm.migrations import ANOMALY
 from myllm.nonfinite import json_safe
-from myllm.paths import user_path
+from myllm.paths import RunPaths, user_path
 
-FORMAT = "myllm-bag-1"
-ABOUT = "bag.json"
-FILES = {ABOUT, "samples.jsonl", "tokens.npy", "layers.json", "config.json", "model.pt", "optimizer.pt", "random.pt"}
+from .diagnose import Diagnosis
+
+SUMMARY, OLD_SUMMARY = "anomaly.json", "bag.json"
+TOKENS, SAMPLES, LAYERS = "tokens.npy", "samples.jsonl", "layers.json"
 
 
 @dataclass(frozen=True)
 class AnomalyDump:
-    """What a folder holds, in memory, on the CPU."""
+    """A dump in memory, on the CPU."""
 
     folder: Path
-    about: dict[str, Any]
+    summary: dict[str, Any]
     samples: list[dict[str, Any]]
     tokens: np.ndarray
     """(samples, seq_len + 1) uint16"""
-    config: dict[str, Any]
+    config: RunConfig
     model: dict[str, Tensor]
     optimizer: dict[str, dict[str, Tensor]]
     random: list[dict[str, Tensor]]
+    """By rank: random state before the step."""
 
 
-def bag_folder(bags: Path, step: int) -> Path:
-    return bags / folder_name(step)
+def dump_folder(run: RunPaths, step: int) -> Path:
+    return run.anomalies / folder_name(step)
 
 
-def write_dump(folder: Path, content: AnomalyDump, layers: list[Any]) -> None:
-    """Write a bag, in one step as far as readers can tell. One of the same step that is there already
-    is replaced; anything else that has its name gets another one.
+def partial_folder(folder: Path) -> Path:
+    """Where the files of a dump are gathered. The next start of the run removes it if a crash leaves it behind."""
+    return folder.with_name(f".partial-{folder.name}")
 
-    Raises:
-        OSError, RuntimeError: it could not be written, and is not there.
+
+def finish_dump(
+    folder: Path,
+    summary: dict[str, Any],
+    samples: list[dict[str, Any]],
+    tokens: np.ndarray,
+    diagnoses: list[Diagnosis | None],
+) -> None:
+    """Add what is not the checkpoint's to `partial_folder`, then rename it. Called on rank 0.
+
+    An earlier dump of the same step is replaced, unless it holds other files: then it is moved aside.
     """
-    work = folder.with_name(f".partial-{folder.name}")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    try:
-        for name in ("model", "optimizer", "random"):
-            with (work / f"{name}.pt").open("wb") as file:
-                torch.save(getattr(content, name), file)
-                _flush(file)
-        with (work / "tokens.npy").open("wb") as file:
-            np.save(file, content.tokens)
-            _flush(file)
-        lines = (json.dumps(json_safe(row), ensure_ascii=False) + "\n" for row in content.samples)
-        write_text(work / "samples.jsonl", "".join(lines))
-        write_json(work / "layers.json", json_safe(layers))
-        write_json(work / "config.json", content.config)
-        write_json(work / ABOUT, json_safe(BAG.stamp({"format": FORMAT, **content.about})))
-        fsync_folder(work)
-        if folder.is_dir() and holds_only(folder, FILES):
-            shutil.rmtree(folder)
-        elif folder.exists():
-            folder.rename(unused(folder.with_name(f"{folder.name}.before-{time.strftime('%Y%m%d-%H%M%S')}")))
-        work.rename(folder)
-        fsync_folder(folder.parent)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    work = partial_folder(folder)
+    with (work / TOKENS).open("wb") as file:
+        np.save(file, tokens)
+        file.flush()
+        os.fsync(file.fileno())
+    write_text(work / SAMPLES, "".join(json.dumps(json_safe(row), ensure_ascii=False) + "\n" for row in samples))
+    layers = [[asdict(layer) for layer in diagnosis.layers] if diagnosis else None for diagnosis in diagnoses]
+    write_json(work / LAYERS, json_safe(layers))
+    write_json(work / SUMMARY, json_safe(ANOMALY.stamp(summary)))
+    fsync_folder(work)
+    if folder.is_dir() and _is_unchanged(folder):
+        shutil.rmtree(folder)
+    elif folder.exists():
+        folder.rename(unused(folder.with_name(f"{folder.name}.before-{time.strftime('%Y%m%d-%H%M%S')}")))
+    work.rename(folder)
+    fsync_folder(folder.parent)
+
+
+def _is_unchanged(folder: Path) -> bool:
+    """True if a dump holds nothing but what `finish_dump` and the checkpoint's save wrote."""
+    ours = {SUMMARY, TOKENS, SAMPLES, LAYERS}
+    return all(is_untouched(path) if path.is_dir() else path.name in ours for path in folder.iterdir())
 
 
 def read_dump(folder: Path) -> AnomalyDump:
-    """A bag's content. Nothing in it is executed: tensors and plain values only.
+    """Read a dump. Nothing in it is executed: it holds tensors and plain values only.
 
     Raises:
-        UserError: not a bag, or one that cannot be read.
+        UserError: not a dump, or a damaged one.
     """
     try:
-        about = BAG.upgrade(read_json(folder / ABOUT), folder / ABOUT)
-        if about.get("format") != FORMAT:
-            raise UserError(f"{folder} has format {about.get('format')!r}, expected {FORMAT!r}")
-        lines = (folder / "samples.jsonl").read_text(encoding="utf-8").split("\n")
-        tensors = {
-            name: torch.load(folder / f"{name}.pt", map_location="cpu", weights_only=True)
-            for name in ("model", "optimizer", "random")
-        }
+        old = (folder / OLD_SUMMARY).is_file()
+        file = folder / (OLD_SUMMARY if old else SUMMARY)
+        lines = (folder / SAMPLES).read_text(encoding="utf-8").split("\n")
         return AnomalyDump(
             folder=folder,
-            about=about,
-            samples=[parse_json(line, folder / "samples.jsonl") for line in lines if line],
-            tokens=np.load(folder / "tokens.npy"),
-            config=CONFIG.upgrade(read_json(folder / "config.json"), folder / "config.json"),
-            **tensors,
+            summary=ANOMALY.upgrade(read_json(file), file),
+            samples=[parse_json(line, folder / SAMPLES) for line in lines if line],
+            tokens=np.load(folder / TOKENS),
+            **(_old_state(folder) if old else _state(folder)),
         )
     except UserError:
         raise
     except Exception as error:  # torch.load raises many kinds
-        raise UserError(f"the flight bag {folder} cannot be read: {error}") from None
+        raise UserError(f"cannot read the anomaly dump {folder}: {error}") from None
 
 
-def find_dump(where: str, runs: Path) -> Path:
-    """The bag that a user means: its folder, or a run's newest by the run's name or folder.
+def _state(folder: Path) -> dict[str, Any]:
+    checkpoints = list_checkpoints(folder)
+    if not checkpoints:
+        raise UserError(f"the anomaly dump {folder} has no checkpoint in it; expected a folder step_...")
+    saved = checkpoint.load(checkpoints[0])
+    config = saved_config(saved.config, saved.folder / "config.json")
+    return {"config": config, "model": saved.model, "optimizer": saved.optimizer, "random": saved.random}
+
+
+def _old_state(folder: Path) -> dict[str, Any]:
+    """The state in a dump of the first layout, whose tensors lay beside its bag.json."""
+    names = ("model", "optimizer", "random")
+    tensors = {name: torch.load(folder / f"{name}.pt", map_location="cpu", weights_only=True) for name in names}
+    return {"config": saved_config(read_json(folder / "config.json"), folder / "config.json"), **tensors}
+
+
+def find_dump(name: str, runs: Path) -> Path:
+    """A dump by its folder, or the newest dump of a run by the run's name or folder.
 
     Raises:
-        UserError: nothing there.
+        UserError: there is none.
     """
-    for root in (user_path(where), runs / where):
-        if (root / ABOUT).is_file():
+    for root in (user_path(name), runs / name):
+        if _is_dump(root):
             return root
-        if found := _bags_in(root):
-            return found[0]
-    known = sorted(root.name for root in runs.glob("*") if _bags_in(root))
-    raise UserError(f"no flight bag at {where!r}; runs that have one: {', '.join(known) or 'none'}")
+        if dumps := _dumps_in(root):
+            return dumps[0]
+    known = sorted(root.name for root in runs.glob("*") if _dumps_in(root))
+    raise UserError(f"no anomaly dump at {name!r}; runs with dumps: {', '.join(known) or 'none'}")
 
 
-def _bags_in(run: Path) -> list[Path]:
-    return [folder for folder in list_checkpoints(run / "bags") if (folder / ABOUT).is_file()]
+def _dumps_in(run: Path) -> list[Path]:
+    """Newest first; `bags/` is where the first layout had them."""
+    return [dump for parent in ("anomalies", "bags") for dump in list_checkpoints(run / parent) if _is_dump(dump)]
 
 
-def _flush(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+def _is_dump(folder: Path) -> bool:
+    return (folder / SUMMARY).is_file() or (folder / OLD_SUMMARY).is_file()

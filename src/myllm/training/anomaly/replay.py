@@ -1,4 +1,4 @@
-"""A flight bag's step once more, in one process: all ranks' samples one after the other."""
+"""Replay the step of an anomaly dump in one process: the samples of all ranks, one rank after the other."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from myllm.checkpoint.format import restore_random_state
-from myllm.config import RunConfig, saved_config
 from myllm.data.transfer import inputs_and_targets
 from myllm.distributed.precision import autocast_to
 from myllm.errors import UserError
@@ -19,77 +18,83 @@ from myllm.optim.adamw import ScheduledAdamW
 from .diagnose import Diagnosis, diagnose
 from .dump import AnomalyDump
 
-Batch = tuple[Tensor, Tensor]
-
 
 @dataclass(frozen=True)
 class Replay:
-    """What a step did, here."""
+    """The replayed step."""
 
     diagnosis: Diagnosis
-    """Its losses are those of `places`."""
-    places: list[int]
-    """The samples that took part, by their place in the step."""
+    """Its losses are those of `samples`."""
+    samples: list[int]
+    """Indices in the step, in the order in which they were computed."""
     updates: dict[str, float]
-    """How far the update moves each module's own weights, in norm. Empty where the gradient is not finite."""
+    """Norm of the change that the update makes to each module's own weights. Empty if the gradient is not finite."""
+
+
+@dataclass(frozen=True)
+class _MicroBatch:
+    samples: list[int]
+    first_of_rank: int | None = None
+    """The rank whose random state is restored before it."""
 
 
 def replay_step(
-    bag: AnomalyDump, device: torch.device, dtype: torch.dtype = torch.float32, samples: Sequence[int] = ()
+    dump: AnomalyDump, device: torch.device, dtype: torch.dtype = torch.float32, samples: Sequence[int] = ()
 ) -> Replay:
-    """Make the step again: the same weights, samples, micro-batches and, on the same kind of device, dropout.
+    """Repeat the step with the same weights, samples and micro-batches and, on the same kind of device, dropout.
 
     Args:
         dtype: of matrix products; bfloat16 and float16 by autocast, without a loss scale.
-        samples: only these, by their place in the step, one at a time. Empty: all, as the run had them.
+        samples: only these indices in the step, one at a time. Empty: the whole step.
 
     Raises:
-        UserError: no such sample, or a bag that fits no model.
+        UserError: no such sample, or weights that do not fit the config.
     """
-    if odd := [place for place in samples if not 0 <= place < len(bag.samples)]:
-        raise UserError(f"the step has samples 0 to {len(bag.samples) - 1:,}; there is no {odd[0]:,}")
-    config = saved_config(bag.config, bag.folder / "config.json")
-    model = Transformer(config.model)
+    if unknown := [index for index in samples if not 0 <= index < len(dump.samples)]:
+        raise UserError(f"no sample {unknown[0]:,} in this step; it has samples 0 to {len(dump.samples) - 1:,}")
+    model = Transformer(dump.config.model)
     try:
-        model.load_state_dict(bag.model)
+        model.load_state_dict(dump.model)
     except RuntimeError as error:
-        raise UserError(f"the weights in {bag.folder} do not fit its config: {error}") from None
+        raise UserError(f"the weights in {dump.folder} do not fit its config: {error}") from None
     model.to(device)
-    autocast = partial(autocast_to, dtype, device)
-    groups = [(None, [place]) for place in samples] or list(_micro_batches(bag))
-    places = [place for _, group in groups for place in group]
-    batches = tqdm(_batches(bag, groups, device), total=len(groups), unit="micro-batch", desc="replay", disable=None)
-    diagnosis = diagnose(model, batches, len(groups), autocast)
-    updates = _updates(bag, model, config) if not diagnosis.bad_gradients else {}
-    return Replay(diagnosis, places, updates)
+    micro_batches = [_MicroBatch([index]) for index in samples] or list(_micro_batches(dump))
+    batches = _batches(dump, micro_batches, device)
+    batches = tqdm(batches, total=len(micro_batches), unit="micro-batch", desc="replay", disable=None)
+    diagnosis = diagnose(model, batches, len(micro_batches), partial(autocast_to, dtype, device))
+    updates = _updates(dump, model) if not diagnosis.nonfinite_gradients else {}
+    return Replay(diagnosis, [index for micro_batch in micro_batches for index in micro_batch.samples], updates)
 
 
-def _micro_batches(bag: AnomalyDump) -> Iterator[tuple[int | None, list[int]]]:
-    """The places of each micro-batch, rank by rank; with a rank's number before its first."""
-    for rank in range(bag.about["world_size"]):
-        mine: dict[int, list[int]] = {}
-        for row in bag.samples:
+def _micro_batches(dump: AnomalyDump) -> Iterator[_MicroBatch]:
+    """Rank by rank, each in the run's order."""
+    for rank in range(dump.summary["world_size"]):
+        by_micro_step: dict[int, list[int]] = {}
+        for row in dump.samples:
             if row["rank"] == rank:
-                mine.setdefault(row["micro_step"], []).append(row["sample"])
-        for micro_step, places in sorted(mine.items()):
-            yield rank if micro_step == 0 else None, places
+                by_micro_step.setdefault(row["micro_step"], []).append(row["sample"])
+        for micro_step, samples in sorted(by_micro_step.items()):
+            yield _MicroBatch(samples, rank if micro_step == 0 else None)
 
 
-def _batches(bag: AnomalyDump, groups: list[tuple[int | None, list[int]]], device: torch.device) -> Iterator[Batch]:
-    for rank, places in groups:
-        if rank is not None:
-            restore_random_state(bag.random[rank], device)
-        tokens, targets = inputs_and_targets(bag.tokens[places])
+def _batches(
+    dump: AnomalyDump, micro_batches: list[_MicroBatch], device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    for micro_batch in micro_batches:
+        if micro_batch.first_of_rank is not None:
+            restore_random_state(dump.random[micro_batch.first_of_rank], device)
+        tokens, targets = inputs_and_targets(dump.tokens[micro_batch.samples])
         yield tokens.to(device), targets.to(device)
 
 
-def _updates(bag: AnomalyDump, model: Transformer, config: RunConfig) -> dict[str, float]:
-    """Make the update, and measure by how much it moved each module's own weights."""
+def _updates(dump: AnomalyDump, model: Transformer) -> dict[str, float]:
+    """Apply the update, measure how far it moves each module's own weights, and undo it."""
+    optim = dump.config.optim
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    optimizer = ScheduledAdamW(model.named_parameters(), config.optim, config.train.max_steps)
-    optimizer.load_state_dict(bag.optimizer)
-    nn.utils.clip_grad_norm_(optimizer.parameters.values(), config.optim.max_grad_norm)
-    optimizer.step(bag.about["step"] - 1)
+    optimizer = ScheduledAdamW(model.named_parameters(), optim, dump.config.train.max_steps)
+    optimizer.load_state_dict(dump.optimizer)
+    nn.utils.clip_grad_norm_(optimizer.parameters.values(), optim.max_grad_norm)
+    optimizer.step(dump.summary["step"] - 1)
     squares: dict[str, float] = {}
     with torch.no_grad():
         for name, parameter in model.named_parameters():

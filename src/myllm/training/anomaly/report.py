@@ -1,19 +1,22 @@
-"""What becomes of updates that the guard left out: a line in the log, or the end of the run with a flight bag.
+"""What happens after the guard skipped updates: a line in the log, or the end of the run with an anomaly dump.
 
-At the end weights, optimizer and generators can be brought back to where the bad step began, since the guard makes no
-update after it. So each rank makes its share of that step again, layer by layer, to see where the numbers go bad.
+The guard makes no update after the step that ends the run, so weights and optimizer are still those before that step.
+Each rank repeats its share of the step, layer by layer, to find where the numbers stop being finite.
 """
 
 import math
+import shutil
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
-from myllm.checkpoint.format import TrainState, restore_random_state
+from myllm.checkpoint import dcp as sharded
+from myllm.checkpoint import format as checkpoint
+from myllm.checkpoint.format import Snapshot, TrainState, restore_random_state
 from myllm.config import RunConfig, to_dict
 from myllm.data.dataloader import read_batch, read_rows
 from myllm.data.dataset import Dataset
@@ -22,7 +25,7 @@ from myllm.data.tokenizer.load import Tokenizer
 from myllm.distributed import collectives as distributed
 from myllm.distributed.collectives import DistContext
 from myllm.distributed.device_info import device_name
-from myllm.distributed.parallelize import full_params, full_tensor
+from myllm.distributed.parallelize import full_params
 from myllm.distributed.precision import autocast, compute_dtype, deterministic, dtype_name
 from myllm.errors import TrainingDiverged
 from myllm.model import attention_backend as sdpa
@@ -34,23 +37,20 @@ from myllm.runs.logs import Log
 from myllm.training.gradient_guard import GradientGuard, SkippedStep
 
 from .diagnose import Diagnosis, diagnose
-from .dump import AnomalyDump, bag_folder, write_dump
-
-SHOWN_CHARS = 120
-"""Of a sample's text, in a message."""
-SHOWN_NAMES = 4
+from .dump import dump_folder, finish_dump, partial_folder
+from .message import failure_message, skip_message
 
 
 @dataclass(frozen=True)
 class StepContext:
-    """What it takes to make a step again."""
+    """What it takes to repeat a step."""
 
     run: RunPaths
     config: RunConfig
     dataset: Dataset
     batch: BatchPlan
     model: Transformer
-    """The bare one: no wrapper, no compile."""
+    """Unwrapped and not compiled."""
     whole: Transformer
     """As `parallel.spread` returned it."""
     optimizer: ScheduledAdamW
@@ -59,226 +59,148 @@ class StepContext:
     log: Log
 
 
-def raise_if_diverged(state: TrainState, guard: GradientGuard, scene: StepContext) -> TrainState:
-    """The state with its counts of updates left out. Says which these were; every rank must ask at the same steps.
+def raise_if_diverged(state: TrainState, guard: GradientGuard, ctx: StepContext) -> TrainState:
+    """Log the updates that were skipped since the last call. Every rank calls this at the same steps.
+
+    Returns:
+        the state with the guard's counts.
 
     Raises:
-        TrainingDiverged: it is time to stop. The run has a flight bag of the last of them.
+        TrainingDiverged: the last of them ends the run. Its anomaly dump is written.
     """
     skips = guard.sync()
-    left_out, guard.skipped = guard.skipped, []
-    for each in left_out[:-1] if guard.diverged else left_out:
-        why = {
-            "nonfinite": "its gradient is not finite",
-            "spike": f"its gradient norm {each.grad_norm:.3g} is a spike",
-            "overflow": "its gradient was too large for float16, and the loss scale is halved",
-        }[each.kind]
-        scene.log(f"left out the update of step {each.step:,}: {why} ({_place(each, scene.batch)})")
+    skipped, guard.skipped = guard.skipped, []
+    for bad in skipped[:-1] if guard.diverged else skipped:
+        ctx.log(skip_message(bad, ctx.batch))
     if guard.diverged:
-        message = _stop(left_out[-1], skips.in_a_row, scene)
-        raise TrainingDiverged(message)
+        raise TrainingDiverged(_dump_step(skipped[-1], skips.in_a_row, state, ctx))
     return replace(state, skips=skips)
 
 
-def _stop(bad: SkippedStep, in_a_row: int, scene: StepContext) -> str:
-    """Take the step apart on every rank, pack the bag on rank 0, and say on all of them what happened."""
-    sequences = sequences_of(bad, scene)
-    diagnosis, fault = None, None
-    with full_params(scene.model, scene.whole):
+def _dump_step(bad: SkippedStep, consecutive: int, state: TrainState, ctx: StepContext) -> str:
+    """Diagnose the step on every rank and write the dump. Returns the message that ends the run, on every rank."""
+    sequences = _sequences_of(bad, ctx)
+    diagnosis, error = None, None
+    with full_params(ctx.model, ctx.whole):
         try:
-            diagnosis = _diagnose_share(bad, sequences, scene)
-        except Exception as error:  # such as no memory for a model that is not compiled: what is known is said anyway
-            fault = f"{type(error).__name__}: {error}"
-        weights = _on_main(scene.whole.state_dict(), scene.process)
-    reports = distributed.gather_object((diagnosis, fault, bad.random))
-    moments = {name: _on_main(state, scene.process) for name, state in scene.optimizer.state_dict().items()}
+            diagnosis = _diagnose_share(bad, sequences, ctx)
+        except Exception as raised:  # for example no memory for a model that is not compiled
+            error = f"{type(raised).__name__}: {raised}"
+    reports = distributed.gather_object((diagnosis, error))
+    folder = dump_folder(ctx.run, bad.step)
+    failure = _write_checkpoint(partial_folder(folder), bad, state, ctx)
     message = None
-    if scene.process.is_rank_zero:
-        diagnoses, faults, random = (list(each) for each in zip(*reports, strict=True))
-        about = _about(bad, in_a_row, diagnoses, faults, scene)
-        tokens = read_rows(scene.dataset.train, sequences, scene.batch.seq_len)
-        samples = _samples(sequences, tokens, diagnoses, scene)
-        folder = bag_folder(scene.run.bags, bad.step)
-        bag = AnomalyDump(folder, about, samples, tokens, to_dict(scene.config), weights, moments, random)
-        layers = [[asdict(layer) for layer in each.layers] if each else None for each in diagnoses]
+    if ctx.process.is_rank_zero:
+        diagnoses, errors = (list(column) for column in zip(*reports, strict=True))
+        summary = _summary(bad, consecutive, diagnoses, errors, ctx)
+        tokens = read_rows(ctx.dataset.train, sequences, ctx.batch.seq_len)
+        samples = _samples(sequences, tokens, diagnoses, ctx)
         try:
-            write_dump(folder, bag, layers)
-            packed = f"{folder}"
-        except Exception as error:  # a full disk must not swallow the message
-            packed = f"none, it could not be written: {error}"
-            folder = None
-        message = "\n".join(_message(bag, packed, folder is not None))
-        with suppress(OSError):  # a full disk again: the terminal has it
-            scene.log(message)
+            if failure:
+                raise failure
+            finish_dump(folder, summary, samples, tokens, diagnoses)
+        except Exception as raised:  # a full disk must not hide the message
+            failure = raised
+        finally:
+            shutil.rmtree(partial_folder(folder), ignore_errors=True)
+        message = failure_message(summary, samples, ctx.config, folder, failure)
+        with suppress(OSError):  # a full disk again; the terminal shows the message
+            ctx.log(message)
     return distributed.broadcast_object(message)
 
 
-def sequences_of(bad: SkippedStep, scene: StepContext) -> np.ndarray:
+def _sequences_of(bad: SkippedStep, ctx: StepContext) -> np.ndarray:
     """The step's sequences in their global order, (G,) int64."""
-    n_sequences = count_sequences(scene.dataset.train.tokens, scene.batch.seq_len)
-    return step_sequences(bad.data, scene.batch.sequences, n_sequences, window_sequences(scene.batch.seq_len))
+    n_sequences = count_sequences(ctx.dataset.train.tokens, ctx.batch.seq_len)
+    return step_sequences(bad.data, ctx.batch.sequences, n_sequences, window_sequences(ctx.batch.seq_len))
 
 
-def _diagnose_share(bad: SkippedStep, sequences: np.ndarray, scene: StepContext) -> Diagnosis:
-    """This rank's share of the step once more, in the precision and on the device that it was made with."""
-    batch, device = scene.batch, scene.process.device
+def _diagnose_share(bad: SkippedStep, sequences: np.ndarray, ctx: StepContext) -> Diagnosis:
+    """Repeat this rank's share of the step, in the precision and on the device of the run."""
+    batch, device, train = ctx.batch, ctx.process.device, ctx.config.train
     restore_random_state(bad.random, device)
-    shares = [
-        sequences[rank_rows(micro_step, scene.process.rank, batch.world_size, batch.micro_batch_size)]
+    micro_batches = [
+        sequences[rank_rows(micro_step, ctx.process.rank, batch.world_size, batch.micro_batch_size)]
         for micro_step in range(batch.grad_accum_steps)
     ]
     batches = (
-        tuple(part.to(device) for part in read_batch(scene.dataset.train, share, batch.seq_len)) for share in shares
+        tuple(tensor.to(device) for tensor in read_batch(ctx.dataset.train, rows, batch.seq_len))
+        for rows in micro_batches
     )
-    with sdpa.training_backends(device, scene.config.train), deterministic(scene.config.train.deterministic):
-        return diagnose(scene.whole, batches, len(shares), partial(autocast, scene.config, device))
+    with sdpa.training_backends(device, train), deterministic(train.deterministic):
+        return diagnose(ctx.whole, batches, len(micro_batches), partial(autocast, ctx.config, device))
 
 
-def _on_main(tensors: dict[str, Tensor], process: DistContext) -> dict[str, Tensor]:
-    """Copies on the CPU, on rank 0; of tensors in parts, the whole, for which every rank has to take part."""
-    copies = {}
-    for name, tensor in tensors.items():
-        whole = full_tensor(tensor)
-        if process.is_rank_zero:
-            copies[name] = whole.detach().cpu()
-    return copies
+def _write_checkpoint(folder: Path, bad: SkippedStep, state: TrainState, ctx: StepContext) -> Exception | None:
+    """Write the state before the step, from all ranks together, not-finite weights included. Returns the error, if any.
+
+    Statistics of skipped updates and the digest of the samples are left out: they are known for later steps only.
+    """
+    rank, world_size = ctx.process.rank, ctx.process.world_size
+    tokens_seen = state.tokens_seen - (state.step - bad.step + 1) * ctx.batch.batch_tokens
+    before = TrainState(bad.step - 1, tokens_seen, bad.data, state.early_stop)
+    moments = checkpoint.by_name(ctx.optimizer.state_dict())
+    tensors = [sharded.plain_names(named.items()) for named in (ctx.model.state_dict(), moments)]
+    try:
+        shares = [sharded.to_host(sharded.share(named, rank, world_size), {}) for named in tensors]
+        tokenizer_file = None if ctx.tokenizer.is_default else ctx.tokenizer.file
+        checkpoint.write(folder, Snapshot(before, to_dict(ctx.config), *shares, {rank: bad.random}, tokenizer_file))
+    except Exception as error:
+        return error
+    return None
 
 
 def _samples(
-    sequences: np.ndarray, tokens: np.ndarray, diagnoses: list[Diagnosis | None], scene: StepContext
+    sequences: np.ndarray, tokens: np.ndarray, diagnoses: list[Diagnosis | None], ctx: StepContext
 ) -> list[dict[str, Any]]:
-    """One row a sample, in the step's order."""
-    micro, rows = scene.batch.micro_batch_size, []
-    for place, sequence in enumerate(sequences.tolist()):
-        micro_step, rank = divmod(place // micro, scene.batch.world_size)
-        found, own = diagnoses[rank], micro_step * micro + place % micro
+    """One row for each sample, in the step's order."""
+    size, rows = ctx.batch.micro_batch_size, []
+    for index, sequence in enumerate(sequences.tolist()):
+        micro_step, rank = divmod(index // size, ctx.batch.world_size)
+        diagnosis, index_on_rank = diagnoses[rank], micro_step * size + index % size
         rows.append(
             {
-                "sample": place,
+                "sample": index,
                 "sequence": sequence,
                 "rank": rank,
                 "micro_step": micro_step,
-                "loss": found.losses[own] if found else None,
-                "gradient": found.input_gradients[own] if found else None,
-                "text": scene.tokenizer.decode(tokens[place]),
+                "loss": diagnosis.losses[index_on_rank] if diagnosis else None,
+                "gradient": diagnosis.input_gradient_norms[index_on_rank] if diagnosis else None,
+                "text": ctx.tokenizer.decode(tokens[index]),
             }
         )
     return rows
 
 
-def _about(
-    bad: SkippedStep, in_a_row: int, diagnoses: list[Diagnosis | None], faults: list[str | None], scene: StepContext
+def _summary(
+    bad: SkippedStep, consecutive: int, diagnoses: list[Diagnosis | None], errors: list[str | None], ctx: StepContext
 ) -> dict[str, Any]:
-    whole = [each for each in diagnoses if each]
-    firsts = [(rank, each.first_bad) for rank, each in enumerate(diagnoses) if each and each.first_bad]
-    bad_gradients = dict.fromkeys(name for each in whole for name in each.bad_gradients)
+    """The content of anomaly.json."""
+    known = [diagnosis for diagnosis in diagnoses if diagnosis]
+    gradients = list(dict.fromkeys(name for diagnosis in known for name in diagnosis.nonfinite_gradients))
+    backward = [diagnosis.first_nonfinite_backward for diagnosis in known]
+    diverged_again = bool(gradients) or any(not math.isfinite(diagnosis.loss) for diagnosis in known)
     return {
         "step": bad.step,
         "kind": bad.kind,
-        "in_a_row": in_a_row,
+        "consecutive": consecutive,
         "grad_norm": bad.grad_norm,
-        "loss": sum(each.loss for each in whole) / len(whole) if len(whole) == len(diagnoses) else None,
-        "bad_again": bool(bad_gradients) or any(not math.isfinite(each.loss) for each in whole) if whole else None,
+        "loss": sum(diagnosis.loss for diagnosis in known) / len(known) if len(known) == len(diagnoses) else None,
+        "reproduced": diverged_again if known else None,
         "data": asdict(bad.data),
-        "dataset": scene.dataset.name,
-        "world_size": scene.process.world_size,
-        "micro_batch_size": scene.batch.micro_batch_size,
-        "device": scene.process.device.type,
-        "device_name": device_name(scene.process.device),
-        "precision": dtype_name(compute_dtype(scene.config.train.precision, scene.process.device)),
-        "bad_weights": list(dict.fromkeys(name for each in whole for name in each.bad_weights)),
-        "bad_gradients": list(bad_gradients),
-        "first_bad_backward": next((each.first_bad_backward for each in whole if each.first_bad_backward), None),
-        "first_bad": [
-            {"rank": rank, "module": layer.module, "input_finite": layer.input_finite} for rank, layer in firsts
+        "dataset": ctx.dataset.name,
+        "world_size": ctx.process.world_size,
+        "micro_batch_size": ctx.batch.micro_batch_size,
+        "device": ctx.process.device.type,
+        "device_name": device_name(ctx.process.device),
+        "precision": dtype_name(compute_dtype(ctx.config.train.precision, ctx.process.device)),
+        "nonfinite_weights": list(dict.fromkeys(name for diagnosis in known for name in diagnosis.nonfinite_weights)),
+        "nonfinite_gradients": gradients,
+        "first_nonfinite_backward": next(filter(None, backward), None),
+        "first_nonfinite": [
+            {"rank": rank, "module": layer.module, "input_finite": layer.input_finite}
+            for rank, diagnosis in enumerate(diagnoses)
+            if diagnosis and (layer := diagnosis.first_nonfinite)
         ],
-        "faults": faults,
+        "errors": errors,
     }
-
-
-# -- words ------------------------------------------------------------------------------------------------------------
-
-
-def _place(bad: SkippedStep, batch: BatchPlan) -> str:
-    last = bad.data.index + batch.sequences - 1
-    return f"data: epoch {bad.data.epoch}, samples {bad.data.index:,} to {last:,} of its order"
-
-
-def _message(bag: AnomalyDump, packed: str, there: bool) -> list[str]:
-    """What happened, where, and what to do."""
-    about, data = bag.about, bag.about["data"]
-    step, last = about["step"], data["index"] + len(bag.samples) - 1
-    if about["kind"] == "nonfinite":
-        lines = [f"the gradient of step {step:,} is not finite: the update was not made, and nothing was saved since"]
-    else:
-        lines = [
-            f"the gradient norm of step {step:,} is a spike, {about['grad_norm']:.3g}: the update was not made, and "
-            "nothing was saved since"
-        ]
-    if _too_many(bag):
-        limit = bag.config["train"]["max_skipped_steps"]
-        lines.append(f"  in a row     {about['in_a_row']:,} left out; train.max_skipped_steps is {limit:,}")
-    lines.append(
-        f"  data         epoch {data['epoch']}, samples {data['index']:,} to {last:,} of its order, of "
-        f"{about['dataset']}"
-    )
-    lines += _findings(bag)
-    lines.append(f"  flight bag   {packed}")
-    lines.append("what to do")
-    if there:
-        lines.append(f"  myllm replay {packed}   makes this step again on the CPU, and shows its text")
-    way_on = "raise --train.max-skipped-steps" if _too_many(bag) else "leave it out with --train.on-nonfinite skip"
-    lines += [
-        "  the same command goes back to the newest checkpoint; where the same step goes bad again, its data or the",
-        f"  weights are the cause: lower --optim.max-lr, or {way_on}",
-    ]
-    return lines
-
-
-def _too_many(bag: AnomalyDump) -> bool:
-    """Whether the run ended for want of patience, not at the first number that is not finite."""
-    return bag.about["kind"] == "spike" or bag.config["train"]["on_nonfinite"] == "skip"
-
-
-def _findings(bag: AnomalyDump) -> list[str]:
-    """Which sample, which module, which tensors."""
-    about, lines = bag.about, []
-    lines += [f"  not known    rank {rank} could not make it again: {f}" for rank, f in enumerate(about["faults"]) if f]
-    if about["bad_weights"]:
-        lines.append(f"  weights      not finite before the step: {_names(about['bad_weights'])}")
-    guilty = [row for row in bag.samples if not (_finite(row["loss"]) and _finite(row["gradient"]))]
-    if about["kind"] == "spike":  # no sample is bad, but one may have most of the gradient
-        guilty = sorted(bag.samples, key=lambda row: row["gradient"] or 0.0, reverse=True)[:1]
-    for row in guilty[:SHOWN_NAMES]:
-        figures = f"loss {row['loss']:.4g}, gradient {row['gradient']:.4g}" if row["loss"] is not None else "not known"
-        lines.append(
-            f"  sample {row['sample']:<5} {figures}: sequence {row['sequence']:,}, on rank {row['rank']}, "
-            f"{row['text'][:SHOWN_CHARS]!r}"
-        )
-    if len(guilty) > SHOWN_NAMES:
-        lines.append(f"               and {len(guilty) - SHOWN_NAMES:,} more of {len(bag.samples):,} samples")
-    for first in about["first_bad"][:SHOWN_NAMES]:
-        given = "was finite" if first["input_finite"] else "was not finite either"
-        lines.append(
-            f"  first seen   in the output of {first['module']}, on rank {first['rank']}; what it was given {given}"
-        )
-    if about["first_bad_backward"] and not about["first_bad"]:
-        lines.append(f"  first seen   going backward, in the gradient of the output of {about['first_bad_backward']}")
-    if about["bad_gradients"]:
-        lines.append(f"  gradients    not finite: {_names(about['bad_gradients'])}")
-    if about["kind"] == "nonfinite" and about["bad_again"] is False:
-        lines.append(
-            "  made again   at once on the same device, the step is finite: suspect the device, or what torch.compile "
-            "made of the model, before the data"
-        )
-    return lines
-
-
-def _finite(value: float | None) -> bool:
-    """Whether a figure is finite, or not known."""
-    return value is None or math.isfinite(value)
-
-
-def _names(names: list[str]) -> str:
-    more = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
-    return ", ".join(names[:SHOWN_NAMES]) + more
