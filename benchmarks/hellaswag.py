@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from myllm.data.tokenizer.load import Tokenizer
+from myllm.data.tokenizer.load import load_tokenizer
 from myllm.distributed.device_info import device_name
 from myllm.evals.hellaswag import TokenizedExample, ending_log_probs, tokenize_examples
 from myllm.evals.hellaswag_data import load_examples
@@ -35,7 +35,7 @@ def main() -> None:
     arguments.add_argument("--examples", type=int, default=64)
     arguments.add_argument("--repeats", type=int, default=3)
     options = arguments.parse_args()
-    config, tokenizer = preset("debug").model, Tokenizer()
+    config, tokenizer = preset("debug").model, load_tokenizer()
     model = Transformer(config).eval()
     examples = load_examples(options.file, options.examples)
     items = tokenize_examples(examples, tokenizer.encode, tokenizer.end_of_text, config.max_seq_len)

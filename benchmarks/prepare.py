@@ -41,7 +41,7 @@ from tiktoken_ext.openai_public import r50k_pat_str
 from myllm.config import DataConfig
 from myllm.data.prepare.prepare import prepare
 from myllm.data.sources.readers import split_prose
-from myllm.data.tokenizer.load import Tokenizer
+from myllm.data.tokenizer.load import load_tokenizer
 
 SHARD_TOKENS = 20_000_000
 DOCUMENT_CHARS = 3_000  # about the mean of FineWeb-Edu
@@ -137,7 +137,7 @@ def bare(texts: list[str], n: int) -> float:
 
 def tiktoken_itself() -> tiktoken.Encoding:
     """r50k_base as tiktoken makes it, of the same file."""
-    ranks = load_tiktoken_bpe(str(Tokenizer().file))
+    ranks = load_tiktoken_bpe(str(load_tokenizer().file))
     return tiktoken.Encoding(
         "r50k_base", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 50_256}
     )

@@ -11,7 +11,7 @@ import pytest
 from nbclient import NotebookClient
 
 from myllm.config import ModelConfig, RunConfig
-from myllm.data.tokenizer.load import Tokenizer
+from myllm.data.tokenizer.load import load_tokenizer
 from myllm.hub.export.transformers import ExportSource, export_transformers
 from myllm.inference.completion import generate
 from myllm.inference.load import LanguageModel
@@ -51,7 +51,7 @@ def write_run(folder: Path, final_loss: float) -> None:
 
 def write_export(folder: Path) -> None:
     """An exported model that knows nothing."""
-    config, tokenizer = RunConfig(name="exported", model=SHAPE), Tokenizer()
+    config, tokenizer = RunConfig(name="exported", model=SHAPE), load_tokenizer()
     source = ExportSource(config, 1, 1, tokenizer, Transformer(SHAPE).state_dict())
     export_transformers(source, folder, say=lambda _: None)
 
@@ -131,6 +131,6 @@ def test_hf_sampling_gives_our_greedy_text(data_folder: Path) -> None:
     folder.mkdir()
     shown = outputs(execute(path, {"PROMPTS": ["the river"]}, folder))
     said = "".join(output.text for output in shown if output.get("name") == "stdout")
-    ours = generate(LanguageModel(Transformer(SHAPE).eval(), Tokenizer()), "the river", 50, temperature=0)
+    ours = generate(LanguageModel(Transformer(SHAPE).eval(), load_tokenizer()), "the river", 50, temperature=0)
     assert said.startswith("LlamaForCausalLM")
     assert f"\n{ours}\n---\n" in said

@@ -51,9 +51,9 @@ def test_an_installed_package_tokenizes_and_keeps_its_data_in_the_current_folder
     script = """
 import myllm
 from myllm import paths
-from myllm.data.tokenizer.load import Tokenizer
+from myllm.data.tokenizer.load import load_tokenizer
 print(myllm.__file__)
-print(Tokenizer().decode(Tokenizer().encode("Hello, world")))
+print(load_tokenizer().decode(load_tokenizer().encode("Hello, world")))
 print(paths.temp_data())
 """
     environment = {name: value for name, value in os.environ.items() if name != "MYLLM_DATA"}

@@ -26,7 +26,7 @@ from tiktoken_ext.openai_public import r50k_pat_str
 from myllm.data.dataset import Dataset
 from myllm.data.prepare import prepare as preparing
 from myllm.data.tokenizer.gpt2 import SHIPPED_VOCABULARY
-from myllm.data.tokenizer.load import Tokenizer
+from myllm.data.tokenizer.load import load_tokenizer
 
 MakeDataset = Callable[..., Dataset]
 
@@ -49,7 +49,7 @@ def reference() -> tiktoken.Encoding:
 
 @cache
 def _vocabulary() -> dict[str, Any]:
-    return Tokenizer().describe()
+    return load_tokenizer().describe()
 
 
 def write_manifest(folder: Path, shards: list[dict[str, Any]], name: str = "manifest.json") -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import myllm
-from myllm.data.tokenizer.load import Tokenizer
+from myllm.data.tokenizer.load import load_tokenizer
 from myllm.evals.cloze import (
     CHOICES,
     CONTEXT_TOKENS,
@@ -147,7 +147,7 @@ def a_frequent_end() -> list[np.ndarray]:
 
 
 def python_sources() -> list[np.ndarray]:
-    encode = Tokenizer().encode
+    encode = load_tokenizer().encode
     return [encode(file.read_text(encoding="utf-8")) for file in sorted(Path(myllm.__file__).parent.rglob("*.py"))]
 
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from myllm.config import ModelConfig
-from myllm.data.tokenizer.load import Tokenizer
+from myllm.data.tokenizer.base import Tokenizer
+from myllm.data.tokenizer.load import load_tokenizer
 from myllm.errors import UserError
 from myllm.evals.hellaswag import Example, ending_log_probs, finish, hellaswag_sums, tokenize_examples
 from myllm.evals.hellaswag_data import load_examples
@@ -25,7 +26,7 @@ SMALL = ModelConfig(max_seq_len=160, d_model=32, n_layers=2, n_heads=4, n_kv_hea
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return Tokenizer()
+    return load_tokenizer()
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,8 @@ from model.test_parity import peer_of, random_model
 from transformers import PreTrainedTokenizerFast
 
 from myllm.config import ModelConfig
-from myllm.data.tokenizer.load import Tokenizer
+from myllm.data.tokenizer.base import Tokenizer
+from myllm.data.tokenizer.load import load_tokenizer
 from myllm.data.tokenizer.train import train_tokenizer
 from myllm.evals.hellaswag import ending_log_probs, finish, hellaswag_sums, tokenize_examples
 from myllm.evals.hellaswag_data import load_examples
@@ -24,7 +25,9 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     texts = [text for row in load_examples(OWN) for text in (row.ctx, *row.endings)]
-    return Tokenizer(train_tokenizer(texts, 600, tmp_path_factory.mktemp("own") / "tokenizer.json", progress=False))
+    return load_tokenizer(
+        train_tokenizer(texts, 600, tmp_path_factory.mktemp("own") / "tokenizer.json", progress=False)
+    )
 
 
 def exported(model: Transformer, tokenizer: Tokenizer, folder: Path) -> Path:

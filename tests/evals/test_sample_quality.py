@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from myllm.config import ModelConfig
-from myllm.data.tokenizer.load import Tokenizer
+from myllm.data.tokenizer.load import load_tokenizer
 from myllm.evals import sample_quality as writing
 from myllm.inference.completion import complete
 from myllm.inference.generate import Sequence
 from myllm.inference.load import LanguageModel
 from myllm.model.transformer import Transformer
 
-R50K = Tokenizer()
+R50K = load_tokenizer()
 END = R50K.end_of_text
 
 

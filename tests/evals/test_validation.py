@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from myllm.data.tokenizer.load import Tokenizer
+from myllm.data.tokenizer.load import load_tokenizer
 from myllm.evals.perplexity import finish, perplexity_sums
 from myllm.evals.validation import validation_batches
 
@@ -98,7 +98,7 @@ def test_figures_at_the_edges():
 def test_bits_per_byte_of_a_known_text():
     """A model that needs 3 bits a token: 3 bits x tokens over the text's UTF-8 bytes."""
     text = "Größe matters: 漢字 take three bytes each, 🙂 takes four, and naïve has two for one."
-    tokenizer = Tokenizer()
+    tokenizer = load_tokenizer()
     ids = tokenizer.encode(text)
     stream = Stream([tokenizer.end_of_text, *ids])
 
@@ -112,7 +112,7 @@ def test_bits_per_byte_of_a_known_text():
 
 
 def test_the_end_of_text_has_no_bytes():
-    tokenizer = Tokenizer()
+    tokenizer = load_tokenizer()
     stream = Stream([*tokenizer.encode_document("one two"), *tokenizer.encode_document("three")])
     token_bytes = torch.from_numpy(tokenizer.token_bytes())
 

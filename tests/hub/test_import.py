@@ -32,7 +32,7 @@ from myllm.cli.launch import parse_args
 from myllm.cli.main import main as myllm
 from myllm.config import RunConfig, load_json
 from myllm.data.prepare.prepare import prepare
-from myllm.data.tokenizer.load import Tokenizer, load_tokenizer
+from myllm.data.tokenizer.load import load_tokenizer
 from myllm.data.tokenizer.train import train_tokenizer
 from myllm.distributed.collectives import process_group
 from myllm.errors import UserError
@@ -66,7 +66,7 @@ def quietly(_: str) -> None:
 
 @cache
 def r50k_files() -> dict[str, str]:
-    return tokenizer_files(Tokenizer(), 48)
+    return tokenizer_files(load_tokenizer(), 48)
 
 
 def write_tokenizer(folder: Path, small: bool = True) -> None:
@@ -266,10 +266,10 @@ def test_a_vocabulary_of_one_s_own(save: Save, corpus: Path, temp_data: Path, tm
     file = train_tokenizer((path.read_text() for path in corpus.iterdir()), 400, tmp_path / "v.json", progress=False)
     export_transformers(save(replace(KINDS["llama"], vocab_size=400), file), tmp_path / "out", say=quietly)
     import_model(str(tmp_path / "out"), "back", say=quietly)
-    assert load_model("back", "cpu").tokenizer.sha256 == Tokenizer(file).sha256  # data made with it fit
+    assert load_model("back", "cpu").tokenizer.sha256 == load_tokenizer(file).sha256  # data made with it fit
     config = load_json(temp_data / "runs/back/config.json", RunConfig())
     assert config.data.tokenizer == "runs/back/tokenizer.json"  # which goes where temp_data/ does
-    assert load_tokenizer(config.data.tokenizer).sha256 == Tokenizer(file).sha256
+    assert load_tokenizer(config.data.tokenizer).sha256 == load_tokenizer(file).sha256
 
 
 def test_rows_beyond_the_vocabulary(temp_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

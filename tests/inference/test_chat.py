@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 
-from myllm.data.tokenizer.load import Tokenizer, load_tokenizer
+from myllm.data.tokenizer.load import load_tokenizer
 from myllm.inference.completion import stream_text
 
-R50K = Tokenizer()
+R50K = load_tokenizer()
 
 
 @given(st.text() | st.text(alphabet="a é🙂日"))

@@ -26,7 +26,7 @@ from myllm.cli.main import main as run_command
 from myllm.cli.sample import Turns
 from myllm.config import ModelConfig, RunConfig, to_dict
 from myllm.data.sampler import DataPosition
-from myllm.data.tokenizer.load import Tokenizer
+from myllm.data.tokenizer.load import load_tokenizer
 from myllm.errors import UserError
 from myllm.inference.completion import Completion, TextStream, complete, generate
 from myllm.inference.generate import stream_tokens
@@ -34,7 +34,7 @@ from myllm.inference.load import LanguageModel
 from myllm.inference.sampling_params import SamplingParams
 from myllm.model.transformer import Transformer
 
-R50K = Tokenizer()
+R50K = load_tokenizer()
 CONFIG = ModelConfig(max_seq_len=32, d_model=16, n_layers=1, n_heads=2, d_ff=32)
 FREE = SamplingParams(1.0, 0, seed=3)
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 
 from myllm.config import ModelConfig
-from myllm.data.tokenizer.load import Tokenizer
+from myllm.data.tokenizer.base import Tokenizer
 from myllm.inference.load import LanguageModel
 from myllm.inference.sampling_params import SamplingParams
 from myllm.inference.server.http import PageServer

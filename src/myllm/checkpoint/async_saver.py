@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from myllm.config import RunConfig, to_dict
-from myllm.data.tokenizer.load import Tokenizer
+from myllm.data.tokenizer.base import Tokenizer
 from myllm.distributed import collectives as distributed
 from myllm.distributed.collectives import DistContext
 from myllm.errors import TrainingDiverged

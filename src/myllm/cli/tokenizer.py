@@ -19,7 +19,7 @@ from myllm.paths import user_path
 
 if TYPE_CHECKING:
     from myllm.data.sources.source import Source
-    from myllm.data.tokenizer.load import Tokenizer
+    from myllm.data.tokenizer.base import Tokenizer
 
 Positional = tyro.conf.Positional
 
@@ -48,7 +48,7 @@ def tokenizer_train(
     """
     from myllm.data.prepare.spec import DatasetSpec
     from myllm.data.sources.source import find_source
-    from myllm.data.tokenizer.load import TOKENIZER_FILE, Tokenizer
+    from myllm.data.tokenizer.load import TOKENIZER_FILE, load_tokenizer
     from myllm.data.tokenizer.train import train_tokenizer
 
     if documents < 0:
@@ -74,12 +74,12 @@ def tokenizer_train(
 
     # The library's bars leave empty lines on the standard output of a program that no one watches.
     file = train_tokenizer(remembered(), vocab_size, out, progress=sys.stderr.isatty())
-    tokenizer = Tokenizer(file)
+    tokenizer = load_tokenizer(file)
     print(tokenizer.file)
     print(f"  {tokenizer.vocab_size:,} tokens; the sha256 of the file is {tokenizer.sha256[:12]}...")
     if tokenizer.vocab_size < vocab_size:
         print(f"  the text has no more than that to learn: {vocab_size:,} were asked for; add text to get more")
-    _compare(tokenizer, Tokenizer(), list(last))
+    _compare(tokenizer, load_tokenizer(), list(last))
     # What the first command makes, the second one trains on, by its whole name: another may begin alike.
     config = DataConfig(source=source, tokenizer=str(tokenizer.file), text_column=text_column)
     dataset = DatasetSpec(find_source(source, text_column), tokenizer, config).folder.name

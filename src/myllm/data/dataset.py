@@ -18,7 +18,9 @@ import numpy as np
 from myllm import paths
 from myllm.config import DataConfig, RunConfig, from_dict
 from myllm.data.sources.catalog import actual_source
-from myllm.data.tokenizer.load import NAME, Tokenizer, load_tokenizer
+from myllm.data.tokenizer.base import Tokenizer
+from myllm.data.tokenizer.gpt2 import NAME
+from myllm.data.tokenizer.load import load_tokenizer
 from myllm.errors import MachineError, UserError, nearest
 from myllm.files import file_sha256, read_json
 from myllm.paths import user_path

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from myllm.config import RunConfig
     from myllm.data.dataset import Dataset
-    from myllm.data.tokenizer.load import Tokenizer
+    from myllm.data.tokenizer.base import Tokenizer
     from myllm.inference.load import LanguageModel
     from myllm.model.transformer import Transformer
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from myllm.config import ModelConfig
 from myllm.data.sources.hub_listing import first_line
-from myllm.data.tokenizer.load import Tokenizer
+from myllm.data.tokenizer.load import load_tokenizer
 from myllm.errors import UserError
 
 from .external_model import ExternalModel
@@ -55,7 +55,7 @@ def read_lf_llm(file: Path) -> ExternalModel:
     weights = _weights(file, content["model_state_dict"])
     config = _model_config(file, content["hParams"], weights)
     notes = [f"made at its step {content.get('step')}"]
-    made, tokens = _convert(file, config, weights), Tokenizer().vocab_size
+    made, tokens = _convert(file, config, weights), load_tokenizer().vocab_size
     if config.vocab_size > tokens:  # a padded vocabulary
         notes.append(f"the model has {config.vocab_size:,} rows for {tokens:,} tokens: the others are left out")
         config = replace(config, vocab_size=tokens)

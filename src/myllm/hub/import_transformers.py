@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from myllm.config import ModelConfig, RunConfig, from_dict
-from myllm.data.tokenizer.load import Tokenizer
+from myllm.data.tokenizer.load import load_tokenizer
 from myllm.errors import UserError
 from myllm.files import read_json
 from myllm.hub.export.tokenizer import TOKENIZER_FILE
@@ -70,7 +70,7 @@ def read_model_config(folder: Path) -> tuple[ModelConfig, Path | None, list[str]
         ours = {name: known[name] for name in OURS if name in known} if isinstance(known, dict) else known
         config = from_dict({"model": ours}, RunConfig(model=config)).model
     file = _vocabulary(folder)
-    tokenizer, notes = Tokenizer(file), []
+    tokenizer, notes = load_tokenizer(file), []
     if tokenizer.vocab_size < config.vocab_size:
         notes.append(
             f"the model has {config.vocab_size:,} rows for {tokenizer.vocab_size:,} tokens: the others are left out"
@@ -264,7 +264,7 @@ def _vocabulary(folder: Path) -> Path | None:
 
 def _is_default(file: Path) -> bool:
     """Whether a tokenizer.json is GPT-2's vocabulary: the same tokens by id, and the same ids for odd texts."""
-    theirs, ours = Tokenizer(file), Tokenizer()
+    theirs, ours = load_tokenizer(file), load_tokenizer()
     if (theirs.vocab_size, theirs.end_of_text) != (ours.vocab_size, ours.end_of_text):
         return False
     if any(theirs.decode_bytes([i]) != ours.decode_bytes([i]) for i in range(ours.vocab_size)):

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from myllm.data.tokenizer.load import Tokenizer
+from myllm.data.tokenizer.base import Tokenizer
 from myllm.model.transformer import Transformer
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from myllm import paths
 from myllm.checkpoint.format import Checkpoint
 from myllm.config import RunConfig, saved_config
-from myllm.data.tokenizer.load import Tokenizer
+from myllm.data.tokenizer.load import load_tokenizer
 from myllm.distributed.collectives import choose_device
 from myllm.distributed.precision import compute_dtype
 from myllm.errors import UserError
@@ -101,7 +101,7 @@ def load_model(
 def _ready(model: Transformer, weights: dict, tokenizer_file: Path | None, device: str) -> LanguageModel:
     model.load_state_dict(weights)
     model.to(choose_device(device)).eval()
-    return LanguageModel(model, Tokenizer(tokenizer_file))
+    return LanguageModel(model, load_tokenizer(tokenizer_file))
 
 
 __all__ = ["LanguageModel", "ModelSource", "find_model", "load_model"]

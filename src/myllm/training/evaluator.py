@@ -12,7 +12,7 @@ from myllm.checkpoint.format import TrainState
 from myllm.config import RunConfig
 from myllm.data.dataset import Dataset
 from myllm.data.sampler import count_sequences
-from myllm.data.tokenizer.load import Tokenizer
+from myllm.data.tokenizer.base import Tokenizer
 from myllm.distributed import collectives as distributed
 from myllm.distributed.collectives import DistContext
 from myllm.distributed.precision import autocast

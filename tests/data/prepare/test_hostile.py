@@ -19,14 +19,15 @@ from myllm.data.prepare.work_items import load_item_index, make_work_items, toke
 from myllm.data.sources import readers
 from myllm.data.sources.read_task import MAX_LOGGED_SKIPS
 from myllm.data.sources.source import find_source
-from myllm.data.tokenizer.load import Tokenizer
+from myllm.data.tokenizer.base import Tokenizer
+from myllm.data.tokenizer.load import load_tokenizer
 
 Work = Callable[..., tuple[list[str], dict[str, int], list[str]]]
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return Tokenizer()
+    return load_tokenizer()
 
 
 @pytest.fixture

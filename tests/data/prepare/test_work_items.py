@@ -24,7 +24,8 @@ from myllm.data.prepare.work_items import (
     tokens_path,
 )
 from myllm.data.sources.source import Source, SourceFile, find_source
-from myllm.data.tokenizer.load import Tokenizer
+from myllm.data.tokenizer.base import Tokenizer
+from myllm.data.tokenizer.load import load_tokenizer
 from myllm.errors import UserError
 
 
@@ -118,7 +119,7 @@ def tokenise(source: Source, folder: Path, **settings: object) -> None:
 
 def test_a_unit_is_its_documents_end_to_end_with_an_index(source: Source, tmp_path: Path) -> None:
     tokenise(source, tmp_path)
-    index, tokenizer = load_item_index(tmp_path, 0), Tokenizer()
+    index, tokenizer = load_item_index(tmp_path, 0), load_tokenizer()
     tokens = np.fromfile(index.path, dtype="<u2")
     texts = ["One text.", "two", "three <|endoftext|> \ufffd", "two"]
     documents = np.split(tokens, np.cumsum(index.lengths)[:-1])

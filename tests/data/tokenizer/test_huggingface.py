@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from myllm.data.tokenizer.huggingface import END_OF_TEXT_TOKENS, MAX_PIECE_CHARS, byte_alphabet, split_text
-from myllm.data.tokenizer.load import Tokenizer, load_tokenizer
+from myllm.data.tokenizer.base import Tokenizer, split_text
+from myllm.data.tokenizer.huggingface import END_OF_TEXT_TOKENS, MAX_PIECE_CHARS, WORD_START, byte_alphabet
+from myllm.data.tokenizer.load import load_tokenizer
 from myllm.errors import UserError
 
 PROSE = (
@@ -233,7 +234,7 @@ def test_a_cut_at_a_word_changes_nothing(files: dict[str, Path], bytewise: Token
 
 @given(st.text(alphabet=" \nab", max_size=60), st.integers(2, 9))
 def test_pieces_make_up_the_text(text: str, size: int) -> None:
-    pieces = list(split_text(text, size))
+    pieces = list(split_text(text, size, WORD_START))
     assert "".join(pieces) == text
     assert all(len(piece) <= size for piece in pieces)
     assert all(pieces) or not text
@@ -317,8 +318,8 @@ def test_no_token_that_ends_a_document(tmp_path: Path) -> None:
         (b"[" * 100_000, "is not JSON"),
         (b"[]", "has no model"),
         (b'{"model_type": "gpt2"}', "has no model"),
-        (b'{"model": {"type": "Other"}}', "no tokenizer: "),
-        (b'{"model": {"type": "BPE", "vocab": {}, "merges": []}, "decoder": 7}', "no tokenizer: "),
+        (b'{"model": {"type": "Other"}}', "not a tokenizer: "),
+        (b'{"model": {"type": "BPE", "vocab": {}, "merges": []}, "decoder": 7}', "not a tokenizer: "),
         (b'{"model": {"type": "BPE", "vocab": {}, "merges": []}, "added_tokens": []}', "its added tokens are none"),
     ],
 )
@@ -334,7 +335,7 @@ def test_text_that_a_vocabulary_has_no_token_for(tmp_path: Path) -> None:
     made = tokenizers.Tokenizer(models.WordLevel({"river": 0}, unk_token="[UNK]"))
     made.add_special_tokens(["</s>"])
     made.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(UserError, match=r"cannot take a text that begins 'bridge': .*needs a token"):
+    with pytest.raises(UserError, match=r"cannot encode a text that begins with 'bridge': .*needs a token"):
         load_tokenizer(tmp_path).encode("bridge")
 
 
@@ -346,7 +347,7 @@ def test_paths_that_lead_nowhere(tmp_path: Path, files: dict[str, Path]) -> None
         load_tokenizer(tmp_path / "tokenizr.json")
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "vocab.json").touch()
-    with pytest.raises(UserError, match=r"holds no tokenizer\.json: it has vocab\.json"):
+    with pytest.raises(UserError, match=r"has no tokenizer\.json; it has vocab\.json"):
         load_tokenizer(tmp_path / "sub")
     assert load_tokenizer(str(files["unigram"].parent)).file == files["unigram"]
 

@@ -14,14 +14,15 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from myllm.data.tokenizer.gpt2 import END_OF_TEXT, MOST_ENCODINGS, SHIPPED_VOCABULARY, VOCAB_FILE
-from myllm.data.tokenizer.load import Tokenizer, load_tokenizer
+from myllm.data.tokenizer.base import Tokenizer
+from myllm.data.tokenizer.gpt2 import END_OF_TEXT, MAX_ENCODINGS, SHIPPED_VOCABULARY, VOCAB_FILE, GPT2Tokenizer
+from myllm.data.tokenizer.load import load_tokenizer
 from myllm.errors import UserError
 
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
-    return Tokenizer()
+    return load_tokenizer()
 
 
 def test_known_ids(tokenizer: Tokenizer) -> None:
@@ -156,13 +157,13 @@ def test_every_character_beside_white_space(tokenizer: Tokenizer, reference: tik
 
 def test_texts_full_of_control_characters(reference: tiktoken.Encoding) -> None:
     """Whatever a text holds, some other character is left to mark it with; and few tables are kept."""
-    tokenizer = Tokenizer()
+    tokenizer = load_tokenizer()
     for count in (1, 2, 7, 8, 9, 20):
         text = "".join(f"{chr(code)}  word{chr(code)} " for code in (*range(1, 9), *range(0xFDD0, 0xFDE0)))[
             : 10 * count
         ]
         assert tokenizer.encode(text).tolist() == reference.encode_ordinary(text)
-    assert len(tokenizer._vocabulary._encodings) <= MOST_ENCODINGS
+    assert len(tokenizer._encodings) <= MAX_ENCODINGS
 
 
 @pytest.mark.parametrize("text", ["\x00", "a\x00b", "\x00" * 10_000, "x" * 300_000, "!" * 300_000, "\ufeffbom"])
@@ -213,7 +214,7 @@ def test_a_damaged_vocabulary_is_refused(damage: str, tmp_path: Path) -> None:
         }
         path.write_bytes(changed[damage])
     with pytest.raises(UserError, match="restore it with git checkout") as caught:
-        Tokenizer(path)
+        GPT2Tokenizer(path)
     assert str(path) in str(caught.value)
 
 
@@ -228,7 +229,7 @@ def watch(event, args):
         seen.append((event, args))
 import tiktoken, numpy, myllm.data.tokenizer.load
 sys.addaudithook(watch)
-assert myllm.data.tokenizer.load.Tokenizer().encode("Hello world").tolist() == [15496, 995]
+assert myllm.data.tokenizer.load.load_tokenizer().encode("Hello world").tolist() == [15496, 995]
 assert not seen, seen
 open("/dev/null", "w").close()
 assert len(seen) == 1, "the watch does not work"

@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerFast
 from myllm.cli import main as cli
 from myllm.cli.tokenizer import tokenizer_train
 from myllm.data.dataset import Dataset
-from myllm.data.tokenizer.load import Tokenizer, load_tokenizer
+from myllm.data.tokenizer.base import Tokenizer
+from myllm.data.tokenizer.load import load_tokenizer
 from myllm.data.tokenizer.train import train_tokenizer
 from myllm.errors import UserError
 

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from myllm.cli.main import main as myllm
 from myllm.config import ModelConfig
-from myllm.data.tokenizer.load import Tokenizer
+from myllm.data.tokenizer.load import load_tokenizer
 from myllm.data.tokenizer.train import train_tokenizer
 from myllm.errors import UserError
 from myllm.hub import architectures
@@ -117,7 +117,7 @@ def test_large_models_come_in_shards(save: Save, tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def fast(tmp_path_factory: pytest.TempPathFactory) -> transformers.PreTrainedTokenizerBase:
     folder = tmp_path_factory.mktemp("tokenizer")
-    for name, content in tokenizer_files(Tokenizer(), 1_024).items():
+    for name, content in tokenizer_files(load_tokenizer(), 1_024).items():
         (folder / name).write_text(content, encoding="utf-8")
     return AutoTokenizer.from_pretrained(folder)
 
@@ -125,7 +125,7 @@ def fast(tmp_path_factory: pytest.TempPathFactory) -> transformers.PreTrainedTok
 @pytest.fixture(scope="module")
 def peer() -> tiktoken.Encoding:
     """tiktoken itself, on the file of the vocabulary."""
-    ranks = tiktoken.load.load_tiktoken_bpe(str(Tokenizer().file))
+    ranks = tiktoken.load.load_tiktoken_bpe(str(load_tokenizer().file))
     return tiktoken.Encoding(
         "r50k", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 50_256}
     )
@@ -180,7 +180,7 @@ def test_a_vocabulary_of_one_s_own(save: Save, corpus: Path, tmp_path: Path) -> 
     folder = export_transformers(
         save(replace(R50K, vocab_size=400, vocab_multiple=64), file), tmp_path / "out", say=quietly
     ).folder
-    made, ours = AutoTokenizer.from_pretrained(folder), Tokenizer(file)
+    made, ours = AutoTokenizer.from_pretrained(folder), load_tokenizer(file)
     text = "the river <|endoftext|> ran under é 言語\n\n  old"
     assert made(text).input_ids == ours.encode_document(text).tolist()
     assert (folder / "myllm_tokenizer.json").read_bytes() == file.read_bytes()

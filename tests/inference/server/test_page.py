@@ -9,12 +9,12 @@ from support.browser import CONTROL, Browser, chromium
 from support.serving import post, scripted, serving
 
 from myllm.config import ModelConfig
-from myllm.data.tokenizer.load import Tokenizer
+from myllm.data.tokenizer.load import load_tokenizer
 from myllm.inference.load import LanguageModel
 from myllm.inference.server.http import PageServer
 from myllm.model.transformer import Transformer
 
-R50K = Tokenizer()
+R50K = load_tokenizer()
 TEXT = "<script>document.title='run'</script>\n\tand  🧬 <b>é"
 SCRIPT = [*R50K.encode(TEXT).tolist(), R50K.end_of_text]
 TOKENS = "[...document.querySelectorAll('.token')]"

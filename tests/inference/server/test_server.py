@@ -24,7 +24,7 @@ from myllm.checkpoint.format import TrainState
 from myllm.cli.main import main as run_command
 from myllm.config import ModelConfig, RunConfig, to_dict
 from myllm.data.sampler import DataPosition
-from myllm.data.tokenizer.load import Tokenizer
+from myllm.data.tokenizer.load import load_tokenizer
 from myllm.errors import UserError
 from myllm.inference.completion import complete
 from myllm.inference.generate import Sequence, generate_batch
@@ -36,7 +36,7 @@ from myllm.inference.server.security import is_allowed_host, listen
 from myllm.model.transformer import Transformer
 from myllm.planning.flops import n_parameters
 
-R50K = Tokenizer()
+R50K = load_tokenizer()
 CONFIG = ModelConfig(max_seq_len=32, d_model=16, n_layers=2, n_heads=2, d_ff=32)
 LONG = {"prompt": "on and on", "max_new_tokens": MAX_NEW_TOKENS}
 

@@ -12,7 +12,8 @@ from myllm import paths
 from myllm.config import DataConfig
 from myllm.data.dataset import FORMAT
 from myllm.data.sources.source import Source, SourceFile, find_source
-from myllm.data.tokenizer.load import Tokenizer, load_tokenizer
+from myllm.data.tokenizer.base import Tokenizer
+from myllm.data.tokenizer.load import load_tokenizer
 from myllm.paths import user_path
 
 from .work_items import WorkItem, make_work_items

@@ -27,7 +27,8 @@ from myllm.data.sources.cleaning import clean
 from myllm.data.sources.read_task import SkipLog
 from myllm.data.sources.readers import is_splittable
 from myllm.data.sources.source import Source, SourceFile, read_documents
-from myllm.data.tokenizer.load import Tokenizer, load_tokenizer
+from myllm.data.tokenizer.base import Tokenizer
+from myllm.data.tokenizer.load import load_tokenizer
 from myllm.errors import UserError
 from myllm.files import TEMPORARY, naming
 

@@ -1,9 +1,15 @@
-"""GPT-2's byte-pair encoding (r50k_base) through tiktoken, from the file beside this one, never from the network."""
+"""GPT-2's byte-pair encoding (r50k_base) through tiktoken, with the vocabulary file that ships with the code.
+
+The vocabulary's own pattern ends in `\\s++$|\\s+(?!\\S)|\\s`: it leaves the last character of a run of white space to
+the word that follows. The lookahead needs a backtracking engine, which is half as fast and overflows its stack in a run
+of about a million. So `_join` marks those places beforehand, and the pattern here needs no lookahead. The documents of
+a batch are joined too, since a call costs as much as a short document.
+"""
 
 import base64
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache, cached_property
 from itertools import chain, islice, pairwise
 from pathlib import Path
@@ -13,153 +19,118 @@ import tiktoken
 
 from myllm.errors import UserError
 
+from .base import Tokenizer, replace_surrogates, split_text
+
 NAME = "r50k_base"
 VOCAB_FILE = "r50k_base.tiktoken"
 SHIPPED_VOCABULARY = Path(__file__).with_name(VOCAB_FILE)
-# Source: tiktoken_ext/openai_public.py, which checks its download against the same hash.
+# Source: tiktoken_ext/openai_public.py, for the hash and the pattern.
 VOCAB_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
-# The vocabulary's own pattern (same source) ends in \s++$|\s+(?!\S)|\s: of a run of white space it leaves the last one
-# to what comes next. Looking ahead takes a backtracking engine, which is half as fast and overflows its stack in a run
-# of about a million. `marked` cuts texts there beforehand, and what is left to match needs no lookahead.
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+"""
 END_OF_TEXT = 50_256
-END_OF_TEXT_SPELLED = "<|endoftext|>"
-CUT = END_OF_TEXT + 1
-"""Stands for a mark within a document while it is tokenised, and never in what is given out."""
-
-# What Unicode, and so the pattern, calls white space; Python's own idea of it has four characters more.
-_WHITE = (*range(9, 14), 32, 0x85, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x2028, 0x2029, 0x202F, 0x205F, 0x3000)
-# One call takes some 60 bytes of memory a character where there is nothing to cut words at.
+SPLIT = END_OF_TEXT + 1
+"""Id of the mark within a run of white space; removed from what is returned."""
 MAX_PIECE_CHARS = 1_000_000
-NEAR_CHARS = 1_000
-MOST_ENCODINGS = 4
+"""Longer texts are encoded in pieces: one call takes some 60 bytes of memory per character."""
+MAX_ENCODINGS = 4
 _BETWEEN_WORDS = re.compile(r"(?<=[A-Za-z]) (?=[A-Za-z])")
+"""No token reaches over such a place."""
+# White space of Unicode, and so of the pattern; Python's \s has four characters more.
+_WHITE_SPACE = (*range(9, 14), 32, 0x85, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x2028, 0x2029, 0x202F, 0x205F, 0x3000)
 
 
-def split_text(text: str, size: int) -> Iterator[str]:
-    """Pieces of at most `size` characters, cut between two words where there are some near.
-
-    No token of this vocabulary reaches over such a place, so a cut there changes nothing; elsewhere it changes at most
-    the tokens at the cut.
+class GPT2Tokenizer(Tokenizer):
     """
-    start = 0
-    while len(text) - start > size:
-        end = start + size
-        for match in _BETWEEN_WORDS.finditer(text, end - min(size // 2, NEAR_CHARS), end):
-            end = match.start()
-        yield text[start:end]
-        start = end
-    yield text[start:]
-
-
-def marked(texts: Sequence[str], end: str, cut: str) -> str:
-    """The texts as one, `end` before each, and `cut` before the last white space of two or more that something follows.
-
-    Args:
-        end: a character that is in no text, as is `cut`.
-    """
-    joined = end.join(("", *texts))
-    codes = np.frombuffer(joined.encode("utf-32-le"), dtype="<u4")
-    white = _is_white()[codes]
-    cuts = np.flatnonzero(white[:-2] & white[1:-1] & ~white[2:] & (codes[2:] != ord(end))) + 1
-    return cut.join(joined[a:b] for a, b in pairwise((0, *cuts.tolist(), len(joined))))
-
-
-@cache
-def _is_white() -> np.ndarray:
-    """Whether each character of Unicode is white space, (0x110000,) bool."""
-    white = np.zeros(0x110000, dtype=bool)
-    white[list(_WHITE)] = True
-    return white
-
-
-def absent(text: str) -> tuple[str, str]:
-    """Two characters that a text lacks: the same two control characters for nearly any, so that their tables are there.
-
-    A text of a million characters cannot hold all that there are.
-    """
-    candidates = map(chr, chain(range(1, 9), range(0xFDD0, 0x110000)))
-    first, second = islice((one for one in candidates if one not in text), 2)
-    return first, second
-
-
-class GPT2Tokenizer:
-    """The vocabulary that ships with the code. Its tables are built at first use, which takes a moment.
-
     Raises:
-        UserError: if the vocabulary file is missing or not the one expected.
+        UserError: the vocabulary file is missing or damaged.
     """
 
-    kind = "tiktoken"
+    kind, is_default, name = "tiktoken", True, NAME
+    vocab_size, end_of_text = END_OF_TEXT + 1, END_OF_TEXT
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path = SHIPPED_VOCABULARY) -> None:
+        self.file = file
         try:
-            content = file.read_bytes()
+            self._content = file.read_bytes()
         except OSError as error:
             raise UserError(
                 f"cannot read the vocabulary {file}: {error.strerror}; restore it with git checkout"
             ) from None
-        self.sha256 = hashlib.sha256(content).hexdigest()
+        self.sha256 = hashlib.sha256(self._content).hexdigest()
         if self.sha256 != VOCAB_SHA256:
             raise UserError(
                 f"the vocabulary {file} is damaged: its sha256 is {self.sha256[:12]}..., expected "
                 f"{VOCAB_SHA256[:12]}...; restore it with git checkout"
             )
-        self.name = NAME
-        self.end_of_text = END_OF_TEXT
-        self.vocab_size = END_OF_TEXT + 1
-        self._content = content
         self._encodings: dict[tuple[str, str], tiktoken.Encoding] = {}
+
+    # The tables are built at first use: the process that plans a data set never encodes.
 
     @cached_property
     def _ranks(self) -> dict[bytes, int]:
         return {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, self._content.splitlines())}
 
     @cached_property
-    def _bytes_of(self) -> dict[int, bytes]:
-        return {rank: token for token, rank in self._ranks.items()} | {END_OF_TEXT: END_OF_TEXT_SPELLED.encode()}
+    def _bytes_by_id(self) -> dict[int, bytes]:
+        return {rank: token for token, rank in self._ranks.items()} | {END_OF_TEXT: b"<|endoftext|>"}
 
-    def _bpe(self, end: str, cut: str) -> tiktoken.Encoding:
-        """That takes these two characters for the end of a text, and for a mark within."""
-        # At first use: the process that plans a data set never encodes.
-        encoding = self._encodings.get((end, cut))
-        if encoding is None:
-            encoding = tiktoken.Encoding(
-                NAME, pat_str=PATTERN, mergeable_ranks=self._ranks, special_tokens={end: END_OF_TEXT, cut: CUT}
-            )
-            if len(self._encodings) >= MOST_ENCODINGS:
+    def _encoding(self, end: str, split: str) -> tiktoken.Encoding:
+        """An encoding whose special tokens are these two characters."""
+        key = end, split
+        if key not in self._encodings:
+            if len(self._encodings) >= MAX_ENCODINGS:
                 self._encodings.clear()
-            self._encodings[end, cut] = encoding
-        return encoding
-
-    def encode(self, text: str) -> np.ndarray:
-        return self.encode_documents([text])[0][1:]
+            self._encodings[key] = tiktoken.Encoding(
+                NAME, pat_str=PATTERN, mergeable_ranks=self._ranks, special_tokens={end: END_OF_TEXT, split: SPLIT}
+            )
+        return self._encodings[key]
 
     def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
-        if all(len(text) <= MAX_PIECE_CHARS for text in texts):
-            return self._encode_together(texts)
-        front = np.array([END_OF_TEXT], dtype=np.uint16)
-        return [np.concatenate((front, *self._encode_pieces(text))) for text in texts]
+        if any(len(text) > MAX_PIECE_CHARS for text in texts):
+            return super().encode_documents(texts)
+        try:
+            return self._encode_batch(texts)
+        except (UnicodeEncodeError, TypeError):
+            return self._encode_batch([replace_surrogates(text) for text in texts])
 
-    def _encode_pieces(self, text: str) -> Iterator[np.ndarray]:
-        return (self._encode_together([piece])[0][1:] for piece in split_text(text, MAX_PIECE_CHARS))
+    def _encode(self, text: str) -> np.ndarray:
+        pieces = split_text(text, MAX_PIECE_CHARS, _BETWEEN_WORDS)
+        return np.concatenate([self._encode_batch([piece])[0][1:] for piece in pieces])
 
-    def _encode_together(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """In one call: tiktoken cuts at marks before it looks at any text, so no document sees another."""
-        end, cut = absent("".join(texts))
-        tokens = self._bpe(end, cut).encode_to_numpy(marked(texts, end, cut), allowed_special={end, cut})
-        tokens = tokens[tokens != CUT].astype(np.uint16)
+    def _encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """One call for all documents: tiktoken splits at special tokens first, so no document affects another."""
+        end, split = _absent_characters("".join(texts))
+        tokens = self._encoding(end, split).encode_to_numpy(_join(texts, end, split), allowed_special={end, split})
+        tokens = tokens[tokens != SPLIT].astype(np.uint16)
         starts = np.flatnonzero(tokens == END_OF_TEXT).tolist()
-        return [tokens[start:end] for start, end in pairwise((*starts, len(tokens)))]
+        return [tokens[start:stop] for start, stop in pairwise((*starts, len(tokens)))]
 
-    def decode(self, ids: Sequence[int]) -> str:
-        return self.decode_bytes(ids).decode("utf-8", errors="replace")
-
-    def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        return b"".join([self._bytes_of[each] for each in ids])
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        return b"".join([self._bytes_by_id[int(token)] for token in ids])
 
     def token_bytes(self) -> np.ndarray:
-        lengths = np.zeros(self.vocab_size, dtype=np.int64)
-        for token, rank in self._ranks.items():
-            lengths[rank] = len(token)
-        return lengths
+        return np.array([len(self._bytes_by_id[token]) for token in range(END_OF_TEXT)] + [0], dtype=np.int64)
+
+
+def _join(texts: Sequence[str], end: str, split: str) -> str:
+    """One text: `end` before each document, and `split` before the last character of white space that follows another
+    and precedes a character of the same document."""
+    joined = end.join(("", *texts))
+    codes = np.frombuffer(joined.encode("utf-32-le"), dtype="<u4")
+    white = _is_white_space()[codes]
+    splits = np.flatnonzero(white[:-2] & white[1:-1] & ~white[2:] & (codes[2:] != ord(end))) + 1
+    return split.join(joined[start:stop] for start, stop in pairwise((0, *splits.tolist(), len(joined))))
+
+
+@cache
+def _is_white_space() -> np.ndarray:
+    """Whether each code point is white space, (0x110000,) bool."""
+    white = np.zeros(0x110000, dtype=bool)
+    white[list(_WHITE_SPACE)] = True
+    return white
+
+
+def _absent_characters(text: str) -> Iterator[str]:
+    """Two characters that the text lacks. Nearly all texts lack the first two candidates, whose encoding is cached."""
+    candidates = map(chr, chain(range(1, 9), range(0xFDD0, 0x110000)))
+    return islice((character for character in candidates if character not in text), 2)

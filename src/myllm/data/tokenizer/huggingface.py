@@ -1,9 +1,9 @@
-"""A vocabulary of one's own: any tokenizer.json of Hugging Face's `tokenizers`, read from the disk alone."""
+"""Any tokenizer.json of Hugging Face's `tokenizers`, read from disk only."""
 
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,150 +12,133 @@ import tokenizers
 
 from myllm.errors import UserError
 
+from .base import Tokenizer, split_text
+
 MAX_VOCAB_SIZE = 65_536
 """Shards hold uint16."""
-# What ends a document in the vocabularies in use, in the order in which they are looked for: a token made for it comes
-# before one that ends a turn of a conversation or a sentence.
+# In order of preference: a token made to end documents comes before one that ends a turn of a chat, or a sentence.
 END_OF_TEXT_TOKENS = (
     "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|eos|>", "<|im_end|>", "[SEP]",
 )  # fmt: skip
-# One call takes about 170 bytes of memory a character, and some models more than linear time in the length of a word.
 MAX_PIECE_CHARS = 100_000
-NEAR_CHARS = 1_000
-_WORD_START = re.compile(r"(?<=\S)\s")
+"""Longer texts are encoded in pieces: a call takes about 170 bytes of memory per character, and some models take more
+than linear time in the length of a word."""
+WORD_START = re.compile(r"(?<=\S)\s")
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
-class HuggingFaceTokenizer:
-    """The vocabulary in a tokenizer.json.
-
-    What the file says about padding, truncation, dropout and tokens around a text is for a model's input, and is left
-    out here: text goes in as it stands and nothing is lost or added. What it says about changing text first (case,
-    Unicode forms, a space in front) belongs to the vocabulary and is done.
+class HuggingFaceTokenizer(Tokenizer):
+    """Encodes text as it is: the file's padding, truncation, dropout and template of special tokens are meant for a
+    model's input and are ignored. Its normalization (case, Unicode forms, a space in front) is part of the vocabulary
+    and is applied.
 
     Raises:
-        UserError: unreadable, no tokenizer, without a token that ends a document, or too large for shards.
+        UserError: the file is unreadable, not a tokenizer, too large for shards, or has no token that ends a document.
     """
 
-    kind = "huggingface"
+    kind, is_default = "huggingface", False
 
     def __init__(self, file: Path) -> None:
         content, spec = _read(file)
-        self._file = file
+        self.file = file
         self.sha256 = hashlib.sha256(content).hexdigest()
         try:
-            self._peer = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
-        except Exception as error:  # the library raises nothing more exact
+            self._backend = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
+        except Exception as error:  # the library raises nothing more specific
             raise UserError(
-                f"{file} is JSON, but no tokenizer: {error}; expected a tokenizer.json as Hugging Face's tokenizers "
-                "saves it, or as `myllm tokenizer train` does"
+                f"{file} is JSON, but not a tokenizer: {error}; expected a tokenizer.json as Hugging Face's tokenizers "
+                "or `myllm tokenizer train` save it"
             ) from None
-        self._tokens = {index: token for token, index in self._peer.get_vocab(with_added_tokens=True).items()}
+        self._tokens = {index: token for token, index in self._backend.get_vocab(with_added_tokens=True).items()}
         self.vocab_size = max(self._tokens, default=-1) + 1  # ids may have gaps
         if self.vocab_size > MAX_VOCAB_SIZE:
             raise UserError(
-                f"the vocabulary {file} has ids up to {self.vocab_size - 1:,}, but shards hold 16 bits a token: at "
-                f"most {MAX_VOCAB_SIZE:,} tokens; take a smaller one, or train one with "
+                f"the vocabulary {file} has ids up to {self.vocab_size - 1:,}, but shards hold 16 bits per token: at "
+                f"most {MAX_VOCAB_SIZE:,} tokens; use a smaller one, or train one with "
                 f"`myllm tokenizer train SOURCE --vocab-size {MAX_VOCAB_SIZE}`"
             )
         # From the content alone, so that it is the same on every machine and in every folder.
         self.name = f"{str(spec['model'].get('type', 'bpe')).lower()}-{self.vocab_size}-{self.sha256[:8]}"
-        ending = _ending(file, [token.content for token in self._peer.get_added_tokens_decoder().values()])
-        self.end_of_text = self._peer.token_to_id(ending)
-        self._take_text_as_it_stands(ending)
-        added = self._peer.get_added_tokens_decoder()
+        end_token = _end_of_text_token(file, [token.content for token in self._added_tokens().values()])
+        self.end_of_text = self._backend.token_to_id(end_token)
+        self._ignore_model_input_settings(end_token)
+        self._build_tables(spec)
+
+    def _added_tokens(self) -> dict[int, tokenizers.AddedToken]:
+        return self._backend.get_added_tokens_decoder()
+
+    def _ignore_model_input_settings(self, end_token: str) -> None:
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        if getattr(self._backend.model, "dropout", None):
+            self._backend.model.dropout = None
+        self._backend.add_special_tokens([end_token])  # some files do not mark it as special
+        self._backend.encode_special_tokens = True  # special tokens that a text spells out are ordinary text
+
+    def _build_tables(self, spec: dict[str, Any]) -> None:
+        added = self._added_tokens()
         special = {index for index, token in added.items() if token.special}
         unknown = {index for index, token in self._tokens.items() if token == _unknown_token(spec["model"])}
-        self._unspeakable = (special - unknown) | {self.end_of_text}
+        self._never_encoded = (special - unknown) | {self.end_of_text}
         self._byte_level = "ByteLevel" in {part["type"] for part in _parts(spec)}
-        spell = _spelling(spec)
-        self._pieces = [b""] * self.vocab_size
+        to_bytes = _token_decoder(spec)
+        self._bytes = [b""] * self.vocab_size
         for index, token in self._tokens.items():
-            self._pieces[index] = token.encode() if index in added else spell(token)
-        self._lengths = np.array([len(piece) for piece in self._pieces], dtype=np.int64)
-        if _joins_with_spaces(spec):
-            self._lengths -= [piece.startswith(b" ") for piece in self._pieces]
+            self._bytes[index] = token.encode() if index in added else to_bytes(token)
+        self._lengths = np.array([len(token) for token in self._bytes], dtype=np.int64)
+        if _drops_spaces(spec):
+            self._lengths -= [token.startswith(b" ") for token in self._bytes]
         self._lengths[sorted(special)] = 0
 
-    def _take_text_as_it_stands(self, ending: str) -> None:
-        self._peer.no_truncation()
-        self._peer.no_padding()
-        if getattr(self._peer.model, "dropout", None):
-            self._peer.model.dropout = None
-        self._peer.add_special_tokens([ending])  # some files do not say that it is special
-        self._peer.encode_special_tokens = True  # spelled in a text, they are text
-
-    def encode(self, text: str) -> np.ndarray:
+    def _encode(self, text: str) -> np.ndarray:
         try:
-            if len(text) <= MAX_PIECE_CHARS:
-                return self._encode(text)
-            return np.concatenate([self._encode(piece) for piece in split_text(text, MAX_PIECE_CHARS)])
+            return np.concatenate([self._encode_piece(p) for p in split_text(text, MAX_PIECE_CHARS, WORD_START)])
         except Exception as error:
-            if type(error) is not Exception:  # the library's own has no type
+            if type(error) is not Exception:  # the library's own errors have no type
                 raise
             raise UserError(
-                f"the vocabulary {self._file} cannot take a text that begins {text[:40]!r}: {error}; it needs a token "
-                "for what it does not know, or all bytes, as one of `myllm tokenizer train` has"
+                f"the vocabulary {self.file} cannot encode a text that begins with {text[:40]!r}: {error}; it needs a "
+                "token for unknown text, or all 256 bytes, which `myllm tokenizer train` includes"
             ) from None
 
-    def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
-        front = np.array([self.end_of_text], dtype=np.uint16)
-        return [np.concatenate((front, self.encode(text))) for text in texts]
-
-    def _encode(self, text: str) -> np.ndarray:
-        # encode_batch_fast is a little faster, but shares its work out over threads even for one text.
-        ids = self._peer.encode(text, add_special_tokens=False).ids
-        if not self._unspeakable.isdisjoint(ids):
+    def _encode_piece(self, text: str) -> np.ndarray:
+        # encode_batch_fast is a little faster, but starts threads even for one text.
+        ids = self._backend.encode(text, add_special_tokens=False).ids
+        if not self._never_encoded.isdisjoint(ids):
             # Unigram and whole-word models find the special token's own entry in their vocabulary.
-            parts = [self._spell(index) if index in self._unspeakable else [index] for index in ids]
+            parts = [self._spell_out(index) if index in self._never_encoded else [index] for index in ids]
             ids = [index for part in parts for index in part]
         return np.array(ids, dtype=np.uint16)
 
-    def _spell(self, special: int) -> list[int]:
-        """A special token's text, a character at a time: no token that holds all of it can be among them."""
+    def _spell_out(self, special: int) -> list[int]:
+        """Tokens for a special token's text, one character at a time, so that none of them holds all of it."""
         text = self._tokens[special]
         if self._byte_level:
-            shown = byte_alphabet()
-            text = "".join(shown[byte] for byte in text.encode())
-        found = [token.id for character in text for token in self._peer.model.tokenize(character)]
-        return [index for index in found if index not in self._unspeakable]
+            alphabet = byte_alphabet()
+            text = "".join(alphabet[byte] for byte in text.encode())
+        found = [token.id for character in text for token in self._backend.model.tokenize(character)]
+        return [index for index in found if index not in self._never_encoded]
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Iterable[int]) -> str:
         if self._byte_level:
-            return self.decode_bytes(ids).decode("utf-8", "replace")
-        return self._peer.decode(ids, skip_special_tokens=False)
+            return super().decode(ids)
+        return self._backend.decode([int(token) for token in ids], skip_special_tokens=False)
 
-    def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        return b"".join([self._pieces[index] for index in ids])
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        return b"".join([self._bytes[int(token)] for token in ids])
 
     def token_bytes(self) -> np.ndarray:
         return self._lengths.copy()
 
 
-def split_text(text: str, size: int) -> Iterator[str]:
-    """Pieces of at most `size` characters, cut before a white-space character where one is near.
-
-    A cut there changes no token of the usual vocabularies; elsewhere it changes at most the tokens at the cut, and a
-    vocabulary that puts a space before every text puts one there too.
-    """
-    start = 0
-    while len(text) - start > size:
-        end = start + size
-        for match in _WORD_START.finditer(text, end - min(size // 2, NEAR_CHARS), end):
-            end = match.start()
-        yield text[start:end]
-        start = end
-    yield text[start:]
-
-
 def byte_alphabet() -> list[str]:
-    """The printable stand-ins for the 256 bytes in a byte-level vocabulary.
+    """The printable characters that stand for the 256 bytes in a byte-level vocabulary.
 
     Source: openai/gpt-2, src/encoder.py, bytes_to_unicode.
     """
-    plain = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     others = iter(range(256, 512))
-    return [chr(byte) if byte in plain else chr(next(others)) for byte in range(256)]
+    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
 
 
 def _read(file: Path) -> tuple[bytes, dict[str, Any]]:
@@ -167,19 +150,18 @@ def _read(file: Path) -> tuple[bytes, dict[str, Any]]:
         spec = json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise UserError(
-            f"the vocabulary {file} is not JSON ({error}); expected a tokenizer.json. A SentencePiece tokenizer.model "
-            "becomes one with transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+            f"the vocabulary {file} is not JSON ({error}); expected a tokenizer.json. transformers converts a "
+            "SentencePiece tokenizer.model: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
         ) from None
     if not isinstance(spec, dict) or not isinstance(spec.get("model"), dict):
         raise UserError(
-            f"{file} is JSON, but no tokenizer: it has no model; expected a tokenizer.json as Hugging Face's "
+            f"{file} is JSON, but not a tokenizer: it has no model; expected a tokenizer.json as Hugging Face's "
             "tokenizers saves it (tokenizer_config.json and vocab.json are other files)"
         )
     return content, spec
 
 
-def _ending(file: Path, added: list[str]) -> str:
-    """The token that ends a document."""
+def _end_of_text_token(file: Path, added: list[str]) -> str:
     for token in END_OF_TEXT_TOKENS:
         if token in added:
             return token
@@ -190,43 +172,43 @@ def _ending(file: Path, added: list[str]) -> str:
     )
 
 
-# -- how a token is spelled -------------------------------------------------------------------------------------------
+# -- the bytes of a token ---------------------------------------------------------------------------------------------
 
 
 def _parts(spec: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The steps before and after the model, those inside a Sequence too."""
-    waiting = [spec.get("normalizer"), spec.get("pre_tokenizer"), spec.get("decoder")]
-    while waiting:
-        part = waiting.pop()
+    """The steps before and after the model, including those inside a Sequence."""
+    queue = [spec.get("normalizer"), spec.get("pre_tokenizer"), spec.get("decoder")]
+    while queue:
+        part = queue.pop()
         if part:
             yield part
-            waiting += [*part.get("normalizers", ()), *part.get("pretokenizers", ()), *part.get("decoders", ())]
+            queue += [*part.get("normalizers", ()), *part.get("pretokenizers", ()), *part.get("decoders", ())]
 
 
 def _unknown_token(model: dict[str, Any]) -> str | None:
-    """What a model says for text that it has no token for: a special token that text may well turn into."""
+    """The special token that stands for text without a token of its own. Text may well encode to it."""
     if model.get("unk_id") is not None:
         return model["vocab"][model["unk_id"]][0]
     return model.get("unk_token")
 
 
-def _joins_with_spaces(spec: dict[str, Any]) -> bool:
-    """Whether words lose the white space between them, and a space is put there on the way back."""
+def _drops_spaces(spec: dict[str, Any]) -> bool:
+    """Whether encoding drops the white space between words, and decoding puts a space there."""
     kinds = {part["type"] for part in _parts(spec)}
     return not kinds & {"ByteLevel", "Metaspace"} and ("WordPiece" in kinds or not spec.get("decoder"))
 
 
-def _spelling(spec: dict[str, Any]) -> Any:
+def _token_decoder(spec: dict[str, Any]) -> Callable[[str], bytes]:
     """A function from a token, as the vocabulary writes it, to the bytes of text that it stands for."""
     model = spec["model"]
     if any(part["type"] == "ByteLevel" for part in _parts(spec)):
-        byte_of = {shown: bytes([byte]) for byte, shown in enumerate(byte_alphabet())}
+        byte_of = {character: bytes([byte]) for byte, character in enumerate(byte_alphabet())}
         return lambda token: b"".join(byte_of.get(character) or character.encode() for character in token)
     prefix, suffix = model.get("continuing_subword_prefix") or "", model.get("end_of_word_suffix") or ""
-    spaced = _joins_with_spaces(spec)
+    drops_spaces = _drops_spaces(spec)
     space = next((part["replacement"] for part in _parts(spec) if part["type"] == "Metaspace"), "▁")
 
-    def spell(token: str) -> bytes:
+    def to_bytes(token: str) -> bytes:
         byte = _BYTE_TOKEN.fullmatch(token) if model.get("byte_fallback") else None
         if byte:
             return bytes([int(byte[1], 16)])
@@ -234,6 +216,6 @@ def _spelling(spec: dict[str, Any]) -> Any:
             return token[len(prefix) :].encode()
         if suffix and token.endswith(suffix):
             return token[: -len(suffix)].encode() + b" "
-        return (b" " if spaced else b"") + (token if spaced else token.replace(space, " ")).encode()
+        return b" " + token.encode() if drops_spaces else token.replace(space, " ").encode()
 
-    return spell
+    return to_bytes

@@ -10,8 +10,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from myllm.errors import UserError
 from myllm.files import write_text
 
+from .base import replace_surrogates
 from .huggingface import MAX_VOCAB_SIZE
-from .load import without_surrogates
 
 END_OF_TEXT = "<|endoftext|>"
 MIN_VOCAB_SIZE = 256 + 1
@@ -62,7 +62,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, out: Path, progress: 
 def _trainable(text: str) -> Iterator[str]:
     """A text in pieces without words or runs of white space too long for the trainer."""
     if not text.isascii():
-        text = without_surrogates(text)
+        text = replace_surrogates(text)
     start = 0
     for match in _LONG_RUN.finditer(text):
         for cut in range(match.start() + MAX_WORD_CHARS, match.end(), MAX_WORD_CHARS):

@@ -13,8 +13,8 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
+from myllm.data.tokenizer.base import Tokenizer
 from myllm.data.tokenizer.huggingface import byte_alphabet
-from myllm.data.tokenizer.load import Tokenizer
 
 TOKENIZER_FILE = "tokenizer.json"
 

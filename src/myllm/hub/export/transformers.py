@@ -19,7 +19,8 @@ from myllm.checkpoint.integrity import MODEL
 from myllm.checkpoint.retention import unused
 from myllm.config import RunConfig, saved_config
 from myllm.data.sources.catalog import actual_source
-from myllm.data.tokenizer.load import Tokenizer
+from myllm.data.tokenizer.base import Tokenizer
+from myllm.data.tokenizer.load import load_tokenizer
 from myllm.errors import UserError
 from myllm.files import TEMPORARY, fsync_folder, read_json, write_json, write_text
 from myllm.hub.architectures import CLASSES, select_architecture, transformers_config
@@ -92,7 +93,7 @@ def load_export_source(where: Path | Checkpoint) -> ExportSource:
         config,
         saved.state.step,
         saved.state.tokens_seen,
-        Tokenizer(saved.tokenizer_file),
+        load_tokenizer(saved.tokenizer_file),
         saved.model,
         imported=get_text(read_json_or_empty(run.imported), "source"),
         recorded_source=get_text(read_json_or_empty(run.environment), "source"),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from myllm import paths
-from myllm.data.tokenizer.load import Tokenizer
+from myllm.data.tokenizer.base import Tokenizer
 from myllm.errors import UserError
 from myllm.model.transformer import Transformer
 

@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from myllm.data.tokenizer.load import Tokenizer
+from myllm.data.tokenizer.base import Tokenizer
 from myllm.inference.completion import TextStream
 from myllm.inference.generate import Sequence, generate_batch
 from myllm.inference.language_model import LanguageModel

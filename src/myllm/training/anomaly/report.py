@@ -21,7 +21,7 @@ from myllm.config import RunConfig, to_dict
 from myllm.data.dataloader import read_batch, read_rows
 from myllm.data.dataset import Dataset
 from myllm.data.sampler import count_sequences, rank_rows, step_sequences, window_sequences
-from myllm.data.tokenizer.load import Tokenizer
+from myllm.data.tokenizer.base import Tokenizer
 from myllm.distributed import collectives as distributed
 from myllm.distributed.collectives import DistContext
 from myllm.distributed.device_info import device_name

@@ -9,7 +9,7 @@ import torch
 from myllm import paths
 from myllm.config import RunConfig, saved_config, to_dict
 from myllm.data.dataset import Dataset
-from myllm.data.tokenizer.load import Tokenizer
+from myllm.data.tokenizer.base import Tokenizer
 from myllm.distributed import collectives as distributed
 from myllm.distributed.collectives import DistContext
 from myllm.distributed.device_info import device_name

@@ -9,7 +9,8 @@ from myllm.config import DataConfig, RunConfig
 from myllm.data.dataset import MANIFEST, SETTINGS, Dataset, find_dataset
 from myllm.data.prepare.spec import make_spec
 from myllm.data.sources.catalog import CORPORA
-from myllm.data.tokenizer.load import Tokenizer, load_tokenizer
+from myllm.data.tokenizer.base import Tokenizer
+from myllm.data.tokenizer.load import load_tokenizer
 from myllm.files import read_json
 from myllm.formatting import parse_count
 from myllm.migrations import CONFIG

@@ -18,7 +18,7 @@ from myllm.checkpoint.async_saver import Saver
 from myllm.checkpoint.retention import list_checkpoints, step_of
 from myllm.config import RunConfig
 from myllm.data.dataset import Dataset
-from myllm.data.tokenizer.load import Tokenizer
+from myllm.data.tokenizer.base import Tokenizer
 from myllm.distributed import collectives as distributed
 from myllm.distributed.collectives import DistContext
 from myllm.distributed.parallelize import full_params

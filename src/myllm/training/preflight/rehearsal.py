@@ -23,7 +23,7 @@ from myllm.config import RunConfig
 from myllm.data.dataloader import BatchLoader
 from myllm.data.dataset import FORMAT, MANIFEST, Dataset, Shard
 from myllm.data.sampler import DataPosition
-from myllm.data.tokenizer.load import Tokenizer
+from myllm.data.tokenizer.base import Tokenizer
 from myllm.distributed import collectives as distributed
 from myllm.distributed import launcher as ranks
 from myllm.distributed.collectives import DistContext
