@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -44,13 +43,14 @@ from myllm.runs.run_dir import check_not_imported, check_shared, claimed, start_
 from myllm.training.preflight.batch_size import resolve_micro_batch_size
 
 from . import gc_schedule as garbage
-from .anomaly import report as bad_step
+from .context import RunContext
 from .evaluator import EvalInterrupted, StopVote, build_evals, run_eval
 from .gradient_guard import GradientGuard
 from .growing import known_sequences, wait_for_data
 from .kernels import fast_kernels
 from .profiler import NoProfiler, Profiler
 from .restore import restore
+from .setup import Trainer
 from .step import train_step
 from .stop_signals import describe_stop, handle_stop_signals
 from .throughput import ThroughputMeter, console_line, progress
@@ -159,8 +159,17 @@ def train(
         meter = ThroughputMeter(config, process, loader, state.step, began)
         profiler = Profiler(run, config, state.step, process, log, meter) if profile else NoProfiler()
         guard = GradientGuard(config.train, process.device, state.skips)
-        scene = bad_step.StepContext(run, config, dataset, batch, model, whole, optimizer, tokenizer, process, log)
-        checked = partial(bad_step.raise_if_diverged, guard=guard, ctx=scene)
+        ctx = RunContext(config, process, run, log, metrics, samples)
+        trainer = Trainer(ctx, batch, model, whole, runner, optimizer, loader, guard)
+
+        def checked(state: TrainState) -> TrainState:
+            state = replace(state, skips=guard.sync())
+            if guard.skipped:
+                from .anomaly.report import raise_if_diverged
+
+                raise_if_diverged(state, trainer, dataset)
+            return state
+
         stored = state if saved else None
         told_step = None
         failure: UserError | None = None

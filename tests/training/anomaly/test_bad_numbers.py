@@ -356,7 +356,7 @@ def test_a_loss_that_is_not_finite_makes_every_gradient_so(tiny: RunConfig) -> N
             return super().forward(tokens).sum() + math.inf
 
     class Batches:
-        def next(self) -> tuple[torch.Tensor, torch.Tensor]:
+        def next_batch(self) -> tuple[torch.Tensor, torch.Tensor]:
             return torch.ones(1, 3), torch.ones(1, 3)
 
     layer = Infinite(3, 1)

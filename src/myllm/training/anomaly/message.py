@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from myllm.config import RunConfig
+from myllm.config import TrainConfig
 from myllm.planning.batch import BatchPlan
 from myllm.training.gradient_guard import SkippedStep
 
@@ -24,7 +24,7 @@ def skip_message(bad: SkippedStep, batch: BatchPlan) -> str:
 
 
 def failure_message(
-    summary: dict[str, Any], samples: list[dict[str, Any]], config: RunConfig, dump: Path, failure: Exception | None
+    summary: dict[str, Any], samples: list[dict[str, Any]], train: TrainConfig, dump: Path, failure: Exception | None
 ) -> str:
     """What happened, where, and what to do.
 
@@ -33,13 +33,13 @@ def failure_message(
         failure: why the dump could not be written.
     """
     step, data = summary["step"], summary["data"]
-    too_many = summary["kind"] == "spike" or config.train.on_nonfinite == "skip"
+    too_many = summary["kind"] == "spike" or train.on_nonfinite == "skip"
     problem = f"the gradient of step {step:,} is not finite"
     if summary["kind"] == "spike":
         problem = f"the gradient norm of step {step:,} is a spike, {summary['grad_norm']:.3g}"
     lines = [f"{problem}: the update was skipped, and nothing was saved since"]
     if too_many:
-        limit = config.train.max_skipped_steps
+        limit = train.max_skipped_steps
         lines.append(f"  skipped      {summary['consecutive']:,} in a row; train.max_skipped_steps is {limit:,}")
     position = _data_position(data["epoch"], data["index"], len(samples))
     lines.append(f"  data         {position} of {summary['dataset']}")
