@@ -1,5 +1,6 @@
 """`myllm eval`: its table, its JSON, and what it says where a task cannot be done."""
 
+import json
 import math
 import shutil
 from dataclasses import replace
@@ -15,11 +16,10 @@ from myllm.config import RunConfig
 from myllm.data.prepare.prepare import prepare
 from myllm.distributed.collectives import process_group
 from myllm.errors import UserError
-from myllm.evals import results as eval_results
-from myllm.evals import sample_quality as writing
+from myllm.evals import registry, results, sample_quality
 from myllm.evals import speed as speed_module
-from myllm.evals import tasks as eval_tasks
-from myllm.evals.results import add, read
+from myllm.evals.registry import Evaluation
+from myllm.evals.results import Result, add, read
 from myllm.inference.load import load_model
 from myllm.training.loop import train
 
@@ -60,30 +60,30 @@ def test_everything_at_once(run: Path, tmp_path: Path, capsys: pytest.CaptureFix
     tasks = ("validation", "hellaswag", "cloze", f"perplexity:{tmp_path / 'own.txt'}")
     assert evaluate("tiny", "--tasks", *tasks, "--hellaswag-file", OWN, "--stride", 16) == 0
     said = capsys.readouterr().out
-    results = read(run / "eval.json")
-    assert {(each.step, each.weights) for each in results} == {(4, "float32")}
-    assert {each.checkpoint for each in results} == {str(run / "checkpoints" / "step_00000004")}
-    assert [each.task for each in results] == list(tasks)
-    figures = {each.task: each.figures for each in results}
-    # The loop's own figures for the same weights.
+    saved = read(run / "eval.json")
+    assert {(each.step, each.weights) for each in saved} == {(4, "float32")}
+    assert {each.checkpoint for each in saved} == {str(run / "checkpoints" / "step_00000004")}
+    assert [each.task for each in saved] == list(tasks)
+    metrics = {each.task: each.metrics for each in saved}
+    # The loop's own metrics for the same weights.
     for name, task in (("validation", "validation"), ("cloze", "cloze")):
         last = eval_rows(run, name)[-1]
         for key, value in last.items():
             if key not in ("kind", "name", "step", "seconds", "protocol"):
-                assert figures[task][key] == pytest.approx(value, rel=1e-5), key
-    assert results[2].settings["protocol"] == last["protocol"] == 2
-    hellaswag = figures["hellaswag"]
+                assert metrics[task][key] == pytest.approx(value, rel=1e-5), key
+    assert saved[2].settings["protocol"] == last["protocol"] == 2
+    hellaswag = metrics["hellaswag"]
     assert hellaswag["n_examples"] == 30
-    assert results[1].settings == {"protocol": "nanogpt", "examples": "all", "file": str(OWN)}
+    assert saved[1].settings == {"protocol": "nanogpt", "examples": "all", "file": str(OWN)}
     assert f"{hellaswag['acc_norm']:.4f}" in said
-    own, settings = figures[tasks[3]], results[3].settings
+    own, settings = metrics[tasks[3]], saved[3].settings
     assert (settings["context"], settings["stride"]) == (64, 16)
     model, tokenizer = load_model("tiny", "cpu")
     n = len(tokenizer.encode(text))
     assert own["n_tokens"] == n
     assert own["bits_per_byte"] == pytest.approx(own["loss"] * n / math.log(2) / len(text.encode()))
     assert {"perplexity", "token_accuracy", "top5_accuracy", "calibration_error"} <= own.keys()
-    assert {"top5_accuracy", "calibration_error"} <= figures["validation"].keys()
+    assert {"top5_accuracy", "calibration_error"} <= metrics["validation"].keys()
     assert str(run / "eval.json") in said
     assert not model.training
 
@@ -96,7 +96,7 @@ def test_a_text_shorter_than_the_context(run: Path, tmp_path: Path) -> None:
     model, tokenizer = load_model(run, "cpu")
     ids = [tokenizer.end_of_text, *tokenizer.encode("the old bridge").tolist()]
     with torch.no_grad():
-        assert result.figures["loss"] == pytest.approx(
+        assert result.metrics["loss"] == pytest.approx(
             float(model(torch.tensor([ids[:-1]]), torch.tensor([ids[1:]]))), rel=1e-5
         )
 
@@ -105,7 +105,7 @@ def test_a_checkpoint_and_the_other_protocol(run: Path) -> None:
     words = (run / "checkpoints/step_00000004", "--tasks", "hellaswag", "--hellaswag-file", OWN)
     assert evaluate(*words, "--protocol", "lm-eval", "--hellaswag-examples", 7) == 0
     (result,) = read(run / "eval.json")
-    assert (result.settings["protocol"], result.figures["n_examples"]) == ("lm-eval", 7)
+    assert (result.settings["protocol"], result.metrics["n_examples"]) == ("lm-eval", 7)
 
 
 def test_nothing_that_was_measured_is_lost(run: Path, tmp_path: Path) -> None:
@@ -133,17 +133,29 @@ def test_nothing_that_was_measured_is_lost(run: Path, tmp_path: Path) -> None:
         ("hellaswag", "lm-eval", "float32"),
     ]  # fmt: skip
     assert after[:3] == before
-    assert after[2].figures != after[3].figures != after[4].figures
-    again = after[1]._replace(seconds=0.0, figures={"acc": 2})
+    assert after[2].metrics != after[3].metrics != after[4].metrics
+    again = after[1]._replace(seconds=0.0, metrics={"acc": 2})
     add(run / "eval.json", [again])
     assert read(run / "eval.json") == [after[0], again, *after[2:]]
+
+
+def test_a_file_of_version_1_stays_readable(tmp_path: Path) -> None:
+    rest = {"checkpoint": "c", "step": 4, "weights": "float32", "settings": {}, "device": "cpu", "seconds": 1.0}
+    tasks = {"quantisation": "quantization", "quantisation:quantisation": "quantization:quantisation", "cloze": "cloze"}
+    old = [{"task": task, "figures": {"acc": 0.5}, **rest} for task in tasks]
+    (tmp_path / "eval.json").write_text(json.dumps({"format": "myllm-eval", "version": 1, "results": old}))
+    expected = [Result(task=task, metrics={"acc": 0.5}, **rest) for task in tasks.values()]
+    assert read(tmp_path / "eval.json") == expected
+    add(tmp_path / "eval.json", expected[:1])
+    assert json.loads((tmp_path / "eval.json").read_text())["version"] == 2
+    assert read(tmp_path / "eval.json") == expected
 
 
 def test_a_file_of_someone_else_s_is_left_alone(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for content in ('{"tasks": {}}', "not JSON", "[]"):
         (run / "eval.json").write_text(content)
         assert evaluate("tiny", "--tasks", "cloze") == 2
-        assert "holds no results of `myllm eval`" in capsys.readouterr().err
+        assert "is not a result file of `myllm eval`" in capsys.readouterr().err
         assert (run / "eval.json").read_text() == content
 
 
@@ -156,11 +168,11 @@ def test_a_folder_of_any_name(run: Path, tmp_path: Path) -> None:
 
 
 def test_the_checkpoint_stays_the_same_while_training_saves_others(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def save_another(*_: object) -> tuple[dict, dict]:
+    def save_another(*_: object) -> Evaluation:
         shutil.copytree(run / "checkpoints/step_00000004", run / "checkpoints/step_00000009")
-        return {}, {"acc": 0.5}
+        return Evaluation({}, lambda model: 0.5, lambda acc: {"acc": acc})
 
-    monkeypatch.setitem(eval_tasks.TASKS, "cloze", save_another)
+    monkeypatch.setitem(registry.EVALUATIONS, "cloze", save_another)
     assert evaluate("tiny", "--tasks", "cloze", "validation") == 0
     assert all(each.checkpoint.endswith("step_00000004") for each in read(run / "eval.json"))
 
@@ -180,7 +192,7 @@ def test_another_data_set_that_is_damaged_is_no_matter(run: Path) -> None:
         (("--tasks", "perplexity:nowhere.txt"), "cannot read nowhere.txt"),
         (("--tasks", "hellaswag", "--hellaswag-file", "nowhere.jsonl"), "no HellaSwag file at nowhere.jsonl"),
         (("--tasks", "generation", "--dataset", "nowhere"), "no single prepared data set 'nowhere'"),
-        (("--tasks", "quantisation:"), "unknown task 'quantisation:'"),
+        (("--tasks", "quantization:"), "unknown task 'quantization:'"),
         (("--tasks", "speed:x"), "unknown task 'speed:x'"),
         (("--tasks", "cloze", "--dataset", "nowhere"), "no single prepared data set 'nowhere'"),
         (("--batch-size", 0), "batch_size is 0, but must be at least 1"),
@@ -197,7 +209,7 @@ def test_a_task_that_cannot_be_done_stops_no_other(run: Path, capsys: pytest.Cap
     for manifest in (run.parent.parent / "datasets").glob("*/manifest.json"):
         manifest.rename(manifest.with_name("elsewhere.json"))
     assert evaluate("tiny", "--tasks", "validation", "hellaswag", "--hellaswag-file", OWN) == 2
-    assert "validation: the data set that" in capsys.readouterr().err
+    assert "validation: the training data of" in capsys.readouterr().err
     assert [each.task for each in read(run / "eval.json")] == ["hellaswag"]
 
 
@@ -211,13 +223,13 @@ def test_a_run_that_cannot_be_written_is_measured_all_the_same(
 
     monkeypatch.setattr("myllm.cli.eval.why_unwritable", lambda file: "Permission denied")
     with monkeypatch.context() as patch:
-        patch.setattr(eval_results, "add", refuse)
+        patch.setattr(results, "add", refuse)
         assert evaluate("tiny", "--tasks", "validation", "cloze") == 2
     said = capsys.readouterr()
     assert "perplexity" in said.out
     assert "acc_blind" in said.out
-    assert "eval.json cannot be written (Permission denied): figures are only shown; --out keeps them" in said.err
-    assert "cloze is not kept, only shown: cannot write" in said.err
+    assert "eval.json (Permission denied): results are only printed; --out saves them" in said.err
+    assert "cloze was printed, but not saved: cannot write" in said.err
     assert evaluate("tiny", "--tasks", "cloze", "--out", tmp_path / "mine.json") == 0
     assert read(tmp_path / "mine.json")[0].task == "cloze"
 
@@ -229,7 +241,7 @@ def test_a_place_that_cannot_be_written_is_said_before_anything_is_measured(
     (tmp_path / "file").write_text("")
     assert evaluate("tiny", "--tasks", "cloze", "--out", tmp_path / out) == 2
     said = capsys.readouterr().err
-    assert "measuring" not in said
+    assert "evaluating" not in said
     assert "give another file with --out" in said
 
 
@@ -237,56 +249,56 @@ def test_hellaswag_that_is_out_of_reach_is_no_failure_unless_it_is_named(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def unreachable(*_: object) -> None:
-        raise UserError("HellaSwag is not to be had")
+        raise UserError("could not download HellaSwag")
 
-    monkeypatch.setitem(eval_tasks.TASKS, "hellaswag", unreachable)
+    monkeypatch.setitem(registry.EVALUATIONS, "hellaswag", unreachable)
     assert evaluate("tiny") == 0
-    assert "skipped hellaswag: HellaSwag is not to be had" in capsys.readouterr().err
+    assert "skipped hellaswag: could not download HellaSwag" in capsys.readouterr().err
     assert [each.task for each in read(run / "eval.json")] == ["validation", "cloze"]
     assert evaluate("tiny", "--tasks", "validation", "hellaswag") == 2
-    assert "hellaswag: HellaSwag is not to be had" in capsys.readouterr().err
+    assert "hellaswag: could not download HellaSwag" in capsys.readouterr().err
 
 
 def test_what_is_measured_is_kept_at_once(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("out of memory, say")
 
-    monkeypatch.setitem(eval_tasks.TASKS, "speed", fail)
+    monkeypatch.setitem(registry.EVALUATIONS, "speed", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         evaluate("tiny", "--tasks", "cloze", "speed")
     assert [each.task for each in read(run / "eval.json")] == ["cloze"]
 
 
-def test_writing_speed_and_quantisation(
+def test_writing_speed_and_quantization(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writing, "SAMPLES_PER_PROMPT", 1)
-    monkeypatch.setattr(writing, "NEW_TOKENS", 12)
+    monkeypatch.setattr(sample_quality, "SAMPLES_PER_PROMPT", 1)
+    monkeypatch.setattr(sample_quality, "NEW_TOKENS", 12)
     monkeypatch.setattr(speed_module, "NEW_TOKENS", 8)
-    assert evaluate("tiny", "--tasks", "generation", "speed", "quantisation", f"quantisation:{OWN}") == 0
+    assert evaluate("tiny", "--tasks", "generation", "speed", "quantization", f"quantization:{OWN}") == 0
     said = capsys.readouterr().out
-    generation, speed, quantisation, of_a_file = read(run / "eval.json")
+    generation, speed, quantization, of_a_file = read(run / "eval.json")
     assert generation.settings | {"seed": 0, "temperature": 0.8} == generation.settings
-    assert generation.figures["n_samples"] == generation.settings["prompts"] * generation.settings["samples"]
-    assert generation.figures["distinct_1_of_held_out"] > 0
+    assert generation.metrics["n_samples"] == generation.settings["prompts"] * generation.settings["samples"]
+    assert generation.metrics["distinct_1_of_held_out"] > 0
     assert {"device", "dtype", "threads"} <= speed.settings.keys()
-    assert all(value > 0 for value in speed.figures.values())
+    assert all(value > 0 for value in speed.metrics.values())
     assert {f"{what}_tokens_per_s_{batch}" for what in ("prefill", "decode") for batch in (1, 16)} <= (
-        speed.figures.keys()
+        speed.metrics.keys()
     )
     model, _ = load_model("tiny", "cpu")
-    assert speed.figures["weights_mb"] == 4 * sum(map(torch.Tensor.numel, model.parameters())) / 1e6
+    assert speed.metrics["weights_mb"] == 4 * sum(map(torch.Tensor.numel, model.parameters())) / 1e6
     last = eval_rows(run, "validation")[-1]
-    assert quantisation.figures["perplexity_float"] == pytest.approx(last["perplexity"], rel=1e-5)
-    for each in (quantisation, of_a_file):
-        figures = each.figures
+    assert quantization.metrics["perplexity_float"] == pytest.approx(last["perplexity"], rel=1e-5)
+    for each in (quantization, of_a_file):
+        figures = each.metrics
         cost = figures["perplexity_int8"] - figures["perplexity_float"]
         assert figures["perplexity_cost"] == cost
         assert 0 < abs(cost) < 0.01 * figures["perplexity_float"]
         # d_model is 16 here: a scale and a zero beside 16 weights.
         assert 3 < figures["weights_mb_float"] / figures["weights_mb_int8"] < 4
         assert min(figures["decode_tokens_per_s_float"], figures["decode_tokens_per_s_int8"]) > 0
-    assert f"{quantisation.figures['perplexity_cost']:.4f}" in said
+    assert f"{quantization.metrics['perplexity_cost']:.4f}" in said
     # The model that was compared is left as it was, and int8 against itself is refused.
-    assert evaluate("tiny", "--tasks", "quantisation", "--int8") == 2
-    assert "leave --int8 out" in capsys.readouterr().err
+    assert evaluate("tiny", "--tasks", "quantization", "--int8") == 2
+    assert "remove --int8" in capsys.readouterr().err

@@ -182,7 +182,7 @@ def test_an_empty_text_goes_on_from_the_end_of_text(tokenizer):
 
 
 def test_an_ending_that_does_not_fit(tokenizer):
-    with pytest.raises(UserError, match="an ending of example 0 has 2 tokens, the model looks at 1"):
+    with pytest.raises(UserError, match="an ending of example 0 has 2 tokens, the model's context is 1"):
         tokenize_examples([example()], tokenizer.encode, tokenizer.end_of_text, 1)
     (item,) = tokenize_examples([example()], tokenizer.encode, tokenizer.end_of_text, 2)
     assert [len(each) for each in item.contexts] == [2, 2, 1, 2]

@@ -54,10 +54,10 @@ def without(name: str) -> dict:
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        (without("ctx_a"), "row 2: ctx_a must be texts; found the fields"),
-        (without("endings"), "row 2: endings must be 4 texts, found None"),
-        (ROWS[0] | {"endings": ["a", "b", "c"]}, "endings must be 4 texts"),
-        (ROWS[0] | {"label": ""}, "label must be 0 to 3, found ''; the test split has none"),
+        (without("ctx_a"), "row 2: ctx_a must be strings; found the fields"),
+        (without("endings"), "row 2: endings must be 4 strings, found None"),
+        (ROWS[0] | {"endings": ["a", "b", "c"]}, "endings must be 4 strings"),
+        (ROWS[0] | {"label": ""}, "label must be 0 to 3, found ''; the test split has no labels"),
         (ROWS[0] | {"label": 4}, "label must be 0 to 3, found '4'"),
         ([1], "expected an object with HellaSwag's fields"),
     ],
@@ -78,7 +78,7 @@ def test_rows_that_are_none_of_hellaswags(row: object, said: str, tmp_path: Path
         ("x.jsonl", b"", "has no examples"),
         ("x.jsonl", b"\xff\xfe", "cannot read"),
         ("x.parquet", b"PAR1", "not a readable parquet file"),
-        ("x.csv", b"", "expected .jsonl or .parquet"),
+        ("x.csv", b"", "must end in .jsonl or .parquet"),
         ("x.jsonl", None, "no HellaSwag file at"),
     ],
 )
@@ -119,7 +119,7 @@ def test_downloaded_once_checked_and_kept(hub: HubServer, tmp_path: Path, temp_d
 
 def test_other_bytes_than_the_pinned_ones_are_refused(hub: HubServer, tmp_path: Path, temp_data: Path):
     pinned = replace(published(hub, tmp_path), digest="0" * 64)
-    with pytest.raises(UserError, match=r"HellaSwag is not to be had: .*sha256 .* expected 0000.*--hellaswag-file"):
+    with pytest.raises(UserError, match=r"could not download HellaSwag: .*sha256 .* expected 0000.*--hellaswag-file"):
         load_examples(pinned=pinned)
     assert not list(temp_data.rglob("*.parquet"))
 
@@ -128,7 +128,7 @@ def test_a_hub_that_does_not_answer(hub: HubServer, tmp_path: Path, monkeypatch:
     pinned, waits = published(hub, tmp_path), []
     hub.down()
     monkeypatch.setattr(fetching.time, "sleep", waits.append)
-    with pytest.raises(UserError, match=r"HellaSwag is not to be had: cannot download .*--eval.hellaswag-file"):
+    with pytest.raises(UserError, match=r"could not download HellaSwag: cannot download .*--eval.hellaswag-file"):
         load_examples(pinned=pinned)
     assert sum(waits) < 10  # a run waits for it
 

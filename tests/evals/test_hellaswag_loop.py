@@ -41,7 +41,7 @@ def test_rows_of_a_run(tiny: RunConfig):
 
 
 def no_examples(*_: object) -> list:
-    raise UserError("HellaSwag is not to be had: no network")
+    raise UserError("could not download HellaSwag: no network")
 
 
 def test_without_its_data_training_goes_on(tiny: RunConfig, monkeypatch: pytest.MonkeyPatch):
@@ -51,7 +51,7 @@ def test_without_its_data_training_goes_on(tiny: RunConfig, monkeypatch: pytest.
     assert eval_rows(root, "hellaswag") == []
     said = [line for line in (root / "log.txt").read_text().splitlines() if "HellaSwag" in line]
     assert len(said) == 1
-    assert "no HellaSwag, training goes on without: HellaSwag is not to be had: no network" in said[0]
+    assert "no HellaSwag, training goes on without: could not download HellaSwag: no network" in said[0]
 
 
 @pytest.mark.parametrize(

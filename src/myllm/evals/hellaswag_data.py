@@ -1,6 +1,7 @@
-"""HellaSwag's examples: from a file of one's own, or the Hub's validation split at one pinned revision."""
+"""HellaSwag's examples, from a local file or from the Hub's validation split at a pinned revision."""
 
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,59 +21,63 @@ PINNED = SourceFile(
     size_bytes=6_315_951,
     digest="899813071e1e95efafec90f856e1987d2150fa4d020fc005df6962c259f660cd",
 )
-TEXTS = ("activity_label", "ctx_a", "ctx_b", "ctx")
+TEXT_FIELDS = ("activity_label", "ctx_a", "ctx_b", "ctx")
 SUFFIXES = (".jsonl", ".parquet")
 MAX_ATTEMPTS = 3
-"""A few seconds where there is no network: training waits for them, and goes on without."""
+"""A few seconds without a network, for which training waits before it continues without HellaSwag."""
 
 
 def load_examples(
     file: str | Path | None = None, count: int | None = None, pinned: SourceFile = PINNED
 ) -> list[Example]:
-    """The first `count` examples (None: all) of a .jsonl or .parquet file, or of the Hub's, which is kept.
+    """The first `count` examples (None: all) of a .jsonl or .parquet file, or of the Hub's file, which is downloaded
+    once.
 
     Raises:
-        UserError: no such file, none in HellaSwag's format, or the Hub's cannot be had.
+        UserError: no such file, not in HellaSwag's format, or the download failed.
     """
-    path = _downloaded(pinned) if file is None else _local(Path(file))
-    examples = []
+    path = _download(pinned) if file is None else _check_file(Path(file))
     try:
-        for number, row in enumerate(_rows_of(path), 1):
-            if count is not None and number > count:
-                break
-            examples.append(_example(row, f"{path}, row {number:,}"))
+        rows = islice(_read_rows(path), count)
+        examples = [_to_example(row, f"{path}, row {number:,}") for number, row in enumerate(rows, 1)]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
     if not examples:
-        raise UserError(f"{path} has no examples; expected HellaSwag's rows, one JSON object a line or parquet")
+        raise UserError(f"{path} has no examples; expected HellaSwag's rows, as parquet or one JSON object per line")
     return examples
 
 
-def _downloaded(pinned: SourceFile) -> Path:
+def _download(pinned: SourceFile) -> Path:
     try:
         return download_file(pinned, paths.downloads() / "hellaswag", tries=MAX_ATTEMPTS)
     except (UserError, OSError) as error:
-        # The advice behind the semicolon is for a data set's listing, which this file has none of.
+        reason = str(error).split(";")[0]  # the advice after it is for data sets
         raise UserError(
-            f"HellaSwag is not to be had: {str(error).split(';')[0]}. Give its rows as a .jsonl or .parquet file, "
-            "--hellaswag-file to `myllm eval` and --eval.hellaswag-file to training"
+            f"could not download HellaSwag: {reason}. Give its rows as a .jsonl or .parquet file, with "
+            "--hellaswag-file to `myllm eval` or --eval.hellaswag-file to training"
         ) from None
 
 
-def _local(path: Path) -> Path:
+def _check_file(path: Path) -> Path:
     path = user_path(path)
     if not path.is_file():
-        raise UserError(f"no HellaSwag file at {path}; give a .jsonl or .parquet file, or none to take the Hub's")
+        raise UserError(f"no HellaSwag file at {path}; expected a .jsonl or .parquet file (default: download it)")
     if path.suffix.lower() not in SUFFIXES:
-        raise UserError(
-            f"the HellaSwag file {path} is a {path.suffix or 'file without suffix'}; expected .jsonl or .parquet"
-        )
+        raise UserError(f"the HellaSwag file {path} must end in .jsonl or .parquet")
     return path
 
 
-def _rows_of(path: Path) -> Iterator[Any]:
+def _read_rows(path: Path) -> Iterator[Any]:
     if path.suffix.lower() == ".parquet":
-        yield from _parquet_rows(path)
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            with pq.ParquetFile(path) as file:
+                for batch in file.iter_batches():
+                    yield from batch.to_pylist()
+        except pa.ArrowException as error:
+            raise UserError(f"{path} is not a readable parquet file: {error}") from None
         return
     with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
@@ -80,31 +85,21 @@ def _rows_of(path: Path) -> Iterator[Any]:
                 yield parse_json(line, f"{path}, line {number:,}")
 
 
-def _parquet_rows(path: Path) -> Iterator[Any]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches():
-                yield from batch.to_pylist()
-    except pa.ArrowException as error:
-        raise UserError(f"{path} is not a readable parquet file: {error}") from None
-
-
-def _example(row: Any, place: str) -> Example:
+def _to_example(row: Any, position: str) -> Example:
     """
     Raises:
-        UserError: the row is none of HellaSwag's, or has no label, as those of its test split.
+        UserError: the row is not in HellaSwag's format, or has no label, like those of the test split.
     """
     if not isinstance(row, dict):
-        raise UserError(f"{place}: expected an object with HellaSwag's fields, found {row!r:.80}")
-    wrong = [name for name in TEXTS if not isinstance(row.get(name), str)]
+        raise UserError(f"{position}: expected an object with HellaSwag's fields, found {row!r:.80}")
+    wrong = [name for name in TEXT_FIELDS if not isinstance(row.get(name), str)]
     if wrong:
-        raise UserError(f"{place}: {', '.join(wrong)} must be texts; found the fields {', '.join(map(str, row))}")
+        raise UserError(f"{position}: {', '.join(wrong)} must be strings; found the fields {', '.join(map(str, row))}")
     endings, label = row.get("endings"), str(row.get("label"))
-    if not isinstance(endings, list) or len(endings) != CHOICES or not all(isinstance(each, str) for each in endings):
-        raise UserError(f"{place}: endings must be {CHOICES} texts, found {endings!r:.80}")
+    if not isinstance(endings, list) or len(endings) != CHOICES or not all(isinstance(text, str) for text in endings):
+        raise UserError(f"{position}: endings must be {CHOICES} strings, found {endings!r:.80}")
     if label not in map(str, range(CHOICES)):
-        raise UserError(f"{place}: label must be 0 to {CHOICES - 1}, found {label!r:.80}; the test split has none")
-    return Example(*(row[name] for name in TEXTS), endings=tuple(endings), label=int(label))
+        raise UserError(
+            f"{position}: label must be 0 to {CHOICES - 1}, found {label!r:.80}; the test split has no labels"
+        )
+    return Example(*(row[name] for name in TEXT_FIELDS), endings=tuple(endings), label=int(label))

@@ -1,4 +1,4 @@
-"""What int8 weights cost in quality, and what they save: the same text, the same questions, both ways."""
+"""What int8 weights cost in quality and save in memory: float and int8 on the same text."""
 
 import copy
 from collections.abc import Callable
@@ -11,30 +11,31 @@ from myllm.model.transformer import Transformer
 from . import perplexity, speed
 
 
-def compare(model: Transformer, assess_sums: Callable[[Transformer], Tensor]) -> dict[str, float]:
-    """A float model against its int8 form, which is made of a copy.
+def compare(model: Transformer, perplexity_sums: Callable[[Transformer], Tensor]) -> dict[str, float]:
+    """Metrics of a float model and of an int8 copy of it.
 
     Args:
-        assess_sums: what `perplexity.assess_sums` gives of a model and the text at hand.
+        perplexity_sums: returns `perplexity.perplexity_sums` of a model on the text.
 
     Raises:
         UserError: torchao is not installed.
     """
     quantized = copy.deepcopy(model)
     quantize_int8(quantized)
-    found: dict[str, dict[str, float]] = {}
-    for name, each in (("float", model), ("int8", quantized)):
-        text = perplexity.finish(assess_sums(each))
-        found[name] = {
+    measured, n_tokens = {}, 0
+    for name, variant in (("float", model), ("int8", quantized)):
+        text = perplexity.finish(perplexity_sums(variant))
+        n_tokens = text["n_tokens"]
+        measured[name] = {
             "perplexity": text["perplexity"],
             "token_accuracy": text["token_accuracy"],
-            "weights_mb": weight_bytes(each) / speed.MB,
-            "decode_tokens_per_s": speed.measure(each, batches=(1,))["decode_tokens_per_s_1"],
+            "weights_mb": weight_bytes(variant) / speed.MB,
+            "decode_tokens_per_s": speed.measure(variant, batches=(1,))["decode_tokens_per_s_1"],
         }
-    cost = found["int8"]["perplexity"] - found["float"]["perplexity"]
+    cost = measured["int8"]["perplexity"] - measured["float"]["perplexity"]
     return {
-        **{f"{figure}_{name}": found[name][figure] for figure in found["float"] for name in found},
+        **{f"{metric}_{name}": measured[name][metric] for metric in measured["float"] for name in measured},
         "perplexity_cost": cost,
-        "perplexity_cost_percent": 100 * cost / found["float"]["perplexity"],
-        "n_tokens": text["n_tokens"],
+        "perplexity_cost_percent": 100 * cost / measured["float"]["perplexity"],
+        "n_tokens": n_tokens,
     }

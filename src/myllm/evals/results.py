@@ -1,5 +1,6 @@
-"""The file that `myllm eval` adds to. docs/eval_format.md says what is in it."""
+"""The file that `myllm eval` adds to. docs/eval_format.md describes its content."""
 
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,81 +9,84 @@ from myllm.files import locked, read_json, write_json
 from myllm.nonfinite import json_safe
 
 FORMAT = "myllm-eval"
-VERSION = 1
+VERSION = 2
 
 
 class Result(NamedTuple):
-    """One task's figures, and everything that decides them."""
+    """The metrics of one task, and everything that decides them."""
 
     task: str
     checkpoint: str
     step: int | None
     weights: str
-    """`float32` or `int8`."""
+    """`float32`, `bfloat16`, `float16` or `int8`."""
     settings: dict[str, Any]
-    figures: dict[str, Any]
+    metrics: dict[str, Any]
     device: str
     seconds: float
 
     def same_question(self, other: "Result") -> bool:
-        """Whether the newer of both says all that the older did."""
+        """True if one of the two replaces the other: all fields up to `settings` are equal."""
         return self[:5] == other[:5]
 
 
 def read(file: Path) -> list[Result]:
-    """What was measured so far; nothing if there is no file.
+    """The results so far; empty if the file does not exist.
 
     Raises:
-        UserError: it is none of ours, which is never written over.
+        UserError: the file is unreadable or has another format.
     """
     try:
         content = read_json(file)
-        if (content["format"], content["version"]) != (FORMAT, VERSION):
+        if content["format"] != FORMAT or content["version"] not in (1, VERSION):
             raise ValueError
-        return [Result(**each) for each in content["results"]]
+        rows = content["results"]
+        if content["version"] == 1:
+            rows = [_upgrade(row) for row in rows]
+        return [Result(**row) for row in rows]
     except FileNotFoundError:
         return []
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}; give another file with --out") from None
     except (ValueError, KeyError, TypeError):
         raise UserError(
-            f"{file} is there and holds no results of `myllm eval` that this version reads: move it away, or give "
+            f"{file} exists, but is not a result file of `myllm eval` that this version reads: move it away, or choose "
             "another file with --out"
         ) from None
 
 
+def _upgrade(row: dict[str, Any]) -> dict[str, Any]:
+    """A result of version 1 in today's names."""
+    row = {("metrics" if key == "figures" else key): value for key, value in row.items()}
+    return row | {"task": re.sub(r"^quantisation(?=:|$)", "quantization", row["task"])}
+
+
 def add(file: Path, results: list[Result]) -> None:
-    """Put results into the file: each in place of an older one of the same question, or behind all others.
+    """Add results to the file. A result replaces an older one of the same question.
 
     Raises:
-        UserError: the file cannot be written, or is none of ours.
+        UserError: the file cannot be written, or has another format.
     """
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with locked(file.with_name(f".{file.name}.lock")):  # two may measure at once
+        with locked(file.with_name(f".{file.name}.lock")):  # other processes may add to the same file
             merged = read(file)
             for new in results:
-                places = [index for index, old in enumerate(merged) if old.same_question(new)]
-                if places:
-                    merged[places[0]] = new
-                else:
-                    merged.append(new)
-            rows = [each._asdict() for each in merged]
+                same = next((index for index, old in enumerate(merged) if old.same_question(new)), len(merged))
+                merged[same : same + 1] = [new]
+            rows = [result._asdict() for result in merged]
             write_json(file, {"format": FORMAT, "version": VERSION, "results": json_safe(rows)})
     except OSError as error:
         raise UserError(f"cannot write {file}: {error.strerror}; give another file with --out") from None
 
 
-def table(results: list[Result]) -> str:
-    """A line a setting and a figure, by task."""
-    lines = [
-        (each.task, name, _shown(value))
-        for each in results
-        for name, value in (each.figures | each.settings | {"seconds": round(each.seconds, 2)}).items()
-    ]
-    widths = [max(len(line[column]) for line in lines) for column in range(3)]
+def table(result: Result) -> str:
+    """One line for each metric and each setting."""
+    values = result.metrics | result.settings | {"seconds": round(result.seconds, 2)}
+    lines = [(result.task, name, _format(value)) for name, value in values.items()]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}" for a, b, c in lines)
 
 
-def _shown(value: Any) -> str:
+def _format(value: Any) -> str:
     return f"{value:.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)

@@ -1,19 +1,19 @@
-"""How a model writes: figures of samples of fixed prompts, with fixed seeds.
+"""Statistics of samples from fixed prompts with fixed seeds.
 
-    distinct_1, distinct_2   different words (pairs of words) in a row over all of them, in all samples together: the
-                             more, the less they say the same. Falls with the amount of text, so it is compared at the
-                             same number of samples and tokens. Words are tokens here, and pairs never cross samples.
+    distinct_1, distinct_2   different tokens (pairs of consecutive tokens) divided by all tokens (pairs), over all
+                             samples together: higher is more varied. They fall with the amount of text, so compare them
+                             only at the same number and length of samples.
                              Source: Li et al. 2016 (arXiv 1510.03055), section 5.
-    repetition               of each sample, the share of its runs of four tokens that it had written before; the mean
-                             over samples. 0: never the same four in a row; near 1: a loop.
-                             Source: Welleck et al. 2020 (arXiv 1908.04319), section 6, as seq-rep-4.
-    ended                    the share of samples that end in end-of-text before they are as long as they may be.
-    mean_log_prob            of the drawn tokens, end-of-text included, in nats, in the model's own distribution: at
-                             temperature 1, before every filter. Near minus the validation loss: as surprising as real
-                             text. Far above: it plays safe, often in loops. Below: it draws what it thinks unlikely.
+    repetition               fraction of a sample's 4-grams that occurred in it before; mean over samples. 0: no 4-gram
+                             repeats; near 1: a loop. Source: Welleck et al. 2020 (arXiv 1908.04319), section 6,
+                             seq-rep-4.
+    ended                    fraction of samples that end with end-of-text before the maximum length.
+    mean_log_prob            of the drawn tokens including end-of-text, in nats, in the model's own distribution: at
+                             temperature 1, before all filters. Near minus the validation loss: like real text. Far
+                             above: safe text, often loops. Below: unlikely tokens.
 
-Good values are those of people's text: `held_out` gives the figures of as many pieces of held-out documents, as long as
-the samples are. Distinct words well below them are dull, repetition well above them is a loop.
+Compare them with `held_out_samples`: passages of held-out documents of the same number and length. Far lower distinct
+values mean dull text, far higher repetition means loops.
 """
 
 import math
@@ -25,60 +25,59 @@ import numpy as np
 
 from myllm.data.dataset import TokenStream
 from myllm.inference.generate import Sequence, generate_batch
-from myllm.inference.load import LanguageModel
+from myllm.inference.language_model import LanguageModel
 from myllm.inference.sampling_params import SamplingParams
 
 SAMPLING = SamplingParams(temperature=0.8, top_k=50)
-"""As `myllm sample` draws if it is not told otherwise; of prompt p, sample n has the seed n."""
+"""The defaults of `myllm sample`; sample n of each prompt has the seed n."""
 SAMPLES_PER_PROMPT = 2
-"""Of each prompt."""
 NEW_TOKENS = 64
 NGRAM = 4
 READ_TOKENS = 2_000_000
-"""How much of the held-out stream documents are taken from."""
+"""Held-out documents come from this many tokens at the start of the stream."""
+Sample = tuple[Sequence, list[float]]
+"""A finished sequence and the log-probabilities of its tokens, with that of end-of-text if it was drawn."""
 
 
 def prompts() -> list[str]:
-    """The fixed ones."""
     return files(__package__).joinpath("prompts.txt").read_text(encoding="utf-8").splitlines()
 
 
 def sample_prompts(
-    model: LanguageModel, texts: list[str], samples: int, new_tokens: int, batch_size: int
-) -> Iterator[tuple[Sequence, list[float]]]:
-    """Samples of each prompt, with the log-probabilities of what was drawn: of the end of text too, where it was."""
-    rows = [
+    model: LanguageModel, texts: Iterable[str], samples_per_prompt: int, new_tokens: int, batch_size: int
+) -> Iterator[Sample]:
+    """Samples of each prompt, prompt by prompt."""
+    sequences = [
         Sequence(model.tokenizer.encode_document(text).tolist(), SAMPLING.seed + number)
         for text in texts
-        for number in range(samples)
+        for number in range(samples_per_prompt)
     ]
-    for first in range(0, len(rows), batch_size):
-        batch = rows[first : first + batch_size]
-        drawn: dict[int, list[float]] = {id(row): [] for row in batch}
+    for first in range(0, len(sequences), batch_size):
+        batch = sequences[first : first + batch_size]
+        log_probs: dict[int, list[float]] = {id(sequence): [] for sequence in batch}
         end = model.tokenizer.end_of_text
-        for row in generate_batch(model.model, batch, new_tokens, SAMPLING, end, top_logprobs=1):
-            drawn[id(row)].append(row.logprobs.logprob)
-        for row in batch:
-            if row.finish_reason == "end_of_text":
-                drawn[id(row)].append(row.logprobs.logprob)
-            yield row, drawn[id(row)]
+        for sequence in generate_batch(model.model, batch, new_tokens, SAMPLING, end, top_logprobs=1):
+            log_probs[id(sequence)].append(sequence.logprobs.logprob)
+        for sequence in batch:
+            if sequence.finish_reason == "end_of_text":
+                log_probs[id(sequence)].append(sequence.logprobs.logprob)
+            yield sequence, log_probs[id(sequence)]
 
 
-def sample_metrics(made: Iterable[tuple[Sequence, list[float]]]) -> dict[str, float]:
-    """Of samples and their log-probabilities."""
-    rows, scores = zip(*made, strict=True)
-    drawn = [value for values in scores for value in values]
+def sample_metrics(samples: Iterable[Sample]) -> dict[str, float]:
+    sequences, log_probs = zip(*samples, strict=True)
+    drawn = [value for values in log_probs for value in values]
     return {
-        **variety([row.generated for row in rows]),
-        "ended": sum(row.finish_reason == "end_of_text" for row in rows) / len(rows),
+        **variety([sequence.generated for sequence in sequences]),
+        "ended": sum(sequence.finish_reason == "end_of_text" for sequence in sequences) / len(sequences),
         "mean_log_prob": math.fsum(drawn) / len(drawn),
-        "n_samples": len(rows),
-        "n_tokens": sum(len(row.generated) for row in rows),
+        "n_samples": len(sequences),
+        "n_tokens": sum(len(sequence.generated) for sequence in sequences),
     }
 
 
 def variety(samples: list[list[int]]) -> dict[str, float]:
-    """Distinct words and pairs, and repetition, of token ids."""
+    """Distinct tokens and pairs, and repetition, of token ids. Pairs do not cross samples."""
     repeated = [repetition(sample) for sample in samples if len(sample) >= NGRAM]
     return {
         "distinct_1": _distinct([token for sample in samples for token in sample]),
@@ -88,18 +87,21 @@ def variety(samples: list[list[int]]) -> dict[str, float]:
 
 
 def repetition(sample: list[int]) -> float:
-    """The share of runs of four that came before."""
-    return 1 - _distinct([tuple(sample[at : at + NGRAM]) for at in range(len(sample) - NGRAM + 1)])
+    return 1 - _distinct([tuple(sample[start : start + NGRAM]) for start in range(len(sample) - NGRAM + 1)])
 
 
 def held_out_samples(stream: TokenStream, end_of_text: int, count: int, length: int) -> list[list[int]]:
-    """The beginnings, behind a prompt's length, of the stream's first `count` documents that are long enough."""
+    """A passage near the start of each of the first `count` documents that are long enough."""
     tokens = stream.read(0, min(stream.tokens, READ_TOKENS))
     bounds = np.append(np.flatnonzero(tokens == end_of_text), len(tokens))
-    skipped = 8  # tokens, as a prompt has about
-    long = (tokens[a + 1 + skipped :][:length] for a, b in pairwise(bounds) if b - a - 1 >= skipped + length)
-    return [piece.tolist() for piece in islice(long, count)]
+    prompt_tokens = 8  # skipped: about the length of a prompt
+    passages = (
+        tokens[start + 1 + prompt_tokens :][:length]
+        for start, end in pairwise(bounds)
+        if end - start - 1 >= prompt_tokens + length
+    )
+    return [passage.tolist() for passage in islice(passages, count)]
 
 
-def _distinct(parts: list[object]) -> float:
-    return len(set(parts)) / len(parts) if parts else 0.0
+def _distinct(items: list) -> float:
+    return len(set(items)) / len(items) if items else 0.0

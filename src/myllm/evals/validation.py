@@ -1,22 +1,67 @@
-"""The held-out stream's first sequences: the same tokens every time. `perplexity` makes figures of them."""
+"""The held-out text: its first sequences, and which data set has it."""
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
 
+from myllm import paths
 from myllm.data.dataloader import read_batch
-from myllm.data.dataset import TokenStream
+from myllm.data.dataset import Dataset, TokenStream, find_dataset
+from myllm.data.tokenizer.base import Tokenizer
+from myllm.errors import UserError
+from myllm.paths import user_path
+
+if TYPE_CHECKING:
+    from myllm.inference.load import ModelSource
 
 
 def validation_batches(
     stream: TokenStream, n_sequences: int, seq_len: int, batch_size: int, rank: int = 0, world_size: int = 1
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """One rank's share of the stream's first `n_sequences` sequences, as inputs and targets.
+    """One rank's share of the stream's first `n_sequences` sequences, as inputs and targets: always the same tokens.
 
     Shapes:
-        gives (B, seq_len) each, B at most `batch_size`
+        yields (B, seq_len) each, B at most `batch_size`
     """
-    mine = np.arange(n_sequences)[rank::world_size]
-    for start in range(0, len(mine), batch_size):
-        yield read_batch(stream, mine[start : start + batch_size], seq_len)
+    sequences = np.arange(n_sequences)[rank::world_size]
+    for start in range(0, len(sequences), batch_size):
+        yield read_batch(stream, sequences[start : start + batch_size], seq_len)
+
+
+def held_out_dataset(source: "ModelSource", tokenizer: Tokenizer, name: str | None) -> Dataset:
+    """The data set of this name or, without one, the data set that the model was trained on.
+
+    Raises:
+        UserError: not found, damaged, or tokenized with another vocabulary.
+    """
+    dataset = _training_dataset(source) if name is None else find_dataset(name)
+    vocabulary = dataset.manifest["tokenizer"]
+    if vocabulary["sha256"] != tokenizer.sha256:
+        raise UserError(
+            f"the data set {dataset.name} was tokenized with {vocabulary['name']}, but the model uses "
+            f"{tokenizer.name}; choose another data set with --dataset"
+        )
+    return dataset
+
+
+def _training_dataset(source: "ModelSource") -> Dataset:
+    if source.dataset_hash is None:
+        raise UserError(
+            f"{source.folder} does not record its training data; choose a data set with --dataset, or remove this task"
+        )
+    folders = [manifest.parent for manifest in paths.datasets().glob("[!.]*/manifest.json")]
+    if configured := source.config.data.dataset:
+        folders.append(user_path(configured))
+    for folder in folders:
+        try:
+            fingerprint = Dataset.read(folder).manifest.get("fingerprint")
+        except UserError:  # this one is damaged or gone; another may match
+            continue
+        if fingerprint == source.dataset_hash:
+            return Dataset.open(folder)
+    raise UserError(
+        f"the training data of {source.folder} are not in {paths.datasets()}; choose a data set with --dataset, or "
+        "remove this task"
+    )

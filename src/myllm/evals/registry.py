@@ -1,0 +1,298 @@
+"""One table of evaluations, for training and for `myllm eval`.
+
+    evaluation = build("hellaswag", inputs)  # reads its data; raises UserError if the evaluation is not possible
+    sums = evaluation.measure(model)         # of this rank's share of the examples
+    metrics = evaluation.finish(sums)        # of the sums over all ranks
+
+To add an evaluation, write a builder and put it into EVALUATIONS. Builders import torch themselves, so that a command
+line with an unknown task is rejected at once.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from myllm.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from myllm.config import RunConfig
+    from myllm.data.dataset import Dataset
+    from myllm.data.tokenizer.base import Tokenizer
+    from myllm.model.transformer import Transformer
+
+Metrics = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """Choices of the user."""
+
+    protocol: Literal["nanogpt", "lm-eval"] = "nanogpt"
+    hellaswag_file: str | Path | None = None
+    """HellaSwag's examples; None: those of the Hub."""
+    hellaswag_examples: int | None = None
+    """Use only the first N; None: all."""
+    stride: int | None = None
+    """Of the perplexity of a file; None: half of the context."""
+    dataset: str | None = None
+    """Named by the user, so that it must be usable."""
+
+
+@dataclass(frozen=True)
+class EvalInputs:
+    """Everything that builders need, except the model."""
+
+    config: "RunConfig"
+    """Of the training; its `model` is the config of the evaluated model."""
+    tokenizer: "Tokenizer"
+    device: "torch.device"
+    load_dataset: Callable[[], "Dataset"]
+    """Opens the data set with the held-out text, or raises UserError."""
+    options: EvalOptions = EvalOptions()
+    batch_size: int = 16
+    """Sequences, examples or samples in one batch."""
+    weights: str = "float32"
+    """As `weight_dtype` returns it."""
+    rank: int = 0
+    world_size: int = 1
+    before_batch: Callable[[], None] = lambda: None
+    """Called before each batch. Training stops an evaluation by raising an error here."""
+
+    @property
+    def context(self) -> int:
+        return self.config.model.max_seq_len
+
+    def with_hook(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, with `before_batch` before each call."""
+
+        def call(*arguments: Any) -> Any:
+            self.before_batch()
+            return function(*arguments)
+
+        return call
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """An evaluation that has its data."""
+
+    settings: dict[str, Any]
+    """What decides the metrics, besides the model."""
+    measure: Callable[["Transformer"], Any]
+    """This rank's part. Of validation, cloze and hellaswag: a CPU tensor, to be summed over ranks."""
+    finish: Callable[[Any], Metrics]
+
+
+def check_task(task: str) -> None:
+    """
+    Raises:
+        UserError: no evaluation has this name.
+    """
+    name, _, file = task.partition(":")
+    if task not in EVALUATIONS and not (name in FILE_EVALUATIONS and file):
+        known = [*EVALUATIONS, *(f"{name}:FILE" for name in FILE_EVALUATIONS)]
+        raise UserError(f"unknown task {task!r}{nearest(task, known)}; tasks: {', '.join(known)}")
+
+
+def build(task: str, inputs: EvalInputs) -> Evaluation:
+    """Prepare an evaluation. Every rank calls it.
+
+    Raises:
+        UserError: the evaluation is not possible. Ranks raise together, though not always the same error.
+    """
+    name, _, file = task.partition(":")
+    return FILE_EVALUATIONS[name](inputs, Path(file)) if file else EVALUATIONS[name](inputs)
+
+
+# -- how well the model predicts --------------------------------------------------------------------------------------
+
+
+def build_validation(inputs: EvalInputs) -> Evaluation:
+    """Loss and accuracy on the held-out tokens."""
+    from myllm.data.sampler import count_sequences
+
+    from . import perplexity
+    from .validation import validation_batches
+
+    dataset, context = inputs.load_dataset(), inputs.context
+    # At least one sequence: a run that never validates may have validation_tokens below the context.
+    wanted = max(inputs.config.eval.validation_tokens // context, 1)
+    n_sequences = min(wanted, count_sequences(dataset.val.tokens, context))
+    if not n_sequences:
+        raise UserError(
+            f"the data set {dataset.name} has {dataset.val.tokens:,} held-out tokens, fewer than the context of "
+            f"{context:,}; use one with a larger data.val_tokens"
+        )
+
+    def batches() -> "Iterable[tuple[Tensor, Tensor]]":
+        sharding = (inputs.rank, inputs.world_size)
+        return validation_batches(dataset.val, n_sequences, context, inputs.batch_size, *sharding)
+
+    return Evaluation({"dataset": dataset.name}, _perplexity_of(batches, inputs), perplexity.finish)
+
+
+def build_perplexity(inputs: EvalInputs, file: Path) -> Evaluation:
+    """Loss and accuracy on a text file, by sliding window."""
+    from . import perplexity
+
+    text = perplexity.read_text(file, inputs.tokenizer)
+    context = inputs.context
+    stride = max(context // 2, 1) if inputs.options.stride is None else inputs.options.stride
+    perplexity.windows(len(text.tokens), context, stride)  # raises if the stride is invalid
+
+    def batches() -> "Iterable[tuple[Tensor, Tensor]]":
+        end_of_text, sharding = inputs.tokenizer.end_of_text, (inputs.rank, inputs.world_size)
+        return perplexity.window_batches(text.tokens, end_of_text, context, stride, inputs.batch_size, *sharding)
+
+    return Evaluation(
+        {"context": context, "stride": stride, "text_sha256": text.sha256[:12]},
+        _perplexity_of(batches, inputs),
+        lambda sums: perplexity.finish(sums, text.n_bytes),
+    )
+
+
+def _perplexity_of(
+    batches: "Callable[[], Iterable[tuple[Tensor, Tensor]]]", inputs: EvalInputs
+) -> "Callable[[Transformer], Tensor]":
+    import torch
+
+    from .perplexity import perplexity_sums
+
+    token_bytes = torch.from_numpy(inputs.tokenizer.token_bytes())
+    return lambda model: perplexity_sums(inputs.with_hook(model.evaluate), batches(), token_bytes, inputs.device)
+
+
+def build_cloze(inputs: EvalInputs) -> Evaluation:
+    """Multiple choice from the held-out text."""
+    from . import cloze
+
+    dataset, end_of_text, config = inputs.load_dataset(), inputs.tokenizer.end_of_text, inputs.config
+    if reason := cloze.why_unavailable(dataset.val, end_of_text, inputs.context):
+        raise UserError(reason)
+    examples = cloze.make_examples(dataset.val, end_of_text, config.eval.cloze_examples, config.train.seed)
+    blind = cloze.blind_accuracy(dataset.val, examples)
+    return Evaluation(
+        {"dataset": dataset.name, "protocol": cloze.PROTOCOL},
+        lambda model: cloze.cloze_sums(
+            inputs.with_hook(model.score), examples, inputs.device, inputs.rank, inputs.world_size
+        ),
+        lambda sums: cloze.finish(sums, blind),
+    )
+
+
+def build_hellaswag(inputs: EvalInputs) -> Evaluation:
+    """HellaSwag by the chosen protocol. Rank 0 reads the examples for all ranks."""
+    from myllm.distributed.collectives import broadcast_object
+
+    from . import hellaswag
+    from .hellaswag_data import load_examples
+
+    options, tokenizer = inputs.options, inputs.tokenizer
+    file, count = options.hellaswag_file, options.hellaswag_examples
+    examples, error = [], None
+    if inputs.rank == 0:
+        try:
+            examples = load_examples(file, count)
+        except Exception as raised:  # the other ranks wait for the broadcast
+            error = raised
+    examples, message = broadcast_object((examples, error and str(error)))
+    if message is not None:
+        raise error or UserError(message)
+    tokenized = hellaswag.tokenize_examples(
+        examples, tokenizer.encode, tokenizer.end_of_text, inputs.context, options.protocol
+    )
+    settings = {"protocol": options.protocol, "examples": count or "all"} | ({"file": str(file)} if file else {})
+    return Evaluation(
+        settings,
+        lambda model: hellaswag.hellaswag_sums(
+            inputs.with_hook(model.score_continuations), tokenized, inputs.device, inputs.rank, inputs.world_size,
+            inputs.batch_size,
+        ),
+        hellaswag.finish,
+    )  # fmt: skip
+
+
+# -- samples, speed and int8: on one rank only ------------------------------------------------------------------------
+
+
+def build_generation(inputs: EvalInputs) -> Evaluation:
+    """Statistics of samples from fixed prompts and, if there is held-out text, of that text."""
+    from myllm.inference.language_model import LanguageModel
+
+    from . import sample_quality
+
+    prompts, samples_per_prompt = sample_quality.prompts(), sample_quality.SAMPLES_PER_PROMPT
+    new_tokens, sampling = sample_quality.NEW_TOKENS, asdict(sample_quality.SAMPLING)
+    settings = {name: sampling[name] for name in ("temperature", "top_k", "seed")}
+    settings |= {"prompts": len(prompts), "samples": samples_per_prompt, "new_tokens": new_tokens}
+    try:
+        count = len(prompts) * samples_per_prompt
+        texts = sample_quality.held_out_samples(
+            inputs.load_dataset().val, inputs.tokenizer.end_of_text, count, new_tokens
+        )
+    except UserError:
+        if inputs.options.dataset is not None:  # otherwise the comparison is optional
+            raise
+        texts = []
+    variety = sample_quality.variety(texts) if texts else {}
+
+    def measure(model: "Transformer") -> list[Any]:
+        pair = LanguageModel(model, inputs.tokenizer)
+        return list(sample_quality.sample_prompts(pair, prompts, samples_per_prompt, new_tokens, inputs.batch_size))
+
+    def finish(samples: list[Any]) -> Metrics:
+        of_held_out = {f"{name}_of_held_out": value for name, value in variety.items()}
+        return sample_quality.sample_metrics(samples) | of_held_out
+
+    return Evaluation(settings, measure, finish)
+
+
+def build_speed(inputs: EvalInputs) -> Evaluation:
+    """Prefill and decode tokens per second, time to the first token, and memory."""
+    from . import speed
+
+    return Evaluation(_speed_settings(inputs), speed.measure, dict)
+
+
+def build_quantization(inputs: EvalInputs, file: Path | None = None) -> Evaluation:
+    """Float against int8 weights, on held-out tokens or a text file."""
+    from . import quantization
+
+    if inputs.weights == "int8":
+        raise UserError("quantization converts the weights to int8 itself; remove --int8")
+    text = build_validation(inputs) if file is None else build_perplexity(inputs, file)
+    settings = text.settings | _speed_settings(inputs)
+    return Evaluation(settings, lambda model: quantization.compare(model, text.measure), dict)
+
+
+def _speed_settings(inputs: EvalInputs) -> dict[str, Any]:
+    import torch
+
+    from myllm.distributed.device_info import device_name
+
+    from . import speed
+
+    prompt, new = speed.token_counts(inputs.context)
+    return {
+        "device": device_name(inputs.device), "dtype": inputs.weights, "threads": torch.get_num_threads(),
+        "prompt_tokens": prompt, "new_tokens": new,
+    }  # fmt: skip
+
+
+EVALUATIONS: dict[str, Callable[[EvalInputs], Evaluation]] = {
+    "validation": build_validation,
+    "hellaswag": build_hellaswag,
+    "cloze": build_cloze,
+    "generation": build_generation,
+    "speed": build_speed,
+    "quantization": build_quantization,
+}
+FILE_EVALUATIONS: dict[str, Callable[[EvalInputs, Path], Evaluation]] = {
+    "perplexity": build_perplexity,
+    "quantization": build_quantization,
+}
+"""Evaluations of a text file: `perplexity:FILE`."""
