@@ -4,7 +4,6 @@ Shapes: B sequences, H heads, T tokens of a sequence, K head dimension.
 """
 
 import gzip
-import json
 import shutil
 from collections import defaultdict
 from collections.abc import Iterator
@@ -21,9 +20,8 @@ from myllm.config import RunConfig
 from myllm.paths import RunPaths
 from myllm.planning.flops import flops_per_token
 from myllm.planning.forecast import EXPECTED_MFU
-from myllm.training import kernel_costs
 from myllm.training.preflight.device_memory import peak_bytes
-from myllm.training.profiler import TABLE, TRACE, Profiler
+from myllm.training.profiler import TABLE, TRACE, Cost, Profiler
 
 from .bench import Bench, graph_breaks, graphs, relative_error, seconds_of, wall_seconds
 from .frame import Check, bounded, close, correct, noted
@@ -118,24 +116,23 @@ def memory(bench: Bench, config: RunConfig, found: Timed) -> Check:
 def profile(bench: Bench, steps: Steps) -> Iterator[Check]:
     """Five steps as `pretrain.py --profile` records them; the trace and the table are kept in --out."""
     run, said = RunPaths(bench.work), []
-    meter = SimpleNamespace(doing=lambda name: nullcontext())
+    meter = SimpleNamespace(timed=lambda name: nullcontext())
     profiler = Profiler(run, steps.config, steps.state.step, bench.process, said.append, meter)
     for number in profiler.window:
         with profiler.around(number):
             steps.step(phase=profiler.phase)
-    costs = kernel_costs.read(json.loads((run.profile / TRACE).read_text(encoding="utf-8")))
     with (run.profile / TRACE).open("rb") as trace, gzip.open(bench.out / f"gpu_check_{TRACE}.gz", "wb") as kept:
         shutil.copyfileobj(trace, kept)
     shutil.copy(run.profile / TABLE, bench.out / f"gpu_check_{TABLE}")
-    shares = shares_of(costs)
+    shares = shares_of(profiler.costs)
     yield noted("kernels", ", ".join(f"{name} {share:.1%}" for name, share in shares.items()), **shares)
 
 
-def shares_of(costs: kernel_costs.Costs) -> dict[str, float]:
+def shares_of(costs: list[Cost]) -> dict[str, float]:
     """Of all kernels' time, by kind of kernel, and by name for the costliest of the rest."""
-    total = sum(cost.us for cost in costs.costs) or 1.0
+    total = sum(cost.us for cost in costs) or 1.0
     sums: dict[str, float] = defaultdict(float)
-    for cost in costs.costs:
+    for cost in costs:
         name = cost.name.lower()
         kind = next((kind for kind, parts in GROUPS.items() if any(part in name for part in parts)), cost.name[:40])
         sums[kind] += cost.us / total

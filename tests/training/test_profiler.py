@@ -3,87 +3,94 @@
 import json
 import re
 from dataclasses import replace
-from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from conftest import losses, with_train
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import Interval, Kernel
 
 from myllm.config import RunConfig
 from myllm.data.prepare.prepare import prepare
 from myllm.distributed.collectives import process_group
-from myllm.training.kernel_costs import PHASES, Cost, read, table
 from myllm.training.loop import train
-from myllm.training.profiler import STEPS, WARMUP_STEPS, choose_window
+from myllm.training.profiler import (
+    PHASES,
+    STEPS,
+    WARMUP_STEPS,
+    Cost,
+    choose_window,
+    format_costs,
+    gpu_busy_us,
+    kernel_costs,
+)
 
 
-def call(correlation: int, ts: float, category: str = "cuda_runtime") -> dict:
-    return event("cudaLaunchKernel", category, ts, 1, correlation)
+def event(name: str, start: float, end: float, self_us: float = 0.0, **changes: Any) -> SimpleNamespace:
+    """What torch.profiler has of an operator on the host."""
+    about = {"device_type": DeviceType.CPU, "is_user_annotation": False, "kernels": []} | changes
+    return SimpleNamespace(name=name, time_range=Interval(start, end), self_cpu_time_total=self_us, **about)
 
 
-def event(name: str, category: str, ts: float, dur: float, correlation: int | None = None, tid: int = 1) -> dict:
-    args = {} if correlation is None else {"correlation": correlation}
-    return {"ph": "X", "name": name, "cat": category, "ts": ts, "dur": dur, "pid": 1, "tid": tid, "args": args}
+def mark(name: str, start: float, end: float) -> SimpleNamespace:
+    return event(name, start, end, is_user_annotation=True)
+
+
+def on_gpu(name: str, start: float, end: float, **changes: Any) -> SimpleNamespace:
+    return event(name, start, end, device_type=DeviceType.CUDA, **changes)
 
 
 def test_a_kernel_counts_to_the_phase_that_started_it() -> None:
     """On a GPU it runs long after that; copies count too, and overlapping ones are busy time once."""
+    matmul, copy, fused = Kernel("matmul", 0, 50), Kernel("copy", 0, 5), Kernel("triton_fused", 0, 30)
     events = [
-        event("step", "user_annotation", 0, 30),
-        event("forward", "user_annotation", 0, 10),
-        event("backward", "user_annotation", 10, 10),
-        event("aten::mm", "cpu_op", 1, 5),
-        call(1, 2),
-        call(2, 12),
-        call(3, 13, "cuda_driver"),
-        call(4, 25),
-        call(5, 35),
-        event("matmul", "kernel", 100, 50, 1, tid=7),
-        event("matmul", "kernel", 150, 70, 2, tid=7),
-        event("triton_fused", "kernel", 210, 30, 3, tid=8),
-        event("copy", "gpu_memcpy", 300, 5, 4, tid=9),
-        event("of an evaluation", "kernel", 400, 500, 5, tid=7),
-        {"ph": "M", "name": "process_name", "pid": 1},
+        mark("step", 0, 30),
+        mark("forward", 0, 10),
+        mark("backward", 10, 20),
+        event("aten::mm", 1, 6, kernels=[matmul, matmul]),
+        event("aten::mm", 12, 13, kernels=[Kernel("matmul", 0, 70)]),
+        event("triton_fused", 13, 14, kernels=[fused]),
+        event("aten::copy_", 25, 26, kernels=[copy]),
+        event("aten::mm", 35, 36, kernels=[Kernel("of an evaluation", 0, 500)]),
+        on_gpu("forward", 100, 220, is_user_annotation=True),
+        on_gpu("matmul", 100, 150),
+        on_gpu("matmul", 150, 220),
+        on_gpu("triton_fused", 210, 240),
+        on_gpu("copy", 300, 305),
     ]
-    found = read({"traceEvents": events})
-    assert found.on_device
-    assert found.costs == [
+    assert kernel_costs(events) == [
+        Cost("matmul", "forward", 2, 100),
         Cost("matmul", "backward", 1, 70),
-        Cost("matmul", "forward", 1, 50),
         Cost("triton_fused", "backward", 1, 30),
         Cost("copy", "other", 1, 5),
     ]
-    assert found.busy_us == 50 + 90 + 5
+    assert gpu_busy_us(events) == 50 + 90 + 5
 
 
-def test_an_operation_of_a_cpu_has_the_time_that_is_its_own() -> None:
+def test_an_operator_on_a_cpu_has_the_time_that_is_its_own() -> None:
     events = [
-        event("step", "user_annotation", 0, 150),
-        event("forward", "user_annotation", 0, 100),
-        event("aten::linear", "cpu_op", 10, 50),
-        event("aten::addmm", "cpu_op", 15, 40),
-        event("aten::copy_", "cpu_op", 20, 4),
-        event("aten::add", "cpu_op", 70, 5),
-        event("aten::add", "cpu_op", 70, 5, tid=2),  # another thread's is inside nothing here
-        event("optimizer", "user_annotation", 100, 50),
-        event("aten::add", "cpu_op", 110, 8),
-        event("aten::add", "cpu_op", 160, 70),
+        mark("step", 0, 150),
+        mark("forward", 0, 100),
+        event("aten::linear", 10, 60, self_us=10),
+        event("aten::addmm", 15, 55, self_us=40),
+        event("aten::add", 70, 75, self_us=5),
+        event("aten::add", 70, 75, self_us=5),  # on another thread
+        mark("optimizer", 100, 150),
+        event("aten::add", 110, 118, self_us=8),
+        event("aten::add", 160, 230, self_us=70),
     ]
-    found = read({"traceEvents": events})
-    assert not found.on_device
-    assert found.costs == [
-        Cost("aten::addmm", "forward", 1, 36),
+    assert kernel_costs(events) == [
+        Cost("aten::addmm", "forward", 1, 40),
         Cost("aten::linear", "forward", 1, 10),
         Cost("aten::add", "forward", 2, 10),
         Cost("aten::add", "optimizer", 1, 8),
-        Cost("aten::copy_", "forward", 1, 4),
     ]
-    assert found.busy_us == 50 + 5 + 8
+    assert gpu_busy_us(events) == 0
 
 
-def test_nothing_recorded_is_a_table_too(tmp_path: Path) -> None:
-    file = tmp_path / "trace.json"
-    file.write_text('{"traceEvents": []}')
-    assert "0.0%" in table(file, range(3, 4), 1.0)
+def test_a_table_of_nothing() -> None:
+    assert "0.0%" in format_costs([], 0.0, range(3, 4), 1.0)
 
 
 @pytest.mark.parametrize("begun", [0, 100, 585, 597, 599])

@@ -22,8 +22,8 @@ from myllm.optim.adamw import ScheduledAdamW
 from myllm.planning.batch import batch_plan
 from myllm.training import kernels
 from myllm.training.gradient_guard import GradientGuard
-from myllm.training.kernel_costs import PHASES
 from myllm.training.kernels import fast_kernels
+from myllm.training.profiler import PHASES
 from myllm.training.step import train_step
 
 ALONE = DistContext(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
