@@ -22,13 +22,13 @@ def main() -> None:
     # Imported here, since the processes that tokenise import this file again and need none of it.
     try:
         from myllm.cli import launch
-        from myllm.console import open_output
         from myllm.distributed.library_env import set_library_env
+        from myllm.distributed.standard_streams import protect_output
     except ModuleNotFoundError as error:
         sys.exit(missing_package(error))
 
     set_library_env()
-    open_output(keep_going=True)
+    protect_output(keep_going=True)
     with launch.exit_on_error():
         wanted = launch.parse_args(sys.argv[1:])
         if wanted.config.hub.repo and not wanted.prepare_only:
@@ -81,8 +81,8 @@ def prepare_and_train(config: "RunConfig", prepare_only: bool, profile: bool = F
     from myllm.hub.background_publish import background_publisher
     from myllm.paths import RunPaths
     from myllm.planning.length import can_resolve_max_steps, resolve_max_steps
-    from myllm.runs.heartbeat import starting
-    from myllm.runs.run_dir import what_next
+    from myllm.runs.heartbeat import report_starting
+    from myllm.runs.run_dir import next_steps
     from myllm.training.loop import train
     from myllm.training.stop_signals import exit_unfinished_on_time_signals
 
@@ -94,7 +94,7 @@ def prepare_and_train(config: "RunConfig", prepare_only: bool, profile: bool = F
         return can_resolve_max_steps(config, dataset.train.tokens, dataset.complete, own_text)
 
     with (
-        starting(RunPaths.of(config.name), active=is_rank_zero) as taken_over,
+        report_starting(RunPaths.of(config.name), active=is_rank_zero) as taken_over,
         background_publisher(config, active=is_rank_zero) as publisher,
     ):
         # The first process of each machine has the data prepared, in a process of its own, while all of them train.
@@ -121,7 +121,7 @@ def prepare_and_train(config: "RunConfig", prepare_only: bool, profile: bool = F
             saved = ", saved" if outcome.step else ""
             print(f"stopped after step {outcome.step:,}{saved}; the same command resumes")
             ranks.exit_with(exit_code(outcome.stopped_by))
-        print(what_next(config, outcome.stopped_early, epochs))
+        print(next_steps(config, outcome.stopped_early, epochs))
         publisher.finish(outcome.step)
 
 

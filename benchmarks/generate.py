@@ -25,7 +25,7 @@ from myllm.hub.export.weights import to_transformers
 from myllm.inference.generate import Sequence, generate_batch
 from myllm.inference.sampling_params import SamplingParams
 from myllm.model.transformer import Transformer
-from myllm.presets import preset
+from myllm.presets import get_preset
 
 Way = Callable[[int, SamplingParams], list[list[int]]]
 """New tokens and how they are chosen, to each row's tokens."""
@@ -86,7 +86,7 @@ def main() -> None:
     )
     print("| model | batch | choice | way | decode tokens/s | myllm to this |\n|---|---|---|---|---|---|")
     for name in options.models:
-        model = Transformer(preset(name).model).eval()
+        model = Transformer(get_preset(name).model).eval()
         peer = peer_of(model)
         for batch in options.batches:
             compare(name, model, peer, batch, options)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from myllm.distributed.device_info import device_name
 from myllm.model.transformer import Transformer
-from myllm.presets import preset
+from myllm.presets import get_preset
 
 
 def main() -> None:
@@ -26,7 +26,7 @@ def main() -> None:
     arguments.add_argument("--tokens", type=int, default=1_024)
     arguments.add_argument("--repeats", type=int, default=8)
     options = arguments.parse_args()
-    config = preset("debug").model
+    config = get_preset("debug").model
     model = Transformer(config)
     shape = (options.tokens // config.max_seq_len, config.max_seq_len)
     tokens, targets = torch.randint(config.vocab_size, (2, *shape)).unbind()

@@ -24,7 +24,7 @@ from myllm.distributed.device_info import device_name
 from myllm.evals.hellaswag import TokenizedExample, ending_log_probs, tokenize_examples
 from myllm.evals.hellaswag_data import load_examples
 from myllm.model.transformer import Transformer
-from myllm.presets import preset
+from myllm.presets import get_preset
 
 CPU = torch.device("cpu")
 
@@ -35,7 +35,7 @@ def main() -> None:
     arguments.add_argument("--examples", type=int, default=64)
     arguments.add_argument("--repeats", type=int, default=3)
     options = arguments.parse_args()
-    config, tokenizer = preset("debug").model, load_tokenizer()
+    config, tokenizer = get_preset("debug").model, load_tokenizer()
     model = Transformer(config).eval()
     examples = load_examples(options.file, options.examples)
     items = tokenize_examples(examples, tokenizer.encode, tokenizer.end_of_text, config.max_seq_len)

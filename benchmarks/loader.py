@@ -28,7 +28,7 @@ from myllm.data.transfer import Batch
 from myllm.distributed.collectives import process_group
 from myllm.distributed.device_info import device_name
 from myllm.planning.batch import BatchPlan, batch_plan
-from myllm.presets import preset
+from myllm.presets import get_preset
 from myllm.runs.logs import Stopwatch
 from myllm.training.preflight.rehearsal import Parts, scratch_folder, synthetic_dataset
 
@@ -39,7 +39,7 @@ TEXT_STEPS = 64
 
 def main() -> None:
     options = read_options()
-    config = preset(options.preset)
+    config = get_preset(options.preset)
     changed = {"batch_tokens": options.batch_tokens, "micro_batch_size": options.micro_batch_size}
     config = replace(config, train=replace(config.train, **{key: value for key, value in changed.items() if value}))
     with process_group("auto") as process, scratch_folder(process) as folder, ExitStack() as stack:

@@ -21,14 +21,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 from myllm import paths
 from myllm.config import RunConfig, from_dict, to_dict
 from myllm.planning.memory_estimate import ComputeMode, memory_by_part, predicted_bytes
-from myllm.presets import PRESETS, preset
+from myllm.presets import PRESETS, get_preset
 
 
 def cases(device: str) -> list[tuple[str, RunConfig]]:
     """Names and configs."""
     found = []
     for name in PRESETS:
-        config = preset(name)
+        config = get_preset(name)
         if device == "cpu":
             model = replace(config.model, max_seq_len=256, n_layers=min(config.model.n_layers, 6))
             if model.d_model > 512:

@@ -15,8 +15,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from myllm import presets
-from myllm.checkpoint.async_saver import Saver
-from myllm.checkpoint.format import TrainState, load_latest
+from myllm.checkpoint.async_saver import AsyncSaver
+from myllm.checkpoint.format import load_latest
+from myllm.checkpoint.state import TrainState
 from myllm.data.sampler import DataPosition
 from myllm.data.tokenizer.load import load_tokenizer
 from myllm.distributed.collectives import process_group
@@ -33,7 +34,7 @@ def main(preset: str, rounds: int) -> None:
         model = Transformer(config.model, 1).to(process.device)
         optimizer = ScheduledAdamW(model.named_parameters(), config.optim, config.train.max_steps)
         optimizer.load_state_dict(optimizer.zero_state())
-        with Saver(config, run, model, optimizer, load_tokenizer("r50k_base"), process) as saver:
+        with AsyncSaver(config, run, model, optimizer, load_tokenizer("r50k_base"), process) as saver:
             for step in range(1, rounds + 1):
                 start = time.perf_counter()
                 saver.save(TrainState(step, 0, DataPosition(0, 0, 0, "")))

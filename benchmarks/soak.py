@@ -23,9 +23,10 @@ from tempfile import mkdtemp
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
+from myllm.cli.prove_resume.command import shrink_config
 from myllm.cli.prove_resume.training_process import (
-    Broken,
-    Training,
+    RunFailed,
+    TrainingProcess,
     logged_step,
     saved_step,
     train_rows,
@@ -33,7 +34,7 @@ from myllm.cli.prove_resume.training_process import (
 )
 from myllm.config import to_dict
 from myllm.files import write_json
-from myllm.presets import preset, shrunk
+from myllm.presets import get_preset
 
 SAVE_EVERY = 5
 PATIENCE_S = 120
@@ -50,7 +51,7 @@ class Figures:
     """From a start to the first new step."""
 
 
-def hit(training: Training, chance: random.Random) -> str:
+def hit(training: TrainingProcess, chance: random.Random) -> str:
     """End a run in one of four ways; returns which."""
     number = chance.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGTERM))
     everybody, ranks = training.processes(), training.ranks()
@@ -67,18 +68,18 @@ def hit(training: Training, chance: random.Random) -> str:
     return f"{number.name} to {whom}"
 
 
-def wait_for(training: Training, step: int) -> None:
+def wait_for(training: TrainingProcess, step: int) -> None:
     """
     Raises:
         Broken: it ended before.
     """
     if not training.wait_for_step(step):
-        raise Broken(f"it ended by itself with code {training.process.returncode}; see {training.log}")
+        raise RunFailed(f"it ended by itself with code {training.process.returncode}; see {training.log}")
 
 
 def soak(minutes: float, seed: int, folder: Path) -> Figures:
     chance, figures = random.Random(seed), Figures()
-    config = shrunk(preset("debug"))
+    config = shrink_config(get_preset("debug"))
     small = replace(config.model, max_seq_len=64, d_model=16, n_layers=2, n_heads=2, d_ff=32)
     config = replace(
         config, model=small, data=replace(config.data, target_tokens=1_000_000),
@@ -93,7 +94,7 @@ def soak(minutes: float, seed: int, folder: Path) -> Figures:
     while time.monotonic() < until:
         ranks = chance.choice((1, 2, 2))
         started = time.monotonic()
-        training = Training.start(path, "soak", folder, ranks)
+        training = TrainingProcess.start(path, "soak", folder, ranks)
         wait_for(training, last + 1)
         figures.recovery_s.append(time.monotonic() - started)
         wait_for(training, last + 1 + chance.randrange(MOST_STEPS))
@@ -103,13 +104,13 @@ def soak(minutes: float, seed: int, folder: Path) -> Figures:
         figures.kills[kind] = figures.kills.get(kind, 0) + 1
         figures.lost.append(reached - saved)
         if saved < last or reached - saved > 2 * SAVE_EVERY:  # the newest may not have been whole yet
-            raise Broken(f"step {reached} was reached and {last} saved before, and now {saved} is the newest save")
+            raise RunFailed(f"step {reached} was reached and {last} saved before, and now {saved} is the newest save")
         last = saved
         print(f"{sum(figures.kills.values()):4}  {kind:<20} on {ranks}: step {reached}, saved {saved}", flush=True)
     steps = logged_step(training.run) + 5
     write_json(path, to_dict(replace(config, train=replace(config.train, max_steps=steps))))
-    Training.start(path, "soak", folder, 2).finish(steps)
-    whole = Training.start(path, "whole", folder, 1)
+    TrainingProcess.start(path, "soak", folder, 2).finish(steps)
+    whole = TrainingProcess.start(path, "whole", folder, 1)
     whole.finish(steps)
     compare(train_rows(training.run), train_rows(whole.run), steps)
     return figures
@@ -122,7 +123,7 @@ def compare(ours: dict, theirs: dict, steps: int) -> None:
     """
     for step in range(1, steps + 1):
         if ours[step]["sample_digest"] != theirs[step]["sample_digest"]:
-            raise Broken(f"at step {step} it had trained on other samples than a run left in peace")
+            raise RunFailed(f"at step {step} it had trained on other samples than a run left in peace")
     worst = max(abs(ours[step]["loss"] - theirs[step]["loss"]) for step in theirs)
     print(f"{steps} receipts are the same as those of a run left in peace; losses differ by {worst:.1e} at most")
 
@@ -136,7 +137,7 @@ def main() -> None:
     print(f"{asked.minutes:g} minutes, --seed {asked.seed}, in {folder}", flush=True)
     try:
         figures = soak(asked.minutes, asked.seed, folder)
-    except Broken as error:
+    except RunFailed as error:
         sys.exit(f"BROKEN: {error}\nits files are in {folder}")
     shutil.rmtree(folder)
     for kind, count in sorted(figures.kills.items()):

@@ -5,21 +5,21 @@ from dataclasses import replace
 
 import pytest
 
-from myllm.config import DataConfig, ModelConfig, RunConfig, from_dict, load_json, to_dict
+from myllm.config import DataConfig, ModelConfig, RunConfig, from_dict, load_config, to_dict
 from myllm.errors import UserError
-from myllm.presets import PRESETS, preset
+from myllm.presets import PRESETS, get_preset
 
 BASE = RunConfig()
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_there_and_back(name, tmp_path):
-    config = preset(name)
+    config = get_preset(name)
     assert from_dict(to_dict(config), BASE) == config
-    assert from_dict(json.loads(json.dumps(to_dict(config))), preset("debug")) == config
+    assert from_dict(json.loads(json.dumps(to_dict(config))), get_preset("debug")) == config
     path = tmp_path / "config.json"
     path.write_text(json.dumps(to_dict(config)))
-    assert load_json(path, BASE) == config
+    assert load_config(path, BASE) == config
 
 
 def test_optional_values_there_and_back():
@@ -32,8 +32,8 @@ def test_optional_values_there_and_back():
 
 
 def test_only_what_is_given_changes():
-    config = from_dict({"train": {"max_steps": 7}, "name": "mine"}, preset("debug"))
-    expected = replace(preset("debug"), name="mine", train=replace(preset("debug").train, max_steps=7))
+    config = from_dict({"train": {"max_steps": 7}, "name": "mine"}, get_preset("debug"))
+    expected = replace(get_preset("debug"), name="mine", train=replace(get_preset("debug").train, max_steps=7))
     assert config == expected
     assert from_dict({}, BASE) == BASE
 
@@ -115,14 +115,14 @@ def test_every_fault_is_named_at_once():
 
 def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(UserError, match=r"cannot read the config .*gone\.json: No such file"):
-        load_json(tmp_path / "gone.json", BASE)
+        load_config(tmp_path / "gone.json", BASE)
     with pytest.raises(UserError, match=r"cannot read the config .*: Is a directory"):
-        load_json(tmp_path, BASE)
+        load_config(tmp_path, BASE)
     path = tmp_path / "config.json"
     for content in (b"{", b"", b"{'a': 1}", b'"\xff"'):
         path.write_bytes(content)
         with pytest.raises(UserError, match=r"config\.json is not valid JSON"):
-            load_json(path, BASE)
+            load_config(path, BASE)
 
 
 def test_sizes_that_follow():

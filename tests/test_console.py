@@ -23,19 +23,20 @@ import psutil
 import pytest
 from conftest import ROOT, command, losses, with_train, write_run_config
 
-from myllm.checkpoint.format import list_checkpoints, load
+from myllm.checkpoint.format import load_checkpoint
+from myllm.checkpoint.retention import list_checkpoints
 from myllm.config import RunConfig
-from myllm.console import LineFile, open_output
 from myllm.data.prepare.prepare import prepare
+from myllm.distributed.standard_streams import protect_output
 from myllm.runs.heartbeat import status
-from myllm.runs.logs import JsonLines, Log
+from myllm.runs.logs import JsonlFile, LineFile, Log
 
 TALKS = """
 import sys
 from pathlib import Path
 from tqdm import tqdm
-from myllm.console import lost_output, open_output
-open_output(keep_going=True)
+from myllm.distributed.standard_streams import output_failures, protect_output
+protect_output(keep_going=True)
 kept = open(sys.argv[1], "w")
 bar = tqdm(total=3, mininterval=0)
 for step in range(3):
@@ -43,7 +44,7 @@ for step in range(3):
     tqdm.write("a line " * 100)
     print("a warning", file=sys.stderr, flush=True)
     sys.stdout.flush()
-kept.write(str(sorted(lost_output())))
+kept.write(str(sorted(output_failures())))
 """
 
 
@@ -121,9 +122,9 @@ def test_lines_wait_for_room(tmp_path: Path) -> None:
 
 
 def test_rows_and_lines_of_a_run_never_raise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    open_output()
+    protect_output()
     log = Log(tmp_path / "gone" / "log.txt", active=True)
-    rows = JsonLines(tmp_path / "gone" / "metrics.jsonl", log)
+    rows = JsonlFile(tmp_path / "gone" / "metrics.jsonl", log)
     for step in range(3):
         rows.append({"step": step})
         log(f"step {step}")
@@ -135,7 +136,7 @@ def test_rows_and_lines_of_a_run_never_raise(tmp_path: Path, capsys: pytest.Capt
     assert [row["step"] for row in rows.rows()] == [0, 1, 2, 3]
     assert (tmp_path / "gone" / "log.txt").read_text().count("  step ") == 3
     with pytest.raises(FileNotFoundError):
-        JsonLines(tmp_path / "nowhere" / "rows.jsonl").append({})
+        JsonlFile(tmp_path / "nowhere" / "rows.jsonl").append({})
 
 
 # ---- runs
@@ -169,7 +170,7 @@ class Watched:
 
     def reach(self, run: Path, more: int) -> int:
         """Wait for so many more rows; the last step."""
-        rows, deadline = JsonLines(run / "metrics.jsonl"), time.monotonic() + 180
+        rows, deadline = JsonlFile(run / "metrics.jsonl"), time.monotonic() + 180
         start = goal = None
         while True:
             steps = [row["step"] for row in rows.rows() if row.get("kind") == "train"]
@@ -195,7 +196,7 @@ def test_a_run_outlives_its_terminal_and_saves_when_it_hangs_up(endless: Path, t
         assert watched.process.wait(60) == 128 + signal.SIGHUP
     finally:
         watched.process.kill()
-    assert load(list_checkpoints(run / "checkpoints")[0]).state.step == max(losses(run))
+    assert load_checkpoint(list_checkpoints(run / "checkpoints")[0]).state.step == max(losses(run))
     log = (run / "log.txt").read_text()
     assert log.count("stdout cannot be written: Broken pipe; training goes on") == 1
     assert "ended: stopped by SIGHUP after step" in log
@@ -245,7 +246,7 @@ def test_nohup_keeps_its_promise(endless: Path, temp_data: Path, launched: bool)
         for each in started.children(recursive=True) if watched.process.poll() is None else []:
             each.kill()
         watched.process.kill()
-    assert load(list_checkpoints(run / "checkpoints")[0]).state.step == max(losses(run))
+    assert load_checkpoint(list_checkpoints(run / "checkpoints")[0]).state.step == max(losses(run))
     assert status("tiny", 600)[1] == 131
 
 
@@ -261,7 +262,7 @@ def test_a_launcher_hands_on_that_its_terminal_is_gone(endless: Path, temp_data:
         assert watched.process.wait(120) == 128 + signal.SIGHUP
     finally:
         watched.process.kill()
-    assert load(list_checkpoints(run / "checkpoints")[0]).state.step == max(losses(run))
+    assert load_checkpoint(list_checkpoints(run / "checkpoints")[0]).state.step == max(losses(run))
 
 
 @pytest.mark.slow
@@ -274,7 +275,7 @@ def test_a_run_whose_rows_have_no_room_goes_on(endless: Path, tmp_path: Path, te
     words = [*command("--config", endless), "--train.max-steps", "6", "--train.save-every-steps", "3"]
     done = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *words], stderr=subprocess.PIPE, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert load(list_checkpoints(run / "checkpoints")[0]).state.step == 6
+    assert load_checkpoint(list_checkpoints(run / "checkpoints")[0]).state.step == 6
     assert json.loads((run / "heartbeat.json").read_text())["how"] == "complete, after step 6"
 
 

@@ -18,15 +18,15 @@ import pytest
 from myllm import files
 from myllm.errors import UserError
 from myllm.files import (
+    atomic_write,
+    file_lock,
     file_sha256,
     is_locked,
-    locked,
     out_of_space,
-    own_folder,
     parse_json,
     read_json,
-    replacing,
-    run_rows,
+    read_rows,
+    temporary_dir,
     write_json,
     write_text,
 )
@@ -84,7 +84,7 @@ def test_what_a_killed_writer_left_is_removed_and_nothing_else(kind: str, tmp_pa
     path = tmp_path / "a.txt"
 
     def write() -> AbstractContextManager[object]:
-        return replacing(path) if kind == "file" else own_folder(path)
+        return atomic_write(path) if kind == "file" else temporary_dir(path)
 
     if os.fork() == 0:
         with write():
@@ -120,10 +120,10 @@ def test_without_locks_the_machine_keeps_its_own(number: int, tmp_path: Path, mo
 
     monkeypatch.setattr(fcntl, "flock", flock)
     monkeypatch.setattr(files.tempfile, "gettempdir", lambda: str(tmp_path))
-    with locked(path) as everywhere:
+    with file_lock(path) as everywhere:
         assert not everywhere
         assert is_locked(path)
-        with pytest.raises(BlockingIOError), locked(path, wait=False):
+        with pytest.raises(BlockingIOError), file_lock(path, wait=False):
             pass
     assert not is_locked(path)
     write_text(path.with_name("a.txt"), "written all the same")
@@ -131,7 +131,7 @@ def test_without_locks_the_machine_keeps_its_own(number: int, tmp_path: Path, mo
     with pytest.raises(
         UserError, match=r"cannot lock .*lock: neither its file system nor .* has locks; set MYLLM_DATA"
     ):
-        locked(path).__enter__()
+        file_lock(path).__enter__()
 
 
 def test_a_folder_that_cannot_be_flushed_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,23 +166,23 @@ def test_what_counts_as_out_of_space(number: int, expected: bool) -> None:
 
 
 def test_a_held_lock_is_refused_and_freed(tmp_path: Path) -> None:
-    with locked(tmp_path / "lock"), pytest.raises(BlockingIOError), locked(tmp_path / "lock", wait=False):
+    with file_lock(tmp_path / "lock"), pytest.raises(BlockingIOError), file_lock(tmp_path / "lock", wait=False):
         pass
-    with locked(tmp_path / "lock", wait=False):
+    with file_lock(tmp_path / "lock", wait=False):
         pass
 
 
 def test_a_killed_process_lets_go_of_its_lock(tmp_path: Path) -> None:
-    code = "import sys, time; from pathlib import Path; from myllm.files import locked\n"
-    code += "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    code = "import sys, time; from pathlib import Path; from myllm.files import file_lock\n"
+    code += "with file_lock(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     process = subprocess.Popen([sys.executable, "-c", code, tmp_path / "lock"], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "held\n"
-    with pytest.raises(BlockingIOError), locked(tmp_path / "lock", wait=False):
+    with pytest.raises(BlockingIOError), file_lock(tmp_path / "lock", wait=False):
         pass
     process.kill()
     process.communicate(timeout=240)
-    with locked(tmp_path / "lock", wait=False):
+    with file_lock(tmp_path / "lock", wait=False):
         pass
 
 
@@ -225,7 +225,7 @@ def test_a_folder_that_is_cleared_away_before_it_is_open_is_made_again(
         return real(path, flags, *more, **named)
 
     monkeypatch.setattr(os, "open", clear)
-    with own_folder(tmp_path / "a") as folder:
+    with temporary_dir(tmp_path / "a") as folder:
         assert folder.is_dir()
     assert cleared
     assert not list(tmp_path.iterdir())
@@ -250,7 +250,7 @@ def test_rows_of_a_run_that_are_none(tmp_path: Path) -> None:
     ]
     good = ['{"step": 3, "text": "a\u2028b\x85c"}', '{"step": 4, "loss": NaN}\r']
     (tmp_path / "rows.jsonl").write_text("\n\n".join([*odd, *good]), encoding="utf-8", newline="")
-    rows = list(run_rows(tmp_path / "rows.jsonl"))
+    rows = list(read_rows(tmp_path / "rows.jsonl"))
     assert rows.count(None) == len(odd)
     assert [row["step"] for row in rows if row] == [3, 4]
     assert rows[-2]["text"] == "a\u2028b\x85c"

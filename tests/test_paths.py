@@ -17,7 +17,7 @@ from myllm.cli.launch import exit_on_error, parse_args
 from myllm.cli.main import COMMANDS, main
 from myllm.data.prepare.prepare import disk_errors_for_users
 from myllm.errors import UserError
-from myllm.files import full_place, in_words, naming, replacing
+from myllm.files import add_filename, atomic_write, explain_os_error, full_disk_path
 from myllm.paths import temp_data, user_path
 
 PATHS = ("~nobody-of-this-name/x", "n" * 300, "a/" + "é" * 200 + "/b.json", "/dev/null/x")
@@ -99,11 +99,11 @@ def test_errors_of_files_in_words(
 
 def test_a_fault_of_ours_keeps_its_traceback() -> None:
     for number in (errno.EIO, errno.ESTALE, errno.ENOENT, errno.ECONNRESET):
-        assert in_words(OSError(number, os.strerror(number), "file")) is None
+        assert explain_os_error(OSError(number, os.strerror(number), "file")) is None
 
 
 def test_a_write_without_room_names_its_file(tmp_path: Path) -> None:
-    for place in (naming(tmp_path / "a"), replacing(tmp_path / "a")):
+    for place in (add_filename(tmp_path / "a"), atomic_write(tmp_path / "a")):
         with pytest.raises(OSError, match=r"No space left on device: '.*/a'"), place:
             raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -113,11 +113,11 @@ def test_a_full_shared_memory_is_not_taken_for_the_data_folder(tmp_path: Path, m
     full = Path("/dev/shm")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0 if path == full else 10**12))
     error = OSError(errno.ENOSPC, "No space left on device")
-    assert full_place(error, tmp_path) == full
+    assert full_disk_path(error, tmp_path) == full
     with pytest.raises(UserError, match=r"cannot write /dev/shm: No space left .*--shm-size"), disk_errors_for_users():
         raise error
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0 if path == tmp_path else 10**12))
-    assert full_place(error, tmp_path) == tmp_path
+    assert full_disk_path(error, tmp_path) == tmp_path
 
 
 def test_a_system_without_fcntl_is_told_so() -> None:

@@ -6,12 +6,12 @@ from myllm.config import RunConfig
 from myllm.errors import UserError
 from myllm.planning.batch import batch_plan
 from myllm.planning.flops import n_parameters
-from myllm.presets import PRESETS, describe_presets, preset
+from myllm.presets import PRESETS, describe_presets, get_preset
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_name_and_words(name):
-    config = preset(name)
+    config = get_preset(name)
     assert isinstance(config, RunConfig)
     assert config.name == name
     assert PRESETS[name].__name__ == name.replace("-", "_")
@@ -22,14 +22,14 @@ def test_name_and_words(name):
 
 
 def test_a_call_makes_a_new_one():
-    assert preset("debug") == preset("debug")
+    assert get_preset("debug") == get_preset("debug")
 
 
 def test_unknown():
     with pytest.raises(UserError, match="unknown preset 'gpt2', did you mean 'gpt2-124m'"):
-        preset("gpt2")
+        get_preset("gpt2")
     with pytest.raises(UserError, match="known presets: debug, small-50m"):
-        preset("zzz")
+        get_preset("zzz")
 
 
 @pytest.mark.parametrize(
@@ -43,14 +43,14 @@ def test_unknown():
     ],
 )
 def test_shapes(name, layers, width, heads, context, millions):
-    model = preset(name).model
+    model = get_preset(name).model
     assert (model.n_layers, model.d_model, model.n_heads, model.max_seq_len) == (layers, width, heads, context)
     assert model.vocab_size == 50_257
     assert round(n_parameters(model) / 1e6) == millions
 
 
 def test_gpt2_124m():
-    model = preset("gpt2-124m").model
+    model = get_preset("gpt2-124m").model
     assert (model.norm, model.activation, model.position, model.bias) == ("layernorm", "gelu", "learned", True)
     assert {model.dropout_embedding, model.dropout_attention_residual, model.dropout_ffn} == {0.1}
     assert model.d_ff == 4 * 768
@@ -58,7 +58,7 @@ def test_gpt2_124m():
 
 
 def test_dolma_75m():
-    config = preset("dolma-75m")
+    config = get_preset("dolma-75m")
     assert (config.model.activation, config.model.position) == ("gelu", "learned")
     batch = batch_plan(config, world_size=1)
     assert (batch.micro_batch_size, batch.grad_accum_steps) == (12, 4)
@@ -69,7 +69,7 @@ def test_dolma_75m():
 
 def test_lf_llm_269m():
     """The reference run, to the letter."""
-    config = preset("lf-llm-269m")
+    config = get_preset("lf-llm-269m")
     model, optim, train = config.model, config.optim, config.train
     assert (model.norm, model.norm_eps, model.position, model.rope_theta) == ("rmsnorm", 1e-5, "rope", 10_000)
     assert (model.activation, model.d_ff, model.bias, model.tie_embeddings) == ("swiglu", 4_096, True, True)
@@ -90,13 +90,13 @@ def test_lf_llm_269m():
 
 def test_modern_presets_have_no_dropout_and_normed_queries():
     for name in ("small-50m", "default-150m", "debug"):
-        model = preset(name).model
+        model = get_preset(name).model
         assert model.dropout_embedding == model.dropout_attention_residual == model.dropout_ffn == 0
         assert (model.position, model.norm, model.activation, model.qk_norm) == ("rope", "rmsnorm", "swiglu", True)
         assert not model.bias
 
 
 def test_debug_needs_no_network_and_no_gpu():
-    config = preset("debug")
+    config = get_preset("debug")
     assert config.data.source == "python-stdlib"
     assert config.train.device == "cpu"

@@ -19,7 +19,7 @@ from myllm.distributed.collectives import DistContext
 from myllm.distributed.device_info import device_name, has_triton
 from myllm.planning.gpu_specs import GpuSpec, gpu_from_device_name
 from myllm.planning.memory_estimate import HEADROOM, ComputeMode, predicted_bytes
-from myllm.presets import preset
+from myllm.presets import get_preset
 from myllm.training.preflight.device_memory import available_bytes, reset_peak
 
 from .frame import Budget
@@ -63,7 +63,7 @@ class Bench:
 
     def model(self, name: str = PRESET, layers: int | None = None) -> ModelConfig:
         """A preset's model at full width, with fewer layers if asked for; tiny ones keep its kinds of parts."""
-        model = preset(name).model
+        model = get_preset(name).model
         if self.tiny:
             grouped = 2 if model.kv_heads != model.n_heads else None
             model = replace(
@@ -79,7 +79,7 @@ class Bench:
             micro_batch: sequences; None: the most of `MICRO_BATCHES` that is predicted to fit.
             train: other settings of TrainConfig.
         """
-        base = preset(PRESET)
+        base = get_preset(PRESET)
         settings = {"device": self.device.type, "max_steps": 10_000}
         if self.tiny:
             settings |= {"compile": "on", "precision": "bfloat16"}

@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 
-from myllm.checkpoint.async_saver import Saver
+from myllm.checkpoint.async_saver import AsyncSaver
 from myllm.data.tokenizer.load import load_tokenizer
 from myllm.paths import RunPaths
 
@@ -28,7 +28,7 @@ def run(bench: Bench) -> Iterator[Check]:
             synchronize(bench.device)
             parts, started = steps.parts, time.perf_counter()
             tokenizer = load_tokenizer(config.data.tokenizer)
-            with Saver(config, run, parts.model, parts.optimizer, tokenizer, bench.process) as saver:
+            with AsyncSaver(config, run, parts.model, parts.optimizer, tokenizer, bench.process) as saver:
                 saver.save(steps.state)
                 blocked_s = time.perf_counter() - started
             whole_s = time.perf_counter() - started

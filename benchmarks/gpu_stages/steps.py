@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from myllm.checkpoint import format as checkpoint
-from myllm.checkpoint.async_saver import Saver
-from myllm.checkpoint.format import TrainState
+from myllm.checkpoint.async_saver import AsyncSaver
+from myllm.checkpoint.state import TrainState
 from myllm.config import RunConfig
 from myllm.data.dataloader import BatchLoader
 from myllm.data.dataset import Dataset
@@ -95,7 +95,7 @@ def made_up(bench: Bench, config: RunConfig, folder: Path) -> Dataset:
 def save(steps: Steps, run: RunPaths) -> None:
     """A checkpoint of where the steps are, whole when this returns."""
     tokenizer, parts = load_tokenizer(steps.config.data.tokenizer), steps.parts
-    with Saver(steps.config, run, parts.model, parts.optimizer, tokenizer, steps.process) as saver:
+    with AsyncSaver(steps.config, run, parts.model, parts.optimizer, tokenizer, steps.process) as saver:
         saver.save(replace(steps.state, sample_digest=steps.sample_digest))
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from .errors import UserError, nearest
+from .errors import UserError, did_you_mean
 from .files import parse_json
 from .migrations import CONFIG
 
@@ -298,12 +298,12 @@ def from_dict(values: Any, base: RunConfig, where: object = None) -> RunConfig:
     return config
 
 
-def load_json(path: Path, base: RunConfig) -> RunConfig:
+def load_config(path: Path, base: RunConfig) -> RunConfig:
     """The config in a JSON file, laid over `base`: a run's config.json, or a hand-written file with a few keys."""
-    return from_dict(read_values(path), base, path)
+    return from_dict(read_config_json(path), base, path)
 
 
-def read_values(path: Path) -> Any:
+def read_config_json(path: Path) -> Any:
     """What a JSON file says, to be laid over configs by `from_dict`."""
     try:
         if path.is_char_device():  # some never end
@@ -334,7 +334,7 @@ def _overlay(values: Any, base: Any, prefix: str, faults: list[str]) -> Any:
     changes = {}
     for key, value in values.items():
         if key not in hints:
-            faults.append(f"{prefix}{key}: unknown key{nearest(key, list(hints))}")
+            faults.append(f"{prefix}{key}: unknown key{did_you_mean(key, list(hints))}")
         elif dataclasses.is_dataclass(hints[key]):
             changes[key] = _overlay(value, getattr(base, key), f"{prefix}{key}.", faults)
         else:

@@ -2,12 +2,13 @@
 
 import os
 import signal
+import sys
 
-UNFINISHED = os.EX_TEMPFAIL  # 75
+EXIT_UNFINISHED = os.EX_TEMPFAIL  # 75
 """Exit code of a run that is to be started again."""
 TIME_LIMIT = int(signal.SIGALRM)
 """Stands for train.max_wall_s among the signal numbers. No such signal is sent."""
-TIME_IS_UP = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+TIME_LIMIT_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 """Signals by which schedulers say that the time is up."""
 
 
@@ -32,12 +33,17 @@ class TrainingDiverged(RuntimeError):
 
 def exit_code(stopped_by: int) -> int:
     """Exit code of a run that a signal (or TIME_LIMIT) stopped."""
-    return UNFINISHED if stopped_by in (TIME_LIMIT, *TIME_IS_UP) else 128 + stopped_by
+    return EXIT_UNFINISHED if stopped_by in (TIME_LIMIT, *TIME_LIMIT_SIGNALS) else 128 + stopped_by
 
 
-def nearest(word: str, known: list[str]) -> str:
+def did_you_mean(word: str, known: list[str]) -> str:
     """`", did you mean 'x'?"` for the closest known word, or an empty string."""
     from difflib import get_close_matches
 
     close = get_close_matches(word, known, n=1, cutoff=0.5)
     return f", did you mean {close[0]!r}?" if close else ""
+
+
+def warn(line: str) -> None:
+    """Say something beside a command's output."""
+    print(f"warning: {line}", file=sys.stderr, flush=True)

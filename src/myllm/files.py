@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -17,7 +18,6 @@ from myllm import paths
 
 from .errors import UserError
 from .migrations import ROW
-from .nonfinite import restored
 
 SHARED_MEMORY = Path("/dev/shm")
 MORE_SHARED_MEMORY = "or give a container more of this memory (--shm-size 8g)"
@@ -35,7 +35,7 @@ UNUSABLE = {
     errno.EINVAL: "a name that this file system takes",
 }
 """What is expected of a path, by the error that says it is not so."""
-TEMPORARY = ".myllm.tmp"
+TEMP_SUFFIX = ".myllm.tmp"
 """How the name of a file ends that is not whole yet."""
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
 """What file systems without locks say: Lustre without `-o flock`, some NFS, disks in a cloud."""
@@ -44,7 +44,7 @@ NO_FSYNC = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.E
 
 
 @contextmanager
-def replacing(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
+def atomic_write(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
     """A file to write, which takes the place of `path` in one step when the block ends without an error: readers see
     the old content or the new, never a part.
 
@@ -53,7 +53,7 @@ def replacing(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
     Args:
         durable: on the disk before it has its name.
     """
-    with naming(path):
+    with add_filename(path):
         temporary, descriptor = _own(path, lambda name: os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
         try:
             with open(descriptor, "wb") as file:
@@ -66,11 +66,11 @@ def replacing(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
             temporary.unlink(missing_ok=True)
             raise
         if durable:
-            fsync_folder(path.parent)
+            fsync_dir(path.parent)
 
 
 @contextmanager
-def own_folder(path: Path) -> Iterator[Path]:
+def temporary_dir(path: Path) -> Iterator[Path]:
     """A new folder beside `path`, for what is to have that name, and for this process alone. It is removed when the
     block ends, with what is still in it, and after a kill by the next call for the same path."""
 
@@ -93,9 +93,9 @@ def _own(path: Path, make: Callable[[Path], int]) -> tuple[Path, int]:
     that others see whether its writer lives. What killed writers left of the same path is removed before."""
     # A name of up to 255 bytes must have room for what stands around it.
     name = path.name if len(os.fsencode(path.name)) <= 200 else hashlib.sha256(os.fsencode(path.name)).hexdigest()
-    _remove_left_behind(path.parent, re.compile(rf"\.{re.escape(name)}\.[0-9a-f]{{16}}{re.escape(TEMPORARY)}"))
+    _remove_left_behind(path.parent, re.compile(rf"\.{re.escape(name)}\.[0-9a-f]{{16}}{re.escape(TEMP_SUFFIX)}"))
     while True:
-        temporary = path.with_name(f".{name}.{secrets.token_hex(8)}{TEMPORARY}")
+        temporary = path.with_name(f".{name}.{secrets.token_hex(8)}{TEMP_SUFFIX}")
         descriptor = make(temporary)
         with suppress(OSError):  # no locks here: what a kill leaves will stay
             _lock(descriptor, wait=True)
@@ -120,7 +120,7 @@ def _remove_left_behind(folder: Path, name: re.Pattern[str]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Replace a file in one step: see `replacing`. What UTF-8 cannot hold, as in a name of another encoding, is escaped
     as JSON does it."""
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write(text.encode(errors="backslashreplace"))
 
 
@@ -128,7 +128,7 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def why_unwritable(path: Path) -> str | None:
+def unwritable_reason(path: Path) -> str | None:
     """Why a file of this name cannot be written, to be asked before the hours that its content takes; None if it can
     be. Folders that are not there yet are taken for made."""
     try:
@@ -148,7 +148,7 @@ def check_writable(path: Path, option: str) -> None:
     Raises:
         UserError: the file that an option names cannot be written.
     """
-    if reason := why_unwritable(path):
+    if reason := unwritable_reason(path):
         raise UserError(f"cannot write {path}: {reason}; give another file with {option}")
 
 
@@ -198,7 +198,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def run_rows(path: Path) -> Iterator[dict[str, Any] | None]:
+def read_rows(path: Path) -> Iterator[dict[str, Any] | None]:
     """The rows of a run's metrics.jsonl or samples.jsonl, in order and by today's names; None for a line that is no
     row: no object, or without a step, as the last line is after a crash. Blank lines are left out.
 
@@ -210,7 +210,7 @@ def run_rows(path: Path) -> Iterator[dict[str, Any] | None]:
             if line.strip():
                 try:
                     row = parse_json(line, path)
-                    row = restored(ROW.upgrade(row)) if isinstance(row, dict) else None
+                    row = restore_nonfinite(ROW.upgrade(row)) if isinstance(row, dict) else None
                 except UserError:
                     row = None
                 yield row if row is not None and _is_step(row.get("step")) else None
@@ -232,7 +232,7 @@ def _json_type(value: Any) -> str:
     return names.get(type(value), "an object")
 
 
-def fsync_folder(folder: Path) -> None:
+def fsync_dir(folder: Path) -> None:
     """Make the names in a folder last: a rename is only as durable as its folder.
 
     Some file systems cannot; nothing more can be done there.
@@ -266,21 +266,21 @@ def out_of_space(error: BaseException | None) -> bool:
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
+def add_filename(path: Path) -> Iterator[None]:
     """Give an OSError the file that it is about: a write without room has none of its own."""
     try:
         yield
     except OSError as error:
-        if error.filename is None or str(error.filename).endswith(TEMPORARY):
+        if error.filename is None or str(error.filename).endswith(TEMP_SUFFIX):
             error.filename = str(path)
         raise
 
 
-def in_words(error: OSError) -> str | None:
+def explain_os_error(error: OSError) -> str | None:
     """What a user can do about a file or folder that cannot be used; None: the fault is not the user's to mend."""
     path, why = error.filename, error.strerror or str(error)
     if out_of_space(error):
-        where = full_place(error)
+        where = full_disk_path(error)
         more = MORE_SHARED_MEMORY if where == SHARED_MEMORY else "or set MYLLM_DATA to a folder on a larger disk"
         return f"cannot write {where or 'a file'}: {why}; free some space and start the same command again, {more}"
     if error.errno in (errno.EMFILE, errno.ENFILE):
@@ -298,7 +298,7 @@ def in_words(error: OSError) -> str | None:
     return None
 
 
-def full_place(error: OSError, folder: Path | None = None) -> Path | None:
+def full_disk_path(error: OSError, folder: Path | None = None) -> Path | None:
     """Which file or folder an error without room is about.
 
     Args:
@@ -327,7 +327,7 @@ def _is_unreadable(path: Path) -> bool:
 
 
 @contextmanager
-def locked(path: Path, wait: bool = True) -> Iterator[bool]:
+def file_lock(path: Path, wait: bool = True) -> Iterator[bool]:
     """Hold a file's lock. The system lets go of it when the process ends, however it ends.
 
     Where the file system has no locks, a file in the machine's own folder for temporary files is locked instead: that
@@ -393,3 +393,25 @@ def _substitute(path: Path) -> Path:
 def _open_own(path: str, flags: int) -> int:
     """Everybody can write to the folder for temporary files: follow nobody's link there."""
     return os.open(path, flags | os.O_NOFOLLOW, 0o600)
+
+
+NONFINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+"""JSON has no such numbers: they are written as texts."""
+
+
+def json_safe(value: Any) -> Any:
+    """The same for JSON: numbers that are not finite as NOT_FINITE spells them."""
+    if isinstance(value, dict):
+        return {key: json_safe(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_safe(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+def restore_nonfinite(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of metrics with the numbers that `json_safe` spelled; one of samples, which has no kind, as it is."""
+    if "kind" not in row:
+        return row
+    return {key: NONFINITE.get(value, value) if isinstance(value, str) else value for key, value in row.items()}

@@ -19,8 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from .console import warn
-from .errors import UserError
+from .errors import UserError, warn
 
 REPOSITORY = re.compile(r"(?:hub:)?([\w.-]+/[\w.-]+)(?:@(\S+))?")
 """A model's repository of the Hub, and its revision."""
@@ -60,38 +59,38 @@ def temp_data() -> Path:
     return user_path(os.environ.get("MYLLM_DATA") or default).absolute()
 
 
-def portable(path: Path, root: Path | None = None) -> str:
+def relative_to_data(path: Path, root: Path | None = None) -> str:
     """How a config names a path: relative to `root` (temp_data/) if it is below, so that the whole may be moved."""
     path, root = path.absolute(), root or temp_data()
     return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
 
 
-def datasets() -> Path:
+def datasets_dir() -> Path:
     return temp_data() / "datasets"
 
 
-def listings() -> Path:
+def listings_dir() -> Path:
     return temp_data() / "listings"
 
 
-def locks() -> Path:
+def locks_dir() -> Path:
     return temp_data() / ".locks"
 
 
-def downloads() -> Path:
+def downloads_dir() -> Path:
     return temp_data() / "downloads"
 
 
-def tokenizers() -> Path:
+def tokenizers_dir() -> Path:
     return temp_data() / "tokenizers"
 
 
-def micro_batch(run_name: str) -> Path:
+def micro_batch_file(run_name: str) -> Path:
     """Where a preflight leaves the micro-batch size that it found for a run."""
     return temp_data() / "micro_batches" / f"{run_name}.json"
 
 
-def runs() -> Path:
+def runs_dir() -> Path:
     return temp_data() / "runs"
 
 
@@ -103,7 +102,7 @@ class RunPaths:
 
     @classmethod
     def of(cls, run_name: str) -> "RunPaths":
-        return cls(runs() / run_name)
+        return cls(runs_dir() / run_name)
 
     @property
     def config(self) -> Path:
@@ -172,18 +171,18 @@ class RunPaths:
         return self.root / "report.html"
 
 
-def leads_somewhere(where: str, hub: bool = True) -> bool:
+def may_be_model(where: str, hub: bool = True) -> bool:
     """Whether a user's word for a model or a run can mean anything: a path, a run, or a repository of the Hub.
 
     Commands ask this before they load torch, so that a typo is answered at once.
     """
     with suppress(OSError, RuntimeError):  # a name that no disk takes; ~NAME of nobody
-        if user_path(where).exists() or (runs() / where).exists():
+        if user_path(where).exists() or (runs_dir() / where).exists():
             return True
     return hub and REPOSITORY.fullmatch(where) is not None
 
 
-def warn_of_two(where: str, taken: Path, named: Path) -> None:
+def warn_if_ambiguous(where: str, taken: Path, named: Path) -> None:
     """Say which was taken where a user's word is a path from here and a name under temp_data/ too.
 
     Args:
@@ -195,16 +194,16 @@ def warn_of_two(where: str, taken: Path, named: Path) -> None:
             warn(f"{where} is {taken.absolute()} here, and that is taken; for the other one give {named}")
 
 
-def check_model(where: str, hub: bool = True) -> None:
+def check_model_path(where: str, hub: bool = True) -> None:
     """
     Raises:
         UserError: `where` leads nowhere.
     """
-    if not leads_somewhere(where, hub):
-        raise no_checkpoint(where, runs())
+    if not may_be_model(where, hub):
+        raise no_checkpoint_error(where, runs_dir())
 
 
-def no_checkpoint(where: str, runs: Path) -> UserError:
+def no_checkpoint_error(where: str, runs: Path) -> UserError:
     """What to say where a user's word leads to no checkpoint."""
     known = sorted(path.name for path in runs.glob("*") if (path / "checkpoints").is_dir())
     return UserError(f"no checkpoint at {where!r}; runs with checkpoints: {', '.join(known) or 'none yet'}")

@@ -5,11 +5,10 @@
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 from .config import DataConfig, EvalConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
-from .errors import UserError, nearest
+from .errors import UserError, did_you_mean
 
 
 def lf_llm_269m() -> RunConfig:
@@ -122,7 +121,7 @@ PRESETS: dict[str, Callable[[], RunConfig]] = {
 }
 
 
-def preset(name: str) -> RunConfig:
+def get_preset(name: str) -> RunConfig:
     """The preset of that name.
 
     Raises:
@@ -130,14 +129,14 @@ def preset(name: str) -> RunConfig:
     """
     if name not in PRESETS:
         known = ", ".join(PRESETS)
-        raise UserError(f"unknown preset {name!r}{nearest(name, list(PRESETS))}; known presets: {known}")
+        raise UserError(f"unknown preset {name!r}{did_you_mean(name, list(PRESETS))}; known presets: {known}")
     return PRESETS[name]()
 
 
 def describe_settings(config: RunConfig) -> str:
     """Which preset a run is closest to, and each setting that differs, a line each."""
-    changes = {name: changed_settings(make(), config) for name, make in PRESETS.items()}
-    name = min(changes, key=lambda preset: len(changes[preset]))
+    changes = {name: diff_settings(make(), config) for name, make in PRESETS.items()}
+    name = min(changes, key=lambda name: len(changes[name]))
     if not changes[name]:
         return f"settings     those of {name}; `python pretrain.py {name} --help` lists them"
     width = max(map(len, changes[name]))
@@ -149,7 +148,7 @@ def describe_settings(config: RunConfig) -> str:
     )
 
 
-def changed_settings(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
+def diff_settings(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
     """Settings of two runs that differ, by name, such as "train.max_steps"; names of runs don't count."""
     found = {}
     for part in dataclasses.fields(RunConfig):
@@ -165,26 +164,3 @@ def describe_presets() -> str:
     """One line a preset, for help texts."""
     width = max(map(len, PRESETS))
     return "\n".join(f"  {name:<{width}}  {(make.__doc__ or '').splitlines()[0]}" for name, make in PRESETS.items())
-
-
-def shrunk(config: RunConfig) -> RunConfig:
-    """A run of the same model and recipe that takes a minute: few steps, four sequences each, on little text."""
-    sequences, steps = 4, 30
-    batch_tokens = sequences * config.model.max_seq_len
-    return replace(
-        config,
-        name="prove-resume",
-        data=DataConfig(
-            source="python-stdlib", val_tokens=20_000, target_tokens=2 * steps * batch_tokens, shard_tokens=1_000_000
-        ),
-        optim=replace(config.optim, warmup_steps=5),
-        train=replace(
-            config.train, max_steps=steps, batch_tokens=batch_tokens, micro_batch_size=2, log_every_steps=1,
-            save_every_steps=4, early_stop_patience=None, fresh=False,
-        ),
-        eval=replace(
-            config.eval, validation_every_steps=10, validation_tokens=sequences * config.model.max_seq_len,
-            cloze_every_steps=0, hellaswag_every_steps=0, sample_every_steps=0,
-        ),
-        hub=replace(config.hub, repo=None, every_checkpoint=False),
-    )  # fmt: skip

@@ -19,7 +19,9 @@ from training.test_stop_signals import wait_for_step
 from myllm.checkpoint import format as checkpoint
 from myllm.checkpoint import retention
 from myllm.checkpoint.async_saver import _check_finite
-from myllm.checkpoint.format import Snapshot, list_checkpoints, load, verify
+from myllm.checkpoint.format import Snapshot, load_checkpoint
+from myllm.checkpoint.integrity import verify_checkpoint
+from myllm.checkpoint.retention import list_checkpoints
 from myllm.config import RunConfig
 from myllm.data.prepare.prepare import prepare
 from myllm.distributed.collectives import process_group
@@ -39,7 +41,7 @@ def quick(tiny: RunConfig) -> RunConfig:
 
 def test_training_goes_on_while_a_checkpoint_is_written(quick: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first write, of step 4, waits until step 7 is logged. Without a thread that would never come."""
-    real, metrics, seen = checkpoint.write, RunPaths.of("tiny").metrics, []
+    real, metrics, seen = checkpoint.write_checkpoint, RunPaths.of("tiny").metrics, []
 
     def slow(folder: Path, snapshot: Snapshot, *rest: object) -> Path:
         seen.append(snapshot.state.step)
@@ -53,7 +55,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(quick: RunConfig, monkey
         return real(folder, snapshot, *rest)
 
     plain = run(replace(quick, name="plain"))
-    monkeypatch.setattr(checkpoint, "write", slow)
+    monkeypatch.setattr("myllm.checkpoint.async_saver.write_checkpoint", slow)
     root = run(quick)
     assert seen == [4, 8, 12]
     assert losses(root) == losses(plain)
@@ -69,21 +71,21 @@ def files(manifest: Path) -> dict[str, dict[str, object]]:
 
 
 def test_a_save_that_fails_ends_the_run_at_the_next_step(quick: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = checkpoint.write
+    real = checkpoint.write_checkpoint
 
     def full(folder: Path, snapshot: Snapshot, *rest: object) -> Path:
         if snapshot.state.step == 8:
             raise UserError("no room to save step 8")
         return real(folder, snapshot, *rest)
 
-    monkeypatch.setattr(checkpoint, "write", full)
+    monkeypatch.setattr("myllm.checkpoint.async_saver.write_checkpoint", full)
     told: list[int] = []
     dataset = prepare(quick.data, progress=False)
     with process_group("cpu") as process, pytest.raises(UserError, match="no room to save step 8"):
         train(with_train(quick, max_steps=400), dataset, process, told.append)
     assert max(losses(RunPaths.of("tiny").root)) <= 12  # the next save would have said so too
     assert told == [4]  # only what is whole is handed on
-    monkeypatch.setattr(checkpoint, "write", real)
+    monkeypatch.setattr("myllm.checkpoint.async_saver.write_checkpoint", real)
     assert losses(run(quick)) == losses(run(replace(quick, name="whole")))
 
 
@@ -101,7 +103,7 @@ sys.path[:0] = {paths!r}
 from pathlib import Path
 from myllm import files
 import myllm.checkpoint.format as checkpoint
-real = checkpoint._seal
+real = checkpoint._finalize
 def held(work, final, *rest):
     if final.name == "step_00000008":
         (work.parents[1] / "held").touch()
@@ -109,7 +111,7 @@ def held(work, final, *rest):
         while time.monotonic() < until and not (work.parents[1] / "go").exists():
             time.sleep(0.02)
     return real(work, final, *rest)
-checkpoint._seal = held
+checkpoint._finalize = held
 sys.argv = ["pretrain.py", "--config", {config!r}]
 import pretrain
 pretrain.main()
@@ -137,11 +139,11 @@ def test_stopped_and_killed_while_a_checkpoint_is_written(quick: RunConfig, tmp_
         (root / "held").unlink()
         if number == signal.SIGKILL:
             (root / "metrics.jsonl").write_text("")  # so that the wait above is for new rows
-    newest = load(list_checkpoints(root / "checkpoints")[0])
+    newest = load_checkpoint(list_checkpoints(root / "checkpoints")[0])
     assert f"stopped after step {newest.state.step}, saved" in said
     assert newest.state.step >= 10
     assert "resuming from" in (root / "log.txt").read_text()
-    assert not [fault for folder in list_checkpoints(root / "checkpoints") for fault in verify(folder)]
+    assert not [fault for folder in list_checkpoints(root / "checkpoints") for fault in verify_checkpoint(folder)]
     assert not [each for each in (root / "checkpoints").iterdir() if each.name.startswith(".")]
 
 

@@ -20,9 +20,21 @@ from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, TensorSt
 
 from myllm.checkpoint import format as checkpoint
 from myllm.checkpoint import retention
-from myllm.checkpoint.dcp import plain_names, read_into
-from myllm.checkpoint.format import Snapshot, TrainState, list_checkpoints, load, load_latest, save, verify
-from myllm.checkpoint.retention import SPARE_BYTES, Keep, check_room, check_run_room, run_bytes, save_due, step_of
+from myllm.checkpoint.dcp import read_into, strip_wrapper_prefixes
+from myllm.checkpoint.format import Snapshot, load_checkpoint, load_latest, save_checkpoint
+from myllm.checkpoint.integrity import verify_checkpoint
+from myllm.checkpoint.retention import (
+    SPARE_BYTES,
+    RetentionPolicy,
+    check_space_for_run,
+    check_space_for_save,
+    list_checkpoints,
+    remaining_checkpoint_bytes,
+    save_due,
+    step_of,
+)
+from myllm.checkpoint.rng import get_rng_state, set_rng_state
+from myllm.checkpoint.state import TrainState, read_state
 from myllm.cli import main as cli
 from myllm.config import RunConfig, TrainConfig
 from myllm.data.sampler import DataPosition
@@ -38,12 +50,12 @@ def put(folder: Path, step: int, keep_last: int = 0, tokenizer_file: Path | None
     state = TrainState(step, step * 10, DataPosition(1, step, 7, "abc"))
     model = {"w": torch.randn(5, 3), "b": torch.randn(3)}
     optimizer = {"w": {"step": torch.tensor(3.0), "exp_avg": torch.randn(5, 3)}}
-    random = [checkpoint.random_state(torch.device("cpu"))]
-    return save(folder, state, {"name": "x"}, model, optimizer, random, keep_last, tokenizer_file)
+    random = [get_rng_state(torch.device("cpu"))]
+    return save_checkpoint(folder, state, {"name": "x"}, model, optimizer, random, keep_last, tokenizer_file)
 
 
 def test_what_goes_in_comes_out(tmp_path: Path) -> None:
-    loaded = load(put(tmp_path, 5))
+    loaded = load_checkpoint(put(tmp_path, 5))
     torch.manual_seed(5)
     assert loaded.state == TrainState(5, 50, DataPosition(1, 5, 7, "abc"))
     assert loaded.config == {"name": "x"}
@@ -55,26 +67,26 @@ def test_what_goes_in_comes_out(tmp_path: Path) -> None:
 def test_the_vocabulary_goes_with_the_weights(tmp_path: Path) -> None:
     file = tmp_path / "mine.json"
     file.write_bytes('{"é": "\r\n"}\n'.encode())
-    assert load(put(tmp_path / "plain", 1)).tokenizer_file is None
+    assert load_checkpoint(put(tmp_path / "plain", 1)).tokenizer_file is None
     folder = put(tmp_path / "own", 1, tokenizer_file=file)
-    carried = load(folder).tokenizer_file
+    carried = load_checkpoint(folder).tokenizer_file
     assert carried == folder / "tokenizer.json"
     assert carried.read_bytes() == file.read_bytes()
     file.unlink()  # it needs the original no more
-    assert not list(verify(folder))
+    assert not list(verify_checkpoint(folder))
     carried.write_bytes(b"{}")
-    assert any("tokenizer.json" in fault for fault in verify(folder))
+    assert any("tokenizer.json" in fault for fault in verify_checkpoint(folder))
     carried.unlink()
     with pytest.raises(UserError, match=r"tokenizer\.json is missing"):
-        load(folder)
+        load_checkpoint(folder)
 
 
 def test_random_state_continues_the_sequence(tmp_path: Path) -> None:
     torch.manual_seed(1)
-    state = checkpoint.random_state(torch.device("cpu"))
+    state = get_rng_state(torch.device("cpu"))
     expected = torch.rand(4)
     torch.manual_seed(2)
-    checkpoint.restore_random_state(state, torch.device("cpu"))
+    set_rng_state(state, torch.device("cpu"))
     assert torch.equal(torch.rand(4), expected)
 
 
@@ -104,7 +116,7 @@ def test_damage_is_seen_by_content(tmp_path: Path, name: str, damage: str) -> No
     assert len(said) == 1
     assert name in said[0]
     with pytest.raises(UserError, match="not an intact checkpoint"):
-        load(tmp_path / "step_00000002")
+        load_checkpoint(tmp_path / "step_00000002")
 
 
 @pytest.mark.parametrize("content", [None, "", "{", "[]", '{"format": "other", "files": {}}', '{"files": 3}'])
@@ -114,7 +126,7 @@ def test_a_manifest_that_is_none(tmp_path: Path, content: str | None) -> None:
         (folder / "manifest.json").unlink()
     else:
         (folder / "manifest.json").write_text(content)
-    assert list(verify(folder))
+    assert list(verify_checkpoint(folder))
     with pytest.raises(UserError, match=r"no checkpoint in .* is intact; .*--train\.fresh"):
         load_latest(tmp_path, lambda _: None)
 
@@ -123,7 +135,7 @@ def test_a_truncated_manifest_that_names_no_files_is_not_trusted(tmp_path: Path)
     folder = put(tmp_path, 1)
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps({"format": manifest["format"], "files": {}}))
-    assert list(verify(folder))
+    assert list(verify_checkpoint(folder))
 
 
 def test_nothing_there(tmp_path: Path) -> None:
@@ -185,7 +197,7 @@ def test_a_checkpoint_cannot_run_code(tmp_path: Path, part: str) -> None:
         (folder / part).write_bytes(packed.getvalue())
         (folder / "weights/.metadata").write_bytes(pickle.dumps(metadata))
     vouch(folder)
-    opened = load(folder)
+    opened = load_checkpoint(folder)
     with pytest.raises(Exception, match=r"Weights only load failed|is not what one is made of"):
         assert not [opened.model, opened.optimizer, opened.random]
     assert not owned.exists()
@@ -205,7 +217,7 @@ def test_a_checkpoint_of_any_python_opens(tmp_path: Path) -> None:
     """Debian's Python 3.11.2 writes the members of enums with `getattr`: that is taken, any other use is refused."""
     folder = put(tmp_path, 1)
     metadata = FileSystemReader(folder / "weights").read_metadata()
-    weights, file = load(folder).model, folder / "weights/.metadata"
+    weights, file = load_checkpoint(folder).model, folder / "weights/.metadata"
     for kind, name, fine in (
         (_MEM_FORMAT_ENCODING, "TORCH_CONTIGUOUS_FORMAT", True),
         (_MEM_FORMAT_ENCODING, "__class__", False),
@@ -215,10 +227,10 @@ def test_a_checkpoint_of_any_python_opens(tmp_path: Path) -> None:
         file.write_bytes(pickle.dumps(metadata))
         vouch(folder)
         if fine:
-            assert all(torch.equal(tensor, load(folder).model[key]) for key, tensor in weights.items())
+            assert all(torch.equal(tensor, load_checkpoint(folder).model[key]) for key, tensor in weights.items())
         else:
             with pytest.raises(UserError, match="is not what one is made of"):
-                assert load(folder).model
+                assert load_checkpoint(folder).model
 
 
 def vouch(folder: Path) -> None:
@@ -233,14 +245,16 @@ def vouch(folder: Path) -> None:
 FULL_DISK = """
 import resource, sys, torch
 from pathlib import Path
-from myllm.checkpoint.format import TrainState, random_state, save
+from myllm.checkpoint.format import save_checkpoint
+from myllm.checkpoint.rng import get_rng_state
+from myllm.checkpoint.state import TrainState
 from myllm.data.sampler import DataPosition
 from myllm.errors import UserError
 
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))  # a write beyond 1 MiB fails, as on a full disk
-state = TrainState(2, 0, DataPosition(0, 0, 0, ""))
+state, random = TrainState(2, 0, DataPosition(0, 0, 0, "")), [get_rng_state(torch.device("cpu"))]
 try:
-    save(Path(sys.argv[1]), state, {}, {"w": torch.randn(1 << 20)}, {}, [random_state(torch.device("cpu"))], 1)
+    save_checkpoint(Path(sys.argv[1]), state, {}, {"w": torch.randn(1 << 20)}, {}, random, 1)
 except UserError as error:
     sys.exit(str(error))
 """
@@ -252,7 +266,7 @@ def test_a_write_that_fails_half_way(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", FULL_DISK, tmp_path], capture_output=True, text=True, check=False)
     assert "no room to save step 2" in done.stderr, done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
-    assert not list(verify(tmp_path / "step_00000001"))
+    assert not list(verify_checkpoint(tmp_path / "step_00000001"))
 
 
 def test_a_save_that_is_killed_anywhere_leaves_nothing_half_done(tmp_path: Path) -> None:
@@ -281,7 +295,9 @@ def test_some_are_kept_for_ever(tmp_path: Path) -> None:
     for step in range(2, 21, 2):
         torch.manual_seed(step)
         state, weights = TrainState(step, 0, DataPosition(0, 0, 0, "")), {"w": torch.randn(2)}
-        checkpoint.write(tmp_path, Snapshot(state, {}, weights, {}, {}), Keep(last=2, every_steps=6))
+        checkpoint.write_checkpoint(
+            tmp_path, Snapshot(state, {}, weights, {}, {}), RetentionPolicy(last=2, every_steps=6)
+        )
     assert [step_of(folder) for folder in list_checkpoints(tmp_path)] == [20, 18, 12, 6]
 
 
@@ -318,31 +334,31 @@ def test_long_runs_are_counted_at_once(tmp_path: Path) -> None:
     config = RunConfig(train=train)
     one = disk_estimate_bytes(config)["checkpoints"] // 5
     assert one == checkpoint_bytes(config)
-    assert run_bytes(config, tmp_path, tmp_path, 0)[1] == 5
+    assert remaining_checkpoint_bytes(config, tmp_path, tmp_path, 0)[1] == 5
     for last, kept in ((0, 10**12 // 2 + 10**12 // 7 - 10**12 // 14), (10**11, 10**11 + (10**12 - 175 * 10**9) // 7)):
         long = replace(train, max_steps=10**12, save_every_steps=2, keep_every_steps=7, keep_last=last)
         assert abs(n_kept(long) - kept) <= 1
-        assert run_bytes(RunConfig(train=long), tmp_path, tmp_path, 0)[1] == n_kept(long) + 1
+        assert remaining_checkpoint_bytes(RunConfig(train=long), tmp_path, tmp_path, 0)[1] == n_kept(long) + 1
 
 
 def test_room_is_checked_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = RunConfig(train=TrainConfig(max_steps=1_000, save_every_steps=100, keep_last=2, keep_every_steps=300))
     one = stored_parameters(config.model) * 12 + SPARE_BYTES
     # At the end 300, 600, 900 and 1,000: keep_last 2 are the last two. One more while it is written.
-    assert run_bytes(config, tmp_path, tmp_path / "best", 0) == (5 * one, 5)
+    assert remaining_checkpoint_bytes(config, tmp_path, tmp_path / "best", 0) == (5 * one, 5)
     patient = replace(config, train=replace(config.train, early_stop_patience=3))
-    assert run_bytes(patient, tmp_path, tmp_path / "best", 0) == (6 * one, 6)
+    assert remaining_checkpoint_bytes(patient, tmp_path, tmp_path / "best", 0) == (6 * one, 6)
     (tmp_path / "step_00000300").mkdir()  # there already
-    assert run_bytes(config, tmp_path, tmp_path / "best", 300) == (4 * one, 4)
-    assert run_bytes(config, tmp_path, tmp_path / "best", 1_000) == (0, 0)
+    assert remaining_checkpoint_bytes(config, tmp_path, tmp_path / "best", 300) == (4 * one, 4)
+    assert remaining_checkpoint_bytes(config, tmp_path, tmp_path / "best", 1_000) == (0, 0)
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(retention.shutil, "disk_usage", lambda _: usage(4 * one))
-    check_run_room(patient, tmp_path / "elsewhere", tmp_path / "best", 1_000)
+    check_space_for_run(patient, tmp_path / "elsewhere", tmp_path / "best", 1_000)
     with pytest.raises(UserError, match=r"needs 9\.1 GB for 5 .* has 7\.3 GB free; .*keep_every_steps 300.*MYLLM_DATA"):
-        check_run_room(config, tmp_path / "none", tmp_path / "best", 0)
+        check_space_for_run(config, tmp_path / "none", tmp_path / "best", 0)
     monkeypatch.setattr(retention.shutil, "disk_usage", lambda _: usage(3_000_000))
     with pytest.raises(UserError, match=r"no room to save step 7 in .*needs 5\.0 MB, the disk has 3\.0 MB free"):
-        check_room(tmp_path / "none", 7, 3_000_000)
+        check_space_for_save(tmp_path / "none", 7, 3_000_000)
 
 
 def test_the_older_format_is_named(tmp_path: Path) -> None:
@@ -350,7 +366,7 @@ def test_the_older_format_is_named(tmp_path: Path) -> None:
     manifest = json.loads((folder / "manifest.json").read_text()) | {"format": "myllm-checkpoint-1"}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="written by an older version of this code"):
-        load(folder)
+        load_checkpoint(folder)
 
 
 def test_other_tensors_than_the_model_has(tmp_path: Path) -> None:
@@ -358,7 +374,9 @@ def test_other_tensors_than_the_model_has(tmp_path: Path) -> None:
     for tensors in ({"w": torch.zeros(5, 3)}, {"w": torch.zeros(5, 4), "b": torch.zeros(3)}):
         with pytest.raises(UserError, match="do not fit this model: "):
             read_into(folder, tensors)
-    assert plain_names({"_orig_mod.module.a._checkpoint_wrapped_module.b": torch.ones(1)}.items()).keys() == {"a.b"}
+    assert strip_wrapper_prefixes(
+        {"_orig_mod.module.a._checkpoint_wrapped_module.b": torch.ones(1)}.items()
+    ).keys() == {"a.b"}
 
 
 def test_the_same_state_makes_the_same_bytes(tmp_path: Path) -> None:
@@ -416,7 +434,7 @@ def test_what_is_not_called_a_step_is_no_checkpoint(tmp_path: Path, name: str) -
     assert names(tmp_path) == {"step_00000005", name}
     assert list_checkpoints(tmp_path) == [tmp_path / "step_00000005"]
     assert load_latest(tmp_path, print).state.step == 5
-    assert not list(verify(tmp_path / name))
+    assert not list(verify_checkpoint(tmp_path / name))
 
 
 def test_checkpoints_go_by_number(tmp_path: Path) -> None:
@@ -433,7 +451,7 @@ def test_another_step_under_a_name(tmp_path: Path) -> None:
     """A folder that was renamed or copied: seen by its state, passed over, and left alone, even by a save there."""
     renamed = put(tmp_path, 3).rename(tmp_path / "step_00000099")
     shutil.copytree(put(tmp_path, 4), tmp_path / "step_00000002")
-    (fault,) = verify(renamed)
+    (fault,) = verify_checkpoint(renamed)
     assert fault == "its name says step 99, but what it holds is step 3"
     said: list[str] = []
     assert load_latest(tmp_path, said.append).state.step == 4
@@ -443,7 +461,7 @@ def test_another_step_under_a_name(tmp_path: Path) -> None:
     put(tmp_path, 99, keep_last=1)
     moved = names(tmp_path) - {"step_00000002", "step_00000099"}
     assert [name.partition(".")[0] for name in moved] == ["step_00000099"]
-    assert checkpoint.read_state(tmp_path / moved.pop()).step == 3
+    assert read_state(tmp_path / moved.pop()).step == 3
     assert load_latest(tmp_path, print).state.step == 99
 
 
@@ -461,7 +479,7 @@ def test_what_somebody_put_into_a_checkpoint_is_kept(tmp_path: Path) -> None:
     (tmp_path / "c/.partial-mine").mkdir()
     (tmp_path / "c/.removed-step_00000009.bak").mkdir()
     (tmp_path / "c/.removed-step_00000009").mkdir()
-    retention.remove_unfinished(tmp_path / "c")
+    retention.clean_up_partial(tmp_path / "c")
     assert {".partial-mine", ".removed-step_00000009.bak"} <= names(tmp_path / "c")
     assert ".removed-step_00000009" not in names(tmp_path / "c")
 

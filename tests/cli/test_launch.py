@@ -17,11 +17,11 @@ from myllm.cli import main as cli
 from myllm.cli.launch import describe_plan, exit_on_error, parse_args
 from myllm.config import RunConfig
 from myllm.errors import UserError
-from myllm.presets import PRESETS, preset
+from myllm.presets import PRESETS, get_preset
 
 
 def test_a_preset_alone() -> None:
-    assert parse_args(["debug"]).config == preset("debug")
+    assert parse_args(["debug"]).config == get_preset("debug")
 
 
 def test_overrides() -> None:
@@ -39,7 +39,7 @@ def test_overrides() -> None:
 
 
 def test_a_saved_config_gives_the_same_run(tmp_path: Path) -> None:
-    config = replace(preset("gpt2-124m"), name="saved")
+    config = replace(get_preset("gpt2-124m"), name="saved")
     path = write_run_config(config, tmp_path / "config.json")
     assert parse_args(["--config", str(path)]).config == config
     assert parse_args([f"--config={path}", "--train.max-steps", "5"]).config.train.max_steps == 5
@@ -49,7 +49,7 @@ def test_a_hand_written_config_over_a_preset(tmp_path: Path) -> None:
     path = tmp_path / "mine.json"
     path.write_text('{"name": "mine", "optim": {"max_lr": 0.01}}')
     config = parse_args(["debug", "--config", str(path), "--dry-run"]).config
-    assert (config.name, config.optim.max_lr, config.model) == ("mine", 0.01, preset("debug").model)
+    assert (config.name, config.optim.max_lr, config.model) == ("mine", 0.01, get_preset("debug").model)
 
 
 def test_a_config_may_come_through_a_pipe(tmp_path: Path) -> None:

@@ -8,18 +8,19 @@ from pathlib import Path
 import pytest
 
 from myllm.cli import main as cli
-from myllm.cli.prove_resume.compare import AGAIN, REFERENCE, Result, Trial, judge, verdict
+from myllm.cli.prove_resume.command import shrink_config
+from myllm.cli.prove_resume.compare import AGAIN, REFERENCE, Result, Trial, format_results, judge_trial
 from myllm.config import RunConfig
 from myllm.planning.batch import batch_plan
 from myllm.planning.validation import check_config
-from myllm.presets import PRESETS, preset, shrunk
+from myllm.presets import PRESETS, get_preset
 
 TINY = (
     "--model.d-model 16 --model.n-layers 2 --model.n-heads 2 --model.d-ff 32 --model.max-seq-len 64 "
     "--train.batch-tokens 256 --data.target-tokens 20000 --train.max-steps 12"
 )
 OTHER = Trial("1 rank, 2 ranks, 1 rank", (1, 2, 1))
-CPU = replace(preset("debug"), name="proof")
+CPU = replace(get_preset("debug"), name="proof")
 
 
 def rows(steps: int = 5, **changes: object) -> dict[int, dict[str, object]]:
@@ -32,8 +33,8 @@ def rows(steps: int = 5, **changes: object) -> dict[int, dict[str, object]]:
 
 def faults(trial: Trial, found: dict[int, dict[str, object]], spread: float = 0.0, config: RunConfig = CPU) -> str:
     result = Result(trial, found)
-    judge(result, Result(REFERENCE, rows()), config, spread)
-    assert ("NO" in verdict([Result(REFERENCE), result])) == bool(result.faults)
+    judge_trial(result, Result(REFERENCE, rows()), config, spread)
+    assert ("NO" in format_results([Result(REFERENCE), result])) == bool(result.faults)
     return "; ".join(result.faults)
 
 
@@ -56,8 +57,8 @@ def test_what_disproves() -> None:
 
 @pytest.mark.parametrize("name", list(PRESETS))
 def test_every_preset_can_be_shrunk(name: str) -> None:
-    config = shrunk(preset(name))
-    assert config.model == preset(name).model
+    config = shrink_config(get_preset(name))
+    assert config.model == get_preset(name).model
     for world_size in (1, 2):
         check_config(config, world_size)
         batch = batch_plan(config, world_size)

@@ -9,7 +9,7 @@ from conftest import eval_rows, losses, with_train
 
 from myllm.cli.data import verify
 from myllm.cli.main import main as myllm
-from myllm.config import RunConfig, load_json
+from myllm.config import RunConfig, load_config
 from myllm.data.dataset import find_dataset
 from myllm.data.prepare.prepare import prepare
 from myllm.data.tokenizer.load import load_tokenizer
@@ -23,7 +23,7 @@ from myllm.inference.generate import stream_tokens
 from myllm.inference.load import load_model
 from myllm.inference.sampling_params import SamplingParams
 from myllm.paths import RunPaths
-from myllm.presets import preset
+from myllm.presets import get_preset
 from myllm.runs.history import read_json_or_empty
 from myllm.training.loop import train
 
@@ -109,12 +109,12 @@ def test_a_run_says_what_it_was_made_of(tiny: RunConfig, learn: Learn, temp_data
     """A preset names a source of its own; the data set that is given by name says which one it was."""
     config = with_vocabulary(tiny, learn("own", 400), 400)
     made = prepare(replace(config.data, strip_control=True), progress=False)
-    given = replace(preset("lf-llm-269m").data, dataset=made.name[:-3], workers=1)
+    given = replace(get_preset("lf-llm-269m").data, dataset=made.name[:-3], workers=1)
     folder = run(replace(with_train(config, max_steps=2), data=given))
-    saved = load_json(folder / "config.json", RunConfig())
+    saved = load_config(folder / "config.json", RunConfig())
     assert saved.data.source == config.data.source
     assert (saved.data.dataset, saved.data.strip_control) == (made.name, True)
-    assert load_json(folder / "checkpoints/step_00000002/config.json", RunConfig()) == saved
+    assert load_config(folder / "checkpoints/step_00000002/config.json", RunConfig()) == saved
     assert read_json_or_empty(folder / "environment.json")["tokenizer"] == made.tokenizer().describe()
 
     vocabulary = made.tokenizer()

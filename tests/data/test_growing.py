@@ -14,7 +14,8 @@ import psutil
 import pytest
 from conftest import ROOT, losses, write_corpus, write_run_config
 
-from myllm.checkpoint.format import list_checkpoints, load
+from myllm.checkpoint.format import load_checkpoint
+from myllm.checkpoint.retention import list_checkpoints
 from myllm.config import DataConfig, EvalConfig, RunConfig
 from myllm.data.dataset import Dataset
 from myllm.data.prepare import background as beside
@@ -99,7 +100,7 @@ class Runs:
         return beside
 
     def saved(self) -> int:
-        return load(list_checkpoints(self.run / "checkpoints")[0]).state.step
+        return load_checkpoint(list_checkpoints(self.run / "checkpoints")[0]).state.step
 
     def end(self) -> None:
         for process in self._started:

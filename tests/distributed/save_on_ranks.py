@@ -14,8 +14,8 @@ from torch.distributed.tensor import DTensor
 
 from myllm.checkpoint import dcp as sharded
 from myllm.checkpoint import format as checkpoint
-from myllm.checkpoint.async_saver import Saver
-from myllm.checkpoint.format import TrainState
+from myllm.checkpoint.async_saver import AsyncSaver
+from myllm.checkpoint.state import TrainState
 from myllm.config import ModelConfig, OptimConfig, RunConfig
 from myllm.data.sampler import DataPosition
 from myllm.data.tokenizer.load import load_tokenizer
@@ -53,7 +53,7 @@ def whole(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def contents(model: Transformer, optimizer: ScheduledAdamW) -> dict[str, dict[str, torch.Tensor]]:
-    moments = checkpoint.by_name(optimizer.state_dict())
+    moments = checkpoint.flatten_moments(optimizer.state_dict())
     return {"weights": whole(model.state_dict()), "optimizer": whole(moments)}
 
 
@@ -62,7 +62,7 @@ def save(folder: Path, process: DistContext) -> None:
         model, optimizer = make(kind, seed=3)
         config = replace(RunConfig(name=kind, model=MODEL), train=replace(RunConfig().train, keep_last=2))
         run = RunPaths(folder / kind)
-        with Saver(config, run, model, optimizer, load_tokenizer("r50k_base"), process) as saver:
+        with AsyncSaver(config, run, model, optimizer, load_tokenizer("r50k_base"), process) as saver:
             for number in range(3):
                 step(model, optimizer, number)
                 at_save = contents(model, optimizer)
@@ -76,14 +76,14 @@ def save(folder: Path, process: DistContext) -> None:
             fails_alike(saver, run, model, process)
 
 
-def fails_alike(saver: Saver, run: RunPaths, model: Transformer, process: DistContext) -> None:
+def fails_alike(saver: AsyncSaver, run: RunPaths, model: Transformer, process: DistContext) -> None:
     """What goes wrong on rank 1 alone, or in its share alone, is said by both, and leaves nothing behind."""
-    real, state = checkpoint._write_rest, TrainState(9, 0, DataPosition(0, 0, 0, "x"))
+    real, state = checkpoint._write_rank_files, TrainState(9, 0, DataPosition(0, 0, 0, "x"))
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    checkpoint._write_rest = full if process.rank == 1 else real
+    checkpoint._write_rank_files = full if process.rank == 1 else real
     saver.save(state)
     said = ""
     try:
@@ -91,8 +91,8 @@ def fails_alike(saver: Saver, run: RunPaths, model: Transformer, process: DistCo
     except UserError as error:
         said = str(error)
     assert "no room to save step 9" in said, said
-    checkpoint._write_rest = real
-    weight = sharded.local(model.blocks[2].feed_forward.down_proj.weight.detach())
+    checkpoint._write_rank_files = real
+    weight = sharded.local_tensor(model.blocks[2].feed_forward.down_proj.weight.detach())
     before = weight.clone()
     if process.rank == 1 or not isinstance(model.norm.weight, DTensor):
         weight.view(-1)[0] = float("nan")
@@ -116,7 +116,7 @@ def load(folder: Path) -> None:
             model, optimizer = make(kind, seed=4)
             sharded.read_into(found.folder / "weights", model.state_dict())
             moments = optimizer.zero_state()
-            sharded.read_into(found.folder / "optimizer", checkpoint.by_name(moments))
+            sharded.read_into(found.folder / "optimizer", checkpoint.flatten_moments(moments))
             optimizer.load_state_dict(moments)
             here = contents(model, optimizer)
             for part, tensors in expected.items():

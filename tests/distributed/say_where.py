@@ -10,14 +10,14 @@ from pathlib import Path
 from unittest import mock
 
 from myllm.cli.launch import exit_on_error
-from myllm.config import RunConfig, load_json
+from myllm.config import RunConfig, load_config
 from myllm.data.prepare.background import prepare_in_background
 from myllm.distributed import collectives as distributed
 from myllm.distributed import launcher as ranks
 from myllm.training.loop import train
 
 if __name__ == "__main__":
-    config, folder = load_json(Path(sys.argv[1]), RunConfig()), Path(sys.argv[2])
+    config, folder = load_config(Path(sys.argv[1]), RunConfig()), Path(sys.argv[2])
     with mock.patch.object(distributed, "cuda_device_count", return_value=2):
         device = distributed.choose_device("cuda", ranks.local_rank())
     with (

@@ -10,10 +10,10 @@ import pytest
 import torch
 from conftest import eval_rows, launch, losses, train_rows, with_train, write_run_config
 
-from myllm.checkpoint.format import list_checkpoints
+from myllm.checkpoint.retention import list_checkpoints
 from myllm.config import RunConfig
 from myllm.inference.load import load_model
-from myllm.runs.logs import JsonLines
+from myllm.runs.logs import JsonlFile
 
 pytestmark = pytest.mark.slow  # real processes, half a minute and more in all
 
@@ -108,7 +108,7 @@ def test_a_run_in_parts(tiny: RunConfig, tmp_path: Path, temp_data: Path) -> Non
             a, b = ({key: v for key, v in row.items() if isinstance(v, float | int)} for row in (a, b))
             assert a | {"seconds": 0} == pytest.approx(b | {"seconds": 0}, rel=1e-4)
     assert "failed" not in (fsdp / "log.txt").read_text()
-    texts = [[row["text"] for row in JsonLines(run / "samples.jsonl").rows()] for run in (fsdp, ddp)]
+    texts = [[row["text"] for row in JsonlFile(run / "samples.jsonl").rows()] for run in (fsdp, ddp)]
     assert texts[0] == texts[1]
     assert list_checkpoints(fsdp / "best")[0].name == list_checkpoints(ddp / "best")[0].name
     mine, other = (load_model(run)[0].state_dict() for run in (fsdp, ddp))

@@ -10,7 +10,8 @@ import pytest
 import torch
 from conftest import eval_rows, launch, losses, with_train, write_run_config
 
-from myllm.checkpoint.format import list_checkpoints, load
+from myllm.checkpoint.format import load_checkpoint
+from myllm.checkpoint.retention import list_checkpoints
 from myllm.config import RunConfig
 from myllm.data.prepare.prepare import prepare
 
@@ -68,7 +69,7 @@ def test_ranks_come_and_go(plain: RunConfig, tmp_path: Path, temp_data: Path) ->
         assert done.returncode == 0, done.stderr
     run = temp_data / "runs/tiny"
     assert json.loads((run / "environment.json").read_text())["world_size"] == 2
-    assert len(load(list_checkpoints(run / "checkpoints")[0]).random) == 2
+    assert len(load_checkpoint(list_checkpoints(run / "checkpoints")[0]).random) == 2
     done = launch("--config", two, "--train.max-steps", "12", "--train.micro-batch-size", "8")
     assert done.returncode == 0, done.stderr
     one, other = losses(temp_data / "runs/whole"), losses(run)
@@ -102,7 +103,7 @@ def test_ranks_stop_early_together(plain: RunConfig, tmp_path: Path, temp_data: 
     run = temp_data / "runs/tiny"
     assert len({row["loss"] for row in eval_rows(run, "validation")}) == 1
     assert [path.name for path in list_checkpoints(run / "best")] == ["step_00000002"]
-    assert len(load(list_checkpoints(run / "best")[0]).random) == 2
+    assert len(load_checkpoint(list_checkpoints(run / "best")[0]).random) == 2
 
 
 def test_a_mistake_is_said_once_and_by_rank_0(tmp_path: Path) -> None:

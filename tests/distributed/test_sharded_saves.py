@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from myllm.checkpoint.format import load, verify
+from myllm.checkpoint.format import load_checkpoint
+from myllm.checkpoint.integrity import verify_checkpoint
 
 pytestmark = pytest.mark.slow  # real processes, half a minute and more in all
 
@@ -33,9 +34,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("kind", ["whole", "parts"])
 def test_one_process_reads_what_two_wrote(saved: Path, kind: str, tmp_path: Path) -> None:
     folder = saved / kind / "checkpoints/step_00000003"
-    assert not list(verify(folder))
+    assert not list(verify_checkpoint(folder))
     expected = torch.load(saved / f"{kind}.pt", weights_only=True)
-    found = load(folder)
+    found = load_checkpoint(folder)
     flat = {f"{name}.{key}": tensor for name, kinds in found.optimizer.items() for key, tensor in kinds.items()}
     for part, tensors in (("weights", found.model), ("optimizer", flat)):
         sizes = [(folder / part / f"__{rank}_0.distcp").stat().st_size for rank in (0, 1)]
@@ -58,6 +59,6 @@ def test_a_missing_shard_is_seen(saved: Path) -> None:
     shard = saved / "parts/checkpoints/step_00000002/optimizer/__1_0.distcp"
     content = shard.read_bytes()
     shard.unlink()
-    assert list(verify(shard.parents[1])) == ["optimizer/__1_0.distcp is missing"]
+    assert list(verify_checkpoint(shard.parents[1])) == ["optimizer/__1_0.distcp is missing"]
     shard.write_bytes(content[:-1] + b"x")
-    assert list(verify(shard.parents[1])) == ["the content of optimizer/__1_0.distcp has changed"]
+    assert list(verify_checkpoint(shard.parents[1])) == ["the content of optimizer/__1_0.distcp has changed"]

@@ -14,7 +14,8 @@ import psutil
 import pytest
 from conftest import ROOT, losses, with_train, write_run_config
 
-from myllm.checkpoint.format import list_checkpoints, load
+from myllm.checkpoint.format import load_checkpoint
+from myllm.checkpoint.retention import list_checkpoints
 from myllm.config import RunConfig
 from myllm.runs.heartbeat import status
 
@@ -118,7 +119,7 @@ def test_a_stopped_run_is_not_started_again(config: RunConfig, tmp_path: Path) -
     assert second.end() == 1  # torchrun's own, whatever its ranks say
     assert status("tiny", 600)[1] == 75, second.output()
     assert second.output().count("run tiny on 2 x") == 1
-    saved = load(list_checkpoints(second.run / "checkpoints")[0]).state.step
+    saved = load_checkpoint(list_checkpoints(second.run / "checkpoints")[0]).state.step
     assert saved == max(losses(second.run)) > 5
 
     third = Launched(tmp_path, config)
@@ -127,7 +128,7 @@ def test_a_stopped_run_is_not_started_again(config: RunConfig, tmp_path: Path) -
     third.process.wait(timeout=60)
     assert not left(), third.output()
     assert status("tiny", 600)[1] == 143
-    assert load(list_checkpoints(third.run / "checkpoints")[0]).state.step == max(losses(third.run)) > saved
+    assert load_checkpoint(list_checkpoints(third.run / "checkpoints")[0]).state.step == max(losses(third.run)) > saved
     assert len(losses(third.run)) == max(losses(third.run))  # none twice, none missing
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from myllm.checkpoint.format import TrainState
+from myllm.checkpoint.state import TrainState
 from myllm.config import ModelConfig, OptimConfig, RunConfig, TrainConfig
 from myllm.data.sampler import DataPosition
 from myllm.distributed.collectives import DistContext, all_reduce_sum, process_group

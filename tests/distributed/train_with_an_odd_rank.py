@@ -4,14 +4,14 @@ import json
 import sys
 from pathlib import Path
 
-from myllm.config import RunConfig, load_json
+from myllm.config import RunConfig, load_config
 from myllm.data.prepare.prepare import prepare
 from myllm.distributed.collectives import process_group
 from myllm.evals import perplexity
 from myllm.training.loop import train
 
 if __name__ == "__main__":
-    config = load_json(Path(sys.argv[1]), RunConfig())
+    config = load_config(Path(sys.argv[1]), RunConfig())
     with process_group("cpu") as process:
         real = perplexity.finish
         falling = iter(range(100, 0, -1))  # left to itself, this rank would never run out of patience

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from myllm.config import RunConfig, load_json
+from myllm.config import RunConfig, load_config
 from myllm.data.dataloader import BatchLoader
 from myllm.data.prepare.prepare import prepare
 from myllm.data.sampler import DataPosition
@@ -21,7 +21,7 @@ from myllm.training.step import accumulate_gradients
 
 
 def main(path: str, folder: str, *sizes: str) -> None:
-    base = load_json(Path(path), RunConfig())
+    base = load_config(Path(path), RunConfig())
     dataset = prepare(base.data, progress=False)
     with process_group("cpu") as process:
         torch.set_num_threads(1)

@@ -11,9 +11,10 @@ from conftest import launch, losses
 from support.saved_checkpoints import rewrite
 
 from myllm import config
-from myllm.checkpoint.format import load, read_state
+from myllm.checkpoint.format import load_checkpoint
+from myllm.checkpoint.state import read_state
 from myllm.cli import main as cli
-from myllm.config import RunConfig, TrainConfig, from_dict, load_json, saved_config, to_dict
+from myllm.config import RunConfig, TrainConfig, from_dict, load_config, saved_config, to_dict
 from myllm.errors import UserError
 from myllm.migrations import CONFIG, STATE, Change, Schema
 from myllm.runs.run_dir import check_resumable
@@ -78,7 +79,7 @@ def test_a_run_is_exported(done: Path, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     cli.main(["export", "done", "--to", str(tmp_path / "exported")])
     cli.main(["import", str(tmp_path / "exported"), "--name", "again"])
-    ours, theirs = (load(done.parent / name / "checkpoints" / step).model for name, step in (
+    ours, theirs = (load_checkpoint(done.parent / name / "checkpoints" / step).model for name, step in (
         ("done", "step_00000008"), ("again", "step_00000000"),
     ))  # fmt: skip
     assert ours.keys() == theirs.keys()
@@ -179,7 +180,7 @@ def test_other_files_of_a_later_version(runs: Path, capsys: pytest.CaptureFixtur
         assert ended.value.code == 2
         assert "is of version 99" in capsys.readouterr().err
     with pytest.raises(UserError, match="is of version 99"):
-        load_json(runs / "done/config.json", RunConfig())
+        load_config(runs / "done/config.json", RunConfig())
 
 
 def test_rows_of_metrics_change_too(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,7 +190,7 @@ def test_rows_of_metrics_change_too(done: Path, monkeypatch: pytest.MonkeyPatch)
 
     renamed = Schema("row", (Change({"grad_norm": "gradient"}, values={"kind": {"train": "training"}}),))
     monkeypatch.setattr(files, "ROW", renamed)
-    found = [row for row in metrics.JsonLines(done / "metrics.jsonl").rows() if row["kind"] == "training"]
+    found = [row for row in metrics.JsonlFile(done / "metrics.jsonl").rows() if row["kind"] == "training"]
     assert len(found) == 8
     assert all("gradient" in row and "grad_norm" not in row for row in found)
     assert not history.read_metrics(done / "metrics.jsonl").train

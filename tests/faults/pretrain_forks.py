@@ -151,14 +151,14 @@ def lose_root(user: int) -> None:
     Python still imports may be root's."""
     from myllm.training import loop as train
 
-    real = train.claimed
+    real = train.claim_run
 
-    def claimed(run: Any) -> Any:
+    def claim_run(run: Any) -> Any:
         if os.getuid() == 0:
             os.seteuid(user)
         return real(run)
 
-    train.claimed = claimed
+    train.claim_run = claim_run
 
 
 def limit_files(size_bytes: int) -> None:

@@ -11,7 +11,7 @@ import pytest
 from conftest import launch, with_train, write_run_config
 from support.fault_runs import assert_tidy, record, run_of
 
-from myllm.cli.prove_resume.training_process import Training, saved_step, wait_until_gone
+from myllm.cli.prove_resume.training_process import TrainingProcess, saved_step, wait_until_gone
 from myllm.config import RunConfig
 
 pytestmark = pytest.mark.slow  # real processes, half a minute and more in all
@@ -26,11 +26,11 @@ def two(config: RunConfig, place: Path, dataset: object) -> Path:
     return write_run_config(with_train(config, max_steps=STEPS, save_every_steps=SAVE_EVERY), place / "two.json")
 
 
-def start(two: Path, place: Path, name: str) -> Training:
-    return Training.start(two, name, place / "temp_data", ranks=2)
+def start(two: Path, place: Path, name: str) -> TrainingProcess:
+    return TrainingProcess.start(two, name, place / "temp_data", ranks=2)
 
 
-def end(training: Training, everybody: list[int]) -> tuple[int, int]:
+def end(training: TrainingProcess, everybody: list[int]) -> tuple[int, int]:
     """Wait for an end that was begun; nothing may live on. The exit code, and the step that was saved last."""
     code = training.process.wait(120)
     wait_until_gone(everybody)

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from support.fault_runs import Forks, Goes, run_of
 
-from myllm.checkpoint.format import list_checkpoints, verify
+from myllm.checkpoint.integrity import verify_checkpoint
+from myllm.checkpoint.retention import list_checkpoints
 from myllm.cli.prove_resume.training_process import saved_step
 
 pytestmark = pytest.mark.slow  # real processes, half a minute and more in all
@@ -27,7 +28,7 @@ def killed(
     ended = forks(config_file, "--name", name, on=(rank,), kill_all=kill_all, die_before=fault)
     assert saved_step(run) >= before, "a save was lost"
     for folder in list_checkpoints(run.checkpoints):
-        assert not list(verify(folder)), f"{folder} has its final name and is not whole"
+        assert not list(verify_checkpoint(folder)), f"{folder} has its final name and is not whole"
     assert ended.code in (0, -9), ended.said
     return None if ended.code == 0 else events.read_text().splitlines()
 

@@ -10,7 +10,7 @@ from support.fault_runs import Forks, Goes, Record, assert_tidy, record, run_of
 
 from myllm.cli.prove_resume.training_process import saved_step
 from myllm.data.dataset import Dataset
-from myllm.files import locked
+from myllm.files import file_lock
 from myllm.paths import RunPaths
 
 pytestmark = pytest.mark.slow  # real processes, half a minute and more in all
@@ -62,7 +62,7 @@ def test_a_clock_that_jumps_back(forks: Forks, config_file: Path, place: Path, w
 def test_a_folder_that_another_run_holds(forks: Forks, config_file: Path, place: Path, goes_on: Goes) -> None:
     run = run_of(place, "taken")
     run.root.mkdir(parents=True)
-    with locked(run.root / ".lock"):
+    with file_lock(run.root / ".lock"):
         ended = forks(config_file, "--name", "taken")
     assert ended.code == 2
     assert f"error: another process is training in {run.root}; stop it first" in ended.said

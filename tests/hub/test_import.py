@@ -27,10 +27,11 @@ from transformers import (
     Qwen3ForCausalLM,
 )  # fmt: skip
 
-from myllm.checkpoint.format import load
+from myllm.checkpoint.format import load_checkpoint
+from myllm.checkpoint.locate import find_checkpoint_dir
 from myllm.cli.launch import parse_args
 from myllm.cli.main import main as myllm
-from myllm.config import RunConfig, load_json
+from myllm.config import RunConfig, load_config
 from myllm.data.prepare.prepare import prepare
 from myllm.data.tokenizer.load import load_tokenizer
 from myllm.data.tokenizer.train import train_tokenizer
@@ -43,7 +44,6 @@ from myllm.inference.completion import generate
 from myllm.inference.load import load_model
 from myllm.paths import RunPaths
 from myllm.planning.length import resolve_max_steps
-from myllm.runs.run_dir import latest_checkpoint
 from myllm.training.loop import train
 
 TOKENS = torch.randint(400, (2, 32), generator=torch.Generator().manual_seed(5))
@@ -145,14 +145,14 @@ def test_the_reference_s_logits(
     myllm(["import", str(file if prefix else file.parent)])
     assert "imported as the run lf" in capsys.readouterr().out
     assert difference(reference, "lf") < 1e-5
-    config = load_json(temp_data / "runs/lf/config.json", RunConfig()).model
+    config = load_config(temp_data / "runs/lf/config.json", RunConfig()).model
     assert (config.dropout_ffn, config.dropout_attention_residual, config.tie_embeddings) == (0.15, 0.1, True)
 
 
 def test_the_reference_exports_and_samples(reference: ReferenceModel, temp_data: Path, tmp_path: Path) -> None:
     import_model(str(write_reference(reference, tmp_path / "pytorch_model.pth")), "lf", say=quietly)
     assert generate(load_model("lf", "cpu"), "the river", 5, temperature=0).startswith("the river")
-    made = export_transformers(latest_checkpoint("lf", temp_data / "runs"), tmp_path / "out", say=quietly)
+    made = export_transformers(find_checkpoint_dir("lf", temp_data / "runs"), tmp_path / "out", say=quietly)
     assert made.architecture == "LlamaForCausalLM"
     assert difference(AutoModelForCausalLM.from_pretrained(made.folder), "lf") < 1e-5
     with torch.no_grad():
@@ -256,7 +256,7 @@ def test_there_and_back(kind: str, save: Save, temp_data: Path, tmp_path: Path) 
     with torch.no_grad():
         assert torch.equal(back.model(TOKENS), made.model(TOKENS))
     assert not back.model.embedding.weight[400:].any()  # padding, which was anything before
-    again = load_json(run.config, RunConfig()).model
+    again = load_config(run.config, RunConfig()).model
     assert (again.dropout_ffn, again.init, again.vocab_multiple) == (0.2, "reference", 64)
     assert again.residual_dtype == "bfloat16"
     assert (again.kv_heads, again.head_size, again.bias) == (config.kv_heads, config.head_size, config.bias)
@@ -267,7 +267,7 @@ def test_a_vocabulary_of_one_s_own(save: Save, corpus: Path, temp_data: Path, tm
     export_transformers(save(replace(KINDS["llama"], vocab_size=400), file), tmp_path / "out", say=quietly)
     import_model(str(tmp_path / "out"), "back", say=quietly)
     assert load_model("back", "cpu").tokenizer.sha256 == load_tokenizer(file).sha256  # data made with it fit
-    config = load_json(temp_data / "runs/back/config.json", RunConfig())
+    config = load_config(temp_data / "runs/back/config.json", RunConfig())
     assert config.data.tokenizer == "runs/back/tokenizer.json"  # which goes where temp_data/ does
     assert load_tokenizer(config.data.tokenizer).sha256 == load_tokenizer(file).sha256
 
@@ -427,8 +427,8 @@ def test_trained_further(tiny: RunConfig, temp_data: Path, tmp_path: Path) -> No
     """On any data, from the imported weights; then resumed as any run, bound to those data."""
     peer = peer_folder("llama", tmp_path / "llama")
     run = import_model(str(tmp_path / "llama"), "more", say=quietly)
-    model = replace(load_json(run.config, RunConfig()).model, max_seq_len=48)
-    data = replace(tiny.data, tokenizer=load_json(run.config, RunConfig()).data.tokenizer)
+    model = replace(load_config(run.config, RunConfig()).model, max_seq_len=48)
+    data = replace(tiny.data, tokenizer=load_config(run.config, RunConfig()).data.tokenizer)
     config = replace(tiny, name="more", model=model, data=data)
     config = with_train(config, batch_tokens=96, max_steps=4, seed=3)
     dataset = prepare(config.data, progress=False)
@@ -453,7 +453,7 @@ def test_a_fresh_start_of_an_imported_run(tiny: RunConfig, temp_data: Path, tmp_
     """It begins with the imported weights again, or not at all: never with others, and nothing is lost."""
     peer_folder("llama", tmp_path / "llama")
     run = import_model(str(tmp_path / "llama"), "more", say=quietly)
-    imported = load_json(run.config, RunConfig())
+    imported = load_config(run.config, RunConfig())
     data = replace(tiny.data, tokenizer=imported.data.tokenizer)
     config = replace(tiny, name="more", model=replace(imported.model, max_seq_len=48), data=data)
     config = with_train(config, batch_tokens=96, max_steps=2, save_every_steps=1, keep_last=0)
@@ -465,10 +465,10 @@ def test_a_fresh_start_of_an_imported_run(tiny: RunConfig, temp_data: Path, tmp_
 
     start(config)
     first, fresh = losses(run.root), with_train(config, fresh=True)
-    weights = load(run.checkpoints / "step_00000000").model
+    weights = load_checkpoint(run.checkpoints / "step_00000000").model
     start(fresh)
     assert losses(run.root) == first
-    again = load(run.checkpoints / "step_00000000").model
+    again = load_checkpoint(run.checkpoints / "step_00000000").model
     assert all(torch.equal(weights[name], again[name]) for name in weights)
     assert run.imported.is_file()
     (aside,) = run.root.parent.glob("more.before-*")

@@ -11,12 +11,12 @@ from support.hub_server import HubServer
 from support.published_run import REPO, STEPS, TOKEN, save_checkpoint
 from support.stand_in_export import make_folder
 
-from myllm.checkpoint.format import load
-from myllm.checkpoint.integrity import MODEL
+from myllm.checkpoint.format import load_checkpoint
+from myllm.checkpoint.integrity import HASH_MODEL
 from myllm.cli import main as cli
 from myllm.config import HubConfig, RunConfig
 from myllm.errors import UserError
-from myllm.files import locked
+from myllm.files import file_lock
 from myllm.hub import publish as publishing
 from myllm.hub.publish import select_checkpoints
 from myllm.paths import RunPaths
@@ -180,7 +180,7 @@ def test_a_damaged_checkpoint_is_passed_over(hub: HubServer, run: RunPaths, ever
     newest.write_bytes(content[:-9] if how == "cut short" else content[:-9] + b"!" * 9)
 
     def make(folder: Path, to: Path) -> None:
-        load(folder, MODEL)
+        load_checkpoint(folder, HASH_MODEL)
         make_folder(folder, to)
 
     said: list[str] = []
@@ -195,7 +195,7 @@ def test_a_damaged_checkpoint_is_passed_over(hub: HubServer, run: RunPaths, ever
 
 
 def test_one_at_a_time(hub: HubServer, run: RunPaths) -> None:
-    with locked(run.root / ".publish.lock"), pytest.raises(UserError, match="another process is publishing"):
+    with file_lock(run.root / ".publish.lock"), pytest.raises(UserError, match="another process is publishing"):
         publish(run)
 
 

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 
 import myllm
 from myllm.checkpoint import format as checkpoint
-from myllm.checkpoint.format import TrainState
+from myllm.checkpoint.rng import get_rng_state
+from myllm.checkpoint.state import TrainState
 from myllm.cli import sample as sample_cli
 from myllm.cli.main import main as run_command
 from myllm.cli.sample import Turns
@@ -48,9 +49,11 @@ def pair() -> LanguageModel:
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A temp_data/ with a run `tiny` that was hardly trained."""
     folder = tmp_path_factory.mktemp("completion")
-    random, state = [checkpoint.random_state(torch.device("cpu"))], TrainState(1, 1, DataPosition(0, 0, 0, ""))
+    random, state = [get_rng_state(torch.device("cpu"))], TrainState(1, 1, DataPosition(0, 0, 0, ""))
     weights = Transformer(CONFIG).state_dict()
-    checkpoint.save(folder / "runs/tiny/checkpoints", state, to_dict(RunConfig(model=CONFIG)), weights, {}, random, 0)
+    checkpoint.save_checkpoint(
+        folder / "runs/tiny/checkpoints", state, to_dict(RunConfig(model=CONFIG)), weights, {}, random, 0
+    )
     return folder
 
 

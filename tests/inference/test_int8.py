@@ -13,7 +13,8 @@ from conftest import ROOT
 
 from myllm import paths
 from myllm.checkpoint import format as checkpoint
-from myllm.checkpoint.format import TrainState
+from myllm.checkpoint.rng import get_rng_state
+from myllm.checkpoint.state import TrainState
 from myllm.cli import main as cli
 from myllm.config import ModelConfig, RunConfig, to_dict
 from myllm.data.sampler import DataPosition
@@ -214,7 +215,7 @@ def test_the_switch(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
         asked.append((where, device, int8, precision))
         raise UserError("enough")
 
-    monkeypatch.setattr(paths, "check_model", lambda model: None)
+    monkeypatch.setattr(paths, "check_model_path", lambda model: None)
     monkeypatch.setattr(loading, "load_model", load)
     monkeypatch.setattr(server, "load_model", load)
     for words in ([], ["--int8"], ["--precision", "bfloat16"]):
@@ -227,9 +228,9 @@ def test_the_switch(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_checkpoint_in_int8(tmp_path: Path) -> None:
     floats, ints = pair("tied")
-    random, state = [checkpoint.random_state(torch.device("cpu"))], TrainState(1, 1, DataPosition(0, 0, 0, ""))
+    random, state = [get_rng_state(torch.device("cpu"))], TrainState(1, 1, DataPosition(0, 0, 0, ""))
     config = to_dict(RunConfig(model=floats.config))
-    checkpoint.save(tmp_path / "checkpoints", state, config, floats.state_dict(), {}, random, 0)
+    checkpoint.save_checkpoint(tmp_path / "checkpoints", state, config, floats.state_dict(), {}, random, 0)
     loaded = load_model(tmp_path, "cpu", int8=True).model
     assert not loaded.training
     with torch.no_grad():

@@ -11,7 +11,7 @@ from myllm.config import OptimConfig
 from myllm.optim.lr_schedule import learning_rate
 from myllm.planning import forecast
 from myllm.planning.length import warmup_note
-from myllm.presets import preset
+from myllm.presets import get_preset
 
 TEN = OptimConfig(max_lr=10.0, min_lr_ratio=0.1, warmup_steps=4, schedule="linear", decay_fraction=0.25)
 
@@ -81,7 +81,7 @@ def test_no_jump_where_the_warm_up_ends(warmup_steps, schedule):
 
 def test_reference_run():
     """LF_LLM-269M: peak 0.0021 after 226 steps, 10 % of it at the end of 19,073."""
-    config = preset("lf-llm-269m")
+    config = get_preset("lf-llm-269m")
     every = rates(config.optim, config.train.max_steps, list(range(19_073)))
     assert len(every) == 19_073
     assert every[0] == pytest.approx(0.0021 / 226)
@@ -92,7 +92,7 @@ def test_reference_run():
 
 
 def test_a_short_trial_of_a_long_preset_says_that_its_warm_up_is_shorter():
-    config = preset("small-50m")
+    config = get_preset("small-50m")
     assert warmup_note(config) is None
     short = replace(config, train=replace(config.train, max_steps=100))
     assert max(rates(short.optim, 100, list(range(100)))) == rates(short.optim, 100, [24])[0] == short.optim.max_lr

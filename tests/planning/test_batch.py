@@ -13,7 +13,7 @@ from myllm.planning.batch import BatchPlan, batch_plan
 from myllm.planning.disk import checkpoint_bytes, disk_estimate_bytes
 from myllm.planning.flops import n_parameters, stored_parameters
 from myllm.planning.forecast import describe_run
-from myllm.presets import PRESETS, preset
+from myllm.presets import PRESETS, get_preset
 
 # -- batches ----------------------------------------------------------------------------------------------------------
 
@@ -78,7 +78,7 @@ def test_the_words_of_a_fault():
 
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])
 def test_the_reference_batch(world_size):
-    config = preset("lf-llm-269m")
+    config = get_preset("lf-llm-269m")
     batch = batch_plan(config, world_size)
     assert batch.fault() is None
     assert batch.grad_accum_steps == 16 // world_size
@@ -94,7 +94,7 @@ def test_the_reference_batch(world_size):
 @pytest.mark.parametrize("tied", [True, False])
 def test_what_is_stored(tied):
     """Padding included; a checkpoint has the weights and two moments in float32."""
-    config = preset("lf-llm-269m")
+    config = get_preset("lf-llm-269m")
     config = replace(config, model=replace(config.model, tie_embeddings=tied))
     with torch.device("meta"):
         held = sum(p.numel() for p in Transformer(config.model).parameters())
@@ -107,14 +107,14 @@ def test_what_is_stored(tied):
 )
 def test_disk_has_room_for_one_more_than_is_kept(keep_last, save_every_steps, kept):
     train = TrainConfig(max_steps=200, keep_last=keep_last, save_every_steps=save_every_steps)
-    config = replace(preset("debug"), train=train)
+    config = replace(get_preset("debug"), train=train)
     assert disk_estimate_bytes(config)["checkpoints"] == (kept + 1) * checkpoint_bytes(config)
 
 
 def test_disk_has_room_for_milestones():
     """Saves at 20, 40, ... 200; the last three stay, 180 among them, and those at 60 and 120; one more is written."""
     train = TrainConfig(max_steps=200, keep_last=3, save_every_steps=20, keep_every_steps=60)
-    config = replace(preset("debug"), train=train)
+    config = replace(get_preset("debug"), train=train)
     assert disk_estimate_bytes(config)["checkpoints"] == (3 + 2 + 1) * checkpoint_bytes(config)
     always = replace(config, train=replace(train, keep_last=0))
     assert disk_estimate_bytes(always)["checkpoints"] == (10 + 1) * checkpoint_bytes(config)
@@ -122,7 +122,7 @@ def test_disk_has_room_for_milestones():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_describe_shows_every_part(name):
-    config = preset(name)
+    config = get_preset(name)
     text = describe_run(config, 1)
     assert f"{n_parameters(config.model):,} in all" in text
     assert f"{config.train.max_steps * config.train.batch_tokens:,} tokens" in text

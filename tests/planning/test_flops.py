@@ -15,7 +15,7 @@ from myllm.model.transformer import Transformer
 from myllm.planning.flops import flops_per_token, n_parameters
 from myllm.planning.forecast import parse_hardware
 from myllm.planning.gpu_specs import GPU_SPECS, gpu_by_name, gpu_from_device_name, peak_flops
-from myllm.presets import PRESETS, preset
+from myllm.presets import PRESETS, get_preset
 
 ATEN = torch.ops.aten
 FUSED_ON_A_CPU = {  # with the counter's own formulas, which it has for those of cards alone
@@ -81,7 +81,7 @@ def test_a_fused_kernel_multiplies_once_more(changes) -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_flops_of_a_preset(name: str) -> None:
     """One sequence at full size; what it pads the vocabulary with is counted too."""
-    config = preset(name).model
+    config = get_preset(name).model
     padding = 6 * (config.padded_vocab_size - config.vocab_size) * config.d_model
     expected = flops_per_token(config) - 6 * vectors(config) + padding
     assert counted(config, 1) == config.max_seq_len * expected
@@ -89,11 +89,11 @@ def test_flops_of_a_preset(name: str) -> None:
 
 def test_flops_of_the_reference_run() -> None:
     """6 x 320,145,408 + 12 x 16 layers x 1,024 x 2,048."""
-    assert flops_per_token(preset("lf-llm-269m").model) == 2_323_525_632
+    assert flops_per_token(get_preset("lf-llm-269m").model) == 2_323_525_632
 
 
 def test_a_tied_head_counts_once_and_lookups_not_at_all() -> None:
-    model = preset("default-150m").model
+    model = get_preset("default-150m").model
     untied = replace(model, tie_embeddings=False)
     assert flops_per_token(untied) == flops_per_token(model)
     assert n_parameters(untied) - n_parameters(model) == model.vocab_size * model.d_model

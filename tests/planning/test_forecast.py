@@ -13,14 +13,14 @@ from myllm.planning.forecast import EXPECTED_MFU, format_forecast, parse_hardwar
 from myllm.planning.gpu_specs import GPU_SPECS
 from myllm.planning.hardware_table import FLEETS, page
 from myllm.planning.memory_estimate import predicted_bytes
-from myllm.presets import PRESETS, preset
+from myllm.presets import PRESETS, get_preset
 
 DOCS = Path(__file__).parents[2] / "docs"
 
 
 def test_dolma_75m_fits_an_rtx_3060() -> None:
     """12 GB, with the micro-batch that the preset has."""
-    forecast = predict(preset("dolma-75m"), parse_hardware("1xRTX3060"))
+    forecast = predict(get_preset("dolma-75m"), parse_hardware("1xRTX3060"))
     assert forecast.configured_batch_fits
     assert predicted_bytes(forecast.config, forecast.how) <= forecast.fleet.budget_bytes < 11 * 2**30
 
@@ -34,7 +34,7 @@ def test_the_page_is_what_the_code_says() -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_the_largest_that_fits(name: str, cards: str) -> None:
     """It fits, keeps the batch exact, and the next one does not fit."""
-    config, fleet = preset(name), parse_hardware(cards)
+    config, fleet = get_preset(name), parse_hardware(cards)
     try:
         forecast = predict(config, fleet)
     except UserError:
@@ -48,7 +48,7 @@ def test_the_largest_that_fits(name: str, cards: str) -> None:
 
 def test_time_by_hand() -> None:
     """The reference run on 8 x A100: 2.3235 GFLOP x 524,288 tokens over 8 x 312 TFLOP/s."""
-    forecast = predict(preset("lf-llm-269m"), parse_hardware("8xA100-80"))
+    forecast = predict(get_preset("lf-llm-269m"), parse_hardware("8xA100-80"))
     low, high = EXPECTED_MFU
     whole = 2_323_525_632 * 524_288 / (8 * 312e12)
     assert forecast.step_s == pytest.approx((whole / high, whole / low))
@@ -56,7 +56,7 @@ def test_time_by_hand() -> None:
     assert forecast.hours == pytest.approx(tuple(19_073 * seconds / 3_600 for seconds in forecast.step_s))
     # What it really took there: 346K tokens/s.
     assert forecast.tokens_per_s[0] < 346e3 < forecast.tokens_per_s[1]
-    slower = predict(with_train(preset("lf-llm-269m"), activation_checkpointing=True), parse_hardware("8xA100-80"))
+    slower = predict(with_train(get_preset("lf-llm-269m"), activation_checkpointing=True), parse_hardware("8xA100-80"))
     assert slower.step_s[0] == pytest.approx(forecast.step_s[0] * 4 / 3)
 
 
@@ -126,6 +126,6 @@ def test_help_and_table(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_every_part_of_a_table_is_there() -> None:
     for card in GPU_SPECS:
-        said = format_forecast(predict(preset("small-50m"), parse_hardware(card.name)))
+        said = format_forecast(predict(get_preset("small-50m"), parse_hardware(card.name)))
         for line in ("steps", "memory", "card", "time"):
             assert f"\n{line} " in said

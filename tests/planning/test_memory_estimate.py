@@ -23,7 +23,7 @@ from myllm.planning.memory_estimate import (
     outer_saved_bytes,
     predicted_bytes,
 )
-from myllm.presets import PRESETS, preset
+from myllm.presets import PRESETS, get_preset
 
 GPT2 = {"position": "learned", "norm": "layernorm", "activation": "gelu", "bias": True}
 DROPOUT = {"dropout_embedding": 0.1, "dropout_attention_residual": 0.1, "dropout_ffn": 0.1}
@@ -100,7 +100,7 @@ def test_a_steps_peak(kind: str, precision: str, recompute: bool, micro_batch_si
 @pytest.mark.parametrize("name", PRESETS)
 def test_the_peak_of_a_preset_in_small(name: str) -> None:
     """Its kind of model and its proportions, a fifth as wide, with two accumulation steps."""
-    config = preset(name)
+    config = get_preset(name)
     model = config.model
     width = max(64, model.d_model // 5 // 32 * 32)
     small = replace(
@@ -154,7 +154,7 @@ def test_what_a_compiled_model_keeps(kind: str) -> None:
 
 
 def test_the_states_are_sixteen_bytes_a_parameter() -> None:
-    config = preset("lf-llm-269m")
+    config = get_preset("lf-llm-269m")
     with torch.device("meta"):
         from myllm.model.transformer import Transformer
 
@@ -167,7 +167,7 @@ def test_the_states_are_sixteen_bytes_a_parameter() -> None:
 
 
 def test_without_triton_nothing_is_compiled_by_itself() -> None:
-    config = with_train(preset("lf-llm-269m"), compile="auto")
+    config = with_train(get_preset("lf-llm-269m"), compile="auto")
     assert ComputeMode.of(config, "cuda").compiled
     assert not ComputeMode.of(config, "cuda", triton=False).compiled
     assert ComputeMode.of(with_train(config, compile="on"), "cuda", triton=False).compiled
@@ -178,7 +178,7 @@ def test_without_triton_nothing_is_compiled_by_itself() -> None:
 
 
 def test_what_saves_memory_does() -> None:
-    config = preset("lf-llm-269m")
+    config = get_preset("lf-llm-269m")
     how = ComputeMode.of(config, "cuda", 8)
     base = predicted_bytes(config, how)
     for saving in ({"activation_checkpointing": True}, {"parallel": "fsdp"}, {"micro_batch_size": 8}):
@@ -192,7 +192,7 @@ def test_what_saves_memory_does() -> None:
 @pytest.mark.parametrize("train", [{"compile": "on"}, {"activation_checkpointing": True}], ids=str)
 def test_a_bfloat16_residual_stream_saves_memory(train: dict) -> None:
     for name in PRESETS:
-        base = with_train(preset(name), precision="bfloat16", **train)
+        base = with_train(get_preset(name), precision="bfloat16", **train)
         half = replace(base, model=replace(base.model, residual_dtype="bfloat16"))
         for device in ("cpu", "cuda"):
             assert predicted_bytes(half, ComputeMode.of(half, device)) < predicted_bytes(

@@ -12,7 +12,7 @@ from myllm.planning import forecast
 from myllm.planning.batch import micro_batch_sizes
 from myllm.planning.disk import disk_estimate_bytes
 from myllm.planning.validation import check_config, check_data_config, config_errors
-from myllm.presets import PRESETS, preset
+from myllm.presets import PRESETS, get_preset
 from myllm.training.profiler import choose_window
 
 GOOD = RunConfig(
@@ -43,7 +43,7 @@ WORLD_SIZES = {
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_are_without_fault(name):
     for world_size in WORLD_SIZES[name]:
-        assert config_errors(preset(name), world_size) == []
+        assert config_errors(get_preset(name), world_size) == []
 
 
 ZERO_IS_TOO_SMALL = [

@@ -11,11 +11,11 @@ import torch
 from myllm.evals.results import Result, add, read
 from myllm.runs import logs as metrics
 from myllm.runs.history import column, read_metrics
-from myllm.runs.logs import JsonLines, Log, Stopwatch, environment, perplexity
+from myllm.runs.logs import JsonlFile, Log, Stopwatch, environment, perplexity
 
 
 def test_rows_are_appended_and_read_back(tmp_path: Path) -> None:
-    rows = JsonLines(tmp_path / "m.jsonl")
+    rows = JsonlFile(tmp_path / "m.jsonl")
     assert list(rows.rows()) == []
     rows.append({"step": 1, "text": "é\n"})
     rows.append({"step": 2})
@@ -26,7 +26,7 @@ def test_rows_are_appended_and_read_back(tmp_path: Path) -> None:
 def test_a_line_cut_by_a_crash_is_left_out_and_does_not_spoil_the_next(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
     path.write_text('{"step": 1}\n{"step": 2, "lo')
-    rows = JsonLines(path)
+    rows = JsonlFile(path)
     assert list(rows.rows()) == [{"step": 1}]
     rows.keep(lambda row: True)
     rows.append({"step": 2})
@@ -34,7 +34,7 @@ def test_a_line_cut_by_a_crash_is_left_out_and_does_not_spoil_the_next(tmp_path:
 
 
 def test_keep_drops_the_rest_in_one_step(tmp_path: Path) -> None:
-    rows = JsonLines(tmp_path / "m.jsonl")
+    rows = JsonlFile(tmp_path / "m.jsonl")
     for step in range(5):
         rows.append({"step": step})
     rows.keep(lambda row: row["step"] < 2)
@@ -121,7 +121,7 @@ def test_environment_can_be_written_as_json() -> None:
 
 
 def test_a_text_may_hold_what_ends_a_line_elsewhere(tmp_path: Path) -> None:
-    rows = JsonLines(tmp_path / "m.jsonl")
+    rows = JsonlFile(tmp_path / "m.jsonl")
     wanted = [{"step": step, "text": "a\u2028b\u2029c\u0085d\x0ce"} for step in range(2)]
     for row in wanted:
         rows.append(row)
@@ -148,7 +148,7 @@ def test_log_lines_fit_the_terminal_and_stay_whole_in_files(
 
 def test_numbers_that_are_not_finite_are_json(tmp_path: Path) -> None:
     """Any reader of JSON takes the file; what is read back is what was written, as from files that hold bare NaN."""
-    rows = JsonLines(tmp_path / "metrics.jsonl")
+    rows = JsonlFile(tmp_path / "metrics.jsonl")
     rows.append({"kind": "train", "step": 1, "loss": math.nan, "grad_norm": math.inf, "lr": -math.inf})
     rows.append({"step": 1, "prompt": "nan", "text": "inf"})  # a sample
     old = '{"kind": "eval", "name": "validation", "step": 1, "loss": NaN, "perplexity": Infinity}\n'

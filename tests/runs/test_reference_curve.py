@@ -12,10 +12,10 @@ from runs.test_report import eval_row, train_row, validation_row, write_run
 from training.test_loop import run, run_until
 
 from myllm.config import RunConfig, to_dict
-from myllm.presets import PRESETS, preset
+from myllm.presets import PRESETS, get_preset
 from myllm.runs import reference_curve as reference
 from myllm.runs.history import read_metrics
-from myllm.runs.reference_curve import Curve, Reference, ReferenceWatch, reference_of
+from myllm.runs.reference_curve import Curve, Reference, ReferenceWatch, find_reference
 from myllm.runs.report.axes import INK
 from myllm.runs.report.html import write_report
 from myllm.runs.report.plots import figure
@@ -47,7 +47,7 @@ def test_the_published_points() -> None:
 
 
 def test_the_bands_are_what_their_reasons_say() -> None:
-    ours = reference_of(to_dict(preset("lf-llm-269m")))
+    ours = find_reference(to_dict(get_preset("lf-llm-269m")))
     curve, hellaswag = ours.curves["validation"], ours.curves["hellaswag"]
     for left_out in range(1, len(curve.tokens) - 1):
         rest = [i for i in range(len(curve.tokens)) if i != left_out]
@@ -75,14 +75,14 @@ def test_between_the_points_lies_a_line_over_log_tokens() -> None:
 
 
 def changed(part: str, **values: object) -> RunConfig:
-    config = preset("lf-llm-269m")
+    config = get_preset("lf-llm-269m")
     return replace(config, **{part: replace(getattr(config, part), **values)})
 
 
 @pytest.mark.parametrize(
     "config",
     [
-        replace(preset("lf-llm-269m"), name="mine"),
+        replace(get_preset("lf-llm-269m"), name="mine"),
         changed("optim", max_lr=1e-3, schedule="linear"),
         changed("model", dropout_ffn=0.0, vocab_multiple=1),
         changed("model", residual_dtype="bfloat16"),
@@ -92,13 +92,13 @@ def changed(part: str, **values: object) -> RunConfig:
     ],
 )
 def test_runs_that_are_compared(config: RunConfig) -> None:
-    assert reference_of(to_dict(config)).batch_tokens == config.train.batch_tokens
+    assert find_reference(to_dict(config)).batch_tokens == config.train.batch_tokens
 
 
 @pytest.mark.parametrize(
     "config",
     [
-        *(preset(name) for name in PRESETS if name != "lf-llm-269m"),
+        *(get_preset(name) for name in PRESETS if name != "lf-llm-269m"),
         changed("model", max_seq_len=1_024),
         changed("model", vocab_size=32_000),
         changed("model", n_layers=15),
@@ -109,12 +109,12 @@ def test_runs_that_are_compared(config: RunConfig) -> None:
     ],
 )
 def test_runs_that_are_not(config: RunConfig) -> None:
-    assert reference_of(to_dict(config)) is None
+    assert find_reference(to_dict(config)) is None
 
 
 @pytest.mark.parametrize("config", [{}, {"model": "x", "data": 3, "train": None}, {"train": {"max_steps": "many"}}])
 def test_a_config_that_is_none(config: dict) -> None:
-    assert reference_of(config) is None
+    assert find_reference(config) is None
 
 
 # -- the watch --------------------------------------------------------------------------------------------------------
@@ -156,7 +156,7 @@ def test_what_is_said(gaps: list[float], expected: list[str | None]) -> None:
 
 def test_a_warning_has_the_figures_and_what_to_check() -> None:
     config = to_dict(changed("optim", max_lr=0.01))
-    watch = ReferenceWatch(reference_of(config))
+    watch = ReferenceWatch(find_reference(config))
     _, line = watch.compare("validation", 4_300, {"loss": 3.3})
     assert line.startswith(
         "validation loss 3.3000 at step 4,300 (2.25B tokens); the reference run LF_LLM-269M had 3.1340 there, band "
@@ -182,7 +182,7 @@ def test_what_there_is_nothing_to_compare_with() -> None:
 def test_a_run_is_warned_once_across_a_restart(tiny: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     curve = Curve("loss", True, 0.05, (200, 2_000), (2.0, 2.0))  # which this run will not reach
     made_up = Reference("made-up", {"validation": curve}, batch_tokens=128)
-    monkeypatch.setattr(loop, "reference_of", lambda _: made_up)
+    monkeypatch.setattr(loop, "find_reference", lambda _: made_up)
     config = replace(with_train(tiny, max_steps=8), eval=replace(tiny.eval, validation_every_steps=2))
     config = replace(config, optim=replace(tiny.optim, max_lr=1e-6))
     run_until(config, 7, monkeypatch)
@@ -229,12 +229,12 @@ def test_the_figures_show_the_curve_by_tokens(tmp_path: Path) -> None:
 
 
 def test_no_curve_for_other_runs_or_before_its_first_point(tmp_path: Path) -> None:
-    assert axes_of("loss", tmp_path / "a", 10_000, to_dict(preset("default-150m")))[0] == []
-    assert axes_of("loss", tmp_path / "b", 1_000, to_dict(preset("lf-llm-269m")))[0] == []
+    assert axes_of("loss", tmp_path / "a", 10_000, to_dict(get_preset("default-150m")))[0] == []
+    assert axes_of("loss", tmp_path / "b", 1_000, to_dict(get_preset("lf-llm-269m")))[0] == []
     assert axes_of("loss", tmp_path / "c", 10_000, {})[0] == []
 
 
 def test_a_report_with_the_curve_is_made(tmp_path: Path) -> None:
     run_paths = write_run(tmp_path / "run", rows_until(19_000))
-    run_paths.config.write_text(json.dumps(to_dict(preset("lf-llm-269m"))))
+    run_paths.config.write_text(json.dumps(to_dict(get_preset("lf-llm-269m"))))
     assert write_report(run_paths).stat().st_size > 10_000

@@ -7,22 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from myllm.checkpoint.format import TrainState, save
+from myllm.checkpoint.format import save_checkpoint
+from myllm.checkpoint.locate import find_checkpoint_dir
+from myllm.checkpoint.state import TrainState
 from myllm.config import RunConfig, to_dict
 from myllm.data.sampler import DataPosition
 from myllm.errors import UserError
 from myllm.inference.load import find_model
 from myllm.paths import RunPaths
 from myllm.runs.history import find_run
-from myllm.runs.run_dir import (
-    check_resumable,
-    claimed,
-    latest_checkpoint,
-    move_aside,
-    truncate_logs,
-    what_next,
-    write_config,
-)
+from myllm.runs.run_dir import archive_old_run, check_resumable, claim_run, next_steps, truncate_logs, write_config
 
 
 @pytest.fixture
@@ -32,16 +26,16 @@ def run(tmp_path: Path) -> RunPaths:
 
 
 def test_one_process_at_a_time(run: RunPaths) -> None:
-    with claimed(run), pytest.raises(UserError, match="another process is training"), claimed(run):
+    with claim_run(run), pytest.raises(UserError, match="another process is training"), claim_run(run):
         pass
-    with claimed(run):  # and free again afterwards
+    with claim_run(run):  # and free again afterwards
         pass
 
 
 def test_moving_aside_keeps_everything(run: RunPaths) -> None:
-    assert move_aside(run) is None
+    assert archive_old_run(run) is None
     run.metrics.write_text("numbers")
-    aside = move_aside(run)
+    aside = archive_old_run(run)
     assert aside is not None
     assert (aside / "metrics.jsonl").read_text() == "numbers"
     assert list(run.root.iterdir()) == []
@@ -95,7 +89,7 @@ def test_fresh_is_not_remembered(run: RunPaths) -> None:
 
 def put(checkpoints: Path, step: int) -> Path:
     state = TrainState(step, 0, DataPosition(0, 0, 0, ""))
-    return save(checkpoints, state, {}, {"w": torch.zeros(1)}, {}, [], keep_last=0)
+    return save_checkpoint(checkpoints, state, {}, {"w": torch.zeros(1)}, {}, [], keep_last=0)
 
 
 def test_a_name_that_means_two_things_says_which_was_taken(
@@ -121,24 +115,24 @@ def test_a_name_that_means_two_things_says_which_was_taken(
 def test_naming_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = tmp_path / "runs"
     older, newest = (put(runs / "mine" / "checkpoints", step) for step in (5, 10))
-    assert latest_checkpoint("mine", runs) == newest
-    assert latest_checkpoint(str(runs / "mine"), tmp_path / "elsewhere") == newest
-    assert latest_checkpoint(str(older), tmp_path) == older
+    assert find_checkpoint_dir("mine", runs) == newest
+    assert find_checkpoint_dir(str(runs / "mine"), tmp_path / "elsewhere") == newest
+    assert find_checkpoint_dir(str(older), tmp_path) == older
     assert capsys.readouterr().err == ""
     expected = (newest / "weights/__0_0.distcp").stat().st_size
     (newest / "weights/__0_0.distcp").write_bytes(b"")
-    assert latest_checkpoint("mine", runs) == older
+    assert find_checkpoint_dir("mine", runs) == older
     said = capsys.readouterr().err
     assert said == f"warning: passing over {newest}: weights/__0_0.distcp has 0 bytes, expected {expected:,}\n"
     (older / "weights/__0_0.distcp").write_bytes(b"")
     with pytest.raises(UserError, match=r"is intact: weights/__0_0\.distcp has 0 bytes"):
-        latest_checkpoint("mine", runs)
+        find_checkpoint_dir("mine", runs)
     with pytest.raises(UserError, match="no checkpoint at 'mien'; runs with checkpoints: mine"):
-        latest_checkpoint("mien", runs)
+        find_checkpoint_dir("mien", runs)
 
 
 @pytest.mark.parametrize("prompts", [(), ("",), ("\n\n",), ("two\nlines",)])
 def test_what_to_type_next_has_a_prompt(tiny: RunConfig, prompts: tuple[str, ...]) -> None:
     config = replace(tiny, eval=replace(tiny.eval, sample_every_steps=0, sample_prompts=prompts))
     expected = "two" if any(prompt.strip() for prompt in prompts) else "'Once upon a time'"
-    assert f"sample tiny --prompt {expected}\n" in what_next(config)
+    assert f"sample tiny --prompt {expected}\n" in next_steps(config)

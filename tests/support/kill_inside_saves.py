@@ -12,8 +12,11 @@ from pathlib import Path
 
 import torch
 
-from myllm.checkpoint.format import TrainState, list_checkpoints, load, random_state, save, verify
-from myllm.checkpoint.retention import remove_unfinished
+from myllm.checkpoint.format import load_checkpoint, save_checkpoint
+from myllm.checkpoint.integrity import verify_checkpoint
+from myllm.checkpoint.retention import clean_up_partial, list_checkpoints
+from myllm.checkpoint.rng import get_rng_state
+from myllm.checkpoint.state import TrainState
 from myllm.data.sampler import DataPosition
 
 CALLS = ("fsync", "rename", "replace", "mkdir", "rmdir", "unlink")
@@ -22,7 +25,7 @@ CALLS = ("fsync", "rename", "replace", "mkdir", "rmdir", "unlink")
 def put(checkpoints: Path, step: int, value: float) -> None:
     weights, moments = {"w": torch.full((50,), value)}, {"w": {"exp_avg": torch.full((50,), value)}}
     state = TrainState(step, 0, DataPosition(0, 0, 0, ""))
-    save(checkpoints, state, {}, weights, moments, [random_state(torch.device("cpu"))], keep_last=2)
+    save_checkpoint(checkpoints, state, {}, weights, moments, [get_rng_state(torch.device("cpu"))], keep_last=2)
 
 
 def dies_before(number: int) -> None:
@@ -47,8 +50,8 @@ def dies_before(number: int) -> None:
 def left(checkpoints: Path) -> dict[str, object]:
     """By step, the value that each intact checkpoint holds; those that are not intact; all other names."""
     found = list_checkpoints(checkpoints)
-    faults = {folder.name: list(verify(folder)) for folder in found}
-    values = {folder.name: float(load(folder).model["w"][0]) for folder in found if not faults[folder.name]}
+    faults = {folder.name: list(verify_checkpoint(folder)) for folder in found}
+    values = {folder.name: float(load_checkpoint(folder).model["w"][0]) for folder in found if not faults[folder.name]}
     others = [path.name for path in checkpoints.iterdir() if path not in found]
     return {"values": values, "faults": {name: said for name, said in faults.items() if said}, "others": others}
 
@@ -70,7 +73,7 @@ def main(root: Path) -> None:
                 os._exit(0)
             ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
             killed = left(work)
-            remove_unfinished(work)
+            clean_up_partial(work)
             print(json.dumps({"again": again, "ended": ended, "killed": killed, "then": left(work)}), flush=True)
             shutil.rmtree(work)
 

@@ -15,7 +15,7 @@ import pytest
 from conftest import write_corpus
 
 from myllm.checkpoint import format as checkpoint
-from myllm.checkpoint.format import TrainState
+from myllm.checkpoint.state import TrainState
 from myllm.config import ModelConfig, RunConfig, to_dict
 from myllm.data.sampler import DataPosition
 from myllm.data.tokenizer.train import train_tokenizer
@@ -62,7 +62,7 @@ def save(temp_data: Path, tmp_path: Path) -> Save:
         run = RunConfig(name=name, model=config)
         state = TrainState(7, 448, DataPosition(0, 0, 0, "somewhere"))
         weights = random_model(config).state_dict()
-        return checkpoint.save(
+        return checkpoint.save_checkpoint(
             temp_data / "runs" / name / "checkpoints", state, to_dict(run), weights, {}, [], 0, tokenizer_file
         )
 

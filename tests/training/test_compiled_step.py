@@ -24,7 +24,7 @@ from myllm.inference.sampling_params import SamplingParams
 from myllm.model import transformer
 from myllm.model.cross_entropy import linear_cross_entropy
 from myllm.model.transformer import Transformer
-from myllm.presets import PRESETS, preset
+from myllm.presets import PRESETS, get_preset
 from myllm.training.anomaly.diagnose import diagnose
 
 LAYERS = 9
@@ -70,7 +70,7 @@ def small(model: ModelConfig, n_layers: int = 2) -> ModelConfig:
 
 
 def small_run(name: str, n_layers: int = 2, **train: Any) -> RunConfig:
-    config = replace(preset(name), model=small(preset(name).model, n_layers))
+    config = replace(get_preset(name), model=small(get_preset(name).model, n_layers))
     return with_train(config, compile="on", precision="bfloat16", micro_batch_size=4, **train)
 
 

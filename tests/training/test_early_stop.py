@@ -13,8 +13,10 @@ from training.test_loop import run, run_until
 from training.test_stop_signals import start, wait_for_step
 
 from myllm.checkpoint import format as checkpoint
-from myllm.checkpoint.early_stop import EarlyStop
-from myllm.checkpoint.format import list_checkpoints, load, verify
+from myllm.checkpoint.format import load_checkpoint
+from myllm.checkpoint.integrity import verify_checkpoint
+from myllm.checkpoint.retention import list_checkpoints
+from myllm.checkpoint.state import EarlyStop
 from myllm.config import RunConfig
 from myllm.data.prepare.prepare import prepare
 from myllm.distributed.collectives import process_group
@@ -108,7 +110,7 @@ def same(one: Path, other: Path) -> None:
         path.name for path in list_checkpoints(other / "best")
     ]
     for folder in ("checkpoints", "best"):
-        first, second = (load(list_checkpoints(root / folder)[0]) for root in (one, other))
+        first, second = (load_checkpoint(list_checkpoints(root / folder)[0]) for root in (one, other))
         assert first.state == second.state
         for name, tensor in first.model.items():
             assert torch.equal(second.model[name], tensor), name
@@ -122,11 +124,11 @@ def test_a_run_stops_and_its_best_checkpoint_stays(whole: Path, monkeypatch: pyt
     assert [path.name for path in list_checkpoints(root / "checkpoints")] == [f"step_{last:08d}"]
     (kept,) = (root / "best").iterdir()
     assert kept.name == f"step_{best:08d}"
-    assert not list(verify(kept))
+    assert not list(verify_checkpoint(kept))
     lowest = min(row["loss"] for row in eval_rows(root, "validation"))
-    early = load(kept).state.early_stop
+    early = load_checkpoint(kept).state.early_stop
     assert (early.best_loss, early.best_step, early.since_best) == (lowest, best, 0)
-    assert load(list_checkpoints(root / "checkpoints")[0]).state.early_stop.since_best == PATIENCE
+    assert load_checkpoint(list_checkpoints(root / "checkpoints")[0]).state.early_stop.since_best == PATIENCE
     # Everything that is measured at an end is measured at this one.
     assert [row["step"] for row in eval_rows(root, "cloze")] == [0, last]
     assert len(figures(root)) == len({row["step"] for row in figures(root)})
@@ -138,7 +140,9 @@ def test_a_run_stops_and_its_best_checkpoint_stays(whole: Path, monkeypatch: pyt
     # Named by its own path, or by the folder it is in, it is a checkpoint like any other.
     monkeypatch.setenv("MYLLM_DATA", str(root.parents[1]))
     for where in (str(kept), str(root / "best"), "tiny/best"):
-        assert torch.equal(load_model(where, "cpu").model.embedding.weight, load(kept).model["embedding.weight"])
+        assert torch.equal(
+            load_model(where, "cpu").model.embedding.weight, load_checkpoint(kept).model["embedding.weight"]
+        )
 
 
 def test_the_best_weights_are_those_that_were_validated(plateau: RunConfig) -> None:
@@ -148,10 +152,10 @@ def test_the_best_weights_are_those_that_were_validated(plateau: RunConfig) -> N
     plain = with_train(plateau, max_steps=10, early_stop_patience=None, save_every_steps=2, keep_last=0)
     other = run(replace(plain, name="plain"))
     assert not (other / "best").exists()
-    for name, tensor in load(other / "checkpoints" / best.name).model.items():
-        assert torch.equal(load(best).model[name], tensor), name
+    for name, tensor in load_checkpoint(other / "checkpoints" / best.name).model.items():
+        assert torch.equal(load_checkpoint(best).model[name], tensor), name
     assert losses(root) == losses(other)  # and keeping it leaves training alone
-    assert load(list_checkpoints(other / "checkpoints")[0]).state.early_stop is None
+    assert load_checkpoint(list_checkpoints(other / "checkpoints")[0]).state.early_stop is None
 
 
 def test_interrupted_twice_equals_uninterrupted(
@@ -181,13 +185,13 @@ def test_a_best_checkpoint_is_whole_or_not_there(
     monkeypatch.setattr(checkpoint, "write_json", real)
     (before,) = list_checkpoints(RunPaths.of("tiny").best)
     assert before.name == "step_00000002"
-    assert not list(verify(before))
+    assert not list(verify_checkpoint(before))
 
     def dies_too(folder: Path) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "remove_others", dies_too)
+        patch.setattr(checkpoint, "remove_other_checkpoints", dies_too)
         with pytest.raises(KeyboardInterrupt):
             run(plateau)
     assert len(list_checkpoints(RunPaths.of("tiny").best)) == 2
@@ -210,7 +214,10 @@ def test_a_run_that_stopped_early_goes_on_only_when_told(plateau: RunConfig) -> 
     run(longer)
     assert losses(root) == losses(other)
     assert max(losses(root)) > last
-    assert load(list_checkpoints(root / "best")[0]).state == load(list_checkpoints(other / "best")[0]).state
+    assert (
+        load_checkpoint(list_checkpoints(root / "best")[0]).state
+        == load_checkpoint(list_checkpoints(other / "best")[0]).state
+    )
     # None is the old way, to the end; what was best stays where it is.
     step = max(losses(root)) + 2
     kept = list_checkpoints(root / "best")
@@ -226,7 +233,9 @@ def test_the_last_checkpoint_is_told_of_once_and_when_it_is_final(plateau: RunCo
     told = []
 
     def on_checkpoint(step: int) -> None:
-        told.append((step, load(RunPaths.of("tiny").checkpoints / f"step_{step:08d}").state.early_stop.since_best))
+        told.append(
+            (step, load_checkpoint(RunPaths.of("tiny").checkpoints / f"step_{step:08d}").state.early_stop.since_best)
+        )
 
     with process_group("cpu") as process:
         outcome = train(config, prepare(config.data, progress=False), process, on_checkpoint)
@@ -251,17 +260,17 @@ def test_losses_that_are_not_finite(plateau: RunConfig, monkeypatch: pytest.Monk
 
 
 def test_a_full_disk_leaves_the_best_one(plateau: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = checkpoint.write
+    real = checkpoint.write_checkpoint
 
     def full(folder: Path, snapshot: checkpoint.Snapshot, *rest: object) -> Path:
         if folder.name == "best" and snapshot.state.step == 4:
             raise UserError(f"no room to save step 4 in {folder}")
         return real(folder, snapshot, *rest)
 
-    monkeypatch.setattr(checkpoint, "write", full)
+    monkeypatch.setattr("myllm.checkpoint.async_saver.write_checkpoint", full)
     with pytest.raises(UserError, match="no room to save step 4"):
         run(plateau)
-    assert not list(verify(RunPaths.of("tiny").best / "step_00000002"))
+    assert not list(verify_checkpoint(RunPaths.of("tiny").best / "step_00000002"))
 
 
 @pytest.mark.slow

@@ -15,10 +15,10 @@ from myllm.data.dataset import FORMAT, find_dataset
 from myllm.data.prepare.prepare import prepare
 from myllm.errors import UserError
 from myllm.planning.length import can_resolve_max_steps, describe_length, resolve_max_steps
-from myllm.presets import preset
-from myllm.runs.saved_settings import as_begun
+from myllm.presets import get_preset
+from myllm.runs.saved_settings import keep_saved_settings
 
-SMALL = replace(preset("small-50m"), data=DataConfig())
+SMALL = replace(get_preset("small-50m"), data=DataConfig())
 STEP = SMALL.train.batch_tokens
 
 
@@ -59,7 +59,7 @@ def test_what_is_unusual_is_said() -> None:
     _, few = describe_length(four, 700_000)
     assert few.startswith("warning: 21 steps are few: a smaller train.batch_tokens than 131,072")
     assert len(describe_length(SMALL, 10**9)) == 1
-    assert "more than there is" in describe_length(preset("small-50m"), 10**9)[1]
+    assert "more than there is" in describe_length(get_preset("small-50m"), 10**9)[1]
     assert "about 2.6" in describe_length(SMALL, 10**9, counted=False)[0]
 
 
@@ -112,9 +112,9 @@ def test_a_preset_on_own_text_wants_the_data_set_that_data_prepare_makes(tmp_pat
         assert (
             parse_args([name, "--data.source", "files:x", "--data.target-tokens", "5"]).config.data.target_tokens == 5
         )
-        assert base_config([], [name])[0] == preset(name)
-        same = {**to_dict(preset(name))["data"], "target_tokens": None}
-        assert same == to_dict(RunConfig(data=DataConfig(preset(name).data.source)))["data"], "but for the amount"
+        assert base_config([], [name])[0] == get_preset(name)
+        same = {**to_dict(get_preset(name))["data"], "target_tokens": None}
+        assert same == to_dict(RunConfig(data=DataConfig(get_preset(name).data.source)))["data"], "but for the amount"
 
 
 def test_a_run_goes_on_with_its_data_set_and_its_length(tiny: RunConfig) -> None:
@@ -126,19 +126,19 @@ def test_a_run_goes_on_with_its_data_set_and_its_length(tiny: RunConfig) -> None
     (run / "checkpoints" / "step_00000004" / "manifest.json").write_text("{}")
     (run / "config.json").write_text(json.dumps(to_dict(tiny)))
     (run / "environment.json").write_text(json.dumps({"dataset": dataset.name, "dataset_hash": dataset.fingerprint}))
-    config, own_text = as_begun(today, True)
+    config, own_text = keep_saved_settings(today, True)
     assert (config.data.dataset, config.train.max_steps, own_text) == (dataset.name, 12, False)
-    assert as_begun(today, False)[0].train.max_steps == 999, "as it was said"
-    assert as_begun(tiny, False) == (tiny, False), "found by its settings"
+    assert keep_saved_settings(today, False)[0].train.max_steps == 999, "as it was said"
+    assert keep_saved_settings(tiny, False) == (tiny, False), "found by its settings"
     manifest = dataset.folder / "manifest.json"
     manifest.write_text(manifest.read_text().replace(FORMAT, "myllm-shards-3"))
-    assert as_begun(tiny, False)[0].data.dataset == dataset.name
+    assert keep_saved_settings(tiny, False)[0].data.dataset == dataset.name
     for other in (
         replace(today, data=replace(today.data, source="files:other")),
         replace(today, train=replace(today.train, fresh=True)),
         replace(today, name="another"),
     ):
-        assert as_begun(other, False) == (other, False)
+        assert keep_saved_settings(other, False) == (other, False)
 
 
 def pretrain(folder: Path, *words: str) -> str:

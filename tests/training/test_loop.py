@@ -8,7 +8,8 @@ import pytest
 import torch
 from conftest import eval_rows, losses, train_rows, with_train
 
-from myllm.checkpoint.format import list_checkpoints, load
+from myllm.checkpoint.format import load_checkpoint
+from myllm.checkpoint.retention import list_checkpoints
 from myllm.config import RunConfig
 from myllm.data.prepare.prepare import prepare
 from myllm.distributed.collectives import process_group
@@ -43,7 +44,7 @@ def run_until(config: RunConfig, step: int, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def weights(root: Path) -> dict[str, torch.Tensor]:
-    return load(list_checkpoints(root / "checkpoints")[0]).model
+    return load_checkpoint(list_checkpoints(root / "checkpoints")[0]).model
 
 
 def test_a_run_leaves_what_the_design_says(tiny: RunConfig) -> None:
@@ -151,7 +152,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(tiny: RunConfig, monkeypatc
     monkeypatch.setattr(loop.Transformer, "forward", real)
     root = RunPaths.of("tiny").root
     for folder in list_checkpoints(root / "checkpoints"):
-        assert all(tensor.isfinite().all() for tensor in load(folder).model.values())
+        assert all(tensor.isfinite().all() for tensor in load_checkpoint(folder).model.values())
     whole = run(replace(tiny, name="whole"))
     assert losses(run(tiny)) == losses(whole)  # and going on from the newest checkpoint heals it
 
@@ -206,9 +207,9 @@ def test_what_is_held_out_may_be_less_than_a_batch(tiny: RunConfig) -> None:
 
 
 def test_a_second_run_in_the_same_folder_is_refused(tiny: RunConfig) -> None:
-    from myllm.runs.run_dir import claimed
+    from myllm.runs.run_dir import claim_run
 
-    with claimed(RunPaths.of("tiny")), pytest.raises(UserError, match="another process is training in"):
+    with claim_run(RunPaths.of("tiny")), pytest.raises(UserError, match="another process is training in"):
         run(tiny)
 
 
@@ -225,7 +226,7 @@ def test_training_goes_round_the_corpus(tiny: RunConfig, monkeypatch: pytest.Mon
     config = replace(config, data=replace(tiny.data, target_tokens=3_000), eval=evals)
     run_until(config, 35, monkeypatch)
     root = run(config)
-    state = load(list_checkpoints(root / "checkpoints")[0]).state
+    state = load_checkpoint(list_checkpoints(root / "checkpoints")[0]).state
     assert state.data.epoch >= 1
     assert state.tokens_seen == 40 * 128
     assert losses(root) == losses(run(replace(config, name="whole")))
@@ -236,7 +237,7 @@ def test_weights_that_are_not_finite_are_never_saved(tiny: RunConfig) -> None:
     with pytest.raises(TrainingDiverged):
         run(with_train(wild, save_every_steps=1))
     for folder in list_checkpoints(RunPaths.of("tiny").root / "checkpoints"):
-        assert all(tensor.isfinite().all() for tensor in load(folder).model.values())
+        assert all(tensor.isfinite().all() for tensor in load_checkpoint(folder).model.values())
 
 
 def test_damage_to_every_checkpoint_does_not_start_over_by_itself(tiny: RunConfig) -> None:

@@ -14,8 +14,9 @@ from conftest import losses, train_rows, with_train
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from myllm.checkpoint.format import TrainState, list_checkpoints, load
-from myllm.checkpoint.skips import FIRST_LOSS_SCALE, Skips
+from myllm.checkpoint.format import load_checkpoint
+from myllm.checkpoint.retention import list_checkpoints
+from myllm.checkpoint.state import FIRST_LOSS_SCALE, SkipStats, TrainState
 from myllm.config import RunConfig, TrainConfig
 from myllm.data.prepare.prepare import prepare
 from myllm.data.sampler import DataPosition
@@ -234,13 +235,13 @@ def test_what_overflows_at_the_least_scale_is_a_bad_number() -> None:
 
 
 def test_the_scale_grows_back() -> None:
-    judge = GradientGuard(HALF, CPU, Skips(loss_scale=1_024.0, scaled_steps=GROWTH_STEPS - 2))
+    judge = GradientGuard(HALF, CPU, SkipStats(loss_scale=1_024.0, scaled_steps=GROWTH_STEPS - 2))
     judged(judge, [1.0])
     assert judge.loss_scale == 1_024.0
     judged(judge, [1.0])
     assert judge.loss_scale == 2_048.0
     assert judge.sync().scaled_steps == 0
-    largest = GradientGuard(HALF, CPU, Skips(loss_scale=LARGEST_LOSS_SCALE, scaled_steps=GROWTH_STEPS))
+    largest = GradientGuard(HALF, CPU, SkipStats(loss_scale=LARGEST_LOSS_SCALE, scaled_steps=GROWTH_STEPS))
     judged(largest, [1.0])
     assert largest.loss_scale == LARGEST_LOSS_SCALE
 
@@ -265,9 +266,9 @@ def test_a_run_begins_with_overflows_and_a_resume_goes_on(bare: RunConfig, monke
     """From a scale that is far too large it finds its own; the checkpoint has it, and the losses after a restart are
     those of a run that was never stopped."""
     monkeypatch.setattr(guard, "GROWTH_STEPS", 2)
-    monkeypatch.setattr(guard, "Skips", lambda *given: Skips(*given) if given else Skips(loss_scale=2.0**23))
+    monkeypatch.setattr(guard, "Skips", lambda *given: SkipStats(*given) if given else SkipStats(loss_scale=2.0**23))
     whole = run(bare)
-    rows, saved = train_rows(whole.root), load(list_checkpoints(whole.checkpoints)[0])
+    rows, saved = train_rows(whole.root), load_checkpoint(list_checkpoints(whole.checkpoints)[0])
     assert saved.state.skips.overflows == rows[-1]["skipped_overflows"] > 0
     assert saved.state.skips.loss_scale == rows[-1]["loss_scale"] < 2.0**23
     assert "too large for float16, and the loss scale is halved" in whole.log.read_text()
@@ -279,7 +280,7 @@ def test_a_run_begins_with_overflows_and_a_resume_goes_on(bare: RunConfig, monke
         with pytest.raises(Cut):
             run(with_train(broken, save_every_steps=2))
     again = run(broken)
-    assert load(list_checkpoints(again.checkpoints)[0]).state == saved.state
+    assert load_checkpoint(list_checkpoints(again.checkpoints)[0]).state == saved.state
     assert losses(again.root) == losses(whole.root)
 
 
@@ -289,7 +290,7 @@ class Cut(Exception):
 
 def test_bad_numbers_still_end_a_run(bare: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "Transformer", poisoned)
-    monkeypatch.setattr(guard, "Skips", lambda *given: Skips(*given) if given else Skips(loss_scale=4.0))
+    monkeypatch.setattr(guard, "Skips", lambda *given: SkipStats(*given) if given else SkipStats(loss_scale=4.0))
     with pytest.raises(TrainingDiverged, match="the gradient of step 3 is not finite"):
         run(with_train(bare, log_every_steps=6, save_every_steps=6))
 
@@ -303,7 +304,7 @@ def poisoned(*given: Any) -> Transformer:
 
 def test_a_checkpoint_from_before_has_the_first_scale() -> None:
     old = {"nonfinite": 1, "spikes": 0, "in_a_row": 0, "counted": 3, "log_norm_mean": 0.1, "log_norm_variance": 0.2}
-    skips = Skips(**old)
+    skips = SkipStats(**old)
     assert (skips.loss_scale, skips.overflows) == (FIRST_LOSS_SCALE, 0)
     assert GradientGuard(HALF, CPU, skips).loss_scale == FIRST_LOSS_SCALE
 

@@ -12,7 +12,7 @@ import torch
 from conftest import with_train
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from myllm.checkpoint.format import TrainState
+from myllm.checkpoint.state import TrainState
 from myllm.config import RunConfig
 from myllm.data.sampler import DataPosition
 from myllm.distributed.collectives import DistContext

@@ -15,15 +15,16 @@ import psutil
 import pytest
 from conftest import ROOT, command, launch, losses, with_train, write_run_config
 
-from myllm.checkpoint.format import list_checkpoints, load
+from myllm.checkpoint.format import load_checkpoint
+from myllm.checkpoint.retention import list_checkpoints
 from myllm.config import RunConfig
 from myllm.data.prepare.prepare import prepare
 from myllm.distributed.collectives import process_group
 from myllm.errors import TIME_LIMIT, UserError, exit_code
 from myllm.paths import RunPaths
 from myllm.planning.validation import config_errors
-from myllm.runs.heartbeat import Heartbeat, starting, status
-from myllm.runs.run_dir import claimed
+from myllm.runs.heartbeat import Heartbeat, report_starting, status
+from myllm.runs.run_dir import claim_run
 from myllm.training.loop import train
 from myllm.training.stop_signals import StopRequest, handle_stop_signals
 from myllm.training.watchdog import describe_hang
@@ -91,7 +92,7 @@ def test_a_run_that_is_interrupted_three_times(long: RunConfig, tmp_path: Path, 
             continue
         # Polite signals save where they are.
         assert process.returncode == 128 + number, said
-        newest = load(list_checkpoints(run / "checkpoints")[0])
+        newest = load_checkpoint(list_checkpoints(run / "checkpoints")[0])
         assert newest.state.step == max(losses(run)) >= step
         assert f"stopped after step {newest.state.step}, saved" in said
         assert "Traceback" not in said
@@ -151,7 +152,7 @@ def test_a_time_limit_and_a_second_interrupt(long: RunConfig, tmp_path: Path, te
     assert done.returncode == 75, done.stderr
     assert "ended: stopped by the time limit, train.max_wall_s 0:00:06" in done.stdout
     run = temp_data / "runs" / "tiny"
-    assert load(list_checkpoints(run / "checkpoints")[0]).state.step == max(losses(run))
+    assert load_checkpoint(list_checkpoints(run / "checkpoints")[0]).state.step == max(losses(run))
     again = [*words, "--name", "stuck", "--stuck"]
     process = subprocess.Popen(again, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     for line in process.stdout:
@@ -246,20 +247,20 @@ def test_a_start_is_no_longer_what_the_start_before_was(temp_data: Path) -> None
     run.root.mkdir(parents=True)
     (run.checkpoints / "step_00000004").mkdir(parents=True)
     Heartbeat(run.heartbeat, 4).end("complete, after step 4", 0)
-    with suppress(UserError), starting(run, active=True):
+    with suppress(UserError), report_starting(run, active=True):
         wait_for(lambda: status("seen", 600)[1] == 3)
         assert status("seen", 600)[0].startswith("step 4: starting, ")
         raise UserError("no such data:\n  - this one\n  - that one")
     assert status("seen", 600) == ("step 4: failed: no such data: ...", 2)
-    with suppress(UserError), starting(run, active=True) as taken_over:
+    with suppress(UserError), report_starting(run, active=True) as taken_over:
         taken_over()
         Heartbeat(run.heartbeat, 5).end("failed: in the loop", 65)
         raise UserError("said already")
     assert status("seen", 600) == ("step 5: failed: in the loop", 65)
-    with claimed(run), starting(run, active=True):  # another process trains there: its word stands
+    with claim_run(run), report_starting(run, active=True):  # another process trains there: its word stands
         time.sleep(0.05)
         assert status("seen", 600)[1] == 65
-    with starting(run, active=False), starting(RunPaths(temp_data / "new"), active=True):
+    with report_starting(run, active=False), report_starting(RunPaths(temp_data / "new"), active=True):
         assert status("seen", 600)[1] == 65
     assert not (temp_data / "new").exists()
 

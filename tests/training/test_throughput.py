@@ -12,6 +12,7 @@ from training.test_loop import run, run_until
 from myllm.config import RunConfig
 from myllm.data.dataloader import BatchLoader
 from myllm.runs.history import read_metrics
+from myllm.runs.logs import JsonlFile, Stopwatch
 from myllm.training import loop
 from myllm.training import throughput as meters
 from myllm.training.throughput import console_line, progress, time_line
@@ -44,7 +45,7 @@ def test_nothing_but_steps_is_in_tokens_per_second(tiny: RunConfig, monkeypatch:
     clock = Clock(monkeypatch)
     clock.slow(monkeypatch, loop, "train_step", 1.5)
     clock.slow(monkeypatch, loop, "run_eval", 3_600)
-    clock.slow(monkeypatch, loop.Saver, "save", 1_800)
+    clock.slow(monkeypatch, loop.AsyncSaver, "save", 1_800)
     real = BatchLoader.next_batch
 
     def late(self: BatchLoader) -> object:
@@ -107,11 +108,11 @@ def test_lines_for_people() -> None:
 def test_a_stop_before_the_first_row_leaves_no_file(tmp_path: Path) -> None:
     """Of a file without a step no report can be drawn."""
     meter = object.__new__(meters.ThroughputMeter)
-    meter._stopwatch, meter._told = meters.Stopwatch(torch.device("cpu")), {}
+    meter._stopwatch, meter._told = Stopwatch(torch.device("cpu")), {}
     meter._process, meter._loader = type("P", (), {"is_rank_zero": True}), type("L", (), {"wait_s": 0.0})
     lines: list[str] = []
     with meter.timed("starting"):
         pass
-    meter.finish(0, meters.JsonLines(tmp_path / "metrics.jsonl"), lines.append)
+    meter.finish(0, JsonlFile(tmp_path / "metrics.jsonl"), lines.append)
     assert not (tmp_path / "metrics.jsonl").exists()
     assert lines[0].startswith("time: 0:00:00")

@@ -19,14 +19,15 @@ from myllm.model.transformer import Transformer
 from myllm.optim.adamw import ScheduledAdamW
 from myllm.paths import RunPaths
 
-from . import dcp as sharded
-from . import format as checkpoint
-from . import retention
-from .format import Snapshot, TrainState
-from .retention import Keep
+from .dcp import copy_to_host, local_tensor, rank_tensors, strip_wrapper_prefixes
+from .format import Snapshot, flatten_moments, write_checkpoint
+from .integrity import OPTIMIZER, WEIGHTS
+from .retention import RetentionPolicy, check_space_for_run, check_space_for_save
+from .rng import get_rng_state
+from .state import TrainState
 
 
-class Saver:
+class AsyncSaver:
     """Writes a run's checkpoints, one at a time, from all ranks, in the background.
 
     All of its methods are called by all ranks together, and what they raise is the same on all ranks. As a context, it
@@ -56,7 +57,7 @@ class Saver:
         self.slowest_s: float | None = None
         """The longest that a save took, from its beginning until it was whole."""
 
-    def __enter__(self) -> "Saver":
+    def __enter__(self) -> "AsyncSaver":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
@@ -71,7 +72,7 @@ class Saver:
             UserError: the checkpoints that the run will keep do not fit on the disk.
         """
         run = self._run
-        self._on_main(lambda: retention.check_run_room(self._config, run.checkpoints, run.best, step))
+        self._on_main(lambda: check_space_for_run(self._config, run.checkpoints, run.best, step))
 
     def save(self, state: TrainState, best: bool = False) -> None:
         """Begin a checkpoint, when the one before is whole.
@@ -86,25 +87,25 @@ class Saver:
         """
         self.wait()
         self._began = time.monotonic()
-        tensors = {(checkpoint.WEIGHTS, name): each for name, each in self._weights().items()}
-        moments = sharded.plain_names(checkpoint.by_name(self._optimizer.state_dict()).items())
-        tensors |= {(checkpoint.OPTIMIZER, name): each for name, each in moments.items()}
-        mine = sharded.share(tensors, self._process.rank, self._process.world_size)
+        tensors = {(WEIGHTS, name): each for name, each in self._weights().items()}
+        moments = strip_wrapper_prefixes(flatten_moments(self._optimizer.state_dict()).items())
+        tensors |= {(OPTIMIZER, name): each for name, each in moments.items()}
+        mine = rank_tensors(tensors, self._process.rank, self._process.world_size)
         _check_finite(mine, state.step)
         folder = self._run.best if best else self._run.checkpoints
         need = sum(each.numel() * each.element_size() for each in tensors.values())
-        self._on_main(lambda: retention.check_room(folder, state.step, need))
-        copies = self._copies = sharded.to_host(mine, self._copies)
+        self._on_main(lambda: check_space_for_save(folder, state.step, need))
+        copies = self._copies = copy_to_host(mine, self._copies)
         snapshot = Snapshot(
             state,
             to_dict(self._config),
-            {name: each for (part, name), each in copies.items() if part == checkpoint.WEIGHTS},
-            {name: each for (part, name), each in copies.items() if part == checkpoint.OPTIMIZER},
-            {self._process.rank: checkpoint.random_state(self._process.device)},
+            {name: each for (part, name), each in copies.items() if part == WEIGHTS},
+            {name: each for (part, name), each in copies.items() if part == OPTIMIZER},
+            {self._process.rank: get_rng_state(self._process.device)},
             self._tokenizer_file,
         )
         train = self._config.train
-        keep = Keep(alone=True) if best else Keep(train.keep_last, train.keep_every_steps)
+        keep = RetentionPolicy(alone=True) if best else RetentionPolicy(train.keep_last, train.keep_every_steps)
         self._writing = None if best else state.step
         self._thread = threading.Thread(target=self._write, args=(folder, snapshot, keep), daemon=True)
         self._thread.start()
@@ -136,16 +137,16 @@ class Saver:
         if failure:
             raise failure
 
-    def _write(self, folder: Path, snapshot: Snapshot, keep: Keep) -> None:
+    def _write(self, folder: Path, snapshot: Snapshot, keep: RetentionPolicy) -> None:
         try:
-            checkpoint.write(folder, snapshot, keep, self._group)
+            write_checkpoint(folder, snapshot, keep, self._group)
             self.written_step = self.written_step if self._writing is None else self._writing
             self.slowest_s = max(time.monotonic() - self._began, self.slowest_s or 0.0)
         except BaseException as error:
             self._failure = error
 
     def _weights(self) -> dict[str, Tensor]:
-        return sharded.plain_names(self._model.state_dict().items())
+        return strip_wrapper_prefixes(self._model.state_dict().items())
 
     def _on_main(self, check: Callable[[], None]) -> None:
         distributed.run_on_all_ranks(check if self._process.is_rank_zero else lambda: None)
@@ -155,10 +156,10 @@ def _check_finite(tensors: dict[tuple[str, str], Tensor], step: int) -> None:
     """With one read from the device."""
     # One number that is not finite makes the sum so, and a sum is several times as fast as looking at each. Where huge
     # numbers overflow it, each is looked at.
-    sums = [sharded.local(tensor).sum() for tensor in tensors.values()]
+    sums = [local_tensor(tensor).sum() for tensor in tensors.values()]
     flags = torch.stack([each.to(sums[0].device) for each in sums]).isfinite().tolist() if sums else []
     doubtful = [key for key, fine in zip(tensors, flags, strict=True) if not fine]
-    bad = [key[1] for key in doubtful if not sharded.local(tensors[key]).isfinite().all()]
+    bad = [key[1] for key in doubtful if not local_tensor(tensors[key]).isfinite().all()]
     if distributed.all_reduce_any(bool(bad))[0]:
         names = sorted({name for names in distributed.all_gather_object(bad) for name in names})
         raise TrainingDiverged(

@@ -105,11 +105,11 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def names_in(folder: Path) -> list[str]:
+def tensor_names(folder: Path) -> list[str]:
     return list(_Reader(folder).read_metadata().state_dict_metadata)
 
 
-def share(tensors: dict[K, Tensor], rank: int, world_size: int) -> dict[K, Tensor]:
+def rank_tensors(tensors: dict[K, Tensor], rank: int, world_size: int) -> dict[K, Tensor]:
     """What this rank writes: its part of each DTensor, and of plain tensors, which all ranks have, about an equal
     number of bytes. Every rank deals them out in the same way, without a word."""
     mine = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, DTensor)}
@@ -123,7 +123,7 @@ def share(tensors: dict[K, Tensor], rank: int, world_size: int) -> dict[K, Tenso
     return mine
 
 
-def to_host(tensors: dict[K, Tensor], before: dict[K, Tensor]) -> dict[K, Tensor]:
+def copy_to_host(tensors: dict[K, Tensor], before: dict[K, Tensor]) -> dict[K, Tensor]:
     """Copies in host memory, which what training does next leaves alone.
 
     Args:
@@ -134,7 +134,7 @@ def to_host(tensors: dict[K, Tensor], before: dict[K, Tensor]) -> dict[K, Tensor
         # From CUDA, what does not block goes into pinned memory. Elsewhere it would only come too late.
         beside = tensor.is_cuda
         if name in before:
-            local(before[name]).copy_(local(tensor.detach()), non_blocking=beside)
+            local_tensor(before[name]).copy_(local_tensor(tensor.detach()), non_blocking=beside)
             copies[name] = before[name]
         else:
             copies[name] = tensor.detach().to("cpu", non_blocking=beside, copy=True)
@@ -143,13 +143,13 @@ def to_host(tensors: dict[K, Tensor], before: dict[K, Tensor]) -> dict[K, Tensor
     return copies
 
 
-def plain_names(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+def strip_wrapper_prefixes(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     """Tensors by the model's own names, without the prefixes of wrappers: compiling, DDP, activation checkpointing."""
     wrappers = {"module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
     return {".".join(part for part in name.split(".") if part not in wrappers): tensor for name, tensor in tensors}
 
 
-def local(tensor: Tensor) -> Tensor:
+def local_tensor(tensor: Tensor) -> Tensor:
     """This rank's part of a DTensor; a plain tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 

@@ -16,9 +16,8 @@ files are what its manifest says and falls back to older ones. docs/checkpoint_f
 
 import os
 import shutil
-import typing
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -27,60 +26,38 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from myllm.data.sample_digest import SampleDigest
-from myllm.data.sampler import DataPosition
 from myllm.distributed import collectives as distributed
 from myllm.errors import UserError
-from myllm.files import file_sha256, fsync_folder, naming, out_of_space, read_json, write_json, write_text
+from myllm.files import add_filename, file_sha256, fsync_dir, out_of_space, read_json, write_json, write_text
 from myllm.migrations import STATE
 
-from . import dcp as sharded
-from .early_stop import EarlyStop
+from .dcp import METADATA, read_tensors, strip_wrapper_prefixes, write_tensors
 from .integrity import (
-    EVERYTHING,
     FORMAT,
-    MANIFEST,
-    MODEL,
+    HASH_ALL,
+    HASH_MODEL,
     OPTIMIZER,
     RANDOM,
     TOKENIZER,
     WEIGHTS,
-    Damaged,
+    DamagedCheckpoint,
     content_faults,
-    intact,
-    verify,
-    verify_together,
+    iter_intact,
+    verify_checkpoint,
+    verify_on_all_ranks,
 )
 from .retention import (
     KEEP_ALL,
-    Keep,
-    folder_name,
+    MANIFEST,
+    RetentionPolicy,
     list_checkpoints,
-    remove,
-    remove_others,
-    remove_superseded,
-    set_aside,
+    move_aside,
+    remove_checkpoint,
+    remove_other_checkpoints,
+    remove_replaced,
+    step_dir_name,
 )
-from .skips import Skips
-
-UNBOUND = ""
-"""In place of a data set's hash: weights from elsewhere, to be trained on whatever they are given."""
-
-
-@dataclass(frozen=True)
-class TrainState:
-    """How far a run has come. With weights, optimizer and random state, all that survives a restart."""
-
-    step: int
-    """Completed optimizer updates."""
-    tokens_seen: int
-    data: DataPosition
-    early_stop: EarlyStop | None = None
-    """None: early stopping is off."""
-    skips: Skips | None = None
-    """Updates left out, and what the gradient norm usually is. None: nothing yet."""
-    sample_digest: SampleDigest | None = None
-    """Of every sample trained on. None: nothing yet, or a checkpoint from before there were receipts."""
+from .state import TrainState, read_state
 
 
 @dataclass(frozen=True)
@@ -109,11 +86,11 @@ class Checkpoint:
 
     @cached_property
     def model(self) -> dict[str, Tensor]:
-        return sharded.read_tensors(self.folder / WEIGHTS)
+        return read_tensors(self.folder / WEIGHTS)
 
     @cached_property
     def optimizer(self) -> dict[str, dict[str, Tensor]]:
-        return by_parameter(sharded.read_tensors(self.folder / OPTIMIZER))
+        return unflatten_moments(read_tensors(self.folder / OPTIMIZER))
 
     @cached_property
     def random(self) -> list[dict[str, Tensor]]:
@@ -122,16 +99,16 @@ class Checkpoint:
         return [torch.load(file, map_location="cpu", weights_only=True) for file in files]
 
 
-def checkpoint_folder(checkpoints: Path, step: int) -> Path:
-    return checkpoints / folder_name(step)
+def checkpoint_dir(checkpoints: Path, step: int) -> Path:
+    return checkpoints / step_dir_name(step)
 
 
-def by_name(moments: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+def flatten_moments(moments: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
     """The optimizer's state by NAME.exp_avg and so on, from that by parameter."""
     return {f"{name}.{kind}": tensor for name, kinds in moments.items() for kind, tensor in kinds.items()}
 
 
-def by_parameter(moments: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+def unflatten_moments(moments: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """The other way round."""
     found: dict[str, dict[str, Tensor]] = {}
     for name, tensor in moments.items():
@@ -143,7 +120,7 @@ def by_parameter(moments: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 # -- writing ----------------------------------------------------------------------------------------------------------
 
 
-def save(
+def save_checkpoint(
     checkpoints: Path,
     state: TrainState,
     config: dict[str, Any],
@@ -154,11 +131,13 @@ def save(
     tokenizer_file: Path | None = None,
 ) -> Path:
     """Write one checkpoint from one process; see `write`."""
-    shares = (sharded.plain_names(model.items()), by_name(optimizer), dict(enumerate(random)))
-    return write(checkpoints, Snapshot(state, config, *shares, tokenizer_file), Keep(keep_last))
+    shares = (strip_wrapper_prefixes(model.items()), flatten_moments(optimizer), dict(enumerate(random)))
+    return write_checkpoint(checkpoints, Snapshot(state, config, *shares, tokenizer_file), RetentionPolicy(keep_last))
 
 
-def write(checkpoints: Path, snapshot: Snapshot, keep: Keep = KEEP_ALL, group: dist.ProcessGroup | None = None) -> Path:
+def write_checkpoint(
+    checkpoints: Path, snapshot: Snapshot, keep: RetentionPolicy = KEEP_ALL, group: dist.ProcessGroup | None = None
+) -> Path:
     """Write one checkpoint, on all ranks of a group together, then remove those that are not to be kept.
 
     A copy of `tokenizer_file` goes with it: weights say nothing without the vocabulary that they were trained with.
@@ -166,17 +145,17 @@ def write(checkpoints: Path, snapshot: Snapshot, keep: Keep = KEEP_ALL, group: d
     Raises:
         UserError: no room on the disk, or ranks that do not see one another's files; older checkpoints are untouched.
     """
-    final = checkpoint_folder(checkpoints, snapshot.state.step)
+    final = checkpoint_dir(checkpoints, snapshot.state.step)
     work = checkpoints / f".partial-{final.name}"
     first = distributed.is_first(group)
     try:
-        distributed.run_on_all_ranks(lambda: _begin(work) if first else None, group)
-        sharded.write_tensors(work / WEIGHTS, snapshot.weights, group)
-        sharded.write_tensors(work / OPTIMIZER, snapshot.optimizer, group)
+        distributed.run_on_all_ranks(lambda: _make_work_dir(work) if first else None, group)
+        write_tensors(work / WEIGHTS, snapshot.weights, group)
+        write_tensors(work / OPTIMIZER, snapshot.optimizer, group)
         written = distributed.run_on_all_ranks(
-            lambda: _write_rest(work, snapshot, distributed.group_rank(group)), group
+            lambda: _write_rank_files(work, snapshot, distributed.group_rank(group)), group
         )
-        distributed.run_on_all_ranks(lambda: _seal(work, final, written, keep) if first else None, group)
+        distributed.run_on_all_ranks(lambda: _finalize(work, final, written, keep) if first else None, group)
     except (OSError, RuntimeError) as error:
         if not out_of_space(error):
             raise
@@ -190,14 +169,14 @@ def write(checkpoints: Path, snapshot: Snapshot, keep: Keep = KEEP_ALL, group: d
     return final
 
 
-def _begin(work: Path) -> None:
+def _make_work_dir(work: Path) -> None:
     work.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(work, ignore_errors=True)
     for folder in (WEIGHTS, OPTIMIZER, RANDOM):
         (work / folder).mkdir(parents=True)
 
 
-def _write_rest(work: Path, snapshot: Snapshot, rank: int) -> dict[str, Any]:
+def _write_rank_files(work: Path, snapshot: Snapshot, rank: int) -> dict[str, Any]:
     """Random state, and on rank 0 what is not a tensor; gives name, size and hash of all files that this rank wrote."""
     for number, state in snapshot.random.items():
         _write(work / RANDOM / f"rank_{number:05d}.pt", state)
@@ -208,13 +187,13 @@ def _write_rest(work: Path, snapshot: Snapshot, rank: int) -> dict[str, Any]:
         if snapshot.tokenizer_file:
             write_text(work / TOKENIZER, snapshot.tokenizer_file.read_bytes().decode("utf-8"))
         mine += [path for path in work.iterdir() if path.is_file()]
-        mine += [work / folder / sharded.METADATA for folder in (WEIGHTS, OPTIMIZER)]
+        mine += [work / folder / METADATA for folder in (WEIGHTS, OPTIMIZER)]
     return {
         path.relative_to(work).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in mine
     }
 
 
-def _seal(work: Path, final: Path, written: list[dict[str, Any]], keep: Keep) -> None:
+def _finalize(work: Path, final: Path, written: list[dict[str, Any]], keep: RetentionPolicy) -> None:
     """The manifest, then the name. Rank 0, when all ranks' files are on the disk."""
     files = {name: about for one in written for name, about in sorted(one.items())}
     here = {path.relative_to(work).as_posix() for path in work.rglob("*") if path.is_file()}
@@ -225,20 +204,20 @@ def _seal(work: Path, final: Path, written: list[dict[str, Any]], keep: Keep) ->
         )
     write_json(work / MANIFEST, {"format": FORMAT, "files": files})
     for folder in (*(path for path in work.iterdir() if path.is_dir()), work):
-        fsync_folder(folder)
-    set_aside(final)  # a damaged one that was trained past again
+        fsync_dir(folder)
+    move_aside(final)  # a damaged one that was trained past again
     work.rename(final)
-    fsync_folder(final.parent)
-    remove_superseded(final)
+    fsync_dir(final.parent)
+    remove_replaced(final)
     if keep.alone:
-        remove_others(final)
+        remove_other_checkpoints(final)
     for old in keep.surplus(final):
-        remove(old)
+        remove_checkpoint(old)
 
 
 def _write(path: Path, content: Any) -> None:
     # Through Python's file: torch's RuntimeError about a write that failed then has the OSError as its context.
-    with naming(path), path.open("wb") as file:
+    with add_filename(path), path.open("wb") as file:
         torch.save(content, file)
         file.flush()
         os.fsync(file.fileno())
@@ -256,7 +235,7 @@ def load_latest(checkpoints: Path, log: Callable[[str], None]) -> Checkpoint | N
         UserError: there are checkpoints and every one is damaged; starting over is for the user to decide.
     """
     folders = distributed.broadcast_object(list_checkpoints(checkpoints))
-    for folder in intact(folders, log, verify_together):
+    for folder in iter_intact(folders, log, verify_on_all_ranks):
         return _open(folder)
     if folders:
         raise UserError(
@@ -266,7 +245,7 @@ def load_latest(checkpoints: Path, log: Callable[[str], None]) -> Checkpoint | N
     return None
 
 
-def load(folder: Path, hashed: tuple[str, ...] = EVERYTHING) -> Checkpoint:
+def load_checkpoint(folder: Path, hashed: tuple[str, ...] = HASH_ALL) -> Checkpoint:
     """One checkpoint, whatever its folder is called. Nothing in it is executed: tensors and plain values only.
 
     Args:
@@ -277,13 +256,13 @@ def load(folder: Path, hashed: tuple[str, ...] = EVERYTHING) -> Checkpoint:
         UserError: a later version of this program wrote it.
     """
     if faults := list(content_faults(folder, hashed)):
-        raise Damaged(f"{folder} is not an intact checkpoint: {'; '.join(faults)}")
+        raise DamagedCheckpoint(f"{folder} is not an intact checkpoint: {'; '.join(faults)}")
     return _open(folder)
 
 
-def load_newest(folders: Iterable[Path], say: Callable[[str], None]) -> Checkpoint | None:
+def load_first_intact(folders: Iterable[Path], say: Callable[[str], None]) -> Checkpoint | None:
     """The first whose model is intact; None where none is. Says which were passed over, and why."""
-    for folder in intact(folders, say, partial(verify, hashed=MODEL)):
+    for folder in iter_intact(folders, say, partial(verify_checkpoint, hashed=HASH_MODEL)):
         return _open(folder)
     return None
 
@@ -297,48 +276,4 @@ def _open(folder: Path) -> Checkpoint:
     )
 
 
-def read_state(folder: Path) -> TrainState:
-    """How far the run of a checkpoint had come. What an earlier version did not save has its default.
-
-    Raises:
-        UserError: a later version wrote it, or it holds what this version does not know.
-    """
-    file = folder / "state.json"
-    try:
-        values = STATE.upgrade(read_json(file), file)
-        return _from_values(TrainState, values, "")
-    except (TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"cannot use {file}: {error}; a later version of MyLLM may have written it") from None
-
-
-def _from_values(kind: type, values: dict[str, Any], prefix: str) -> Any:
-    """The way back from `asdict`. TypeError: keys that the class does not know or has no default for."""
-    hints = typing.get_type_hints(kind)
-    if unknown := [f"{prefix}{key}" for key in values.keys() - hints.keys()]:
-        raise TypeError(f"unknown {', '.join(sorted(unknown))}")
-    for name, value in values.items():
-        inner = [hint for hint in (hints[name], *typing.get_args(hints[name])) if is_dataclass(hint)]
-        if inner and value is not None:
-            values[name] = _from_values(inner[0], value, f"{prefix}{name}.")
-    return kind(**values)
-
-
 # -- random state -----------------------------------------------------------------------------------------------------
-
-
-def random_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """This rank's generators: the CPU's, and the device's where it has its own."""
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    elif device.type == "mps":
-        state["mps"] = torch.mps.get_rng_state()
-    return state
-
-
-def restore_random_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
-    torch.set_rng_state(state["cpu"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
-    elif device.type == "mps" and "mps" in state:
-        torch.mps.set_rng_state(state["mps"])

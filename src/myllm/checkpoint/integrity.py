@@ -9,23 +9,23 @@ from myllm.errors import UserError
 from myllm.files import file_sha256, read_json
 
 from .dcp import METADATA
-from .retention import MANIFEST, is_step, saved_step, step_of
+from .retention import MANIFEST, is_step_name, saved_step, step_of
 
 FORMAT = "myllm-checkpoint-2"
 TOKENIZER = "tokenizer.json"
 WEIGHTS, OPTIMIZER, RANDOM = "weights", "optimizer", "random"
 FILES = {f"{WEIGHTS}/{METADATA}", f"{OPTIMIZER}/{METADATA}", "state.json", "config.json"}
-EVERYTHING = ("",)
-MODEL = (f"{WEIGHTS}/", "state.json", "config.json", TOKENIZER)
+HASH_ALL = ("",)
+HASH_MODEL = (f"{WEIGHTS}/", "state.json", "config.json", TOKENIZER)
 """Beginnings of the names of the files that a model is made of: neither the optimizer nor random state."""
-NOTHING: tuple[str, ...] = ()
+HASH_NONE: tuple[str, ...] = ()
 
 
-class Damaged(UserError):
+class DamagedCheckpoint(UserError):
     """A checkpoint whose files are not what its manifest says."""
 
 
-def intact(
+def iter_intact(
     folders: Iterable[Path], say: Callable[[str], None], verify: Callable[[Path], Iterable[str]]
 ) -> Iterator[Path]:
     """Those of some checkpoints that have no faults, in the order given; says which were passed over, and why."""
@@ -36,29 +36,29 @@ def intact(
             yield folder
 
 
-def check(folder: Path, hashed: tuple[str, ...]) -> None:
+def raise_if_damaged(folder: Path, hashed: tuple[str, ...]) -> None:
     """
     Raises:
         Damaged: `verify` finds a fault.
     """
-    if faults := list(verify(folder, hashed)):
-        raise Damaged(f"{folder} is not an intact checkpoint: {'; '.join(faults)}")
+    if faults := list(verify_checkpoint(folder, hashed)):
+        raise DamagedCheckpoint(f"{folder} is not an intact checkpoint: {'; '.join(faults)}")
 
 
-def verify(folder: Path, hashed: tuple[str, ...] = EVERYTHING) -> Iterator[str]:
+def verify_checkpoint(folder: Path, hashed: tuple[str, ...] = HASH_ALL) -> Iterator[str]:
     """What is wrong with a checkpoint's name and files; nothing if it is intact.
 
     Args:
         hashed: beginnings of the names of the files to compare by content; of the others, only the size is.
     """
-    yield from misnamed(folder)
+    yield from name_faults(folder)
     yield from content_faults(folder, hashed)
 
 
-def misnamed(folder: Path) -> list[str]:
+def name_faults(folder: Path) -> list[str]:
     """What is wrong with a name such as step_00000099: somebody renamed or copied another step's folder."""
     step = saved_step(folder)
-    if is_step(folder.name) and step not in (step_of(folder), None):
+    if is_step_name(folder.name) and step not in (step_of(folder), None):
         return [f"its name says step {step_of(folder):,}, but what it holds is step {step:,}"]
     return []
 
@@ -70,10 +70,10 @@ def content_faults(folder: Path, hashed: tuple[str, ...]) -> Iterator[str]:
         yield from _compare(folder, name, expected, name.startswith(hashed))
 
 
-def verify_together(folder: Path) -> list[str]:
+def verify_on_all_ranks(folder: Path) -> list[str]:
     """As `verify`, with the hashing shared over all ranks."""
     files, faults = distributed.broadcast_object(_read_manifest(folder))
-    faults = distributed.broadcast_object(misnamed(folder)) + faults
+    faults = distributed.broadcast_object(name_faults(folder)) + faults
     by_rank = distributed.all_gather_object(None)
     mine = list(files.items())[distributed.group_rank(None) :: len(by_rank)]
     found = [fault for name, expected in mine for fault in _compare(folder, name, expected)]

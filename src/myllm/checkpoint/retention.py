@@ -8,7 +8,7 @@ from pathlib import Path
 
 from myllm.config import RunConfig
 from myllm.errors import UserError
-from myllm.files import fsync_folder, read_json
+from myllm.files import fsync_dir, read_json
 from myllm.formatting import format_bytes
 from myllm.planning.disk import n_kept, n_saves
 from myllm.planning.flops import stored_parameters
@@ -26,7 +26,7 @@ SPARE_BYTES = 2_000_000
 
 
 @dataclass(frozen=True)
-class Keep:
+class RetentionPolicy:
     """What is kept when a new checkpoint is whole."""
 
     last: int = 0
@@ -44,20 +44,20 @@ class Keep:
         older = [folder for folder in list_checkpoints(new.parent) if step_of(folder) <= step_of(new)]
         older = [folder for folder in older if _has_its_own_name(folder)]
         passing = [folder for folder in older[self.last :] if not self._for_ever(step_of(folder))]
-        return [folder for folder in passing if is_untouched(folder)]
+        return [folder for folder in passing if is_removable(folder)]
 
     def _for_ever(self, step: int) -> bool:
         return self.every_steps > 0 and step % self.every_steps == 0
 
 
-KEEP_ALL = Keep()
+KEEP_ALL = RetentionPolicy()
 
 
-def folder_name(step: int) -> str:
+def step_dir_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def is_step(name: str) -> bool:
+def is_step_name(name: str) -> bool:
     """Whether a folder's name is that of a checkpoint: `step_` and digits, nothing else."""
     return _STEP.fullmatch(name) is not None
 
@@ -70,8 +70,8 @@ def step_of(folder: Path) -> int:
 
 def list_checkpoints(checkpoints: Path) -> list[Path]:
     """Folders that carry a final name, newest first."""
-    found = [path for path in checkpoints.glob("step_*") if is_step(path.name) and path.is_dir()]
-    return sorted(found, key=lambda path: (step_of(path), path.name == folder_name(step_of(path))), reverse=True)
+    found = [path for path in checkpoints.glob("step_*") if is_step_name(path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: (step_of(path), path.name == step_dir_name(step_of(path))), reverse=True)
 
 
 def saved_step(folder: Path) -> int | None:
@@ -86,10 +86,10 @@ def saved_step(folder: Path) -> int | None:
 def _has_its_own_name(folder: Path) -> bool:
     """Whether a save gave it this name; a copy of another step, or under a name of its own kind, is somebody's."""
     step = step_of(folder)
-    return folder.name == folder_name(step) and not folder.is_symlink() and saved_step(folder) in (step, None)
+    return folder.name == step_dir_name(step) and not folder.is_symlink() and saved_step(folder) in (step, None)
 
 
-def is_untouched(folder: Path) -> bool:
+def is_removable(folder: Path) -> bool:
     """Whether a folder is a checkpoint under the name that its save gave it, with nothing in it that somebody else put
     there. Only such folders are ever deleted."""
     if not _has_its_own_name(folder):
@@ -107,7 +107,7 @@ def holds_only(folder: Path, known: set[str]) -> bool:
     return all(path.relative_to(folder).as_posix() in known or _DEBRIS.fullmatch(path.name) for path in files)
 
 
-def remove(folder: Path) -> None:
+def remove_checkpoint(folder: Path) -> None:
     """A process that is killed half-way leaves nothing damaged under a final name."""
     aside = folder.with_name(f"{REMOVED}{folder.name}")
     shutil.rmtree(aside, ignore_errors=True)
@@ -115,44 +115,44 @@ def remove(folder: Path) -> None:
     shutil.rmtree(aside)
 
 
-def remove_others(folder: Path) -> None:
+def remove_other_checkpoints(folder: Path) -> None:
     """Leave one checkpoint alone in its folder, but for what is somebody's own."""
     for other in list_checkpoints(folder.parent):
-        if other != folder and is_untouched(other):
-            remove(other)
+        if other != folder and is_removable(other):
+            remove_checkpoint(other)
 
 
-def set_aside(folder: Path) -> None:
+def move_aside(folder: Path) -> None:
     """Make room for a checkpoint of the same step. `remove_unfinished` brings it back if none comes. What is no
     checkpoint of that step, or holds something else besides, gets another name for good."""
-    if is_untouched(folder):
+    if is_removable(folder):
         aside = folder.with_name(f"{REPLACED}{folder.name}")
         shutil.rmtree(aside, ignore_errors=True)
         folder.rename(aside)
     elif folder.exists() or folder.is_symlink():
-        folder.rename(unused(folder.with_name(f"{folder.name}.before-{time.strftime('%Y%m%d-%H%M%S')}")))
+        folder.rename(unused_path(folder.with_name(f"{folder.name}.before-{time.strftime('%Y%m%d-%H%M%S')}")))
 
 
-def unused(path: Path) -> Path:
+def unused_path(path: Path) -> Path:
     """The path, or one like it where there is something already."""
     while path.exists() or path.is_symlink():  # twice within a second
         path = path.with_name(f"{path.name}-again")
     return path
 
 
-def remove_superseded(folder: Path) -> None:
+def remove_replaced(folder: Path) -> None:
     """What `set_aside` moved, now that the new one has its name."""
     shutil.rmtree(folder.with_name(f"{REPLACED}{folder.name}"), ignore_errors=True)
 
 
-def remove_unfinished(checkpoints: Path) -> None:
+def clean_up_partial(checkpoints: Path) -> None:
     """Remove what killed saves left behind, and bring back what one was about to replace."""
     left = [folder for folder in checkpoints.glob(".*") if _UNFINISHED.fullmatch(folder.name)]
     for aside in [folder for folder in left if folder.name.startswith(REPLACED)]:
         final = aside.with_name(aside.name.removeprefix(REPLACED))
         if not final.exists():
             aside.rename(final)
-            fsync_folder(checkpoints)
+            fsync_dir(checkpoints)
     for folder in left:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -164,7 +164,7 @@ def save_due(config: RunConfig, step: int, ending: bool) -> bool:
     return step > 0 and (ending or any(step % every == 0 for every in _cadences(config)))
 
 
-def check_room(checkpoints: Path, step: int, need_bytes: int) -> None:
+def check_space_for_save(checkpoints: Path, step: int, need_bytes: int) -> None:
     """
     Raises:
         UserError: one more checkpoint does not fit on the disk.
@@ -180,7 +180,7 @@ def check_room(checkpoints: Path, step: int, need_bytes: int) -> None:
         )
 
 
-def run_bytes(config: RunConfig, checkpoints: Path, best: Path, step: int) -> tuple[int, int]:
+def remaining_checkpoint_bytes(config: RunConfig, checkpoints: Path, best: Path, step: int) -> tuple[int, int]:
     """Room for checkpoints from `step` to the end of a run, beyond what is on the disk already.
 
     Returns:
@@ -194,12 +194,12 @@ def run_bytes(config: RunConfig, checkpoints: Path, best: Path, step: int) -> tu
     return count * (stored_parameters(config.model) * BYTES_A_PARAMETER + SPARE_BYTES), count
 
 
-def check_run_room(config: RunConfig, checkpoints: Path, best: Path, step: int) -> None:
+def check_space_for_run(config: RunConfig, checkpoints: Path, best: Path, step: int) -> None:
     """
     Raises:
         UserError: the checkpoints that a run will keep do not fit on the disk.
     """
-    (need, count), free = run_bytes(config, checkpoints, best, step), _free_bytes(checkpoints)
+    (need, count), free = remaining_checkpoint_bytes(config, checkpoints, best, step), _free_bytes(checkpoints)
     if need > free:
         raise UserError(
             f"the run needs {format_bytes(need)} for {count:,} checkpoint{'s' * (count != 1)} of "

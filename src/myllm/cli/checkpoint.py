@@ -41,8 +41,8 @@ def list_all(where: Positional[str], as_json: Annotated[bool, tyro.conf.arg(name
         where: a run's name or folder.
         as_json: print a JSON object a line instead: folder, step, tokens, bytes, validation_loss, where, state.
     """
+    from myllm.files import json_safe
     from myllm.formatting import format_bytes
-    from myllm.nonfinite import json_safe
 
     rows = []
     for about in _described(_find(where), hashing=False):
@@ -63,31 +63,33 @@ def list_all(where: Positional[str], as_json: Annotated[bool, tyro.conf.arg(name
 def _find(where: str) -> list[Path]:
     """The checkpoints that a user means, oldest first, those in best/ last."""
     from myllm import paths
-    from myllm.checkpoint.retention import MANIFEST, STATE_FILE, is_step, list_checkpoints
+    from myllm.checkpoint.retention import MANIFEST, STATE_FILE, is_step_name, list_checkpoints
 
-    for root in (user_path(where), paths.runs() / where):
-        if root.is_dir() and (is_step(root.name) or ((root / MANIFEST).is_file() and (root / STATE_FILE).is_file())):
+    for root in (user_path(where), paths.runs_dir() / where):
+        if root.is_dir() and (
+            is_step_name(root.name) or ((root / MANIFEST).is_file() and (root / STATE_FILE).is_file())
+        ):
             return [root]
         if found := list_checkpoints(root / "checkpoints")[::-1] + list_checkpoints(root / "best"):
             return found
         if found := list_checkpoints(root):
             return found[::-1]
-    raise paths.no_checkpoint(where, paths.runs())
+    raise paths.no_checkpoint_error(where, paths.runs_dir())
 
 
 def _described(folders: list[Path], hashing: bool) -> Iterator[dict[str, Any]]:
     """One after another, since hashing takes seconds a gigabyte; a bar on a terminal says how far it is."""
     from tqdm import tqdm
 
-    from myllm.checkpoint.format import read_state
-    from myllm.checkpoint.integrity import EVERYTHING, NOTHING, verify
+    from myllm.checkpoint.integrity import HASH_ALL, HASH_NONE, verify_checkpoint
     from myllm.checkpoint.retention import step_of
+    from myllm.checkpoint.state import read_state
     from myllm.paths import RunPaths
 
     losses = _validation_losses(RunPaths(folders[0].parent.parent))
     hidden = None if hashing else True  # None: shown on a terminal only
     for folder in tqdm(folders, desc="hashing", unit="checkpoint", disable=hidden, leave=False, file=sys.stderr):
-        faults = list(verify(folder, EVERYTHING if hashing else NOTHING))
+        faults = list(verify_checkpoint(folder, HASH_ALL if hashing else HASH_NONE))
         if not folder.is_dir():  # training has removed it meanwhile
             continue
         tokens = None
@@ -106,7 +108,7 @@ def _described(folders: list[Path], hashing: bool) -> Iterator[dict[str, Any]]:
 
 def _validation_losses(run: Any) -> dict[int, float]:
     """By step, of what a run has measured so far; empty where there is no run."""
-    from myllm.runs.logs import JsonLines
+    from myllm.runs.logs import JsonlFile
 
-    rows = JsonLines(run.metrics).rows() if run.metrics.is_file() else ()
+    rows = JsonlFile(run.metrics).rows() if run.metrics.is_file() else ()
     return {row["step"]: row["loss"] for row in rows if row["kind"] == "eval" and row.get("name") == "validation"}

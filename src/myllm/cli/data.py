@@ -41,9 +41,11 @@ def _list_prepared() -> None:
     from myllm import paths
     from myllm.data.dataset import MANIFEST, PROGRESS, SETTINGS, Dataset
 
-    folders = sorted(path.parent for path in paths.datasets().glob(f"[!.]*/{SETTINGS}"))
+    folders = sorted(path.parent for path in paths.datasets_dir().glob(f"[!.]*/{SETTINGS}"))
     print(
-        f"\nprepared, under {paths.datasets()}:" if folders else f"\nnothing is prepared under {paths.datasets()} yet"
+        f"\nprepared, under {paths.datasets_dir()}:"
+        if folders
+        else f"\nnothing is prepared under {paths.datasets_dir()} yet"
     )
     for folder in folders:
         if not any((folder / name).exists() for name in (MANIFEST, PROGRESS)):

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 from myllm import paths
-from myllm.console import open_output
+from myllm.distributed.standard_streams import protect_output
 from myllm.errors import UserError
 from myllm.evals import registry, results
 from myllm.evals.registry import EvalInputs, EvalOptions
 from myllm.evals.results import Result
-from myllm.files import check_writable, why_unwritable
+from myllm.files import check_writable, unwritable_reason
 from myllm.paths import user_path
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def evaluate(
     for name, value in (("batch_size", batch_size), ("hellaswag_examples", hellaswag_examples)):
         if value is not None and value < 1:
             raise UserError(f"{name} is {value}, but must be at least 1")
-    paths.check_model(model)  # importing torch takes seconds
+    paths.check_model_path(model)  # importing torch takes seconds
     if dataset is not None:
         from myllm.data.dataset import find_dataset_folder
 
@@ -88,9 +88,9 @@ def evaluate(
     results.read(file)  # fail before the evaluations, which may take hours
     if out is not None:
         check_writable(file, "--out")
-    elif reason := why_unwritable(file):
+    elif reason := unwritable_reason(file):
         print(f"note: cannot write {file} ({reason}): results are only printed; --out saves them", file=sys.stderr)
-    open_output(keep_going=True)  # results are saved even if the reader of stdout, such as `head`, has exited
+    protect_output(keep_going=True)  # results are saved even if the reader of stdout, such as `head`, has exited
     if tasks:
         _run_all(tasks, (), subject, file)
     else:

@@ -7,7 +7,7 @@ from typing import Literal
 import tyro
 
 from myllm import paths
-from myllm.config import RunConfig, load_json
+from myllm.config import RunConfig, load_config
 from myllm.errors import UserError
 from myllm.files import check_writable
 from myllm.paths import user_path
@@ -43,11 +43,11 @@ def export(
         if user_path(file).is_dir() or (user_path(file).exists() and not overwrite):
             raise UserError(f"{file} is there already; give another name, or --overwrite to replace a file")
         check_writable(user_path(file), "--to-onnx" if file is to_onnx else "--to-gguf")
-    paths.check_model(model, hub=False)  # before the seconds that torch takes
+    paths.check_model_path(model, hub=False)  # before the seconds that torch takes
+    from myllm.checkpoint.locate import find_checkpoint
     from myllm.hub.export.transformers import export_transformers, load_export_source
-    from myllm.runs.run_dir import find_checkpoint
 
-    source = load_export_source(find_checkpoint(model, paths.runs()))
+    source = load_export_source(find_checkpoint(model, paths.runs_dir()))
     if to is not None:
         made = export_transformers(source, to, dtype, overwrite=overwrite)
         print(made.parity)
@@ -83,7 +83,7 @@ def import_model(
         revision: branch, tag or commit of the repository.
         overwrite: move a run of that name aside.
     """
-    if not paths.leads_somewhere(source):  # before the seconds that torch takes
+    if not paths.may_be_model(source):  # before the seconds that torch takes
         raise UserError(paths.NO_MODEL.format(source))
     from myllm.hub.import_model import import_model
 
@@ -91,7 +91,7 @@ def import_model(
     shown = shlex.quote(run.root.name)
     print(f"imported as the run {run.root.name}, in {run.root}")
     print(f"  sample     myllm sample {shown} --prompt 'Once upon a time'")
-    length = load_json(run.config, RunConfig()).model.max_seq_len
+    length = load_config(run.config, RunConfig()).model.max_seq_len
     batch_tokens = -(-TUNING_BATCH_TOKENS // length) * length
     print(
         f"  train on   python pretrain.py --config {shlex.quote(str(run.config))} --data.source files:/path/to/texts "

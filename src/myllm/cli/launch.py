@@ -16,17 +16,17 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import tyro
 
-from myllm.config import DataConfig, RunConfig, TrainConfig, from_dict, read_values
-from myllm.console import flush_output, reader_left
+from myllm.config import DataConfig, RunConfig, TrainConfig, from_dict, read_config_json
 from myllm.distributed import launcher as ranks
+from myllm.distributed.standard_streams import flush_output, stdout_closed
 from myllm.errors import MachineError, UserError
-from myllm.files import in_words
+from myllm.files import explain_os_error
 from myllm.paths import RunPaths, user_path
 from myllm.planning import forecast
 from myllm.planning.flops import flops_per_token
 from myllm.planning.length import describe_length, length_note, resolve_max_steps
 from myllm.planning.validation import check_config
-from myllm.presets import describe_presets, describe_settings, preset
+from myllm.presets import describe_presets, describe_settings, get_preset
 
 from .parse import parse_arguments, version, wrap_help
 
@@ -126,9 +126,9 @@ def parse_run_args(kind: type[RunArgs], words: list[str], usage: str) -> Any:
     # A WORLD_SIZE without torchrun is a plan for later, not the number of processes of this call.
     check_config(launch.config, ranks.world_size() if launch.planning or ranks.is_launched() else 1)
     if RunPaths.of(launch.config.name).checkpoints.is_dir():
-        from myllm.runs.saved_settings import as_begun
+        from myllm.runs.saved_settings import keep_saved_settings
 
-        config, own_text = as_begun(launch.config, launch.own_text)
+        config, own_text = keep_saved_settings(launch.config, launch.own_text)
         launch = replace(launch, config=config, own_text=own_text)
     return launch
 
@@ -148,7 +148,7 @@ def read_config_files(words: list[str]) -> tuple[list[ConfigFile], list[str]]:
             if not value:
                 raise UserError("--config needs the path of a JSON file")
             path = user_path(value)
-            files.append((path, read_values(path)))
+            files.append((path, read_config_json(path)))
         else:
             rest.append(word)
     return files, rest
@@ -158,7 +158,7 @@ def base_config(files: list[ConfigFile], words: list[str]) -> tuple[RunConfig, l
     """The config that overrides start from, and the words that are left: a preset, a file, or a file over a preset."""
     base = RunConfig()
     if words and not words[0].startswith("-"):
-        base, words = preset(words[0]), words[1:]
+        base, words = get_preset(words[0]), words[1:]
     elif not files and not {"-h", "--help"} & set(words):
         raise UserError(f"missing PRESET (or --config FILE.json); presets:\n{wrap_help(describe_presets())}")
     for path, values in files:
@@ -302,9 +302,9 @@ def exit_on_error() -> Iterator[None]:
     except KeyboardInterrupt:
         ranks.exit_failed(130)
     except OSError as error:
-        if error.errno in (errno.EPIPE, errno.EIO) and reader_left():
+        if error.errno in (errno.EPIPE, errno.EIO) and stdout_closed():
             ranks.exit_failed(128 + signal.SIGPIPE)
-        if said := in_words(error):
+        if said := explain_os_error(error):
             _fail(said)
         _leave_others(error)
         raise

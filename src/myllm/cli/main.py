@@ -8,9 +8,9 @@ from typing import Literal
 
 import tyro
 
-from myllm.console import open_output
 from myllm.distributed.library_env import set_library_env
-from myllm.errors import UserError, nearest
+from myllm.distributed.standard_streams import protect_output
+from myllm.errors import UserError, did_you_mean
 
 from . import checkpoint as checkpoint_cli
 from . import data as data_cli
@@ -115,7 +115,7 @@ TAKES_WORDS = {"plan", "preflight", "prove-resume"}
 def main(words: list[str] | None = None) -> None:
     """Run one command. Exit code 2 for a user's mistake."""
     set_library_env()
-    open_output()
+    protect_output()
     words = sys.argv[1:] if words is None else words
     with exit_on_error():
         asks_for_help = bool({"-h", "--help"} & set(words))
@@ -132,7 +132,7 @@ def main(words: list[str] | None = None) -> None:
         if name is None:
             group = words[0] if words[0] in GROUPS else ""
             given = " ".join(words[:2] if group else words[:1])
-            raise UserError(f"unknown command {given!r}{nearest(given, list(COMMANDS))}\n\n{_usage(group)}")
+            raise UserError(f"unknown command {given!r}{did_you_mean(given, list(COMMANDS))}\n\n{_usage(group)}")
         rest = words[name.count(" ") + 1 :]
         if name in TAKES_WORDS:
             COMMANDS[name](rest)

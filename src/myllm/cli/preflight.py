@@ -3,8 +3,8 @@
 import signal
 from dataclasses import dataclass
 
-from myllm.console import open_output
 from myllm.distributed import launcher as ranks
+from myllm.distributed.standard_streams import protect_output
 from myllm.errors import UserError
 
 from .launch import RunArgs, parse_run_args
@@ -61,7 +61,7 @@ def preflight(words: list[str]) -> None:
         if ranks.rank() == 0:
             print(f"preflight: {line} ...", flush=True)
 
-    open_output(keep_going=True)  # what comes after it does not depend on who watches
+    protect_output(keep_going=True)  # what comes after it does not depend on who watches
     ends = [each for each in ENDS if signal.getsignal(each) != signal.SIG_IGN]
     before = {number: signal.signal(number, _leave) for number in ends}
     try:

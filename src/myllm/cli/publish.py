@@ -31,10 +31,10 @@ def publish(
     given = HubConfig(repo, private, every_checkpoint, license)
     if repo is not None and (faults := hub_errors(given, "--")):
         raise UserError("; ".join(faults))
-    paths.check_model(run, hub=False)  # before the seconds that torch takes
-    from myllm.runs.run_dir import checkpoints_of
+    paths.check_model_path(run, hub=False)  # before the seconds that torch takes
+    from myllm.checkpoint.locate import resolve_checkpoints
 
-    _, checkpoints = checkpoints_of(run, paths.runs())
+    _, checkpoints = resolve_checkpoints(run, paths.runs_dir())
     found = paths.RunPaths(checkpoints[0].parent.parent)
     from myllm.hub import publish as publishing
 

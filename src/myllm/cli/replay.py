@@ -37,7 +37,7 @@ def replay(
     """
     if show < 0:
         raise UserError(f"--show is {show}, but must be at least 0")
-    if not paths.leads_somewhere(dump, hub=False):  # before the seconds that importing torch takes
+    if not paths.may_be_model(dump, hub=False):  # before the seconds that importing torch takes
         raise UserError(f"no anomaly dump at {dump!r}: there is no such folder and no such run")
     import torch
 
@@ -46,7 +46,7 @@ def replay(
     from myllm.training.anomaly.replay import replay_step
 
     chosen = choose_device(device)
-    content = read_dump(find_dump(dump, paths.runs()))
+    content = read_dump(find_dump(dump, paths.runs_dir()))
     result = replay_step(content, chosen, getattr(torch, precision), samples)
     print("\n".join(_report(content, result, chosen.type, precision, show)))
 

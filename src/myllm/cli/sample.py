@@ -63,7 +63,7 @@ def sample(
     sampling.check()  # before the seconds that torch and loading take
     if num_samples > MOST_SAMPLES:
         raise UserError(f"num_samples is {num_samples:,}, but must be at most {MOST_SAMPLES:,} a call")
-    paths.check_model(model)
+    paths.check_model_path(model)
     prompts = _prompts(prompt, prompts_file)
     out = out and user_path(out)
     _check_out(out)
@@ -143,7 +143,7 @@ def chat(
     if max_new_tokens < 0:
         raise UserError(f"max_new_tokens is {max_new_tokens}, but must be at least 0")
     sampling.check()
-    paths.check_model(model)
+    paths.check_model_path(model)
     from myllm.inference.chat import chat as converse
     from myllm.inference.load import load_model
 
@@ -178,7 +178,7 @@ def serve(
 
     default = GenerateRequest("", max_new_tokens, sampling)
     check_request(default)  # before the seconds that loading takes
-    paths.check_model(model)
+    paths.check_model_path(model)
     from myllm.inference.server.http import serve
 
     serve(model, device, int8, host, port, default, precision)

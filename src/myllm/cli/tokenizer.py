@@ -55,7 +55,7 @@ def tokenizer_train(
         raise UserError(f"--documents is {documents}, but must be at least 0 (0: all)")
     found = find_source(source, text_column, hashed=False)
     if out is None:
-        out = paths.tokenizers() / f"{found.name}-{vocab_size}"
+        out = paths.tokenizers_dir() / f"{found.name}-{vocab_size}"
     out = user_path(out)
     if out.suffix != ".json":
         out = out / TOKENIZER_FILE
@@ -106,12 +106,12 @@ def _documents(found: "Source", limit: int) -> Iterator[str]:
     from myllm.data.sources.source import read_documents
 
     def every() -> Iterator[str]:
-        with tempfile.TemporaryDirectory(dir=paths.tokenizers()) as folder:
+        with tempfile.TemporaryDirectory(dir=paths.tokenizers_dir()) as folder:
             for file in order_files(found.files, shuffle=True, seed=0):
                 path = download_file(file, Path(folder))
                 yield from read_documents(found, file, path, SkipLog())
                 if file.remote:
                     path.unlink()
 
-    paths.tokenizers().mkdir(parents=True, exist_ok=True)
+    paths.tokenizers_dir().mkdir(parents=True, exist_ok=True)
     return islice(every(), limit or None)

@@ -21,7 +21,7 @@ from myllm.data.sources.catalog import actual_source
 from myllm.data.tokenizer.base import Tokenizer
 from myllm.data.tokenizer.gpt2 import NAME
 from myllm.data.tokenizer.load import load_tokenizer
-from myllm.errors import MachineError, UserError, nearest
+from myllm.errors import MachineError, UserError, did_you_mean
 from myllm.files import file_sha256, read_json
 from myllm.paths import user_path
 
@@ -148,11 +148,11 @@ class Dataset:
             made_with = from_dict({"data": said | self.manifest.get("cleaning", {})}, RunConfig()).data
         vocabulary = config.tokenizer
         if vocabulary == NAME and self.manifest["tokenizer"]["kind"] != "tiktoken":
-            vocabulary = paths.portable(self.folder / TOKENIZER)
+            vocabulary = paths.relative_to_data(self.folder / TOKENIZER)
         return replace(
             made_with,
             source=actual_source(made_with.source, None, recorded),
-            dataset=paths.portable(self.folder, paths.datasets()),
+            dataset=paths.relative_to_data(self.folder, paths.datasets_dir()),
             tokenizer=vocabulary,
             workers=config.workers,
             keep_downloads=config.keep_downloads,
@@ -329,13 +329,13 @@ def find_dataset_folder(name: str, marks: tuple[str, ...] = (MANIFEST,)) -> Path
     Raises:
         UserError: there is none, or more than one.
     """
-    for folder in (user_path(name), paths.datasets() / name):
+    for folder in (user_path(name), paths.datasets_dir() / name):
         if any((folder / mark).is_file() for mark in (*marks, PROGRESS)):
-            paths.warn_of_two(name, folder, paths.datasets() / name)
+            paths.warn_if_ambiguous(name, folder, paths.datasets_dir() / name)
             return folder
-    known = sorted({each.parent.name for mark in marks for each in paths.datasets().glob(f"[!.]*/{mark}")})
+    known = sorted({each.parent.name for mark in marks for each in paths.datasets_dir().glob(f"[!.]*/{mark}")})
     matches = [each for each in known if each.startswith(name)]
     if len(matches) == 1:
-        return paths.datasets() / matches[0]
+        return paths.datasets_dir() / matches[0]
     seen = f"{len(matches)} begin so: {', '.join(matches)}" if matches else f"known: {', '.join(known) or 'none'}"
-    raise UserError(f"no single prepared data set {name!r}{nearest(name, known)}; {seen}")
+    raise UserError(f"no single prepared data set {name!r}{did_you_mean(name, known)}; {seen}")

@@ -22,11 +22,11 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher import api
 
-from myllm.console import open_output
 from myllm.errors import exit_code
 
 from .launcher import record_exit_code_in, use_new_store_each_start
 from .library_env import set_library_env
+from .standard_streams import protect_output
 
 DEFAULTS = ["--max-restarts=3", "--shutdown-timeout=120"]
 """Put before what the user gives: how often processes are started again, and how long they have to save when a signal
@@ -93,7 +93,7 @@ def main(words: list[str]) -> int:
         the exit code.
     """
     set_library_env()
-    open_output(keep_going=True)
+    protect_output(keep_going=True)
     use_new_store_each_start()
     parser = run.get_args_parser()
     arguments: Any = parser.parse_args([*default_arguments(parser.format_help()), *words])

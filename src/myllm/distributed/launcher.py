@@ -10,8 +10,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
-from myllm.console import flush_output
 from myllm.errors import UserError
+
+from .standard_streams import flush_output
 
 PLACES = ("RANK", "LOCAL_RANK", "GROUP_RANK")
 COUNTS = ("WORLD_SIZE", "LOCAL_WORLD_SIZE")

@@ -49,7 +49,7 @@ def load_examples(
 
 def _download(pinned: SourceFile) -> Path:
     try:
-        return download_file(pinned, paths.downloads() / "hellaswag", tries=MAX_ATTEMPTS)
+        return download_file(pinned, paths.downloads_dir() / "hellaswag", tries=MAX_ATTEMPTS)
     except (UserError, OSError) as error:
         reason = str(error).split(";")[0]  # the advice after it is for data sets
         raise UserError(

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from myllm.errors import UserError, nearest
+from myllm.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     import torch
@@ -95,7 +95,7 @@ def check_task(task: str) -> None:
     name, _, file = task.partition(":")
     if task not in EVALUATIONS and not (name in FILE_EVALUATIONS and file):
         known = [*EVALUATIONS, *(f"{name}:FILE" for name in FILE_EVALUATIONS)]
-        raise UserError(f"unknown task {task!r}{nearest(task, known)}; tasks: {', '.join(known)}")
+        raise UserError(f"unknown task {task!r}{did_you_mean(task, known)}; tasks: {', '.join(known)}")
 
 
 def build(task: str, inputs: EvalInputs) -> Evaluation:

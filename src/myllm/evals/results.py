@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from myllm.errors import UserError
-from myllm.files import locked, read_json, write_json
-from myllm.nonfinite import json_safe
+from myllm.files import file_lock, json_safe, read_json, write_json
 
 FORMAT = "myllm-eval"
 VERSION = 2
@@ -69,7 +68,7 @@ def add(file: Path, results: list[Result]) -> None:
     """
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with locked(file.with_name(f".{file.name}.lock")):  # other processes may add to the same file
+        with file_lock(file.with_name(f".{file.name}.lock")):  # other processes may add to the same file
             merged = read(file)
             for new in results:
                 same = next((index for index, old in enumerate(merged) if old.same_question(new)), len(merged))

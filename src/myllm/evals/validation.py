@@ -51,7 +51,7 @@ def _training_dataset(source: "ModelSource") -> Dataset:
         raise UserError(
             f"{source.folder} does not record its training data; choose a data set with --dataset, or remove this task"
         )
-    folders = [manifest.parent for manifest in paths.datasets().glob("[!.]*/manifest.json")]
+    folders = [manifest.parent for manifest in paths.datasets_dir().glob("[!.]*/manifest.json")]
     if configured := source.config.data.dataset:
         folders.append(user_path(configured))
     for folder in folders:
@@ -62,6 +62,6 @@ def _training_dataset(source: "ModelSource") -> Dataset:
         if fingerprint == source.dataset_hash:
             return Dataset.open(folder)
     raise UserError(
-        f"the training data of {source.folder} are not in {paths.datasets()}; choose a data set with --dataset, or "
+        f"the training data of {source.folder} are not in {paths.datasets_dir()}; choose a data set with --dataset, or "
         "remove this task"
     )

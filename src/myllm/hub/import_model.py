@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from myllm import paths
-from myllm.checkpoint import format as checkpoint
-from myllm.checkpoint.format import TrainState
+from myllm.checkpoint.format import save_checkpoint
+from myllm.checkpoint.integrity import TOKENIZER
+from myllm.checkpoint.retention import MANIFEST
+from myllm.checkpoint.state import NO_DATASET, TrainState
 from myllm.config import ModelConfig, RunConfig, to_dict
 from myllm.data.sampler import DataPosition
 from myllm.errors import UserError
@@ -17,7 +19,7 @@ from myllm.files import write_json, write_text
 from myllm.model.transformer import Transformer
 from myllm.paths import NO_MODEL, REPOSITORY, RunPaths, user_path
 from myllm.planning.validation import config_errors
-from myllm.runs.run_dir import claimed, move_aside, write_config
+from myllm.runs.run_dir import archive_old_run, claim_run, write_config
 
 from .download import download
 from .external_model import ExternalModel
@@ -54,17 +56,17 @@ def import_model(
         raise UserError("; ".join(wrong))
     foreign = read_external_model(where)
     config = RunConfig(name=name, model=foreign.config)
-    with claimed(run):
-        if aside := move_aside(run):
+    with claim_run(run):
+        if aside := archive_old_run(run):
             say(f"the older run was moved to {aside}")
         if foreign.tokenizer_file:
-            vocabulary = run.root / checkpoint.TOKENIZER
+            vocabulary = run.root / TOKENIZER
             write_text(vocabulary, foreign.tokenizer_file.read_bytes().decode("utf-8"))
-            config = replace(config, data=replace(config.data, tokenizer=paths.portable(vocabulary)))
+            config = replace(config, data=replace(config.data, tokenizer=paths.relative_to_data(vocabulary)))
         write_config(run, config)
         write_json(run.imported, {"source": _source_label(source, revision)})
-        state = TrainState(0, 0, DataPosition(0, 0, 0, checkpoint.UNBOUND))
-        checkpoint.save(run.checkpoints, state, to_dict(config), foreign.weights, {}, [], 0, foreign.tokenizer_file)
+        state = TrainState(0, 0, DataPosition(0, 0, 0, NO_DATASET))
+        save_checkpoint(run.checkpoints, state, to_dict(config), foreign.weights, {}, [], 0, foreign.tokenizer_file)
     for note in foreign.notes:
         say(f"note: {note}")
     return run
@@ -81,7 +83,7 @@ def is_external_model(where: Path) -> bool:
 
 
 def _is_own(where: Path) -> bool:
-    return (where / checkpoint.MANIFEST).is_file() or (where / "checkpoints").is_dir()
+    return (where / MANIFEST).is_file() or (where / "checkpoints").is_dir()
 
 
 def _content(file: Path) -> bytes:

@@ -19,15 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from myllm.checkpoint.integrity import MANIFEST, NOTHING, WEIGHTS, Damaged, check
-from myllm.checkpoint.retention import list_checkpoints, step_of
+from myllm.checkpoint.integrity import HASH_NONE, WEIGHTS, DamagedCheckpoint, raise_if_damaged
+from myllm.checkpoint.retention import MANIFEST, list_checkpoints, step_of
 from myllm.config import HubConfig, ModelConfig, saved_config, to_dict
 from myllm.data.sources.download import is_permanent, retry_after
 from myllm.data.sources.hub_listing import first_line, hub_endpoint
 from myllm.errors import UserError
-from myllm.files import locked, out_of_space, read_json, write_json, write_text
+from myllm.files import file_lock, json_safe, out_of_space, read_json, write_json, write_text
 from myllm.formatting import format_bytes
-from myllm.nonfinite import json_safe
 from myllm.paths import RunPaths
 from myllm.runs.history import read_config, read_json_or_empty
 
@@ -129,7 +128,7 @@ def publish(run: RunPaths, checkpoints: list[Path], hub: HubConfig, make_folder:
         UserError: what stopped it, and what to do; those before are published. Or all are damaged.
     """
     try:
-        with locked(run.root / ".publish.lock", wait=False), _client_timeout():
+        with file_lock(run.root / ".publish.lock", wait=False), _client_timeout():
             already, damaged, queue = [], 0, list(checkpoints)
             for checkpoint in queue:
                 work = run.root / ".publishing"
@@ -137,7 +136,7 @@ def publish(run: RunPaths, checkpoints: list[Path], hub: HubConfig, make_folder:
                 try:
                     if not _publish_with_retries(run, checkpoint, hub, make_folder, say, work):
                         already.append(f"{step_of(checkpoint):,}")
-                except Damaged as error:
+                except DamagedCheckpoint as error:
                     say(f"{error}; it is passed over")
                     damaged += 1
                     if not hub.every_checkpoint and checkpoint == queue[-1]:
@@ -183,7 +182,7 @@ def _publish_step(
     """One try; False: it was published before. `work` keeps the folder of a try that failed for the next."""
     from huggingface_hub import CommitOperationAdd, HfApi
 
-    check(checkpoint, NOTHING)
+    raise_if_damaged(checkpoint, HASH_NONE)
     api, step, mark = HfApi(), step_of(checkpoint), _weights_digest(checkpoint)
     tag = f"step-{step}"
     there = _read_remote(api, hub)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from myllm import paths
 from myllm.checkpoint.format import Checkpoint
+from myllm.checkpoint.locate import find_checkpoint
 from myllm.config import RunConfig, saved_config
 from myllm.data.tokenizer.load import load_tokenizer
 from myllm.distributed.collectives import choose_device
@@ -14,7 +15,6 @@ from myllm.errors import UserError
 from myllm.hub import import_model as importing
 from myllm.model.transformer import Transformer
 from myllm.paths import user_path
-from myllm.runs.run_dir import find_checkpoint
 
 from .int8 import check_torchao, quantize_int8
 from .language_model import LanguageModel
@@ -46,12 +46,12 @@ def find_model(where: str | Path) -> ModelSource:
     """
     path = user_path(where)
     if importing.is_external_model(path):
-        paths.warn_of_two(str(where), path, paths.runs() / where)
+        paths.warn_if_ambiguous(str(where), path, paths.runs_dir() / where)
         return ModelSource(path, Path(), None, RunConfig(), None)
     try:
-        saved = find_checkpoint(str(where), paths.runs())
+        saved = find_checkpoint(str(where), paths.runs_dir())
     except UserError:
-        if path.exists() or (paths.runs() / where).exists() or not importing.is_repository(str(where)):
+        if path.exists() or (paths.runs_dir() / where).exists() or not importing.is_repository(str(where)):
             raise
         folder = importing.resolve_source(str(where), None, lambda line: print(line, file=sys.stderr))
         return ModelSource(folder, Path(), None, RunConfig(), None)

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, replace
 
 from myllm.config import RunConfig
-from myllm.errors import UserError, nearest
+from myllm.errors import UserError, did_you_mean
 
 from .batch import batch_plan, micro_batch_sizes
 from .disk import disk_estimate_bytes
@@ -66,7 +66,7 @@ def parse_hardware(text: str) -> Hardware:
             raise UserError(f"--gpus {text!r}: several cards have that name: {', '.join(variants)}; give one of them")
         raise UserError(
             f"--gpus {text!r}: expected a number and a card such as 8xA100-80 or 1xRTX3060, or cpu"
-            f"{nearest(name, known)}; known cards: {', '.join(known)}"
+            f"{did_you_mean(name, known)}; known cards: {', '.join(known)}"
         )
     return Hardware(count, card)
 

@@ -1,7 +1,7 @@
 """docs/hardware.md: the presets on common cards, made from the code, so that it is never behind it."""
 
 from myllm.config import RunConfig
-from myllm.presets import PRESETS, preset
+from myllm.presets import PRESETS, get_preset
 
 from .forecast import EXPECTED_MFU, Forecast, parse_hardware, predict
 from .memory_estimate import HEADROOM, predicted_bytes
@@ -31,7 +31,7 @@ from the config, and nothing of it is measured on a GPU yet (docs/experiments.md
 
 `myllm plan PRESET --gpus 4xL40S` says the same of any preset, changed settings and other cards, with memory by part.
 """
-    return "\n".join([intro, *(_section(preset(name)) for name in PRESETS if name != "debug")])
+    return "\n".join([intro, *(_section(get_preset(name)) for name in PRESETS if name != "debug")])
 
 
 def _section(config: RunConfig) -> str:

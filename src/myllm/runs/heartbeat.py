@@ -21,9 +21,9 @@ from typing import Any
 
 from myllm.checkpoint.retention import list_checkpoints, step_of
 from myllm.errors import UserError
-from myllm.files import locked, read_json, replacing
+from myllm.files import atomic_write, file_lock, read_json
 from myllm.migrations import HEARTBEAT
-from myllm.paths import RunPaths, runs, user_path, warn_of_two
+from myllm.paths import RunPaths, runs_dir, user_path, warn_if_ambiguous
 
 EVERY_S = 2.0
 AT_WORK, SILENT = 3, 1
@@ -75,7 +75,7 @@ class Heartbeat:
         self._written = time.monotonic()
         try:
             # Not flushed to the disk, as checkpoints are: after a power cut its word would be out of date anyway.
-            with replacing(self._path, durable=False) as file:
+            with atomic_write(self._path, durable=False) as file:
                 file.write(json.dumps(self._values()).encode() + b"\n")
             self.unwritable = None
         except OSError as error:
@@ -91,7 +91,7 @@ class Heartbeat:
 
 
 @contextmanager
-def starting(run: RunPaths, active: bool) -> Iterator[Callable[[], None]]:
+def report_starting(run: RunPaths, active: bool) -> Iterator[Callable[[], None]]:
     """Say that a run is being started, while its data are looked for, so that nobody takes the end of an earlier start
     for its state. If an error ends the `with` block before the loop has its own last word, that is the last word.
 
@@ -105,7 +105,7 @@ def starting(run: RunPaths, active: bool) -> Iterator[Callable[[], None]]:
     if not active or not _is_free(run):
         yield taken_over.set
         return
-    beat = Heartbeat(run.heartbeat, newest_step(run))
+    beat = Heartbeat(run.heartbeat, newest_checkpoint_step(run))
 
     def write() -> None:
         while not taken_over.is_set():
@@ -134,7 +134,7 @@ def starting(run: RunPaths, active: bool) -> Iterator[Callable[[], None]]:
         take_over()
 
 
-def newest_step(run: RunPaths) -> int:
+def newest_checkpoint_step(run: RunPaths) -> int:
     """Where a run will go on, by the names of its checkpoints."""
     return max(map(step_of, list_checkpoints(run.checkpoints)), default=0)
 
@@ -142,7 +142,7 @@ def newest_step(run: RunPaths) -> int:
 def _is_free(run: RunPaths) -> bool:
     """Whether the run's folder is there and no process trains in it."""
     try:
-        with locked(run.root / ".lock", wait=False):
+        with file_lock(run.root / ".lock", wait=False):
             return True
     except (OSError, UserError):
         return False
@@ -168,13 +168,13 @@ def status(run: str, silent_s: float) -> tuple[str, int]:
     Raises:
         UserError: no such run, or one without a heartbeat.
     """
-    folders = [each for each in (user_path(run), runs() / run) if each.is_dir()]
+    folders = [each for each in (user_path(run), runs_dir() / run) if each.is_dir()]
     # A folder here that has the run's name need not be one.
     folder = next((each for each in folders if RunPaths(each).heartbeat.is_file()), None)
     if folder is None:
-        expected = RunPaths(folders[-1] if folders else runs() / run).heartbeat
+        expected = RunPaths(folders[-1] if folders else runs_dir() / run).heartbeat
         raise UserError(f"no heartbeat of a run {run!r}: expected {expected}")
-    warn_of_two(run, folder, runs() / run)
+    warn_if_ambiguous(run, folder, runs_dir() / run)
     path = RunPaths(folder).heartbeat
     try:
         said = HEARTBEAT.upgrade(read_json(path), path)

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from myllm import paths
-from myllm.errors import UserError, nearest
-from myllm.files import read_json, run_rows
+from myllm.errors import UserError, did_you_mean
+from myllm.files import read_json, read_rows
 from myllm.migrations import CONFIG
 from myllm.paths import user_path
 
@@ -86,7 +86,7 @@ def find_run(run: str | Path) -> paths.RunPaths:
     folder = user_path(run)
     if not (folder / "metrics.jsonl").is_file():
         return paths.RunPaths.of(str(run))
-    paths.warn_of_two(str(run), folder, paths.runs() / run)
+    paths.warn_if_ambiguous(str(run), folder, paths.runs_dir() / run)
     return paths.RunPaths(folder)
 
 
@@ -224,7 +224,7 @@ def _read_lines(path: Path) -> tuple[list[Row], int]:
     """The rows of a JSONL file that have a step, and the number of other lines."""
     if not path.is_file():
         raise UserError(_describe_missing(path))
-    rows = list(run_rows(path))
+    rows = list(read_rows(path))
     return [row for row in rows if row is not None], rows.count(None)
 
 
@@ -241,4 +241,4 @@ def _describe_missing(path: Path) -> str:
         return f"{run} has no {path.name}: training writes it at the first logged step. Start the run, or name another."
     known = sorted(file.parent.name for file in run.parent.glob("*/metrics.jsonl"))
     others = f"existing runs: {', '.join(known)}" if known else "no run has been started there yet"
-    return f"there is no run folder {run}{nearest(run.name, known)}; {others}."
+    return f"there is no run folder {run}{did_you_mean(run.name, known)}; {others}."

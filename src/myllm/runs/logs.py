@@ -1,5 +1,6 @@
 """What a run says about itself: rows of JSON for programs, lines for people, and the environment it ran in."""
 
+import io
 import json
 import math
 import platform
@@ -8,7 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
@@ -18,16 +19,15 @@ from typing import Any
 import torch
 
 from myllm import paths
-from myllm.console import LineFile, lost_output
 from myllm.distributed.device_info import device_name
-from myllm.files import run_rows, write_text
-from myllm.nonfinite import json_safe
+from myllm.distributed.standard_streams import output_failures
+from myllm.files import json_safe, read_rows, write_text
 
 TRAINING = "training"
 """What a stopwatch counts unless it is told otherwise."""
 
 
-class JsonLines:
+class JsonlFile:
     """An append-only file of one JSON object a line, flushed at each row."""
 
     def __init__(self, path: Path, say: Callable[[str], None] | None = None) -> None:
@@ -45,7 +45,7 @@ class JsonLines:
         """Every row; what is none is left out, such as a last line cut by a crash."""
         if not self.path.is_file():
             return
-        yield from (row for row in run_rows(self.path) if row is not None)
+        yield from (row for row in read_rows(self.path) if row is not None)
 
     def keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
         """Drop the other rows, in one step: what came after the checkpoint that a run resumes from."""
@@ -72,7 +72,7 @@ class Log:
             return
         self._show(line)
         self._keep(line)
-        for name, reason in lost_output():
+        for name, reason in output_failures():
             if name not in self._told:
                 self._told.add(name)
                 self._keep(f"{name} cannot be written: {reason}; training goes on, and this file has what it says")
@@ -175,3 +175,57 @@ def _git(*arguments: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
+
+
+KEPT_LINES = 10_000
+"""Of a file that cannot be written now: as many wait in memory; older ones are lost."""
+
+
+class LineFile:
+    """A file that grows by whole lines, each on its way at once.
+
+    Where lines cannot be written (a full disk, a quota, rights that were taken away), `say` is told once, and they wait
+    in memory until they can be. Without `say`, OSError is raised.
+    """
+
+    def __init__(self, path: Path, say: Callable[[str], None] | None) -> None:
+        self.path, self._say = path, say
+        self._waiting: deque[str] = deque(maxlen=KEPT_LINES)
+        self._failed = False
+
+    def append(self, line: str) -> None:
+        self._waiting.append(line)
+        failure = self._write()
+        if self._say is None:
+            if failure is not None:
+                raise failure
+            return
+        if failure is None and self._failed:
+            self._failed = False
+            self._say(f"{self.path} can be written again")
+        elif failure is not None and not self._failed:
+            self._failed = True
+            reason = failure.strerror or str(failure)
+            self._say(f"cannot write {self.path}: {reason}; training goes on, and its lines are kept for later")
+
+    def _write(self) -> OSError | None:
+        """Write what waits, all of it or nothing: half a line would spoil the next one too."""
+        data = "".join(f"{line}\n" for line in self._waiting).encode("utf-8", "backslashreplace")
+        try:
+            with self.path.open("ab", buffering=0) as file:
+                before = file.tell()
+                try:
+                    _write_all(file, data)
+                except OSError:
+                    file.truncate(before)
+                    raise
+        except OSError as error:
+            return error
+        self._waiting.clear()
+        return None
+
+
+def _write_all(file: io.FileIO, data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[file.write(rest) :]

@@ -19,7 +19,7 @@ from typing import Any
 
 from myllm.config import to_dict
 from myllm.data.sources.catalog import actual_source
-from myllm.presets import preset
+from myllm.presets import get_preset
 
 Row = dict[str, Any]
 
@@ -80,7 +80,7 @@ class Reference:
     """In how the run is trained, as "optim.max_lr 0.001 (reference: 0.0021)"."""
 
 
-def reference_of(config: Row) -> Reference | None:
+def find_reference(config: Row) -> Reference | None:
     """The published run that a run of this config (as JSON values) repeats, or None.
 
     That is one of the same model on the same data for as many tokens: context, vocabulary and source decide what a
@@ -88,7 +88,7 @@ def reference_of(config: Row) -> Reference | None:
     be others: to compare those is what the curve is for.
     """
     published = json.loads(files(__package__).joinpath("reference.json").read_text(encoding="utf-8"))
-    original = to_dict(preset(published["preset"]))
+    original = to_dict(get_preset(published["preset"]))
     model, data, train = (_section(config, part) for part in ("model", "data", "train"))
     shape = original["model"].keys() - TRAINED_OTHERWISE
     same_model = bool(model) and all(model.get(key, original["model"][key]) == original["model"][key] for key in shape)

@@ -6,31 +6,30 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from myllm.checkpoint.format import TOKENIZER, Checkpoint, checkpoint_folder, load, load_newest
-from myllm.checkpoint.integrity import MANIFEST, MODEL, misnamed, verify
-from myllm.checkpoint.retention import PARTIAL, is_step, list_checkpoints, unused
+from myllm.checkpoint.format import checkpoint_dir, load_checkpoint
+from myllm.checkpoint.integrity import HASH_MODEL, TOKENIZER, verify_checkpoint
+from myllm.checkpoint.retention import PARTIAL, unused_path
 from myllm.config import RunConfig, saved_config, to_dict
-from myllm.console import warn
 from myllm.distributed import collectives as distributed
 from myllm.distributed.collectives import DistContext
 from myllm.errors import UserError
-from myllm.files import fsync_folder, locked, write_json
-from myllm.paths import RunPaths, no_checkpoint, user_path, warn_of_two
+from myllm.files import file_lock, fsync_dir, write_json
+from myllm.paths import RunPaths
 
 from .history import read_json_or_empty
-from .logs import JsonLines
+from .logs import JsonlFile
 
 SHARED = ".shared-"
 NETWORK_DISK_S = 20.0
 
 
 @contextmanager
-def claimed(run: RunPaths) -> Iterator[None]:
+def claim_run(run: RunPaths) -> Iterator[None]:
     """Hold a run's folder for this process.
 
     Raises:
@@ -44,7 +43,7 @@ def claimed(run: RunPaths) -> Iterator[None]:
 def _claim(run: RunPaths, stack: ExitStack) -> None:
     try:
         run.root.mkdir(parents=True, exist_ok=True)
-        stack.enter_context(locked(run.root / ".lock", wait=False))
+        stack.enter_context(file_lock(run.root / ".lock", wait=False))
     except BlockingIOError:
         raise UserError(
             f"another process is training in {run.root}; stop it first, or give this run another --name"
@@ -56,7 +55,7 @@ def _claim(run: RunPaths, stack: ExitStack) -> None:
         ) from None
 
 
-def check_shared(run: RunPaths, process: DistContext) -> None:
+def check_shared_disk(run: RunPaths, process: DistContext) -> None:
     """Make sure that all ranks see the same run folder: each writes its share of a checkpoint, and reads all of it.
 
     Raises:
@@ -92,7 +91,7 @@ def _appears(path: Path) -> bool:
     return True
 
 
-def move_aside(run: RunPaths, but: Path | None = None) -> Path | None:
+def archive_old_run(run: RunPaths, but: Path | None = None) -> Path | None:
     """Make room for a fresh run without deleting anything: the old folder's contents move to one with the date.
 
     Args:
@@ -104,7 +103,7 @@ def move_aside(run: RunPaths, but: Path | None = None) -> Path | None:
     old = [path for path in run.root.iterdir() if path.name != ".lock" and path != but]
     if not old:
         return None
-    aside = unused(run.root.with_name(f"{run.root.name}.before-{time.strftime('%Y%m%d-%H%M%S')}"))
+    aside = unused_path(run.root.with_name(f"{run.root.name}.before-{time.strftime('%Y%m%d-%H%M%S')}"))
     aside.mkdir()
     for path in old:
         path.rename(aside / path.name)
@@ -118,15 +117,15 @@ def start_over(run: RunPaths, config: RunConfig) -> Path | None:
         UserError: these weights are not there any more, or are of another model; nothing is moved.
     """
     if not run.imported.is_file():
-        return move_aside(run)
-    start = checkpoint_folder(run.checkpoints, 0)
-    if faults := list(verify(start)):
+        return archive_old_run(run)
+    start = checkpoint_dir(run.checkpoints, 0)
+    if faults := list(verify_checkpoint(start)):
         raise UserError(
             f"{run.root.name} began with weights from elsewhere, and {start} does not have them any more "
             f"({'; '.join(faults)}): {_IMPORT_AGAIN.format(run=run.root.name, source=_source(run))}"
         )
-    check_resumable(load(start, MODEL).config, config, start, imported=True)
-    aside = move_aside(run, but=run.imported)
+    check_resumable(load_checkpoint(start, HASH_MODEL).config, config, start, imported=True)
+    aside = archive_old_run(run, but=run.imported)
     if aside is None:
         return None
     shutil.copy2(run.imported, aside)
@@ -134,13 +133,13 @@ def start_over(run: RunPaths, config: RunConfig) -> Path | None:
     work = run.checkpoints / f"{PARTIAL}{start.name}"
     shutil.copytree(aside / start.relative_to(run.root), work)
     work.rename(start)
-    fsync_folder(run.checkpoints)
+    fsync_dir(run.checkpoints)
     if (aside / TOKENIZER).is_file():  # the config names it
         shutil.copy2(aside / TOKENIZER, run.root)
     return aside
 
 
-def check_not_imported(run: RunPaths) -> None:
+def check_has_imported_weights(run: RunPaths) -> None:
     """
     Raises:
         UserError: a run without a checkpoint began with imported weights: others would be trained in their name.
@@ -191,56 +190,14 @@ def truncate_logs(run: RunPaths, step: int) -> None:
 
     Evaluations at the step itself go too: a save comes before them, so they may be missing, and are done once more.
     """
-    JsonLines(run.metrics).keep(lambda row: row["step"] < step or (row["step"] == step and row.get("kind") != "eval"))
-    JsonLines(run.samples).keep(lambda row: row["step"] < step)
+    JsonlFile(run.metrics).keep(lambda row: row["step"] < step or (row["step"] == step and row.get("kind") != "eval"))
+    JsonlFile(run.samples).keep(lambda row: row["step"] < step)
 
 
 def write_config(run: RunPaths, config: RunConfig) -> None:
     values = to_dict(config)
     values["train"]["fresh"] = False  # a wish of one start, not a property of the run
     write_json(run.config, values)
-
-
-def latest_checkpoint(where: str, runs: Path) -> Path:
-    """The folder of `find_checkpoint`."""
-    return find_checkpoint(where, runs).folder
-
-
-def find_checkpoint(where: str, runs: Path, say: Callable[[str], None] = warn) -> Checkpoint:
-    """The checkpoint that a user means, for its model: a folder that holds one, whatever its name, or the newest intact
-    one of a run, by the run's folder or name. Its model's files have been hashed.
-
-    Args:
-        say: told which newer ones were passed over, and why.
-
-    Raises:
-        UserError: nothing there, or nothing that is intact.
-    """
-    root, found = checkpoints_of(where, runs)
-    warn_of_two(where, root, runs / where)
-    if found == [root]:
-        for fault in misnamed(root):
-            say(f"{root}: {fault}")
-        return load(root, MODEL)
-    if saved := load_newest(found, say):
-        return saved
-    raise UserError(f"no checkpoint in {found[0].parent} is intact: {'; '.join(verify(found[0], MODEL))}")
-
-
-def checkpoints_of(where: str, runs: Path) -> tuple[Path, list[Path]]:
-    """What a user means by a run's name or folder, or by a folder of checkpoints or of one, and the checkpoints there,
-    newest first. Nothing is hashed.
-
-    Raises:
-        UserError: nothing there.
-    """
-    for root in (user_path(where), runs / where):
-        # Data sets have a manifest too, but no state.
-        if (root / MANIFEST).is_file() and (is_step(root.name) or (root / "state.json").is_file()):
-            return root, [root]
-        if found := list_checkpoints(root / "checkpoints") or list_checkpoints(root):  # a run, or its best/
-            return root, found
-    raise no_checkpoint(where, runs)
 
 
 def _differences(old: Any, new: Any, prefix: str) -> Iterator[str]:
@@ -255,7 +212,7 @@ def _differences(old: Any, new: Any, prefix: str) -> Iterator[str]:
             yield f"{name}: {a} -> {b}"
 
 
-def what_next(config: RunConfig, stopped_early: bool = False, epochs: float | None = None) -> str:
+def next_steps(config: RunConfig, stopped_early: bool = False, epochs: float | None = None) -> str:
     """Where a run's files are and what to type next; `epochs` is the run's length where the command gave it so."""
     run, myllm = RunPaths.of(config.name), _myllm()
     name = shlex.quote(config.name)

@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 
 from myllm import paths
 from myllm.checkpoint.retention import list_checkpoints, step_of
-from myllm.config import DataConfig, RunConfig, load_json
+from myllm.config import DataConfig, RunConfig, load_config
 from myllm.data.dataset import FORMAT, MANIFEST
 from myllm.errors import UserError
 
@@ -13,7 +13,7 @@ MADE_AGAIN = ("dataset", "val_tokens", "shard_tokens", "workers", "keep_download
 """Settings of the data that say nothing of which text it is. Their defaults have changed, and may again."""
 
 
-def as_begun(config: RunConfig, own_text: bool) -> tuple[RunConfig, bool]:
+def keep_saved_settings(config: RunConfig, own_text: bool) -> tuple[RunConfig, bool]:
     """The config, with the data set of the run of this name where it has a checkpoint and is to have the same text.
 
     Args:
@@ -26,7 +26,7 @@ def as_begun(config: RunConfig, own_text: bool) -> tuple[RunConfig, bool]:
     if config.train.fresh or not any(step_of(folder) for folder in list_checkpoints(run.checkpoints)):
         return config, own_text
     try:
-        saved = load_json(run.config, RunConfig())
+        saved = load_config(run.config, RunConfig())
         about = json.loads(run.environment.read_text(encoding="utf-8"))
         name, fingerprint = str(about["dataset"]), about["dataset_hash"]
     except (UserError, OSError, ValueError, KeyError, TypeError):  # whatever is wrong, resuming will say
@@ -43,7 +43,7 @@ def _is_of_earlier_defaults(wanted: DataConfig, saved: DataConfig, name: str, fi
     if wanted.dataset is not None or _text_of(saved) != _text_of(wanted):
         return False
     try:
-        manifest = json.loads((paths.datasets() / name / MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads((paths.datasets_dir() / name / MANIFEST).read_text(encoding="utf-8"))
         if manifest["fingerprint"] != fingerprint:
             return False
         return manifest["format"] != FORMAT or (saved.val_tokens, saved.shard_tokens) != (

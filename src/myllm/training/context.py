@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from myllm.config import RunConfig
 from myllm.distributed.collectives import DistContext
 from myllm.paths import RunPaths
-from myllm.runs.logs import JsonLines, Log
+from myllm.runs.logs import JsonlFile, Log
 
 
 @dataclass(frozen=True)
@@ -17,8 +17,8 @@ class RunContext:
     dist: DistContext
     paths: RunPaths
     log: Callable[[str], None]
-    metrics: JsonLines
-    samples: JsonLines
+    metrics: JsonlFile
+    samples: JsonlFile
 
     @classmethod
     def create(cls, config: RunConfig, dist: DistContext, paths: RunPaths | None = None) -> "RunContext":
@@ -29,4 +29,4 @@ class RunContext:
         """
         paths = paths or RunPaths.of(config.name)
         log = Log(paths.log, dist.is_rank_zero)
-        return cls(config, dist, paths, log, JsonLines(paths.metrics, log), JsonLines(paths.samples, log))
+        return cls(config, dist, paths, log, JsonlFile(paths.metrics, log), JsonlFile(paths.samples, log))

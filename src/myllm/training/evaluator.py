@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from myllm.checkpoint.format import TrainState
+from myllm.checkpoint.state import TrainState
 from myllm.config import RunConfig
 from myllm.data.dataset import Dataset
 from myllm.data.sampler import count_sequences
@@ -25,7 +25,7 @@ from myllm.inference.language_model import LanguageModel
 from myllm.inference.sampling_params import SamplingParams
 from myllm.model.transformer import Transformer
 from myllm.runs.heartbeat import Heartbeat
-from myllm.runs.logs import JsonLines, Log
+from myllm.runs.logs import JsonlFile, Log
 from myllm.runs.reference_curve import ReferenceWatch
 
 from .stop_signals import StopRequest
@@ -97,7 +97,7 @@ def build_evals(
     dataset: Dataset,
     tokenizer: Tokenizer,
     process: DistContext,
-    samples: JsonLines,
+    samples: JsonlFile,
     log: Log,
     poll: StopVote,
 ) -> list[Eval]:
@@ -184,7 +184,7 @@ def _hellaswag(
 
 
 def _write_samples(
-    config: RunConfig, model: Transformer, tokenizer: Tokenizer, step: int, samples: JsonLines, log: Log, poll: StopVote
+    config: RunConfig, model: Transformer, tokenizer: Tokenizer, step: int, samples: JsonlFile, log: Log, poll: StopVote
 ) -> None:
     sampling = SamplingParams(config.eval.sample_temperature, config.eval.sample_top_k)
     pair = LanguageModel(model, tokenizer)
@@ -204,7 +204,7 @@ def run_eval(
     config: RunConfig,
     process: DistContext,
     watch: ReferenceWatch,
-    metrics: JsonLines,
+    metrics: JsonlFile,
     log: Log,
     poll: StopVote,
 ) -> dict[str, float]:

@@ -18,8 +18,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from myllm.checkpoint.format import TrainState, random_state
-from myllm.checkpoint.skips import Skips
+from myllm.checkpoint.rng import get_rng_state
+from myllm.checkpoint.state import SkipStats, TrainState
 from myllm.config import TrainConfig
 from myllm.data.sampler import DataPosition
 from myllm.distributed.precision import needs_loss_scale
@@ -68,9 +68,9 @@ class PendingStep:
 class GradientGuard:
     """Decides on each update, counts those left out, and remembers what their steps began with."""
 
-    def __init__(self, config: TrainConfig, device: torch.device, skips: Skips | None = None) -> None:
+    def __init__(self, config: TrainConfig, device: torch.device, skips: SkipStats | None = None) -> None:
         self._config, self._device = config, device
-        self._skips = skips or Skips()
+        self._skips = skips or SkipStats()
         self._attempts: list[PendingStep] = []  # since the host last looked
         self.skipped: list[SkippedStep] = []
         """Steps that the host has seen and not yet dealt with; who deals with them empties it."""
@@ -94,7 +94,7 @@ class GradientGuard:
 
     def record(self, state: TrainState) -> None:
         """Remember where the next step begins. Costs the host a few microseconds and the device nothing."""
-        self._attempts.append(PendingStep(state.step + 1, state.data, random_state(self._device)))
+        self._attempts.append(PendingStep(state.step + 1, state.data, get_rng_state(self._device)))
 
     @torch.no_grad()
     def check(self, grad_norm: Tensor) -> Tensor:
@@ -153,7 +153,7 @@ class GradientGuard:
         self._scaled_steps = torch.where(running, steps * ~grows, self._scaled_steps)
         self._overflows = self._overflows + (running & overflow)
 
-    def sync(self) -> Skips:
+    def sync(self) -> SkipStats:
         """Read from the device what was decided since the last look: into `left_out`, `frozen` and the counts."""
         if not self._attempts:
             return self._skips
@@ -165,7 +165,7 @@ class GradientGuard:
         ).tolist()
         mean, variance, scale = torch.stack((self._mean, self._variance, self._scale)).tolist()
         scaling = (overflows, scale, steps) if self._scales else ()
-        self._skips = Skips(nonfinite, spikes, in_a_row, counted, mean, variance, *scaling)
+        self._skips = SkipStats(nonfinite, spikes, in_a_row, counted, mean, variance, *scaling)
         self.diverged = bool(frozen)
         for each, verdict in zip(attempts, verdicts, strict=True):
             if kind := _KINDS.get(verdict):

@@ -10,11 +10,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from myllm.checkpoint import format as checkpoint
-from myllm.checkpoint.async_saver import Saver
-from myllm.checkpoint.early_stop import EarlyStop
-from myllm.checkpoint.format import TrainState
-from myllm.checkpoint.retention import remove_unfinished, save_due
+from myllm.checkpoint.async_saver import AsyncSaver
+from myllm.checkpoint.format import checkpoint_dir, load_latest
+from myllm.checkpoint.retention import clean_up_partial, save_due
+from myllm.checkpoint.state import EarlyStop, TrainState
 from myllm.config import DataConfig, RunConfig, to_dict
 from myllm.data.dataloader import BatchLoader
 from myllm.data.dataset import Dataset
@@ -36,10 +35,17 @@ from myllm.paths import RunPaths
 from myllm.planning.batch import BatchPlan, batch_plan
 from myllm.planning.flops import n_parameters
 from myllm.planning.length import describe_length, resolve_max_steps, warmup_note
-from myllm.runs.heartbeat import Heartbeat, newest_step
-from myllm.runs.logs import JsonLines, Log, environment
-from myllm.runs.reference_curve import ReferenceWatch, reference_of
-from myllm.runs.run_dir import check_not_imported, check_shared, claimed, start_over, truncate_logs, write_config
+from myllm.runs.heartbeat import Heartbeat, newest_checkpoint_step
+from myllm.runs.logs import JsonlFile, Log, environment
+from myllm.runs.reference_curve import ReferenceWatch, find_reference
+from myllm.runs.run_dir import (
+    check_has_imported_weights,
+    check_shared_disk,
+    claim_run,
+    start_over,
+    truncate_logs,
+    write_config,
+)
 from myllm.training.preflight.batch_size import resolve_micro_batch_size
 
 from . import gc_schedule as garbage
@@ -105,16 +111,16 @@ def train(
         # -- the run's folder, which this process holds until it ends ------------------------------------------------
         (restarted,) = distributed.all_reduce_any(ranks.is_restart())  # what is begun afresh once goes on afterwards
         if process.is_rank_zero:
-            stack.enter_context(claimed(run))
+            stack.enter_context(claim_run(run))
             aside = start_over(run, config) if config.train.fresh and not restarted else None
             for folder in (run.checkpoints, run.best, run.anomalies):
-                remove_unfinished(folder)
-        beat = Heartbeat(run.heartbeat, newest_step(run), writes=process.is_rank_zero)
+                clean_up_partial(folder)
+        beat = Heartbeat(run.heartbeat, newest_checkpoint_step(run), writes=process.is_rank_zero)
         beat.write(now=True)  # what takes its place is the end of the start before
         distributed.barrier()
-        check_shared(run, process)
+        check_shared_disk(run, process)
         log = Log(run.log, process.is_rank_zero)
-        metrics, samples = JsonLines(run.metrics, log), JsonLines(run.samples, log)
+        metrics, samples = JsonlFile(run.metrics, log), JsonlFile(run.samples, log)
         if process.is_rank_zero and aside:
             log(f"fresh start: the older run was moved to {aside}")
         if settled:
@@ -126,10 +132,10 @@ def train(
         optimizer = ScheduledAdamW(model.named_parameters(), config.optim, max_steps)
         torch.manual_seed(config.train.seed + process.rank)  # dropout differs between ranks
         state = TrainState(0, 0, DataPosition(0, 0, config.train.seed, dataset.fingerprint))
-        if saved := checkpoint.load_latest(run.checkpoints, log):
+        if saved := load_latest(run.checkpoints, log):
             state = restore(saved, config, dataset, model, optimizer, process, log)
         else:
-            check_not_imported(run)
+            check_has_imported_weights(run)
         state = replace(state, early_stop=(state.early_stop or EarlyStop()) if patience else None)
         if process.is_rank_zero:
             truncate_logs(run, state.step)
@@ -144,8 +150,8 @@ def train(
         poll = StopVote(stop, beat)
         evals = pending = build_evals(config, whole, dataset, tokenizer, process, samples, log, poll)
         earlier = metrics.rows() if process.is_rank_zero else ()
-        watch = ReferenceWatch(reference_of(to_dict(config)), earlier)
-        saver = stack.enter_context(Saver(config, run, model, optimizer, tokenizer, process))
+        watch = ReferenceWatch(find_reference(to_dict(config)), earlier)
+        saver = stack.enter_context(AsyncSaver(config, run, model, optimizer, tokenizer, process))
         saver.check_room(state.step)
         loader = stack.enter_context(BatchLoader(dataset.train, batch, state.data, process.rank, process.device))
         stack.enter_context(watched(beat, loader, stop, run, process, config.train.collective_timeout_s, log))
@@ -373,7 +379,7 @@ def say_best(log: Log, run: RunPaths, config: RunConfig, state: TrainState) -> N
     early, patience = state.early_stop, config.train.early_stop_patience
     if not early:
         return
-    kept = checkpoint.checkpoint_folder(run.best, early.best_step or 0)
+    kept = checkpoint_dir(run.best, early.best_step or 0)
     log(f"{early}" + (f"; kept in {kept}" if kept.is_dir() else ""))
     if out_of_patience(state, config):
         log(

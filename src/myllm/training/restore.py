@@ -4,9 +4,11 @@ from dataclasses import replace
 
 import torch
 
-from myllm.checkpoint import dcp as sharded
-from myllm.checkpoint import format as checkpoint
-from myllm.checkpoint.format import TrainState
+from myllm.checkpoint.dcp import read_into, strip_wrapper_prefixes, tensor_names
+from myllm.checkpoint.format import Checkpoint, flatten_moments
+from myllm.checkpoint.integrity import OPTIMIZER, WEIGHTS
+from myllm.checkpoint.rng import set_rng_state
+from myllm.checkpoint.state import NO_DATASET, TrainState
 from myllm.config import RunConfig, saved_config
 from myllm.data.dataset import Dataset
 from myllm.data.sample_digest import SampleDigest
@@ -24,7 +26,7 @@ RATE_JUMP = 1.25
 
 
 def restore(
-    saved: checkpoint.Checkpoint,
+    saved: Checkpoint,
     config: RunConfig,
     dataset: Dataset,
     model: Transformer,
@@ -37,21 +39,21 @@ def restore(
     Raises:
         UserError: it was made with another model or other data.
     """
-    imported = saved.state.data.dataset_hash == checkpoint.UNBOUND
+    imported = saved.state.data.dataset_hash == NO_DATASET
     changed = check_resumable(saved.config, config, saved.folder, imported)
     if not imported and saved.state.data.dataset_hash != dataset.fingerprint:
         raise UserError(
             f"the checkpoint {saved.folder} was trained on other data than {dataset.folder}; give the old data set "
             "with --data.dataset NAME, another --name to start a second run, or --train.fresh to start over"
         )
-    sharded.read_into(saved.folder / checkpoint.WEIGHTS, sharded.plain_names(model.state_dict().items()))
-    if sharded.names_in(saved.folder / checkpoint.OPTIMIZER):  # none: imported weights
+    read_into(saved.folder / WEIGHTS, strip_wrapper_prefixes(model.state_dict().items()))
+    if tensor_names(saved.folder / OPTIMIZER):  # none: imported weights
         blank = optimizer.zero_state()
-        moments = sharded.plain_names(checkpoint.by_name(blank).items())
-        sharded.read_into(saved.folder / checkpoint.OPTIMIZER, moments)
+        moments = strip_wrapper_prefixes(flatten_moments(blank).items())
+        read_into(saved.folder / OPTIMIZER, moments)
         optimizer.load_state_dict(blank)
     if len(saved.random) == process.world_size:
-        checkpoint.restore_random_state(saved.random[process.rank], process.device)
+        set_rng_state(saved.random[process.rank], process.device)
     else:  # dropout of other ranks is nobody's: start anew from something that no other step has used
         torch.manual_seed(config.train.seed + process.rank + saved.state.step * process.world_size)
     log(f"resuming from {saved.folder} at step {saved.state.step:,}")

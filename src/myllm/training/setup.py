@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from myllm.checkpoint import format as checkpoint
-from myllm.checkpoint.early_stop import EarlyStop
-from myllm.checkpoint.format import TrainState
+from myllm.checkpoint.format import load_latest
+from myllm.checkpoint.state import EarlyStop, TrainState
 from myllm.data.dataloader import BatchLoader
 from myllm.data.dataset import Dataset
 from myllm.data.sampler import DataPosition
@@ -17,7 +16,7 @@ from myllm.distributed.parallelize import shard
 from myllm.model.transformer import Transformer
 from myllm.optim.adamw import ScheduledAdamW
 from myllm.planning.batch import BatchPlan
-from myllm.runs.run_dir import check_not_imported
+from myllm.runs.run_dir import check_has_imported_weights
 
 from .context import RunContext
 from .gradient_guard import GradientGuard
@@ -57,10 +56,10 @@ def build(ctx: RunContext, dataset: Dataset, batch: BatchPlan) -> Iterator[tuple
     optimizer = ScheduledAdamW(model.named_parameters(), config.optim, config.train.max_steps)
     torch.manual_seed(config.train.seed + dist.rank)  # dropout differs between ranks
     state = TrainState(0, 0, DataPosition(0, 0, config.train.seed, dataset.fingerprint))
-    if saved := checkpoint.load_latest(ctx.paths.checkpoints, ctx.log):
+    if saved := load_latest(ctx.paths.checkpoints, ctx.log):
         state = restore(saved, config, dataset, model, optimizer, dist, ctx.log)
     else:
-        check_not_imported(ctx.paths)
+        check_has_imported_weights(ctx.paths)
     patience = config.train.early_stop_patience
     state = replace(state, early_stop=(state.early_stop or EarlyStop()) if patience else None)
     with ExitStack() as stack:

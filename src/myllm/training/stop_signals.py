@@ -21,10 +21,10 @@ from dataclasses import dataclass
 from types import FrameType
 
 from myllm.distributed import launcher as ranks
-from myllm.errors import TIME_IS_UP, TIME_LIMIT, UNFINISHED
+from myllm.errors import EXIT_UNFINISHED, TIME_LIMIT, TIME_LIMIT_SIGNALS
 from myllm.formatting import format_clock
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, *TIME_IS_UP)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, *TIME_LIMIT_SIGNALS)
 FIRST_SAVE_S = 30.0
 """Kept free for a save while none has been measured; at most a tenth of the limit."""
 
@@ -70,9 +70,9 @@ def exit_unfinished_on_time_signals() -> None:
     start."""
 
     def leave(_: int, __: FrameType | None) -> None:
-        ranks.exit_with(UNFINISHED)
+        ranks.exit_with(EXIT_UNFINISHED)
 
-    for number in TIME_IS_UP:
+    for number in TIME_LIMIT_SIGNALS:
         signal.signal(number, leave)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from myllm.checkpoint.format import TrainState
+from myllm.checkpoint.state import TrainState
 from myllm.config import RunConfig
 from myllm.data.dataloader import BatchLoader
 from myllm.data.sample_digest import SampleDigest
@@ -20,7 +20,7 @@ from myllm.distributed.precision import needs_loss_scale
 from myllm.formatting import format_clock
 from myllm.planning.flops import flops_per_token
 from myllm.planning.gpu_specs import peak_flops
-from myllm.runs.logs import TRAINING, JsonLines, Log, Stopwatch
+from myllm.runs.logs import TRAINING, JsonlFile, Log, Stopwatch
 
 WORTH_SAYING = 0.01
 """Of a step, spent waiting for data: from here on a log line says so."""
@@ -58,7 +58,7 @@ class ThroughputMeter:
         fresh = {name: each for name, each in fresh.items() if each > 0}
         return [{"kind": "apart", "step": step, "seconds": fresh}] if fresh else []
 
-    def finish(self, step: int, metrics: JsonLines, log: Log) -> None:
+    def finish(self, step: int, metrics: JsonlFile, log: Log) -> None:
         """The last row, and a line about where the time went since this process began."""
         self._stopwatch.lap()
         # Before the first row there is no file, and none is begun for this: a report could not be drawn from it.

@@ -20,7 +20,8 @@ from conftest import ROOT
 from support.serving import DEADLINE_S, DEFAULT, JSON, connect, post, scripted, serving
 
 from myllm.checkpoint import format as checkpoint
-from myllm.checkpoint.format import TrainState
+from myllm.checkpoint.rng import get_rng_state
+from myllm.checkpoint.state import TrainState
 from myllm.cli.main import main as run_command
 from myllm.config import ModelConfig, RunConfig, to_dict
 from myllm.data.sampler import DataPosition
@@ -328,9 +329,11 @@ def test_a_failing_model_says_so_and_the_server_stays(
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory, model: LanguageModel) -> Path:
     folder = tmp_path_factory.mktemp("serve")
-    random, state = [checkpoint.random_state(torch.device("cpu"))], TrainState(1, 1, DataPosition(0, 0, 0, ""))
+    random, state = [get_rng_state(torch.device("cpu"))], TrainState(1, 1, DataPosition(0, 0, 0, ""))
     weights = model.model.state_dict()
-    checkpoint.save(folder / "runs/tiny/checkpoints", state, to_dict(RunConfig(model=CONFIG)), weights, {}, random, 0)
+    checkpoint.save_checkpoint(
+        folder / "runs/tiny/checkpoints", state, to_dict(RunConfig(model=CONFIG)), weights, {}, random, 0
+    )
     return folder
 
 

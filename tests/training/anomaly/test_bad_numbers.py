@@ -16,8 +16,9 @@ from conftest import losses, train_rows, with_train
 from support.rare_token import poison, rare_token, sequences_of_steps
 from torch import nn
 
-from myllm.checkpoint.format import TrainState, checkpoint_folder, list_checkpoints, load
-from myllm.checkpoint.skips import Skips
+from myllm.checkpoint.format import checkpoint_dir, load_checkpoint
+from myllm.checkpoint.retention import list_checkpoints
+from myllm.checkpoint.state import SkipStats, TrainState
 from myllm.cli.main import main
 from myllm.config import RunConfig, TrainConfig
 from myllm.data.dataloader import read_batch
@@ -82,7 +83,7 @@ def test_a_document_that_makes_nan_is_found(
     assert f"myllm replay {paths.anomalies}/step_{rare.step:08d}" in message
 
     dump = read_dump(find_dump("tiny", paths.root.parent))
-    saved = load(checkpoint_folder(paths.checkpoints, rare.step - 1))
+    saved = load_checkpoint(checkpoint_dir(paths.checkpoints, rare.step - 1))
     assert list_checkpoints(paths.checkpoints) == [saved.folder]
     assert all(torch.equal(saved.model[name], dump.model[name]) for name in saved.model)
     assert all(
@@ -91,7 +92,7 @@ def test_a_document_that_makes_nan_is_found(
         for key in saved.optimizer[name]
     )
     assert torch.equal(saved.random[0]["cpu"], dump.random[0]["cpu"])
-    before = load(list_checkpoints(dump.folder)[0])  # an ordinary checkpoint
+    before = load_checkpoint(list_checkpoints(dump.folder)[0])  # an ordinary checkpoint
     assert (before.folder.name, before.state) == (
         saved.folder.name,
         replace(saved.state, skips=None, sample_digest=None),
@@ -232,7 +233,7 @@ def test_skipping_is_as_if_the_update_had_never_been(
     poison(monkeypatch, rare.token)
     config = with_train(bare, on_nonfinite="skip", skip_spikes_sigma=50.0, log_every_steps=5, max_steps=14)
     root = run(config)
-    saved = load(list_checkpoints(root / "checkpoints")[0])
+    saved = load_checkpoint(list_checkpoints(root / "checkpoints")[0])
     for name, weight in trained_without(config, dataset, rare.step).items():
         assert torch.equal(saved.model[name], weight), name
     skips = saved.state.skips
@@ -244,7 +245,7 @@ def test_skipping_is_as_if_the_update_had_never_been(
     broken = replace(config, name="broken")
     for at in (rare.step + 1, 13):
         run_until(broken, at)
-    other = load(list_checkpoints(run(broken) / "checkpoints")[0])
+    other = load_checkpoint(list_checkpoints(run(broken) / "checkpoints")[0])
     assert other.state == saved.state
     assert all(torch.equal(other.model[name], weight) for name, weight in saved.model.items())
     assert losses(RunPaths.of("broken").root) == losses(root)
@@ -284,7 +285,7 @@ def test_skipping_gives_up(bare: RunConfig, monkeypatch: pytest.MonkeyPatch) -> 
 # -- the guard itself -------------------------------------------------------------------------------------------------
 
 
-def judged(config: TrainConfig, norms: list[float], skips: Skips | None = None) -> tuple[list[int], Skips]:
+def judged(config: TrainConfig, norms: list[float], skips: SkipStats | None = None) -> tuple[list[int], SkipStats]:
     watch, state = GradientGuard(config, CPU, skips), TrainState(0, 0, DataPosition(0, 0, 0, ""))
     verdicts = []
     for norm in norms:

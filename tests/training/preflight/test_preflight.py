@@ -23,7 +23,7 @@ from conftest import ROOT, losses, tiny_config, with_train, write_run_config
 
 from myllm import paths
 from myllm.cli.main import main
-from myllm.config import RunConfig, load_json
+from myllm.config import RunConfig, load_config
 from myllm.data.prepare.prepare import prepare
 from myllm.data.tokenizer.load import load_tokenizer
 from myllm.distributed import precision
@@ -31,7 +31,7 @@ from myllm.distributed.collectives import DistContext
 from myllm.errors import UserError
 from myllm.planning.disk import checkpoint_bytes
 from myllm.planning.forecast import describe_run
-from myllm.presets import preset
+from myllm.presets import get_preset
 from myllm.training.loop import train
 from myllm.training.preflight import batch_size as micro_batch
 from myllm.training.preflight import preflight as preflight_module
@@ -266,7 +266,7 @@ def test_a_micro_batch_that_is_too_large(config: RunConfig, temp_data: Path) -> 
 
 def test_what_a_cpu_must_not_even_try(temp_data: Path) -> None:
     """320M parameters and their moments in 1 GiB: refused before any is made."""
-    large = with_train(preset("lf-llm-269m"), device="cpu")
+    large = with_train(get_preset("lf-llm-269m"), device="cpu")
     findings = preflight(large, ALONE, Limits(), lambda line: None, 2**30)
     assert findings.out_of_memory
     assert any(
@@ -381,7 +381,7 @@ def test_a_preflights_number_is_for_its_own_conditions(
     assert taken(with_train(auto, precision="bfloat16")) == 4
     assert taken(replace(auto, model=replace(auto.model, n_layers=1))) == 4
     assert taken(replace(auto, name="other")) == 4
-    file = paths.micro_batch(auto.name)
+    file = paths.micro_batch_file(auto.name)
     found = json.loads(file.read_text())
     odd = [{"device_name": "a card"}, {"torch": "2.0"}, {"world_size": 8}, {"micro_batch_size": 3}]
     odd += [{"micro_batch_size": "2"}, {"micro_batch_size": True}, {"peak_bytes": None}, {"more": 1}]
@@ -398,10 +398,10 @@ def test_a_preflights_number_is_for_its_own_conditions(
 
 def test_auto_in_a_file_and_in_the_plan(config: RunConfig, tmp_path: Path) -> None:
     path = write_run_config(with_train(config, micro_batch_size="auto"), tmp_path / "auto.json")
-    assert load_json(path, RunConfig()).train.micro_batch_size == "auto"
+    assert load_config(path, RunConfig()).train.micro_batch_size == "auto"
     path.write_text('{"train": {"micro_batch_size": "most"}}')
     with pytest.raises(UserError, match=r"train\.micro_batch_size: expected a whole number or 'auto', found 'most'"):
-        load_json(path, RunConfig())
+        load_config(path, RunConfig())
     shown = describe_run(with_train(config, micro_batch_size="auto", batch_tokens=256), 1)
     assert "auto: the most that fits of 1, 2, 4 sequences x 64 tokens x 1 rank(s), accumulated to 256" in shown
     assert "tokens a step; memory is for one sequence" in shown
@@ -506,7 +506,7 @@ def test_every_part_is_the_runs_own() -> None:
     """What a rehearsal does goes through the functions that `train` calls."""
     from myllm.training import loop as train_module
 
-    for name in ("run_eval", "planned_evals", "Saver", "restore", "gathered"):
+    for name in ("run_eval", "planned_evals", "AsyncSaver", "restore", "gathered"):
         assert getattr(preflight_module, name) is getattr(train_module, name)
     for name in ("train_step", "fast_kernels", "spread", "Transformer", "ScheduledAdamW", "BatchLoader"):
         assert getattr(rehearsal, name) is getattr(train_module, name)

@@ -4,7 +4,7 @@ import inspect
 import random
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import tyro
@@ -12,11 +12,10 @@ import tyro
 from myllm import paths
 from myllm.cli.launch import base_config, read_config_files
 from myllm.cli.parse import parse_arguments
-from myllm.config import RunConfig
+from myllm.config import DataConfig, RunConfig
 from myllm.distributed import launcher as ranks
 from myllm.errors import UserError
 from myllm.planning.validation import check_config
-from myllm.presets import shrunk
 
 
 @dataclass(frozen=True)
@@ -48,13 +47,13 @@ def prove_resume(words: list[str]) -> None:
             "the repository"
         )
     wanted = parse_arguments(
-        ProveLaunch, rest, "myllm prove-resume [PRESET]", ProveLaunch(shrunk(base)), inspect.getdoc(prove_resume)
+        ProveLaunch, rest, "myllm prove-resume [PRESET]", ProveLaunch(shrink_config(base)), inspect.getdoc(prove_resume)
     )
-    from .compare import layouts, prove, verdict
-    from .training_process import Broken
+    from .compare import format_results, run_trials, world_sizes
+    from .training_process import RunFailed
 
     config = wanted.config
-    for world_size in layouts(config):
+    for world_size in world_sizes(config):
         check_config(config, world_size)
     if config.train.log_every_steps != 1 or config.train.max_steps < 4 or not config.train.save_every_steps:
         raise UserError(
@@ -72,14 +71,37 @@ def prove_resume(words: list[str]) -> None:
 
     say(f"{config.train.max_steps} steps of {base.name} a run, kills by --seed {seed}; runs and logs are in {folder}")
     try:
-        results = prove(config, seed, folder, say)
-    except Broken as error:
+        results = run_trials(config, seed, folder, say)
+    except RunFailed as error:
         print(f"\nnot proven: {error}\nwhat it left behind: {folder}")
         raise SystemExit(1) from None
     proven = not any(result.faults for result in results)
-    print(f"\n{verdict(results)}\n")
+    print(f"\n{format_results(results)}\n")
     if proven and not wanted.keep:
         shutil.rmtree(folder)
     print("proven: the same samples in the same order, and the losses of a run that was never interrupted" if proven
           else f"NOT proven; every run's files and output are in {folder}")  # fmt: skip
     raise SystemExit(0 if proven else 1)
+
+
+def shrink_config(config: RunConfig) -> RunConfig:
+    """A run of the same model and recipe that takes a minute: few steps, four sequences each, on little text."""
+    sequences, steps = 4, 30
+    batch_tokens = sequences * config.model.max_seq_len
+    return replace(
+        config,
+        name="prove-resume",
+        data=DataConfig(
+            source="python-stdlib", val_tokens=20_000, target_tokens=2 * steps * batch_tokens, shard_tokens=1_000_000
+        ),
+        optim=replace(config.optim, warmup_steps=5),
+        train=replace(
+            config.train, max_steps=steps, batch_tokens=batch_tokens, micro_batch_size=2, log_every_steps=1,
+            save_every_steps=4, early_stop_patience=None, fresh=False,
+        ),
+        eval=replace(
+            config.eval, validation_every_steps=10, validation_tokens=sequences * config.model.max_seq_len,
+            cloze_every_steps=0, hellaswag_every_steps=0, sample_every_steps=0,
+        ),
+        hub=replace(config.hub, repo=None, every_checkpoint=False),
+    )  # fmt: skip

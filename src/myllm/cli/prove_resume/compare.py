@@ -22,7 +22,7 @@ from myllm.distributed.device_info import cuda_device_count
 from myllm.distributed.precision import compute_dtype, dtype_name
 from myllm.files import write_json
 
-from .training_process import Broken, Training, logged_step, saved_step, train_rows
+from .training_process import RunFailed, TrainingProcess, logged_step, saved_step, train_rows
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2, "float16": 3e-2}
 """Largest difference of a loss, in nats, by precision: some hundred times what is seen, and far below what one wrong
@@ -64,7 +64,7 @@ class Result:
     receipts: str = ""
 
 
-def prove(config: RunConfig, seed: int, folder: Path, say: Say) -> list[Result]:
+def run_trials(config: RunConfig, seed: int, folder: Path, say: Say) -> list[Result]:
     """Run every trial in `folder`, a temp_data/ of its own, and compare. Returns what was found, the reference first.
 
     Raises:
@@ -72,23 +72,23 @@ def prove(config: RunConfig, seed: int, folder: Path, say: Say) -> list[Result]:
     """
     chance = random.Random(seed)
     trials = [Trial("killed once", (1, 1)), Trial("killed twice", (1, 1, 1))]
-    trials += [Trial(f"1 rank, {other} ranks, 1 rank", (1, other, 1)) for other in layouts(config)[1:]]
-    if layouts(config) == (1,):
+    trials += [Trial(f"1 rank, {other} ranks, 1 rank", (1, other, 1)) for other in world_sizes(config)[1:]]
+    if world_sizes(config) == (1,):
         say(f"{OTHER_RANKS} ranks are not tried: that needs as many GPUs, or --train.device cpu")
     path = folder / "config.json"
     write_json(path, to_dict(config))
     reference = run_trial(REFERENCE, config, path, folder, chance, say)
     if reference.faults:
-        raise Broken(f"the uninterrupted run failed: {reference.faults[0]}")
+        raise RunFailed(f"the uninterrupted run failed: {reference.faults[0]}")
     results = [reference]
     own_spread: float | None = None
     for trial in trials:
         result = run_trial(trial, config, path, folder, chance, say)
-        if trial.same_layout and not result.faults and own_spread is None and difference(reference, result):
+        if trial.same_layout and not result.faults and own_spread is None and max_loss_difference(reference, result):
             say("losses differ on the same layout; does an uninterrupted run repeat itself here?")
             again = run_trial(AGAIN, config, path, folder, chance, say)
-            own_spread = difference(reference, again) if not again.faults else None
-        judge(result, reference, config, own_spread or 0.0)
+            own_spread = max_loss_difference(reference, again) if not again.faults else None
+        judge_trial(result, reference, config, own_spread or 0.0)
         say(f"{trial.name}: {'; '.join(result.faults) or 'proven'}")
         results.append(result)
     return results
@@ -100,7 +100,7 @@ def run_trial(trial: Trial, config: RunConfig, path: Path, folder: Path, chance:
     killed = sorted(chance.sample(range(1, steps), len(trial.ranks) - 1))
     for ranks, at in zip(trial.ranks, [*killed, None], strict=True):
         say(f"{trial.name}: {'to the end' if at is None else f'to be killed after step {at}'}, on {ranks} rank(s)")
-        training = Training.start(path, trial.folder, folder, ranks)
+        training = TrainingProcess.start(path, trial.folder, folder, ranks)
         try:
             if at is None:
                 training.finish(steps)
@@ -113,7 +113,7 @@ def run_trial(trial: Trial, config: RunConfig, path: Path, folder: Path, chance:
                     result.faults.append(f"killed at step {reached}, only step {saved} was saved")
             elif training.process.returncode:
                 training.finish(steps)  # raises, with its last words
-        except Broken as error:
+        except RunFailed as error:
             result.faults.append(str(error))
             break
         finally:
@@ -123,7 +123,7 @@ def run_trial(trial: Trial, config: RunConfig, path: Path, folder: Path, chance:
     return result
 
 
-def judge(result: Result, reference: Result, config: RunConfig, own_spread: float) -> None:
+def judge_trial(result: Result, reference: Result, config: RunConfig, own_spread: float) -> None:
     """Compare with the reference, row by row.
 
     Args:
@@ -138,7 +138,7 @@ def judge(result: Result, reference: Result, config: RunConfig, own_spread: floa
     result.receipts = f"{len(shared) - len(wrong)} of {len(theirs)} the same"
     if wrong:
         result.faults.append(f"from step {wrong[0]} on it trained on other samples")
-    worst = difference(reference, result)
+    worst = max_loss_difference(reference, result)
     exact = result.trial.same_layout and not own_spread
     allowed = 0.0 if exact else tolerance(config)
     dropout = any((config.model.dropout_embedding, config.model.dropout_attention_residual, config.model.dropout_ffn))
@@ -152,7 +152,7 @@ def judge(result: Result, reference: Result, config: RunConfig, own_spread: floa
         result.losses += ")" if config.train.deterministic else "; not with --train.deterministic)"
 
 
-def difference(one: Result, other: Result) -> float:
+def max_loss_difference(one: Result, other: Result) -> float:
     """The largest difference of a loss, over the steps that both have."""
     shared = one.rows.keys() & other.rows.keys()
     return max((abs(one.rows[step]["loss"] - other.rows[step]["loss"]) for step in shared), default=0.0)
@@ -162,14 +162,14 @@ def tolerance(config: RunConfig) -> float:
     return TOLERANCE[dtype_name(compute_dtype(config.train.precision, choose_device(config.train.device)))]
 
 
-def layouts(config: RunConfig) -> tuple[int, ...]:
+def world_sizes(config: RunConfig) -> tuple[int, ...]:
     """The numbers of ranks that can be tried here: 1, and OTHER_RANKS on the CPU or where there are as many GPUs."""
     device = choose_device(config.train.device)
     room = device.type == "cpu" or (device.type == "cuda" and cuda_device_count() >= OTHER_RANKS)
     return (1, OTHER_RANKS) if room else (1,)
 
 
-def verdict(results: list[Result]) -> str:
+def format_results(results: list[Result]) -> str:
     """A table for people."""
     rows = [("trial", "killed at", "receipts", "losses", "verdict")]
     for result in results[1:]:

@@ -14,19 +14,19 @@ from typing import Any
 
 from myllm.checkpoint.retention import list_checkpoints, step_of
 from myllm.paths import RunPaths, project_root
-from myllm.runs.logs import JsonLines
+from myllm.runs.logs import JsonlFile
 
-LOOK_EVERY_S = 0.02
+POLL_S = 0.02
 PATIENCE_S = 600
 """How long a step may take, or a start."""
 
 
-class Broken(RuntimeError):
+class RunFailed(RuntimeError):
     """A run ended, or stood still, where it should have gone on."""
 
 
 @dataclass
-class Training:
+class TrainingProcess:
     """One start of pretrain.py, alone or under torchrun, with its output in a file."""
 
     process: subprocess.Popen[bytes]
@@ -36,7 +36,7 @@ class Training:
     """The metrics of an earlier start, by inode: on its start a run writes anew what it keeps of them."""
 
     @classmethod
-    def start(cls, config: Path, name: str, data: Path, ranks: int = 1) -> "Training":
+    def start(cls, config: Path, name: str, data: Path, ranks: int = 1) -> "TrainingProcess":
         """
         Args:
             data: the temp_data/ of the run.
@@ -90,8 +90,8 @@ class Training:
                 seen, since = now, time.monotonic()
             elif time.monotonic() - since > PATIENCE_S:
                 self.kill()
-                raise Broken(f"nothing happened for {PATIENCE_S} s after step {seen}; see {self.log}")
-            time.sleep(LOOK_EVERY_S)
+                raise RunFailed(f"nothing happened for {PATIENCE_S} s after step {seen}; see {self.log}")
+            time.sleep(POLL_S)
         return True
 
     def finish(self, last_step: int) -> None:
@@ -105,15 +105,15 @@ class Training:
             code = self.process.wait(PATIENCE_S)
         except subprocess.TimeoutExpired:
             self.kill()
-            raise Broken(f"it did not end after its last step; see {self.log}") from None
+            raise RunFailed(f"it did not end after its last step; see {self.log}") from None
         if code or self.step() < last_step:
             tail = "".join(f"\n    {line}" for line in self.log.read_text(errors="replace").splitlines()[-12:])
-            raise Broken(f"it ended with code {code} at step {self.step()} of {last_step}:{tail}")
+            raise RunFailed(f"it ended with code {code} at step {self.step()} of {last_step}:{tail}")
 
 
 def train_rows(run: RunPaths) -> dict[int, dict[str, Any]]:
     """The rows of a run's training steps, by step; the later one where there are two."""
-    return {row["step"]: row for row in JsonLines(run.metrics).rows() if row.get("kind") == "train"}
+    return {row["step"]: row for row in JsonlFile(run.metrics).rows() if row.get("kind") == "train"}
 
 
 def logged_step(run: RunPaths) -> int:
@@ -141,8 +141,8 @@ def wait_until_gone(pids: list[int], patience_s: float = 60) -> None:
     deadline = time.monotonic() + patience_s
     while alive := set(pids) & _parents().keys():
         if time.monotonic() > deadline:
-            raise Broken(f"processes {sorted(alive)} are still there")
-        time.sleep(LOOK_EVERY_S)
+            raise RunFailed(f"processes {sorted(alive)} are still there")
+        time.sleep(POLL_S)
 
 
 def _send(pid: int, number: int) -> None:

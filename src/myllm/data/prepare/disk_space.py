@@ -45,7 +45,7 @@ def _download_bytes(recipe: DatasetSpec, remote: list[SourceFile], workers: int,
     """Of downloaded files on the disk at a time."""
     sizes = sorted((file.size_bytes for file in remote), reverse=True)
     if recipe.config.keep_downloads:
-        kept = paths.downloads() / recipe.source.name
+        kept = paths.downloads_dir() / recipe.source.name
         share = min(recipe.estimated_tokens / max(estimate_tokens(recipe.source.files), 1), 1) / parts
         return max(sum(sizes) * share - sum(map(_size_on_disk, kept.rglob("*"))), 0)
     # Those of the units under way, a few ahead, and one that is just being deleted.

@@ -33,14 +33,14 @@ from myllm.data.sources.source import find_source
 from myllm.distributed.cpu_threads import usable_cores
 from myllm.errors import UserError
 from myllm.files import (
-    TEMPORARY,
-    fsync_folder,
-    full_place,
-    in_words,
-    locked,
+    TEMP_SUFFIX,
+    atomic_write,
+    explain_os_error,
+    file_lock,
+    fsync_dir,
+    full_disk_path,
     out_of_space,
     read_json,
-    replacing,
     write_json,
 )
 
@@ -97,7 +97,7 @@ def siblings(recipe: DatasetSpec) -> Iterator[str]:
     """A sentence on each whole data set of the same text and vocabulary, cut in other amounts: it may do as well."""
     wanted = recipe.describe()
     amounts = ("val_tokens", "target_tokens", "max_documents", "shard_tokens", "shuffle_seed")
-    for file in sorted(paths.datasets().glob(f"[!.]*/{MANIFEST}")):
+    for file in sorted(paths.datasets_dir().glob(f"[!.]*/{MANIFEST}")):
         try:
             manifest = Dataset.read(file.parent).manifest
         except UserError:
@@ -121,7 +121,7 @@ def is_complete(folder: Path) -> bool:
 def preparation_lock(folder: Path, what: str = "") -> Iterator[None]:
     """Hold the preparation of a data set, or of a part of it, for this process; others wait."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with locked(lock_path(folder, what)):
+    with file_lock(lock_path(folder, what)):
         yield
 
 
@@ -135,17 +135,18 @@ def disk_errors_for_users() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        where = full_place(error, paths.datasets())
-        if out_of_space(error) and where is not None and where.is_relative_to(paths.datasets()):
+        where = full_disk_path(error, paths.datasets_dir())
+        if out_of_space(error) and where is not None and where.is_relative_to(paths.datasets_dir()):
             raise UserError(
-                f"no room to write the data set under {paths.datasets()}: {error.strerror}. What is finished is kept: "
+                f"no room to write the data set under {paths.datasets_dir()}: {error.strerror}. What is finished is "
+                "kept: "
                 "free some space and the same command goes on, or set MYLLM_DATA to a folder on a larger disk"
             ) from None
-        if said := in_words(error):
+        if said := explain_os_error(error):
             raise UserError(said) from None
         if error.errno == errno.ENOENT:
             raise UserError(
-                f"cannot find {error.filename or paths.datasets()}: {error.strerror}; start it again, and "
+                f"cannot find {error.filename or paths.datasets_dir()}: {error.strerror}; start it again, and "
                 "set MYLLM_DATA to another folder if it leads nowhere"
             ) from None
         raise
@@ -183,7 +184,7 @@ def _build(recipe: DatasetSpec, workers: int, progress: bool) -> None:
 def clear_work(folder: Path) -> None:
     """Delete what a data set that is whole was made from. No worker writes there any more."""
     (folder / PROGRESS).unlink(missing_ok=True)
-    for left in folder.glob(f".*{TEMPORARY}"):
+    for left in folder.glob(f".*{TEMP_SUFFIX}"):
         left.unlink(missing_ok=True)
     if (folder / WORK).exists():  # last: as long as it is there, the next call comes here again
         shutil.rmtree(folder / WORK)
@@ -207,19 +208,19 @@ def open_work(recipe: DatasetSpec, work: Path) -> None:
     if folder.exists() and not (folder / WORK).exists():  # what someone's `rm -r` did not get to
         remove(folder)
     work.mkdir(parents=True, exist_ok=True)
-    for left in work.glob(f".*{TEMPORARY}"):
+    for left in work.glob(f".*{TEMP_SUFFIX}"):
         left.unlink(missing_ok=True)
     write_json(folder / SETTINGS, recipe.settings())
     if not recipe.tokenizer.is_default:  # in one step: training that goes on meanwhile reads it
-        with replacing(folder / TOKENIZER) as file:
+        with atomic_write(folder / TOKENIZER) as file:
             file.write(recipe.tokenizer.file.read_bytes())
-    fsync_folder(folder)
+    fsync_dir(folder)
 
 
 def go_on_from(recipe: DatasetSpec, work: Path) -> None:
     """Forget what an interrupted call cannot have finished."""
     folder = recipe.folder
-    for left in folder.glob(f".*{TEMPORARY}"):
+    for left in folder.glob(f".*{TEMP_SUFFIX}"):
         left.unlink(missing_ok=True)
     if not finished_shards(folder, recipe.fingerprint):
         (folder / PROGRESS).unlink(missing_ok=True)

@@ -27,7 +27,7 @@ class Downloads:
 
     def __init__(self, recipe: DatasetSpec, work: Path, pool: Executor | None) -> None:
         self._pool, self._keep = pool, recipe.config.keep_downloads
-        self._kept_folder = paths.downloads() / recipe.source.name
+        self._kept_folder = paths.downloads_dir() / recipe.source.name
         self._own_folder = work / "downloads"
         self._futures: dict[str, Future[Path]] = {}
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from myllm.data.dataset import MANIFEST, PROGRESS, SPANS, Shard
 from myllm.errors import UserError
-from myllm.files import read_json, replacing, write_json, write_text
+from myllm.files import atomic_write, read_json, write_json, write_text
 
 from .shard_plan import ShardPlanner, ShardSpec
 from .spec import DatasetSpec
@@ -40,7 +40,7 @@ def write_shard(path: Path, spans: list[tuple[Path, int, int]]) -> str:
     tokens = sum(end - start for _, start, end in spans)
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": "<u2", "fortran_order": False, "shape": (tokens,)})
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         for part in _parts(header.getvalue(), spans):
             digest.update(part)
             file.write(part)
@@ -162,5 +162,5 @@ def finished_shards(folder: Path, fingerprint: str) -> list[Shard]:
 
 
 def _save_spans(path: Path, spans: Iterable[tuple[int, int, int, int]]) -> None:
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         np.save(file, np.array(list(spans), dtype=np.int64).reshape(-1, 4))

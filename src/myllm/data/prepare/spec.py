@@ -37,7 +37,7 @@ class DatasetSpec:
 
     @property
     def folder(self) -> Path:
-        return paths.datasets() / f"{self.source.name}-{self.fingerprint[:12]}"
+        return paths.datasets_dir() / f"{self.source.name}-{self.fingerprint[:12]}"
 
     @cached_property
     def fingerprint(self) -> str:

@@ -22,15 +22,15 @@ from zipfile import BadZipFile
 import numpy as np
 
 from myllm.config import DataConfig
-from myllm.console import open_output
 from myllm.data.sources.cleaning import clean
 from myllm.data.sources.read_task import SkipLog
 from myllm.data.sources.readers import is_splittable
 from myllm.data.sources.source import Source, SourceFile, read_documents
 from myllm.data.tokenizer.base import Tokenizer
 from myllm.data.tokenizer.load import load_tokenizer
+from myllm.distributed.standard_streams import protect_output
 from myllm.errors import UserError
-from myllm.files import TEMPORARY, naming
+from myllm.files import TEMP_SUFFIX, add_filename
 
 SMALL_BYTES = 2_000_000
 """Small files make a unit together, up to about this much text."""
@@ -164,7 +164,7 @@ def init_worker() -> None:
 
     Each worker holds both ends of the queue that it waits on, so a killed parent would leave it waiting for ever.
     """
-    open_output(keep_going=True)
+    protect_output(keep_going=True)
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
@@ -196,9 +196,9 @@ def tokenize_item(
         InterruptedError: the parent has no use for more, and does not ask for this result.
     """
     # Named anew each time: a worker that outlives a killed parent by a moment spoils nobody's file.
-    temporary = out.with_name(f".{out.name}.{secrets.token_hex(8)}{TEMPORARY}")
+    temporary = out.with_name(f".{out.name}.{secrets.token_hex(8)}{TEMP_SUFFIX}")
     try:
-        with naming(out), temporary.open("wb", WRITE_BYTES) as file:
+        with add_filename(out), temporary.open("wb", WRITE_BYTES) as file:
             tokenizer = _tokenizer(config.tokenizer)
             writer = _Writer(file)
             for batch in _batches(_documents(unit, paths, source, config, writer.faults)):

@@ -12,7 +12,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from myllm.errors import UserError
-from myllm.files import file_sha256, fsync_folder, locked, naming, out_of_space
+from myllm.files import add_filename, file_lock, file_sha256, fsync_dir, out_of_space
 
 from .hub_listing import UnreachableError, first_line, hub_endpoint
 from .source import SourceFile
@@ -56,7 +56,7 @@ def download_file(file: SourceFile, downloads: Path, kept: Path | None = None, t
     path.parent.mkdir(parents=True, exist_ok=True)
     # Preparations with other settings may share the folder of kept downloads; and a killed one's process may live on
     # for a moment.
-    with locked(path.with_name(f".{path.name[-200:]}.lock")):
+    with file_lock(path.with_name(f".{path.name[-200:]}.lock")):
         if not _is_whole(file, path):
             _fetch_whole(file, path, tries)
     return path
@@ -84,7 +84,7 @@ def _fetch_whole(file: SourceFile, path: Path, tries: int) -> None:
                 "Delete the listing under temp_data/listings to take what is there now"
             )
     partial.rename(path)
-    fsync_folder(path.parent)
+    fsync_dir(path.parent)
 
 
 class _Replaced(Exception):
@@ -166,7 +166,7 @@ def _continue(file: SourceFile, partial: Path, have: int) -> None:
             return
         hf_raise_for_status(response)
         _check_same(file, response.headers)
-        with naming(partial), partial.open("ab") as out:
+        with add_filename(partial), partial.open("ab") as out:
             if response.status_code != 206:  # the whole file, whatever was asked for
                 out.truncate(0)
             for chunk in response.iter_raw():  # as it comes: a chunk that is waited for is lost with the connection

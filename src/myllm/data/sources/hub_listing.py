@@ -17,7 +17,7 @@ from urllib.parse import quote, urlsplit
 
 from myllm import paths
 from myllm.errors import UserError
-from myllm.files import locked, read_json, write_json
+from myllm.files import file_lock, read_json, write_json
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _TIMEOUTS_S = (5, 15, 15, 15)
@@ -235,14 +235,14 @@ def listing_path(question: str) -> Path:
     # Questions that differ in a sign only have names of their own by the hash.
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", question).strip("-")[:100]
     digest = hashlib.sha256(question.encode(errors="surrogateescape")).hexdigest()
-    return paths.listings() / f"{name}-{digest[:8]}.json"
+    return paths.listings_dir() / f"{name}-{digest[:8]}.json"
 
 
 @contextmanager
 def listing_lock(path: Path) -> Iterator[None]:
     """Be the only process that makes the answer of this path; another one's is waited for."""
-    paths.locks().mkdir(parents=True, exist_ok=True)
-    with locked(paths.locks() / f"{path.name}.lock"):
+    paths.locks_dir().mkdir(parents=True, exist_ok=True)
+    with file_lock(paths.locks_dir() / f"{path.name}.lock"):
         yield
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from myllm import paths
-from myllm.errors import UserError, nearest
+from myllm.errors import UserError, did_you_mean
 from myllm.paths import user_path
 
 from .catalog import CORPORA, Corpus
@@ -94,7 +94,7 @@ def find_source(spec: str, column: str | None = None, hashed: bool = True) -> So
         source = known_corpus(CORPORA[kind], rest)
     else:
         known = ["python-stdlib", *CORPORA]
-        meant = _meant(spec) or nearest(spec, [*known, "files:", "hub:"])
+        meant = _meant(spec) or did_you_mean(spec, [*known, "files:", "hub:"])
         raise UserError(
             f"unknown source {spec!r}{meant}; known sources: {', '.join(known)}, "
             "hub:NAMESPACE/NAME[:GLOB] (any repository of parquet or jsonl), files:PATH (a file, folder or glob of "
@@ -146,7 +146,7 @@ def known_corpus(corpus: Corpus, variant: str) -> Source:
         raise UserError(f"the source {corpus.name} has no variants, found {variant!r}; give {corpus.name} alone")
     if variant and variant not in corpus.variants:
         raise UserError(
-            f"{corpus.name} has no list {variant!r}{nearest(variant, list(corpus.variants))}; "
+            f"{corpus.name} has no list {variant!r}{did_you_mean(variant, list(corpus.variants))}; "
             f"it has {', '.join(corpus.variants)}"
         )
     try:
@@ -239,7 +239,13 @@ def _without_own(files: list[Path], root: Path) -> list[Path]:
     """The files, but for runs, data sets and what else this program writes below the root."""
     if not files:
         return files
-    folders = (paths.datasets(), paths.listings(), paths.downloads(), paths.tokenizers(), paths.runs())
+    folders = (
+        paths.datasets_dir(),
+        paths.listings_dir(),
+        paths.downloads_dir(),
+        paths.tokenizers_dir(),
+        paths.runs_dir(),
+    )
     base = root.absolute().resolve()
     own = [folder for each in folders if (folder := each.resolve()) != base and folder.is_relative_to(base)]
     if not own:

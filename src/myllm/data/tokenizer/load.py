@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from myllm import paths
-from myllm.errors import UserError, nearest
+from myllm.errors import UserError, did_you_mean
 from myllm.paths import user_path
 
 from .base import Tokenizer
@@ -38,7 +38,8 @@ def load_tokenizer(spec: str | Path | None = None) -> Tokenizer:
         )
     siblings = path.parent.glob("*") if path.parent != Path(".") else ()
     raise UserError(
-        f"no tokenizer {str(spec)!r}{nearest(str(spec), [NAME, *map(str, siblings)])}; expected {NAME}, or the path of "
+        f"no tokenizer {str(spec)!r}{did_you_mean(str(spec), [NAME, *map(str, siblings)])}; expected {NAME}, or the "
+        "path of "
         f"a {TOKENIZER_FILE}, such as one that `myllm tokenizer train SOURCE` wrote"
     )
 

@@ -5,7 +5,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from myllm.errors import UserError
-from myllm.files import fsync_folder, out_of_space, own_folder
+from myllm.files import fsync_dir, out_of_space, temporary_dir
 
 
 @contextmanager
@@ -19,7 +19,7 @@ def atomic_dir(to: Path) -> Iterator[Path]:
     with ExitStack() as stack:
         try:
             to.parent.mkdir(parents=True, exist_ok=True)
-            work = stack.enter_context(own_folder(to))
+            work = stack.enter_context(temporary_dir(to))
         except OSError as error:
             raise UserError(f"cannot write {to}: {error.strerror}; give another place") from None
         try:
@@ -28,4 +28,4 @@ def atomic_dir(to: Path) -> Iterator[Path]:
             if not out_of_space(error):
                 raise
             raise UserError(f"cannot write {to}: the disk is full. Nothing was exported; free some space") from None
-    fsync_folder(to.parent)
+    fsync_dir(to.parent)

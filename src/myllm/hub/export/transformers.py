@@ -13,16 +13,15 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
-from myllm.checkpoint import format as checkpoint
-from myllm.checkpoint.format import Checkpoint
-from myllm.checkpoint.integrity import MODEL
-from myllm.checkpoint.retention import unused
+from myllm.checkpoint.format import Checkpoint, load_checkpoint
+from myllm.checkpoint.integrity import HASH_MODEL
+from myllm.checkpoint.retention import unused_path
 from myllm.config import RunConfig, saved_config
 from myllm.data.sources.catalog import actual_source
 from myllm.data.tokenizer.base import Tokenizer
 from myllm.data.tokenizer.load import load_tokenizer
 from myllm.errors import UserError
-from myllm.files import TEMPORARY, fsync_folder, read_json, write_json, write_text
+from myllm.files import TEMP_SUFFIX, fsync_dir, read_json, write_json, write_text
 from myllm.hub.architectures import CLASSES, select_architecture, transformers_config
 from myllm.model.transformer import Transformer
 from myllm.paths import RunPaths, user_path
@@ -85,7 +84,7 @@ def load_export_source(where: Path | Checkpoint) -> ExportSource:
     Raises:
         UserError: no intact checkpoint, or one whose vocabulary does not fit.
     """
-    saved = checkpoint.load(where, MODEL) if isinstance(where, Path) else where
+    saved = load_checkpoint(where, HASH_MODEL) if isinstance(where, Path) else where
     folder = saved.folder
     config = saved_config(saved.config, folder / "config.json")
     run = RunPaths(folder.parent.parent)
@@ -145,7 +144,7 @@ def export_transformers(
         model = source.model(dtype)
         parity = verify(work, model, source.tokenizer)
         rounding = _rounding(source, model) if dtype != "float32" else 0.0
-        fsync_folder(work)
+        fsync_dir(work)
         _take_the_name(work, to, say)
     return ExportResult(to, CLASSES[kind], parity, rounding)
 
@@ -183,7 +182,7 @@ def _take_the_name(work: Path, to: Path, say: Callable[[str], None]) -> None:
         old = work.with_name(f"{work.name}{REPLACED}")
         to.rename(old)
         work.rename(to)
-        for left in to.parent.glob(f".{glob.escape(to.name)}.*{TEMPORARY}{REPLACED}"):  # of killed processes, too
+        for left in to.parent.glob(f".{glob.escape(to.name)}.*{TEMP_SUFFIX}{REPLACED}"):  # of killed processes, too
             shutil.rmtree(left, ignore_errors=True)
     else:
         to.rename(to.with_name(f"{to.name}.before-{time.strftime('%Y%m%d-%H%M%S')}"))
@@ -196,7 +195,7 @@ def _keep_others_files(work: Path, to: Path, say: Callable[[str], None]) -> None
     others = [path for path in to.iterdir() if path.name not in known and not WEIGHTS.fullmatch(path.name)]
     if not others:
         return
-    kept = unused(to.with_name(f"{to.name}.kept-{time.strftime('%Y%m%d-%H%M%S')}"))
+    kept = unused_path(to.with_name(f"{to.name}.kept-{time.strftime('%Y%m%d-%H%M%S')}"))
     kept.mkdir()
     for path in others:
         path.rename(kept / path.name)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from myllm.errors import UserError, nearest
+from myllm.errors import UserError, did_you_mean
 from myllm.files import parse_json
 from myllm.inference.sampling_params import SamplingParams
 
@@ -32,7 +32,7 @@ def parse_request(body: bytes, default: GenerateRequest) -> GenerateRequest:
     if not isinstance(given, dict):
         raise UserError('the request is no JSON object: send one such as {"prompt": "Once", "temperature": 0.7}')
     base = to_settings(default)
-    faults = [f"unknown setting {key!r}{nearest(key, list(base))}" for key in given if key not in base]
+    faults = [f"unknown setting {key!r}{did_you_mean(key, list(base))}" for key in given if key not in base]
     values = {**base}
     for key in base.keys() & given.keys():
         try:

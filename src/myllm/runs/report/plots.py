@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from myllm.files import replacing
+from myllm.files import atomic_write
 from myllm.formatting import format_number, format_percent, format_si
 from myllm.runs.history import (
     Metrics,
@@ -25,7 +25,7 @@ from myllm.runs.history import (
     moving_average,
     section,
 )
-from myllm.runs.reference_curve import reference_of
+from myllm.runs.reference_curve import find_reference
 
 from .axes import (
     BLUE,
@@ -94,7 +94,7 @@ def save_figures(metrics: Metrics, config: Row, folder: Path) -> dict[str, Path]
         if drawn is None:
             path.unlink(missing_ok=True)
         else:
-            with replacing(path, durable=False) as file:  # two processes may draw the same report
+            with atomic_write(path, durable=False) as file:  # two processes may draw the same report
                 drawn.savefig(file, dpi=DPI, format="png")
             saved[name] = path
     return saved
@@ -114,7 +114,7 @@ def draw_loss(axes: Axes, metrics: Metrics, config: Row) -> list[Label]:
 
 def _draw_reference_loss(axes: Axes, metrics: Metrics, config: Row) -> list[Label]:
     """The validation loss of the published run that this run repeats, if any: dashed, with its band and points."""
-    reference = reference_of(config)
+    reference = find_reference(config)
     if reference is None:
         return []
     curve = reference.curves["validation"]
@@ -196,7 +196,7 @@ def draw_accuracy(axes: Axes, metrics: Metrics, config: Row) -> list[Label]:
     for chance in chances - {None}:
         axes.axhline(chance, color=GRAY, linewidth=1.2, linestyle=DOTTED)
         labels.append(Label(chance, f"chance\n{chance * 100:.0f} %", GRAY))
-    reference = reference_of(config) if hellaswag else None
+    reference = find_reference(config) if hellaswag else None
     if reference:  # known only for the end of the published run
         curve = reference.curves["hellaswag"]
         (value,) = curve.values

@@ -23,13 +23,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from myllm.checkpoint import format as checkpoint
-from myllm.checkpoint.retention import folder_name, is_untouched, list_checkpoints, unused
+from myllm.checkpoint.format import load_checkpoint
+from myllm.checkpoint.retention import is_removable, list_checkpoints, step_dir_name, unused_path
 from myllm.config import RunConfig, saved_config
 from myllm.errors import UserError
-from myllm.files import fsync_folder, parse_json, read_json, write_json, write_text
+from myllm.files import fsync_dir, json_safe, parse_json, read_json, write_json, write_text
 from myllm.migrations import ANOMALY
-from myllm.nonfinite import json_safe
 from myllm.paths import RunPaths, user_path
 
 from .diagnose import Diagnosis
@@ -55,7 +54,7 @@ class AnomalyDump:
 
 
 def dump_folder(run: RunPaths, step: int) -> Path:
-    return run.anomalies / folder_name(step)
+    return run.anomalies / step_dir_name(step)
 
 
 def partial_folder(folder: Path) -> Path:
@@ -83,19 +82,19 @@ def finish_dump(
     layers = [[asdict(layer) for layer in diagnosis.layers] if diagnosis else None for diagnosis in diagnoses]
     write_json(work / LAYERS, json_safe(layers))
     write_json(work / SUMMARY, json_safe(ANOMALY.stamp(summary)))
-    fsync_folder(work)
+    fsync_dir(work)
     if folder.is_dir() and _is_unchanged(folder):
         shutil.rmtree(folder)
     elif folder.exists():
-        folder.rename(unused(folder.with_name(f"{folder.name}.before-{time.strftime('%Y%m%d-%H%M%S')}")))
+        folder.rename(unused_path(folder.with_name(f"{folder.name}.before-{time.strftime('%Y%m%d-%H%M%S')}")))
     work.rename(folder)
-    fsync_folder(folder.parent)
+    fsync_dir(folder.parent)
 
 
 def _is_unchanged(folder: Path) -> bool:
     """True if a dump holds nothing but what `finish_dump` and the checkpoint's save wrote."""
     ours = {SUMMARY, TOKENS, SAMPLES, LAYERS}
-    return all(is_untouched(path) if path.is_dir() else path.name in ours for path in folder.iterdir())
+    return all(is_removable(path) if path.is_dir() else path.name in ours for path in folder.iterdir())
 
 
 def read_dump(folder: Path) -> AnomalyDump:
@@ -125,7 +124,7 @@ def _state(folder: Path) -> dict[str, Any]:
     checkpoints = list_checkpoints(folder)
     if not checkpoints:
         raise UserError(f"the anomaly dump {folder} has no checkpoint in it; expected a folder step_...")
-    saved = checkpoint.load(checkpoints[0])
+    saved = load_checkpoint(checkpoints[0])
     config = saved_config(saved.config, saved.folder / "config.json")
     return {"config": config, "model": saved.model, "optimizer": saved.optimizer, "random": saved.random}
 

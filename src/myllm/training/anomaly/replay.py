@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from myllm.checkpoint.format import restore_random_state
+from myllm.checkpoint.rng import set_rng_state
 from myllm.data.transfer import inputs_and_targets
 from myllm.distributed.precision import autocast_to
 from myllm.errors import UserError
@@ -82,7 +82,7 @@ def _batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     for micro_batch in micro_batches:
         if micro_batch.first_of_rank is not None:
-            restore_random_state(dump.random[micro_batch.first_of_rank], device)
+            set_rng_state(dump.random[micro_batch.first_of_rank], device)
         tokens, targets = inputs_and_targets(dump.tokens[micro_batch.samples])
         yield tokens.to(device), targets.to(device)
 

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from myllm.checkpoint import dcp as sharded
-from myllm.checkpoint import format as checkpoint
-from myllm.checkpoint.format import Snapshot, TrainState, restore_random_state
+from myllm.checkpoint.dcp import copy_to_host, rank_tensors, strip_wrapper_prefixes
+from myllm.checkpoint.format import Snapshot, flatten_moments, write_checkpoint
+from myllm.checkpoint.rng import set_rng_state
+from myllm.checkpoint.state import TrainState
 from myllm.config import to_dict
 from myllm.data.dataloader import read_batch, read_rows
 from myllm.data.dataset import Dataset
@@ -97,7 +98,7 @@ def _diagnose_share(bad: SkippedStep, sequences: np.ndarray, trainer: Trainer, d
         sequences: of the step, in their global order, (G,) int64.
     """
     config, dist, batch = trainer.ctx.config, trainer.ctx.dist, trainer.batch
-    restore_random_state(bad.random, dist.device)
+    set_rng_state(bad.random, dist.device)
     micro_batches = [
         sequences[rank_rows(micro_step, dist.rank, batch.world_size, batch.micro_batch_size)]
         for micro_step in range(batch.grad_accum_steps)
@@ -120,13 +121,13 @@ def _write_checkpoint(
     ctx = trainer.ctx
     tokens_seen = state.tokens_seen - (state.step - bad.step + 1) * trainer.batch.batch_tokens
     before = TrainState(bad.step - 1, tokens_seen, bad.data, state.early_stop)
-    moments = checkpoint.by_name(trainer.optimizer.state_dict())
-    tensors = [sharded.plain_names(named.items()) for named in (trainer.model.state_dict(), moments)]
+    moments = flatten_moments(trainer.optimizer.state_dict())
+    tensors = [strip_wrapper_prefixes(named.items()) for named in (trainer.model.state_dict(), moments)]
     try:
-        shares = [sharded.to_host(sharded.share(named, ctx.dist.rank, ctx.dist.world_size), {}) for named in tensors]
+        shares = [copy_to_host(rank_tensors(named, ctx.dist.rank, ctx.dist.world_size), {}) for named in tensors]
         tokenizer_file = None if tokenizer.is_default else tokenizer.file
         random = {ctx.dist.rank: bad.random}
-        checkpoint.write(folder, Snapshot(before, to_dict(ctx.config), *shares, random, tokenizer_file))
+        write_checkpoint(folder, Snapshot(before, to_dict(ctx.config), *shares, random, tokenizer_file))
     except Exception as error:
         return error
     return None

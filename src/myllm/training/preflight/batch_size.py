@@ -164,7 +164,7 @@ def save_for_run(config: RunConfig, process: DistContext, peak_bytes: int) -> No
     Raises:
         OSError: it cannot be written.
     """
-    file = paths.micro_batch(config.name)
+    file = paths.micro_batch_file(config.name)
     file.parent.mkdir(parents=True, exist_ok=True)
     found = {"micro_batch_size": config.train.micro_batch_size, "peak_bytes": peak_bytes}
     write_json(file, found | _conditions(config, process))
@@ -172,7 +172,7 @@ def save_for_run(config: RunConfig, process: DistContext, peak_bytes: int) -> No
 
 def _of_preflight(config: RunConfig, process: DistContext) -> tuple[int | None, int]:
     """The number that a preflight left for just this run, and the bytes that it took; None if there is none."""
-    left = read_json_or_empty(paths.micro_batch(config.name))
+    left = read_json_or_empty(paths.micro_batch_file(config.name))
     size, peak = left.pop("micro_batch_size", None), left.pop("peak_bytes", None)
     fits = type(size) is int and type(peak) is int and left == _conditions(config, process)
     return (size, peak) if fits else (None, 0)

@@ -54,7 +54,7 @@ def inspect_data_and_disk(config: RunConfig) -> DataAndDisk:
     Raises:
         UserError: a source that is not there.
     """
-    folder = nearest_existing(paths.runs())
+    folder = nearest_existing(paths.runs_dir())
     free = shutil.disk_usage(folder).free
     checkpoints = 0 if config.train.fresh else folder_bytes(paths.RunPaths.of(config.name).root)
     made = find_prepared(config.data)
@@ -87,7 +87,7 @@ def find_prepared(config: DataConfig) -> Dataset | None:
     kind, _, where = config.source.partition(":")
     if kind == "files":
         wanted["source"] = f"files:{user_path(where).absolute()}"
-    for folder in sorted(paths.datasets().glob(f"[!.]*/{SETTINGS}")):
+    for folder in sorted(paths.datasets_dir().glob(f"[!.]*/{SETTINGS}")):
         try:
             settings = CONFIG.upgrade({"data": read_json(folder)})["data"]
             if all(wanted.get(key) == value for key, value in settings.items()):

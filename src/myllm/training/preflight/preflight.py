@@ -13,8 +13,8 @@ from math import isfinite
 from pathlib import Path
 from statistics import median
 
-from myllm.checkpoint import format as checkpoint
-from myllm.checkpoint.async_saver import Saver
+from myllm.checkpoint.async_saver import AsyncSaver
+from myllm.checkpoint.format import load_latest
 from myllm.checkpoint.retention import list_checkpoints, step_of
 from myllm.config import RunConfig
 from myllm.data.dataset import Dataset
@@ -27,7 +27,7 @@ from myllm.paths import RunPaths
 from myllm.planning.batch import BatchPlan, batch_plan
 from myllm.planning.length import length_note, resolve_max_steps
 from myllm.runs.heartbeat import Heartbeat
-from myllm.runs.logs import JsonLines, Log
+from myllm.runs.logs import JsonlFile, Log
 from myllm.runs.reference_curve import ReferenceWatch
 from myllm.training.evaluator import Eval, StopVote, build_evals, run_eval
 from myllm.training.loop import check_data
@@ -195,7 +195,7 @@ def _timed_evals(parts: Parts, dataset: Dataset, tokenizer: Tokenizer, folder: P
         synthetic_hellaswag(folder, config.eval.hellaswag_examples or 0)
     config = replace(config, eval=replace(config.eval, hellaswag_file=str(folder / "hellaswag.jsonl")))
     said: list[str] = []
-    rows, state, watch = JsonLines(folder / "rows.jsonl"), parts.state(dataset, STEPS), ReferenceWatch(None)
+    rows, state, watch = JsonlFile(folder / "rows.jsonl"), parts.state(dataset, STEPS), ReferenceWatch(None)
     found, poll = {}, StopVote(StopRequest(), Heartbeat(folder / "heartbeat.json", writes=False))
     for each in build_evals(config, parts.whole, dataset, tokenizer, process, rows, said.append, poll):
         if not each.every_steps:
@@ -219,10 +219,10 @@ def _timed_save(parts: Parts, dataset: Dataset, tokenizer: Tokenizer, folder: Pa
     """Seconds of a save, seconds of a load, and bytes on the disk."""
     config, process, run, log = parts.config, parts.process, RunPaths(folder), Log(folder / "log.txt", False)
     started = time.perf_counter()
-    with Saver(config, run, parts.model, parts.optimizer, tokenizer, process) as saver:
+    with AsyncSaver(config, run, parts.model, parts.optimizer, tokenizer, process) as saver:
         saver.save(parts.state(dataset, STEPS))
     saved_at = time.perf_counter()
-    saved = checkpoint.load_latest(run.checkpoints, log)
+    saved = load_latest(run.checkpoints, log)
     restore(saved, config, dataset, parts.model, parts.optimizer, process, log)
     loaded_at = time.perf_counter()
     n_bytes = (

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from myllm import paths
-from myllm.checkpoint.format import TrainState, random_state, restore_random_state
+from myllm.checkpoint.rng import get_rng_state, set_rng_state
+from myllm.checkpoint.state import TrainState
 from myllm.config import RunConfig
 from myllm.data.dataloader import BatchLoader
 from myllm.data.dataset import FORMAT, MANIFEST, Dataset, Shard
@@ -30,7 +31,7 @@ from myllm.distributed.collectives import DistContext
 from myllm.distributed.device_info import device_name
 from myllm.distributed.parallelize import shard
 from myllm.errors import UserError
-from myllm.files import file_sha256, locked, write_json
+from myllm.files import file_lock, file_sha256, write_json
 from myllm.model.transformer import Transformer
 from myllm.optim.adamw import ScheduledAdamW
 from myllm.planning.batch import BatchPlan, batch_plan
@@ -62,8 +63,8 @@ def scratch_folder(process: DistContext) -> Iterator[Path]:
 
     A folder that a killed rehearsal left behind is removed by the next one.
     """
-    before = random_state(process.device)
-    base = nearest_existing(paths.runs())
+    before = get_rng_state(process.device)
+    base = nearest_existing(paths.runs_dir())
     folder: Path | None = None
     if process.is_rank_zero:
         _remove_left_behind(base)
@@ -73,7 +74,7 @@ def scratch_folder(process: DistContext) -> Iterator[Path]:
         if not process.is_rank_zero:
             yield folder
         else:
-            with locked(folder / ".lock"):
+            with file_lock(folder / ".lock"):
                 yield folder
         distributed.barrier()  # not after an error, which may be this rank's alone
     finally:
@@ -81,7 +82,7 @@ def scratch_folder(process: DistContext) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
         _forget_compiled()
         reset_peak(process.device)
-        restore_random_state(before, process.device)
+        set_rng_state(before, process.device)
 
 
 def nearest_existing(folder: Path) -> Path:
@@ -100,7 +101,7 @@ def _remove_left_behind(base: Path) -> None:
             if not (folder / ".lock").is_file():  # a rehearsal's, if it is empty; else nothing of ours
                 folder.rmdir()
                 continue
-            with locked(folder / ".lock", wait=False):
+            with file_lock(folder / ".lock", wait=False):
                 pass
             shutil.rmtree(folder)
 

@@ -8,20 +8,16 @@ import io
 import os
 import select
 import sys
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path
 from typing import IO
 
 STREAMS = ("stdout", "stderr")
 DRAIN_S = 1.0
 """How long a terminal that another program has made non-blocking may take to accept a line."""
-KEPT_LINES = 10_000
-"""Of a file that cannot be written now: as many wait in memory; older ones are lost."""
 
 
-def open_output(keep_going: bool = False) -> None:
+def protect_output(keep_going: bool = False) -> None:
     """Make this process's standard streams safe to write to; the first thing that a program does.
 
     Args:
@@ -47,11 +43,6 @@ def open_output(keep_going: bool = False) -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def warn(line: str) -> None:
-    """Say something beside a command's output."""
-    print(f"warning: {line}", file=sys.stderr, flush=True)
-
-
 def flush_output() -> str | None:
     """Write what stdout still holds. Returns why that cannot be; what is left then goes nowhere."""
     try:
@@ -62,7 +53,7 @@ def flush_output() -> str | None:
     return None
 
 
-def reader_left() -> bool:
+def stdout_closed() -> bool:
     """Whether what reads this program's output, such as `head`, has had enough; the rest then goes nowhere."""
     output, watch = sys.stdout.fileno(), select.poll()
     watch.register(output, 0)
@@ -72,7 +63,7 @@ def reader_left() -> bool:
     return True
 
 
-def lost_output() -> Iterator[tuple[str, str]]:
+def output_failures() -> Iterator[tuple[str, str]]:
     """The standard streams that could not take all that was written, each with the reason."""
     for name in STREAMS:
         raw = getattr(getattr(getattr(sys, name), "buffer", None), "raw", None)
@@ -106,53 +97,3 @@ def _dropping(descriptor: int, stream: IO[str] | None) -> io.TextIOWrapper:
     lines = stream is not None and (stream.isatty() or descriptor == 2)
     encoding = stream.encoding if stream is not None else "utf-8"
     return io.TextIOWrapper(raw, encoding=encoding, errors="backslashreplace", line_buffering=lines)
-
-
-class LineFile:
-    """A file that grows by whole lines, each on its way at once.
-
-    Where lines cannot be written (a full disk, a quota, rights that were taken away), `say` is told once, and they wait
-    in memory until they can be. Without `say`, OSError is raised.
-    """
-
-    def __init__(self, path: Path, say: Callable[[str], None] | None) -> None:
-        self.path, self._say = path, say
-        self._waiting: deque[str] = deque(maxlen=KEPT_LINES)
-        self._failed = False
-
-    def append(self, line: str) -> None:
-        self._waiting.append(line)
-        failure = self._write()
-        if self._say is None:
-            if failure is not None:
-                raise failure
-            return
-        if failure is None and self._failed:
-            self._failed = False
-            self._say(f"{self.path} can be written again")
-        elif failure is not None and not self._failed:
-            self._failed = True
-            reason = failure.strerror or str(failure)
-            self._say(f"cannot write {self.path}: {reason}; training goes on, and its lines are kept for later")
-
-    def _write(self) -> OSError | None:
-        """Write what waits, all of it or nothing: half a line would spoil the next one too."""
-        data = "".join(f"{line}\n" for line in self._waiting).encode("utf-8", "backslashreplace")
-        try:
-            with self.path.open("ab", buffering=0) as file:
-                before = file.tell()
-                try:
-                    _write_all(file, data)
-                except OSError:
-                    file.truncate(before)
-                    raise
-        except OSError as error:
-            return error
-        self._waiting.clear()
-        return None
-
-
-def _write_all(file: io.FileIO, data: bytes) -> None:
-    rest = memoryview(data)
-    while rest:
-        rest = rest[file.write(rest) :]
