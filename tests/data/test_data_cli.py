@@ -56,7 +56,7 @@ def test_list_shows_every_known_source_and_what_is_prepared(said, mixed_corpus: 
         row = next(line for line in shown.splitlines() if line.startswith(f"{corpus.name} "))
         assert corpus.license in row
         assert corpus.tokens in row
-        assert f"{corpus.name}: {corpus.about}" in shown
+        assert f"{corpus.name}: {corpus.description}" in shown
     assert "hub:NAMESPACE/NAME" in shown
     assert "files:PATH" in shown
     assert "nothing is prepared" in shown

@@ -31,7 +31,7 @@ def list_sources() -> None:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    print("\n" + "\n".join(f"{each.name}: {each.about}; {each.where}" for each in CORPORA.values()))
+    print("\n" + "\n".join(f"{each.name}: {each.description}; {each.location}" for each in CORPORA.values()))
     print("\nFigures are approximate; `myllm data estimate SOURCE` measures.")
     _list_prepared()
 

@@ -16,7 +16,7 @@ from .hellaswag import CHOICES, Example
 
 PINNED = SourceFile(
     name="validation-00000-of-00001.parquet",
-    where="hf://datasets/Rowan/hellaswag@218ec52e09a7e7462a5400043bb9a69a41d06b76/data/validation-00000-of-00001.parquet",
+    location="hf://datasets/Rowan/hellaswag@218ec52e09a7e7462a5400043bb9a69a41d06b76/data/validation-00000-of-00001.parquet",
     reader="parquet",
     size_bytes=6_315_951,
     digest="899813071e1e95efafec90f856e1987d2150fa4d020fc005df6962c259f660cd",

@@ -297,7 +297,7 @@ def _data(about: CardData) -> str:
         "Data",
         {
             "source": ", ".join(filter(None, [strip_local_paths(str(environment.get("source") or data.source)), link])),
-            "what it is": corpus and corpus.about,
+            "what it is": corpus and corpus.description,
             "its license": corpus and corpus.license,
             "tokens seen": f"{seen:,}"
             + (f", {format_number(seen / have)} passes over {have:,.0f}" if have > 0 else ""),

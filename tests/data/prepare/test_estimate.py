@@ -162,7 +162,7 @@ ROWS = texts(4_000)
 @pytest.mark.parametrize(
     ("column", "keep", "said"),
     [
-        (pa.array(ROWS), 0.8, "half.parquet: not a whole parquet file"),
+        (pa.array(ROWS), 0.8, "half.parquet: not a complete parquet file"),
         (pa.array([text.encode() for text in ROWS]), 1, "holds binary, expected texts"),
         (pa.array([{"a": text} for text in ROWS]), 1, "holds struct<a: string>, expected texts"),
     ],

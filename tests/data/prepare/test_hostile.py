@@ -38,7 +38,7 @@ def work(tmp_path: Path, tokenizer: Tokenizer) -> Work:
         source = find_source(f"files:{folder}", settings.pop("column", None))
         texts, counts, places = [], {}, []
         for number, unit in enumerate(make_work_items(source.files, False, 0)):
-            paths = {file.name: Path(file.where) for file in source.files}
+            paths = {file.name: Path(file.location) for file in source.files}
             tokenize_item(unit, paths, source, DataConfig(**settings), tokens_path(tmp_path, number), tmp_path / "stop")
             index = load_item_index(tmp_path, number)
             tokens = np.fromfile(index.path, dtype="<u2")

@@ -113,7 +113,7 @@ def source(tmp_path: Path) -> Source:
 
 def tokenise(source: Source, folder: Path, **settings: object) -> None:
     (unit,) = make_work_items(source.files, False, 0)
-    paths = {each.name: Path(each.where) for each in source.files}
+    paths = {each.name: Path(each.location) for each in source.files}
     tokenize_item(unit, paths, source, DataConfig(**settings), tokens_path(folder, 0), folder / "stop")
 
 

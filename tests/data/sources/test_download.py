@@ -86,12 +86,12 @@ def test_a_file_is_fetched_once(hub: HubServer, file: SourceFile, tmp_path: Path
 
 def test_small_files_are_checked_by_what_git_calls_them(hub: HubServer, file: SourceFile, tmp_path: Path) -> None:
     digest = "git:" + hashlib.sha1(b"blob 5\0small").hexdigest()
-    notes = SourceFile("notes.md", file.where.replace(NAME, "notes.md"), "prose", 5, digest)
+    notes = SourceFile("notes.md", file.location.replace(NAME, "notes.md"), "prose", 5, digest)
     assert download_file(notes, tmp_path).read_bytes() == b"small"
-    with pytest.raises(UserError, match="not what was listed: git:"):
+    with pytest.raises(UserError, match="not the listed file: git:"):
         download_file(replace(notes, name="other.md", digest="git:" + "0" * 40), tmp_path)
     nothing = SourceFile(
-        "empty.jsonl", file.where.replace(NAME, "empty.jsonl"), "jsonl", 0, hashlib.sha256().hexdigest()
+        "empty.jsonl", file.location.replace(NAME, "empty.jsonl"), "jsonl", 0, hashlib.sha256().hexdigest()
     )
     assert download_file(nothing, tmp_path).read_bytes() == b""
 
@@ -154,7 +154,7 @@ def test_a_plain_url_whose_file_is_replaced_in_the_middle_is_never_two_files_in_
     hub.cut_next("/plain/", 1 << 20)
     # Of the same size, before the rest is asked for.
     monkeypatch.setattr(time, "sleep", lambda _: hub.add_plain("v1/a.json.gz", CONTENT[::-1]))
-    with pytest.raises(UserError, match=f"not what was listed: .*expected .{etag}.*Delete the listing"):
+    with pytest.raises(UserError, match=f"not the listed file: .*expected .{etag}.*Delete the listing"):
         download_file(file, tmp_path)
     assert not list(tmp_path.glob("a.json*"))
     hub.add_plain("v1/a.json.gz", CONTENT)
@@ -213,7 +213,7 @@ def test_other_content_than_listed_is_fetched_again_once(
         assert download_file(file, tmp_path).read_bytes() == CONTENT
         assert [one.range for one in hub.seen("/cdn/")] == ["bytes=24-", None]
         return
-    with pytest.raises(UserError, match=r"is not what was listed: sha256 .*expected 000.*Delete the listing") as caught:
+    with pytest.raises(UserError, match=r"is not the listed file: sha256 .*expected 000.*Delete the listing") as caught:
         download_file(replace(file, digest="0" * 64), tmp_path)
     assert not isinstance(caught.value, UnreachableError)
     assert len(hub.seen("/cdn/")) == 2
@@ -222,7 +222,7 @@ def test_other_content_than_listed_is_fetched_again_once(
 
 @pytest.mark.parametrize("size", [10, 15, 25])
 def test_a_plain_url_of_another_size_than_listed_is_no_file(hub: HubServer, tmp_path: Path, size: int) -> None:
-    with pytest.raises(UserError, match=f"not what was listed: 20 bytes, expected {size}"):
+    with pytest.raises(UserError, match=f"not the listed file: 20 bytes, expected {size}"):
         download_file(plain(hub, b"0123456789" * 2, size), tmp_path)
     assert left(tmp_path) == []
 
@@ -245,7 +245,7 @@ def test_what_is_not_there_or_not_open_is_said_at_once(
         download_file(file, tmp_path)
     assert len(hub.requests) == 1
     with pytest.raises(UnreachableError, match=r"cannot download http.*404"):
-        download_file(replace(file, where=f"{hub.endpoint}/plain/nothing"), tmp_path)
+        download_file(replace(file, location=f"{hub.endpoint}/plain/nothing"), tmp_path)
 
 
 def test_an_outage_in_the_middle_says_so_and_keeps_what_there_is(
@@ -255,14 +255,14 @@ def test_an_outage_in_the_middle_says_so_and_keeps_what_there_is(
     partial.parent.mkdir(parents=True)
     partial.write_bytes(CONTENT[:1000])
     hub.down(503, retry_after=None)
-    with pytest.raises(UnreachableError, match=r"cannot download .*503.*HF_ENDPOINT. What there is of it is kept"):
+    with pytest.raises(UnreachableError, match=r"cannot download .*503.*HF_ENDPOINT. Rerun the same command to resume"):
         download_file(file, tmp_path)
     assert partial.read_bytes() == CONTENT[:1000]
     assert 20 < sum(waited) < 120, "long enough for a short outage, and no longer"
     with socket.create_server(("127.0.0.1", 0)) as server:
         nobody = f"http://127.0.0.1:{server.getsockname()[1]}/a"
     with pytest.raises(UnreachableError, match="Connection refused"):
-        download_file(replace(file, where=nobody), tmp_path)
+        download_file(replace(file, location=nobody), tmp_path)
 
 
 @pytest.fixture
@@ -296,7 +296,7 @@ def test_a_kept_file_of_another_revision_is_not_taken(hub: HubServer, file: Sour
     changed = CONTENT[::-1]
     sha = hub.add_dataset(REPO, {NAME: changed})
     where = f"hf://datasets/{REPO}@{sha}/{NAME}"
-    other = replace(file, where=where, digest=hashlib.sha256(changed).hexdigest())
+    other = replace(file, location=where, digest=hashlib.sha256(changed).hexdigest())
     assert download_file(other, tmp_path / "own", kept=tmp_path / "kept").read_bytes() == changed
     assert local_path(file, tmp_path / "kept").read_bytes() == CONTENT
     assert download_file(other, tmp_path / "kept", kept=tmp_path / "kept").read_bytes() == changed

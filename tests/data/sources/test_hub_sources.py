@@ -148,7 +148,7 @@ def test_a_corpus_becomes_its_documents(
         hub.add_dataset(corpus.repo, {wanted[0]: parquet(["newer"])})
     dataset = prepare(DataConfig(source=name, val_tokens=500, workers=1), progress=False)
     found = documents_of(dataset.folder, reference)
-    if corpus.group == "sentences":
+    if corpus.grouping == "sentences":
         # So few long documents that one is split: every piece is there once.
         text, split = (
             "\n".join(sentence.strip() for sentence in expected),

@@ -113,7 +113,7 @@ def test_a_part_says_behind_which_byte_its_lines_are_counted(tmp_path: Path) -> 
     assert len(read(path, faults, parts=2)) == 10
     place = faults.places[0]["place"]
     assert place.startswith("a.jsonl, line ")
-    line, _, byte = place.removeprefix("a.jsonl, line ").partition(" behind byte ")
+    line, _, byte = place.removeprefix("a.jsonl, line ").partition(" after byte ")
     lines = path.read_bytes()[int(byte) :].split(b"\n")  # the first is the end of another part's line
     assert lines[int(line)] == b"broken"
 
@@ -123,7 +123,7 @@ def test_a_missing_column_is_said_once_for_all_parts(suffix: str, tmp_path: Path
     path, faults = write(tmp_path / f"a{suffix}", pa.table({"body": ["a"] * 50}), 5), SkipLog()
     assert read(path, faults, parts=4) == []
     assert dict(faults.counts) == {"no_text_column": 1}
-    assert faults.places[0]["detail"] == "no column 'text', but ['body']"
+    assert faults.places[0]["detail"] == "no column 'text'; the file has ['body']"
     assert read(path, column="body", parts=4) == ["a"] * 50
 
 
@@ -235,9 +235,9 @@ def test_a_column_of_nothing_is_empty_texts(suffix: str, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("table", "said"),
     [
-        (pa.table({"text": [1, 2]}), "holds int64, expected texts"),
-        (pa.table({"text": [b"a"]}), "holds binary, expected texts"),
-        (pa.table({"text": [{"body": "a"}]}), "holds struct<body: string>, expected texts"),
+        (pa.table({"text": [1, 2]}), "is int64, not text"),
+        (pa.table({"text": [b"a"]}), "is binary, not text"),
+        (pa.table({"text": [{"body": "a"}]}), "is struct<body: string>, not text"),
         (pa.table([pa.array(["a"]), pa.array(["b"])], ["text", "text"]), "several columns 'text'"),
     ],
     ids=["numbers", "bytes", "nested", "twice"],

@@ -196,7 +196,7 @@ def test_a_wide_file_in_parts_is_read_once(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     texts = [f"document {i}" for i in range(100)]
     path.write_bytes(jsonl(texts).decode().encode("utf-16"))
-    parts = [read_file("jsonl", ReadTask(path, path.name, part=part, parts=3), SkipLog()) for part in range(3)]
+    parts = [read_file("jsonl", ReadTask(path, path.name, part=part, num_parts=3), SkipLog()) for part in range(3)]
     assert [text for part in parts for text in part] == texts
 
 

@@ -47,8 +47,8 @@ def test_python_stdlib() -> None:
     assert not {"test", "tests", "idle_test", "site-packages", "encodings", "__pycache__"} & set(parts)
     assert "argparse.py" in [file.name for file in source.files]
     topics = next(file for file in source.files if file.name.endswith("topics.py"))
-    texts = list(read_documents(source, topics, Path(topics.where), SkipLog()))
-    tree = ast.parse(Path(topics.where).read_text(encoding="utf-8"))  # without running it
+    texts = list(read_documents(source, topics, Path(topics.location), SkipLog()))
+    tree = ast.parse(Path(topics.location).read_text(encoding="utf-8"))  # without running it
     values = next(node.value for node in tree.body if isinstance(node, ast.Assign))
     assert texts == list(ast.literal_eval(values).values())
     assert find_source("python-stdlib") == source
@@ -57,7 +57,7 @@ def test_python_stdlib() -> None:
 def test_the_standard_library_is_read_without_a_fault() -> None:
     source, faults = find_source("python-stdlib"), SkipLog()
     for file in source.files:
-        texts = list(read_documents(source, file, Path(file.where), faults))
+        texts = list(read_documents(source, file, Path(file.location), faults))
         assert len(texts) == 1 or file.reader == "topics"
     assert not faults.counts
 
@@ -67,7 +67,7 @@ def test_a_file_says_where_it_is_and_what_reads_it(tree: Path, monkeypatch: pyte
     found = {file.name: file for file in find_source("files:.").files}
     for name, file in found.items():
         content = (tree / name).read_bytes()
-        assert file.where == str(tree / name)
+        assert file.location == str(tree / name)
         assert not file.remote
         assert file.reader == ("jsonl" if name == "sub/c.jsonl" else "prose")
         assert file.size_bytes == len(content)
@@ -200,8 +200,8 @@ def test_an_unknown_source_lists_those_that_are_known(spec: str) -> None:
 
 
 def test_variants_are_checked_before_anything_is_asked_of_a_server() -> None:
-    refused("c4:en", "c4 has no variants, found 'en'; give c4 alone")
-    refused("dolma:v1_8", "no list 'v1_8'", "did you mean", *CORPORA["dolma"].variants)
+    refused("c4:en", "c4 has no variants, found 'en'; use c4 alone")
+    refused("dolma:v1_8", "no variant 'v1_8'", "did you mean", *CORPORA["dolma"].variants)
     for spec in ("hub:TinyStories", "hub:a/b/c", "hub:/b", "hub:a/:*.parquet"):
         refused(spec, "expected hub:NAMESPACE/NAME")
 
@@ -296,6 +296,6 @@ def test_files_that_nobody_reads_are_counted(tmp_path: Path) -> None:
     for name in ("a.txt", "b.html", "c.html", "d.PDF", "Makefile", ".hidden.html"):
         (tmp_path / name).write_text("text")
     note = find_source(f"files:{tmp_path}").ignored_note
-    assert note.startswith("left out: 2 .html, 1 without suffix, 1 .pdf; 1 file(s) are read, of the kinds .txt .md")
+    assert note.startswith("ignored: 2 .html, 1 without suffix, 1 .pdf; reading 1 file(s) of the kinds .txt .md")
     (tmp_path / "a.txt").unlink()
     refused(f"files:{tmp_path}", "only 4 file(s) of other kinds (2 .html, 1 without suffix, 1 .pdf)")

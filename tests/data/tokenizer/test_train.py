@@ -91,7 +91,7 @@ def test_the_smallest(tmp_path: Path) -> None:
 
 def test_no_text_and_a_source_that_fails(tmp_path: Path) -> None:
     for texts in ([], [""]):
-        with pytest.raises(UserError, match="no text to learn"):
+        with pytest.raises(UserError, match="no text to learn a vocabulary from"):
             train_tokenizer(texts, 300, tmp_path / "t.json", progress=False)
 
     def failing():
@@ -126,7 +126,7 @@ def test_the_command(tmp_path: Path, temp_data: Path, capsys: pytest.CaptureFixt
     assert figures.keys() >= {"this", "r50k_base"}
     assert 1 < figures["this"] < 10
     assert "--model.vocab-size 350" in said
-    with pytest.raises(UserError, match=r"tokenizer\.json already.*--overwrite"):
+    with pytest.raises(UserError, match=r"tokenizer\.json already exists.*--overwrite"):
         tokenizer_train(f"files:{corpus}", vocab_size=350)
     (file.parent / "tokenizer.json").write_text("other")
     tokenizer_train(f"files:{corpus}", vocab_size=350, documents=25, overwrite=True)
@@ -156,7 +156,7 @@ def test_the_command_with_too_little_text(tmp_path: Path, capsys: pytest.Capture
     said = capsys.readouterr().out
     size = len(json.loads((tmp_path / "out" / "tokenizer.json").read_text())["model"]["vocab"])
     assert f"{size:,} tokens" in said
-    assert "32,000 were asked for" in said
+    assert "too short for the requested 32,000 tokens" in said
     assert f"--model.vocab-size {size}" in said
     with pytest.raises(UserError, match="documents is -1"):
         tokenizer_train(f"files:{tmp_path / 'a.txt'}", documents=-1)

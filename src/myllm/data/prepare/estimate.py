@@ -175,7 +175,7 @@ def _sample(source: Source, recipe: DatasetSpec, folder: Path, faults: SkipLog) 
     first = files[0]
     if first.size_bytes <= SMALL_BYTES and not first.remote:
         chosen = files[:: max(len(files) // SAMPLE_FILES, 1)]
-        by_file = [list(read_documents(source, file, Path(file.where), faults)) for file in chosen]
+        by_file = [list(read_documents(source, file, Path(file.location), faults)) for file in chosen]
         return by_file, sum(file.size_bytes for file in chosen), f"{len(chosen)} of {len(files)} files"
     if first.reader == "parquet":
         texts, share = _sample_parquet(source, first, folder, faults)
@@ -194,24 +194,24 @@ def _sample(source: Source, recipe: DatasetSpec, folder: Path, faults: SkipLog) 
 def _sample_parquet(source: Source, file: SourceFile, folder: Path, faults: SkipLog) -> tuple[list[str], float]:
     """The first rows of a parquet file, and which share of its rows they are; the Hub sends only what is read."""
     try:
-        if file.where.startswith("hf://"):
+        if file.location.startswith("hf://"):
             from huggingface_hub import HfFileSystem
 
-            opened = HfFileSystem().open(file.where.removeprefix("hf://"), block_size=1 << 20)
+            opened = HfFileSystem().open(file.location.removeprefix("hf://"), block_size=1 << 20)
         else:
             opened = download_file(file, folder).open("rb")
         with opened, open_parquet(opened, buffer_size=1 << 16) as table:
             # Rows that are joined into documents are many more than documents.
-            most = SAMPLE_DOCUMENTS * (20 if source.group != "rows" else 1)
+            most = SAMPLE_DOCUMENTS * (20 if source.grouping != "rows" else 1)
             rows = list(islice(table_texts(table, ReadTask(folder, file.name, source.column), faults), most))
             total = table.metadata.num_rows
     except UserError:
         raise
     except Exception as error:  # the client's errors have no common class over its versions
         if file.remote:
-            raise UnreachableError(f"cannot read {file.where}: {first_line(error)}; check the network") from None
+            raise UnreachableError(f"cannot read {file.location}: {first_line(error)}; check the network") from None
         if not isinstance(error, OSError):
             raise
         faults.add("unreadable_file", file.name, str(error))
         return [], 1.0
-    return list(group_rows(rows, source.group)), len(rows) / max(total, 1)
+    return list(group_rows(rows, source.grouping)), len(rows) / max(total, 1)

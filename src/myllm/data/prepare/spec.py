@@ -47,7 +47,7 @@ class DatasetSpec:
     def units(self) -> list[WorkItem]:
         config = self.config
         # A part of a file may begin in the middle of an article.
-        split = self.source.group != "articles"
+        split = self.source.grouping != "articles"
         return make_work_items(self.source.files, config.shuffle_files, config.shuffle_seed, split)
 
     @property
@@ -74,7 +74,7 @@ class DatasetSpec:
             "source": self.source.name,
             "source_sha256": content.hexdigest(),
             "text_column": self.source.column,
-            "documents": self.source.group,
+            "documents": self.source.grouping,
             "tokenizer": self.tokenizer.describe(),
             "val_tokens": config.val_tokens,
             "target_tokens": config.target_tokens,

@@ -1,4 +1,4 @@
-"""Texts from the columns of parquet and arrow files, a small batch of rows at a time."""
+"""Texts from a column of parquet and arrow files, a small batch of rows at a time."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,120 +13,120 @@ if TYPE_CHECKING:
 BATCH_ROWS = 256
 
 
-def read_parquet(task: ReadTask, faults: SkipLog) -> Iterator[str]:
-    """A column of texts, one a row. Parts are runs of row groups."""
-    # Without pre_buffer, and with a buffer, a row group is read as it is used, not whole.
+def read_parquet(task: ReadTask, skips: SkipLog) -> Iterator[str]:
+    """One text per row. A part is a range of row groups."""
+    # Without pre_buffer, and with a buffer, a row group is read as it is used instead of all at once.
     with open_parquet(task.path, buffer_size=1 << 20) as table:
-        yield from table_texts(table, task, faults)
+        yield from table_texts(table, task, skips)
 
 
 def open_parquet(file: "Path | IO[bytes]", buffer_size: int) -> "pyarrow.parquet.ParquetFile":
     """
     Raises:
-        OSError: no parquet file, or not a whole one.
+        OSError: not a parquet file, or an incomplete one.
     """
     import pyarrow
     import pyarrow.parquet
 
     try:
         table = pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=buffer_size)
-        _ = table.schema_arrow  # is made when it is asked for
+        _ = table.schema_arrow  # parsed on access
     except (pyarrow.ArrowException, ValueError) as error:
-        raise OSError(f"not a whole parquet file ({error})") from None
+        raise OSError(f"not a complete parquet file ({error})") from None
     return table
 
 
-def table_texts(table: "pyarrow.parquet.ParquetFile", task: ReadTask, faults: SkipLog) -> Iterator[str]:
-    """The texts of the task's part of an opened table."""
+def table_texts(table: "pyarrow.parquet.ParquetFile", task: ReadTask, skips: SkipLog) -> Iterator[str]:
+    """The texts of the task's part of an open table."""
     import pyarrow
 
-    if not _has_texts(table.schema_arrow, task, faults):
+    if not _has_text_column(table.schema_arrow, task, skips):
         return
-    for group in range(*task.share(table.num_row_groups)):
-        place, first = f"{task.name}, row group {group}", 0
+    for group in range(*task.part_range(table.num_row_groups)):
+        place, first_row = f"{task.name}, row group {group}", 0
         try:
             batches = table.iter_batches(BATCH_ROWS, row_groups=[group], columns=[task.column], use_threads=False)
             for batch in batches:
-                yield from _column_texts(batch.column(0), first, place, faults)
-                first += len(batch)
+                yield from _column_texts(batch.column(0), first_row, place, skips)
+                first_row += len(batch)
         except (pyarrow.ArrowException, OSError) as error:
-            faults.add("damaged_row_group", place, str(error))
+            skips.add("damaged_row_group", place, str(error))
 
 
-def read_arrow(task: ReadTask, faults: SkipLog) -> Iterator[str]:
-    """The same of an arrow file: a stream, as `datasets` keeps them, or one with a footer (Feather).
+def read_arrow(task: ReadTask, skips: SkipLog) -> Iterator[str]:
+    """One text per row of an arrow file: a stream, as `datasets` writes it, or a file with a footer (Feather).
 
-    Parts are runs of record batches, by where they begin, or by number where a footer says how many there are.
+    A part is a range of record batches: by the byte where they begin in a stream, by number in a file with a footer.
     """
     import pyarrow
 
-    with pyarrow.memory_map(str(task.path)) as source:
+    with pyarrow.memory_map(str(task.path)) as file:
         try:
-            batches = _footer_batches(source, task) if source.read(6) == b"ARROW1" else _stream_batches(source, task)
+            batches = _footer_batches(file, task) if file.read(6) == b"ARROW1" else _stream_batches(file, task)
             schema = next(batches)
         except (pyarrow.ArrowException, ValueError) as error:
             raise OSError(f"not an arrow file ({error})") from None
-        if not _has_texts(schema, task, faults):
+        if not _has_text_column(schema, task, skips):
             return
         for number, batch in batches:
             place = f"{task.name}, record batch {number}"
             column = batch.column(task.column)
-            if fault := _broken(column):
-                faults.add("damaged_record_batch", place, fault)
+            if fault := _invalid_offsets(column):
+                skips.add("damaged_record_batch", place, fault)
                 continue
-            for first in range(0, len(column), BATCH_ROWS):
-                yield from _column_texts(column.slice(first, BATCH_ROWS), first, place, faults)
+            for first_row in range(0, len(column), BATCH_ROWS):
+                yield from _column_texts(column.slice(first_row, BATCH_ROWS), first_row, place, skips)
 
 
-def _stream_batches(source: "pyarrow.MemoryMappedFile", task: ReadTask) -> Iterator[Any]:
-    """A stream's schema, then its record batches that begin in the task's share, with their numbers."""
+def _stream_batches(file: "pyarrow.MemoryMappedFile", task: ReadTask) -> Iterator[Any]:
+    """The schema of a stream, then number and record batch of those that begin in the task's part."""
     import pyarrow
     import pyarrow.ipc
 
-    source.seek(0)
-    stream = pyarrow.ipc.open_stream(source)
+    file.seek(0)
+    stream = pyarrow.ipc.open_stream(file)
     yield stream.schema
-    start, end = task.share(source.size())
+    start, end = task.part_range(file.size())
     number = 0
-    while (at := source.tell()) < end:
+    while (position := file.tell()) < end:
         try:
             batch = stream.read_next_batch()
         except StopIteration:
             return
         except (pyarrow.ArrowException, OSError) as error:
-            if at < start:  # the part that it belongs to says so
+            if position < start:  # the part that holds this batch reports it
                 return
             raise EOFError(f"record batch {number}: {error}") from None
-        if at >= start:
+        if position >= start:
             yield number, batch
         number += 1
 
 
-def _footer_batches(source: "pyarrow.MemoryMappedFile", task: ReadTask) -> Iterator[Any]:
-    """The same of a file with a footer."""
+def _footer_batches(file: "pyarrow.MemoryMappedFile", task: ReadTask) -> Iterator[Any]:
+    """The same for a file with a footer."""
     import pyarrow
     import pyarrow.ipc
 
-    file = pyarrow.ipc.open_file(source)
-    yield file.schema
-    for number in range(*task.share(file.num_record_batches)):
+    reader = pyarrow.ipc.open_file(file)
+    yield reader.schema
+    for number in range(*task.part_range(reader.num_record_batches)):
         try:
-            yield number, file.get_batch(number)
+            yield number, reader.get_batch(number)
         except (pyarrow.ArrowException, OSError) as error:
             raise EOFError(f"record batch {number}: {error}") from None
 
 
-def _broken(column: "pyarrow.Array") -> str:
-    """What is wrong with where a column's texts lie, or an empty string.
+def _invalid_offsets(column: "pyarrow.Array") -> str:
+    """What is wrong with the offsets of a column's texts, or an empty string.
 
-    Arrow believes the offsets that a file gives: wrong ones make it read foreign memory, which kills the process.
+    Arrow trusts the offsets in a file: wrong ones make it read foreign memory, which kills the process.
     """
     import pyarrow
     import pyarrow.types as types
 
-    # As bytes, so that only the offsets are looked at: text that is no UTF-8 costs its row alone.
+    # Viewed as bytes, only the offsets are validated: text that is not UTF-8 then costs only its own row.
     views = ((types.is_string, pyarrow.binary), (types.is_large_string, pyarrow.large_binary))
-    view = next((kind() for check, kind in views if check(column.type)), None)
+    view = next((binary() for matches, binary in views if matches(column.type)), None)
     try:
         (column.view(view) if view else column).validate(full=True)
     except pyarrow.ArrowException as error:
@@ -134,47 +134,44 @@ def _broken(column: "pyarrow.Array") -> str:
     return ""
 
 
-def _has_texts(schema: "pyarrow.Schema", task: ReadTask, faults: SkipLog) -> bool:
-    """Whether the column of texts is there. Where it is not, the file's first part says so for all."""
+def _has_text_column(schema: "pyarrow.Schema", task: ReadTask, skips: SkipLog) -> bool:
+    """Whether the column exists and holds texts. If not, the file's first part logs it for all."""
     fault = _column_fault(schema, task.column)
     if fault and task.part == 0:
-        faults.add("no_text_column", task.name, fault)
+        skips.add("no_text_column", task.name, fault)
     return not fault
 
 
 def _column_fault(schema: "pyarrow.Schema", column: str) -> str:
-    """What keeps a column from giving texts, or an empty string."""
     import pyarrow.types as types
 
     try:
         names = schema.names
     except UnicodeDecodeError as error:
-        return f"columns with names that are no UTF-8 ({error.reason})"
+        return f"column names are not UTF-8 ({error.reason})"
     if column not in names:
-        return f"no column {column!r}, but {names}"
+        return f"no column {column!r}; the file has {names}"
     if names.count(column) > 1:
         return f"several columns {column!r}"
-    kind = schema.field(column).type
-    if types.is_dictionary(kind):
-        kind = kind.value_type
+    column_type = schema.field(column).type
+    if types.is_dictionary(column_type):
+        column_type = column_type.value_type
     known = (types.is_string, types.is_large_string, types.is_string_view, types.is_null)
-    return "" if any(check(kind) for check in known) else f"the column {column!r} holds {kind}, expected texts"
+    return "" if any(matches(column_type) for matches in known) else f"column {column!r} is {column_type}, not text"
 
 
-def _column_texts(column: "pyarrow.Array", first: int, place: str, faults: SkipLog) -> Iterator[str]:
+def _column_texts(column: "pyarrow.Array", first_row: int, place: str, skips: SkipLog) -> Iterator[str]:
     try:
         texts = column.to_pylist()
     except UnicodeDecodeError:
-        texts = [_value_text(value, f"{place}, row {first + row}", faults) for row, value in enumerate(column)]
-        texts = [text for text in texts if text is not False]
+        texts = _valid_texts(column, first_row, place, skips)
     for text in texts:
         yield text or ""
 
 
-def _value_text(value: "pyarrow.Scalar", place: str, faults: SkipLog) -> str | bool | None:
-    """One value's text; False for one that is not UTF-8."""
-    try:
-        return value.as_py()
-    except UnicodeDecodeError as error:
-        faults.add("invalid_utf8", place, str(error.reason))
-        return False
+def _valid_texts(column: "pyarrow.Array", first_row: int, place: str, skips: SkipLog) -> Iterator[str | None]:
+    for row, value in enumerate(column, first_row):
+        try:
+            yield value.as_py()
+        except UnicodeDecodeError as error:
+            skips.add("invalid_utf8", f"{place}, row {row}", str(error.reason))

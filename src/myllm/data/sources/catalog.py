@@ -1,7 +1,6 @@
-"""The public corpora that are known by name: where they are, what they hold, and what one may do with them.
+"""The public corpora that are known by name: location, content and license.
 
-Sizes and counts are approximate, for orientation, and mix publishers' ways of counting tokens; `myllm data estimate`
-measures.
+Sizes and counts are approximate, and publishers count tokens in different ways; `myllm data estimate` measures.
 """
 
 import re
@@ -11,101 +10,103 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Corpus:
     name: str
-    about: str
+    description: str
     repo: str
-    """Dataset repository of the Hub."""
+    """Dataset repository on the Hub."""
     license: str
     download_gb: float
     tokens: str
-    """How many, for people."""
+    """Approximate count, as text."""
     layout: str
-    """How the files look, for people."""
+    """Kind and number of files, as text."""
     pattern: str = ""
-    """Which files of the repository."""
+    """Glob of the files in the repository."""
     revision: str | None = None
-    """A commit that was seen to work; None: the newest, pinned when it is first listed."""
+    """A commit that was tested. None: the newest, pinned by the first listing."""
     url_list: str = ""
-    """Instead of a pattern: a file of the repository that lists URLs, one a line; {} is the variant."""
+    """Instead of `pattern`: a file of the repository that lists URLs, one per line; {} is the variant."""
     variants: tuple[str, ...] = ()
     """The first is the default."""
     column: str = "text"
-    group: str = "rows"
+    grouping: str = "rows"
+    """See documents.group_rows."""
 
     @property
-    def where(self) -> str:
-        """For people: repository and files."""
+    def location(self) -> str:
+        """Repository and files, as text."""
         return f"{self.repo}, {self.pattern or self.url_list.format(self.variants[0])}"
 
 
 _ALL = (
     Corpus(
         # Source: the dataset's card, and the tree of that revision.
-        name="fineweb-edu-10bt", about="educational web pages, a 10B token sample of FineWeb-Edu",
+        name="fineweb-edu-10bt", description="educational web pages, a 10B token sample of FineWeb-Edu",
         repo="HuggingFaceFW/fineweb-edu", revision="87f09149ef4734204d70ed1d046ddc9ca3f2b8f9",
         pattern="sample/10BT/*.parquet", license="ODC-By 1.0", download_gb=28.5, tokens="10B",
         layout="14 parquet files of up to 2.2 GB, 9.7M documents",
     ),
     Corpus(
-        name="fineweb-10bt", about="web pages, a 10B token sample of FineWeb", repo="HuggingFaceFW/fineweb",
+        name="fineweb-10bt", description="web pages, a 10B token sample of FineWeb", repo="HuggingFaceFW/fineweb",
         pattern="sample/10BT/*.parquet", license="ODC-By 1.0", download_gb=30.6, tokens="10B",
         layout="15 parquet files of up to 2.2 GB",
     ),
     Corpus(
         # Source: allenai/dolma, urls/v1_6-sample.txt.
-        name="dolma-sample", about="web, papers, books, code and encyclopedias: a sample of Dolma 1.6",
+        name="dolma-sample", description="web, papers, books, code and encyclopedias: a sample of Dolma 1.6",
         repo="allenai/dolma", url_list="urls/{}.txt", variants=("v1_6-sample",), license="ODC-By 1.0",
         download_gb=16.4, tokens="10B", layout="103 .json.gz",
     ),
     Corpus(
-        name="dolma", about="all of Dolma: 4.5 TB, so give --target-tokens", repo="allenai/dolma",
+        name="dolma", description="all of Dolma: 4.5 TB, use --target-tokens", repo="allenai/dolma",
         url_list="urls/{}.txt", variants=("v1_7", "v1_6", "v1_5", "v1_6-sample", "v1_5-sample"),
         license="ODC-By 1.0", download_gb=4_500, tokens="2,300B", layout="2,419 .json.gz; dolma:v1_6 and others",
     ),
     Corpus(
-        name="c4", about="web pages of April 2019, cleaned, English: the Colossal Clean Crawled Corpus",
+        name="c4", description="web pages of April 2019, cleaned, English: the Colossal Clean Crawled Corpus",
         repo="allenai/c4", pattern="en/c4-train.*.json.gz", license="ODC-By 1.0", download_gb=325, tokens="160B",
-        layout="1,024 .json.gz of 318 MB, 365M documents; 60 make 10B tokens",
+        layout="1,024 .json.gz of 318 MB, 365M documents; 60 hold 10B tokens",
     ),
     Corpus(
-        # The original repository is a script that `datasets` no longer runs; this is a mirror.
-        name="bookcorpus", about="unpublished novels, as sentences in lower case, joined here into documents",
+        # A mirror: the original repository is a script that `datasets` no longer runs.
+        name="bookcorpus", description="unpublished novels, as sentences in lower case, joined here into documents",
         repo="SamuelYang/bookcorpus", pattern="*.arrow", license="unknown", download_gb=4.8, tokens="1B words",
-        layout="one .arrow, 74M sentences", group="sentences",
+        layout="one .arrow, 74M sentences", grouping="sentences",
     ),
     Corpus(
-        name="tinystories", about="short stories in a small child's words, written by GPT-3.5 and GPT-4",
+        name="tinystories", description="short stories in a small child's words, written by GPT-3.5 and GPT-4",
         repo="roneneldan/TinyStories", pattern="data/train-*.parquet", license="CDLA-Sharing 1.0", download_gb=1.0,
         tokens="0.47B", layout="4 parquet files, 2.1M stories",
     ),
     Corpus(
-        name="wikitext-103", about="good and featured articles of Wikipedia, joined here from lines",
+        name="wikitext-103", description="good and featured articles of Wikipedia, joined here from lines",
         repo="Salesforce/wikitext", pattern="wikitext-103-raw-v1/train-*.parquet", license="CC BY-SA 3.0",
-        download_gb=0.31, tokens="0.12B", layout="2 parquet files, a line a row, 29K articles", group="articles",
+        download_gb=0.31, tokens="0.12B", layout="2 parquet files, one line per row, 29K articles", grouping="articles",
     ),
 )  # fmt: skip
 CORPORA = {corpus.name: corpus for corpus in _ALL}
 
 
 def find_corpus(source: str) -> Corpus | None:
-    """The corpus that a source names, such as `dolma:v1_6`; None for files, other repositories and unknown names."""
+    """The corpus that a source such as `dolma:v1_6` names; None for files, other repositories and unknown names."""
     return CORPORA.get(source.partition(":")[0])
 
 
 def actual_source(source: str, dataset: str | None, recorded: str | None = None) -> str:
-    """The source that a run was trained on. Runs that were given a data set by name once kept their preset's source in
-    config.json; where that contradicts the data set, the data set is right.
+    """The source that a run was trained on.
+
+    Runs given a data set by name used to keep their preset's source in config.json. If that contradicts the data set,
+    the data set is right.
 
     Args:
         source: `data.source` of the run's config.
         dataset: `data.dataset` of the run's config.
-        recorded: the source's name in the data set's manifest, where a run recorded it.
+        recorded: the source's name in the data set's manifest, if the run recorded it.
 
     Returns:
-        `source`, or the name of another source if that is all that is known: of a corpus of the catalog, or one that
-        nothing public is called.
+        `source`, or only the name of another source: of a known corpus, or one that matches no public name.
     """
-    kind, _, where = source.partition(":")
-    name = f"hub-{re.split('[@:]', where)[0].replace('/', '-')}" if kind == "hub" else source.replace(":", "-")
+    kind, _, rest = source.partition(":")
+    name = f"hub-{re.split('[@:]', rest)[0].replace('/', '-')}" if kind == "hub" else source.replace(":", "-")
     if recorded:
         matches = recorded.startswith("files-") if kind == "files" else recorded.startswith(name[:40])
         matches = matches if kind in ("files", "hub") else recorded == name

@@ -1,7 +1,7 @@
-"""Digests of one's own files, each hashed once.
+"""Digests of local files, each computed once.
 
-What was found is kept under temp_data/listings with each file's size and times, and holds as long as these stay the
-same. So one of a run's processes hashes, and none at its later starts.
+They are cached under temp_data/listings with the size and times of each file, and are valid while these are unchanged.
+So one of a run's processes hashes, and none at later starts.
 """
 
 import os
@@ -19,41 +19,40 @@ from .hub_listing import listing_lock
 
 FORMAT = "myllm-digests-1"
 SETTLED_NS, COARSE_NS = 100_000_000, 2_000_000_000
-"""A file that was changed so shortly before it was hashed may change again without a difference in its times: its
-digest is not kept. Times go forward in steps of some milliseconds, on some disks of whole seconds."""
+"""A file that was changed this recently may change again without a difference in its times, so its digest is not
+cached. Times advance in steps of milliseconds, on some disks of whole seconds."""
 
 
 class Stamp(NamedTuple):
-    """What differs after a file's content was changed."""
+    """What differs after a change of a file's content."""
 
     size_bytes: int
     modified_ns: int
     changed_ns: int
-    """Beside the other, which programs can set back."""
+    """Programs can set `modified_ns` back, but not this."""
 
 
-Known = dict[str, tuple[Stamp, str]]
+Digests = dict[str, tuple[Stamp, str]]
 
 
-def file_digests(files: Sequence[str], memory: Path) -> list[tuple[int, str]]:
-    """Size in bytes and sha256 of each file.
-
-    Of several processes that ask the same one hashes, and the others wait for its answer.
+def file_digests(files: Sequence[str], cache: Path) -> list[tuple[int, str]]:
+    """Size in bytes and sha256 of each file. If several processes need them, one hashes and the others wait.
 
     Args:
-        memory: where the answer is kept. If that cannot be, every call hashes.
+        cache: the cache file. If it cannot be written, every call hashes.
 
     Raises:
-        UserError: a file that cannot be read.
+        UserError: a file cannot be read.
     """
-    known, unknown = _look_up(files, memory)
+    known, unknown = _look_up(files, cache)
     if unknown:
         with ExitStack() as stack:
-            with suppress(OSError, UserError):  # nothing can be written there: this process's own answer will do
-                memory.parent.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(listing_lock(memory))
-            known, unknown = _look_up(files, memory)
-            known |= _hash(unknown, known, memory)
+            with suppress(OSError, UserError):  # not writable
+                cache.parent.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(listing_lock(cache))
+            known, unknown = _look_up(files, cache)
+            if unknown:
+                known |= _hash(unknown, known, cache)
     return [(known[file][0].size_bytes, known[file][1]) for file in files]
 
 
@@ -61,29 +60,28 @@ def size_of(file: str) -> int:
     """Bytes.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: the file cannot be read.
     """
     return _stamp(file).size_bytes
 
 
-def _hash(files: list[str], known: Known, memory: Path) -> Known:
-    """The files' stamps and digests, kept with what is known of others."""
+def _hash(files: list[str], known: Digests, cache: Path) -> Digests:
+    """The digests of `files`, cached together with the known ones."""
     now = time.time_ns()
-    with ThreadPoolExecutor() as pool:  # hashlib lets go of the lock
-        found = dict(zip(files, pool.map(_hash_one, files), strict=True))
-    kept = known | {
+    with ThreadPoolExecutor() as pool:  # hashlib releases the GIL
+        hashed = dict(zip(files, pool.map(_hash_file, files), strict=True))
+    valid = known | {
         file: (stamp, digest)
-        for file, (stamp, digest) in found.items()
+        for file, (stamp, digest) in hashed.items()
         if _is_settled(stamp, now) and _stamp(file) == stamp
     }
-    if files:
-        with suppress(OSError):
-            rows = {file: [*stamp, digest] for file, (stamp, digest) in kept.items()}
-            write_json(memory, {"format": FORMAT, "files": rows})
-    return found
+    with suppress(OSError):
+        rows = {file: [*stamp, digest] for file, (stamp, digest) in valid.items()}
+        write_json(cache, {"format": FORMAT, "files": rows})
+    return hashed
 
 
-def _hash_one(file: str) -> tuple[Stamp, str]:
+def _hash_file(file: str) -> tuple[Stamp, str]:
     stamp = _stamp(file)
     try:
         return stamp, file_sha256(Path(file))
@@ -96,25 +94,25 @@ def _is_settled(stamp: Stamp, now_ns: int) -> bool:
     return abs(now_ns - stamp.changed_ns) > step_ns
 
 
-def _look_up(files: Sequence[str], memory: Path) -> tuple[Known, list[str]]:
-    """What is kept and still holds, and the files of which nothing is."""
+def _look_up(files: Sequence[str], cache: Path) -> tuple[Digests, list[str]]:
+    """The cached digests that are still valid, and the files without one."""
     try:
-        content = read_json(memory)
+        content = read_json(cache)
         rows = content["files"] if content["format"] == FORMAT else {}
-        kept = {file: (Stamp(*stamp), str(digest)) for file, (*stamp, digest) in rows.items()}
+        cached = {file: (Stamp(*stamp), str(digest)) for file, (*stamp, digest) in rows.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        kept = {}
-    known = {file: kept[file] for file in files if file in kept and kept[file][0] == _stamp(file)}
+        cached = {}
+    known = {file: cached[file] for file in files if file in cached and cached[file][0] == _stamp(file)}
     return known, [file for file in files if file not in known]
 
 
 def _stamp(file: str) -> Stamp:
     try:
-        found = os.stat(file)
-        return Stamp(found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+        status = os.stat(file)
+        return Stamp(status.st_size, status.st_mtime_ns, status.st_ctime_ns)
     except OSError as error:
         raise _unreadable(file, error) from None
 
 
 def _unreadable(file: str, error: OSError) -> UserError:
-    return UserError(f"cannot read {file}: {error.strerror}; make it readable, or leave it out of the source")
+    return UserError(f"cannot read {file}: {error.strerror}; make it readable, or exclude it from the source")

@@ -1,7 +1,7 @@
 """Which files a remote source has.
 
-A listing is kept under temp_data/listings: the first one pins the source, so a later start asks nobody, and works
-without a network.
+Listings are cached under temp_data/listings. The first one pins the source: later starts send no request and work
+offline.
 """
 
 import fnmatch
@@ -21,14 +21,14 @@ from myllm.files import file_lock, read_json, write_json
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _TIMEOUTS_S = (5, 15, 15, 15)
-"""To connect, to read, to write, and to wait for a free connection."""
+"""To connect, to read, to write, and to get a connection from the pool."""
 
 
 class UnreachableError(UserError):
-    """A server did not answer, or not as it should."""
+    """A server did not answer, or answered with an error."""
 
 
-class Missing(UserError):
+class MissingOnHubError(UserError):
     """The Hub answers, but has no such repository, revision or file."""
 
 
@@ -41,80 +41,86 @@ class RemoteFile:
 
 
 def list_hub(repo: str, revision: str | None, pattern: str) -> list[RemoteFile]:
-    """The files of a dataset repository that match a glob ("*" crosses folders; empty: all).
+    """The files of a dataset repository that match a glob ("*" also matches "/"; empty: all files).
 
     Raises:
-        UserError: no such repository, revision or folder, or nothing matches.
-        Unreachable: the Hub does not answer.
+        UserError: no such repository, revision or folder, or no match.
+        UnreachableError: the Hub does not answer.
     """
-    return _kept(f"hub {repo} {revision or 'main'} {pattern}", lambda: list(_ask_hub(repo, revision, pattern)))
+    return _cached(f"hub {repo} {revision or 'main'} {pattern}", lambda: _request_listing(repo, revision, pattern))
 
 
-def _ask_hub(repo: str, revision: str | None, pattern: str) -> Iterator[RemoteFile]:
+def _request_listing(repo: str, revision: str | None, pattern: str) -> list[RemoteFile]:
     pattern = pattern.lstrip("/")
     with _clear_hub_errors(repo, revision):
-        # A commit's own hash is the same for ever and saves a question.
+        # A full commit hash never changes, which saves a request.
         commit = revision if revision and _COMMIT.fullmatch(revision) else None
         commit = commit or next(_hub_pages(f"{repo}/revision/{quote(revision or 'main', safe='')}"))["sha"]
-        # Listing the folder that the glob begins with, not the whole repository, which may have 100,000 files.
+        # Only the folder that the glob begins with: a repository may have 100,000 files.
         plain = re.split(r"[*?\[]", pattern, maxsplit=1)[0]
         folder = plain.rpartition("/")[0] if plain != pattern or Path(pattern).suffix else pattern.rstrip("/")
         pages = _hub_pages(f"{repo}/tree/{commit}/{quote(folder, safe='')}".rstrip("/"), recursive=True)
-        files = [each for page in pages for each in page if each["type"] == "file"]
-    wanted = [each for each in files if _matches(each["path"], pattern)]
-    if not wanted:
+        files = [entry for page in pages for entry in page if entry["type"] == "file"]
+    matching = sorted((file for file in files if _matches(file["path"], pattern)), key=lambda file: file["path"])
+    if not matching:
         raise UserError(
-            f"{repo} has {len(files)} files under {folder or '/'}, but none match {pattern!r}; see "
-            f"{hub_endpoint()}/datasets/{repo}/tree/{commit} for what there is"
+            f"{repo} has {len(files)} files under {folder or '/'}, but none matches {pattern!r}; see "
+            f"{hub_endpoint()}/datasets/{repo}/tree/{commit}"
         )
-    for each in sorted(wanted, key=lambda file: file["path"]):
-        digest = each["lfs"]["oid"] if each.get("lfs") else f"git:{each['oid']}"
-        yield RemoteFile(each["path"], f"hf://datasets/{repo}@{commit}/{each['path']}", each["size"], digest)
+    return [
+        RemoteFile(
+            file["path"],
+            f"hf://datasets/{repo}@{commit}/{file['path']}",
+            file["size"],
+            file["lfs"]["oid"] if file.get("lfs") else f"git:{file['oid']}",
+        )
+        for file in matching
+    ]
 
 
-def _hub_pages(question: str, **parameters: bool) -> Iterator[Any]:
-    """The Hub's answer on a dataset, page by page.
+def _hub_pages(route: str, **parameters: bool) -> Iterator[Any]:
+    """The Hub's answer about a dataset, page by page.
 
-    Not by HfApi: its listings have no time limit, so that a silent server would hold them for ever, and its other
-    questions are asked only once.
+    Without HfApi: its listings have no timeout, so a silent server would block them forever, and it does not retry its
+    other requests.
     """
     from huggingface_hub.utils import validate_repo_id
 
-    validate_repo_id("/".join(question.split("/")[:2]))
-    url = address = f"{hub_endpoint()}/api/datasets/{question}"
+    validate_repo_id("/".join(route.split("/")[:2]))
+    url = page_url = f"{hub_endpoint()}/api/datasets/{route}"
     params: dict[str, bool] | None = parameters
-    while address:
-        answer = _ask_server(address, params=params)
-        yield answer.json()
-        # A mirror may pass on the Hub's own address, where this account's token has no business.
-        following = urlsplit(answer.links.get("next", {}).get("url", "")).query
-        address, params = f"{url}?{following}" if following else "", None
+    while page_url:
+        response = _get(page_url, params=params)
+        yield response.json()
+        # Only the query of the next link: a mirror may return the Hub's own address, which must not get this token.
+        query = urlsplit(response.links.get("next", {}).get("url", "")).query
+        page_url, params = f"{url}?{query}" if query else "", None
 
 
-def _ask_server(url: str, params: dict[str, bool] | None = None) -> Any:
-    """The Hub's answer to a GET, with this account's token, after as many tries as a busy server may want."""
+def _get(url: str, params: dict[str, bool] | None = None) -> Any:
+    """The response to a GET with this account's token, after up to three retries."""
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
 
-    answer = http_backoff(
+    response = http_backoff(
         "GET", url, params=params, headers=build_hf_headers(), timeout=_TIMEOUTS_S, max_retries=3, follow_redirects=True
     )
-    hf_raise_for_status(answer)
-    return answer
+    hf_raise_for_status(response)
+    return response
 
 
 def hub_endpoint() -> str:
-    """The Hub's address, or its mirror's.
+    """The address of the Hub or its mirror.
 
     Raises:
-        UserError: what HF_ENDPOINT says is none; the client would try it for a minute.
+        UserError: HF_ENDPOINT is not an address. The client would retry it for a minute.
     """
     from huggingface_hub import constants
 
     parts = urlsplit(constants.ENDPOINT)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise UserError(
-            f"HF_ENDPOINT is {constants.ENDPOINT!r}, expected a whole address, such as https://huggingface.co; unset "
-            "it for the Hub itself"
+            f"HF_ENDPOINT is {constants.ENDPOINT!r}, expected a complete address such as https://huggingface.co; unset "
+            "it to use the Hub itself"
         )
     return constants.ENDPOINT
 
@@ -124,71 +130,71 @@ def _matches(path: str, pattern: str) -> bool:
 
 
 def list_urls(repo: str, file: str) -> list[RemoteFile]:
-    """The URLs in a file of a dataset repository, one a line, with what their server says of each.
+    """The URLs in a file of a dataset repository, one per line, with the size and version that their server reports.
 
     Raises:
-        Unreachable: the Hub, or the server of the files, does not answer.
+        UnreachableError: the Hub, or the server of the files, does not answer.
     """
-    return _kept(f"urls {repo} {file}", lambda: _ask_urls(repo, file))
+    return _cached(f"urls {repo} {file}", lambda: _request_urls(repo, file))
 
 
-def _ask_urls(repo: str, file: str) -> list[RemoteFile]:
+def _request_urls(repo: str, file: str) -> list[RemoteFile]:
     from huggingface_hub import hf_hub_url
 
     hub_endpoint()
     with _clear_hub_errors(repo):
-        text = _ask_server(hf_hub_url(repo, file, repo_type="dataset")).content.decode()
+        text = _get(hf_hub_url(repo, file, repo_type="dataset")).content.decode()
     urls = list(dict.fromkeys(line.strip() for line in text.splitlines() if "://" in line))
     if not urls:
         raise UserError(f"{file} of {repo} lists no URLs")
-    _ask_url(urls[0], max_retries=2)  # where nobody answers, one question is enough
+    _request_head(urls[0], max_retries=2)  # fails early if the server is down
     with ThreadPoolExecutor(16) as pool:
-        return list(pool.map(_ask_url, urls))
+        return list(pool.map(_request_head, urls))
 
 
-def _ask_url(url: str, max_retries: int = 5) -> RemoteFile:
+def _request_head(url: str, max_retries: int = 5) -> RemoteFile:
     from huggingface_hub.utils import http_backoff
 
-    host = urlsplit(url).hostname or url
-    headers = {"Accept-Encoding": "identity"}  # else the size may be another
+    headers = {"Accept-Encoding": "identity"}  # compressed content would have another size
     try:
         response = http_backoff(
             "HEAD", url, headers=headers, timeout=_TIMEOUTS_S, max_retries=max_retries, follow_redirects=True
         )
         response.raise_for_status()
-    except Exception as error:  # the client's errors have no common class over its versions
+    except Exception as error:  # the client's errors have no common class across its versions
         raise UnreachableError(
-            f"{host} does not answer for {url}: {first_line(error)}; check the network and a proxy (HTTPS_PROXY)"
+            f"{urlsplit(url).hostname or url} does not answer for {url}: {first_line(error)}; check the network and a "
+            "proxy (HTTPS_PROXY)"
         ) from None
     size = int(response.headers.get("content-length") or 0)
-    pin = response.headers.get("etag") or response.headers.get("last-modified") or ""
-    return RemoteFile(urlsplit(url).path.lstrip("/"), url, size, f"url:{url} {size} {pin}")
+    version = response.headers.get("etag") or response.headers.get("last-modified") or ""
+    return RemoteFile(urlsplit(url).path.lstrip("/"), url, size, f"url:{url} {size} {version}")
 
 
 @contextmanager
 def _clear_hub_errors(repo: str, revision: str | None = None) -> Iterator[None]:
-    """What the Hub's client raises, as one message with what to do."""
+    """Turn the errors of the Hub's client into one message with a remedy."""
     from huggingface_hub import constants, errors
 
     try:
         yield
     except errors.HFValidationError as error:
-        raise UserError(f"{repo!r} is no name of a dataset: {first_line(error)}") from None
+        raise UserError(f"{repo!r} is not a valid dataset name: {first_line(error)}") from None
     except errors.RepositoryNotFoundError:
-        raise Missing(
-            f"the Hub has no dataset {repo!r}, or none that this account may read; check the name, accept the "
-            f"dataset's terms on {constants.ENDPOINT}/datasets/{repo} if it has any, and log in with `hf auth login`"
+        raise MissingOnHubError(
+            f"the Hub has no dataset {repo!r} that this account may read; check the name, accept the dataset's terms "
+            f"at {constants.ENDPOINT}/datasets/{repo} if it has any, and log in with `hf auth login`"
         ) from None
     except errors.RevisionNotFoundError:
-        raise Missing(f"the dataset {repo} has no revision {revision!r}; leave it out for the newest") from None
+        raise MissingOnHubError(f"the dataset {repo} has no revision {revision!r}; omit it for the newest") from None
     except errors.RemoteEntryNotFoundError as error:
-        raise Missing(
+        raise MissingOnHubError(
             f"the dataset {repo} has no such file or folder: {urlsplit(str(error.response.url)).path}; see "
-            f"{constants.ENDPOINT}/datasets/{repo}/tree/main for what there is"
+            f"{constants.ENDPOINT}/datasets/{repo}/tree/main"
         ) from None
     except (UserError, KeyboardInterrupt):
         raise
-    except Exception as error:  # the client's errors have no common class over its versions
+    except Exception as error:  # the client's errors have no common class across its versions
         raise UnreachableError(
             f"the Hub at {constants.ENDPOINT} does not answer for {repo}: {first_line(error)}; check the network, a "
             "proxy (HTTPS_PROXY), HF_ENDPOINT and HF_HUB_OFFLINE"
@@ -200,53 +206,55 @@ def first_line(error: BaseException) -> str:
 
 
 def suggest_fallback(error: UserError, corpus: str) -> UserError:
-    """The same error, with the next best source where there is one.
+    """The same error as an UnreachableError, for Dolma with the next best source.
 
-    A corpus that is known by name has no typing errors in it: one that is missing has been moved or closed.
+    A known corpus that is missing has been moved or closed: its name cannot be mistyped.
     """
-    if not isinstance(error, UnreachableError | Missing):
+    if not isinstance(error, UnreachableError | MissingOnHubError):
         return error
     if not corpus.startswith("dolma"):
         return UnreachableError(str(error))
     return UnreachableError(
-        f"Dolma cannot be reached: {error}. C4 is the next best: give c4 as the source, or --fallback c4 "
-        "(--data.fallback c4 for pretrain.py) to take it without asking"
+        f"Dolma cannot be reached: {error}. C4 is the next best: use c4 as the source, or --fallback c4 "
+        "(--data.fallback c4 for pretrain.py) to switch to it automatically"
     )
 
 
-def _kept(question: str, ask: Callable[[], list[RemoteFile]]) -> list[RemoteFile]:
-    """The answer of the first time, from disk. One process asks; others that want to know wait for its answer."""
-    path = listing_path(question)
-    if (files := _read_kept(path)) is not None:
+# -- the cache --------------------------------------------------------------------------------------------------------
+
+
+def _cached(query: str, request: Callable[[], list[RemoteFile]]) -> list[RemoteFile]:
+    """The listing from disk, or from one request. If several processes need it, one sends the request."""
+    path = listing_path(query)
+    if (files := _read_listing(path)) is not None:
         return files
     with ExitStack() as stack:
         with _clear_write_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(listing_lock(path))
-        if (files := _read_kept(path)) is None:
-            files = ask()
+        if (files := _read_listing(path)) is None:
+            files = request()
             with _clear_write_errors(path):
-                write_json(path, {"question": question, "files": [asdict(file) for file in files]})
+                write_json(path, {"question": query, "files": [asdict(file) for file in files]})
     return files
 
 
-def listing_path(question: str) -> Path:
-    """Where the answer to a question about a source is kept."""
-    # Questions that differ in a sign only have names of their own by the hash.
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", question).strip("-")[:100]
-    digest = hashlib.sha256(question.encode(errors="surrogateescape")).hexdigest()
+def listing_path(query: str) -> Path:
+    """The cache file of a query. The hash tells queries apart whose readable part is the same."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", query).strip("-")[:100]
+    digest = hashlib.sha256(query.encode(errors="surrogateescape")).hexdigest()
     return paths.listings_dir() / f"{name}-{digest[:8]}.json"
 
 
 @contextmanager
 def listing_lock(path: Path) -> Iterator[None]:
-    """Be the only process that makes the answer of this path; another one's is waited for."""
+    """Hold the lock for writing a cache file, after waiting for another process that holds it."""
     paths.locks_dir().mkdir(parents=True, exist_ok=True)
     with file_lock(paths.locks_dir() / f"{path.name}.lock"):
         yield
 
 
-def _read_kept(path: Path) -> list[RemoteFile] | None:
+def _read_listing(path: Path) -> list[RemoteFile] | None:
     try:
         return [RemoteFile(**file) for file in read_json(path)["files"]]
     except FileNotFoundError:
@@ -254,7 +262,7 @@ def _read_kept(path: Path) -> list[RemoteFile] | None:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; make it readable, or set MYLLM_DATA") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"the listing {path} is damaged ({error}); delete it, and it is asked for again") from None
+        raise UserError(f"the listing {path} is damaged ({error}); delete it to request it again") from None
 
 
 @contextmanager
@@ -262,4 +270,4 @@ def _clear_write_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; make room there, or set MYLLM_DATA") from None
+        raise UserError(f"cannot write {path}: {error.strerror}; free space there, or set MYLLM_DATA") from None

@@ -1,18 +1,19 @@
-"""What a reader is asked for, and what it has to say beside the text."""
+"""What a reader receives: the file to read, and the log of what it had to skip."""
 
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 MAX_LOGGED_SKIPS = 100
-"""Places named a unit of work and reason; the rest are counted only."""
+"""Per work item and reason; further ones are only counted."""
 
 
 @dataclass
 class SkipLog:
-    """What was passed over or repaired, and where."""
+    """What was skipped or repaired, and where."""
 
     counts: Counter[str] = field(default_factory=Counter)
+    """By reason."""
     places: list[dict[str, str]] = field(default_factory=list)
 
     def add(self, reason: str, place: str, detail: str = "") -> None:
@@ -27,12 +28,12 @@ class ReadTask:
 
     path: Path
     name: str
-    """How faults name the file: relative to its source, the same on every machine."""
+    """Relative to the source, so that logs are the same on every machine."""
     column: str = "text"
     """Column or key that holds the text."""
     part: int = 0
-    parts: int = 1
+    num_parts: int = 1
 
-    def share(self, total: int) -> tuple[int, int]:
-        """This part's share of so many things: first, and one behind the last."""
-        return total * self.part // self.parts, total * (self.part + 1) // self.parts
+    def part_range(self, total: int) -> tuple[int, int]:
+        """Start and end of this part among `total` units."""
+        return total * self.part // self.num_parts, total * (self.part + 1) // self.num_parts

@@ -1,10 +1,10 @@
-"""How one file becomes rows of text, by its kind. Readers are generators and hold a row or a small batch at a time.
+"""How one file becomes rows of text, by its suffix. Readers are generators that hold one row or a small batch.
 
-A reader gives what it can and names what it cannot: a row without text, a line that is no JSON, a file that ends early.
-None of that stops a preparation; `SkipLog` counts it, and the data set's manifest says so.
+A reader never stops a preparation: it logs what it cannot use (a row without text, a line that is not JSON, a file that
+ends early) in a `SkipLog` and yields the rest.
 
-Large parquet, arrow and plain jsonl files can be read in parts, each by another process: part k of n takes the row
-groups, batches or lines that begin in its share of the file.
+Large parquet, arrow and uncompressed jsonl files can be read in parts, each by another process. A part takes the row
+groups, batches or lines that begin in its range of the file.
 """
 
 import gzip
@@ -24,63 +24,63 @@ from .read_task import ReadTask, SkipLog
 from .text_encoding import MARK_BYTES, NotTextError, as_utf8, decode_text, encoding_of
 
 MAX_PLAIN_CHARS = 100_000
-"""A longer .txt or .md, such as a book, is cut into documents at blank lines, so that validation can be held out."""
+"""A longer .txt or .md, such as a book, is split into documents, so that some can be held out for validation."""
 MAX_LINE_BYTES = 1 << 26
-"""A longer line is not held in memory: it is passed over and named."""
-
-
+"""A longer line is skipped without holding it in memory."""
+BUFFER_BYTES = 1 << 16
 _SURROGATE = re.compile("[\ud800-\udfff]")
+
 Reader = Callable[[ReadTask, SkipLog], Iterator[str]]
 
 
 def suffix_of(name: str | Path) -> str:
-    """A file's kind: its last suffix, or the last two of a compressed one (".jsonl.gz")."""
+    """The last suffix of a file, or the last two if it is compressed (".jsonl.gz"); in lower case."""
     suffixes = [suffix.lower() for suffix in Path(name).suffixes]
-    return "".join(suffixes[-2:]) if suffixes and suffixes[-1] in (".gz", ".zst") else "".join(suffixes[-1:])
+    return "".join(suffixes[-2:] if suffixes[-1:] in ([".gz"], [".zst"]) else suffixes[-1:])
 
 
-def read_file(reader: str, task: ReadTask, faults: SkipLog) -> Iterator[str]:
-    """The rows of a file. Whatever makes the rest of it unreadable ends it, and is named."""
-    place = task.name if task.parts == 1 else f"{task.name}, part {task.part + 1} of {task.parts}"
+def is_splittable(name: str) -> bool:
+    """Whether a file can be read in parts. Compressed files cannot."""
+    return suffix_of(name) in (".parquet", ".arrow", ".jsonl")
+
+
+def read_file(reader: str, task: ReadTask, skips: SkipLog) -> Iterator[str]:
+    """The rows of a file. An error in the middle ends the file and is logged."""
+    place = task.name if task.num_parts == 1 else f"{task.name}, part {task.part + 1} of {task.num_parts}"
     try:
-        yield from READERS[reader](task, faults)
-    except EOFError as error:
-        faults.add("file_cut_short", place, _without_path(error, task))
-    except (OSError, zlib.error) as error:
-        faults.add("unreadable_file", place, _without_path(error, task))
-
-
-def _without_path(error: Exception, task: ReadTask) -> str:
-    """What is said of a file goes with the data set, and is the same wherever the file lay."""
-    return str(error).replace(str(task.path), task.name)
+        yield from READERS[reader](task, skips)
+    except (OSError, EOFError, zlib.error) as error:
+        reason = "file_cut_short" if isinstance(error, EOFError) else "unreadable_file"
+        # The log is stored with the data set and must be the same wherever the file was.
+        skips.add(reason, place, str(error).replace(str(task.path), task.name))
 
 
 # -- plain text -------------------------------------------------------------------------------------------------------
 
 
-def _read_whole(task: ReadTask, faults: SkipLog) -> Iterator[str]:
-    """A whole file as one document."""
-    text = _decode(task, faults)
+def _read_whole(task: ReadTask, skips: SkipLog) -> Iterator[str]:
+    """The file as one document."""
+    text = _decode(task, skips)
     if text is not None:
         yield text
 
 
-def _read_prose(task: ReadTask, faults: SkipLog) -> Iterator[str]:
-    """A file as one document, or several of at most MAX_PLAIN_CHARS, cut at blank lines where it has any."""
-    text = _decode(task, faults)
+def _read_prose(task: ReadTask, skips: SkipLog) -> Iterator[str]:
+    """The file as one document, or as several of at most MAX_PLAIN_CHARS."""
+    text = _decode(task, skips)
     if text is not None:
         yield from split_prose(text, MAX_PLAIN_CHARS)
 
 
-def split_prose(text: str, most: int) -> Iterator[str]:
-    """A text in pieces of at most `most` characters, cut at a blank line, a line's end or a space if there is one."""
+def split_prose(text: str, max_chars: int) -> Iterator[str]:
+    """A text in pieces of at most `max_chars`, split after a blank line, a line or a word where possible."""
     start = 0
-    while len(text) - start > most:
-        end = start + most
-        for mark in ("\n\n", "\n", " "):
-            cut = text.rfind(mark, start + most // 2, end)
-            if cut >= 0:
-                end = cut + len(mark)
+    while len(text) - start > max_chars:
+        end = start + max_chars
+        for separator in ("\n\n", "\n", " "):
+            found = text.rfind(separator, start + max_chars // 2, end)
+            if found >= 0:
+                end = found + len(separator)
                 break
         yield text[start:end]
         start = end
@@ -88,147 +88,146 @@ def split_prose(text: str, most: int) -> Iterator[str]:
 
 
 def _read_topics(task: ReadTask, _: SkipLog) -> Iterator[str]:
-    """pydoc's reference topics: a module that holds one dictionary of texts."""
+    """pydoc's reference topics: a module with one dictionary of texts."""
     yield from runpy.run_path(str(task.path))["topics"].values()
 
 
-def _decode(task: ReadTask, faults: SkipLog) -> str | None:
-    """A file's text: UTF-8, or what a byte order mark or a Python file says it is. Line ends become newlines."""
+def _decode(task: ReadTask, skips: SkipLog) -> str | None:
+    """A file's text: UTF-8, or as a byte order mark or a Python encoding comment says. Line ends become newlines."""
     content = task.path.read_bytes()
     encoding = "utf-8"
     if task.path.suffix.lower() == ".py":
-        with suppress(SyntaxError):  # names one that does not exist
+        with suppress(SyntaxError):  # the comment names an unknown encoding
             encoding, _ = tokenize.detect_encoding(io.BytesIO(content).readline)
     try:
         return decode_text(content, encoding).replace("\r\n", "\n")
     except NotTextError as error:
-        faults.add("invalid_text", task.name, str(error))
+        skips.add("invalid_text", task.name, str(error))
         return None
 
 
-# -- one JSON object a line -------------------------------------------------------------------------------------------
+# -- one JSON object per line -----------------------------------------------------------------------------------------
 
 
-def _read_jsonl(task: ReadTask, faults: SkipLog) -> Iterator[str]:
-    """One JSON object a line; the text is under a key. Compression follows the name."""
-    with _opened(task.path) as opened, _in_utf8(opened) as file:
+def _read_jsonl(task: ReadTask, skips: SkipLog) -> Iterator[str]:
+    """One JSON object per line, with the text under a key."""
+    with _open_uncompressed(task.path) as raw, _as_utf8_file(raw) as file:
         start, end = 0, None
-        if file is not opened and task.part:  # its lines are found from the beginning on, by the first part
+        if file is not raw and task.part:  # UTF-16 has no byte positions to split at: the first part reads it all
             return
-        if task.parts > 1 and file is opened:
-            start, end = task.share(task.path.stat().st_size)
-            if start:  # a line belongs to the part that its first byte lies in
+        if task.num_parts > 1 and file is raw:
+            start, end = task.part_range(task.path.stat().st_size)
+            if start:  # a line belongs to the part that holds its first byte
                 file.seek(start - 1)
-                while (piece := file.readline(MAX_LINE_BYTES)) and not piece.endswith(b"\n"):
-                    pass
-        # Telling the place costs a call a line, and only a part has to know it.
-        at = file.tell() if end is not None else 0
+                _skip_line(file)
+        # `tell` costs a call per line, so the position is counted, and only needed for a part.
+        position = file.tell() if end is not None else 0
         number = 0
-        while end is None or at < end:
+        while end is None or position < end:
             line = file.readline(MAX_LINE_BYTES)
             if not line:
                 return
             number += 1
-            at += len(line)
-            place = f"{task.name}, line {number}" + (f" behind byte {start}" if start else "")
+            position += len(line)
+            place = f"{task.name}, line {number}" + (f" after byte {start}" if start else "")
             if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
-                at += _pass_over(file)
-                faults.add("line_too_long", place, f"more than {MAX_LINE_BYTES:,} bytes")
+                position += _skip_line(file)
+                skips.add("line_too_long", place, f"more than {MAX_LINE_BYTES:,} bytes")
             elif not line.isspace():
-                text = _parse(line, place, task.column, faults)
-                del line  # up to MAX_LINE_BYTES, which the caller's work on the text need not keep
+                text = _parse_line(line, place, task.column, skips)
+                del line  # up to MAX_LINE_BYTES that the consumer of the text does not need
                 if text is not None:
                     yield text
 
 
 @contextmanager
-def _in_utf8(file: BinaryIO) -> Iterator[BinaryIO]:
-    """A file's bytes; of one that its byte order mark says to be UTF-16 or UTF-32, those of its text in UTF-8."""
-    wide = encoding_of(file.peek(MARK_BYTES))
-    if wide in ("utf-16", "utf-32"):
-        yield io.BufferedReader(_Chunks(as_utf8(file, wide)), 1 << 16)
+def _as_utf8_file(file: BinaryIO) -> Iterator[BinaryIO]:
+    """The file itself, or its content in UTF-8 if it has the byte order mark of UTF-16 or UTF-32."""
+    encoding = encoding_of(file.peek(MARK_BYTES))
+    if encoding in ("utf-16", "utf-32"):
+        yield io.BufferedReader(_ChunkReader(as_utf8(file, encoding)), BUFFER_BYTES)
     else:
         yield file
 
 
-def _pass_over(file: BinaryIO) -> int:
-    """Read to the end of a line without keeping it; how many bytes that were."""
-    passed = 0
-    while piece := file.readline(1 << 20):
-        passed += len(piece)
-        if piece.endswith(b"\n"):
+def _skip_line(file: BinaryIO) -> int:
+    """Read to the end of the line without keeping it; returns the number of bytes."""
+    size = 0
+    while chunk := file.readline(1 << 20):
+        size += len(chunk)
+        if chunk.endswith(b"\n"):
             break
-    return passed
+    return size
 
 
-def _parse(line: bytes, place: str, column: str, faults: SkipLog) -> str | None:
+def _parse_line(line: bytes, place: str, column: str, skips: SkipLog) -> str | None:
     try:
         row = json.loads(line.decode("utf-8-sig"))  # Windows programs start a file with a byte order mark
     except UnicodeDecodeError as error:
-        faults.add("invalid_utf8", place, str(error.reason))
+        skips.add("invalid_utf8", place, str(error.reason))
+        return None
     except (ValueError, RecursionError) as error:
-        faults.add("invalid_json", place, str(error))
-    else:
-        if not isinstance(row, dict) or column not in row:
-            seen = f"the keys {sorted(row)}" if isinstance(row, dict) else f"a {type(row).__name__}"
-            faults.add("no_text", place, f"expected an object with the key {column!r}, found {seen}")
-        else:
-            text = _text_of(row[column], place, faults)
-            # Only an escape can make one, and such a line is rare enough to be looked at.
-            if text and (b"\\ud" in line or b"\\uD" in line) and _SURROGATE.search(text):
-                faults.add("lone_surrogates_replaced", place)
-                return _SURROGATE.sub("\ufffd", text)
-            return text
-    return None
+        skips.add("invalid_json", place, str(error))
+        return None
+    if not isinstance(row, dict) or column not in row:
+        seen = f"the keys {sorted(row)}" if isinstance(row, dict) else f"a {type(row).__name__}"
+        skips.add("no_text", place, f"expected an object with the key {column!r}, found {seen}")
+        return None
+    text = _text_of(row[column], place, skips)
+    # Only an escape can produce a surrogate, and such lines are rare.
+    if text and (b"\\ud" in line or b"\\uD" in line) and _SURROGATE.search(text):
+        skips.add("lone_surrogates_replaced", place)
+        return _SURROGATE.sub("\ufffd", text)
+    return text
 
 
-def _text_of(value: Any, place: str, faults: SkipLog) -> str | None:
+def _text_of(value: Any, place: str, skips: SkipLog) -> str | None:
     if value is None:
         return ""
     if isinstance(value, str):
         return value
-    faults.add("no_text", place, f"expected a text, found {str(value)[:40]!r}")
+    skips.add("no_text", place, f"expected a text, found {str(value)[:40]!r}")
     return None
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
-    """A file's bytes, uncompressed as its name says."""
+def _open_uncompressed(path: Path) -> Iterator[BinaryIO]:
+    """The bytes of a file, decompressed according to its suffix."""
     with path.open("rb") as file:
         if path.suffix.lower() == ".gz":
             if not file.peek(1):
-                raise EOFError("it is empty, and not a gzip file")  # gzip lets that pass
+                raise EOFError("the file is empty, not gzip")  # gzip accepts it
             with gzip.open(file) as lines:
                 yield lines
         elif path.suffix.lower() == ".zst":
-            yield io.BufferedReader(_Chunks(_decompress_zstd(file)), 1 << 16)
+            yield io.BufferedReader(_ChunkReader(_decompress_zstd(file)), BUFFER_BYTES)
         else:
             yield file
 
 
-class _Chunks(io.RawIOBase):
-    """Chunks of bytes as a file to read."""
+class _ChunkReader(io.RawIOBase):
+    """An iterable of chunks as a file."""
 
     def __init__(self, chunks: Iterable[bytes]) -> None:
         self._chunks = iter(chunks)
-        self._held = memoryview(b"")  # a slice of which copies nothing: a chunk may be 50 MB that went into 2 KB
+        self._rest = memoryview(b"")  # slicing it copies nothing: a chunk may be 50 MB, read 64 KB at a time
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: memoryview) -> int:
-        while not self._held:
+        while not self._rest:
             chunk = next(self._chunks, None)
             if chunk is None:
                 return 0
-            self._held = memoryview(chunk)
-        size = min(len(buffer), len(self._held))
-        buffer[:size], self._held = self._held[:size], self._held[size:]
+            self._rest = memoryview(chunk)
+        size = min(len(buffer), len(self._rest))
+        buffer[:size], self._rest = self._rest[:size], self._rest[size:]
         return size
 
 
 def _decompress_zstd(file: BinaryIO) -> Iterator[bytes]:
-    """One frame after another; zstandard's own stream reader takes a file that was cut short for a whole one."""
+    """Frame by frame: zstandard's own stream reader accepts a truncated file as complete."""
     import zstandard
 
     try:
@@ -246,27 +245,11 @@ def _decompress_zstd(file: BinaryIO) -> Iterator[bytes]:
 
 
 READERS: dict[str, Reader] = {
-    "prose": _read_prose,
-    "whole": _read_whole,
-    "topics": _read_topics,
-    "jsonl": _read_jsonl,
-    "parquet": read_parquet,
-    "arrow": read_arrow,
-}
+    "prose": _read_prose, "whole": _read_whole, "topics": _read_topics,
+    "jsonl": _read_jsonl, "parquet": read_parquet, "arrow": read_arrow,
+}  # fmt: skip
 READER_BY_SUFFIX = {
-    ".txt": "prose",
-    ".md": "prose",
-    ".py": "whole",
-    ".jsonl": "jsonl",
-    ".jsonl.gz": "jsonl",
-    ".jsonl.zst": "jsonl",
-    ".json.gz": "jsonl",
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-}
-"""Which reader takes which files, by suffix."""
-
-
-def is_splittable(name: str) -> bool:
-    """Whether a file can be read in parts: one that is compressed as a whole cannot."""
-    return suffix_of(name) in (".parquet", ".arrow", ".jsonl")
+    ".txt": "prose", ".md": "prose", ".py": "whole",
+    ".jsonl": "jsonl", ".jsonl.gz": "jsonl", ".jsonl.zst": "jsonl", ".json.gz": "jsonl",
+    ".parquet": "parquet", ".arrow": "arrow",
+}  # fmt: skip

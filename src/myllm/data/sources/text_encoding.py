@@ -1,4 +1,4 @@
-"""Which encoding a text file is in: UTF-8, or what its byte order mark says. Nothing else is guessed."""
+"""Decoding text files: UTF-8, or the encoding of a byte order mark. Nothing else is guessed."""
 
 import codecs
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from typing import BinaryIO
 
 from myllm.errors import UserError
 
-MARKS = (  # UTF-32's little-endian one begins as UTF-16's does
+BYTE_ORDER_MARKS = (  # UTF-32's little-endian mark begins with UTF-16's
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"),
@@ -18,22 +18,21 @@ READ_BYTES = 1 << 16
 
 
 class NotTextError(UserError):
-    """Bytes that are no text in the encoding that they should be in."""
+    """Bytes that do not decode in the expected encoding."""
 
 
 def encoding_of(head: bytes) -> str | None:
-    """The encoding that a byte order mark at the beginning of a file names, as a codec that removes it; or None."""
-    return next((encoding for mark, encoding in MARKS if head.startswith(mark)), None)
+    """The codec for the byte order mark at the start of a file, which also removes it; None without a mark."""
+    return next((encoding for mark, encoding in BYTE_ORDER_MARKS if head.startswith(mark)), None)
 
 
 def decode_text(content: bytes, encoding: str = "utf-8") -> str:
-    """A file's text.
-
+    """
     Args:
-        encoding: of a file without a byte order mark.
+        encoding: for content without a byte order mark.
 
     Raises:
-        NotTextError: it is in another one; says how to convert it.
+        NotTextError: the content has another encoding; the message says how to convert it.
     """
     encoding = encoding_of(content) or encoding
     try:
@@ -41,46 +40,48 @@ def decode_text(content: bytes, encoding: str = "utf-8") -> str:
     except (UnicodeError, LookupError) as error:
         place = f"byte {error.start:,}" if isinstance(error, UnicodeDecodeError) else "its first lines"
         raise NotTextError(f"not {encoding.removesuffix('-sig')} ({place}); {_advice(content)}") from None
-    if encoding == "utf-8" and (wide := _wide_without_mark(content)):
+    if encoding == "utf-8" and (wide := _wide_encoding(content)):
         raise NotTextError(f"{wide} without a byte order mark; `iconv -f {wide} -t UTF-8` converts it")
     return text
 
 
 def _advice(content: bytes) -> str:
     if encoding_of(content) in ("utf-16", "utf-32"):
-        return "its byte order mark says so, but it is damaged"
-    if wide := _wide_without_mark(content):
+        return "it has that byte order mark, but it is damaged"
+    if wide := _wide_encoding(content):
         return f"`iconv -f {wide} -t UTF-8` converts it"
     if b"\0" in content:
-        return "it has NUL bytes, so it is no text, or text in an encoding that its program knows"
-    return "`iconv -f LATIN1 -t UTF-8` converts it, if it is LATIN1"
+        return "it has NUL bytes, so it is binary or in an encoding that only its program knows"
+    return "if it is LATIN1, `iconv -f LATIN1 -t UTF-8` converts it"
 
 
-def _wide_without_mark(content: bytes) -> str | None:
-    """UTF-16 or UTF-32 of mostly European text: nearly every character brings its NUL bytes, at the same places."""
+def _wide_encoding(content: bytes) -> str | None:
+    """UTF-16 or UTF-32 of mostly European text: nearly every character has NUL bytes at the same positions."""
     sample = content[:READ_BYTES]
     for width, name in ((4, "UTF-32"), (2, "UTF-16")):
-        columns = [sample[at::width] for at in range(width)]
-        nul = [column.count(0) / max(len(column), 1) for column in columns]
-        if len(sample) >= 2 * width and min(nul[1:]) > 0.3 and nul[0] < 0.1:
+        if len(sample) < 2 * width:
+            continue
+        columns = [sample[offset::width] for offset in range(width)]
+        nul = [column.count(0) / len(column) for column in columns]
+        if min(nul[1:]) > 0.3 and nul[0] < 0.1:
             return f"{name}LE"
-        if len(sample) >= 2 * width and min(nul[:-1]) > 0.3 and nul[-1] < 0.1:
+        if min(nul[:-1]) > 0.3 and nul[-1] < 0.1:
             return f"{name}BE"
     return None
 
 
 def as_utf8(file: BinaryIO, encoding: str) -> Iterator[bytes]:
-    """A wide file's content as UTF-8, a piece at a time.
+    """The content of a UTF-16 or UTF-32 file as UTF-8, in chunks.
 
     Raises:
-        OSError: it is not what its byte order mark says.
-        EOFError: it ends early.
+        OSError: the content does not match its byte order mark.
+        EOFError: the file ends within a character.
     """
     decoder = codecs.getincrementaldecoder(encoding)()
     try:
-        while piece := file.read(READ_BYTES):
-            yield decoder.decode(piece).encode("utf-8", "surrogatepass")
+        while chunk := file.read(READ_BYTES):
+            yield decoder.decode(chunk).encode("utf-8", "surrogatepass")
     except UnicodeError as error:
-        raise OSError(f"not {encoding}, which its byte order mark says: {error}") from None
+        raise OSError(f"not {encoding}, although it has that byte order mark: {error}") from None
     if decoder.getstate()[0]:
-        raise EOFError(f"it is {encoding} by its byte order mark, and ends within a character")
+        raise EOFError(f"it has the byte order mark of {encoding} and ends within a character")

@@ -39,8 +39,7 @@ def load_tokenizer(spec: str | Path | None = None) -> Tokenizer:
     siblings = path.parent.glob("*") if path.parent != Path(".") else ()
     raise UserError(
         f"no tokenizer {str(spec)!r}{did_you_mean(str(spec), [NAME, *map(str, siblings)])}; expected {NAME}, or the "
-        "path of "
-        f"a {TOKENIZER_FILE}, such as one that `myllm tokenizer train SOURCE` wrote"
+        f"path of a {TOKENIZER_FILE}, such as one that `myllm tokenizer train SOURCE` wrote"
     )
 
 
