@@ -1,6 +1,6 @@
 """Where text comes from, and how a file of it becomes documents.
 
-source         a source as a list of files: local files, the Hub, known corpora, Python's standard library
+source         a source as a list of files: local (local_files), of the Hub, known corpora, Python's standard library
 catalog        the known public corpora
 hub_listing    which files a remote source has; cached, so that later starts work offline
 download       resumable downloads, verified before use

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from myllm import paths
 from myllm.errors import UserError, did_you_mean
 from myllm.paths import user_path
 
@@ -20,6 +19,7 @@ from .catalog import CORPORA, Corpus
 from .documents import group_rows
 from .file_digests import file_digests, size_of
 from .hub_listing import RemoteFile, list_hub, list_urls, listing_path, suggest_fallback
+from .local_files import glob_files, match_files
 from .read_task import ReadTask, SkipLog
 from .readers import READER_BY_SUFFIX, read_file, suffix_of
 
@@ -115,7 +115,7 @@ def check_source(spec: str) -> None:
 def _hint(spec: str) -> str:
     """The probable source if the user left out its kind."""
     try:
-        exists = bool(spec) and (user_path(spec).exists() or bool(_glob(user_path(spec))[0]))
+        exists = bool(spec) and (user_path(spec).exists() or bool(glob_files(user_path(spec))[0]))
     except (OSError, RuntimeError, ValueError, UserError):
         exists = False
     if exists or spec.startswith(("/", "./", "../", "~")):
@@ -203,13 +203,7 @@ def local_files(spec: str, with_digests: bool = True) -> Source:
         raise UserError("files: needs a path, such as files:~/texts (files:. for this folder)")
     path = user_path(spec)
     try:
-        if path.is_file() or _is_broken_link(path):
-            found, root = [path], path.parent
-        elif path.is_dir():
-            found, root = _walk(path), path
-        else:
-            found, root = _glob(path)
-        files = [file for file in _without_own_output(found, root) if file.is_file() or _is_broken_link(file)]
+        files, root = match_files(path)
     except OSError as error:
         raise UserError(f"cannot read {error.filename or path}: {error.strerror}; make it readable") from None
     readable = [file for file in files if suffix_of(file) in READER_BY_SUFFIX]
@@ -228,57 +222,6 @@ def count_suffixes(suffixes: Iterable[str]) -> str:
     shown = [f"{count:,} {suffix or 'without suffix'}" for suffix, count in counts[:SHOWN_SUFFIXES]]
     rest = sum(count for _, count in counts[SHOWN_SUFFIXES:])
     return ", ".join(shown + ([f"{rest:,} of other kinds"] if rest else []))
-
-
-def _without_own_output(files: list[Path], root: Path) -> list[Path]:
-    """The files, except runs, data sets and whatever else this program writes below the root."""
-    if not files:  # the root may be an impossible path
-        return files
-    base = root.absolute().resolve()
-    folders = (
-        paths.datasets_dir(),
-        paths.listings_dir(),
-        paths.downloads_dir(),
-        paths.tokenizers_dir(),
-        paths.runs_dir(),
-    )
-    own = [folder for folder in map(Path.resolve, folders) if folder != base and folder.is_relative_to(base)]
-    if not own:
-        return files
-    return [file for file in files if not any(file.absolute().resolve().is_relative_to(folder) for folder in own)]
-
-
-def _walk(root: Path) -> list[Path]:
-    """Every file below a folder that is not hidden."""
-
-    def fail(error: OSError) -> None:  # os.walk ignores a folder that it cannot list
-        raise error
-
-    found = []
-    for parent, folders, files in os.walk(root, onerror=fail):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(parent, name) for name in files if not name.startswith(".")]
-    return sorted(found)
-
-
-def _glob(pattern: Path) -> tuple[list[Path], Path]:
-    """What a glob matches, except hidden files, and the folder before its first wildcard."""
-    parts = pattern.parts
-    wildcard = next((i for i, part in enumerate(parts) if set("*?[") & set(part)), None)
-    if wildcard is None:
-        return [], pattern
-    root, rest = Path(*parts[:wildcard]), "/".join(parts[wildcard:])
-    try:
-        # Path.glob, unlike the module glob, ends in loops of links. Its ** alone finds folders only.
-        found = sorted(root.glob(f"{rest}/*" if parts[-1] == "**" else rest))
-    except ValueError as error:
-        raise UserError(f"invalid glob {str(pattern)!r}: {error}") from None
-    return [file for file in found if not any(part.startswith(".") for part in file.relative_to(root).parts)], root
-
-
-def _is_broken_link(path: Path) -> bool:
-    """A broken link is reported, not treated as a file that never existed."""
-    return path.is_symlink() and not path.exists()
 
 
 def python_stdlib(with_digests: bool = True) -> Source:
