@@ -14,7 +14,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))  # runs from a 
 
 if TYPE_CHECKING:
     from myllm.config import RunConfig
-    from myllm.data.dataset import Dataset
     from myllm.paths import RunPaths
 
 
@@ -80,7 +79,7 @@ def prepare_and_train(config: "RunConfig", prepare_only: bool, profile: bool = F
     from myllm.errors import TrainingDiverged, exit_code
     from myllm.hub.background_publish import background_publisher
     from myllm.paths import RunPaths
-    from myllm.planning.length import can_resolve_max_steps, resolve_max_steps
+    from myllm.planning.length import resolve_max_steps, tokens_to_resolve_max_steps
     from myllm.runs.heartbeat import report_starting
     from myllm.runs.run_dir import next_steps
     from myllm.training.loop import train
@@ -90,16 +89,14 @@ def prepare_and_train(config: "RunConfig", prepare_only: bool, profile: bool = F
     distributed.training_device(config.train.device)  # one that is not there is to be known before the hours ahead
     is_rank_zero, epochs = ranks.rank() == 0, config.train.epochs
 
-    def enough(dataset: "Dataset") -> bool:
-        return can_resolve_max_steps(config, dataset.train.tokens, dataset.complete, own_text)
-
+    min_tokens = tokens_to_resolve_max_steps(config, own_text)
     with (
         report_starting(RunPaths.of(config.name), active=is_rank_zero) as taken_over,
         background_publisher(config, active=is_rank_zero) as publisher,
     ):
         # The first process of each machine has the data prepared, in a process of its own, while all of them train.
         with (
-            prepare_in_background(config.data, starts=ranks.local_rank() == 0, enough=enough) as dataset,
+            prepare_in_background(config.data, starts=ranks.local_rank() == 0, min_train_tokens=min_tokens) as dataset,
             distributed.process_group(config.train.device) as process,
         ):
             config = resolve_max_steps(config, dataset.train.tokens, own_text)

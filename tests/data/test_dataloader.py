@@ -1,11 +1,12 @@
 """The loader hands out what direct reads give, from any position, on any number of ranks, and ends when told."""
 
+import contextlib
 import itertools
 import random
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from myllm.data import sampler as order
 from myllm.data.dataloader import Batch, BatchLoader, has_step, read_batch
 from myllm.data.dataset import Dataset, TokenStream
+from myllm.data.prepare import status
 from myllm.data.sampler import DataPosition, count_sequences, step_sequences
 from myllm.errors import UserError
 from myllm.planning.batch import BatchPlan
@@ -128,8 +130,8 @@ class Failing:
             True, stream.tokens, stream, error, itertools.count()
         )  # fmt: skip
 
-    def check(self, starts: np.ndarray, count: int) -> None:
-        self._stream.check(starts, count)
+    def verify(self, starts: np.ndarray, count: int) -> None:
+        self._stream.verify(starts, count)
 
     def read(self, start: int, count: int) -> np.ndarray:
         if next(self._reads) >= 10:
@@ -181,7 +183,7 @@ def test_growing_data_give_the_batches_of_finished_data(
     dataset: Dataset, make_growing: MakeGrowing, world_size: int, sequences: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Over the ends of windows and of epochs; each rank looks for itself."""
-    monkeypatch.setattr(BatchLoader, "LOOK_EVERY_S", 0.005)
+    monkeypatch.setattr(BatchLoader, "POLL_S", 0.005)
     batch = plan(world_size, 1, sequences)
     count = (2 * 50 // sequences + 2) * batch.grad_accum_steps
     for rank in range(world_size):
@@ -239,7 +241,7 @@ def test_a_loader_that_waits_ends_when_told(dataset: Dataset, make_growing: Make
 def test_data_that_vanish_while_it_waits_are_said(
     dataset: Dataset, make_growing: MakeGrowing, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(BatchLoader, "LOOK_EVERY_S", 0.01)
+    monkeypatch.setattr(BatchLoader, "POLL_S", 0.01)
     growing = make_growing(dataset)
     growing.grow(2)
     seen = Dataset.open(growing.folder, unfinished=True)
@@ -257,3 +259,82 @@ def test_resuming_within_and_behind_windows(dataset: Dataset) -> None:
         resumed = take(dataset, 2, position, batch)
         assert all(torch.equal(a[0], b[0]) for a, b in zip(resumed, whole[2 * step :], strict=False)), step
         position = position.advance(4, 50)
+
+
+# -- waiting for the next step ----------------------------------------------------------------------------------------
+
+
+class Wait:
+    """A growing data set whose next step is waited for; the test decides what happens meanwhile."""
+
+    def __init__(self, growing: "Growing", monkeypatch: pytest.MonkeyPatch) -> None:
+        self.growing, self.lines, self.events = growing, [], []
+        self.dataset = Dataset.open(growing.folder, unfinished=True)
+        monkeypatch.setattr(BatchLoader, "POLL_S", 0.005)
+        monkeypatch.setattr(status, "is_being_prepared", lambda _: not self.abandoned)
+        monkeypatch.setattr(status.time, "sleep", self.between_looks)
+        self.abandoned, self.looks, self.do = False, 0, lambda look: None
+
+    def between_looks(self, _: float) -> None:
+        self.looks += 1
+        assert self.looks < 100, "it waits in vain"
+        self.do(self.looks)
+
+    def __call__(self, loader: BatchLoader, stop: Callable[[], bool] = lambda: False) -> bool:
+        return loader.wait_for_step(stop, self.lines.append, self.waiting, lambda: self.events.append("complete"))
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        self.events.append("waiting")
+        yield
+        self.events.append("waited")
+
+
+@pytest.fixture
+def wait(dataset: Dataset, make_growing: MakeGrowing, monkeypatch: pytest.MonkeyPatch) -> Wait:
+    growing = make_growing(dataset)
+    growing.grow(2)
+    return Wait(growing, monkeypatch)
+
+
+@pytest.mark.usefixtures("small_windows")
+def test_a_step_that_is_there_is_not_waited_for(wait: Wait) -> None:
+    with BatchLoader(wait.dataset.train, plan(sequences=2), at(0, 0), 0, CPU) as loader:
+        assert wait(loader)
+    assert (wait.lines, wait.events, wait.looks) == ([], [], 0)
+
+
+@pytest.mark.usefixtures("small_windows")
+def test_waiting_ends_with_the_shards_of_the_step(wait: Wait) -> None:
+    wait.do = lambda look: wait.growing.grow() if look == 3 else None
+    with BatchLoader(wait.dataset.train, plan(), at(0, 8), 0, CPU) as loader:
+        assert wait(loader)
+        assert wait.events == ["waiting", "waited"]
+        [line] = wait.lines
+        assert line.startswith("waiting for data: 90 training tokens so far")
+        wait.do = lambda look: wait.growing.finish()
+        loader.position = at(0, 48)
+        assert wait(loader)
+        assert wait.events[2:] == ["waiting", "waited", "complete"]
+        wait.do = lambda look: pytest.fail("it waited")
+        assert wait(loader)
+        assert wait(loader)
+    assert wait.events.count("complete") == 1
+
+
+@pytest.mark.usefixtures("small_windows")
+def test_waiting_ends_with_a_request_to_stop_even_if_nobody_prepares(wait: Wait) -> None:
+    with BatchLoader(wait.dataset.train, plan(), at(0, 8), 0, CPU) as loader:
+        assert not wait(loader, stop=lambda: wait.looks == 2)
+        wait.abandoned = True
+        assert not wait(loader, stop=lambda: True)
+        with pytest.raises(status.PreparationEnded, match="run the same command again: finished work is kept"):
+            wait(loader)
+
+
+def test_the_position_follows_the_batches_taken(dataset: Dataset) -> None:
+    """2 steps of 8 sequences in 4 micro-batches, at the end of an epoch of 50."""
+    batch = plan(sequences=8, micro=2)
+    with BatchLoader(dataset.train, batch, at(0, 40), 0, CPU) as loader:
+        positions = [loader.next_batch() and (loader.position.epoch, loader.position.index) for _ in range(8)]
+    assert positions == [(0, 40)] * 3 + [(0, 48)] * 4 + [(1, 6)]

@@ -186,7 +186,7 @@ def test_streams_grow_shard_by_shard(dataset: Dataset, make_growing: MakeGrowing
     for there in (300, 600, 900, 1_000):
         growing.grow()
         assert seen.train.tokens < there, "nobody asked to look"
-        seen.train.refresh()
+        seen.refresh()
         assert (seen.train.tokens, seen.train.complete) == (there, False)
         assert seen.train.read(0, there).tolist() == list(range(there))
         seen.refresh()  # nothing new is no harm
@@ -261,13 +261,13 @@ def test_no_damaged_shard_is_read(make_dataset: MakeDataset) -> None:
         path.write_bytes(content)
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # as a failing disk would
     stream = Dataset.open(dataset.folder).train
-    stream.check(np.array([0, 290, 800]), 10)
-    stream.check(np.array([410]), 289)
+    stream.verify(np.array([0, 290, 800]), 10)
+    stream.verify(np.array([410]), 289)
     for starts, count, said in (([299], 2, "00003"), ([250], 200, "00003"), ([0, 710], 5, "00007")):
         with pytest.raises(UserError, match=rf"content of train_{said}\.npy in .*verify {dataset.folder} --repair"):
-            stream.check(np.array(starts), count)
+            stream.verify(np.array(starts), count)
     with pytest.raises(UserError, match=r"train_00003\.npy, train_00007\.npy"):
-        stream.check(np.array([0]), 1_000)
+        stream.verify(np.array([0]), 1_000)
 
 
 def test_a_data_set_of_the_earlier_format_is_read_the_same(dataset: Dataset) -> None:

@@ -19,8 +19,10 @@ from myllm.checkpoint.retention import list_checkpoints
 from myllm.config import DataConfig, EvalConfig, RunConfig
 from myllm.data.dataset import Dataset
 from myllm.data.prepare import background as beside
-from myllm.data.prepare.prepare import preparation_lock, prepare
+from myllm.data.prepare import status
+from myllm.data.prepare.prepare import prepare
 from myllm.data.prepare.spec import make_spec
+from myllm.data.prepare.status import preparation_lock
 from myllm.errors import UserError
 
 # pretrain.py with windows of 8 sequences and units of two files. A worker takes up a unit only once the number in
@@ -156,7 +158,7 @@ def test_it_trains_while_the_data_are_made_with_the_same_losses(runs: Runs) -> N
     code, said = finish(process)
     assert code == 0, said
     assert "the preparation goes on beside the training" in said
-    assert said.count("tokens to train on so far, from") >= 2
+    assert said.count("training tokens so far, from") >= 2
     expect_losses_of_finished_data(runs, 1)
 
 
@@ -180,7 +182,7 @@ def test_stopped_and_deserted_while_it_waits_it_saves_and_goes_on(runs: Runs) ->
     code, said = finish(process)
     assert code == 2, said
     assert "error: the preparation of" in said
-    assert "start the same command again: what is finished is kept" in said
+    assert "run the same command again: finished work is kept" in said
     assert runs.saved() == max(losses(runs.run)) > first
 
     runs.open_gate()
@@ -254,16 +256,16 @@ def growing(tiny: RunConfig) -> Dataset:
 
 
 def test_who_is_at_work_is_known_by_a_lock(growing: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(beside.time, "sleep", lambda _: None)
-    assert not beside.is_being_prepared(growing.folder)
-    with pytest.raises(UserError, match=r"ended before it was whole.*start the same command again"):
-        beside.raise_if_abandoned(growing)
-    for what in ("", beside.STARTING):
+    monkeypatch.setattr(status.time, "sleep", lambda _: None)
+    assert not status.is_being_prepared(growing.folder)
+    with pytest.raises(UserError, match=r"ended before the data set was complete.*run the same command again"):
+        status.raise_if_abandoned(growing)
+    for what in ("", status.BACKGROUND):
         with preparation_lock(growing.folder, what):
-            assert beside.is_being_prepared(growing.folder)
-            beside.raise_if_abandoned(growing)
-        assert not beside.is_being_prepared(growing.folder)
-    assert not beside.is_being_prepared(growing.folder.with_name("never")), "asking makes no file"
+            assert status.is_being_prepared(growing.folder)
+            status.raise_if_abandoned(growing)
+        assert not status.is_being_prepared(growing.folder)
+    assert not status.is_being_prepared(growing.folder.with_name("never")), "asking makes no file"
     assert not list(growing.folder.parent.glob(".never*"))
 
 
@@ -273,15 +275,14 @@ def test_what_an_interrupted_preparation_left_is_not_begun_with(
     """Another process of this machine starts the preparation; until it does, nothing is there to rely on."""
     monkeypatch.setattr(beside, "PATIENCE_S", 0.5)
     with (
-        pytest.raises(UserError, match="ended before it was whole"),
+        pytest.raises(UserError, match="ended before the data set was complete"),
         beside.prepare_in_background(tiny.data, starts=False),
     ):
         pytest.fail("it began")
     with preparation_lock(growing.folder), beside.prepare_in_background(tiny.data, starts=False) as dataset:
         assert not dataset.complete
         assert (
-            beside.describe_progress(dataset)
-            == f"{dataset.train.tokens:,} tokens to train on so far, from 25% of 0.0 MB"
+            status.describe_progress(dataset) == f"{dataset.train.tokens:,} training tokens so far, from 25% of 0.0 MB"
         )
 
 

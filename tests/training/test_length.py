@@ -1,6 +1,7 @@
 """How long a run is: steps, or passes over a text whose size is known only once it is prepared."""
 
 import json
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,7 +15,7 @@ from myllm.config import DataConfig, RunConfig, to_dict
 from myllm.data.dataset import FORMAT, find_dataset
 from myllm.data.prepare.prepare import prepare
 from myllm.errors import UserError
-from myllm.planning.length import can_resolve_max_steps, describe_length, resolve_max_steps
+from myllm.planning.length import describe_length, resolve_max_steps, tokens_to_resolve_max_steps
 from myllm.presets import get_preset
 from myllm.runs.saved_settings import keep_saved_settings
 
@@ -40,11 +41,15 @@ def test_own_text_is_trained_on_four_times_and_no_longer_than_the_preset() -> No
     assert steps(SMALL, 10 * STEP + 1) == SMALL.train.max_steps
     assert steps(SMALL, 10**10, own_text=True) == SMALL.train.max_steps
     assert steps(SMALL, 5, own_text=True) == 1, "what is wrong with so little text is said elsewhere"
-    assert not can_resolve_max_steps(SMALL, 10 * STEP, complete=False, own_text=True)
-    assert can_resolve_max_steps(SMALL, 10**10, complete=False, own_text=True), "it need not wait for the rest"
+
+
+def test_how_much_text_must_be_prepared_before_the_length_is_known() -> None:
+    assert tokens_to_resolve_max_steps(SMALL, own_text=False) == 0
+    needed = tokens_to_resolve_max_steps(SMALL, own_text=True)
+    assert steps(SMALL, int(needed), own_text=True) == SMALL.train.max_steps, "more text changes nothing"
+    assert steps(SMALL, int(needed) - STEP, own_text=True) < SMALL.train.max_steps
     in_epochs = replace(SMALL, train=replace(SMALL.train, epochs=1.0))
-    assert not can_resolve_max_steps(in_epochs, 10**10, complete=False, own_text=False)
-    assert can_resolve_max_steps(in_epochs, 1, complete=True, own_text=False)
+    assert tokens_to_resolve_max_steps(in_epochs, own_text=False) == math.inf
 
 
 def test_what_is_unusual_is_said() -> None:

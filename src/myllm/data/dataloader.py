@@ -1,4 +1,4 @@
-"""Batches for one rank, made ahead of time by a background thread.
+"""Batches for one rank, read ahead by a background thread. The data set may still be growing: then ranks wait together.
 
 Shapes: B micro-batch, T sequence.
 """
@@ -6,12 +6,16 @@ Shapes: B micro-batch, T sequence.
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 
+from myllm.data.prepare.status import PreparationEnded, describe_progress, raise_if_abandoned
+from myllm.distributed import collectives
+from myllm.errors import UserError
 from myllm.planning.batch import BatchPlan
 
 from .dataset import TokenStream
@@ -21,22 +25,22 @@ from .transfer import Batch, inputs_and_targets, make_transfer
 
 
 def read_batch(stream: TokenStream, sequences: np.ndarray, seq_len: int) -> Batch:
-    """The named sequences as inputs and targets, the targets one token ahead.
+    """Sequences as inputs and targets, the targets one token ahead.
 
     Shapes:
         sequences (B,); returns (B, T) int64 twice
     """
-    stream.check(sequences * seq_len, seq_len + 1)
+    stream.verify(sequences * seq_len, seq_len + 1)
     return inputs_and_targets(read_rows(stream, sequences, seq_len))
 
 
 def read_rows(stream: TokenStream, sequences: np.ndarray, seq_len: int) -> np.ndarray:
-    """The named sequences, each with the token after it: (B, T + 1) uint16."""
+    """Sequences, each with the token after it: (B, T + 1) uint16."""
     return np.stack([stream.read(int(i) * seq_len, seq_len + 1) for i in sequences])
 
 
 def has_step(stream: TokenStream, position: DataPosition, plan: BatchPlan) -> bool:
-    """Whether the step at a position can be made of what a stream holds by now."""
+    """Whether the stream holds the tokens of the step at a position."""
     if stream.complete:
         return True
     needed = sequences_needed(position, plan.sequences, window_sequences(plan.seq_len))
@@ -46,26 +50,36 @@ def has_step(stream: TokenStream, position: DataPosition, plan: BatchPlan) -> bo
 class BatchLoader:
     """An endless stream of one rank's micro-batches from a position on.
 
-    A thread reads a few batches ahead and sends them on their way to the device (data/transfer.py). `wait_s` adds up
-    the time that training stood waiting for the thread, `taken` counts batches, and `delivered` adds up the hashes of
-    their samples (data/receipt.py). Use it in a `with` block, which ends the thread.
+    Use it in a `with` block, which ends the thread:
+
+        with BatchLoader(dataset.train, plan, position, rank, device) as loader:
+            while loader.wait_for_step(stop_requested, log):
+                for _ in range(plan.grad_accum_steps):
+                    tokens, targets = loader.next_batch()
     """
 
-    AHEAD = 4
-    LOOK_EVERY_S = 0.3
-    """At a data set that is still being made, while waiting for it."""
+    READ_AHEAD = 4
+    """Micro-batches."""
+    POLL_S = 0.3
+    """How often to look for new shards of a growing data set."""
+    LOG_EVERY_S = 30.0
 
     def __init__(
         self, stream: TokenStream, plan: BatchPlan, position: DataPosition, rank: int, device: torch.device
     ) -> None:
-        self.wait_s = 0.0
-        self.digest_sums = np.zeros(LANES, dtype=np.int64)
+        self.position = position
+        """Behind the steps whose micro-batches have all been taken."""
         self.batches_taken = 0
-        self._stream, self._plan, self._position, self._rank = stream, plan, position, rank
+        self.digest_sums = np.zeros(LANES, dtype=np.int64)
+        """Sum of the hashes of all samples taken (sample_digest.py)."""
+        self.wait_s = 0.0
+        """Time that `next_batch` waited for the thread."""
+        self._stream, self._plan, self._rank = stream, plan, rank
+        self._complete_on_all_ranks = self._seen_incomplete = False
         self._transfer = make_transfer(device)
-        self._queue: queue.Queue[tuple[Any, np.ndarray] | BaseException] = queue.Queue(maxsize=self.AHEAD)
+        self._queue: queue.Queue[tuple[Any, np.ndarray] | BaseException] = queue.Queue(maxsize=self.READ_AHEAD)
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._fill, name="loader", daemon=True)
+        self._thread = threading.Thread(target=self._fill, args=(position,), name="loader", daemon=True)
 
     def __enter__(self) -> "BatchLoader":
         self._thread.start()
@@ -75,29 +89,98 @@ class BatchLoader:
         self._stopped.set()
         self._thread.join()
 
+    def wait_for_step(
+        self,
+        stop_requested: Callable[[], bool],
+        log: Callable[[str], None],
+        waiting: Callable[[], AbstractContextManager[object]] = nullcontext,
+        on_complete: Callable[[], None] = lambda: None,
+    ) -> bool:
+        """Wait until every rank has the tokens of its next step. Every rank calls this before each step.
+
+        Communicates with the other ranks until the data set is complete on all of them, and returns at once from then
+        on.
+
+        Args:
+            stop_requested: asked again and again while waiting.
+            log: gets a line now and then while waiting.
+            waiting: a context to wait in, for example to count the time apart. Not entered if there is no wait.
+            on_complete: called on every rank when a data set that was incomplete at the first call is complete.
+
+        Returns:
+            False if any rank was asked to stop.
+
+        Raises:
+            PreparationEnded: the rest of the data set will not come. Raised on all ranks.
+        """
+        if self._complete_on_all_ranks:
+            return True
+        started, next_log_s = time.monotonic(), 0.0
+        with ExitStack() as stack:
+            while True:
+                ended = self._look_for_step()
+                missing, stopping, failed, incomplete = collectives.all_reduce_any(
+                    not has_step(self._stream, self.position, self._plan),
+                    stop_requested(),
+                    ended is not None,
+                    not self._stream.complete,
+                )
+                self._seen_incomplete |= incomplete
+                if stopping:  # checked first: the signal that stops a run may have ended the preparation too
+                    return False
+                if failed:
+                    raise ended or PreparationEnded("another rank's data set cannot be completed; see its message")
+                if not missing:
+                    break
+                if not next_log_s:
+                    stack.enter_context(waiting())
+                if time.monotonic() - started >= next_log_s:
+                    log(f"waiting for data: {describe_progress(self._stream.dataset)}")
+                    next_log_s += self.LOG_EVERY_S
+                time.sleep(self.POLL_S)
+        if not incomplete:
+            self._complete_on_all_ranks = True
+            if self._seen_incomplete:
+                on_complete()
+        return True
+
+    def _look_for_step(self) -> PreparationEnded | None:
+        """Refresh the data set if the next step is not there yet. Returns why it will not come, or None."""
+        if has_step(self._stream, self.position, self._plan):
+            return None
+        try:
+            raise_if_abandoned(self._stream.dataset)
+        except UserError as error:
+            return PreparationEnded(str(error))
+        return None
+
     def next_batch(self) -> Batch:
         """The next micro-batch on the device.
 
         Raises:
-            whatever the thread met while reading; so does every later call.
+            Exception: what the thread met while reading. Every later call raises it again.
         """
         started = time.perf_counter()
         item = self._queue.get()
         self.wait_s += time.perf_counter() - started
         if isinstance(item, BaseException):
-            self._queue.put(item)  # the thread has ended, and nothing else will come
+            self._queue.put(item)  # the thread has ended, so nothing else will come
             raise item
         sent, sums = item
         self.batches_taken += 1
         self.digest_sums += sums
+        if self.batches_taken % self._plan.grad_accum_steps == 0:
+            complete = self._stream.complete
+            epoch_sequences = count_sequences(self._stream.tokens, self._plan.seq_len) if complete else None
+            self.position = self.position.advance(self._plan.sequences, epoch_sequences)
         return self._transfer.receive(sent)
 
-    def _fill(self) -> None:
+    def _fill(self, position: DataPosition) -> None:
         try:
-            for batch in self._batches():
+            for batch in self._batches(position):
                 if not self._put(batch):
                     return
-        except BaseException as error:  # carried to the thread that can do something about it
+        except BaseException as error:  # raised again by `next_batch`
             self._put(error)
 
     def _put(self, item: tuple[Any, np.ndarray] | BaseException) -> bool:
@@ -109,20 +192,21 @@ class BatchLoader:
                 continue
         return False
 
-    def _batches(self) -> Iterator[tuple[Any, np.ndarray]]:
-        stream, plan, position = self._stream, self._plan, self._position
+    def _batches(self, position: DataPosition) -> Iterator[tuple[Any, np.ndarray]]:
+        stream, plan = self._stream, self._plan
         while True:
             while not has_step(stream, position, plan):
-                if self._stopped.wait(self.LOOK_EVERY_S):
+                if self._stopped.wait(self.POLL_S):
                     return
-                stream.refresh()
-            complete = stream.complete  # before counting: a stream may grow between the two, but never shrinks
+                stream.dataset.refresh()
+            complete = stream.complete  # read before counting: a stream may grow in between, but never shrinks
             n_sequences = count_sequences(stream.tokens, plan.seq_len)
-            step = step_sequences(position, plan.sequences, n_sequences, window_sequences(plan.seq_len))
-            stream.check(step * plan.seq_len, plan.seq_len + 1)  # of all ranks, so that they all say no at one step
-            places = position.epoch * n_sequences + position.index + np.arange(plan.sequences)  # among all of the run
+            sequences = step_sequences(position, plan.sequences, n_sequences, window_sequences(plan.seq_len))
+            # The shards of all ranks' sequences, so that all ranks refuse a damaged one at the same step.
+            stream.verify(sequences * plan.seq_len, plan.seq_len + 1)
+            indices = position.epoch * n_sequences + position.index + np.arange(plan.sequences)  # in the whole run
             position = position.advance(plan.sequences, n_sequences if complete else None)
             for micro_step in range(plan.grad_accum_steps):
-                mine = rank_rows(micro_step, self._rank, plan.world_size, plan.micro_batch_size)
-                rows = read_rows(stream, step[mine], plan.seq_len)
-                yield self._transfer.send(rows), hash_samples(places[mine], step[mine], rows)
+                own = rank_rows(micro_step, self._rank, plan.world_size, plan.micro_batch_size)
+                rows = read_rows(stream, sequences[own], plan.seq_len)
+                yield self._transfer.send(rows), hash_samples(indices[own], sequences[own], rows)

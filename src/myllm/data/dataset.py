@@ -113,6 +113,11 @@ class Dataset:
     def val(self) -> "TokenStream":
         return TokenStream(self, "val")
 
+    @property
+    def known_train_tokens(self) -> int | None:
+        """None while the data set is still being prepared."""
+        return self.train.tokens if self.complete else None
+
     def tokenizer(self) -> Tokenizer:
         """The vocabulary that made it.
 
@@ -211,7 +216,7 @@ class TokenStream:
     """The shards of one split, end to end, as one long array that stays on disk."""
 
     def __init__(self, dataset: Dataset, split: str) -> None:
-        self._dataset, self._split = dataset, split
+        self.dataset, self._split = dataset, split
         self._arrays: tuple[np.memmap, ...] = ()
         self._intact: set[int] = set()
         self._ends = np.zeros(0, dtype=np.int64)
@@ -220,20 +225,17 @@ class TokenStream:
 
     def extend(self) -> None:
         """Map the shards that the manifest has and this has not yet. Readers see them once `tokens` says so."""
-        shards = [shard for shard in self._dataset.shards if shard.split == self._split]
-        fresh = [_map(self._dataset.folder, shard) for shard in shards[len(self._arrays) :]]
+        shards = [shard for shard in self.dataset.shards if shard.split == self._split]
+        fresh = [_map(self.dataset.folder, shard) for shard in shards[len(self._arrays) :]]
         self._ends = np.cumsum([shard.tokens for shard in shards])
         self._arrays = (*self._arrays, *fresh)
         self.tokens = int(self._ends[-1]) if shards else 0
 
     @property
     def complete(self) -> bool:
-        return self._dataset.complete
+        return self.dataset.complete
 
-    def refresh(self) -> None:
-        self._dataset.refresh()
-
-    def check(self, starts: np.ndarray, count: int) -> None:
+    def verify(self, starts: np.ndarray, count: int) -> None:
         """Make sure of the shards that hold `count` tokens from each start: hash those that were not looked at before.
 
         A disk that returns other bytes than were written says nothing about it, so this trusts no size or date. Every
@@ -252,12 +254,12 @@ class TokenStream:
         wanted = sorted({shard for first, last in borders for shard in range(first, last + 1)} - self._intact)
         if not wanted:
             return
-        shards = [shard for shard in self._dataset.shards if shard.split == self._split]
+        shards = [shard for shard in self.dataset.shards if shard.split == self._split]
         with ThreadPoolExecutor(HASHING) as pool:
-            intact = list(pool.map(self._dataset.intact, (shards[number] for number in wanted)))
+            intact = list(pool.map(self.dataset.intact, (shards[number] for number in wanted)))
         damaged = [shards[number].file for number, good in zip(wanted, intact, strict=True) if not good]
         if damaged:
-            folder = self._dataset.folder
+            folder = self.dataset.folder
             raise MachineError(
                 f"the content of {', '.join(damaged)} in {folder} is not what its {MANIFEST} says, and is not trained "
                 f"on; {_REPAIR.format(folder)}"

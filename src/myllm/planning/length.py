@@ -1,5 +1,6 @@
 """How long a run is: epochs, steps and warm-up."""
 
+import math
 from dataclasses import replace
 
 from myllm.config import OptimConfig, RunConfig
@@ -24,15 +25,16 @@ def count_epochs(config: RunConfig, train_tokens: int) -> float:
     return config.train.max_steps * (config.train.batch_tokens // length) / max(sequences, 1)
 
 
-def can_resolve_max_steps(config: RunConfig, train_tokens: int, complete: bool, own_text: bool) -> bool:
-    """Whether `with_length` can be told from the text that is there: all of it, or more than the run needs.
-
-    Args:
-        own_text: as for `with_length`.
-    """
-    if complete or (config.train.epochs is None and not own_text):
-        return True
-    return config.train.epochs is None and count_epochs(config, train_tokens) <= USUAL_EPOCHS
+def tokens_to_resolve_max_steps(config: RunConfig, own_text: bool) -> float:
+    """Training tokens that must exist before `resolve_max_steps` gives its final answer; math.inf: the complete data
+    set."""
+    if config.train.epochs is not None:
+        return math.inf
+    if not own_text:
+        return 0
+    length = config.model.max_seq_len
+    sequences = config.train.max_steps * (config.train.batch_tokens // length) / USUAL_EPOCHS
+    return math.ceil(sequences) * length + 1
 
 
 def resolve_max_steps(config: RunConfig, train_tokens: int, own_text: bool = False) -> RunConfig:

@@ -4,7 +4,7 @@ import time
 
 from myllm.data.dataloader import has_step
 from myllm.data.dataset import Dataset
-from myllm.data.prepare.background import describe_progress, raise_if_abandoned
+from myllm.data.prepare.status import describe_progress, raise_if_abandoned
 from myllm.data.sampler import DataPosition, count_sequences
 from myllm.distributed import collectives as distributed
 from myllm.errors import UserError

@@ -17,7 +17,7 @@ from myllm.checkpoint.state import EarlyStop, TrainState
 from myllm.config import DataConfig, RunConfig, to_dict
 from myllm.data.dataloader import BatchLoader
 from myllm.data.dataset import Dataset
-from myllm.data.prepare.background import describe_progress
+from myllm.data.prepare.status import describe_progress
 from myllm.data.sampler import DataPosition, count_sequences
 from myllm.data.tokenizer.load import load_tokenizer
 from myllm.distributed import collectives as distributed
@@ -285,7 +285,7 @@ def check_data(config: RunConfig, dataset: Dataset, batch: BatchPlan) -> None:
         UserError: too little text for one step, or for one sequence of validation; a tokenizer that does not fit the
             model; held-out text that was damaged. Shards to train on are checked as they come up (data/loader.py).
     """
-    dataset.val.check(np.zeros(1, dtype=np.int64), dataset.val.tokens)
+    dataset.val.verify(np.zeros(1, dtype=np.int64), dataset.val.tokens)
     need_val = batch.seq_len + 1  # validation takes batches that are not full
     if config.eval.validation_every_steps and dataset.val.tokens < need_val:
         # What is held out is at most a tenth of the source: asking for more helps only below that.

@@ -1,9 +1,9 @@
-"""Training that begins before its data are whole: the preparation runs in a process beside it."""
+"""Training that begins before its data set is complete: a process in the background prepares the rest."""
 
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
@@ -14,23 +14,21 @@ from myllm.data.dataset import MANIFEST, PROGRESS, WORK, Dataset, find_dataset, 
 from myllm.data.sources.source import check_source
 from myllm.data.tokenizer.load import load_tokenizer
 from myllm.errors import UserError
-from myllm.files import is_locked
-from myllm.formatting import format_bytes
 
-from .prepare import clear_work, disk_errors_for_users, is_complete, lock_path, preparation_lock, prepare, resolve
+from .prepare import disk_errors_for_users, is_complete, prepare, remove_work, resolve
+from .status import BACKGROUND, is_being_prepared, preparation_ended, preparation_lock, raise_if_abandoned
 from .work_items import init_worker
 
-LOOK_EVERY_S = 0.3
+POLL_S = 0.3
 NICE = 10
-"""How far the preparation stands back from training, on nice's scale of 0 to 19."""
-STARTING = ".beside"
-"""Names the lock of a preparation that training started, from its first moment on."""
+"""Priority of the preparation below training's, on nice's scale of 0 to 19."""
 PATIENCE_S = 60
-"""How long nobody may be at work on a data set before that is taken for an end: a process needs a while to start."""
+"""How long no process may hold the data set's lock before the preparation counts as ended: a process needs time to
+start."""
 
 
 def check_data_names(config: DataConfig) -> None:
-    """Refuse names of data that lead nowhere, at once: no text is read, no server asked, and torch not loaded.
+    """Check the names of data set, source and vocabulary without reading text, asking a server or loading torch.
 
     Raises:
         UserError: no such data set, source or vocabulary.
@@ -44,75 +42,67 @@ def check_data_names(config: DataConfig) -> None:
 
 @contextmanager
 def prepare_in_background(
-    config: DataConfig, starts: bool, progress: bool = True, enough: Callable[[Dataset], bool] = lambda _: True
+    config: DataConfig, starts: bool, progress: bool = True, min_train_tokens: float = 0
 ) -> Iterator[Dataset]:
-    """The data set that the config asks for, as soon as its validation and first training shards are there.
+    """The config's data set, as soon as its validation shards and the first training shards exist.
+
+    The preparation ends with the `with` block. Finished work is kept, and the next start continues from it.
 
     Args:
-        enough: whether what is there is enough to begin with; asked again as long as there is less than the whole.
-        starts: begin the preparation, unless it is done. One process a machine does; where another is already at it,
-            such as `myllm data prepare`, that one is waited for.
+        starts: start the preparation if the data set is not complete: one process on each machine does. Others wait
+            for that process, or for a `myllm data prepare` that is already running.
+        min_train_tokens: wait for this many training tokens, or for the complete data set; math.inf: for that.
 
     Raises:
         UserError: as `prepare`.
     """
     if config.dataset is not None:
-        yield _with_enough(find_dataset(config.dataset, unfinished=True), enough)
+        yield _wait_for_tokens(find_dataset(config.dataset, unfinished=True), min_train_tokens)
         return
     folder = resolve(config).folder
     if is_complete(folder):
-        if starts and (folder / WORK).exists():  # a preparation was killed right after its last word
+        if starts and (folder / WORK).exists():  # a preparation was killed right after it wrote the manifest
             with disk_errors_for_users(), preparation_lock(folder):
-                clear_work(folder)
+                remove_work(folder)
         yield Dataset.open(folder)
         return
     process: BaseProcess | None = None
     if starts:
-        with disk_errors_for_users():  # before a process is started that would find the same
+        with disk_errors_for_users():  # here, before a process starts that would meet the same error
             folder.parent.mkdir(parents=True, exist_ok=True)
         process = get_context("spawn").Process(target=_prepare, args=(config, folder, progress), name="preparation")
         process.start()
     try:
-        _wait_for_start(folder, process)
-        yield _with_enough(Dataset.open(folder, unfinished=True), enough)
+        _wait_for_first_shards(folder, process)
+        yield _wait_for_tokens(Dataset.open(folder, unfinished=True), min_train_tokens)
     finally:
         if process is not None:
-            process.terminate()  # what it has finished is kept; the next start goes on from there
+            process.terminate()
             process.join()
 
 
-def _with_enough(dataset: Dataset, enough: Callable[[Dataset], bool]) -> Dataset:
-    """
-    Raises:
-        UserError: the preparation ended early.
-    """
-    while not dataset.complete and not enough(dataset):
-        raise_if_abandoned(dataset)
-        time.sleep(LOOK_EVERY_S)
-    return dataset
-
-
 def _prepare(config: DataConfig, folder: Path, progress: bool) -> None:
-    """What the process beside does. It ends with the one that started it."""
-    os.nice(NICE)  # its workers too, one a core: training's processes are not to wait for them
+    """What the background process does. It ends with the process that started it."""
+    os.nice(
+        NICE
+    )  # its workers inherit this; there is one on each core, and training's processes must not wait for them
     init_worker()
     try:
-        # Before the data set's own lock come the source's digests, which take minutes where there is much text.
-        with disk_errors_for_users(), preparation_lock(folder, STARTING):
+        with disk_errors_for_users(), preparation_lock(folder, BACKGROUND):
             prepare(config, progress)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
 
-def _wait_for_start(folder: Path, process: BaseProcess | None) -> None:
+def _wait_for_first_shards(folder: Path, process: BaseProcess | None) -> None:
     """
     Raises:
-        UserError: the preparation ended early.
+        PreparationEnded: before there were any.
     """
     idle_since = time.monotonic()
     while not is_complete(folder):
-        # What an earlier preparation left is not enough: nobody may be going on with it yet.
+        # Shards of an earlier, interrupted preparation do not count until a process continues it.
         if (folder / PROGRESS).exists() and is_being_prepared(folder):
             dataset = Dataset.open(folder, unfinished=True)
             if dataset.val.tokens and dataset.train.tokens:
@@ -120,44 +110,20 @@ def _wait_for_start(folder: Path, process: BaseProcess | None) -> None:
         if process is not None and not process.is_alive():
             if is_complete(folder):
                 return
-            raise UserError(_ended(folder))
+            raise preparation_ended(folder)
         if process is not None or is_being_prepared(folder):
             idle_since = time.monotonic()
         elif time.monotonic() - idle_since > PATIENCE_S:
-            raise UserError(_ended(folder))
-        time.sleep(LOOK_EVERY_S)
+            raise preparation_ended(folder)
+        time.sleep(POLL_S)
 
 
-def is_being_prepared(folder: Path) -> bool:
-    """Whether a process is preparing this data set: it holds a lock, which the system takes back when it ends."""
-    return any(is_locked(lock_path(folder, what)) for what in ("", STARTING))
-
-
-def raise_if_abandoned(dataset: Dataset) -> None:
+def _wait_for_tokens(dataset: Dataset, min_train_tokens: float) -> Dataset:
     """
     Raises:
-        UserError: the data set is not whole, and nobody is making the rest of it.
+        PreparationEnded: before there were that many.
     """
-    for _ in range(3):  # one process may be taking over from another
-        dataset.refresh()
-        if dataset.complete or is_being_prepared(dataset.folder):
-            return
-        time.sleep(1)
-    raise UserError(_ended(dataset.folder))
-
-
-def _ended(folder: Path) -> str:
-    return (
-        f"the preparation of {folder} ended before it was whole (its own message is above, or where it was started); "
-        "start the same command again: what is finished is kept"
-    )
-
-
-def describe_progress(dataset: Dataset) -> str:
-    """For people: how much of a growing data set is there."""
-    progress = dataset.manifest.get("progress")
-    there = f"{dataset.train.tokens:,} tokens to train on"
-    if dataset.complete or not progress or not progress["source_bytes"]:
-        return there
-    share = progress["done_bytes"] / progress["source_bytes"]
-    return f"{there} so far, from {share:.0%} of {format_bytes(progress['source_bytes'])}"
+    while not dataset.complete and dataset.train.tokens < min_train_tokens:
+        raise_if_abandoned(dataset)
+        time.sleep(POLL_S)
+    return dataset

@@ -24,13 +24,13 @@ from .prepare import (
     forget_damaged,
     is_complete,
     open_work,
-    preparation_lock,
     prepare,
     resolve,
     worker_pools,
 )
 from .progress import progress_bar
 from .scheduler import WorkScheduler
+from .status import preparation_lock
 from .work_items import WorkItem, load_item_index, tokens_path
 
 

@@ -36,7 +36,6 @@ from myllm.files import (
     TEMP_SUFFIX,
     atomic_write,
     explain_os_error,
-    file_lock,
     fsync_dir,
     full_disk_path,
     out_of_space,
@@ -50,6 +49,7 @@ from .scheduler import Downloads, WorkScheduler
 from .shard_plan import NotEnoughText
 from .shard_writer import ShardWriter, finished_shards
 from .spec import DatasetSpec, estimate_tokens, make_spec
+from .status import preparation_lock
 from .work_items import init_worker, is_item_intact, tokens_path
 
 PART_DONE = "done.json"
@@ -77,7 +77,7 @@ def prepare(config: DataConfig, progress: bool = True) -> Dataset:
                 except NotEnoughText:  # nor will it be another time
                     remove(recipe.folder)
                     raise
-            clear_work(recipe.folder)  # here, since an earlier call may have been killed right after the manifest
+            remove_work(recipe.folder)  # here, since an earlier call may have been killed right after the manifest
     return Dataset.open(recipe.folder)
 
 
@@ -115,18 +115,6 @@ def siblings(recipe: DatasetSpec) -> Iterator[str]:
 
 def is_complete(folder: Path) -> bool:
     return (folder / MANIFEST).is_file()
-
-
-@contextmanager
-def preparation_lock(folder: Path, what: str = "") -> Iterator[None]:
-    """Hold the preparation of a data set, or of a part of it, for this process; others wait."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with file_lock(lock_path(folder, what)):
-        yield
-
-
-def lock_path(folder: Path, what: str = "") -> Path:
-    return folder.parent / f".{folder.name}{what}.lock"
 
 
 @contextmanager
@@ -181,7 +169,7 @@ def _build(recipe: DatasetSpec, workers: int, progress: bool) -> None:
         assembly.finish()
 
 
-def clear_work(folder: Path) -> None:
+def remove_work(folder: Path) -> None:
     """Delete what a data set that is whole was made from. No worker writes there any more."""
     (folder / PROGRESS).unlink(missing_ok=True)
     for left in folder.glob(f".*{TEMP_SUFFIX}"):

@@ -11,11 +11,12 @@ from myllm.distributed.cpu_threads import usable_cores
 from myllm.errors import UserError
 
 from .multi_machine import settings_of
-from .prepare import disk_errors_for_users, preparation_lock, worker_pools
+from .prepare import disk_errors_for_users, worker_pools
 from .progress import progress_bar
 from .scheduler import WorkScheduler
 from .shard_writer import write_shard
 from .spec import DatasetSpec, make_spec
+from .status import preparation_lock
 from .work_items import tokens_path
 
 
