@@ -16,13 +16,12 @@ from typing import IO
 import pytest
 
 from myllm import files
-from myllm.errors import UserError
+from myllm.errors import UserError, out_of_space
 from myllm.files import (
     atomic_write,
     file_lock,
     file_sha256,
     is_locked,
-    out_of_space,
     parse_json,
     read_json,
     read_rows,
@@ -129,7 +128,7 @@ def test_without_locks_the_machine_keeps_its_own(number: int, tmp_path: Path, mo
     write_text(path.with_name("a.txt"), "written all the same")
     monkeypatch.setattr(files.tempfile, "gettempdir", lambda: str(tmp_path / "lustre"))
     with pytest.raises(
-        UserError, match=r"cannot lock .*lock: neither its file system nor .* has locks; set MYLLM_DATA"
+        UserError, match=r"cannot lock .*lock: neither its file system nor that of .* has locks; set MYLLM_DATA"
     ):
         file_lock(path).__enter__()
 

@@ -16,8 +16,8 @@ from support.saved_checkpoints import SMALL, Save
 from myllm.cli.launch import exit_on_error, parse_args
 from myllm.cli.main import COMMANDS, main
 from myllm.data.prepare.prepare import disk_errors_for_users
-from myllm.errors import UserError
-from myllm.files import add_filename, atomic_write, explain_os_error, full_disk_path
+from myllm.errors import UserError, explain_os_error, full_disk_path
+from myllm.files import add_filename, atomic_write
 from myllm.paths import temp_data, user_path
 
 PATHS = ("~nobody-of-this-name/x", "n" * 300, "a/" + "é" * 200 + "/b.json", "/dev/null/x")

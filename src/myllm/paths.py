@@ -1,20 +1,21 @@
-"""Where things live. Every path under temp_data/ is made here, and nowhere else.
+"""Where files live, and checks of paths that users type. Every path under temp_data/ is defined here.
 
-    temp_data/datasets/<name>-<fingerprint>/       token shards, keyed by what made them
-    temp_data/listings/                            which files remote sources have, as first seen
-    temp_data/.locks/                              one process asks or hashes, the others wait for its answer
-    temp_data/downloads/<source>/                  files of remote sources, until their tokens are safe
-    temp_data/tokenizers/<source>-<size>/          vocabularies of one's own
-    temp_data/micro_batches/<run name>.json        the micro-batch size that a preflight found for a run to come
-    temp_data/runs/<run name>/                     everything one training run leaves behind
+    temp_data/datasets/<name>-<fingerprint>/       token shards; the fingerprint is a hash of the data settings
+    temp_data/listings/                            files of each remote source, as first listed
+    temp_data/.locks/                              so that only one process lists or hashes a source
+    temp_data/downloads/<source>/                  downloads, until their tokens are on the disk
+    temp_data/tokenizers/<source>-<size>/          tokenizers trained here
+    temp_data/micro_batches/<run name>.json        micro-batch size that a preflight found for a run
+    temp_data/runs/<run name>/                     everything that a run writes
 
-Set MYLLM_DATA to keep temp_data/ elsewhere, such as a large scratch disk. A package that was installed from a wheel has
-no checkout around it: temp_data/ is then in the current folder.
+Set MYLLM_DATA to keep temp_data/ elsewhere, such as on a large scratch disk. If the package was installed from a wheel,
+there is no checkout, and temp_data/ is in the current folder.
 """
 
 import errno
 import os
 import re
+import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,35 +23,17 @@ from pathlib import Path
 from .errors import UserError, warn
 
 REPOSITORY = re.compile(r"(?:hub:)?([\w.-]+/[\w.-]+)(?:@(\S+))?")
-"""A model's repository of the Hub, and its revision."""
-NO_MODEL = "nothing at {!r}: give a folder, a pytorch_model.pth, or a repository of the Hub, namespace/name"
-
-
-def user_path(text: str | Path) -> Path:
-    """A path as a user gives it: "~" is a home folder, and the name is one that a file can have.
-
-    Raises:
-        UserError: it is none.
-    """
-    shown = f"{str(text)[:60]}..." if len(str(text)) > 100 else str(text)
-    try:
-        path = Path(text).expanduser()
-        path.is_symlink()  # asks for it by name, and so refuses one that is too long
-    except RuntimeError as error:  # ~NAME of nobody
-        raise UserError(f"cannot find {shown!r}: {error}") from None
-    except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:
-            raise UserError(f"cannot read or write {shown!r}: {error.strerror}") from None
-    return path
+"""A model repository on the Hugging Face Hub, with an optional revision."""
+NO_MODEL = "nothing at {!r}: give a folder, a pytorch_model.pth, or a Hub repository, namespace/name"
 
 
 def project_root() -> Path:
-    """The checkout that holds this package."""
+    """The checkout that contains this package."""
     return Path(__file__).resolve().parents[2]
 
 
 def is_checkout() -> bool:
-    """False if the package was installed from a wheel: there is no pretrain.py then."""
+    """False if the package was installed from a wheel, which has no pretrain.py."""
     return (project_root() / "pretrain.py").is_file()
 
 
@@ -60,7 +43,7 @@ def temp_data() -> Path:
 
 
 def relative_to_data(path: Path, root: Path | None = None) -> str:
-    """How a config names a path: relative to `root` (temp_data/) if it is below, so that the whole may be moved."""
+    """A path as configs store it: relative to `root` (default: temp_data/) if below it, so that temp_data/ can move."""
     path, root = path.absolute(), root or temp_data()
     return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
 
@@ -86,7 +69,6 @@ def tokenizers_dir() -> Path:
 
 
 def micro_batch_file(run_name: str) -> Path:
-    """Where a preflight leaves the micro-batch size that it found for a run."""
     return temp_data() / "micro_batches" / f"{run_name}.json"
 
 
@@ -94,116 +76,119 @@ def runs_dir() -> Path:
     return temp_data() / "runs"
 
 
+class _Below:
+    """A path below `root`."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, run: "RunPaths", _: object = None) -> Path:
+        return run.root / self.name
+
+
 @dataclass(frozen=True)
 class RunPaths:
-    """The files of one run, by name."""
+    """The files of one run."""
 
     root: Path
+
+    config = _Below("config.json")
+    environment = _Below("environment.json")
+    metrics = _Below("metrics.jsonl")
+    samples = _Below("samples.jsonl")
+    log = _Below("log.txt")
+    checkpoints = _Below("checkpoints")
+    best = _Below("best")
+    """The checkpoint with the lowest validation loss, if early stopping is on."""
+    anomalies = _Below("anomalies")
+    """Anomaly dumps: training steps that diverged, each with everything needed to replay it."""
+    imported = _Below("imported.json")
+    """The origin of the weights, if the run began with imported ones."""
+    heartbeat = _Below("heartbeat.json")
+    stacks = _Below("stacks")
+    """Stack traces of all ranks, if one of them stopped responding."""
+    profile = _Below("profile")
+    """Output of pretrain.py --profile."""
+    published = _Below("published.json")
+    plots = _Below("plots")
+    report = _Below("report.html")
 
     @classmethod
     def of(cls, run_name: str) -> "RunPaths":
         return cls(runs_dir() / run_name)
 
-    @property
-    def config(self) -> Path:
-        return self.root / "config.json"
 
-    @property
-    def environment(self) -> Path:
-        return self.root / "environment.json"
-
-    @property
-    def metrics(self) -> Path:
-        return self.root / "metrics.jsonl"
-
-    @property
-    def samples(self) -> Path:
-        return self.root / "samples.jsonl"
-
-    @property
-    def log(self) -> Path:
-        return self.root / "log.txt"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.root / "checkpoints"
-
-    @property
-    def best(self) -> Path:
-        """Holds the checkpoint with the lowest validation loss, where early stopping is on."""
-        return self.root / "best"
-
-    @property
-    def anomalies(self) -> Path:
-        """Anomaly dumps: training steps that diverged, each with everything needed to replay it."""
-        return self.root / "anomalies"
-
-    @property
-    def imported(self) -> Path:
-        """Where the weights came from, in a run that began with others'."""
-        return self.root / "imported.json"
-
-    @property
-    def heartbeat(self) -> Path:
-        """What it is doing right now."""
-        return self.root / "heartbeat.json"
-
-    @property
-    def stacks(self) -> Path:
-        """Where each rank stood when they waited for one in vain."""
-        return self.root / "stacks"
-
-    @property
-    def profile(self) -> Path:
-        """What pretrain.py --profile found."""
-        return self.root / "profile"
-
-    @property
-    def published(self) -> Path:
-        return self.root / "published.json"
-
-    @property
-    def plots(self) -> Path:
-        return self.root / "plots"
-
-    @property
-    def report(self) -> Path:
-        return self.root / "report.html"
+# -- paths that users type --------------------------------------------------------------------------------------------
 
 
-def may_be_model(where: str, hub: bool = True) -> bool:
-    """Whether a user's word for a model or a run can mean anything: a path, a run, or a repository of the Hub.
+def user_path(text: str | Path) -> Path:
+    """A path as a user types it; "~" is the home folder.
 
-    Commands ask this before they load torch, so that a typo is answered at once.
+    Raises:
+        UserError: the name is too long, or there is no such user.
     """
-    with suppress(OSError, RuntimeError):  # a name that no disk takes; ~NAME of nobody
-        if user_path(where).exists() or (runs_dir() / where).exists():
+    shown = f"{str(text)[:60]}..." if len(str(text)) > 100 else str(text)
+    try:
+        path = Path(text).expanduser()
+        path.is_symlink()  # fails if the name is too long
+    except RuntimeError as error:  # ~NAME of an unknown user
+        raise UserError(f"cannot find {shown!r}: {error}") from None
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise UserError(f"cannot read or write {shown!r}: {error.strerror}") from None
+    return path
+
+
+def may_be_model(name: str, hub: bool = True) -> bool:
+    """True if a user's argument is a path, the name of a run, or looks like a repository on the Hub.
+
+    Commands check this before they import torch, so that a typo fails at once.
+    """
+    with suppress(OSError, RuntimeError):  # invalid file names; ~NAME of an unknown user
+        if user_path(name).exists() or (runs_dir() / name).exists():
             return True
-    return hub and REPOSITORY.fullmatch(where) is not None
+    return hub and REPOSITORY.fullmatch(name) is not None
 
 
-def warn_if_ambiguous(where: str, taken: Path, named: Path) -> None:
-    """Say which was taken where a user's word is a path from here and a name under temp_data/ too.
-
-    Args:
-        taken: what was taken.
-        named: what the name under temp_data/ would be.
-    """
-    with suppress(OSError):
-        if named.exists() and not named.samefile(taken):
-            warn(f"{where} is {taken.absolute()} here, and that is taken; for the other one give {named}")
-
-
-def check_model_path(where: str, hub: bool = True) -> None:
+def check_model_path(name: str, hub: bool = True) -> None:
     """
     Raises:
-        UserError: `where` leads nowhere.
+        UserError: `name` cannot be a model.
     """
-    if not may_be_model(where, hub):
-        raise no_checkpoint_error(where, runs_dir())
+    if not may_be_model(name, hub):
+        raise no_checkpoint_error(name, runs_dir())
 
 
-def no_checkpoint_error(where: str, runs: Path) -> UserError:
-    """What to say where a user's word leads to no checkpoint."""
+def no_checkpoint_error(name: str, runs: Path) -> UserError:
     known = sorted(path.name for path in runs.glob("*") if (path / "checkpoints").is_dir())
-    return UserError(f"no checkpoint at {where!r}; runs with checkpoints: {', '.join(known) or 'none yet'}")
+    return UserError(f"no checkpoint at {name!r}; runs with checkpoints: {', '.join(known) or 'none yet'}")
+
+
+def warn_if_ambiguous(name: str, used: Path, other: Path) -> None:
+    """Warn if a user's argument is both a path (`used`) and a name under temp_data/ (`other`)."""
+    with suppress(OSError):
+        if other.exists() and not other.samefile(used):
+            warn(f"using {used.absolute()} for {name}; to use the other one, give {other}")
+
+
+def unwritable_reason(path: Path) -> str | None:
+    """Why a file cannot be written, or None. To be checked before hours of work; missing parent folders are fine."""
+    try:
+        if path.is_dir():
+            return "it is a folder"
+        if path.exists() and not os.access(path, os.W_OK):
+            return os.strerror(errno.EACCES)
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+        with tempfile.TemporaryFile(dir=folder):
+            return None
+    except OSError as error:
+        return error.strerror or str(error)
+
+
+def check_writable(path: Path, option: str) -> None:
+    """
+    Raises:
+        UserError: the file that a command-line option names cannot be written.
+    """
+    if reason := unwritable_reason(path):
+        raise UserError(f"cannot write {path}: {reason}; give another file with {option}")

@@ -106,7 +106,7 @@ def test_a_name_that_means_two_things_says_which_was_taken(
     for find in (find_model, find_run):
         find("c9")
         said = capsys.readouterr().err
-        assert f"c9 is {tmp_path / 'here/c9'} here, and that is taken" in said
+        assert f"using {tmp_path / 'here/c9'} for c9" in said
         assert f"give {temp_data / 'runs/c9'}" in said
         find(str(temp_data / "runs/c9"))
         assert capsys.readouterr().err == ""

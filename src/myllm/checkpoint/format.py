@@ -27,8 +27,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from myllm.distributed import collectives as distributed
-from myllm.errors import UserError
-from myllm.files import add_filename, file_sha256, fsync_dir, out_of_space, read_json, write_json, write_text
+from myllm.errors import UserError, out_of_space
+from myllm.files import add_filename, file_sha256, fsync_dir, read_json, write_json, write_text
 from myllm.migrations import STATE
 
 from .dcp import METADATA, read_tensors, strip_wrapper_prefixes, write_tensors

@@ -15,8 +15,7 @@ from myllm.errors import UserError
 from myllm.evals import registry, results
 from myllm.evals.registry import EvalInputs, EvalOptions
 from myllm.evals.results import Result
-from myllm.files import check_writable, unwritable_reason
-from myllm.paths import user_path
+from myllm.paths import check_writable, unwritable_reason, user_path
 
 if TYPE_CHECKING:
     from myllm.inference.load import LanguageModel, ModelSource

@@ -9,8 +9,7 @@ import tyro
 from myllm import paths
 from myllm.config import RunConfig, load_config
 from myllm.errors import UserError
-from myllm.files import check_writable
-from myllm.paths import user_path
+from myllm.paths import check_writable, user_path
 
 Positional = tyro.conf.Positional
 

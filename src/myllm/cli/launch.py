@@ -19,8 +19,7 @@ import tyro
 from myllm.config import DataConfig, RunConfig, TrainConfig, from_dict, read_config_json
 from myllm.distributed import launcher as ranks
 from myllm.distributed.standard_streams import flush_output, stdout_closed
-from myllm.errors import MachineError, UserError
-from myllm.files import explain_os_error
+from myllm.errors import MachineError, UserError, explain_os_error
 from myllm.paths import RunPaths, user_path
 from myllm.planning import forecast
 from myllm.planning.flops import flops_per_token

@@ -12,9 +12,9 @@ import tyro
 
 from myllm import paths
 from myllm.errors import UserError
-from myllm.files import check_writable, parse_json
+from myllm.files import parse_json
 from myllm.inference.sampling_params import SamplingParams
-from myllm.paths import user_path
+from myllm.paths import check_writable, user_path
 
 if TYPE_CHECKING:
     from myllm.inference.completion import Completion

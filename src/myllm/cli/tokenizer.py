@@ -14,8 +14,7 @@ import tyro
 from myllm import paths
 from myllm.config import DataConfig
 from myllm.errors import UserError
-from myllm.files import check_writable
-from myllm.paths import user_path
+from myllm.paths import check_writable, user_path
 
 if TYPE_CHECKING:
     from myllm.data.sources.source import Source

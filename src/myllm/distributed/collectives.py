@@ -14,8 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from myllm.errors import MachineError, UserError
-from myllm.files import out_of_space
+from myllm.errors import MachineError, UserError, out_of_space
 
 from .cpu_threads import num_threads
 from .device_info import cuda_device_count, cuda_problem, gpu_problem

@@ -6,8 +6,7 @@ from pathlib import Path
 from huggingface_hub import errors, snapshot_download
 
 from myllm.data.sources.hub_listing import hub_endpoint
-from myllm.errors import UserError
-from myllm.files import out_of_space
+from myllm.errors import UserError, out_of_space
 
 from .import_lf_llm import CHECKPOINT
 from .import_transformers import CONFIG, read_model_config

@@ -24,8 +24,8 @@ from myllm.checkpoint.retention import MANIFEST, list_checkpoints, step_of
 from myllm.config import HubConfig, ModelConfig, saved_config, to_dict
 from myllm.data.sources.download import is_permanent, retry_after
 from myllm.data.sources.hub_listing import first_line, hub_endpoint
-from myllm.errors import UserError
-from myllm.files import file_lock, json_safe, out_of_space, read_json, write_json, write_text
+from myllm.errors import UserError, out_of_space
+from myllm.files import file_lock, json_safe, read_json, write_json, write_text
 from myllm.formatting import format_bytes
 from myllm.paths import RunPaths
 from myllm.runs.history import read_config, read_json_or_empty

@@ -24,8 +24,7 @@ from myllm.data.sources import download as fetching
 from myllm.data.sources.download import download_file, download_head, local_path
 from myllm.data.sources.hub_listing import UnreachableError
 from myllm.data.sources.source import SourceFile
-from myllm.errors import UserError
-from myllm.files import out_of_space
+from myllm.errors import UserError, out_of_space
 
 REPO = "someone/some-texts"
 NAME = "data/train 0.parquet"

@@ -31,17 +31,8 @@ from myllm.data.dataset import MANIFEST, PROGRESS, SETTINGS, SPANS, TOKENIZER, W
 from myllm.data.sources.hub_listing import UnreachableError
 from myllm.data.sources.source import find_source
 from myllm.distributed.cpu_threads import usable_cores
-from myllm.errors import UserError
-from myllm.files import (
-    TEMP_SUFFIX,
-    atomic_write,
-    explain_os_error,
-    fsync_dir,
-    full_disk_path,
-    out_of_space,
-    read_json,
-    write_json,
-)
+from myllm.errors import UserError, explain_os_error, full_disk_path, out_of_space
+from myllm.files import TEMP_SUFFIX, atomic_write, fsync_dir, read_json, write_json
 
 from .disk_space import check_disk
 from .progress import progress_bar

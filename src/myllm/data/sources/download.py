@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from myllm.errors import UserError
-from myllm.files import add_filename, file_lock, file_sha256, fsync_dir, out_of_space
+from myllm.errors import UserError, out_of_space
+from myllm.files import add_filename, file_lock, file_sha256, fsync_dir
 
 from .hub_listing import UnreachableError, first_line, hub_endpoint
 from .source import SourceFile

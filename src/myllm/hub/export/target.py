@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from myllm.errors import UserError
-from myllm.files import fsync_dir, out_of_space, temporary_dir
+from myllm.errors import UserError, out_of_space
+from myllm.files import fsync_dir, temporary_dir
 
 
 @contextmanager
