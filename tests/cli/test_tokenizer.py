@@ -15,8 +15,7 @@ from myllm.data.prepare.prepare import prepare
 from myllm.data.tokenizer.load import load_tokenizer
 from myllm.distributed.collectives import process_group
 from myllm.errors import UserError
-from myllm.hub.export.card import folder_card
-from myllm.hub.export.transformers import load_export_source
+from myllm.hub.export.transformers import card_data, load_export_source
 from myllm.hub.model_card import read_card_data, render_model_card
 from myllm.inference.completion import stream_text
 from myllm.inference.generate import stream_tokens
@@ -125,10 +124,9 @@ def test_a_run_says_what_it_was_made_of(tiny: RunConfig, learn: Learn, temp_data
         assert load_tokenizer(made.folder / "tokenizer.json").sha256 == vocabulary.sha256  # as it was called before
         run(with_train(saved, max_steps=3))
         run_folder = RunPaths.of("tiny")
-        text = render_model_card(read_card_data(run_folder, 3, "me/mine", None, {}), [])
+        text = render_model_card(read_card_data(run_folder, 3, "me/mine", None, {}))
         source = load_export_source(run_folder.checkpoints / "step_00000003")
-    facts = {"name": "tiny", "step": 3, "tokens_seen": 3, "architecture": "Llama", "dtype": "float32"}
-    short = folder_card(source.config, facts | {"source": made.manifest["source"], "parameters": 1, "tokenizer": "x"})
+    short = render_model_card(card_data(source, {}))
     for card in (text, short):
         assert "files-" in card or "files:" in card
         assert not any(word in card.lower() for word in ("fineweb", "odc-by", "r50k", "gpt-2", "datasets:"))

@@ -1,4 +1,4 @@
-"""What the tests of publishing share: a Hub with an account, and a run that is there without training."""
+"""Shared by the tests of publishing: a Hub with an account, and a run that needs no training."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,17 +15,17 @@ from myllm.runs.history import Metrics, Row
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    """A Hub on which this process, and those it starts, have an account."""
+    """A Hub on which this process and its children have an account."""
     with HubServer() as server, server.reached(monkeypatch, tmp_path / "hf"):
         server.models.add_account(TOKEN, "someone", "a-group")
         (tmp_path / "hf").mkdir()
-        (tmp_path / "hf/token").write_text(TOKEN)  # as `hf auth login` leaves it
+        (tmp_path / "hf/token").write_text(TOKEN)  # as `hf auth login` writes it
         yield server
 
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No waiting between tries, of ours or the client's."""
+    """No waiting between attempts, ours or the client's."""
     monkeypatch.setattr(publishing, "RETRY_DELAYS_S", (0, 0))
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
 
@@ -37,7 +37,7 @@ def run(tiny: RunConfig) -> RunPaths:
 
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes longer than all the rest."""
+    """Replaces drawing, which is slow."""
 
     def draw(metrics: Metrics, config: Row, folder: Path) -> dict[str, Path]:
         folder.mkdir()

@@ -1,4 +1,4 @@
-"""The writing half of the loopback Hub against the real client: what a commit takes, and what stops it."""
+"""Uploads to the local stand-in for the Hub with the real client: what a commit needs, and what makes it fail."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,7 +31,7 @@ def commit(api: HfApi, files: dict[str, bytes], title: str = "Add", **settings: 
     return api.create_commit(REPO, operations, commit_message=title, **settings).oid
 
 
-def test_a_model_is_made_committed_to_and_tagged(hub: HubServer, api: HfApi, tmp_path: Path) -> None:
+def test_create_commit_and_tag(hub: HubServer, api: HfApi, tmp_path: Path) -> None:
     assert api.whoami()["name"] == "someone"
     assert api.create_repo(REPO, private=True).repo_id == REPO
     assert api.create_repo(REPO, exist_ok=True).repo_id == REPO
@@ -40,36 +40,36 @@ def test_a_model_is_made_committed_to_and_tagged(hub: HubServer, api: HfApi, tmp
     api.create_tag(REPO, tag="first", revision=sha)
     api.create_tag(REPO, tag="first", exist_ok=True)
     second = commit(api, FILES | {"README.md": FILES["README.md"] + b"More.\n"}, "Say more", parent_commit=sha)
-    assert len(hub.seen("/lfs/", "PUT")) == 1  # what is there already is not sent again
+    assert len(hub.seen("/lfs/", "PUT")) == 1  # existing files are not uploaded again
     assert commit(api, {"model.safetensors": WEIGHTS}) == second  # nothing has changed
-    assert [one.title for one in api.list_repo_commits(REPO)] == ["Say more", "Add", "initial commit"]
+    assert [commit.title for commit in api.list_repo_commits(REPO)] == ["Say more", "Add", "initial commit"]
     refs = api.list_repo_refs(REPO)
     assert ([(tag.name, tag.target_commit) for tag in refs.tags], refs.branches[0].target_commit) == (
         [("first", sha)], second,
     )  # fmt: skip
-    got = Path(snapshot_download(REPO, revision="first", local_dir=tmp_path / "got", endpoint=hub.endpoint))
-    assert {name: (got / name).read_bytes() for name in FILES} == FILES
+    folder = Path(snapshot_download(REPO, revision="first", local_dir=tmp_path / "first", endpoint=hub.endpoint))
+    assert {name: (folder / name).read_bytes() for name in FILES} == FILES
     assert hub.models.files(REPO, "first").keys() == FILES.keys() | {".gitattributes"}
 
 
-def test_large_files_go_in_parts(hub: HubServer, api: HfApi) -> None:
+def test_large_files_are_uploaded_in_parts(hub: HubServer, api: HfApi) -> None:
     hub.models.part_bytes = 300_000
     api.create_repo(REPO)
     hub.fail_next("/lfs/.*/2", method="PUT")
     commit(api, FILES)
     assert hub.models.files(REPO)["model.safetensors"] == WEIGHTS
-    assert len(hub.seen("/lfs/", "PUT")) == 5  # four, and one of them twice
+    assert len(hub.seen("/lfs/", "PUT")) == 5  # four parts, one of them twice
 
 
-def test_a_cut_upload_begins_anew(hub: HubServer, api: HfApi) -> None:
+def test_an_interrupted_upload_restarts(hub: HubServer, api: HfApi) -> None:
     api.create_repo(REPO)
     hub.cut_next("/lfs/", 100_000, method="PUT")
     commit(api, FILES)
     assert hub.models.files(REPO)["model.safetensors"] == WEIGHTS
-    assert [one.received_bytes for one in hub.seen("/lfs/", "PUT")] == [100_000, len(WEIGHTS)]
+    assert [request.received_bytes for request in hub.seen("/lfs/", "PUT")] == [100_000, len(WEIGHTS)]
 
 
-def test_who_may_write(hub: HubServer, api: HfApi) -> None:
+def test_write_access(hub: HubServer, api: HfApi) -> None:
     api.create_repo("a-group/model")
     for token, repo, status in (("hf_nobody", REPO, 401), ("hf_someone", "other/model", 403), ("hf_reader", REPO, 403)):
         with pytest.raises(HfHubHTTPError) as caught:
@@ -79,8 +79,8 @@ def test_who_may_write(hub: HubServer, api: HfApi) -> None:
         commit(api, FILES)
 
 
-def test_a_commit_upon_an_old_parent_and_one_whose_answer_is_lost(hub: HubServer, api: HfApi) -> None:
-    """The client sends a commit once: what it cannot know, whoever calls it has to look up."""
+def test_a_stale_parent_and_a_lost_answer(hub: HubServer, api: HfApi) -> None:
+    """The client sends a commit only once: the caller has to find out whether it succeeded."""
     api.create_repo(REPO)
     first = api.repo_info(REPO).sha
     hub.lose_next("/commit/")

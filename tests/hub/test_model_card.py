@@ -1,4 +1,4 @@
-"""The model card: every figure in it against the files it comes from, and nothing that is nobody's business."""
+"""The model card: every figure against the files it comes from, and nothing private."""
 
 import json
 import math
@@ -16,8 +16,8 @@ from myllm.paths import RunPaths
 
 
 def card(run: RunPaths, step: int = 12, license: str | None = None, curves: tuple[str, ...] = ()) -> str:
-    about = read_card_data(run, step, REPO, license, {"architectures": ["Qwen3ForCausalLM"], "dtype": "float32"})
-    return render_model_card(about, list(curves))
+    data = read_card_data(run, step, REPO, license, {"architectures": ["Qwen3ForCausalLM"], "dtype": "float32"})
+    return render_model_card(data, {name: f"{name} by step" for name in curves})
 
 
 def front_matter(text: str) -> dict[str, object]:
@@ -25,36 +25,42 @@ def front_matter(text: str) -> dict[str, object]:
 
 
 def row(text: str, name: str) -> str:
-    """The value of a line of one of the card's tables."""
+    """The value of a row of the card's tables."""
     (line,) = [line for line in text.splitlines() if line.startswith(f"| {name} |")]
     return line.split("|", 2)[2].strip(" |")
 
 
-def test_what_the_run_was(run: RunPaths) -> None:
+def test_the_card_describes_the_run(run: RunPaths) -> None:
     text = card(run, license="apache-2.0", curves=("loss", "accuracy"))
-    assert front_matter(text) == {
+    metadata = front_matter(text)
+    evals = {
+        f"{result['dataset']['name']} {metric['type']}": metric["value"]
+        for result in metadata.pop("model-index")[0]["results"]
+        for metric in result["metrics"]
+    }
+    assert evals == {"cloze acc": 0.4, "cloze acc_norm": 0.36, "validation loss": 20 / 12}
+    assert metadata == {
         "library_name": "transformers", "license": "apache-2.0", "pipeline_tag": "text-generation",
         "tags": ["myllm", "pretrained"],
     }  # fmt: skip
     assert text.count("\n# ") == 1
-    assert "1.23M parameters" in text
-    assert f'name = "{REPO}"' in text
-    assert 'revision="step-12"' in text
+    assert "trained from scratch with MyLLM" in text
+    assert f'name, revision = "{REPO}", "step-12"' in text
     assert row(text, "architecture") == "Qwen3ForCausalLM"
     assert row(text, "layers").startswith("2 of 16, feed-forward 32")
     assert row(text, "source") == "files-texts"
-    assert row(text, "sha256 of what made it") == f"`{'d' * 64}`"
-    assert row(text, "tokens seen") == "1,536, 1.54 passes over 1,000"
-    assert row(text, "learning rate") == "peak 0.003; linear, 3 steps of warm-up, ends at 0.1 of the peak"
+    assert row(text, "data set fingerprint") == f"`{'d' * 64}`"
+    assert row(text, "tokens seen") == "1,536 (1.54 epochs of 1,000)"
+    assert row(text, "learning rate") == "peak 0.003; linear, 3 warm-up steps, ends at 0.1 of the peak"
     assert row(text, "precision") == "bfloat16 autocast, float32 weights"  # it ran on a GPU
     assert row(text, "devices") == "8 x Some GPU"
     assert row(text, "training").startswith(f"6 s, {12 * 128 / 256 * 8 / 3600:.3g} device hours")
     assert row(text, "code") == f"commit `{'c' * 40}`, changed"
     assert "python pretrain.py debug --data.source files:texts" in text
-    assert "![Training and validation loss by step](plots/loss.png)" in text
+    assert "![loss by step](plots/loss.png)" in text
     assert "](plots/accuracy.png)" in text
     assert "the river at step 12" in text
-    assert "These weights are under `apache-2.0`" in text
+    assert "The weights have the license `apache-2.0`." in text
     assert "## Limitations" in text
 
 
@@ -67,52 +73,53 @@ def test_evaluations_have_standard_errors(run: RunPaths) -> None:
     assert lines[2][1:] == ["loss, nats per token", f"{20 / 12:.4f}", "", "4,096 held-out tokens"]
 
 
-def test_a_card_of_an_earlier_step_knows_nothing_later(run: RunPaths) -> None:
+def test_a_card_of_an_earlier_step_has_nothing_later(run: RunPaths) -> None:
     text = card(run, 10)
-    assert "This revision is step 10 of 12: training was not over." in text
+    assert "This revision is step 10 of 12: training was not finished." in text
     assert "100 examples, at step 8" in text
     assert "at step 12" not in text
+    assert "model-index" not in front_matter(text)  # nothing was measured at this step
 
 
-def test_public_data_are_named_with_their_license(tiny: RunConfig, temp_data: Path) -> None:
+def test_public_data_have_name_and_license(tiny: RunConfig, temp_data: Path) -> None:
     run = write_run(replace(tiny, data=DataConfig(source="fineweb-edu-10bt")), source="fineweb-edu-10bt")
     text = card(run)
     assert front_matter(text)["datasets"] == ["HuggingFaceFW/fineweb-edu"]
     assert "https://huggingface.co/datasets/HuggingFaceFW/fineweb-edu" in row(text, "source")
-    assert row(text, "its license") == "ODC-By 1.0"
-    assert "None was given to these weights." in text
+    assert row(text, "license") == "ODC-By 1.0"
+    assert "The weights have no license yet. Their training data has the license ODC-By 1.0." in text
     hub = DataConfig(source="hub:some/texts@main:data/*.parquet")
     other = write_run(replace(tiny, name="other", data=hub), source="hub-some-texts-data---parquet")
     assert front_matter(card(other))["datasets"] == ["some/texts"]
 
 
 @pytest.mark.parametrize("recorded", ["files-texts", None])
-def test_private_data_get_no_name_of_public_ones(tiny: RunConfig, temp_data: Path, recorded: str | None) -> None:
-    """Earlier versions kept the preset's source in config.json where the data set was given by name."""
+def test_private_data_are_not_named_as_public(tiny: RunConfig, temp_data: Path, recorded: str | None) -> None:
+    """Earlier versions kept the preset's source in config.json if the data set was given by name."""
     data = DataConfig(source="fineweb-edu-10bt", dataset="files-texts-0123456789ab")
     run = write_run(replace(tiny, data=data), source=recorded)
-    for text in (card(run), json.dumps(publishing.read_card_data(run, 12, REPO, None, {}).config.data.source)):
+    for text in (card(run), read_card_data(run, 12, REPO, None, {}).config.data.source):
         assert "files-texts" in text
         assert not any(word in text.lower() for word in ("fineweb-edu", "odc-by", "datasets:"))
 
 
-def test_a_card_of_a_checkpoint_alone(run: RunPaths) -> None:
+def test_a_checkpoint_alone_has_a_card(run: RunPaths) -> None:
     for path in (run.metrics, run.samples, run.environment):
         path.unlink()
     text = card(run)
     assert "## Results" not in text
-    assert "## A sample" not in text
+    assert "## Sample" not in text
     assert row(text, "layers").startswith("2 of 16")
 
 
-def test_samples_cannot_break_out_of_their_box(run: RunPaths) -> None:
+def test_samples_cannot_break_out_of_their_fence(run: RunPaths) -> None:
     run.samples.write_text(json.dumps({"step": 12, "prompt": "a|b\n", "text": "```\n# Not a heading\n````", "seed": 1}))
     text = card(run)
     assert "`````text\na|b\n```\n# Not a heading\n````\n`````" in text
 
 
 def test_the_curves_end_where_the_card_does(run: RunPaths, tmp_path: Path) -> None:
-    folder = tmp_path / "made"
+    folder = tmp_path / "folder"
     folder.mkdir()
     publishing.add_run_files(folder, run, 8, HubConfig(REPO))
     drawn = {path.name for path in (folder / "plots").iterdir()}
@@ -135,23 +142,24 @@ def test_the_curves_end_where_the_card_does(run: RunPaths, tmp_path: Path) -> No
         ("Once upon a time", "Once upon a time"),
     ],
 )
-def test_folders_are_left_out(text: str, expected: str) -> None:
+def test_local_folders_are_removed(text: str, expected: str) -> None:
     assert strip_local_paths(text) == expected
 
 
-def test_weights_from_elsewhere_are_said_to_be(run: RunPaths) -> None:
+def test_imported_weights_are_credited(run: RunPaths) -> None:
     run.imported.write_text(json.dumps({"source": "some/model@v1"}))
     text = card(run)
     assert "trained further with MyLLM from the weights of some/model@v1" in text
     assert front_matter(text)["base_model"] == "some/model"
-    assert "What some/model@v1 was published under holds too." in text
+    assert "The license of some/model@v1 also applies." in text
+    assert "base model" not in text
     text = card(run, 0)
-    assert "the weights of some/model@v1, imported with MyLLM and not trained further." in text
-    assert "## Recipe" not in text
+    assert "The weights of some/model@v1, imported with MyLLM and not trained further" in text
+    assert "## Training" not in text
     assert "## Data" not in text
 
 
-def test_the_command_can_be_typed(run: RunPaths) -> None:
+def test_the_command_is_quoted(run: RunPaths) -> None:
     environment = json.loads(run.environment.read_text())
     run.environment.write_text(json.dumps(environment | {"command": ["python", "pretrain.py", "--name", "my run"]}))
     assert "python pretrain.py --name 'my run'\n" in card(run)

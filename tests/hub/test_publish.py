@@ -1,4 +1,4 @@
-"""Publishing a run on the loopback Hub: what arrives, whatever gets in between, and what is refused."""
+"""Publishing a run on a local stand-in for the Hub: what arrives, what interrupts it, and what is rejected."""
 
 import json
 import os
@@ -26,18 +26,19 @@ HUB = HubConfig(REPO)
 
 @pytest.fixture(autouse=True)
 def _undrawn(undrawn: None) -> None:
-    """Only the card's own tests draw."""
+    """Drawing is tested with the card and the report."""
 
 
 def publish(run: RunPaths, hub: HubConfig = HUB) -> list[str]:
-    said: list[str] = []
-    publishing.publish(run, select_checkpoints(run, hub.every_checkpoint), hub, make_folder, said.append)
-    return said
+    """Publish what `hub` says; the lines that were logged."""
+    log: list[str] = []
+    publishing.publish(run, select_checkpoints(run, hub.every_checkpoint), hub, make_folder, log.append)
+    return log
 
 
-def test_the_newest_checkpoint_with_all_that_belongs_to_it(hub: HubServer, run: RunPaths) -> None:
-    said = publish(run, replace(HUB, private=True, license="mit"))
-    assert said[-1] == f"published step 12: {hub.endpoint}/{REPO} (revision step-12)"
+def test_publishes_the_newest_checkpoint_and_its_files(hub: HubServer, run: RunPaths) -> None:
+    log = publish(run, replace(HUB, private=True, license="mit"))
+    assert log[-1] == f"published step 12: {hub.endpoint}/{REPO} (revision step-12)"
     assert hub.models.private == {REPO}
     assert list(hub.models.tags(REPO)) == ["step-12"]
     files = hub.models.files(REPO, "step-12")
@@ -52,12 +53,12 @@ def test_the_newest_checkpoint_with_all_that_belongs_to_it(hub: HubServer, run: 
     assert not (run.root / ".publishing").exists()
 
 
-def test_again_there_is_nothing_to_do(hub: HubServer, run: RunPaths) -> None:
+def test_publishing_twice_changes_nothing(hub: HubServer, run: RunPaths) -> None:
     publish(run)
-    run.published.unlink()  # only the Hub is believed
+    run.published.unlink()  # only the Hub decides
     hub.requests.clear()
-    assert publish(run) == [f"{REPO} has step 12 already"]
-    assert not [one for one in hub.requests if one.method != "GET"]
+    assert publish(run) == [f"{REPO} already has step 12"]
+    assert not [request for request in hub.requests if request.method != "GET"]
     assert json.loads(run.published.read_text())["published"] == hub.models.tags(REPO)
 
 
@@ -74,16 +75,16 @@ def test_every_checkpoint_is_a_revision(hub: HubServer, run: RunPaths) -> None:
     assert b"at step 12" not in old["README.md"]
 
 
-def test_an_older_step_never_takes_the_place_of_a_newer_one(hub: HubServer, run: RunPaths) -> None:
+def test_an_older_step_never_replaces_a_newer_one(hub: HubServer, run: RunPaths) -> None:
     publish(run)
-    said = publish(run, replace(HUB, every_checkpoint=True))
-    assert [line.split(" is older")[0] for line in said] == ["step 4", "step 8", f"{REPO} has step 12 already"]
+    log = publish(run, replace(HUB, every_checkpoint=True))
+    assert [line.split(" is older")[0] for line in log] == ["step 4", "step 8", f"{REPO} already has step 12"]
     assert list(hub.models.tags(REPO)) == ["step-12"]
 
 
 FAULTS = {
     "an upload is cut": lambda hub: hub.cut_next("/lfs/", 50_000, method="PUT", times=2),
-    "more cuts than the client bears": lambda hub: hub.cut_next("/lfs/", 50_000, method="PUT", times=7),
+    "more cuts than the client retries": lambda hub: hub.cut_next("/lfs/", 50_000, method="PUT", times=7),
     "storage fails": lambda hub: hub.fail_next("/lfs/", method="PUT", status=500, times=7),
     "too many requests": lambda hub: hub.fail_next("/commit/", status=429, method="POST", retry_after=1),
     "a conflict": lambda hub: hub.fail_next("/commit/", status=409, method="POST"),
@@ -92,15 +93,15 @@ FAULTS = {
     "a tag fails": lambda hub: hub.fail_next("/tag/", status=502, method="POST"),
     "the answer to a tag is lost": lambda hub: hub.lose_next("/tag/"),
     "a listing fails": lambda hub: hub.fail_next("/refs", status=504),
-    "making the repository fails": lambda hub: hub.fail_next("/repos/create", status=500, method="POST"),
+    "creating the repository fails": lambda hub: hub.fail_next("/repos/create", status=500, method="POST"),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_costs_time_and_nothing_else(fault: str, hub: HubServer, run: RunPaths, quick: None) -> None:
+def test_faults_are_retried(fault: str, hub: HubServer, run: RunPaths, quick: None) -> None:
     FAULTS[fault](hub)
     publish(run)
-    assert len(hub.models.titles(REPO)) == 2  # never two commits of a step
+    assert len(hub.models.titles(REPO)) == 2  # never two commits for a step
     assert list(hub.models.tags(REPO)) == ["step-12"]
     assert (
         hub.models.files(REPO)["model.safetensors"]
@@ -108,16 +109,16 @@ def test_a_fault_costs_time_and_nothing_else(fault: str, hub: HubServer, run: Ru
     )
 
 
-def test_retry_after_is_kept_to(hub: HubServer, run: RunPaths, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_retry_after_is_respected(hub: HubServer, run: RunPaths, monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
     monkeypatch.setattr(publishing.time, "sleep", waits.append)
     hub.fail_next("/commit/", status=429, method="POST", retry_after=77)
-    said = publish(run)
+    log = publish(run)
     assert waits == [77]
-    assert said[1] == f"publishing to {REPO}: the Hub answered 429 (asked to fail); again in 77 s"
+    assert log[1] == f"publishing to {REPO}: the Hub answered 429 (asked to fail); retrying in 77 s"
 
 
-def test_after_an_outage_the_same_command_goes_on(hub: HubServer, run: RunPaths, quick: None) -> None:
+def test_publishing_resumes_after_an_outage(hub: HubServer, run: RunPaths, quick: None) -> None:
     hub.fail_next("/commit/", status=503, method="POST", times=3)
     with pytest.raises(UserError, match="the Hub answered 503"):
         publish(run)
@@ -125,7 +126,7 @@ def test_after_an_outage_the_same_command_goes_on(hub: HubServer, run: RunPaths,
     assert not (run.root / ".publishing").exists()
     publish(run)
     assert list(hub.models.tags(REPO)) == ["step-12"]
-    assert len(hub.seen("/lfs/", "PUT")) == 2  # the weights once, and the picture
+    assert len(hub.seen("/lfs/", "PUT")) == 2  # the weights once, and the figure
 
 
 def test_a_kill_between_commit_and_tag(hub: HubServer, run: RunPaths, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,9 +143,9 @@ def test_a_kill_between_commit_and_tag(hub: HubServer, run: RunPaths, monkeypatc
 
 @pytest.mark.parametrize(
     ("token", "repo", "message"),
-    [("hf_wrong", REPO, "does not know this token"), (TOKEN, "other/tiny", "belongs to other")],
+    [("hf_wrong", REPO, "rejected the access token"), (TOKEN, "other/tiny", "repositories of other")],
 )
-def test_no_second_try_where_it_is_no_use(
+def test_permanent_errors_are_not_retried(
     token: str, repo: str, message: str, hub: HubServer, run: RunPaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", token)
@@ -153,48 +154,48 @@ def test_no_second_try_where_it_is_no_use(
     assert len(hub.requests) <= 3
 
 
-def test_other_weights_of_that_step_are_left_alone(hub: HubServer, run: RunPaths, tiny: RunConfig) -> None:
+def test_other_weights_of_the_same_step_are_not_replaced(hub: HubServer, run: RunPaths, tiny: RunConfig) -> None:
     publish(run)
     before = hub.models.files(REPO)
     save_checkpoint(run, tiny, 12, scale=2.0)
-    with pytest.raises(UserError, match=r"has a revision step-12 already, of other weights \(Step 12 of tiny"):
+    with pytest.raises(UserError, match=r"already has a revision step-12 with other weights \(Step 12 of tiny"):
         publish(run)
     assert hub.models.files(REPO) == before
 
 
-def test_a_checkpoint_that_is_removed_meanwhile_is_passed_over(hub: HubServer, run: RunPaths) -> None:
-    chosen = select_checkpoints(run, True)
-    shutil.rmtree(chosen[0])
-    said: list[str] = []
-    publishing.publish(run, chosen[:2], HUB, make_folder, said.append)
-    assert said[0] == "step 4 was removed before it could be published"
+def test_a_checkpoint_that_is_removed_meanwhile_is_skipped(hub: HubServer, run: RunPaths) -> None:
+    checkpoints = select_checkpoints(run, True)
+    shutil.rmtree(checkpoints[0])
+    log: list[str] = []
+    publishing.publish(run, checkpoints[:2], HUB, make_folder, log.append)
+    assert log[0] == "step 4 was removed before it could be published"
     assert list(hub.models.tags(REPO)) == ["step-8"]
 
 
 @pytest.mark.parametrize("every", [False, True])
 @pytest.mark.parametrize("how", ["cut short", "changed"])
-def test_a_damaged_checkpoint_is_passed_over(hub: HubServer, run: RunPaths, every: bool, how: str) -> None:
-    """It is seen before or while it is read; without every checkpoint, the one before takes its place."""
+def test_a_damaged_checkpoint_is_skipped(hub: HubServer, run: RunPaths, every: bool, how: str) -> None:
+    """Damage is noticed before or while reading; without every_checkpoint the next older one is published."""
     newest = run.checkpoints / "step_00000012/weights/__0_0.distcp"
     content = newest.read_bytes()
     newest.write_bytes(content[:-9] if how == "cut short" else content[:-9] + b"!" * 9)
 
-    def make(folder: Path, to: Path) -> None:
-        load_checkpoint(folder, HASH_MODEL)
-        make_folder(folder, to)
+    def export(checkpoint: Path, folder: Path) -> None:
+        load_checkpoint(checkpoint, HASH_MODEL)
+        make_folder(checkpoint, folder)
 
-    said: list[str] = []
-    wanted = replace(HUB, every_checkpoint=every)
-    publishing.publish(run, select_checkpoints(run, every), wanted, make, said.append)
+    log: list[str] = []
+    settings = replace(HUB, every_checkpoint=every)
+    publishing.publish(run, select_checkpoints(run, every), settings, export, log.append)
     assert list(hub.models.tags(REPO)) == (["step-4", "step-8"] if every else ["step-8"])
-    assert sum("step_00000012 is not an intact checkpoint: " in line and "passed over" in line for line in said) == 1
+    assert sum("step_00000012 is not an intact checkpoint: " in line and "skipped" in line for line in log) == 1
     for step in (4, 8):
         (run.checkpoints / f"step_{step:08d}/state.json").write_text("{")
     with pytest.raises(UserError, match=r"no intact checkpoint|is intact; nothing was published"):
-        publishing.publish(run, select_checkpoints(run, every), wanted, make, said.append)
+        publishing.publish(run, select_checkpoints(run, every), settings, export, log.append)
 
 
-def test_one_at_a_time(hub: HubServer, run: RunPaths) -> None:
+def test_two_processes_cannot_publish_at_once(hub: HubServer, run: RunPaths) -> None:
     with file_lock(run.root / ".publish.lock"), pytest.raises(UserError, match="another process is publishing"):
         publish(run)
 
@@ -224,13 +225,13 @@ def test_the_command(hub: HubServer, run: RunPaths, exported: None, capsys: pyte
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["tiny"], "where to? Give --repo NAMESPACE/NAME"),
+        (["tiny"], "missing --repo NAMESPACE/NAME"),
         (["tiny", "--repo", "alone"], "--repo 'alone' is not the name of a repository on the Hub"),
         (["tiny", "--repo", REPO, "--license", "My License"], "--license 'My License'"),
         (["nothing", "--repo", REPO], "runs with checkpoints: tiny"),
     ],
 )
-def test_mistakes(
+def test_invalid_arguments(
     words: list[str], message: str, hub: HubServer, run: RunPaths, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert command(*words) == 2
@@ -245,16 +246,16 @@ def test_without_an_account_or_a_network(
     assert command("tiny", "--repo", REPO) == 2
     said = capsys.readouterr().err
     assert "HF_HUB_OFFLINE is set: unset it" in said
-    assert "Nothing is lost: the same command goes on" in said
+    assert "Nothing is lost: rerun the same command" in said
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(run.root / "nothing"))
     assert command("tiny", "--repo", REPO) == 2
-    assert "no token is known here: log in with `hf auth login`, or set HF_TOKEN" in capsys.readouterr().err
+    assert "no access token was found: log in with `hf auth login`, or set HF_TOKEN" in capsys.readouterr().err
 
 
-def test_the_token_is_in_no_file_and_no_line(
+def test_the_token_is_in_no_file_and_no_message(
     hub: HubServer, run: RunPaths, exported: None, quick: None, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Even from a server that sends it back."""
+    """Even if the server sends it back."""
     for status, times in ((503, 3), (403, 1)):
         hub.fail_next("/commit/", status=status, times=times, method="POST", message=f"Bearer {TOKEN} is not welcome")
         assert command("tiny", "--repo", REPO) == 2
@@ -262,7 +263,7 @@ def test_the_token_is_in_no_file_and_no_line(
     assert "(token) is not welcome" in said.out
     assert "(token) is not welcome" in said.err
     assert command("tiny", "--repo", REPO) == 0
-    assert any(TOKEN in (one.authorization or "") for one in hub.requests)
+    assert any(TOKEN in (request.authorization or "") for request in hub.requests)
     written = [path.read_bytes() for path in run.root.rglob("*") if path.is_file()]
     sent = hub.models.files(REPO).values()
     said = capfd.readouterr()

@@ -1,4 +1,4 @@
-"""`myllm publish`: a run's checkpoints, on the Hugging Face Hub."""
+"""`myllm publish`: checkpoints of a run to the Hugging Face Hub."""
 
 from dataclasses import replace
 
@@ -22,33 +22,33 @@ def publish(
     """Publish a run to the Hugging Face Hub (rerun to resume).
 
     Args:
-        run: its name, or its folder.
-        repo: NAMESPACE/NAME on the Hub; not given: where the run's own config says.
-        private: make the repository a private one, if it is not there yet.
-        every_checkpoint: each checkpoint that there is, each as a revision; not given: the newest.
-        license: of the weights, by the Hub's short name for it, such as mit or apache-2.0.
+        run: name or folder of the run.
+        repo: repository on the Hub, NAMESPACE/NAME (default: the run's hub.repo).
+        private: create the repository as a private one.
+        every_checkpoint: publish each checkpoint as a revision (default: only the newest).
+        license: license of the weights, as the Hub abbreviates it, such as mit or apache-2.0.
     """
-    given = HubConfig(repo, private, every_checkpoint, license)
-    if repo is not None and (faults := hub_errors(given, "--")):
-        raise UserError("; ".join(faults))
-    paths.check_model_path(run, hub=False)  # before the seconds that torch takes
+    wanted = HubConfig(repo, private, every_checkpoint, license)
+    if repo is not None and (errors := hub_errors(wanted, "--")):
+        raise UserError("; ".join(errors))
+    paths.check_model_path(run, hub=False)  # before torch is imported, which takes seconds
     from myllm.checkpoint.locate import resolve_checkpoints
 
     _, checkpoints = resolve_checkpoints(run, paths.runs_dir())
-    found = paths.RunPaths(checkpoints[0].parent.parent)
+    run_paths = paths.RunPaths(checkpoints[0].parent.parent)
     from myllm.hub import publish as publishing
+    from myllm.hub.client import check_token
 
-    hub = publishing.saved_hub_config(found)
-    given = HubConfig(repo or hub.repo, private, every_checkpoint, license)
-    if given.repo is None:
-        raise UserError("where to? Give --repo NAMESPACE/NAME, such as my-account/my-model")
-    if faults := hub_errors(given, "--"):
-        raise UserError("; ".join(faults))
-    publishing.check_token()
-    hub = replace(given, private=private or hub.private, license=license or hub.license)
+    saved = publishing.saved_hub_config(run_paths)
+    wanted = replace(wanted, repo=repo or saved.repo)
+    if wanted.repo is None:
+        raise UserError("missing --repo NAMESPACE/NAME, for example --repo my-account/my-model")
+    if errors := hub_errors(wanted, "--"):
+        raise UserError("; ".join(errors))
+    check_token()
+    hub = replace(wanted, private=private or saved.private, license=license or saved.license)
+    checkpoints = publishing.select_checkpoints(run_paths, every_checkpoint)
     try:
-        publishing.publish(
-            found, publishing.select_checkpoints(found, every_checkpoint), hub, publishing.export_checkpoint, print
-        )
+        publishing.publish(run_paths, checkpoints, hub, publishing.export_checkpoint, print)
     except UserError as error:
-        raise UserError(f"{error}\nNothing is lost: the same command goes on where this one stopped") from None
+        raise UserError(f"{error}\nNothing is lost: rerun the same command to resume") from None

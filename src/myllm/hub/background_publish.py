@@ -1,9 +1,8 @@
-"""Publishing while training goes on, in a process of its own: it can fail, wait and be killed, and training does not
-notice.
+"""Publishes during training, in a separate process: it may fail, wait or be killed, and training never notices.
 
-The loop says which steps are saved and evaluated (`submit`); the process publishes them, one after the other. When all
-is done, `finish` has the newest published and waits for it where people can see it, but not for ever. Nothing is lost
-by an end in the middle: the next start, or `myllm publish`, asks the Hub what it has and goes on from there.
+The loop submits each checkpoint that is saved and evaluated; the process publishes them in order. At the end `finish`
+publishes the newest checkpoint and waits for it, up to FINISH_TIMEOUT_S. An interruption loses nothing: the next start,
+or `myllm publish`, asks the Hub what it has and resumes from there.
 """
 
 import os
@@ -22,40 +21,40 @@ from myllm.data.prepare.work_items import init_worker
 from myllm.errors import UserError
 from myllm.paths import RunPaths
 
-from . import publish as publishing
-from .publish import ExportFolder
+from .client import check_token, create_repo, explain_error, redact_token
+from .publish import ExportFolder, LogLine, export_checkpoint, publish, select_checkpoints
 
 ACCESS_CHECK_TIMEOUT_S = 20
-"""How long the start of a training waits for the Hub."""
+"""How long the start of training waits for the Hub."""
 FINISH_TIMEOUT_S = 1_800
-"""How long the end of a training waits for the last upload."""
+"""How long the end of training waits for the last upload."""
 STATUS_EVERY_S = 30
 
 
 class Publisher:
-    """Where the loop hands over what is to be published. Without a repository, or on other ranks, it does nothing."""
+    """Takes the steps to publish. Does nothing without a repository or where `active` is false."""
 
-    def __init__(self, config: RunConfig, active: bool, make_folder: ExportFolder) -> None:
+    def __init__(self, config: RunConfig, active: bool, export: ExportFolder) -> None:
         self._run, self._hub = RunPaths.of(config.name), config.hub
-        self._active, self._make_folder = active and config.hub.repo is not None, make_folder
+        self._active, self._export = active and config.hub.repo is not None, export
         self._process: BaseProcess | None = None
         self._steps: Queue[int | None] | None = None
 
     def submit(self, step: int) -> None:
-        """A checkpoint is there and what is measured at its step too. Returns at once, whatever happens."""
+        """Publish a checkpoint that is saved and evaluated. Returns at once and never raises."""
         if self._active and self._hub.every_checkpoint:
             self._send(step)
 
     def finish(self, step: int) -> None:
-        """Have the newest checkpoint published and wait for it, within reason."""
+        """Publish the newest checkpoint and wait for it, up to FINISH_TIMEOUT_S."""
         if not self._active:
             return
         print(f"\n=== Publishing: {self._hub.repo}", flush=True)
         deadline = time.monotonic() + FINISH_TIMEOUT_S
-        for _ in range(2):  # once more if the process was killed, now or before
+        for _ in range(2):  # retry once if the process was killed, now or before
             self._send(step)
             if self._process is None or self._steps is None:
-                return  # said by _send
+                return  # _send has printed why
             self._steps.put(None)
             self._wait(self._process, deadline)
             if (self._process.exitcode or 0) >= 0:
@@ -65,24 +64,23 @@ class Publisher:
         elif self._process.exitcode:
             print(f"not published: see above. {self._advice()}", flush=True)
 
-    def _wait(self, process: BaseProcess, deadline: float) -> None:
-        started = told = time.monotonic()
-        while process.is_alive() and (now := time.monotonic()) < deadline:
-            process.join(0.5)
-            if now - told > STATUS_EVERY_S:
-                told = now
-                print(
-                    f"still publishing, for {(now - started) / 60:.1f} minutes now; Ctrl-C leaves it for later",
-                    flush=True,
-                )
-
     def stop(self) -> None:
-        """End what is under way."""
+        """End the process, whatever it is doing."""
         if self._steps is not None:
             self._steps.cancel_join_thread()
         if self._process is not None and self._process.is_alive():
             self._process.terminate()
             self._process.join()
+
+    def _wait(self, process: BaseProcess, deadline: float) -> None:
+        start = last_status = time.monotonic()
+        while process.is_alive() and (now := time.monotonic()) < deadline:
+            process.join(0.5)
+            if now - last_status > STATUS_EVERY_S:
+                last_status = now
+                print(
+                    f"still publishing after {(now - start) / 60:.1f} minutes; press Ctrl-C to do it later", flush=True
+                )
 
     def _send(self, step: int) -> None:
         try:
@@ -90,107 +88,105 @@ class Publisher:
                 context = get_context("spawn")
                 self._steps = context.Queue()
                 self._process = context.Process(
-                    target=_run_publisher,
-                    args=(self._run, self._hub, self._make_folder, self._steps),
-                    name="publisher",
+                    target=_run_publisher, args=(self._run, self._hub, self._export, self._steps), name="publisher"
                 )
                 self._process.start()
             if self._steps is not None:
                 self._steps.put(step)
-        except Exception as error:  # no memory for another process, say: the run is worth more than its copy
+        except Exception as error:  # for example no memory for another process: the run matters more than its copy
             print(f"cannot publish step {step:,}: {error}. {self._advice()}", flush=True)
 
     def _advice(self) -> str:
         return (
-            f"Nothing is lost: the checkpoints are in {self._run.checkpoints}, and this goes on from where it was: "
+            f"Nothing is lost: the checkpoints are in {self._run.checkpoints}. To resume publishing: "
             f"myllm publish {self._run.root.name} --repo {self._hub.repo}"
         )
 
 
 @contextmanager
 def background_publisher(
-    config: RunConfig, active: bool, make_folder: ExportFolder = publishing.export_checkpoint
-) -> Iterator[Publisher]:  # fmt: skip
-    """Training publishes through what this gives.
+    config: RunConfig, active: bool, export: ExportFolder = export_checkpoint
+) -> Iterator[Publisher]:
+    """A publisher that stops when the block ends.
 
     Args:
-        active: on the one process of the run that publishes.
+        active: true on the one rank that publishes.
     """
-    publisher = Publisher(config, active, make_folder)
+    publisher = Publisher(config, active, export)
     try:
         yield publisher
     finally:
         publisher.stop()
 
 
-def check_hub_access(hub: HubConfig, say: publishing.LogLine = print) -> None:
-    """Before the hours of training: may this account write there? A Hub that cannot be asked now is no obstacle.
+def check_hub_access(hub: HubConfig, log: LogLine = print) -> None:
+    """Check that this account may write to the repository, before hours of training. An unreachable Hub is no error.
 
     Raises:
-        UserError: no token, or one that may not.
+        UserError: no token, or a token without write access.
     """
-    publishing.check_token()
-    found: list[Exception] = []
+    check_token()
+    errors: list[Exception] = []
 
-    def ask() -> None:
+    def check() -> None:
         try:
-            publishing.create_repo(hub)
+            create_repo(hub)
         except Exception as error:
-            found.append(error)
+            errors.append(error)
 
-    # In a thread, since a network that swallows everything may keep it for minutes.
-    asking = threading.Thread(target=ask, daemon=True)
-    asking.start()
-    asking.join(ACCESS_CHECK_TIMEOUT_S)
-    if asking.is_alive():
-        say(
-            f"the Hub did not answer within {ACCESS_CHECK_TIMEOUT_S} s; training starts, "
-            "and publishing is tried again later"
-        )
-    elif found and isinstance(found[0], UserError):
-        raise found[0]
-    elif found:
-        say(f"{publishing.explain_error(found[0], hub)}; training starts, and publishing is tried again later")
+    # In a thread: a network that drops all packets would block it for minutes.
+    thread = threading.Thread(target=check, daemon=True)
+    thread.start()
+    thread.join(ACCESS_CHECK_TIMEOUT_S)
+    if thread.is_alive():
+        problem = f"the Hub did not answer within {ACCESS_CHECK_TIMEOUT_S} s"
+    elif not errors:
+        return
+    elif isinstance(errors[0], UserError):
+        raise errors[0]
+    else:
+        problem = explain_error(errors[0], hub)
+    log(f"{problem}; training starts, and publishing is tried again later")
 
 
-def _run_publisher(run: RunPaths, hub: HubConfig, make_folder: ExportFolder, steps: "Queue[int | None]") -> None:
-    """What the process beside does, until it is told that nothing more comes. Ends with the one that started it."""
+def _run_publisher(run: RunPaths, hub: HubConfig, export: ExportFolder, steps: "Queue[int | None]") -> None:
+    """The publisher process. Ends after `None`, or with the process that started it."""
     from huggingface_hub.utils import disable_progress_bars
 
     from myllm.runs.logs import Log
 
     init_worker()
-    os.nice(10)  # training goes first
+    os.nice(10)  # training has priority
     disable_progress_bars()
-    sys.exit(0 if publish_from_queue(run, hub, make_folder, steps, Log(run.log, active=True)) else 1)
+    sys.exit(0 if publish_from_queue(run, hub, export, steps, Log(run.log, active=True)) else 1)
 
 
 def publish_from_queue(
-    run: RunPaths, hub: HubConfig, make_folder: ExportFolder, steps: "Queue[int | None]", say: publishing.LogLine
+    run: RunPaths, hub: HubConfig, export: ExportFolder, steps: "Queue[int | None]", log: LogLine
 ) -> bool:
-    """Publish what comes through `steps` until None does. Whether all that was wanted last is there."""
-    done: set[Path] = set()
-    fine = more = True
+    """Publish the steps of a queue until it yields None; False if the last attempt failed."""
+    published: set[Path] = set()
+    success = more = True
     while more:
-        offered = [steps.get()]
+        submitted = [steps.get()]
         while not steps.empty():
-            offered.append(steps.get())
-        more = None not in offered
-        newest = max((step for step in offered if step is not None), default=None)
+            submitted.append(steps.get())
+        more = None not in submitted
+        newest = max((step for step in submitted if step is not None), default=None)
         if newest is None:
             continue
-        fine = False
+        success = False
         try:
-            found = [
+            checkpoints = [
                 folder
-                for folder in publishing.select_checkpoints(run, hub.every_checkpoint, newest)
-                if folder not in done
+                for folder in select_checkpoints(run, hub.every_checkpoint, up_to=newest)
+                if folder not in published
             ]
-            publishing.publish(run, found, hub, make_folder, say)
-            done.update(found)
-            fine = True
+            publish(run, checkpoints, hub, export, log)
+            published.update(checkpoints)
+            success = True
         except UserError as error:
-            say(f"publishing gives up for now: {error}")
-        except Exception as error:  # a fault of ours, which is no reason to be a burden to the run
-            say(f"publishing failed: {type(error).__name__}: {publishing.redact_token(str(error))}")
-    return fine
+            log(f"publishing stopped for now: {error}")
+        except Exception as error:  # a bug, which must not disturb the run
+            log(f"publishing failed: {type(error).__name__}: {redact_token(str(error))}")
+    return success

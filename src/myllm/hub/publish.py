@@ -1,11 +1,10 @@
-"""To the Hugging Face Hub: one commit and one tag a checkpoint, however often it is tried and whatever gets in between.
+"""Publishes checkpoints on the Hugging Face Hub: one commit and one tag for each, however often publishing is retried.
 
-    checkpoint ─▶ folder: weights, card, curves, numbers ─▶ one commit upon the newest ─▶ tag step-N
+    checkpoint ─▶ folder: weights, card, figures, metrics ─▶ one commit on top of the newest ─▶ tag step-N
 
-The Hub itself is asked what is there: a step that has its tag is done, one that has its commit only gets its tag. A
-commit names the commit that was looked at as its parent, so it fails if anybody was faster, or if an earlier try went
-through and only its answer was lost; then the Hub is asked again. `published.json` of the run remembers what was done,
-for people and programs; nothing is decided by it.
+The Hub decides what is left to do: a step that has its tag is done, a step that has its commit only needs the tag. A
+commit names its parent, so it fails if someone else was faster or if an earlier attempt succeeded and only its answer
+was lost; then the Hub is read again. published.json in the run folder is a record for users; nothing depends on it.
 """
 
 import hashlib
@@ -13,8 +12,7 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,24 +21,21 @@ from myllm.checkpoint.integrity import HASH_NONE, WEIGHTS, DamagedCheckpoint, ra
 from myllm.checkpoint.retention import MANIFEST, list_checkpoints, step_of
 from myllm.config import HubConfig, ModelConfig, saved_config, to_dict
 from myllm.data.sources.download import is_permanent, retry_after
-from myllm.data.sources.hub_listing import first_line, hub_endpoint
 from myllm.errors import UserError, out_of_space
 from myllm.files import file_lock, json_safe, read_json, write_json, write_text
 from myllm.formatting import format_bytes
 from myllm.paths import RunPaths
 from myllm.runs.history import read_config, read_json_or_empty
 
-from .model_card import CardData, read_card_data, render_model_card, strip_local_paths
+from .client import client_timeout, explain_error, http_error, http_status
 
 ExportFolder = Callable[[Path, Path], object]
-"""Makes of a checkpoint, the first path, a new folder of weights that others can load, the second."""
+"""Exports a checkpoint, the first path, to a new folder, the second."""
 LogLine = Callable[[str], None]
 
 RETRY_DELAYS_S = (2, 10, 30, 60)
-"""Between tries at one step; the client has retries of its own within each."""
-READ_TIMEOUT_S = 120
-"""How long a connection may be silent."""
-_TITLE = re.compile(r"Step (?P<step>\d+) of .* \((?P<mark>[0-9a-f]{12})\)")
+"""Between attempts at one step; the client also retries within each attempt."""
+_TITLE = re.compile(r"Step (?P<step>\d+) of .* \((?P<digest>[0-9a-f]{12})\)")
 
 
 @dataclass(frozen=True)
@@ -52,35 +47,40 @@ class RemoteRepo:
     tags: dict[str, str]
     """Commits by tag."""
     titles: dict[str, str]
-    """Of the commits of "main", newest first."""
+    """Titles by commit of "main", newest first."""
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What publishing one checkpoint needs."""
+
+    run: RunPaths
+    hub: HubConfig
+    export: ExportFolder
+    log: LogLine
+    checkpoint: Path
+
+    @property
+    def step(self) -> int:
+        return step_of(self.checkpoint)
+
+    @property
+    def work(self) -> Path:
+        """A temporary folder for the files to upload."""
+        return self.run.root / ".publishing"
 
 
 def export_checkpoint(checkpoint: Path, folder: Path) -> None:
-    """The folder that is published: `transformers`' format, in the precision of the checkpoint."""
-    from myllm.hub.export.transformers import export_transformers
+    """Export a checkpoint for `transformers`, in float32."""
+    from myllm.hub.export.transformers import export_folder
 
-    export_transformers(checkpoint, folder, "float32", say=lambda line: None)
-
-
-def check_token() -> None:
-    """
-    Raises:
-        UserError: no account is known here, or the Hub's address is none.
-    """
-    from huggingface_hub import get_token
-
-    hub_endpoint()
-    if not get_token():
-        raise UserError(
-            "publishing needs an account of the Hugging Face Hub, and no token is known here: log in with "
-            "`hf auth login`, or set HF_TOKEN to a token with write access (https://huggingface.co/settings/tokens)"
-        )
+    export_folder(checkpoint, folder, "float32", say=lambda line: None)
 
 
 def check_export(model: ModelConfig) -> None:
     """
     Raises:
-        UserError: a model that `transformers` has no architecture for; or it is not installed, to compare with.
+        UserError: `transformers` has no architecture for the model, or is not installed.
     """
     from myllm.hub.export.verify import require_transformers
 
@@ -90,136 +90,115 @@ def check_export(model: ModelConfig) -> None:
     require_transformers()
 
 
-def create_repo(hub: HubConfig) -> None:
-    """Make the repository, unless it is there.
-
-    Raises:
-        UserError: this account may not.
-        Exception: the client's own, where the Hub cannot be asked.
-    """
-    from huggingface_hub import HfApi
-
-    with _client_timeout():
-        try:
-            HfApi().create_repo(hub.repo, private=hub.private or None, exist_ok=True)
-        except Exception as error:
-            if _http_status(error) and is_permanent(error):
-                raise UserError(explain_error(error, hub)) from None
-            raise
-
-
 def select_checkpoints(run: RunPaths, every_checkpoint: bool, up_to: int | None = None) -> list[Path]:
-    """The checkpoints to publish, oldest first: all, or the newest. What is in them is looked at when they are read.
+    """The checkpoints to publish, oldest first: all, or the newest. They may still turn out to be damaged.
 
     Raises:
         UserError: there is none.
     """
-    found = [folder for folder in list_checkpoints(run.checkpoints) if up_to is None or step_of(folder) <= up_to]
-    if not found:
+    checkpoints = [folder for folder in list_checkpoints(run.checkpoints) if up_to is None or step_of(folder) <= up_to]
+    if not checkpoints:
         raise UserError(f"no intact checkpoint in {run.checkpoints}; train first, then publish")
-    return found[::-1] if every_checkpoint else found[:1]
+    return checkpoints[::-1] if every_checkpoint else checkpoints[:1]
 
 
-def publish(run: RunPaths, checkpoints: list[Path], hub: HubConfig, make_folder: ExportFolder, say: LogLine) -> None:
-    """Publish checkpoints in the order given, each with tries of its own. A damaged one is passed over; without
-    `hub.every_checkpoint` the next older one takes its place.
+def publish(run: RunPaths, checkpoints: list[Path], hub: HubConfig, export: ExportFolder, log: LogLine) -> None:
+    """Publish checkpoints in this order, with retries. Damaged ones are skipped; without `hub.every_checkpoint` the
+    next older one is published instead.
 
     Raises:
-        UserError: what stopped it, and what to do; those before are published. Or all are damaged.
+        UserError: publishing failed, and how to fix it; the checkpoints before are published. Or all are damaged.
     """
     try:
-        with file_lock(run.root / ".publish.lock", wait=False), _client_timeout():
-            already, damaged, queue = [], 0, list(checkpoints)
+        with file_lock(run.root / ".publish.lock", wait=False), client_timeout():
+            published_before, n_damaged, queue = [], 0, list(checkpoints)
             for checkpoint in queue:
-                work = run.root / ".publishing"
-                shutil.rmtree(work, ignore_errors=True)  # of a process that was killed
+                job = _Job(run, hub, export, log, checkpoint)
+                shutil.rmtree(job.work, ignore_errors=True)  # of a process that was killed
                 try:
-                    if not _publish_with_retries(run, checkpoint, hub, make_folder, say, work):
-                        already.append(f"{step_of(checkpoint):,}")
+                    if not _publish_with_retries(job):
+                        published_before.append(f"{job.step:,}")
                 except DamagedCheckpoint as error:
-                    say(f"{error}; it is passed over")
-                    damaged += 1
-                    if not hub.every_checkpoint and checkpoint == queue[-1]:
-                        queue += select_checkpoints(run, False, step_of(checkpoint) - 1) if step_of(checkpoint) else []
+                    log(f"{error}; skipped")
+                    n_damaged += 1
+                    if not hub.every_checkpoint and checkpoint == queue[-1] and job.step:
+                        queue += select_checkpoints(run, False, up_to=job.step - 1)
                 finally:
-                    shutil.rmtree(work, ignore_errors=True)
-            if damaged and damaged == len(queue):
+                    shutil.rmtree(job.work, ignore_errors=True)
+            if n_damaged and n_damaged == len(queue):
                 raise UserError(f"no checkpoint in {run.checkpoints} is intact; nothing was published")
-            if already:
-                say(f"{hub.repo} has step {', '.join(already)} already")
+            if published_before:
+                log(f"{hub.repo} already has step {', '.join(published_before)}")
     except BlockingIOError:
-        raise UserError(f"another process is publishing {run.root} just now; wait for it, or stop it first") from None
+        raise UserError(f"another process is publishing {run.root}; wait until it ends, or stop it") from None
 
 
-def _publish_with_retries(
-    run: RunPaths, checkpoint: Path, hub: HubConfig, make_folder: ExportFolder, say: LogLine, work: Path
-) -> bool:  # fmt: skip
-    """Whether there was something to do."""
+def _publish_with_retries(job: _Job) -> bool:
+    """Publish a checkpoint; False if it was published before."""
     for delay in (*RETRY_DELAYS_S, None):
         try:
-            return _publish_step(run, checkpoint, hub, make_folder, say, work)
+            return _publish_step(job)
         except Exception as error:
-            if not checkpoint.is_dir():  # train.keep_last has removed it
-                say(f"step {step_of(checkpoint):,} was removed before it could be published")
+            if not job.checkpoint.is_dir():  # deleted by train.keep_last
+                job.log(f"step {job.step:,} was removed before it could be published")
                 return True
-            cause = _http_error(error)
             if out_of_space(error):
-                raise UserError(f"no room in {run.root} to make what is to be published; free some space") from None
+                raise UserError(f"not enough disk space in {job.run.root} to prepare the upload; free some") from None
+            cause = http_error(error)
             if cause is None:
                 raise
-            overtaken = _http_status(cause) in (409, 412)
+            overtaken = http_status(cause) in (409, 412)
             if delay is None or (is_permanent(cause) and not overtaken):
-                raise UserError(explain_error(cause, hub)) from None
-            wait = 0 if overtaken else max(delay, retry_after(cause))
-            say(f"publishing to {hub.repo}: {explain_error(cause, hub)}; again in {wait} s")
-            time.sleep(wait)
-    raise AssertionError("the last try returns or raises")
+                raise UserError(explain_error(cause, job.hub)) from None
+            wait_s = 0 if overtaken else max(delay, retry_after(cause))
+            job.log(f"publishing to {job.hub.repo}: {explain_error(cause, job.hub)}; retrying in {wait_s} s")
+            time.sleep(wait_s)
+    raise AssertionError("the last attempt returns or raises")
 
 
-def _publish_step(
-    run: RunPaths, checkpoint: Path, hub: HubConfig, make_folder: ExportFolder, say: LogLine, work: Path
-) -> bool:  # fmt: skip
-    """One try; False: it was published before. `work` keeps the folder of a try that failed for the next."""
+def _publish_step(job: _Job) -> bool:
+    """One attempt; False if the step was published before. A failed attempt leaves its folder to the next."""
     from huggingface_hub import CommitOperationAdd, HfApi
 
-    raise_if_damaged(checkpoint, HASH_NONE)
-    api, step, mark = HfApi(), step_of(checkpoint), _weights_digest(checkpoint)
+    raise_if_damaged(job.checkpoint, HASH_NONE)
+    api, step, digest, repo = HfApi(), job.step, _weights_digest(job.checkpoint), job.hub.repo
     tag = f"step-{step}"
-    there = _read_remote(api, hub)
-    if tag in there.tags:
-        _check_same_weights(there, tag, mark, hub)
-        _record(run, hub, tag, there.tags[tag])
+    remote = _read_remote(api, job.hub)
+    if tag in remote.tags:
+        _check_same_weights(remote, tag, digest, job.hub)
+        _record(job.run, job.hub, tag, remote.tags[tag])
         return False
-    commit = next((sha for sha, title in there.titles.items() if _parse_title(title) == (step, mark)), None)
+    commit = next((commit for commit, title in remote.titles.items() if _parse_title(title) == (step, digest)), None)
     if commit is None:
-        newer = next((title for title in there.titles.values() if _parse_title(title)[0] > step), None)
+        newer = next((title for title in remote.titles.values() if _parse_title(title)[0] > step), None)
         if newer:
-            say(f"step {step:,} is older than what {hub.repo} shows ({newer}), and is passed over")
+            job.log(f"step {step:,} is older than the newest in {repo} ({newer}); skipped")
             return True
-        folder = _build_folder(run, checkpoint, hub, make_folder, work)
+        folder = _build_folder(job)
         files = sorted(path for path in folder.rglob("*") if path.is_file())
-        say(f"publishing step {step:,} to {hub.repo}: {format_bytes(sum(path.stat().st_size for path in files))}")
+        job.log(f"publishing step {step:,} to {repo}: {format_bytes(sum(path.stat().st_size for path in files))}")
+        # Not upload_folder: it may split a large folder into several commits.
         commit = api.create_commit(
-            hub.repo,
+            repo,
             [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files],
-            commit_message=f"Step {step} of {run.root.name} ({mark})",
-            parent_commit=there.head,
+            commit_message=f"Step {step} of {job.run.root.name} ({digest})",
+            parent_commit=remote.head,
         ).oid
-    api.create_tag(hub.repo, tag=tag, revision=commit, exist_ok=True)
-    _record(run, hub, tag, commit)
-    say(f"published step {step:,}: {api.endpoint}/{hub.repo} (revision {tag})")
+    api.create_tag(repo, tag=tag, revision=commit, exist_ok=True)
+    _record(job.run, job.hub, tag, commit)
+    job.log(f"published step {step:,}: {api.endpoint}/{repo} (revision {tag})")
     return True
 
 
-def _build_folder(run: RunPaths, checkpoint: Path, hub: HubConfig, make_folder: ExportFolder, work: Path) -> Path:
-    """What is published of a checkpoint; made once for all tries."""
-    folder, unfinished = work / "whole", work / "unfinished"
+def _build_folder(job: _Job) -> Path:
+    """The files to upload, built once for all attempts."""
+    folder, partial = job.work / "complete", job.work / "partial"
     if not folder.is_dir():
-        shutil.rmtree(unfinished, ignore_errors=True)
-        work.mkdir(exist_ok=True)
-        make_folder(checkpoint, unfinished)
-        add_run_files(unfinished, run, step_of(checkpoint), hub)
-        unfinished.rename(folder)
+        shutil.rmtree(partial, ignore_errors=True)
+        job.work.mkdir(exist_ok=True)
+        job.export(job.checkpoint, partial)
+        add_run_files(partial, job.run, job.step, job.hub)
+        partial.rename(folder)
     return folder
 
 
@@ -239,138 +218,79 @@ def _read_remote(api: Any, hub: HubConfig) -> RemoteRepo:
 
 
 def _weights_digest(checkpoint: Path) -> str:
-    """Which weights a checkpoint holds, in twelve letters."""
-    manifest = read_json(checkpoint / MANIFEST)
-    weights = [of["sha256"] for name, of in sorted(manifest["files"].items()) if name.startswith(f"{WEIGHTS}/")]
-    return hashlib.sha256("".join(weights).encode()).hexdigest()[:12]
+    """Twelve hexadecimal digits that identify the weights of a checkpoint."""
+    files = read_json(checkpoint / MANIFEST)["files"]
+    digests = [entry["sha256"] for name, entry in sorted(files.items()) if name.startswith(f"{WEIGHTS}/")]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()[:12]
 
 
 def _parse_title(title: str) -> tuple[int, str]:
-    """Step and mark in the title of a commit of ours; (-1, "") in another's."""
-    found = _TITLE.fullmatch(title)
-    return (int(found["step"]), found["mark"]) if found else (-1, "")
+    """Step and weights digest in the title of a commit; (-1, "") if it is not one of ours."""
+    match = _TITLE.fullmatch(title)
+    return (int(match["step"]), match["digest"]) if match else (-1, "")
 
 
-def _check_same_weights(there: RemoteRepo, tag: str, mark: str, hub: HubConfig) -> None:
-    title = there.titles.get(there.tags[tag], "another branch's commit")
-    if _parse_title(title)[1] != mark:
+def _check_same_weights(remote: RemoteRepo, tag: str, digest: str, hub: HubConfig) -> None:
+    title = remote.titles.get(remote.tags[tag], "a commit of another branch")
+    if _parse_title(title)[1] != digest:
         raise UserError(
-            f"{hub.repo} has a revision {tag} already, of other weights ({title}); nothing was changed there. Give "
-            "another repository, or delete that tag on the Hub if it is to be replaced"
+            f"{hub.repo} already has a revision {tag} with other weights ({title}); nothing was changed. Use another "
+            "repository, or delete that tag on the Hub to replace it"
         )
 
 
+def _record(run: RunPaths, hub: HubConfig, tag: str, commit: str) -> None:
+    """Note in published.json what was published."""
+    saved = read_json_or_empty(run.published)
+    published = saved.get("published") if saved.get("repo") == hub.repo else {}
+    published = published if isinstance(published, dict) else {}
+    write_json(run.published, {"repo": hub.repo, "published": published | {tag: commit}})
+
+
+def saved_hub_config(run: RunPaths) -> HubConfig:
+    """The `hub` settings in a run's config.json."""
+    return saved_config(read_json_or_empty(run.config), run.config).hub
+
+
+# -- files beside the weights -----------------------------------------------------------------------------------------
+
+
 def add_run_files(folder: Path, run: RunPaths, step: int, hub: HubConfig) -> None:
-    """Lay the run's own numbers, the curves and the card beside the weights."""
+    """Add the run's settings and metrics up to `step`, its figures and the model card to an exported folder."""
     from myllm.hub.export.transformers import EXPORT_FILE
-    from myllm.runs.report.plots import PLOTS, save_figures  # brings Matplotlib, which training does without
+    from myllm.runs.report.plots import PLOTS, save_figures  # imports Matplotlib, which training does not need
 
-    exported = read_json_or_empty(folder / "config.json") | {
-        "tokenizer": read_json_or_empty(folder / EXPORT_FILE).get("tokenizer")
-    }
-    about = read_card_data(run, step, str(hub.repo), hub.license, exported)
-    curves: list[str] = []
-    if about.metrics:
-        drawn = save_figures(about.metrics, read_config(run.config), folder / "plots")
-        if narrow := drawn.pop("loss_compact", None):
-            narrow.unlink()
-        curves = [name for name in PLOTS if name in drawn]
-    _write_numbers(folder / "training", about)
-    write_text(folder / "README.md", render_model_card(about, curves))
+    from .model_card import read_card_data, render_model_card
 
-
-def _write_numbers(folder: Path, about: CardData) -> None:
-    folder.mkdir(exist_ok=True)
-    config = to_dict(about.config)
-    del config["hub"]
-    write_json(folder / "config.json", _strip_all_paths(config))
-    write_json(folder / "environment.json", _strip_all_paths(about.environment))
-    if about.metrics:
-        rows = [*about.metrics.train, *(row for rows in about.metrics.evals.values() for row in rows)]
-        lines = [
-            json.dumps(json_safe(row), ensure_ascii=False) + "\n" for row in sorted(rows, key=lambda row: row["step"])
-        ]
-        write_text(folder / "metrics.jsonl", "".join(lines))
+    exported = read_json_or_empty(folder / "config.json")
+    exported["tokenizer"] = read_json_or_empty(folder / EXPORT_FILE).get("tokenizer")
+    data = read_card_data(run, step, str(hub.repo), hub.license, exported)
+    config = {name: settings for name, settings in to_dict(data.config).items() if name != "hub"}
+    (folder / "training").mkdir(exist_ok=True)
+    write_json(folder / "training/config.json", _strip_all_paths(config))
+    write_json(folder / "training/environment.json", _strip_all_paths(data.environment))
+    figures: dict[str, Path] = {}
+    if data.metrics:
+        rows = [*data.metrics.train, *(row for rows in data.metrics.evals.values() for row in rows)]
+        rows.sort(key=lambda row: row["step"])
+        lines = [json.dumps(json_safe(row), ensure_ascii=False) + "\n" for row in rows]
+        write_text(folder / "training/metrics.jsonl", "".join(lines))
+        figures = save_figures(data.metrics, read_config(run.config), folder / "plots")
+        if compact := figures.pop("loss_compact", None):
+            compact.unlink()
+    write_text(folder / "README.md", render_model_card(data, {name: PLOTS[name].description for name in figures}))
 
 
 def _strip_all_paths(value: Any) -> Any:
-    """JSON values without the names of this machine's folders."""
+    """JSON values without local folders."""
+    from .model_card import strip_local_paths
+
     match value:
         case dict():
-            return {key: _strip_all_paths(each) for key, each in value.items()}
+            return {key: _strip_all_paths(item) for key, item in value.items()}
         case list():
-            return [_strip_all_paths(each) for each in value]
+            return [_strip_all_paths(item) for item in value]
         case str():
             return strip_local_paths(value)
         case _:
             return value
-
-
-def _record(run: RunPaths, hub: HubConfig, tag: str, commit: str) -> None:
-    known = read_json_or_empty(run.published)
-    steps = known.get("published") if known.get("repo") == hub.repo else {}
-    write_json(
-        run.published, {"repo": hub.repo, "published": (steps if isinstance(steps, dict) else {}) | {tag: commit}}
-    )
-
-
-def saved_hub_config(run: RunPaths) -> HubConfig:
-    """What the run's own config says about publishing."""
-    return saved_config(read_json_or_empty(run.config), run.config).hub
-
-
-# -- what can go wrong ------------------------------------------------------------------------------------------------
-
-
-def _http_error(error: BaseException | None) -> Exception | None:
-    """The error of the connection or of the Hub's answer that another one came from."""
-    from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
-
-    while error is not None and not isinstance(error, HTTPError | OfflineModeIsEnabled):
-        error = error.__cause__ or error.__context__
-    return error
-
-
-def _http_status(error: Exception) -> int:
-    return getattr(getattr(error, "response", None), "status_code", 0)
-
-
-def redact_token(text: str) -> str:
-    from huggingface_hub import get_token
-
-    return text.replace(get_token() or "\0", "(token)")
-
-
-def explain_error(error: Exception, hub: HubConfig) -> str:
-    """What happened and what to do about it, without the token, whatever the server's answer holds."""
-    from huggingface_hub.errors import OfflineModeIsEnabled
-
-    status, said = _http_status(error), redact_token(getattr(error, "server_message", None) or first_line(error))
-    if isinstance(error, OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE is set: unset it, or publish from a machine with a network"
-    if status == 401:
-        return "the Hub does not know this token: log in with `hf auth login`, or set HF_TOKEN to one that holds"
-    if status == 403:
-        namespace = str(hub.repo).partition("/")[0]
-        return f"this token may not write to {hub.repo}: it needs write access to what belongs to {namespace} ({said})"
-    if status:
-        return f"the Hub answered {status} ({said})"
-    return f"the Hub cannot be reached ({said}); check the network, a proxy (HTTPS_PROXY) and HF_ENDPOINT"
-
-
-@contextmanager
-def _client_timeout() -> Iterator[None]:
-    """The client, which would wait for a silent connection for ever, gives up in the end; so its retries begin."""
-    from huggingface_hub import set_client_factory
-    from huggingface_hub.utils._http import default_client_factory
-
-    def impatient() -> Any:
-        client = default_client_factory()
-        client.timeout = READ_TIMEOUT_S
-        return client
-
-    set_client_factory(impatient)
-    try:
-        yield
-    finally:
-        set_client_factory(default_client_factory)

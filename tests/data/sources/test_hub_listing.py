@@ -23,7 +23,7 @@ from myllm.data.sources.source import find_source
 from myllm.errors import UserError
 from myllm.evals.hellaswag_data import load_examples
 from myllm.hub import import_model as importing
-from myllm.hub.publish import check_token
+from myllm.hub.client import check_token
 
 REPO = "someone/some-texts"
 FILES = {

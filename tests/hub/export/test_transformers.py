@@ -98,7 +98,7 @@ def test_the_files(save: Save, tmp_path: Path) -> None:
     assert (mark["format"], mark["step"], mark["tokens_seen"]) == ("myllm-export-1", 7, 448)
     config = json.loads((folder / "config.json").read_text())
     assert (config["bos_token_id"], config["eos_token_id"], config["head_dim"]) == (50_256, 50_256, 6)
-    assert "7 steps" in (folder / "README.md").read_text()
+    assert "| steps | 7 of " in (folder / "README.md").read_text()
     assert not list(tmp_path.glob(".*"))
 
 

@@ -5,7 +5,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,11 @@ from myllm.data.tokenizer.load import load_tokenizer
 from myllm.errors import UserError
 from myllm.files import TEMP_SUFFIX, fsync_dir, read_json, write_json, write_text
 from myllm.hub.architectures import CLASSES, select_architecture, transformers_config
+from myllm.hub.model_card import CardData, render_model_card
 from myllm.model.transformer import Transformer
 from myllm.paths import RunPaths, user_path
-from myllm.planning.flops import n_parameters
 from myllm.runs.history import get_text, read_json_or_empty
 
-from .card import folder_card
 from .target import atomic_dir
 from .tokenizer import tokenizer_files
 from .verify import Parity, require_transformers, sample_inputs, verify
@@ -111,7 +110,6 @@ def export_transformers(
     dtype: str = "float32",
     *,
     overwrite: bool = False,
-    facts: dict[str, Any] | None = None,
     say: Callable[[str], None] = print,
     max_shard_size: int | str = SHARD_SIZE,
 ) -> ExportResult:
@@ -122,7 +120,6 @@ def export_transformers(
         to: must not be there yet, be empty, or be an earlier export, which is replaced.
         dtype: float32, bfloat16 or float16.
         overwrite: move another folder of that name aside.
-        facts: for the model card.
         say: told what is being done.
         max_shard_size: bytes of a weights file, or a size such as "5GB".
 
@@ -139,7 +136,7 @@ def export_transformers(
     kind = select_architecture(source.config.model)
     with atomic_dir(to) as work:
         say(f"writing {CLASSES[kind]} in {dtype}")
-        _write(work, source, dtype, facts or {}, max_shard_size)
+        _write(work, source, dtype, max_shard_size)
         say("comparing with transformers")
         model = source.model(dtype)
         parity = verify(work, model, source.tokenizer)
@@ -202,12 +199,13 @@ def _keep_others_files(work: Path, to: Path, say: Callable[[str], None]) -> None
     say(f"{len(others)} of the files in {to} were no part of the export; they are in {kept} now")
 
 
-def _write(folder: Path, source: ExportSource, dtype: str, facts: dict[str, Any], max_shard_size: int | str) -> None:
+def _write(folder: Path, source: ExportSource, dtype: str, max_shard_size: int | str) -> None:
     config, tokenizer = source.config.model, source.tokenizer
     kind, end = select_architecture(config), tokenizer.end_of_text
     weights = to_transformers(kind, config, cast_weights(source.weights, dtype))
     save_torch_state_dict(weights, folder, max_shard_size=max_shard_size, metadata={"format": "pt"})
-    write_json(folder / "config.json", transformers_config(config, end, dtype))
+    exported = transformers_config(config, end, dtype)
+    write_json(folder / "config.json", exported)
     for file in folder.glob("*.safetensors"):  # written for its owner's eyes alone
         file.chmod((folder / "config.json").stat().st_mode)
     write_json(folder / "generation_config.json", {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end})
@@ -215,20 +213,28 @@ def _write(folder: Path, source: ExportSource, dtype: str, facts: dict[str, Any]
         write_text(folder / name, content)
     if not tokenizer.is_default:
         write_text(folder / TOKENIZER_COPY, tokenizer.file.read_bytes().decode("utf-8"))
-    facts = {
-        "name": source.config.name,
-        "step": source.step,
-        "tokens_seen": source.tokens_seen,
-        "architecture": CLASSES[kind],
-        "dtype": dtype,
-        "parameters": n_parameters(config),
-        "tokenizer": tokenizer.name,
-        "imported": source.imported,
-        "source": actual_source(source.config.data.source, source.config.data.dataset, source.recorded_source),
-    } | facts
-    mark = {key: facts[key] for key in ("name", "step", "tokens_seen")} | {"model": asdict(config)}
-    write_json(folder / EXPORT_FILE, {"format": FORMAT} | mark | {"tokenizer": tokenizer.describe()})
-    write_text(folder / "README.md", folder_card(source.config, facts))
+    data = card_data(source, exported)
+    saved = {"format": FORMAT, "name": data.name, "step": data.step, "tokens_seen": data.tokens_seen}
+    write_json(folder / EXPORT_FILE, saved | {"model": asdict(config), "tokenizer": tokenizer.describe()})
+    write_text(folder / "README.md", render_model_card(data))
+
+
+def card_data(source: ExportSource, exported: dict[str, Any]) -> CardData:
+    """What the model card of an exported folder says.
+
+    Args:
+        exported: the folder's config.json.
+    """
+    config = source.config
+    actual = actual_source(config.data.source, config.data.dataset, source.recorded_source)
+    return CardData(
+        name=config.name,
+        config=replace(config, data=replace(config.data, source=actual)),
+        step=source.step,
+        tokens_seen=source.tokens_seen,
+        exported=exported | {"tokenizer": source.tokenizer.describe()},
+        imported=source.imported,
+    )
 
 
 @torch.no_grad()
