@@ -104,7 +104,7 @@ def published(hub: HubServer, tmp_path: Path) -> SourceFile:
     content = write_parquet(tmp_path / "made.parquet").read_bytes()
     commit = hub.add_dataset("Rowan/hellaswag", {"data/validation-00000-of-00001.parquet": content})
     where = f"hf://datasets/Rowan/hellaswag@{commit}/data/validation-00000-of-00001.parquet"
-    return replace(PINNED, where=where, size_bytes=len(content), digest=hashlib.sha256(content).hexdigest())
+    return replace(PINNED, location=where, size_bytes=len(content), digest=hashlib.sha256(content).hexdigest())
 
 
 def test_downloaded_once_checked_and_kept(hub: HubServer, tmp_path: Path, temp_data: Path):
@@ -134,7 +134,7 @@ def test_a_hub_that_does_not_answer(hub: HubServer, tmp_path: Path, monkeypatch:
 
 
 def test_what_is_pinned():
-    assert PINNED.where == (
+    assert PINNED.location == (
         "hf://datasets/Rowan/hellaswag@218ec52e09a7e7462a5400043bb9a69a41d06b76/data/validation-00000-of-00001.parquet"
     )
     assert PINNED.digest == "899813071e1e95efafec90f856e1987d2150fa4d020fc005df6962c259f660cd"

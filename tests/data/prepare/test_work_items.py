@@ -25,6 +25,7 @@ from myllm.data.prepare.work_items import (
 )
 from myllm.data.sources.source import Source, SourceFile, find_source
 from myllm.data.tokenizer.base import Tokenizer
+from myllm.data.tokenizer.gpt2 import GPT2Tokenizer
 from myllm.data.tokenizer.load import load_tokenizer
 from myllm.errors import UserError
 
@@ -167,7 +168,7 @@ def test_a_text_that_the_tokenizer_fails_on_is_named_with_its_file(
             raise PanicException("stack overflow")
         return real(self, texts)
 
-    monkeypatch.setattr(Tokenizer, "encode_documents", encode_documents)
+    monkeypatch.setattr(GPT2Tokenizer, "encode_documents", encode_documents)
     tokenise(source, tmp_path)
     found = load_item_index(tmp_path, 0)
     assert len(found.lengths) == 3
@@ -183,7 +184,7 @@ def test_what_is_not_the_texts_fault_ends_the_unit(
     def encode_documents(*_: object) -> list[np.ndarray]:
         raise error
 
-    monkeypatch.setattr(Tokenizer, "encode_documents", encode_documents)
+    monkeypatch.setattr(GPT2Tokenizer, "encode_documents", encode_documents)
     with pytest.raises(type(error)):
         tokenise(source, tmp_path)
     assert not is_tokenized(tmp_path, 0)
