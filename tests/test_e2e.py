@@ -90,7 +90,7 @@ def test_chatting(debug: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     done = myllm(folder, "chat", "debug", "--max-new-tokens", "4", "--device", "cpu", stdin=typed)
     assert done.returncode == 0, done.stderr
     assert "it continues your text, it does not answer" in done.stdout
-    for answer in ("temperature 0.0", "'much' is no temperature", "forgotten", "unknown command /what"):
+    for answer in ("temperature 0.0", "'much' is not a temperature", "text cleared", "unknown command /what"):
         assert answer in done.stdout
 
 

@@ -221,7 +221,7 @@ def test_a_run_that_cannot_be_written_is_measured_all_the_same(
     def refuse(file: Path, results: list) -> None:
         raise UserError(f"cannot write {file}: Permission denied; give another file with --out")
 
-    monkeypatch.setattr("myllm.cli.eval.why_unwritable", lambda file: "Permission denied")
+    monkeypatch.setattr("myllm.cli.eval.unwritable_reason", lambda file: "Permission denied")
     with monkeypatch.context() as patch:
         patch.setattr(results, "add", refuse)
         assert evaluate("tiny", "--tasks", "validation", "cloze") == 2

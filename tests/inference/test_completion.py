@@ -22,9 +22,7 @@ import myllm
 from myllm.checkpoint import format as checkpoint
 from myllm.checkpoint.rng import get_rng_state
 from myllm.checkpoint.state import TrainState
-from myllm.cli import sample as sample_cli
 from myllm.cli.main import main as run_command
-from myllm.cli.sample import Turns
 from myllm.config import ModelConfig, RunConfig, to_dict
 from myllm.data.sampler import DataPosition
 from myllm.data.tokenizer.load import load_tokenizer
@@ -32,6 +30,7 @@ from myllm.errors import UserError
 from myllm.inference.completion import Completion, TextStream, complete, generate
 from myllm.inference.generate import stream_tokens
 from myllm.inference.load import LanguageModel
+from myllm.inference.samples import OrderedPrinter, read_prompts
 from myllm.inference.sampling_params import SamplingParams
 from myllm.model.transformer import Transformer
 
@@ -204,13 +203,13 @@ def test_a_prompt_may_hold_what_ends_a_line_elsewhere(tmp_path: Path) -> None:
     """Form feeds of old sources, NEL and U+2028 of web pages; and lines that our own --format jsonl wrote."""
     odd = ["page\x0ctwo", "next\x85line", "sep\u2028arated", "last"]
     (tmp_path / "p.txt").write_bytes("\r\n".join(odd).encode())
-    assert sample_cli._prompts(None, tmp_path / "p.txt") == odd
+    assert read_prompts(tmp_path / "p.txt") == odd
     lines = [json.dumps({"prompt": prompt}, ensure_ascii=False) for prompt in odd]
     (tmp_path / "p.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    assert sample_cli._prompts(None, tmp_path / "p.jsonl") == odd
+    assert read_prompts(tmp_path / "p.jsonl") == odd
     (tmp_path / "p.jsonl").write_text("{}\n")
-    with pytest.raises(UserError, match=r'line 1 of .* is no object with a text under "prompt"'):
-        sample_cli._prompts(None, tmp_path / "p.jsonl")
+    with pytest.raises(UserError, match=r'line 1 of .*: expected an object with a string "prompt"'):
+        read_prompts(tmp_path / "p.jsonl")
 
 
 def test_records(data: Path, tmp_path: Path) -> None:
@@ -233,23 +232,24 @@ def test_records(data: Path, tmp_path: Path) -> None:
 
 
 def test_samples_take_turns() -> None:
-    turns, file = Turns(["A", "B", "C"]), io.StringIO()
+    file = io.StringIO()
+    turns = OrderedPrinter(["A", "B", "C"], file)
     expected = []
 
     def made() -> Iterator[Completion]:
         done = Completion("", "", 0, "length", 0)
         for number, text in ((0, "a"), (1, "x"), (2, "u"), (0, "b")):
-            turns.show(number, text)
+            turns.add_text(number, text)
         expected.append(("--- 1\nAab", file.getvalue()))  # the first as it comes, and nothing of the others
         yield done
         expected.append(("--- 1\nAab\n--- 2\nBx", file.getvalue()))  # what the second had, at once
-        turns.show(1, "y")
-        turns.show(2, "v")
+        turns.add_text(1, "y")
+        turns.add_text(2, "v")
         expected.append(("--- 1\nAab\n--- 2\nBxy", file.getvalue()))
         yield done
         yield done
 
-    turns.write(file, made())
+    turns.print_all(made())
     assert file.getvalue() == "--- 1\nAab\n--- 2\nBxy\n--- 3\nCuv\n"
     assert [seen for _, seen in expected] == [wanted for wanted, _ in expected]
 
@@ -291,9 +291,9 @@ def test_what_is_there_is_shown_while_others_are_made(
         (("tiny", "--top-p", "1.5", "--top-k", "-1"), 2, "top_k -1"),
         (("tinny",), 2, "no checkpoint at 'tinny'; runs with checkpoints: tiny"),
         (("tiny", "--prompts-file", "/nowhere/x"), 2, "cannot read the prompts in /nowhere/x"),
-        (("tiny", "--prompt", "", "--max-new-tokens", "2"), 0, "the prompt is empty: the model begins a new document"),
+        (("tiny", "--prompt", "", "--max-new-tokens", "2"), 0, "the prompt is empty: the model starts a new document"),
         (("tiny", "--prompt", "a b " * 40, "--max-new-tokens", "2"), 0, "only its last 32 are read"),
-        (("tiny", "--prompt", "a", "--temperature", "0", "--max-new-tokens", "2"), 0, "temperature 0 draws nothing"),
+        (("tiny", "--prompt", "a", "--temperature", "0", "--max-new-tokens", "2"), 0, "temperature 0 is greedy"),
     ],
 )  # fmt: skip
 def test_odd_input_gets_a_clear_answer(
@@ -322,7 +322,7 @@ def test_chat_saves(data: Path, tmp_path: Path) -> None:
     said = file.read_text(encoding="utf-8")
     assert said.startswith("the river")
     assert said.removeprefix("the river").strip() in done.stdout
-    for answer in ("saved ", "is there already", "save where?", "cannot write /nowhere/x"):
+    for answer in ("saved ", " exists; give another name", "missing FILE", "cannot write /nowhere/x"):
         assert answer in done.stdout
 
 
@@ -332,7 +332,7 @@ def test_ctrl_c_stops_the_reply_and_not_the_program(data: Path) -> None:
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"MYLLM_DATA": str(data)},
     )  # fmt: skip
     try:
-        assert any(b"/quit leaves" in line for line in process.stdout)  # ends with the process
+        assert any(b"/quit exits" in line for line in process.stdout)  # ends with the process
         process.stdin.write(b"the river\n")
         process.stdin.flush()
         assert process.stdout.read(200)  # in the middle of a reply that would take hours

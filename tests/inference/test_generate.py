@@ -183,7 +183,7 @@ def test_tokens_come_as_they_are_made(model):
         (PROMPT, {"temperature": float("nan")}, "temperature nan"),
         (PROMPT, {"temperature": float("inf")}, "temperature inf"),
         (PROMPT, {"top_k": -1}, "top_k -1"),
-        (PROMPT, {"max_new_tokens": -1}, "max_new_tokens -1"),
+        (PROMPT, {"max_new_tokens": -1}, "max_new_tokens is -1"),
     ],
 )
 def test_faults_are_raised_at_the_call(model, prompt, settings, message):

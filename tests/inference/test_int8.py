@@ -25,7 +25,6 @@ from myllm.inference.generate import Sequence, generate_batch, stream_tokens
 from myllm.inference.int8 import Int8Embedding, quantize_int8, weight_bytes, weight_dtype
 from myllm.inference.load import load_model
 from myllm.inference.sampling_params import SamplingParams
-from myllm.inference.server import http as server
 from myllm.model.transformer import Transformer
 
 SMALL = ModelConfig(vocab_size=90, vocab_multiple=32, max_seq_len=24, d_model=32, n_layers=2, n_heads=4, d_ff=48)
@@ -209,19 +208,18 @@ quantize_int8(Transformer(ModelConfig(64, 64, 8, 16, 1, 2, d_ff=16)))
 
 @pytest.mark.parametrize("command", ["sample", "chat", "serve"])
 def test_the_switch(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+    calls = []
 
     def load(where: str, device: str, int8: bool, precision: str | None) -> None:
-        asked.append((where, device, int8, precision))
+        calls.append((where, device, int8, precision))
         raise UserError("enough")
 
     monkeypatch.setattr(paths, "check_model_path", lambda model: None)
     monkeypatch.setattr(loading, "load_model", load)
-    monkeypatch.setattr(server, "load_model", load)
     for words in ([], ["--int8"], ["--precision", "bfloat16"]):
         with pytest.raises(SystemExit):
             cli.main([command, "tiny", "--device", "cpu", *words, *(["--port", "0"] if command == "serve" else [])])
-    assert asked == [
+    assert calls == [
         ("tiny", "cpu", False, None), ("tiny", "cpu", True, None), ("tiny", "cpu", False, "bfloat16")
     ]  # fmt: skip
 

@@ -75,5 +75,5 @@ def test_the_runs_own_precision_is_the_default(tmp_path: Path) -> None:
     assert load_model(folder, "cpu", precision="auto").model.compute_dtype is None
     assert load_model(folder, "cpu", precision="float32").model.compute_dtype is None
     assert load_model(put(tmp_path / "other", 50_257, None), "cpu").model.compute_dtype is None
-    with pytest.raises(UserError, match="precision bfloat16 is for weights that are floats"):
+    with pytest.raises(UserError, match="precision bfloat16 is for float weights"):
         load_model(folder, "cpu", int8=True, precision="bfloat16")

@@ -41,13 +41,13 @@ def test_an_exported_folder(
     myllm(["eval", "made", "--tasks", "perplexity:text.txt"])
     mine = json.loads((tmp_path / "temp_data/runs/made/eval.json").read_text())
     (theirs, mine) = (each["results"][0] for each in (theirs, mine))
-    assert theirs["figures"]["loss"] == pytest.approx(mine["figures"]["loss"], abs=1e-6)
+    assert theirs["metrics"]["loss"] == pytest.approx(mine["metrics"]["loss"], abs=1e-6)
     assert (theirs["step"], mine["step"]) == (None, 7)
     assert files_of(exported) == before
     assert [path.name for path in (tmp_path / "temp_data/runs").iterdir()] == ["made"]
     with pytest.raises(SystemExit):
         myllm(["eval", str(exported), "--tasks", "cloze"])
-    assert "does not say what data it was trained on; name a data set with --dataset" in capsys.readouterr().err
+    assert "does not record its training data; choose a data set with --dataset" in capsys.readouterr().err
 
 
 def test_a_model_of_the_hub(

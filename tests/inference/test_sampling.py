@@ -16,7 +16,6 @@ from myllm.inference.sampling import (
     draw,
     filter_logits,
     keep_min_p,
-    keep_top_k,
     keep_top_p,
     penalize_repetition,
     top_k_candidates,
@@ -33,9 +32,13 @@ def same(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
     return torch.allclose(ours.softmax(dim=-1), theirs.softmax(dim=-1), rtol=0, atol=1e-12)
 
 
+def scattered(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    return torch.full_like(LOGITS, float("-inf")).scatter(1, ids, logits)
+
+
 @pytest.mark.parametrize("k", [1, 3, 40, 99])
 def test_top_k(k):
-    assert same(keep_top_k(LOGITS, k), TopKLogitsWarper(k)(SEEN, LOGITS))
+    assert same(scattered(*top_k_candidates(LOGITS, k)), TopKLogitsWarper(k)(SEEN, LOGITS))
 
 
 @pytest.mark.parametrize("p", [1e-9, 0.1, 0.5, 0.9, 0.999])
@@ -80,7 +83,8 @@ def test_the_order_of_all_together():
     theirs = LOGITS
     for warper in (TemperatureLogitsWarper(1.7), TopKLogitsWarper(20), TopPLogitsWarper(0.8), MinPLogitsWarper(0.1)):
         theirs = warper(SEEN, theirs)
-    assert same(filter_logits(LOGITS, SamplingParams(1.7, 20, 0.8, 0.1)), theirs)
+    candidates, ids = top_k_candidates(LOGITS, 20)
+    assert same(scattered(filter_logits(candidates, SamplingParams(1.7, 20, 0.8, 0.1)), ids), theirs)
 
 
 def test_the_draw_at_its_edges():
@@ -96,5 +100,5 @@ def test_every_fault_is_named_at_once():
         wrong.check()
     for name in ("temperature nan", "top_k -1", "top_p 0.0", "min_p 2.0", "repetition_penalty 0.0", "seed -5"):
         assert name in str(caught.value)
-    assert [fault[:9] for fault in SamplingParams(top_p=1.1).faults()] == ["top_p 1.1"]
+    assert [error[:9] for error in SamplingParams(top_p=1.1).errors()] == ["top_p 1.1"]
     SamplingParams(0.0, 0, 1.0, 0.0, 1.0, 0).check()

@@ -7,8 +7,6 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-import tyro
-
 from myllm import paths
 from myllm.distributed.standard_streams import protect_output
 from myllm.errors import UserError
@@ -17,13 +15,14 @@ from myllm.evals.registry import EvalInputs, EvalOptions
 from myllm.evals.results import Result
 from myllm.paths import check_writable, unwritable_reason, user_path
 
+from .sample import ModelArgs, Source
+
 if TYPE_CHECKING:
     from myllm.inference.load import LanguageModel, ModelSource
 
 DEFAULT_TASKS = ("validation", "hellaswag", "cloze")
 SKIPPABLE = ("hellaswag", "cloze")
 """Default tasks that are skipped where they are not possible: no network, or a context that is too short."""
-Positional = tyro.conf.Positional
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class Subject:
 
 
 def evaluate(
-    model: Positional[str],
+    source: Source,
     tasks: tuple[str, ...] = (),
     protocol: Literal["nanogpt", "lm-eval"] = "nanogpt",
     hellaswag_file: Path | None = None,
@@ -45,15 +44,10 @@ def evaluate(
     dataset: str | None = None,
     batch_size: int = 16,
     out: Path | None = None,
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
-    int8: bool = False,
-    precision: Literal["auto", "float32", "bfloat16", "float16"] | None = None,
 ) -> None:
     """Evaluate a trained model: loss, HellaSwag, cloze, perplexity, speed.
 
     Args:
-        model: a run's name or folder (its newest intact checkpoint), a checkpoint's folder, an exported folder or
-            another of transformers, or a model on the Hub: NAMESPACE/NAME, NAMESPACE/NAME@REVISION.
         tasks: validation, hellaswag, cloze; perplexity:FILE, of a text file; generation, statistics of samples from
             fixed prompts; speed; quantization, float against int8 weights on the held-out text; quantization:FILE, on a
             text file. Default: validation, hellaswag and cloze, of which the last two are skipped if not possible.
@@ -67,22 +61,19 @@ def evaluate(
         batch_size: sequences, examples or samples in one batch.
         out: JSON file to add the results to (default: eval.json in the run's folder, beside the files of a checkpoint
             that has no run, or in the current folder for other models).
-        device: auto, cpu, cuda or mps.
-        int8: use int8 weights (needs torchao).
-        precision: of matrix products (default: as in training, if the device supports it).
     """
     for task in tasks:
         registry.check_task(task)
     for name, value in (("batch_size", batch_size), ("hellaswag_examples", hellaswag_examples)):
         if value is not None and value < 1:
             raise UserError(f"{name} is {value}, but must be at least 1")
-    paths.check_model_path(model)  # importing torch takes seconds
+    paths.check_model_path(source.model)  # importing torch takes seconds
     if dataset is not None:
         from myllm.data.dataset import find_dataset_folder
 
         find_dataset_folder(dataset)
     options = EvalOptions(protocol, hellaswag_file, hellaswag_examples, stride, dataset)
-    subject = _load(model, device, int8, precision, options, batch_size)
+    subject = _load(source, options, batch_size)
     file = subject.source.home / "eval.json" if out is None else user_path(out)
     results.read(file)  # fail before the evaluations, which may take hours
     if out is not None:
@@ -97,13 +88,13 @@ def evaluate(
         _run_all(DEFAULT_TASKS, skippable, subject, file)
 
 
-def _load(model: str, device: str, int8: bool, precision: str | None, options: EvalOptions, batch_size: int) -> Subject:
+def _load(args: ModelArgs, options: EvalOptions, batch_size: int) -> Subject:
     from myllm.evals.validation import held_out_dataset
     from myllm.inference.int8 import weight_dtype
     from myllm.inference.load import find_model, load_model
 
-    source = find_model(model)  # only once: a run in progress saves newer checkpoints
-    loaded = load_model(source, device, int8, precision)
+    source = find_model(args.model)  # only once: a run in progress saves newer checkpoints
+    loaded = load_model(source, args.device, args.int8, args.precision)
     inputs = EvalInputs(
         config=replace(source.config, model=loaded.model.config),
         tokenizer=loaded.tokenizer,

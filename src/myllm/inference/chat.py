@@ -1,4 +1,4 @@
-"""A conversation in the terminal with a base model, which completes text and was never taught to answer."""
+"""Interactive text completion in the terminal, with a base model that was not trained to answer."""
 
 import sys
 from collections.abc import Iterator
@@ -15,66 +15,66 @@ from .generate import stream_tokens
 from .language_model import LanguageModel
 from .sampling_params import SamplingParams
 
-HELLO = """{parameters:,} parameters, context {context:,} tokens.
-This is a base model: it continues your text, it does not answer.
-/reset forgets the text so far, /temperature 0.7 sets how freely it writes, /save FILE writes the text to a file,
-/quit leaves, Ctrl-C stops a reply."""
-COMMANDS = "/reset, /temperature NUMBER, /save FILE and /quit"
+WELCOME = """{parameters:,} parameters, context {context:,} tokens.
+This is a base model: it continues your text and does not answer questions.
+/reset clears the text, /temperature 0.7 sets the temperature, /save FILE saves the text,
+/quit exits, Ctrl-C stops a reply."""
+COMMANDS = "/reset, /temperature NUMBER, /save FILE, /quit"
 
 
 def chat(language_model: LanguageModel, max_new_tokens: int, sampling: SamplingParams) -> None:
-    """Read lines, stream continuations, until the input ends.
+    """Read lines and stream continuations until the input ends.
 
     Args:
-        sampling: reply number n, counted from 0, has the seed `sampling.seed` + n.
+        sampling: reply n, counted from 0, has the seed `sampling.seed` + n.
     """
     sampling.check()
     model, tokenizer = language_model
     context = model.config.max_seq_len
-    print(HELLO.format(parameters=n_parameters(model.config), context=context))
+    print(WELCOME.format(parameters=n_parameters(model.config), context=context))
     history: list[int] = [tokenizer.end_of_text]
-    written = ""
+    transcript = ""
     while (line := _read_line()) is not None:
         command, _, value = line.strip().partition(" ")
         if command in ("/quit", "/exit"):
             return
         if command == "/reset":
-            history, written = [tokenizer.end_of_text], ""
-            print("forgotten")
+            history, transcript = [tokenizer.end_of_text], ""
+            print("text cleared")
         elif command == "/temperature":
-            sampling = replace(sampling, temperature=_temperature(value, sampling.temperature))
+            sampling = _set_temperature(sampling, value)
         elif command == "/save":
-            _save(value.strip(), written)
+            _save(value.strip(), transcript)
         elif command.startswith("/"):
-            print(f"unknown command {command}; there are {COMMANDS}")
+            print(f"unknown command {command}; commands: {COMMANDS}")
         elif line:
             history += tokenizer.encode(line).tolist()
-            # Room for the reply: generation would forget half the context at once to make it.
+            # Leave space for the reply: otherwise generation drops half of the context to make it.
             history = history[-max(context - max_new_tokens, context // 2, 1) :]
-            ids, text = _stream(
-                stream_tokens(model, history, max_new_tokens, sampling, tokenizer.end_of_text), tokenizer
-            )
+            ids = stream_tokens(model, history, max_new_tokens, sampling, tokenizer.end_of_text)
+            reply, text = _print_reply(ids, tokenizer)
             sampling = replace(sampling, seed=(sampling.seed + 1) % 2**63)
-            history, written = history + ids, f"{written}{line}{text}\n"
+            history, transcript = history + reply, f"{transcript}{line}{text}\n"
 
 
-def _stream(ids: Iterator[int], tokenizer: Tokenizer) -> tuple[list[int], str]:
-    written: list[int] = []
-    shown = ""
+def _print_reply(ids: Iterator[int], tokenizer: Tokenizer) -> tuple[list[int], str]:
+    """Print a reply as it is generated; returns its tokens and its text, as far as Ctrl-C let them come."""
+    reply: list[int] = []
+    printed = ""
 
     def recorded() -> Iterator[int]:
         for token in ids:
-            written.append(token)
+            reply.append(token)
             yield token
 
     try:
         for text in stream_text(recorded(), tokenizer):
-            shown += text
+            printed += text
             print(text, end="", flush=True)
     except KeyboardInterrupt:
         print(" [stopped]", end="")
     print(flush=True)
-    return written, shown
+    return reply, printed
 
 
 def _read_line() -> str | None:
@@ -84,37 +84,35 @@ def _read_line() -> str | None:
         except EOFError:
             print()
             return None
-        except KeyboardInterrupt:  # one that was meant for a reply may come just after its end
-            print("\n/quit or Ctrl-D leaves", flush=True)
+        except KeyboardInterrupt:  # meant for a reply, but came just after its end
+            print("\nto exit, type /quit or press Ctrl-D", flush=True)
 
 
-def _temperature(value: str, now: float) -> float:
+def _set_temperature(sampling: SamplingParams, value: str) -> SamplingParams:
     try:
-        wanted = float(value)
-        if not 0 <= wanted < float("inf"):
-            raise ValueError
-    except ValueError:
-        print(f"{value!r} is no temperature: give a number of at least 0, such as /temperature 0.7")
-        return now
-    print(f"temperature {wanted}")
-    return wanted
+        changed = replace(sampling, temperature=float(value))
+        changed.check()
+    except (ValueError, UserError):
+        print(f"{value!r} is not a temperature: give a number of at least 0, such as /temperature 0.7")
+        return sampling
+    print(f"temperature {changed.temperature}")
+    return changed
 
 
-def _save(value: str, written: str) -> None:
-    """Write your lines and the replies since the last /reset. A file that is there already is left alone."""
+def _save(value: str, transcript: str) -> None:
+    """Save your lines and the replies since the last /reset. Never overwrites a file."""
     if not value:
-        print("save where? /save FILE")
+        print("missing FILE: /save FILE")
         return
     try:
         path = user_path(value)
         if path.exists():
-            print(f"{path} is there already; give another name")
+            print(f"{path} exists; give another name")
             return
-        write_text(path, written)
+        write_text(path, transcript)
     except UserError as error:
         print(error)
-        return
     except OSError as error:
         print(f"cannot write {value}: {error.strerror}")
-        return
-    print(f"saved {len(written):,} characters to {path}")
+    else:
+        print(f"saved {len(transcript):,} characters to {path}")

@@ -1,6 +1,8 @@
-"""Token ids from token ids, with a key-value cache: one engine for evaluations, the command line and notebooks.
+"""Generate token ids with a key-value cache: the engine of evaluations, commands, the server and notebooks.
 
-Shapes: B rows under way, T tokens, V vocabulary.
+`prefill` reads the prompts, then each round chooses a token for every sequence and runs one `decode_step`.
+
+Shapes: B sequences in progress, V vocabulary.
 """
 
 from collections.abc import Iterator
@@ -20,34 +22,34 @@ from .sampling import TokenLogprobs, choose, token_logprobs
 from .sampling_params import SamplingParams
 
 COMPILE_MIN_TOKENS = 512
-"""New tokens from which on CUDA compiles the steps: it takes a while, and pays only for a long text."""
+"""On CUDA, texts of at least this many new tokens compile the decode step. Compilation is too slow for shorter ones."""
 
 FinishReason = Literal["end_of_text", "length", "stop"]
 
 
 @dataclass
 class Sequence:
-    """One sample under way. Setting `finish_reason` from outside ends it."""
+    """A prompt and its continuation. Set `finish_reason` to stop it early."""
 
     prompt: list[int]
     seed: int
     generated: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     logprobs: TokenLogprobs | None = None
-    """Of the newest token, the end of the text included; only with `top_logprobs`."""
+    """Of the newest token, end-of-text included; only with `top_logprobs`."""
 
 
 def stream_tokens(
     model: Transformer, prompt: list[int], max_new_tokens: int, sampling: SamplingParams, end_of_text: int | None = None
 ) -> Iterator[int]:
-    """Continue one prompt, a token id at a time. As `continue_batch` with one row.
+    """Continue one prompt, one token id at a time. See `generate_batch`.
 
     Raises:
-        UserError: empty prompt or settings out of range, at the call.
+        UserError: empty prompt or invalid sampling parameters. Raised at the call.
     """
-    one = [Sequence(prompt, sampling.seed)]
-    rows = generate_batch(model, one, max_new_tokens, sampling, end_of_text)
-    return (row.generated[-1] for row in rows)
+    batch = [Sequence(prompt, sampling.seed)]
+    steps = generate_batch(model, batch, max_new_tokens, sampling, end_of_text)
+    return (sequence.generated[-1] for sequence in steps)
 
 
 def generate_batch(
@@ -58,107 +60,111 @@ def generate_batch(
     end_of_text: int | None = None,
     top_logprobs: int = 0,
 ) -> Iterator[Sequence]:
-    """Continue prompts of any lengths together, until `end_of_text` (which is not written) or `max_new_tokens`.
+    """Continue prompts of any lengths together, until `end_of_text` (which is not appended) or `max_new_tokens`.
 
-    Gives out a row each time it has a new token, rows in turn. A row's text depends on its prompt and its own seed,
-    not on its neighbours, up to rounding; training's random state is left alone. Beyond the context a row's window
-    slides: the older half is forgotten, the newer half read again. Of a prompt longer than the context, the last
-    tokens count.
+    Yields a sequence whenever it has a new token, in turn. The text of a sequence depends on its prompt and seed and,
+    up to rounding, not on the other sequences; the global random state is unchanged. When a sequence reaches the
+    context length, its older half is dropped and its newer half read again. Of a prompt longer than the context, only
+    the last tokens are read.
 
     Args:
         model: in evaluation mode.
-        sampling: for all rows, but for its seed: each row has its own.
-        top_logprobs: if above 0, set `logprobs` of each row at each token, with this many most likely tokens.
+        sampling: for all sequences, except the seed: each sequence has its own.
+        top_logprobs: if above 0, set `Sequence.logprobs` at each token, with this many most likely tokens.
 
     Raises:
-        UserError: an empty prompt or settings out of range, at the call and not at the first token.
+        UserError: empty prompt or invalid sampling parameters. Raised at the call, not at the first token.
     """
-    if not all(row.prompt for row in batch):
+    if not all(sequence.prompt for sequence in batch):
         raise UserError("the prompt is empty: give at least one token to start from")
     if max_new_tokens < 0:
-        raise UserError(f"max_new_tokens {max_new_tokens} must not be negative")
+        raise UserError(f"max_new_tokens is {max_new_tokens}, but must be at least 0")
     sampling.check()
-    return _continue(model, list(batch), max_new_tokens, sampling, end_of_text, top_logprobs)
+    if max_new_tokens == 0:
+        for sequence in batch:
+            sequence.finish_reason = "length"
+    if max_new_tokens == 0 or not batch:
+        return iter(())
+    return _generate(model, list(batch), max_new_tokens, sampling, end_of_text, top_logprobs)
 
 
 @torch.inference_mode()
-def _continue(
+def _generate(
     model: Transformer,
-    rows: list[Sequence],
+    batch: list[Sequence],
     max_new_tokens: int,
     sampling: SamplingParams,
     end_of_text: int | None,
     top_logprobs: int,
 ) -> Iterator[Sequence]:
-    device, context = next(model.parameters()).device, model.config.max_seq_len
-    generators = [torch.Generator().manual_seed(row.seed) for row in rows]
-    if max_new_tokens == 0:
-        for row in rows:
-            row.finish_reason = "length"
-    if not rows or max_new_tokens == 0:
-        return
-    windows = [row.prompt[-context:] for row in rows]
-    static = max_new_tokens >= COMPILE_MIN_TOKENS and has_triton(device)
-    if static:
+    generators = [torch.Generator().manual_seed(sequence.seed) for sequence in batch]
+    compiled = max_new_tokens >= COMPILE_MIN_TOKENS and has_triton(next(model.parameters()).device)
+    if compiled:
         model.compile_decoding(mode="reduce-overhead")
-        windows += [[0]] * (
-            padded_batch_size(len(rows)) - len(rows)
-        )  # what fills up the batch is one token that nobody sees
-    room = context if static else min(context, max(map(len, windows)) + max_new_tokens)
-    with model.autocast():
-        cache = KVCache(model.config, len(windows), room, device, cache_dtype(device), static)
-    step = model if static else as_plain_objects(model)
-    logits = prefill(model, windows, cache)[: len(rows)]
+    decoder = model if compiled else as_plain_objects(model)
+    logits, cache = prefill(model, batch, max_new_tokens, compiled)
     while True:
-        seen = [row.prompt + row.generated for row in rows] if sampling.repetition_penalty != 1 else [[]] * len(rows)
+        seen = [sequence.prompt + sequence.generated for sequence in batch] if sampling.penalizes_repetition else []
         tokens = choose(logits, sampling, generators, seen)
         if top_logprobs:
-            for row, logprobs in zip(rows, token_logprobs(logits, tokens, top_logprobs), strict=True):
-                row.logprobs = logprobs
-        for row, token in zip(rows, tokens, strict=True):
+            for sequence, logprobs in zip(batch, token_logprobs(logits, tokens, top_logprobs), strict=True):
+                sequence.logprobs = logprobs
+        for sequence, token in zip(batch, tokens, strict=True):
             if token == end_of_text:
-                row.finish_reason = "end_of_text"
+                sequence.finish_reason = "end_of_text"
                 continue
-            row.generated.append(token)
-            if len(row.generated) == max_new_tokens:
-                row.finish_reason = "length"
-            yield row
-        kept = [index for index, row in enumerate(rows) if row.finish_reason is None]
-        if not kept:
+            sequence.generated.append(token)
+            if len(sequence.generated) == max_new_tokens:
+                sequence.finish_reason = "length"
+            yield sequence
+        unfinished = [index for index, sequence in enumerate(batch) if sequence.finish_reason is None]
+        if not unfinished:
             return
-        if len(kept) < len(rows):
-            rows, generators = [rows[index] for index in kept], [generators[index] for index in kept]
-            cache.select_rows(kept)
-        logits = _next(step, rows, cache, context)
+        if len(unfinished) < len(batch):
+            batch, generators = [batch[index] for index in unfinished], [generators[index] for index in unfinished]
+            cache.select_rows(unfinished)
+        logits = decode_step(decoder, batch, cache)
 
 
-def padded_batch_size(rows: int) -> int:
-    """Rows of the cache of a compiled step: the next power of two, so that few sizes of a batch are compiled."""
-    return 1 << (rows - 1).bit_length()
+def prefill(model: Transformer, batch: list[Sequence], max_new_tokens: int, static: bool) -> tuple[Tensor, KVCache]:
+    """Read the prompts into a new cache.
+
+    Args:
+        static: the cache has a fixed shape, for compiled steps.
+
+    Shapes:
+        returns the logits of the next tokens, (B, V)
+    """
+    device, context = next(model.parameters()).device, model.config.max_seq_len
+    prompts = [sequence.prompt[-context:] for sequence in batch]
+    capacity = min(context, max(map(len, prompts)) + max_new_tokens)
+    if static:
+        # Batch sizes are rounded up to powers of two, so that few are compiled. Unused rows hold one dummy token.
+        capacity, rows = context, 1 << (len(batch) - 1).bit_length()
+        prompts += [[0]] * (rows - len(batch))
+    counts = [len(prompt) for prompt in prompts]
+    padded = [prompt + [0] * (max(counts) - len(prompt)) for prompt in prompts]  # tokens on the right are ignored
+    with model.autocast():
+        cache = KVCache(model.config, len(prompts), capacity, device, cache_dtype(device), static)
+    logits = model.next_logits(torch.tensor(padded, device=device), cache, counts)
+    return logits[: len(batch)], cache
 
 
-def prefill(model: Transformer, windows: list[list[int]], cache: KVCache) -> Tensor:
-    """Fill an empty cache with rows of any lengths and return the logits of what comes next.
+def decode_step(model: Transformer, batch: list[Sequence], cache: KVCache) -> Tensor:
+    """The logits after the newest token of each sequence.
 
     Shapes:
         returns (B, V)
     """
-    counts = [len(window) for window in windows]
-    # Shorter rows are filled up on the right with any token: nothing looks at it.
-    padded = [window + [0] * (max(counts) - len(window)) for window in windows]
-    return model.next_logits(torch.tensor(padded, device=cache.device), cache, counts)
-
-
-def _next(model: Transformer, rows: list[Sequence], cache: KVCache, context: int) -> Tensor:
-    """The logits after each row's newest token, (B, V)."""
-    full = [index for index in range(len(rows)) if cache.lengths[index] == context] if cache.length == context else []
-    for index in full:
-        window = cache.row(index)
-        window.clear()
-        tokens = (rows[index].prompt + rows[index].generated)[-(context // 2 or 1) :]
-        if tokens[:-1]:
-            model.hidden(torch.tensor([tokens[:-1]], device=cache.device), window)
-    spare = len(cache.lengths) - len(rows)  # of a static cache: see slots_for
-    cache.lengths[len(rows) :] = 0
-    newest = torch.tensor([[row.generated[-1]] for row in rows] + [[0]] * spare, device=cache.device)
-    return model.next_logits(newest, cache)[: len(rows)]
+    context = model.config.max_seq_len
+    if cache.length == context:
+        for index, sequence in enumerate(batch):
+            if cache.lengths[index] == context:
+                row = cache.row(index)
+                row.clear()
+                tokens = (sequence.prompt + sequence.generated)[-(context // 2 or 1) : -1]
+                if tokens:
+                    model.hidden(torch.tensor([tokens], device=cache.device), row)
+    cache.lengths[len(batch) :] = 0  # unused rows of a static cache
+    newest = [[sequence.generated[-1]] for sequence in batch] + [[0]] * (len(cache.lengths) - len(batch))
+    return model.next_logits(torch.tensor(newest, device=cache.device), cache)[: len(batch)]

@@ -1,4 +1,4 @@
-"""A model with its vocabulary: what everything that makes text takes."""
+"""A model with its tokenizer: the argument of everything that generates text."""
 
 from typing import NamedTuple
 
@@ -7,7 +7,7 @@ from myllm.model.transformer import Transformer
 
 
 class LanguageModel(NamedTuple):
-    """A model and the tokenizer that it was trained with; `model, tokenizer = load_model(...)` takes them apart."""
+    """A model and its tokenizer. Unpacks: `model, tokenizer = load_model(...)`."""
 
     model: Transformer
     tokenizer: Tokenizer

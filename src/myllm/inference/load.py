@@ -1,4 +1,4 @@
-"""From a run, a checkpoint, a folder of transformers or a model of the Hub to a model that can be called."""
+"""Load a model for inference: from a run, a checkpoint, a transformers folder or a repository on the Hub."""
 
 import sys
 from pathlib import Path
@@ -12,7 +12,7 @@ from myllm.data.tokenizer.load import load_tokenizer
 from myllm.distributed.collectives import choose_device
 from myllm.distributed.precision import compute_dtype
 from myllm.errors import UserError
-from myllm.hub import import_model as importing
+from myllm.hub.import_model import is_external_model, is_repository, read_external_model, resolve_source
 from myllm.model.transformer import Transformer
 from myllm.paths import user_path
 
@@ -21,86 +21,84 @@ from .language_model import LanguageModel
 
 
 class ModelSource(NamedTuple):
-    """Where a model is, and what is known of it beside its weights."""
+    """Where a model is, and what is known about its training."""
 
     folder: Path
-    """Of the checkpoint, or of the files of a model made elsewhere."""
+    """Of the checkpoint, or of the files of an external model."""
     home: Path
-    """Where what is found out about it belongs: its run, else the checkpoint; the current folder for all others."""
+    """Where evaluation results belong: the run's folder, a checkpoint's folder, or the current folder."""
     step: int | None
     config: RunConfig
-    """Of its training; all defaults where that is not known."""
+    """Of its training; the defaults if that is unknown."""
     dataset_hash: str | None
-    """Of the data that it was trained on, where that is known."""
-    saved: Checkpoint | None = None
-    """Its checkpoint, whose files for the model have been hashed; None for a model made elsewhere."""
+    """Of its training data, if known."""
+    checkpoint: Checkpoint | None = None
+    """With verified model files; None for an external model."""
 
 
 def find_model(where: str | Path) -> ModelSource:
-    """The model that a user means: a run's name or folder (its newest checkpoint), a checkpoint's folder, a folder of
-    transformers such as our exports, the reference run's checkpoint, or a repository of the Hub, NAMESPACE/NAME or
+    """Find the model of a run's name or folder (its newest intact checkpoint), a checkpoint's folder, a transformers
+    folder such as an export, the reference run's checkpoint file, or a repository on the Hub, NAMESPACE/NAME or
     NAMESPACE/NAME@REVISION.
 
     Raises:
-        UserError: nothing there.
+        UserError: nothing found, or no checkpoint is intact.
     """
     path = user_path(where)
-    if importing.is_external_model(path):
+    if is_external_model(path):
         paths.warn_if_ambiguous(str(where), path, paths.runs_dir() / where)
         return ModelSource(path, Path(), None, RunConfig(), None)
     try:
-        saved = find_checkpoint(str(where), paths.runs_dir())
+        checkpoint = find_checkpoint(str(where), paths.runs_dir())
     except UserError:
-        if path.exists() or (paths.runs_dir() / where).exists() or not importing.is_repository(str(where)):
+        if path.exists() or (paths.runs_dir() / where).exists() or not is_repository(str(where)):
             raise
-        folder = importing.resolve_source(str(where), None, lambda line: print(line, file=sys.stderr))
+        folder = resolve_source(str(where), None, lambda line: print(line, file=sys.stderr))
         return ModelSource(folder, Path(), None, RunConfig(), None)
-    folder = saved.folder
+    folder = checkpoint.folder
     return ModelSource(
         folder=folder,
         home=folder.parent.parent if folder.parent.name in ("checkpoints", "best") else folder,
-        step=saved.state.step,
-        config=saved_config(saved.config, folder / "config.json"),
-        dataset_hash=saved.state.data.dataset_hash or None,  # empty: imported, and not trained on anything yet
-        saved=saved,
+        step=checkpoint.state.step,
+        config=saved_config(checkpoint.config, folder / "config.json"),
+        dataset_hash=checkpoint.state.data.dataset_hash or None,  # empty for an imported model
+        checkpoint=checkpoint,
     )
 
 
 def load_model(
     where: str | Path | ModelSource, device: str = "auto", int8: bool = False, precision: str | None = None
 ) -> LanguageModel:
-    """The model of whatever `find_model` finds, or has found, ready to sample.
+    """Load a model for inference.
 
     Args:
-        int8: quantise the weights to eight bits, which needs torchao: a quarter of the memory.
-        precision: of matrix products, as train.precision has it; None: the training's own, as it is on this device.
+        where: as for `find_model`, or its result.
+        int8: quantize the weights to int8, a quarter of the memory. Needs torchao.
+        precision: of matrix products, as train.precision; None: as in training, if the device supports it.
 
     Raises:
-        UserError: nothing there, a damaged checkpoint, a model that has no counterpart here, no torchao, or a precision
-            for eight-bit weights, which have their own.
+        UserError: nothing found, a damaged checkpoint, an unsupported architecture, no torchao, or int8 with a
+            precision.
     """
-    if int8 and precision not in (None, "float32"):
-        raise UserError(f"precision {precision} is for weights that are floats: leave it out, or int8")
     if int8:
+        if precision not in (None, "float32"):
+            raise UserError(f"precision {precision} is for float weights; give either --precision or --int8")
         check_torchao()
-    origin = where if isinstance(where, ModelSource) else find_model(where)
-    if origin.saved is None:
-        foreign = importing.read_external_model(origin.folder)
-        loaded = _ready(Transformer(foreign.config), foreign.weights, foreign.tokenizer_file, device)
+    source = where if isinstance(where, ModelSource) else find_model(where)
+    if source.checkpoint:
+        config, weights = source.config.model, source.checkpoint.model
+        tokenizer_file = source.checkpoint.tokenizer_file
     else:
-        saved = origin.saved
-        loaded = _ready(Transformer(origin.config.model), saved.model, saved.tokenizer_file, device)
-    if int8:
-        quantize_int8(loaded.model)
-    else:
-        on = loaded.model.embedding.weight.device
-        loaded.model.set_compute_dtype(compute_dtype(precision or origin.config.train.precision, on))
-    return loaded
-
-
-def _ready(model: Transformer, weights: dict, tokenizer_file: Path | None, device: str) -> LanguageModel:
+        external = read_external_model(source.folder)
+        config, weights, tokenizer_file = external.config, external.weights, external.tokenizer_file
+    chosen = choose_device(device)
+    model = Transformer(config)
     model.load_state_dict(weights)
-    model.to(choose_device(device)).eval()
+    model.to(chosen).eval()
+    if int8:
+        quantize_int8(model)
+    else:
+        model.set_compute_dtype(compute_dtype(precision or source.config.train.precision, chosen))
     return LanguageModel(model, load_tokenizer(tokenizer_file))
 
 

@@ -1,9 +1,9 @@
-"""How the next token is chosen: filters of logits, and the draw. Pure functions.
+"""Choose the next token: filters of logits, and the draw. Pure functions.
 
-The filters are applied in this order, which is also that of transformers: repetition penalty, temperature, top-k,
-top-p, min-p. A token that is out has a logit of minus infinity.
+Filters are applied in the order of transformers: repetition penalty, temperature, top-k, top-p, min-p. The logit of an
+excluded token is minus infinity.
 
-Shapes: B rows, V vocabulary, N tokens so far.
+Shapes: B sequences, V vocabulary, N tokens so far.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from .sampling_params import SamplingParams
 
 NEG_INF = float("-inf")
 TOP_P_FIRST_TRY = 1_024
-"""Tokens among which top-p looks first."""
+"""top-p sorts this many tokens first, and all tokens only if these do not suffice."""
 
 
 class TokenLogprobs(NamedTuple):
@@ -36,68 +36,42 @@ class TokenLogprobs(NamedTuple):
 def choose(
     logits: Tensor, sampling: SamplingParams, generators: Sequence[torch.Generator], seen: Sequence[Sequence[int]]
 ) -> list[int]:
-    """One token id a row.
+    """One token id for each sequence.
 
-    Each row has a random generator of its own on the CPU, and takes one number from it for each token: what it draws
-    depends neither on its neighbours nor on the device, up to rounding.
+    Each sequence draws one number for each token from its own CPU generator, so its tokens depend neither on the other
+    sequences nor, up to rounding, on the device.
 
     Args:
-        seen: each row's tokens so far; only the repetition penalty looks at them.
+        seen: all tokens of each sequence so far; only used by the repetition penalty.
 
     Shapes:
         logits (B, V)
     """
-    if sampling.repetition_penalty != 1:
-        logits = torch.stack(
-            [
-                penalize_repetition(row, torch.tensor(tokens, device=row.device), sampling.repetition_penalty)
-                for row, tokens in zip(logits, seen, strict=True)
-            ]
-        )
+    if sampling.penalizes_repetition:
+        rows = [
+            penalize_repetition(row, torch.tensor(tokens, device=row.device), sampling.repetition_penalty)
+            for row, tokens in zip(logits, seen, strict=True)
+        ]
+        logits = torch.stack(rows)
     if sampling.temperature == 0:
-        # On a CPU NumPy's is more than ten times as fast as PyTorch's.
+        # On CPUs, NumPy's argmax is more than ten times as fast as torch's.
         return (logits.float().numpy() if logits.device.type == "cpu" else logits).argmax(-1).tolist()
-    candidates, ids = top_k_candidates(logits.cpu() if logits.device.type == "mps" else logits, sampling.top_k)
-    # In float64: a tiny temperature stays a number, and the sum of a whole vocabulary is exact enough to draw from.
+    candidates, ids = top_k_candidates(_without_mps(logits), sampling.top_k)
+    # float64: tiny temperatures stay above 0, and the cumulative sum over a vocabulary is exact enough.
     filtered = filter_logits(candidates.double(), sampling)
-    drawn = torch.stack([torch.rand(1, dtype=torch.float64, generator=generator) for generator in generators])
-    return ids.gather(1, draw(filtered, drawn.to(ids.device)).unsqueeze(1)).squeeze(1).tolist()
+    uniform = torch.stack([torch.rand(1, dtype=torch.float64, generator=generator) for generator in generators])
+    return ids.gather(1, draw(filtered, uniform.to(ids.device)).unsqueeze(1)).squeeze(1).tolist()
 
 
-def top_k_candidates(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """The k likeliest tokens and their ids, rising; of 0, or more than there are, all. What follows costs k, not V.
-
-    Rising ids, since near equals may change places with the rounding, and a draw must not.
-
-    Shapes:
-        logits (B, V); returns (B, k) each
-    """
-    if not 0 < top_k < logits.shape[-1]:
-        return logits, torch.arange(logits.shape[-1], device=logits.device).expand_as(logits)
-    ids = logits.topk(top_k, sorted=False).indices.sort(dim=-1).values
-    return logits.gather(-1, ids), ids
-
-
-def filter_logits(logits: Tensor, sampling: SamplingParams) -> Tensor:
-    """Temperature, top-k, top-p and min-p, one after the other.
-
-    Shapes:
-        logits (B, V); returns (B, V)
-    """
-    logits = apply_temperature(logits, sampling.temperature)
-    if sampling.top_k:
-        logits = keep_top_k(logits, sampling.top_k)
-    if sampling.top_p < 1:
-        logits = keep_top_p(logits, sampling.top_p)
-    if sampling.min_p > 0:
-        logits = keep_min_p(logits, sampling.min_p)
-    return logits
+def _without_mps(logits: Tensor) -> Tensor:
+    """MPS has no float64."""
+    return logits.cpu() if logits.device.type == "mps" else logits
 
 
 def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Divide the positive logits of tokens already seen by the penalty, and multiply the negative ones.
+    """Divide positive logits of seen tokens by the penalty and multiply negative ones by it.
 
-    Source: Keskar et al. 2019 (CTRL, arXiv 1909.05858), section 4.1, made to lower negative logits too.
+    Source: Keskar et al. 2019 (CTRL, arXiv 1909.05858), section 4.1, extended to negative logits.
 
     Shapes:
         logits (V,); seen (N,); returns (V,)
@@ -106,29 +80,39 @@ def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     return logits.scatter(0, seen, torch.where(old > 0, old / penalty, old * penalty))
 
 
-def apply_temperature(logits: Tensor, temperature: float) -> Tensor:
-    """Logits over the temperature, the largest at 0: so that none is infinite, however small the temperature.
+def top_k_candidates(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """The k most likely tokens (all, if k is 0 or exceeds V), so that later steps cost k instead of V.
 
-    Shapes:
-        logits (B, V); returns (B, V)
-    """
-    return (logits - logits.amax(dim=-1, keepdim=True)) / temperature
-
-
-def keep_top_k(logits: Tensor, top_k: int) -> Tensor:
-    """The k likeliest tokens; of equals, no more than k.
+    Sorted by id: rounding can swap nearly equal logits, which must not change the draw.
 
     Source: Fan et al. 2018 (arXiv 1805.04833), section 5.4.
 
     Shapes:
-        logits (B, V); returns (B, V)
+        logits (B, V); returns logits and ids, (B, k) each
     """
-    values, ids = logits.topk(min(top_k, logits.shape[-1]))  # (B, k)
-    return torch.full_like(logits, NEG_INF).scatter(-1, ids, values)
+    if not 0 < top_k < logits.shape[-1]:
+        return logits, torch.arange(logits.shape[-1], device=logits.device).expand_as(logits)
+    ids = logits.topk(top_k, sorted=False).indices.sort(dim=-1).values
+    return logits.gather(-1, ids), ids
+
+
+def filter_logits(logits: Tensor, sampling: SamplingParams) -> Tensor:
+    """Apply temperature, top-p and min-p.
+
+    Shapes:
+        logits (B, k); returns (B, k)
+    """
+    # The largest logit becomes 0, so that no logit overflows at a tiny temperature.
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / sampling.temperature
+    if sampling.top_p < 1:
+        logits = keep_top_p(logits, sampling.top_p)
+    if sampling.min_p > 0:
+        logits = keep_min_p(logits, sampling.min_p)
+    return logits
 
 
 def keep_top_p(logits: Tensor, top_p: float) -> Tensor:
-    """The fewest likeliest tokens whose probabilities sum to top_p or more: the nucleus.
+    """Nucleus sampling: the fewest most likely tokens whose probabilities sum to at least top_p.
 
     Source: Holtzman et al. 2019 (arXiv 1904.09751), section 3.1.
 
@@ -136,20 +120,20 @@ def keep_top_p(logits: Tensor, top_p: float) -> Tensor:
         logits (B, V); returns (B, V)
     """
     total = logits.logsumexp(dim=-1, keepdim=True)
-    # Sorting a whole vocabulary costs more than a small model's step, and a trained model's nucleus is mostly small.
+    # Sorting a whole vocabulary costs more than a step of a small model, and most nuclei are small.
     for count in (min(TOP_P_FIRST_TRY, logits.shape[-1]), logits.shape[-1]):
         ordered, ids = logits.topk(count)  # (B, count)
         probabilities = (ordered - total).exp()
-        cumulated = probabilities.cumsum(dim=-1)
-        if (cumulated[:, -1] >= top_p).all():
+        cumulative = probabilities.cumsum(dim=-1)
+        if (cumulative[:, -1] >= top_p).all():
             break
-    # A token stays while those before it have not reached top_p: the likeliest always does.
-    reached = cumulated - probabilities >= top_p
-    return torch.full_like(logits, NEG_INF).scatter(-1, ids, ordered.masked_fill(reached, NEG_INF))
+    # Keep a token if the tokens before it sum to less than top_p. The most likely token is always kept.
+    excluded = cumulative - probabilities >= top_p
+    return torch.full_like(logits, NEG_INF).scatter(-1, ids, ordered.masked_fill(excluded, NEG_INF))
 
 
 def keep_min_p(logits: Tensor, min_p: float) -> Tensor:
-    """Tokens at least min_p times as likely as the likeliest.
+    """Tokens at least min_p times as likely as the most likely one.
 
     Source: Nguyen et al. 2024 (arXiv 2407.01082), section 3.
 
@@ -161,29 +145,27 @@ def keep_min_p(logits: Tensor, min_p: float) -> Tensor:
 
 
 def draw(logits: Tensor, uniform: Tensor) -> Tensor:
-    """The token at which the cumulated probability passes each row's number in [0, 1).
+    """Inverse transform sampling: the token where the cumulative probability passes a number in [0, 1).
 
     Shapes:
         logits (B, V); uniform (B, 1); returns (B,)
     """
-    cumulated = logits.softmax(dim=-1).cumsum(dim=-1)  # (B, V)
-    # Of the rounded sum, not of 1; a token without probability adds nothing, so it is never where the sum passes.
-    drawn = torch.searchsorted(cumulated, uniform * cumulated[:, -1:], right=True).squeeze(1)
-    last = (logits > NEG_INF).cumsum(dim=-1).argmax(dim=-1)  # (B,), the last token that is in
+    cumulative = logits.softmax(dim=-1).cumsum(dim=-1)  # (B, V)
+    # Scaled by the rounded sum, which may differ from 1. Excluded tokens add 0, so they are never drawn.
+    drawn = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).squeeze(1)
+    last = (logits > NEG_INF).cumsum(dim=-1).argmax(dim=-1)  # (B,), the last token that is not excluded
     return torch.minimum(drawn, last)
 
 
 def token_logprobs(logits: Tensor, chosen: Sequence[int], count: int) -> list[TokenLogprobs]:
-    """The log-probability of each row's chosen token, and its `count` most likely tokens.
+    """The log-probability of each sequence's chosen token, and its `count` most likely tokens.
 
     Shapes:
         logits (B, V)
     """
-    logprobs = (logits.cpu() if logits.device.type == "mps" else logits).double().log_softmax(dim=-1)  # (B, V)
+    logprobs = _without_mps(logits).double().log_softmax(dim=-1)  # (B, V)
     own = logprobs.gather(1, torch.tensor(chosen, device=logprobs.device).unsqueeze(1))  # (B, 1)
     ranks = (logprobs > own).sum(dim=-1) + 1  # (B,)
     values, ids = logprobs.topk(min(count, logprobs.shape[-1]))  # (B, count)
     rows = zip(own[:, 0].tolist(), ranks.tolist(), ids.tolist(), values.tolist(), strict=True)
-    return [
-        TokenLogprobs(logprob, rank, list(zip(top, top_values, strict=True))) for logprob, rank, top, top_values in rows
-    ]
+    return [TokenLogprobs(logprob, rank, list(zip(ids, values, strict=True))) for logprob, rank, ids, values in rows]

@@ -1,4 +1,4 @@
-"""The settings of a draw. Without torch, so that a command line can be read and refused at once."""
+"""Sampling parameters. Without torch, so that a command line is parsed and checked at once."""
 
 import math
 from collections.abc import Iterator
@@ -9,40 +9,44 @@ from myllm.errors import UserError
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How freely to write."""
+    """How the next token is chosen."""
 
     temperature: float = 0.8
-    """0 takes the likeliest token; 1 is the model's own distribution."""
+    """0 is greedy; 1 is the model's own distribution."""
     top_k: int = 50
-    """Draw among this many likeliest tokens; 0: all."""
+    """Sample from the K most likely tokens (0: all)."""
     top_p: float = 1.0
-    """Draw among the fewest likeliest tokens that hold this much probability; 1: all."""
+    """Sample from the smallest set of most likely tokens with a total probability of at least P (1: all)."""
     min_p: float = 0.0
-    """Draw among tokens at least this fraction as likely as the likeliest; 0: all."""
+    """Sample from tokens at least P times as likely as the most likely one (0: all)."""
     repetition_penalty: float = 1.0
-    """Above 1 makes tokens of the prompt and of the text so far less likely."""
+    """Above 1, tokens of the prompt and of the text so far become less likely."""
     seed: int = 0
-    """Of the first sample; the next ones count up."""
+    """Of the first sample; each further sample adds 1."""
 
-    def faults(self) -> Iterator[str]:
-        """Every setting out of range: what it is and what it may be."""
+    @property
+    def penalizes_repetition(self) -> bool:
+        return self.repetition_penalty != 1
+
+    def errors(self) -> Iterator[str]:
+        """One message for each parameter out of range."""
         if not 0 <= self.temperature < math.inf:
-            yield f"temperature {self.temperature}: give a number of at least 0 (0 takes the likeliest token)"
+            yield f"temperature {self.temperature}: give a number of at least 0 (0 is greedy)"
         if self.top_k < 0:
-            yield f"top_k {self.top_k}: give a whole number of at least 0 (0 for all tokens)"
+            yield f"top_k {self.top_k}: give an integer of at least 0 (0 for all tokens)"
         if not 0 < self.top_p <= 1:
             yield f"top_p {self.top_p}: give a number above 0 and at most 1 (1 for all tokens)"
         if not 0 <= self.min_p <= 1:
             yield f"min_p {self.min_p}: give a number from 0 to 1 (0 for all tokens)"
         if not 0 < self.repetition_penalty < math.inf:
-            yield f"repetition_penalty {self.repetition_penalty}: give a number above 0 (1 for none)"
+            yield f"repetition_penalty {self.repetition_penalty}: give a number above 0 (1 for no penalty)"
         if not 0 <= self.seed < 2**63:
-            yield f"seed {self.seed}: give a whole number of at least 0 and below 2**63"
+            yield f"seed {self.seed}: give an integer of at least 0 and below 2**63"
 
     def check(self) -> None:
         """
         Raises:
-            UserError: names every setting out of range.
+            UserError: names every parameter out of range.
         """
-        if faults := list(self.faults()):
-            raise UserError("cannot sample so:\n" + "\n".join(f"  - {fault}" for fault in faults))
+        if lines := [f"  - {error}" for error in self.errors()]:
+            raise UserError("\n".join(["invalid sampling parameters:", *lines]))

@@ -55,7 +55,7 @@ def fill(browser: Browser, **values: object) -> None:
         browser.type(str(value))
 
 
-def written(browser: Browser) -> str:
+def generated_text(browser: Browser) -> str:
     return browser.run("document.getElementById('tokens').textContent")
 
 
@@ -80,7 +80,7 @@ def test_a_text_with_everything_that_could_go_wrong(
     assert "".join(text for text in texts if text not in halves) == TEXT
     assert halves == ["a7"]  # the byte between the one that came with a space and the one that makes it whole
     assert browser.run("document.title") == "a <model> - MyLLM"  # and what it spells never ran
-    assert browser.run("document.querySelectorAll('#written script, #written b').length") == 0
+    assert browser.run("document.querySelectorAll('#output script, #output b').length") == 0
     marks = browser.run("[...document.querySelectorAll('#tokens .mark')].map(e => e.dataset.mark)")
     assert {"↵", "⇥"} <= set(marks)
     assert browser.run("document.getElementById('done').textContent").endswith("the model ended the document")
@@ -166,7 +166,7 @@ def test_streaming_and_stop(browser: Browser, endless: PageServer) -> None:
     some = browser.run(f"{TOKENS}.length")
     browser.wait(f"{TOKENS}.length > {some}")  # they come while the text is being written
     status, (refusal,), _ = post(endless, {})
-    assert (status, "being written" in refusal["error"]) == (503, True)
+    assert (status, "being generated" in refusal["error"]) == (503, True)
     browser.point("document.getElementById('stop')", click=True)
     browser.wait("!document.body.matches('.running')")
     assert "stopped" in browser.run("document.getElementById('done').textContent")
@@ -176,7 +176,7 @@ def test_streaming_and_stop(browser: Browser, endless: PageServer) -> None:
     write(browser, max_new_tokens=3)
     assert browser.run(f"{TOKENS}.length") == 3
     browser.point("document.getElementById('extend')", click=True)
-    assert browser.run("document.getElementById('prompt').value") == "on and on" + written(browser)
+    assert browser.run("document.getElementById('prompt').value") == "on and on" + generated_text(browser)
 
 
 def test_settings_reach_the_model(browser: Browser, endless: PageServer) -> None:
@@ -184,7 +184,7 @@ def test_settings_reach_the_model(browser: Browser, endless: PageServer) -> None
     texts = []
     for seed in (1, 2, 1):
         write(browser, prompt="", temperature=1.5, top_k=0, seed=seed, max_new_tokens=10)
-        texts.append(written(browser))
+        texts.append(generated_text(browser))
     assert texts[0] == texts[2] != texts[1]
     browser.run("document.getElementById('top_p_slider').focus()")
     browser.press("ArrowLeft")
@@ -197,12 +197,12 @@ def test_mistakes_are_said_and_the_text_stays(browser: Browser, endless: PageSer
     browser.open(endless.address)
     write(browser, prompt="word " * 50, max_new_tokens=2)
     assert "the first 20 are not read" in browser.run("document.getElementById('note').textContent")
-    before = written(browser)
+    before = generated_text(browser)
     fill(browser, top_p=7)
     browser.press("Enter", CONTROL)
     said = browser.wait("document.getElementById('problem').textContent")
     assert "top_p 7.0: give a number above 0 and at most 1" in said
-    assert written(browser) == before
+    assert generated_text(browser) == before
     assert any("400" in error for error in browser.errors)  # the browser's own note of the refusal
     browser.errors.clear()
 

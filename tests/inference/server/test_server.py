@@ -143,9 +143,9 @@ def test_figures_are_made_only_when_asked_for(model: LanguageModel) -> None:
         (b'{"prompt": ', "not valid JSON"),
         (b'"\xff"', "not valid JSON"),
         (b"[" * 100_000, "nested too deeply"),
-        ([], "no JSON object"),
-        ({"prompt": 3}, "prompt 3: give a text"),
-        ({"prompt": None}, "prompt null: give a text"),
+        ([], "must be a JSON object"),
+        ({"prompt": 3}, "prompt 3: give a string"),
+        ({"prompt": None}, "prompt null: give a string"),
         ({"temperature": -1}, "temperature -1.0: give a number of at least 0"),
         ({"temperature": None}, "temperature null: give a number"),
         ({"temperature": "hot"}, 'temperature "hot": give a number'),
@@ -155,12 +155,12 @@ def test_figures_are_made_only_when_asked_for(model: LanguageModel) -> None:
         (b'{"temperature": 1e999}', "temperature inf"),
         ({"top_p": 0}, "top_p 0.0: give a number above 0 and at most 1"),
         ({"top_p": 1.01}, "top_p 1.01"),
-        ({"top_k": 2.5}, "top_k 2.5: give a whole number"),
+        ({"top_k": 2.5}, "top_k 2.5: give an integer"),
         ({"top_k": -1}, "top_k -1"),
         ({"min_p": 2}, "min_p 2.0"),
         ({"repetition_penalty": 0}, "repetition_penalty 0.0"),
         ({"seed": 2**63}, "seed 9223372036854775808"),
-        ({"max_new_tokens": -1}, "max_new_tokens -1: give a whole number from 0 to"),
+        ({"max_new_tokens": -1}, "max_new_tokens -1: give an integer from 0 to"),
         ({"max_new_tokens": 10**9}, "max_new_tokens 1000000000"),
         ({"temprature": 1}, "unknown setting 'temprature', did you mean 'temperature'?"),
         ({"top_p": 7, "min_p": 7, "seed": "x"}, "min_p 7.0"),
@@ -250,7 +250,7 @@ def test_a_body_beyond_the_limit(server: PageServer, size: int) -> None:
         client.sendall(head(size) + b" " * min(size, 8 * MAX_BODY_BYTES))
         answer = client.makefile("rb").read()
     assert answer.startswith(b"HTTP/1.1 413")
-    assert f"{MAX_BODY_BYTES:,} is the limit".encode() in answer
+    assert f"the limit is {MAX_BODY_BYTES:,}".encode() in answer
 
 
 def test_broken_requests_leave_it_standing(server: PageServer, capfd: pytest.CaptureFixture[str]) -> None:
@@ -298,7 +298,7 @@ def test_a_second_text_waits_and_a_client_that_leaves_ends_its_own(server: PageS
     answer = first.getresponse()
     assert [json.loads(answer.readline())["kind"] for _ in range(3)] == ["start", "token", "token"]
     status, (refusal,), _ = post(server, {"max_new_tokens": 1})
-    assert (status, "another text is being written" in refusal["error"]) == (503, True)
+    assert (status, "another text is being generated" in refusal["error"]) == (503, True)
     assert json.loads(answer.readline())["kind"] == "token"  # and the first goes on
     answer.close()
     first.close()
@@ -353,7 +353,7 @@ def test_ctrl_c_ends_it_in_the_midst_of_a_text(data: Path) -> None:
     )  # fmt: skip
     try:
         said = process.stdout.readline()
-        port = int(re.fullmatch(r"tiny is at http://127\.0\.0\.1:(\d+); Ctrl-C ends it\n", said)[1])
+        port = int(re.fullmatch(r"serving tiny at http://127\.0\.0\.1:(\d+) \(press Ctrl-C to stop\)\n", said)[1])
         with socket.create_connection(("127.0.0.1", port), timeout=DEADLINE_S) as client:
             body = json.dumps(LONG).encode()
             client.sendall(head(len(body)) + body)
@@ -366,7 +366,7 @@ def test_ctrl_c_ends_it_in_the_midst_of_a_text(data: Path) -> None:
     finally:
         process.kill()
         process.wait(timeout=DEADLINE_S)
-    assert (process.returncode, out.strip(), err) == (0, "ended", "")
+    assert (process.returncode, out.strip(), err) == (0, "stopped", "")
 
 
 def test_mistakes_of_the_command(

@@ -1,1 +1,1 @@
-"""`myllm serve`: a page in the browser to write with a model."""
+"""`myllm serve`: http serves page.html, request parses its requests, events streams tokens, security checks headers."""

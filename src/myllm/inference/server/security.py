@@ -1,4 +1,4 @@
-"""Where the server listens, and the names by which it may be called."""
+"""The address of the server, and which Host and Origin headers it accepts."""
 
 import socket
 from ipaddress import IPv4Address, IPv6Address, ip_address
@@ -8,44 +8,52 @@ from myllm.errors import UserError
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that waits for browsers; port 0 takes any that is free.
+    """A listening socket; port 0 takes any free port.
 
     Raises:
-        UserError: no such address here, or the port is taken or not allowed.
+        UserError: the address does not exist on this machine, or the port is in use or not allowed.
     """
     if not 0 <= port <= 65_535:
-        raise UserError(f"port {port}: give a whole number from 0 to 65,535 (0 takes any that is free)")
-    made = None
+        raise UserError(f"port {port}: give an integer from 0 to 65,535 (0 takes any free port)")
+    listening = None
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        made = socket.socket(family, kind, protocol)
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port of a moment ago; never one in use
-        made.bind(address)
-        made.listen(64)
+        listening = socket.socket(family, kind, protocol)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # ports just closed, not those in use
+        listening.bind(address)
+        listening.listen(64)
     except (OSError, UnicodeError) as error:
-        if made:
-            made.close()
-        why = getattr(error, "strerror", None) or error
+        if listening:
+            listening.close()
+        reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"cannot listen on {host}, port {port}: {why}; give another --port (0 takes any that is free), or another "
-            "--host (127.0.0.1 for this machine alone, 0.0.0.0 for all that reach it)"
+            f"cannot listen on {host}, port {port}: {reason}; give another --port (0 takes any free port), or another "
+            "--host (127.0.0.1 for this machine only, 0.0.0.0 for all networks)"
         ) from None
-    return made
+    return listening
 
 
-def is_allowed_host(header: str, host: str, alone: bool) -> bool:
-    """Whether a Host header names this server.
+def is_allowed_host(header: str, host: str, loopback_only: bool) -> bool:
+    """True if a Host header names this server.
 
-    An attacker's page whose name is made to point here still sends its own name. That is never an address: so
-    `localhost` and addresses are good, of a server that is for this machine alone only this machine's own.
+    In DNS rebinding, an attacker's domain resolves to this machine, but the browser still sends that domain. So
+    `localhost`, the given host and addresses are accepted; if the server is for this machine only, loopback addresses.
     """
     try:
         name = urlsplit(f"//{header}").hostname or ""
     except ValueError:
         return False
     if _address(name) is not None:
-        return is_loopback(name) or not alone
-    return name in {"localhost", host.lower()} or (not alone and name == socket.gethostname().lower())
+        return is_loopback(name) or not loopback_only
+    return name in {"localhost", host.lower()} or (not loopback_only and name == socket.gethostname().lower())
+
+
+def same_host(origin: str, host: str) -> bool:
+    """True if an Origin header is that of the Host header."""
+    try:
+        return urlsplit(origin).netloc.lower() == host.lower()
+    except ValueError:
+        return False
 
 
 def _address(name: str) -> IPv4Address | IPv6Address | None:
