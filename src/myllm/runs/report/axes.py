@@ -12,38 +12,7 @@ from myllm.runs.history import Metrics, Row, column, moving_average
 # Blue, vermilion and green of Okabe and Ito (2008), https://jfly.uni-koeln.de/color, with a darker green, and a purple
 # dark enough for text. Color-blind readers can tell them apart, and no series is identified by its color alone.
 BLUE, VERMILION, GREEN, PURPLE = "#0072b2", "#d55e00", "#00815d", "#aa3377"
-INK, GRAY, RULE, FAINT = "#1f2430", "#6b7280", "#c3c8d0", "#e5e7eb"
-
-STYLE = {
-    "font.family": "DejaVu Sans",
-    "font.size": 9.5,
-    "figure.facecolor": "white",
-    "figure.constrained_layout.use": True,
-    "figure.constrained_layout.w_pad": 0.12,
-    "figure.constrained_layout.h_pad": 0.12,
-    "text.color": INK,
-    "axes.edgecolor": RULE,
-    "axes.labelcolor": GRAY,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 11.5,
-    "axes.titleweight": "bold",
-    "axes.titlepad": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.spines.left": False,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "axes.axisbelow": True,
-    "grid.color": FAINT,
-    "xtick.color": RULE,
-    "xtick.labelcolor": GRAY,
-    "ytick.color": GRAY,
-    "ytick.left": False,
-    "ytick.right": False,
-    "lines.linewidth": 1.9,
-    "lines.solid_capstyle": "round",
-    "lines.solid_joinstyle": "round",
-}
+INK, GRAY = "#1f2430", "#6b7280"
 DASHED, DOTTED = (0, (4, 3)), (0, (1, 2.5))
 
 MAX_POINTS = 2_000  # a line needs no more points than the picture has pixels

@@ -35,7 +35,6 @@ from .axes import (
     GREEN,
     INK,
     PURPLE,
-    STYLE,
     VERMILION,
     Label,
     add_token_axis,
@@ -50,6 +49,7 @@ from .axes import (
     set_ticks,
 )
 
+STYLE_FILE = Path(__file__).with_name("plots.mplstyle")
 DPI = 200  # twice the usual 100: sharp on high-resolution screens
 
 
@@ -73,7 +73,7 @@ def figure(name: str, metrics: Metrics, config: Row | None = None) -> Figure | N
         config: the run's config.json, for reference lines such as the clipping norm.
     """
     plot = PLOTS[name]
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(fname=STYLE_FILE):
         drawn = Figure(figsize=(plot.width, plot.height))
         axes = drawn.add_subplot()
         axes.set_title(plot.title)
