@@ -6,12 +6,11 @@ The page is the template report.html with the styles of report.css; this module 
 import base64
 import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from myllm.files import write_text
 from myllm.formatting import format_duration, format_number, format_percent, format_si
@@ -33,22 +32,10 @@ from .plots import PLOTS, save_figures
 
 MAX_TABLE_ROWS = 25
 MAX_SAMPLE_CHARS = 3_000
+SHAPE_WORDS = {"n_layers": "layers", "d_model": "wide", "n_heads": "heads"}
 ACTIVITY_COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#999999")
 """Longest activity first; the last color serves all that follow. Source: Okabe and Ito (2008), safe for color-blind
 readers."""
-
-
-@dataclass(frozen=True)
-class ReportData:
-    """What the page shows. Everything but the name and the metrics may be empty."""
-
-    name: str
-    metrics: Metrics
-    samples: dict[str, list[Row]]
-    config: Row
-    environment: Row
-    figures: dict[str, bytes]
-    """PNG files by figure name."""
 
 
 class Card(NamedTuple):
@@ -66,73 +53,69 @@ def write_report(run: RunPaths) -> Path:
         UserError: the run or its metrics do not exist or hold no rows.
     """
     metrics, config = read_metrics(run.metrics), read_config(run.config)
+    samples, environment = read_samples(run.samples), read_json_or_empty(run.environment)
     figures = save_figures(metrics, config, run.plots)
-    data = ReportData(
+    command = _command(environment)
+    page = _template().render(
         name=run.root.name,
-        metrics=metrics,
-        samples=read_samples(run.samples),
-        config=config,
-        environment=read_json_or_empty(run.environment),
-        figures={name: path.read_bytes() for name, path in figures.items()},
+        subtitle=_subtitle(config, environment),
+        step=metrics.last_step,
+        max_steps=as_float(section(config, "train").get("max_steps")),
+        cards=_cards(metrics, config, environment),
+        figures={name: _embed(path) for name, path in figures.items()},
+        descriptions={name: plot.description for name, plot in PLOTS.items()},
+        samples=samples,
+        evals=_eval_table(metrics),
+        activities=_activities(metrics),
+        # --train.fresh would move this run aside instead of resuming it.
+        resume_command=shlex.join(word for word in command if word != "--train.fresh"),
+        sample_command=_sample_command(run.root.name, samples),
+        config=_config_groups(config),
+        environment=environment | ({"command": shlex.join(command)} if command else {}),
+        n_rows=len(metrics.train) + sum(map(len, metrics.evals.values())),
+        n_skipped=metrics.skipped,
     )
-    write_text(run.report, render_page(data))  # atomic: a browser may reload the page while training continues
+    write_text(run.report, page)  # atomic: a browser may reload the page while training continues
     return run.report
 
 
-def render_page(data: ReportData) -> str:
-    metrics = data.metrics
+def _template() -> Template:
     jinja = Environment(
-        loader=PackageLoader(__package__, "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
+        loader=PackageLoader(__package__, "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
-    )
+    )  # fmt: skip
     jinja.filters |= {
         "duration": format_duration, "flatten": _flatten, "percent": format_percent, "sample": _shorten, "text": _text,
         "thousands": "{:,.0f}".format,
     }  # fmt: skip
-    return jinja.get_template("report.html").render(
-        name=data.name,
-        subtitle=" · ".join(filter(None, _subtitle(data))),
-        step=metrics.last_step,
-        max_steps=_max_steps(data),
-        cards=headline(data),
-        figures={name: _figure(name, png) for name, png in data.figures.items()},
-        samples=data.samples,
-        evals=_eval_table(metrics),
-        activities=activities(metrics),
-        commands=_commands(data),
-        config=_config_groups(data.config),
-        environment=_environment(data.environment),
-        n_rows=len(metrics.train) + sum(map(len, metrics.evals.values())),
-        n_skipped=metrics.skipped,
-    )
+    return jinja.get_template("report.html")
+
+
+def _embed(png: Path) -> str:
+    """An image as a data URL."""
+    return f"data:image/png;base64,{base64.b64encode(png.read_bytes()).decode('ascii')}"
 
 
 # -- the top ----------------------------------------------------------------------------------------------------------
 
 
-def _subtitle(data: ReportData) -> list[str]:
-    environment = data.environment
+def _subtitle(config: Row, environment: Row) -> str:
     device = _text(environment.get("device_name") or environment.get("device"))
     world_size = as_float(environment.get("world_size"))
-    return [
-        _text(environment.get("source") or section(data.config, "data").get("source")),
+    parts = [
+        _text(environment.get("source") or section(config, "data").get("source")),
         f"{world_size:.0f} x {device}" if device and world_size > 1 else device,
         _text(environment.get("started")).replace("T", " ")[:16],
     ]
+    return " · ".join(filter(None, parts))
 
 
-def _max_steps(data: ReportData) -> float:
-    """The planned length of the run; NaN if unknown."""
-    return as_float(section(data.config, "train").get("max_steps"))
-
-
-def headline(data: ReportData) -> list[Card]:
+def _cards(metrics: Metrics, config: Row, environment: Row) -> list[Card]:
     """The newest value of each measurement; a measurement without a value has no card."""
-    metrics, train, validation = data.metrics, data.metrics.last(), data.metrics.last("validation")
+    train, validation = metrics.last(), metrics.last("validation")
     at = f"at step {validation['step']:,}" if validation else ""
+    mfu, model = as_float(train.get("mfu")), section(config, "model")
+    shape = [f"{model[key]} {word}" for key, word in SHAPE_WORDS.items() if key in model]
     cards = [
         Card("Validation loss", _value(validation, "loss", _loss), at and f"nats per token, {at}"),
         Card("Perplexity", _value(validation, "perplexity", _perplexity), at),
@@ -140,10 +123,10 @@ def headline(data: ReportData) -> list[Card]:
         _accuracy_card(metrics, "cloze", "Cloze accuracy"),
         _accuracy_card(metrics, "hellaswag", "HellaSwag accuracy"),
         Card("Training loss", "" if validation else _value(train, "loss", _loss), "nats per token, newest row"),
-        Card("Tokens seen", _value(train, "tokens", format_si), _epochs(train, data.environment)),
-        Card("Tokens per second", _value(train, "tokens_per_s", format_si), _mfu(train)),
+        Card("Tokens seen", _value(train, "tokens", format_si), _epochs(train, environment)),
+        Card("Tokens per second", _value(train, "tokens_per_s", format_si), f"{format_percent(mfu)} MFU" * (mfu > 0)),
         Card("Training time", format_duration(metrics.training_s()), "without evaluations"),
-        Card("Parameters", _value(data.environment, "parameters", format_si), _shape(section(data.config, "model"))),
+        Card("Parameters", _value(environment, "parameters", format_si), ", ".join(shape)),
     ]
     return [card for card in cards if card.value]
 
@@ -164,21 +147,6 @@ def _epochs(train: Row, environment: Row) -> str:
     if epochs >= 1:
         return f"{format_number(epochs)} epochs"
     return f"{format_number(100 * epochs)}\N{NO-BREAK SPACE}% of the data" if epochs > 0 else ""
-
-
-def _mfu(train: Row) -> str:
-    mfu = as_float(train.get("mfu"))
-    return f"{format_percent(mfu)} MFU" if mfu > 0 else ""
-
-
-def _shape(model: Row) -> str:
-    names = {"n_layers": "layers", "d_model": "wide", "n_heads": "heads"}
-    return ", ".join(f"{model[key]} {name}" for key, name in names.items() if key in model)
-
-
-def _figure(name: str, png: bytes) -> dict[str, str]:
-    url = f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"
-    return {"url": url, "description": PLOTS[name].description}
 
 
 def _shorten(sample: Any) -> str:
@@ -213,7 +181,7 @@ def _eval_table(metrics: Metrics) -> dict[str, Any]:
     return {"headings": [column[:2] for column in columns], "rows": rows, "n_steps": len(steps)}
 
 
-def activities(metrics: Metrics) -> list[dict[str, Any]]:
+def _activities(metrics: Metrics) -> list[dict[str, Any]]:
     """Where the run's time went, the longest activity first: name, seconds, fraction and color."""
     seconds = metrics.time_by_activity()
     total = sum(seconds.values())
@@ -224,28 +192,21 @@ def activities(metrics: Metrics) -> list[dict[str, Any]]:
     ]
 
 
-def _commands(data: ReportData) -> dict[str, str]:
-    words = data.environment.get("command") or ""
-    words = [str(word) for word in words] if isinstance(words, list) else str(words).split()
-    # --train.fresh would move this run aside instead of resuming it.
-    resume = shlex.join(word for word in words if word != "--train.fresh")
-    prompt = next((prompt.strip() for prompt in data.samples if "'" not in prompt), "Once upon a time")
-    finished = _max_steps(data) <= data.metrics.last_step
-    return {
-        "Resume training": "" if finished else resume,
-        "Generate text": f"myllm sample {shlex.quote(data.name)} --prompt {shlex.quote(prompt)}",
-    }
+def _command(environment: Row) -> list[str]:
+    """The words of the command that started the run; earlier versions recorded them as one string."""
+    words = environment.get("command") or ""
+    return [str(word) for word in words] if isinstance(words, list) else str(words).split()
+
+
+def _sample_command(run: str, samples: dict[str, list[Row]]) -> str:
+    prompt = next((prompt.strip() for prompt in samples if "'" not in prompt), "Once upon a time")
+    return f"myllm sample {shlex.quote(run)} --prompt {shlex.quote(prompt)}"
 
 
 def _config_groups(config: Row) -> dict[str, Row]:
     groups = {"run": {key: value for key, value in config.items() if not isinstance(value, dict)}}
     groups |= {key: value for key, value in config.items() if isinstance(value, dict)}
     return {name: settings for name, settings in groups.items() if settings}
-
-
-def _environment(environment: Row) -> Row:
-    command = environment.get("command")
-    return environment | ({"command": shlex.join(map(str, command))} if isinstance(command, list) else {})
 
 
 # -- values as text ---------------------------------------------------------------------------------------------------
