@@ -33,9 +33,10 @@ def main() -> None:
         if wanted.config.hub.repo and not wanted.prepare_only:
             check_publishing(wanted.config)
         if wanted.dry_run:
+            from myllm.cli.plan import describe_dry_run
             from myllm.data.prepare.background import check_data_names
 
-            print(launch.describe_plan(wanted))
+            print(describe_dry_run(wanted))
             check_data_names(wanted.config.data)  # a plan helps without the data, but this run could not start
         else:
             prepare_and_train(wanted.config, wanted.prepare_only, wanted.profile, wanted.own_text)

@@ -72,7 +72,7 @@ def settled(asked: Asked, device: str, world_size: int) -> RunConfig:
     if sequences:
         batch_tokens = sequences * config.model.max_seq_len * world_size
         config = replace(config, train=replace(config.train, batch_tokens=batch_tokens))
-    if fault := batch_plan(config, world_size).fault():
+    if fault := batch_plan(config, world_size).error():
         raise UserError(fault)
     return config
 

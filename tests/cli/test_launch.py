@@ -14,7 +14,8 @@ import torch
 from conftest import ROOT, command, launch, write_run_config
 
 from myllm.cli import main as cli
-from myllm.cli.launch import describe_plan, exit_on_error, parse_args
+from myllm.cli.launch import exit_on_error, parse_args
+from myllm.cli.plan import describe_dry_run
 from myllm.config import RunConfig
 from myllm.errors import UserError
 from myllm.presets import PRESETS, get_preset
@@ -71,7 +72,7 @@ def test_a_config_may_come_through_a_pipe(tmp_path: Path) -> None:
         (["debug", "--config", "nowhere.json"], "cannot read the config nowhere.json"),
         (["debug", "--config", "/dev/zero"], "cannot read the config /dev/zero: it is a device"),
         (["debug", "--train.batch-tokens", "3000"], r"2,560 or 3,072"),
-        (["debug", "--train.max-steps", "0", "--optim.beta1", "2"], r"2 faults(.|\n)*max_steps(.|\n)*beta1"),
+        (["debug", "--train.max-steps", "0", "--optim.beta1", "2"], r"2 errors(.|\n)*max_steps(.|\n)*beta1"),
         (["debug", "--name", "../up"], "plain folder name"),
         (["debug", "--name=-x"], "does not begin with '-'"),
         (["debug", "--name", "a\nb"], "plain folder name"),
@@ -102,15 +103,17 @@ def test_the_batch_is_checked_for_the_planned_ranks(monkeypatch: pytest.MonkeyPa
         parse_args(["lf-llm-269m", "--dry-run"])
     assert parse_args(["lf-llm-269m"])  # but without torchrun this process would train alone
     monkeypatch.setenv("WORLD_SIZE", "8")
-    assert "x 8 rank(s) x 2 accumulation step(s) = 524,288" in describe_plan(parse_args(["lf-llm-269m", "--dry-run"]))
+    assert "x 8 rank(s) x 2 accumulation step(s) = 524,288" in describe_dry_run(
+        parse_args(["lf-llm-269m", "--dry-run"])
+    )
 
 
 def test_dry_run_of_the_reference() -> None:
-    text = describe_plan(parse_args(["lf-llm-269m"]))
+    text = describe_dry_run(parse_args(["lf-llm-269m"]))
     assert "320,145,408 in all, 268,682,240 without the embedding" in text
-    assert "2.324 G a token" in text
+    assert "2.324 G per token" in text
     assert "19,073 steps = 9,999,745,024 tokens" in text
-    shown, _, _ = text.partition("\n\nbatch")
+    shown, _, _ = text.partition("\n\nrun ")
     assert shown == "settings     those of lf-llm-269m; `python pretrain.py lf-llm-269m --help` lists them"
 
 
@@ -123,9 +126,9 @@ def test_dry_run_shows_what_differs_from_the_preset(tmp_path: Path) -> None:
         "  train.max_steps  600 -> 7",
     ]
     wanted = parse_args(["debug", *words])
-    assert describe_plan(wanted).split("\n\n")[0].splitlines() == expected
+    assert describe_dry_run(wanted).split("\n\n")[0].splitlines() == expected
     saved = write_run_config(wanted.config, tmp_path / "config.json")
-    assert describe_plan(parse_args(["--config", str(saved)])).split("\n\n")[0].splitlines() == expected
+    assert describe_dry_run(parse_args(["--config", str(saved)])).split("\n\n")[0].splitlines() == expected
 
 
 def test_help_names_every_preset(capsys: pytest.CaptureFixture[str]) -> None:
@@ -150,7 +153,7 @@ def test_a_mistake_ends_with_code_2_and_one_message(temp_data: Path) -> None:
     assert done.returncode == 2
     assert done.stdout == ""
     assert "Traceback" not in done.stderr
-    assert "error: the config has 2 faults" in done.stderr
+    assert "error: the config has 2 errors" in done.stderr
     assert not temp_data.exists()  # nothing was made
 
 

@@ -13,6 +13,7 @@ from packaging.specifiers import SpecifierSet
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from myllm.cli import launch
+from myllm.cli.plan import describe_dry_run
 from myllm.distributed import device_info as hardware
 from myllm.distributed.collectives import choose_device, process_group, training_device
 from myllm.distributed.device_info import (
@@ -140,7 +141,7 @@ def test_a_machine_without_gpus_is_no_fault(driver: Callable[..., None], monkeyp
 
 def test_the_plan_is_printed_all_the_same(driver: Callable[..., None]) -> None:
     driver("550.54.15", "12.4", "13.0")
-    said = launch.describe_plan(launch.parse_args(["debug", "--train.device", "auto", "--dry-run"]))
+    said = describe_dry_run(launch.parse_args(["debug", "--train.device", "auto", "--dry-run"]))
     assert "TFLOP/s" in said
     assert "no GPU       NVIDIA's driver 550.54.15 is here, for CUDA up to 12.4, but torch" in said
 

@@ -29,7 +29,7 @@ def test_a_rehearsal_on_two_ranks(short: RunConfig, tmp_path: Path, temp_data: P
     done = subprocess.run(words, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode != 0
     assert done.stdout.count("preflight of tiny on 2 x") == 1
-    assert "1 sequences x 64 tokens x 2 rank(s) x 1 accumulation step(s) = 128 tokens a step" in done.stdout
+    assert "1 sequences x 64 tokens x 2 rank(s) x 1 accumulation step(s) = 128 tokens per step" in done.stdout
     assert "checkpoint   " in done.stdout
     assert done.stderr.count("error: this run would not work") == 1
     assert done.stderr.count("beyond --max-hours 1e-09") == 1

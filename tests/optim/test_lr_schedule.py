@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from myllm.config import OptimConfig
 from myllm.optim.lr_schedule import learning_rate
-from myllm.planning import forecast
+from myllm.planning.forecast import Hardware, describe, parse_hardware, predict
 from myllm.planning.length import warmup_note
 from myllm.presets import get_preset
 
@@ -98,5 +98,5 @@ def test_a_short_trial_of_a_long_preset_says_that_its_warm_up_is_shorter():
     assert max(rates(short.optim, 100, list(range(100)))) == rates(short.optim, 100, [24])[0] == short.optim.max_lr
     note = "warm-up takes 25 steps instead of optim.warmup_steps 250: at most a quarter of train.max_steps 100"
     assert warmup_note(short) == note
-    assert note in forecast.describe_run(short, 1)
-    assert note in forecast.format_forecast(forecast.predict(short, forecast.parse_hardware("H100")))
+    assert note in describe(predict(short, Hardware(1)))
+    assert note in describe(predict(short, parse_hardware("H100")))

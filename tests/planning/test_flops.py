@@ -18,7 +18,7 @@ from myllm.planning.gpu_specs import GPU_SPECS, gpu_by_name, gpu_from_device_nam
 from myllm.presets import PRESETS, get_preset
 
 ATEN = torch.ops.aten
-FUSED_ON_A_CPU = {  # with the counter's own formulas, which it has for those of cards alone
+FUSED_ON_A_CPU = {  # with the counter's own formulas, which it has for those of GPUs alone
     ATEN._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: flop_counter.sdpa_flop_count(q, k, v),
     ATEN._scaled_dot_product_flash_attention_for_cpu_backward: (
         lambda grad, q, k, v, *_, **__: flop_counter.sdpa_backward_flop_count(grad, q, k, v)
@@ -100,7 +100,7 @@ def test_a_tied_head_counts_once_and_lookups_not_at_all() -> None:
     assert flops_per_token(replace(model, position="learned")) == flops_per_token(model)
 
 
-# -- cards ------------------------------------------------------------------------------------------------------------
+# -- GPUs -------------------------------------------------------------------------------------------------------------
 
 DRIVERS = {
     "NVIDIA A100-SXM4-80GB": ("A100-80", 312),
@@ -165,7 +165,7 @@ UNKNOWN = (
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
-def test_a_card_by_its_drivers_name(driver: str) -> None:
+def test_a_gpu_by_its_drivers_name(driver: str) -> None:
     name, tflops = DRIVERS[driver]
     assert gpu_from_device_name(driver).name == name
     assert peak_flops(driver) == (None if tflops is None else pytest.approx(tflops * 1e12))
@@ -198,16 +198,16 @@ def test_names_that_people_type() -> None:
         assert gpu_by_name(name).name == "A100-80"
     for name in ("RTX3060", "rtx 3060", "RTX-3060", "geforce-rtx-3060"):
         assert gpu_by_name(name).name == "RTX3060"
-    assert len({card.name for card in GPU_SPECS}) == len(GPU_SPECS)
-    for card in GPU_SPECS:
-        assert gpu_by_name(card.name) is card
-        assert parse_hardware(f"8x{card.name}").card is card
-        assert 5 < card.memory_gib < 300
+    assert len({gpu.name for gpu in GPU_SPECS}) == len(GPU_SPECS)
+    for gpu in GPU_SPECS:
+        assert gpu_by_name(gpu.name) is gpu
+        assert parse_hardware(f"8x{gpu.name}").gpu is gpu
+        assert 5 < gpu.memory_gib < 300
 
 
-def test_cards_that_nobody_knows() -> None:
-    with pytest.raises(UserError, match=r"--gpus '4xRTX3061'.*did you mean.*known cards: .*A100-80.*RTX3060"):
+def test_unknown_gpus() -> None:
+    with pytest.raises(UserError, match=r"--gpus '4xRTX3061'.*did you mean.*known GPUs: .*A100-80.*RTX3060"):
         parse_hardware("4xRTX3061")
     for text in ("0xH100", "8x", "xx", ""):
-        with pytest.raises(UserError, match="expected a number and a card such as 8xA100-80"):
+        with pytest.raises(UserError, match="expected a number and a GPU, such as 8xA100-80"):
             parse_hardware(text)

@@ -1,4 +1,4 @@
-"""`myllm plan`: does a run fit on given cards, and how long does it take?"""
+"""`myllm plan`: does a run fit on given GPUs, and how long does it take?"""
 
 import re
 from pathlib import Path
@@ -9,9 +9,9 @@ from conftest import with_train
 from myllm.cli.main import main
 from myllm.errors import UserError
 from myllm.planning.batch import micro_batch_sizes
-from myllm.planning.forecast import EXPECTED_MFU, format_forecast, parse_hardware, predict
+from myllm.planning.forecast import EXPECTED_MFU, describe, parse_hardware, predict
 from myllm.planning.gpu_specs import GPU_SPECS
-from myllm.planning.hardware_table import FLEETS, page
+from myllm.planning.hardware_table import HARDWARE, page
 from myllm.planning.memory_estimate import predicted_bytes
 from myllm.presets import PRESETS, get_preset
 
@@ -22,7 +22,7 @@ def test_dolma_75m_fits_an_rtx_3060() -> None:
     """12 GB, with the micro-batch that the preset has."""
     forecast = predict(get_preset("dolma-75m"), parse_hardware("1xRTX3060"))
     assert forecast.configured_batch_fits
-    assert predicted_bytes(forecast.config, forecast.how) <= forecast.fleet.budget_bytes < 11 * 2**30
+    assert predicted_bytes(forecast.config, forecast.mode) <= forecast.hardware.budget_bytes < 11 * 2**30
 
 
 def test_the_page_is_what_the_code_says() -> None:
@@ -30,20 +30,20 @@ def test_the_page_is_what_the_code_says() -> None:
     assert (DOCS / "hardware.md").read_text(encoding="utf-8") == page()
 
 
-@pytest.mark.parametrize("cards", FLEETS)
+@pytest.mark.parametrize("gpus", HARDWARE)
 @pytest.mark.parametrize("name", PRESETS)
-def test_the_largest_that_fits(name: str, cards: str) -> None:
+def test_the_largest_that_fits(name: str, gpus: str) -> None:
     """It fits, keeps the batch exact, and the next one does not fit."""
-    config, fleet = get_preset(name), parse_hardware(cards)
+    config, hardware = get_preset(name), parse_hardware(gpus)
     try:
-        forecast = predict(config, fleet)
+        forecast = predict(config, hardware)
     except UserError:
-        assert not micro_batch_sizes(config, fleet.count)
+        assert not micro_batch_sizes(config, hardware.count)
         return
-    sizes = micro_batch_sizes(config, fleet.count)
-    used = {n: predicted_bytes(with_train(config, micro_batch_size=n), forecast.how) for n in sizes}
+    sizes = micro_batch_sizes(config, hardware.count)
+    used = {n: predicted_bytes(with_train(config, micro_batch_size=n), forecast.mode) for n in sizes}
     assert list(used.values()) == sorted(used.values())
-    assert forecast.fits == max((n for n in sizes if used[n] <= fleet.budget_bytes), default=None)
+    assert forecast.largest == max((n for n in sizes if used[n] <= hardware.budget_bytes), default=None)
 
 
 def test_time_by_hand() -> None:
@@ -72,25 +72,26 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert re.search(
         r"micro-batch  \d+ is the largest that fits: --train.micro-batch-size \d+ \(16, as set, fits too\)", said
     )
-    parts = [float(size) for size in re.findall(r"^  \w[\w' ,]+ +([\d.]+) GiB$", said, re.MULTILINE)]
+    memory = said.partition("\nmemory ")[2].partition("\nprecision ")[0]
+    parts = [float(size) for size in re.findall(r"^  \w[\w' ,]+ +([\d.]+) GiB$", memory, re.MULTILINE)]
     (whole,) = re.findall(r"memory +([\d.]+) GiB predicted", said)
     assert sum(parts) == pytest.approx(float(whole), abs=0.05)
-    assert "at 30 % to 50 % of 312 TFLOP/s a card" in said
+    assert "assuming 30 % to 50 % of 312 TFLOP/s per GPU" in said
     sharded = plan(capsys, "lf-llm-269m", "--gpus", "8xRTX3060", "--train.parallel", "fsdp")
     assert "(FSDP)" in sharded
-    assert "whole matrices for a moment" in sharded
+    assert "gathered matrices" in sharded
     assert "16, as set, does not fit" in sharded
 
 
 def test_what_is_not_known_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     old = plan(capsys, "small-50m", "--gpus", "T4")
     assert "precision    float16 with a loss scale" in old
-    assert "of 65 TFLOP/s a card in float16" in old
+    assert "of 65 TFLOP/s per GPU in float16" in old
     asked = plan(capsys, "small-50m", "--gpus", "T4", "--train.precision", "bfloat16")
-    assert "bfloat16, for which a T4 has no arithmetic" in asked
+    assert "bfloat16, which a T4 cannot compute in" in asked
     cpu = plan(capsys, "debug", "--gpus", "cpu")
     assert "resident memory of the process" in cpu
-    assert "time         not known for a CPU" in cpu
+    assert "time         unknown for a CPU" in cpu
     assert "12, as set, does not divide the batch" in plan(capsys, "dolma-75m", "--gpus", "8xH100")
     nothing = plan(capsys, "lf-llm-269m", "--gpus", "RTX3070", "--model.n-layers", "80")
     assert "fits         no" in nothing
@@ -100,9 +101,9 @@ def test_what_is_not_known_is_said(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["debug", "--gpus", "8xFOO"], "known cards: "),
-        (["debug", "--gpus", "8xA100"], "several cards have that name: A100-80, A100-40"),
-        (["debug", "--gpus", "v100"], "several cards have that name: V100-32, V100-16"),
+        (["debug", "--gpus", "8xFOO"], "known GPUs: "),
+        (["debug", "--gpus", "8xA100"], "matches several GPUs: A100-80, A100-40"),
+        (["debug", "--gpus", "v100"], "matches several GPUs: V100-32, V100-16"),
         (["debug"], "missing --gpus, for example"),
         (["debug", "--gpus", "7xH100"], "on 7 ranks train.batch_tokens 512 is not a multiple"),
         (["nothing", "--gpus", "H100"], "unknown preset 'nothing'"),
@@ -125,7 +126,7 @@ def test_help_and_table(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_every_part_of_a_table_is_there() -> None:
-    for card in GPU_SPECS:
-        said = format_forecast(predict(get_preset("small-50m"), parse_hardware(card.name)))
-        for line in ("steps", "memory", "card", "time"):
+    for gpu in GPU_SPECS:
+        said = describe(predict(get_preset("small-50m"), parse_hardware(gpu.name)))
+        for line in ("steps", "memory", "GPU", "time"):
             assert f"\n{line} " in said

@@ -14,8 +14,8 @@ from myllm.config import ModelConfig, RunConfig, TrainConfig
 from myllm.distributed.collectives import DistContext
 from myllm.distributed.precision import autocast
 from myllm.model.cross_entropy import CPU_CHUNK, GPU_CHUNK
-from myllm.planning import memory_estimate as footprint
-from myllm.planning.forecast import describe_run
+from myllm.planning import memory_estimate
+from myllm.planning.forecast import Hardware, describe, predict
 from myllm.planning.memory_estimate import (
     ComputeMode,
     block_saved_bytes,
@@ -63,11 +63,11 @@ def tensors_alone(config: RunConfig, ranks: int = 1) -> int:
 @by_checkpointing
 def test_what_autograd_keeps_is_known_to_the_byte(kind: str, precision: str, recompute: bool) -> None:
     config = run_config(kind, precision=precision, activation_checkpointing=recompute)
-    model, how, n = config.model, ComputeMode.of(config, "cpu"), 2 * 64
+    model, mode, n = config.model, ComputeMode.of(config, "cpu"), 2 * 64
     stream = 2 if kind.startswith("half") and precision == "bfloat16" else 4
-    block = stream * n * model.d_model if recompute else block_saved_bytes(model, how, n)
-    loss = how.width * n * model.d_model + 4 * model.padded_vocab_size * model.d_model
-    assert saved_bytes(Step(config)) == model.n_layers * block + outer_saved_bytes(model, how, n) + loss
+    block = stream * n * model.d_model if recompute else block_saved_bytes(model, mode, n)
+    loss = mode.width * n * model.d_model + 4 * model.padded_vocab_size * model.d_model
+    assert saved_bytes(Step(config)) == model.n_layers * block + outer_saved_bytes(model, mode, n) + loss
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_what_a_compiled_model_keeps(kind: str) -> None:
     Within 10 %: the residual stream is kept now in float32, now as the bfloat16 that was added to it.
     """
     config = run_config(kind, precision="bfloat16", compile="on")
-    model, how, step = config.model, ComputeMode.of(config, "cpu"), Step(with_train(config, compile="off"))
+    model, mode, step = config.model, ComputeMode.of(config, "cpu"), Step(with_train(config, compile="off"))
     hidden, kept = torch.compile(step.model.hidden, backend="aot_eager_decomp_partition"), []
     step.model.train()
     try:
@@ -146,7 +146,7 @@ def test_what_a_compiled_model_keeps(kind: str) -> None:
     own = {t.untyped_storage().data_ptr() for t in [*step.model.parameters(), *step.model.buffers(), step.tokens]}
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept if torch.is_tensor(t)}
     found = sum(size for pointer, size in storages.items() if pointer not in own)
-    expected = model.n_layers * block_saved_bytes(model, how, 2 * 64) + outer_saved_bytes(model, how, 2 * 64)
+    expected = model.n_layers * block_saved_bytes(model, mode, 2 * 64) + outer_saved_bytes(model, mode, 2 * 64)
     assert expected == pytest.approx(found, rel=0.1)
 
 
@@ -173,14 +173,15 @@ def test_without_triton_nothing_is_compiled_by_itself() -> None:
     assert ComputeMode.of(with_train(config, compile="on"), "cuda", triton=False).compiled
     off = ComputeMode.of(with_train(config, compile="off"), "cuda", 8)
     assert ComputeMode.of(config, "cuda", 8, triton=False) == off
-    assert describe_run(config, 8, "cuda", triton=False) == describe_run(with_train(config, compile="off"), 8, "cuda")
-    assert describe_run(config, 8, "cuda") != describe_run(config, 8, "cuda", triton=False)
+    without = describe(predict(config, Hardware(8, None, "cuda", triton=False)))
+    assert without == describe(predict(with_train(config, compile="off"), Hardware(8, None, "cuda")))
+    assert without != describe(predict(config, Hardware(8, None, "cuda")))
 
 
 def test_what_saves_memory_does() -> None:
     config = get_preset("lf-llm-269m")
-    how = ComputeMode.of(config, "cuda", 8)
-    base = predicted_bytes(config, how)
+    mode = ComputeMode.of(config, "cuda", 8)
+    base = predicted_bytes(config, mode)
     for saving in ({"activation_checkpointing": True}, {"parallel": "fsdp"}, {"micro_batch_size": 8}):
         changed = with_train(config, **saving)
         assert predicted_bytes(changed, ComputeMode.of(changed, "cuda", 8)) < base
@@ -205,7 +206,7 @@ def test_a_bfloat16_residual_stream_saves_memory(train: dict) -> None:
 
 
 def test_the_losss_chunks_are_the_losss() -> None:
-    assert footprint.LOSS_CHUNK == {"cpu": CPU_CHUNK, "cuda": GPU_CHUNK}
+    assert memory_estimate.LOSS_CHUNK == {"cpu": CPU_CHUNK, "cuda": GPU_CHUNK}
 
 
 def test_no_torch_is_needed() -> None:

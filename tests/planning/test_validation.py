@@ -1,4 +1,4 @@
-"""Every fault of a config is found before anything is allocated, and all of them at once."""
+"""Every error of a config is found before anything is allocated, and all of them at once."""
 
 import re
 from dataclasses import replace
@@ -8,9 +8,9 @@ import pytest
 
 from myllm.config import ModelConfig, RunConfig, TrainConfig
 from myllm.errors import UserError
-from myllm.planning import forecast
 from myllm.planning.batch import micro_batch_sizes
 from myllm.planning.disk import disk_estimate_bytes
+from myllm.planning.forecast import Hardware, describe, predict
 from myllm.planning.validation import check_config, check_data_config, config_errors
 from myllm.presets import PRESETS, get_preset
 from myllm.training.profiler import choose_window
@@ -86,7 +86,7 @@ NOT_FINITE = [
 )
 def test_a_fault_names_the_setting_and_its_value(setting, value):
     found = config_errors(changed(GOOD, **{setting.replace(".", "__"): value}), 1)
-    assert any(fault.startswith(f"{setting} ") and f"{value}" in fault for fault in found), found
+    assert any(error.startswith(f"{setting} ") and f"{value}" in error for error in found), found
 
 
 @pytest.mark.parametrize(
@@ -105,15 +105,15 @@ def test_a_fault_names_the_setting_and_its_value(setting, value):
     ids=str,
 )
 def test_faults_between_settings(changes, said):
-    (fault,) = config_errors(changed(GOOD, **changes), 1)
+    (error,) = config_errors(changed(GOOD, **changes), 1)
     for words in said:
-        assert words in fault
+        assert words in error
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a\\b", " a", "a ", "../up", "/abs"])
 def test_names_that_are_no_folder(name):
-    (fault,) = config_errors(changed(GOOD, name=name), 1)
-    assert repr(name) in fault
+    (error,) = config_errors(changed(GOOD, name=name), 1)
+    assert repr(name) in error
 
 
 @pytest.mark.parametrize("name", ["a", "my-run", "run.2", "Größe", "with space"])
@@ -140,28 +140,28 @@ def test_what_is_no_fault(changes):
 
 def test_the_number_of_ranks_counts():
     assert config_errors(GOOD, 1) == []
-    (fault,) = config_errors(GOOD, 3)
-    assert "3 rank(s)" in fault
+    (error,) = config_errors(GOOD, 3)
+    assert "3 rank(s)" in error
 
 
 def test_all_faults_are_listed():
     config = changed(
         GOOD, name="a/b", model__d_ff=0, optim__max_lr=-1.0, train__batch_tokens=100, eval__cloze_examples=0
     )
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError) as caught:
         check_config(config, 1)
-    lines = str(error.value).split("\n")
-    assert lines[0] == "the config has 5 faults:"
+    lines = str(caught.value).split("\n")
+    assert lines[0] == "the config has 5 errors:"
     assert len(lines) == 6
     for name in ("name", "model.d_ff", "optim.max_lr", "train.batch_tokens", "eval.cloze_examples"):
         assert sum(line.startswith(f"  - {name} ") for line in lines) == 1
-    with pytest.raises(UserError, match="the config has 1 fault:"):
+    with pytest.raises(UserError, match="the config has 1 error:"):
         check_config(changed(GOOD, name=""), 1)
     check_config(GOOD, 1)
 
 
 def test_everything_zero_is_still_only_faults():
-    """Nothing divides by a value that another fault is about."""
+    """Nothing divides by a value that another error is about."""
     zeros = {name.replace(".", "__"): 0 for name in ZERO_IS_TOO_SMALL}
     assert len(config_errors(changed(GOOD, **zeros), 1)) >= len(ZERO_IS_TOO_SMALL)
 
@@ -175,22 +175,22 @@ def test_data_settings_alone():
 def test_early_stopping_needs_validation():
     config = changed(GOOD, train__early_stop_patience=3)
     assert config_errors(config, 1) == []
-    (fault,) = config_errors(changed(config, eval__validation_every_steps=0), 1)
-    assert fault.startswith("train.early_stop_patience is 3, but eval.validation_every_steps is 0")
+    (error,) = config_errors(changed(config, eval__validation_every_steps=0), 1)
+    assert error.startswith("train.early_stop_patience is 3, but eval.validation_every_steps is 0")
 
 
 def test_a_bfloat16_residual_stream_is_not_for_float16():
     for precision in ("auto", "bfloat16", "float32"):
         assert config_errors(changed(GOOD, model__residual_dtype="bfloat16", train__precision=precision), 1) == []
-    (fault,) = config_errors(changed(GOOD, model__residual_dtype="bfloat16", train__precision="float16"), 1)
-    assert fault.startswith("model.residual_dtype is bfloat16, which train.precision float16 cannot have; set")
+    (error,) = config_errors(changed(GOOD, model__residual_dtype="bfloat16", train__precision="float16"), 1)
+    assert error.startswith("model.residual_dtype is bfloat16, which train.precision float16 does not support; set")
 
 
 def test_repeatable_steps_need_a_repeatable_attention():
     for attention in ("auto", "flash", "math"):
         assert config_errors(changed(GOOD, train__deterministic=True, train__attention=attention), 1) == []
-    (fault,) = config_errors(changed(GOOD, train__deterministic=True, train__attention="cudnn"), 1)
-    assert fault.startswith("train.attention is cudnn, whose backward pass does not repeat itself")
+    (error,) = config_errors(changed(GOOD, train__deterministic=True, train__attention="cudnn"), 1)
+    assert error.startswith("train.attention is cudnn, whose backward pass is not deterministic")
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_repeatable_steps_need_a_repeatable_attention():
     ],
 )  # fmt: skip
 def test_numbers_that_no_run_has(part: str, name: str, value: int) -> None:
-    """Said in a sentence, and as fast as any other fault."""
+    """Said in a sentence, and as fast as any other error."""
     config = RunConfig()
     wrong = replace(config, **{part: replace(getattr(config, part), **{name: value})})
     pattern = rf"{part}\.{name} is .*, but must be at most [\d,]+$"
@@ -215,7 +215,7 @@ def test_a_run_that_is_very_long() -> None:
     long = replace(TrainConfig(), max_steps=10**10, save_every_steps=1, keep_every_steps=3, log_every_steps=10**10)
     config = replace(RunConfig(), train=long)
     assert not config_errors(config, 1)
-    assert "tokens" in forecast.describe_run(config, 1, "cpu")
+    assert "tokens" in describe(predict(config, Hardware(1)))
     assert len(choose_window(config, 0)) == 5
     assert sum(disk_estimate_bytes(config).values()) > 0
     tokens = replace(long, batch_tokens=10**12 // 2_048 * 2_048, micro_batch_size=1)

@@ -1,4 +1,4 @@
-"""From the words of a command line to a RunConfig, and what `--dry-run` prints of it."""
+"""From the words of a command line to a RunConfig."""
 
 import errno
 import platform
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import tyro
 
@@ -21,16 +21,10 @@ from myllm.distributed import launcher as ranks
 from myllm.distributed.standard_streams import flush_output, stdout_closed
 from myllm.errors import MachineError, UserError, explain_os_error
 from myllm.paths import RunPaths, user_path
-from myllm.planning import forecast
-from myllm.planning.flops import flops_per_token
-from myllm.planning.length import describe_length, length_note, resolve_max_steps
 from myllm.planning.validation import check_config
-from myllm.presets import describe_presets, describe_settings, get_preset
+from myllm.presets import describe_presets, get_preset
 
 from .parse import parse_arguments, version, wrap_help
-
-if TYPE_CHECKING:
-    import torch
 
 RANK_0_FIRST_S = 10
 CAUSE_FIRST_S = 3
@@ -219,63 +213,6 @@ def _says(file: ConfigFile, own_text: bool) -> bool:
     if found.train.max_steps != -1 or (found.train.epochs or -1) != -1:
         return False
     return own_text or bool(found.data.source or found.data.dataset)
-
-
-def describe_plan(launch: PretrainArgs) -> str:
-    """The settings and what they cost, for people."""
-    from myllm.distributed.collectives import choose_device
-    from myllm.distributed.device_info import cuda_problem, has_triton
-
-    asked = launch.config.train.device
-    world_size, device = ranks.world_size(), choose_device(asked)
-    why = cuda_problem() if asked == "auto" and device.type == "cpu" else None
-    config, length = with_length_here(launch)
-    lines = [
-        f"{describe_settings(launch.config)}\n",
-        forecast.describe_run(config, world_size, device.type, has_triton(device)),
-        *(f"data         {line}" for line in length),
-        _time_here(config, world_size, device),
-        *([f"no GPU       {why}"] if why else []),
-    ]
-    return "\n".join(lines)
-
-
-def with_length_here(launch: RunArgs) -> tuple[RunConfig, list[str]]:
-    """The config with the steps that its text gives, as far as that is known here, and what there is to say of it."""
-    from myllm.training.preflight.data_and_disk import inspect_data_and_disk
-
-    config = launch.config
-    try:
-        room = inspect_data_and_disk(config)
-    except UserError as error:  # a plan may be made where the text is not
-        return config, [str(error)]
-    if not room.tokens:
-        note = length_note(config, launch.own_text)
-        return config, [f"how many tokens {room.text} has is not known yet", *([note] if note else [])]
-    config = resolve_max_steps(config, room.tokens, launch.own_text)
-    return config, [room.text, *describe_length(config, room.tokens, room.tokens_are_counted)]
-
-
-def _time_here(config: RunConfig, world_size: int, device: "torch.device") -> str:
-    from myllm.distributed.device_info import device_name, measure_matmul_flops
-    from myllm.distributed.precision import allow_tf32, compute_dtype, describe_precision
-
-    products, dtype = describe_precision(config.train.precision, device), compute_dtype(config.train.precision, device)
-    with allow_tf32(config, device):
-        rate = measure_matmul_flops(device, dtype) * world_size
-    total = flops_per_token(config.model) * config.train.max_steps * config.train.batch_tokens
-    hours = total / (0.4 * rate) / 3_600
-    shown = (
-        f"{hours / 24 / 365:,.1f} years"
-        if hours > 24 * 365
-        else f"{hours / 24:,.1f} days"
-        if hours > 48
-        else f"{hours:,.2f} hours"
-    )
-    return (
-        f"time         about {shown} on {world_size} x {device_name(device)}: 40 % of the {rate / 1e12:.2f} TFLOP/s "
-        f"that matrix products in {products} reached just now"
-    )
 
 
 @contextmanager

@@ -1,12 +1,22 @@
-"""`myllm plan PRESET --gpus 8xA100-80`: does a run fit there, with which micro-batch, and for how long?"""
+"""What a run needs: `myllm plan PRESET --gpus 8xA100-80`, or `pretrain.py PRESET --dry-run` for this machine."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from myllm.config import RunConfig
+from myllm.distributed import launcher
 from myllm.errors import UserError
-from myllm.planning import forecast
-from myllm.planning.length import length_note
+from myllm.formatting import format_duration
+from myllm.planning.flops import flops_per_token
+from myllm.planning.forecast import Hardware, describe, parse_hardware, predict
+from myllm.planning.gpu_specs import gpu_from_device_name
+from myllm.planning.length import describe_length, length_note, resolve_max_steps
+from myllm.presets import describe_settings
 
 from .launch import RunArgs, parse_run_args
+
+if TYPE_CHECKING:
+    import torch
 
 USAGE = """usage: myllm plan PRESET --gpus 8xA100-80 [--config FILE.json] [overrides]
 
@@ -16,20 +26,22 @@ presets:
 {presets}
 
 options:
-  --gpus CARDS        how many of which card: 8xA100-80, 1xRTX3060, H100, or cpu; an unknown name lists all
-  --config FILE.json  lay a saved or hand-written config over the preset (which may then be left out)
+  --gpus GPUS         how many of which GPU: 8xA100-80, 1xRTX3060, H100, or cpu; an unknown name lists all
+  --config FILE.json  lay a saved or hand-written config over the preset (which may then be omitted)
   overrides           any setting of the config, as for pretrain.py: --train.parallel fsdp
 
-`myllm plan --table` prints the presets on common cards, as in docs/hardware.md.
+`myllm plan --table` prints the presets on common GPUs, as in docs/hardware.md.
 """
+DRY_RUN_MFU = 0.4
+"""Fraction of the speed of matrix products that a training step is expected to reach."""
 
 
 @dataclass(frozen=True)
-class PlanLaunch(RunArgs):
-    """What `myllm plan` is asked."""
+class PlanArgs(RunArgs):
+    """Command-line arguments of `myllm plan`."""
 
     gpus: str = ""
-    """How many of which card: 8xA100-80, 1xRTX3060, H100, or cpu."""
+    """How many of which GPU: 8xA100-80, 1xRTX3060, H100, or cpu."""
 
 
 def plan(words: list[str]) -> None:
@@ -39,9 +51,59 @@ def plan(words: list[str]) -> None:
 
         print(page(), end="")
         return
-    wanted = parse_run_args(PlanLaunch, words, USAGE)
-    if not wanted.gpus:
+    args = parse_run_args(PlanArgs, words, USAGE)
+    if not args.gpus:
         raise UserError("missing --gpus, for example --gpus 8xA100-80 or --gpus cpu")
-    if note := length_note(wanted.config, wanted.own_text):
+    if note := length_note(args.config, args.own_text):
         print(note)
-    print(forecast.format_forecast(forecast.predict(wanted.config, forecast.parse_hardware(wanted.gpus))))
+    print(describe(predict(args.config, parse_hardware(args.gpus))))
+
+
+def describe_dry_run(args: RunArgs) -> str:
+    """The settings, the plan for this machine, and the data."""
+    from myllm.distributed.collectives import choose_device
+    from myllm.distributed.device_info import cuda_problem, device_name, has_triton
+
+    device = choose_device(args.config.train.device)
+    gpu = gpu_from_device_name(device_name(device)) if device.type == "cuda" else None
+    hardware = Hardware(launcher.world_size(), gpu, device.type, has_triton(device))
+    config, data_lines = _with_data(args)
+    problem = cuda_problem() if args.config.train.device == "auto" and device.type == "cpu" else None
+    return "\n".join(
+        [
+            f"{describe_settings(args.config)}\n",
+            describe(predict(config, hardware), _measured_time(config, hardware.count, device)),
+            *(f"data         {line}" for line in data_lines),
+            *([f"no GPU       {problem}"] if problem else []),
+        ]
+    )
+
+
+def _with_data(args: RunArgs) -> tuple[RunConfig, list[str]]:
+    """The config with the steps that follow from the size of its text, if that is known, and lines about the text."""
+    from myllm.training.preflight.data_and_disk import inspect_data_and_disk
+
+    config = args.config
+    try:
+        found = inspect_data_and_disk(config)
+    except UserError as error:  # a plan is useful without the text
+        return config, [str(error)]
+    if not found.tokens:
+        note = length_note(config, args.own_text)
+        return config, [f"the number of tokens in {found.text} is not known yet", *([note] if note else [])]
+    config = resolve_max_steps(config, found.tokens, args.own_text)
+    return config, [found.text, *describe_length(config, found.tokens, found.tokens_are_counted)]
+
+
+def _measured_time(config: RunConfig, world_size: int, device: "torch.device") -> str:
+    from myllm.distributed.device_info import device_name, measure_matmul_flops
+    from myllm.distributed.precision import allow_tf32, compute_dtype, describe_precision
+
+    precision, dtype = describe_precision(config.train.precision, device), compute_dtype(config.train.precision, device)
+    with allow_tf32(config, device):
+        rate = measure_matmul_flops(device, dtype) * world_size
+    total = flops_per_token(config.model) * config.train.max_steps * config.train.batch_tokens
+    return (
+        f"time         about {format_duration(total / (DRY_RUN_MFU * rate))} on {world_size} x {device_name(device)}: "
+        f"{DRY_RUN_MFU:.0%} of the {rate / 1e12:.2f} TFLOP/s just measured for matrix products in {precision}"
+    )

@@ -1,1 +1,9 @@
-"""What a run costs, from its config alone: batch arithmetic, FLOPs, memory, time. Imports no torch."""
+"""The cost of a run from its config alone: nothing here imports torch or allocates memory.
+
+- `batch`: batch_tokens as ranks x micro-batch x accumulation steps
+- `length`: epochs, steps, warm-up
+- `flops`: parameters and FLOPs of a model; `gpu_specs`: peak FLOP/s and memory of GPUs
+- `memory_estimate`: peak memory of one rank; `disk`: checkpoints and shards
+- `forecast`: all of it for one run (`myllm plan`, `--dry-run`); `hardware_table`: docs/hardware.md
+- `validation`: every error of a config at once
+"""

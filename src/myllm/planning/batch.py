@@ -1,4 +1,4 @@
-"""Batch arithmetic: batch_tokens cut over ranks, micro-batches and accumulation steps."""
+"""Batch arithmetic: batch_tokens = micro-batch x sequence length x ranks x accumulation steps, exactly."""
 
 import math
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from myllm.config import RunConfig
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How batch_tokens is cut over ranks and micro-steps. Exact: the parts multiply to the whole."""
+    """How one step's batch is divided over ranks and micro-steps."""
 
     batch_tokens: int
     seq_len: int
@@ -26,17 +26,17 @@ class BatchPlan:
 
     @property
     def sequences(self) -> int:
-        """Sequences a step over all ranks."""
+        """Sequences per step over all ranks."""
         return self.batch_tokens // self.seq_len
 
-    def fault(self) -> str | None:
-        """Why the parts do not multiply to the whole, with the nearest values that do; None if they do."""
+    def error(self) -> str | None:
+        """Why batch_tokens does not divide evenly, with the nearest values that do; None if it does."""
         if self.batch_tokens > 0 and self.micro_tokens > 0 and self.batch_tokens % self.micro_tokens == 0:
             return None
         below = self.batch_tokens // self.micro_tokens * self.micro_tokens
         tokens = [n for n in (below, below + self.micro_tokens) if n > 0]
-        share, remainder = divmod(self.batch_tokens, self.seq_len * self.world_size)
-        micro = [] if remainder else [n for n in range(1, min(share, 4_096) + 1) if share % n == 0]
+        per_rank, remainder = divmod(self.batch_tokens, self.seq_len * self.world_size)
+        micro = [] if remainder else [n for n in range(1, min(per_rank, 4_096) + 1) if per_rank % n == 0]
         micro = sorted(sorted(micro, key=lambda n: abs(n - self.micro_batch_size))[:3])
         advice = f"set train.batch_tokens to {' or '.join(f'{n:,}' for n in tokens)}"
         if micro:
@@ -50,21 +50,21 @@ class BatchPlan:
     def __str__(self) -> str:
         return (
             f"{self.micro_batch_size} sequences x {self.seq_len:,} tokens x {self.world_size} rank(s) x "
-            f"{self.grad_accum_steps} accumulation step(s) = {self.batch_tokens:,} tokens a step"
+            f"{self.grad_accum_steps} accumulation step(s) = {self.batch_tokens:,} tokens per step"
         )
 
 
 def batch_plan(config: RunConfig, world_size: int) -> BatchPlan:
     train = config.train
-    # Until "auto" is a number, one sequence stands for it: it multiplies to the whole wherever any number does.
+    # "auto" counts as one sequence: that divides the batch if any number does.
     micro_batch_size = 1 if train.micro_batch_size == "auto" else train.micro_batch_size
     return BatchPlan(train.batch_tokens, config.model.max_seq_len, micro_batch_size, world_size)
 
 
 def micro_batch_sizes(config: RunConfig, world_size: int) -> list[int]:
-    """Every micro-batch size that keeps batch_tokens exact on so many ranks, ascending; none if there is none."""
-    share, remainder = divmod(config.train.batch_tokens, config.model.max_seq_len * world_size)
+    """Every micro-batch size that divides batch_tokens exactly, ascending. Empty: no size does."""
+    per_rank, remainder = divmod(config.train.batch_tokens, config.model.max_seq_len * world_size)
     if remainder:
         return []
-    below = [size for size in range(1, math.isqrt(share) + 1) if share % size == 0]
-    return sorted({*below, *(share // size for size in below)})
+    small = [size for size in range(1, math.isqrt(per_rank) + 1) if per_rank % size == 0]
+    return sorted({*small, *(per_rank // size for size in small)})

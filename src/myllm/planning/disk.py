@@ -8,54 +8,65 @@ from myllm.config import RunConfig, TrainConfig
 
 from .flops import stored_parameters
 
+SPARE_BYTES = 2_000_000
+"""Per checkpoint, for everything but the numbers in tensors: metadata, random state, tokenizer."""
+
 
 def checkpoint_bytes(config: RunConfig) -> int:
-    """Weights and AdamW's two moments in float32."""
-    return 12 * stored_parameters(config.model)
+    """One checkpoint: the weights and both AdamW moments in float32."""
+    return 12 * stored_parameters(config.model) + SPARE_BYTES
 
 
 def n_saves(train: TrainConfig, first: int, last: int) -> int:
-    """How many checkpoints are made after step `first`, up to `last`: at multiples of save_every_steps and of
-    keep_every_steps, and at the run's end. By arithmetic, however long the run is."""
+    """Checkpoints written after step `first`, up to step `last`: at multiples of save_every_steps and keep_every_steps,
+    and at the end of the run. In constant time, however long the run is."""
     cadences = [every for every in (train.save_every_steps, train.keep_every_steps) if every > 0]
 
-    def multiples(of: int) -> int:
-        return last // of - first // of
+    def multiples(every: int) -> int:
+        return last // every - first // every
 
     count = sum(map(multiples, cadences)) - (multiples(math.lcm(*cadences)) if len(cadences) == 2 else 0)
     at_end = first < train.max_steps <= last and not any(train.max_steps % every == 0 for every in cadences)
     return max(count, 0) + at_end
 
 
-def n_kept(train: TrainConfig, here: Sequence[int] = (), step: int = 0) -> int:
-    """How many checkpoints there are when a run has ended: keep_last of the newest (0: all), and those at multiples of
-    keep_every_steps.
+def n_kept(train: TrainConfig, existing: Sequence[int] = (), step: int = 0) -> int:
+    """Checkpoints on the disk at the end of a run: the newest keep_last (0: all) and the multiples of keep_every_steps.
 
     Args:
-        here: the steps of those that are there already, in order.
-        step: where the run goes on.
+        existing: steps of the checkpoints that are on the disk now, ascending.
+        step: where the run resumes.
     """
     end, ahead = train.max_steps, n_saves(train, step, train.max_steps)
-    if not train.keep_last or train.keep_last >= len(here) + ahead:
-        return len(here) + ahead
+    if not train.keep_last or train.keep_last >= len(existing) + ahead:
+        return len(existing) + ahead
     milestone = train.keep_every_steps
     if train.keep_last >= ahead:
-        older = here[: len(here) - (train.keep_last - ahead)]
+        older = existing[: len(existing) - (train.keep_last - ahead)]
         milestones_ahead = 0
-    else:  # the step before the newest keep_last, by bisection: each step further back can only add saves
-        older = here
-        newest = bisect.bisect_left(
-            range(end - step), train.keep_last, key=lambda back: n_saves(train, end - back, end)
-        )
-        milestones_ahead = (end - newest) // milestone - step // milestone if milestone else 0
-    return train.keep_last + milestones_ahead + sum(milestone > 0 and at % milestone == 0 for at in older)
+    else:  # find the step before the newest keep_last by bisection: n_saves only grows with the distance to the end
+        older = existing
+        distance = bisect.bisect_left(range(end - step), train.keep_last, key=lambda n: n_saves(train, end - n, end))
+        milestones_ahead = (end - distance) // milestone - step // milestone if milestone else 0
+    return train.keep_last + milestones_ahead + sum(milestone > 0 and saved % milestone == 0 for saved in older)
+
+
+def n_added(config: RunConfig, existing: Sequence[int] = (), step: int = 0, has_best: bool = False) -> int:
+    """The most checkpoints that a run adds to the existing ones at any time: the newest is complete before the oldest
+    is removed.
+
+    Args:
+        has_best: the checkpoint with the lowest validation loss is on the disk already.
+    """
+    train = config.train
+    if not n_saves(train, step, train.max_steps):
+        return 0
+    needs_best = train.early_stop_patience is not None and not has_best
+    return max(n_kept(train, existing, step) - len(existing) + needs_best, 0) + 1
 
 
 def disk_estimate_bytes(config: RunConfig) -> dict[str, int]:
-    """What the run's folder and its data set take, for what can be known before anything is read."""
-    kept = n_kept(config.train)
+    """Disk space of a new run and its data set."""
     trained = config.train.max_steps * config.train.batch_tokens
     tokens = min(trained, config.data.target_tokens or trained) + config.data.val_tokens
-    best = config.train.early_stop_patience is not None
-    # One more than kept: the newest is whole before the oldest goes.
-    return {"checkpoints": (kept + 1 + best) * checkpoint_bytes(config), "token shards, at most": 2 * tokens}
+    return {"checkpoints": n_added(config) * checkpoint_bytes(config), "token shards, at most": 2 * tokens}

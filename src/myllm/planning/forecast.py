@@ -1,276 +1,263 @@
-"""What a run will take on given cards, before anybody rents them: does it fit, with which micro-batch, for how long?
+"""What a run needs on given hardware: memory, the largest micro-batch that fits, and time.
 
-Arithmetic only: nothing is measured or allocated, and no torch is needed. What it stands on is said with each figure.
+Everything follows from the config; nothing is measured or allocated. `myllm plan` takes GPUs by name, `--dry-run` the
+machine it runs on.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from myllm.config import RunConfig
 from myllm.errors import UserError, did_you_mean
+from myllm.formatting import format_gib
 
 from .batch import batch_plan, micro_batch_sizes
 from .disk import disk_estimate_bytes
-from .flops import flops_per_token, n_parameters, parameters_by_part
+from .flops import flops_per_token, parameters_by_part
 from .gpu_specs import GPU_SPECS, GpuSpec, gpu_by_name
 from .length import warmup_note
 from .memory_estimate import HEADROOM, ComputeMode, memory_by_part, predicted_bytes
 
 GIB = 2**30
-DRIVER_SHARE = 0.02
-"""Of a card's memory, what the driver keeps: torch sees 11.76 GiB of an RTX 3060's 12 and 79.1 of an H100's 80."""
+DRIVER_FRACTION = 0.02
+"""Of a GPU's memory, reserved by the driver: torch sees 11.76 of 12 GiB on an RTX 3060, and 79.1 of 80 on an H100."""
 CONTEXT_BYTES = 0.6 * GIB
-"""CUDA's context with torch's kernels, outside torch's allocator: usually 0.4 to 0.6 GiB. Not measured here."""
+"""The CUDA context with torch's kernels, outside torch's allocator: usually 0.4 to 0.6 GiB. Not measured here."""
 NCCL_BYTES = 0.5 * GIB
-"""Its buffers, where there are several ranks. A guess, not measured here."""
+"""NCCL's buffers with several ranks. A guess, not measured here."""
 EXPECTED_MFU = (0.30, 0.50)
-"""Of the card's peak in bfloat16, for compiled models of 50M to 1B parameters. From published runs in the same counting
-(6 N + 12 n_layers d_model T), as they stood in March 2026: on H100 nanochat d16 37 % and d24 50.0 % (8 cards; its 66 %
-is with fp8), llm.c 124M 41 % and 350M 46 % (8 cards), autoresearch's 50M 39.8 % (one card); on A100 LF_LLM-269M 32 %
-(8 cards, December 2024), TinyLlama 52 %, llm.c, hand-written CUDA, 60 to 64 % (8 cards). Over hundreds of cards it is
-less: SmolLM3 3B 29 % on 384 H100. This project's own is not measured on a GPU yet; docs/speed.md estimates it."""
+"""Fraction of the GPU's bfloat16 peak that compiled models of 50M to 1B parameters reach. From published runs with the
+same FLOP count (6 N + 12 n_layers d_model T), as of March 2026: on H100 nanochat d16 37 % and d24 50.0 % (8 GPUs; its
+66 % is with fp8), llm.c 124M 41 % and 350M 46 % (8 GPUs), autoresearch's 50M 39.8 % (1 GPU); on A100 LF_LLM-269M 32 %
+(8 GPUs, December 2024), TinyLlama 52 %, llm.c, hand-written CUDA, 60 to 64 % (8 GPUs). Hundreds of GPUs reach less:
+SmolLM3 3B 29 % on 384 H100. This project's own is not measured on a GPU yet; docs/speed.md estimates it."""
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """The cards of a run, all alike; no card: a CPU."""
+    """The devices of a run, all alike."""
 
     count: int
-    card: GpuSpec | None
+    gpu: GpuSpec | None = None
+    """None: a CPU, or a GPU that is not in the table."""
+    device: str = "cpu"
+    """torch's type of device."""
+    triton: bool = True
+    """torch.compile works on the GPU (`device_info.has_triton`)."""
 
     def __str__(self) -> str:
-        return f"{self.count} x {self.card.name if self.card else 'CPU'}"
+        return f"{self.count} x {self.gpu.name if self.gpu else self.device.upper()}"
 
     @property
     def budget_bytes(self) -> int | None:
-        """What torch's allocator may hold on one card, headroom left. None: a CPU has what the machine has."""
-        if self.card is None:
+        """Memory for torch's allocator on one GPU, minus headroom. None: unknown."""
+        if self.gpu is None:
             return None
-        free = self.card.memory_gib * GIB * (1 - DRIVER_SHARE) - CONTEXT_BYTES - (NCCL_BYTES if self.count > 1 else 0)
-        return int(free * (1 - HEADROOM))
+        overhead = CONTEXT_BYTES + (NCCL_BYTES if self.count > 1 else 0)
+        return int((self.gpu.memory_gib * GIB * (1 - DRIVER_FRACTION) - overhead) * (1 - HEADROOM))
 
 
 def parse_hardware(text: str) -> Hardware:
     """8xA100-80, 1xRTX3060, H100 (one of them), or cpu.
 
     Raises:
-        UserError: unknown, with the names that are known.
+        UserError: an unknown GPU; lists the known ones.
     """
     found = re.fullmatch(r"(?:(\d+)\s*[x*]\s*)?(.+)", text.strip(), re.IGNORECASE)
     count, name = (int(found[1] or 1), found[2]) if found else (1, text)
-    card = gpu_by_name(name)
-    if count < 1 or (card is None and name.lower() != "cpu"):
-        known = [card.name for card in GPU_SPECS]
-        variants = [kind for kind in known if re.match(rf"{re.escape(name)}[^a-z0-9]", kind, re.IGNORECASE)]
-        if card is None and variants:
-            raise UserError(f"--gpus {text!r}: several cards have that name: {', '.join(variants)}; give one of them")
-        raise UserError(
-            f"--gpus {text!r}: expected a number and a card such as 8xA100-80 or 1xRTX3060, or cpu"
-            f"{did_you_mean(name, known)}; known cards: {', '.join(known)}"
-        )
-    return Hardware(count, card)
+    gpu = gpu_by_name(name)
+    if count >= 1 and (gpu or name.lower() == "cpu"):
+        return Hardware(count, gpu, "cuda" if gpu else "cpu")
+    known = [gpu.name for gpu in GPU_SPECS]
+    variants = [kind for kind in known if re.match(rf"{re.escape(name)}[^a-z0-9]", kind, re.IGNORECASE)]
+    if gpu is None and variants:
+        raise UserError(f"--gpus {text!r} matches several GPUs: {', '.join(variants)}; choose one of them")
+    raise UserError(
+        f"--gpus {text!r}: expected a number and a GPU, such as 8xA100-80 or 1xRTX3060, or cpu"
+        f"{did_you_mean(name, known)}; known GPUs: {', '.join(known)}"
+    )
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """A run on some cards. `config` has the micro-batch that was asked for, `fits` the largest that fits."""
+    """A run on some hardware."""
 
     config: RunConfig
-    fleet: Hardware
-    fits: int | None
+    """With the configured micro-batch."""
+    hardware: Hardware
+    largest: int | None
+    """The largest micro-batch size that fits. None: not one sequence fits, or the memory is unknown."""
 
     @property
-    def how(self) -> ComputeMode:
-        return ComputeMode.of(self.config, "cuda" if self.fleet.card else "cpu", self.fleet.count)
+    def mode(self) -> ComputeMode:
+        return ComputeMode.of(self.config, self.hardware.device, self.hardware.count, self.hardware.triton)
 
     @property
     def fitted_config(self) -> RunConfig:
-        """The config with the largest micro-batch, or with one sequence where none fits."""
-        return _with(self.config, self.fits or 1)
+        """The config with the largest micro-batch, or with one sequence if `largest` is None."""
+        return with_micro_batch_size(self.config, self.largest or 1)
 
     @property
     def configured_batch_fits(self) -> bool:
-        """Whether the micro-batch in the config fits and keeps the batch exact."""
-        asked = self.config.train.micro_batch_size
-        sizes = micro_batch_sizes(self.config, self.fleet.count)
-        return asked in sizes and self.fits is not None and asked <= self.fits
+        """True if the configured micro-batch fits and divides the batch."""
+        size = self.config.train.micro_batch_size
+        divides = size in micro_batch_sizes(self.config, self.hardware.count)
+        return divides and self.largest is not None and size <= self.largest
 
     @property
     def step_s(self) -> tuple[float, float] | None:
-        """Seconds a step, at the upper and lower end of what is expected; None where the card's peak is not known."""
-        peak = self.fleet.card and self.fleet.card.peak_flops
+        """Seconds per step at the upper and the lower end of EXPECTED_MFU. None: the GPU's peak is unknown."""
+        peak = self.hardware.gpu and self.hardware.gpu.peak_flops
         if not peak:
             return None
-        # Recomputing a forward pass is a third more arithmetic, none of it the model's own.
+        # Recomputing the forward pass is a third more arithmetic.
         work = flops_per_token(self.config.model) * self.config.train.batch_tokens
         work *= 4 / 3 if self.config.train.activation_checkpointing else 1
         low, high = EXPECTED_MFU
-        return work / (peak * self.fleet.count * high), work / (peak * self.fleet.count * low)
+        return work / (peak * self.hardware.count * high), work / (peak * self.hardware.count * low)
 
     @property
     def tokens_per_s(self) -> tuple[float, float] | None:
-        """As `step_s`, the lower figure first."""
+        """The lower figure first."""
         return self.step_s and tuple(self.config.train.batch_tokens / seconds for seconds in reversed(self.step_s))
 
     @property
     def hours(self) -> tuple[float, float] | None:
-        """Of training alone: evaluations and saves come on top."""
+        """Of training alone, without evaluations and saves."""
         return self.step_s and tuple(seconds * self.config.train.max_steps / 3_600 for seconds in self.step_s)
 
 
-def predict(config: RunConfig, fleet: Hardware) -> Forecast:
+def predict(config: RunConfig, hardware: Hardware) -> Forecast:
     """
     Raises:
-        UserError: train.batch_tokens cannot be cut over so many ranks at all.
+        UserError: train.batch_tokens does not divide over the ranks.
     """
-    sizes = micro_batch_sizes(config, fleet.count)
+    sizes = micro_batch_sizes(config, hardware.count)
     if not sizes:
-        fault = batch_plan(config, fleet.count).fault()
-        raise UserError(f"on {fleet.count} ranks {fault}")
-    how, budget = ComputeMode.of(config, "cuda" if fleet.card else "cpu", fleet.count), fleet.budget_bytes
+        raise UserError(f"on {hardware.count} ranks {batch_plan(config, hardware.count).error()}")
+    forecast, budget = Forecast(config, hardware, None), hardware.budget_bytes
     if budget is None:
-        return Forecast(config, fleet, None)
-    return Forecast(
-        config, fleet, max((n for n in sizes if predicted_bytes(_with(config, n), how) <= budget), default=None)
+        return forecast
+    fitting = (n for n in sizes if predicted_bytes(with_micro_batch_size(config, n), forecast.mode) <= budget)
+    return replace(forecast, largest=max(fitting, default=None))
+
+
+def with_micro_batch_size(config: RunConfig, size: int) -> RunConfig:
+    return replace(config, train=replace(config.train, micro_batch_size=size))
+
+
+# -- as text ----------------------------------------------------------------------------------------------------------
+
+
+def describe(forecast: Forecast, measured_time: str | None = None) -> str:
+    """The plan of a run: batch, parameters, memory by part, disk and time.
+
+    Args:
+        measured_time: in place of the time that follows from the GPU's peak.
+    """
+    config, hardware, mode = forecast.config, forecast.hardware, forecast.mode
+    configured = config.train.micro_batch_size
+    as_configured = configured != "auto" and (forecast.configured_batch_fits or hardware.gpu is None)
+    shown = config if as_configured else forecast.fitted_config
+    kind = "one process" if hardware.count == 1 else "FSDP" if mode.sharded else "DDP"
+    checkpointing = ", activation checkpointing" * config.train.activation_checkpointing
+    return "\n".join(
+        [
+            f"run          {config.name} on {hardware} ({kind}{checkpointing})",
+            f"batch        {batch_plan(shown, hardware.count)}",
+            *([_auto_line(config, hardware.count)] if configured == "auto" and hardware.gpu is None else []),
+            *_size_lines(config),
+            *_memory_lines(shown, mode),
+            *(_fit_lines(forecast) if hardware.gpu else []),
+            "disk         (estimate)",
+            *(f"  {name:<30}{format_gib(size):>12}" for name, size in disk_estimate_bytes(config).items()),
+            *([measured_time] if measured_time else _time_lines(forecast)),
+        ]
     )
 
 
-def _with(config: RunConfig, micro_batch_size: int) -> RunConfig:
-    return replace(config, train=replace(config.train, micro_batch_size=micro_batch_size))
+def _auto_line(config: RunConfig, count: int) -> str:
+    sizes = ", ".join(map(str, micro_batch_sizes(config, count)))
+    return f"             auto: training takes the largest micro-batch that fits of {sizes}; the memory below is for 1"
 
 
-# -- for people -------------------------------------------------------------------------------------------------------
-
-
-def format_forecast(forecast: Forecast) -> str:
-    """Memory by part, the micro-batch, time, and what each figure stands on."""
-    config, fleet, how = forecast.config, forecast.fleet, forecast.how
-    asked = config.train.micro_batch_size
-    shown = forecast.fitted_config if fleet.card or asked == "auto" else config
-    kind = "alone" if fleet.count == 1 else "FSDP" if how.sharded else "DDP"
-    lines = [
-        f"{config.name} on {fleet} ({kind}{', activation checkpointing' * config.train.activation_checkpointing})",
-        *_parameter_lines(config),
-    ]
-    if fleet.card and forecast.fits is None:
-        lines.append("fits         no: one sequence is too much; predicted for one:")
-    else:
-        lines.append(f"batch        {batch_plan(shown, fleet.count)}")
-    if fleet.card:
-        lines.append(f"precision    {_precision(config, fleet.card)}")
-    lines += memory_lines(shown, how)
-    if fleet.budget_bytes is not None:
-        lines += _fitting_lines(forecast)
-    return "\n".join([*lines, *_time_lines(forecast)])
-
-
-def _precision(config: RunConfig, card: GpuSpec) -> str:
-    asked = config.train.precision
-    dtype = card.half if asked == "auto" else asked
-    if dtype == "bfloat16" and card.half == "float16":
-        return f"bfloat16, for which a {card.name} has no arithmetic: leave train.precision at auto"
-    return dtype + " with a loss scale" * (dtype == "float16")
-
-
-def memory_lines(config: RunConfig, how: ComputeMode) -> list[str]:
-    """The predicted peak of one rank by part."""
-    parts = memory_by_part(config, how)
-    what = "resident memory of the process" if how.device == "cpu" else "what torch's allocator holds"
-    return [
-        f"memory       {sum(parts.values()) / GIB:.2f} GiB predicted at the peak, one rank ({what})",
-        *(f"  {name:<30}{size / GIB:>8.2f} GiB" for name, size in parts.items()),
-    ]
-
-
-def _fitting_lines(forecast: Forecast) -> list[str]:
-    config, fleet, fits, asked = forecast.config, forecast.fleet, forecast.fits, forecast.config.train.micro_batch_size
-    lines = [
-        f"card         {fleet.card.memory_gib:g} GiB, of which {fleet.budget_bytes / GIB:.2f} may be used: driver, "
-        f"CUDA's context{', NCCL' if fleet.count > 1 else ''} and {HEADROOM * 100:.0f} % of headroom are taken off"
-    ]
-    if fits is None:
-        lines.append(
-            "advice       lower model.max_seq_len, model.n_layers or model.d_model, or try "
-            "--train.activation-checkpointing" + (" or --train.parallel fsdp" if fleet.count > 1 else "")
-        )
-    elif asked == "auto" or asked == fits:
-        lines.append(f"micro-batch  {fits}, the largest that fits and divides the batch")
-    else:
-        divides = asked in micro_batch_sizes(config, fleet.count)
-        fault = "does not fit" if divides else "does not divide the batch"
-        why = "fits too" if forecast.configured_batch_fits else fault
-        lines.append(
-            f"micro-batch  {fits} is the largest that fits: --train.micro-batch-size {fits} ({asked}, as set, {why})"
-        )
-    return lines
-
-
-def _time_lines(forecast: Forecast) -> list[str]:
-    card = forecast.fleet.card
-    if card is None:
-        return ["time         not known for a CPU: `pretrain.py PRESET --dry-run` measures this one"]
-    if forecast.step_s is None:
-        return [f"time         not known: no {card.half} peak of a {card.name} is known"]
-    fast, slow = forecast.step_s
-    low, high = forecast.tokens_per_s
-    shortest, longest = forecast.hours
-    mfu = " to ".join(f"{share * 100:.0f} %" for share in EXPECTED_MFU)
-    lines = [
-        f"step         {fast:.3g} to {slow:.3g} s, {low:,.0f} to {high:,.0f} tokens/s",
-        f"time         {shortest:,.1f} to {longest:,.1f} hours of training, evaluations and saves not included",
-        f"             at {mfu} of {card.tflops:g} TFLOP/s a card in {card.half}, which published runs of this "
-        "size reach; not measured here",
-    ]
-    if not forecast.how.compiled:
-        lines.append("             with train.compile off it will be slower than that")
-    return lines
-
-
-def _parameter_lines(config: RunConfig) -> list[str]:
-    tokens = config.train.max_steps * config.train.batch_tokens
-    flops = flops_per_token(config.model)
-    total = n_parameters(config.model)
-    return [
-        f"steps        {config.train.max_steps:,} steps = {tokens:,} tokens",
-        *_warmup_lines(config),
-        f"parameters   {total:,} in all",
-        f"FLOPs        {flops / 1e9:.3f} G a token, {flops * tokens:.3e} in all",
-    ]
-
-
-def _warmup_lines(config: RunConfig) -> list[str]:
-    note = warmup_note(config)
-    return [f"             {note}"] if note else []
-
-
-def describe_run(config: RunConfig, world_size: int, device: str = "cpu", triton: bool = True) -> str:
-    """The arithmetic of a run as a text block for people: what `--dry-run` prints.
-
-    Args:
-        triton: as for `ComputeMode.of`.
-    """
+def _size_lines(config: RunConfig) -> list[str]:
     model, train = config.model, config.train
-    batch = str(batch_plan(config, world_size))
-    if train.micro_batch_size == "auto":
-        sizes = micro_batch_sizes(config, world_size)
-        batch = f"auto: the most that fits of {', '.join(map(str, sizes))} sequences x {model.max_seq_len:,} tokens x "
-        batch += f"{world_size} rank(s), accumulated to {train.batch_tokens:,} tokens a step"
-        batch += "; memory is for one sequence"
-        config = _with(config, 1)
-    parts = parameters_by_part(model)
+    tokens, flops = train.max_steps * train.batch_tokens, flops_per_token(model)
+    parts, note = parameters_by_part(model), warmup_note(config)
     total = sum(parts.values())
-    tokens = train.max_steps * train.batch_tokens
-    flops = flops_per_token(model)
-    lines = [
-        f"batch        {batch}",
+    return [
         f"steps        {train.max_steps:,} steps = {tokens:,} tokens",
-        *_warmup_lines(config),
+        *([f"             {note}"] if note else []),
         f"parameters   {total:,} in all, {total - parts['embedding']:,} without the embedding",
         *(f"  {name:<16}{count:>13,}" for name, count in parts.items() if count),
         f"vocabulary   {model.vocab_size:,} tokens, padded to {model.padded_vocab_size:,} rows",
-        f"FLOPs        {flops / 1e9:.3f} G a token, {flops * tokens:.3e} in all",
-        *memory_lines(config, ComputeMode.of(config, device, world_size, triton)),
-        "disk         (estimate)",
-        *(f"  {name:<30}{size / GIB:>8.2f} GiB" for name, size in disk_estimate_bytes(config).items()),
+        f"FLOPs        {flops / 1e9:.3f} G per token, {flops * tokens:.3e} in all",
     ]
-    return "\n".join(lines)
+
+
+def _memory_lines(config: RunConfig, mode: ComputeMode) -> list[str]:
+    """The predicted peak of one rank by part."""
+    parts = memory_by_part(config, mode)
+    kind = "resident memory of the process" if mode.device == "cpu" else "torch's allocator"
+    return [
+        f"memory       {format_gib(sum(parts.values()))} predicted peak of one rank ({kind})",
+        *(f"  {name:<30}{format_gib(size):>12}" for name, size in parts.items()),
+    ]
+
+
+def _fit_lines(forecast: Forecast) -> list[str]:
+    config, hardware, largest = forecast.config, forecast.hardware, forecast.largest
+    gpu, configured, several = hardware.gpu, config.train.micro_batch_size, hardware.count > 1
+    lines = [
+        f"precision    {_precision(config, gpu)}",
+        f"GPU          {gpu.memory_gib:g} GiB, of which {format_gib(hardware.budget_bytes)} can be used: minus the "
+        f"driver, the CUDA context{', NCCL' if several else ''} and {HEADROOM * 100:.0f} % of headroom",
+    ]
+    if largest is None:
+        lines += [
+            "fits         no: one sequence is too much (the prediction above is for one)",
+            "advice       lower model.max_seq_len, model.n_layers or model.d_model, or try "
+            "--train.activation-checkpointing" + (" or --train.parallel fsdp" if several else ""),
+        ]
+    elif configured in ("auto", largest):
+        lines.append(f"micro-batch  {largest} is the largest that fits and divides the batch")
+    else:
+        divides = configured in micro_batch_sizes(config, hardware.count)
+        reason = "does not fit" if divides else "does not divide the batch"
+        verdict = "fits too" if forecast.configured_batch_fits else reason
+        lines.append(
+            f"micro-batch  {largest} is the largest that fits: --train.micro-batch-size {largest} ({configured}, as "
+            f"set, {verdict})"
+        )
+    return lines
+
+
+def _precision(config: RunConfig, gpu: GpuSpec) -> str:
+    configured = config.train.precision
+    dtype = gpu.half if configured == "auto" else configured
+    if dtype == "bfloat16" and gpu.half == "float16":
+        return f"bfloat16, which a {gpu.name} cannot compute in: leave train.precision at auto"
+    return dtype + " with a loss scale" * (dtype == "float16")
+
+
+def _time_lines(forecast: Forecast) -> Sequence[str]:
+    gpu = forecast.hardware.gpu
+    if gpu is None:
+        return ["time         unknown for a CPU: `pretrain.py PRESET --dry-run` measures this machine"]
+    if forecast.step_s is None:
+        return [f"time         unknown: no {gpu.half} peak is known for a {gpu.name}"]
+    fast, slow = forecast.step_s
+    low, high = forecast.tokens_per_s
+    shortest, longest = forecast.hours
+    mfu = " to ".join(f"{fraction * 100:.0f} %" for fraction in EXPECTED_MFU)
+    lines = [
+        f"step         {fast:.3g} to {slow:.3g} s, {low:,.0f} to {high:,.0f} tokens/s",
+        f"time         {shortest:,.1f} to {longest:,.1f} hours of training, without evaluations and saves",
+        f"             assuming {mfu} of {gpu.tflops:g} TFLOP/s per GPU in {gpu.half}, as published runs of this size "
+        "reach; not measured here",
+    ]
+    if not forecast.mode.compiled:
+        lines.append("             slower with train.compile off")
+    return lines

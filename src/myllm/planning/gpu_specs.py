@@ -6,37 +6,37 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class GpuSpec:
-    """A card by one of its names."""
+    """One model of GPU."""
 
     name: str
     """As `myllm plan --gpus` takes it."""
     pattern: str
-    """What is in the name that the driver gives, and in no other card's before it in the list."""
+    """Matches the name that the driver reports; the first match in the table counts."""
     tflops: float | None
-    """Dense products in `half` summed in float32, 10^12 FLOP/s. None: unknown."""
+    """Peak of dense matrix products in `half` with float32 accumulation, 10^12 FLOP/s. None: unknown."""
     memory_gib: float
-    """As nvidia-smi shows it, in whole GiB."""
+    """As nvidia-smi shows it."""
     half: str = "bfloat16"
-    """What train.precision auto means there; float16 where the card has no bfloat16."""
+    """What train.precision auto means on it; float16 if it has no bfloat16."""
 
     @property
     def peak_flops(self) -> float | None:
         return self.tflops and self.tflops * 1e12
 
 
-# Peaks are the makers' figures without sparsity (half of what a data sheet marks "with sparsity"), for the card's
-# standard power limit. NVIDIA, data centre: the data sheets of A100 (rev. 2021), A10, A30, A40, A10G, L4, L40, L40S,
+# Peaks are the manufacturers' figures without sparsity (half of what a data sheet marks "with sparsity"), at the
+# standard power limit. NVIDIA data center: the data sheets of A100 (rev. 2021), A10, A30, A40, A10G, L4, L40, L40S,
 # H100 (SXM, PCIe, NVL; 1,979, 1,513 and 1,671 with sparsity), H200, H20, GH200, HGX and DGX B200, GB200, HGX B300;
 # T4 and V100 ("mixed precision", "tensor performance"; the V100's is SXM2's, 112 on PCIe).
 # Workstation: data sheets of RTX A4000 to A6000 and of the Ada Generation, whose "tensor performance" is FP16 (Ampere)
 # or FP8 (Ada, twice FP16) with sparsity; RTX PRO 6000: RTX Blackwell PRO white paper.
-# GeForce: "Peak BF16 Tensor TFLOPS with FP32 accumulate" in the white papers of GA102, Ada and Blackwell: 512 FLOP a
-# clock and SM (half of the rate with FP16 sums) x SMs x boost clock, which also gives the cards that they leave out.
+# GeForce: "Peak BF16 Tensor TFLOPS with FP32 accumulate" in the white papers of GA102, Ada and Blackwell: 512 FLOP per
+# clock and SM (half of the rate with FP16 accumulation) x SMs x boost clock; GPUs that they omit follow this rule.
 # AMD: data sheets of MI210, MI250X (a device is one of its two dies), MI300A, MI300X, MI325X, MI350X, MI355X.
-# Compared with the source when this list was made: A100, A40, B200, B300, GB200 and GeForce's rule. The others are the
-# published figures as we know them; whoever has a data sheet at hand that says otherwise is right.
-# The first pattern that is found counts. Where one name stands for several memories (RTX 3060, 3080, 4060 Ti), the
-# commoner part is here; only `myllm plan` uses the memory, and a slightly different peak is nearer than none.
+# Checked against the source: A100, A40, B200, B300, GB200 and the rule for GeForce. The others are from memory: a data
+# sheet that says otherwise is right.
+# If one name stands for several memory sizes (RTX 3060, 3080, 4060 Ti), this is the more common part. Only `myllm plan`
+# uses the memory, and a slightly different peak is better than none.
 GPU_SPECS = (
     GpuSpec("GB300", r"GB300", 2_500, 277),
     GpuSpec("B300", r"B300", 2_250, 269),
@@ -101,35 +101,30 @@ GPU_SPECS = (
     GpuSpec("MI250X", r"MI250X", 191.5, 64),
     GpuSpec("MI210", r"MI210", 181, 64),
 )
-
-
 OTHER_PART = r"(?! (?:Ti|SUPER|D|Laptop|Max-Q|with Max-Q|MIG|Mobile|SFF)\b)"
-"""What behind a name makes it that of another card: GeForce's variants, and a slice of a card."""
+"""A suffix that makes the name that of another GPU: GeForce's variants, and a slice of a GPU."""
 
 
 def gpu_from_device_name(device_name: str) -> GpuSpec | None:
-    """The card by the name its driver gives, such as "NVIDIA A100-SXM4-80GB"; None where it is not known.
-
-    A slice of a card (MIG) and a mobile part are not the card.
-    """
+    """The GPU by its driver's name, such as "NVIDIA A100-SXM4-80GB". None: unknown, a slice (MIG) or a mobile part."""
     if re.search(r"\b(MIG|Laptop|Max-Q)\b", device_name):
         return None
-    for card in GPU_SPECS:
-        if re.search(rf"(?<![\w-])(?:{card.pattern})(?![\w-]){OTHER_PART}", device_name, re.IGNORECASE):
-            return card
+    for gpu in GPU_SPECS:
+        if re.search(rf"(?<![\w-])(?:{gpu.pattern})(?![\w-]){OTHER_PART}", device_name, re.IGNORECASE):
+            return gpu
     return None
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Peak bf16 FLOP/s of a card by the name its driver gives, or None where it is unknown."""
-    card = gpu_from_device_name(device_name)
-    return card and card.peak_flops
+    """Peak FLOP/s in half precision by the driver's name. None: unknown."""
+    gpu = gpu_from_device_name(device_name)
+    return gpu and gpu.peak_flops
 
 
 def gpu_by_name(name: str) -> GpuSpec | None:
-    """The card by the name that people type: A100-80, h100, rtx3060, RTX-3060."""
+    """The GPU by a name that people type: A100-80, h100, rtx3060, RTX-3060."""
 
     def plain(text: str) -> str:
         return re.sub(r"nvidia|geforce|amd|instinct|gb$|[^a-z0-9]", "", text.lower())
 
-    return next((card for card in GPU_SPECS if plain(card.name) == plain(name)), None)
+    return next((gpu for gpu in GPU_SPECS if plain(gpu.name) == plain(name)), None)

@@ -1,4 +1,4 @@
-"""How long a run is: epochs, steps and warm-up."""
+"""How long a run trains: epochs, steps and warm-up."""
 
 import math
 from dataclasses import replace
@@ -6,28 +6,24 @@ from dataclasses import replace
 from myllm.config import OptimConfig, RunConfig
 
 WARMUP_FRACTION = 0.25
-"""Of a run, the most that warm-up takes. Published runs use 0.1 to 10 %; a short trial of a long preset would otherwise
-end before its learning rate has risen."""
-
+"""Warm-up takes at most this fraction of a run. Published runs use 0.1 to 10 %; without the limit, a short trial of a
+long preset would end before its learning rate has risen."""
 
 USUAL_EPOCHS = 4.0
-"""So many passes over the same text teach nearly as much as new text would; many more teach little, and the validation
-loss rises. Source: Muennighoff et al. 2023, "Scaling Data-Constrained Language Models", arXiv 2305.16264."""
-
-
+"""Up to this many epochs, repeated text is nearly as good as new text; beyond, the validation loss rises.
+Source: Muennighoff et al. 2023, "Scaling Data-Constrained Language Models", arXiv 2305.16264."""
 FEW_STEPS = 100
 
 
 def count_epochs(config: RunConfig, train_tokens: int) -> float:
-    """Passes over so much text that the run makes."""
+    """Epochs of train.max_steps."""
     length = config.model.max_seq_len
     sequences = max(train_tokens - 1, 0) // length
     return config.train.max_steps * (config.train.batch_tokens // length) / max(sequences, 1)
 
 
 def tokens_to_resolve_max_steps(config: RunConfig, own_text: bool) -> float:
-    """Training tokens that must exist before `resolve_max_steps` gives its final answer; math.inf: the complete data
-    set."""
+    """Training tokens that `resolve_max_steps` needs to know of for its final answer. math.inf: all of the data set."""
     if config.train.epochs is not None:
         return math.inf
     if not own_text:
@@ -38,69 +34,68 @@ def tokens_to_resolve_max_steps(config: RunConfig, own_text: bool) -> float:
 
 
 def resolve_max_steps(config: RunConfig, train_tokens: int, own_text: bool = False) -> RunConfig:
-    """The config with train.epochs as train.max_steps of so much text.
+    """The config with train.epochs turned into train.max_steps.
 
     Args:
-        own_text: the text is not the preset's and nobody said how long to train on it: train.max_steps, but no more
-            than USUAL_EPOCHS.
+        own_text: the text is not the preset's, and the user set no length: limit train.max_steps to USUAL_EPOCHS.
     """
-    train, per_epoch = config.train, config.train.max_steps / max(count_epochs(config, train_tokens), 1e-9)
+    train, steps_per_epoch = config.train, config.train.max_steps / max(count_epochs(config, train_tokens), 1e-9)
     if train.epochs is not None:
-        train = replace(train, max_steps=max(round(train.epochs * per_epoch), 1), epochs=None)
+        train = replace(train, max_steps=max(round(train.epochs * steps_per_epoch), 1), epochs=None)
     elif own_text:
-        train = replace(train, max_steps=max(min(train.max_steps, int(USUAL_EPOCHS * per_epoch)), 1))
+        train = replace(train, max_steps=max(min(train.max_steps, int(USUAL_EPOCHS * steps_per_epoch)), 1))
     return replace(config, train=train)
 
 
-def describe_length(config: RunConfig, train_tokens: int, counted: bool = True) -> list[str]:
-    """How long the run is beside the text that it has, and what is unusual about that, a sentence each.
+def describe_length(config: RunConfig, train_tokens: int, exact: bool = True) -> list[str]:
+    """Tokens, steps and epochs of the run, then a sentence about whatever is unusual.
 
     Args:
-        counted: or only estimated.
+        exact: train_tokens is counted, not estimated.
     """
     tokens, epochs = config.train.max_steps * config.train.batch_tokens, count_epochs(config, train_tokens)
-    about = "" if counted else "about "
+    about = "" if exact else "about "
     lines = [
-        f"{tokens:,} tokens to train on in {config.train.max_steps:,} steps: {about}{epochs:,.2f} epoch(s) of the "
-        f"{about}{train_tokens:,} tokens"
+        f"{tokens:,} tokens in {config.train.max_steps:,} steps: {about}{epochs:,.2f} epochs of {about}"
+        f"{train_tokens:,} training tokens"
     ]
     usual = resolve_max_steps(replace(config, train=replace(config.train, epochs=USUAL_EPOCHS)), train_tokens)
     if epochs > 1.05 * USUAL_EPOCHS:
-        fewer = f"give --train.epochs {USUAL_EPOCHS:g} ({usual.train.max_steps:,} steps)"
-        if usual.train.max_steps >= config.train.max_steps:  # one step alone reads the text that often
-            fewer = "lower train.batch_tokens"
+        remedy = f"set --train.epochs {USUAL_EPOCHS:g} ({usual.train.max_steps:,} steps)"
+        if usual.train.max_steps >= config.train.max_steps:  # a single step reads the text that often
+            remedy = "lower train.batch_tokens"
         lines.append(
             f"warning: {epochs:,.1f} epochs are many: up to about {USUAL_EPOCHS:g}, repeated text is nearly as good as "
-            f"new, far beyond that the model learns it by heart (arXiv 2305.16264); add text, or {fewer}"
+            f"new; far beyond that, the model memorizes it (arXiv 2305.16264); add text, or {remedy}"
         )
     if config.train.max_steps < FEW_STEPS and train_tokens < FEW_STEPS * config.train.batch_tokens:
         lines.append(
-            f"warning: {config.train.max_steps:,} steps are few: a smaller train.batch_tokens than "
-            f"{config.train.batch_tokens:,} makes more of the same text, and --train.epochs N sets how often it is seen"
+            f"warning: {config.train.max_steps:,} steps are few: lower train.batch_tokens "
+            f"{config.train.batch_tokens:,} for more steps on the same text, or raise --train.epochs"
         )
-    wanted = config.data.target_tokens
-    # A guess from the sizes of files is only believed where it is far off.
-    if wanted and (train_tokens if counted else 2 * train_tokens) < 0.95 * wanted:
-        lines.append(f"note: data.target_tokens {wanted:,} is more than there is")
+    target = config.data.target_tokens
+    # An estimate from file sizes can be off by a factor of two.
+    if target and (train_tokens if exact else 2 * train_tokens) < 0.95 * target:
+        lines.append(f"note: data.target_tokens {target:,} is more than the source has")
     return lines
 
 
 def length_note(config: RunConfig, own_text: bool) -> str | None:
-    """One sentence where the text's size will decide how long the run is, or None."""
+    """A sentence if the size of the text will decide the number of steps, else None."""
     if config.train.epochs is not None:
-        return f"train.epochs {config.train.epochs:g} decides the steps once the text's size is known, and not these"
+        return f"train.epochs {config.train.epochs:g} will set the number of steps once the size of the text is known"
     if own_text:
-        return f"at most {USUAL_EPOCHS:g} epochs of the text, whose size is not known yet; --train.epochs N for others"
+        return f"at most {USUAL_EPOCHS:g} epochs of the text, whose size is not known yet; --train.epochs changes that"
     return None
 
 
 def warmup_steps(optim: OptimConfig, max_steps: int) -> int:
-    """Updates of linear warm-up: optim.warmup_steps, capped at a quarter of the run."""
+    """Updates of linear warm-up: optim.warmup_steps, limited to WARMUP_FRACTION of the run."""
     return min(optim.warmup_steps, int(WARMUP_FRACTION * max_steps))
 
 
 def warmup_note(config: RunConfig) -> str | None:
-    """One sentence if warm-up is shorter than configured, or None."""
+    """A sentence if warm-up is shorter than configured, else None."""
     used, max_steps = warmup_steps(config.optim, config.train.max_steps), config.train.max_steps
     if used == config.optim.warmup_steps:
         return None

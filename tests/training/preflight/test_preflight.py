@@ -30,7 +30,7 @@ from myllm.distributed import precision
 from myllm.distributed.collectives import DistContext
 from myllm.errors import UserError
 from myllm.planning.disk import checkpoint_bytes
-from myllm.planning.forecast import describe_run
+from myllm.planning.forecast import Hardware, describe, predict
 from myllm.presets import get_preset
 from myllm.training.loop import train
 from myllm.training.preflight import batch_size as micro_batch
@@ -197,7 +197,7 @@ def test_a_disk_that_is_too_small(findings: PreflightResult) -> None:
 def test_too_little_text(findings: PreflightResult) -> None:
     """Training takes what there is, and so does its rehearsal; both say it."""
     few = replace(findings.room, tokens=600_000)
-    said, note = replace(findings, room=few), "note: data.target_tokens 1,000,000 is more than there is"
+    said, note = replace(findings, room=few), "note: data.target_tokens 1,000,000 is more than the source has"
     assert said.problems() == []
     assert note in said.table()
     assert note not in replace(findings, room=replace(few, tokens_are_counted=False)).table()  # it may be so far off
@@ -402,9 +402,9 @@ def test_auto_in_a_file_and_in_the_plan(config: RunConfig, tmp_path: Path) -> No
     path.write_text('{"train": {"micro_batch_size": "most"}}')
     with pytest.raises(UserError, match=r"train\.micro_batch_size: expected a whole number or 'auto', found 'most'"):
         load_config(path, RunConfig())
-    shown = describe_run(with_train(config, micro_batch_size="auto", batch_tokens=256), 1)
-    assert "auto: the most that fits of 1, 2, 4 sequences x 64 tokens x 1 rank(s), accumulated to 256" in shown
-    assert "tokens a step; memory is for one sequence" in shown
+    shown = describe(predict(with_train(config, micro_batch_size="auto", batch_tokens=256), Hardware(1)))
+    assert "1 sequences x 64 tokens x 1 rank(s) x 4 accumulation step(s) = 256 tokens per step" in shown
+    assert "auto: training takes the largest micro-batch that fits of 1, 2, 4; the memory below is for 1" in shown
 
 
 def test_the_command(config: RunConfig, tmp_path: Path, temp_data: Path, capsys: pytest.CaptureFixture[str]) -> None:

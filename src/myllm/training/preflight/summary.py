@@ -12,7 +12,7 @@ from myllm.distributed.precision import describe_precision
 from myllm.evals.hellaswag import BATCH_SIZE
 from myllm.formatting import format_bytes, format_clock, format_gib
 from myllm.planning.batch import batch_plan
-from myllm.planning.disk import checkpoint_bytes, disk_estimate_bytes, n_saves
+from myllm.planning.disk import checkpoint_bytes, n_added, n_saves
 from myllm.planning.flops import flops_per_token
 from myllm.planning.gpu_specs import peak_flops
 from myllm.planning.length import describe_length
@@ -144,8 +144,7 @@ class PreflightResult:
     @property
     def disk_bytes(self) -> dict[str, int]:
         """Still to be written, by what."""
-        estimate = disk_estimate_bytes(self.config)["checkpoints"]
-        checkpoints = estimate * self.checkpoint_bytes // checkpoint_bytes(self.config)
+        checkpoints = n_added(self.config) * self.checkpoint_bytes
         room = self.room
         return {
             "checkpoints": max(checkpoints - room.checkpoints_bytes, 0),
@@ -180,8 +179,8 @@ class PreflightResult:
 
     def _memory_lines(self) -> list[str]:
         device = self.process.device
-        how = ComputeMode.of(self.config, device.type, self.process.world_size, has_triton(device))
-        estimate = format_gib(predicted_bytes(self.config, how))
+        mode = ComputeMode.of(self.config, device.type, self.process.world_size, has_triton(device))
+        estimate = format_gib(predicted_bytes(self.config, mode))
         if self.measured is None:
             return [
                 f"memory       more than the {format_gib(self.limit_bytes)} that one rank may use (estimate {estimate})"

@@ -54,18 +54,18 @@ def test_how_much_text_must_be_prepared_before_the_length_is_known() -> None:
 
 def test_what_is_unusual_is_said() -> None:
     first, many = describe_length(SMALL, 700_000)
-    assert first.startswith("2,621,440,000 tokens to train on in 20,000 steps: 3,")
-    assert first.endswith("epoch(s) of the 700,000 tokens")
+    assert first.startswith("2,621,440,000 tokens in 20,000 steps: 3,")
+    assert first.endswith("epochs of 700,000 training tokens")
     assert many.startswith("warning: 3,7")
     assert "--train.epochs 4 (21 steps)" in many
     one_step = replace(SMALL, train=replace(SMALL.train, max_steps=1))
     assert "lower train.batch_tokens" in describe_length(one_step, 21_000)[1], "no fewer steps than one"
     four = resolve_max_steps(SMALL, 700_000, own_text=True)
     _, few = describe_length(four, 700_000)
-    assert few.startswith("warning: 21 steps are few: a smaller train.batch_tokens than 131,072")
+    assert few.startswith("warning: 21 steps are few: lower train.batch_tokens 131,072")
     assert len(describe_length(SMALL, 10**9)) == 1
-    assert "more than there is" in describe_length(get_preset("small-50m"), 10**9)[1]
-    assert "about 2.6" in describe_length(SMALL, 10**9, counted=False)[0]
+    assert "more than the source has" in describe_length(get_preset("small-50m"), 10**9)[1]
+    assert "about 2.6" in describe_length(SMALL, 10**9, exact=False)[0]
 
 
 @pytest.mark.parametrize(
@@ -170,4 +170,4 @@ def test_a_run_in_epochs_from_its_plan_to_its_config(tiny: RunConfig, tmp_path: 
     assert "nothing left to train" in pretrain(tmp_path, *words), "a run that was begun keeps its length"
     planned = pretrain(tmp_path, *words, "--name", "other", "--dry-run")
     assert f"steps        {4 * ((tokens - 1) // 64) // 2} steps" in planned
-    assert "epoch(s) of the" in planned
+    assert "epochs of " in planned
