@@ -1,6 +1,6 @@
-"""Ranks, devices and collectives.
+"""The process group, its device, and collectives.
 
-Under torchrun every process is one rank of a group; without it there is one rank and every collective is the identity.
+Under torchrun each process is one rank. Without it there is one rank, and every collective returns its argument.
 """
 
 import errno
@@ -22,217 +22,155 @@ from .launcher import is_launched, local_rank, rank, warn_while_waiting, world_s
 
 T = TypeVar("T")
 COLLECTIVE_TIMEOUT_S = 1_800.0
-"""How long a collective may take where ranks do things of very different lengths: compiling, saving, evaluating."""
+"""Ranks may reach a collective at very different times: they compile, save and evaluate in between."""
 
 
 @dataclass(frozen=True)
 class DistContext:
-    """This process among those of the run."""
+    """This process among the processes of the run."""
 
     rank: int
-    """Among all processes of all machines."""
+    """Among all processes on all machines."""
     local_rank: int
-    """Among those of this machine; chooses the GPU."""
+    """Among the processes on this machine; selects the GPU."""
     world_size: int
     device: torch.device
 
     @property
     def is_rank_zero(self) -> bool:
-        """Writes the files and talks to the user: global rank 0."""
+        """Rank 0 writes the files and prints."""
         return self.rank == 0
 
 
 @contextmanager
 def process_group(device: str) -> Iterator[DistContext]:
-    """Join the run's processes for the length of a `with` block, with this one's share of the machine's cores.
+    """Join the run's processes for a `with` block, and use this process's share of the machine's cores.
 
     Args:
         device: "auto", "cpu", "cuda" or "mps".
 
     Raises:
-        UserError: no such device on this machine, one that torch cannot use, or several processes for one of MPS.
+        UserError: the device does not exist, torch cannot use it, or several processes want MPS.
     """
     chosen = training_device(device, local_rank())
     if chosen.type == "mps" and is_launched() and world_size() > 1:
         raise UserError(
             f"{world_size()} processes were started, but MPS is one device and PyTorch has no collectives for it; "
-            "start one process, or give --train.device cpu"
+            "start one process, or use --train.device cpu"
         )
-    process = DistContext(rank(), local_rank(), world_size() if is_launched() else 1, chosen)
+    context = DistContext(rank(), local_rank(), world_size() if is_launched() else 1, chosen)
     if threads := num_threads():
         torch.set_num_threads(threads)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    if process.world_size > 1:
-        # gloo carries what lives on the host (the stop flag, objects), so that it never waits for the device.
+    if context.world_size > 1:
+        # gloo carries host tensors and objects, such as the stop flag, so that they never wait for the device.
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+        timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_S)
         with warn_while_waiting():
-            dist.init_process_group(
-                backend,
-                timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
-                device_id=chosen if chosen.type == "cuda" else None,
-            )
-    yield process
-    # Not after an error: where others are still in a collective, to take the group apart can wait for ever.
+            dist.init_process_group(backend, timeout=timeout, device_id=chosen if chosen.type == "cuda" else None)
+    yield context
+    # Not after an error: while other ranks are in a collective, destroying the group may block forever.
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def choose_device(device: str, local_rank: int = 0) -> torch.device:
-    """The device to use; "auto" takes CUDA, then MPS, then the CPU.
+    """The device to use; "auto" prefers CUDA, then MPS, then the CPU.
 
     Raises:
-        UserError: no such device on this machine.
+        UserError: this machine has no such device.
     """
-    there = {"cpu": 1, "cuda": cuda_device_count(), "mps": int(torch.backends.mps.is_available())}
+    counts = {"cpu": 1, "cuda": cuda_device_count(), "mps": int(torch.backends.mps.is_available())}
     if device == "auto":
-        device = "cuda" if there["cuda"] else "mps" if there["mps"] else "cpu"
-    if device not in there:
-        raise UserError(f"unknown device {device!r}; there are auto, {', '.join(there)}")
-    if not there[device] or (device == "cuda" and local_rank >= there["cuda"]):
-        usable = ", ".join(name for name, count in there.items() if count)
-        why = cuda_problem() if device == "cuda" and not there["cuda"] else None
+        device = "cuda" if counts["cuda"] else "mps" if counts["mps"] else "cpu"
+    if device not in counts:
+        raise UserError(f"unknown device {device!r}, expected auto or one of {', '.join(counts)}")
+    if not counts[device] or (device == "cuda" and local_rank >= counts["cuda"]):
+        usable = ", ".join(name for name, count in counts.items() if count)
+        problem = cuda_problem() if device == "cuda" and not counts["cuda"] else None
         raise UserError(
-            f"torch sees {there[device]} device(s) of kind {device!r} here, too few for process {local_rank} of this "
-            f"machine; usable: {usable} (auto takes the best){f'. {why}' if why else ''}"
+            f"torch sees {counts[device]} {device} device(s), too few for process {local_rank} of this machine; "
+            f"usable: {usable} (auto selects the best){f'. {problem}' if problem else ''}"
         )
     return torch.device("cuda", local_rank) if device == "cuda" else torch.device(device)
 
 
 def training_device(device: str, local_rank: int = 0) -> torch.device:
-    """As `choose_device`, but never a processor in place of a GPU that is there and cannot be used.
+    """As `choose_device`, but an error instead of the CPU if there is a GPU that torch cannot use.
 
     Raises:
-        UserError: no such device, or a GPU that this torch does not fit.
+        UserError: no such device, or a GPU that this torch does not support.
     """
     chosen = choose_device(device, local_rank)
-    why = None
+    problem = None
     if device == "auto" and chosen.type == "cpu":
-        why = cuda_problem()
+        problem = cuda_problem()
     elif chosen.type == "cuda":
-        why = gpu_problem(chosen)
-    if why:
-        raise MachineError(f"{why}. To train on the processor all the same, give --train.device cpu")
+        problem = gpu_problem(chosen)
+    if problem:
+        raise MachineError(f"{problem}. To train on the CPU instead, use --train.device cpu")
     return chosen
 
 
+# -- collectives: every rank calls them; with one process they return their argument ----------------------------------
+
+
 def all_reduce_sum(values: Tensor) -> Tensor:
-    """The element-wise sum, the same on every rank."""
+    """The element-wise sum over ranks."""
     if dist.is_initialized():
         values = values.clone()
         dist.all_reduce(values)
     return values
 
 
-def all_reduce_any(*flags: bool) -> tuple[bool, ...]:
-    """Of each flag, whether any rank says so; every rank gets the same answers."""
-    if not dist.is_initialized():
-        return flags
-    votes = torch.tensor(flags, dtype=torch.int32)
-    dist.all_reduce(votes, op=dist.ReduceOp.MAX)
-    return tuple(bool(vote) for vote in votes)
-
-
 def all_reduce_max(number: int) -> int:
-    """The largest of the ranks' numbers, on every rank."""
+    """The maximum over ranks."""
     if not dist.is_initialized():
         return number
-    box = torch.tensor(number)
-    dist.all_reduce(box, op=dist.ReduceOp.MAX)
-    return int(box)
+    tensor = torch.tensor(number)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return int(tensor)
 
 
-def shared_store() -> dist.Store | None:
-    """Keys and values that all ranks share, without a collective; None where there is one rank."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return None
-    store = dist.distributed_c10d._get_default_store()
-    # A connection of its own: another thread may be waiting on the first.
-    return dist.PrefixStore("board", store.clone() if hasattr(store, "clone") else store)
+def all_reduce_any(*flags: bool) -> tuple[bool, ...]:
+    """For each flag, whether it is set on any rank."""
+    if not dist.is_initialized():
+        return flags
+    tensor = torch.tensor(flags, dtype=torch.int32)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tuple(bool(flag) for flag in tensor)
 
 
-def all_ranks_arrive(place: str, patience_s: float) -> bool:
-    """Whether every rank comes to this place, as often as this one, before so many seconds have passed.
-
-    Every rank calls it, but one that is stuck need not come: nothing is waited for in a collective. Only ranks that are
-    impatient wait at all; with a patience of 0 a rank says that it is here and goes on.
-    """
-    store = shared_store()
-    if store is None:
-        return True
-    # How many times each rank was here: a number of its own for each time.
-    here, world_size = store.add(f"{place}/{dist.get_rank()}", 1), dist.get_world_size()
-    store.set(f"{place}/{dist.get_rank()}/{here}", "here")
-    if patience_s:
-        try:
-            store.wait([f"{place}/{rank}/{here}" for rank in range(world_size)], timedelta(seconds=patience_s))
-        except dist.DistStoreError:
-            return False
-    return True
+def barrier() -> None:
+    all_reduce_any(False)  # dist.barrier would run on the device; this is on gloo
 
 
 def broadcast_object(value: Any) -> Any:
     """Rank 0's value, on every rank."""
     if not dist.is_initialized():
         return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
-    return box[0]
+    values = [value]
+    dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+    return values[0]
 
 
 def gather_object(value: Any) -> list[Any]:
-    """Every rank's value by rank, on rank 0; an empty list elsewhere."""
+    """Every rank's value, by rank, on rank 0; an empty list on other ranks."""
     if not dist.is_initialized():
         return [value]
-    boxes: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(value, boxes, dst=0)
-    return boxes or []
+    values: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(value, values, dst=0)
+    return values or []
 
 
 def all_gather_object(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
-    """Every rank's value by rank, on every rank of a group (None: all)."""
+    """Every rank's value, by rank, on every rank of a group (None: all)."""
     if not dist.is_initialized():
         return [value]
-    boxes: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(boxes, value, group=group)
-    return boxes
-
-
-class RemoteRankError(RuntimeError):
-    """Something went wrong on another rank."""
-
-
-def run_on_all_ranks(do: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
-    """Do something on every rank of a group; every rank gets every result, by rank, or an error.
-
-    Raises:
-        Exception: what `do` raised on this rank.
-        RemoteRankError: it raised on others alone; OSError where one of those was an OSError, UserError likewise.
-    """
-    result, error = None, None
-    try:
-        result = do()
-    except Exception as raised:
-        error = raised
-    answers = all_gather_object((result, _told(error)), group)
-    if error:
-        raise error
-    for number, (_, told) in enumerate(answers):
-        if told and told[0]:  # an error number
-            raise OSError(told[0], f"{told[2]} (on rank {number})")
-        if told:
-            raise UserError(told[2]) if told[1] else RemoteRankError(f"rank {number}: {told[2]}")
-    return [answer for answer, _ in answers]
-
-
-def _told(error: Exception | None) -> tuple[int | None, bool, str] | None:
-    """An error as plain values, since not every exception survives the way to another process."""
-    if error is None:
-        return None
-    number = errno.ENOSPC if out_of_space(error) else getattr(error, "errno", None)
-    mine = isinstance(error, UserError)
-    text = (isinstance(error, OSError) and error.strerror) or str(error)
-    return number, mine, text if number or mine else f"{type(error).__name__}: {text}"
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
 
 
 def group_rank(group: dist.ProcessGroup | None) -> int:
@@ -244,11 +182,79 @@ def is_first(group: dist.ProcessGroup | None) -> bool:
 
 
 def new_background_group() -> dist.ProcessGroup | None:
-    """A group of all ranks for what goes on beside training, whose messages never meet training's. All ranks call it;
-    None where there is one process."""
+    """A group of all ranks for work beside training, so that its messages never mix with training's. All ranks call
+    it; None with one process."""
     return dist.new_group(backend="gloo", timeout=timedelta(minutes=30)) if dist.is_initialized() else None
 
 
-def barrier() -> None:
-    if dist.is_initialized():
-        all_reduce_any(False)  # on gloo: dist.barrier would run on the device
+# -- the shared store: communication without a collective, for ranks that may be stuck --------------------------------
+
+
+def shared_store() -> dist.Store | None:
+    """A key-value store that all ranks share; None with one rank."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return None
+    store = dist.distributed_c10d._get_default_store()
+    # A separate connection: another thread may be waiting on the first.
+    return dist.PrefixStore("board", store.clone() if hasattr(store, "clone") else store)
+
+
+def all_ranks_arrive(place: str, timeout_s: float) -> bool:
+    """Whether every rank reaches this place, for the same number of times, within the timeout.
+
+    A stuck rank need not call it. With a timeout of 0 a rank only signals its arrival.
+    """
+    store = shared_store()
+    if store is None:
+        return True
+    visit = store.add(f"{place}/{dist.get_rank()}", 1)
+    store.set(f"{place}/{dist.get_rank()}/{visit}", "here")
+    if timeout_s:
+        try:
+            keys = [f"{place}/{rank}/{visit}" for rank in range(dist.get_world_size())]
+            store.wait(keys, timedelta(seconds=timeout_s))
+        except dist.DistStoreError:
+            return False
+    return True
+
+
+# -- errors on other ranks --------------------------------------------------------------------------------------------
+
+
+class RemoteRankError(RuntimeError):
+    """A function failed on another rank."""
+
+
+def run_on_all_ranks(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
+    """Call a function on every rank of a group. Every rank gets all results, by rank, or an error.
+
+    Raises:
+        Exception: what `function` raised on this rank.
+        RemoteRankError: it failed on other ranks only. An OSError or UserError is raised again as such.
+    """
+    result, error = None, None
+    try:
+        result = function()
+    except Exception as raised:
+        error = raised
+    answers = all_gather_object((result, _error_summary(error)), group)
+    if error:
+        raise error
+    for number, (_, summary) in enumerate(answers):
+        if summary is None:
+            continue
+        error_number, is_user_error, text = summary
+        if error_number:
+            raise OSError(error_number, f"{text} (on rank {number})")
+        raise UserError(text) if is_user_error else RemoteRankError(f"rank {number}: {text}")
+    return [answer for answer, _ in answers]
+
+
+def _error_summary(error: Exception | None) -> tuple[int | None, bool, str] | None:
+    """Error number, whether it is a UserError, and text: not every exception can be pickled."""
+    if error is None:
+        return None
+    number = errno.ENOSPC if out_of_space(error) else getattr(error, "errno", None)
+    is_user_error = isinstance(error, UserError)
+    text = (isinstance(error, OSError) and error.strerror) or str(error)
+    return number, is_user_error, text if number or is_user_error else f"{type(error).__name__}: {text}"

@@ -1,4 +1,4 @@
-"""The processor's cores that this process may use. Knows no torch: the processes that tokenise ask too."""
+"""The CPU cores and threads of this process. No torch: the processes that tokenize use this too."""
 
 import os
 from collections.abc import Iterator
@@ -9,30 +9,30 @@ from .launcher import local_world_size, thread_count_variable
 
 
 def usable_cores() -> int:
-    """Logical cores: those that the scheduler gives this process, fewer where a container has a quota of their time."""
-    mine = _affinity()
-    return _within_quota(len(mine) if mine else os.cpu_count() or 1)
+    """Logical cores that the scheduler allows this process, fewer in a container with a CPU quota."""
+    cores = _affinity()
+    return _within_quota(len(cores) if cores else os.cpu_count() or 1)
 
 
 def num_threads() -> int | None:
-    """Threads for this process's arithmetic: its share of the physical cores that the machine's ranks may use.
+    """Threads for arithmetic: this process's share of the physical cores.
 
-    The second logical core of a physical one adds next to nothing to a matrix product. The number depends on the
-    machine and its ranks alone: another one can change the last bits of a loss.
+    A second logical core per physical one adds next to nothing to a matrix product. The number depends only on the
+    machine and its ranks, since another number of threads can change the last bits of a loss.
 
     Returns:
-        None where the user has chosen, or on a system that does not say: torch's own number stands then.
+        None if the user has chosen, or the system does not say: torch's own number is used.
     """
-    mine = _affinity()
-    if thread_count_variable() or not mine:
+    cores = _affinity()
+    if thread_count_variable() or not cores:
         return None
-    return max(_within_quota(_physical(mine)) // local_world_size(), 1)
+    return max(_within_quota(_physical(cores)) // local_world_size(), 1)
 
 
 def threads_reason() -> str:
-    """Why it is that number of threads, for the log."""
-    if asked := thread_count_variable():
-        return f"as {asked} says"
+    """Where the number of threads comes from, for the log."""
+    if variable := thread_count_variable():
+        return f"set by {variable}"
     ranks = local_world_size()
     return f"{usable_cores()} usable core(s)" + (f" for {ranks} processes" if ranks > 1 else "")
 
@@ -42,21 +42,21 @@ def _affinity() -> set[int]:
 
 
 def _physical(logical: set[int], system: Path = Path("/sys/devices/system/cpu")) -> int:
-    """How many physical cores these logical ones are."""
+    """The number of physical cores behind these logical ones."""
     try:
-        shared = {Path(system, f"cpu{each}", "topology", "thread_siblings_list").read_text() for each in logical}
+        siblings = {Path(system, f"cpu{core}", "topology", "thread_siblings_list").read_text() for core in logical}
     except OSError:
         return len(logical)
-    return len(shared)
+    return len(siblings)
 
 
 def _within_quota(cores: int, control: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
-    """So many cores, or what the quota of CPU time is worth: one thread more, and all would be stopped now and then."""
+    """`cores`, limited by the CPU quota. With one thread more, the kernel would pause all of them regularly."""
     return max(min([cores, *(int(quota) for quota in _quotas(control, own))]), 1)
 
 
 def _quotas(control: Path, own: Path) -> Iterator[float]:
-    """In cores: of this process's control group and all above it.
+    """The quotas of this process's control group and its parents, in cores.
 
     Source: Linux, Documentation/admin-guide/cgroup-v2.rst (cpu.max) and scheduler/sched-bwc.rst (version 1).
     """
@@ -65,16 +65,16 @@ def _quotas(control: Path, own: Path) -> Iterator[float]:
     except OSError:
         return
     for line in lines:
-        kinds, _, place = line.partition(":")[2].partition(":")
-        if not kinds:
+        controllers, _, path = line.partition(":")[2].partition(":")
+        if not controllers:
             root, files = control, ("cpu.max",)
-        elif "cpu" in kinds.split(","):
+        elif "cpu" in controllers.split(","):
             root, files = control / "cpu", ("cpu.cfs_quota_us", "cpu.cfs_period_us")
         else:
             continue
-        group = Path(place.lstrip("/"))
-        for folder in (root / group, *(root / above for above in group.parents)):
-            # No such file, or "max": no quota here. In version 1 that is -1.
+        group = Path(path.lstrip("/"))
+        for folder in (root / group, *(root / parent for parent in group.parents)):
+            # A missing file, or "max": no quota. In version 1 that is -1.
             with suppress(OSError, ValueError):
                 quota, period = " ".join((folder / file).read_text() for file in files).split()
                 if int(quota) > 0:

@@ -1,4 +1,4 @@
-"""In which type a run computes, and whether its steps repeat themselves to the bit."""
+"""The type in which a run computes, TF32, and bitwise deterministic steps."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,15 +8,15 @@ import torch
 from myllm.config import RunConfig
 
 BFLOAT16_FROM = (8, 0)
-"""Compute capability, Ampere's, from which NVIDIA's cards multiply in bfloat16, and in TF32. Source: CUDA C++
-Programming Guide, "Features and Technical Specifications"; torch emulates bfloat16 below it, many times slower."""
+"""Compute capability (Ampere) from which NVIDIA's GPUs multiply in bfloat16 and TF32. Source: CUDA C++ Programming
+Guide, "Features and Technical Specifications". Below it, torch emulates bfloat16, many times slower."""
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The type of matrix products; weights and optimizer are float32 in any case.
+    """The type of matrix products. Weights and optimizer state are always float32.
 
     Args:
-        precision: as train.precision has it.
+        precision: a value of train.precision.
     """
     if precision != "auto":
         return getattr(torch, precision)
@@ -26,12 +26,12 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether a CUDA device has arithmetic for it; of AMD's cards, all that torch supports do."""
+    """Whether a CUDA device computes in bfloat16; all AMD GPUs that torch supports do."""
     return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= BFLOAT16_FROM
 
 
 def needs_loss_scale(precision: str, device: torch.device) -> bool:
-    """Whether the loss is multiplied before its backward pass (guard.py), since float16 has no small numbers."""
+    """Whether the loss is scaled before the backward pass (gradient_guard.py): float16 has a small exponent range."""
     return compute_dtype(precision, device) is torch.float16
 
 
@@ -40,27 +40,25 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def describe_precision(precision: str, device: torch.device) -> str:
-    """As plan, preflight, doctor and log say it."""
     dtype = compute_dtype(precision, device)
     return dtype_name(dtype) + " with a loss scale" * (dtype is torch.float16)
 
 
 def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
-    """The type that the config asks for, for matrix products."""
     return autocast_to(compute_dtype(config.train.precision, device), device)
 
 
 def autocast_to(dtype: torch.dtype, device: torch.device) -> torch.autocast:
-    """Matrix products in bfloat16 or float16; nothing of the kind for float32."""
+    """Disabled for float32."""
     half = dtype is not torch.float32
     return torch.autocast(device.type, dtype if half else None, enabled=half)
 
 
 def may_use_tf32(config: RunConfig, device: torch.device) -> bool:
-    """Whether products that are left in float32 may run on TF32's tensor cores.
+    """Whether products that stay in float32 may use TF32.
 
-    Where a run computes in bfloat16 anyway, TF32, whose mantissa is 3 bits longer, takes away nothing, nor from one in
-    float16, whose mantissa is as long. A run that asks for float32 gets all of it.
+    TF32 loses nothing in a run that computes in bfloat16 or float16, whose mantissas are no longer. A run that asks
+    for float32 gets full float32.
     """
     return (
         device.type == "cuda"
@@ -71,7 +69,7 @@ def may_use_tf32(config: RunConfig, device: torch.device) -> bool:
 
 @contextmanager
 def allow_tf32(config: RunConfig, device: torch.device) -> Iterator[None]:
-    """TF32 where it is safe, for as long as a run lasts."""
+    """TF32 for the `with` block, if `may_use_tf32`."""
     before = torch.get_float32_matmul_precision()
     if may_use_tf32(config, device):
         torch.set_float32_matmul_precision("high")
@@ -82,19 +80,19 @@ def allow_tf32(config: RunConfig, device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def deterministic(wanted: bool) -> Iterator[None]:
-    """Around a training step: on CUDA only kernels that give the same bits each time. What has none is an error.
+def deterministic(enabled: bool) -> Iterator[None]:
+    """Around a training step: only kernels that give the same bits every time; an operation without one is an error.
 
-    What is compiled inside comes without atomic sums, and without reductions that are tuned by the clock. cuBLAS has to
-    be told before it is first used: see launcher.make_cublas_deterministic.
+    Code compiled inside uses no atomic sums and no reductions tuned by timing. cuBLAS must be configured before its
+    first use: see launcher.make_cublas_deterministic.
     """
-    if not wanted:
+    if not enabled:
         yield
         return
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     fills = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # costs a pass over memory, and guards against bugs
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a pass over memory
     try:
         yield
     finally:
