@@ -165,7 +165,7 @@ def test_production_script_without_a_gpu_explains_itself(tmp_path: Path) -> None
     smi.chmod(0o755)
     done = user(tmp_path, "env", f"PATH={smi.parent}:{os.environ['PATH']}", str(ROOT / "run_pre_training_e2e.sh"))
     assert done.returncode == 2
-    assert "torch cannot use the GPUs here: NVIDIA's driver 470.82.01 is here, for CUDA up to 11.4" in done.stderr
+    assert "torch cannot use the GPUs here: NVIDIA's driver 470.82.01 is installed, for CUDA up to 11.4" in done.stderr
     assert "lf-llm-269m on 8 x A100-80 (DDP)" in done.stdout
     assert "320,145,408 in all" in done.stdout
     assert "--force" in done.stderr

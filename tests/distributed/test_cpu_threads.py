@@ -88,7 +88,7 @@ def test_the_ranks_of_a_machine_share_its_cores(monkeypatch: pytest.MonkeyPatch,
 def test_the_users_word_stands(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv(name, "3")
     assert cores.num_threads() is None
-    assert cores.threads_reason() == f"as {name} says"
+    assert cores.threads_reason() == f"set by {name}"
 
 
 # A launcher that is started with what the test gives it, and starts a rank as torchrun would.

@@ -17,7 +17,7 @@ from myllm.cli.plan import describe_dry_run
 from myllm.distributed import device_info as hardware
 from myllm.distributed.collectives import choose_device, process_group, training_device
 from myllm.distributed.device_info import (
-    BUILDS,
+    TORCH_BUILDS,
     cuda_device_count,
     cuda_problem,
     device_name,
@@ -104,7 +104,7 @@ def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Non
         ("470.82", "11.4", "12.6", "needs driver 525 or newer", "install a driver 580 or newer"),
         ("470.82", "ERR!", "12.6", "needs driver 525 or newer", "torch==2.13.0 .*/cu130"),
         ("580.65", "13.0", None, "is a build without CUDA", "torch==2.13.0 .*/cu130"),
-        ("580.65", "13.0", "13.0", "which fits torch's CUDA 13.0, but torch says: ", ""),
+        ("580.65", "13.0", "13.0", "which fits torch's CUDA 13.0, but torch reports: ", ""),
         ("525.60", "12.0", "12.8", "which fits torch's CUDA 12.8", ""),  # a newer minor version needs no newer driver
     ],
 )
@@ -143,7 +143,7 @@ def test_the_plan_is_printed_all_the_same(driver: Callable[..., None]) -> None:
     driver("550.54.15", "12.4", "13.0")
     said = describe_dry_run(launch.parse_args(["debug", "--train.device", "auto", "--dry-run"]))
     assert "TFLOP/s" in said
-    assert "no GPU       NVIDIA's driver 550.54.15 is here, for CUDA up to 12.4, but torch" in said
+    assert "no GPU       NVIDIA's driver 550.54.15 is installed, for CUDA up to 12.4, but torch" in said
 
 
 @pytest.mark.parametrize(
@@ -180,5 +180,5 @@ def test_a_card_without_kernels(
 def test_what_is_recommended_is_supported() -> None:
     """By pyproject.toml; and a driver is given the newest CUDA that it can have."""
     bounds = SpecifierSet(re.search(r'"torch([^"]+)"', (ROOT / "pyproject.toml").read_text())[1])
-    assert all(version in bounds for _, version, _, _ in BUILDS)
-    assert [cuda for cuda, *_ in BUILDS] == sorted((cuda for cuda, *_ in BUILDS), reverse=True)
+    assert all(version in bounds for _, version, _, _ in TORCH_BUILDS)
+    assert [cuda for cuda, *_ in TORCH_BUILDS] == sorted((cuda for cuda, *_ in TORCH_BUILDS), reverse=True)

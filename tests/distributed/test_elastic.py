@@ -84,7 +84,9 @@ def test_a_port_that_is_taken_is_a_sentence(
 
     monkeypatch.setattr(run, "run", fail)
     assert main(["--nnodes=2", "--master-addr=10.0.0.1", "--master-port=29500", "train.py"]) == 1
-    said = "error: the machines cannot meet at 10.0.0.1:29500: EADDRINUSE; give a free port, the same on all\n"
+    said = (
+        "error: the machines cannot connect at 10.0.0.1:29500: EADDRINUSE; use a free port, the same on all machines\n"
+    )
     assert capsys.readouterr().err == said
 
 

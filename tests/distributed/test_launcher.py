@@ -58,7 +58,7 @@ def test_variables_that_say_nothing_are_none(changes: dict[str, str | None]) -> 
     )
     assert (done.returncode, done.stdout) == (0, "fine\n"), done.stderr
     half = {"RANK", "LOCAL_RANK"} & changes.keys()
-    assert ("this process works alone" in done.stderr) == bool(half), done.stderr
+    assert ("this process runs alone" in done.stderr) == bool(half), done.stderr
 
 
 def test_who_is_waited_for_is_said_at_once() -> None:

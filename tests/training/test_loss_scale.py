@@ -17,10 +17,10 @@ from torch.distributed.fsdp import fully_shard
 from myllm.checkpoint.format import load_checkpoint
 from myllm.checkpoint.retention import list_checkpoints
 from myllm.checkpoint.state import FIRST_LOSS_SCALE, SkipStats, TrainState
+from myllm.cli import doctor
 from myllm.config import RunConfig, TrainConfig
 from myllm.data.prepare.prepare import prepare
 from myllm.data.sampler import DataPosition
-from myllm.distributed import doctor
 from myllm.distributed.collectives import DistContext, process_group
 from myllm.distributed.parallelize import parallelize
 from myllm.distributed.precision import autocast, compute_dtype, has_bfloat16

@@ -42,12 +42,12 @@ def report(run: Positional[str]) -> None:
 
 
 def doctor(distributed: bool = False, device: Literal["auto", "cpu", "cuda"] = "auto", timeout_s: float = 60.0) -> None:
-    """Check this machine and, with --distributed, the network.
+    """Check this machine, or with --distributed the network between the ranks.
 
     Args:
-        distributed: all-reduces between all ranks: whether the sums are right, and how fast they go.
-        device: what carries them.
-        timeout_s: how long the ranks wait for each other.
+        distributed: check the results and the speed of all-reduces; start it with torchrun.
+        device: device of the all-reduces.
+        timeout_s: seconds that the ranks wait for each other.
     """
     if distributed:
         from myllm.distributed.network_check import check_network
@@ -55,13 +55,13 @@ def doctor(distributed: bool = False, device: Literal["auto", "cpu", "cuda"] = "
         for line in check_network(device, timeout_s):
             print(line)
         return
-    from myllm.distributed.doctor import check_machine
+    from .doctor import check_machine
 
-    lines, faults = check_machine()
+    lines, problems = check_machine()
     print("\n".join(lines))
-    if faults:
-        raise UserError("this will hinder training:\n" + "\n".join(f"  - {fault}" for fault in faults))
-    print("nothing here will hinder training")
+    if problems:
+        raise UserError("problems found:\n" + "\n".join(f"  - {problem}" for problem in problems))
+    print("no problems found")
 
 
 def status(run: Positional[str], silent_s: float = 600.0) -> None:

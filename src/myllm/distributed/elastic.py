@@ -53,7 +53,9 @@ def default_arguments(usage: str) -> list[str]:
         usage: the output of `torchrun --help`.
     """
     # A signal that is ignored stays ignored: nohup has SIGHUP ignored, so that the run outlives the terminal.
-    names = [name for name in FORWARDED_SIGNALS if name != "SIGHUP" or signal.getsignal(signal.SIGHUP) != signal.SIG_IGN]
+    names = [
+        name for name in FORWARDED_SIGNALS if name != "SIGHUP" or signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
+    ]
     arguments = [*DEFAULTS, f"--signals-to-handle={','.join(names)}"]
     return [argument for argument in arguments if argument.partition("=")[0] in usage]
 

@@ -1,5 +1,6 @@
-"""What the launcher (torchrun) tells a process: the only reader of RANK, LOCAL_RANK, WORLD_SIZE and so on. No torch, which
-is slow to import: command lines and the processes that tokenize use this too.
+"""What the launcher (torchrun) tells a process: the only reader of RANK, LOCAL_RANK, WORLD_SIZE and so on.
+
+No torch, which is slow to import: command lines and the processes that tokenize use this too.
 """
 
 import os
@@ -136,7 +137,8 @@ def _warn_half_launched() -> None:
     if set_names and world_size() > 1:
         missing = "LOCAL_RANK" if set_names == ["RANK"] else "RANK"
         print(
-            f"warning: {set_names[0]} and WORLD_SIZE are set, but {missing} is not, so this process runs alone; {RESTART}",
+            f"warning: {set_names[0]} and WORLD_SIZE are set, but {missing} is not, so this process runs alone; "
+            f"{RESTART}",
             file=sys.stderr,
             flush=True,
         )

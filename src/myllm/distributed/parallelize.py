@@ -75,7 +75,7 @@ def parallelize(model: Transformer, config: RunConfig, dist: DistContext) -> nn.
     # Shapes never change in training. A graph break is an error, not a slower run.
     options = {"fullgraph": True, "dynamic": False}
     if mode == "block by block":
-        model.compile_parts(**options)
+        model.compile_blocks(**options)
     train_model: nn.Module = torch.compile(model, **options) if mode == "whole" else model
     if dist.world_size > 1 and not isinstance(model, FSDPModule):
         device_ids = [dist.device] if dist.device.type == "cuda" else None

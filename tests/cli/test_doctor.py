@@ -10,8 +10,8 @@ import pytest
 import torch.distributed as dist
 from conftest import ROOT
 
+from myllm.cli import doctor
 from myllm.cli.main import main
-from myllm.distributed import doctor
 from myllm.distributed.network_check import check_network
 from myllm.errors import UserError
 
@@ -30,15 +30,15 @@ def test_a_machine(temp_data, capsys, monkeypatch):
     said = capsys.readouterr().out
     for word in ("python", "torch 2.", "cores for this process", "GB are available", str(temp_data), "attention"):
         assert word in said
-    assert said.endswith("nothing here will hinder training\n")
-    monkeypatch.setattr(doctor, "LEAST_FREE_BYTES", 10**18)
+    assert said.endswith("no problems found\n")
+    monkeypatch.setattr(doctor, "MIN_FREE_BYTES", 10**18)
     monkeypatch.setattr(doctor, "PACKAGES", ("torch", "no-such-package"))
     with pytest.raises(SystemExit) as ended:
         main(["doctor"])
     assert ended.value.code == 2
     said = capsys.readouterr().err
     assert "no-such-package is not installed: run src/environment.sh" in said
-    assert f"are free for {temp_data}: free some, or set MYLLM_DATA" in said
+    assert f"are free for {temp_data}: free some space, or set MYLLM_DATA" in said
 
 
 def test_two_ranks():
@@ -57,7 +57,7 @@ def test_two_ranks():
         assert f"rank {rank}: {socket.gethostname()}, local rank {rank}, " in done.stdout
     assert len(re.findall(r"KiB|MiB", done.stdout)) == 4
     assert float(re.search(r"25 MiB .* ms +([0-9.]+) GB/s", done.stdout)[1]) > 0
-    assert done.stdout.count("the sums are right on all 2 ranks") == 1
+    assert done.stdout.count("the sums are correct on all 2 ranks") == 1
 
 
 def test_a_rank_that_does_not_come():
@@ -67,13 +67,13 @@ def test_a_rank_that_does_not_come():
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "3", "LOCAL_RANK": "0"}
     done = run("-m", "myllm", "doctor", "--distributed", "--timeout-s", "2", RANK="0", **place)
     assert done.returncode == 2, done.stderr
-    assert "of 3 ranks, 1, 2 did not come within 2 s" in done.stderr
+    assert "2 of 3 ranks did not connect within 2 s: 1, 2;" in done.stderr
     assert f"rank 0: {socket.gethostname()}" in done.stderr
     assert "Traceback" not in done.stderr
 
 
 def test_wrong_sums_are_found(monkeypatch):
-    assert list(check_network("cpu", 10))[-1] == "one rank: nothing had to travel"
+    assert list(check_network("cpu", 10))[-1] == "one rank: no network traffic"
     monkeypatch.setattr(dist, "all_reduce", lambda tensor, *_, **__: tensor.numel() > 1 and tensor[:3].add_(1))
     with pytest.raises(UserError, match=r"all-reduce of 4,096 bytes gave wrong sums: . on rank 0"):
         list(check_network("cpu", 10))
