@@ -10,8 +10,7 @@ from myllm.config import RunConfig
 from myllm.errors import UserError
 from myllm.files import fsync_dir, read_json
 from myllm.formatting import format_bytes
-from myllm.planning.disk import n_kept, n_saves
-from myllm.planning.flops import stored_parameters
+from myllm.planning.disk import SPARE_BYTES, checkpoint_bytes, n_added
 
 MANIFEST, STATE_FILE = "manifest.json", "state.json"
 PARTIAL, REMOVED, REPLACED = ".partial-", ".removed-", ".replaced-"
@@ -19,10 +18,6 @@ _STEP = re.compile(r"step_([0-9]+)")
 _UNFINISHED = re.compile(rf"({re.escape(PARTIAL)}|{re.escape(REMOVED)}|{re.escape(REPLACED)})step_[0-9]+")
 _DEBRIS = re.compile(r"\.DS_Store|\._.*|\.nfs.*")
 """Files that file managers and network disks leave in every folder."""
-BYTES_A_PARAMETER = 12
-"""The weight and AdamW's two moments, float32."""
-SPARE_BYTES = 2_000_000
-"""For all but tensors' numbers: their names, random state, the vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -181,17 +176,14 @@ def check_space_for_save(checkpoints: Path, step: int, need_bytes: int) -> None:
 
 
 def remaining_checkpoint_bytes(config: RunConfig, checkpoints: Path, best: Path, step: int) -> tuple[int, int]:
-    """Room for checkpoints from `step` to the end of a run, beyond what is on the disk already.
+    """Disk space that a run needs for checkpoints from `step` on, in addition to those on the disk.
 
     Returns:
-        bytes, and how many checkpoints that is at most at one time: an old one goes when the new one is whole.
+        bytes, and the number of checkpoints.
     """
-    train = config.train
-    here = sorted(step_of(folder) for folder in list_checkpoints(checkpoints))
-    there = list_checkpoints(best)
-    kept = n_kept(train, here, step) - len(here) + (train.early_stop_patience is not None and not there)
-    count = max(kept, 0) + 1 if n_saves(train, step, train.max_steps) else 0
-    return count * (stored_parameters(config.model) * BYTES_A_PARAMETER + SPARE_BYTES), count
+    existing = sorted(step_of(folder) for folder in list_checkpoints(checkpoints))
+    count = n_added(config, existing, step, has_best=bool(list_checkpoints(best)))
+    return count * checkpoint_bytes(config), count
 
 
 def check_space_for_run(config: RunConfig, checkpoints: Path, best: Path, step: int) -> None:
