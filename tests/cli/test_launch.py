@@ -94,7 +94,7 @@ def test_unknown_keys_in_a_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"train\.max_step: unknown key, did you mean 'max_steps'") as caught:
         parse_args(["debug", "--config", str(path)])
     assert "modle: unknown key, did you mean 'model'" in str(caught.value)
-    assert "train.seed: expected a whole number, found 'x'" in str(caught.value)
+    assert "train.seed: expected an integer, found 'x'" in str(caught.value)
 
 
 def test_the_batch_is_checked_for_the_planned_ranks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -132,7 +132,7 @@ def test_renamed_and_dropped_settings(done: Path, monkeypatch: pytest.MonkeyPatc
         assert check_resumable(old, now, Path("x")) == []
         assert to_dict(now)["version"] == schema.version
         assert from_dict({"version": schema.version, "train": {"max_steps": 3}}, now).train.max_steps == 3
-    with pytest.raises(UserError, match=r"cannot use x: (.|\n)*optim\.peak: unknown key"):
+    with pytest.raises(UserError, match=r"the config x does not fit:(.|\n)*optim\.peak: unknown key"):
         saved_config(old, "x")
 
 
@@ -151,8 +151,8 @@ def test_changes_follow_one_another() -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"version": 99}, r"is of version 99, and this program reads versions up to \d+: a later version"),
-        ({"version": "2"}, r"is '2', expected a whole number"),
+        ({"version": 99}, r"has version 99, but this program reads versions up to \d+: it was written"),
+        ({"version": "2"}, r"is '2', expected an integer"),
         ({"from_tomorrow": 1}, r"unknown.*|from_tomorrow"),
     ],
 )
@@ -178,8 +178,8 @@ def test_other_files_of_a_later_version(runs: Path, capsys: pytest.CaptureFixtur
         with pytest.raises(SystemExit) as ended:
             cli.main(words)
         assert ended.value.code == 2
-        assert "is of version 99" in capsys.readouterr().err
-    with pytest.raises(UserError, match="is of version 99"):
+        assert "has version 99" in capsys.readouterr().err
+    with pytest.raises(UserError, match="has version 99"):
         load_config(runs / "done/config.json", RunConfig())
 
 

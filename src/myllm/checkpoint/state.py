@@ -5,16 +5,14 @@ that is not finite is not better; one that failed does not count. The one before
 """
 
 import math
-import typing
-from dataclasses import dataclass, is_dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from myllm.data.sample_digest import SampleDigest
 from myllm.data.sampler import DataPosition
 from myllm.errors import UserError
 from myllm.files import read_json
-from myllm.migrations import STATE
+from myllm.migrations import STATE, dataclass_from_json
 
 NO_DATASET = ""
 """In place of a data set's hash: weights from elsewhere, to be trained on whatever they are given."""
@@ -93,26 +91,13 @@ class TrainState:
 
 
 def read_state(folder: Path) -> TrainState:
-    """How far the run of a checkpoint had come. What an earlier version did not save has its default.
+    """Read the training state of a checkpoint. What an earlier version did not save has its default.
 
     Raises:
-        UserError: a later version wrote it, or it holds what this version does not know.
+        UserError: it was written by a later version, or is invalid.
     """
-    file = folder / "state.json"
-    try:
-        values = STATE.upgrade(read_json(file), file)
-        return _from_values(TrainState, values, "")
-    except (TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"cannot use {file}: {error}; a later version of MyLLM may have written it") from None
-
-
-def _from_values(kind: type, values: dict[str, Any], prefix: str) -> Any:
-    """The way back from `asdict`. TypeError: keys that the class does not know or has no default for."""
-    hints = typing.get_type_hints(kind)
-    if unknown := [f"{prefix}{key}" for key in values.keys() - hints.keys()]:
-        raise TypeError(f"unknown {', '.join(sorted(unknown))}")
-    for name, value in values.items():
-        inner = [hint for hint in (hints[name], *typing.get_args(hints[name])) if is_dataclass(hint)]
-        if inner and value is not None:
-            values[name] = _from_values(inner[0], value, f"{prefix}{name}.")
-    return kind(**values)
+    file, errors = folder / "state.json", list[str]()
+    state = dataclass_from_json(TrainState, STATE.upgrade(read_json(file), file), errors)
+    if errors:
+        raise UserError(f"cannot use {file}: {'; '.join(errors)}; it may be from a later version of MyLLM")
+    return state

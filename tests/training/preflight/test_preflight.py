@@ -400,7 +400,7 @@ def test_auto_in_a_file_and_in_the_plan(config: RunConfig, tmp_path: Path) -> No
     path = write_run_config(with_train(config, micro_batch_size="auto"), tmp_path / "auto.json")
     assert load_config(path, RunConfig()).train.micro_batch_size == "auto"
     path.write_text('{"train": {"micro_batch_size": "most"}}')
-    with pytest.raises(UserError, match=r"train\.micro_batch_size: expected a whole number or 'auto', found 'most'"):
+    with pytest.raises(UserError, match=r"train\.micro_batch_size: expected an integer or 'auto', found 'most'"):
         load_config(path, RunConfig())
     shown = describe(predict(with_train(config, micro_batch_size="auto", batch_tokens=256), Hardware(1)))
     assert "1 sequences x 64 tokens x 1 rank(s) x 4 accumulation step(s) = 256 tokens per step" in shown
