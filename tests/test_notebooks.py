@@ -1,4 +1,4 @@
-"""Every notebook runs from its first cell to its last, on runs made here."""
+"""Every notebook runs from its first cell to its last, on small runs that the tests write."""
 
 import json
 import math
@@ -29,7 +29,7 @@ PARAMETERS: dict[str, dict[str, Any]] = {
 
 
 def write_run(folder: Path, final_loss: float) -> None:
-    """A run folder as training would leave it, with numbers that need no training."""
+    """A run folder as training leaves it, with made-up numbers."""
     rows: list[dict[str, Any]] = []
     for step in range(0, 101, 5):
         loss = final_loss + 6 * math.exp(-step / 20)
@@ -50,7 +50,7 @@ def write_run(folder: Path, final_loss: float) -> None:
 
 
 def write_export(folder: Path) -> None:
-    """An exported model that knows nothing."""
+    """An exported untrained model."""
     config, tokenizer = RunConfig(name="exported", model=SHAPE), load_tokenizer()
     source = ExportSource(config, 1, 1, tokenizer, Transformer(SHAPE).state_dict())
     export_transformers(source, folder, say=lambda _: None)
@@ -58,7 +58,7 @@ def write_export(folder: Path) -> None:
 
 @pytest.fixture
 def data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A temp_data/ with two runs, which is where the notebook's kernel looks, and an exported model."""
+    """A data folder with two runs and an exported model, where the notebook's kernel looks."""
     write_run(tmp_path / "runs/first", final_loss=4.25)
     write_run(tmp_path / "runs/second", final_loss=3.5)
     write_export(tmp_path / "exported")
@@ -68,7 +68,7 @@ def data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def set_parameters(notebook: nbformat.NotebookNode, values: dict[str, Any]) -> None:
-    """Replace the cells `NAME = ...` of a notebook; each name must have exactly one."""
+    """Replace the cells `NAME = ...` of a notebook; every name must have exactly one."""
     for name, value in values.items():
         cells = [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.startswith(f"{name} = ")]
         assert len(cells) == 1, f"{name} is set by {len(cells)} cells"
@@ -76,7 +76,7 @@ def set_parameters(notebook: nbformat.NotebookNode, values: dict[str, Any]) -> N
 
 
 def execute(path: Path, values: dict[str, Any], folder: Path) -> nbformat.NotebookNode:
-    """The notebook with its outputs. A cell that raises fails the test with its traceback."""
+    """Run a notebook and return it with its outputs; an exception in a cell fails the test."""
     notebook = nbformat.read(path, as_version=4)
     set_parameters(notebook, values)
     NotebookClient(notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": folder}}).execute()
@@ -106,11 +106,11 @@ def test_notebook_is_stored_clean(path: Path) -> None:
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
 def test_notebook_runs(path: Path, data_folder: Path) -> None:
-    assert path.name in PARAMETERS, f"say in PARAMETERS what {path.name} should be run on"
+    assert path.name in PARAMETERS, f"add {path.name} to PARAMETERS"
     notebook = execute(path, PARAMETERS[path.name], data_folder)
-    written = "".join(output.get("text", "") for output in outputs(notebook) if output.get("name") == "stderr")
-    # transformers imports torchao where that is installed, which tells of kernels for machines other than this one.
-    noise = [line for line in written.splitlines() if not re.search("torchao|torch/utils/_pytree.py", line)]
+    stderr = "".join(output.get("text", "") for output in outputs(notebook) if output.get("name") == "stderr")
+    # transformers imports torchao if it is installed, which warns about kernels for other machines.
+    noise = [line for line in stderr.splitlines() if not re.search("torchao|torch/utils/_pytree.py", line)]
     assert noise == [], "a notebook that warns teaches its readers to ignore warnings"
 
 
@@ -126,11 +126,11 @@ def test_metric_graphs_shows_the_run(data_folder: Path) -> None:
 
 
 def test_hf_sampling_gives_our_greedy_text(data_folder: Path) -> None:
-    """With its own default, from its own folder: the README's command exports into the folder above."""
+    """With the notebook's default MODEL, run in its own folder: the README's command exports to the folder above."""
     path, folder = ROOT / "notebooks/hf_sampling.ipynb", data_folder / "notebooks"
     folder.mkdir()
     shown = outputs(execute(path, {"PROMPTS": ["the river"]}, folder))
-    said = "".join(output.text for output in shown if output.get("name") == "stdout")
+    stdout = "".join(output.text for output in shown if output.get("name") == "stdout")
     ours = generate(LanguageModel(Transformer(SHAPE).eval(), load_tokenizer()), "the river", 50, temperature=0)
-    assert said.startswith("LlamaForCausalLM")
-    assert f"\n{ours}\n---\n" in said
+    assert stdout.startswith("LlamaForCausalLM")
+    assert f"\n{ours}\n---\n" in stdout
