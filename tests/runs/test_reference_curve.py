@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import eval_rows, with_train
-from runs.test_report import eval_row, train_row, validation_row, write_run
+from support.run_files import eval_row, train_row, validation_row, write_run
 from training.test_loop import run, run_until
 
 from myllm.config import RunConfig, to_dict

@@ -17,11 +17,11 @@ import pytest
 from conftest import ROOT
 from matplotlib.image import imread
 from support.browser import chromium
+from support.run_files import eval_row, full_rows, train_row, validation_row, write_run
 
 from myllm.errors import UserError
-from myllm.formatting import format_duration, format_si
 from myllm.paths import RunPaths
-from myllm.runs.history import find_run, moving_average, read_metrics
+from myllm.runs.history import read_metrics
 from myllm.runs.report import plots
 from myllm.runs.report.axes import MAX_POINTS, downsample
 from myllm.runs.report.html import write_report
@@ -62,52 +62,6 @@ class Page(HTMLParser):
         return [attributes for tag, attributes in self.tags if tag == "img"]
 
 
-def train_row(step: int, **changes: Any) -> dict[str, Any]:
-    row = {
-        "kind": "train", "step": step, "tokens": step * 1_000, "loss": 3 + 6 / (1 + step / 10), "lr": 1e-3,
-        "grad_norm": 0.7, "step_s": 0.5, "tokens_per_s": 2_000.0, "mfu": None, "data_wait_s": 0.01,
-    }  # fmt: skip
-    return row | changes
-
-
-def eval_row(name: str, step: int, **values: float) -> dict[str, Any]:
-    return {"kind": "eval", "name": name, "step": step, "seconds": 1.0} | values
-
-
-def validation_row(step: int, loss: float) -> dict[str, Any]:
-    return eval_row(
-        "validation",
-        step,
-        loss=loss,
-        perplexity=math.exp(loss),
-        bits_per_byte=loss / 2,
-        token_accuracy=min(1, step / 500),
-    )
-
-
-def write_run(folder: Path, rows: list[dict[str, Any]], samples: list[dict[str, Any]] = ()) -> RunPaths:
-    run = RunPaths(folder)
-    folder.mkdir(parents=True)
-    run.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    run.samples.write_text("".join(json.dumps(row) + "\n" for row in samples))
-    run.config.write_text(
-        json.dumps({"name": folder.name, "optim": {"max_grad_norm": 1.0}, "train": {"max_steps": 400}})
-    )
-    run.environment.write_text(
-        json.dumps({"parameters": 7_340_032, "command": "python pretrain.py debug --train.fresh", "versions": {"a": 1}})
-    )
-    return run
-
-
-def full_rows() -> list[dict[str, Any]]:
-    rows = [validation_row(0, 10.5)]
-    rows += [train_row(step) for step in range(5, 201, 5)]
-    rows += [validation_row(100, 4.0), validation_row(200, 3.25)]
-    rows += [eval_row("cloze", step, acc=0.3, acc_norm=0.31, acc_stderr=0.02, n_examples=500) for step in (0, 200)]
-    rows += [eval_row("hellaswag", step, acc=0.26, acc_norm=0.27, n_examples=100) for step in (0, 200)]
-    return rows
-
-
 def small_run(folder: Path) -> RunPaths:
     samples = [
         {"step": 0, "prompt": "Hello <b>you</b>", "text": " <script>alert('x')</script> & noise", "seed": 1},
@@ -140,25 +94,7 @@ def page_of(run: RunPaths) -> Page:
     return Page(write_report(run).read_text(encoding="utf-8"))
 
 
-# -- reading ----------------------------------------------------------------------------------------------------------
-
-
-def test_reads_every_row(run: RunPaths) -> None:
-    metrics = read_metrics(run.metrics)
-    assert [row["step"] for row in metrics.train] == list(range(5, 201, 5))
-    assert {name: len(rows) for name, rows in metrics.evals.items()} == {"validation": 3, "cloze": 2, "hellaswag": 2}
-    assert metrics.last("validation")["loss"] == 3.25
-    assert metrics.skipped == 0
-    assert metrics.tokens_at([0, 101, 200]) == pytest.approx([0, 101_000, 200_000])
-    assert metrics.training_s() == pytest.approx(200_000 / 2_000)
-
-
-def test_a_truncated_last_line_is_skipped(run: RunPaths) -> None:
-    whole = run.metrics.read_bytes()
-    run.metrics.write_bytes(whole + b'{"kind": "train", "step": 205, "note": "caf\xc3')  # cut inside a character too
-    metrics = read_metrics(run.metrics)
-    assert metrics.last()["step"] == 200
-    assert metrics.skipped == 1
+# -- robustness -------------------------------------------------------------------------------------------------------
 
 
 def test_rows_and_files_of_odd_types_still_make_a_page(run: RunPaths) -> None:
@@ -186,13 +122,6 @@ def test_rows_and_files_of_odd_types_still_make_a_page(run: RunPaths) -> None:
         page_of(run)
 
 
-def test_repeated_steps_count_once(tmp_path: Path) -> None:
-    first = [train_row(step, loss=9.0) for step in (10, 20, 30, 40)]
-    resumed = [train_row(step, loss=5.0) for step in (30, 40, 50)]
-    metrics = read_metrics(write_run(tmp_path / "run", first + resumed).metrics)
-    assert [(row["step"], row["loss"]) for row in metrics.train] == [(10, 9), (20, 9), (30, 5), (40, 5), (50, 5)]
-
-
 def test_a_missing_run_lists_existing_runs(run: RunPaths) -> None:
     with pytest.raises(UserError, match=r"smol, did you mean 'small'\?; existing runs: small"):
         write_report(RunPaths(run.root.parent / "smol"))
@@ -208,13 +137,6 @@ def test_metrics_without_rows(run: RunPaths, content: str) -> None:
     run.metrics.write_text(content)
     with pytest.raises(UserError, match="no training or evaluation row yet"):
         write_report(run)
-
-
-def test_finds_a_run_by_name_or_folder(run: RunPaths, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MYLLM_DATA", str(run.root.parents[1]))
-    assert find_run("small") == run
-    assert find_run(run.root) == run
-    assert find_run("absent").root == run.root.parent / "absent"
 
 
 def test_starts_without_torch() -> None:
@@ -247,18 +169,7 @@ def test_a_failed_report_costs_a_finished_run_one_line(tmp_path: Path) -> None:
         assert len(done.stderr.splitlines()) == 1
 
 
-# -- numbers ----------------------------------------------------------------------------------------------------------
-
-
-def test_moving_average_ignores_non_finite_values() -> None:
-    values = np.sin(np.arange(200.0))
-    values[[50, 60, 199]] = [np.nan, np.inf, np.nan]
-    mean = moving_average(values, half_window=0.05)  # 10 to each side
-    for index in (80, 150, 199):
-        window = values[index - 10 : index + 11]
-        assert mean[index] == pytest.approx(window[np.isfinite(window)].mean())
-    assert mean[0] == values[0]
-    assert np.isfinite(mean).all()
+# -- figures ----------------------------------------------------------------------------------------------------------
 
 
 def test_downsampling_keeps_ends_and_spikes() -> None:
@@ -268,24 +179,6 @@ def test_downsampling_keeps_ends_and_spikes() -> None:
     assert len(steps) <= MAX_POINTS + 2
     assert {0, 12_345, 77_777, 99_999} <= set(steps)
     assert (kept.max(), kept.min()) == (9.0, -9.0)
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [(0, "0"), (999, "999"), (1_234, "1.23k"), (999_999, "1M"), (7_340_032, "7.34M"), (9.96e9, "9.96B")],
-)
-def test_si(value: float, text: str) -> None:
-    assert format_si(value) == text
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(math.nan, ""), (46, "46 s"), (130, "2 min"), (8_000, "2 h 13 min"), (200_000, "2 d 7 h")]
-)
-def test_duration(seconds: float, text: str) -> None:
-    assert format_duration(seconds) == text
-
-
-# -- figures ----------------------------------------------------------------------------------------------------------
 
 
 def test_draws_every_figure(run: RunPaths) -> None:

@@ -1,0 +1,58 @@
+"""Reading a run's files back."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.run_files import full_rows, train_row, write_run
+
+from myllm.paths import RunPaths
+from myllm.runs.history import find_run, moving_average, read_metrics
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunPaths:
+    return write_run(tmp_path / "runs/small", full_rows())
+
+
+def test_reads_every_row(run: RunPaths) -> None:
+    metrics = read_metrics(run.metrics)
+    assert [row["step"] for row in metrics.train] == list(range(5, 201, 5))
+    assert {name: len(rows) for name, rows in metrics.evals.items()} == {"validation": 3, "cloze": 2, "hellaswag": 2}
+    assert metrics.last("validation")["loss"] == 3.25
+    assert metrics.skipped == 0
+    assert metrics.tokens_at([0, 101, 200]) == pytest.approx([0, 101_000, 200_000])
+    assert metrics.training_s() == pytest.approx(200_000 / 2_000)
+
+
+def test_a_truncated_last_line_is_skipped(run: RunPaths) -> None:
+    whole = run.metrics.read_bytes()
+    run.metrics.write_bytes(whole + b'{"kind": "train", "step": 205, "note": "caf\xc3')  # cut inside a character too
+    metrics = read_metrics(run.metrics)
+    assert metrics.last()["step"] == 200
+    assert metrics.skipped == 1
+
+
+def test_repeated_steps_count_once(tmp_path: Path) -> None:
+    first = [train_row(step, loss=9.0) for step in (10, 20, 30, 40)]
+    resumed = [train_row(step, loss=5.0) for step in (30, 40, 50)]
+    metrics = read_metrics(write_run(tmp_path / "run", first + resumed).metrics)
+    assert [(row["step"], row["loss"]) for row in metrics.train] == [(10, 9), (20, 9), (30, 5), (40, 5), (50, 5)]
+
+
+def test_finds_a_run_by_name_or_folder(run: RunPaths, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MYLLM_DATA", str(run.root.parents[1]))
+    assert find_run("small") == run
+    assert find_run(run.root) == run
+    assert find_run("absent").root == run.root.parent / "absent"
+
+
+def test_moving_average_ignores_non_finite_values() -> None:
+    values = np.sin(np.arange(200.0))
+    values[[50, 60, 199]] = [np.nan, np.inf, np.nan]
+    mean = moving_average(values, half_window=0.05)  # 10 to each side
+    for index in (80, 150, 199):
+        window = values[index - 10 : index + 11]
+        assert mean[index] == pytest.approx(window[np.isfinite(window)].mean())
+    assert mean[0] == values[0]
+    assert np.isfinite(mean).all()
