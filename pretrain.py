@@ -84,6 +84,8 @@ def prepare_and_train(config: "RunConfig", prepare_only: bool, profile: bool = F
     from myllm.runs.heartbeat import report_starting
     from myllm.runs.run_dir import next_steps
     from myllm.training.loop import train
+    from myllm.training.preflight.batch_size import resolve_micro_batch_size
+    from myllm.training.setup import resolve_config
     from myllm.training.stop_signals import exit_unfinished_on_time_signals
 
     exit_unfinished_on_time_signals()
@@ -100,10 +102,13 @@ def prepare_and_train(config: "RunConfig", prepare_only: bool, profile: bool = F
             prepare_in_background(config.data, starts=ranks.local_rank() == 0, min_train_tokens=min_tokens) as dataset,
             distributed.process_group(config.train.device) as process,
         ):
-            config = resolve_max_steps(config, dataset.train.tokens, own_text)
             taken_over()
+            config = resolve_config(resolve_max_steps(config, dataset.train.tokens, own_text), dataset, process)
+            config, note = resolve_micro_batch_size(
+                config, dataset.tokenizer(), process, dataset.val.tokens, rehearsed=True
+            )
             try:
-                outcome = train(config, dataset, process, publisher.submit, started, profile)
+                outcome = train(config, dataset, process, publisher.submit, started, profile, [note] if note else [])
             except TrainingDiverged as error:
                 if is_rank_zero:  # all that is known stands in the log, and above
                     print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)

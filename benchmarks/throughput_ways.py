@@ -125,7 +125,7 @@ def ours(
     def step() -> Tensor:
         nonlocal done
         parts.guard.record(parts.state(dataset, done))
-        loss, _, _ = train_step(parts.runner, parts.optimizer, loader, batch, done, config, process, parts.guard)
+        loss, _, _ = train_step(parts.trainer(loader, dataset, batch), done)
         done += 1
         if done % config.train.log_every_steps == 0:
             parts.guard.sync()

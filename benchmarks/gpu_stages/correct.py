@@ -146,5 +146,7 @@ def ours(
     with fast_kernels(made, config, bench.process) as runner:
         for _ in range(2):
             made.zero_grad(set_to_none=True)
-            loss = accumulate_gradients(runner, OneBatch(batch), steps, config, bench.process, loss_scale=loss_scale)
+            loss = accumulate_gradients(
+                runner, OneBatch(batch), steps, config, bench.process.device, loss_scale=loss_scale
+            )
     return loss.item(), {name: parameter.grad for name, parameter in made.named_parameters()}

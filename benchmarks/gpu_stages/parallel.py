@@ -83,7 +83,7 @@ def measured(bench: Bench, config: RunConfig, name: str) -> Found:
 
         def step() -> Tensor:
             zero_grad(runner)
-            return accumulate_gradients(runner, OneBatch(batch), steps, config, process)
+            return accumulate_gradients(runner, OneBatch(batch), steps, config, process.device)
 
         step()
         first = graphs()

@@ -20,6 +20,7 @@ from myllm.data.tokenizer.load import load_tokenizer
 from myllm.distributed.collectives import DistContext
 from myllm.paths import RunPaths
 from myllm.planning.batch import batch_plan
+from myllm.training.context import RunContext
 from myllm.training.preflight.rehearsal import Parts, scratch_folder, synthetic_dataset
 from myllm.training.profiler import no_phase
 from myllm.training.restore import restore
@@ -57,9 +58,8 @@ class Steps:
         """One update; the loss, on the device, where nothing has waited for it."""
         parts, state, batch = self.parts, self.state, self.batch
         parts.guard.record(state)
-        loss, self.grad_norm, _ = train_step(
-            parts.runner, parts.optimizer, self.loader, batch, state.step, self.config, self.process, parts.guard, phase
-        )
+        trainer = parts.trainer(self.loader, self.dataset, batch)
+        loss, self.grad_norm, _ = train_step(trainer, state.step, phase)
         self.state = replace(
             state,
             step=state.step + 1,
@@ -101,5 +101,5 @@ def save(steps: Steps, run: RunPaths) -> None:
 
 def load(parts: Parts, run: RunPaths, dataset: Dataset) -> TrainState:
     """The newest checkpoint, into weights, optimizer and generators."""
-    saved = checkpoint.load_latest(run.checkpoints, lambda line: None)
-    return restore(saved, parts.config, dataset, parts.model, parts.optimizer, parts.process, lambda line: None)
+    ctx = RunContext.create(parts.config, parts.process, run, log=lambda line: None)
+    return restore(checkpoint.load_latest(run.checkpoints, ctx.log), ctx, dataset, parts.model, parts.optimizer)

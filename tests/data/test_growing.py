@@ -139,7 +139,7 @@ def expect_losses_of_finished_data(runs: Runs, ranks: int) -> None:
     """The same run once more, from its first step, on the data set that is whole by now."""
     code, said = finish(runs.start(ranks, "--name", "whole"))
     assert code == 0, said
-    assert "goes on beside" not in said
+    assert "preparation continues" not in said
     assert losses(runs.run) == losses(runs.run.with_name("whole"))
     assert len(losses(runs.run)) == STEPS
     [folder] = [path for path in (runs.folder / "temp_data/datasets").iterdir() if path.is_dir()]
@@ -157,7 +157,7 @@ def test_it_trains_while_the_data_are_made_with_the_same_losses(runs: Runs) -> N
     runs.open_gate()
     code, said = finish(process)
     assert code == 0, said
-    assert "the preparation goes on beside the training" in said
+    assert "preparation continues during training" in said
     assert said.count("training tokens so far, from") >= 2
     expect_losses_of_finished_data(runs, 1)
 

@@ -28,10 +28,10 @@ sys.path.insert(0, {str(ROOT)!r})
 import pretrain
 from myllm.training import loop as train
 step = train.train_step
-def sleepy(runner, optimizer, loader, batch, number, config, *rest):
-    if number == 5 and config.name == "asleep" and os.environ["RANK"] == "1":
+def sleepy(trainer, number, *phase):
+    if number == 5 and trainer.ctx.config.name == "asleep" and os.environ["RANK"] == "1":
         time.sleep(600)
-    return step(runner, optimizer, loader, batch, number, config, *rest)
+    return step(trainer, number, *phase)
 train.train_step = sleepy
 if __name__ == "__main__":
     pretrain.main()
@@ -153,4 +153,4 @@ def test_a_rank_that_gives_no_sign_of_life(config: RunConfig, tmp_path: Path) ->
     started.ranks()[0].suspend()
     assert started.end() == 1
     assert "error: rank 0 did not arrive" in started.output()
-    assert "rank 0 gives no sign of life; rank 1 waits in step" in started.output()
+    assert "rank 0 is not responding; rank 1 waits in step" in started.output()

@@ -17,7 +17,9 @@ from myllm.distributed.parallelize import full_params, full_tensor, parallelize,
 from myllm.model.transformer import Transformer
 from myllm.optim.adamw import ScheduledAdamW
 from myllm.planning.batch import batch_plan
+from myllm.training.context import RunContext
 from myllm.training.gradient_guard import GradientGuard
+from myllm.training.setup import Trainer
 from myllm.training.step import accumulate_gradients, train_step
 
 SEQUENCES, SEQ_LEN, STEPS = 8, 32, 5
@@ -46,7 +48,7 @@ class Numbers:
         self.generator = torch.Generator().manual_seed(5)
         self.process, self.size, self.queue = process, micro_batch_size, []
 
-    def next(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def next_batch(self) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.queue:
             step = torch.randint(0, MODEL.vocab_size, (SEQUENCES, SEQ_LEN + 1), generator=self.generator)
             self.queue = list(step.split(self.size))[self.process.rank :: self.process.world_size]
@@ -62,13 +64,15 @@ def run(case: str, process: DistContext) -> dict[str, object]:
     optimizer = ScheduledAdamW(model.named_parameters(), config.optim, STEPS)
     runner, batch = parallelize(model, config, process), batch_plan(config, process.world_size)
     loader, guard = Numbers(process, TRAIN.micro_batch_size), GradientGuard(config.train, process.device)
-    accumulate_gradients(runner, loader, batch, config, process)
+    accumulate_gradients(runner, loader, batch, config, process.device)
     gradients = {name: full_tensor(parameter.grad).clone() for name, parameter in model.named_parameters()}
     zero_grad(runner)
+    ctx = RunContext.create(config, process)
+    trainer = Trainer(ctx, None, batch, model, whole, runner, optimizer, loader, guard)
     losses, norms, scores = [], [], []
     for step in range(STEPS):
         guard.record(TrainState(step, 0, DataPosition(0, 0, 0, "")))
-        loss, norm, _ = train_step(runner, optimizer, loader, batch, step, config, process, guard)
+        loss, norm, _ = train_step(trainer, step)
         losses.append(float(all_reduce_sum(loss)) / process.world_size)
         norms.append(float(norm))
         with full_params(model, whole):

@@ -12,7 +12,7 @@ import torch
 from myllm.cli.launch import exit_on_error
 from myllm.config import ModelConfig, RunConfig, load_config
 from myllm.model.transformer import Transformer
-from myllm.training import loop as train
+from myllm.training import setup
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import pretrain
@@ -27,6 +27,6 @@ def poisoned(config: ModelConfig, seed: int) -> Transformer:
 
 if __name__ == "__main__":
     faulthandler.dump_traceback_later(150)  # should it hang, the test shows where
-    train.Transformer = poisoned
+    setup.Transformer = poisoned
     with exit_on_error():
         pretrain.prepare_and_train(load_config(Path(sys.argv[1]), RunConfig()), prepare_only=False)

@@ -80,10 +80,10 @@ def stop_in_evaluation(step: int) -> None:
 
     real = train.run_eval
 
-    def run_eval(planned: Any, state: Any, *others: Any) -> Any:
+    def run_eval(evaluation: Any, ctx: Any, state: Any, *others: Any) -> Any:
         if state.step == step:
             os.kill(os.getpid(), signal.SIGTERM)
-        return real(planned, state, *others)
+        return real(evaluation, ctx, state, *others)
 
     train.run_eval = run_eval
 
@@ -94,7 +94,7 @@ def poison(step: int) -> None:
 
     real = train.train_step
 
-    def train_step(runner: Any, optimizer: Any, loader: Any, batch: Any, number: int, *others: Any) -> Any:
+    def train_step(trainer: Any, number: int, *phase: Any) -> Any:
         def spoil(module: Any, given: Any, made: Any) -> Any:
             hook.remove()
             made = made.clone()
@@ -102,9 +102,11 @@ def poison(step: int) -> None:
             return made
 
         if number == step - 1:
-            (embedding,) = (module for name, module in runner.named_modules() if name.endswith("embedding"))
+            (embedding,) = (
+                module for name, module in trainer.train_model.named_modules() if name.endswith("embedding")
+            )
             hook = embedding.register_forward_hook(spoil)
-        return real(runner, optimizer, loader, batch, number, *others)
+        return real(trainer, number, *phase)
 
     train.train_step = train_step
 
@@ -115,10 +117,10 @@ def sleep_before(step: int) -> None:
 
     real = train.train_step
 
-    def train_step(runner: Any, optimizer: Any, loader: Any, batch: Any, number: int, *others: Any) -> Any:
+    def train_step(trainer: Any, number: int, *phase: Any) -> Any:
         if number == step - 1:
             time.sleep(600)
-        return real(runner, optimizer, loader, batch, number, *others)
+        return real(trainer, number, *phase)
 
     train.train_step = train_step
 

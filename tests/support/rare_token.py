@@ -10,7 +10,7 @@ from myllm.config import ModelConfig, RunConfig
 from myllm.data.dataset import Dataset
 from myllm.data.sampler import DataPosition, count_sequences, step_sequences, window_sequences
 from myllm.model.transformer import Transformer
-from myllm.training import loop as train
+from myllm.training import setup
 
 
 class Rare(NamedTuple):
@@ -56,4 +56,4 @@ def poison(monkeypatch: pytest.MonkeyPatch, token: int) -> None:
             model.embedding.weight[token] = 3.4e38
         return model
 
-    monkeypatch.setattr(train, "Transformer", poisoned)
+    monkeypatch.setattr(setup, "Transformer", poisoned)

@@ -133,7 +133,7 @@ def test_a_run_stops_and_its_best_checkpoint_stays(whole: Path, monkeypatch: pyt
     assert [row["step"] for row in eval_rows(root, "cloze")] == [0, last]
     assert len(figures(root)) == len({row["step"] for row in figures(root)})
     said = (root / "log.txt").read_text()
-    assert f"stopped early after step {last} of 60: train.early_stop_patience is 3. To train on from here" in said
+    assert f"stopped early after step {last} of 60: train.early_stop_patience is 3. To continue training" in said
     assert (
         f"the lowest validation loss is {lowest:.4f}, at step {best}, with 3 validations since; kept in {kept}" in said
     )

@@ -64,7 +64,7 @@ def test_collected_when_due_and_only_then(collections: list[int], monkeypatch: p
                 pass
             assert left() is not None, f"within step {step}"
             before = len(collections)
-            schedule.after(step)
+            schedule.after_step(step)
             if len(collections) > before:
                 found.append(step)
                 assert left() is None
@@ -82,7 +82,7 @@ def test_memory_does_not_grow(monkeypatch: pytest.MonkeyPatch) -> None:
     with GcSchedule(step=0) as schedule:
         for step in range(1, 101):
             alive = [each for each in [*alive, cycle()] if each() is not None]
-            schedule.after(step)
+            schedule.after_step(step)
             assert len(alive) <= 10
             if step % 10 == 0:
                 assert not [each for each in alive if each() is not None]
@@ -131,13 +131,13 @@ def test_no_collection_within_a_real_step(
         within.append(len(collections) - before)
         return result
 
-    def note(schedule: GcSchedule, number: int, done=GcSchedule.after) -> None:
+    def note(schedule: GcSchedule, number: int, done=GcSchedule.after_step) -> None:
         before = len(collections)
         done(schedule, number)
         after[number] = len(collections) - before
 
     monkeypatch.setattr(loop, "train_step", step)
-    monkeypatch.setattr(GcSchedule, "after", note)
+    monkeypatch.setattr(GcSchedule, "after_step", note)
     run(with_train(tiny, max_steps=9))
     assert within == [0] * 9
     assert [number for number, count in after.items() if count] == [1, 4, 8]

@@ -42,7 +42,7 @@ def said(tiny: RunConfig, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list
 
 
 def test_on_a_cpu(said: Callable[..., list[str]]) -> None:
-    assert said() == ["kernels: attention by the flash kernel; matrix products in float32; nothing compiled"]
+    assert said() == ["kernels: attention by the flash kernel; matrix products in float32; torch.compile off"]
     assert said(precision="bfloat16", compile="on") == [
         "kernels: attention by the flash kernel; matrix products in bfloat16; compiled block by block"
     ]
@@ -54,7 +54,7 @@ def test_on_a_card(said: Callable[..., list[str]]) -> None:
     assert said(8, flash) == [f"{start}bfloat16, TF32 for what is left in float32; compiled block by block"]
     scaled = f"{start}float16 with a loss scale, the rest in float32; "
     assert said(7, flash) == [f"{scaled}compiled block by block"]
-    assert said(6, flash) == said(7, flash, triton=None) == [f"{scaled}nothing compiled"]
+    assert said(6, flash) == said(7, flash, triton=None) == [f"{scaled}torch.compile off"]
     line, warning = said(7, flash, precision="bfloat16")
     assert line == f"{start}bfloat16, the rest in float32; compiled block by block"
     assert "no bfloat16 arithmetic" in warning
@@ -65,9 +65,9 @@ def test_on_a_card(said: Callable[..., list[str]]) -> None:
 
 def test_the_math_path_on_a_card_is_never_silent(said: Callable[..., list[str]]) -> None:
     _, warning = said(8, sdpa.SelectedBackend("math", ("head_dim should be at most 256", "no bfloat16 here")))
-    assert warning.startswith("warning: attention runs on torch's math path")
+    assert warning.startswith("warning: attention runs on torch's math backend")
     assert warning.endswith(":\n  - head_dim should be at most 256\n  - no bfloat16 here")
-    assert said(8, sdpa.SelectedBackend("math"))[1].endswith("does not say why")
+    assert said(8, sdpa.SelectedBackend("math"))[1].endswith("no reason given")
     assert len(said(None, sdpa.SelectedBackend("math"))) == 1  # a CPU's own business
 
 

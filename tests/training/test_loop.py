@@ -14,9 +14,11 @@ from myllm.config import RunConfig
 from myllm.data.prepare.prepare import prepare
 from myllm.distributed.collectives import process_group
 from myllm.errors import TrainingDiverged, UserError
+from myllm.model.transformer import Transformer
 from myllm.paths import RunPaths
 from myllm.planning.validation import check_config
 from myllm.training import loop
+from myllm.training.setup import Trainer
 
 
 class Interrupted(Exception):
@@ -32,10 +34,10 @@ def run_until(config: RunConfig, step: int, monkeypatch: pytest.MonkeyPatch) -> 
     """Train, and die without a word when update number `step` would begin."""
     real = loop.train_step
 
-    def fail_at(*args: object) -> object:
-        if args[4] == step:
+    def fail_at(trainer: Trainer, number: int, *phase: object) -> object:
+        if number == step:
             raise Interrupted
-        return real(*args)
+        return real(trainer, number, *phase)
 
     monkeypatch.setattr(loop, "train_step", fail_at)
     with pytest.raises(Interrupted):
@@ -139,17 +141,17 @@ def test_other_settings_do_not_resume(tiny: RunConfig) -> None:
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run(tiny: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, calls = loop.Transformer.forward, []
+    real, calls = Transformer.forward, []
 
     def poisoned(self: object, *args: object, **kwargs: object) -> torch.Tensor:
         calls.append(1)
         out = real(self, *args, **kwargs)
         return out * float("nan") if len(calls) > 2 * 6 and self.training else out
 
-    monkeypatch.setattr(loop.Transformer, "forward", poisoned)
+    monkeypatch.setattr(Transformer, "forward", poisoned)
     with pytest.raises(TrainingDiverged, match="the gradient of step"):
         run(tiny)
-    monkeypatch.setattr(loop.Transformer, "forward", real)
+    monkeypatch.setattr(Transformer, "forward", real)
     root = RunPaths.of("tiny").root
     for folder in list_checkpoints(root / "checkpoints"):
         assert all(tensor.isfinite().all() for tensor in load_checkpoint(folder).model.values())
@@ -176,7 +178,7 @@ def test_evaluations_leave_training_alone(tiny: RunConfig) -> None:
 
 def test_a_context_that_is_too_short_for_cloze_is_said(tiny: RunConfig) -> None:
     root = run(with_train(replace(tiny, model=replace(tiny.model, max_seq_len=32)), max_steps=1))
-    assert "no cloze, training goes on without: cloze needs a context of 48 tokens" in (root / "log.txt").read_text()
+    assert "cloze skipped: cloze needs a context of 48 tokens" in (root / "log.txt").read_text()
     assert not eval_rows(root, "cloze")
 
 

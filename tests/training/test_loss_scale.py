@@ -32,9 +32,11 @@ from myllm.optim.adamw import ScheduledAdamW
 from myllm.paths import RunPaths
 from myllm.planning.batch import batch_plan
 from myllm.training import gradient_guard as guard
-from myllm.training import loop
+from myllm.training import loop, setup
+from myllm.training.context import RunContext
 from myllm.training.gradient_guard import GROWTH_STEPS, LARGEST_LOSS_SCALE, GradientGuard
-from myllm.training.step import accumulate_gradients, clip_gradients
+from myllm.training.setup import Trainer
+from myllm.training.step import accumulate_gradients, clip_gradients, train_step
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 ALONE = DistContext(rank=0, local_rank=0, world_size=1, device=CPU)
@@ -94,7 +96,7 @@ class MadeUp:
         self._turn = 0
         self._rows = torch.randint(100, (4, 4, 65), generator=torch.Generator().manual_seed(1))
 
-    def next(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def next_batch(self) -> tuple[torch.Tensor, torch.Tensor]:
         self._turn += 1
         rows = self._rows[self._turn % len(self._rows)]
         return rows[:, :-1], rows[:, 1:]
@@ -112,8 +114,9 @@ class Steps:
 
     def make(self, step: int) -> tuple[float, float]:
         self.guard.record(TrainState(step, 0, DataPosition(0, 0, 0, "")))
-        parts = self.runner, self.optimizer, self.loader, self.batch, step, self.config, ALONE, self.guard
-        loss, norm, _ = loop.train_step(*parts)
+        ctx, model = RunContext.create(self.config, ALONE), self.model
+        trainer = Trainer(ctx, None, self.batch, model, model, self.runner, self.optimizer, self.loader, self.guard)
+        loss, norm, _ = train_step(trainer, step)
         return loss.item(), norm.item()
 
 
@@ -185,7 +188,7 @@ def test_small_gradients_need_the_scale(steps: Callable[[str], Steps]) -> None:
             return made.model(tokens, targets) / 4_096  # as of so many accumulation steps
 
         small.train = made.model.train
-        accumulate_gradients(small, made.loader, batch, made.config, ALONE, loss_scale=given)
+        accumulate_gradients(small, made.loader, batch, made.config, CPU, loss_scale=given)
         return {name: each.grad.double() / (scale or 1.0) for name, each in made.model.named_parameters()}
 
     true, scaled, plain = gradients("float32", None), gradients("float16", 2.0**20), gradients("float16", None)
@@ -266,17 +269,19 @@ def test_a_run_begins_with_overflows_and_a_resume_goes_on(bare: RunConfig, monke
     """From a scale that is far too large it finds its own; the checkpoint has it, and the losses after a restart are
     those of a run that was never stopped."""
     monkeypatch.setattr(guard, "GROWTH_STEPS", 2)
-    monkeypatch.setattr(guard, "Skips", lambda *given: SkipStats(*given) if given else SkipStats(loss_scale=2.0**23))
+    monkeypatch.setattr(
+        guard, "SkipStats", lambda *given: SkipStats(*given) if given else SkipStats(loss_scale=2.0**23)
+    )
     whole = run(bare)
     rows, saved = train_rows(whole.root), load_checkpoint(list_checkpoints(whole.checkpoints)[0])
     assert saved.state.skips.overflows == rows[-1]["skipped_overflows"] > 0
     assert saved.state.skips.loss_scale == rows[-1]["loss_scale"] < 2.0**23
-    assert "too large for float16, and the loss scale is halved" in whole.log.read_text()
+    assert "overflowed float16, so the loss scale is halved" in whole.log.read_text()
     assert json.loads(whole.environment.read_text())["precision"] == "float16"
     broken = replace(bare, name="broken")
     real = loop.train_step
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "train_step", lambda *a: real(*a) if a[4] != 3 else (_ for _ in ()).throw(Cut()))
+        patch.setattr(loop, "train_step", lambda *a: real(*a) if a[1] != 3 else (_ for _ in ()).throw(Cut()))
         with pytest.raises(Cut):
             run(with_train(broken, save_every_steps=2))
     again = run(broken)
@@ -289,8 +294,8 @@ class Cut(Exception):
 
 
 def test_bad_numbers_still_end_a_run(bare: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "Transformer", poisoned)
-    monkeypatch.setattr(guard, "Skips", lambda *given: SkipStats(*given) if given else SkipStats(loss_scale=4.0))
+    monkeypatch.setattr(setup, "Transformer", poisoned)
+    monkeypatch.setattr(guard, "SkipStats", lambda *given: SkipStats(*given) if given else SkipStats(loss_scale=4.0))
     with pytest.raises(TrainingDiverged, match="the gradient of step 3 is not finite"):
         run(with_train(bare, log_every_steps=6, save_every_steps=6))
 

@@ -21,9 +21,11 @@ from myllm.model.transformer import Transformer
 from myllm.optim.adamw import ScheduledAdamW
 from myllm.planning.batch import batch_plan
 from myllm.training import kernels
+from myllm.training.context import RunContext
 from myllm.training.gradient_guard import GradientGuard
 from myllm.training.kernels import fast_kernels
 from myllm.training.profiler import PHASES
+from myllm.training.setup import Trainer
 from myllm.training.step import train_step
 
 ALONE = DistContext(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
@@ -64,7 +66,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[HostReads]:
 class MadeUp:
     """Stands in for a loader."""
 
-    def next(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def next_batch(self) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.randint(500, (2, 64)), torch.randint(500, (2, 64))
 
 
@@ -73,15 +75,16 @@ class Steps:
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
-        model = Transformer(config.model)
+        self.model = model = Transformer(config.model)
         self.optimizer = ScheduledAdamW(model.named_parameters(), config.optim, 10)
         self.runner, self.guard = parallelize(model, config, ALONE), GradientGuard(config.train, ALONE.device)
         self.batch = batch_plan(config, 1)
 
     def make(self, step: int, *phase: Any) -> tuple[torch.Tensor, torch.Tensor, float]:
         self.guard.record(TrainState(step, 0, DataPosition(0, 0, 0, "")))
-        parts = self.runner, self.optimizer, MadeUp(), self.batch, step, self.config, ALONE, self.guard
-        return train_step(*parts, *phase)
+        ctx, model = RunContext.create(self.config, ALONE), self.model
+        trainer = Trainer(ctx, None, self.batch, model, model, self.runner, self.optimizer, MadeUp(), self.guard)
+        return train_step(trainer, step, *phase)
 
 
 @pytest.fixture
@@ -137,7 +140,7 @@ def test_a_step_repeats_itself_where_asked(wanted: bool, tiny: RunConfig, monkey
         for parameter in parts.runner.parameters():
             parameter.register_hook(look)
         model.blocks[0].register_forward_hook(look)
-        parts.guard.judge, judge = lambda norm: (look(), judge(norm))[1], parts.guard.judge
+        parts.guard.check, check = lambda norm: (look(), check(norm))[1], parts.guard.check
         parts.make(0)
         assert not torch.are_deterministic_algorithms_enabled()
     assert len(seen) > 20

@@ -36,7 +36,7 @@ sys.path.insert(0, {str(ROOT)!r})
 import pretrain
 from myllm.training import loop as train
 step, now = train.train_step, time.time
-def stuck(runner, optimizer, loader, batch, number, *rest):
+def stuck(trainer, number, *phase):
     if number == 1:
         time.time = lambda: now() - 1e6
     if number == 2 and "--stuck" in words:
@@ -44,11 +44,11 @@ def stuck(runner, optimizer, loader, batch, number, *rest):
         ctypes.CDLL(None).pthread_mutex_lock(lock)
         print("stuck", flush=True)
         ctypes.CDLL(None).pthread_mutex_lock(lock)  # no signal interrupts this, as none does a collective
-    return step(runner, optimizer, loader, batch, number, *rest)
+    return step(trainer, number, *phase)
 words = list(sys.argv)
 sys.argv = [word for word in words if word != "--stuck"]
 train.train_step, main = stuck, train.train
-train.train = lambda *arguments: main(*arguments[:4])  # the limit counts from now on, however slow the imports are
+train.train = lambda *arguments, **_: main(*arguments[:4])  # the limit counts from now on, however slow the imports are
 if __name__ == "__main__":
     pretrain.main()
 """
@@ -164,7 +164,7 @@ def test_a_time_limit_and_a_second_interrupt(long: RunConfig, tmp_path: Path, te
     process.send_signal(signal.SIGINT)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "left at once" in said
+    assert "Exiting without saving" in said
 
 
 @pytest.mark.parametrize(
@@ -281,7 +281,7 @@ def test_the_heartbeat_is_there_before_the_model(tiny: RunConfig, monkeypatch: p
         seen.append(status("tiny", 600))
         raise UserError("enough")
 
-    monkeypatch.setattr("myllm.training.loop.Transformer", build)
+    monkeypatch.setattr("myllm.training.setup.Transformer", build)
     with process_group("cpu") as process, pytest.raises(UserError, match="enough"):
         train(tiny, prepare(tiny.data, progress=False), process)
     assert (seen[0][0][:17], seen[0][1]) == ("step 0: starting,", 3)
@@ -289,18 +289,18 @@ def test_the_heartbeat_is_there_before_the_model(tiny: RunConfig, monkeypatch: p
 
 def test_who_did_not_arrive() -> None:
     def report(step: int, taken: int, waits: bool) -> dict[str, object]:
-        where = {"doing": "training", "place": "loader.py, line 1, next", "host": "node", "pid": 9}
-        return {"arrived": [step, taken, step], "waits": waits, **where}
+        where = {"doing": "training", "location": "loader.py, line 1, next", "host": "node", "pid": 9}
+        return {"progress": [step, taken, step], "in_collective": waits, **where}
 
     waiting, late = report(7, 14, True), report(7, 13, False)
     assert describe_hang([waiting, late, waiting], 60).startswith(
         "rank 1 did not arrive in 60 s; rank 1 is in step 8, training"
     )
     assert describe_hang([waiting, None], 60).startswith(
-        "rank 1 did not arrive in 60 s; rank 1 gives no sign of life; rank 0"
+        "rank 1 did not arrive in 60 s; rank 1 is not responding; rank 0"
     )
     assert describe_hang([report(7, 14, False), waiting, waiting], 60).startswith(
         "rank 0 did not arrive"
     )  # by its stack
     assert describe_hang([late, waiting, late], 60).startswith("ranks 0, 2 did not arrive")
-    assert describe_hang([waiting, waiting], 60).startswith("no rank got on for 60 s")
+    assert describe_hang([waiting, waiting], 60).startswith("no progress on any rank for 60 s")

@@ -3,19 +3,23 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import train_rows, with_train
 from training.test_loop import run, run_until
 
+from myllm.checkpoint.async_saver import AsyncSaver
 from myllm.config import RunConfig
 from myllm.data.dataloader import BatchLoader
+from myllm.distributed.collectives import DistContext
+from myllm.paths import RunPaths
 from myllm.runs.history import read_metrics
-from myllm.runs.logs import JsonlFile, Stopwatch
 from myllm.training import loop
-from myllm.training import throughput as meters
-from myllm.training.throughput import console_line, progress, time_line
+from myllm.training.context import RunContext
+from myllm.training.throughput import ThroughputMeter, console_line, progress_text, time_line
 
 
 def apart_rows(root: Path) -> list[dict]:
@@ -45,7 +49,7 @@ def test_nothing_but_steps_is_in_tokens_per_second(tiny: RunConfig, monkeypatch:
     clock = Clock(monkeypatch)
     clock.slow(monkeypatch, loop, "train_step", 1.5)
     clock.slow(monkeypatch, loop, "run_eval", 3_600)
-    clock.slow(monkeypatch, loop.AsyncSaver, "save", 1_800)
+    clock.slow(monkeypatch, AsyncSaver, "save", 1_800)
     real = BatchLoader.next_batch
 
     def late(self: BatchLoader) -> object:
@@ -97,7 +101,7 @@ def test_lines_for_people() -> None:
     row = {"step": 5, "loss": 3.0, "lr": 1e-3, "grad_norm": 1.0, "step_s": 0.25, "tokens_per_s": 4_000.0, "mfu": None}
     assert "wait" not in console_line(row | {"data_wait_s": 0.001}, 10)
     assert "data wait 20%" in console_line(row | {"data_wait_s": 0.05}, 10)
-    assert progress(row) == "loss 3.000, 4 steps/s, 4,000 tok/s"
+    assert progress_text(row) == "loss 3.000, 4 steps/s, 4,000 tok/s"
     line = time_line({"starting": 7, "training": 920, "validation": 60, "saving": 13, "evaluating": 0.1}, 1.0)
     assert line == (
         "time: 0:16:40 since the start: training 92.0%, validation 6.0%, saving 1.3%, starting 0.7%; "
@@ -105,14 +109,14 @@ def test_lines_for_people() -> None:
     )
 
 
-def test_a_stop_before_the_first_row_leaves_no_file(tmp_path: Path) -> None:
-    """Of a file without a step no report can be drawn."""
-    meter = object.__new__(meters.ThroughputMeter)
-    meter._stopwatch, meter._told = Stopwatch(torch.device("cpu")), {}
-    meter._process, meter._loader = type("P", (), {"is_rank_zero": True}), type("L", (), {"wait_s": 0.0})
+def test_a_stop_before_the_first_row_leaves_no_file(tiny: RunConfig, tmp_path: Path) -> None:
+    """A report cannot be drawn from a file without a step."""
     lines: list[str] = []
+    alone = DistContext(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
+    ctx = RunContext.create(tiny, alone, RunPaths(tmp_path), lines.append)
+    meter = ThroughputMeter(ctx, SimpleNamespace(wait_s=0.0, digest_sums=np.zeros(1)), step=0)
     with meter.timed("starting"):
         pass
-    meter.finish(0, JsonlFile(tmp_path / "metrics.jsonl"), lines.append)
+    meter.finish(0)
     assert not (tmp_path / "metrics.jsonl").exists()
     assert lines[0].startswith("time: 0:00:00")

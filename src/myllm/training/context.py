@@ -1,5 +1,6 @@
 """What every part of a training run shares."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ from myllm.runs.logs import JsonlFile, Log
 
 @dataclass(frozen=True)
 class RunContext:
-    """Created once per run. Functions that need only one of these take that one."""
+    """Created once per run. A function that needs only one of these takes that one."""
 
     config: RunConfig
     dist: DistContext
@@ -19,14 +20,26 @@ class RunContext:
     log: Callable[[str], None]
     metrics: JsonlFile
     samples: JsonlFile
+    started: float
+    """When this process began, by the monotonic clock. `train.max_wall_s` counts from here."""
 
     @classmethod
-    def create(cls, config: RunConfig, dist: DistContext, paths: RunPaths | None = None) -> "RunContext":
-        """Opens nothing: the files appear with their first lines.
+    def create(
+        cls,
+        config: RunConfig,
+        dist: DistContext,
+        paths: RunPaths | None = None,
+        log: Callable[[str], None] | None = None,
+        started: float | None = None,
+    ) -> "RunContext":
+        """Creates no file: each appears with its first line.
 
         Args:
-            paths: None: the folder of the run that has the config's name.
+            paths: None: the folder of the run that the config names.
+            log: None: log.txt in that folder, and the terminal.
+            started: None: now.
         """
         paths = paths or RunPaths.of(config.name)
-        log = Log(paths.log, dist.is_rank_zero)
-        return cls(config, dist, paths, log, JsonlFile(paths.metrics, log), JsonlFile(paths.samples, log))
+        log = log or Log(paths.log, dist.is_rank_zero)
+        metrics, samples = JsonlFile(paths.metrics, log), JsonlFile(paths.samples, log)
+        return cls(config, dist, paths, log, metrics, samples, time.monotonic() if started is None else started)

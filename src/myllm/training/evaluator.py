@@ -1,4 +1,4 @@
-"""The evaluations of a training run, as a plain list: what, how often, and how its rows are written."""
+"""The evaluations of a training run: what they measure, when they are due, and how ranks run them together."""
 
 import time
 from collections.abc import Callable
@@ -9,238 +9,168 @@ import torch
 from torch import Tensor
 
 from myllm.checkpoint.state import TrainState
-from myllm.config import RunConfig
 from myllm.data.dataset import Dataset
-from myllm.data.sampler import count_sequences
 from myllm.data.tokenizer.base import Tokenizer
 from myllm.distributed import collectives as distributed
-from myllm.distributed.collectives import DistContext
 from myllm.distributed.precision import autocast
-from myllm.errors import UserError
-from myllm.evals import cloze, hellaswag, perplexity
-from myllm.evals.hellaswag_data import load_examples
-from myllm.evals.validation import validation_batches
+from myllm.evals import cloze
+from myllm.evals.registry import EvalInputs, EvalOptions, build
 from myllm.inference.completion import complete
 from myllm.inference.language_model import LanguageModel
 from myllm.inference.sampling_params import SamplingParams
 from myllm.model.transformer import Transformer
 from myllm.runs.heartbeat import Heartbeat
-from myllm.runs.logs import JsonlFile, Log
 from myllm.runs.reference_curve import ReferenceWatch
 
+from .context import RunContext
 from .stop_signals import StopRequest
 
 
 class EvalInterrupted(Exception):
-    """All ranks were asked to stop in the middle of an evaluation. It is done again after the resume."""
+    """A stop was requested during an evaluation. After the resume it runs again from its start."""
 
 
 class StopVote:
-    """Ranks agree, batch by batch, whether to stop. One that has done its share votes on until all have, so it does not
-    matter how many batches each has, and all leave after the same vote."""
+    """Lets all ranks leave an evaluation together when one was asked to stop.
+
+    Ranks vote before every batch. A rank that has finished its batches keeps voting until all have, so ranks may have
+    different numbers of batches.
+    """
 
     def __init__(self, stop: StopRequest, heartbeat: Heartbeat) -> None:
         self._stop, self._heartbeat, self._stopped = stop, heartbeat, False
 
     def __call__(self) -> None:
-        """Before each batch.
+        """Vote before a batch.
 
         Raises:
-            Interrupted: on all ranks alike.
+            EvalInterrupted: on all ranks.
         """
-        self._vote(at_work=True)
+        self._vote(has_batches=True)
 
     def finish(self) -> None:
-        """After the last batch, also where an error made it the last.
+        """Keep voting after the last batch, or after an error, until all ranks are done.
 
         Raises:
-            Interrupted: on all ranks alike.
+            EvalInterrupted: on all ranks.
         """
-        while not self._stopped and self._vote(at_work=False):
+        while not self._stopped and self._vote(has_batches=False):
             pass
 
-    def before(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, with a vote before each call."""
-
-        def polled(*arguments: Any) -> Any:
-            self()
-            return function(*arguments)
-
-        return polled
-
-    def _vote(self, at_work: bool) -> bool:
+    def _vote(self, has_batches: bool) -> bool:
         self._heartbeat.mark()
-        self._stopped, working = distributed.all_reduce_any(self._stop.requested(), at_work)
+        self._stopped, any_has_batches = distributed.all_reduce_any(self._stop.requested(), has_batches)
         if self._stopped:
             raise EvalInterrupted
-        return working
+        return any_has_batches
 
 
 @dataclass(frozen=True)
 class Eval:
-    """One evaluation. Whether it is due depends on the step alone, so every rank agrees."""
+    """One evaluation. Whether it is due depends only on the step, so all ranks reach the same decision."""
 
     name: str
     every_steps: int
     measure: Callable[[int], Tensor]
-    """Sums over this rank's share at a step, on the CPU."""
-    finish: Callable[[Tensor], dict[str, float]]
-    """Figures from the sums over all ranks; no figures, no row."""
+    """At a step: sums over this rank's examples, on the CPU."""
+    finish: Callable[[Tensor], dict[str, Any]]
+    """From the sums over all ranks to the row's figures. If empty, no row is written."""
 
-    def due(self, step: int, max_steps: int) -> bool:
-        return self.every_steps > 0 and (step % self.every_steps == 0 or step == max_steps)
+    def is_due(self, step: int, last_step: int) -> bool:
+        return self.every_steps > 0 and (step % self.every_steps == 0 or step == last_step)
 
 
 def build_evals(
-    config: RunConfig,
-    model: Transformer,
-    dataset: Dataset,
-    tokenizer: Tokenizer,
-    process: DistContext,
-    samples: JsonlFile,
-    log: Log,
-    poll: StopVote,
+    ctx: RunContext, model: Transformer, dataset: Dataset, tokenizer: Tokenizer, vote: StopVote
 ) -> list[Eval]:
-    """Every evaluation that the config asks for and the data allow. `model` is the bare one: no wrapper, no compile."""
-    settings, share = config.eval, (process.rank, process.world_size)
-    token_bytes = torch.from_numpy(tokenizer.token_bytes())
-    seq_len = config.model.max_seq_len
-    n_sequences = min(settings.validation_tokens // seq_len, count_sequences(dataset.val.tokens, seq_len))
+    """The evaluations that the config enables and the data allow.
 
-    def measure_validation(_: int) -> Tensor:
-        batches = validation_batches(dataset.val, n_sequences, seq_len, config.train.micro_batch_size, *share)
-        return perplexity.perplexity_sums(poll.before(model.evaluate), batches, token_bytes, process.device)
+    Args:
+        model: neither wrapped nor compiled.
+    """
+    config, dist, settings = ctx.config, ctx.dist, ctx.config.eval
+    inputs = EvalInputs(
+        config, tokenizer, dist.device, lambda: dataset,
+        EvalOptions(hellaswag_file=settings.hellaswag_file, hellaswag_examples=settings.hellaswag_examples),
+        rank=dist.rank, world_size=dist.world_size, before_batch=vote,
+    )  # fmt: skip
+    micro_batches = replace(inputs, batch_size=config.train.micro_batch_size)
 
     def measure_samples(step: int) -> Tensor:
-        if process.is_rank_zero:
-            _write_samples(config, model, tokenizer, step, samples, log, poll)
+        if dist.is_rank_zero:
+            _write_samples(ctx, LanguageModel(model, tokenizer), step, vote)
         return torch.zeros(1)
 
-    return [
-        Eval("validation", settings.validation_every_steps, measure_validation, perplexity.finish),
-        *_cloze(config, model, dataset, tokenizer, process, log, poll),
-        *_hellaswag(config, model, tokenizer, process, log, poll),
+    evals = [
+        _build("validation", settings.validation_every_steps, ctx, model, micro_batches),
+        _build("cloze", settings.cloze_every_steps, ctx, model, inputs),
+        _build("hellaswag", settings.hellaswag_every_steps, ctx, model, inputs),
         Eval("samples", settings.sample_every_steps, measure_samples, lambda _: {}),
     ]
+    return [evaluation for evaluation in evals if evaluation and evaluation.every_steps]
 
 
-def _cloze(
-    config: RunConfig,
-    model: Transformer,
-    dataset: Dataset,
-    tokenizer: Tokenizer,
-    process: DistContext,
-    log: Log,
-    poll: StopVote,
-) -> list[Eval]:
-    """Cloze, where it is asked for and context and held-out text are long enough; one line where they are not."""
-    settings, end = config.eval, tokenizer.end_of_text
-    if not settings.cloze_every_steps:
-        return []
-    if reason := cloze.why_unavailable(dataset.val, end, config.model.max_seq_len):
-        log(f"no cloze, training goes on without: {reason}")
-        return []
-    examples = cloze.make_examples(dataset.val, end, settings.cloze_examples, config.train.seed)
-    blind = cloze.blind_accuracy(dataset.val, examples)
-
-    def measure(_: int) -> Tensor:
-        score = poll.before(model.score)
-        return cloze.cloze_sums(score, examples, process.device, process.rank, process.world_size)
-
-    def finish(sums: Tensor) -> dict[str, float]:
-        return cloze.finish(sums, blind) | {"protocol": cloze.PROTOCOL}
-
-    return [Eval("cloze", settings.cloze_every_steps, measure, finish)]
-
-
-def _hellaswag(
-    config: RunConfig, model: Transformer, tokenizer: Tokenizer, process: DistContext, log: Log, poll: StopVote
-) -> list[Eval]:
-    """HellaSwag, where it is asked for and its data can be had; one line where they cannot."""
-    settings = config.eval
-    if not settings.hellaswag_every_steps:
-        return []
-    examples, fault = [], ""
-    if process.is_rank_zero:  # the others, on other machines too, get what it read
-        try:
-            examples = load_examples(settings.hellaswag_file, settings.hellaswag_examples)
-        except Exception as error:  # whatever it is: the other ranks wait, and no evaluation costs training
-            fault = str(error)
-    examples, fault = distributed.broadcast_object((examples, fault))
+def _build(name: str, every_steps: int, ctx: RunContext, model: Transformer, inputs: EvalInputs) -> Eval | None:
+    """An evaluation of the registry; None if it is off or not possible."""
+    if not every_steps:
+        return None
     try:
-        window = config.model.max_seq_len
-        items = hellaswag.tokenize_examples(examples, tokenizer.encode, tokenizer.end_of_text, window)
-    except UserError as error:
-        items, fault = [], str(error)
-    if not items:
-        log(f"no HellaSwag, training goes on without: {fault}")
-        return []
-
-    def measure(_: int) -> Tensor:
-        score = poll.before(model.score_continuations)
-        return hellaswag.hellaswag_sums(score, items, process.device, process.rank, process.world_size)
-
-    return [Eval("hellaswag", settings.hellaswag_every_steps, measure, hellaswag.finish)]
+        evaluation = build(name, inputs)
+    except Exception as error:  # any error, on all ranks together: no evaluation may stop training
+        ctx.log(f"{name} skipped: {error}")
+        return None
+    protocol = {"protocol": cloze.PROTOCOL} if name == "cloze" else {}  # reports compare results of one protocol
+    return Eval(name, every_steps, lambda _: evaluation.measure(model), lambda sums: evaluation.finish(sums) | protocol)
 
 
-def _write_samples(
-    config: RunConfig, model: Transformer, tokenizer: Tokenizer, step: int, samples: JsonlFile, log: Log, poll: StopVote
-) -> None:
-    sampling = SamplingParams(config.eval.sample_temperature, config.eval.sample_top_k)
-    pair = LanguageModel(model, tokenizer)
-    for number, prompt in enumerate(config.eval.sample_prompts):
-        each = replace(sampling, seed=config.train.seed + number)
-        new_tokens, on_text = config.eval.sample_new_tokens, lambda *_: poll()
-        (made,) = complete(pair, [prompt], new_tokens, each, on_text=on_text)
-        samples.append({"step": step, "prompt": prompt, "text": made.text, "seed": made.seed})
-        if number == 0:
-            log(f"sample at step {step:,}: {prompt!r} ... {made.text[:100]!r}")
+def _write_samples(ctx: RunContext, language_model: LanguageModel, step: int, vote: StopVote) -> None:
+    settings = ctx.config.eval
+    for index, prompt in enumerate(settings.sample_prompts):
+        seed = ctx.config.train.seed + index
+        sampling = SamplingParams(settings.sample_temperature, settings.sample_top_k, seed=seed)
+        new_tokens = settings.sample_new_tokens
+        (sample,) = complete(language_model, [prompt], new_tokens, sampling, on_text=lambda *_: vote())
+        ctx.samples.append({"step": step, "prompt": prompt, "text": sample.text, "seed": sample.seed})
+        if index == 0:
+            ctx.log(f"sample at step {step:,}: {prompt!r} ... {sample.text[:100]!r}")
 
 
 def run_eval(
-    each: Eval,
-    state: TrainState,
-    model: Transformer,
-    config: RunConfig,
-    process: DistContext,
-    watch: ReferenceWatch,
-    metrics: JsonlFile,
-    log: Log,
-    poll: StopVote,
-) -> dict[str, float]:
-    """Measure and write one row. A failing evaluation is reported and never costs training.
+    evaluation: Eval, ctx: RunContext, state: TrainState, model: Transformer, watch: ReferenceWatch, vote: StopVote
+) -> dict[str, Any]:
+    """Measure and write one row. An evaluation that fails is logged; training continues.
 
     Returns:
-        the figures, rank 0's on every rank; empty if it failed.
+        rank 0's figures, on every rank; empty if the evaluation failed.
 
     Raises:
-        Interrupted: the run was asked to stop; no row is written.
+        EvalInterrupted: a stop was requested; no row is written.
     """
-    started, sums, failure = time.perf_counter(), torch.zeros(1), None
+    name, started, sums, error = evaluation.name, time.perf_counter(), torch.zeros(1), None
     model.eval()
     try:
-        with autocast(config, process.device):
-            sums = each.measure(state.step)
+        with autocast(ctx.config, ctx.dist.device):
+            sums = evaluation.measure(state.step)
     except EvalInterrupted:
         raise
-    except Exception as error:
-        failure = error
-    poll.finish()
-    # Every rank asks, so that none waits for a sum that another never sends.
-    (failed,) = distributed.all_reduce_any(failure is not None)
+    except Exception as raised:
+        error = raised
+    vote.finish()
+    # All ranks must know before the sum below: a rank that failed would never join it.
+    (failed,) = distributed.all_reduce_any(error is not None)
     if failed:
-        reason = failure or "on another rank"
-        log(f"the {each.name} evaluation failed at step {state.step:,}: {reason}; training goes on")
+        reason = error or "on another rank"
+        ctx.log(f"the {name} evaluation failed at step {state.step:,}: {reason}; training continues")
         return {}
-    # The same sums everywhere; rank 0's figures all the same, since what is decided by them must not differ in a bit.
-    figures = distributed.broadcast_object(each.finish(distributed.all_reduce_sum(sums)))
-    if process.is_rank_zero and figures:
+    # Decisions such as early stopping follow from the figures, so every rank uses rank 0's, bit for bit.
+    figures = distributed.broadcast_object(evaluation.finish(distributed.all_reduce_sum(sums)))
+    if ctx.dist.is_rank_zero and figures:
         seconds = time.perf_counter() - started
-        compared, remark = watch.compare(each.name, state.step, figures)
-        row = {"kind": "eval", "name": each.name, "step": state.step, **figures, **compared, "seconds": seconds}
-        metrics.append(row)
-        shown = ", ".join(f"{k} {v:,}" if isinstance(v, int) else f"{k} {v:.4f}" for k, v in figures.items())
-        log(f"{each.name} at step {state.step:,}: {shown} ({seconds:.1f} s)")
+        compared, remark = watch.compare(name, state.step, figures)
+        row = {"kind": "eval", "name": name, "step": state.step, **figures, **compared, "seconds": seconds}
+        ctx.metrics.append(row)
+        shown = ", ".join(f"{key} {value:{',' if isinstance(value, int) else '.4f'}}" for key, value in figures.items())
+        ctx.log(f"{name} at step {state.step:,}: {shown} ({seconds:.1f} s)")
         if remark:
-            log(remark)
+            ctx.log(remark)
     return figures

@@ -1,8 +1,7 @@
-"""When Python looks for garbage: after steps that are due, and not in the middle of one.
+"""Garbage collection after scheduled steps, on all ranks at once.
 
-Most of what training drops is freed at once, by its count of references. The collector is for cycles. By itself it runs
-whenever enough objects were made: on each rank at another moment, while the others wait for its gradients. Here it runs
-on all ranks after the same steps.
+Python frees most objects by their reference counts; the collector is for cycles. By itself it runs after a number of
+allocations: on each rank at another moment, while the other ranks wait for that rank's gradients.
 """
 
 import gc
@@ -13,7 +12,7 @@ EVERY_STEPS = 100
 
 
 class GcSchedule:
-    """Keeps Python from collecting garbage by itself, as a context, but for the times that it says."""
+    """Turns off automatic collection inside a `with` block."""
 
     def __init__(self, step: int) -> None:
         """
@@ -23,26 +22,26 @@ class GcSchedule:
         self._first = step + 1
 
     def __enter__(self) -> "GcSchedule":
-        self._enabled = gc.isenabled()
+        self._was_enabled = gc.isenabled()
         gc.disable()
-        _settle()
+        _freeze()
         return self
 
     def __exit__(self, *_: object) -> None:
         gc.unfreeze()
-        if self._enabled:
+        if self._was_enabled:
             gc.enable()
 
-    def after(self, step: int) -> None:
-        """Collect, if it is time: the step alone decides, so all ranks do it together. A device is busy meanwhile."""
-        if step == self._first:  # it has compiled
-            _settle()
+    def after_step(self, step: int) -> None:
+        """Collect if it is time. Only the step decides, so all ranks collect together, while the device is busy."""
+        if step == self._first:  # torch.compile has finished
+            _freeze()
         elif step % EVERY_STEPS == 0:
             gc.collect()
 
     @contextmanager
     def automatic(self) -> Iterator[None]:
-        """As Python does it, for what is no training and may leave garbage that holds much memory."""
+        """Python's own schedule, for evaluations: their garbage may hold much memory."""
         gc.enable()
         try:
             yield
@@ -51,8 +50,7 @@ class GcSchedule:
             gc.collect()
 
 
-def _settle() -> None:
-    """Take what is there (modules, the model, what was compiled) to live as long as the run: it is not looked at again
-    until the end, so that later collections take milliseconds."""
+def _freeze() -> None:
+    """Exempt what exists (modules, the model, compiled code) from later collections, which then take milliseconds."""
     gc.collect()
     gc.freeze()

@@ -1,4 +1,4 @@
-"""From a checkpoint back to a run."""
+"""Resume a run from a checkpoint."""
 
 from dataclasses import replace
 
@@ -13,55 +13,50 @@ from myllm.config import RunConfig, saved_config
 from myllm.data.dataset import Dataset
 from myllm.data.sample_digest import SampleDigest
 from myllm.data.sampler import DataPosition
-from myllm.distributed.collectives import DistContext
 from myllm.errors import UserError
 from myllm.model.transformer import Transformer
 from myllm.optim.adamw import ScheduledAdamW
 from myllm.optim.lr_schedule import learning_rate
-from myllm.runs.logs import Log
 from myllm.runs.run_dir import check_resumable
 
+from .context import RunContext
+
 RATE_JUMP = 1.25
-"""A change of the rate by this factor from one step to the next is said."""
+"""A learning rate that changes by more than this factor between two steps is reported."""
 
 
 def restore(
-    saved: Checkpoint,
-    config: RunConfig,
-    dataset: Dataset,
-    model: Transformer,
-    optimizer: ScheduledAdamW,
-    process: DistContext,
-    log: Log,
+    saved: Checkpoint, ctx: RunContext, dataset: Dataset, model: Transformer, optimizer: ScheduledAdamW
 ) -> TrainState:
-    """Load a checkpoint into model and optimizer and take its place in the data.
+    """Load a checkpoint into model and optimizer, and restore this rank's random state.
 
     Raises:
         UserError: it was made with another model or other data.
     """
+    config, dist = ctx.config, ctx.dist
     imported = saved.state.data.dataset_hash == NO_DATASET
     changed = check_resumable(saved.config, config, saved.folder, imported)
     if not imported and saved.state.data.dataset_hash != dataset.fingerprint:
         raise UserError(
-            f"the checkpoint {saved.folder} was trained on other data than {dataset.folder}; give the old data set "
-            "with --data.dataset NAME, another --name to start a second run, or --train.fresh to start over"
+            f"the checkpoint {saved.folder} was trained on other data than {dataset.folder}; use the old data set with "
+            "--data.dataset NAME, start a second run with another --name, or start over with --train.fresh"
         )
     read_into(saved.folder / WEIGHTS, strip_wrapper_prefixes(model.state_dict().items()))
-    if tensor_names(saved.folder / OPTIMIZER):  # none: imported weights
+    if tensor_names(saved.folder / OPTIMIZER):  # imported weights have no moments
         blank = optimizer.zero_state()
         moments = strip_wrapper_prefixes(flatten_moments(blank).items())
         read_into(saved.folder / OPTIMIZER, moments)
         optimizer.load_state_dict(blank)
-    if len(saved.random) == process.world_size:
-        set_rng_state(saved.random[process.rank], process.device)
-    else:  # dropout of other ranks is nobody's: start anew from something that no other step has used
-        torch.manual_seed(config.train.seed + process.rank + saved.state.step * process.world_size)
-    log(f"resuming from {saved.folder} at step {saved.state.step:,}")
+    if len(saved.random) == dist.world_size:
+        set_rng_state(saved.random[dist.rank], dist.device)
+    else:  # another number of ranks: continue from a seed that no other step has used
+        torch.manual_seed(config.train.seed + dist.rank + saved.state.step * dist.world_size)
+    ctx.log(f"resuming from {saved.folder} at step {saved.state.step:,}")
     for line in changed:
-        log(f"  changed since then: {line}")
+        ctx.log(f"  changed since then: {line}")
     earlier = saved_config(saved.config, saved.folder / "config.json")
     if not imported and (note := describe_lr_jump(saved.state.step, earlier, config)):
-        log(f"  {note}")
+        ctx.log(f"  {note}")
     state = saved.state
     if imported:
         state = replace(state, data=DataPosition(0, 0, config.train.seed, dataset.fingerprint))
@@ -69,10 +64,10 @@ def restore(
 
 
 def describe_lr_jump(step: int, earlier: RunConfig, config: RunConfig) -> str | None:
-    """One sentence if the learning rate jumps at a restart, because another schedule was asked for; else None.
+    """A sentence if the learning rate jumps at a restart because the schedule changed; else None.
 
     Args:
-        step: updates made so far, by the schedule of `earlier`.
+        step: updates made so far, with the schedule of `earlier`.
     """
     if not 0 < step < config.train.max_steps:
         return None

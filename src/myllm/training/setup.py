@@ -1,21 +1,27 @@
-"""From a config to what a training step needs: the same for a run, its rehearsal and a benchmark."""
+"""From a config to everything that a training step needs: the same for a run, its rehearsal and a benchmark."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import nn
 
 from myllm.checkpoint.format import load_latest
 from myllm.checkpoint.state import EarlyStop, TrainState
+from myllm.config import DataConfig, RunConfig
 from myllm.data.dataloader import BatchLoader
 from myllm.data.dataset import Dataset
-from myllm.data.sampler import DataPosition
+from myllm.data.sampler import DataPosition, count_sequences
+from myllm.data.tokenizer.load import load_tokenizer
+from myllm.distributed.collectives import DistContext
 from myllm.distributed.parallelize import shard
+from myllm.errors import UserError
 from myllm.model.transformer import Transformer
 from myllm.optim.adamw import ScheduledAdamW
-from myllm.planning.batch import BatchPlan
+from myllm.planning.batch import BatchPlan, batch_plan
+from myllm.planning.length import resolve_max_steps
 from myllm.runs.run_dir import check_has_imported_weights
 
 from .context import RunContext
@@ -29,11 +35,12 @@ class Trainer:
     """The parts that take training steps."""
 
     ctx: RunContext
+    dataset: Dataset
     batch: BatchPlan
     model: Transformer
     """Its parameters are what the optimizer updates; with FSDP, this rank's shards of them."""
     eval_model: Transformer
-    """Neither wrapped nor compiled. With FSDP it has weights only inside `parallelize.gathered`."""
+    """Neither wrapped nor compiled. With FSDP it has weights only inside `parallelize.full_params`."""
     train_model: nn.Module
     """`model`, wrapped for several ranks and compiled."""
     optimizer: ScheduledAdamW
@@ -42,22 +49,26 @@ class Trainer:
 
 
 @contextmanager
-def build(ctx: RunContext, dataset: Dataset, batch: BatchPlan) -> Iterator[tuple[Trainer, TrainState]]:
+def build(ctx: RunContext, dataset: Dataset, batch: BatchPlan | None = None) -> Iterator[tuple[Trainer, TrainState]]:
     """Model, optimizer and data at the newest intact checkpoint in the run's folder, or at step 0 if there is none.
 
-    The kernels are chosen for the whole process, and the loader's thread runs, until the `with` block ends.
+    Until the `with` block ends, the loader's thread runs and the choice of kernels holds for the whole process.
+
+    Args:
+        batch: None: as the config says.
 
     Raises:
-        UserError: the checkpoint belongs to other settings or data, or no checkpoint is intact.
+        UserError: the checkpoint was made with other settings or data, or no checkpoint is intact.
     """
     config, dist = ctx.config, ctx.dist
+    batch = batch or batch_plan(config, dist.world_size)
     model = Transformer(config.model, config.train.seed).to(dist.device)
     eval_model = shard(model, config, dist)
     optimizer = ScheduledAdamW(model.named_parameters(), config.optim, config.train.max_steps)
     torch.manual_seed(config.train.seed + dist.rank)  # dropout differs between ranks
     state = TrainState(0, 0, DataPosition(0, 0, config.train.seed, dataset.fingerprint))
     if saved := load_latest(ctx.paths.checkpoints, ctx.log):
-        state = restore(saved, config, dataset, model, optimizer, dist, ctx.log)
+        state = restore(saved, ctx, dataset, model, optimizer)
     else:
         check_has_imported_weights(ctx.paths)
     patience = config.train.early_stop_patience
@@ -66,4 +77,57 @@ def build(ctx: RunContext, dataset: Dataset, batch: BatchPlan) -> Iterator[tuple
         train_model = stack.enter_context(fast_kernels(model, config, dist, ctx.log))
         loader = stack.enter_context(BatchLoader(dataset.train, batch, state.data, dist.rank, dist.device))
         guard = GradientGuard(config.train, dist.device, state.skips)
-        yield Trainer(ctx, batch, model, eval_model, train_model, optimizer, loader, guard), state
+        yield Trainer(ctx, dataset, batch, model, eval_model, train_model, optimizer, loader, guard), state
+
+
+def resolve_config(config: RunConfig, dataset: Dataset, dist: DistContext) -> RunConfig:
+    """The config with the steps that `train.epochs` means for this data set, and the settings that made the data set.
+
+    Raises:
+        UserError: as `check_data`; or `train.epochs` is set and nobody knows yet how many tokens there will be.
+    """
+    if dataset.known_train_tokens:
+        config = resolve_max_steps(config, dataset.known_train_tokens)
+    elif config.train.epochs is not None:
+        raise UserError(
+            f"train.epochs needs all of the data set {dataset.name}, which is still being prepared; prepare it first"
+        )
+    check_data(config, dataset, batch_plan(config, dist.world_size))
+    return replace(config, data=dataset.settings(config.data))
+
+
+def check_data(config: RunConfig, dataset: Dataset, batch: BatchPlan) -> None:
+    """
+    Raises:
+        UserError: too few tokens for one step or for one validation sequence, a tokenizer that does not match the
+            config, or a damaged validation shard. The loader checks training shards when it first reads them.
+    """
+    dataset.val.verify(np.zeros(1, dtype=np.int64), dataset.val.tokens)
+    if config.eval.validation_every_steps and dataset.val.tokens < batch.seq_len + 1:
+        # At most a tenth of the source is held out: a higher data.val_tokens helps only below that.
+        more = "raise data.val_tokens, " if dataset.val.tokens >= config.data.val_tokens else ""
+        raise UserError(
+            f"the data set {dataset.name} holds out {dataset.val.tokens:,} tokens, too few for one sequence of "
+            f"model.max_seq_len {batch.seq_len:,} and its last target; add text, {more}lower model.max_seq_len, or set "
+            "eval.validation_every_steps to 0"
+        )
+    n_sequences = count_sequences(dataset.train.tokens, batch.seq_len)
+    if dataset.known_train_tokens and n_sequences < batch.sequences:
+        raise UserError(
+            f"the data set {dataset.name} has {dataset.train.tokens:,} training tokens, {n_sequences:,} sequences of "
+            f"{batch.seq_len:,}, fewer than the {batch.sequences:,} of one step; add text or lower train.batch_tokens"
+        )
+    tokenizer = dataset.manifest["tokenizer"]
+    if config.data.tokenizer != DataConfig.tokenizer:
+        requested = load_tokenizer(config.data.tokenizer)
+        if requested.sha256 != tokenizer["sha256"]:
+            raise UserError(
+                f"the data set {dataset.name} was made with the tokenizer {tokenizer['name']}, but data.tokenizer is "
+                f"{requested.name}; prepare data with that one, or remove data.tokenizer"
+            )
+    vocab_size = tokenizer["vocab_size"]
+    if config.model.vocab_size != vocab_size:
+        raise UserError(
+            f"model.vocab_size is {config.model.vocab_size:,}, but the tokenizer of {dataset.name} has {vocab_size:,} "
+            f"tokens; set it to {vocab_size} (to pad the embedding for speed, use model.vocab_multiple)"
+        )

@@ -8,94 +8,79 @@ from torch import Tensor, nn
 
 from myllm.config import RunConfig
 from myllm.data.dataloader import BatchLoader
-from myllm.distributed.collectives import DistContext
 from myllm.distributed.parallelize import full_tensor, sync_grads_on_last, zero_grad
 from myllm.distributed.precision import autocast, deterministic
-from myllm.model.attention_backend import training_backends
-from myllm.optim.adamw import ScheduledAdamW
+from myllm.model import attention_backend as sdpa
 from myllm.planning.batch import BatchPlan
 
-from .gradient_guard import GradientGuard
 from .profiler import no_phase
+from .setup import Trainer
+
+Phase = Callable[[str], AbstractContextManager[None]]
 
 
-def train_step(
-    runner: nn.Module,
-    optimizer: ScheduledAdamW,
-    loader: BatchLoader,
-    batch: BatchPlan,
-    step: int,
-    config: RunConfig,
-    process: DistContext,
-    guard: GradientGuard,
-    phase: Callable[[str], AbstractContextManager[None]] = no_phase,
-) -> tuple[Tensor, Tensor, float]:
-    """One optimizer update, number `step` counted from 0, unless the guard leaves it out.
-
-    Nothing in it waits for the device.
+def train_step(trainer: Trainer, step: int, phase: Phase = no_phase) -> tuple[Tensor, Tensor, float]:
+    """Update the weights once, unless the guard skips the update. Never waits for the device.
 
     Args:
-        phase: marks the parts of the step for a profile.
+        step: updates before this one.
+        phase: marks the parts of the step for the profiler.
 
     Returns:
-        this rank's mean loss and the gradient norm before clipping, on the device, and the rate.
+        this rank's mean loss and the gradient norm before clipping, both on the device, and the learning rate.
     """
-    loss_scale = guard.loss_scale
+    config, model, optimizer, guard = trainer.ctx.config, trainer.train_model, trainer.optimizer, trainer.guard
+    device, loss_scale = trainer.ctx.dist.device, guard.loss_scale
     with deterministic(config.train.deterministic):
-        loss = accumulate_gradients(runner, loader, batch, config, process, phase, loss_scale)
+        loss = accumulate_gradients(model, trainer.loader, trainer.batch, config, device, loss_scale, phase)
         with phase("clip"):
             grad_norm = clip_gradients(optimizer.parameters.values(), config.optim.max_grad_norm, loss_scale)
         with phase("optimizer"):
-            rate = optimizer.step(step, guard.check(grad_norm), loss_scale)
-            zero_grad(runner)
-    return loss, grad_norm, rate
+            lr = optimizer.step(step, guard.check(grad_norm), loss_scale)
+            zero_grad(model)
+    return loss, grad_norm, lr
 
 
 def clip_gradients(parameters: Collection[nn.Parameter], max_norm: float, loss_scale: Tensor | None = None) -> Tensor:
-    """Make gradients shorter whose norm, without the loss scale, is above `max_norm`. They keep the scale.
+    """Scale the gradients down if their norm, without the loss scale, exceeds `max_norm`. They keep the loss scale.
 
     Returns:
-        the norm before, without the scale; of gradients in parts, that of all parts together.
+        the norm before clipping, without the loss scale; for sharded gradients, the norm over all shards.
     """
     if loss_scale is None:
         return full_tensor(nn.utils.clip_grad_norm_(parameters, max_norm))
-    norm = (
-        full_tensor(nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])) / loss_scale
-    )
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = full_tensor(nn.utils.get_total_norm(gradients)) / loss_scale
     nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm
 
 
 def accumulate_gradients(
-    runner: nn.Module,
+    train_model: nn.Module,
     loader: BatchLoader,
     batch: BatchPlan,
     config: RunConfig,
-    process: DistContext,
-    phase: Callable[[str], AbstractContextManager[None]] = no_phase,
+    device: torch.device,
     loss_scale: Tensor | None = None,
+    phase: Phase = no_phase,
 ) -> Tensor:
-    """Leave in every parameter the gradient of the mean loss over the step's tokens, on all ranks together.
-
-    Args:
-        loss_scale: what that gradient is multiplied by; None: nothing.
+    """Set every parameter's gradient to that of the mean loss over the step's tokens on all ranks, times `loss_scale`.
 
     Returns:
         this rank's mean loss, on the device.
     """
-    runner.train()
-    loss = torch.zeros((), device=process.device)
+    train_model.train()
+    loss = torch.zeros((), device=device)
     scale = 1.0 if loss_scale is None else loss_scale
     for micro_step in range(batch.grad_accum_steps):
         with phase("data"):
             tokens, targets = loader.next_batch()
-        last = micro_step == batch.grad_accum_steps - 1
-        with sync_grads_on_last(runner, last), training_backends(process.device, config.train):
-            with phase("forward"), autocast(config, process.device):
-                part = runner(tokens, targets) / batch.grad_accum_steps
+        is_last = micro_step == batch.grad_accum_steps - 1
+        with sync_grads_on_last(train_model, is_last), sdpa.training_backends(device, config.train):
+            with phase("forward"), autocast(config, device):
+                micro_loss = train_model(tokens, targets) / batch.grad_accum_steps
             with phase("backward"):
-                # A loss that is not finite makes every gradient so: that reaches all ranks, and keeps the update from
-                # all.
-                part.backward(torch.where(part.detach().isfinite(), scale, torch.nan))
-        loss += part.detach()
+                # A loss that is not finite makes every gradient NaN, so that all ranks see it and skip the update.
+                micro_loss.backward(torch.where(micro_loss.detach().isfinite(), scale, torch.nan))
+        loss += micro_loss.detach()
     return loss

@@ -1,13 +1,13 @@
-"""Asking a run to stop: by a signal, by a limit of time, or because its launcher is gone.
+"""Graceful shutdown: on signals, at the wall-clock limit, or when the launcher dies.
 
-    SIGINT, SIGTERM    save, stop, exit with 128 + the signal's number; a second SIGINT leaves at once
-    SIGHUP, SIGQUIT    likewise: the terminal is gone; Ctrl-\\. Under nohup, SIGHUP stays ignored
+    SIGINT, SIGTERM    save, stop, exit with 128 + the signal's number; a second SIGINT exits at once
+    SIGHUP, SIGQUIT    the same: the terminal closed; Ctrl-\\. Under nohup, SIGHUP stays ignored
     SIGUSR1            save, stop, exit with 75, "not finished, start me again": Slurm's --signal=USR1@120
-    SIGUSR2, SIGXCPU   as SIGUSR1: how other schedulers say that time is up
-    train.max_wall_s   as SIGUSR1, early enough for the save
+    SIGUSR2, SIGXCPU   the same as SIGUSR1: other schedulers use these when time is up
+    train.max_wall_s   the same as SIGUSR1, early enough for the save
 
-Under torchrun a run that was stopped exits with 0, since torchrun starts anything else again (--max-restarts);
-`myllm.distributed.elastic` then ends with the code above, and `myllm status RUN` gives it too.
+Under torchrun a stopped run exits with 0, because torchrun restarts anything else (--max-restarts);
+`myllm.distributed.elastic` then exits with the code above, and `myllm status RUN` returns it too.
 """
 
 import os
@@ -26,48 +26,41 @@ from myllm.formatting import format_clock
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, *TIME_LIMIT_SIGNALS)
 FIRST_SAVE_S = 30.0
-"""Kept free for a save while none has been measured; at most a tenth of the limit."""
+"""Reserved for a save before one has been measured; at most a tenth of the limit."""
 
 
 @dataclass
 class StopRequest:
-    """Whether this rank has been asked to stop, and why. What all ranks do about it, they decide together."""
+    """Whether and why this rank was asked to stop. What follows from it is decided by all ranks together."""
 
     signal: int | None = None
-    """The first one's number, or TIME_LIMIT."""
+    """The first signal's number, or TIME_LIMIT."""
     deadline: float | None = None
-    """By the monotonic clock, which no change of the machine's time moves."""
+    """By the monotonic clock, which does not follow changes of the machine's time."""
     save_s: float = 0.0
-    """The longest save so far, whole; until there was one, a guess."""
+    """The slowest save so far; a guess before the first one."""
     step_s: float = 0.0
-    """The longest time so far between two looks at this."""
+    """The longest time so far between two calls of `requested`."""
 
-    _looked: float | None = None
+    _last_call: float | None = None
 
     def requested(self) -> bool:
         if self.signal is None and self.deadline is not None:
             now = time.monotonic()
-            self.step_s, self._looked = max(self.step_s, now - (self._looked or now)), now
+            self.step_s, self._last_call = max(self.step_s, now - (self._last_call or now)), now
             if now + 1.5 * self.save_s + self.step_s >= self.deadline:
                 self.signal = TIME_LIMIT
         return self.signal is not None
 
-    def note_save_time(self, slowest_s: float | None) -> None:
-        """How long the slowest save so far took, and so how much the time limit must leave for the last."""
-        if slowest_s is not None:
-            self.save_s = slowest_s
 
-
-def describe_stop(stopped_by: int, max_wall_s: float | None) -> str:
-    """For people."""
-    if stopped_by == TIME_LIMIT:
+def describe_stop(signal_number: int, max_wall_s: float | None) -> str:
+    if signal_number == TIME_LIMIT:
         return f"the time limit, train.max_wall_s {format_clock(max_wall_s or 0)}"
-    return signal.Signals(stopped_by).name
+    return signal.Signals(signal_number).name
 
 
 def exit_unfinished_on_time_signals() -> None:
-    """While there is nothing to save yet, SIGUSR1 and its kin end the process with the code that asks for another
-    start."""
+    """Before there is anything to save, SIGUSR1 and its like exit with the code that asks for another start."""
 
     def leave(_: int, __: FrameType | None) -> None:
         ranks.exit_with(EXIT_UNFINISHED)
@@ -78,49 +71,50 @@ def exit_unfinished_on_time_signals() -> None:
 
 @contextmanager
 def handle_stop_signals(max_wall_s: float | None = None, started: float | None = None) -> Iterator[StopRequest]:
-    """SIGNALS ask for a stop, and so does the time limit; a second SIGINT leaves at once.
+    """Turn SIGNALS and the time limit into a stop request. A second SIGINT exits at once.
 
     Args:
         max_wall_s: the limit, in seconds.
-        started: by the monotonic clock, from when on that counts; None: from now on.
+        started: when it began to count, by the monotonic clock; None: now.
     """
     request = StopRequest()
     if max_wall_s is not None:
         request.deadline = (time.monotonic() if started is None else started) + max_wall_s
         request.save_s = min(FIRST_SAVE_S, max_wall_s / 10) / 1.5
 
-    def ask(number: int, _: FrameType | None) -> None:
+    def on_signal(number: int, _: FrameType | None) -> None:
         if request.signal is None:
             request.signal = number
 
-    # nohup has SIGHUP ignored: its user wants the run to outlive the terminal.
-    heard = [each for each in SIGNALS if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN]
-    before = {number: signal.signal(number, ask) for number in heard}
-    # A handler in Python waits until the main thread is back from whatever it does in C, a collective that hangs say.
-    # What stands behind this descriptor is written by the system's own handler, and another thread reads it.
-    ours, theirs = socket.socketpair()
-    theirs.setblocking(False)
-    descriptor = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
-    listener = threading.Thread(target=_leave_when_asked_twice, args=(ours,), name="signals", daemon=True)
-    listener.start()
+    # nohup ignores SIGHUP: the run is to survive the terminal.
+    handled = [number for number in SIGNALS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
+    previous = {number: signal.signal(number, on_signal) for number in handled}
+    # A Python handler waits until the main thread returns from C code, for example from a collective that hangs. The
+    # operating system's own handler writes to this descriptor at once, and another thread reads it.
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    previous_fd = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    thread = threading.Thread(target=_exit_on_second_interrupt, args=(reader,), name="signals", daemon=True)
+    thread.start()
     try:
         yield request
     finally:
-        signal.set_wakeup_fd(descriptor)
-        theirs.close()  # ends the thread
-        listener.join()
-        ours.close()
-        for number, handler in before.items():
+        signal.set_wakeup_fd(previous_fd)
+        writer.close()  # ends the thread
+        thread.join()
+        reader.close()
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 
-def _leave_when_asked_twice(numbers: socket.socket) -> None:
+def _exit_on_second_interrupt(reader: socket.socket) -> None:
     interrupted = False
-    while received := numbers.recv(64):
+    while received := reader.recv(64):
         for number in received:
-            # torchrun makes SIGTERM of a second Ctrl-C.
+            # torchrun turns a second Ctrl-C into SIGTERM.
             if interrupted and (number == signal.SIGINT or (number == signal.SIGTERM and ranks.is_launched())):
+                message = b"\nExiting without saving. Run the same command to resume from the latest checkpoint.\n"
                 with suppress(OSError):
-                    os.write(2, b"\nleft at once, unsaved; the same command goes on from the newest checkpoint\n")
+                    os.write(2, message)
                 os._exit(128 + signal.SIGINT)
             interrupted = interrupted or number == signal.SIGINT

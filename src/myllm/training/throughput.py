@@ -1,4 +1,4 @@
-"""Time and numbers between two log lines."""
+"""The numbers of a log line: loss, speed, and where the time went."""
 
 import time
 from collections.abc import Mapping
@@ -10,138 +10,126 @@ import torch
 from torch import Tensor
 
 from myllm.checkpoint.state import TrainState
-from myllm.config import RunConfig
 from myllm.data.dataloader import BatchLoader
 from myllm.data.sample_digest import SampleDigest
 from myllm.distributed import collectives as distributed
-from myllm.distributed.collectives import DistContext
 from myllm.distributed.device_info import device_name
 from myllm.distributed.precision import needs_loss_scale
 from myllm.formatting import format_clock
 from myllm.planning.flops import flops_per_token
 from myllm.planning.gpu_specs import peak_flops
-from myllm.runs.logs import TRAINING, JsonlFile, Log, Stopwatch
+from myllm.runs.logs import TRAINING, Stopwatch
 
-WORTH_SAYING = 0.01
-"""Of a step, spent waiting for data: from here on a log line says so."""
-WORTH_A_SHARE = 0.0005
-"""Of the whole: less is left out where it says where the time went."""
+from .context import RunContext
+
+MIN_SHOWN_WAIT = 0.01
+"""A log line shows the wait for data from this fraction of a step on."""
+MIN_SHOWN_FRACTION = 0.0005
+"""The summary of the time leaves out what took less than this fraction."""
 
 
 class ThroughputMeter:
-    """Time and numbers between two log lines. Reads from the device only when a row is written or a save is due."""
+    """Reads from the device only when a row is written."""
 
-    def __init__(self, config: RunConfig, process: DistContext, loader: BatchLoader, step: int, started: float) -> None:
-        """
-        Args:
-            started: by the monotonic clock, when this process began.
-        """
-        self._config, self._process, self._loader = config, process, loader
-        self._stopwatch = Stopwatch(process.device)
-        self._stopwatch.seconds["starting"] = time.monotonic() - started
-        self._told: dict[str, float] = {}
+    def __init__(self, ctx: RunContext, loader: BatchLoader, step: int) -> None:
+        self._ctx, self._loader = ctx, loader
+        self._stopwatch = Stopwatch(ctx.dist.device)
+        self._stopwatch.seconds["starting"] = time.monotonic() - ctx.started
+        self._written: dict[str, float] = {}
         self._logged_step, self._wait_s = step, 0.0
         self._digested = loader.digest_sums.copy()
-        peak = peak_flops(device_name(process.device))
-        self._peak_flops = peak * process.world_size if peak else None
+        peak = peak_flops(device_name(ctx.dist.device))
+        self._peak_flops = peak * ctx.dist.world_size if peak else None
 
-    def timed(self, what: str) -> AbstractContextManager[None]:
-        """Count a `with` block apart from training, under a name: it is no part of step_s and tokens_per_s."""
-        return self._stopwatch.doing(what)
+    def timed(self, activity: str) -> AbstractContextManager[None]:
+        """Count a `with` block under a name of its own, not in step_s and tokens_per_s."""
+        return self._stopwatch.doing(activity)
 
     def overhead(self, step: int) -> list[dict[str, Any]]:
-        """A row of metrics.jsonl with the seconds that were counted apart since the last such row; none if there were
-        none."""
-        seconds = {name: each for name, each in self._stopwatch.seconds.items() if name != TRAINING}
-        fresh = {name: each - self._told.get(name, 0.0) for name, each in seconds.items()}
-        self._told = seconds
-        fresh = {name: each for name, each in fresh.items() if each > 0}
-        return [{"kind": "apart", "step": step, "seconds": fresh}] if fresh else []
+        """A row with the seconds of each activity since the last such row; no row if there were none."""
+        seconds = {name: value for name, value in self._stopwatch.seconds.items() if name != TRAINING}
+        new = {name: value - self._written.get(name, 0.0) for name, value in seconds.items()}
+        self._written = seconds
+        new = {name: value for name, value in new.items() if value > 0}
+        return [{"kind": "apart", "step": step, "seconds": new}] if new else []
 
-    def finish(self, step: int, metrics: JsonlFile, log: Log) -> None:
-        """The last row, and a line about where the time went since this process began."""
+    def finish(self, step: int) -> None:
+        """Write the last row, and log where the time went since this process began."""
         self._stopwatch.lap()
-        # Before the first row there is no file, and none is begun for this: a report could not be drawn from it.
-        if self._process.is_rank_zero and metrics.path.is_file():
+        # Without a training row there is nothing to draw, so this does not create the file.
+        if self._ctx.dist.is_rank_zero and self._ctx.metrics.path.is_file():
             for row in self.overhead(step):
-                metrics.append(row)
-        log(time_line(self._stopwatch.seconds, self._loader.wait_s))
+                self._ctx.metrics.append(row)
+        self._ctx.log(time_line(self._stopwatch.seconds, self._loader.wait_s))
 
     def with_digest(self, state: TrainState) -> TrainState:
-        """The state with a receipt for everything trained on so far. Every rank must ask at the same steps."""
-        fresh = self._loader.digest_sums - self._digested
+        """The state with a digest of all samples so far. Every rank calls this at the same steps."""
+        new = self._loader.digest_sums - self._digested
         self._digested = self._loader.digest_sums.copy()
-        # On the host, where the sums are: it never waits for the device.
-        sums = distributed.all_reduce_sum(torch.from_numpy(fresh)).numpy()
+        # The sums are on the host, so this does not wait for the device.
+        sums = distributed.all_reduce_sum(torch.from_numpy(new)).numpy()
         return replace(state, sample_digest=(state.sample_digest or SampleDigest()).add(sums))
 
-    def measure(self, state: TrainState, loss: Tensor, grad_norm: Tensor, rate: float) -> dict[str, Any]:
-        """One row of metrics.jsonl: one reduction, one read from the device."""
-        mean_loss, norm = (
-            (distributed.all_reduce_sum(torch.stack((loss.float(), grad_norm.float()))) / self._process.world_size)
-            .cpu()
-            .tolist()
-        )
-        steps = state.step - self._logged_step
+    def measure(self, state: TrainState, loss: Tensor, grad_norm: Tensor, lr: float) -> dict[str, Any]:
+        """A row of metrics.jsonl: one all-reduce and one read from the device."""
+        world_size, model = self._ctx.dist.world_size, self._ctx.config.model
+        sums = distributed.all_reduce_sum(torch.stack((loss.float(), grad_norm.float())))
+        mean_loss, mean_norm = (sums / world_size).cpu().tolist()
+        steps, self._logged_step = state.step - self._logged_step, state.step
         step_s = self._stopwatch.lap() / steps
-        tokens_per_s = self._config.train.batch_tokens / step_s
+        tokens_per_s = self._ctx.config.train.batch_tokens / step_s
         wait_s, self._wait_s = (self._loader.wait_s - self._wait_s) / steps, self._loader.wait_s
-        self._logged_step = state.step
-        flops = flops_per_token(self._config.model) * tokens_per_s
         return {
             "kind": "train",
             "step": state.step,
             "tokens": state.tokens_seen,
             "loss": mean_loss,
-            "lr": rate,
-            "grad_norm": norm,
+            "lr": lr,
+            "grad_norm": mean_norm,
             "step_s": step_s,
             "tokens_per_s": tokens_per_s,
-            "mfu": flops / self._peak_flops if self._peak_flops else None,
+            "mfu": flops_per_token(model) * tokens_per_s / self._peak_flops if self._peak_flops else None,
             "data_wait_s": wait_s,
-            **_skipped(self._config, state, self._process.device),
+            **self._skipped(state),
             "sample_digest": state.sample_digest.digest,
             "sample_digest_since_step": state.sample_digest.since_step,
         }
 
-
-def _skipped(config: RunConfig, state: TrainState, device: torch.device) -> dict[str, float]:
-    """How many updates were left out so far, where the config leaves any out, and the loss scale where there is one."""
-    scaling = {}
-    if needs_loss_scale(config.train.precision, device):
-        scaling = {"loss_scale": state.skips.loss_scale, "skipped_overflows": state.skips.overflows}
-    if config.train.on_nonfinite == "stop" and config.train.skip_spikes_sigma is None:
-        return scaling
-    return {"skipped_nonfinite": state.skips.nonfinite, "skipped_spikes": state.skips.spikes, **scaling}
+    def _skipped(self, state: TrainState) -> dict[str, float]:
+        """Skipped updates, if the config skips any, and the loss scale, if there is one."""
+        train, counts = self._ctx.config.train, {}
+        if train.on_nonfinite != "stop" or train.skip_spikes_sigma is not None:
+            counts = {"skipped_nonfinite": state.skips.nonfinite, "skipped_spikes": state.skips.spikes}
+        if needs_loss_scale(train.precision, self._ctx.dist.device):
+            counts |= {"loss_scale": state.skips.loss_scale, "skipped_overflows": state.skips.overflows}
+        return counts
 
 
 def console_line(row: dict[str, Any], max_steps: int) -> str:
-    left = (max_steps - row["step"]) * row["step_s"]
+    eta = format_clock((max_steps - row["step"]) * row["step_s"])
     mfu = f"  mfu {row['mfu']:.1%}" if row["mfu"] else ""
-    waiting = row["data_wait_s"] / row["step_s"]
-    waited = f"  data wait {waiting:.0%}" if waiting >= WORTH_SAYING else ""
+    wait = row["data_wait_s"] / row["step_s"]
+    shown_wait = f"  data wait {wait:.0%}" if wait >= MIN_SHOWN_WAIT else ""
     return (
         f"step {row['step']:>6,}/{max_steps:,}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  "
         f"norm {row['grad_norm']:.2f}  {row['step_s'] * 1000:,.0f} ms  "
-        f"{row['tokens_per_s']:,.0f} tok/s{mfu}{waited}  eta {format_clock(left)}"
+        f"{row['tokens_per_s']:,.0f} tok/s{mfu}{shown_wait}  eta {eta}"
     )
 
 
 def time_line(seconds: Mapping[str, float], wait_s: float) -> str:
-    """Where the time went.
+    """Where the time went, the longest activity first.
 
     Args:
-        seconds: by what was being done.
-        wait_s: of the training, how long it stood waiting for the loader.
+        seconds: by activity.
+        wait_s: how long training waited for the loader.
     """
     total = sum(seconds.values())
-    longest_first = sorted(seconds.items(), key=lambda each: -each[1])
-    shares = [f"{name} {each / total:.1%}" for name, each in longest_first if each / total >= WORTH_A_SHARE]
-    return (
-        f"time: {format_clock(total)} since the start: {', '.join(shares)}; waiting for the loader {wait_s / total:.1%}"
-    )
+    fractions = sorted(((value / total, name) for name, value in seconds.items()), reverse=True)
+    shown = ", ".join(f"{name} {fraction:.1%}" for fraction, name in fractions if fraction >= MIN_SHOWN_FRACTION)
+    return f"time: {format_clock(total)} since the start: {shown}; waiting for the loader {wait_s / total:.1%}"
 
 
-def progress(row: dict[str, Any]) -> str:
-    """What stands beside the progress bar."""
+def progress_text(row: dict[str, Any]) -> str:
+    """The text beside the progress bar."""
     return f"loss {row['loss']:.3f}, {1 / row['step_s']:.3g} steps/s, {row['tokens_per_s']:,.0f} tok/s"

@@ -1,13 +1,12 @@
-"""A thread beside the loop: it writes the heartbeat, and ends ranks that wait for one that does not come.
+"""A thread beside the loop: it writes the heartbeat, and ends all ranks when one of them hangs.
 
-Ranks wait for one another in every collective. If one sleeps, the others wait for ever; a timeout of NCCL or gloo ends
-them, but cannot say for whom they waited. So each rank's thread looks whether its loop gets on. The first that finds it
-does not, for `train.collective_timeout_s`, says so on a board that all ranks share (the store by which they found one
-another, which needs no collective). Each rank then writes down where it is, with the stack of every thread; rank 0
-names those that did not arrive; and all end.
+Ranks wait for each other in every collective. If one hangs, the others wait forever; a timeout of NCCL or gloo ends
+them but cannot say which rank they waited for. So each rank's thread checks that its loop makes progress. The first to
+see none for `train.collective_timeout_s` reports that in a store that all ranks share, without a collective. Each rank
+then writes down where it is, with the stack of every thread, rank 0 names the ranks that did not arrive, and all exit.
 
-The short limit holds for training alone, after the first step: compiling, evaluations, saves and waiting for data take
-as long as they take, up to COLLECTIVE_TIMEOUT_S.
+The short limit holds only during training, after the first step. Compilation, evaluations, saves and waiting for data
+may take up to COLLECTIVE_TIMEOUT_S.
 """
 
 import faulthandler
@@ -19,8 +18,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -28,196 +27,177 @@ import torch
 from myllm.data.dataloader import BatchLoader
 from myllm.distributed import collectives as distributed
 from myllm.distributed import launcher as ranks
-from myllm.distributed.collectives import COLLECTIVE_TIMEOUT_S, DistContext
+from myllm.distributed.collectives import COLLECTIVE_TIMEOUT_S
 from myllm.errors import TrainingDiverged, UserError
-from myllm.paths import RunPaths
 from myllm.runs.heartbeat import Heartbeat
-from myllm.runs.logs import Log
 
+from .context import RunContext
 from .stop_signals import StopRequest
 
-LOOK_EVERY_S = 1.0
-ANSWER_S = 5.0
-"""How long each rank has to say where it is."""
+POLL_S = 1.0
+REPLY_S = 5.0
+"""How long each rank has to report where it is."""
 EXIT_CODES = {UserError: 2, TrainingDiverged: TrainingDiverged.EXIT_CODE, KeyboardInterrupt: 130}
 SLOWEST = 5
-"""A loop that has been slow before may be: this many times its longest pause so far is no hang."""
+"""A pause of up to this many times the longest so far is not a hang."""
 
 
 class Watchdog:
-    """Watches this process's loop. Use it in a `with` block, `watched`, which ends the thread."""
+    """Watches this process's loop inside a `with` block. If an error ends the block, the heartbeat records it."""
 
-    def __init__(
-        self,
-        heartbeat: Heartbeat,
-        loader: BatchLoader,
-        stop: StopRequest,
-        run: RunPaths,
-        process: DistContext,
-        timeout_s: float,
-    ) -> None:
-        self._heartbeat, self._loader, self._stop, self._run, self._process = heartbeat, loader, stop, run, process
-        self._timeout_s, self._parent = timeout_s, os.getppid() if ranks.is_launched() else None
-        self._board, self._main = distributed.shared_store(), threading.main_thread().ident
-        self._seen, self._since, self._longest = (), time.monotonic(), 0.0
-        self._ended, self._told = threading.Event(), False
+    def __init__(self, ctx: RunContext, heartbeat: Heartbeat, loader: BatchLoader, stop: StopRequest) -> None:
+        self._ctx, self._heartbeat, self._loader, self._stop = ctx, heartbeat, loader, stop
+        self._timeout_s = ctx.config.train.collective_timeout_s
+        self._launcher = os.getppid() if ranks.is_launched() else None
+        self._store, self._main_thread = distributed.shared_store(), threading.main_thread().ident
+        self._progress, self._progress_time, self._longest_s = (), time.monotonic(), 0.0
+        self._ended, self._warned = threading.Event(), False
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
-    def start(self) -> None:
+    def __enter__(self) -> "Watchdog":
+        self._heartbeat.write(now=True)
         self._thread.start()
+        return self
 
-    def end(self) -> None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if error:
+            code = next((code for kind, code in EXIT_CODES.items() if isinstance(error, kind)), 1)
+            self._heartbeat.end(f"failed: {str(error) or type(error).__name__}", code)
         self._ended.set()
         self._thread.join()
+        if not error and self._heartbeat.ending:
+            self._ctx.log(f"ended: {self._heartbeat.ending[0]}")
 
     def _watch(self) -> None:
-        while not self._ended.wait(LOOK_EVERY_S):
+        rank = self._ctx.dist.rank
+        while not self._ended.wait(POLL_S):
             self._heartbeat.write()
-            if self._heartbeat.unwritable and not self._told:
-                self._told = True
-                _say(self._heartbeat.unwritable)
-            if self._parent is not None and os.getppid() != self._parent and self._stop.signal is None:
-                _say(f"rank {self._process.rank}: torchrun is gone; saving and stopping")
+            if self._heartbeat.unwritable and not self._warned:
+                self._warned = True
+                _print(self._heartbeat.unwritable)
+            if self._launcher not in (None, os.getppid()) and self._stop.signal is None:
+                _print(f"rank {rank}: torchrun has exited; saving and stopping")
                 self._stop.signal = signal.SIGTERM
-            if self._board is None:
+            if self._store is None:
                 continue
             try:
-                waited = self._idle_s()
-                if waited > self._limit_s():
-                    self._board.set("hang", f"{waited:.0f}")
-                if self._board.check(["hang"]) and not self._ended.is_set():
-                    self._end_all()
-            except RuntimeError:  # the store went with the process that held it: there is nobody to talk to
-                self._board = None
+                idle_s = self._idle_s()
+                if idle_s > self._limit_s():
+                    self._store.set("hang", f"{idle_s:.0f}")
+                if self._store.check(["hang"]) and not self._ended.is_set():
+                    self._end_all_ranks()
+            except RuntimeError:  # the process that held the store has exited
+                self._store = None
 
     def _idle_s(self) -> float:
-        """How long the loop has not got on."""
+        """Seconds since the loop last made progress."""
         progress, now = (self._heartbeat.step, self._loader.batches_taken, self._heartbeat.marks), time.monotonic()
-        if progress != self._seen:
-            if self._seen and self._short():
-                self._longest = max(self._longest, now - self._since)
-            self._seen, self._since = progress, now
-        return now - self._since
+        if progress != self._progress:
+            if self._progress and self._is_training():
+                self._longest_s = max(self._longest_s, now - self._progress_time)
+            self._progress, self._progress_time = progress, now
+        return now - self._progress_time
 
-    def _short(self) -> bool:
+    def _is_training(self) -> bool:
         return self._heartbeat.first_step_done and self._heartbeat.doing_now == "training"
 
     def _limit_s(self) -> float:
-        return (
-            max(self._timeout_s, SLOWEST * self._longest)
-            if self._short()
-            else max(COLLECTIVE_TIMEOUT_S, self._timeout_s)
-        )
+        if self._is_training():
+            return max(self._timeout_s, SLOWEST * self._longest_s)
+        return max(COLLECTIVE_TIMEOUT_S, self._timeout_s)
 
-    def _end_all(self) -> None:
-        """Say where this rank is, have one rank say who is late, and end."""
-        rank, board = self._process.rank, self._board
-        assert board is not None
-        board.set(f"rank{rank}", json.dumps(self._report()))
-        self._dump()
-        if rank == 0 or (not _within(ANSWER_S + 3, lambda: board.check(["told"])) and board.add("teller", 1) == 1):
-            names = [f"rank{other}" for other in range(self._process.world_size)]
-            _within(ANSWER_S, lambda: board.check(names))
-            reports = [json.loads(board.get(name)) if board.check([name]) else None for name in names]
-            message = describe_hang(reports, float(board.get("hang")))
-            message += f". Where each stood: {self._run.stacks}. The same command goes on from the newest checkpoint"
-            _say(f"error: {message}")
-            with suppress(OSError), self._run.log.open("a", encoding="utf-8", errors="backslashreplace") as file:
+    def _end_all_ranks(self) -> None:
+        """Report where this rank is, let one rank report which are late, and exit."""
+        rank, store = self._ctx.dist.rank, self._store
+        assert store is not None
+        store.set(f"rank{rank}", json.dumps(self._report()))
+        self._dump_stacks()
+        # Another rank takes over from rank 0 if that one does not answer.
+        if rank == 0 or (not _wait(REPLY_S + 3, lambda: store.check(["told"])) and store.add("teller", 1) == 1):
+            keys = [f"rank{other}" for other in range(self._ctx.dist.world_size)]
+            _wait(REPLY_S, lambda: store.check(keys))
+            reports = [json.loads(store.get(key)) if store.check([key]) else None for key in keys]
+            message = (
+                f"{describe_hang(reports, float(store.get('hang')))}. Stacks of all ranks: {self._ctx.paths.stacks}. "
+                "Run the same command to resume from the latest checkpoint"
+            )
+            _print(f"error: {message}")
+            with suppress(OSError), self._ctx.paths.log.open("a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {message}\n")
             self._heartbeat.end(f"failed: {message}", 1)
-            board.set("told", "")
+            store.set("told", "")
         os._exit(1)
 
     def _report(self) -> dict[str, Any]:
-        frame = sys._current_frames().get(self._main or 0)
+        frame = sys._current_frames().get(self._main_thread or 0)
         stack = traceback.extract_stack(frame) if frame else []
-        ours = [each for each in stack if f"{os.sep}myllm{os.sep}" in each.filename] or stack
-        place = f"{os.path.basename(ours[-1].filename)}, line {ours[-1].lineno}, {ours[-1].name}" if ours else "nowhere"
-        waits = any(
-            f"torch{os.sep}distributed" in each.filename or (each.name == "backward" and "torch" in each.filename)
-            for each in stack
+        ours = [call for call in stack if f"{os.sep}myllm{os.sep}" in call.filename] or stack
+        location = "unknown location"
+        if ours:
+            location = f"{os.path.basename(ours[-1].filename)}, line {ours[-1].lineno}, {ours[-1].name}"
+        in_collective = any(
+            f"torch{os.sep}distributed" in call.filename or (call.name == "backward" and "torch" in call.filename)
+            for call in stack
         )
-        beat = self._heartbeat
+        heartbeat = self._heartbeat
         return {
-            "arrived": [beat.step, self._loader.batches_taken, beat.marks], "doing": beat.doing_now, "place": place,
-            "waits": waits, "host": socket.gethostname(), "pid": os.getpid(),
+            "progress": [heartbeat.step, self._loader.batches_taken, heartbeat.marks], "doing": heartbeat.doing_now,
+            "location": location, "in_collective": in_collective, "host": socket.gethostname(), "pid": os.getpid(),
         }  # fmt: skip
 
-    def _dump(self) -> None:
-        """Every thread's stack, and the newest collectives as torch's flight recorder has them."""
-        rank = self._process.rank
+    def _dump_stacks(self) -> None:
+        """Write every thread's stack, and the newest collectives from torch's flight recorder."""
+        rank, folder = self._ctx.dist.rank, self._ctx.paths.stacks
         try:
-            self._run.stacks.mkdir(exist_ok=True)
-            with (self._run.stacks / f"rank{rank}.txt").open("w", encoding="utf-8") as file:
+            folder.mkdir(exist_ok=True)
+            with (folder / f"rank{rank}.txt").open("w", encoding="utf-8") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
-            recorder = torch._C._distributed_c10d
             for name in ("_dump_nccl_trace", "_dump_fr_trace"):
-                if hasattr(recorder, name):
-                    trace = getattr(recorder, name)()
-                    (self._run.stacks / f"{name.strip('_')}_rank{rank}.pickle").write_bytes(trace)
+                if dump := getattr(torch._C._distributed_c10d, name, None):
+                    (folder / f"{name.strip('_')}_rank{rank}.pickle").write_bytes(dump())
         except (OSError, RuntimeError) as error:
-            _say(f"rank {rank}: cannot write all of {self._run.stacks}: {error}")
+            _print(f"rank {rank}: cannot write all of {folder}: {error}")
 
 
-@contextmanager
-def watched(
-    heartbeat: Heartbeat,
-    loader: BatchLoader,
-    stop: StopRequest,
-    run: RunPaths,
-    process: DistContext,
-    timeout_s: float,
-    log: Log,
-) -> Iterator[None]:
-    """Watch the loop inside a `with` block. If it ends by an error, the heartbeat has that as its last word."""
-    watchdog = Watchdog(heartbeat, loader, stop, run, process, timeout_s)
-    heartbeat.write(now=True)
-    watchdog.start()
-    try:
-        yield
-    except BaseException as error:
-        code = next((code for kind, code in EXIT_CODES.items() if isinstance(error, kind)), 1)
-        heartbeat.end(f"failed: {str(error) or type(error).__name__}", code)
-        raise
-    finally:
-        watchdog.end()
-    if heartbeat.ending:
-        log(f"ended: {heartbeat.ending[0]}")
+def describe_hang(reports: list[dict[str, Any] | None], idle_s: float) -> str:
+    """Which ranks did not arrive, and what each was doing.
 
-
-def describe_hang(reports: list[dict[str, Any] | None], waited_s: float) -> str:
-    """Who did not arrive, and what each was doing; by rank, None for one that says nothing."""
-    said = {rank: report for rank, report in enumerate(reports) if report is not None}
+    Args:
+        reports: by rank; None for a rank that did not answer.
+    """
+    known = {rank: report for rank, report in enumerate(reports) if report is not None}
     late = [rank for rank, report in enumerate(reports) if report is None]
-    if not late and len({tuple(report["arrived"]) for report in said.values()}) > 1:
-        first = min(report["arrived"] for report in said.values())
-        late = [rank for rank, report in said.items() if report["arrived"] == first]
-    elif not late and not all(report["waits"] for report in said.values()):
-        late = [rank for rank, report in said.items() if not report["waits"]]  # the others stand in a collective
-    lines = [f"no rank got on for {waited_s:.0f} s; "]
+    if not late and len({tuple(report["progress"]) for report in known.values()}) > 1:
+        least = min(report["progress"] for report in known.values())
+        late = [rank for rank, report in known.items() if report["progress"] == least]
+    elif not late:
+        late = [rank for rank, report in known.items() if not report["in_collective"]]
+    parts = [f"no progress on any rank for {idle_s:.0f} s"]
     if late:
-        lines = [f"rank{'s' * (len(late) > 1)} {', '.join(map(str, late))} did not arrive in {waited_s:.0f} s; "]
-    elsewhere = [rank for rank in said if rank not in late]
-    for rank in [*late[:8], *elsewhere[:1]]:
-        report = said.get(rank)
-        where = "gives no sign of life"
-        if report:
-            step = f"in step {report['arrived'][0] + 1:,}, {report['doing']}"
-            where = f"{step}: {report['place']} (process {report['pid']} on {report['host']})"
-        lines.append(f"rank {rank} {'waits ' if rank not in late else 'is ' if report else ''}{where}; ")
-    return "".join(lines).removesuffix("; ")
+        parts = [f"rank{'s' * (len(late) > 1)} {', '.join(map(str, late))} did not arrive in {idle_s:.0f} s"]
+    others = [rank for rank in known if rank not in late]
+    for rank in [*late[:8], *others[:1]]:
+        if report := known.get(rank):
+            verb = "is" if rank in late else "waits"
+            parts.append(
+                f"rank {rank} {verb} in step {report['progress'][0] + 1:,}, {report['doing']}: {report['location']} "
+                f"(process {report['pid']} on {report['host']})"
+            )
+        else:
+            parts.append(f"rank {rank} is not responding")
+    return "; ".join(parts)
 
 
-def _within(seconds: float, happened: Any) -> bool:
+def _wait(seconds: float, condition: Callable[[], bool]) -> bool:
     deadline = time.monotonic() + seconds
-    while not happened():
+    while not condition():
         if time.monotonic() > deadline:
             return False
         time.sleep(0.1)
     return True
 
 
-def _say(line: str) -> None:
-    # Not through the log: the loop may hold its locks, and does not get on.
+def _print(line: str) -> None:
+    # Not through the log: the hanging loop may hold its locks.
     with suppress(OSError):
         os.write(2, f"\n{line}\n".encode(errors="backslashreplace"))

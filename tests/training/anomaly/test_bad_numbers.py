@@ -32,7 +32,7 @@ from myllm.optim.adamw import ScheduledAdamW
 from myllm.paths import RunPaths
 from myllm.planning.batch import batch_plan
 from myllm.training import gradient_guard as guard
-from myllm.training import loop
+from myllm.training import loop, setup
 from myllm.training.anomaly import dump as dump_module
 from myllm.training.anomaly import report as bad_step
 from myllm.training.anomaly.dump import find_dump, read_dump
@@ -208,7 +208,7 @@ def test_a_full_disk_does_not_swallow_the_message(bare: RunConfig, monkeypatch: 
 
 def trained_without(config: RunConfig, dataset: Dataset, left_out: int) -> dict[str, torch.Tensor]:
     """The weights of a plain loop that never makes one of the updates."""
-    model = loop.Transformer(config.model, config.train.seed)
+    model = setup.Transformer(config.model, config.train.seed)  # as `poison` patches it
     optimizer = ScheduledAdamW(model.named_parameters(), config.optim, config.train.max_steps)
     torch.manual_seed(config.train.seed)
     model.train()
@@ -258,7 +258,7 @@ def run_until(monkeypatch: pytest.MonkeyPatch) -> Callable[[RunConfig, int], Non
     def until(config: RunConfig, step: int) -> None:
         real = loop.train_step
         with monkeypatch.context() as patch:
-            patch.setattr(loop, "train_step", lambda *a: real(*a) if a[4] != step else (_ for _ in ()).throw(Cut()))
+            patch.setattr(loop, "train_step", lambda *a: real(*a) if a[1] != step else (_ for _ in ()).throw(Cut()))
             with pytest.raises(Cut):
                 run(config)
 
@@ -362,6 +362,6 @@ def test_a_loss_that_is_not_finite_makes_every_gradient_so(tiny: RunConfig) -> N
 
     layer = Infinite(3, 1)
     with process_group("cpu") as process:
-        loss = accumulate_gradients(layer, Batches(), batch_plan(tiny, 1), tiny, process)
+        loss = accumulate_gradients(layer, Batches(), batch_plan(tiny, 1), tiny, process.device)
     assert loss == math.inf
     assert layer.weight.grad.isnan().all()

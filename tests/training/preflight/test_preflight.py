@@ -335,12 +335,17 @@ def test_auto_is_settled_once(config: RunConfig, temp_data: Path) -> None:
     config = replace(config, optim=replace(config.optim, warmup_steps=1, min_lr_ratio=1.0))  # for any max_steps
     auto = with_train(config, micro_batch_size="auto", batch_tokens=256, max_steps=8)
     dataset = prepare(config.data, progress=False)
-    train(with_train(auto, max_steps=4), dataset, ALONE)
+
+    def run_auto(config: RunConfig) -> None:
+        config, note = resolve_micro_batch_size(config, dataset.tokenizer(), ALONE, dataset.val.tokens, rehearsed=True)
+        train(config, dataset, ALONE, notes=[note])
+
+    run_auto(with_train(auto, max_steps=4))
     run = temp_data / "runs/tiny"
     chosen = json.loads((run / "config.json").read_text())["train"]["micro_batch_size"]
     assert chosen == 4
     assert f"micro_batch_size auto: {chosen}, the largest of 1, 2, 4 that fits" in (run / "log.txt").read_text()
-    train(auto, dataset, ALONE)
+    run_auto(auto)
     assert f"micro_batch_size auto: {chosen}, as this run began" in (run / "log.txt").read_text()
     assert "changed since then: train.micro_batch_size" not in (run / "log.txt").read_text()
     train(replace(with_train(auto, micro_batch_size=chosen), name="whole"), dataset, ALONE)
@@ -355,7 +360,9 @@ def test_a_run_takes_its_preflights_number_untried(
     main(["preflight", "--config", str(write_run_config(auto, tmp_path / "auto.json"))])
     assert not (temp_data / "runs").exists()
     monkeypatch.setattr(micro_batch, "memory_probe", lambda *_: pytest.fail("a size was tried again"))
-    train(auto, prepare(config.data, progress=False), ALONE)
+    dataset = prepare(config.data, progress=False)
+    resolved, note = resolve_micro_batch_size(auto, dataset.tokenizer(), ALONE, dataset.val.tokens, rehearsed=True)
+    train(resolved, dataset, ALONE, notes=[note])
     assert "micro_batch_size auto: 4, as the preflight found it" in (temp_data / "runs/tiny/log.txt").read_text()
     assert json.loads((temp_data / "runs/tiny/config.json").read_text())["train"]["micro_batch_size"] == 4
 
@@ -504,12 +511,15 @@ def test_a_signal_leaves_nothing(config: RunConfig, tmp_path: Path) -> None:
 
 def test_every_part_is_the_runs_own() -> None:
     """What a rehearsal does goes through the functions that `train` calls."""
-    from myllm.training import loop as train_module
+    from myllm.training import loop, services, setup
 
-    for name in ("run_eval", "planned_evals", "AsyncSaver", "restore", "gathered"):
-        assert getattr(preflight_module, name) is getattr(train_module, name)
-    for name in ("train_step", "fast_kernels", "spread", "Transformer", "ScheduledAdamW", "BatchLoader"):
-        assert getattr(rehearsal, name) is getattr(train_module, name)
+    for name, owner in {
+        "run_eval": loop, "build_evals": services, "AsyncSaver": services, "restore": setup, "full_params": loop
+    }.items():  # fmt: skip
+        assert getattr(preflight_module, name) is getattr(owner, name)
+    for name in ("fast_kernels", "shard", "Transformer", "ScheduledAdamW", "BatchLoader"):
+        assert getattr(rehearsal, name) is getattr(setup, name)
+    assert rehearsal.train_step is loop.train_step
 
 
 @pytest.mark.usefixtures("one_rank", "temp_data")

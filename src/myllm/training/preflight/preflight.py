@@ -27,11 +27,12 @@ from myllm.paths import RunPaths
 from myllm.planning.batch import BatchPlan, batch_plan
 from myllm.planning.length import length_note, resolve_max_steps
 from myllm.runs.heartbeat import Heartbeat
-from myllm.runs.logs import JsonlFile, Log
+from myllm.runs.logs import Log
 from myllm.runs.reference_curve import ReferenceWatch
+from myllm.training.context import RunContext
 from myllm.training.evaluator import Eval, StopVote, build_evals, run_eval
-from myllm.training.loop import check_data
 from myllm.training.restore import restore
+from myllm.training.setup import check_data
 from myllm.training.stop_signals import StopRequest
 
 from .batch_size import candidate_sizes, is_safe_to_try, largest_that_fits, memory_probe, resolve_micro_batch_size
@@ -195,16 +196,17 @@ def _timed_evals(parts: Parts, dataset: Dataset, tokenizer: Tokenizer, folder: P
         synthetic_hellaswag(folder, config.eval.hellaswag_examples or 0)
     config = replace(config, eval=replace(config.eval, hellaswag_file=str(folder / "hellaswag.jsonl")))
     said: list[str] = []
-    rows, state, watch = JsonlFile(folder / "rows.jsonl"), parts.state(dataset, STEPS), ReferenceWatch(None)
+    ctx = RunContext.create(config, process, RunPaths(folder), said.append)
+    state, watch = parts.state(dataset, STEPS), ReferenceWatch(None)
     found, poll = {}, StopVote(StopRequest(), Heartbeat(folder / "heartbeat.json", writes=False))
-    for each in build_evals(config, parts.whole, dataset, tokenizer, process, rows, said.append, poll):
+    for each in build_evals(ctx, parts.whole, dataset, tokenizer, poll):
         if not each.every_steps:
             continue
         for _ in range(2):  # the first one is a warm-up
             said.clear()
             started = time.perf_counter()
             with full_params(parts.model, parts.whole):
-                run_eval(each, state, parts.whole, config, process, watch, rows, said.append, poll)
+                run_eval(each, ctx, state, parts.whole, watch, poll)
             seconds = time.perf_counter() - started
         found[each.name] = (seconds, _failure(each, said))
     return distributed.broadcast_object(found)
@@ -223,7 +225,7 @@ def _timed_save(parts: Parts, dataset: Dataset, tokenizer: Tokenizer, folder: Pa
         saver.save(parts.state(dataset, STEPS))
     saved_at = time.perf_counter()
     saved = load_latest(run.checkpoints, log)
-    restore(saved, config, dataset, parts.model, parts.optimizer, process, log)
+    restore(saved, RunContext.create(config, process, run, log), dataset, parts.model, parts.optimizer)
     loaded_at = time.perf_counter()
     n_bytes = (
         sum(path.stat().st_size for path in run.checkpoints.rglob("*") if path.is_file()) if process.is_rank_zero else 0

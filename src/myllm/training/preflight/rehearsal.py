@@ -36,8 +36,10 @@ from myllm.model.transformer import Transformer
 from myllm.optim.adamw import ScheduledAdamW
 from myllm.planning.batch import BatchPlan, batch_plan
 from myllm.planning.memory_estimate import HEADROOM
+from myllm.training.context import RunContext
 from myllm.training.gradient_guard import GradientGuard
 from myllm.training.kernels import fast_kernels
+from myllm.training.setup import Trainer
 from myllm.training.step import train_step
 
 from .device_memory import available_bytes, is_out_of_memory, memory_limit, peak_bytes, reset_peak
@@ -175,12 +177,14 @@ class Parts:
     def state(self, dataset: Dataset, step: int) -> TrainState:
         return TrainState(step, 0, DataPosition(0, 0, self.config.train.seed, dataset.fingerprint))
 
+    def trainer(self, loader: BatchLoader, dataset: Dataset, batch: BatchPlan) -> Trainer:
+        ctx, model = RunContext.create(self.config, self.process), self.model
+        return Trainer(ctx, dataset, batch, model, self.whole, self.runner, self.optimizer, loader, self.guard)
+
     def step(self, loader: BatchLoader, dataset: Dataset, batch: BatchPlan, step: int) -> tuple[float, float]:
         """One real step, done when it returns; loss and gradient norm of this rank."""
         self.guard.record(self.state(dataset, step))
-        loss, grad_norm, _ = train_step(
-            self.runner, self.optimizer, loader, batch, step, self.config, self.process, self.guard
-        )
+        loss, grad_norm, _ = train_step(self.trainer(loader, dataset, batch), step)
         return float(loss), float(grad_norm)
 
 

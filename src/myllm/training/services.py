@@ -1,0 +1,105 @@
+"""What a run needs beside its training steps: its folder, signals, checkpoints, evaluations, measurements."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+from tqdm import tqdm
+
+from myllm.checkpoint.async_saver import AsyncSaver
+from myllm.checkpoint.retention import clean_up_partial
+from myllm.checkpoint.state import TrainState
+from myllm.config import to_dict
+from myllm.distributed import collectives as distributed
+from myllm.distributed import launcher as ranks
+from myllm.runs.heartbeat import Heartbeat, newest_checkpoint_step
+from myllm.runs.reference_curve import ReferenceWatch, find_reference
+from myllm.runs.run_dir import check_shared_disk, claim_run, start_over
+
+from .context import RunContext
+from .evaluator import Eval, StopVote, build_evals
+from .gc_schedule import GcSchedule
+from .profiler import NoProfiler, Profiler
+from .setup import Trainer
+from .stop_signals import StopRequest, handle_stop_signals
+from .throughput import ThroughputMeter
+from .watchdog import Watchdog
+
+# Without tqdm's own rate, which knows neither the work still queued on the device nor the time of evaluations.
+BAR_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
+
+
+@dataclass(frozen=True)
+class Services:
+    heartbeat: Heartbeat
+    stop: StopRequest
+    saver: AsyncSaver
+    evals: tuple[Eval, ...]
+    eval_vote: StopVote
+    reference: ReferenceWatch
+    meter: ThroughputMeter
+    profiler: Profiler | NoProfiler
+    gc: GcSchedule
+    bar: tqdm
+    on_checkpoint: Callable[[int], None]
+
+
+@contextmanager
+def open_run(ctx: RunContext, notes: Sequence[str] = ()) -> Iterator[Heartbeat]:
+    """Hold the run's folder for this process, and start over in it if `train.fresh` is set.
+
+    Args:
+        notes: the first lines of this start's log.
+
+    Raises:
+        UserError: another process trains in the folder, or ranks see different folders.
+    """
+    dist, paths, archived = ctx.dist, ctx.paths, None
+    (restarted,) = distributed.all_reduce_any(ranks.is_restart())  # a restart resumes what the first start began afresh
+    with ExitStack() as stack:
+        if dist.is_rank_zero:
+            stack.enter_context(claim_run(paths))
+            archived = start_over(paths, ctx.config) if ctx.config.train.fresh and not restarted else None
+            for folder in (paths.checkpoints, paths.best, paths.anomalies):
+                clean_up_partial(folder)
+        heartbeat = Heartbeat(paths.heartbeat, newest_checkpoint_step(paths), writes=dist.is_rank_zero)
+        heartbeat.write(now=True)  # replaces the last words of the previous start
+        distributed.barrier()
+        check_shared_disk(paths, dist)
+        if archived:
+            ctx.log(f"fresh start: the older run was moved to {archived}")
+        for note in notes:
+            ctx.log(note)
+        yield heartbeat
+
+
+@contextmanager
+def start_services(
+    trainer: Trainer, state: TrainState, heartbeat: Heartbeat, on_checkpoint: Callable[[int], None], profile: bool
+) -> Iterator[Services]:
+    """
+    Raises:
+        UserError: the checkpoints that the run will keep do not fit on the disk.
+    """
+    ctx, loader, dataset = trainer.ctx, trainer.loader, trainer.dataset
+    config, dist, step, max_steps = ctx.config, ctx.dist, state.step, ctx.config.train.max_steps
+    tokenizer = dataset.tokenizer()
+    heartbeat.step = step
+    with ExitStack() as stack:
+        stop = stack.enter_context(handle_stop_signals(config.train.max_wall_s, ctx.started))
+        vote = StopVote(stop, heartbeat)
+        evals = build_evals(ctx, trainer.eval_model, dataset, tokenizer, vote)
+        reference = ReferenceWatch(find_reference(to_dict(config)), ctx.metrics.rows() if dist.is_rank_zero else ())
+        saver = stack.enter_context(AsyncSaver(config, ctx.paths, trainer.model, trainer.optimizer, tokenizer, dist))
+        saver.check_room(step)
+        stack.enter_context(Watchdog(ctx, heartbeat, loader, stop))
+        hidden = None if dist.is_rank_zero else True  # None: shown only on a terminal
+        bar = stack.enter_context(
+            tqdm(total=max_steps, initial=step, bar_format=BAR_FORMAT, disable=hidden, leave=False)
+        )
+        gc_schedule = stack.enter_context(GcSchedule(step))
+        meter = ThroughputMeter(ctx, loader, step)
+        profiler = Profiler(ctx.paths, config, step, dist, ctx.log, meter) if profile else NoProfiler()
+        yield Services(
+            heartbeat, stop, saver, tuple(evals), vote, reference, meter, profiler, gc_schedule, bar, on_checkpoint
+        )
