@@ -25,7 +25,7 @@ def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_machine(temp_data, capsys, monkeypatch):
+def test_a_machine_without_problems(temp_data, capsys, monkeypatch):
     main(["doctor"])
     said = capsys.readouterr().out
     for word in ("python", "torch 2.", "cores for this process", "GB are available", str(temp_data), "attention"):
@@ -60,7 +60,7 @@ def test_two_ranks():
     assert done.stdout.count("the sums are correct on all 2 ranks") == 1
 
 
-def test_a_rank_that_does_not_come():
+def test_a_missing_rank_is_named():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -72,7 +72,7 @@ def test_a_rank_that_does_not_come():
     assert "Traceback" not in done.stderr
 
 
-def test_wrong_sums_are_found(monkeypatch):
+def test_wrong_sums_are_reported(monkeypatch):
     assert list(check_network("cpu", 10))[-1] == "one rank: no network traffic"
     monkeypatch.setattr(dist, "all_reduce", lambda tensor, *_, **__: tensor.numel() > 1 and tensor[:3].add_(1))
     with pytest.raises(UserError, match=r"all-reduce of 4,096 bytes gave wrong sums: . on rank 0"):

@@ -93,7 +93,7 @@ def test_vocabularies_are_not_mixed_up(tiny: RunConfig, learn: Learn) -> None:
         run(with_vocabulary(tiny, same_size, 400))
 
 
-def test_a_data_set_keeps_to_its_vocabulary(tiny: RunConfig, learn: Learn) -> None:
+def test_a_changed_vocabulary_is_rejected(tiny: RunConfig, learn: Learn) -> None:
     dataset = prepare(with_vocabulary(tiny, learn("own", 400), 400).data, progress=False)
     file = dataset.folder / "tokenizer.json"
     file.write_text(file.read_text().replace('"version": "1.0"', '"version":  "1.0"'))
@@ -104,7 +104,9 @@ def test_a_data_set_keeps_to_its_vocabulary(tiny: RunConfig, learn: Learn) -> No
     assert RunPaths.of("tiny").root.parent.name == "runs"
 
 
-def test_a_run_says_what_it_was_made_of(tiny: RunConfig, learn: Learn, temp_data: Path, tmp_path: Path) -> None:
+def test_a_run_records_its_source_and_vocabulary(
+    tiny: RunConfig, learn: Learn, temp_data: Path, tmp_path: Path
+) -> None:
     """A preset names a source of its own; the data set that is given by name says which one it was."""
     config = with_vocabulary(tiny, learn("own", 400), 400)
     made = prepare(replace(config.data, strip_control=True), progress=False)

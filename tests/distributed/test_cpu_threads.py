@@ -28,7 +28,7 @@ def system(folder: Path, siblings: list[str]) -> Path:
     return folder
 
 
-def test_two_logical_cores_of_one_physical_count_once(tmp_path: Path) -> None:
+def test_physical_cores_are_counted(tmp_path: Path) -> None:
     folder = system(tmp_path, ["0,2", "1,3", "0,2", "1,3"])
     assert cores._physical({0, 1, 2, 3}, folder) == 2
     assert cores._physical({0, 2}, folder) == 1
@@ -60,7 +60,9 @@ def group(folder: Path, place: str, **files: str) -> None:
         ("nonsense", {}, 16),
     ],
 )
-def test_a_containers_quota(tmp_path: Path, own: str, files: dict[str, dict[str, str]], expected: int) -> None:
+def test_a_container_quota_limits_the_cores(
+    tmp_path: Path, own: str, files: dict[str, dict[str, str]], expected: int
+) -> None:
     mine = tmp_path / "own"
     mine.write_text(own + "\n")
     for place, values in files.items():
@@ -85,7 +87,7 @@ def test_the_ranks_of_a_machine_share_its_cores(monkeypatch: pytest.MonkeyPatch,
 
 @pytest.mark.parametrize("name", ["OMP_NUM_THREADS", "MKL_NUM_THREADS"])
 @pytest.mark.usefixtures("nobody_chose")
-def test_the_users_word_stands(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_the_users_setting_is_used(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv(name, "3")
     assert cores.num_threads() is None
     assert cores.threads_reason() == f"set by {name}"
@@ -108,7 +110,7 @@ def without_choice(**more: str) -> dict[str, str]:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="it is told from /proc")
 @pytest.mark.parametrize(("given", "expected"), [({}, "None"), ({"OMP_NUM_THREADS": "1"}, "OMP_NUM_THREADS")])
-def test_a_launchers_choice_is_told_from_the_users(given: dict[str, str], expected: str) -> None:
+def test_torchruns_own_setting_is_recognized(given: dict[str, str], expected: str) -> None:
     words = [sys.executable, "-c", LAUNCHER]
     done = subprocess.run(words, env=without_choice(**given), capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == expected
@@ -116,7 +118,7 @@ def test_a_launchers_choice_is_told_from_the_users(given: dict[str, str], expect
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="it is told from /proc")
-def test_torchruns_choice_does_not_stand() -> None:
+def test_torchruns_own_setting_is_replaced() -> None:
     words = [
         sys.executable,
         "-m",
@@ -129,13 +131,13 @@ def test_torchruns_choice_does_not_stand() -> None:
     assert done.stdout.count("3 threads, 6 usable core(s) for 2 processes") == 2
 
 
-def test_alone() -> None:
+def test_one_process_uses_all_cores() -> None:
     words = [sys.executable, ROOT / "tests/support/six_cores.py"]
     done = subprocess.run(words, env=without_choice(), capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.strip() == "6 threads, 6 usable core(s)"
 
 
-def test_several_processes_for_one_mps_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_processes_on_mps_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)

@@ -36,7 +36,7 @@ def test_this_machine_has_a_name_and_a_speed() -> None:
     assert 1e8 < measure_matmul_flops(cpu, size=128, seconds=0.05) < 1e14
 
 
-def test_a_card_is_timed_by_products_that_fill_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_is_timed_with_large_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 8,192 cubed, in the type that was asked for, and with one wait for any number of them."""
     shapes, waits, real = [], [], torch.mm
 
@@ -62,7 +62,7 @@ def test_a_card_is_timed_by_products_that_fill_it(monkeypatch: pytest.MonkeyPatc
     assert len(waits) < len(shapes) / 8
 
 
-def test_a_card_times_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_is_timed_with_events(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
 
     def event(enable_timing: bool) -> Any:
@@ -129,7 +129,7 @@ def test_gpus_that_torch_cannot_use(
     assert training_device("cpu") == torch.device("cpu")
 
 
-def test_a_machine_without_gpus_is_no_fault(driver: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_without_gpus_is_no_problem(driver: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     driver(None, None, "13.0")
     assert nvidia_driver() == (None, None)
     assert cuda_problem() is None
@@ -139,7 +139,7 @@ def test_a_machine_without_gpus_is_no_fault(driver: Callable[..., None], monkeyp
     assert training_device("auto") == torch.device("cpu")
 
 
-def test_the_plan_is_printed_all_the_same(driver: Callable[..., None]) -> None:
+def test_the_plan_is_printed_without_a_usable_gpu(driver: Callable[..., None]) -> None:
     driver("550.54.15", "12.4", "13.0")
     said = describe_dry_run(launch.parse_args(["debug", "--train.device", "auto", "--dry-run"]))
     assert "TFLOP/s" in said
@@ -159,7 +159,7 @@ def test_the_plan_is_printed_all_the_same(driver: Callable[..., None]) -> None:
         ((9, 4), ["gfx942"], True),
     ],
 )
-def test_a_card_without_kernels(
+def test_a_gpu_without_kernels(
     capability: tuple[int, int], kernels: list[str], fits: bool, driver: Callable[..., None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -177,7 +177,7 @@ def test_a_card_without_kernels(
     assert "torch==2.13.0 --index-url https://download.pytorch.org/whl/cu126" in str(refused.value)
 
 
-def test_what_is_recommended_is_supported() -> None:
+def test_recommended_builds_are_supported() -> None:
     """By pyproject.toml; and a driver is given the newest CUDA that it can have."""
     bounds = SpecifierSet(re.search(r'"torch([^"]+)"', (ROOT / "pyproject.toml").read_text())[1])
     assert all(version in bounds for _, version, _, _ in TORCH_BUILDS)

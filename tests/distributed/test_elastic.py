@@ -46,7 +46,7 @@ def without(names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("lacking", [(), NEWER[1:], NEWER])
-def test_an_older_torchrun_is_not_asked_for_what_it_does_not_know(
+def test_older_torchruns_get_only_known_options(
     lacking: tuple[str, ...], asked: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     known = {name for name in NEWER if name in run.get_args_parser().format_help()}
@@ -67,7 +67,7 @@ def test_an_older_torchrun_is_not_asked_for_what_it_does_not_know(
         ("--nnodes=2:1",), ("--nnodes=1:2:3",), ("--master-port=65536",), ("--master_port=-1",),
     ],
 )  # fmt: skip
-def test_options_that_cannot_be_are_a_sentence(
+def test_invalid_options_are_reported(
     options: tuple[str, ...], asked: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([*options, "train.py"]) == 2
@@ -76,7 +76,7 @@ def test_options_that_cannot_be_are_a_sentence(
 
 
 @pytest.mark.parametrize("error", [DistNetworkError("EADDRINUSE\nmore"), RendezvousConnectionError("EADDRINUSE")])
-def test_a_port_that_is_taken_is_a_sentence(
+def test_a_taken_port_is_reported(
     error: Exception, asked: list[Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(_: Any) -> None:
@@ -101,13 +101,13 @@ def ended_with(codes: list[int], monkeypatch: pytest.MonkeyPatch) -> int:
     return agent._remaining_restarts
 
 
-def test_what_was_meant_is_not_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deliberate_exits_are_not_restarted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ended_with([-9, 1], monkeypatch) == 3
     assert ended_with([1, 2], monkeypatch) == 0
     assert ended_with([65], monkeypatch) == 0
 
 
-def test_torch_still_has_what_the_agent_takes_the_place_of() -> None:
+def test_torch_has_the_overridden_agent_method() -> None:
     """No option of torchrun says which agent it starts, nor what is started again: both are names inside torch. Where a
     version moves one, this fails, and not a run that is started again and again."""
     assert api.LocalElasticAgent is LocalElasticAgent

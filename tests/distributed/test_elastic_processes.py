@@ -75,7 +75,7 @@ def started(tmp_path: Path) -> Iterator[Callable[..., Started]]:
         each.process.kill()
 
 
-def test_a_killed_rank_is_started_again(
+def test_a_killed_rank_is_restarted(
     tiny: RunConfig, tmp_path: Path, temp_data: Path, started: Callable[..., Started]
 ) -> None:
     """SIGKILL of one rank, and another run whose launcher gets SIGTERM and that the same command takes up: the same
@@ -118,14 +118,14 @@ def test_a_killed_rank_is_started_again(
     assert not [p for p in psutil.process_iter(["cmdline"]) if str(path) in (p.info["cmdline"] or [])]
 
 
-def test_a_mistake_ends_at_once_with_its_own_code(temp_data: Path, started: Callable[..., Started]) -> None:
+def test_a_user_error_keeps_its_exit_code(temp_data: Path, started: Callable[..., Started]) -> None:
     code, said = started("debug", "--train.batch-tokens", "1000").ended()
     assert code == 2, said
     assert said.count("error: the config has") == 1
     assert "Traceback" not in said
 
 
-def test_a_rank_that_fails_is_started_again_until_it_is_enough(tmp_path: Path) -> None:
+def test_a_failing_rank_is_restarted_up_to_the_limit(tmp_path: Path) -> None:
     """A traceback each time; a code that was meant on the third start is handed on, and ends it."""
     script = tmp_path / "fails.py"
     script.write_text(

@@ -38,7 +38,7 @@ def environment(**changes: str | None) -> dict[str, str]:
         ({"MASTER_PORT": "x"}, "MASTER_PORT is 'x'"),
     ],
 )
-def test_variables_that_cannot_be(changes: dict[str, str | None], expected: str) -> None:
+def test_invalid_variables_are_reported(changes: dict[str, str | None], expected: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", CHECK], env=environment(**changes), capture_output=True, text=True, check=False
     )
@@ -52,7 +52,7 @@ def test_variables_that_cannot_be(changes: dict[str, str | None], expected: str)
 @pytest.mark.parametrize(
     "changes", [{"RANK": ""}, {"LOCAL_RANK": ""}, {"RANK": None}, {"WORLD_SIZE": "", "LOCAL_WORLD_SIZE": ""}]
 )
-def test_variables_that_say_nothing_are_none(changes: dict[str, str | None]) -> None:
+def test_empty_variables_count_as_unset(changes: dict[str, str | None]) -> None:
     done = subprocess.run(
         [sys.executable, "-c", CHECK], env=environment(**changes), capture_output=True, text=True, check=False
     )
@@ -61,7 +61,7 @@ def test_variables_that_say_nothing_are_none(changes: dict[str, str | None]) -> 
     assert ("this process runs alone" in done.stderr) == bool(half), done.stderr
 
 
-def test_who_is_waited_for_is_said_at_once() -> None:
+def test_missing_processes_are_named_while_waiting() -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     code = "from myllm.distributed.collectives import process_group; process_group('cpu').__enter__()"

@@ -35,9 +35,7 @@ print(*(os.environ.get(name) for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "
     ],
     ids=["nothing", "policy", "spin count", "block time"],
 )
-def test_threads_sleep_while_they_wait_unless_the_user_says_otherwise(
-    program: str, chosen: dict[str, str], expected: str
-) -> None:
+def test_threads_sleep_while_waiting_by_default(program: str, chosen: dict[str, str], expected: str) -> None:
     names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
     environment = {name: value for name, value in os.environ.items() if name not in names} | chosen
     words = [sys.executable, "-c", CODE.replace("ROOT", repr(str(ROOT))), program]

@@ -86,7 +86,7 @@ def test_compiled_engines_agree(tmp_path: Path) -> None:
         assert_close(found, one, 1e-4)
 
 
-def test_a_run_in_parts(tiny: RunConfig, tmp_path: Path, temp_data: Path) -> None:
+def test_an_fsdp_run_equals_a_ddp_run(tiny: RunConfig, tmp_path: Path, temp_data: Path) -> None:
     """A whole run on FSDP with recomputed activations and dropout is the one on DDP: losses, every evaluation, samples,
     the best checkpoint, which opens everywhere."""
     evals = replace(tiny.eval, validation_every_steps=2, validation_tokens=320)  # five sequences: unequal shares

@@ -55,7 +55,7 @@ def small(tiny: RunConfig) -> RunConfig:
     return replace(with_train(tiny, max_steps=2, batch_tokens=256), eval=evals)
 
 
-def test_machines_need_one_folder_of_runs(small: RunConfig, tmp_path: Path) -> None:
+def test_machines_must_share_the_runs_folder(small: RunConfig, tmp_path: Path) -> None:
     """Each rank writes a part of a checkpoint: that some would be elsewhere is said before the first step."""
     codes, said = two_launchers(small, tmp_path, [tmp_path / "one", tmp_path / "two"])
     assert 2 in codes, said

@@ -111,11 +111,7 @@ def check_launcher() -> None:
         return
     for name in (*INDEX_VARIABLES, *COUNT_VARIABLES):
         _check_number(name)
-    for name, limit in (
-        ("RANK", "WORLD_SIZE"),
-        ("LOCAL_RANK", "LOCAL_WORLD_SIZE"),
-        ("LOCAL_WORLD_SIZE", "WORLD_SIZE"),
-    ):
+    for name, limit in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE"), ("LOCAL_WORLD_SIZE", "WORLD_SIZE")):
         value, count = int(os.environ.get(name) or 1), int(os.environ.get(limit) or 0)
         if count and value > count - (name in INDEX_VARIABLES):
             raise UserError(f"{name} is {value}, which does not fit {limit} {count}; {RESTART}")

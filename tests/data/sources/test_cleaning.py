@@ -20,14 +20,14 @@ def cleaned(text: str, **settings: object) -> tuple[str | None, dict[str, int]]:
 
 
 @given(st.text(alphabet=LETTERS))
-def test_nothing_changes_unless_asked_for(text: str) -> None:
+def test_text_is_unchanged_by_default(text: str) -> None:
     kept, counts = cleaned(text)
     noticed = {"nul_characters_kept": 1} if "\0" in text else {}
     assert (kept, counts) == ((text, noticed) if text.strip() else (None, {"empty": 1}))
 
 
 @pytest.mark.parametrize("text", ["", " ", "\n\t\r\x0b\u2003", " " * 1_000_000])
-def test_a_text_of_white_space_is_empty(text: str) -> None:
+def test_white_space_is_empty(text: str) -> None:
     assert cleaned(text) == (None, {"empty": 1})
 
 
@@ -38,7 +38,7 @@ def test_unicode_is_normalized_and_counted() -> None:
     assert cleaned("a\ud83d", normalize_unicode=True) == ("a\ud83d", {})
 
 
-def test_control_characters_go_but_white_space_stays() -> None:
+def test_control_characters_are_stripped_but_not_white_space() -> None:
     text = "".join(map(chr, [*range(0x20), *range(0x7F, 0xA0)])) + "a\u200b\u200d\ufeff"
     assert cleaned(text, strip_control=True) == ("\t\n\ra\u200b\u200d\ufeff", {"control_characters_stripped": 1})
     assert cleaned("a\t\r\n", strip_control=True) == ("a\t\r\n", {})
@@ -55,7 +55,7 @@ def test_short_texts_are_dropped_and_counted() -> None:
 
 
 @given(st.text(alphabet=LETTERS))
-def test_all_together_leave_a_text_that_needs_nothing_more(text: str) -> None:
+def test_cleaning_is_idempotent(text: str) -> None:
     """Above all where a control character stands between a letter and its mark."""
     settings = {"normalize_unicode": True, "strip_control": True}
     kept, _ = cleaned(text, **settings)
@@ -67,7 +67,7 @@ def test_all_together_leave_a_text_that_needs_nothing_more(text: str) -> None:
 
 
 @pytest.mark.parametrize("marks", ["\u0301\u0316", "\u0f73", "\u0344\u0316"])
-def test_a_million_marks_on_one_letter_do_not_take_for_ever(marks: str) -> None:
+def test_a_million_combining_marks_take_linear_time(marks: str) -> None:
     """To order n marks takes Python n x n steps: hours. No writing has a hundred."""
     text = "e\u0301 a" + marks * (1_000_000 // len(marks))
     assert cleaned(text, normalize_unicode=True) == (text, {"unicode_not_normalized": 1})

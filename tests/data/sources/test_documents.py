@@ -19,7 +19,7 @@ def sentences(rows: list[str]) -> list[str]:
 
 
 @given(st.lists(st.text(alphabet="ab =\n", max_size=9)))
-def test_rows_are_documents_as_they_are(rows: list[str]) -> None:
+def test_rows_are_documents(rows: list[str]) -> None:
     assert list(group_rows(rows, "rows")) == rows
 
 
@@ -27,7 +27,7 @@ def test_rows_are_documents_as_they_are(rows: list[str]) -> None:
 
 
 @given(st.lists(st.text(alphabet="ab \u2003", max_size=12)), st.integers(1, 30))
-def test_sentences_are_joined_up_to_the_size_without_loss(rows: list[str], size: int) -> None:
+def test_sentences_are_joined_without_loss(rows: list[str], size: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(grouping, "SENTENCE_DOCUMENT_CHARS", size)
         documents = sentences(rows)
@@ -39,13 +39,13 @@ def test_sentences_are_joined_up_to_the_size_without_loss(rows: list[str], size:
 
 
 def test_a_book_of_sentences_becomes_documents_longer_than_any_context() -> None:
-    chance = random.Random(0)
-    documents = sentences(["a sentence " * chance.randint(1, 20) + "." for _ in range(3_000)])
+    rng = random.Random(0)
+    documents = sentences(["a sentence " * rng.randint(1, 20) + "." for _ in range(3_000)])
     assert len(documents) > 10
     assert all(SENTENCE_DOCUMENT_CHARS <= len(text) + 1 < SENTENCE_DOCUMENT_CHARS + 300 for text in documents[:-1])
 
 
-def test_a_sentence_longer_than_a_document_stays_whole() -> None:
+def test_a_long_sentence_stays_whole() -> None:
     long = "x" * (3 * SENTENCE_DOCUMENT_CHARS)
     assert sentences(["a", long, "b"]) == [f"a\n{long}", "b"]
     assert sentences([]) == sentences(["", " \n"]) == []
@@ -63,7 +63,7 @@ WIKITEXT = [
 ]  # fmt: skip
 
 
-def test_an_article_is_one_document_with_every_row_as_it_was() -> None:
+def test_an_article_is_one_document_with_unchanged_rows() -> None:
     """Rows as parquet gives them: each ends with a newline, but empty ones."""
     rows = [row for article in WIKITEXT for row in article]
     whole = [[row if row.endswith("\n") else f"{row}\n" for row in article] for article in WIKITEXT]
@@ -84,7 +84,7 @@ def test_titles_begin_articles(title: str) -> None:
 @pytest.mark.parametrize(
     "row", [" = = Section = = \n", " = = = Part = = = \n", "", " = \n", " = = \n", " x = y = \n", " a = b \n", "=A=\n"]
 )
-def test_other_rows_do_not(row: str) -> None:
+def test_other_rows_do_not_begin_articles(row: str) -> None:
     assert len(articles([" = First = \n", " Text . \n", row, " More . \n"])) == 1
 
 
@@ -101,5 +101,5 @@ def test_no_row_is_lost(rows: list[str]) -> None:
 
 
 @pytest.mark.parametrize("row", [" " * 10**6, "= " * 10**6, " = a" + " " * 10**6 + "b", "= a" + " =" * 10**6 + " b"])
-def test_rows_made_to_confuse_the_search_for_titles_do_not_hang_it(row: str) -> None:
+def test_title_search_takes_linear_time(row: str) -> None:
     assert len(articles([" = First = \n", row, "end"])) == 1

@@ -72,7 +72,7 @@ def sent(hub: HubServer) -> int:
     return sum(one.sent_bytes for one in hub.seen("/cdn/|/plain/"))
 
 
-def test_a_file_is_fetched_once(hub: HubServer, file: SourceFile, tmp_path: Path) -> None:
+def test_a_file_is_downloaded_once(hub: HubServer, file: SourceFile, tmp_path: Path) -> None:
     path = download_file(file, tmp_path / "d")
     assert path == local_path(file, tmp_path / "d")
     assert path.suffix == ".parquet"
@@ -83,7 +83,7 @@ def test_a_file_is_fetched_once(hub: HubServer, file: SourceFile, tmp_path: Path
     assert left(tmp_path / "d") == [path.name]
 
 
-def test_small_files_are_checked_by_what_git_calls_them(hub: HubServer, file: SourceFile, tmp_path: Path) -> None:
+def test_small_files_are_verified_by_their_git_hash(hub: HubServer, file: SourceFile, tmp_path: Path) -> None:
     digest = "git:" + hashlib.sha1(b"blob 5\0small").hexdigest()
     notes = SourceFile("notes.md", file.location.replace(NAME, "notes.md"), "prose", 5, digest)
     assert download_file(notes, tmp_path).read_bytes() == b"small"
@@ -96,7 +96,7 @@ def test_small_files_are_checked_by_what_git_calls_them(hub: HubServer, file: So
 
 
 @pytest.mark.parametrize("reset", [False, True])
-def test_a_cut_connection_goes_on_where_it_was(
+def test_a_cut_connection_is_resumed(
     hub: HubServer, file: SourceFile, tmp_path: Path, waited: list[float], reset: bool
 ) -> None:
     hub.cut_next("/cdn/", 1 << 20, times=3, reset=reset)
@@ -107,7 +107,7 @@ def test_a_cut_connection_goes_on_where_it_was(
     assert sent(hub) < 2 * len(CONTENT)
 
 
-def test_more_cuts_than_tries_do_no_harm_as_long_as_bytes_come(
+def test_tries_are_counted_without_progress_only(
     hub: HubServer, file: SourceFile, tmp_path: Path, waited: list[float]
 ) -> None:
     times = 5 * fetching.TRIES
@@ -117,7 +117,7 @@ def test_more_cuts_than_tries_do_no_harm_as_long_as_bytes_come(
 
 
 @pytest.mark.parametrize("status", [429, 503, 500, 408])
-def test_a_busy_server_is_asked_again_when_it_says(
+def test_retry_after_is_respected(
     hub: HubServer, file: SourceFile, tmp_path: Path, waited: list[float], status: int
 ) -> None:
     hub.cut_next("/cdn/", 1 << 20)
@@ -128,7 +128,7 @@ def test_a_busy_server_is_asked_again_when_it_says(
     assert sum(waited) < 30
 
 
-def test_the_hubs_own_word_on_when_to_come_back_is_heard() -> None:
+def test_rate_limit_headers_of_the_hub_are_respected() -> None:
     request = httpx2.Request("GET", "http://127.0.0.1/")
 
     def asked(headers: dict[str, str]) -> int:
@@ -144,7 +144,7 @@ def test_the_hubs_own_word_on_when_to_come_back_is_heard() -> None:
     assert fetching.retry_after(OSError("no answer at all")) == 0
 
 
-def test_a_plain_url_whose_file_is_replaced_in_the_middle_is_never_two_files_in_one(
+def test_a_plain_url_replaced_during_the_download_starts_again(
     hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = hub.add_plain("v1/a.json.gz", CONTENT)
@@ -160,7 +160,7 @@ def test_a_plain_url_whose_file_is_replaced_in_the_middle_is_never_two_files_in_
     assert download_file(file, tmp_path).read_bytes() == CONTENT
 
 
-def test_a_server_that_knows_no_ranges_sends_it_all_again(
+def test_a_server_without_ranges_sends_the_whole_file(
     hub: HubServer, file: SourceFile, tmp_path: Path, waited: list[float]
 ) -> None:
     hub.ignore_ranges("/cdn/")
@@ -170,7 +170,7 @@ def test_a_server_that_knows_no_ranges_sends_it_all_again(
     assert [one.status for one in hub.seen("/cdn/")] == [200] * 3
 
 
-def test_a_killed_download_goes_on_where_it_was(hub: HubServer, file: SourceFile, tmp_path: Path) -> None:
+def test_a_killed_download_is_resumed(hub: HubServer, file: SourceFile, tmp_path: Path) -> None:
     hub.hold("/cdn/", 1 << 20)
     words = [sys.executable, "-c", FETCH, json.dumps(asdict(file)), str(tmp_path / "d")]
     client = subprocess.Popen(words, env=os.environ | hub.environment(tmp_path / "home"))
@@ -188,7 +188,7 @@ def test_a_killed_download_goes_on_where_it_was(hub: HubServer, file: SourceFile
     assert sent(hub) < 2 * len(CONTENT)
 
 
-def test_a_stalled_connection_is_given_up_and_goes_on(
+def test_a_stalled_connection_is_resumed(
     hub: HubServer, file: SourceFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fetching, "_TIMEOUT_S", 0.3)
@@ -201,7 +201,7 @@ def test_a_stalled_connection_is_given_up_and_goes_on(
 
 
 @pytest.mark.parametrize("times", [1, 2])
-def test_other_content_than_listed_is_fetched_again_once(
+def test_other_content_than_listed_is_downloaded_once_more(
     hub: HubServer, file: SourceFile, tmp_path: Path, times: int
 ) -> None:
     """Damaged in the same length on its way, or for good."""
@@ -220,13 +220,13 @@ def test_other_content_than_listed_is_fetched_again_once(
 
 
 @pytest.mark.parametrize("size", [10, 15, 25])
-def test_a_plain_url_of_another_size_than_listed_is_no_file(hub: HubServer, tmp_path: Path, size: int) -> None:
+def test_a_plain_url_of_another_size_is_rejected(hub: HubServer, tmp_path: Path, size: int) -> None:
     with pytest.raises(UserError, match=f"not the listed file: 20 bytes, expected {size}"):
         download_file(plain(hub, b"0123456789" * 2, size), tmp_path)
     assert left(tmp_path) == []
 
 
-def test_a_size_that_no_server_says_is_no_hindrance(hub: HubServer, tmp_path: Path, waited: list[float]) -> None:
+def test_an_unknown_size_is_accepted(hub: HubServer, tmp_path: Path, waited: list[float]) -> None:
     hub.cut_next("/plain/", 5)
     assert download_file(plain(hub, b"0123456789", 0), tmp_path).read_bytes() == b"0123456789"
     partial = tmp_path / "b" / "v1" / "a.json.gz.part"  # whole, and killed just before it got its name
@@ -236,7 +236,7 @@ def test_a_size_that_no_server_says_is_no_hindrance(hub: HubServer, tmp_path: Pa
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
-def test_what_is_not_there_or_not_open_is_said_at_once(
+def test_missing_and_private_files_fail_without_retries(
     hub: HubServer, file: SourceFile, tmp_path: Path, status: int
 ) -> None:
     hub.fail_next("/resolve/", status=status)
@@ -247,7 +247,7 @@ def test_what_is_not_there_or_not_open_is_said_at_once(
         download_file(replace(file, location=f"{hub.endpoint}/plain/nothing"), tmp_path)
 
 
-def test_an_outage_in_the_middle_says_so_and_keeps_what_there_is(
+def test_an_outage_keeps_the_partial_file(
     hub: HubServer, file: SourceFile, tmp_path: Path, waited: list[float]
 ) -> None:
     partial = local_path(file, tmp_path).with_name("train%200.parquet.part")
@@ -272,14 +272,14 @@ def small_disk() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_full_disk_is_no_outage(hub: HubServer, file: SourceFile, tmp_path: Path, small_disk: None) -> None:
+def test_a_full_disk_is_not_retried(hub: HubServer, file: SourceFile, tmp_path: Path, small_disk: None) -> None:
     with pytest.raises(OSError, match="File too large") as caught:
         download_file(file, tmp_path)
     assert out_of_space(caught.value)
     assert len(hub.seen("/cdn/")) == 1
 
 
-def test_the_token_goes_to_the_hub_alone(
+def test_only_the_hub_gets_the_token(
     hub: HubServer, file: SourceFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
@@ -290,7 +290,7 @@ def test_the_token_goes_to_the_hub_alone(
     assert seen == {("datasets", "Bearer hf_secret"), ("cdn", None), ("plain", None)}
 
 
-def test_a_kept_file_of_another_revision_is_not_taken(hub: HubServer, file: SourceFile, tmp_path: Path) -> None:
+def test_a_kept_file_of_another_revision_is_not_used(hub: HubServer, file: SourceFile, tmp_path: Path) -> None:
     download_file(file, tmp_path / "kept")
     changed = CONTENT[::-1]
     sha = hub.add_dataset(REPO, {NAME: changed})
@@ -301,7 +301,7 @@ def test_a_kept_file_of_another_revision_is_not_taken(hub: HubServer, file: Sour
     assert download_file(other, tmp_path / "kept", kept=tmp_path / "kept").read_bytes() == changed
 
 
-def test_two_that_want_the_same_file_fetch_it_once(hub: HubServer, file: SourceFile, tmp_path: Path) -> None:
+def test_two_processes_download_a_file_once(hub: HubServer, file: SourceFile, tmp_path: Path) -> None:
     hub.slow("/cdn/", 8 << 20)
     threads = [threading.Thread(target=download_file, args=(file, tmp_path)) for _ in range(3)]
     for thread in threads:
@@ -313,7 +313,7 @@ def test_two_that_want_the_same_file_fetch_it_once(hub: HubServer, file: SourceF
 
 
 @pytest.mark.parametrize("name", ["../../up.jsonl", "a/../../up.jsonl", "日" * 100 + ".jsonl", "d/" * 600 + "x.jsonl"])
-def test_every_name_has_a_place_of_its_own_inside(name: str, tmp_path: Path) -> None:
+def test_names_map_to_distinct_paths_below_the_folder(name: str, tmp_path: Path) -> None:
     def place(name: str) -> Path:
         return local_path(SourceFile(name, "https://x/y", "jsonl", 0, ""), tmp_path)
 

@@ -61,7 +61,7 @@ def ask(folder: Path) -> list[str]:
     return [digest for _, digest in found]
 
 
-def test_only_what_may_have_changed_is_hashed_again(folder: Path, hashed: Hashed) -> None:
+def test_only_changed_files_are_hashed_again(folder: Path, hashed: Hashed) -> None:
     ask(folder)
     assert hashed() == ["a.txt", "b.txt"]
     ask(folder)
@@ -77,7 +77,7 @@ def test_only_what_may_have_changed_is_hashed_again(folder: Path, hashed: Hashed
     assert hashed() == []
 
 
-def test_of_several_processes_one_hashes(folder: Path, hashed: Hashed) -> None:
+def test_one_of_several_processes_hashes(folder: Path, hashed: Hashed) -> None:
     children, ready = [], os.pipe()
     for _ in range(4):
         if (child := os.fork()) == 0:
@@ -95,9 +95,7 @@ def test_of_several_processes_one_hashes(folder: Path, hashed: Hashed) -> None:
     assert hashed() == ["a.txt", "b.txt"]
 
 
-def test_what_was_changed_just_now_is_not_trusted(
-    folder: Path, hashed: Hashed, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_recent_changes_are_not_cached(folder: Path, hashed: Hashed, monkeypatch: pytest.MonkeyPatch) -> None:
     """It may change once more within the same tick of the disk's clock."""
     monkeypatch.setattr(digests, "SETTLED_NS", 10**18)
     for _ in range(2):
@@ -106,9 +104,7 @@ def test_what_was_changed_just_now_is_not_trusted(
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]", '{"format": "myllm-digests-1", "files": {"a": [1]}}'])
-def test_a_memory_that_is_damaged_or_cannot_be_written_costs_time_alone(
-    content: str, folder: Path, hashed: Hashed
-) -> None:
+def test_a_damaged_or_unwritable_cache_is_ignored(content: str, folder: Path, hashed: Hashed) -> None:
     memory = folder.parent / "listings" / "memory.json"
     memory.parent.mkdir()
     memory.write_text(content)
@@ -121,13 +117,13 @@ def test_a_memory_that_is_damaged_or_cannot_be_written_costs_time_alone(
     assert hashed() == ["a.txt", "b.txt"]
 
 
-def test_the_starts_of_a_run_hash_its_source_once(folder: Path, hashed: Hashed) -> None:
+def test_restarts_of_a_run_do_not_hash_again(folder: Path, hashed: Hashed) -> None:
     config = DataConfig(source=f"files:{folder}", val_tokens=2)
     assert resolve(config).folder == resolve(config).folder
     assert hashed() == ["a.txt", "b.txt"]
 
 
-def test_what_needs_no_digests_hashes_nothing(folder: Path, hashed: Hashed, temp_data: Path) -> None:
+def test_nothing_is_hashed_without_need(folder: Path, hashed: Hashed, temp_data: Path) -> None:
     """A preflight, which asks for sizes alone; it leaves nothing behind either."""
     config = DataConfig(source=f"files:{folder}", val_tokens=2)
     assert inspect_data_and_disk(replace(RunConfig(), data=config)).tokens

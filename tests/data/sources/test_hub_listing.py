@@ -51,7 +51,7 @@ def names(spec: str) -> list[str]:
     return [file.name for file in find_source(spec).files]
 
 
-def test_globs_and_folders_choose_files(hub: HubServer) -> None:
+def test_globs_and_folders_select_files(hub: HubServer) -> None:
     hub.add_dataset(REPO, FILES)
     english = ["en/000.jsonl.gz", "en/001.jsonl.gz", "en/deep/002.jsonl"]
     # Whole folders are whole folders: "en" is not the beginning of "en.noclean".
@@ -65,7 +65,7 @@ def test_globs_and_folders_choose_files(hub: HubServer) -> None:
     assert names(f"hub:{REPO}:README.md") == ["README.md"]
 
 
-def test_a_listing_takes_every_page_and_only_the_folder(hub: HubServer) -> None:
+def test_a_listing_reads_all_pages_of_one_folder(hub: HubServer) -> None:
     hub.add_dataset(REPO, {f"{folder}/{i}.jsonl": b"x%d" % i for folder in ("data", "other") for i in range(7)})
     assert len(names(f"hub:{REPO}:data/*.jsonl")) == 7
     assert len(hub.seen("/tree/")) == 4
@@ -102,7 +102,7 @@ def test_a_revision_may_be_named(hub: HubServer) -> None:
         ("hub:a b/c..d", r"'a b/c..d' is not a valid dataset name"),
     ],
 )
-def test_what_is_not_there_is_said_at_once(hub: HubServer, spec: str, message: str) -> None:
+def test_missing_things_are_reported_without_retries(hub: HubServer, spec: str, message: str) -> None:
     hub.add_dataset(REPO, FILES)
     with pytest.raises(UserError, match=message) as caught:
         find_source(spec)
@@ -111,7 +111,7 @@ def test_what_is_not_there_is_said_at_once(hub: HubServer, spec: str, message: s
 
 
 @pytest.mark.parametrize("status", [429, 503])
-def test_a_busy_hub_is_asked_again(hub: HubServer, status: int, no_waiting: None) -> None:
+def test_a_busy_hub_is_retried(hub: HubServer, status: int, no_waiting: None) -> None:
     hub.add_dataset(REPO, FILES)
     hub.fail_next("/revision/main", status=status)
     hub.fail_next("/tree/", status=status, times=2)
@@ -119,7 +119,7 @@ def test_a_busy_hub_is_asked_again(hub: HubServer, status: int, no_waiting: None
     assert len(names(f"hub:{REPO}:en")) == 3
 
 
-def test_the_first_listing_is_kept(hub: HubServer) -> None:
+def test_the_first_listing_is_cached(hub: HubServer) -> None:
     hub.add_dataset(REPO, FILES)
     config = DataConfig(source=f"hub:{REPO}:en/*.gz")
     first = make_spec(config)
@@ -145,7 +145,7 @@ def test_a_name_does_not_depend_on_the_endpoint(
     assert there.source.files == here.source.files
 
 
-def test_globs_that_differ_in_a_sign_are_different_questions(hub: HubServer) -> None:
+def test_similar_globs_have_separate_cache_files(hub: HubServer) -> None:
     hub.add_dataset(REPO, {"en.jsonl": b"1", "en/a.jsonl": b"2", "token.jsonl": b"3"})
     assert names(f"hub:{REPO}:en") == ["en/a.jsonl"]
     assert names(f"hub:{REPO}:*en*") == ["en.jsonl", "en/a.jsonl", "token.jsonl"]
@@ -153,7 +153,7 @@ def test_globs_that_differ_in_a_sign_are_different_questions(hub: HubServer) -> 
     assert names(f"hub:{REPO}:{'*' * 300}") == ["en.jsonl", "en/a.jsonl", "token.jsonl"]
 
 
-def test_a_damaged_listing_is_named(hub: HubServer, temp_data: Path) -> None:
+def test_a_damaged_listing_is_reported(hub: HubServer, temp_data: Path) -> None:
     hub.add_dataset(REPO, FILES)
     names(f"hub:{REPO}")
     (kept,) = (temp_data / "listings").iterdir()
@@ -167,7 +167,7 @@ def test_a_damaged_listing_is_named(hub: HubServer, temp_data: Path) -> None:
         names(f"hub:{REPO}")
 
 
-def test_the_token_goes_to_the_hub_alone(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_hub_gets_the_token(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     with HubServer() as mirror:
         urls = [mirror.add_plain(f"{i}.json.gz", b"x" * i) for i in (1, 2)]
@@ -179,7 +179,7 @@ def test_the_token_goes_to_the_hub_alone(hub: HubServer, monkeypatch: pytest.Mon
     assert seen == {("datasets", "Bearer hf_secret"), ("cdn", None)}
 
 
-def test_the_next_page_is_asked_of_the_same_endpoint(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_next_page_comes_from_the_same_endpoint(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """A mirror passes on Link headers that name the Hub itself."""
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     hub.add_dataset(REPO, FILES)
@@ -205,7 +205,7 @@ def test_urls_are_listed_with_size_and_version(hub: HubServer) -> None:
 
 
 @pytest.mark.parametrize("status", [None, 503, 404])
-def test_an_outage_of_dolma_names_dolma_and_c4(hub: HubServer, no_waiting: None, status: int | None) -> None:
+def test_an_outage_of_dolma_suggests_c4(hub: HubServer, no_waiting: None, status: int | None) -> None:
     with HubServer() as mirror:
         hub.add_dataset("allenai/dolma", {"urls/v1_6-sample.txt": mirror.add_plain("a.json.gz", b"x").encode()})
         hub.add_dataset("allenai/c4", {"en/c4-train.00000-of-01024.json.gz": b"x"})
@@ -217,7 +217,7 @@ def test_an_outage_of_dolma_names_dolma_and_c4(hub: HubServer, no_waiting: None,
         assert resolve(replace(config, fallback="c4")).source.name == "c4"
 
 
-def test_a_dolma_that_is_gone_or_closed_names_c4_too(hub: HubServer, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_dolma_suggests_c4(hub: HubServer, capsys: pytest.CaptureFixture[str]) -> None:
     hub.add_dataset("allenai/c4", {"en/c4-train.00000-of-01024.json.gz": b"x"})
     with pytest.raises(UnreachableError, match=r"Dolma cannot be reached: the Hub has no dataset 'allenai/dolma'.*C4"):
         find_source("dolma")
@@ -244,7 +244,7 @@ def test_an_outage_of_everything_is_one_clear_message(hub: HubServer, monkeypatc
     assert sum(waited) < 20, "Dolma's and C4's"
 
 
-def test_a_silent_hub_is_given_up(hub: HubServer, monkeypatch: pytest.MonkeyPatch, no_waiting: None) -> None:
+def test_a_silent_hub_times_out(hub: HubServer, monkeypatch: pytest.MonkeyPatch, no_waiting: None) -> None:
     monkeypatch.setattr(listing, "_TIMEOUTS_S", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections, and says nothing
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
@@ -252,7 +252,7 @@ def test_a_silent_hub_is_given_up(hub: HubServer, monkeypatch: pytest.MonkeyPatc
             list_hub(REPO, "0" * 40, "")
 
 
-def test_no_listing_is_kept_of_an_outage(hub: HubServer, temp_data: Path, no_waiting: None) -> None:
+def test_an_outage_is_not_cached(hub: HubServer, temp_data: Path, no_waiting: None) -> None:
     hub.add_dataset(REPO, FILES)
     hub.fail_next("cursor=", times=4)
     with pytest.raises(UnreachableError):
@@ -263,7 +263,7 @@ def test_no_listing_is_kept_of_an_outage(hub: HubServer, temp_data: Path, no_wai
     assert len(json.loads(kept.read_text())["files"]) == 6
 
 
-def test_of_several_processes_one_asks(hub: HubServer, temp_data: Path) -> None:
+def test_one_of_several_processes_sends_the_request(hub: HubServer, temp_data: Path) -> None:
     """As the ranks of a first start do; each used to ask, and they wrote one file under one temporary name."""
     hub.add_dataset(REPO, FILES)
     children, ready = [], os.pipe()
@@ -287,7 +287,7 @@ def test_of_several_processes_one_asks(hub: HubServer, temp_data: Path) -> None:
 @pytest.mark.parametrize(
     "endpoint", ["mirror.example", "localhost:8080", "https://", "ftp://mirror.example", "//mirror"]
 )
-def test_an_address_that_is_none_is_said_at_once(
+def test_an_invalid_endpoint_is_reported_without_retries(
     endpoint: str, temp_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By whatever asks the Hub; nothing is tried."""

@@ -62,7 +62,7 @@ def fetch(hub: HubServer, folder: Path, name: str, revision: str = "main") -> by
     return Path(path).read_bytes()
 
 
-def test_repo_info_names_the_commit_and_an_old_one_stays(hub: HubServer, tmp_path: Path) -> None:
+def test_repo_info_names_the_commit_and_keeps_old_ones(hub: HubServer, tmp_path: Path) -> None:
     old, new = hub.add_dataset(REPO, FILES), hub.add_dataset(REPO, FILES | {"data.txt": b"changed"})
     assert old != new
     assert hub.add_dataset(REPO, FILES | {"data.txt": b"changed"}) == new

@@ -32,9 +32,9 @@ Made = tuple[dict[str, bytes], list[str], list[str]]
 
 
 def prose(seed: str, words: int = 150) -> str:
-    chance = random.Random(seed)
+    rng = random.Random(seed)
     return f"{seed}: " + " ".join(
-        chance.choice(["river", "été", "日本", "stone", "old", "🙂\n", "3.14"]) for _ in range(words)
+        rng.choice(["river", "été", "日本", "stone", "old", "🙂\n", "3.14"]) for _ in range(words)
     )
 
 
@@ -184,7 +184,7 @@ def test_dolma_is_read_from_its_urls(hub: HubServer, in_process: None, reference
         assert len(mirror.seen("/plain/", "GET")) == 4
 
 
-def test_dolma_that_fails_in_the_middle_names_c4(
+def test_dolma_failing_during_the_download_suggests_c4(
     hub: HubServer, in_process: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with HubServer() as mirror:
@@ -197,7 +197,7 @@ def test_dolma_that_fails_in_the_middle_names_c4(
             prepare(DataConfig(source="dolma-sample", val_tokens=500, workers=1), progress=False)
 
 
-def test_c4_is_taken_where_dolma_cannot_be_reached(hub: HubServer, started: Any, reference: tiktoken.Encoding) -> None:
+def test_c4_replaces_an_unreachable_dolma(hub: HubServer, started: Any, reference: tiktoken.Encoding) -> None:
     files, _, expected = c4()
     hub.add_dataset("allenai/c4", files)
     hub.fail_next("allenai/dolma", times=99, retry_after=None)
@@ -213,7 +213,7 @@ def test_c4_is_taken_where_dolma_cannot_be_reached(hub: HubServer, started: Any,
     assert Counter(documents_of(started.folder, reference)) == Counter(expected)
 
 
-def test_a_repositorys_card_and_scripts_are_no_texts(hub: HubServer) -> None:
+def test_cards_and_scripts_are_not_texts(hub: HubServer) -> None:
     card, rows = {"README.md": b"# A card\n", "load.py": b"print()\n"}, b'{"text": "a"}\n'
     hub.add_dataset("me/rows", card | {"data/a.jsonl": rows, "notes/b.txt": b"b"})
     hub.add_dataset("me/books", card | {"books/a.txt": b"a"})

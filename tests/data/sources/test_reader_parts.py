@@ -17,13 +17,13 @@ from myllm.data.sources.readers import READER_BY_SUFFIX, ReadTask, SkipLog, is_s
 WORDS = ["", "a", "déjà vu ", "日本語 🙂\n", "x" * 500, "\x00", "<|endoftext|>", "\u2028"]
 
 
-def read(path: Path, faults: SkipLog | None = None, parts: int = 1, column: str = "text") -> list[str]:
+def read(path: Path, skips: SkipLog | None = None, parts: int = 1, column: str = "text") -> list[str]:
     """All parts' rows, end to end; without `faults`, none are allowed."""
-    found = SkipLog() if faults is None else faults
+    found = SkipLog() if skips is None else skips
     rows: list[str] = []
     for part in range(parts):
         rows += read_file(READER_BY_SUFFIX[suffix_of(path)], ReadTask(path, path.name, column, part, parts), found)
-    assert faults is not None or not found.counts, found
+    assert skips is not None or not found.counts, found
     return rows
 
 
@@ -43,7 +43,7 @@ BOTH = pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
 # -- parts ------------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_compressed_as_a_whole_is_not_split() -> None:
+def test_compressed_files_are_not_splittable() -> None:
     assert {suffix for suffix in READER_BY_SUFFIX if is_splittable(f"a{suffix}")} == {".parquet", ".arrow", ".jsonl"}
 
 
@@ -51,8 +51,8 @@ def test_what_is_compressed_as_a_whole_is_not_split() -> None:
 @pytest.mark.parametrize("rows", [1, 7, 1_000], ids=["a row a group", "several", "one group"])
 @pytest.mark.parametrize("parts", [1, 2, 3, 13, 200])
 def test_parts_of_columns_make_the_whole(suffix: str, rows: int, parts: int, tmp_path: Path) -> None:
-    chance = random.Random(parts)
-    texts = [f"{i} " + chance.choice(WORDS) * chance.randint(0, 9) for i in range(120)]
+    rng = random.Random(parts)
+    texts = [f"{i} " + rng.choice(WORDS) * rng.randint(0, 9) for i in range(120)]
     path = write(tmp_path / f"a{suffix}", pa.table({"id": range(120), "text": texts}), rows)
     assert read(path, parts=parts) == texts
 
@@ -89,29 +89,29 @@ def test_parts_of_lines_make_the_whole(
     parts=st.integers(1, 30),
     ends=st.booleans(),
 )
-def test_a_line_too_long_is_passed_over_by_one_part(
+def test_a_too_long_line_is_skipped_by_one_part(
     lengths: list[int], parts: int, ends: bool, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "long.jsonl"
     texts = [f"{number}".ljust(length - 13, "x") for number, length in enumerate(lengths)]
     lines = [json.dumps({"text": text}).encode() + b"\n" for text in texts]
     path.write_bytes(b"".join(lines) if ends else b"".join(lines)[:-1])
-    faults = SkipLog()
+    skips = SkipLog()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(readers, "MAX_LINE_BYTES", 100)
-        rows = read(path, faults, parts)
+        rows = read(path, skips, parts)
     sizes = [len(line) for line in lines[:-1]] + [len(line) - (not ends) for line in lines[-1:]]
     last = len(lines) - 1
     long = [i for i, size in enumerate(sizes) if size > 100 or (size == 100 and i == last and not ends)]
     assert rows == [text for i, text in enumerate(texts) if i not in long]
-    assert faults.counts == ({"line_too_long": len(long)} if long else {})
+    assert skips.counts == ({"line_too_long": len(long)} if long else {})
 
 
-def test_a_part_says_behind_which_byte_its_lines_are_counted(tmp_path: Path) -> None:
-    path, faults = tmp_path / "a.jsonl", SkipLog()
+def test_line_numbers_of_a_part_count_from_its_first_byte(tmp_path: Path) -> None:
+    path, skips = tmp_path / "a.jsonl", SkipLog()
     path.write_bytes(b'{"text": "a"}\n' * 10 + b"broken\n")
-    assert len(read(path, faults, parts=2)) == 10
-    place = faults.places[0]["place"]
+    assert len(read(path, skips, parts=2)) == 10
+    place = skips.places[0]["place"]
     assert place.startswith("a.jsonl, line ")
     line, _, byte = place.removeprefix("a.jsonl, line ").partition(" after byte ")
     lines = path.read_bytes()[int(byte) :].split(b"\n")  # the first is the end of another part's line
@@ -119,11 +119,11 @@ def test_a_part_says_behind_which_byte_its_lines_are_counted(tmp_path: Path) -> 
 
 
 @BOTH
-def test_a_missing_column_is_said_once_for_all_parts(suffix: str, tmp_path: Path) -> None:
-    path, faults = write(tmp_path / f"a{suffix}", pa.table({"body": ["a"] * 50}), 5), SkipLog()
-    assert read(path, faults, parts=4) == []
-    assert dict(faults.counts) == {"no_text_column": 1}
-    assert faults.places[0]["detail"] == "no column 'text'; the file has ['body']"
+def test_a_missing_column_is_logged_once(suffix: str, tmp_path: Path) -> None:
+    path, skips = write(tmp_path / f"a{suffix}", pa.table({"body": ["a"] * 50}), 5), SkipLog()
+    assert read(path, skips, parts=4) == []
+    assert dict(skips.counts) == {"no_text_column": 1}
+    assert skips.places[0]["detail"] == "no column 'text'; the file has ['body']"
     assert read(path, column="body", parts=4) == ["a"] * 50
 
 
@@ -131,51 +131,51 @@ def test_a_missing_column_is_said_once_for_all_parts(suffix: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("parts", [1, 4])
-def test_half_an_arrow_file_gives_its_first_batches(parts: int, tmp_path: Path) -> None:
+def test_a_truncated_arrow_file_gives_its_first_batches(parts: int, tmp_path: Path) -> None:
     texts = [f"{i} " * 40 for i in range(60)]
-    path, faults = write(tmp_path / "a.arrow", pa.table({"text": texts}), 3), SkipLog()
+    path, skips = write(tmp_path / "a.arrow", pa.table({"text": texts}), 3), SkipLog()
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    rows = read(path, faults, parts)
+    rows = read(path, skips, parts)
     assert rows == texts[: len(rows)]
     assert len(rows) in range(24, 31, 3)
-    assert dict(faults.counts) == {"file_cut_short": 1}
-    assert faults.places[0]["place"].startswith("a.arrow")
-    assert f"record batch {len(rows) // 3}" in faults.places[0]["detail"]
+    assert dict(skips.counts) == {"file_cut_short": 1}
+    assert skips.places[0]["place"].startswith("a.arrow")
+    assert f"record batch {len(rows) // 3}" in skips.places[0]["detail"]
 
 
-def test_half_a_parquet_file_is_named(tmp_path: Path) -> None:
+def test_a_truncated_parquet_file_is_logged(tmp_path: Path) -> None:
     path = write(tmp_path / "a.parquet", pa.table({"text": [f"{i} " * 40 for i in range(60)]}), 3)
     whole = path.read_bytes()
     for damaged in (whole[: len(whole) // 2], whole[:-1], whole[:-20] + b"\xff" * 20):
-        faults = SkipLog()
+        skips = SkipLog()
         path.write_bytes(damaged)
-        assert read(path, faults) == []
-        assert dict(faults.counts) == {"unreadable_file": 1}
-        assert faults.places[0]["place"] == "a.parquet"
+        assert read(path, skips) == []
+        assert dict(skips.counts) == {"unreadable_file": 1}
+        assert skips.places[0]["place"] == "a.parquet"
 
 
 @pytest.mark.parametrize("parts", [1, 3])
-def test_one_damaged_row_group_costs_no_other(parts: int, tmp_path: Path) -> None:
+def test_a_damaged_row_group_is_skipped_alone(parts: int, tmp_path: Path) -> None:
     texts = [f"{i} " * 40 for i in range(60)]
-    path, faults = write(tmp_path / "a.parquet", pa.table({"text": texts}), 10), SkipLog()
+    path, skips = write(tmp_path / "a.parquet", pa.table({"text": texts}), 10), SkipLog()
     chunk = pq.ParquetFile(path).metadata.row_group(2).column(0)
     start = chunk.dictionary_page_offset or chunk.data_page_offset
     content = bytearray(path.read_bytes())
     content[start : start + chunk.total_compressed_size] = b"\xff" * chunk.total_compressed_size
     path.write_bytes(content)
-    assert read(path, faults, parts) == texts[:20] + texts[30:]
-    assert dict(faults.counts) == {"damaged_row_group": 1}
-    assert faults.places[0]["place"] == "a.parquet, row group 2"
+    assert read(path, skips, parts) == texts[:20] + texts[30:]
+    assert dict(skips.counts) == {"damaged_row_group": 1}
+    assert skips.places[0]["place"] == "a.parquet, row group 2"
 
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())], ids=str)
-def test_an_arrow_batch_that_points_anywhere_costs_no_other(kind: pa.DataType, tmp_path: Path) -> None:
+def test_an_arrow_batch_with_wild_offsets_is_skipped_alone(kind: pa.DataType, tmp_path: Path) -> None:
     """Arrow itself would read foreign memory, and the process would die."""
     dictionary = pa.types.is_dictionary(kind)
     texts = [f"text {i % 5 if dictionary else i}" for i in range(60)]
     column = pa.chunked_array([pa.array(texts).dictionary_encode() if dictionary else pa.array(texts, kind)])
-    path, faults = write(tmp_path / "a.arrow", pa.table({"text": column}), 20), SkipLog()
+    path, skips = write(tmp_path / "a.arrow", pa.table({"text": column}), 20), SkipLog()
     wide = 8 if pa.types.is_large_string(kind) else 4
     second = texts[20:40]
     marks = [texts.index(text) for text in second] if dictionary else [sum(map(len, second[:i])) for i in range(21)]
@@ -185,23 +185,23 @@ def test_an_arrow_batch_that_points_anywhere_costs_no_other(kind: pa.DataType, t
     at = content.index(numbers, content.index(numbers) + 1) if dictionary else content.index(numbers)
     wild = bytes([255] * (wide - 1) + [127])
     path.write_bytes(content[: at + 3 * wide] + wild + content[at + 4 * wide :])
-    assert read(path, faults) == texts[:20] + texts[40:]
-    assert dict(faults.counts) == {"damaged_record_batch": 1}
-    assert faults.places[0]["place"] == "a.arrow, record batch 1"
+    assert read(path, skips) == texts[:20] + texts[40:]
+    assert dict(skips.counts) == {"damaged_record_batch": 1}
+    assert skips.places[0]["place"] == "a.arrow, record batch 1"
 
 
 @BOTH
 @pytest.mark.parametrize("seed", range(20))
-def test_no_damage_stops_the_reading(suffix: str, seed: int, tmp_path: Path) -> None:
-    chance = random.Random(seed)
-    texts = ["déjà vu " * chance.randint(0, 30) for _ in range(300)]
+def test_random_damage_never_raises(suffix: str, seed: int, tmp_path: Path) -> None:
+    rng = random.Random(seed)
+    texts = ["déjà vu " * rng.randint(0, 30) for _ in range(300)]
     path = write(tmp_path / f"a{suffix}", pa.table({"text": texts}), 50)
     whole = path.read_bytes()
     for _ in range(10):
         content = bytearray(whole)
-        for _ in range(chance.choice([1, 3, 50])):
-            within = chance.choice([len(content), min(1_000, len(content))])
-            content[chance.choice([-1, 1]) * chance.randrange(within)] = chance.randrange(256)
+        for _ in range(rng.choice([1, 3, 50])):
+            within = rng.choice([len(content), min(1_000, len(content))])
+            content[rng.choice([-1, 1]) * rng.randrange(within)] = rng.randrange(256)
         path.write_bytes(content)
         "".join(read(path, SkipLog()))
 
@@ -226,7 +226,7 @@ def test_texts_of_every_type(suffix: str, column: pa.Array, tmp_path: Path) -> N
 
 
 @BOTH
-def test_a_column_of_nothing_is_empty_texts(suffix: str, tmp_path: Path) -> None:
+def test_a_null_column_is_empty_texts(suffix: str, tmp_path: Path) -> None:
     assert read(write(tmp_path / f"a{suffix}", pa.table({"text": pa.nulls(3)}))) == ["", "", ""]
     assert read(write(tmp_path / f"b{suffix}", pa.table({"text": pa.array([], pa.string())}))) == []
 
@@ -242,27 +242,27 @@ def test_a_column_of_nothing_is_empty_texts(suffix: str, tmp_path: Path) -> None
     ],
     ids=["numbers", "bytes", "nested", "twice"],
 )
-def test_a_column_that_holds_no_texts_is_named(suffix: str, table: pa.Table, said: str, tmp_path: Path) -> None:
-    faults = SkipLog()
-    assert read(write(tmp_path / f"a{suffix}", table), faults) == []
-    assert dict(faults.counts) == {"no_text_column": 1}
-    assert faults.places[0]["place"] == f"a{suffix}"
-    assert said in faults.places[0]["detail"]
+def test_a_column_without_texts_is_logged(suffix: str, table: pa.Table, said: str, tmp_path: Path) -> None:
+    skips = SkipLog()
+    assert read(write(tmp_path / f"a{suffix}", table), skips) == []
+    assert dict(skips.counts) == {"no_text_column": 1}
+    assert skips.places[0]["place"] == f"a{suffix}"
+    assert said in skips.places[0]["detail"]
 
 
 @BOTH
-def test_a_row_that_is_no_utf_8_costs_only_itself(suffix: str, tmp_path: Path) -> None:
+def test_an_invalid_utf_8_row_is_skipped_alone(suffix: str, tmp_path: Path) -> None:
     texts = [b"row %d" % i for i in range(600)]
     texts[400] = b"caf\xe9"
     column = pa.array(texts, pa.binary()).view(pa.string())
-    path, faults = write(tmp_path / f"a{suffix}", pa.table({"text": column}), 1_000), SkipLog()
-    assert read(path, faults) == [text.decode() for text in texts if text != b"caf\xe9"]
-    assert dict(faults.counts) == {"invalid_utf8": 1}
-    assert faults.places[0]["place"].endswith("0, row 400")
+    path, skips = write(tmp_path / f"a{suffix}", pa.table({"text": column}), 1_000), SkipLog()
+    assert read(path, skips) == [text.decode() for text in texts if text != b"caf\xe9"]
+    assert dict(skips.counts) == {"invalid_utf8": 1}
+    assert skips.places[0]["place"].endswith("0, row 400")
 
 
 @BOTH
-def test_a_column_is_chosen_by_name(suffix: str, tmp_path: Path) -> None:
+def test_the_column_is_selected_by_name(suffix: str, tmp_path: Path) -> None:
     table = pa.table({"text": ["no"], "the content.en": ["yes"], "id": [1]})
     assert read(write(tmp_path / f"a{suffix}", table), column="the content.en") == ["yes"]
     (tmp_path / "a.jsonl").write_text('{"text": "no", "the content.en": "yes"}\n')

@@ -56,11 +56,11 @@ WRITERS: dict[str, Callable[[Path, list[str]], object]] = {
 PLAIN = (".txt", ".md", ".py")
 
 
-def read(path: Path, faults: SkipLog | None = None, column: str = "text") -> list[str]:
+def read(path: Path, skips: SkipLog | None = None, column: str = "text") -> list[str]:
     """A file's rows; without `faults`, none are allowed."""
-    found = SkipLog() if faults is None else faults
+    found = SkipLog() if skips is None else skips
     rows = list(read_file(READER_BY_SUFFIX[suffix_of(path)], ReadTask(path, path.name, column), found))
-    assert faults is not None or not found.counts, found
+    assert skips is not None or not found.counts, found
     return rows
 
 
@@ -103,13 +103,13 @@ def test_python_files_name_their_encoding(tmp_path: Path) -> None:
 
 
 @given(st.text(alphabet="a \n", max_size=60), st.integers(1, 12))
-def test_long_prose_is_cut_without_loss(text: str, most: int) -> None:
+def test_long_prose_is_split_without_loss(text: str, most: int) -> None:
     pieces = list(split_prose(text, most))
     assert "".join(pieces) == text
     assert all(len(piece) <= most for piece in pieces)
 
 
-def test_long_prose_is_cut_at_blank_lines(tmp_path: Path) -> None:
+def test_long_prose_is_split_at_blank_lines(tmp_path: Path) -> None:
     paragraph = "word " * 2_000 + "\n\n"
     (tmp_path / "a.txt").write_text(paragraph * 30)
     pieces = read(tmp_path / "a.txt")
@@ -132,16 +132,16 @@ COMPRESSED = {".jsonl.gz": gzip.compress, ".json.gz": gzip.compress, ".jsonl.zst
 
 @pytest.mark.parametrize("suffix", COMPRESSED)
 @pytest.mark.parametrize("keep", [0.0, 0.5, 0.98, -1, -5])
-def test_a_compressed_file_that_ends_early_gives_what_it_has(suffix: str, keep: float, tmp_path: Path) -> None:
-    path, faults = tmp_path / f"a{suffix}", SkipLog()
+def test_a_truncated_compressed_file_gives_its_first_rows(suffix: str, keep: float, tmp_path: Path) -> None:
+    path, skips = tmp_path / f"a{suffix}", SkipLog()
     documents = [f"document {i * i}" for i in range(2_000)]
     whole = COMPRESSED[suffix](jsonl(documents))
     path.write_bytes(whole[: int(keep) or int(len(whole) * keep)] if keep else b"")
-    rows = read(path, faults)
+    rows = read(path, skips)
     assert rows == documents[: len(rows)]
     assert len(rows) >= (0 if suffix == ".jsonl.zst" else int(2_000 * 0.9 * keep))  # zstd's blocks are 128 KB
-    assert dict(faults.counts) == {"file_cut_short": 1}
-    assert faults.places[0]["place"] == path.name
+    assert dict(skips.counts) == {"file_cut_short": 1}
+    assert skips.places[0]["place"] == path.name
 
 
 # Name, content, reason, place, a word of the detail, and what is read all the same.
@@ -183,13 +183,13 @@ FAULTS: dict[str, tuple[str, bytes, str, str, str, list[str]]] = {
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "utf-8-sig", "utf-16-be", "utf-32-be"])
 @pytest.mark.parametrize("suffix", [".txt", ".md", ".py", ".jsonl", ".jsonl.gz", ".jsonl.zst"])
-def test_a_byte_order_mark_says_the_encoding(encoding: str, suffix: str, tmp_path: Path) -> None:
-    path, faults, text = tmp_path / f"a{suffix}", SkipLog(), "naïve\n\u0a0a 日本 🎲\n"
+def test_a_byte_order_mark_sets_the_encoding(encoding: str, suffix: str, tmp_path: Path) -> None:
+    path, skips, text = tmp_path / f"a{suffix}", SkipLog(), "naïve\n\u0a0a 日本 🎲\n"
     content = jsonl([text, "two"]).decode() if "json" in suffix else text
     marked = ("\ufeff" if encoding.endswith("be") else "") + content
     path.write_bytes(COMPRESSED.get(suffix, bytes)(marked.encode(encoding)))
-    assert read(path, faults) == ([text, "two"] if "json" in suffix else [text])
-    assert not faults.counts
+    assert read(path, skips) == ([text, "two"] if "json" in suffix else [text])
+    assert not skips.counts
 
 
 def test_a_wide_file_in_parts_is_read_once(tmp_path: Path) -> None:
@@ -201,64 +201,64 @@ def test_a_wide_file_in_parts_is_read_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_is_named_and_counted_and_costs_only_itself(fault: str, tmp_path: Path) -> None:
+def test_a_bad_row_is_logged_and_skipped_alone(fault: str, tmp_path: Path) -> None:
     name, content, reason, place, word, rows = FAULTS[fault]
     (tmp_path / name).write_bytes(content)
-    faults = SkipLog()
-    assert read(tmp_path / name, faults) == rows
-    assert dict(faults.counts) == {reason: 1}
-    assert [(each["reason"], each["place"]) for each in faults.places] == [(reason, place)]
-    assert word in faults.places[0]["detail"]
+    skips = SkipLog()
+    assert read(tmp_path / name, skips) == rows
+    assert dict(skips.counts) == {reason: 1}
+    assert [(each["reason"], each["place"]) for each in skips.places] == [(reason, place)]
+    assert word in skips.places[0]["detail"]
 
 
-def test_wide_lines_that_end_early_give_what_there_is(tmp_path: Path) -> None:
+def test_a_truncated_wide_file_gives_its_first_rows(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(jsonl(["a" * 70_000, "b"]).decode().encode("utf-16")[:-1])
-    faults = SkipLog()
-    assert read(tmp_path / "a.jsonl", faults) == ["a" * 70_000]
-    assert dict(faults.counts) == {"file_cut_short": 1}
+    skips = SkipLog()
+    assert read(tmp_path / "a.jsonl", skips) == ["a" * 70_000]
+    assert dict(skips.counts) == {"file_cut_short": 1}
 
 
 @pytest.mark.parametrize("depth", [500, *range(960, 1_000), 5_000])
-def test_a_text_that_is_a_nest_of_lists_is_passed_over(depth: int, tmp_path: Path) -> None:
+def test_deeply_nested_json_is_skipped(depth: int, tmp_path: Path) -> None:
     """At the depth where JSON can just be read, saying what was found must not fail either."""
     nest = b'{"text": ' + b"[" * depth + b"]" * depth + b"}\n"
     (tmp_path / "a.jsonl").write_bytes(GOOD + nest + GOOD)
-    faults = SkipLog()
-    assert read(tmp_path / "a.jsonl", faults) == ["a", "a"]
-    assert faults.counts.total() == 1
+    skips = SkipLog()
+    assert read(tmp_path / "a.jsonl", skips) == ["a", "a"]
+    assert skips.counts.total() == 1
 
 
 @pytest.mark.parametrize("suffix", WRITERS)
-def test_a_file_that_cannot_be_opened_is_named(suffix: str, tmp_path: Path) -> None:
+def test_an_unreadable_file_is_logged(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"a{suffix}"
     path.mkdir()
     for missing in (path, tmp_path / f"none{suffix}"):
-        faults = SkipLog()
-        assert read(missing, faults) == []
-        assert dict(faults.counts) == {"unreadable_file": 1}
-        assert faults.places[0]["place"] == missing.name
+        skips = SkipLog()
+        assert read(missing, skips) == []
+        assert dict(skips.counts) == {"unreadable_file": 1}
+        assert skips.places[0]["place"] == missing.name
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst"])
-def test_a_line_that_is_too_long_is_passed_over(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_too_long_line_is_skipped(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readers, "MAX_LINE_BYTES", 1_000)
-    path, faults = tmp_path / f"a{suffix}", SkipLog()
+    path, skips = tmp_path / f"a{suffix}", SkipLog()
     WRITERS[suffix](path, ["before", "x" * 3_000_000, "between", "x" * 980, "after"])
-    assert read(path, faults) == ["before", "between", "after"]
-    assert dict(faults.counts) == {"line_too_long": 2}
-    assert [each["place"] for each in faults.places] == [f"a{suffix}, line 2", f"a{suffix}, line 4"]
+    assert read(path, skips) == ["before", "between", "after"]
+    assert dict(skips.counts) == {"line_too_long": 2}
+    assert [each["place"] for each in skips.places] == [f"a{suffix}, line 2", f"a{suffix}, line 4"]
 
 
-def test_a_line_that_compresses_to_nothing_is_read(tmp_path: Path) -> None:
+def test_a_highly_compressed_line_is_read(tmp_path: Path) -> None:
     """zstd gives 50 MB as one chunk; handing it on 64 KB at a time must not copy the rest each time."""
     WRITERS[".jsonl.zst"](tmp_path / "a.jsonl.zst", ["x" * 50_000_000, "after"])
     assert list(map(len, read(tmp_path / "a.jsonl.zst"))) == [50_000_000, 5]
 
 
-def test_faults_are_all_counted_but_not_all_named() -> None:
-    faults = SkipLog()
+def test_all_skips_are_counted_and_the_first_are_logged() -> None:
+    skips = SkipLog()
     for number in range(10 * MAX_LOGGED_SKIPS):
-        faults.add("invalid_json", f"line {number}", "found\n\t " + "x" * 10_000)
-    assert dict(faults.counts) == {"invalid_json": 10 * MAX_LOGGED_SKIPS}
-    assert [each["place"] for each in faults.places] == [f"line {number}" for number in range(MAX_LOGGED_SKIPS)]
-    assert all(len(each["detail"]) == 200 and "\n" not in each["detail"] for each in faults.places)
+        skips.add("invalid_json", f"line {number}", "found\n\t " + "x" * 10_000)
+    assert dict(skips.counts) == {"invalid_json": 10 * MAX_LOGGED_SKIPS}
+    assert [each["place"] for each in skips.places] == [f"line {number}" for number in range(MAX_LOGGED_SKIPS)]
+    assert all(len(each["detail"]) == 200 and "\n" not in each["detail"] for each in skips.places)

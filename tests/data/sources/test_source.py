@@ -54,15 +54,15 @@ def test_python_stdlib() -> None:
     assert find_source("python-stdlib") == source
 
 
-def test_the_standard_library_is_read_without_a_fault() -> None:
-    source, faults = find_source("python-stdlib"), SkipLog()
+def test_the_standard_library_is_read_without_skips() -> None:
+    source, skips = find_source("python-stdlib"), SkipLog()
     for file in source.files:
-        texts = list(read_documents(source, file, Path(file.location), faults))
+        texts = list(read_documents(source, file, Path(file.location), skips))
         assert len(texts) == 1 or file.reader == "topics"
-    assert not faults.counts
+    assert not skips.counts
 
 
-def test_a_file_says_where_it_is_and_what_reads_it(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_source_file_has_location_reader_size_and_digest(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tree)
     found = {file.name: file for file in find_source("files:.").files}
     for name, file in found.items():
@@ -72,19 +72,19 @@ def test_a_file_says_where_it_is_and_what_reads_it(tree: Path, monkeypatch: pyte
         assert file.reader == ("jsonl" if name == "sub/c.jsonl" else "prose")
         assert file.size_bytes == len(content)
         assert file.digest == hashlib.sha256(content).hexdigest()
-    source, faults = find_source("files:."), SkipLog()
+    source, skips = find_source("files:."), SkipLog()
     assert source.size_bytes == sum(file.size_bytes for file in found.values())
-    assert list(read_documents(source, found["sub/c.jsonl"], tree / "sub/c.jsonl", faults)) == ["sub/c.jsonl"]
+    assert list(read_documents(source, found["sub/c.jsonl"], tree / "sub/c.jsonl", skips)) == ["sub/c.jsonl"]
 
 
-def test_the_column_is_the_sources_own_unless_another_is_asked_for(tree: Path) -> None:
+def test_the_column_can_be_overridden(tree: Path) -> None:
     assert find_source(f"files:{tree}").column == "text"
     (tree / "sub" / "c.jsonl").write_text('{"text": "no", "body": "yes"}')
     source = find_source(f"files:{tree}/sub/c.jsonl", column="body")
     assert list(read_documents(source, source.files[0], tree / "sub" / "c.jsonl", SkipLog())) == ["yes"]
 
 
-def test_a_folder_is_read_to_its_depth_without_hidden_files(tree: Path) -> None:
+def test_a_folder_is_read_recursively_without_hidden_files(tree: Path) -> None:
     expected = ["a.md", "b.txt", "sub/c.jsonl", "sub/deep/d.txt", "sub/deep/e.TXT", "x.txt/in.txt"]
     assert names(tree) == names(f"{tree}/") == expected
     assert names(tree / "x.txt") == ["in.txt"]
@@ -172,7 +172,7 @@ def refused(spec: str | Path, *said: str) -> None:
         assert part in str(caught.value)
 
 
-def test_what_is_not_there(tree: Path, tmp_path: Path) -> None:
+def test_missing_text_is_reported(tree: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for where in (tmp_path / "empty", tmp_path / "none", f"{tree}/*.none", f"{tree}/x.txt/b.txt"):
         refused(f"files:{where}", "no text found", "nothing", ".jsonl.zst")
@@ -199,14 +199,14 @@ def test_an_unknown_source_lists_those_that_are_known(spec: str) -> None:
     refused(spec, repr(spec), "python-stdlib", *CORPORA, "hub:NAMESPACE/NAME", "files:PATH")
 
 
-def test_variants_are_checked_before_anything_is_asked_of_a_server() -> None:
+def test_variants_are_checked_before_any_request() -> None:
     refused("c4:en", "c4 has no variants, found 'en'; use c4 alone")
     refused("dolma:v1_8", "no variant 'v1_8'", "did you mean", *CORPORA["dolma"].variants)
     for spec in ("hub:TinyStories", "hub:a/b/c", "hub:/b", "hub:a/:*.parquet"):
         refused(spec, "expected hub:NAMESPACE/NAME")
 
 
-def test_broken_links_are_not_passed_over(tree: Path) -> None:
+def test_broken_links_are_reported(tree: Path) -> None:
     (tree / "sub" / "gone.txt").symlink_to("nowhere.txt")
     for where in (tree, f"{tree}/sub/*", tree / "sub" / "gone.txt"):
         refused(f"files:{where}", "cannot read", "gone.txt")
@@ -237,7 +237,7 @@ def forbid(path: Path, mode: int = 0) -> None:
     os.seteuid(user)
 
 
-def test_what_may_not_be_read(of_an_ordinary_user: Path) -> None:
+def test_unreadable_files_are_reported(of_an_ordinary_user: Path) -> None:
     tree = of_an_ordinary_user
     forbid(tree / "b.txt")
     refused(f"files:{tree}", "b.txt", "readable")
@@ -246,7 +246,7 @@ def test_what_may_not_be_read(of_an_ordinary_user: Path) -> None:
     refused(f"files:{tree}", "deep", "readable")
 
 
-def test_a_folder_that_cannot_be_listed_is_not_passed_over(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cannot_be_listed_is_reported(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.scandir
 
     def scandir(path: str) -> object:
@@ -258,14 +258,12 @@ def test_a_folder_that_cannot_be_listed_is_not_passed_over(tree: Path, monkeypat
     refused(f"files:{tree}", "deep", "Permission denied")
 
 
-def test_pipes_are_left_alone(tree: Path) -> None:
+def test_pipes_are_not_opened(tree: Path) -> None:
     os.mkfifo(tree / "pipe.txt")  # opening it would wait for a writer
     assert "pipe.txt" not in names(tree)
 
 
-def test_what_the_program_itself_writes_is_no_text_of_the_source(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_own_output_is_not_part_of_a_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.txt").write_text("mine")
     (tmp_path / "data" / "more").mkdir(parents=True)
     (tmp_path / "data" / "more" / "b.txt").write_text("mine too")
@@ -281,7 +279,7 @@ def test_what_the_program_itself_writes_is_no_text_of_the_source(
     assert [file.name for file in find_source(f"files:{tmp_path}/data/runs/x").files] == ["log.txt"]
 
 
-def test_a_path_alone_is_told_from_a_typing_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bare_path_suggests_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("a")
@@ -292,7 +290,7 @@ def test_a_path_alone_is_told_from_a_typing_error(tmp_path: Path, monkeypatch: p
     refused("fineweb-edu", "did you mean 'fineweb-edu-10bt'")
 
 
-def test_files_that_nobody_reads_are_counted(tmp_path: Path) -> None:
+def test_ignored_files_are_counted(tmp_path: Path) -> None:
     for name in ("a.txt", "b.html", "c.html", "d.PDF", "Makefile", ".hidden.html"):
         (tmp_path / name).write_text("text")
     note = find_source(f"files:{tmp_path}").ignored_note

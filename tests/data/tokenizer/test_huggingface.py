@@ -123,7 +123,7 @@ def test_same_ids_as_transformers(files: dict[str, Path], kind: str) -> None:
 
 
 @given(text=TEXTS)
-def test_any_text_comes_back(bytewise: Tokenizer, text: str) -> None:
+def test_any_text_round_trips(bytewise: Tokenizer, text: str) -> None:
     ids = bytewise.encode(text)
     assert bytewise.decode(ids) == text
     assert bytewise.decode_bytes(ids) == text.encode()
@@ -149,7 +149,7 @@ def special_ids(file: Path, ids: np.ndarray) -> set[str]:
 
 
 @by_kind
-def test_special_tokens_that_a_document_spells(files: dict[str, Path], kind: str) -> None:
+def test_spelled_out_special_tokens_are_text(files: dict[str, Path], kind: str) -> None:
     ours = load_tokenizer(files[kind])
     added = [token["content"] for token in json.loads(files[kind].read_text())["added_tokens"]]
     for text in [*added, "a" + "".join(added) + "b", *(f"x {token} y" for token in added)]:
@@ -160,7 +160,7 @@ def test_special_tokens_that_a_document_spells(files: dict[str, Path], kind: str
             assert ours.decode(ids) == text
 
 
-def test_a_special_token_shows_as_its_text(loaded: dict[str, Tokenizer]) -> None:
+def test_special_tokens_decode_to_their_text(loaded: dict[str, Tokenizer]) -> None:
     for kind, shown in (("byte-level", "<|endoftext|>"), ("llama-like", "</s>"), ("unigram", "</s>")):
         ours = loaded[kind]
         assert ours.decode([ours.end_of_text]) == shown
@@ -168,7 +168,7 @@ def test_a_special_token_shows_as_its_text(loaded: dict[str, Tokenizer]) -> None
 
 
 @by_kind
-def test_truncation_and_padding_lose_and_add_nothing(files: dict[str, Path], kind: str, tmp_path: Path) -> None:
+def test_truncation_and_padding_are_ignored(files: dict[str, Path], kind: str, tmp_path: Path) -> None:
     changed = tokenizers.Tokenizer.from_file(str(files[kind]))
     changed.enable_truncation(8)
     changed.enable_padding(length=100)
@@ -179,7 +179,7 @@ def test_truncation_and_padding_lose_and_add_nothing(files: dict[str, Path], kin
         assert ours.encode(text).tolist() == plain.encode(text).tolist()
 
 
-def test_dropout_is_for_another_kind_of_training(files: dict[str, Path], tmp_path: Path) -> None:
+def test_dropout_is_ignored(files: dict[str, Path], tmp_path: Path) -> None:
     spec = json.loads(files["byte-level"].read_text())
     spec["model"]["dropout"] = 0.9
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
@@ -204,28 +204,28 @@ def test_half_a_character_decodes_to_the_replacement(loaded: dict[str, Tokenizer
         assert "\ufffd" in loaded[kind].decode(ids[: len(ids) - 1])
 
 
-def test_a_lone_surrogate_harms_nothing_around_it(loaded: dict[str, Tokenizer]) -> None:
+def test_a_lone_surrogate_changes_nothing_around_it(loaded: dict[str, Tokenizer]) -> None:
     text = "a\ud800b\udfffc\ud83d\ude42"
     for kind in ("byte-level", "llama-like"):
         assert loaded[kind].decode(loaded[kind].encode(text)) == "a\ufffdb\ufffdc🙂"
 
 
 @pytest.mark.parametrize("text", ["", "\x00", "\x00" * 300_000, " " * 1_000_000 + "a", "a" * 2_000_000, "\n" * 300_001])
-def test_hostile_texts_come_back_in_time(bytewise: Tokenizer, text: str) -> None:
+def test_hostile_texts_round_trip_in_time(bytewise: Tokenizer, text: str) -> None:
     started = time.perf_counter()
     assert bytewise.decode(bytewise.encode(text)) == text
     assert time.perf_counter() - started < 20
 
 
 @by_kind
-def test_no_kind_hangs_on_a_word_without_end(loaded: dict[str, Tokenizer], kind: str) -> None:
+def test_no_kind_hangs_on_an_endless_word(loaded: dict[str, Tokenizer], kind: str) -> None:
     started = time.perf_counter()
     for text in ("a" * 1_000_000, " " * 1_000_000 + "a"):
         loaded[kind].encode(text)
     assert time.perf_counter() - started < 30
 
 
-def test_a_cut_at_a_word_changes_nothing(files: dict[str, Path], bytewise: Tokenizer) -> None:
+def test_a_split_at_a_word_changes_nothing(files: dict[str, Path], bytewise: Tokenizer) -> None:
     text = PROSE * 60
     assert len(text) > 3 * MAX_PIECE_CHARS
     peer = tokenizers.Tokenizer.from_file(str(files["byte-level"]))
@@ -262,7 +262,7 @@ def test_ids_with_gaps(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("special", [True, False])
 @pytest.mark.parametrize("token", END_OF_TEXT_TOKENS)
-def test_what_ends_a_document(token: str, special: bool, tmp_path: Path) -> None:
+def test_the_end_of_text_token_is_found(token: str, special: bool, tmp_path: Path) -> None:
     made = byte_level_of(["<pad>", token, *END_OF_TEXT_TOKENS[END_OF_TEXT_TOKENS.index(token) + 1 :]], special)
     made.save(str(tmp_path / "tokenizer.json"))
     ours = load_tokenizer(tmp_path)
@@ -293,7 +293,7 @@ def test_ordinary_added_tokens_stay_ordinary(tmp_path: Path) -> None:
     assert ours.token_bytes()[ids].sum() == len(text.encode())
 
 
-def test_as_many_tokens_as_16_bits_hold_and_no_more(tmp_path: Path) -> None:
+def test_at_most_65536_tokens(tmp_path: Path) -> None:
     byte_level_of(["</s>"], spare=65_536 - 257).save(str(tmp_path / "fits.json"))
     byte_level_of(["</s>"], spare=65_536 - 256).save(str(tmp_path / "large.json"))
     ours = load_tokenizer(tmp_path / "fits.json")
@@ -303,7 +303,7 @@ def test_as_many_tokens_as_16_bits_hold_and_no_more(tmp_path: Path) -> None:
         load_tokenizer(tmp_path / "large.json")
 
 
-def test_no_token_that_ends_a_document(tmp_path: Path) -> None:
+def test_a_missing_end_of_text_token_is_reported(tmp_path: Path) -> None:
     byte_level_of(["<pad>", "<mask>"]).save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(UserError, match=r"<pad>, <mask>, expected one of <\|endoftext\|>.*add_special_tokens"):
         load_tokenizer(tmp_path)
@@ -323,7 +323,7 @@ def test_no_token_that_ends_a_document(tmp_path: Path) -> None:
         (b'{"model": {"type": "BPE", "vocab": {}, "merges": []}, "added_tokens": []}', "its added tokens are none"),
     ],
 )
-def test_files_that_are_no_tokenizer(content: bytes, said: str, tmp_path: Path) -> None:
+def test_invalid_files_are_reported(content: bytes, said: str, tmp_path: Path) -> None:
     file = tmp_path / "tokenizer.json"
     file.write_bytes(content)
     with pytest.raises(UserError, match=said) as caught:
@@ -331,7 +331,7 @@ def test_files_that_are_no_tokenizer(content: bytes, said: str, tmp_path: Path) 
     assert str(file) in str(caught.value)
 
 
-def test_text_that_a_vocabulary_has_no_token_for(tmp_path: Path) -> None:
+def test_text_without_tokens_is_reported(tmp_path: Path) -> None:
     made = tokenizers.Tokenizer(models.WordLevel({"river": 0}, unk_token="[UNK]"))
     made.add_special_tokens(["</s>"])
     made.save(str(tmp_path / "tokenizer.json"))
@@ -339,7 +339,7 @@ def test_text_that_a_vocabulary_has_no_token_for(tmp_path: Path) -> None:
         load_tokenizer(tmp_path).encode("bridge")
 
 
-def test_paths_that_lead_nowhere(tmp_path: Path, files: dict[str, Path]) -> None:
+def test_missing_paths_are_reported(tmp_path: Path, files: dict[str, Path]) -> None:
     with pytest.raises(UserError, match=r"no tokenizer 'r50k', did you mean 'r50k_base'\?"):
         load_tokenizer("r50k")
     (tmp_path / "tokenizer.json").touch()
@@ -352,7 +352,7 @@ def test_paths_that_lead_nowhere(tmp_path: Path, files: dict[str, Path]) -> None
     assert load_tokenizer(str(files["unigram"].parent)).file == files["unigram"]
 
 
-def test_it_is_known_by_its_content(files: dict[str, Path], tmp_path: Path) -> None:
+def test_the_name_depends_on_the_content_only(files: dict[str, Path], tmp_path: Path) -> None:
     copy = tmp_path / "other name.json"
     copy.write_bytes(files["byte-level"].read_bytes())
     ours = load_tokenizer(copy)

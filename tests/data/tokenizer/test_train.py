@@ -41,7 +41,7 @@ def peer(trained: Path) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_file=str(trained), split_special_tokens=True)
 
 
-def test_what_is_in_it(trained: Path, ours: Tokenizer) -> None:
+def test_the_trained_vocabulary(trained: Path, ours: Tokenizer) -> None:
     peer = tokenizers.Tokenizer.from_file(str(trained))
     assert peer.token_to_id("<|endoftext|>") == ours.end_of_text == 0
     assert peer.get_vocab_size() == ours.vocab_size == 300
@@ -76,20 +76,20 @@ train_tokenizer(texts, 300, Path(sys.argv[1]), progress=False)
 
 
 @pytest.mark.parametrize("size", [-1, 0, 256, 65_537])
-def test_sizes_that_cannot_be(size: int, tmp_path: Path) -> None:
+def test_invalid_sizes_are_rejected(size: int, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"vocab_size is .*expected 257 .*65,536"):
         train_tokenizer(TEXTS, size, tmp_path / "t.json")
     assert not list(tmp_path.iterdir())
 
 
-def test_the_smallest(tmp_path: Path) -> None:
+def test_the_smallest_vocabulary(tmp_path: Path) -> None:
     smallest = load_tokenizer(train_tokenizer(TEXTS, 257, tmp_path / "t.json", progress=False))
     assert smallest.vocab_size == 257
     assert smallest.encode("été").tolist() != []
     assert len(smallest.encode("été")) == 5
 
 
-def test_no_text_and_a_source_that_fails(tmp_path: Path) -> None:
+def test_empty_and_failing_sources_write_nothing(tmp_path: Path) -> None:
     for texts in ([], [""]):
         with pytest.raises(UserError, match="no text to learn a vocabulary from"):
             train_tokenizer(texts, 300, tmp_path / "t.json", progress=False)
@@ -134,7 +134,7 @@ def test_the_command(tmp_path: Path, temp_data: Path, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.usefixtures("in_process")
-def test_the_commands_that_it_prints_fit_together(
+def test_the_printed_commands_work_together(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], temp_data: Path
 ) -> None:
     """Text is tokenized once, and the second command names what the first one makes."""
