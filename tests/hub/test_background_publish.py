@@ -196,7 +196,7 @@ def test_training_starts_without_the_hub(hub: HubServer, tiny: RunConfig, monkey
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--hub.repo", "alone"], "hub.repo 'alone' is not the name of a repository"),
+        (["--hub.repo", "alone"], "hub.repo 'alone' is not a repository name"),
         (["--hub.repo", "me/a--b"], "hub.repo 'me/a--b'"),
         (["--hub.private"], "hub.private without hub.repo"),
         (["--hub.repo", REPO, "--hub.license", "My own"], "hub.license 'My own'"),

@@ -226,7 +226,7 @@ def test_the_command(hub: HubServer, run: RunPaths, exported: None, capsys: pyte
     ("words", "message"),
     [
         (["tiny"], "missing --repo NAMESPACE/NAME"),
-        (["tiny", "--repo", "alone"], "--repo 'alone' is not the name of a repository on the Hub"),
+        (["tiny", "--repo", "alone"], "--repo 'alone' is not a repository name"),
         (["tiny", "--repo", REPO, "--license", "My License"], "--license 'My License'"),
         (["nothing", "--repo", REPO], "runs with checkpoints: tiny"),
     ],

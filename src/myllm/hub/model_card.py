@@ -68,7 +68,7 @@ class CardData:
     imported: str | None = None
     """Where imported weights came from; None: trained from scratch."""
     environment: Row = field(default_factory=dict)
-    metrics: Metrics | None = None
+    metrics: Metrics = field(default_factory=lambda: Metrics([], {}))
     samples: dict[str, list[Row]] = field(default_factory=dict)
 
     @property
@@ -80,11 +80,14 @@ class CardData:
 def read_card_data(run: RunPaths, step: int, repo: str, license: str | None, exported: Row) -> CardData:
     """Read what a run wrote up to `step`."""
     try:
-        metrics = truncate_metrics(read_metrics(run.metrics), step)
+        metrics = read_metrics(run.metrics).up_to(step)
     except UserError:
-        metrics = None
-    samples = read_samples(run.samples) if run.samples.is_file() else {}
-    samples = {prompt: kept for prompt, rows in samples.items() if (kept := [r for r in rows if r["step"] <= step])}
+        metrics = Metrics([], {})
+    samples = {
+        prompt: until_step
+        for prompt, rows in read_samples(run.samples).items()
+        if (until_step := [row for row in rows if row["step"] <= step])
+    }
     config, environment = saved_config(read_json_or_empty(run.config), run.config), read_json_or_empty(run.environment)
     source = actual_source(config.data.source, config.data.dataset, get_text(environment, "source"))
     return CardData(
@@ -100,14 +103,6 @@ def read_card_data(run: RunPaths, step: int, repo: str, license: str | None, exp
         metrics=metrics,
         samples=samples,
     )
-
-
-def truncate_metrics(metrics: Metrics, step: int) -> Metrics | None:
-    """The rows up to a step; None if there are none."""
-    evals = {name: [row for row in rows if row["step"] <= step] for name, rows in metrics.evals.items()}
-    evals = {name: rows for name, rows in evals.items() if rows}
-    train = [row for row in metrics.train if row["step"] <= step]
-    return Metrics(train, evals) if train or evals else None
 
 
 def render_model_card(data: CardData, curves: Mapping[str, str] | None = None) -> str:
@@ -188,7 +183,7 @@ def _metadata(data: CardData) -> str:
 
 def _results(data: CardData) -> list[tuple[str, str, Row]]:
     """Evaluation, metric and newest row of all that was measured."""
-    newest = {name: data.metrics.last(name) for name in data.metrics.evals} if data.metrics else {}
+    newest = {name: data.metrics.last(name) for name in data.metrics.evals}
     return [(name, metric, row) for name, row in newest.items() for metric in row if metric in METRIC_NAMES]
 
 
@@ -226,7 +221,7 @@ def _precision(data: CardData) -> str:
 
 
 def _hardware(data: CardData) -> dict[str, str]:
-    environment, metrics = data.environment, data.metrics or Metrics([], {})
+    environment, metrics = data.environment, data.metrics
     world_size, last = as_float(environment.get("world_size")), metrics.last()
     seconds, device_hours = metrics.training_s(), metrics.training_s() * world_size / 3_600
     evals_s = sum(as_float(row.get("seconds")) for rows in metrics.evals.values() for row in rows)

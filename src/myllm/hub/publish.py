@@ -270,8 +270,7 @@ def add_run_files(folder: Path, run: RunPaths, step: int, hub: HubConfig) -> Non
     write_json(folder / "training/config.json", _strip_all_paths(config))
     write_json(folder / "training/environment.json", _strip_all_paths(data.environment))
     figures: dict[str, Path] = {}
-    if data.metrics:
-        rows = [*data.metrics.train, *(row for rows in data.metrics.evals.values() for row in rows)]
+    if rows := [*data.metrics.train, *(row for rows in data.metrics.evals.values() for row in rows)]:
         rows.sort(key=lambda row: row["step"])
         lines = [json.dumps(json_safe(row), ensure_ascii=False) + "\n" for row in rows]
         write_text(folder / "training/metrics.jsonl", "".join(lines))

@@ -44,6 +44,12 @@ class Metrics:
     def rows(self, name: str = "train") -> list[Row]:
         return self.train if name == "train" else self.evals.get(name, [])
 
+    def up_to(self, step: int) -> "Metrics":
+        """The rows of the first steps, without overhead."""
+        evals = {name: [row for row in rows if row["step"] <= step] for name, rows in self.evals.items()}
+        evals = {name: rows for name, rows in evals.items() if rows}
+        return Metrics([row for row in self.train if row["step"] <= step], evals)
+
     def tokens_at(self, steps: np.ndarray | list[int]) -> np.ndarray:
         """Tokens seen after each of these steps, interpolated; NaN if no row has them.
 

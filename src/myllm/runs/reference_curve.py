@@ -21,6 +21,8 @@ from myllm.config import to_dict
 from myllm.data.sources.catalog import actual_source
 from myllm.presets import get_preset
 
+from .history import section
+
 Row = dict[str, Any]
 
 SLACK = 0.01
@@ -89,7 +91,7 @@ def find_reference(config: Row) -> Reference | None:
     """
     published = json.loads(files(__package__).joinpath("reference.json").read_text(encoding="utf-8"))
     original = to_dict(get_preset(published["preset"]))
-    model, data, train = (_section(config, part) for part in ("model", "data", "train"))
+    model, data, train = (section(config, part) for part in ("model", "data", "train"))
     shape = original["model"].keys() - TRAINED_OTHERWISE
     same_model = bool(model) and all(model.get(key, original["model"][key]) == original["model"][key] for key in shape)
     tokenizer, dataset = original["data"]["tokenizer"], data.get("dataset")
@@ -100,11 +102,6 @@ def find_reference(config: Row) -> Reference | None:
         return None
     curves = {name: _curve(values) for name, values in published["curves"].items()}
     return Reference(published["name"], curves, train["batch_tokens"], tuple(_differences(config, original)))
-
-
-def _section(config: Row, part: str) -> Row:
-    section = config.get(part)
-    return section if isinstance(section, dict) else {}
 
 
 def _planned_tokens(train: Row) -> float:
@@ -128,7 +125,7 @@ def _differences(config: Row, original: Row) -> Iterable[str]:
     compared += [("optim", key) for key in original["optim"]] + [("train", "batch_tokens")]
     for part, key in compared:
         expected = original[part][key]
-        if (value := _section(config, part).get(key, expected)) != expected:
+        if (value := section(config, part).get(key, expected)) != expected:
             yield f"{part}.{key} {value} (reference: {expected})"
 
 
