@@ -22,7 +22,7 @@ from myllm.training.anomaly.replay import replay_step
 
 pytestmark = pytest.mark.slow  # real processes, half a minute and more in all
 
-BAD_ROW = Path(__file__).parent / "train_with_a_bad_row.py"
+BAD_ROW = Path(__file__).parent / "programs/train_with_bad_row.py"
 
 
 @pytest.fixture

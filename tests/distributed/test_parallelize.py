@@ -17,7 +17,7 @@ from myllm.runs.logs import JsonlFile
 
 pytestmark = pytest.mark.slow  # real processes, half a minute and more in all
 
-SCRIPT = Path(__file__).parent / "train_in_parts.py"
+SCRIPT = Path(__file__).parent / "programs/train_sharded.py"
 
 
 def results(folder: Path, ranks: int, *cases: str) -> dict[str, dict]:

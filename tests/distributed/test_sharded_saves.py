@@ -13,7 +13,7 @@ from myllm.checkpoint.integrity import verify_checkpoint
 
 pytestmark = pytest.mark.slow  # real processes, half a minute and more in all
 
-SCRIPT = Path(__file__).parent / "save_on_ranks.py"
+SCRIPT = Path(__file__).parent / "programs/save_on_ranks.py"
 
 
 def torchrun(ranks: int, *words: str | Path) -> None:

@@ -15,7 +15,7 @@ from myllm.config import RunConfig
 
 pytestmark = pytest.mark.slow  # real processes, half a minute and more in all
 
-SCRIPT = Path(__file__).parent / "say_where.py"
+SCRIPT = Path(__file__).parent / "programs/report_rank.py"
 
 
 def two_launchers(config: RunConfig, tmp_path: Path, machines: list[Path]) -> tuple[list[int], list[str]]:

@@ -1,6 +1,6 @@
 """A few steps on each engine, and what came of them. Alone or under torchrun.
 
-train_in_parts.py FOLDER [CASE...]    writes FOLDER/CASE-rank<N>.pt for each of CASES, or for those that are named
+train_sharded.py FOLDER [CASE...]    writes FOLDER/CASE-rank<N>.pt for each of CASES, or for those that are named
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Train as pretrain.py does, where one token's embedding is so large that dropout makes infinities of it.
 
-train_with_a_bad_row.py CONFIG.json TOKEN
+train_with_bad_row.py CONFIG.json TOKEN
 """
 
 import faulthandler
@@ -14,7 +14,7 @@ from myllm.config import ModelConfig, RunConfig, load_config
 from myllm.model.transformer import Transformer
 from myllm.training import setup
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 import pretrain
 
 

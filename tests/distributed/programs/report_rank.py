@@ -1,6 +1,6 @@
 """One rank of several machines: write down which it is and which device it would take, then train.
 
-say_where.py CONFIG.json FOLDER    writes FOLDER/rank<N>.json
+report_rank.py CONFIG.json FOLDER    writes FOLDER/rank<N>.json
 """
 
 import json
