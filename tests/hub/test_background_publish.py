@@ -254,7 +254,7 @@ def test_end_to_end(hub: HubServer, tiny: RunConfig, tmp_path: Path, temp_data: 
     done = launch("--config", config)
     assert done.returncode == 0, done.stderr
     assert f"=== Publishing: {REPO}" in done.stdout
-    assert "published step 12" in done.stdout
+    assert "published step 12" in done.stdout, done.stdout
     assert b"| cloze |" in hub.models.files(REPO)["README.md"]  # evaluated at the last step, before publishing
     assert list(hub.models.tags(REPO)) == ["step-6", "step-12"]
     assert TOKEN not in done.stdout + done.stderr

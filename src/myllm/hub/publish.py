@@ -72,9 +72,9 @@ class _Job:
 
 def export_checkpoint(checkpoint: Path, folder: Path) -> None:
     """Export a checkpoint for `transformers`, in float32."""
-    from myllm.hub.export.transformers import export_folder
+    from myllm.hub.export.transformers import export_transformers
 
-    export_folder(checkpoint, folder, "float32", say=lambda line: None)
+    export_transformers(checkpoint, folder, "float32", say=lambda line: None)
 
 
 def check_export(model: ModelConfig) -> None:
