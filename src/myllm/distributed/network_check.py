@@ -12,7 +12,7 @@ from myllm.errors import UserError
 
 from . import launcher
 from .collectives import choose_device
-from .device_info import device_name
+from .device_info import device_name, time_on_device
 
 SIZES_BYTES = (4 << 10, 1 << 20, 25 << 20, 100 << 20)
 """A norm or a flag, a small matrix, a DDP bucket, the gradient of an embedding."""
@@ -107,20 +107,15 @@ def _measure(device: torch.device, rank: int, world_size: int) -> Iterator[str]:
 def _time_all_reduce(values: torch.Tensor, device: torch.device) -> float:
     """Seconds of one all-reduce, on the slowest rank."""
     repeats = 1
-    while True:
-        values.zero_()
-        _synchronize(device)
-        started = time.perf_counter()
+
+    def all_reduces() -> None:
         for _ in range(repeats):
             dist.all_reduce(values)
-        _synchronize(device)
-        elapsed = torch.tensor(time.perf_counter() - started, dtype=torch.float64)
+
+    while True:
+        values.zero_()
+        elapsed = torch.tensor(time_on_device(all_reduces, device), dtype=torch.float64)
         dist.all_reduce(elapsed, op=dist.ReduceOp.MAX)  # so that all ranks repeat equally often
         if elapsed > SECONDS_PER_SIZE / 4 or repeats >= 256:
             return float(elapsed) / repeats
         repeats *= 4
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -12,10 +12,12 @@ import io
 import json
 import re
 import runpy
+import sys
 import tokenize
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -58,18 +60,21 @@ def read_file(reader: str, task: ReadTask, skips: SkipLog) -> Iterator[str]:
 # -- plain text -------------------------------------------------------------------------------------------------------
 
 
-def _read_whole(task: ReadTask, skips: SkipLog) -> Iterator[str]:
-    """The file as one document."""
-    text = _decode(task, skips)
-    if text is not None:
-        yield text
-
-
-def _read_prose(task: ReadTask, skips: SkipLog) -> Iterator[str]:
-    """The file as one document, or as several of at most MAX_PLAIN_CHARS."""
-    text = _decode(task, skips)
-    if text is not None:
-        yield from split_prose(text, MAX_PLAIN_CHARS)
+def _read_text(task: ReadTask, skips: SkipLog, max_chars: int = sys.maxsize) -> Iterator[str]:
+    """The file as one document, or as several of at most `max_chars`. UTF-8, or the encoding that a byte order mark or
+    a Python encoding comment names. Line ends become newlines."""
+    content = task.path.read_bytes()
+    encoding = "utf-8"
+    if task.path.suffix.lower() == ".py":
+        with suppress(SyntaxError):  # the comment names an unknown encoding
+            encoding, _ = tokenize.detect_encoding(io.BytesIO(content).readline)
+    try:
+        text = decode_text(content, encoding).replace("\r\n", "\n")
+    except NotTextError as error:
+        skips.add("invalid_text", task.name, str(error))
+        return
+    del content
+    yield from split_prose(text, max_chars)
 
 
 def split_prose(text: str, max_chars: int) -> Iterator[str]:
@@ -90,20 +95,6 @@ def split_prose(text: str, max_chars: int) -> Iterator[str]:
 def _read_topics(task: ReadTask, _: SkipLog) -> Iterator[str]:
     """pydoc's reference topics: a module with one dictionary of texts."""
     yield from runpy.run_path(str(task.path))["topics"].values()
-
-
-def _decode(task: ReadTask, skips: SkipLog) -> str | None:
-    """A file's text: UTF-8, or as a byte order mark or a Python encoding comment says. Line ends become newlines."""
-    content = task.path.read_bytes()
-    encoding = "utf-8"
-    if task.path.suffix.lower() == ".py":
-        with suppress(SyntaxError):  # the comment names an unknown encoding
-            encoding, _ = tokenize.detect_encoding(io.BytesIO(content).readline)
-    try:
-        return decode_text(content, encoding).replace("\r\n", "\n")
-    except NotTextError as error:
-        skips.add("invalid_text", task.name, str(error))
-        return None
 
 
 # -- one JSON object per line -----------------------------------------------------------------------------------------
@@ -245,7 +236,7 @@ def _decompress_zstd(file: BinaryIO) -> Iterator[bytes]:
 
 
 READERS: dict[str, Reader] = {
-    "prose": _read_prose, "whole": _read_whole, "topics": _read_topics,
+    "prose": partial(_read_text, max_chars=MAX_PLAIN_CHARS), "whole": _read_text, "topics": _read_topics,
     "jsonl": _read_jsonl, "parquet": read_parquet, "arrow": read_arrow,
 }  # fmt: skip
 READER_BY_SUFFIX = {
