@@ -24,7 +24,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
 
 
 @pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     """No waiting between attempts, ours or the client's."""
     monkeypatch.setattr(publishing, "RETRY_DELAYS_S", (0, 0))
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
@@ -36,7 +36,7 @@ def run(tiny: RunConfig) -> RunPaths:
 
 
 @pytest.fixture
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replaces drawing, which is slow."""
 
     def draw(metrics: Metrics, config: Row, folder: Path) -> dict[str, Path]:

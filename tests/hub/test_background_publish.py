@@ -16,7 +16,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.utils import validate_repo_id
 from support.hub_server import HubServer
 from support.published_run import REPO, TOKEN, hub_config, save_checkpoint
-from support.stand_in_export import make_folder
+from support.stand_in_export import export_stand_in
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from myllm.checkpoint.retention import step_of
@@ -60,15 +60,15 @@ def test_without_every_checkpoint_only_the_last_is_published(
     hub: HubServer, run: RunPaths, tiny: RunConfig, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run.metrics.unlink()  # no figures: drawing is slow
-    with background_publisher(hub_config(tiny), True, make_folder) as publisher:
+    with background_publisher(hub_config(tiny), True, export_stand_in) as publisher:
         publisher.submit(4)
         assert hub.requests == []
         assert publishers() == []
         publisher.finish(12)
     assert list(hub.models.tags(REPO)) == ["step-12"]
-    said = capfd.readouterr().out
-    assert f"=== Publishing: {REPO}" in said
-    assert f"published step 12: {hub.endpoint}/{REPO} (revision step-12)" in said
+    output = capfd.readouterr().out
+    assert f"=== Publishing: {REPO}" in output
+    assert f"published step 12: {hub.endpoint}/{REPO} (revision step-12)" in output
     assert publishers() == []
 
 
@@ -77,7 +77,9 @@ def test_without_repository_or_on_other_ranks_nothing_happens(
     repo: str | None, active: bool, hub: HubServer, run: RunPaths, tiny: RunConfig
 ) -> None:
     config = hub_config(tiny, every_checkpoint=True)
-    with background_publisher(replace(config, hub=replace(config.hub, repo=repo)), active, make_folder) as publisher:
+    with background_publisher(
+        replace(config, hub=replace(config.hub, repo=repo)), active, export_stand_in
+    ) as publisher:
         publisher.submit(4)
         publisher.finish(12)
         assert publishers() == []
@@ -85,25 +87,29 @@ def test_without_repository_or_on_other_ranks_nothing_happens(
 
 
 def test_an_outage_does_not_disturb_training(
-    hub: HubServer, tiny: RunConfig, undrawn: None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    hub: HubServer,
+    tiny: RunConfig,
+    no_figures: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     """The Hub drops all connections; the end of training waits up to FINISH_TIMEOUT_S, and a later command resumes."""
     trained(replace(tiny, name="undisturbed"))
     hub.down(None)
     monkeypatch.setattr(background_publish, "FINISH_TIMEOUT_S", 3)
     config = hub_config(tiny, every_checkpoint=True)
-    with background_publisher(config, True, make_folder) as publisher:
+    with background_publisher(config, True, export_stand_in) as publisher:
         root = trained(config, publisher.submit)
         publisher.finish(12)
     assert publishers() == []
     assert losses(root) == losses(RunPaths.of("undisturbed").root)
-    said = capfd.readouterr().out
-    assert "not published within" in said
-    assert f"Nothing is lost: the checkpoints are in {root / 'checkpoints'}" in said
-    assert f"myllm publish tiny --repo {REPO}" in said
+    output = capfd.readouterr().out
+    assert "not published within" in output
+    assert f"Nothing is lost: the checkpoints are in {root / 'checkpoints'}" in output
+    assert f"myllm publish tiny --repo {REPO}" in output
     hub.up()
     run = RunPaths(root)
-    publishing.publish(run, select_checkpoints(run, True), config.hub, make_folder, print)
+    publishing.publish(run, select_checkpoints(run, True), config.hub, export_stand_in, print)
     assert list(hub.models.tags(REPO)) == ["step-4", "step-8", "step-12"]
 
 
@@ -112,7 +118,7 @@ def test_a_killed_publisher_is_started_again(hub: HubServer, run: RunPaths, tiny
     run.metrics.unlink()  # no figures: drawing is slow
     save_checkpoint(run, tiny, 16)
     hub.hold("/lfs/", 1_000)
-    with background_publisher(hub_config(tiny, every_checkpoint=True), True, make_folder) as publisher:
+    with background_publisher(hub_config(tiny, every_checkpoint=True), True, export_stand_in) as publisher:
         publisher.submit(4)
         wait_for(lambda: [request for request in hub.seen("/lfs/", "PUT") if request.received_bytes])
         (process,) = publishers()
@@ -131,7 +137,7 @@ def test_a_run_that_fails_does_not_wait_for_its_upload(hub: HubServer, run: RunP
     config = hub_config(tiny, every_checkpoint=True)
 
     def die() -> None:
-        with background_publisher(config, True, make_folder) as publisher:
+        with background_publisher(config, True, export_stand_in) as publisher:
             publisher.submit(4)
             wait_for(lambda: hub.seen("/lfs/", "PUT"))
             raise UserError("the disk is full")
@@ -143,7 +149,7 @@ def test_a_run_that_fails_does_not_wait_for_its_upload(hub: HubServer, run: RunP
 
 
 def test_after_a_failure_the_next_checkpoint_retries(
-    hub: HubServer, run: RunPaths, tiny: RunConfig, undrawn: None
+    hub: HubServer, run: RunPaths, tiny: RunConfig, no_figures: None
 ) -> None:
     log: list[str] = []
     attempts: list[int] = []
@@ -154,7 +160,7 @@ def test_after_a_failure_the_next_checkpoint_retries(
             raise UserError("no space left")
         if len(attempts) == 2:
             raise ZeroDivisionError(f"a fault that tells the token {TOKEN}")
-        make_folder(checkpoint, folder)
+        export_stand_in(checkpoint, folder)
 
     config = hub_config(tiny, every_checkpoint=True).hub
     for step, expected in ((4, False), (8, False), (12, True)):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from support.hub_server import HubServer
 from support.published_run import REPO, STEPS, TOKEN, save_checkpoint
-from support.stand_in_export import make_folder
+from support.stand_in_export import export_stand_in
 
 from myllm.checkpoint.format import load_checkpoint
 from myllm.checkpoint.integrity import HASH_MODEL
@@ -25,14 +25,14 @@ HUB = HubConfig(REPO)
 
 
 @pytest.fixture(autouse=True)
-def _undrawn(undrawn: None) -> None:
+def _no_figures(no_figures: None) -> None:
     """Drawing is tested with the card and the report."""
 
 
 def publish(run: RunPaths, hub: HubConfig = HUB) -> list[str]:
     """Publish what `hub` says; the lines that were logged."""
     log: list[str] = []
-    publishing.publish(run, select_checkpoints(run, hub.every_checkpoint), hub, make_folder, log.append)
+    publishing.publish(run, select_checkpoints(run, hub.every_checkpoint), hub, export_stand_in, log.append)
     return log
 
 
@@ -98,7 +98,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_faults_are_retried(fault: str, hub: HubServer, run: RunPaths, quick: None) -> None:
+def test_faults_are_retried(fault: str, hub: HubServer, run: RunPaths, no_waiting: None) -> None:
     FAULTS[fault](hub)
     publish(run)
     assert len(hub.models.titles(REPO)) == 2  # never two commits for a step
@@ -118,7 +118,7 @@ def test_retry_after_is_respected(hub: HubServer, run: RunPaths, monkeypatch: py
     assert log[1] == f"publishing to {REPO}: the Hub answered 429 (asked to fail); retrying in 77 s"
 
 
-def test_publishing_resumes_after_an_outage(hub: HubServer, run: RunPaths, quick: None) -> None:
+def test_publishing_resumes_after_an_outage(hub: HubServer, run: RunPaths, no_waiting: None) -> None:
     hub.fail_next("/commit/", status=503, method="POST", times=3)
     with pytest.raises(UserError, match="the Hub answered 503"):
         publish(run)
@@ -167,7 +167,7 @@ def test_a_checkpoint_that_is_removed_meanwhile_is_skipped(hub: HubServer, run: 
     checkpoints = select_checkpoints(run, True)
     shutil.rmtree(checkpoints[0])
     log: list[str] = []
-    publishing.publish(run, checkpoints[:2], HUB, make_folder, log.append)
+    publishing.publish(run, checkpoints[:2], HUB, export_stand_in, log.append)
     assert log[0] == "step 4 was removed before it could be published"
     assert list(hub.models.tags(REPO)) == ["step-8"]
 
@@ -182,7 +182,7 @@ def test_a_damaged_checkpoint_is_skipped(hub: HubServer, run: RunPaths, every: b
 
     def export(checkpoint: Path, folder: Path) -> None:
         load_checkpoint(checkpoint, HASH_MODEL)
-        make_folder(checkpoint, folder)
+        export_stand_in(checkpoint, folder)
 
     log: list[str] = []
     settings = replace(HUB, every_checkpoint=every)
@@ -213,7 +213,7 @@ def command(*words: str) -> int:
 
 @pytest.fixture
 def exported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(publishing, "export_checkpoint", make_folder)
+    monkeypatch.setattr(publishing, "export_checkpoint", export_stand_in)
 
 
 def test_the_command(hub: HubServer, run: RunPaths, exported: None, capsys: pytest.CaptureFixture[str]) -> None:
@@ -244,27 +244,27 @@ def test_without_an_account_or_a_network(
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert command("tiny", "--repo", REPO) == 2
-    said = capsys.readouterr().err
-    assert "HF_HUB_OFFLINE is set: unset it" in said
-    assert "Nothing is lost: rerun the same command" in said
+    output = capsys.readouterr().err
+    assert "HF_HUB_OFFLINE is set: unset it" in output
+    assert "Nothing is lost: rerun the same command" in output
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(run.root / "nothing"))
     assert command("tiny", "--repo", REPO) == 2
     assert "no access token was found: log in with `hf auth login`, or set HF_TOKEN" in capsys.readouterr().err
 
 
 def test_the_token_is_in_no_file_and_no_message(
-    hub: HubServer, run: RunPaths, exported: None, quick: None, capfd: pytest.CaptureFixture[str]
+    hub: HubServer, run: RunPaths, exported: None, no_waiting: None, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Even if the server sends it back."""
     for status, times in ((503, 3), (403, 1)):
         hub.fail_next("/commit/", status=status, times=times, method="POST", message=f"Bearer {TOKEN} is not welcome")
         assert command("tiny", "--repo", REPO) == 2
-    said = capfd.readouterr()
-    assert "(token) is not welcome" in said.out
-    assert "(token) is not welcome" in said.err
+    output = capfd.readouterr()
+    assert "(token) is not welcome" in output.out
+    assert "(token) is not welcome" in output.err
     assert command("tiny", "--repo", REPO) == 0
     assert any(TOKEN in (request.authorization or "") for request in hub.requests)
     written = [path.read_bytes() for path in run.root.rglob("*") if path.is_file()]
     sent = hub.models.files(REPO).values()
-    said = capfd.readouterr()
-    assert not [text for text in (*written, *sent, said.out.encode(), said.err.encode()) if TOKEN.encode() in text]
+    output = capfd.readouterr()
+    assert not [text for text in (*written, *sent, output.out.encode(), output.err.encode()) if TOKEN.encode() in text]

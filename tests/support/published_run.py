@@ -1,4 +1,4 @@
-"""A run to publish, written by hand: what training leaves behind, without the training."""
+"""A run to publish: the files that training leaves, with made-up numbers."""
 
 import json
 from dataclasses import replace
@@ -18,7 +18,7 @@ STEPS = (4, 8, 12)
 
 
 def save_checkpoint(run: RunPaths, config: RunConfig, step: int, scale: float = 1.0, numbers: int = 50_000) -> Path:
-    """A checkpoint whose weights are `numbers` numbers that depend on `step` and `scale`."""
+    """A checkpoint with `numbers` weights that depend on `step` and `scale`."""
     state = TrainState(step, step * config.train.batch_tokens, DataPosition(0, 0, 1, "0" * 64))
     weights = {"weight": torch.arange(numbers, dtype=torch.float32) * scale + step}
     return checkpoint.save_checkpoint(run.checkpoints, state, to_dict(config), weights, {}, [], keep_last=0)

@@ -1,11 +1,11 @@
-"""A stand-in for the export, for tests of what happens to its folder: quick, and as large as the test likes."""
+"""A fast stand-in for the export, for tests of what happens to the exported folder."""
 
 import json
 from pathlib import Path
 
 
-def make_folder(checkpoint: Path, folder: Path) -> None:
-    """Weights that are the checkpoint's own file, and a README that the card replaces."""
+def export_stand_in(checkpoint: Path, folder: Path) -> None:
+    """Write the checkpoint's own weights file as the exported weights."""
     folder.mkdir()
     (folder / "model.safetensors").write_bytes((checkpoint / "weights/__0_0.distcp").read_bytes())
     (folder / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"]}))
