@@ -9,8 +9,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from myllm.distributed import collectives as distributed
-from myllm.distributed import cpu_threads as cores
+from myllm.distributed import collectives, cpu_threads
 from myllm.errors import UserError
 
 
@@ -30,10 +29,10 @@ def system(folder: Path, siblings: list[str]) -> Path:
 
 def test_physical_cores_are_counted(tmp_path: Path) -> None:
     folder = system(tmp_path, ["0,2", "1,3", "0,2", "1,3"])
-    assert cores._physical({0, 1, 2, 3}, folder) == 2
-    assert cores._physical({0, 2}, folder) == 1
-    assert cores._physical({0, 1}, folder) == 2
-    assert cores._physical({0, 9}, folder) == 2, "where the system does not say, all count"
+    assert cpu_threads._physical({0, 1, 2, 3}, folder) == 2
+    assert cpu_threads._physical({0, 2}, folder) == 1
+    assert cpu_threads._physical({0, 1}, folder) == 2
+    assert cpu_threads._physical({0, 9}, folder) == 2, "where the system does not say, all count"
 
 
 def group(folder: Path, place: str, **files: str) -> None:
@@ -67,30 +66,30 @@ def test_a_container_quota_limits_the_cores(
     mine.write_text(own + "\n")
     for place, values in files.items():
         group(tmp_path / "control", place, **values)
-    assert cores._within_quota(16, tmp_path / "control", mine) == expected
+    assert cpu_threads._within_quota(16, tmp_path / "control", mine) == expected
 
 
 def test_no_control_groups(tmp_path: Path) -> None:
-    assert cores._within_quota(16, tmp_path, tmp_path / "none") == 16
+    assert cpu_threads._within_quota(16, tmp_path, tmp_path / "none") == 16
 
 
 @pytest.mark.usefixtures("nobody_chose")
 @pytest.mark.parametrize(("ranks", "expected"), [(1, 12), (2, 6), (5, 2), (8, 1), (40, 1)])
 def test_the_ranks_of_a_machine_share_its_cores(monkeypatch: pytest.MonkeyPatch, ranks: int, expected: int) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))
-    monkeypatch.setattr(cores, "_physical", len)
-    monkeypatch.setattr(cores, "_within_quota", lambda count: count)
-    monkeypatch.setattr(cores, "local_world_size", lambda: ranks)
-    assert cores.num_threads() == expected
-    assert cores.threads_reason().startswith("12 usable core(s)")
+    monkeypatch.setattr(cpu_threads, "_physical", len)
+    monkeypatch.setattr(cpu_threads, "_within_quota", lambda count: count)
+    monkeypatch.setattr(cpu_threads, "local_world_size", lambda: ranks)
+    assert cpu_threads.num_threads() == expected
+    assert cpu_threads.threads_reason().startswith("12 usable core(s)")
 
 
 @pytest.mark.parametrize("name", ["OMP_NUM_THREADS", "MKL_NUM_THREADS"])
 @pytest.mark.usefixtures("nobody_chose")
 def test_the_users_setting_is_used(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv(name, "3")
-    assert cores.num_threads() is None
-    assert cores.threads_reason() == f"set by {name}"
+    assert cpu_threads.num_threads() is None
+    assert cpu_threads.threads_reason() == f"set by {name}"
 
 
 # A launcher that is started with what the test gives it, and starts a rank as torchrun would.
@@ -143,6 +142,6 @@ def test_several_processes_on_mps_are_rejected(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     with (
         pytest.raises(UserError, match="2 processes were started, but MPS is one device"),
-        distributed.process_group("mps"),
+        collectives.process_group("mps"),
     ):
         pass

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from myllm.cli import launch
 from myllm.cli.plan import describe_dry_run
-from myllm.distributed import device_info as hardware
+from myllm.distributed import device_info
 from myllm.distributed.collectives import choose_device, process_group, training_device
 from myllm.distributed.device_info import (
     TORCH_BUILDS,
@@ -54,7 +54,7 @@ def test_a_gpu_is_timed_with_large_matrices(monkeypatch: pytest.MonkeyPatch) -> 
     randn = torch.randn
     monkeypatch.setattr(torch, "mm", mm)
     monkeypatch.setattr(torch, "randn", lambda *shape, device, **kinds: randn(*shape, **kinds))
-    monkeypatch.setattr(hardware, "time_on_device", timed)
+    monkeypatch.setattr(device_info, "time_on_device", timed)
     with FakeTensorMode():
         rate = measure_matmul_flops(torch.device("cuda"), torch.bfloat16, seconds=0.1)
     assert rate == pytest.approx(2 * 8_192**3 / 0.002)

@@ -12,7 +12,7 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.rendezvous import RendezvousConnectionError
 from torch.distributed.launcher import api
 
-from myllm.distributed import elastic as torchrun
+from myllm.distributed import elastic
 from myllm.distributed.elastic import Agent, default_arguments, main
 
 NEWER = ("--signals-to-handle", "--shutdown-timeout")
@@ -24,8 +24,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     found: list[Any] = []
     monkeypatch.setattr(run, "run", found.append)
     # Of the process, once it is a launcher.
-    monkeypatch.setattr(torchrun, "use_new_store_each_start", lambda: None)
-    monkeypatch.setattr(torchrun, "record_exit_code_in", lambda file: None)
+    monkeypatch.setattr(elastic, "use_new_store_each_start", lambda: None)
+    monkeypatch.setattr(elastic, "record_exit_code_in", lambda file: None)
     return found
 
 

@@ -20,7 +20,7 @@ import pytest
 from huggingface_hub.errors import HfHubHTTPError
 from support.hub_server import HubServer
 
-from myllm.data.sources import download as fetching
+from myllm.data.sources import download
 from myllm.data.sources.download import download_file, download_head, local_path
 from myllm.data.sources.hub_listing import UnreachableError
 from myllm.data.sources.source import SourceFile
@@ -110,7 +110,7 @@ def test_a_cut_connection_is_resumed(
 def test_tries_are_counted_without_progress_only(
     hub: HubServer, file: SourceFile, tmp_path: Path, waited: list[float]
 ) -> None:
-    times = 5 * fetching.TRIES
+    times = 5 * download.TRIES
     hub.cut_next("/cdn/", 100_000, times=times)
     assert download_file(file, tmp_path).read_bytes() == CONTENT
     assert len(hub.seen("/cdn/")) == times + 1
@@ -132,7 +132,7 @@ def test_rate_limit_headers_of_the_hub_are_respected() -> None:
     request = httpx2.Request("GET", "http://127.0.0.1/")
 
     def asked(headers: dict[str, str]) -> int:
-        return fetching.retry_after(
+        return download.retry_after(
             HfHubHTTPError("busy", response=httpx2.Response(429, headers=headers, request=request))
         )
 
@@ -141,7 +141,7 @@ def test_rate_limit_headers_of_the_hub_are_respected() -> None:
     assert asked(window | {"RateLimit": '"resolvers";r=12;t=55'}) == 0
     assert asked(window | {"Retry-After": "7"}) == 7
     assert asked({"Retry-After": "Wed, 21 Oct 2026 07:28:00 GMT"}) == 0
-    assert fetching.retry_after(OSError("no answer at all")) == 0
+    assert download.retry_after(OSError("no answer at all")) == 0
 
 
 def test_a_plain_url_replaced_during_the_download_starts_again(
@@ -191,7 +191,7 @@ def test_a_killed_download_is_resumed(hub: HubServer, file: SourceFile, tmp_path
 def test_a_stalled_connection_is_resumed(
     hub: HubServer, file: SourceFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fetching, "_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(download, "_TIMEOUT_S", 0.3)
     hub.slow("/cdn/", 0.5)  # a byte, and the next one two seconds later
     timer = threading.Timer(0.2, hub.slow, ("/cdn/", None))  # for the requests to come
     timer.start()

@@ -10,8 +10,7 @@ import pytest
 
 from myllm.config import DataConfig, RunConfig
 from myllm.data.prepare.prepare import resolve
-from myllm.data.sources import file_digests as digests
-from myllm.data.sources.file_digests import file_digests
+from myllm.data.sources import file_digests
 from myllm.training.preflight.data_and_disk import inspect_data_and_disk
 
 Hashed = Callable[[], list[str]]
@@ -23,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("temp_data")
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Two files, both old enough."""
-    monkeypatch.setattr(digests, "SETTLED_NS", -1)
+    monkeypatch.setattr(file_digests, "SETTLED_NS", -1)
     texts = tmp_path / "texts"
     texts.mkdir()
     for name in "ab":
@@ -34,7 +33,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def hashed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hashed:
     """The names of the files that were hashed since the last call, by whatever process."""
-    log, real = tmp_path / "log", digests.file_sha256
+    log, real = tmp_path / "log", file_digests.file_sha256
     log.touch()
 
     def file_sha256(path: Path) -> str:
@@ -47,14 +46,14 @@ def hashed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hashed:
         log.write_text("")
         return seen
 
-    monkeypatch.setattr(digests, "file_sha256", file_sha256)
+    monkeypatch.setattr(file_digests, "file_sha256", file_sha256)
     return names
 
 
 def ask(folder: Path) -> list[str]:
     """The digests of a folder's files; each is what it should be."""
     files = sorted(map(str, folder.glob("*.txt")))
-    found = file_digests(files, folder.parent / "listings" / "memory.json")
+    found = file_digests.file_digests(files, folder.parent / "listings" / "memory.json")
     for file, (size, digest) in zip(files, found, strict=True):
         content = Path(file).read_bytes()
         assert (size, digest) == (len(content), hashlib.sha256(content).hexdigest())
@@ -97,7 +96,7 @@ def test_one_of_several_processes_hashes(folder: Path, hashed: Hashed) -> None:
 
 def test_recent_changes_are_not_cached(folder: Path, hashed: Hashed, monkeypatch: pytest.MonkeyPatch) -> None:
     """It may change once more within the same tick of the disk's clock."""
-    monkeypatch.setattr(digests, "SETTLED_NS", 10**18)
+    monkeypatch.setattr(file_digests, "SETTLED_NS", 10**18)
     for _ in range(2):
         ask(folder)
         assert hashed() == ["a.txt", "b.txt"]

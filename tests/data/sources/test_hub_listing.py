@@ -17,12 +17,12 @@ from support.hub_server import HubServer
 from myllm.config import DataConfig
 from myllm.data.prepare.prepare import resolve
 from myllm.data.prepare.spec import make_spec
-from myllm.data.sources import hub_listing as listing
+from myllm.data.sources import hub_listing
 from myllm.data.sources.hub_listing import UnreachableError, list_hub, list_urls
 from myllm.data.sources.source import find_source
 from myllm.errors import UserError
 from myllm.evals.hellaswag_data import load_examples
-from myllm.hub import import_model as importing
+from myllm.hub import import_model
 from myllm.hub.client import check_token
 
 REPO = "someone/some-texts"
@@ -245,7 +245,7 @@ def test_an_outage_of_everything_is_one_clear_message(hub: HubServer, monkeypatc
 
 
 def test_a_silent_hub_times_out(hub: HubServer, monkeypatch: pytest.MonkeyPatch, no_waiting: None) -> None:
-    monkeypatch.setattr(listing, "_TIMEOUTS_S", 0.2)
+    monkeypatch.setattr(hub_listing, "_TIMEOUTS_S", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections, and says nothing
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
         with pytest.raises(UnreachableError, match=r"does not answer .*timed out"):
@@ -295,7 +295,7 @@ def test_an_invalid_endpoint_is_reported_without_retries(
     monkeypatch.setattr(time, "sleep", pytest.fail)
     for ask in (
         lambda: find_source(f"hub:{REPO}"), lambda: find_source("dolma"), load_examples, check_token,
-        lambda: importing.resolve_source("someone/some-model", None, print),
+        lambda: import_model.resolve_source("someone/some-model", None, print),
     ):  # fmt: skip
         with pytest.raises(UserError, match=f"HF_ENDPOINT is '{re.escape(endpoint)}', expected a complete address"):
             ask()
