@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from myllm.data.tokenizer.load import load_tokenizer
+from myllm.distributed.collectives import DistContext
 from myllm.distributed.device_info import device_name
 from myllm.evals.hellaswag import TokenizedExample, ending_log_probs, tokenize_examples
 from myllm.evals.hellaswag_data import load_examples
@@ -27,6 +28,7 @@ from myllm.model.transformer import Transformer
 from myllm.presets import get_preset
 
 CPU = torch.device("cpu")
+ALONE = DistContext(0, 0, 1, CPU)
 
 
 def main() -> None:
@@ -79,7 +81,7 @@ def one_at_a_time(model: Transformer, items: list[TokenizedExample]) -> Tensor:
 
 def batched(model: Transformer, items: list[TokenizedExample], batch: int) -> Tensor:
     totals = torch.zeros(len(items), 4)
-    for numbers, sums in ending_log_probs(model.score_continuations, items, CPU, 0, 1, batch):
+    for numbers, sums in ending_log_probs(model.score_continuations, items, ALONE, batch):
         totals[numbers] = sums.float()
     return totals
 

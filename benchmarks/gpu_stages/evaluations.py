@@ -8,6 +8,7 @@ from torch import Tensor
 
 from myllm.config import RunConfig
 from myllm.data.tokenizer.load import load_tokenizer
+from myllm.distributed.collectives import DistContext
 from myllm.distributed.precision import autocast
 from myllm.evals.hellaswag import CHOICES, Example, TokenizedExample, hellaswag_sums, tokenize_examples
 from myllm.model.transformer import Transformer
@@ -35,7 +36,7 @@ def run(bench: Bench) -> Iterator[Check]:
 
     def evaluate(part: list[TokenizedExample] = items) -> None:
         with autocast(config, bench.device):
-            sums.append(hellaswag_sums(model.score_continuations, part, bench.device, 0, 1))
+            sums.append(hellaswag_sums(model.score_continuations, part, DistContext(0, 0, 1, bench.device)))
 
     first, second = (wall_seconds(bench.device, evaluate) for _ in range(2))
     same = torch.equal(sums[0], sums[1])

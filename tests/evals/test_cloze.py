@@ -10,6 +10,7 @@ import torch
 
 import myllm
 from myllm.data.tokenizer.load import load_tokenizer
+from myllm.distributed.collectives import DistContext
 from myllm.evals.cloze import (
     CHOICES,
     CONTEXT_TOKENS,
@@ -24,6 +25,7 @@ from myllm.evals.cloze import (
 END = 50_256
 PIECE = CONTEXT_TOKENS + ENDING_TOKENS
 CPU = torch.device("cpu")
+ALONE = DistContext(0, 0, 1, CPU)
 
 
 class Stream:
@@ -106,18 +108,18 @@ def test_answers_are_balanced(many):
 
 
 def test_a_perfect_model(many):
-    figures = finish(cloze_sums(one_more, many[:100], CPU, 0, 1), 0.25)
+    figures = finish(cloze_sums(one_more, many[:100], ALONE), 0.25)
     assert figures == {"acc": 1.0, "acc_norm": 1.0, "acc_stderr": 0.0, "acc_blind": 0.25, "n_examples": 100}
 
 
 def test_the_opposite_of_a_perfect_model(many):
-    figures = finish(cloze_sums(lambda *pair: (-one_more(*pair)[0], None), many[:100], CPU, 0, 1), 0.25)
+    figures = finish(cloze_sums(lambda *pair: (-one_more(*pair)[0], None), many[:100], ALONE), 0.25)
     assert figures["acc"] == 0
 
 
 def test_a_model_that_knows_nothing_is_at_chance(many):
     """All endings tie, the first is taken, and the right one is first a quarter of the time."""
-    figures = finish(cloze_sums(uniform, many, CPU, 0, 1), 0.25)
+    figures = finish(cloze_sums(uniform, many, ALONE), 0.25)
     assert figures["acc"] == pytest.approx(0.25, abs=5 * 0.0137)
     assert figures["acc_norm"] == figures["acc"]
     assert figures["acc_stderr"] == pytest.approx(0.0137, abs=1e-3)
@@ -183,14 +185,14 @@ def test_sums_are_those_of_a_direct_computation(many):
             before = [int(example.context[-1]), *ending[:-1]]
             totals.append(sum(-abs(math.sin(a * 12.9898 + b * 78.233)) for a, b in zip(before, ending, strict=True)))
         right += int(np.argmax(totals)) == example.answer
-    assert cloze_sums(noise, many[:60], CPU, 0, 1).tolist() == [right, right, 60]
+    assert cloze_sums(noise, many[:60], ALONE).tolist() == [right, right, 60]
     assert 0 < right < 60
 
 
 def test_the_number_of_ranks_changes_nothing(many):
-    one = cloze_sums(noise, many[:101], CPU, 0, 1)
+    one = cloze_sums(noise, many[:101], ALONE)
     for ranks in (2, 3, 150):
-        shares = [cloze_sums(noise, many[:101], CPU, rank, ranks) for rank in range(ranks)]
+        shares = [cloze_sums(noise, many[:101], DistContext(rank, rank, ranks, CPU)) for rank in range(ranks)]
         assert torch.equal(sum(shares), one)
 
 
@@ -201,7 +203,7 @@ def test_only_endings_are_asked(many):
         seen.append((tokens, targets))
         return uniform(tokens, targets)
 
-    cloze_sums(watch, many[:3], CPU, 0, 1)
+    cloze_sums(watch, many[:3], ALONE)
     ((tokens, targets),) = seen
     assert tokens.shape == targets.shape == (3 * CHOICES, PIECE - 1)
     assert (targets[:, : CONTEXT_TOKENS - 1] == -1).all()

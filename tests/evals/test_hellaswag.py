@@ -13,6 +13,7 @@ import torch
 from myllm.config import ModelConfig
 from myllm.data.tokenizer.base import Tokenizer
 from myllm.data.tokenizer.load import load_tokenizer
+from myllm.distributed.collectives import DistContext
 from myllm.errors import UserError
 from myllm.evals.hellaswag import Example, ending_log_probs, finish, hellaswag_sums, tokenize_examples
 from myllm.evals.hellaswag_data import load_examples
@@ -20,6 +21,7 @@ from myllm.model.transformer import Transformer
 
 OWN = Path(__file__).with_name("hellaswag_own.jsonl")
 CPU = torch.device("cpu")
+ALONE = DistContext(0, 0, 1, CPU)
 PROTOCOLS = ("nanogpt", "lm-eval")
 SMALL = ModelConfig(max_seq_len=160, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=48, qk_norm=True)
 
@@ -46,7 +48,7 @@ def random_model(config: ModelConfig = SMALL) -> Transformer:
 
 def totals(model: Transformer, items: list, batch: int = 16, rank: int = 0, ranks: int = 1) -> dict[int, list[float]]:
     found = {}
-    for numbers, sums in ending_log_probs(model.score_continuations, items, CPU, rank, ranks, batch):
+    for numbers, sums in ending_log_probs(model.score_continuations, items, DistContext(rank, rank, ranks, CPU), batch):
         found |= dict(zip(numbers, sums.tolist(), strict=True))
     return found
 
@@ -97,7 +99,7 @@ def test_totals_are_those_of_one_sequence_at_a_time(protocol, changes, tokenizer
         right += int(expected.argmax()) == int(row["label"])
         right_by_norm += int((expected / lengths).argmax()) == int(row["label"])
         cut += len(context) + max(map(len, endings)) - 1 > config.max_seq_len
-    assert hellaswag_sums(model.score_continuations, items, CPU, 0, 1).tolist() == [right, right_by_norm, len(rows)]
+    assert hellaswag_sums(model.score_continuations, items, ALONE).tolist() == [right, right_by_norm, len(rows)]
     assert 0 < right < len(rows)
     assert (cut > 0) == (config.max_seq_len == 40)
 
@@ -107,15 +109,15 @@ def test_neither_the_batch_nor_the_number_of_ranks_changes_anything(protocol, to
     model = random_model()
     items = tokenize_examples(load_examples(OWN), tokenizer.encode, tokenizer.end_of_text, 160, protocol)
     whole, score = totals(model, items), model.score_continuations
-    sums = hellaswag_sums(score, items, CPU, 0, 1)
+    sums = hellaswag_sums(score, items, ALONE)
     for batch in (1, 100):
         other = totals(model, items, batch)
         assert other.keys() == whole.keys()
         for number, expected in whole.items():
             assert other[number] == pytest.approx(expected, abs=2e-4)
-        assert torch.equal(hellaswag_sums(score, items, CPU, 0, 1, batch), sums)
+        assert torch.equal(hellaswag_sums(score, items, ALONE, batch), sums)
     fours = totals(model, items, 4)
-    shares = [hellaswag_sums(score, items, CPU, rank, 3, 4) for rank in range(3)]
+    shares = [hellaswag_sums(score, items, DistContext(rank, rank, 3, CPU), 4) for rank in range(3)]
     assert torch.equal(sum(shares), sums)
     for ranks in (2, 50):  # of 50 most have nothing to do
         split: dict = {}
@@ -134,7 +136,7 @@ def test_the_context_is_computed_once_and_only_endings_are_asked(tokenizer):
         return torch.zeros(targets.shape), torch.zeros(targets.shape, dtype=torch.bool)
 
     for (numbers, _), (prefixes, owners, _, targets) in zip(
-        ending_log_probs(watch, items, CPU, 0, 1, 8), seen, strict=False
+        ending_log_probs(watch, items, ALONE, 8), seen, strict=False
     ):
         batch = [items[i] for i in numbers]
         assert len(prefixes) == len(batch)  # not four times

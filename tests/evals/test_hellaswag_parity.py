@@ -14,12 +14,14 @@ from myllm.config import ModelConfig
 from myllm.data.tokenizer.base import Tokenizer
 from myllm.data.tokenizer.load import load_tokenizer
 from myllm.data.tokenizer.train import train_tokenizer
+from myllm.distributed.collectives import DistContext
 from myllm.evals.hellaswag import ending_log_probs, finish, hellaswag_sums, tokenize_examples
 from myllm.evals.hellaswag_data import load_examples
 from myllm.model.transformer import Transformer
 
 OWN = Path(__file__).with_name("hellaswag_own.jsonl")
 CPU = torch.device("cpu")
+ALONE = DistContext(0, 0, 1, CPU)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +73,7 @@ def test_parity(window: int, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: 
     items = tokenize_examples(load_examples(OWN), tokenizer.encode, tokenizer.end_of_text, window, "lm-eval")
     assert any(len(item.contexts) > 1 for item in items) == (window == 64)
     ours = {}
-    for numbers, totals in ending_log_probs(model.score_continuations, items, CPU, 0, 1):
+    for numbers, totals in ending_log_probs(model.score_continuations, items, ALONE):
         ours |= dict(zip(numbers, totals, strict=True))
     samples = sorted(theirs["samples"]["own_hellaswag"], key=lambda sample: sample["doc_id"])
     assert len(samples) == len(items) == len(OWN.read_text(encoding="utf-8").splitlines()) >= 24
@@ -82,7 +84,7 @@ def test_parity(window: int, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: 
         assert float(ours[number].argmax() == items[number].answer) == sample["acc"]
         by_length = ours[number] / torch.tensor(items[number].lengths)
         assert float(by_length.argmax() == items[number].answer) == sample["acc_norm"]
-    figures = finish(hellaswag_sums(model.score_continuations, items, CPU, 0, 1))
+    figures = finish(hellaswag_sums(model.score_continuations, items, ALONE))
     for name in ("acc", "acc_norm", "acc_stderr", "acc_norm_stderr"):
         assert figures[name] == pytest.approx(theirs["results"]["own_hellaswag"][f"{name},none"], abs=1e-12)
     assert 0 < figures["acc"] < 1

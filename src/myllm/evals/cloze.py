@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from myllm.data.dataset import TokenStream
+from myllm.distributed.collectives import DistContext
 
 CONTEXT_TOKENS = 32
 ENDING_TOKENS = 16
@@ -99,19 +100,21 @@ def _read_stream(stream: TokenStream) -> np.ndarray:
     return stream.read(0, min(stream.tokens, READ_TOKENS))
 
 
-def cloze_sums(score: Score, examples: list[Example], device: torch.device, rank: int, world_size: int) -> Tensor:
+def cloze_sums(score: Score, examples: list[Example], dist: DistContext) -> Tensor:
     """Counts over one rank's share of the examples.
 
     Shapes:
         returns (3,) float64: correct by the sum, correct by the mean, examples
     """
     sums = torch.zeros(3, dtype=torch.float64)
-    share = examples[rank::world_size]
+    share = examples[dist.rank :: dist.world_size]
     for start in range(0, len(share), BATCH_SIZE):
         batch = share[start : start + BATCH_SIZE]
         contexts = np.stack([example.context for example in batch]).repeat(CHOICES, axis=0)
         endings = np.concatenate([example.endings for example in batch])
-        tokens = torch.from_numpy(np.hstack((contexts, endings)).astype(np.int64)).to(device)  # (B CHOICES, passage)
+        tokens = torch.from_numpy(np.hstack((contexts, endings)).astype(np.int64)).to(
+            dist.device
+        )  # (B CHOICES, passage)
         targets = tokens[:, 1:].clone()
         targets[:, : CONTEXT_TOKENS - 1] = -1
         log_probs, _ = score(tokens[:, :-1], targets)

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from myllm.distributed.collectives import DistContext
 from myllm.errors import UserError
 
 Protocol = Literal["nanogpt", "lm-eval"]
@@ -128,12 +129,7 @@ def clean_text(text: str) -> str:
 
 
 def hellaswag_sums(
-    score: ScoreContinuations,
-    examples: list[TokenizedExample],
-    device: torch.device,
-    rank: int,
-    world_size: int,
-    batch_size: int = BATCH_SIZE,
+    score: ScoreContinuations, examples: list[TokenizedExample], dist: DistContext, batch_size: int = BATCH_SIZE
 ) -> Tensor:
     """Counts over one rank's share of the examples.
 
@@ -141,7 +137,7 @@ def hellaswag_sums(
         returns (3,) float64: correct by the sum, correct by the normalized sum, examples
     """
     sums = torch.zeros(3, dtype=torch.float64)
-    for indices, totals in ending_log_probs(score, examples, device, rank, world_size, batch_size):
+    for indices, totals in ending_log_probs(score, examples, dist, batch_size):
         lengths = torch.tensor([examples[i].lengths for i in indices], dtype=torch.float64)  # (N, CHOICES)
         answers = torch.tensor([examples[i].answer for i in indices])
         correct = (totals.argmax(dim=1) == answers).sum()
@@ -151,12 +147,7 @@ def hellaswag_sums(
 
 
 def ending_log_probs(
-    score: ScoreContinuations,
-    examples: list[TokenizedExample],
-    device: torch.device,
-    rank: int,
-    world_size: int,
-    batch_size: int = BATCH_SIZE,
+    score: ScoreContinuations, examples: list[TokenizedExample], dist: DistContext, batch_size: int = BATCH_SIZE
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Batches of this rank's examples: their indices, and the summed log-probability of each ending.
 
@@ -172,9 +163,9 @@ def ending_log_probs(
 
     by_size = sorted(range(len(examples)), key=size)
     batches = [by_size[start : start + batch_size] for start in range(0, len(by_size), batch_size)]
-    for indices in batches[rank::world_size]:
+    for indices in batches[dist.rank :: dist.world_size]:
         tensors = _to_rows([examples[i] for i in indices])
-        log_probs, _ = score(*(tensor.to(device) for tensor in tensors))  # (M, T)
+        log_probs, _ = score(*(tensor.to(dist.device) for tensor in tensors))  # (M, T)
         yield indices, log_probs.cpu().double().sum(dim=1).view(-1, CHOICES)
 
 

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from myllm.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from myllm.config import RunConfig
     from myllm.data.dataset import Dataset
     from myllm.data.tokenizer.base import Tokenizer
+    from myllm.distributed.collectives import DistContext
     from myllm.model.transformer import Transformer
 
 Metrics = dict[str, Any]
@@ -29,17 +29,20 @@ Metrics = dict[str, Any]
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """Choices of the user."""
+    """Options of the command line."""
 
     protocol: Literal["nanogpt", "lm-eval"] = "nanogpt"
-    hellaswag_file: str | Path | None = None
-    """HellaSwag's examples; None: those of the Hub."""
+    """How to score HellaSwag. nanogpt: as build-nanogpt and llm.c, acc_norm by the mean over tokens; lm-eval: as
+    lm-evaluation-harness, acc_norm by the number of characters."""
+    hellaswag_file: Path | None = None
+    """A .jsonl or .parquet file in HellaSwag's format. None: download it from the Hub once."""
     hellaswag_examples: int | None = None
-    """Use only the first N; None: all."""
+    """Use only the first N. None: all."""
     stride: int | None = None
-    """Of the perplexity of a file; None: half of the context."""
+    """Tokens that perplexity scores in each window, each with at least context - stride tokens before it. None: half of
+    the context."""
     dataset: str | None = None
-    """Named by the user, so that it must be usable."""
+    """Data set with the held-out text. None: the one that the model was trained on."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class EvalInputs:
     config: "RunConfig"
     """Of the training; its `model` is the config of the evaluated model."""
     tokenizer: "Tokenizer"
-    device: "torch.device"
+    dist: "DistContext"
     load_dataset: Callable[[], "Dataset"]
     """Opens the data set with the held-out text, or raises UserError."""
     options: EvalOptions = EvalOptions()
@@ -57,8 +60,6 @@ class EvalInputs:
     """Sequences, examples or samples in one batch."""
     weights: str = "float32"
     """As `weight_dtype` returns it."""
-    rank: int = 0
-    world_size: int = 1
     before_batch: Callable[[], None] = lambda: None
     """Called before each batch. Training stops an evaluation by raising an error here."""
 
@@ -108,9 +109,6 @@ def build(task: str, inputs: EvalInputs) -> Evaluation:
     return FILE_EVALUATIONS[name](inputs, Path(file)) if file else EVALUATIONS[name](inputs)
 
 
-# -- how well the model predicts --------------------------------------------------------------------------------------
-
-
 def build_validation(inputs: EvalInputs) -> Evaluation:
     """Loss and accuracy on the held-out tokens."""
     from myllm.data.sampler import count_sequences
@@ -118,7 +116,7 @@ def build_validation(inputs: EvalInputs) -> Evaluation:
     from . import perplexity
     from .validation import validation_batches
 
-    dataset, context = inputs.load_dataset(), inputs.context
+    dataset, context, dist = inputs.load_dataset(), inputs.context, inputs.dist
     # At least one sequence: a run that never validates may have validation_tokens below the context.
     wanted = max(inputs.config.eval.validation_tokens // context, 1)
     n_sequences = min(wanted, count_sequences(dataset.val.tokens, context))
@@ -127,12 +125,13 @@ def build_validation(inputs: EvalInputs) -> Evaluation:
             f"the data set {dataset.name} has {dataset.val.tokens:,} held-out tokens, fewer than the context of "
             f"{context:,}; use one with a larger data.val_tokens"
         )
-
-    def batches() -> "Iterable[tuple[Tensor, Tensor]]":
-        sharding = (inputs.rank, inputs.world_size)
-        return validation_batches(dataset.val, n_sequences, context, inputs.batch_size, *sharding)
-
-    return Evaluation({"dataset": dataset.name}, _perplexity_of(batches, inputs), perplexity.finish)
+    measure = _measure_perplexity(
+        lambda: validation_batches(
+            dataset.val, n_sequences, context, inputs.batch_size, dist.rank, dist.world_size
+        ),
+        inputs,
+    )  # fmt: skip
+    return Evaluation({"dataset": dataset.name}, measure, perplexity.finish)
 
 
 def build_perplexity(inputs: EvalInputs, file: Path) -> Evaluation:
@@ -140,22 +139,20 @@ def build_perplexity(inputs: EvalInputs, file: Path) -> Evaluation:
     from . import perplexity
 
     text = perplexity.read_text(file, inputs.tokenizer)
-    context = inputs.context
+    context, dist, end_of_text = inputs.context, inputs.dist, inputs.tokenizer.end_of_text
     stride = max(context // 2, 1) if inputs.options.stride is None else inputs.options.stride
     perplexity.windows(len(text.tokens), context, stride)  # raises if the stride is invalid
-
-    def batches() -> "Iterable[tuple[Tensor, Tensor]]":
-        end_of_text, sharding = inputs.tokenizer.end_of_text, (inputs.rank, inputs.world_size)
-        return perplexity.window_batches(text.tokens, end_of_text, context, stride, inputs.batch_size, *sharding)
-
-    return Evaluation(
-        {"context": context, "stride": stride, "text_sha256": text.sha256[:12]},
-        _perplexity_of(batches, inputs),
-        lambda sums: perplexity.finish(sums, text.n_bytes),
+    measure = _measure_perplexity(
+        lambda: perplexity.window_batches(
+            text.tokens, end_of_text, context, stride, inputs.batch_size, dist.rank, dist.world_size
+        ),
+        inputs,
     )
+    settings = {"context": context, "stride": stride, "text_sha256": text.sha256[:12]}
+    return Evaluation(settings, measure, lambda sums: perplexity.finish(sums, text.n_bytes))
 
 
-def _perplexity_of(
+def _measure_perplexity(
     batches: "Callable[[], Iterable[tuple[Tensor, Tensor]]]", inputs: EvalInputs
 ) -> "Callable[[Transformer], Tensor]":
     import torch
@@ -163,7 +160,7 @@ def _perplexity_of(
     from .perplexity import perplexity_sums
 
     token_bytes = torch.from_numpy(inputs.tokenizer.token_bytes())
-    return lambda model: perplexity_sums(inputs.with_hook(model.evaluate), batches(), token_bytes, inputs.device)
+    return lambda model: perplexity_sums(inputs.with_hook(model.evaluate), batches(), token_bytes, inputs.dist.device)
 
 
 def build_cloze(inputs: EvalInputs) -> Evaluation:
@@ -177,9 +174,7 @@ def build_cloze(inputs: EvalInputs) -> Evaluation:
     blind = cloze.blind_accuracy(dataset.val, examples)
     return Evaluation(
         {"dataset": dataset.name, "protocol": cloze.PROTOCOL},
-        lambda model: cloze.cloze_sums(
-            inputs.with_hook(model.score), examples, inputs.device, inputs.rank, inputs.world_size
-        ),
+        lambda model: cloze.cloze_sums(inputs.with_hook(model.score), examples, inputs.dist),
         lambda sums: cloze.finish(sums, blind),
     )
 
@@ -194,7 +189,7 @@ def build_hellaswag(inputs: EvalInputs) -> Evaluation:
     options, tokenizer = inputs.options, inputs.tokenizer
     file, count = options.hellaswag_file, options.hellaswag_examples
     examples, error = [], None
-    if inputs.rank == 0:
+    if inputs.dist.is_rank_zero:
         try:
             examples = load_examples(file, count)
         except Exception as raised:  # the other ranks wait for the broadcast
@@ -206,70 +201,43 @@ def build_hellaswag(inputs: EvalInputs) -> Evaluation:
         examples, tokenizer.encode, tokenizer.end_of_text, inputs.context, options.protocol
     )
     settings = {"protocol": options.protocol, "examples": count or "all"} | ({"file": str(file)} if file else {})
-    return Evaluation(
-        settings,
-        lambda model: hellaswag.hellaswag_sums(
-            inputs.with_hook(model.score_continuations), tokenized, inputs.device, inputs.rank, inputs.world_size,
-            inputs.batch_size,
-        ),
-        hellaswag.finish,
-    )  # fmt: skip
 
+    def measure(model: "Transformer") -> "Tensor":
+        score = inputs.with_hook(model.score_continuations)
+        return hellaswag.hellaswag_sums(score, tokenized, inputs.dist, inputs.batch_size)
 
-# -- samples, speed and int8: on one rank only ------------------------------------------------------------------------
+    return Evaluation(settings, measure, hellaswag.finish)
 
 
 def build_generation(inputs: EvalInputs) -> Evaluation:
-    """Statistics of samples from fixed prompts and, if there is held-out text, of that text."""
+    """Statistics of samples from fixed prompts and, if there is held-out text, of that text. On one rank only."""
     from myllm.inference.language_model import LanguageModel
 
-    from . import sample_quality
+    from . import sample_quality as quality
 
-    prompts, samples_per_prompt = sample_quality.prompts(), sample_quality.SAMPLES_PER_PROMPT
-    new_tokens, sampling = sample_quality.NEW_TOKENS, asdict(sample_quality.SAMPLING)
+    prompts, per_prompt, new_tokens = quality.prompts(), quality.SAMPLES_PER_PROMPT, quality.NEW_TOKENS
+    sampling = asdict(quality.SAMPLING)
     settings = {name: sampling[name] for name in ("temperature", "top_k", "seed")}
-    settings |= {"prompts": len(prompts), "samples": samples_per_prompt, "new_tokens": new_tokens}
+    settings |= {"prompts": len(prompts), "samples": per_prompt, "new_tokens": new_tokens}
+    texts = []
     try:
-        count = len(prompts) * samples_per_prompt
-        texts = sample_quality.held_out_samples(
-            inputs.load_dataset().val, inputs.tokenizer.end_of_text, count, new_tokens
-        )
+        stream, count = inputs.load_dataset().val, len(prompts) * per_prompt
+        texts = quality.held_out_samples(stream, inputs.tokenizer.end_of_text, count, new_tokens)
     except UserError:
         if inputs.options.dataset is not None:  # otherwise the comparison is optional
             raise
-        texts = []
-    variety = sample_quality.variety(texts) if texts else {}
+    variety = quality.variety(texts) if texts else {}
+    of_held_out = {f"{name}_of_held_out": value for name, value in variety.items()}
 
     def measure(model: "Transformer") -> list[Any]:
         pair = LanguageModel(model, inputs.tokenizer)
-        return list(sample_quality.sample_prompts(pair, prompts, samples_per_prompt, new_tokens, inputs.batch_size))
+        return list(quality.sample_prompts(pair, prompts, per_prompt, new_tokens, inputs.batch_size))
 
-    def finish(samples: list[Any]) -> Metrics:
-        of_held_out = {f"{name}_of_held_out": value for name, value in variety.items()}
-        return sample_quality.sample_metrics(samples) | of_held_out
-
-    return Evaluation(settings, measure, finish)
+    return Evaluation(settings, measure, lambda samples: quality.sample_metrics(samples) | of_held_out)
 
 
 def build_speed(inputs: EvalInputs) -> Evaluation:
-    """Prefill and decode tokens per second, time to the first token, and memory."""
-    from . import speed
-
-    return Evaluation(_speed_settings(inputs), speed.measure, dict)
-
-
-def build_quantization(inputs: EvalInputs, file: Path | None = None) -> Evaluation:
-    """Float against int8 weights, on held-out tokens or a text file."""
-    from . import quantization
-
-    if inputs.weights == "int8":
-        raise UserError("quantization converts the weights to int8 itself; remove --int8")
-    text = build_validation(inputs) if file is None else build_perplexity(inputs, file)
-    settings = text.settings | _speed_settings(inputs)
-    return Evaluation(settings, lambda model: quantization.compare(model, text.measure), dict)
-
-
-def _speed_settings(inputs: EvalInputs) -> dict[str, Any]:
+    """Prefill and decode tokens per second, time to the first token, and memory. On one rank only."""
     import torch
 
     from myllm.distributed.device_info import device_name
@@ -277,10 +245,22 @@ def _speed_settings(inputs: EvalInputs) -> dict[str, Any]:
     from . import speed
 
     prompt, new = speed.token_counts(inputs.context)
-    return {
-        "device": device_name(inputs.device), "dtype": inputs.weights, "threads": torch.get_num_threads(),
+    settings = {
+        "device": device_name(inputs.dist.device), "dtype": inputs.weights, "threads": torch.get_num_threads(),
         "prompt_tokens": prompt, "new_tokens": new,
     }  # fmt: skip
+    return Evaluation(settings, speed.measure, dict)
+
+
+def build_quantization(inputs: EvalInputs, file: Path | None = None) -> Evaluation:
+    """Float against int8 weights, on held-out tokens or a text file. On one rank only."""
+    from . import quantization
+
+    if inputs.weights == "int8":
+        raise UserError("quantization converts the weights to int8 itself; remove --int8")
+    text = build_validation(inputs) if file is None else build_perplexity(inputs, file)
+    settings = text.settings | build_speed(inputs).settings
+    return Evaluation(settings, lambda model: quantization.compare(model, text.measure), dict)
 
 
 EVALUATIONS: dict[str, Callable[[EvalInputs], Evaluation]] = {

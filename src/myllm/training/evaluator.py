@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -89,11 +90,9 @@ def build_evals(
         model: neither wrapped nor compiled.
     """
     config, dist, settings = ctx.config, ctx.dist, ctx.config.eval
-    inputs = EvalInputs(
-        config, tokenizer, dist.device, lambda: dataset,
-        EvalOptions(hellaswag_file=settings.hellaswag_file, hellaswag_examples=settings.hellaswag_examples),
-        rank=dist.rank, world_size=dist.world_size, before_batch=vote,
-    )  # fmt: skip
+    hellaswag_file = settings.hellaswag_file and Path(settings.hellaswag_file)
+    options = EvalOptions(hellaswag_file=hellaswag_file, hellaswag_examples=settings.hellaswag_examples)
+    inputs = EvalInputs(config, tokenizer, dist, lambda: dataset, options, before_batch=vote)
     micro_batches = replace(inputs, batch_size=config.train.micro_batch_size)
 
     def measure_samples(step: int) -> Tensor:
