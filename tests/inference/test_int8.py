@@ -1,4 +1,4 @@
-"""int8 weights: against per-row quantisation in float64 NumPy, tied and untied, llama's shape and GPT-2's."""
+"""int8 weights: against per-row quantization in float64 NumPy, tied and untied, llama's shape and GPT-2's."""
 
 import subprocess
 import sys
@@ -10,14 +10,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from support.saved_checkpoints import save_weights
 
 from myllm import paths
-from myllm.checkpoint import format as checkpoint
-from myllm.checkpoint.rng import get_rng_state
-from myllm.checkpoint.state import TrainState
 from myllm.cli import main as cli
-from myllm.config import ModelConfig, RunConfig, to_dict
-from myllm.data.sampler import DataPosition
+from myllm.config import ModelConfig
 from myllm.errors import UserError
 from myllm.inference import int8
 from myllm.inference import load as loading
@@ -109,12 +106,12 @@ def test_each_product_is_within_the_bound_of_its_steps(kind: str) -> None:
         bound = x.double().abs().sum(dim=-1, keepdim=True) * torch.from_numpy(steps.T) / 2
         apart = (ints.get_submodule(name)(x) - module(x)).double().abs()
         assert (apart <= bound + 1e-5).all(), name
-        assert apart.max() > 1e-4, name  # it is quantised
+        assert apart.max() > 1e-4, name  # it is quantized
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_logits_are_those_of_weights_quantised_in_numpy(kind: str) -> None:
+def test_logits_are_those_of_weights_quantized_in_numpy(kind: str) -> None:
     floats, ints = pair(kind)
     tokens = torch.arange(40).view(2, 20)
     before = floats(tokens)
@@ -126,7 +123,7 @@ def test_logits_are_those_of_weights_quantised_in_numpy(kind: str) -> None:
     reference.double()
     expected, got = reference(tokens), ints(tokens)
     assert got.shape == (2, 20, 90)
-    error = (expected - before).abs().max()  # what quantisation itself does
+    error = (expected - before).abs().max()  # what quantization itself does
     assert (got - expected).abs().max() < 1e-3 * error
     assert (got - before).abs().max() < 1.001 * error
     assert error < 0.3 * before.std()
@@ -226,9 +223,7 @@ def test_the_switch(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_checkpoint_in_int8(tmp_path: Path) -> None:
     floats, ints = pair("tied")
-    random, state = [get_rng_state(torch.device("cpu"))], TrainState(1, 1, DataPosition(0, 0, 0, ""))
-    config = to_dict(RunConfig(model=floats.config))
-    checkpoint.save_checkpoint(tmp_path / "checkpoints", state, config, floats.state_dict(), {}, random, 0)
+    save_weights(tmp_path / "checkpoints", floats)
     loaded = load_model(tmp_path, "cpu", int8=True).model
     assert not loaded.training
     with torch.no_grad():

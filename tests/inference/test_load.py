@@ -5,12 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 from model.test_kv_cache import model_of
+from support.saved_checkpoints import save_weights
 
-from myllm.checkpoint import format as checkpoint
-from myllm.checkpoint.rng import get_rng_state
-from myllm.checkpoint.state import TrainState
-from myllm.config import ModelConfig, RunConfig, TrainConfig, to_dict
-from myllm.data.sampler import DataPosition
+from myllm.config import ModelConfig, RunConfig, TrainConfig
 from myllm.data.tokenizer.load import load_tokenizer
 from myllm.data.tokenizer.train import train_tokenizer
 from myllm.errors import UserError
@@ -23,11 +20,8 @@ from myllm.model.transformer import Transformer
 
 def put(folder: Path, vocab_size: int, tokenizer_file: Path | None, precision: str = "auto") -> Path:
     model = ModelConfig(vocab_size, max_seq_len=16, d_model=16, n_layers=1, n_heads=2, d_ff=32)
-    config = RunConfig(model=model, train=TrainConfig(precision=precision))
-    model = Transformer(config.model)
-    random = [get_rng_state(torch.device("cpu"))]
-    state = TrainState(1, 1, DataPosition(0, 0, 0, ""))
-    return checkpoint.save_checkpoint(folder, state, to_dict(config), model.state_dict(), {}, random, 0, tokenizer_file)
+    config = RunConfig(train=TrainConfig(precision=precision))
+    return save_weights(folder, Transformer(model), config, tokenizer_file)
 
 
 def test_the_vocabulary_that_ships_with_the_code(tmp_path: Path) -> None:

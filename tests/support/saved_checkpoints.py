@@ -12,14 +12,17 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+import torch
 from conftest import write_corpus
 
 from myllm.checkpoint import format as checkpoint
+from myllm.checkpoint.rng import get_rng_state
 from myllm.checkpoint.state import TrainState
 from myllm.config import ModelConfig, RunConfig, to_dict
 from myllm.data.sampler import DataPosition
 from myllm.data.tokenizer.train import train_tokenizer
 from myllm.files import file_sha256
+from myllm.model.transformer import Transformer
 
 Save = Callable[..., Path]
 R50K = ModelConfig(max_seq_len=48, d_model=24, n_layers=2, n_heads=4, d_ff=40)
@@ -39,6 +42,16 @@ def rewrite(folder: Path, name: str, change: dict[str, Any]) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"][name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
     (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def save_weights(
+    checkpoints: Path, model: Transformer, config: RunConfig | None = None, tokenizer_file: Path | None = None
+) -> Path:
+    """Save a model as a checkpoint of step 1; returns its folder."""
+    config = replace(config or RunConfig(), model=model.config)
+    state, rng = TrainState(1, 1, DataPosition(0, 0, 0, "")), [get_rng_state(torch.device("cpu"))]
+    weights = model.state_dict()
+    return checkpoint.save_checkpoint(checkpoints, state, to_dict(config), weights, {}, rng, 0, tokenizer_file)
 
 
 @cache

@@ -1,4 +1,4 @@
-"""A server in this process for tests, and a model that writes what it is told to."""
+"""A server in this process for tests, and a model that generates a given text."""
 
 import http.client
 import json
@@ -31,8 +31,8 @@ def scripted(tokenizer: Tokenizer, script: Sequence[int], logit: float = 14.0) -
     )
     model = Transformer(config).eval()
     with torch.no_grad():
-        for each in (*model.blocks.parameters(), model.embedding.weight, model.head.weight):
-            each.zero_()
+        for parameter in (*model.blocks.parameters(), model.embedding.weight, model.head.weight):
+            parameter.zero_()
         model.positions.weight.copy_(torch.eye(size))
         for position, token in enumerate(script):
             model.head.weight[token, position] = logit / size**0.5  # the norm makes a one-hot row sqrt(size) long
@@ -59,11 +59,17 @@ def connect(server: PageServer) -> http.client.HTTPConnection:
 def post(
     server: PageServer, body: object, headers: dict[str, str] | None = None, path: str = "/generate"
 ) -> tuple[int, list[dict], http.client.HTTPMessage]:
-    """Status, the objects of the answer, and its headers."""
+    """Status, the objects of the response, and its headers."""
     connection = connect(server)
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
     connection.request("POST", path, raw, {**JSON, **(headers or {})})
-    answer = connection.getresponse()
-    lines = answer.read().splitlines()
+    response = connection.getresponse()
+    lines = response.read().splitlines()
     connection.close()
-    return answer.status, [json.loads(line) for line in lines], answer.headers
+    return response.status, [json.loads(line) for line in lines], response.headers
+
+
+def post_head(size: int) -> bytes:
+    """The head of a raw POST request."""
+    lines = ("POST /generate HTTP/1.1", "Host: localhost", "Content-Type: application/json", f"Content-Length: {size}")
+    return "\r\n".join((*lines, "", "")).encode()

@@ -10,7 +10,7 @@ from myllm.files import write_text
 from myllm.paths import user_path
 from myllm.planning.flops import n_parameters
 
-from .completion import stream_text
+from .completion import TextStream
 from .generate import stream_tokens
 from .language_model import LanguageModel
 from .sampling_params import SamplingParams
@@ -59,22 +59,20 @@ def chat(language_model: LanguageModel, max_new_tokens: int, sampling: SamplingP
 
 def _print_reply(ids: Iterator[int], tokenizer: Tokenizer) -> tuple[list[int], str]:
     """Print a reply as it is generated; returns its tokens and its text, as far as Ctrl-C let them come."""
-    reply: list[int] = []
-    printed = ""
-
-    def recorded() -> Iterator[int]:
+    stream, reply, text = TextStream(tokenizer), [], ""
+    try:
         for token in ids:
             reply.append(token)
-            yield token
-
-    try:
-        for text in stream_text(recorded(), tokenizer):
-            printed += text
-            print(text, end="", flush=True)
+            new = stream.feed(token)
+            text += new
+            print(new, end="", flush=True)
+        new = stream.end()
+        text += new
+        print(new, end="")
     except KeyboardInterrupt:
         print(" [stopped]", end="")
     print(flush=True)
-    return reply, printed
+    return reply, text
 
 
 def _read_line() -> str | None:

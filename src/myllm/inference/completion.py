@@ -66,16 +66,6 @@ def _partial_stop(text: str, stop: str) -> int:
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
 
 
-def stream_text(ids: Iterable[int], tokenizer: Tokenizer) -> Iterator[str]:
-    """Text of token ids as they arrive, in whole characters."""
-    stream = TextStream(tokenizer)
-    for token in ids:
-        if text := stream.feed(token):
-            yield text
-    if text := stream.end():
-        yield text
-
-
 @dataclass
 class _Sample:
     """A sample in progress."""

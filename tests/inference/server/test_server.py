@@ -2,38 +2,24 @@
 
 import json
 import math
-import os
 import re
-import shutil
-import signal
 import socket
-import subprocess
-import sys
 import time
-import zipfile
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
-from support.serving import DEADLINE_S, DEFAULT, JSON, connect, post, scripted, serving
+from support.serving import DEADLINE_S, DEFAULT, JSON, connect, post, post_head, scripted, serving
 
-from myllm.checkpoint import format as checkpoint
-from myllm.checkpoint.rng import get_rng_state
-from myllm.checkpoint.state import TrainState
-from myllm.cli.main import main as run_command
-from myllm.config import ModelConfig, RunConfig, to_dict
-from myllm.data.sampler import DataPosition
+from myllm.config import ModelConfig
 from myllm.data.tokenizer.load import load_tokenizer
-from myllm.errors import UserError
 from myllm.inference.completion import complete
 from myllm.inference.generate import Sequence, generate_batch
 from myllm.inference.load import LanguageModel
 from myllm.inference.sampling_params import SamplingParams
 from myllm.inference.server.http import MAX_BODY_BYTES, PageServer
 from myllm.inference.server.request import MAX_NEW_TOKENS
-from myllm.inference.server.security import is_allowed_host, listen
+from myllm.inference.server.security import is_allowed_host
 from myllm.model.transformer import Transformer
 from myllm.planning.flops import n_parameters
 
@@ -178,11 +164,6 @@ def test_all_faults_are_named_at_once(server: PageServer) -> None:
     assert all(name in answer["error"] for name in ("top_p", "min_p", "seed", "depth"))
 
 
-def head(size: int) -> bytes:
-    lines = ("POST /generate HTTP/1.1", "Host: localhost", "Content-Type: application/json", f"Content-Length: {size}")
-    return "\r\n".join((*lines, "", "")).encode()
-
-
 def own(server: PageServer) -> str:
     return server.address.removeprefix("http://")
 
@@ -247,7 +228,7 @@ def test_the_page_holds_to_its_policy(server: PageServer) -> None:
 @pytest.mark.parametrize("size", [MAX_BODY_BYTES + 1, 9 * MAX_BODY_BYTES])
 def test_a_body_beyond_the_limit(server: PageServer, size: int) -> None:
     with socket.create_connection(server.socket.getsockname(), timeout=DEADLINE_S) as client:
-        client.sendall(head(size) + b" " * min(size, 8 * MAX_BODY_BYTES))
+        client.sendall(post_head(size) + b" " * min(size, 8 * MAX_BODY_BYTES))
         answer = client.makefile("rb").read()
     assert answer.startswith(b"HTTP/1.1 413")
     assert f"the limit is {MAX_BODY_BYTES:,}".encode() in answer
@@ -321,92 +302,3 @@ def test_a_failing_model_says_so_and_the_server_stays(
     assert "out of memory" in last["error"]
     assert "Traceback" in capfd.readouterr().err  # for whoever runs it
     assert post(server, {"max_new_tokens": 1})[0] == 200
-
-
-# -- the command ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory, model: LanguageModel) -> Path:
-    folder = tmp_path_factory.mktemp("serve")
-    random, state = [get_rng_state(torch.device("cpu"))], TrainState(1, 1, DataPosition(0, 0, 0, ""))
-    weights = model.model.state_dict()
-    checkpoint.save_checkpoint(
-        folder / "runs/tiny/checkpoints", state, to_dict(RunConfig(model=CONFIG)), weights, {}, random, 0
-    )
-    return folder
-
-
-def command(data: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "myllm", *words], env=os.environ | {"MYLLM_DATA": str(data)}, capture_output=True,
-        text=True, timeout=DEADLINE_S, check=False,
-    )  # fmt: skip
-    assert "Traceback" not in done.stderr
-    return done
-
-
-def test_ctrl_c_ends_it_in_the_midst_of_a_text(data: Path) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "myllm", "serve", "tiny", "--port", "0", "--temperature", "0.5", "--device", "cpu"],
-        env=os.environ | {"MYLLM_DATA": str(data)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    try:
-        said = process.stdout.readline()
-        port = int(re.fullmatch(r"serving tiny at http://127\.0\.0\.1:(\d+) \(press Ctrl-C to stop\)\n", said)[1])
-        with socket.create_connection(("127.0.0.1", port), timeout=DEADLINE_S) as client:
-            body = json.dumps(LONG).encode()
-            client.sendall(head(len(body)) + body)
-            lines = client.makefile("rb")
-            assert any(b'"kind": "token"' in line for line in lines)  # ends with the server
-            process.send_signal(signal.SIGINT)
-            rest = lines.read()
-        assert b'"kind": "end"' not in rest  # the page sees that the text is not whole
-        out, err = process.communicate(timeout=DEADLINE_S)
-    finally:
-        process.kill()
-        process.wait(timeout=DEADLINE_S)
-    assert (process.returncode, out.strip(), err) == (0, "stopped", "")
-
-
-def test_mistakes_of_the_command(
-    data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = str(taken.getsockname()[1])
-        done = command(data, "serve", "tiny", "--port", port)
-    assert done.returncode == 2
-    assert f"cannot listen on 127.0.0.1, port {port}: Address already in use; give another --port" in done.stderr
-    monkeypatch.setenv("MYLLM_DATA", str(data))
-    messages = []
-    for words in (
-        ["serve", "tinny", "--port", "0"],
-        ["sample", "tinny"],
-        ["serve", "tiny", "--top-p", "0", "--max-new-tokens", "-1"],
-    ):
-        with pytest.raises(SystemExit) as ended:
-            run_command(words)
-        assert ended.value.code == 2
-        messages.append(capsys.readouterr().err)
-    assert messages[0] == messages[1]
-    assert "top_p 0.0: give" in messages[2]
-    assert "max_new_tokens -1: give" in messages[2]
-
-
-@pytest.mark.parametrize(
-    ("host", "port"), [("127.0.0.1", 70_000), ("no.such.host.invalid", 0), ("192.0.2.1", 0), ("", 0)]
-)
-def test_nowhere_to_listen(host: str, port: int) -> None:
-    with pytest.raises(UserError, match="give"):
-        listen(host, port).close()
-
-
-def test_the_page_and_the_published_curve_are_part_of_the_wheel(tmp_path: Path) -> None:
-    pytest.importorskip("setuptools", minversion="77")
-    shutil.copytree(ROOT / "src", tmp_path / "src", ignore=shutil.ignore_patterns("*.egg-info", "__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE.txt"):
-        shutil.copy(ROOT / name, tmp_path)
-    code = "from setuptools import build_meta; build_meta.build_wheel('.')"
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, check=True, timeout=DEADLINE_S)
-    (wheel,) = tmp_path.glob("*.whl")
-    assert {"myllm/inference/server/page.html", "myllm/runs/reference.json"} <= set(zipfile.ZipFile(wheel).namelist())
