@@ -27,7 +27,7 @@ from myllm.inference.sampling_params import SamplingParams
 from myllm.model.transformer import Transformer
 from myllm.presets import get_preset
 
-Way = Callable[[int, SamplingParams], list[list[int]]]
+Method = Callable[[int, SamplingParams], list[list[int]]]
 """New tokens and how they are chosen, to each row's tokens."""
 
 
@@ -53,20 +53,20 @@ def theirs(
     peer: torch.nn.Module, prompts: torch.Tensor, new: int, sampling: SamplingParams, cache: str | None
 ) -> list[list[int]]:
     drawn = {"do_sample": True, "temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
-    made = peer.generate(
+    generated = peer.generate(
         prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=new, min_new_tokens=new, pad_token_id=0,
         eos_token_id=None, use_cache=True, cache_implementation=cache,
         **(drawn if sampling.temperature else {"do_sample": False}),
     )  # fmt: skip
-    return made[:, prompts.shape[1] :].tolist()
+    return generated[:, prompts.shape[1] :].tolist()
 
 
-def decode_rate(way: Way, sampling: SamplingParams, new: int, batch: int) -> float:
+def decode_rate(method: Method, sampling: SamplingParams, new: int, batch: int) -> float:
     """Tokens a second behind the first."""
     started = time.perf_counter()
-    way(1, sampling)
+    method(1, sampling)
     between = time.perf_counter()
-    way(new, sampling)
+    method(new, sampling)
     return batch * (new - 1) / (time.perf_counter() - between - (between - started))
 
 
@@ -95,21 +95,21 @@ def main() -> None:
 def compare(name: str, model: Transformer, peer: torch.nn.Module, batch: int, options: argparse.Namespace) -> None:
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(model.config.vocab_size, (batch, options.prompt), generator=generator)
-    ways: dict[str, Way] = {
+    methods: dict[str, Method] = {
         "transformers.generate": lambda new, sampling: theirs(peer, prompts, new, sampling, None),
         "transformers.generate, static cache": lambda new, sampling: theirs(peer, prompts, new, sampling, "static"),
         "myllm": lambda new, sampling: ours(model, prompts, new, sampling),
     }
     for choice, sampling in (("greedy", SamplingParams(temperature=0)), ("sampled", SamplingParams(0.8, 50))):
-        first = [way(8, sampling) for way in ways.values()]  # and warms up
+        first = [method(8, sampling) for method in methods.values()]  # and warms up
         assert choice == "sampled" or first[0] == first[1] == first[2], f"{name}: the greedy tokens differ"
-        rates: dict[str, list[float]] = {way: [] for way in ways}
+        rates: dict[str, list[float]] = {method: [] for method in methods}
         for _ in range(options.repeats):
-            for way in ways:
-                rates[way].append(decode_rate(ways[way], sampling, options.new, batch))
-        for way, values in rates.items():
+            for method in methods:
+                rates[method].append(decode_rate(methods[method], sampling, options.new, batch))
+        for method, values in rates.items():
             ratios = [mine / other for mine, other in zip(rates["myllm"], values, strict=True)]
-            print(f"| {name} | {batch} | {choice} | {way} | {spread(values, 0)} | {spread(ratios, 2)} |", flush=True)
+            print(f"| {name} | {batch} | {choice} | {method} | {spread(values, 0)} | {spread(ratios, 2)} |", flush=True)
 
 
 def spread(values: list[float], digits: int) -> str:

@@ -40,21 +40,21 @@ def main() -> None:
     config, tokenizer = get_preset("debug").model, load_tokenizer()
     model = Transformer(config).eval()
     examples = load_examples(options.file, options.examples)
-    items = tokenize_examples(examples, tokenizer.encode, tokenizer.end_of_text, config.max_seq_len)
-    ways = {
-        "one example at a time, all logits": lambda: one_at_a_time(model, items),
-        "one example at a time, our scoring": lambda: batched(model, items, 1),
-        "batches of 16, our scoring": lambda: batched(model, items, 16),
+    tokenized = tokenize_examples(examples, tokenizer.encode, tokenizer.end_of_text, config.max_seq_len)
+    methods = {
+        "one example at a time, all logits": lambda: one_at_a_time(model, tokenized),
+        "one example at a time, our scoring": lambda: batched(model, tokenized, 1),
+        "batches of 16, our scoring": lambda: batched(model, tokenized, 16),
     }
-    check_equal(*(way() for way in ways.values()))
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    check_equal(*(method() for method in methods.values()))
+    seconds: dict[str, list[float]] = {name: [] for name in methods}
     for _ in range(options.repeats):  # interleaved; the check has warmed up
-        for name, way in ways.items():
-            seconds[name].append(measure(way))
+        for name, method in methods.items():
+            seconds[name].append(measure(method))
     slowest = statistics.median(next(iter(seconds.values())))
     machine = f"{device_name(CPU)}, {torch.get_num_threads()} threads"
     print(f"{machine}, torch {torch.__version__}, Python {platform.python_version()}; debug model")
-    print(f"{len(items)} examples of {options.file.name}\n")
+    print(f"{len(tokenized)} examples of {options.file.name}\n")
     print("| way | median s | least s | greatest s | times as fast |\n|---|---|---|---|---|")
     for name, times in seconds.items():
         median = statistics.median(times)
@@ -62,26 +62,26 @@ def main() -> None:
 
 
 @torch.no_grad()
-def one_at_a_time(model: Transformer, items: list[TokenizedExample]) -> Tensor:
+def one_at_a_time(model: Transformer, tokenized: list[TokenizedExample]) -> Tensor:
     """Each ending's summed log-probability, (examples, 4)."""
     totals = []
-    for item in items:
-        contexts = item.contexts * (len(item.endings) // len(item.contexts))
-        rows = [[*context, *ending] for context, ending in zip(contexts, item.endings, strict=True)]
+    for example in tokenized:
+        contexts = example.contexts * (len(example.endings) // len(example.contexts))
+        rows = [[*context, *ending] for context, ending in zip(contexts, example.endings, strict=True)]
         width = max(map(len, rows))
-        tokens, asked = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width)
+        tokens, is_ending = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width)
         for n, (row, context) in enumerate(zip(rows, contexts, strict=True)):
             tokens[n, : len(row)] = torch.tensor([int(token) for token in row])
-            asked[n, len(context) : len(row)] = 1
+            is_ending[n, len(context) : len(row)] = 1
         logits = model(tokens[:, :-1])  # (4, T, V)
         losses = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(len(rows), -1)
-        totals.append(-(losses * asked[:, 1:]).sum(dim=1))
+        totals.append(-(losses * is_ending[:, 1:]).sum(dim=1))
     return torch.stack(totals)
 
 
-def batched(model: Transformer, items: list[TokenizedExample], batch: int) -> Tensor:
-    totals = torch.zeros(len(items), 4)
-    for numbers, sums in ending_log_probs(model.score_continuations, items, ALONE, batch):
+def batched(model: Transformer, tokenized: list[TokenizedExample], batch: int) -> Tensor:
+    totals = torch.zeros(len(tokenized), 4)
+    for numbers, sums in ending_log_probs(model.score_continuations, tokenized, ALONE, batch):
         totals[numbers] = sums.float()
     return totals
 
@@ -91,9 +91,9 @@ def check_equal(first: Tensor, *others: Tensor) -> None:
         torch.testing.assert_close(other, first, rtol=1e-4, atol=1e-3)
 
 
-def measure(way: Callable[[], Tensor]) -> float:
+def measure(method: Callable[[], Tensor]) -> float:
     started = time.perf_counter()
-    way()
+    method()
     return time.perf_counter() - started
 
 

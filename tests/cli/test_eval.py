@@ -59,12 +59,12 @@ def test_everything_at_once(run: Path, tmp_path: Path, capsys: pytest.CaptureFix
     (tmp_path / "own.txt").write_text(text, encoding="utf-8")
     tasks = ("validation", "hellaswag", "cloze", f"perplexity:{tmp_path / 'own.txt'}")
     assert evaluate("tiny", "--tasks", *tasks, "--hellaswag-file", OWN, "--stride", 16) == 0
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     saved = read(run / "eval.json")
-    assert {(each.step, each.weights) for each in saved} == {(4, "float32")}
-    assert {each.checkpoint for each in saved} == {str(run / "checkpoints" / "step_00000004")}
-    assert [each.task for each in saved] == list(tasks)
-    metrics = {each.task: each.metrics for each in saved}
+    assert {(result.step, result.weights) for result in saved} == {(4, "float32")}
+    assert {result.checkpoint for result in saved} == {str(run / "checkpoints" / "step_00000004")}
+    assert [result.task for result in saved] == list(tasks)
+    metrics = {result.task: result.metrics for result in saved}
     # The loop's own metrics for the same weights.
     for name, task in (("validation", "validation"), ("cloze", "cloze")):
         last = eval_rows(run, name)[-1]
@@ -75,7 +75,7 @@ def test_everything_at_once(run: Path, tmp_path: Path, capsys: pytest.CaptureFix
     hellaswag = metrics["hellaswag"]
     assert hellaswag["n_examples"] == 30
     assert saved[1].settings == {"protocol": "nanogpt", "examples": "all", "file": str(OWN)}
-    assert f"{hellaswag['acc_norm']:.4f}" in said
+    assert f"{hellaswag['acc_norm']:.4f}" in output
     own, settings = metrics[tasks[3]], saved[3].settings
     assert (settings["context"], settings["stride"]) == (64, 16)
     model, tokenizer = load_model("tiny", "cpu")
@@ -84,7 +84,7 @@ def test_everything_at_once(run: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert own["bits_per_byte"] == pytest.approx(own["loss"] * n / math.log(2) / len(text.encode()))
     assert {"perplexity", "token_accuracy", "top5_accuracy", "calibration_error"} <= own.keys()
     assert {"top5_accuracy", "calibration_error"} <= metrics["validation"].keys()
-    assert str(run / "eval.json") in said
+    assert str(run / "eval.json") in output
     assert not model.training
 
 
@@ -126,8 +126,8 @@ def test_nothing_that_was_measured_is_lost(run: Path, tmp_path: Path) -> None:
     assert evaluate(newer, *hellaswag) == 0
     assert evaluate("tiny", *hellaswag, "--protocol", "lm-eval", "--out", run / "eval.json") == 0
     after = read(run / "eval.json")
-    told = [(each.task.partition(":")[0], each.settings.get("protocol"), each.weights) for each in after]
-    assert told == [
+    summary = [(result.task.partition(":")[0], result.settings.get("protocol"), result.weights) for result in after]
+    assert summary == [
         ("hellaswag", "nanogpt", "float32"), ("hellaswag", "lm-eval", "float32"), ("perplexity", None, "float32"),
         ("perplexity", None, "float32"), ("perplexity", None, "int8"), ("hellaswag", "nanogpt", "float32"),
         ("hellaswag", "lm-eval", "float32"),
@@ -174,7 +174,7 @@ def test_the_checkpoint_stays_the_same_while_training_saves_others(run: Path, mo
 
     monkeypatch.setitem(registry.EVALUATIONS, "cloze", save_another)
     assert evaluate("tiny", "--tasks", "cloze", "validation") == 0
-    assert all(each.checkpoint.endswith("step_00000004") for each in read(run / "eval.json"))
+    assert all(result.checkpoint.endswith("step_00000004") for result in read(run / "eval.json"))
 
 
 def test_another_data_set_that_is_damaged_is_no_matter(run: Path) -> None:
@@ -185,7 +185,7 @@ def test_another_data_set_that_is_damaged_is_no_matter(run: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (("--tasks", "helaswag"), "unknown task 'helaswag', did you mean 'hellaswag'?"),
         (("--tasks", "perplexity:"), "unknown task 'perplexity:'"),
@@ -199,9 +199,9 @@ def test_another_data_set_that_is_damaged_is_no_matter(run: Path) -> None:
         (("--tasks", f"perplexity:{OWN}", "--stride", 65), "the stride is 65, but must be at least 1"),
     ],
 )
-def test_mistakes(words: tuple, said: str, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes(words: tuple, message: str, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluate("tiny", *words) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not (run / "eval.json").exists()
 
 
@@ -210,7 +210,7 @@ def test_a_task_that_cannot_be_done_stops_no_other(run: Path, capsys: pytest.Cap
         manifest.rename(manifest.with_name("elsewhere.json"))
     assert evaluate("tiny", "--tasks", "validation", "hellaswag", "--hellaswag-file", OWN) == 2
     assert "validation: the training data of" in capsys.readouterr().err
-    assert [each.task for each in read(run / "eval.json")] == ["hellaswag"]
+    assert [result.task for result in read(run / "eval.json")] == ["hellaswag"]
 
 
 def test_a_run_that_cannot_be_written_is_measured_all_the_same(
@@ -225,11 +225,11 @@ def test_a_run_that_cannot_be_written_is_measured_all_the_same(
     with monkeypatch.context() as patch:
         patch.setattr(results, "add", refuse)
         assert evaluate("tiny", "--tasks", "validation", "cloze") == 2
-    said = capsys.readouterr()
-    assert "perplexity" in said.out
-    assert "acc_blind" in said.out
-    assert "eval.json (Permission denied): results are only printed; --out saves them" in said.err
-    assert "cloze was printed, but not saved: cannot write" in said.err
+    output = capsys.readouterr()
+    assert "perplexity" in output.out
+    assert "acc_blind" in output.out
+    assert "eval.json (Permission denied): results are only printed; --out saves them" in output.err
+    assert "cloze was printed, but not saved: cannot write" in output.err
     assert evaluate("tiny", "--tasks", "cloze", "--out", tmp_path / "mine.json") == 0
     assert read(tmp_path / "mine.json")[0].task == "cloze"
 
@@ -240,9 +240,9 @@ def test_a_place_that_cannot_be_written_is_said_before_anything_is_measured(
 ) -> None:
     (tmp_path / "file").write_text("")
     assert evaluate("tiny", "--tasks", "cloze", "--out", tmp_path / out) == 2
-    said = capsys.readouterr().err
-    assert "evaluating" not in said
-    assert "give another file with --out" in said
+    output = capsys.readouterr().err
+    assert "evaluating" not in output
+    assert "give another file with --out" in output
 
 
 def test_hellaswag_that_is_out_of_reach_is_no_failure_unless_it_is_named(
@@ -254,7 +254,7 @@ def test_hellaswag_that_is_out_of_reach_is_no_failure_unless_it_is_named(
     monkeypatch.setitem(registry.EVALUATIONS, "hellaswag", unreachable)
     assert evaluate("tiny") == 0
     assert "skipped hellaswag: could not download HellaSwag" in capsys.readouterr().err
-    assert [each.task for each in read(run / "eval.json")] == ["validation", "cloze"]
+    assert [result.task for result in read(run / "eval.json")] == ["validation", "cloze"]
     assert evaluate("tiny", "--tasks", "validation", "hellaswag") == 2
     assert "hellaswag: could not download HellaSwag" in capsys.readouterr().err
 
@@ -266,7 +266,7 @@ def test_what_is_measured_is_kept_at_once(run: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(registry.EVALUATIONS, "speed", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         evaluate("tiny", "--tasks", "cloze", "speed")
-    assert [each.task for each in read(run / "eval.json")] == ["cloze"]
+    assert [result.task for result in read(run / "eval.json")] == ["cloze"]
 
 
 def test_writing_speed_and_quantization(
@@ -276,29 +276,29 @@ def test_writing_speed_and_quantization(
     monkeypatch.setattr(sample_quality, "NEW_TOKENS", 12)
     monkeypatch.setattr(speed_module, "NEW_TOKENS", 8)
     assert evaluate("tiny", "--tasks", "generation", "speed", "quantization", f"quantization:{OWN}") == 0
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     generation, speed, quantization, of_a_file = read(run / "eval.json")
     assert generation.settings | {"seed": 0, "temperature": 0.8} == generation.settings
     assert generation.metrics["n_samples"] == generation.settings["prompts"] * generation.settings["samples"]
     assert generation.metrics["distinct_1_of_held_out"] > 0
     assert {"device", "dtype", "threads"} <= speed.settings.keys()
     assert all(value > 0 for value in speed.metrics.values())
-    assert {f"{what}_tokens_per_s_{batch}" for what in ("prefill", "decode") for batch in (1, 16)} <= (
+    assert {f"{phase}_tokens_per_s_{batch}" for phase in ("prefill", "decode") for batch in (1, 16)} <= (
         speed.metrics.keys()
     )
     model, _ = load_model("tiny", "cpu")
     assert speed.metrics["weights_mb"] == 4 * sum(map(torch.Tensor.numel, model.parameters())) / 1e6
     last = eval_rows(run, "validation")[-1]
     assert quantization.metrics["perplexity_float"] == pytest.approx(last["perplexity"], rel=1e-5)
-    for each in (quantization, of_a_file):
-        figures = each.metrics
-        cost = figures["perplexity_int8"] - figures["perplexity_float"]
-        assert figures["perplexity_cost"] == cost
-        assert 0 < abs(cost) < 0.01 * figures["perplexity_float"]
+    for result in (quantization, of_a_file):
+        metrics = result.metrics
+        cost = metrics["perplexity_int8"] - metrics["perplexity_float"]
+        assert metrics["perplexity_cost"] == cost
+        assert 0 < abs(cost) < 0.01 * metrics["perplexity_float"]
         # d_model is 16 here: a scale and a zero beside 16 weights.
-        assert 3 < figures["weights_mb_float"] / figures["weights_mb_int8"] < 4
-        assert min(figures["decode_tokens_per_s_float"], figures["decode_tokens_per_s_int8"]) > 0
-    assert f"{quantization.metrics['perplexity_cost']:.4f}" in said
+        assert 3 < metrics["weights_mb_float"] / metrics["weights_mb_int8"] < 4
+        assert min(metrics["decode_tokens_per_s_float"], metrics["decode_tokens_per_s_int8"]) > 0
+    assert f"{quantization.metrics['perplexity_cost']:.4f}" in output
     # The model that was compared is left as it was, and int8 against itself is refused.
     assert evaluate("tiny", "--tasks", "quantization", "--int8") == 2
     assert "remove --int8" in capsys.readouterr().err

@@ -68,9 +68,9 @@ def test_the_readme_s_two_lines(data: Path) -> None:
 
 def test_importing_the_package_imports_nothing_heavy() -> None:
     code = "import sys, myllm; print('torch' in sys.modules); print(myllm.load_model, hasattr(myllm, 'other'))"
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert said.startswith("False\n<function load_model")
-    assert said.endswith("False\n")
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output.startswith("False\n<function load_model")
+    assert output.endswith("False\n")
     assert myllm.generate is generate
 
 
@@ -114,7 +114,7 @@ def test_samples_take_turns() -> None:
     turns = OrderedPrinter(["A", "B", "C"], file)
     expected = []
 
-    def made() -> Iterator[Completion]:
+    def completions() -> Iterator[Completion]:
         done = Completion("", "", 0, "length", 0)
         for number, text in ((0, "a"), (1, "x"), (2, "u"), (0, "b")):
             turns.add_text(number, text)
@@ -127,7 +127,7 @@ def test_samples_take_turns() -> None:
         yield done
         yield done
 
-    turns.print_all(made())
+    turns.print_all(completions())
     assert file.getvalue() == "--- 1\nAab\n--- 2\nBxy\n--- 3\nCuv\n"
     assert [seen for _, seen in expected] == [wanted for wanted, _ in expected]
 
@@ -184,9 +184,9 @@ def test_odd_input_gets_a_clear_answer(
         run_command(["sample", *words])
     except SystemExit as error:
         ended = error.code
-    said = capsys.readouterr().err
-    assert ended == code, said
-    assert message in said
+    output = capsys.readouterr().err
+    assert ended == code, output
+    assert message in output
 
 
 # -- chat -------------------------------------------------------------------------------------------------------------
@@ -197,9 +197,9 @@ def test_chat_saves(data: Path, tmp_path: Path) -> None:
     typed = f"forget me\n/reset\nthe river\n/save {file}\n/save {file}\n/save\n/save /nowhere/x\n"
     done = command(data, "chat", "tiny", "--max-new-tokens", "4", stdin=typed)
     assert done.returncode == 0, done.stderr
-    said = file.read_text(encoding="utf-8")
-    assert said.startswith("the river")
-    assert said.removeprefix("the river").strip() in done.stdout
+    output = file.read_text(encoding="utf-8")
+    assert output.startswith("the river")
+    assert output.removeprefix("the river").strip() in done.stdout
     for answer in ("saved ", " exists; give another name", "missing FILE", "cannot write /nowhere/x"):
         assert answer in done.stdout
 
@@ -215,10 +215,10 @@ def test_ctrl_c_stops_the_reply_and_not_the_program(data: Path) -> None:
         process.stdin.flush()
         assert process.stdout.read(200)  # in the middle of a reply that would take hours
         process.send_signal(signal.SIGINT)
-        said, errors = process.communicate(b"/temperature 0.5\n/quit\n", timeout=60)
+        output, errors = process.communicate(b"/temperature 0.5\n/quit\n", timeout=60)
     finally:
         process.kill()
     assert process.returncode == 0, errors
-    assert b" [stopped]" in said
-    assert b"temperature 0.5" in said
+    assert b" [stopped]" in output
+    assert b"temperature 0.5" in output
     assert b"Traceback" not in errors

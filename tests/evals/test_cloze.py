@@ -77,7 +77,7 @@ def test_where_examples_come_from():
 def test_the_same_stream_and_seed_give_the_same_examples():
     def shown(seed: int, count: int = 20) -> list:
         examples = make_examples(STREAM, END, count, seed)
-        return [(each.context.tolist(), each.endings.tolist(), each.answer) for each in examples]
+        return [(example.context.tolist(), example.endings.tolist(), example.answer) for example in examples]
 
     assert shown(1) == shown(1)
     assert shown(1) != shown(2)
@@ -108,22 +108,22 @@ def test_answers_are_balanced(many):
 
 
 def test_a_perfect_model(many):
-    figures = finish(cloze_sums(one_more, many[:100], ALONE), 0.25)
-    assert figures == {"acc": 1.0, "acc_norm": 1.0, "acc_stderr": 0.0, "acc_blind": 0.25, "n_examples": 100}
+    metrics = finish(cloze_sums(one_more, many[:100], ALONE), 0.25)
+    assert metrics == {"acc": 1.0, "acc_norm": 1.0, "acc_stderr": 0.0, "acc_blind": 0.25, "n_examples": 100}
 
 
 def test_the_opposite_of_a_perfect_model(many):
-    figures = finish(cloze_sums(lambda *pair: (-one_more(*pair)[0], None), many[:100], ALONE), 0.25)
-    assert figures["acc"] == 0
+    metrics = finish(cloze_sums(lambda *pair: (-one_more(*pair)[0], None), many[:100], ALONE), 0.25)
+    assert metrics["acc"] == 0
 
 
 def test_a_model_that_knows_nothing_is_at_chance(many):
     """All endings tie, the first is taken, and the right one is first a quarter of the time."""
-    figures = finish(cloze_sums(uniform, many, ALONE), 0.25)
-    assert figures["acc"] == pytest.approx(0.25, abs=5 * 0.0137)
-    assert figures["acc_norm"] == figures["acc"]
-    assert figures["acc_stderr"] == pytest.approx(0.0137, abs=1e-3)
-    assert figures["n_examples"] == 1_000
+    metrics = finish(cloze_sums(uniform, many, ALONE), 0.25)
+    assert metrics["acc"] == pytest.approx(0.25, abs=5 * 0.0137)
+    assert metrics["acc_norm"] == metrics["acc"]
+    assert metrics["acc_stderr"] == pytest.approx(0.0137, abs=1e-3)
+    assert metrics["n_examples"] == 1_000
 
 
 # -- a model that does not see the context ----------------------------------------------------------------------------

@@ -46,9 +46,13 @@ def random_model(config: ModelConfig = SMALL) -> Transformer:
     return model
 
 
-def totals(model: Transformer, items: list, batch: int = 16, rank: int = 0, ranks: int = 1) -> dict[int, list[float]]:
+def totals(
+    model: Transformer, tokenized: list, batch: int = 16, rank: int = 0, ranks: int = 1
+) -> dict[int, list[float]]:
     found = {}
-    for numbers, sums in ending_log_probs(model.score_continuations, items, DistContext(rank, rank, ranks, CPU), batch):
+    for numbers, sums in ending_log_probs(
+        model.score_continuations, tokenized, DistContext(rank, rank, ranks, CPU), batch
+    ):
         found |= dict(zip(numbers, sums.tolist(), strict=True))
     return found
 
@@ -56,8 +60,8 @@ def totals(model: Transformer, items: list, batch: int = 16, rank: int = 0, rank
 @torch.no_grad()
 def naive_total(model: Transformer, context: list[int], ending: list[int]) -> float:
     """One sequence, the whole forward pass, no cache; the text's beginning is cut where the window ends."""
-    whole = (context + ending)[-(model.config.max_seq_len + 1) :]
-    logits = model(torch.tensor([whole[:-1]]))[0, -len(ending) :]  # (ending, V)
+    full = (context + ending)[-(model.config.max_seq_len + 1) :]
+    logits = model(torch.tensor([full[:-1]]))[0, -len(ending) :]  # (ending, V)
     log_probs = logits.double().log_softmax(dim=-1)
     return sum(float(row[token]) for row, token in zip(log_probs, ending, strict=True))
 
@@ -76,7 +80,7 @@ def naive_texts(row: dict, protocol: str, tokenizer: Tokenizer) -> tuple[list[in
     front = tokenizer.encode(context.rstrip()).tolist()
     spaces = " " * (len(context) - len(context.rstrip()))
     joined = [tokenizer.encode(context.rstrip() + spaces + " " + choice).tolist() for choice in choices]
-    return front, [whole[len(front) :] for whole in joined], [len(choice) for choice in choices]
+    return front, [full[len(front) :] for full in joined], [len(choice) for choice in choices]
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
@@ -88,8 +92,10 @@ def naive_texts(row: dict, protocol: str, tokenizer: Tokenizer) -> tuple[list[in
 def test_totals_are_those_of_one_sequence_at_a_time(protocol, changes, tokenizer, rows):
     config = replace(SMALL, **changes)
     model = random_model(config)
-    items = tokenize_examples(load_examples(OWN), tokenizer.encode, tokenizer.end_of_text, config.max_seq_len, protocol)
-    found = totals(model, items)
+    tokenized = tokenize_examples(
+        load_examples(OWN), tokenizer.encode, tokenizer.end_of_text, config.max_seq_len, protocol
+    )
+    found = totals(model, tokenized)
     right, right_by_norm, cut = 0, 0, 0
     for number, row in enumerate(rows):
         context, endings, lengths = naive_texts(row, protocol, tokenizer)
@@ -99,7 +105,7 @@ def test_totals_are_those_of_one_sequence_at_a_time(protocol, changes, tokenizer
         right += int(expected.argmax()) == int(row["label"])
         right_by_norm += int((expected / lengths).argmax()) == int(row["label"])
         cut += len(context) + max(map(len, endings)) - 1 > config.max_seq_len
-    assert hellaswag_sums(model.score_continuations, items, ALONE).tolist() == [right, right_by_norm, len(rows)]
+    assert hellaswag_sums(model.score_continuations, tokenized, ALONE).tolist() == [right, right_by_norm, len(rows)]
     assert 0 < right < len(rows)
     assert (cut > 0) == (config.max_seq_len == 40)
 
@@ -107,44 +113,44 @@ def test_totals_are_those_of_one_sequence_at_a_time(protocol, changes, tokenizer
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_neither_the_batch_nor_the_number_of_ranks_changes_anything(protocol, tokenizer):
     model = random_model()
-    items = tokenize_examples(load_examples(OWN), tokenizer.encode, tokenizer.end_of_text, 160, protocol)
-    whole, score = totals(model, items), model.score_continuations
-    sums = hellaswag_sums(score, items, ALONE)
+    tokenized = tokenize_examples(load_examples(OWN), tokenizer.encode, tokenizer.end_of_text, 160, protocol)
+    full, score = totals(model, tokenized), model.score_continuations
+    sums = hellaswag_sums(score, tokenized, ALONE)
     for batch in (1, 100):
-        other = totals(model, items, batch)
-        assert other.keys() == whole.keys()
-        for number, expected in whole.items():
+        other = totals(model, tokenized, batch)
+        assert other.keys() == full.keys()
+        for number, expected in full.items():
             assert other[number] == pytest.approx(expected, abs=2e-4)
-        assert torch.equal(hellaswag_sums(score, items, ALONE, batch), sums)
-    fours = totals(model, items, 4)
-    shares = [hellaswag_sums(score, items, DistContext(rank, rank, 3, CPU), 4) for rank in range(3)]
+        assert torch.equal(hellaswag_sums(score, tokenized, ALONE, batch), sums)
+    fours = totals(model, tokenized, 4)
+    shares = [hellaswag_sums(score, tokenized, DistContext(rank, rank, 3, CPU), 4) for rank in range(3)]
     assert torch.equal(sum(shares), sums)
     for ranks in (2, 50):  # of 50 most have nothing to do
         split: dict = {}
         for rank in range(ranks):
-            mine = totals(model, items, 4, rank, ranks)
-            assert not split.keys() & mine.keys()
-            split |= mine
+            own = totals(model, tokenized, 4, rank, ranks)
+            assert not split.keys() & own.keys()
+            split |= own
         assert split == fours  # to the last bit
 
 
 def test_the_context_is_computed_once_and_only_endings_are_asked(tokenizer):
-    items, seen = tokenize_examples(load_examples(OWN), tokenizer.encode, tokenizer.end_of_text, 160), []
+    tokenized, seen = tokenize_examples(load_examples(OWN), tokenizer.encode, tokenizer.end_of_text, 160), []
 
     def watch(prefixes, owners, tokens, targets):
         seen.append((prefixes, owners, tokens, targets))
         return torch.zeros(targets.shape), torch.zeros(targets.shape, dtype=torch.bool)
 
     for (numbers, _), (prefixes, owners, _, targets) in zip(
-        ending_log_probs(watch, items, ALONE, 8), seen, strict=False
+        ending_log_probs(watch, tokenized, ALONE, 8), seen, strict=False
     ):
-        batch = [items[i] for i in numbers]
+        batch = [tokenized[i] for i in numbers]
         assert len(prefixes) == len(batch)  # not four times
-        assert prefixes.shape[1] == min(len(item.contexts[0]) for item in batch) - 1
+        assert prefixes.shape[1] == min(len(example_tokens.contexts[0]) for example_tokens in batch) - 1
         assert owners.tolist() == [n for n in range(len(batch)) for _ in range(4)]
         asked = [row[row != -1].tolist() for row in targets]
-        assert asked == [ending.tolist() for item in batch for ending in item.endings]
-    assert len(seen) == math.ceil(len(items) / 8)
+        assert asked == [ending.tolist() for example_tokens in batch for ending in example_tokens.endings]
+    assert len(seen) == math.ceil(len(tokenized) / 8)
 
 
 def example(**changes: object) -> Example:
@@ -156,8 +162,12 @@ def example(**changes: object) -> Example:
 
 
 def shown(one: Example, protocol: str, tokenizer: Tokenizer) -> tuple[str, list[str], tuple[int, ...]]:
-    (item,) = tokenize_examples([one], tokenizer.encode, tokenizer.end_of_text, 160, protocol)
-    return tokenizer.decode(item.contexts[0]), [tokenizer.decode(each) for each in item.endings], item.lengths
+    (example_tokens,) = tokenize_examples([one], tokenizer.encode, tokenizer.end_of_text, 160, protocol)
+    return (
+        tokenizer.decode(example_tokens.contexts[0]),
+        [tokenizer.decode(ending) for ending in example_tokens.endings],
+        example_tokens.lengths,
+    )
 
 
 def test_what_each_protocol_shows(tokenizer):
@@ -176,23 +186,23 @@ def test_what_each_protocol_shows(tokenizer):
 
 
 def test_an_empty_text_goes_on_from_the_end_of_text(tokenizer):
-    (item,) = tokenize_examples([example(ctx="")], tokenizer.encode, tokenizer.end_of_text, 160)
-    assert item.contexts[0].tolist() == [tokenizer.end_of_text]
+    (example_tokens,) = tokenize_examples([example(ctx="")], tokenizer.encode, tokenizer.end_of_text, 160)
+    assert example_tokens.contexts[0].tolist() == [tokenizer.end_of_text]
     model = random_model()
-    expected = [naive_total(model, [tokenizer.end_of_text], each.tolist()) for each in item.endings]
-    assert totals(model, [item])[0] == pytest.approx(expected, abs=2e-4)
+    expected = [naive_total(model, [tokenizer.end_of_text], ending.tolist()) for ending in example_tokens.endings]
+    assert totals(model, [example_tokens])[0] == pytest.approx(expected, abs=2e-4)
 
 
 def test_an_ending_that_does_not_fit(tokenizer):
     with pytest.raises(UserError, match="an ending of example 0 has 2 tokens, the model's context is 1"):
         tokenize_examples([example()], tokenizer.encode, tokenizer.end_of_text, 1)
-    (item,) = tokenize_examples([example()], tokenizer.encode, tokenizer.end_of_text, 2)
-    assert [len(each) for each in item.contexts] == [2, 2, 1, 2]
+    (example_tokens,) = tokenize_examples([example()], tokenizer.encode, tokenizer.end_of_text, 2)
+    assert [len(ending) for ending in example_tokens.contexts] == [2, 2, 1, 2]
 
 
 def test_figures():
-    figures = finish(torch.tensor([30.0, 40.0, 100.0]).double())
-    assert figures == {
+    metrics = finish(torch.tensor([30.0, 40.0, 100.0]).double())
+    assert metrics == {
         "acc": 0.3,
         "acc_norm": 0.4,
         "acc_stderr": pytest.approx(np.std([1] * 30 + [0] * 70, ddof=1) / 10),

@@ -39,12 +39,12 @@ def test_our_own_examples():
 
 
 def test_every_kind_of_file_gives_the_same(tmp_path: Path):
-    whole = load_examples(OWN)
-    assert load_examples(write_parquet(tmp_path / "own.parquet")) == whole
+    full = load_examples(OWN)
+    assert load_examples(write_parquet(tmp_path / "own.parquet")) == full
     # As the authors published it: labels are numbers.
     lines = [json.dumps(row | {"label": int(row["label"])}) for row in ROWS]
     (tmp_path / "own.jsonl").write_text("\n".join(lines) + "\n\n", encoding="utf-8")
-    assert load_examples(str(tmp_path / "own.jsonl")) == whole
+    assert load_examples(str(tmp_path / "own.jsonl")) == full
 
 
 def without(name: str) -> dict:
@@ -52,7 +52,7 @@ def without(name: str) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("row", "said"),
+    ("row", "message"),
     [
         (without("ctx_a"), "row 2: ctx_a must be strings; found the fields"),
         (without("endings"), "row 2: endings must be 4 strings, found None"),
@@ -62,17 +62,17 @@ def without(name: str) -> dict:
         ([1], "expected an object with HellaSwag's fields"),
     ],
 )
-def test_rows_that_are_none_of_hellaswags(row: object, said: str, tmp_path: Path):
+def test_rows_that_are_none_of_hellaswags(row: object, message: str, tmp_path: Path):
     path = tmp_path / "x.jsonl"
     path.write_text(json.dumps(ROWS[0]) + "\n" + json.dumps(row) + "\n", encoding="utf-8")
     with pytest.raises(UserError) as caught:
         load_examples(path)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     assert str(path) in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "message"),
     [
         ("x.jsonl", b"{\n", "line 1 is not valid JSON"),
         ("x.jsonl", b"", "has no examples"),
@@ -82,10 +82,10 @@ def test_rows_that_are_none_of_hellaswags(row: object, said: str, tmp_path: Path
         ("x.jsonl", None, "no HellaSwag file at"),
     ],
 )
-def test_files_that_cannot_be_read(name: str, content: bytes | None, said: str, tmp_path: Path):
+def test_files_that_cannot_be_read(name: str, content: bytes | None, message: str, tmp_path: Path):
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         load_examples(tmp_path / name)
 
 
@@ -111,10 +111,10 @@ def test_downloaded_once_checked_and_kept(hub: HubServer, tmp_path: Path, temp_d
     pinned = published(hub, tmp_path)
     assert load_examples(pinned=pinned) == load_examples(OWN)
     assert (temp_data / "downloads/hellaswag/validation-00000-of-00001.parquet").is_file()
-    asked = len(hub.seen("/"))
+    requests = len(hub.seen("/"))
     hub.down()
     assert load_examples(None, 3, pinned) == load_examples(OWN, 3)
-    assert len(hub.seen("/")) == asked
+    assert len(hub.seen("/")) == requests
 
 
 def test_other_bytes_than_the_pinned_ones_are_refused(hub: HubServer, tmp_path: Path, temp_data: Path):

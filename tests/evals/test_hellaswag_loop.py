@@ -49,28 +49,24 @@ def test_without_its_data_training_goes_on(tiny: RunConfig, monkeypatch: pytest.
     root = run(with_hellaswag(tiny, hellaswag_file=None))
     assert len(train_rows(root)) == 2
     assert eval_rows(root, "hellaswag") == []
-    said = [
-        line
-        for line in (root / "log.txt").read_text().splitlines()
-        if "ellaswag skipped" in line or "HellaSwag" in line
-    ]
-    assert len(said) == 1
-    assert "hellaswag skipped: could not download HellaSwag: no network" in said[0]
+    lines = [line for line in (root / "log.txt").read_text().splitlines() if "hellaswag" in line.lower()]
+    assert len(lines) == 1
+    assert "hellaswag skipped: could not download HellaSwag: no network" in lines[0]
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"hellaswag_file": "nowhere.jsonl"}, "no HellaSwag file at nowhere.jsonl"),
         ({}, "HellaSwag needs a longer context"),
     ],
 )
-def test_what_cannot_be_measured_is_said(changes: dict, said: str, tiny: RunConfig):
+def test_what_cannot_be_measured_is_said(changes: dict, message: str, tiny: RunConfig):
     config = with_hellaswag(tiny, **changes)
     if not changes:
         config = replace(config, model=replace(config.model, max_seq_len=8))
     root = run(config)
-    assert said in (root / "log.txt").read_text()
+    assert message in (root / "log.txt").read_text()
     assert len(train_rows(root)) == 2
 
 

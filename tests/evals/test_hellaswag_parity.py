@@ -36,8 +36,8 @@ def exported(model: Transformer, tokenizer: Tokenizer, folder: Path) -> Path:
     """The model as transformers would open it."""
     peer_of(model).save_pretrained(folder)
     end = tokenizer.decode([tokenizer.end_of_text])
-    theirs = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer.file), bos_token=end, eos_token=end, pad_token=end)
-    theirs.save_pretrained(folder)
+    reference = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer.file), bos_token=end, eos_token=end, pad_token=end)
+    reference.save_pretrained(folder)
     return folder
 
 
@@ -69,22 +69,22 @@ def test_parity(window: int, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: 
         vocab_size=tokenizer.vocab_size, max_seq_len=window, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=48
     )
     model = random_model(config)
-    theirs = by_the_harness(exported(model, tokenizer, tmp_path), 4)
-    items = tokenize_examples(load_examples(OWN), tokenizer.encode, tokenizer.end_of_text, window, "lm-eval")
-    assert any(len(item.contexts) > 1 for item in items) == (window == 64)
-    ours = {}
-    for numbers, totals in ending_log_probs(model.score_continuations, items, ALONE):
-        ours |= dict(zip(numbers, totals, strict=True))
-    samples = sorted(theirs["samples"]["own_hellaswag"], key=lambda sample: sample["doc_id"])
-    assert len(samples) == len(items) == len(OWN.read_text(encoding="utf-8").splitlines()) >= 24
+    reference = by_the_harness(exported(model, tokenizer, tmp_path), 4)
+    tokenized = tokenize_examples(load_examples(OWN), tokenizer.encode, tokenizer.end_of_text, window, "lm-eval")
+    assert any(len(item.contexts) > 1 for item in tokenized) == (window == 64)
+    actual = {}
+    for numbers, totals in ending_log_probs(model.score_continuations, tokenized, ALONE):
+        actual |= dict(zip(numbers, totals, strict=True))
+    samples = sorted(reference["samples"]["own_hellaswag"], key=lambda sample: sample["doc_id"])
+    assert len(samples) == len(tokenized) == len(OWN.read_text(encoding="utf-8").splitlines()) >= 24
     for number, sample in enumerate(samples):
         assert sample["doc"]["ind"] == json.loads(OWN.read_text(encoding="utf-8").splitlines()[number])["ind"]
         expected = [float(answer[0]) for answer in sample["filtered_resps"]]
-        assert ours[number].tolist() == pytest.approx(expected, abs=5e-4)
-        assert float(ours[number].argmax() == items[number].answer) == sample["acc"]
-        by_length = ours[number] / torch.tensor(items[number].lengths)
-        assert float(by_length.argmax() == items[number].answer) == sample["acc_norm"]
-    figures = finish(hellaswag_sums(model.score_continuations, items, ALONE))
+        assert actual[number].tolist() == pytest.approx(expected, abs=5e-4)
+        assert float(actual[number].argmax() == tokenized[number].answer) == sample["acc"]
+        by_length = actual[number] / torch.tensor(tokenized[number].lengths)
+        assert float(by_length.argmax() == tokenized[number].answer) == sample["acc_norm"]
+    metrics = finish(hellaswag_sums(model.score_continuations, tokenized, ALONE))
     for name in ("acc", "acc_norm", "acc_stderr", "acc_norm_stderr"):
-        assert figures[name] == pytest.approx(theirs["results"]["own_hellaswag"][f"{name},none"], abs=1e-12)
-    assert 0 < figures["acc"] < 1
+        assert metrics[name] == pytest.approx(reference["results"]["own_hellaswag"][f"{name},none"], abs=1e-12)
+    assert 0 < metrics["acc"] < 1

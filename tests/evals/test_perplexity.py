@@ -52,18 +52,18 @@ def test_a_stride_that_leaves_tokens_out_is_refused(stride):
 @torch.no_grad()
 def naive(model: Transformer, text: np.ndarray, context: int, stride: int) -> list[tuple[float, int, float]]:
     """Each token's log-probability, its place and the greatest probability, one window at a time in float64."""
-    whole, found = [END, *text.tolist()], []
-    while len(found) < len(text):
-        end = min(context if not found else len(found) + stride, len(text))
+    full, scored = [END, *text.tolist()], []
+    while len(scored) < len(text):
+        end = min(context if not scored else len(scored) + stride, len(text))
         start = max(end - context, 0)
-        logits = model(torch.tensor([whole[start:end]]))[0].double().numpy()  # (T, V)
-        for token in range(len(found) + 1, end + 1):
+        logits = model(torch.tensor([full[start:end]]))[0].double().numpy()  # (T, V)
+        for token in range(len(scored) + 1, end + 1):
             row = logits[token - 1 - start]
             odds = np.exp(row - row.max())
             odds /= odds.sum()
-            mine = odds[whole[token]]
-            found.append((math.log(mine), int((odds > mine).sum()), odds.max()))
-    return found
+            own = odds[full[token]]
+            scored.append((math.log(own), int((odds > own).sum()), odds.max()))
+    return scored
 
 
 @pytest.mark.parametrize(("n", "stride"), [(100, 6), (100, 12), (57, 1), (7, 4), (12, 5), (13, 12)])
@@ -79,24 +79,28 @@ def test_figures_are_those_of_a_naive_loop(n, stride, model):
         )
 
     for batch, ranks in ((1, 1), (5, 1), (3, 2)):
-        figures = finish(sums(batch, ranks), text_bytes=3 * n)
-        loss = -sum(each[0] for each in expected)
-        assert figures["loss"] == pytest.approx(loss / n, abs=1e-5)
-        assert figures["perplexity"] == pytest.approx(math.exp(loss / n), rel=1e-5)
-        assert figures["bits_per_byte"] == pytest.approx(loss / math.log(2) / (3 * n), rel=1e-5)
-        assert figures["token_accuracy"] == sum(place == 0 for _, place, _ in expected) / n
-        assert figures["top5_accuracy"] == sum(place < 5 for _, place, _ in expected) / n
-        assert figures["n_tokens"] == n
-        assert figures["calibration_error"] == pytest.approx(naive_error(expected), abs=1e-5)
+        metrics = finish(sums(batch, ranks), text_bytes=3 * n)
+        loss = -sum(token[0] for token in expected)
+        assert metrics["loss"] == pytest.approx(loss / n, abs=1e-5)
+        assert metrics["perplexity"] == pytest.approx(math.exp(loss / n), rel=1e-5)
+        assert metrics["bits_per_byte"] == pytest.approx(loss / math.log(2) / (3 * n), rel=1e-5)
+        assert metrics["token_accuracy"] == sum(token_rank == 0 for _, token_rank, _ in expected) / n
+        assert metrics["top5_accuracy"] == sum(token_rank < 5 for _, token_rank, _ in expected) / n
+        assert metrics["n_tokens"] == n
+        assert metrics["calibration_error"] == pytest.approx(naive_error(expected), abs=1e-5)
     assert finish(sums(1, 1))["bits_per_byte"] == pytest.approx(loss / math.log(2) / text.sum(), rel=1e-5)
 
 
-def naive_error(found: list[tuple[float, int, float]]) -> float:
+def naive_error(scored: list[tuple[float, int, float]]) -> float:
     error = 0.0
     for b in range(BINS):
-        inside = [(place == 0, sure) for _, place, sure in found if b / BINS <= sure < (b + 1) / BINS]
+        inside = [
+            (token_rank == 0, confidence)
+            for _, token_rank, confidence in scored
+            if b / BINS <= confidence < (b + 1) / BINS
+        ]
         if inside:
-            error += abs(sum(hit for hit, _ in inside) - sum(sure for _, sure in inside)) / len(found)
+            error += abs(sum(hit for hit, _ in inside) - sum(confidence for _, confidence in inside)) / len(scored)
     return error
 
 
@@ -117,11 +121,11 @@ def test_calibration_of_a_table_made_by_hand():
 
 
 def test_confidence_goes_into_the_right_bin():
-    sure = [0.0, 0.0667, 0.5, 0.999, 1.0]
-    places = [3, 0, 0, 7, 0]
+    confidence = [0.0, 0.0667, 0.5, 0.999, 1.0]
+    token_ranks = [3, 0, 0, 7, 0]
 
     def fixed(tokens, targets):
-        return torch.zeros(targets.shape), torch.tensor([places]), torch.tensor([sure])
+        return torch.zeros(targets.shape), torch.tensor([token_ranks]), torch.tensor([confidence])
 
     batch = (torch.zeros(1, 5, dtype=torch.long), torch.zeros(1, 5, dtype=torch.long))
     sums = perplexity_sums(fixed, [batch], torch.ones(1), CPU)

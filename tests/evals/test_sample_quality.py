@@ -11,7 +11,7 @@ import torch
 
 from myllm.config import ModelConfig
 from myllm.data.tokenizer.load import load_tokenizer
-from myllm.evals import sample_quality as writing
+from myllm.evals import sample_quality
 from myllm.inference.completion import complete
 from myllm.inference.generate import Sequence
 from myllm.inference.load import LanguageModel
@@ -29,49 +29,49 @@ def pair() -> LanguageModel:
 
 def test_variety_by_hand() -> None:
     samples = [[1, 2, 1, 2, 1, 2], [1, 3], [4, 5, 6, 7, 8]]
-    found = writing.variety(samples)
-    assert found["distinct_1"] == 8 / 13
+    metrics = sample_quality.variety(samples)
+    assert metrics["distinct_1"] == 8 / 13
     # 12 21 12 21 12 | 13 | 45 56 67 78: seven different of ten, none across samples
-    assert found["distinct_2"] == 7 / 10
+    assert metrics["distinct_2"] == 7 / 10
     # 1212 2121 1212: one of three was there before; the short sample has no run of four; the last repeats nothing
-    assert found["repetition"] == pytest.approx((1 / 3 + 0) / 2)
-    assert writing.repetition([9] * 103) == 1 - 1 / 100
-    assert writing.variety([[], [1]]) == {"distinct_1": 1.0, "distinct_2": 0.0, "repetition": 0.0}
+    assert metrics["repetition"] == pytest.approx((1 / 3 + 0) / 2)
+    assert sample_quality.repetition([9] * 103) == 1 - 1 / 100
+    assert sample_quality.variety([[], [1]]) == {"distinct_1": 1.0, "distinct_2": 0.0, "repetition": 0.0}
 
 
 def test_figures_by_hand() -> None:
     rows = [Sequence([0], 0, [1, 2], "end_of_text"), Sequence([0], 1, [1, 2, 3], "length")]
-    found = writing.sample_metrics([(rows[0], [-1.0, -2.0, -6.0]), (rows[1], [-1.0, -1.0, -1.0])])
-    assert (found["ended"], found["mean_log_prob"], found["n_samples"], found["n_tokens"]) == (0.5, -2.0, 2, 5)
+    metrics = sample_quality.sample_metrics([(rows[0], [-1.0, -2.0, -6.0]), (rows[1], [-1.0, -1.0, -1.0])])
+    assert (metrics["ended"], metrics["mean_log_prob"], metrics["n_samples"], metrics["n_tokens"]) == (0.5, -2.0, 2, 5)
 
 
 def test_the_same_each_time_and_in_any_batches(pair: LanguageModel) -> None:
-    texts = writing.prompts()[:3]
-    first = list(writing.sample_prompts(pair, texts, 2, 12, batch_size=16))
-    again = list(writing.sample_prompts(pair, texts, 2, 12, batch_size=4))
+    texts = sample_quality.prompts()[:3]
+    first = list(sample_quality.sample_prompts(pair, texts, 2, 12, batch_size=16))
+    again = list(sample_quality.sample_prompts(pair, texts, 2, 12, batch_size=4))
     assert [row.generated for row, _ in first] == [row.generated for row, _ in again]
-    assert writing.sample_metrics(first)["mean_log_prob"] == pytest.approx(
-        writing.sample_metrics(again)["mean_log_prob"], abs=1e-6
+    assert sample_quality.sample_metrics(first)["mean_log_prob"] == pytest.approx(
+        sample_quality.sample_metrics(again)["mean_log_prob"], abs=1e-6
     )
     # They are what `myllm sample` makes of these prompts.
-    made = complete(pair, texts, 12, writing.SAMPLING, num_samples=2)
-    assert [R50K.decode(row.generated) for row, _ in first] == [each.text for each in made]
+    made = complete(pair, texts, 12, sample_quality.SAMPLING, num_samples=2)
+    assert [R50K.decode(row.generated) for row, _ in first] == [completion.text for completion in made]
 
 
 @torch.no_grad()
 def test_log_probabilities_are_the_model_s(pair: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of each drawn token, at temperature 1 and of the whole vocabulary; the end of the text is one of them."""
-    monkeypatch.setattr(writing, "SAMPLING", replace(writing.SAMPLING, temperature=0.5, top_k=3))
-    (plain, *_) = writing.sample_prompts(pair, ["The weather"], 1, 9, batch_size=1)
+    monkeypatch.setattr(sample_quality, "SAMPLING", replace(sample_quality.SAMPLING, temperature=0.5, top_k=3))
+    (plain, *_) = sample_quality.sample_prompts(pair, ["The weather"], 1, 9, batch_size=1)
     ending = next(token for token in plain[0].generated[2:] if token not in plain[0].generated[:2])
     at = plain[0].generated.index(ending)
     prompt = R50K.encode_document("The weather")
     monkeypatch.setattr(R50K, "encode_document", lambda _: prompt)  # as it was with the real end of text
     monkeypatch.setattr(R50K, "end_of_text", ending)
-    ((row, scores),) = writing.sample_prompts(pair, ["The weather"], 1, 9, batch_size=1)
+    ((row, scores),) = sample_quality.sample_prompts(pair, ["The weather"], 1, 9, batch_size=1)
     assert (row.finish_reason, row.generated) == ("end_of_text", plain[0].generated[:at])
-    whole = torch.tensor([[*row.prompt, *row.generated, ending]])
-    expected = pair.model(whole[:, :-1]).double().log_softmax(dim=-1).gather(2, whole[:, 1:, None])[0, :, 0]
+    full = torch.tensor([[*row.prompt, *row.generated, ending]])
+    expected = pair.model(full[:, :-1]).double().log_softmax(dim=-1).gather(2, full[:, 1:, None])[0, :, 0]
     assert scores == pytest.approx(expected[len(row.prompt) - 1 :].tolist(), abs=1e-5)
 
 
@@ -83,13 +83,13 @@ def test_pieces_of_held_out_documents() -> None:
             documents = [list(range(20)), list(range(100, 105)), list(range(200, 240))]
             return np.array([token for document in documents for token in [END, *document]][start : start + count])
 
-    assert writing.held_out_samples(Stream(), END, 9, 10) == [list(range(8, 18)), list(range(208, 218))]
-    assert writing.held_out_samples(Stream(), END, 1, 10) == [list(range(8, 18))]
-    assert writing.held_out_samples(Stream(), END, 9, 1_000) == []
+    assert sample_quality.held_out_samples(Stream(), END, 9, 10) == [list(range(8, 18)), list(range(208, 218))]
+    assert sample_quality.held_out_samples(Stream(), END, 1, 10) == [list(range(8, 18))]
+    assert sample_quality.held_out_samples(Stream(), END, 9, 1_000) == []
 
 
 def test_the_prompts_are_package_data() -> None:
-    texts = writing.prompts()
+    texts = sample_quality.prompts()
     assert len(texts) == len(set(texts)) >= 20
     assert all(text == text.strip() and len(text) > 8 for text in texts)
     assert math.isfinite(len(files("myllm.evals").joinpath("prompts.txt").read_bytes()))

@@ -25,13 +25,13 @@ def test_what_the_clock_is_read_for(model: Transformer, monkeypatch: pytest.Monk
     """A reading before, one when the batch has its first tokens, one at the end: here 1 s apart."""
     ticks = count()
     monkeypatch.setattr(speed.time, "perf_counter", lambda: float(next(ticks)))
-    found = speed.measure(model, batches=(1, 3), repeats=2)
+    metrics = speed.measure(model, batches=(1, 3), repeats=2)
     assert next(ticks) == 2 * 3 * 3  # two batches, a warm-up and two rounds, three readings
-    assert found["first_token_s"] == 1
-    assert (found["prefill_tokens_per_s_1"], found["prefill_tokens_per_s_3"]) == (10, 30)
-    assert (found["decode_tokens_per_s_1"], found["decode_tokens_per_s_3"]) == (9, 27)
-    assert found["weights_mb"] == weight_bytes(model) / 1e6
-    assert found["peak_memory_mb"] > 50  # of a process with torch
+    assert metrics["first_token_s"] == 1
+    assert (metrics["prefill_tokens_per_s_1"], metrics["prefill_tokens_per_s_3"]) == (10, 30)
+    assert (metrics["decode_tokens_per_s_1"], metrics["decode_tokens_per_s_3"]) == (9, 27)
+    assert metrics["weights_mb"] == weight_bytes(model) / 1e6
+    assert metrics["peak_memory_mb"] > 50  # of a process with torch
 
 
 def test_real_times_are_positive(model: Transformer) -> None:

@@ -32,7 +32,7 @@ class Stream:
         return self._tokens[start : start + count]
 
 
-def toy_assess(tokens: torch.Tensor, targets: torch.Tensor) -> Assessed:
+def toy_evaluate(tokens: torch.Tensor, targets: torch.Tensor) -> Assessed:
     """Some function of both, different for every pair."""
     log_probs = -(1 + torch.sin(tokens * 7.0 + targets) ** 2 + targets / 10).float()
     return log_probs, (tokens + targets) % 9, torch.cos(tokens * 3.0 + targets) ** 2
@@ -41,7 +41,7 @@ def toy_assess(tokens: torch.Tensor, targets: torch.Tensor) -> Assessed:
 def sums(stream: Stream, n_sequences: int, batch_size: int, ranks: int, token_bytes: torch.Tensor) -> torch.Tensor:
     shares = [
         perplexity_sums(
-            toy_assess, validation_batches(stream, n_sequences, 8, batch_size, rank, ranks), token_bytes, CPU
+            toy_evaluate, validation_batches(stream, n_sequences, 8, batch_size, rank, ranks), token_bytes, CPU
         )
         for rank in range(ranks)
     ]
@@ -54,13 +54,13 @@ def sums(stream: Stream, n_sequences: int, batch_size: int, ranks: int, token_by
 def test_sums(n_sequences, batch_size, ranks, seed):
     generator = np.random.default_rng(seed)
     text, token_bytes = generator.integers(VOCAB, size=100), generator.integers(0, 9, size=VOCAB)
-    got = sums(Stream(text), n_sequences, batch_size, ranks, torch.from_numpy(token_bytes))
+    actual = sums(Stream(text), n_sequences, batch_size, ranks, torch.from_numpy(token_bytes))
     last = n_sequences * 8
     tokens, targets = torch.from_numpy(text[:last]), torch.from_numpy(text[1 : last + 1])
-    log_probs, likelier, _ = toy_assess(tokens, targets)
-    hits = [(likelier == 0).sum(), (likelier < 5).sum()]
-    expected = [-log_probs.double().sum(), last, token_bytes[text[1 : last + 1]].sum(), *hits]
-    torch.testing.assert_close(got[:5], torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=0)
+    log_probs, token_ranks, _ = toy_evaluate(tokens, targets)
+    correct = [(token_ranks == 0).sum(), (token_ranks < 5).sum()]
+    expected = [-log_probs.double().sum(), last, token_bytes[text[1 : last + 1]].sum(), *correct]
+    torch.testing.assert_close(actual[:5], torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=0)
 
 
 def test_the_number_of_ranks_changes_nothing():
@@ -70,16 +70,16 @@ def test_the_number_of_ranks_changes_nothing():
         torch.testing.assert_close(sums(stream, 31, 4, ranks, token_bytes), one, rtol=1e-13, atol=0)
 
 
-def sums_of(loss: float, tokens: int, n_bytes: int, hits: int, among: int) -> torch.Tensor:
+def sums_of(loss: float, tokens: int, n_bytes: int, correct: int, in_top_k: int) -> torch.Tensor:
     """All tokens in one bin of confidence, 0.3 each."""
     table = torch.zeros(15, 3, dtype=torch.float64)
-    table[4] = torch.tensor([tokens, hits, tokens * 0.3])
-    return torch.cat((torch.tensor([loss, tokens, n_bytes, hits, among], dtype=torch.float64), table.flatten()))
+    table[4] = torch.tensor([tokens, correct, tokens * 0.3])
+    return torch.cat((torch.tensor([loss, tokens, n_bytes, correct, in_top_k], dtype=torch.float64), table.flatten()))
 
 
 def test_figures():
-    figures = finish(sums_of(200 * math.log(2), 100, 50, 25, 40))
-    assert figures == {
+    metrics = finish(sums_of(200 * math.log(2), 100, 50, 25, 40))
+    assert metrics == {
         "loss": pytest.approx(2 * math.log(2)),
         "perplexity": pytest.approx(4),
         "bits_per_byte": pytest.approx(4),
@@ -106,9 +106,9 @@ def test_bits_per_byte_of_a_known_text():
         return torch.full(targets.shape, -3 * math.log(2)), torch.ones_like(targets), torch.zeros(targets.shape)
 
     token_bytes = torch.from_numpy(tokenizer.token_bytes())
-    got = perplexity_sums(three_bits, validation_batches(stream, 1, len(ids), 1), token_bytes, CPU)
-    assert got[2] == len(text.encode()) > len(text)
-    assert finish(got)["bits_per_byte"] == pytest.approx(3 * len(ids) / len(text.encode()), rel=1e-6)
+    actual = perplexity_sums(three_bits, validation_batches(stream, 1, len(ids), 1), token_bytes, CPU)
+    assert actual[2] == len(text.encode()) > len(text)
+    assert finish(actual)["bits_per_byte"] == pytest.approx(3 * len(ids) / len(text.encode()), rel=1e-6)
 
 
 def test_the_end_of_text_has_no_bytes():
@@ -120,5 +120,5 @@ def test_the_end_of_text_has_no_bytes():
         return torch.zeros(targets.shape), torch.zeros_like(targets), torch.ones(targets.shape)
 
     n = stream.tokens - 1
-    got = perplexity_sums(certain, validation_batches(stream, 1, n, 1), token_bytes, CPU)
-    assert got[:5].tolist() == [0, n, len("one two") + len("three"), n, n]
+    actual = perplexity_sums(certain, validation_batches(stream, 1, n, 1), token_bytes, CPU)
+    assert actual[:5].tolist() == [0, n, len("one two") + len("three"), n, n]

@@ -52,30 +52,30 @@ def test_half_a_character_at_the_end() -> None:
 
 
 def test_words_of_a_vocabulary_that_marks_their_start(tmp_path: Path) -> None:
-    made = tokenizers.Tokenizer(models.Unigram([("<unk>", 0.0), ("▁one", -1.0), ("▁two", -1.0)], unk_id=0))
-    made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    made.add_special_tokens(["</s>"])
-    made.save(str(tmp_path / "tokenizer.json"))
+    trained = tokenizers.Tokenizer(models.Unigram([("<unk>", 0.0), ("▁one", -1.0), ("▁two", -1.0)], unk_id=0))
+    trained.pre_tokenizer, trained.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    trained.add_special_tokens(["</s>"])
+    trained.save(str(tmp_path / "tokenizer.json"))
     ours = load_tokenizer(tmp_path)
     assert "".join(pieces(ours.encode("one two two").tolist(), ours)) == " one two two"
 
 
 @given(st.text(alphabet="abc🙂"), st.lists(st.text(alphabet="abc🙂", min_size=1, max_size=4), max_size=3))
 def test_text_ends_before_the_first_stop_string(text: str, stops: list[str]) -> None:
-    stream_tokens, given_out = TextStream(R50K, stops), ""
+    stream, released = TextStream(R50K, stops), ""
     # One byte a token: every stop string is split over tokens.
     for byte in text.encode():
-        given_out += stream_tokens.feed(R50K.encode(chr(byte))[0] if byte < 128 else byte_token(byte))
-        assert text.startswith(given_out)
-        if stream_tokens.stopped:
+        released += stream.feed(R50K.encode(chr(byte))[0] if byte < 128 else byte_token(byte))
+        assert text.startswith(released)
+        if stream.stopped:
             break
-    given_out += stream_tokens.end()
+    released += stream.end()
     ends = [text.find(stop) for stop in stops if stop in text]
-    assert stream_tokens.stopped == bool(ends)
-    assert len(given_out) <= len(text)
+    assert stream.stopped == bool(ends)
+    assert len(released) <= len(text)
     if not ends:
-        assert given_out == text
-    assert not any(stop in given_out for stop in stops)
+        assert released == text
+    assert not any(stop in released for stop in stops)
 
 
 def byte_token(byte: int) -> int:
@@ -83,11 +83,11 @@ def byte_token(byte: int) -> int:
 
 
 def test_a_stop_string_ends_a_sample(pair: LanguageModel) -> None:
-    (whole,) = complete(pair, ["the river"], 20, FREE)
-    assert (whole.finish_reason, whole.tokens, whole.seed) == ("length", 20, 3)
-    stop = whole.text[len(whole.text) // 2 :][:5]
+    (full,) = complete(pair, ["the river"], 20, FREE)
+    assert (full.finish_reason, full.tokens, full.seed) == ("length", 20, 3)
+    stop = full.text[len(full.text) // 2 :][:5]
     (cut,) = complete(pair, ["the river"], 20, FREE, stop=["never there", stop])
-    assert (cut.finish_reason, cut.text) == ("stop", whole.text[: whole.text.find(stop)])
+    assert (cut.finish_reason, cut.text) == ("stop", full.text[: full.text.find(stop)])
     assert cut.tokens < 20
 
 
@@ -98,8 +98,9 @@ def test_the_end_of_the_document(pair: LanguageModel, monkeypatch: pytest.Monkey
     at = drawn.index(ending)
     monkeypatch.setattr(R50K, "encode_document", lambda _: np.array(tokens))  # as it was with the real end of text
     monkeypatch.setattr(R50K, "end_of_text", ending)
-    (made,) = complete(pair, [prompt], 9, FREE)
-    assert (made.finish_reason, made.tokens, made.text) == ("end_of_text", at, R50K.decode(drawn[:at]))
+    (completion,) = complete(pair, [prompt], 9, FREE)
+    assert completion.finish_reason == "end_of_text"
+    assert (completion.tokens, completion.text) == (at, R50K.decode(drawn[:at]))
 
 
 # -- batches and seeds ------------------------------------------------------------------------------------------------
@@ -109,34 +110,34 @@ def test_batch_size_and_neighbours_change_nothing(pair: LanguageModel) -> None:
     prompts = ["the river", "", "a much longer prompt of several words " * 5]
     together = list(complete(pair, prompts, 12, FREE, num_samples=2))
     assert list(complete(pair, prompts, 12, FREE, num_samples=2, batch_size=1)) == together
-    assert [(each.prompt, each.seed) for each in together] == [(prompt, seed) for prompt in prompts for seed in (3, 4)]
+    assert [(completion.prompt, completion.seed) for completion in together] == [
+        (prompt, seed) for prompt in prompts for seed in (3, 4)
+    ]
     assert list(complete(pair, prompts[2:], 12, FREE, num_samples=2)) == together[4:]
     assert together[0].text != together[1].text
 
 
 def test_text_as_it_comes(pair: LanguageModel) -> None:
-    heard = ["", "", ""]
+    received = ["", "", ""]
 
     def listen(number: int, text: str) -> None:
-        heard[number] += text
+        received[number] += text
 
-    made = list(complete(pair, ["a", "b", "c"], 10, FREE, batch_size=2, on_text=listen))
-    assert heard == [each.text for each in made]
+    completions = list(complete(pair, ["a", "b", "c"], 10, FREE, batch_size=2, on_text=listen))
+    assert received == [completion.text for completion in completions]
 
 
 def test_a_sample_is_given_out_once_it_and_those_before_it_are_done(pair: LanguageModel) -> None:
     """Of three made together, the first ends early, the last too, the second late."""
-    whole = [each.text for each in complete(pair, ["a", "b", "c"], 30, FREE)]
-    stop = next(
-        text for at in range(1, 40) if (text := whole[0][at : at + 2]) in whole[2][:60] and text not in whole[1]
-    )
+    full = [completion.text for completion in complete(pair, ["a", "b", "c"], 30, FREE)]
+    stop = next(text for at in range(1, 40) if (text := full[0][at : at + 2]) in full[2][:60] and text not in full[1])
     events: list[tuple[str, int]] = []
-    made = complete(
+    completions = complete(
         pair, ["a", "b", "c"], 30, FREE, stop=[stop], on_text=lambda number, _: events.append(("text", number))
     )
-    for number, each in enumerate(made):
+    for number, completion in enumerate(completions):
         events.append(("done", number))
-        assert each.finish_reason == ("length" if number == 1 else "stop")
+        assert completion.finish_reason == ("length" if number == 1 else "stop")
     first, second, third = (events.index(("done", number)) for number in range(3))
     assert ("text", 1) in events[first:second]  # the first did not wait for the second,
     assert ("text", 2) not in events[second:]  # but the third did

@@ -33,7 +33,7 @@ def generated(model: Any, config: ModelConfig, counts: list[int]) -> Tensor:
     tokens = torch.randint(50, (len(counts), 12), generator=torch.Generator().manual_seed(1))
     cache = KVCache(config, len(counts), 20, "cpu", torch.float32)
     logits = [model.next_logits(tokens[:, : max(counts)], cache, counts)]
-    logits += [model.next_logits(tokens[:, place : place + 1], cache) for place in range(8, 12)]
+    logits += [model.next_logits(tokens[:, position : position + 1], cache) for position in range(8, 12)]
     return torch.stack(logits)
 
 

@@ -115,8 +115,8 @@ def test_top_k_keeps_to_the_likeliest(model):
     tokens = list(PROMPT)
     for token in generate(model, PROMPT, 20, temperature=5, top_k=4, seed=3):
         with torch.no_grad():
-            likeliest = model(torch.tensor([tokens]))[0, -1].topk(4).indices.tolist()
-        assert token in likeliest
+            most_likely = model(torch.tensor([tokens]))[0, -1].topk(4).indices.tolist()
+        assert token in most_likely
         tokens.append(token)
 
 
@@ -148,15 +148,15 @@ def test_no_tokens(model):
 def test_beyond_the_context_the_window_slides(model):
     """Each time it is full, the newer half is read again and the rest forgotten."""
     context, count = SMALL.max_seq_len, 3 * SMALL.max_seq_len
-    got = list(generate(model, PROMPT, count, temperature=0))
-    assert len(got) == count
+    actual = list(generate(model, PROMPT, count, temperature=0))
+    assert len(actual) == count
     window, tokens, expected = list(PROMPT), list(PROMPT), []
     while len(expected) < count:
         if len(window) > context:
             window = tokens[-(context // 2) :]
         token = int(model(torch.tensor([window]))[0, -1].argmax())
         window, tokens, expected = [*window, token], [*tokens, token], [*expected, token]
-    assert got == expected
+    assert actual == expected
 
 
 def test_of_a_long_prompt_the_end_counts(model):

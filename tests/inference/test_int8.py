@@ -74,13 +74,13 @@ def test_no_weight_moves_by_more_than_half_a_step(kind: str) -> None:
     floats, ints = pair(kind)
     assert matrices(floats).keys() == matrices(ints).keys()
     for name, weight in matrices(floats).items():
-        theirs = matrices(ints)[name].dequantize().double().numpy()
+        actual = matrices(ints)[name].dequantize().double().numpy()
         weight = weight.detach().numpy()
-        ours, steps, middle = quantized(weight)
-        assert (np.abs(theirs - weight) <= steps * (0.5 + 1e-4)).all(), name
-        assert np.abs(np.where(middle, 0, theirs - ours)).max() < 1e-6, name
+        expected_weight, steps, middle = quantized(weight)
+        assert (np.abs(actual - weight) <= steps * (0.5 + 1e-4)).all(), name
+        assert np.abs(np.where(middle, 0, actual - expected_weight)).max() < 1e-6, name
         if "embedding" in name or "head" in name:
-            assert not theirs[90:].any()
+            assert not actual[90:].any()
     others = {name: value for name, value in floats.state_dict().items() if name not in matrices(floats)}
     assert all(torch.equal(ints.state_dict()[name], value) for name, value in others.items())
 
@@ -118,14 +118,14 @@ def test_logits_are_those_of_weights_quantized_in_numpy(kind: str) -> None:
     reference = Transformer(floats.config).eval()
     reference.load_state_dict(floats.state_dict())
     for name, weight in matrices(reference).items():
-        ours, _, middle = quantized(matrices(floats)[name].numpy())
-        weight.copy_(torch.from_numpy(np.where(middle, matrices(ints)[name].dequantize().numpy(), ours)))
+        expected_weight, _, middle = quantized(matrices(floats)[name].numpy())
+        weight.copy_(torch.from_numpy(np.where(middle, matrices(ints)[name].dequantize().numpy(), expected_weight)))
     reference.double()
-    expected, got = reference(tokens), ints(tokens)
-    assert got.shape == (2, 20, 90)
+    expected, actual = reference(tokens), ints(tokens)
+    assert actual.shape == (2, 20, 90)
     error = (expected - before).abs().max()  # what quantization itself does
-    assert (got - expected).abs().max() < 1e-3 * error
-    assert (got - before).abs().max() < 1.001 * error
+    assert (actual - expected).abs().max() < 1e-3 * error
+    assert (actual - before).abs().max() < 1.001 * error
     assert error < 0.3 * before.std()
 
 

@@ -47,17 +47,17 @@ def test_a_models_own_precision_is_that_of_autocast(kind: dict, dtype: torch.dty
     model, generator = model_of(kind), torch.Generator().manual_seed(1)
     tokens = torch.randint(50, (2, 9), generator=generator)
 
-    def figures() -> list[torch.Tensor]:
+    def outputs() -> list[torch.Tensor]:
         rows = [Sequence([1, 2, 3], seed=0), Sequence([4], seed=1)]
         list(generate_batch(model, rows, 9, SamplingParams(1.0, 0)))
         owners, generated = torch.tensor([1, 0]), [torch.tensor(row.generated) for row in rows]
         return [*model.evaluate(tokens, tokens), *model.score_continuations(tokens, owners, tokens, tokens), *generated]
 
-    exact = figures()
+    exact = outputs()
     with torch.autocast("cpu", dtype):
-        expected = figures()
+        expected = outputs()
     model.set_compute_dtype(dtype)
-    assert all(torch.equal(mine, theirs) for mine, theirs in zip(figures(), expected, strict=True))
+    assert all(torch.equal(actual, wanted) for actual, wanted in zip(outputs(), expected, strict=True))
     assert not torch.equal(expected[0], exact[0])
     assert not torch.is_autocast_enabled("cpu")
     assert weight_dtype(model) == str(dtype).removeprefix("torch.")

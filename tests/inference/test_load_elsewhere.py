@@ -29,20 +29,20 @@ def test_an_exported_folder(
     exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = files_of(exported)
-    ours = generate(load_model("made", "cpu"), "the river", 8, temperature=0)
-    assert generate(load_model(exported, "cpu"), "the river", 8, temperature=0) == ours
+    expected = generate(load_model("made", "cpu"), "the river", 8, temperature=0)
+    assert generate(load_model(exported, "cpu"), "the river", 8, temperature=0) == expected
     monkeypatch.chdir(tmp_path)
     words = ["--prompt", "the river", "--max-new-tokens", "8", "--temperature", "0", "--num-samples", "1"]
     myllm(["sample", str(exported), *words])
-    assert ours in capsys.readouterr().out
+    assert expected in capsys.readouterr().out
     (tmp_path / "text.txt").write_text("the river ran under the old bridge")
     myllm(["eval", str(exported), "--tasks", "perplexity:text.txt"])
-    theirs = json.loads((tmp_path / "eval.json").read_text())
+    external = json.loads((tmp_path / "eval.json").read_text())
     myllm(["eval", "made", "--tasks", "perplexity:text.txt"])
-    mine = json.loads((tmp_path / "temp_data/runs/made/eval.json").read_text())
-    (theirs, mine) = (each["results"][0] for each in (theirs, mine))
-    assert theirs["metrics"]["loss"] == pytest.approx(mine["metrics"]["loss"], abs=1e-6)
-    assert (theirs["step"], mine["step"]) == (None, 7)
+    own = json.loads((tmp_path / "temp_data/runs/made/eval.json").read_text())
+    (external, own) = (each["results"][0] for each in (external, own))
+    assert external["metrics"]["loss"] == pytest.approx(own["metrics"]["loss"], abs=1e-6)
+    assert (external["step"], own["step"]) == (None, 7)
     assert files_of(exported) == before
     assert [path.name for path in (tmp_path / "temp_data/runs").iterdir()] == ["made"]
     with pytest.raises(SystemExit):
@@ -58,13 +58,13 @@ def test_a_model_of_the_hub(
         hub.models.add("someone/model", files_of(exported) | {"onnx/model.onnx": b"of no use here"}, tag="step-7")
         hub.models.add("someone/model", files_of(exported) | {"config.json": b"{}"})
         hub.cut_next("/cdn/.*safetensors", 100_000)
-        ours = generate(load_model("made", "cpu"), "the river", 8, temperature=0)
-        assert generate(load_model("someone/model@step-7", "cpu"), "the river", 8, temperature=0) == ours
+        expected = generate(load_model("made", "cpu"), "the river", 8, temperature=0)
+        assert generate(load_model("someone/model@step-7", "cpu"), "the river", 8, temperature=0) == expected
         assert find_model("hub:someone/model@step-7").home == Path()
         assert not hub.seen("onnx/model")
         myllm(["import", "someone/model@step-7"])
         assert "imported as the run model" in capsys.readouterr().out
-        assert generate(load_model("model", "cpu"), "the river", 8, temperature=0) == ours
+        assert generate(load_model("model", "cpu"), "the river", 8, temperature=0) == expected
         for source, message in (
             ("someone/model", "is of a None model"),
             ("someone/nothing", "the Hub has no such model"),
@@ -73,7 +73,7 @@ def test_a_model_of_the_hub(
             with pytest.raises(UserError, match=message):
                 load_model(source)
         hub.down()
-        assert generate(load_model("someone/model@step-7", "cpu"), "the river", 8, temperature=0) == ours  # kept
+        assert generate(load_model("someone/model@step-7", "cpu"), "the river", 8, temperature=0) == expected  # kept
         with pytest.raises(UserError, match=r"cannot get other/model from the Hub"):
             load_model("other/model")
 

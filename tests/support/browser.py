@@ -125,7 +125,7 @@ def chromium(profile: Path) -> Iterator[Browser]:
         pytest.skip(f"no browser to look at the page with: install Chromium ({', '.join(NAMES)} on the PATH)")
     (commands_out, commands_in), (answers_out, answers_in) = os.pipe(), os.pipe()
     # Out of the way of 3 and 4, which the browser insists on.
-    given = [fcntl.fcntl(each, fcntl.F_DUPFD, 64) for each in (commands_out, answers_in)]
+    given = [fcntl.fcntl(node, fcntl.F_DUPFD, 64) for node in (commands_out, answers_in)]
     words = [
         program, "--headless", "--remote-debugging-pipe", "--no-first-run", "--disable-gpu", "--disable-dev-shm-usage",
         "--no-proxy-server",
@@ -137,8 +137,8 @@ def chromium(profile: Path) -> Iterator[Browser]:
         ["bash", "-c", redirect, "bash", *words], pass_fds=given, start_new_session=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    for each in (*given, commands_out, answers_in):
-        os.close(each)
+    for node in (*given, commands_out, answers_in):
+        os.close(node)
     try:
         yield Browser(commands_in, answers_out)
     finally:

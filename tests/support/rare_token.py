@@ -37,8 +37,8 @@ def rare_token(config: RunConfig, dataset: Dataset, first_step: int, odd_sample:
     T = config.model.max_seq_len
     stream = dataset.train.read(0, dataset.train.tokens)
     ids, counts = np.unique(stream, return_counts=True)
-    places = {int(np.flatnonzero(stream == token)[0]): int(token) for token in ids[counts == 1]}
-    inside = {place // T: token for place, token in places.items() if 0 < place % T < T - 1}
+    positions = {int(np.flatnonzero(stream == token)[0]): int(token) for token in ids[counts == 1]}
+    inside = {position // T: token for position, token in positions.items() if 0 < position % T < T - 1}
     order = sequences_of_steps(config, dataset, 12)
     for step in range(first_step, 12):
         for sample, sequence in enumerate(order[step - 1].tolist()):

@@ -96,10 +96,10 @@ def test_a_token_shows_its_probability_and_runners_up(browser: Browser, server: 
     browser.wait("!document.getElementById('popup').hidden")
     # 14 against 50,256 zeros, by hand; the padding of the vocabulary takes no part.
     share = np.exp(14) / (np.exp(14) + 50_256)
-    said = browser.run("document.getElementById('popup').innerText")
-    assert f"{100 * share:.1f} %" in said
-    assert f"rank 1 of 50,257, token {SCRIPT[1]}" in said
-    assert "at temperature 1" in said
+    message = browser.run("document.getElementById('popup').innerText")
+    assert f"{100 * share:.1f} %" in message
+    assert f"rank 1 of 50,257, token {SCRIPT[1]}" in message
+    assert "at temperature 1" in message
     rows = browser.run("[...document.querySelectorAll('#popup li')].map(e => [e.className, e.innerText])")
     assert len(rows) == 8
     assert [name for name, _ in rows] == ["own"] + [""] * 7
@@ -200,8 +200,8 @@ def test_mistakes_are_said_and_the_text_stays(browser: Browser, endless: PageSer
     before = generated_text(browser)
     fill(browser, top_p=7)
     browser.press("Enter", CONTROL)
-    said = browser.wait("document.getElementById('problem').textContent")
-    assert "top_p 7.0: give a number above 0 and at most 1" in said
+    message = browser.wait("document.getElementById('problem').textContent")
+    assert "top_p 7.0: give a number above 0 and at most 1" in message
     assert generated_text(browser) == before
     assert any("400" in error for error in browser.errors)  # the browser's own note of the refusal
     browser.errors.clear()
@@ -212,6 +212,6 @@ def test_a_server_that_is_gone(browser: Browser) -> None:
         browser.open(server.address)
     server.server_close()
     browser.press("Enter", CONTROL)
-    said = browser.wait("document.getElementById('problem').textContent")
-    assert "is myllm serve still running?" in said
+    message = browser.wait("document.getElementById('problem').textContent")
+    assert "is myllm serve still running?" in message
     browser.errors.clear()

@@ -59,8 +59,8 @@ def test_figures_are_those_of_a_plain_forward_pass(server: PageServer, model: La
         assert event["logprob"] == pytest.approx(expected[chosen].item(), rel=1e-4)
         assert event["rank"] == int((expected > expected[chosen]).sum()) + 1
         values, most_likely = expected.topk(8)
-        assert [each["id"] for each in event["top_logprobs"]] == most_likely.tolist()
-        assert [each["logprob"] for each in event["top_logprobs"]] == pytest.approx(values.tolist(), rel=1e-4)
+        assert [token["id"] for token in event["top_logprobs"]] == most_likely.tolist()
+        assert [token["logprob"] for token in event["top_logprobs"]] == pytest.approx(values.tolist(), rel=1e-4)
         ids.append(chosen)
 
 
@@ -113,10 +113,10 @@ def test_figures_are_made_only_when_asked_for(model: LanguageModel) -> None:
     rows = [Sequence([3, 4], 1), Sequence([5], 2)]
     for row in generate_batch(model.model, rows, 4, SamplingParams()):
         assert row.logprobs is None
-    plain, asked = [row.generated for row in rows], [Sequence([3, 4], 1), Sequence([5], 2)]
-    for row in generate_batch(model.model, asked, 4, SamplingParams(), top_logprobs=2):
+    plain, with_logprobs = [row.generated for row in rows], [Sequence([3, 4], 1), Sequence([5], 2)]
+    for row in generate_batch(model.model, with_logprobs, 4, SamplingParams(), top_logprobs=2):
         assert len(row.logprobs.top) == 2
-    assert [row.generated for row in asked] == plain
+    assert [row.generated for row in with_logprobs] == plain
 
 
 # -- whom it refuses --------------------------------------------------------------------------------------------------
