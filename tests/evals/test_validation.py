@@ -24,7 +24,7 @@ class Stream:
         self._tokens = np.asarray(tokens, dtype=np.uint16)
         self.tokens = len(self._tokens)
 
-    def check(self, starts: np.ndarray, count: int) -> None:
+    def verify(self, starts: np.ndarray, count: int) -> None:
         """Memory needs none."""
 
     def read(self, start: int, count: int) -> np.ndarray:
