@@ -78,9 +78,9 @@ def test_vocabularies_are_not_mixed_up(tiny: RunConfig, learn: Learn) -> None:
     def on(config: RunConfig, name: str) -> RunConfig:
         return replace(config, data=replace(config.data, dataset=name))
 
-    with pytest.raises(UserError, match="was made with the vocabulary bpe-400"):
+    with pytest.raises(UserError, match="was made with the tokenizer bpe-400"):
         run(on(with_vocabulary(tiny, second, 401), made.name))
-    with pytest.raises(UserError, match="was made with the vocabulary r50k_base"):
+    with pytest.raises(UserError, match="was made with the tokenizer r50k_base"):
         run(on(with_vocabulary(tiny, first, 400), plain.name))
     with pytest.raises(UserError, match=r"model\.vocab_size is 50,257(.|\n)*set it to 400"):
         run(on(tiny, made.name))
