@@ -105,7 +105,7 @@ def prepare_and_train(config: "RunConfig", prepare_only: bool, profile: bool = F
             taken_over()
             config = resolve_config(resolve_max_steps(config, dataset.train.tokens, own_text), dataset, process)
             config, note = resolve_micro_batch_size(
-                config, dataset.tokenizer(), process, dataset.val.tokens, rehearsed=True
+                config, dataset.tokenizer(), process, dataset.val.tokens, use_preflight=True
             )
             try:
                 outcome = train(config, dataset, process, publisher.submit, started, profile, [note] if note else [])

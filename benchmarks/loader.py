@@ -21,16 +21,22 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
+from myllm.checkpoint.state import TrainState
 from myllm.data.dataloader import BatchLoader
 from myllm.data.dataset import Dataset
+from myllm.data.sampler import DataPosition
 from myllm.data.tokenizer.load import load_tokenizer
 from myllm.data.transfer import Batch
-from myllm.distributed.collectives import process_group
+from myllm.distributed.collectives import DistContext, process_group
 from myllm.distributed.device_info import device_name
+from myllm.paths import RunPaths
 from myllm.planning.batch import BatchPlan, batch_plan
 from myllm.presets import get_preset
 from myllm.runs.logs import Stopwatch
-from myllm.training.preflight.rehearsal import Parts, scratch_folder, synthetic_dataset
+from myllm.training.context import RunContext
+from myllm.training.preflight.scratch import random_dataset, scratch_folder
+from myllm.training.setup import Trainer, build
+from myllm.training.step import train_step
 
 ALONE_S = 5.0
 TEXT_STEPS = 64
@@ -45,10 +51,11 @@ def main() -> None:
     with process_group("auto") as process, scratch_folder(process) as folder, ExitStack() as stack:
         batch = batch_plan(config, 1)
         text = replace(config, train=replace(config.train, batch_tokens=TEXT_STEPS * batch.batch_tokens))
-        dataset = synthetic_dataset(text, folder, load_tokenizer("r50k_base"), process)
-        parts = Parts(config, process, stack)
-        alone, first_s = tokens_per_s_alone(parts, dataset, batch)
-        step_s, wait_s, resident_s = steps(parts, dataset, batch, options.steps)
+        dataset = random_dataset(text, folder, load_tokenizer("r50k_base"), process)
+        ctx = RunContext.create(config, process, RunPaths(folder / "run"), log=lambda line: None)
+        alone, first_s = tokens_per_s_alone(dataset, batch, config.train.seed, process)
+        trainer, state = stack.enter_context(build(ctx, dataset, batch))
+        step_s, wait_s, resident_s = steps(trainer, state, options.steps)
         print(
             f"{device_name(process.device)}, {torch.get_num_threads()} CPU threads, torch {torch.__version__}, Python "
             f"{platform.python_version()}: {options.preset}, {batch}\n"
@@ -73,13 +80,14 @@ def read_options() -> argparse.Namespace:
     return arguments.parse_args()
 
 
-def tokens_per_s_alone(parts: Parts, dataset: Dataset, batch: BatchPlan) -> tuple[float, float]:
-    """Tokens a second that the loader hands out when nothing is done with them, and seconds until its first batch."""
-    watch, tokens = Stopwatch(parts.process.device), 0
-    with parts.loader(dataset, batch) as loader:
+def tokens_per_s_alone(dataset: Dataset, batch: BatchPlan, seed: int, process: DistContext) -> tuple[float, float]:
+    """Tokens per second of the loader without training, and seconds until its first batch."""
+    watch, tokens = Stopwatch(process.device), 0
+    position = DataPosition(0, 0, seed, dataset.fingerprint)
+    with BatchLoader(dataset.train, batch, position, process.rank, process.device) as loader:
         loader.next_batch()
         first_s = watch.lap()
-        for _ in range(loader.AHEAD):  # what was made meanwhile does not count
+        for _ in range(loader.READ_AHEAD):  # batches that were read meanwhile do not count
             loader.next_batch()
         watch.lap()
         until = time.perf_counter() + ALONE_S
@@ -88,20 +96,24 @@ def tokens_per_s_alone(parts: Parts, dataset: Dataset, batch: BatchPlan) -> tupl
         return tokens / watch.lap(), first_s
 
 
-def steps(parts: Parts, dataset: Dataset, batch: BatchPlan, count: int) -> tuple[float, float, float]:
-    """Medians of seconds: a step, of that waiting for the loader, and a step whose batches are there already."""
-    watch, times, waits, resident = Stopwatch(parts.process.device), [], [], []
-    with parts.loader(dataset, batch) as loader:
-        held = [loader.next_batch() for _ in range(batch.grad_accum_steps)]
-        for number in range(2 + count):  # two to warm up; the two kinds in turn, since a machine's speed drifts
-            with handing_out(loader, held):
-                watch.lap()
-                parts.step(loader, dataset, batch, 2 * number)
-                resident.append(watch.lap())
-            before = loader.wait_s
-            parts.step(loader, dataset, batch, 2 * number + 1)
-            times.append(watch.lap())
-            waits.append(loader.wait_s - before)
+def steps(trainer: Trainer, state: TrainState, count: int) -> tuple[float, float, float]:
+    """Medians of seconds: a step, its wait for the loader, and a step whose batches are on the device already."""
+    loader, times, waits, resident = trainer.loader, [], [], []
+    watch = Stopwatch(trainer.ctx.dist.device)
+
+    def step(number: int) -> float:
+        watch.lap()
+        trainer.guard.record(replace(state, step=number))
+        train_step(trainer, number)
+        return watch.lap()
+
+    held = [loader.next_batch() for _ in range(trainer.batch.grad_accum_steps)]
+    for number in range(2 + count):  # two to warm up; both kinds in turn, since a machine's speed drifts
+        with handing_out(loader, held):
+            resident.append(step(2 * number))
+        before = loader.wait_s
+        times.append(step(2 * number + 1))
+        waits.append(loader.wait_s - before)
     return statistics.median(times[2:]), statistics.median(waits[2:]), statistics.median(resident[2:])
 
 
@@ -109,11 +121,11 @@ def steps(parts: Parts, dataset: Dataset, batch: BatchPlan, count: int) -> tuple
 def handing_out(loader: BatchLoader, batches: list[Batch]):
     """Have the loader give these batches, which are on the device, instead of its own."""
     rest = iter(batches)
-    loader.next = lambda: next(rest)
+    loader.next_batch = lambda: next(rest)
     try:
         yield
     finally:
-        del loader.next
+        del loader.next_batch
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from myllm.errors import UserError
 from myllm.hub.architectures import select_architecture
 from myllm.model.transformer import Transformer
 from myllm.training.preflight.device_memory import peak_bytes, reset_peak
-from myllm.training.preflight.rehearsal import scratch_folder, synthetic_dataset
+from myllm.training.preflight.scratch import random_dataset, scratch_folder
 
 WARM_UP_STEPS = 3
 LOSS_TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-3, torch.float16: 1e-3}
@@ -71,7 +71,7 @@ def compare(config: RunConfig, process: DistContext, turns: int, steps: int, wit
     say(f"the ways agree: {describe(agreement)}")
     weights = Transformer(config.model, config.train.seed).state_dict()
     with scratch_folder(process) as folder, ExitStack() as stack:
-        dataset = synthetic_dataset(config, folder, load_tokenizer(config.data.tokenizer), process)
+        dataset = random_dataset(config, folder, load_tokenizer(config.data.tokenizer), process)
         ways = [ours(config, process, dataset, stack, say), reference(config, process, dataset, weights)]
         if not absent:
             ways.append(peer(config, process, dataset, weights, stack))

@@ -25,8 +25,10 @@ from myllm.hub.architectures import CLASSES, select_architecture, transformers_c
 from myllm.hub.export.weights import to_transformers
 from myllm.model.transformer import Transformer
 from myllm.optim.adamw import ScheduledAdamW
+from myllm.paths import RunPaths
 from myllm.planning.batch import BatchPlan, batch_plan
-from myllm.training.preflight.rehearsal import Parts
+from myllm.training.context import RunContext
+from myllm.training.setup import build
 from myllm.training.step import train_step
 
 REFERENCE_DROPOUT = {"dropout_attention_residual": 0.1, "dropout_ffn": 0.15}
@@ -118,20 +120,21 @@ def ours(
 ) -> Way:
     """What pretrain.py's loop does between two log lines. Its choice of kernels holds for the whole process, so the
     other ways have it too."""
-    parts, batch = Parts(config, process, stack, say), batch_plan(config, process.world_size)
-    loader = stack.enter_context(parts.loader(dataset, batch))
+    batch = batch_plan(config, process.world_size)
+    ctx = RunContext.create(config, process, RunPaths(dataset.folder.parent / "run"), say)
+    trainer, state = stack.enter_context(build(ctx, dataset, batch))
     done = 0
 
     def step() -> Tensor:
         nonlocal done
-        parts.guard.record(parts.state(dataset, done))
-        loss, _, _ = train_step(parts.trainer(loader, dataset, batch), done)
+        trainer.guard.record(replace(state, step=done))
+        loss, _, _ = train_step(trainer, done)
         done += 1
         if done % config.train.log_every_steps == 0:
-            parts.guard.sync()
+            trainer.guard.sync()
         return loss
 
-    return Way("myllm", step, lambda: loader.wait_s, held_bytes(parts.model), batch)
+    return Way("myllm", step, lambda: trainer.loader.wait_s, held_bytes(trainer.model), batch)
 
 
 def reference(config: RunConfig, process: DistContext, dataset: Dataset, weights: Weights) -> Way:

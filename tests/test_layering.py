@@ -48,7 +48,7 @@ def imported_modules(file: Path) -> Iterator[str]:
 
 def test_imports_are_seen():
     """The reader of imports itself: relative, absolute, whole modules, and those inside functions."""
-    assert "myllm.planning.batch" in set(imported_modules(PACKAGE / "training/loop.py"))  # from a package
+    assert "myllm.planning.batch" in set(imported_modules(PACKAGE / "training/setup.py"))  # from a package
     assert "myllm.config" in set(imported_modules(PACKAGE / "model/norm.py"))  # from myllm.config import ModelConfig
     assert "myllm.inference.load" in set(imported_modules(PACKAGE / "cli/sample.py"))  # inside a function
     assert "myllm.training.loop" in set(imported_modules(ENTRY_POINT))  # from myllm.training.loop import train
@@ -165,7 +165,7 @@ print([name for name in ("torch", "transformers", "matplotlib", "datasets") if n
 
 def test_training_needs_no_matplotlib():
     """Every rank would load it, for a picture that one draws after the end."""
-    modules = ("training.loop", "training.preflight.preflight", "hub.background_publish", "hub.export.transformers")
+    modules = ("training.loop", "training.preflight.rehearsal", "hub.background_publish", "hub.export.transformers")
     code = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})

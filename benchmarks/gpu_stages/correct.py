@@ -122,7 +122,7 @@ class OneBatch:
     def __init__(self, batch: Batch) -> None:
         self._batch = batch
 
-    def next(self) -> Batch:
+    def next_batch(self) -> Batch:
         return self._batch
 
 

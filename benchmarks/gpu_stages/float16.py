@@ -28,7 +28,8 @@ def run(bench: Bench) -> Iterator[Check]:
     config = bench.config(LAYERS, micro_batch=2 if bench.tiny else 8, precision="float16", compile="off")
     with stage_folder(bench) as folder, ExitStack() as stack:
         steps = Steps(config, bench.process, made_up(bench, config, folder), stack)
-        guard = steps.parts.guard = GradientGuard(config.train, bench.device, SkipStats(loss_scale=TOO_LARGE))
+        guard = GradientGuard(config.train, bench.device, SkipStats(loss_scale=TOO_LARGE))
+        steps.trainer = replace(steps.trainer, guard=guard)
         losses = steps.losses(4 if bench.tiny else STEPS)
         skips = guard.sync()
     right = skips.overflows > 0 and skips.nonfinite == 0 and skips.loss_scale < TOO_LARGE

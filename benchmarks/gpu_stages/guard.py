@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -42,12 +43,11 @@ class Spoilt(nn.Module):
 
 
 def skips(steps: Steps) -> Iterator[Check]:
-    parts = steps.parts
-    before, real = state(steps), parts.runner
-    parts.runner = Spoilt(real)
+    before, trainer = state(steps), steps.trainer
+    steps.trainer = replace(trainer, train_model=Spoilt(trainer.train_model))
     steps.step()
-    parts.runner = real
-    counted = parts.guard.sync().nonfinite
+    steps.trainer = trainer
+    counted = trainer.guard.sync().nonfinite
     kept = equal(before, state(steps))
     measured = f"{counted} counted, weights and moments {'as before' if kept else 'CHANGED'}"
     yield correct("an update that is not finite", kept and counted == 1, measured, "1 counted, as before")
@@ -59,8 +59,8 @@ def skips(steps: Steps) -> Iterator[Check]:
 
 def state(steps: Steps) -> list[Tensor]:
     """Copies of weights, moments and AdamW's counts of steps."""
-    moments = steps.parts.optimizer.state_dict().values()
-    tensors = [*steps.parts.model.state_dict().values(), *(tensor for each in moments for tensor in each.values())]
+    moments = steps.trainer.optimizer.state_dict().values()
+    tensors = [*steps.trainer.model.state_dict().values(), *(tensor for each in moments for tensor in each.values())]
     return [tensor.detach().clone() for tensor in tensors]
 
 

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import torch
 
-from myllm.training.preflight.device_memory import is_out_of_memory
-from myllm.training.preflight.rehearsal import measure_peak_bytes, memory_limit_bytes
+from myllm.training.preflight.batch_size import measure_peak_bytes
+from myllm.training.preflight.device_memory import is_out_of_memory, memory_limit_bytes
 
 from .bench import Bench
 from .frame import Check, bounded, correct
@@ -21,20 +21,19 @@ LEFT_BYTES = 64 * 2**20
 def run(bench: Bench) -> Iterator[Check]:
     yield refusal(bench)
     config = bench.config(LAYERS, micro_batch=2 if bench.tiny else 8, compile="off")
-    size = config.train.micro_batch_size
     with stage_folder(bench) as folder:
         dataset, limit = made_up(bench, config, folder), memory_limit_bytes(bench.process)
         before = allocated(bench)
-        need = measure_peak_bytes(config, dataset, bench.process, size, limit)
+        need = measure_peak_bytes(config, dataset, bench.process, limit)
         yield correct("with all memory", need is not None, f"{(need or 0) / 2**30:.2f} GiB", "fits")
         if need is None:
             return
-        refused = measure_peak_bytes(config, dataset, bench.process, size, int(TOO_LITTLE * need)) is None
+        refused = measure_peak_bytes(config, dataset, bench.process, int(TOO_LITTLE * need)) is None
         measured = "refused" if refused else "fits"
         yield correct(f"with {TOO_LITTLE:.0%} of that", refused, measured, "refused")
         left = allocated(bench) - before
         yield bounded("left behind", left / 2**20, None, LEFT_BYTES / 2**20 if bench.on_cuda else None, "MiB")
-        again = measure_peak_bytes(config, dataset, bench.process, size, limit)
+        again = measure_peak_bytes(config, dataset, bench.process, limit)
         yield correct("afterwards", again is not None, f"{(again or 0) / 2**30:.2f} GiB", "fits again")
 
 

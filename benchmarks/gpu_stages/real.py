@@ -118,7 +118,7 @@ def profile(bench: Bench, steps: Steps) -> Iterator[Check]:
     run, said = RunPaths(bench.work), []
     meter = SimpleNamespace(timed=lambda name: nullcontext())
     profiler = Profiler(run, steps.config, steps.state.step, bench.process, said.append, meter)
-    for number in profiler.window:
+    for number in range(steps.state.step, profiler.window.stop):
         with profiler.around(number):
             steps.step(phase=profiler.phase)
     with (run.profile / TRACE).open("rb") as trace, gzip.open(bench.out / f"gpu_check_{TRACE}.gz", "wb") as kept:

@@ -10,7 +10,7 @@ from myllm.paths import RunPaths
 
 from .bench import Bench
 from .frame import Check, correct, skipped
-from .steps import Steps, load, made_up, save, stage_folder
+from .steps import Steps, made_up, save, stage_folder
 
 LAYERS = 4
 BEFORE, AFTER = 3, 3
@@ -42,7 +42,7 @@ def resumed(bench: Bench, config: RunConfig, name: str, bit_for_bit: bool) -> It
             del steps
         torch.compiler.reset()
         with ExitStack() as stack:
-            again = Steps(config, bench.process, dataset, stack, lambda parts: load(parts, run, dataset))
+            again = Steps(config, bench.process, dataset, stack, run)
             found, same_text = again.losses(AFTER), again.sample_digest == receipt
     yield correct(f"{name}, receipt of all text", same_text, "equal" if same_text else "differs", "equal")
     worst = max(abs(a - b) / b for a, b in zip(found, expected, strict=True))

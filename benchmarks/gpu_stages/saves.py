@@ -11,7 +11,7 @@ from myllm.paths import RunPaths
 from .bench import Bench, synchronize
 from .frame import Check, bounded, correct, noted
 from .guard import equal, state
-from .steps import Steps, load, made_up, stage_folder
+from .steps import Steps, made_up, stage_folder
 
 BLOCKED_S = 5.0
 """That training may wait for the copy to host memory."""
@@ -26,9 +26,9 @@ def run(bench: Bench) -> Iterator[Check]:
             steps.step()
             expected = state(steps)
             synchronize(bench.device)
-            parts, started = steps.parts, time.perf_counter()
+            trainer, started = steps.trainer, time.perf_counter()
             tokenizer = load_tokenizer(config.data.tokenizer)
-            with AsyncSaver(config, run, parts.model, parts.optimizer, tokenizer, bench.process) as saver:
+            with AsyncSaver(config, run, trainer.model, trainer.optimizer, tokenizer, bench.process) as saver:
                 saver.save(steps.state)
                 blocked_s = time.perf_counter() - started
             whole_s = time.perf_counter() - started
@@ -38,7 +38,7 @@ def run(bench: Bench) -> Iterator[Check]:
         yield noted("whole on the disk", f"{n_bytes / 2**30:.2f} GiB after {whole_s:.1f} s", seconds=whole_s)
         with ExitStack() as stack:
             started = time.perf_counter()
-            again = Steps(config, bench.process, dataset, stack, lambda parts: load(parts, run, dataset))
+            again = Steps(config, bench.process, dataset, stack, run)
             load_s, same = time.perf_counter() - started, equal(expected, state(again))
         measured = f"{'equal' if same else 'DIFFERENT'}, in {load_s:.1f} s"
         yield correct("weights and moments read back", same, measured, "equal", seconds=load_s)

@@ -8,11 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from myllm.checkpoint import format as checkpoint
 from myllm.checkpoint.async_saver import AsyncSaver
-from myllm.checkpoint.state import TrainState
 from myllm.config import RunConfig
-from myllm.data.dataloader import BatchLoader
 from myllm.data.dataset import Dataset
 from myllm.data.sample_digest import SampleDigest
 from myllm.data.sampler import count_sequences
@@ -21,16 +18,16 @@ from myllm.distributed.collectives import DistContext
 from myllm.paths import RunPaths
 from myllm.planning.batch import batch_plan
 from myllm.training.context import RunContext
-from myllm.training.preflight.rehearsal import Parts, scratch_folder, synthetic_dataset
+from myllm.training.preflight.scratch import random_dataset, scratch_folder
 from myllm.training.profiler import no_phase
-from myllm.training.restore import restore
+from myllm.training.setup import build
 from myllm.training.step import train_step
 
 from .bench import Bench, fresh
 
 
 class Steps:
-    """What the loop does between two log lines, over and over: the run's own parts and `train_step`."""
+    """What the loop does between two log lines, over and over: the run's own `build` and `train_step`."""
 
     def __init__(
         self,
@@ -38,28 +35,25 @@ class Steps:
         process: DistContext,
         dataset: Dataset,
         stack: ExitStack,
-        load: Callable[[Parts], TrainState] | None = None,
+        run: RunPaths | None = None,
     ) -> None:
         """
         Args:
-            stack: holds what ends with the steps: their kernels and their loader.
-            load: fills weights and optimizer from a checkpoint, and says where it was; None: from the start.
+            stack: ends the trainer.
+            run: start from the newest checkpoint in this folder; None: from step 0.
         """
         self.config, self.process, self.dataset = config, process, dataset
         self.batch = batch_plan(config, process.world_size)
         self.said: list[str] = []
-        self.parts = Parts(config, process, stack, self.said.append)
-        self.state = self.start = load(self.parts) if load else self.parts.state(dataset, 0)
-        self.loader = stack.enter_context(
-            BatchLoader(dataset.train, self.batch, self.state.data, process.rank, process.device)
-        )
+        ctx = RunContext.create(config, process, run or RunPaths(dataset.folder.parent / "new"), self.said.append)
+        self.trainer, self.state = stack.enter_context(build(ctx, dataset, self.batch))
+        self.start, self.loader = self.state, self.trainer.loader
 
     def step(self, phase: Callable[[str], AbstractContextManager[None]] = no_phase) -> Tensor:
         """One update; the loss, on the device, where nothing has waited for it."""
-        parts, state, batch = self.parts, self.state, self.batch
-        parts.guard.record(state)
-        trainer = parts.trainer(self.loader, self.dataset, batch)
-        loss, self.grad_norm, _ = train_step(trainer, state.step, phase)
+        state, batch = self.state, self.batch
+        self.trainer.guard.record(state)
+        loss, self.grad_norm, _ = train_step(self.trainer, state.step, phase)
         self.state = replace(
             state,
             step=state.step + 1,
@@ -89,17 +83,11 @@ def stage_folder(bench: Bench) -> Iterator[Path]:
 
 def made_up(bench: Bench, config: RunConfig, folder: Path) -> Dataset:
     """Text of random tokens, as much as one step trains on."""
-    return synthetic_dataset(config, folder, load_tokenizer(config.data.tokenizer), bench.process)
+    return random_dataset(config, folder, load_tokenizer(config.data.tokenizer), bench.process)
 
 
 def save(steps: Steps, run: RunPaths) -> None:
     """A checkpoint of where the steps are, whole when this returns."""
-    tokenizer, parts = load_tokenizer(steps.config.data.tokenizer), steps.parts
-    with AsyncSaver(steps.config, run, parts.model, parts.optimizer, tokenizer, steps.process) as saver:
+    tokenizer, trainer = load_tokenizer(steps.config.data.tokenizer), steps.trainer
+    with AsyncSaver(steps.config, run, trainer.model, trainer.optimizer, tokenizer, steps.process) as saver:
         saver.save(replace(steps.state, sample_digest=steps.sample_digest))
-
-
-def load(parts: Parts, run: RunPaths, dataset: Dataset) -> TrainState:
-    """The newest checkpoint, into weights, optimizer and generators."""
-    ctx = RunContext.create(parts.config, parts.process, run, log=lambda line: None)
-    return restore(checkpoint.load_latest(run.checkpoints, ctx.log), ctx, dataset, parts.model, parts.optimizer)

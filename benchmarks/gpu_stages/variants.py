@@ -57,11 +57,12 @@ def variants(bench: Bench, config: RunConfig) -> Iterator[Variant]:
 
 
 def by_block(steps: Steps) -> None:
-    steps.parts.model.compile_blocks(fullgraph=True, dynamic=False)
+    steps.trainer.model.compile_blocks(fullgraph=True, dynamic=False)
 
 
 def as_one_graph(steps: Steps) -> None:
-    steps.parts.runner = torch.compile(steps.parts.model, fullgraph=True, dynamic=False)
+    compiled = torch.compile(steps.trainer.model, fullgraph=True, dynamic=False)
+    steps.trainer = replace(steps.trainer, train_model=compiled)
 
 
 def measured(bench: Bench, way: Variant) -> Check:

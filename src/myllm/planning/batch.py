@@ -1,7 +1,7 @@
 """Batch arithmetic: batch_tokens = micro-batch x sequence length x ranks x accumulation steps, exactly."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from myllm.config import RunConfig
 
@@ -28,6 +28,10 @@ class BatchPlan:
     def sequences(self) -> int:
         """Sequences per step over all ranks."""
         return self.batch_tokens // self.seq_len
+
+    def with_max_accum_steps(self, steps: int) -> "BatchPlan":
+        """The same micro-steps, but at most this many of them."""
+        return replace(self, batch_tokens=min(self.grad_accum_steps, steps) * self.micro_tokens)
 
     def error(self) -> str | None:
         """Why batch_tokens does not divide evenly, with the nearest values that do; None if it does."""

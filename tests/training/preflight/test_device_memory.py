@@ -11,9 +11,8 @@ import torch.distributed as dist
 from myllm.distributed import collectives as distributed
 from myllm.distributed.collectives import DistContext
 from myllm.errors import UserError
-from myllm.training.preflight import rehearsal
-from myllm.training.preflight.device_memory import is_out_of_memory
-from myllm.training.preflight.rehearsal import OutOfMemory, run_within_memory
+from myllm.training.preflight import device_memory
+from myllm.training.preflight.device_memory import OutOfMemory, is_out_of_memory, run_within_memory
 
 PAIR = DistContext(0, 0, 2, torch.device("cpu"))
 
@@ -73,7 +72,7 @@ def store(one_rank: None, monkeypatch: pytest.MonkeyPatch) -> dist.Store:
     monkeypatch.setattr(distributed, "shared_store", lambda: shared)
     monkeypatch.setattr(dist, "get_world_size", lambda *_: 2)
     monkeypatch.setattr(distributed, "gather_object", lambda value: [value])
-    monkeypatch.setattr(rehearsal, "ALONE_S", 0.2)
+    monkeypatch.setattr(device_memory, "OTHER_RANKS_S", 0.2)
     return shared
 
 

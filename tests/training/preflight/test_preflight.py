@@ -33,21 +33,19 @@ from myllm.planning.disk import checkpoint_bytes
 from myllm.planning.forecast import Hardware, describe, predict
 from myllm.presets import get_preset
 from myllm.training.loop import train
-from myllm.training.preflight import batch_size as micro_batch
-from myllm.training.preflight import preflight as preflight_module
-from myllm.training.preflight import rehearsal
-from myllm.training.preflight import summary as preflight_report
+from myllm.training.preflight import batch_size, rehearsal, scratch, summary
 from myllm.training.preflight.batch_size import (
     CPU_TOKENS,
     candidate_sizes,
     largest_that_fits,
+    measure_peak_bytes,
     resolve_micro_batch_size,
     save_for_run,
 )
 from myllm.training.preflight.data_and_disk import DataAndDisk, find_prepared, inspect_data_and_disk
 from myllm.training.preflight.device_memory import peak_bytes, reset_peak
-from myllm.training.preflight.preflight import preflight
-from myllm.training.preflight.rehearsal import measure_peak_bytes, scratch_folder, synthetic_dataset
+from myllm.training.preflight.rehearsal import preflight
+from myllm.training.preflight.scratch import random_dataset, scratch_folder
 from myllm.training.preflight.summary import Limits, Measurements, PreflightResult, count_due
 
 CPU = torch.device("cpu")
@@ -81,9 +79,9 @@ def rehearsed(
         before = content(folder)
         torch.manual_seed(3)
         random = torch.get_rng_state()
-        findings = preflight(config, ALONE, Limits(dollars_per_hour=36), lambda line: None)
+        result = preflight(config, ALONE, Limits(dollars_per_hour=36), lambda line: None)
         assert torch.equal(torch.get_rng_state(), random)
-        yield findings, folder, before, content(folder)
+        yield result, folder, before, content(folder)
 
 
 def test_it_leaves_everything_as_it_was(rehearsed) -> None:
@@ -92,12 +90,12 @@ def test_it_leaves_everything_as_it_was(rehearsed) -> None:
 
 
 def test_what_is_measured(rehearsed, config: RunConfig) -> None:
-    findings, folder, _, _ = rehearsed
-    measured = findings.measured
+    result, folder, _, _ = rehearsed
+    measured = result.measured
     assert abs(measured.loss - log(50_257)) < 0.2  # it knows nothing yet
     assert measured.finite
     assert measured.steps == 3
-    assert measured.share == 1
+    assert measured.fraction == 1
     assert 0 < measured.step_s < 30
     assert measured.evals.keys() == {"validation", "cloze", "hellaswag", "samples"}
     assert not any(failure for _, failure in measured.evals.values())
@@ -106,16 +104,16 @@ def test_what_is_measured(rehearsed, config: RunConfig) -> None:
     assert (
         abs(measured.checkpoint_bytes - sum(path.stat().st_size for path in real.rglob("*") if path.is_file())) < 2_000
     )
-    assert findings.done == 4
-    assert findings.problems() == []
-    assert findings.room.tokens_are_counted
-    assert findings.room.shards_bytes == 0
+    assert result.steps_done == 4
+    assert result.problems() == []
+    assert result.storage.tokens_are_exact
+    assert result.storage.shards_bytes == 0
 
 
 def test_the_table(rehearsed) -> None:
-    findings, *_ = rehearsed
-    shown = findings.table()
-    total = sum(findings.seconds_left.values())
+    result, *_ = rehearsed
+    shown = result.table()
+    total = sum(result.seconds_left.values())
     for words in (
         "preflight of tiny on 1 x",
         "1 sequences x 64 tokens",
@@ -124,7 +122,7 @@ def test_the_table(rehearsed) -> None:
         "after step 4",
     ):
         assert words in shown
-    assert f"cost left    ${total / 100:,.2f} at $36.00 an hour" in shown
+    assert f"cost left    ${total / 100:,.2f} at $36.00 per hour" in shown
 
 
 def test_a_run_is_the_same_with_and_without(config: RunConfig, temp_data: Path) -> None:
@@ -150,7 +148,7 @@ def test_times_due(every: int, done: int, max_steps: int, times: int) -> None:
 
 
 @pytest.fixture
-def findings(config: RunConfig) -> PreflightResult:
+def result(config: RunConfig) -> PreflightResult:
     """100 steps of 2 s, 4 of them behind; two batches of validation of 1 s at 10 steps; saves of 3 s."""
     train = replace(config.train, max_steps=100, save_every_steps=50, keep_last=3)
     evals = replace(config.eval, validation_every_steps=10, validation_tokens=128)
@@ -161,59 +159,59 @@ def findings(config: RunConfig) -> PreflightResult:
     return PreflightResult(whole, ALONE, Limits(), room, 2**30, 4, measured)
 
 
-def test_the_time_that_is_left(findings: PreflightResult) -> None:
-    assert findings.seconds_left == {"training": 192.0, "validation": 20.0, "saves": 6.0}
-    assert findings.problems() == []
+def test_the_time_that_is_left(result: PreflightResult) -> None:
+    assert result.seconds_left == {"training": 192.0, "validation": 20.0, "saves": 6.0}
+    assert result.problems() == []
 
 
-def test_the_estimate_is_for_what_is_compiled_there(findings: PreflightResult, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = with_train(findings.config, compile="auto")
-    on_card = replace(findings, config=config, process=DistContext(0, 0, 1, torch.device("cuda")))
+def test_the_estimate_is_for_what_is_compiled_there(result: PreflightResult, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = with_train(result.config, compile="auto")
+    on_card = replace(result, config=config, dist=DistContext(0, 0, 1, torch.device("cuda")))
     shown = []
     for works in (True, False):
-        monkeypatch.setattr(preflight_report, "has_triton", lambda device, works=works: works)
-        shown.append(on_card._memory_lines())
+        monkeypatch.setattr(summary, "has_triton", lambda device, works=works: works)
+        shown.append(on_card._memory_line())
     assert shown[0] != shown[1]
 
 
-def test_too_many_hours(findings: PreflightResult) -> None:
-    (said,) = replace(findings, bounds=Limits(max_hours=0.02)).problems()
+def test_too_many_hours(result: PreflightResult) -> None:
+    (said,) = replace(result, limits=Limits(max_hours=0.02)).problems()
     # 72 s of 218 s are 33 % of the 96 steps ahead.
-    assert "0.06 hours more, beyond --max-hours 0.02; lower train.max_steps from 100 to 35, or raise" in said
-    assert replace(findings, bounds=Limits(max_hours=0.07)).problems() == []
+    assert "0.06 more hours, but --max-hours is 0.02; lower train.max_steps from 100 to 35, or raise" in said
+    assert replace(result, limits=Limits(max_hours=0.07)).problems() == []
 
 
-def test_a_disk_that_is_too_small(findings: PreflightResult) -> None:
+def test_a_disk_that_is_too_small(result: PreflightResult) -> None:
     """Two checkpoints and one in the making, 100 MB each, and 2 MB of shards; 250 MB free."""
-    tight = replace(findings, room=replace(findings.room, free_bytes=250_000_000))
+    tight = replace(result, storage=replace(result.storage, free_bytes=250_000_000))
     (said,) = tight.problems()
-    assert "the disk of /disk has 250.0 MB free, the run writes about 302.0 MB" in said
-    assert "52.0 MB are missing; lower train.keep_last from 3 to 1" in said
-    assert replace(findings, room=replace(findings.room, free_bytes=302_000_000)).problems() == []
-    there = replace(tight.room, checkpoints_bytes=100_000_000)  # what a resumed run has saved already
-    assert replace(tight, room=there).problems() == []
+    assert "not enough disk space at /disk: 302.0 MB to write" in said
+    assert "250.0 MB free, 52.0 MB missing; lower train.keep_last from 3 to 1" in said
+    assert replace(result, storage=replace(result.storage, free_bytes=302_000_000)).problems() == []
+    there = replace(tight.storage, run_bytes=100_000_000)  # what a resumed run has saved already
+    assert replace(tight, storage=there).problems() == []
 
 
-def test_too_little_text(findings: PreflightResult) -> None:
+def test_too_little_text(result: PreflightResult) -> None:
     """Training takes what there is, and so does its rehearsal; both say it."""
-    few = replace(findings.room, tokens=600_000)
-    said, note = replace(findings, room=few), "note: data.target_tokens 1,000,000 is more than the source has"
+    few = replace(result.storage, tokens=600_000)
+    said, note = replace(result, storage=few), "note: data.target_tokens 1,000,000 is more than the source has"
     assert said.problems() == []
     assert note in said.table()
-    assert note not in replace(findings, room=replace(few, tokens_are_counted=False)).table()  # it may be so far off
-    assert replace(findings, room=replace(few, tokens=None)).problems() == []
+    assert note not in replace(result, storage=replace(few, tokens_are_exact=False)).table()  # it may be so far off
+    assert replace(result, storage=replace(few, tokens=None)).problems() == []
 
 
-def test_out_of_memory(findings: PreflightResult) -> None:
-    (said,) = replace(findings, measured=None, out_of_memory=True, fits=4).problems()
+def test_out_of_memory(result: PreflightResult) -> None:
+    (said,) = replace(result, measured=None, out_of_memory=True, fitting_size=4).problems()
     assert "train.micro_batch_size 1 needs more than the 1.00 GiB that one rank may use; set it to 4" in said
-    (said,) = replace(findings, measured=None, out_of_memory=True).problems()
+    (said,) = replace(result, measured=None, out_of_memory=True).problems()
     assert "not even one sequence of model.max_seq_len 64 fits in the 1.00 GiB" in said
 
 
-def test_a_failing_evaluation(findings: PreflightResult) -> None:
-    failed = replace(findings.measured, evals={"samples": (1.0, "the samples evaluation failed at step 3: x; more")})
-    assert replace(findings, measured=failed).problems() == [
+def test_a_failing_evaluation(result: PreflightResult) -> None:
+    failed = replace(result.measured, evals={"samples": (1.0, "the samples evaluation failed at step 3: x; more")})
+    assert replace(result, measured=failed).problems() == [
         "the samples evaluation failed at step 3: x; lower train.micro_batch_size, or set eval.sample_every_steps to 0"
     ]
 
@@ -247,31 +245,30 @@ def test_a_micro_batch_that_is_too_large(config: RunConfig, temp_data: Path) -> 
         with_train(config, batch_tokens=4 * 256, micro_batch_size=4), model=model, eval=replace(config.eval, **off)
     )
     with scratch_folder(ALONE) as folder:
-        dataset = synthetic_dataset(wide, folder, load_tokenizer("r50k_base"), ALONE)
-        measure_peak_bytes(wide, dataset, ALONE, 4, 2**40)  # a process's first steps leave some of their memory behind
-        peaks = {size: measure_peak_bytes(wide, dataset, ALONE, size, 2**40) for size in (1, 4)}
+        dataset = random_dataset(wide, folder, load_tokenizer("r50k_base"), ALONE)
+        measure = partial(measure_peak_bytes, dataset=dataset, dist=ALONE, limit_bytes=2**40)
+        measure(wide)  # the first steps of a process leave some of their memory behind
+        peaks = {size: measure(with_train(wide, micro_batch_size=size)) for size in (1, 4)}
     assert peaks[4] - peaks[1] > 300e6  # far more than a process's memory goes up and down by itself
     limit = (peaks[1] + peaks[4]) // 2
-    findings = preflight(wide, ALONE, Limits(), lambda line: None, limit)
-    assert findings.out_of_memory
-    assert findings.fits in (1, 2)
-    assert f"set it to {findings.fits}, the largest that fits" in findings.problems()[0]
+    result = preflight(wide, ALONE, Limits(), lambda line: None, limit)
+    assert result.out_of_memory
+    assert result.fitting_size in (1, 2)
+    assert f"set it to {result.fitting_size}, the largest that fits" in result.problems()[0]
     auto = with_train(wide, micro_batch_size="auto")
     resolved, _ = resolve_micro_batch_size(auto, load_tokenizer("r50k_base"), ALONE, limit_bytes=limit)
     assert resolved.train.micro_batch_size in (1, 2)
     with pytest.raises(UserError, match="not even one sequence"):
         resolve_micro_batch_size(auto, load_tokenizer("r50k_base"), ALONE, limit_bytes=1_000)
-    assert list(temp_data.parent.glob(f"{rehearsal.PREFIX}*")) == []
+    assert list(temp_data.parent.glob(f"{scratch.PREFIX}*")) == []
 
 
 def test_what_a_cpu_must_not_even_try(temp_data: Path) -> None:
     """320M parameters and their moments in 1 GiB: refused before any is made."""
     large = with_train(get_preset("lf-llm-269m"), device="cpu")
-    findings = preflight(large, ALONE, Limits(), lambda line: None, 2**30)
-    assert findings.out_of_memory
-    assert any(
-        "not even one sequence of model.max_seq_len 2,048 fits in the 1.00 GiB" in r for r in findings.problems()
-    )
+    result = preflight(large, ALONE, Limits(), lambda line: None, 2**30)
+    assert result.out_of_memory
+    assert any("not even one sequence of model.max_seq_len 2,048 fits in the 1.00 GiB" in r for r in result.problems())
 
 
 def test_peaks_are_forgotten() -> None:
@@ -337,7 +334,9 @@ def test_auto_is_settled_once(config: RunConfig, temp_data: Path) -> None:
     dataset = prepare(config.data, progress=False)
 
     def run_auto(config: RunConfig) -> None:
-        config, note = resolve_micro_batch_size(config, dataset.tokenizer(), ALONE, dataset.val.tokens, rehearsed=True)
+        config, note = resolve_micro_batch_size(
+            config, dataset.tokenizer(), ALONE, dataset.val.tokens, use_preflight=True
+        )
         train(config, dataset, ALONE, notes=[note])
 
     run_auto(with_train(auto, max_steps=4))
@@ -359,11 +358,11 @@ def test_a_run_takes_its_preflights_number_untried(
     auto = with_train(config, micro_batch_size="auto", batch_tokens=256, max_steps=2)
     main(["preflight", "--config", str(write_run_config(auto, tmp_path / "auto.json"))])
     assert not (temp_data / "runs").exists()
-    monkeypatch.setattr(micro_batch, "memory_probe", lambda *_: pytest.fail("a size was tried again"))
+    monkeypatch.setattr(batch_size, "memory_probe", lambda *_: pytest.fail("a size was tried again"))
     dataset = prepare(config.data, progress=False)
-    resolved, note = resolve_micro_batch_size(auto, dataset.tokenizer(), ALONE, dataset.val.tokens, rehearsed=True)
+    resolved, note = resolve_micro_batch_size(auto, dataset.tokenizer(), ALONE, dataset.val.tokens, use_preflight=True)
     train(resolved, dataset, ALONE, notes=[note])
-    assert "micro_batch_size auto: 4, as the preflight found it" in (temp_data / "runs/tiny/log.txt").read_text()
+    assert "micro_batch_size auto: 4, from the preflight" in (temp_data / "runs/tiny/log.txt").read_text()
     assert json.loads((temp_data / "runs/tiny/config.json").read_text())["train"]["micro_batch_size"] == 4
 
 
@@ -371,18 +370,18 @@ def test_a_preflights_number_is_for_its_own_conditions(
     config: RunConfig, temp_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     auto = with_train(config, micro_batch_size="auto", batch_tokens=256)
-    monkeypatch.setattr(micro_batch, "memory_probe", lambda *_: lambda size: size)  # finds 4, the largest
+    monkeypatch.setattr(batch_size, "memory_probe", lambda *_: lambda size: size)  # finds 4, the largest
     tokenizer = load_tokenizer("r50k_base")
 
-    def taken(config: RunConfig, limit: int = 2**30, val_tokens: int | None = None, rehearsed: bool = True) -> int:
-        found, why = resolve_micro_batch_size(config, tokenizer, ALONE, val_tokens, limit, rehearsed)
-        assert ("as the preflight found it" in why) == (found.train.micro_batch_size == 2)
+    def taken(config: RunConfig, limit: int = 2**30, val_tokens: int | None = None, use_preflight: bool = True) -> int:
+        found, why = resolve_micro_batch_size(config, tokenizer, ALONE, val_tokens, limit, use_preflight)
+        assert ("from the preflight" in why) == (found.train.micro_batch_size == 2)
         return found.train.micro_batch_size
 
     save_for_run(with_train(auto, micro_batch_size=2), ALONE, 2**29)
     assert taken(auto) == 2
     assert taken(with_train(auto, max_steps=9, seed=5, fresh=True)) == 2  # which no memory depends on
-    assert taken(auto, rehearsed=False) == 4
+    assert taken(auto, use_preflight=False) == 4
     assert taken(auto, limit=2**28) == 4  # there is less memory now than it took
     assert taken(auto, val_tokens=65) == 1  # there is no batch of 2 to validate with
     assert taken(with_train(auto, precision="bfloat16")) == 4
@@ -422,7 +421,7 @@ def test_the_command(config: RunConfig, tmp_path: Path, temp_data: Path, capsys:
         main(["preflight", "--config", path, "--max-hours", "1e-9", "--train.micro-batch-size", "auto"])
     assert caught.value.code == 2
     shown = capsys.readouterr()
-    assert "beyond --max-hours 1e-09; raise --max-hours to" in shown.err
+    assert "but --max-hours is 1e-09; raise --max-hours to" in shown.err
     assert "micro_batch_size auto: 2" in shown.out
     with pytest.raises(SystemExit) as caught:
         main(["preflight", "--config", path, "--max-hours", "-1"])
@@ -452,7 +451,7 @@ def test_a_prepared_data_set_is_known_by_its_settings(config: RunConfig, temp_da
     with pytest.raises(UserError, match="no text found"):
         preflight(replace(config, data=replace(config.data, source="files:/nowhere")), ALONE, Limits(), print)
     room = inspect_data_and_disk(config)
-    assert (room.tokens_are_counted, room.checkpoints_bytes) == (False, 0)
+    assert (room.tokens_are_exact, room.run_bytes) == (False, 0)
     dataset = prepare(config.data, progress=False)
     assert abs(room.tokens / dataset.train.tokens - 1) < 0.5
     assert find_prepared(config.data).folder == dataset.folder
@@ -467,15 +466,15 @@ def test_a_prepared_data_set_is_known_by_its_settings(config: RunConfig, temp_da
 def test_a_public_corpus_is_not_asked_for(config: RunConfig, temp_data: Path) -> None:
     corpus = replace(config.data, source="fineweb-edu-10bt", target_tokens=None)
     room = inspect_data_and_disk(replace(config, data=corpus))
-    assert (room.tokens, room.tokens_are_counted) == (10_000_000_000, False)
+    assert (room.tokens, room.tokens_are_exact) == (10_000_000_000, False)
     assert room.downloads_bytes == 8_000_000_000
     assert not temp_data.exists()
 
 
 def test_what_a_killed_rehearsal_left_goes_with_the_next(temp_data: Path) -> None:
     (temp_data / "runs").mkdir(parents=True)
-    (temp_data / "runs" / f"{rehearsal.PREFIX}old").mkdir()
-    killed, somebodys = (temp_data / "runs" / f"{rehearsal.PREFIX}{name}" for name in ("killed", "notes"))
+    (temp_data / "runs" / f"{scratch.PREFIX}old").mkdir()
+    killed, somebodys = (temp_data / "runs" / f"{scratch.PREFIX}{name}" for name in ("killed", "notes"))
     for folder, file in ((killed, ".lock"), (killed, "shard"), (somebodys, "notes")):
         folder.mkdir(exist_ok=True)
         (folder / file).touch()
@@ -485,7 +484,7 @@ def test_what_a_killed_rehearsal_left_goes_with_the_next(temp_data: Path) -> Non
     shutil.rmtree(somebodys)
     with scratch_folder(ALONE) as folder:
         assert list((temp_data / "runs").iterdir()) == [folder]
-        rehearsal._remove_left_behind(temp_data / "runs")  # what another one would do meanwhile
+        scratch._remove_abandoned(temp_data / "runs")  # what another one would do meanwhile
         assert folder.is_dir()
     assert list((temp_data / "runs").iterdir()) == []
 
@@ -498,7 +497,7 @@ def test_a_signal_leaves_nothing(config: RunConfig, tmp_path: Path) -> None:
     environment = os.environ | {"MYLLM_DATA": str(tmp_path / "data")}
     process = subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
-    while not list((tmp_path / "data/runs").glob(f"{rehearsal.PREFIX}*/dataset/manifest.json")):
+    while not list((tmp_path / "data/runs").glob(f"{scratch.PREFIX}*/dataset/manifest.json")):
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -511,15 +510,13 @@ def test_a_signal_leaves_nothing(config: RunConfig, tmp_path: Path) -> None:
 
 def test_every_part_is_the_runs_own() -> None:
     """What a rehearsal does goes through the functions that `train` calls."""
-    from myllm.training import loop, services, setup
+    from myllm.training import loop, services
 
     for name, owner in {
-        "run_eval": loop, "build_evals": services, "AsyncSaver": services, "restore": setup, "full_params": loop
+        "run_eval": loop, "build_evals": services, "AsyncSaver": services, "full_params": loop, "build": loop,
+        "train_step": loop,
     }.items():  # fmt: skip
-        assert getattr(preflight_module, name) is getattr(owner, name)
-    for name in ("fast_kernels", "shard", "Transformer", "ScheduledAdamW", "BatchLoader"):
-        assert getattr(rehearsal, name) is getattr(setup, name)
-    assert rehearsal.train_step is loop.train_step
+        assert getattr(rehearsal, name) is getattr(owner, name)
 
 
 @pytest.mark.usefixtures("one_rank", "temp_data")
@@ -541,17 +538,18 @@ def test_all_is_compiled_and_done_under_the_runs_own_settings(
         return step(*arguments)
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=compiled))
-    monkeypatch.setattr(rehearsal, "train_step", stepped)
-    monkeypatch.setattr(preflight_module, "_timed_save", lambda *_: (0.0, 0.0, 0))  # of two ranks, where there is one
+    for module in (rehearsal, batch_size):
+        monkeypatch.setattr(module, "train_step", stepped)
+    monkeypatch.setattr(rehearsal, "_time_checkpoint", lambda *_: (0.0, 0.0, 0))  # of two ranks, where there is one
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     ways = importlib.import_module("throughput_ways")
     monkeypatch.setattr(ways, "train_step", stepped)
     config = with_train(config, compile="on")
     with scratch_folder(pair) as folder, ExitStack() as stack:
         torch.compiler.reset()
-        dataset = synthetic_dataset(config, folder, load_tokenizer("r50k_base"), pair)
+        dataset = random_dataset(config, folder, load_tokenizer("r50k_base"), pair)
         if what == "trial":
-            assert measure_peak_bytes(config, dataset, pair, 1, 2**40)
+            assert measure_peak_bytes(with_train(config, micro_batch_size=1), dataset, pair, 2**40)
         elif what == "benchmark":
             ways.ours(config, pair, dataset, stack, print).step()
         else:

@@ -1,4 +1,4 @@
-"""train.micro_batch_size auto: the largest micro-batch that the memory holds, found by trial."""
+"""train.micro_batch_size auto: the largest micro-batch that fits in memory, by trial."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,177 +15,221 @@ from myllm.distributed.collectives import DistContext
 from myllm.distributed.device_info import device_name
 from myllm.errors import UserError
 from myllm.files import write_json
+from myllm.formatting import format_gib
 from myllm.paths import RunPaths
-from myllm.planning.batch import micro_batch_sizes
+from myllm.planning.batch import batch_plan, micro_batch_sizes
+from myllm.planning.forecast import with_micro_batch_size
 from myllm.planning.memory_estimate import ComputeMode, predicted_bytes
-from myllm.runs.history import read_config, read_json_or_empty
+from myllm.runs.history import read_json_or_empty
+from myllm.training.context import RunContext
+from myllm.training.setup import build
+from myllm.training.step import train_step
 
-from .rehearsal import measure_peak_bytes, memory_limit_bytes, scratch_folder, synthetic_dataset
+from .device_memory import OutOfMemory, memory_limit_bytes, reset_peak, run_within_memory
+from .scratch import random_dataset, reset_compiler, scratch_folder
 
 CPU_TOKENS = 4_096
-"""A CPU gains nothing from micro-batches of more tokens (docs/experiments.md), and has memory for far larger ones."""
-
-
-def largest_that_fits(sizes: list[int], measure: Callable[[int], int | None], limit_bytes: int) -> int | None:
-    """The largest micro-batch size within the limit, or None if the smallest is beyond it.
-
-    Memory is a straight line over the size, so two trials say where the limit lies, and the next ones prove it. No
-    trial is made of a size that the line puts beyond the limit, which on a CPU would end the process.
-
-    Args:
-        sizes: ascending.
-        measure: peak bytes with a size, or None where it does not fit.
-    """
-    found: list[tuple[int, int]] = []  # sizes that fit, ascending, and their bytes
-    left = list(sizes)
-    while left:
-        size = _next_to_try(left, found, limit_bytes)
-        if size is None:
-            break
-        peak = measure(size)
-        fits = peak is not None and peak <= limit_bytes
-        if fits:
-            found.append((size, peak))
-        left = [other for other in left if (other > size if fits else other < size)]
-    return found[-1][0] if found else None
-
-
-def _next_to_try(left: list[int], found: list[tuple[int, int]], limit_bytes: int) -> int | None:
-    if len(found) < 2:
-        return left[0]
-    (a, a_bytes), (b, b_bytes) = found[-2:]
-    slope = max(b_bytes - a_bytes, 0) / (b - a)
-    return max((size for size in left if b_bytes + slope * (size - b) <= limit_bytes), default=None)
-
-
-def candidate_sizes(config: RunConfig, process: DistContext, val_tokens: int | None = None) -> list[int]:
-    """Every size that keeps batch_tokens exact and the held-out text, if that is known, has a batch for."""
-    sizes, seq_len = micro_batch_sizes(config, process.world_size), config.model.max_seq_len
-    most = (sizes[-1] if val_tokens is None else (val_tokens - 1) // seq_len) * seq_len
-    if process.device.type == "cpu":
-        most = min(most, CPU_TOKENS)
-    return [size for size in sizes if size * seq_len <= most] or sizes[:1]
-
-
-def is_safe_to_try(config: RunConfig, process: DistContext, size: int, limit_bytes: int) -> bool:
-    """Whether a trial of a size is safe. A CPU ends a process that takes too much memory, so there the estimate must
-    fit first; elsewhere trying is free."""
-    how = ComputeMode.of(config, process.device.type, process.world_size)
-    return process.device.type != "cpu" or predicted_bytes(_with(config, size), how) <= limit_bytes
-
-
-def memory_probe(
-    config: RunConfig, dataset: Dataset, process: DistContext, limit_bytes: int
-) -> Callable[[int], int | None]:
-    """What `largest_that_fits` measures with: real steps on this device."""
-
-    def measure(size: int) -> int | None:
-        if not is_safe_to_try(config, process, size, limit_bytes):
-            return None
-        return measure_peak_bytes(config, dataset, process, size, limit_bytes)
-
-    return measure
+"""A CPU gains nothing from larger micro-batches (docs/experiments.md), and has memory for far larger ones."""
+MEMORY_ACCUM_STEPS = 2
+"""With two accumulation steps, a step holds everything in memory that it ever holds."""
+IRRELEVANT_SETTINGS = ("max_steps", "micro_batch_size", "fresh", "seed", "keep_last")
+"""Settings of `train` that memory does not depend on, beside those in ..._steps."""
 
 
 def resolve_micro_batch_size(
     config: RunConfig,
     tokenizer: Tokenizer,
-    process: DistContext,
+    dist: DistContext,
     val_tokens: int | None = None,
     limit_bytes: int | None = None,
-    rehearsed: bool = False,
+    use_preflight: bool = False,
 ) -> tuple[RunConfig, str]:
-    """The config with a number for "auto", the same on all ranks, and a line that says why; any other as it is.
+    """The config with a number in place of "auto", the same on all ranks, and a sentence that explains it.
 
-    A run that has begun keeps its number. Where the ranks, the device or the settings have changed since, the number
-    is tried first, and replaced only if it no longer divides or fits. A run that begins takes the number of its
-    preflight untried, if that was for the same ranks, device and settings and what it needed is there.
+    A run keeps the number it began with. If ranks, device or settings have changed since, the number is tried first,
+    and replaced only if it no longer divides the batch or no longer fits. A new run takes the number of its preflight
+    without a trial, if that had the same ranks, device and settings and enough memory is available.
 
     Args:
-        val_tokens: held out, where that is known: a micro-batch of validation is never larger.
-        limit_bytes: memory of one rank that may be used; None: what there is, less headroom.
-        rehearsed: whether a preflight's number may be taken; a preflight itself finds its own.
+        val_tokens: validation tokens, if known: they limit the micro-batch too.
+        limit_bytes: memory that one rank may use; None: what is available, minus headroom.
+        use_preflight: accept the number of a preflight.
 
     Raises:
         UserError: not even one sequence fits.
     """
     if config.train.micro_batch_size != "auto":
         return config, ""
-    sizes = candidate_sizes(config, process, val_tokens)
-    before, same = distributed.broadcast_object(_of_this_run(config, process) if process.is_rank_zero else None)
-    if before in micro_batch_sizes(config, process.world_size) and same:
-        return _with(config, before), f"train.micro_batch_size auto: {before}, as this run began"
-    limit_bytes = memory_limit_bytes(process) if limit_bytes is None else limit_bytes
-    size, peak = distributed.broadcast_object(
-        _of_preflight(config, process) if process.is_rank_zero and rehearsed else (None, 0)
-    )
+    sizes = candidate_sizes(config, dist, val_tokens)
+    earlier, unchanged = distributed.broadcast_object(_size_of_run(config, dist) if dist.is_rank_zero else None)
+    if unchanged and earlier in micro_batch_sizes(config, dist.world_size):
+        return _resolved(config, earlier, "as this run began")
+    limit_bytes = memory_limit_bytes(dist) if limit_bytes is None else limit_bytes
+    found = _size_of_preflight(config, dist) if dist.is_rank_zero and use_preflight else (None, 0)
+    size, peak = distributed.broadcast_object(found)
     if size in sizes and peak <= limit_bytes:
-        needed = f"{peak / 2**30:.2f} of {limit_bytes / 2**30:.2f} GiB a rank"
-        return _with(config, size), f"train.micro_batch_size auto: {size}, as the preflight found it, in {needed}"
-    with scratch_folder(process) as folder:
-        dataset = synthetic_dataset(config, folder, tokenizer, process)
-        measure = memory_probe(config, dataset, process, limit_bytes)
-        kept = before in sizes and measure(before) is not None
-        size = before if kept else largest_that_fits(sizes, measure, limit_bytes)
+        memory = f"{format_gib(peak)} of {format_gib(limit_bytes)} per rank"
+        return _resolved(config, size, f"from the preflight, which used {memory}")
+    with scratch_folder(dist) as folder:
+        dataset = random_dataset(config, folder, tokenizer, dist)
+        probe = memory_probe(config, dataset, dist, limit_bytes)
+        if earlier in sizes and probe(earlier) is not None:
+            size, reason = earlier, "as this run began, and it fits"
+        else:
+            size, reason = largest_that_fits(sizes, probe, limit_bytes), f"the largest of {_listed(sizes)} that fits"
     if size is None:
         raise UserError(nothing_fits_message(config, limit_bytes))
-    why = "as this run began" if kept else f"the largest of {', '.join(map(str, sizes))} that fits"
-    return _with(config, size), f"train.micro_batch_size auto: {size}, {why} in {limit_bytes / 2**30:.2f} GiB a rank"
+    return _resolved(config, size, f"{reason} in {format_gib(limit_bytes)} per rank")
+
+
+def _resolved(config: RunConfig, size: int, reason: str) -> tuple[RunConfig, str]:
+    return with_micro_batch_size(config, size), f"train.micro_batch_size auto: {size}, {reason}"
+
+
+def _listed(sizes: list[int]) -> str:
+    return ", ".join(map(str, sizes))
 
 
 def nothing_fits_message(config: RunConfig, limit_bytes: int) -> str:
     return (
         f"out of memory: not even one sequence of model.max_seq_len {config.model.max_seq_len:,} fits in the "
-        f"{limit_bytes / 2**30:.2f} GiB that one rank may use; lower model.max_seq_len, model.n_layers or model.d_model"
+        f"{format_gib(limit_bytes)} that one rank may use; lower model.max_seq_len, model.n_layers or model.d_model"
     )
 
 
-def _with(config: RunConfig, size: int) -> RunConfig:
-    return replace(config, train=replace(config.train, micro_batch_size=size))
+# -- trials -----------------------------------------------------------------------------------------------------------
 
 
-def _of_this_run(config: RunConfig, process: DistContext) -> tuple[int | None, bool]:
-    """The number that a run of this name has in its config.json, and whether all that it depends on is the same."""
+def candidate_sizes(config: RunConfig, dist: DistContext, val_tokens: int | None = None) -> list[int]:
+    """Every size that divides the batch and is not larger than the validation data, if that is known."""
+    sizes, seq_len = micro_batch_sizes(config, dist.world_size), config.model.max_seq_len
+    limit = (sizes[-1] if val_tokens is None else (val_tokens - 1) // seq_len) * seq_len
+    if dist.device.type == "cpu":
+        limit = min(limit, CPU_TOKENS)
+    return [size for size in sizes if size * seq_len <= limit] or sizes[:1]
+
+
+def largest_that_fits(sizes: list[int], measure: Callable[[int], int | None], limit_bytes: int) -> int | None:
+    """The largest micro-batch size within the limit. None: the smallest exceeds it.
+
+    Memory is linear in the size, so two trials show where the limit is, and the next ones verify it. Sizes beyond the
+    limit on that line are never tried: on a CPU that would kill the process.
+
+    Args:
+        sizes: ascending.
+        measure: peak bytes of a size; None if it does not fit.
+    """
+    fitting: list[tuple[int, int]] = []  # sizes and their bytes, ascending
+    untried = list(sizes)
+    while untried and (size := _next_to_try(untried, fitting, limit_bytes)) is not None:
+        peak = measure(size)
+        if peak is not None and peak <= limit_bytes:
+            fitting.append((size, peak))
+            untried = [other for other in untried if other > size]
+        else:
+            untried = [other for other in untried if other < size]
+    return fitting[-1][0] if fitting else None
+
+
+def _next_to_try(untried: list[int], fitting: list[tuple[int, int]], limit_bytes: int) -> int | None:
+    if len(fitting) < 2:
+        return untried[0]
+    (a, a_bytes), (b, b_bytes) = fitting[-2:]
+    slope = max(b_bytes - a_bytes, 0) / (b - a)
+    return max((size for size in untried if b_bytes + slope * (size - b) <= limit_bytes), default=None)
+
+
+def is_safe_to_try(config: RunConfig, dist: DistContext, size: int, limit_bytes: int) -> bool:
+    """True if a trial cannot kill the process. A CPU kills a process that takes too much memory, so there the estimate
+    must fit first; other devices refuse the memory."""
+    mode = ComputeMode.of(config, dist.device.type, dist.world_size)
+    return dist.device.type != "cpu" or predicted_bytes(with_micro_batch_size(config, size), mode) <= limit_bytes
+
+
+def memory_probe(
+    config: RunConfig, dataset: Dataset, dist: DistContext, limit_bytes: int
+) -> Callable[[int], int | None]:
+    """For `largest_that_fits`: measures real steps on this device."""
+
+    def probe(size: int) -> int | None:
+        if not is_safe_to_try(config, dist, size, limit_bytes):
+            return None
+        return measure_peak_bytes(with_micro_batch_size(config, size), dataset, dist, limit_bytes)
+
+    return probe
+
+
+def measure_peak_bytes(config: RunConfig, dataset: Dataset, dist: DistContext, limit_bytes: int) -> int | None:
+    """Peak bytes of two real steps, on the rank that used most. None: they do not fit."""
+    batch = batch_plan(config, dist.world_size).with_max_accum_steps(MEMORY_ACCUM_STEPS)
+    ctx = RunContext.create(config, dist, RunPaths(dataset.folder.parent / "run"), log=lambda line: None)
+
+    def two_steps() -> None:
+        with build(ctx, dataset, batch) as (trainer, state):
+            for step in range(2):  # in the second one, AdamW's moments exist beside the activations
+                trainer.guard.record(replace(state, step=step))
+                loss, *_ = train_step(trainer, step)
+                loss.item()  # waits for the device, and raises its error here
+
+    try:
+        return run_within_memory(two_steps, dist, limit_bytes)[1]
+    except OutOfMemory:
+        return None
+    finally:
+        reset_compiler()
+        reset_peak(dist.device)
+
+
+# -- results of earlier trials ----------------------------------------------------------------------------------------
+
+
+def _size_of_run(config: RunConfig, dist: DistContext) -> tuple[int | None, bool]:
+    """The number in the config.json of this run, and whether everything that memory depends on is unchanged."""
     run = RunPaths.of(config.name)
-    saved, environment = read_config(run.config), read_json_or_empty(run.environment)
+    saved, environment = read_json_or_empty(run.config), read_json_or_empty(run.environment)
     train = saved.get("train")
     size = train.get("micro_batch_size") if isinstance(train, dict) else None
     if config.train.fresh or not isinstance(size, int):
         return None, False
-    here = {"device_name": device_name(process.device), "world_size": process.world_size}
-    before = to_dict(saved_config(saved, run.config))
-    same = here == {key: environment.get(key) for key in here} and _costs(before) == _costs(to_dict(config))
-    return size, same
+    machine = _machine(dist)
+    same_machine = machine == {key: environment.get(key) for key in machine}
+    return size, same_machine and _settings(saved_config(saved, run.config)) == _settings(config)
 
 
-def save_for_run(config: RunConfig, process: DistContext, peak_bytes: int) -> None:
-    """Leave the number that a preflight settled on, with all that it depends on, for the run to take.
+def save_for_run(config: RunConfig, dist: DistContext, peak_bytes: int) -> None:
+    """Save the number that a preflight chose, with everything that it depends on.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     file = paths.micro_batch_file(config.name)
     file.parent.mkdir(parents=True, exist_ok=True)
-    found = {"micro_batch_size": config.train.micro_batch_size, "peak_bytes": peak_bytes}
-    write_json(file, found | _conditions(config, process))
+    result = {"micro_batch_size": config.train.micro_batch_size, "peak_bytes": peak_bytes}
+    write_json(file, result | _conditions(config, dist))
 
 
-def _of_preflight(config: RunConfig, process: DistContext) -> tuple[int | None, int]:
-    """The number that a preflight left for just this run, and the bytes that it took; None if there is none."""
-    left = read_json_or_empty(paths.micro_batch_file(config.name))
-    size, peak = left.pop("micro_batch_size", None), left.pop("peak_bytes", None)
-    fits = type(size) is int and type(peak) is int and left == _conditions(config, process)
-    return (size, peak) if fits else (None, 0)
+def _size_of_preflight(config: RunConfig, dist: DistContext) -> tuple[int | None, int]:
+    """The number that a preflight saved under the same conditions, and its peak in bytes. None: there is none."""
+    saved = read_json_or_empty(paths.micro_batch_file(config.name))
+    size, peak = saved.pop("micro_batch_size", None), saved.pop("peak_bytes", None)
+    is_valid = type(size) is int and type(peak) is int and saved == _conditions(config, dist)
+    return (size, peak) if is_valid else (None, 0)
 
 
-def _conditions(config: RunConfig, process: DistContext) -> dict[str, Any]:
-    """What the memory that a number takes depends on, as JSON has it."""
-    machine = {"device_name": device_name(process.device), "world_size": process.world_size}
-    return {**machine, "torch": torch.__version__, **_costs(to_dict(config))}
+def _conditions(config: RunConfig, dist: DistContext) -> dict[str, Any]:
+    """What the memory of a step depends on, as JSON stores it."""
+    return {**_machine(dist), "torch": torch.__version__, **_settings(config)}
 
 
-def _costs(config: dict[str, Any]) -> dict[str, Any]:
-    """What a step's memory depends on, with a little more."""
-    passing = ("max_steps", "micro_batch_size", "fresh", "seed", "keep_last")
-    train = {key: value for key, value in config["train"].items() if not key.endswith("_steps") and key not in passing}
-    return {"model": config.get("model"), "train": train}
+def _machine(dist: DistContext) -> dict[str, Any]:
+    return {"device_name": device_name(dist.device), "world_size": dist.world_size}
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    values = to_dict(config)
+    train = {
+        name: value
+        for name, value in values["train"].items()
+        if not name.endswith("_steps") and name not in IRRELEVANT_SETTINGS
+    }
+    return {"model": values["model"], "train": train}

@@ -1,4 +1,4 @@
-"""What a run's text and its disk look like before anything is prepared. Asks no server, writes and hashes nothing."""
+"""The text and the disk space of a run, before anything is prepared. Asks no server, writes and hashes nothing."""
 
 import shutil
 from dataclasses import asdict, dataclass
@@ -17,33 +17,33 @@ from myllm.migrations import CONFIG
 from myllm.paths import user_path
 from myllm.planning.disk import disk_estimate_bytes
 
-from .rehearsal import nearest_existing
+from .scratch import nearest_existing
 
 IN_FLIGHT_BYTES = 8_000_000_000
-"""Downloads that lie on the disk at a time, where they are not kept: about; the preparation reckons exactly."""
+"""Downloads on the disk at a time if they are not kept: a rough number; the preparation computes its own."""
 
 
 @dataclass(frozen=True)
 class DataAndDisk:
-    """The disk that a run writes to, and how much text it has."""
+    """The disk that a run writes to, and the text that it trains on."""
 
     folder: Path
     free_bytes: int
     shards_bytes: int
     """Still to be written."""
     downloads_bytes: int
-    checkpoints_bytes: int
-    """There already, of this run."""
+    run_bytes: int
+    """Of this run, on the disk now."""
     tokens: int | None
-    """To train on, once all is prepared; None: nobody knows yet."""
-    tokens_are_counted: bool
-    """Or only estimated from the sizes of files."""
-    text: str
-    """Where they come from, for people."""
+    """Training tokens once all is prepared. None: unknown."""
+    tokens_are_exact: bool
+    """Counted, not estimated from file sizes."""
+    source: str
+    """Name of the text, for messages."""
 
 
 def tokenizer_for(config: RunConfig) -> Tokenizer:
-    """The vocabulary that the run's text is, or will be, made with."""
+    """The tokenizer of the run's data set, prepared or not."""
     if config.data.dataset is not None:
         return find_dataset(config.data.dataset, unfinished=True).tokenizer()
     return load_tokenizer(config.data.tokenizer)
@@ -52,50 +52,51 @@ def tokenizer_for(config: RunConfig) -> Tokenizer:
 def inspect_data_and_disk(config: RunConfig) -> DataAndDisk:
     """
     Raises:
-        UserError: a source that is not there.
+        UserError: the source does not exist.
     """
-    folder = nearest_existing(paths.runs_dir())
-    free = shutil.disk_usage(folder).free
-    checkpoints = 0 if config.train.fresh else folder_bytes(paths.RunPaths.of(config.name).root)
-    made = find_prepared(config.data)
-    if made is not None and made.complete:
-        return DataAndDisk(folder, free, 0, 0, checkpoints, made.train.tokens, True, made.name)
-    there = folder_bytes(made.folder) if made is not None else 0
-    shards = max(disk_estimate_bytes(config)["token shards, at most"] - there, 0)
-    source = config.data.source
-    corpus = CORPORA.get(source.partition(":")[0])
-    if corpus is not None:
+    data, folder = config.data, nearest_existing(paths.runs_dir())
+    dataset = find_prepared(data)
+    shards, downloads, exact = disk_estimate_bytes(config)["token shards, at most"], 0, False
+    if dataset is not None and dataset.known_train_tokens:
+        shards, tokens, exact, source = 0, dataset.known_train_tokens, True, dataset.name
+    elif corpus := CORPORA.get(data.source.partition(":")[0]):
+        tokens, source = parse_count(corpus.tokens, "tokens") if " " not in corpus.tokens else None, data.source
         downloads = int(corpus.download_gb * 1e9)
-        tokens = parse_count(corpus.tokens, "tokens") if " " not in corpus.tokens else None
-        if config.data.target_tokens and tokens and config.data.keep_downloads:
-            downloads = int(downloads * min(config.data.target_tokens / tokens, 1))
-        downloads = downloads if config.data.keep_downloads else min(downloads, IN_FLIGHT_BYTES)
-        return DataAndDisk(folder, free, shards, downloads, checkpoints, tokens, False, source)
-    if source.startswith("hub:"):
-        return DataAndDisk(folder, free, shards, IN_FLIGHT_BYTES, checkpoints, None, False, source)
-    recipe = make_spec(config.data, hashed=False)
-    tokens = max(recipe.estimated_tokens - recipe.estimated_val_tokens, 0)
-    shards = max(min(shards, 2 * int(recipe.estimated_tokens)) - there, 0)
-    return DataAndDisk(folder, free, shards, 0, checkpoints, tokens, False, recipe.source.description)
+        if data.target_tokens and tokens and data.keep_downloads:
+            downloads = int(downloads * min(data.target_tokens / tokens, 1))
+        downloads = downloads if data.keep_downloads else min(downloads, IN_FLIGHT_BYTES)
+    elif data.source.startswith("hub:"):
+        downloads, tokens, source = IN_FLIGHT_BYTES, None, data.source
+    else:
+        spec = make_spec(data, hashed=False)
+        tokens, source = max(spec.estimated_tokens - spec.estimated_val_tokens, 0), spec.source.description
+        shards = min(shards, 2 * int(spec.estimated_tokens))
+    return DataAndDisk(
+        folder,
+        free_bytes=shutil.disk_usage(folder).free,
+        shards_bytes=max(shards - folder_bytes(dataset.folder), 0) if dataset is not None else shards,
+        downloads_bytes=downloads,
+        run_bytes=0 if config.train.fresh else folder_bytes(paths.RunPaths.of(config.name).root),
+        tokens=tokens,
+        tokens_are_exact=exact,
+        source=source,
+    )
 
 
 def find_prepared(config: DataConfig) -> Dataset | None:
-    """The data set of these settings if it is there, whole or in part. By its settings, so that nothing is hashed."""
+    """The data set with these settings, complete or not. Compares settings, so that nothing is hashed."""
     if config.dataset is not None:
         return find_dataset(config.dataset, unfinished=True)
     wanted = asdict(config)
-    kind, _, where = config.source.partition(":")
+    kind, _, path = config.source.partition(":")
     if kind == "files":
-        wanted["source"] = f"files:{user_path(where).absolute()}"
-    for folder in sorted(paths.datasets_dir().glob(f"[!.]*/{SETTINGS}")):
+        wanted["source"] = f"files:{user_path(path).absolute()}"
+    for file in sorted(paths.datasets_dir().glob(f"[!.]*/{SETTINGS}")):
         try:
-            settings = CONFIG.upgrade({"data": read_json(folder)})["data"]
+            settings = CONFIG.upgrade({"data": read_json(file)})["data"]
             if all(wanted.get(key) == value for key, value in settings.items()):
-                return Dataset.open(folder.parent, unfinished=not (folder.parent / MANIFEST).is_file())
-        except (
-            OSError,
-            ValueError,
-        ):  # a UserError is one too: damaged or just begun, which the preparation will see to
+                return Dataset.open(file.parent, unfinished=not (file.parent / MANIFEST).is_file())
+        except (OSError, ValueError):  # also a UserError: damaged or just begun; the preparation deals with it
             continue
     return None
 
@@ -105,6 +106,6 @@ def folder_bytes(folder: Path) -> int:
     for path in folder.rglob("*"):
         try:
             total += path.stat().st_size if path.is_file() else 0
-        except OSError:  # just being removed
+        except OSError:  # removed meanwhile
             continue
     return total

@@ -1,6 +1,6 @@
-"""Memory of a device: what a process has used at most, what there is for it, and how to keep it within a limit.
+"""Memory of a device: what a process can have, its peak, and work within a limit.
 
-On CUDA and MPS that is the device's memory, as torch's allocator counts it; on a CPU it is the process's resident set.
+On CUDA and MPS this is the device's memory, as torch's allocator counts it; on a CPU the resident set of the process.
 """
 
 import ctypes
@@ -9,14 +9,22 @@ import gc
 import os
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
-REFUSALS = (
-    "out of memory",  # CUDA's, HIP's and MPS's allocators, the CUDA runtime (cudaErrorMemoryAllocation), Triton, NCCL
+from myllm.distributed import collectives as distributed
+from myllm.distributed import launcher
+from myllm.distributed.collectives import DistContext
+from myllm.distributed.device_info import device_name
+from myllm.errors import UserError
+from myllm.planning.memory_estimate import HEADROOM
+
+ERROR_TEXTS = (
+    "out of memory",  # allocators of CUDA, HIP and MPS, the CUDA runtime (cudaErrorMemoryAllocation), Triton, NCCL
     "can't allocate memory",  # the CPU's allocator
     "not enough memory",
     "std::bad_alloc",
@@ -24,14 +32,22 @@ REFUSALS = (
     "ALLOCATION_FAILED",  # cuDNN, from version 9
     "Failed to CUDA calloc",  # NCCL
 )
-"""What a RuntimeError says that is a refusal of memory. Source: torch's c10/cuda, ATen/cuda/Exceptions and c10d."""
+"""In a RuntimeError that means out of memory. Source: torch's c10/cuda, ATen/cuda/Exceptions and c10d."""
+OTHER_RANKS_S = 120.0
+"""How long a rank that is out of memory waits for the others to run out too. A compiler may delay one of them."""
+
+T = TypeVar("T")
+
+
+class OutOfMemory(Exception):
+    """At least one rank ran out of device memory. Raised on every rank."""
 
 
 def available_bytes(device: torch.device, processes: int = 1) -> int:
-    """What this process can have in all: what it holds already, and its share of what nobody holds.
+    """Memory that this process can have: what it holds now, and its fraction of what is free.
 
     Args:
-        processes: of this run on this machine, which share a CPU's memory; each has its own CUDA device.
+        processes: of this run on this machine, which share a CPU's memory; each has a CUDA device of its own.
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -47,13 +63,13 @@ def peak_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_reserved(device)
     if device.type == "mps":
         return torch.mps.driver_allocated_memory()
-    # Since the process began, where the system keeps no mark that can be reset.
+    # Without Linux's resettable mark: since the process began.
     scale = 1 if sys.platform == "darwin" else 1_024
     return _proc_bytes("/proc/self/status", "VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
 
 def reset_peak(device: torch.device) -> None:
-    """Give back what is not in use, and count from here on."""
+    """Return unused memory, and start counting again."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -61,7 +77,7 @@ def reset_peak(device: torch.device) -> None:
     elif device.type == "mps":
         torch.mps.empty_cache()
     else:
-        with suppress(OSError, AttributeError):  # glibc alone keeps freed memory, and has this
+        with suppress(OSError, AttributeError):  # only glibc keeps freed memory, and has this function
             ctypes.CDLL(None).malloc_trim(0)
         with suppress(OSError):
             # Source: Linux, Documentation/filesystems/proc.rst: 5 resets the peak of the resident set.
@@ -70,7 +86,7 @@ def reset_peak(device: torch.device) -> None:
 
 @contextmanager
 def memory_limit(device: torch.device, limit_bytes: int) -> Iterator[None]:
-    """On CUDA, refuse this process more than so much, as if the device had no more. Elsewhere nothing is enforced."""
+    """On CUDA, fail allocations beyond the limit, as if the device had no more memory. Elsewhere it does nothing."""
     if device.type != "cuda":
         yield
         return
@@ -82,36 +98,78 @@ def memory_limit(device: torch.device, limit_bytes: int) -> Iterator[None]:
         torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
+def memory_limit_bytes(dist: DistContext) -> int:
+    """What a run may use on each rank: the available memory of the rank with the least, minus headroom."""
+    available = distributed.gather_object(available_bytes(dist.device, launcher.local_world_size()))
+    return int(distributed.broadcast_object(min(available, default=0)) * (1 - HEADROOM))
+
+
+def run_within_memory(work: Callable[[], T], dist: DistContext, limit_bytes: int) -> tuple[T, int]:
+    """Run part of a training run within a memory limit.
+
+    All ranks have the same limit, so they run out at the same allocation, and none waits for another in a collective.
+    A rank that runs out alone ends the trial for all: the others may be in a collective that it will never join.
+
+    Returns:
+        the result of `work`, and the peak in bytes on the rank that used most.
+
+    Raises:
+        OutOfMemory: some rank needs more.
+        UserError: only this rank needs more.
+    """
+    result, failed = None, False
+    reset_peak(dist.device)
+    with memory_limit(dist.device, limit_bytes):
+        try:
+            result = work()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            failed = True
+    if not distributed.all_ranks_arrive("memory", OTHER_RANKS_S if failed else 0.0):
+        raise UserError(
+            f"out of memory on rank {dist.rank} ({device_name(dist.device)}) alone: the other ranks have not run out "
+            f"of memory within {OTHER_RANKS_S:,.0f} s; free this device of other programs, or lower "
+            "train.micro_batch_size"
+        )
+    peaks = distributed.gather_object(peak_bytes(dist.device))
+    peak = distributed.broadcast_object(max(peaks, default=0))
+    (failed,) = distributed.all_reduce_any(failed)
+    if failed or peak > limit_bytes:
+        raise OutOfMemory
+    return result, peak
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error is a device's, or the host's, refusal of more memory, or was raised because of one."""
+    """True if the device or the host refused memory, or if the error was raised because of that."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:
         return True
-    if isinstance(error, RuntimeError) and any(said in str(error) for said in REFUSALS):
+    if isinstance(error, RuntimeError) and any(text in str(error) for text in ERROR_TEXTS):
         return True
-    # A compiler that tries its kernels wraps what one of them raised.
+    # A compiler that tries its kernels wraps the error of one of them.
     cause = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return cause is not None and is_out_of_memory(cause)
 
 
 def _free_ram_bytes() -> int:
-    """RAM that can still be had: of the machine, or of the container where that has less."""
+    """Free RAM of the machine, or of the container if that has less."""
     free = _proc_bytes("/proc/meminfo", "MemAvailable")
-    if not free:  # no Linux: half of all there is, for want of better
+    if not free:  # not Linux: assume half of all RAM
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    for root, limit, used in (
+    for root, limit_file, used_file in (
         ("/sys/fs/cgroup", "memory.max", "memory.current"),
         ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
     ):
         with suppress(OSError, ValueError):  # no such file, or "max"
-            most, now = (int(Path(root, name).read_text()) for name in (limit, used))
-            free = min(free, max(most - now, 0))
+            limit, used = (int(Path(root, name).read_text()) for name in (limit_file, used_file))
+            free = min(free, max(limit - used, 0))
     return free
 
 
 def _proc_bytes(file: str, key: str) -> int:
-    """A figure that Linux gives in kB; 0 where there is none."""
+    """A value that Linux reports in kB; 0 on other systems."""
     with suppress(OSError):
         for line in Path(file).read_text(encoding="utf-8").splitlines():
             if line.startswith(f"{key}:"):

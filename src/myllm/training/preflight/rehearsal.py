@@ -1,262 +1,232 @@
-"""A run in miniature: its own model, optimizer, steps and precision on made-up text, in a folder that goes away.
+"""The rehearsal of a run: real steps, a batch of every evaluation, a sample, a save and a load, on random tokens.
 
-What a rehearsal does goes through the functions that the run itself uses, so that it costs what the run costs. It
-leaves the random state as it found it, forgets what torch.compile learnt from it, and writes nowhere else.
+It goes through the functions that the run itself uses (setup.build, train_step, run_eval, AsyncSaver, restore), with
+the run's model, optimizer, precision and ranks at full shapes, so the two cannot drift apart.
 """
 
-import json
-import shutil
-import sys
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, replace
-from pathlib import Path
-from typing import Any
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from math import isfinite
+from statistics import median
 
-import numpy as np
-import torch
-
-from myllm import paths
-from myllm.checkpoint.rng import get_rng_state, set_rng_state
+from myllm.checkpoint.async_saver import AsyncSaver
+from myllm.checkpoint.format import load_latest
+from myllm.checkpoint.retention import list_checkpoints, step_of
 from myllm.checkpoint.state import TrainState
 from myllm.config import RunConfig
 from myllm.data.dataloader import BatchLoader
-from myllm.data.dataset import FORMAT, MANIFEST, Dataset, Shard
 from myllm.data.sampler import DataPosition
 from myllm.data.tokenizer.base import Tokenizer
 from myllm.distributed import collectives as distributed
-from myllm.distributed import launcher as ranks
 from myllm.distributed.collectives import DistContext
-from myllm.distributed.device_info import device_name
-from myllm.distributed.parallelize import shard
-from myllm.errors import UserError
-from myllm.files import file_lock, file_sha256, write_json
-from myllm.model.transformer import Transformer
-from myllm.optim.adamw import ScheduledAdamW
-from myllm.planning.batch import BatchPlan, batch_plan
-from myllm.planning.memory_estimate import HEADROOM
+from myllm.distributed.parallelize import full_params
+from myllm.errors import TrainingDiverged
+from myllm.paths import RunPaths
+from myllm.planning.batch import batch_plan
+from myllm.planning.length import length_note, resolve_max_steps
+from myllm.runs.heartbeat import Heartbeat
+from myllm.runs.reference_curve import ReferenceWatch
 from myllm.training.context import RunContext
-from myllm.training.gradient_guard import GradientGuard
-from myllm.training.kernels import fast_kernels
-from myllm.training.setup import Trainer
+from myllm.training.evaluator import StopVote, build_evals, run_eval
+from myllm.training.restore import restore
+from myllm.training.setup import Trainer, build, check_data
 from myllm.training.step import train_step
+from myllm.training.stop_signals import StopRequest
 
-from .device_memory import available_bytes, is_out_of_memory, memory_limit, peak_bytes, reset_peak
+from .batch_size import (
+    MEMORY_ACCUM_STEPS,
+    candidate_sizes,
+    is_safe_to_try,
+    largest_that_fits,
+    memory_probe,
+    resolve_micro_batch_size,
+)
+from .data_and_disk import DataAndDisk, find_prepared, folder_bytes, inspect_data_and_disk, tokenizer_for
+from .device_memory import OutOfMemory, memory_limit_bytes, run_within_memory
+from .scratch import random_dataset, scratch_folder, write_hellaswag
+from .summary import Limits, Measurements, PreflightResult, shorten_evals
 
-PREFIX = ".preflight-"
-DOCUMENT_TOKENS = 256
-HELLASWAG = "hellaswag.jsonl"
-ALONE_S = 120.0
-"""How long a rank that is out of memory waits for the others to be so too. A compiler may hold one back for a while."""
+STEPS = 3
+"""Timed after a warm-up."""
+LOSS_SCALE_STEPS = 20
+"""Steps before a loss scale that still overflows counts as a failure; it falls from its first to its lowest in 16."""
+STEPS_S = 30.0
+"""If whole steps would take longer than this together, fewer are timed, or a part of one."""
 
-
-class OutOfMemory(Exception):
-    """Of the device of one rank or more; every rank raises it."""
-
-
-# -- a place that goes away -------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def scratch_folder(process: DistContext) -> Iterator[Path]:
-    """A temporary folder, the same on all ranks, on the disk that runs are on. Nothing outlasts the `with` block: not
-    the folder, not the random state, not what torch.compile has learnt of shapes.
-
-    A folder that a killed rehearsal left behind is removed by the next one.
-    """
-    before = get_rng_state(process.device)
-    base = nearest_existing(paths.runs_dir())
-    folder: Path | None = None
-    if process.is_rank_zero:
-        _remove_left_behind(base)
-        folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=base))
-    folder = distributed.broadcast_object(folder)
-    try:
-        if not process.is_rank_zero:
-            yield folder
-        else:
-            with file_lock(folder / ".lock"):
-                yield folder
-        distributed.barrier()  # not after an error, which may be this rank's alone
-    finally:
-        if process.is_rank_zero:
-            shutil.rmtree(folder, ignore_errors=True)
-        _forget_compiled()
-        reset_peak(process.device)
-        set_rng_state(before, process.device)
+Say = Callable[[str], None]
 
 
-def nearest_existing(folder: Path) -> Path:
-    """The folder itself or, where it is not there yet, the nearest one above: it is on the same disk."""
-    return next(each for each in (folder, *folder.parents) if each.is_dir())
-
-
-def _forget_compiled() -> None:
-    if "torch._dynamo" in sys.modules:  # where nothing was compiled, to load it takes seconds
-        torch.compiler.reset()
-
-
-def _remove_left_behind(base: Path) -> None:
-    for folder in base.glob(f"{PREFIX}*"):
-        with suppress(OSError):  # in use by another rehearsal, or another user's
-            if not (folder / ".lock").is_file():  # a rehearsal's, if it is empty; else nothing of ours
-                folder.rmdir()
-                continue
-            with file_lock(folder / ".lock", wait=False):
-                pass
-            shutil.rmtree(folder)
-
-
-# -- made-up text -----------------------------------------------------------------------------------------------------
-
-
-def synthetic_dataset(config: RunConfig, folder: Path, tokenizer: Tokenizer, process: DistContext) -> Dataset:
-    """Documents of random tokens: as many as one step trains on, and one batch of validation for each rank."""
-    seq_len = config.model.max_seq_len
-    batch = batch_plan(config, process.world_size)
-    tokens = {"train": batch.sequences * seq_len + 1}
-    tokens["val"] = max(batch.micro_tokens, 8 * DOCUMENT_TOKENS) + 1
-    folder = folder / "dataset"
-    if process.is_rank_zero:
-        folder.mkdir(exist_ok=True)
-        chance, shards = np.random.Generator(np.random.PCG64(config.train.seed)), []
-        for split, count in tokens.items():
-            array = chance.integers(min(tokenizer.vocab_size, config.model.vocab_size), size=count, dtype=np.uint16)
-            array[::DOCUMENT_TOKENS] = tokenizer.end_of_text
-            file, documents = folder / f"{split}.npy", -(-count // DOCUMENT_TOKENS)
-            np.save(file, array)
-            shards.append(asdict(Shard(file.name, split, count, documents, file_sha256(file))))
-        manifest = {"format": FORMAT, "fingerprint": "made up", "source": "made up", "tokenizer": tokenizer.describe()}
-        write_json(folder / MANIFEST, manifest | {"shards": shards})
-    distributed.barrier()
-    return Dataset.open(folder)
-
-
-def synthetic_hellaswag(folder: Path, count: int) -> Path:
-    """So many rows in HellaSwag's format, about as long as its longer ones."""
-    context, ending = "the river ran under the old stone bridge while " * 12, "the children counted boats and sang " * 4
-    row = {
-        "activity_label": "Walking",
-        "ctx_a": context,
-        "ctx_b": "",
-        "ctx": context,
-        "endings": [ending] * 4,
-        "label": 0,
-    }
-    file = folder / HELLASWAG
-    file.write_text("".join(f"{json.dumps(row)}\n" for _ in range(count)), encoding="utf-8")
-    return file
-
-
-# -- the parts of a run -----------------------------------------------------------------------------------------------
-
-
-class Parts:
-    """Model, optimizer and what a step calls, made as `train` makes them.
+def preflight(
+    config: RunConfig,
+    dist: DistContext,
+    limits: Limits,
+    say: Say = print,
+    limit_bytes: int | None = None,
+    own_text: bool = False,
+) -> PreflightResult:
+    """Rehearse a run. The run's folder and the random state are not touched, and nothing is left behind.
 
     Args:
-        stack: ends them, and with them the choice of kernels that holds for the whole process until then.
-        say: called with the lines of a run's log about its kernels.
-    """
-
-    def __init__(
-        self, config: RunConfig, process: DistContext, stack: ExitStack, say: Callable[[str], None] = lambda line: None
-    ) -> None:
-        self.config, self.process = config, process
-        self.model = Transformer(config.model, config.train.seed).to(process.device)
-        self.whole = shard(self.model, config, process)  # what evaluations see
-        self.optimizer = ScheduledAdamW(self.model.named_parameters(), config.optim, config.train.max_steps)
-        self.runner = stack.enter_context(fast_kernels(self.model, config, process, say))
-        self.guard = GradientGuard(config.train, process.device)
-
-    def loader(self, dataset: Dataset, batch: BatchPlan) -> BatchLoader:
-        position = self.state(dataset, 0).data
-        return BatchLoader(dataset.train, batch, position, self.process.rank, self.process.device)
-
-    def state(self, dataset: Dataset, step: int) -> TrainState:
-        return TrainState(step, 0, DataPosition(0, 0, self.config.train.seed, dataset.fingerprint))
-
-    def trainer(self, loader: BatchLoader, dataset: Dataset, batch: BatchPlan) -> Trainer:
-        ctx, model = RunContext.create(self.config, self.process), self.model
-        return Trainer(ctx, dataset, batch, model, self.whole, self.runner, self.optimizer, loader, self.guard)
-
-    def step(self, loader: BatchLoader, dataset: Dataset, batch: BatchPlan, step: int) -> tuple[float, float]:
-        """One real step, done when it returns; loss and gradient norm of this rank."""
-        self.guard.record(self.state(dataset, step))
-        loss, grad_norm, _ = train_step(self.trainer(loader, dataset, batch), step)
-        return float(loss), float(grad_norm)
-
-
-def shorten(batch: BatchPlan, accumulation_steps: int = 2) -> BatchPlan:
-    """The same micro-steps, but no more than so many of them: with two a step has all that it ever has in memory."""
-    steps = min(batch.grad_accum_steps, accumulation_steps)
-    return replace(batch, batch_tokens=steps * batch.micro_tokens)
-
-
-# -- memory -----------------------------------------------------------------------------------------------------------
-
-
-def memory_limit_bytes(process: DistContext) -> int:
-    """What a run may use on each rank: what the rank with least has, less headroom."""
-    mine = available_bytes(process.device, ranks.local_world_size())
-    least = min(distributed.gather_object(mine), default=0)
-    return int(distributed.broadcast_object(least) * (1 - HEADROOM))
-
-
-def run_within_memory(work: Callable[[], Any], process: DistContext, limit_bytes: int) -> tuple[Any, int]:
-    """Do some of a run's work with so much memory.
-
-    All ranks have the same limit and so run out at the same point: none waits for another in a collective. Where one
-    runs out alone all the same, the others may be in one that it will never join, and it ends the trial for all.
-
-    Returns:
-        what `work` gave, and the peak in bytes on the rank that used most.
+        say: called on every rank with what happens next.
+        limit_bytes: memory that one rank may use; None: what is available, minus headroom.
+        own_text: as for `resolve_max_steps`.
 
     Raises:
-        OutOfMemory: it needs more, on some rank.
-        UserError: on this rank alone.
+        UserError: the settings cannot work on any machine.
     """
-    result, failed = None, False
-    reset_peak(process.device)
-    with memory_limit(process.device, limit_bytes):
+    storage, steps_done, val_tokens = _inspect(config, dist)
+    tokenizer = tokenizer_for(config)
+    if storage.tokens:
+        config = resolve_max_steps(config, storage.tokens, own_text)
+    else:
+        say(length_note(config, own_text) or "the size of the text is not known yet")
+        config = replace(config, train=replace(config.train, epochs=None))
+    limit_bytes = memory_limit_bytes(dist) if limit_bytes is None else limit_bytes
+    if steps_done < config.train.max_steps:
+        config, note = resolve_micro_batch_size(config, tokenizer, dist, val_tokens, limit_bytes)
+        if note:
+            say(note)
+    result = PreflightResult(config, dist, limits, storage, limit_bytes, steps_done)
+    return result if result.is_complete else _rehearse(result, tokenizer, say)
+
+
+def _inspect(config: RunConfig, dist: DistContext) -> tuple[DataAndDisk, int, int | None]:
+    """Data and disk, completed steps, and validation tokens if the data set is prepared, as rank 0 sees them.
+
+    Raises:
+        UserError: the text does not exist, or has too few tokens for one step; on every rank.
+    """
+
+    def inspect() -> tuple[DataAndDisk, int, int | None] | None:
+        if not dist.is_rank_zero:
+            return None
+        storage, dataset = inspect_data_and_disk(config), find_prepared(config.data)
+        checkpoints = [] if config.train.fresh else list_checkpoints(RunPaths.of(config.name).checkpoints)
+        steps_done = step_of(checkpoints[0]) if checkpoints else 0
+        if dataset is None or not dataset.known_train_tokens:
+            return storage, steps_done, None
+        check_data(config, dataset, batch_plan(config, dist.world_size))
+        return storage, steps_done, dataset.val.tokens
+
+    return distributed.run_on_all_ranks(inspect)[0]
+
+
+def _rehearse(result: PreflightResult, tokenizer: Tokenizer, say: Say) -> PreflightResult:
+    config, dist, limit_bytes = result.config, result.dist, result.limit_bytes
+    size = config.train.micro_batch_size
+    with scratch_folder(dist) as folder:
+        dataset = random_dataset(config, folder, tokenizer, dist)
+        check_data(config, dataset, batch_plan(config, dist.world_size))
+        ctx = RunContext.create(config, dist, RunPaths(folder / "run"), log=lambda line: None)
+        short = batch_plan(config, dist.world_size).with_max_accum_steps(MEMORY_ACCUM_STEPS)
+
+        def measure() -> Measurements:
+            with build(ctx, dataset, short) as (trainer, _):
+                return _measure(trainer, tokenizer, result.has_space_to_save, say)
+
         try:
-            result = work()
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            failed = True
-    if not distributed.all_ranks_arrive("memory", ALONE_S if failed else 0.0):
-        raise UserError(
-            f"out of memory on rank {process.rank} ({device_name(process.device)}) alone: the other ranks have not run "
-            f"out of theirs within {ALONE_S:,.0f} s; free what else is on this device, or lower train.micro_batch_size"
-        )
-    peak = peak_bytes(process.device)
-    peak = distributed.broadcast_object(max(distributed.gather_object(peak), default=0))
-    (failed,) = distributed.all_reduce_any(failed)
-    if failed or peak > limit_bytes:
-        raise OutOfMemory
-    return result, peak
+            if not is_safe_to_try(config, dist, size, limit_bytes):
+                raise OutOfMemory
+            measured, peak = run_within_memory(measure, dist, limit_bytes)
+            return replace(result, measured=replace(measured, peak_bytes=peak))
+        except OutOfMemory:
+            pass
+        say(f"out of memory with train.micro_batch_size {size}; looking for one that fits")
+        smaller = [candidate for candidate in candidate_sizes(config, dist) if candidate < size]
+        fitting = largest_that_fits(smaller, memory_probe(config, dataset, dist, limit_bytes), limit_bytes)
+        return replace(result, out_of_memory=True, fitting_size=fitting)
 
 
-def measure_peak_bytes(
-    config: RunConfig, dataset: Dataset, process: DistContext, micro_batch_size: int, limit_bytes: int
-) -> int | None:
-    """Peak bytes of two real steps with that micro-batch size, on the rank that used most; None if they do not fit."""
-    config = replace(config, train=replace(config.train, micro_batch_size=micro_batch_size))
-    batch = shorten(batch_plan(config, process.world_size))
-
-    def two_steps() -> None:
-        with ExitStack() as stack:
-            parts = Parts(config, process, stack)
-            loader = stack.enter_context(parts.loader(dataset, batch))
-            for step in range(2):  # the second one has AdamW's moments beside its activations
-                parts.step(loader, dataset, batch, step)
-
+def _measure(trainer: Trainer, tokenizer: Tokenizer, can_save: bool, say: Say) -> Measurements:
+    say("steps")
+    measured = _time_steps(trainer)
+    if not measured.finite:
+        return measured
+    say("evaluations")
+    measured = replace(measured, evals=_time_evals(trainer, tokenizer))
+    if not can_save:
+        return measured
+    say("a checkpoint")
     try:
-        return run_within_memory(two_steps, process, limit_bytes)[1]
-    except OutOfMemory:
-        return None
-    finally:
-        _forget_compiled()  # the next size is compiled as if it were the first, as in the run
-        reset_peak(process.device)
+        save_s, load_s, n_bytes = _time_checkpoint(trainer, tokenizer)
+    except TrainingDiverged:
+        return replace(measured, finite=False)
+    return replace(measured, save_s=save_s, load_s=load_s, checkpoint_bytes=n_bytes)
+
+
+def _time_steps(trainer: Trainer) -> Measurements:
+    """Two short steps, the second one timed, then whole steps if they take less than STEPS_S.
+
+    Args:
+        trainer: its batch is a step's with at most MEMORY_ACCUM_STEPS.
+    """
+    config, dist, position, done = trainer.ctx.config, trainer.ctx.dist, trainer.loader.position, 0
+
+    def step(trainer: Trainer) -> tuple[float, float, float]:
+        """Loss, gradient norm and seconds."""
+        nonlocal done
+        started = time.perf_counter()
+        trainer.guard.record(_state(trainer, done))
+        loss, grad_norm, _ = train_step(trainer, done)
+        done += 1
+        return float(loss), float(grad_norm), time.perf_counter() - started  # both wait for the device
+
+    loss, grad_norm, _ = step(trainer)
+    *_, seconds = step(trainer)
+    while trainer.guard.loss_scale is not None and not isfinite(grad_norm) and done < LOSS_SCALE_STEPS:
+        loss, grad_norm, seconds = step(
+            trainer
+        )  # as at the start of a run, the scale is halved until nothing overflows
+    whole = batch_plan(config, dist.world_size)
+    fraction = trainer.batch.grad_accum_steps / whole.grad_accum_steps
+    step_s = distributed.broadcast_object(seconds) / fraction
+    times = min(STEPS, int(STEPS_S / step_s))
+    if times:
+        with BatchLoader(trainer.dataset.train, whole, position, dist.rank, dist.device) as loader:
+            whole_trainer = replace(trainer, batch=whole, loader=loader)
+            step_s = distributed.broadcast_object(median(step(whole_trainer)[2] for _ in range(times)))
+    loss, grad_norm = distributed.broadcast_object((loss, grad_norm))
+    return Measurements(step_s, times, 1.0 if times else fraction, loss, grad_norm)
+
+
+def _state(trainer: Trainer, step: int) -> TrainState:
+    return TrainState(step, 0, DataPosition(0, 0, trainer.ctx.config.train.seed, trainer.dataset.fingerprint))
+
+
+def _time_evals(trainer: Trainer, tokenizer: Tokenizer) -> dict[str, tuple[float, str]]:
+    """By evaluation: seconds of one batch on each rank after a warm-up, and the error if it failed."""
+    ctx = trainer.ctx
+    folder, lines = ctx.paths.root.parent, []
+    config = shorten_evals(ctx.config, ctx.dist.world_size)
+    file = folder / "hellaswag.jsonl"
+    if ctx.dist.is_rank_zero:
+        write_hellaswag(file, config.eval.hellaswag_examples or 0)
+    config = replace(config, eval=replace(config.eval, hellaswag_file=str(file)))
+    ctx = RunContext.create(config, ctx.dist, ctx.paths, log=lines.append)
+    vote = StopVote(StopRequest(), Heartbeat(folder / "heartbeat.json", writes=False))
+    state, watch, found = _state(trainer, STEPS), ReferenceWatch(None), {}
+    for evaluation in build_evals(ctx, trainer.eval_model, trainer.dataset, tokenizer, vote):
+        for _ in range(2):  # the first one is a warm-up
+            lines.clear()
+            started = time.perf_counter()
+            with full_params(trainer.model, trainer.eval_model):
+                run_eval(evaluation, ctx, state, trainer.eval_model, watch, vote)
+            seconds = time.perf_counter() - started
+        # A run continues without an evaluation that fails; for a rehearsal that is a problem.
+        failed = (line for line in lines if line.startswith(f"the {evaluation.name} evaluation failed"))
+        found[evaluation.name] = seconds, next(failed, "")
+    return distributed.broadcast_object(found)
+
+
+def _time_checkpoint(trainer: Trainer, tokenizer: Tokenizer) -> tuple[float, float, int]:
+    """Seconds of a save, seconds of a load, and bytes on the disk."""
+    ctx, model, optimizer = trainer.ctx, trainer.model, trainer.optimizer
+    started = time.perf_counter()
+    with AsyncSaver(ctx.config, ctx.paths, model, optimizer, tokenizer, ctx.dist) as saver:
+        saver.save(_state(trainer, STEPS))
+    saved_at = time.perf_counter()
+    restore(load_latest(ctx.paths.checkpoints, ctx.log), ctx, trainer.dataset, model, optimizer)
+    loaded_at = time.perf_counter()
+    n_bytes = folder_bytes(ctx.paths.checkpoints) if ctx.dist.is_rank_zero else 0
+    return distributed.broadcast_object((saved_at - started, loaded_at - saved_at, n_bytes))

@@ -1,9 +1,8 @@
-"""What a rehearsal's figures mean for the whole run: a table, and the reasons not to start it."""
+"""What a rehearsal means for the whole run: time, cost, memory and disk as a table, and the problems it would have."""
 
 import bisect
 from dataclasses import dataclass, field, replace
 from math import ceil, isfinite
-from typing import TYPE_CHECKING
 
 from myllm.config import RunConfig
 from myllm.distributed.collectives import DistContext
@@ -19,9 +18,7 @@ from myllm.planning.length import describe_length
 from myllm.planning.memory_estimate import ComputeMode, predicted_bytes
 
 from .batch_size import nothing_fits_message
-
-if TYPE_CHECKING:
-    from .data_and_disk import DataAndDisk
+from .data_and_disk import DataAndDisk
 
 CLOZE_BATCH = 8
 HELLASWAG_EXAMPLES = 10_042
@@ -29,7 +26,7 @@ HELLASWAG_EXAMPLES = 10_042
 
 @dataclass(frozen=True)
 class Limits:
-    """What the user will pay."""
+    """Command-line limits and prices."""
 
     max_hours: float | None = None
     """For the rest of the run."""
@@ -39,12 +36,12 @@ class Limits:
 
 @dataclass(frozen=True)
 class Measurements:
-    """Figures of a rehearsal."""
+    """Results of a rehearsal."""
 
     step_s: float
     steps: int
-    """Whole ones that were timed; 0: a part of one was."""
-    share: float
+    """Whole steps that were timed. 0: a part of one was."""
+    fraction: float
     """Of a step's micro-steps that were timed."""
     loss: float
     grad_norm: float
@@ -53,7 +50,7 @@ class Measurements:
     peak_bytes: int = 0
     """Of the rank that used most."""
     evals: dict[str, tuple[float, str]] = field(default_factory=dict)
-    """Seconds of one batch on each rank, and why it failed, by the evaluation's name."""
+    """Seconds of one batch on each rank, and the error if it failed, by the evaluation's name."""
     save_s: float = 0.0
     load_s: float = 0.0
     checkpoint_bytes: int = 0
@@ -65,20 +62,18 @@ class Measurements:
 def shorten_evals(config: RunConfig, world_size: int) -> RunConfig:
     """The config with one batch of each evaluation for each rank."""
     evals = config.eval
-    return replace(
-        config,
-        eval=replace(
-            evals,
-            validation_tokens=config.train.micro_batch_size * config.model.max_seq_len * world_size,
-            cloze_examples=min(evals.cloze_examples, CLOZE_BATCH * world_size),
-            hellaswag_examples=min(evals.hellaswag_examples or HELLASWAG_EXAMPLES, BATCH_SIZE * world_size),
-            sample_prompts=evals.sample_prompts[:1],
-        ),
+    short = replace(
+        evals,
+        validation_tokens=config.train.micro_batch_size * config.model.max_seq_len * world_size,
+        cloze_examples=min(evals.cloze_examples, CLOZE_BATCH * world_size),
+        hellaswag_examples=min(evals.hellaswag_examples or HELLASWAG_EXAMPLES, BATCH_SIZE * world_size),
+        sample_prompts=evals.sample_prompts[:1],
     )
+    return replace(config, eval=short)
 
 
 def count_eval_batches(config: RunConfig, world_size: int) -> dict[str, int]:
-    """Batches that one rank goes through in each evaluation; of samples, prompts."""
+    """Batches of one rank in each evaluation; for samples, prompts."""
     evals, model = config.eval, config.model
     sequences = min(evals.validation_tokens, config.data.val_tokens) // model.max_seq_len
     hellaswag = evals.hellaswag_examples or HELLASWAG_EXAMPLES
@@ -90,46 +85,48 @@ def count_eval_batches(config: RunConfig, world_size: int) -> dict[str, int]:
     }
 
 
-def count_due(every: int, done: int, max_steps: int) -> int:
-    """How often something is done from step `done` on, that step included: at multiples of `every` and at the end."""
+def count_due(every: int, step: int, max_steps: int) -> int:
+    """How often an evaluation runs from `step` on, that step included: at multiples of `every` and at the end."""
     if not every:
         return 0
-    return max_steps // every - ceil(done / every) + 1 + (max_steps % every > 0)
+    return max_steps // every - ceil(step / every) + 1 + (max_steps % every > 0)
 
 
 @dataclass(frozen=True)
 class PreflightResult:
-    """A rehearsal of a run, and the run that it was of."""
+    """A run and its rehearsal."""
 
     config: RunConfig
-    process: DistContext
-    bounds: Limits
-    room: "DataAndDisk"
+    dist: DistContext
+    limits: Limits
+    storage: DataAndDisk
     limit_bytes: int
     """Memory that one rank may use."""
-    done: int = 0
-    """Steps that the run has behind it."""
+    steps_done: int = 0
     measured: Measurements | None = None
     out_of_memory: bool = False
-    fits: int | None = None
-    """The largest micro-batch size that does, if the config's does not."""
+    fitting_size: int | None = None
+    """The largest micro-batch size that fits, if the configured one does not."""
 
-    # -- the whole run, from its parts --------------------------------------------------------------------------------
+    # -- from the parts to the whole run ------------------------------------------------------------------------------
+
+    @property
+    def is_complete(self) -> bool:
+        return self.steps_done >= self.config.train.max_steps
 
     @property
     def seconds_left(self) -> dict[str, float]:
-        """By what takes them."""
+        """By activity."""
         train, evals, measured = self.config.train, self.config.eval, self.measured
-        batches = count_eval_batches(self.config, self.process.world_size)
-        every = {
+        batches = count_eval_batches(self.config, self.dist.world_size)
+        cadences = {
             "validation": evals.validation_every_steps, "cloze": evals.cloze_every_steps,
             "hellaswag": evals.hellaswag_every_steps, "samples": evals.sample_every_steps,
         }  # fmt: skip
-        left = {"training": (train.max_steps - self.done) * measured.step_s}
+        left = {"training": (train.max_steps - self.steps_done) * measured.step_s}
         for name, (seconds, _) in measured.evals.items():
-            left[name] = seconds * batches[name] * count_due(every[name], self.done, train.max_steps)
-        saves = n_saves(train, self.done, train.max_steps)
-        return left | {"saves": saves * measured.save_s}
+            left[name] = seconds * batches[name] * count_due(cadences[name], self.steps_done, train.max_steps)
+        return left | {"saves": n_saves(train, self.steps_done, train.max_steps) * measured.save_s}
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -137,166 +134,153 @@ class PreflightResult:
         return measured or checkpoint_bytes(self.config)
 
     @property
-    def has_room_to_save(self) -> bool:
-        """Whether a rehearsal's own checkpoint does no harm."""
-        return self.room.free_bytes > 2 * self.checkpoint_bytes
+    def has_space_to_save(self) -> bool:
+        """True if the rehearsal's own checkpoint does not fill the disk."""
+        return self.storage.free_bytes > 2 * self.checkpoint_bytes
 
     @property
     def disk_bytes(self) -> dict[str, int]:
-        """Still to be written, by what."""
-        checkpoints = n_added(self.config) * self.checkpoint_bytes
-        room = self.room
+        """Still to be written, by kind."""
         return {
-            "checkpoints": max(checkpoints - room.checkpoints_bytes, 0),
-            "shards": room.shards_bytes,
-            "downloads": room.downloads_bytes,
+            "checkpoints": max(n_added(self.config) * self.checkpoint_bytes - self.storage.run_bytes, 0),
+            "shards": self.storage.shards_bytes,
+            "downloads": self.storage.downloads_bytes,
         }
 
-    # -- for people ---------------------------------------------------------------------------------------------------
+    # -- as text ------------------------------------------------------------------------------------------------------
 
     def table(self) -> str:
-        config, process, measured = self.config, self.process, self.measured
-        if self.done >= config.train.max_steps:
-            return (
-                f"nothing left to train: the run {config.name} is at step {self.done:,} of {config.train.max_steps:,}"
-            )
-        batch = batch_plan(config, process.world_size)
-        where = f"{process.world_size} x {device_name(process.device)} ({process.device.type})"
-        precision = describe_precision(config.train.precision, process.device)
-        lines = [f"preflight of {config.name} on {where}", f"batch        {batch}", f"precision    {precision}"]
-        lines += self._memory_lines()
-        if measured is not None:
-            lines += self._step_lines(measured)
-        if measured is not None and measured.finite:
-            lines += self._time_lines()
-        need, free = self.disk_bytes, self.room.free_bytes
-        parts = ", ".join(f"{name} {format_bytes(n_bytes)}" for name, n_bytes in need.items() if n_bytes)
-        lines.append(
-            f"disk         {format_bytes(sum(need.values()))} to write ({parts or 'nothing'}); {format_bytes(free)} "
-            "free"
+        config, device, measured = self.config, self.dist.device, self.measured
+        if self.is_complete:
+            return f"nothing left to train: {config.name} is at step {self.steps_done:,} of {config.train.max_steps:,}"
+        return "\n".join(
+            [
+                f"preflight of {config.name} on {self.dist.world_size} x {device_name(device)} ({device.type})",
+                f"batch        {batch_plan(config, self.dist.world_size)}",
+                f"precision    {describe_precision(config.train.precision, device)}",
+                self._memory_line(),
+                *(self._step_lines(measured) if measured else []),
+                *(self._time_lines(measured) if measured and measured.finite else []),
+                f"disk         {self._disk_use()}; {format_bytes(self.storage.free_bytes)} free",
+                *self._token_lines(),
+            ]
         )
-        return "\n".join([*lines, *self._token_lines()])
 
-    def _memory_lines(self) -> list[str]:
-        device = self.process.device
-        mode = ComputeMode.of(self.config, device.type, self.process.world_size, has_triton(device))
+    def _memory_line(self) -> str:
+        device, limit = self.dist.device, format_gib(self.limit_bytes)
+        mode = ComputeMode.of(self.config, device.type, self.dist.world_size, has_triton(device))
         estimate = format_gib(predicted_bytes(self.config, mode))
         if self.measured is None:
-            return [
-                f"memory       more than the {format_gib(self.limit_bytes)} that one rank may use (estimate {estimate})"
-            ]
-        what = "resident memory" if device.type == "cpu" else "device memory"
+            return f"memory       more than the {limit} that one rank may use (estimate {estimate})"
+        kind = "resident memory" if device.type == "cpu" else "device memory"
         peak = format_gib(self.measured.peak_bytes)
-        may = f"{format_gib(self.limit_bytes)} may be used"
-        return [f"memory       {peak} at most, {what} of one rank (estimate {estimate}); {may}"]
+        return f"memory       {peak} peak {kind} of one rank (estimate {estimate}), {limit} allowed"
 
     def _step_lines(self, measured: Measurements) -> list[str]:
-        config, process = self.config, self.process
-        tokens_per_s = config.train.batch_tokens / measured.step_s
-        peak = peak_flops(device_name(process.device))
-        mfu = flops_per_token(config.model) * tokens_per_s / (peak * process.world_size) if peak else None
-        how = f"median of {measured.steps}" if measured.steps else f"from {measured.share:.1%} of one"
+        tokens_per_s = self.config.train.batch_tokens / measured.step_s
+        peak = peak_flops(device_name(self.dist.device))
+        flops = flops_per_token(self.config.model) * tokens_per_s
+        mfu = f", mfu {flops / (peak * self.dist.world_size):.1%}" if peak else ""
+        basis = f"median of {measured.steps}" if measured.steps else f"from {measured.fraction:.1%} of one"
         return [
             f"first step   loss {measured.loss:.4f}, gradient norm {measured.grad_norm:.4g}",
-            f"step         {measured.step_s:.3f} s ({how}), {tokens_per_s:,.0f} tokens/s"
-            + (f", mfu {mfu:.1%}" if mfu else ""),
+            f"step         {measured.step_s:.3f} s ({basis}), {tokens_per_s:,.0f} tokens/s{mfu}",
         ]
 
-    def _time_lines(self) -> list[str]:
-        measured, left = self.measured, self.seconds_left
+    def _time_lines(self, measured: Measurements) -> list[str]:
+        left, lines, price = self.seconds_left, [], self.limits.dollars_per_hour
         total = sum(left.values())
-        parts = ", ".join(f"{name} {format_clock(seconds)}" for name, seconds in left.items() if seconds >= 0.5)
-        lines = []
         if measured.checkpoint_bytes:
-            estimate = checkpoint_bytes(self.config)
             lines.append(
-                f"checkpoint   {format_bytes(measured.checkpoint_bytes)} (estimate {format_bytes(estimate)}), saved in "
-                f"{measured.save_s:.1f} s, loaded in {measured.load_s:.1f} s"
+                f"checkpoint   {format_bytes(measured.checkpoint_bytes)} (estimate "
+                f"{format_bytes(checkpoint_bytes(self.config))}), saved in {measured.save_s:.1f} s, loaded in "
+                f"{measured.load_s:.1f} s"
             )
-        after = f" after step {self.done:,}" if self.done else ""
+        parts = ", ".join(f"{name} {format_clock(seconds)}" for name, seconds in left.items() if seconds >= 0.5)
+        after = f" after step {self.steps_done:,}" if self.steps_done else ""
         lines.append(f"time left    {format_clock(total)}{after}: {parts or 'nothing'}")
-        if self.bounds.dollars_per_hour is not None:
-            cost = total / 3_600 * self.bounds.dollars_per_hour
-            lines.append(f"cost left    ${cost:,.2f} at ${self.bounds.dollars_per_hour:,.2f} an hour")
+        if price is not None:
+            lines.append(f"cost left    ${total / 3_600 * price:,.2f} at ${price:,.2f} per hour")
         return lines
 
-    def _token_lines(self) -> list[str]:
-        train, room = self.config.train, self.room
-        if not room.tokens:
-            wanted = train.max_steps * train.batch_tokens
-            return [f"tokens       {wanted:,} to train on; how many {room.text} has is not known yet"]
-        first, *others = describe_length(self.config, room.tokens, room.tokens_are_counted)
-        return [f"tokens       {first} of {room.text}", *(f"             {line}" for line in others)]
+    def _disk_use(self) -> str:
+        need = self.disk_bytes
+        parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in need.items() if size)
+        return f"{format_bytes(sum(need.values()))} to write ({parts or 'nothing'})"
 
-    # -- why not to start ---------------------------------------------------------------------------------------------
+    def _token_lines(self) -> list[str]:
+        train, storage = self.config.train, self.storage
+        if not storage.tokens:
+            tokens = train.max_steps * train.batch_tokens
+            return [f"tokens       {tokens:,}; the number of tokens in {storage.source} is not known yet"]
+        first, *notes = describe_length(self.config, storage.tokens, storage.tokens_are_exact)
+        return [f"tokens       {first} of {storage.source}", *(f"             {note}" for note in notes)]
+
+    # -- problems -----------------------------------------------------------------------------------------------------
 
     def problems(self) -> list[str]:
-        """One sentence a reason, with the number to change; empty where there is none."""
+        """One sentence per problem, with the setting to change."""
         measured = self.measured
-        if self.done >= self.config.train.max_steps:
+        if self.is_complete:
             return []
-        found = [self._memory_refusal(), self._disk_refusal()]
+        problems = [self._memory_problem(), self._disk_problem()]
         if measured is not None and not measured.finite:
-            found.append(
+            problems.append(
                 f"the first step is not finite (loss {measured.loss}, gradient norm {measured.grad_norm}): lower "
                 f"optim.max_lr {self.config.optim.max_lr:g}, or set train.precision to float32"
             )
         elif measured is not None:
-            found += [self._time_refusal(), *self._eval_refusals(measured)]
-        return [each for each in found if each]
+            problems += [self._time_problem(), *self._eval_problems(measured)]
+        return [problem for problem in problems if problem]
 
-    def _memory_refusal(self) -> str:
+    def _memory_problem(self) -> str:
         if not self.out_of_memory:
             return ""
-        if self.fits is None:
+        if self.fitting_size is None:
             return nothing_fits_message(self.config, self.limit_bytes)
         return (
-            f"out of memory: train.micro_batch_size {self.config.train.micro_batch_size} needs more than the "
-            f"{format_gib(self.limit_bytes)} that one rank may use; set it to {self.fits}, the largest that fits"
+            f"out of memory: train.micro_batch_size {self.config.train.micro_batch_size} needs more than "
+            f"the {format_gib(self.limit_bytes)} that one rank may use; set it to {self.fitting_size}, the largest "
+            "that fits"
         )
 
-    def _disk_refusal(self) -> str:
-        need, free = self.disk_bytes, self.room.free_bytes
+    def _disk_problem(self) -> str:
+        need, free, train = self.disk_bytes, self.storage.free_bytes, self.config.train
         missing = sum(need.values()) - free
         if missing <= 0:
             return ""
-        train, advice = self.config.train, []
 
-        def too_many(keep: int) -> bool:
+        def is_too_much(keep: int) -> bool:
             fewer = replace(self, config=replace(self.config, train=replace(train, keep_last=keep)))
             return sum(fewer.disk_bytes.values()) > free
 
-        keep = bisect.bisect_left(range(1, train.keep_last or train.max_steps), True, key=too_many)
-        if keep:
+        advice = []
+        if keep := bisect.bisect_left(range(1, train.keep_last or train.max_steps), True, key=is_too_much):
             advice.append(f"lower train.keep_last from {train.keep_last or 'all (0)'} to {keep}")
         tokens = (need["shards"] - missing) // 2
         if need["shards"] > missing and tokens > 0:
             advice.append(f"set data.target_tokens to {tokens - self.config.data.val_tokens:,}")
         advice.append("free that much, or set MYLLM_DATA to a folder on a larger disk")
-        parts = ", ".join(f"{name} {format_bytes(n_bytes)}" for name, n_bytes in need.items() if n_bytes)
         return (
-            f"the disk of {self.room.folder} has {format_bytes(free)} free, the run writes about "
-            f"{format_bytes(sum(need.values()))} "
-            f"({parts}): {format_bytes(missing)} are missing; " + "; or ".join(advice)
+            f"not enough disk space at {self.storage.folder}: {self._disk_use()}, {format_bytes(free)} free, "
+            f"{format_bytes(missing)} missing; " + "; or ".join(advice)
         )
 
-    def _time_refusal(self) -> str:
-        most, total = self.bounds.max_hours, sum(self.seconds_left.values())
-        if most is None or total <= most * 3_600:
+    def _time_problem(self) -> str:
+        limit, total, train = self.limits.max_hours, sum(self.seconds_left.values()), self.config.train
+        if limit is None or total <= limit * 3_600:
             return ""
-        steps = self.done + int((self.config.train.max_steps - self.done) * most * 3_600 / total)
-        fewer = f"lower train.max_steps from {self.config.train.max_steps:,} to {steps:,}, or " if steps else ""
+        steps = self.steps_done + int((train.max_steps - self.steps_done) * limit * 3_600 / total)
+        fewer = f"lower train.max_steps from {train.max_steps:,} to {steps:,}, or " if steps else ""
         return (
-            f"the run needs {total / 3_600:,.2f} hours more, beyond --max-hours {most:g}; {fewer}raise --max-hours to "
+            f"the run needs {total / 3_600:,.2f} more hours, but --max-hours is {limit:g}; {fewer}raise --max-hours to "
             f"{ceil(total / 36) / 100:,.2f}"
         )
 
-    def _eval_refusals(self, measured: Measurements) -> list[str]:
-        found = []
-        for name, (_, failure) in measured.evals.items():
-            if failure:
-                setting = "sample" if name == "samples" else name
-                found.append(
-                    f"{failure.partition(';')[0]}; lower train.micro_batch_size, or set eval.{setting}_every_steps to 0"
-                )
-        return found
+    def _eval_problems(self, measured: Measurements) -> list[str]:
+        problems = []
+        for name, (_, error) in measured.evals.items():
+            if error:
+                setting = f"eval.{'sample' if name == 'samples' else name}_every_steps"
+                problems.append(f"{error.partition(';')[0]}; lower train.micro_batch_size, or set {setting} to 0")
+        return problems

@@ -1,0 +1,108 @@
+"""A temporary folder on the disk of the runs, with random data. Nothing of it outlasts the rehearsal."""
+
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from myllm import paths
+from myllm.checkpoint.rng import get_rng_state, set_rng_state
+from myllm.config import RunConfig
+from myllm.data.dataset import FORMAT, MANIFEST, Dataset, Shard
+from myllm.data.tokenizer.base import Tokenizer
+from myllm.distributed import collectives as distributed
+from myllm.distributed.collectives import DistContext
+from myllm.files import file_lock, file_sha256, write_json
+from myllm.planning.batch import batch_plan
+
+from .device_memory import reset_peak
+
+PREFIX = ".preflight-"
+DOCUMENT_TOKENS = 256
+
+
+@contextmanager
+def scratch_folder(dist: DistContext) -> Iterator[Path]:
+    """A temporary folder, the same on all ranks. Afterwards the folder is gone, the random state is restored, and
+    torch.compile has forgotten the shapes it saw. The folder of a killed rehearsal is removed by the next one.
+    """
+    rng_state = get_rng_state(dist.device)
+    base = nearest_existing(paths.runs_dir())
+    folder: Path | None = None
+    if dist.is_rank_zero:
+        _remove_abandoned(base)
+        folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=base))
+    folder = distributed.broadcast_object(folder)
+    try:
+        if not dist.is_rank_zero:
+            yield folder
+        else:
+            with file_lock(folder / ".lock"):
+                yield folder
+        distributed.barrier()  # not after an error, which may be this rank's alone
+    finally:
+        if dist.is_rank_zero:
+            shutil.rmtree(folder, ignore_errors=True)
+        reset_compiler()
+        reset_peak(dist.device)
+        set_rng_state(rng_state, dist.device)
+
+
+def nearest_existing(folder: Path) -> Path:
+    """The folder, or its nearest parent that exists: it is on the same disk."""
+    return next(path for path in (folder, *folder.parents) if path.is_dir())
+
+
+def reset_compiler() -> None:
+    """Make torch.compile treat the next shape as the first one, as in the run."""
+    if "torch._dynamo" in sys.modules:  # importing it takes seconds
+        torch.compiler.reset()
+
+
+def _remove_abandoned(base: Path) -> None:
+    for folder in base.glob(f"{PREFIX}*"):
+        with suppress(OSError):  # another rehearsal uses it, or it belongs to another user
+            if not (folder / ".lock").is_file():  # killed before it had a lock, or not a rehearsal's folder
+                folder.rmdir()
+                continue
+            with file_lock(folder / ".lock", wait=False):
+                pass
+            shutil.rmtree(folder)
+
+
+def random_dataset(config: RunConfig, folder: Path, tokenizer: Tokenizer, dist: DistContext) -> Dataset:
+    """Random tokens: enough for one training step, and for one validation batch on each rank."""
+    batch = batch_plan(config, dist.world_size)
+    tokens = {
+        "train": batch.sequences * batch.seq_len + 1,
+        "val": max(batch.micro_tokens, 8 * DOCUMENT_TOKENS) + 1,
+    }
+    folder = folder / "dataset"
+    if dist.is_rank_zero:
+        folder.mkdir(exist_ok=True)
+        rng, shards = np.random.Generator(np.random.PCG64(config.train.seed)), []
+        for split, count in tokens.items():
+            array = rng.integers(min(tokenizer.vocab_size, config.model.vocab_size), size=count, dtype=np.uint16)
+            array[::DOCUMENT_TOKENS] = tokenizer.end_of_text
+            file, documents = folder / f"{split}.npy", -(-count // DOCUMENT_TOKENS)
+            np.save(file, array)
+            shards.append(asdict(Shard(file.name, split, count, documents, file_sha256(file))))
+        manifest = {"format": FORMAT, "fingerprint": "random", "source": "random", "tokenizer": tokenizer.describe()}
+        write_json(folder / MANIFEST, manifest | {"shards": shards})
+    distributed.barrier()
+    return Dataset.open(folder)
+
+
+def write_hellaswag(file: Path, count: int) -> None:
+    """Rows in HellaSwag's format, as long as its longer ones."""
+    context, ending = "the river ran under the old stone bridge while " * 12, "the children counted boats and sang " * 4
+    row = {"activity_label": "Walking", "ctx_a": context, "ctx_b": "", "ctx": context}
+    row |= {"endings": [ending] * 4, "label": 0}
+    file.write_text("".join(f"{json.dumps(row)}\n" for _ in range(count)), encoding="utf-8")
