@@ -1,11 +1,11 @@
-"""HellaSwag's scoring on a CPU: batches with shared contexts, against one example at a time.
+"""Speed of HellaSwag's scoring on a CPU: batches with shared contexts against one example at a time.
 
     python benchmarks/hellaswag.py FILE [--examples 64] [--repeats 3]
 
-FILE holds HellaSwag's rows (.jsonl or .parquet). One example at a time is done as build-nanogpt does it: four rows of
-context and ending, padded to one length, through the whole model with logits for every token. A third way, our scoring
-with a batch of one, shows what batches alone give. Checks first that all ways agree, then times them in turn with the
-debug model and prints a Markdown table.
+FILE has HellaSwag's rows (.jsonl or .parquet). One example at a time is as in build-nanogpt: four rows of context and
+ending, padded to one length, with logits for all tokens. The third method, our scoring with batches of one, shows the
+effect of batches alone. Checks first that all methods agree, then times them in turn with the debug model and prints a
+Markdown table.
 """
 
 import argparse
@@ -48,14 +48,14 @@ def main() -> None:
     }
     check_equal(*(method() for method in methods.values()))
     seconds: dict[str, list[float]] = {name: [] for name in methods}
-    for _ in range(options.repeats):  # interleaved; the check has warmed up
+    for _ in range(options.repeats):  # interleaved; the check was the warm-up
         for name, method in methods.items():
             seconds[name].append(measure(method))
     slowest = statistics.median(next(iter(seconds.values())))
     machine = f"{device_name(CPU)}, {torch.get_num_threads()} threads"
     print(f"{machine}, torch {torch.__version__}, Python {platform.python_version()}; debug model")
     print(f"{len(tokenized)} examples of {options.file.name}\n")
-    print("| way | median s | least s | greatest s | times as fast |\n|---|---|---|---|---|")
+    print("| method | median s | min s | max s | speedup |\n|---|---|---|---|---|")
     for name, times in seconds.items():
         median = statistics.median(times)
         print(f"| {name} | {median:.2f} | {min(times):.2f} | {max(times):.2f} | {slowest / median:.1f} |")
@@ -63,7 +63,7 @@ def main() -> None:
 
 @torch.no_grad()
 def one_at_a_time(model: Transformer, tokenized: list[TokenizedExample]) -> Tensor:
-    """Each ending's summed log-probability, (examples, 4)."""
+    """The summed log-probability of each ending, (examples, 4)."""
     totals = []
     for example in tokenized:
         contexts = example.contexts * (len(example.endings) // len(example.contexts))

@@ -2,7 +2,8 @@
 
 Each matrix has one float32 scale per row (an output channel or a token) and integers from -128 to 127, so no weight
 changes by more than half of 1 / 255 of its row's largest. Activations, norms, biases and learned positions stay floats.
-torchao does the work; it is an optional dependency.
+torchao, an optional dependency, does the work. Without torch.compile it dequantizes a matrix for each product, which
+saves memory but not time.
 
 Shapes: B batch, T sequence, D d_model, V padded vocabulary.
 """

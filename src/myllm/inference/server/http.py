@@ -5,8 +5,6 @@ Host header (against DNS rebinding), a POST must come from this server's own pag
 other origins to read it.
 """
 
-import base64
-import hashlib
 import json
 import re
 import socket
@@ -26,7 +24,7 @@ from myllm.planning.flops import n_parameters
 
 from .events import generate_events
 from .request import MAX_NEW_TOKENS, GenerateRequest, parse_request, to_settings
-from .security import is_allowed_host, is_loopback, listen, same_host
+from .security import content_security_policy, is_allowed_host, is_loopback, listen, same_host
 
 MAX_BODY_BYTES = 1 << 20
 BUSY_TIMEOUT_S = 1.0
@@ -81,7 +79,7 @@ class PageServer(ThreadingHTTPServer):
         self.socket = listening
         self.host, self.model, self.default = host, model, default
         self.page = files(__package__).joinpath("page.html").read_text(encoding="utf-8")
-        self.security_policy = _security_policy(self.page)
+        self.security_policy = content_security_policy(self.page)
         self.model_info = _model_info(model, name, default)
         self.busy, self.stopping = threading.Lock(), threading.Event()
         self.generating: threading.Thread | None = None
@@ -248,20 +246,6 @@ def _model_info(model: LanguageModel, name: str, default: GenerateRequest) -> di
         "max_new_tokens": MAX_NEW_TOKENS,
         "settings": to_settings(default),
     }
-
-
-def _security_policy(page: str) -> str:
-    """A Content-Security-Policy: only the page's own script and style run, and nothing is loaded from elsewhere."""
-
-    def hashes(tag: str) -> str:
-        parts = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
-        digests = (base64.b64encode(hashlib.sha256(part.encode()).digest()).decode() for part in parts)
-        return " ".join(f"'sha256-{digest}'" for digest in digests)
-
-    return (
-        f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')}; connect-src 'self'; "
-        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
 
 
 def _json_line(value: object) -> bytes:
