@@ -1,4 +1,4 @@
-"""`myllm doctor`: what it says of a machine, and of the network between ranks that are there, late or wrong."""
+"""`myllm doctor` on this machine, and on a network with correct, missing and wrong ranks."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""A vocabulary of one's own all the way: learned, used for data, training and samples; and never mixed up."""
+"""A trained tokenizer from text to samples; tokenizers are never mixed up."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -30,7 +30,7 @@ Learn = Callable[[str, int], Path]
 
 @pytest.fixture
 def learn(corpus: Path, temp_data: Path, capsys: pytest.CaptureFixture[str]) -> Learn:
-    """Train a vocabulary by the command line; its path is the first line printed."""
+    """Train a tokenizer with the command; returns the path that it prints first."""
 
     def run(name: str, size: int) -> Path:
         capsys.readouterr()  # what ran before
@@ -106,7 +106,7 @@ def test_a_changed_vocabulary_is_rejected(tiny: RunConfig, learn: Learn) -> None
 def test_a_run_records_its_source_and_vocabulary(
     tiny: RunConfig, learn: Learn, temp_data: Path, tmp_path: Path
 ) -> None:
-    """A preset names a source of its own; the data set that is given by name says which one it was."""
+    """Not the preset's source, but the source of the data set that was given by name."""
     config = with_vocabulary(tiny, learn("own", 400), 400)
     made = prepare(replace(config.data, strip_control=True), progress=False)
     given = replace(get_preset("lf-llm-269m").data, dataset=made.name[:-3], workers=1)

@@ -1,4 +1,4 @@
-"""As many threads as this process has cores: by affinity, quota, ranks, and what the user says."""
+"""Threads per process: from affinity, quota, number of ranks, and the user's setting."""
 
 import os
 import subprocess

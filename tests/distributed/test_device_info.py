@@ -1,4 +1,4 @@
-"""What the machine is, and what is said of GPUs that torch cannot use. Drivers and cards are made up."""
+"""Device names and speed, and messages about GPUs that torch cannot use, with fake drivers and GPUs."""
 
 import re
 import sys
@@ -37,7 +37,7 @@ def test_this_machine_has_a_name_and_a_speed() -> None:
 
 
 def test_a_gpu_is_timed_with_large_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 8,192 cubed, in the type that was asked for, and with one wait for any number of them."""
+    """With 8,192 cubed products in the given type, synchronized once per series."""
     shapes, waits, real = [], [], torch.mm
 
     def mm(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -80,7 +80,7 @@ def test_a_gpu_is_timed_with_events(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Installs a driver of NVIDIA's beside a torch that is built for some CUDA. Eight GPUs, none of them usable."""
+    """Fakes an NVIDIA driver and the CUDA version of torch, with eight GPUs that torch cannot use."""
 
     def install(version: str | None, cuda: str | None, built: str | None) -> None:
         banner = f"| NVIDIA-SMI {version}     Driver Version: {version}     CUDA Version: {cuda}     |"
@@ -178,7 +178,7 @@ def test_a_gpu_without_kernels(
 
 
 def test_recommended_builds_are_supported() -> None:
-    """By pyproject.toml; and a driver is given the newest CUDA that it can have."""
+    """By pyproject.toml, in the order from the newest CUDA."""
     bounds = SpecifierSet(re.search(r'"torch([^"]+)"', (ROOT / "pyproject.toml").read_text())[1])
     assert all(version in bounds for _, version, _, _ in TORCH_BUILDS)
     assert [cuda for cuda, *_ in TORCH_BUILDS] == sorted((cuda for cuda, *_ in TORCH_BUILDS), reverse=True)

@@ -1,4 +1,4 @@
-"""The launcher's decisions, without processes; tests/distributed/test_elastic_processes.py starts some."""
+"""The decisions of the launcher, without processes (test_elastic_processes.py starts some)."""
 
 import inspect
 import re
@@ -20,7 +20,7 @@ NEWER = ("--signals-to-handle", "--shutdown-timeout")
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What torchrun is asked to do, in place of doing it."""
+    """Records torchrun's arguments instead of running it."""
     found: list[Any] = []
     monkeypatch.setattr(run, "run", found.append)
     # Of the process, once it is a launcher.
@@ -30,7 +30,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def without(names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A torchrun that lacks options, as older ones do."""
+    """An older torchrun lacks some options."""
     real = run.get_args_parser
 
     def parser() -> Any:
@@ -91,7 +91,7 @@ def test_a_taken_port_is_reported(
 
 
 def ended_with(codes: list[int], monkeypatch: pytest.MonkeyPatch) -> int:
-    """How many restarts are left after processes that failed so."""
+    """The remaining restarts after processes that failed with these codes."""
     failures = {rank: SimpleNamespace(exitcode=code) for rank, code in enumerate(codes)}
     result = agents.RunResult(state=agents.WorkerState.FAILED, failures=failures)
     monkeypatch.setattr(LocalElasticAgent, "_monitor_workers", lambda self, group: result)

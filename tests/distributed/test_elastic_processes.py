@@ -1,4 +1,4 @@
-"""Starting again what died, and only that: the launcher, two processes, and a real SIGKILL."""
+"""The launcher with two real processes restarts what crashed, and only that."""
 
 import os
 import signal
@@ -29,7 +29,7 @@ TORCHRUN = [
 
 
 class Started:
-    """A launcher of two ranks, whose output goes to a file."""
+    """A launcher with two ranks, with output to a file."""
 
     def __init__(self, log: Path, *words: str | Path) -> None:
         environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
@@ -61,7 +61,7 @@ def logged(run: Path, step: int) -> Callable[[], bool]:
 
 @pytest.fixture
 def started(tmp_path: Path) -> Iterator[Callable[..., Started]]:
-    """Starts launchers, and leaves none behind."""
+    """Starts launchers and stops them after the test."""
     all_started: list[Started] = []
 
     def start(*words: str | Path) -> Started:
@@ -126,7 +126,7 @@ def test_a_user_error_keeps_its_exit_code(temp_data: Path, started: Callable[...
 
 
 def test_a_failing_rank_is_restarted_up_to_the_limit(tmp_path: Path) -> None:
-    """A traceback each time; a code that was meant on the third start is handed on, and ends it."""
+    """A traceback restarts the rank; a deliberate code at the third start ends it with that code."""
     script = tmp_path / "fails.py"
     script.write_text(
         "import os, sys\n"

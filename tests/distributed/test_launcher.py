@@ -1,4 +1,4 @@
-"""What a launcher tells a process is checked at once; variables that were left over do not cost half an hour."""
+"""The launcher's variables are checked at once, so that leftover ones do not cost half an hour."""
 
 import os
 import socket

@@ -1,4 +1,4 @@
-"""What programs set for the libraries that they load."""
+"""Environment variables that the programs set for libraries."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""DDP and FSDP2 on two ranks against each other and against one: gradients, norms, losses, weights, whole runs."""
+"""DDP and FSDP2 on two ranks give what one rank gives: gradients, norms, losses, weights, whole runs."""
 
 import json
 import subprocess
@@ -21,7 +21,7 @@ SCRIPT = Path(__file__).parent / "programs/train_sharded.py"
 
 
 def results(folder: Path, ranks: int, *cases: str) -> dict[str, dict]:
-    """What each case gave; every rank must have the same of what is everybody's."""
+    """The results by case, after checking that all ranks agree."""
     folder.mkdir()
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
     words = [sys.executable, *torchrun, str(SCRIPT), str(folder), *cases]
@@ -51,7 +51,7 @@ def assert_close(mine: dict, other: dict, tolerance: float) -> None:
 
 
 def test_fsdp_ddp_and_one_rank_agree(tmp_path: Path) -> None:
-    """Two micro-steps each step, tied and untied embeddings, gradients that are clipped, decay groups."""
+    """With two micro-steps per step, tied and untied embeddings, gradient clipping and decay groups."""
     alone = results(tmp_path / "one", 1, "ddp", "untied")
     two = results(tmp_path / "two", 2, "ddp", "fsdp", "untied", "ddp-bfloat16", "fsdp-bfloat16")
     one = alone["ddp"]
@@ -69,7 +69,7 @@ def test_fsdp_ddp_and_one_rank_agree(tmp_path: Path) -> None:
 
 
 def test_the_first_step_after_a_start_is_like_later_ones(tmp_path: Path) -> None:
-    """On three ranks, where the order of a sum depends on the place in a bucket: promise of bit-identical restarts."""
+    """On three ranks, where the order of a sum depends on the bucket: restarts are bit-identical."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
     words = [*torchrun, str(SCRIPT.with_name("repeat_gradients.py")), str(tmp_path)]
     done = subprocess.run(words, capture_output=True, text=True, timeout=240, check=False)

@@ -1,4 +1,4 @@
-"""Two machines of two ranks each, on one: two launchers that meet over loopback, each with a temp_data of its own."""
+"""Two machines with two ranks each, simulated by two launchers on loopback with separate temp_data."""
 
 import json
 import os
@@ -19,7 +19,7 @@ SCRIPT = Path(__file__).parent / "programs/report_rank.py"
 
 
 def two_launchers(config: RunConfig, tmp_path: Path, machines: list[Path]) -> tuple[list[int], list[str]]:
-    """Two ranks on each of two machines, whose folders are given; exit codes and what was said."""
+    """Run two ranks on each of two machines, with these folders; returns exit codes and output."""
     path = write_run_config(config, tmp_path / "config.json")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -56,7 +56,7 @@ def small(tiny: RunConfig) -> RunConfig:
 
 
 def test_machines_must_share_the_runs_folder(small: RunConfig, tmp_path: Path) -> None:
-    """Each rank writes a part of a checkpoint: that some would be elsewhere is said before the first step."""
+    """Each rank writes a shard of a checkpoint, so a separate folder is an error before the first step."""
     codes, said = two_launchers(small, tmp_path, [tmp_path / "one", tmp_path / "two"])
     assert 2 in codes, said
     assert any("is not the folder that rank 0 has there" in each for each in said), said
@@ -64,7 +64,7 @@ def test_machines_must_share_the_runs_folder(small: RunConfig, tmp_path: Path) -
 
 
 def test_ranks_are_never_confused(small: RunConfig, tmp_path: Path) -> None:
-    """Global rank 0 alone writes the run, the first rank of each machine prepares data, local ranks choose devices."""
+    """Only global rank 0 writes the run, the first rank of each machine prepares data, local ranks select devices."""
     machines = [tmp_path / "one", tmp_path / "two"]
     for machine in machines:  # data of their own, runs on a disk that they share
         machine.mkdir()

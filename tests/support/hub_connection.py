@@ -1,4 +1,4 @@
-"""A connection of the loopback Hub: reads requests and sends replies, at the pace and up to the byte asked for."""
+"""A connection of the loopback Hub: reads requests and sends replies, with the requested speed and faults."""
 
 import contextlib
 import os
@@ -66,7 +66,7 @@ class Connection(BaseHTTPRequestHandler):
     do_HEAD = do_POST = do_PUT = do_DELETE = do_GET
 
     def _read_body(self, request: Request) -> bytes | None:
-        """What the client sends; None where the connection ends within it, by a test's wish or by itself."""
+        """What the client sends; None if the connection ends early, because a test or the client ended it."""
         hub, size = self.server.hub, int(self.headers.get("Content-Length") or 0)
         assert "Transfer-Encoding" not in self.headers, "the client gives lengths"
         if self.command != "PUT":
@@ -100,7 +100,7 @@ class Connection(BaseHTTPRequestHandler):
             self._hang_up(reset=cut is not None and cut.reset)
 
     def _pieces(self, request: Request, body: memoryview, is_content: bool) -> Iterator[memoryview]:
-        """The body in pieces, each followed by the wait that the pace asks for, until the server closes."""
+        """The body in pieces, each followed by a wait for the requested speed, until the server closes."""
         hub, at = self.server.hub, 0
         while at < len(body) and (room := hub._room(request, at, len(body)) if is_content else len(body) - at):
             pace = hub._pace_of(request) if is_content else None
@@ -122,4 +122,4 @@ class Connection(BaseHTTPRequestHandler):
         os.close(self.connection.detach())
 
     def log_message(self, format: str, *args: object) -> None:
-        """Nothing: the log is `HubServer.requests`."""
+        """`HubServer.requests` is the log."""

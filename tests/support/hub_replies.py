@@ -1,4 +1,4 @@
-"""What the loopback Hub is made of: a request and its reply, files and commits as the Hub describes them."""
+"""Parts of the loopback Hub: requests, replies, and files and commits as the Hub describes them."""
 
 import hashlib
 import json
@@ -51,7 +51,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Blob:
-    """A file's content, and the names that the Hub has for it."""
+    """A file's content and its hashes on the Hub."""
 
     content: bytes
     in_git: bool
@@ -62,7 +62,7 @@ class Blob:
 
     @cached_property
     def pointer(self) -> bytes:
-        """What git holds for a file in LFS."""
+        """What git stores for a file in LFS."""
         oid, size = self.sha256, len(self.content)
         return f"version https://git-lfs.github.com/spec/v1\noid sha256:{oid}\nsize {size}\n".encode()
 
@@ -148,7 +148,7 @@ def repo_info(repo: str, commit: Commit, with_blobs: bool) -> dict[str, Any]:
 
 
 def content_reply(content: bytes, asked: Message, headers: dict[str, str]) -> Reply:
-    """A file, or the range of it that was asked for, never with a Content-Encoding."""
+    """A file or the requested range, never with a Content-Encoding."""
     headers = headers | {"Accept-Ranges": "bytes", "Content-Type": "application/octet-stream"}
     found = RANGE.fullmatch(asked.get("Range", ""))
     # If-Range: the part only of the file that the client began with.

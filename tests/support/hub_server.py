@@ -101,7 +101,7 @@ class HubServer:
     # Who asks
 
     def environment(self, home: Path) -> dict[str, str]:
-        """Variables for a process whose client is to ask this server alone, and knows no account."""
+        """Environment variables for a process whose client uses only this server, without an account."""
         return {
             "HF_ENDPOINT": self.endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_TOKEN": "",
             "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1",
@@ -109,7 +109,7 @@ class HubServer:
 
     @contextlib.contextmanager
     def reached(self, monkeypatch: pytest.MonkeyPatch, home: Path) -> Iterator[None]:
-        """The same for the client of this process, which read its variables when it was imported."""
+        """The same for this process, whose client read its variables at import."""
         for name, value in self.environment(home).items():
             monkeypatch.setenv(name, value)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -139,7 +139,7 @@ class HubServer:
         return sha
 
     def add_plain(self, path: str, content: bytes) -> str:
-        """Serve `content` at a plain URL, which is returned; again with other content, the file there changes."""
+        """Serve `content` at a plain URL and return it. A second call replaces the content."""
         self._plain[path.lstrip("/")] = content
         return f"{self.endpoint}/plain/{quote(path.lstrip('/'))}"
 
@@ -169,11 +169,11 @@ class HubServer:
         self._add_fault(Fault(pattern, times, method, after_bytes=after_bytes, reset=reset))
 
     def lose_next(self, pattern: str, *, method: str = "POST", times: int = 1) -> None:
-        """Do what the next matching request asks for, and hang up without an answer."""
+        """Execute the next matching request, then hang up without an answer."""
         self._add_fault(Fault(pattern, times, method, reply=Reply(0), is_lost=True))
 
     def ignore_ranges(self, pattern: str | None) -> None:
-        """Answer matching requests with the whole file (200), whatever range they ask for; None ends it."""
+        """Answer matching requests with the whole file (200) despite their range; None ends it."""
         self._without_ranges = pattern
 
     def slow(self, pattern: str, bytes_per_s: float | None) -> None:
@@ -197,7 +197,7 @@ class HubServer:
             self._held.clear()
 
     def down(self, status: int | None = 503, retry_after: float | None = 0) -> None:
-        """Answer everything with an error until up(); status None hangs up without an answer."""
+        """Answer everything with an error until up(); with status None, hang up without an answer."""
         self._down = Reply(0) if status is None else error_reply(status, "down for maintenance", retry_after)
 
     def up(self) -> None:

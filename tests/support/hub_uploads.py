@@ -1,4 +1,4 @@
-"""The writing half of the loopback Hub: accounts, and models that are made, committed to and tagged.
+"""The writing half of the loopback Hub: accounts, and models that are created, committed to and tagged.
 
     POST /api/repos/create                       409 where the repository is there already
     GET  /api/whoami-v2                          the account of a token

@@ -1,4 +1,4 @@
-"""Rows of sentences or lines become documents, and nothing of them is lost."""
+"""Rows of sentences or lines become documents without loss."""
 
 import random
 
@@ -64,7 +64,7 @@ WIKITEXT = [
 
 
 def test_an_article_is_one_document_with_unchanged_rows() -> None:
-    """Rows as parquet gives them: each ends with a newline, but empty ones."""
+    """As parquet stores them: rows end with a newline, except empty ones."""
     rows = [row for article in WIKITEXT for row in article]
     whole = [[row if row.endswith("\n") else f"{row}\n" for row in article] for article in WIKITEXT]
     found = articles(rows)

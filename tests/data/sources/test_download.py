@@ -1,4 +1,4 @@
-"""Downloads: resumed where they stopped, checked before they get their name, and clear about what cannot be had."""
+"""Downloads are resumed, verified before they get their name, and fail with clear messages."""
 
 import hashlib
 import json
@@ -53,7 +53,7 @@ def file(hub: HubServer) -> SourceFile:
 
 @pytest.fixture
 def waited(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The seconds that were waited for, without waiting."""
+    """Records the seconds of each sleep, without sleeping."""
     found: list[float] = []
     monkeypatch.setattr(time, "sleep", found.append)
     return found
@@ -204,7 +204,7 @@ def test_a_stalled_connection_is_resumed(
 def test_other_content_than_listed_is_downloaded_once_more(
     hub: HubServer, file: SourceFile, tmp_path: Path, times: int
 ) -> None:
-    """Damaged in the same length on its way, or for good."""
+    """Damage that keeps the size: once in transit, or on the server."""
     partial = local_path(file, tmp_path).with_name("train%200.parquet.part")
     partial.parent.mkdir(parents=True)
     partial.write_bytes(b"another file's beginning")

@@ -1,4 +1,4 @@
-"""A file is hashed once: by one process of several, and again only when its content may be another."""
+"""A file is hashed once, by one of several processes, and again only if it may have changed."""
 
 import hashlib
 import os
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("temp_data")
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Two files, both old enough."""
+    """A folder with two files, old enough to be cached."""
     monkeypatch.setattr(file_digests, "SETTLED_NS", -1)
     texts = tmp_path / "texts"
     texts.mkdir()
@@ -32,7 +32,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def hashed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hashed:
-    """The names of the files that were hashed since the last call, by whatever process."""
+    """Returns the names of the files hashed since the last call, by any process."""
     log, real = tmp_path / "log", file_digests.file_sha256
     log.touch()
 
@@ -51,7 +51,7 @@ def hashed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hashed:
 
 
 def ask(folder: Path) -> list[str]:
-    """The digests of a folder's files; each is what it should be."""
+    """The digests of a folder's files, after checking them."""
     files = sorted(map(str, folder.glob("*.txt")))
     found = file_digests.file_digests(files, folder.parent / "listings" / "memory.json")
     for file, (size, digest) in zip(files, found, strict=True):
@@ -95,7 +95,7 @@ def test_one_of_several_processes_hashes(folder: Path, hashed: Hashed) -> None:
 
 
 def test_recent_changes_are_not_cached(folder: Path, hashed: Hashed, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It may change once more within the same tick of the disk's clock."""
+    """The file may change again within the resolution of its times."""
     monkeypatch.setattr(file_digests, "SETTLED_NS", 10**18)
     for _ in range(2):
         ask(folder)
@@ -123,7 +123,7 @@ def test_restarts_of_a_run_do_not_hash_again(folder: Path, hashed: Hashed) -> No
 
 
 def test_nothing_is_hashed_without_need(folder: Path, hashed: Hashed, temp_data: Path) -> None:
-    """A preflight, which asks for sizes alone; it leaves nothing behind either."""
+    """A preflight only needs sizes, and writes no cache."""
     config = DataConfig(source=f"files:{folder}", val_tokens=2)
     assert inspect_data_and_disk(replace(RunConfig(), data=config)).tokens
     assert hashed() == []

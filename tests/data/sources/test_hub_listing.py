@@ -1,4 +1,4 @@
-"""Which files a remote source has: asked of the Hub once, kept, and clear about what is not there."""
+"""Listings of remote sources: one request, then the cache; clear messages for what is missing."""
 
 import hashlib
 import json
@@ -180,7 +180,7 @@ def test_only_the_hub_gets_the_token(hub: HubServer, monkeypatch: pytest.MonkeyP
 
 
 def test_the_next_page_comes_from_the_same_endpoint(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A mirror passes on Link headers that name the Hub itself."""
+    """A mirror may pass on Link headers with the Hub's own address."""
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     hub.add_dataset(REPO, FILES)
     with HubServer() as elsewhere:
@@ -264,7 +264,7 @@ def test_an_outage_is_not_cached(hub: HubServer, temp_data: Path, no_waiting: No
 
 
 def test_one_of_several_processes_sends_the_request(hub: HubServer, temp_data: Path) -> None:
-    """As the ranks of a first start do; each used to ask, and they wrote one file under one temporary name."""
+    """As the ranks of a first start do."""
     hub.add_dataset(REPO, FILES)
     children, ready = [], os.pipe()
     for _ in range(6):
@@ -290,7 +290,7 @@ def test_one_of_several_processes_sends_the_request(hub: HubServer, temp_data: P
 def test_an_invalid_endpoint_is_reported_without_retries(
     endpoint: str, temp_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By whatever asks the Hub; nothing is tried."""
+    """By everything that sends requests to the Hub."""
     monkeypatch.setattr(constants, "ENDPOINT", endpoint)
     monkeypatch.setattr(time, "sleep", pytest.fail)
     for ask in (

@@ -1,4 +1,4 @@
-"""The loopback Hub against the real client, and what that client does by itself when a download goes wrong.
+"""The loopback Hub with the real client, and what that client does when a download fails.
 
 what is served       repo_info, list_repo_tree, paths-info, hf_hub_download, HfFileSystem, plain URLs
 what the client does a cut and a reset connection, 429 and 503, an outage, a killed process
@@ -41,7 +41,7 @@ LARGE = np.random.default_rng(1).bytes(12 << 20)  # the client writes, and so re
 
 @pytest.fixture(autouse=True)
 def _reachable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A client that was told nothing about proxies, and keeps no connection of another test's server."""
+    """A client without proxies or connections from other tests."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     close_session()
@@ -103,7 +103,7 @@ def test_download_to_a_folder(hub: HubServer, tmp_path: Path) -> None:
 
 
 def test_one_row_group_of_a_parquet_file_by_ranges(hub: HubServer, tmp_path: Path) -> None:
-    """A 503 on a range is waited out: HfFileSystem retries 429, 5xx and lost connections, five times."""
+    """HfFileSystem retries 429, 5xx and lost connections five times."""
     table = pa.table({"text": [np.random.default_rng(i).bytes(50).hex() for i in range(4_000)]})
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=1_000)
     content = (tmp_path / "a.parquet").read_bytes()
@@ -120,7 +120,7 @@ def test_one_row_group_of_a_parquet_file_by_ranges(hub: HubServer, tmp_path: Pat
 
 
 def test_a_cut_download_is_resumed_and_a_reset_one_is_not(hub: HubServer, tmp_path: Path) -> None:
-    """The client goes on after an orderly close in the middle; a reset is an error of httpx2's, not an OSError.
+    """The client resumes after an orderly close; a reset raises an httpx error, not an OSError.
 
     It resumes where it last wrote, at a multiple of 10 MiB: a smaller file starts again without a Range.
     """
@@ -176,7 +176,7 @@ def test_which_errors_a_listing_survives(hub: HubServer) -> None:
 
 
 def test_what_is_missing(hub: HubServer, tmp_path: Path) -> None:
-    """RemoteEntryNotFoundError: the EntryNotFoundError above it is raised for an unreachable Hub too."""
+    """RemoteEntryNotFoundError, since its base class EntryNotFoundError is also raised for an unreachable Hub."""
     hub.add_dataset(REPO, FILES)
     api = HfApi(hub.endpoint, token=False)
     with pytest.raises(RepositoryNotFoundError):
@@ -192,7 +192,7 @@ def test_what_is_missing(hub: HubServer, tmp_path: Path) -> None:
 
 
 def test_an_outage(hub: HubServer, tmp_path: Path) -> None:
-    """Down, every request is refused; the file that is there already is then taken for current, without an error."""
+    """During an outage the client silently uses a file that was downloaded before."""
     hub.add_dataset(REPO, FILES)
     assert fetch(hub, tmp_path, "data.txt") == FILES["data.txt"]
     api = HfApi(hub.endpoint, token=False)
@@ -207,7 +207,7 @@ def test_an_outage(hub: HubServer, tmp_path: Path) -> None:
 
 
 def test_a_killed_download_starts_again(hub: HubServer, tmp_path: Path) -> None:
-    """What a killed process had fetched is lost and stays on disk: each attempt has a partial file of its own name."""
+    """Each attempt of the client has its own partial file, which a killed process leaves on disk unused."""
     hub.add_dataset(REPO, {"large.bin": LARGE})
     hub.hold("/cdn/", 11 << 20)
     words = f"{REPO!r}, 'large.bin', repo_type='dataset', local_dir={str(tmp_path)!r}, token=False"

@@ -1,4 +1,4 @@
-"""Data sets from a Hub on loopback: every known corpus in its real layout, and Dolma where it cannot be reached.
+"""Data sets from a loopback Hub: every known corpus in its real layout, and an unreachable Dolma.
 
 The layouts: the trees of the repositories, with fewer and smaller files.
 """
@@ -60,7 +60,7 @@ def jsonl_gz(found: list[str]) -> bytes:
 
 
 def documents_of(folder: Path, reference: tiktoken.Encoding) -> list[str]:
-    """A data set's documents, in order, validation first: read with NumPy and tiktoken alone."""
+    """A data set's documents in order, validation first, read only with NumPy and tiktoken."""
     found = []
     for split in ("val", "train"):
         tokens = np.concatenate([np.load(path) for path in sorted(folder.glob(f"{split}_*.npy"))])
@@ -71,7 +71,7 @@ def documents_of(folder: Path, reference: tiktoken.Encoding) -> list[str]:
 
 
 def fetched(hub: HubServer) -> list[str]:
-    """Names of the files whose bytes were sent, each as often as it was asked for."""
+    """Names of the downloaded files, once per request."""
     return sorted(one.path.split("?")[0].split("/", 5)[5] for one in hub.seen("/cdn/"))
 
 
@@ -105,7 +105,7 @@ def tinystories() -> Made:
 
 
 def bookcorpus() -> Made:
-    """One arrow stream of sentences; documents are joined from them."""
+    """One arrow stream of sentences, which become documents."""
     sentences = [prose(f"sentence {i}", 20).replace("\n", " ") for i in range(900)]
     out, schema = io.BytesIO(), pa.schema({"text": pa.string()})
     with pa.ipc.new_stream(out, schema) as stream:
@@ -116,7 +116,7 @@ def bookcorpus() -> Made:
 
 
 def wikitext() -> Made:
-    """A line a row, an empty one between paragraphs; documents are articles."""
+    """One line per row, an empty one between paragraphs; documents are articles."""
     articles = [
         [f" = Title {i} = \n", "", f" {prose(str(i), 60)} ".replace("\n", "") + "\n", " = = A section = = \n", ""]
         for i in range(12)
@@ -165,7 +165,7 @@ def test_a_corpus_becomes_its_documents(
 
 
 def dolma(hub: HubServer, mirror: HubServer, count: int = 4) -> list[str]:
-    """Dolma's sample, its files on a mirror as plain URLs; all their documents."""
+    """Serve Dolma's sample, with its files as plain URLs of a mirror; returns all documents."""
     names = [f"dolma-v1_6-sample/cc_en_head/cc_en_head-{i:04d}.json.gz" for i in range(count)]
     urls = [mirror.add_plain(name, jsonl_gz(texts(name))) for name in names]
     listed = {

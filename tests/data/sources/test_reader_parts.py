@@ -1,4 +1,4 @@
-"""Columns of texts, in parquet and arrow files; and any file read in parts, each row exactly once."""
+"""Text columns of parquet and arrow files; files read in parts, each row exactly once."""
 
 import json
 import random
@@ -18,7 +18,7 @@ WORDS = ["", "a", "déjà vu ", "日本語 🙂\n", "x" * 500, "\x00", "<|endoft
 
 
 def read(path: Path, skips: SkipLog | None = None, parts: int = 1, column: str = "text") -> list[str]:
-    """All parts' rows, end to end; without `faults`, none are allowed."""
+    """The rows of all parts in order; without `skips`, skips are not allowed."""
     found = SkipLog() if skips is None else skips
     rows: list[str] = []
     for part in range(parts):
@@ -28,7 +28,7 @@ def read(path: Path, skips: SkipLog | None = None, parts: int = 1, column: str =
 
 
 def write(path: Path, table: pa.Table, rows: int = 100) -> Path:
-    """A parquet or an arrow file, by its name; so many rows a group or batch."""
+    """Write a parquet or arrow file, by its suffix, with `rows` per group or batch."""
     if path.suffix == ".parquet":
         pq.write_table(table, path, row_group_size=rows)
     else:
@@ -70,7 +70,7 @@ def test_parts_of_lines_make_the_whole(
     parts: int,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
-    """Lines of any length, with all ends, empty ones and broken ones between."""
+    """Lines of any length with any line end, with empty and invalid lines between."""
     path = tmp_path_factory.getbasetemp() / "lines.jsonl"
     content, expected = "", []
     for number, (word, times, end) in enumerate(lines):
@@ -171,7 +171,7 @@ def test_a_damaged_row_group_is_skipped_alone(parts: int, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())], ids=str)
 def test_an_arrow_batch_with_wild_offsets_is_skipped_alone(kind: pa.DataType, tmp_path: Path) -> None:
-    """Arrow itself would read foreign memory, and the process would die."""
+    """Arrow alone would read foreign memory and crash the process."""
     dictionary = pa.types.is_dictionary(kind)
     texts = [f"text {i % 5 if dictionary else i}" for i in range(60)]
     column = pa.chunked_array([pa.array(texts).dictionary_encode() if dictionary else pa.array(texts, kind)])

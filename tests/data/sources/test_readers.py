@@ -1,4 +1,4 @@
-"""Every kind of file gives its documents, whole or in parts; what is damaged is named and costs only itself."""
+"""Every kind of file gives its documents; damage is logged and skipped alone."""
 
 import gzip
 import json
@@ -57,7 +57,7 @@ PLAIN = (".txt", ".md", ".py")
 
 
 def read(path: Path, skips: SkipLog | None = None, column: str = "text") -> list[str]:
-    """A file's rows; without `faults`, none are allowed."""
+    """A file's rows; without `skips`, skips are not allowed."""
     found = SkipLog() if skips is None else skips
     rows = list(read_file(READER_BY_SUFFIX[suffix_of(path)], ReadTask(path, path.name, column), found))
     assert skips is not None or not found.counts, found
@@ -220,7 +220,7 @@ def test_a_truncated_wide_file_gives_its_first_rows(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("depth", [500, *range(960, 1_000), 5_000])
 def test_deeply_nested_json_is_skipped(depth: int, tmp_path: Path) -> None:
-    """At the depth where JSON can just be read, saying what was found must not fail either."""
+    """At the depth that JSON can just parse, the message must not fail either."""
     nest = b'{"text": ' + b"[" * depth + b"]" * depth + b"}\n"
     (tmp_path / "a.jsonl").write_bytes(GOOD + nest + GOOD)
     skips = SkipLog()

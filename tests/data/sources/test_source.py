@@ -1,4 +1,4 @@
-"""What belongs to a source, by which name, and what a path can get wrong."""
+"""The files and names of sources, and messages for wrong paths."""
 
 import ast
 import hashlib
@@ -28,7 +28,7 @@ def fingerprint(spec: str | Path) -> str:
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """A folder with text at three depths, and much that is not text."""
+    """A folder with text files at three depths, and other files."""
     root = tmp_path / "here" / "corpus"
     for name in (
         "b.txt", "a.md", "sub/c.jsonl", "sub/deep/d.txt", "sub/deep/e.TXT", "picture.png", "noending", "x.txt/in.txt",
@@ -217,7 +217,7 @@ def test_broken_links_are_reported(tree: Path) -> None:
 
 @pytest.fixture
 def of_an_ordinary_user(tree: Path) -> Iterator[Path]:
-    """The tree where anybody may look for it, and this process as one who is not root, who may read everything."""
+    """A copy of the tree that everybody may read, with this process as an ordinary user: root may read everything."""
     with TemporaryDirectory() as name:
         Path(name).chmod(0o755)
         copy = shutil.copytree(tree, Path(name) / "tree")
@@ -230,7 +230,7 @@ def of_an_ordinary_user(tree: Path) -> Iterator[Path]:
 
 
 def forbid(path: Path, mode: int = 0) -> None:
-    """Take everybody's right to a path, as its owner."""
+    """Set the mode of a path, as its owner."""
     user = os.geteuid()
     os.seteuid(os.getuid())
     path.chmod(mode)

@@ -1,4 +1,4 @@
-"""Vocabularies of one's own, made here with Hugging Face's library, which is also what they are held against."""
+"""tokenizer.json files of four kinds, built with Hugging Face's library and compared with it."""
 
 import hashlib
 import json
@@ -42,7 +42,7 @@ def byte_level() -> tokenizers.Tokenizer:
 
 
 def llama_like() -> tokenizers.Tokenizer:
-    """As SentencePiece's BPE comes out of a conversion: a mark for spaces, and bytes for what has no token."""
+    """Like a converted SentencePiece BPE: a mark for spaces, and byte tokens for unknown text."""
     spare = [f"<0x{byte:02X}>" for byte in range(256)]
     made = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -60,7 +60,7 @@ def llama_like() -> tokenizers.Tokenizer:
 
 
 def unigram() -> tokenizers.Tokenizer:
-    """As T5's: `</s>` is an entry of the model itself, with the best score of all."""
+    """Like T5's: `</s>` is an entry of the model itself, with the best score."""
     made = tokenizers.Tokenizer(models.Unigram())
     made.pre_tokenizer = pre_tokenizers.Metaspace()
     made.decoder = decoders.Metaspace()
@@ -143,7 +143,7 @@ def loaded(files: dict[str, Path]) -> dict[str, Tokenizer]:
 
 
 def special_ids(file: Path, ids: np.ndarray) -> set[str]:
-    """Special tokens among ids, by the file alone; one for unknown text is no fault."""
+    """Special tokens among the ids, according to the file, except the one for unknown text."""
     added = {token["id"]: token["content"] for token in json.loads(file.read_text())["added_tokens"]}
     return {added[i] for i in ids.tolist() if i in added} - {"<unk>", "[UNK]"}
 

@@ -1,4 +1,4 @@
-"""The tokenizer against tiktoken's own construction and Hugging Face's, and on texts that break others."""
+"""GPT-2's tokenizer compared with tiktoken's and Hugging Face's, and on hostile texts."""
 
 import subprocess
 import sys
@@ -144,7 +144,7 @@ def test_many_long_runs_take_linear_time(tokenizer: Tokenizer) -> None:
 
 
 def test_every_character_beside_white_space(tokenizer: Tokenizer, reference: tiktoken.Encoding) -> None:
-    """What is white space is the pattern's business, not Python's; and any character can be a mark inside."""
+    """White space is what the pattern says, not what Python says; any character may serve as a mark."""
     characters = [chr(code) for code in range(0x20000) if not 0xD800 <= code < 0xE000]
     texts = [f"a{one}{one}b {one}  {one}" for one in characters]
     for first in range(0, len(texts), 5_000):
@@ -154,7 +154,7 @@ def test_every_character_beside_white_space(tokenizer: Tokenizer, reference: tik
 
 
 def test_texts_full_of_control_characters(reference: tiktoken.Encoding) -> None:
-    """Whatever a text holds, some other character is left to mark it with; and few tables are kept."""
+    """Every text lacks some character to use as a mark; few encodings are cached."""
     tokenizer = load_tokenizer()
     for count in (1, 2, 7, 8, 9, 20):
         text = "".join(f"{chr(code)}  word{chr(code)} " for code in (*range(1, 9), *range(0xFDD0, 0xFDE0)))[
@@ -217,7 +217,7 @@ def test_a_damaged_vocabulary_is_refused(damage: str, tmp_path: Path) -> None:
 
 
 def test_no_network_and_no_cache() -> None:
-    """Whatever Python opens for writing, connects to or makes is an audit event; there is to be none."""
+    """Audit events show what Python opens for writing, connects to or creates: nothing."""
     code = """
 import sys
 seen = []

@@ -1,4 +1,4 @@
-"""A vocabulary that was learned here: what Hugging Face makes of its file, and texts that would hang the trainer."""
+"""Trained tokenizers: read by Hugging Face's library, and trained on hostile texts."""
 
 import json
 import random
@@ -137,7 +137,7 @@ def test_the_command(tmp_path: Path, temp_data: Path, capsys: pytest.CaptureFixt
 def test_the_printed_commands_work_together(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], temp_data: Path
 ) -> None:
-    """Text is tokenized once, and the second command names what the first one makes."""
+    """The second command names the data set that the first one prepares."""
     source = tmp_path / "rows of mine.jsonl"
     source.write_text("".join(json.dumps({"body": f"line number {i} says hello"}) + "\n" for i in range(200)))
     words = ["tokenizer", "train", f"files:{source}", "--vocab-size", "300", "--text-column", "body"]

@@ -1,4 +1,4 @@
-"""The gradient of one batch, three times in a row, on each engine: are the first steps after a start like later ones?
+"""The gradient of one batch, three times in a row, on each engine: are they equal from the first step on?
 
 repeat_gradients.py FOLDER    writes FOLDER/rank<N>.json: for each engine, whether all three were the same to the bit
 """

@@ -1,4 +1,4 @@
-"""One rank of several machines: write down which it is and which device it would take, then train.
+"""One rank on several machines: report the rank and the device that it would use, then train.
 
 report_rank.py CONFIG.json FOLDER    writes FOLDER/rank<N>.json
 """

@@ -1,4 +1,4 @@
-"""A few steps on each engine, and what came of them. Alone or under torchrun.
+"""Train a few steps on each engine and save the results. Alone or under torchrun.
 
 train_sharded.py FOLDER [CASE...]    writes FOLDER/CASE-rank<N>.pt for each of CASES, or for those that are named
 """

@@ -1,4 +1,4 @@
-"""Train as pretrain.py does, where one token's embedding is so large that dropout makes infinities of it.
+"""Train as pretrain.py does, with one embedding so large that dropout makes it infinite.
 
 train_with_bad_row.py CONFIG.json TOKEN
 """

@@ -1,4 +1,4 @@
-"""Train on several ranks of which the second measures another validation loss than the first: it must not matter."""
+"""Train on several ranks, of which the second measures another validation loss, which must not matter."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""One rank's share of a test: the first step's gradient for several micro-batch sizes. Run under torchrun.
+"""Write the first step's gradient for several micro-batch sizes. Run under torchrun.
 
 write_gradients.py CONFIG.json FOLDER SIZE...    writes FOLDER/micro<SIZE>-rank<N>.pt
 """
