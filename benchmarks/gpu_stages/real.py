@@ -20,6 +20,7 @@ from myllm.config import RunConfig
 from myllm.paths import RunPaths
 from myllm.planning.flops import flops_per_token
 from myllm.planning.forecast import EXPECTED_MFU
+from myllm.training.context import RunContext
 from myllm.training.preflight.device_memory import peak_bytes
 from myllm.training.profiler import TABLE, TRACE, Cost, Profiler
 
@@ -117,7 +118,8 @@ def profile(bench: Bench, steps: Steps) -> Iterator[Check]:
     """Five steps as `pretrain.py --profile` records them; the trace and the table are kept in --out."""
     run, said = RunPaths(bench.work), []
     meter = SimpleNamespace(timed=lambda name: nullcontext())
-    profiler = Profiler(run, steps.config, steps.state.step, bench.process, said.append, meter)
+    ctx = RunContext.create(steps.config, bench.process, run, said.append)
+    profiler = Profiler(ctx, steps.state.step, meter)
     for number in range(steps.state.step, profiler.window.stop):
         with profiler.around(number):
             steps.step(phase=profiler.phase)

@@ -1,7 +1,7 @@
 """Real steps of a run on made-up text, for the stages that train."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +19,6 @@ from myllm.paths import RunPaths
 from myllm.planning.batch import batch_plan
 from myllm.training.context import RunContext
 from myllm.training.preflight.scratch import random_dataset, scratch_folder
-from myllm.training.profiler import no_phase
 from myllm.training.setup import build
 from myllm.training.step import train_step
 
@@ -49,7 +48,7 @@ class Steps:
         self.trainer, self.state = stack.enter_context(build(ctx, dataset, self.batch))
         self.start, self.loader = self.state, self.trainer.loader
 
-    def step(self, phase: Callable[[str], AbstractContextManager[None]] = no_phase) -> Tensor:
+    def step(self, phase: Callable[[str], AbstractContextManager[None]] = nullcontext) -> Tensor:
         """One update; the loss, on the device, where nothing has waited for it."""
         state, batch = self.state, self.batch
         self.trainer.guard.record(state)

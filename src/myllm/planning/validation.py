@@ -1,16 +1,66 @@
 """Validation of a config: all errors at once, before anything is downloaded or allocated."""
 
+import math
 import os
 import re
 import sys
+from collections.abc import Callable
+from typing import Any
 
-from myllm.config import EvalConfig, HubConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from myllm.config import EvalConfig, HubConfig, ModelConfig, RunConfig, TrainConfig
 from myllm.errors import UserError
 
 from .batch import batch_plan
 
 _REPO = re.compile(r"[A-Za-z0-9_](?:[\w.-]*[A-Za-z0-9_])?/[A-Za-z0-9_](?:[\w.-]*[A-Za-z0-9_])?", re.ASCII)
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
+
+RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
+    (
+        "at least 1",
+        lambda value: value >= 1,
+        "model.vocab_size model.vocab_multiple model.max_seq_len model.d_model model.n_layers model.n_heads model.d_ff "
+        "model.n_kv_heads model.head_dim data.val_tokens data.shard_tokens data.target_tokens data.max_documents "
+        "train.max_steps train.batch_tokens train.micro_batch_size train.log_every_steps train.early_stop_patience "
+        "eval.validation_tokens eval.cloze_examples eval.sample_new_tokens eval.hellaswag_examples",
+    ),
+    (
+        "at least 0",
+        lambda value: value >= 0,
+        "data.workers data.shuffle_seed data.min_chars optim.warmup_steps train.save_every_steps train.keep_last "
+        "train.keep_every_steps train.seed train.max_skipped_steps eval.validation_every_steps eval.cloze_every_steps "
+        "eval.hellaswag_every_steps eval.sample_every_steps eval.sample_top_k",
+    ),
+    (
+        "above 0 and finite",
+        lambda value: 0 < value < math.inf,
+        "model.rope_theta model.norm_eps optim.max_lr optim.eps optim.max_grad_norm train.skip_spikes_sigma "
+        "train.epochs train.max_wall_s train.collective_timeout_s",
+    ),
+    ("at least 0 and finite", lambda value: 0 <= value < math.inf, "optim.weight_decay eval.sample_temperature"),
+    (
+        "at least 0 and below 1",
+        lambda value: 0 <= value < 1,
+        "model.dropout_embedding model.dropout_attention_residual model.dropout_ffn optim.beta1 optim.beta2",
+    ),
+    ("between 0 and 1", lambda value: 0 <= value <= 1, "optim.min_lr_ratio optim.decay_fraction"),
+)
+"""What is expected, and of which settings. None and "auto" are always valid."""
+
+LIMITS = {
+    4_096: "data.workers",
+    10_000: "model.n_layers",
+    10**6: "model.vocab_multiple model.d_model model.n_heads model.n_kv_heads model.head_dim train.epochs",
+    10**7: "model.d_ff",
+    10**8: "model.max_seq_len",
+    10**9: "train.micro_batch_size eval.sample_new_tokens",
+    10**12: "data.min_chars optim.warmup_steps train.batch_tokens train.max_steps train.log_every_steps "
+    "train.save_every_steps train.keep_last train.keep_every_steps train.early_stop_patience train.max_skipped_steps "
+    "eval.validation_every_steps eval.cloze_every_steps eval.hellaswag_every_steps eval.sample_every_steps "
+    "eval.cloze_examples eval.hellaswag_examples",
+    10**15: "data.val_tokens data.target_tokens data.max_documents data.shard_tokens eval.validation_tokens",
+}
+"""Only a typo explains larger numbers: sizes beyond any memory, counts beyond 64 bits."""
 
 
 def check_config(config: RunConfig, world_size: int) -> None:
@@ -23,7 +73,7 @@ def check_config(config: RunConfig, world_size: int) -> None:
 
 def check_data_config(config: RunConfig) -> None:
     """`check_config` for the data settings alone."""
-    _raise([error for error in _too_small(config) + _too_large(config) if error.startswith("data.")])
+    _raise([error for error in _out_of_range(config) + _too_large(config) if error.startswith("data.")])
 
 
 def _raise(errors: list[str]) -> None:
@@ -35,10 +85,9 @@ def _raise(errors: list[str]) -> None:
 def config_errors(config: RunConfig, world_size: int) -> list[str]:
     """One sentence per error: the value seen, what is expected, what to do."""
     errors = [
-        *_too_small(config),
+        *_out_of_range(config),
         *_too_large(config),
         *_model_errors(config.model),
-        *_optim_errors(config.optim),
         *_train_errors(config.train),
         *_eval_errors(config.eval, config.train, config.model),
         *hub_errors(config.hub, "hub."),
@@ -121,64 +170,23 @@ def _expected(text: str) -> str:
     return f"text in this locale's encoding, {encoding}: set LC_ALL=C.UTF-8, or PYTHONUTF8=1"
 
 
-def _too_small(config: RunConfig) -> list[str]:
-    """Counts below their minimum."""
-    positive = {
-        "model": ("vocab_size", "vocab_multiple", "max_seq_len", "d_model", "n_layers", "n_heads", "d_ff"),
-        "data": ("val_tokens", "shard_tokens"),
-        "train": ("max_steps", "batch_tokens", "micro_batch_size", "log_every_steps"),
-        "eval": ("validation_tokens", "cloze_examples", "sample_new_tokens"),
-    }
-    optional = {
-        "model": ("n_kv_heads", "head_dim"),
-        "data": ("target_tokens", "max_documents"),
-        "train": ("early_stop_patience",),
-        "eval": ("hellaswag_examples",),
-    }
-    not_negative = {
-        "data": ("workers", "shuffle_seed", "min_chars"),
-        "optim": ("warmup_steps",),
-        "train": ("save_every_steps", "keep_last", "keep_every_steps", "seed", "max_skipped_steps"),
-        "eval": (
-            "validation_every_steps", "cloze_every_steps", "hellaswag_every_steps", "sample_every_steps",
-            "sample_top_k",
-        ),
-    }  # fmt: skip
+def _out_of_range(config: RunConfig) -> list[str]:
     errors = []
-    for least, table in ((1, positive), (1, optional), (0, not_negative)):
-        for part, names in table.items():
-            for name in names:
-                value = getattr(getattr(config, part), name)
-                if isinstance(value, int) and value < least:  # neither None nor "auto"
-                    errors.append(f"{part}.{name} is {value}, but must be at least {least}")
+    for expected, is_valid, names in RANGES:
+        for name in names.split():
+            value = _value(config, name)
+            if isinstance(value, int | float) and not is_valid(value):  # neither None nor "auto"
+                errors.append(f"{name} is {value}, but must be {expected}")
     return errors
 
 
 def _too_large(config: RunConfig) -> list[str]:
-    """Numbers that only a typo explains: sizes beyond any memory, counts beyond 64 bits."""
-    limits = {
-        "model": dict.fromkeys(("vocab_multiple", "d_model", "n_heads", "n_kv_heads", "head_dim"), 10 ** 6)
-        | {"n_layers": 10_000, "d_ff": 10**7, "max_seq_len": 10**8},
-        "data": {"workers": 4_096, "min_chars": 10**12}
-        | dict.fromkeys(("val_tokens", "target_tokens", "max_documents", "shard_tokens"), 10**15),
-        "optim": {"warmup_steps": 10**12},
-        "train": {"batch_tokens": 10**12, "micro_batch_size": 10**9, "epochs": 10**6}
-        | dict.fromkeys(
-            (
-                "max_steps", "log_every_steps", "save_every_steps", "keep_last", "keep_every_steps",
-                "early_stop_patience", "max_skipped_steps",
-            ),
-            10**12,
-        ),
-        "eval": {"sample_new_tokens": 10**9, "validation_tokens": 10**15}
-        | {name: 10**12 for name in vars(config.eval) if name.endswith(("_every_steps", "_examples"))},
-    }  # fmt: skip
     errors = []
-    for part, names in limits.items():
-        for name, most in names.items():
-            value = getattr(getattr(config, part), name)
-            if isinstance(value, int | float) and most < value < float("inf"):
-                errors.append(f"{part}.{name} is {_shown(int(value))}, but must be at most {most:,}")
+    for limit, names in LIMITS.items():
+        for name in names.split():
+            value = _value(config, name)
+            if isinstance(value, int | float) and limit < value < math.inf:
+                errors.append(f"{name} is {_shown(int(value))}, but must be at most {limit:,}")
     tokens = config.train.max_steps * config.train.batch_tokens
     if not any(error.startswith("train.") for error in errors) and tokens >= 2**63:
         errors.append(
@@ -186,6 +194,11 @@ def _too_large(config: RunConfig) -> list[str]:
             f"{_shown(tokens)} tokens, more than a run can count"
         )
     return errors
+
+
+def _value(config: RunConfig, name: str) -> Any:
+    part, _, setting = name.partition(".")
+    return getattr(getattr(config, part), setting)
 
 
 def _shown(value: int) -> str:
@@ -196,12 +209,6 @@ def _model_errors(model: ModelConfig) -> list[str]:
     errors = []
     if model.vocab_size > 65_536:
         errors.append(f"model.vocab_size {model.vocab_size:,} does not fit in the shards' uint16: at most 65,536")
-    for name in ("rope_theta", "norm_eps"):
-        if not 0 < getattr(model, name) < float("inf"):
-            errors.append(f"model.{name} is {getattr(model, name)}, but must be above 0 and finite")
-    for name in ("dropout_embedding", "dropout_attention_residual", "dropout_ffn"):
-        if not 0 <= getattr(model, name) < 1:
-            errors.append(f"model.{name} is {getattr(model, name)}, but must be at least 0 and below 1")
     if min(model.n_heads, model.kv_heads, model.d_model) < 1:
         return errors  # reported above, and the rest divides by them
     if model.n_heads % model.kv_heads:
@@ -219,41 +226,15 @@ def _model_errors(model: ModelConfig) -> list[str]:
     return errors
 
 
-def _optim_errors(optim: OptimConfig) -> list[str]:
-    errors = []
-    for name in ("max_lr", "eps", "max_grad_norm"):
-        if not 0 < getattr(optim, name) < float("inf"):
-            errors.append(f"optim.{name} is {getattr(optim, name)}, but must be above 0 and finite")
-    for name in ("beta1", "beta2"):
-        if not 0 <= getattr(optim, name) < 1:
-            errors.append(f"optim.{name} is {getattr(optim, name)}, but must be at least 0 and below 1")
-    for name in ("min_lr_ratio", "decay_fraction"):
-        if not 0 <= getattr(optim, name) <= 1:
-            errors.append(f"optim.{name} is {getattr(optim, name)}, but must be between 0 and 1")
-    if not 0 <= optim.weight_decay < float("inf"):
-        errors.append(f"optim.weight_decay is {optim.weight_decay}, but must be at least 0 and finite")
-    return errors
-
-
 def _train_errors(train: TrainConfig) -> list[str]:
     errors = []
     if train.seed >= 2**63:  # it seeds 64-bit generators
         errors.append(f"train.seed {train.seed} is too large: below 2**63")
-    if train.skip_spikes_sigma is not None and not 0 < train.skip_spikes_sigma < float("inf"):
-        errors.append(
-            f"train.skip_spikes_sigma is {train.skip_spikes_sigma}, but must be above 0 and finite, such as 6, or None"
-        )
     if train.deterministic and train.attention in ("cudnn", "efficient"):
         errors.append(
             f"train.attention is {train.attention}, whose backward pass is not deterministic; with "
             "train.deterministic, set it to auto, flash or math"
         )
-    if train.epochs is not None and not 0 < train.epochs < float("inf"):
-        errors.append(f"train.epochs is {train.epochs}, but must be above 0 and finite, such as 3")
-    for name in ("max_wall_s", "collective_timeout_s"):
-        value = getattr(train, name)
-        if value is not None and not 0 < value < float("inf"):
-            errors.append(f"train.{name} is {value}, but must be above 0 and finite, in seconds")
     return errors
 
 
@@ -268,10 +249,6 @@ def _eval_errors(evals: EvalConfig, train: TrainConfig, model: ModelConfig) -> l
         errors.append(
             f"eval.validation_tokens {evals.validation_tokens:,} is less than one sequence of "
             f"model.max_seq_len {model.max_seq_len:,}; raise it, or set eval.validation_every_steps to 0"
-        )
-    if not 0 <= evals.sample_temperature < float("inf"):
-        errors.append(
-            f"eval.sample_temperature is {evals.sample_temperature}, but must be at least 0 and finite (0: greedy)"
         )
     if evals.sample_every_steps and (not evals.sample_prompts or not all(evals.sample_prompts)):
         errors.append("eval.sample_prompts needs at least one prompt, none empty; or set eval.sample_every_steps to 0")

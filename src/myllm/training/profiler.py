@@ -8,7 +8,7 @@ import time
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -16,11 +16,9 @@ from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 
 from myllm.config import RunConfig
-from myllm.distributed.collectives import DistContext
 from myllm.files import write_text
-from myllm.paths import RunPaths
-from myllm.runs.logs import Log
 
+from .context import RunContext
 from .throughput import ThroughputMeter
 
 WARMUP_STEPS = 10
@@ -36,10 +34,6 @@ SHOWN = 10
 NAME_CHARS = 90
 
 
-def no_phase(phase: str) -> AbstractContextManager[None]:
-    return nullcontext()
-
-
 class Profiler:
     """Records the steps of one window on rank 0. It costs nothing outside of them.
 
@@ -48,12 +42,10 @@ class Profiler:
         meter: counts the profiler's own time as overhead.
     """
 
-    def __init__(
-        self, run: RunPaths, config: RunConfig, step: int, process: DistContext, log: Log, meter: ThroughputMeter
-    ) -> None:
-        self._folder, self._device, self._log, self._meter = run.profile, process.device, log, meter
+    def __init__(self, ctx: RunContext, step: int, meter: ThroughputMeter) -> None:
+        self._folder, self._device, self._log, self._meter = ctx.paths.profile, ctx.dist.device, ctx.log, meter
         self._seconds, self._recording = 0.0, False
-        self.window = choose_window(config, step) if process.is_rank_zero else range(0)
+        self.window = choose_window(ctx.config, step) if ctx.dist.is_rank_zero else range(0)
         self.costs: list[Cost] = []
         """Once the window is over."""
         if self.window:
@@ -106,10 +98,7 @@ class Profiler:
 class NoProfiler:
     """In place of a Profiler, without --profile."""
 
-    phase = staticmethod(no_phase)
-
-    def around(self, step: int) -> AbstractContextManager[None]:
-        return nullcontext()
+    phase = around = staticmethod(nullcontext)
 
 
 def choose_window(config: RunConfig, step: int) -> range:
@@ -135,10 +124,8 @@ def choose_window(config: RunConfig, step: int) -> range:
 
 @contextmanager
 def _mark(name: str, device: torch.device) -> Iterator[None]:
-    with ExitStack() as stack:
-        stack.enter_context(torch.profiler.record_function(name))
-        if device.type == "cuda":
-            stack.enter_context(torch.cuda.nvtx.range(name))
+    nvtx = torch.cuda.nvtx.range(name) if device.type == "cuda" else nullcontext()
+    with torch.profiler.record_function(name), nvtx:
         yield
 
 

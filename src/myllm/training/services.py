@@ -99,7 +99,7 @@ def start_services(
         )
         gc_schedule = stack.enter_context(GcSchedule(step))
         meter = ThroughputMeter(ctx, loader, step)
-        profiler = Profiler(ctx.paths, config, step, dist, ctx.log, meter) if profile else NoProfiler()
+        profiler = Profiler(ctx, step, meter) if profile else NoProfiler()
         yield Services(
             heartbeat, stop, saver, tuple(evals), vote, reference, meter, profiler, gc_schedule, bar, on_checkpoint
         )

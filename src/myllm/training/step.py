@@ -1,7 +1,7 @@
 """One optimizer update."""
 
 from collections.abc import Callable, Collection
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +13,12 @@ from myllm.distributed.precision import autocast, deterministic
 from myllm.model import attention_backend as sdpa
 from myllm.planning.batch import BatchPlan
 
-from .profiler import no_phase
 from .setup import Trainer
 
 Phase = Callable[[str], AbstractContextManager[None]]
 
 
-def train_step(trainer: Trainer, step: int, phase: Phase = no_phase) -> tuple[Tensor, Tensor, float]:
+def train_step(trainer: Trainer, step: int, phase: Phase = nullcontext) -> tuple[Tensor, Tensor, float]:
     """Update the weights once, unless the guard skips the update. Never waits for the device.
 
     Args:
@@ -62,7 +61,7 @@ def accumulate_gradients(
     config: RunConfig,
     device: torch.device,
     loss_scale: Tensor | None = None,
-    phase: Phase = no_phase,
+    phase: Phase = nullcontext,
 ) -> Tensor:
     """Set every parameter's gradient to that of the mean loss over the step's tokens on all ranks, times `loss_scale`.
 
