@@ -279,7 +279,7 @@ def check_updates(trainer: Trainer, state: TrainState) -> TrainState:
     if trainer.guard.skipped:
         from .anomaly.report import raise_if_diverged  # loaded only when an update was skipped
 
-        raise_if_diverged(state, trainer, trainer.dataset)
+        raise_if_diverged(state, trainer)
     return state
 
 

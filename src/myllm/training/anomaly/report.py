@@ -20,7 +20,6 @@ from myllm.checkpoint.rng import set_rng_state
 from myllm.checkpoint.state import TrainState
 from myllm.config import to_dict
 from myllm.data.dataloader import read_batch, read_rows
-from myllm.data.dataset import Dataset
 from myllm.data.sampler import count_sequences, rank_rows, step_sequences, window_sequences
 from myllm.data.tokenizer.base import Tokenizer
 from myllm.distributed import collectives as distributed
@@ -38,11 +37,8 @@ from .dump import dump_folder, finish_dump, partial_folder
 from .message import failure_message, skip_message
 
 
-def raise_if_diverged(state: TrainState, trainer: Trainer, dataset: Dataset) -> None:
+def raise_if_diverged(state: TrainState, trainer: Trainer) -> None:
     """Log the updates that the guard has skipped since the last call. Every rank calls this at the same steps.
-
-    Args:
-        state: with the counts of `guard.sync()`.
 
     Raises:
         TrainingDiverged: the last of them ends the run. Its anomaly dump is written.
@@ -52,19 +48,19 @@ def raise_if_diverged(state: TrainState, trainer: Trainer, dataset: Dataset) -> 
     for bad in skipped[:-1] if guard.diverged else skipped:
         trainer.ctx.log(skip_message(bad, trainer.batch))
     if guard.diverged:
-        raise TrainingDiverged(_dump_step(skipped[-1], state, trainer, dataset))
+        raise TrainingDiverged(_dump_step(skipped[-1], state, trainer))
 
 
-def _dump_step(bad: SkippedStep, state: TrainState, trainer: Trainer, dataset: Dataset) -> str:
+def _dump_step(bad: SkippedStep, state: TrainState, trainer: Trainer) -> str:
     """Diagnose the step on every rank and write the dump. Returns the message that ends the run, on every rank."""
-    ctx, batch = trainer.ctx, trainer.batch
+    ctx, batch, dataset = trainer.ctx, trainer.batch, trainer.dataset
     tokenizer = dataset.tokenizer()
     n_sequences = count_sequences(dataset.train.tokens, batch.seq_len)
     sequences = step_sequences(bad.data, batch.sequences, n_sequences, window_sequences(batch.seq_len))
     diagnosis, error = None, None
     with full_params(trainer.model, trainer.eval_model):
         try:
-            diagnosis = _diagnose_share(bad, sequences, trainer, dataset)
+            diagnosis = _diagnose_share(bad, sequences, trainer)
         except Exception as raised:  # for example no memory for a model that is not compiled
             error = f"{type(raised).__name__}: {raised}"
     reports = distributed.gather_object((diagnosis, error))
@@ -74,7 +70,6 @@ def _dump_step(bad: SkippedStep, state: TrainState, trainer: Trainer, dataset: D
     if ctx.dist.is_rank_zero:
         diagnoses, errors = (list(column) for column in zip(*reports, strict=True))
         summary = _summary(bad, trainer, diagnoses, errors)
-        summary |= {"consecutive": state.skips.in_a_row, "dataset": dataset.name}
         tokens = read_rows(dataset.train, sequences, batch.seq_len)
         samples = _samples(sequences, [tokenizer.decode(row) for row in tokens], diagnoses, batch)
         try:
@@ -91,7 +86,7 @@ def _dump_step(bad: SkippedStep, state: TrainState, trainer: Trainer, dataset: D
     return distributed.broadcast_object(message)
 
 
-def _diagnose_share(bad: SkippedStep, sequences: np.ndarray, trainer: Trainer, dataset: Dataset) -> Diagnosis:
+def _diagnose_share(bad: SkippedStep, sequences: np.ndarray, trainer: Trainer) -> Diagnosis:
     """Repeat this rank's share of the step, in the precision and on the device of the run.
 
     Args:
@@ -104,7 +99,7 @@ def _diagnose_share(bad: SkippedStep, sequences: np.ndarray, trainer: Trainer, d
         for micro_step in range(batch.grad_accum_steps)
     ]
     batches = (
-        tuple(tensor.to(dist.device) for tensor in read_batch(dataset.train, rows, batch.seq_len))
+        tuple(tensor.to(dist.device) for tensor in read_batch(trainer.dataset.train, rows, batch.seq_len))
         for rows in micro_batches
     )
     with training_backends(dist.device, config.train), deterministic(config.train.deterministic):
@@ -168,10 +163,12 @@ def _summary(
     return {
         "step": bad.step,
         "kind": bad.kind,
+        "consecutive": trainer.guard.sync().in_a_row,
         "grad_norm": bad.grad_norm,
         "loss": sum(diagnosis.loss for diagnosis in known) / len(known) if len(known) == len(diagnoses) else None,
         "reproduced": diverged_again if known else None,
         "data": asdict(bad.data),
+        "dataset": trainer.dataset.name,
         "world_size": dist.world_size,
         "micro_batch_size": trainer.batch.micro_batch_size,
         "device": dist.device.type,

@@ -1,4 +1,4 @@
-"""Numbers that go bad: what stops, what is left out, what is kept, and the anomaly dump that repeats the step."""
+"""Steps that diverge: what stops the run, which updates are skipped, and the dump that replays the step."""
 
 import errno
 import math
@@ -18,27 +18,22 @@ from torch import nn
 
 from myllm.checkpoint.format import checkpoint_dir, load_checkpoint
 from myllm.checkpoint.retention import list_checkpoints
-from myllm.checkpoint.state import SkipStats, TrainState
 from myllm.cli.main import main
-from myllm.config import RunConfig, TrainConfig
+from myllm.config import RunConfig
 from myllm.data.dataloader import read_batch
 from myllm.data.dataset import Dataset
 from myllm.data.prepare.prepare import prepare
-from myllm.data.sampler import DataPosition
 from myllm.distributed.collectives import process_group
 from myllm.errors import TrainingDiverged, UserError
 from myllm.model.transformer import Transformer
 from myllm.optim.adamw import ScheduledAdamW
 from myllm.paths import RunPaths
-from myllm.planning.batch import batch_plan
 from myllm.training import gradient_guard as guard
 from myllm.training import loop, setup
 from myllm.training.anomaly import dump as dump_module
 from myllm.training.anomaly import report as bad_step
 from myllm.training.anomaly.dump import find_dump, read_dump
 from myllm.training.anomaly.replay import replay_step
-from myllm.training.gradient_guard import GradientGuard
-from myllm.training.step import accumulate_gradients
 
 CPU = torch.device("cpu")
 
@@ -158,7 +153,7 @@ def test_a_spike_can_stop_a_run_and_its_dump_repeats_the_row(bare: RunConfig, mo
         assert result.diagnosis.losses[place] == pytest.approx(loss.item(), rel=1e-5)
         own.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
         assert result.diagnosis.input_gradient_norms[place] == near(embedded[-1].grad.norm().item() / 4)
-    mean = {name: sum(each[name] for each in own) / 4 for name in own[0]}
+    mean = {name: sum(gradients[name] for gradients in own) / 4 for name in own[0]}
     assert result.diagnosis.grad_norm == near(norm_of(mean))
     for layer in result.diagnosis.layers:
         if layer.gradient_norm is not None:
@@ -203,11 +198,11 @@ def test_a_full_disk_does_not_swallow_the_message(bare: RunConfig, monkeypatch: 
     assert list(RunPaths.of("tiny").anomalies.iterdir()) == []
 
 
-# -- updates left out -------------------------------------------------------------------------------------------------
+# -- skipped updates ---------------------------------------------------------------------------------------------------
 
 
-def trained_without(config: RunConfig, dataset: Dataset, left_out: int) -> dict[str, torch.Tensor]:
-    """The weights of a plain loop that never makes one of the updates."""
+def trained_without(config: RunConfig, dataset: Dataset, skipped: int) -> dict[str, torch.Tensor]:
+    """The weights of a plain loop that skips one of the updates."""
     model = setup.Transformer(config.model, config.train.seed)  # as `poison` patches it
     optimizer = ScheduledAdamW(model.named_parameters(), config.optim, config.train.max_steps)
     torch.manual_seed(config.train.seed)
@@ -216,7 +211,7 @@ def trained_without(config: RunConfig, dataset: Dataset, left_out: int) -> dict[
         for sequence in sequences:
             tokens, targets = read_batch(dataset.train, np.array([sequence]), config.model.max_seq_len)
             (model(tokens, targets) / len(sequences)).backward()
-        if step != left_out:
+        if step != skipped:
             nn.utils.clip_grad_norm_(model.parameters(), config.optim.max_grad_norm)
             optimizer.step(step - 1)
         optimizer.zero_grad()
@@ -280,88 +275,3 @@ def test_skipping_gives_up(bare: RunConfig, monkeypatch: pytest.MonkeyPatch) -> 
     assert "skipped the update of step 1: its gradient" in log
     assert "skipped the update of step 2: its gradient" in log
     assert not list_checkpoints(RunPaths.of("tiny").checkpoints)
-
-
-# -- the guard itself -------------------------------------------------------------------------------------------------
-
-
-def judged(config: TrainConfig, norms: list[float], skips: SkipStats | None = None) -> tuple[list[int], SkipStats]:
-    watch, state = GradientGuard(config, CPU, skips), TrainState(0, 0, DataPosition(0, 0, 0, ""))
-    verdicts = []
-    for norm in norms:
-        watch.record(state)
-        verdicts.append(int(watch.check(torch.tensor(norm))))
-    return verdicts, watch.sync()
-
-
-def by_hand(norms: list[float], sigma: float) -> tuple[list[int], float, float]:
-    """The same rule in plain float64: mean and variance of what was seen, old steps fading."""
-    mean = variance = 0.0
-    verdicts, n = [], 0
-    for norm in norms:
-        if not math.isfinite(norm):
-            verdicts.append(1)
-            continue
-        value = math.log(norm)
-        ceiling = mean + sigma * max(math.sqrt(variance), guard.MIN_DEVIATION)
-        spike = n >= guard.WARMUP_STEPS and value > ceiling
-        verdicts.append(int(spike))
-        value = ceiling if spike else value
-        share = max(1 / (n + 1), 1 / guard.MEMORY_STEPS)
-        # Variance of the mixture of the old distribution and the new point.
-        new = (1 - share) * mean + share * value
-        variance = (1 - share) * (variance + (mean - new) ** 2) + share * (value - new) ** 2
-        mean, n = new, n + 1
-    return verdicts, mean, variance
-
-
-def test_spikes_are_judged_by_running_statistics() -> None:
-    chance = np.random.default_rng(3)
-    norms = np.exp(chance.normal(0.0, 0.15, 600) + np.linspace(2.0, 0.0, 600)).tolist()
-    norms[20] *= 3  # in the warm-up
-    for place in (200, 201, 450):
-        norms[place] *= 30
-    norms[300], norms[301] = math.nan, math.inf
-    config = TrainConfig(on_nonfinite="skip", skip_spikes_sigma=6.0)
-    verdicts, skips = judged(config, norms)
-    expected, mean, variance = by_hand(norms, 6.0)
-    assert verdicts == expected
-    assert [place for place, verdict in enumerate(verdicts) if verdict] == [200, 201, 300, 301, 450]
-    assert (skips.spikes, skips.nonfinite, skips.in_a_row, skips.counted) == (3, 2, 0, 598)
-    assert skips.log_norm_mean == pytest.approx(mean, rel=1e-4)
-    assert skips.log_norm_variance == pytest.approx(variance, rel=1e-3)
-    first, middle = judged(config, norms[:251])  # a restart changes nothing, to the last bit
-    second, end = judged(config, norms[251:], middle)
-    assert (first + second, end) == (verdicts, skips)
-    assert judged(TrainConfig(), norms[:300])[0] == [0] * 300  # off
-
-
-def test_a_norm_that_rises_for_good_is_accepted_in_time() -> None:
-    """Were spikes kept out of the statistics, every later update would be left out."""
-    verdicts, _ = judged(TrainConfig(skip_spikes_sigma=6.0, max_skipped_steps=100), [1.0] * 100 + [3.0] * 100)
-    assert verdicts[100] == 1
-    assert verdicts[-50:] == [0] * 50
-
-
-def test_after_the_end_nothing_is_applied_or_counted() -> None:
-    verdicts, skips = judged(TrainConfig(), [1.0, math.nan, 1.0, math.inf, 1.0])
-    assert verdicts == [0, 1, 1, 1, 1]
-    assert (skips.nonfinite, skips.counted) == (1, 1)
-
-
-def test_a_loss_that_is_not_finite_makes_every_gradient_so(tiny: RunConfig) -> None:
-    """Minus infinity as the logit of a target gives an infinite loss with a gradient that looks sound."""
-
-    class Infinite(nn.Linear):
-        def forward(self, tokens: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
-            return super().forward(tokens).sum() + math.inf
-
-    class Batches:
-        def next_batch(self) -> tuple[torch.Tensor, torch.Tensor]:
-            return torch.ones(1, 3), torch.ones(1, 3)
-
-    layer = Infinite(3, 1)
-    with process_group("cpu") as process:
-        loss = accumulate_gradients(layer, Batches(), batch_plan(tiny, 1), tiny, process.device)
-    assert loss == math.inf
-    assert layer.weight.grad.isnan().all()
