@@ -1,6 +1,5 @@
 """The name of a device, whether torch can use it, and how fast it multiplies matrices."""
 
-import os
 import platform
 import re
 import shlex
@@ -14,6 +13,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+
+from .library_env import visible_gpus
 
 CPU_SIZE, GPU_SIZE = 1_024, 8_192
 """Side of the matrices that are timed; smaller ones do not fill a GPU."""
@@ -108,9 +109,9 @@ def cuda_device_count() -> int:
 def cuda_problem() -> str | None:
     """Why torch cannot use this machine's GPUs, and what to do. None if there is no NVIDIA driver, or the user has
     hidden the GPUs."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    visible = visible_gpus()
     driver, cuda = nvidia_driver()
-    if not driver or (visible is not None and visible.strip() in ("", "-1")):
+    if not driver or visible in ("", "-1"):
         return None
     found = f"NVIDIA's driver {driver} is installed" + (f", for CUDA up to {cuda[0]}.{cuda[1]}" if cuda else "")
     built = torch.version.cuda

@@ -24,3 +24,9 @@ def set_library_env() -> None:
         os.environ[ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"
     # Notebooks pass their backend on to commands that they start, where importing Matplotlib would then fail.
     os.environ["MPLBACKEND"] = "agg"
+
+
+def visible_gpus() -> str | None:
+    """CUDA_VISIBLE_DEVICES; None: all GPUs."""
+    value = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return value if value is None else value.strip()
