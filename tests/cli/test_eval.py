@@ -135,7 +135,7 @@ def test_nothing_that_was_measured_is_lost(run: Path, tmp_path: Path) -> None:
     assert after[:3] == before
     assert after[2].metrics != after[3].metrics != after[4].metrics
     again = after[1]._replace(seconds=0.0, metrics={"acc": 2})
-    add(run / "eval.json", [again])
+    add(run / "eval.json", again)
     assert read(run / "eval.json") == [after[0], again, *after[2:]]
 
 
@@ -146,7 +146,7 @@ def test_a_file_of_version_1_stays_readable(tmp_path: Path) -> None:
     (tmp_path / "eval.json").write_text(json.dumps({"format": "myllm-eval", "version": 1, "results": old}))
     expected = [Result(task=task, metrics={"acc": 0.5}, **rest) for task in tasks.values()]
     assert read(tmp_path / "eval.json") == expected
-    add(tmp_path / "eval.json", expected[:1])
+    add(tmp_path / "eval.json", expected[0])
     assert json.loads((tmp_path / "eval.json").read_text())["version"] == 2
     assert read(tmp_path / "eval.json") == expected
 
@@ -218,7 +218,7 @@ def test_a_run_that_cannot_be_written_is_measured_all_the_same(
 ) -> None:
     """Somebody else's: the figures are shown first, then it is said where they could not be kept."""
 
-    def refuse(file: Path, results: list) -> None:
+    def refuse(file: Path, result: Result) -> None:
         raise UserError(f"cannot write {file}: Permission denied; give another file with --out")
 
     monkeypatch.setattr("myllm.cli.eval.unwritable_reason", lambda file: "Permission denied")

@@ -176,6 +176,6 @@ def test_numbers_that_are_not_finite_are_json(tmp_path: Path) -> None:
 
 
 def test_results_of_evaluations_are_json(tmp_path: Path) -> None:
-    add(tmp_path / "eval.json", [Result("a", "b", 1, "float32", {}, {"loss": math.nan}, "cpu", 1.0)])
+    add(tmp_path / "eval.json", Result("a", "b", 1, "float32", {}, {"loss": math.nan}, "cpu", 1.0))
     assert '"loss": "nan"' in (tmp_path / "eval.json").read_text()
     assert [result.metrics for result in read(tmp_path / "eval.json")] == [{"loss": "nan"}]

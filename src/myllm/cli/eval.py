@@ -87,7 +87,7 @@ def _run_all(tasks: tuple[str, ...], skippable: tuple[str, ...], subject: "Subje
         print(results.table(result), flush=True)  # printed before it is saved, so that it is never lost
         measured += 1
         try:
-            results.add(file, [result])
+            results.add(file, result)
             saved += 1
         except UserError as error:
             errors.append(f"{task} was printed, but not saved: {error}")

@@ -2,8 +2,8 @@
 
 The context is a passage of a held-out document and the correct ending is the text right after it. The three other
 endings come right after passages of other held-out documents. Scored like HellaSwag, with nothing to download; chance
-is 25 %. All endings have the same number of tokens, so `acc` (by the sum of log-probabilities) and `acc_norm` (by their
-mean) agree.
+is 25 %. All endings have the same number of tokens, so `acc` (by the sum of log-probabilities) equals `acc_norm` (by
+their mean).
 """
 
 import math
@@ -104,9 +104,9 @@ def cloze_sums(score: Score, examples: list[Example], dist: DistContext) -> Tens
     """Counts over one rank's share of the examples.
 
     Shapes:
-        returns (3,) float64: correct by the sum, correct by the mean, examples
+        returns (2,) float64: correct answers, examples
     """
-    sums = torch.zeros(3, dtype=torch.float64)
+    sums = torch.zeros(2, dtype=torch.float64)
     share = examples[dist.rank :: dist.world_size]
     for start in range(0, len(share), BATCH_SIZE):
         batch = share[start : start + BATCH_SIZE]
@@ -120,9 +120,7 @@ def cloze_sums(score: Score, examples: list[Example], dist: DistContext) -> Tens
         log_probs, _ = score(tokens[:, :-1], targets)
         totals = log_probs.sum(dim=1).view(len(batch), CHOICES).cpu()
         answers = torch.tensor([example.answer for example in batch])
-        correct = (totals.argmax(dim=1) == answers).sum()
-        correct_by_mean = ((totals / ENDING_TOKENS).argmax(dim=1) == answers).sum()
-        sums += torch.stack((correct, correct_by_mean, torch.tensor(len(batch)))).double()
+        sums += torch.tensor([float((totals.argmax(dim=1) == answers).sum()), len(batch)])
     return sums
 
 
@@ -132,11 +130,11 @@ def finish(sums: Tensor, blind: float) -> dict[str, float]:
     Args:
         blind: `blind_accuracy` of the same examples.
     """
-    correct, correct_by_mean, n = sums.tolist()
+    correct, n = sums.tolist()
     acc = correct / n
     return {
         "acc": acc,
-        "acc_norm": correct_by_mean / n,
+        "acc_norm": acc,
         "acc_stderr": math.sqrt(acc * (1 - acc) / n),
         "acc_blind": blind,
         "n_examples": int(n),

@@ -60,8 +60,8 @@ def _upgrade(row: dict[str, Any]) -> dict[str, Any]:
     return row | {"task": re.sub(r"^quantisation(?=:|$)", "quantization", row["task"])}
 
 
-def add(file: Path, results: list[Result]) -> None:
-    """Add results to the file. A result replaces an older one of the same question.
+def add(file: Path, result: Result) -> None:
+    """Add a result to the file. It replaces an older one of the same question.
 
     Raises:
         UserError: the file cannot be written, or has another format.
@@ -70,10 +70,9 @@ def add(file: Path, results: list[Result]) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         with file_lock(file.with_name(f".{file.name}.lock")):  # other processes may add to the same file
             merged = read(file)
-            for new in results:
-                same = next((index for index, old in enumerate(merged) if old.same_question(new)), len(merged))
-                merged[same : same + 1] = [new]
-            rows = [result._asdict() for result in merged]
+            same = next((index for index, old in enumerate(merged) if old.same_question(result)), len(merged))
+            merged[same : same + 1] = [result]
+            rows = [row._asdict() for row in merged]
             write_json(file, {"format": FORMAT, "version": VERSION, "results": json_safe(rows)})
     except OSError as error:
         raise UserError(f"cannot write {file}: {error.strerror}; give another file with --out") from None
