@@ -54,7 +54,9 @@ def evaluate(*words: object) -> int:
     return 0
 
 
-def test_everything_at_once(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_four_tasks_equal_the_metrics_of_training(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     text = "Größe: the river ran under old stone bridge, and the children sang of salt wind. " * 9
     (tmp_path / "own.txt").write_text(text, encoding="utf-8")
     tasks = ("validation", "hellaswag", "cloze", f"perplexity:{tmp_path / 'own.txt'}")
@@ -108,7 +110,7 @@ def test_a_checkpoint_and_the_other_protocol(run: Path) -> None:
     assert (result.settings["protocol"], result.metrics["n_examples"]) == ("lm-eval", 7)
 
 
-def test_nothing_that_was_measured_is_lost(run: Path, tmp_path: Path) -> None:
+def test_results_are_added_or_replaced(run: Path, tmp_path: Path) -> None:
     """Another task, protocol, text, kind of weights or step stands beside; the same question again, in its place."""
     text = tmp_path / "own.txt"
     text.write_text("the old bridge")
@@ -151,7 +153,7 @@ def test_a_file_of_version_1_stays_readable(tmp_path: Path) -> None:
     assert read(tmp_path / "eval.json") == expected
 
 
-def test_a_file_of_someone_else_s_is_left_alone(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_files_are_never_overwritten(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for content in ('{"tasks": {}}', "not JSON", "[]"):
         (run / "eval.json").write_text(content)
         assert evaluate("tiny", "--tasks", "cloze") == 2
@@ -167,7 +169,7 @@ def test_a_folder_of_any_name(run: Path, tmp_path: Path) -> None:
     assert (result.checkpoint, result.step) == (str(folder), 4)
 
 
-def test_the_checkpoint_stays_the_same_while_training_saves_others(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_tasks_use_one_checkpoint_while_training_saves_others(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def save_another(*_: object) -> Evaluation:
         shutil.copytree(run / "checkpoints/step_00000004", run / "checkpoints/step_00000009")
         return Evaluation({}, lambda model: 0.5, lambda acc: {"acc": acc})
@@ -177,7 +179,7 @@ def test_the_checkpoint_stays_the_same_while_training_saves_others(run: Path, mo
     assert all(result.checkpoint.endswith("step_00000004") for result in read(run / "eval.json"))
 
 
-def test_another_data_set_that_is_damaged_is_no_matter(run: Path) -> None:
+def test_other_damaged_data_sets_are_ignored(run: Path) -> None:
     for name, content in (("aaa", "{}"), ("zzz", "not JSON")):
         (run.parent.parent / "datasets" / name).mkdir()
         (run.parent.parent / "datasets" / name / "manifest.json").write_text(content)
@@ -205,7 +207,7 @@ def test_mistakes(words: tuple, message: str, run: Path, capsys: pytest.CaptureF
     assert not (run / "eval.json").exists()
 
 
-def test_a_task_that_cannot_be_done_stops_no_other(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failed_task_does_not_stop_the_others(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for manifest in (run.parent.parent / "datasets").glob("*/manifest.json"):
         manifest.rename(manifest.with_name("elsewhere.json"))
     assert evaluate("tiny", "--tasks", "validation", "hellaswag", "--hellaswag-file", OWN) == 2
@@ -213,7 +215,7 @@ def test_a_task_that_cannot_be_done_stops_no_other(run: Path, capsys: pytest.Cap
     assert [result.task for result in read(run / "eval.json")] == ["hellaswag"]
 
 
-def test_a_run_that_cannot_be_written_is_measured_all_the_same(
+def test_an_unwritable_run_is_still_evaluated(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Somebody else's: the figures are shown first, then it is said where they could not be kept."""
@@ -235,7 +237,7 @@ def test_a_run_that_cannot_be_written_is_measured_all_the_same(
 
 
 @pytest.mark.parametrize("out", ["file/eval.json", "", "/proc/nothing/eval.json"])
-def test_a_place_that_cannot_be_written_is_said_before_anything_is_measured(
+def test_an_unwritable_output_fails_before_the_evaluation(
     out: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("")
@@ -245,7 +247,7 @@ def test_a_place_that_cannot_be_written_is_said_before_anything_is_measured(
     assert "give another file with --out" in output
 
 
-def test_hellaswag_that_is_out_of_reach_is_no_failure_unless_it_is_named(
+def test_unavailable_hellaswag_fails_only_if_named(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def unreachable(*_: object) -> None:
@@ -259,7 +261,7 @@ def test_hellaswag_that_is_out_of_reach_is_no_failure_unless_it_is_named(
     assert "hellaswag: could not download HellaSwag" in capsys.readouterr().err
 
 
-def test_what_is_measured_is_kept_at_once(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_result_is_saved_at_once(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("out of memory, say")
 
@@ -269,7 +271,7 @@ def test_what_is_measured_is_kept_at_once(run: Path, monkeypatch: pytest.MonkeyP
     assert [result.task for result in read(run / "eval.json")] == ["cloze"]
 
 
-def test_writing_speed_and_quantization(
+def test_generation_speed_and_quantization(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sample_quality, "SAMPLES_PER_PROMPT", 1)

@@ -77,7 +77,7 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
 # -- the command ------------------------------------------------------------------------------------------------------
 
 
-def test_a_prompt_may_hold_what_ends_a_line_elsewhere(tmp_path: Path) -> None:
+def test_unusual_line_separators_in_prompts(tmp_path: Path) -> None:
     """Form feeds of old sources, NEL and U+2028 of web pages; and lines that our own --format jsonl wrote."""
     odd = ["page\x0ctwo", "next\x85line", "sep\u2028arated", "last"]
     (tmp_path / "p.txt").write_bytes("\r\n".join(odd).encode())
@@ -109,7 +109,7 @@ def test_records(data: Path, tmp_path: Path) -> None:
     assert json.loads(out.read_text(encoding="utf-8")) == rows
 
 
-def test_samples_take_turns() -> None:
+def test_ordered_printer() -> None:
     file = io.StringIO()
     turns = OrderedPrinter(["A", "B", "C"], file)
     expected = []
@@ -133,9 +133,7 @@ def test_samples_take_turns() -> None:
 
 
 @pytest.mark.parametrize("form", ["text", "jsonl"])
-def test_what_is_there_is_shown_while_others_are_made(
-    data: Path, pair: LanguageModel, tmp_path: Path, form: str
-) -> None:
+def test_output_is_streamed(data: Path, pair: LanguageModel, tmp_path: Path, form: str) -> None:
     """Two samples; the first ends at a stop string, the second would take hours."""
     (first,) = complete(pair, ["the river"], 40, SamplingParams(seed=3))
     (second,) = complete(pair, ["the river"], 400, SamplingParams(seed=4))
@@ -174,7 +172,7 @@ def test_what_is_there_is_shown_while_others_are_made(
         (("tiny", "--prompt", "a", "--temperature", "0", "--max-new-tokens", "2"), 0, "temperature 0 is greedy"),
     ],
 )  # fmt: skip
-def test_odd_input_gets_a_clear_answer(
+def test_errors_and_notes(
     data: Path, words: tuple[str, ...], code: int, message: str, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -204,7 +202,7 @@ def test_chat_saves(data: Path, tmp_path: Path) -> None:
         assert answer in done.stdout
 
 
-def test_ctrl_c_stops_the_reply_and_not_the_program(data: Path) -> None:
+def test_ctrl_c_stops_only_the_reply(data: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-u", "-m", "myllm", "chat", "tiny", "--max-new-tokens", "100000000"], stdin=subprocess.PIPE,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"MYLLM_DATA": str(data)},

@@ -45,7 +45,7 @@ def command(data: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return done
 
 
-def test_ctrl_c_ends_it_in_the_midst_of_a_text(data: Path) -> None:
+def test_ctrl_c_during_a_text(data: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "myllm", "serve", "tiny", "--port", "0", "--temperature", "0.5", "--device", "cpu"],
         env=os.environ | {"MYLLM_DATA": str(data)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -95,12 +95,12 @@ def test_mistakes_of_the_command(
 @pytest.mark.parametrize(
     ("host", "port"), [("127.0.0.1", 70_000), ("no.such.host.invalid", 0), ("192.0.2.1", 0), ("", 0)]
 )
-def test_nowhere_to_listen(host: str, port: int) -> None:
+def test_invalid_addresses(host: str, port: int) -> None:
     with pytest.raises(UserError, match="give"):
         listen(host, port).close()
 
 
-def test_the_page_and_the_published_curve_are_part_of_the_wheel(tmp_path: Path) -> None:
+def test_the_wheel_has_the_page_and_the_reference_curve(tmp_path: Path) -> None:
     pytest.importorskip("setuptools", minversion="77")
     shutil.copytree(ROOT / "src", tmp_path / "src", ignore=shutil.ignore_patterns("*.egg-info", "__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE.txt"):

@@ -59,7 +59,7 @@ def uniform(tokens: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, 
     return torch.full(targets.shape, -math.log(50_257)) * (targets != -1), torch.zeros_like(targets, dtype=torch.bool)
 
 
-def test_where_examples_come_from():
+def test_endings_follow_their_contexts():
     examples = make_examples(STREAM, END, 1_000, seed=0)
     assert len(examples) == sum(length // PIECE for length in LENGTHS)  # as many as there are places
     for example in examples:
@@ -117,7 +117,7 @@ def test_the_opposite_of_a_perfect_model(many):
     assert metrics["acc"] == 0
 
 
-def test_a_model_that_knows_nothing_is_at_chance(many):
+def test_uniform_model_is_at_chance(many):
     """All endings tie, the first is taken, and the right one is first a quarter of the time."""
     metrics = finish(cloze_sums(uniform, many, ALONE), 0.25)
     assert metrics["acc"] == pytest.approx(0.25, abs=5 * 0.0137)
@@ -154,7 +154,7 @@ def python_sources() -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("corpus", [one_large_document, a_rare_beginning, a_frequent_end, python_sources])
-def test_who_does_not_see_the_context_is_at_chance(corpus: Callable[[], list[np.ndarray]]):
+def test_ignoring_the_context_is_at_chance(corpus: Callable[[], list[np.ndarray]]):
     """By the frequencies of tokens, be they liked or shunned: true endings are drawn as the others are."""
     stream = Stream(np.concatenate([np.append(END, document) for document in corpus()]))
     examples = [example for seed in range(10) for example in make_examples(stream, END, 400, seed)]
@@ -165,7 +165,7 @@ def test_who_does_not_see_the_context_is_at_chance(corpus: Callable[[], list[np.
     assert abs(np.mean(shunned) - 0.25) < 4 * error
 
 
-def test_the_blind_score_is_that_of_token_frequencies():
+def test_blind_accuracy_is_that_of_token_frequencies():
     stream = Stream([END, *[1] * 90, END, *[2] * 60, END, *[3] * 55, END, *[4] * 50])
     examples = make_examples(stream, END, 4, seed=0)
     expected = np.mean([example.endings[example.answer][0] == 1 for example in examples])
@@ -189,14 +189,14 @@ def test_sums_are_those_of_a_direct_computation(many):
     assert 0 < right < 60
 
 
-def test_the_number_of_ranks_changes_nothing(many):
+def test_sums_do_not_depend_on_the_number_of_ranks(many):
     one = cloze_sums(noise, many[:101], ALONE)
     for ranks in (2, 3, 150):
         shares = [cloze_sums(noise, many[:101], DistContext(rank, rank, ranks, CPU)) for rank in range(ranks)]
         assert torch.equal(sum(shares), one)
 
 
-def test_only_endings_are_asked(many):
+def test_only_endings_are_scored(many):
     seen = []
 
     def watch(tokens, targets):

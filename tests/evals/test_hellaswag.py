@@ -111,7 +111,7 @@ def test_totals_are_those_of_one_sequence_at_a_time(protocol, changes, tokenizer
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_neither_the_batch_nor_the_number_of_ranks_changes_anything(protocol, tokenizer):
+def test_sums_do_not_depend_on_batches_and_ranks(protocol, tokenizer):
     model = random_model()
     tokenized = tokenize_examples(load_examples(OWN), tokenizer.encode, tokenizer.end_of_text, 160, protocol)
     full, score = totals(model, tokenized), model.score_continuations
@@ -134,7 +134,7 @@ def test_neither_the_batch_nor_the_number_of_ranks_changes_anything(protocol, to
         assert split == fours  # to the last bit
 
 
-def test_the_context_is_computed_once_and_only_endings_are_asked(tokenizer):
+def test_contexts_run_once_and_only_endings_are_scored(tokenizer):
     tokenized, seen = tokenize_examples(load_examples(OWN), tokenizer.encode, tokenizer.end_of_text, 160), []
 
     def watch(prefixes, owners, tokens, targets):
@@ -170,7 +170,7 @@ def shown(one: Example, protocol: str, tokenizer: Tokenizer) -> tuple[str, list[
     )
 
 
-def test_what_each_protocol_shows(tokenizer):
+def test_text_of_each_protocol(tokenizer):
     endings = [" a", " up", " the sky", " at"]
     assert shown(example(), "nanogpt", tokenizer) == ("A man sits. he LOOKS up", endings, (1, 1, 2, 1))
     assert shown(example(), "lm-eval", tokenizer) == ("Act: A man sits. He looks up", endings, (1, 2, 7, 2))
@@ -185,7 +185,7 @@ def test_what_each_protocol_shows(tokenizer):
     assert lengths == (10, 2, 4, 0)
 
 
-def test_an_empty_text_goes_on_from_the_end_of_text(tokenizer):
+def test_empty_text_is_replaced_by_end_of_text(tokenizer):
     (example_tokens,) = tokenize_examples([example(ctx="")], tokenizer.encode, tokenizer.end_of_text, 160)
     assert example_tokens.contexts[0].tolist() == [tokenizer.end_of_text]
     model = random_model()
@@ -200,7 +200,7 @@ def test_an_ending_that_does_not_fit(tokenizer):
     assert [len(ending) for ending in example_tokens.contexts] == [2, 2, 1, 2]
 
 
-def test_figures():
+def test_metrics():
     metrics = finish(torch.tensor([30.0, 40.0, 100.0]).double())
     assert metrics == {
         "acc": 0.3,

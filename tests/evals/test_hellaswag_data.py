@@ -38,7 +38,7 @@ def test_our_own_examples():
     assert load_examples(OWN, 5) == examples[:5]
 
 
-def test_every_kind_of_file_gives_the_same(tmp_path: Path):
+def test_all_file_formats_agree(tmp_path: Path):
     full = load_examples(OWN)
     assert load_examples(write_parquet(tmp_path / "own.parquet")) == full
     # As the authors published it: labels are numbers.
@@ -62,7 +62,7 @@ def without(name: str) -> dict:
         ([1], "expected an object with HellaSwag's fields"),
     ],
 )
-def test_rows_that_are_none_of_hellaswags(row: object, message: str, tmp_path: Path):
+def test_invalid_rows(row: object, message: str, tmp_path: Path):
     path = tmp_path / "x.jsonl"
     path.write_text(json.dumps(ROWS[0]) + "\n" + json.dumps(row) + "\n", encoding="utf-8")
     with pytest.raises(UserError) as caught:
@@ -82,7 +82,7 @@ def test_rows_that_are_none_of_hellaswags(row: object, message: str, tmp_path: P
         ("x.jsonl", None, "no HellaSwag file at"),
     ],
 )
-def test_files_that_cannot_be_read(name: str, content: bytes | None, message: str, tmp_path: Path):
+def test_unreadable_files(name: str, content: bytes | None, message: str, tmp_path: Path):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
@@ -107,7 +107,7 @@ def published(hub: HubServer, tmp_path: Path) -> SourceFile:
     return replace(PINNED, location=where, size_bytes=len(content), digest=hashlib.sha256(content).hexdigest())
 
 
-def test_downloaded_once_checked_and_kept(hub: HubServer, tmp_path: Path, temp_data: Path):
+def test_downloads_once_and_verifies(hub: HubServer, tmp_path: Path, temp_data: Path):
     pinned = published(hub, tmp_path)
     assert load_examples(pinned=pinned) == load_examples(OWN)
     assert (temp_data / "downloads/hellaswag/validation-00000-of-00001.parquet").is_file()
@@ -117,14 +117,14 @@ def test_downloaded_once_checked_and_kept(hub: HubServer, tmp_path: Path, temp_d
     assert len(hub.seen("/")) == requests
 
 
-def test_other_bytes_than_the_pinned_ones_are_refused(hub: HubServer, tmp_path: Path, temp_data: Path):
+def test_wrong_hash_is_rejected(hub: HubServer, tmp_path: Path, temp_data: Path):
     pinned = replace(published(hub, tmp_path), digest="0" * 64)
     with pytest.raises(UserError, match=r"could not download HellaSwag: .*sha256 .* expected 0000.*--hellaswag-file"):
         load_examples(pinned=pinned)
     assert not list(temp_data.rglob("*.parquet"))
 
 
-def test_a_hub_that_does_not_answer(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_unreachable_hub(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     pinned, waits = published(hub, tmp_path), []
     hub.down()
     monkeypatch.setattr(fetching.time, "sleep", waits.append)
@@ -133,7 +133,7 @@ def test_a_hub_that_does_not_answer(hub: HubServer, tmp_path: Path, monkeypatch:
     assert sum(waits) < 10  # a run waits for it
 
 
-def test_what_is_pinned():
+def test_pinned_file():
     assert PINNED.location == (
         "hf://datasets/Rowan/hellaswag@218ec52e09a7e7462a5400043bb9a69a41d06b76/data/validation-00000-of-00001.parquet"
     )

@@ -44,7 +44,7 @@ def no_examples(*_: object) -> list:
     raise UserError("could not download HellaSwag: no network")
 
 
-def test_without_its_data_training_goes_on(tiny: RunConfig, monkeypatch: pytest.MonkeyPatch):
+def test_training_continues_without_hellaswag(tiny: RunConfig, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(hellaswag_data, "load_examples", no_examples)
     root = run(with_hellaswag(tiny, hellaswag_file=None))
     assert len(train_rows(root)) == 2
@@ -61,7 +61,7 @@ def test_without_its_data_training_goes_on(tiny: RunConfig, monkeypatch: pytest.
         ({}, "HellaSwag needs a longer context"),
     ],
 )
-def test_what_cannot_be_measured_is_said(changes: dict, message: str, tiny: RunConfig):
+def test_impossible_evaluation_is_logged(changes: dict, message: str, tiny: RunConfig):
     config = with_hellaswag(tiny, **changes)
     if not changes:
         config = replace(config, model=replace(config.model, max_seq_len=8))

@@ -44,7 +44,7 @@ def test_each_token_is_scored_once_with_enough_before_it(n, context, data):
 
 
 @pytest.mark.parametrize("stride", [0, 13, -1])
-def test_a_stride_that_leaves_tokens_out_is_refused(stride):
+def test_invalid_stride_is_rejected(stride):
     with pytest.raises(UserError, match=f"the stride is {stride}, but must be at least 1 and at most"):
         windows(100, 12, stride)
 
@@ -67,7 +67,7 @@ def naive(model: Transformer, text: np.ndarray, context: int, stride: int) -> li
 
 
 @pytest.mark.parametrize(("n", "stride"), [(100, 6), (100, 12), (57, 1), (7, 4), (12, 5), (13, 12)])
-def test_figures_are_those_of_a_naive_loop(n, stride, model):
+def test_metrics_equal_a_naive_loop(n, stride, model):
     text = np.random.default_rng(n).integers(40, size=n).astype(np.uint16)
     token_bytes = torch.arange(41)
     expected = naive(model, text, 12, stride)
@@ -104,7 +104,7 @@ def naive_error(scored: list[tuple[float, int, float]]) -> float:
     return error
 
 
-def test_more_context_is_what_a_smaller_stride_buys(model):
+def test_smaller_strides_give_more_context(model):
     """The first window is the same for any stride; later tokens see others."""
     text = np.random.default_rng(0).integers(40, size=60).astype(np.uint16)
     narrow, wide = naive(model, text, 12, 12), naive(model, text, 12, 1)
@@ -112,7 +112,7 @@ def test_more_context_is_what_a_smaller_stride_buys(model):
     assert narrow[12:] != wide[12:]
 
 
-def test_calibration_of_a_table_made_by_hand():
+def test_calibration_error_by_hand():
     table = torch.zeros(BINS, 3, dtype=torch.float64)
     table[2] = torch.tensor([10, 3, 1.5])  # right in 30 %, says 15 %
     table[7] = torch.tensor([20, 10, 10.0])  # as it says
@@ -120,7 +120,7 @@ def test_calibration_of_a_table_made_by_hand():
     assert expected_calibration_error(table) == pytest.approx(0.1 * 0.15 + 0.2 * 0 + 0.7 * abs(0.5 - 68 / 70))
 
 
-def test_confidence_goes_into_the_right_bin():
+def test_confidence_bins():
     confidence = [0.0, 0.0667, 0.5, 0.999, 1.0]
     token_ranks = [3, 0, 0, 7, 0]
 

@@ -39,13 +39,13 @@ def test_variety_by_hand() -> None:
     assert sample_quality.variety([[], [1]]) == {"distinct_1": 1.0, "distinct_2": 0.0, "repetition": 0.0}
 
 
-def test_figures_by_hand() -> None:
+def test_metrics_by_hand() -> None:
     rows = [Sequence([0], 0, [1, 2], "end_of_text"), Sequence([0], 1, [1, 2, 3], "length")]
     metrics = sample_quality.sample_metrics([(rows[0], [-1.0, -2.0, -6.0]), (rows[1], [-1.0, -1.0, -1.0])])
     assert (metrics["ended"], metrics["mean_log_prob"], metrics["n_samples"], metrics["n_tokens"]) == (0.5, -2.0, 2, 5)
 
 
-def test_the_same_each_time_and_in_any_batches(pair: LanguageModel) -> None:
+def test_samples_do_not_depend_on_the_batch(pair: LanguageModel) -> None:
     texts = sample_quality.prompts()[:3]
     first = list(sample_quality.sample_prompts(pair, texts, 2, 12, batch_size=16))
     again = list(sample_quality.sample_prompts(pair, texts, 2, 12, batch_size=4))
@@ -59,7 +59,7 @@ def test_the_same_each_time_and_in_any_batches(pair: LanguageModel) -> None:
 
 
 @torch.no_grad()
-def test_log_probabilities_are_the_model_s(pair: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_log_probabilities_equal_a_forward_pass(pair: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of each drawn token, at temperature 1 and of the whole vocabulary; the end of the text is one of them."""
     monkeypatch.setattr(sample_quality, "SAMPLING", replace(sample_quality.SAMPLING, temperature=0.5, top_k=3))
     (plain, *_) = sample_quality.sample_prompts(pair, ["The weather"], 1, 9, batch_size=1)
@@ -75,7 +75,7 @@ def test_log_probabilities_are_the_model_s(pair: LanguageModel, monkeypatch: pyt
     assert scores == pytest.approx(expected[len(row.prompt) - 1 :].tolist(), abs=1e-5)
 
 
-def test_pieces_of_held_out_documents() -> None:
+def test_held_out_samples() -> None:
     class Stream:
         tokens = 100
 

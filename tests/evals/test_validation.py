@@ -63,7 +63,7 @@ def test_sums(n_sequences, batch_size, ranks, seed):
     torch.testing.assert_close(actual[:5], torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=0)
 
 
-def test_the_number_of_ranks_changes_nothing():
+def test_sums_do_not_depend_on_the_number_of_ranks():
     stream, token_bytes = Stream(np.random.default_rng(0).integers(VOCAB, size=500)), torch.arange(VOCAB)
     one = sums(stream, 31, 4, 1, token_bytes)
     for ranks in (2, 3, 40):  # of 40 some have no sequence at all
@@ -77,7 +77,7 @@ def sums_of(loss: float, tokens: int, n_bytes: int, correct: int, in_top_k: int)
     return torch.cat((torch.tensor([loss, tokens, n_bytes, correct, in_top_k], dtype=torch.float64), table.flatten()))
 
 
-def test_figures():
+def test_metrics():
     metrics = finish(sums_of(200 * math.log(2), 100, 50, 25, 40))
     assert metrics == {
         "loss": pytest.approx(2 * math.log(2)),
@@ -90,7 +90,7 @@ def test_figures():
     }
 
 
-def test_figures_at_the_edges():
+def test_metrics_at_the_edges():
     assert finish(sums_of(1e6, 10, 1, 0, 0))["perplexity"] == math.inf
     assert math.isnan(finish(sums_of(1, 10, 0, 0, 0))["bits_per_byte"])
 

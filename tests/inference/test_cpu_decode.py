@@ -40,7 +40,7 @@ def generated(model: Any, config: ModelConfig, counts: list[int]) -> Tensor:
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("counts", [[8], [8, 8, 8], [3, 8, 1]], ids=str)
 @torch.inference_mode()
-def test_the_same_logits_to_the_bit(kind: dict[str, Any], counts: list[int]) -> None:
+def test_logits_are_identical(kind: dict[str, Any], counts: list[int]) -> None:
     model = model_of(**kind)
     assert torch.equal(generated(as_plain_objects(model), model.config, counts), generated(model, model.config, counts))
 
@@ -71,7 +71,7 @@ class Doubled(nn.Module):
 @pytest.mark.parametrize("where", ["feed_forward", "attention.out_proj", "attention_norm"])
 @pytest.mark.parametrize("how", ["hook", "pre-hook", "own part", "own forward", "in place"])
 @torch.inference_mode()
-def test_what_was_changed_counts(where: str, how: str) -> None:
+def test_changed_weights_and_hooks_take_effect(where: str, how: str) -> None:
     """Whatever somebody hangs into a model takes part in generation as in training."""
     model = model_of()
     before = generated(as_plain_objects(model), model.config, [8])

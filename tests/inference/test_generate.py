@@ -46,7 +46,7 @@ def greedy_without_cache(model: Transformer, prompt: list[int], count: int) -> l
     "kind", [{}, {"position": "learned", "bias": True}, {"n_kv_heads": 2, "qk_norm": True}], ids=str
 )
 @pytest.mark.parametrize("prompt", [[7], PROMPT, list(range(20))], ids=len)
-def test_greedy_is_that_of_the_plain_loop(kind, prompt):
+def test_greedy_equals_the_loop_without_cache(kind, prompt):
     model, count = model_of(**kind), SMALL.max_seq_len - len(prompt)
     expected = greedy_without_cache(model, prompt, count)
     assert list(generate(model, prompt, count, temperature=0)) == expected
@@ -111,7 +111,7 @@ def test_huge_and_low_precision_logits():
     assert choose(low, SamplingParams(0.01, 2), [generator], [[]]) == [1]
 
 
-def test_top_k_keeps_to_the_likeliest(model):
+def test_top_k_draws_from_the_most_likely(model):
     tokens = list(PROMPT)
     for token in generate(model, PROMPT, 20, temperature=5, top_k=4, seed=3):
         with torch.no_grad():
@@ -134,7 +134,7 @@ def test_padding_is_never_drawn():
 # -- where it ends ----------------------------------------------------------------------------------------------------
 
 
-def test_end_of_text_stops_and_is_not_given_out(model):
+def test_end_of_text_stops_and_is_not_appended(model):
     every = list(generate(model, PROMPT, 20, temperature=1, seed=1))
     stop = every[8]
     assert list(generate(model, PROMPT, 20, temperature=1, seed=1, end_of_text=stop)) == every[: every.index(stop)]
@@ -159,7 +159,7 @@ def test_beyond_the_context_the_window_slides(model):
     assert actual == expected
 
 
-def test_of_a_long_prompt_the_end_counts(model):
+def test_only_the_end_of_a_long_prompt_is_read(model):
     long = [(7 * i) % 50 for i in range(100)]
     for count in (1, 30):
         full = list(generate(model, long, count, temperature=0))
@@ -171,7 +171,7 @@ def test_a_context_of_one():
     assert len(list(generate(model_of(max_seq_len=1), PROMPT, 5))) == 5
 
 
-def test_tokens_come_as_they_are_made(model):
+def test_tokens_are_streamed(model):
     assert len(list(islice(generate(model, PROMPT, 10**9), 3))) == 3
 
 
@@ -186,7 +186,7 @@ def test_tokens_come_as_they_are_made(model):
         (PROMPT, {"max_new_tokens": -1}, "max_new_tokens is -1"),
     ],
 )
-def test_faults_are_raised_at_the_call(model, prompt, settings, message):
+def test_invalid_parameters_raise_at_the_call(model, prompt, settings, message):
     with pytest.raises(UserError, match=message):
         generate(model, prompt, **{"max_new_tokens": 1, **settings})
 
@@ -204,7 +204,7 @@ PROMPTS = [[7], PROMPT, list(range(20)), [9, 8, 7, 6, 5], [(7 * i) % 50 for i in
 @pytest.mark.parametrize(
     "sampling", [SamplingParams(temperature=0), SamplingParams(1.2, 20, 0.9, 0.01, 1.1)], ids=["greedy", "sampled"]
 )
-def test_a_batch_is_its_rows_one_by_one(kind, sampling):
+def test_a_batch_equals_single_sequences(kind, sampling):
     """Lengths from 1 to beyond the context, rows that end early, and windows that slide, each at its own time."""
     model, count, end = model_of(**kind), 2 * SMALL.max_seq_len, 11
     batch = [Sequence(prompt, seed=number) for number, prompt in enumerate(PROMPTS)]
@@ -217,7 +217,7 @@ def test_a_batch_is_its_rows_one_by_one(kind, sampling):
         assert row.finish_reason == ("length" if len(alone) == count else "end_of_text")
 
 
-def test_a_row_stopped_from_outside_leaves_the_others_alone(model):
+def test_stopping_one_sequence_does_not_change_the_others(model):
     expected = list(generate(model, PROMPT, 30, temperature=1, seed=1))
     batch = [Sequence([5, 6], 0), Sequence(PROMPT, 1)]
     for row in generate_batch(model, batch, 30, SamplingParams(1.0, 0)):
@@ -227,5 +227,5 @@ def test_a_row_stopped_from_outside_leaves_the_others_alone(model):
     assert batch[1].generated == expected
 
 
-def test_no_rows(model):
+def test_empty_batch(model):
     assert list(generate_batch(model, [], 5, SamplingParams())) == []

@@ -15,7 +15,7 @@ PROMPTS = [[7], [3, 14, 15], [9, 8, 7, 6, 5, 4, 3, 2, 1]]
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
 @pytest.mark.parametrize("changes", [{}, {"n_kv_heads": 2}, {"qk_norm": True, "head_dim": 16}], ids=str)
 @torch.no_grad()
-def test_greedy_tokens_are_those_of_transformers(changes: dict, penalty: float) -> None:
+def test_greedy_tokens_equal_transformers(changes: dict, penalty: float) -> None:
     model = random_model(replace(SMALL, **changes))
     peer = peer_of(model)
     batch = [Sequence(prompt, 0) for prompt in PROMPTS]

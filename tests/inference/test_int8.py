@@ -191,7 +191,7 @@ def test_without_torchao(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     assert int8.TORCHAO_REQUIREMENT in extras["dev"]
 
 
-def test_torchao_is_imported_in_silence() -> None:
+def test_importing_torchao_prints_nothing() -> None:
     code = """
 from myllm.config import ModelConfig
 from myllm.inference.int8 import quantize_int8
@@ -204,7 +204,7 @@ quantize_int8(Transformer(ModelConfig(64, 64, 8, 16, 1, 2, d_ff=16)))
 
 
 @pytest.mark.parametrize("command", ["sample", "chat", "serve"])
-def test_the_switch(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_int8_and_precision_reach_load_model(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
     def load(where: str, device: str, int8: bool, precision: str | None) -> None:

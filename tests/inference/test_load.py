@@ -24,12 +24,12 @@ def put(folder: Path, vocab_size: int, tokenizer_file: Path | None, precision: s
     return save_weights(folder, Transformer(model), config, tokenizer_file)
 
 
-def test_the_vocabulary_that_ships_with_the_code(tmp_path: Path) -> None:
+def test_default_tokenizer(tmp_path: Path) -> None:
     _, tokenizer = load_model(put(tmp_path, 50_257, None), "cpu")
     assert tokenizer.is_default
 
 
-def test_a_vocabulary_of_ones_own(tmp_path: Path) -> None:
+def test_own_tokenizer(tmp_path: Path) -> None:
     file = train_tokenizer(["the river ran under the bridge " * 9], 280, tmp_path / "mine.json", progress=False)
     expected = load_tokenizer(file).describe()
     folder = put(tmp_path / "checkpoints", expected["vocab_size"], file)
@@ -42,7 +42,7 @@ def test_a_vocabulary_of_ones_own(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", [{}, {"tie_embeddings": False, "qk_norm": True, "n_kv_heads": 2}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_models_own_precision_is_that_of_autocast(kind: dict, dtype: torch.dtype) -> None:
+def test_compute_dtype_equals_autocast(kind: dict, dtype: torch.dtype) -> None:
     """To the bit, whether the caller's autocast says so, as training's evaluations do, or the model."""
     model, generator = model_of(kind), torch.Generator().manual_seed(1)
     tokens = torch.randint(50, (2, 9), generator=generator)
@@ -63,7 +63,7 @@ def test_a_models_own_precision_is_that_of_autocast(kind: dict, dtype: torch.dty
     assert weight_dtype(model) == str(dtype).removeprefix("torch.")
 
 
-def test_the_runs_own_precision_is_the_default(tmp_path: Path) -> None:
+def test_default_precision_is_that_of_training(tmp_path: Path) -> None:
     folder = put(tmp_path, 50_257, None, precision="bfloat16")
     assert load_model(folder, "cpu").model.compute_dtype is torch.bfloat16
     assert load_model(folder, "cpu", precision="auto").model.compute_dtype is None

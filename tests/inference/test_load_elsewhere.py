@@ -78,7 +78,7 @@ def test_a_model_of_the_hub(
             load_model("other/model")
 
 
-def test_what_is_a_run_is_a_run(save: Save, temp_data: Path, tmp_path: Path) -> None:
+def test_a_run_is_never_taken_for_an_external_model(save: Save, temp_data: Path, tmp_path: Path) -> None:
     """Also where its only checkpoint is damaged, or none is there yet: no other model is taken for it."""
     folder = save(KINDS["qwen3"])
     (temp_data / "runs/made/config.json").write_text("{}")
@@ -93,7 +93,7 @@ def test_what_is_a_run_is_a_run(save: Save, temp_data: Path, tmp_path: Path) -> 
         find_model("new")
 
 
-def test_loading_brings_neither_transformers_nor_matplotlib() -> None:
+def test_loading_imports_neither_transformers_nor_matplotlib() -> None:
     names = "('matplotlib', 'transformers', 'datasets')"
     code = f"import sys, myllm.inference.load; print([x for x in {names} if x in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)

@@ -47,7 +47,7 @@ def test_top_p(p):
 
 
 @pytest.mark.parametrize("spread", [0.1, 5.0], ids=["wide", "narrow"])
-def test_a_nucleus_of_a_large_vocabulary(spread):
+def test_top_p_of_a_large_vocabulary(spread):
     """Wider than what is looked at first, and not."""
     logits = spread * torch.randn(
         3, 3 * TOP_P_FIRST_TRY, dtype=torch.float64, generator=torch.Generator().manual_seed(5)
@@ -57,7 +57,7 @@ def test_a_nucleus_of_a_large_vocabulary(spread):
     assert same(ours, TopPLogitsWarper(0.9)(SEEN, logits))
 
 
-def test_the_likeliest_come_with_their_ids_rising():
+def test_candidates_are_sorted_by_id():
     logits, ids = top_k_candidates(LOGITS, 5)
     assert torch.equal(ids, LOGITS.topk(5).indices.sort().values)
     assert torch.equal(logits, LOGITS.gather(1, ids))
@@ -79,7 +79,7 @@ def test_repetition_penalty(penalty):
     assert not torch.allclose(ours, LOGITS)
 
 
-def test_the_order_of_all_together():
+def test_all_filters_in_order():
     theirs = LOGITS
     for warper in (TemperatureLogitsWarper(1.7), TopKLogitsWarper(20), TopPLogitsWarper(0.8), MinPLogitsWarper(0.1)):
         theirs = warper(SEEN, theirs)
@@ -94,7 +94,7 @@ def test_the_draw_at_its_edges():
         assert draw(logits, torch.tensor([[uniform]], dtype=torch.float64)).item() == expected
 
 
-def test_every_fault_is_named_at_once():
+def test_all_invalid_parameters_are_reported():
     wrong = SamplingParams(float("nan"), -1, 0.0, 2.0, 0.0, -5)
     with pytest.raises(UserError) as caught:
         wrong.check()

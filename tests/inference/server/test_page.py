@@ -67,7 +67,7 @@ def write(browser: Browser, **values: object) -> None:
 
 
 @pytest.mark.parametrize(("width", "dark"), [(1400, False), (400, True)])
-def test_a_text_with_everything_that_could_go_wrong(
+def test_markup_split_characters_and_invisible_characters(
     browser: Browser, server: PageServer, width: int, dark: bool
 ) -> None:
     browser.open(server.address, width, dark=dark)
@@ -89,7 +89,7 @@ def test_a_text_with_everything_that_could_go_wrong(
     assert (sum(map(int, back[4:-1].split(","))) < 150) == dark
 
 
-def test_a_token_shows_its_probability_and_runners_up(browser: Browser, server: PageServer) -> None:
+def test_a_token_shows_its_probability_and_candidates(browser: Browser, server: PageServer) -> None:
     browser.open(server.address)
     write(browser, temperature=0, max_new_tokens=60)
     browser.point(f"{TOKENS}[1]")
@@ -127,9 +127,7 @@ def test_the_popup_never_covers_the_buttons(browser: Browser, endless: PageServe
 
 
 @pytest.mark.parametrize("touch", [False, True])
-def test_the_hint_speaks_of_the_mouse_only_where_there_is_one(
-    browser: Browser, server: PageServer, touch: bool
-) -> None:
+def test_the_hint_mentions_the_mouse_only_if_there_is_one(browser: Browser, server: PageServer, touch: bool) -> None:
     browser.call("Emulation.setTouchEmulationEnabled", enabled=touch)
     browser.open(server.address, 400)
     hint = browser.run("document.getElementById('hint').innerText")
@@ -193,7 +191,7 @@ def test_settings_reach_the_model(browser: Browser, endless: PageServer) -> None
     assert browser.run("document.getElementById('top_p').value + document.getElementById('seed').value") == "10"
 
 
-def test_mistakes_are_said_and_the_text_stays(browser: Browser, endless: PageServer) -> None:
+def test_errors_are_shown_and_keep_the_text(browser: Browser, endless: PageServer) -> None:
     browser.open(endless.address)
     write(browser, prompt="word " * 50, max_new_tokens=2)
     assert "the first 20 are not read" in browser.run("document.getElementById('note').textContent")
@@ -207,7 +205,7 @@ def test_mistakes_are_said_and_the_text_stays(browser: Browser, endless: PageSer
     browser.errors.clear()
 
 
-def test_a_server_that_is_gone(browser: Browser) -> None:
+def test_stopped_server(browser: Browser) -> None:
     with torch.no_grad(), serving(scripted(R50K, SCRIPT)) as server:
         browser.open(server.address)
     server.server_close()

@@ -47,7 +47,7 @@ def server(model: LanguageModel) -> PageServer:
 
 
 @torch.no_grad()
-def test_figures_are_those_of_a_plain_forward_pass(server: PageServer, model: LanguageModel) -> None:
+def test_logprobs_equal_a_plain_forward_pass(server: PageServer, model: LanguageModel) -> None:
     settings = {"temperature": 0.7, "top_k": 30, "top_p": 0.9, "repetition_penalty": 1.3, "seed": 5}
     status, (start, *tokens, end), _ = post(server, {"prompt": "the river", "max_new_tokens": 9, **settings})
     assert (status, start["kind"], end["kind"], end["tokens"], len(tokens)) == (200, "start", "end", 9, 9)
@@ -64,7 +64,7 @@ def test_figures_are_those_of_a_plain_forward_pass(server: PageServer, model: La
         ids.append(chosen)
 
 
-def test_the_text_is_that_of_myllm_sample(server: PageServer, model: LanguageModel) -> None:
+def test_text_equals_myllm_sample(server: PageServer, model: LanguageModel) -> None:
     sampling = SamplingParams(1.2, 0, 0.95, 0.001, 1.1, seed=7)
     _, (_, *events), _ = post(server, {"prompt": "a 🙂 and", "max_new_tokens": 40, **vars(sampling)})
     (expected,) = complete(model, ["a 🙂 and"], 40, sampling)
@@ -72,7 +72,7 @@ def test_the_text_is_that_of_myllm_sample(server: PageServer, model: LanguageMod
     assert (events[-1]["finish_reason"], events[-1]["tokens"]) == (expected.finish_reason, expected.tokens)
 
 
-def test_what_is_left_out_is_as_the_command_said(model: LanguageModel) -> None:
+def test_missing_settings_take_the_defaults_of_the_command(model: LanguageModel) -> None:
     default = replace(DEFAULT, max_new_tokens=3, sampling=SamplingParams(temperature=0))
     with serving(model, default) as server:
         greedy = post(server, {"prompt": "the river"})[1]
@@ -93,7 +93,7 @@ def test_a_prompt_beyond_the_context_and_no_prompt(server: PageServer) -> None:
     assert (start["prompt_tokens"], start["unread_tokens"], end["finish_reason"], end["tokens"]) == (1, 0, "length", 0)
 
 
-def test_halves_of_a_character_and_the_end_of_the_document() -> None:
+def test_split_characters_and_end_of_document() -> None:
     script = [*R50K.encode("<script>🙂\n").tolist(), R50K.end_of_text]
     with serving(scripted(R50K, script)) as server:
         _, (_, *tokens, end), headers = post(server, {"temperature": 0})
@@ -109,7 +109,7 @@ def test_halves_of_a_character_and_the_end_of_the_document() -> None:
     assert "application/x-ndjson" in headers["Content-Type"]
 
 
-def test_figures_are_made_only_when_asked_for(model: LanguageModel) -> None:
+def test_logprobs_are_optional_and_do_not_change_the_text(model: LanguageModel) -> None:
     rows = [Sequence([3, 4], 1), Sequence([5], 2)]
     for row in generate_batch(model.model, rows, 4, SamplingParams()):
         assert row.logprobs is None
@@ -159,7 +159,7 @@ def test_bad_requests(server: PageServer, body: object, says: str) -> None:
     assert says in answer["error"]
 
 
-def test_all_faults_are_named_at_once(server: PageServer) -> None:
+def test_all_errors_of_a_request_are_reported(server: PageServer) -> None:
     (answer,) = post(server, {"top_p": 7, "min_p": 7, "seed": "x", "depth": 1})[1]
     assert all(name in answer["error"] for name in ("top_p", "min_p", "seed", "depth"))
 
@@ -190,7 +190,7 @@ def own(server: PageServer) -> str:
     ],
     ids=str,
 )
-def test_who_may_ask(server: PageServer, path: str, headers: dict[str, str], status: int) -> None:
+def test_allowed_hosts_origins_and_types(server: PageServer, path: str, headers: dict[str, str], status: int) -> None:
     seen, answers, sent = post(server, {"max_new_tokens": 1}, headers, path)
     assert seen == status, answers
     assert not [name for name in sent if name.lower().startswith("access-control")]
@@ -198,7 +198,7 @@ def test_who_may_ask(server: PageServer, path: str, headers: dict[str, str], sta
         assert list(answers[0]) == ["error"]
 
 
-def test_its_own_page_may_ask(server: PageServer) -> None:
+def test_own_origin_is_allowed(server: PageServer) -> None:
     assert post(server, {"max_new_tokens": 1}, {"Origin": f"http://{own(server)}"})[0] == 200
 
 
@@ -211,7 +211,7 @@ def test_other_methods(server: PageServer, method: str) -> None:
     assert answer.headers["Access-Control-Allow-Origin"] is None
 
 
-def test_the_page_holds_to_its_policy(server: PageServer) -> None:
+def test_content_security_policy(server: PageServer) -> None:
     connection = connect(server)
     connection.request("GET", "/")
     answer = connection.getresponse()
@@ -226,7 +226,7 @@ def test_the_page_holds_to_its_policy(server: PageServer) -> None:
 
 
 @pytest.mark.parametrize("size", [MAX_BODY_BYTES + 1, 9 * MAX_BODY_BYTES])
-def test_a_body_beyond_the_limit(server: PageServer, size: int) -> None:
+def test_body_over_the_limit(server: PageServer, size: int) -> None:
     with socket.create_connection(server.socket.getsockname(), timeout=DEADLINE_S) as client:
         client.sendall(post_head(size) + b" " * min(size, 8 * MAX_BODY_BYTES))
         answer = client.makefile("rb").read()
@@ -234,7 +234,7 @@ def test_a_body_beyond_the_limit(server: PageServer, size: int) -> None:
     assert f"the limit is {MAX_BODY_BYTES:,}".encode() in answer
 
 
-def test_broken_requests_leave_it_standing(server: PageServer, capfd: pytest.CaptureFixture[str]) -> None:
+def test_malformed_requests_do_not_stop_the_server(server: PageServer, capfd: pytest.CaptureFixture[str]) -> None:
     for said in (
         b"",
         b"\x16\x03\x01 hello\r\n\r\n",
@@ -266,14 +266,14 @@ def test_broken_requests_leave_it_standing(server: PageServer, capfd: pytest.Cap
         ("user@evil.example", "0.0.0.0", False, False),
     ],
 )
-def test_names(header: str, host: str, alone: bool, good: bool) -> None:
+def test_host_headers(header: str, host: str, alone: bool, good: bool) -> None:
     assert is_allowed_host(header, host, alone) == good
 
 
 # -- one text at a time -----------------------------------------------------------------------------------------------
 
 
-def test_a_second_text_waits_and_a_client_that_leaves_ends_its_own(server: PageServer) -> None:
+def test_one_text_at_a_time_and_disconnecting_ends_it(server: PageServer) -> None:
     first = connect(server)
     first.request("POST", "/generate", json.dumps(LONG), JSON)
     answer = first.getresponse()
@@ -289,7 +289,7 @@ def test_a_second_text_waits_and_a_client_that_leaves_ends_its_own(server: PageS
     assert status == 200
 
 
-def test_a_failing_model_says_so_and_the_server_stays(
+def test_a_failing_model_is_reported_and_the_server_continues(
     server: PageServer, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def fail(*_: object, **__: object) -> None:
