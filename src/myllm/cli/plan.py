@@ -90,9 +90,9 @@ def _with_data(args: RunArgs) -> tuple[RunConfig, list[str]]:
         return config, [str(error)]
     if not found.tokens:
         note = length_note(config, args.own_text)
-        return config, [f"the number of tokens in {found.text} is not known yet", *([note] if note else [])]
+        return config, [f"the number of tokens in {found.source} is not known yet", *([note] if note else [])]
     config = resolve_max_steps(config, found.tokens, args.own_text)
-    return config, [found.text, *describe_length(config, found.tokens, found.tokens_are_counted)]
+    return config, [found.source, *describe_length(config, found.tokens, found.tokens_are_exact)]
 
 
 def _measured_time(config: RunConfig, world_size: int, device: "torch.device") -> str:
