@@ -89,9 +89,11 @@ def test_too_few_documents():
     assert make_examples(counting([100, 100, 100]), END, 10, seed=0) == []
     assert make_examples(counting([100, 100, 100, PIECE - 1]), END, 10, seed=0) == []
     assert len(make_examples(counting([48, 48, 48, PIECE]), END, 10, seed=0)) == 4
-    assert why_unavailable(counting([48, 48, 48, PIECE]), END, PIECE) is None
-    assert "4 held-out documents of at least 48 tokens" in why_unavailable(counting([100, 100, 100]), END, PIECE)
-    assert "a context of 48 tokens, model.max_seq_len is 47" in why_unavailable(STREAM, END, PIECE - 1)
+    assert why_unavailable(make_examples(counting([48, 48, 48, PIECE]), END, 1, seed=0), PIECE) is None
+    assert "4 held-out documents of at least 48 tokens" in why_unavailable([], PIECE)
+    assert "a context of 48 tokens, model.max_seq_len is 47" in why_unavailable(
+        make_examples(STREAM, END, 1, seed=0), PIECE - 1
+    )
     assert make_examples(Stream([]), END, 10, seed=0) == []
     assert make_examples(Stream([5] * 500), END, 10, seed=0) == []  # no document begins here
 

@@ -1,7 +1,7 @@
-"""A real headless Chromium for tests, driven over its DevTools protocol through a pipe: nothing to install but it.
+"""A headless Chromium for tests, controlled over its DevTools protocol through a pipe. Needs no driver.
 
 Source: https://chromedevtools.github.io/devtools-protocol/ and Chromium's --remote-debugging-pipe: it reads commands
-from file 3 and writes answers and events to file 4, JSON objects that end in a zero byte.
+from file descriptor 3 and writes responses and events to 4, as JSON objects that end in a zero byte.
 """
 
 import base64

@@ -1,4 +1,4 @@
-"""Small models whose weights all matter: fresh ones have norms of 1, biases of 0, and say nearly nothing."""
+"""Small models with random norms and biases, too: in a new model they are 1 and 0."""
 
 import torch
 
@@ -7,7 +7,7 @@ from myllm.model.transformer import Transformer
 
 
 def random_model(config: ModelConfig, scale: float) -> Transformer:
-    """A model for evaluation, each of its weights moved by seeded noise of that size."""
+    """A model in evaluation mode with seeded noise of this scale added to all weights."""
     model = Transformer(config).eval()
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""A token that training meets once: what a test makes one document bad with."""
+"""A token that occurs once in the training data, so that a test can make one document harmful."""
 
 from typing import NamedTuple
 
@@ -18,9 +18,9 @@ class Rare(NamedTuple):
 
     token: int
     step: int
-    """The update that its sequence takes part in, counted from 1."""
+    """The update that contains its sequence, counted from 1."""
     sample: int
-    """Among that step's."""
+    """Index among the samples of that step."""
     sequence: int
 
 
@@ -33,7 +33,7 @@ def sequences_of_steps(config: RunConfig, dataset: Dataset, steps: int) -> np.nd
 
 
 def rare_token(config: RunConfig, dataset: Dataset, first_step: int, odd_sample: bool = False) -> Rare:
-    """One that training meets in its `first_step` or soon after, inside a sequence."""
+    """A token in a sequence of update `first_step` or soon after, not at the sequence's ends."""
     T = config.model.max_seq_len
     stream = dataset.train.read(0, dataset.train.tokens)
     ids, counts = np.unique(stream, return_counts=True)

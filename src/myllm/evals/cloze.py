@@ -80,15 +80,11 @@ def blind_accuracy(stream: TokenStream, examples: list[Example]) -> float:
     return float(np.mean(scores.argmax(axis=1) == [example.answer for example in examples]))
 
 
-def why_unavailable(stream: TokenStream, end_of_text: int, context: int) -> str | None:
-    """Why cloze is not possible; None if it is.
-
-    Args:
-        context: of the model, in tokens.
-    """
+def why_unavailable(examples: list[Example], context: int) -> str | None:
+    """Why cloze is not possible with these examples and this context, in tokens; None if it is."""
     if context < PASSAGE_TOKENS:
         return f"cloze needs a context of {PASSAGE_TOKENS} tokens, model.max_seq_len is {context}"
-    if not make_examples(stream, end_of_text, 1, 0):
+    if not examples:
         return (
             f"cloze needs {CHOICES} held-out documents of at least {PASSAGE_TOKENS} tokens; use more text, or a larger "
             "data.val_tokens if less than a tenth of the text is held out"

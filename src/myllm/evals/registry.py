@@ -168,9 +168,9 @@ def build_cloze(inputs: EvalInputs) -> Evaluation:
     from . import cloze
 
     dataset, end_of_text, config = inputs.load_dataset(), inputs.tokenizer.end_of_text, inputs.config
-    if reason := cloze.why_unavailable(dataset.val, end_of_text, inputs.context):
-        raise UserError(reason)
     examples = cloze.make_examples(dataset.val, end_of_text, config.eval.cloze_examples, config.train.seed)
+    if reason := cloze.why_unavailable(examples, inputs.context):
+        raise UserError(reason)
     blind = cloze.blind_accuracy(dataset.val, examples)
     return Evaluation(
         {"dataset": dataset.name, "protocol": cloze.PROTOCOL},
