@@ -89,7 +89,7 @@ def test_chatting(debug: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     typed = "import sys\n/temperature 0\n/temperature much\ndef f(\n/reset\n/what\n/quit\nnever read\n"
     done = myllm(folder, "chat", "debug", "--max-new-tokens", "4", "--device", "cpu", stdin=typed)
     assert done.returncode == 0, done.stderr
-    assert "it continues your text, it does not answer" in done.stdout
+    assert "it continues your text and does not answer questions" in done.stdout
     for answer in ("temperature 0.0", "'much' is not a temperature", "text cleared", "unknown command /what"):
         assert answer in done.stdout
 
