@@ -24,7 +24,7 @@ import pytest
 from conftest import ROOT, command, losses, with_train, write_run_config
 
 from myllm.checkpoint.format import load_checkpoint
-from myllm.checkpoint.retention import list_checkpoints
+from myllm.checkpoint.layout import list_checkpoints
 from myllm.config import RunConfig
 from myllm.data.prepare.prepare import prepare
 from myllm.distributed.standard_streams import protect_output

@@ -80,7 +80,20 @@ CONFIG = Schema(
     (Change(renamed={"data.normalise_unicode": "data.normalize_unicode"}),),
 )
 """RunConfig: config.json of runs, checkpoints and anomaly dumps, and files given by --config."""
-STATE = Schema("training state", (Change({"receipt": "sample_digest"}),))
+STATE = Schema(
+    "training state",
+    (
+        Change(
+            renamed={
+                "receipt": "sample_digest",
+                "early_stop.counted_step": "early_stop.last_step",
+                "skips.in_a_row": "skips.consecutive",
+                "skips.counted": "skips.norm_count",
+                "skips.scaled_steps": "skips.steps_at_scale",
+            }
+        ),
+    ),
+)
 """TrainState: state.json of checkpoints."""
 ANOMALY = Schema(
     "anomaly dump",

@@ -21,7 +21,7 @@ from myllm.checkpoint import retention
 from myllm.checkpoint.async_saver import _check_finite
 from myllm.checkpoint.format import Snapshot, load_checkpoint
 from myllm.checkpoint.integrity import verify_checkpoint
-from myllm.checkpoint.retention import list_checkpoints
+from myllm.checkpoint.layout import list_checkpoints
 from myllm.config import RunConfig
 from myllm.data.prepare.prepare import prepare
 from myllm.distributed.collectives import process_group
@@ -75,13 +75,13 @@ def test_a_save_that_fails_ends_the_run_at_the_next_step(quick: RunConfig, monke
 
     def full(folder: Path, snapshot: Snapshot, *rest: object) -> Path:
         if snapshot.state.step == 8:
-            raise UserError("no room to save step 8")
+            raise UserError("no space to save step 8")
         return real(folder, snapshot, *rest)
 
     monkeypatch.setattr("myllm.checkpoint.async_saver.write_checkpoint", full)
     told: list[int] = []
     dataset = prepare(quick.data, progress=False)
-    with process_group("cpu") as process, pytest.raises(UserError, match="no room to save step 8"):
+    with process_group("cpu") as process, pytest.raises(UserError, match="no space to save step 8"):
         train(with_train(quick, max_steps=400), dataset, process, told.append)
     assert max(losses(RunPaths.of("tiny").root)) <= 12  # the next save would have said so too
     assert told == [4]  # only what is whole is handed on

@@ -53,7 +53,7 @@ def damage(folder: Path) -> str:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    return f"warning: passing over {folder}: the content of weights/__0_0.distcp has changed\n"
+    return f"warning: skipping {folder}: the content of weights/__0_0.distcp has changed\n"
 
 
 COMMANDS = {
@@ -106,6 +106,6 @@ def test_what_is_not_read_is_still_measured(newest: Path, capsys: pytest.Capture
     """A copy that was cut short is seen by the sizes of its files."""
     (newest / "optimizer/.metadata").write_bytes(b"short")
     load_model("made", "cpu")
-    assert "passing over" in capsys.readouterr().err
+    assert "skipping" in capsys.readouterr().err
     cli.main(["checkpoint", "list", "made"])
     assert "optimizer/.metadata has 5 bytes, expected" in capsys.readouterr().out

@@ -23,15 +23,12 @@ from myllm.checkpoint import retention
 from myllm.checkpoint.dcp import read_into, strip_wrapper_prefixes
 from myllm.checkpoint.format import Snapshot, load_checkpoint, load_latest, save_checkpoint
 from myllm.checkpoint.integrity import verify_checkpoint
+from myllm.checkpoint.layout import list_checkpoints, step_of
 from myllm.checkpoint.retention import (
-    SPARE_BYTES,
     RetentionPolicy,
     check_space_for_run,
     check_space_for_save,
-    list_checkpoints,
     remaining_checkpoint_bytes,
-    save_due,
-    step_of,
 )
 from myllm.checkpoint.rng import get_rng_state, set_rng_state
 from myllm.checkpoint.state import TrainState, read_state
@@ -39,7 +36,7 @@ from myllm.cli import main as cli
 from myllm.config import RunConfig, TrainConfig
 from myllm.data.sampler import DataPosition
 from myllm.errors import UserError
-from myllm.planning.disk import checkpoint_bytes, disk_estimate_bytes, n_kept, n_saves
+from myllm.planning.disk import SPARE_BYTES, checkpoint_bytes, disk_estimate_bytes, n_kept, n_saves, save_due
 from myllm.planning.flops import stored_parameters
 
 KILLS = Path(__file__).parents[1] / "support/kill_inside_saves.py"
@@ -149,7 +146,7 @@ def test_a_failed_save_leaves_the_older_ones(tmp_path: Path, monkeypatch: pytest
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "write_json", full)
-    with pytest.raises(UserError, match=r"no room to save step 2.*older checkpoints are untouched"):
+    with pytest.raises(UserError, match=r"no space to save step 2.*older checkpoints are untouched"):
         put(tmp_path, 2, keep_last=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
     assert load_latest(tmp_path, print).state.step == 1
@@ -198,7 +195,7 @@ def test_a_checkpoint_cannot_run_code(tmp_path: Path, part: str) -> None:
         (folder / "weights/.metadata").write_bytes(pickle.dumps(metadata))
     vouch(folder)
     opened = load_checkpoint(folder)
-    with pytest.raises(Exception, match=r"Weights only load failed|is not what one is made of"):
+    with pytest.raises(Exception, match=r"Weights only load failed|which a checkpoint does not contain"):
         assert not [opened.model, opened.optimizer, opened.random]
     assert not owned.exists()
 
@@ -229,7 +226,7 @@ def test_a_checkpoint_of_any_python_opens(tmp_path: Path) -> None:
         if fine:
             assert all(torch.equal(tensor, load_checkpoint(folder).model[key]) for key, tensor in weights.items())
         else:
-            with pytest.raises(UserError, match="is not what one is made of"):
+            with pytest.raises(UserError, match="which a checkpoint does not contain"):
                 assert load_checkpoint(folder).model
 
 
@@ -264,7 +261,7 @@ def test_a_write_that_fails_half_way(tmp_path: Path) -> None:
     """In a process of its own whose files may not grow: torch hides the reason in its error's context."""
     put(tmp_path, 1)
     done = subprocess.run([sys.executable, "-c", FULL_DISK, tmp_path], capture_output=True, text=True, check=False)
-    assert "no room to save step 2" in done.stderr, done.stderr
+    assert "no space to save step 2" in done.stderr, done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
     assert not list(verify_checkpoint(tmp_path / "step_00000001"))
 
@@ -304,9 +301,7 @@ def test_some_are_kept_for_ever(tmp_path: Path) -> None:
 def saved_and_kept(train: TrainConfig, here: list[int], step: int) -> tuple[int, int]:
     """By making every step of a run."""
     folders = list(here)
-    saves = [
-        at for at in range(step + 1, train.max_steps + 1) if save_due(RunConfig(train=train), at, at == train.max_steps)
-    ]
+    saves = [at for at in range(step + 1, train.max_steps + 1) if save_due(train, at, at == train.max_steps)]
     for at in saves:
         folders.append(at)
         passing = folders[: -train.keep_last] if train.keep_last else []
@@ -357,7 +352,7 @@ def test_room_is_checked_before_anything_is_written(tmp_path: Path, monkeypatch:
     with pytest.raises(UserError, match=r"needs 9\.1 GB for 5 .* has 7\.3 GB free; .*keep_every_steps 300.*MYLLM_DATA"):
         check_space_for_run(config, tmp_path / "none", tmp_path / "best", 0)
     monkeypatch.setattr(retention.shutil, "disk_usage", lambda _: usage(3_000_000))
-    with pytest.raises(UserError, match=r"no room to save step 7 in .*needs 5\.0 MB, the disk has 3\.0 MB free"):
+    with pytest.raises(UserError, match=r"no space to save step 7 in .*needs 5\.0 MB, the disk has 3\.0 MB free"):
         check_space_for_save(tmp_path / "none", 7, 3_000_000)
 
 
@@ -365,7 +360,7 @@ def test_the_older_format_is_named(tmp_path: Path) -> None:
     folder = put(tmp_path, 1)
     manifest = json.loads((folder / "manifest.json").read_text()) | {"format": "myllm-checkpoint-1"}
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match="written by an older version of this code"):
+    with pytest.raises(UserError, match=r"its format is .myllm-checkpoint-1., expected"):
         load_checkpoint(folder)
 
 
@@ -452,10 +447,10 @@ def test_another_step_under_a_name(tmp_path: Path) -> None:
     renamed = put(tmp_path, 3).rename(tmp_path / "step_00000099")
     shutil.copytree(put(tmp_path, 4), tmp_path / "step_00000002")
     (fault,) = verify_checkpoint(renamed)
-    assert fault == "its name says step 99, but what it holds is step 3"
+    assert fault == "its name says step 99, but it contains step 3"
     said: list[str] = []
     assert load_latest(tmp_path, said.append).state.step == 4
-    assert said == [f"passing over {renamed}: {fault}"]
+    assert said == [f"skipping {renamed}: {fault}"]
     put(tmp_path, 5, keep_last=1)
     assert names(tmp_path) == {"step_00000099", "step_00000002", "step_00000005"}
     put(tmp_path, 99, keep_last=1)

@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT, losses, write_corpus, write_run_config
 
 from myllm.checkpoint.format import load_checkpoint
-from myllm.checkpoint.retention import list_checkpoints
+from myllm.checkpoint.layout import list_checkpoints
 from myllm.config import DataConfig, EvalConfig, RunConfig
 from myllm.data.dataset import Dataset
 from myllm.data.prepare import background as beside

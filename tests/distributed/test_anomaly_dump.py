@@ -11,7 +11,7 @@ from conftest import tiny_config, train_rows, with_train, write_run_config
 from support.rare_token import Rare, poison, rare_token
 
 from myllm.checkpoint.format import load_checkpoint
-from myllm.checkpoint.retention import list_checkpoints
+from myllm.checkpoint.layout import list_checkpoints
 from myllm.config import RunConfig
 from myllm.data.prepare.prepare import prepare
 from myllm.distributed.collectives import process_group
@@ -83,4 +83,4 @@ def test_both_ranks_leave_the_update_out(
         assert row["skipped_nonfinite"] == other["skipped_nonfinite"] == (row["step"] >= rare.step)
         assert row["loss"] == pytest.approx(other["loss"], abs=1e-4)
     skips = [load_checkpoint(list_checkpoints(root / "checkpoints")[0]).state.skips for root in roots]
-    assert (skips[0].nonfinite, skips[0].counted) == (skips[1].nonfinite, skips[1].counted) == (1, 7)
+    assert (skips[0].nonfinite, skips[0].norm_count) == (skips[1].nonfinite, skips[1].norm_count) == (1, 7)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import eval_rows, launch, losses, train_rows, with_train, write_run_config
 
-from myllm.checkpoint.retention import list_checkpoints
+from myllm.checkpoint.layout import list_checkpoints
 from myllm.config import RunConfig
 from myllm.inference.load import load_model
 from myllm.runs.logs import JsonlFile

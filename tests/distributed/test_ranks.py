@@ -11,7 +11,7 @@ import torch
 from conftest import eval_rows, launch, losses, with_train, write_run_config
 
 from myllm.checkpoint.format import load_checkpoint
-from myllm.checkpoint.retention import list_checkpoints
+from myllm.checkpoint.layout import list_checkpoints
 from myllm.config import RunConfig
 from myllm.data.prepare.prepare import prepare
 

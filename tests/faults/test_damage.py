@@ -53,7 +53,7 @@ def test_every_file_of_a_checkpoint(
             goes_on(name)
             log = run_of(place, name).log.read_text()
             named = "" if file == "manifest.json" else re.escape(file)  # then it may be another file that looks wrong
-            assert re.search(rf"passing over .*step_00000006: .*{named}", log), log
+            assert re.search(rf"skipping .*step_00000006: .*{named}", log), log
             assert re.search(r"resuming from .*step_00000004 at step 4", log)
             shutil.rmtree(run_of(place, name).root)
 

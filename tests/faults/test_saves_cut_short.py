@@ -7,7 +7,7 @@ import pytest
 from support.fault_runs import Forks, Goes, run_of
 
 from myllm.checkpoint.integrity import verify_checkpoint
-from myllm.checkpoint.retention import list_checkpoints
+from myllm.checkpoint.layout import list_checkpoints
 from myllm.cli.prove_resume.training_process import saved_step
 
 pytestmark = pytest.mark.slow  # real processes, half a minute and more in all
@@ -76,7 +76,7 @@ def test_a_disk_that_fills_up(forks: Forks, config_file: Path, place: Path, goes
     for limit in (500_000, 1_500_000):
         ended = forks(config_file, "--name", "full", file_size=limit)
         assert ended.code == 2, ended.said
-        assert re.search(r"error: no room to save step 6 in .*Free some space and start the same command", ended.said)
+        assert re.search(r"error: no space to save step 6 in .*Free some space and run the same command", ended.said)
         assert "Traceback" not in ended.said, ended.said
         assert sorted(path.name for path in run.checkpoints.iterdir()) == before
     goes_on("full")

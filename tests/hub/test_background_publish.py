@@ -19,7 +19,7 @@ from support.published_run import REPO, TOKEN, hub_config, save_checkpoint
 from support.stand_in_export import export_stand_in
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from myllm.checkpoint.retention import step_of
+from myllm.checkpoint.layout import step_of
 from myllm.cli.launch import parse_args
 from myllm.config import HubConfig, RunConfig
 from myllm.data.prepare.prepare import prepare

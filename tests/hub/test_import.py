@@ -28,7 +28,7 @@ from transformers import (
 )  # fmt: skip
 
 from myllm.checkpoint.format import load_checkpoint
-from myllm.checkpoint.locate import find_checkpoint_dir
+from myllm.checkpoint.locate import find_checkpoint
 from myllm.cli.launch import parse_args
 from myllm.cli.main import main as myllm
 from myllm.config import RunConfig, load_config
@@ -152,7 +152,7 @@ def test_the_reference_s_logits(
 def test_the_reference_exports_and_samples(reference: ReferenceModel, temp_data: Path, tmp_path: Path) -> None:
     import_model(str(write_reference(reference, tmp_path / "pytorch_model.pth")), "lf", say=quietly)
     assert generate(load_model("lf", "cpu"), "the river", 5, temperature=0).startswith("the river")
-    made = export_transformers(find_checkpoint_dir("lf", temp_data / "runs"), tmp_path / "out", say=quietly)
+    made = export_transformers(find_checkpoint("lf", temp_data / "runs").folder, tmp_path / "out", say=quietly)
     assert made.architecture == "LlamaForCausalLM"
     assert difference(AutoModelForCausalLM.from_pretrained(made.folder), "lf") < 1e-5
     with torch.no_grad():

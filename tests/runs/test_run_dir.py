@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from myllm.checkpoint.format import save_checkpoint
-from myllm.checkpoint.locate import find_checkpoint_dir
+from myllm.checkpoint.locate import find_checkpoint
 from myllm.checkpoint.state import TrainState
 from myllm.config import RunConfig, to_dict
 from myllm.data.sampler import DataPosition
@@ -115,20 +115,20 @@ def test_a_name_that_means_two_things_says_which_was_taken(
 def test_naming_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = tmp_path / "runs"
     older, newest = (put(runs / "mine" / "checkpoints", step) for step in (5, 10))
-    assert find_checkpoint_dir("mine", runs) == newest
-    assert find_checkpoint_dir(str(runs / "mine"), tmp_path / "elsewhere") == newest
-    assert find_checkpoint_dir(str(older), tmp_path) == older
+    assert find_checkpoint("mine", runs).folder == newest
+    assert find_checkpoint(str(runs / "mine"), tmp_path / "elsewhere").folder == newest
+    assert find_checkpoint(str(older), tmp_path).folder == older
     assert capsys.readouterr().err == ""
     expected = (newest / "weights/__0_0.distcp").stat().st_size
     (newest / "weights/__0_0.distcp").write_bytes(b"")
-    assert find_checkpoint_dir("mine", runs) == older
+    assert find_checkpoint("mine", runs).folder == older
     said = capsys.readouterr().err
-    assert said == f"warning: passing over {newest}: weights/__0_0.distcp has 0 bytes, expected {expected:,}\n"
+    assert said == f"warning: skipping {newest}: weights/__0_0.distcp has 0 bytes, expected {expected:,}\n"
     (older / "weights/__0_0.distcp").write_bytes(b"")
     with pytest.raises(UserError, match=r"is intact: weights/__0_0\.distcp has 0 bytes"):
-        find_checkpoint_dir("mine", runs)
+        find_checkpoint("mine", runs)
     with pytest.raises(UserError, match="no checkpoint at 'mien'; runs with checkpoints: mine"):
-        find_checkpoint_dir("mien", runs)
+        find_checkpoint("mien", runs)
 
 
 @pytest.mark.parametrize("prompts", [(), ("",), ("\n\n",), ("two\nlines",)])

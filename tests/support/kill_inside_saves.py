@@ -14,7 +14,8 @@ import torch
 
 from myllm.checkpoint.format import load_checkpoint, save_checkpoint
 from myllm.checkpoint.integrity import verify_checkpoint
-from myllm.checkpoint.retention import clean_up_partial, list_checkpoints
+from myllm.checkpoint.layout import list_checkpoints
+from myllm.checkpoint.retention import clean_up_partial
 from myllm.checkpoint.rng import get_rng_state
 from myllm.checkpoint.state import TrainState
 from myllm.data.sampler import DataPosition

@@ -15,7 +15,7 @@ from training.test_stop_signals import start, wait_for_step
 from myllm.checkpoint import format as checkpoint
 from myllm.checkpoint.format import load_checkpoint
 from myllm.checkpoint.integrity import verify_checkpoint
-from myllm.checkpoint.retention import list_checkpoints
+from myllm.checkpoint.layout import list_checkpoints
 from myllm.checkpoint.state import EarlyStop
 from myllm.config import RunConfig
 from myllm.data.prepare.prepare import prepare
@@ -191,7 +191,7 @@ def test_a_best_checkpoint_is_whole_or_not_there(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "remove_other_checkpoints", dies_too)
+        patch.setattr(checkpoint, "remove_checkpoint", dies_too)
         with pytest.raises(KeyboardInterrupt):
             run(plateau)
     assert len(list_checkpoints(RunPaths.of("tiny").best)) == 2
@@ -264,11 +264,11 @@ def test_a_full_disk_leaves_the_best_one(plateau: RunConfig, monkeypatch: pytest
 
     def full(folder: Path, snapshot: checkpoint.Snapshot, *rest: object) -> Path:
         if folder.name == "best" and snapshot.state.step == 4:
-            raise UserError(f"no room to save step 4 in {folder}")
+            raise UserError(f"no space to save step 4 in {folder}")
         return real(folder, snapshot, *rest)
 
     monkeypatch.setattr("myllm.checkpoint.async_saver.write_checkpoint", full)
-    with pytest.raises(UserError, match="no room to save step 4"):
+    with pytest.raises(UserError, match="no space to save step 4"):
         run(plateau)
     assert not list(verify_checkpoint(RunPaths.of("tiny").best / "step_00000002"))
 

@@ -61,7 +61,7 @@ def test_spikes_are_judged_by_running_statistics() -> None:
     expected, mean, variance = by_hand(norms, 6.0)
     assert verdicts == expected
     assert [place for place, verdict in enumerate(verdicts) if verdict] == [200, 201, 300, 301, 450]
-    assert (skips.spikes, skips.nonfinite, skips.in_a_row, skips.counted) == (3, 2, 0, 598)
+    assert (skips.spikes, skips.nonfinite, skips.consecutive, skips.norm_count) == (3, 2, 0, 598)
     assert skips.log_norm_mean == pytest.approx(mean, rel=1e-4)
     assert skips.log_norm_variance == pytest.approx(variance, rel=1e-3)
     first, middle = judged(config, norms[:251])  # a restart changes nothing, to the last bit
@@ -80,7 +80,7 @@ def test_a_norm_that_rises_for_good_is_accepted_in_time() -> None:
 def test_after_the_end_nothing_is_applied_or_counted() -> None:
     verdicts, skips = judged(TrainConfig(), [1.0, math.nan, 1.0, math.inf, 1.0])
     assert verdicts == [0, 1, 1, 1, 1]
-    assert (skips.nonfinite, skips.counted) == (1, 1)
+    assert (skips.nonfinite, skips.norm_count) == (1, 1)
 
 
 def test_a_loss_that_is_not_finite_makes_every_gradient_so(tiny: RunConfig) -> None:

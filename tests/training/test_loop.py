@@ -9,7 +9,7 @@ import torch
 from conftest import eval_rows, losses, train_rows, with_train
 
 from myllm.checkpoint.format import load_checkpoint
-from myllm.checkpoint.retention import list_checkpoints
+from myllm.checkpoint.layout import list_checkpoints
 from myllm.config import RunConfig
 from myllm.data.prepare.prepare import prepare
 from myllm.distributed.collectives import process_group
@@ -119,7 +119,7 @@ def test_a_damaged_checkpoint_is_passed_over(tiny: RunConfig) -> None:
     content[len(content) // 2] ^= 1
     (newest / "weights/__0_0.distcp").write_bytes(content)
     assert losses(run(tiny)) == whole
-    assert f"passing over {newest}: the content of weights/__0_0.distcp has changed" in (root / "log.txt").read_text()
+    assert f"skipping {newest}: the content of weights/__0_0.distcp has changed" in (root / "log.txt").read_text()
 
 
 def test_fresh_starts_over_and_deletes_nothing(tiny: RunConfig) -> None:

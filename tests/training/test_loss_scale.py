@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from myllm.checkpoint.format import load_checkpoint
-from myllm.checkpoint.retention import list_checkpoints
+from myllm.checkpoint.layout import list_checkpoints
 from myllm.checkpoint.state import FIRST_LOSS_SCALE, SkipStats, TrainState
 from myllm.cli import doctor
 from myllm.config import RunConfig, TrainConfig
@@ -134,7 +134,7 @@ def test_steps_are_those_of_float32(steps: Callable[[str], Steps]) -> None:
         (loss, norm), (true_loss, true_norm) = half.make(step), exact.make(step)
         assert loss == pytest.approx(true_loss, abs=3e-3)
         assert norm == pytest.approx(true_norm, rel=2e-2)
-    assert half.guard.sync() == replace(half.guard.sync(), overflows=0, scaled_steps=12)
+    assert half.guard.sync() == replace(half.guard.sync(), overflows=0, steps_at_scale=12)
     assert half.guard.loss_scale == FIRST_LOSS_SCALE
     assert exact.guard.loss_scale is None
 
@@ -214,8 +214,8 @@ def test_an_overflow_costs_an_update_and_halves_the_scale() -> None:
     judge = GradientGuard(replace(HALF, max_skipped_steps=0), CPU)
     assert judged(judge, [1.0, math.inf, math.nan, 1.0]) == [0, 1, 1, 0]
     skips = judge.sync()
-    assert (skips.overflows, skips.nonfinite, skips.in_a_row) == (2, 0, 0)
-    assert (skips.loss_scale, skips.scaled_steps) == (FIRST_LOSS_SCALE / 4, 1)
+    assert (skips.overflows, skips.nonfinite, skips.consecutive) == (2, 0, 0)
+    assert (skips.loss_scale, skips.steps_at_scale) == (FIRST_LOSS_SCALE / 4, 1)
     assert not judge.diverged
     assert [each.kind for each in judge.skipped] == ["overflow", "overflow"]
     assert [each.step for each in judge.skipped] == [2, 3]
@@ -238,13 +238,13 @@ def test_what_overflows_at_the_least_scale_is_a_bad_number() -> None:
 
 
 def test_the_scale_grows_back() -> None:
-    judge = GradientGuard(HALF, CPU, SkipStats(loss_scale=1_024.0, scaled_steps=GROWTH_STEPS - 2))
+    judge = GradientGuard(HALF, CPU, SkipStats(loss_scale=1_024.0, steps_at_scale=GROWTH_STEPS - 2))
     judged(judge, [1.0])
     assert judge.loss_scale == 1_024.0
     judged(judge, [1.0])
     assert judge.loss_scale == 2_048.0
-    assert judge.sync().scaled_steps == 0
-    largest = GradientGuard(HALF, CPU, SkipStats(loss_scale=LARGEST_LOSS_SCALE, scaled_steps=GROWTH_STEPS))
+    assert judge.sync().steps_at_scale == 0
+    largest = GradientGuard(HALF, CPU, SkipStats(loss_scale=LARGEST_LOSS_SCALE, steps_at_scale=GROWTH_STEPS))
     judged(largest, [1.0])
     assert largest.loss_scale == LARGEST_LOSS_SCALE
 
@@ -308,7 +308,14 @@ def poisoned(*given: Any) -> Transformer:
 
 
 def test_a_checkpoint_from_before_has_the_first_scale() -> None:
-    old = {"nonfinite": 1, "spikes": 0, "in_a_row": 0, "counted": 3, "log_norm_mean": 0.1, "log_norm_variance": 0.2}
+    old = {
+        "nonfinite": 1,
+        "spikes": 0,
+        "consecutive": 0,
+        "norm_count": 3,
+        "log_norm_mean": 0.1,
+        "log_norm_variance": 0.2,
+    }
     skips = SkipStats(**old)
     assert (skips.loss_scale, skips.overflows) == (FIRST_LOSS_SCALE, 0)
     assert GradientGuard(HALF, CPU, skips).loss_scale == FIRST_LOSS_SCALE

@@ -1,9 +1,8 @@
-"""Saving beside training: a step waits for a copy to host memory; a thread does the rest."""
+"""Asynchronous saves: training waits for a copy to host memory, and a thread writes it to the disk."""
 
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
 
@@ -11,9 +10,14 @@ import torch
 from torch import Tensor
 
 from myllm.config import RunConfig, to_dict
-from myllm.data.tokenizer.base import Tokenizer
-from myllm.distributed import collectives as distributed
-from myllm.distributed.collectives import DistContext
+from myllm.data.tokenizer.load import Tokenizer
+from myllm.distributed.collectives import (
+    DistContext,
+    all_gather_object,
+    all_reduce_any,
+    new_background_group,
+    run_on_all_ranks,
+)
 from myllm.errors import TrainingDiverged
 from myllm.model.transformer import Transformer
 from myllm.optim.adamw import ScheduledAdamW
@@ -21,17 +25,16 @@ from myllm.paths import RunPaths
 
 from .dcp import copy_to_host, local_tensor, rank_tensors, strip_wrapper_prefixes
 from .format import Snapshot, flatten_moments, write_checkpoint
-from .integrity import OPTIMIZER, WEIGHTS
+from .layout import OPTIMIZER, WEIGHTS
 from .retention import RetentionPolicy, check_space_for_run, check_space_for_save
 from .rng import get_rng_state
 from .state import TrainState
 
 
 class AsyncSaver:
-    """Writes a run's checkpoints, one at a time, from all ranks, in the background.
+    """Writes the checkpoints of a run in the background, one at a time.
 
-    All of its methods are called by all ranks together, and what they raise is the same on all ranks. As a context, it
-    waits at the end for what is being written.
+    All ranks call all methods together, and get the same errors. As a context manager, it waits for the last save.
     """
 
     def __init__(
@@ -46,16 +49,15 @@ class AsyncSaver:
         self._config, self._run, self._process = config, run, process
         self._model, self._optimizer = model, optimizer
         self._tokenizer_file = None if tokenizer.is_default else tokenizer.file
-        self._group = distributed.new_background_group()
-        self._copies: dict[tuple[str, str], Tensor] = {}
-        """Of the save before: host memory for the next one."""
+        self._group = new_background_group()
+        self._buffers: dict[tuple[str, str], Tensor] = {}
+        """Host memory of the previous save, to be reused."""
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
-        self._writing: int | None = None
         self.written_step: int | None = None
-        """Of the newest checkpoint that this run has written, once it is whole; best/ aside."""
+        """Step of the newest complete checkpoint of this run, best/ excluded."""
         self.slowest_s: float | None = None
-        """The longest that a save took, from its beginning until it was whole."""
+        """The longest time of a save, from its start until it was complete."""
 
     def __enter__(self) -> "AsyncSaver":
         return self
@@ -63,72 +65,81 @@ class AsyncSaver:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if error is None:
             self.wait()
-        elif not isinstance(error, KeyboardInterrupt) and self._thread:  # that one leaves at once
+        elif not isinstance(error, KeyboardInterrupt) and self._thread:  # Ctrl-C exits at once
             self._thread.join()
 
-    def check_room(self, step: int) -> None:
+    def check_disk_space(self, step: int) -> None:
         """
         Raises:
             UserError: the checkpoints that the run will keep do not fit on the disk.
         """
         run = self._run
-        self._on_main(lambda: check_space_for_run(self._config, run.checkpoints, run.best, step))
+        self._on_rank_zero(lambda: check_space_for_run(self._config, run.checkpoints, run.best, step))
 
     def save(self, state: TrainState, best: bool = False) -> None:
-        """Begin a checkpoint, when the one before is whole.
+        """Wait for the previous save, then start one.
 
         Args:
-            best: into the run's best/, alone there; else into checkpoints/, where `train.keep_last` and
-                `train.keep_every_steps` say which older ones stay.
+            best: save to the run's best/ and delete the previous best. Otherwise save to checkpoints/, where
+                `train.keep_last` and `train.keep_every_steps` say which older ones stay.
 
         Raises:
-            TrainingDiverged: a weight or a moment is not finite; such a checkpoint would poison every resume.
-            UserError: no room on the disk, for this one or the one before.
+            TrainingDiverged: a weight or a moment is not finite. Such a checkpoint would break every resume.
+            UserError: no disk space, for this save or the previous one.
         """
         self.wait()
-        self._began = time.monotonic()
-        tensors = {(WEIGHTS, name): each for name, each in self._weights().items()}
+        started = time.monotonic()
         moments = strip_wrapper_prefixes(flatten_moments(self._optimizer.state_dict()).items())
-        tensors |= {(OPTIMIZER, name): each for name, each in moments.items()}
-        mine = rank_tensors(tensors, self._process.rank, self._process.world_size)
-        _check_finite(mine, state.step)
+        weights = strip_wrapper_prefixes(self._model.state_dict().items())
+        tensors = {(WEIGHTS, name): tensor for name, tensor in weights.items()}
+        tensors |= {(OPTIMIZER, name): tensor for name, tensor in moments.items()}
+        own = rank_tensors(tensors, self._process.rank, self._process.world_size)
+        _check_finite(own, state.step)
         folder = self._run.best if best else self._run.checkpoints
-        need = sum(each.numel() * each.element_size() for each in tensors.values())
-        self._on_main(lambda: check_space_for_save(folder, state.step, need))
-        copies = self._copies = copy_to_host(mine, self._copies)
+        n_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        self._on_rank_zero(lambda: check_space_for_save(folder, state.step, n_bytes))
+        self._buffers = copy_to_host(own, self._buffers)
         snapshot = Snapshot(
             state,
             to_dict(self._config),
-            {name: each for (part, name), each in copies.items() if part == WEIGHTS},
-            {name: each for (part, name), each in copies.items() if part == OPTIMIZER},
+            {name: tensor for (part, name), tensor in self._buffers.items() if part == WEIGHTS},
+            {name: tensor for (part, name), tensor in self._buffers.items() if part == OPTIMIZER},
             {self._process.rank: get_rng_state(self._process.device)},
             self._tokenizer_file,
         )
         train = self._config.train
-        keep = RetentionPolicy(alone=True) if best else RetentionPolicy(train.keep_last, train.keep_every_steps)
-        self._writing = None if best else state.step
-        self._thread = threading.Thread(target=self._write, args=(folder, snapshot, keep), daemon=True)
+        keep = RetentionPolicy(newest_only=True) if best else RetentionPolicy(train.keep_last, train.keep_every_steps)
+
+        def write() -> None:
+            try:
+                write_checkpoint(folder, snapshot, keep, self._group)
+                self.written_step = self.written_step if best else state.step
+                self.slowest_s = max(time.monotonic() - started, self.slowest_s or 0.0)
+            except BaseException as error:
+                self._failure = error
+
+        self._thread = threading.Thread(target=write, daemon=True)
         self._thread.start()
 
     @property
     def failed(self) -> bool:
-        """Whether this rank knows that a save has failed; `fail` on all ranks says how."""
+        """True if this rank knows that a save has failed. Then call `raise_failure` on all ranks."""
         return self._failure is not None
 
-    def fail(self) -> NoReturn:
-        """End the run on all ranks, once one of them says that a save has `failed`.
-
+    def raise_failure(self) -> NoReturn:
+        """
         Raises:
-            UserError: no room on the disk.
+            UserError: no disk space.
+            RuntimeError: any other error.
         """
         self.wait()
-        raise RuntimeError("a checkpoint could not be written; another rank says why")
+        raise RuntimeError("a checkpoint could not be written; see the error of another rank above")
 
     def wait(self) -> None:
-        """Until what is being written is whole.
+        """Wait until the current save is complete.
 
         Raises:
-            UserError: no room on the disk.
+            UserError: no disk space.
         """
         if self._thread:
             self._thread.join()
@@ -137,32 +148,21 @@ class AsyncSaver:
         if failure:
             raise failure
 
-    def _write(self, folder: Path, snapshot: Snapshot, keep: RetentionPolicy) -> None:
-        try:
-            write_checkpoint(folder, snapshot, keep, self._group)
-            self.written_step = self.written_step if self._writing is None else self._writing
-            self.slowest_s = max(time.monotonic() - self._began, self.slowest_s or 0.0)
-        except BaseException as error:
-            self._failure = error
-
-    def _weights(self) -> dict[str, Tensor]:
-        return strip_wrapper_prefixes(self._model.state_dict().items())
-
-    def _on_main(self, check: Callable[[], None]) -> None:
-        distributed.run_on_all_ranks(check if self._process.is_rank_zero else lambda: None)
+    def _on_rank_zero(self, check: Callable[[], None]) -> None:
+        run_on_all_ranks(check if self._process.is_rank_zero else lambda: None)
 
 
 def _check_finite(tensors: dict[tuple[str, str], Tensor], step: int) -> None:
-    """With one read from the device."""
-    # One number that is not finite makes the sum so, and a sum is several times as fast as looking at each. Where huge
-    # numbers overflow it, each is looked at.
+    """Check all tensors with a single read from the device."""
+    # A sum is not finite if any element isn't, and is several times as fast as testing each. As it may overflow,
+    # tensors with such a sum are tested element by element.
     sums = [local_tensor(tensor).sum() for tensor in tensors.values()]
-    flags = torch.stack([each.to(sums[0].device) for each in sums]).isfinite().tolist() if sums else []
-    doubtful = [key for key, fine in zip(tensors, flags, strict=True) if not fine]
-    bad = [key[1] for key in doubtful if not local_tensor(tensors[key]).isfinite().all()]
-    if distributed.all_reduce_any(bool(bad))[0]:
-        names = sorted({name for names in distributed.all_gather_object(bad) for name in names})
+    flags = torch.stack([total.to(sums[0].device) for total in sums]).isfinite().tolist() if sums else []
+    suspects = [key for key, finite in zip(tensors, flags, strict=True) if not finite]
+    bad = [name for part, name in suspects if not local_tensor(tensors[part, name]).isfinite().all()]
+    if all_reduce_any(bool(bad))[0]:
+        names = sorted({name for by_rank in all_gather_object(bad) for name in by_rank})
         raise TrainingDiverged(
-            f"after step {step:,} the weights {', '.join(names[:3])} are not finite and were not saved. Start "
-            "the same command again to go back to the newest checkpoint, with a lower optim.max_lr"
+            f"after step {step:,} the weights {', '.join(names[:3])} are not finite and were not saved. Run the same "
+            "command again, with a lower optim.max_lr, to resume from the newest checkpoint"
         )

@@ -1,24 +1,24 @@
-"""Checkpoints: whole, checked, and never under their final name before they are both.
+"""Write and read checkpoints. A folder gets its final name only when it is complete, flushed and hashed.
 
-`checkpoints/step_00000100/` holds the state after 100 updates:
+`checkpoints/step_00000100/` holds the state after 100 steps:
 
-    weights/          by name, float32, without any wrapper's prefix; each rank's share in a file of its own
-    optimizer/        AdamW's moments, by NAME.exp_avg, NAME.exp_avg_sq and NAME.step
-    random/           random state of every rank, for dropout
-    state.json        TrainState: step, tokens, data position, early stopping
-    config.json       the run's config
-    tokenizer.json    the vocabulary, where it is not the one that ships with the code
-    manifest.json     sha256 and size of each of these; written last
+    weights/          by name, float32, without wrapper prefixes; each rank writes its share to a file of its own
+    optimizer/        AdamW's state: NAME.exp_avg, NAME.exp_avg_sq and NAME.step
+    random/           state of the random number generators of every rank
+    state.json        TrainState: step, tokens, data position, early stopping, skipped steps
+    config.json       config of the run
+    tokenizer.json    the tokenizer, if it is not GPT-2's
+    manifest.json     size and sha256 of each of these; written last
 
-A save goes to a temporary folder, is flushed to the disk, and is renamed. A load takes the newest checkpoint whose
-files are what its manifest says and falls back to older ones. docs/checkpoint_format.md describes the files.
+A save writes to a temporary folder, flushes it, and renames it. A load takes the newest checkpoint that matches its
+manifest. docs/checkpoint_format.md describes the files.
 """
 
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,43 +26,33 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from myllm.distributed import collectives as distributed
+from myllm.distributed.collectives import broadcast_object, group_rank, is_first, run_on_all_ranks
 from myllm.errors import UserError, out_of_space
 from myllm.files import add_filename, file_sha256, fsync_dir, read_json, write_json, write_text
 from myllm.migrations import STATE
 
-from .dcp import METADATA, read_tensors, strip_wrapper_prefixes, write_tensors
-from .integrity import (
+from .dcp import read_tensors, strip_wrapper_prefixes, write_tensors
+from .integrity import HASH_ALL, iter_intact, raise_if_damaged, verify_on_all_ranks
+from .layout import (
+    CONFIG_FILE,
     FORMAT,
-    HASH_ALL,
-    HASH_MODEL,
+    MANIFEST,
+    METADATA,
     OPTIMIZER,
     RANDOM,
+    STATE_FILE,
     TOKENIZER,
     WEIGHTS,
-    DamagedCheckpoint,
-    content_faults,
-    iter_intact,
-    verify_checkpoint,
-    verify_on_all_ranks,
-)
-from .retention import (
-    KEEP_ALL,
-    MANIFEST,
-    RetentionPolicy,
+    checkpoint_dir,
     list_checkpoints,
-    move_aside,
-    remove_checkpoint,
-    remove_other_checkpoints,
-    remove_replaced,
-    step_dir_name,
 )
+from .retention import KEEP_ALL, PARTIAL, RetentionPolicy, move_aside, remove_checkpoint, remove_replaced
 from .state import TrainState, read_state
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """One rank's share of what a checkpoint will hold, in host memory: nothing that training goes on to change."""
+    """One rank's share of a checkpoint, in host memory that training does not change."""
 
     state: TrainState
     config: dict[str, Any]
@@ -70,19 +60,20 @@ class Snapshot:
     optimizer: dict[str, Tensor]
     """By NAME.exp_avg and so on."""
     random: dict[int, dict[str, Tensor]]
-    """By rank; `random_state` of each."""
+    """`get_rng_state` by rank."""
     tokenizer_file: Path | None = None
+    """None: GPT-2's tokenizer."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An intact folder. Tensors are read when they are first asked for, whole, on the CPU."""
+    """An intact checkpoint. Tensors are read at first use, unsharded, to the CPU."""
 
     folder: Path
     state: TrainState
     config: dict[str, Any]
     tokenizer_file: Path | None
-    """The vocabulary it was trained with; None for the one that ships with the code."""
+    """None: GPT-2's tokenizer."""
 
     @cached_property
     def model(self) -> dict[str, Tensor]:
@@ -99,22 +90,18 @@ class Checkpoint:
         return [torch.load(file, map_location="cpu", weights_only=True) for file in files]
 
 
-def checkpoint_dir(checkpoints: Path, step: int) -> Path:
-    return checkpoints / step_dir_name(step)
-
-
 def flatten_moments(moments: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The optimizer's state by NAME.exp_avg and so on, from that by parameter."""
+    """{parameter: {"exp_avg": tensor}} to {"parameter.exp_avg": tensor}."""
     return {f"{name}.{kind}": tensor for name, kinds in moments.items() for kind, tensor in kinds.items()}
 
 
 def unflatten_moments(moments: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """The other way round."""
-    found: dict[str, dict[str, Tensor]] = {}
+    """Reverses `flatten_moments`."""
+    nested: dict[str, dict[str, Tensor]] = {}
     for name, tensor in moments.items():
         parameter, _, kind = name.rpartition(".")
-        found.setdefault(parameter, {})[kind] = tensor
-    return found
+        nested.setdefault(parameter, {})[kind] = tensor
+    return nested
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------
@@ -130,38 +117,34 @@ def save_checkpoint(
     keep_last: int = 0,
     tokenizer_file: Path | None = None,
 ) -> Path:
-    """Write one checkpoint from one process; see `write`."""
-    shares = (strip_wrapper_prefixes(model.items()), flatten_moments(optimizer), dict(enumerate(random)))
-    return write_checkpoint(checkpoints, Snapshot(state, config, *shares, tokenizer_file), RetentionPolicy(keep_last))
+    """Write one checkpoint from one process."""
+    tensors = (strip_wrapper_prefixes(model.items()), flatten_moments(optimizer), dict(enumerate(random)))
+    return write_checkpoint(checkpoints, Snapshot(state, config, *tensors, tokenizer_file), RetentionPolicy(keep_last))
 
 
 def write_checkpoint(
     checkpoints: Path, snapshot: Snapshot, keep: RetentionPolicy = KEEP_ALL, group: dist.ProcessGroup | None = None
 ) -> Path:
-    """Write one checkpoint, on all ranks of a group together, then remove those that are not to be kept.
-
-    A copy of `tokenizer_file` goes with it: weights say nothing without the vocabulary that they were trained with.
+    """Write one checkpoint on all ranks of a group, then delete those that need not be kept.
 
     Raises:
-        UserError: no room on the disk, or ranks that do not see one another's files; older checkpoints are untouched.
+        UserError: the disk is full, or the ranks do not share a file system. Older checkpoints are untouched.
     """
     final = checkpoint_dir(checkpoints, snapshot.state.step)
-    work = checkpoints / f".partial-{final.name}"
-    first = distributed.is_first(group)
+    work = checkpoints / f"{PARTIAL}{final.name}"
+    first = is_first(group)
     try:
-        distributed.run_on_all_ranks(lambda: _make_work_dir(work) if first else None, group)
+        run_on_all_ranks(lambda: _make_work_dir(work) if first else None, group)
         write_tensors(work / WEIGHTS, snapshot.weights, group)
         write_tensors(work / OPTIMIZER, snapshot.optimizer, group)
-        written = distributed.run_on_all_ranks(
-            lambda: _write_rank_files(work, snapshot, distributed.group_rank(group)), group
-        )
-        distributed.run_on_all_ranks(lambda: _finalize(work, final, written, keep) if first else None, group)
+        by_rank = run_on_all_ranks(lambda: _write_rank_files(work, snapshot, group_rank(group)), group)
+        run_on_all_ranks(lambda: _finalize(work, final, by_rank, keep) if first else None, group)
     except (OSError, RuntimeError) as error:
         if not out_of_space(error):
             raise
         raise UserError(
-            f"no room to save step {snapshot.state.step:,} in {checkpoints}: the disk is full; older checkpoints are "
-            "untouched. Free some space and start the same command again"
+            f"no space to save step {snapshot.state.step:,} in {checkpoints}: the disk is full; older checkpoints are "
+            "untouched. Free some space and run the same command again"
         ) from None
     finally:
         if first:
@@ -177,46 +160,49 @@ def _make_work_dir(work: Path) -> None:
 
 
 def _write_rank_files(work: Path, snapshot: Snapshot, rank: int) -> dict[str, Any]:
-    """Random state, and on rank 0 what is not a tensor; gives name, size and hash of all files that this rank wrote."""
+    """Write the random state and, on rank 0, everything that is not a tensor.
+
+    Returns:
+        the manifest's entries of all files that this rank wrote.
+    """
+    files = list(work.glob(f"*/__{rank}_*"))
     for number, state in snapshot.random.items():
-        _write(work / RANDOM / f"rank_{number:05d}.pt", state)
-    mine = [*work.glob(f"*/__{rank}_*"), *(work / RANDOM / f"rank_{number:05d}.pt" for number in snapshot.random)]
+        files.append(work / RANDOM / f"rank_{number:05d}.pt")
+        _write_pickle(files[-1], state)
     if rank == 0:
-        write_json(work / "state.json", STATE.stamp(asdict(snapshot.state)))
-        write_json(work / "config.json", snapshot.config)
+        write_json(work / STATE_FILE, STATE.stamp(asdict(snapshot.state)))
+        write_json(work / CONFIG_FILE, snapshot.config)
         if snapshot.tokenizer_file:
             write_text(work / TOKENIZER, snapshot.tokenizer_file.read_bytes().decode("utf-8"))
-        mine += [path for path in work.iterdir() if path.is_file()]
-        mine += [work / folder / METADATA for folder in (WEIGHTS, OPTIMIZER)]
+        files += [path for path in work.iterdir() if path.is_file()]
+        files += [work / folder / METADATA for folder in (WEIGHTS, OPTIMIZER)]
     return {
-        path.relative_to(work).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in mine
+        path.relative_to(work).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in files
     }
 
 
-def _finalize(work: Path, final: Path, written: list[dict[str, Any]], keep: RetentionPolicy) -> None:
-    """The manifest, then the name. Rank 0, when all ranks' files are on the disk."""
-    files = {name: about for one in written for name, about in sorted(one.items())}
-    here = {path.relative_to(work).as_posix() for path in work.rglob("*") if path.is_file()}
-    if missing := sorted(files.keys() - here):
+def _finalize(work: Path, final: Path, by_rank: list[dict[str, Any]], keep: RetentionPolicy) -> None:
+    """Write the manifest, then rename the folder. Runs on rank 0, when the files of all ranks are on the disk."""
+    files = {name: entry for entries in by_rank for name, entry in sorted(entries.items())}
+    visible = {path.relative_to(work).as_posix() for path in work.rglob("*") if path.is_file()}
+    if missing := sorted(files.keys() - visible):
         raise UserError(
-            f"{', '.join(missing[:3])} of {final}, which other ranks have written, cannot be seen from rank 0; the run "
-            "folder must be on a file system that all machines share: set MYLLM_DATA to one"
+            f"rank 0 cannot see {', '.join(missing[:3])} of {final}, which other ranks have written; the run folder "
+            "must be on a file system that all machines share: set MYLLM_DATA to one"
         )
     write_json(work / MANIFEST, {"format": FORMAT, "files": files})
     for folder in (*(path for path in work.iterdir() if path.is_dir()), work):
         fsync_dir(folder)
-    move_aside(final)  # a damaged one that was trained past again
+    move_aside(final)  # exists if it was damaged, so that training resumed from an older one and reached it again
     work.rename(final)
     fsync_dir(final.parent)
     remove_replaced(final)
-    if keep.alone:
-        remove_other_checkpoints(final)
-    for old in keep.surplus(final):
+    for old in keep.to_delete(final):
         remove_checkpoint(old)
 
 
-def _write(path: Path, content: Any) -> None:
-    # Through Python's file: torch's RuntimeError about a write that failed then has the OSError as its context.
+def _write_pickle(path: Path, content: Any) -> None:
+    # Through a Python file: if the write fails, the context of torch's RuntimeError is then the OSError.
     with add_filename(path), path.open("wb") as file:
         torch.save(content, file)
         file.flush()
@@ -227,16 +213,16 @@ def _write(path: Path, content: Any) -> None:
 
 
 def load_latest(checkpoints: Path, log: Callable[[str], None]) -> Checkpoint | None:
-    """The newest intact checkpoint, or None where there is none at all; says why newer ones were passed over.
+    """Load the newest intact checkpoint, on all ranks. Returns None if there are none; logs why any was skipped.
 
-    On many ranks all call this and get the same: rank 0 chooses, and each rank hashes a share of the files.
+    Rank 0 lists the checkpoints, and each rank hashes a share of the files.
 
     Raises:
-        UserError: there are checkpoints and every one is damaged; starting over is for the user to decide.
+        UserError: all checkpoints are damaged. The user decides whether to start over.
     """
-    folders = distributed.broadcast_object(list_checkpoints(checkpoints))
+    folders = broadcast_object(list_checkpoints(checkpoints))
     for folder in iter_intact(folders, log, verify_on_all_ranks):
-        return _open(folder)
+        return open_checkpoint(folder)
     if folders:
         raise UserError(
             f"no checkpoint in {checkpoints} is intact; restore one, or start over with --train.fresh (the old run is "
@@ -246,34 +232,22 @@ def load_latest(checkpoints: Path, log: Callable[[str], None]) -> Checkpoint | N
 
 
 def load_checkpoint(folder: Path, hashed: tuple[str, ...] = HASH_ALL) -> Checkpoint:
-    """One checkpoint, whatever its folder is called. Nothing in it is executed: tensors and plain values only.
+    """Load one checkpoint, whatever the name of its folder. Only tensors and plain values are read; no code runs.
 
     Args:
-        hashed: as in `verify`; MODEL is enough where nothing but the model is to be read.
+        hashed: as in `verify_checkpoint`; HASH_MODEL is enough to read only the model.
 
     Raises:
-        Damaged: not a checkpoint, or a damaged one.
-        UserError: a later version of this program wrote it.
+        DamagedCheckpoint: it does not match its manifest, or is not a checkpoint.
+        UserError: it was written by a later version of this program.
     """
-    if faults := list(content_faults(folder, hashed)):
-        raise DamagedCheckpoint(f"{folder} is not an intact checkpoint: {'; '.join(faults)}")
-    return _open(folder)
+    raise_if_damaged(folder, hashed, check_name=False)
+    return open_checkpoint(folder)
 
 
-def load_first_intact(folders: Iterable[Path], say: Callable[[str], None]) -> Checkpoint | None:
-    """The first whose model is intact; None where none is. Says which were passed over, and why."""
-    for folder in iter_intact(folders, say, partial(verify_checkpoint, hashed=HASH_MODEL)):
-        return _open(folder)
-    return None
-
-
-def _open(folder: Path) -> Checkpoint:
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Read a checkpoint that has been verified."""
+    tokenizer = folder / TOKENIZER
     return Checkpoint(
-        folder=folder,
-        state=read_state(folder),
-        config=read_json(folder / "config.json"),
-        tokenizer_file=folder / TOKENIZER if (folder / TOKENIZER).is_file() else None,
+        folder, read_state(folder), read_json(folder / CONFIG_FILE), tokenizer if tokenizer.is_file() else None
     )
-
-
-# -- random state -----------------------------------------------------------------------------------------------------

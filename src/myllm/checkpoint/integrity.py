@@ -1,100 +1,109 @@
-"""Whether a checkpoint is what was saved: by its manifest, its name, and the content or the sizes of its files."""
+"""Verify checkpoints: by their manifest, their name, and the content or sizes of their files."""
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from myllm.distributed import collectives as distributed
+from myllm.distributed.collectives import all_gather_object, broadcast_object, group_rank
 from myllm.errors import UserError
 from myllm.files import file_sha256, read_json
 
-from .dcp import METADATA
-from .retention import MANIFEST, is_step_name, saved_step, step_of
+from .layout import (
+    CONFIG_FILE,
+    FORMAT,
+    MANIFEST,
+    METADATA,
+    OPTIMIZER,
+    STATE_FILE,
+    TOKENIZER,
+    WEIGHTS,
+    is_step_name,
+    saved_step,
+    step_of,
+)
 
-FORMAT = "myllm-checkpoint-2"
-TOKENIZER = "tokenizer.json"
-WEIGHTS, OPTIMIZER, RANDOM = "weights", "optimizer", "random"
-FILES = {f"{WEIGHTS}/{METADATA}", f"{OPTIMIZER}/{METADATA}", "state.json", "config.json"}
+REQUIRED_FILES = {f"{WEIGHTS}/{METADATA}", f"{OPTIMIZER}/{METADATA}", STATE_FILE, CONFIG_FILE}
 HASH_ALL = ("",)
-HASH_MODEL = (f"{WEIGHTS}/", "state.json", "config.json", TOKENIZER)
-"""Beginnings of the names of the files that a model is made of: neither the optimizer nor random state."""
+HASH_MODEL = (f"{WEIGHTS}/", STATE_FILE, CONFIG_FILE, TOKENIZER)
+"""Prefixes of the files that a model needs: no optimizer, no random state."""
 HASH_NONE: tuple[str, ...] = ()
 
 
 class DamagedCheckpoint(UserError):
-    """A checkpoint whose files are not what its manifest says."""
+    """The files of a checkpoint do not match its manifest."""
 
 
 def iter_intact(
-    folders: Iterable[Path], say: Callable[[str], None], verify: Callable[[Path], Iterable[str]]
+    folders: Iterable[Path], log: Callable[[str], None], verify: Callable[[Path], Iterable[str]]
 ) -> Iterator[Path]:
-    """Those of some checkpoints that have no faults, in the order given; says which were passed over, and why."""
+    """The checkpoints without errors, in the given order. Logs why the others are skipped."""
     for folder in folders:
-        if (faults := list(verify(folder))) and folder.is_dir():  # else training has removed it meanwhile
-            say(f"passing over {folder}: {'; '.join(faults)}")
-        if not faults:
+        errors = list(verify(folder))
+        if not errors:
             yield folder
+        elif folder.is_dir():  # else a running training has deleted it
+            log(f"skipping {folder}: {'; '.join(errors)}")
 
 
-def raise_if_damaged(folder: Path, hashed: tuple[str, ...]) -> None:
+def raise_if_damaged(folder: Path, hashed: tuple[str, ...], check_name: bool = True) -> None:
     """
     Raises:
-        Damaged: `verify` finds a fault.
+        DamagedCheckpoint: the checkpoint has errors (see `verify_checkpoint`).
     """
-    if faults := list(verify_checkpoint(folder, hashed)):
-        raise DamagedCheckpoint(f"{folder} is not an intact checkpoint: {'; '.join(faults)}")
+    if errors := list(verify_checkpoint(folder, hashed) if check_name else content_errors(folder, hashed)):
+        raise DamagedCheckpoint(f"{folder} is not an intact checkpoint: {'; '.join(errors)}")
 
 
 def verify_checkpoint(folder: Path, hashed: tuple[str, ...] = HASH_ALL) -> Iterator[str]:
     """What is wrong with a checkpoint's name and files; nothing if it is intact.
 
     Args:
-        hashed: beginnings of the names of the files to compare by content; of the others, only the size is.
+        hashed: compare the content of files whose names begin with one of these; of all others, only the size.
     """
-    yield from name_faults(folder)
-    yield from content_faults(folder, hashed)
+    yield from name_errors(folder)
+    yield from content_errors(folder, hashed)
 
 
-def name_faults(folder: Path) -> list[str]:
-    """What is wrong with a name such as step_00000099: somebody renamed or copied another step's folder."""
+def name_errors(folder: Path) -> list[str]:
+    """What is wrong with a name like step_00000099: a user may have renamed or copied another step's folder."""
     step = saved_step(folder)
     if is_step_name(folder.name) and step not in (step_of(folder), None):
-        return [f"its name says step {step_of(folder):,}, but what it holds is step {step:,}"]
+        return [f"its name says step {step_of(folder):,}, but it contains step {step:,}"]
     return []
 
 
-def content_faults(folder: Path, hashed: tuple[str, ...]) -> Iterator[str]:
-    files, faults = _read_manifest(folder)
-    yield from faults
+def content_errors(folder: Path, hashed: tuple[str, ...]) -> Iterator[str]:
+    files, errors = _read_manifest(folder)
+    yield from errors
     for name, expected in files.items():
         yield from _compare(folder, name, expected, name.startswith(hashed))
 
 
 def verify_on_all_ranks(folder: Path) -> list[str]:
-    """As `verify`, with the hashing shared over all ranks."""
-    files, faults = distributed.broadcast_object(_read_manifest(folder))
-    faults = distributed.broadcast_object(name_faults(folder)) + faults
-    by_rank = distributed.all_gather_object(None)
-    mine = list(files.items())[distributed.group_rank(None) :: len(by_rank)]
-    found = [fault for name, expected in mine for fault in _compare(folder, name, expected)]
-    return faults + [fault for one in distributed.all_gather_object(found) for fault in one]
+    """Like `verify_checkpoint`, with the hashing shared between the ranks. Returns the same on all ranks."""
+    files, errors = broadcast_object(_read_manifest(folder))
+    errors = broadcast_object(name_errors(folder)) + errors
+    world_size = len(all_gather_object(None))
+    own_files = list(files.items())[group_rank(None) :: world_size]
+    own_errors = [error for name, expected in own_files for error in _compare(folder, name, expected)]
+    return errors + [error for by_rank in all_gather_object(own_errors) for error in by_rank]
 
 
 def _read_manifest(folder: Path) -> tuple[dict[str, Any], list[str]]:
-    """What each file should be, and what is wrong with the manifest itself."""
+    """The expected size and hash of each file, and what is wrong with the manifest itself."""
     try:
         manifest = read_json(folder / MANIFEST)
-        files = {name: {"bytes": int(of["bytes"]), "sha256": of["sha256"]} for name, of in manifest["files"].items()}
+        files = {
+            name: {"bytes": int(entry["bytes"]), "sha256": entry["sha256"]} for name, entry in manifest["files"].items()
+        }
     except FileNotFoundError:
         return {}, [f"it has no {MANIFEST}"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         return {}, [f"its {MANIFEST} cannot be read ({error})"]
-    if manifest.get("format") == "myllm-checkpoint-1":
-        return {}, ["it was written by an older version of this code, which alone can read it"]
     if manifest.get("format") != FORMAT:
         return {}, [f"its format is {manifest.get('format')!r}, expected {FORMAT!r}"]
-    if missing := FILES - files.keys():
-        return {}, [f"its {MANIFEST} does not name {', '.join(sorted(missing))}"]
+    if missing := REQUIRED_FILES - files.keys():
+        return {}, [f"its {MANIFEST} does not list {', '.join(sorted(missing))}"]
     return files, []
 
 

@@ -1,55 +1,52 @@
 """Find the checkpoint that a user names: by a folder, or by the name of a run."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from myllm.errors import UserError, warn
 from myllm.paths import no_checkpoint_error, user_path, warn_if_ambiguous
 
-from .format import Checkpoint, load_checkpoint, load_first_intact
-from .integrity import HASH_MODEL, name_faults, verify_checkpoint
-from .retention import MANIFEST, is_step_name, list_checkpoints
+from .format import Checkpoint, load_checkpoint, open_checkpoint
+from .integrity import HASH_MODEL, iter_intact, name_errors, verify_checkpoint
+from .layout import MANIFEST, STATE_FILE, is_step_name, list_checkpoints
 
 
-def find_checkpoint_dir(where: str, runs: Path) -> Path:
-    """The folder of `find_checkpoint`."""
-    return find_checkpoint(where, runs).folder
-
-
-def find_checkpoint(where: str, runs: Path, say: Callable[[str], None] = warn) -> Checkpoint:
-    """The checkpoint that a user means, for its model: a folder that holds one, whatever its name, or the newest intact
-    one of a run, by the run's folder or name. Its model's files have been hashed.
+def find_checkpoint(name: str, runs: Path, log: Callable[[str], None] = warn) -> Checkpoint:
+    """Load the model of the checkpoint that a user means; its files have been hashed.
 
     Args:
-        say: told which newer ones were passed over, and why.
+        name: the folder of a checkpoint, whatever its name; or the folder or name of a run, for its newest intact one.
+        log: gets a line for each newer one that was skipped.
 
     Raises:
-        UserError: nothing there, or nothing that is intact.
+        UserError: no checkpoint there, or none that is intact.
     """
-    root, found = resolve_checkpoints(where, runs)
-    warn_if_ambiguous(where, root, runs / where)
-    if found == [root]:
-        for fault in name_faults(root):
-            say(f"{root}: {fault}")
+    root, folders = resolve_checkpoints(name, runs)
+    warn_if_ambiguous(name, root, runs / name)
+    if folders == [root]:
+        for error in name_errors(root):
+            log(f"{root}: {error}")
         return load_checkpoint(root, HASH_MODEL)
-    if saved := load_first_intact(found, say):
-        return saved
-    raise UserError(
-        f"no checkpoint in {found[0].parent} is intact: {'; '.join(verify_checkpoint(found[0], HASH_MODEL))}"
-    )
+    verify = partial(verify_checkpoint, hashed=HASH_MODEL)
+    for folder in iter_intact(folders, log, verify):
+        return open_checkpoint(folder)
+    raise UserError(f"no checkpoint in {folders[0].parent} is intact: {'; '.join(verify(folders[0]))}")
 
 
-def resolve_checkpoints(where: str, runs: Path) -> tuple[Path, list[Path]]:
-    """What a user means by a run's name or folder, or by a folder of checkpoints or of one, and the checkpoints there,
-    newest first. Nothing is hashed.
+def resolve_checkpoints(name: str, runs: Path) -> tuple[Path, list[Path]]:
+    """List the checkpoints that a user means: of a run (name or folder), of a folder of checkpoints, or a single one.
+
+    Returns:
+        the folder that `name` stands for, and its checkpoints, newest first. Nothing is hashed.
 
     Raises:
-        UserError: nothing there.
+        UserError: no checkpoint there.
     """
-    for root in (user_path(where), runs / where):
+    for root in (user_path(name), runs / name):
         # Data sets have a manifest too, but no state.
-        if (root / MANIFEST).is_file() and (is_step_name(root.name) or (root / "state.json").is_file()):
+        if (root / MANIFEST).is_file() and (is_step_name(root.name) or (root / STATE_FILE).is_file()):
             return root, [root]
-        if found := list_checkpoints(root / "checkpoints") or list_checkpoints(root):  # a run, or its best/
-            return root, found
-    raise no_checkpoint_error(where, runs)
+        if folders := list_checkpoints(root / "checkpoints") or list_checkpoints(root):  # a run, or its best/
+            return root, folders
+    raise no_checkpoint_error(name, runs)

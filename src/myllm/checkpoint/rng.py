@@ -4,7 +4,7 @@ import torch
 
 
 def get_rng_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """This rank's generators: the CPU's, and the device's where it has its own."""
+    """The state of the CPU's generator, and of the device's."""
     state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)

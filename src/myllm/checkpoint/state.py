@@ -1,8 +1,4 @@
-"""The state of a run: how far it has come, and what early stopping and the gradient guard count. Stored in state.json.
-
-A validation is better if its loss is lower than every one before, by however little, as in Keras and Lightning. One
-that is not finite is not better; one that failed does not count. The one before the first step does not count either.
-"""
+"""TrainState: everything but tensors that a restart needs. Stored in state.json."""
 
 import math
 from dataclasses import dataclass, replace
@@ -14,31 +10,37 @@ from myllm.errors import UserError
 from myllm.files import read_json
 from myllm.migrations import STATE, dataclass_from_json
 
+from .layout import STATE_FILE
+
 NO_DATASET = ""
-"""In place of a data set's hash: weights from elsewhere, to be trained on whatever they are given."""
+"""Data set hash of imported weights, which may be trained on any data."""
 FIRST_LOSS_SCALE = 2.0**16
-"""As torch.amp.GradScaler begins."""
+"""As in torch.amp.GradScaler."""
 
 
 @dataclass(frozen=True)
 class EarlyStop:
-    """The validations since early stopping was switched on. Part of TrainState, so that a restart counts on."""
+    """The validations since early stopping was switched on.
+
+    As in Keras and Lightning, a validation is better if its loss is lower than all before, by however little. A loss
+    that is not finite is not better. Failed validations and the one before the first step do not count.
+    """
 
     best_loss: float | None = None
     best_step: int | None = None
-    """None: none yet, or none that was finite."""
+    """None: no finite validation yet."""
     since_best: int = 0
     """Validations after the best one."""
-    counted_step: int = 0
-    """Of the newest validation that is counted."""
+    last_step: int = 0
+    """Step of the newest validation."""
 
     def after(self, step: int, loss: float) -> "EarlyStop":
-        """With one more validation. One that is counted already, and done again after a restart, changes nothing."""
-        if step <= self.counted_step:
+        """Count one more validation. One that is repeated after a restart changes nothing."""
+        if step <= self.last_step:
             return self
         if math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss):
             return EarlyStop(loss, step, 0, step)
-        return replace(self, since_best=self.since_best + 1, counted_step=step)
+        return replace(self, since_best=self.since_best + 1, last_step=step)
 
     def exhausted(self, patience: int | None) -> bool:
         return patience is not None and self.since_best >= patience
@@ -54,40 +56,40 @@ class EarlyStop:
 
 @dataclass(frozen=True)
 class SkipStats:
-    """Counts since the run's first step, and running statistics of the norm's logarithm, in float32."""
+    """Skipped updates since the first step, and running statistics (in float32) of the logarithm of gradient norms."""
 
     nonfinite: int = 0
-    """Updates left out because the loss or the gradient was not finite."""
+    """Updates skipped because the loss or the gradient was not finite."""
     spikes: int = 0
-    """Updates left out because the gradient norm was far above what it usually is."""
-    in_a_row: int = 0
-    """Of both kinds, up to the newest step."""
-    counted: int = 0
+    """Updates skipped because the gradient norm was a spike."""
+    consecutive: int = 0
+    """Skipped updates of both kinds in a row, up to the newest step."""
+    norm_count: int = 0
     """Norms in the statistics."""
     log_norm_mean: float = 0.0
     log_norm_variance: float = 0.0
     overflows: int = 0
-    """Updates left out because the scaled gradient was too large for float16; none of `nonfinite`, nor in a row."""
+    """Updates skipped because the scaled gradient overflowed float16. Not in `nonfinite` or `consecutive`."""
     loss_scale: float = FIRST_LOSS_SCALE
-    """What the loss is multiplied by before its backward pass, where products are in float16."""
-    scaled_steps: int = 0
-    """Made since the scale last changed."""
+    """Factor of the loss before the backward pass in float16."""
+    steps_at_scale: int = 0
+    """Steps since the scale last changed."""
 
 
 @dataclass(frozen=True)
 class TrainState:
-    """How far a run has come. With weights, optimizer and random state, all that survives a restart."""
+    """How far a run has come."""
 
     step: int
-    """Completed optimizer updates."""
+    """Completed optimizer steps."""
     tokens_seen: int
     data: DataPosition
     early_stop: EarlyStop | None = None
     """None: early stopping is off."""
     skips: SkipStats | None = None
-    """Updates left out, and what the gradient norm usually is. None: nothing yet."""
+    """None: no step yet."""
     sample_digest: SampleDigest | None = None
-    """Of every sample trained on. None: nothing yet, or a checkpoint from before there were receipts."""
+    """Hash of all samples trained on. None: no step yet, or a checkpoint of a version without digests."""
 
 
 def read_state(folder: Path) -> TrainState:
@@ -96,7 +98,7 @@ def read_state(folder: Path) -> TrainState:
     Raises:
         UserError: it was written by a later version, or is invalid.
     """
-    file, errors = folder / "state.json", list[str]()
+    file, errors = folder / STATE_FILE, list[str]()
     state = dataclass_from_json(TrainState, STATE.upgrade(read_json(file), file), errors)
     if errors:
         raise UserError(f"cannot use {file}: {'; '.join(errors)}; it may be from a later version of MyLLM")

@@ -63,7 +63,7 @@ def list_all(where: Positional[str], as_json: Annotated[bool, tyro.conf.arg(name
 def _find(where: str) -> list[Path]:
     """The checkpoints that a user means, oldest first, those in best/ last."""
     from myllm import paths
-    from myllm.checkpoint.retention import MANIFEST, STATE_FILE, is_step_name, list_checkpoints
+    from myllm.checkpoint.layout import MANIFEST, STATE_FILE, is_step_name, list_checkpoints
 
     for root in (user_path(where), paths.runs_dir() / where):
         if root.is_dir() and (
@@ -82,7 +82,7 @@ def _described(folders: list[Path], hashing: bool) -> Iterator[dict[str, Any]]:
     from tqdm import tqdm
 
     from myllm.checkpoint.integrity import HASH_ALL, HASH_NONE, verify_checkpoint
-    from myllm.checkpoint.retention import step_of
+    from myllm.checkpoint.layout import step_of
     from myllm.checkpoint.state import read_state
     from myllm.paths import RunPaths
 

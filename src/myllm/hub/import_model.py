@@ -9,8 +9,7 @@ from torch import Tensor
 
 from myllm import paths
 from myllm.checkpoint.format import save_checkpoint
-from myllm.checkpoint.integrity import TOKENIZER
-from myllm.checkpoint.retention import MANIFEST
+from myllm.checkpoint.layout import MANIFEST, TOKENIZER
 from myllm.checkpoint.state import NO_DATASET, TrainState
 from myllm.config import ModelConfig, RunConfig, to_dict
 from myllm.data.sampler import DataPosition

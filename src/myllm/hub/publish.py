@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from myllm.checkpoint.integrity import HASH_NONE, WEIGHTS, DamagedCheckpoint, raise_if_damaged
-from myllm.checkpoint.retention import MANIFEST, list_checkpoints, step_of
+from myllm.checkpoint.integrity import HASH_NONE, DamagedCheckpoint, raise_if_damaged
+from myllm.checkpoint.layout import MANIFEST, WEIGHTS, list_checkpoints, step_of
 from myllm.config import HubConfig, ModelConfig, saved_config, to_dict
 from myllm.data.sources.download import is_permanent, retry_after
 from myllm.errors import UserError, out_of_space

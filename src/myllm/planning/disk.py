@@ -17,10 +17,19 @@ def checkpoint_bytes(config: RunConfig) -> int:
     return 12 * stored_parameters(config.model) + SPARE_BYTES
 
 
+def save_due(train: TrainConfig, step: int, ending: bool) -> bool:
+    """True if a checkpoint is to be saved after `step` steps."""
+    return step > 0 and (ending or any(step % every == 0 for every in _save_cadences(train)))
+
+
+def _save_cadences(train: TrainConfig) -> list[int]:
+    return [every for every in (train.save_every_steps, train.keep_every_steps) if every > 0]
+
+
 def n_saves(train: TrainConfig, first: int, last: int) -> int:
     """Checkpoints written after step `first`, up to step `last`: at multiples of save_every_steps and keep_every_steps,
     and at the end of the run. In constant time, however long the run is."""
-    cadences = [every for every in (train.save_every_steps, train.keep_every_steps) if every > 0]
+    cadences = _save_cadences(train)
 
     def multiples(every: int) -> int:
         return last // every - first // every

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from myllm.checkpoint.retention import list_checkpoints, step_of
+from myllm.checkpoint.layout import newest_step
 from myllm.errors import UserError
 from myllm.files import atomic_write, file_lock, read_json
 from myllm.migrations import HEARTBEAT
@@ -105,7 +105,7 @@ def report_starting(run: RunPaths, active: bool) -> Iterator[Callable[[], None]]
     if not active or not _is_free(run):
         yield taken_over.set
         return
-    beat = Heartbeat(run.heartbeat, newest_checkpoint_step(run))
+    beat = Heartbeat(run.heartbeat, newest_step(run.checkpoints))
 
     def write() -> None:
         while not taken_over.is_set():
@@ -132,11 +132,6 @@ def report_starting(run: RunPaths, active: bool) -> Iterator[Callable[[], None]]
         raise
     finally:
         take_over()
-
-
-def newest_checkpoint_step(run: RunPaths) -> int:
-    """Where a run will go on, by the names of its checkpoints."""
-    return max(map(step_of, list_checkpoints(run.checkpoints)), default=0)
 
 
 def _is_free(run: RunPaths) -> bool:

@@ -11,8 +11,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from myllm.checkpoint.format import checkpoint_dir, load_checkpoint
-from myllm.checkpoint.integrity import HASH_MODEL, TOKENIZER, verify_checkpoint
+from myllm.checkpoint.format import load_checkpoint
+from myllm.checkpoint.integrity import HASH_MODEL, verify_checkpoint
+from myllm.checkpoint.layout import TOKENIZER, checkpoint_dir
 from myllm.checkpoint.retention import PARTIAL, unused_path
 from myllm.config import RunConfig, saved_config, to_dict
 from myllm.distributed import collectives as distributed

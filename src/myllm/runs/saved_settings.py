@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict, replace
 
 from myllm import paths
-from myllm.checkpoint.retention import list_checkpoints, step_of
+from myllm.checkpoint.layout import list_checkpoints, step_of
 from myllm.config import DataConfig, RunConfig, load_config
 from myllm.data.dataset import FORMAT, MANIFEST
 from myllm.errors import UserError

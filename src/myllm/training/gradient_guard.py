@@ -76,13 +76,13 @@ class GradientGuard:
         """Steps that the host has seen and not yet dealt with; who deals with them empties it."""
         self.diverged = False
         """Whether the last of them ends the run."""
-        counts = (self._skips.nonfinite, self._skips.spikes, self._skips.in_a_row, self._skips.counted)
+        counts = (self._skips.nonfinite, self._skips.spikes, self._skips.consecutive, self._skips.norm_count)
         self._nonfinite, self._spikes, self._in_a_row, self._counted = torch.tensor(counts, device=device).unbind()
         numbers = (self._skips.log_norm_mean, self._skips.log_norm_variance)
         self._mean, self._variance = torch.tensor(numbers, dtype=torch.float32, device=device).unbind()
         self._frozen = torch.zeros((), dtype=torch.bool, device=device)
         self._overflows, self._scaled_steps = torch.tensor(
-            (self._skips.overflows, self._skips.scaled_steps), device=device
+            (self._skips.overflows, self._skips.steps_at_scale), device=device
         ).unbind()
         self._scale = torch.tensor(self._skips.loss_scale, dtype=torch.float32, device=device)
         self._scales = needs_loss_scale(config.precision, device)

@@ -11,7 +11,6 @@ from functools import partial
 
 from torch import Tensor
 
-from myllm.checkpoint.retention import save_due
 from myllm.checkpoint.state import TrainState
 from myllm.config import RunConfig
 from myllm.data.dataset import Dataset
@@ -20,6 +19,7 @@ from myllm.distributed import collectives as distributed
 from myllm.distributed.collectives import DistContext
 from myllm.distributed.parallelize import full_params
 from myllm.paths import RunPaths
+from myllm.planning.disk import save_due
 
 from .context import RunContext
 from .evaluator import Eval, EvalInterrupted, run_eval
@@ -110,7 +110,7 @@ def boundary(trainer: Trainer, services: Services, progress: Progress) -> Ending
         early = out_of_patience(progress.state, config)
         last_step = step if early else config.train.max_steps
         ends = stopping or step >= last_step
-        if save_due(config, step, ends):
+        if save_due(config.train, step, ends):
             save_new_state(trainer, services, progress)
         if not stopping and not evaluate(trainer, services, progress, last_step):
             continue  # a stop was requested: the next vote sees it
@@ -136,7 +136,7 @@ def vote_to_stop(services: Services) -> bool:
         services.stop.save_s = services.saver.slowest_s  # how much of the time limit the last save needs
     stopping, save_failed = distributed.all_reduce_any(services.stop.requested(), services.saver.failed)
     if save_failed:
-        services.saver.fail()
+        services.saver.raise_failure()
     return stopping
 
 

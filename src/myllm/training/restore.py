@@ -6,7 +6,7 @@ import torch
 
 from myllm.checkpoint.dcp import read_into, strip_wrapper_prefixes, tensor_names
 from myllm.checkpoint.format import Checkpoint, flatten_moments
-from myllm.checkpoint.integrity import OPTIMIZER, WEIGHTS
+from myllm.checkpoint.layout import OPTIMIZER, WEIGHTS
 from myllm.checkpoint.rng import set_rng_state
 from myllm.checkpoint.state import NO_DATASET, TrainState
 from myllm.config import RunConfig, saved_config

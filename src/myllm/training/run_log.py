@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from myllm.checkpoint.format import checkpoint_dir
+from myllm.checkpoint.layout import checkpoint_dir
 from myllm.checkpoint.state import TrainState
 from myllm.config import RunConfig
 from myllm.data.dataset import Dataset

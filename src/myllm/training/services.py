@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 from myllm.checkpoint.async_saver import AsyncSaver
+from myllm.checkpoint.layout import newest_step
 from myllm.checkpoint.retention import clean_up_partial
 from myllm.checkpoint.state import TrainState
 from myllm.config import to_dict
 from myllm.distributed import collectives as distributed
 from myllm.distributed import launcher as ranks
-from myllm.runs.heartbeat import Heartbeat, newest_checkpoint_step
+from myllm.runs.heartbeat import Heartbeat
 from myllm.runs.reference_curve import ReferenceWatch, find_reference
 from myllm.runs.run_dir import check_shared_disk, claim_run, start_over
 
@@ -62,7 +63,7 @@ def open_run(ctx: RunContext, notes: Sequence[str] = ()) -> Iterator[Heartbeat]:
             archived = start_over(paths, ctx.config) if ctx.config.train.fresh and not restarted else None
             for folder in (paths.checkpoints, paths.best, paths.anomalies):
                 clean_up_partial(folder)
-        heartbeat = Heartbeat(paths.heartbeat, newest_checkpoint_step(paths), writes=dist.is_rank_zero)
+        heartbeat = Heartbeat(paths.heartbeat, newest_step(paths.checkpoints), writes=dist.is_rank_zero)
         heartbeat.write(now=True)  # replaces the last words of the previous start
         distributed.barrier()
         check_shared_disk(paths, dist)
@@ -91,7 +92,7 @@ def start_services(
         evals = build_evals(ctx, trainer.eval_model, dataset, tokenizer, vote)
         reference = ReferenceWatch(find_reference(to_dict(config)), ctx.metrics.rows() if dist.is_rank_zero else ())
         saver = stack.enter_context(AsyncSaver(config, ctx.paths, trainer.model, trainer.optimizer, tokenizer, dist))
-        saver.check_room(step)
+        saver.check_disk_space(step)
         stack.enter_context(Watchdog(ctx, heartbeat, loader, stop))
         hidden = None if dist.is_rank_zero else True  # None: shown only on a terminal
         bar = stack.enter_context(

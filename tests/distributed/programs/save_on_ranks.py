@@ -90,7 +90,7 @@ def fails_alike(saver: AsyncSaver, run: RunPaths, model: Transformer, process: D
         saver.wait()
     except UserError as error:
         said = str(error)
-    assert "no room to save step 9" in said, said
+    assert "no space to save step 9" in said, said
     checkpoint._write_rank_files = real
     weight = sharded.local_tensor(model.blocks[2].feed_forward.down_proj.weight.detach())
     before = weight.clone()

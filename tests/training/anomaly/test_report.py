@@ -16,8 +16,8 @@ from conftest import losses, train_rows, with_train
 from support.rare_token import poison, rare_token, sequences_of_steps
 from torch import nn
 
-from myllm.checkpoint.format import checkpoint_dir, load_checkpoint
-from myllm.checkpoint.retention import list_checkpoints
+from myllm.checkpoint.format import load_checkpoint
+from myllm.checkpoint.layout import checkpoint_dir, list_checkpoints
 from myllm.cli.main import main
 from myllm.config import RunConfig
 from myllm.data.dataloader import read_batch
@@ -232,7 +232,7 @@ def test_skipping_is_as_if_the_update_had_never_been(
     for name, weight in trained_without(config, dataset, rare.step).items():
         assert torch.equal(saved.model[name], weight), name
     skips = saved.state.skips
-    assert (skips.nonfinite, skips.spikes, skips.in_a_row, skips.counted) == (1, 0, 0, 13)
+    assert (skips.nonfinite, skips.spikes, skips.consecutive, skips.norm_count) == (1, 0, 0, 13)
     rows = train_rows(root)
     assert [row["skipped_nonfinite"] for row in rows] == [int(row["step"] >= rare.step) for row in rows]
     assert f"skipped the update of step {rare.step}: its gradient is not finite" in (root / "log.txt").read_text()

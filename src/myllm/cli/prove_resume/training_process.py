@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from myllm.checkpoint.retention import list_checkpoints, step_of
+from myllm.checkpoint.layout import list_checkpoints, step_of
 from myllm.paths import RunPaths, project_root
 from myllm.runs.logs import JsonlFile
 

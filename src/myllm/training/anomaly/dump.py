@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from myllm.checkpoint.format import load_checkpoint
-from myllm.checkpoint.retention import is_removable, list_checkpoints, step_dir_name, unused_path
+from myllm.checkpoint.layout import list_checkpoints, step_dir_name
+from myllm.checkpoint.retention import is_removable, unused_path
 from myllm.config import RunConfig, saved_config
 from myllm.errors import UserError
 from myllm.files import fsync_dir, json_safe, parse_json, read_json, write_json, write_text

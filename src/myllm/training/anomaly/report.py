@@ -163,7 +163,7 @@ def _summary(
     return {
         "step": bad.step,
         "kind": bad.kind,
-        "consecutive": trainer.guard.sync().in_a_row,
+        "consecutive": trainer.guard.sync().consecutive,
         "grad_norm": bad.grad_norm,
         "loss": sum(diagnosis.loss for diagnosis in known) / len(known) if len(known) == len(diagnoses) else None,
         "reproduced": diverged_again if known else None,

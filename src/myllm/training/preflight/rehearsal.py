@@ -12,7 +12,7 @@ from statistics import median
 
 from myllm.checkpoint.async_saver import AsyncSaver
 from myllm.checkpoint.format import load_latest
-from myllm.checkpoint.retention import list_checkpoints, step_of
+from myllm.checkpoint.layout import list_checkpoints, step_of
 from myllm.checkpoint.state import TrainState
 from myllm.config import RunConfig
 from myllm.data.dataloader import BatchLoader
