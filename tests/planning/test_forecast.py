@@ -66,17 +66,17 @@ def plan(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
-    said = plan(capsys, "lf-llm-269m", "--gpus", "8xA100-80", "--train.max-steps", "100")
-    assert "lf-llm-269m on 8 x A100-80 (DDP)" in said
-    assert "100 steps = 52,428,800 tokens" in said
+    output = plan(capsys, "lf-llm-269m", "--gpus", "8xA100-80", "--train.max-steps", "100")
+    assert "lf-llm-269m on 8 x A100-80 (DDP)" in output
+    assert "100 steps = 52,428,800 tokens" in output
     assert re.search(
-        r"micro-batch  \d+ is the largest that fits: --train.micro-batch-size \d+ \(16, as set, fits too\)", said
+        r"micro-batch  \d+ is the largest that fits: --train.micro-batch-size \d+ \(16, as set, fits too\)", output
     )
-    memory = said.partition("\nmemory ")[2].partition("\nprecision ")[0]
+    memory = output.partition("\nmemory ")[2].partition("\nprecision ")[0]
     parts = [float(size) for size in re.findall(r"^  \w[\w' ,]+ +([\d.]+) GiB$", memory, re.MULTILINE)]
-    (whole,) = re.findall(r"memory +([\d.]+) GiB predicted", said)
+    (whole,) = re.findall(r"memory +([\d.]+) GiB predicted", output)
     assert sum(parts) == pytest.approx(float(whole), abs=0.05)
-    assert "assuming 30 % to 50 % of 312 TFLOP/s per GPU" in said
+    assert "assuming 30 % to 50 % of 312 TFLOP/s per GPU" in output
     sharded = plan(capsys, "lf-llm-269m", "--gpus", "8xRTX3060", "--train.parallel", "fsdp")
     assert "(FSDP)" in sharded
     assert "gathered matrices" in sharded
@@ -87,8 +87,8 @@ def test_what_is_not_known_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     old = plan(capsys, "small-50m", "--gpus", "T4")
     assert "precision    float16 with a loss scale" in old
     assert "of 65 TFLOP/s per GPU in float16" in old
-    asked = plan(capsys, "small-50m", "--gpus", "T4", "--train.precision", "bfloat16")
-    assert "bfloat16, which a T4 cannot compute in" in asked
+    output = plan(capsys, "small-50m", "--gpus", "T4", "--train.precision", "bfloat16")
+    assert "bfloat16, which a T4 cannot compute in" in output
     cpu = plan(capsys, "debug", "--gpus", "cpu")
     assert "resident memory of the process" in cpu
     assert "time         unknown for a CPU" in cpu
@@ -99,7 +99,7 @@ def test_what_is_not_known_is_said(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "output"),
     [
         (["debug", "--gpus", "8xFOO"], "known GPUs: "),
         (["debug", "--gpus", "8xA100"], "matches several GPUs: A100-80, A100-40"),
@@ -109,11 +109,11 @@ def test_what_is_not_known_is_said(capsys: pytest.CaptureFixture[str]) -> None:
         (["nothing", "--gpus", "H100"], "unknown preset 'nothing'"),
     ],
 )
-def test_mistakes(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes(words: list[str], output: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["plan", *words])
     assert caught.value.code == 2
-    assert said in capsys.readouterr().err
+    assert output in capsys.readouterr().err
 
 
 def test_help_and_table(capsys: pytest.CaptureFixture[str]) -> None:
@@ -127,6 +127,6 @@ def test_help_and_table(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_every_part_of_a_table_is_there() -> None:
     for gpu in GPU_SPECS:
-        said = describe(predict(get_preset("small-50m"), parse_hardware(gpu.name)))
+        output = describe(predict(get_preset("small-50m"), parse_hardware(gpu.name)))
         for line in ("steps", "memory", "GPU", "time"):
-            assert f"\n{line} " in said
+            assert f"\n{line} " in output

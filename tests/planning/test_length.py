@@ -159,13 +159,15 @@ def test_a_run_in_epochs_from_its_plan_to_its_config(tiny: RunConfig, tmp_path: 
     """While its text is still in the making it waits; the resolved number stays with the run."""
     write_run_config(replace(tiny, train=replace(tiny.train, max_steps=10_000)), tmp_path / "run.json")
     words = ("--data.source", f"files:{write_corpus(tmp_path / 'texts', documents=12, words=60)}")
-    said = pretrain(tmp_path, *words, "--train.epochs", "0.5")
+    output = pretrain(tmp_path, *words, "--train.epochs", "0.5")
     config = json.loads((temp_data / "runs" / "tiny" / "config.json").read_text())["train"]
     tokens = find_dataset("files-texts").train.tokens
     assert config["epochs"] is None
     assert config["max_steps"] == round(0.5 * ((tokens - 1) // 64) / 2)
-    assert f"{config['max_steps']} steps: 0.5" in said
-    assert "with a larger --train.epochs than 0.5 it trains on" in said, "--train.max-steps would be refused beside it"
+    assert f"{config['max_steps']} steps: 0.5" in output
+    assert "with a larger --train.epochs than 0.5 it trains on" in output, (
+        "--train.max-steps would be refused beside it"
+    )
     assert "nothing left to train" in pretrain(tmp_path, *words, "--train.epochs", "0.5")
     assert "nothing left to train" in pretrain(tmp_path, *words), "a run that was begun keeps its length"
     planned = pretrain(tmp_path, *words, "--name", "other", "--dry-run")

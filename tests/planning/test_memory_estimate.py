@@ -145,9 +145,9 @@ def test_what_a_compiled_model_keeps(kind: str) -> None:
         torch.compiler.reset()
     own = {t.untyped_storage().data_ptr() for t in [*step.model.parameters(), *step.model.buffers(), step.tokens]}
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept if torch.is_tensor(t)}
-    found = sum(size for pointer, size in storages.items() if pointer not in own)
+    measured = sum(size for pointer, size in storages.items() if pointer not in own)
     expected = model.n_layers * block_saved_bytes(model, mode, 2 * 64) + outer_saved_bytes(model, mode, 2 * 64)
-    assert expected == pytest.approx(found, rel=0.1)
+    assert expected == pytest.approx(measured, rel=0.1)
 
 
 # -- what follows from the derivation ---------------------------------------------------------------------------------
@@ -159,7 +159,7 @@ def test_the_states_are_sixteen_bytes_a_parameter() -> None:
         from myllm.model.transformer import Transformer
 
         model = Transformer(config.model)
-    stored, buffers = (sum(t.nbytes for t in each) for each in (model.parameters(), model.buffers()))
+    stored, buffers = (sum(t.nbytes for t in tensors) for tensors in (model.parameters(), model.buffers()))
     parts = memory_by_part(config, ComputeMode.of(config, "cuda"))
     assert parts["weights"] == stored + buffers
     assert parts["AdamW's moments"] == 2 * stored

@@ -85,8 +85,8 @@ NOT_FINITE = [
     ],
 )
 def test_a_fault_names_the_setting_and_its_value(setting, value):
-    found = config_errors(changed(GOOD, **{setting.replace(".", "__"): value}), 1)
-    assert any(error.startswith(f"{setting} ") and f"{value}" in error for error in found), found
+    errors = config_errors(changed(GOOD, **{setting.replace(".", "__"): value}), 1)
+    assert any(error.startswith(f"{setting} ") and f"{value}" in error for error in errors), errors
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,7 @@ def test_a_profiled_run_is_the_same_run(tiny: RunConfig) -> None:
     assert "profile" not in json.loads((profiled / "config.json").read_text())["train"]
 
     trace = json.loads((profiled / "profile/trace.json").read_text())
-    names = [each["name"] for each in trace["traceEvents"] if each.get("cat") == "user_annotation"]
+    names = [event["name"] for event in trace["traceEvents"] if event.get("cat") == "user_annotation"]
     micro_steps = 2
     expected = {"data": micro_steps, "forward": micro_steps, "backward": micro_steps, "clip": 1, "optimizer": 1}
     assert {phase: names.count(phase) for phase in PHASES} == {phase: STEPS * n for phase, n in expected.items()}

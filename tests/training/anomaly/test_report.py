@@ -100,10 +100,10 @@ def test_a_document_that_makes_nan_is_found(
 
     capsys.readouterr()
     main(["replay", "tiny"])
-    said = capsys.readouterr().out
-    assert "not finite in the replay either" in said
-    assert "first seen in the output of dropout; its input was finite" in said
-    assert f"--- sample {rare.sample}, sequence {rare.sequence:,}\n{dump.samples[rare.sample]['text']}" in said
+    output = capsys.readouterr().out
+    assert "not finite in the replay either" in output
+    assert "first seen in the output of dropout; its input was finite" in output
+    assert f"--- sample {rare.sample}, sequence {rare.sequence:,}\n{dump.samples[rare.sample]['text']}" in output
     main(["replay", str(dump.folder), "--samples", str(1 - rare.sample), "--precision", "bfloat16"])
     assert "finite in the replay" in capsys.readouterr().out.splitlines()
 

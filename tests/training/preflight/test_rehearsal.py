@@ -112,7 +112,7 @@ def test_what_is_measured(rehearsed, config: RunConfig) -> None:
 
 def test_the_table(rehearsed) -> None:
     result, *_ = rehearsed
-    shown = result.table()
+    output = result.table()
     total = sum(result.seconds_left.values())
     for words in (
         "preflight of tiny on 1 x",
@@ -121,8 +121,8 @@ def test_the_table(rehearsed) -> None:
         "(median of 3)",
         "after step 4",
     ):
-        assert words in shown
-    assert f"cost left    ${total / 100:,.2f} at $36.00 per hour" in shown
+        assert words in output
+    assert f"cost left    ${total / 100:,.2f} at $36.00 per hour" in output
 
 
 def test_a_run_is_the_same_with_and_without(config: RunConfig, temp_data: Path) -> None:
@@ -167,46 +167,46 @@ def test_the_time_that_is_left(result: PreflightResult) -> None:
 def test_the_estimate_is_for_what_is_compiled_there(result: PreflightResult, monkeypatch: pytest.MonkeyPatch) -> None:
     config = with_train(result.config, compile="auto")
     on_card = replace(result, config=config, dist=DistContext(0, 0, 1, torch.device("cuda")))
-    shown = []
+    output = []
     for works in (True, False):
         monkeypatch.setattr(summary, "has_triton", lambda device, works=works: works)
-        shown.append(on_card._memory_line())
-    assert shown[0] != shown[1]
+        output.append(on_card._memory_line())
+    assert output[0] != output[1]
 
 
 def test_too_many_hours(result: PreflightResult) -> None:
-    (said,) = replace(result, limits=Limits(max_hours=0.02)).problems()
+    (problem,) = replace(result, limits=Limits(max_hours=0.02)).problems()
     # 72 s of 218 s are 33 % of the 96 steps ahead.
-    assert "0.06 more hours, but --max-hours is 0.02; lower train.max_steps from 100 to 35, or raise" in said
+    assert "0.06 more hours, but --max-hours is 0.02; lower train.max_steps from 100 to 35, or raise" in problem
     assert replace(result, limits=Limits(max_hours=0.07)).problems() == []
 
 
 def test_a_disk_that_is_too_small(result: PreflightResult) -> None:
     """Two checkpoints and one in the making, 100 MB each, and 2 MB of shards; 250 MB free."""
     tight = replace(result, storage=replace(result.storage, free_bytes=250_000_000))
-    (said,) = tight.problems()
-    assert "not enough disk space at /disk: 302.0 MB to write" in said
-    assert "250.0 MB free, 52.0 MB missing; lower train.keep_last from 3 to 1" in said
+    (problem,) = tight.problems()
+    assert "not enough disk space at /disk: 302.0 MB to write" in problem
+    assert "250.0 MB free, 52.0 MB missing; lower train.keep_last from 3 to 1" in problem
     assert replace(result, storage=replace(result.storage, free_bytes=302_000_000)).problems() == []
-    there = replace(tight.storage, run_bytes=100_000_000)  # what a resumed run has saved already
-    assert replace(tight, storage=there).problems() == []
+    resumed = replace(tight.storage, run_bytes=100_000_000)  # what a resumed run has saved already
+    assert replace(tight, storage=resumed).problems() == []
 
 
 def test_too_little_text(result: PreflightResult) -> None:
     """Training takes what there is, and so does its rehearsal; both say it."""
     few = replace(result.storage, tokens=600_000)
-    said, note = replace(result, storage=few), "note: data.target_tokens 1,000,000 is more than the source has"
-    assert said.problems() == []
-    assert note in said.table()
+    short, note = replace(result, storage=few), "note: data.target_tokens 1,000,000 is more than the source has"
+    assert short.problems() == []
+    assert note in short.table()
     assert note not in replace(result, storage=replace(few, tokens_are_exact=False)).table()  # it may be so far off
     assert replace(result, storage=replace(few, tokens=None)).problems() == []
 
 
 def test_out_of_memory(result: PreflightResult) -> None:
-    (said,) = replace(result, measured=None, out_of_memory=True, fitting_size=4).problems()
-    assert "train.micro_batch_size 1 needs more than the 1.00 GiB that one rank may use; set it to 4" in said
-    (said,) = replace(result, measured=None, out_of_memory=True).problems()
-    assert "not even one sequence of model.max_seq_len 64 fits in the 1.00 GiB" in said
+    (problem,) = replace(result, measured=None, out_of_memory=True, fitting_size=4).problems()
+    assert "train.micro_batch_size 1 needs more than the 1.00 GiB that one rank may use; set it to 4" in problem
+    (problem,) = replace(result, measured=None, out_of_memory=True).problems()
+    assert "not even one sequence of model.max_seq_len 64 fits in the 1.00 GiB" in problem
 
 
 def test_a_failing_evaluation(result: PreflightResult) -> None:
@@ -221,8 +221,8 @@ def test_a_failing_evaluation(result: PreflightResult) -> None:
 
 def test_a_first_step_that_is_not_finite(config: RunConfig, temp_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rehearsal, "train_step", lambda *_: (torch.tensor(nan), torch.tensor(1.0), 0.0))
-    (said,) = preflight(config, ALONE, Limits(), lambda line: None).problems()
-    assert "the first step is not finite (loss nan, gradient norm 1.0): lower optim.max_lr 0.003" in said
+    (problem,) = preflight(config, ALONE, Limits(), lambda line: None).problems()
+    assert "the first step is not finite (loss nan, gradient norm 1.0): lower optim.max_lr 0.003" in problem
 
 
 def test_a_failing_evaluation_is_met(config: RunConfig, temp_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,9 +230,9 @@ def test_a_failing_evaluation_is_met(config: RunConfig, temp_data: Path, monkeyp
         raise RuntimeError("no such thing")
 
     monkeypatch.setattr("myllm.evals.cloze.cloze_sums", failing)
-    (said,) = preflight(config, ALONE, Limits(), lambda line: None).problems()
-    assert "the cloze evaluation failed" in said
-    assert "eval.cloze_every_steps to 0" in said
+    (problem,) = preflight(config, ALONE, Limits(), lambda line: None).problems()
+    assert "the cloze evaluation failed" in problem
+    assert "eval.cloze_every_steps to 0" in problem
 
 
 @pytest.mark.slow
@@ -296,23 +296,23 @@ def test_peaks_are_forgotten() -> None:
     ],
 )
 def test_the_largest_that_fits(limit: int, expected: int | None, tried: list[int]) -> None:
-    asked: list[int] = []
+    measured_sizes: list[int] = []
 
     def measure(size: int) -> int | None:
-        asked.append(size)
+        measured_sizes.append(size)
         peak = 200 + 20 * size
         return peak if peak <= limit else None
 
     assert largest_that_fits([1, 2, 4, 8, 16], measure, limit) == expected
-    assert asked == tried
+    assert measured_sizes == tried
 
 
 def test_memory_that_bends() -> None:
     """A size that the line promised and the device refused, and one that it did not expect: 4 in the end."""
     peaks = {1: 100, 2: 110, 4: 180, 8: None, 16: None}
-    asked: list[int] = []
-    assert largest_that_fits(list(peaks), lambda size: asked.append(size) or peaks[size], 200) == 4
-    assert asked == [1, 2, 8, 4]
+    measured_sizes: list[int] = []
+    assert largest_that_fits(list(peaks), lambda size: measured_sizes.append(size) or peaks[size], 200) == 4
+    assert measured_sizes == [1, 2, 8, 4]
 
 
 def test_sizes_keep_the_batch_exact(config: RunConfig) -> None:
@@ -374,9 +374,9 @@ def test_a_preflights_number_is_for_its_own_conditions(
     tokenizer = load_tokenizer("r50k_base")
 
     def taken(config: RunConfig, limit: int = 2**30, val_tokens: int | None = None, use_preflight: bool = True) -> int:
-        found, why = resolve_micro_batch_size(config, tokenizer, ALONE, val_tokens, limit, use_preflight)
-        assert ("from the preflight" in why) == (found.train.micro_batch_size == 2)
-        return found.train.micro_batch_size
+        resolved, reason = resolve_micro_batch_size(config, tokenizer, ALONE, val_tokens, limit, use_preflight)
+        assert ("from the preflight" in reason) == (resolved.train.micro_batch_size == 2)
+        return resolved.train.micro_batch_size
 
     save_for_run(with_train(auto, micro_batch_size=2), ALONE, 2**29)
     assert taken(auto) == 2
@@ -388,10 +388,10 @@ def test_a_preflights_number_is_for_its_own_conditions(
     assert taken(replace(auto, model=replace(auto.model, n_layers=1))) == 4
     assert taken(replace(auto, name="other")) == 4
     file = paths.micro_batch_file(auto.name)
-    found = json.loads(file.read_text())
+    saved = json.loads(file.read_text())
     odd = [{"device_name": "a card"}, {"torch": "2.0"}, {"world_size": 8}, {"micro_batch_size": 3}]
     odd += [{"micro_batch_size": "2"}, {"micro_batch_size": True}, {"peak_bytes": None}, {"more": 1}]
-    for text in (*(json.dumps(found | change) for change in odd), "[]", "{", "", "\0"):
+    for text in (*(json.dumps(saved | change) for change in odd), "[]", "{", "", "\0"):
         file.write_text(text)
         assert taken(auto) == 4
     file.unlink()
@@ -408,9 +408,9 @@ def test_auto_in_a_file_and_in_the_plan(config: RunConfig, tmp_path: Path) -> No
     path.write_text('{"train": {"micro_batch_size": "most"}}')
     with pytest.raises(UserError, match=r"train\.micro_batch_size: expected an integer or 'auto', found 'most'"):
         load_config(path, RunConfig())
-    shown = describe(predict(with_train(config, micro_batch_size="auto", batch_tokens=256), Hardware(1)))
-    assert "1 sequences x 64 tokens x 1 rank(s) x 4 accumulation step(s) = 256 tokens per step" in shown
-    assert "auto: training takes the largest micro-batch that fits of 1, 2, 4; the memory below is for 1" in shown
+    output = describe(predict(with_train(config, micro_batch_size="auto", batch_tokens=256), Hardware(1)))
+    assert "1 sequences x 64 tokens x 1 rank(s) x 4 accumulation step(s) = 256 tokens per step" in output
+    assert "auto: training takes the largest micro-batch that fits of 1, 2, 4; the memory below is for 1" in output
 
 
 def test_the_command(config: RunConfig, tmp_path: Path, temp_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -420,9 +420,9 @@ def test_the_command(config: RunConfig, tmp_path: Path, temp_data: Path, capsys:
     with pytest.raises(SystemExit) as caught:
         main(["preflight", "--config", path, "--max-hours", "1e-9", "--train.micro-batch-size", "auto"])
     assert caught.value.code == 2
-    shown = capsys.readouterr()
-    assert "but --max-hours is 1e-09; raise --max-hours to" in shown.err
-    assert "micro_batch_size auto: 2" in shown.out
+    output = capsys.readouterr()
+    assert "but --max-hours is 1e-09; raise --max-hours to" in output.err
+    assert "micro_batch_size auto: 2" in output.out
     with pytest.raises(SystemExit) as caught:
         main(["preflight", "--config", path, "--max-hours", "-1"])
     assert caught.value.code == 2
@@ -441,9 +441,9 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         assert "usage: myllm preflight PRESET" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main(["preflight", "debug", "--help"])
-    shown = capsys.readouterr().out
-    assert "usage: myllm preflight debug" in shown
-    assert "--dry-run" not in shown
+    output = capsys.readouterr().out
+    assert "usage: myllm preflight debug" in output
+    assert "--dry-run" not in output
 
 
 def test_a_prepared_data_set_is_known_by_its_settings(config: RunConfig, temp_data: Path) -> None:
@@ -502,9 +502,9 @@ def test_a_signal_leaves_nothing(config: RunConfig, tmp_path: Path) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 143, said
-    assert "Traceback" not in said
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 143, stderr
+    assert "Traceback" not in stderr
     assert list((tmp_path / "data/runs").iterdir()) == []
 
 
@@ -520,9 +520,9 @@ def test_every_part_is_the_runs_own() -> None:
 
 
 @pytest.mark.usefixtures("one_rank", "temp_data")
-@pytest.mark.parametrize("what", ["trial", "rehearsal", "benchmark"])
+@pytest.mark.parametrize("kind", ["trial", "rehearsal", "benchmark"])
 def test_all_is_compiled_and_done_under_the_runs_own_settings(
-    what: str, config: RunConfig, monkeypatch: pytest.MonkeyPatch
+    kind: str, config: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With DDP too, which compiles before the first step: else what is measured is not what runs."""
     seen: list[tuple[str, str]] = []
@@ -548,9 +548,9 @@ def test_all_is_compiled_and_done_under_the_runs_own_settings(
     with scratch_folder(pair) as folder, ExitStack() as stack:
         torch.compiler.reset()
         dataset = random_dataset(config, folder, load_tokenizer("r50k_base"), pair)
-        if what == "trial":
+        if kind == "trial":
             assert measure_peak_bytes(with_train(config, micro_batch_size=1), dataset, pair, 2**40)
-        elif what == "benchmark":
+        elif kind == "benchmark":
             ways.ours(config, pair, dataset, stack, print).step()
         else:
             assert preflight(config, pair, Limits(), limit_bytes=2**40).measured.finite
