@@ -23,7 +23,7 @@ from myllm.paths import temp_data, user_path
 PATHS = ("~nobody-of-this-name/x", "n" * 300, "a/" + "é" * 200 + "/b.json", "/dev/null/x")
 OPTIONS = [
     "data estimate files:PATH", "data estimate files:TEXTS --tokenizer PATH", "data prepare files:PATH",
-    "data prepare files:TEXTS --tokenizer PATH", "data seal PATH", "data verify PATH", "data show PATH",
+    "data prepare files:TEXTS --tokenizer PATH", "data merge PATH", "data verify PATH", "data show PATH",
     "tokenizer train files:PATH", "tokenizer train files:TEXTS --vocab-size 257 --out PATH",
     "plan --config PATH --gpus cpu", "preflight --config PATH", "preflight debug --data.source files:PATH",
     "preflight debug --data.dataset PATH", "preflight debug --data.tokenizer PATH", "eval PATH",

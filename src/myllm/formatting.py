@@ -8,8 +8,8 @@ from .errors import UserError
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
 
 
-def parse_count(text: str, name: str) -> int:
-    """ "10BT", "500M", "2.5e9" or "1_000_000" as a number of tokens.
+def parse_count(text: str) -> int:
+    """ "10BT", "500M", "2.5e9" or "1_000_000" as a whole number.
 
     Raises:
         UserError: anything else.
@@ -18,7 +18,7 @@ def parse_count(text: str, name: str) -> int:
     # "10T" is ten tokens to nobody: a trailing T stands for tokens only behind another letter.
     value = float(re.sub("[_,]", "", found[1])) * _UNITS[found[2].upper()] if found else 0
     if not found or value != int(value):
-        raise UserError(f"{name} {text!r} is not a number of tokens; expected such as 10BT, 500M or 1000000")
+        raise UserError(f"invalid number {text!r}: expected a whole number, for example 10BT, 500M or 1000000")
     return int(value)
 
 

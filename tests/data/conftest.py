@@ -24,7 +24,7 @@ from tiktoken.load import load_tiktoken_bpe
 from tiktoken_ext.openai_public import r50k_pat_str
 
 from myllm.data.dataset import Dataset
-from myllm.data.prepare import prepare as preparing
+from myllm.data.prepare import workers
 from myllm.data.tokenizer.gpt2 import SHIPPED_VOCABULARY
 from myllm.data.tokenizer.load import load_tokenizer
 
@@ -147,7 +147,7 @@ class InProcess(Executor):
 
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preparing, "ProcessPoolExecutor", InProcess)
+    monkeypatch.setattr(workers, "ProcessPoolExecutor", InProcess)
 
 
 PREPARE = """

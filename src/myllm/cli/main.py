@@ -85,7 +85,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "data list": data_cli.list_sources,
     "data estimate": data_cli.estimate,
     "data prepare": data_cli.prepare,
-    "data seal": data_cli.seal,
+    "data merge": data_cli.merge,
     "data verify": data_cli.verify,
     "data show": data_cli.show,
     "tokenizer train": tokenizer_cli.tokenizer_train,
@@ -106,6 +106,14 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "doctor": doctor,
     "prove-resume": prove_cli.prove_resume,
 }
+RENAMED = {
+    "data seal": "data merge",
+    "data prepare --part": "--shard",
+    "data prepare --limit": "--max-documents",
+    "data prepare --seed": "--shuffle-seed",
+    "data prepare --max-file-size-mb": "--shard-tokens (two bytes per token)",
+}
+"""Commands and options of earlier versions, with their new names."""
 GROUPS = ("data", "tokenizer", "checkpoint")
 """First words of commands of two."""
 TAKES_WORDS = {"plan", "preflight", "prove-resume"}
@@ -128,6 +136,11 @@ def main(words: list[str] | None = None) -> None:
         if words[0] in GROUPS and (len(words) == 1 or words[1] in ("-h", "--help")):
             print(_usage(words[0]))
             raise SystemExit(0 if asks_for_help else 2)
+        for old, new in RENAMED.items():
+            *command, last = old.split()
+            options = [word.partition("=")[0] for word in words[len(command) :]]
+            if words[: len(command)] == command and last in (options if last.startswith("--") else options[:1]):
+                raise UserError(f"{last if command and last[0] == '-' else old} was renamed: use {new}")
         name = next((name for name in COMMANDS if words[: name.count(" ") + 1] == name.split()), None)
         if name is None:
             group = words[0] if words[0] in GROUPS else ""

@@ -26,6 +26,8 @@ from tyro.constructors import (
     UnsupportedTypeAnnotationError,
 )
 
+from myllm.formatting import parse_count
+
 NONE = "None"
 NAMES = {str: "TEXT"}
 """What stands for a value in --help, where tyro's own name (INT, FLOAT, PATH) would not do."""
@@ -82,6 +84,7 @@ def _registry() -> ConstructorRegistry:
     registry = ConstructorRegistry()
     registry.struct_rule(_dataclass)
     registry.primitive_rule(_named)
+    registry.primitive_rule(_integer)
     registry.primitive_rule(_optional)
     return registry
 
@@ -112,6 +115,26 @@ def _named(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
         instance_from_str=lambda words: info.type(words[0]),
         is_instance=lambda value: isinstance(value, info.type),
         str_from_instance=lambda value: [str(value).replace("\n", r"\n")],  # what help shows of a default
+    )
+
+
+def _integer(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    """An int may be written 500M or 10BT."""
+    if info.type is not int:
+        return None
+
+    def parse(words: list[str]) -> int:
+        try:
+            return int(words[0])
+        except ValueError:
+            return parse_count(words[0])
+
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="INT",
+        instance_from_str=parse,
+        is_instance=lambda value: isinstance(value, int),
+        str_from_instance=lambda value: [str(value)],
     )
 
 

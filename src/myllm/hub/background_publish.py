@@ -17,7 +17,7 @@ from multiprocessing.queues import Queue
 from pathlib import Path
 
 from myllm.config import HubConfig, RunConfig
-from myllm.data.prepare.work_items import init_worker
+from myllm.data.prepare.workers import init_worker
 from myllm.errors import UserError
 from myllm.paths import RunPaths
 

@@ -86,14 +86,14 @@ def test_a_target_is_met_exactly_and_the_rest_follows(tmp_path: Path) -> None:
     recipe = make_spec(DataConfig(source=f"files:{tmp_path}"))
     whole = estimate(recipe, workers=1)
     half = estimate(recipe, workers=1, target=("tokens", whole.tokens.value / 2))
-    assert (half.share, half.tokens.error) == (pytest.approx(0.5), 0)
+    assert (half.fraction, half.tokens.error) == (pytest.approx(0.5), 0)
     assert half.documents.value == pytest.approx(whole.documents.value / 2)
     assert half.shard_bytes.value == pytest.approx(whole.tokens.value)
     by_documents = estimate(recipe, workers=1, target=("documents", 50.0))
     assert (by_documents.documents.value, by_documents.documents.error) == (pytest.approx(50), 0)
     assert by_documents.tokens.value == pytest.approx(whole.tokens.value / whole.documents.value * 50)
     twice = estimate(recipe, workers=1, target=("bytes", 2 * whole.text_bytes.value))
-    assert twice.share == pytest.approx(2)
+    assert twice.fraction == pytest.approx(2)
 
 
 def test_documents_of_small_files_are_counted_by_the_file(tmp_path: Path) -> None:
@@ -206,5 +206,5 @@ def test_a_server_that_tells_no_sizes_is_refused(hub: HubServer) -> None:
     hub.add_dataset("me/some", {"data/a.jsonl.gz": gzip.compress(as_jsonl(ROWS))})
     recipe = make_spec(DataConfig(source="hub:me/some"))
     files = tuple(replace(file, size_bytes=0) for file in recipe.source.files)
-    with pytest.raises(UserError, match="does not say how large its files are"):
+    with pytest.raises(UserError, match="does not report file sizes"):
         estimate(replace(recipe, source=replace(recipe.source, files=files)), workers=1)

@@ -41,14 +41,14 @@ def work(tmp_path: Path, tokenizer: Tokenizer) -> Work:
             paths = {file.name: Path(file.location) for file in source.files}
             tokenize_item(unit, paths, source, DataConfig(**settings), tokens_path(tmp_path, number), tmp_path / "stop")
             index = load_item_index(tmp_path, number)
-            tokens = np.fromfile(index.path, dtype="<u2")
+            tokens = np.fromfile(tokens_path(tmp_path, number), dtype="<u2")
             assert len(tokens) == index.lengths.sum()
             for document in np.split(tokens, np.cumsum(index.lengths)[:-1]) if len(tokens) else []:
                 assert document[0] == tokenizer.end_of_text
                 assert tokenizer.end_of_text not in document[1:]
                 texts.append(tokenizer.decode(document[1:]))
-            counts.update({key: counts.get(key, 0) + count for key, count in index.faults.counts.items()})
-            places += [each["place"] for each in index.faults.places]
+            counts.update({key: counts.get(key, 0) + count for key, count in index.skips.counts.items()})
+            places += [each["place"] for each in index.skips.places]
         return texts, counts, places
 
     return do
@@ -120,7 +120,7 @@ def test_a_line_of_50_mb(folder: Path, tmp_path: Path, tokenizer: Tokenizer) -> 
         out = tokens_path(tmp_path, number)
         tokenize_item(unit, {"a.jsonl": folder / "a.jsonl"}, source, DataConfig(), out, tmp_path / "stop")
         index = load_item_index(tmp_path, number)
-        assert not index.faults.counts
+        assert not index.skips.counts
         documents += np.split(np.fromfile(out, dtype="<u2"), np.cumsum(index.lengths))[:-1]
     assert len(documents) == 3
     assert [tokenizer.decode(documents[at][1:]) for at in (0, 2)] == ["before", "after"]

@@ -6,7 +6,6 @@ import os
 import random
 import resource
 import threading
-from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +19,8 @@ from myllm.config import DataConfig
 from myllm.data.prepare import prepare as preparing
 from myllm.data.prepare import work_items as units
 from myllm.data.prepare.prepare import prepare
-from myllm.data.prepare.scheduler import Downloads, WorkScheduler
+from myllm.data.prepare.scheduler import WorkScheduler
+from myllm.data.prepare.workers import Downloads, Workers
 from myllm.data.sources.source import SourceFile
 from myllm.errors import UserError
 
@@ -83,8 +83,8 @@ def test_a_file_of_many_units_is_not_followed_by_all_the_others(kind: str, most:
     files = [SourceFile(f"{i}{kind}", f"https://x/{i}", "jsonl", 34 * units.PART_BYTES, "") for i in range(40)]
     found, fetched = units.make_work_items(files, True, 0), set()
     downloads = SimpleNamespace(start=lambda file: fetched.add(file.name))
-    job = WorkScheduler(None, found, range(len(found)), tmp_path, None, downloads, in_flight=8)
-    job._start_downloads(deque(range(len(found))), 0)
+    scheduler = WorkScheduler(SimpleNamespace(work_items=found), tmp_path, Workers(4, None, downloads))
+    scheduler._start_downloads()
     assert len(fetched) == most
 
 

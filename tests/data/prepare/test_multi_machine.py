@@ -96,7 +96,7 @@ def test_parts_of_two_machines_at_once(
         started = [
             preparations.start(source=f"files:{mixed_corpus}", part=f"{number}/3", **settings) for number in (1, 2, 3)
         ]
-        preparations.wait_for(lambda: preparations.seen("work/part-1-of-3/*.bin"))
+        preparations.wait_for(lambda: preparations.seen("work/shard-1-of-3/*.bin"))
         started[0].kill()
         for process in started[1:]:
             _, errors = process.communicate(timeout=60)
@@ -125,13 +125,13 @@ def test_a_part_goes_on_where_it_was_interrupted(
         with pytest.raises(KeyboardInterrupt):
             prepare_worker_shard(asked, "1/1", progress=False)
     prepare_worker_shard(asked, "1/1", progress=False)
-    assert prepare_worker_shard(asked, "1/1", progress=False).name == "part-1-of-1"
+    assert prepare_worker_shard(asked, "1/1", progress=False).name == "shard-1-of-1"
     assert sorted(done) == [f"{number:06d}.bin" for number in range(5)], "a unit was made twice"
     assert hashes(merge_worker_shards(make_spec(asked).folder, progress=False).folder) == expected
     assert len(done) == 5, "what the part had made was made again"
 
 
-def test_an_interrupted_seal_goes_on(asked: DataConfig, hashes: Hashes) -> None:
+def test_an_interrupted_merge_continues(asked: DataConfig, hashes: Hashes) -> None:
     """Also where it was taking over the parts: a unit's tokens were moved, its index was not."""
     expected = alone(asked, hashes)
     for part in ("1/2", "2/2"):
@@ -143,15 +143,15 @@ def test_an_interrupted_seal_goes_on(asked: DataConfig, hashes: Hashes) -> None:
 
 def test_missing_parts_are_named(asked: DataConfig) -> None:
     folder = make_spec(asked).folder
-    with pytest.raises(UserError, match="has no parts to join"):
+    with pytest.raises(UserError, match="has no worker shards to merge"):
         merge_worker_shards(folder, progress=False)
     prepare_worker_shard(asked, "2/4", progress=False)
     unfinished = prepare_worker_shard(asked, "3/4", progress=False)
     (unfinished / "done.json").unlink()
-    with pytest.raises(UserError, match="lacks part-1-of-4, part-3-of-4, part-4-of-4: prepare those first"):
+    with pytest.raises(UserError, match="lacks shard-1-of-4, shard-3-of-4, shard-4-of-4: prepare those first"):
         merge_worker_shards(folder, progress=False)
     prepare_worker_shard(asked, "1/2", progress=False)
-    with pytest.raises(UserError, match="lacks part-2-of-2: "):  # one way to cut is as good as another, but whole
+    with pytest.raises(UserError, match="lacks shard-2-of-2: "):  # one way to cut is as good as another, but whole
         merge_worker_shards(folder, progress=False)
 
 
@@ -167,10 +167,12 @@ def test_a_part_of_other_settings_is_not_joined(asked: DataConfig) -> None:
     other = prepare_worker_shard(replace(asked, strip_control=True), "2/2", progress=False)
     made = prepare_worker_shard(asked, "1/2", progress=False)
     shutil.copytree(other, made.with_name(other.name))
-    with pytest.raises(UserError, match=r"part-2-of-2 is no part of files-mixed-\w+: it was made with other settings"):
+    with pytest.raises(
+        UserError, match=r"shard-2-of-2 does not belong to files-mixed-\w+: it was prepared with other settings"
+    ):
         merge_worker_shards(made.parents[1], progress=False)
     (made.with_name(other.name) / "done.json").write_text("")
-    with pytest.raises(UserError, match="is no part of"):
+    with pytest.raises(UserError, match="does not belong to"):
         merge_worker_shards(made.parents[1], progress=False)
 
 
@@ -178,7 +180,7 @@ def test_a_source_that_changed_meanwhile_is_not_joined(asked: DataConfig, tmp_pa
     source = shutil.copytree(asked.source.partition(":")[2], tmp_path / "copy")
     made = prepare_worker_shard(replace(asked, source=f"files:{source}"), "1/1", progress=False)
     (source / "part0.jsonl").write_text('{"text": "something else"}\n')
-    with pytest.raises(UserError, match="cannot be joined: its source is not what the parts were made from"):
+    with pytest.raises(UserError, match=r"cannot merge .*: the source is not what"):
         merge_worker_shards(made.parents[1], progress=False)
 
 
@@ -207,18 +209,18 @@ def test_an_ordinary_preparation_takes_what_parts_have_finished(
 
 @pytest.mark.parametrize("text", ["0/3", "4/3", "1", "1/", "/3", "1/0", "-1/3", "a/b", "1/3/5", "1.5/3", "", " 1/3"])
 def test_a_part_that_is_none_is_said(text: str, asked: DataConfig) -> None:
-    with pytest.raises(UserError, match="is not one of several: expected such as 3/16"):
+    with pytest.raises(UserError, match=r"invalid worker shard .*for example 3/16"):
         prepare_worker_shard(asked, text, progress=False)
 
 
 def test_parts_share_out_every_unit_and_keep_a_file_together(asked: DataConfig) -> None:
     assert parse_worker_shard("3/16") == (3, 16)
-    found = make_spec(asked).units
+    found = make_spec(asked).work_items
     for parts in range(1, 8):
         shares = [items_of_shard(found, number, parts) for number in range(1, parts + 1)]
         assert sorted(itertools.chain(*shares)) == list(range(len(found)))
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
-    pieces = [(replace(piece, part=part, parts=3),) for unit in found for piece in unit for part in range(3)]
+    pieces = [(replace(piece, part=part, num_parts=3),) for unit in found for piece in unit for part in range(3)]
     for number in (1, 2):
         files = {pieces[at][0].file.name for at in items_of_shard(pieces, number, 2)}
         others = {pieces[at][0].file.name for at in items_of_shard(pieces, 3 - number, 2)}

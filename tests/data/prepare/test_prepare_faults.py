@@ -144,14 +144,14 @@ def test_a_killed_parent_leaves_no_worker_behind(long_file: Path, preparations: 
 
 STOP_A_WORKER = """
 import os, signal, psutil
-from myllm.data.prepare import prepare
-prepare.PATIENCE_S = 0.5
-end_pool = prepare.end_pool
+from myllm.data.prepare import workers as pools
+pools.PATIENCE_S = 0.5
+shut_down = pools._shut_down
 def stopping(*arguments):
     workers = [child for child in psutil.Process().children() if "--multiprocessing-fork" in child.cmdline()]
     os.kill(workers[0].pid, signal.SIGSTOP)
-    end_pool(*arguments)
-prepare.end_pool = stopping
+    shut_down(*arguments)
+pools._shut_down = stopping
 """
 
 
@@ -246,7 +246,7 @@ def test_a_file_that_vanishes_is_named_and_may_be_put_back(
     with pytest.MonkeyPatch.context() as patch:
         # After the listing, before it is read.
         patch.setattr(units, "order_files", lambda *a: ((copy / "07.py").unlink(missing_ok=True), found(*a))[1])
-        with pytest.raises(UserError, match=r"07\.py is no longer there; put it back"):
+        with pytest.raises(UserError, match=r"07\.py no longer exists; restore it"):
             prepare_big(copy, 2)
     shutil.copyfile(big_corpus / "07.py", copy / "07.py")
     made = hashes(prepare_big(copy, 3).folder)

@@ -37,13 +37,13 @@ def config(source: Path, **changes: object) -> DataConfig:
 def test_too_little_room_is_said_before_anything_starts(
     mixed_corpus: Path, temp_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preparing, "worker_pools", None)
+    monkeypatch.setattr(preparing, "start_workers", None)
     leave(monkeypatch, 1_000)
     for call in (
         lambda: prepare(config(mixed_corpus), progress=False),
         lambda: prepare_worker_shard(config(mixed_corpus), "1/2", progress=False),
     ):
-        with pytest.raises(UserError, match=rf"needs about .* under {temp_data}.* of shards.* has 0\.0 MB free"):
+        with pytest.raises(UserError, match=rf"needs about .* under {temp_data}.* of shards.* only 0\.0 MB are free"):
             call()
 
 
@@ -72,7 +72,7 @@ def test_what_is_there_already_counts_as_room(mixed_corpus: Path, monkeypatch: p
 def check(recipe: DatasetSpec, monkeypatch: pytest.MonkeyPatch, free_bytes: int) -> str:
     recipe.folder.parent.mkdir(parents=True, exist_ok=True)
     leave(monkeypatch, free_bytes)
-    return check_disk(recipe, workers=1)
+    return check_disk(recipe, worker_count=1)
 
 
 def test_the_room_is_said_where_there_is_enough(mixed_corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -83,7 +83,7 @@ def test_the_room_is_said_where_there_is_enough(mixed_corpus: Path, capsys: pyte
 MOMENTS = {
     "a unit": ("myllm.data.prepare.work_items.np.savez", 1),
     "a shard": ("myllm.data.prepare.shard_writer.write_shard", 2),
-    "the settings": ("myllm.data.prepare.prepare.write_json", 0),
+    "the settings": ("myllm.data.prepare.work_dir.write_json", 0),
     "the list of shards": ("myllm.data.prepare.shard_writer.write_json", 1),
     "the spans": ("myllm.data.prepare.shard_writer.np.save", 0),
     "the manifest": ("myllm.data.prepare.shard_writer.write_json", -1),
@@ -112,7 +112,9 @@ def test_room_that_runs_out_is_said_and_nothing_is_lost(
     with monkeypatch.context() as patch:
         patch.setattr(owner, function, fail)
         for _ in range(2):  # the second time it is no better
-            with pytest.raises(UserError, match=r"no room to write the data set.*kept: free some space and the same"):
+            with pytest.raises(
+                UserError, match=r"no room to write the data set.*kept: free some space and run the same"
+            ):
                 prepare(config(mixed_corpus, shard_tokens=9_000), progress=False)
     assert len(calls) > max(after, 0)
     [folder] = (path for path in make_spec(config(mixed_corpus)).folder.parent.iterdir() if path.is_dir())
@@ -197,14 +199,14 @@ def test_only_unfinished_units_are_done_again(
 def test_tokens_are_deleted_once_they_are_in_shards(mixed_corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(units, "SMALL_BYTES", 1)
     most = 0
-    settle = assemble.ShardWriter.settle
+    list_written = assemble.ShardWriter.list_written
 
-    def look(self: assemble.ShardWriter, all_of_them: bool = False) -> None:
+    def look(self: assemble.ShardWriter, wait_for_all: bool = False) -> None:
         nonlocal most
-        settle(self, all_of_them)
+        list_written(self, wait_for_all)
         most = max(most, len(list((self._folder / "work").glob("*.bin"))))
 
-    monkeypatch.setattr(assemble.ShardWriter, "settle", look)
+    monkeypatch.setattr(assemble.ShardWriter, "list_written", look)
     prepare(config(mixed_corpus, shard_tokens=500), progress=False)
     assert most <= 3, "units lie about that no shard needs"
 

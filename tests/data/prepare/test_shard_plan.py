@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from myllm.config import DataConfig
 from myllm.data.prepare.shard_plan import HashSet, ShardPlanner, ShardSpec
 from myllm.data.prepare.work_items import ItemIndex
 from myllm.data.sources.readers import SkipLog
@@ -109,16 +109,20 @@ class Naive:
 def cut(
     rules: Rules, documents: list[Document], borders: list[int]
 ) -> tuple[list[ShardSpec], ShardPlanner, list[list[Document]]]:
-    """What CutList makes of the documents, dealt out to units that end at these borders."""
+    """What ShardPlanner plans for the documents, in work items that end at these borders."""
     edges = [0, *sorted(min(border, len(documents)) for border in borders), len(documents)]
-    units = [documents[a:b] for a, b in pairwise(edges)]
-    cuts = ShardPlanner(rules.val_tokens, rules.shard_tokens, rules.target_tokens, rules.max_documents, rules.dedup)
-    made = []
-    for number, unit in enumerate(units):
-        lengths = np.array([length for length, _ in unit], dtype=np.int64)
-        hashes = np.array([content for _, content in unit], dtype=np.uint64)
-        made += list(cuts.add(number, ItemIndex(Path(str(number)), lengths, hashes, SkipLog())))
-    return made + list(cuts.finish()), cuts, units
+    items = [documents[a:b] for a, b in pairwise(edges)]
+    config = DataConfig(
+        val_tokens=rules.val_tokens, shard_tokens=rules.shard_tokens, target_tokens=rules.target_tokens,
+        max_documents=rules.max_documents, dedup_exact=rules.dedup,
+    )  # fmt: skip
+    planner = ShardPlanner(config)
+    shards = []
+    for number, item in enumerate(items):
+        lengths = np.array([length for length, _ in item], dtype=np.int64)
+        hashes = np.array([content for _, content in item], dtype=np.uint64)
+        shards += list(planner.add(number, ItemIndex(lengths, hashes, SkipLog())))
+    return shards + list(planner.finish()), planner, items
 
 
 def tokens_of(cuts: list[ShardSpec], split: str, units: list[list[Document]]) -> list[tuple[int, int]]:

@@ -34,7 +34,7 @@ def file(name: str, size_bytes: int = 1, where: str = "/x") -> SourceFile:
 
 
 def shape(units: list[WorkItem]) -> list[list[tuple[str, int, int]]]:
-    return [[(piece.file.name, piece.part, piece.parts) for piece in unit] for unit in units]
+    return [[(piece.file.name, piece.part, piece.num_parts) for piece in unit] for unit in units]
 
 
 # -- which files together ---------------------------------------------------------------------------------------------
@@ -56,7 +56,7 @@ def test_each_file_and_part_is_in_one_unit(
     for each in files:
         mine = [piece for piece in pieces if piece.file == each]
         parts = len(mine)
-        assert sorted((piece.part, piece.parts) for piece in mine) == [(part, parts) for part in range(parts)]
+        assert sorted((piece.part, piece.num_parts) for piece in mine) == [(part, parts) for part in range(parts)]
         assert (parts > 1) == (each.name.endswith(".parquet") and each.size_bytes > 1.5 * PART_BYTES)
         assert all(piece.size_bytes <= 1.5 * PART_BYTES for piece in mine if parts > 1)
     assert len(pieces) == sum(len({piece for piece in pieces if piece.file == each}) for each in files)
@@ -120,7 +120,7 @@ def tokenise(source: Source, folder: Path, **settings: object) -> None:
 def test_a_unit_is_its_documents_end_to_end_with_an_index(source: Source, tmp_path: Path) -> None:
     tokenise(source, tmp_path)
     index, tokenizer = load_item_index(tmp_path, 0), load_tokenizer()
-    tokens = np.fromfile(index.path, dtype="<u2")
+    tokens = np.fromfile(tokens_path(tmp_path, 0), dtype="<u2")
     texts = ["One text.", "two", "three <|endoftext|> \ufffd", "two"]
     documents = np.split(tokens, np.cumsum(index.lengths)[:-1])
     assert [int(document[0]) for document in documents] == [tokenizer.end_of_text] * 4
@@ -129,19 +129,19 @@ def test_a_unit_is_its_documents_end_to_end_with_an_index(source: Source, tmp_pa
     digests = [hashlib.sha256(document.tobytes()).digest() for document in documents]
     assert index.hashes.tolist() == [int.from_bytes(digest[:8], "little") for digest in digests]
     assert (index.lengths.dtype, index.hashes.dtype) == (np.int64, np.uint64)
-    assert {each["reason"]: each["place"] for each in index.faults.places} == {
+    assert {each["reason"]: each["place"] for each in index.skips.places} == {
         "empty": "b.txt, document 1",
         "invalid_json": "c.jsonl, line 2",
         "lone_surrogates_replaced": "c.jsonl, line 3",
         "end_of_text_spelled_out": "c.jsonl, document 2",
     }
-    assert set(index.faults.counts.values()) == {1}
+    assert set(index.skips.counts.values()) == {1}
 
 
 def test_cleaning_is_asked_for_by_the_settings(source: Source, tmp_path: Path) -> None:
     tokenise(source, tmp_path, min_chars=5)
     assert len(load_item_index(tmp_path, 0).lengths) == 2
-    assert load_item_index(tmp_path, 0).faults.counts["too_short"] == 2
+    assert load_item_index(tmp_path, 0).skips.counts["too_short"] == 2
 
 
 def test_batches_of_any_size_give_the_same(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,9 +171,9 @@ def test_a_text_that_the_tokenizer_fails_on_is_named_with_its_file(
     tokenise(source, tmp_path)
     found = load_item_index(tmp_path, 0)
     assert len(found.lengths) == 3
-    assert found.faults.counts["untokenisable"] == 1
-    assert found.faults.places[-1]["place"] == "c.jsonl, a text of 21 characters"
-    assert "stack overflow" in found.faults.places[-1]["detail"]
+    assert found.skips.counts["untokenizable"] == 1
+    assert found.skips.places[-1]["place"] == "c.jsonl, a text of 21 characters"
+    assert "stack overflow" in found.skips.places[-1]["detail"]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError(), OSError(28, "No space left on device")])
@@ -192,7 +192,7 @@ def test_what_is_not_the_texts_fault_ends_the_unit(
 
 def test_a_file_that_has_gone_is_no_damage_but_an_error(source: Source, tmp_path: Path) -> None:
     (tmp_path / "texts" / "a.txt").unlink()
-    with pytest.raises(UserError, match=r"a\.txt is no longer there"):
+    with pytest.raises(UserError, match=r"a\.txt no longer exists"):
         tokenise(source, tmp_path)
     assert not is_tokenized(tmp_path, 0)
 

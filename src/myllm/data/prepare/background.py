@@ -15,9 +15,10 @@ from myllm.data.sources.source import check_source
 from myllm.data.tokenizer.load import load_tokenizer
 from myllm.errors import UserError
 
-from .prepare import disk_errors_for_users, is_complete, prepare, remove_work, resolve
+from .prepare import disk_errors_for_users, prepare, resolve
 from .status import BACKGROUND, is_being_prepared, preparation_ended, preparation_lock, raise_if_abandoned
-from .work_items import init_worker
+from .work_dir import is_complete, remove_work_dir
+from .workers import init_worker
 
 POLL_S = 0.3
 NICE = 10
@@ -63,7 +64,7 @@ def prepare_in_background(
     if is_complete(folder):
         if starts and (folder / WORK).exists():  # a preparation was killed right after it wrote the manifest
             with disk_errors_for_users(), preparation_lock(folder):
-                remove_work(folder)
+                remove_work_dir(folder)
         yield Dataset.open(folder)
         return
     process: BaseProcess | None = None

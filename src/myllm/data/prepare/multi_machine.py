@@ -1,12 +1,13 @@
-"""One data set made on several machines: each tokenises a part of the files, one joins them. They never talk.
+"""One data set prepared on several machines: each tokenizes one worker shard of the files, and one machine merges them.
 
-`work/part-3-of-16/` holds a part's units, and `done.json` once it has them all. Joining is the ordinary preparation,
-which finds its units made, so the bytes are those of one machine.
+`work/shard-3-of-16/` holds the tokens of a worker shard, and `done.json` once they are complete. Merging is the
+ordinary preparation, which finds the work items tokenized, so the bytes are those of a single machine.
 """
 
 import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 from tqdm import tqdm
@@ -18,20 +19,16 @@ from myllm.errors import UserError
 from myllm.files import read_json, write_json
 
 from .disk_space import check_disk
-from .prepare import (
-    PART_DONE,
-    disk_errors_for_users,
-    forget_damaged,
-    is_complete,
-    open_work,
-    prepare,
-    resolve,
-    worker_pools,
-)
+from .prepare import disk_errors_for_users, prepare, resolve
 from .progress import progress_bar
-from .scheduler import WorkScheduler
+from .scheduler import WorkScheduler, item_bytes
 from .status import preparation_lock
-from .work_items import WorkItem, load_item_index, tokens_path
+from .work_dir import DONE, delete_damaged_items, is_complete, open_work_dir
+from .work_items import WorkItem, load_item_index
+from .workers import start_workers
+
+MARGIN = 1.05
+"""A worker shard tokenizes this much more than its share of the target, since files differ."""
 
 
 def parse_worker_shard(text: str) -> tuple[int, int]:
@@ -40,93 +37,106 @@ def parse_worker_shard(text: str) -> tuple[int, int]:
     Raises:
         UserError: anything else.
     """
-    part, slash, parts = text.partition("/")
-    if not (slash and part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
-        raise UserError(f"the part {text!r} is not one of several: expected such as 3/16, from 1/16 to 16/16")
-    return int(part), int(parts)
+    number, slash, count = text.partition("/")
+    if not (slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise UserError(f"invalid worker shard {text!r}: expected NUMBER/COUNT, for example 3/16 (from 1/16 to 16/16)")
+    return int(number), int(count)
 
 
-def items_of_shard(units: Sequence[WorkItem], number: int, parts: int) -> list[int]:
-    """The units of one part, by number: files are dealt out in turn, so that the parts go forward together."""
-    dealt: dict[str, int] = {}
-    for unit in units:
-        dealt.setdefault(unit[0].file.name, len(dealt))
-    return [at for at, unit in enumerate(units) if dealt[unit[0].file.name] % parts == number - 1]
+def items_of_shard(items: Sequence[WorkItem], number: int, count: int) -> list[int]:
+    """The numbers of one worker shard's items. Files are dealt out in turn, so all worker shards progress alike."""
+    order: dict[str, int] = {}
+    for item in items:
+        order.setdefault(item[0].file.name, len(order))
+    return [index for index, item in enumerate(items) if order[item[0].file.name] % count == number - 1]
 
 
-def prepare_worker_shard(config: DataConfig, part: str, progress: bool = True) -> Path:
-    """Tokenise one part of the files, for `seal` to join.
+def prepare_worker_shard(config: DataConfig, shard: str, progress: bool = True) -> Path:
+    """Tokenize one worker shard, for `merge_worker_shards`.
+
+    Args:
+        shard: such as "3/16".
 
     Returns:
-        the part's folder
+        its folder
 
     Raises:
-        UserError: as `prepare`, and a part that is not one.
+        UserError: as `prepare`, and an invalid worker shard.
     """
-    number, parts = parse_worker_shard(part)
-    recipe = resolve(config)
-    work = recipe.folder / WORK / f"part-{number}-of-{parts}"
-    units = recipe.units
-    mine = items_of_shard(units, number, parts)
-    with disk_errors_for_users(), preparation_lock(recipe.folder, f".part-{number}-of-{parts}"):
-        with preparation_lock(recipe.folder):  # shared by all parts
-            if is_complete(recipe.folder) or (work / PART_DONE).exists():
+    number, count = parse_worker_shard(shard)
+    spec = resolve(config)
+    name = f"shard-{number}-of-{count}"
+    work = spec.folder / WORK / name
+    numbers = items_of_shard(spec.work_items, number, count)
+    with disk_errors_for_users(), preparation_lock(spec.folder, f".{name}"):
+        with preparation_lock(spec.folder):  # other worker shards may be starting, or all may be merged already
+            if is_complete(spec.folder) or (work / DONE).exists():
                 return work
-            open_work(recipe, work)
-        workers = config.workers or usable_cores()
-        room = check_disk(recipe, workers, parts)
+            open_work_dir(spec, work)
+        worker_count = config.workers or usable_cores()
+        space = check_disk(spec, worker_count, count)
         if progress:
-            tqdm.write(f"preparing part {part} of {recipe.folder.name}: {room}", file=sys.stderr)
-        # Where only so much is wanted, a part makes its share of it, and a little more: files differ.
-        wanted = None if config.target_tokens is None else 1.05 * (config.target_tokens + config.val_tokens) / parts
-        most = None if config.max_documents is None else 1.05 * config.max_documents / parts
-        tokens, made, size_bytes = 0, 0, sum(piece.size_bytes for each in mine for piece in units[each])
-        with worker_pools(recipe, work, workers) as (pool, downloads), progress_bar(size_bytes, progress) as bar:
-            forget_damaged(work, pool)
-            job = WorkScheduler(recipe, units, mine, work, pool, downloads, in_flight=2 * workers)
-            with job.finished(bar) as finished:
-                for each in finished:
-                    bar.update(sum(piece.size_bytes for piece in units[each]))
-                    tokens += tokens_path(work, each).stat().st_size // 2
-                    made += len(load_item_index(work, each).lengths) if most is not None else 0
-                    if (wanted is not None and tokens >= wanted) or (most is not None and made >= most):
+            tqdm.write(f"preparing worker shard {shard} of {spec.folder.name}: {space}", file=sys.stderr)
+        max_tokens = max_documents = float("inf")
+        if config.target_tokens is not None:
+            max_tokens = MARGIN * (config.target_tokens + config.val_tokens) / count
+        if config.max_documents is not None:
+            max_documents = MARGIN * config.max_documents / count
+        tokens = documents = 0
+        with (
+            start_workers(spec, work, worker_count) as workers,
+            progress_bar(item_bytes(spec, numbers), progress) as bar,
+        ):
+            delete_damaged_items(work, workers.pool)
+            with closing(WorkScheduler(spec, work, workers, numbers).run(bar)) as finished:
+                for item in finished:
+                    lengths = load_item_index(work, item).lengths
+                    tokens += int(lengths.sum())
+                    documents += len(lengths)
+                    if tokens >= max_tokens or documents >= max_documents:
                         break
-        shutil.rmtree(work / "downloads", ignore_errors=True)  # what was fetched ahead, and not needed
-        done = {"fingerprint": recipe.fingerprint, "part": number, "of": parts, "tokens": tokens}
-        write_json(work / PART_DONE, done)
+        shutil.rmtree(work / "downloads", ignore_errors=True)  # downloaded ahead, and not needed
+        write_json(work / DONE, {"fingerprint": spec.fingerprint, "shard": number, "of": count, "tokens": tokens})
     return work
 
 
 def merge_worker_shards(folder: Path, workers: int = 0, progress: bool = True) -> Dataset:
-    """Join the parts of a data set.
+    """Merge the worker shards of a data set.
 
     Raises:
-        UserError: there are none, some are missing, or the source is not what they were made from.
+        UserError: there are none, some are missing, or the source has changed since they were prepared.
     """
-    found = [path for path in (folder / WORK).glob("part-*-of-*") if path.name.rpartition("-")[2].isdecimal()]
+    found = [path for path in (folder / WORK).glob("*-of-*") if path.name.rpartition("-")[2].isdecimal()]
     if not found and not is_complete(folder):
-        raise UserError(f"{folder} has no parts to join; make them with `myllm data prepare SOURCE --part 1/N` and on")
-    for parts in sorted({int(path.name.rpartition("-")[2]) for path in found}):
-        names = [f"part-{number}-of-{parts}" for number in range(1, parts + 1)]
-        if missing := [name for name in names if not (folder / WORK / name / PART_DONE).exists()]:
+        raise UserError(
+            f"{folder} has no worker shards to merge; prepare them with `myllm data prepare SOURCE --shard 1/N`, 2/N, "
+            "... N/N"
+        )
+    for count in sorted({int(path.name.rpartition("-")[2]) for path in found}):
+        missing = [
+            f"shard-{number}-of-{count}"
+            for number in range(1, count + 1)
+            if not any((folder / WORK).glob(f"*-{number}-of-{count}/{DONE}"))
+        ]
+        if missing:
             raise UserError(
                 f"{folder / WORK} lacks {', '.join(missing[:8])}{' and more' if len(missing) > 8 else ''}: prepare "
-                "those first, with the same settings; a part made on another machine is copied there as a folder"
+                "those first with the same settings; copy the folder of a worker shard from another machine there"
             )
-    config = settings_of(folder, workers)
+    config = read_settings(folder, workers)
     if not is_complete(folder) and resolve(config).folder.resolve() != folder.resolve():
         raise UserError(
-            f"{folder} cannot be joined: its source is not what the parts were made from (or MYLLM_DATA is another "
-            "folder than it was); put the source back as it was, or prepare it again"
+            f"cannot merge {folder}: the source is not what the worker shards were prepared from (or MYLLM_DATA is "
+            "another folder than it was); restore the source, or prepare it again"
         )
     return prepare(config, progress)
 
 
-def settings_of(folder: Path, workers: int = 0) -> DataConfig:
-    """The settings that a data set was begun with.
+def read_settings(folder: Path, workers: int = 0) -> DataConfig:
+    """The settings that a data set was prepared with.
 
     Raises:
-        UserError: there are none.
+        UserError: they are missing.
     """
     try:
         values = read_json(folder / SETTINGS)

@@ -1,4 +1,4 @@
-"""How far the tokenising is: a bar on a terminal, a line now and then in a log."""
+"""Progress of a preparation: a bar on a terminal, a line now and then in a log."""
 
 import sys
 import time
@@ -6,16 +6,16 @@ from collections.abc import Callable
 
 from tqdm import tqdm
 
-SAY_EVERY_S = 30.0
+LOG_EVERY_S = 30.0
 
 
 class ProgressLines:
-    """The part of tqdm's surface that preparations use, for a stream that no one watches: whole lines, and few."""
+    """The part of tqdm's interface that preparations use, for logs: whole lines, and few."""
 
-    def __init__(self, total: int, what: str, clock: Callable[[], float] = time.monotonic) -> None:
-        self._total, self._what, self._clock = total, what, clock
+    def __init__(self, total: int, description: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self._total, self._description, self._clock = total, description, clock
         self._done, self._postfix = 0, ""
-        self._started = self._said = clock()
+        self._started = self._logged = clock()
 
     def __enter__(self) -> "ProgressLines":
         return self
@@ -33,13 +33,13 @@ class ProgressLines:
             self.refresh()
 
     def refresh(self) -> None:
-        """Say how far it is, unless that was said a moment ago."""
+        """Print a line if the last one is old enough."""
         now = self._clock()
-        if now - self._said < SAY_EVERY_S:
+        if now - self._logged < LOG_EVERY_S:
             return
-        self._said = now
+        self._logged = now
         line = tqdm.format_meter(
-            self._done, max(self._total, self._done), now - self._started, prefix=self._what, unit="B",
+            self._done, max(self._total, self._done), now - self._started, prefix=self._description, unit="B",
             unit_scale=True, postfix=self._postfix,
             bar_format="{desc}: {percentage:.0f}% of {total_fmt}B, {rate_fmt}, {remaining} left{postfix}",
         )  # fmt: skip
@@ -49,8 +49,8 @@ class ProgressLines:
 Progress = tqdm | ProgressLines
 
 
-def progress_bar(size_bytes: int, progress: bool, what: str = "tokenising") -> Progress:
-    """For so many bytes of a source."""
+def progress_bar(size_bytes: int, progress: bool, description: str = "tokenizing") -> Progress:
+    """For `size_bytes` of a source."""
     if progress and not sys.stderr.isatty():
-        return ProgressLines(size_bytes, what)
-    return tqdm(total=size_bytes, desc=what, unit="B", unit_scale=True, disable=not progress, leave=False)
+        return ProgressLines(size_bytes, description)
+    return tqdm(total=size_bytes, desc=description, unit="B", unit_scale=True, disable=not progress, leave=False)

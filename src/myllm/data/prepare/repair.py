@@ -1,8 +1,8 @@
-"""Shards that were damaged, made anew from the source: only those, and byte for byte."""
+"""Rebuild damaged shards from the source: only those, and byte for byte."""
 
 import shutil
+from contextlib import closing
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 
@@ -10,78 +10,87 @@ from myllm.data.dataset import FORMAT, SPANS, TOKENIZER, Dataset
 from myllm.distributed.cpu_threads import usable_cores
 from myllm.errors import UserError
 
-from .multi_machine import settings_of
-from .prepare import disk_errors_for_users, worker_pools
+from .multi_machine import read_settings
+from .prepare import disk_errors_for_users
 from .progress import progress_bar
-from .scheduler import WorkScheduler
+from .scheduler import WorkScheduler, item_bytes
+from .shard_plan import Span
 from .shard_writer import write_shard
 from .spec import DatasetSpec, make_spec
 from .status import preparation_lock
 from .work_items import tokens_path
+from .workers import start_workers
 
 
-def repair(dataset: Dataset, damaged: list[str], workers: int = 0, progress: bool = True) -> None:
-    """Make the named shards again and put them in their places.
+def repair(dataset: Dataset, damaged: list[str], worker_count: int = 0, progress: bool = True) -> None:
+    """Rebuild shards and replace the damaged ones.
+
+    Args:
+        damaged: their file names.
 
     Raises:
-        UserError: the source has changed, is gone, or no longer gives the same bytes; nothing is replaced then.
+        UserError: the source has changed or is gone, or no longer gives the same bytes. Then nothing is replaced.
     """
     folder = dataset.folder
-    recipe = _same_recipe(dataset)
-    spans = _spans_of(dataset, damaged)
-    numbers = sorted({unit for each in spans.values() for unit, _, _ in each})
-    units, work = recipe.units, folder / ".repair"
-    workers = workers or usable_cores()
+    spec = _original_spec(dataset)
+    spans = _read_spans(dataset, damaged)
+    numbers = sorted({item for shard_spans in spans.values() for item, _, _ in shard_spans})
+    work, worker_count = folder / ".repair", worker_count or usable_cores()
     with disk_errors_for_users(), preparation_lock(folder):
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir()
         try:
-            size_bytes = sum(piece.size_bytes for number in numbers for piece in units[number])
-            with worker_pools(recipe, work, workers) as (pool, downloads), progress_bar(size_bytes, progress) as bar:
-                job = WorkScheduler(recipe, units, numbers, work, pool, downloads, in_flight=2 * workers)
-                with job.finished(bar) as finished:
-                    for number in finished:
-                        bar.update(sum(piece.size_bytes for piece in units[number]))
-            for file, each in spans.items():
-                digest = write_shard(work / file, [(tokens_path(work, unit), start, end) for unit, start, end in each])
-                said = next(shard.sha256 for shard in dataset.shards if shard.file == file)
-                if digest != said:
+            with (
+                start_workers(spec, work, worker_count) as workers,
+                progress_bar(item_bytes(spec, numbers), progress) as bar,
+                closing(WorkScheduler(spec, work, workers, numbers).run(bar)) as finished,
+            ):
+                for _ in finished:
+                    pass
+            for file, shard_spans in spans.items():
+                digest = write_shard(
+                    work / file, [(tokens_path(work, item), start, end) for item, start, end in shard_spans]
+                )
+                expected = next(shard.sha256 for shard in dataset.shards if shard.file == file)
+                if digest != expected:
                     raise UserError(
-                        f"{file} made again has sha256 {digest[:12]}..., the manifest says {said[:12]}...: a library "
-                        f"reads or tokenises otherwise than it did; delete {folder} and prepare it again"
+                        f"the rebuilt {file} has sha256 {digest[:12]}..., expected {expected[:12]}...: a library reads "
+                        f"or tokenizes differently than before; delete {folder} and prepare it again"
                     )
                 (work / file).replace(folder / file)
         finally:
             shutil.rmtree(work, ignore_errors=True)
 
 
-def _same_recipe(dataset: Dataset) -> DatasetSpec:
-    config = settings_of(dataset.folder)
-    own = dataset.folder / TOKENIZER
-    recipe = make_spec(replace(config, tokenizer=str(own)) if own.exists() else config)
-    # Which documents went where, spans.npy says: an older version's way of choosing them is not needed here.
-    how = {"format", "val_tokens"} if dataset.manifest["format"] != FORMAT else set()
-    changed = [key for key, value in recipe.describe().items() if dataset.manifest.get(key) != value and key not in how]
+def _original_spec(dataset: Dataset) -> DatasetSpec:
+    config = read_settings(dataset.folder)
+    own_tokenizer = dataset.folder / TOKENIZER
+    spec = make_spec(replace(config, tokenizer=str(own_tokenizer)) if own_tokenizer.exists() else config)
+    # spans.npy has the split into validation and training, so an earlier format's rules for it do not matter.
+    ignored = {"format", "val_tokens"} if dataset.manifest["format"] != FORMAT else set()
+    changed = [
+        key for key, value in spec.describe().items() if dataset.manifest.get(key) != value and key not in ignored
+    ]
     if changed:
         raise UserError(
-            f"{dataset.folder} cannot be repaired: {', '.join(changed)} is not what it was made from. Put the source "
-            "back as it was, or delete the folder and prepare it again"
+            f"cannot repair {dataset.folder}: {', '.join(changed)} differ from when it was prepared. Restore the "
+            "source, or delete the folder and prepare it again"
         )
-    return recipe
+    return spec
 
 
-def _spans_of(dataset: Dataset, damaged: list[str]) -> dict[str, list[tuple[int, int, int]]]:
-    """Which tokens of which units the named shards hold."""
-    path: Path = dataset.folder / SPANS
+def _read_spans(dataset: Dataset, damaged: list[str]) -> dict[str, list[Span]]:
+    """By shard file, the tokens of work items that it holds, in order."""
+    path = dataset.folder / SPANS
     try:
         rows = np.load(path)
     except (OSError, ValueError, EOFError) as error:
         raise UserError(
-            f"cannot repair without {path}, which says what each shard holds ({error}); "
-            f"delete {dataset.folder} and prepare it again"
+            f"cannot repair without {path}, which lists the content of each shard ({error}); delete {dataset.folder} "
+            "and prepare it again"
         ) from None
-    wanted = {number: shard.file for number, shard in enumerate(dataset.shards) if shard.file in damaged}
-    found: dict[str, list[tuple[int, int, int]]] = {file: [] for file in wanted.values()}
-    for shard, unit, start, end in rows[np.isin(rows[:, 0], list(wanted))].tolist():
-        found[wanted[shard]].append((unit, start, end))
-    return found
+    files = {number: shard.file for number, shard in enumerate(dataset.shards) if shard.file in damaged}
+    spans: dict[str, list[Span]] = {file: [] for file in files.values()}
+    for shard, item, start, end in rows[np.isin(rows[:, 0], list(files))].tolist():
+        spans[files[shard]].append((item, start, end))
+    return spans

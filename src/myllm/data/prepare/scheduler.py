@@ -1,143 +1,118 @@
-"""The order in which files are downloaded and units tokenised: a bounded number at once, results in order."""
+"""When files are downloaded and work items tokenized: a bounded number at a time, results in order."""
 
 import secrets
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
-from contextlib import contextmanager
-from dataclasses import dataclass
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from itertools import islice
 from pathlib import Path
 
-from myllm import paths
-from myllm.data.sources.download import download_file, local_path
 from myllm.data.sources.hub_listing import UnreachableError, suggest_fallback
-from myllm.data.sources.source import SourceFile
 
 from .progress import Progress
 from .spec import DatasetSpec
-from .work_items import WorkItem, is_tokenized, tokenize_item, tokens_path
+from .work_items import is_tokenized, tokenize_item, tokens_path
+from .workers import Downloads, Workers
 
 
-class Downloads:
-    """The files of a source on this disk: fetched a few ahead, deleted once their tokens are safe."""
-
-    AHEAD_FILES = 3
-    """So many files are on the disk or on their way at a time where a file is many units."""
-
-    def __init__(self, recipe: DatasetSpec, work: Path, pool: Executor | None) -> None:
-        self._pool, self._keep = pool, recipe.config.keep_downloads
-        self._kept_folder = paths.downloads_dir() / recipe.source.name
-        self._own_folder = work / "downloads"
-        self._futures: dict[str, Future[Path]] = {}
-
-    def start(self, file: SourceFile) -> Future[Path]:
-        """The file's place, once it is there."""
-        if file.name not in self._futures:
-            if file.remote and self._pool is not None:
-                folder = self._kept_folder if self._keep else self._own_folder
-                self._futures[file.name] = self._pool.submit(download_file, file, folder, self._kept_folder)
-            else:
-                here: Future[Path] = Future()
-                here.set_result(local_path(file, self._own_folder))
-                self._futures[file.name] = here
-        return self._futures[file.name]
-
-    def forget(self, file: SourceFile) -> None:
-        """Its tokens are safe: delete what was downloaded for this preparation alone."""
-        self._futures.pop(file.name, None)
-        if file.remote:
-            local_path(file, self._own_folder).unlink(missing_ok=True)
-
-
-@dataclass
 class WorkScheduler:
-    """Units to tokenise, and with what."""
+    """Tokenizes some work items of a data set into a folder."""
 
-    recipe: DatasetSpec
-    units: list[WorkItem]
-    numbers: Sequence[int]
-    """Which of the units, in order."""
-    work: Path
-    pool: Executor
-    downloads: Downloads
-    in_flight: int
-    """Units under way or waiting for an earlier one, at most: what bounds memory and disk."""
-    meanwhile: Callable[[], object] = lambda: None
-    """Called every second or so while the next unit is not finished."""
+    def __init__(
+        self,
+        spec: DatasetSpec,
+        work: Path,
+        workers: Workers,
+        numbers: Sequence[int] | None = None,
+        while_waiting: Callable[[], object] = lambda: None,
+    ) -> None:
+        """
+        Args:
+            numbers: of the work items, in order. None: all.
+            while_waiting: called about once a second while the next item is not finished.
+        """
+        self._spec, self._work, self._workers, self._while_waiting = spec, work, workers, while_waiting
+        self._items = spec.work_items
+        self.numbers = range(len(self._items)) if numbers is None else numbers
+        self._queued = deque(self.numbers)
+        self._running: deque[tuple[int, Future[None] | None]] = deque()
+        """In order, with None for an item that an earlier call finished."""
+        self._max_running = 2 * workers.count
+        """Including those that wait for an earlier one: this bounds memory and disk."""
+        self._uses = Counter(part.file.name for number in self.numbers for part in self._items[number])
+        self._stop = work / f".stop-{secrets.token_hex(4)}"
+        """Once this file exists, the items that are still running are abandoned."""
 
-    @contextmanager
-    def finished(self, bar: Progress) -> Iterator[Iterator[int]]:
-        """The numbers of finished units, in order. Leaving the block stops what is still under way."""
-        stop = self.work / f".stop-{secrets.token_hex(4)}"
-        waiting: deque[tuple[int, Future[None] | None]] = deque()
+    def run(self, bar: Progress) -> Iterator[int]:
+        """The numbers of finished items, in order. Closing the iterator stops the items that are still running."""
         try:
-            yield self._finished(bar, waiting, stop)
-        finally:  # where the caller wants no more, or something failed, the rest stops instead of running on
-            stop.touch()
-            for _, future in waiting:
-                if future is not None:
-                    future.cancel()
+            while self._queued or self._running:
+                blocking: list[Future] = []
+                if self._queued and len(self._running) < self._max_running:
+                    blocking += self._start_next()
+                    if not blocking:
+                        continue
+                if self._running:
+                    number, job = self._running[0]
+                    if job is None or job.done():
+                        self._running.popleft()
+                        if job is not None:
+                            job.result()
+                        self._delete_downloads(number)
+                        bar.update(item_bytes(self._spec, [number]))
+                        yield number
+                        continue
+                    blocking.append(job)
+                wait(blocking, timeout=1, return_when=FIRST_COMPLETED)
+                self._while_waiting()
+                bar.refresh()
+        finally:
+            self._stop.touch()
+            for _, job in self._running:
+                if job is not None:
+                    job.cancel()
 
-    def _finished(self, bar: Progress, waiting: deque[tuple[int, Future[None] | None]], stop: Path) -> Iterator[int]:
-        left = deque(self.numbers)
-        uses = Counter(piece.file.name for number in left for piece in self.units[number])
-        while left or waiting:
-            blocking: list[Future] = []
-            if left and len(waiting) < self.in_flight:
-                blocking = self._submit(left, waiting, stop)
-                if not blocking:
-                    continue
-            if waiting:
-                number, job = waiting[0]
-                if job is None or job.done():
-                    waiting.popleft()
-                    if job is not None:
-                        job.result()
-                    self._forget(number, uses)
-                    yield number
-                    continue
-                blocking.append(job)
-            wait(blocking, timeout=1, return_when=FIRST_COMPLETED)
-            self.meanwhile()
-            bar.refresh()
-
-    def _submit(
-        self, left: deque[int], waiting: deque[tuple[int, Future[None] | None]], stop: Path
-    ) -> list[Future[Path]]:
-        """Hand the next unit to a worker; or the downloads that have to come first."""
-        number = left[0]
-        job = None
-        if not is_tokenized(self.work, number):
-            files = self._start_downloads(left, len(waiting))
-            if not all(future.done() for future in files.values()):
-                return [future for future in files.values() if not future.done()]
+    def _start_next(self) -> list[Future[Path]]:
+        """Hand the next item to a worker. Returns the downloads it still needs, in which case it is not handed over."""
+        number, job = self._queued[0], None
+        if not is_tokenized(self._work, number):
+            downloads = self._start_downloads()
+            if pending := [future for future in downloads.values() if not future.done()]:
+                return pending
             try:
-                places = {name: future.result() for name, future in files.items()}
+                file_paths = {name: future.result() for name, future in downloads.items()}
             except UnreachableError as error:
-                raise suggest_fallback(error, self.recipe.source.name) from None
-            source, config, out = self.recipe.source, self.recipe.config, tokens_path(self.work, number)
-            job = self.pool.submit(tokenize_item, self.units[number], places, source, config, out, stop)
-        waiting.append((left.popleft(), job))
+                raise suggest_fallback(error, self._spec.source.name) from None
+            job = self._workers.pool.submit(
+                tokenize_item, self._items[number], file_paths, self._spec.source, self._spec.config,
+                tokens_path(self._work, number), self._stop,
+            )  # fmt: skip
+        self._running.append((self._queued.popleft(), job))
         return []
 
-    def _start_downloads(self, left: deque[int], waiting: int) -> dict[str, Future[Path]]:
-        """Have the files of the next units fetched; those of the first one, by name."""
-        # For the units that may start now, a few more so that no worker waits for its file, and no further: a large
-        # file is many units, and the whole source would be on the disk at once.
-        enough, names = self.in_flight - waiting + self.in_flight // 4, set()
-        for number in islice(left, 1_000):
-            if enough <= 0 and len(names) >= Downloads.AHEAD_FILES:
+    def _start_downloads(self) -> dict[str, Future[Path]]:
+        """Start the downloads of the next items. Returns those of the first one, by name."""
+        # For the items that may start now and a few more, so that no worker waits for its file. No further: a large
+        # file is many items, and the whole source would be on the disk at once.
+        items, names = self._max_running - len(self._running) + self._max_running // 4, set()
+        for number in islice(self._queued, 1_000):
+            if items <= 0 and len(names) >= Downloads.AHEAD_FILES:
                 break
-            if not is_tokenized(self.work, number):
-                enough -= 1
-                names |= {piece.file.name for piece in self.units[number]}
-                for piece in self.units[number]:
-                    self.downloads.start(piece.file)
-        return {piece.file.name: self.downloads.start(piece.file) for piece in self.units[left[0]]}
+            if not is_tokenized(self._work, number):
+                items -= 1
+                names |= {part.file.name for part in self._items[number]}
+                for part in self._items[number]:
+                    self._workers.downloads.start(part.file)
+        first = self._items[self._queued[0]]
+        return {part.file.name: self._workers.downloads.start(part.file) for part in first}
 
-    def _forget(self, number: int, uses: Counter[str]) -> None:
-        for piece in self.units[number]:
-            uses[piece.file.name] -= 1
-            if not uses[piece.file.name]:
-                self.downloads.forget(piece.file)
+    def _delete_downloads(self, number: int) -> None:
+        for part in self._items[number]:
+            self._uses[part.file.name] -= 1
+            if not self._uses[part.file.name]:
+                self._workers.downloads.delete(part.file)
+
+
+def item_bytes(spec: DatasetSpec, numbers: Sequence[int]) -> int:
+    """Bytes of the source in some work items."""
+    return sum(part.size_bytes for number in numbers for part in spec.work_items[number])

@@ -1,6 +1,6 @@
 """Which tokens go where: documents to validation or training, and the tokens of each split to shards.
 
-Decided unit by unit, in the units' order, from the lengths and hashes of documents alone: no token passes through here.
+Decided item by item, in order, from the lengths and hashes of documents alone: no token passes through here.
 """
 
 from collections.abc import Iterator, Sequence
@@ -8,64 +8,18 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from myllm.config import DataConfig
 from myllm.errors import UserError
 
 from .work_items import ItemIndex
 
 Span = tuple[int, int, int]
-"""Unit, and its tokens [start, end)."""
-
-
-@dataclass
-class SplitWriter:
-    """Spans of one split, regrouped into shards of exactly `size` tokens; the last one is shorter."""
-
-    split: str
-    size: int
-    spans: list[Span] = field(default_factory=list)
-    """Of the shard that is being filled."""
-    number: int = 0
-    """Shards cut so far."""
-    documents: int = 0
-    """That begin in the shard that is being filled."""
-    _filled: int = 0
-
-    def add(self, unit: int, starts: np.ndarray, lengths: np.ndarray, beginning: bool = True) -> Iterator["ShardSpec"]:
-        """Take documents; give every shard that they fill.
-
-        Args:
-            beginning: whether they begin there, or are what is left of one that began before.
-
-        Shapes:
-            starts, lengths (documents,) int64, in tokens of the unit
-        """
-        ends = starts + lengths
-        # Runs of documents with nothing dropped between them are one span.
-        border = np.flatnonzero(starts[1:] != ends[:-1])
-        first, last = np.append(0, border + 1)[: len(starts)], np.append(border, len(starts) - 1)[: len(starts)]
-        for a, b in zip(first.tolist(), last.tolist(), strict=True):
-            start, end = int(starts[a]), int(ends[b])
-            while start < end:
-                take = min(self.size - self._filled, end - start)
-                begin, behind = np.searchsorted(starts[a : b + 1], (start, start + take)).tolist()
-                self.documents += behind - begin if beginning else 0
-                self.spans.append((unit, start, start + take))
-                self._filled += take
-                start += take
-                if self._filled == self.size:
-                    yield self.finish()
-
-    def finish(self) -> "ShardSpec":
-        """The shard that is being filled, as it is; the next one begins."""
-        cut = ShardSpec(self.split, self.number, self._filled, self.documents, tuple(self.spans))
-        self.spans, self._filled, self.documents = [], 0, 0
-        self.number += 1
-        return cut
+"""The number of a work item, and its tokens [start, end)."""
 
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """One shard to be: which tokens, in order."""
+    """A shard to write: its tokens, in order."""
 
     split: str
     number: int
@@ -79,164 +33,211 @@ class ShardSpec:
         return f"{self.split}_{self.number:05d}.npy"
 
 
+@dataclass
+class SplitWriter:
+    """Regroups spans of one split into shards of exactly `size` tokens; the last one is shorter."""
+
+    split: str
+    size: int
+    spans: list[Span] = field(default_factory=list)
+    """Of the shard that is being filled, like `_tokens` and `_documents`."""
+    _number: int = 0
+    _tokens: int = 0
+    _documents: int = 0
+
+    def add(self, item: int, starts: np.ndarray, lengths: np.ndarray, beginning: bool = True) -> Iterator[ShardSpec]:
+        """Add documents of an item. Yields every shard that they fill.
+
+        Args:
+            beginning: False for the rest of a document that began earlier.
+
+        Shapes:
+            starts, lengths (documents,) int64, in tokens of the item
+        """
+        ends = starts + lengths
+        # Documents with nothing dropped between them are one span.
+        gaps = np.flatnonzero(starts[1:] != ends[:-1])
+        first, last = np.append(0, gaps + 1)[: len(starts)], np.append(gaps, len(starts) - 1)[: len(starts)]
+        for a, b in zip(first.tolist(), last.tolist(), strict=True):
+            start, end = int(starts[a]), int(ends[b])
+            while start < end:
+                taken = min(self.size - self._tokens, end - start)
+                if beginning:
+                    begin, behind = np.searchsorted(starts[a : b + 1], (start, start + taken)).tolist()
+                    self._documents += behind - begin
+                self.spans.append((item, start, start + taken))
+                self._tokens += taken
+                start += taken
+                if self._tokens == self.size:
+                    yield self.finish()
+
+    def finish(self) -> ShardSpec:
+        """The shard that is being filled, as it is. The next one begins."""
+        shard = ShardSpec(self.split, self._number, self._tokens, self._documents, tuple(self.spans))
+        self.spans, self._tokens, self._documents = [], 0, 0
+        self._number += 1
+        return shard
+
+
 class NotEnoughText(UserError):
-    """Nothing is left to train on."""
+    """No text is left to train on."""
 
 
 @dataclass(frozen=True)
 class _Documents:
-    """A unit's documents that may be dealt out."""
+    """The documents of an item that may be used."""
 
-    unit: int
+    item: int
     lengths: np.ndarray
-    """In tokens, of all the unit's documents, (documents,) int64."""
+    """Tokens of all the item's documents, (documents,) int64."""
     hashes: np.ndarray
     wanted: np.ndarray
-    """Which of them: all, or those that are no copies of an earlier one, (wanted,) int64."""
+    """Indices of all, or with dedup_exact of `distinct`, (wanted,) int64."""
     distinct: np.ndarray
-    """Those that are no copies of an earlier one."""
+    """Indices of those that are no copies of an earlier document."""
+
+    @property
+    def starts(self) -> np.ndarray:
+        return np.cumsum(self.lengths) - self.lengths
 
 
 class ShardPlanner:
-    """Which documents of which unit go into which shard.
+    """Decides which documents of which item go into which shard.
 
-    Validation takes the first documents, at most `val_tokens` and at most a tenth of the text and of the documents. One
-    that is longer than what is left of that goes to training. Where documents are so long, or so few, that this gives
-    less than half of it, the end of the longest one is held out too. Training takes the rest, but for exact copies of
-    what is held out and, if asked, of any document before.
+    Validation takes the first documents, at most `val_tokens` and at most a tenth of the text and of the documents. A
+    document longer than what is left of that goes to training. If this gives less than half of it, because documents
+    are few or long, the end of the longest document is held out too. Training takes the rest, except exact copies of
+    what is held out and, with `dedup_exact`, of any earlier document.
 
-    A tenth of what is only known later: units wait until ten times `val_tokens` are there, or the source ends.
+    To know what a tenth is, items are held back until there are ten times `val_tokens`, or the source ends.
     """
 
-    def __init__(
-        self, val_tokens: int, shard_tokens: int, target_tokens: int | None, max_documents: int | None, dedup: bool
-    ) -> None:
+    def __init__(self, config: DataConfig) -> None:
         self.counts = {
             "train_documents": 0, "train_tokens": 0, "val_documents": 0, "val_tokens": 0, "documents_split": 0,
             "copies_of_validation_dropped": 0, "duplicates_dropped": 0,
         }  # fmt: skip
-        self.val = SplitWriter("val", shard_tokens)
-        self.train = SplitWriter("train", shard_tokens)
-        # Beside so many tokens to train on, a tenth of both together.
-        self._val_tokens = val_tokens if target_tokens is None else min(val_tokens, target_tokens // 9)
-        self._target_tokens, self._max_documents, self._dedup = target_tokens, max_documents, dedup
-        self._waiting: list[_Documents] = []
+        self.val = SplitWriter("val", config.shard_tokens)
+        self.train = SplitWriter("train", config.shard_tokens)
+        self._target_tokens, self._max_documents = config.target_tokens, config.max_documents
+        self._dedup = config.dedup_exact
+        self._val_tokens = config.val_tokens
+        if config.target_tokens is not None:  # a tenth of validation and training together
+            self._val_tokens = min(config.val_tokens, config.target_tokens // 9)
+        self._held_back: list[_Documents] = []
         self._chosen = False
-        """Whether it is decided what is held out."""
+        """Whether validation is chosen."""
         self._seen_documents = self._seen_tokens = 0
-        """Until then: how many are wanted, and how many tokens the distinct ones have."""
+        """Until it is chosen: documents wanted, and tokens of the distinct ones."""
         self._seen = HashSet()
         self._val_hashes = HashSet()
         self._held_out: dict[int, np.ndarray] = {}
-        """Documents of validation by unit."""
-        self._split: tuple[int, int, int] | None = None
-        """Unit, document, and how many tokens of its end are held out."""
+        """Indices of validation's documents, by item."""
+        self._split_document: tuple[int, int, int] | None = None
+        """Item, document, and how many tokens of its end are held out."""
 
     @property
     def full(self) -> bool:
-        """Whether no further document is wanted."""
-        wanted, counts = self._target_tokens, self.counts
-        enough = self._room() == 0 or (wanted is not None and counts["train_tokens"] >= wanted)
+        """Whether no further document is needed."""
+        target, counts = self._target_tokens, self.counts
+        enough = self._documents_left() == 0 or (target is not None and counts["train_tokens"] >= target)
         return self._chosen and (enough or not counts["val_tokens"])
 
     @property
-    def waiting_unit(self) -> int | None:
-        """The first unit that is not dealt out yet."""
-        return self._waiting[0].unit if self._waiting else None
+    def first_item_needed(self) -> int | None:
+        """The first item with tokens that are in no planned shard yet."""
+        items = [item for item, _, _ in (*self.val.spans, *self.train.spans)]
+        return min(items + [documents.item for documents in self._held_back], default=None)
 
-    def add(self, number: int, unit: ItemIndex) -> Iterator[ShardSpec]:
-        """Deal out a unit's documents; give every shard that they fill."""
+    def add(self, number: int, index: ItemIndex) -> Iterator[ShardSpec]:
+        """Assign an item's documents. Yields every shard that they fill."""
         if self.full:
             return
-        every = np.arange(len(unit.lengths))
-        distinct = self._seen.add_new(unit.hashes) if self._dedup or not self._chosen else every
-        documents = _Documents(number, unit.lengths, unit.hashes, distinct if self._dedup else every, distinct)
+        every = np.arange(len(index.lengths))
+        distinct = self._seen.add_new(index.hashes) if self._dedup or not self._chosen else every
+        documents = _Documents(number, index.lengths, index.hashes, distinct if self._dedup else every, distinct)
         if self._chosen:
-            yield from self._deal(documents)
+            yield from self._add_to_training(documents)
             return
-        self._waiting.append(documents)
+        self._held_back.append(documents)
         self._seen_documents += len(documents.wanted)
-        self._seen_tokens += int(unit.lengths[distinct].sum())
-        most = self._max_documents
-        if self._seen_tokens >= 10 * self._val_tokens or (most is not None and self._seen_documents >= most):
-            yield from self._begin()
+        self._seen_tokens += int(index.lengths[distinct].sum())
+        limit = self._max_documents
+        if self._seen_tokens >= 10 * self._val_tokens or (limit is not None and self._seen_documents >= limit):
+            yield from self._choose_validation()
 
     def finish(self) -> Iterator[ShardSpec]:
         """The last shards."""
         if not self._chosen:
-            yield from self._begin()
+            yield from self._choose_validation()
         if self.train.spans:
             yield self.train.finish()
 
-    def _begin(self) -> Iterator[ShardSpec]:
-        """Decide what is held out, and deal out the units that waited for that."""
+    def _choose_validation(self) -> Iterator[ShardSpec]:
+        """Hold out documents among those held back, and give the others to training."""
         yield from self._hold_out()
+        if self.val.spans:
+            yield self.val.finish()
         self._chosen = True
         if not self._dedup:
             self._seen = HashSet()
-        waiting, self._waiting = self._waiting, []
-        for documents in waiting:
+        held_back, self._held_back = self._held_back, []
+        for documents in held_back:
             if not self.full:
-                yield from self._deal(documents)
+                yield from self._add_to_training(documents)
 
     def _hold_out(self) -> Iterator[ShardSpec]:
-        """Choose validation's documents among those that wait, and give its shards."""
-        left = self._room()
-        candidates: list[tuple[_Documents, np.ndarray]] = []
-        for documents in self._waiting:
+        left, candidates = self._documents_left(), []
+        for documents in self._held_back:
             within, left = documents.wanted[:left], left - min(left, len(documents.wanted))
-            candidates.append((documents, np.intersect1d(documents.distinct, within, assume_unique=True)))
-        lengths = [documents.lengths[places] for documents, places in candidates]
-        every = np.concatenate([np.zeros(0, dtype=np.int64), *lengths])
-        most = min(self._val_tokens, int(every.sum()) // 10)
-        first = _first_that_fit(every, most, len(every) // 10)
-        ends = np.cumsum([len(places) for _, places in candidates])
-        for (documents, places), end in zip(candidates, ends.tolist(), strict=True):
-            begin = end - len(places)
-            here = first[np.searchsorted(first, begin) : np.searchsorted(first, end)]
-            if len(here):
-                yield from self._take_for_validation(documents, places[here - begin])
-        short = most - self.counts["val_tokens"]
-        if len(every) and 2 * self.counts["val_tokens"] < most:
-            longest = int(np.argmax(every))
-            at = int(np.searchsorted(ends, longest, side="right"))
-            documents, places = candidates[at]
-            place = int(places[longest - (int(ends[at]) - len(places))])
-            if place not in self._held_out.get(documents.unit, ()):
-                yield from self._split_for_validation(documents, place, min(short, int(every[longest]) // 2))
-        if self.val.spans:
-            yield self.val.finish()
+            candidates.append(np.intersect1d(documents.distinct, within, assume_unique=True))
+        if not sum(map(len, candidates)):
+            return
+        # All candidates in one row: to which of the items they belong, their index there, their tokens.
+        owners = np.repeat(np.arange(len(candidates)), [len(indices) for indices in candidates])
+        indices = np.concatenate(candidates)
+        lengths = np.concatenate(
+            [documents.lengths[own] for documents, own in zip(self._held_back, candidates, strict=True)]
+        )
+        limit = min(self._val_tokens, int(lengths.sum()) // 10)
+        chosen = _first_that_fit(lengths, limit, len(lengths) // 10)
+        for owner in np.unique(owners[chosen]).tolist():
+            yield from self._hold_out_whole(self._held_back[owner], indices[chosen[owners[chosen] == owner]])
+        if 2 * self.counts["val_tokens"] < limit:
+            longest = int(np.argmax(lengths))
+            if longest not in chosen:
+                tokens = min(limit - self.counts["val_tokens"], int(lengths[longest]) // 2)
+                yield from self._hold_out_end(self._held_back[owners[longest]], int(indices[longest]), tokens)
 
-    def _take_for_validation(self, documents: _Documents, places: np.ndarray) -> Iterator[ShardSpec]:
-        self._held_out[documents.unit] = places
-        self._val_hashes.add_new(documents.hashes[places])
-        self._count("val", documents.lengths[places])
-        yield from self.val.add(documents.unit, _starts(documents)[places], documents.lengths[places])
+    def _hold_out_whole(self, documents: _Documents, indices: np.ndarray) -> Iterator[ShardSpec]:
+        self._held_out[documents.item] = indices
+        self._val_hashes.add_new(documents.hashes[indices])
+        self._count("val", documents.lengths[indices])
+        yield from self.val.add(documents.item, documents.starts[indices], documents.lengths[indices])
 
-    def _split_for_validation(self, documents: _Documents, place: int, tokens: int) -> Iterator[ShardSpec]:
-        """Hold out the end of one document, behind the end-of-text token that it begins with."""
+    def _hold_out_end(self, documents: _Documents, index: int, tokens: int) -> Iterator[ShardSpec]:
+        """Hold out the end of one document, after the end-of-text token that it begins with."""
         if tokens < 2:
             return
-        self._split = (documents.unit, place, tokens - 1)
-        self._val_hashes.add_new(documents.hashes[[place]])
+        self._split_document = (documents.item, index, tokens - 1)
+        self._val_hashes.add_new(documents.hashes[[index]])
         self._count("val", np.array([tokens]))
         self.counts["documents_split"] += 1
-        start, length = int(_starts(documents)[place]), int(documents.lengths[place])
-        yield from self.val.add(documents.unit, np.array([start]), np.array([1]))
+        start, length = int(documents.starts[index]), int(documents.lengths[index])
+        yield from self.val.add(documents.item, np.array([start]), np.array([1]))
         end = np.array([start + length - (tokens - 1)])
-        yield from self.val.add(documents.unit, end, np.array([tokens - 1]), beginning=False)
+        yield from self.val.add(documents.item, end, np.array([tokens - 1]), beginning=False)
 
-    def _deal(self, documents: _Documents) -> Iterator[ShardSpec]:
-        """Give training its documents of a unit. All are counted, dropped ones too."""
-        lengths, held_out = documents.lengths.copy(), self._held_out.pop(documents.unit, documents.wanted[:0])
+    def _add_to_training(self, documents: _Documents) -> Iterator[ShardSpec]:
+        """Give training its documents of an item. All are counted, dropped ones too."""
+        lengths, held_out = documents.lengths.copy(), self._held_out.pop(documents.item, documents.wanted[:0])
         left = np.setdiff1d(documents.wanted, held_out, assume_unique=True)
         copies = self._val_hashes.holds(documents.hashes[left])
-        if self._split and self._split[0] == documents.unit:
-            _, place, tokens = self._split
-            copies[left == place] = False
-            lengths[place] -= tokens
-        fresh = left[~copies]
-        train = fresh[: self._room()]
+        if self._split_document and self._split_document[0] == documents.item:
+            _, index, tokens = self._split_document
+            copies[left == index] = False
+            lengths[index] -= tokens
+        train = left[~copies][: self._documents_left()]
         if self._target_tokens is not None:
             wanted = self._target_tokens - self.counts["train_tokens"]
             sums = np.cumsum(lengths[train])
@@ -244,66 +245,65 @@ class ShardPlanner:
             if len(train) and (beyond := int(sums[len(train) - 1]) - wanted) > 0:
                 lengths[train[-1]] -= beyond  # the target is met to the token
         self._count("train", lengths[train])
-        # What is behind the last document that is wanted is not looked at, in this unit or another.
+        # What is behind the last document that is needed is not looked at, in this item or another.
         behind = int(train.max(initial=-1)) + 1 if self.full else len(lengths)
         self.counts["duplicates_dropped"] += behind - int(np.searchsorted(documents.wanted, behind))
         self.counts["copies_of_validation_dropped"] += int(np.searchsorted(left, behind)) - len(train)
-        yield from self.train.add(documents.unit, _starts(documents)[train], lengths[train])
+        yield from self.train.add(documents.item, documents.starts[train], lengths[train])
 
     def _count(self, split: str, lengths: np.ndarray) -> None:
         self.counts[f"{split}_documents"] += len(lengths)
         self.counts[f"{split}_tokens"] += int(lengths.sum())
 
-    def _room(self) -> int:
-        """Documents that are still wanted."""
+    def _documents_left(self) -> int:
+        """How many documents are still wanted."""
         if self._max_documents is None:
             return 1 << 62
         counts = self.counts
         taken = counts["train_documents"] + counts["val_documents"] - counts["documents_split"]
         return max(self._max_documents - taken, 0)
 
-    def check_enough(self, source: str, dropped: dict[str, int], places: Sequence[dict[str, str]] = ()) -> None:
+    def check_enough(self, source: str, skipped: dict[str, int], places: Sequence[dict[str, str]] = ()) -> None:
         """
+        Args:
+            source: its name, for the message.
+            skipped: how many documents were skipped, by reason.
+            places: where they are.
+
         Raises:
-            NotEnoughText: nothing to train on; `source` is its name for people, `dropped` what was passed over and why,
-                `places` where.
+            NotEnoughText: nothing to train on.
         """
         if self.counts["train_tokens"]:
             return
-        why = "".join(f"; {count:,} x {reason.replace('_', ' ')}" for reason, count in dropped.items())
+        reasons = "".join(f"; {count:,} x {reason.replace('_', ' ')}" for reason, count in skipped.items())
         if not self._seen_documents:
-            where = "".join(f"\n  {place['place']}: {place['detail'] or place['reason']}" for place in places[:3])
+            first = "".join(f"\n  {place['place']}: {place['detail'] or place['reason']}" for place in places[:3])
             column = "; --text-column NAME chooses another column or key"
-            advice = column if {"no_text", "no_text_column"} & set(dropped) else ""
-            raise NotEnoughText(f"the source {source} has no usable document{why}{advice}{where}")
+            advice = column if {"no_text", "no_text_column"} & set(skipped) else ""
+            raise NotEnoughText(f"the source {source} has no usable document{reasons}{advice}{first}")
         limits = "" if self._target_tokens is None else f", of which data.target_tokens takes {self._target_tokens:,}"
         raise NotEnoughText(
             f"the source {source} has {self._seen_documents:,} usable document(s) with {self._seen_tokens:,} tokens"
-            f"{limits}{why}. Validation takes at most a tenth and needs two tokens; add text"
+            f"{limits}{reasons}. Validation takes at most a tenth and needs two tokens; add text"
             + (", or raise data.target_tokens" if limits else "")
         )
 
 
-def _first_that_fit(lengths: np.ndarray, tokens: int, documents: int) -> np.ndarray:
-    """The first documents that have at most so many tokens together, and are at most so many, (n,) int64.
+def _first_that_fit(lengths: np.ndarray, max_tokens: int, max_documents: int) -> np.ndarray:
+    """Indices of the first documents that together are within the limits, (n,) int64.
 
-    A longer one is passed over, unless nine tenths are there already.
+    A document that is too long is skipped, unless nine tenths of the tokens are chosen already.
     """
-    chosen, left = [], tokens
-    for place, length in enumerate(lengths.tolist()):
-        if len(chosen) == documents:
+    chosen, left = [], max_tokens
+    for index, length in enumerate(lengths.tolist()):
+        if len(chosen) == max_documents:
             break
         if length <= left:
-            chosen.append(place)
+            chosen.append(index)
             left -= length
-        elif 10 * left <= tokens:
+        elif 10 * left <= max_tokens:
             break
     return np.array(chosen, dtype=np.int64)
-
-
-def _starts(documents: _Documents) -> np.ndarray:
-    """Where each document begins in its unit."""
-    return np.cumsum(documents.lengths) - documents.lengths
 
 
 class HashSet:
@@ -321,7 +321,7 @@ class HashSet:
         return found
 
     def add_new(self, hashes: np.ndarray) -> np.ndarray:
-        """Add them; the places of those that were not there, each hash once, in order, (m,) int64."""
+        """Add hashes. Returns the indices of those that were new, each hash once, in order, (m,) int64."""
         fresh = np.flatnonzero(~self.holds(hashes))
         values, first = np.unique(hashes[fresh], return_index=True)
         if len(values):

@@ -18,18 +18,16 @@ from myllm.paths import user_path
 
 from .work_items import WorkItem, make_work_items
 
-# Rough, for English; only for estimates made before anything is read. Source: FineWeb-Edu's sample is 28.5 GB of
-# parquet and 10B tokens, a file of C4 is 318 MB of gzip and about 180M tokens.
 _TOKENS_PER_BYTE = {".parquet": 0.35, ".gz": 0.57, ".zst": 0.57}
-
-
+"""Rough, for English, for estimates before anything is read. Source: FineWeb-Edu's sample is 28.5 GB of parquet and 10B
+tokens, a file of C4 is 318 MB of gzip and about 180M tokens."""
 LONG_DOCUMENT_TOKENS = 10_000
-"""More than nearly every document has: where only so many documents are wanted, room for long ones."""
+"""More than nearly every document has. Bounds the disk space that `max_documents` documents need."""
 
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """A source, a tokenizer and the settings that matter."""
+    """A source, a tokenizer and the settings of a data set."""
 
     source: Source
     tokenizer: Tokenizer
@@ -41,17 +39,16 @@ class DatasetSpec:
 
     @cached_property
     def fingerprint(self) -> str:
-        return fingerprint_of(self.describe())
+        return hashlib.sha256(json.dumps(self.describe(), sort_keys=True).encode()).hexdigest()
 
     @cached_property
-    def units(self) -> list[WorkItem]:
-        config = self.config
-        # A part of a file may begin in the middle of an article.
-        split = self.source.grouping != "articles"
-        return make_work_items(self.source.files, config.shuffle_files, config.shuffle_seed, split)
+    def work_items(self) -> list[WorkItem]:
+        split = self.source.grouping != "articles"  # a part of a file could begin in the middle of an article
+        return make_work_items(self.source.files, self.config.shuffle_files, self.config.shuffle_seed, split)
 
     @property
     def estimated_tokens(self) -> int:
+        """Of both splits."""
         tokens, config = estimate_tokens(self.source.files), self.config
         if config.target_tokens is not None:
             tokens = min(tokens, config.target_tokens + min(config.val_tokens, config.target_tokens // 9))
@@ -61,10 +58,11 @@ class DatasetSpec:
 
     @property
     def estimated_val_tokens(self) -> int:
-        """Of those, held out (cuts.py)."""
+        """Those that are held out (shard_plan.py)."""
         return min(self.config.val_tokens, self.estimated_tokens // 10)
 
     def describe(self) -> dict[str, Any]:
+        """What is hashed into the fingerprint, and written to the manifest."""
         content = hashlib.sha256()
         for file in sorted(self.source.files, key=lambda file: file.name):
             content.update(f"{file.name}\0{file.digest}\n".encode(errors="surrogateescape"))
@@ -91,21 +89,21 @@ class DatasetSpec:
         }
 
     def settings(self) -> dict[str, Any]:
-        """How to make it again: what `verify --repair` reads. Not what changes no byte."""
+        """The settings that decide the bytes, for `verify --repair`."""
         values = asdict(self.config)
         kind, _, where = self.config.source.partition(":")
         if kind == "files":
             values["source"] = f"files:{user_path(where).absolute()}"
         if self.config.tokenizer != self.tokenizer.name:
             values["tokenizer"] = str(self.tokenizer.file.absolute())
-        left_out = ("workers", "keep_downloads", "dataset", "fallback")
-        return {key: value for key, value in values.items() if key not in left_out}
+        irrelevant = ("workers", "keep_downloads", "dataset", "fallback")
+        return {key: value for key, value in values.items() if key not in irrelevant}
 
 
 def make_spec(config: DataConfig, hashed: bool = True) -> DatasetSpec:
     """
     Args:
-        hashed: see `find_source`; without digests the recipe has no fingerprint, and so no folder.
+        hashed: as `with_digests` of `find_source`. Without digests the spec has no fingerprint, and so no folder.
 
     Raises:
         UserError: bad source or tokenizer.
@@ -117,7 +115,3 @@ def make_spec(config: DataConfig, hashed: bool = True) -> DatasetSpec:
 def estimate_tokens(files: Iterable[SourceFile]) -> float:
     """Tokens in files, from their sizes and kinds alone."""
     return sum(file.size_bytes * _TOKENS_PER_BYTE.get(Path(file.name).suffix.lower(), 0.25) for file in files)
-
-
-def fingerprint_of(description: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()

@@ -60,7 +60,7 @@ def inspect_data_and_disk(config: RunConfig) -> DataAndDisk:
     if dataset is not None and dataset.known_train_tokens:
         shards, tokens, exact, source = 0, dataset.known_train_tokens, True, dataset.name
     elif corpus := CORPORA.get(data.source.partition(":")[0]):
-        tokens, source = parse_count(corpus.tokens, "tokens") if " " not in corpus.tokens else None, data.source
+        tokens, source = parse_count(corpus.tokens) if " " not in corpus.tokens else None, data.source
         downloads = int(corpus.download_gb * 1e9)
         if data.target_tokens and tokens and data.keep_downloads:
             downloads = int(downloads * min(data.target_tokens / tokens, 1))
