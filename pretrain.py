@@ -13,12 +13,17 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))  # runs from a bare checkout too
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from myllm.cli.launch import PretrainArgs
     from myllm.config import RunConfig
+    from myllm.hub.background_publish import Publisher
     from myllm.paths import RunPaths
+    from myllm.training.loop import Outcome
 
 
 def main() -> None:
-    # Imported here, since the processes that tokenise import this file again and need none of it.
+    # Imported here: the processes that tokenize import this file again, and need none of it.
     try:
         from myllm.cli import launch
         from myllm.distributed.library_env import set_library_env
@@ -29,31 +34,135 @@ def main() -> None:
     set_library_env()
     protect_output(keep_going=True)
     with launch.exit_on_error():
-        wanted = launch.parse_args(sys.argv[1:])
-        if wanted.config.hub.repo and not wanted.prepare_only:
-            check_publishing(wanted.config)
-        if wanted.dry_run:
-            from myllm.cli.plan import describe_dry_run
-            from myllm.data.prepare.background import check_data_names
-
-            print(describe_dry_run(wanted))
-            check_data_names(wanted.config.data)  # a plan helps without the data, but this run could not start
+        args = launch.parse_args(sys.argv[1:])
+        if args.config.hub.repo and not args.prepare_only:
+            check_publishing(args.config)
+        if args.dry_run:
+            print(launch.describe_plan(args))
+            check_data(args.config)  # last: the plan is useful even if the data is not there
+        elif args.prepare_only:
+            prepare_data(args.config)
         else:
-            prepare_and_train(wanted.config, wanted.prepare_only, wanted.profile, wanted.own_text)
+            pretrain(args)
 
 
-def missing_package(error: ModuleNotFoundError) -> int:
-    """Say how to get the environment that this Python lacks, and return the exit code."""
-    if (error.name or "").partition(".")[0] == "myllm":
-        raise error
-    activate = Path(__file__).resolve().parent / ".venv/bin/activate"
-    how = f"source {activate}" if activate.exists() else "./run_pre_training_e2e_debug.sh makes one in .venv"
-    print(f"error: {sys.executable} has no package {error.name!r}; use MyLLM's environment: {how}", file=sys.stderr)
-    return 2
+def pretrain(args: "PretrainArgs") -> None:
+    """Prepare data in the background, train, draw the report, publish."""
+    started = time.monotonic()
+    from myllm.distributed import launcher as ranks
+
+    if ranks.local_rank() == 0:
+        check_data(args.config)  # before torch is imported, which takes seconds
+
+    from myllm.distributed.collectives import training_device
+    from myllm.errors import exit_code
+    from myllm.hub.background_publish import background_publisher
+    from myllm.paths import RunPaths
+    from myllm.runs.heartbeat import report_starting
+    from myllm.training.stop_signals import exit_unfinished_on_time_signals
+
+    exit_unfinished_on_time_signals()
+    training_device(args.config.train.device)  # a device that is missing is reported now, not after the preparation
+    is_rank_zero = ranks.rank() == 0
+    with (
+        report_starting(RunPaths.of(args.config.name), active=is_rank_zero) as take_over,
+        background_publisher(args.config, active=is_rank_zero) as publisher,
+    ):
+        config, outcome = train(args, started, take_over, publisher.submit)
+        if is_rank_zero:
+            finish(args, config, outcome, publisher)
+        elif outcome.stopped_by is not None:
+            ranks.exit_with(exit_code(outcome.stopped_by))
+
+
+def train(
+    args: "PretrainArgs", started: float, take_over: "Callable[[], None]", on_checkpoint: "Callable[[int], None]"
+) -> "tuple[RunConfig, Outcome]":
+    """Train on a data set that may still be in preparation: on every machine, local rank 0 starts that in a process of
+    its own.
+
+    Args:
+        started: when this process began, by the monotonic clock.
+        take_over: called when the loop takes over the heartbeat.
+
+    Returns:
+        the config with the steps and the micro-batch size of this run, and how the run ended.
+    """
+    from myllm.data.prepare.background import prepare_in_background
+    from myllm.distributed import collectives
+    from myllm.distributed import launcher as ranks
+    from myllm.errors import TrainingDiverged
+    from myllm.planning.length import resolve_max_steps, tokens_to_resolve_max_steps
+    from myllm.training import loop
+    from myllm.training.preflight.batch_size import resolve_micro_batch_size
+    from myllm.training.setup import resolve_config
+
+    config, starts = args.config, ranks.local_rank() == 0
+    min_tokens = tokens_to_resolve_max_steps(config, args.own_text)
+    with (
+        prepare_in_background(config.data, starts, min_train_tokens=min_tokens) as dataset,
+        collectives.process_group(config.train.device) as dist,
+    ):
+        take_over()
+        config = resolve_max_steps(config, dataset.train.tokens, args.own_text)
+        config = resolve_config(config, dataset, dist)
+        tokenizer, val_tokens = dataset.tokenizer(), dataset.val.tokens
+        config, note = resolve_micro_batch_size(config, tokenizer, dist, val_tokens, use_preflight=True)
+        notes = [note] if note else []
+        try:
+            return config, loop.train(config, dataset, dist, on_checkpoint, started, args.profile, notes)
+        except TrainingDiverged as error:
+            if dist.is_rank_zero:  # the log has the whole message
+                print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
+            collectives.barrier()  # a launcher ends the other ranks as soon as one has exited
+            sys.exit(TrainingDiverged.EXIT_CODE)
+
+
+def finish(args: "PretrainArgs", config: "RunConfig", outcome: "Outcome", publisher: "Publisher") -> None:
+    """On rank 0, after training: the report, what to do next, the last upload."""
+    from myllm.distributed import launcher as ranks
+    from myllm.errors import exit_code
+    from myllm.runs.run_dir import next_steps
+
+    if outcome.stopped_by is None or outcome.run.metrics.is_file():  # without a training step there is nothing to draw
+        draw_report(outcome.run)
+    if outcome.stopped_by is not None:
+        print(f"stopped after step {outcome.step:,}{', saved' if outcome.step else ''}; the same command resumes")
+        ranks.exit_with(exit_code(outcome.stopped_by))
+    print(next_steps(config, outcome.stopped_early, args.config.train.epochs))
+    publisher.finish(outcome.step)
+
+
+def draw_report(run: "RunPaths") -> None:
+    """Whatever goes wrong here must not fail a run that is complete."""
+    try:
+        from myllm.runs.report.html import write_report
+
+        write_report(run)
+    except Exception as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        print(f"no report: {reason}; to try again: myllm report {run.root.name}", file=sys.stderr)
+
+
+def prepare_data(config: "RunConfig") -> None:
+    from myllm.data.prepare.prepare import prepare
+    from myllm.distributed import launcher as ranks
+
+    if ranks.local_rank() == 0:
+        check_data(config)
+    dataset = prepare(config.data)
+    print(f"data ready: {dataset.folder}, {dataset.train.tokens:,} tokens to train on")
+
+
+def check_data(config: "RunConfig") -> None:
+    """Reject names of sources, data sets and tokenizers that do not exist."""
+    from myllm.data.prepare.background import check_data_names
+
+    check_data_names(config.data)
 
 
 def check_publishing(config: "RunConfig") -> None:
-    """Only one process publishes, and only that one needs a token."""
+    """Only rank 0 publishes, so only that process needs a token."""
     from myllm.distributed import launcher as ranks
     from myllm.hub import publish as publishing
     from myllm.hub.background_publish import check_hub_access
@@ -63,80 +172,14 @@ def check_publishing(config: "RunConfig") -> None:
         check_hub_access(config.hub)
 
 
-def prepare_and_train(config: "RunConfig", prepare_only: bool, profile: bool = False, own_text: bool = False) -> None:
-    started = time.monotonic()
-    from myllm.data.prepare.background import check_data_names, prepare_in_background
-    from myllm.data.prepare.prepare import prepare
-    from myllm.distributed import launcher as ranks
-
-    if ranks.local_rank() == 0:
-        check_data_names(config.data)  # a typo is not worth the seconds that torch takes
-    if prepare_only:
-        dataset = prepare(config.data)
-        print(f"data ready: {dataset.folder}, {dataset.train.tokens:,} tokens to train on")
-        return
-
-    from myllm.distributed import collectives as distributed
-    from myllm.errors import TrainingDiverged, exit_code
-    from myllm.hub.background_publish import background_publisher
-    from myllm.paths import RunPaths
-    from myllm.planning.length import resolve_max_steps, tokens_to_resolve_max_steps
-    from myllm.runs.heartbeat import report_starting
-    from myllm.runs.run_dir import next_steps
-    from myllm.training.loop import train
-    from myllm.training.preflight.batch_size import resolve_micro_batch_size
-    from myllm.training.setup import resolve_config
-    from myllm.training.stop_signals import exit_unfinished_on_time_signals
-
-    exit_unfinished_on_time_signals()
-    distributed.training_device(config.train.device)  # one that is not there is to be known before the hours ahead
-    is_rank_zero, epochs = ranks.rank() == 0, config.train.epochs
-
-    min_tokens = tokens_to_resolve_max_steps(config, own_text)
-    with (
-        report_starting(RunPaths.of(config.name), active=is_rank_zero) as taken_over,
-        background_publisher(config, active=is_rank_zero) as publisher,
-    ):
-        # The first process of each machine has the data prepared, in a process of its own, while all of them train.
-        with (
-            prepare_in_background(config.data, starts=ranks.local_rank() == 0, min_train_tokens=min_tokens) as dataset,
-            distributed.process_group(config.train.device) as process,
-        ):
-            taken_over()
-            config = resolve_config(resolve_max_steps(config, dataset.train.tokens, own_text), dataset, process)
-            config, note = resolve_micro_batch_size(
-                config, dataset.tokenizer(), process, dataset.val.tokens, use_preflight=True
-            )
-            try:
-                outcome = train(config, dataset, process, publisher.submit, started, profile, [note] if note else [])
-            except TrainingDiverged as error:
-                if is_rank_zero:  # all that is known stands in the log, and above
-                    print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
-                distributed.barrier()  # a launcher ends the others as soon as one has left
-                sys.exit(TrainingDiverged.EXIT_CODE)
-        if not is_rank_zero:
-            if outcome.stopped_by is not None:
-                ranks.exit_with(exit_code(outcome.stopped_by))
-            return
-        if outcome.stopped_by is None or outcome.run.metrics.is_file():  # stopped before the first row: nothing to draw
-            draw_report(outcome.run)
-        if outcome.stopped_by is not None:
-            saved = ", saved" if outcome.step else ""
-            print(f"stopped after step {outcome.step:,}{saved}; the same command resumes")
-            ranks.exit_with(exit_code(outcome.stopped_by))
-        print(next_steps(config, outcome.stopped_early, epochs))
-        publisher.finish(outcome.step)
-
-
-def draw_report(run: "RunPaths") -> None:
-    """The report of a run that has ended. Whatever keeps it from being drawn takes nothing from the run."""
-    try:
-        from myllm.runs.report.html import write_report
-
-        write_report(run)
-    except Exception as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        print(f"no report: {reason}; `myllm report {run.root.name}` tries again", file=sys.stderr)
+def missing_package(error: ModuleNotFoundError) -> int:
+    """Say how to get the environment that this Python lacks, and return the exit code."""
+    if (error.name or "").partition(".")[0] == "myllm":
+        raise error
+    activate = Path(__file__).resolve().parent / ".venv/bin/activate"
+    fix = f"source {activate}" if activate.exists() else "./run_pre_training_e2e_debug.sh creates it in .venv"
+    print(f"error: {sys.executable} has no package {error.name!r}; use MyLLM's environment: {fix}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -22,9 +22,9 @@ from myllm.training.context import RunContext
 from myllm.training.throughput import ThroughputMeter, console_line, progress_text, time_line
 
 
-def apart_rows(root: Path) -> list[dict]:
+def overhead_rows(root: Path) -> list[dict]:
     rows = [json.loads(line) for line in (root / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in rows if row["kind"] == "apart"]
+    return [row for row in rows if row["kind"] == "overhead"]
 
 
 class Clock:
@@ -66,7 +66,7 @@ def test_nothing_but_steps_is_in_tokens_per_second(tiny: RunConfig, monkeypatch:
         assert row["step_s"] == pytest.approx(2.0)
         assert row["tokens_per_s"] == pytest.approx(64.0)
         assert row["data_wait_s"] == pytest.approx(0.5, abs=0.2), "of each step; what the loader really took is in it"
-    seconds = [row["seconds"] for row in apart_rows(root)]
+    seconds = [row["seconds"] for row in overhead_rows(root)]
     assert seconds[0] == pytest.approx(
         {"starting": seconds[0]["starting"], "validation": 3_600, "cloze": 3_600, "samples": 3_600}
     )
@@ -74,7 +74,7 @@ def test_nothing_but_steps_is_in_tokens_per_second(tiny: RunConfig, monkeypatch:
     assert seconds[1:] == [{"saving": 1_800}, {"saving": 1_800, "validation": 3_600}, pytest.approx(
         {"saving": 1_800, "validation": 3_600, "cloze": 3_600, "samples": 3_600}
     )]  # fmt: skip
-    assert [row["step"] for row in apart_rows(root)] == [3, 6, 9, 12]
+    assert [row["step"] for row in overhead_rows(root)] == [3, 6, 9, 12]
     (line,) = [line for line in (root / "log.txt").read_text().splitlines() if "  time: " in line]
     assert "validation 35.3%" in line
     assert "training 0.1%" in line
@@ -86,7 +86,7 @@ def test_a_restart_counts_on(tiny: RunConfig, monkeypatch: pytest.MonkeyPatch) -
     run_until(broken, 6, monkeypatch)
     run_until(broken, 11, monkeypatch)
     root = run(broken)
-    rows = apart_rows(root)
+    rows = overhead_rows(root)
     assert [row["step"] for row in rows if "starting" in row["seconds"]] == [2, 6, 10]
     metrics = read_metrics(root / "metrics.jsonl")
     assert metrics.skipped == 0

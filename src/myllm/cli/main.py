@@ -35,10 +35,13 @@ def report(run: Positional[str]) -> None:
     Args:
         run: its name, or its folder.
     """
-    from myllm.runs.history import find_run
+    from myllm.runs.history import find_run, read_metrics
+
+    folder = find_run(run)
+    read_metrics(folder.metrics)  # raises for a missing run before Matplotlib is imported, which takes a second
     from myllm.runs.report.html import write_report
 
-    print(write_report(find_run(run)))
+    print(write_report(folder))
 
 
 def doctor(distributed: bool = False, device: Literal["auto", "cpu", "cuda"] = "auto", timeout_s: float = 60.0) -> None:

@@ -51,7 +51,7 @@ class ThroughputMeter:
         new = {name: value - self._written.get(name, 0.0) for name, value in seconds.items()}
         self._written = seconds
         new = {name: value for name, value in new.items() if value > 0}
-        return [{"kind": "apart", "step": step, "seconds": new}] if new else []
+        return [{"kind": "overhead", "step": step, "seconds": new}] if new else []
 
     def finish(self, step: int) -> None:
         """Write the last row, and log where the time went since this process began."""

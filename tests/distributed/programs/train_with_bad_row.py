@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from myllm.cli.launch import exit_on_error
+from myllm.cli.launch import PretrainArgs, exit_on_error
 from myllm.config import ModelConfig, RunConfig, load_config
 from myllm.model.transformer import Transformer
 from myllm.training import setup
@@ -29,4 +29,4 @@ if __name__ == "__main__":
     faulthandler.dump_traceback_later(150)  # should it hang, the test shows where
     setup.Transformer = poisoned
     with exit_on_error():
-        pretrain.prepare_and_train(load_config(Path(sys.argv[1]), RunConfig()), prepare_only=False)
+        pretrain.pretrain(PretrainArgs(load_config(Path(sys.argv[1]), RunConfig())))
