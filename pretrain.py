@@ -38,7 +38,9 @@ def main() -> None:
         if args.config.hub.repo and not args.prepare_only:
             check_publishing(args.config)
         if args.dry_run:
-            print(launch.describe_plan(args))
+            from myllm.cli.plan import describe_dry_run
+
+            print(describe_dry_run(args))
             check_data(args.config)  # last: the plan is useful even if the data is not there
         elif args.prepare_only:
             prepare_data(args.config)
