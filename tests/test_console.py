@@ -118,7 +118,7 @@ def test_lines_wait_for_room(tmp_path: Path) -> None:
     lines.append("last")
     assert (tmp_path / "log").read_text().splitlines() == ["first", "line 0", "line 1", "line 2", "last"]
     assert len(said) == 2
-    assert said[0].startswith(f"cannot write {tmp_path / 'log'}: File too large; training goes on")
+    assert said[0].startswith(f"cannot write {tmp_path / 'log'}: File too large; training continues")
 
 
 def test_rows_and_lines_of_a_run_never_raise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -198,7 +198,7 @@ def test_a_run_outlives_its_terminal_and_saves_when_it_hangs_up(endless: Path, t
         watched.process.kill()
     assert load_checkpoint(list_checkpoints(run / "checkpoints")[0]).state.step == max(losses(run))
     log = (run / "log.txt").read_text()
-    assert log.count("stdout cannot be written: Broken pipe; training goes on") == 1
+    assert log.count("stdout cannot be written: Broken pipe; training continues") == 1
     assert "ended: stopped by SIGHUP after step" in log
     assert status("tiny", 600)[1] == 129
 

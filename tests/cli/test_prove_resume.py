@@ -88,7 +88,7 @@ def test_mistakes(words: list[str], said: str, temp_data: Path, capsys: pytest.C
 @pytest.mark.slow
 def test_the_proof(temp_data: Path) -> None:
     words = [sys.executable, "-m", "myllm", "prove-resume", *TINY.split(), "--seed", "3"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=390, check_config=False)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=390, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("12 of 12 the same") == 3
     assert done.stdout.count("the same, bit for bit") >= 2

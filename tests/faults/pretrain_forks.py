@@ -151,16 +151,16 @@ def turn_back_the_clock(seconds: float) -> None:
 def lose_root(user: int) -> None:
     """Rights bind everybody but root: root becomes another user, and does so as the run's folder is claimed, since what
     Python still imports may be root's."""
-    from myllm.training import loop as train
+    from myllm.training import services
 
-    real = train.claim_run
+    real = services.claim_run
 
     def claim_run(run: Any) -> Any:
         if os.getuid() == 0:
             os.seteuid(user)
         return real(run)
 
-    train.claim_run = claim_run
+    services.claim_run = claim_run
 
 
 def limit_files(size_bytes: int) -> None:

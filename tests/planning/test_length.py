@@ -165,7 +165,7 @@ def test_a_run_in_epochs_from_its_plan_to_its_config(tiny: RunConfig, tmp_path: 
     assert config["epochs"] is None
     assert config["max_steps"] == round(0.5 * ((tokens - 1) // 64) / 2)
     assert f"{config['max_steps']} steps: 0.5" in output
-    assert "with a larger --train.epochs than 0.5 it trains on" in output, (
+    assert "with a larger --train.epochs than 0.5 it continues" in output, (
         "--train.max-steps would be refused beside it"
     )
     assert "nothing left to train" in pretrain(tmp_path, *words, "--train.epochs", "0.5")

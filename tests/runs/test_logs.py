@@ -70,9 +70,9 @@ def test_the_stopwatch_counts_apart_what_is_no_training(monkeypatch: pytest.Monk
     clock = Device(monkeypatch)
     watch = Stopwatch(torch.device("cpu"))
     clock.now += 3
-    with watch.doing("validation"):
+    with watch.timed("validation"):
         clock.now += 50
-        with watch.doing("saving"):
+        with watch.timed("saving"):
             clock.now += 5
         clock.now += 1
     clock.now += 4
@@ -80,7 +80,7 @@ def test_the_stopwatch_counts_apart_what_is_no_training(monkeypatch: pytest.Monk
     clock.now += 2
 
     def fail() -> None:
-        with watch.doing("validation"):
+        with watch.timed("validation"):
             clock.now += 10
             raise KeyError
 
@@ -99,7 +99,7 @@ def test_the_stopwatch_waits_for_the_device(monkeypatch: pytest.MonkeyPatch, kin
     watch = Stopwatch(torch.device(kind))
     device.queue(3)  # a step
     device.now += 0.01
-    with watch.doing("validation"):
+    with watch.timed("validation"):
         device.queue(50)
         device.now += 0.01
     device.queue(4)

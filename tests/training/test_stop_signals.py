@@ -206,7 +206,7 @@ def test_a_heartbeat_that_cannot_be_written_costs_nothing(tmp_path: Path, temp_d
     beat.write(now=True)
     assert "cannot write" in beat.unwritable
     beat.end("complete", 0)
-    with pytest.raises(UserError, match="no heartbeat of a run 'unknown'"):
+    with pytest.raises(UserError, match="no heartbeat of run 'unknown'"):
         status("unknown", 600)
 
 

@@ -33,7 +33,7 @@ def report(run: Positional[str]) -> None:
     """Redraw a run's plots and report.html.
 
     Args:
-        run: its name, or its folder.
+        run: name or folder of the run.
     """
     from myllm.runs.history import find_run, read_metrics
 
@@ -70,12 +70,12 @@ def doctor(distributed: bool = False, device: Literal["auto", "cpu", "cuda"] = "
 def status(run: Positional[str], silent_s: float = 600.0) -> None:
     """Print what a run is doing or how it ended, in one line.
 
-    Exit codes: 0 complete; 75 not finished, start it again; 130, 143, 129, 131 stopped by SIGINT, SIGTERM, SIGHUP,
-    SIGQUIT; 1, 2 failed, or no sign of life; 3 at work.
+    Exit codes: 0 complete; 75 not finished, run it again; 130, 143, 129, 131 stopped by SIGINT, SIGTERM, SIGHUP,
+    SIGQUIT; 1, 2 failed (1: or not responding); 3 running.
 
     Args:
-        run: its name, or its folder.
-        silent_s: no sign of life is when it has not got on for so many seconds.
+        run: name or folder of the run.
+        silent_s: a run that makes no progress for this many seconds is not responding.
     """
     from myllm.runs import heartbeat
 

@@ -1,1 +1,9 @@
-"""A run on disk: its folder, logs, heartbeat, history and reference curve. Imports no torch until asked."""
+"""A run's folder: everything that training writes and reports read.
+
+run_dir           claim, resume or start over a run
+logs              metrics.jsonl, log.txt, environment.json
+heartbeat         heartbeat.json and `myllm status`
+history           read what a run has recorded; report/ draws it
+reference_curve   compare with a published run
+saved_settings    what a resumed run keeps
+"""

@@ -1,12 +1,12 @@
-"""What a run is doing right now, in a file that anyone may read: `heartbeat.json` in its folder.
+"""The current state of a run, in a file that other programs may read: `heartbeat.json` in its folder.
 
     step, doing       training, evaluating, saving, waiting for data, starting; or ended
-    time              when the file was written, seconds since 1970
-    progress_time     when the loop last got on: a step, a batch of an evaluation
+    time              when the file was written, in seconds since 1970
+    progress_time     when the loop last made progress: a step, or a batch of an evaluation
     pid, host         of rank 0
-    how, exit_code    once it has ended: in words, and the code that it exits with without torchrun
+    how, exit_code    after the end: the reason, and the exit code of the process without torchrun
 
-It is replaced in one step, at most every EVERY_S seconds. If it cannot be written, training goes on without.
+The file is replaced atomically, at most every EVERY_S seconds. If it cannot be written, training continues.
 """
 
 import json
@@ -26,12 +26,12 @@ from myllm.migrations import HEARTBEAT
 from myllm.paths import RunPaths, runs_dir, user_path, warn_if_ambiguous
 
 EVERY_S = 2.0
-AT_WORK, SILENT = 3, 1
-"""Exit codes of `myllm status` for a run that has not ended by itself."""
+RUNNING, NOT_RESPONDING = 3, 1
+"""Exit codes of `myllm status` for a run that has not ended."""
 
 
 class Heartbeat:
-    """How far the loop is. The loop sets it, other threads read it: each value is set in one step."""
+    """Progress of the loop, which sets it. Other threads read it; each value is set atomically."""
 
     def __init__(self, path: Path, step: int = 0, writes: bool = True) -> None:
         self.step, self.doing_now, self.marks = step, "starting", 0
@@ -42,20 +42,20 @@ class Heartbeat:
         self._progress_time = time.time()
 
     def mark(self) -> None:
-        """The loop got on."""
+        """Record progress of the loop."""
         self.marks += 1
         self._progress_time = time.time()
 
     def reached(self, step: int) -> None:
-        """A step boundary: `step` updates are complete."""
+        """Record that `step` steps are complete."""
         self.first_step_done = self.first_step_done or (self.doing_now == "training" and step > self.step)
         self.step, self.doing_now = step, "training"
         self.mark()
 
     @contextmanager
-    def doing(self, what: str) -> Iterator[None]:
-        """Something else than training, for the length of a `with` block."""
-        before, self.doing_now = self.doing_now, what
+    def doing(self, activity: str) -> Iterator[None]:
+        """Record another activity than training, during a `with` block."""
+        before, self.doing_now = self.doing_now, activity
         self.mark()
         try:
             yield
@@ -64,22 +64,22 @@ class Heartbeat:
             self.mark()
 
     def end(self, how: str, exit_code: int) -> None:
-        """The last word."""
+        """Record the end of the run."""
         self.ending = (how, exit_code)
         self.write(now=True)
 
     def write(self, now: bool = False) -> None:
-        """Replace the file if it is time. Whatever keeps it from being written is remembered and costs nothing else."""
+        """Replace the file if it is due. An error is kept in `unwritable`."""
         if not self._writes or (not now and time.monotonic() - self._written < EVERY_S):
             return
         self._written = time.monotonic()
         try:
-            # Not flushed to the disk, as checkpoints are: after a power cut its word would be out of date anyway.
+            # Not flushed to the disk: after a power failure it would be out of date anyway.
             with atomic_write(self._path, durable=False) as file:
                 file.write(json.dumps(self._values()).encode() + b"\n")
             self.unwritable = None
         except OSError as error:
-            self.unwritable = f"cannot write {self._path}: {error.strerror}; training goes on without it"
+            self.unwritable = f"cannot write {self._path}: {error.strerror}; training continues without it"
 
     def _values(self) -> dict[str, Any]:
         doing = "ended" if self.ending else self.doing_now
@@ -92,14 +92,14 @@ class Heartbeat:
 
 @contextmanager
 def report_starting(run: RunPaths, active: bool) -> Iterator[Callable[[], None]]:
-    """Say that a run is being started, while its data are looked for, so that nobody takes the end of an earlier start
-    for its state. If an error ends the `with` block before the loop has its own last word, that is the last word.
+    """Write a heartbeat while a run starts and looks for its data. If the block fails before the loop has written its
+    own heartbeat, record the failure as the end of the run.
 
     Args:
-        active: on the one process of the run that writes its heartbeat.
+        active: true for the one process of the run that writes its heartbeat.
 
     Yields:
-        call it when the loop takes over.
+        a function to call when the loop takes over.
     """
     taken_over = threading.Event()
     if not active or not _is_free(run):
@@ -135,7 +135,7 @@ def report_starting(run: RunPaths, active: bool) -> Iterator[Callable[[], None]]
 
 
 def _is_free(run: RunPaths) -> bool:
-    """Whether the run's folder is there and no process trains in it."""
+    """True if the run's folder exists and no process is training in it."""
     try:
         with file_lock(run.root / ".lock", wait=False):
             return True
@@ -144,7 +144,7 @@ def _is_free(run: RunPaths) -> bool:
 
 
 def _is_open(path: Path) -> bool:
-    """Whether this process has written a heartbeat, and not its end."""
+    """True if this process has written the heartbeat, and not yet its end."""
     try:
         said = json.loads(path.read_text(encoding="utf-8"))
         return said["pid"] == os.getpid() and said["host"] == socket.gethostname() and said["how"] is None
@@ -153,41 +153,40 @@ def _is_open(path: Path) -> bool:
 
 
 def status(run: str, silent_s: float) -> tuple[str, int]:
-    """One line about a run, and the exit code that says the same.
+    """Describe a run's state in one line, and as an exit code.
 
     Returns:
-        the line, and: after its end the code that the run exits with without torchrun (0 complete, 75 to be started
-        again, 130 and 143 stopped by SIGINT and SIGTERM, 1 and 2 failed); AT_WORK; SILENT, where its process is gone
-        without a last word, or where the loop has not got on for `silent_s` seconds.
+        the line and the exit code. After the end of the run: the exit code of its process without torchrun (0 complete,
+        75 to be started again, 130 and 143 stopped by SIGINT and SIGTERM, 1 and 2 failed). Otherwise RUNNING; or
+        NOT_RESPONDING if its process is gone, or the loop has made no progress for `silent_s` seconds.
 
     Raises:
-        UserError: no such run, or one without a heartbeat.
+        UserError: no such run, or no valid heartbeat.
     """
-    folders = [each for each in (user_path(run), runs_dir() / run) if each.is_dir()]
-    # A folder here that has the run's name need not be one.
-    folder = next((each for each in folders if RunPaths(each).heartbeat.is_file()), None)
+    folders = [folder for folder in (user_path(run), runs_dir() / run) if folder.is_dir()]
+    # A folder of that name in the current folder need not be a run.
+    folder = next((folder for folder in folders if RunPaths(folder).heartbeat.is_file()), None)
     if folder is None:
         expected = RunPaths(folders[-1] if folders else runs_dir() / run).heartbeat
-        raise UserError(f"no heartbeat of a run {run!r}: expected {expected}")
+        raise UserError(f"no heartbeat of run {run!r}: expected {expected}")
     warn_if_ambiguous(run, folder, runs_dir() / run)
     path = RunPaths(folder).heartbeat
+    values = HEARTBEAT.upgrade(read_json(path), path)
     try:
-        said = HEARTBEAT.upgrade(read_json(path), path)
-        word, *more = str(said["how"] or said["doing"]).splitlines() or [""]
-        line = f"step {said['step']:,}: {word}" + (" ..." if more else "")
-        if said["doing"] == "ended":
-            return line, int(said["exit_code"])
-        idle = time.time() - said["progress_time"]
-        where = f"process {said['pid']} on {said['host']}"
-        if said["host"] == socket.gethostname() and not _is_alive(said["pid"]):
-            return f"{line}; but {where} is gone, without a last word", SILENT
-    except UserError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is no heartbeat ({error!r})") from None
-    if idle > silent_s:
-        return f"{line}; but it has not got on for {idle:,.0f} s ({where})", SILENT
-    return f"{line}, {max(idle, 0):,.0f} s ago ({where})", AT_WORK
+        word, *more = str(values["how"] or values["doing"]).splitlines() or [""]
+        line = f"step {values['step']:,}: {word}" + (" ..." if more else "")
+        if values["doing"] == "ended":
+            return line, int(values["exit_code"])
+        idle_s = time.time() - values["progress_time"]
+        process = f"process {values['pid']} on {values['host']}"
+        gone = values["host"] == socket.gethostname() and not _is_alive(values["pid"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a valid heartbeat ({error!r})") from None
+    if gone:
+        return f"{line}; but {process} exited without recording why", NOT_RESPONDING
+    if idle_s > silent_s:
+        return f"{line}; but it is not responding: no progress for {idle_s:,.0f} s ({process})", NOT_RESPONDING
+    return f"{line}, {max(idle_s, 0):,.0f} s ago ({process})", RUNNING
 
 
 def _is_alive(pid: int) -> bool:

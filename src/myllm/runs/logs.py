@@ -1,4 +1,4 @@
-"""What a run says about itself: rows of JSON for programs, lines for people, and the environment it ran in."""
+"""Logs of a run: rows of JSON for programs, lines for people, a stopwatch, and the environment it ran in."""
 
 import io
 import json
@@ -24,31 +24,33 @@ from myllm.distributed.standard_streams import output_failures
 from myllm.files import json_safe, read_rows, write_text
 
 TRAINING = "training"
-"""What a stopwatch counts unless it is told otherwise."""
+"""Activity of a stopwatch outside `timed` blocks."""
+BUFFERED_LINES = 10_000
+"""Lines kept in memory while their file cannot be written; older ones are lost."""
 
 
 class JsonlFile:
-    """An append-only file of one JSON object a line, flushed at each row."""
+    """An append-only file with one JSON object per line."""
 
-    def __init__(self, path: Path, say: Callable[[str], None] | None = None) -> None:
+    def __init__(self, path: Path, log: Callable[[str], None] | None = None) -> None:
         """
         Args:
-            say: told once if the file cannot be written; rows then wait until it can. None: OSError is raised.
+            log: called once if the file cannot be written; rows are then kept until it can. None: raise OSError.
         """
         self.path = path
-        self._file = LineFile(path, say)
+        self._file = LineFile(path, log)
 
     def append(self, row: dict[str, Any]) -> None:
         self._file.append(json.dumps(json_safe(row), ensure_ascii=False))
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """Every row; what is none is left out, such as a last line cut by a crash."""
+        """All valid rows; invalid ones, such as a last line cut off by a crash, are skipped."""
         if not self.path.is_file():
             return
         yield from (row for row in read_rows(self.path) if row is not None)
 
     def keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
-        """Drop the other rows, in one step: what came after the checkpoint that a run resumes from."""
+        """Drop all other rows, atomically."""
         if self.path.is_file():
             write_text(
                 self.path,
@@ -57,39 +59,39 @@ class JsonlFile:
 
 
 class Log:
-    """Lines for people: on the terminal and, with the time, in the run's log.txt. Silent on ranks other than 0.
+    """Prints lines and appends them, with the time, to the run's log.txt. Does nothing on ranks other than 0.
 
-    Where one of the two cannot be written, the other says so, once.
+    If one of the two cannot be written, the other says so once.
     """
 
     def __init__(self, path: Path, active: bool) -> None:
         self._active = active
         self._file = LineFile(path, self._show)
-        self._told: set[str] = set()
+        self._reported: set[str] = set()
 
     def __call__(self, line: str) -> None:
         if not self._active:
             return
         self._show(line)
-        self._keep(line)
+        self._append(line)
         for name, reason in output_failures():
-            if name not in self._told:
-                self._told.add(name)
-                self._keep(f"{name} cannot be written: {reason}; training goes on, and this file has what it says")
+            if name not in self._reported:
+                self._reported.add(name)
+                self._append(f"{name} cannot be written: {reason}; training continues, and so does this file")
 
     def _show(self, line: str) -> None:
-        # Above a progress bar rather than through it.
+        # tqdm prints above a progress bar rather than into it.
         from tqdm import tqdm
 
         tqdm.write(_wrapped(line) if sys.stdout.isatty() else line)
         sys.stdout.flush()
 
-    def _keep(self, line: str) -> None:
+    def _append(self, line: str) -> None:
         self._file.append(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}")
 
 
 def _wrapped(line: str) -> str:
-    """A line cut between words for the terminal's width; what goes to a file or a pipe stays one line."""
+    """Wrap a line to the width of the terminal."""
     width = shutil.get_terminal_size().columns
     parts = line.split("\n")
     options = {"subsequent_indent": "    ", "break_long_words": False, "break_on_hyphens": False}
@@ -97,25 +99,25 @@ def _wrapped(line: str) -> str:
 
 
 class Stopwatch:
-    """Where the time goes: to training, but for what is counted apart under a name of its own. One thing at a time."""
+    """Measures how long a process spends on training and on each other activity, one at a time."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._doing, self._lapped = device, TRAINING, 0.0
+        self._device, self._activity, self._lapped = device, TRAINING, 0.0
         self.seconds: Counter[str] = Counter()
-        """By what was being done, until it last changed."""
+        """By activity, without the time since the last change of activity."""
         self._synchronize()
         self._since = time.perf_counter()
 
     @contextmanager
-    def doing(self, what: str) -> Iterator[None]:
-        """Count the `with` block under this name. Blocks nest: the inner one's time is not the outer one's."""
+    def timed(self, activity: str) -> Iterator[None]:
+        """Measure a `with` block as this activity. Blocks nest: inner blocks do not count for outer ones."""
         self._count()
-        before, self._doing = self._doing, what
+        before, self._activity = self._activity, activity
         try:
             yield
         finally:
             self._count()
-            self._doing = before
+            self._activity = before
 
     def lap(self) -> float:
         """Seconds of training since the last lap."""
@@ -126,7 +128,7 @@ class Stopwatch:
     def _count(self) -> None:
         self._synchronize()
         now = time.perf_counter()
-        self.seconds[self._doing] += now - self._since
+        self.seconds[self._activity] += now - self._since
         self._since = now
 
     def _synchronize(self) -> None:
@@ -138,12 +140,12 @@ class Stopwatch:
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss), infinite where that overflows."""
+    """exp(loss), or infinity if that overflows."""
     return math.exp(loss) if loss < 700 else math.inf
 
 
 def environment(device: torch.device, world_size: int) -> dict[str, Any]:
-    """Where a run ran, so that its numbers can be placed."""
+    """Software and hardware of a run, for environment.json."""
     packages = ("torch", "numpy", "tiktoken", "datasets", "huggingface_hub", "matplotlib", "pyarrow", "tyro")
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -177,40 +179,36 @@ def _git(*arguments: str) -> str | None:
     return done.stdout.strip()
 
 
-KEPT_LINES = 10_000
-"""Of a file that cannot be written now: as many wait in memory; older ones are lost."""
-
-
 class LineFile:
-    """A file that grows by whole lines, each on its way at once.
+    """Appends whole lines to a file, unbuffered.
 
-    Where lines cannot be written (a full disk, a quota, rights that were taken away), `say` is told once, and they wait
-    in memory until they can be. Without `say`, OSError is raised.
+    If lines cannot be written (full disk, quota, permissions), `log` is called once, and they are kept in memory until
+    they can be. Without `log`, OSError is raised.
     """
 
-    def __init__(self, path: Path, say: Callable[[str], None] | None) -> None:
-        self.path, self._say = path, say
-        self._waiting: deque[str] = deque(maxlen=KEPT_LINES)
+    def __init__(self, path: Path, log: Callable[[str], None] | None) -> None:
+        self.path, self._log = path, log
+        self._pending: deque[str] = deque(maxlen=BUFFERED_LINES)
         self._failed = False
 
     def append(self, line: str) -> None:
-        self._waiting.append(line)
+        self._pending.append(line)
         failure = self._write()
-        if self._say is None:
+        if self._log is None:
             if failure is not None:
                 raise failure
             return
         if failure is None and self._failed:
             self._failed = False
-            self._say(f"{self.path} can be written again")
+            self._log(f"{self.path} can be written again")
         elif failure is not None and not self._failed:
             self._failed = True
             reason = failure.strerror or str(failure)
-            self._say(f"cannot write {self.path}: {reason}; training goes on, and its lines are kept for later")
+            self._log(f"cannot write {self.path}: {reason}; training continues, and its lines are kept for later")
 
     def _write(self) -> OSError | None:
-        """Write what waits, all of it or nothing: half a line would spoil the next one too."""
-        data = "".join(f"{line}\n" for line in self._waiting).encode("utf-8", "backslashreplace")
+        """Write all pending lines or nothing: half a line would spoil the next one."""
+        data = "".join(f"{line}\n" for line in self._pending).encode("utf-8", "backslashreplace")
         try:
             with self.path.open("ab", buffering=0) as file:
                 before = file.tell()
@@ -221,11 +219,11 @@ class LineFile:
                     raise
         except OSError as error:
             return error
-        self._waiting.clear()
+        self._pending.clear()
         return None
 
 
 def _write_all(file: io.FileIO, data: bytes) -> None:
-    rest = memoryview(data)
-    while rest:
-        rest = rest[file.write(rest) :]
+    remaining = memoryview(data)
+    while remaining:
+        remaining = remaining[file.write(remaining) :]

@@ -1,4 +1,4 @@
-"""A run's folder: claimed by one process at a time, started fresh or taken up again."""
+"""A run's folder: held by one process at a time, started over or resumed."""
 
 import secrets
 import shlex
@@ -25,8 +25,10 @@ from myllm.paths import RunPaths
 from .history import read_json_or_empty
 from .logs import JsonlFile
 
-SHARED = ".shared-"
+PROBE = ".shared-"
+"""Prefix of the file by which ranks check that they share a disk."""
 NETWORK_DISK_S = 20.0
+"""Network disks may take some seconds to show one machine a new file of another."""
 
 
 @contextmanager
@@ -37,53 +39,48 @@ def claim_run(run: RunPaths) -> Iterator[None]:
         UserError: another process is training there, or the folder cannot be written.
     """
     with ExitStack() as stack:
-        _claim(run, stack)
+        try:
+            run.root.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(file_lock(run.root / ".lock", wait=False))
+        except BlockingIOError:
+            raise UserError(
+                f"another process is training in {run.root}; stop it first, or give this run another --name"
+            ) from None
+        except OSError as error:
+            raise UserError(
+                f"cannot write the run folder {run.root}: {error.strerror}; make it writable, give another --name, or "
+                "set MYLLM_DATA to another folder"
+            ) from None
         yield
 
 
-def _claim(run: RunPaths, stack: ExitStack) -> None:
-    try:
-        run.root.mkdir(parents=True, exist_ok=True)
-        stack.enter_context(file_lock(run.root / ".lock", wait=False))
-    except BlockingIOError:
-        raise UserError(
-            f"another process is training in {run.root}; stop it first, or give this run another --name"
-        ) from None
-    except OSError as error:
-        raise UserError(
-            f"cannot write the run folder {run.root}: {error.strerror}; make it one that can be written, give another "
-            "--name, or set MYLLM_DATA to another folder"
-        ) from None
-
-
 def check_shared_disk(run: RunPaths, process: DistContext) -> None:
-    """Make sure that all ranks see the same run folder: each writes its share of a checkpoint, and reads all of it.
+    """Check that all ranks see the same run folder: each rank writes a part of a checkpoint and reads all of it.
 
     Raises:
-        UserError: on all ranks; a machine has another folder under that name.
+        UserError: on all ranks, if a machine has another folder under that name.
     """
     if process.world_size == 1:
         return
-    mark = run.root / f"{SHARED}{distributed.broadcast_object(secrets.token_hex(8))}"
+    probe = run.root / f"{PROBE}{distributed.broadcast_object(secrets.token_hex(8))}"
     if process.is_rank_zero:
-        for left in run.root.glob(f"{SHARED}*"):
-            left.unlink(missing_ok=True)
-        mark.touch()
+        for old in run.root.glob(f"{PROBE}*"):
+            old.unlink(missing_ok=True)
+        probe.touch()
     distributed.barrier()
-    hosts = distributed.all_gather_object(None if _appears(mark) else socket.gethostname())
+    hosts = distributed.all_gather_object(None if _appears(probe) else socket.gethostname())
     if process.is_rank_zero:
-        mark.unlink(missing_ok=True)
-    without = sorted({host for host in hosts if host is not None})
-    if without:
+        probe.unlink(missing_ok=True)
+    others = sorted({host for host in hosts if host is not None})
+    if others:
         raise UserError(
-            f"{run.root} on {', '.join(without)} is not the folder that rank 0 has there; every rank writes a part of "
+            f"{run.root} on {', '.join(others)} is not the folder that rank 0 has there; every rank writes a part of "
             "each checkpoint, so all machines need the same one: set MYLLM_DATA to a folder on a disk that they share, "
             "or make its runs/ a link to one"
         )
 
 
 def _appears(path: Path) -> bool:
-    """Network disks may take some seconds to show one machine what another has made."""
     deadline = time.monotonic() + NETWORK_DISK_S
     while not path.exists():
         if time.monotonic() > deadline:
@@ -92,94 +89,92 @@ def _appears(path: Path) -> bool:
     return True
 
 
-def archive_old_run(run: RunPaths, but: Path | None = None) -> Path | None:
-    """Make room for a fresh run without deleting anything: the old folder's contents move to one with the date.
-
-    Args:
-        but: what stays.
+def archive_old_run(run: RunPaths, keep: Path | None = None) -> Path | None:
+    """Move everything in a run's folder, except `keep`, to a new folder with the date in its name.
 
     Returns:
-        where they are now, or None if there was nothing.
+        the new folder, or None if there was nothing to move.
     """
-    old = [path for path in run.root.iterdir() if path.name != ".lock" and path != but]
+    old = [path for path in run.root.iterdir() if path.name != ".lock" and path != keep]
     if not old:
         return None
-    aside = unused_path(run.root.with_name(f"{run.root.name}.before-{time.strftime('%Y%m%d-%H%M%S')}"))
-    aside.mkdir()
+    archive = unused_path(run.root.with_name(f"{run.root.name}.before-{time.strftime('%Y%m%d-%H%M%S')}"))
+    archive.mkdir()
     for path in old:
-        path.rename(aside / path.name)
-    return aside
+        path.rename(archive / path.name)
+    return archive
 
 
 def start_over(run: RunPaths, config: RunConfig) -> Path | None:
-    """Move the old run aside, as `move_aside` does. One that began with imported weights begins with them again.
+    """Archive the old run. If it began with imported weights, the new run begins with them again.
+
+    Returns:
+        the folder of the old run, or None if there was none.
 
     Raises:
-        UserError: these weights are not there any more, or are of another model; nothing is moved.
+        UserError: the imported weights are missing, or belong to another model. Nothing is moved then.
     """
     if not run.imported.is_file():
         return archive_old_run(run)
     start = checkpoint_dir(run.checkpoints, 0)
-    if faults := list(verify_checkpoint(start)):
-        raise UserError(
-            f"{run.root.name} began with weights from elsewhere, and {start} does not have them any more "
-            f"({'; '.join(faults)}): {_IMPORT_AGAIN.format(run=run.root.name, source=_source(run))}"
-        )
+    if errors := list(verify_checkpoint(start)):
+        raise _lost_import(run, f"{start} is not intact ({'; '.join(errors)})")
     check_resumable(load_checkpoint(start, HASH_MODEL).config, config, start, imported=True)
-    aside = archive_old_run(run, but=run.imported)
-    if aside is None:
+    archive = archive_old_run(run, keep=run.imported)
+    if archive is None:
         return None
-    shutil.copy2(run.imported, aside)
+    shutil.copy2(run.imported, archive)
     run.checkpoints.mkdir()
     work = run.checkpoints / f"{PARTIAL}{start.name}"
-    shutil.copytree(aside / start.relative_to(run.root), work)
+    shutil.copytree(archive / start.relative_to(run.root), work)
     work.rename(start)
     fsync_dir(run.checkpoints)
-    if (aside / TOKENIZER).is_file():  # the config names it
-        shutil.copy2(aside / TOKENIZER, run.root)
-    return aside
+    if (archive / TOKENIZER).is_file():  # the config refers to it
+        shutil.copy2(archive / TOKENIZER, run.root)
+    return archive
 
 
 def check_has_imported_weights(run: RunPaths) -> None:
-    """
+    """Refuse to train new weights under the name of imported ones.
+
     Raises:
-        UserError: a run without a checkpoint began with imported weights: others would be trained in their name.
+        UserError: the run, which has no checkpoint, began with imported weights.
     """
     if run.imported.is_file():
-        raise UserError(
-            f"{run.root.name} began with weights from elsewhere, and has no checkpoint any more: "
-            f"{_IMPORT_AGAIN.format(run=run.root.name, source=_source(run))}"
-        )
+        raise _lost_import(run, "it has no checkpoint")
 
 
-_IMPORT_AGAIN = "`myllm import {source} --name {run} --overwrite` gets them again, another --name starts from scratch"
-
-
-def _source(run: RunPaths) -> str:
-    return shlex.quote(str(read_json_or_empty(run.imported).get("source") or "SOURCE"))
+def _lost_import(run: RunPaths, problem: str) -> UserError:
+    source = shlex.quote(str(read_json_or_empty(run.imported).get("source") or "SOURCE"))
+    return UserError(
+        f"the run {run.root.name} began with imported weights, but {problem}: `myllm import {source} --name "
+        f"{run.root.name} --overwrite` imports them again, another --name starts from scratch"
+    )
 
 
 def check_resumable(saved: dict[str, Any], config: RunConfig, folder: Path, imported: bool = False) -> list[str]:
-    """Which settings differ from those of the checkpoint in `folder`, as "optim.max_lr: 0.001 -> 0.002".
+    """Compare a config with that of the checkpoint in `folder`.
 
-    How long to train, at what rate and on what machine may change. What the weights mean may not.
+    Training length, learning rate and hardware may change. The meaning of the weights and the data order may not.
 
     Args:
-        imported: weights from elsewhere, whose order of the data has yet to be chosen.
+        imported: the weights were imported, so the data order is still free.
+
+    Returns:
+        the settings that differ, as "optim.max_lr: 0.001 -> 0.002".
 
     Raises:
-        UserError: the model or the order of the data would be another.
+        UserError: a setting differs that may not.
     """
-    earlier = to_dict(saved_config(saved, folder / "config.json"))  # what it did not know has today's defaults
+    earlier = to_dict(saved_config(saved, folder / "config.json"))
     changed = list(_differences(earlier, to_dict(config), ""))
-    # The data set itself is compared by its hash, wherever it lies.
-    kept = ("model.",) if imported else ("model.", "train.seed", "train.batch_tokens")
-    fixed = [line for line in changed if line.startswith(kept)]
-    fixed = [line for line in fixed if not line.startswith("model.dropout")]
-    if fixed:
+    # The data set is compared by its hash, elsewhere.
+    fixed = ("model.",) if imported else ("model.", "train.seed", "train.batch_tokens")
+    refused = [line for line in changed if line.startswith(fixed) and not line.startswith("model.dropout")]
+    if refused:
         raise UserError(
             f"the checkpoint {folder} was made with other settings:\n"
-            + "\n".join(f"  - {line}" for line in fixed)
+            + "\n".join(f"  - {line}" for line in refused)
             + "\ngive the same ones to resume, another --name to start a second run, or --train.fresh to start over "
             "(the old run is moved aside)"
         )
@@ -187,9 +182,9 @@ def check_resumable(saved: dict[str, Any], config: RunConfig, folder: Path, impo
 
 
 def truncate_logs(run: RunPaths, step: int) -> None:
-    """Forget rows that training will write again after resuming from `step`.
+    """Drop rows that training will write again after resuming from `step`.
 
-    Evaluations at the step itself go too: a save comes before them, so they may be missing, and are done once more.
+    That includes evaluations at `step` itself: they run after the save, so some may be missing, and all run again.
     """
     JsonlFile(run.metrics).keep(lambda row: row["step"] < step or (row["step"] == step and row.get("kind") != "eval"))
     JsonlFile(run.samples).keep(lambda row: row["step"] < step)
@@ -197,7 +192,7 @@ def truncate_logs(run: RunPaths, step: int) -> None:
 
 def write_config(run: RunPaths, config: RunConfig) -> None:
     values = to_dict(config)
-    values["train"]["fresh"] = False  # a wish of one start, not a property of the run
+    values["train"]["fresh"] = False  # applies to one start only
     write_json(run.config, values)
 
 
@@ -214,7 +209,11 @@ def _differences(old: Any, new: Any, prefix: str) -> Iterator[str]:
 
 
 def next_steps(config: RunConfig, stopped_early: bool = False, epochs: float | None = None) -> str:
-    """Where a run's files are and what to type next; `epochs` is the run's length where the command gave it so."""
+    """Where the files of a run are, and what to type next.
+
+    Args:
+        epochs: the length of the run, if the command gave it in epochs.
+    """
     run, myllm = RunPaths.of(config.name), _myllm()
     name = shlex.quote(config.name)
     prompt = next(iter(config.eval.sample_prompts), "").strip().partition("\n")[0] or "Once upon a time"
@@ -234,12 +233,12 @@ what to type next
   sample       {myllm} sample {name} --prompt {shlex.quote(prompt)}
   chat         {myllm} chat {name}
   serve        {myllm} serve {name}   (a page in the browser)
-  resume       the same command; with {longer} it trains on from here
-  full run     ./run_pre_training_e2e.sh lf-llm-269m --dry-run   (what it costs; without --dry-run it starts)"""
+  resume       the same command; with {longer} it continues from here
+  full run     ./run_pre_training_e2e.sh lf-llm-269m --dry-run   (shows its cost; without --dry-run it starts)"""
 
 
 def _myllm() -> str:
-    """How to call the command line from here: by its name if that is on the PATH, else beside this Python."""
+    """The command line as a user can type it here: by name if it is on the PATH, else by its path."""
     beside = Path(sys.executable).parent / "myllm"
     on_path = shutil.which("myllm")
     if on_path and Path(on_path).resolve() == beside.resolve():

@@ -1,4 +1,4 @@
-"""What a run that has been begun goes on with, whatever today's defaults are: its data set, and how long it is."""
+"""Settings that a resumed run keeps even if defaults have changed: its data set and its length."""
 
 import json
 from dataclasses import asdict, replace
@@ -9,27 +9,27 @@ from myllm.config import DataConfig, RunConfig, load_config
 from myllm.data.dataset import FORMAT, MANIFEST
 from myllm.errors import UserError
 
-MADE_AGAIN = ("dataset", "val_tokens", "shard_tokens", "workers", "keep_downloads", "fallback")
-"""Settings of the data that say nothing of which text it is. Their defaults have changed, and may again."""
+NOT_TEXT = ("dataset", "val_tokens", "shard_tokens", "workers", "keep_downloads", "fallback")
+"""Data settings that do not select or change the text. Their defaults may differ between versions."""
 
 
 def keep_saved_settings(config: RunConfig, own_text: bool) -> tuple[RunConfig, bool]:
-    """The config, with the data set of the run of this name where it has a checkpoint and is to have the same text.
+    """If the run has a checkpoint, take the data set and the length from it.
 
     Args:
-        own_text: nobody said how long to train (`plan.with_length`).
+        own_text: the command gave no length, so it follows from the user's own text (`planning.length`).
 
     Returns:
-        the config, and `own_text`: false where the run's own length, which does not change by resuming, was taken.
+        the config, and `own_text`: now false if the length is that of the run.
     """
     run = paths.RunPaths.of(config.name)
     if config.train.fresh or not any(step_of(folder) for folder in list_checkpoints(run.checkpoints)):
         return config, own_text
     try:
         saved = load_config(run.config, RunConfig())
-        about = json.loads(run.environment.read_text(encoding="utf-8"))
-        name, fingerprint = str(about["dataset"]), about["dataset_hash"]
-    except (UserError, OSError, ValueError, KeyError, TypeError):  # whatever is wrong, resuming will say
+        environment = json.loads(run.environment.read_text(encoding="utf-8"))
+        name, fingerprint = str(environment["dataset"]), environment["dataset_hash"]
+    except (UserError, OSError, ValueError, KeyError, TypeError):  # resuming reports what is wrong
         return config, own_text
     if _is_of_earlier_defaults(config.data, saved.data, name, fingerprint):
         config = replace(config, data=replace(config.data, dataset=name))
@@ -39,7 +39,7 @@ def keep_saved_settings(config: RunConfig, own_text: bool) -> tuple[RunConfig, b
 
 
 def _is_of_earlier_defaults(wanted: DataConfig, saved: DataConfig, name: str, fingerprint: str) -> bool:
-    """Whether the run's data set is there, and only a changed default or format keeps it from being found."""
+    """True if the run's data set exists, and is only not found because a default or the format has changed."""
     if wanted.dataset is not None or _text_of(saved) != _text_of(wanted):
         return False
     try:
@@ -55,4 +55,4 @@ def _is_of_earlier_defaults(wanted: DataConfig, saved: DataConfig, name: str, fi
 
 
 def _text_of(data: DataConfig) -> dict[str, object]:
-    return {key: value for key, value in asdict(data).items() if key not in MADE_AGAIN}
+    return {key: value for key, value in asdict(data).items() if key not in NOT_TEXT}

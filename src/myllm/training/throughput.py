@@ -43,7 +43,7 @@ class ThroughputMeter:
 
     def timed(self, activity: str) -> AbstractContextManager[None]:
         """Count a `with` block under a name of its own, not in step_s and tokens_per_s."""
-        return self._stopwatch.doing(activity)
+        return self._stopwatch.timed(activity)
 
     def overhead(self, step: int) -> list[dict[str, Any]]:
         """A row with the seconds of each activity since the last such row; no row if there were none."""
