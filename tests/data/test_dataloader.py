@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 
 from myllm.data import sampler as order
 from myllm.data.dataloader import Batch, BatchLoader, has_step, read_batch
-from myllm.data.dataset import Dataset, TokenStream
+from myllm.data.dataset import Dataset
 from myllm.data.prepare import status
 from myllm.data.sampler import DataPosition, count_sequences, step_sequences
+from myllm.data.token_stream import TokenStream
 from myllm.errors import UserError
 from myllm.planning.batch import BatchPlan
 
@@ -201,7 +202,7 @@ def test_growing_data_give_the_batches_of_finished_data(
 
         thread = threading.Thread(target=make_the_rest)
         thread.start()
-        seen = take(Dataset.open(growing.folder, unfinished=True), count, at(0, 0), batch, rank)
+        seen = take(Dataset.open(growing.folder, allow_incomplete=True), count, at(0, 0), batch, rank)
         thread.join()
         for (a, b), (x, y) in zip(seen, expected, strict=True):
             assert torch.equal(a, x)
@@ -213,7 +214,7 @@ def test_no_step_is_handed_out_before_its_windows_are_there(dataset: Dataset, ma
     """A window is 6 sequences, a shard 90 tokens: 11 sequences and a bit."""
     growing = make_growing(dataset)
     growing.grow(2)
-    seen, batch = Dataset.open(growing.folder, unfinished=True), plan(sequences=2, micro=2)
+    seen, batch = Dataset.open(growing.folder, allow_incomplete=True), plan(sequences=2, micro=2)
     steps = [i for i in range(20) if has_step(seen.train, at(0, 2 * i), batch)]
     assert seen.train.tokens == 90
     assert steps == [0, 1, 2], "11 sequences are there: one window of 6"
@@ -231,7 +232,7 @@ def test_no_step_is_handed_out_before_its_windows_are_there(dataset: Dataset, ma
 def test_a_loader_that_waits_ends_when_told(dataset: Dataset, make_growing: MakeGrowing, there: int) -> None:
     growing = make_growing(dataset)
     growing.grow(there)
-    seen = Dataset.open(growing.folder, unfinished=True)
+    seen = Dataset.open(growing.folder, allow_incomplete=True)
     with BatchLoader(seen.train, plan(), at(0, 40), 0, CPU):
         time.sleep(0.05)
     assert loader_threads() == []
@@ -244,7 +245,7 @@ def test_data_that_vanish_while_it_waits_are_said(
     monkeypatch.setattr(BatchLoader, "POLL_S", 0.01)
     growing = make_growing(dataset)
     growing.grow(2)
-    seen = Dataset.open(growing.folder, unfinished=True)
+    seen = Dataset.open(growing.folder, allow_incomplete=True)
     shutil.rmtree(growing.folder)
     with BatchLoader(seen.train, plan(), at(0, 40), 0, CPU) as loader, pytest.raises(UserError, match="not a prepared"):
         loader.next_batch()
@@ -269,7 +270,7 @@ class Wait:
 
     def __init__(self, growing: "Growing", monkeypatch: pytest.MonkeyPatch) -> None:
         self.growing, self.lines, self.events = growing, [], []
-        self.dataset = Dataset.open(growing.folder, unfinished=True)
+        self.dataset = Dataset.open(growing.folder, allow_incomplete=True)
         monkeypatch.setattr(BatchLoader, "POLL_S", 0.005)
         monkeypatch.setattr(status, "is_being_prepared", lambda _: not self.abandoned)
         monkeypatch.setattr(status.time, "sleep", self.between_looks)

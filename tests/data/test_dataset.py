@@ -73,7 +73,7 @@ def test_a_shard_that_is_cut_short_in_use_is_said(dataset: Dataset) -> None:
     size = path.stat().st_size
     os.truncate(path, size - 2)
     with pytest.raises(
-        MachineError, match=rf"{path.name} was cut short while it was in use: {size - 2:,} bytes, expected"
+        MachineError, match=rf"{path.name} was truncated while it was in use: {size - 2:,} bytes, expected"
     ):
         stream.read(0, 10)
     path.unlink()  # its map holds all of it, but what was cut off
@@ -151,7 +151,7 @@ def test_finding_a_data_set(dataset: Dataset, temp_data: Path, tmp_path: Path) -
     assert find_dataset("books-1234").name == "books-1234"
     assert find_dataset("new").name == "news-1"
     for name, said in (
-        ("books", "2 begin so: books-1234, books-5678"),
+        ("books", "2 names start with it: books-1234, books-5678"),
         ("bocks-1234", "did you mean 'books-1234'"),
         (".partial", "known: books-1234, books-5678, news-1"),
         (str(tmp_path), "no single prepared data set"),
@@ -166,22 +166,22 @@ def test_a_data_set_that_is_being_made_is_no_data_set_unless_asked_for(
     growing = make_growing(dataset)
     (growing.folder / "work").mkdir()
     for _ in range(2):  # before and after its first shards
-        with pytest.raises(UserError, match="not whole yet: its preparation is under way, or was interrupted"):
+        with pytest.raises(UserError, match="incomplete: it is still being prepared, or was interrupted"):
             Dataset.open(growing.folder)
         growing.grow(2)
     (temp_data / "datasets").mkdir(parents=True)
     os.symlink(growing.folder, temp_data / "datasets" / "news-1")
     with pytest.raises(UserError, match="no single prepared data set"):
         find_dataset("new")
-    with pytest.raises(UserError, match="not whole yet"):
+    with pytest.raises(UserError, match="is incomplete"):
         find_dataset("news-1")
-    assert not find_dataset("new", unfinished=True).complete
+    assert not find_dataset("new", allow_incomplete=True).complete
 
 
 def test_streams_grow_shard_by_shard(dataset: Dataset, make_growing: MakeGrowing) -> None:
     growing = make_growing(dataset)
     growing.grow()
-    seen = Dataset.open(growing.folder, unfinished=True)
+    seen = Dataset.open(growing.folder, allow_incomplete=True)
     assert (seen.val.tokens, seen.train.tokens, seen.complete) == (100, 0, False)
     for there in (300, 600, 900, 1_000):
         growing.grow()
@@ -201,7 +201,7 @@ def test_streams_grow_shard_by_shard(dataset: Dataset, make_growing: MakeGrowing
 def test_a_jump_from_the_first_shards_to_the_end(dataset: Dataset, make_growing: MakeGrowing) -> None:
     growing = make_growing(dataset)
     growing.grow(2)
-    seen = Dataset.open(growing.folder, unfinished=True)
+    seen = Dataset.open(growing.folder, allow_incomplete=True)
     growing.finish()
     seen.refresh()
     assert seen.complete
@@ -213,7 +213,7 @@ def test_a_jump_from_the_first_shards_to_the_end(dataset: Dataset, make_growing:
 def test_readers_and_those_who_refresh_do_not_disturb_one_another(dataset: Dataset, make_growing: MakeGrowing) -> None:
     growing = make_growing(dataset)
     growing.grow(2)
-    seen = Dataset.open(growing.folder, unfinished=True)
+    seen = Dataset.open(growing.folder, allow_incomplete=True)
     failures: list[BaseException] = []
 
     def look() -> None:
@@ -241,10 +241,10 @@ def test_readers_and_those_who_refresh_do_not_disturb_one_another(dataset: Datas
 def test_one_made_anew_with_other_settings_is_not_gone_on_with(dataset: Dataset, make_growing: MakeGrowing) -> None:
     growing = make_growing(dataset)
     growing.grow(3)
-    seen = Dataset.open(growing.folder, unfinished=True)
+    seen = Dataset.open(growing.folder, allow_incomplete=True)
     path = growing.folder / "progress.json"
     path.write_text(path.read_text().replace("f" * 64, "e" * 64))
-    with pytest.raises(UserError, match="was made anew with other settings"):
+    with pytest.raises(UserError, match="was prepared again with other settings"):
         seen.refresh()
     path.unlink()
     with pytest.raises(UserError, match="not a prepared data set"):
@@ -264,7 +264,7 @@ def test_no_damaged_shard_is_read(make_dataset: MakeDataset) -> None:
     stream.verify(np.array([0, 290, 800]), 10)
     stream.verify(np.array([410]), 289)
     for starts, count, said in (([299], 2, "00003"), ([250], 200, "00003"), ([0, 710], 5, "00007")):
-        with pytest.raises(UserError, match=rf"content of train_{said}\.npy in .*verify {dataset.folder} --repair"):
+        with pytest.raises(UserError, match=rf"train_{said}\.npy in .*verify {dataset.folder} --repair"):
             stream.verify(np.array(starts), count)
     with pytest.raises(UserError, match=r"train_00003\.npy, train_00007\.npy"):
         stream.verify(np.array([0]), 1_000)

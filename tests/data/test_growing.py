@@ -252,7 +252,7 @@ def growing(tiny: RunConfig) -> Dataset:
     (folder / "progress.json").write_text(json.dumps(manifest | {"progress": {"done_bytes": 1, "source_bytes": 4}}))
     (folder / "manifest.json").unlink()
     (folder / "work").mkdir()
-    return Dataset.open(folder, unfinished=True)
+    return Dataset.open(folder, allow_incomplete=True)
 
 
 def test_who_is_at_work_is_known_by_a_lock(growing: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,7 +52,7 @@ def _list_prepared() -> None:
             print(f"  {folder.name}  started: run the same command to continue")
             continue
         try:
-            dataset = Dataset.open(folder, unfinished=True)
+            dataset = Dataset.open(folder, allow_incomplete=True)
         except UserError as error:
             print(f"  {folder.name}  {error}")
             continue
@@ -209,7 +209,7 @@ def show(
     number = document if document is not None else sequence
     if split not in ("train", "val") or number is None or number < 0 or seq_len < 1:
         raise UserError(f"expected --split train or val, numbers from 0; found {split!r}, {number}, {seq_len}")
-    dataset = find_dataset(name, unfinished=True)
+    dataset = find_dataset(name, allow_incomplete=True)
     if document is not None:
         start, tokens = document_at(dataset, split, document)
         print(f"{dataset.name}, {split} document {document:,}: {len(tokens) - 1:,} tokens, at token {start:,}\n")

@@ -18,9 +18,9 @@ from myllm.distributed import collectives
 from myllm.errors import UserError
 from myllm.planning.batch import BatchPlan
 
-from .dataset import TokenStream
 from .sample_digest import LANES, hash_samples
 from .sampler import DataPosition, count_sequences, rank_rows, sequences_needed, step_sequences, window_sequences
+from .token_stream import TokenStream
 from .transfer import Batch, inputs_and_targets, make_transfer
 
 

@@ -6,8 +6,9 @@ import numpy as np
 
 from myllm.errors import UserError
 
-from .dataset import Dataset, TokenStream
+from .dataset import Dataset
 from .sampler import DataPosition, count_sequences, step_sequences, window_sequences
+from .token_stream import TokenStream
 
 READ_TOKENS = 1 << 20
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from myllm.data.dataset import TokenStream
+from myllm.data.token_stream import TokenStream
 from myllm.distributed.collectives import DistContext
 
 CONTEXT_TOKENS = 32

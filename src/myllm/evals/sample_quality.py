@@ -23,7 +23,7 @@ from itertools import islice, pairwise
 
 import numpy as np
 
-from myllm.data.dataset import TokenStream
+from myllm.data.token_stream import TokenStream
 from myllm.inference.generate import Sequence, generate_batch
 from myllm.inference.language_model import LanguageModel
 from myllm.inference.sampling_params import SamplingParams

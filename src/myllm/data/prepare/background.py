@@ -58,7 +58,7 @@ def prepare_in_background(
         UserError: as `prepare`.
     """
     if config.dataset is not None:
-        yield _wait_for_tokens(find_dataset(config.dataset, unfinished=True), min_train_tokens)
+        yield _wait_for_tokens(find_dataset(config.dataset, allow_incomplete=True), min_train_tokens)
         return
     folder = resolve(config).folder
     if is_complete(folder):
@@ -75,7 +75,7 @@ def prepare_in_background(
         process.start()
     try:
         _wait_for_first_shards(folder, process)
-        yield _wait_for_tokens(Dataset.open(folder, unfinished=True), min_train_tokens)
+        yield _wait_for_tokens(Dataset.open(folder, allow_incomplete=True), min_train_tokens)
     finally:
         if process is not None:
             process.terminate()
@@ -105,7 +105,7 @@ def _wait_for_first_shards(folder: Path, process: BaseProcess | None) -> None:
     while not is_complete(folder):
         # Shards of an earlier, interrupted preparation do not count until a process continues it.
         if (folder / PROGRESS).exists() and is_being_prepared(folder):
-            dataset = Dataset.open(folder, unfinished=True)
+            dataset = Dataset.open(folder, allow_incomplete=True)
             if dataset.val.tokens and dataset.train.tokens:
                 return
         if process is not None and not process.is_alive():

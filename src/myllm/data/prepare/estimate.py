@@ -68,21 +68,14 @@ def estimate(spec: DatasetSpec, workers: int, target: tuple[str, float] | None =
     Raises:
         UserError: nothing to sample, or a source that cannot be reached.
     """
-    source, skips = spec.source, SkipLog()
+    source = spec.source
     if not all(file.size_bytes for file in source.files if file.remote):
         raise UserError(
             f"the server of {source.description} does not report file sizes, so a sample cannot be extrapolated; "
             "`myllm data prepare` works without sizes"
         )
-    with tempfile.TemporaryDirectory() as folder:
-        by_file, stored_bytes, names = _sample(source, spec, Path(folder), skips)
-    by_file = [_cleaned(texts, spec) for texts in by_file]
+    by_file, stored_bytes, names = _sample(spec)
     texts = [text for file_texts in by_file for text in file_texts]
-    if not texts:
-        reasons = "; ".join(f"{place['place']}: {place['detail'] or place['reason']}" for place in skips.places[:3])
-        raise UserError(
-            f"the sample of {source.description} ({names}) holds no documents{': ' + reasons if reasons else ''}"
-        )
     n_bytes = np.array([len(text.encode(errors="surrogatepass")) for text in texts], dtype=float)
     n_tokens, seconds = _tokenize(texts, spec)
     bytes_per_s = n_bytes.sum() / seconds
@@ -123,8 +116,27 @@ def estimate(spec: DatasetSpec, workers: int, target: tuple[str, float] | None =
     )  # fmt: skip
 
 
-def _cleaned(texts: list[str], spec: DatasetSpec) -> list[str]:
-    return [cleaned for text in texts if (cleaned := clean(text, spec.config, lambda _: None)) is not None]
+def _sample(spec: DatasetSpec) -> tuple[list[list[str]], float, str]:
+    """Some cleaned documents, the stored bytes they stand for, and where they are from.
+
+    The documents are in one list, or in one list per file if several files were read whole.
+
+    Raises:
+        UserError: there are none.
+    """
+    skips = SkipLog()
+    with tempfile.TemporaryDirectory() as folder:
+        by_file, stored_bytes, names = _read_sample(spec, Path(folder), skips)
+    by_file = [
+        [cleaned for text in texts if (cleaned := clean(text, spec.config, lambda _: None)) is not None]
+        for texts in by_file
+    ]
+    if not any(by_file):
+        reasons = "; ".join(f"{place['place']}: {place['detail'] or place['reason']}" for place in skips.places[:3])
+        raise UserError(
+            f"the sample of {spec.source.description} ({names}) holds no documents{': ' + reasons if reasons else ''}"
+        )
+    return by_file, stored_bytes, names
 
 
 def _tokenize(texts: list[str], spec: DatasetSpec) -> tuple[np.ndarray, float]:
@@ -165,11 +177,9 @@ def _packing_error(texts: list[str], n_bytes: np.ndarray, source: Source) -> flo
     return _ratio_error(n_bytes, packed)
 
 
-def _sample(source: Source, spec: DatasetSpec, folder: Path, skips: SkipLog) -> tuple[list[list[str]], float, str]:
-    """Some documents, the stored bytes they stand for, and where they are from.
-
-    The documents are in one list, or in one list per file if several files were read whole.
-    """
+def _read_sample(spec: DatasetSpec, folder: Path, skips: SkipLog) -> tuple[list[list[str]], float, str]:
+    """As `_sample`, not cleaned. Downloads go to `folder`."""
+    source = spec.source
     files = order_files(source.files, spec.config.shuffle_files, spec.config.shuffle_seed)
     first = files[0]
     if first.size_bytes <= SMALL_BYTES and not first.remote:

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from myllm.data.dataset import MANIFEST, PROGRESS, SPANS, Shard
+from myllm.data.dataset import MANIFEST, PROGRESS, SPANS
+from myllm.data.token_stream import Shard
 from myllm.errors import UserError
 from myllm.files import atomic_write, read_json, write_json, write_text
 

@@ -45,7 +45,7 @@ class DataAndDisk:
 def tokenizer_for(config: RunConfig) -> Tokenizer:
     """The tokenizer of the run's data set, prepared or not."""
     if config.data.dataset is not None:
-        return find_dataset(config.data.dataset, unfinished=True).tokenizer()
+        return find_dataset(config.data.dataset, allow_incomplete=True).tokenizer()
     return load_tokenizer(config.data.tokenizer)
 
 
@@ -86,7 +86,7 @@ def inspect_data_and_disk(config: RunConfig) -> DataAndDisk:
 def find_prepared(config: DataConfig) -> Dataset | None:
     """The data set with these settings, complete or not. Compares settings, so that nothing is hashed."""
     if config.dataset is not None:
-        return find_dataset(config.dataset, unfinished=True)
+        return find_dataset(config.dataset, allow_incomplete=True)
     wanted = asdict(config)
     kind, _, path = config.source.partition(":")
     if kind == "files":

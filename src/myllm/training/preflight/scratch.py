@@ -15,7 +15,8 @@ import torch
 from myllm import paths
 from myllm.checkpoint.rng import get_rng_state, set_rng_state
 from myllm.config import RunConfig
-from myllm.data.dataset import FORMAT, MANIFEST, Dataset, Shard
+from myllm.data.dataset import FORMAT, MANIFEST, Dataset
+from myllm.data.token_stream import Shard
 from myllm.data.tokenizer.base import Tokenizer
 from myllm.distributed import collectives as distributed
 from myllm.distributed.collectives import DistContext
