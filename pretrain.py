@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 def main() -> None:
     # Imported here: the processes that tokenize import this file again, and need none of it.
     try:
-        from myllm.cli import launch
+        from myllm.cli.errors import exit_on_error
+        from myllm.cli.launch import parse_args
         from myllm.distributed.library_env import set_library_env
         from myllm.distributed.standard_streams import protect_output
     except ModuleNotFoundError as error:
@@ -33,8 +34,8 @@ def main() -> None:
 
     set_library_env()
     protect_output(keep_going=True)
-    with launch.exit_on_error():
-        args = launch.parse_args(sys.argv[1:])
+    with exit_on_error():
+        args = parse_args(sys.argv[1:])
         if args.config.hub.repo and not args.prepare_only:
             check_publishing(args.config)
         if args.dry_run:

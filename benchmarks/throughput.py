@@ -16,7 +16,8 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # runs from a bare checkout too
 
-from myllm.cli.launch import RunArgs, exit_on_error, parse_run_args
+from myllm.cli.errors import exit_on_error
+from myllm.cli.launch import RunArgs, parse_run_args
 from myllm.config import RunConfig
 from myllm.distributed import launcher as ranks
 from myllm.errors import UserError

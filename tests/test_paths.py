@@ -13,7 +13,8 @@ import pytest
 from conftest import ROOT
 from support.saved_checkpoints import SMALL, Save
 
-from myllm.cli.launch import exit_on_error, parse_args
+from myllm.cli.errors import exit_on_error
+from myllm.cli.launch import parse_args
 from myllm.cli.main import COMMANDS, main
 from myllm.data.prepare.prepare import disk_errors_for_users
 from myllm.errors import UserError, explain_os_error, full_disk_path

@@ -14,7 +14,8 @@ import torch
 from conftest import ROOT, command, launch, write_run_config
 
 from myllm.cli import main as cli
-from myllm.cli.launch import exit_on_error, parse_args
+from myllm.cli.errors import exit_on_error
+from myllm.cli.launch import parse_args
 from myllm.cli.plan import describe_dry_run
 from myllm.config import RunConfig
 from myllm.errors import UserError
@@ -245,14 +246,14 @@ def test_a_rank_that_lost_another_leaves_the_word_to_it(
         with pytest.raises(SystemExit) as end, exit_on_error():
             raise RuntimeError(said)
         assert end.value.code == 1  # so that a launcher starts it again
-        assert f"rank 1: another rank has ended, and says itself why ({said.splitlines()[0]}" in capsys.readouterr().err
+        assert f"rank 1: another rank failed first; see its error above ({said.splitlines()[0]}" in capsys.readouterr().err
     assert len(waited) == 2
 
 
 @pytest.mark.parametrize("lines", [1, 100_000])
 def test_a_reader_that_has_had_enough(lines: int) -> None:
     """As in `myllm eval RUN | head -0`: neither a traceback nor a complaint at the end."""
-    code = f"from myllm.cli.launch import exit_on_error\nwith exit_on_error():\n    for _ in range({lines}): print(1)"
+    code = f"from myllm.cli.errors import exit_on_error\nwith exit_on_error():\n    for _ in range({lines}): print(1)"
     writer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     writer.stdout.close()
     said = writer.stderr.read()
@@ -267,7 +268,7 @@ def test_an_end_without_a_reader_says_nothing_of_pipes(ending: str, code: int) -
     """As in `myllm --help | true` and `myllm status RUN | true`."""
     program = f"""
 from myllm.errors import UserError
-from myllm.cli.launch import exit_on_error
+from myllm.cli.errors import exit_on_error
 with exit_on_error():
     print('a line')
     {ending}
@@ -348,7 +349,7 @@ def test_a_typo_is_answered_before_torch_is_loaded(temp_data: Path) -> None:
 
 def test_a_compiler_that_is_missing_is_one_sentence(tmp_path: Path) -> None:
     """A real torch.compile, with a C++ compiler that does not work; and what Triton says where C's is missing."""
-    code = "import torch; from myllm.cli.launch import exit_on_error\n"
+    code = "import torch; from myllm.cli.errors import exit_on_error\n"
     code += "with exit_on_error(): torch.compile(lambda x: x * 2 + 1)(torch.ones(8))"
     environment = os.environ | {"CXX": "/bin/false", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(
@@ -356,7 +357,7 @@ def test_a_compiler_that_is_missing_is_one_sentence(tmp_path: Path) -> None:
     )
     assert done.returncode == 2, done.stderr
     (line,) = [line for line in done.stderr.splitlines() if "Warning" not in line]
-    assert line.startswith("error: torch.compile needs a C++ compiler that works, and finds none (tried /bin/false)")
+    assert line.startswith("error: torch.compile needs a working C++ compiler and found none (tried /bin/false)")
     assert line.endswith("--train.compile off")
 
 
@@ -364,4 +365,4 @@ def test_a_c_compiler_that_triton_misses(capsys: pytest.CaptureFixture[str]) -> 
     with pytest.raises(SystemExit) as caught, exit_on_error():
         raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable or set triton.knobs")
     assert caught.value.code == 2
-    assert capsys.readouterr().err.startswith("error: torch.compile needs a C compiler that works, and finds none:")
+    assert capsys.readouterr().err.startswith("error: torch.compile needs a working C compiler and found none:")

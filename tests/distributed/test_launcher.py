@@ -11,7 +11,7 @@ STARTED = {
     "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
     "MASTER_PORT": "29511",
 }  # fmt: skip
-CHECK = "from myllm.cli.launch import exit_on_error; exit_on_error().__enter__(); print('fine')"
+CHECK = "from myllm.cli.errors import exit_on_error; exit_on_error().__enter__(); print('fine')"
 VARIABLES = ("GROUP_RANK", "TORCHELASTIC_RUN_ID", *STARTED)
 
 

@@ -97,7 +97,7 @@ def test_a_length_counts_for_the_text_that_it_was_said_of(
 
 
 def test_steps_and_epochs_are_not_both_said(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="both say how long to train"):
+    with pytest.raises(UserError, match="both set the length of the training"):
         parse_args(["debug", "--train.epochs", "2", "--train.max-steps", "5"])
     (tmp_path / "run.json").write_text(json.dumps({"train": {"epochs": 3}}))
     config = ["debug", "--config", str(tmp_path / "run.json")]

@@ -34,7 +34,7 @@ from myllm.planning.batch import batch_plan
 from myllm.training import gradient_guard as guard
 from myllm.training import loop, setup
 from myllm.training.context import RunContext
-from myllm.training.gradient_guard import GROWTH_STEPS, LARGEST_LOSS_SCALE, GradientGuard
+from myllm.training.gradient_guard import GROWTH_STEPS, MAX_LOSS_SCALE, GradientGuard
 from myllm.training.setup import Trainer
 from myllm.training.step import accumulate_gradients, clip_gradients, train_step
 
@@ -244,9 +244,9 @@ def test_the_scale_grows_back() -> None:
     judged(judge, [1.0])
     assert judge.loss_scale == 2_048.0
     assert judge.sync().steps_at_scale == 0
-    largest = GradientGuard(HALF, CPU, SkipStats(loss_scale=LARGEST_LOSS_SCALE, steps_at_scale=GROWTH_STEPS))
+    largest = GradientGuard(HALF, CPU, SkipStats(loss_scale=MAX_LOSS_SCALE, steps_at_scale=GROWTH_STEPS))
     judged(largest, [1.0])
-    assert largest.loss_scale == LARGEST_LOSS_SCALE
+    assert largest.loss_scale == MAX_LOSS_SCALE
 
 
 # -- runs -------------------------------------------------------------------------------------------------------------

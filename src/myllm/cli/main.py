@@ -22,7 +22,7 @@ from . import publish as publish_cli
 from . import replay as replay_cli
 from . import sample as sample_cli
 from . import tokenizer as tokenizer_cli
-from .launch import exit_on_error
+from .errors import exit_on_error
 from .parse import parse_arguments, version
 from .prove_resume import command as prove_cli
 

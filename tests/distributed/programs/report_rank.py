@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-from myllm.cli.launch import exit_on_error
+from myllm.cli.errors import exit_on_error
 from myllm.config import RunConfig, load_config
 from myllm.data.prepare.background import prepare_in_background
 from myllm.distributed import collectives, launcher

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from myllm.cli.launch import PretrainArgs, exit_on_error
+from myllm.cli.errors import exit_on_error
+from myllm.cli.launch import PretrainArgs
 from myllm.config import ModelConfig, RunConfig, load_config
 from myllm.model.transformer import Transformer
 from myllm.training import setup
