@@ -246,7 +246,9 @@ def test_a_rank_that_lost_another_leaves_the_word_to_it(
         with pytest.raises(SystemExit) as end, exit_on_error():
             raise RuntimeError(said)
         assert end.value.code == 1  # so that a launcher starts it again
-        assert f"rank 1: another rank failed first; see its error above ({said.splitlines()[0]}" in capsys.readouterr().err
+        assert (
+            f"rank 1: another rank failed first; see its error above ({said.splitlines()[0]}" in capsys.readouterr().err
+        )
     assert len(waited) == 2
 
 
