@@ -1,11 +1,11 @@
-"""A long run of bad luck: one training run on two ranks that is killed at random moments for minutes on end.
+"""Kill and restart one training run at random moments for a long time.
 
     python benchmarks/soak.py --minutes 30 --seed 1
 
-Each start is hit once, by SIGKILL or SIGTERM, in one rank or in torchrun and all of them, after a random time; now and
-then the number of ranks changes. At the end the run is finished, and its receipts must be those of a run left in peace
-(losses are shown: on changing ranks they differ by rounding). Prints kills survived, steps lost, and the seconds from
-a start to its first new step.
+Each start gets SIGKILL or SIGTERM, in one rank or in torchrun and all of them, after a random time; the number of ranks
+changes between starts. At the end the run is finished, and its sample digests must be those of an uninterrupted run
+(losses are shown; they differ by rounding between numbers of ranks). Prints the number of kills, the steps lost, and
+the seconds from a start to its first new step.
 """
 
 import argparse
@@ -23,12 +23,12 @@ from tempfile import mkdtemp
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
+from myllm.checkpoint.layout import newest_step
 from myllm.cli.prove_resume.command import shrink_config
 from myllm.cli.prove_resume.training_process import (
     RunFailed,
     TrainingProcess,
     logged_step,
-    saved_step,
     train_rows,
     wait_until_gone,
 )
@@ -37,48 +37,50 @@ from myllm.files import write_json
 from myllm.presets import get_preset
 
 SAVE_EVERY = 5
-PATIENCE_S = 120
-MOST_STEPS = 15
-"""That a start may take before it is hit."""
+KILL_TIMEOUT_S = 120
+MAX_STEPS = 15
+"""Most steps of a start before it is killed."""
 
 
 @dataclass
 class Figures:
     kills: dict[str, int] = field(default_factory=dict)
     lost: list[int] = field(default_factory=list)
-    """Steps from the newest save to the kill, each time."""
+    """Steps from the newest save to each kill."""
     recovery_s: list[float] = field(default_factory=list)
     """From a start to the first new step."""
 
 
-def hit(training: TrainingProcess, chance: random.Random) -> str:
-    """End a run in one of four ways; returns which."""
-    number = chance.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGTERM))
-    everybody, ranks = training.processes(), training.ranks()
-    whom = chance.choice(("one rank", "all"))
-    if whom == "all" and number == signal.SIGKILL:
+def kill_randomly(training: TrainingProcess, rng: random.Random) -> str:
+    """Kill a run in one of four ways, and return which."""
+    number = rng.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGTERM))
+    pids, ranks = training.processes(), training.ranks()
+    target_name = rng.choice(("one rank", "all"))
+    if target_name == "all" and number == signal.SIGKILL:
         training.kill()
     else:
-        # torchrun passes SIGTERM on to every rank.
-        target = chance.choice(ranks) if whom == "one rank" and ranks else training.process.pid
+        # torchrun forwards SIGTERM to every rank.
+        target = rng.choice(ranks) if target_name == "one rank" and ranks else training.process.pid
         with contextlib.suppress(ProcessLookupError):
             os.kill(target, number)
-        training.process.wait(PATIENCE_S)
-    wait_until_gone(everybody)
-    return f"{number.name} to {whom}"
+        training.process.wait(KILL_TIMEOUT_S)
+    wait_until_gone(pids)
+    return f"{number.name} to {target_name}"
 
 
 def wait_for(training: TrainingProcess, step: int) -> None:
     """
     Raises:
-        Broken: it ended before.
+        RunFailed: the run ended before.
     """
     if not training.wait_for_step(step):
-        raise RunFailed(f"it ended by itself with code {training.process.returncode}; see {training.log}")
+        raise RunFailed(
+            f"the run ended without being killed, with exit code {training.process.returncode}; see {training.log}"
+        )
 
 
 def soak(minutes: float, seed: int, folder: Path) -> Figures:
-    chance, figures = random.Random(seed), Figures()
+    rng, figures = random.Random(seed), Figures()
     config = shrink_config(get_preset("debug"))
     small = replace(config.model, max_seq_len=64, d_model=16, n_layers=2, n_heads=2, d_ff=32)
     config = replace(
@@ -92,19 +94,19 @@ def soak(minutes: float, seed: int, folder: Path) -> Figures:
     write_json(path, to_dict(config))
     until, last, training = time.monotonic() + 60 * minutes, 0, None
     while time.monotonic() < until:
-        ranks = chance.choice((1, 2, 2))
+        ranks = rng.choice((1, 2, 2))
         started = time.monotonic()
         training = TrainingProcess.start(path, "soak", folder, ranks)
         wait_for(training, last + 1)
         figures.recovery_s.append(time.monotonic() - started)
-        wait_for(training, last + 1 + chance.randrange(MOST_STEPS))
-        time.sleep(chance.uniform(0, 0.5))  # in the middle of a step or of a save
-        kind = hit(training, chance)
-        reached, saved = logged_step(training.run), saved_step(training.run)
+        wait_for(training, last + 1 + rng.randrange(MAX_STEPS))
+        time.sleep(rng.uniform(0, 0.5))  # in the middle of a step or of a save
+        kind = kill_randomly(training, rng)
+        reached, saved = logged_step(training.run), newest_step(training.run.checkpoints)
         figures.kills[kind] = figures.kills.get(kind, 0) + 1
         figures.lost.append(reached - saved)
-        if saved < last or reached - saved > 2 * SAVE_EVERY:  # the newest may not have been whole yet
-            raise RunFailed(f"step {reached} was reached and {last} saved before, and now {saved} is the newest save")
+        if saved < last or reached - saved > 2 * SAVE_EVERY:  # the newest save may have been incomplete
+            raise RunFailed(f"reached step {reached} with step {last} saved, but now the newest save is step {saved}")
         last = saved
         print(f"{sum(figures.kills.values()):4}  {kind:<20} on {ranks}: step {reached}, saved {saved}", flush=True)
     steps = logged_step(training.run) + 5
@@ -116,29 +118,29 @@ def soak(minutes: float, seed: int, folder: Path) -> Figures:
     return figures
 
 
-def compare(ours: dict, theirs: dict, steps: int) -> None:
+def compare(rows: dict, expected: dict, steps: int) -> None:
     """
     Raises:
-        Broken: the runs trained on other samples.
+        RunFailed: the runs trained on other samples.
     """
     for step in range(1, steps + 1):
-        if ours[step]["sample_digest"] != theirs[step]["sample_digest"]:
-            raise RunFailed(f"at step {step} it had trained on other samples than a run left in peace")
-    worst = max(abs(ours[step]["loss"] - theirs[step]["loss"]) for step in theirs)
-    print(f"{steps} receipts are the same as those of a run left in peace; losses differ by {worst:.1e} at most")
+        if rows[step]["sample_digest"] != expected[step]["sample_digest"]:
+            raise RunFailed(f"at step {step} it had trained on other samples than the uninterrupted run")
+    worst = max(abs(rows[step]["loss"] - expected[step]["loss"]) for step in expected)
+    print(f"{steps} sample digests equal those of the uninterrupted run; losses differ by {worst:.1e} at most")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
-    asked = parser.parse_args()
+    args = parser.parse_args()
     folder = Path(mkdtemp(prefix="myllm-soak-"))
-    print(f"{asked.minutes:g} minutes, --seed {asked.seed}, in {folder}", flush=True)
+    print(f"{args.minutes:g} minutes, --seed {args.seed}, in {folder}", flush=True)
     try:
-        figures = soak(asked.minutes, asked.seed, folder)
+        figures = soak(args.minutes, args.seed, folder)
     except RunFailed as error:
-        sys.exit(f"BROKEN: {error}\nits files are in {folder}")
+        sys.exit(f"FAILED: {error}\nall files are in {folder}")
     shutil.rmtree(folder)
     for kind, count in sorted(figures.kills.items()):
         print(f"  {count:4}  {kind}")

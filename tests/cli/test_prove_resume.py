@@ -9,7 +9,7 @@ import pytest
 
 from myllm.cli import main as cli
 from myllm.cli.prove_resume.command import shrink_config
-from myllm.cli.prove_resume.compare import AGAIN, REFERENCE, Result, Trial, format_results, judge_trial
+from myllm.cli.prove_resume.compare import REFERENCE, REPEATED, Result, Trial, format_results, judge_trial
 from myllm.config import RunConfig
 from myllm.planning.batch import batch_plan
 from myllm.planning.validation import check_config
@@ -31,28 +31,30 @@ def rows(steps: int = 5, **changes: object) -> dict[int, dict[str, object]]:
     return made
 
 
-def faults(trial: Trial, found: dict[int, dict[str, object]], spread: float = 0.0, config: RunConfig = CPU) -> str:
+def errors(trial: Trial, found: dict[int, dict[str, object]], noise: float = 0.0, config: RunConfig = CPU) -> str:
     result = Result(trial, found)
-    judge_trial(result, Result(REFERENCE, rows()), config, spread)
-    assert ("NO" in format_results([Result(REFERENCE), result])) == bool(result.faults)
-    return "; ".join(result.faults)
+    judge_trial(result, Result(REFERENCE, rows()), config, noise)
+    assert ("FAILED" in format_results([Result(REFERENCE), result])) == bool(result.errors)
+    return "; ".join(result.errors)
 
 
 def test_what_disproves() -> None:
-    assert faults(AGAIN, rows()) == faults(OTHER, rows()) == ""
-    assert "from step 3 on it trained on other samples" in faults(AGAIN, rows(sample_digest_3="0", sample_digest_5="1"))
-    assert "other samples" in faults(OTHER, rows(sample_digest_5="0"))
-    assert "steps [4, 5] are not logged" in faults(AGAIN, rows(3))
+    assert errors(REPEATED, rows()) == errors(OTHER, rows()) == ""
+    assert "from step 3 on, it trained on other samples" in errors(
+        REPEATED, rows(sample_digest_3="0", sample_digest_5="1")
+    )
+    assert "other samples" in errors(OTHER, rows(sample_digest_5="0"))
+    assert "steps [4, 5] are not logged" in errors(REPEATED, rows(3))
     # To the last bit on the same layout, unless the machine does not repeat itself; within a tolerance on another.
     near, far = rows(loss_4=6.0 + 1e-7), rows(loss_4=6.01)
-    assert "losses differ by up to 1e-07, allowed 0" in faults(AGAIN, near)
-    assert faults(AGAIN, near, spread=1e-6) == faults(OTHER, near) == ""
-    assert "allowed 0.001" in faults(OTHER, far)
-    assert "allowed 0.001" in faults(AGAIN, far, spread=1e-6)
+    assert "losses differ by up to 1e-07, allowed 0" in errors(REPEATED, near)
+    assert errors(REPEATED, near, noise=1e-6) == errors(OTHER, near) == ""
+    assert "allowed 0.001" in errors(OTHER, far)
+    assert "allowed 0.001" in errors(REPEATED, far, noise=1e-6)
     dropout = replace(CPU, model=replace(CPU.model, dropout_ffn=0.1))
-    assert faults(OTHER, far, config=dropout) == ""
-    assert "other samples" in faults(OTHER, rows(sample_digest_2="0"), config=dropout)
-    assert faults(AGAIN, far, config=dropout) != ""
+    assert errors(OTHER, far, config=dropout) == ""
+    assert "other samples" in errors(OTHER, rows(sample_digest_2="0"), config=dropout)
+    assert errors(REPEATED, far, config=dropout) != ""
 
 
 @pytest.mark.parametrize("name", list(PRESETS))
@@ -90,7 +92,7 @@ def test_the_proof(temp_data: Path) -> None:
     words = [sys.executable, "-m", "myllm", "prove-resume", *TINY.split(), "--seed", "3"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=390, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("12 of 12 the same") == 3
-    assert done.stdout.count("the same, bit for bit") >= 2
+    assert done.stdout.count("12 of 12 equal") == 3
+    assert done.stdout.count("bitwise equal") >= 2
     assert "--seed 3" in done.stdout
     assert not list(temp_data.iterdir()), "it cleans up after itself"

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from support.fault_runs import Forks, Goes, record, run_of
 
-from myllm.cli.prove_resume.training_process import saved_step
+from myllm.checkpoint.layout import newest_step
 from myllm.errors import TrainingDiverged
 from myllm.training.anomaly.dump import find_dump, read_dump
 
@@ -23,7 +23,7 @@ def test_a_nan_in_a_batch(rank: int, forks: Forks, config_file: Path, place: Pat
     assert "error: the gradient of step 6 is not finite" in ended.said
     assert "suspect the device" in ended.said, "made again, the step is sound"
     assert "Traceback" not in ended.said, ended.said
-    assert saved_step(run) == 4
+    assert newest_step(run.checkpoints) == 4
     assert read_dump(find_dump(name, run.root.parent)).summary["step"] == 6
     goes_on(name)
 
@@ -39,7 +39,7 @@ def test_a_nan_that_is_left_out(rank: int, forks: Forks, config_file: Path, plac
     assert [row["step"] for row in rows if row["kind"] == "eval"] == [0, 4, 8]
     assert [row["skipped_nonfinite"] for row in rows if row["kind"] == "train"] == [0] * 5 + [1] * 3
     assert sorted(record(run)) == list(range(1, 9))
-    assert saved_step(run) == 8
+    assert newest_step(run.checkpoints) == 8
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -52,5 +52,5 @@ def test_a_rank_that_sleeps(rank: int, forks: Forks, config_file: Path, place: P
     assert f"error: rank {rank} did not arrive in " in ended.said
     assert f"rank {rank} is in step 6, training" in ended.said
     assert sorted(path.name for path in run.stacks.glob("rank*.txt")) == ["rank0.txt", "rank1.txt"]
-    assert saved_step(run) == 4
+    assert newest_step(run.checkpoints) == 4
     goes_on(name)

@@ -11,7 +11,8 @@ import pytest
 from conftest import launch, with_train, write_run_config
 from support.fault_runs import assert_tidy, record, run_of
 
-from myllm.cli.prove_resume.training_process import TrainingProcess, saved_step, wait_until_gone
+from myllm.checkpoint.layout import newest_step
+from myllm.cli.prove_resume.training_process import TrainingProcess, wait_until_gone
 from myllm.config import RunConfig
 
 pytestmark = pytest.mark.slow  # real processes, half a minute and more in all
@@ -34,7 +35,7 @@ def end(training: TrainingProcess, everybody: list[int]) -> tuple[int, int]:
     """Wait for an end that was begun; nothing may live on. The exit code, and the step that was saved last."""
     code = training.process.wait(120)
     wait_until_gone(everybody)
-    saved = saved_step(training.run)
+    saved = newest_step(training.run.checkpoints)
     assert max(record(training.run), default=0) - saved <= 2 * SAVE_EVERY
     return code, saved
 

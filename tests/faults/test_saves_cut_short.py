@@ -7,8 +7,7 @@ import pytest
 from support.fault_runs import Forks, Goes, run_of
 
 from myllm.checkpoint.integrity import verify_checkpoint
-from myllm.checkpoint.layout import list_checkpoints
-from myllm.cli.prove_resume.training_process import saved_step
+from myllm.checkpoint.layout import list_checkpoints, newest_step
 
 pytestmark = pytest.mark.slow  # real processes, half a minute and more in all
 
@@ -22,11 +21,11 @@ def killed(
     """Start a run of which a rank dies before its call `number`; its calls until then, or None if it lived to the
     end."""
     run, events = run_of(place, name), place / "events.txt"
-    before = saved_step(run)
+    before = newest_step(run.checkpoints)
     events.unlink(missing_ok=True)
     fault = {"number": number, "events": str(events)}
     ended = forks(config_file, "--name", name, on=(rank,), kill_all=kill_all, die_before=fault)
-    assert saved_step(run) >= before, "a save was lost"
+    assert newest_step(run.checkpoints) >= before, "a save was lost"
     for folder in list_checkpoints(run.checkpoints):
         assert not list(verify_checkpoint(folder)), f"{folder} has its final name and is not whole"
     assert ended.code in (0, -9), ended.said
@@ -45,7 +44,7 @@ def test_killed_around_a_save(forks: Forks, config_file: Path, place: Path, goes
     for number, saved in ((1, 0), (3, 0), (rename - 1, 0), (rename, 0), (rename + 1, 2), (1, 2)):
         calls = killed(forks, config_file, place, "hit", number)
         assert len(calls) == number
-        assert saved_step(run_of(place, "hit")) == saved
+        assert newest_step(run_of(place, "hit").checkpoints) == saved
         assert bool(LAST_RENAME.match(calls[-1])) == (number == rename)
     goes_on("hit")
 

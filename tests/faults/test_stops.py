@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 import pytest
 from support.fault_runs import Forks, Goes, Record, assert_tidy, record, run_of
 
-from myllm.cli.prove_resume.training_process import saved_step
+from myllm.checkpoint.layout import newest_step
 from myllm.data.dataset import Dataset
 from myllm.files import file_lock
 from myllm.paths import RunPaths
@@ -30,7 +30,7 @@ def test_sigterm_in_an_evaluation(
     run = run_of(place, name)
     ended = forks(config_file, "--name", name, on=told, stop_in_evaluation=4)
     assert ended.code == 128 + signal.SIGTERM, ended.said
-    assert saved_step(run) == max(record(run)) >= 4
+    assert newest_step(run.checkpoints) == max(record(run)) >= 4
     assert "the same command resumes" in ended.said
     goes_on(name)
     assert validation(run) == validation(run_of(place, "whole"))
@@ -43,7 +43,7 @@ def test_a_second_interrupt_does_not_wait_for_a_save(
     run = run_of(place, "impatient")
     ended = forks(config_file, "--name", "impatient", interrupts=4)
     assert ended.code == 128 + signal.SIGINT, ended.said
-    assert saved_step(run) == 2
+    assert newest_step(run.checkpoints) == 2
     assert "Traceback" not in ended.said, ended.said
     goes_on("impatient")
 

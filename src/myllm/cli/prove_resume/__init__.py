@@ -1,1 +1,6 @@
-"""`myllm prove-resume`: kill and restart a small run, and compare it with an undisturbed one."""
+"""`myllm prove-resume`: show that a killed and restarted run matches an uninterrupted one.
+
+command            the command line, and `shrink_config`
+compare            the trials and their comparison
+training_process   runs as processes that are killed; also for benchmarks/soak.py and tests
+"""

@@ -1,4 +1,4 @@
-"""`myllm prove-resume [PRESET] [overrides]`: see here that a killed run goes on as if nothing had happened."""
+"""The command `myllm prove-resume [PRESET] [overrides]`."""
 
 import inspect
 import random
@@ -19,73 +19,75 @@ from myllm.planning.validation import check_config
 
 
 @dataclass(frozen=True)
-class ProveLaunch:
-    """What `myllm prove-resume` is asked."""
+class ProveArgs:
+    """Command-line arguments of `myllm prove-resume`."""
 
     config: Annotated[RunConfig, tyro.conf.arg(name="")]
     seed: int | None = None
-    """Decides when runs are killed; None: another one each time, which is shown."""
+    """Seed of the moments when runs are killed (default: random; it is printed)."""
     keep: bool = False
-    """Leave the runs' folders there, for inspection."""
+    """Keep the folders of the runs."""
 
 
 def prove_resume(words: list[str]) -> None:
     """Prove that a killed and restarted run matches an uninterrupted one.
 
-    Trains a small run undisturbed, then kills and restarts it, on other numbers of ranks too, and compares samples and
-    losses. Takes a preset (default: debug) and the settings of pretrain.py; the preset is shrunk to a few steps on
-    little text. Exit code 0: proven, 1: not proven, 2: invalid arguments.
+    Trains a small run without interruption, then kills and restarts it, also on another number of ranks, and compares
+    samples and losses. Takes a preset (default: debug), which is shrunk to a few steps on little text, and the settings
+    of pretrain.py. Exit code 0: proven, 1: not proven, 2: invalid arguments.
     """
     files, rest = read_config_files(words)
     named = bool(rest) and not rest[0].startswith("-")
     base, rest = base_config(files, rest if named or files else ["debug", *rest])
     if ranks.is_launched():
-        raise UserError("`myllm prove-resume` starts its own ranks; call it without torchrun")
+        raise UserError("`myllm prove-resume` starts its own ranks; run it without torchrun")
     if not paths.is_checkout():
         raise UserError(
-            "`myllm prove-resume` starts pretrain.py, which an installed package does not have; run it from a clone of "
+            "`myllm prove-resume` needs pretrain.py, which an installed package does not have; run it from a clone of "
             "the repository"
         )
-    wanted = parse_arguments(
-        ProveLaunch, rest, "myllm prove-resume [PRESET]", ProveLaunch(shrink_config(base)), inspect.getdoc(prove_resume)
+    args = parse_arguments(
+        ProveArgs, rest, "myllm prove-resume [PRESET]", ProveArgs(shrink_config(base)), inspect.getdoc(prove_resume)
     )
-    from .compare import format_results, run_trials, world_sizes
+    from .compare import Prover, format_results, world_sizes
     from .training_process import RunFailed
 
-    config = wanted.config
+    config = args.config
     for world_size in world_sizes(config):
         check_config(config, world_size)
     if config.train.log_every_steps != 1 or config.train.max_steps < 4 or not config.train.save_every_steps:
         raise UserError(
             f"train.log_every_steps is {config.train.log_every_steps}, train.max_steps {config.train.max_steps:,} and "
-            f"train.save_every_steps {config.train.save_every_steps:,}; to compare every step, log each, save some "
-            "and train at least 4"
+            f"train.save_every_steps {config.train.save_every_steps:,}; expected 1, at least 4, and at least 1"
         )
-    seed = random.randrange(10**6) if wanted.seed is None else wanted.seed
+    seed = random.randrange(10**6) if args.seed is None else args.seed
     folder = paths.temp_data() / f"prove-resume-{time.strftime('%Y%m%d-%H%M%S')}-{seed}"
     folder.mkdir(parents=True)
     started = time.perf_counter()
 
-    def say(line: str) -> None:
+    def log(line: str) -> None:
         print(f"{time.perf_counter() - started:6.1f} s  {line}", flush=True)
 
-    say(f"{config.train.max_steps} steps of {base.name} a run, kills by --seed {seed}; runs and logs are in {folder}")
+    log(f"{config.train.max_steps} steps of {base.name} per run, --seed {seed}; runs and logs are in {folder}")
     try:
-        results = run_trials(config, seed, folder, say)
+        results = Prover(config, folder, random.Random(seed), log).run_trials()
     except RunFailed as error:
-        print(f"\nnot proven: {error}\nwhat it left behind: {folder}")
+        print(f"\nnot proven: {error}\nall files are in {folder}")
         raise SystemExit(1) from None
-    proven = not any(result.faults for result in results)
+    proven = not any(result.errors for result in results)
     print(f"\n{format_results(results)}\n")
-    if proven and not wanted.keep:
+    if proven and not args.keep:
         shutil.rmtree(folder)
-    print("proven: the same samples in the same order, and the losses of a run that was never interrupted" if proven
-          else f"NOT proven; every run's files and output are in {folder}")  # fmt: skip
+    print(
+        "proven: the same samples in the same order, and the losses of an uninterrupted run"
+        if proven
+        else f"NOT proven; all files and output are in {folder}"
+    )
     raise SystemExit(0 if proven else 1)
 
 
 def shrink_config(config: RunConfig) -> RunConfig:
-    """A run of the same model and recipe that takes a minute: few steps, four sequences each, on little text."""
+    """The same model and recipe for a run of a minute: few steps of four sequences, on little text."""
     sequences, steps = 4, 30
     batch_tokens = sequences * config.model.max_seq_len
     return replace(
