@@ -139,7 +139,7 @@ def test_contexts_run_once_and_only_endings_are_scored(tokenizer):
 
     def watch(prefixes, owners, tokens, targets):
         seen.append((prefixes, owners, tokens, targets))
-        return torch.zeros(targets.shape), torch.zeros(targets.shape, dtype=torch.bool)
+        return torch.zeros(targets.shape)
 
     for (numbers, _), (prefixes, owners, _, targets) in zip(
         ending_log_probs(watch, tokenized, ALONE, 8), seen, strict=False

@@ -5,11 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from support.random_models import random_model
 from torch import Tensor, nn
 
 from myllm.config import ModelConfig
-from myllm.inference.cpu_decode import as_plain_objects
+from myllm.inference import cpu_decode
+from myllm.inference.cpu_decode import as_plain_objects, few_rows_linear
 from myllm.inference.generate import Sequence, generate_batch
 from myllm.inference.sampling_params import SamplingParams
 from myllm.model.kv_cache import KVCache
@@ -40,7 +42,8 @@ def generated(model: Any, config: ModelConfig, counts: list[int]) -> Tensor:
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("counts", [[8], [8, 8, 8], [3, 8, 1]], ids=str)
 @torch.inference_mode()
-def test_logits_are_identical(kind: dict[str, Any], counts: list[int]) -> None:
+def test_logits_are_identical(kind: dict[str, Any], counts: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_decode, "FEW_LOGIT_ROWS", 1)  # products of few rows are rounded differently
     model = model_of(**kind)
     assert torch.equal(generated(as_plain_objects(model), model.config, counts), generated(model, model.config, counts))
 
@@ -98,3 +101,25 @@ def test_hooks_see_each_token_of_a_generation() -> None:
     for _ in generate_batch(model, [Sequence([1, 2, 3], 0)], 4, SamplingParams(temperature=0)):
         pass
     assert seen == [(1, 3, 24)] + 3 * [(1, 1, 24)]
+
+
+@pytest.mark.parametrize("rows", [(1,), (3,), (3, 1), (2, 2), (16, 1), (0,)])
+@pytest.mark.parametrize("bias", [False, True])
+@torch.inference_mode()
+def test_few_rows_give_the_linear_map(rows: tuple[int, ...], bias: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(*rows, 64, generator=generator), torch.randn(900, 64, generator=generator)
+    b = torch.randn(900, generator=generator) if bias else None
+    expected = F.linear(x.double(), weight.double(), None if b is None else b.double())
+    torch.testing.assert_close(few_rows_linear(x, weight, b, 4).double(), expected, rtol=1e-5, atol=1e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert few_rows_linear(x, weight, b, 4).dtype == torch.bfloat16
+
+
+@torch.inference_mode()
+def test_large_linears_and_the_head_take_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_decode, "LARGE", 1)
+    for kind in KINDS[:3]:
+        model = model_of(**kind)
+        logits = generated(as_plain_objects(model), model.config, [8, 8, 8])
+        torch.testing.assert_close(logits, generated(model, model.config, [8, 8, 8]), rtol=0, atol=1e-4)

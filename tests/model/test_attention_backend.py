@@ -90,16 +90,15 @@ def test_the_order_that_is_asked_for(
 
 
 def test_evaluations_never_use_cudnn(card: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever torch prefers on the card; nor does generation. Training is left to whoever trains."""
+    """Whatever torch prefers on the card; nor does generation. The training step selects its own kernels."""
     card(9)
-    kinds: list[str] = []
-    steady = sdpa.inference_backends
+    devices: list[str] = []
 
-    def noticed(device: torch.device) -> Any:
-        kinds.append(device.type)
-        return steady(CUDA)
+    def on_cuda(device: torch.device) -> Any:
+        devices.append(device.type)
+        return sdpa.inference_backends(CUDA)
 
-    monkeypatch.setattr(sdpa, "inference_backends", noticed)
+    monkeypatch.setattr("myllm.model.transformer.inference_backends", on_cuda)
     model, allowed = Transformer(CONFIG), []
     model.blocks[0].register_forward_hook(lambda *_: allowed.append(set(attention._cur_sdpa_kernel_backends())))
     tokens = torch.zeros(1, 8, dtype=torch.long)
@@ -109,14 +108,14 @@ def test_evaluations_never_use_cudnn(card: Callable[[int], None], monkeypatch: p
     model.score_continuations(tokens, torch.tensor([0]), tokens, tokens)
     row = Sequence([1, 2], seed=0)
     list(generate_batch(model, [row], 2, SamplingParams()))
-    assert len(allowed) == len(kinds) >= 5
+    assert len(allowed) == len(devices) >= 5
     assert all(
         each == {SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH} for each in allowed
     )
     model.train()
     model(tokens, tokens)
     assert SDPBackend.CUDNN_ATTENTION in allowed[-1]
-    assert len(kinds) == len(allowed) - 1
+    assert len(devices) == len(allowed) - 1
 
 
 def test_what_a_card_takes_is_the_first_that_can(card: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from torch._inductor.utils import run_and_get_code
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from myllm.model import cross_entropy as module
-from myllm.model.cross_entropy import IGNORE_INDEX, linear_cross_entropy, token_log_probs
+from myllm.model.cross_entropy import IGNORE_INDEX, linear_cross_entropy, token_log_probs, token_ranks
 
 
 def example(n: int, d: int, vocab_size: int, padding: int, seed: int = 0) -> tuple[torch.Tensor, ...]:
@@ -59,16 +59,16 @@ def test_value_and_gradients(n, d, vocab_size, padding, chunk, seed, compiling):
 def test_where_a_product_cannot_be_written_into_a_part(monkeypatch):
     """MPS on macOS 14 leaves `out` as it was, without a word: no gradient and no score may come from there."""
     hidden, weight, targets = example(10, 6, 30, 2)
-    expected, scores = in_float64(hidden, weight, targets, 30), token_log_probs(hidden, weight, targets, 30)[0]
+    expected, scores = in_float64(hidden, weight, targets, 30), token_log_probs(hidden, weight, targets, 30)
     real = torch.mm
     monkeypatch.setattr(torch, "mm", lambda a, b, out=None: real(a, b) if out is None else out)
     monkeypatch.setattr(module, "CPU_CHUNK", 4)
-    assert not module._writes_parts(torch.device("mps"))
-    assert module._writes_parts(torch.device("cuda"))
-    monkeypatch.setattr(module, "_writes_parts", lambda device: False)
+    assert not module._supports_out_slices(torch.device("mps"))
+    assert module._supports_out_slices(torch.device("cuda"))
+    monkeypatch.setattr(module, "_supports_out_slices", lambda device: False)
     for mine, reference in zip(value_and_gradients(hidden, weight, targets, 30), expected, strict=True):
         torch.testing.assert_close(mine.double(), reference, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(token_log_probs(hidden, weight, targets, 30)[0], scores)
+    torch.testing.assert_close(token_log_probs(hidden, weight, targets, 30), scores)
 
 
 def test_the_gradient_is_scaled_by_what_comes_after():
@@ -98,36 +98,35 @@ def test_padding_has_no_probability():
         loud = weight.clone()
         loud[9:, 0] = 1e4
     assert linear_cross_entropy(hidden, loud, targets, 9) == linear_cross_entropy(hidden, weight, targets, 9)
-    for ours, plain in zip(
-        token_log_probs(hidden, loud, targets, 9), token_log_probs(hidden, weight, targets, 9), strict=True
-    ):
+    for ours, plain in zip(token_ranks(hidden, loud, targets, 9), token_ranks(hidden, weight, targets, 9), strict=True):
         assert torch.equal(ours, plain)
-    everything = torch.stack([token_log_probs(hidden, loud, torch.full((30,), token), 9)[0] for token in range(9)])
+    everything = torch.stack([token_log_probs(hidden, loud, torch.full((30,), token), 9) for token in range(9)])
     torch.testing.assert_close(everything.exp().sum(dim=0), torch.ones(30))
 
 
 @settings(max_examples=60, deadline=None)
 @given(n=st.integers(0, 30), ignored=st.floats(0, 1), chunk=st.sampled_from([1, 4, 256]), seed=st.integers(0, 99))
-def test_token_scores(n, ignored, chunk, seed):
+def test_token_ranks(n, ignored, chunk, seed):
     hidden, weight, targets = example(n, 6, 11, 5, seed)
     targets[torch.rand(n, generator=torch.Generator().manual_seed(seed)) < ignored] = IGNORE_INDEX
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "CPU_CHUNK", chunk)
-        scores, hits = token_log_probs(hidden, weight, targets, 11)
+        scores, ranks, confidence = token_ranks(hidden, weight, targets, 11)
+        assert torch.equal(token_log_probs(hidden, weight, targets, 11), scores)
     logits = hidden.detach().double() @ weight.detach().double()[:11].t()
-    asked = targets != IGNORE_INDEX
-    expected = logits.log_softmax(-1).gather(1, targets.clamp(min=0).unsqueeze(1)).squeeze(1) * asked
+    kept, of_targets = targets != IGNORE_INDEX, logits.gather(1, targets.clamp(min=0).unsqueeze(1))
+    expected = (of_targets.squeeze(1) - logits.logsumexp(-1)) * kept
     torch.testing.assert_close(scores.double(), expected, rtol=1e-5, atol=1e-6)
     assert scores.dtype == torch.float32
-    assert torch.equal(hits, asked & (logits.argmax(dim=-1) == targets))
+    assert torch.equal(ranks, (logits > of_targets).sum(-1) * kept)
+    torch.testing.assert_close(confidence.double(), logits.softmax(-1).amax(-1) * kept, rtol=1e-5, atol=1e-6)
     assert not scores.requires_grad
 
 
-def test_nothing_asked():
+def test_no_targets():
     hidden, weight, _ = example(7, 4, 9, 0)
-    scores, hits = token_log_probs(hidden, weight, torch.full((7,), IGNORE_INDEX), 9)
-    assert not scores.any()
-    assert not hits.any()
+    for result in token_ranks(hidden, weight, torch.full((7,), IGNORE_INDEX), 9):
+        assert not result.any()
 
 
 def test_bfloat16_autocast():
@@ -136,7 +135,7 @@ def test_bfloat16_autocast():
     exact = value_and_gradients(hidden, weight, targets, 500)
     with torch.autocast("cpu", torch.bfloat16):
         rough = value_and_gradients(hidden, weight, targets, 500)
-        scores, _ = token_log_probs(hidden, weight, targets, 500)
+        scores = token_log_probs(hidden, weight, targets, 500)
     assert [x.dtype for x in rough] == [torch.float32] * 3
     assert scores.dtype == torch.float32
     torch.testing.assert_close(rough[0], exact[0], rtol=4e-3, atol=0)

@@ -46,10 +46,13 @@ def test_loss_and_scores_are_those_of_the_logits(kind):
     assert logits.shape == (2, 16, 61)
     torch.testing.assert_close(model(tokens, targets), F.cross_entropy(logits.flatten(0, 1), targets.flatten()))
     targets[0, :5] = -1
-    log_probs, hits = model.score(tokens, targets)
+    log_probs, ranks, confidence = model.evaluate(tokens, targets)
     expected = -F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none")
     torch.testing.assert_close(log_probs, expected.view(2, 16))
-    assert torch.equal(hits, logits.argmax(dim=-1) == targets)
+    assert torch.equal(model.score(tokens, targets), log_probs)
+    with_target = targets != -1
+    assert torch.equal((ranks == 0) & with_target, logits.argmax(dim=-1) == targets)
+    torch.testing.assert_close(confidence, logits.softmax(dim=-1).amax(dim=-1) * with_target)
 
 
 def test_gradients_are_those_of_the_logits():

@@ -203,7 +203,7 @@ def test_a_graph_that_would_break_is_an_error(graphs: Graphs, monkeypatch: pytes
         torch._dynamo.graph_break()
         return linear_cross_entropy(*arguments)
 
-    monkeypatch.setattr(transformer, "mean_loss", breaking)
+    monkeypatch.setattr(transformer, "linear_cross_entropy", breaking)
     config = small_run("debug", compile_unit="model")
     with pytest.raises(torch._dynamo.exc.Unsupported):
         train_steps(parallelize(Transformer(config.model), config, ALONE), config)

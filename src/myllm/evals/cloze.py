@@ -28,9 +28,8 @@ not 25 %."""
 READ_TOKENS = 2_000_000
 """Examples come from this many tokens at the start of the held-out stream."""
 BATCH_SIZE = 8
-Score = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""`Transformer.score`: from tokens and targets to log-probabilities and whether each target is the most likely token,
-(B, T) each. Targets of -1 are ignored."""
+Score = Callable[[Tensor, Tensor], Tensor]
+"""`Transformer.score`: from tokens and targets to log-probabilities, (B, T) each. Targets of -1 are ignored."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ def cloze_sums(score: Score, examples: list[Example], dist: DistContext) -> Tens
         )  # (B CHOICES, passage)
         targets = tokens[:, 1:].clone()
         targets[:, : CONTEXT_TOKENS - 1] = -1
-        log_probs, _ = score(tokens[:, :-1], targets)
+        log_probs = score(tokens[:, :-1], targets)
         totals = log_probs.sum(dim=1).view(len(batch), CHOICES).cpu()
         answers = torch.tensor([example.answer for example in batch])
         sums += torch.tensor([float((totals.argmax(dim=1) == answers).sum()), len(batch)])

@@ -29,9 +29,9 @@ from myllm.errors import UserError
 
 Protocol = Literal["nanogpt", "lm-eval"]
 Encode = Callable[[str], np.ndarray]
-ScoreContinuations = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+ScoreContinuations = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """`Transformer.score_continuations`: prefixes (B, P), the prefix of each row (M,), tokens and targets (M, T), to
-log-probabilities and whether each target is the most likely token, (M, T) each. Targets of -1 are ignored."""
+log-probabilities (M, T). Targets of -1 are ignored."""
 
 CHOICES = 4
 BATCH_SIZE = 16
@@ -165,7 +165,7 @@ def ending_log_probs(
     batches = [by_size[start : start + batch_size] for start in range(0, len(by_size), batch_size)]
     for indices in batches[dist.rank :: dist.world_size]:
         tensors = _to_rows([examples[i] for i in indices])
-        log_probs, _ = score(*(tensor.to(dist.device) for tensor in tensors))  # (M, T)
+        log_probs = score(*(tensor.to(dist.device) for tensor in tensors))  # (M, T)
         yield indices, log_probs.cpu().double().sum(dim=1).view(-1, CHOICES)
 
 

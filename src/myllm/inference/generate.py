@@ -14,7 +14,7 @@ from torch import Tensor
 
 from myllm.distributed.device_info import has_triton
 from myllm.errors import UserError
-from myllm.model.kv_cache import KVCache, cache_dtype
+from myllm.model.kv_cache import KVCache
 from myllm.model.transformer import Transformer
 
 from .cpu_decode import as_plain_objects
@@ -144,8 +144,7 @@ def prefill(model: Transformer, batch: list[Sequence], max_new_tokens: int, stat
         prompts += [[0]] * (rows - len(batch))
     counts = [len(prompt) for prompt in prompts]
     padded = [prompt + [0] * (max(counts) - len(prompt)) for prompt in prompts]  # tokens on the right are ignored
-    with model.autocast():
-        cache = KVCache(model.config, len(prompts), capacity, device, cache_dtype(device), static)
+    cache = model.make_cache(len(prompts), capacity, static)
     logits = model.next_logits(torch.tensor(padded, device=device), cache, counts)
     return logits[: len(batch)], cache
 
@@ -167,4 +166,12 @@ def decode_step(model: Transformer, batch: list[Sequence], cache: KVCache) -> Te
                     model.hidden(torch.tensor([tokens], device=cache.device), row)
     cache.lengths[len(batch) :] = 0  # unused rows of a static cache
     newest = [[sequence.generated[-1]] for sequence in batch] + [[0]] * (len(cache.lengths) - len(batch))
-    return model.next_logits(torch.tensor(newest, device=cache.device), cache)[: len(batch)]
+    tokens = torch.tensor(newest, device=cache.device)
+    try:
+        return model.next_logits(tokens, cache)[: len(batch)]
+    except Exception as error:
+        # torch compiles a limited number of shapes, and raises at the next one before it computes anything.
+        if type(error).__name__ != "FailOnRecompileLimitHit":  # of torch._dynamo.exc, which is slow to import
+            raise
+        cache.static = False
+        return model.next_logits(tokens, cache)[: len(batch)]

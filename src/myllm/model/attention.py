@@ -1,6 +1,6 @@
-"""Causal self-attention: multi-head or grouped-query, rotary or not, with or without QK-norm.
+"""Causal self-attention: multi-head or grouped-query, with optional rotary positions and QK-norm.
 
-Shapes: B batch, T new tokens, S all tokens (cached ones first), D d_model, H query heads, G key-value heads, K head
+Shapes: B batch, T new tokens, S all tokens (cached tokens first), D d_model, H query heads, G key-value heads, K head
 dimension.
 """
 
@@ -16,7 +16,7 @@ from .rope import rotate
 
 
 class Attention(nn.Module):
-    """One layer's attention. Queries, keys and values come from one matrix: rows of q, then k, then v."""
+    """The attention of one layer. One matrix projects to queries, keys and values, in this order of rows."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -26,37 +26,35 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(self.n_heads * self.head_dim, config.d_model, bias=config.bias)
         self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.dropout = (
-            nn.Dropout(config.dropout_attention_residual) if config.dropout_attention_residual else nn.Identity()
-        )
+        p = config.dropout_attention_residual
+        self.dropout = nn.Dropout(p) if p else nn.Identity()
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, cache: KVCache | None = None) -> Tensor:
         """
         Shapes:
-            x (B, T, D); rotary, cosine and sine (T, K) or (B, 1, T, K) each; returns (B, T, D)
+            x (B, T, D); rotary is cosine and sine, (T, K) or (B, 1, T, K) each; returns (B, T, D)
         """
         B, T, _ = x.shape
         heads = self.qkv_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H + 2G, T, K)
-        q, k, v = heads.split_with_sizes((self.n_heads, self.kv_heads, self.kv_heads), dim=1)  # (B, H|G|G, T, K)
+        q, k, v = heads.split((self.n_heads, self.kv_heads, self.kv_heads), dim=1)  # (B, H|G|G, T, K)
         q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, G, S, K)
         ragged = cache is not None and cache.mask is not None
-        allowed = {"attn_mask": cache.mask} if ragged else _causal(T, k.shape[2], x.device)
-        if q.dtype is not v.dtype:
-            q, k = q.type_as(v), k.type_as(v)
-        y = F.scaled_dot_product_attention(q, k, v, **allowed, enable_gqa=self.n_heads != self.kv_heads)  # (B, H, T, K)
+        mask = {"attn_mask": cache.mask} if ragged else _causal_mask(T, k.shape[2], x.device)
+        q, k = q.type_as(v), k.type_as(v)
+        y = F.scaled_dot_product_attention(q, k, v, **mask, enable_gqa=self.n_heads != self.kv_heads)  # (B, H, T, K)
         y = y.transpose(1, 2).reshape(B, T, -1)  # (B, T, H K)
-        return self.dropout(self.out_proj(y.type_as(x)))
+        return self.dropout(self.out_proj(y.type_as(x)))  # (B, T, D)
 
 
-def _causal(new: int, total: int, device: torch.device) -> dict[str, Tensor | bool]:
-    """SDPA's arguments for attending to the past: the flag where there is one, a mask where cached tokens precede."""
-    if new == total:
+def _causal_mask(T: int, S: int, device: torch.device) -> dict[str, Tensor | bool]:
+    """Arguments of SDPA for causal attention: its flag if nothing is cached, otherwise a mask, (T, S)."""
+    if T == S:
         return {"is_causal": True}
-    if new == 1:
-        return {}  # the one new token sees everything
-    mask = torch.ones(new, total, dtype=torch.bool, device=device)  # (T, S)
-    return {"attn_mask": mask.tril(diagonal=total - new)}
+    if T == 1:
+        return {}  # a single new token attends to everything
+    mask = torch.ones(T, S, dtype=torch.bool, device=device)
+    return {"attn_mask": mask.tril(diagonal=S - T)}

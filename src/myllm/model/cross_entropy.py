@@ -1,10 +1,10 @@
-"""Cross-entropy of the head's predictions, without ever holding all of the logits.
+"""Cross-entropy of the head's predictions, without holding all of the logits.
 
 The head is by far the widest matrix of a small model: B T x V float32 logits, their softmax and their gradient would be
-most of a step's memory. Here the tokens go through in chunks, and each chunk's gradient is made while its logits are at
-hand, so the backward pass only scales it.
+most of a step's memory. Here tokens are processed in chunks, and the gradient of a chunk is computed while its logits
+are in memory, so that the backward pass only scales it.
 
-Shapes: N tokens (B T of them), D d_model, V padded vocabulary, C tokens of a chunk.
+Shapes: N tokens (B T of them), D d_model, V padded vocabulary, C tokens in a chunk.
 """
 
 from collections.abc import Iterator
@@ -16,15 +16,15 @@ from torch import Tensor
 IGNORE_INDEX = -1
 """Target of a token that is not predicted."""
 
-# Tokens a chunk. A CPU wants a chunk's logits in its last cache, and no more chunks than that, since each adds to the
-# whole gradient of the head (docs/experiments.md); on a GPU the matrix products need enough rows to fill the card,
-# and four times as many gain 0.3 % of a step for 1.2 GiB and more (docs/speed.md).
+# Tokens in a chunk. On a CPU, the logits of a chunk should fit in the last-level cache, and each further chunk adds to
+# the whole gradient of the head once more (docs/experiments.md). On a GPU, the matrix products need enough rows to fill
+# the card; four times as many gain 0.3 % of a step for 1.2 GiB and more (docs/speed.md).
 CPU_CHUNK = 128
 GPU_CHUNK = 4_096
 
-# By what the logits' gradient is multiplied before the products in float16. Divided by the number of tokens, as in
-# other types, most of it would be below float16's least number, 6e-8, and a scale of the loss comes too late to help;
-# left as it is, a sum over a chunk's tokens could be above its largest, 65,504.
+# Factor on the gradient of the logits before the products in float16. If it were divided by the number of tokens, as in
+# other types, most of it would be below float16's smallest number, 6e-8, and a loss scale comes too late to help. If it
+# were not scaled, a sum over the tokens of a chunk could exceed float16's largest number, 65,504.
 FLOAT16_GRAD_SCALE = 1 / 16
 
 
@@ -34,62 +34,59 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_
     Shapes:
         hidden (N, D); weight (V, D); targets (N,), each in [0, vocab_size); returns a scalar in float32
     """
-    return _MeanLoss.apply(hidden, weight, targets, vocab_size)
+    return _LinearCrossEntropy.apply(hidden, weight, targets, vocab_size)
 
 
 @torch.no_grad()
-def token_log_probs(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """Log-probability of each target, and whether no token was likelier. The head runs only where a target is.
+def token_log_probs(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
+    """Log-probability of each target. Targets equal to IGNORE_INDEX are ignored: the head is not applied there.
 
     Shapes:
-        hidden (N, D); weight (V, D); targets (N,), IGNORED where nothing is asked; returns (N,) float32, 0 where
-        ignored, and (N,) bool, false where ignored
+        hidden (N, D); weight (V, D); targets (N,); returns (N,) float32, 0 where ignored
     """
     scores = torch.zeros(targets.shape, dtype=torch.float32, device=hidden.device)
-    hits = torch.zeros(targets.shape, dtype=torch.bool, device=hidden.device)
-    for rows, log_probs in _asked_log_probs(hidden, weight, targets, vocab_size):
+    for rows, log_probs in _log_probs_in_chunks(hidden, weight, targets, vocab_size):
         scores[rows] = log_probs.gather(1, targets[rows].unsqueeze(1)).squeeze(1)
-        hits[rows] = scores[rows] == log_probs.amax(dim=-1)
-    return scores, hits
+    return scores
 
 
 @torch.no_grad()
 def token_ranks(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """As `token_scores`, with each target's place among all tokens and what the likeliest one is given.
+    """`token_log_probs`, the rank of each target among all tokens, and the probability of the most likely token.
 
     Shapes:
-        hidden (N, D); weight (V, D); targets (N,), IGNORED where nothing is asked; returns (N,) log-probabilities in
-        float32, (N,) int64, how many tokens were likelier, and (N,) float32, the probability of the likeliest; all 0
-        where ignored
+        hidden (N, D); weight (V, D); targets (N,); returns (N,) float32, (N,) int64, the number of more likely tokens,
+        and (N,) float32; 0 where ignored
     """
     scores = torch.zeros(targets.shape, dtype=torch.float32, device=hidden.device)
-    places, confidence = torch.zeros_like(targets), torch.zeros_like(scores)
-    for rows, log_probs in _asked_log_probs(hidden, weight, targets, vocab_size):
-        wanted = log_probs.gather(1, targets[rows].unsqueeze(1))  # (C, 1)
-        scores[rows] = wanted.squeeze(1)
-        places[rows] = (log_probs > wanted).sum(dim=-1)
+    ranks, confidence = torch.zeros_like(targets), torch.zeros_like(scores)
+    for rows, log_probs in _log_probs_in_chunks(hidden, weight, targets, vocab_size):
+        of_targets = log_probs.gather(1, targets[rows].unsqueeze(1))  # (C, 1)
+        scores[rows] = of_targets.squeeze(1)
+        ranks[rows] = (log_probs > of_targets).sum(dim=-1)
         confidence[rows] = log_probs.amax(dim=-1).exp()
-    return scores, places, confidence
+    return scores, ranks, confidence
 
 
-def _asked_log_probs(
+def _log_probs_in_chunks(
     hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Which tokens have a target, (C,), with their log-probabilities, (C, V), in chunks; valid until the next one."""
-    asked = (targets != IGNORE_INDEX).nonzero().squeeze(1)
-    h, w = _in_compute_type(hidden, weight)
-    buffer = _logits_buffer(h, w, len(asked))
-    for rows in asked.split(_chunk(hidden)):
-        yield rows, _log_probs(h[rows], w, vocab_size, buffer)
+    """Chunks of tokens with a target: indices, (C,), and log-probabilities, (C, V) float32 in memory that is reused."""
+    with_target = (targets != IGNORE_INDEX).nonzero().squeeze(1)
+    h, w = _to_compute_dtype(hidden, weight)
+    buffer = _logits_buffer(h, w, len(with_target))
+    for rows in with_target.split(_chunk_size(hidden)):
+        logits = _logits(h[rows], w, vocab_size, buffer)
+        yield rows, torch.log_softmax(logits, dim=-1, out=logits)
 
 
-class _MeanLoss(torch.autograd.Function):
+class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
-        h, w = _in_compute_type(hidden.detach(), weight.detach())
+        h, w = _to_compute_dtype(hidden.detach(), weight.detach())
         compiling = torch.compiler.is_compiling()
-        way = _loss_and_gradients_compiled if compiling else _loss_and_gradients_in_place
-        loss, grad_h, grad_w = way(h, w, targets, vocab_size, weight.dtype)
+        compute = _loss_and_gradients_compiled if compiling else _loss_and_gradients_in_place
+        loss, grad_h, grad_w = compute(h, w, targets, vocab_size, weight.dtype)
         ctx.save_for_backward(grad_h, grad_w)
         ctx.hidden_dtype, ctx.n = hidden.dtype, targets.shape[0]
         return loss
@@ -97,7 +94,7 @@ class _MeanLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, Tensor, None, None]:
         grad_h, grad_w = ctx.saved_tensors
-        if grad_h.dtype is torch.float16:  # only now, with a scaled loss, is there room to divide in
+        if grad_h.dtype is torch.float16:  # can be divided by N only here, where the loss is scaled
             scaled = grad_h.float() * (grad_loss * (1 / (FLOAT16_GRAD_SCALE * ctx.n)))
         else:
             scaled = grad_h * grad_loss
@@ -107,80 +104,71 @@ class _MeanLoss(torch.autograd.Function):
 def _loss_and_gradients_in_place(
     h: Tensor, w: Tensor, targets: Tensor, vocab_size: int, weight_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The mean loss and its gradients, operation by operation, each in the memory of the one before.
+    """The mean loss and its gradients, where each operation reuses the memory of the one before.
 
     Shapes:
-        h (N, D) and w (V, D), in the type of the products; targets (N,); returns a float32 scalar, (N, D) in that type,
-        in float16 times FLOAT16_SHARE N, and (V, D) in `weight_dtype`
+        h (N, D) and w (V, D), in the compute dtype; targets (N,); returns a float32 scalar, (N, D) in the compute dtype
+        (in float16 multiplied by FLOAT16_GRAD_SCALE N), and (V, D) in `weight_dtype`
     """
-    n, small = targets.shape[0], w.dtype is torch.float16
-    rest = 1 / (FLOAT16_GRAD_SCALE * n) if small else 1 / n
+    n, half = targets.shape[0], w.dtype is torch.float16
+    scale = 1 / (FLOAT16_GRAD_SCALE * n) if half else 1 / n
     loss = torch.zeros((), dtype=torch.float32, device=h.device)
     grad_h, grad_w = torch.empty_like(h), torch.zeros_like(w, dtype=weight_dtype)
     buffer = _logits_buffer(h, w, n)
     for rows in _chunks(h):
-        wanted = targets[rows].unsqueeze(1)  # (C, 1)
+        chunk_targets = targets[rows].unsqueeze(1)  # (C, 1)
         logits = _logits(h[rows], w, vocab_size, buffer)  # (C, V)
-        # A target's own probability may be too small for a float; that of the likeliest token, plus how far the target
-        # is behind, never is.
-        behind = logits.gather(1, wanted) - logits.amax(dim=-1, keepdim=True)  # (C, 1)
+        # The probability of the target may underflow; that of the most likely token cannot.
+        below = logits.gather(1, chunk_targets) - logits.amax(dim=-1, keepdim=True)  # (C, 1)
         probabilities = torch.softmax(logits, dim=-1, out=logits)
-        loss -= (behind + probabilities.amax(dim=-1, keepdim=True).log()).sum() / n
-        # d loss / d logits = (softmax - onehot) / n, where n can wait until the matrices are small.
-        probabilities.scatter_add_(1, wanted, probabilities.new_full(wanted.shape, -1.0))
-        grad = (probabilities.mul_(FLOAT16_GRAD_SCALE) if small else probabilities).to(w.dtype)
+        loss -= (below + probabilities.amax(dim=-1, keepdim=True).log()).sum() / n
+        # d loss / d logits = (softmax - onehot) / n. The division by n is cheaper on the smaller matrices below.
+        probabilities.scatter_add_(1, chunk_targets, probabilities.new_full(chunk_targets.shape, -1.0))
+        grad = (probabilities.mul_(FLOAT16_GRAD_SCALE) if half else probabilities).to(w.dtype)
         _product(grad, w, grad_h[rows])  # (C, D)
-        if not small:
+        if not half:
             grad_h[rows].div_(n)
         if w.dtype == weight_dtype:
-            grad_w.addmm_(grad.t(), h[rows], alpha=rest)  # (V, D), with no second matrix of that size
+            grad_w.addmm_(grad.t(), h[rows], alpha=scale)  # (V, D), without a second matrix of that size
         else:
-            grad_w.add_(grad.t() @ h[rows], alpha=rest)  # (V, D)
+            grad_w.add_(grad.t() @ h[rows], alpha=scale)  # (V, D)
     return loss, grad_h, grad_w
 
 
 def _loss_and_gradients_compiled(
     h: Tensor, w: Tensor, targets: Tensor, vocab_size: int, weight_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `_loss_and_gradients_in_place`, in the form that a compiler fuses.
+    """`_loss_and_gradients_in_place` in a form that the compiler can fuse.
 
-    Between the matrix products stand only reductions over a row and operations on single elements, so a chunk is read
-    from its logits, in the type of the products, and written as their gradient, in that type: float32 is in registers
-    alone. Buffers, and a one-hot vector that is scattered, would each be a tensor of a chunk's size in memory.
+    Only row reductions and elementwise operations stand between the matrix products, so the fused kernel reads the
+    logits and writes their gradient in the compute dtype, and float32 exists only in registers. Buffers, or a scattered
+    one-hot tensor, would each be a tensor of the chunk's size in memory.
     """
     n, columns = targets.shape[0], torch.arange(w.shape[0], device=h.device)  # (V,)
-    small = w.dtype is torch.float16
-    divisor = 1 / FLOAT16_GRAD_SCALE if small else n
+    half = w.dtype is torch.float16
+    divisor = 1 / FLOAT16_GRAD_SCALE if half else n
     loss = torch.zeros((), dtype=torch.float32, device=h.device)
     grad_h, grad_w = [], torch.zeros_like(w, dtype=weight_dtype)
     for rows in _chunks(h):
-        wanted = targets[rows].unsqueeze(1)  # (C, 1)
+        chunk_targets = targets[rows].unsqueeze(1)  # (C, 1)
         logits = (h[rows] @ w.t()).float()  # (C, V)
-        if vocab_size < w.shape[0]:  # the vocabulary's padding has no probability, and no gradient
+        if vocab_size < w.shape[0]:  # padding gets no probability and no gradient
             logits = torch.where(columns < vocab_size, logits, float("-inf"))
         total = logits.logsumexp(dim=-1, keepdim=True)  # (C, 1)
-        onehot = columns == wanted  # (C, V)
+        onehot = columns == chunk_targets  # (C, V)
         loss = loss + (total - torch.where(onehot, logits, 0.0).sum(dim=-1, keepdim=True)).sum() / n
         grad = (((logits - total).exp() - onehot.float()) / divisor).to(w.dtype)  # (C, V)
         grad_h.append(grad @ w)  # (C, D)
-        part = grad.t() @ h[rows]  # (V, D)
-        grad_w = grad_w + (part.to(weight_dtype) * (divisor / n) if small else part)
+        product = grad.t() @ h[rows]  # (V, D)
+        grad_w = grad_w + (product.to(weight_dtype) * (divisor / n) if half else product)
     return loss, torch.cat(grad_h), grad_w
 
 
-def _log_probs(h: Tensor, w: Tensor, vocab_size: int, buffer: Tensor) -> Tensor:
-    """Log-probabilities in float32, in the buffer's memory where its type allows; see `_logits`."""
-    logits = _logits(h, w, vocab_size, buffer)
-    return torch.log_softmax(logits, dim=-1, out=logits)
-
-
 def _logits(h: Tensor, w: Tensor, vocab_size: int, buffer: Tensor) -> Tensor:
-    """Logits in float32, in the buffer's memory where its type allows.
-
-    The vocabulary's padding gets minus infinity: no probability, and no gradient.
+    """Logits in float32, in the buffer's memory if it is float32. Padding of the vocabulary gets minus infinity.
 
     Shapes:
-        h (C, D); w (V, D); buffer (C or more, V); returns (C, V)
+        h (C, D); w (V, D); buffer (at least C, V); returns (C, V)
     """
     logits = _product(h, w.t(), buffer[: h.shape[0]]).float()
     logits[:, vocab_size:] = float("-inf")
@@ -188,33 +176,31 @@ def _logits(h: Tensor, w: Tensor, vocab_size: int, buffer: Tensor) -> Tensor:
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """a @ b in the memory of `out`, which may be a part of a tensor."""
-    return torch.mm(a, b, out=out) if _writes_parts(out.device) else out.copy_(a @ b)
+    """a @ b in the memory of `out`, which may be a slice."""
+    # On macOS 14, MPS silently leaves a slice unchanged (pytorch/pytorch#193385).
+    return torch.mm(a, b, out=out) if _supports_out_slices(out.device) else out.copy_(a @ b)
 
 
-def _writes_parts(device: torch.device) -> bool:
-    """Whether a product can be written into a part of a tensor: on macOS 14, MPS leaves the part as it was, and says
-    nothing (pytorch/pytorch#193385)."""
+def _supports_out_slices(device: torch.device) -> bool:
     return device.type != "mps"
 
 
 def _logits_buffer(h: Tensor, w: Tensor, n: int) -> Tensor:
-    """Room for one chunk's logits, used again for each: on a CPU, fresh pages cost as much as the matrix product."""
-    return torch.empty(min(_chunk(h), n), w.shape[0], dtype=h.dtype, device=h.device)
+    """Memory for the logits of a chunk, reused for all: on a CPU, fresh pages cost as much as the matrix product."""
+    return torch.empty(min(_chunk_size(h), n), w.shape[0], dtype=h.dtype, device=h.device)
 
 
-def _in_compute_type(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in autocast's type, applied by hand: autocast reaches neither into a Function nor to products with `out`."""
+def _to_compute_dtype(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Cast both to autocast's dtype: autocast applies neither inside a Function nor to products with `out`."""
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     return hidden.to(dtype), weight.to(dtype)
 
 
 def _chunks(hidden: Tensor) -> list[slice]:
-    """Rows of each chunk; no row twice, and none for no tokens."""
-    n, size = hidden.shape[0], _chunk(hidden)
+    n, size = hidden.shape[0], _chunk_size(hidden)
     return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
 
-def _chunk(hidden: Tensor) -> int:
+def _chunk_size(hidden: Tensor) -> int:
     return CPU_CHUNK if hidden.device.type == "cpu" else GPU_CHUNK

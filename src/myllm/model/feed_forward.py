@@ -8,8 +8,6 @@ from torch import Tensor, nn
 
 from myllm.config import ModelConfig
 
-from .linear import Linear
-
 
 class FeedForward(nn.Module):
     """D -> F -> D.
@@ -21,9 +19,9 @@ class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.activation = config.activation
-        # SwiGLU's gate and up matrices are one: rows of the gate, then of up.
+        # SwiGLU's gate and up projections are one matrix: rows of the gate, then rows of up.
         width = config.d_ff * (2 if config.activation == "swiglu" else 1)
-        self.up_proj = Linear(config.d_model, width, bias=config.bias)
+        self.up_proj = nn.Linear(config.d_model, width, bias=config.bias)
         self.down_proj = nn.Linear(config.d_ff, config.d_model, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout_ffn) if config.dropout_ffn else nn.Identity()
 

@@ -1,4 +1,4 @@
-"""Starting weights. One generator, parameters in a fixed order: the same seed gives the same weights on every rank."""
+"""Initial weights: a seed gives every rank the same ones, because parameters are drawn in a fixed order."""
 
 import math
 
@@ -7,16 +7,16 @@ from torch import nn
 
 from myllm.config import ModelConfig
 
-# Projections that write into the residual stream: their variance adds up over the layers, so it starts smaller.
+# Projections into the residual stream start smaller, because their variance adds up over the layers.
 RESIDUAL = ("out_proj.weight", "down_proj.weight")
 
 
 def weight_std(name: str, config: ModelConfig) -> float:
-    """Standard deviation of a matrix's starting weights, by its name.
+    """Standard deviation of a matrix's initial weights.
 
-    Source: "gpt2" is Radford et al. 2019, section 2.3 (residual projections over the square root of their number, two
-    a layer); "reference" is LF_LLM-269M, whose embedding and linears follow Small Init (Nguyen and Salazar 2019) and
-    whose residual projections follow Wang's init in GPT-NeoX, halved.
+    Source: "gpt2" is Radford et al. 2019, section 2.3 (residual projections are divided by the square root of their
+    number, two a layer); "reference" is LF_LLM-269M, whose embedding and linears use Small Init (Nguyen and Salazar
+    2019) and whose residual projections use Wang's init from GPT-NeoX, halved.
     """
     residual = name.endswith(RESIDUAL)
     if config.init == "gpt2":
@@ -30,15 +30,15 @@ def weight_std(name: str, config: ModelConfig) -> float:
 def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
     """Set every parameter in place: matrices from a normal distribution, biases to 0, norm weights to 1.
 
-    Rows of the vocabulary's padding are 0, and stay so: their gradient is always 0.
+    Padding rows of the vocabulary are 0 and stay 0: their gradient is always 0.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if parameter.ndim >= 2:
-            # Drawn on the CPU, so that the numbers do not depend on the device.
-            drawn = torch.empty(parameter.shape).normal_(0, weight_std(name, config), generator=generator)
+            # Drawn on the CPU, so that the weights do not depend on the device.
+            weight = torch.empty(parameter.shape).normal_(0, weight_std(name, config), generator=generator)
             if parameter.shape[0] == config.padded_vocab_size and name in ("embedding.weight", "head.weight"):
-                drawn[config.vocab_size :] = 0
-            parameter.copy_(drawn)
+                weight[config.vocab_size :] = 0
+            parameter.copy_(weight)
         else:
             parameter.fill_(0 if name.endswith("bias") else 1)

@@ -1,11 +1,10 @@
-"""Keys and values of the tokens already seen, so that generating the next one costs one token's work.
+"""Keys and values of earlier tokens, so that the next token costs the work of one token.
 
-Rows of a batch may hold different numbers of tokens: each row's first token is in slot 0, so a token's slot is its
-position, and a row's text never depends on how long its neighbours are.
+The slot of a token is its position: rows start in slot 0, whatever their lengths, so a row does not depend on the
+lengths of the other rows. Keys and values are one tensor per layer: with one tensor for all layers, a compiled step
+would copy the whole cache for each layer that it writes.
 
-A tensor a layer: of one for all of them, a compiled step would copy the whole for each layer that it changes.
-
-Shapes: B batch, M rows of a fork, G key-value heads, T slots, K head dimension.
+Shapes: B batch, M rows of an expanded cache, G key-value heads, S slots, K head dimension.
 """
 
 import copy
@@ -17,10 +16,10 @@ from myllm.config import ModelConfig
 
 
 class KVCache:
-    """Room for `max_tokens` tokens a row, allocated once; `lengths`, (B,) on the CPU, says how many are filled.
+    """Memory for `max_tokens` tokens a row, allocated once. `lengths`, (B,) on the CPU, counts the tokens of each row.
 
-    With `static`, a step of one token has the same shapes however much is filled: it attends to all slots and masks
-    those without a token, so that it can be compiled once.
+    With `static`, a step of one token has the same shapes at any length, so that it can be compiled once: it attends to
+    all slots and masks the empty ones.
     """
 
     def __init__(
@@ -32,23 +31,20 @@ class KVCache:
         dtype: torch.dtype,
         static: bool = False,
     ) -> None:
-        shape = (batch, config.kv_heads, max_tokens, config.head_size)  # (B, G, T, K)
-
-        def layers() -> list[Tensor]:
-            return [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layers)]
-
-        self.keys, self.values = layers(), layers()
+        shape = (batch, config.kv_heads, max_tokens, config.head_size)  # (B, G, S, K)
+        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layers)]
+        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layers)]
         self.lengths = torch.zeros(batch, dtype=torch.long)
         self.static = static
         self.mask: Tensor | None = None
         self.start = self.end = 0
-        if static:  # captured once, in place: CUDA graphs neither copy them nor fall back
-            for part in (*self.keys, *self.values):
-                torch._dynamo.mark_static_address(part, guard=False)
+        if static:  # with fixed addresses, CUDA graphs update the tensors in place and do not copy them
+            for tensor in (*self.keys, *self.values):
+                torch._dynamo.mark_static_address(tensor, guard=False)
 
     @property
     def length(self) -> int:
-        """Tokens that the longest row holds."""
+        """Tokens in the longest row."""
         return int(self.lengths.max())
 
     @property
@@ -60,17 +56,17 @@ class KVCache:
         return self.keys[0].device
 
     def start_step(self, new: int) -> slice | Tensor:
-        """Make ready for `new` tokens a row and say their positions: a slice where rows are equally long, else (B, 1).
+        """Prepare to append `new` tokens to each row and return their positions.
 
-        Rows of different lengths take one token at a time; then, and in a static cache's single steps, `mask`,
-        (B, 1, 1, end), is true where a row has tokens.
+        Positions are a slice if all rows have the same length, otherwise (B, 1); rows of different lengths take one
+        token at a time. In the second case, and in one-token steps of a static cache, `mask`, (B, 1, 1, end), is true
+        where a row has tokens.
         """
         lengths = self.lengths.tolist()
         self.start = max(lengths)
         self.end = self.start + new
         assert self.end <= self.max_tokens, f"cache of {self.max_tokens} tokens cannot hold {self.end}"
-        static = self.static and new == 1
-        if static:
+        if self.static and new == 1:
             self.end = self.max_tokens
         elif min(lengths) == self.start:
             self.mask = None
@@ -82,9 +78,7 @@ class KVCache:
         return positions
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write one layer's new keys and values behind the old ones, where `open` said, and return all of them.
-
-        `lengths` move only in `advance`, once every layer has written.
+        """Write the new keys and values of one layer at the positions from `start_step`; return those of all tokens.
 
         Shapes:
             keys and values (B, G, new, K); returns (B, G, end, K) each
@@ -102,44 +96,39 @@ class KVCache:
         return all_keys.narrow(2, 0, self.end), all_values.narrow(2, 0, self.end)
 
     def advance(self, tokens: int) -> None:
+        """Count the tokens of a step, after every layer has appended them."""
         self.lengths += tokens
 
     def row(self, index: int) -> "KVCache":
-        """One row as a cache of its own that shares this one's memory and length."""
-        view = object.__new__(KVCache)
-        view.keys = [part[index : index + 1] for part in self.keys]
-        view.values = [part[index : index + 1] for part in self.values]
+        """A cache of one row that shares this cache's memory and length."""
+        view = copy.copy(self)
+        view.keys = [keys[index : index + 1] for keys in self.keys]
+        view.values = [values[index : index + 1] for values in self.values]
         view.lengths, view.static = self.lengths[index : index + 1], False
         return view
 
     def select_rows(self, rows: list[int]) -> None:
-        """Drop all other rows. The cache is static no longer: another batch size would be compiled anew."""
+        """Drop all other rows. The cache is no longer static: each batch size would be compiled."""
         self.static = False
-        self.keys, self.values = [part[rows] for part in self.keys], [part[rows] for part in self.values]
+        self.keys, self.values = [keys[rows] for keys in self.keys], [values[rows] for values in self.values]
         self.lengths = self.lengths[rows]
 
     def clear(self) -> None:
         self.lengths.zero_()
 
     def expand(self, owners: Tensor, max_tokens: int) -> "KVCache":
-        """A cache whose row m begins with what row `owners[m]` of this one holds.
+        """A copy for `max_tokens` tokens whose row m starts with the tokens of row `owners[m]`.
 
         Shapes:
             owners (M,), each in [0, B); the new cache has M rows
         """
-        forked = copy.copy(self)
-        length = self.length
 
-        def copied(part: Tensor) -> Tensor:
-            new = part.new_zeros(len(owners), part.shape[1], max_tokens, part.shape[3])  # (M, G, T, K)
-            new[:, :, :length] = part[owners, :, :length]
+        def expanded(tensor: Tensor) -> Tensor:
+            new = tensor.new_zeros(len(owners), tensor.shape[1], max_tokens, tensor.shape[3])  # (M, G, S, K)
+            new[:, :, : self.length] = tensor[owners, :, : self.length]
             return new
 
-        forked.keys, forked.values = [copied(part) for part in self.keys], [copied(part) for part in self.values]
-        forked.lengths = self.lengths[owners.cpu()]
-        return forked
-
-
-def cache_dtype(device: torch.device) -> torch.dtype:
-    """What keys and values come in: autocast's type where it is on."""
-    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
+        cache = copy.copy(self)
+        cache.keys, cache.values = [expanded(keys) for keys in self.keys], [expanded(values) for values in self.values]
+        cache.lengths = self.lengths[owners.cpu()]
+        return cache

@@ -1,275 +1,31 @@
-"""The Transformer: pre-norm blocks between an embedding and a head, its parts chosen by ModelConfig.
+"""The Transformer: pre-norm blocks between an embedding and a head. ModelConfig chooses the parts.
 
-Shapes: B batch, T sequence, D d_model, V padded vocabulary, K head dimension; M continuations, P tokens before them.
+Shapes: B batch, T sequence, D d_model, V padded vocabulary, K head dimension.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import wraps
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from myllm.config import ModelConfig
 
-from . import attention_backend as sdpa
 from .attention import Attention
+from .attention_backend import inference_backends
 from .cross_entropy import linear_cross_entropy, token_log_probs, token_ranks
 from .feed_forward import FeedForward
-from .huge_pages import use_huge_pages
 from .init_weights import initialize
-from .kv_cache import KVCache, cache_dtype
-from .linear import linear, logits
+from .kv_cache import KVCache
 from .norm import make_norm
 from .rope import rotary_tables
 
 
-def _in_own_precision(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A method that evaluations and generation call, with products in what `Transformer.set_compute_dtype` said."""
-
-    @wraps(method)
-    def computed(model: "Transformer", *arguments: Any, **settings: Any) -> Any:
-        with model.autocast():
-            return method(model, *arguments, **settings)
-
-    return computed
-
-
-class Transformer(nn.Module):
-    """A decoder-only language model with fresh weights.
-
-    Args:
-        config: its shape and parts.
-        seed: of the starting weights.
-    """
-
-    def __init__(self, config: ModelConfig, seed: int = 0) -> None:
-        super().__init__()
-        self.config = config
-        self.quantized = False
-        self.compute_dtype: torch.dtype | None = None
-        self.embedding = nn.Embedding(config.padded_vocab_size, config.d_model)
-        self.dropout = nn.Dropout(config.dropout_embedding) if config.dropout_embedding else nn.Identity()
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
-        self.norm = make_norm(config)
-        # A tied head is no module of its own: the embedding's weight is saved and updated once.
-        self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.padded_vocab_size, bias=False)
-        if config.position == "learned":
-            self.positions = nn.Embedding(config.max_seq_len, config.d_model)
-        else:
-            cos, sin = rotary_tables(config.max_seq_len, config.head_size, config.rope_theta)
-            self.register_buffer("rotary_cos", cos, persistent=False)  # (T, K)
-            self.register_buffer("rotary_sin", sin, persistent=False)  # (T, K)
-        self._step: Callable[..., Tensor] | None = None
-        self._training_loss: Callable[[Tensor, Tensor, Tensor, int], Tensor] = linear_cross_entropy
-        initialize(self, config, seed)
-        use_huge_pages(self)
-
-    def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        """Mean loss in nats if targets are given, logits if not.
-
-        With a cache, `tokens` continue what it holds, and it holds them too afterwards.
-
-        Shapes:
-            tokens and targets (B, T); returns a scalar, or logits (B, T, vocab_size)
-        """
-        hidden = self.hidden(tokens, cache)  # (B, T, D)
-        if targets is not None:
-            loss = self._training_loss if self.training and torch.is_grad_enabled() else linear_cross_entropy
-            return loss(hidden.flatten(0, 1), self.head_weight, targets.flatten(), self.config.vocab_size)
-        return self._logits(hidden)
-
-    @_in_own_precision
-    def next_logits(self, tokens: Tensor, cache: KVCache, counts: list[int] | None = None) -> Tensor:
-        """Logits of the token after each row's last; the head runs there alone.
-
-        Of few rows they may lie in memory column by column.
-
-        Args:
-            counts: tokens that each row really has, where shorter rows are filled up on the right. The cache then
-                holds only these. None: all of them.
-
-        Shapes:
-            tokens (B, T); returns (B, vocab_size)
-        """
-        hidden = self.hidden(tokens, cache)  # (B, T, D)
-        if counts is None:
-            return self._logits(hidden[:, -1], logits)
-        # What fills up a row comes after its tokens: none of them sees it, and later tokens overwrite it.
-        kept = torch.tensor(counts)
-        cache.lengths += kept - tokens.shape[1]
-        last = (kept - 1).to(tokens.device)
-        return self._logits(hidden[torch.arange(len(counts), device=tokens.device), last], logits)
-
-    @torch.no_grad()
-    @_in_own_precision
-    def score(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probability of each target, and whether it was the likeliest token. Targets of -1 are not asked.
-
-        Shapes:
-            tokens and targets (B, T); returns (B, T) float32 and (B, T) bool
-        """
-        hidden = self.hidden(tokens).flatten(0, 1)  # (B T, D)
-        log_probs, correct = token_log_probs(hidden, self.head_weight, targets.flatten(), self.config.vocab_size)
-        return log_probs.view_as(targets), correct.view_as(targets)
-
-    @torch.no_grad()
-    @_in_own_precision
-    def score_continuations(
-        self, prefixes: Tensor, owners: Tensor, tokens: Tensor, targets: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """As `score`, where row m of `tokens` goes on from prefix `owners[m]`; each prefix is computed once.
-
-        Rows that are shorter are padded on the right, where nothing looks.
-
-        Shapes:
-            prefixes (B, P), P may be 0; owners (M,); tokens and targets (M, T); returns (M, T) float32 and (M, T) bool
-        """
-        B, P = prefixes.shape
-        cache = KVCache(self.config, B, P, tokens.device, cache_dtype(tokens.device))
-        if P:
-            self.hidden(prefixes, cache)
-        hidden = self.hidden(tokens, cache.expand(owners, P + tokens.shape[1])).flatten(0, 1)  # (M T, D)
-        log_probs, correct = token_log_probs(hidden, self.head_weight, targets.flatten(), self.config.vocab_size)
-        return log_probs.view_as(targets), correct.view_as(targets)
-
-    @torch.no_grad()
-    @_in_own_precision
-    def evaluate(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probability of each target, how many tokens were likelier, and the likeliest one's probability.
-
-        Shapes:
-            tokens and targets (B, T), targets of -1 are not asked; returns (B, T) float32, int64 and float32
-        """
-        hidden = self.hidden(tokens).flatten(0, 1)  # (B T, D)
-        parts = token_ranks(hidden, self.head_weight, targets.flatten(), self.config.vocab_size)
-        log_probs, places, confidence = (part.view_as(targets) for part in parts)
-        return log_probs, places, confidence
-
-    def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
-        """The last layer's normalized output.
-
-        Shapes:
-            tokens (B, T); returns (B, T, D)
-        """
-        new = tokens.shape[1]
-        positions = cache.start_step(new) if cache is not None else slice(0, new)  # or (B, 1): see KVCache.start_step
-        end = cache.end if cache is not None else new
-        assert end <= self.config.max_seq_len, f"{end} tokens exceed the context of {self.config.max_seq_len}"
-        compiled = self._step is not None and cache is not None and cache.static and new == 1
-        if self.training:  # who trains says by which kernels
-            x = self._run(tokens, positions, cache)
-        else:
-            with sdpa.inference_backends(tokens.device), self.autocast():
-                x = self._step_compiled(tokens, positions, cache) if compiled else self._run(tokens, positions, cache)
-        if cache is not None:
-            cache.advance(new)
-        return x
-
-    def set_compute_dtype(self, dtype: torch.dtype) -> None:
-        """Multiply in `dtype` in evaluations and generation, as training's autocast does, to the bit.
-
-        The blocks' matrices are kept in it, so that no step has to round them; the rest stays float32. Not for
-        training.
-        """
-        self.compute_dtype = None if dtype is torch.float32 else dtype
-        for module in self.blocks.modules():
-            if isinstance(module, nn.Linear):
-                module.to(dtype)
-
-    def autocast(self) -> AbstractContextManager[None]:
-        """Autocast to the type of `set_compute_dtype`; nothing where there is none, or whoever calls has said one."""
-        device = self._stored_head.device.type
-        if self.compute_dtype is None or torch.is_autocast_enabled(device):
-            return nullcontext()
-        return torch.autocast(device, self.compute_dtype)
-
-    def compile_decoding(self, **options: Any) -> None:
-        """Compile single tokens behind a static cache, at the first of them; done once.
-
-        Args:
-            options: of `torch.compile`.
-        """
-        if self._step is None:
-            self._step = torch.compile(self._run, fullgraph=True, dynamic=False, **options)
-
-    def _step_compiled(self, tokens: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
-        """As `_run`; for the cache's other steps too, once torch has compiled as many kinds of steps as it does of one
-        function, which it says by an error before anything is computed."""
-        try:
-            return self._step(tokens, positions, cache)
-        except Exception as error:
-            if type(error).__name__ != "FailOnRecompileLimitHit":  # of torch._dynamo.exc, which is slow to import
-                raise
-            cache.static = False
-            return self._run(tokens, positions, cache)
-
-    def compile_blocks(self, **options: Any) -> None:
-        """Compile each block and the loss on their own, for training; blocks of one shape share one graph.
-
-        Evaluations go through the same blocks uncompiled: their shapes would each be compiled anew.
-
-        Args:
-            options: of `torch.compile`.
-        """
-        self._training_loss = torch.compile(linear_cross_entropy, **options)
-        for block in self.blocks:
-            block.compiled = torch.compile(block.run, **options)
-
-    @contextmanager
-    def uncompiled(self) -> Iterator[None]:
-        """Training that runs operation by operation, so that hooks see each."""
-        loss, compiled = self._training_loss, [block.compiled for block in self.blocks]
-        try:
-            self._training_loss = linear_cross_entropy
-            for block in self.blocks:
-                block.compiled = None
-            yield
-        finally:
-            self._training_loss = loss
-            for block, one in zip(self.blocks, compiled, strict=True):
-                block.compiled = one
-
-    def _run(self, tokens: Tensor, positions: slice | Tensor, cache: KVCache | None) -> Tensor:
-        """From tokens to the normalized output, where the cache is open."""
-        x = self.embedding(tokens)  # (B, T, D)
-        rotary = None
-        if self.config.position == "learned":
-            x = x + self.positions.weight[positions]  # (T, D) over the batch, or (B, T, D)
-        else:
-            rotary = self.rotary_cos[positions], self.rotary_sin[positions]  # (T, K) each
-            if not isinstance(positions, slice):
-                rotary = rotary[0].unsqueeze(1), rotary[1].unsqueeze(1)  # (B, 1, T, K) each
-        if self.training and self.config.residual_dtype == "bfloat16" and _autocasts_to_bfloat16(x.device):
-            x = x.bfloat16()  # and stays so: autocast has what blocks add in bfloat16
-        x = self.dropout(x)
-        for block in self.blocks:
-            x = block(x, rotary, cache)
-        return self.norm(x)
-
-    def _logits(self, hidden: Tensor, product: Callable[[Tensor, Tensor], Tensor] = linear) -> Tensor:
-        if self.quantized:  # such a matrix cannot be cut in inference mode
-            return nn.functional.linear(hidden, self._stored_head)[..., : self.config.vocab_size]
-        return product(hidden, self._stored_head[: self.config.vocab_size])
-
-    @property
-    def head_weight(self) -> Tensor:
-        """The head's matrix, (V, D); floats made for the occasion where it is quantised."""
-        return self._stored_head.dequantize() if self.quantized else self._stored_head
-
-    @property
-    def _stored_head(self) -> Tensor:
-        return self.embedding.weight if self.head is None else self.head.weight
-
-
-def _autocasts_to_bfloat16(device: torch.device) -> bool:
-    return torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) is torch.bfloat16
-
-
 class Block(nn.Module):
-    """Attention, then feed-forward, each normalized before and added back."""
+    """Attention, then feed-forward. Each reads a normalized input and adds its output to the residual stream."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -278,9 +34,9 @@ class Block(nn.Module):
         self.feed_forward_norm = make_norm(config)
         self.feed_forward = FeedForward(config)
         self.recompute = False
-        """Whether the backward pass computes what is inside again instead of keeping it."""
+        """If true, the backward pass recomputes the activations inside the block instead of keeping them."""
         self.compiled: Callable[..., Tensor] | None = None
-        """What training calls in place of the block's own operations, wrappers' hooks aside."""
+        """Compiled form of `run`, for training only: the shapes of evaluations vary, and each would be compiled."""
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, cache: KVCache | None = None) -> Tensor:
         """
@@ -292,11 +48,210 @@ class Block(nn.Module):
         return self.run(x, rotary, cache)
 
     def run(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, cache: KVCache | None = None) -> Tensor:
-        """As `forward`, never by way of `compiled`."""
+        """`forward`, never compiled."""
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self._run, x, rotary, cache, use_reentrant=False)
-        return self._run(x, rotary, cache)
+            return checkpoint(self._residuals, x, rotary, cache, use_reentrant=False)
+        return self._residuals(x, rotary, cache)
 
-    def _run(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, cache: KVCache | None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rotary, cache)
-        return x + self.feed_forward(self.feed_forward_norm(x))
+    def _residuals(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, cache: KVCache | None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rotary, cache)  # (B, T, D)
+        return x + self.feed_forward(self.feed_forward_norm(x))  # (B, T, D)
+
+
+class Transformer(nn.Module):
+    """A decoder-only language model, initialized from `seed`."""
+
+    def __init__(self, config: ModelConfig, seed: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        self.quantized = False
+        self.compute_dtype: torch.dtype | None = None
+        self.embedding = nn.Embedding(config.padded_vocab_size, config.d_model)
+        self.dropout = nn.Dropout(config.dropout_embedding) if config.dropout_embedding else nn.Identity()
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        self.norm = make_norm(config)
+        # A tied head is not a module: the embedding's weight must be saved and updated once.
+        self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.padded_vocab_size, bias=False)
+        if config.position == "learned":
+            self.positions = nn.Embedding(config.max_seq_len, config.d_model)
+        else:
+            cos, sin = rotary_tables(config.max_seq_len, config.head_size, config.rope_theta)
+            self.register_buffer("rotary_cos", cos, persistent=False)  # (max_seq_len, K)
+            self.register_buffer("rotary_sin", sin, persistent=False)  # (max_seq_len, K)
+        self._training_loss: Callable[[Tensor, Tensor, Tensor, int], Tensor] = linear_cross_entropy
+        self._compiled_decode: Callable[..., Tensor] | None = None
+        initialize(self, config, seed)
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """The mean loss in nats if targets are given, otherwise logits.
+
+        With a cache, `tokens` continue the cached tokens and are added to the cache.
+
+        Shapes:
+            tokens and targets (B, T); returns a scalar, or logits (B, T, vocab_size)
+        """
+        hidden = self.hidden(tokens, cache)  # (B, T, D)
+        if targets is None:
+            return self.logits(hidden)
+        loss = self._training_loss if self.training and torch.is_grad_enabled() else linear_cross_entropy
+        return loss(hidden.flatten(0, 1), self.head_weight, targets.flatten(), self.config.vocab_size)
+
+    def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        """The normalized output of the last block.
+
+        Shapes:
+            tokens (B, T); returns (B, T, D)
+        """
+        T = tokens.shape[1]
+        positions = cache.start_step(T) if cache is not None else slice(0, T)
+        end = cache.end if cache is not None else T
+        assert end <= self.config.max_seq_len, f"{end} tokens exceed the context of {self.config.max_seq_len}"
+        if self.training:  # the training step selects the attention kernels
+            x = self._hidden(tokens, positions, cache)
+        else:
+            decode = self._compiled_decode if cache is not None and cache.static and T == 1 else None
+            with inference_backends(tokens.device), self.autocast():
+                x = (decode or self._hidden)(tokens, positions, cache)
+        if cache is not None:
+            cache.advance(T)
+        return x
+
+    def _hidden(self, tokens: Tensor, positions: slice | Tensor, cache: KVCache | None) -> Tensor:
+        x = self.embedding(tokens)  # (B, T, D)
+        rotary = None
+        if self.config.position == "learned":
+            x = x + self.positions.weight[positions]  # (T, D), or (B, T, D) if rows differ in position
+        else:
+            rotary = self.rotary_cos[positions], self.rotary_sin[positions]  # (T, K) each
+            if not isinstance(positions, slice):
+                rotary = rotary[0].unsqueeze(1), rotary[1].unsqueeze(1)  # (B, 1, T, K) each
+        if self.training and self.config.residual_dtype == "bfloat16" and _autocast_dtype(x.device) is torch.bfloat16:
+            x = x.bfloat16()  # and stays so: under autocast, blocks add bfloat16 to it
+        x = self.dropout(x)
+        for block in self.blocks:
+            x = block(x, rotary, cache)  # (B, T, D)
+        return self.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """
+        Shapes:
+            hidden (..., D); returns (..., vocab_size)
+        """
+        if self.quantized:  # a torchao weight cannot be sliced in inference mode
+            return F.linear(hidden, self._head_weight)[..., : self.config.vocab_size]
+        return F.linear(hidden, self._head_weight[: self.config.vocab_size])
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The head's matrix, (V, D), in floating point."""
+        return self._head_weight.dequantize() if self.quantized else self._head_weight
+
+    @property
+    def _head_weight(self) -> Tensor:
+        return self.embedding.weight if self.head is None else self.head.weight
+
+    # -- generation and evaluation ------------------------------------------------------------------------------------
+
+    def make_cache(self, batch: int, max_tokens: int, static: bool = False) -> KVCache:
+        """An empty cache on the model's device, in the type that attention computes in."""
+        device = self._head_weight.device
+        dtype = _autocast_dtype(device) or self.compute_dtype or torch.float32
+        return KVCache(self.config, batch, max_tokens, device, dtype, static)
+
+    def next_logits(self, tokens: Tensor, cache: KVCache, lengths: list[int] | None = None) -> Tensor:
+        """Logits of the token that follows each row. The head is applied to each row's last token only.
+
+        Args:
+            lengths: number of tokens in each row, if rows are padded on the right. Only these stay in the cache.
+
+        Shapes:
+            tokens (B, T); returns (B, vocab_size)
+        """
+        hidden = self.hidden(tokens, cache)  # (B, T, D)
+        if lengths is None:
+            last = hidden[:, -1]  # (B, D)
+        else:
+            # No token attends to the padding, which comes after it, and later tokens overwrite it in the cache.
+            kept = torch.tensor(lengths)  # (B,)
+            cache.lengths += kept - tokens.shape[1]
+            last = hidden[torch.arange(len(lengths), device=tokens.device), (kept - 1).to(tokens.device)]  # (B, D)
+        with self.autocast():
+            return self.logits(last)
+
+    @torch.no_grad()
+    def score(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Log-probability of each target. Targets equal to IGNORE_INDEX are ignored and get 0.
+
+        Shapes:
+            tokens and targets (B, T); returns (B, T) float32
+        """
+        return self._per_target(token_log_probs, self.hidden(tokens), targets)
+
+    @torch.no_grad()
+    def score_continuations(self, prefixes: Tensor, owners: Tensor, tokens: Tensor, targets: Tensor) -> Tensor:
+        """`score`, where row m of `tokens` continues prefix `owners[m]`. Each prefix is computed once.
+
+        Shorter rows are padded on the right, with targets equal to IGNORE_INDEX.
+
+        Shapes:
+            prefixes (B, P), P may be 0; owners (M,); tokens and targets (M, T); returns (M, T) float32
+        """
+        B, P = prefixes.shape
+        cache = self.make_cache(B, P)
+        if P:
+            self.hidden(prefixes, cache)
+        hidden = self.hidden(tokens, cache.expand(owners, P + tokens.shape[1]))  # (M, T, D)
+        return self._per_target(token_log_probs, hidden, targets)
+
+    @torch.no_grad()
+    def evaluate(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probability and rank of each target (0 is the most likely token), and the highest probability.
+
+        Shapes:
+            tokens and targets (B, T); returns (B, T) float32, int64 and float32, 0 where ignored
+        """
+        return self._per_target(token_ranks, self.hidden(tokens), targets)
+
+    def _per_target(self, function: Callable[..., Any], hidden: Tensor, targets: Tensor) -> Any:
+        """Apply a function of cross_entropy.py; (N,) results become (B, T)."""
+        with self.autocast():
+            found = function(hidden.flatten(0, 1), self.head_weight, targets.flatten(), self.config.vocab_size)
+        return found.view_as(targets) if isinstance(found, Tensor) else tuple(part.view_as(targets) for part in found)
+
+    # -- precision and compilation ------------------------------------------------------------------------------------
+
+    def set_compute_dtype(self, dtype: torch.dtype) -> None:
+        """Multiply matrices in `dtype` in evaluation and generation, with the same bits as training's autocast.
+
+        The blocks' matrices are stored in `dtype`, so that no step converts them. The rest stays float32. Not for
+        training.
+        """
+        self.compute_dtype = None if dtype is torch.float32 else dtype
+        for module in self.blocks.modules():
+            if isinstance(module, nn.Linear):
+                module.to(dtype)
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """Autocast to the dtype of `set_compute_dtype`, unless there is none or the caller has its own autocast."""
+        device = self._head_weight.device
+        if self.compute_dtype is None or _autocast_dtype(device) is not None:
+            return nullcontext()
+        return torch.autocast(device.type, self.compute_dtype)
+
+    def compile_blocks(self, **options: Any) -> None:
+        """Compile the loss and each block separately for training, with options of `torch.compile`.
+
+        Blocks of the same shape share one graph.
+        """
+        self._training_loss = torch.compile(linear_cross_entropy, **options)
+        for block in self.blocks:
+            block.compiled = torch.compile(block.run, **options)
+
+    def compile_decoding(self, **options: Any) -> None:
+        """Compile steps of one token with a static cache, with options of `torch.compile`, at the first call."""
+        if self._compiled_decode is None:
+            self._compiled_decode = torch.compile(self._hidden, fullgraph=True, dynamic=False, **options)
+
+
+def _autocast_dtype(device: torch.device) -> torch.dtype | None:
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None

@@ -74,7 +74,7 @@ def diagnose(
     model.train()
     model.zero_grad(set_to_none=True)
     losses, loss = [], 0.0
-    with model.uncompiled(), _recording(model) as recorder:
+    with torch.compiler.set_stance("force_eager"), _recording(model) as recorder:  # hooks see each operation
         for tokens, targets in batches:
             with autocast():
                 batch_loss = model(tokens, targets) / n_batches
@@ -101,7 +101,7 @@ def _sample_losses(model: Transformer, hidden: Tensor, targets: Tensor) -> Tenso
     Shapes:
         hidden (B, T, D); targets (B, T); returns (B,)
     """
-    scores, _ = token_log_probs(
+    scores = token_log_probs(
         hidden.detach().flatten(0, 1), model.head_weight, targets.flatten(), model.config.vocab_size
     )
     return -scores.view_as(targets).mean(dim=1)
