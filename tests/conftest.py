@@ -19,6 +19,7 @@ import torch.distributed as dist
 from hypothesis import settings
 
 from myllm.config import DataConfig, EvalConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig, to_dict
+from myllm.data.prepare.prepare import prepare
 
 # Caches and settings of the tests' own: another program's font list, a user's token, runs or compiled kernels must not
 # decide a test. The first process of a run makes the folder; xdist's workers and all children inherit it.
@@ -73,6 +74,22 @@ def temp_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A temp_data/ that the test has to itself."""
     monkeypatch.setenv("MYLLM_DATA", str(tmp_path / "temp_data"))
     return tmp_path / "temp_data"
+
+
+@pytest.fixture(scope="session")
+def prepared_corpus(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A temp_data/ with the data set of `tiny`, prepared once in each process that runs tests."""
+    folder = tmp_path_factory.mktemp("prepared")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MYLLM_DATA", str(folder))
+        prepare(tiny_config(corpus).data, progress=False)
+    return folder
+
+
+@pytest.fixture
+def prepared_data(prepared_corpus: Path, temp_data: Path) -> None:
+    """The test's temp_data/ has the data set of `tiny` already."""
+    shutil.copytree(prepared_corpus, temp_data)
 
 
 @pytest.fixture

@@ -29,6 +29,8 @@ from myllm.errors import TrainingDiverged, UserError
 from myllm.paths import RunPaths
 from myllm.training.loop import train
 
+pytestmark = pytest.mark.usefixtures("prepared_data")
+
 DEADLINE_S = 60
 
 

@@ -15,6 +15,8 @@ from myllm.checkpoint.layout import list_checkpoints
 from myllm.config import RunConfig
 from myllm.data.prepare.prepare import prepare
 
+pytestmark = pytest.mark.usefixtures("prepared_data")
+
 GRADIENTS = Path(__file__).parent / "programs/write_gradients.py"
 ODD_RANK = Path(__file__).parent / "programs/train_with_odd_rank.py"
 HELLASWAG = Path(__file__).parents[1] / "evals/hellaswag_own.jsonl"

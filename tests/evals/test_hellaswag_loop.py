@@ -16,6 +16,8 @@ from myllm.errors import UserError
 from myllm.evals import hellaswag_data
 from myllm.training.loop import train
 
+pytestmark = pytest.mark.usefixtures("prepared_data")
+
 OWN = Path(__file__).with_name("hellaswag_own.jsonl")
 
 

@@ -26,6 +26,8 @@ from myllm.inference.load import load_model
 from myllm.paths import RunPaths
 from myllm.training.loop import train
 
+pytestmark = pytest.mark.usefixtures("prepared_data")
+
 
 def fold(losses: list[float]) -> EarlyStop:
     early = EarlyStop()

@@ -20,6 +20,8 @@ from myllm.planning.validation import check_config
 from myllm.training import loop
 from myllm.training.setup import Trainer
 
+pytestmark = pytest.mark.usefixtures("prepared_data")
+
 
 class Interrupted(Exception):
     pass

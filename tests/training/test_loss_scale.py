@@ -38,6 +38,8 @@ from myllm.training.gradient_guard import GROWTH_STEPS, MAX_LOSS_SCALE, Gradient
 from myllm.training.setup import Trainer
 from myllm.training.step import accumulate_gradients, clip_gradients, train_step
 
+pytestmark = pytest.mark.usefixtures("prepared_data")
+
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 ALONE = DistContext(rank=0, local_rank=0, world_size=1, device=CPU)
 HALF = TrainConfig(precision="float16")

@@ -26,6 +26,8 @@ from myllm.training.profiler import (
     kernel_costs,
 )
 
+pytestmark = pytest.mark.usefixtures("prepared_data")
+
 
 def event(name: str, start: float, end: float, self_us: float = 0.0, **changes: Any) -> SimpleNamespace:
     """What torch.profiler has of an operator on the host."""

@@ -29,6 +29,8 @@ from myllm.training.loop import train
 from myllm.training.stop_signals import StopRequest, handle_stop_signals
 from myllm.training.watchdog import describe_hang
 
+pytestmark = pytest.mark.usefixtures("prepared_data")
+
 # pretrain.py whose third step never comes back from C, and whose clock on the wall jumps back at the second.
 STUCK = f"""
 import ctypes, sys, time

@@ -21,6 +21,8 @@ from myllm.training import loop
 from myllm.training.context import RunContext
 from myllm.training.throughput import ThroughputMeter, console_line, progress_text, time_line
 
+pytestmark = pytest.mark.usefixtures("prepared_data")
+
 
 def overhead_rows(root: Path) -> list[dict]:
     rows = [json.loads(line) for line in (root / "metrics.jsonl").read_text().splitlines()]

@@ -35,6 +35,8 @@ from myllm.training.anomaly import report as bad_step
 from myllm.training.anomaly.dump import find_dump, read_dump
 from myllm.training.anomaly.replay import replay_step
 
+pytestmark = pytest.mark.usefixtures("prepared_data")
+
 CPU = torch.device("cpu")
 
 

@@ -95,7 +95,7 @@ def find_prepared(config: DataConfig) -> Dataset | None:
         try:
             settings = CONFIG.upgrade({"data": read_json(file)})["data"]
             if all(wanted.get(key) == value for key, value in settings.items()):
-                return Dataset.open(file.parent, unfinished=not (file.parent / MANIFEST).is_file())
+                return Dataset.open(file.parent, allow_incomplete=not (file.parent / MANIFEST).is_file())
         except (OSError, ValueError):  # also a UserError: damaged or just begun; the preparation deals with it
             continue
     return None
