@@ -1,4 +1,8 @@
-"""`myllm COMMAND`: everything but training itself. Each command is a function whose arguments are its options."""
+"""`myllm COMMAND`: everything but training itself. Each command is a function whose arguments are its options.
+
+Not tyro's subcommands, which need every option in advance: the options of plan, preflight and prove-resume have the
+preset's values as their defaults.
+"""
 
 import shutil
 import sys
@@ -118,27 +122,27 @@ RENAMED = {
 }
 """Commands and options of earlier versions, with their new names."""
 GROUPS = ("data", "tokenizer", "checkpoint")
-"""First words of commands of two."""
+"""First words of two-word commands."""
 TAKES_WORDS = {"plan", "preflight", "prove-resume"}
-"""Commands that begin with a preset, whose settings are then their options: they read the words themselves."""
+"""Commands that begin with a preset: they parse the words themselves."""
 
 
 def main(words: list[str] | None = None) -> None:
-    """Run one command. Exit code 2 for a user's mistake."""
+    """Run one command. A user error exits with code 2."""
     set_library_env()
     protect_output()
     words = sys.argv[1:] if words is None else words
     with exit_on_error():
-        asks_for_help = bool({"-h", "--help"} & set(words))
+        wants_help = bool({"-h", "--help"} & set(words))
         if not words or words[0] in ("-h", "--help"):
             print(_usage())
-            raise SystemExit(0 if asks_for_help else 2)
+            raise SystemExit(0 if wants_help else 2)
         if words[0] == "--version":
             print(version())
             return
         if words[0] in GROUPS and (len(words) == 1 or words[1] in ("-h", "--help")):
             print(_usage(words[0]))
-            raise SystemExit(0 if asks_for_help else 2)
+            raise SystemExit(0 if wants_help else 2)
         for old, new in RENAMED.items():
             *command, last = old.split()
             options = [word.partition("=")[0] for word in words[len(command) :]]
@@ -157,7 +161,7 @@ def main(words: list[str] | None = None) -> None:
 
 
 def _usage(group: str = "") -> str:
-    """The commands, or those of one group, a description beside each."""
+    """The commands, or those of one group, each with its description."""
     shown = {name: command for name, command in COMMANDS.items() if name.startswith(group)}
     indent = max(map(len, shown)) + 4
     width = shutil.get_terminal_size().columns

@@ -1,4 +1,4 @@
-"""How command lines are parsed: tyro, with names for values and help text that fits any terminal."""
+"""How command lines are parsed: tyro, with names for values and help that fits the terminal."""
 
 import dataclasses
 import functools
@@ -30,7 +30,7 @@ from myllm.formatting import parse_count
 
 NONE = "None"
 NAMES = {str: "TEXT"}
-"""What stands for a value in --help, where tyro's own name (INT, FLOAT, PATH) would not do."""
+"""Names of values in --help, in place of tyro's STR."""
 
 
 def parse_arguments(
@@ -38,15 +38,15 @@ def parse_arguments(
 ) -> Any:
     """Call a function, or build a dataclass, from the words of a command line.
 
-    Positional arguments are called by their names: RUN, SOURCE.
+    Help shows positional arguments by their names: RUN, SOURCE.
 
     Raises:
-        SystemExit: with code 0 after --help, with code 2 if the words don't fit.
+        SystemExit: code 0 after --help, code 2 for an error.
     """
     options = {} if default is None else {"default": default}
     width = shutil.get_terminal_size().columns
     paragraphs = (description or inspect.getdoc(target) or "").partition("\nArgs:")[0].split("\n\n")
-    # tyro joins lines, but not where one begins with a space.
+    # tyro joins lines unless they begin with a space.
     paragraphs = [textwrap.fill(" ".join(text.split()), width, subsequent_indent=" ") for text in paragraphs]
     if inspect.isfunction(target):
         target = _with_reflowed_help(target)
@@ -57,9 +57,9 @@ def parse_arguments(
 
 
 def wrap_help(text: str) -> str:
-    """The lines of a help text that was laid out by hand, wrapped at the width of the terminal.
+    """Wrap a hand-formatted help text at the width of the terminal.
 
-    What follows a name, as in "  --option  what it does" or "usage: program", stays in its column.
+    The text after a name, as in "  --option  what it does" or "usage: program", stays in its column.
     """
     width, lines = shutil.get_terminal_size().columns, []
     for line in text.splitlines():
@@ -72,7 +72,7 @@ def wrap_help(text: str) -> str:
 
 
 def version() -> str:
-    """The versions that a bug report should name, on one line."""
+    """The versions for a bug report, on one line."""
     try:
         torch = f"torch {metadata.version('torch')}"
     except metadata.PackageNotFoundError:
@@ -90,7 +90,7 @@ def _registry() -> ConstructorRegistry:
 
 
 def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
-    """`X | None` is shown as X: that it may be None is said by the help text or the default."""
+    """Show `X | None` as X; the help text or the default says what None means."""
     choices = typing.get_args(info.type)
     if info.type_origin not in (types.UnionType, typing.Union) or types.NoneType not in choices:
         return None
@@ -139,7 +139,7 @@ def _integer(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
 
 
 def _dataclass(info: StructTypeInfo) -> StructConstructorSpec | None:
-    """A dataclass whose fields are described by the strings below them."""
+    """A dataclass whose fields are documented by the strings below them."""
     if not dataclasses.is_dataclass(info.type):
         return None
     hints, help_of = typing.get_type_hints(info.type, include_extras=True), {}
@@ -168,7 +168,7 @@ def _default(info: StructTypeInfo, field: dataclasses.Field) -> Any:
 
 
 def _with_reflowed_help(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with the help of each argument in its annotation: tyro would keep a docstring's line breaks."""
+    """The function with each argument's help in its annotation: tyro would keep the docstring's line breaks."""
     hints = typing.get_type_hints(function, include_extras=True)
     for name, text in _help(function).items():
         hints[name] = Annotated[hints[name], tyro.conf.arg(help=text)]
