@@ -33,9 +33,8 @@ from myllm.paths import RunPaths
 from myllm.planning.batch import BatchPlan, batch_plan
 from myllm.presets import get_preset
 from myllm.runs.logs import Stopwatch
-from myllm.training.context import RunContext
 from myllm.training.preflight.scratch import random_dataset, scratch_folder
-from myllm.training.setup import Trainer, build
+from myllm.training.setup import RunContext, Trainer, build
 from myllm.training.step import train_step
 
 ALONE_S = 5.0

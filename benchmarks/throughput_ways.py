@@ -27,8 +27,7 @@ from myllm.model.transformer import Transformer
 from myllm.optim.adamw import ScheduledAdamW
 from myllm.paths import RunPaths
 from myllm.planning.batch import BatchPlan, batch_plan
-from myllm.training.context import RunContext
-from myllm.training.setup import build
+from myllm.training.setup import RunContext, build
 from myllm.training.step import train_step
 
 REFERENCE_DROPOUT = {"dropout_attention_residual": 0.1, "dropout_ffn": 0.15}

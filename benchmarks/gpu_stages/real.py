@@ -20,9 +20,9 @@ from myllm.config import RunConfig
 from myllm.paths import RunPaths
 from myllm.planning.flops import flops_per_token
 from myllm.planning.forecast import EXPECTED_MFU
-from myllm.training.context import RunContext
 from myllm.training.preflight.device_memory import peak_bytes
 from myllm.training.profiler import TABLE, TRACE, Cost, Profiler
+from myllm.training.setup import RunContext
 
 from .bench import Bench, graph_breaks, graphs, relative_error, seconds_of, wall_seconds
 from .frame import Check, bounded, close, correct, noted

@@ -17,9 +17,8 @@ from myllm.data.tokenizer.load import load_tokenizer
 from myllm.distributed.collectives import DistContext
 from myllm.paths import RunPaths
 from myllm.planning.batch import batch_plan
-from myllm.training.context import RunContext
 from myllm.training.preflight.scratch import random_dataset, scratch_folder
-from myllm.training.setup import build
+from myllm.training.setup import RunContext, build
 from myllm.training.step import train_step
 
 from .bench import Bench, fresh

@@ -33,9 +33,8 @@ from myllm.paths import RunPaths
 from myllm.planning.batch import batch_plan
 from myllm.training import gradient_guard as guard
 from myllm.training import loop, setup
-from myllm.training.context import RunContext
 from myllm.training.gradient_guard import GROWTH_STEPS, MAX_LOSS_SCALE, GradientGuard
-from myllm.training.setup import Trainer
+from myllm.training.setup import RunContext, Trainer
 from myllm.training.step import accumulate_gradients, clip_gradients, train_step
 
 pytestmark = pytest.mark.usefixtures("prepared_data")

@@ -21,11 +21,10 @@ from myllm.model.transformer import Transformer
 from myllm.optim.adamw import ScheduledAdamW
 from myllm.planning.batch import batch_plan
 from myllm.training import kernels
-from myllm.training.context import RunContext
 from myllm.training.gradient_guard import GradientGuard
 from myllm.training.kernels import fast_kernels
 from myllm.training.profiler import PHASES
-from myllm.training.setup import Trainer
+from myllm.training.setup import RunContext, Trainer
 from myllm.training.step import train_step
 
 ALONE = DistContext(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))

@@ -18,7 +18,7 @@ from myllm.distributed.collectives import DistContext
 from myllm.paths import RunPaths
 from myllm.runs.history import read_metrics
 from myllm.training import loop
-from myllm.training.context import RunContext
+from myllm.training.setup import RunContext
 from myllm.training.throughput import ThroughputMeter, console_line, progress_text, time_line
 
 pytestmark = pytest.mark.usefixtures("prepared_data")

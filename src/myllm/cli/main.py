@@ -22,7 +22,6 @@ from . import eval as eval_cli
 from . import export as export_cli
 from . import plan as plan_cli
 from . import preflight as preflight_cli
-from . import publish as publish_cli
 from . import replay as replay_cli
 from . import sample as sample_cli
 from . import tokenizer as tokenizer_cli
@@ -107,7 +106,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "status": status,
     "export": export_cli.export,
     "import": export_cli.import_model,
-    "publish": publish_cli.publish,
+    "publish": export_cli.publish,
     "checkpoint list": checkpoint_cli.list_all,
     "checkpoint verify": checkpoint_cli.verify,
     "doctor": doctor,

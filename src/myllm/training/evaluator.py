@@ -23,7 +23,7 @@ from myllm.model.transformer import Transformer
 from myllm.runs.heartbeat import Heartbeat
 from myllm.runs.reference_curve import ReferenceWatch
 
-from .context import RunContext
+from .setup import RunContext
 from .stop_signals import StopRequest
 
 

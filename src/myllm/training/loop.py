@@ -21,11 +21,10 @@ from myllm.distributed.parallelize import full_params
 from myllm.paths import RunPaths
 from myllm.planning.disk import save_due
 
-from .context import RunContext
 from .evaluator import Eval, EvalInterrupted, run_eval
 from .run_log import describe_end, log_best, out_of_patience, record_complete_data, record_start
 from .services import Services, open_run, start_services
-from .setup import Trainer, build, resolve_config
+from .setup import RunContext, Trainer, build, resolve_config
 from .step import train_step
 from .throughput import console_line, progress_text
 

@@ -18,7 +18,7 @@ from torch.autograd.profiler_util import FunctionEvent
 from myllm.config import RunConfig
 from myllm.files import write_text
 
-from .context import RunContext
+from .setup import RunContext
 from .throughput import ThroughputMeter
 
 WARMUP_STEPS = 10

@@ -20,8 +20,7 @@ from myllm.planning.length import describe_length, warmup_note
 from myllm.runs.logs import environment
 from myllm.runs.run_dir import truncate_logs, write_config
 
-from .context import RunContext
-from .setup import Trainer, check_data
+from .setup import RunContext, Trainer, check_data
 from .stop_signals import describe_stop
 
 

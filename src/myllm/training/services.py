@@ -1,5 +1,6 @@
 """What a run needs beside its training steps: its folder, signals, checkpoints, evaluations, measurements."""
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,17 +18,65 @@ from myllm.runs.heartbeat import Heartbeat
 from myllm.runs.reference_curve import ReferenceWatch, find_reference
 from myllm.runs.run_dir import check_shared_disk, claim_run, start_over
 
-from .context import RunContext
 from .evaluator import Eval, StopVote, build_evals
-from .gc_schedule import GcSchedule
 from .profiler import NoProfiler, Profiler
-from .setup import Trainer
+from .setup import RunContext, Trainer
 from .stop_signals import StopRequest, handle_stop_signals
 from .throughput import ThroughputMeter
 from .watchdog import Watchdog
 
+COLLECT_EVERY_STEPS = 100
 # Without tqdm's own rate, which knows neither the work still queued on the device nor the time of evaluations.
 BAR_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
+
+
+class GcSchedule:
+    """Garbage collection after scheduled steps, on all ranks at once, inside a `with` block.
+
+    Python frees most objects by their reference counts; the collector is for cycles. By itself it runs after a number
+    of allocations: on each rank at another moment, while the other ranks wait for that rank's gradients.
+    """
+
+    def __init__(self, step: int) -> None:
+        """
+        Args:
+            step: updates that were complete when this process began.
+        """
+        self._first = step + 1
+
+    def __enter__(self) -> "GcSchedule":
+        self._was_enabled = gc.isenabled()
+        gc.disable()
+        _freeze()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        gc.unfreeze()
+        if self._was_enabled:
+            gc.enable()
+
+    def after_step(self, step: int) -> None:
+        """Collect if it is time. Only the step decides, so all ranks collect together, while the device is busy."""
+        if step == self._first:  # torch.compile has finished
+            _freeze()
+        elif step % COLLECT_EVERY_STEPS == 0:
+            gc.collect()
+
+    @contextmanager
+    def automatic(self) -> Iterator[None]:
+        """Python's own schedule, for evaluations: their garbage may hold much memory."""
+        gc.enable()
+        try:
+            yield
+        finally:
+            gc.disable()
+            gc.collect()
+
+
+def _freeze() -> None:
+    """Exempt what exists (modules, the model, compiled code) from later collections, which then take milliseconds."""
+    gc.collect()
+    gc.freeze()
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from myllm.planning.flops import flops_per_token
 from myllm.planning.gpu_specs import peak_flops
 from myllm.runs.logs import TRAINING, Stopwatch
 
-from .context import RunContext
+from .setup import RunContext
 
 MIN_SHOWN_WAIT = 0.01
 """A log line shows the wait for data from this fraction of a step on."""

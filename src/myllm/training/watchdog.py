@@ -31,7 +31,7 @@ from myllm.distributed.collectives import COLLECTIVE_TIMEOUT_S
 from myllm.errors import TrainingDiverged, UserError
 from myllm.runs.heartbeat import Heartbeat
 
-from .context import RunContext
+from .setup import RunContext
 from .stop_signals import StopRequest
 
 POLL_S = 1.0

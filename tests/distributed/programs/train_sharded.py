@@ -17,9 +17,8 @@ from myllm.distributed.parallelize import full_params, full_tensor, parallelize,
 from myllm.model.transformer import Transformer
 from myllm.optim.adamw import ScheduledAdamW
 from myllm.planning.batch import batch_plan
-from myllm.training.context import RunContext
 from myllm.training.gradient_guard import GradientGuard
-from myllm.training.setup import Trainer
+from myllm.training.setup import RunContext, Trainer
 from myllm.training.step import accumulate_gradients, train_step
 
 SEQUENCES, SEQ_LEN, STEPS = 8, 32, 5

@@ -21,8 +21,7 @@ from myllm.planning.batch import batch_plan, micro_batch_sizes
 from myllm.planning.forecast import with_micro_batch_size
 from myllm.planning.memory_estimate import ComputeMode, predicted_bytes
 from myllm.runs.history import read_json_or_empty
-from myllm.training.context import RunContext
-from myllm.training.setup import build
+from myllm.training.setup import RunContext, build
 from myllm.training.step import train_step
 
 from .device_memory import OutOfMemory, memory_limit_bytes, reset_peak, run_within_memory

@@ -27,10 +27,8 @@ from myllm.planning.batch import batch_plan
 from myllm.planning.length import length_note, resolve_max_steps
 from myllm.runs.heartbeat import Heartbeat
 from myllm.runs.reference_curve import ReferenceWatch
-from myllm.training.context import RunContext
 from myllm.training.evaluator import StopVote, build_evals, run_eval
-from myllm.training.restore import restore
-from myllm.training.setup import Trainer, build, check_data
+from myllm.training.setup import RunContext, Trainer, build, check_data, restore
 from myllm.training.step import train_step
 from myllm.training.stop_signals import StopRequest
 

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from myllm.config import OptimConfig, RunConfig, TrainConfig
-from myllm.training.restore import describe_lr_jump
+from myllm.training.setup import describe_lr_jump
 
 RUN = RunConfig(
     optim=OptimConfig(max_lr=1e-3, min_lr_ratio=0.0, warmup_steps=10, schedule="linear"),

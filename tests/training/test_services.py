@@ -10,9 +10,8 @@ from conftest import with_train
 from training.test_loop import run
 
 from myllm.config import RunConfig
-from myllm.training import gc_schedule as garbage
-from myllm.training import loop
-from myllm.training.gc_schedule import GcSchedule
+from myllm.training import loop, services
+from myllm.training.services import GcSchedule
 
 
 class Node:
@@ -55,7 +54,7 @@ def test_without_a_schedule_python_collects(collections: list[int]) -> None:
 
 
 def test_collected_when_due_and_only_then(collections: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(garbage, "EVERY_STEPS", 5)
+    monkeypatch.setattr(services, "COLLECT_EVERY_STEPS", 5)
     found = []
     with GcSchedule(step=7) as schedule:
         for step in range(8, 22):
@@ -77,7 +76,7 @@ def test_collected_when_due_and_only_then(collections: list[int], monkeypatch: p
 
 def test_memory_does_not_grow(monkeypatch: pytest.MonkeyPatch) -> None:
     """What was made after the first step is found, however long the run."""
-    monkeypatch.setattr(garbage, "EVERY_STEPS", 10)
+    monkeypatch.setattr(services, "COLLECT_EVERY_STEPS", 10)
     alive: list[weakref.ref] = []
     with GcSchedule(step=0) as schedule:
         for step in range(1, 101):
@@ -120,7 +119,7 @@ def test_one_that_was_off_stays_off() -> None:
 def test_no_collection_within_a_real_step(
     tiny: RunConfig, collections: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(garbage, "EVERY_STEPS", 4)
+    monkeypatch.setattr(services, "COLLECT_EVERY_STEPS", 4)
     within, real = [], loop.train_step
     after: dict[int, int] = {}
 
