@@ -1,4 +1,4 @@
-"""MyLLM: pretrain a modern language model, from text to weights that open everywhere."""
+"""MyLLM: pretrain a modern language model, from text to weights that other tools can read."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -9,12 +9,12 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = ["generate", "load_model"]
-HOMES = (("generate", "inference.completion"), ("load_model", "inference.load"))
+LAZY = (("generate", "inference.completion"), ("load_model", "inference.load"))
 
 
 def __getattr__(name: str) -> Any:
-    """`generate` and `load_model`, at their first use: torch takes seconds, and most modules do without (PEP 562)."""
-    for public, module in HOMES:
+    """Import `generate` and `load_model` at their first use (PEP 562): importing torch takes seconds."""
+    for public, module in LAZY:
         if name == public:
             return getattr(import_module(f".{module}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,6 +1,6 @@
-"""Named runs, one function each. A preset is only a RunConfig: copy one to make your own.
+"""Presets: named configs, one function each. Copy one to make your own.
 
-`python pretrain.py PRESET --train.max-steps 100` starts from one and changes it.
+`python pretrain.py PRESET --train.max-steps 100` changes a setting of one.
 """
 
 import dataclasses
@@ -14,8 +14,8 @@ from .errors import UserError, did_you_mean
 def lf_llm_269m() -> RunConfig:
     """The reference run: 320M parameters, 10B tokens of FineWeb-Edu; one night on 8 x A100.
 
-    Source: LF_LLM-269M (Dec 2024), its model and training settings to the letter; dropout and the unscaled rate
-    included, so that its published curve can be compared with. 226 warm-up steps are 0.0119 of the tokens.
+    Source: LF_LLM-269M (Dec 2024), with all its model and training settings, so that its published curve can be
+    compared: also dropout and the unscaled learning rate. 226 warmup steps are 0.0119 of the tokens.
     """
     return RunConfig(
         name="lf-llm-269m",
@@ -41,7 +41,7 @@ def default_150m() -> RunConfig:
 
 
 def small_50m() -> RunConfig:
-    """A modern 50M for one consumer card: context 1,024, 2.6B tokens."""
+    """A modern 50M for one consumer GPU: context 1,024, 2.6B tokens."""
     return RunConfig(
         name="small-50m",
         model=ModelConfig(max_seq_len=1_024, d_model=512, n_layers=8, n_heads=8, d_ff=1_408, qk_norm=True),
@@ -55,8 +55,8 @@ def small_50m() -> RunConfig:
 def gpt2_124m() -> RunConfig:
     """GPT-2 124M: LayerNorm, GELU, learned positions, dropout 0.1, on 10B tokens of FineWeb.
 
-    Source: shape from Radford et al. 2019; rate, warm-up and batch from build-nanogpt and GPT-3 Small (Brown et al.
-    2020, table 2.1). GPT-2's dropout on the attention weights has no counterpart here.
+    Source: shape from Radford et al. 2019; learning rate, warmup and batch size from build-nanogpt and GPT-3 Small
+    (Brown et al. 2020, table 2.1). GPT-2's dropout on the attention weights has no counterpart here.
     """
     return RunConfig(
         name="gpt2-124m",
@@ -71,7 +71,7 @@ def gpt2_124m() -> RunConfig:
 
 
 def dolma_75m() -> RunConfig:
-    """10 layers of 640, GELU and learned positions, 5B tokens of Dolma; fits one 12 GB card."""
+    """10 layers of 640, GELU and learned positions, 5B tokens of Dolma; fits one 12 GB GPU."""
     return RunConfig(
         name="dolma-75m",
         model=ModelConfig(
@@ -80,7 +80,7 @@ def dolma_75m() -> RunConfig:
         ),
         data=DataConfig(source="dolma-sample", target_tokens=5_000_000_000),
         optim=OptimConfig(max_lr=5e-4, min_lr_ratio=0.1, warmup_steps=1_000, schedule="cosine"),
-        # 12 sequences x 4 accumulation steps x 1,024 tokens on one card; 101,725 steps are 5B tokens.
+        # 12 sequences x 4 accumulation steps x 1,024 tokens on one GPU; 101,725 steps are 5B tokens.
         train=TrainConfig(max_steps=101_725, batch_tokens=49_152, micro_batch_size=12, save_every_steps=2_000),
         eval=EvalConfig(
             validation_every_steps=1_000, validation_tokens=2_097_152, hellaswag_every_steps=5_000,
@@ -90,10 +90,10 @@ def dolma_75m() -> RunConfig:
 
 
 def debug() -> RunConfig:
-    """The whole path in minutes on two CPU cores: a 7M model on Python's own library."""
+    """Everything in minutes on two CPU cores: a 7M model on the Python standard library."""
     return RunConfig(
         name="debug",
-        # The head is not tied, so that step 0 knows nothing: its loss is about ln(50,257) = 10.8.
+        # Untied, so that the loss at step 0 is about ln(50,257) = 10.8: the model knows nothing.
         model=ModelConfig(
             max_seq_len=256, d_model=64, n_layers=4, n_heads=4, d_ff=192, qk_norm=True, tie_embeddings=False
         ),
@@ -104,7 +104,7 @@ def debug() -> RunConfig:
         ),
         eval=EvalConfig(
             validation_every_steps=100, validation_tokens=16_384, cloze_every_steps=300, cloze_examples=300,
-            # In mid-line and warm: at the start of a line so small a model goes on with blanks, the commonest tokens.
+            # Prompts in mid-line, at temperature 1: so small a model continues a line start with spaces.
             hellaswag_every_steps=0, sample_every_steps=300, sample_new_tokens=32, sample_temperature=1.0,
             sample_prompts=("return self.", "raise ValueError(", "    if self._", "        self.assert"),
         ),
@@ -122,10 +122,9 @@ PRESETS: dict[str, Callable[[], RunConfig]] = {
 
 
 def get_preset(name: str) -> RunConfig:
-    """The preset of that name.
-
+    """
     Raises:
-        UserError: if there is none.
+        UserError: unknown preset.
     """
     if name not in PRESETS:
         known = ", ".join(PRESETS)
@@ -134,7 +133,7 @@ def get_preset(name: str) -> RunConfig:
 
 
 def describe_settings(config: RunConfig) -> str:
-    """Which preset a run is closest to, and each setting that differs, a line each."""
+    """The preset that a config is closest to, and the settings that differ, one per line."""
     changes = {name: diff_settings(make(), config) for name, make in PRESETS.items()}
     name = min(changes, key=lambda name: len(changes[name]))
     if not changes[name]:
@@ -149,18 +148,18 @@ def describe_settings(config: RunConfig) -> str:
 
 
 def diff_settings(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
-    """Settings of two runs that differ, by name, such as "train.max_steps"; names of runs don't count."""
-    found = {}
+    """Settings that differ, by name, such as "train.max_steps". The names of the runs are ignored."""
+    changes = {}
     for part in dataclasses.fields(RunConfig):
         before, after = getattr(old, part.name), getattr(new, part.name)
         for field in dataclasses.fields(before) if dataclasses.is_dataclass(before) else ():
             values = getattr(before, field.name), getattr(after, field.name)
             if values[0] != values[1]:
-                found[f"{part.name}.{field.name}"] = values
-    return found
+                changes[f"{part.name}.{field.name}"] = values
+    return changes
 
 
 def describe_presets() -> str:
-    """One line a preset, for help texts."""
+    """One line per preset, for help texts."""
     width = max(map(len, PRESETS))
     return "\n".join(f"  {name:<{width}}  {(make.__doc__ or '').splitlines()[0]}" for name, make in PRESETS.items())

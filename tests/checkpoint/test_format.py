@@ -401,7 +401,7 @@ def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
         (5, 3.25, True), (10, None, False), (5, 3.25, True),
     ]  # fmt: skip
     for words, said in (
-        (["verify", "mine"], f"1 damaged: {damaged}. Training goes on from the newest intact one"),
+        (["verify", "mine"], f"1 damaged: {damaged}. Training resumes from the newest intact one"),
         (["verify", str(damaged)], "1 damaged"),
         (["list", "other"], "no checkpoint at 'other'; runs with checkpoints: mine"),
     ):

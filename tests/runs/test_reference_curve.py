@@ -19,7 +19,7 @@ from myllm.runs.reference_curve import Curve, Reference, ReferenceWatch, find_re
 from myllm.runs.report.axes import INK
 from myllm.runs.report.html import write_report
 from myllm.runs.report.plots import figure
-from myllm.training import loop
+from myllm.training import services
 
 FALLING = Curve("loss", True, 0.05, (1_000, 10_000, 100_000), (4.0, 3.0, 2.5))
 RISING = Curve("acc_norm", False, 0.02, (100_000,), (0.35,))
@@ -57,8 +57,8 @@ def test_the_bands_are_what_their_reasons_say() -> None:
     assert math.exp(curve.band / slope) == pytest.approx(1.25, abs=0.03)  # so many times the tokens
     error = math.sqrt(0.3555 * (1 - 0.3555) / 10_041)
     assert hellaswag.band == pytest.approx(2 * math.sqrt(2) * error, abs=1e-4)
-    assert hellaswag.width({"acc_norm": 0.35, "acc_norm_stderr": error}) == pytest.approx(hellaswag.band, abs=1e-4)
-    assert hellaswag.width({"acc_norm": 0.35, "acc_norm_stderr": 0.05}) == pytest.approx(0.1, rel=0.01)
+    assert hellaswag.band_of({"acc_norm": 0.35, "acc_norm_stderr": error}) == pytest.approx(hellaswag.band, abs=1e-4)
+    assert hellaswag.band_of({"acc_norm": 0.35, "acc_norm_stderr": 0.05}) == pytest.approx(0.1, rel=0.01)
 
 
 def test_between_the_points_lies_a_line_over_log_tokens() -> None:
@@ -160,7 +160,7 @@ def test_a_warning_has_the_figures_and_what_to_check() -> None:
     _, line = watch.compare("validation", 4_300, {"loss": 3.3})
     assert line.startswith(
         "validation loss 3.3000 at step 4,300 (2.25B tokens); the reference run LF_LLM-269M had 3.1340 there, band "
-        "±0.0500: WARNING, worse by 0.1660. What to check: settings that differ from the reference's (optim.max_lr "
+        "±0.0500: WARNING, worse by 0.1660. Check the settings that differ from the reference (optim.max_lr "
         "0.01 (reference: 0.0021))"
     )
     _, line = watch.compare("hellaswag", 19_073, {"acc_norm": 0.30, "acc_norm_stderr": 0.0046})
@@ -182,7 +182,7 @@ def test_what_there_is_nothing_to_compare_with() -> None:
 def test_a_run_is_warned_once_across_a_restart(tiny: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     curve = Curve("loss", True, 0.05, (200, 2_000), (2.0, 2.0))  # which this run will not reach
     made_up = Reference("made-up", {"validation": curve}, batch_tokens=128)
-    monkeypatch.setattr(loop, "find_reference", lambda _: made_up)
+    monkeypatch.setattr(services, "find_reference", lambda _: made_up)
     config = replace(with_train(tiny, max_steps=8), eval=replace(tiny.eval, validation_every_steps=2))
     config = replace(config, optim=replace(tiny.optim, max_lr=1e-6))
     run_until(config, 7, monkeypatch)

@@ -1,7 +1,8 @@
-"""What a program says to people, and that it never ends a run.
+"""Standard streams that never end a run.
 
-A terminal goes away, the reader of a pipe leaves, the disk behind a log is full, or there is no output at all (`>&-`):
-training goes on, and says once, where it still can, what was lost. Letters that a terminal cannot show are escaped.
+If the terminal is closed, the reader of a pipe exits, the disk of a log is full, or there is no output at all (`>&-`),
+training continues and reports once, where it still can, what was lost. Characters that a terminal cannot show are
+escaped.
 """
 
 import io
@@ -14,29 +15,29 @@ from typing import IO
 
 STREAMS = ("stdout", "stderr")
 DRAIN_S = 1.0
-"""How long a terminal that another program has made non-blocking may take to accept a line."""
+"""How long a non-blocking terminal may take to accept a line."""
 
 
 def protect_output(keep_going: bool = False) -> None:
-    """Make this process's standard streams safe to write to; the first thing that a program does.
+    """Make the standard streams safe to write to. Programs call this first.
 
     Args:
-        keep_going: drop what stdout cannot take, instead of raising OSError. stderr always does.
+        keep_going: drop output that stdout does not accept, instead of raising OSError. stderr always drops it.
     """
-    # A closed descriptor's number goes to the next file that is opened, and then messages are written into that file.
+    # The next file that is opened would get the number of a closed descriptor, and then messages.
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
     if sys.stdin is None:
         sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, closefd=False)), encoding="utf-8")
     if isinstance(sys.stdin, io.TextIOWrapper):
-        with suppress(io.UnsupportedOperation):  # somebody has read from it: it is theirs
-            sys.stdin.reconfigure(errors="surrogateescape")  # as of file names: what is no text ends no conversation
+        with suppress(io.UnsupportedOperation):  # already in use by other code
+            sys.stdin.reconfigure(errors="surrogateescape")  # as for file names: invalid UTF-8 is not an error
     for number, name in enumerate(STREAMS, start=1):
         stream = getattr(sys, name)
-        ours = stream is getattr(sys, f"__{name}__")  # not a notebook's, nor a test's
+        ours = stream is getattr(sys, f"__{name}__")  # not replaced by a notebook or a test
         if stream is None or (ours and (keep_going or name == "stderr")):
             setattr(sys, name, _dropping(number, stream))
         elif isinstance(stream, io.TextIOWrapper):
@@ -44,7 +45,7 @@ def protect_output(keep_going: bool = False) -> None:
 
 
 def flush_output() -> str | None:
-    """Write what stdout still holds. Returns why that cannot be; what is left then goes nowhere."""
+    """Flush stdout. If that fails, discard the rest and return the reason."""
     try:
         sys.stdout.flush()
     except OSError as error:
@@ -54,7 +55,7 @@ def flush_output() -> str | None:
 
 
 def stdout_closed() -> bool:
-    """Whether what reads this program's output, such as `head`, has had enough; the rest then goes nowhere."""
+    """True if the reader of stdout (for example `head`) has exited. Further output is then discarded."""
     output, watch = sys.stdout.fileno(), select.poll()
     watch.register(output, 0)
     if not any(event & (select.POLLERR | select.POLLHUP) for _, event in watch.poll(0)):
@@ -64,7 +65,7 @@ def stdout_closed() -> bool:
 
 
 def output_failures() -> Iterator[tuple[str, str]]:
-    """The standard streams that could not take all that was written, each with the reason."""
+    """The standard streams that did not accept all output, each with the reason."""
     for name in STREAMS:
         raw = getattr(getattr(getattr(sys, name), "buffer", None), "raw", None)
         if isinstance(raw, _Dropping) and raw.lost is not None:
@@ -72,15 +73,15 @@ def output_failures() -> Iterator[tuple[str, str]]:
 
 
 class _Dropping(io.FileIO):
-    """A descriptor whose writes never fail: what it does not take is dropped."""
+    """A descriptor whose writes never fail: output that it does not accept is dropped."""
 
     lost: str | None = None
-    """Why the first such write failed."""
+    """The reason of the first failed write."""
 
     def write(self, data: bytes | memoryview) -> int:  # type: ignore[override]
         try:
             written = super().write(data)
-            if written is None and self.lost is None:  # non-blocking, and full
+            if written is None and self.lost is None:  # non-blocking and full
                 select.select([], [self.fileno()], [], DRAIN_S)
                 written = super().write(data)
             if written is not None:

@@ -1,13 +1,11 @@
-"""A published run to compare with: its validation loss and HellaSwag by tokens, and a watch that warns early.
+"""Compare a run with a published one: validation loss and HellaSwag by training tokens, with early warnings.
 
-The figures are in reference.json. Only published points are there; `Curve.at` draws a line over log tokens between.
+reference.json has the published points; `Curve.at` interpolates linearly over the logarithm of tokens. The bands are:
 
-How wide the bands are, and why:
-
-- validation, 0.05 nats. Leave one published point out and the line misses it by 0.01 to 0.03; our held-out documents
-  are others than the reference's, and so are the seeds. At the end of the curve, a quarter more tokens buy 0.05 nats.
-- HellaSwag, two standard errors of the difference of two measured shares: 1.35 points on all 10,042 examples, more
-  where a run asks fewer.
+- validation: 0.05 nats. Interpolation misses a point that is left out by 0.01 to 0.03, and the held-out documents and
+  seeds differ. At the end of the curve, 0.05 nats correspond to a quarter more tokens.
+- HellaSwag: two standard errors of the difference between two accuracies, 1.35 points on all 10,042 examples; more
+  if a run uses fewer.
 """
 
 import json
@@ -26,29 +24,29 @@ from .history import section
 Row = dict[str, Any]
 
 SLACK = 0.01
-"""A run this share before the first point, or past the last, is compared with that point."""
-TRAINED_OTHERWISE = {
+"""A run is also compared with the first or last point if it is this fraction of the tokens away from it."""
+TRAINING_CHOICES = {
     "vocab_multiple", "init", "dropout_embedding", "dropout_attention_residual", "dropout_ffn", "residual_dtype",
 }  # fmt: skip
-"""Settings of the model that may differ: they change how it learns, not what it is."""
+"""Model settings that may differ: they change how the model learns, not what it is."""
 TITLES = {"validation": "validation loss", "hellaswag": "HellaSwag accuracy"}
 
 
 @dataclass(frozen=True)
 class Curve:
-    """The published figures of one evaluation."""
+    """The published results of one evaluation."""
 
     key: str
-    """Of the figure in the evaluation's row."""
+    """Key in the evaluation's row of metrics."""
     lower_is_better: bool
     band: float
-    """How far to either side is no news."""
+    """Differences up to this are not reported."""
     tokens: tuple[int, ...]
-    """Rising."""
+    """Ascending."""
     values: tuple[float, ...]
 
     def at(self, tokens: float) -> float | None:
-        """The value after so many tokens, on a straight line over log tokens; None outside of what was published."""
+        """The interpolated value after some number of tokens. None outside the published range."""
         first, last = self.tokens[0], self.tokens[-1]
         if not first * (1 - SLACK) <= tokens <= last * (1 + SLACK):
             return None
@@ -56,43 +54,42 @@ class Curve:
         for index in range(1, len(self.tokens)):
             if tokens <= self.tokens[index]:
                 before, after = self.tokens[index - 1], self.tokens[index]
-                share = math.log(tokens / before) / math.log(after / before)
-                return self.values[index - 1] + share * (self.values[index] - self.values[index - 1])
+                fraction = math.log(tokens / before) / math.log(after / before)
+                return self.values[index - 1] + fraction * (self.values[index] - self.values[index - 1])
         return self.values[-1]
 
-    def width(self, figures: Row) -> float:
-        """The band for one measurement: wider if its own standard error is larger than the published figure's."""
+    def band_of(self, figures: Row) -> float:
+        """The band of one measurement: wider if its standard error is larger than the published one."""
         error = figures.get(f"{self.key}_stderr")
         if not error:
             return self.band
-        published = self.band / math.sqrt(8)  # the band is two standard errors of a difference: 2 sqrt(2) of one
+        published = self.band / math.sqrt(8)  # the band is 2 standard errors of a difference: 2 sqrt(2) of one
         return 2 * math.hypot(published, max(error, published))
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A published run, as far as it can be compared with."""
+    """A published run that a run is compared with."""
 
     name: str
     curves: dict[str, Curve]
     """By the evaluation's name."""
     batch_tokens: int
-    """Tokens a step of the run that is compared."""
+    """Tokens per step of the compared run, not of the published one."""
     differences: tuple[str, ...] = ()
-    """In how the run is trained, as "optim.max_lr 0.001 (reference: 0.0021)"."""
+    """Training settings that differ, as "optim.max_lr 0.001 (reference: 0.0021)"."""
 
 
 def find_reference(config: Row) -> Reference | None:
-    """The published run that a run of this config (as JSON values) repeats, or None.
+    """The published run to compare a config (as JSON values) with, or None.
 
-    That is one of the same model on the same data for as many tokens: context, vocabulary and source decide what a
-    loss means, and the planned length decides when the rate decays. The run's name, its rate, batch and dropout may
-    be others: to compare those is what the curve is for.
+    Model, data and number of tokens must be equal: context, tokenizer and source decide what a loss means, and the
+    length decides when the learning rate decays. Learning rate, batch size and dropout may differ, and can be compared.
     """
     published = json.loads(files(__package__).joinpath("reference.json").read_text(encoding="utf-8"))
     original = to_dict(get_preset(published["preset"]))
     model, data, train = (section(config, part) for part in ("model", "data", "train"))
-    shape = original["model"].keys() - TRAINED_OTHERWISE
+    shape = original["model"].keys() - TRAINING_CHOICES
     same_model = bool(model) and all(model.get(key, original["model"][key]) == original["model"][key] for key in shape)
     tokenizer, dataset = original["data"]["tokenizer"], data.get("dataset")
     source = actual_source(str(data.get("source")), None if dataset is None else str(dataset))
@@ -121,7 +118,7 @@ def _curve(values: Row) -> Curve:
 
 
 def _differences(config: Row, original: Row) -> Iterable[str]:
-    compared = [("model", key) for key in sorted(TRAINED_OTHERWISE - {"vocab_multiple"})]
+    compared = [("model", key) for key in sorted(TRAINING_CHOICES - {"vocab_multiple"})]
     compared += [("optim", key) for key in original["optim"]] + [("train", "batch_tokens")]
     for part, key in compared:
         expected = original[part][key]
@@ -130,46 +127,45 @@ def _differences(config: Row, original: Row) -> Iterable[str]:
 
 
 class ReferenceWatch:
-    """Compares each evaluation with the published curve, and says when a run leaves the band or comes back.
+    """Compares each evaluation with the published curve, and reports when a run leaves or enters the band.
 
-    It does not repeat itself: a run that stays outside is only spoken of again when it is worse by another band's
-    width. A run that is better is mentioned once and is no cause for alarm.
+    A run that stays worse is only reported again when it is worse by another band. One that is better is reported once.
     """
 
     def __init__(self, reference: Reference | None, earlier: Iterable[Row] = ()) -> None:
         """
         Args:
-            earlier: the rows of the run so far: what was said of them before a restart is not said again.
+            earlier: the rows of the run so far, so that a restart does not repeat reports.
         """
         self._reference = reference
-        self._said: dict[str, tuple[str, float]] = {}
+        self._reported: dict[str, tuple[str, float]] = {}
         for row in earlier if reference else ():
             if row.get("kind") == "eval":
                 self.compare(str(row.get("name")), row["step"], row)
 
     def compare(self, name: str, step: int, figures: Row) -> tuple[Row, str | None]:
-        """One evaluation beside the curve.
+        """Compare one evaluation with the curve.
 
         Returns:
-            what to add to its row, nothing where there is nothing to compare with; and a line for people, or None.
+            keys to add to its row, if there is a published value; and a line for the log, or None.
         """
         curve = self._reference.curves.get(name) if self._reference else None
         tokens = step * self._reference.batch_tokens if curve else 0
         expected = curve.at(tokens) if curve else None
         if expected is None or curve.key not in figures:
             return {}, None
-        value, width = figures[curve.key], curve.width(figures)
+        value, band = figures[curve.key], curve.band_of(figures)
         gap = value - expected if curve.lower_is_better else expected - value
         gap = gap if math.isfinite(gap) else math.inf
-        status = "worse" if gap > width else "better" if gap < -width else "inside"
-        before, said_gap = self._said.get(name, ("inside", 0.0))
-        added = {"reference": expected, "reference_band": width, "reference_status": status}
-        if status == before and not (status == "worse" and gap > said_gap + width):
+        status = "worse" if gap > band else "better" if gap < -band else "inside"
+        before, reported_gap = self._reported.get(name, ("inside", 0.0))
+        added = {"reference": expected, "reference_band": band, "reference_status": status}
+        if status == before and not (status == "worse" and gap > reported_gap + band):
             return added, None
-        self._said[name] = (status, gap)
+        self._reported[name] = (status, gap)
         line = (
             f"{TITLES.get(name, name)} {value:.4f} at step {step:,} ({tokens / 1e9:.3g}B tokens); the reference run "
-            f"{self._reference.name} had {expected:.4f} there, band ±{width:.4f}: "
+            f"{self._reference.name} had {expected:.4f} there, band ±{band:.4f}: "
         )
         return added, line + self._verdict(status, gap)
 
@@ -180,6 +176,6 @@ class ReferenceWatch:
             return f"better by {-gap:.4f}"
         differences = "; ".join(self._reference.differences) or "none in optim, dropout, init or batch"
         return (
-            f"WARNING, worse by {gap:.4f}. What to check: settings that differ from the reference's ({differences}), "
-            "the gradient norm and the rate in the report, and whether the data are whole (myllm data verify)"
+            f"WARNING, worse by {gap:.4f}. Check the settings that differ from the reference ({differences}), the "
+            "gradient norm and the learning rate in the report, and whether the data is intact (myllm data verify)"
         )
