@@ -244,8 +244,8 @@ def test_one_that_does_not_start_or_computes_wrong_is_said_and_left(
     with sdpa.use_newer_flash(CONFIG, CUDA) as remark:
         assert attention.current_flash_attention_impl() is None
     assert Handle.removed == 1
-    assert "FA3 is installed and does not start: does not expose FA3 kernels" in remark
-    assert "FA4 is installed and not used: its results are off by 10.0%" in remark
+    assert "FA3 is installed but cannot be activated: does not expose FA3 kernels" in remark
+    assert "FA4 is installed but not used: its results differ from math by 10.0%" in remark
 
 
 @pytest.mark.parametrize("major", [8, 12])

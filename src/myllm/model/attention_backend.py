@@ -1,8 +1,8 @@
-"""Which of torch's kernels attention runs on, and what makes torch take the fastest in training.
+"""Select the kernel that attention runs on.
 
-Torch has several behind `scaled_dot_product_attention`: flash (FlashAttention-2, or a newer one that is installed),
-cuDNN's, a memory-efficient one, and plain mathematics, which holds all T x T scores. It takes the first of its order
-that can do the shapes.
+`scaled_dot_product_attention` has several: flash (FlashAttention-2, or a newer one that is installed), cuDNN,
+memory-efficient, and math, which holds all T x T scores in memory. It runs the first in order of priority that supports
+the shapes.
 """
 
 import warnings
@@ -27,34 +27,26 @@ from myllm.config import ModelConfig, TrainConfig
 
 FLASH, CUDNN = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION
 EFFICIENT, MATH = SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
-BACKEND_NAMES = {
-    FLASH: "flash",
-    CUDNN: "cuDNN",
-    EFFICIENT: "memory-efficient",
-    MATH: "math",
-}
+BACKEND_NAMES = {FLASH: "flash", CUDNN: "cuDNN", EFFICIENT: "memory-efficient", MATH: "math"}
 NEWER_FLASH = {9: ("FA3", "FA4"), 10: ("FA4",)}
-"""By the major compute capability of a card, the best first. Source: torch/nn/attention/_fa3.py and _fa4.py, which ask
-for Hopper, and for Hopper or Blackwell."""
+"""By major compute capability, the best first. Source: torch/nn/attention/_fa3.py and _fa4.py, which require
+Hopper, and Hopper or Blackwell."""
 CUDNN_FIRST = (9, 10)
-"""Major compute capabilities, Hopper and data-centre Blackwell, where cuDNN's kernel is faster than FlashAttention-2 by
-up to three quarters. Source: release notes of PyTorch 2.5."""
+"""Major compute capabilities (Hopper, data-center Blackwell) where cuDNN is up to 75 % faster than FlashAttention-2.
+Source: release notes of PyTorch 2.5."""
 TOLERANCE = 0.02
-"""Of a newer kernel's output and gradients, relative, in bfloat16."""
+"""Largest relative error of a newer kernel's output and gradients, in bfloat16."""
 
 
 @dataclass(frozen=True)
 class SelectedBackend:
-    """What attention runs on."""
-
     name: str
     rejections: tuple[str, ...] = ()
-    """Why no better kernel is taken, in torch's words; only for the math path on a GPU."""
+    """Why no faster kernel was selected, in torch's words. Only for math on a GPU."""
 
 
 def training_backends(device: torch.device, train: TrainConfig | None = None) -> AbstractContextManager[None]:
-    """Around the forward and backward passes of training: torch takes the fastest kernel of the card, or the one that
-    the config puts first."""
+    """Context of the forward and backward passes of training: the fastest kernel of the device, or train.attention."""
     train = train or TrainConfig()
     if device.type == "cuda" or (device.type == "cpu" and train.attention != "auto"):
         return sdpa_kernel(list(backend_priority(device, train)), set_priority=True)
@@ -62,24 +54,23 @@ def training_backends(device: torch.device, train: TrainConfig | None = None) ->
 
 
 def inference_backends(device: torch.device) -> AbstractContextManager[None]:
-    """Around evaluations and generation, whose shapes change from batch to batch: cuDNN, which torch itself prefers on
-    some cards, plans each shape anew, for a tenth of a second and more."""
+    """Context of evaluations and generation. Their shapes vary, and cuDNN takes 0.1 s and more to plan each new shape."""
     return sdpa_kernel([FLASH, EFFICIENT, MATH], set_priority=True) if device.type == "cuda" else nullcontext()
 
 
 def backend_priority(device: torch.device, train: TrainConfig) -> tuple[SDPBackend, ...]:
-    """The kernels that training may run on, the best first."""
+    """The kernels that training may run on, in order of priority."""
     if train.attention == "math":
         return (MATH,)
     if train.deterministic:
-        # Flash's backward pass has a form that repeats itself, which torch takes when told to; the memory-efficient one
-        # has none and raises, cuDNN's depends on its version (aten/src/ATen/native/transformers/cuda).
+        # Flash has a deterministic backward pass, which torch uses in deterministic mode. The memory-efficient kernel has
+        # none and raises; for cuDNN it depends on the version (aten/src/ATen/native/transformers/cuda).
         return (FLASH, MATH)
     if train.attention == "efficient":
         return (EFFICIENT, MATH)
     if train.attention == "flash":
         return (FLASH, EFFICIENT, MATH)
-    newer = _switch("current_flash_attention_impl")() is not None
+    newer = _torch_attention("current_flash_attention_impl")() is not None
     card = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
     cudnn_first = train.attention == "cudnn" or (card in CUDNN_FIRST and not newer)
     return (CUDNN, FLASH, EFFICIENT, MATH) if cudnn_first else (FLASH, CUDNN, EFFICIENT, MATH)
@@ -88,105 +79,110 @@ def backend_priority(device: torch.device, train: TrainConfig) -> tuple[SDPBacke
 def selected_backend(
     config: ModelConfig, device: torch.device, dtype: torch.dtype, train: TrainConfig | None = None
 ) -> SelectedBackend:
-    """What training's shapes get on a device, by asking torch.
+    """The kernel that torch runs for the shapes of training.
 
     Args:
-        dtype: that attention computes in.
+        dtype: of queries, keys and values.
     """
     if device.type not in ("cpu", "cuda"):
-        return SelectedBackend(f"only {device.type}")  # torch has no choice of kernels there
+        return SelectedBackend(f"only {device.type}")  # torch has a single kernel there
     train = train or TrainConfig()
     q, k, v = _inputs(config, device, dtype)
     grouped = config.n_heads != config.kv_heads
     with training_backends(device, train):
         if device.type == "cpu":
-            return SelectedBackend(_chosen_on_cpu(q, k, v, grouped))
+            return SelectedBackend(_cpu_backend(q, k, v, grouped))
         params = SDPAParams(q, k, v, None, 0.0, True, grouped)
-        takes = {FLASH: can_use_flash_attention, CUDNN: can_use_cudnn_attention, EFFICIENT: can_use_efficient_attention}
-        order = backend_priority(device, train)
-        first = next((backend for backend in order if backend is MATH or takes[backend](params)), MATH)
-    newer = _switch("current_flash_attention_impl")()
+        can_use = {
+            FLASH: can_use_flash_attention,
+            CUDNN: can_use_cudnn_attention,
+            EFFICIENT: can_use_efficient_attention,
+        }
+        priority = backend_priority(device, train)
+        first = next((backend for backend in priority if backend is MATH or can_use[backend](params)), MATH)
+    newer = _torch_attention("current_flash_attention_impl")()
     if first is MATH:
-        return SelectedBackend("math", tuple(_refusals(params, [takes[each] for each in order if each is not MATH])))
+        checks = [can_use[backend] for backend in priority if backend is not MATH]
+        return SelectedBackend("math", tuple(_rejections(params, checks)))
     return SelectedBackend(f"flash ({newer})" if first is FLASH and newer else BACKEND_NAMES[first])
 
 
-def _chosen_on_cpu(q: Tensor, k: Tensor, v: Tensor, grouped: bool) -> str:
-    # What scaled_dot_product_attention itself asks. There is no public name for it, and only a log line depends on it.
-    ask = getattr(torch, "_fused_sdp_choice", None)
-    number = ask and ask(q, k, v, None, 0.0, True, enable_gqa=grouped)
+def _cpu_backend(q: Tensor, k: Tensor, v: Tensor, grouped: bool) -> str:
+    # scaled_dot_product_attention calls this private function. Only a log line depends on it.
+    choice = getattr(torch, "_fused_sdp_choice", None)
+    number = choice and choice(q, k, v, None, 0.0, True, enable_gqa=grouped)
     return next((name for backend, name in BACKEND_NAMES.items() if int(backend) == number), "CPU's")
 
 
 @contextmanager
 def use_newer_flash(config: ModelConfig, device: torch.device) -> Iterator[str | None]:
-    """A newer FlashAttention in place of torch's own, if one is installed that suits the card and computes right.
+    """Replace torch's FlashAttention by a newer one, if it is installed, supports the card and gives correct results.
 
-    Gives:
-        what to say about it, or None where there is nothing to say.
+    Yields:
+        a warning about versions that are installed and not used, or None.
     """
-    offered = _switch("list_flash_attention_impls")() or ()
+    registered = _torch_attention("list_flash_attention_impls")() or ()
     major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
-    remarks = []
+    problems = []
     for name in NEWER_FLASH.get(major, ()):
-        if name not in offered:
+        if name not in registered:
             continue
         try:
             attention.activate_flash_attention_impl(name)
-        except ImportError:  # not installed, which is no news
+        except ImportError:  # not installed
             continue
-        except Exception as error:  # a prototype: whatever is wrong with it, there is torch's own
-            remarks.append(f"{name} is installed and does not start: {error}")
+        except Exception as error:  # these are prototypes; torch's own remains
+            problems.append(f"{name} is installed but cannot be activated: {error}")
             continue
         try:
-            fault = _fault(config, device)
-            if fault is None:
-                yield "; ".join(remarks) or None
+            problem = _flash_error(config, device)
+            if problem is None:
+                yield "; ".join(problems) or None
                 return
-            remarks.append(f"{name} is installed and not used: {fault}")
+            problems.append(f"{name} is installed but not used: {problem}")
         finally:
             attention.restore_flash_attention_impl()
-    yield "; ".join(remarks) or None
+    yield "; ".join(problems) or None
 
 
-def _fault(config: ModelConfig, device: torch.device) -> str | None:
-    """What is wrong with the flash kernel that is active, for a model's heads; None if nothing is."""
+def _flash_error(config: ModelConfig, device: torch.device) -> str | None:
+    """What is wrong with the results of the active flash kernel for the model's heads, or None."""
     try:
-        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            found = _output_and_gradients(config, device)
-        with sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(FLASH):
+            actual = _output_and_gradients(config, device)
+        with sdpa_kernel(MATH):
             expected = _output_and_gradients(config, device)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
-    worst = max(float((a.float() - b.float()).norm() / b.float().norm()) for a, b in zip(found, expected, strict=True))
-    return None if worst < TOLERANCE else f"its results are off by {worst:.1%}"
+    worst = max(float((a.float() - b.float()).norm() / b.float().norm()) for a, b in zip(actual, expected, strict=True))
+    return None if worst < TOLERANCE else f"its results differ from math by {worst:.1%}"
 
 
 def _output_and_gradients(config: ModelConfig, device: torch.device) -> tuple[Tensor, ...]:
     generator = torch.Generator(device).manual_seed(0)
     heads = _inputs(config, device, torch.bfloat16)
-    filled = [torch.randn(x.shape, generator=generator, device=device).to(x.dtype).requires_grad_() for x in heads]
-    out = F.scaled_dot_product_attention(*filled, is_causal=True, enable_gqa=config.n_heads != config.kv_heads)
-    return out.detach(), *torch.autograd.grad(out.float().square().sum(), filled)
+    inputs = [torch.randn(x.shape, generator=generator, device=device).to(x.dtype).requires_grad_() for x in heads]
+    out = F.scaled_dot_product_attention(*inputs, is_causal=True, enable_gqa=config.n_heads != config.kv_heads)
+    return out.detach(), *torch.autograd.grad(out.float().square().sum(), inputs)
 
 
 def _inputs(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    """Queries, keys and values as training has them, in strides too, of two sequences."""
+    """Queries, keys and values of two sequences, with the shapes and strides of training."""
     total = config.n_heads + 2 * config.kv_heads
     shape = 2, config.max_seq_len, total, config.head_size  # (B, T, H + 2G, K)
     heads = torch.empty(shape, device=device, dtype=dtype).requires_grad_().transpose(1, 2)
     return list(heads.split((config.n_heads, config.kv_heads, config.kv_heads), dim=1))
 
 
-def _refusals(params: SDPAParams, can_use: list[Callable[..., bool]]) -> dict[str, None]:
-    """Why torch does not take the kernels that training may run on, each reason once: it says so as warnings."""
+def _rejections(params: SDPAParams, checks: list[Callable[..., bool]]) -> dict[str, None]:
+    """Why torch rejects the kernels that training may run on, without repetitions. It gives reasons as warnings."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for ask in can_use:
-            ask(params, debug=True)
-    return dict.fromkeys(str(each.message).split("(Triggered")[0].strip() for each in caught)
+        for check in checks:
+            check(params, debug=True)
+    return dict.fromkeys(str(warning.message).split("(Triggered")[0].strip() for warning in caught)
 
 
-def _switch(name: str) -> Callable[..., Any]:
-    """A function of torch.nn.attention that older versions lack; nothing in its place."""
+def _torch_attention(name: str) -> Callable[..., Any]:
+    """A function of torch.nn.attention, or one that returns None in versions of torch without it."""
     return getattr(attention, name, lambda: None)

@@ -1,7 +1,6 @@
-"""AdamW with decay groups, the schedule, and state that is saved by parameter name."""
+"""AdamW with decay groups, a learning-rate schedule, and state that is saved by parameter name."""
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,12 +9,24 @@ from myllm.config import OptimConfig
 
 from .lr_schedule import learning_rate
 
+ParameterState = dict[str, Tensor]
+"""Optimizer state of one parameter: `step`, a float32 scalar, and the moments `exp_avg` and `exp_avg_sq`, each of the
+parameter's shape and type."""
+
+
+def zero_parameter_state(parameter: nn.Parameter) -> ParameterState:
+    return {
+        "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+        "exp_avg": torch.zeros_like(parameter, requires_grad=False),
+        "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
+    }
+
 
 class ScheduledAdamW:
-    """AdamW (Loshchilov and Hutter 2019) whose rate follows the step.
+    """AdamW (Loshchilov and Hutter 2019) whose learning rate is a function of the step.
 
-    Matrices, embeddings included, decay; vectors (biases, norms) do not. The update is one fused kernel, which leaves
-    everything as it was where `skip` is set, so that a non-finite gradient is kept out without asking the host.
+    Weight decay applies to matrices, embeddings included, but not to vectors (biases, norms). The update is one fused
+    kernel, which changes nothing if `skip` is set, so that a non-finite gradient is skipped without a synchronization.
     """
 
     def __init__(
@@ -23,9 +34,9 @@ class ScheduledAdamW:
     ) -> None:
         self._config, self._max_steps = config, max_steps
         self.parameters = {name: parameter for name, parameter in named_parameters if parameter.requires_grad}
-        decayed = [p for p in self.parameters.values() if p.ndim >= 2]
-        kept = [p for p in self.parameters.values() if p.ndim < 2]
-        groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": kept, "weight_decay": 0.0}]
+        matrices = [p for p in self.parameters.values() if p.ndim >= 2]
+        vectors = [p for p in self.parameters.values() if p.ndim < 2]
+        groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
         self._adamw = torch.optim.AdamW(
             [group for group in groups if group["params"]],
             lr=config.max_lr,
@@ -38,23 +49,19 @@ class ScheduledAdamW:
         return learning_rate(step, self._config, self._max_steps)
 
     def step(self, step: int, skip: Tensor | None = None, grad_scale: Tensor | None = None) -> float:
-        """Update number `step`, counted from 0.
+        """Apply update number `step`, counted from 0, and return its learning rate.
 
         Args:
-            step: decides the rate.
-            skip: a float32 scalar on the device; where it is not 0, nothing changes.
-            grad_scale: what the gradients are too large by, a float32 scalar on the device; None: by nothing.
-
-        Returns:
-            the rate used.
+            skip: float32 scalar on the device; if it is not 0, nothing changes.
+            grad_scale: factor by which the gradients are too large, a float32 scalar on the device.
         """
         rate = self.rate(step)
         for group in self._adamw.param_groups:
             group["lr"] = rate
-        # MPS's fused kernel ignored found_inf until pytorch/pytorch#186360: there the host asks, and waits.
+        # MPS's fused kernel ignored found_inf until pytorch/pytorch#186360, so there the host reads it and waits.
         if skip is not None and skip.device.type == "mps" and skip.item():
             return rate
-        # The fused kernel reads both; it is how GradScaler unscales and skips too.
+        # The fused kernel reads both attributes; GradScaler unscales and skips in the same way.
         self._adamw.found_inf, self._adamw.grad_scale = skip, grad_scale
         self._adamw.step()
         return rate
@@ -62,31 +69,24 @@ class ScheduledAdamW:
     def zero_grad(self) -> None:
         self._adamw.zero_grad(set_to_none=True)
 
-    def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """AdamW's moments and step counts, by parameter name. Empty before the first step."""
+    def state_dict(self) -> dict[str, ParameterState]:
+        """The state of each parameter, by name. Empty before the first step."""
         return {name: dict(self._adamw.state[p]) for name, p in self.parameters.items() if self._adamw.state.get(p)}
 
-    def zero_state(self) -> dict[str, dict[str, Tensor]]:
-        """As `state_dict` after a step, but zeros: what a checkpoint is read into."""
-        return {
-            name: {
-                "step": torch.zeros((), dtype=torch.float32, device=p.device),
-                "exp_avg": torch.zeros_like(p, requires_grad=False),
-                "exp_avg_sq": torch.zeros_like(p, requires_grad=False),
-            }
-            for name, p in self.parameters.items()
-        }
+    def zero_state(self) -> dict[str, ParameterState]:
+        """`state_dict` of the first step, filled with zeros: the tensors that a checkpoint is read into."""
+        return {name: zero_parameter_state(p) for name, p in self.parameters.items()}
 
-    def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
-        """Restore what `state_dict` gave.
-
+    def load_state_dict(self, state: dict[str, ParameterState]) -> None:
+        """
         Raises:
-            ValueError: names that do not match this model's.
+            ValueError: the names are not those of the parameters.
         """
         if state and state.keys() != self.parameters.keys():
-            odd = sorted(state.keys() ^ self.parameters.keys())[:5]
-            raise ValueError(f"the optimizer state does not fit this model: {', '.join(odd)}, ... are not in both")
-        for name, parameter in self.parameters.items():
-            if name in state:
-                moved = {key: value.to(parameter.device).clone() for key, value in state[name].items()}
-                self._adamw.state[parameter] = moved
+            wrong = sorted(state.keys() ^ self.parameters.keys())[:5]
+            raise ValueError(f"the optimizer state does not fit this model: {', '.join(wrong)}, ... are not in both")
+        for name, parameter_state in state.items():
+            parameter = self.parameters[name]
+            self._adamw.state[parameter] = {
+                key: value.to(parameter.device).clone() for key, value in parameter_state.items()
+            }
