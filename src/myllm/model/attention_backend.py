@@ -54,7 +54,7 @@ def training_backends(device: torch.device, train: TrainConfig | None = None) ->
 
 
 def inference_backends(device: torch.device) -> AbstractContextManager[None]:
-    """Context of evaluations and generation. Their shapes vary, and cuDNN takes 0.1 s and more to plan each new shape."""
+    """Context of evaluations and generation. Their shapes vary, and cuDNN needs over 0.1 s for a new shape."""
     return sdpa_kernel([FLASH, EFFICIENT, MATH], set_priority=True) if device.type == "cuda" else nullcontext()
 
 
@@ -63,8 +63,8 @@ def backend_priority(device: torch.device, train: TrainConfig) -> tuple[SDPBacke
     if train.attention == "math":
         return (MATH,)
     if train.deterministic:
-        # Flash has a deterministic backward pass, which torch uses in deterministic mode. The memory-efficient kernel has
-        # none and raises; for cuDNN it depends on the version (aten/src/ATen/native/transformers/cuda).
+        # Flash has a deterministic backward pass, which torch uses in deterministic mode. The memory-efficient kernel
+        # has none and raises; for cuDNN it depends on the version (aten/src/ATen/native/transformers/cuda).
         return (FLASH, MATH)
     if train.attention == "efficient":
         return (EFFICIENT, MATH)
