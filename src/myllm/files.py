@@ -20,16 +20,13 @@ from typing import IO, Any, BinaryIO
 from .errors import UserError
 from .migrations import ROW
 
-TEMP_SUFFIX = ".myllm.tmp"
-"""Suffix of files that are still being written."""
+TEMP_SUFFIX = ".myllm.tmp"  # of files that are still being written
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
 """Errors of file systems without locks: Lustre without `-o flock`, some NFS and cloud disks."""
 NO_FSYNC = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EBADF)
 """Errors of file systems that cannot flush a folder: SMB, Windows disks under WSL, some FUSE."""
-MAX_JSON_DEPTH = 100
-"""No JSON file of ours or of a model is nested deeper than ten levels."""
-NONFINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
-"""JSON has no such numbers: they are written as strings."""
+MAX_JSON_DEPTH = 100  # no file of ours or of a model is nested deeper than ten levels
+NONFINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}  # JSON has no such numbers: written as strings
 
 # -- writing ----------------------------------------------------------------------------------------------------------
 

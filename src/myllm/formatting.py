@@ -2,10 +2,12 @@
 
 import math
 import re
+from collections.abc import Collection, Sequence
 
 from .errors import UserError
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
+_NUMBER = r"([0-9][0-9_,]*(?:\.[0-9]+)?(?:e[0-9]+)?)"
 
 
 def parse_count(text: str) -> int:
@@ -14,27 +16,30 @@ def parse_count(text: str) -> int:
     Raises:
         UserError: anything else.
     """
-    found = re.fullmatch(r"([0-9][0-9_,]*(?:\.[0-9]+)?(?:[eE][0-9]+)?)\s*([KMBGT]?)T?", text.strip(), re.IGNORECASE)
-    # "10T" is ten tokens to nobody: a trailing T stands for tokens only behind another letter.
-    value = float(re.sub("[_,]", "", found[1])) * _UNITS[found[2].upper()] if found else 0
-    if not found or value != int(value):
+    # "10T" is not ten tokens: T means tokens only after another letter.
+    found = re.fullmatch(rf"{_NUMBER}\s*([KMBGT]?)T?", text.strip(), re.IGNORECASE)
+    value = _scaled(found) if found else 0.5
+    if value != int(value):
         raise UserError(f"invalid number {text!r}: expected a whole number, for example 10BT, 500M or 1000000")
     return int(value)
 
 
 def parse_target(text: str) -> tuple[str, float]:
-    """ "10GB" as bytes of text, "10BT" as tokens.
+    """ "10GB" as ("bytes", 1e10), "10BT" as ("tokens", 1e10).
 
     Raises:
         UserError: anything else.
     """
-    found = re.fullmatch(r"([0-9][0-9_,]*(?:\.[0-9]+)?)\s*([KMGTB]?)(B|T)", text.strip(), re.IGNORECASE)
-    if not found or (found[2].upper() == "B" and found[3].upper() == "B"):
+    found = re.fullmatch(rf"{_NUMBER}\s*(?:([KMGT]?)B|([KMGTB]?)T)", text.strip(), re.IGNORECASE)
+    value = _scaled(found) if found else 0
+    if not found or not value:
         raise UserError(f"--target {text!r}: expected bytes of text such as 10GB, or tokens such as 10BT")
-    value = float(re.sub("[_,]", "", found[1])) * _UNITS[found[2].upper()]
-    if value <= 0:
-        raise UserError(f"--target {text!r} is nothing; expected such as 10GB or 10BT")
-    return ("bytes" if found[3].upper() == "B" else "tokens"), value
+    return ("bytes" if text.strip()[-1] in "bB" else "tokens"), value
+
+
+def _scaled(found: re.Match[str]) -> float:
+    letters = [letter for letter in found.groups()[1:] if letter is not None]
+    return float(re.sub("[_,]", "", found[1])) * _UNITS[letters[0].upper()]
 
 
 def format_bytes(n_bytes: float) -> str:
@@ -88,3 +93,15 @@ def format_clock(seconds: float) -> str:
     """Seconds as h:mm:ss."""
     whole = round(seconds)
     return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+
+
+def format_table(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> str:
+    """Rows as lines with aligned columns. `right` has the indices of the columns that are aligned to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if index in right else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )

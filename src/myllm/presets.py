@@ -150,12 +150,12 @@ def describe_settings(config: RunConfig) -> str:
 def diff_settings(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
     """Settings that differ, by name, such as "train.max_steps". The names of the runs are ignored."""
     changes = {}
-    for part in dataclasses.fields(RunConfig):
-        before, after = getattr(old, part.name), getattr(new, part.name)
+    for section in dataclasses.fields(old):
+        before, after = getattr(old, section.name), getattr(new, section.name)
         for field in dataclasses.fields(before) if dataclasses.is_dataclass(before) else ():
             values = getattr(before, field.name), getattr(after, field.name)
             if values[0] != values[1]:
-                changes[f"{part.name}.{field.name}"] = values
+                changes[f"{section.name}.{field.name}"] = values
     return changes
 
 

@@ -42,7 +42,7 @@ def list_all(name: Positional[str], as_json: Annotated[bool, tyro.conf.arg(name=
         as_json: print one JSON object per line: folder, step, tokens, bytes, validation_loss, where, state.
     """
     from myllm.files import json_safe
-    from myllm.formatting import format_bytes
+    from myllm.formatting import format_bytes, format_table
 
     rows = []
     for entry in _describe(_find(name), hashing=False):
@@ -53,10 +53,7 @@ def list_all(name: Positional[str], as_json: Annotated[bool, tyro.conf.arg(name=
         tokens = "-" if entry["tokens"] is None else f"{entry['tokens']:,}"
         rows.append((f"{entry['step']:,}", tokens, format_bytes(entry["bytes"]), loss, entry["where"], entry["state"]))
     if not as_json:
-        widths = [max(len(row[column]) for row in (TITLES, *rows)) for column in range(len(TITLES) - 1)]
-        for row in (TITLES, *rows):
-            right = [cell.rjust(width) for cell, width in zip(row[:4], widths, strict=False)]
-            print("  ".join((*right, row[4].ljust(widths[4]), row[5])).rstrip())
+        print(format_table([TITLES, *rows], right=range(4)))
         print(f"(state by file sizes only; `myllm checkpoint verify {name}` checks the content)", file=sys.stderr)
 
 

@@ -7,7 +7,7 @@ import tyro
 
 from myllm.config import DataConfig, RunConfig
 from myllm.errors import UserError
-from myllm.formatting import format_bytes, format_si, parse_target
+from myllm.formatting import format_bytes, format_si, format_table, parse_target
 from myllm.planning.validation import check_data_config
 
 if TYPE_CHECKING:
@@ -28,9 +28,7 @@ def list_sources() -> None:
     rows.append(("python-stdlib", "none", "4M", "PSF-2.0", "-", "the .py files of this Python's own library"))
     rows.append(("hub:NAMESPACE/NAME[:GLOB]", "", "", "its own", "text", "any dataset repository of parquet or jsonl"))
     rows.append(("files:PATH", "none", "", "yours", "text", "a file, folder or glob: .txt .md .py .jsonl .parquet ..."))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print(format_table(rows))
     print("\n" + "\n".join(f"{each.name}: {each.description}; {each.location}" for each in CORPORA.values()))
     print("\nFigures are approximate; `myllm data estimate SOURCE` measures.")
     _list_prepared()

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from myllm.errors import UserError
 from myllm.files import file_lock, json_safe, read_json, write_json
+from myllm.formatting import format_table
 
 FORMAT = "myllm-eval"
 VERSION = 2
@@ -81,9 +82,7 @@ def add(file: Path, result: Result) -> None:
 def table(result: Result) -> str:
     """One line for each metric and each setting."""
     values = result.metrics | result.settings | {"seconds": round(result.seconds, 2)}
-    lines = [(result.task, name, _format(value)) for name, value in values.items()]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}" for a, b, c in lines)
+    return format_table([(result.task, name, _format(value)) for name, value in values.items()], right={2})
 
 
 def _format(value: Any) -> str:

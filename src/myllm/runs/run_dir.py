@@ -21,12 +21,15 @@ from myllm.distributed.collectives import DistContext
 from myllm.errors import UserError
 from myllm.files import file_lock, fsync_dir, write_json
 from myllm.paths import RunPaths
+from myllm.presets import diff_settings
 
 from .history import read_json_or_empty
 from .logs import JsonlFile
 
 PROBE = ".shared-"
 """Prefix of the file by which ranks check that they share a disk."""
+UNREPORTED = ("data.workers", "data.dataset", "train.fresh")
+"""Changes of these settings, and of those of the Hub, are not reported on resume."""
 NETWORK_DISK_S = 20.0
 """Network disks may take some seconds to show one machine a new file of another."""
 
@@ -166,8 +169,12 @@ def check_resumable(saved: dict[str, Any], config: RunConfig, folder: Path, impo
     Raises:
         UserError: a setting differs that may not.
     """
-    earlier = to_dict(saved_config(saved, folder / "config.json"))
-    changed = list(_differences(earlier, to_dict(config), ""))
+    differences = diff_settings(saved_config(saved, folder / "config.json"), config)
+    changed = [
+        f"{name}: {old} -> {new}"
+        for name, (old, new) in sorted(differences.items())
+        if name not in UNREPORTED and not name.startswith("hub.")
+    ]
     # The data set is compared by its hash, elsewhere.
     fixed = ("model.",) if imported else ("model.", "train.seed", "train.batch_tokens")
     refused = [line for line in changed if line.startswith(fixed) and not line.startswith("model.dropout")]
@@ -194,18 +201,6 @@ def write_config(run: RunPaths, config: RunConfig) -> None:
     values = to_dict(config)
     values["train"]["fresh"] = False  # applies to one start only
     write_json(run.config, values)
-
-
-def _differences(old: Any, new: Any, prefix: str) -> Iterator[str]:
-    ignored = {"name", "data.workers", "train.fresh", "data.dataset", "hub"}
-    for key in sorted({*old, *new}):
-        name, a, b = f"{prefix}{key}", old.get(key), new.get(key)
-        if name in ignored or a == b:
-            continue
-        if isinstance(a, dict) and isinstance(b, dict):
-            yield from _differences(a, b, f"{name}.")
-        else:
-            yield f"{name}: {a} -> {b}"
 
 
 def next_steps(config: RunConfig, stopped_early: bool = False, epochs: float | None = None) -> str:

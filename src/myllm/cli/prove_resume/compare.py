@@ -22,6 +22,7 @@ from myllm.distributed.collectives import choose_device
 from myllm.distributed.device_info import cuda_device_count
 from myllm.distributed.precision import compute_dtype, dtype_name
 from myllm.files import write_json
+from myllm.formatting import format_table
 
 from .training_process import RunFailed, TrainingProcess, logged_step, train_rows
 
@@ -188,7 +189,5 @@ def format_results(results: list[Result]) -> str:
     for result in results[1:]:
         kills = "; ".join(result.kills) or "never"
         rows.append((result.trial.name, kills, result.digests, result.losses, "FAILED" if result.errors else "proven"))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    lines += [f"  {result.trial.name}: {error}" for result in results for error in result.errors]
-    return "\n".join(lines)
+    errors = [f"  {result.trial.name}: {error}" for result in results for error in result.errors]
+    return "\n".join([format_table(rows), *errors])
