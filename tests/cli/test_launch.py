@@ -242,12 +242,13 @@ def test_a_rank_that_lost_another_leaves_the_word_to_it(
         assert end.value.code == 1
         assert "Traceback" in capsys.readouterr().err
         return
-    for said in elsewhere:
+    for message in elsewhere:
         with pytest.raises(SystemExit) as end, exit_on_error():
-            raise RuntimeError(said)
+            raise RuntimeError(message)
         assert end.value.code == 1  # so that a launcher starts it again
         assert (
-            f"rank 1: another rank failed first; see its error above ({said.splitlines()[0]}" in capsys.readouterr().err
+            f"rank 1: another rank failed first; see its error above ({message.splitlines()[0]}"
+            in capsys.readouterr().err
         )
     assert len(waited) == 2
 
@@ -258,8 +259,8 @@ def test_a_reader_that_has_had_enough(lines: int) -> None:
     code = f"from myllm.cli.errors import exit_on_error\nwith exit_on_error():\n    for _ in range({lines}): print(1)"
     writer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     writer.stdout.close()
-    said = writer.stderr.read()
-    assert (writer.wait(60), said) == (128 + signal.SIGPIPE, b"")
+    message = writer.stderr.read()
+    assert (writer.wait(60), message) == (128 + signal.SIGPIPE, b"")
 
 
 @pytest.mark.parametrize(
@@ -279,8 +280,8 @@ with exit_on_error():
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     writer = subprocess.Popen([sys.executable, "-c", program], env=buffered, **pipes)
     writer.stdout.close()
-    said = writer.stderr.read()
-    assert (writer.wait(60), said) == (code, b"error: mine\n" if code == 2 else b"")
+    message = writer.stderr.read()
+    assert (writer.wait(60), message) == (code, b"error: mine\n" if code == 2 else b"")
 
 
 def test_a_python_without_the_packages_says_where_they_are(tmp_path: Path) -> None:

@@ -135,9 +135,9 @@ def test_a_stopped_run_is_not_started_again(config: RunConfig, tmp_path: Path) -
 def test_a_rank_that_sleeps_ends_all(config: RunConfig, tmp_path: Path) -> None:
     started = Launched(tmp_path, replace(with_train(config, collective_timeout_s=3.0), name="asleep"))
     assert started.end() == 1
-    said = started.output()
-    assert said.count("error: rank 1 did not arrive") == 1, said
-    assert "rank 1 is in step 6, training: " in said
+    output = started.output()
+    assert output.count("error: rank 1 did not arrive") == 1, output
+    assert "rank 1 is in step 6, training: " in output
     assert "sleepy" in (started.run / "stacks/rank1.txt").read_text()
     assert "train_step" in (started.run / "stacks/rank0.txt").read_text()
     assert "rank 1 did not arrive" in (started.run / "log.txt").read_text()

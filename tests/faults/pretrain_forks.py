@@ -95,11 +95,11 @@ def poison(step: int) -> None:
     real = train.train_step
 
     def train_step(trainer: Any, number: int, *phase: Any) -> Any:
-        def spoil(module: Any, given: Any, made: Any) -> Any:
+        def spoil(module: Any, given: Any, output: Any) -> Any:
             hook.remove()
-            made = made.clone()
-            made[0, 0, 0] = float("nan")
-            return made
+            output = output.clone()
+            output[0, 0, 0] = float("nan")
+            return output
 
         if number == step - 1:
             (embedding,) = (
@@ -228,11 +228,11 @@ def wait_for_all(children: set[int], patience_s: float) -> int:
         code = os.waitstatus_to_exitcode(status) if child else 0
         if code and not first:
             first, deadline = code, time.monotonic() + patience_s
-            for each in children if patience_s else ():
-                os.kill(each, signal.SIGTERM)
+            for process_id in children if patience_s else ():
+                os.kill(process_id, signal.SIGTERM)
         if time.monotonic() >= deadline:
-            for each in children:
-                os.kill(each, signal.SIGKILL)
+            for process_id in children:
+                os.kill(process_id, signal.SIGKILL)
         time.sleep(0.01)
     return first
 

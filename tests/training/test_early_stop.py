@@ -134,10 +134,10 @@ def test_a_run_stops_and_its_best_checkpoint_stays(whole: Path, monkeypatch: pyt
     # Everything that is measured at an end is measured at this one.
     assert [row["step"] for row in eval_rows(root, "cloze")] == [0, last]
     assert len(figures(root)) == len({row["step"] for row in figures(root)})
-    said = (root / "log.txt").read_text()
-    assert f"stopped early after step {last} of 60: train.early_stop_patience is 3. To continue training" in said
+    log = (root / "log.txt").read_text()
+    assert f"stopped early after step {last} of 60: train.early_stop_patience is 3. To continue training" in log
     assert (
-        f"the lowest validation loss is {lowest:.4f}, at step {best}, with 3 validations since; kept in {kept}" in said
+        f"the lowest validation loss is {lowest:.4f}, at step {best}, with 3 validations since; kept in {kept}" in log
     )
     # Named by its own path, or by the folder it is in, it is a checkpoint like any other.
     monkeypatch.setenv("MYLLM_DATA", str(root.parents[1]))
@@ -207,9 +207,9 @@ def test_a_run_that_stopped_early_goes_on_only_when_told(plateau: RunConfig) -> 
     before = (losses(root), figures(root))
     run(plateau)
     assert (losses(root), figures(root)) == before
-    said = (root / "log.txt").read_text()
-    assert "nothing left to train: the run has stopped early" in said
-    assert said.count("stopped early after step") == 2
+    log = (root / "log.txt").read_text()
+    assert "nothing left to train: the run has stopped early" in log
+    assert log.count("stopped early after step") == 2
     # One more validation without a new lowest, or as many as it takes: what a run with that patience would have done.
     longer = with_train(plateau, early_stop_patience=PATIENCE + 1, max_steps=last + 6)
     other = run(replace(longer, name="longer"))
@@ -232,17 +232,17 @@ def test_the_last_checkpoint_is_told_of_once_and_when_it_is_final(plateau: RunCo
     """Saved at 4, then saved again with the validation there counted: whoever is told of it finds the second."""
     still = replace(plateau, optim=replace(plateau.optim, max_lr=1e-30))
     config = with_train(still, early_stop_patience=1, save_every_steps=2)
-    told = []
+    published = []
 
     def on_checkpoint(step: int) -> None:
-        told.append(
+        published.append(
             (step, load_checkpoint(RunPaths.of("tiny").checkpoints / f"step_{step:08d}").state.early_stop.since_best)
         )
 
     with process_group("cpu") as process:
         outcome = train(config, prepare(config.data, progress=False), process, on_checkpoint)
     assert (outcome.step, outcome.stopped_early, outcome.stopped_by) == (4, True, None)
-    assert told == [(2, 0), (4, 1)]
+    assert published == [(2, 0), (4, 1)]
 
 
 def test_losses_that_are_not_finite(plateau: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 
 @pytest.fixture
-def said(tiny: RunConfig, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+def kernel_log(tiny: RunConfig, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
     """The lines of a run's log about its kernels; on a card of a major compute capability, if one is given."""
 
     def lines(
@@ -41,34 +41,34 @@ def said(tiny: RunConfig, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list
     return lines
 
 
-def test_on_a_cpu(said: Callable[..., list[str]]) -> None:
-    assert said() == ["kernels: attention by the flash kernel; matrix products in float32; torch.compile off"]
-    assert said(precision="bfloat16", compile="on") == [
+def test_on_a_cpu(kernel_log: Callable[..., list[str]]) -> None:
+    assert kernel_log() == ["kernels: attention by the flash kernel; matrix products in float32; torch.compile off"]
+    assert kernel_log(precision="bfloat16", compile="on") == [
         "kernels: attention by the flash kernel; matrix products in bfloat16; compiled block by block"
     ]
 
 
-def test_on_a_card(said: Callable[..., list[str]]) -> None:
+def test_on_a_card(kernel_log: Callable[..., list[str]]) -> None:
     flash = sdpa.SelectedBackend("flash")
     start = "kernels: attention by the flash kernel; matrix products in "
-    assert said(8, flash) == [f"{start}bfloat16, TF32 for what is left in float32; compiled block by block"]
+    assert kernel_log(8, flash) == [f"{start}bfloat16, TF32 for what is left in float32; compiled block by block"]
     scaled = f"{start}float16 with a loss scale, the rest in float32; "
-    assert said(7, flash) == [f"{scaled}compiled block by block"]
-    assert said(6, flash) == said(7, flash, triton=None) == [f"{scaled}torch.compile off"]
-    line, warning = said(7, flash, precision="bfloat16")
+    assert kernel_log(7, flash) == [f"{scaled}compiled block by block"]
+    assert kernel_log(6, flash) == kernel_log(7, flash, triton=None) == [f"{scaled}torch.compile off"]
+    line, warning = kernel_log(7, flash, precision="bfloat16")
     assert line == f"{start}bfloat16, the rest in float32; compiled block by block"
     assert "no bfloat16 arithmetic" in warning
-    assert said(8, flash, activation_checkpointing=True, precision="float32") == [
+    assert kernel_log(8, flash, activation_checkpointing=True, precision="float32") == [
         f"{start}float32; compiled block by block"
     ]
 
 
-def test_the_math_path_on_a_card_is_never_silent(said: Callable[..., list[str]]) -> None:
-    _, warning = said(8, sdpa.SelectedBackend("math", ("head_dim should be at most 256", "no bfloat16 here")))
+def test_the_math_path_on_a_card_is_never_silent(kernel_log: Callable[..., list[str]]) -> None:
+    _, warning = kernel_log(8, sdpa.SelectedBackend("math", ("head_dim should be at most 256", "no bfloat16 here")))
     assert warning.startswith("warning: attention runs on torch's math backend")
     assert warning.endswith(":\n  - head_dim should be at most 256\n  - no bfloat16 here")
-    assert said(8, sdpa.SelectedBackend("math"))[1].endswith("no reason given")
-    assert len(said(None, sdpa.SelectedBackend("math"))) == 1  # a CPU's own business
+    assert kernel_log(8, sdpa.SelectedBackend("math"))[1].endswith("no reason given")
+    assert len(kernel_log(None, sdpa.SelectedBackend("math"))) == 1  # a CPU's own business
 
 
 @pytest.mark.parametrize(

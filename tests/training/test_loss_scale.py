@@ -181,16 +181,16 @@ def test_small_gradients_need_the_scale(steps: Callable[[str], Steps]) -> None:
     """Most numbers of a long batch's gradient are too small for float16; with the scale none that matters is lost."""
 
     def gradients(precision: str, scale: float | None) -> dict[str, torch.Tensor]:
-        made = steps(precision)
-        batch = replace(made.batch, batch_tokens=1_024)
+        parts = steps(precision)
+        batch = replace(parts.batch, batch_tokens=1_024)
         given = None if scale is None else torch.tensor(scale)
 
         def small(tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-            return made.model(tokens, targets) / 4_096  # as of so many accumulation steps
+            return parts.model(tokens, targets) / 4_096  # as of so many accumulation steps
 
-        small.train = made.model.train
-        accumulate_gradients(small, made.loader, batch, made.config, CPU, loss_scale=given)
-        return {name: each.grad.double() / (scale or 1.0) for name, each in made.model.named_parameters()}
+        small.train = parts.model.train
+        accumulate_gradients(small, parts.loader, batch, parts.config, CPU, loss_scale=given)
+        return {name: parameter.grad.double() / (scale or 1.0) for name, parameter in parts.model.named_parameters()}
 
     true, scaled, plain = gradients("float32", None), gradients("float16", 2.0**20), gradients("float16", None)
     name = "blocks.0.attention.qkv_proj.weight"
@@ -218,8 +218,8 @@ def test_an_overflow_costs_an_update_and_halves_the_scale() -> None:
     assert (skips.overflows, skips.nonfinite, skips.consecutive) == (2, 0, 0)
     assert (skips.loss_scale, skips.steps_at_scale) == (FIRST_LOSS_SCALE / 4, 1)
     assert not judge.diverged
-    assert [each.kind for each in judge.skipped] == ["overflow", "overflow"]
-    assert [each.step for each in judge.skipped] == [2, 3]
+    assert [step.kind for step in judge.skipped] == ["overflow", "overflow"]
+    assert [skipped.step for skipped in judge.skipped] == [2, 3]
 
 
 def test_what_overflows_at_the_least_scale_is_a_bad_number() -> None:

@@ -80,11 +80,11 @@ def test_memory_does_not_grow(monkeypatch: pytest.MonkeyPatch) -> None:
     alive: list[weakref.ref] = []
     with GcSchedule(step=0) as schedule:
         for step in range(1, 101):
-            alive = [each for each in [*alive, cycle()] if each() is not None]
+            alive = [reference for reference in [*alive, cycle()] if reference() is not None]
             schedule.after_step(step)
             assert len(alive) <= 10
             if step % 10 == 0:
-                assert not [each for each in alive if each() is not None]
+                assert not [reference for reference in alive if reference() is not None]
 
 
 @pytest.mark.parametrize("error", [None, KeyError])

@@ -123,13 +123,13 @@ def test_a_step_repeats_itself_where_asked(wanted: bool, tiny: RunConfig, monkey
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     config = with_train(replace(tiny, model=replace(tiny.model, vocab_size=500)), deterministic=wanted)
     config = with_train(config, batch_tokens=256, micro_batch_size=2)
-    model, seen, told = Transformer(config.model), [], []
+    model, seen, workspaces = Transformer(config.model), [], []
 
     def look(*_: Any) -> None:
         seen.append(torch.are_deterministic_algorithms_enabled())
 
     def wrapped(*given: Any) -> torch.nn.Module:
-        told.append(os.environ.get("CUBLAS_WORKSPACE_CONFIG"))
+        workspaces.append(os.environ.get("CUBLAS_WORKSPACE_CONFIG"))
         return parallelize(*given)
 
     monkeypatch.setattr(kernels, "parallelize", wrapped)
@@ -144,7 +144,7 @@ def test_a_step_repeats_itself_where_asked(wanted: bool, tiny: RunConfig, monkey
         assert not torch.are_deterministic_algorithms_enabled()
     assert len(seen) > 20
     assert set(seen) == {wanted}
-    assert told == [":4096:8" if wanted else None]
+    assert workspaces == [":4096:8" if wanted else None]
     assert torch.utils.deterministic.fill_uninitialized_memory
 
 

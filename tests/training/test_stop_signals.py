@@ -88,16 +88,16 @@ def test_a_run_that_is_interrupted_three_times(long: RunConfig, tmp_path: Path, 
         process = start(tmp_path / "long.json")
         wait_for_step(process, run, step)
         process.send_signal(number)
-        said, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=60)
         if number == signal.SIGKILL:
             assert process.returncode == -9
             continue
         # Polite signals save where they are.
-        assert process.returncode == 128 + number, said
+        assert process.returncode == 128 + number, output
         newest = load_checkpoint(list_checkpoints(run / "checkpoints")[0])
         assert newest.state.step == max(losses(run)) >= step
-        assert f"stopped after step {newest.state.step}, saved" in said
-        assert "Traceback" not in said
+        assert f"stopped after step {newest.state.step}, saved" in output
+        assert "Traceback" not in output
     assert launch("--config", tmp_path / "long.json").returncode == 0
     assert launch("--config", tmp_path / "whole.json").returncode == 0
     assert losses(run) == losses(temp_data / "runs" / "whole")
@@ -130,9 +130,9 @@ def test_an_evaluation_of_minutes_stops_at_once(long: RunConfig, tmp_path: Path,
     wait_until(lambda: doing(run) == "evaluating", process)
     assert status("tiny", 600)[1] == 3
     process.send_signal(signal.SIGUSR1)
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == 75, said
-    assert "ended: stopped by SIGUSR1 after step 0\n" in said
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, output
+    assert "ended: stopped by SIGUSR1 after step 0\n" in output
     assert status("tiny", 600) == ("step 0: stopped by SIGUSR1 after step 0", 75)
     assert not (run / "samples.jsonl").exists()
     short = replace(config, eval=replace(endless, sample_new_tokens=4))
@@ -164,9 +164,9 @@ def test_a_time_limit_and_a_second_interrupt(long: RunConfig, tmp_path: Path, te
     time.sleep(0.5)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    said, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "Exiting without saving" in said
+    assert "Exiting without saving" in output
 
 
 @pytest.mark.parametrize(
@@ -192,9 +192,9 @@ def test_each_signal_asks_for_a_stop_with_its_code(name: str, code: int) -> None
 def test_the_time_limit_leaves_time_for_the_save() -> None:
     now = time.monotonic()
     assert not StopRequest(deadline=now + 100, save_s=40).requested()
-    asked = StopRequest(deadline=now + 100, save_s=80)
-    assert asked.requested()
-    assert asked.signal == TIME_LIMIT
+    request = StopRequest(deadline=now + 100, save_s=80)
+    assert request.requested()
+    assert request.signal == TIME_LIMIT
     assert exit_code(TIME_LIMIT) == exit_code(signal.SIGUSR1) == 75
     assert exit_code(signal.SIGTERM) == 143
     with handle_stop_signals(max_wall_s=10, started=now - 10) as stop:
