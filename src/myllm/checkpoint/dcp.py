@@ -10,7 +10,7 @@ import enum
 import pickle
 from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -69,7 +69,7 @@ def write_tensors(folder: Path, tensors: dict[str, Tensor], group: dist.ProcessG
     local_plans = run_on_all_ranks(plan_locally, group)
     plan = run_on_all_ranks(plan_globally, group)[0][group_rank(group)]
     results = run_on_all_ranks(lambda: writer.write_data(planner.finish_plan(plan), planner).wait(), group)
-    run_on_all_ranks(lambda: writer.finish(metadata, results) if first else None, group)
+    run_on_all_ranks(lambda: writer.finish(metadata, results) if metadata is not None else None, group)
 
 
 def read_into(folder: Path, tensors: dict[str, Tensor]) -> None:
@@ -80,7 +80,7 @@ def read_into(folder: Path, tensors: dict[str, Tensor]) -> None:
     """
     reader, planner = _Reader(folder), DefaultLoadPlanner()
     metadata = reader.read_metadata()
-    saved = {name: tuple(entry.size) for name, entry in metadata.state_dict_metadata.items()}
+    saved = {name: tuple(entry.size) for name, entry in _entries(metadata).items()}
     expected = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if different := sorted(saved.items() ^ expected.items()):
         names = ", ".join(dict.fromkeys(name for name, _ in different[:6]))
@@ -93,8 +93,8 @@ def read_into(folder: Path, tensors: dict[str, Tensor]) -> None:
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """Read all tensors in a folder, unsharded, to the CPU, in one process."""
-    metadata = _Reader(folder).read_metadata().state_dict_metadata
-    tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in metadata.items()}
+    entries = _entries(_Reader(folder).read_metadata())
+    tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items()}
     read_into(folder, tensors)
     return tensors
 
@@ -109,7 +109,7 @@ def rank_tensors(tensors: dict[K, Tensor], rank: int, world_size: int) -> dict[K
     Plain tensors are shared out by size, largest first, to the rank with the fewest bytes: a pure function, so all
     ranks reach the same decision without communication.
     """
-    own = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, DTensor)}
+    own: dict[K, Tensor] = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, DTensor)}
     plain = [(name, tensor.nbytes) for name, tensor in tensors.items() if name not in own]
     load = [0] * world_size
     for name, n_bytes in sorted(plain, key=lambda item: -item[1]):
@@ -168,6 +168,11 @@ class _Reader(FileSystemReader):
         if not isinstance(tensors, dict) or not all(isinstance(x, TensorStorageMetadata) for x in tensors.values()):
             raise UserError(f"{Path(self.path) / METADATA} does not describe tensors")
         return dataclasses.replace(metadata, planner_data=None)
+
+
+def _entries(metadata: Metadata) -> dict[str, TensorStorageMetadata]:
+    """By name: `_Reader` lets nothing but tensors through."""
+    return cast(dict[str, TensorStorageMetadata], metadata.state_dict_metadata)
 
 
 class _PlainUnpickler(pickle.Unpickler):

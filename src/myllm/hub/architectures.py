@@ -12,7 +12,7 @@ from myllm.errors import UserError
 
 ModelType = Literal["llama", "qwen3", "gpt2"]
 
-CLASSES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM", "gpt2": "GPT2LMHeadModel"}
+CLASSES: dict[ModelType, str] = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM", "gpt2": "GPT2LMHeadModel"}
 
 # Fields of ModelConfig that every one of them can express: sizes, and what only training or our own files need.
 ANYWHERE = frozenset(
@@ -21,7 +21,7 @@ ANYWHERE = frozenset(
     | {"residual_dtype", "init"}
 )
 # What the others must be; None: whatever they are. GPT-2 has biases, which are zeros where a model has none.
-SWITCHES: dict[str, dict[str, tuple[Any, ...] | None]] = {
+SWITCHES: dict[ModelType, dict[str, tuple[Any, ...] | None]] = {
     "llama": {
         "position": ("rope",), "rope_theta": None, "norm": ("rmsnorm",), "activation": ("swiglu",), "bias": None,
         "qk_norm": (False,), "n_kv_heads": None, "head_dim": None,
@@ -159,7 +159,7 @@ def weight_mappings(kind: ModelType, config: ModelConfig, bias: bool | None = No
         for name, names, rows in linears:
             for part in ("weight", "bias") if bias else ("weight",):
                 yield WeightMapping(
-                    f"{ours}{name}.{part}", tuple(f"{each}.{part}" for each in names), rows, optional=part == "bias"
+                    f"{ours}{name}.{part}", tuple(f"{their}.{part}" for their in names), rows, optional=part == "bias"
                 )
 
 

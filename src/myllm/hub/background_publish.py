@@ -59,6 +59,7 @@ class Publisher:
             self._wait(self._process, deadline)
             if (self._process.exitcode or 0) >= 0:
                 break
+        assert self._process is not None
         if self._process.is_alive():
             print(f"not published within {FINISH_TIMEOUT_S / 60:.0f} minutes. {self._advice()}", flush=True)
         elif self._process.exitcode:

@@ -36,6 +36,7 @@ def create_repo(hub: HubConfig) -> None:
     """
     from huggingface_hub import HfApi
 
+    assert hub.repo is not None
     with client_timeout():
         try:
             HfApi().create_repo(hub.repo, private=hub.private or None, exist_ok=True)

@@ -55,14 +55,15 @@ def read_lf_llm(file: Path) -> ExternalModel:
     weights = _weights(file, content["model_state_dict"])
     config = _model_config(file, content["hParams"], weights)
     notes = [f"made at its step {content.get('step')}"]
-    made, tokens = _convert(file, config, weights), load_tokenizer().vocab_size
+    converted, tokens = _convert(file, config, weights), load_tokenizer().vocab_size
     if config.vocab_size > tokens:  # a padded vocabulary
         notes.append(f"the model has {config.vocab_size:,} rows for {tokens:,} tokens: the others are left out")
         config = replace(config, vocab_size=tokens)
-        made |= {name: made[name][:tokens] for name in ("embedding.weight", "head.weight") if name in made}
+        padded = [name for name in ("embedding.weight", "head.weight") if name in converted]
+        converted |= {name: converted[name][:tokens] for name in padded}
     elif config.vocab_size < tokens:
         raise UserError(f"{file} has {config.vocab_size:,} tokens; a checkpoint of the reference run has {tokens:,}")
-    return ExternalModel(config, made, None, tuple(notes))
+    return ExternalModel(config, converted, None, tuple(notes))
 
 
 def _weights(file: Path, found: Any) -> dict[str, Tensor]:
@@ -82,14 +83,14 @@ def _plain_name(name: str) -> str:
 def _load(file: Path) -> dict[str, Any]:
     try:
         # Every name that the pickle asks for beyond what torch knows to be plain data.
-        asked = torch.serialization.get_unsafe_globals_in_checkpoint(file)
-        odd = sorted(name for name in asked if not name.startswith(MODULE) and not NUMPY.fullmatch(name))
+        unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+        odd = sorted(name for name in unsafe if not name.startswith(MODULE) and not NUMPY.fullmatch(name))
         if odd:
             raise UserError(
                 f"{file} asks for {', '.join(odd)}, which loading would run; it was not opened. A checkpoint needs "
                 "tensors and plain values only: get it from its author again, or do not use it"
             )
-        with torch.serialization.safe_globals([(Record, name) for name in asked]):
+        with torch.serialization.safe_globals([(Record, name) for name in unsafe]):
             content = torch.load(file, map_location="cpu", weights_only=True)
     except (UserError, MemoryError):
         raise
@@ -135,9 +136,9 @@ def _convert(file: Path, config: ModelConfig, weights: dict[str, Tensor]) -> dic
     if names.keys() != weights.keys():
         odd = sorted(names.keys() ^ weights.keys())
         raise UserError(f"{file} does not have the weights of its hParams: {', '.join(odd[:5])} are not in both")
-    made = {names[theirs]: tensor for theirs, tensor in weights.items()}
-    for name in made:
+    converted = {names[theirs]: tensor for theirs, tensor in weights.items()}
+    for name in converted:
         if "up_proj" in name:  # theirs has up first, then the gate
-            up, gate = made[name].chunk(2)
-            made[name] = torch.cat((gate, up))
-    return made
+            up, gate = converted[name].chunk(2)
+            converted[name] = torch.cat((gate, up))
+    return converted

@@ -151,7 +151,7 @@ def _validate_weights(where: Path, foreign: ExternalModel) -> dict[str, Tensor]:
     ]
     wrong += [f"{name} is not finite" for name, tensor in weights.items() if not tensor.isfinite().all()]
     if wrong:
-        raise UserError(f"the weights in {where} do not fit:\n" + "\n".join(f"  - {each}" for each in wrong[:8]))
+        raise UserError(f"the weights in {where} do not fit:\n" + "\n".join(f"  - {fault}" for fault in wrong[:8]))
     return weights
 
 

@@ -19,7 +19,7 @@ from myllm.hub.export.transformers import EXPORT_FILE, TOKENIZER_COPY, is_export
 from myllm.hub.export.verify import random_texts
 from myllm.planning.validation import config_errors
 
-from .architectures import CLASSES, weight_mappings
+from .architectures import CLASSES, ModelType, weight_mappings
 from .external_model import ExternalModel
 
 CONFIG = "config.json"
@@ -218,7 +218,7 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _convert(folder: Path, kind: str, config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _convert(folder: Path, kind: ModelType, config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(BUFFERS)}
     if kind == "gpt2":  # saved with and without the name of the whole
         tensors = {
@@ -227,25 +227,32 @@ def _convert(folder: Path, kind: str, config: ModelConfig, tensors: dict[str, Te
         }
     if config.tie_embeddings:
         tensors.pop("lm_head.weight", None)
-    made, wrong = {}, []
+    converted: dict[str, Tensor] = {}
+    wrong: list[str] = []
     for piece in weight_mappings(kind, config):
         found = [tensors.pop(name, None) for name in piece.theirs]
-        if piece.optional and any(each is None for each in found):  # a bias that some of its linears do not have
-            found = [torch.zeros(rows) if each is None else each for each, rows in zip(found, piece.rows, strict=True)]
-        wrong += [f"{name} is missing" for name, each in zip(piece.theirs, found, strict=True) if each is None]
-        if all(each is not None for each in found):
-            parts = [each.t() if piece.transposed else each for each in found]
+        if piece.optional and any(tensor is None for tensor in found):  # a bias that some of its linears do not have
+            found = [
+                torch.zeros(rows) if tensor is None else tensor for tensor, rows in zip(found, piece.rows, strict=True)
+            ]
+        wrong += [f"{name} is missing" for name, tensor in zip(piece.theirs, found, strict=True) if tensor is None]
+        parts = [tensor for tensor in found if tensor is not None]
+        if len(parts) == len(found):
+            if piece.transposed:
+                parts = [part.t() for part in parts]
             if piece.ours in ("embedding.weight", "head.weight"):
                 parts = [part[: config.vocab_size] for part in parts]
-            made[piece.ours] = torch.cat(parts)
-            if made[piece.ours].shape[0] != sum(piece.rows):
-                wrong.append(f"{', '.join(piece.theirs)}: {made[piece.ours].shape[0]:,} rows, not {sum(piece.rows):,}")
+            converted[piece.ours] = torch.cat(parts)
+            if converted[piece.ours].shape[0] != sum(piece.rows):
+                wrong.append(
+                    f"{', '.join(piece.theirs)}: {converted[piece.ours].shape[0]:,} rows, not {sum(piece.rows):,}"
+                )
     wrong += [f"{name} has no place in the model" for name in sorted(tensors)]
     if wrong:
         raise UserError(
             f"the weights in {folder} do not fit its {CONFIG}:\n" + "\n".join(f"  - {x}" for x in wrong[:8])
         )
-    return made
+    return converted
 
 
 # -- the vocabulary ---------------------------------------------------------------------------------------------------

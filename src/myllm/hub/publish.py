@@ -162,6 +162,7 @@ def _publish_step(job: _Job) -> bool:
 
     raise_if_damaged(job.checkpoint, HASH_NONE)
     api, step, digest, repo = HfApi(), job.step, _weights_digest(job.checkpoint), job.hub.repo
+    assert repo is not None
     tag = f"step-{step}"
     remote = _read_remote(api, job.hub)
     if tag in remote.tags:

@@ -20,6 +20,7 @@ from myllm.inference.completion import complete
 from myllm.inference.language_model import LanguageModel
 from myllm.inference.sampling_params import SamplingParams
 from myllm.model.transformer import Transformer
+from myllm.planning.batch import batch_plan
 from myllm.runs.heartbeat import Heartbeat
 from myllm.runs.reference_curve import ReferenceWatch
 
@@ -90,10 +91,10 @@ def build_evals(
         model: neither wrapped nor compiled.
     """
     config, dist, settings = ctx.config, ctx.dist, ctx.config.eval
-    hellaswag_file = settings.hellaswag_file and Path(settings.hellaswag_file)
+    hellaswag_file = Path(settings.hellaswag_file) if settings.hellaswag_file else None
     options = EvalOptions(hellaswag_file=hellaswag_file, hellaswag_examples=settings.hellaswag_examples)
     inputs = EvalInputs(config, tokenizer, dist, lambda: dataset, options, before_batch=vote)
-    micro_batches = replace(inputs, batch_size=config.train.micro_batch_size)
+    micro_batches = replace(inputs, batch_size=batch_plan(config, dist.world_size).micro_batch_size)
 
     def measure_samples(step: int) -> Tensor:
         if dist.is_rank_zero:

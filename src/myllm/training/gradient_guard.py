@@ -12,7 +12,7 @@ finite. It skips the update and halves the scale; only at the smallest scale doe
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -38,7 +38,8 @@ GROWTH_STEPS = 2_000
 2 and 1/2: powers of two do not round."""
 
 APPLIED, NONFINITE, SPIKE, FROZEN, OVERFLOW = range(5)
-SKIP_KINDS = {NONFINITE: "nonfinite", SPIKE: "spike", OVERFLOW: "overflow"}
+SkipKind = Literal["nonfinite", "spike", "overflow"]
+SKIP_KINDS: dict[int, SkipKind] = {NONFINITE: "nonfinite", SPIKE: "spike", OVERFLOW: "overflow"}
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class SkippedStep:
 
     step: int
     """Counted from 1."""
-    kind: Literal["nonfinite", "spike", "overflow"]
+    kind: SkipKind
     grad_norm: float
     data: DataPosition
     """Before the step."""
@@ -62,8 +63,9 @@ class PendingStep:
     step: int
     data: DataPosition
     random: dict[str, Tensor]
-    verdict: Tensor | None = None
-    grad_norm: Tensor | None = None
+    verdict: Tensor = field(init=False)
+    """Like the norm, known once the step is checked."""
+    grad_norm: Tensor = field(init=False)
 
 
 class GradientGuard:
@@ -164,10 +166,12 @@ class GradientGuard:
         verdicts = torch.stack([step.verdict for step in pending]).tolist()
         counts = (self._nonfinite, self._spikes, self._consecutive, self._norm_count)
         scaling = (self._overflows, self._steps_at_scale)
-        *values, overflows, steps_at_scale, frozen = torch.stack((*counts, *scaling, self._frozen.long())).tolist()
+        nonfinite, spikes, consecutive, norm_count, overflows, steps_at_scale, frozen = torch.stack(
+            (*counts, *scaling, self._frozen.long())
+        ).tolist()
         mean, variance, scale = torch.stack((self._mean, self._variance, self._scale)).tolist()
         scaled = (overflows, scale, steps_at_scale) if self._scales else ()
-        self._skips = SkipStats(*values, mean, variance, *scaled)
+        self._skips = SkipStats(nonfinite, spikes, consecutive, norm_count, mean, variance, *scaled)
         self.diverged = bool(frozen)
         for step, verdict in zip(pending, verdicts, strict=True):
             if kind := SKIP_KINDS.get(verdict):

@@ -203,10 +203,10 @@ def count_validation(trainer: Trainer, services: Services, progress: Progress, l
 
 def publish(trainer: Trainer, services: Services, progress: Progress) -> None:
     """Announce the newest complete checkpoint once."""
-    written = services.saver.written_step
-    if trainer.ctx.dist.is_rank_zero and written not in (None, progress.published_step):
-        progress.published_step = written
-        services.on_checkpoint(written)
+    step = services.saver.written_step
+    if trainer.ctx.dist.is_rank_zero and step not in (None, progress.published_step):
+        progress.published_step = step
+        services.on_checkpoint(step)
 
 
 def wait_for_data(trainer: Trainer, services: Services, progress: Progress) -> bool:

@@ -98,7 +98,11 @@ class Profiler:
 class NoProfiler:
     """In place of a Profiler, without --profile."""
 
-    phase = around = staticmethod(nullcontext)
+    def around(self, step: int) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
 def choose_window(config: RunConfig, step: int) -> range:
@@ -205,10 +209,10 @@ def format_costs(costs: list[Cost], busy_us: float, steps: range, seconds: float
     lines = [title, "", f"phase      share   ms per step   {kind} per step"]
     for phase in (*PHASES, OTHER):
         of_phase = [cost for cost in costs if cost.phase == phase]
-        us, calls = sum(cost.us for cost in of_phase), sum(cost.calls for cost in of_phase)
+        us, n_calls = sum(cost.us for cost in of_phase), sum(cost.calls for cost in of_phase)
         if of_phase or phase != OTHER:
             ms = us / 1e3 / n_steps
-            lines.append(f"{phase:<9} {us / total:>6.1%} {ms:>13,.2f} {calls / n_steps:>13,.0f}")
+            lines.append(f"{phase:<9} {us / total:>6.1%} {ms:>13,.2f} {n_calls / n_steps:>13,.0f}")
     lines += ["", f"the {SHOWN} costliest {kind}", "phase      share   ms per step   calls per step   name"]
     for cost in costs[:SHOWN]:
         ms, calls = cost.us / 1e3 / n_steps, cost.calls / n_steps

@@ -81,6 +81,8 @@ def _freeze() -> None:
 
 @dataclass(frozen=True)
 class Services:
+    """What a run has beside the trainer, from its heartbeat to its progress bar."""
+
     heartbeat: Heartbeat
     stop: StopRequest
     saver: AsyncSaver

@@ -15,7 +15,7 @@ from myllm.planning.batch import BatchPlan
 
 from .setup import Trainer
 
-Phase = Callable[[str], AbstractContextManager[None]]
+Phase = Callable[[str], AbstractContextManager[object]]
 
 
 def train_step(trainer: Trainer, step: int, phase: Phase = nullcontext) -> tuple[Tensor, Tensor, float]:

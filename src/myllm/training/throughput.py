@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from myllm.checkpoint.state import TrainState
+from myllm.checkpoint.state import SkipStats, TrainState
 from myllm.data.dataloader import BatchLoader
 from myllm.data.sample_digest import SampleDigest
 from myllm.distributed import collectives as distributed
@@ -34,8 +34,8 @@ class ThroughputMeter:
     def __init__(self, ctx: RunContext, loader: BatchLoader, step: int) -> None:
         self._ctx, self._loader = ctx, loader
         self._stopwatch = Stopwatch(ctx.dist.device)
-        self._stopwatch.seconds["starting"] = time.monotonic() - ctx.started
-        self._written: dict[str, float] = {}
+        self._stopwatch.seconds["starting"] = time.monotonic() - ctx.started  # type: ignore[assignment]
+        self._written: Mapping[str, float] = {}
         self._logged_step, self._wait_s = step, 0.0
         self._digested = loader.digest_sums.copy()
         peak = peak_flops(device_name(ctx.dist.device))
@@ -72,7 +72,8 @@ class ThroughputMeter:
 
     def measure(self, state: TrainState, loss: Tensor, grad_norm: Tensor, lr: float) -> dict[str, Any]:
         """A row of metrics.jsonl: one all-reduce and one read from the device."""
-        world_size, model = self._ctx.dist.world_size, self._ctx.config.model
+        world_size, model, digest = self._ctx.dist.world_size, self._ctx.config.model, state.sample_digest
+        assert digest is not None  # see `with_digest`
         sums = distributed.all_reduce_sum(torch.stack((loss.float(), grad_norm.float())))
         mean_loss, mean_norm = (sums / world_size).cpu().tolist()
         steps, self._logged_step = state.step - self._logged_step, state.step
@@ -91,17 +92,18 @@ class ThroughputMeter:
             "mfu": flops_per_token(model) * tokens_per_s / self._peak_flops if self._peak_flops else None,
             "data_wait_s": wait_s,
             **self._skipped(state),
-            "sample_digest": state.sample_digest.digest,
-            "sample_digest_since_step": state.sample_digest.since_step,
+            "sample_digest": digest.digest,
+            "sample_digest_since_step": digest.since_step,
         }
 
     def _skipped(self, state: TrainState) -> dict[str, float]:
         """Skipped updates, if the config skips any, and the loss scale, if there is one."""
-        train, counts = self._ctx.config.train, {}
+        train, skips = self._ctx.config.train, state.skips or SkipStats()
+        counts: dict[str, float] = {}
         if train.on_nonfinite != "stop" or train.skip_spikes_sigma is not None:
-            counts = {"skipped_nonfinite": state.skips.nonfinite, "skipped_spikes": state.skips.spikes}
+            counts = {"skipped_nonfinite": skips.nonfinite, "skipped_spikes": skips.spikes}
         if needs_loss_scale(train.precision, self._ctx.dist.device):
-            counts |= {"loss_scale": state.skips.loss_scale, "skipped_overflows": state.skips.overflows}
+            counts |= {"loss_scale": skips.loss_scale, "skipped_overflows": skips.overflows}
         return counts
 
 

@@ -50,7 +50,8 @@ class Watchdog:
         self._timeout_s = ctx.config.train.collective_timeout_s
         self._launcher = os.getppid() if ranks.is_launched() else None
         self._store, self._main_thread = distributed.shared_store(), threading.main_thread().ident
-        self._progress, self._progress_time, self._longest_s = (), time.monotonic(), 0.0
+        self._progress: tuple[int, ...] = ()
+        self._progress_time, self._longest_s = time.monotonic(), 0.0
         self._ended, self._warned = threading.Event(), False
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Corpus:
+    """A public corpus: where it is, and how large."""
+
     name: str
     description: str
     repo: str

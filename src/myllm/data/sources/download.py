@@ -169,7 +169,7 @@ def _append_rest(file: SourceFile, partial: Path, size: int) -> None:
 
 
 @contextmanager
-def _request(file: SourceFile, byte_range: str | None, **options: int) -> Iterator[Any]:
+def _request(file: SourceFile, byte_range: str | None, **options: Any) -> Iterator[Any]:
     """A streamed GET. Only the Hub gets the account's token."""
     from huggingface_hub import hf_hub_url
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff

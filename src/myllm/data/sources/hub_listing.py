@@ -34,6 +34,8 @@ class MissingOnHubError(UserError):
 
 @dataclass(frozen=True)
 class RemoteFile:
+    """A file as its server lists it."""
+
     name: str
     url: str
     size_bytes: int

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from .arrow_readers import read_arrow, read_parquet
 from .read_task import ReadTask, SkipLog
@@ -132,7 +132,7 @@ def _read_jsonl(task: ReadTask, skips: SkipLog) -> Iterator[str]:
 
 
 @contextmanager
-def _as_utf8_file(file: BinaryIO) -> Iterator[BinaryIO]:
+def _as_utf8_file(file: io.BufferedReader) -> Iterator[io.BufferedReader]:
     """The file itself, or its content in UTF-8 if it has the byte order mark of UTF-16 or UTF-32."""
     encoding = encoding_of(file.peek(MARK_BYTES))
     if encoding in ("utf-16", "utf-32"):
@@ -182,14 +182,14 @@ def _text_of(value: Any, place: str, skips: SkipLog) -> str | None:
 
 
 @contextmanager
-def _open_uncompressed(path: Path) -> Iterator[BinaryIO]:
+def _open_uncompressed(path: Path) -> Iterator[io.BufferedReader]:
     """The bytes of a file, decompressed according to its suffix."""
     with path.open("rb") as file:
         if path.suffix.lower() == ".gz":
             if not file.peek(1):
                 raise EOFError("the file is empty, not gzip")  # gzip accepts it
             with gzip.open(file) as lines:
-                yield lines
+                yield cast(io.BufferedReader, lines)  # it has the same methods
         elif path.suffix.lower() == ".zst":
             yield io.BufferedReader(_ChunkReader(_decompress_zstd(file)), BUFFER_BYTES)
         else:
@@ -206,7 +206,7 @@ class _ChunkReader(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: memoryview) -> int:
+    def readinto(self, buffer: Any) -> int:
         while not self._rest:
             chunk = next(self._chunks, None)
             if chunk is None:

@@ -29,6 +29,8 @@ _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?(:.+)?", re.ASCII)
 
 @dataclass(frozen=True)
 class SourceFile:
+    """One file of a source, here or on a server."""
+
     name: str
     """Relative to the source, the same on every machine."""
     location: str
@@ -47,6 +49,8 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class Source:
+    """Files of text, and how rows become documents."""
+
     name: str
     """Usable as a folder name."""
     description: str

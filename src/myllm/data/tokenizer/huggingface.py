@@ -60,7 +60,9 @@ class HuggingFaceTokenizer(Tokenizer):
         # From the content alone, so that it is the same on every machine and in every folder.
         self.name = f"{str(spec['model'].get('type', 'bpe')).lower()}-{self.vocab_size}-{self.sha256[:8]}"
         end_token = _end_of_text_token(file, [token.content for token in self._added_tokens().values()])
-        self.end_of_text = self._backend.token_to_id(end_token)
+        end_of_text = self._backend.token_to_id(end_token)
+        assert end_of_text is not None  # it is one of the added tokens
+        self.end_of_text = end_of_text
         self._ignore_model_input_settings(end_token)
         self._build_tables(spec)
 

@@ -6,7 +6,7 @@ communicate here: one that fails leaves no other waiting.
 Shapes: B micro-batch, T sequence, D d_model.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -78,6 +78,7 @@ def diagnose(
         for tokens, targets in batches:
             with autocast():
                 batch_loss = model(tokens, targets) / n_batches
+                assert recorder.last_hidden is not None  # the forward pass sets it
                 losses += _sample_losses(model, recorder.last_hidden, targets).tolist()
             batch_loss.backward()
             loss += batch_loss.item()
@@ -164,7 +165,7 @@ def _own_parameters(module: nn.Module) -> list[nn.Parameter]:
     return list(module.parameters(recurse=False))
 
 
-def _norm(tensors: list[Tensor]) -> float | None:
+def _norm(tensors: Sequence[Tensor]) -> float | None:
     return torch.stack([tensor.detach().norm() for tensor in tensors]).norm().item() if tensors else None
 
 

@@ -6,6 +6,7 @@ Each rank repeats its share of the step, layer by layer, to find where the numbe
 
 import math
 import shutil
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from myllm.checkpoint.dcp import copy_to_host, rank_tensors, strip_wrapper_prefixes
 from myllm.checkpoint.format import Snapshot, flatten_moments, write_checkpoint
@@ -98,12 +100,14 @@ def _diagnose_share(bad: SkippedStep, sequences: np.ndarray, trainer: Trainer) -
         sequences[rank_rows(micro_step, dist.rank, batch.world_size, batch.micro_batch_size)]
         for micro_step in range(batch.grad_accum_steps)
     ]
-    batches = (
-        tuple(tensor.to(dist.device) for tensor in read_batch(trainer.dataset.train, rows, batch.seq_len))
-        for rows in micro_batches
-    )
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        for rows in micro_batches:
+            tokens, targets = read_batch(trainer.dataset.train, rows, batch.seq_len)
+            yield tokens.to(dist.device), targets.to(dist.device)
+
     with training_backends(dist.device, config.train), deterministic(config.train.deterministic):
-        return diagnose(trainer.eval_model, batches, len(micro_batches), partial(autocast, config, dist.device))
+        return diagnose(trainer.eval_model, batches(), len(micro_batches), partial(autocast, config, dist.device))
 
 
 def _write_checkpoint(
@@ -119,10 +123,12 @@ def _write_checkpoint(
     moments = flatten_moments(trainer.optimizer.state_dict())
     tensors = [strip_wrapper_prefixes(named.items()) for named in (trainer.model.state_dict(), moments)]
     try:
-        shares = [copy_to_host(rank_tensors(named, ctx.dist.rank, ctx.dist.world_size), {}) for named in tensors]
+        weights, optimizer = (
+            copy_to_host(rank_tensors(named, ctx.dist.rank, ctx.dist.world_size), {}) for named in tensors
+        )
         tokenizer_file = None if tokenizer.is_default else tokenizer.file
         random = {ctx.dist.rank: bad.random}
-        write_checkpoint(folder, Snapshot(before, to_dict(ctx.config), *shares, random, tokenizer_file))
+        write_checkpoint(folder, Snapshot(before, to_dict(ctx.config), weights, optimizer, random, tokenizer_file))
     except Exception as error:
         return error
     return None

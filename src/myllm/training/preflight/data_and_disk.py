@@ -56,6 +56,7 @@ def inspect_data_and_disk(config: RunConfig) -> DataAndDisk:
     """
     data, folder = config.data, nearest_existing(paths.runs_dir())
     dataset = find_prepared(data)
+    tokens: int | None
     shards, downloads, exact = disk_estimate_bytes(config)["token shards, at most"], 0, False
     if dataset is not None and dataset.known_train_tokens:
         shards, tokens, exact, source = 0, dataset.known_train_tokens, True, dataset.name

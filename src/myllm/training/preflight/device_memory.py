@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 
@@ -137,7 +137,7 @@ def run_within_memory(work: Callable[[], T], dist: DistContext, limit_bytes: int
     (failed,) = distributed.all_reduce_any(failed)
     if failed or peak > limit_bytes:
         raise OutOfMemory
-    return result, peak
+    return cast(T, result), peak
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -107,12 +107,14 @@ def _inspect(config: RunConfig, dist: DistContext) -> tuple[DataAndDisk, int, in
         check_data(config, dataset, batch_plan(config, dist.world_size))
         return storage, steps_done, dataset.val.tokens
 
-    return distributed.run_on_all_ranks(inspect)[0]
+    inspected = distributed.run_on_all_ranks(inspect)[0]
+    assert inspected is not None  # by rank 0
+    return inspected
 
 
 def _rehearse(result: PreflightResult, tokenizer: Tokenizer, say: Say) -> PreflightResult:
     config, dist, limit_bytes = result.config, result.dist, result.limit_bytes
-    size = config.train.micro_batch_size
+    size = batch_plan(config, dist.world_size).micro_batch_size
     with scratch_folder(dist) as folder:
         dataset = random_dataset(config, folder, tokenizer, dist)
         check_data(config, dataset, batch_plan(config, dist.world_size))
@@ -195,7 +197,8 @@ def _state(trainer: Trainer, step: int) -> TrainState:
 def _time_evals(trainer: Trainer, tokenizer: Tokenizer) -> dict[str, tuple[float, str]]:
     """By evaluation: seconds of one batch on each rank after a warm-up, and the error if it failed."""
     ctx = trainer.ctx
-    folder, lines = ctx.paths.root.parent, []
+    folder = ctx.paths.root.parent
+    lines: list[str] = []
     config = shorten_evals(ctx.config, ctx.dist.world_size)
     file = folder / "hellaswag.jsonl"
     if ctx.dist.is_rank_zero:
@@ -224,7 +227,9 @@ def _time_checkpoint(trainer: Trainer, tokenizer: Tokenizer) -> tuple[float, flo
     with AsyncSaver(ctx.config, ctx.paths, model, optimizer, tokenizer, ctx.dist) as saver:
         saver.save(_state(trainer, STEPS))
     saved_at = time.perf_counter()
-    restore(load_latest(ctx.paths.checkpoints, ctx.log), ctx, trainer.dataset, model, optimizer)
+    saved = load_latest(ctx.paths.checkpoints, ctx.log)
+    assert saved is not None
+    restore(saved, ctx, trainer.dataset, model, optimizer)
     loaded_at = time.perf_counter()
     n_bytes = folder_bytes(ctx.paths.checkpoints) if ctx.dist.is_rank_zero else 0
     return distributed.broadcast_object((saved_at - started, loaded_at - saved_at, n_bytes))

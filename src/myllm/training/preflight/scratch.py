@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -104,6 +105,6 @@ def random_dataset(config: RunConfig, folder: Path, tokenizer: Tokenizer, dist: 
 def write_hellaswag(file: Path, count: int) -> None:
     """Rows in HellaSwag's format, as long as its longer ones."""
     context, ending = "the river ran under the old stone bridge while " * 12, "the children counted boats and sang " * 4
-    row = {"activity_label": "Walking", "ctx_a": context, "ctx_b": "", "ctx": context}
+    row: dict[str, Any] = {"activity_label": "Walking", "ctx_a": context, "ctx_b": "", "ctx": context}
     row |= {"endings": [ending] * 4, "label": 0}
     file.write_text("".join(f"{json.dumps(row)}\n" for _ in range(count)), encoding="utf-8")

@@ -64,7 +64,7 @@ def shorten_evals(config: RunConfig, world_size: int) -> RunConfig:
     evals = config.eval
     short = replace(
         evals,
-        validation_tokens=config.train.micro_batch_size * config.model.max_seq_len * world_size,
+        validation_tokens=batch_plan(config, world_size).micro_tokens,
         cloze_examples=min(evals.cloze_examples, CLOZE_BATCH * world_size),
         hellaswag_examples=min(evals.hellaswag_examples or HELLASWAG_EXAMPLES, BATCH_SIZE * world_size),
         sample_prompts=evals.sample_prompts[:1],
@@ -78,7 +78,7 @@ def count_eval_batches(config: RunConfig, world_size: int) -> dict[str, int]:
     sequences = min(evals.validation_tokens, config.data.val_tokens) // model.max_seq_len
     hellaswag = evals.hellaswag_examples or HELLASWAG_EXAMPLES
     return {
-        "validation": ceil(ceil(sequences / world_size) / config.train.micro_batch_size),
+        "validation": ceil(ceil(sequences / world_size) / batch_plan(config, world_size).micro_batch_size),
         "cloze": ceil(ceil(evals.cloze_examples / world_size) / CLOZE_BATCH),
         "hellaswag": ceil(ceil(hellaswag / BATCH_SIZE) / world_size),
         "samples": len(evals.sample_prompts),
@@ -118,6 +118,7 @@ class PreflightResult:
     def seconds_left(self) -> dict[str, float]:
         """By activity."""
         train, evals, measured = self.config.train, self.config.eval, self.measured
+        assert measured is not None
         batches = count_eval_batches(self.config, self.dist.world_size)
         cadences = {
             "validation": evals.validation_every_steps, "cloze": evals.cloze_every_steps,
