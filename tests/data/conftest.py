@@ -153,12 +153,12 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
 PREPARE = """
 import json, sys
 from myllm.config import DataConfig
-from myllm.data.prepare import work_items as units
+from myllm.data.prepare import work_items
 from myllm.data.prepare.multi_machine import prepare_worker_shard
 from myllm.data.prepare.prepare import prepare
 from myllm.errors import UserError
 settings = json.loads(sys.argv[1])
-units.SMALL_BYTES = settings.pop("small_bytes", units.SMALL_BYTES)
+work_items.SMALL_BYTES = settings.pop("small_bytes", work_items.SMALL_BYTES)
 part = settings.pop("part", None)
 try:
     prepare_worker_shard(DataConfig(**settings), part) if part else prepare(DataConfig(**settings))

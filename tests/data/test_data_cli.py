@@ -59,7 +59,7 @@ def test_list_shows_every_known_source_and_what_is_prepared(said, mixed_corpus: 
         assert f"{corpus.name}: {corpus.description}" in shown
     assert "hub:NAMESPACE/NAME" in shown
     assert "files:PATH" in shown
-    assert "nothing is prepared" in shown
+    assert "no prepared data sets yet" in shown
     folder = Path(said("prepare", f"files:{mixed_corpus}", "--val-tokens", "500").splitlines()[0])
     (temp_data / "datasets" / "broken").mkdir()
     (temp_data / "datasets" / "broken" / "settings.json").write_text("{}")

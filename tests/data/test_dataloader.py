@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from myllm.data import sampler as order
+from myllm.data import sampler
 from myllm.data.dataloader import Batch, BatchLoader, has_step, read_batch
 from myllm.data.dataset import Dataset
 from myllm.data.prepare import status
@@ -174,7 +174,7 @@ def test_time_spent_waiting_is_counted(dataset: Dataset) -> None:
 @pytest.fixture
 def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows of 6 sequences: shards end within them, and so do steps."""
-    monkeypatch.setattr(order, "WINDOW_TOKENS", 6 * T)
+    monkeypatch.setattr(sampler, "WINDOW_TOKENS", 6 * T)
 
 
 @pytest.mark.usefixtures("small_windows")

@@ -18,30 +18,29 @@ from myllm.checkpoint.format import load_checkpoint
 from myllm.checkpoint.layout import list_checkpoints
 from myllm.config import DataConfig, EvalConfig, RunConfig
 from myllm.data.dataset import Dataset
-from myllm.data.prepare import background as beside
-from myllm.data.prepare import status
+from myllm.data.prepare import background, status
 from myllm.data.prepare.prepare import prepare
 from myllm.data.prepare.spec import make_spec
 from myllm.data.prepare.status import preparation_lock
 from myllm.errors import UserError
 
-# pretrain.py with windows of 8 sequences and units of two files. A worker takes up a unit only once the number in
-# the file `gate` is larger than the unit's, if there is such a file. All but the end runs in spawned processes too.
+# pretrain.py with windows of 8 sequences and items of two files. A worker takes up an item only once the number in
+# the file `gate` is larger than the item's, if there is such a file. All but the end runs in spawned processes too.
 DRIVER = f"""
 import os, sys, time
 from pathlib import Path
 sys.path.insert(0, {str(ROOT)!r})
 import pretrain
-from myllm.data import sampler as order
-from myllm.data.prepare import scheduler as pipeline, work_items as units
-order.WINDOW_TOKENS, units.SMALL_BYTES = 8 * 64, 3_000
-gate, tokenise = Path(os.environ["GATE"]), units.tokenize_item
-def tokenize_item(unit, paths, source, config, out, stop):
+from myllm.data import sampler
+from myllm.data.prepare import scheduler, work_items
+sampler.WINDOW_TOKENS, work_items.SMALL_BYTES = 8 * 64, 3_000
+gate, tokenize = Path(os.environ["GATE"]), work_items.tokenize_item
+def tokenize_item(item, paths, source, config, out, stop):
     while gate.exists() and int(gate.read_text() or 0) <= int(out.stem):
         time.sleep(0.02)
-    tokenise(unit, paths, source, config, out, stop)
-tokenize_item.__module__ = units.__name__  # the name by which it is handed to a worker
-units.tokenize_item = pipeline.tokenize_item = tokenize_item
+    tokenize(item, paths, source, config, out, stop)
+tokenize_item.__module__ = work_items.__name__  # the name by which it is handed to a worker
+work_items.tokenize_item = scheduler.tokenize_item = tokenize_item
 if __name__ == "__mp_main__":
     time.sleep(float(os.environ.pop("START_DELAY_S", 0)))
 if __name__ == "__main__":
@@ -73,12 +72,12 @@ class Runs:
         self._started.append(process)
         return process
 
-    def open_gate(self, units: int | None = None) -> None:
-        """Let the preparation take so many units; all of them."""
-        if units is None:
+    def open_gate(self, items: int | None = None) -> None:
+        """Let the preparation take so many items; all of them."""
+        if items is None:
             self._gate.unlink(missing_ok=True)
         else:
-            (self.folder / "gate.new").write_text(str(units))
+            (self.folder / "gate.new").write_text(str(items))
             (self.folder / "gate.new").replace(self._gate)
 
     def wait(self, process: subprocess.Popen[str], condition: Callable[[], object]) -> None:
@@ -121,7 +120,7 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
 @pytest.fixture
 def runs(tiny: RunConfig, tmp_path: Path) -> Iterator[Runs]:
     """About 80 sequences an epoch, two a step: the run goes on into the second epoch. What is held out is decided when
-    six units, twelve documents, are there."""
+    six items, twelve documents, are there."""
     source = write_corpus(tmp_path / "growing", documents=30, words=120)
     data = DataConfig(source=f"files:{source}", val_tokens=190, shard_tokens=700, workers=1)
     found = Runs(tmp_path, replace(
@@ -273,13 +272,13 @@ def test_what_an_interrupted_preparation_left_is_not_begun_with(
     growing: Dataset, tiny: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another process of this machine starts the preparation; until it does, nothing is there to rely on."""
-    monkeypatch.setattr(beside, "PATIENCE_S", 0.5)
+    monkeypatch.setattr(background, "PATIENCE_S", 0.5)
     with (
         pytest.raises(UserError, match="ended before the data set was complete"),
-        beside.prepare_in_background(tiny.data, starts=False),
+        background.prepare_in_background(tiny.data, starts=False),
     ):
         pytest.fail("it began")
-    with preparation_lock(growing.folder), beside.prepare_in_background(tiny.data, starts=False) as dataset:
+    with preparation_lock(growing.folder), background.prepare_in_background(tiny.data, starts=False) as dataset:
         assert not dataset.complete
         assert (
             status.describe_progress(dataset) == f"{dataset.train.tokens:,} training tokens so far, from 25% of 0.0 MB"
@@ -287,11 +286,11 @@ def test_what_an_interrupted_preparation_left_is_not_begun_with(
 
 
 def test_a_finished_data_set_starts_no_process_and_is_cleared(tiny: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(beside, "get_context", None)
+    monkeypatch.setattr(background, "get_context", None)
     folder = prepare(tiny.data, progress=False).folder
     assert folder == make_spec(tiny.data).folder
     (folder / "work").mkdir()
-    with beside.prepare_in_background(tiny.data, starts=True) as dataset:
+    with background.prepare_in_background(tiny.data, starts=True) as dataset:
         assert dataset.complete
     assert not (folder / "work").exists()
 
@@ -302,7 +301,7 @@ def test_the_preparation_stands_back_from_training(
     """Its workers, one a core, would else be as many as all ranks' threads together."""
     done: list[str] = []
     monkeypatch.setattr(os, "nice", lambda by: done.append(f"nice {by}"))
-    monkeypatch.setattr(beside, "init_worker", lambda: done.append("started"))
-    monkeypatch.setattr(beside, "prepare", lambda *_: done.append("prepared"))
-    beside._prepare(tiny.data, tmp_path / "made", False)
+    monkeypatch.setattr(background, "init_worker", lambda: done.append("started"))
+    monkeypatch.setattr(background, "prepare", lambda *_: done.append("prepared"))
+    background._prepare(tiny.data, tmp_path / "made", False)
     assert done == ["nice 10", "started", "prepared"]

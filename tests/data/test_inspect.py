@@ -57,7 +57,7 @@ def test_borders_of_documents_are_shown(dataset: Dataset, reference: tiktoken.En
     start, tokens = document_at(dataset, "train", 1)
     around = dataset.train.read(start - 3, len(tokens) + 5)
     shown = describe_tokens(dataset, around)
-    assert shown.startswith("--- goes on from a document that began before\n" + reference.decode(around[:3].tolist()))
-    assert f"--- token 3: a document begins, {len(tokens) - 1:,} tokens of it here\n" in shown
+    assert shown.startswith("--- continues a document that began earlier\n" + reference.decode(around[:3].tolist()))
+    assert f"--- token 3: a document begins, {len(tokens) - 1:,} of its tokens are shown\n" in shown
     assert reference.decode(tokens[1:].tolist()) in shown
     assert describe_tokens(dataset, tokens).startswith("--- token 0: a document begins")

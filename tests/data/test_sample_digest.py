@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from myllm.data import sampler as order
+from myllm.data import sampler
 from myllm.data.dataloader import BatchLoader
 from myllm.data.dataset import Dataset
 from myllm.data.sample_digest import LANES, SampleDigest, hash_samples
@@ -56,7 +56,7 @@ def test_a_receipt_knows_nothing_of_ranks_and_restarts(dataset: Dataset) -> None
 @pytest.fixture
 def samples(dataset: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Places of the first three steps; sequences and rows of four."""
-    sequences = order.step_sequences(DataPosition(0, 0, 3, ""), 4 * SEQUENCES, 50, 50)
+    sequences = sampler.step_sequences(DataPosition(0, 0, 3, ""), 4 * SEQUENCES, 50, 50)
     rows = np.stack([dataset.train.read(int(i) * T, T + 1) for i in sequences])
     return np.arange(3 * SEQUENCES), sequences, rows
 

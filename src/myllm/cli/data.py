@@ -22,29 +22,26 @@ def list_sources() -> None:
 
     rows = [("source", "download", "tokens", "license", "text", "layout")]
     rows += [
-        (each.name, f"{each.download_gb:,g} GB", each.tokens, each.license, each.column, each.layout)
-        for each in CORPORA.values()
+        (corpus.name, f"{corpus.download_gb:,g} GB", corpus.tokens, corpus.license, corpus.column, corpus.layout)
+        for corpus in CORPORA.values()
     ]
     rows.append(("python-stdlib", "none", "4M", "PSF-2.0", "-", "the .py files of this Python's own library"))
-    rows.append(("hub:NAMESPACE/NAME[:GLOB]", "", "", "its own", "text", "any dataset repository of parquet or jsonl"))
+    rows.append(("hub:NAMESPACE/NAME[:GLOB]", "", "", "varies", "text", "any dataset repository of parquet or jsonl"))
     rows.append(("files:PATH", "none", "", "yours", "text", "a file, folder or glob: .txt .md .py .jsonl .parquet ..."))
     print(format_table(rows))
-    print("\n" + "\n".join(f"{each.name}: {each.description}; {each.location}" for each in CORPORA.values()))
-    print("\nFigures are approximate; `myllm data estimate SOURCE` measures.")
+    print("\n" + "\n".join(f"{corpus.name}: {corpus.description}; {corpus.location}" for corpus in CORPORA.values()))
+    print("\nThe numbers are approximate; `myllm data estimate SOURCE` measures.")
     _list_prepared()
 
 
 def _list_prepared() -> None:
-    """The data sets under temp_data/datasets, and how far each is."""
+    """The data sets under temp_data/datasets, with their training tokens so far."""
     from myllm import paths
     from myllm.data.dataset import MANIFEST, PROGRESS, SETTINGS, Dataset
 
     folders = sorted(path.parent for path in paths.datasets_dir().glob(f"[!.]*/{SETTINGS}"))
-    print(
-        f"\nprepared, under {paths.datasets_dir()}:"
-        if folders
-        else f"\nnothing is prepared under {paths.datasets_dir()} yet"
-    )
+    heading = "prepared data sets" if folders else "no prepared data sets yet"
+    print(f"\n{heading} under {paths.datasets_dir()}" + (":" if folders else ""))
     for folder in folders:
         if not any((folder / name).exists() for name in (MANIFEST, PROGRESS)):
             print(f"  {folder.name}  started: run the same command to continue")

@@ -1,4 +1,4 @@
-"""What training will see, decoded: documents, and sequences with the borders of documents in them."""
+"""Documents and training sequences of a data set, decoded."""
 
 from itertools import pairwise
 
@@ -14,7 +14,7 @@ READ_TOKENS = 1 << 20
 
 
 def document_at(dataset: Dataset, split: str, number: int) -> tuple[int, np.ndarray]:
-    """Where a document begins in its split's stream, and its tokens, the end-of-text token in front included.
+    """Where a document begins in its split's stream, and its tokens with the end-of-text token before them.
 
     Raises:
         UserError: there are fewer documents.
@@ -48,8 +48,8 @@ def sequence_at(
     """Where a sequence begins in its split's stream, and its tokens: seq_len inputs, and the last target.
 
     Args:
-        train_seed: count in the order in which a run of this seed takes them, from its first step on. None: in the
-            stream's own order.
+        train_seed: number the sequences in the order of a run with this seed, from its first step on. None: in stored
+            order.
 
     Raises:
         UserError: there are fewer sequences.
@@ -60,25 +60,25 @@ def sequence_at(
         raise UserError(f"{dataset.name} has {total:,} {split} sequences of {seq_len:,} tokens, numbered from 0")
     if train_seed is not None:
         if not total:
-            raise UserError(f"{dataset.name} has not one {split} sequence of {seq_len:,} tokens")
+            raise UserError(f"{dataset.name} has no {split} sequence of {seq_len:,} tokens")
         position = DataPosition(number // total, number % total, train_seed, dataset.fingerprint)
         number = int(step_sequences(position, 1, total, window_sequences(seq_len))[0])
     return number * seq_len, stream.read(number * seq_len, seq_len + 1)
 
 
 def describe_tokens(dataset: Dataset, tokens: np.ndarray) -> str:
-    """Text for people: each document under a line that says where it begins."""
+    """Each document as text, under a line that says where it begins."""
     tokenizer = dataset.tokenizer()
     starts = np.flatnonzero(tokens == dataset.end_of_text).tolist()
     lines = []
     if not starts or starts[0] > 0:
         lines += [
-            "--- goes on from a document that began before",
+            "--- continues a document that began earlier",
             tokenizer.decode(tokens[: starts[0] if starts else None]),
         ]
     for a, b in pairwise([*starts, len(tokens)]):
         lines += [
-            f"--- token {a:,}: a document begins, {b - a - 1:,} tokens of it here",
+            f"--- token {a:,}: a document begins, {b - a - 1:,} of its tokens are shown",
             tokenizer.decode(tokens[a + 1 : b]),
         ]
     return "\n".join(lines)

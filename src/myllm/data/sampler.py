@@ -1,10 +1,9 @@
 """Which sequence comes when: a pure function of the data set, the seed and the epoch.
 
-Sequence i of a stream is tokens [i T, i T + T] (its last token is only a target, and the next sequence's first input),
-so an epoch trains on every token once. The first epoch goes through the stream in windows of WINDOW_TOKENS and shuffles
-within each, so that training can begin while later windows are still being prepared; later epochs shuffle everything.
-The order knows nothing of ranks: a step takes the next G sequences of it, and each rank finds its share of those by
-arithmetic.
+Sequence i of a stream is tokens [i T, i T + T]: its last token is only a target, and the next sequence's first input.
+So an epoch trains on every token once. The first epoch shuffles within windows of WINDOW_TOKENS, so training can begin
+while later windows are still being prepared. Later epochs shuffle everything. The order does not depend on ranks: a
+step takes the next sequences, and each rank computes which of them are its own.
 """
 
 from dataclasses import dataclass, replace
@@ -13,24 +12,24 @@ from functools import lru_cache
 import numpy as np
 
 WINDOW_TOKENS = 1 << 27
-"""134M: more than a shard, so that documents of several files meet, and a minute or two of preparation."""
+"""134M: more than a shard, so a window mixes several files; a minute or two of preparation."""
 
 
 @dataclass(frozen=True)
 class DataPosition:
-    """How far training has come in its data. Global: the same for every rank, and for any number of them."""
+    """How far training is in its data. Global: the same on every rank, for any number of ranks."""
 
     epoch: int
     index: int
-    """Sequences of this epoch's order that are behind."""
+    """Sequences of this epoch that are done."""
     seed: int
     dataset_hash: str
 
     def advance(self, sequences: int, epoch_sequences: int | None) -> "DataPosition":
-        """The position after so many more sequences; epochs follow one another without a gap.
+        """The position after `sequences` more; a step may cross the end of an epoch.
 
         Args:
-            epoch_sequences: in an epoch; None while that is not known, which is within the first.
+            epoch_sequences: in an epoch. None: not known yet, which is only possible in the first epoch.
         """
         if epoch_sequences is None:
             return replace(self, index=self.index + sequences)
@@ -39,7 +38,7 @@ class DataPosition:
 
 
 def count_sequences(tokens: int, seq_len: int) -> int:
-    """Whole sequences in a stream: each needs one token more than it is long, shared with the next."""
+    """Whole sequences in a stream. Each needs one more token, which it shares with the next."""
     return max(tokens - 1, 0) // seq_len
 
 
@@ -48,16 +47,16 @@ def window_sequences(seq_len: int) -> int:
     return max(WINDOW_TOKENS // seq_len, 1)
 
 
-@lru_cache(maxsize=4)  # every step asks again, and one across a window's end asks for two
+@lru_cache(maxsize=4)  # each step needs one, and two at the end of a window
 def window_order(start: int, size: int, seed: int, epoch: int) -> np.ndarray:
     """A permutation of the sequences [start, start + size).
 
-    Made of integer arithmetic alone, so that it stays the same over NumPy's versions, as a generator's might not.
+    Integer arithmetic only: unlike a random generator's, the result is the same in all versions of NumPy.
 
     Shapes:
         returns (size,) int64, read-only
     """
-    # The key decides epoch and seed together, so that neighbouring seeds share no epoch's order.
+    # The key mixes epoch and seed, so that neighboring seeds share no epoch's order.
     key = _splitmix64(_splitmix64(np.array([seed], dtype=np.uint64)) + np.uint64(epoch))
     order = start + np.argsort(_splitmix64(np.arange(start, start + size, dtype=np.uint64) ^ key), kind="stable")
     order.setflags(write=False)
@@ -65,10 +64,10 @@ def window_order(start: int, size: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def step_sequences(position: DataPosition, count: int, n_sequences: int, window: int) -> np.ndarray:
-    """The next `count` sequences, in order, across the end of an epoch if need be.
+    """The next `count` sequences, in order, also across the end of an epoch.
 
     Args:
-        n_sequences: in the stream; while it grows, as many as there are, at least `sequences_needed`.
+        n_sequences: in the stream. If it is still growing, at least `sequences_needed`.
         window: sequences that the first epoch shuffles together.
 
     Shapes:
@@ -91,24 +90,22 @@ def step_sequences(position: DataPosition, count: int, n_sequences: int, window:
 
 
 def sequences_needed(position: DataPosition, count: int, window: int) -> int | None:
-    """How many sequences of a growing stream must be there before the next `count` are decided: whole windows of them.
-    None: all, since a later epoch shuffles everything.
-    """
+    """How many sequences of a growing stream decide the next `count`: whole windows. None: all (after epoch 0)."""
     return None if position.epoch else -(-(position.index + count) // window) * window
 
 
 def rank_rows(micro_step: int, rank: int, world_size: int, micro_batch_size: int) -> slice:
-    """Which of a step's sequences one rank takes in one micro-step."""
+    """The slice of a step's sequences that a rank takes in a micro-step."""
     start = (micro_step * world_size + rank) * micro_batch_size
     return slice(start, start + micro_batch_size)
 
 
 def _splitmix64(x: np.ndarray) -> np.ndarray:
-    """A one-to-one scrambling of 64-bit integers.
+    """A bijective hash of 64-bit integers.
 
     Source: Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators", figure 17's mix64variant13.
     """
-    x = x + np.uint64(0x9E3779B97F4A7C15)  # arrays wrap around silently, as this needs
+    x = x + np.uint64(0x9E3779B97F4A7C15)  # arrays wrap around, as needed here
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

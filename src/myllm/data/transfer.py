@@ -1,4 +1,4 @@
-"""How a batch gets from the loader's thread to training: `send` there, `receive` here.
+"""Moving batches to the device: the loader's thread calls `send`, the training thread `receive`.
 
 Shapes: B micro-batch, T sequence.
 """
@@ -14,13 +14,13 @@ Batch = tuple[Tensor, Tensor]
 
 
 class Transfer(Protocol):
-    """The two ends of the way. What `send` gives is handed to `receive`, in order."""
+    """Both ends of the transfer. What `send` returns is passed to `receive`, in order."""
 
     def send(self, rows: np.ndarray) -> Any:
-        """In the loader's thread: begin to move rows, (B, T + 1) uint16."""
+        """In the loader's thread: start the copy of rows, (B, T + 1) uint16."""
 
     def receive(self, sent: Any) -> Batch:
-        """In training's thread: the batch, on the device, as far as work that is queued later can tell."""
+        """In the training thread: the batch on the device, complete for all work that is queued later."""
 
 
 def make_transfer(device: torch.device) -> Transfer:
@@ -28,10 +28,10 @@ def make_transfer(device: torch.device) -> Transfer:
 
 
 class HostTransfer:
-    """For a device that reads host memory. The loader's thread makes the batch; on a CPU that is all.
+    """For CPU and MPS. The loader's thread builds the batch.
 
-    MPS copies it when training asks, and training waits. A copy that does not block would read the host's memory after
-    it was freed (pytorch/pytorch#189690).
+    On MPS the training thread copies it and waits: a non-blocking copy would read host memory after it was freed
+    (pytorch/pytorch#189690).
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -46,35 +46,35 @@ class HostTransfer:
 
 
 class CudaTransfer:
-    """For CUDA: copies on a stream of their own, from pinned memory, beside the computation.
+    """For CUDA: copies from pinned memory on a side stream, in parallel with the computation.
 
-    The loader's thread queues the copy and behind it an event. Training's stream, not its thread, waits for that event.
-    Two bytes a token travel; a batch is made of them on the device.
+    The loader's thread queues the copy and an event after it. The training stream waits for that event, its thread does
+    not. Two bytes per token are copied, and become a batch on the device.
     """
 
     def __init__(self, device: torch.device, cuda: Any = torch.cuda) -> None:
         """
         Args:
-            cuda: stands in for torch.cuda in tests.
+            cuda: replaced in tests.
         """
         self._device, self._cuda = device, cuda
         self._stream = cuda.Stream(device)
 
     def send(self, rows: np.ndarray) -> tuple[Tensor, Any]:
-        # The stream's context makes its device this thread's too. Without, pinning would open a context on GPU 0.
+        # The stream's context also sets this thread's device. Without it, pinning would open a context on GPU 0.
         with self._cuda.stream(self._stream):
-            # The allocator of pinned memory gives it to nobody else before the copy is done.
-            there = pin_rows(rows).to(self._device, non_blocking=True)
+            # The pinned allocator does not reuse the memory before the copy is done.
+            rows_on_device = pin_rows(rows).to(self._device, non_blocking=True)
             copied = self._cuda.Event()
             copied.record(self._stream)
-        return there, copied
+        return rows_on_device, copied
 
     def receive(self, sent: tuple[Tensor, Any]) -> Batch:
-        there, copied = sent
+        rows_on_device, copied = sent
         stream = self._cuda.current_stream(self._device)
         stream.wait_event(copied)
-        there.record_stream(stream)  # else its memory could be the next copy's while this stream still reads it
-        return inputs_and_targets_on_device(there)
+        rows_on_device.record_stream(stream)  # or the next copy could take its memory while this stream still reads it
+        return inputs_and_targets_on_device(rows_on_device)
 
 
 def pin_rows(rows: np.ndarray) -> Tensor:
@@ -85,22 +85,22 @@ def pin_rows(rows: np.ndarray) -> Tensor:
 
 
 def inputs_and_targets(rows: np.ndarray) -> Batch:
-    """The batch that rows hold, in host memory.
+    """A batch in host memory.
 
     Shapes:
         rows (B, T + 1) uint16
     """
-    # NumPy alone: in the loader's thread torch would open a second pool of threads.
+    # With NumPy: in the loader's thread torch would start a second OpenMP pool.
     tokens = rows.astype(np.int64)
     inputs, targets = np.ascontiguousarray(tokens[:, :-1]), np.ascontiguousarray(tokens[:, 1:])
     return torch.from_numpy(inputs), torch.from_numpy(targets)
 
 
 def inputs_and_targets_on_device(rows: Tensor) -> Batch:
-    """The same on the rows' device.
+    """The same on the device of the rows.
 
     Shapes:
-        rows (B, T + 1) int16 with the bits of uint16, which not every device can compute with
+        rows (B, T + 1) int16 with the bits of uint16, which few devices can compute with
     """
     tokens = rows.to(torch.int64) & 0xFFFF
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from myllm.config import DataConfig
-from myllm.data.prepare import work_items as units_module
+from myllm.data.prepare import work_items
 from myllm.data.prepare.work_items import load_item_index, make_work_items, tokenize_item, tokens_path
 from myllm.data.sources import readers
 from myllm.data.sources.read_task import MAX_LOGGED_SKIPS
@@ -37,9 +37,9 @@ def work(tmp_path: Path, tokenizer: Tokenizer) -> Work:
     def do(folder: Path, **settings: object) -> tuple[list[str], dict[str, int], list[str]]:
         source = find_source(f"files:{folder}", settings.pop("column", None))
         texts, counts, places = [], {}, []
-        for number, unit in enumerate(make_work_items(source.files, False, 0)):
+        for number, item in enumerate(make_work_items(source.files, False, 0)):
             paths = {file.name: Path(file.location) for file in source.files}
-            tokenize_item(unit, paths, source, DataConfig(**settings), tokens_path(tmp_path, number), tmp_path / "stop")
+            tokenize_item(item, paths, source, DataConfig(**settings), tokens_path(tmp_path, number), tmp_path / "stop")
             index = load_item_index(tmp_path, number)
             tokens = np.fromfile(tokens_path(tmp_path, number), dtype="<u2")
             assert len(tokens) == index.lengths.sum()
@@ -116,9 +116,9 @@ def test_a_line_of_50_mb(folder: Path, tmp_path: Path, tokenizer: Tokenizer) -> 
     with (folder / "a.jsonl").open("wb") as file:
         file.writelines([line("before"), line(text), line("after")])
     source, documents = find_source(f"files:{folder}"), []
-    for number, unit in enumerate(make_work_items(source.files, False, 0)):  # the line reaches over several
+    for number, item in enumerate(make_work_items(source.files, False, 0)):  # the line reaches over several
         out = tokens_path(tmp_path, number)
-        tokenize_item(unit, {"a.jsonl": folder / "a.jsonl"}, source, DataConfig(), out, tmp_path / "stop")
+        tokenize_item(item, {"a.jsonl": folder / "a.jsonl"}, source, DataConfig(), out, tmp_path / "stop")
         index = load_item_index(tmp_path, number)
         assert not index.skips.counts
         documents += np.split(np.fromfile(out, dtype="<u2"), np.cumsum(index.lengths))[:-1]
@@ -133,7 +133,7 @@ def test_a_line_that_is_too_long_to_hold_costs_only_itself(
     folder: Path, work: Work, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(readers, "MAX_LINE_BYTES", 1_000)
-    monkeypatch.setattr(units_module, "PART_BYTES", 5_000)  # the long line is in one part, or in several
+    monkeypatch.setattr(work_items, "PART_BYTES", 5_000)  # the long line is in one part, or in several
     (folder / "a.jsonl").write_bytes(line("before") * 50 + line("x" * 20_000) + line("after") * 50)
     texts, counts, places = work(folder)
     assert texts == ["before"] * 50 + ["after"] * 50

@@ -17,7 +17,7 @@ from support.hub_server import HubServer
 
 from myllm.config import DataConfig
 from myllm.data.prepare import prepare as preparing
-from myllm.data.prepare import work_items as units
+from myllm.data.prepare import work_items
 from myllm.data.prepare.prepare import prepare
 from myllm.data.prepare.scheduler import WorkScheduler
 from myllm.data.prepare.workers import Downloads, Workers
@@ -47,7 +47,7 @@ def begun(folder: Path) -> bool:
 
 
 def add_many(hub: HubServer, count: int = 12) -> list[str]:
-    """A repository of some files, of which each makes a unit where `small_bytes` is 1."""
+    """A repository of some files, of which each makes an item where `small_bytes` is 1."""
     chance, files = random.Random(1), {}
     for number in range(count):
         rows = [{"text": "été 日本 " + " ".join(str(chance.randrange(10**6)) for _ in range(300))} for _ in range(60)]
@@ -78,10 +78,10 @@ def test_few_downloads_are_on_the_disk_at_a_time(hub: HubServer, started: Any, t
 
 
 @pytest.mark.parametrize(("kind", "most"), [(".jsonl", Downloads.AHEAD_FILES), (".json.gz", 10)])
-def test_a_file_of_many_units_is_not_followed_by_all_the_others(kind: str, most: int, tmp_path: Path) -> None:
-    """Eight units under way and two ahead: of few large files where they are read in parts, else of ten."""
-    files = [SourceFile(f"{i}{kind}", f"https://x/{i}", "jsonl", 34 * units.PART_BYTES, "") for i in range(40)]
-    found, fetched = units.make_work_items(files, True, 0), set()
+def test_a_file_of_many_items_is_not_followed_by_all_the_others(kind: str, most: int, tmp_path: Path) -> None:
+    """Eight items under way and two ahead: of few large files where they are read in parts, else of ten."""
+    files = [SourceFile(f"{i}{kind}", f"https://x/{i}", "jsonl", 34 * work_items.PART_BYTES, "") for i in range(40)]
+    found, fetched = work_items.make_work_items(files, True, 0), set()
     downloads = SimpleNamespace(start=lambda file: fetched.add(file.name))
     scheduler = WorkScheduler(SimpleNamespace(work_items=found), tmp_path, Workers(4, None, downloads))
     scheduler._start_downloads()
@@ -129,7 +129,7 @@ def test_kills_and_workers_change_no_byte(
 ) -> None:  # fmt: skip
     """Killed in the middle of a download, and again once some tokens are sealed."""
     names = add_many(hub, 6)
-    files = units.order_files(preparing.resolve(DataConfig(source=MANY["source"])).source.files, True, 0)
+    files = work_items.order_files(preparing.resolve(DataConfig(source=MANY["source"])).source.files, True, 0)
     size = sum(file.size_bytes for file in files)
 
     def kill_when(moment: Callable[[], object], count: int) -> None:

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from myllm.config import DataConfig
-from myllm.data.prepare import scheduler as pipeline
-from myllm.data.prepare import work_items as units
+from myllm.data.prepare import scheduler, work_items
 from myllm.data.prepare.multi_machine import (
     items_of_shard,
     merge_worker_shards,
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 
 Hashes = Callable[[Path], dict[str, str]]
 SMALL_BYTES = 1
-"""A file a unit: five of them."""
+"""A file an item: five of them."""
 SETTINGS: list[dict[str, Any]] = [
     {}, {"dedup_exact": True}, {"target_tokens": 9_000}, {"target_tokens": 500, "dedup_exact": True},
     {"max_documents": 150}, {"shuffle_files": False},
@@ -37,7 +36,7 @@ SETTINGS: list[dict[str, Any]] = [
 
 @pytest.fixture
 def asked(mixed_corpus: Path, temp_data: Path, in_process: None, monkeypatch: pytest.MonkeyPatch) -> DataConfig:
-    monkeypatch.setattr(units, "SMALL_BYTES", SMALL_BYTES)
+    monkeypatch.setattr(work_items, "SMALL_BYTES", SMALL_BYTES)
     return DataConfig(source=f"files:{mixed_corpus}", val_tokens=500, shard_tokens=5_000, workers=1)
 
 
@@ -110,9 +109,9 @@ def test_a_part_goes_on_where_it_was_interrupted(
 ) -> None:
     expected = alone(asked, hashes)
     done: list[str] = []
-    original = pipeline.tokenize_item
+    original = scheduler.tokenize_item
 
-    def tokenise(*args: Any) -> None:
+    def tokenize(*args: Any) -> None:
         if args[4].name in ("000001.bin", "000003.bin") and args[4].name not in tried:
             tried.add(args[4].name)
             raise KeyboardInterrupt
@@ -120,19 +119,19 @@ def test_a_part_goes_on_where_it_was_interrupted(
         done.append(args[4].name)
 
     tried: set[str] = set()
-    monkeypatch.setattr(pipeline, "tokenize_item", tokenise)
+    monkeypatch.setattr(scheduler, "tokenize_item", tokenize)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             prepare_worker_shard(asked, "1/1", progress=False)
     prepare_worker_shard(asked, "1/1", progress=False)
     assert prepare_worker_shard(asked, "1/1", progress=False).name == "shard-1-of-1"
-    assert sorted(done) == [f"{number:06d}.bin" for number in range(5)], "a unit was made twice"
+    assert sorted(done) == [f"{number:06d}.bin" for number in range(5)], "an item was made twice"
     assert hashes(merge_worker_shards(make_spec(asked).folder, progress=False).folder) == expected
     assert len(done) == 5, "what the part had made was made again"
 
 
 def test_an_interrupted_merge_continues(asked: DataConfig, hashes: Hashes) -> None:
-    """Also where it was taking over the parts: a unit's tokens were moved, its index was not."""
+    """Also where it was taking over the parts: an item's tokens were moved, its index was not."""
     expected = alone(asked, hashes)
     for part in ("1/2", "2/2"):
         made = prepare_worker_shard(asked, part, progress=False)
@@ -201,26 +200,26 @@ def test_an_ordinary_preparation_takes_what_parts_have_finished(
     expected = alone(asked, hashes)
     prepare_worker_shard(asked, "1/2", progress=False)
     done: list[int] = []
-    original = pipeline.tokenize_item
-    monkeypatch.setattr(pipeline, "tokenize_item", lambda *args: (done.append(1), original(*args))[1])
+    original = scheduler.tokenize_item
+    monkeypatch.setattr(scheduler, "tokenize_item", lambda *args: (done.append(1), original(*args))[1])
     assert hashes(prepare(asked, progress=False).folder) == expected
     assert len(done) == 2, "three of five files were there"
 
 
 @pytest.mark.parametrize("text", ["0/3", "4/3", "1", "1/", "/3", "1/0", "-1/3", "a/b", "1/3/5", "1.5/3", "", " 1/3"])
-def test_a_part_that_is_none_is_said(text: str, asked: DataConfig) -> None:
+def test_an_invalid_worker_shard_is_refused(text: str, asked: DataConfig) -> None:
     with pytest.raises(UserError, match=r"invalid worker shard .*for example 3/16"):
         prepare_worker_shard(asked, text, progress=False)
 
 
-def test_parts_share_out_every_unit_and_keep_a_file_together(asked: DataConfig) -> None:
+def test_parts_share_out_every_item_and_keep_a_file_together(asked: DataConfig) -> None:
     assert parse_worker_shard("3/16") == (3, 16)
     found = make_spec(asked).work_items
     for parts in range(1, 8):
         shares = [items_of_shard(found, number, parts) for number in range(1, parts + 1)]
         assert sorted(itertools.chain(*shares)) == list(range(len(found)))
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
-    pieces = [(replace(piece, part=part, num_parts=3),) for unit in found for piece in unit for part in range(3)]
+    pieces = [(replace(piece, part=part, num_parts=3),) for item in found for piece in item for part in range(3)]
     for number in (1, 2):
         files = {pieces[at][0].file.name for at in items_of_shard(pieces, number, 2)}
         others = {pieces[at][0].file.name for at in items_of_shard(pieces, 3 - number, 2)}

@@ -176,7 +176,7 @@ def test_the_manifest_says_what_made_it(mixed_corpus: Path) -> None:
 
 
 def test_the_spans_say_where_each_shard_came_from(mixed_corpus: Path) -> None:
-    """Shard, unit, start, end: end to end they are the shards, in order."""
+    """Shard, item, start, end: end to end they are the shards, in order."""
     dataset = prepare(config(mixed_corpus, shard_tokens=1_000), progress=False)
     spans = np.load(dataset.folder / "spans.npy")
     assert spans.dtype == np.int64

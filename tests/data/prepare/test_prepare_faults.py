@@ -16,7 +16,7 @@ import pytest
 
 from myllm.config import DataConfig
 from myllm.data.dataset import Dataset
-from myllm.data.prepare import work_items as units
+from myllm.data.prepare import work_items
 from myllm.data.prepare.prepare import prepare
 from myllm.errors import UserError
 
@@ -29,7 +29,7 @@ SETTINGS = {"val_tokens": 5_000, "shard_tokens": 100_000, "small_bytes": 300_000
 
 @pytest.fixture(scope="session")
 def big_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """4.4 MB in 24 files: with SETTINGS twelve units, thirteen shards, and a second or so of work."""
+    """4.4 MB in 24 files: with SETTINGS twelve items, thirteen shards, and a second or so of work."""
     folder = tmp_path_factory.mktemp("big") / "big"
     folder.mkdir()
     chance = random.Random(2)
@@ -59,7 +59,7 @@ def undisturbed(big_corpus: Path, tmp_path_factory: pytest.TempPathFactory, hash
 def prepare_big(corpus: Path, workers: int) -> Dataset:
     settings = {name: value for name, value in SETTINGS.items() if name != "small_bytes"}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(units, "SMALL_BYTES", SETTINGS["small_bytes"])
+        patch.setattr(work_items, "SMALL_BYTES", SETTINGS["small_bytes"])
         return prepare(DataConfig(source=f"files:{corpus}", workers=workers, **settings), progress=False)
 
 
@@ -182,7 +182,7 @@ def test_interrupted_it_stops_at_once_and_can_go_on(
     preparations.wait_for(lambda: not preparations.processes())
     assert (preparations.folder / "work").is_dir()  # far from the end of so long a file
     assert not preparations.seen("train_*.npy")
-    assert not preparations.seen("work/.*.tmp"), "half a unit is left"
+    assert not preparations.seen("work/.*.tmp"), "half an item is left"
 
 
 def test_two_at_once_make_one_data_set(
@@ -215,7 +215,7 @@ def test_a_full_disk_ends_with_a_clear_message_and_code_2(big_corpus: Path, prep
 def test_room_that_runs_out_anywhere_costs_nothing(
     limit: int, big_corpus: Path, preparations: "Preparations", undisturbed: dict[str, str], hashes: Hashes
 ) -> None:
-    """At the settings, at a unit, at a training shard: afterwards the same command finishes."""
+    """At the settings, at an item, at a training shard: afterwards the same command finishes."""
     code, errors = finish(preparations.start(LIMIT.format(limit), source=f"files:{big_corpus}", workers=2, **SETTINGS))
     assert code == 1
     assert "user error: no room to write" in errors
@@ -242,10 +242,10 @@ def test_a_file_that_vanishes_is_named_and_may_be_put_back(
     big_corpus: Path, tmp_path: Path, temp_data: Path, undisturbed: dict[str, str], hashes: Hashes
 ) -> None:
     copy = shutil.copytree(big_corpus, tmp_path / "big")
-    found = units.order_files
+    found = work_items.order_files
     with pytest.MonkeyPatch.context() as patch:
         # After the listing, before it is read.
-        patch.setattr(units, "order_files", lambda *a: ((copy / "07.py").unlink(missing_ok=True), found(*a))[1])
+        patch.setattr(work_items, "order_files", lambda *a: ((copy / "07.py").unlink(missing_ok=True), found(*a))[1])
         with pytest.raises(UserError, match=r"07\.py no longer exists; restore it"):
             prepare_big(copy, 2)
     shutil.copyfile(big_corpus / "07.py", copy / "07.py")

@@ -17,9 +17,7 @@ import pytest
 from myllm.config import DataConfig
 from myllm.data.dataset import Dataset
 from myllm.data.prepare import prepare as preparing
-from myllm.data.prepare import scheduler as pipeline
-from myllm.data.prepare import shard_writer as assemble
-from myllm.data.prepare import work_items as units
+from myllm.data.prepare import scheduler, shard_writer, work_items
 from myllm.data.prepare.disk_space import check_disk
 from myllm.data.prepare.multi_machine import prepare_worker_shard
 from myllm.data.prepare.prepare import prepare
@@ -81,7 +79,7 @@ def test_the_room_is_said_where_there_is_enough(mixed_corpus: Path, capsys: pyte
 
 
 MOMENTS = {
-    "a unit": ("myllm.data.prepare.work_items.np.savez", 1),
+    "an item": ("myllm.data.prepare.work_items.np.savez", 1),
     "a shard": ("myllm.data.prepare.shard_writer.write_shard", 2),
     "the settings": ("myllm.data.prepare.work_dir.write_json", 0),
     "the list of shards": ("myllm.data.prepare.shard_writer.write_json", 1),
@@ -96,7 +94,7 @@ def test_room_that_runs_out_is_said_and_nothing_is_lost(
     moment: str, number: int, mixed_corpus: Path, monkeypatch: pytest.MonkeyPatch, hashes: Hashes
 ) -> None:
     name, after = MOMENTS[moment]
-    monkeypatch.setattr(units, "SMALL_BYTES", 20_000)  # several units
+    monkeypatch.setattr(work_items, "SMALL_BYTES", 20_000)  # several items
     expected = hashes(prepare(config(mixed_corpus, shard_tokens=9_000), progress=False).folder)
     shutil.rmtree(make_spec(config(mixed_corpus, shard_tokens=9_000)).folder)
     module, _, function = name.rpartition(".")
@@ -119,23 +117,23 @@ def test_room_that_runs_out_is_said_and_nothing_is_lost(
     assert len(calls) > max(after, 0)
     [folder] = (path for path in make_spec(config(mixed_corpus)).folder.parent.iterdir() if path.is_dir())
     assert not (folder / "manifest.json").exists()
-    with pytest.raises(UserError, match="not whole yet"):
+    with pytest.raises(UserError, match="is incomplete"):
         Dataset.open(folder)
     dataset = prepare(config(mixed_corpus, shard_tokens=9_000), progress=False)
     assert hashes(dataset.folder) == expected
 
 
 def interrupt(asked: DataConfig, stop_after: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prepare up to this unit."""
-    add = assemble.ShardWriter.add
+    """Prepare up to this item."""
+    add = shard_writer.ShardWriter.add
 
-    def stop(self: assemble.ShardWriter, number: int, size_bytes: int) -> None:
+    def stop(self: shard_writer.ShardWriter, number: int, size_bytes: int) -> None:
         add(self, number, size_bytes)
         if number == stop_after:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(assemble.ShardWriter, "add", stop)
+        patch.setattr(shard_writer.ShardWriter, "add", stop)
         with pytest.raises(KeyboardInterrupt):
             prepare(asked, progress=False)
 
@@ -143,8 +141,8 @@ def interrupt(asked: DataConfig, stop_after: int, monkeypatch: pytest.MonkeyPatc
 def interrupted(
     source: Path, monkeypatch: pytest.MonkeyPatch, hashes: Hashes
 ) -> tuple[DataConfig, Path, dict[str, str]]:
-    """A data set in the midst of its fourth unit, its folder, and the hashes that it has when whole."""
-    monkeypatch.setattr(units, "SMALL_BYTES", 1)
+    """A data set in the midst of its fourth item, its folder, and the hashes that it has when whole."""
+    monkeypatch.setattr(work_items, "SMALL_BYTES", 1)
     asked = config(source, shard_tokens=5_000)
     expected = hashes(prepare(asked, progress=False).folder)
     folder = make_spec(asked).folder
@@ -153,40 +151,40 @@ def interrupted(
     return asked, folder, expected
 
 
-def count_units(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The units that are tokenised from now on, by the name of their file."""
+def count_items(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The items that are tokenised from now on, by the name of their file."""
     done: list[str] = []
-    original = pipeline.tokenize_item
+    original = scheduler.tokenize_item
 
-    def tokenise(*args: Any) -> None:
+    def tokenize(*args: Any) -> None:
         original(*args)
         done.append(args[4].name)
 
-    monkeypatch.setattr(pipeline, "tokenize_item", tokenise)
+    monkeypatch.setattr(scheduler, "tokenize_item", tokenize)
     return done
 
 
 @pytest.mark.parametrize("dedup", [False, True])
-def test_only_unfinished_units_are_done_again(
+def test_only_unfinished_items_are_done_again(
     dedup: bool, mixed_corpus: Path, monkeypatch: pytest.MonkeyPatch, hashes: Hashes
 ) -> None:
-    """Stopped after each unit in turn: in all, every unit is tokenised once, every shard written once."""
-    monkeypatch.setattr(units, "SMALL_BYTES", 1)  # a unit a file
+    """Stopped after each item in turn: in all, every item is tokenised once, every shard written once."""
+    monkeypatch.setattr(work_items, "SMALL_BYTES", 1)  # an item a file
     asked = config(mixed_corpus, shard_tokens=5_000, dedup_exact=dedup)
-    done = count_units(monkeypatch)
+    done = count_items(monkeypatch)
     expected = hashes(prepare(asked, progress=False).folder)
     assert done == [f"{number:06d}.bin" for number in range(5)]
     folder = make_spec(asked).folder
     shutil.rmtree(folder)
     done.clear()
     written: list[str] = []
-    write = assemble.write_shard
+    write = shard_writer.write_shard
 
     def write_and_say(path: Path, *args: Any) -> str:
         written.append(path.name)
         return write(path, *args)
 
-    monkeypatch.setattr(assemble, "write_shard", write_and_say)
+    monkeypatch.setattr(shard_writer, "write_shard", write_and_say)
     for stop_after in range(5):
         interrupt(asked, stop_after, monkeypatch)
         assert not (folder / "manifest.json").exists()
@@ -197,23 +195,23 @@ def test_only_unfinished_units_are_done_again(
 
 
 def test_tokens_are_deleted_once_they_are_in_shards(mixed_corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(units, "SMALL_BYTES", 1)
+    monkeypatch.setattr(work_items, "SMALL_BYTES", 1)
     most = 0
-    list_written = assemble.ShardWriter.list_written
+    list_written = shard_writer.ShardWriter.list_written
 
-    def look(self: assemble.ShardWriter, wait_for_all: bool = False) -> None:
+    def look(self: shard_writer.ShardWriter, wait_for_all: bool = False) -> None:
         nonlocal most
         list_written(self, wait_for_all)
         most = max(most, len(list((self._folder / "work").glob("*.bin"))))
 
-    monkeypatch.setattr(assemble.ShardWriter, "list_written", look)
+    monkeypatch.setattr(shard_writer.ShardWriter, "list_written", look)
     prepare(config(mixed_corpus, shard_tokens=500), progress=False)
-    assert most <= 3, "units lie about that no shard needs"
+    assert most <= 3, "items lie about that no shard needs"
 
 
 @pytest.mark.parametrize(
     "loss",
-    ["progress.json", "val_00000.npy", "train_00001.npy", "half a shard", "settings.json", "a unit", "all units"],
+    ["progress.json", "val_00000.npy", "train_00001.npy", "half a shard", "settings.json", "an item", "all items"],
 )
 def test_what_someone_deleted_from_an_unfinished_data_set_is_made_again(
     loss: str, mixed_corpus: Path, monkeypatch: pytest.MonkeyPatch, hashes: Hashes
@@ -222,12 +220,12 @@ def test_what_someone_deleted_from_an_unfinished_data_set_is_made_again(
     left = sorted((folder / "work").glob("*.bin"))
     if loss == "half a shard":
         (folder / "train_00000.npy").write_bytes((folder / "train_00000.npy").read_bytes()[:3_000])
-    elif "unit" in loss:
-        for path in left[: 1 if loss == "a unit" else None]:
+    elif "item" in loss:
+        for path in left[: 1 if loss == "an item" else None]:
             path.unlink()
     else:
         (folder / loss).unlink()
-    for _ in range(len(left) if "unit" in loss else 0):
+    for _ in range(len(left) if "item" in loss else 0):
         with contextlib.suppress(UserError):  # says which is gone
             prepare(asked, progress=False)
     assert hashes(prepare(asked, progress=False).folder) == expected
@@ -243,7 +241,7 @@ def flip(content: bytes) -> bytes:
     "damage", [flip, lambda c: b"", lambda c: c[: len(c) // 2], lambda c: bytes(len(c)), lambda c: c + b"ab"],
     ids=["a bit", "empty", "half", "zeros", "more"],
 )  # fmt: skip
-def test_units_that_a_power_failure_left_damaged_are_made_again(
+def test_items_that_a_power_failure_left_damaged_are_made_again(
     damage: Callable[[bytes], bytes], kind: str, mixed_corpus: Path, monkeypatch: pytest.MonkeyPatch, hashes: Hashes
 ) -> None:
     asked, folder, expected = interrupted(mixed_corpus, monkeypatch, hashes)

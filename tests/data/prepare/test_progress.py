@@ -11,7 +11,7 @@ from myllm.data.prepare.progress import ProgressLines, progress_bar
 
 def test_a_line_now_and_then(capsys: pytest.CaptureFixture[str]) -> None:
     now = [0.0]
-    with ProgressLines(1_000_000, "tokenising", clock=lambda: now[0]) as bar:
+    with ProgressLines(1_000_000, "tokenizing", clock=lambda: now[0]) as bar:
         for second in range(100):
             now[0] = float(second)
             bar.set_postfix_str(f"{second}M tokens", refresh=False)
@@ -21,15 +21,15 @@ def test_a_line_now_and_then(capsys: pytest.CaptureFixture[str]) -> None:
     assert "\r" not in said
     assert said.isascii()
     assert said.splitlines() == [
-        "tokenising: 31% of 1.00MB, 10.3kB/s, 01:06 left, 30M tokens",
-        "tokenising: 61% of 1.00MB, 10.2kB/s, 00:38 left, 60M tokens",
-        "tokenising: 91% of 1.00MB, 10.1kB/s, 00:08 left, 90M tokens",
+        "tokenizing: 31% of 1.00MB, 10.3kB/s, 01:06 left, 30M tokens",
+        "tokenizing: 61% of 1.00MB, 10.2kB/s, 00:38 left, 60M tokens",
+        "tokenizing: 91% of 1.00MB, 10.1kB/s, 00:08 left, 90M tokens",
     ]
 
 
 def test_a_source_of_unknown_size_is_no_division_by_zero(capsys: pytest.CaptureFixture[str]) -> None:
     now = iter([0.0, 31.0, 62.0])
-    bar = ProgressLines(0, "tokenising", clock=lambda: next(now))
+    bar = ProgressLines(0, "tokenizing", clock=lambda: next(now))
     bar.refresh()
     bar.update(1_000)
     assert len(capsys.readouterr().err.splitlines()) == 2

@@ -55,11 +55,11 @@ def test_a_damaged_shard_is_made_again(damage: Callable[[Path], None], config: D
     assert (folder / "train_00001.npy").stat() == untouched, "an intact shard was written again"
 
 
-def test_only_the_units_of_the_damaged_shard_are_read(
+def test_only_the_items_of_the_damaged_shard_are_read(
     config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for number in range(6):
-        (tmp_path / "corpus" / f"own{number}.py").write_text(f"# {number}\n" + "word_" * 500_000)  # a unit each
+        (tmp_path / "corpus" / f"own{number}.py").write_text(f"# {number}\n" + "word_" * 500_000)  # an item each
     dataset = prepare(replace(config, shard_tokens=300_000), progress=False)
     numbers: list[int] = []
     real = repairing.WorkScheduler

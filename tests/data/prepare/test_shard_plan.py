@@ -52,7 +52,7 @@ class Naive:
         """Whole documents, and the one whose end is held out, by number, with the places held out."""
         rules, documents = self.rules, self.documents
         most = rules.most_held_out
-        for edge in edges[1:]:  # whole units, until there is enough to know what a tenth is
+        for edge in edges[1:]:  # whole items, until there is enough to know what a tenth is
             wanted, distinct, seen = [], [], set()
             for number, (_, content) in enumerate(documents[:edge]):
                 if content not in seen:
@@ -125,15 +125,15 @@ def cut(
     return shards + list(planner.finish()), planner, items
 
 
-def tokens_of(cuts: list[ShardSpec], split: str, units: list[list[Document]]) -> list[tuple[int, int]]:
-    """Each token of a split, as its document's number over all units, and its place in it."""
+def tokens_of(cuts: list[ShardSpec], split: str, items: list[list[Document]]) -> list[tuple[int, int]]:
+    """Each token of a split, as its document's number over all items, and its place in it."""
     owners, first = [], 0
-    for unit in units:
-        owners.append([(first + i, at) for i, (length, _) in enumerate(unit) for at in range(length)])
-        first += len(unit)
+    for item in items:
+        owners.append([(first + i, at) for i, (length, _) in enumerate(item) for at in range(length)])
+        first += len(item)
     spans = [span for each in cuts if each.split == split for span in each.spans]
     assert all(start < end for _, start, end in spans)
-    return [owners[unit][at] for unit, start, end in spans for at in range(start, end)]
+    return [owners[item][at] for item, start, end in spans for at in range(start, end)]
 
 
 RULES = st.builds(
@@ -152,10 +152,10 @@ HASHES = st.sampled_from([*range(12), 2**63, 2**64 - 1])
 def test_documents_go_where_the_rules_say_however_they_are_grouped(
     rules: Rules, documents: list[Document], borders: list[int]
 ) -> None:
-    cuts, counted, units = cut(rules, documents, borders)
+    cuts, counted, items = cut(rules, documents, borders)
     naive = Naive(rules, documents, borders)
     for split, expected in (("val", naive.val), ("train", naive.train)):
-        assert tokens_of(cuts, split, units) == expected
+        assert tokens_of(cuts, split, items) == expected
         shards = [each for each in cuts if each.split == split]
         assert [each.number for each in shards] == list(range(len(shards)))
         assert [each.tokens for each in shards[:-1]] == [rules.shard_tokens] * (len(shards) - 1)
@@ -205,9 +205,9 @@ def test_one_long_document_among_short_ones_is_not_held_out(at: int, wanted: int
 
 
 def test_a_single_document_is_split_and_its_end_held_out() -> None:
-    cuts, counted, units = cut(Rules(val_tokens=500, shard_tokens=1_000), [(1_000, 1)], [])
-    assert tokens_of(cuts, "train", units) == [(0, at) for at in range(901)]
-    assert tokens_of(cuts, "val", units) == [(0, 0), *((0, at) for at in range(901, 1_000))]
+    cuts, counted, items = cut(Rules(val_tokens=500, shard_tokens=1_000), [(1_000, 1)], [])
+    assert tokens_of(cuts, "train", items) == [(0, at) for at in range(901)]
+    assert tokens_of(cuts, "val", items) == [(0, 0), *((0, at) for at in range(901, 1_000))]
     assert [each.documents for each in cuts] == [1, 1]
     assert counted.counts["documents_split"] == 1
 

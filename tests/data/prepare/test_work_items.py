@@ -1,4 +1,4 @@
-"""Files make units of work, each file and part in exactly one; a worker makes tokens of them, and an index."""
+"""Files make items of work, each file and part in exactly one; a worker makes tokens of them, and an index."""
 
 import hashlib
 import random
@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from myllm.config import DataConfig
-from myllm.data.prepare import work_items as units_module
+from myllm.data.prepare import work_items
 from myllm.data.prepare.work_items import (
     PART_BYTES,
     SMALL_BYTES,
@@ -33,8 +33,8 @@ def file(name: str, size_bytes: int = 1, where: str = "/x") -> SourceFile:
     return SourceFile(name, where, "whole", size_bytes, name)
 
 
-def shape(units: list[WorkItem]) -> list[list[tuple[str, int, int]]]:
-    return [[(piece.file.name, piece.part, piece.num_parts) for piece in unit] for unit in units]
+def shape(items: list[WorkItem]) -> list[list[tuple[str, int, int]]]:
+    return [[(piece.file.name, piece.part, piece.num_parts) for piece in item] for item in items]
 
 
 # -- which files together ---------------------------------------------------------------------------------------------
@@ -47,12 +47,12 @@ SIZES = st.sampled_from([0, 1, 1_000, 900_000, SMALL_BYTES, 10 * SMALL_BYTES, PA
     st.booleans(),
     st.randoms(use_true_random=False),
 )
-def test_each_file_and_part_is_in_one_unit(
+def test_each_file_and_part_is_in_one_item(
     named: dict[str, tuple[int, str]], shuffle: bool, chance: random.Random
 ) -> None:
     files = [file(f"{name}x{suffix}", min(size, 50 * PART_BYTES)) for name, (size, suffix) in named.items()]
-    units = make_work_items(files, shuffle, 3)
-    pieces = [piece for unit in units for piece in unit]
+    items = make_work_items(files, shuffle, 3)
+    pieces = [piece for item in items for piece in item]
     for each in files:
         mine = [piece for piece in pieces if piece.file == each]
         parts = len(mine)
@@ -60,10 +60,10 @@ def test_each_file_and_part_is_in_one_unit(
         assert (parts > 1) == (each.name.endswith(".parquet") and each.size_bytes > 1.5 * PART_BYTES)
         assert all(piece.size_bytes <= 1.5 * PART_BYTES for piece in mine if parts > 1)
     assert len(pieces) == sum(len({piece for piece in pieces if piece.file == each}) for each in files)
-    assert all(units)
+    assert all(items)
     shuffled = list(files)
     chance.shuffle(shuffled)
-    assert shape(make_work_items(shuffled, shuffle, 3)) == shape(units)
+    assert shape(make_work_items(shuffled, shuffle, 3)) == shape(items)
 
 
 def test_without_shuffling_the_order_is_by_name() -> None:
@@ -80,7 +80,7 @@ def test_the_seed_decides_the_order_and_nothing_else_does() -> None:
     # Where a file lies, and what is in it, is no matter.
     moved = [SourceFile(each.name, "/elsewhere", "jsonl", 2 * PART_BYTES, "digest") for each in files]
     assert shape(make_work_items(moved, True, 1)) == shape(make_work_items(files, True, 1))
-    numbers = [piece.part for unit in make_work_items([file("a.jsonl", 40 * PART_BYTES)], True, 0) for piece in unit]
+    numbers = [piece.part for item in make_work_items([file("a.jsonl", 40 * PART_BYTES)], True, 0) for piece in item]
     assert sorted(numbers) == list(range(40)) != numbers, "parts are shuffled too"
 
 
@@ -88,13 +88,13 @@ def test_small_files_go_together_but_a_million_tiny_ones_do_not() -> None:
     assert shape(make_work_items([file(f"{i}", SMALL_BYTES // 4) for i in range(8)], False, 0)) == [
         [(f"{i}", 0, 1) for i in range(4)], [(f"{i}", 0, 1) for i in range(4, 8)]
     ]  # fmt: skip
-    units = make_work_items([file(f"{i}", i % 2) for i in range(20_000)], True, 0)
-    assert sum(map(len, units)) == 20_000
-    assert max(map(len, units)) <= 1_000
+    items = make_work_items([file(f"{i}", i % 2) for i in range(20_000)], True, 0)
+    assert sum(map(len, items)) == 20_000
+    assert max(map(len, items)) <= 1_000
 
 
 def test_files_of_unknown_size_are_no_small_ones() -> None:
-    """A server that gives no size is not one whose thousand files are all fetched for the first unit."""
+    """A server that gives no size is not one whose thousand files are all fetched for the first item."""
     assert len(make_work_items([file(f"{i}.json.gz", 0, f"https://x/{i}") for i in range(10)], True, 0)) == 10
 
 
@@ -111,14 +111,14 @@ def source(tmp_path: Path) -> Source:
     return find_source(f"files:{folder}")
 
 
-def tokenise(source: Source, folder: Path, **settings: object) -> None:
-    (unit,) = make_work_items(source.files, False, 0)
+def tokenize(source: Source, folder: Path, **settings: object) -> None:
+    (item,) = make_work_items(source.files, False, 0)
     paths = {each.name: Path(each.location) for each in source.files}
-    tokenize_item(unit, paths, source, DataConfig(**settings), tokens_path(folder, 0), folder / "stop")
+    tokenize_item(item, paths, source, DataConfig(**settings), tokens_path(folder, 0), folder / "stop")
 
 
-def test_a_unit_is_its_documents_end_to_end_with_an_index(source: Source, tmp_path: Path) -> None:
-    tokenise(source, tmp_path)
+def test_a_item_is_its_documents_end_to_end_with_an_index(source: Source, tmp_path: Path) -> None:
+    tokenize(source, tmp_path)
     index, tokenizer = load_item_index(tmp_path, 0), load_tokenizer()
     tokens = np.fromfile(tokens_path(tmp_path, 0), dtype="<u2")
     texts = ["One text.", "two", "three <|endoftext|> \ufffd", "two"]
@@ -139,16 +139,16 @@ def test_a_unit_is_its_documents_end_to_end_with_an_index(source: Source, tmp_pa
 
 
 def test_cleaning_is_asked_for_by_the_settings(source: Source, tmp_path: Path) -> None:
-    tokenise(source, tmp_path, min_chars=5)
+    tokenize(source, tmp_path, min_chars=5)
     assert len(load_item_index(tmp_path, 0).lengths) == 2
     assert load_item_index(tmp_path, 0).skips.counts["too_short"] == 2
 
 
 def test_batches_of_any_size_give_the_same(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenise(source, tmp_path)
+    tokenize(source, tmp_path)
     whole = tokens_path(tmp_path, 0).read_bytes()
-    monkeypatch.setattr(units_module, "BATCH_CHARS", 1)
-    tokenise(source, tmp_path)
+    monkeypatch.setattr(work_items, "BATCH_CHARS", 1)
+    tokenize(source, tmp_path)
     assert tokens_path(tmp_path, 0).read_bytes() == whole
 
 
@@ -168,7 +168,7 @@ def test_a_text_that_the_tokenizer_fails_on_is_named_with_its_file(
         return real(self, texts)
 
     monkeypatch.setattr(GPT2Tokenizer, "encode_documents", encode_documents)
-    tokenise(source, tmp_path)
+    tokenize(source, tmp_path)
     found = load_item_index(tmp_path, 0)
     assert len(found.lengths) == 3
     assert found.skips.counts["untokenizable"] == 1
@@ -177,7 +177,7 @@ def test_a_text_that_the_tokenizer_fails_on_is_named_with_its_file(
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError(), OSError(28, "No space left on device")])
-def test_what_is_not_the_texts_fault_ends_the_unit(
+def test_what_is_not_the_texts_fault_ends_the_item(
     error: BaseException, source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def encode_documents(*_: object) -> list[np.ndarray]:
@@ -185,7 +185,7 @@ def test_what_is_not_the_texts_fault_ends_the_unit(
 
     monkeypatch.setattr(GPT2Tokenizer, "encode_documents", encode_documents)
     with pytest.raises(type(error)):
-        tokenise(source, tmp_path)
+        tokenize(source, tmp_path)
     assert not is_tokenized(tmp_path, 0)
     assert [path.name for path in tmp_path.iterdir()] == ["texts"], "nothing is left behind"
 
@@ -193,29 +193,29 @@ def test_what_is_not_the_texts_fault_ends_the_unit(
 def test_a_file_that_has_gone_is_no_damage_but_an_error(source: Source, tmp_path: Path) -> None:
     (tmp_path / "texts" / "a.txt").unlink()
     with pytest.raises(UserError, match=r"a\.txt no longer exists"):
-        tokenise(source, tmp_path)
+        tokenize(source, tmp_path)
     assert not is_tokenized(tmp_path, 0)
 
 
-def test_a_unit_stops_when_nobody_wants_it(tmp_path: Path) -> None:
+def test_a_item_stops_when_nobody_wants_it(tmp_path: Path) -> None:
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.jsonl").write_text('{"text": "a"}\n' * 3_000)
     (tmp_path / "stop").touch()
     with pytest.raises(InterruptedError):
-        tokenise(find_source(f"files:{tmp_path / 'texts'}"), tmp_path)
+        tokenize(find_source(f"files:{tmp_path / 'texts'}"), tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["stop", "texts"]
 
 
 def test_a_file_in_parts_gives_each_document_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(units_module, "PART_BYTES", 1_000)
+    monkeypatch.setattr(work_items, "PART_BYTES", 1_000)
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.jsonl").write_text("".join(f'{{"text": "number {i}"}}\n' for i in range(300)))
     source = find_source(f"files:{tmp_path / 'texts'}")
-    units = make_work_items(source.files, True, 0)
-    assert len(units) == round(source.size_bytes / 1_000)
+    items = make_work_items(source.files, True, 0)
+    assert len(items) == round(source.size_bytes / 1_000)
     hashes = []
-    for number, unit in enumerate(units):
+    for number, item in enumerate(items):
         paths = {"a.jsonl": tmp_path / "texts" / "a.jsonl"}
-        tokenize_item(unit, paths, source, DataConfig(), tokens_path(tmp_path, number), tmp_path / "stop")
+        tokenize_item(item, paths, source, DataConfig(), tokens_path(tmp_path, number), tmp_path / "stop")
         hashes += load_item_index(tmp_path, number).hashes.tolist()
     assert len(hashes) == len(set(hashes)) == 300
