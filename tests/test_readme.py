@@ -1,0 +1,67 @@
+"""The README's figures and commands, from a whole debug run."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, eval_rows
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+EVALUATE = (ROOT / "docs/evaluate.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_the_debug_run_reaches_the_figures_of_the_readme(tmp_path: Path) -> None:
+    """The loss varies by some 0.01 between machines and numbers of threads; three standard errors for cloze."""
+    first, last = map(float, re.search(r"validation loss ([\d.]+) → ([\d.]+)", README).groups())
+    cloze, error = map(float, re.search(r"scores (\d+)% with a standard error of ([\d.]+) points", EVALUATE).groups())
+    command = [sys.executable, str(ROOT / "pretrain.py"), "debug"]
+    environment = os.environ | {"MYLLM_DATA": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=3_000, check=False)
+    assert done.returncode == 0, done.stderr
+    losses = [row["loss"] for row in eval_rows(tmp_path / "runs/debug", "validation")]
+    assert losses[0] == pytest.approx(first, abs=0.05)
+    assert losses[-1] == pytest.approx(last, abs=0.1)
+    accuracy = eval_rows(tmp_path / "runs/debug", "cloze")[-1]["acc"]
+    assert 100 * accuracy == pytest.approx(cloze, abs=3 * error)
+
+
+def test_links_lead_somewhere() -> None:
+    """In every page of ours, to files of the repository."""
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("src/**/README.md")]
+    broken = [
+        f"{page.relative_to(ROOT)}: {target}"
+        for page in pages
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
+        if not (page.parent / target).exists()
+    ]
+    assert not broken
+
+
+def test_paths_in_pages_exist() -> None:
+    """Names of our own modules, tests and benchmarks in backticks or code blocks."""
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]  # the pages of the log keep the names of their time
+    paths = re.compile(r"(?:src/myllm|tests|benchmarks|docs|notebooks)/[\w/.-]*\.(?:py|md|sh|ipynb|json|sbatch)")
+    broken = [
+        f"{page.relative_to(ROOT)}: {path}"
+        for page in pages
+        for path in paths.findall(page.read_text(encoding="utf-8"))
+        if not (ROOT / path).exists()
+    ]
+    assert not broken
+
+
+def test_pages_are_short() -> None:
+    pages = set(ROOT.glob("docs/**/*.md")) - {ROOT / "docs/modules.md"}  # a line for each module
+    assert not [page.name for page in pages if page.read_text(encoding="utf-8").count("\n") > 200]
+    assert README.count("\n") <= 220
+
+
+def test_modules_are_listed() -> None:
+    sys.path.insert(0, str(ROOT / "docs"))
+    from list_modules import page
+
+    assert page() == (ROOT / "docs/modules.md").read_text(encoding="utf-8"), "run: python docs/list_modules.py"
