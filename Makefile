@@ -25,9 +25,10 @@ soak: environment ## kill and restart a run at random moments for MINUTES=30
 gpu-check: environment ## is this GPU right, and as fast as it should be? nine minutes; docs/speed.md
 	@$(PYTHON) benchmarks/gpu_check.py
 
-lint: environment ## check style and imports: Python and shell
+lint: environment ## check style, types and imports: Python and shell
 	@$(PYTHON) -m ruff check .
 	@$(PYTHON) -m ruff format --check .
+	@$(PYTHON) -m mypy
 	@python="$$(src/environment.sh --dev)" && "$$(dirname "$$python")/lint-imports" --no-logo --no-cache
 	@python="$$(src/environment.sh --dev)" && "$$(dirname "$$python")/shellcheck" $(SCRIPTS)
 

@@ -1,0 +1,128 @@
+"""The house rules that no linter checks. Ruff and import-linter check the rest (pyproject.toml, `make lint`)."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from conftest import ROOT
+
+PACKAGE = ROOT / "src" / "myllm"
+FILES = sorted(PACKAGE.rglob("*.py"))
+TREES = {file: ast.parse(file.read_text(encoding="utf-8")) for file in [*FILES, ROOT / "pretrain.py"]}
+MAX_PACKAGES, MAX_TOP_MODULES, MAX_FILES_PER_FOLDER = 12, 9, 15
+MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
+MAX_CORE_LINES = 2_500
+
+
+def place(file: Path, node: ast.stmt | ast.expr) -> str:
+    return f"{file.relative_to(ROOT)}:{node.lineno}"
+
+
+def test_few_rooms() -> None:
+    folders = [PACKAGE, *(path.parent for path in PACKAGE.rglob("__init__.py") if path.parent != PACKAGE)]
+    packages = [folder for folder in folders if folder.parent == PACKAGE]
+    assert len(packages) <= MAX_PACKAGES
+    assert len(list(PACKAGE.glob("*.py"))) <= MAX_TOP_MODULES
+    crowded = {
+        str(folder.relative_to(ROOT)): len(files)
+        for folder in folders
+        if len(files := [path for path in folder.iterdir() if path.is_file()]) > MAX_FILES_PER_FOLDER
+    }
+    assert not crowded
+
+
+def test_small_files_and_functions() -> None:
+    long_files = [f for f in FILES if f.read_text(encoding="utf-8").count("\n") > MAX_FILE_LINES]
+    long_functions = [
+        f"{place(file, node)} {node.name}"
+        for file, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno + 1 > MAX_FUNCTION_LINES
+    ]
+    assert not long_files
+    assert not long_functions
+
+
+def test_the_core_can_be_read_in_one_evening() -> None:
+    """README.md lists it in reading order."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    core = re.findall(r"^\| \[`(src/myllm/[\w/]+\.py)`\]", readme, re.M)
+    assert 15 <= len(core) <= 25
+    assert sum((ROOT / name).read_text(encoding="utf-8").count("\n") for name in core) <= MAX_CORE_LINES
+
+
+def test_a_package_maps_its_rooms() -> None:
+    """An __init__ is a docstring of at most ten lines, and imports nothing."""
+    for file in PACKAGE.glob("*/**/__init__.py"):
+        (docstring,) = TREES[file].body
+        assert isinstance(docstring, ast.Expr), file
+        assert docstring.end_lineno <= 12, file
+
+
+def is_constant_or_type_alias(name: str, value: ast.expr | None) -> bool:
+    is_constant = name.strip("_").isupper() or name in ("__all__", "__version__")
+    # `list[int]`, `A | B`, or a name taken from elsewhere, such as `Positional = tyro.conf.Positional`
+    is_alias = re.fullmatch(r"_?[A-Z]\w*", name) and isinstance(value, ast.Subscript | ast.BinOp | ast.Attribute)
+    return bool(is_constant or is_alias)
+
+
+def test_imports_do_no_work_and_modules_hold_no_state() -> None:
+    """At the top of a module are definitions, constants and type aliases only."""
+    definitions = ast.Import | ast.ImportFrom | ast.FunctionDef | ast.ClassDef | ast.Assign | ast.AnnAssign
+    for file, tree in TREES.items():
+        for node in tree.body:
+            if isinstance(node, ast.Expr):
+                # A docstring, or pretrain.py finding the package of a bare checkout.
+                assert isinstance(node.value, ast.Constant) or file.parent == ROOT, place(file, node)
+            elif isinstance(node, ast.If):
+                assert re.search("__name__|TYPE_CHECKING", ast.unparse(node.test)), place(file, node)
+            else:
+                assert isinstance(node, definitions), place(file, node)
+            if isinstance(node, ast.Assign | ast.AnnAssign):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                names = [name for target in targets for name in ast.walk(target)]
+                for name in names:
+                    if isinstance(name, ast.Name):
+                        assert is_constant_or_type_alias(name.id, node.value), place(file, node)
+
+
+def test_names_say_what_things_are() -> None:
+    vague = re.compile(r"(utils?|managers?|handlers?|helpers?)$", re.IGNORECASE)
+    private = re.compile(r"(each|what|made|asked|written)$")
+    for file, tree in TREES.items():
+        assert not vague.search(file.stem), file
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef):
+                assert not vague.search(node.name), place(file, node)
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                assert not private.fullmatch(node.id), f"{place(file, node)} names {node.id!r}: name the element"
+
+
+def modules_loaded(code: str) -> set[str]:
+    """What a new interpreter has loaded after `code`."""
+    program = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{code}\nprint(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
+    return set(done.stdout.split())
+
+
+def test_preparing_data_needs_no_torch() -> None:
+    """Each worker process would lose seconds and memory to it."""
+    loaded = modules_loaded("import myllm.cli.main, myllm.cli.data, myllm.data.prepare.background, myllm.data.sampler")
+    assert not loaded & {"torch", "transformers", "matplotlib", "datasets"}
+
+
+def test_training_loads_only_what_it_needs() -> None:
+    """Reports and publishing come after the end; a rehearsal before the beginning; a dump only with bad numbers."""
+    loaded = modules_loaded("import pretrain, myllm.training.loop")
+    late = r"(matplotlib|tkinter|IPython|transformers|myllm\.(runs\.report|hub|training\.(preflight|anomaly)))(\.|$)"
+    assert not [name for name in loaded if re.match(late, name)]
+
+
+def test_what_training_calls_is_compiled_once() -> None:
+    """Compiled under other settings than it runs with, a step is compiled twice: only `kernels.py` may do it."""
+    for file in (*FILES, *(ROOT / "benchmarks").rglob("*.py")):
+        if file.name not in ("kernels.py", "parallelize.py"):
+            text = file.read_text(encoding="utf-8")
+            assert not re.search(r"parallelize import .*\b(wrap|parallelize)\b", text), file
