@@ -141,6 +141,7 @@ def _map(folder: Path, shard: Shard) -> np.memmap:
 def _check_size(array: np.memmap) -> None:
     """Reading a map beyond the end of its file kills the process with SIGBUS, without a message. A deleted file stays
     whole while it is mapped."""
+    assert array.filename is not None  # NumPy keeps it unless the map was made of an open file
     try:
         size_bytes = os.stat(array.filename).st_size
     except OSError:

@@ -4,6 +4,8 @@ Shapes: B batch, T new tokens, S all tokens (cached tokens first), D d_model, H 
 dimension.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -42,15 +44,18 @@ class Attention(nn.Module):
             q, k = rotate(q, *rotary), rotate(k, *rotary)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, G, S, K)
-        ragged = cache is not None and cache.mask is not None
-        mask = {"attn_mask": cache.mask} if ragged else _causal_mask(T, k.shape[2], x.device)
+        mask: dict[str, Any] = {}
+        if cache is not None and cache.mask is not None:  # rows differ in length
+            mask["attn_mask"] = cache.mask
+        else:
+            mask = _causal_mask(T, k.shape[2], x.device)
         q, k = q.type_as(v), k.type_as(v)
         y = F.scaled_dot_product_attention(q, k, v, **mask, enable_gqa=self.n_heads != self.kv_heads)  # (B, H, T, K)
         y = y.transpose(1, 2).reshape(B, T, -1)  # (B, T, H K)
         return self.dropout(self.out_proj(y.type_as(x)))  # (B, T, D)
 
 
-def _causal_mask(T: int, S: int, device: torch.device) -> dict[str, Tensor | bool]:
+def _causal_mask(T: int, S: int, device: torch.device) -> dict[str, Any]:
     """Arguments of SDPA for causal attention: its flag if nothing is cached, otherwise a mask, (T, S)."""
     if T == S:
         return {"is_causal": True}

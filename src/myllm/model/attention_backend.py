@@ -40,6 +40,8 @@ TOLERANCE = 0.02
 
 @dataclass(frozen=True)
 class SelectedBackend:
+    """The kernel that attention runs on."""
+
     name: str
     rejections: tuple[str, ...] = ()
     """Why no faster kernel was selected, in torch's words. Only for math on a GPU."""
@@ -111,7 +113,8 @@ def _cpu_backend(q: Tensor, k: Tensor, v: Tensor, grouped: bool) -> str:
     # scaled_dot_product_attention calls this private function. Only a log line depends on it.
     choice = getattr(torch, "_fused_sdp_choice", None)
     number = choice and choice(q, k, v, None, 0.0, True, enable_gqa=grouped)
-    return next((name for backend, name in BACKEND_NAMES.items() if int(backend) == number), "CPU's")
+    names = {int(backend): name for backend, name in BACKEND_NAMES.items()}  # type: ignore[call-overload]
+    return names.get(number, "CPU's")
 
 
 @contextmanager
@@ -162,7 +165,8 @@ def _output_and_gradients(config: ModelConfig, device: torch.device) -> tuple[Te
     generator = torch.Generator(device).manual_seed(0)
     heads = _inputs(config, device, torch.bfloat16)
     inputs = [torch.randn(x.shape, generator=generator, device=device).to(x.dtype).requires_grad_() for x in heads]
-    out = F.scaled_dot_product_attention(*inputs, is_causal=True, enable_gqa=config.n_heads != config.kv_heads)
+    q, k, v = inputs
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=config.n_heads != config.kv_heads)
     return out.detach(), *torch.autograd.grad(out.float().square().sum(), inputs)
 
 

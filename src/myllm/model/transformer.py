@@ -61,6 +61,9 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """A decoder-only language model, initialized from `seed`."""
 
+    rotary_cos: Tensor
+    rotary_sin: Tensor
+
     def __init__(self, config: ModelConfig, seed: int = 0) -> None:
         super().__init__()
         self.config = config
@@ -245,6 +248,7 @@ class Transformer(nn.Module):
         """
         self._training_loss = torch.compile(linear_cross_entropy, **options)
         for block in self.blocks:
+            assert isinstance(block, Block)
             block.compiled = torch.compile(block.run, **options)
 
     def compile_decoding(self, **options: Any) -> None:

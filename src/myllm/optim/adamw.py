@@ -62,7 +62,7 @@ class ScheduledAdamW:
         if skip is not None and skip.device.type == "mps" and skip.item():
             return rate
         # The fused kernel reads both attributes; GradScaler unscales and skips in the same way.
-        self._adamw.found_inf, self._adamw.grad_scale = skip, grad_scale
+        vars(self._adamw).update(found_inf=skip, grad_scale=grad_scale)
         self._adamw.step()
         return rate
 

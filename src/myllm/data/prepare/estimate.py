@@ -43,6 +43,8 @@ class Figure:
 
 @dataclass(frozen=True)
 class Estimate:
+    """What a preparation would give and cost."""
+
     sampled_documents: int
     sampled_from: str
     documents: Figure

@@ -2,15 +2,15 @@
 
 import secrets
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from itertools import islice
 from pathlib import Path
 
 from myllm.data.sources.hub_listing import UnreachableError, suggest_fallback
 
-from .progress import Progress
 from .spec import DatasetSpec
+from .status import ProgressBar
 from .work_items import is_tokenized, tokenize_item, tokens_path
 from .workers import Downloads, Workers
 
@@ -43,7 +43,7 @@ class WorkScheduler:
         self._stop = work / f".stop-{secrets.token_hex(4)}"
         """Once this file exists, the items that are still running are abandoned."""
 
-    def run(self, bar: Progress) -> Iterator[int]:
+    def run(self, bar: ProgressBar) -> Generator[int]:
         """The numbers of finished items, in order. Closing the iterator stops the items that are still running."""
         try:
             while self._queued or self._running:
@@ -94,7 +94,8 @@ class WorkScheduler:
         """Start the downloads of the next items. Returns those of the first one, by name."""
         # For the items that may start now and a few more, so that no worker waits for its file. No further: a large
         # file is many items, and the whole source would be on the disk at once.
-        items, names = self._max_running - len(self._running) + self._max_running // 4, set()
+        items = self._max_running - len(self._running) + self._max_running // 4
+        names: set[str] = set()
         for number in islice(self._queued, 1_000):
             if items <= 0 and len(names) >= Downloads.AHEAD_FILES:
                 break

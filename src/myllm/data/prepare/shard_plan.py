@@ -294,7 +294,8 @@ def _first_that_fit(lengths: np.ndarray, max_tokens: int, max_documents: int) ->
 
     A document that is too long is skipped, unless nine tenths of the tokens are chosen already.
     """
-    chosen, left = [], max_tokens
+    chosen: list[int] = []
+    left = max_tokens
     for index, length in enumerate(lengths.tolist()):
         if len(chosen) == max_documents:
             break

@@ -147,7 +147,7 @@ def is_item_intact(folder: Path, number: int) -> bool:
         return False
 
 
-def _hash_document(tokens: bytes | np.ndarray) -> bytes:
+def _hash_document(tokens: bytes | memoryview) -> bytes:
     return hashlib.sha256(tokens).digest()[:8]
 
 
@@ -225,8 +225,8 @@ class _ItemWriter:
             return
         for tokens in documents:  # (n,) uint16: the end-of-text token, then the text's
             self.lengths.append(len(tokens))
-            self.hashes.append(_hash_document(tokens))
-            self._file.write(tokens)
+            self.hashes.append(_hash_document(tokens.data))
+            self._file.write(tokens.data)
 
 
 def _cleaned_documents(
