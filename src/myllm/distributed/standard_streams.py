@@ -80,12 +80,12 @@ class _Dropping(io.FileIO):
 
     def write(self, data: bytes | memoryview) -> int:  # type: ignore[override]
         try:
-            written = super().write(data)
-            if written is None and self.lost is None:  # non-blocking and full
+            n_written = super().write(data)
+            if n_written is None and self.lost is None:  # non-blocking and full
                 select.select([], [self.fileno()], [], DRAIN_S)
-                written = super().write(data)
-            if written is not None:
-                return written
+                n_written = super().write(data)
+            if n_written is not None:
+                return n_written
             reason = "it does not accept more"
         except OSError as error:
             reason = error.strerror or str(error)
