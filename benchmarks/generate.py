@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from myllm.distributed.device_info import device_name
 from myllm.hub.architectures import select_architecture, transformers_config
-from myllm.hub.export.weights import to_transformers
+from myllm.hub.weights import export_weights
 from myllm.inference.generate import Sequence, generate_batch
 from myllm.inference.sampling_params import SamplingParams
 from myllm.model.transformer import Transformer
@@ -35,7 +35,7 @@ def peer_of(model: Transformer) -> torch.nn.Module:
     kind = select_architecture(model.config)
     config = AutoConfig.for_model(**transformers_config(model.config, 0, "float32"))
     peer = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
-    weights = to_transformers(kind, model.config, model.state_dict())
+    weights = export_weights(kind, model.config, model.state_dict())
     peer.load_state_dict(weights, strict=not model.config.tie_embeddings)
     peer.tie_weights()
     return peer.eval()

@@ -22,7 +22,7 @@ from myllm.distributed.collectives import DistContext
 from myllm.distributed.parallelize import sync_grads_on_last
 from myllm.distributed.precision import autocast
 from myllm.hub.architectures import CLASSES, select_architecture, transformers_config
-from myllm.hub.export.weights import to_transformers
+from myllm.hub.weights import export_weights
 from myllm.model.transformer import Transformer
 from myllm.optim.adamw import ScheduledAdamW
 from myllm.paths import RunPaths
@@ -106,7 +106,7 @@ def peer_model(model: ModelConfig, weights: Weights) -> PeerLoss:
     made = AutoModelForCausalLM.from_config(
         AutoConfig.for_model(**transformers_config(model, 0, "float32")), attn_implementation="sdpa"
     )
-    made.load_state_dict(to_transformers(select_architecture(model), model, weights), strict=not model.tie_embeddings)
+    made.load_state_dict(export_weights(select_architecture(model), model, weights), strict=not model.tie_embeddings)
     made.tie_weights()
     return PeerLoss(made)
 

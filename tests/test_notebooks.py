@@ -12,7 +12,8 @@ from nbclient import NotebookClient
 
 from myllm.config import ModelConfig, RunConfig
 from myllm.data.tokenizer.load import load_tokenizer
-from myllm.hub.export.transformers import ExportSource, export_transformers
+from myllm.hub.export.source import ExportSource
+from myllm.hub.export.transformers import export_transformers
 from myllm.inference.completion import generate
 from myllm.inference.load import LanguageModel
 from myllm.model.transformer import Transformer

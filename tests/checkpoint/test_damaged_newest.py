@@ -11,7 +11,8 @@ from myllm import files
 from myllm.checkpoint import integrity
 from myllm.cli import main as cli
 from myllm.hub.export import verify as parity
-from myllm.hub.export.transformers import export_transformers, load_export_source
+from myllm.hub.export.source import load_export_source
+from myllm.hub.export.transformers import export_transformers
 from myllm.inference import chat
 from myllm.inference.load import load_model
 from myllm.inference.server import http as server

@@ -54,8 +54,8 @@ def test_wrappers(prefix: str, tmp_path: Path) -> None:
 def test_a_padded_vocabulary_is_cut(tmp_path: Path) -> None:
     found = read_lf_llm(write(tmp_path / "x.pth", weights(50_304), SETTINGS | {"n_vocab": 50_304}))
     assert (found.config.vocab_size, len(found.weights["embedding.weight"])) == (50_257, 50_257)
-    assert "the model has 50,304 rows for 50,257 tokens: the others are left out" in found.notes
-    with pytest.raises(UserError, match="has 300 tokens; a checkpoint of the reference run has 50,257"):
+    assert "the model has 50,304 rows for 50,257 tokens; the others are dropped" in found.notes
+    with pytest.raises(UserError, match="vocabulary has 50,257 tokens, the model 300"):
         read_lf_llm(write(tmp_path / "x.pth", weights(300), SETTINGS | {"n_vocab": 300}))
 
 
@@ -68,12 +68,12 @@ def test_numbers_of_numpy_beside_the_weights(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("state", "settings", "message"),
     [
-        ([1], SETTINGS, "no dict of tensors by name"),
-        ({1: torch.ones(1)}, SETTINGS, "no dict of tensors by name"),
-        ({"embd.weight": 3}, SETTINGS, "no dict of tensors by name"),
-        ({}, SETTINGS, "has other weights than the reference run"),
-        ({}, None, "they have none"),
-        ({}, [1], "they have none"),
+        ([1], SETTINGS, "is not a dict of tensors by name"),
+        ({1: torch.ones(1)}, SETTINGS, "is not a dict of tensors by name"),
+        ({"embd.weight": 3}, SETTINGS, "is not a dict of tensors by name"),
+        ({}, SETTINGS, "does not have the weights of the reference run"),
+        ({}, None, "they have no values"),
+        ({}, [1], "they have no values"),
     ],
 )
 def test_what_is_in_the_wrong_place(state: object, settings: object, message: str, tmp_path: Path) -> None:
@@ -125,5 +125,5 @@ def test_damaged_bytes(tmp_path: Path) -> None:
 def test_a_download_that_ended_early(damage: Callable[[bytes], bytes], tmp_path: Path) -> None:
     file = write(tmp_path / "x.pth", weights())
     file.write_bytes(damage(file.read_bytes()))
-    with pytest.raises(UserError, match="cannot be read as a checkpoint"):
+    with pytest.raises(UserError, match="is not a readable checkpoint"):
         read_lf_llm(file)

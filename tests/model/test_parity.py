@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2LMHeadModel, Llam
 
 from myllm.config import ModelConfig
 from myllm.hub.architectures import select_architecture, transformers_config
-from myllm.hub.export.weights import to_transformers
+from myllm.hub.weights import export_weights
 from myllm.model.transformer import Transformer
 
 TOLERANCE = 1e-5
@@ -52,7 +52,7 @@ def peer_of(model: Transformer) -> torch.nn.Module:
     peer = AutoModelForCausalLM.from_config(
         AutoConfig.for_model(**transformers_config(config, 0, "float32")), attn_implementation="eager"
     )
-    missing, unexpected = peer.load_state_dict(to_transformers(kind, config, model.state_dict()), strict=False)
+    missing, unexpected = peer.load_state_dict(export_weights(kind, config, model.state_dict()), strict=False)
     assert unexpected == []
     assert missing == (["lm_head.weight"] if config.tie_embeddings else [])
     peer.tie_weights()

@@ -17,7 +17,7 @@ Positional = tyro.conf.Positional
 
 TUNING_EPOCHS = 3
 TUNING_BATCH_TOKENS = 32_768
-"""Of a step, about: so a few megabytes of text are some tens of updates an epoch."""
+"""Approximate tokens per step. A few megabytes of text then give some tens of updates per epoch."""
 
 
 def export(
@@ -31,42 +31,43 @@ def export(
     """Export a checkpoint to transformers, ONNX or GGUF.
 
     Args:
-        model: a run's name or folder (its newest checkpoint), or a checkpoint's folder.
-        to: a folder for transformers; an earlier export there is replaced.
-        to_onnx: an ONNX file, in float32 (needs the extra onnx).
-        to_gguf: a GGUF file (needs the extra gguf).
-        dtype: of the weights.
-        overwrite: move another folder of that name aside; replace a file.
+        model: name or folder of a run (exports its newest checkpoint), or folder of a checkpoint.
+        to: folder for transformers (an earlier export is replaced).
+        to_onnx: ONNX file, in float32 (needs the extra onnx).
+        to_gguf: GGUF file (needs the extra gguf).
+        dtype: type of the weights.
+        overwrite: move an existing folder aside, or replace an existing file.
     """
     if to is None and to_onnx is None and to_gguf is None:
-        raise UserError("where to? Give --to FOLDER, --to-onnx FILE or --to-gguf FILE")
+        raise UserError("missing output: --to FOLDER, --to-onnx FILE or --to-gguf FILE")
     for file in filter(None, (to_onnx, to_gguf)):
         if user_path(file).is_dir() or (user_path(file).exists() and not overwrite):
-            raise UserError(f"{file} is there already; give another name, or --overwrite to replace a file")
+            raise UserError(f"{file} exists; give another path, or --overwrite to replace a file")
         check_writable(user_path(file), "--to-onnx" if file is to_onnx else "--to-gguf")
-    paths.check_model_path(model, hub=False)  # before the seconds that torch takes
+    paths.check_model_path(model, hub=False)  # before torch is imported, which takes seconds
     from myllm.checkpoint.locate import find_checkpoint
-    from myllm.hub.export.transformers import export_transformers, load_export_source
+    from myllm.hub.export.source import load_export_source
+    from myllm.hub.export.transformers import export_transformers
 
     source = load_export_source(find_checkpoint(model, paths.runs_dir()))
     if to is not None:
-        made = export_transformers(source, to, dtype, overwrite=overwrite)
-        print(made.parity)
-        if made.rounding:
-            print(f"rounding to {dtype} changes a logit by at most {made.rounding:.1e}")
-        print(f"exported {made.architecture} to {made.folder}")
+        result = export_transformers(source, to, dtype, overwrite=overwrite)
+        print(result.parity)
+        if result.rounding:
+            print(f"rounding to {dtype} changes a logit by at most {result.rounding:.1e}")
+        print(f"exported {result.architecture} to {result.folder}")
     if to_onnx is not None:
         from myllm.hub.export.onnx import export_onnx
 
         print("writing ONNX in float32")
         difference = export_onnx(source, to_onnx)
-        print(f"exported to {to_onnx}; onnxruntime's logits differ by at most {difference:.1e}")
+        print(f"exported to {to_onnx}; logits of onnxruntime differ by at most {difference:.1e}")
     if to_gguf is not None:
         from myllm.hub.export.gguf import export_gguf
 
         print(f"writing GGUF in {dtype}")
         count = export_gguf(source, to_gguf, dtype)
-        print(f"exported to {to_gguf}; read back, its {count} tensors are those that were written")
+        print(f"exported to {to_gguf}; read back and compared {count} tensors")
 
 
 def import_model(
@@ -78,20 +79,20 @@ def import_model(
     """Import a Llama, Qwen3 or GPT-2 model as a run.
 
     Args:
-        source: a folder of transformers (Llama, Qwen3, GPT-2, our exports), the reference run's pytorch_model.pth, or
-            a repository of the Hub, namespace/name.
-        name: of the run; None: after the source.
+        source: folder of transformers (Llama, Qwen3, GPT-2, our exports), the reference run's pytorch_model.pth, or a
+            Hub repository, NAMESPACE/NAME.
+        name: name of the run (default: from the source).
         revision: branch, tag or commit of the repository.
-        overwrite: move a run of that name aside.
+        overwrite: move an existing run of that name aside.
     """
-    if not paths.may_be_model(source):  # before the seconds that torch takes
+    if not paths.may_be_model(source):  # before torch is imported, which takes seconds
         raise UserError(paths.NO_MODEL.format(source))
     from myllm.hub.import_model import import_model
 
     run = import_model(source, name, revision, overwrite=overwrite)
-    shown = shlex.quote(run.root.name)
-    print(f"imported as the run {run.root.name}, in {run.root}")
-    print(f"  sample     myllm sample {shown} --prompt 'Once upon a time'")
+    name = shlex.quote(run.root.name)
+    print(f"imported as run {run.root.name}, in {run.root}")
+    print(f"  sample     myllm sample {name} --prompt 'Once upon a time'")
     length = load_config(run.config, RunConfig()).model.max_seq_len
     batch_tokens = -(-TUNING_BATCH_TOKENS // length) * length
     print(

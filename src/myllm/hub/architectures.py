@@ -1,10 +1,6 @@
-"""Which architecture of `transformers` a model is, its config.json, and what each weight is called there.
+"""The architectures of `transformers` that models of ours can be: selection, and config.json in both directions."""
 
-The same tables serve both ways: `exporting` writes by them, `importing` reads by them.
-"""
-
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from myllm.config import ModelConfig
@@ -12,174 +8,209 @@ from myllm.errors import UserError
 
 ModelType = Literal["llama", "qwen3", "gpt2"]
 
-CLASSES: dict[ModelType, str] = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM", "gpt2": "GPT2LMHeadModel"}
+CLASSES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM", "gpt2": "GPT2LMHeadModel"}
 
-# Fields of ModelConfig that every one of them can express: sizes, and what only training or our own files need.
-ANYWHERE = frozenset(
-    {"vocab_size", "vocab_multiple", "max_seq_len", "d_model", "n_layers", "n_heads", "d_ff", "norm_eps"}
-    | {"tie_embeddings", "dropout_embedding", "dropout_attention_residual", "dropout_ffn"}
-    | {"residual_dtype", "init"}
+# Fields of ModelConfig that every architecture supports (sizes), or that it does not need (training, our files).
+UNRESTRICTED_FIELDS = frozenset(
+    {"vocab_size", "vocab_multiple", "max_seq_len", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff"}
+    | {"rope_theta", "norm_eps", "tie_embeddings", "residual_dtype", "init"}
+    | {"dropout_embedding", "dropout_attention_residual", "dropout_ffn"}
 )
-# What the others must be; None: whatever they are. GPT-2 has biases, which are zeros where a model has none.
-SWITCHES: dict[ModelType, dict[str, tuple[Any, ...] | None]] = {
+# Values that an architecture supports in the other fields. GPT-2 has biases, which are zeros for a model without.
+ALLOWED_VALUES: dict[str, dict[str, tuple[Any, ...]]] = {
     "llama": {
-        "position": ("rope",), "rope_theta": None, "norm": ("rmsnorm",), "activation": ("swiglu",), "bias": None,
-        "qk_norm": (False,), "n_kv_heads": None, "head_dim": None,
+        "position": ("rope",), "norm": ("rmsnorm",), "activation": ("swiglu",), "bias": (True, False),
+        "qk_norm": (False,),
     },
     "qwen3": {
-        "position": ("rope",), "rope_theta": None, "norm": ("rmsnorm",), "activation": ("swiglu",), "bias": (False,),
-        "qk_norm": (True,), "n_kv_heads": None, "head_dim": None,
+        "position": ("rope",), "norm": ("rmsnorm",), "activation": ("swiglu",), "bias": (False,), "qk_norm": (True,),
     },
     "gpt2": {
-        "position": ("learned",), "rope_theta": None, "norm": ("layernorm",), "activation": ("gelu",), "bias": None,
-        "qk_norm": (False,), "n_kv_heads": None, "head_dim": None,
+        "position": ("learned",), "norm": ("layernorm",), "activation": ("gelu",), "bias": (True, False),
+        "qk_norm": (False,),
     },
 }  # fmt: skip
 
+# Fields of ModelConfig and their keys in config.json.
+LLAMA_KEYS = {
+    "vocab_size": "vocab_size", "max_seq_len": "max_position_embeddings", "d_model": "hidden_size",
+    "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads", "d_ff": "intermediate_size",
+    "norm_eps": "rms_norm_eps", "tie_embeddings": "tie_word_embeddings",
+}  # fmt: skip
+GPT2_KEYS = {
+    "vocab_size": "vocab_size", "max_seq_len": "n_positions", "d_model": "n_embd", "n_layers": "n_layer",
+    "n_heads": "n_head", "d_ff": "n_inner", "norm_eps": "layer_norm_epsilon", "tie_embeddings": "tie_word_embeddings",
+}  # fmt: skip
+CONFIG_KEYS = {"llama": LLAMA_KEYS, "qwen3": LLAMA_KEYS, "gpt2": GPT2_KEYS}
+
+# Upper limits of integers in config.json, far above any model: larger ones would be allocated before they are checked.
+MAX_SIZE = 2**24
+INTEGER_LIMITS = {
+    "vocab_size": MAX_SIZE, "hidden_size": MAX_SIZE, "n_embd": MAX_SIZE, "num_attention_heads": MAX_SIZE,
+    "n_head": MAX_SIZE, "head_dim": MAX_SIZE, "num_key_value_heads": MAX_SIZE, "intermediate_size": MAX_SIZE,
+    "n_inner": MAX_SIZE, "max_position_embeddings": 2**21, "n_positions": 2**21, "num_hidden_layers": 10_000,
+    "n_layer": 10_000,
+}  # fmt: skip
+TYPES: tuple[tuple[type, tuple[str, ...], str], ...] = (
+    (dict, ("rope_parameters", "rope_scaling"), "an object"),
+    (list, ("layer_types",), "a list"),
+    (str, ("hidden_act", "activation_function"), "a string"),
+    (bool, ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"), "true or false"),
+    (bool, ("scale_attn_weights", "scale_attn_by_inverse_layer_idx", "add_cross_attention"), "true or false"),
+)
+
 
 def select_architecture(config: ModelConfig) -> ModelType:
-    """The architecture that computes what this model does.
+    """The architecture that computes the same as this model.
 
     Raises:
-        UserError: there is none; names every switch in the way of the nearest one.
+        UserError: there is none; names the unsupported settings of the closest ones.
     """
-    found = {kind: list(_obstacles(config, kind)) for kind in CLASSES}
-    fewest = min(map(len, found.values()))
-    nearest = [kind for kind in found if len(found[kind]) == fewest]
+    unsupported = {model_type: list(_unsupported(config, model_type)) for model_type in CLASSES}
+    fewest = min(map(len, unsupported.values()))
+    closest = [model_type for model_type, settings in unsupported.items() if len(settings) == fewest]
     if fewest:
         raise UserError(
-            "no architecture of transformers computes what this model does. In the way are\n"
-            + "\n".join(f"  - for {CLASSES[kind]}: {'; '.join(found[kind])}" for kind in nearest)
-            + "\n--to-onnx takes any model"
+            "no architecture of transformers supports this model:\n"
+            + "\n".join(f"  - {CLASSES[model_type]}: {'; '.join(unsupported[model_type])}" for model_type in closest)
+            + "\n--to-onnx exports any model"
         )
-    return nearest[0]
+    return closest[0]
 
 
-def _obstacles(config: ModelConfig, kind: ModelType) -> Iterator[str]:
-    for name, allowed in SWITCHES[kind].items():
+def _unsupported(config: ModelConfig, model_type: ModelType) -> Iterator[str]:
+    for name, allowed in ALLOWED_VALUES[model_type].items():
         value = getattr(config, name)
-        if allowed is not None and value not in allowed:
-            yield f"model.{name} is {value}, not {' or '.join(map(str, allowed))}"
-    if kind == "gpt2" and config.kv_heads != config.n_heads:
-        yield f"model.n_kv_heads is {config.kv_heads}, not model.n_heads, {config.n_heads}"
-    if kind == "gpt2" and config.head_size * config.n_heads != config.d_model:
-        yield f"model.head_dim is {config.head_size}, not model.d_model / model.n_heads"
+        if value not in allowed:
+            yield f"model.{name} is {value}, expected {' or '.join(map(str, allowed))}"
+    if model_type == "gpt2" and config.kv_heads != config.n_heads:
+        yield f"model.n_kv_heads is {config.kv_heads}, expected model.n_heads ({config.n_heads})"
+    if model_type == "gpt2" and config.head_size * config.n_heads != config.d_model:
+        yield f"model.head_dim is {config.head_size}, expected model.d_model / model.n_heads"
 
 
 def transformers_config(config: ModelConfig, end_of_text: int, dtype: str) -> dict[str, Any]:
     """The content of config.json."""
-    kind = select_architecture(config)
-    shared = {
-        "architectures": [CLASSES[kind]],
-        "model_type": kind,
-        "vocab_size": config.vocab_size,
+    model_type = select_architecture(config)
+    values = {key: getattr(config, name) for name, key in CONFIG_KEYS[model_type].items()} | {
+        "architectures": [CLASSES[model_type]],
+        "model_type": model_type,
         "bos_token_id": end_of_text,
         "eos_token_id": end_of_text,
-        "tie_word_embeddings": config.tie_embeddings,
         "initializer_range": 0.02,
         "use_cache": True,
         "dtype": dtype,
-        "torch_dtype": dtype,  # what versions before 5 read
+        "torch_dtype": dtype,  # for versions before 5
     }
-    if kind == "gpt2":
-        return shared | {
-            "n_positions": config.max_seq_len,
+    if model_type == "gpt2":
+        return values | {
             "n_ctx": config.max_seq_len,
-            "n_embd": config.d_model,
-            "n_layer": config.n_layers,
-            "n_head": config.n_heads,
-            "n_inner": config.d_ff,
-            "layer_norm_epsilon": config.norm_eps,
             "activation_function": "gelu_new",
             "embd_pdrop": config.dropout_embedding,
             "resid_pdrop": config.dropout_attention_residual,
             "attn_pdrop": 0.0,
         }
-    biases = {"attention_bias": config.bias} | ({"mlp_bias": config.bias} if kind == "llama" else {})
-    return shared | {
-        "hidden_size": config.d_model,
-        "intermediate_size": config.d_ff,
-        "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
+    biases = {"attention_bias": config.bias} | ({"mlp_bias": config.bias} if model_type == "llama" else {})
+    return values | {
         "num_key_value_heads": config.kv_heads,
         "head_dim": config.head_size,
-        "max_position_embeddings": config.max_seq_len,
-        "rms_norm_eps": config.norm_eps,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "rope_theta": config.rope_theta,  # what versions before 5 read
+        "rope_theta": config.rope_theta,  # for versions before 5
         "hidden_act": "silu",
         "attention_dropout": 0.0,
         **biases,
     }
 
 
-@dataclass(frozen=True)
-class WeightMapping:
-    """One of our weights and what it is there: one tensor or several, cut by rows."""
-
-    ours: str
-    theirs: tuple[str, ...]
-    rows: tuple[int, ...]
-    """Of each of theirs. Ours may have more at the end: the vocabulary's padding."""
-    transposed: bool = False
-    """Stored with inputs as rows, as GPT-2's Conv1D does."""
-    optional: bool = False
-    """A bias: zeros on the side that has it where the other has none."""
-
-
-def weight_mappings(kind: ModelType, config: ModelConfig, bias: bool | None = None) -> Iterator[WeightMapping]:
-    """Every weight of a model of this architecture.
+def parse_transformers_config(values: Mapping[str, Any], source: str) -> ModelConfig:
+    """The model of a config.json.
 
     Args:
-        bias: whether the architecture's linears have biases; None: as ours do.
+        source: the file's path, for messages.
+
+    Raises:
+        UserError: settings of the wrong type, or that MyLLM does not support; names all of them.
     """
-    if kind == "gpt2":
-        yield from _gpt2_pieces(config)
-        return
-    bias = config.bias if bias is None else bias
-    q, kv, size = config.n_heads * config.head_size, config.kv_heads * config.head_size, config.d_model
-    yield WeightMapping("embedding.weight", ("model.embed_tokens.weight",), (config.vocab_size,))
-    yield WeightMapping("norm.weight", ("model.norm.weight",), (size,))
-    if not config.tie_embeddings:
-        yield WeightMapping("head.weight", ("lm_head.weight",), (config.vocab_size,))
-    for i in range(config.n_layers):
-        ours, theirs = f"blocks.{i}.", f"model.layers.{i}."
-        yield WeightMapping(f"{ours}attention_norm.weight", (f"{theirs}input_layernorm.weight",), (size,))
-        yield WeightMapping(f"{ours}feed_forward_norm.weight", (f"{theirs}post_attention_layernorm.weight",), (size,))
-        for name in ("q_norm", "k_norm") if config.qk_norm else ():
-            norm = f"attention.{name}.weight"
-            yield WeightMapping(f"{ours}{norm}", (f"{theirs}self_attn.{name}.weight",), (config.head_size,))
-        attention, mlp = f"{theirs}self_attn.", f"{theirs}mlp."
-        linears = (
-            ("attention.qkv_proj", tuple(f"{attention}{x}_proj" for x in "qkv"), (q, kv, kv)),
-            ("attention.out_proj", (f"{attention}o_proj",), (size,)),
-            ("feed_forward.up_proj", (f"{mlp}gate_proj", f"{mlp}up_proj"), (config.d_ff, config.d_ff)),
-            ("feed_forward.down_proj", (f"{mlp}down_proj",), (size,)),
-        )
-        for name, names, rows in linears:
-            for part in ("weight", "bias") if bias else ("weight",):
-                yield WeightMapping(
-                    f"{ours}{name}.{part}", tuple(f"{their}.{part}" for their in names), rows, optional=part == "bias"
-                )
+    model_type = values.get("model_type")
+    if not isinstance(model_type, str) or model_type not in CLASSES:
+        raise UserError(f"{source} has model_type {model_type!r}, expected one of {', '.join(CLASSES)}")
+    values = {key: value for key, value in values.items() if value is not None}  # null means the default
+    if errors := sorted(_type_errors(values)):
+        raise UserError(f"{source} cannot be used:\n" + "\n".join(f"  - {error}" for error in errors))
+    values |= {key: int(values[key]) for key in values.keys() & INTEGER_LIMITS.keys()}
+    unsupported = list(_unsupported_gpt2(values) if model_type == "gpt2" else _unsupported_llama(values))
+    if unsupported:
+        settings = "\n".join(f"  - {setting}" for setting in unsupported)
+        raise UserError(f"MyLLM does not support these settings of {source}:\n{settings}")
+    try:
+        return _parse_gpt2(values) if model_type == "gpt2" else _parse_llama(values)
+    except KeyError as error:
+        raise UserError(f"{source} has no {error}") from None
 
 
-def _gpt2_pieces(config: ModelConfig) -> Iterator[WeightMapping]:
-    size, top = config.d_model, "transformer."
-    yield WeightMapping("embedding.weight", (f"{top}wte.weight",), (config.vocab_size,))
-    yield WeightMapping("positions.weight", (f"{top}wpe.weight",), (config.max_seq_len,))
-    if not config.tie_embeddings:
-        yield WeightMapping("head.weight", ("lm_head.weight",), (config.vocab_size,))
-    yield from _with_bias("norm", f"{top}ln_f", size, linear=False)
-    for i in range(config.n_layers):
-        ours, theirs = f"blocks.{i}.", f"{top}h.{i}."
-        yield from _with_bias(f"{ours}attention_norm", f"{theirs}ln_1", size, linear=False)
-        yield from _with_bias(f"{ours}feed_forward_norm", f"{theirs}ln_2", size, linear=False)
-        yield from _with_bias(f"{ours}attention.qkv_proj", f"{theirs}attn.c_attn", 3 * size)
-        yield from _with_bias(f"{ours}attention.out_proj", f"{theirs}attn.c_proj", size)
-        yield from _with_bias(f"{ours}feed_forward.up_proj", f"{theirs}mlp.c_fc", config.d_ff)
-        yield from _with_bias(f"{ours}feed_forward.down_proj", f"{theirs}mlp.c_proj", size)
+def _type_errors(values: dict[str, Any]) -> Iterator[str]:
+    for key in values.keys() & INTEGER_LIMITS.keys():
+        value, limit = values[key], INTEGER_LIMITS[key]
+        if not _is_number(value) or not 1 <= value <= limit or value % 1:
+            yield f"{key} is {value!r:.40}, expected an integer from 1 to {limit:,}"
+    for expected_type, keys, expected in TYPES:
+        for key in values.keys() & keys:
+            if not isinstance(values[key], expected_type):
+                yield f"{key} is {values[key]!r:.40}, expected {expected}"
+    numbers = {key: values.get(key) for key in ("rms_norm_eps", "layer_norm_epsilon", "rope_theta")}
+    rope = values.get("rope_parameters")
+    if isinstance(rope, dict):
+        numbers["rope_parameters.rope_theta"] = rope.get("rope_theta")
+        if layer_types := [key for key, value in rope.items() if isinstance(value, dict)]:
+            yield f"rope_parameters is separate for {', '.join(layer_types)}, expected the same for all layers"
+    for key, value in numbers.items():
+        if value is not None and not (_is_number(value) and 0 < value < 1e30):
+            yield f"{key} is {value!r:.40}, expected a number above 0"
 
 
-def _with_bias(ours: str, theirs: str, rows: int, linear: bool = True) -> Iterator[WeightMapping]:
-    yield WeightMapping(f"{ours}.weight", (f"{theirs}.weight",), (rows,), transposed=linear)
-    yield WeightMapping(f"{ours}.bias", (f"{theirs}.bias",), (rows,), optional=True)
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _unsupported_llama(values: dict[str, Any]) -> Iterator[str]:
+    if (activation := values.get("hidden_act", "silu")) != "silu":
+        yield f"hidden_act is {activation}, expected silu"
+    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    if (rope_type := rope.get("rope_type", rope.get("type", "default"))) != "default":
+        yield f"rope_type is {rope_type}, expected default"
+    if (factor := rope.get("partial_rotary_factor", values.get("partial_rotary_factor")) or 1) != 1:
+        yield f"partial_rotary_factor is {factor}, expected 1"
+    if values.get("use_sliding_window") or "sliding_attention" in (values.get("layer_types") or ()):
+        yield "use_sliding_window is true, expected attention to the whole context"
+
+
+def _parse_llama(values: dict[str, Any]) -> ModelConfig:
+    is_qwen, rope = values["model_type"] == "qwen3", values.get("rope_parameters") or {}
+    values = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False} | values
+    shared = {name: values[key] for name, key in LLAMA_KEYS.items()}
+    n_heads = shared["n_heads"]
+    return ModelConfig(
+        **shared | {"norm_eps": float(shared["norm_eps"])},
+        n_kv_heads=values.get("num_key_value_heads") or (32 if is_qwen else n_heads),
+        head_dim=values.get("head_dim") or (128 if is_qwen else shared["d_model"] // n_heads),
+        rope_theta=float(rope.get("rope_theta") or values.get("rope_theta") or 10_000),
+        bias=bool(values.get("attention_bias") or values.get("mlp_bias")),
+        qk_norm=is_qwen,
+    )
+
+
+def _unsupported_gpt2(values: dict[str, Any]) -> Iterator[str]:
+    if (activation := values.get("activation_function", "gelu_new")) not in ("gelu_new", "gelu_pytorch_tanh"):
+        yield f"activation_function is {activation}, expected gelu_new"
+    if not values.get("scale_attn_weights", True):
+        yield "scale_attn_weights is false, expected true"
+    for name in ("scale_attn_by_inverse_layer_idx", "add_cross_attention"):
+        if values.get(name):
+            yield f"{name} is true, expected false"
+
+
+def _parse_gpt2(values: dict[str, Any]) -> ModelConfig:
+    defaults = {"n_inner": 4 * values["n_embd"], "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True}
+    shared = {name: (defaults | values)[key] for name, key in GPT2_KEYS.items()}
+    shared["norm_eps"] = float(shared["norm_eps"])
+    return ModelConfig(**shared, position="learned", norm="layernorm", activation="gelu", bias=True)

@@ -1,6 +1,6 @@
-"""A model as one GGUF file, for llama.cpp and what builds on it.
+"""Export a checkpoint as a GGUF file, for llama.cpp and tools built on it.
 
-Source: ggml-org/llama.cpp, convert_hf_to_gguf.py, for names, types, and the order of a Llama's query and key rows.
+Source: ggml-org/llama.cpp, convert_hf_to_gguf.py, for names, types, and the row order of a Llama's queries and keys.
 """
 
 import json
@@ -16,12 +16,11 @@ from torch import Tensor
 from myllm.config import ModelConfig
 from myllm.errors import UserError
 from myllm.hub.architectures import ModelType, select_architecture
+from myllm.hub.weights import export_weights
 from myllm.paths import user_path
 
-from .target import atomic_dir
+from .source import ExportSource, atomic_dir, require
 from .tokenizer import fast_tokenizer
-from .transformers import ExportSource
-from .weights import to_transformers
 
 ARCHITECTURES = {"llama": "LLAMA", "qwen3": "QWEN3", "gpt2": "GPT2"}
 TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -29,30 +28,30 @@ FILE_TYPES = {"float32": "ALL_F32", "float16": "MOSTLY_F16", "bfloat16": "MOSTLY
 
 
 def export_gguf(source: ExportSource, to: Path, dtype: str = "float32") -> int:
-    """Write the file, read it back, compare it tensor by tensor, and only then give it its name.
+    """Write the file, read it back and compare each tensor, and only then give it its name.
 
-    Vectors and learned positions stay in float32, as llama.cpp has them.
+    Vectors and learned positions stay in float32, as in llama.cpp.
 
     Returns:
         the number of tensors.
 
     Raises:
-        UserError: a model or vocabulary that the format has no place for, or the extra `gguf` is not installed.
+        UserError: a model or vocabulary that the format does not support, or the extra `gguf` is not installed.
     """
-    gguf = _require()
+    gguf = require("--to-gguf", "gguf", "gguf")
     config, to = source.config.model, user_path(to).absolute()
-    kind = select_architecture(config)
-    tensors = dict(_tensors(gguf, kind, config, source.weights))
+    model_type = select_architecture(config)
+    tensors = dict(_tensors(gguf, model_type, config, source.weights))
     with atomic_dir(to) as folder:
         work = folder / to.name
-        writer = gguf.GGUFWriter(work, ARCHITECTURES[kind].lower())
+        writer = gguf.GGUFWriter(work, ARCHITECTURES[model_type].lower())
         writer.add_name(source.config.name)
         writer.add_file_type(int(getattr(gguf.LlamaFileType, FILE_TYPES[dtype])))
-        _add_settings(writer, kind, config)
+        _add_settings(writer, model_type, config)
         _add_vocabulary(gguf, writer, source)
         for name, array in tensors.items():
-            kept = _type(gguf, name, array, dtype)
-            writer.add_tensor(name, gguf.quants.quantize(array, kept), raw_dtype=kept)
+            stored_type = _stored_type(gguf, name, array, dtype)
+            writer.add_tensor(name, gguf.quants.quantize(array, stored_type), raw_dtype=stored_type)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -65,40 +64,40 @@ def export_gguf(source: ExportSource, to: Path, dtype: str = "float32") -> int:
 
 
 def _tensors(
-    gguf: Any, kind: ModelType, config: ModelConfig, weights: dict[str, Tensor]
+    gguf: Any, model_type: ModelType, config: ModelConfig, weights: dict[str, Tensor]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, ARCHITECTURES[kind]), config.n_layers)
-    for theirs, tensor in to_transformers(kind, config, weights).items():
+    names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, ARCHITECTURES[model_type]), config.n_layers)
+    for theirs, tensor in export_weights(model_type, config, weights).items():
         name = names.get_name(theirs, try_suffixes=(".weight", ".bias"))
         assert name, theirs
         array = tensor.float().numpy()
-        if kind == "gpt2" and ".h." in theirs and array.ndim == 2:
-            array = array.T  # outputs as rows, unlike Conv1D
-        if kind == "llama" and "self_attn.q_proj" in theirs:
+        if model_type == "gpt2" and ".h." in theirs and array.ndim == 2:
+            array = array.T  # outputs as rows, unlike in Conv1D
+        if model_type == "llama" and "self_attn.q_proj" in theirs:
             array = interleave_rotary_rows(array, config.n_heads)
-        if kind == "llama" and "self_attn.k_proj" in theirs:
+        if model_type == "llama" and "self_attn.k_proj" in theirs:
             array = interleave_rotary_rows(array, config.kv_heads)
         yield name, np.ascontiguousarray(array)
 
 
 def interleave_rotary_rows(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of queries or keys, head by head, so that dimensions that turn together stand side by side.
+    """Reorder rows of queries or keys within each head, so that the two dimensions of a rotary pair are neighbors.
 
-    A Llama in GGUF pairs dimension 2i with 2i + 1 where we pair i with i + K/2.
+    A Llama in GGUF pairs dimension 2i with 2i + 1; ours pairs i with i + K/2.
 
     Shapes:
-        (H K, D) or (H K,); returns the same
+        rows (H K, D) or (H K,); returns the same
     """
-    apart = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])  # (H, 2, K/2, D)
-    return apart.swapaxes(1, 2).reshape(rows.shape)
+    halves = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])  # (H, 2, K/2, D)
+    return halves.swapaxes(1, 2).reshape(rows.shape)  # (H, K/2, 2, D), flattened
 
 
-def _type(gguf: Any, name: str, array: np.ndarray, dtype: str) -> Any:
+def _stored_type(gguf: Any, name: str, array: np.ndarray, dtype: str) -> Any:
     small = array.ndim == 1 or name.startswith("position_embd")
     return getattr(gguf.GGMLQuantizationType, "F32" if small else TYPES[dtype])
 
 
-def _add_settings(writer: Any, kind: ModelType, config: ModelConfig) -> None:
+def _add_settings(writer: Any, model_type: ModelType, config: ModelConfig) -> None:
     writer.add_context_length(config.max_seq_len)
     writer.add_embedding_length(config.d_model)
     writer.add_block_count(config.n_layers)
@@ -106,7 +105,7 @@ def _add_settings(writer: Any, kind: ModelType, config: ModelConfig) -> None:
     writer.add_head_count(config.n_heads)
     writer.add_head_count_kv(config.kv_heads)
     writer.add_vocab_size(config.vocab_size)
-    if kind == "gpt2":
+    if model_type == "gpt2":
         writer.add_layer_norm_eps(config.norm_eps)
         return
     writer.add_layer_norm_rms_eps(config.norm_eps)
@@ -119,16 +118,15 @@ def _add_settings(writer: Any, kind: ModelType, config: ModelConfig) -> None:
 def _add_vocabulary(gguf: Any, writer: Any, source: ExportSource) -> None:
     """
     Raises:
-        UserError: not a byte-level vocabulary that cuts words as GPT-2's does.
+        UserError: not a byte-level vocabulary that splits words as GPT-2's does.
     """
     spec, end = json.loads(fast_tokenizer(source.tokenizer).to_str()), source.tokenizer.end_of_text
-    cutting = spec["pre_tokenizer"] or {}
-    plain = cutting.get("type") == "ByteLevel" and cutting.get("use_regex", True) and not cutting["add_prefix_space"]
-    if spec["model"]["type"] != "BPE" or spec["normalizer"] or not plain:
+    splitter = spec["pre_tokenizer"] or {}
+    is_byte_level = splitter.get("type") == "ByteLevel" and splitter.get("use_regex", True)
+    if spec["model"]["type"] != "BPE" or spec["normalizer"] or not is_byte_level or splitter["add_prefix_space"]:
         raise UserError(
-            f"the vocabulary {source.tokenizer.name} does not cut words as GPT-2's does (model "
-            f"{spec['model']['type']}, pre_tokenizer {cutting.get('type')}): GGUF has no name for it. Vocabularies of "
-            "`myllm tokenizer train` do"
+            f"GGUF supports vocabularies that split words as GPT-2's does, such as those of `myllm tokenizer train`. "
+            f"{source.tokenizer.name} does not (model {spec['model']['type']}, pre_tokenizer {splitter.get('type')})"
         )
     tokens = [f"[UNUSED{i}]" for i in range(source.config.model.vocab_size)]
     types = [gguf.TokenType.UNUSED] * len(tokens)
@@ -150,26 +148,16 @@ def _add_vocabulary(gguf: Any, writer: Any, source: ExportSource) -> None:
 def _compare(gguf: Any, file: Path, tensors: dict[str, np.ndarray], dtype: str) -> None:
     """
     Raises:
-        UserError: the file does not hold what was written.
+        UserError: the file does not hold these tensors.
     """
     found = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
     wrong = sorted(found.keys() ^ tensors.keys())
     for name in found.keys() & tensors.keys():
         values = gguf.quants.dequantize(found[name].data, found[name].tensor_type)
-        kept = torch.float32 if found[name].tensor_type.name == "F32" else getattr(torch, dtype)
+        stored_dtype = torch.float32 if found[name].tensor_type.name == "F32" else getattr(torch, dtype)
         # Rounded by torch, not by the library that wrote the file.
-        expected = torch.from_numpy(tensors[name]).to(kept).float().numpy()
+        expected = torch.from_numpy(tensors[name]).to(stored_dtype).float().numpy()
         if values.shape != expected.shape or not np.array_equal(values, expected):
             wrong.append(name)
     if wrong:
-        raise UserError(f"the GGUF file does not hold what was written: {', '.join(wrong[:5])}. Nothing was exported")
-
-
-def _require() -> Any:
-    try:
-        import gguf
-    except ImportError:
-        raise UserError(
-            "--to-gguf needs gguf, which is not installed: pip install gguf (the extra `gguf` of this package)"
-        ) from None
-    return gguf
+        raise UserError(f"the GGUF file does not hold the weights: {', '.join(wrong[:5])} differ. Nothing was exported")

@@ -1,12 +1,10 @@
-"""A model as one ONNX file: tokens (batch, sequence) to logits (batch, sequence, vocabulary). Any model of ours."""
+"""Export any checkpoint as an ONNX file: tokens (batch, sequence) to logits (batch, sequence, vocabulary)."""
 
 import contextlib
 import io
 import logging
 import warnings
-from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import torch
@@ -14,18 +12,17 @@ import torch
 from myllm.errors import UserError
 from myllm.paths import user_path
 
-from .target import atomic_dir
-from .transformers import ExportSource
+from .source import ExportSource, atomic_dir, require
 from .verify import TOLERANCE, sample_inputs
 
 OPSET = 20
 
 
 def export_onnx(source: ExportSource, to: Path) -> float:
-    """Write the file, run it with onnxruntime, and only then give it its name.
+    """Write the file, run it with onnxruntime and compare logits, and only then give it its name.
 
-    In float32; batch and sequence may have any length up to the context. Weights beyond 2 GB go to a file beside it,
-    which is part of it: NAME.data.
+    Weights are in float32. Batch and sequence can have any length, up to the context. Weights of more than 2 GB are in
+    a second file, NAME.data.
 
     Returns:
         the largest difference of a logit.
@@ -33,7 +30,7 @@ def export_onnx(source: ExportSource, to: Path) -> float:
     Raises:
         UserError: the extra `onnx` is not installed, or onnxruntime gives other logits.
     """
-    onnxruntime = _require()
+    onnxruntime = require("--to-onnx", "onnx", "onnx", "onnxscript", "onnxruntime")
     to = user_path(to).absolute()
     with atomic_dir(to) as work:
         model = source.model()
@@ -48,10 +45,10 @@ def export_onnx(source: ExportSource, to: Path) -> float:
             largest = max(largest, float(np.abs(ours).max()))
         if not difference <= TOLERANCE * largest:
             raise UserError(
-                f"onnxruntime gives other logits than this model: they differ by up to {difference:.1e}, allowed "
-                f"{TOLERANCE * largest:.1e}. Nothing was exported; please report this with the run's config.json"
+                f"onnxruntime gives other logits than this model: largest difference {difference:.1e}, allowed "
+                f"{TOLERANCE * largest:.1e}. Nothing was exported. Please report this with the run's config.json"
             )
-        for file in sorted(work.iterdir(), key=lambda file: file.name == to.name):  # what names the other comes last
+        for file in sorted(work.iterdir(), key=lambda file: file.name == to.name):  # the main file last
             file.replace(to.with_name(file.name))
     return difference
 
@@ -60,7 +57,7 @@ def _write(model: torch.nn.Module, file: Path) -> None:
     context = model.config.max_seq_len
     shapes = {"tokens": {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence", max=context)}}
     example = torch.zeros(2, min(8, context), dtype=torch.long)
-    # The exporter tells of its steps on the standard output and of its own deprecations.
+    # The exporter prints its progress and warns of its own deprecations.
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -75,17 +72,5 @@ def _write(model: torch.nn.Module, file: Path) -> None:
 
 
 def _large(model: torch.nn.Module) -> bool:
-    """Whether the weights exceed what one protobuf message holds."""
+    """True if the weights exceed the limit of a protobuf message."""
     return sum(p.numel() * p.element_size() for p in model.parameters()) > 1_900_000_000
-
-
-def _require() -> ModuleType:
-    try:
-        for name in ("onnx", "onnxscript"):  # what torch's exporter imports
-            import_module(name)
-        return import_module("onnxruntime")
-    except ImportError as error:
-        raise UserError(
-            f"--to-onnx needs {error.name}, which is not installed: pip install onnx onnxscript onnxruntime (the extra "
-            "`onnx` of this package)"
-        ) from None

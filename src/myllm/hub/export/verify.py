@@ -1,7 +1,9 @@
-"""The gate: what transformers loads from the folder gives our logits and our token ids, or there is no export."""
+"""Verify an export: transformers must load it and give our logits and our token ids."""
 
 import os
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,9 @@ from myllm.data.tokenizer.base import Tokenizer
 from myllm.errors import UserError
 from myllm.model.transformer import Transformer
 
-# Of the largest logit. Two float32 programs of the same sums differ by about 1e-6; a wrong detail by 1e-2 and more.
+from .source import require
+
+# Relative to the largest logit. Two correct float32 implementations differ by about 1e-6, a wrong one by over 1e-2.
 TOLERANCE = 1e-4
 RANDOM_TOKENS = 256
 TEXT_TOKENS = 1_024
@@ -23,20 +27,20 @@ RANDOM_TEXTS = 200
 
 @dataclass(frozen=True)
 class Parity:
-    """The largest differences found, and what they are to be compared with."""
+    """The largest differences of a logit."""
 
     random: float
-    """Of a logit, on random tokens."""
+    """On random tokens."""
     text: float
-    """Of a logit, on real text."""
+    """On real text."""
     largest_logit: float
     characters: int
-    """Of text whose token ids were compared."""
+    """Characters of text whose token ids were compared."""
 
     def __str__(self) -> str:
         return (
             f"largest difference of a logit {self.random:.1e} on random tokens, {self.text:.1e} on real text "
-            f"(logits up to {self.largest_logit:.1f}); the same token ids on {self.characters:,} characters"
+            f"(logits up to {self.largest_logit:.1f}); same token ids on {self.characters:,} characters"
         )
 
 
@@ -45,25 +49,18 @@ def require_transformers() -> Any:
     Raises:
         UserError: transformers is not installed.
     """
-    try:
-        import transformers
-    except ImportError:
-        raise UserError(
-            "nothing is called exported before transformers gives the same logits from it, and transformers is not "
-            "installed: pip install transformers (the extra `export` of this package names the version in use)"
-        ) from None
-    return transformers
+    return require("verifying an export", "export", "transformers")
 
 
 @torch.no_grad()
 def verify(folder: Path, model: Transformer, tokenizer: Tokenizer) -> Parity:
-    """Load the folder as a stranger would and compare.
+    """Load the folder without MyLLM and compare it with the model.
 
     Args:
-        model: with the weights that were written, in float32 on the CPU.
+        model: a model with the exported weights, in float32 on the CPU.
 
     Raises:
-        UserError: they differ.
+        UserError: logits, weights or token ids differ.
     """
     transformers = require_transformers()
     with _quiet(transformers):
@@ -72,59 +69,58 @@ def verify(folder: Path, model: Transformer, tokenizer: Tokenizer) -> Parity:
         )
         fast = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         characters = _check_ids(fast, tokenizer)
-    if odd := {kind: sorted(names) for kind, names in notes.items() if names}:
-        raise UserError(f"transformers finds other weights than were written: {odd}")
+    if mismatches := {kind: sorted(names) for kind, names in notes.items() if names}:
+        raise UserError(f"transformers does not find the exported weights: {mismatches}")
     differences, largest = [], 0.0
     for tokens in sample_inputs(model, tokenizer):
         ours, theirs = model(tokens), peer.eval()(tokens).logits
-        _check_same_size(ours, theirs)
+        if ours.shape != theirs.shape:
+            raise UserError(f"transformers gives logits of shape {tuple(theirs.shape)}, expected {tuple(ours.shape)}")
         differences.append(float((ours - theirs).abs().max()))
         largest = max(largest, float(ours.abs().max()))
     parity = Parity(*differences, largest, characters)
-    if not max(differences) <= TOLERANCE * largest:  # NaN is no success
+    if not max(differences) <= TOLERANCE * largest:  # also rejects NaN
         raise UserError(
             f"transformers gives other logits than this model: {parity}; allowed {TOLERANCE * largest:.1e}. Nothing "
-            "was exported; please report this with the run's config.json"
+            "was exported. Please report this with the run's config.json"
         )
     return parity
 
 
-def _check_same_size(ours: Tensor, theirs: Tensor) -> None:
-    if ours.shape != theirs.shape:
-        raise UserError(f"transformers gives logits of the shape {tuple(theirs.shape)}, not {tuple(ours.shape)}")
-
-
 def sample_inputs(model: Transformer, tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
-    """Random tokens and the start of a document, as far into the context as time allows."""
+    """Random tokens and the start of a document, of limited length to save time.
+
+    Shapes:
+        returns (2, T) and (1, T)
+    """
     config = model.config
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.randint(config.vocab_size, (2, min(config.max_seq_len, RANDOM_TOKENS)), generator=generator)
-    return drawn, torch.tensor(
-        [tokenizer.encode_document(real_text()).tolist()[: min(config.max_seq_len, TEXT_TOKENS)]]
-    )
+    random_tokens = torch.randint(config.vocab_size, (2, min(config.max_seq_len, RANDOM_TOKENS)), generator=generator)
+    text_tokens = tokenizer.encode_document(real_text()).tolist()[: min(config.max_seq_len, TEXT_TOKENS)]
+    return random_tokens, torch.tensor([text_tokens])
 
 
 def real_text() -> str:
-    """Prose and code that every machine with this package has."""
+    """Prose and code that exist on every machine with this package."""
     readme = paths.project_root() / "README.md"
     prose = readme.read_text(encoding="utf-8") if readme.is_file() else ""
     return prose + Path(os.__file__).read_text(encoding="utf-8")
 
 
 def random_texts() -> list[str]:
-    """What breaks tokenizers: all of Unicode, runs of white space, digits, quotes, and special tokens spelled out."""
-    chance = random.Random(0)
+    """Texts that are hard for tokenizers: all of Unicode, white space, digits, quotes, names of special tokens."""
+    rng = random.Random(0)
     parts = (
-        lambda: chr((chance.randrange(0x110000 - 0x800) + 0xE000) % 0x110000),  # without surrogates
-        lambda: chr(chance.randrange(32, 0x250)),
-        lambda: chance.choice(" \t\n\r\x0b\x85\xa0\u2003\u3000") * chance.randrange(1, 6),
-        lambda: str(chance.randrange(10**6)),
-        lambda: chance.choice(
+        lambda: chr((rng.randrange(0x110000 - 0x800) + 0xE000) % 0x110000),  # without surrogates
+        lambda: chr(rng.randrange(32, 0x250)),
+        lambda: rng.choice(" \t\n\r\x0b\x85\xa0\u2003\u3000") * rng.randrange(1, 6),
+        lambda: str(rng.randrange(10**6)),
+        lambda: rng.choice(
             ["'s", "'LL", "n\u2019t", "<|endoftext|>", "</s>", "[UNK]", "Ġ", "é", "e\u0301", "\U0001f469"]
         ),
-        lambda: chance.choice(["the", "River", "of", "naïve", "言語", "мир", "foo_bar", "==>"]),
+        lambda: rng.choice(["the", "River", "of", "naïve", "言語", "мир", "foo_bar", "==>"]),
     )
-    return ["".join(chance.choice(parts)() for _ in range(chance.randrange(40))) for _ in range(RANDOM_TEXTS)]
+    return ["".join(rng.choice(parts)() for _ in range(rng.randrange(40))) for _ in range(RANDOM_TEXTS)]
 
 
 def _check_ids(fast: Any, tokenizer: Tokenizer) -> int:
@@ -132,31 +128,28 @@ def _check_ids(fast: Any, tokenizer: Tokenizer) -> int:
     for text in texts:
         try:
             ours = tokenizer.encode_document(text).tolist()
-        except UserError:  # a vocabulary without some characters
+        except UserError:  # the vocabulary lacks some characters
             continue
         theirs = fast(text).input_ids
         if ours != theirs:
-            at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), 0)
+            first = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), 0)
             raise UserError(
-                f"transformers' tokenizer gives other ids than {tokenizer.name}: for {text[:60]!r} from token {at} "
-                f"{theirs[at : at + 5]}, expected {ours[at : at + 5]}. Nothing was exported"
+                f"transformers' tokenizer gives other ids than {tokenizer.name}: for {text[:60]!r} from token {first} "
+                f"{theirs[first : first + 5]}, expected {ours[first : first + 5]}. Nothing was exported"
             )
     return sum(map(len, texts))
 
 
-class _quiet:
-    """transformers' progress bars and warnings out of the way, and back as they were."""
-
-    def __init__(self, transformers: Any) -> None:
-        self._logging = transformers.utils.logging
-
-    def __enter__(self) -> None:
-        self._level = self._logging.get_verbosity()
-        self._bars = self._logging.is_progress_bar_enabled()
-        self._logging.set_verbosity_error()
-        self._logging.disable_progress_bar()
-
-    def __exit__(self, *_: object) -> None:
-        self._logging.set_verbosity(self._level)
-        if self._bars:
-            self._logging.enable_progress_bar()
+@contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """Disable transformers' progress bars and warnings."""
+    logging = transformers.utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
