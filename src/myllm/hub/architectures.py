@@ -8,7 +8,7 @@ from myllm.errors import UserError
 
 ModelType = Literal["llama", "qwen3", "gpt2"]
 
-CLASSES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM", "gpt2": "GPT2LMHeadModel"}
+CLASSES: dict[ModelType, str] = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM", "gpt2": "GPT2LMHeadModel"}
 
 # Fields of ModelConfig that every architecture supports (sizes), or that it does not need (training, our files).
 UNRESTRICTED_FIELDS = frozenset(
@@ -17,7 +17,7 @@ UNRESTRICTED_FIELDS = frozenset(
     | {"dropout_embedding", "dropout_attention_residual", "dropout_ffn"}
 )
 # Values that an architecture supports in the other fields. GPT-2 has biases, which are zeros for a model without.
-ALLOWED_VALUES: dict[str, dict[str, tuple[Any, ...]]] = {
+ALLOWED_VALUES: dict[ModelType, dict[str, tuple[Any, ...]]] = {
     "llama": {
         "position": ("rope",), "norm": ("rmsnorm",), "activation": ("swiglu",), "bias": (True, False),
         "qk_norm": (False,),
@@ -41,7 +41,7 @@ GPT2_KEYS = {
     "vocab_size": "vocab_size", "max_seq_len": "n_positions", "d_model": "n_embd", "n_layers": "n_layer",
     "n_heads": "n_head", "d_ff": "n_inner", "norm_eps": "layer_norm_epsilon", "tie_embeddings": "tie_word_embeddings",
 }  # fmt: skip
-CONFIG_KEYS = {"llama": LLAMA_KEYS, "qwen3": LLAMA_KEYS, "gpt2": GPT2_KEYS}
+CONFIG_KEYS: dict[ModelType, dict[str, str]] = {"llama": LLAMA_KEYS, "qwen3": LLAMA_KEYS, "gpt2": GPT2_KEYS}
 
 # Upper limits of integers in config.json, far above any model: larger ones would be allocated before they are checked.
 MAX_SIZE = 2**24

@@ -14,7 +14,8 @@ from myllm.model.transformer import Transformer
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # Our modules and theirs. Several of theirs are concatenated by rows. {} is the number of the layer.
-LLAMA = {
+Modules = dict[str, str | tuple[str, ...]]
+LLAMA: Modules = {
     "embedding": "model.embed_tokens",
     "norm": "model.norm",
     "head": "lm_head",
@@ -31,7 +32,7 @@ LLAMA = {
     "blocks.{}.feed_forward.up_proj": ("model.layers.{}.mlp.gate_proj", "model.layers.{}.mlp.up_proj"),
     "blocks.{}.feed_forward.down_proj": "model.layers.{}.mlp.down_proj",
 }
-GPT2 = {
+GPT2: Modules = {
     "embedding": "transformer.wte",
     "positions": "transformer.wpe",
     "norm": "transformer.ln_f",
@@ -43,7 +44,7 @@ GPT2 = {
     "blocks.{}.feed_forward.up_proj": "transformer.h.{}.mlp.c_fc",
     "blocks.{}.feed_forward.down_proj": "transformer.h.{}.mlp.c_proj",
 }
-LF_LLM = {  # its up_proj has the rows of up first, then those of the gate
+LF_LLM: Modules = {  # its up_proj has the rows of up first, then those of the gate
     "embedding": "embd",
     "norm": "norm",
     "head": "out_proj",
@@ -55,12 +56,7 @@ LF_LLM = {  # its up_proj has the rows of up first, then those of the gate
     "blocks.{}.feed_forward.down_proj": "transformer_blocks.{}.ffn.net.3",
 }
 Format = Literal["llama", "qwen3", "gpt2", "lf-llm"]
-MODULES: dict[Format, dict[str, str | tuple[str, ...]]] = {
-    "llama": LLAMA,
-    "qwen3": LLAMA,
-    "gpt2": GPT2,
-    "lf-llm": LF_LLM,
-}
+MODULES: dict[Format, Modules] = {"llama": LLAMA, "qwen3": LLAMA, "gpt2": GPT2, "lf-llm": LF_LLM}
 
 
 @dataclass(frozen=True)
@@ -132,14 +128,13 @@ def import_weights(
     """
     tensors, weights, errors = dict(tensors), {}, []
     for mapping in weight_mappings(format, config):
-        parts = [tensors.pop(name, None) for name in mapping.theirs]
         if mapping.optional:
-            zeros = [torch.zeros(rows) for rows in mapping.rows]
-            parts = [zero if part is None else part for part, zero in zip(parts, zeros, strict=True)]
-        missing = [name for name, part in zip(mapping.theirs, parts, strict=True) if part is None]
-        errors += [f"{name} is missing" for name in missing]
-        if missing:
+            for name, rows in zip(mapping.theirs, mapping.rows, strict=True):
+                tensors.setdefault(name, torch.zeros(rows))
+        if missing := [name for name in mapping.theirs if name not in tensors]:
+            errors += [f"{name} is missing" for name in missing]
             continue
+        parts = [tensors.pop(name) for name in mapping.theirs]
         if mapping.ours in ("embedding.weight", "head.weight"):
             parts = [part[: config.vocab_size] for part in parts]
         try:

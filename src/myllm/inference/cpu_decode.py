@@ -79,7 +79,7 @@ def _logits(self: Any, hidden: Tensor) -> Tensor:
     return few_rows_linear(hidden, self._head_weight[: self.config.vocab_size], None, FEW_LOGIT_ROWS)
 
 
-OVERRIDES = {nn.Linear: {"__call__": _linear}, Transformer: {"logits": _logits}}
+OVERRIDES: dict[type[nn.Module], dict[str, Any]] = {nn.Linear: {"__call__": _linear}, Transformer: {"logits": _logits}}
 
 
 @cache

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from myllm.errors import UserError
+from myllm.model.transformer import Transformer
 from myllm.paths import user_path
 
 from .source import ExportSource, atomic_dir, require
@@ -53,7 +54,7 @@ def export_onnx(source: ExportSource, to: Path) -> float:
     return difference
 
 
-def _write(model: torch.nn.Module, file: Path) -> None:
+def _write(model: Transformer, file: Path) -> None:
     context = model.config.max_seq_len
     shapes = {"tokens": {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence", max=context)}}
     example = torch.zeros(2, min(8, context), dtype=torch.long)

@@ -71,14 +71,16 @@ def verify(folder: Path, model: Transformer, tokenizer: Tokenizer) -> Parity:
         characters = _check_ids(fast, tokenizer)
     if mismatches := {kind: sorted(names) for kind, names in notes.items() if names}:
         raise UserError(f"transformers does not find the exported weights: {mismatches}")
-    differences, largest = [], 0.0
+    differences: list[float] = []
+    largest = 0.0
     for tokens in sample_inputs(model, tokenizer):
         ours, theirs = model(tokens), peer.eval()(tokens).logits
         if ours.shape != theirs.shape:
             raise UserError(f"transformers gives logits of shape {tuple(theirs.shape)}, expected {tuple(ours.shape)}")
         differences.append(float((ours - theirs).abs().max()))
         largest = max(largest, float(ours.abs().max()))
-    parity = Parity(*differences, largest, characters)
+    random_difference, text_difference = differences
+    parity = Parity(random_difference, text_difference, largest, characters)
     if not max(differences) <= TOLERANCE * largest:  # also rejects NaN
         raise UserError(
             f"transformers gives other logits than this model: {parity}; allowed {TOLERANCE * largest:.1e}. Nothing "
