@@ -14,6 +14,8 @@ from myllm.planning.validation import config_errors
 
 @dataclass(frozen=True)
 class ExternalModel:
+    """A model that MyLLM did not write, whatever it was read from."""
+
     config: ModelConfig
     weights: dict[str, Tensor]
     """By our names, in the stored dtype, without the padding of the vocabulary."""

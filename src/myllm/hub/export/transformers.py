@@ -39,6 +39,8 @@ REPLACED = ".replaced"
 
 @dataclass(frozen=True)
 class ExportResult:
+    """A verified export."""
+
     folder: Path
     architecture: str
     parity: Parity
