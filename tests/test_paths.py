@@ -100,7 +100,7 @@ def test_errors_of_files_in_words(
 
 def test_a_fault_of_ours_keeps_its_traceback() -> None:
     for number in (errno.EIO, errno.ESTALE, errno.ENOENT, errno.ECONNRESET):
-        assert explain_os_error(OSError(number, os.strerror(number), "file")) is None
+        assert explain_os_error(OSError(number, os.strerror(number), "file"), Path("data")) is None
 
 
 def test_a_write_without_room_names_its_file(tmp_path: Path) -> None:

@@ -85,8 +85,12 @@ def out_of_space(error: BaseException | None) -> bool:
     return False
 
 
-def explain_os_error(error: OSError) -> str | None:
-    """What a user can do about a file or folder that cannot be used. None if the error is not the user's to fix."""
+def explain_os_error(error: OSError, data: Path) -> str | None:
+    """What a user can do about a file or folder that cannot be used. None if the error is not the user's to fix.
+
+    Args:
+        data: temp_data/, which can be moved.
+    """
     path, reason = error.filename, error.strerror or str(error)
     if out_of_space(error):
         full = full_disk_path(error)
@@ -104,8 +108,7 @@ def explain_os_error(error: OSError) -> str | None:
     if error.errno in PERMISSION_ERRORS:
         return f"cannot read {path}: {reason}; make it readable"
     if error.errno in EXPECTED_PATH:
-        in_data = os.environ.get("MYLLM_DATA", "temp_data") in path
-        remedy = "; or set MYLLM_DATA to another folder" if in_data else ""
+        remedy = "; or set MYLLM_DATA to another folder" if Path(path).is_relative_to(data) else ""
         return f"cannot use {path}: {reason}; expected {EXPECTED_PATH[error.errno]}{remedy}"
     return None
 

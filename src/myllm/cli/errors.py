@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
+from myllm import paths
 from myllm.distributed import launcher as ranks
 from myllm.distributed.standard_streams import flush_output, stdout_closed
 from myllm.errors import MachineError, UserError, explain_os_error
@@ -51,7 +52,7 @@ def exit_on_error() -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.EPIPE, errno.EIO) and stdout_closed():
             ranks.exit_failed(128 + signal.SIGPIPE)
-        if message := explain_os_error(error):
+        if message := explain_os_error(error, paths.temp_data()):
             _fail(message)
         _end_rank(error)
         raise

@@ -139,7 +139,7 @@ def disk_errors_for_users() -> Iterator[None]:
                 f"no room to write the data set under {folder}: {error.strerror}. Finished work is kept: free some "
                 "space and run the same command again, or set MYLLM_DATA to a folder on a larger disk"
             ) from None
-        if message := explain_os_error(error):
+        if message := explain_os_error(error, paths.temp_data()):
             raise UserError(message) from None
         if error.errno == errno.ENOENT:
             raise UserError(
