@@ -142,7 +142,8 @@ def _dataclass(info: StructTypeInfo) -> StructConstructorSpec | None:
     """A dataclass whose fields are documented by the strings below them."""
     if not dataclasses.is_dataclass(info.type):
         return None
-    hints, help_of = typing.get_type_hints(info.type, include_extras=True), {}
+    hints = typing.get_type_hints(info.type, include_extras=True)
+    help_of: dict[str, str] = {}
     for base in reversed(info.type.__mro__[:-1]):
         help_of |= _help(base)
     return StructConstructorSpec(
@@ -177,11 +178,12 @@ def _with_reflowed_help(function: Callable[..., Any]) -> Callable[..., Any]:
         return function(*values, **named)
 
     signature = inspect.signature(function)
-    call.__doc__, call.__annotations__ = function.__doc__, hints
-    call.__signature__ = signature.replace(
+    described: Any = call
+    described.__doc__, described.__annotations__ = function.__doc__, hints
+    described.__signature__ = signature.replace(
         parameters=[parameter.replace(annotation=hints[name]) for name, parameter in signature.parameters.items()]
     )
-    return call
+    return described
 
 
 def _help(described: Any) -> dict[str, str]:

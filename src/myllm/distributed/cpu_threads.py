@@ -64,6 +64,7 @@ def _quotas(control: Path, own: Path) -> Iterator[float]:
         lines = own.read_text(encoding="utf-8").splitlines()
     except OSError:
         return
+    files: tuple[str, ...]
     for line in lines:
         controllers, _, path = line.partition(":")[2].partition(":")
         if not controllers:

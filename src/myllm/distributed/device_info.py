@@ -119,7 +119,7 @@ def cuda_problem() -> str | None:
         return f"{found}, but torch {torch.__version__} is a build without CUDA; {_install_advice(cuda)}"
     major = int(built.partition(".")[0])
     needed = DRIVER_NEEDED.get(major)
-    too_old = cuda[0] < major if cuda else bool(needed) and int(driver.partition(".")[0]) < int(needed)
+    too_old = cuda[0] < major if cuda else needed is not None and int(driver.partition(".")[0]) < int(needed)
     if too_old:
         newer = f"driver {needed} or newer" if needed else "a newer driver"
         torch_needs = f"torch {torch.__version__} is built for CUDA {built} and needs {newer}"

@@ -5,9 +5,9 @@ training step calls, and comes after a checkpoint is loaded.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from myllm.config import RunConfig
 from myllm.model import attention_backend
-from myllm.model.transformer import Transformer
+from myllm.model.transformer import Block, Transformer
 
 from .collectives import DistContext
 from .device_info import has_triton
@@ -70,13 +70,13 @@ def compile_mode(model: Transformer, config: RunConfig, device: torch.device) ->
 def parallelize(model: Transformer, config: RunConfig, dist: DistContext) -> nn.Module:
     """The model that a training step calls: compiled where that pays, and wrapped in DDP where it is used."""
     mode = compile_mode(model, config, dist.device)
-    for block in model.blocks:
+    for block in cast(Iterable[Block], model.blocks):
         block.recompute = config.train.activation_checkpointing
     # Shapes never change in training. A graph break is an error, not a slower run.
-    options = {"fullgraph": True, "dynamic": False}
+    options: dict[str, Any] = {"fullgraph": True, "dynamic": False}
     if mode == "block by block":
         model.compile_blocks(**options)
-    train_model: nn.Module = torch.compile(model, **options) if mode == "whole" else model
+    train_model: nn.Module = cast(nn.Module, torch.compile(model, **options)) if mode == "whole" else model
     if dist.world_size > 1 and not isinstance(model, FSDPModule):
         device_ids = [dist.device] if dist.device.type == "cuda" else None
         train_model = DistributedDataParallel(
@@ -105,7 +105,9 @@ def _trace_ddp(train_model: nn.Module, config: RunConfig, dist: DistContext) -> 
     learned them from real steps, these would be reduced in other buckets, and so in another order, than later ones: on
     three ranks or more a restarted run would differ in the last bits.
     """
-    shape = config.train.micro_batch_size, config.model.max_seq_len
+    size = config.train.micro_batch_size
+    assert size != "auto", "a number must be chosen first"
+    shape = size, config.model.max_seq_len
     # Two tensors, as in a step: with one, torch would compile for that case, and again at the first batch.
     tokens, targets = (torch.zeros(shape, dtype=torch.int64, device=dist.device) for _ in range(2))
     devices = [dist.device] if dist.device.type == "cuda" else []

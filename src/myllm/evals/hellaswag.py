@@ -88,7 +88,7 @@ def tokenize_examples(
                 f"HellaSwag needs a longer context: an ending of example {number:,} has {longest} tokens, the model's "
                 f"context is {context_length}; train a model with a larger model.max_seq_len"
             )
-        contexts = (context,)
+        contexts: tuple[np.ndarray, ...] = (context,)
         if len(context) + longest - 1 > context_length:  # the last token of an ending is only a target
             contexts = tuple(context[-(context_length + 1 - len(ending)) :] for ending in endings)
         tokenized.append(TokenizedExample(contexts, endings, lengths, example.label))
@@ -195,7 +195,12 @@ def _to_rows(batch: list[TokenizedExample]) -> tuple[Tensor, Tensor, Tensor, Ten
         tokens[m, : len(row) - 1] = row[:-1]
         targets[m, len(rest) - 1 : len(row) - 1] = ending
     prefixes = np.stack([context[:prefix_length] for context in contexts]).astype(np.int64)
-    return tuple(torch.from_numpy(array) for array in (prefixes, np.array(owners), tokens, targets))
+    return (
+        torch.from_numpy(prefixes),
+        torch.from_numpy(np.array(owners)),
+        torch.from_numpy(tokens),
+        torch.from_numpy(targets),
+    )
 
 
 def finish(sums: Tensor) -> dict[str, float]:

@@ -102,4 +102,4 @@ def _to_example(row: Any, position: str) -> Example:
         raise UserError(
             f"{position}: label must be 0 to {CHOICES - 1}, found {label!r:.80}; the test split has no labels"
         )
-    return Example(*(row[name] for name in TEXT_FIELDS), endings=tuple(endings), label=int(label))
+    return Example(**{name: row[name] for name in TEXT_FIELDS}, endings=tuple(endings), label=int(label))

@@ -22,7 +22,8 @@ def compare(model: Transformer, perplexity_sums: Callable[[Transformer], Tensor]
     """
     quantized = copy.deepcopy(model)
     quantize_int8(quantized)
-    measured, n_tokens = {}, 0
+    measured: dict[str, dict[str, float]] = {}
+    n_tokens: float = 0
     for name, variant in (("float", model), ("int8", quantized)):
         text = perplexity.finish(perplexity_sums(variant))
         n_tokens = text["n_tokens"]

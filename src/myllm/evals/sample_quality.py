@@ -57,11 +57,17 @@ def sample_prompts(
         log_probs: dict[int, list[float]] = {id(sequence): [] for sequence in batch}
         end = model.tokenizer.end_of_text
         for sequence in generate_batch(model.model, batch, new_tokens, SAMPLING, end, top_logprobs=1):
-            log_probs[id(sequence)].append(sequence.logprobs.logprob)
+            log_probs[id(sequence)].append(_log_prob(sequence))
         for sequence in batch:
             if sequence.finish_reason == "end_of_text":
-                log_probs[id(sequence)].append(sequence.logprobs.logprob)
+                log_probs[id(sequence)].append(_log_prob(sequence))
             yield sequence, log_probs[id(sequence)]
+
+
+def _log_prob(sequence: Sequence) -> float:
+    """Of the token drawn last."""
+    assert sequence.logprobs is not None, "generate_batch computes them only if asked to"
+    return sequence.logprobs.logprob
 
 
 def sample_metrics(samples: Iterable[Sample]) -> dict[str, float]:

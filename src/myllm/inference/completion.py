@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import overload
+from typing import Any, overload
 
 from myllm.data.tokenizer.base import Tokenizer
 from myllm.errors import UserError
@@ -157,9 +157,18 @@ def _complete_batch(
 
 
 @overload
-def generate(model: LanguageModel, prompt: str, max_new_tokens: int = ..., **settings: float) -> str: ...
+def generate(
+    model: LanguageModel, prompt: str, max_new_tokens: int = ..., *, stop: str | Iterable[str] = ..., **settings: float
+) -> str: ...
 @overload
-def generate(model: LanguageModel, prompt: list[str], max_new_tokens: int = ..., **settings: float) -> list[str]: ...
+def generate(
+    model: LanguageModel,
+    prompt: list[str],
+    max_new_tokens: int = ...,
+    *,
+    stop: str | Iterable[str] = ...,
+    **settings: float,
+) -> list[str]: ...
 def generate(
     model: LanguageModel,
     prompt: str | list[str],
@@ -181,6 +190,7 @@ def generate(
         raise UserError(f"unknown setting {', '.join(unknown)}; settings: {', '.join(known)}, stop")
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     stops = [stop] if isinstance(stop, str) else list(stop)
-    completions = complete(model, prompts, max_new_tokens, SamplingParams(**settings), stop=stops)
+    fields: dict[str, Any] = settings  # two of them are integers
+    completions = complete(model, prompts, max_new_tokens, SamplingParams(**fields), stop=stops)
     texts = [completion.prompt + completion.text for completion in completions]
     return texts[0] if isinstance(prompt, str) else texts

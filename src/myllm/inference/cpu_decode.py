@@ -8,8 +8,9 @@
 The figures of both are in docs/experiments.md.
 """
 
+from collections.abc import Hashable
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -49,7 +50,7 @@ def as_plain_objects(module: nn.Module) -> Any:
     has_hooks = module._forward_hooks or module._forward_pre_hooks
     if type(module) not in SUPPORTED_TYPES or has_hooks or "forward" in vars(module):
         return module
-    stand_in = _plain_class(type(module))()
+    stand_in = _plain_class(cast(Hashable, type(module)))()
     settings = {name: value for name, value in vars(module).items() if name not in MODULE_INTERNALS}
     parts = {name: None if part is None else as_plain_objects(part) for name, part in module._modules.items()}
     vars(stand_in).update(settings, training=module.training, **module._parameters, **module._buffers, **parts)

@@ -10,6 +10,7 @@ Shapes: B batch, T sequence, D d_model, V padded vocabulary.
 
 import logging
 from importlib.util import find_spec
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +66,8 @@ def quantize_int8(model: Transformer) -> None:
     # By default torchao changes settings of torch.compile for the whole process.
     config = Int8WeightOnlyConfig(set_inductor_config=False)
     quantize_(model, config, filter_fn=lambda module, _: module is model.embedding or isinstance(module, nn.Linear))
-    model.embedding = Int8Embedding(model.embedding.weight)
+    embedding = Int8Embedding(cast(nn.Parameter, model.embedding.weight))
+    model.embedding = cast(nn.Embedding, embedding)
     model.quantized = True
 
 

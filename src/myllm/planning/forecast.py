@@ -103,7 +103,7 @@ class Forecast:
         """True if the configured micro-batch fits and divides the batch."""
         size = self.config.train.micro_batch_size
         divides = size in micro_batch_sizes(self.config, self.hardware.count)
-        return divides and self.largest is not None and size <= self.largest
+        return size != "auto" and divides and self.largest is not None and size <= self.largest
 
     @property
     def step_s(self) -> tuple[float, float] | None:
@@ -112,7 +112,7 @@ class Forecast:
         if not peak:
             return None
         # Recomputing the forward pass is a third more arithmetic.
-        work = flops_per_token(self.config.model) * self.config.train.batch_tokens
+        work: float = flops_per_token(self.config.model) * self.config.train.batch_tokens
         work *= 4 / 3 if self.config.train.activation_checkpointing else 1
         low, high = EXPECTED_MFU
         return work / (peak * self.hardware.count * high), work / (peak * self.hardware.count * low)
@@ -120,12 +120,18 @@ class Forecast:
     @property
     def tokens_per_s(self) -> tuple[float, float] | None:
         """The lower figure first."""
-        return self.step_s and tuple(self.config.train.batch_tokens / seconds for seconds in reversed(self.step_s))
+        if self.step_s is None:
+            return None
+        fast, slow = self.step_s
+        return self.config.train.batch_tokens / slow, self.config.train.batch_tokens / fast
 
     @property
     def hours(self) -> tuple[float, float] | None:
         """Of training alone, without evaluations and saves."""
-        return self.step_s and tuple(seconds * self.config.train.max_steps / 3_600 for seconds in self.step_s)
+        if self.step_s is None:
+            return None
+        fast, slow = self.step_s
+        return fast * self.config.train.max_steps / 3_600, slow * self.config.train.max_steps / 3_600
 
 
 def predict(config: RunConfig, hardware: Hardware) -> Forecast:
@@ -210,9 +216,12 @@ def _memory_lines(config: RunConfig, mode: ComputeMode) -> list[str]:
 def _fit_lines(forecast: Forecast) -> list[str]:
     config, hardware, largest = forecast.config, forecast.hardware, forecast.largest
     gpu, configured, several = hardware.gpu, config.train.micro_batch_size, hardware.count > 1
+    budget = hardware.budget_bytes
+    assert gpu is not None, "only a known GPU has a memory to fit in"
+    assert budget is not None
     lines = [
         f"precision    {_precision(config, gpu)}",
-        f"GPU          {gpu.memory_gib:g} GiB, of which {format_gib(hardware.budget_bytes)} can be used: minus the "
+        f"GPU          {gpu.memory_gib:g} GiB, of which {format_gib(budget)} can be used: minus the "
         f"driver, the CUDA context{', NCCL' if several else ''} and {HEADROOM * 100:.0f} % of headroom",
     ]
     if largest is None:
@@ -246,11 +255,10 @@ def _time_lines(forecast: Forecast) -> Sequence[str]:
     gpu = forecast.hardware.gpu
     if gpu is None:
         return ["time         unknown for a CPU: `pretrain.py PRESET --dry-run` measures this machine"]
-    if forecast.step_s is None:
+    step, rates, hours = forecast.step_s, forecast.tokens_per_s, forecast.hours
+    if step is None or rates is None or hours is None:
         return [f"time         unknown: no {gpu.half} peak is known for a {gpu.name}"]
-    fast, slow = forecast.step_s
-    low, high = forecast.tokens_per_s
-    shortest, longest = forecast.hours
+    (fast, slow), (low, high), (shortest, longest) = step, rates, hours
     mfu = " to ".join(f"{fraction * 100:.0f} %" for fraction in EXPECTED_MFU)
     lines = [
         f"step         {fast:.3g} to {slow:.3g} s, {low:,.0f} to {high:,.0f} tokens/s",

@@ -118,7 +118,7 @@ def gpu_from_device_name(device_name: str) -> GpuSpec | None:
 def peak_flops(device_name: str) -> float | None:
     """Peak FLOP/s in half precision by the driver's name. None: unknown."""
     gpu = gpu_from_device_name(device_name)
-    return gpu and gpu.peak_flops
+    return gpu.peak_flops if gpu else None
 
 
 def gpu_by_name(name: str) -> GpuSpec | None:

@@ -55,7 +55,7 @@ def _row(forecast: Forecast) -> str:
     as_set = forecast.config.train.micro_batch_size if forecast.configured_batch_fits else "no"
     peak = predicted_bytes(fitted, forecast.mode) / 2**30
     speed = "? | ?"
-    if forecast.hours:
+    if forecast.tokens_per_s and forecast.hours:
         rates, hours = map(format_si, forecast.tokens_per_s), forecast.hours
         speed = f"{' to '.join(rates)} | {hours[0]:.3g} to {hours[1]:.3g}"
     return f"| {hardware} | {size} | {as_set} | {accumulation} | {peak:.1f} | {speed} |"

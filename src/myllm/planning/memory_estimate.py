@@ -71,17 +71,20 @@ def memory_by_part(config: RunConfig, mode: ComputeMode) -> dict[str, int]:
 
     On a CPU, the resident memory of the process; on a GPU, what torch's allocator reserves.
     """
-    model, n = config.model, config.train.micro_batch_size * config.model.max_seq_len
+    model, size = config.model, config.train.micro_batch_size
+    assert size != "auto", "a number must be chosen first"
+    n = size * model.max_seq_len
     shards = mode.ranks if mode.sharded else 1
     parameters = stored_parameters(model)
     rotary = 2 * model.max_seq_len * model.head_size * FLOAT if model.position == "rope" else 0
     parts = {"weights": FLOAT * parameters // shards + rotary, "AdamW's moments": 2 * FLOAT * parameters // shards}
     accumulates = config.train.batch_tokens > n * mode.ranks
     moments = [
-        {name: size for name, size in moment.items() if size}
+        {name: part for name, part in moment.items() if part}
         for moment in _moments(config, mode, n, accumulates, parameters // shards)
     ]
-    parts |= max(moments, key=lambda moment: sum(moment.values()))
+    peak = max(moments, key=lambda moment: sum(moment.values()))
+    parts |= peak
     if mode.sharded:
         parts["gathered matrices"] = _gathered_bytes(model, mode)
     parts["batches"] = 4 * n * 16  # int64 tokens and targets, some of them in transfer

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -94,7 +94,7 @@ def _wrapped(line: str) -> str:
     """Wrap a line to the width of the terminal."""
     width = shutil.get_terminal_size().columns
     parts = line.split("\n")
-    options = {"subsequent_indent": "    ", "break_long_words": False, "break_on_hyphens": False}
+    options: dict[str, Any] = {"subsequent_indent": "    ", "break_long_words": False, "break_on_hyphens": False}
     return "\n".join(textwrap.fill(part, width, **options) if len(part) > width else part for part in parts)
 
 
@@ -103,7 +103,7 @@ class Stopwatch:
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._activity, self._lapped = device, TRAINING, 0.0
-        self.seconds: Counter[str] = Counter()
+        self.seconds = cast(dict[str, float], Counter())
         """By activity, without the time since the last change of activity."""
         self._synchronize()
         self._since = time.perf_counter()

@@ -1,7 +1,7 @@
 """Generated tokens as JSON objects, with their log-probabilities and those of the most likely tokens."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 from myllm.data.tokenizer.base import Tokenizer
@@ -16,7 +16,7 @@ TOP_LOGPROBS = 8  # as many as the page shows at a glance
 Event = dict[str, Any]
 
 
-def generate_events(model: LanguageModel, request: GenerateRequest) -> Iterator[Event]:
+def generate_events(model: LanguageModel, request: GenerateRequest) -> Generator[Event, None, None]:
     """Generate one text, with the same engine as `myllm sample`: the same seed gives the same text.
 
     First `{"kind": "start", "prompt_tokens", "unread_tokens"}`: only the end of a prompt longer than the context is

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, Locator, LogLocator, MaxNLocator, NullLocator
 
 from myllm.formatting import format_number, format_si
@@ -120,8 +121,9 @@ def set_step_axis(axes: Axes, metrics: Metrics) -> None:
 
 def place_labels(axes: Axes, labels: list[Label]) -> None:
     """Write two-line labels right of the axes, as near to the ends of their lines as they fit without overlap."""
-    font_size = axes.xaxis.label.get_fontsize()
-    axes_height = axes.get_figure().get_figheight() * 0.72 * 72  # in points, roughly
+    font_size, figure = float(axes.xaxis.label.get_fontsize()), axes.get_figure()
+    assert isinstance(figure, Figure)
+    axes_height = figure.get_figheight() * 0.72 * 72  # in points, roughly
     gap = 2 * 1.3 * font_size / axes_height
     to_axes = axes.transData + axes.transAxes.inverted()
     placed = sorted((float(to_axes.transform((0, label.y))[1]), label.text, label.color) for label in labels)

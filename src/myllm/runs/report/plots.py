@@ -193,7 +193,7 @@ def draw_accuracy(axes: Axes, metrics: Metrics, config: Row) -> list[Label]:
     labels += plot_evals(axes, cloze, accuracy_key(cloze), "cloze", GREEN, "s", format_percent)
     labels += plot_evals(axes, hellaswag, accuracy_key(hellaswag), "HellaSwag", PURPLE, "D", format_percent)
     chances = {chance_accuracy(name, metrics.last(name)) for name in ("cloze", "hellaswag") if metrics.rows(name)}
-    for chance in chances - {None}:
+    for chance in filter(None, chances):
         axes.axhline(chance, color=GRAY, linewidth=1.2, linestyle=DOTTED)
         labels.append(Label(chance, f"chance\n{chance * 100:.0f} %", GRAY))
     reference = find_reference(config) if hellaswag else None
