@@ -11,7 +11,7 @@ import select
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import IO
+from typing import IO, Any, cast
 
 STREAMS = ("stdout", "stderr")
 DRAIN_S = 1.0
@@ -94,7 +94,7 @@ class _Dropping(io.FileIO):
 
 
 def _dropping(descriptor: int, stream: IO[str] | None) -> io.TextIOWrapper:
-    raw = io.BufferedWriter(_Dropping(descriptor, "w", closefd=False))
+    raw: Any = io.BufferedWriter(cast(Any, _Dropping(descriptor, "w", closefd=False)))
     lines = stream is not None and (stream.isatty() or descriptor == 2)
-    encoding = stream.encoding if stream is not None else "utf-8"
+    encoding = getattr(stream, "encoding", None) or "utf-8"
     return io.TextIOWrapper(raw, encoding=encoding, errors="backslashreplace", line_buffering=lines)

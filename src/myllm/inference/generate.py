@@ -161,9 +161,9 @@ def decode_step(model: Transformer, batch: list[Sequence], cache: KVCache) -> Te
             if cache.lengths[index] == context:
                 row = cache.row(index)
                 row.clear()
-                tokens = (sequence.prompt + sequence.generated)[-(context // 2 or 1) : -1]
-                if tokens:
-                    model.hidden(torch.tensor([tokens], device=cache.device), row)
+                window = (sequence.prompt + sequence.generated)[-(context // 2 or 1) : -1]
+                if window:
+                    model.hidden(torch.tensor([window], device=cache.device), row)
     cache.lengths[len(batch) :] = 0  # unused rows of a static cache
     newest = [[sequence.generated[-1]] for sequence in batch] + [[0]] * (len(cache.lengths) - len(batch))
     tokens = torch.tensor(newest, device=cache.device)

@@ -102,8 +102,8 @@ def find_reference(config: Row) -> Reference | None:
 
 
 def _planned_tokens(train: Row) -> float:
-    counts = (train.get("max_steps"), train.get("batch_tokens"))
-    return math.prod(counts) if all(isinstance(count, int) for count in counts) else 0
+    steps, batch_tokens = train.get("max_steps"), train.get("batch_tokens")
+    return steps * batch_tokens if isinstance(steps, int) and isinstance(batch_tokens, int) else 0
 
 
 def _curve(values: Row) -> Curve:
@@ -149,10 +149,13 @@ class ReferenceWatch:
         Returns:
             keys to add to its row, if there is a published value; and a line for the log, or None.
         """
-        curve = self._reference.curves.get(name) if self._reference else None
-        tokens = step * self._reference.batch_tokens if curve else 0
-        expected = curve.at(tokens) if curve else None
-        if expected is None or curve.key not in figures:
+        reference = self._reference
+        curve = reference.curves.get(name) if reference else None
+        if reference is None or curve is None or curve.key not in figures:
+            return {}, None
+        tokens = step * reference.batch_tokens
+        expected = curve.at(tokens)
+        if expected is None:
             return {}, None
         value, band = figures[curve.key], curve.band_of(figures)
         gap = value - expected if curve.lower_is_better else expected - value
@@ -165,16 +168,17 @@ class ReferenceWatch:
         self._reported[name] = (status, gap)
         line = (
             f"{TITLES.get(name, name)} {value:.4f} at step {step:,} ({tokens / 1e9:.3g}B tokens); the reference run "
-            f"{self._reference.name} had {expected:.4f} there, band ±{band:.4f}: "
+            f"{reference.name} had {expected:.4f} there, band ±{band:.4f}: "
         )
-        return added, line + self._verdict(status, gap)
+        return added, line + self._verdict(reference, status, gap)
 
-    def _verdict(self, status: str, gap: float) -> str:
+    @staticmethod
+    def _verdict(reference: Reference, status: str, gap: float) -> str:
         if status == "inside":
             return "inside the band again"
         if status == "better":
             return f"better by {-gap:.4f}"
-        differences = "; ".join(self._reference.differences) or "none in optim, dropout, init or batch"
+        differences = "; ".join(reference.differences) or "none in optim, dropout, init or batch"
         return (
             f"WARNING, worse by {gap:.4f}. Check the settings that differ from the reference ({differences}), the "
             "gradient norm and the learning rate in the report, and whether the data is intact (myllm data verify)"

@@ -34,7 +34,7 @@ class ThroughputMeter:
     def __init__(self, ctx: RunContext, loader: BatchLoader, step: int) -> None:
         self._ctx, self._loader = ctx, loader
         self._stopwatch = Stopwatch(ctx.dist.device)
-        self._stopwatch.seconds["starting"] = time.monotonic() - ctx.started  # type: ignore[assignment]
+        self._stopwatch.seconds["starting"] = time.monotonic() - ctx.started
         self._written: Mapping[str, float] = {}
         self._logged_step, self._wait_s = step, 0.0
         self._digested = loader.digest_sums.copy()

@@ -61,7 +61,7 @@ class TrainingProcess:
 
     def ranks(self) -> list[int]:
         """The processes that train: torchrun's children, or the process itself."""
-        if "torch.distributed.run" not in self.process.args:
+        if "torch.distributed.run" not in str(self.process.args):
             return [self.process.pid]
         return [pid for pid, parent in _parents().items() if parent == self.process.pid]
 

@@ -31,7 +31,7 @@ def fast_tokenizer(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
         fast.no_padding()
         if getattr(fast.model, "dropout", None):
             fast.model.dropout = None
-        end_token = fast.id_to_token(tokenizer.end_of_text)
+        end_token = str(fast.id_to_token(tokenizer.end_of_text))
     fast.add_special_tokens([end_token])
     fast.post_processor = processors.TemplateProcessing(
         single=f"{end_token} $A",
