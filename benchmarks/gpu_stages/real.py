@@ -105,7 +105,7 @@ def speed(bench: Bench, found: Timed) -> Check:
 
 
 def memory(bench: Bench, config: RunConfig, found: Timed) -> Check:
-    """The peak against footprint.py's prediction; a CPU's resident set has this script in it too."""
+    """The peak against planning/memory_estimate.py's prediction; a CPU's resident set has this script in it too."""
     predicted = bench.predicted_bytes(config) / 2**30
     low, high = (LEAST * predicted, MOST_MEMORY * predicted) if bench.on_cuda else (None, None)
     return bounded("peak memory", found.peak_bytes / 2**30, low, high, "GiB", 2, predicted=predicted)

@@ -74,7 +74,7 @@ class PageServer(ThreadingHTTPServer):
     def __init__(
         self, listening: socket.socket, host: str, model: LanguageModel, name: str, default: GenerateRequest
     ) -> None:
-        super().__init__(listening.getsockname()[:2], RequestHandler, bind_and_activate=False)
+        super().__init__(listening.getsockname()[:2], HttpExchange, bind_and_activate=False)
         self.socket.close()
         self.socket = listening
         self.host, self.model, self.default = host, model, default
@@ -107,7 +107,7 @@ class PageServer(ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
 
-class RequestHandler(BaseHTTPRequestHandler):
+class HttpExchange(BaseHTTPRequestHandler):
     """Answers one request, then closes the connection."""
 
     server: PageServer
