@@ -137,7 +137,7 @@ def test_the_command(save: Save, tmp_path: Path, capsys: pytest.CaptureFixture[s
         with pytest.raises(SystemExit) as caught:
             myllm(wrong)
         assert caught.value.code == 2
-    assert "m.gguf exists" in capsys.readouterr().err
+    assert "exists; give another path" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("package", "call"), [("gguf", export_gguf), ("onnxruntime", export_onnx)])
