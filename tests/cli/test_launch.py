@@ -293,7 +293,7 @@ def test_a_python_without_the_packages_says_where_they_are(tmp_path: Path) -> No
     words = [sys.executable, "-S", "-I", str(bare / "pretrain.py"), "debug"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
-    assert re.fullmatch(r"error: \S+ has no package '\w+'; use MyLLM's environment: .* in \.venv\n", done.stderr)
+    assert re.fullmatch(r"error: .+ has no package '\w+'; use MyLLM's environment: .* in \.venv\n", done.stderr)
     (bare / ".venv/bin").mkdir(parents=True)
     (bare / ".venv/bin/activate").touch()
     done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)

@@ -96,9 +96,9 @@ def test_a_changed_vocabulary_is_rejected(tiny: RunConfig, learn: Learn) -> None
     dataset = prepare(with_vocabulary(tiny, learn("own", 400), 400).data, progress=False)
     file = dataset.folder / "tokenizer.json"
     file.write_text(file.read_text().replace('"version": "1.0"', '"version":  "1.0"'))
-    with pytest.raises(UserError, match="is not the one that made"):
+    with pytest.raises(UserError, match="was prepared with another vocabulary"):
         find_dataset(dataset.name).tokenizer()
-    with pytest.raises(UserError, match="is not the one that made"):
+    with pytest.raises(UserError, match="was prepared with another vocabulary"):
         verify(dataset.name)
     assert RunPaths.of("tiny").root.parent.name == "runs"
 

@@ -1,6 +1,7 @@
 """Device names and speed, and messages about GPUs that torch cannot use, with fake drivers and GPUs."""
 
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -116,7 +117,7 @@ def test_gpus_that_torch_cannot_use(
     assert f"driver {version}" in why
     assert said in why
     assert re.search(command, why), why
-    assert (f"{sys.executable} -m pip install" in why) == ("torch==" in why)
+    assert (f"{shlex.quote(sys.executable)} -m pip install" in why) == ("torch==" in why)
     assert cuda_device_count() == 0
     assert choose_device("auto") == torch.device("cpu")  # for a sample it will do
     for start in (training_device, lambda device: process_group(device).__enter__()):

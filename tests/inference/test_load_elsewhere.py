@@ -63,11 +63,11 @@ def test_a_model_of_the_hub(
         assert find_model("hub:someone/model@step-7").home == Path()
         assert not hub.seen("onnx/model")
         myllm(["import", "someone/model@step-7"])
-        assert "imported as the run model" in capsys.readouterr().out
+        assert "imported as run model" in capsys.readouterr().out
         assert generate(load_model("model", "cpu"), "the river", 8, temperature=0) == expected
         for source, message in (
-            ("someone/model", "is of a None model"),
-            ("someone/nothing", "the Hub has no such model"),
+            ("someone/model", "has model_type None"),
+            ("someone/nothing", "no model of that name on the Hub"),
             ("someone/model@later", "has no revision 'later'"),
         ):
             with pytest.raises(UserError, match=message):

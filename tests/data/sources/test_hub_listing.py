@@ -222,7 +222,7 @@ def test_a_missing_dolma_suggests_c4(hub: HubServer, capsys: pytest.CaptureFixtu
     with pytest.raises(UnreachableError, match=r"Dolma cannot be reached: the Hub has no dataset 'allenai/dolma'.*C4"):
         find_source("dolma")
     assert resolve(DataConfig(source="dolma", fallback="c4")).source.name == "c4"
-    assert re.search(r"Dolma cannot be reached(.|\n)*taking c4 instead", capsys.readouterr().err)
+    assert re.search(r"Dolma cannot be reached(.|\n)*using c4 instead", capsys.readouterr().err)
 
 
 def test_an_outage_of_everything_is_one_clear_message(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -209,7 +209,7 @@ def test_c4_replaces_an_unreachable_dolma(hub: HubServer, started: Any, referenc
     assert "C4 is the next best" in errors
     _, said = (other := started.start(at_once, **settings, fallback="c4")).communicate(timeout=240)
     assert other.returncode == 0
-    assert "taking c4 instead" in said
+    assert "using c4 instead" in said
     assert Counter(documents_of(started.folder, reference)) == Counter(expected)
 
 
