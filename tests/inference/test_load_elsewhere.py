@@ -74,7 +74,7 @@ def test_a_model_of_the_hub(
                 load_model(source)
         hub.down()
         assert generate(load_model("someone/model@step-7", "cpu"), "the river", 8, temperature=0) == expected  # kept
-        with pytest.raises(UserError, match=r"cannot get other/model from the Hub"):
+        with pytest.raises(UserError, match=r"cannot download other/model from the Hub"):
             load_model("other/model")
 
 
