@@ -24,7 +24,7 @@ ORDER = (
 
 def first_line(module: Path) -> str:
     docstring = ast.get_docstring(ast.parse(module.read_text(encoding="utf-8"))) or ""
-    return " ".join(docstring.partition("\n\n")[0].split())
+    return " ".join(docstring.partition("\n\n")[0].split()).removesuffix(" Read it in this order:")
 
 
 def rows(folder: Path) -> Iterator[str]:
