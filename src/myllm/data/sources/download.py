@@ -164,8 +164,9 @@ def _append_rest(file: SourceFile, partial: Path, size: int) -> None:
         with add_filename(partial), partial.open("ab") as out:
             if response.status_code != 206:  # the whole file in spite of the range
                 out.truncate(0)
-            for chunk in response.iter_raw():  # unbuffered: a buffered chunk is lost with the connection
+            for chunk in response.iter_raw():
                 out.write(chunk)
+                out.flush()  # a buffered rest is lost with the process
 
 
 @contextmanager
