@@ -29,6 +29,39 @@ def lf_llm_269m() -> RunConfig:
     )  # fmt: skip
 
 
+def lf_llm_269m_modern() -> RunConfig:
+    """The same shape with a modern recipe: Muon and QK-norm, 4B tokens.
+
+    No biases, no dropout, residual projections that start at zero. Sources are in docs/recipe.md. Exports open as Qwen3.
+    """
+    return RunConfig(
+        name="lf-llm-269m-modern",
+        model=ModelConfig(
+            max_seq_len=2_048, d_model=1_024, n_layers=16, n_heads=16, d_ff=4_096, qk_norm=True, init="zero_residual",
+        ),
+        data=DataConfig(source="fineweb-edu-10bt"),
+        optim=OptimConfig(
+            optimizer="muon", muon_lr=0.01, muon_scale="original", muon_momentum=0.95, muon_momentum_start=0.85,
+            muon_momentum_warmup_steps=300, max_lr=2.4e-3, beta1=0.8, beta2=0.98, eps=1e-10, weight_decay=0.1,
+            decay_embeddings=False, min_lr_ratio=0.0, warmup_steps=40, schedule="linear",
+        ),
+        train=TrainConfig(max_steps=7_630, batch_tokens=524_288, micro_batch_size=16),
+    )  # fmt: skip
+
+
+def lf_llm_269m_adamw() -> RunConfig:
+    """The modern model and length with a tuned AdamW, as a control."""
+    modern = lf_llm_269m_modern()
+    return dataclasses.replace(
+        modern,
+        name="lf-llm-269m-adamw",
+        optim=OptimConfig(
+            max_lr=4e-3, beta1=0.9, beta2=0.98, eps=1e-10, weight_decay=0.1, decay_embeddings=False, min_lr_ratio=0.0,
+            warmup_steps=2_000, schedule="linear",
+        ),
+    )  # fmt: skip
+
+
 def default_150m() -> RunConfig:
     """A modern 150M: RoPE, RMSNorm, SwiGLU, QK-norm, no dropout, linear decay to zero."""
     return RunConfig(
@@ -118,6 +151,8 @@ PRESETS: dict[str, Callable[[], RunConfig]] = {
     "gpt2-124m": gpt2_124m,
     "default-150m": default_150m,
     "lf-llm-269m": lf_llm_269m,
+    "lf-llm-269m-modern": lf_llm_269m_modern,
+    "lf-llm-269m-adamw": lf_llm_269m_adamw,
 }
 
 

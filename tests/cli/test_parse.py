@@ -144,7 +144,7 @@ def test_help_laid_out_by_hand_fits(
     to_paste = [line for line in text.splitlines() if line.startswith("  torchrun ")]
     assert max(len(line) for line in text.splitlines() if line not in to_paste) <= columns
     if "presets:" in text:
-        assert re.search(r"^  lf-llm-269m   The reference run", text, re.MULTILINE)
+        assert re.search(r"^  lf-llm-269m +The reference run", text, re.MULTILINE)
         assert not re.search(r"^ {1,9}[a-z]\w* [a-z]", text, re.MULTILINE), "a description leaves its column"
 
 

@@ -16,13 +16,16 @@ def weight_std(name: str, config: ModelConfig) -> float:
 
     Source: "gpt2" is Radford et al. 2019, section 2.3 (residual projections are divided by the square root of their
     number, two a layer); "reference" is LF_LLM-269M, whose embedding and linears use Small Init (Nguyen and Salazar
-    2019) and whose residual projections use Wang's init from GPT-NeoX, halved.
+    2019) and whose residual projections use Wang's init from GPT-NeoX, halved; "zero_residual" is nanochat's (2026),
+    with a small head if it is untied.
     """
     residual = name.endswith(RESIDUAL)
     if config.init == "gpt2":
         return 0.02 / math.sqrt(2 * config.n_layers) if residual else 0.02
     if residual:
-        return 1 / (math.sqrt(config.d_model) * config.n_layers)
+        return 0.0 if config.init == "zero_residual" else 1 / (math.sqrt(config.d_model) * config.n_layers)
+    if config.init == "zero_residual" and name == "head.weight":
+        return 0.001
     return math.sqrt(2 / (5 * config.d_model))
 
 

@@ -29,19 +29,20 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         lambda value: value >= 0,
         "data.workers data.shuffle_seed data.min_chars optim.warmup_steps train.save_every_steps train.keep_last "
         "train.keep_every_steps train.seed train.max_skipped_steps eval.validation_every_steps eval.cloze_every_steps "
-        "eval.hellaswag_every_steps eval.sample_every_steps eval.sample_top_k",
+        "eval.hellaswag_every_steps eval.sample_every_steps eval.sample_top_k optim.muon_momentum_warmup_steps",
     ),
     (
         "above 0 and finite",
         lambda value: 0 < value < math.inf,
-        "model.rope_theta model.norm_eps optim.max_lr optim.eps optim.max_grad_norm train.skip_spikes_sigma "
-        "train.epochs train.max_wall_s train.collective_timeout_s",
+        "model.rope_theta model.norm_eps optim.max_lr optim.muon_lr optim.eps optim.max_grad_norm "
+        "train.skip_spikes_sigma train.epochs train.max_wall_s train.collective_timeout_s",
     ),
     ("at least 0 and finite", lambda value: 0 <= value < math.inf, "optim.weight_decay eval.sample_temperature"),
     (
         "at least 0 and below 1",
         lambda value: 0 <= value < 1,
-        "model.dropout_embedding model.dropout_attention_residual model.dropout_ffn optim.beta1 optim.beta2",
+        "model.dropout_embedding model.dropout_attention_residual model.dropout_ffn optim.beta1 optim.beta2 "
+        "optim.muon_momentum optim.muon_momentum_start",
     ),
     ("between 0 and 1", lambda value: 0 <= value <= 1, "optim.min_lr_ratio optim.decay_fraction"),
 )
@@ -57,7 +58,7 @@ LIMITS = {
     10**12: "data.min_chars optim.warmup_steps train.batch_tokens train.max_steps train.log_every_steps "
     "train.save_every_steps train.keep_last train.keep_every_steps train.early_stop_patience train.max_skipped_steps "
     "eval.validation_every_steps eval.cloze_every_steps eval.hellaswag_every_steps eval.sample_every_steps "
-    "eval.cloze_examples eval.hellaswag_examples",
+    "eval.cloze_examples eval.hellaswag_examples optim.muon_momentum_warmup_steps",
     10**15: "data.val_tokens data.target_tokens data.max_documents data.shard_tokens eval.validation_tokens",
 }
 """Only a typo explains larger numbers: sizes beyond any memory, counts beyond 64 bits."""
@@ -222,6 +223,11 @@ def _model_errors(model: ModelConfig) -> list[str]:
         errors.append(
             f"model.head_dim is {model.head_size}, but rotary positions need an even value; "
             "set it, or change model.d_model or model.n_heads"
+        )
+    if model.embedding_norm and model.tie_embeddings:
+        errors.append(
+            "model.embedding_norm needs an untied head, because exports fold the norm into the embedding; set "
+            "model.tie_embeddings to false, or model.embedding_norm to false"
         )
     return errors
 
