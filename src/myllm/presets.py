@@ -32,7 +32,7 @@ def lf_llm_269m() -> RunConfig:
 def lf_llm_269m_modern() -> RunConfig:
     """The same shape with a modern recipe: Muon and QK-norm, 4B tokens.
 
-    No biases, no dropout, residual projections that start at zero. Sources are in docs/recipe.md. Exports open as Qwen3.
+    No biases, no dropout, residual projections that start at zero. docs/recipe.md has the sources. Exports as Qwen3.
     """
     return RunConfig(
         name="lf-llm-269m-modern",
