@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from myllm.config import OptimConfig
-from myllm.optim.lr_schedule import learning_rate
+from myllm.optim.lr_schedule import learning_rate, rate_factor
 from myllm.planning.forecast import Hardware, describe, parse_hardware, predict
-from myllm.planning.length import warmup_note
+from myllm.planning.length import decay_start, warmup_note
 from myllm.presets import get_preset
 
 TEN = OptimConfig(max_lr=10.0, min_lr_ratio=0.1, warmup_steps=4, schedule="linear", decay_fraction=0.25)
@@ -29,6 +29,16 @@ def rates(config: OptimConfig, max_steps: int, steps: list[int]) -> list[float]:
         ({"schedule": "cosine"}, {3: 10.0, 4: 10.0, 8: 8.681981, 12: 5.5, 16: 2.318019, 20: 1.0, 99: 1.0}),
         # Level to step 15, then 5 steps down.
         ({"schedule": "wsd"}, {3: 10.0, 4: 10.0, 14: 10.0, 15: 10.0, 16: 8.2, 17: 6.4, 19: 2.8, 20: 1.0, 99: 1.0}),
+        # 8 steps down from step 12: at 1/4, 1/2 and 3/4 of them (1 + cos) / 2 is 0.853553, 0.5 and 0.146447.
+        (
+            {"schedule": "wsd", "decay_fraction": 0.4, "decay_shape": "cosine"},
+            {4: 10.0, 12: 10.0, 14: 8.681981, 16: 5.5, 18: 2.318019, 20: 1.0, 99: 1.0},
+        ),
+        # 1 - sqrt of 1/8, 1/4, 1/2, 9/16 and 1 of the way: 0.646447, 0.5, 0.292893, 0.25 and 0.
+        (
+            {"schedule": "wsd", "decay_fraction": 0.8, "decay_shape": "sqrt", "min_lr_ratio": 0.0},
+            {3: 10.0, 4: 10.0, 6: 6.464466, 8: 5.0, 12: 2.928932, 13: 2.5, 20: 0.0, 99: 0.0},
+        ),
         ({"schedule": "wsd", "decay_fraction": 0.0}, {4: 10.0, 19: 10.0, 20: 10.0, 99: 10.0}),
         # Decay over all steps begins where the warm-up ends, with no jump there.
         ({"schedule": "wsd", "decay_fraction": 1.0}, {3: 10.0, 4: 10.0, 12: 5.5, 20: 1.0, 99: 1.0}),
@@ -50,16 +60,20 @@ def test_table(changes, table):
 
 @given(
     schedule=st.sampled_from(["cosine", "linear", "wsd"]),
+    shape=st.sampled_from(["linear", "cosine", "sqrt"]),
     max_steps=st.integers(1, 300),
     warmup_steps=st.integers(0, 320),
     decay_fraction=st.floats(0, 1),
     min_lr_ratio=st.floats(0, 1),
 )
-def test_up_then_down_and_never_outside(schedule, max_steps, warmup_steps, decay_fraction, min_lr_ratio):
+def test_up_then_down_and_never_outside(schedule, shape, max_steps, warmup_steps, decay_fraction, min_lr_ratio):
     config = OptimConfig(
-        max_lr=3e-3, schedule=schedule, warmup_steps=warmup_steps, decay_fraction=decay_fraction,
+        max_lr=3e-3, schedule=schedule, warmup_steps=warmup_steps, decay_fraction=decay_fraction, decay_shape=shape,
         min_lr_ratio=min_lr_ratio,
     )  # fmt: skip
+    assert_muon_follows(config, max_steps)
+    start = decay_start(config, max_steps)
+    assert all(rate == 3e-3 for rate in rates(config, max_steps, list(range(min(warmup_steps, max_steps // 4), start))))
     every = rates(config, max_steps, list(range(max_steps + 3)))
     warmup = min(warmup_steps, max_steps // 4)
     up, down = every[:warmup], every[warmup:]
@@ -71,6 +85,37 @@ def test_up_then_down_and_never_outside(schedule, max_steps, warmup_steps, decay
         assert up[0] > 0
     if len(down) > 3 and schedule != "wsd":  # it ends where it should
         assert down[-1] == pytest.approx(3e-3 * min_lr_ratio, abs=1e-15)
+
+
+def assert_muon_follows(config: OptimConfig, max_steps: int) -> None:
+    for step in range(max_steps + 2):
+        factor = rate_factor(step, config, max_steps)
+        assert 0 <= factor <= 1
+        assert learning_rate(step, config, max_steps) == config.max_lr * factor
+
+
+@given(shape=st.sampled_from(["linear", "cosine"]), fraction=st.floats(0.1, 1), scale=st.integers(1, 20))
+def test_no_jump_inside_the_decay(shape, fraction, scale):
+    """Continuous: with more steps, the largest change between two is smaller. A cosine is at most pi / 2 as steep."""
+    config = OptimConfig(max_lr=1.0, min_lr_ratio=0, warmup_steps=0, schedule="wsd", decay_shape=shape)
+    config = replace(config, decay_fraction=fraction)
+    every = rates(config, 100 * scale, list(range(100 * scale + 2)))
+    steepest = max(before - after for before, after in pairwise(every))
+    assert steepest <= 1.5708 / (fraction * 100 * scale) + 1e-9
+    assert every[-1] == 0
+
+
+@pytest.mark.parametrize("max_steps", [100, 10_000])
+def test_sqrt_falls_fastest_at_first(max_steps):
+    """Below the line everywhere; half of the rate is gone after a quarter of the decay."""
+    sqrt, line = (
+        rates(replace(TEN, schedule="wsd", decay_fraction=0.8, decay_shape=shape), max_steps, list(range(max_steps)))
+        for shape in ("sqrt", "linear")
+    )
+    assert all(s <= x for s, x in zip(sqrt, line, strict=True))
+    assert sqrt[max_steps * 4 // 10] == pytest.approx(5.5)  # 1 + 9 / 2
+    changes = [before - after for before, after in pairwise(sqrt[max_steps // 5 :])]
+    assert changes == sorted(changes, reverse=True)
 
 
 @given(warmup_steps=st.integers(1, 50), schedule=st.sampled_from(["cosine", "linear", "wsd"]))

@@ -1,4 +1,4 @@
-"""How long a run trains: epochs, steps and warm-up."""
+"""How long a run trains: epochs, steps, warm-up and decay."""
 
 import math
 from dataclasses import replace
@@ -92,6 +92,17 @@ def length_note(config: RunConfig, own_text: bool) -> str | None:
 def warmup_steps(optim: OptimConfig, max_steps: int) -> int:
     """Updates of linear warm-up: optim.warmup_steps, limited to WARMUP_FRACTION of the run."""
     return min(optim.warmup_steps, int(WARMUP_FRACTION * max_steps))
+
+
+def decay_steps(optim: OptimConfig, max_steps: int) -> float:
+    """Steps over which the learning rate decays: all after the warm-up or, with wsd, the last decay_fraction."""
+    after_warmup = max_steps - warmup_steps(optim, max_steps)
+    return min(optim.decay_fraction * max_steps, after_warmup) if optim.schedule == "wsd" else after_warmup
+
+
+def decay_start(optim: OptimConfig, max_steps: int) -> int:
+    """Up to this number of updates, the learning rate has not decayed."""
+    return math.floor(max_steps - decay_steps(optim, max_steps))
 
 
 def warmup_note(config: RunConfig) -> str | None:
