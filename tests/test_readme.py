@@ -9,6 +9,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, eval_rows
 
+from myllm.hub.architectures import CLASSES, select_architecture
+from myllm.planning.forecast import parse_hardware, predict
+from myllm.presets import PRESETS, get_preset
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 EVALUATE = (ROOT / "docs/evaluate.md").read_text(encoding="utf-8")
 
@@ -27,6 +31,25 @@ def test_the_debug_run_reaches_the_figures_of_the_readme(tmp_path: Path) -> None
     assert losses[-1] == pytest.approx(last, abs=0.1)
     accuracy = eval_rows(tmp_path / "runs/debug", "cloze")[-1]["acc"]
     assert 100 * accuracy == pytest.approx(cloze, abs=3 * error)
+
+
+def test_the_table_of_presets_agrees_with_the_code() -> None:
+    rows = re.findall(
+        r"^\| `([\w-]+)` \|[^|]*\| ([\d.]+)([MB]) \| (\w+) \|([^|]*)\|([^|]*)\| ([\w-]+) \|$", README, re.M
+    )
+    assert {row[0] for row in rows} == set(PRESETS)
+    for name, tokens, unit, optimizer, *hours, opens_as in rows:
+        config = get_preset(name)
+        train = config.train
+        assert float(tokens) * {"M": 1e6, "B": 1e9}[unit] == pytest.approx(
+            train.max_steps * train.batch_tokens, rel=0.03
+        )
+        assert optimizer.lower() == config.optim.optimizer
+        assert CLASSES[select_architecture(config.model)].startswith(opens_as.replace("-", ""))
+        for text, hardware in zip(hours, ("1xRTX4090", "8xA100-80"), strict=True):
+            if text.strip():
+                low_high = [float(number) for number in re.findall(r"[\d.]+", text)]
+                assert low_high == pytest.approx(predict(config, parse_hardware(hardware)).hours, rel=0.05), name
 
 
 def test_links_lead_somewhere() -> None:
