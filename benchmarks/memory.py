@@ -114,7 +114,7 @@ def row(name: str, config: RunConfig) -> str:
         return f"| {name} | {_mib(predicted_bytes(config, how))} | failed: {done.stderr.splitlines()[-1:]} | | | | | |"
     measured, parts = int(done.stdout.split()[-1]), memory_by_part(config, how)
     predicted = sum(parts.values())
-    states = parts["weights"] + parts["AdamW's moments"] + parts["gradients"]
+    states = parts["weights"] + parts["optimizer state"] + parts["gradients"]
     shown = [
         parts.get("activations", 0),
         parts.get("loss", 0) + parts.get("backward pass", 0),

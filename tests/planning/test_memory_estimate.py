@@ -162,7 +162,7 @@ def test_the_states_are_sixteen_bytes_a_parameter() -> None:
     stored, buffers = (sum(t.nbytes for t in tensors) for tensors in (model.parameters(), model.buffers()))
     parts = memory_by_part(config, ComputeMode.of(config, "cuda"))
     assert parts["weights"] == stored + buffers
-    assert parts["AdamW's moments"] == 2 * stored
+    assert parts["optimizer state"] == 2 * stored
     assert memory_by_part(config, ComputeMode.of(config, "cuda", 8))["gradients"] >= stored  # DDP's buckets
 
 

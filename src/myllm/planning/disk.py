@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from myllm.config import RunConfig, TrainConfig
 
 from .flops import stored_parameters
+from .optimizer_state import FLOAT, optimizer_state_bytes
 
 SPARE_BYTES = 2_000_000
 """Per checkpoint, for everything but the numbers in tensors: metadata, random state, tokenizer."""
 
 
 def checkpoint_bytes(config: RunConfig) -> int:
-    """One checkpoint: the weights and both AdamW moments in float32."""
-    return 12 * stored_parameters(config.model) + SPARE_BYTES
+    """One checkpoint: the weights in float32 and the optimizer's state."""
+    return FLOAT * stored_parameters(config.model) + optimizer_state_bytes(config) + SPARE_BYTES
 
 
 def save_due(train: TrainConfig, step: int, ending: bool) -> bool:

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from myllm.config import ModelConfig, RunConfig
 
 from .flops import parameters_by_part, stored_parameters
+from .optimizer_state import FLOAT, block_matrices, optimizer_state_bytes
 
-FLOAT = 4
 HEADROOM = 0.05
 """Fraction of the memory to leave free, for fragmentation, evaluations and saves."""
 LOSS_CHUNK = {"cpu": 128, "cuda": 4_096}
@@ -77,7 +77,10 @@ def memory_by_part(config: RunConfig, mode: ComputeMode) -> dict[str, int]:
     shards = mode.ranks if mode.sharded else 1
     parameters = stored_parameters(model)
     rotary = 2 * model.max_seq_len * model.head_size * FLOAT if model.position == "rope" else 0
-    parts = {"weights": FLOAT * parameters // shards + rotary, "AdamW's moments": 2 * FLOAT * parameters // shards}
+    parts = {
+        "weights": FLOAT * parameters // shards + rotary,
+        "optimizer state": optimizer_state_bytes(config) // shards,
+    }
     accumulates = config.train.batch_tokens > n * mode.ranks
     moments = [
         {name: part for name, part in moment.items() if part}
@@ -175,10 +178,7 @@ def _norm_output_width(model: ModelConfig, mode: ComputeMode) -> int:
 
 def _half_weights(model: ModelConfig) -> int:
     """Half-precision copies of the blocks' matrices, which autocast makes once per micro-step."""
-    d, size = model.d_model, model.head_size
-    attention = d * (2 * model.n_heads + 2 * model.kv_heads) * size
-    feed_forward = d * model.d_ff * (3 if model.activation == "swiglu" else 2)
-    return 2 * model.n_layers * (attention + feed_forward)
+    return 2 * block_matrices(model)
 
 
 def _kept_by_norm(model: ModelConfig, mode: ComputeMode, n: int) -> int:

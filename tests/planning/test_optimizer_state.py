@@ -1,0 +1,33 @@
+"""The size of the optimizer's state, against a real model on the meta device and by hand."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from myllm.model.transformer import Transformer
+from myllm.planning.disk import SPARE_BYTES, checkpoint_bytes
+from myllm.planning.optimizer_state import block_matrices, optimizer_state_bytes
+from myllm.presets import PRESETS, get_preset
+
+
+def parameters(name: str) -> dict[str, torch.Tensor]:
+    with torch.device("meta"):
+        return dict(Transformer(get_preset(name).model).named_parameters())
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_matrices_inside_the_blocks(name):
+    matrices = [p.numel() for key, p in parameters(name).items() if key.startswith("blocks.") and p.ndim == 2]
+    assert block_matrices(get_preset(name).model) == sum(matrices)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_moments(optimizer):
+    """AdamW: two per parameter. Muon: one in 16 x (4 x 1,024 x 1,024 + 3 x 4,096 x 1,024) = 268,435,456 of them."""
+    config = get_preset("lf-llm-269m-modern")
+    config = replace(config, optim=replace(config.optim, optimizer=optimizer))
+    stored = sum(p.numel() for p in parameters(config.name).values())
+    moments = 2 * stored - (268_435_456 if optimizer == "muon" else 0)
+    assert optimizer_state_bytes(config) == 4 * moments
+    assert checkpoint_bytes(config) == 4 * (stored + moments) + SPARE_BYTES
