@@ -1,0 +1,310 @@
+"""Trials: whole training runs that a command starts, compares, and never trains twice.
+
+A trial is an ordinary run, trained by pretrain.py in a process of its own; `myllm report NAME` draws it. That process
+can be killed at any moment, and so can the one that waits for it: the next start continues. The run's folder also has
+trial.json, the config of the trial, and trial.log, the output of its process.
+"""
+
+import math
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+
+from myllm.config import HubConfig, RunConfig, load_config, to_dict
+from myllm.distributed.cpu_threads import num_threads
+from myllm.distributed.library_env import visible_gpus
+from myllm.errors import TrainingDiverged, UserError
+from myllm.files import is_locked, write_json
+from myllm.paths import RunPaths, is_checkout, project_root
+from myllm.presets import diff_settings
+from myllm.runs.history import Metrics, as_float, read_json_or_empty, read_metrics
+
+POLL_S = 0.1
+LAST_LINES = 12
+SAVES = 4
+"""Checkpoints of a trial, evenly spaced, each in place of the one before. None is kept after the end."""
+HOPELESS_FROM = 0.5
+"""Part of a run after which it can be given up."""
+Limit = Callable[[RunConfig], float]
+"""The training loss above which a trial is given up."""
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """The outcome of a trial."""
+
+    name: str
+    loss: float | None
+    """Final validation loss, in nats; None if the run diverged or was given up."""
+    tokens: int
+    seconds: float
+    """In training steps."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """The part of the machine that one of several trials gets."""
+
+    threads: int | None = None
+    """None: as pretrain.py decides."""
+    gpus: tuple[str, ...] = ()
+    """As in CUDA_VISIBLE_DEVICES."""
+
+
+def as_trial(config: RunConfig) -> RunConfig:
+    """The config without what a comparison of final losses does not need: other evaluations, checkpoints to keep."""
+    train, steps = config.train, config.train.max_steps
+    return replace(
+        config,
+        train=replace(
+            train, save_every_steps=-(-steps // SAVES), keep_last=1, keep_every_steps=0, early_stop_patience=None,
+            max_wall_s=None, fresh=False, log_every_steps=min(train.log_every_steps, max(steps // 20, 1)),
+        ),
+        eval=replace(
+            config.eval, validation_every_steps=steps, cloze_every_steps=0, hellaswag_every_steps=0,
+            sample_every_steps=0,
+        ),
+        hub=HubConfig(),
+    )  # fmt: skip
+
+
+def run_trial(config: RunConfig) -> TrialResult:
+    """Train one trial, or read its result if it is complete. As `run_trials`."""
+    (result,) = run_trials([config])
+    return result
+
+
+def run_trials(configs: Iterable[RunConfig], jobs: int = 1, limit: Limit | None = None) -> Iterator[TrialResult]:
+    """Train trials, several at a time, and read the results of those that are complete.
+
+    Ctrl-C and SIGTERM stop them; they save, and the same call continues.
+
+    Args:
+        configs: each is changed by `as_trial`. The next one is taken when there is room for it, so it may depend on the
+            results so far. All train on the device of the first.
+        jobs: trials at a time. Each gets an equal share of the cores or of the GPUs.
+        limit: a trial in the second half of its steps whose training loss is above this is given up.
+
+    Yields:
+        results in the order in which the trials end.
+
+    Raises:
+        UserError: a trial failed, or its name is that of another run.
+    """
+    if not is_checkout():
+        raise UserError("this command needs pretrain.py; run it from a clone of the repository")
+    waiting, running = iter(configs), list[_TrialProcess]()
+    first = next(waiting, None)
+    if first is None:
+        return
+    waiting, free = chain([first], waiting), machine_shares(first.train.device, jobs)
+    with _stop_signals_raise():
+        try:
+            while True:
+                while free and (config := next(waiting, None)) is not None:
+                    config = as_trial(config)
+                    if result := finished(config):
+                        yield result
+                    else:
+                        running.append(_TrialProcess(config, free.pop()))
+                if not running:
+                    return
+                for trial in [trial for trial in running if trial.ended(limit)]:
+                    running.remove(trial)
+                    free.append(trial.share)
+                    yield trial.result()
+                time.sleep(POLL_S)
+        finally:
+            _stop(running)
+
+
+def finished(config: RunConfig) -> TrialResult | None:
+    """The result of a trial that is complete; None if there is something left to train.
+
+    Args:
+        config: as `as_trial` returns it.
+
+    Raises:
+        UserError: the run of this name is no trial, or one with other settings.
+    """
+    run = RunPaths.of(config.name)
+    if not _trial_file(run).is_file():
+        if run.metrics.is_file():
+            raise UserError(f"the run {config.name} in {run.root} is not a trial of this command; move it away")
+        return None
+    different = diff_settings(load_config(_trial_file(run), RunConfig()), config)
+    if different:
+        changes = "\n".join(f"  - {name}: {old} -> {new}" for name, (old, new) in different.items())
+        raise UserError(
+            f"the trial {config.name} was trained with other settings:\n{changes}\n"
+            f"give the same ones, another name, or remove {run.root}"
+        )
+    code = read_json_or_empty(run.heartbeat).get("exit_code")
+    if code not in (0, TrainingDiverged.EXIT_CODE):
+        return None
+    metrics = read_metrics(run.metrics)
+    validation = metrics.last("validation")
+    loss = as_float(validation.get("loss")) if validation.get("step") == config.train.max_steps else math.nan
+    if code == 0 and validation.get("step") != config.train.max_steps:
+        return None
+    return _result(config, metrics, loss if code == 0 and math.isfinite(loss) else None)
+
+
+def machine_shares(device: str, jobs: int) -> list[Share]:
+    """Equal parts of the machine for `jobs` trials at a time.
+
+    Args:
+        device: as in `train.device`.
+
+    Raises:
+        UserError: there are fewer GPUs than trials.
+    """
+    if device in ("auto", "cuda"):
+        from myllm.distributed.device_info import cuda_device_count
+
+        if n_gpus := cuda_device_count():
+            if jobs > n_gpus:
+                raise UserError(f"--jobs is {jobs}, but there are {n_gpus} GPUs; a trial needs at least one")
+            names = (visible_gpus() or ",".join(map(str, range(n_gpus)))).split(",")[:n_gpus]
+            per_job = n_gpus // jobs
+            return [Share(None, tuple(names[job * per_job : (job + 1) * per_job])) for job in range(jobs)]
+    threads = num_threads() if jobs > 1 else None  # also None if the user has chosen a number
+    return [Share(max(threads // jobs, 1) if threads else None)] * jobs
+
+
+class _TrialProcess:
+    """A trial that trains in a process of its own."""
+
+    def __init__(self, config: RunConfig, share: Share) -> None:
+        """Start it, or wait for the process that an earlier start of this command left behind."""
+        self.config, self.share, self.run = config, share, RunPaths.of(config.name)
+        self.run.root.mkdir(parents=True, exist_ok=True)
+        write_json(_trial_file(self.run), to_dict(config))
+        self.process: subprocess.Popen[bytes] | None = None
+        self.given_up, self._read_until = False, 0.0
+
+    def ended(self, limit: Limit | None) -> bool:
+        """True after the end of the process. Stops it if its loss is above the limit.
+
+        Raises:
+            UserError: it failed.
+        """
+        if self.process is None:
+            if not self._is_held():
+                self.process = self._start()
+            return False
+        code = self.process.poll()
+        if code is None:
+            if limit and not self.given_up and self._is_hopeless(limit):
+                self.given_up = True
+                self.process.send_signal(signal.SIGTERM)
+            return False
+        if code == 2 and self._is_held():  # a process left behind held the folder only after this one had begun
+            self.process = None
+            return False
+        if code not in (0, TrainingDiverged.EXIT_CODE) and not self.given_up:
+            raise UserError(f"the trial {self.config.name} ended with exit code {code}:{self._last_lines()}")
+        return True
+
+    def result(self) -> TrialResult:
+        """The result after the end. The checkpoints are removed: they are most of what a run has on the disk.
+
+        Raises:
+            UserError: the run is complete but has no validation loss.
+        """
+        result = finished(self.config)
+        if result is None and self.given_up:
+            result = _result(self.config, read_metrics(self.run.metrics), None)
+        if result is None:
+            raise UserError(f"the trial {self.config.name} has no final validation loss:{self._last_lines()}")
+        for folder in (self.run.checkpoints, self.run.anomalies):
+            shutil.rmtree(folder, ignore_errors=True)
+        return result
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        share, gpus = self.share, self.share.gpus
+        # The process must not take part in a torchrun that may have started this one.
+        command = ["env", "-u", "RANK", "-u", "LOCAL_RANK", "-u", "WORLD_SIZE"]
+        command += [f"OMP_NUM_THREADS={share.threads}"] if share.threads else []
+        command += [f"CUDA_VISIBLE_DEVICES={','.join(gpus)}"] if gpus else []
+        command += [sys.executable]
+        if len(gpus) > 1:
+            command += ["-m", "myllm.distributed.elastic", "--standalone", f"--nproc_per_node={len(gpus)}"]
+        command += [str(project_root() / "pretrain.py"), "--config", str(_trial_file(self.run))]
+        with self._log.open("ab") as out:
+            # A session of its own: Ctrl-C reaches this process first, which passes it on once.
+            return subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+            )
+
+    def _is_hopeless(self, limit: Limit) -> bool:
+        """True if the last tenth of the logged losses is above the limit, in the second half of the run."""
+        if time.monotonic() < self._read_until + 1 or not self.run.metrics.is_file():
+            return False
+        self._read_until = time.monotonic()
+        try:
+            rows = read_metrics(self.run.metrics).train
+        except UserError:  # no row yet
+            return False
+        if not rows or rows[-1]["step"] < HOPELESS_FROM * self.config.train.max_steps:
+            return False
+        newest = rows[-max(len(rows) // 10, 1) :]
+        return sum(as_float(row.get("loss")) for row in newest) / len(newest) > limit(self.config)
+
+    def _is_held(self) -> bool:
+        return is_locked(self.run.root / ".lock")
+
+    def _last_lines(self) -> str:
+        lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:]
+        return "".join(f"\n    {line}" for line in lines) + f"\nall of it is in {self._log}"
+
+    @property
+    def _log(self) -> Path:
+        return self.run.root / "trial.log"
+
+
+def _trial_file(run: RunPaths) -> Path:
+    return run.root / "trial.json"
+
+
+def _result(config: RunConfig, metrics: Metrics, loss: float | None) -> TrialResult:
+    seconds = metrics.training_s()
+    tokens = int(metrics.last().get("tokens") or 0)
+    return TrialResult(config.name, loss, tokens, 0.0 if math.isnan(seconds) else seconds)
+
+
+@contextmanager
+def _stop_signals_raise() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP raise, as Ctrl-C does, so that the trials are told to stop."""
+
+    def leave(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, leave) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
+
+
+def _stop(trials: list[_TrialProcess]) -> None:
+    """Have the trials save and stop, and wait for them. Another Ctrl-C kills them."""
+    processes = [trial.process for trial in trials if trial.process and trial.process.poll() is None]
+    try:
+        for process in processes:
+            process.send_signal(signal.SIGINT)
+        for process in processes:
+            process.wait()
+    except KeyboardInterrupt:
+        for process in processes:
+            process.kill()
+        raise

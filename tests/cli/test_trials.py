@@ -1,0 +1,110 @@
+"""Trials: runs that a command starts as processes, and never trains twice."""
+
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import eval_rows, launch, train_rows, with_train, write_run_config
+
+from myllm.cli.trials import Share, as_trial, machine_shares, run_trial, run_trials
+from myllm.config import RunConfig
+from myllm.errors import UserError
+from myllm.files import is_locked
+from myllm.paths import RunPaths
+
+pytestmark = pytest.mark.usefixtures("prepared_data")
+PROGRAM = """
+import sys
+from pathlib import Path
+from myllm.cli.trials import run_trial
+from myllm.config import RunConfig, load_config
+print(run_trial(load_config(Path(sys.argv[1]), RunConfig())).loss)
+"""
+
+
+def with_rate(config: RunConfig, rate: float, name: str) -> RunConfig:
+    return replace(config, name=name, optim=replace(config.optim, max_lr=rate))
+
+
+def test_trials_are_the_runs_a_user_would_start(tiny: RunConfig, tmp_path: Path) -> None:
+    pair = [with_rate(tiny, 3e-3, "low"), with_rate(tiny, 6e-3, "high")]
+    results = {result.name: result for result in run_trials(pair, jobs=2)}
+    # An ordinary start of the same config, bit for bit.
+    alone = launch("--config", write_run_config(replace(as_trial(pair[0]), name="alone"), tmp_path / "alone.json"))
+    assert alone.returncode == 0, alone.stderr
+    assert results["low"].loss == eval_rows(RunPaths.of("alone").root, "validation")[-1]["loss"]
+    assert results["low"].loss != results["high"].loss
+    assert results["low"].tokens == 12 * 128
+    for name in results:
+        run = RunPaths.of(name)
+        assert [row["step"] for row in eval_rows(run.root, "validation")] == [0, 12]
+        assert not eval_rows(run.root, "cloze")
+        assert not run.checkpoints.exists()
+    # Once more: nothing is trained.
+    before = RunPaths.of("low").metrics.read_bytes()
+    assert run_trial(pair[0]) == results["low"]
+    assert RunPaths.of("low").metrics.read_bytes() == before
+    with pytest.raises(UserError, match=r"(?s)low was trained with other settings.*optim.max_lr: 0.003 -> 0.01"):
+        run_trial(with_rate(tiny, 0.01, "low"))
+    with pytest.raises(UserError, match=r"alone .* is not a trial"):
+        run_trial(replace(tiny, name="alone"))
+
+
+def test_a_diverged_run_is_a_result_and_a_broken_one_an_error(tiny: RunConfig) -> None:
+    diverged = run_trial(with_rate(tiny, 1e30, "diverged"))
+    assert diverged.loss is None
+    started = RunPaths.of("diverged").metrics.stat().st_mtime_ns
+    assert run_trial(with_rate(tiny, 1e30, "diverged")) == diverged
+    assert RunPaths.of("diverged").metrics.stat().st_mtime_ns == started
+    broken = replace(tiny, name="broken", data=replace(tiny.data, dataset="absent"))
+    with pytest.raises(UserError, match=r"(?s)broken ended with exit code 2:.*absent.*trial\.log"):
+        run_trial(broken)
+
+
+def test_shares_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr("myllm.cli.trials.num_threads", lambda: 5)
+    assert machine_shares("cpu", 1) == [Share()]
+    assert machine_shares("cpu", 2) == [Share(2)] * 2
+    assert machine_shares("cpu", 8) == [Share(1)] * 8
+    monkeypatch.setattr("myllm.distributed.device_info.cuda_device_count", lambda: 4)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    assert machine_shares("auto", 1) == [Share(gpus=("4", "5", "6", "7"))]
+    assert machine_shares("cuda", 3) == [Share(gpus=(name,)) for name in "456"]
+    with pytest.raises(UserError, match="--jobs is 5, but there are 4 GPUs"):
+        machine_shares("auto", 5)
+
+
+@pytest.mark.slow
+def test_a_hopeless_trial_is_given_up(tiny: RunConfig) -> None:
+    long = with_train(tiny, max_steps=4_000)
+    assert run_trial(replace(long, name="kept")).loss is not None
+    (result,) = run_trials([replace(long, name="hopeless")], limit=lambda config: 1.0)
+    assert result.loss is None
+    assert 2_000 <= result.tokens / 128 < 4_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_the_next_start_continues(number: int, tiny: RunConfig, tmp_path: Path) -> None:
+    config = with_train(tiny, max_steps=2_000)
+    file, run = write_run_config(config, tmp_path / "config.json"), RunPaths.of("tiny")
+    words = [sys.executable, "-c", PROGRAM, str(file)]
+    process = subprocess.Popen(words)
+    while not (run.metrics.is_file() and len(train_rows(run.root)) > 100):
+        time.sleep(0.05)
+    process.send_signal(number)
+    process.wait()
+    assert process.returncode == {signal.SIGINT: -2, signal.SIGTERM: 143, signal.SIGKILL: -9}[number]
+    # After SIGKILL the run is left behind and trains on; the next start waits for it.
+    assert is_locked(run.root / ".lock") == (number == signal.SIGKILL)
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert float(done.stdout) == eval_rows(run.root, "validation")[-1]["loss"]
+    assert train_rows(run.root)[-1]["step"] == 2_000
+    log = (run.root / "trial.log").read_text()
+    assert log.count("steps 0 to 2,000") == 1
+    assert ("resuming from" in log) == (number != signal.SIGKILL)
