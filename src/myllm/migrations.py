@@ -115,6 +115,10 @@ ANOMALY = Schema(
 """anomaly.json, which was bag.json in version 1."""
 HEARTBEAT = Schema("heartbeat")
 """heartbeat.json of runs."""
+LADDER_RATES = Schema("rates file")
+"""rates.json of a ladder."""
+LADDER = Schema("ladder")
+"""ladder.json."""
 ROW = Schema("row", (Change({"receipt": "sample_digest", "receipt_since_step": "sample_digest_since_step"}),))
 """A line of metrics.jsonl or samples.jsonl. Lines have no version: all changes are applied to each."""
 

@@ -26,6 +26,7 @@ from . import replay as replay_cli
 from . import sample as sample_cli
 from . import tokenizer as tokenizer_cli
 from .errors import exit_on_error
+from .ladder import command as ladder_cli
 from .parse import parse_arguments, version
 from .prove_resume import command as prove_cli
 
@@ -111,6 +112,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "checkpoint verify": checkpoint_cli.verify,
     "doctor": doctor,
     "prove-resume": prove_cli.prove_resume,
+    "ladder": ladder_cli.ladder,
 }
 RENAMED = {
     "data seal": "data merge",
@@ -122,8 +124,8 @@ RENAMED = {
 """Commands and options of earlier versions, with their new names."""
 GROUPS = ("data", "tokenizer", "checkpoint")
 """First words of two-word commands."""
-TAKES_WORDS = {"plan", "preflight", "prove-resume"}
-"""Commands that begin with a preset: they parse the words themselves."""
+TAKES_WORDS = {"plan", "preflight", "prove-resume", "ladder"}
+"""Commands that parse the words themselves: they begin with presets."""
 
 
 def main(words: list[str] | None = None) -> None:

@@ -1,0 +1,10 @@
+"""`myllm ladder`: compare recipes over sizes and lengths, and fit how many tokens one saves.
+
+command   the command line
+plan      recipes, and the config of each cell
+rates     learning rates by width and length
+budget    the plan in words, and its hours
+cells     run the cells, read their results
+fit       laws of the loss, and multipliers
+results   ladder.json and the tables
+"""

@@ -1,0 +1,121 @@
+"""The command `myllm ladder RECIPE RECIPE ...`."""
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from myllm import paths
+from myllm.cli.parse import parse_arguments
+from myllm.config import RunConfig
+from myllm.errors import UserError
+from myllm.files import write_json
+
+from .plan import Grid, check_grid, load_recipes, plan_cells
+from .rates import RecipeRates, read_rates, write_rates
+
+OWN = "own"
+
+
+@dataclass(frozen=True)
+class LadderArgs:
+    """Command-line arguments of `myllm ladder`."""
+
+    recipes: tyro.conf.Positional[tuple[str, ...]]
+    """Presets, or config files. The first is the reference of the fits."""
+    dataset: Annotated[str, tyro.conf.arg(name="data.dataset")]
+    """A prepared data set. Its vocabulary is that of the models."""
+    name: str = "default"
+    """Name of the ladder: results are in temp_data/ladder/NAME, runs in temp_data/runs/ladder-NAME-*."""
+    widths: tuple[int, ...] = (48, 64, 96)
+    """d_model of each size. d_ff keeps the recipe's ratio."""
+    layers: int = 4
+    """Blocks, at every size."""
+    head_dim: int = 16
+    """Width of a head, at every size."""
+    seq_len: int = 256
+    """Context length."""
+    batch_tokens: int = 2_048
+    """Tokens per step."""
+    tokens: tuple[int, ...] = (800_000, 1_600_000, 3_300_000)
+    """Lengths of the runs, such as 0.8M 1.6M 3.3M."""
+    seeds: int = 2
+    """Runs of each cell. Seeds are paired: the same weights' seed and data order for every recipe."""
+    validation_tokens: int = 81_920
+    """Held-out tokens to measure the final losses on."""
+    max_epochs: float = 1.0
+    """How often a run may read the data set."""
+    rates: str | None = None
+    """Learning rates: a rates file, or own for each recipe's own (default: those of the first start)."""
+    jobs: int = 1
+    """Runs at once. Each has its share of the cores."""
+    budget: bool = False
+    """Print the plan with its hours, and stop."""
+
+
+def ladder(words: list[str]) -> None:
+    """Train recipes at several sizes and lengths, and fit how many tokens one saves.
+
+    Every cell is a whole decayed run in an ordinary run folder. The same command continues an interrupted ladder; with
+    more seeds, widths or lengths it adds the cells that are missing. See docs/ladder.md.
+    """
+    args = parse_arguments(LadderArgs, words, "myllm ladder", description=inspect.getdoc(ladder))
+    if len(args.recipes) < 2:
+        raise UserError("a ladder compares at least two recipes: give presets or config files")
+    grid, recipes = make_grid(args), load_recipes(args.recipes)
+    check_grid(grid, args.max_epochs)
+    rates = choose_rates(args.rates, recipes, grid)
+    cells = plan_cells(recipes, grid, rates, args.seeds)
+    from .budget import describe_cost, describe_plan, expected_seconds
+    from .cells import run_cells
+
+    print(describe_plan(recipes, grid, rates, cells), flush=True)
+    expected = expected_seconds(cells, args.jobs)
+    print(f"\n{describe_cost(cells, expected, args.jobs)}", flush=True)
+    if args.budget:
+        return
+    results = run_cells(cells, args.jobs, expected)
+    from .results import describe_cell, describe_losses, tabulate, write_results
+
+    losses, _ = tabulate(results, list(recipes))
+    print(f"\nvalidation loss, nats per token\n{describe_losses(losses, grid.widths)}")
+    path = paths.ladder_dir(args.name) / "ladder.json"
+    write_results(path, {
+        "name": args.name, "dataset": grid.dataset.name, "recipes": list(recipes),
+        "cells": [describe_cell(result) for result in results],
+    })  # fmt: skip
+    print(f"\nresults are in {path}")
+
+
+def make_grid(args: LadderArgs) -> Grid:
+    """
+    Raises:
+        UserError: unknown data set, or no size or length.
+    """
+    from myllm.data.dataset import find_dataset
+
+    for option, value in {"--widths": args.widths, "--tokens": args.tokens, "--seeds": args.seeds}.items():
+        if not value or min(value if isinstance(value, tuple) else (value,)) < 1:
+            raise UserError(f"{option} is {value}, expected whole numbers above 0")
+    return Grid(
+        args.name, find_dataset(args.dataset), tuple(sorted(set(args.widths))), tuple(sorted(set(args.tokens))),
+        args.layers, args.head_dim, args.seq_len, args.batch_tokens, args.validation_tokens,
+    )  # fmt: skip
+
+
+def choose_rates(choice: str | None, recipes: Mapping[str, RunConfig], grid: Grid) -> dict[str, RecipeRates]:
+    """The rates that --rates names, or those with which the ladder was started. They are saved in its rates.json, so
+    that a later start with more lengths has the same cells.
+    """
+    path = paths.ladder_dir(grid.name) / "rates.json"
+    if choice is None and path.is_file():
+        return read_rates(path, list(recipes))
+    if choice in (None, OWN):
+        rates = {name: RecipeRates(grid.middle_length) for name in recipes}
+    else:
+        rates = read_rates(paths.user_path(choice), list(recipes))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, write_rates(rates))
+    return rates

@@ -1,0 +1,295 @@
+"""What a ladder says about its recipes: laws of the loss, and how many tokens one recipe saves. NumPy only.
+
+Shapes: R recipes (the first is the reference), S sizes, K lengths, J seeds.
+A multiplier m is the tokens that the reference needs for a loss, divided by those that the recipe needs.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+HUBER = 1e-3
+"""Residuals of log L above this count linearly. Source: Hoffmann et al. 2022, arXiv 2203.15556, appendix D.3."""
+RESAMPLES = 400
+EXPONENTS = (0.05, 1.5)
+"""Exponents of N and D are sought in this range; published ones are 0.28 to 0.54."""
+LEVEL = (2.5, 97.5)
+"""Percentiles of a band."""
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The final losses of a ladder."""
+
+    recipes: tuple[str, ...]
+    parameters: np.ndarray
+    """(S,) float64, N of the reference: matrices and head."""
+    tokens: np.ndarray
+    """(K,) float64, D."""
+    values: np.ndarray
+    """(R, S, K, J) float64. NaN: no such run, or it diverged."""
+
+    @property
+    def means(self) -> np.ndarray:
+        """(R, S, K) over seeds."""
+        return self.values.mean(axis=-1)
+
+    def resampled(self, chance: np.random.Generator) -> np.ndarray:
+        """Means over seeds drawn with replacement, the same seeds for all recipes: (R, S, K).
+
+        Deviations are widened by sqrt(J / (J - 1)): means of J drawn from J seeds vary too little by that factor.
+        """
+        *_, sizes, lengths, seeds = self.values.shape
+        drawn = chance.integers(seeds, size=(1, sizes, lengths, seeds))
+        shift = np.take_along_axis(self.values, drawn, axis=-1).mean(axis=-1) - self.means
+        return self.means + shift * math.sqrt(seeds / max(seeds - 1, 1))
+
+    def without_size(self, size: int) -> "Losses":
+        return replace(self, parameters=np.delete(self.parameters, size), values=np.delete(self.values, size, axis=1))
+
+
+@dataclass(frozen=True)
+class Band:
+    """A value, and the range in which it lies in 95 % of resampled seeds and whichever size is left out."""
+
+    value: float
+    low: float = math.nan
+    high: float = math.nan
+
+    @classmethod
+    def of(cls, value: float, resampled: np.ndarray, dropped: np.ndarray) -> "Band":
+        """
+        Args:
+            resampled: values of resampled seeds; empty with one seed.
+            dropped: values with one size left out.
+        """
+        ends = [*np.nanpercentile(resampled, LEVEL)] if np.isfinite(resampled).any() else []
+        ends += [end for end in dropped if math.isfinite(end)]
+        return cls(float(value), float(min(ends, default=math.nan)), float(max(ends, default=math.nan)))
+
+
+def hold_out(means: np.ndarray) -> np.ndarray:
+    """The means without the largest size at the longest length, which is predicted: (R, S, K), NaN there."""
+    kept = means.copy()
+    kept[:, -1, -1] = np.nan
+    return kept
+
+
+# -- one size at a time -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SizeLaws:
+    """L = E + A D^-b of the reference at each size, with one b for all."""
+
+    irreducible: np.ndarray
+    """E, (S,)."""
+    amplitude: np.ndarray
+    """A at the geometric mean of the lengths, (S,)."""
+    exponent: float
+    tokens: np.ndarray
+
+    def loss(self) -> np.ndarray:
+        """Of the reference at each size and length: (S, K)."""
+        return self.irreducible[:, None] + self.amplitude[:, None] * _scaled(self.tokens) ** -self.exponent
+
+    def equal_tokens(self, means: np.ndarray) -> np.ndarray:
+        """Tokens at which the reference has each loss: (R, S, K) -> (R, S, K). NaN: it never has."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            ratio = (means - self.irreducible[:, None]) / self.amplitude[:, None]
+            tokens = np.where(ratio > 0, ratio, np.nan) ** (-1 / self.exponent)
+        return tokens * np.exp(np.log(self.tokens).mean())
+
+
+def fit_sizes(means: np.ndarray, tokens: np.ndarray) -> SizeLaws:
+    """Fit the reference's law at each size; for a given b it is linear, and b is found by a search over a grid.
+
+    Args:
+        means: (R, S, K), NaN where unknown. Each size needs two lengths, and one of them three.
+    """
+    exponents = np.geomspace(*EXPONENTS, 120)
+    errors = [_fit_amplitudes(means[0], tokens, exponent)[2] for exponent in exponents]
+    best = int(np.argmin(errors))
+    fine = np.geomspace(exponents[max(best - 1, 0)], exponents[min(best + 1, len(exponents) - 1)], 41)
+    exponent = float(fine[np.argmin([_fit_amplitudes(means[0], tokens, value)[2] for value in fine])])
+    irreducible, amplitude, _ = _fit_amplitudes(means[0], tokens, exponent)
+    return SizeLaws(irreducible, amplitude, exponent, tokens)
+
+
+def _fit_amplitudes(losses: np.ndarray, tokens: np.ndarray, exponent: float) -> tuple[np.ndarray, np.ndarray, float]:
+    """Least squares of E and A at each size: (S, K) -> (S,), (S,), and the sum of squares."""
+    fitted, error = [], 0.0
+    for row in losses:
+        known = np.isfinite(row)
+        design = np.stack([np.ones(known.sum()), _scaled(tokens)[known] ** -exponent], axis=1)
+        solution, *_ = np.linalg.lstsq(design, row[known], rcond=None)
+        error += float(((design @ solution - row[known]) ** 2).sum())
+        fitted.append(solution)
+    irreducible, amplitude = np.array(fitted).T
+    return irreducible, np.where(amplitude > 0, amplitude, np.nan), error
+
+
+def size_multipliers(means: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """The multiplier of each recipe at each size, the geometric mean over lengths: (R, S, K) -> (R, S)."""
+    ratio = fit_sizes(means, tokens).equal_tokens(means) / tokens
+    with np.errstate(invalid="ignore"):
+        return np.exp(np.nanmean(np.log(ratio), axis=-1))
+
+
+# -- all sizes --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class JointLaw:
+    """L = E + A N^-a + B (m N^g D)^-b of all recipes; the reference has m = 1 and g = 0."""
+
+    theta: np.ndarray
+    """log E, log A, log a, log B, log b, then log m of each other recipe, then their g. N and D are in units of `unit`,
+    so that m is the multiplier at the middle of the sizes."""
+    unit: tuple[float, float]
+    """Geometric means of the sizes and lengths."""
+
+    @property
+    def constants(self) -> dict[str, float]:
+        """E, A, a, B, b in plain parameters and tokens."""
+        e, amplitude_n, a, amplitude_d, b = np.exp(self.theta[:5])
+        return {
+            "E": float(e), "A": float(amplitude_n * self.unit[0] ** a), "a": float(a),
+            "B": float(amplitude_d * self.unit[1] ** b), "b": float(b),
+        }  # fmt: skip
+
+    @property
+    def size_exponents(self) -> np.ndarray:
+        """g of each recipe, (R,): below 0, the multiplier shrinks with size."""
+        others = (len(self.theta) - 5) // 2
+        return np.append(0.0, self.theta[5 + others :])
+
+    def multipliers(self, parameters: float) -> np.ndarray:
+        """The multiplier of each recipe at a size, (R,)."""
+        others = (len(self.theta) - 5) // 2
+        return np.exp(np.append(0.0, self.theta[5 : 5 + others]) + self.size_exponents * self._log_size(parameters))
+
+    def loss(self, recipe: int, parameters: float, tokens: float) -> float:
+        tokens *= float(self.multipliers(parameters)[recipe])
+        law = self.constants
+        return law["E"] + law["A"] * parameters ** -law["a"] + law["B"] * tokens ** -law["b"]
+
+    def _log_size(self, parameters: float) -> float:
+        return math.log(parameters / self.unit[0])
+
+
+def fit_joint(means: np.ndarray, parameters: np.ndarray, tokens: np.ndarray, start: JointLaw | None = None) -> JointLaw:
+    """Fit the joint law: Huber loss on log L by Levenberg and Marquardt, from a grid of starts.
+
+    Args:
+        means: (R, S, K), NaN where unknown.
+        start: begin only there, for resampled losses.
+    """
+    unit = _mean_of_logs(parameters), _mean_of_logs(tokens)
+    recipe, size, length = np.nonzero(np.isfinite(means))
+    log_n, log_d = np.log(parameters[size] / unit[0]), np.log(tokens[length] / unit[1])
+    target, others = np.log(means[recipe, size, length]), len(means) - 1
+    is_recipe = (recipe[:, None] == np.arange(1, others + 1)).astype(float)  # (points, others)
+
+    def predict(theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """log L at all points, and its derivatives."""
+        e, amplitude_n, a, amplitude_d, b = np.exp(theta[:5])
+        log_saved = is_recipe @ theta[5 : 5 + others] + is_recipe @ theta[5 + others :] * log_n
+        size_term = amplitude_n * np.exp(-a * log_n)
+        data_term = amplitude_d * np.exp(-b * (log_saved + log_d))
+        columns = [
+            np.full_like(log_n, e), size_term, -a * log_n * size_term, data_term,
+            -b * (log_saved + log_d) * data_term,
+        ]  # fmt: skip
+        per_recipe = -b * data_term[:, None] * is_recipe
+        loss = e + size_term + data_term
+        jacobian = np.column_stack([*columns, per_recipe, per_recipe * log_n[:, None]])
+        return np.log(loss), jacobian / loss[:, None]
+
+    starts = [start.theta] if start else _starts(means, others)
+    fits = [_least_huber(predict, target, theta) for theta in starts]
+    return JointLaw(min(fits, key=lambda fitted: fitted[1])[0], unit)
+
+
+def _starts(means: np.ndarray, others: int) -> list[np.ndarray]:
+    lowest = float(np.nanmin(means))
+    return [
+        np.log([share * lowest, 0.5 * (1 - share) * lowest, a, 0.5 * (1 - share) * lowest, b, *[1.2] * others]
+               + [1.0] * others)
+        for share in (0.3, 0.6, 0.9) for a in (0.2, 0.5) for b in (0.2, 0.5)
+    ]  # fmt: skip
+
+
+def _least_huber(
+    predict: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]], target: np.ndarray, theta: np.ndarray
+) -> tuple[np.ndarray, float]:
+    """Minimize the Huber loss of predict(theta) - target by Levenberg and Marquardt with reweighting.
+
+    Returns:
+        theta, and its loss.
+    """
+    low, high = np.full(len(theta), -10.0), np.full(len(theta), 10.0)
+    low[[2, 4]], high[[2, 4]] = np.log(EXPONENTS)  # a and b
+    value, jacobian = predict(theta)
+    loss, damping = _huber(value - target), 1e-3
+    for _ in range(300):
+        residual = value - target
+        weight = 1 / np.maximum(np.abs(residual) / HUBER, 1.0)
+        normal, slope = (jacobian.T * weight) @ jacobian, (jacobian.T * weight) @ residual
+        scale = np.diag(np.maximum(np.diag(normal), 1e-9))
+        tried = np.clip(theta - np.linalg.solve(normal + damping * scale, slope), low, high)
+        new_value, new_jacobian = predict(tried)
+        new_loss = _huber(new_value - target)
+        if new_loss < loss:
+            converged = loss - new_loss < 1e-12 * loss + 1e-18
+            theta, value, jacobian, loss, damping = tried, new_value, new_jacobian, new_loss, max(damping / 4, 1e-12)
+            if converged:
+                break
+        elif damping > 1e8:
+            break
+        else:
+            damping *= 4
+    return theta, loss
+
+
+def _huber(residual: np.ndarray) -> float:
+    size = np.abs(residual)
+    return float(np.where(size <= HUBER, size**2 / 2, HUBER * (size - HUBER / 2)).sum())
+
+
+# -- no law -----------------------------------------------------------------------------------------------------------
+
+
+def tokens_to_reach(loss: float, tokens: np.ndarray, losses: np.ndarray) -> float:
+    """Tokens at which a recipe has a loss, interpolated in log tokens between its own decayed runs.
+
+    Args:
+        tokens: (K,) of its runs, ascending.
+        losses: (K,).
+
+    Returns:
+        0 if its shortest run is below the loss, infinity if no run reaches it, NaN if a loss is unknown.
+    """
+    if not (math.isfinite(loss) and np.isfinite(losses).all()):
+        return math.nan
+    if losses[0] < loss:
+        return 0.0
+    reached = np.flatnonzero(losses <= loss)
+    if not reached.size:
+        return math.inf
+    after = int(reached[0])
+    if after == 0:
+        return float(tokens[0])
+    above, below = losses[after - 1], losses[after]
+    fraction = (above - loss) / (above - below)
+    return float(np.exp(np.log(tokens[after - 1]) + fraction * np.log(tokens[after] / tokens[after - 1])))
+
+
+def _scaled(tokens: np.ndarray) -> np.ndarray:
+    return tokens / _mean_of_logs(tokens)
+
+
+def _mean_of_logs(values: np.ndarray) -> float:
+    return float(np.exp(np.log(values).mean()))

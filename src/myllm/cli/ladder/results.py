@@ -1,0 +1,69 @@
+"""ladder.json: every cell of a ladder with its loss, and the fits."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from myllm.files import json_safe, write_json
+from myllm.formatting import format_si, format_table
+from myllm.migrations import LADDER
+
+from .cells import CellResult
+from .fit import Losses
+
+
+def tabulate(results: Sequence[CellResult], recipes: Sequence[str]) -> tuple[Losses, np.ndarray]:
+    """The results as arrays.
+
+    Returns:
+        the losses, and the seconds of training, (R, S, K, J).
+    """
+    cells = [result.cell for result in results]
+    widths, lengths = sorted({cell.width for cell in cells}), sorted({cell.tokens for cell in cells})
+    seeds = sorted({cell.seed for cell in cells})
+    shape = len(recipes), len(widths), len(lengths), len(seeds)
+    losses, seconds = np.full(shape, np.nan), np.full(shape, np.nan)
+    parameters = np.zeros(len(widths))
+    for result in results:
+        cell = result.cell
+        place = (
+            recipes.index(cell.recipe), widths.index(cell.width), lengths.index(cell.tokens), seeds.index(cell.seed)
+        )  # fmt: skip
+        losses[place] = result.loss if np.isfinite(result.loss) else np.nan
+        seconds[place] = result.seconds
+        if cell.recipe == recipes[0]:
+            parameters[widths.index(cell.width)] = cell.parameters
+    return Losses(tuple(recipes), parameters, np.array(lengths, dtype=np.float64), losses), seconds
+
+
+def describe_losses(losses: Losses, widths: Sequence[int]) -> str:
+    """The mean loss of each cell, and the standard error over seeds; a row for each recipe and width."""
+    seeds = losses.values.shape[-1]
+    rows = [["recipe", "width", *(format_si(tokens) for tokens in losses.tokens)]]
+    for recipe, name in enumerate(losses.recipes):
+        for size, width in enumerate(widths):
+            cells = losses.values[recipe, size]
+            errors = cells.std(axis=-1, ddof=1) / seeds**0.5 if seeds > 1 else [None] * len(cells)
+            texts = [
+                f"{mean:.4f}" + (f" ± {error:.4f}" if error is not None else "")
+                for mean, error in zip(cells.mean(axis=-1), errors, strict=True)
+            ]
+            rows.append([name, str(width), *texts])
+    return format_table(rows, right=range(1, len(rows[0])))
+
+
+def describe_cell(result: CellResult) -> dict[str, Any]:
+    """One cell as JSON."""
+    cell, optim = result.cell, result.cell.config.optim
+    return {
+        "run": cell.config.name, "recipe": cell.recipe, "width": cell.width, "parameters": cell.parameters,
+        "tokens": cell.tokens, "seed": cell.seed, "loss": result.loss, "seconds": round(result.seconds, 2),
+        "max_lr": optim.max_lr, "muon_lr": optim.muon_lr if optim.optimizer == "muon" else None,
+        "weight_decay": optim.weight_decay,
+    }  # fmt: skip
+
+
+def write_results(path: Path, content: dict[str, Any]) -> None:
+    write_json(path, LADDER.stamp(json_safe(content)))
