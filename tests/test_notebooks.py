@@ -26,6 +26,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 PARAMETERS: dict[str, dict[str, Any]] = {
     "hf_sampling.ipynb": {"MODEL": "exported", "PROMPTS": ["the river"]},
     "metric_graphs.ipynb": {"RUN": "first", "RUNS": ["first", "second"]},
+    "parameters_tuning.ipynb": {},
 }
 
 
@@ -65,6 +66,7 @@ def data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_export(tmp_path / "exported")
     monkeypatch.setenv("MYLLM_DATA", str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
+    monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")  # as Colab sets it
     return tmp_path
 
 
@@ -124,6 +126,18 @@ def test_metric_graphs_shows_the_run(data_folder: Path) -> None:
     last_loss = 4.25 + 6 * math.exp(-100 / 20)
     assert f"| train | 100 | loss | {last_loss:.6g} |" in tables[0]
     assert "| cloze | 100 | acc_norm | 0.31 |" in tables[0]
+
+
+def test_parameters_tuning_lists_the_presets(data_folder: Path) -> None:
+    path = ROOT / "notebooks/parameters_tuning.ipynb"
+    shown = outputs(execute(path, {}, data_folder))
+    assert sum("image/png" in output.get("data", {}) for output in shown) == 4
+    tables = [output.data["text/markdown"] for output in shown if "text/markdown" in output.get("data", {})]
+    # 226 of 19,073 steps; 10B tokens for 320M parameters.
+    assert (
+        "| lf-llm-269m | 320M | 16 | 1,024 | 16 | 4,096 | 2,048 | 524k | 0.0021 | 118M (1.18%) | 10B | 31 |"
+        in tables[0]
+    )
 
 
 def test_hf_sampling_gives_our_greedy_text(data_folder: Path) -> None:
