@@ -4,7 +4,7 @@ PYTHON = python="$$(src/environment.sh --dev)" && "$$python"
 PARALLEL = --numprocesses auto --dist loadfile --max-worker-restart 1
 SCRIPTS = $(wildcard *.sh src/*.sh) .ci/run
 
-.PHONY: help environment test test-slow soak gpu-check lint format clean
+.PHONY: help environment test test-slow soak gpu-check docs lint format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' Makefile
@@ -24,6 +24,10 @@ soak: environment ## kill and restart a run at random moments for MINUTES=30
 
 gpu-check: environment ## is this GPU right, and as fast as it should be? nine minutes; docs/speed.md
 	@$(PYTHON) benchmarks/gpu_check.py
+
+docs: environment ## build the static site into temp_data/site
+	@export NO_MKDOCS_2_WARNING=1; $(PYTHON) -m mkdocs build --quiet --strict --config-file docs/site/mkdocs.yml
+	@echo "temp_data/site/index.html; with search: python -m http.server --directory temp_data/site"
 
 lint: environment ## check style, types and imports: Python and shell
 	@$(PYTHON) -m ruff check .

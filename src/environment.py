@@ -51,7 +51,8 @@ def stamps(dev: bool) -> list[Path]:
 def main(task: str, *words: str) -> None:
     dev = "--dev" in words
     runtime = dict(PIN.findall(REQUIREMENTS))
-    extra = dict(PIN.findall("\n".join(PROJECT["optional-dependencies"]["dev"]))) if dev else {}
+    extras = PROJECT["optional-dependencies"]
+    extra = dict(PIN.findall("\n".join(extras["dev"] + extras["docs"]))) if dev else {}
     torch = usable_torch()
     if task == "torch":
         print(torch)

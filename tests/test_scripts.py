@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = [*sorted(ROOT.glob("*.sh")), *sorted(ROOT.glob("src/*.sh")), ROOT / ".ci" / "run"]
 BASE_PYTHON = Path(sys.base_prefix, "bin", "python3")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+DEV = PROJECT["optional-dependencies"]["dev"] + PROJECT["optional-dependencies"]["docs"]
 PINS = [Requirement(line) for line in (ROOT / "requirements.txt").read_text().splitlines() if line[:1] not in ("", "#")]
 
 
@@ -48,7 +49,7 @@ def test_environment_script_can_read_pyproject():
     torch = next(r for r in map(Requirement, PROJECT["dependencies"]) if r.name == "torch")
     assert {specifier.operator for specifier in torch.specifier} <= {">=", "<"}
     assert re.search(r'^requires-python = ">=3\.\d+"$', (ROOT / "pyproject.toml").read_text(), re.M)
-    assert all(re.fullmatch(r"[\w.-]+==\S+", line) for line in PROJECT["optional-dependencies"]["dev"])
+    assert all(re.fullmatch(r"[\w.-]+==\S+", line) for line in DEV)
 
 
 # ---- environment.sh
@@ -179,7 +180,7 @@ def test_makes_venv_then_has_nothing_to_do(machine):
 
 def test_dev_adds_the_tests_packages(machine):
     machine.run("--dev")
-    assert machine.log()[2]["wanted"] == pins(torch=False) + PROJECT["optional-dependencies"]["dev"]
+    assert machine.log()[2]["wanted"] == pins(torch=False) + DEV
     machine.run()  # has all it needs
     machine.run("--dev")
     assert machine.log() == []

@@ -1,0 +1,196 @@
+"""The pages in docs/: the site that is built of them, and the commands in them."""
+
+import contextlib
+import functools
+import io
+import itertools
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import ROOT, tiny_config, write_run_config
+from torch.distributed.run import parse_args as parse_torchrun
+
+from myllm.cli import plan, preflight
+from myllm.cli.launch import RunArgs, parse_args, parse_run_args
+from myllm.cli.main import COMMANDS, TAKES_WORDS
+from myllm.cli.main import main as myllm
+from myllm.config import RunConfig
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
+SITE = ROOT / "docs/site/mkdocs.yml"
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
+INLINE = re.compile(r"`((?:myllm|python pretrain\.py) [^`\n]+)`")
+SETTING = re.compile(r"--((?:model|data|optim|train|eval|hub)\.[a-z][\w.-]*\w)")
+PROGRAM = re.compile(r"myllm|(?:.*/)?pretrain\.py|\./run_pre_training_e2e(?:_debug)?\.sh")
+LAUNCHERS = {"torchrun", "myllm.distributed.elastic"}
+SCHEMATIC = re.compile(r"\.\.\.|COMMAND|\[.*\]?")
+PLACEHOLDERS = {"PRESET": "debug", "NAME": "debug", "N": "8", "NAMESPACE/NAME": "account/name"}
+SCRIPT_OPTIONS = {"--force": 0, "--no-preflight": 0, "--max-hours": 1, "--dollars-per-hour": 1}
+"""Options that run_pre_training_e2e.sh keeps for itself, with the number of their values."""
+
+
+# ---- The site
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `make docs` builds it: links that lead nowhere, in pages and to headings, are errors."""
+    pytest.importorskip("material", reason="the site needs mkdocs-material: src/environment.sh --dev installs it")
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "-f", str(SITE), "-d", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def test_site_has_every_page_and_loads_nothing_from_elsewhere(site: Path) -> None:
+    for page in (*PAGES, *ROOT.glob("src/**/README.md")):
+        path = page.relative_to(ROOT)
+        built = site / (path.parent / "index.html" if page.name == "README.md" else path.with_suffix(".html"))
+        html = built.read_text(encoding="utf-8")
+        assert not re.findall(r'<(?:script|img|iframe|link)[^>]* (?:src|href)="?(?:https?:)?//[^> ]*', html), page
+
+
+def test_links_between_built_pages_lead_somewhere(site: Path) -> None:
+    broken = [
+        f"{page.relative_to(site)}: {target}"
+        for page in site.rglob("*.html")
+        if page.name != "404.html"  # its links begin at the site's root
+        for target in set(re.findall(r'(?:href|src)="([^":#?]+)["#?]', page.read_text(encoding="utf-8")))
+        if not (page.parent / target).exists()
+    ]
+    assert not broken
+
+
+def test_navigation_has_every_page() -> None:
+    def pages(node: Any) -> Iterator[str]:
+        if isinstance(node, str):
+            yield node
+        for child in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+            yield from pages(child)
+
+    text = SITE.read_text(encoding="utf-8").partition("\nnav:")[2]
+    listed = set(pages(yaml.safe_load(f"nav:{text}")))
+    expected = {path.relative_to(ROOT).as_posix() for path in (*PAGES, *ROOT.glob("docs/experiments/*.md"))}
+    assert expected <= listed, "add these to nav in docs/site/mkdocs.yml"
+
+
+# ---- Commands
+
+
+def commands() -> Iterator[Any]:
+    """The words of each command in a shell's code block, or in the text if more than its name is given there."""
+    names = {f"myllm {name}" for name in COMMANDS}
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        blocks = [block for language, block in FENCE.findall(text) if language in ("sh", "bash")]
+        lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+        lines += [code for code in INLINE.findall(FENCE.sub("", text)) if code not in names]
+        for line in lines:
+            for words in simple_commands(line):
+                if any(map(PROGRAM.fullmatch, words)) and not any(map(SCHEMATIC.fullmatch, words)):
+                    yield pytest.param(words, id=f"{page.stem}: {' '.join(words)}"[:80])
+
+
+def simple_commands(line: str) -> Iterator[list[str]]:
+    """The words of each command in a line of shell, without operators such as | and ;"""
+    lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
+    lexer.whitespace_split = True
+    try:
+        words = list(lexer)
+    except ValueError:  # a quotation that goes on in the next line: not one of ours
+        return
+    operator = re.compile(r"[();<>|&]+")
+    for is_operator, group in itertools.groupby(words, key=lambda word: bool(operator.fullmatch(word))):
+        if not is_operator:
+            yield [PLACEHOLDERS.get(word, word) for word in group]
+
+
+@pytest.fixture
+def parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The commands do nothing but note what they were given; there is a folder with runs that config files are of."""
+    called: list[str] = []
+
+    def stand_in(name: str) -> Callable[..., None]:
+        @functools.wraps(COMMANDS[name])
+        def command(*values: Any, **options: Any) -> None:
+            called.append(name)
+
+        return command
+
+    def of_preset(name: str) -> Callable[[list[str]], None]:
+        kinds: dict[str, type[RunArgs]] = {"plan": plan.PlanArgs, "preflight": preflight.PreflightArgs}
+        kind = kinds.get(name, RunArgs)
+
+        def command(words: list[str]) -> None:
+            if words not in (["--table"], []):
+                parse_run_args(kind, words, f"usage: myllm {name} PRESET {{presets}}")
+            called.append(name)
+
+        return command
+
+    for name in list(COMMANDS):
+        monkeypatch.setitem(COMMANDS, name, of_preset(name) if name in TAKES_WORDS else stand_in(name))
+    monkeypatch.setenv("MYLLM_DATA", str(tmp_path / "temp_data"))
+    monkeypatch.chdir(tmp_path)
+    return called
+
+
+@pytest.mark.parametrize("words", list(commands()))
+def test_command_is_accepted(words: list[str], parsed: list[str], tmp_path: Path) -> None:
+    """By the real parsers, which know every command, option and type of value, and without doing what it says."""
+    for config in (word for word in words if word.endswith("/config.json")):
+        (tmp_path / config).parent.mkdir(parents=True)
+        write_run_config(tiny_config(tmp_path), tmp_path / config)
+    if launcher := LAUNCHERS & set(words):
+        parse_torchrun(words[words.index(launcher.pop()) + 1 :])
+    start = next(index for index, word in enumerate(words) if PROGRAM.fullmatch(word))
+    program, rest = words[start], words[start + 1 :]
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+        try:
+            if program == "myllm":
+                myllm(rest)
+            else:
+                parse_args(without_script_options(rest) if program.endswith(".sh") else rest)
+            code = 0
+        except SystemExit as ended:
+            code = ended.code
+    assert not code, said.getvalue()
+    assert parsed or "usage: " in said.getvalue() or program != "myllm"
+
+
+def without_script_options(words: list[str]) -> list[str]:
+    rest, skip = [], 0
+    for word in words:
+        if skip:
+            skip -= 1
+        elif word in SCRIPT_OPTIONS:
+            skip = SCRIPT_OPTIONS[word]
+        else:
+            rest.append(word)
+    return rest if rest and not rest[0].startswith("-") else ["lf-llm-269m", *rest]
+
+
+def test_settings_in_pages_exist() -> None:
+    known = {
+        f"{section.name}.{setting.name}".replace("_", "-")
+        for section in fields(RunConfig)
+        if hasattr(getattr(RunConfig(), section.name), "__dataclass_fields__")
+        for setting in fields(getattr(RunConfig(), section.name))
+    }
+    unknown = [
+        f"{page.name}: --{option}"
+        for page in PAGES
+        for option in SETTING.findall(page.read_text(encoding="utf-8"))
+        if option.replace("_", "-") not in known and page.name != "CHANGELOG.md"
+    ]
+    assert not unknown
