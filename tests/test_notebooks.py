@@ -24,6 +24,8 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 # What each notebook's parameter cells are set to. A new notebook needs an entry here.
 PARAMETERS: dict[str, dict[str, Any]] = {
+    "01_self_attention.ipynb": {},
+    "02_masked_attention.ipynb": {},
     "hf_sampling.ipynb": {"MODEL": "exported", "PROMPTS": ["the river"]},
     "metric_graphs.ipynb": {"RUN": "first", "RUNS": ["first", "second"]},
     "parameters_tuning.ipynb": {},
