@@ -52,14 +52,14 @@ def measure(config: RunConfig) -> None:
     from myllm.distributed.parallelize import zero_grad
     from myllm.distributed.precision import autocast
     from myllm.model.transformer import Transformer
-    from myllm.optim.adamw import ScheduledAdamW
+    from myllm.optim.optimizer import ScheduledOptimizer
     from myllm.training.kernels import fast_kernels
     from myllm.training.preflight.device_memory import peak_bytes
 
     device = torch.device(config.train.device)
     process = DistContext(0, 0, 1, device)
     model = Transformer(config.model).to(device)
-    optimizer = ScheduledAdamW(model.named_parameters(), config.optim, 10)
+    optimizer = ScheduledOptimizer(model.named_parameters(), model.hidden_matrices(), config.optim, 10)
     shape = config.train.micro_batch_size, config.model.max_seq_len
     with fast_kernels(model, config, process) as runner:
         for step in range(2):

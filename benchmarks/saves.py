@@ -23,7 +23,7 @@ from myllm.data.tokenizer.load import load_tokenizer
 from myllm.distributed.collectives import process_group
 from myllm.formatting import format_bytes
 from myllm.model.transformer import Transformer
-from myllm.optim.adamw import ScheduledAdamW
+from myllm.optim.optimizer import ScheduledOptimizer
 from myllm.paths import RunPaths
 
 
@@ -32,7 +32,9 @@ def main(preset: str, rounds: int) -> None:
     with TemporaryDirectory() as folder, process_group("auto") as process:
         run = RunPaths(Path(folder))
         model = Transformer(config.model, 1).to(process.device)
-        optimizer = ScheduledAdamW(model.named_parameters(), config.optim, config.train.max_steps)
+        optimizer = ScheduledOptimizer(
+            model.named_parameters(), model.hidden_matrices(), config.optim, config.train.max_steps
+        )
         optimizer.load_state_dict(optimizer.zero_state())
         with AsyncSaver(config, run, model, optimizer, load_tokenizer("r50k_base"), process) as saver:
             for step in range(1, rounds + 1):

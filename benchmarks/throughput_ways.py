@@ -24,7 +24,7 @@ from myllm.distributed.precision import autocast
 from myllm.hub.architectures import CLASSES, select_architecture, transformers_config
 from myllm.hub.weights import export_weights
 from myllm.model.transformer import Transformer
-from myllm.optim.adamw import ScheduledAdamW
+from myllm.optim.optimizer import ScheduledOptimizer
 from myllm.paths import RunPaths
 from myllm.planning.batch import BatchPlan, batch_plan
 from myllm.training.setup import RunContext, build
@@ -176,7 +176,9 @@ def plain_step(
     before: Callable[[], None] = lambda: None,
 ) -> Callable[[], Tensor]:
     """The usual training step: accumulate, clip, update."""
-    optimizer = ScheduledAdamW(model.named_parameters(), config.optim, config.train.max_steps)
+    optimizer = ScheduledOptimizer(
+        model.named_parameters(), model.hidden_matrices(), config.optim, config.train.max_steps
+    )
     compiled = config.train.compile == "on" or (config.train.compile == "auto" and process.device.type == "cuda")
     runner: nn.Module = torch.compile(model, dynamic=False) if compiled else model
     if process.world_size > 1:

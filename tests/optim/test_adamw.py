@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from myllm.config import OptimConfig
-from myllm.optim.adamw import ScheduledAdamW
 from myllm.optim.lr_schedule import learning_rate
+from myllm.optim.optimizer import ScheduledOptimizer
 
 CONFIG = OptimConfig(max_lr=0.02, warmup_steps=3, schedule="linear", weight_decay=0.1, beta1=0.9, beta2=0.95)
 SHAPES = {"embedding.weight": (7, 4), "proj.weight": (4, 5), "proj.bias": (5,), "norm.weight": (4,)}
@@ -25,7 +25,7 @@ def gradients(step: int) -> dict[str, torch.Tensor]:
     return {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
 
 
-def update(optimizer: ScheduledAdamW, step: int, skip: torch.Tensor | None = None) -> float:
+def update(optimizer: ScheduledOptimizer, step: int, skip: torch.Tensor | None = None) -> float:
     for name, grad in gradients(step).items():
         optimizer.parameters[name].grad = grad
     rate = optimizer.step(step, skip)
@@ -48,7 +48,7 @@ class OnMPS:
 
 def test_mps_leaves_an_update_out_by_asking() -> None:
     """Its kernel makes the update whatever it is told."""
-    optimizer = ScheduledAdamW(parameters().items(), CONFIG, 20)
+    optimizer = ScheduledOptimizer(parameters().items(), {}, CONFIG, 20)
     update(optimizer, 0)
     before = snapshot(optimizer)
     for name, grad in gradients(1).items():
@@ -59,7 +59,7 @@ def test_mps_leaves_an_update_out_by_asking() -> None:
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def snapshot(optimizer: ScheduledAdamW) -> dict[str, torch.Tensor]:
+def snapshot(optimizer: ScheduledOptimizer) -> dict[str, torch.Tensor]:
     """Everything that an update may change, as copies."""
     state = {
         f"{name}/{key}": value.clone() for name, each in optimizer.state_dict().items() for key, value in each.items()
@@ -77,7 +77,7 @@ def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
 def test_updates_are_those_of_the_paper(config):
     """Loshchilov and Hutter 2019, algorithm 2, in float64."""
     ours = parameters()
-    optimizer = ScheduledAdamW(ours.items(), config, max_steps=10)
+    optimizer = ScheduledOptimizer(ours.items(), {}, config, max_steps=10)
     theta = {name: p.detach().double() for name, p in parameters().items()}
     m = {name: torch.zeros_like(p) for name, p in theta.items()}
     v = {name: torch.zeros_like(p) for name, p in theta.items()}
@@ -99,7 +99,7 @@ def test_updates_are_those_of_the_paper(config):
 def test_decay_alone():
     """With no gradient to speak of, matrices shrink by the rate times the decay, vectors stay."""
     ours, before = parameters(), parameters()
-    optimizer = ScheduledAdamW(ours.items(), replace(CONFIG, warmup_steps=0), max_steps=10)
+    optimizer = ScheduledOptimizer(ours.items(), {}, replace(CONFIG, warmup_steps=0), max_steps=10)
     for p in ours.values():
         p.grad = torch.zeros_like(p)
     optimizer.step(0)
@@ -109,7 +109,7 @@ def test_decay_alone():
 
 
 def test_skip_leaves_everything_as_it_was():
-    optimizer = ScheduledAdamW(parameters().items(), CONFIG, max_steps=10)
+    optimizer = ScheduledOptimizer(parameters().items(), {}, CONFIG, max_steps=10)
     update(optimizer, 0, skip=torch.tensor(0.0))
     before = snapshot(optimizer)
     assert len(before) == 4 * len(SHAPES)  # two moments, a step count, and the weights
@@ -124,7 +124,7 @@ def test_skip_leaves_everything_as_it_was():
 
 
 def test_skip_of_the_very_first_step():
-    optimizer = ScheduledAdamW(parameters().items(), CONFIG, max_steps=10)
+    optimizer = ScheduledOptimizer(parameters().items(), {}, CONFIG, max_steps=10)
     for p in optimizer.parameters.values():
         p.grad = torch.full_like(p, math.inf)
     optimizer.step(0, skip=torch.tensor(1.0))
@@ -136,7 +136,7 @@ def test_skip_of_the_very_first_step():
 
 
 def test_a_zero_skip_is_no_skip():
-    one, other = (ScheduledAdamW(parameters().items(), CONFIG, max_steps=10) for _ in range(2))
+    one, other = (ScheduledOptimizer(parameters().items(), {}, CONFIG, max_steps=10) for _ in range(2))
     for step in range(3):
         update(one, step)
         update(other, step, skip=torch.tensor(0.0))
@@ -145,12 +145,12 @@ def test_a_zero_skip_is_no_skip():
 
 def test_state_survives_a_move():
     """Saved after 3 updates and loaded into a new instance, 3 more give the same bits."""
-    old = ScheduledAdamW(parameters().items(), CONFIG, max_steps=10)
+    old = ScheduledOptimizer(parameters().items(), {}, CONFIG, max_steps=10)
     for step in range(3):
         update(old, step)
     weights = {name: nn.Parameter(p.detach().clone()) for name, p in old.parameters.items()}
     # Listed in another order: names decide, not places.
-    new = ScheduledAdamW(reversed(weights.items()), CONFIG, max_steps=10)
+    new = ScheduledOptimizer(reversed(weights.items()), {}, CONFIG, max_steps=10)
     new.load_state_dict(old.state_dict())
     assert_equal(snapshot(new), snapshot(old))
     for step in range(3, 6):
@@ -161,18 +161,18 @@ def test_state_survives_a_move():
 
 def test_loading_copies():
     """Training on must not change what was loaded, which may be somebody else's."""
-    old = ScheduledAdamW(parameters().items(), CONFIG, max_steps=10)
+    old = ScheduledOptimizer(parameters().items(), {}, CONFIG, max_steps=10)
     update(old, 0)
     saved = old.state_dict()
     before = snapshot(old)
-    new = ScheduledAdamW(parameters().items(), CONFIG, max_steps=10)
+    new = ScheduledOptimizer(parameters().items(), {}, CONFIG, max_steps=10)
     new.load_state_dict(saved)
     update(new, 1)
     assert_equal(snapshot(old), before)
 
 
 def test_state_before_the_first_step_is_empty():
-    optimizer = ScheduledAdamW(parameters().items(), CONFIG, max_steps=10)
+    optimizer = ScheduledOptimizer(parameters().items(), {}, CONFIG, max_steps=10)
     assert optimizer.state_dict() == {}
     optimizer.load_state_dict({})
     update(optimizer, 0)
@@ -180,7 +180,7 @@ def test_state_before_the_first_step_is_empty():
 
 @pytest.mark.parametrize("change", ["missing", "renamed", "extra"])
 def test_names_that_do_not_fit(change):
-    optimizer = ScheduledAdamW(parameters().items(), CONFIG, max_steps=10)
+    optimizer = ScheduledOptimizer(parameters().items(), {}, CONFIG, max_steps=10)
     update(optimizer, 0)
     state = optimizer.state_dict()
     if change != "extra":
@@ -194,13 +194,13 @@ def test_names_that_do_not_fit(change):
 def test_frozen_parameters_are_left_out():
     mixed = parameters()
     mixed["norm.weight"].requires_grad_(False)
-    optimizer = ScheduledAdamW(mixed.items(), CONFIG, max_steps=10)
+    optimizer = ScheduledOptimizer(mixed.items(), {}, CONFIG, max_steps=10)
     assert "norm.weight" not in optimizer.parameters
 
 
 def test_only_vectors_or_only_matrices():
     for names in (["proj.bias"], ["proj.weight"]):
         chosen = {name: parameters()[name] for name in names}
-        optimizer = ScheduledAdamW(chosen.items(), CONFIG, max_steps=10)
+        optimizer = ScheduledOptimizer(chosen.items(), {}, CONFIG, max_steps=10)
         chosen[names[0]].grad = torch.ones_like(chosen[names[0]])
         optimizer.step(0)

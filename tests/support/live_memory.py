@@ -12,7 +12,7 @@ from myllm.distributed.collectives import DistContext
 from myllm.distributed.parallelize import parallelize, sync_grads_on_last, zero_grad
 from myllm.distributed.precision import autocast
 from myllm.model.transformer import Transformer
-from myllm.optim.adamw import ScheduledAdamW
+from myllm.optim.optimizer import ScheduledOptimizer
 
 ALONE = DistContext(0, 0, 1, torch.device("cpu"))
 
@@ -23,7 +23,9 @@ class Step:
     def __init__(self, config: RunConfig, process: DistContext = ALONE) -> None:
         self.config, shape = config, (config.train.micro_batch_size, config.model.max_seq_len)
         self.model = Transformer(config.model)
-        self.optimizer = ScheduledAdamW(self.model.named_parameters(), config.optim, 10)
+        self.optimizer = ScheduledOptimizer(
+            self.model.named_parameters(), self.model.hidden_matrices(), config.optim, 10
+        )
         self.runner = parallelize(self.model, config, process)
         self.tokens = torch.randint(config.model.vocab_size, shape)
         self.accumulation = config.train.batch_tokens // (self.tokens.numel() * process.world_size)

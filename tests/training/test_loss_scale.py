@@ -28,7 +28,7 @@ from myllm.errors import TrainingDiverged
 from myllm.model import cross_entropy as model_loss
 from myllm.model.cross_entropy import linear_cross_entropy
 from myllm.model.transformer import Transformer
-from myllm.optim.adamw import ScheduledAdamW
+from myllm.optim.optimizer import ScheduledOptimizer
 from myllm.paths import RunPaths
 from myllm.planning.batch import batch_plan
 from myllm.training import gradient_guard as guard
@@ -109,7 +109,9 @@ class Steps:
     def __init__(self, config: RunConfig) -> None:
         self.config = replace(config, model=replace(config.model, vocab_size=100, dropout_ffn=0.0))
         self.model = Transformer(self.config.model)
-        self.optimizer = ScheduledAdamW(self.model.named_parameters(), config.optim, config.train.max_steps)
+        self.optimizer = ScheduledOptimizer(
+            self.model.named_parameters(), self.model.hidden_matrices(), config.optim, config.train.max_steps
+        )
         self.runner, self.guard = parallelize(self.model, self.config, ALONE), GradientGuard(config.train, CPU)
         self.batch, self.loader = batch_plan(self.config, 1), MadeUp()
 
@@ -143,7 +145,7 @@ def test_steps_are_those_of_float32(steps: Callable[[str], Steps]) -> None:
 def test_clipping_and_unscaling_round_nothing() -> None:
     def updated(scale: float | None) -> tuple[torch.Tensor, torch.Tensor]:
         weight = torch.nn.Parameter(torch.randn(8, 8, generator=torch.Generator().manual_seed(0)))
-        optimizer = ScheduledAdamW([("weight", weight)], RunConfig().optim, 10)
+        optimizer = ScheduledOptimizer([("weight", weight)], {}, RunConfig().optim, 10)
         weight.grad = torch.randn(8, 8, generator=torch.Generator().manual_seed(1)) * (scale or 1.0)
         given = None if scale is None else torch.tensor(scale)
         norm = clip_gradients([weight], 1.0, given)
@@ -170,7 +172,9 @@ def test_of_gradients_in_parts_too(steps: Callable[[str], Steps]) -> None:
     fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
     parted = steps("float16")
     parted.model, parted.runner = model, parallelize(model, config, ALONE)
-    parted.optimizer = ScheduledAdamW(model.named_parameters(), config.optim, config.train.max_steps)
+    parted.optimizer = ScheduledOptimizer(
+        model.named_parameters(), model.hidden_matrices(), config.optim, config.train.max_steps
+    )
     for step in range(4):
         (loss, norm), (true_loss, true_norm) = parted.make(step), exact.make(step)
         assert loss == pytest.approx(true_loss, abs=3e-3)

@@ -18,7 +18,7 @@ from myllm.data.sampler import DataPosition
 from myllm.distributed.collectives import DistContext
 from myllm.distributed.parallelize import parallelize
 from myllm.model.transformer import Transformer
-from myllm.optim.adamw import ScheduledAdamW
+from myllm.optim.optimizer import ScheduledOptimizer
 from myllm.planning.batch import batch_plan
 from myllm.training import kernels
 from myllm.training.gradient_guard import GradientGuard
@@ -75,7 +75,7 @@ class Steps:
     def __init__(self, config: RunConfig) -> None:
         self.config = config
         self.model = model = Transformer(config.model)
-        self.optimizer = ScheduledAdamW(model.named_parameters(), config.optim, 10)
+        self.optimizer = ScheduledOptimizer(model.named_parameters(), model.hidden_matrices(), config.optim, 10)
         self.runner, self.guard = parallelize(model, config, ALONE), GradientGuard(config.train, ALONE.device)
         self.batch = batch_plan(config, 1)
 

@@ -20,7 +20,7 @@ from myllm.distributed.collectives import (
 )
 from myllm.errors import TrainingDiverged
 from myllm.model.transformer import Transformer
-from myllm.optim.adamw import ScheduledAdamW
+from myllm.optim.optimizer import ScheduledOptimizer
 from myllm.paths import RunPaths
 
 from .dcp import copy_to_host, local_tensor, rank_tensors, strip_wrapper_prefixes
@@ -42,7 +42,7 @@ class AsyncSaver:
         config: RunConfig,
         run: RunPaths,
         model: Transformer,
-        optimizer: ScheduledAdamW,
+        optimizer: ScheduledOptimizer,
         tokenizer: Tokenizer,
         process: DistContext,
     ) -> None:

@@ -3,7 +3,7 @@
 `checkpoints/step_00000100/` holds the state after 100 steps:
 
     weights/          by name, float32, without wrapper prefixes; each rank writes its share to a file of its own
-    optimizer/        AdamW's state: NAME.exp_avg, NAME.exp_avg_sq and NAME.step
+    optimizer/        AdamW's state: NAME.exp_avg, NAME.exp_avg_sq and NAME.step; Muon's: NAME.momentum_buffer
     random/           state of the random number generators of every rank
     state.json        TrainState: step, tokens, data position, early stopping, skipped steps
     config.json       config of the run

@@ -153,6 +153,22 @@ class Transformer(nn.Module):
     def _head_weight(self) -> Tensor:
         return self.embedding.weight if self.head is None else self.head.weight
 
+    def hidden_matrices(self) -> dict[str, tuple[int, ...]]:
+        """The weights of the blocks' linear layers, by parameter name: the rows of the matrices that each consists of.
+
+        Queries, keys and values share a parameter, and so do SwiGLU's gate and up projections.
+        """
+        rows: dict[str, tuple[int, ...]] = {}
+        for name, module in self.blocks.named_modules(prefix="blocks"):
+            if isinstance(module, Attention):
+                q, kv = module.n_heads * module.head_dim, module.kv_heads * module.head_dim
+                rows |= {f"{name}.qkv_proj.weight": (q, kv, kv), f"{name}.out_proj.weight": (self.config.d_model,)}
+            elif isinstance(module, FeedForward):
+                n_up = 2 if module.activation == "swiglu" else 1
+                rows[f"{name}.up_proj.weight"] = (self.config.d_ff,) * n_up
+                rows[f"{name}.down_proj.weight"] = (self.config.d_model,)
+        return rows
+
     # -- generation and evaluation ------------------------------------------------------------------------------------
 
     def make_cache(self, batch: int, max_tokens: int, static: bool = False) -> KVCache:

@@ -1,4 +1,5 @@
 """The optimizer and its learning rate. Takes named parameters; knows no model.
 
-adamw: AdamW with decay groups, a schedule, and state saved by parameter name. lr_schedule: the rate of each step.
+optimizer: what the trainer steps and a checkpoint saves, by parameter name. adamw, muon: its two parts. lr_schedule:
+the rate of each step.
 """

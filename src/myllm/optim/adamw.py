@@ -1,6 +1,6 @@
-"""AdamW with decay groups, a learning-rate schedule, and state that is saved by parameter name."""
+"""AdamW: torch's fused kernel, whose rate follows the schedule."""
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -10,33 +10,35 @@ from myllm.config import OptimConfig
 from .lr_schedule import learning_rate
 
 ParameterState = dict[str, Tensor]
-"""Optimizer state of one parameter: `step`, a float32 scalar, and the moments `exp_avg` and `exp_avg_sq`, each of the
-parameter's shape and type."""
+"""Optimizer state of one parameter, by torch's names."""
 
 
-def zero_parameter_state(parameter: nn.Parameter) -> ParameterState:
-    return {
-        "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-        "exp_avg": torch.zeros_like(parameter, requires_grad=False),
-        "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
-    }
+class AdamW:
+    """AdamW (Loshchilov and Hutter 2019).
 
+    The update is one fused kernel, which changes nothing if `skip` is set, so that a non-finite gradient is skipped
+    without a synchronization.
 
-class ScheduledAdamW:
-    """AdamW (Loshchilov and Hutter 2019) whose learning rate is a function of the step.
-
-    Weight decay applies to matrices, embeddings included, but not to vectors (biases, norms). The update is one fused
-    kernel, which changes nothing if `skip` is set, so that a non-finite gradient is skipped without a synchronization.
+    State of a parameter: `step`, a float32 scalar, and the moments `exp_avg` and `exp_avg_sq`, each of its shape and
+    type.
     """
 
     def __init__(
-        self, named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimConfig, max_steps: int
+        self,
+        decayed: Mapping[str, nn.Parameter],
+        not_decayed: Mapping[str, nn.Parameter],
+        config: OptimConfig,
+        max_steps: int,
     ) -> None:
+        self.parameters = {**decayed, **not_decayed}
         self._config, self._max_steps = config, max_steps
-        self.parameters = {name: parameter for name, parameter in named_parameters if parameter.requires_grad}
-        matrices = [p for p in self.parameters.values() if p.ndim >= 2]
-        vectors = [p for p in self.parameters.values() if p.ndim < 2]
-        groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        # The kernel decays before it updates; cautious decay does the same in its place.
+        self._cautious = list(decayed.values()) if config.cautious_decay else []
+        decay = 0.0 if config.cautious_decay else config.weight_decay
+        groups = [
+            {"params": list(decayed.values()), "weight_decay": decay},
+            {"params": list(not_decayed.values()), "weight_decay": 0.0},
+        ]
         self._adamw = torch.optim.AdamW(
             [group for group in groups if group["params"]],
             lr=config.max_lr,
@@ -45,48 +47,46 @@ class ScheduledAdamW:
             fused=True,
         )
 
-    def rate(self, step: int) -> float:
-        return learning_rate(step, self._config, self._max_steps)
-
-    def step(self, step: int, skip: Tensor | None = None, grad_scale: Tensor | None = None) -> float:
-        """Apply update number `step`, counted from 0, and return its learning rate.
-
-        Args:
-            skip: float32 scalar on the device; if it is not 0, nothing changes.
-            grad_scale: factor by which the gradients are too large, a float32 scalar on the device.
-        """
-        rate = self.rate(step)
+    def step(self, step: int, skip: Tensor | None = None, grad_scale: Tensor | None = None) -> None:
+        rate = learning_rate(step, self._config, self._max_steps)
         for group in self._adamw.param_groups:
             group["lr"] = rate
         # MPS's fused kernel ignored found_inf until pytorch/pytorch#186360, so there the host reads it and waits.
         if skip is not None and skip.device.type == "mps" and skip.item():
-            return rate
+            return
+        self._decay_cautiously(rate * self._config.weight_decay, skip, grad_scale)
         # The fused kernel reads both attributes; GradScaler unscales and skips in the same way.
         vars(self._adamw).update(found_inf=skip, grad_scale=grad_scale)
         self._adamw.step()
-        return rate
 
-    def zero_grad(self) -> None:
-        self._adamw.zero_grad(set_to_none=True)
+    @torch.no_grad()
+    def _decay_cautiously(self, decay: float, skip: Tensor | None, grad_scale: Tensor | None) -> None:
+        """Multiply the weights whose first moment has their sign by 1 - decay: the update moves them toward zero.
+
+        Source: Chen et al. 2025 (arXiv 2510.12402), algorithm 1.
+        """
+        for parameter in self._cautious:
+            assert parameter.grad is not None
+            gradient = parameter.grad if grad_scale is None else parameter.grad / grad_scale
+            state = self._adamw.state.get(parameter)
+            first_moment = state["exp_avg"].lerp(gradient, 1 - self._config.beta1) if state else gradient
+            aligned = first_moment * parameter >= 0
+            if skip is not None:
+                aligned &= skip == 0
+            parameter.mul_(torch.where(aligned, 1 - decay, 1.0))
 
     def state_dict(self) -> dict[str, ParameterState]:
-        """The state of each parameter, by name. Empty before the first step."""
         return {name: dict(self._adamw.state[p]) for name, p in self.parameters.items() if self._adamw.state.get(p)}
 
     def zero_state(self) -> dict[str, ParameterState]:
-        """`state_dict` of the first step, filled with zeros: the tensors that a checkpoint is read into."""
-        return {name: zero_parameter_state(p) for name, p in self.parameters.items()}
-
-    def load_state_dict(self, state: dict[str, ParameterState]) -> None:
-        """
-        Raises:
-            ValueError: the names are not those of the parameters.
-        """
-        if state and state.keys() != self.parameters.keys():
-            wrong = sorted(state.keys() ^ self.parameters.keys())[:5]
-            raise ValueError(f"the optimizer state does not fit this model: {', '.join(wrong)}, ... are not in both")
-        for name, parameter_state in state.items():
-            parameter = self.parameters[name]
-            self._adamw.state[parameter] = {
-                key: value.to(parameter.device).clone() for key, value in parameter_state.items()
+        return {
+            name: {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter, requires_grad=False),
+                "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
             }
+            for name, parameter in self.parameters.items()
+        }
+
+    def load_parameter_state(self, name: str, state: ParameterState) -> None:
+        self._adamw.state[self.parameters[name]] = state

@@ -105,6 +105,11 @@ def decay_start(optim: OptimConfig, max_steps: int) -> int:
     return math.floor(max_steps - decay_steps(optim, max_steps))
 
 
+def momentum_warmup_steps(optim: OptimConfig, max_steps: int) -> int:
+    """Updates over which Muon's momentum rises: optim.muon_momentum_warmup_steps, limited in the same way."""
+    return min(optim.muon_momentum_warmup_steps, int(WARMUP_FRACTION * max_steps))
+
+
 def warmup_note(config: RunConfig) -> str | None:
     """A sentence if warm-up is shorter than configured, else None."""
     used, max_steps = warmup_steps(config.optim, config.train.max_steps), config.train.max_steps

@@ -158,7 +158,8 @@ def _lost_import(run: RunPaths, problem: str) -> UserError:
 def check_resumable(saved: dict[str, Any], config: RunConfig, folder: Path, imported: bool = False) -> list[str]:
     """Compare a config with that of the checkpoint in `folder`.
 
-    Training length, learning rate and hardware may change. The meaning of the weights and the data order may not.
+    Training length, learning rate and hardware may change. The meaning of the weights, the optimizer's state and the
+    data order may not.
 
     Args:
         imported: the weights were imported, so the data order is still free.
@@ -176,7 +177,7 @@ def check_resumable(saved: dict[str, Any], config: RunConfig, folder: Path, impo
         if name not in UNREPORTED and not name.startswith("hub.")
     ]
     # The data set is compared by its hash, elsewhere.
-    fixed = ("model.",) if imported else ("model.", "train.seed", "train.batch_tokens")
+    fixed = ("model.",) if imported else ("model.", "optim.optimizer", "train.seed", "train.batch_tokens")
     refused = [line for line in changed if line.startswith(fixed) and not line.startswith("model.dropout")]
     if refused:
         raise UserError(

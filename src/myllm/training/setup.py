@@ -24,8 +24,8 @@ from myllm.distributed.collectives import DistContext
 from myllm.distributed.parallelize import shard
 from myllm.errors import UserError
 from myllm.model.transformer import Transformer
-from myllm.optim.adamw import ScheduledAdamW
 from myllm.optim.lr_schedule import learning_rate
+from myllm.optim.optimizer import ScheduledOptimizer
 from myllm.paths import RunPaths
 from myllm.planning.batch import BatchPlan, batch_plan
 from myllm.planning.length import resolve_max_steps
@@ -87,7 +87,7 @@ class Trainer:
     """Neither wrapped nor compiled. With FSDP it has weights only inside `parallelize.full_params`."""
     train_model: nn.Module
     """`model`, wrapped for several ranks and compiled."""
-    optimizer: ScheduledAdamW
+    optimizer: ScheduledOptimizer
     loader: BatchLoader
     guard: GradientGuard
 
@@ -108,7 +108,9 @@ def build(ctx: RunContext, dataset: Dataset, batch: BatchPlan | None = None) -> 
     batch = batch or batch_plan(config, dist.world_size)
     model = Transformer(config.model, config.train.seed).to(dist.device)
     eval_model = shard(model, config, dist)
-    optimizer = ScheduledAdamW(model.named_parameters(), config.optim, config.train.max_steps)
+    optimizer = ScheduledOptimizer(
+        model.named_parameters(), model.hidden_matrices(), config.optim, config.train.max_steps
+    )
     torch.manual_seed(config.train.seed + dist.rank)  # dropout differs between ranks
     state = TrainState(0, 0, DataPosition(0, 0, config.train.seed, dataset.fingerprint))
     if saved := load_latest(ctx.paths.checkpoints, ctx.log):
@@ -178,7 +180,7 @@ def check_data(config: RunConfig, dataset: Dataset, batch: BatchPlan) -> None:
 
 
 def restore(
-    saved: Checkpoint, ctx: RunContext, dataset: Dataset, model: Transformer, optimizer: ScheduledAdamW
+    saved: Checkpoint, ctx: RunContext, dataset: Dataset, model: Transformer, optimizer: ScheduledOptimizer
 ) -> TrainState:
     """Load a checkpoint into model and optimizer, and restore this rank's random state.
 

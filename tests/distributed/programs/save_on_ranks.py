@@ -23,24 +23,24 @@ from myllm.distributed import collectives as distributed
 from myllm.distributed.collectives import DistContext, process_group
 from myllm.errors import TrainingDiverged, UserError
 from myllm.model.transformer import Transformer
-from myllm.optim.adamw import ScheduledAdamW
+from myllm.optim.optimizer import ScheduledOptimizer
 from myllm.paths import RunPaths
 
 KINDS = ("whole", "parts")
 MODEL = ModelConfig(vocab_size=250, max_seq_len=16, d_model=24, n_layers=3, n_heads=2, d_ff=40, bias=True)
 
 
-def make(kind: str, seed: int) -> tuple[Transformer, ScheduledAdamW]:
+def make(kind: str, seed: int) -> tuple[Transformer, ScheduledOptimizer]:
     model = Transformer(MODEL, seed)
     if kind == "parts":
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
         for block in model.blocks:
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
-    return model, ScheduledAdamW(model.named_parameters(), OptimConfig(warmup_steps=0), 10)
+    return model, ScheduledOptimizer(model.named_parameters(), model.hidden_matrices(), OptimConfig(warmup_steps=0), 10)
 
 
-def step(model: Transformer, optimizer: ScheduledAdamW, number: int) -> None:
+def step(model: Transformer, optimizer: ScheduledOptimizer, number: int) -> None:
     tokens = torch.randint(0, 250, (2, 16), generator=torch.Generator().manual_seed(number))
     model(tokens, tokens).backward()
     optimizer.step(number)
@@ -52,7 +52,7 @@ def whole(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: each.detach().clone() for name, each in full.items()}
 
 
-def contents(model: Transformer, optimizer: ScheduledAdamW) -> dict[str, dict[str, torch.Tensor]]:
+def contents(model: Transformer, optimizer: ScheduledOptimizer) -> dict[str, dict[str, torch.Tensor]]:
     moments = checkpoint.flatten_moments(optimizer.state_dict())
     return {"weights": whole(model.state_dict()), "optimizer": whole(moments)}
 

@@ -15,7 +15,7 @@ from myllm.data.sampler import DataPosition
 from myllm.distributed.collectives import DistContext, all_reduce_sum, process_group
 from myllm.distributed.parallelize import full_params, full_tensor, parallelize, shard, zero_grad
 from myllm.model.transformer import Transformer
-from myllm.optim.adamw import ScheduledAdamW
+from myllm.optim.optimizer import ScheduledOptimizer
 from myllm.planning.batch import batch_plan
 from myllm.training.gradient_guard import GradientGuard
 from myllm.training.setup import RunContext, Trainer
@@ -60,7 +60,7 @@ def run(case: str, process: DistContext) -> dict[str, object]:
     config = replace(config, model=replace(MODEL, tie_embeddings=case != "untied"))
     model = Transformer(config.model, 1)
     whole = shard(model, config, process)
-    optimizer = ScheduledAdamW(model.named_parameters(), config.optim, STEPS)
+    optimizer = ScheduledOptimizer(model.named_parameters(), model.hidden_matrices(), config.optim, STEPS)
     runner, batch = parallelize(model, config, process), batch_plan(config, process.world_size)
     loader, guard = Numbers(process, TRAIN.micro_batch_size), GradientGuard(config.train, process.device)
     accumulate_gradients(runner, loader, batch, config, process.device)

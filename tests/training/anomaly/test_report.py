@@ -26,7 +26,7 @@ from myllm.data.prepare.prepare import prepare
 from myllm.distributed.collectives import process_group
 from myllm.errors import TrainingDiverged, UserError
 from myllm.model.transformer import Transformer
-from myllm.optim.adamw import ScheduledAdamW
+from myllm.optim.optimizer import ScheduledOptimizer
 from myllm.paths import RunPaths
 from myllm.training import gradient_guard as guard
 from myllm.training import loop, setup
@@ -206,7 +206,9 @@ def test_a_full_disk_does_not_swallow_the_message(bare: RunConfig, monkeypatch: 
 def trained_without(config: RunConfig, dataset: Dataset, skipped: int) -> dict[str, torch.Tensor]:
     """The weights of a plain loop that skips one of the updates."""
     model = setup.Transformer(config.model, config.train.seed)  # as `poison` patches it
-    optimizer = ScheduledAdamW(model.named_parameters(), config.optim, config.train.max_steps)
+    optimizer = ScheduledOptimizer(
+        model.named_parameters(), model.hidden_matrices(), config.optim, config.train.max_steps
+    )
     torch.manual_seed(config.train.seed)
     model.train()
     for step, sequences in enumerate(sequences_of_steps(config, dataset, config.train.max_steps), 1):

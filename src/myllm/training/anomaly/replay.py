@@ -13,7 +13,7 @@ from myllm.data.transfer import inputs_and_targets
 from myllm.distributed.precision import autocast_to
 from myllm.errors import UserError
 from myllm.model.transformer import Transformer
-from myllm.optim.adamw import ScheduledAdamW
+from myllm.optim.optimizer import ScheduledOptimizer
 
 from .diagnose import Diagnosis, diagnose
 from .dump import AnomalyDump
@@ -91,7 +91,9 @@ def _updates(dump: AnomalyDump, model: Transformer) -> dict[str, float]:
     """Apply the update, measure how far it moves each module's own weights, and undo it."""
     optim = dump.config.optim
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    optimizer = ScheduledAdamW(model.named_parameters(), optim, dump.config.train.max_steps)
+    optimizer = ScheduledOptimizer(
+        model.named_parameters(), model.hidden_matrices(), optim, dump.config.train.max_steps
+    )
     optimizer.load_state_dict(dump.optimizer)
     nn.utils.clip_grad_norm_(optimizer.parameters.values(), optim.max_grad_norm)
     optimizer.step(dump.summary["step"] - 1)
