@@ -5,6 +5,8 @@ plan      recipes, and the config of each cell
 rates     learning rates by width and length
 budget    the plan in words, and its hours
 cells     run the cells, read their results
-fit       laws of the loss, and multipliers
-results   ladder.json and the tables
+fit       laws of the loss
+analysis  multipliers, their bands and their extrapolation
+results   ladder.json
+summary   all of it in words
 """

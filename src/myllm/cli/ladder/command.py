@@ -1,9 +1,9 @@
 """The command `myllm ladder RECIPE RECIPE ...`."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -13,8 +13,11 @@ from myllm.config import RunConfig
 from myllm.errors import UserError
 from myllm.files import write_json
 
-from .plan import Grid, check_grid, load_recipes, plan_cells
+from .plan import Grid, check_grid, count_matrices, load_recipes, plan_cells
 from .rates import RecipeRates, read_rates, write_rates
+
+if TYPE_CHECKING:
+    from .cells import CellResult
 
 OWN = "own"
 
@@ -77,16 +80,28 @@ def ladder(words: list[str]) -> None:
     if args.budget:
         return
     results = run_cells(cells, args.jobs, expected)
-    from .results import describe_cell, describe_losses, tabulate, write_results
+    print(finish(args.name, recipes, grid, results))
 
-    losses, _ = tabulate(results, list(recipes))
-    print(f"\nvalidation loss, nats per token\n{describe_losses(losses, grid.widths)}")
-    path = paths.ladder_dir(args.name) / "ladder.json"
+
+def finish(name: str, recipes: Mapping[str, RunConfig], grid: Grid, results: "Sequence[CellResult]") -> str:
+    """Fit the laws and write ladder.json. Returns what to print."""
+    from .analysis import Target, analyze
+    from .results import describe_cell, describe_losses, tabulate, write_results
+    from .summary import describe_analysis
+
+    losses, seconds = tabulate(results, list(recipes))
+    reference = next(iter(recipes.values()))
+    target = Target(
+        reference.name, count_matrices(reference.model), reference.train.max_steps * reference.train.batch_tokens
+    )
+    analysis = analyze(losses, seconds, target)
+    path = paths.ladder_dir(name) / "ladder.json"
     write_results(path, {
-        "name": args.name, "dataset": grid.dataset.name, "recipes": list(recipes),
-        "cells": [describe_cell(result) for result in results],
+        "name": name, "dataset": grid.dataset.name, "recipes": list(recipes), "widths": list(grid.widths),
+        "cells": [describe_cell(result) for result in results], "analysis": analysis,
     })  # fmt: skip
-    print(f"\nresults are in {path}")
+    table = describe_losses(losses, grid.widths)
+    return f"\nvalidation loss, nats per token\n{table}\n\n{describe_analysis(analysis)}\n\nresults are in {path}"
 
 
 def make_grid(args: LadderArgs) -> Grid:

@@ -6,7 +6,7 @@ A multiplier m is the tokens that the reference needs for a loss, divided by tho
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -46,9 +46,6 @@ class Losses:
         shift = np.take_along_axis(self.values, drawn, axis=-1).mean(axis=-1) - self.means
         return self.means + shift * math.sqrt(seeds / max(seeds - 1, 1))
 
-    def without_size(self, size: int) -> "Losses":
-        return replace(self, parameters=np.delete(self.parameters, size), values=np.delete(self.values, size, axis=1))
-
 
 @dataclass(frozen=True)
 class Band:
@@ -58,16 +55,35 @@ class Band:
     low: float = math.nan
     high: float = math.nan
 
-    @classmethod
-    def of(cls, value: float, resampled: np.ndarray, dropped: np.ndarray) -> "Band":
-        """
-        Args:
-            resampled: values of resampled seeds; empty with one seed.
-            dropped: values with one size left out.
-        """
-        ends = [*np.nanpercentile(resampled, LEVEL)] if np.isfinite(resampled).any() else []
-        ends += [end for end in dropped if math.isfinite(end)]
-        return cls(float(value), float(min(ends, default=math.nan)), float(max(ends, default=math.nan)))
+
+def bands(losses: Losses, statistic: Callable[[np.ndarray], np.ndarray], drop_sizes: bool = True) -> list[Band]:
+    """Figures of a ladder with their bands.
+
+    Args:
+        statistic: from means (R, S, K), where the cells of a size may be NaN, to figures (F,).
+        drop_sizes: also leave out one size at a time. False: each figure comes from one size.
+    """
+    value = statistic(losses.means)
+    _, sizes, _, seeds = losses.values.shape
+    chance = np.random.default_rng(0)
+    rows = [statistic(losses.resampled(chance)) for _ in range(RESAMPLES if seeds > 1 else 0)]
+    resampled = np.array(rows).reshape(len(rows), len(value))
+    rows = [statistic(_without_size(losses.means, size)) for size in range(sizes if drop_sizes and sizes > 1 else 0)]
+    dropped = np.array(rows).reshape(len(rows), len(value))
+    return [_band(figure, resampled[:, column], dropped[:, column]) for column, figure in enumerate(value)]
+
+
+def _band(value: float, resampled: np.ndarray, dropped: np.ndarray) -> Band:
+    ends = [end for end in dropped if math.isfinite(end)]
+    if np.isfinite(resampled).any():
+        ends += list(np.nanpercentile(resampled, LEVEL))
+    return Band(float(value), float(min(ends, default=math.nan)), float(max(ends, default=math.nan)))
+
+
+def _without_size(means: np.ndarray, size: int) -> np.ndarray:
+    kept = means.copy()
+    kept[:, size] = np.nan
+    return kept
 
 
 def hold_out(means: np.ndarray) -> np.ndarray:
@@ -91,51 +107,70 @@ class SizeLaws:
     exponent: float
     tokens: np.ndarray
 
-    def loss(self) -> np.ndarray:
-        """Of the reference at each size and length: (S, K)."""
-        return self.irreducible[:, None] + self.amplitude[:, None] * _scaled(self.tokens) ** -self.exponent
+    def losses(self, multipliers: np.ndarray) -> np.ndarray:
+        """Of each recipe at each size and length: (R, S) -> (R, S, K)."""
+        tokens = multipliers[:, :, None] * _scaled(self.tokens)
+        return self.irreducible[:, None] + self.amplitude[:, None] * tokens**-self.exponent
+
+    def amplitudes(self) -> np.ndarray:
+        """A for plain tokens, (S,)."""
+        return self.amplitude * _mean_of_logs(self.tokens) ** self.exponent
 
     def equal_tokens(self, means: np.ndarray) -> np.ndarray:
         """Tokens at which the reference has each loss: (R, S, K) -> (R, S, K). NaN: it never has."""
         with np.errstate(invalid="ignore", divide="ignore"):
             ratio = (means - self.irreducible[:, None]) / self.amplitude[:, None]
             tokens = np.where(ratio > 0, ratio, np.nan) ** (-1 / self.exponent)
-        return tokens * np.exp(np.log(self.tokens).mean())
+        return tokens * _mean_of_logs(self.tokens)
 
 
 def fit_sizes(means: np.ndarray, tokens: np.ndarray) -> SizeLaws:
     """Fit the reference's law at each size; for a given b it is linear, and b is found by a search over a grid.
 
     Args:
-        means: (R, S, K), NaN where unknown. Each size needs two lengths, and one of them three.
+        means: (R, S, K), NaN where unknown. A size with fewer than two lengths has no law (NaN); one needs three.
     """
-    exponents = np.geomspace(*EXPONENTS, 120)
-    errors = [_fit_amplitudes(means[0], tokens, exponent)[2] for exponent in exponents]
-    best = int(np.argmin(errors))
-    fine = np.geomspace(exponents[max(best - 1, 0)], exponents[min(best + 1, len(exponents) - 1)], 41)
-    exponent = float(fine[np.argmin([_fit_amplitudes(means[0], tokens, value)[2] for value in fine])])
-    irreducible, amplitude, _ = _fit_amplitudes(means[0], tokens, exponent)
-    return SizeLaws(irreducible, amplitude, exponent, tokens)
+    exponents = np.geomspace(*EXPONENTS, 60)
+    for _ in range(2):  # around the best of the first search, a finer one
+        irreducible, amplitude, errors = _fit_amplitudes(means[0], tokens, exponents)
+        best = int(np.argmin(errors))
+        found = SizeLaws(irreducible[best], amplitude[best], float(exponents[best]), tokens)
+        exponents = np.geomspace(exponents[max(best - 1, 0)], exponents[min(best + 1, len(exponents) - 1)], 60)
+    return found
 
 
-def _fit_amplitudes(losses: np.ndarray, tokens: np.ndarray, exponent: float) -> tuple[np.ndarray, np.ndarray, float]:
-    """Least squares of E and A at each size: (S, K) -> (S,), (S,), and the sum of squares."""
-    fitted, error = [], 0.0
-    for row in losses:
-        known = np.isfinite(row)
-        design = np.stack([np.ones(known.sum()), _scaled(tokens)[known] ** -exponent], axis=1)
-        solution, *_ = np.linalg.lstsq(design, row[known], rcond=None)
-        error += float(((design @ solution - row[known]) ** 2).sum())
-        fitted.append(solution)
-    irreducible, amplitude = np.array(fitted).T
-    return irreducible, np.where(amplitude > 0, amplitude, np.nan), error
+def _fit_amplitudes(
+    losses: np.ndarray, tokens: np.ndarray, exponents: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Least squares of E and A at each size for each exponent.
+
+    Shapes:
+        losses (S, K), exponents (P,) -> (P, S), (P, S), and sums of squares (P,)
+    """
+    known = np.isfinite(losses) & (np.isfinite(losses).sum(axis=-1, keepdims=True) >= 2)
+    count = np.where(known.any(axis=-1), known.sum(axis=-1), np.nan)  # (S,)
+    powers = _scaled(tokens) ** -exponents[:, None, None]  # (P, 1, K)
+    target = np.where(known, losses, 0.0)
+
+    def mean(values: np.ndarray) -> np.ndarray:
+        return (values * known).sum(axis=-1) / count
+
+    covariance = mean(powers * target) - mean(powers) * mean(target)
+    amplitude = covariance / (mean(powers**2) - mean(powers) ** 2)
+    irreducible = mean(target) - amplitude * mean(powers)
+    residual = irreducible[..., None] + amplitude[..., None] * powers - target
+    errors = np.nansum(residual**2 * known, axis=(-2, -1))
+    return irreducible, np.where(amplitude > 0, amplitude, np.nan), errors
 
 
-def size_multipliers(means: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """The multiplier of each recipe at each size, the geometric mean over lengths: (R, S, K) -> (R, S)."""
-    ratio = fit_sizes(means, tokens).equal_tokens(means) / tokens
+def size_multipliers(laws: SizeLaws, means: np.ndarray) -> np.ndarray:
+    """The multiplier of each recipe at each size, the geometric mean over its lengths: (R, S, K) -> (R, S)."""
+    logs = np.log(laws.equal_tokens(means) / laws.tokens)
+    known = np.isfinite(logs)
     with np.errstate(invalid="ignore"):
-        return np.exp(np.nanmean(np.log(ratio), axis=-1))
+        return np.exp(
+            np.where(known, logs, 0.0).sum(axis=-1) / np.where(known.any(axis=-1), known.sum(axis=-1), np.nan)
+        )
 
 
 # -- all sizes --------------------------------------------------------------------------------------------------------
@@ -209,7 +244,9 @@ def fit_joint(means: np.ndarray, parameters: np.ndarray, tokens: np.ndarray, sta
         return np.log(loss), jacobian / loss[:, None]
 
     starts = [start.theta] if start else _starts(means, others)
-    fits = [_least_huber(predict, target, theta) for theta in starts]
+    # Resampled losses need no more digits than their bands, and E and a, nearly free in small ladders, settle slowly.
+    tolerance = 1e-3 if start else 1e-12
+    fits = [_least_huber(predict, target, theta, tolerance) for theta in starts]
     return JointLaw(min(fits, key=lambda fitted: fitted[1])[0], unit)
 
 
@@ -223,9 +260,15 @@ def _starts(means: np.ndarray, others: int) -> list[np.ndarray]:
 
 
 def _least_huber(
-    predict: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]], target: np.ndarray, theta: np.ndarray
+    predict: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
+    target: np.ndarray,
+    theta: np.ndarray,
+    tolerance: float,
 ) -> tuple[np.ndarray, float]:
     """Minimize the Huber loss of predict(theta) - target by Levenberg and Marquardt with reweighting.
+
+    Args:
+        tolerance: stop once a step lowers the loss by less than this fraction.
 
     Returns:
         theta, and its loss.
@@ -243,7 +286,7 @@ def _least_huber(
         new_value, new_jacobian = predict(tried)
         new_loss = _huber(new_value - target)
         if new_loss < loss:
-            converged = loss - new_loss < 1e-12 * loss + 1e-18
+            converged = loss - new_loss < tolerance * loss + 1e-18
             theta, value, jacobian, loss, damping = tried, new_value, new_jacobian, new_loss, max(damping / 4, 1e-12)
             if converged:
                 break

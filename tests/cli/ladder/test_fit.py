@@ -1,0 +1,143 @@
+"""The fits of a ladder: a law that is fed to them comes back, with noise within its band."""
+
+import numpy as np
+import pytest
+
+from myllm.cli.ladder.analysis import Target, analyze
+from myllm.cli.ladder.fit import (
+    Band,
+    Losses,
+    bands,
+    fit_joint,
+    fit_sizes,
+    hold_out,
+    size_multipliers,
+    tokens_to_reach,
+)
+from myllm.cli.ladder.summary import describe_analysis
+
+SIZES, LENGTHS = np.array([0.35e6, 0.52e6, 1.0e6]), np.array([0.8e6, 1.6e6, 3.3e6])
+LAW = {"E": 1.7, "A": 60.0, "a": 0.32, "B": 200.0, "b": 0.38}
+SAVED, SLOPES = (1.0, 1.28, 1.6), (0.0, -0.05, 0.03)  # m at the middle size, and g
+MIDDLE = np.exp(np.log(SIZES).mean())
+TARGET = Target("lf-llm-269m", 3.2e8, 1e10)
+
+
+def law(recipe: int, size: float, tokens: float) -> float:
+    equal = SAVED[recipe] * (size / MIDDLE) ** SLOPES[recipe] * tokens
+    return LAW["E"] + LAW["A"] * size ** -LAW["a"] + LAW["B"] * equal ** -LAW["b"]
+
+
+def exact() -> np.ndarray:
+    return np.array([[[law(recipe, size, tokens) for tokens in LENGTHS] for size in SIZES] for recipe in range(3)])
+
+
+def ladder(noise: float, seeds: int = 2, seed: int = 0) -> Losses:
+    """With noise that the recipes share (the seed's), four times what they do not share."""
+    chance = np.random.default_rng(seed)
+    shared = 4 * noise * chance.standard_normal((1, 3, 3, seeds))
+    values = exact()[..., None] + shared + noise * chance.standard_normal((3, 3, 3, seeds))
+    return Losses(("reference", "adamw", "modern"), SIZES, LENGTHS, values)
+
+
+def test_the_joint_law_comes_back_without_its_largest_rung() -> None:
+    found = fit_joint(hold_out(exact()), SIZES, LENGTHS)
+    assert found.constants == pytest.approx(LAW, rel=1e-5)
+    assert found.multipliers(MIDDLE) == pytest.approx(SAVED, rel=1e-6)
+    assert found.size_exponents == pytest.approx(SLOPES, abs=1e-6)
+    for recipe in range(3):
+        assert found.loss(recipe, 3e8, 1e10) == pytest.approx(law(recipe, 3e8, 1e10), rel=1e-5)
+
+
+def test_the_law_of_each_size_comes_back() -> None:
+    found = fit_sizes(exact(), LENGTHS)
+    assert found.exponent == pytest.approx(LAW["b"], rel=1e-3)
+    assert found.irreducible == pytest.approx(LAW["E"] + LAW["A"] * SIZES ** -LAW["a"], rel=1e-3)
+    assert found.equal_tokens(exact())[0] == pytest.approx(np.tile(LENGTHS, (3, 1)), rel=1e-4)
+    expected = [[SAVED[r] * (size / MIDDLE) ** SLOPES[r] for size in SIZES] for r in range(3)]
+    assert size_multipliers(found, exact()) == pytest.approx(np.array(expected), rel=1e-3)
+
+
+def test_one_outlier_moves_the_joint_law_little() -> None:
+    losses = exact()
+    losses[0, 0, 0] += 0.3
+    found = fit_joint(losses, SIZES, LENGTHS)
+    assert found.multipliers(MIDDLE)[1:] == pytest.approx(SAVED[1:], rel=0.03)
+
+
+def test_truth_is_in_the_bands_of_noisy_ladders_and_the_held_out_rung_is_predicted() -> None:
+    per_size, joint, inside = [], [], []
+    for seed in range(3):
+        found = analyze(ladder(0.004, seed=seed), np.ones((3, 3, 3, 2)), TARGET)
+        truth = SAVED[2] / SAVED[0] * (SIZES[1] / MIDDLE) ** SLOPES[2]
+        assert found["pairs"][1] == ["reference", "modern"]
+        for law_of, hits in ((found["per_size"], per_size), (found["joint"], joint)):
+            band = law_of["multipliers"][1][1]
+            assert band["value"] == pytest.approx(truth, rel=0.15)
+            hits.append(band["low"] <= truth <= band["high"])
+        inside += [row["inside"] for row in found["joint"]["held_out"]]
+        assert max(abs(row["error"]["value"]) for row in found["joint"]["held_out"]) < 0.05
+    assert sum(per_size) >= 2
+    assert sum(joint) >= 2
+    assert np.mean(inside) >= 0.7
+
+
+def test_pairing_cuts_the_noise() -> None:
+    paired = ladder(0.004, seeds=3)
+    values = paired.values.copy()
+    values[2] = np.roll(values[2], 1, axis=-1)  # the same losses, paired with other seeds
+    unpaired = Losses(paired.recipes, SIZES, LENGTHS, values)
+
+    def difference(means: np.ndarray) -> np.ndarray:
+        return (means[0] - means[2]).ravel()
+
+    def width(losses: Losses) -> float:
+        return float(np.mean([band.high - band.low for band in bands(losses, difference)]))
+
+    assert width(unpaired) > 2 * width(paired)
+
+
+def test_tokens_to_a_loss_are_interpolated_in_log_tokens_and_bounded_by_the_runs() -> None:
+    tokens, losses = np.array([1e6, 4e6, 16e6]), np.array([5.0, 4.0, 3.5])
+    assert tokens_to_reach(4.5, tokens, losses) == pytest.approx(2e6)
+    assert tokens_to_reach(3.75, tokens, losses) == pytest.approx(8e6)
+    assert tokens_to_reach(5.0, tokens, losses) == 1e6
+    assert tokens_to_reach(5.1, tokens, losses) == 0
+    assert tokens_to_reach(3.4, tokens, losses) == np.inf
+    assert np.isnan(tokens_to_reach(np.nan, tokens, losses))
+
+
+def test_small_ladders_get_no_law_and_say_why() -> None:
+    whole = ladder(0.0, seeds=1)
+    two = Losses(whole.recipes, SIZES[:2], LENGTHS[:2], whole.values[:, :2, :2])
+    found = analyze(two, np.ones((3, 2, 2, 1)), TARGET)
+    text = describe_analysis(found)
+    assert "needs 3 lengths, there are 2" in text
+    assert "needs 3 sizes and 3 lengths, there are 2 and 2" in text
+    assert "EXTRAPOLATION" not in text
+    row = next(r for r in found["matches"] if (r["second"], r["tokens"], r["parameters"]) == ("modern", 1.6e6, 0.35e6))
+    assert 1.4 < row["token_ratio"]["value"] < 1.7
+    assert np.isnan(row["token_ratio"]["low"])  # one seed
+
+
+def test_an_extrapolation_says_how_far_it_is() -> None:
+    text = describe_analysis(analyze(ladder(0.002), np.ones((3, 3, 3, 2)), TARGET))
+    assert "EXTRAPOLATION to lf-llm-269m, 320 times the largest N and 3.03k times the longest D" in text
+    assert "published for Muon against a tuned AdamW at 300M: 1.2 to 1.3" in text
+    assert "Not shown by a ladder" in text
+
+
+def test_a_slower_recipe_saves_less_time_than_tokens() -> None:
+    seconds = np.ones((3, 3, 3, 2)) * LENGTHS[:, None]
+    seconds[2] *= 1.25
+    rows = analyze(ladder(0.0), seconds, TARGET)["matches"]
+    for row in rows:
+        slower = 1.25 if row["second"] == "modern" else 1.0
+        assert row["time_ratio"]["value"] == pytest.approx(row["token_ratio"]["value"] / slower)
+
+
+def test_a_band_has_no_ends_without_seeds_and_sizes() -> None:
+    one = Losses(("a", "b"), SIZES[:1], LENGTHS, exact()[:2, :1, :, None])
+    (band,) = bands(one, lambda means: means[0, 0, :1])
+    assert isinstance(band, Band)
+    assert np.isnan([band.low, band.high]).all()

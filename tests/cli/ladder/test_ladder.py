@@ -1,0 +1,65 @@
+"""A real ladder of 20-step runs: its budget, a kill in the middle, a second start, and more seeds."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+RECIPES = ["lf-llm-269m", "lf-llm-269m-adamw"]
+SIZE = (
+    "--data.dataset files --widths 8 16 --head-dim 8 --layers 1 --seq-len 32 --batch-tokens 128 --validation-tokens 256"
+)
+WORDS = ["ladder", *RECIPES, *SIZE.split(), "--tokens", "1280", "2560", "--name", "t", "--jobs", "2"]
+COMMAND = [sys.executable, "-m", "myllm", *WORDS]
+
+
+def run(*words: str) -> str:
+    done = subprocess.run([*COMMAND, *words], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr + done.stdout
+    return done.stdout
+
+
+def endings(temp_data: Path) -> dict[str, float]:
+    """When each complete run ended."""
+    beats = {path.parent.name: json.loads(path.read_text()) for path in temp_data.glob("runs/*/heartbeat.json")}
+    return {name: beat["time"] for name, beat in beats.items() if beat["exit_code"] == 0}
+
+
+@pytest.mark.slow
+def test_a_killed_ladder_continues_and_grows(prepared_data: None, temp_data: Path) -> None:
+    plan = run("--seeds", "1", "--budget", "--rates", "own")
+    assert "2 recipes x 2 widths x 2 lengths x 1 paired seed(s) = 8 runs" in plan
+    assert "8 of 8 runs are left" in plan
+    assert not list(temp_data.glob("runs/*"))  # the measurement left nothing
+
+    process = subprocess.Popen([*COMMAND, "--seeds", "1"], stdout=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 200
+    while len(endings(temp_data)) < 3:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    before = endings(temp_data)
+
+    assert "8/8" not in run("--seeds", "1")  # only what was left
+    after = endings(temp_data)
+    assert len(after) == 8
+    assert before.items() <= after.items()
+    found = json.loads((temp_data / "ladder/t/ladder.json").read_text())
+    assert found["version"] == 1
+    assert {cell["run"] for cell in found["cells"]} == set(after)
+    assert {(cell["recipe"], cell["width"], cell["tokens"]) for cell in found["cells"]} == {
+        (recipe, width, tokens) for recipe in RECIPES for width in (8, 16) for tokens in (1280, 2560)
+    }
+    assert "all 8 runs are there" in run("--seeds", "1")
+
+    printed = run("--seeds", "2")
+    assert "8 of 16 runs are left" in printed
+    assert endings(temp_data).items() >= after.items()
+    assert "needs 3 lengths" in printed
