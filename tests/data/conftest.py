@@ -20,6 +20,7 @@ import psutil
 import pytest
 import tiktoken
 from support.hub_server import HubServer
+from support.processes import with_words
 from tiktoken.load import load_tiktoken_bpe
 from tiktoken_ext.openai_public import r50k_pat_str
 
@@ -202,7 +203,7 @@ class Preparations:
         return [process for process in found if process.pid != os.getpid()]
 
     def workers(self) -> list[psutil.Process]:
-        return [process for process in self.processes() if "--multiprocessing-fork" in process.cmdline()]
+        return with_words(self.processes(), "--multiprocessing-fork")
 
     def wait_for(self, condition: Callable[[], Any], timeout_s: float = 120) -> None:
         deadline = time.monotonic() + timeout_s
@@ -233,7 +234,8 @@ class Preparations:
 
     def end(self) -> None:
         for process in self.processes():
-            process.send_signal(signal.SIGKILL)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
         for process in self._started:
             process.communicate(timeout=240)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import ROOT, losses, write_corpus, write_run_config
+from support.processes import with_words
 
 from myllm.checkpoint.format import load_checkpoint
 from myllm.checkpoint.layout import list_checkpoints
@@ -93,10 +94,9 @@ class Runs:
 
     def preparation(self) -> psutil.Process:
         """The process beside: of those that the runs spawned, the one that is not a child of another."""
-        found = [
-            child for each in self._started if each.poll() is None for child in psutil.Process(each.pid).children(True)
-        ]
-        spawned = [child for child in found if "--multiprocessing-fork" in child.cmdline()]
+        running = [psutil.Process(process.pid) for process in self._started if process.poll() is None]
+        children = [child for process in running for child in process.children(recursive=True)]
+        spawned = with_words(children, "--multiprocessing-fork")
         [beside] = [child for child in spawned if child.parent() not in spawned]
         return beside
 

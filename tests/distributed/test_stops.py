@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import ROOT, losses, with_train, write_run_config
+from support.processes import with_words
 
 from myllm.checkpoint.format import load_checkpoint
 from myllm.checkpoint.layout import list_checkpoints
@@ -64,9 +65,7 @@ class Launched:
 
     def ranks(self) -> list[psutil.Process]:
         """By rank."""
-        found = [
-            each for each in psutil.Process(self.process.pid).children() if "driver.py" in " ".join(each.cmdline())
-        ]
+        found = with_words(psutil.Process(self.process.pid).children(), "driver.py")
         return sorted(found, key=lambda each: int(each.environ()["RANK"]))
 
     def end(self) -> int:

@@ -15,6 +15,7 @@ from conftest import launch, losses, with_train, write_run_config
 from huggingface_hub import snapshot_download
 from huggingface_hub.utils import validate_repo_id
 from support.hub_server import HubServer
+from support.processes import with_words
 from support.published_run import REPO, TOKEN, hub_config, save_checkpoint
 from support.stand_in_export import export_stand_in
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -53,7 +54,7 @@ def trained(config: RunConfig, on_checkpoint: Callable[[int], None] = lambda ste
 
 
 def publishers() -> list[psutil.Process]:
-    return [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
+    return with_words(psutil.Process().children(), "spawn_main")
 
 
 def test_without_every_checkpoint_only_the_last_is_published(

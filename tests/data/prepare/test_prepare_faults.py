@@ -1,6 +1,7 @@
 """Preparations in real processes: killed, interrupted, two at once, on a full disk. Gone on from, every time."""
 
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -11,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import psutil
 import pytest
 
 from myllm.config import DataConfig
@@ -143,13 +143,12 @@ def test_a_killed_parent_leaves_no_worker_behind(long_file: Path, preparations: 
 
 
 STOP_A_WORKER = """
-import os, signal, psutil
+import multiprocessing, os, signal
 from myllm.data.prepare import workers as pools
 pools.PATIENCE_S = 0.5
 shut_down = pools._shut_down
 def stopping(*arguments):
-    workers = [child for child in psutil.Process().children() if "--multiprocessing-fork" in child.cmdline()]
-    os.kill(workers[0].pid, signal.SIGSTOP)
+    os.kill(multiprocessing.active_children()[0].pid, signal.SIGSTOP)
     shut_down(*arguments)
 pools._shut_down = stopping
 """
@@ -252,4 +251,4 @@ def test_a_file_that_vanishes_is_named_and_may_be_put_back(
     made = hashes(prepare_big(copy, 3).folder)
     different = {name for name in undisturbed if made[name] != undisturbed[name]}
     assert different == {"settings.json"}, "where the source lies"
-    assert not [child for child in psutil.Process().children() if "--multiprocessing-fork" in child.cmdline()]
+    assert not multiprocessing.active_children()
