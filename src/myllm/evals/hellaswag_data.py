@@ -23,8 +23,6 @@ PINNED = SourceFile(
 )
 TEXT_FIELDS = ("activity_label", "ctx_a", "ctx_b", "ctx")
 SUFFIXES = (".jsonl", ".parquet")
-MAX_ATTEMPTS = 3
-"""A few seconds without a network, for which training waits before it continues without HellaSwag."""
 
 
 def load_examples(
@@ -49,7 +47,7 @@ def load_examples(
 
 def _download(pinned: SourceFile) -> Path:
     try:
-        return download_file(pinned, paths.downloads_dir() / "hellaswag", tries=MAX_ATTEMPTS)
+        return download_file(pinned, paths.downloads_dir() / "hellaswag", tries=1)  # training waits for it
     except (UserError, OSError) as error:
         reason = str(error).split(";")[0]  # the advice after it is for data sets
         raise UserError(

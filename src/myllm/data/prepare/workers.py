@@ -88,7 +88,7 @@ def start_workers(spec: DatasetSpec, work: Path, count: int) -> Iterator[Workers
         finally:
             _shut_down(pool, PATIENCE_S)
             if download_pool is not None:
-                _shut_down(download_pool, 0)  # the finished part of a download is kept
+                _shut_down(download_pool, 0)
 
 
 def _shut_down(pool: ProcessPoolExecutor, patience_s: float) -> None:

@@ -1,30 +1,31 @@
-"""Downloads: one file at a time, resumed where they stopped, verified before the file gets its name.
+"""Downloads of whole files, verified before they get their name.
 
-`hf_hub_download` restarts a file after a kill, which costs gigabytes, so the bytes are fetched here, with the client's
-own headers and errors.
+The Hub's client downloads them. It resumes after a lost connection, but not after a kill, which costs the file again.
 """
 
 import hashlib
 import re
+import shutil
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from tqdm import tqdm
+
 from myllm.errors import UserError, out_of_space
 from myllm.files import add_filename, file_lock, file_sha256, fsync_dir
 
-from .hub_listing import UnreachableError, first_line, hub_endpoint
+from .hub_listing import UnreachableError, first_line, hub_endpoint, request_head
 from .source import SourceFile
 
-CHUNK_BYTES = 1 << 20
-TRIES = 8
-"""A little over a minute if no server answers."""
+TRIES = 4
+"""Within each, the client tries several times. About two minutes if no server answers."""
 _TIMEOUT_S = 60
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _HUB = re.compile(r"hf://datasets/(?P<repo>[^/]+/[^/@]+)@(?P<revision>[^/]+)/(?P<path>.+)")
+_IDENTITY = {"Accept-Encoding": "identity"}  # compressed content would have another size
 
 
 def local_path(file: SourceFile, downloads: Path) -> Path:
@@ -44,10 +45,9 @@ def download_file(file: SourceFile, downloads: Path, kept: Path | None = None, t
 
     Args:
         kept: a folder to look in first, which is not changed.
-        tries: consecutive tries without a new byte.
 
     Raises:
-        UnreachableError: no new byte after all tries.
+        UnreachableError: all tries failed.
         UserError: the download is not the listed file.
     """
     path = local_path(file, downloads)
@@ -59,7 +59,12 @@ def download_file(file: SourceFile, downloads: Path, kept: Path | None = None, t
     # Preparations with other settings may share the folder, and a killed one's process may live a moment longer.
     with file_lock(path.with_name(f".{path.name[-200:]}.lock")):
         if not _is_complete(file, path):
-            _download_verified(file, path, tries)
+            partial = path.with_name(path.name + ".part")
+            try:
+                _download(file, partial, tries).rename(path)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+            fsync_dir(path.parent)
     return path
 
 
@@ -68,65 +73,69 @@ def _is_complete(file: SourceFile, path: Path) -> bool:
     return path.exists() and not _fault(file, path)
 
 
-def _download_verified(file: SourceFile, path: Path, tries: int) -> None:
-    partial = path.with_name(path.name + ".part")
-    for last in (False, True):
-        try:
-            _download(file, partial, tries)
-            fault = _fault(file, partial)
-        except _ReplacedError as error:
-            fault = str(error)
-        if not fault:
-            break
-        partial.unlink(missing_ok=True)
-        if last:
-            raise UserError(
-                f"the download of {file.location} is not the listed file: {fault}; the server may have replaced it. "
-                "Delete the listing under temp_data/listings to use the current file"
-            )
-    partial.rename(path)
-    fsync_dir(path.parent)
-
-
-class _ReplacedError(Exception):
-    """The server has another file at this address than the listed one."""
-
-
-def _download(file: SourceFile, partial: Path, tries: int) -> None:
-    """Append to `partial` until the server has no more.
-
-    Raises:
-        _ReplacedError: the server's file may not continue `partial`.
-    """
+def _download(file: SourceFile, folder: Path, tries: int) -> Path:
+    """Download and verify a file, and return its path in the folder. A wrong one is downloaded once more."""
     if _HUB.fullmatch(file.location):
         hub_endpoint()  # an invalid one is not retried
+    fault = ""
+    for _ in range(2):
+        path = _fetch_with_retries(file, folder, tries)
+        fault = _fault(file, path) or _replaced(file)
+        if not fault:
+            return path
+    raise UserError(
+        f"the download of {file.location} is not the listed file: {fault}; the server may have replaced it. "
+        "Delete the listing under temp_data/listings to use the current file"
+    )
+
+
+def _fetch_with_retries(file: SourceFile, folder: Path, tries: int) -> Path:
     failures = 0
     while True:
-        before = _size(partial)
+        shutil.rmtree(folder, ignore_errors=True)  # left by a failed try, or a killed process
+        folder.mkdir()
         try:
-            _append_rest(file, partial, before)
-            return
-        except _ReplacedError:
-            raise
+            with add_filename(folder):
+                return _fetch(file, folder)
         except Exception as error:  # the client's errors have no common class across its versions
             if out_of_space(error):
                 raise
-            failures = 0 if _size(partial) > before else failures + 1
-            if is_permanent(error):
+            # If the server does not answer, the client reports a file that is missing from its cache.
+            cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+            failures += 1
+            if is_permanent(cause):
                 raise UnreachableError(
-                    f"cannot download {file.location}: {first_line(error)}; if the file was moved, delete the listing "
+                    f"cannot download {file.location}: {first_line(cause)}; if the file was moved, delete the listing "
                     "under temp_data/listings; if it is not public, log in with `hf auth login`"
                 ) from None
             if failures >= tries:
                 raise UnreachableError(
-                    f"cannot download {file.location}: {first_line(error)}; check the network, a proxy (HTTPS_PROXY) "
-                    "and HF_ENDPOINT. Rerun the same command to resume the download"
+                    f"cannot download {file.location}: {first_line(cause)}; check the network, a proxy (HTTPS_PROXY) "
+                    "and HF_ENDPOINT. Rerun the same command to continue"
                 ) from None
-            time.sleep(max(retry_after(error), min(2 ** max(failures - 1, 0), 20)))
+            time.sleep(max(retry_after(cause), min(2 ** (failures - 1), 20)))
 
 
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
+class _SilentBar(tqdm):  # preparations have a bar of their own
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options | {"disable": True})
+
+
+def _fetch(file: SourceFile, folder: Path) -> Path:
+    """Download a file into a folder. Only the Hub gets the account's token."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.file_download import http_get
+
+    if found := _HUB.fullmatch(file.location):
+        return Path(
+            hf_hub_download(
+                found["repo"], found["path"], repo_type="dataset", revision=found["revision"], local_dir=folder,
+                tqdm_class=_SilentBar,
+            )
+        )  # fmt: skip
+    with (folder / "file").open("wb") as out:
+        http_get(file.location, out, headers=_IDENTITY, tqdm_class=_SilentBar)
+    return folder / "file"
 
 
 def retry_after(error: Exception) -> int:
@@ -150,57 +159,9 @@ def is_permanent(error: Exception) -> bool:
     return isinstance(error, OfflineModeIsEnabled) or (400 <= status < 500 and status not in (408, 429))
 
 
-def _append_rest(file: SourceFile, partial: Path, size: int) -> None:
-    if file.size_bytes and size == file.size_bytes:
-        return
-    if file.size_bytes and size > file.size_bytes:  # left by another file
-        partial.unlink()
-        size = 0
-    # Without the client's retries: after a connection lost in the body it would request the same range again.
-    with _request(file, f"bytes={size}-" if size else None, max_retries=0) as response:
-        if response.status_code == 416:  # the file ends where `partial` does
-            return
-        _check_unchanged(file, response.headers)
-        with add_filename(partial), partial.open("ab") as out:
-            if response.status_code != 206:  # the whole file in spite of the range
-                out.truncate(0)
-            for chunk in response.iter_raw():
-                out.write(chunk)
-                out.flush()  # a buffered rest is lost with the process
-
-
-@contextmanager
-def _request(file: SourceFile, byte_range: str | None, **options: Any) -> Iterator[Any]:
-    """A streamed GET. Only the Hub gets the account's token."""
-    from huggingface_hub import hf_hub_url
-    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
-
-    url, headers = file.location, {"Accept-Encoding": "identity"}
-    if found := _HUB.fullmatch(url):
-        url = hf_hub_url(found["repo"], found["path"], repo_type="dataset", revision=found["revision"])
-        headers = build_hf_headers() | headers
-    if byte_range:
-        headers["Range"] = byte_range
-    with http_stream_backoff(
-        "GET", url, headers=headers, timeout=_TIMEOUT_S, follow_redirects=True, **options
-    ) as response:
-        if response.status_code != 416:
-            hf_raise_for_status(response)
-        yield response
-
-
-def _check_unchanged(file: SourceFile, headers: Mapping[str, str]) -> None:
-    """Compare the ETag or date of a plain URL with the listed one. Files of the Hub have a hash of their content."""
-    listed = f"url:{file.location} {file.size_bytes} "
-    expected = file.digest.removeprefix(listed) if file.digest.startswith(listed) else ""
-    found = headers.get("etag") or headers.get("last-modified") or ""
-    if expected and found and expected.removeprefix("W/") != found.removeprefix("W/"):
-        raise _ReplacedError(f"its ETag or date is {found}, expected {expected}")
-
-
 def _fault(file: SourceFile, path: Path) -> str:
     """How a download differs from the listed file, or an empty string."""
-    size = _size(path)
+    size = path.stat().st_size
     if file.size_bytes and size != file.size_bytes:
         return f"{size:,} bytes, expected {file.size_bytes:,}"
     if _SHA256.fullmatch(file.digest) and (found := file_sha256(path)) != file.digest:
@@ -209,6 +170,13 @@ def _fault(file: SourceFile, path: Path) -> str:
         found = "git:" + hashlib.sha1(b"blob %d\0" % size + path.read_bytes()).hexdigest()
         return "" if found == file.digest else f"{found}, expected {file.digest}"
     return ""
+
+
+def _replaced(file: SourceFile) -> str:
+    """How the file at a plain URL, which has no hash, differs from the listed one by now, or an empty string."""
+    if not file.digest.startswith("url:") or (found := request_head(file.location).digest) == file.digest:
+        return ""
+    return f"its size and ETag or date are {found.split(' ', 1)[1]}, expected {file.digest.split(' ', 1)[1]}"
 
 
 def download_head(file: SourceFile, folder: Path, max_bytes: int) -> tuple[Path, int]:
@@ -220,15 +188,26 @@ def download_head(file: SourceFile, folder: Path, max_bytes: int) -> tuple[Path,
                 out.write(whole.read(max_bytes))
             return path, out.tell()
         try:
-            with _request(file, f"bytes=0-{max_bytes - 1}") as response:
-                if response.status_code == 416:  # the file is empty
-                    return path, 0
-                for chunk in response.iter_raw(CHUNK_BYTES):
-                    out.write(chunk[: max_bytes - out.tell()])
-                    if out.tell() >= max_bytes:
-                        break
+            for chunk in _stream_head(file, max_bytes):
+                out.write(chunk[: max_bytes - out.tell()])  # a server may ignore the range
+                if out.tell() >= max_bytes:
+                    break
         except Exception as error:  # the client's errors have no common class across its versions
             if out_of_space(error):
                 raise
             raise UnreachableError(f"cannot download {file.location}: {first_line(error)}") from None
         return path, out.tell()
+
+
+def _stream_head(file: SourceFile, max_bytes: int) -> Iterator[bytes]:
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
+
+    url, headers = file.location, _IDENTITY | {"Range": f"bytes=0-{max_bytes - 1}"}
+    if found := _HUB.fullmatch(url):
+        url = hf_hub_url(found["repo"], found["path"], repo_type="dataset", revision=found["revision"])
+        headers = build_hf_headers() | headers
+    with http_stream_backoff("GET", url, headers=headers, timeout=_TIMEOUT_S) as response:
+        if response.status_code != 416:  # the file is empty
+            hf_raise_for_status(response)
+            yield from response.iter_raw()

@@ -149,12 +149,13 @@ def _request_urls(repo: str, file: str) -> list[RemoteFile]:
     urls = list(dict.fromkeys(line.strip() for line in text.splitlines() if "://" in line))
     if not urls:
         raise UserError(f"{file} of {repo} lists no URLs")
-    _request_head(urls[0], max_retries=2)  # fails early if the server is down
+    request_head(urls[0], max_retries=2)  # fails early if the server is down
     with ThreadPoolExecutor(16) as pool:
-        return list(pool.map(_request_head, urls))
+        return list(pool.map(request_head, urls))
 
 
-def _request_head(url: str, max_retries: int = 5) -> RemoteFile:
+def request_head(url: str, max_retries: int = 5) -> RemoteFile:
+    """A plain URL's file, as its server describes it."""
     from huggingface_hub.utils import http_backoff
 
     headers = {"Accept-Encoding": "identity"}  # compressed content would have another size
