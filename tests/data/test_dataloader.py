@@ -15,10 +15,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from myllm.data import dataset as dataset_module
 from myllm.data import sampler
 from myllm.data.dataloader import Batch, BatchLoader, has_step, read_batch
 from myllm.data.dataset import Dataset
-from myllm.data.prepare import status
+from myllm.data.preparation_lock import PreparationEnded
 from myllm.data.sampler import DataPosition, count_sequences, step_sequences
 from myllm.data.token_stream import TokenStream
 from myllm.errors import UserError
@@ -272,8 +273,8 @@ class Wait:
         self.growing, self.lines, self.events = growing, [], []
         self.dataset = Dataset.open(growing.folder, allow_incomplete=True)
         monkeypatch.setattr(BatchLoader, "POLL_S", 0.005)
-        monkeypatch.setattr(status, "is_being_prepared", lambda _: not self.abandoned)
-        monkeypatch.setattr(status.time, "sleep", self.between_looks)
+        monkeypatch.setattr(dataset_module, "is_being_prepared", lambda _: not self.abandoned)
+        monkeypatch.setattr(time, "sleep", self.between_looks)
         self.abandoned, self.looks, self.do = False, 0, lambda look: None
 
     def between_looks(self, _: float) -> None:
@@ -323,13 +324,23 @@ def test_waiting_ends_with_the_shards_of_the_step(wait: Wait) -> None:
     assert wait.events.count("complete") == 1
 
 
+def test_completion_before_the_first_wait_is_reported(wait: Wait) -> None:
+    """The loader's thread may find the data set complete before training first waits for a step."""
+    with BatchLoader(wait.dataset.train, plan(), at(0, 0), 0, CPU) as loader:
+        wait.growing.finish()
+        wait.dataset.refresh()
+        assert wait(loader)
+        assert wait(loader)
+    assert wait.events == ["complete"]
+
+
 @pytest.mark.usefixtures("small_windows")
 def test_waiting_ends_with_a_request_to_stop_even_if_nobody_prepares(wait: Wait) -> None:
     with BatchLoader(wait.dataset.train, plan(), at(0, 8), 0, CPU) as loader:
         assert not wait(loader, stop=lambda: wait.looks == 2)
         wait.abandoned = True
         assert not wait(loader, stop=lambda: True)
-        with pytest.raises(status.PreparationEnded, match="run the same command again: finished work is kept"):
+        with pytest.raises(PreparationEnded, match="run the same command again: finished work is kept"):
             wait(loader)
 
 

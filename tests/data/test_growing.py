@@ -19,10 +19,10 @@ from myllm.checkpoint.format import load_checkpoint
 from myllm.checkpoint.layout import list_checkpoints
 from myllm.config import DataConfig, EvalConfig, RunConfig
 from myllm.data.dataset import Dataset
-from myllm.data.prepare import background, status
+from myllm.data.preparation_lock import BACKGROUND, is_being_prepared, preparation_lock
+from myllm.data.prepare import background
 from myllm.data.prepare.prepare import prepare
 from myllm.data.prepare.spec import make_spec
-from myllm.data.prepare.status import preparation_lock
 from myllm.errors import UserError
 
 # pretrain.py with windows of 8 sequences and items of two files. A worker takes up an item only once the number in
@@ -255,16 +255,16 @@ def growing(tiny: RunConfig) -> Dataset:
 
 
 def test_who_is_at_work_is_known_by_a_lock(growing: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(status.time, "sleep", lambda _: None)
-    assert not status.is_being_prepared(growing.folder)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    assert not is_being_prepared(growing.folder)
     with pytest.raises(UserError, match=r"ended before the data set was complete.*run the same command again"):
-        status.raise_if_abandoned(growing)
-    for what in ("", status.BACKGROUND):
+        growing.raise_if_abandoned()
+    for what in ("", BACKGROUND):
         with preparation_lock(growing.folder, what):
-            assert status.is_being_prepared(growing.folder)
-            status.raise_if_abandoned(growing)
-        assert not status.is_being_prepared(growing.folder)
-    assert not status.is_being_prepared(growing.folder.with_name("never")), "asking makes no file"
+            assert is_being_prepared(growing.folder)
+            growing.raise_if_abandoned()
+        assert not is_being_prepared(growing.folder)
+    assert not is_being_prepared(growing.folder.with_name("never")), "asking makes no file"
     assert not list(growing.folder.parent.glob(".never*"))
 
 
@@ -280,9 +280,7 @@ def test_what_an_interrupted_preparation_left_is_not_begun_with(
         pytest.fail("it began")
     with preparation_lock(growing.folder), background.prepare_in_background(tiny.data, starts=False) as dataset:
         assert not dataset.complete
-        assert (
-            status.describe_progress(dataset) == f"{dataset.train.tokens:,} training tokens so far, from 25% of 0.0 MB"
-        )
+        assert dataset.describe_progress() == f"{dataset.train.tokens:,} training tokens so far, from 25% of 0.0 MB"
 
 
 def test_a_finished_data_set_starts_no_process_and_is_cleared(tiny: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from myllm.data.prepare.status import PreparationEnded, describe_progress, raise_if_abandoned
 from myllm.distributed import collectives
 from myllm.errors import UserError
 from myllm.planning.batch import BatchPlan
 
+from .preparation_lock import PreparationEnded
 from .sample_digest import LANES, hash_samples
 from .sampler import DataPosition, count_sequences, rank_rows, sequences_needed, step_sequences, window_sequences
 from .token_stream import TokenStream
@@ -75,7 +75,7 @@ class BatchLoader:
         self.wait_s = 0.0
         """Time that `next_batch` waited for the thread."""
         self._stream, self._plan, self._rank = stream, plan, rank
-        self._complete_on_all_ranks = self._seen_incomplete = False
+        self._complete_on_all_ranks, self._began_incomplete = False, not stream.complete
         self._transfer = make_transfer(device)
         self._queue: queue.Queue[tuple[Any, np.ndarray] | BaseException] = queue.Queue(maxsize=self.READ_AHEAD)
         self._stopped = threading.Event()
@@ -105,7 +105,7 @@ class BatchLoader:
             stop_requested: asked again and again while waiting.
             log: gets a line now and then while waiting.
             waiting: a context to wait in, for example to count the time apart. Not entered if there is no wait.
-            on_complete: called on every rank when a data set that was incomplete at the first call is complete.
+            on_complete: called on every rank when a data set that was incomplete at the start is complete.
 
         Returns:
             False if any rank was asked to stop.
@@ -115,17 +115,19 @@ class BatchLoader:
         """
         if self._complete_on_all_ranks:
             return True
-        started, next_log_s = time.monotonic(), 0.0
+        dataset, started, next_log_s = self._stream.dataset, time.monotonic(), 0.0
         with ExitStack() as stack:
             while True:
-                ended = self._look_for_step()
-                missing, stopping, failed, incomplete = collectives.all_reduce_any(
-                    not has_step(self._stream, self.position, self._plan),
-                    stop_requested(),
-                    ended is not None,
-                    not self._stream.complete,
-                )
-                self._seen_incomplete |= incomplete
+                ended = None
+                try:
+                    if not has_step(self._stream, self.position, self._plan):
+                        dataset.raise_if_abandoned()
+                except UserError as error:
+                    ended = PreparationEnded(str(error))
+                missing, stopping, failed, incomplete, began_incomplete = collectives.all_reduce_any(
+                    not has_step(self._stream, self.position, self._plan), stop_requested(), ended is not None,
+                    not dataset.complete, self._began_incomplete,
+                )  # fmt: skip
                 if stopping:  # checked first: the signal that stops a run may have ended the preparation too
                     return False
                 if failed:
@@ -135,24 +137,14 @@ class BatchLoader:
                 if not next_log_s:
                     stack.enter_context(waiting())
                 if time.monotonic() - started >= next_log_s:
-                    log(f"waiting for data: {describe_progress(self._stream.dataset)}")
+                    log(f"waiting for data: {dataset.describe_progress()}")
                     next_log_s += self.LOG_EVERY_S
                 time.sleep(self.POLL_S)
         if not incomplete:
             self._complete_on_all_ranks = True
-            if self._seen_incomplete:
+            if began_incomplete:
                 on_complete()
         return True
-
-    def _look_for_step(self) -> PreparationEnded | None:
-        """Refresh the data set if the next step is not there yet. Returns why it will not come, or None."""
-        if has_step(self._stream, self.position, self._plan):
-            return None
-        try:
-            raise_if_abandoned(self._stream.dataset)
-        except UserError as error:
-            return PreparationEnded(str(error))
-        return None
 
     def next_batch(self) -> Batch:
         """The next micro-batch on the device.

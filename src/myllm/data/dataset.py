@@ -6,6 +6,7 @@ A folder holds `val_00000.npy`, `train_00000.npy`, ... , one-dimensional uint16 
 """
 
 import threading
+import time
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,8 +20,10 @@ from myllm.data.tokenizer.gpt2 import NAME
 from myllm.data.tokenizer.load import load_tokenizer
 from myllm.errors import UserError, did_you_mean
 from myllm.files import read_json
+from myllm.formatting import format_bytes
 from myllm.paths import user_path
 
+from .preparation_lock import is_being_prepared, preparation_ended
 from .token_stream import Shard, TokenStream, find_damaged
 
 MANIFEST = "manifest.json"
@@ -158,6 +161,28 @@ class Dataset:
             self.train.extend()
             self.val.extend()
             self.complete = complete  # last: other threads rely on the streams after reading it
+
+    def raise_if_abandoned(self) -> None:
+        """Refresh a data set that is not complete yet.
+
+        Raises:
+            PreparationEnded: no process is preparing the rest of it.
+        """
+        for _ in range(3):  # one process may be taking over from another
+            self.refresh()
+            if self.complete or is_being_prepared(self.folder):
+                return
+            time.sleep(1)
+        raise preparation_ended(self.folder)
+
+    def describe_progress(self) -> str:
+        """Such as "1,000,000 training tokens so far, from 12% of 3.4 GB"."""
+        tokens = f"{self.train.tokens:,} training tokens"
+        progress = self.manifest.get("progress")
+        if self.complete or not progress or not progress["source_bytes"]:
+            return tokens
+        fraction = progress["done_bytes"] / progress["source_bytes"]
+        return f"{tokens} so far, from {fraction:.0%} of {format_bytes(progress['source_bytes'])}"
 
     def damaged(self) -> list[str]:
         """Files of shards that do not match the manifest, or cannot be read."""

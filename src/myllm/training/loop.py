@@ -14,7 +14,7 @@ from torch import Tensor
 from myllm.checkpoint.state import TrainState
 from myllm.config import RunConfig
 from myllm.data.dataset import Dataset
-from myllm.data.prepare.status import PreparationEnded
+from myllm.data.preparation_lock import PreparationEnded
 from myllm.distributed import collectives as distributed
 from myllm.distributed.collectives import DistContext
 from myllm.distributed.parallelize import full_params

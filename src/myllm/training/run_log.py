@@ -8,7 +8,6 @@ from myllm.checkpoint.layout import checkpoint_dir
 from myllm.checkpoint.state import TrainState
 from myllm.config import RunConfig
 from myllm.data.dataset import Dataset
-from myllm.data.prepare.status import describe_progress
 from myllm.distributed.cpu_threads import threads_reason
 from myllm.distributed.device_info import device_name
 from myllm.distributed.precision import compute_dtype, dtype_name
@@ -82,7 +81,7 @@ def log_start(ctx: RunContext, dataset: Dataset, batch: BatchPlan, state: TrainS
         for line in (dataset.name, *describe_length(config, dataset.known_train_tokens)):
             log(f"data: {line}")
     else:
-        log(f"data: {dataset.name}, {describe_progress(dataset)}; preparation continues during training")
+        log(f"data: {dataset.name}, {dataset.describe_progress()}; preparation continues during training")
     if note := warmup_note(config):
         log(note)
     if out_of_patience(state, config):

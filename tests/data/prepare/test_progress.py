@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from myllm.data.prepare.status import ProgressLines, progress_bar
+from myllm.data.prepare.progress import ProgressLines, progress_bar
 
 
 def test_a_line_now_and_then(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,12 +11,12 @@ from pathlib import Path
 
 from myllm.config import DataConfig
 from myllm.data.dataset import MANIFEST, PROGRESS, WORK, Dataset, find_dataset, find_dataset_folder
+from myllm.data.preparation_lock import BACKGROUND, is_being_prepared, preparation_ended, preparation_lock
 from myllm.data.sources.source import check_source
 from myllm.data.tokenizer.load import load_tokenizer
 from myllm.errors import UserError
 
 from .prepare import disk_errors_for_users, prepare, resolve
-from .status import BACKGROUND, is_being_prepared, preparation_ended, preparation_lock, raise_if_abandoned
 from .work_dir import is_complete, remove_work_dir
 from .workers import init_worker
 
@@ -84,9 +84,8 @@ def prepare_in_background(
 
 def _prepare(config: DataConfig, folder: Path, progress: bool) -> None:
     """What the background process does. It ends with the process that started it."""
-    os.nice(
-        NICE
-    )  # its workers inherit this; there is one on each core, and training's processes must not wait for them
+    # Its workers inherit this: there is one on each core, and training's processes must not wait for them.
+    os.nice(NICE)
     init_worker()
     try:
         with disk_errors_for_users(), preparation_lock(folder, BACKGROUND):
@@ -125,6 +124,6 @@ def _wait_for_tokens(dataset: Dataset, min_train_tokens: float) -> Dataset:
         PreparationEnded: before there were that many.
     """
     while not dataset.complete and dataset.train.tokens < min_train_tokens:
-        raise_if_abandoned(dataset)
+        dataset.raise_if_abandoned()
         time.sleep(POLL_S)
     return dataset

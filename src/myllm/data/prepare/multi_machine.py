@@ -14,14 +14,15 @@ from tqdm import tqdm
 
 from myllm.config import DataConfig, RunConfig, from_dict
 from myllm.data.dataset import SETTINGS, WORK, Dataset
+from myllm.data.preparation_lock import preparation_lock
 from myllm.distributed.cpu_threads import usable_cores
 from myllm.errors import UserError
 from myllm.files import read_json, write_json
 
 from .disk_space import check_disk
 from .prepare import disk_errors_for_users, prepare, resolve
+from .progress import progress_bar
 from .scheduler import WorkScheduler, item_bytes
-from .status import preparation_lock, progress_bar
 from .work_dir import DONE, delete_damaged_items, is_complete, open_work_dir
 from .work_items import WorkItem, load_item_index
 from .workers import start_workers

@@ -20,17 +20,18 @@ from tqdm import tqdm
 from myllm import paths
 from myllm.config import DataConfig
 from myllm.data.dataset import MANIFEST, WORK, Dataset, find_dataset
+from myllm.data.preparation_lock import preparation_lock
 from myllm.data.sources.hub_listing import UnreachableError
 from myllm.data.sources.source import find_source
 from myllm.distributed.cpu_threads import usable_cores
 from myllm.errors import UserError, explain_os_error, full_disk_path, out_of_space
 
 from .disk_space import check_disk
+from .progress import progress_bar
 from .scheduler import WorkScheduler, item_bytes
 from .shard_plan import NotEnoughText
 from .shard_writer import ShardWriter
 from .spec import DatasetSpec, estimate_tokens, make_spec
-from .status import preparation_lock, progress_bar
 from .work_dir import (
     adopt_worker_shards,
     delete_damaged_items,

@@ -7,16 +7,17 @@ from dataclasses import replace
 import numpy as np
 
 from myllm.data.dataset import FORMAT, SPANS, TOKENIZER, Dataset
+from myllm.data.preparation_lock import preparation_lock
 from myllm.distributed.cpu_threads import usable_cores
 from myllm.errors import UserError
 
 from .multi_machine import read_settings
 from .prepare import disk_errors_for_users
+from .progress import progress_bar
 from .scheduler import WorkScheduler, item_bytes
 from .shard_plan import Span
 from .shard_writer import write_shard
 from .spec import DatasetSpec, make_spec
-from .status import preparation_lock, progress_bar
 from .work_items import tokens_path
 from .workers import start_workers
 

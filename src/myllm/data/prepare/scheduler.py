@@ -9,8 +9,8 @@ from pathlib import Path
 
 from myllm.data.sources.hub_listing import UnreachableError, suggest_fallback
 
+from .progress import ProgressBar
 from .spec import DatasetSpec
-from .status import ProgressBar
 from .work_items import is_tokenized, tokenize_item, tokens_path
 from .workers import Downloads, Workers
 

@@ -1,0 +1,57 @@
+"""Progress of a preparation: a bar in a terminal, lines in a log."""
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, Union
+
+from tqdm import tqdm
+
+LOG_EVERY_S = 30.0
+
+
+class ProgressLines:
+    """The part of tqdm's interface that preparations use, for logs: whole lines, and few."""
+
+    def __init__(self, total: int, description: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self._total, self._description, self._clock = total, description, clock
+        self._done, self._postfix = 0, ""
+        self._started = self._logged = clock()
+
+    def __enter__(self) -> "ProgressLines":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def update(self, n_bytes: int) -> None:
+        self._done += n_bytes
+        self.refresh()
+
+    def set_postfix_str(self, text: str, refresh: bool = True) -> None:
+        self._postfix = text
+        if refresh:
+            self.refresh()
+
+    def refresh(self) -> None:
+        """Print a line if the last one is old enough."""
+        now = self._clock()
+        if now - self._logged < LOG_EVERY_S:
+            return
+        self._logged = now
+        line = tqdm.format_meter(
+            self._done, max(self._total, self._done), now - self._started, prefix=self._description, unit="B",
+            unit_scale=True, postfix=self._postfix,
+            bar_format="{desc}: {percentage:.0f}% of {total_fmt}B, {rate_fmt}, {remaining} left{postfix}",
+        )  # fmt: skip
+        print(line, file=sys.stderr, flush=True)
+
+
+ProgressBar = Union["tqdm[Any]", ProgressLines]
+
+
+def progress_bar(size_bytes: int, progress: bool, description: str = "tokenizing") -> ProgressBar:
+    """For `size_bytes` of a source."""
+    if progress and not sys.stderr.isatty():
+        return ProgressLines(size_bytes, description)
+    return tqdm(total=size_bytes, desc=description, unit="B", unit_scale=True, disable=not progress, leave=False)
