@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from myllm.config import OptimConfig
 from myllm.optim.lr_schedule import learning_rate, rate_factor
 from myllm.planning.forecast import Hardware, describe, parse_hardware, predict
-from myllm.planning.length import decay_start, warmup_note
+from myllm.planning.length import decay_note, decay_start, warmup_note
 from myllm.presets import get_preset
 
 TEN = OptimConfig(max_lr=10.0, min_lr_ratio=0.1, warmup_steps=4, schedule="linear", decay_fraction=0.25)
@@ -145,3 +145,18 @@ def test_a_short_trial_of_a_long_preset_says_that_its_warm_up_is_shorter():
     assert warmup_note(short) == note
     assert note in describe(predict(short, Hardware(1)))
     assert note in describe(predict(short, parse_hardware("H100")))
+
+
+def test_a_wsd_run_says_when_it_decays():
+    config = get_preset("small-50m")
+    assert decay_note(config) is None
+    config = replace(config, optim=replace(config.optim, schedule="wsd", decay_fraction=0.4))
+    note = (
+        "the learning rate decays from step 12,000 on; until then --train.max-steps lengthens the run, later only from "
+        "a checkpoint of that time"
+    )
+    assert decay_note(config) == f"{note} (--train.keep-every-steps 12000 keeps one)"
+    assert note in describe(predict(config, Hardware(1)))
+    for kept in ({"keep_last": 0}, {"keep_every_steps": 5_000}):
+        assert decay_note(replace(config, train=replace(config.train, **kept))) == note
+    assert decay_note(replace(config, optim=replace(config.optim, decay_fraction=0.0))) is None

@@ -144,6 +144,9 @@ def test_a_run_goes_on_with_its_data_set_and_its_length(tiny: RunConfig) -> None
         replace(today, name="another"),
     ):
         assert keep_saved_settings(other, False) == (other, False)
+    (run / "config.json").write_text(json.dumps(to_dict(replace(tiny, optim=replace(tiny.optim, decay_fraction=0.2)))))
+    assert keep_saved_settings(tiny, False)[0].optim.decay_fraction == 0.2
+    assert keep_saved_settings(tiny, False, ["--optim.decay-fraction"])[0].optim.decay_fraction == 0.8
 
 
 def pretrain(folder: Path, *words: str) -> str:

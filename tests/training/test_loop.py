@@ -1,6 +1,7 @@
 """A run from end to end, its interruptions, and what it refuses."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -110,7 +111,25 @@ def test_a_finished_run_can_be_extended_and_rerun(tiny: RunConfig) -> None:
     assert max(losses(run(with_train(tiny, max_steps=14)))) == 14
     log = (root / "log.txt").read_text()
     assert "changed since then: train.max_steps: 12 -> 14" in log
-    assert "the schedule now ends at step 14 instead of 12; the loss will rise before it falls" in log
+    assert "the schedule now ends at step 14 instead of 12: the learning rate was 0.0006 at the last step" in log
+
+
+def test_wsd_is_lengthened_before_its_decay_and_not_after(tiny: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = replace(tiny, optim=replace(tiny.optim, schedule="wsd", decay_fraction=0.25))
+    run_until(tiny, 8, monkeypatch)  # of 12 steps; the decay begins at step 9
+    root, longer = run(with_train(tiny, max_steps=20)), with_train(tiny, max_steps=20)
+    whole = run(replace(longer, name="whole"))
+    for name, tensor in weights(whole).items():
+        assert torch.equal(weights(root)[name], tensor), name
+    assert "--train.keep-every-steps 9 keeps one" in (root / "log.txt").read_text()
+    before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file() and path.name != "heartbeat.json"}
+    with pytest.raises(UserError, match="decaying since step 15"):
+        run(with_train(tiny, max_steps=40))
+    changed = [path.name for path, content in before.items() if path.read_bytes() != content]
+    assert set(changed) <= {"log.txt"}
+    shutil.move(root / "checkpoints/step_00000020", root)
+    shutil.move(root / "checkpoints/step_00000016", root)
+    assert max(losses(run(with_train(tiny, max_steps=40)))) == 40, "from step 12, as the message says"
 
 
 def test_a_damaged_checkpoint_is_passed_over(tiny: RunConfig) -> None:

@@ -100,7 +100,7 @@ def parse_run_args(kind: type[RunArgs], words: list[str], usage: str) -> Any:
     if RunPaths.of(args.config.name).checkpoints.is_dir():
         from myllm.runs.saved_settings import keep_saved_settings
 
-        config, own_text = keep_saved_settings(args.config, args.own_text)
+        config, own_text = keep_saved_settings(args.config, args.own_text, _options(words))
         args = replace(args, config=config, own_text=own_text)
     return args
 

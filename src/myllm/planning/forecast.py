@@ -16,7 +16,7 @@ from .batch import batch_plan, micro_batch_sizes
 from .disk import disk_estimate_bytes
 from .flops import flops_per_token, parameters_by_part
 from .gpu_specs import GPU_SPECS, GpuSpec, gpu_by_name
-from .length import warmup_note
+from .length import decay_note, warmup_note
 from .memory_estimate import HEADROOM, ComputeMode, memory_by_part, predicted_bytes
 
 GIB = 2**30
@@ -191,11 +191,11 @@ def _auto_line(config: RunConfig, count: int) -> str:
 def _size_lines(config: RunConfig) -> list[str]:
     model, train = config.model, config.train
     tokens, flops = train.max_steps * train.batch_tokens, flops_per_token(model)
-    parts, note = parameters_by_part(model), warmup_note(config)
+    parts, notes = parameters_by_part(model), (warmup_note(config), decay_note(config))
     total = sum(parts.values())
     return [
         f"steps        {train.max_steps:,} steps = {tokens:,} tokens",
-        *([f"             {note}"] if note else []),
+        *(f"             {note}" for note in notes if note),
         f"parameters   {total:,} in all, {total - parts['embedding']:,} without the embedding",
         *(f"  {name:<16}{count:>13,}" for name, count in parts.items() if count),
         f"vocabulary   {model.vocab_size:,} tokens, padded to {model.padded_vocab_size:,} rows",

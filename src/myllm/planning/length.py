@@ -119,3 +119,16 @@ def warmup_note(config: RunConfig) -> str | None:
         f"warm-up takes {used:,} steps instead of optim.warmup_steps {config.optim.warmup_steps:,}: at most a quarter "
         f"of train.max_steps {max_steps:,}"
     )
+
+
+def decay_note(config: RunConfig) -> str | None:
+    """A sentence about when wsd decays, and what to keep to lengthen the run later; None for other schedules."""
+    train, start = config.train, decay_start(config.optim, config.train.max_steps)
+    if config.optim.schedule != "wsd" or start >= train.max_steps:
+        return None
+    keeps_one = train.keep_last == 0 or 0 < train.keep_every_steps <= start
+    keep = "" if keeps_one or not start else f" (--train.keep-every-steps {start} keeps one)"
+    return (
+        f"the learning rate decays from step {start:,} on; until then --train.max-steps lengthens the run, later only "
+        f"from a checkpoint of that time{keep}"
+    )

@@ -1,11 +1,12 @@
-"""Settings that a resumed run keeps even if defaults have changed: its data set and its length."""
+"""Settings that a resumed run keeps even if defaults have changed: its data set, its length and its decay."""
 
 import json
+from collections.abc import Collection
 from dataclasses import asdict, replace
 
 from myllm import paths
 from myllm.checkpoint.layout import list_checkpoints, step_of
-from myllm.config import DataConfig, RunConfig, load_config
+from myllm.config import DataConfig, OptimConfig, RunConfig, load_config
 from myllm.data.dataset import FORMAT, MANIFEST
 from myllm.errors import UserError
 
@@ -13,11 +14,12 @@ NOT_TEXT = ("dataset", "val_tokens", "shard_tokens", "workers", "keep_downloads"
 """Data settings that do not select or change the text. Their defaults may differ between versions."""
 
 
-def keep_saved_settings(config: RunConfig, own_text: bool) -> tuple[RunConfig, bool]:
-    """If the run has a checkpoint, take the data set and the length from it.
+def keep_saved_settings(config: RunConfig, own_text: bool, given: Collection[str] = ()) -> tuple[RunConfig, bool]:
+    """If the run has a checkpoint, take the data set, the length and the length of the decay from it.
 
     Args:
         own_text: the command gave no length, so it follows from the user's own text (`planning.length`).
+        given: options of the command.
 
     Returns:
         the config, and `own_text`: now false if the length is that of the run.
@@ -33,6 +35,9 @@ def keep_saved_settings(config: RunConfig, own_text: bool) -> tuple[RunConfig, b
         return config, own_text
     if _is_of_earlier_defaults(config.data, saved.data, name, fingerprint):
         config = replace(config, data=replace(config.data, dataset=name))
+    is_default = config.optim.decay_fraction == OptimConfig.decay_fraction and "--optim.decay-fraction" not in given
+    if is_default:  # it was 0.2 in earlier versions
+        config = replace(config, optim=replace(config.optim, decay_fraction=saved.optim.decay_fraction))
     if own_text:
         config = replace(config, train=replace(config.train, max_steps=saved.train.max_steps))
     return config, False

@@ -15,7 +15,7 @@ from myllm.errors import exit_code
 from myllm.files import write_json
 from myllm.planning.batch import BatchPlan
 from myllm.planning.flops import n_parameters
-from myllm.planning.length import describe_length, warmup_note
+from myllm.planning.length import decay_note, decay_start, describe_length, warmup_note
 from myllm.runs.logs import environment
 from myllm.runs.run_dir import truncate_logs, write_config
 
@@ -82,8 +82,10 @@ def log_start(ctx: RunContext, dataset: Dataset, batch: BatchPlan, state: TrainS
             log(f"data: {line}")
     else:
         log(f"data: {dataset.name}, {dataset.describe_progress()}; preparation continues during training")
-    if note := warmup_note(config):
-        log(note)
+    before_decay = state.step <= decay_start(config.optim, max_steps)
+    for note in (warmup_note(config), decay_note(config) if before_decay else None):
+        if note:
+            log(note)
     if out_of_patience(state, config):
         log("nothing left to train: the run has stopped early")
     elif state.step >= max_steps:

@@ -24,7 +24,6 @@ from myllm.distributed.collectives import DistContext
 from myllm.distributed.parallelize import shard
 from myllm.errors import UserError
 from myllm.model.transformer import Transformer
-from myllm.optim.lr_schedule import learning_rate
 from myllm.optim.optimizer import ScheduledOptimizer
 from myllm.paths import RunPaths
 from myllm.planning.batch import BatchPlan, batch_plan
@@ -34,9 +33,7 @@ from myllm.runs.run_dir import check_has_imported_weights, check_resumable
 
 from .gradient_guard import GradientGuard
 from .kernels import fast_kernels
-
-RATE_JUMP = 1.25
-"""A learning rate that changes by more than this factor between two steps is reported."""
+from .schedule_change import check_schedule_change, describe_schedule_change
 
 
 @dataclass(frozen=True)
@@ -185,11 +182,14 @@ def restore(
     """Load a checkpoint into model and optimizer, and restore this rank's random state.
 
     Raises:
-        UserError: it was made with another model or other data.
+        UserError: it was made with another model or other data, or wsd's decay has begun and would be undone.
     """
     config, dist = ctx.config, ctx.dist
     imported = saved.state.data.dataset_hash == NO_DATASET
     changed = check_resumable(saved.config, config, saved.folder, imported)
+    earlier = saved_config(saved.config, saved.folder / "config.json")
+    if not imported:
+        check_schedule_change(saved.state.step, earlier, config)
     if not imported and saved.state.data.dataset_hash != dataset.fingerprint:
         raise UserError(
             f"the checkpoint {saved.folder} was trained on other data than {dataset.folder}; use the old data set with "
@@ -208,33 +208,9 @@ def restore(
     ctx.log(f"resuming from {saved.folder} at step {saved.state.step:,}")
     for line in changed:
         ctx.log(f"  changed since then: {line}")
-    earlier = saved_config(saved.config, saved.folder / "config.json")
-    if not imported and (note := describe_lr_jump(saved.state.step, earlier, config)):
+    if not imported and (note := describe_schedule_change(saved.state.step, earlier, config)):
         ctx.log(f"  {note}")
     state = saved.state
     if imported:
         state = replace(state, data=DataPosition(0, 0, config.train.seed, dataset.fingerprint))
     return replace(state, sample_digest=state.sample_digest or SampleDigest(since_step=state.step))
-
-
-def describe_lr_jump(step: int, earlier: RunConfig, config: RunConfig) -> str | None:
-    """A sentence if the learning rate jumps at a restart because the schedule changed; else None.
-
-    Args:
-        step: updates made so far, with the schedule of `earlier`.
-    """
-    if not 0 < step < config.train.max_steps:
-        return None
-    last = learning_rate(step - 1, earlier.optim, earlier.train.max_steps)
-    planned = learning_rate(step, earlier.optim, earlier.train.max_steps)
-    following = learning_rate(step, config.optim, config.train.max_steps)
-    if following == planned or last / RATE_JUMP <= following <= last * RATE_JUMP:
-        return None
-    why = "optim settings have changed"
-    if config.train.max_steps != earlier.train.max_steps:
-        why = f"the schedule now ends at step {config.train.max_steps:,} instead of {earlier.train.max_steps:,}"
-    advice = "; the loss will rise before it falls (a lower --optim.max-lr makes that smaller)"
-    return (
-        f"the learning rate was {last:.3g} at the last step and is {following:.3g} at the next: {why}"
-        f"{advice if following > last else ''}"
-    )
