@@ -119,6 +119,8 @@ LADDER_RATES = Schema("rates file")
 """rates.json of a ladder."""
 LADDER = Schema("ladder")
 """ladder.json."""
+TUNE = Schema("search")
+"""tune.json of a search."""
 ROW = Schema("row", (Change({"receipt": "sample_digest", "receipt_since_step": "sample_digest_since_step"}),))
 """A line of metrics.jsonl or samples.jsonl. Lines have no version: all changes are applied to each."""
 

@@ -9,6 +9,9 @@
     temp_data/runs/<run name>/                     everything that a run writes
     temp_data/ladder/<name>/                       results of a ladder, whose runs are ordinary runs
 
+
+    temp_data/tune/<name>/                         results of a search, whose runs are ordinary runs
+
 Set MYLLM_DATA to keep temp_data/ elsewhere, such as on a large scratch disk. If the package was installed from a wheel,
 there is no checkout, and temp_data/ is in the current folder.
 """
@@ -79,6 +82,10 @@ def runs_dir() -> Path:
 
 def ladder_dir(name: str) -> Path:
     return temp_data() / "ladder" / name
+
+
+def tune_dir(name: str) -> Path:
+    return temp_data() / "tune" / name
 
 
 class _Below:

@@ -21,7 +21,6 @@ from . import data as data_cli
 from . import eval as eval_cli
 from . import export as export_cli
 from . import plan as plan_cli
-from . import preflight as preflight_cli
 from . import replay as replay_cli
 from . import sample as sample_cli
 from . import tokenizer as tokenizer_cli
@@ -29,6 +28,7 @@ from .errors import exit_on_error
 from .ladder import command as ladder_cli
 from .parse import parse_arguments, version
 from .prove_resume import command as prove_cli
+from .tune import command as tune_cli
 
 Positional = tyro.conf.Positional
 
@@ -97,7 +97,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "data show": data_cli.show,
     "tokenizer train": tokenizer_cli.tokenizer_train,
     "plan": plan_cli.plan,
-    "preflight": preflight_cli.preflight,
+    "preflight": plan_cli.preflight,
     "eval": eval_cli.evaluate,
     "sample": sample_cli.sample,
     "chat": sample_cli.chat,
@@ -112,6 +112,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "checkpoint verify": checkpoint_cli.verify,
     "doctor": doctor,
     "prove-resume": prove_cli.prove_resume,
+    "tune": tune_cli.tune,
     "ladder": ladder_cli.ladder,
 }
 RENAMED = {
@@ -124,7 +125,7 @@ RENAMED = {
 """Commands and options of earlier versions, with their new names."""
 GROUPS = ("data", "tokenizer", "checkpoint")
 """First words of two-word commands."""
-TAKES_WORDS = {"plan", "preflight", "prove-resume", "ladder"}
+TAKES_WORDS = {"plan", "preflight", "prove-resume", "tune", "ladder"}
 """Commands that parse the words themselves: they begin with presets."""
 
 

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -81,7 +81,9 @@ def run_trial(config: RunConfig) -> TrialResult:
     return result
 
 
-def run_trials(configs: Iterable[RunConfig], jobs: int = 1, limit: Limit | None = None) -> Iterator[TrialResult]:
+def run_trials(
+    configs: Iterable[RunConfig], jobs: int = 1, limit: Limit | None = None
+) -> Generator[TrialResult, None, None]:
     """Train trials, several at a time, and read the results of those that are complete.
 
     Ctrl-C and SIGTERM stop them; they save, and the same call continues.

@@ -3,14 +3,12 @@
 The page is the template report.html with the styles of report.css; this module computes what they show.
 """
 
-import base64
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from myllm.files import write_text
 from myllm.formatting import format_duration, format_number, format_percent, format_si
@@ -28,6 +26,7 @@ from myllm.runs.history import (
     section,
 )
 
+from .page import embed_png, page_template
 from .plots import PLOTS, save_figures
 
 MAX_TABLE_ROWS = 25
@@ -56,13 +55,13 @@ def write_report(run: RunPaths) -> Path:
     samples, environment = read_samples(run.samples), read_json_or_empty(run.environment)
     figures = save_figures(metrics, config, run.plots)
     command = _command(environment)
-    page = _template().render(
+    page = page_template("myllm.runs.report", flatten=_flatten, sample=_shorten, text=_text).render(
         name=run.root.name,
         subtitle=_subtitle(config, environment),
         step=metrics.last_step,
         max_steps=as_float(section(config, "train").get("max_steps")),
         cards=_cards(metrics, config, environment),
-        figures={name: _embed(path) for name, path in figures.items()},
+        figures={name: embed_png(path.read_bytes()) for name, path in figures.items()},
         descriptions={name: plot.description for name, plot in PLOTS.items()},
         samples=samples,
         evals=_eval_table(metrics),
@@ -77,23 +76,6 @@ def write_report(run: RunPaths) -> Path:
     )
     write_text(run.report, page)  # atomic: a browser may reload the page while training continues
     return run.report
-
-
-def _template() -> Template:
-    jinja = Environment(
-        loader=PackageLoader(__package__, "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
-    jinja.filters |= {
-        "duration": format_duration, "flatten": _flatten, "percent": format_percent, "sample": _shorten, "text": _text,
-        "thousands": "{:,.0f}".format,
-    }  # fmt: skip
-    return jinja.get_template("report.html")
-
-
-def _embed(png: Path) -> str:
-    """An image as a data URL."""
-    return f"data:image/png;base64,{base64.b64encode(png.read_bytes()).decode('ascii')}"
 
 
 # -- the top ----------------------------------------------------------------------------------------------------------

@@ -48,9 +48,9 @@ from .axes import (
     set_step_axis,
     set_ticks,
 )
+from .page import DPI
 
 STYLE_FILE = Path(__file__).with_name("plots.mplstyle")
-DPI = 200  # twice the usual 100: sharp on high-resolution screens
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,111 @@
+"""A parabola in each setting, fitted to all finished runs together, and what it says in words."""
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+
+import numpy as np
+
+from .search import TunedRun, ranked
+from .space import Parameter
+
+BEST_FRACTION = 0.6
+"""Of each rung's runs, these enter the fit: a parabola describes the loss near its optimum only."""
+EDGE = 0.05
+"""An optimum within this fraction of the range from one of its ends is at the edge."""
+
+
+@dataclass(frozen=True)
+class Parabola:
+    """The loss around its optimum in one setting, with the other settings at their optimum."""
+
+    optimum: float | None
+    """A value of the setting; None if there is none in the range."""
+    low: float
+    high: float
+    """The 1-sigma range of the optimum, as values."""
+    curvature: float
+    """Half the second derivative, in nats per squared unit of the coordinate."""
+    center: float
+    """The coordinate of the optimum, wherever it is."""
+    sigma: float
+    """Standard deviation of the runs around the fit, in nats: noise, and what the parabola does not describe."""
+    verdict: str
+    """In words."""
+
+
+def fit_parabolas(runs: list[TunedRun], parameters: list[Parameter]) -> dict[str, Parabola]:
+    """Fit loss = level of the rung + sum over settings of (a x^2 + b x), by least squares.
+
+    The settings are fitted together, so that the spread of one does not count as the noise of another. All rungs enter,
+    since values mean those of a run of D tokens on each.
+
+    Args:
+        runs: of all rungs; those that diverged are left out.
+
+    Returns:
+        by name; empty if there are too few runs.
+    """
+    by_rung: dict[int, list[TunedRun]] = defaultdict(list)
+    for run in ranked(runs):
+        if math.isfinite(run.loss):
+            by_rung[run.rung].append(run)
+    n_coefficients = 2 * len(parameters) + 1
+    used = [run for rung in by_rung.values() for run in rung[: max(math.ceil(BEST_FRACTION * len(rung)), 3)]]
+    rungs = sorted({run.rung for run in used})
+    if len(used) < n_coefficients + len(rungs) + 1:
+        return {}
+    points = np.array([[p.coordinate(run.values[p.name]) for p in parameters] for run in used])
+    level = np.array([[float(run.rung == rung) for rung in rungs] for run in used])
+    middle = np.array([sum(p.bounds) / 2 for p in parameters])  # keeps x and x^2 apart, numerically
+    x = points - middle
+    design = np.hstack([x**2, x, level])
+    loss = np.array([run.loss for run in used])
+    coefficients, _, rank, _ = np.linalg.lstsq(design, loss, rcond=None)
+    if rank < design.shape[1]:
+        return {}
+    residual = loss - design @ coefficients
+    variance = float(residual @ residual) / (len(used) - design.shape[1])
+    covariance = variance * np.linalg.inv(design.T @ design)
+    return {
+        p.name: _describe(p, index, len(parameters), coefficients, covariance, middle[index], math.sqrt(variance))
+        for index, p in enumerate(parameters)
+    }
+
+
+def _describe(
+    parameter: Parameter,
+    index: int,
+    count: int,
+    coefficients: np.ndarray,
+    covariance: np.ndarray,
+    middle: float,
+    sigma: float,
+) -> Parabola:
+    a, b = float(coefficients[index]), float(coefficients[count + index])
+    own = covariance[np.ix_([index, count + index], [index, count + index])]
+    first, last = parameter.bounds
+    width = last - first
+    ends = [a * (end - middle) ** 2 + b * (end - middle) for end in (first, last)]
+    lowest = -b * b / (4 * a) if a > 0 and first <= middle - b / (2 * a) <= last else min(ends)
+    rise = max(ends) - lowest
+    if rise < 2 * sigma:
+        return Parabola(
+            None, parameter.low, parameter.high, a, math.nan, sigma,
+            f"flat: over the whole range the loss changes by {rise:.3f} nats, and single runs scatter by {sigma:.3f}",
+        )  # fmt: skip
+    if a <= 0 or not first + EDGE * width <= middle - b / (2 * a) <= last - EDGE * width:
+        end = parameter.value_at(first if ends[0] < ends[1] else last)
+        return Parabola(
+            None, parameter.low, parameter.high, a, math.nan, sigma,
+            f"at the edge of the range: the loss still falls towards {end:.3g}; search beyond it",
+        )  # fmt: skip
+    center = middle - b / (2 * a)
+    # The delta method: the derivatives of -b / 2a by a and b.
+    gradient = np.array([b / (2 * a * a), -1 / (2 * a)])
+    deviation = math.sqrt(gradient @ own @ gradient)
+    low, high = sorted(parameter.value_at(center + side * deviation) for side in (-1, 1))
+    optimum = parameter.value_at(center)
+    return Parabola(
+        optimum, low, high, a, center, sigma, f"optimum {optimum:.3g}, 1-sigma range {low:.3g} to {high:.3g}"
+    )

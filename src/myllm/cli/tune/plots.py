@@ -1,0 +1,90 @@
+"""The figures of a search: the loss against each setting."""
+
+import math
+from collections import defaultdict
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from myllm.formatting import format_number
+from myllm.runs.report.axes import BLUE, DASHED, GRAY, GREEN, INK, VERMILION, set_ticks
+from myllm.runs.report.plots import STYLE_FILE
+
+from .fit import Parabola
+from .search import TunedRun
+from .space import Parameter
+
+RUNG_STYLES = (("D/9", BLUE, 18), ("D/3", GREEN, 48), ("D", VERMILION, 110))
+"""Name, color and area of the points of each rung."""
+WIDTH, HEIGHT = 5.6, 3.8
+SHOWN = 0.75
+"""The loss axis reaches to this quantile of the runs, and a third further."""
+
+
+def draw_setting(parameter: Parameter, runs: list[TunedRun], parabola: Parabola | None) -> Figure:
+    """Loss against one setting, above the best run of the same length: so all lengths share an axis.
+
+    Args:
+        runs: of all rungs; diverged ones are crosses at the top.
+    """
+    best: dict[int, float] = defaultdict(lambda: math.inf)
+    for run in runs:
+        best[run.rung] = min(best[run.rung], run.loss)
+    gaps = [run.loss - best[run.rung] for run in runs if math.isfinite(run.loss)]
+    top = 4 / 3 * max(float(np.quantile(gaps, SHOWN)), 0.01) if gaps else 1.0
+    with matplotlib.rc_context(fname=STYLE_FILE):
+        figure = Figure(figsize=(WIDTH, HEIGHT))
+        axes = figure.add_subplot()
+        axes.set_title(f"optim.{parameter.name}")
+        for run in runs:
+            _, color, area = RUNG_STYLES[run.rung]
+            x, gap = parameter.coordinate(run.values[parameter.name]), run.loss - best[run.rung]
+            edge = INK if run.number == 0 else "white"
+            if not math.isfinite(run.loss):
+                axes.plot(x, top, "x", color=color, clip_on=False, zorder=4)
+            elif gap > top:
+                axes.scatter(x, top, s=area, color=color, edgecolor=edge, marker="^", clip_on=False, zorder=3)
+            else:
+                axes.scatter(x, gap, s=area, color=color, edgecolor=edge, clip_on=False, zorder=3)
+        if parabola and parabola.optimum is not None:
+            _draw_parabola(axes, parameter, parabola, top)
+        _finish(axes, parameter, top)
+        return figure
+
+
+def _draw_parabola(axes: Axes, parameter: Parameter, parabola: Parabola, top: float) -> None:
+    x = np.linspace(*parameter.bounds, 200)
+    y = parabola.curvature * (x - parabola.center) ** 2
+    axes.plot(x[y <= top], y[y <= top], color=INK, linewidth=1.2, linestyle=DASHED, zorder=2)
+    low, high = sorted(map(parameter.coordinate, (parabola.low, parabola.high)))
+    axes.axvspan(low, high, color=GRAY, alpha=0.15, linewidth=0)
+    axes.axvline(parabola.center, color=GRAY, linewidth=1)
+
+
+def _finish(axes: Axes, parameter: Parameter, top: float) -> None:
+    """Scales, labels and legend."""
+    axes.set_ylim(0, top)
+    axes.set_ylabel("nats above the best of its length")
+    margin = 0.03 * (parameter.bounds[1] - parameter.bounds[0])
+    axes.set_xlim(parameter.bounds[0] - margin, parameter.bounds[1] + margin)
+    if parameter.is_log:
+        ticks = np.linspace(*parameter.bounds, 5)
+        axes.set_xticks(ticks)
+        set_ticks(axes.xaxis, None, lambda x: format_number(float(f"{parameter.value_at(x):.3g}")))
+    else:
+        set_ticks(axes.xaxis, MaxNLocator(5), format_number)
+    axes.set_xlabel(f"value in a run of D tokens{', log scale' if parameter.is_log else ''}")
+    keys = [
+        Line2D(
+            [], [], color=color, marker="o", linestyle="none", markersize=area**0.5, markeredgecolor="white", label=name
+        )
+        for name, color, area in RUNG_STYLES
+    ]
+    keys.append(
+        Line2D([], [], color="white", marker="o", linestyle="none", markersize=7, markeredgecolor=INK, label="preset")
+    )
+    axes.legend(handles=keys, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncol=4, frameon=False)

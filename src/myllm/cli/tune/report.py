@@ -1,0 +1,137 @@
+"""tune.json and report.html of a search."""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import asdict
+from statistics import fmean
+
+from myllm.config import to_dict
+from myllm.files import json_safe, write_json, write_text
+from myllm.formatting import format_duration, format_si
+from myllm.migrations import TUNE
+from myllm.planning.transfer import describe_transfer, transfer
+
+from .fit import BEST_FRACTION, Parabola, fit_parabolas
+from .recommend import Recommendation, commands, recommend
+from .search import RUNGS, TOP, Plan, Search, TunedRun, ranked
+
+TOO_FEW = "too few runs for a parabola"
+UNFINISHED = "The search is not finished: run the same command to continue it."
+
+
+def write_results(search: Search) -> str:
+    """Write tune.json and report.html, and return what they say in a few lines."""
+    folder, parabolas, best = search.folder, fit_parabolas(search.runs, search.plan.parameters), recommend(search)
+    lines = commands(search, best.values) if best and best.is_better else {}
+    write_json(folder / "tune.json", TUNE.stamp(json_safe({
+        "name": search.plan.config.name,
+        "config": to_dict(search.plan.config),
+        "search": [asdict(parameter) for parameter in search.plan.parameters],
+        "steps": search.plan.steps,
+        "runs": [_row(run) for run in search.runs],
+        "parabolas": {name: asdict(parabola) for name, parabola in parabolas.items()},
+        "recommended": asdict(best) if best else None,
+        "commands": lines,
+    })))  # fmt: skip
+    write_text(folder / "report.html", _page(search, parabolas, best, lines))
+    said = [f"optim.{p.name}: {_verdict(parabolas, p.name)}" for p in search.plan.parameters]
+    said += ["", best.sentence() if best else UNFINISHED]
+    said += [f"\n{length}:\n  {line}" for length, line in lines.items()]
+    return "\n".join([*said, "", f"report       {folder / 'report.html'}", f"numbers      {folder / 'tune.json'}"])
+
+
+def _page(
+    search: Search, parabolas: Mapping[str, Parabola], best: Recommendation | None, lines: Mapping[str, str]
+) -> str:
+    from myllm.runs.report.page import embed_figure, page_template  # Matplotlib takes a second
+
+    from .plots import draw_setting
+
+    plan = search.plan
+    shortest = transfer(plan.config.optim, plan.steps[0] / plan.steps[TOP])
+    figures = [
+        {
+            "name": p.name,
+            "image": embed_figure(draw_setting(p, search.runs, parabolas.get(p.name))),
+            "verdict": _verdict(parabolas, p.name),
+        }
+        for p in plan.parameters
+    ]
+    seeds, finalists = _finalists(search)
+    return page_template("myllm.cli.tune").render(
+        name=plan.config.name,
+        subtitle=_subtitle(plan),
+        done=len(search.runs),
+        total=len(search.runs) if best else max(sum(plan.counts) + plan.final_runs, len(search.runs)),
+        complete=best is not None,
+        cards=_cards(search, best),
+        sentence=best.sentence() if best else UNFINISHED,
+        commands=lines,
+        settings=[p.name for p in plan.parameters],
+        seeds=seeds,
+        finalists=finalists,
+        figures=figures,
+        best_fraction=BEST_FRACTION,
+        rule=f"Carried from D to D/9 tokens: {describe_transfer(plan.config.optim, shortest)}.",
+        rows=[_cells(run) for run in sorted(ranked(search.runs), key=lambda run: -run.rung)],
+        command=f"The same command continues the search in {search.folder}.",
+    )
+
+
+def _subtitle(plan: Plan) -> str:
+    lengths = ", ".join(format_si(steps * plan.config.train.batch_tokens) for steps in plan.steps)
+    data = plan.config.data.dataset or plan.config.data.source
+    return f"{data} · runs of {lengths} tokens · {plan.config.optim.optimizer}"
+
+
+def _cards(search: Search, best: Recommendation | None) -> list[tuple[str, str, str]]:
+    tokens = sum(run.result.tokens for run in search.runs if run.result)
+    seconds = sum(run.result.seconds for run in search.runs if run.result)
+    cards = [("Tokens", format_si(tokens), "of all runs"), ("Training time", format_duration(seconds), "of all runs")]
+    if best:
+        gain = f"{fmean(best.gains):+.4f}" if best.gains else "0"
+        cards = [
+            ("Validation loss", f"{best.loss:.4f}", "best finalist, mean of fresh seeds"),
+            ("Gain", gain, "nats against the preset's own values"),
+            *cards,
+        ]
+    return cards
+
+
+def _finalists(search: Search) -> tuple[list[int], list[list[str]]]:
+    """The fresh seeds, and a row for each finalist: its number, values, losses and mean."""
+    losses: dict[int, dict[int, float]] = defaultdict(dict)
+    values = {}
+    for run in search.runs:
+        if run.rung == TOP and run.seed != search.plan.config.train.seed:
+            losses[run.number][run.seed], values[run.number] = run.loss, run.values
+    seeds = sorted({seed for by_seed in losses.values() for seed in by_seed})
+    rows = []
+    for number in sorted(losses, key=lambda number: fmean(losses[number].values())):
+        shown = [f"{losses[number][seed]:.4f}" if seed in losses[number] else "" for seed in seeds]
+        name = "preset" if number == 0 else f"{number:03d}"
+        own = [f"{value:.3g}" for value in values[number].values()]
+        rows.append([name, *own, *shown, f"{fmean(losses[number].values()):.4f}"])
+    return seeds, rows
+
+
+def _cells(run: TunedRun) -> list[str]:
+    """A row of the table of runs."""
+    result = run.result
+    assert result
+    loss = "diverged" if result.loss is None else f"{result.loss:.4f}"
+    values = [f"{value:.3g}" for value in run.values.values()]
+    return [run.name, format_si(result.tokens), str(run.seed), *values, loss, format_duration(result.seconds)]
+
+
+def _row(run: TunedRun) -> dict[str, object]:
+    result = run.result
+    assert result
+    return {
+        "run": run.name, "number": run.number, "rung": RUNGS[run.rung], "seed": run.seed, "values": run.values,
+        "loss": result.loss, "tokens": result.tokens, "seconds": round(result.seconds, 2),
+    }  # fmt: skip
+
+
+def _verdict(parabolas: Mapping[str, Parabola], name: str) -> str:
+    return parabolas[name].verdict if name in parabolas else TOO_FEW

@@ -1,0 +1,262 @@
+"""The search: whole, decayed runs on three rungs, of which only finished ones are compared.
+
+    sampled      runs of D/9 tokens: the preset's own values, points spread over the ranges, then Optuna's TPE
+    promoted     the better third of them again with D/3 tokens, and the better third of those with D
+    finalists    the best three of D once more on two fresh seeds
+
+The preset's own values take part in every rung. A run is never stopped because of its loss in the middle: rankings
+change while the rate decays. Values always mean those of a run of D tokens; `planning.transfer` carries them to a
+shorter one.
+
+Results are kept in Optuna's study, an SQLite file, as soon as they are known.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from myllm.cli.trials import TrialResult, run_trials
+from myllm.config import RunConfig, to_dict
+from myllm.errors import UserError
+from myllm.planning.transfer import transfer
+from myllm.presets import diff_settings
+
+from .space import Parameter, own_values, spread_points, with_values
+
+if TYPE_CHECKING:
+    import optuna
+
+ETA = 3
+"""Each rung has this many times as many tokens as the one below, and a fraction 1 / ETA of its runs."""
+RUNGS = ("d9", "d3", "d")
+"""Ends of the names of runs, from D/9 to D tokens."""
+TOP = len(RUNGS) - 1
+SPREAD = 8
+"""Sampled points that don't depend on earlier results, after the preset's own values."""
+FINALISTS, FRESH_SEEDS = 3, 2
+GIVE_UP_ABOVE = 0.5
+"""A run is given up in its second half if its training loss is this much, in nats, above the worst finished run of its
+rung. At half of a linear decay a loss is 0.2 to 0.4 above its end."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is searched, and how much of it."""
+
+    config: RunConfig
+    """Of the preset's own values, with D tokens."""
+    parameters: list[Parameter]
+    trials: int
+    """Sampled points."""
+    own_steps: int
+    """The preset's own length."""
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps of a run, by rung."""
+        full = self.config.train.max_steps
+        return [max(round(full / ETA ** (TOP - rung)), 1) for rung in range(TOP + 1)]
+
+    @property
+    def counts(self) -> list[int]:
+        """Runs by rung, without the finalists' fresh seeds."""
+        counts = [self.trials]
+        for _ in range(TOP):
+            counts.append(promoted(counts[-1]))
+        # The preset's own values come along, unless they are among the promoted.
+        return [counts[0], *(min(count + 1, counts[0]) for count in counts[1:])]
+
+    @property
+    def final_runs(self) -> int:
+        """Runs on fresh seeds, at most."""
+        return FRESH_SEEDS * min(FINALISTS + 1, self.counts[TOP])
+
+    @property
+    def tokens(self) -> int:
+        """Of all runs together, at most."""
+        runs = sum(count * steps for count, steps in zip(self.counts, self.steps, strict=True))
+        return (runs + self.final_runs * self.steps[TOP]) * self.config.train.batch_tokens
+
+
+def promoted(count: int) -> int:
+    """How many of a rung's runs are repeated on the next one: a third, but enough for the finalists."""
+    return min(max(-(-count // ETA), FINALISTS), count)
+
+
+@dataclass(frozen=True)
+class TunedRun:
+    """A run of the search and its result."""
+
+    name: str
+    number: int
+    """Of the sampled point; 0 is the preset's own values."""
+    values: dict[str, float]
+    rung: int
+    seed: int
+    result: TrialResult | None = field(default=None, compare=False)
+
+    @property
+    def loss(self) -> float:
+        """Infinity if the run diverged or was given up."""
+        return math.inf if self.result is None or self.result.loss is None else self.result.loss
+
+
+class Search:
+    """Asks Optuna for points, trains them, and keeps the results."""
+
+    def __init__(self, plan: Plan, folder: Path, jobs: int = 1) -> None:
+        """
+        Raises:
+            UserError: the folder has a search with other settings, or Optuna is not installed.
+        """
+        self.plan, self.folder, self.jobs = plan, folder, jobs
+        self.study = open_study(plan, folder)
+        self.runs: list[TunedRun] = []
+        """Finished ones, in the order in which they ended."""
+        self._seed = plan.config.train.seed
+
+    def run(self) -> Iterator[TunedRun]:
+        """Train what is left of the search; yields every run as it finishes, those of earlier starts first."""
+        yield from self._train(self._sample())
+        for rung in range(1, TOP + 1):
+            below = self.of_rung(rung - 1)
+            numbers = [run.number for run in ranked(below)][: promoted(len(below))]
+            yield from self._train(self._point(number, rung, self._seed) for number in sorted({0, *numbers}))
+        numbers = [run.number for run in ranked(self.of_rung(TOP))][:FINALISTS]
+        seeds = [self._seed + 1 + index for index in range(FRESH_SEEDS)]
+        yield from self._train(self._point(number, TOP, seed) for seed in seeds for number in sorted({0, *numbers}))
+
+    def of_rung(self, rung: int) -> list[TunedRun]:
+        """The finished runs of a rung, without those on fresh seeds."""
+        return [run for run in self.runs if run.rung == rung and run.seed == self._seed]
+
+    def config_of(self, run: TunedRun) -> RunConfig:
+        """The run's own config: with its rung's tokens, and its values carried over to them."""
+        config, steps = with_values(self.plan.config, run.values), self.plan.steps[run.rung]
+        ratio = steps / self.plan.steps[TOP]
+        optim = config.optim if run.rung == TOP else transfer(config.optim, ratio)
+        train = replace(config.train, max_steps=steps, seed=run.seed)
+        return replace(config, name=run.name, optim=optim, train=train)
+
+    def _sample(self) -> Iterator[TunedRun]:
+        """Points that were begun, then new ones."""
+        from optuna.trial import TrialState
+
+        begun = [trial for trial in self.study.get_trials(deepcopy=False) if trial.state != TrialState.WAITING]
+        for trial in begun[: self.plan.trials]:
+            yield self._point(trial.number, 0, self._seed)
+        distributions: dict[str, Any] = {p.name: p.distribution() for p in self.plan.parameters}
+        for index in range(len(begun), self.plan.trials):
+            self.study.sampler = _sampler(self._seed + index, self.jobs)
+            trial_number = self.study.ask(distributions).number
+            yield self._point(trial_number, 0, self._seed)
+
+    def _point(self, number: int, rung: int, seed: int) -> TunedRun:
+        at = self.study.get_trials(deepcopy=False)[number].params
+        values = {parameter.name: parameter.value_at(at[parameter.name]) for parameter in self.plan.parameters}
+        again = "" if seed == self._seed else f"-seed{seed}"
+        name = f"tune-{self.plan.config.name}-{number:03d}-{RUNGS[rung]}{again}"
+        return TunedRun(name, number, values, rung, seed)
+
+    def _train(self, runs: Iterable[TunedRun]) -> Iterator[TunedRun]:
+        known, by_name = self.study.user_attrs, dict[str, TunedRun]()
+        earlier: list[TunedRun] = []
+
+        def unknown() -> Iterator[RunConfig]:
+            for run in runs:
+                by_name[run.name] = run
+                if saved := known.get(_key(run)):
+                    earlier.append(self._finish(replace(run, result=TrialResult(**saved))))
+                else:
+                    yield self.config_of(run)
+
+        with closing(run_trials(unknown(), self.jobs, self._give_up_above)) as results:
+            for result in results:
+                yield from _drain(earlier)
+                self.study.set_user_attr(_key(by_name[result.name]), asdict(result))
+                yield self._finish(replace(by_name[result.name], result=result))
+        yield from _drain(earlier)
+
+    def _finish(self, run: TunedRun) -> TunedRun:
+        """Record a result, and tell Optuna that of a sampled point."""
+        self.runs.append(run)
+        if run.rung == 0:
+            # To the sampler, a run that diverged knows nothing: the loss of guessing.
+            loss = run.loss if math.isfinite(run.loss) else math.log(self.plan.config.model.vocab_size)
+            self.study.tell(run.number, loss, skip_if_finished=True)
+        return run
+
+    def _give_up_above(self, config: RunConfig) -> float:
+        rung = self.plan.steps.index(config.train.max_steps)
+        losses = [run.loss for run in self.runs if run.rung == rung and math.isfinite(run.loss)]
+        return max(losses, default=math.inf) + GIVE_UP_ABOVE
+
+
+def ranked(runs: Iterable[TunedRun]) -> list[TunedRun]:
+    """Best first."""
+    return sorted(runs, key=lambda run: (run.loss, run.number))
+
+
+def open_study(plan: Plan, folder: Path) -> "optuna.Study":
+    """The study in a folder, or a new one whose first points are enqueued.
+
+    Raises:
+        UserError: it has other settings, or Optuna is not installed.
+    """
+    try:
+        import optuna
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"`myllm tune` needs {error.name}, which is not installed: python -m pip install 'optuna>=4,<6' (or "
+            "install the extra tune)"
+        ) from None
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    folder.mkdir(parents=True, exist_ok=True)
+    storage = optuna.storages.RDBStorage(f"sqlite:///{folder / 'study.db'}")
+    study = optuna.create_study(storage=storage, study_name=plan.config.name, load_if_exists=True)
+    described = {"config": to_dict(plan.config), "search": [asdict(parameter) for parameter in plan.parameters]}
+    if "plan" in study.user_attrs:
+        _check_same(study.user_attrs["plan"], described, folder)
+        return study
+    own = own_values(plan.config, plan.parameters)
+    study.enqueue_trial({p.name: p.coordinate(own[p.name]) for p in plan.parameters}, skip_if_exists=True)
+    for shares in spread_points(SPREAD, len(plan.parameters)):
+        point = zip(plan.parameters, shares, strict=True)
+        at = {p.name: p.bounds[0] + share * (p.bounds[1] - p.bounds[0]) for p, share in point}
+        study.enqueue_trial(at, skip_if_exists=True)
+    study.set_user_attr("plan", described)
+    return study
+
+
+def _check_same(saved: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
+    from myllm.config import saved_config
+
+    different = diff_settings(saved_config(saved["config"], folder), saved_config(wanted["config"], folder))
+    changes = [f"{name}: {old} -> {new}" for name, (old, new) in different.items()]
+    if saved["search"] != wanted["search"]:
+        changes.append(f"--search: {saved['search']} -> {wanted['search']}")
+    if changes:
+        raise UserError(
+            f"the search in {folder} has other settings:\n"
+            + "\n".join(f"  - {change}" for change in changes)
+            + "\ngive the same ones to continue it, or another --name to begin one"
+        )
+
+
+def _sampler(seed: int, jobs: int) -> "optuna.samplers.BaseSampler":
+    """A new one for each point, with a seed of its own, so that a restart does not draw the same numbers again."""
+    import optuna
+
+    return optuna.samplers.TPESampler(multivariate=True, n_startup_trials=1, constant_liar=jobs > 1, seed=seed)
+
+
+def _key(run: TunedRun) -> str:
+    return f"run {run.name}"
+
+
+def _drain(runs: list[TunedRun]) -> Iterator[TunedRun]:
+    while runs:
+        yield runs.pop(0)
