@@ -18,10 +18,11 @@ import yaml
 from conftest import ROOT, tiny_config, write_run_config
 from torch.distributed.run import parse_args as parse_torchrun
 
-from myllm.cli import plan, preflight
 from myllm.cli.launch import RunArgs, parse_args, parse_run_args
 from myllm.cli.main import COMMANDS, TAKES_WORDS
 from myllm.cli.main import main as myllm
+from myllm.cli.plan import PlanArgs, PreflightArgs
+from myllm.cli.tune.command import TuneArgs
 from myllm.config import RunConfig
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
@@ -127,7 +128,7 @@ def parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return command
 
     def of_preset(name: str) -> Callable[[list[str]], None]:
-        kinds: dict[str, type[RunArgs]] = {"plan": plan.PlanArgs, "preflight": preflight.PreflightArgs}
+        kinds: dict[str, type[RunArgs]] = {"plan": PlanArgs, "preflight": PreflightArgs, "tune": TuneArgs}
         kind = kinds.get(name, RunArgs)
 
         def command(words: list[str]) -> None:
