@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
@@ -11,9 +12,10 @@ from myllm import paths
 from myllm.cli.parse import parse_arguments
 from myllm.config import RunConfig
 from myllm.errors import UserError
-from myllm.files import write_json
+from myllm.files import json_safe, read_json, write_json
+from myllm.formatting import format_si
 
-from .plan import Grid, check_grid, count_matrices, load_recipes, plan_cells
+from .plan import Cell, Grid, check_grid, count_matrices, load_recipes, plan_cells
 from .rates import RecipeRates, read_rates, write_rates
 
 if TYPE_CHECKING:
@@ -51,7 +53,8 @@ class LadderArgs:
     max_epochs: float = 1.0
     """How often a run may read the data set."""
     rates: str | None = None
-    """Learning rates: a rates file, or own for each recipe's own (default: those of the first start)."""
+    """Learning rates: a rates file, or own for each recipe's own (default: those of the first
+    start, or else a search)."""
     jobs: int = 1
     """Runs at once. Each has its share of the cores."""
     budget: bool = False
@@ -69,7 +72,16 @@ def ladder(words: list[str]) -> None:
         raise UserError("a ladder compares at least two recipes: give presets or config files")
     grid, recipes = make_grid(args), load_recipes(args.recipes)
     check_grid(grid, args.max_epochs)
-    rates = choose_rates(args.rates, recipes, grid)
+    rates = known_rates(args, recipes, grid)
+    if rates is None and args.budget:
+        from .search import count_runs, guessed_rates
+
+        print(
+            f"stage 1: about {count_runs(recipes, grid)} runs of {format_si(grid.middle_length)} tokens to find each "
+            "recipe's rates; the plan below has first guesses"
+        )
+        rates = guessed_rates(recipes, grid)
+    rates = rates or tune_rates(args, recipes, grid)
     cells = plan_cells(recipes, grid, rates, args.seeds)
     from .budget import describe_cost, describe_plan, expected_seconds
     from .cells import run_cells
@@ -98,7 +110,8 @@ def finish(name: str, recipes: Mapping[str, RunConfig], grid: Grid, results: "Se
     path = paths.ladder_dir(name) / "ladder.json"
     write_results(path, {
         "name": name, "dataset": grid.dataset.name, "recipes": list(recipes), "widths": list(grid.widths),
-        "cells": [describe_cell(result) for result in results], "analysis": analysis,
+        "cells": [describe_cell(result) for result in results], "rates": read_json(rates_file(name)),
+        "analysis": analysis,
     })  # fmt: skip
     table = describe_losses(losses, grid.widths)
     return f"\nvalidation loss, nats per token\n{table}\n\n{describe_analysis(analysis)}\n\nresults are in {path}"
@@ -120,17 +133,46 @@ def make_grid(args: LadderArgs) -> Grid:
     )  # fmt: skip
 
 
-def choose_rates(choice: str | None, recipes: Mapping[str, RunConfig], grid: Grid) -> dict[str, RecipeRates]:
-    """The rates that --rates names, or those with which the ladder was started. They are saved in its rates.json, so
-    that a later start with more lengths has the same cells.
+def known_rates(args: LadderArgs, recipes: Mapping[str, RunConfig], grid: Grid) -> dict[str, RecipeRates] | None:
+    """The rates that --rates names, or those with which the ladder was started; None if they are to be searched.
+
+    They are saved in the ladder's rates.json, so that a later start with more lengths has the same cells.
     """
-    path = paths.ladder_dir(grid.name) / "rates.json"
-    if choice is None and path.is_file():
-        return read_rates(path, list(recipes))
-    if choice in (None, OWN):
+    path = rates_file(args.name)
+    if args.rates is None:
+        return read_rates(path, list(recipes)) if path.is_file() else None
+    if args.rates == OWN:
         rates = {name: RecipeRates(grid.middle_length) for name in recipes}
     else:
-        rates = read_rates(paths.user_path(choice), list(recipes))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, write_rates(rates))
+        rates = read_rates(paths.user_path(args.rates), list(recipes))
+    if not args.budget:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, write_rates(rates))
     return rates
+
+
+def tune_rates(args: LadderArgs, recipes: Mapping[str, RunConfig], grid: Grid) -> dict[str, RecipeRates]:
+    """Stage 1: search the rates, check their rule, and save them.
+
+    Raises:
+        UserError: an optimum lies at an edge.
+    """
+    from .budget import expected_seconds
+    from .cells import run_cells
+    from .search import check_rule, describe_search, search_rates
+
+    def run(cells: Sequence[Cell]) -> list[float]:
+        return [result.loss for result in run_cells(cells, args.jobs, expected_seconds(cells, args.jobs))]
+
+    print("stage 1: rates of each recipe", flush=True)
+    rates, record = search_rates(recipes, grid, run)
+    checks = check_rule(recipes, grid, rates, run)
+    print(describe_search(record, checks) + "\n", flush=True)
+    path = rates_file(args.name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, json_safe(write_rates(rates) | {"search": record, "checks": checks}))
+    return rates
+
+
+def rates_file(name: str) -> Path:
+    return paths.ladder_dir(name) / "rates.json"
