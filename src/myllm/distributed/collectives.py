@@ -142,6 +142,11 @@ def all_reduce_any(*flags: bool) -> tuple[bool, ...]:
     return tuple(bool(flag) for flag in tensor)
 
 
+def all_ranks() -> dist.ProcessGroup | None:
+    """The group of all ranks; None with one rank."""
+    return dist.group.WORLD if dist.is_initialized() and dist.get_world_size() > 1 else None
+
+
 def barrier() -> None:
     all_reduce_any(False)  # dist.barrier would run on the device; this is on gloo
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from myllm.config import OptimConfig
 
 from .lr_schedule import learning_rate
+from .ranks import local
 
 ParameterState = dict[str, Tensor]
 """Optimizer state of one parameter, by torch's names."""
@@ -67,13 +68,15 @@ class AdamW:
         """
         for parameter in self._cautious:
             assert parameter.grad is not None
-            gradient = parameter.grad if grad_scale is None else parameter.grad / grad_scale
+            weight, gradient = local(parameter), local(parameter.grad)
+            if grad_scale is not None:
+                gradient = gradient / grad_scale
             state = self._adamw.state.get(parameter)
-            first_moment = state["exp_avg"].lerp(gradient, 1 - self._config.beta1) if state else gradient
-            aligned = first_moment * parameter >= 0
+            first_moment = local(state["exp_avg"]).lerp(gradient, 1 - self._config.beta1) if state else gradient
+            aligned = first_moment * weight >= 0
             if skip is not None:
                 aligned &= skip == 0
-            parameter.mul_(torch.where(aligned, 1 - decay, 1.0))
+            weight.mul_(torch.where(aligned, 1 - decay, 1.0))
 
     def state_dict(self) -> dict[str, ParameterState]:
         return {name: dict(self._adamw.state[p]) for name, p in self.parameters.items() if self._adamw.state.get(p)}

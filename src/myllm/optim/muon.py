@@ -8,19 +8,21 @@ Source: Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural netw
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from itertools import accumulate
+from collections.abc import Mapping
+from functools import partial
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from myllm.config import OptimConfig
 from myllm.planning.length import momentum_warmup_steps
 
 from .adamw import ParameterState
 from .lr_schedule import rate_factor
+from .ranks import Matrix, Replicas, Shards, cut, local
 
 ITERATIONS = 5
 COEFFICIENTS = 3.4445, -4.7750, 2.0315
@@ -80,31 +82,6 @@ def momentum_at(step: int, config: OptimConfig, max_steps: int) -> float:
     return (1 - progress) * config.muon_momentum_start + progress * config.muon_momentum
 
 
-@dataclass(frozen=True)
-class Matrix:
-    """Rows of a parameter that are a matrix of their own, such as the queries of a fused projection."""
-
-    parameter: str
-    rows: slice
-    n_rows: int
-    columns: int
-
-    @property
-    def is_tall(self) -> bool:
-        return self.n_rows > self.columns
-
-    def wide(self, matrix: Tensor) -> Tensor:
-        """(R, C) to (S, L), and back: the iteration runs on the smaller side."""
-        return matrix.mT if self.is_tall else matrix
-
-
-def cut(parameter: str, shape: torch.Size, row_sizes: tuple[int, ...]) -> Iterator[Matrix]:
-    """The matrices that a parameter consists of."""
-    assert sum(row_sizes) == shape[0], f"{parameter} has {shape[0]} rows, not {row_sizes}"
-    for end, n_rows in zip(accumulate(row_sizes), row_sizes, strict=True):
-        yield Matrix(parameter, slice(end - n_rows, end), n_rows, shape[1])
-
-
 class Muon:
     """Muon with Nesterov momentum and decoupled weight decay, in batches of matrices of the same shape.
 
@@ -117,10 +94,12 @@ class Muon:
         row_sizes: Mapping[str, tuple[int, ...]],
         config: OptimConfig,
         max_steps: int,
+        group: dist.ProcessGroup | None = None,
     ) -> None:
         """
         Args:
             row_sizes: by parameter name, the rows of the matrices that the parameter consists of.
+            group: ranks that have the same parameters and share the work. None: this process alone, or FSDP2.
         """
         self.parameters = dict(parameters)
         self._config, self._max_steps = config, max_steps
@@ -130,6 +109,8 @@ class Muon:
             for matrix in cut(name, parameter.shape, row_sizes[name]):
                 small, large = sorted((matrix.n_rows, matrix.columns))
                 self._batches[small, large].append(matrix)
+        first = next(iter(self.parameters.values()))
+        self._ranks = Shards(first) if isinstance(first, DTensor) else Replicas(group)
 
     @torch.no_grad()
     def step(self, step: int, skip: Tensor | None = None, grad_scale: Tensor | None = None) -> None:
@@ -138,32 +119,35 @@ class Muon:
         momentum = momentum_at(step, config, max_steps)
         skipped = None if skip is None else skip != 0
         for name, parameter in self.parameters.items():
-            assert parameter.grad is not None
-            if grad_scale is not None:
-                parameter.grad.div_(grad_scale)
             if name not in self._momentum:
                 self._momentum[name] = torch.zeros_like(parameter, requires_grad=False)
-            buffer = self._momentum[name]
-            following = buffer.lerp(parameter.grad, 1 - momentum)
+            assert parameter.grad is not None
+            gradient, buffer = local(parameter.grad), local(self._momentum[name])
+            if grad_scale is not None:
+                gradient.div_(grad_scale)
+            following = buffer.lerp(gradient, 1 - momentum)
             # Not a factor of 0, which would leave NaN.
             buffer.copy_(following if skipped is None else torch.where(skipped, buffer, following))
+        arriving = []
         for matrices in self._batches.values():
-            directions = torch.stack([matrix.wide(self._direction(matrix, momentum)) for matrix in matrices])
+            directions = self._ranks.to_owners(matrices, partial(self._direction, momentum))
             if skipped is not None:
                 directions = torch.where(skipped, 0.0, directions)  # and so is their update, exactly
             updates = orthogonalize(directions, iteration_dtype(directions.device))
-            for matrix, update in zip(matrices, updates, strict=True):
-                self._apply(matrix, matrix.wide(update), rate, skipped)
+            arriving.append((matrices, self._ranks.from_owners(matrices, updates)))
+        for matrices, wait in arriving:
+            for matrix, update in zip(matrices, wait(), strict=True):
+                self._apply(matrix, update, rate, skipped)
 
-    def _direction(self, matrix: Matrix, momentum: float) -> Tensor:
-        """Nesterov's: the gradient, ahead of the momentum by one step."""
-        gradient = self.parameters[matrix.parameter].grad
+    def _direction(self, momentum: float, matrix: Matrix) -> Tensor:
+        """This rank's rows of Nesterov's direction: the gradient, ahead of the momentum by one step."""
+        gradient, rows = self.parameters[matrix.parameter].grad, self._ranks.rows(matrix)
         assert gradient is not None
-        return gradient[matrix.rows].lerp(self._momentum[matrix.parameter][matrix.rows], momentum)
+        return local(gradient)[rows].lerp(local(self._momentum[matrix.parameter])[rows], momentum)
 
     def _apply(self, matrix: Matrix, update: Tensor, rate: float, skipped: Tensor | None) -> None:
-        """Decay the weights of a matrix, then update them. The decay takes the rate without the update's scale."""
-        weight = self.parameters[matrix.parameter][matrix.rows]
+        """Decay this rank's rows of a matrix, then update them. The decay takes the rate without the update's scale."""
+        weight = local(self.parameters[matrix.parameter])[self._ranks.rows(matrix)]
         kept: float | Tensor = 1 - rate * self._config.weight_decay
         if skipped is not None:
             kept = torch.where(skipped, 1.0, kept)

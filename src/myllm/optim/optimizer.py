@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from myllm.config import OptimConfig
@@ -25,10 +26,12 @@ class ScheduledOptimizer:
         hidden_matrices: Mapping[str, tuple[int, ...]],
         config: OptimConfig,
         max_steps: int,
+        group: dist.ProcessGroup | None = None,
     ) -> None:
         """
         Args:
             hidden_matrices: by parameter name, the numbers of rows of the matrices that a parameter consists of.
+            group: ranks with the same parameters and gradients, among which Muon shares its work. None: no sharing.
         """
         self._config, self._max_steps = config, max_steps
         self.parameters = {name: parameter for name, parameter in named_parameters if parameter.requires_grad}
@@ -45,7 +48,7 @@ class ScheduledOptimizer:
             self._parts.append(AdamW(decayed, not_decayed, config, max_steps))
         if for_muon:
             matrices = {name: self.parameters[name] for name in for_muon}
-            self._parts.append(Muon(matrices, for_muon, config, max_steps))
+            self._parts.append(Muon(matrices, for_muon, config, max_steps, group))
 
     def rate(self, step: int) -> float:
         """AdamW's; Muon's is in the same proportion to optim.muon_lr."""

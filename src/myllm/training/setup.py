@@ -20,7 +20,7 @@ from myllm.data.dataset import Dataset
 from myllm.data.sample_digest import SampleDigest
 from myllm.data.sampler import DataPosition, count_sequences
 from myllm.data.tokenizer.load import load_tokenizer
-from myllm.distributed.collectives import DistContext
+from myllm.distributed.collectives import DistContext, all_ranks
 from myllm.distributed.parallelize import shard
 from myllm.errors import UserError
 from myllm.model.transformer import Transformer
@@ -106,7 +106,7 @@ def build(ctx: RunContext, dataset: Dataset, batch: BatchPlan | None = None) -> 
     model = Transformer(config.model, config.train.seed).to(dist.device)
     eval_model = shard(model, config, dist)
     optimizer = ScheduledOptimizer(
-        model.named_parameters(), model.hidden_matrices(), config.optim, config.train.max_steps
+        model.named_parameters(), model.hidden_matrices(), config.optim, config.train.max_steps, all_ranks()
     )
     torch.manual_seed(config.train.seed + dist.rank)  # dropout differs between ranks
     state = TrainState(0, 0, DataPosition(0, 0, config.train.seed, dataset.fingerprint))

@@ -12,7 +12,7 @@ import torch
 from myllm.checkpoint.state import TrainState
 from myllm.config import ModelConfig, OptimConfig, RunConfig, TrainConfig
 from myllm.data.sampler import DataPosition
-from myllm.distributed.collectives import DistContext, all_reduce_sum, process_group
+from myllm.distributed.collectives import DistContext, all_ranks, all_reduce_sum, process_group
 from myllm.distributed.parallelize import full_params, full_tensor, parallelize, shard, zero_grad
 from myllm.model.transformer import Transformer
 from myllm.optim.optimizer import ScheduledOptimizer
@@ -30,6 +30,8 @@ BASE = RunConfig(model=MODEL, train=TRAIN, optim=OptimConfig(max_lr=1e-2, warmup
 CASES = {
     "ddp": {},
     "fsdp": {"parallel": "fsdp"},
+    "ddp-muon": {},
+    "fsdp-muon": {"parallel": "fsdp"},
     "untied": {"parallel": "fsdp"},
     "ddp-bfloat16": {"precision": "bfloat16"},
     "fsdp-bfloat16": {"parallel": "fsdp", "precision": "bfloat16"},
@@ -58,9 +60,11 @@ class Numbers:
 def run(case: str, process: DistContext) -> dict[str, object]:
     config = replace(BASE, train=replace(TRAIN, **CASES[case]))
     config = replace(config, model=replace(MODEL, tie_embeddings=case != "untied"))
+    if case.endswith("muon"):
+        config = replace(config, optim=replace(config.optim, optimizer="muon"))
     model = Transformer(config.model, 1)
     whole = shard(model, config, process)
-    optimizer = ScheduledOptimizer(model.named_parameters(), model.hidden_matrices(), config.optim, STEPS)
+    optimizer = ScheduledOptimizer(model.named_parameters(), model.hidden_matrices(), config.optim, STEPS, all_ranks())
     runner, batch = parallelize(model, config, process), batch_plan(config, process.world_size)
     loader, guard = Numbers(process, TRAIN.micro_batch_size), GradientGuard(config.train, process.device)
     accumulate_gradients(runner, loader, batch, config, process.device)
@@ -82,7 +86,7 @@ def run(case: str, process: DistContext) -> dict[str, object]:
         weights = {name: weight.clone() for name, weight in whole.state_dict().items()}
     kept = sum(parameter.untyped_storage().nbytes() for parameter in whole.parameters())
     part = sum(getattr(p.detach(), "_local_tensor", p.detach()).numel() for p in model.parameters())
-    moments = {name: full_tensor(state["exp_avg_sq"]) for name, state in optimizer.state_dict().items()}
+    moments = {name: full_tensor(next(reversed(state.values()))) for name, state in optimizer.state_dict().items()}
     return {
         "config": asdict(config.train), "gradients": gradients, "losses": losses, "norms": norms, "weights": weights,
         "moments": moments, "scores": scores[:: 1 + process.rank], "kept_bytes": kept, "part": part,
