@@ -1,6 +1,7 @@
 """The Transformer once more in float64 NumPy, token by token and head by head: nothing shared with the model's code.
 
-Covers RMSNorm, rotary positions, grouped queries, QK-norm, SwiGLU, squared ReLU, biases and a tied or free head.
+Covers RMSNorm, also behind the embedding, rotary positions, grouped queries, QK-norm, SwiGLU, squared ReLU, biases,
+residual scales and a tied or free head.
 """
 
 import math
@@ -13,16 +14,21 @@ Weights = dict[str, np.ndarray]
 def logits(weights: Weights, tokens: list[int], shape: dict) -> np.ndarray:
     """Logits of one sequence, (T, V). `shape` has n_layers, n_heads, kv_heads, head_dim, theta, eps and activation."""
     stream = [weights["embedding.weight"][token] for token in tokens]  # T vectors of (D,)
+    if "embedding_norm.weight" in weights:
+        stream = [rms_norm(x, weights["embedding_norm.weight"], shape["eps"]) for x in stream]
+    scales, eps = weights.get("residual_scales", np.ones(shape["n_layers"])), shape["eps"]
     for layer in range(shape["n_layers"]):
         block = f"blocks.{layer}."
-        normed = [rms_norm(x, weights[f"{block}attention_norm.weight"], shape["eps"]) for x in stream]
+        stream = [x * scales[layer] for x in stream]  # as the config says; the model divides what the block adds
+        eps *= scales[layer] ** 2
+        normed = [rms_norm(x, weights[f"{block}attention_norm.weight"], eps) for x in stream]
         stream = [x + y for x, y in zip(stream, attention(weights, f"{block}attention.", normed, shape), strict=True)]
-        normed = [rms_norm(x, weights[f"{block}feed_forward_norm.weight"], shape["eps"]) for x in stream]
+        normed = [rms_norm(x, weights[f"{block}feed_forward_norm.weight"], eps) for x in stream]
         stream = [
             x + feed_forward(weights, f"{block}feed_forward.", y, shape) for x, y in zip(stream, normed, strict=True)
         ]
     head = weights.get("head.weight", weights["embedding.weight"])
-    return np.stack([head @ rms_norm(x, weights["norm.weight"], shape["eps"]) for x in stream])
+    return np.stack([head @ rms_norm(x, weights["norm.weight"], eps) for x in stream])
 
 
 def attention(weights: Weights, name: str, xs: list[np.ndarray], shape: dict) -> list[np.ndarray]:

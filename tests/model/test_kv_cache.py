@@ -25,6 +25,7 @@ def model_of(kind: dict) -> Transformer:
         {"n_kv_heads": 2, "bias": True},
         {"qk_norm": True, "head_dim": 8},
         {"qk_norm": True, "n_kv_heads": 1, "position": "learned"},
+        {"embedding_norm": True, "residual_scales": True, "tie_embeddings": False, "activation": "relu2"},
     ],
     ids=str,
 )

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2LMHeadModel, Llam
 
 from myllm.config import ModelConfig
 from myllm.hub.architectures import select_architecture, transformers_config
+from myllm.hub.export.fold import fold_weights
 from myllm.hub.weights import export_weights
 from myllm.model.transformer import Transformer
 
@@ -18,11 +19,13 @@ SMALL = ModelConfig(
     vocab_size=101, vocab_multiple=16, max_seq_len=24, d_model=32, n_layers=3, n_heads=4, d_ff=48, rope_theta=500.0
 )
 GPT2 = replace(SMALL, position="learned", norm="layernorm", activation="gelu", bias=True)
+MODERN = {"embedding_norm": True, "tie_embeddings": False, "residual_scales": True, "activation": "relu2"}
 TOKENS = torch.randint(101, (2, 24), generator=torch.Generator().manual_seed(5))
 
 
 def random_model(config: ModelConfig) -> Transformer:
-    """A model none of whose parameters is at its starting value: norm weights are not 1, biases are not 0."""
+    """A model none of whose parameters is at its starting value: norm weights are not 1, biases are not 0, residual
+    scales are about 1."""
     model = Transformer(config).eval()
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -31,7 +34,8 @@ def random_model(config: ModelConfig) -> Transformer:
             if parameter.ndim == 2:
                 parameter.copy_(noise / parameter.shape[1] ** 0.5)
             else:
-                parameter.copy_(0.3 * noise + (0 if name.endswith("bias") else 1))
+                spread = 0.1 if name == "residual_scales" else 0.3  # their products stay positive
+                parameter.copy_(spread * noise + (0 if name.endswith("bias") else 1))
     return model
 
 
@@ -47,12 +51,12 @@ def assert_same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
 
 def peer_of(model: Transformer) -> torch.nn.Module:
     """transformers' own model with our weights, by the tables that exports use."""
-    config = model.config
+    config, weights = fold_weights(model.config, model.state_dict())
     kind = select_architecture(config)
     peer = AutoModelForCausalLM.from_config(
         AutoConfig.for_model(**transformers_config(config, 0, "float32")), attn_implementation="eager"
     )
-    missing, unexpected = peer.load_state_dict(export_weights(kind, config, model.state_dict()), strict=False)
+    missing, unexpected = peer.load_state_dict(export_weights(kind, config, weights), strict=False)
     assert unexpected == []
     assert missing == (["lm_head.weight"] if config.tie_embeddings else [])
     peer.tie_weights()
@@ -72,6 +76,9 @@ def their_logits(model: Transformer) -> torch.Tensor:
         {"n_kv_heads": 1, "head_dim": 12, "bias": True},
         {"tie_embeddings": False},
         {"rope_theta": 10_000.0, "norm_eps": 1e-3},
+        {"activation": "relu2"},
+        {"residual_scales": True, "bias": True},
+        MODERN | {"bias": True},
     ],
     ids=str,
 )
@@ -93,7 +100,7 @@ def test_parity_notices_a_wrong_detail():
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"head_dim": 16}, {"n_kv_heads": 2, "head_dim": 6, "tie_embeddings": False}], ids=str
+    "changes", [{}, {"head_dim": 16}, {"n_kv_heads": 2, "head_dim": 6, "tie_embeddings": False}, MODERN], ids=str
 )
 @torch.no_grad()
 def test_qwen3(changes):
@@ -103,7 +110,7 @@ def test_qwen3(changes):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"bias": False}, {"tie_embeddings": False, "norm_eps": 1e-3, "d_ff": 40}], ids=str
+    "changes", [{}, {"bias": False}, {"tie_embeddings": False, "norm_eps": 1e-3, "d_ff": 40}, MODERN], ids=str
 )
 @torch.no_grad()
 def test_gpt2(changes):
@@ -121,6 +128,8 @@ def test_gpt2(changes):
         {"activation": "relu2", "qk_norm": True, "tie_embeddings": False},
         {"activation": "swiglu", "n_kv_heads": 2, "bias": True},
         {"activation": "relu2", "n_kv_heads": 1, "head_dim": 10},
+        {"residual_scales": True},
+        MODERN | {"qk_norm": True, "norm_eps": 1e-2},
     ],
     ids=str,
 )

@@ -13,7 +13,11 @@ from myllm.model.kv_cache import KVCache
 from myllm.model.transformer import Transformer
 
 CONTEXT = 24
-KINDS = [{"qk_norm": True, "n_kv_heads": 2}, {"position": "learned", "norm": "layernorm", "bias": True}]
+KINDS = [
+    {"qk_norm": True, "n_kv_heads": 2},
+    {"position": "learned", "norm": "layernorm", "bias": True},
+    {"embedding_norm": True, "residual_scales": True, "tie_embeddings": False},
+]
 
 
 def greedy(model: Transformer, static: bool, prompts: list[list[int]], count: int) -> list[list[int]]:

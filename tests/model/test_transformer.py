@@ -20,6 +20,7 @@ KINDS = [
     {"qk_norm": True, "n_kv_heads": 2, "head_dim": 10, "bias": True},
     {"position": "learned", "norm": "layernorm", "activation": "gelu", "bias": True},
     {"position": "learned", "norm": "layernorm", "activation": "relu2", "tie_embeddings": False},
+    {"embedding_norm": True, "residual_scales": True, "tie_embeddings": False, "init": "zero_residual"},
 ]
 by_kind = pytest.mark.parametrize("kind", KINDS, ids=str)
 
@@ -140,6 +141,21 @@ def test_init(init):
     }  # fmt: skip
 
 
+@torch.no_grad()
+def test_zero_residual_init():
+    """Blocks add nothing at first, and an untied head is so small that the loss is ln V."""
+    config = replace(SMALL, vocab_size=1_000, d_model=64, tie_embeddings=False, bias=True, init="zero_residual")
+    model, tokens = Transformer(config), tokens_of(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("out_proj.weight", "down_proj.weight")):
+            assert not parameter.any(), name
+        elif parameter.ndim == 2 and name != "head.weight":
+            assert parameter[:1_000].std() == pytest.approx(math.sqrt(2 / (5 * 64)), rel=0.1), name
+    assert model.head.weight[:1_000].std() == pytest.approx(0.001, rel=0.1)
+    assert torch.equal(model.hidden(tokens), model.norm(model.embedding(tokens)))
+    assert model(tokens, tokens.roll(1)).item() == pytest.approx(math.log(1_000), abs=1e-3)
+
+
 def test_seeds():
     torch.manual_seed(1)
     one = Transformer(SMALL, seed=7).state_dict()
@@ -155,19 +171,44 @@ def test_starts_near_a_uniform_guess():
     assert Transformer(config)(tokens, tokens.roll(1)).item() == pytest.approx(math.log(1_000), abs=0.1)
 
 
+@torch.no_grad()
+def test_the_embedding_norm_comes_before_positions_and_dropout():
+    config = replace(
+        SMALL, position="learned", norm="layernorm", bias=True, tie_embeddings=False, embedding_norm=True,
+        init="zero_residual",
+    )  # fmt: skip
+    model, tokens = Transformer(config), tokens_of(config)
+    table = F.layer_norm(model.embedding.weight, (24,), eps=config.norm_eps)
+    expected = F.layer_norm(table[tokens] + model.positions.weight, (24,), eps=config.norm_eps)
+    torch.testing.assert_close(model.hidden(tokens), expected)
+
+
+def test_new_residual_scales_change_nothing():
+    """Loss and gradients are to the bit those of the model without."""
+    plain, scaled = Transformer(SMALL), Transformer(replace(SMALL, residual_scales=True))
+    tokens = tokens_of(SMALL)
+    loss, *gradients = gradients_of(plain.train(), tokens)
+    scaled_loss, scales, *others = gradients_of(scaled.train(), tokens)
+    assert torch.equal(loss, scaled_loss)
+    assert all(map(torch.equal, gradients, others))
+    assert scales.all()
+
+
 # -- parameters -------------------------------------------------------------------------------------------------------
 
 
 def counted_by_part(model: Transformer) -> dict[str, int]:
     """The module's parameters under plan.py's names, without the vocabulary's padding."""
     rows = model.config.vocab_size
-    found = dict.fromkeys(("embedding", "positions", "attention", "feed-forward", "norms", "head"), 0)
+    found = dict.fromkeys(
+        ("embedding", "positions", "attention", "feed-forward", "norms", "residual scales", "head"), 0
+    )
     for name, parameter in model.named_parameters():
         words = name.split(".")
         if words[0] in ("embedding", "head"):
             found[words[0]] += parameter[:rows].numel()
-        elif words[0] == "positions":
-            found["positions"] += parameter.numel()
+        elif words[0] in ("positions", "residual_scales"):
+            found[words[0].replace("_", " ")] += parameter.numel()
         elif words[0] == "blocks" and words[2] in ("attention", "feed_forward"):
             found[words[2].replace("_", "-")] += parameter.numel()
         else:
@@ -228,6 +269,14 @@ def test_state_dict_names():
         "head.weight",
         "positions.weight",
     }
+    switches = {"embedding_norm": True, "tie_embeddings": False, "residual_scales": True}
+    modern = Transformer(replace(config, **switches)).state_dict()
+    assert set(modern) - set(Transformer(config).state_dict()) == {
+        "residual_scales",
+        "embedding_norm.weight",
+        "head.weight",
+    }
+    assert modern["residual_scales"].tolist() == [1.0]
 
 
 # -- training ---------------------------------------------------------------------------------------------------------
@@ -287,7 +336,9 @@ def test_a_bfloat16_residual_stream(kind):
 def test_recomputed_activations_change_no_bit():
     """Dropout too: the same masks are drawn again."""
     tokens = tokens_of(SMALL)
-    config = replace(SMALL, dropout_embedding=0.1, dropout_attention_residual=0.2, dropout_ffn=0.3)
+    config = replace(
+        SMALL, dropout_embedding=0.1, dropout_attention_residual=0.2, dropout_ffn=0.3, residual_scales=True
+    )
     found = []
     for recompute in (False, True):
         model = Transformer(config, seed=1).train()

@@ -50,6 +50,7 @@ KINDS = [
     {"activation": "gelu", "position": "learned", "norm": "layernorm", "bias": True},
     {"tie_embeddings": False},
     {"n_kv_heads": 2, "head_dim": 48, "qk_norm": True, "activation": "relu2"},
+    {"embedding_norm": True, "tie_embeddings": False, "residual_scales": True},
 ]
 SMALL = ModelConfig(vocab_size=512, max_seq_len=128, d_model=128, n_layers=3, n_heads=4, d_ff=512)
 

@@ -27,6 +27,7 @@ from myllm.presets import PRESETS, get_preset
 
 GPT2 = {"position": "learned", "norm": "layernorm", "activation": "gelu", "bias": True}
 DROPOUT = {"dropout_embedding": 0.1, "dropout_attention_residual": 0.1, "dropout_ffn": 0.1}
+EMBEDDING_NORM = {"embedding_norm": True, "tie_embeddings": False}
 KINDS = {
     "plain": {},
     "qk-norm": {"qk_norm": True},
@@ -38,6 +39,10 @@ KINDS = {
     "grouped": {"n_kv_heads": 1, "bias": True},
     "wide heads, untied": {"head_dim": 24, "tie_embeddings": False},
     "layernorm without bias": {"norm": "layernorm"},
+    "residual scales": {"residual_scales": True, "dropout_attention_residual": 0.1},
+    "embedding norm": EMBEDDING_NORM,
+    "embedding norm, gpt2": GPT2 | EMBEDDING_NORM | {"residual_scales": True},
+    "half stream, scales": {"residual_dtype": "bfloat16", "residual_scales": True} | EMBEDDING_NORM,
     "half stream": {"residual_dtype": "bfloat16", "qk_norm": True},
     "half stream, gpt2, dropout": GPT2 | DROPOUT | {"residual_dtype": "bfloat16"},
 }
@@ -87,6 +92,9 @@ def test_what_autograd_keeps_is_known_to_the_byte(kind: str, precision: str, rec
         ("grouped, relu2, qk-norm", "float32", False, 4, 2),
         ("wide heads, untied", "float32", False, 4, 2),
         ("wide heads, untied", "float32", True, 2, 1),
+        ("residual scales", "float32", False, 8, 2),
+        ("residual scales", "bfloat16", True, 4, 1),
+        ("embedding norm", "float32", False, 4, 1),
         ("half stream", "bfloat16", False, 8, 2),
         ("half stream, gpt2, dropout", "bfloat16", True, 4, 1),
     ],

@@ -7,6 +7,7 @@ from myllm.config import ModelConfig
 from myllm.errors import UserError
 
 ModelType = Literal["llama", "qwen3", "gpt2"]
+Activation = Literal["swiglu", "gelu", "relu2"]
 
 CLASSES: dict[ModelType, str] = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM", "gpt2": "GPT2LMHeadModel"}
 
@@ -14,19 +15,24 @@ CLASSES: dict[ModelType, str] = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3For
 UNRESTRICTED_FIELDS = frozenset(
     {"vocab_size", "vocab_multiple", "max_seq_len", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff"}
     | {"rope_theta", "norm_eps", "tie_embeddings", "residual_dtype", "init"}
+    | {"embedding_norm", "residual_scales"}  # folded into other weights (export/fold.py)
     | {"dropout_embedding", "dropout_attention_residual", "dropout_ffn"}
 )
+# The activations of an architecture, as config.json and as ModelConfig name them. Exports use the first name of one.
+LLAMA_ACTIVATIONS: dict[str, Activation] = {"silu": "swiglu", "relu": "relu2"}
+GPT2_ACTIVATIONS: dict[str, Activation] = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "relu2": "relu2"}
 # Values that an architecture supports in the other fields. GPT-2 has biases, which are zeros for a model without.
 ALLOWED_VALUES: dict[ModelType, dict[str, tuple[Any, ...]]] = {
     "llama": {
-        "position": ("rope",), "norm": ("rmsnorm",), "activation": ("swiglu",), "bias": (True, False),
+        "position": ("rope",), "norm": ("rmsnorm",), "activation": ("swiglu", "relu2"), "bias": (True, False),
         "qk_norm": (False,),
     },
     "qwen3": {
-        "position": ("rope",), "norm": ("rmsnorm",), "activation": ("swiglu",), "bias": (False,), "qk_norm": (True,),
+        "position": ("rope",), "norm": ("rmsnorm",), "activation": ("swiglu", "relu2"), "bias": (False,),
+        "qk_norm": (True,),
     },
     "gpt2": {
-        "position": ("learned",), "norm": ("layernorm",), "activation": ("gelu",), "bias": (True, False),
+        "position": ("learned",), "norm": ("layernorm",), "activation": ("gelu", "relu2"), "bias": (True, False),
         "qk_norm": (False,),
     },
 }  # fmt: skip
@@ -83,6 +89,8 @@ def _unsupported(config: ModelConfig, model_type: ModelType) -> Iterator[str]:
         value = getattr(config, name)
         if value not in allowed:
             yield f"model.{name} is {value}, expected {' or '.join(map(str, allowed))}"
+    if config.embedding_norm and config.tie_embeddings:  # the head must not be normalized with the embedding
+        yield "model.embedding_norm is True, expected False with model.tie_embeddings"
     if model_type == "gpt2" and config.kv_heads != config.n_heads:
         yield f"model.n_kv_heads is {config.kv_heads}, expected model.n_heads ({config.n_heads})"
     if model_type == "gpt2" and config.head_size * config.n_heads != config.d_model:
@@ -105,7 +113,7 @@ def transformers_config(config: ModelConfig, end_of_text: int, dtype: str) -> di
     if model_type == "gpt2":
         return values | {
             "n_ctx": config.max_seq_len,
-            "activation_function": "gelu_new",
+            "activation_function": _their_activation(GPT2_ACTIVATIONS, config),
             "embd_pdrop": config.dropout_embedding,
             "resid_pdrop": config.dropout_attention_residual,
             "attn_pdrop": 0.0,
@@ -116,10 +124,14 @@ def transformers_config(config: ModelConfig, end_of_text: int, dtype: str) -> di
         "head_dim": config.head_size,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
         "rope_theta": config.rope_theta,  # for versions before 5
-        "hidden_act": "silu",
+        "hidden_act": _their_activation(LLAMA_ACTIVATIONS, config),
         "attention_dropout": 0.0,
         **biases,
     }
+
+
+def _their_activation(activations: dict[str, Activation], config: ModelConfig) -> str:
+    return next(theirs for theirs, ours in activations.items() if ours == config.activation)
 
 
 def parse_transformers_config(values: Mapping[str, Any], source: str) -> ModelConfig:
@@ -173,8 +185,8 @@ def _is_number(value: Any) -> bool:
 
 
 def _unsupported_llama(values: dict[str, Any]) -> Iterator[str]:
-    if (activation := values.get("hidden_act", "silu")) != "silu":
-        yield f"hidden_act is {activation}, expected silu"
+    if (activation := values.get("hidden_act", "silu")) not in LLAMA_ACTIVATIONS:
+        yield f"hidden_act is {activation}, expected {' or '.join(LLAMA_ACTIVATIONS)}"
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
     if (rope_type := rope.get("rope_type", rope.get("type", "default"))) != "default":
         yield f"rope_type is {rope_type}, expected default"
@@ -194,14 +206,15 @@ def _parse_llama(values: dict[str, Any]) -> ModelConfig:
         n_kv_heads=values.get("num_key_value_heads") or (32 if is_qwen else n_heads),
         head_dim=values.get("head_dim") or (128 if is_qwen else shared["d_model"] // n_heads),
         rope_theta=float(rope.get("rope_theta") or values.get("rope_theta") or 10_000),
+        activation=LLAMA_ACTIVATIONS[values.get("hidden_act", "silu")],
         bias=bool(values.get("attention_bias") or values.get("mlp_bias")),
         qk_norm=is_qwen,
     )
 
 
 def _unsupported_gpt2(values: dict[str, Any]) -> Iterator[str]:
-    if (activation := values.get("activation_function", "gelu_new")) not in ("gelu_new", "gelu_pytorch_tanh"):
-        yield f"activation_function is {activation}, expected gelu_new"
+    if (activation := values.get("activation_function", "gelu_new")) not in GPT2_ACTIVATIONS:
+        yield f"activation_function is {activation}, expected {' or '.join(GPT2_ACTIVATIONS)}"
     if not values.get("scale_attn_weights", True):
         yield "scale_attn_weights is false, expected true"
     for name in ("scale_attn_by_inverse_layer_idx", "add_cross_attention"):
@@ -213,4 +226,5 @@ def _parse_gpt2(values: dict[str, Any]) -> ModelConfig:
     defaults = {"n_inner": 4 * values["n_embd"], "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True}
     shared = {name: (defaults | values)[key] for name, key in GPT2_KEYS.items()}
     shared["norm_eps"] = float(shared["norm_eps"])
-    return ModelConfig(**shared, position="learned", norm="layernorm", activation="gelu", bias=True)
+    activation = GPT2_ACTIVATIONS[values.get("activation_function", "gelu_new")]
+    return ModelConfig(**shared, position="learned", norm="layernorm", activation=activation, bias=True)

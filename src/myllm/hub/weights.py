@@ -69,6 +69,8 @@ class WeightMapping:
     """Rows of each of their tensors. Ours may have more at the end: the padding of the vocabulary."""
     transposed: bool
     """If true, theirs have inputs as rows, as in GPT-2's Conv1D."""
+    copies: bool = False
+    """If true, each of theirs is all of ours. A Llama with ReLU whose gate equals its up projection is relu2."""
 
     @property
     def optional(self) -> bool:
@@ -95,7 +97,8 @@ def weight_mappings(format: Format, config: ModelConfig) -> Iterator[WeightMappi
         else:
             rows = (config.vocab_size if module in ("embedding", "head") else shape[0],)
         is_conv1d = format == "gpt2" and len(shape) == 2 and bool(layer)
-        yield WeightMapping(ours, tuple(f"{name}.{part}" for name in modules), rows, is_conv1d)
+        copies = len(modules) == 2 and config.activation == "relu2"
+        yield WeightMapping(ours, tuple(f"{name}.{part}" for name in modules), rows, is_conv1d, copies)
 
 
 def export_weights(format: Format, config: ModelConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -107,6 +110,8 @@ def export_weights(format: Format, config: ModelConfig, weights: dict[str, Tenso
         if weight is None:
             assert mapping.optional, mapping.ours
             weight = torch.zeros(sum(mapping.rows), dtype=weights["embedding.weight"].dtype)
+        if mapping.copies:
+            weight = torch.cat([weight] * len(mapping.theirs))
         for name, part in zip(mapping.theirs, weight[: sum(mapping.rows)].split(mapping.rows), strict=True):
             part = part.t() if mapping.transposed else part
             exported[name] = part.clone(memory_format=torch.contiguous_format)  # does not keep the whole in memory
@@ -137,6 +142,13 @@ def import_weights(
         parts = [tensors.pop(name) for name in mapping.theirs]
         if mapping.ours in ("embedding.weight", "head.weight"):
             parts = [part[: config.vocab_size] for part in parts]
+        if mapping.copies:
+            first, *others = parts
+            if any(not torch.equal(first, part) for part in others):
+                errors.append(
+                    f"{' and '.join(mapping.theirs)} differ, and MyLLM has no gated ReLU: expected equal ones"
+                )
+            parts = [first]
         try:
             weights[mapping.ours] = torch.cat([part.t() if mapping.transposed else part for part in parts])
         except RuntimeError:

@@ -5,6 +5,7 @@ Shapes: B batch, T sequence, D d_model, V padded vocabulary, K head dimension.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from itertools import accumulate, repeat
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from .kv_cache import KVCache
 from .norm import make_norm
 from .rope import rotary_tables
 
+Rotary = tuple[Tensor, Tensor] | None  # cosine and sine, (T, K) or (B, 1, T, K) each
+
 
 class Block(nn.Module):
     """Attention, then feed-forward. Each reads a normalized input and adds its output to the residual stream."""
@@ -38,24 +41,26 @@ class Block(nn.Module):
         self.compiled: Callable[..., Tensor] | None = None
         """Compiled form of `run`, for training only: the shapes of evaluations vary, and each would be compiled."""
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary, scale: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """
         Shapes:
-            x (B, T, D); returns (B, T, D)
+            x (B, T, D); scale, a scalar that divides what the block adds; returns (B, T, D)
         """
         if self.compiled is not None and self.training and cache is None and torch.is_grad_enabled():
-            return self.compiled(x, rotary)
-        return self.run(x, rotary, cache)
+            return self.compiled(x, rotary, scale)
+        return self.run(x, rotary, scale, cache)
 
-    def run(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, cache: KVCache | None = None) -> Tensor:
+    def run(self, x: Tensor, rotary: Rotary, scale: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """`forward`, never compiled."""
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self._residuals, x, rotary, cache, use_reentrant=False)
-        return self._residuals(x, rotary, cache)
+            return checkpoint(self._residuals, x, rotary, scale, cache, use_reentrant=False)
+        return self._residuals(x, rotary, scale, cache)
 
-    def _residuals(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, cache: KVCache | None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rotary, cache)  # (B, T, D)
-        return x + self.feed_forward(self.feed_forward_norm(x))  # (B, T, D)
+    def _residuals(self, x: Tensor, rotary: Rotary, scale: Tensor | None, cache: KVCache | None) -> Tensor:
+        added = self.attention(self.attention_norm(x), rotary, cache)  # (B, T, D)
+        x = x + (added if scale is None else added / scale)  # (B, T, D)
+        added = self.feed_forward(self.feed_forward_norm(x))  # (B, T, D)
+        return x + (added if scale is None else added / scale)  # (B, T, D)
 
 
 class Transformer(nn.Module):
@@ -63,6 +68,9 @@ class Transformer(nn.Module):
 
     rotary_cos: Tensor
     rotary_sin: Tensor
+    residual_scales: nn.Parameter | None
+    """(n_layers,). Norms ignore the size of the stream, so instead of multiplying it by a scale before each block, what
+    the block adds is divided by the product of the scales so far, which exports can fold into its projections."""
 
     def __init__(self, config: ModelConfig, seed: int = 0) -> None:
         super().__init__()
@@ -70,8 +78,10 @@ class Transformer(nn.Module):
         self.quantized = False
         self.compute_dtype: torch.dtype | None = None
         self.embedding = nn.Embedding(config.padded_vocab_size, config.d_model)
+        self.embedding_norm = make_norm(config) if config.embedding_norm else nn.Identity()
         self.dropout = nn.Dropout(config.dropout_embedding) if config.dropout_embedding else nn.Identity()
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        self.residual_scales = nn.Parameter(torch.ones(config.n_layers)) if config.residual_scales else None
         self.norm = make_norm(config)
         # A tied head is not a module: the embedding's weight must be saved and updated once.
         self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.padded_vocab_size, bias=False)
@@ -120,7 +130,7 @@ class Transformer(nn.Module):
         return x
 
     def _hidden(self, tokens: Tensor, positions: slice | Tensor, cache: KVCache | None) -> Tensor:
-        x = self.embedding(tokens)  # (B, T, D)
+        x = self.embedding_norm(self.embedding(tokens))  # (B, T, D)
         rotary = None
         if self.config.position == "learned":
             x = x + self.positions.weight[positions]  # (T, D), or (B, T, D) if rows differ in position
@@ -131,8 +141,11 @@ class Transformer(nn.Module):
         if self.training and self.config.residual_dtype == "bfloat16" and _autocast_dtype(x.device) is torch.bfloat16:
             x = x.bfloat16()  # and stays so: under autocast, blocks add bfloat16 to it
         x = self.dropout(x)
-        for block in self.blocks:
-            x = block(x, rotary, cache)  # (B, T, D)
+        scales = self.residual_scales
+        # Not cumprod, whose backward pass waits for the GPU.
+        products = repeat(None) if scales is None else accumulate(scales.unbind(), torch.mul)
+        for block, product in zip(self.blocks, products, strict=False):
+            x = block(x, rotary, product, cache)  # (B, T, D)
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ def parameters_by_part(model: ModelConfig) -> dict[str, int]:
         "positions": model.max_seq_len * d if model.position == "learned" else 0,
         "attention": layers * (d * qkv + bias * qkv + queries * d + bias * d + qk_norm),
         "feed-forward": layers * (d * up + bias * up + model.d_ff * d + bias * d),
-        "norms": layers * 2 * norm + norm,
+        "norms": layers * 2 * norm + norm * (2 if model.embedding_norm else 1),
+        "residual scales": layers if model.residual_scales else 0,
         "head": 0 if model.tie_embeddings else model.vocab_size * d,
     }
 

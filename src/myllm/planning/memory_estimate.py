@@ -147,6 +147,8 @@ def block_saved_bytes(model: ModelConfig, mode: ComputeMode, n: int) -> int:
     kept += 2 * w * d  # outputs of the norms
     if model.dropout_attention_residual:
         kept += d * (w if cpu and not mode.compiled else 1)  # the noise; on CUDA a mask
+    if model.residual_scales:
+        kept += 2 * w * d  # what attention and feed-forward add, before the division
     return kept + (_half_weights(model) // model.n_layers if mode.half else 0)
 
 
@@ -155,7 +157,11 @@ def outer_saved_bytes(model: ModelConfig, mode: ComputeMode, n: int) -> int:
     d = n * model.d_model
     as_input = mode.device == "cpu" and not mode.compiled
     noise = d * (_stream_width(model, mode) if as_input else 1) if model.dropout_embedding else 0
-    return noise + _norm_input_width(model, mode) * d + _kept_by_norm(model, mode, n)
+    norms = _norm_input_width(model, mode) * d + _kept_by_norm(model, mode, n)
+    if model.embedding_norm:
+        norms += FLOAT * d + _kept_by_norm(model, mode, n)
+    products = FLOAT * (model.n_layers - 1) if model.residual_scales else 0
+    return noise + norms + products
 
 
 def _stream_width(model: ModelConfig, mode: ComputeMode) -> int:

@@ -32,7 +32,7 @@ CASES = {
     "fsdp": {"parallel": "fsdp"},
     "ddp-muon": {},
     "fsdp-muon": {"parallel": "fsdp"},
-    "untied": {"parallel": "fsdp"},
+    "modern": {"parallel": "fsdp"},
     "ddp-bfloat16": {"precision": "bfloat16"},
     "fsdp-bfloat16": {"parallel": "fsdp", "precision": "bfloat16"},
     "ddp-compiled": {"compile": "on"},
@@ -59,9 +59,11 @@ class Numbers:
 
 def run(case: str, process: DistContext) -> dict[str, object]:
     config = replace(BASE, train=replace(TRAIN, **CASES[case]))
-    config = replace(config, model=replace(MODEL, tie_embeddings=case != "untied"))
     if case.endswith("muon"):
         config = replace(config, optim=replace(config.optim, optimizer="muon"))
+    if case == "modern":
+        parts = replace(MODEL, tie_embeddings=False, embedding_norm=True, residual_scales=True, activation="relu2")
+        config = replace(config, model=parts)
     model = Transformer(config.model, 1)
     whole = shard(model, config, process)
     optimizer = ScheduledOptimizer(model.named_parameters(), model.hidden_matrices(), config.optim, STEPS, all_ranks())

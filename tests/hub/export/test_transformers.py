@@ -199,13 +199,17 @@ def test_every_switch_has_an_answer() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"activation": "relu2"}, ["LlamaForCausalLM: model.activation is relu2, expected swiglu"]),
+        ({"activation": "gelu"}, ["LlamaForCausalLM: model.activation is gelu, expected swiglu or relu2"]),
+        (
+            {"embedding_norm": True},
+            ["LlamaForCausalLM: model.embedding_norm is True, expected False with model.tie_embeddings"],
+        ),
         (
             {"qk_norm": True, "bias": True},
             ["Qwen3ForCausalLM: model.bias is True", "LlamaForCausalLM: model.qk_norm is True"],
         ),
         (
-            {"norm": "layernorm", "activation": "relu2", "qk_norm": True},
+            {"norm": "layernorm", "activation": "gelu", "qk_norm": True},
             ["model.norm is layernorm", "model.activation"],
         ),
         ({**vars(GPT2), "n_kv_heads": 2}, ["GPT2LMHeadModel: model.n_kv_heads is 2, expected model.n_heads (4)"]),

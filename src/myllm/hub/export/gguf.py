@@ -19,6 +19,7 @@ from myllm.hub.architectures import ModelType, select_architecture
 from myllm.hub.weights import export_weights
 from myllm.paths import user_path
 
+from .fold import fold
 from .source import ExportSource, atomic_dir, require
 from .tokenizer import fast_tokenizer
 
@@ -39,8 +40,14 @@ def export_gguf(source: ExportSource, to: Path, dtype: str = "float32") -> int:
         UserError: a model or vocabulary that the format does not support, or the extra `gguf` is not installed.
     """
     gguf = require("--to-gguf", "gguf", "gguf")
-    config, to = source.config.model, user_path(to).absolute()
-    model_type = select_architecture(config)
+    to, model_type = user_path(to).absolute(), select_architecture(source.config.model)
+    if source.config.model.activation == "relu2":
+        raise UserError(
+            "GGUF has no squared ReLU for this model (model.activation is relu2): llama.cpp computes SiLU or GELU in "
+            "its place. Use --to or --to-onnx"
+        )
+    source = fold(source)
+    config = source.config.model
     tensors = dict(_tensors(gguf, model_type, config, source.weights))
     with atomic_dir(to) as folder:
         work = folder / to.name

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
+from torch import Tensor
 
 from myllm.checkpoint.retention import unused_path
 from myllm.data.sources.catalog import actual_source
@@ -22,6 +23,7 @@ from myllm.hub.weights import DTYPES, cast_weights, export_weights
 from myllm.model.transformer import Transformer
 from myllm.paths import user_path
 
+from .fold import fold
 from .source import ExportSource, atomic_dir, load_export_source
 from .tokenizer import tokenizer_files
 from .verify import Parity, require_transformers, sample_inputs, verify
@@ -77,12 +79,15 @@ def export_transformers(
     check_target(to, overwrite)
     require_transformers()  # fails before minutes of work
     source = load_export_source(source) if isinstance(source, Path) else source
-    architecture = CLASSES[select_architecture(source.config.model)]
+    model_type = select_architecture(source.config.model)
+    architecture = CLASSES[model_type]
     with atomic_dir(to) as work:
         say(f"writing {architecture} in {dtype}")
-        _write(work, source, dtype, max_shard_size)
+        folded = fold(source)
+        weights = export_weights(model_type, folded.config.model, cast_weights(folded.weights, dtype))
+        _write(work, source, weights, dtype, max_shard_size)
         say("comparing with transformers")
-        model = source.model(dtype)
+        model = folded.model(dtype)
         parity = verify(work, model, source.tokenizer)
         rounding = _rounding(source, model) if dtype != "float32" else 0.0
         fsync_dir(work)
@@ -142,10 +147,11 @@ def _keep_user_files(work: Path, to: Path, say: Callable[[str], None]) -> None:
     say(f"moved {len(others)} files that were not part of the export from {to} to {kept}")
 
 
-def _write(folder: Path, source: ExportSource, dtype: str, max_shard_size: int | str) -> None:
+def _write(
+    folder: Path, source: ExportSource, weights: dict[str, Tensor], dtype: str, max_shard_size: int | str
+) -> None:
     config, tokenizer = source.config.model, source.tokenizer
     end = tokenizer.end_of_text
-    weights = export_weights(select_architecture(config), config, cast_weights(source.weights, dtype))
     save_torch_state_dict(weights, folder, max_shard_size=max_shard_size, metadata={"format": "pt"})
     exported = transformers_config(config, end, dtype)
     write_json(folder / "config.json", exported)
