@@ -26,6 +26,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 PARAMETERS: dict[str, dict[str, Any]] = {
     "01_self_attention.ipynb": {},
     "02_masked_attention.ipynb": {},
+    "03_multihead_attention.ipynb": {},
     "hf_sampling.ipynb": {"MODEL": "exported", "PROMPTS": ["the river"]},
     "metric_graphs.ipynb": {"RUN": "first", "RUNS": ["first", "second"]},
     "parameters_tuning.ipynb": {},
@@ -112,34 +113,60 @@ def test_notebook_is_stored_clean(path: Path) -> None:
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
 def test_notebook_runs(path: Path, data_folder: Path) -> None:
     assert path.name in PARAMETERS, f"add {path.name} to PARAMETERS"
-    notebook = execute(path, PARAMETERS[path.name], data_folder)
-    stderr = "".join(output.get("text", "") for output in outputs(notebook) if output.get("name") == "stderr")
+    shown = outputs(execute(path, PARAMETERS[path.name], data_folder))
+    stderr = "".join(output.get("text", "") for output in shown if output.get("name") == "stderr")
     # transformers imports torchao if it is installed, which warns about kernels for other machines.
     noise = [line for line in stderr.splitlines() if not re.search("torchao|torch/utils/_pytree.py", line)]
     assert noise == [], "a notebook that warns teaches its readers to ignore warnings"
+    if path.name in CHECKS:
+        CHECKS[path.name](
+            [output.data["text/markdown"] for output in shown if "text/markdown" in output.get("data", {})],
+            "".join(output.text for output in shown if output.get("name") == "stdout"),
+            sum("image/png" in output.get("data", {}) for output in shown),
+        )
 
 
-def test_metric_graphs_shows_the_run(data_folder: Path) -> None:
-    path = ROOT / "notebooks/metric_graphs.ipynb"
-    shown = outputs(execute(path, PARAMETERS[path.name], data_folder))
-    pictures = [output for output in shown if "image/png" in output.get("data", {})]
-    assert len(pictures) == 7  # loss, perplexity, rate, gradient norm, throughput, accuracy, and the comparison
-    tables = [output.data["text/markdown"] for output in shown if "text/markdown" in output.get("data", {})]
+def check_metric_graphs(tables: list[str], stdout: str, pictures: int) -> None:
+    assert pictures == 7  # loss, perplexity, rate, gradient norm, throughput, accuracy, and the comparison
     last_loss = 4.25 + 6 * math.exp(-100 / 20)
     assert f"| train | 100 | loss | {last_loss:.6g} |" in tables[0]
     assert "| cloze | 100 | acc_norm | 0.31 |" in tables[0]
 
 
-def test_parameters_tuning_lists_the_presets(data_folder: Path) -> None:
-    path = ROOT / "notebooks/parameters_tuning.ipynb"
-    shown = outputs(execute(path, {}, data_folder))
-    assert sum("image/png" in output.get("data", {}) for output in shown) == 4
-    tables = [output.data["text/markdown"] for output in shown if "text/markdown" in output.get("data", {})]
+def check_parameters_tuning(tables: list[str], stdout: str, pictures: int) -> None:
+    assert pictures == 4
     # 226 of 19,073 steps; 10B tokens for 320M parameters.
     assert (
         "| lf-llm-269m | 320M | 16 | 1,024 | 16 | 4,096 | 2,048 | 524k | 0.0021 | 118M (1.18%) | 10B | 31 |"
         in tables[0]
     )
+    assert "No ladder.json yet" in stdout
+
+
+def check_multihead_attention(tables: list[str], stdout: str, pictures: int) -> None:
+    """What the text claims of the trained heads: some look mostly 2 back, some mostly 5 back."""
+    heads = re.findall(r"Head \d of 4 +2 back ([\d.]+) +5 back ([\d.]+)", stdout)
+    assert len(heads) == 4
+    assert max(float(near) for near, _ in heads) > 0.5
+    assert max(float(far) for _, far in heads) > 0.5
+    assert "| 16 x 64 | 4 | 294.8M | 2.17 G | 32 MiB |" in tables[0]
+
+
+CHECKS = {
+    "03_multihead_attention.ipynb": check_multihead_attention,
+    "metric_graphs.ipynb": check_metric_graphs,
+    "parameters_tuning.ipynb": check_parameters_tuning,
+}
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_notebook_installs_the_project_first(path: Path) -> None:
+    """So that it opens in Colab. hf_sampling needs transformers only."""
+    cells = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    if path.name != "hf_sampling.ipynb":
+        assert 'if find_spec("myllm") is None:' in cells[0]
+        assert "%pip install" in cells[0]
+        assert "myllm" not in cells[0].replace('find_spec("myllm")', "")
 
 
 def test_hf_sampling_gives_our_greedy_text(data_folder: Path) -> None:
