@@ -2,9 +2,9 @@
 PYTHON = python="$$(src/environment.sh --dev)" && "$$python"
 # A process that a hung test ended (pyproject.toml) is replaced once, not for ever.
 PARALLEL = --numprocesses auto --dist loadfile --max-worker-restart 1
-SCRIPTS = $(wildcard *.sh src/*.sh) .ci/run
+SCRIPTS = $(wildcard *.sh src/*.sh) .ci/run docs/slurm/train.sbatch docs/deploy/completion.bash
 
-.PHONY: help environment test test-slow soak gpu-check docs lint format clean
+.PHONY: help environment test test-slow soak gpu-check docs lock lint format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' Makefile
@@ -28,6 +28,10 @@ gpu-check: environment ## is this GPU right, and as fast as it should be? nine m
 docs: environment ## build the static site into temp_data/site
 	@export NO_MKDOCS_2_WARNING=1; $(PYTHON) -m mkdocs build --quiet --strict --config-file docs/site/mkdocs.yml
 	@echo "temp_data/site/index.html; with search: python -m http.server --directory temp_data/site"
+
+lock: ## renew docs/deploy/requirements.lock after a change of requirements.txt; needs uv
+	@uv pip compile requirements.txt --universal --python-version 3.11 --generate-hashes --quiet \
+		--no-annotate --no-header --output-file docs/deploy/requirements.lock
 
 lint: environment ## check style, types and imports: Python and shell
 	@$(PYTHON) -m ruff check .
