@@ -88,7 +88,7 @@ install_missing() { # $lock is a folder to work in
   foreign="$(examine "$python" plan "$lock")"
   if [ -n "$foreign" ] && [ -z "$replace_torch" ] && [ "$python" != "$root/.venv/bin/python" ]; then
     fail 2 "the active environment ${python%/bin/python} has torch $foreign, and MyLLM needs torch$(
-      sed -n 's/^ *"torch\(.*\)",$/\1/p' pyproject.toml
+      sed -n 's/^ *"torch\([<>=].*,.*\)",$/\1/p' pyproject.toml
     ).
 Nothing was changed. Deactivate it to use .venv instead, or replace its torch: src/environment.sh --replace-torch"
   fi
