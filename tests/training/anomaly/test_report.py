@@ -118,8 +118,12 @@ def test_a_document_that_makes_nan_is_found(
     assert find_dump("tiny", paths.root.parent) == dump.folder
 
 
-def test_a_spike_can_stop_a_run_and_its_dump_repeats_the_row(bare: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_spike_can_stop_a_run_and_its_dump_repeats_the_row(
+    bare: RunConfig, optimizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A healthy step: made again it has the row's loss and norm, dropout included; without it, those of float64."""
+    bare = replace(bare, optim=replace(bare.optim, optimizer=optimizer))
     monkeypatch.setattr(guard, "WARMUP_STEPS", 3)
     monkeypatch.setattr(guard, "MIN_DEVIATION", 1e-6)
     config = with_train(bare, batch_tokens=256, micro_batch_size=2, skip_spikes_sigma=0.01, max_skipped_steps=0)
@@ -137,6 +141,7 @@ def test_a_spike_can_stop_a_run_and_its_dump_repeats_the_row(bare: RunConfig, mo
     assert sum(result.diagnosis.losses) / 4 == pytest.approx(row["loss"], rel=1e-6)
     assert [row["loss"] for row in dump.samples] == pytest.approx(result.diagnosis.losses, rel=1e-6)
     assert 0 < result.updates["embedding"] < 1
+    assert 0 < result.updates["blocks.0.attention.qkv_proj"] < 1
 
     still = {name: 0.0 for name in vars(bare.model) if name.startswith("dropout")}
     dump = replace(dump, config=replace(dump.config, model=replace(bare.model, **still)))
@@ -222,10 +227,12 @@ def trained_without(config: RunConfig, dataset: Dataset, skipped: int) -> dict[s
     return model.state_dict()
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_skipping_is_as_if_the_update_had_never_been(
-    bare: RunConfig, monkeypatch: pytest.MonkeyPatch, run_until: Callable[..., None]
+    bare: RunConfig, optimizer: str, monkeypatch: pytest.MonkeyPatch, run_until: Callable[..., None]
 ) -> None:
     """And a resume behind it is exact, counts and statistics included."""
+    bare = replace(bare, optim=replace(bare.optim, optimizer=optimizer))
     monkeypatch.setattr(guard, "WARMUP_STEPS", 2)
     dataset = prepare(bare.data, progress=False)
     rare = rare_token(bare, dataset, first_step=2)
