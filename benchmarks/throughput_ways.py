@@ -93,7 +93,7 @@ def reference_model(model: ModelConfig, weights: Weights) -> KeptLogits:
 
 def has_transformers() -> bool:
     try:
-        import transformers  # noqa: F401
+        import transformers  # noqa: F401 (only whether it is there)
     except ImportError:
         return False
     return True

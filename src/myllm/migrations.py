@@ -146,9 +146,10 @@ def _take(content: dict[str, Any], key: str) -> tuple[Any] | None:
     """Remove a key. Returns its value in a tuple, or None if it is missing."""
     *outer, last = key.split(".")
     for name in outer:
-        content = content.get(name)  # type: ignore[assignment]
-        if not isinstance(content, dict):
+        inner = content.get(name)
+        if not isinstance(inner, dict):
             return None
+        content = inner
     return (content.pop(last),) if last in content else None
 
 

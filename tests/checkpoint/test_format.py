@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, TensorSt
 from myllm.checkpoint import format as checkpoint
 from myllm.checkpoint import retention
 from myllm.checkpoint.dcp import read_into, strip_wrapper_prefixes
-from myllm.checkpoint.format import Snapshot, load_checkpoint, load_latest, save_checkpoint
+from myllm.checkpoint.format import Snapshot, load_checkpoint, load_latest, write_checkpoint
 from myllm.checkpoint.integrity import verify_checkpoint
 from myllm.checkpoint.layout import list_checkpoints, step_of
 from myllm.checkpoint.retention import (
@@ -45,10 +45,11 @@ KILLS = Path(__file__).parents[1] / "support/kill_inside_saves.py"
 def put(folder: Path, step: int, keep_last: int = 0, tokenizer_file: Path | None = None) -> Path:
     torch.manual_seed(step)
     state = TrainState(step, step * 10, DataPosition(1, step, 7, "abc"))
-    model = {"w": torch.randn(5, 3), "b": torch.randn(3)}
-    optimizer = {"w": {"step": torch.tensor(3.0), "exp_avg": torch.randn(5, 3)}}
-    random = [get_rng_state(torch.device("cpu"))]
-    return save_checkpoint(folder, state, {"name": "x"}, model, optimizer, random, keep_last, tokenizer_file)
+    weights = {"w": torch.randn(5, 3), "b": torch.randn(3)}
+    moments = {"w.step": torch.tensor(3.0), "w.exp_avg": torch.randn(5, 3)}
+    random = {0: get_rng_state(torch.device("cpu"))}
+    snapshot = Snapshot(state, {"name": "x"}, weights, moments, random, tokenizer_file)
+    return write_checkpoint(folder, snapshot, RetentionPolicy(keep_last))
 
 
 def test_what_goes_in_comes_out(tmp_path: Path) -> None:
@@ -242,16 +243,16 @@ def vouch(folder: Path) -> None:
 FULL_DISK = """
 import resource, sys, torch
 from pathlib import Path
-from myllm.checkpoint.format import save_checkpoint
+from myllm.checkpoint.format import Snapshot, write_checkpoint
 from myllm.checkpoint.rng import get_rng_state
 from myllm.checkpoint.state import TrainState
 from myllm.data.sampler import DataPosition
 from myllm.errors import UserError
 
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))  # a write beyond 1 MiB fails, as on a full disk
-state, random = TrainState(2, 0, DataPosition(0, 0, 0, "")), [get_rng_state(torch.device("cpu"))]
+state, random = TrainState(2, 0, DataPosition(0, 0, 0, "")), {0: get_rng_state(torch.device("cpu"))}
 try:
-    save_checkpoint(Path(sys.argv[1]), state, {}, {"w": torch.randn(1 << 20)}, {}, random, 1)
+    write_checkpoint(Path(sys.argv[1]), Snapshot(state, {}, {"w": torch.randn(1 << 20)}, {}, random))
 except UserError as error:
     sys.exit(str(error))
 """

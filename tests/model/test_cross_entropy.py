@@ -1,12 +1,11 @@
 """The chunked loss against float64 cross-entropy, and what it never allocates."""
 
-import shutil
-
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.compiler import needs_compiler
 from torch._inductor.utils import run_and_get_code
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -185,8 +184,7 @@ def test_logits_never_exist_all_at_once(autocast, compiling, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="torch.compile needs a C++ compiler")
-@pytest.mark.skipif(" " in torch.__file__, reason="torch.compile cannot link against a torch in a path with a space")
+@needs_compiler
 @pytest.mark.parametrize("autocast", [False, True])
 def test_compiled(autocast):
     hidden, weight, targets = example(300, 16, 100, 28)  # two whole chunks and a part of one

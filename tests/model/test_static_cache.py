@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 from model.test_kv_cache import model_of
+from support.compiler import needs_compiler
 
 from myllm.inference import generate as generation
 from myllm.inference.generate import Sequence, generate_batch
@@ -104,6 +105,7 @@ def test_no_size_of_a_batch_is_one_too_many(
 
 
 @pytest.mark.slow
+@needs_compiler
 def test_a_compiled_step_copies_no_cache() -> None:
     """Of one tensor for all layers, each layer's keys and values would be written as a copy of the whole cache."""
     from torch._inductor.utils import run_and_get_code

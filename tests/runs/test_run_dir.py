@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from myllm.checkpoint.format import save_checkpoint
+from myllm.checkpoint.format import Snapshot, write_checkpoint
 from myllm.checkpoint.locate import find_checkpoint
 from myllm.checkpoint.state import TrainState
 from myllm.config import RunConfig, to_dict
@@ -89,7 +89,7 @@ def test_fresh_is_not_remembered(run: RunPaths) -> None:
 
 def put(checkpoints: Path, step: int) -> Path:
     state = TrainState(step, 0, DataPosition(0, 0, 0, ""))
-    return save_checkpoint(checkpoints, state, {}, {"w": torch.zeros(1)}, {}, [], keep_last=0)
+    return write_checkpoint(checkpoints, Snapshot(state, {}, {"w": torch.zeros(1)}, {}, {}))
 
 
 def test_a_name_that_means_two_things_says_which_was_taken(

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
-from myllm.checkpoint.format import load_checkpoint, save_checkpoint
+from myllm.checkpoint.format import Snapshot, load_checkpoint, write_checkpoint
 from myllm.checkpoint.integrity import verify_checkpoint
 from myllm.checkpoint.layout import list_checkpoints
-from myllm.checkpoint.retention import clean_up_partial
+from myllm.checkpoint.retention import RetentionPolicy, clean_up_partial
 from myllm.checkpoint.rng import get_rng_state
 from myllm.checkpoint.state import TrainState
 from myllm.data.sampler import DataPosition
@@ -24,9 +24,10 @@ CALLS = ("fsync", "rename", "replace", "mkdir", "rmdir", "unlink")
 
 
 def put(checkpoints: Path, step: int, value: float) -> None:
-    weights, moments = {"w": torch.full((50,), value)}, {"w": {"exp_avg": torch.full((50,), value)}}
+    weights, moments = {"w": torch.full((50,), value)}, {"w.exp_avg": torch.full((50,), value)}
     state = TrainState(step, 0, DataPosition(0, 0, 0, ""))
-    save_checkpoint(checkpoints, state, {}, weights, moments, [get_rng_state(torch.device("cpu"))], keep_last=2)
+    snapshot = Snapshot(state, {}, weights, moments, {0: get_rng_state(torch.device("cpu"))})
+    write_checkpoint(checkpoints, snapshot, RetentionPolicy(last=2))
 
 
 def dies_before(number: int) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from myllm.checkpoint import format as checkpoint
+from myllm.checkpoint.format import Snapshot, write_checkpoint
 from myllm.checkpoint.state import TrainState
 from myllm.config import HubConfig, RunConfig, to_dict
 from myllm.data.sampler import DataPosition
@@ -21,7 +21,7 @@ def save_checkpoint(run: RunPaths, config: RunConfig, step: int, scale: float = 
     """A checkpoint with `numbers` weights that depend on `step` and `scale`."""
     state = TrainState(step, step * config.train.batch_tokens, DataPosition(0, 0, 1, "0" * 64))
     weights = {"weight": torch.arange(numbers, dtype=torch.float32) * scale + step}
-    return checkpoint.save_checkpoint(run.checkpoints, state, to_dict(config), weights, {}, [], keep_last=0)
+    return write_checkpoint(run.checkpoints, Snapshot(state, to_dict(config), weights, {}, {}))
 
 
 def write_run(config: RunConfig, steps: tuple[int, ...] = STEPS, source: str | None = "files-texts") -> RunPaths:

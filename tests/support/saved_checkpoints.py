@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import write_corpus
 
-from myllm.checkpoint import format as checkpoint
+from myllm.checkpoint.format import Snapshot, write_checkpoint
 from myllm.checkpoint.rng import get_rng_state
 from myllm.checkpoint.state import TrainState
 from myllm.config import ModelConfig, RunConfig, to_dict
@@ -49,9 +49,9 @@ def save_weights(
 ) -> Path:
     """Save a model as a checkpoint of step 1; returns its folder."""
     config = replace(config or RunConfig(), model=model.config)
-    state, rng = TrainState(1, 1, DataPosition(0, 0, 0, "")), [get_rng_state(torch.device("cpu"))]
-    weights = model.state_dict()
-    return checkpoint.save_checkpoint(checkpoints, state, to_dict(config), weights, {}, rng, 0, tokenizer_file)
+    state, rng = TrainState(1, 1, DataPosition(0, 0, 0, "")), {0: get_rng_state(torch.device("cpu"))}
+    snapshot = Snapshot(state, to_dict(config), model.state_dict(), {}, rng, tokenizer_file)
+    return write_checkpoint(checkpoints, snapshot)
 
 
 @cache
@@ -74,9 +74,7 @@ def save(temp_data: Path, tmp_path: Path) -> Save:
             tokenizer_file.write_text(small_vocabulary(), encoding="utf-8")
         run = RunConfig(name=name, model=config)
         state = TrainState(7, 448, DataPosition(0, 0, 0, "somewhere"))
-        weights = random_model(config).state_dict()
-        return checkpoint.save_checkpoint(
-            temp_data / "runs" / name / "checkpoints", state, to_dict(run), weights, {}, [], 0, tokenizer_file
-        )
+        snapshot = Snapshot(state, to_dict(run), random_model(config).state_dict(), {}, {}, tokenizer_file)
+        return write_checkpoint(temp_data / "runs" / name / "checkpoints", snapshot)
 
     return write

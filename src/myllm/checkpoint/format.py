@@ -31,7 +31,7 @@ from myllm.errors import UserError, out_of_space
 from myllm.files import add_filename, file_sha256, fsync_dir, read_json, write_json, write_text
 from myllm.migrations import STATE
 
-from .dcp import read_tensors, strip_wrapper_prefixes, write_tensors
+from .dcp import read_tensors, write_tensors
 from .integrity import HASH_ALL, iter_intact, raise_if_damaged, verify_on_all_ranks
 from .layout import (
     CONFIG_FILE,
@@ -105,21 +105,6 @@ def unflatten_moments(moments: dict[str, Tensor]) -> dict[str, dict[str, Tensor]
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------
-
-
-def save_checkpoint(
-    checkpoints: Path,
-    state: TrainState,
-    config: dict[str, Any],
-    model: dict[str, Tensor],
-    optimizer: dict[str, dict[str, Tensor]],
-    random: list[dict[str, Tensor]],
-    keep_last: int = 0,
-    tokenizer_file: Path | None = None,
-) -> Path:
-    """Write one checkpoint from one process."""
-    tensors = (strip_wrapper_prefixes(model.items()), flatten_moments(optimizer), dict(enumerate(random)))
-    return write_checkpoint(checkpoints, Snapshot(state, config, *tensors, tokenizer_file), RetentionPolicy(keep_last))
 
 
 def write_checkpoint(

@@ -83,7 +83,7 @@ def _check_system() -> None:
         UserError: not a Unix system, so files cannot be locked.
     """
     try:
-        import fcntl  # noqa: F401
+        import fcntl  # noqa: F401 (only whether it is there)
     except ImportError:
         raise UserError(
             f"this Python is for {sys.platform}; MyLLM runs on Linux and macOS, and on Windows in WSL "

@@ -7,5 +7,5 @@ dataset         a prepared data set: folder and manifest; token_stream: its shar
 sampler         which sequence comes when: a pure function of data set, seed and epoch
 dataloader      batches for one rank, read ahead; transfer: on their way to the device
 sample_digest   a hash of everything a run has trained on
-inspect         documents and sequences as text
+inspect         documents and sequences as text; settings: what a data set was prepared with
 """

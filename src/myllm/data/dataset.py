@@ -7,16 +7,13 @@ A folder holds `val_00000.npy`, `train_00000.npy`, ... , one-dimensional uint16 
 
 import threading
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from myllm import paths
-from myllm.config import DataConfig, RunConfig, from_dict
-from myllm.data.sources.catalog import actual_source
 from myllm.data.tokenizer.base import Tokenizer
-from myllm.data.tokenizer.gpt2 import NAME
 from myllm.data.tokenizer.load import load_tokenizer
 from myllm.errors import UserError, did_you_mean
 from myllm.files import read_json
@@ -116,36 +113,6 @@ class Dataset:
                 f"{tokenizer.sha256[:12]}..., expected {recorded['sha256'][:12]}...; {_REMEDY.format(self.folder)}"
             )
         return tokenizer
-
-    def settings(self, config: DataConfig) -> DataConfig:
-        """The settings that this data set was prepared with, which may differ from those of a preset.
-
-        Args:
-            config: the settings it was opened with. Those that do not change the bytes are kept.
-        """
-        recorded = self.manifest["source"]
-        if config.dataset is None:  # found by these settings, or by their fallback
-            same = actual_source(config.source, None, recorded) == config.source
-            return config if same else replace(config, source=config.fallback or recorded)
-        try:
-            values = read_json(self.folder / SETTINGS)
-            prepared_with = from_dict({"data": values}, RunConfig()).data
-        except (OSError, UserError):  # missing; the manifest has everything except the path of the text
-            names = ("source", "text_column", "val_tokens", "target_tokens", "max_documents", "shard_tokens")
-            values = {name: self.manifest[name] for name in names if name in self.manifest}
-            prepared_with = from_dict({"data": values | self.manifest.get("cleaning", {})}, RunConfig()).data
-        vocabulary = config.tokenizer
-        if vocabulary == NAME and self.manifest["tokenizer"]["kind"] != "tiktoken":
-            vocabulary = paths.relative_to_data(self.folder / TOKENIZER)
-        return replace(
-            prepared_with,
-            source=actual_source(prepared_with.source, None, recorded),
-            dataset=paths.relative_to_data(self.folder, paths.datasets_dir()),
-            tokenizer=vocabulary,
-            workers=config.workers,
-            keep_downloads=config.keep_downloads,
-            fallback=config.fallback,
-        )
 
     def refresh(self) -> None:
         """Take over the shards that were finished since the last call. Thread-safe."""

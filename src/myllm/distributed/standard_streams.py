@@ -78,7 +78,7 @@ class _Dropping(io.FileIO):
     lost: str | None = None
     """The reason of the first failed write."""
 
-    def write(self, data: bytes | memoryview) -> int:  # type: ignore[override]
+    def write(self, data: bytes | memoryview) -> int:  # type: ignore[override] # any buffer in typeshed
         try:
             n_written = super().write(data)
             if n_written is None and self.lost is None:  # non-blocking and full

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from myllm import paths
-from myllm.checkpoint.format import save_checkpoint
+from myllm.checkpoint.format import Snapshot, write_checkpoint
 from myllm.checkpoint.layout import MANIFEST, TOKENIZER
 from myllm.checkpoint.state import NO_DATASET, TrainState
 from myllm.config import RunConfig, to_dict
@@ -61,7 +61,8 @@ def import_model(
         write_config(run, config)
         write_json(run.imported, {"source": _source_label(source, revision)})
         state = TrainState(0, 0, DataPosition(0, 0, 0, NO_DATASET))
-        save_checkpoint(run.checkpoints, state, to_dict(config), external.weights, {}, [], 0, external.tokenizer_file)
+        snapshot = Snapshot(state, to_dict(config), external.weights, {}, {}, external.tokenizer_file)
+        write_checkpoint(run.checkpoints, snapshot)
     for note in external.notes:
         say(f"note: {note}")
     return run

@@ -113,7 +113,7 @@ def _cpu_backend(q: Tensor, k: Tensor, v: Tensor, grouped: bool) -> str:
     # scaled_dot_product_attention calls this private function. Only a log line depends on it.
     choice = getattr(torch, "_fused_sdp_choice", None)
     number = choice and choice(q, k, v, None, 0.0, True, enable_gqa=grouped)
-    names = {int(backend): name for backend, name in BACKEND_NAMES.items()}  # type: ignore[call-overload]
+    names = {int(backend): name for backend, name in BACKEND_NAMES.items()}  # type: ignore[call-overload] # int() of a torch enum, which has no stub
     return names.get(number, "CPU's")
 
 

@@ -19,6 +19,7 @@ from myllm.data.dataloader import BatchLoader
 from myllm.data.dataset import Dataset
 from myllm.data.sample_digest import SampleDigest
 from myllm.data.sampler import DataPosition, count_sequences
+from myllm.data.settings import settings_of
 from myllm.data.tokenizer.load import load_tokenizer
 from myllm.distributed.collectives import DistContext, all_ranks
 from myllm.distributed.parallelize import shard
@@ -136,7 +137,7 @@ def resolve_config(config: RunConfig, dataset: Dataset, dist: DistContext) -> Ru
             f"train.epochs needs all of the data set {dataset.name}, which is still being prepared; prepare it first"
         )
     check_data(config, dataset, batch_plan(config, dist.world_size))
-    return replace(config, data=dataset.settings(config.data))
+    return replace(config, data=settings_of(dataset, config.data))
 
 
 def check_data(config: RunConfig, dataset: Dataset, batch: BatchPlan) -> None:

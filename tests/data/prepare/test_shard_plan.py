@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from myllm.config import DataConfig
 from myllm.data.prepare.shard_plan import HashSet, ShardPlanner, ShardSpec
+from myllm.data.prepare.shard_writer import check_enough
 from myllm.data.prepare.work_items import ItemIndex
 from myllm.data.sources.readers import SkipLog
 from myllm.errors import UserError
@@ -254,21 +255,21 @@ def test_of_a_limited_number_of_documents_a_tenth_is_held_out() -> None:
 def test_too_little_to_hold_out_a_tenth_of_is_said_with_what_was_passed_over() -> None:
     _, counted, _ = cut(Rules(), [(8, 1), (8, 1)], [])
     with pytest.raises(UserError, match=r"x has 2 usable.*8 tokens; 1,234 x invalid json.*at most a tenth.*add text$"):
-        counted.check_enough("x", {"invalid_json": 1_234})
+        check_enough(counted, "x", {"invalid_json": 1_234})
     _, counted, _ = cut(Rules(target_tokens=9), [(100, 1), (100, 2)], [])
     with pytest.raises(UserError, match=r"target_tokens takes 9.*raise data.target_tokens"):
-        counted.check_enough("x", {})
+        check_enough(counted, "x", {})
     _, counted, _ = cut(Rules(), [(30, 1), (30, 2)], [])
-    counted.check_enough("x", {})
+    check_enough(counted, "x", {})
 
 
 def test_no_document_at_all_is_said_with_where_and_why() -> None:
     _, counted, _ = cut(Rules(), [], [])
     place = {"reason": "no_text_column", "place": "a.parquet", "detail": "no column 'text', but ['body']"}
     with pytest.raises(UserError, match=r"x has no usable document; 1 x no text column; --text-column NAME(.|\n)*body"):
-        counted.check_enough("x", {"no_text_column": 1}, [place])
+        check_enough(counted, "x", {"no_text_column": 1}, [place])
     with pytest.raises(UserError, match=r"x has no usable document; 2 x empty$"):
-        counted.check_enough("x", {"empty": 2})
+        check_enough(counted, "x", {"empty": 2})
 
 
 @given(st.lists(st.lists(st.sampled_from([0, 1, 2, 3, 2**63 - 1, 2**63, 2**64 - 1]) | st.integers(0, 2**64 - 1))))

@@ -12,12 +12,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from myllm.config import DataConfig, RunConfig, from_dict
-from myllm.data.dataset import SETTINGS, WORK, Dataset
+from myllm.config import DataConfig
+from myllm.data.dataset import WORK, Dataset
 from myllm.data.preparation_lock import preparation_lock
+from myllm.data.settings import read_settings
 from myllm.distributed.cpu_threads import usable_cores
 from myllm.errors import UserError
-from myllm.files import read_json, write_json
+from myllm.files import write_json
 
 from .disk_space import check_disk
 from .prepare import disk_errors_for_users, prepare, resolve
@@ -130,16 +131,3 @@ def merge_worker_shards(folder: Path, workers: int = 0, progress: bool = True) -
             "another folder than it was); restore the source, or prepare it again"
         )
     return prepare(config, progress)
-
-
-def read_settings(folder: Path, workers: int = 0) -> DataConfig:
-    """The settings that a data set was prepared with.
-
-    Raises:
-        UserError: they are missing.
-    """
-    try:
-        values = read_json(folder / SETTINGS)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {folder / SETTINGS}: {error}; prepare the source again") from None
-    return from_dict({"data": {**values, "workers": workers}}, RunConfig()).data

@@ -29,8 +29,7 @@ from myllm.errors import UserError, explain_os_error, full_disk_path, out_of_spa
 from .disk_space import check_disk
 from .progress import progress_bar
 from .scheduler import WorkScheduler, item_bytes
-from .shard_plan import NotEnoughText
-from .shard_writer import ShardWriter
+from .shard_writer import NotEnoughText, ShardWriter
 from .spec import DatasetSpec, estimate_tokens, make_spec
 from .work_dir import (
     adopt_worker_shards,

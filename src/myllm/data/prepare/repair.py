@@ -8,10 +8,10 @@ import numpy as np
 
 from myllm.data.dataset import FORMAT, SPANS, TOKENIZER, Dataset
 from myllm.data.preparation_lock import preparation_lock
+from myllm.data.settings import read_settings
 from myllm.distributed.cpu_threads import usable_cores
 from myllm.errors import UserError
 
-from .multi_machine import read_settings
 from .prepare import disk_errors_for_users
 from .progress import progress_bar
 from .scheduler import WorkScheduler, item_bytes

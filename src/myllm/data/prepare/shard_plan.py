@@ -3,13 +3,12 @@
 Decided item by item, in order, from the lengths and hashes of documents alone: no token passes through here.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from myllm.config import DataConfig
-from myllm.errors import UserError
 
 from .work_items import ItemIndex
 
@@ -79,10 +78,6 @@ class SplitWriter:
         return shard
 
 
-class NotEnoughText(UserError):
-    """No text is left to train on."""
-
-
 @dataclass(frozen=True)
 class _Documents:
     """The documents of an item that may be used."""
@@ -119,7 +114,7 @@ class ShardPlanner:
         }  # fmt: skip
         self.val = SplitWriter("val", config.shard_tokens)
         self.train = SplitWriter("train", config.shard_tokens)
-        self._target_tokens, self._max_documents = config.target_tokens, config.max_documents
+        self.target_tokens, self._max_documents = config.target_tokens, config.max_documents
         self._dedup = config.dedup_exact
         self._val_tokens = config.val_tokens
         if config.target_tokens is not None:  # a tenth of validation and training together
@@ -127,7 +122,7 @@ class ShardPlanner:
         self._held_back: list[_Documents] = []
         self._chosen = False
         """Whether validation is chosen."""
-        self._seen_documents = self._seen_tokens = 0
+        self.seen_documents = self.seen_tokens = 0
         """Until it is chosen: documents wanted, and tokens of the distinct ones."""
         self._seen = HashSet()
         self._val_hashes = HashSet()
@@ -139,7 +134,7 @@ class ShardPlanner:
     @property
     def full(self) -> bool:
         """Whether no further document is needed."""
-        target, counts = self._target_tokens, self.counts
+        target, counts = self.target_tokens, self.counts
         enough = self._documents_left() == 0 or (target is not None and counts["train_tokens"] >= target)
         return self._chosen and (enough or not counts["val_tokens"])
 
@@ -160,10 +155,10 @@ class ShardPlanner:
             yield from self._add_to_training(documents)
             return
         self._held_back.append(documents)
-        self._seen_documents += len(documents.wanted)
-        self._seen_tokens += int(index.lengths[distinct].sum())
+        self.seen_documents += len(documents.wanted)
+        self.seen_tokens += int(index.lengths[distinct].sum())
         limit = self._max_documents
-        if self._seen_tokens >= 10 * self._val_tokens or (limit is not None and self._seen_documents >= limit):
+        if self.seen_tokens >= 10 * self._val_tokens or (limit is not None and self.seen_documents >= limit):
             yield from self._choose_validation()
 
     def finish(self) -> Iterator[ShardSpec]:
@@ -238,8 +233,8 @@ class ShardPlanner:
             copies[left == index] = False
             lengths[index] -= tokens
         train = left[~copies][: self._documents_left()]
-        if self._target_tokens is not None:
-            wanted = self._target_tokens - self.counts["train_tokens"]
+        if self.target_tokens is not None:
+            wanted = self.target_tokens - self.counts["train_tokens"]
             sums = np.cumsum(lengths[train])
             train = train[: int(np.searchsorted(sums, wanted)) + 1]
             if len(train) and (beyond := int(sums[len(train) - 1]) - wanted) > 0:
@@ -262,31 +257,6 @@ class ShardPlanner:
         counts = self.counts
         taken = counts["train_documents"] + counts["val_documents"] - counts["documents_split"]
         return max(self._max_documents - taken, 0)
-
-    def check_enough(self, source: str, skipped: dict[str, int], places: Sequence[dict[str, str]] = ()) -> None:
-        """
-        Args:
-            source: its name, for the message.
-            skipped: how many documents were skipped, by reason.
-            places: where they are.
-
-        Raises:
-            NotEnoughText: nothing to train on.
-        """
-        if self.counts["train_tokens"]:
-            return
-        reasons = "".join(f"; {count:,} x {reason.replace('_', ' ')}" for reason, count in skipped.items())
-        if not self._seen_documents:
-            first = "".join(f"\n  {place['place']}: {place['detail'] or place['reason']}" for place in places[:3])
-            column = "; --text-column NAME chooses another column or key"
-            advice = column if {"no_text", "no_text_column"} & set(skipped) else ""
-            raise NotEnoughText(f"the source {source} has no usable document{reasons}{advice}{first}")
-        limits = "" if self._target_tokens is None else f", of which data.target_tokens takes {self._target_tokens:,}"
-        raise NotEnoughText(
-            f"the source {source} has {self._seen_documents:,} usable document(s) with {self._seen_tokens:,} tokens"
-            f"{limits}{reasons}. Validation takes at most a tenth and needs two tokens; add text"
-            + (", or raise data.target_tokens" if limits else "")
-        )
 
 
 def _first_that_fit(lengths: np.ndarray, max_tokens: int, max_documents: int) -> np.ndarray:

@@ -8,7 +8,7 @@ import hashlib
 import io
 import json
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,10 @@ def _chunks(header: bytes, spans: list[tuple[Path, int, int]]) -> Iterator[bytes
                 left -= len(chunk)
 
 
+class NotEnoughText(UserError):
+    """No text is left to train on."""
+
+
 class ShardWriter:
     """Plans the shards of one data set and has them written. Runs in one process, which sees no token."""
 
@@ -100,7 +104,7 @@ class ShardWriter:
         """
         for shard in self.plan.finish():
             self._write(shard)
-        self.plan.check_enough(self._spec.source.description, self.skipped, self.skipped_places)
+        check_enough(self.plan, self._spec.source.description, self.skipped, self.skipped_places)
         self.list_written(wait_for_all=True)
         with atomic_write(self._folder / SPANS) as file:
             np.save(file, np.array(self._spans, dtype=np.int64).reshape(-1, 4))
@@ -157,3 +161,31 @@ def finished_shards(folder: Path, fingerprint: str) -> list[Shard]:
     except (OSError, ValueError, KeyError, TypeError):
         return []
     return shards if intact and progress["fingerprint"] == fingerprint else []
+
+
+def check_enough(
+    plan: ShardPlanner, source: str, skipped: dict[str, int], places: Sequence[dict[str, str]] = ()
+) -> None:
+    """
+    Args:
+        source: its name, for the message.
+        skipped: how many documents were skipped, by reason.
+        places: where they are.
+
+    Raises:
+        NotEnoughText: nothing to train on.
+    """
+    if plan.counts["train_tokens"]:
+        return
+    reasons = "".join(f"; {count:,} x {reason.replace('_', ' ')}" for reason, count in skipped.items())
+    if not plan.seen_documents:
+        first = "".join(f"\n  {place['place']}: {place['detail'] or place['reason']}" for place in places[:3])
+        column = "; --text-column NAME chooses another column or key"
+        advice = column if {"no_text", "no_text_column"} & set(skipped) else ""
+        raise NotEnoughText(f"the source {source} has no usable document{reasons}{advice}{first}")
+    limits = "" if plan.target_tokens is None else f", of which data.target_tokens takes {plan.target_tokens:,}"
+    raise NotEnoughText(
+        f"the source {source} has {plan.seen_documents:,} usable document(s) with {plan.seen_tokens:,} tokens"
+        f"{limits}{reasons}. Validation takes at most a tenth and needs two tokens; add text"
+        + (", or raise data.target_tokens" if limits else "")
+    )

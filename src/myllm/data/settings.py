@@ -1,0 +1,57 @@
+"""The settings that a data set was prepared with."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from myllm import paths
+from myllm.config import DataConfig, RunConfig, from_dict
+from myllm.data.sources.catalog import actual_source
+from myllm.data.tokenizer.gpt2 import NAME
+from myllm.errors import UserError
+from myllm.files import read_json
+
+from .dataset import SETTINGS, TOKENIZER, Dataset
+
+
+def read_settings(folder: Path, workers: int = 0) -> DataConfig:
+    """The settings that a data set was prepared with.
+
+    Raises:
+        UserError: they are missing.
+    """
+    try:
+        values = read_json(folder / SETTINGS)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {folder / SETTINGS}: {error}; prepare the source again") from None
+    return from_dict({"data": {**values, "workers": workers}}, RunConfig()).data
+
+
+def settings_of(dataset: Dataset, config: DataConfig) -> DataConfig:
+    """The settings that a data set was prepared with, which may differ from those of a preset.
+
+    Args:
+        config: the settings it was opened with. Those that do not change the bytes are kept.
+    """
+    recorded = dataset.manifest["source"]
+    if config.dataset is None:  # found by these settings, or by their fallback
+        same = actual_source(config.source, None, recorded) == config.source
+        return config if same else replace(config, source=config.fallback or recorded)
+    try:
+        values = read_json(dataset.folder / SETTINGS)
+        prepared_with = from_dict({"data": values}, RunConfig()).data
+    except (OSError, UserError):  # missing; the manifest has everything except the path of the text
+        names = ("source", "text_column", "val_tokens", "target_tokens", "max_documents", "shard_tokens")
+        values = {name: dataset.manifest[name] for name in names if name in dataset.manifest}
+        prepared_with = from_dict({"data": values | dataset.manifest.get("cleaning", {})}, RunConfig()).data
+    vocabulary = config.tokenizer
+    if vocabulary == NAME and dataset.manifest["tokenizer"]["kind"] != "tiktoken":
+        vocabulary = paths.relative_to_data(dataset.folder / TOKENIZER)
+    return replace(
+        prepared_with,
+        source=actual_source(prepared_with.source, None, recorded),
+        dataset=paths.relative_to_data(dataset.folder, paths.datasets_dir()),
+        tokenizer=vocabulary,
+        workers=config.workers,
+        keep_downloads=config.keep_downloads,
+        fallback=config.fallback,
+    )
