@@ -64,6 +64,25 @@ def test_the_card_describes_the_run(run: RunPaths) -> None:
     assert "## Limitations" in text
 
 
+def test_the_card_names_both_optimizers(tiny: RunConfig, temp_data: Path) -> None:
+    optim = replace(
+        tiny.optim, optimizer="muon", muon_lr=0.02, weight_decay=0.05, decay_embeddings=False, cautious_decay=True,
+        schedule="wsd", decay_shape="sqrt",
+    )  # fmt: skip
+    text = card(write_run(replace(tiny, optim=optim)))
+    assert row(text, "optimizer") == "Muon for the matrices inside the blocks, AdamW for the rest"
+    assert row(text, "Muon") == "momentum 0.95 (Nesterov), from 0.85 at the first step; update scale original"
+    assert row(text, "AdamW") == "betas 0.9 and 0.95, eps 1e-08"
+    assert row(text, "weight decay") == "0.05, on matrices; cautious"
+    assert row(text, "learning rate") == (
+        "peak 0.003, Muon's 0.02; level, then a decay (sqrt) over 0.8 of the steps, 3 warm-up steps, ends at 0.1 of "
+        "the peak"
+    )
+    plain = card(write_run(replace(tiny, name="plain")))
+    assert (row(plain, "optimizer"), row(plain, "weight decay")) == ("AdamW", "0.1, on matrices and embeddings")
+    assert "Muon" not in plain
+
+
 def test_evaluations_have_standard_errors(run: RunPaths) -> None:
     lines = [
         line.strip("| ").split(" | ") for line in card(run).splitlines() if line.startswith(("| cloze", "| valid"))

@@ -1,11 +1,13 @@
-"""The size of the optimizer's state, against a real model on the meta device and by hand."""
+"""The size of the optimizer's state, against a real optimizer and by hand."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 
+from myllm.config import ModelConfig, OptimConfig, RunConfig
 from myllm.model.transformer import Transformer
+from myllm.optim.optimizer import ScheduledOptimizer
 from myllm.planning.disk import SPARE_BYTES, checkpoint_bytes
 from myllm.planning.optimizer_state import block_matrices, optimizer_state_bytes
 from myllm.presets import PRESETS, get_preset
@@ -31,3 +33,22 @@ def test_moments(optimizer):
     moments = 2 * stored - (268_435_456 if optimizer == "muon" else 0)
     assert optimizer_state_bytes(config) == 4 * moments
     assert checkpoint_bytes(config) == 4 * (stored + moments) + SPARE_BYTES
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {"qk_norm": True, "n_kv_heads": 2},
+        {"tie_embeddings": False, "activation": "relu2", "head_dim": 24},
+        {"position": "learned", "norm": "layernorm", "activation": "gelu", "bias": True},
+    ],
+    ids=str,
+)
+def test_bytes_of_a_real_optimizer(optimizer, kind):
+    shape = ModelConfig(vocab_size=100, max_seq_len=32, d_model=64, n_layers=3, n_heads=4, d_ff=96)
+    config = RunConfig(model=replace(shape, **kind), optim=OptimConfig(optimizer=optimizer))
+    model = Transformer(config.model)
+    state = ScheduledOptimizer(model.named_parameters(), model.hidden_matrices(), config.optim, 10).zero_state()
+    moments = [tensor for kinds in state.values() for name, tensor in kinds.items() if name != "step"]
+    assert optimizer_state_bytes(config) == sum(tensor.nbytes for tensor in moments)

@@ -154,6 +154,40 @@ def test_what_is_said(gaps: list[float], expected: list[str | None]) -> None:
         assert lines(gaps[cut:], ReferenceWatch(MADE_UP, rows), cut) == expected[cut:]
 
 
+@pytest.mark.parametrize(
+    ("end", "said"),
+    [
+        (2.9, "WARNING, worse by 0.4000 (compared at"),
+        (2.52, "inside the band (compared"),
+        (2.4, "better by 0.1000 (com"),
+    ],
+)
+def test_another_schedule_is_compared_at_its_end_only(end: float, said: str) -> None:
+    """By hand: linear to zero is far above the curve of FALLING (4.0, 3.0, 2.5) until its last tenth."""
+    differences = ("optim.max_lr 0.004 (reference: 0.0021)", "optim.schedule linear (reference: cosine)")
+    watch = ReferenceWatch(replace(MADE_UP, differences=differences))
+    for step, loss in ((10, 4.6), (100, 3.3), (500, 2.9), (900, 2.7)):
+        assert watch.compare("validation", step, {"loss": loss}) == ({}, None)
+    added, line = watch.compare("validation", 1_000, {"loss": end})
+    assert added["reference"] == 2.5
+    assert line.rpartition("band ±0.0500: ")[2].startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("changes", "end_only"),
+    [
+        ({}, False),
+        ({"max_lr": 0.01, "warmup_steps": 3, "beta2": 0.98}, False),
+        ({"decay_fraction": 0.2, "decay_shape": "sqrt"}, False),  # of wsd, which this run does not use
+        ({"schedule": "linear"}, True),
+        ({"schedule": "wsd"}, True),
+        ({"min_lr_ratio": 0.0}, True),
+    ],
+)
+def test_which_settings_are_another_schedule(changes: dict[str, object], end_only: bool) -> None:
+    assert find_reference(to_dict(changed("optim", **changes))).compares_end_only == end_only
+
+
 def test_a_warning_has_the_figures_and_what_to_check() -> None:
     config = to_dict(changed("optim", max_lr=0.01))
     watch = ReferenceWatch(find_reference(config))

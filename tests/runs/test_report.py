@@ -196,6 +196,14 @@ def test_draws_every_figure(run: RunPaths) -> None:
         assert 0.01 < inked < 0.3, f"{name} is empty or full: {inked:.1%} of it is inked"
 
 
+def test_both_learning_rates_are_drawn(tmp_path: Path) -> None:
+    rows = [train_row(step, lr=1e-3 * step, muon_lr=1e-2 * step) for step in (1, 2, 3)]
+    (axes,) = plots.figure("learning_rate", read_metrics(write_run(tmp_path / "run", rows).metrics), {}).axes
+    assert [list(line.get_ydata()) for line in axes.lines] == [[1e-3, 2e-3, 3e-3], [0.01, 0.02, 0.03]]
+    assert {text.get_text() for text in axes.texts} >= {"AdamW\n0.003", "Muon\n0.03"}
+    assert axes.get_ylim()[1] > 0.03
+
+
 def test_figures_without_numbers_are_deleted(run: RunPaths) -> None:
     write_report(run)
     rows = [{"kind": "train", "step": step, "loss": 2.0} for step in (1, 2)]

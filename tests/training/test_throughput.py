@@ -103,6 +103,8 @@ def test_lines_for_people() -> None:
     row = {"step": 5, "loss": 3.0, "lr": 1e-3, "grad_norm": 1.0, "step_s": 0.25, "tokens_per_s": 4_000.0, "mfu": None}
     assert "wait" not in console_line(row | {"data_wait_s": 0.001}, 10)
     assert "data wait 20%" in console_line(row | {"data_wait_s": 0.05}, 10)
+    assert "lr 1.00e-03  norm" in console_line(row | {"data_wait_s": 0}, 10)
+    assert "lr 1.00e-03, Muon 2.00e-02  norm" in console_line(row | {"data_wait_s": 0, "muon_lr": 0.02}, 10)
     assert progress_text(row) == "loss 3.000, 4 steps/s, 4,000 tok/s"
     line = time_line({"starting": 7, "training": 920, "validation": 60, "saving": 13, "evaluating": 0.1}, 1.0)
     assert line == (

@@ -6,6 +6,9 @@ reference.json has the published points; `Curve.at` interpolates linearly over t
   seeds differ. At the end of the curve, 0.05 nats correspond to a quarter more tokens.
 - HellaSwag: two standard errors of the difference between two accuracies, 1.35 points on all 10,042 examples; more
   if a run uses fewer.
+
+A run with another schedule, such as linear to zero, is worse than the published one until its own rate has decayed. It
+is compared at its end only.
 """
 
 import json
@@ -29,6 +32,8 @@ TRAINING_CHOICES = {
     "vocab_multiple", "init", "dropout_embedding", "dropout_attention_residual", "dropout_ffn", "residual_dtype",
 }  # fmt: skip
 """Model settings that may differ: they change how the model learns, not what it is."""
+SCHEDULE = ("optim.schedule", "optim.min_lr_ratio")
+"""Settings that decide when the learning rate decays, beside the length, which is equal."""
 TITLES = {"validation": "validation loss", "hellaswag": "HellaSwag accuracy"}
 
 
@@ -79,12 +84,18 @@ class Reference:
     differences: tuple[str, ...] = ()
     """Training settings that differ, as "optim.max_lr 0.001 (reference: 0.0021)"."""
 
+    @property
+    def compares_end_only(self) -> bool:
+        """True if the schedule differs."""
+        return any(difference.startswith(SCHEDULE) for difference in self.differences)
+
 
 def find_reference(config: Row) -> Reference | None:
     """The published run to compare a config (as JSON values) with, or None.
 
     Model, data and number of tokens must be equal: context, tokenizer and source decide what a loss means, and the
-    length decides when the learning rate decays. Learning rate, batch size and dropout may differ, and can be compared.
+    length decides when the learning rate decays. Learning rate, batch size and dropout may differ, and can be compared;
+    with another schedule, at the end.
     """
     published = json.loads(files(__package__).joinpath("reference.json").read_text(encoding="utf-8"))
     original = to_dict(get_preset(published["preset"]))
@@ -130,6 +141,7 @@ class ReferenceWatch:
     """Compares each evaluation with the published curve, and reports when a run leaves or enters the band.
 
     A run that stays worse is only reported again when it is worse by another band. One that is better is reported once.
+    One with another schedule is reported at its end only, whatever the result.
     """
 
     def __init__(self, reference: Reference | None, earlier: Iterable[Row] = ()) -> None:
@@ -155,7 +167,8 @@ class ReferenceWatch:
             return {}, None
         tokens = step * reference.batch_tokens
         expected = curve.at(tokens)
-        if expected is None:
+        at_end = reference.compares_end_only and tokens >= curve.tokens[-1] * (1 - SLACK)
+        if expected is None or (reference.compares_end_only and not at_end):
             return {}, None
         value, band = figures[curve.key], curve.band_of(figures)
         gap = value - expected if curve.lower_is_better else expected - value
@@ -163,7 +176,7 @@ class ReferenceWatch:
         status = "worse" if gap > band else "better" if gap < -band else "inside"
         before, reported_gap = self._reported.get(name, ("inside", 0.0))
         added = {"reference": expected, "reference_band": band, "reference_status": status}
-        if status == before and not (status == "worse" and gap > reported_gap + band):
+        if not at_end and status == before and not (status == "worse" and gap > reported_gap + band):
             return added, None
         self._reported[name] = (status, gap)
         line = (
@@ -174,12 +187,14 @@ class ReferenceWatch:
 
     @staticmethod
     def _verdict(reference: Reference, status: str, gap: float) -> str:
+        end_only = " (compared at the end only: another schedule)" if reference.compares_end_only else ""
         if status == "inside":
-            return "inside the band again"
+            return "inside the band" + (end_only or " again")
         if status == "better":
-            return f"better by {-gap:.4f}"
+            return f"better by {-gap:.4f}{end_only}"
         differences = "; ".join(reference.differences) or "none in optim, dropout, init or batch"
         return (
-            f"WARNING, worse by {gap:.4f}. Check the settings that differ from the reference ({differences}), the "
-            "gradient norm and the learning rate in the report, and whether the data is intact (myllm data verify)"
+            f"WARNING, worse by {gap:.4f}{end_only}. Check the settings that differ from the reference "
+            f"({differences}), the gradient norm and the learning rate in the report, and whether the data is intact "
+            "(myllm data verify)"
         )

@@ -71,8 +71,13 @@ class ThroughputMeter:
         return replace(state, sample_digest=(state.sample_digest or SampleDigest()).add(sums))
 
     def measure(self, state: TrainState, loss: Tensor, grad_norm: Tensor, lr: float) -> dict[str, Any]:
-        """A row of metrics.jsonl: one all-reduce and one read from the device."""
+        """A row of metrics.jsonl: one all-reduce and one read from the device.
+
+        Args:
+            lr: AdamW's; Muon's is in the same proportion to its peak.
+        """
         world_size, model, digest = self._ctx.dist.world_size, self._ctx.config.model, state.sample_digest
+        optim = self._ctx.config.optim
         assert digest is not None  # see `with_digest`
         sums = distributed.all_reduce_sum(torch.stack((loss.float(), grad_norm.float())))
         mean_loss, mean_norm = (sums / world_size).cpu().tolist()
@@ -86,6 +91,7 @@ class ThroughputMeter:
             "tokens": state.tokens_seen,
             "loss": mean_loss,
             "lr": lr,
+            **({"muon_lr": optim.muon_lr * lr / optim.max_lr} if optim.optimizer == "muon" else {}),
             "grad_norm": mean_norm,
             "step_s": step_s,
             "tokens_per_s": tokens_per_s,
@@ -109,11 +115,12 @@ class ThroughputMeter:
 
 def console_line(row: dict[str, Any], max_steps: int) -> str:
     eta = format_clock((max_steps - row["step"]) * row["step_s"])
+    muon = f", Muon {row['muon_lr']:.2e}" if "muon_lr" in row else ""
     mfu = f"  mfu {row['mfu']:.1%}" if row["mfu"] else ""
     wait = row["data_wait_s"] / row["step_s"]
     shown_wait = f"  data wait {wait:.0%}" if wait >= MIN_SHOWN_WAIT else ""
     return (
-        f"step {row['step']:>6,}/{max_steps:,}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  "
+        f"step {row['step']:>6,}/{max_steps:,}  loss {row['loss']:.4f}  lr {row['lr']:.2e}{muon}  "
         f"norm {row['grad_norm']:.2f}  {row['step_s'] * 1000:,.0f} ms  "
         f"{row['tokens_per_s']:,.0f} tok/s{mfu}{shown_wait}  eta {eta}"
     )

@@ -146,11 +146,13 @@ def draw_perplexity(axes: Axes, metrics: Metrics, config: Row) -> list[Label]:
 
 
 def draw_learning_rate(axes: Axes, metrics: Metrics, config: Row) -> list[Label]:
-    labels = plot_line(axes, metrics.train, "lr", "last")
+    _, muon_rates = finite_points(metrics.train, "muon_lr")
+    labels = plot_line(axes, metrics.train, "lr", "AdamW" if muon_rates.size else "last")
     if labels:
         steps, rates = finite_points(metrics.train, "lr")
         axes.fill_between(*downsample(steps, rates), color=BLUE, alpha=0.08, linewidth=0)
-        axes.set_ylim(0, (rates.max() or 1.0) * 1.1)
+        labels += plot_line(axes, metrics.train, "muon_lr", "Muon", color=GREEN)
+        axes.set_ylim(0, (max(rates.max(), muon_rates.max(initial=0.0)) or 1.0) * 1.1)
         set_ticks(axes.yaxis, MaxNLocator(5, steps=[1, 2, 5, 10]), format_number)
     return labels
 
