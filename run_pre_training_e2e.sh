@@ -13,7 +13,7 @@ Usage: ./run_pre_training_e2e.sh [OPTION...] [PRESET] [OVERRIDE...]
 
 Makes the Python environment, checks the plan, rehearses a few steps, evaluations and a save on made-up text, then
 prepares the data and, as soon as the first shards are there, trains, evaluates and reports on every GPU of this
-machine. Run it again after an interruption: it goes on where it was.
+machine. Run it again after an interruption: it resumes.
 
   PRESET      what to train (default: lf-llm-269m, or what --config FILE says); the first argument, without a dash
   OVERRIDE    handed to pretrain.py, such as --name my-run or --train.max-steps 100 or --config my.json; with

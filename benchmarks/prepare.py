@@ -7,8 +7,8 @@ All three get the same text and the same number of processes, in turn, `rounds` 
 - bare: the text lies in each process's memory already; `encode_ordinary`, nothing is kept. The clock starts when all
   processes are ready.
 - prepare: what `myllm data prepare` does, from the start of the call: start workers, read and unpack the file,
-  tokenise, hash, hold out validation, write shards, fsync, manifest.
-- loop: `Pool.imap(tokenise, documents)`, chunksize 1 and 16, each document back to one process as a uint16 array, which
+  tokenize, hash, hold out validation, write shards, fsync, manifest.
+- loop: `Pool.imap(tokenize, documents)`, chunksize 1 and 16, each document back to one process as a uint16 array, which
   fills and saves shards. Source of the shape: karpathy/build-nanogpt, fineweb.py.
 
 Prints a Markdown table, and the peak memory of a worker. A ratio is the median of the rounds' own ratios.
@@ -177,7 +177,7 @@ def loop(corpus: Path, kind: str, n: int, chunksize: int) -> float:
     started = time.perf_counter()
     shard, filled, number = np.empty(SHARD_TOKENS, dtype=np.uint16), 0, 0
     with multiprocessing.get_context("spawn").Pool(n) as pool:
-        for tokens in pool.imap(_tokenise, _read(corpus, kind), chunksize=chunksize):
+        for tokens in pool.imap(_tokenize, _read(corpus, kind), chunksize=chunksize):
             while len(tokens):
                 part = tokens[: SHARD_TOKENS - filled]
                 shard[filled : filled + len(part)] = part
@@ -199,7 +199,7 @@ def _read(corpus: Path, kind: str) -> Iterator[str]:
                 yield from (json.loads(line)["text"] for line in lines)
 
 
-def _tokenise(text: str) -> np.ndarray:
+def _tokenize(text: str) -> np.ndarray:
     global _ENCODE
     if _ENCODE is None:
         _ENCODE = tiktoken_itself().encode_ordinary

@@ -169,7 +169,7 @@ class Watched:
         os.close(self.terminal)
 
     def reach(self, run: Path, more: int) -> int:
-        """Wait for so many more rows; the last step."""
+        """Wait for this many more rows. Returns the last step."""
         rows, deadline = JsonlFile(run / "metrics.jsonl"), time.monotonic() + 180
         start = goal = None
         while True:
@@ -184,7 +184,7 @@ class Watched:
 
 
 def test_a_run_outlives_its_terminal_and_saves_when_it_hangs_up(endless: Path, temp_data: Path) -> None:
-    """Where SIGHUP comes, it is a stop; where it does not (`disown`, `| head`), training goes on."""
+    """SIGHUP stops training; without it (`disown`, `| head`), training continues."""
     run = temp_data / "runs/tiny"
     watched = Watched(command("--config", endless))
     try:

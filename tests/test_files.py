@@ -239,7 +239,7 @@ def test_json_of_other_programs(tmp_path: Path) -> None:
 
 
 def test_rows_of_a_run_that_are_none(tmp_path: Path) -> None:
-    """Each is left out and counted; a text may hold what ends a line elsewhere."""
+    """Damaged lines are skipped and counted. A text may contain other line separators."""
     odd = ["{}", "null", "[]", "7", "no JSON", '{"step": null}', '{"step": true}', '{"step": -1}', '{"step": "3"}']
     odd += [
         '{"step": 1e400}',

@@ -31,7 +31,7 @@ GRADIENT = {"float32": 2e-5, "bfloat16": 1e-1}
 of a loss far less, a mean over thousands."""
 LOSS = {"float32": 5e-6, "bfloat16": 2e-3}
 COMPILED_SLACK = 2.5
-"""Compiled gradients may be so many times as far off as those of single operations."""
+"""Compiled gradients may be this many times as far off as those of single operations."""
 Gradients = dict[str, Tensor]
 
 

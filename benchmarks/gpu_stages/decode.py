@@ -87,7 +87,7 @@ def decode(
 
 @contextmanager
 def compiled_from(tokens: int) -> Iterator[None]:
-    """CUDA compiles texts of so many tokens or more."""
+    """CUDA compiles texts of at least this many tokens."""
     before = generation.COMPILE_MIN_TOKENS
     try:
         generation.COMPILE_MIN_TOKENS = tokens

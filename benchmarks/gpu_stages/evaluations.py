@@ -23,7 +23,7 @@ WORDS = (
     "bread copper lantern winter market song letter garden narrow window quiet morning voice paper road hill"
 )
 MOST_FIRST = 3.0
-"""The first time may take so many times the second: kernels are loaded, and memory is had."""
+"""The first time may take this many times as long as the second: kernels are loaded and memory is allocated."""
 SLOW_KERNELS = ("cudnn",)
 """Parts of names of kernels that are planned anew for each shape."""
 

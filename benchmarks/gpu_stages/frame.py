@@ -52,7 +52,7 @@ def noted(name: str, measured: str, **values: Any) -> Check:
 
 
 def skipped(name: str, why: str) -> Check:
-    """Left out for want of time."""
+    """Skipped because the time was over."""
     return Check(name, "skipped", why)
 
 

@@ -1,4 +1,4 @@
-"""A run that stops and goes on: the same text always, and the same losses where kernels add in one order."""
+"""A run that is stopped and resumed: always the same text, and the same losses if kernels add in a fixed order."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack

@@ -66,7 +66,7 @@ class Steps:
         return (self.start.sample_digest or SampleDigest()).add(self.loader.digest_sums)
 
     def losses(self, count: int) -> list[float]:
-        """Of so many steps; one read from the device at their end."""
+        """Of this many steps; one read from the device at their end."""
         return torch.stack([self.step() for _ in range(count)]).tolist()
 
 

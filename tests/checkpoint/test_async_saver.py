@@ -122,7 +122,7 @@ pretrain.main()
 
 @pytest.mark.slow
 def test_stopped_and_killed_while_a_checkpoint_is_written(quick: RunConfig, tmp_path: Path, temp_data: Path) -> None:
-    """SIGTERM waits for it; SIGKILL leaves the one before, and the same command goes on from there."""
+    """SIGTERM waits for it; SIGKILL leaves the previous one, and the same command resumes from it."""
     config = with_train(quick, max_steps=400, save_every_steps=4, keep_last=3)
     path, root = write_run_config(config, tmp_path / "held.json"), temp_data / "runs/tiny"
     paths = [str(Path(__file__).parents[2])]

@@ -444,7 +444,7 @@ def test_checkpoints_go_by_number(tmp_path: Path) -> None:
 
 
 def test_another_step_under_a_name(tmp_path: Path) -> None:
-    """A folder that was renamed or copied: seen by its state, passed over, and left alone, even by a save there."""
+    """A renamed or copied folder is recognized by its state, skipped, and kept, even by a save there."""
     renamed = put(tmp_path, 3).rename(tmp_path / "step_00000099")
     shutil.copytree(put(tmp_path, 4), tmp_path / "step_00000002")
     (fault,) = verify_checkpoint(renamed)

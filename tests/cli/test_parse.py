@@ -22,7 +22,7 @@ class Part:
     """A part."""
 
     count: int | Literal["auto"] = 3
-    """How many, in one long sentence that goes on
+    """How many, in one long sentence that continues
     over a second line."""
     limit: float | None = None
 

@@ -118,7 +118,7 @@ def test_a_run_records_its_source_and_vocabulary(
     assert read_json_or_empty(folder / "environment.json")["tokenizer"] == made.tokenizer().describe()
 
     vocabulary = made.tokenizer()
-    moved = temp_data.rename(tmp_path / "moved")  # and it goes on where all of it was moved
+    moved = temp_data.rename(tmp_path / "moved")  # and it works where everything was moved
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MYLLM_DATA", str(moved))
         assert load_tokenizer(saved.data.tokenizer).sha256 == vocabulary.sha256

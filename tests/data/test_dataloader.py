@@ -146,7 +146,7 @@ def test_what_the_thread_meets_reaches_training(dataset: Dataset, error: BaseExc
     with BatchLoader(Failing(dataset.train, error), plan(), at(0, 0), 0, CPU) as loader:
         for _ in range(5):
             loader.next_batch()
-        for _ in range(3):  # and does not hang whoever asks again
+        for _ in range(3):  # and a later call does not hang
             with pytest.raises(type(error), match=str(error)):
                 loader.next_batch()
     assert loader_threads() == []

@@ -1,4 +1,4 @@
-"""Training that begins before its data are whole: the same losses, and a clear end where the data do not come."""
+"""Training that starts before its data are complete: the same losses, and a clear error if the data do not come."""
 
 import json
 import os
@@ -51,7 +51,7 @@ STEPS = 45
 
 
 class Runs:
-    """Runs of one config in one temp_data/, whose preparation the test lets go on or not."""
+    """Runs of one config in one temp_data/, whose preparation the test can hold."""
 
     def __init__(self, folder: Path, config: RunConfig) -> None:
         self.folder, self.config, self.run = folder, config, folder / "temp_data/runs" / config.name
@@ -74,7 +74,7 @@ class Runs:
         return process
 
     def open_gate(self, items: int | None = None) -> None:
-        """Let the preparation take so many items; all of them."""
+        """Let the preparation take this many items; None: all."""
         if items is None:
             self._gate.unlink(missing_ok=True)
         else:
@@ -93,7 +93,7 @@ class Runs:
         return log.exists() and log.read_text().count("waiting for data") >= times
 
     def preparation(self) -> psutil.Process:
-        """The process beside: of those that the runs spawned, the one that is not a child of another."""
+        """The preparation's process: the spawned one that is not a child of another spawned one."""
         running = [psutil.Process(process.pid) for process in self._started if process.poll() is None]
         children = [child for process in running for child in process.children(recursive=True)]
         spawned = with_words(children, "--multiprocessing-fork")
@@ -119,8 +119,8 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
 
 @pytest.fixture
 def runs(tiny: RunConfig, tmp_path: Path) -> Iterator[Runs]:
-    """About 80 sequences an epoch, two a step: the run goes on into the second epoch. What is held out is decided when
-    six items, twelve documents, are there."""
+    """About 80 sequences an epoch, two a step: the run continues into the second epoch. Validation is chosen
+    when six items (twelve documents) are tokenized."""
     source = write_corpus(tmp_path / "growing", documents=30, words=120)
     data = DataConfig(source=f"files:{source}", val_tokens=190, shard_tokens=700, workers=1)
     found = Runs(tmp_path, replace(
@@ -152,7 +152,7 @@ def test_it_trains_while_the_data_are_made_with_the_same_losses(runs: Runs) -> N
     process = runs.start()
     runs.wait(process, runs.waits)
     done = losses(runs.run)
-    assert 0 < len(done) < STEPS, "it began before the data were whole"
+    assert 0 < len(done) < STEPS, "it started before the data were complete"
     runs.open_gate()
     code, said = finish(process)
     assert code == 0, said

@@ -47,7 +47,7 @@ def train(config: RunConfig, rare: Rare, folder: Path) -> subprocess.CompletedPr
 
 
 def test_both_ranks_stop_and_the_dump_names_one(config: RunConfig, rare: Rare, tmp_path: Path) -> None:
-    """Made again in one process, each rank's samples have the losses that they had there, dropout included."""
+    """Replayed in one process, each rank's samples have the same losses, dropout included."""
     done = train(config, rare, tmp_path)
     assert done.returncode != 0
     assert done.stderr.count(f"error: the gradient of step {rare.step} is not finite") == 1

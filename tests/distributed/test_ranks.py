@@ -30,7 +30,7 @@ def plain(tiny: RunConfig) -> RunConfig:
 
 
 def gradients(config: RunConfig, ranks: int, sizes: tuple[int, ...], folder: Path) -> list[dict[str, torch.Tensor]]:
-    """The first step's gradient for each micro-batch size, on so many ranks."""
+    """The first step's gradient for each micro-batch size, on this many ranks."""
     folder.mkdir()
     path = write_run_config(config, folder / "config.json")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]

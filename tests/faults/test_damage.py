@@ -84,7 +84,7 @@ def refused(ended: Ended, dataset: Dataset, shard: str) -> None:
 
 
 def test_shards(forks: Forks, config_file: Path, place: Path, dataset: Dataset, goes_on: Goes) -> None:
-    """Training stops before it touches a damaged shard, names it, and after the repair that it names goes on."""
+    """Training stops before it reads a damaged shard, names it, and resumes after the repair."""
     shards = sorted(path.name for path in dataset.folder.glob("*.npy") if path.name != "spans.npy")
     assert len(shards) > 3
     for number, (kind, shard) in enumerate(zip(("flipped", "cut short", "missing", "flipped"), shards, strict=False)):

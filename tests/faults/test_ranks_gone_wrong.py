@@ -21,7 +21,7 @@ def test_a_nan_in_a_batch(rank: int, forks: Forks, config_file: Path, place: Pat
     ended = forks(config_file, "--name", name, on=(rank,), nan=6)
     assert ended.code == TrainingDiverged.EXIT_CODE, ended.said
     assert "error: the gradient of step 6 is not finite" in ended.said
-    assert "suspect the device" in ended.said, "made again, the step is sound"
+    assert "suspect the device" in ended.said, "the replayed step is sound"
     assert "Traceback" not in ended.said, ended.said
     assert newest_step(run.checkpoints) == 4
     assert read_dump(find_dump(name, run.root.parent)).summary["step"] == 6

@@ -54,7 +54,7 @@ def test_two_ranks_that_are_hit_again_and_again(two: Path, place: Path) -> None:
     assert code != 0
     resumed_from = [saved]
 
-    # Somebody starts the same run while it stands still for a moment: refused, and it goes on. Then all die at once.
+    # A second start of a suspended run is refused, and the run continues. Then all die at once.
     training = start(two, place, "two-hit")
     assert training.wait_for_step(chance.randrange(11, 18))
     psutil.Process(training.ranks()[0]).suspend()

@@ -71,7 +71,7 @@ def test_seeds_and_random_state(model):
 
 
 def test_gradients_stay_on_between_tokens(model):
-    """The generator turns gradients off while it runs, not for whoever reads from it."""
+    """The generator turns gradients off while it runs, not for its caller."""
     ids = generate(model, PROMPT, 3)
     next(ids)
     assert torch.is_grad_enabled()
@@ -97,7 +97,7 @@ def test_frequencies_are_the_softmax(temperature, top_k):
     assert not seen[expected == 0].any()
     kept = expected > 0
     chi_square = draws * ((seen - expected)[kept] ** 2 / expected[kept]).sum()
-    assert chi_square < 25  # of up to 5 degrees of freedom: passed over once in 7,000 by a right sampler
+    assert chi_square < 25  # of up to 5 degrees of freedom: exceeded once in 7,000 by a correct sampler
 
 
 def test_top_k_takes_no_more_than_k_of_equals():

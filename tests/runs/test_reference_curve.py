@@ -54,7 +54,7 @@ def test_the_bands_are_what_their_reasons_say() -> None:
         line = np.interp(math.log(curve.tokens[left_out]), np.log(curve.tokens)[rest], np.array(curve.values)[rest])
         assert 0.005 < abs(line - curve.values[left_out]) < 0.035 < curve.band
     slope = (curve.values[-2] - curve.values[-1]) / math.log(curve.tokens[-1] / curve.tokens[-2])
-    assert math.exp(curve.band / slope) == pytest.approx(1.25, abs=0.03)  # so many times the tokens
+    assert math.exp(curve.band / slope) == pytest.approx(1.25, abs=0.03)  # this many times the tokens
     error = math.sqrt(0.3555 * (1 - 0.3555) / 10_041)
     assert hellaswag.band == pytest.approx(2 * math.sqrt(2) * error, abs=1e-4)
     assert hellaswag.band_of({"acc_norm": 0.35, "acc_norm_stderr": error}) == pytest.approx(hellaswag.band, abs=1e-4)

@@ -186,8 +186,8 @@ class HubServer:
                 self._pace[pattern] = bytes_per_s
 
     def hold(self, pattern: str, after_bytes: int) -> None:
-        """Stop the bodies of matching GETs and PUTs there, with the connection open, until release(): whoever waits for
-        such a body is in the middle of it for as long as a test wants.
+        """Stop the bodies of matching GETs and PUTs there, with the connection open, until release(). Until then,
+        a client is in the middle of the body.
         """
         with self._lock:
             self._held[pattern] = after_bytes

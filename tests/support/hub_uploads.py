@@ -11,7 +11,7 @@
     GET  /api/models/ID/commits/REV, .../refs    what was committed and tagged
     POST /api/models/ID/tag/REV                  409 where the tag is there already
 
-Whoever writes needs a token of the repository's namespace: 401 without one, 403 with another's.
+Writing needs a token of the repository's namespace: 401 without one, 403 with another's.
 
 Source: huggingface_hub 2.4, hf_api.py, _commit_api.py and lfs.py.
 """

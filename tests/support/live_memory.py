@@ -57,7 +57,7 @@ def bytes_of(tensors: list[Tensor]) -> int:
 
 
 def saved_bytes(step: Step) -> int:
-    """What autograd keeps from a forward pass for the backward pass, weights and buffers left out."""
+    """What autograd keeps from a forward pass for the backward pass, without weights and buffers."""
     kept: list[Tensor] = []
     step.runner.train()
     with saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):

@@ -102,7 +102,7 @@ def evaluate(model: Transformer, config: RunConfig) -> None:
 
 
 def assert_graphs(count: int, config: RunConfig, graphs: Graphs) -> None:
-    """Training makes so many, without breaks; evaluations and training again make none."""
+    """Training makes this many graphs, without breaks; evaluations and later steps make none."""
     model = Transformer(config.model)
     runner = parallelize(model, config, ALONE)
     for _ in range(2):

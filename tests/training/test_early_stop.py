@@ -229,7 +229,7 @@ def test_a_run_that_stopped_early_goes_on_only_when_told(plateau: RunConfig) -> 
 
 
 def test_the_last_checkpoint_is_told_of_once_and_when_it_is_final(plateau: RunConfig) -> None:
-    """Saved at 4, then saved again with the validation there counted: whoever is told of it finds the second."""
+    """Saved at 4, then saved again with the validation there counted: a callback finds the second."""
     still = replace(plateau, optim=replace(plateau.optim, max_lr=1e-30))
     config = with_train(still, early_stop_patience=1, save_every_steps=2)
     published = []

@@ -71,7 +71,7 @@ def test_spikes_are_judged_by_running_statistics() -> None:
 
 
 def test_a_norm_that_rises_for_good_is_accepted_in_time() -> None:
-    """Were spikes kept out of the statistics, every later update would be left out."""
+    """Were spikes kept out of the statistics, every later update would be skipped."""
     verdicts, _ = judged(TrainConfig(skip_spikes_sigma=6.0, max_skipped_steps=100), [1.0] * 100 + [3.0] * 100)
     assert verdicts[100] == 1
     assert verdicts[-50:] == [0] * 50

@@ -190,7 +190,7 @@ def test_small_gradients_need_the_scale(steps: Callable[[str], Steps]) -> None:
         given = None if scale is None else torch.tensor(scale)
 
         def small(tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-            return parts.model(tokens, targets) / 4_096  # as of so many accumulation steps
+            return parts.model(tokens, targets) / 4_096  # as with this many accumulation steps
 
         small.train = parts.model.train
         accumulate_gradients(small, parts.loader, batch, parts.config, CPU, loss_scale=given)
@@ -206,7 +206,7 @@ def test_small_gradients_need_the_scale(steps: Callable[[str], Steps]) -> None:
 
 
 def judged(judge: GradientGuard, norms: list[float]) -> list[float]:
-    """What becomes of each step's update, as the optimizer is told; 1 is left out."""
+    """The optimizer's decision about each step's update; step 1 is skipped."""
     found = []
     for step, norm in enumerate(norms):
         judge.record(TrainState(step, 0, DataPosition(0, 0, 0, "")))

@@ -31,7 +31,7 @@ ALONE = DistContext(rank=0, local_rank=0, world_size=1, device=torch.device("cpu
 READS = ("item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__", "__array__")
 """Methods that make the host wait until the device has the value."""
 WAITS = ("aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero", "aten::equal", "aten::masked_select")
-"""Operations that do, whoever asks for them; on a GPU their result decides a shape or a branch of the host."""
+"""Operations that do, wherever they are called; on a GPU their result decides a shape or a branch of the host."""
 
 
 class HostReads(TorchDispatchMode):

@@ -30,7 +30,7 @@ def overhead_rows(root: Path) -> list[dict]:
 
 
 class Clock:
-    """Time goes on only where a test says so."""
+    """Time advances only when a test says so."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1_000.0
@@ -83,7 +83,7 @@ def test_nothing_but_steps_is_in_tokens_per_second(tiny: RunConfig, monkeypatch:
 
 
 def test_a_restart_counts_on(tiny: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows of steps that are made again are gone, and so is their time; every start's own time stays."""
+    """Rows of repeated steps are removed with their time; the time of every start is kept."""
     broken = with_train(replace(tiny, name="broken"), log_every_steps=2)
     run_until(broken, 6, monkeypatch)
     run_until(broken, 11, monkeypatch)

@@ -1,4 +1,4 @@
-"""Hostile files, from the file to the tokens: each is handled, or passed over, counted and named, and nothing else is.
+"""Hostile files, from the file to the tokens: handled, or skipped, counted and named, and nothing else is skipped.
 
 Every test goes through what a worker does, `tokenize_item`, and reads the tokens and the index that it leaves.
 """
@@ -32,7 +32,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture
 def work(tmp_path: Path, tokenizer: Tokenizer) -> Work:
-    """Tokenise a folder: its documents, as decoded, in order; what was counted; and the places that were named."""
+    """Tokenize a folder. Returns its documents, decoded, in order; the counts; and the logged places."""
 
     def do(folder: Path, **settings: object) -> tuple[list[str], dict[str, int], list[str]]:
         source = find_source(f"files:{folder}", settings.pop("column", None))
@@ -67,7 +67,7 @@ def line(text: str | None) -> bytes:
 # What is said of a text that is kept.
 KEPT = {"NUL in the text": "nul_characters_kept", "a lone surrogate": "lone_surrogates_replaced",
         "end of text, spelled out": "end_of_text_spelled_out"}  # fmt: skip
-# What stands between two good lines; what is made of it: texts, or the reason for which it is passed over.
+# What is between two good lines, and the result: texts, or the reason why it is skipped.
 LINES: dict[str, tuple[bytes, list[str] | str]] = {
     "a million spaces": (line(" " * 10**6), "empty"),
     "a million line ends": (line("\n" * 10**6), "empty"),

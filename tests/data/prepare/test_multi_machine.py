@@ -127,7 +127,7 @@ def test_a_part_goes_on_where_it_was_interrupted(
     assert prepare_worker_shard(asked, "1/1", progress=False).name == "shard-1-of-1"
     assert sorted(done) == [f"{number:06d}.bin" for number in range(5)], "an item was made twice"
     assert hashes(merge_worker_shards(make_spec(asked).folder, progress=False).folder) == expected
-    assert len(done) == 5, "what the part had made was made again"
+    assert len(done) == 5, "items of the finished shard were tokenized again"
 
 
 def test_an_interrupted_merge_continues(asked: DataConfig, hashes: Hashes) -> None:

@@ -238,7 +238,7 @@ def test_a_damaged_data_set_is_not_trained_on(mixed_corpus: Path) -> None:
 def test_a_set_of_the_same_text_in_other_amounts_is_named(
     mixed_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Whoever prepared all of a source is not to tokenize it again for a preset that wants some of it, unasked."""
+    """A user who prepared all of a source is told so before a preset tokenizes a part of it again."""
     whole = prepare(config(mixed_corpus), progress=False)
     prepare(config(mixed_corpus, strip_control=True), progress=False)
     others = [f"text number {number} is another one" for number in range(40)]

@@ -1,4 +1,4 @@
-"""Preparations in real processes: killed, interrupted, two at once, on a full disk. Gone on from, every time."""
+"""Preparations in real processes: killed, interrupted, two at once, on a full disk. The next one always continues."""
 
 import json
 import multiprocessing
@@ -100,7 +100,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(
     big_corpus: Path, preparations: "Preparations", undisturbed: dict[str, str], hashes: Hashes
 ) -> None:
     """At least 20 kills: of the parent, of all, of one worker, and often at once again, with another number of workers
-    each time. What is sealed is not made again; what is finished is as if nobody had been killed.
+    each time. Finished items and shards are not written again, and the result is that of an undisturbed preparation.
     """
     seed = random.randrange(10**6)
     chance, kills, finished = random.Random(seed), 0, 0
@@ -125,7 +125,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(
 
 
 def sealed(preparations: "Preparations") -> dict[Path, tuple[int, int]]:
-    """Units and shards that are finished, and what tells each from one that was made again."""
+    """Finished items and shards, with inode and time, which differ if one is written again."""
     found = preparations.seen("work/*.npz")
     for progress in preparations.seen("progress.json"):
         shards = json.loads(progress.read_text())["shards"]
@@ -187,7 +187,7 @@ def test_interrupted_it_stops_at_once_and_can_go_on(
 def test_two_at_once_make_one_data_set(
     big_corpus: Path, preparations: "Preparations", undisturbed: dict[str, str], hashes: Hashes
 ) -> None:
-    """The second goes on from where the first was killed."""
+    """The second continues where the first was killed."""
     first, second = (preparations.start(source=f"files:{big_corpus}", workers=1, **SETTINGS) for _ in range(2))
     preparations.wait_for(lambda: preparations.seen("train_00001.npy"))
     first.kill()

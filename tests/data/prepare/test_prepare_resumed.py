@@ -1,4 +1,4 @@
-"""A preparation that was cut short goes on where it was: nothing twice, nothing lost, the same bytes."""
+"""An interrupted preparation continues where it was: nothing twice, nothing lost, the same bytes."""
 
 import contextlib
 import errno
@@ -152,7 +152,7 @@ def interrupted(
 
 
 def count_items(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The items that are tokenised from now on, by the name of their file."""
+    """The items that are tokenized from now on, by the name of their file."""
     done: list[str] = []
     original = scheduler.tokenize_item
 
@@ -168,7 +168,7 @@ def count_items(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_only_unfinished_items_are_done_again(
     dedup: bool, mixed_corpus: Path, monkeypatch: pytest.MonkeyPatch, hashes: Hashes
 ) -> None:
-    """Stopped after each item in turn: in all, every item is tokenised once, every shard written once."""
+    """Stopped after each item in turn: every item is tokenized once and every shard written once."""
     monkeypatch.setattr(work_items, "SMALL_BYTES", 1)  # an item a file
     asked = config(mixed_corpus, shard_tokens=5_000, dedup_exact=dedup)
     done = count_items(monkeypatch)

@@ -152,7 +152,7 @@ def test_the_name_fits_a_folder(tmp_path: Path) -> None:
 
 def test_loops_of_links_end(tree: Path) -> None:
     expected = names(tree)
-    for name in ("one", "two"):  # two links make 2^40 paths for whoever follows them
+    for name in ("one", "two"):  # two links make 2^40 paths if they are followed
         (tree / "sub" / name).symlink_to(tree, target_is_directory=True)
     assert names(tree) == expected
     assert names(f"{tree}/**") == expected

@@ -280,12 +280,12 @@ def test_one_text_at_a_time_and_disconnecting_ends_it(server: PageServer) -> Non
     assert [json.loads(answer.readline())["kind"] for _ in range(3)] == ["start", "token", "token"]
     status, (refusal,), _ = post(server, {"max_new_tokens": 1})
     assert (status, "another text is being generated" in refusal["error"]) == (503, True)
-    assert json.loads(answer.readline())["kind"] == "token"  # and the first goes on
+    assert json.loads(answer.readline())["kind"] == "token"  # and the first continues
     answer.close()
     first.close()
     end = time.monotonic() + DEADLINE_S
     while (status := post(server, {"max_new_tokens": 1})[0]) == 503:
-        assert time.monotonic() < end, "the text of a client that left goes on"
+        assert time.monotonic() < end, "generation for a disconnected client continues"
     assert status == 200
 
 
@@ -300,5 +300,5 @@ def test_a_failing_model_is_reported_and_the_server_continues(
         status, (*_, last), _ = post(server, {})
     assert (status, last["kind"]) == (200, "error")
     assert "out of memory" in last["error"]
-    assert "Traceback" in capfd.readouterr().err  # for whoever runs it
+    assert "Traceback" in capfd.readouterr().err  # for the operator
     assert post(server, {"max_new_tokens": 1})[0] == 200

@@ -122,7 +122,7 @@ def test_a_document_that_makes_nan_is_found(
 def test_a_spike_can_stop_a_run_and_its_dump_repeats_the_row(
     bare: RunConfig, optimizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A healthy step: made again it has the row's loss and norm, dropout included; without it, those of float64."""
+    """A healthy step: replayed, it has the row's loss and norm with dropout, and those of float64 without."""
     bare = replace(bare, optim=replace(bare.optim, optimizer=optimizer))
     monkeypatch.setattr(guard, "WARMUP_STEPS", 3)
     monkeypatch.setattr(guard, "MIN_DEVIATION", 1e-6)

@@ -117,7 +117,7 @@ def check_source(spec: str) -> None:
 
 
 def _hint(spec: str) -> str:
-    """The probable source if the user left out its kind."""
+    """The probable source if the user omitted its kind."""
     try:
         exists = bool(spec) and (user_path(spec).exists() or bool(glob_files(user_path(spec))[0]))
     except (OSError, RuntimeError, ValueError, UserError):
