@@ -3,8 +3,6 @@
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-import onnxruntime
 import pytest
 import torch
 from model.test_parity import random_model
@@ -17,7 +15,6 @@ from myllm.hub import architectures
 from myllm.hub.export import fold as folding
 from myllm.hub.export.fold import fold, fold_weights
 from myllm.hub.export.gguf import export_gguf
-from myllm.hub.export.onnx import export_onnx
 from myllm.hub.export.source import load_export_source
 from myllm.hub.export.transformers import export_transformers
 from myllm.hub.import_model import read_external_model
@@ -145,7 +142,7 @@ def test_a_gated_relu_is_not_imported(save: Save, tmp_path: Path) -> None:
         read_external_model(made.folder)
 
 
-# -- other formats ----------------------------------------------------------------------------------------------------
+# -- GGUF; ONNX needs no fold (test_other_formats.py) ------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -160,11 +157,3 @@ def test_gguf_has_no_squared_relu(config: ModelConfig, save: Save, tmp_path: Pat
     with pytest.raises(UserError, match=r"GGUF has no squared ReLU.*Use --to or --to-onnx"):
         export_gguf(load_export_source(save(config)), tmp_path / "m.gguf")
     assert not list(tmp_path.glob("*m.gguf*"))
-
-
-@torch.no_grad()
-def test_onnx(save: Save, tmp_path: Path) -> None:
-    export_onnx(load_export_source(save(replace(QWEN3, **ALL, n_layers=1))), tmp_path / "m.onnx")
-    session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
-    (theirs,) = session.run(None, {"tokens": TOKENS.numpy()})
-    assert np.abs(theirs - load_model("made", "cpu").model(TOKENS).numpy()).max() < 1e-4

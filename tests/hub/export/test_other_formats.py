@@ -14,6 +14,7 @@ from support.saved_checkpoints import KINDS, SMALL, Save, small_vocabulary
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from myllm.cli.main import main as myllm
+from myllm.config import ModelConfig
 from myllm.data.tokenizer.train import train_tokenizer
 from myllm.errors import UserError
 from myllm.hub.export import onnx as to_onnx
@@ -37,9 +38,14 @@ def our_logits(asked: torch.Tensor) -> np.ndarray:
 # -- ONNX -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "relu2"])
-def test_onnx(kind: str, save: Save, tmp_path: Path) -> None:
-    config = KINDS.get(kind) or replace(SMALL, activation="relu2", qk_norm=True, bias=True, n_kv_heads=1)
+UNLIKE_ANY = replace(
+    SMALL, activation="relu2", qk_norm=True, bias=True, n_kv_heads=1, embedding_norm=True, residual_scales=True,
+    tie_embeddings=False,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("config", [KINDS["gpt2"], UNLIKE_ANY], ids=["gpt2", "unlike any"])
+def test_onnx(config: ModelConfig, save: Save, tmp_path: Path) -> None:
     config = replace(config, n_layers=1)
     assert export_onnx(load_export_source(save(config)), tmp_path / "m.onnx") < 1e-4
     session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
