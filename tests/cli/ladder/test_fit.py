@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
+from support.synthetic_ladder import LAW, LENGTHS, MIDDLE, SAVED, SIZES, SLOPES, TARGET, exact, ladder, law
 
-from myllm.cli.ladder.analysis import Target, analyze
+from myllm.cli.ladder.analysis import analyze
 from myllm.cli.ladder.fit import (
     Band,
     Losses,
@@ -15,29 +16,6 @@ from myllm.cli.ladder.fit import (
     tokens_to_reach,
 )
 from myllm.cli.ladder.summary import describe_analysis
-
-SIZES, LENGTHS = np.array([0.35e6, 0.52e6, 1.0e6]), np.array([0.8e6, 1.6e6, 3.3e6])
-LAW = {"E": 1.7, "A": 60.0, "a": 0.32, "B": 200.0, "b": 0.38}
-SAVED, SLOPES = (1.0, 1.28, 1.6), (0.0, -0.05, 0.03)  # m at the middle size, and g
-MIDDLE = np.exp(np.log(SIZES).mean())
-TARGET = Target("lf-llm-269m", 3.2e8, 1e10)
-
-
-def law(recipe: int, size: float, tokens: float) -> float:
-    equal = SAVED[recipe] * (size / MIDDLE) ** SLOPES[recipe] * tokens
-    return LAW["E"] + LAW["A"] * size ** -LAW["a"] + LAW["B"] * equal ** -LAW["b"]
-
-
-def exact() -> np.ndarray:
-    return np.array([[[law(recipe, size, tokens) for tokens in LENGTHS] for size in SIZES] for recipe in range(3)])
-
-
-def ladder(noise: float, seeds: int = 2, seed: int = 0) -> Losses:
-    """With noise that the recipes share (the seed's), four times what they do not share."""
-    chance = np.random.default_rng(seed)
-    shared = 4 * noise * chance.standard_normal((1, 3, 3, seeds))
-    values = exact()[..., None] + shared + noise * chance.standard_normal((3, 3, 3, seeds))
-    return Losses(("reference", "adamw", "modern"), SIZES, LENGTHS, values)
 
 
 def test_the_joint_law_comes_back_without_its_largest_rung() -> None:

@@ -1,13 +1,8 @@
 """`myllm ladder`: compare recipes over sizes and lengths, and fit how many tokens one saves.
 
-command   the command line
-plan      recipes, and the config of each cell
-rates     learning rates by width and length
-search    the best rates of each recipe
-budget    the plan in words, and its hours
-cells     run the cells, read their results
-fit       laws of the loss
-analysis  multipliers, their bands and their extrapolation
-results   ladder.json
-summary   all of it in words
+command, plan, budget      the command line, the config of each cell, hours
+rates, search              rates by width and length, and how they are found
+cells, results             run the cells, read their results, ladder.json
+fit, analysis, ablation    laws of the loss, multipliers and their bands, one part off at a time
+summary, plots, report     all of it in words and figures
 """

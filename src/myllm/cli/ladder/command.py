@@ -55,6 +55,10 @@ class LadderArgs:
     rates: str | None = None
     """Learning rates: a rates file, or own for each recipe's own (default: those of the first
     start, or else a search)."""
+    ablate: str | None = None
+    """Instead of a ladder: take one part at a time off this recipe, at the second width and the middle length."""
+    base: Annotated[str, tyro.conf.arg(name="from")] = "lf-llm-269m"
+    """With --ablate: the recipe whose parts come in place of those that are off."""
     jobs: int = 1
     """Runs at once. Each has its share of the cores."""
     budget: bool = False
@@ -68,6 +72,9 @@ def ladder(words: list[str]) -> None:
     more seeds, widths or lengths it adds the cells that are missing. See docs/ladder.md.
     """
     args = parse_arguments(LadderArgs, words, "myllm ladder", description=inspect.getdoc(ladder))
+    if args.ablate is not None:
+        ablate(args.ablate, args)
+        return
     if len(args.recipes) < 2:
         raise UserError("a ladder compares at least two recipes: give presets or config files")
     grid, recipes = make_grid(args), load_recipes(args.recipes)
@@ -113,8 +120,48 @@ def finish(name: str, recipes: Mapping[str, RunConfig], grid: Grid, results: "Se
         "cells": [describe_cell(result) for result in results], "rates": read_json(rates_file(name)),
         "analysis": analysis,
     })  # fmt: skip
-    table = describe_losses(losses, grid.widths)
-    return f"\nvalidation loss, nats per token\n{table}\n\n{describe_analysis(analysis)}\n\nresults are in {path}"
+    from .report import write_report  # Matplotlib takes a second
+
+    return (
+        f"\nvalidation loss, nats per token\n{describe_losses(losses, grid.widths)}\n\n"
+        f"{describe_analysis(analysis)}\n\n"
+        f"report   {write_report(path.parent)}\nnumbers  {path}"
+    )
+
+
+def ablate(recipe: str, args: LadderArgs) -> None:
+    """The mode of --ablate.
+
+    Raises:
+        UserError: recipes beside it, or no rates yet.
+    """
+    from .ablation import analyze_ablation, describe_ablation, plan_ablation
+    from .budget import describe_cost, expected_seconds
+    from .cells import run_cells
+    from .results import describe_cell, write_results
+
+    if args.recipes:
+        raise UserError("--ablate takes the recipe itself: give no others")
+    recipes = load_recipes([recipe, args.base])
+    grid = make_grid(args)
+    check_grid(grid, args.max_epochs)
+    rates = known_rates(args, recipes, grid)
+    if rates is None:
+        raise UserError("--ablate needs rates: --rates FILE.json or own, or the --name of a ladder of both recipes")
+    cells = plan_ablation(recipes, grid, rates, args.seeds)
+    expected = expected_seconds(cells, args.jobs)
+    print(describe_cost(cells, expected, args.jobs), flush=True)
+    if args.budget:
+        return
+    results = run_cells(cells, args.jobs, expected)
+    found = analyze_ablation(results)
+    path = paths.ladder_dir(args.name) / "ablation.json"
+    write_results(path, found | {"cells": [describe_cell(result) for result in results]})
+    print(f"\n{describe_ablation(found)}\n\nnumbers  {path}")
+    if (path.parent / "ladder.json").is_file():
+        from .report import write_report
+
+        print(f"report   {write_report(path.parent)}")
 
 
 def make_grid(args: LadderArgs) -> Grid:

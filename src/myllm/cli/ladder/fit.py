@@ -77,7 +77,9 @@ def _band(value: float, resampled: np.ndarray, dropped: np.ndarray) -> Band:
     ends = [end for end in dropped if math.isfinite(end)]
     if np.isfinite(resampled).any():
         ends += list(np.nanpercentile(resampled, LEVEL))
-    return Band(float(value), float(min(ends, default=math.nan)), float(max(ends, default=math.nan)))
+    if not ends:
+        return Band(float(value))
+    return Band(float(value), float(min(*ends, value)), float(max(*ends, value)))
 
 
 def _without_size(means: np.ndarray, size: int) -> np.ndarray:

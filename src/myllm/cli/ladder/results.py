@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from myllm.files import json_safe, write_json
+from myllm.files import NONFINITE, json_safe, read_json, write_json
 from myllm.formatting import format_si, format_table
 from myllm.migrations import LADDER
 
@@ -67,3 +67,17 @@ def describe_cell(result: CellResult) -> dict[str, Any]:
 
 def write_results(path: Path, content: dict[str, Any]) -> None:
     write_json(path, LADDER.stamp(json_safe(content)))
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """ladder.json or ablation.json."""
+    return LADDER.upgrade(_with_nonfinite(read_json(path)), path)
+
+
+def _with_nonfinite(value: Any) -> Any:
+    """The inverse of `json_safe`."""
+    if isinstance(value, dict):
+        return {key: _with_nonfinite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_with_nonfinite(inner) for inner in value]
+    return NONFINITE.get(value, value) if isinstance(value, str) else value

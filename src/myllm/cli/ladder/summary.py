@@ -96,6 +96,4 @@ def _describe_held_out(rows: Sequence[Values]) -> list[str]:
 
 def _range(band: Values, digits: int = 2) -> str:
     low, high = band["low"], band["high"]
-    if not all(isinstance(end, float) and math.isfinite(end) for end in (low, high)):
-        return "no band"
-    return f"{low:.{digits}f} to {high:.{digits}f}"
+    return f"{low:.{digits}f} to {high:.{digits}f}" if math.isfinite(low) and math.isfinite(high) else "no band"

@@ -1,0 +1,83 @@
+"""report.html and plots/ of a ladder, from its ladder.json and ablation.json."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from myllm.files import atomic_write, write_text
+from myllm.formatting import format_duration, format_si
+from myllm.runs.report.page import DPI, embed_png, page_template
+
+from .ablation import describe_ablation
+from .plots import draw_ablation, draw_losses, draw_multipliers, draw_search
+from .results import read_results
+from .search import describe_search
+from .summary import describe_joint, describe_matches, describe_sizes
+
+Values = Mapping[str, Any]
+
+
+def write_report(folder: Path) -> Path:
+    """Draw the figures into plots/ and write report.html.
+
+    Args:
+        folder: of the ladder, with ladder.json; ablation.json may be missing.
+    """
+    ladder = read_results(folder / "ladder.json")
+    ablation = folder / "ablation.json"
+    sections = _sections(ladder)
+    if ablation.is_file():
+        found = read_results(ablation)
+        sections.append(("Without one part", draw_ablation(found), describe_ablation(found)))
+    (folder / "plots").mkdir(exist_ok=True)
+    shown = []
+    for title, figure, text in sections:
+        image = None
+        if figure is not None:
+            path = folder / "plots" / f"{title.lower().replace(' ', '_')}.png"
+            with atomic_write(path, durable=False) as file:
+                figure.savefig(file, dpi=DPI, format="png")
+            image = embed_png(path.read_bytes())
+        shown.append({"title": title, "image": image, "text": text})
+    seconds = sum(cell["seconds"] for cell in ladder["cells"])
+    page = page_template(__package__).render(
+        name=ladder["name"],
+        subtitle=f"{' · '.join(ladder['recipes'])} · {ladder['dataset']}",
+        cards=[
+            ("Runs", str(len(ladder["cells"])), f"{format_duration(seconds)} of training"),
+            *_multiplier_cards(ladder["analysis"]),
+        ],
+        sections=shown,
+        cells=ladder["cells"],
+        format_si=format_si,
+    )
+    write_text(folder / "report.html", page)
+    return folder / "report.html"
+
+
+def _sections(ladder: Values) -> list[tuple[str, Any, str]]:
+    """Title, figure and text of each part of the page."""
+    analysis, rates = ladder["analysis"], ladder["rates"]
+    has_law = not all("missing" in analysis[law] for law in ("per_size", "joint"))
+    sections = [
+        ("Losses", draw_losses(ladder), "\n".join(describe_matches(analysis["matches"]))),
+        ("Fewer tokens", draw_multipliers(ladder) if has_law else None, "\n".join(describe_sizes(analysis))),
+        ("One law for all cells", None, "\n".join(describe_joint(analysis))),
+    ]
+    if search := rates.get("search"):
+        sections.append(("Rates", draw_search(search), describe_search(search, rates["checks"])))
+    return sections
+
+
+def _multiplier_cards(analysis: Values) -> list[tuple[str, str, str]]:
+    """Tokens to the same loss at the largest size and the longest length, by interpolation between runs."""
+    longest = (analysis["parameters"][-1], analysis["tokens"][-1])
+    cards = []
+    for row in analysis["matches"]:
+        if (row["parameters"], row["tokens"]) == longest:
+            ratio = row["token_ratio"]
+            band = f"{ratio['low']:.2f} to {ratio['high']:.2f}" if math.isfinite(ratio["low"]) else "no band"
+            value = f"{ratio['value']:.2f}x"
+            cards.append((f"{row['second']} against {row['first']}", value, f"fewer tokens, {band}, largest rung"))
+    return cards
