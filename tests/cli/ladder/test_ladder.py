@@ -38,7 +38,9 @@ def test_a_killed_ladder_continues_and_grows(prepared_data: None, temp_data: Pat
     assert "8 of 8 runs are left" in plan
     assert not list(temp_data.glob("runs/*"))  # the measurement left nothing
 
-    process = subprocess.Popen([*COMMAND, "--seeds", "1"], stdout=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(
+        [*COMMAND, "--seeds", "1", "--rates", "own"], stdout=subprocess.DEVNULL, start_new_session=True
+    )
     deadline = time.monotonic() + 200
     while len(endings(temp_data)) < 3:
         assert process.poll() is None
