@@ -81,7 +81,7 @@ def test_shares_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_a_hopeless_trial_is_given_up(tiny: RunConfig) -> None:
-    (result,) = run_trials([with_train(tiny, max_steps=2_000)], limit=lambda config: 0.1)
+    (result,) = run_trials([with_train(tiny, max_steps=2_000)], limit=lambda config, step: 0.1)
     assert result.loss is None
     assert 1_000 <= result.tokens / 128 < 2_000
 

@@ -26,14 +26,14 @@ from myllm.paths import RunPaths, is_checkout, project_root
 from myllm.presets import diff_settings
 from myllm.runs.history import Metrics, as_float, read_json_or_empty, read_metrics
 
-POLL_S = 0.1
+POLL_S, READ_EVERY_S = 0.1, 1.0
 LAST_LINES = 12
 SAVES = 4
 """Checkpoints of a trial, evenly spaced, each in place of the one before. None is kept after the end."""
-HOPELESS_FROM = 0.5
-"""Part of a run after which it can be given up."""
-Limit = Callable[[RunConfig], float]
-"""The training loss above which a trial is given up."""
+HOPELESS_FROM = 5
+"""Tenths of a run after which it can be given up."""
+Limit = Callable[[RunConfig, int], float]
+"""The training loss above which a trial is given up after some steps."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,8 @@ def run_trials(
         configs: each is changed by `as_trial`. The next one is taken when there is room for it, so it may depend on the
             results so far. All train on the device of the first.
         jobs: trials at a time. Each gets an equal share of the cores or of the GPUs.
-        limit: a trial in the second half of its steps whose training loss is above this is given up.
+        limit: a trial in the second half of its steps whose training loss is above this is given up; called for each
+            tenth of its steps.
 
     Yields:
         results in the order in which the trials end.
@@ -190,7 +191,7 @@ class _TrialProcess:
         self.run.root.mkdir(parents=True, exist_ok=True)
         write_json(_trial_file(self.run), to_dict(config))
         self.process: subprocess.Popen[bytes] | None = None
-        self.given_up, self._read_until = False, 0.0
+        self.given_up, self._read_at, self._checked_tenths = False, 0.0, 0
 
     def ended(self, limit: Limit | None) -> bool:
         """True after the end of the process. Stops it if its loss is above the limit.
@@ -247,18 +248,16 @@ class _TrialProcess:
             )
 
     def _is_hopeless(self, limit: Limit) -> bool:
-        """True if the last tenth of the logged losses is above the limit, in the second half of the run."""
-        if time.monotonic() < self._read_until + 1 or not self.run.metrics.is_file():
+        """True if the training loss is above the limit after another tenth of the steps, in the second half."""
+        if time.monotonic() < self._read_at + READ_EVERY_S or not self.run.metrics.is_file():
             return False
-        self._read_until = time.monotonic()
-        try:
-            rows = read_metrics(self.run.metrics).train
-        except UserError:  # no row yet
+        self._read_at = time.monotonic()
+        step, loss = recent_loss(self.run)
+        tenths = 10 * step // self.config.train.max_steps
+        if tenths < max(HOPELESS_FROM, self._checked_tenths + 1):
             return False
-        if not rows or rows[-1]["step"] < HOPELESS_FROM * self.config.train.max_steps:
-            return False
-        newest = rows[-max(len(rows) // 10, 1) :]
-        return sum(as_float(row.get("loss")) for row in newest) / len(newest) > limit(self.config)
+        self._checked_tenths = tenths
+        return loss > limit(self.config, step)
 
     def _is_held(self) -> bool:
         return is_locked(self.run.root / ".lock")
@@ -270,6 +269,25 @@ class _TrialProcess:
     @property
     def _log(self) -> Path:
         return self.run.root / "trial.log"
+
+
+def recent_loss(run: RunPaths, step: int | None = None) -> tuple[int, float]:
+    """The mean training loss of the newest tenth of the logged steps; NaN if there are none.
+
+    Args:
+        step: of the first steps up to this one.
+
+    Returns:
+        the last step, and the loss.
+    """
+    try:
+        rows = read_metrics(run.metrics).train
+    except UserError:  # no row yet
+        return 0, math.nan
+    rows = [row for row in rows if step is None or row["step"] <= step]
+    newest = rows[-max(len(rows) // 10, 1) :]
+    losses = [as_float(row.get("loss")) for row in newest]
+    return (rows[-1]["step"], sum(losses) / len(losses)) if rows else (0, math.nan)
 
 
 def _trial_file(run: RunPaths) -> Path:

@@ -8,6 +8,7 @@ from myllm import paths
 from myllm.cli.launch import RunArgs, parse_run_args
 from myllm.distributed import launcher as ranks
 from myllm.errors import UserError
+from myllm.files import file_lock
 from myllm.formatting import format_duration, format_si, format_table
 from myllm.planning.transfer import describe_transfer, transfer
 
@@ -60,14 +61,29 @@ def tune(words: list[str]) -> None:
     args = parse_run_args(TuneArgs, words, USAGE)
     if ranks.is_launched():
         raise UserError("`myllm tune` starts its own ranks; run it without torchrun")
+    if args.range_test:
+        from .range_test import run_range_test
+
+        print(run_range_test(args.config))
+        return
     plan = make_plan(args)
     folder = paths.tune_dir(plan.config.name)
     print(describe_plan(plan, folder), flush=True)
     if args.budget:
         return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with file_lock(folder / ".lock", wait=False):
+            run_search(Search(plan, folder, args.jobs))
+    except BlockingIOError:
+        raise UserError(f"another process searches in {folder}; wait for it, or give another --name") from None
+
+
+def run_search(search: Search) -> None:
+    """Train what is left, and print every run and then the result."""
     from .report import write_results
 
-    search, drawn = Search(plan, folder, args.jobs), time.monotonic()
+    drawn = time.monotonic()
     for run in search.run():
         print(describe_run(run), flush=True)
         if time.monotonic() - drawn > DRAW_EVERY_S:

@@ -1,7 +1,8 @@
-"""The figures of a search: the loss against each setting."""
+"""The figures of a search: the loss against each setting, and the range test."""
 
 import math
 from collections import defaultdict
+from typing import TYPE_CHECKING
 
 import matplotlib
 import numpy as np
@@ -17,6 +18,9 @@ from myllm.runs.report.plots import STYLE_FILE
 from .fit import Parabola
 from .search import TunedRun
 from .space import Parameter
+
+if TYPE_CHECKING:
+    from .range_test import RangeTest
 
 RUNG_STYLES = (("D/9", BLUE, 18), ("D/3", GREEN, 48), ("D", VERMILION, 110))
 """Name, color and area of the points of each rung."""
@@ -88,3 +92,23 @@ def _finish(axes: Axes, parameter: Parameter, top: float) -> None:
         Line2D([], [], color="white", marker="o", linestyle="none", markersize=7, markeredgecolor=INK, label="preset")
     )
     axes.legend(handles=keys, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncol=4, frameon=False)
+
+
+def draw_range_test(test: "RangeTest") -> Figure:
+    """The loss against the rising rate."""
+    with matplotlib.rc_context(fname=STYLE_FILE):
+        figure = Figure(figsize=(WIDTH, HEIGHT))
+        axes = figure.add_subplot()
+        axes.set_title("Range test")
+        axes.plot(test.rates, test.losses, color=BLUE, alpha=0.28, linewidth=0.8)
+        axes.plot(test.rates, test.smooth, color=BLUE)
+        for rate, text in ((test.steepest, "steepest"), (test.guess, "a third")):
+            axes.axvline(rate, color=GRAY, linestyle=DASHED, linewidth=1)
+            axes.annotate(
+                f" {text} {rate:.2g}", (rate, 1), xycoords=axes.get_xaxis_transform(), va="top", rotation=90,
+                ha="right", fontsize=8.5,
+            )  # fmt: skip
+        axes.set_xscale("log")
+        axes.set_xlabel("optim.max_lr, rising")
+        axes.set_ylabel("training loss, nats")
+        return figure

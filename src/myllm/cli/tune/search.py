@@ -18,9 +18,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from myllm.cli.trials import TrialResult, run_trials
+from myllm.cli.trials import TrialResult, recent_loss, run_trials
 from myllm.config import RunConfig, to_dict
 from myllm.errors import UserError
+from myllm.paths import RunPaths
 from myllm.planning.transfer import transfer
 from myllm.presets import diff_settings
 
@@ -38,8 +39,10 @@ SPREAD = 8
 """Sampled points that don't depend on earlier results, after the preset's own values."""
 FINALISTS, FRESH_SEEDS = 3, 2
 GIVE_UP_ABOVE = 0.5
-"""A run is given up in its second half if its training loss is this much, in nats, above the worst finished run of its
-rung. At half of a linear decay a loss is 0.2 to 0.4 above its end."""
+"""A run is given up in its second half if its training loss is this much, in nats, above that of every finished run of
+its rung after the same steps."""
+GIVE_UP_FROM = 5
+"""Finished runs of the rung that this needs."""
 
 
 @dataclass(frozen=True)
@@ -189,10 +192,13 @@ class Search:
             self.study.tell(run.number, loss, skip_if_finished=True)
         return run
 
-    def _give_up_above(self, config: RunConfig) -> float:
+    def _give_up_above(self, config: RunConfig, step: int) -> float:
         rung = self.plan.steps.index(config.train.max_steps)
-        losses = [run.loss for run in self.runs if run.rung == rung and math.isfinite(run.loss)]
-        return max(losses, default=math.inf) + GIVE_UP_ABOVE
+        finished = [run for run in self.runs if run.rung == rung and math.isfinite(run.loss)]
+        if len(finished) < GIVE_UP_FROM:
+            return math.inf
+        losses = [recent_loss(RunPaths.of(run.name), step)[1] for run in finished]
+        return max(filter(math.isfinite, losses), default=math.inf) + GIVE_UP_ABOVE
 
 
 def ranked(runs: Iterable[TunedRun]) -> list[TunedRun]:

@@ -1,0 +1,54 @@
+"""`myllm tune --range-test`."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from myllm.cli.tune.range_test import (
+    HIGHEST,
+    SCHEDULE_STEPS,
+    measure,
+    rising_config,
+    rising_rates,
+    run_range_test,
+    step_with_rate,
+)
+from myllm.config import RunConfig
+from myllm.files import read_json
+from myllm.optim.lr_schedule import learning_rate, rate_factor
+from myllm.presets import get_preset
+
+
+def test_the_steepest_fall() -> None:
+    rates = rising_rates(400)
+    # A loss that falls along a logistic curve around 1e-3 and explodes at 0.1.
+    losses = 10 - 5 / (1 + (1e-3 / rates) ** 2) + np.where(rates > 0.1, (rates / 0.1) ** 3, 0)
+    test = measure(losses, rates)
+    assert 1e-3 < test.steepest < 2.5e-3  # the average lags behind
+    assert test.guess == pytest.approx(test.steepest / 3)
+    assert 0.1 < test.rates[-1] < 1, "it ends when the loss has risen"
+    assert measure([5.0] * 50 + [float("nan")], rates).rates.shape == (50,)
+
+
+def test_a_step_has_the_rate() -> None:
+    """Of both optimizers, in the ratio of the preset."""
+    muon = get_preset("lf-llm-269m-modern")
+    optim = rising_config(muon).optim
+    for rate in (1e-5, 3e-3, HIGHEST):
+        step = step_with_rate(rate)
+        assert learning_rate(step, optim, SCHEDULE_STEPS) == pytest.approx(rate, rel=1e-3)
+        both = optim.muon_lr * rate_factor(step, optim, SCHEDULE_STEPS)
+        assert both / rate == pytest.approx(muon.optim.muon_lr / muon.optim.max_lr, rel=1e-3)
+
+
+@pytest.mark.usefixtures("prepared_data")
+def test_one_run(tiny: RunConfig, temp_data: Path) -> None:
+    said = run_range_test(replace(tiny, name="rising"), steps=60)
+    assert "upper guess: optim.max_lr" in said
+    saved = read_json(temp_data / "tune/rising/range_test.json")
+    assert saved["rates"][0] == pytest.approx(1e-5)
+    assert min(saved["smooth"]) < saved["losses"][0] - 0.1
+    assert (temp_data / "tune/rising/range_test.png").stat().st_size > 10_000
+    assert not (temp_data / "runs").exists()
