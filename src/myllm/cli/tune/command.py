@@ -1,16 +1,19 @@
 """The command `myllm tune PRESET [overrides]`: its arguments, the plan, and what it prints."""
 
+import shutil
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from myllm import paths
 from myllm.cli.launch import RunArgs, parse_run_args
+from myllm.cli.trials import run_trial
 from myllm.distributed import launcher as ranks
 from myllm.errors import UserError
 from myllm.files import file_lock
 from myllm.formatting import format_duration, format_si, format_table
 from myllm.planning.transfer import describe_transfer, transfer
+from myllm.runs.history import read_json_or_empty
 
 from .search import ETA, SPREAD, TOP, Plan, Search, TunedRun
 from .space import default_search, own_values, parse_search
@@ -36,6 +39,7 @@ options:
 DRAW_EVERY_S = 60.0
 MIN_STEPS = 20
 """Of the shortest runs."""
+MEASURED_STEPS = 20
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,7 @@ def tune(words: list[str]) -> None:
     plan = make_plan(args)
     folder = paths.tune_dir(plan.config.name)
     print(describe_plan(plan, folder), flush=True)
+    print(describe_time(plan, folder, args.jobs), flush=True)
     if args.budget:
         return
     try:
@@ -138,6 +143,21 @@ def describe_plan(plan: Plan, folder: Path) -> str:
             f"from D to D/{ETA**TOP} tokens: {describe_transfer(config.optim, shorter)}",
         ]
     )
+
+
+def describe_time(plan: Plan, folder: Path, jobs: int) -> str:
+    """Hours of training for the whole plan, from the runs so far or else from a run of a few steps."""
+    runs = read_json_or_empty(folder / "tune.json").get("runs", [])
+    tokens, seconds = sum(run["tokens"] for run in runs), sum(run["seconds"] for run in runs)
+    source = f"the speed of {len(runs)} runs so far"
+    if not seconds:
+        name = f"tune-{plan.config.name}-speed"
+        train = replace(plan.config.train, max_steps=MEASURED_STEPS)
+        measured = run_trial(replace(plan.config, name=name, train=train))
+        tokens, seconds, source = measured.tokens, measured.seconds, f"a run of {MEASURED_STEPS} steps"
+        shutil.rmtree(paths.RunPaths.of(name).root)
+    expected = plan.tokens * seconds / tokens / jobs
+    return f"at most {format_duration(expected)} of training with --jobs {jobs}, by {source}"
 
 
 def describe_run(run: TunedRun) -> str:
