@@ -21,9 +21,11 @@ import yaml
 from conftest import ROOT, tiny_config, write_run_config
 from torch.distributed.run import parse_args as parse_torchrun
 
+from myllm.cli.ladder.command import LadderArgs
 from myllm.cli.launch import RunArgs, parse_args, parse_run_args
 from myllm.cli.main import COMMANDS, TAKES_WORDS
 from myllm.cli.main import main as myllm
+from myllm.cli.parse import parse_arguments
 from myllm.cli.plan import PlanArgs, PreflightArgs
 from myllm.cli.tune.command import TuneArgs
 from myllm.config import RunConfig
@@ -143,7 +145,9 @@ def parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         kind = kinds.get(name, RunArgs)
 
         def command(words: list[str]) -> None:
-            if words not in (["--table"], []):
+            if name == "ladder":
+                parse_arguments(LadderArgs, words, "myllm ladder")
+            elif words not in (["--table"], []):
                 parse_run_args(kind, words, f"usage: myllm {name} PRESET {{presets}}")
             called.append(name)
 
