@@ -53,11 +53,13 @@ def _vocabulary() -> dict[str, Any]:
     return load_tokenizer().describe()
 
 
-def write_manifest(folder: Path, shards: list[dict[str, Any]], name: str = "manifest.json") -> None:
+def write_manifest(
+    folder: Path, shards: list[dict[str, Any]], name: str = "manifest.json", **vocabulary: object
+) -> None:
     """A manifest, or the list of what is there so far, put in its place in one step."""
     manifest = {
         "fingerprint": "f" * 64, "format": "myllm-shards-4", "source": "made-by-hand", "dtype": "uint16",
-        "tokenizer": _vocabulary(), "shards": shards,
+        "tokenizer": _vocabulary() | vocabulary, "shards": shards,
         "progress": {"done_bytes": len(shards), "source_bytes": 100},
     }  # fmt: skip
     (folder / f"{name}.new").write_text(json.dumps(manifest))
@@ -97,17 +99,17 @@ def make_dataset(tmp_path_factory: pytest.TempPathFactory) -> MakeDataset:
 
     def make(train: np.ndarray, val: np.ndarray, shard_tokens: int = 1 << 30) -> Dataset:
         folder = tmp_path_factory.mktemp("dataset")
-        shards = []
+        shards, wide = [], max(train.max(initial=0), val.max(initial=0)) > 65_535
         for split, tokens in (("val", val), ("train", train)):
             for number, start in enumerate(range(0, len(tokens), shard_tokens)):
                 path = folder / f"{split}_{number:05d}.npy"
-                part = np.asarray(tokens[start : start + shard_tokens], dtype=np.uint16)
+                part = np.asarray(tokens[start : start + shard_tokens], dtype=np.uint32 if wide else np.uint16)
                 np.save(path, part)
                 digest = hashlib.sha256(path.read_bytes()).hexdigest()
                 documents = int((part == 50_256).sum())
                 shard = {"file": path.name, "split": split, "tokens": len(part), "documents": documents}
                 shards.append(shard | {"sha256": digest})
-        write_manifest(folder, shards)
+        write_manifest(folder, shards, vocab_size=151_669 if wide else 50_257)
         return Dataset.open(folder)
 
     return make

@@ -94,7 +94,19 @@ def test_one_changed_byte_is_found(dataset: Dataset) -> None:
     assert dataset.damaged() == ["train_00002.npy"]
 
 
-@pytest.mark.parametrize("damage", ["missing", "folder", "empty", "one token short", "header only", "longer", "other"])
+def test_ids_above_16_bits(make_dataset: MakeDataset) -> None:
+    tokens = np.random.default_rng(0).integers(0, 151_669, 97)
+    dataset = make_dataset(tokens, tokens[:5], shard_tokens=30)
+    assert dataset.train.read(0, 97).tolist() == tokens.tolist()
+    assert dataset.train.read(0, 97).dtype == np.uint32
+    np.save(dataset.folder / "train_00001.npy", np.zeros(30, dtype=np.uint16))
+    with pytest.raises(UserError, match=r"holds uint16 \(30,\), expected uint32 \(30,\)"):
+        Dataset.open(dataset.folder)
+
+
+@pytest.mark.parametrize(
+    "damage", ["missing", "folder", "empty", "one token short", "header only", "longer", "wider", "other"]
+)
 def test_a_missing_or_short_shard_is_refused(dataset: Dataset, damage: str) -> None:
     path = dataset.folder / "train_00001.npy"
     content = path.read_bytes()
@@ -105,6 +117,8 @@ def test_a_missing_or_short_shard_is_refused(dataset: Dataset, damage: str) -> N
         np.save(path, np.zeros(300, dtype=np.int32))
     elif damage == "longer":
         np.save(path, np.zeros(301, dtype=np.uint16))
+    elif damage == "wider":
+        np.save(path, np.zeros(300, dtype=np.uint32))
     elif damage != "missing":
         path.write_bytes({"empty": b"", "one token short": content[:-2], "header only": content[:60]}[damage])
     with pytest.raises(UserError, match=r"train_00001\.npy.*prepare it again"):

@@ -96,18 +96,21 @@ def test_a_changed_token_changes_a_receipt(samples: tuple[np.ndarray, ...]) -> N
         assert (hash_samples(places, sequences, changed) != hash_samples(places, sequences, rows)).any()
 
 
-def test_a_hash_by_hand() -> None:
-    row = struct.pack("<2q3H", 7, 41, 1, 2, 65_535)
+@pytest.mark.parametrize(("dtype", "code", "last"), [("uint16", "H", 65_535), ("uint32", "I", 151_668)])
+def test_a_hash_by_hand(dtype: str, code: str, last: int) -> None:
+    row = struct.pack(f"<2q3{code}", 7, 41, 1, 2, last)
     by_hand = hashlib.blake2b(row, digest_size=16).hexdigest()
-    sums = hash_samples(np.array([7]), np.array([41]), np.array([[1, 2, 65_535]], dtype=np.uint16))
+    sums = hash_samples(np.array([7]), np.array([41]), np.array([[1, 2, last]], dtype=dtype))
     assert SampleDigest().add(sums).digest == by_hand
     twice = SampleDigest().add(sums).add(sums).digest
     lanes = [2 * lane % 2**32 for lane in struct.unpack("<4I", bytes.fromhex(by_hand))]
     assert twice == struct.pack("<4I", *lanes).hex()
 
 
-def test_the_program_of_the_documentation(dataset: Dataset, tmp_path: Path) -> None:
+@pytest.mark.parametrize("offset", [0, 65_500], ids=["uint16", "uint32"])
+def test_the_program_of_the_documentation(offset: int, make_dataset: Callable[..., Dataset], tmp_path: Path) -> None:
     """docs/data_format.md recomputes a receipt in a few lines that know nothing of myllm."""
+    dataset = make_dataset(np.arange(50 * T + 3) + offset, np.arange(40), shard_tokens=90)
     chapter = FORMAT.read_text(encoding="utf-8").partition("## Receipts")[2]
     program = re.search(r"```python\n(.*?)```", chapter, re.DOTALL)[1]
     (tmp_path / "receipt.py").write_text(program, encoding="utf-8")

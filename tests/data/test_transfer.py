@@ -92,7 +92,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
     monkeypatch.setattr(
         torch.Tensor, "record_stream", lambda tensor, stream: fake.calls.append(("keep", tensor.dtype, stream.name))
     )
-    monkeypatch.setattr(transfer, "pin_rows", lambda rows: torch.from_numpy(rows.view(np.int16).copy()))
+    monkeypatch.setattr(transfer, "pin_rows", bits)
     return fake
 
 
@@ -100,13 +100,16 @@ def expected() -> tuple[list[list[int]], list[list[int]]]:
     return ROWS[:, :-1].astype(int).tolist(), ROWS[:, 1:].astype(int).tolist()
 
 
-@pytest.mark.parametrize(
-    "make", [inputs_and_targets, lambda rows: inputs_and_targets_on_device(torch.from_numpy(rows.view(np.int16)))]
-)
+def bits(rows: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(rows.view(np.int16 if rows.dtype == np.uint16 else np.int32).copy())
+
+
+@pytest.mark.parametrize("make", [inputs_and_targets, lambda rows: inputs_and_targets_on_device(bits(rows))])
 def test_every_token_id_survives(make: Callable[[np.ndarray], transfer.Batch]) -> None:
-    """uint16 on the host, or its bits as int16 on the device."""
+    """uint16 and uint32 on the host, or their bits as int16 and int32 on the device."""
     every = np.arange(65_536, dtype=np.uint16).reshape(2, -1)
-    for rows in (ROWS, every):
+    wide = np.array([[0, 65_535, 65_536], [151_668, 2**31, 2**32 - 1]], dtype=np.uint32)
+    for rows in (ROWS, every, wide):
         tokens, targets = make(rows)
         assert tokens.dtype == targets.dtype == torch.int64
         assert tokens.is_contiguous()

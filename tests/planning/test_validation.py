@@ -94,7 +94,6 @@ def test_a_fault_names_the_setting_and_its_value(setting, value):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"model__vocab_size": 70_000}, ["model.vocab_size 70,000", "uint16", "65,536"]),
         ({"model__d_model": 130}, ["model.d_model 130", "model.n_heads 4", "model.head_dim"]),
         ({"model__n_kv_heads": 3}, ["model.n_heads 4", "model.n_kv_heads 3"]),
         ({"model__n_kv_heads": 8}, ["model.n_heads 4", "model.n_kv_heads 8"]),

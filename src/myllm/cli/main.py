@@ -120,7 +120,7 @@ RENAMED = {
     "data prepare --part": "--shard",
     "data prepare --limit": "--max-documents",
     "data prepare --seed": "--shuffle-seed",
-    "data prepare --max-file-size-mb": "--shard-tokens (two bytes per token)",
+    "data prepare --max-file-size-mb": "--shard-tokens (two bytes per token, or four)",
 }
 """Commands and options of earlier versions, with their new names."""
 GROUPS = ("data", "tokenizer", "checkpoint")

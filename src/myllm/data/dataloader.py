@@ -35,7 +35,7 @@ def read_batch(stream: TokenStream, sequences: np.ndarray, seq_len: int) -> Batc
 
 
 def read_rows(stream: TokenStream, sequences: np.ndarray, seq_len: int) -> np.ndarray:
-    """Sequences, each with the token after it: (B, T + 1) uint16."""
+    """Sequences, each with the token after it: (B, T + 1) of the data set's dtype."""
     return np.stack([stream.read(int(i) * seq_len, seq_len + 1) for i in sequences])
 
 

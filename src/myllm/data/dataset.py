@@ -1,7 +1,7 @@
 """A prepared data set on disk: token shards and the manifest that vouches for them.
 
-A folder holds `val_00000.npy`, `train_00000.npy`, ... , one-dimensional uint16 arrays in NumPy's own format, and
-`manifest.json`, which is written last: a folder without one is not a data set yet. During preparation
+A folder holds `val_00000.npy`, `train_00000.npy`, ... , one-dimensional uint16 or uint32 arrays in NumPy's own format,
+and `manifest.json`, which is written last: a folder without one is not a data set yet. During preparation
 `progress.json` lists the shards that are final, so that training can begin. See docs/data_format.md.
 """
 

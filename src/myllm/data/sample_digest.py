@@ -45,11 +45,11 @@ def hash_samples(indices: np.ndarray, sequences: np.ndarray, rows: np.ndarray) -
     """The sum of the hashes of some samples.
 
     Shapes:
-        indices (B,) int64, sequences (B,) int64, rows (B, T + 1) uint16; returns (LANES,) int64
+        indices (B,) int64, sequences (B,) int64, rows (B, T + 1) uint16 or uint32; returns (LANES,) int64
     """
     sums = np.zeros(LANES, dtype=np.int64)
     for index, sequence, row in zip(indices, sequences, rows, strict=True):
         digest = blake2b(np.array((index, sequence), dtype="<i8").tobytes(), digest_size=4 * LANES)
-        digest.update(row.astype("<u2", copy=False).tobytes())
+        digest.update(row.astype(f"<u{row.itemsize}", copy=False).tobytes())
         sums += np.frombuffer(digest.digest(), dtype="<u4")
     return sums

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from myllm.data.tokenizer.base import token_dtype
 from myllm.errors import MachineError
 from myllm.files import file_sha256
 
@@ -50,6 +51,7 @@ class TokenStream:
             dataset: a Dataset (dataset.py imports this module).
         """
         self.dataset, self._split = dataset, split
+        self.dtype = token_dtype(dataset.manifest["tokenizer"]["vocab_size"])
         self._arrays: tuple[np.memmap, ...] = ()
         self._verified: set[int] = set()
         """Shards, by their index in `_arrays`."""
@@ -64,7 +66,7 @@ class TokenStream:
     def extend(self) -> None:
         """Map the shards that were listed since the last call. `tokens` is set last: other threads read up to it."""
         shards = self._shards()
-        new = [_map(self.dataset.folder, shard) for shard in shards[len(self._arrays) :]]
+        new = [_map(self.dataset.folder, shard, self.dtype) for shard in shards[len(self._arrays) :]]
         self._ends = np.cumsum([shard.tokens for shard in shards])
         self._arrays = (*self._arrays, *new)
         self.tokens = int(self._ends[-1]) if shards else 0
@@ -100,13 +102,13 @@ class TokenStream:
         """`count` tokens from `start`, across shards.
 
         Shapes:
-            returns (count,) uint16
+            returns (count,) of `dtype`
 
         Raises:
             MachineError: a shard was truncated after it was mapped.
         """
         assert 0 <= start <= start + count <= self.tokens, (start, count, self.tokens)
-        out = np.empty(count, dtype=np.uint16)
+        out = np.empty(count, dtype=self.dtype)
         ends, arrays = self._ends, self._arrays
         filled = 0
         shard = int(np.searchsorted(ends, start, side="right"))
@@ -123,16 +125,16 @@ class TokenStream:
         return [shard for shard in self.dataset.shards if shard.split == self._split]
 
 
-def _map(folder: Path, shard: Shard) -> np.memmap:
-    """A shard as a memory map, (shard.tokens,) uint16."""
+def _map(folder: Path, shard: Shard, dtype: np.dtype[Any]) -> np.memmap:
+    """A shard as a memory map, (shard.tokens,)."""
     path = folder / shard.file
     try:
         array = np.load(path, mmap_mode="r")
     except (OSError, ValueError, EOFError) as error:
         raise MachineError(f"the shard {path} is missing or truncated ({error}); {_REMEDY.format(folder)}") from None
-    if array.dtype != np.uint16 or array.shape != (shard.tokens,):
+    if array.dtype != dtype or array.shape != (shard.tokens,):
         raise MachineError(
-            f"the shard {path} holds {array.dtype} {array.shape}, expected uint16 ({shard.tokens},); "
+            f"the shard {path} holds {array.dtype} {array.shape}, expected {dtype} ({shard.tokens},); "
             f"{_REMEDY.format(folder)}"
         )
     return array

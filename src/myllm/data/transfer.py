@@ -17,7 +17,7 @@ class Transfer(Protocol):
     """Both ends of the transfer. What `send` returns is passed to `receive`, in order."""
 
     def send(self, rows: np.ndarray) -> Any:
-        """In the loader's thread: start the copy of rows, (B, T + 1) uint16."""
+        """In the loader's thread: start the copy of rows, (B, T + 1) uint16 or uint32."""
 
     def receive(self, sent: Any) -> Batch:
         """In the training thread: the batch on the device, complete for all work that is queued later."""
@@ -49,7 +49,7 @@ class CudaTransfer:
     """For CUDA: copies from pinned memory on a side stream, in parallel with the computation.
 
     The loader's thread queues the copy and an event after it. The training stream waits for that event, its thread does
-    not. Two bytes per token are copied, and become a batch on the device.
+    not. Two bytes per token (four in a large vocabulary) are copied, and become a batch on the device.
     """
 
     def __init__(self, device: torch.device, cuda: Any = torch.cuda) -> None:
@@ -78,9 +78,10 @@ class CudaTransfer:
 
 
 def pin_rows(rows: np.ndarray) -> Tensor:
-    """The bits of (B, T + 1) uint16 in pinned memory, as int16."""
-    host = torch.empty(rows.shape, dtype=torch.int16, pin_memory=True)
-    host.numpy()[:] = rows.view(np.int16)
+    """The bits of (B, T + 1) uint16 or uint32 in pinned memory, as int16 or int32."""
+    bits = rows.view(f"i{rows.itemsize}")  # few devices can compute with unsigned integers
+    host = torch.empty(bits.shape, dtype=torch.int16 if bits.itemsize == 2 else torch.int32, pin_memory=True)
+    host.numpy()[:] = bits
     return host
 
 
@@ -88,7 +89,7 @@ def inputs_and_targets(rows: np.ndarray) -> Batch:
     """A batch in host memory.
 
     Shapes:
-        rows (B, T + 1) uint16
+        rows (B, T + 1) uint16 or uint32
     """
     # With NumPy: in the loader's thread torch would start a second OpenMP pool.
     tokens = rows.astype(np.int64)
@@ -100,7 +101,7 @@ def inputs_and_targets_on_device(rows: Tensor) -> Batch:
     """The same on the device of the rows.
 
     Shapes:
-        rows (B, T + 1) int16 with the bits of uint16, which few devices can compute with
+        rows (B, T + 1) int16 with the bits of uint16, or int32 with those of uint32
     """
-    tokens = rows.to(torch.int64) & 0xFFFF
+    tokens = rows.to(torch.int64) & (0xFFFF if rows.dtype == torch.int16 else 0xFFFF_FFFF)
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()

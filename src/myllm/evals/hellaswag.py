@@ -81,7 +81,7 @@ def tokenize_examples(
     for number, example in enumerate(examples):
         context, endings, lengths = tokenize(example, encode)
         if not len(context):
-            context = np.array([end_of_text], dtype=np.uint16)
+            context = np.array([end_of_text])
         longest = max(map(len, endings))
         if longest > context_length:
             raise UserError(

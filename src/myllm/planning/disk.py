@@ -13,6 +13,11 @@ SPARE_BYTES = 2_000_000
 """Per checkpoint, for everything but the numbers in tensors: metadata, random state, tokenizer."""
 
 
+def bytes_per_token(vocab_size: int) -> int:
+    """In shards and work items. Ids of a vocabulary of at most 65,536 tokens are uint16, others uint32."""
+    return 2 if vocab_size <= 1 << 16 else 4
+
+
 def checkpoint_bytes(config: RunConfig) -> int:
     """One checkpoint: the weights in float32 and the optimizer's state."""
     return FLOAT * stored_parameters(config.model) + optimizer_state_bytes(config) + SPARE_BYTES
@@ -79,4 +84,7 @@ def disk_estimate_bytes(config: RunConfig) -> dict[str, int]:
     """Disk space of a new run and its data set."""
     trained = config.train.max_steps * config.train.batch_tokens
     tokens = min(trained, config.data.target_tokens or trained) + config.data.val_tokens
-    return {"checkpoints": n_added(config) * checkpoint_bytes(config), "token shards, at most": 2 * tokens}
+    return {
+        "checkpoints": n_added(config) * checkpoint_bytes(config),
+        "token shards, at most": bytes_per_token(config.model.vocab_size) * tokens,
+    }

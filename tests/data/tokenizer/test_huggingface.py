@@ -293,14 +293,21 @@ def test_ordinary_added_tokens_stay_ordinary(tmp_path: Path) -> None:
     assert ours.token_bytes()[ids].sum() == len(text.encode())
 
 
-def test_at_most_65536_tokens(tmp_path: Path) -> None:
-    byte_level_of(["</s>"], spare=65_536 - 257).save(str(tmp_path / "fits.json"))
-    byte_level_of(["</s>"], spare=65_536 - 256).save(str(tmp_path / "large.json"))
-    ours = load_tokenizer(tmp_path / "fits.json")
-    assert (ours.vocab_size, ours.end_of_text) == (65_536, 65_535)
-    assert ours.encode_document("").tolist() == [65_535]
-    with pytest.raises(UserError, match=r"ids up to 65,536, .*at most 65,536 tokens.*tokenizer train"):
-        load_tokenizer(tmp_path / "large.json")
+def test_ids_of_16_and_32_bits(tmp_path: Path) -> None:
+    for spare, dtype in ((65_536 - 257, np.uint16), (65_536 - 256, np.uint32)):
+        byte_level_of(["</s>"], spare=spare).save(str(tmp_path / "tokenizer.json"))
+        ours = load_tokenizer(tmp_path)
+        assert (ours.vocab_size, ours.end_of_text) == (256 + spare + 1, 256 + spare)
+        assert ours.encode_document("").tolist() == [256 + spare]
+        assert ours.dtype == ours.encode_document("a").dtype == dtype
+
+
+def test_ids_beyond_any_vocabulary(tmp_path: Path) -> None:
+    spec = json.loads(byte_level_of(["</s>"]).to_str())
+    spec["model"]["vocab"]["huge"] = 4_000_000_000
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    with pytest.raises(UserError, match="ids up to 4,000,000,000, expected below 10,000,000"):
+        load_tokenizer(tmp_path)
 
 
 def test_a_missing_end_of_text_token_is_reported(tmp_path: Path) -> None:

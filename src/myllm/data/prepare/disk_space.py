@@ -22,12 +22,13 @@ def check_disk(spec: DatasetSpec, worker_count: int, worker_shards: int = 1) -> 
         UserError: it does not fit.
     """
     folder = spec.folder
-    shards = 2 * spec.estimated_tokens / worker_shards  # the tokens of a worker shard are as large as its shards
-    # Items wait for earlier ones: two for each worker, two bytes per token.
+    width = spec.tokenizer.dtype.itemsize
+    shards = width * spec.estimated_tokens / worker_shards  # the tokens of a worker shard are as large as its shards
+    # Items wait for earlier ones: two for each worker.
     largest = max(
         estimate_tokens(replace(part.file, size_bytes=part.size_bytes) for part in item) for item in spec.work_items
     )
-    in_progress = min(2 * worker_count * 2 * largest, shards)
+    in_progress = min(2 * worker_count * width * largest, shards)
     downloads = _download_bytes(spec, worker_count, worker_shards)
     need = int(shards + in_progress + downloads)
     free, own = shutil.disk_usage(folder.parent).free, sum(map(_size_on_disk, folder.rglob("*")))

@@ -113,7 +113,7 @@ def estimate(spec: DatasetSpec, workers: int, target: tuple[str, float] | None =
         sampled_documents=len(texts), sampled_from=names, documents=figure("documents"), text_bytes=figure("bytes"),
         tokens=figure("tokens"),
         tokens_per_byte=Figure(ratio, ratio * errors["tokens per byte"]),
-        download_bytes=figure("stored"), shard_bytes=figure("tokens", 2),
+        download_bytes=figure("stored"), shard_bytes=figure("tokens", spec.tokenizer.dtype.itemsize),
         hours=figure("bytes", 1 / bytes_per_s / workers / 3_600), workers=workers, fraction=fraction,
     )  # fmt: skip
 

@@ -88,7 +88,7 @@ def prepare_worker_shard(config: DataConfig, shard: str, progress: bool = True) 
             start_workers(spec, work, worker_count) as workers,
             progress_bar(item_bytes(spec, numbers), progress) as bar,
         ):
-            delete_damaged_items(work, workers.pool)
+            delete_damaged_items(spec, work, workers.pool)
             with closing(WorkScheduler(spec, work, workers, numbers).run(bar)) as finished:
                 for item in finished:
                     lengths = load_item_index(work, item).lengths

@@ -89,7 +89,7 @@ def _build(spec: DatasetSpec, worker_count: int, progress: bool) -> None:
                 tqdm.write(note, file=sys.stderr)
     adopt_worker_shards(spec, work)
     with start_workers(spec, work, worker_count) as workers, progress_bar(_bytes_to_read(spec), progress) as bar:
-        delete_damaged_items(work, workers.pool)
+        delete_damaged_items(spec, work, workers.pool)
         writer = ShardWriter(spec, work, workers.pool)
         # While the next item is tokenized, written shards are listed: training may be waiting for them.
         with closing(WorkScheduler(spec, work, workers, while_waiting=writer.list_written).run(bar)) as finished:

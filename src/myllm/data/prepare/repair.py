@@ -48,9 +48,8 @@ def repair(dataset: Dataset, damaged: list[str], worker_count: int = 0, progress
                 for _ in finished:
                     pass
             for file, shard_spans in spans.items():
-                digest = write_shard(
-                    work / file, [(tokens_path(work, item), start, end) for item, start, end in shard_spans]
-                )
+                copied = [(tokens_path(work, item), start, end) for item, start, end in shard_spans]
+                digest = write_shard(work / file, copied, spec.tokenizer.dtype)
                 expected = next(shard.sha256 for shard in dataset.shards if shard.file == file)
                 if digest != expected:
                     raise UserError(

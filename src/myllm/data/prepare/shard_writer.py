@@ -31,7 +31,7 @@ MAX_LOGGED_SKIPS = 10_000
 """Per data set; further ones are only counted."""
 
 
-def write_shard(path: Path, spans: list[tuple[Path, int, int]]) -> str:
+def write_shard(path: Path, spans: list[tuple[Path, int, int]], dtype: np.dtype[Any]) -> str:
     """Copy spans of token files into one .npy file, which gets its name when it is complete.
 
     With plain writes, not a memory map: on a full disk a map ends the process with SIGBUS, a write raises.
@@ -42,21 +42,21 @@ def write_shard(path: Path, spans: list[tuple[Path, int, int]]) -> str:
     digest = hashlib.sha256()
     tokens = sum(end - start for _, start, end in spans)
     header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, {"descr": "<u2", "fortran_order": False, "shape": (tokens,)})
+    np.lib.format.write_array_header_1_0(header, {"descr": dtype.str, "fortran_order": False, "shape": (tokens,)})
     with atomic_write(path) as file:
-        for chunk in _chunks(header.getvalue(), spans):
+        for chunk in _chunks(header.getvalue(), spans, dtype.itemsize):
             digest.update(chunk)
             file.write(chunk)
     return digest.hexdigest()
 
 
-def _chunks(header: bytes, spans: list[tuple[Path, int, int]]) -> Iterator[bytes]:
+def _chunks(header: bytes, spans: list[tuple[Path, int, int]], token_bytes: int) -> Iterator[bytes]:
     """A shard's bytes, a little at a time."""
     yield header
     for path, start, end in spans:
         with path.open("rb") as file:
-            file.seek(2 * start)
-            left = 2 * (end - start)
+            file.seek(token_bytes * start)
+            left = token_bytes * (end - start)
             while left:
                 chunk = file.read(min(left, COPY_BYTES))
                 assert chunk, f"{path} is shorter than before"
@@ -76,7 +76,7 @@ class ShardWriter:
         self.skipped: Counter[str] = Counter()
         self.skipped_places: list[dict[str, str]] = []
         self._spec, self._folder, self._work, self._pool = spec, spec.folder, work, pool
-        self._listed = finished_shards(spec.folder, spec.fingerprint)
+        self._listed = finished_shards(spec)
         """By an earlier call, and by this one."""
         self._planned = 0
         self._writing: deque[tuple[ShardSpec, Future[str]]] = deque()
@@ -112,7 +112,7 @@ class ShardWriter:
             rows = (json.dumps(place, ensure_ascii=True) for place in self.skipped_places)
             write_text(self._folder / "passed_over.jsonl", "".join(f"{row}\n" for row in rows))
         counts = {**self.plan.counts, "passed_over": dict(sorted(self.skipped.items()))}
-        self._write_manifest(MANIFEST, {"dtype": "uint16", "counts": counts})
+        self._write_manifest(MANIFEST, {"dtype": self._spec.tokenizer.dtype.name, "counts": counts})
 
     def list_written(self, wait_for_all: bool = False) -> None:
         """List the shards that are written in progress.json, in order."""
@@ -139,7 +139,8 @@ class ShardWriter:
             for path in missing:
                 path.with_suffix(".npz").unlink(missing_ok=True)
             raise UserError(f"{missing[0]} is missing; run the same command again to rebuild it")
-        self._writing.append((shard, self._pool.submit(write_shard, self._folder / shard.file, spans)))
+        dtype = self._spec.tokenizer.dtype
+        self._writing.append((shard, self._pool.submit(write_shard, self._folder / shard.file, spans, dtype)))
 
     def _delete_copied_tokens(self) -> None:
         """Delete the tokens of items that are not read again."""
@@ -152,15 +153,16 @@ class ShardWriter:
         self._items_deleted = max(self._items_deleted, end)
 
 
-def finished_shards(folder: Path, fingerprint: str) -> list[Shard]:
+def finished_shards(spec: DatasetSpec) -> list[Shard]:
     """The shards that an earlier call listed; none if any of them is damaged."""
     try:
-        progress = read_json(folder / PROGRESS)
+        progress = read_json(spec.folder / PROGRESS)
         shards = [Shard(**shard) for shard in progress["shards"]]
-        intact = all((folder / shard.file).stat().st_size > 2 * shard.tokens for shard in shards)
+        width = spec.tokenizer.dtype.itemsize
+        intact = all((spec.folder / shard.file).stat().st_size > width * shard.tokens for shard in shards)
     except (OSError, ValueError, KeyError, TypeError):
         return []
-    return shards if intact and progress["fingerprint"] == fingerprint else []
+    return shards if intact and progress["fingerprint"] == spec.fingerprint else []
 
 
 def check_enough(

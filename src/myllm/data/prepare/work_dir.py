@@ -8,7 +8,7 @@ import re
 import shutil
 from concurrent.futures import Executor
 from contextlib import suppress
-from itertools import repeat
+from functools import partial
 from pathlib import Path
 
 from myllm.data.dataset import MANIFEST, PROGRESS, SETTINGS, SPANS, TOKENIZER, WORK
@@ -44,17 +44,18 @@ def open_work_dir(spec: DatasetSpec, work: Path) -> None:
 def delete_unfinished(spec: DatasetSpec, work: Path) -> None:
     """Delete what an interrupted call did not finish."""
     _delete_temporary_files(spec.folder)
-    if not finished_shards(spec.folder, spec.fingerprint):
+    if not finished_shards(spec):
         (spec.folder / PROGRESS).unlink(missing_ok=True)
         for index in work.glob("*.npz"):  # their tokens were in shards that no longer exist
             if not index.with_suffix(".bin").exists():
                 index.unlink()
 
 
-def delete_damaged_items(work: Path, pool: Executor) -> None:
+def delete_damaged_items(spec: DatasetSpec, work: Path, pool: Executor) -> None:
     """Delete the tokens of earlier calls, or of another machine, that did not reach this disk whole."""
     numbers = [int(index.stem) for index in sorted(work.glob("[0-9]*.npz"))]
-    for number, intact in zip(numbers, pool.map(is_item_intact, repeat(work), numbers), strict=True):
+    found = pool.map(partial(is_item_intact, work, spec.tokenizer.dtype.itemsize), numbers)
+    for number, intact in zip(numbers, found, strict=True):
         if not intact:
             tokens_path(work, number).with_suffix(".npz").unlink()
             tokens_path(work, number).unlink(missing_ok=True)

@@ -113,7 +113,7 @@ class ItemIndex:
 
 
 def tokens_path(folder: Path, number: int) -> Path:
-    """Raw little-endian uint16."""
+    """Raw tokens, of the tokenizer's dtype."""
     return folder / f"{number:06d}.bin"
 
 
@@ -129,7 +129,7 @@ def load_item_index(folder: Path, number: int) -> ItemIndex:
         return ItemIndex(saved["lengths"].astype(np.int64), saved["hashes"], skips)
 
 
-def is_item_intact(folder: Path, number: int) -> bool:
+def is_item_intact(folder: Path, token_bytes: int, number: int) -> bool:
     """Whether each document of a finished item has its hash, and the file holds nothing else.
 
     If the tokens are in shards by now, and so deleted, only the index is read.
@@ -138,7 +138,7 @@ def is_item_intact(folder: Path, number: int) -> bool:
         index = load_item_index(folder, number)
         with tokens_path(folder, number).open("rb") as file:
             for length, expected in zip(index.lengths.tolist(), index.hashes.tolist(), strict=True):
-                if int.from_bytes(_hash_document(file.read(2 * length)), "little") != expected:
+                if int.from_bytes(_hash_document(file.read(token_bytes * length)), "little") != expected:
                     return False
             return not file.read(1)
     except FileNotFoundError:
@@ -223,7 +223,7 @@ class _ItemWriter:
             file_name, text = batch[0]
             self.skips.add("untokenizable", f"{file_name}, a text of {len(text):,} characters", repr(error))
             return
-        for tokens in documents:  # (n,) uint16: the end-of-text token, then the text's
+        for tokens in documents:  # (n,): the end-of-text token, then the text's
             self.lengths.append(len(tokens))
             self.hashes.append(_hash_document(tokens.data))
             self._file.write(tokens.data)

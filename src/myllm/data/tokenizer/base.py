@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from myllm.planning.disk import bytes_per_token
+
 SPLIT_WINDOW_CHARS = 1_000
 """How far before the size limit `split_text` looks for a boundary."""
 
@@ -29,6 +31,11 @@ class Tokenizer(ABC):
     end_of_text: int
     """Id of the special token that precedes each document."""
 
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of ids, here and in shards."""
+        return token_dtype(self.vocab_size)
+
     def describe(self) -> dict[str, Any]:
         """What ties data to this vocabulary. It has no path, so it is the same on every machine."""
         return {name: getattr(self, name) for name in ("kind", "name", "sha256", "vocab_size", "end_of_text")}
@@ -37,7 +44,7 @@ class Tokenizer(ABC):
         """Token ids of the text alone. A special token that the text spells out is encoded as ordinary text.
 
         Shapes:
-            returns (n,) uint16
+            returns (n,) of `dtype`
         """
         try:
             return self._encode(text)
@@ -48,9 +55,9 @@ class Tokenizer(ABC):
         """A document as training sees it: the end-of-text token, then its text.
 
         Shapes:
-            returns (1 + n,) uint16
+            returns (1 + n,) of `dtype`
         """
-        return np.concatenate((np.array([self.end_of_text], dtype=np.uint16), self.encode(text)))
+        return np.concatenate((np.array([self.end_of_text], dtype=self.dtype), self.encode(text)))
 
     def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
         """`encode_document` of each text."""
@@ -83,6 +90,11 @@ class Tokenizer(ABC):
     @abstractmethod
     def _encode(self, text: str) -> np.ndarray:
         """`encode`, for text that UTF-8 can hold."""
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """Little-endian uint16 where the vocabulary allows, else uint32."""
+    return np.dtype(f"<u{bytes_per_token(vocab_size)}")
 
 
 def split_text(text: str, size: int, boundary: re.Pattern[str]) -> Iterator[str]:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from myllm.errors import UserError
 
 from .base import Tokenizer, split_text
 
-MAX_VOCAB_SIZE = 65_536
-"""Shards hold uint16."""
+MAX_VOCAB_SIZE = 10**7
+"""Only a damaged file has larger ids; tables have an entry for each."""
 # In order of preference: a token made to end documents comes before one that ends a turn of a chat, or a sentence.
 END_OF_TEXT_TOKENS = (
     "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|eos|>", "<|im_end|>", "[SEP]",
@@ -24,6 +25,9 @@ MAX_PIECE_CHARS = 100_000
 """Longer texts are encoded in pieces: a call takes about 170 bytes of memory per character, and some models take more
 than linear time in the length of a word."""
 WORD_START = re.compile(r"(?<=\S)\s")
+SPACE_OR_LINE = re.compile(r"(?<=\S)[ \t]|(?<=[^\W_])[\r\n]")
+"""For vocabularies of today's size, most of which split words as Llama 3 does: line breaks belong to the punctuation
+before them. The smaller ones keep the boundary that existing data sets were made with."""
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -33,7 +37,7 @@ class HuggingFaceTokenizer(Tokenizer):
     and is applied.
 
     Raises:
-        UserError: the file is unreadable, not a tokenizer, too large for shards, or has no token that ends a document.
+        UserError: the file is unreadable, not a tokenizer, has too large ids, or has no token that ends a document.
     """
 
     kind, is_default = "huggingface", False
@@ -53,9 +57,8 @@ class HuggingFaceTokenizer(Tokenizer):
         self.vocab_size = max(self._tokens, default=-1) + 1  # ids may have gaps
         if self.vocab_size > MAX_VOCAB_SIZE:
             raise UserError(
-                f"the vocabulary {file} has ids up to {self.vocab_size - 1:,}, but shards hold 16 bits per token: at "
-                f"most {MAX_VOCAB_SIZE:,} tokens; use a smaller one, or train one with "
-                f"`myllm tokenizer train SOURCE --vocab-size {MAX_VOCAB_SIZE}`"
+                f"the vocabulary {file} has ids up to {self.vocab_size - 1:,}, expected below {MAX_VOCAB_SIZE:,}; "
+                "the file may be damaged: download it again"
             )
         # From the content alone, so that it is the same on every machine and in every folder.
         self.name = f"{str(spec['model'].get('type', 'bpe')).lower()}-{self.vocab_size}-{self.sha256[:8]}"
@@ -63,8 +66,13 @@ class HuggingFaceTokenizer(Tokenizer):
         end_of_text = self._backend.token_to_id(end_token)
         assert end_of_text is not None  # it is one of the added tokens
         self.end_of_text = end_of_text
+        self._boundary = WORD_START if self.dtype.itemsize == 2 else SPACE_OR_LINE
         self._ignore_model_input_settings(end_token)
-        self._build_tables(spec)
+        self._special = {index for index, token in self._added_tokens().items() if token.special}
+        unknown = self._backend.token_to_id(_unknown_token(spec["model"]) or "")
+        self._never_encoded = (self._special - {unknown}) | {self.end_of_text}
+        self._byte_level = "ByteLevel" in {part["type"] for part in _parts(spec)}
+        self._to_bytes, self._drops_spaces = _token_decoder(spec), _drops_spaces(spec)
 
     def _added_tokens(self) -> dict[int, tokenizers.AddedToken]:
         return self._backend.get_added_tokens_decoder()
@@ -77,24 +85,17 @@ class HuggingFaceTokenizer(Tokenizer):
         self._backend.add_special_tokens([end_token])  # some files do not mark it as special
         self._backend.encode_special_tokens = True  # special tokens that a text spells out are ordinary text
 
-    def _build_tables(self, spec: dict[str, Any]) -> None:
-        added = self._added_tokens()
-        special = {index for index, token in added.items() if token.special}
-        unknown = {index for index, token in self._tokens.items() if token == _unknown_token(spec["model"])}
-        self._never_encoded = (special - unknown) | {self.end_of_text}
-        self._byte_level = "ByteLevel" in {part["type"] for part in _parts(spec)}
-        to_bytes = _token_decoder(spec)
-        self._bytes = [b""] * self.vocab_size
+    @cached_property
+    def _bytes(self) -> list[bytes]:
+        """By id. Encoding needs no table, and this one takes a second for a large vocabulary."""
+        found, added = [b""] * self.vocab_size, self._added_tokens()
         for index, token in self._tokens.items():
-            self._bytes[index] = token.encode() if index in added else to_bytes(token)
-        self._lengths = np.array([len(token) for token in self._bytes], dtype=np.int64)
-        if _drops_spaces(spec):
-            self._lengths -= [token.startswith(b" ") for token in self._bytes]
-        self._lengths[sorted(special)] = 0
+            found[index] = token.encode() if index in added else self._to_bytes(token)
+        return found
 
     def _encode(self, text: str) -> np.ndarray:
         try:
-            return np.concatenate([self._encode_piece(p) for p in split_text(text, MAX_PIECE_CHARS, WORD_START)])
+            return np.concatenate([self._encode_piece(p) for p in split_text(text, MAX_PIECE_CHARS, self._boundary)])
         except Exception as error:
             if type(error) is not Exception:  # the library's own errors have no type
                 raise
@@ -110,7 +111,7 @@ class HuggingFaceTokenizer(Tokenizer):
             # Unigram and whole-word models find the special token's own entry in their vocabulary.
             parts = [self._spell_out(index) if index in self._never_encoded else [index] for index in ids]
             ids = [index for part in parts for index in part]
-        return np.array(ids, dtype=np.uint16)
+        return np.array(ids, dtype=self.dtype)
 
     def _spell_out(self, special: int) -> list[int]:
         """Tokens for a special token's text, one character at a time, so that none of them holds all of it."""
@@ -130,7 +131,11 @@ class HuggingFaceTokenizer(Tokenizer):
         return b"".join([self._bytes[int(token)] for token in ids])
 
     def token_bytes(self) -> np.ndarray:
-        return self._lengths.copy()
+        lengths = np.array([len(token) for token in self._bytes], dtype=np.int64)
+        if self._drops_spaces:
+            lengths -= [token.startswith(b" ") for token in self._bytes]
+        lengths[sorted(self._special)] = 0
+        return lengths
 
 
 def byte_alphabet() -> list[str]:

@@ -34,7 +34,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, out: Path, progress: 
     if not MIN_VOCAB_SIZE <= vocab_size <= MAX_VOCAB_SIZE:
         raise UserError(
             f"vocab_size is {vocab_size:,}, expected {MIN_VOCAB_SIZE:,} (the 256 bytes and {END_OF_TEXT}) to "
-            f"{MAX_VOCAB_SIZE:,} (shards hold 16 bits per token); 32000 suits most corpora"
+            f"{MAX_VOCAB_SIZE:,}; 32000 suits most corpora"
         )
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)

@@ -3,7 +3,7 @@
 `anomalies/step_00000123/` holds the step that would have been update 123:
 
     step_00000122/  an ordinary checkpoint of the state before the step (checkpoint/format.py)
-    tokens.npy      the step's samples as tokens, (samples, seq_len + 1) uint16
+    tokens.npy      the step's samples as tokens, (samples, seq_len + 1), of the data set's dtype
     samples.jsonl   the same samples: sequence, rank, micro-step, loss, text
     layers.json     norms of weights, gradients and activations by layer, for each rank
     anomaly.json    summary: loss, gradient norm, data position, first module that was not finite
@@ -46,7 +46,7 @@ class AnomalyDump:
     summary: dict[str, Any]
     samples: list[dict[str, Any]]
     tokens: np.ndarray
-    """(samples, seq_len + 1) uint16"""
+    """(samples, seq_len + 1), of the data set's dtype"""
     config: RunConfig
     model: dict[str, Tensor]
     optimizer: dict[str, dict[str, Tensor]]

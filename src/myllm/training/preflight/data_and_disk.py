@@ -71,7 +71,7 @@ def inspect_data_and_disk(config: RunConfig) -> DataAndDisk:
     else:
         spec = make_spec(data, hashed=False)
         tokens, source = max(spec.estimated_tokens - spec.estimated_val_tokens, 0), spec.source.description
-        shards = min(shards, 2 * int(spec.estimated_tokens))
+        shards = min(shards, spec.tokenizer.dtype.itemsize * spec.estimated_tokens)
     return DataAndDisk(
         folder,
         free_bytes=shutil.disk_usage(folder).free,

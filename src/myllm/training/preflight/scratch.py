@@ -91,7 +91,7 @@ def random_dataset(config: RunConfig, folder: Path, tokenizer: Tokenizer, dist: 
         folder.mkdir(exist_ok=True)
         rng, shards = np.random.Generator(np.random.PCG64(config.train.seed)), []
         for split, count in tokens.items():
-            array = rng.integers(min(tokenizer.vocab_size, config.model.vocab_size), size=count, dtype=np.uint16)
+            array = rng.integers(min(tokenizer.vocab_size, config.model.vocab_size), size=count, dtype=tokenizer.dtype)
             array[::DOCUMENT_TOKENS] = tokenizer.end_of_text
             file, documents = folder / f"{split}.npy", -(-count // DOCUMENT_TOKENS)
             np.save(file, array)
