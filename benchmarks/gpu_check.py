@@ -37,6 +37,7 @@ STAGES = [
     Stage("resume", "resume", 30),
     Stage("parallel", "parallel", 60),
     Stage("guard", "guard", 15),
+    Stage("muon", "muon", 25),
     Stage("memory", "memory", 15),
     Stage("evaluations", "evaluations", 25),
     Stage("decode", "decode", 40),
