@@ -176,9 +176,8 @@ def plain_step(
     before: Callable[[], None] = lambda: None,
 ) -> Callable[[], Tensor]:
     """The usual training step: accumulate, clip, update."""
-    optimizer = ScheduledOptimizer(
-        model.named_parameters(), model.hidden_matrices(), config.optim, config.train.max_steps
-    )
+    # AdamW, as peers use it.
+    optimizer = ScheduledOptimizer(model.named_parameters(), {}, config.optim, config.train.max_steps)
     compiled = config.train.compile == "on" or (config.train.compile == "auto" and process.device.type == "cuda")
     runner: nn.Module = torch.compile(model, dynamic=False) if compiled else model
     if process.world_size > 1:
