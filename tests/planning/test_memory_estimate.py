@@ -10,7 +10,7 @@ from conftest import with_train
 from support.live_memory import ALONE, Step, highest, saved_bytes
 from torch.autograd.graph import saved_tensors_hooks
 
-from myllm.config import ModelConfig, RunConfig, TrainConfig
+from myllm.config import ModelConfig, OptimConfig, RunConfig, TrainConfig
 from myllm.distributed.collectives import DistContext
 from myllm.distributed.precision import autocast
 from myllm.model.cross_entropy import CPU_CHUNK, GPU_CHUNK
@@ -102,6 +102,18 @@ def test_what_autograd_keeps_is_known_to_the_byte(kind: str, precision: str, rec
 def test_a_steps_peak(kind: str, precision: str, recompute: bool, micro_batch_size: int, accumulation: int) -> None:
     """By torch's allocator, over a whole step with moments there: within 10 %."""
     config = run_config(kind, micro_batch_size, accumulation, precision=precision, activation_checkpointing=recompute)
+    assert tensors_alone(config) == pytest.approx(_measured(config), rel=0.1)
+
+
+@pytest.mark.parametrize("kind", ["plain", "grouped, relu2, qk-norm"])
+def test_the_peak_in_an_update_with_muon(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where few tokens and a small vocabulary leave it the largest part. On a CPU, float32 is the iteration's type."""
+    monkeypatch.setattr("myllm.optim.muon.iteration_dtype", lambda device: torch.float32)
+    config = run_config(kind, micro_batch_size=1)
+    model = replace(config.model, vocab_size=100, max_seq_len=16, d_model=128, d_ff=512)
+    train = replace(config.train, batch_tokens=16)
+    config = replace(config, model=model, train=train, optim=OptimConfig(optimizer="muon"))
+    assert "update" in memory_by_part(config, ComputeMode.of(config, "cpu"))
     assert tensors_alone(config) == pytest.approx(_measured(config), rel=0.1)
 
 

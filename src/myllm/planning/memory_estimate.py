@@ -1,9 +1,9 @@
 """Peak memory of one rank in training, from the config alone: derived from the code, not fitted.
 
-Bytes are counted along one micro-step; the largest of five moments is the peak: in the loss, in its backward pass, in
-the backward pass of the last block (all other blocks' activations still exist) and of the first (every gradient
-exists), and at the embedding's gradient, which comes last. The tests compare with what torch allocates, so a change to
-model/ that keeps another tensor must change this file too. Attention counts as a fused kernel, even where
+Bytes are counted along one step; the largest of six moments is the peak: in the loss, in its backward pass, in the
+backward pass of the last block (all other blocks' activations still exist) and of the first (every gradient exists), at
+the embedding's gradient, which comes last, and in an update with Muon. The tests compare with what torch allocates, so
+a change to model/ that keeps another tensor must change this file too. Attention counts as a fused kernel, even where
 train.attention math materializes T x T scores.
 
 Letters: N tokens of a micro-batch, D d_model, F d_ff, V padded vocabulary, C tokens of a chunk of the loss; `w` bytes
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from myllm.config import ModelConfig, RunConfig
 
 from .flops import parameters_by_part, stored_parameters
-from .optimizer_state import FLOAT, block_matrices, optimizer_state_bytes
+from .optimizer_state import FLOAT, block_matrices, muon_update_bytes, optimizer_state_bytes
 
 HEADROOM = 0.05
 """Fraction of the memory to leave free, for fragmentation, evaluations and saves."""
@@ -133,6 +133,7 @@ def _moments(config: RunConfig, mode: ComputeMode, n: int, accumulates: bool, st
         {"gradients": before + tied, "activations": kept - outside, "backward pass": block_work},
         {"gradients": last + tied, "activations": kept_block, "backward pass": block_work},
         {"gradients": last + tied, "activations": 0, "backward pass": stream + table},
+        {"gradients": FLOAT * stored, "update": muon_update_bytes(config, mode.ranks, 2 if mode.half else FLOAT)},
     ]
 
 
