@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import eval_rows, launch, train_rows, with_train, write_run_config
 
-from myllm.cli.trials import Share, as_trial, machine_shares, run_trial, run_trials
+from myllm.cli.trials import Share, as_trial, machine_shares, recent_loss, run_trial, run_trials
 from myllm.config import RunConfig
 from myllm.errors import UserError
 from myllm.files import is_locked
@@ -93,7 +93,7 @@ def test_the_next_start_continues(number: int, tiny: RunConfig, tmp_path: Path) 
     file, run = write_run_config(config, tmp_path / "config.json"), RunPaths.of("tiny")
     words = [sys.executable, "-c", PROGRAM, str(file)]
     process = subprocess.Popen(words)
-    while not (run.metrics.is_file() and len(train_rows(run.root)) > 100):
+    while recent_loss(run)[0] < 100:
         time.sleep(0.05)
     process.send_signal(number)
     process.wait()

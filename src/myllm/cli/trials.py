@@ -200,8 +200,11 @@ class _TrialProcess:
             UserError: it failed.
         """
         if self.process is None:
-            if not self._is_held():
-                self.process = self._start()
+            if self._is_held():
+                return False
+            if finished(self.config):  # by the process that was left behind
+                return True
+            self.process = self._start()
             return False
         code = self.process.poll()
         if code is None:

@@ -10,7 +10,7 @@ from .search import TunedRun, ranked
 from .space import Parameter
 
 BEST_FRACTION = 0.6
-"""Of each rung's runs, these enter the fit: a parabola describes the loss near its optimum only."""
+"""Of the runs of a rung and a seed, these enter the fit: a parabola describes the loss near its optimum only."""
 EDGE = 0.05
 """An optimum within this fraction of the range from one of its ends is at the edge."""
 
@@ -35,7 +35,7 @@ class Parabola:
 
 
 def fit_parabolas(runs: list[TunedRun], parameters: list[Parameter]) -> dict[str, Parabola]:
-    """Fit loss = level of the rung + sum over settings of (a x^2 + b x), by least squares.
+    """Fit loss = level of the rung and seed + sum over settings of (a x^2 + b x), by least squares.
 
     The settings are fitted together, so that the spread of one does not count as the noise of another. All rungs enter,
     since values mean those of a run of D tokens on each.
@@ -46,17 +46,16 @@ def fit_parabolas(runs: list[TunedRun], parameters: list[Parameter]) -> dict[str
     Returns:
         by name; empty if there are too few runs.
     """
-    by_rung: dict[int, list[TunedRun]] = defaultdict(list)
+    groups: dict[tuple[int, int], list[TunedRun]] = defaultdict(list)
     for run in ranked(runs):
         if math.isfinite(run.loss):
-            by_rung[run.rung].append(run)
-    n_coefficients = 2 * len(parameters) + 1
-    used = [run for rung in by_rung.values() for run in rung[: max(math.ceil(BEST_FRACTION * len(rung)), 3)]]
-    rungs = sorted({run.rung for run in used})
-    if len(used) < n_coefficients + len(rungs) + 1:
+            groups[run.group].append(run)
+    n_coefficients = 2 * len(parameters)
+    used = [run for group in groups.values() for run in group[: max(math.ceil(BEST_FRACTION * len(group)), 3)]]
+    if len(used) < n_coefficients + len(groups) + 1:
         return {}
     points = np.array([[p.coordinate(run.values[p.name]) for p in parameters] for run in used])
-    level = np.array([[float(run.rung == rung) for rung in rungs] for run in used])
+    level = np.array([[float(run.group == group) for group in groups] for run in used])
     middle = np.array([sum(p.bounds) / 2 for p in parameters])  # keeps x and x^2 apart, numerically
     x = points - middle
     design = np.hstack([x**2, x, level])

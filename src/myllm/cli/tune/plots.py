@@ -22,7 +22,7 @@ from .space import Parameter
 if TYPE_CHECKING:
     from .range_test import RangeTest
 
-RUNG_STYLES = (("D/9", BLUE, 18), ("D/3", GREEN, 48), ("D", VERMILION, 110))
+RUNG_STYLES = (("D/9", BLUE, 30), ("D/3", GREEN, 62), ("D", VERMILION, 110))
 """Name, color and area of the points of each rung."""
 WIDTH, HEIGHT = 5.6, 3.8
 SHOWN = 0.75
@@ -30,15 +30,15 @@ SHOWN = 0.75
 
 
 def draw_setting(parameter: Parameter, runs: list[TunedRun], parabola: Parabola | None) -> Figure:
-    """Loss against one setting, above the best run of the same length: so all lengths share an axis.
+    """Loss against one setting, above the best run of the same length and seed: so all share an axis.
 
     Args:
         runs: of all rungs; diverged ones are crosses at the top.
     """
-    best: dict[int, float] = defaultdict(lambda: math.inf)
+    best: dict[tuple[int, int], float] = defaultdict(lambda: math.inf)
     for run in runs:
-        best[run.rung] = min(best[run.rung], run.loss)
-    gaps = [run.loss - best[run.rung] for run in runs if math.isfinite(run.loss)]
+        best[run.group] = min(best[run.group], run.loss)
+    gaps = [run.loss - best[run.group] for run in runs if math.isfinite(run.loss)]
     top = 4 / 3 * max(float(np.quantile(gaps, SHOWN)), 0.01) if gaps else 1.0
     with matplotlib.rc_context(fname=STYLE_FILE):
         figure = Figure(figsize=(WIDTH, HEIGHT))
@@ -46,7 +46,7 @@ def draw_setting(parameter: Parameter, runs: list[TunedRun], parabola: Parabola 
         axes.set_title(f"optim.{parameter.name}")
         for run in runs:
             _, color, area = RUNG_STYLES[run.rung]
-            x, gap = parameter.coordinate(run.values[parameter.name]), run.loss - best[run.rung]
+            x, gap = parameter.coordinate(run.values[parameter.name]), run.loss - best[run.group]
             edge = INK if run.number == 0 else "white"
             if not math.isfinite(run.loss):
                 axes.plot(x, top, "x", color=color, clip_on=False, zorder=4)
@@ -72,7 +72,7 @@ def _draw_parabola(axes: Axes, parameter: Parameter, parabola: Parabola, top: fl
 def _finish(axes: Axes, parameter: Parameter, top: float) -> None:
     """Scales, labels and legend."""
     axes.set_ylim(0, top)
-    axes.set_ylabel("nats above the best of its length")
+    axes.set_ylabel("nats above the best of its kind")
     margin = 0.03 * (parameter.bounds[1] - parameter.bounds[0])
     axes.set_xlim(parameter.bounds[0] - margin, parameter.bounds[1] + margin)
     if parameter.is_log:

@@ -30,12 +30,17 @@ class Recommendation:
     def is_better(self) -> bool:
         return bool(self.gains) and min(self.gains) > 0
 
+    @property
+    def is_doubtful(self) -> bool:
+        return max(self.gains) - min(self.gains) > fmean(self.gains)
+
     def sentence(self) -> str:
         if not self.gains:
             return "Keep the preset's own values: on fresh seeds they are the best."
         gains = " and ".join(f"{gain:+.4f}" for gain in self.gains)
         if self.is_better:
-            return f"Better than the preset's own values on every fresh seed, by {gains} nats."
+            doubt = " The seeds differ by more than the gain: it may be noise." if self.is_doubtful else ""
+            return f"Better than the preset's own values on every fresh seed, by {gains} nats.{doubt}"
         return f"Keep the preset's own values: against them the best finalist gains {gains} nats, which is noise."
 
 

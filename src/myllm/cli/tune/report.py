@@ -71,7 +71,7 @@ def _page(
         seeds=seeds,
         finalists=finalists,
         figures=figures,
-        best_fraction=BEST_FRACTION,
+        best_fraction=f"{BEST_FRACTION:.0%}",
         rule=f"Carried from D to D/9 tokens: {describe_transfer(plan.config.optim, shortest)}.",
         rows=[_cells(run) for run in sorted(ranked(search.runs), key=lambda run: -run.rung)],
         command=f"The same command continues the search in {search.folder}.",

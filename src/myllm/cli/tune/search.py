@@ -102,6 +102,11 @@ class TunedRun:
     result: TrialResult | None = field(default=None, compare=False)
 
     @property
+    def group(self) -> tuple[int, int]:
+        """Runs of one rung and one seed are compared."""
+        return self.rung, self.seed
+
+    @property
     def loss(self) -> float:
         """Infinity if the run diverged or was given up."""
         return math.inf if self.result is None or self.result.loss is None else self.result.loss
