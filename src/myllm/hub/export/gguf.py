@@ -25,6 +25,12 @@ from .tokenizer import fast_tokenizer
 
 ARCHITECTURES = {"llama": "LLAMA", "qwen3": "QWEN3", "gpt2": "GPT2"}
 TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_WORDS, _REST = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+",
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+)
+# Source: ggml-org/llama.cpp, src/llama-vocab.cpp, for what each name there splits, normalizes and looks up.
+SPLIT_PATTERNS = {rf"{_WORDS}|\p{{N}}{{1,3}}|{_REST}": "llama-bpe", rf"{_WORDS}|\p{{N}}|{_REST}": "qwen2"}
 FILE_TYPES = {"float32": "ALL_F32", "float16": "MOSTLY_F16", "bfloat16": "MOSTLY_BF16"}
 
 
@@ -125,15 +131,15 @@ def _add_settings(writer: Any, model_type: ModelType, config: ModelConfig) -> No
 def _add_vocabulary(gguf: Any, writer: Any, source: ExportSource) -> None:
     """
     Raises:
-        UserError: not a byte-level vocabulary that splits words as GPT-2's does.
+        UserError: not a byte-level vocabulary that splits words as GPT-2's, Llama 3's or Qwen3's does.
     """
     spec, end = json.loads(fast_tokenizer(source.tokenizer).to_str()), source.tokenizer.end_of_text
-    splitter = spec["pre_tokenizer"] or {}
-    is_byte_level = splitter.get("type") == "ByteLevel" and splitter.get("use_regex", True)
-    if spec["model"]["type"] != "BPE" or spec["normalizer"] or not is_byte_level or splitter["add_prefix_space"]:
+    splitter_name = _splitter_name(spec)
+    if splitter_name is None:
         raise UserError(
-            f"GGUF supports vocabularies that split words as GPT-2's does, such as those of `myllm tokenizer train`. "
-            f"{source.tokenizer.name} does not (model {spec['model']['type']}, pre_tokenizer {splitter.get('type')})"
+            "GGUF supports byte-level vocabularies that split words as GPT-2's, Llama 3's or Qwen3's do, such as those "
+            f"of `myllm tokenizer train`. {source.tokenizer.name} does not (model {spec['model']['type']}, "
+            f"pre_tokenizer {(spec['pre_tokenizer'] or {}).get('type')})"
         )
     tokens = [f"[UNUSED{i}]" for i in range(source.config.model.vocab_size)]
     types = [gguf.TokenType.UNUSED] * len(tokens)
@@ -143,13 +149,36 @@ def _add_vocabulary(gguf: Any, writer: Any, source: ExportSource) -> None:
         tokens[added["id"]] = added["content"]
         types[added["id"]] = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
+    writer.add_tokenizer_pre(splitter_name)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_token_merges([" ".join(pair) if isinstance(pair, list) else pair for pair in spec["model"]["merges"]])
     writer.add_bos_token_id(end)
     writer.add_eos_token_id(end)
     writer.add_add_bos_token(True)
+
+
+def _splitter_name(spec: dict[str, Any]) -> str | None:
+    """llama.cpp's name for the steps before and around the merges; None if it has none.
+
+    For Qwen3 it does not compose characters (NFC) before it splits, as its own converter accepts too.
+    """
+    name = None
+    match spec["pre_tokenizer"]:
+        case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}:
+            name = "gpt-2"
+        case {
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
+                {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+            ],
+        }:
+            name = SPLIT_PATTERNS.get(pattern)
+    composes = name == "qwen2" and spec["normalizer"] == {"type": "NFC"}
+    looks_up_words = bool(spec["model"].get("ignore_merges"))
+    fits = spec["model"]["type"] == "BPE" and (composes or not spec["normalizer"])
+    return name if fits and looks_up_words == (name == "llama-bpe") else None
 
 
 def _compare(gguf: Any, file: Path, tensors: dict[str, np.ndarray], dtype: str) -> None:
