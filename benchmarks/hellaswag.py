@@ -22,8 +22,8 @@ from torch import Tensor
 from myllm.data.tokenizer.load import load_tokenizer
 from myllm.distributed.collectives import DistContext
 from myllm.distributed.device_info import device_name
-from myllm.evals.hellaswag import TokenizedExample, ending_log_probs, tokenize_examples
-from myllm.evals.hellaswag_data import load_examples
+from myllm.evals.choice import TokenizedQuestion, ending_log_probs, tokenize_questions
+from myllm.evals.examples import load_questions
 from myllm.model.transformer import Transformer
 from myllm.presets import get_preset
 
@@ -39,8 +39,8 @@ def main() -> None:
     options = arguments.parse_args()
     config, tokenizer = get_preset("debug").model, load_tokenizer()
     model = Transformer(config).eval()
-    examples = load_examples(options.file, options.examples)
-    tokenized = tokenize_examples(examples, tokenizer.encode, tokenizer.end_of_text, config.max_seq_len)
+    questions = load_questions("hellaswag", options.file, options.examples)
+    tokenized = tokenize_questions(questions, tokenizer.encode, tokenizer.end_of_text, config.max_seq_len)
     methods = {
         "one example at a time, all logits": lambda: one_at_a_time(model, tokenized),
         "one example at a time, our scoring": lambda: batched(model, tokenized, 1),
@@ -62,7 +62,7 @@ def main() -> None:
 
 
 @torch.no_grad()
-def one_at_a_time(model: Transformer, tokenized: list[TokenizedExample]) -> Tensor:
+def one_at_a_time(model: Transformer, tokenized: list[TokenizedQuestion]) -> Tensor:
     """The summed log-probability of each ending, (examples, 4)."""
     totals = []
     for example in tokenized:
@@ -79,10 +79,10 @@ def one_at_a_time(model: Transformer, tokenized: list[TokenizedExample]) -> Tens
     return torch.stack(totals)
 
 
-def batched(model: Transformer, tokenized: list[TokenizedExample], batch: int) -> Tensor:
+def batched(model: Transformer, tokenized: list[TokenizedQuestion], batch: int) -> Tensor:
     totals = torch.zeros(len(tokenized), 4)
-    for numbers, sums in ending_log_probs(model.score_continuations, tokenized, ALONE, batch):
-        totals[numbers] = sums.float()
+    for number, sums in ending_log_probs(model.score_continuations, tokenized, ALONE, batch):
+        totals[number] = sums.float()
     return totals
 
 

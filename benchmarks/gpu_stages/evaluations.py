@@ -10,7 +10,8 @@ from myllm.config import RunConfig
 from myllm.data.tokenizer.load import load_tokenizer
 from myllm.distributed.collectives import DistContext
 from myllm.distributed.precision import autocast
-from myllm.evals.hellaswag import CHOICES, Example, TokenizedExample, hellaswag_sums, tokenize_examples
+from myllm.evals.choice import TokenizedQuestion, choice_sums, tokenize_questions
+from myllm.evals.tasks import Question
 from myllm.model.transformer import Transformer
 
 from .bench import Bench, wall_seconds
@@ -34,9 +35,9 @@ def run(bench: Bench) -> Iterator[Check]:
     items = made_up_items(config, 8 if bench.tiny else EXAMPLES)
     sums: list[Tensor] = []
 
-    def evaluate(part: list[TokenizedExample] = items) -> None:
+    def evaluate(part: list[TokenizedQuestion] = items) -> None:
         with autocast(config, bench.device):
-            sums.append(hellaswag_sums(model.score_continuations, part, DistContext(0, 0, 1, bench.device)))
+            sums.append(choice_sums(model.score_continuations, part, DistContext(0, 0, 1, bench.device)))
 
     first, second = (wall_seconds(bench.device, evaluate) for _ in range(2))
     same = torch.equal(sums[0], sums[1])
@@ -48,7 +49,7 @@ def run(bench: Bench) -> Iterator[Check]:
     yield kernels(bench, lambda: evaluate(items[:64]))
 
 
-def made_up_items(config: RunConfig, count: int) -> list[TokenizedExample]:
+def made_up_items(config: RunConfig, count: int) -> list[TokenizedQuestion]:
     """Contexts and endings of about HellaSwag's lengths, in the vocabulary that ships with the code."""
     chance, tokenizer = random.Random(0), load_tokenizer(config.data.tokenizer)
     words, longest = WORDS.split(), min(config.model.max_seq_len // 3, 40)
@@ -56,11 +57,11 @@ def made_up_items(config: RunConfig, count: int) -> list[TokenizedExample]:
     def text(least: int, most: int) -> str:
         return " ".join(chance.choice(words) for _ in range(chance.randint(least, most)))
 
-    examples = []
+    questions = []
     for number in range(count):
-        context, endings = text(8, 3 * longest), tuple(text(4, longest // 2) for _ in range(CHOICES))
-        examples.append(Example("Walking", context, "", context, endings, number % CHOICES))
-    return tokenize_examples(examples, tokenizer.encode, tokenizer.end_of_text, config.model.max_seq_len)
+        context, endings = text(8, 3 * longest), tuple(text(4, longest // 2) for _ in range(4))
+        questions.append(Question((context,), endings, number % 4))
+    return tokenize_questions(questions, tokenizer.encode, tokenizer.end_of_text, config.model.max_seq_len, True)
 
 
 def kernels(bench: Bench, evaluate: object) -> Check:

@@ -179,8 +179,7 @@ class TrainConfig:
     batch_tokens: int = 524_288
     """Tokens per step, over all ranks. The number of ranks does not change it."""
     micro_batch_size: int | Literal["auto"] = 16
-    """Sequences per forward pass of one rank; gradient accumulation makes up the rest of batch_tokens. auto: find the
-    largest that fits in memory at the first start. It is saved in the run's config.json and used again on resume."""
+    """Sequences per forward pass of one rank. auto: the largest that fits in memory at the first start, then saved."""
     seed: int = 1_337
     """Seed of the weights, the data order and dropout."""
     log_every_steps: int = 10
@@ -196,8 +195,7 @@ class TrainConfig:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto: CUDA if available, else MPS on a Mac, else the CPU."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Data type of matrix products, by autocast; weights are always float32. auto: bfloat16 on CUDA, float16 with loss
-    scaling on GPUs without bfloat16 (T4, V100), else float32."""
+    """Type of matrix products; weights are float32. auto: bfloat16 on CUDA (T4, V100: scaled float16), else float32."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Use torch.compile. auto: on CUDA, if Triton is installed and works on the GPU."""
     compile_unit: Literal["block", "model"] = "block"
@@ -246,6 +244,12 @@ class EvalConfig:
     """Use only the first N examples of the validation split (default: all 10,042)."""
     hellaswag_file: str | None = None
     """A .jsonl or .parquet file with the HellaSwag data (default: download it once from the Hub)."""
+    tasks: tuple[str, ...] = ()
+    """More tasks, each NAME or NAME:FILE: arc-easy, arc-challenge, piqa, openbookqa, winogrande, lambada."""
+    tasks_every_steps: int = 1_000
+    """Evaluate on these tasks every N steps."""
+    tasks_examples: int | None = None
+    """Use only the first N examples of each of these tasks (default: all)."""
     sample_every_steps: int = 1_000
     """Generate sample texts every N steps."""
     sample_prompts: tuple[str, ...] = ("Hello, I'm a language model,", "The meaning of life is", "Once upon a time")

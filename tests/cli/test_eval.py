@@ -20,6 +20,7 @@ from myllm.evals import registry, results, sample_quality
 from myllm.evals import speed as speed_module
 from myllm.evals.registry import Evaluation
 from myllm.evals.results import Result, add, read
+from myllm.evals.tasks import TASKS
 from myllm.inference.load import load_model
 from myllm.training.loop import train
 
@@ -88,6 +89,48 @@ def test_four_tasks_equal_the_metrics_of_training(
     assert {"top5_accuracy", "calibration_error"} <= metrics["validation"].keys()
     assert str(run / "eval.json") in output
     assert not model.training
+
+
+def test_public_tasks_and_their_summary(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = {name: tmp_path / f"{name}.jsonl" for name in ("winogrande", "lambada")}
+    for name, file in files.items():
+        row = TASKS[name].sample | ({"text": "the children waved at boats"} if name == "lambada" else {})
+        file.write_text(f"{json.dumps(row)}\n" * 4)
+    tasks = [f"{name}:{file}" for name, file in files.items()]
+    words = ("--tasks", "hellaswag", *tasks, "--hellaswag-file", OWN)
+    assert evaluate("tiny", *words, "--protocol", "lm-eval", "--tasks-examples", 3) == 0
+    output = capsys.readouterr().out
+    hellaswag, winogrande, lambada, summary = read(run / "eval.json")
+    assert [result.task for result in (hellaswag, winogrande, lambada)] == ["hellaswag", *tasks]
+    assert winogrande.settings | {"protocol": "lm-eval", "examples": 3} == winogrande.settings
+    assert len(winogrande.settings["data_sha256"]) == 12
+    assert (winogrande.metrics["chance"], winogrande.metrics["n_examples"]) == (0.5, 3)
+    assert lambada.metrics["perplexity"] > 1
+    accuracies = hellaswag.metrics["acc_norm"], winogrande.metrics["acc"], lambada.metrics["acc"]
+    centered = [(accuracies[0] - 0.25) / 0.75, 2 * accuracies[1] - 1, accuracies[2]]
+    assert summary.task == "summary"
+    assert summary.metrics["centered_mean"] == pytest.approx(sum(centered) / 3)
+    assert summary.settings.keys() == {"hellaswag", *tasks}
+    assert f"{summary.metrics['centered_mean']:.4f}" in output
+    # The same question again replaces all four.
+    assert evaluate("tiny", *words, "--protocol", "lm-eval", "--tasks-examples", 3) == 0
+    assert len(read(run / "eval.json")) == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--tasks", "arc_easy"), "unknown task 'arc_easy', did you mean 'arc-easy'?"),
+        (("--tasks", "piqa:nowhere.jsonl"), "no piqa file at nowhere.jsonl"),
+        (("--tasks", f"piqa:{OWN}"), "expected the fields goal, sol1, sol2, label, as in {"),
+        (("--tasks", "piqa", "--tasks-examples", "0"), "tasks_examples is 0, but must be at least 1"),
+    ],
+)
+def test_mistakes_about_public_tasks(
+    words: tuple[str, ...], message: str, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate("tiny", *words) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_a_text_shorter_than_the_context(run: Path, tmp_path: Path) -> None:
@@ -192,7 +235,7 @@ def test_other_damaged_data_sets_are_ignored(run: Path) -> None:
         (("--tasks", "helaswag"), "unknown task 'helaswag', did you mean 'hellaswag'?"),
         (("--tasks", "perplexity:"), "unknown task 'perplexity:'"),
         (("--tasks", "perplexity:nowhere.txt"), "cannot read nowhere.txt"),
-        (("--tasks", "hellaswag", "--hellaswag-file", "nowhere.jsonl"), "no HellaSwag file at nowhere.jsonl"),
+        (("--tasks", "hellaswag", "--hellaswag-file", "nowhere.jsonl"), "no hellaswag file at nowhere.jsonl"),
         (("--tasks", "generation", "--dataset", "nowhere"), "no single prepared data set 'nowhere'"),
         (("--tasks", "quantization:"), "unknown task 'quantization:'"),
         (("--tasks", "speed:x"), "unknown task 'speed:x'"),

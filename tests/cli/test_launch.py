@@ -67,6 +67,12 @@ def test_a_config_may_come_through_a_pipe(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (
+            ["debug", "--eval.tasks", "piqa", "arc_easy"],
+            "eval.tasks has 'arc_easy', did you mean 'arc-easy'.; expected",
+        ),
+        (["debug", "--eval.tasks", "hellaswag"], "settings of their own: eval.hellaswag_every_steps"),
+        (["debug", "--eval.tasks", "piqa", "piqa:x.jsonl"], "eval.tasks has a task twice: piqa, piqa:x.jsonl"),
         (["dbug"], "unknown preset 'dbug', did you mean 'debug'"),
         (["--train.max-steps", "3"], "missing PRESET"),
         (["debug", "--config"], "--config needs"),

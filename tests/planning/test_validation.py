@@ -53,7 +53,8 @@ ZERO_IS_TOO_SMALL = [
     "model.n_heads", "model.n_kv_heads", "model.head_dim", "model.d_ff", "data.val_tokens", "data.target_tokens",
     "data.shard_tokens", "train.max_steps", "train.batch_tokens", "train.early_stop_patience",
     "train.micro_batch_size", "train.log_every_steps", "train.skip_spikes_sigma",
-    "eval.validation_tokens", "eval.cloze_examples", "eval.hellaswag_examples", "eval.sample_new_tokens",
+    "eval.validation_tokens", "eval.cloze_examples", "eval.hellaswag_examples", "eval.tasks_examples",
+    "eval.sample_new_tokens",
     "optim.max_lr", "optim.eps", "optim.max_grad_norm", "model.rope_theta", "model.norm_eps",
 ]  # fmt: skip
 NEGATIVE_IS_TOO_SMALL = [
@@ -61,6 +62,7 @@ NEGATIVE_IS_TOO_SMALL = [
     "train.seed", "train.max_skipped_steps",
     "eval.validation_every_steps", "eval.cloze_every_steps", "eval.sample_every_steps",
     "eval.hellaswag_every_steps",
+    "eval.tasks_every_steps",
     "eval.sample_top_k", "eval.sample_temperature", "optim.weight_decay", "optim.beta1", "optim.beta2",
     "optim.min_lr_ratio", "optim.decay_fraction", "model.dropout_embedding", "model.dropout_attention_residual",
     "model.dropout_ffn",

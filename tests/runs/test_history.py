@@ -7,7 +7,7 @@ import pytest
 from support.run_files import full_rows, train_row, write_run
 
 from myllm.paths import RunPaths
-from myllm.runs.history import find_run, moving_average, read_metrics
+from myllm.runs.history import centered_mean, find_run, moving_average, read_metrics
 
 
 @pytest.fixture
@@ -56,3 +56,26 @@ def test_moving_average_ignores_non_finite_values() -> None:
         assert mean[index] == pytest.approx(window[np.isfinite(window)].mean())
     assert mean[0] == values[0]
     assert np.isfinite(mean).all()
+
+
+def test_centered_mean():
+    """By hand: HellaSwag (0.40 - 0.25) / 0.75 = 0.2, PIQA (0.65 - 0.5) / 0.5 = 0.3, LAMBADA 0.1; their mean is 0.2."""
+    rows = {
+        "hellaswag": {
+            "acc": 0.3,
+            "acc_norm": 0.4,
+            "acc_stderr": 0.9,
+            "acc_norm_stderr": 0.003,
+        },  # of an earlier version
+        "piqa": {"acc": 0.6, "acc_norm": 0.65, "acc_norm_stderr": 0.01, "chance": 0.5},
+        "lambada": {"acc": 0.1, "acc_stderr": 0.01, "perplexity": 50.0, "chance": 0.0},
+        "cloze": {"acc": 0.9, "acc_norm": 0.9, "acc_stderr": 0.01, "protocol": 2},  # of its own text: no public task
+        "winogrande": {"acc": None, "chance": 0.5},
+    }
+    mean = centered_mean(rows)
+    assert mean
+    assert mean.value == pytest.approx(0.2)
+    assert mean.stderr == pytest.approx((0.004**2 + 0.02**2 + 0.01**2) ** 0.5 / 3)
+    assert mean.tasks == ["hellaswag", "piqa", "lambada"]
+    assert centered_mean({"piqa": rows["piqa"]}) is None
+    assert centered_mean({}) is None

@@ -124,8 +124,8 @@ class HubServer:
 
     # What is served
 
-    def add_dataset(self, repo: str, files: dict[str, bytes], sha: str | None = None) -> str:
-        """Make `files` the commit that "main" means and return its sha; commits made before are still served.
+    def add_dataset(self, repo: str, files: dict[str, bytes], sha: str | None = None, ref: str = "main") -> str:
+        """Make `files` the commit that `ref` means and return its sha; commits made before are still served.
 
         `sha`: the commit's name, where it has to be a certain one.
         """
@@ -135,7 +135,7 @@ class HubServer:
         with self._lock:
             self._blobs.update({blob.sha256: blob for blob in blobs.values()})
             self._repos.setdefault(repo, {})[sha] = Commit(sha, blobs)
-            self._refs.setdefault(repo, {})["main"] = sha
+            self._refs.setdefault(repo, {})[ref] = sha
         return sha
 
     def add_plain(self, path: str, content: bytes) -> str:

@@ -35,19 +35,22 @@ def evaluate(
     batch_size: int = 16,
     out: Path | None = None,
 ) -> None:
-    """Evaluate a trained model: loss, HellaSwag, cloze, perplexity, speed.
+    """Evaluate a trained model: loss, HellaSwag and other public tasks, cloze, perplexity, speed.
 
     Args:
-        tasks: validation, hellaswag, cloze; perplexity:FILE, of a text file; generation, statistics of samples from
-            fixed prompts; speed; quantization, float against int8 weights on the held-out text; quantization:FILE, on a
-            text file. Default: validation, hellaswag and cloze, of which the last two are skipped if not possible.
+        tasks: validation, hellaswag, cloze; arc-easy, arc-challenge, piqa, openbookqa, winogrande, lambada, or one of
+            them with its rows, such as piqa:FILE (.jsonl or .parquet); perplexity:FILE, of a text file; generation,
+            statistics of samples from fixed prompts; speed; quantization, float against int8 weights on the held-out
+            text; quantization:FILE, on a text file. Default: validation, hellaswag and cloze, of which the last two are
+            skipped if not possible.
         batch_size: sequences, examples or samples in one batch.
         out: JSON file to add the results to (default: eval.json in the run's folder, beside the files of a checkpoint
             that has no run, or in the current folder for other models).
     """
     for task in tasks:
         registry.check_task(task)
-    for name, value in (("batch_size", batch_size), ("hellaswag_examples", options.hellaswag_examples)):
+    counts = {"batch_size": batch_size, "hellaswag_examples": options.hellaswag_examples}
+    for name, value in (counts | {"tasks_examples": options.tasks_examples}).items():
         if value is not None and value < 1:
             raise UserError(f"{name} is {value}, but must be at least 1")
     paths.check_model_path(source.model)  # importing torch takes seconds
@@ -73,24 +76,31 @@ def _run_all(tasks: tuple[str, ...], skippable: tuple[str, ...], subject: "Subje
     Raises:
         UserError: a task failed or could not be saved. Raised after all other tasks.
     """
-    measured, saved, errors = 0, 0, []
+    measured: list[Result] = []
+    saved, errors = 0, []
+
+    def show_and_save(result: Result) -> None:
+        nonlocal saved
+        print(results.table(result), flush=True)  # printed before it is saved, so that it is never lost
+        try:
+            results.add(file, result)
+            saved += 1
+        except UserError as error:
+            errors.append(f"{result.task} was printed, but not saved: {error}")
+
     for task in dict.fromkeys(tasks):
         print(f"evaluating {task}", file=sys.stderr, flush=True)
         try:
-            result = subject.run(task)
+            measured.append(subject.run(task))
         except UserError as error:
             if task in skippable:
                 print(f"skipped {task}: {error}", file=sys.stderr)
             else:
                 errors.append(f"{task}: {error}")
             continue
-        print(results.table(result), flush=True)  # printed before it is saved, so that it is never lost
-        measured += 1
-        try:
-            results.add(file, result)
-            saved += 1
-        except UserError as error:
-            errors.append(f"{task} was printed, but not saved: {error}")
+        show_and_save(measured[-1])
+    if summary := results.summarize(measured):
+        show_and_save(summary)
     if saved:
         print(file)
     if errors or not measured:

@@ -10,6 +10,7 @@ import tyro
 from myllm.config import DataConfig, RunConfig, TrainConfig, from_dict, read_config_json
 from myllm.distributed import launcher as ranks
 from myllm.errors import UserError
+from myllm.evals.registry import check_training_tasks
 from myllm.paths import RunPaths, user_path
 from myllm.planning.validation import check_config
 from myllm.presets import describe_presets, get_preset
@@ -97,6 +98,7 @@ def parse_run_args(kind: type[RunArgs], words: list[str], usage: str) -> Any:
     )
     # Without torchrun, WORLD_SIZE is a plan for later, not the number of processes of this command.
     check_config(args.config, ranks.world_size() if args.planning or ranks.is_launched() else 1)
+    check_training_tasks(args.config.eval.tasks)
     if RunPaths.of(args.config.name).checkpoints.is_dir():
         from myllm.runs.saved_settings import keep_saved_settings
 

@@ -69,7 +69,7 @@ def as_trial(config: RunConfig) -> RunConfig:
         ),
         eval=replace(
             config.eval, validation_every_steps=steps, cloze_every_steps=0, hellaswag_every_steps=0,
-            sample_every_steps=0,
+            tasks=(), sample_every_steps=0,
         ),
         hub=HubConfig(),
     )  # fmt: skip

@@ -4,7 +4,8 @@ registry        the table of evaluations: how each is built, run and turned into
 results         eval.json, the file of `myllm eval`
 validation      the held-out text: its first sequences, and which data set has it
 perplexity      loss, bits per byte, accuracy and calibration on given tokens
-hellaswag       multiple choice, by two protocols; hellaswag_data reads the examples
+tasks           the public tasks: HellaSwag, ARC, PIQA, OpenBookQA, WinoGrande, LAMBADA; examples reads their rows
+choice          scores their questions
 cloze           multiple choice made from held-out text
 speed, sample_quality, quantization    decode speed, statistics of samples, the cost of int8 weights
 """

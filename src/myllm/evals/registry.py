@@ -4,16 +4,21 @@
     sums = evaluation.measure(model)         # of this rank's share of the examples
     metrics = evaluation.finish(sums)        # of the sums over all ranks
 
-To add an evaluation, write a builder and put it into EVALUATIONS. Builders import torch themselves, so that a command
+To add a multiple-choice task, put it into tasks.TASKS. To add another evaluation, write a builder and put it into
+EVALUATIONS. Builders import torch themselves, so that a command
 line with an unknown task is rejected at once.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from myllm.errors import UserError, did_you_mean
+
+from .tasks import TASKS, Protocol, Question, Task, nanogpt_hellaswag_question
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,6 +29,8 @@ if TYPE_CHECKING:
     from myllm.distributed.collectives import DistContext
     from myllm.model.transformer import Transformer
 
+    from .choice import TokenizedQuestion
+
 Metrics = dict[str, Any]
 
 
@@ -31,13 +38,15 @@ Metrics = dict[str, Any]
 class EvalOptions:
     """Options of the command line."""
 
-    protocol: Literal["nanogpt", "lm-eval"] = "nanogpt"
+    protocol: Protocol = "nanogpt"
     """How to score HellaSwag. nanogpt: as build-nanogpt and llm.c, acc_norm by the mean over tokens; lm-eval: as
     lm-evaluation-harness, acc_norm by the number of characters."""
     hellaswag_file: Path | None = None
     """A .jsonl or .parquet file in HellaSwag's format. None: download it from the Hub once."""
     hellaswag_examples: int | None = None
     """Use only the first N. None: all."""
+    tasks_examples: int | None = None
+    """Use only the first N examples of each other public task, such as arc-easy. None: all."""
     stride: int | None = None
     """Tokens that perplexity scores in each window, each with at least context - stride tokens before it. None: half of
     the context."""
@@ -84,7 +93,7 @@ class Evaluation:
     settings: dict[str, Any]
     """What decides the metrics, besides the model."""
     measure: Callable[["Transformer"], Any]
-    """This rank's part. Of validation, cloze and hellaswag: a CPU tensor, to be summed over ranks."""
+    """This rank's part. In training: a CPU tensor, to be summed over ranks."""
     finish: Callable[[Any], Metrics]
 
 
@@ -97,6 +106,24 @@ def check_task(task: str) -> None:
     if task not in EVALUATIONS and not (name in FILE_EVALUATIONS and file):
         known = [*EVALUATIONS, *(f"{name}:FILE" for name in FILE_EVALUATIONS)]
         raise UserError(f"unknown task {task!r}{did_you_mean(task, known)}; tasks: {', '.join(known)}")
+
+
+def check_training_tasks(tasks: tuple[str, ...]) -> None:
+    """Check the names of `eval.tasks`.
+
+    Raises:
+        UserError: a name is unknown, given twice, or not a public task.
+    """
+    known = [name for name in TASKS if name != "hellaswag"]
+    names = [task.partition(":")[0] for task in tasks]
+    for name in names:
+        if name not in known:
+            raise UserError(
+                f"eval.tasks has {name!r}{did_you_mean(name, known)}; expected some of {', '.join(known)}, or "
+                "NAME:FILE with a task's rows. Other evaluations have settings of their own: eval.hellaswag_every_steps"
+            )
+    if len(set(names)) < len(names):
+        raise UserError(f"eval.tasks has a task twice: {', '.join(tasks)}")
 
 
 def build(task: str, inputs: EvalInputs) -> Evaluation:
@@ -179,34 +206,67 @@ def build_cloze(inputs: EvalInputs) -> Evaluation:
     )
 
 
-def build_hellaswag(inputs: EvalInputs) -> Evaluation:
-    """HellaSwag by the chosen protocol. Rank 0 reads the examples for all ranks."""
-    from myllm.distributed.collectives import broadcast_object
+def build_choice(name: str, inputs: EvalInputs, file: Path | None = None) -> Evaluation:
+    """A task of tasks.py by lm-eval's protocol. Rank 0 reads the examples for all ranks."""
+    from . import choice
 
-    from . import hellaswag
-    from .hellaswag_data import load_examples
+    count, tokenizer = inputs.options.tasks_examples, inputs.tokenizer
+    questions = _load_questions(inputs, name, file, count)
+    digest = sha256(repr(questions).encode()).hexdigest()[:12]
+    tokenized = choice.tokenize_questions(questions, tokenizer.encode, tokenizer.end_of_text, inputs.context)
+    settings = {"protocol": "lm-eval", "examples": count or "all", "data_sha256": digest}
+    return _choice_evaluation(tokenized, settings, inputs, TASKS[name].is_last_word)
 
-    options, tokenizer = inputs.options, inputs.tokenizer
-    file, count = options.hellaswag_file, options.hellaswag_examples
-    examples, error = [], None
-    if inputs.dist.is_rank_zero:
-        try:
-            examples = load_examples(file, count)
-        except Exception as raised:  # the other ranks wait for the broadcast
-            error = raised
-    examples, message = broadcast_object((examples, error and str(error)))
-    if message is not None:
-        raise error or UserError(message)
-    tokenized = hellaswag.tokenize_examples(
-        examples, tokenizer.encode, tokenizer.end_of_text, inputs.context, options.protocol
+
+def build_hellaswag(inputs: EvalInputs, file: Path | None = None) -> Evaluation:
+    """HellaSwag by the chosen protocol."""
+    from . import choice
+
+    options, tokenizer, task = inputs.options, inputs.tokenizer, TASKS["hellaswag"]
+    is_nanogpt, count, file = options.protocol == "nanogpt", options.hellaswag_examples, file or options.hellaswag_file
+    if is_nanogpt:
+        task = replace(task, question=nanogpt_hellaswag_question)
+    questions = _load_questions(inputs, "hellaswag", file, count, task)
+    tokenized = choice.tokenize_questions(
+        questions, tokenizer.encode, tokenizer.end_of_text, inputs.context, separately=is_nanogpt
     )
     settings = {"protocol": options.protocol, "examples": count or "all"} | ({"file": str(file)} if file else {})
+    return _choice_evaluation(tokenized, settings, inputs)
+
+
+def _load_questions(
+    inputs: EvalInputs, name: str, file: Path | None, count: int | None, task: Task | None = None
+) -> list[Question]:
+    """Questions that rank 0 reads, so that only one machine needs the network. Every rank calls it."""
+    from myllm.distributed.collectives import broadcast_object
+
+    from . import examples
+
+    questions, error = [], None
+    if inputs.dist.is_rank_zero:
+        try:
+            questions = examples.load_questions(name, file, count, task)
+        except Exception as raised:  # the other ranks wait for the broadcast
+            error = raised
+    questions, message = broadcast_object((questions, error and str(error)))
+    if message is not None:
+        raise error or UserError(message)
+    return questions
+
+
+def _choice_evaluation(
+    questions: "list[TokenizedQuestion]", settings: Metrics, inputs: EvalInputs, is_last_word: bool = False
+) -> Evaluation:
+    from . import choice
 
     def measure(model: "Transformer") -> "Tensor":
+        if is_last_word:
+            evaluate = inputs.with_hook(model.evaluate)
+            return choice.last_word_sums(evaluate, questions, inputs.dist, inputs.batch_size)
         score = inputs.with_hook(model.score_continuations)
-        return hellaswag.hellaswag_sums(score, tokenized, inputs.dist, inputs.batch_size)
+        return choice.choice_sums(score, questions, inputs.dist, inputs.batch_size)
 
-    return Evaluation(settings, measure, hellaswag.finish)
+    return Evaluation(settings, measure, choice.finish_last_word if is_last_word else choice.finish)
 
 
 def build_generation(inputs: EvalInputs) -> Evaluation:
@@ -263,9 +323,13 @@ def build_quantization(inputs: EvalInputs, file: Path | None = None) -> Evaluati
     return Evaluation(settings, lambda model: quantization.compare(model, text.measure), dict)
 
 
+CHOICE_EVALUATIONS: dict[str, Callable[..., Evaluation]] = {
+    **{name: partial(build_choice, name) for name in TASKS},
+    "hellaswag": build_hellaswag,
+}
 EVALUATIONS: dict[str, Callable[[EvalInputs], Evaluation]] = {
     "validation": build_validation,
-    "hellaswag": build_hellaswag,
+    **CHOICE_EVALUATIONS,
     "cloze": build_cloze,
     "generation": build_generation,
     "speed": build_speed,
@@ -274,5 +338,6 @@ EVALUATIONS: dict[str, Callable[[EvalInputs], Evaluation]] = {
 FILE_EVALUATIONS: dict[str, Callable[[EvalInputs, Path], Evaluation]] = {
     "perplexity": build_perplexity,
     "quantization": build_quantization,
+    **CHOICE_EVALUATIONS,
 }
-"""Evaluations of a text file: `perplexity:FILE`."""
+"""Evaluations of a file: `perplexity:FILE` of a text, `arc-easy:FILE` of a task's rows."""

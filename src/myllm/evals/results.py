@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from myllm.errors import UserError
 from myllm.files import file_lock, json_safe, read_json, write_json
 from myllm.formatting import format_table
+from myllm.runs.history import centered_mean
 
 FORMAT = "myllm-eval"
 VERSION = 2
@@ -79,9 +80,24 @@ def add(file: Path, result: Result) -> None:
         raise UserError(f"cannot write {file}: {error.strerror}; give another file with --out") from None
 
 
+def summarize(results: list[Result]) -> Result | None:
+    """The mean of the centered accuracies of the public tasks among these results; None for fewer than two."""
+    by_name = {result.task.partition(":")[0]: result for result in results}
+    mean = centered_mean({name: result.metrics for name, result in by_name.items()})
+    if mean is None:
+        return None
+    of = [by_name[name] for name in mean.tasks]
+    settings = {result.task: result.settings for result in of}
+    metrics = {"centered_mean": mean.value, "centered_mean_stderr": mean.stderr, "n_tasks": len(of)}
+    return of[-1]._replace(
+        task="summary", settings=settings, metrics=metrics, seconds=sum(result.seconds for result in of)
+    )
+
+
 def table(result: Result) -> str:
     """One line for each metric and each setting."""
-    values = result.metrics | result.settings | {"seconds": round(result.seconds, 2)}
+    settings = {"tasks": " ".join(result.settings)} if result.task == "summary" else result.settings
+    values = result.metrics | settings | {"seconds": round(result.seconds, 2)}
     return format_table([(result.task, name, _format(value)) for name, value in values.items()], right={2})
 
 

@@ -137,7 +137,7 @@ def render_model_card(data: CardData, curves: Mapping[str, str] | None = None) -
         n_parameters=n_parameters(config.model),
         results=results,
         metric_names=METRIC_NAMES,
-        chance=next(filter(None, (chance_accuracy(name, row) for name, _, row in results)), None),
+        chance={name: chance for name, _, row in results if (chance := chance_accuracy(name, row))},
         sample=_sample(data),
         tokenizer=tokenizer.get("name") if isinstance(tokenizer, dict) else strip_local_paths(config.data.tokenizer),
         corpus=find_corpus(config.data.source),

@@ -22,14 +22,16 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "model.vocab_size model.vocab_multiple model.max_seq_len model.d_model model.n_layers model.n_heads model.d_ff "
         "model.n_kv_heads model.head_dim data.val_tokens data.shard_tokens data.target_tokens data.max_documents "
         "train.max_steps train.batch_tokens train.micro_batch_size train.log_every_steps train.early_stop_patience "
-        "eval.validation_tokens eval.cloze_examples eval.sample_new_tokens eval.hellaswag_examples",
+        "eval.validation_tokens eval.cloze_examples eval.sample_new_tokens eval.hellaswag_examples "
+        "eval.tasks_examples",
     ),
     (
         "at least 0",
         lambda value: value >= 0,
         "data.workers data.shuffle_seed data.min_chars optim.warmup_steps train.save_every_steps train.keep_last "
         "train.keep_every_steps train.seed train.max_skipped_steps eval.validation_every_steps eval.cloze_every_steps "
-        "eval.hellaswag_every_steps eval.sample_every_steps eval.sample_top_k optim.muon_momentum_warmup_steps",
+        "eval.hellaswag_every_steps eval.tasks_every_steps eval.sample_every_steps eval.sample_top_k "
+        "optim.muon_momentum_warmup_steps",
     ),
     (
         "above 0 and finite",
@@ -57,8 +59,9 @@ LIMITS = {
     10**9: "train.micro_batch_size eval.sample_new_tokens",
     10**12: "data.min_chars optim.warmup_steps train.batch_tokens train.max_steps train.log_every_steps "
     "train.save_every_steps train.keep_last train.keep_every_steps train.early_stop_patience train.max_skipped_steps "
-    "eval.validation_every_steps eval.cloze_every_steps eval.hellaswag_every_steps eval.sample_every_steps "
-    "eval.cloze_examples eval.hellaswag_examples optim.muon_momentum_warmup_steps",
+    "eval.validation_every_steps eval.cloze_every_steps eval.hellaswag_every_steps eval.tasks_every_steps "
+    "eval.sample_every_steps eval.cloze_examples eval.hellaswag_examples eval.tasks_examples "
+    "optim.muon_momentum_warmup_steps",
     10**15: "data.val_tokens data.target_tokens data.max_documents data.shard_tokens eval.validation_tokens",
 }
 """Only a typo explains larger numbers: sizes beyond any memory, counts beyond 64 bits."""
@@ -123,6 +126,7 @@ def _text_errors(config: RunConfig) -> list[str]:
         "data.tokenizer": config.data.tokenizer,
         "data.fallback": config.data.fallback or "",
         "eval.hellaswag_file": config.eval.hellaswag_file or "",
+        **{f"eval.tasks[{i}]": task for i, task in enumerate(config.eval.tasks)},
         **{f"eval.sample_prompts[{i}]": prompt for i, prompt in enumerate(config.eval.sample_prompts)},
     }
     # Bytes that the locale cannot decode arrive as lone surrogates, which none of the run's files can store.

@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -189,8 +189,22 @@ def eval_protocol(row: Row) -> int:
     return protocol if isinstance(protocol, int) else 1
 
 
+TASK_TITLES = {
+    "hellaswag": "HellaSwag",
+    "arc-easy": "ARC-easy",
+    "arc-challenge": "ARC-challenge",
+    "piqa": "PIQA",
+    "openbookqa": "OpenBookQA",
+    "winogrande": "WinoGrande",
+    "lambada": "LAMBADA",
+}
+"""The public tasks, and the order in which reports show them."""
+
+
 def chance_accuracy(name: str, row: Row) -> float | None:
     """The accuracy of random guessing; None where it is unknown, as in the first protocol of cloze."""
+    if "chance" in row:
+        return as_float(row["chance"])
     return 0.25 if name == "hellaswag" or (name == "cloze" and eval_protocol(row) > 1) else None
 
 
@@ -203,6 +217,34 @@ def _of_newest_protocol(rows: list[Row]) -> list[Row]:
 def accuracy_key(rows: list[Row]) -> str:
     """Which accuracy of a multiple-choice evaluation to show: normalized by length, as in papers, if it is known."""
     return "acc_norm" if np.isfinite(column(rows, "acc_norm")).any() else "acc"
+
+
+class CenteredMean(NamedTuple):
+    """The mean over tasks of (accuracy - chance) / (1 - chance): 0 is guessing, 1 is perfect."""
+
+    value: float
+    stderr: float
+    """From the tasks' standard errors. Runs that differ only in their seed vary by more than this."""
+    tasks: list[str]
+
+
+def centered_mean(rows: dict[str, Row]) -> CenteredMean | None:
+    """One number for the public tasks, by their newest rows; None for fewer than two tasks.
+
+    Source: CORE of DCLM (arXiv 2406.11794), which has other tasks, most with examples in the prompt.
+    """
+    centered, variances, tasks = [], [], []
+    for name in TASK_TITLES:
+        row = rows.get(name, {})
+        key, chance = accuracy_key([row]), chance_accuracy(name, row)
+        accuracy, error = as_float(row.get(key)), as_float(row.get(f"{key}_stderr"))
+        if chance is not None and chance < 1 and math.isfinite(accuracy) and math.isfinite(error):
+            centered.append((accuracy - chance) / (1 - chance))
+            variances.append((error / (1 - chance)) ** 2)
+            tasks.append(name)
+    if len(tasks) < 2:
+        return None
+    return CenteredMean(sum(centered) / len(tasks), math.sqrt(sum(variances)) / len(tasks), tasks)
 
 
 def moving_average(values: np.ndarray, half_window: float = 0.02) -> np.ndarray:

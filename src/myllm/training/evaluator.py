@@ -91,8 +91,10 @@ def build_evals(
         model: neither wrapped nor compiled.
     """
     config, dist, settings = ctx.config, ctx.dist, ctx.config.eval
-    hellaswag_file = Path(settings.hellaswag_file) if settings.hellaswag_file else None
-    options = EvalOptions(hellaswag_file=hellaswag_file, hellaswag_examples=settings.hellaswag_examples)
+    file = Path(settings.hellaswag_file) if settings.hellaswag_file else None
+    options = EvalOptions(
+        hellaswag_file=file, hellaswag_examples=settings.hellaswag_examples, tasks_examples=settings.tasks_examples
+    )
     inputs = EvalInputs(config, tokenizer, dist, lambda: dataset, options, before_batch=vote)
     micro_batches = replace(inputs, batch_size=batch_plan(config, dist.world_size).micro_batch_size)
 
@@ -105,17 +107,19 @@ def build_evals(
         _build("validation", settings.validation_every_steps, ctx, model, micro_batches),
         _build("cloze", settings.cloze_every_steps, ctx, model, inputs),
         _build("hellaswag", settings.hellaswag_every_steps, ctx, model, inputs),
+        *(_build(task, settings.tasks_every_steps, ctx, model, inputs) for task in settings.tasks),
         Eval("samples", settings.sample_every_steps, measure_samples, lambda _: {}),
     ]
     return [evaluation for evaluation in evals if evaluation and evaluation.every_steps]
 
 
-def _build(name: str, every_steps: int, ctx: RunContext, model: Transformer, inputs: EvalInputs) -> Eval | None:
+def _build(task: str, every_steps: int, ctx: RunContext, model: Transformer, inputs: EvalInputs) -> Eval | None:
     """An evaluation of the registry; None if it is off or not possible."""
     if not every_steps:
         return None
+    name = task.partition(":")[0]  # without a file
     try:
-        evaluation = build(name, inputs)
+        evaluation = build(task, inputs)
     except Exception as error:  # any error, on all ranks together: no evaluation may stop training
         ctx.log(f"{name} skipped: {error}")
         return None

@@ -21,7 +21,7 @@ from myllm.data.sources import hub_listing
 from myllm.data.sources.hub_listing import UnreachableError, list_hub, list_urls
 from myllm.data.sources.source import find_source
 from myllm.errors import UserError
-from myllm.evals.hellaswag_data import load_examples
+from myllm.evals.examples import load_questions
 from myllm.hub import import_model
 from myllm.hub.client import check_token
 
@@ -294,7 +294,7 @@ def test_an_invalid_endpoint_is_reported_without_retries(
     monkeypatch.setattr(constants, "ENDPOINT", endpoint)
     monkeypatch.setattr(time, "sleep", pytest.fail)
     for ask in (
-        lambda: find_source(f"hub:{REPO}"), lambda: find_source("dolma"), load_examples, check_token,
+        lambda: find_source(f"hub:{REPO}"), lambda: find_source("dolma"), lambda: load_questions("piqa"), check_token,
         lambda: import_model.resolve_source("someone/some-model", None, print),
     ):  # fmt: skip
         with pytest.raises(UserError, match=f"HF_ENDPOINT is '{re.escape(endpoint)}', expected a complete address"):

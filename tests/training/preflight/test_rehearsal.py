@@ -29,6 +29,7 @@ from myllm.data.tokenizer.load import load_tokenizer
 from myllm.distributed import precision
 from myllm.distributed.collectives import DistContext
 from myllm.errors import UserError
+from myllm.evals.tasks import TASKS
 from myllm.planning.disk import checkpoint_bytes
 from myllm.planning.forecast import Hardware, describe, predict
 from myllm.presets import get_preset
@@ -60,10 +61,17 @@ def content(folder: Path) -> dict[str, tuple[int, int] | None]:
 
 
 @pytest.fixture(scope="module")
-def config(corpus: Path) -> RunConfig:
+def config(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     """Evaluations of every kind."""
-    base = tiny_config(corpus)
-    return replace(base, eval=replace(base.eval, hellaswag_every_steps=6, hellaswag_file=str(HELLASWAG)))
+    base, folder = tiny_config(corpus), tmp_path_factory.mktemp("rows")
+    files = {name: folder / f"{name}.jsonl" for name in ("winogrande", "lambada")}
+    for name, file in files.items():
+        file.write_text(json.dumps(TASKS[name].sample))
+    evals = replace(
+        base.eval, hellaswag_every_steps=6, hellaswag_file=str(HELLASWAG),
+        tasks=tuple(f"{name}:{file}" for name, file in files.items()),
+    )  # fmt: skip
+    return replace(base, eval=evals)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +105,7 @@ def test_what_is_measured(rehearsed, config: RunConfig) -> None:
     assert measured.steps == 3
     assert measured.fraction == 1
     assert 0 < measured.step_s < 30
-    assert measured.evals.keys() == {"validation", "cloze", "hellaswag", "samples"}
+    assert measured.evals.keys() == {"validation", "cloze", "hellaswag", "winogrande", "lambada", "samples"}
     assert not any(failure for _, failure in measured.evals.values())
     assert 16 * checkpoint_bytes(config) / 12 < measured.peak_bytes < 8e9
     real = folder / "runs/tiny/checkpoints/step_00000004"

@@ -103,7 +103,7 @@ def shrink_config(config: RunConfig) -> RunConfig:
         ),
         eval=replace(
             config.eval, validation_every_steps=10, validation_tokens=sequences * config.model.max_seq_len,
-            cloze_every_steps=0, hellaswag_every_steps=0, sample_every_steps=0,
+            cloze_every_steps=0, hellaswag_every_steps=0, tasks=(), sample_every_steps=0,
         ),
         hub=replace(config.hub, repo=None, every_checkpoint=False),
     )  # fmt: skip

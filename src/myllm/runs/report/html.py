@@ -14,10 +14,12 @@ from myllm.files import write_text
 from myllm.formatting import format_duration, format_number, format_percent, format_si
 from myllm.paths import RunPaths
 from myllm.runs.history import (
+    TASK_TITLES,
     Metrics,
     Row,
     accuracy_key,
     as_float,
+    centered_mean,
     chance_accuracy,
     read_config,
     read_json_or_empty,
@@ -104,6 +106,7 @@ def _cards(metrics: Metrics, config: Row, environment: Row) -> list[Card]:
         Card("Bits per byte", _value(validation, "bits_per_byte", _loss), at),
         _accuracy_card(metrics, "cloze", "Cloze accuracy"),
         _accuracy_card(metrics, "hellaswag", "HellaSwag accuracy"),
+        _tasks_card(metrics),
         Card("Training loss", "" if validation else _value(train, "loss", _loss), "nats per token, newest row"),
         Card("Tokens seen", _value(train, "tokens", format_si), _epochs(train, environment)),
         Card("Tokens per second", _value(train, "tokens_per_s", format_si), f"{format_percent(mfu)} MFU" * (mfu > 0)),
@@ -122,6 +125,17 @@ def _accuracy_card(metrics: Metrics, name: str, title: str) -> Card:
     if "acc_blind" in row:
         details.append(f"without the context {_value(row, 'acc_blind', format_percent)}")
     return Card(title, _value(row, accuracy_key(metrics.rows(name)), format_percent), ", ".join(filter(None, details)))
+
+
+def _tasks_card(metrics: Metrics) -> Card:
+    mean = centered_mean({name: metrics.last(name) for name in TASK_TITLES})
+    if mean is None:
+        return Card("", "", "")
+    titles = ", ".join(TASK_TITLES[name] for name in mean.tasks)
+    return Card(
+        "Mean above chance", f"{100 * mean.value:.1f} %",
+        f"± {100 * mean.stderr:.1f}; 0 is guessing, 100 is perfect; {titles}",
+    )  # fmt: skip
 
 
 def _epochs(train: Row, environment: Row) -> str:
@@ -147,7 +161,10 @@ def _eval_table(metrics: Metrics) -> dict[str, Any]:
         ("", "bits per byte", "validation", "bits_per_byte", _loss),
         ("", "token accuracy", "validation", "token_accuracy", format_percent),
         ("Cloze", "accuracy", "cloze", accuracy_key(metrics.rows("cloze")), format_percent),
-        ("HellaSwag", "accuracy", "hellaswag", accuracy_key(metrics.rows("hellaswag")), format_percent),
+        *(
+            (title, "accuracy", name, accuracy_key(metrics.rows(name)), format_percent)
+            for name, title in TASK_TITLES.items()
+        ),
     ]
     columns = [column for column in columns if metrics.rows(column[2])]
     by_step = {name: {row["step"]: row for row in metrics.rows(name)} for _, _, name, _, _ in columns}

@@ -22,6 +22,7 @@ from myllm.distributed import collectives as distributed
 from myllm.distributed.collectives import DistContext
 from myllm.distributed.parallelize import full_params
 from myllm.errors import TrainingDiverged
+from myllm.evals.tasks import TASKS
 from myllm.paths import RunPaths
 from myllm.planning.batch import batch_plan
 from myllm.planning.length import length_note, resolve_max_steps
@@ -42,7 +43,7 @@ from .batch_size import (
 )
 from .data_and_disk import DataAndDisk, find_prepared, folder_bytes, inspect_data_and_disk, tokenizer_for
 from .device_memory import OutOfMemory, memory_limit_bytes, run_within_memory
-from .scratch import random_dataset, scratch_folder, write_hellaswag
+from .scratch import random_dataset, scratch_folder, write_examples
 from .summary import Limits, Measurements, PreflightResult, shorten_evals
 
 STEPS = 3
@@ -200,10 +201,14 @@ def _time_evals(trainer: Trainer, tokenizer: Tokenizer) -> dict[str, tuple[float
     folder = ctx.paths.root.parent
     lines: list[str] = []
     config = shorten_evals(ctx.config, ctx.dist.world_size)
-    file = folder / "hellaswag.jsonl"
+    names = ["hellaswag", *(task.partition(":")[0] for task in config.eval.tasks)]
+    files = {name: folder / f"{name}.jsonl" for name in names}
     if ctx.dist.is_rank_zero:
-        write_hellaswag(file, config.eval.hellaswag_examples or 0)
-    config = replace(config, eval=replace(config.eval, hellaswag_file=str(file)))
+        for name, file in files.items():
+            count = config.eval.hellaswag_examples if name == "hellaswag" else config.eval.tasks_examples
+            write_examples(file, TASKS[name].sample, count or 0)
+    tasks = tuple(f"{name}:{files[name]}" for name in names[1:])
+    config = replace(config, eval=replace(config.eval, hellaswag_file=str(files["hellaswag"]), tasks=tasks))
     ctx = RunContext.create(config, ctx.dist, ctx.paths, log=lines.append)
     vote = StopVote(StopRequest(), Heartbeat(folder / "heartbeat.json", writes=False))
     state, watch, found = _state(trainer, STEPS), ReferenceWatch(None), {}

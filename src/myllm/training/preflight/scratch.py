@@ -102,9 +102,6 @@ def random_dataset(config: RunConfig, folder: Path, tokenizer: Tokenizer, dist: 
     return Dataset.open(folder)
 
 
-def write_hellaswag(file: Path, count: int) -> None:
-    """Rows in HellaSwag's format, as long as its longer ones."""
-    context, ending = "the river ran under the old stone bridge while " * 12, "the children counted boats and sang " * 4
-    row: dict[str, Any] = {"activity_label": "Walking", "ctx_a": context, "ctx_b": "", "ctx": context}
-    row |= {"endings": [ending] * 4, "label": 0}
-    file.write_text("".join(f"{json.dumps(row)}\n" for _ in range(count)), encoding="utf-8")
+def write_examples(file: Path, sample: dict[str, Any], count: int) -> None:
+    """One row of a public task, so many times."""
+    file.write_text(f"{json.dumps(sample)}\n" * count, encoding="utf-8")

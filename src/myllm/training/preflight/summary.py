@@ -4,11 +4,12 @@ import bisect
 from dataclasses import dataclass, field, replace
 from math import ceil, isfinite
 
-from myllm.config import RunConfig
+from myllm.config import EvalConfig, RunConfig
 from myllm.distributed.collectives import DistContext
 from myllm.distributed.device_info import device_name, has_triton
 from myllm.distributed.precision import describe_precision
-from myllm.evals.hellaswag import BATCH_SIZE
+from myllm.evals.choice import BATCH_SIZE
+from myllm.evals.tasks import TASKS
 from myllm.formatting import format_bytes, format_clock, format_gib
 from myllm.planning.batch import batch_plan
 from myllm.planning.disk import checkpoint_bytes, n_added, n_saves
@@ -21,7 +22,6 @@ from .batch_size import nothing_fits_message
 from .data_and_disk import DataAndDisk
 
 CLOZE_BATCH = 8
-HELLASWAG_EXAMPLES = 10_042
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,8 @@ def shorten_evals(config: RunConfig, world_size: int) -> RunConfig:
         evals,
         validation_tokens=batch_plan(config, world_size).micro_tokens,
         cloze_examples=min(evals.cloze_examples, CLOZE_BATCH * world_size),
-        hellaswag_examples=min(evals.hellaswag_examples or HELLASWAG_EXAMPLES, BATCH_SIZE * world_size),
+        hellaswag_examples=min(_n_examples("hellaswag", evals), BATCH_SIZE * world_size),
+        tasks_examples=min(evals.tasks_examples or BATCH_SIZE * world_size, BATCH_SIZE * world_size),
         sample_prompts=evals.sample_prompts[:1],
     )
     return replace(config, eval=short)
@@ -76,13 +77,19 @@ def count_eval_batches(config: RunConfig, world_size: int) -> dict[str, int]:
     """Batches of one rank in each evaluation; for samples, prompts."""
     evals, model = config.eval, config.model
     sequences = min(evals.validation_tokens, config.data.val_tokens) // model.max_seq_len
-    hellaswag = evals.hellaswag_examples or HELLASWAG_EXAMPLES
+    public = ["hellaswag", *(task.partition(":")[0] for task in evals.tasks)]
     return {
         "validation": ceil(ceil(sequences / world_size) / batch_plan(config, world_size).micro_batch_size),
         "cloze": ceil(ceil(evals.cloze_examples / world_size) / CLOZE_BATCH),
-        "hellaswag": ceil(ceil(hellaswag / BATCH_SIZE) / world_size),
+        **{name: ceil(ceil(_n_examples(name, evals) / BATCH_SIZE) / world_size) for name in public},
         "samples": len(evals.sample_prompts),
     }
+
+
+def _n_examples(name: str, evals: EvalConfig) -> int:
+    """Examples of a public task that a run uses."""
+    wanted = evals.hellaswag_examples if name == "hellaswag" else evals.tasks_examples
+    return min(wanted or TASKS[name].n_examples, TASKS[name].n_examples)
 
 
 def count_due(every: int, step: int, max_steps: int) -> int:
@@ -123,6 +130,7 @@ class PreflightResult:
         cadences = {
             "validation": evals.validation_every_steps, "cloze": evals.cloze_every_steps,
             "hellaswag": evals.hellaswag_every_steps, "samples": evals.sample_every_steps,
+            **{task.partition(":")[0]: evals.tasks_every_steps for task in evals.tasks},
         }  # fmt: skip
         left = {"training": (train.max_steps - self.steps_done) * measured.step_s}
         for name, (seconds, _) in measured.evals.items():

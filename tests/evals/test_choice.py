@@ -1,4 +1,4 @@
-"""HellaSwag's figures against one full forward pass a sequence, for any batch and any number of ranks."""
+"""Scores against one full forward pass a sequence, on HellaSwag's rows and others, for any batches and ranks."""
 
 import json
 import math
@@ -15,8 +15,17 @@ from myllm.data.tokenizer.base import Tokenizer
 from myllm.data.tokenizer.load import load_tokenizer
 from myllm.distributed.collectives import DistContext
 from myllm.errors import UserError
-from myllm.evals.hellaswag import Example, ending_log_probs, finish, hellaswag_sums, tokenize_examples
-from myllm.evals.hellaswag_data import load_examples
+from myllm.evals.choice import (
+    TokenizedQuestion,
+    choice_sums,
+    ending_log_probs,
+    finish,
+    finish_last_word,
+    last_word_log_probs,
+    last_word_sums,
+    tokenize_questions,
+)
+from myllm.evals.tasks import Question, hellaswag_question, nanogpt_hellaswag_question
 from myllm.model.transformer import Transformer
 
 OWN = Path(__file__).with_name("hellaswag_own.jsonl")
@@ -49,12 +58,23 @@ def random_model(config: ModelConfig = SMALL) -> Transformer:
 def totals(
     model: Transformer, tokenized: list, batch: int = 16, rank: int = 0, ranks: int = 1
 ) -> dict[int, list[float]]:
-    found = {}
-    for numbers, sums in ending_log_probs(
-        model.score_continuations, tokenized, DistContext(rank, rank, ranks, CPU), batch
-    ):
-        found |= dict(zip(numbers, sums.tolist(), strict=True))
-    return found
+    pairs = ending_log_probs(model.score_continuations, tokenized, DistContext(rank, rank, ranks, CPU), batch)
+    return {number: sums.tolist() for number, sums in pairs}
+
+
+def our_rows(protocol: str, tokenizer: Tokenizer, context_length: int = 160) -> list[TokenizedQuestion]:
+    """Our rows by a protocol."""
+    return tokenize(
+        [json.loads(line) for line in OWN.read_text(encoding="utf-8").splitlines()], protocol, tokenizer, context_length
+    )
+
+
+def tokenize(
+    rows: list[dict], protocol: str, tokenizer: Tokenizer, context_length: int = 160
+) -> list[TokenizedQuestion]:
+    is_nanogpt = protocol == "nanogpt"
+    questions = [(nanogpt_hellaswag_question if is_nanogpt else hellaswag_question)(row) for row in rows]
+    return tokenize_questions(questions, tokenizer.encode, tokenizer.end_of_text, context_length, is_nanogpt)
 
 
 @torch.no_grad()
@@ -92,9 +112,7 @@ def naive_texts(row: dict, protocol: str, tokenizer: Tokenizer) -> tuple[list[in
 def test_totals_are_those_of_one_sequence_at_a_time(protocol, changes, tokenizer, rows):
     config = replace(SMALL, **changes)
     model = random_model(config)
-    tokenized = tokenize_examples(
-        load_examples(OWN), tokenizer.encode, tokenizer.end_of_text, config.max_seq_len, protocol
-    )
+    tokenized = our_rows(protocol, tokenizer, config.max_seq_len)
     found = totals(model, tokenized)
     right, right_by_norm, cut = 0, 0, 0
     for number, row in enumerate(rows):
@@ -105,7 +123,12 @@ def test_totals_are_those_of_one_sequence_at_a_time(protocol, changes, tokenizer
         right += int(expected.argmax()) == int(row["label"])
         right_by_norm += int((expected / lengths).argmax()) == int(row["label"])
         cut += len(context) + max(map(len, endings)) - 1 > config.max_seq_len
-    assert hellaswag_sums(model.score_continuations, tokenized, ALONE).tolist() == [right, right_by_norm, len(rows)]
+    assert choice_sums(model.score_continuations, tokenized, ALONE).tolist() == [
+        right,
+        right_by_norm,
+        len(rows) / 4,
+        len(rows),
+    ]
     assert 0 < right < len(rows)
     assert (cut > 0) == (config.max_seq_len == 40)
 
@@ -113,17 +136,17 @@ def test_totals_are_those_of_one_sequence_at_a_time(protocol, changes, tokenizer
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_sums_do_not_depend_on_batches_and_ranks(protocol, tokenizer):
     model = random_model()
-    tokenized = tokenize_examples(load_examples(OWN), tokenizer.encode, tokenizer.end_of_text, 160, protocol)
+    tokenized = our_rows(protocol, tokenizer)
     full, score = totals(model, tokenized), model.score_continuations
-    sums = hellaswag_sums(score, tokenized, ALONE)
+    sums = choice_sums(score, tokenized, ALONE)
     for batch in (1, 100):
         other = totals(model, tokenized, batch)
         assert other.keys() == full.keys()
         for number, expected in full.items():
             assert other[number] == pytest.approx(expected, abs=2e-4)
-        assert torch.equal(hellaswag_sums(score, tokenized, ALONE, batch), sums)
+        assert torch.equal(choice_sums(score, tokenized, ALONE, batch), sums)
     fours = totals(model, tokenized, 4)
-    shares = [hellaswag_sums(score, tokenized, DistContext(rank, rank, 3, CPU), 4) for rank in range(3)]
+    shares = [choice_sums(score, tokenized, DistContext(rank, rank, 3, CPU), 4) for rank in range(3)]
     assert torch.equal(sum(shares), sums)
     for ranks in (2, 50):  # of 50 most have nothing to do
         split: dict = {}
@@ -135,34 +158,32 @@ def test_sums_do_not_depend_on_batches_and_ranks(protocol, tokenizer):
 
 
 def test_contexts_run_once_and_only_endings_are_scored(tokenizer):
-    tokenized, seen = tokenize_examples(load_examples(OWN), tokenizer.encode, tokenizer.end_of_text, 160), []
+    tokenized, seen = our_rows("nanogpt", tokenizer), []
 
     def watch(prefixes, owners, tokens, targets):
         seen.append((prefixes, owners, tokens, targets))
         return torch.zeros(targets.shape)
 
-    for (numbers, _), (prefixes, owners, _, targets) in zip(
-        ending_log_probs(watch, tokenized, ALONE, 8), seen, strict=False
-    ):
-        batch = [tokenized[i] for i in numbers]
+    numbers = [number for number, _ in ending_log_probs(watch, tokenized, ALONE, 8)]
+    for start, (prefixes, owners, _, targets) in zip(range(0, len(numbers), 8), seen, strict=True):
+        batch = [tokenized[i] for i in numbers[start : start + 8]]
         assert len(prefixes) == len(batch)  # not four times
         assert prefixes.shape[1] == min(len(example_tokens.contexts[0]) for example_tokens in batch) - 1
         assert owners.tolist() == [n for n in range(len(batch)) for _ in range(4)]
         asked = [row[row != -1].tolist() for row in targets]
         assert asked == [ending.tolist() for example_tokens in batch for ending in example_tokens.endings]
-    assert len(seen) == math.ceil(len(tokenized) / 8)
 
 
-def example(**changes: object) -> Example:
+def example(**changes: object) -> dict:
     fields = {
         "activity_label": "Act", "ctx_a": "A man sits.", "ctx_b": "he LOOKS up", "ctx": "A man sits. he LOOKS up",
         "endings": ("a", "up", "the sky", "at"), "label": 0,
     }  # fmt: skip
-    return Example(**(fields | changes))
+    return fields | changes
 
 
-def shown(one: Example, protocol: str, tokenizer: Tokenizer) -> tuple[str, list[str], tuple[int, ...]]:
-    (example_tokens,) = tokenize_examples([one], tokenizer.encode, tokenizer.end_of_text, 160, protocol)
+def shown(row: dict, protocol: str, tokenizer: Tokenizer) -> tuple[str, list[str], tuple[int, ...]]:
+    (example_tokens,) = tokenize([row], protocol, tokenizer)
     return (
         tokenizer.decode(example_tokens.contexts[0]),
         [tokenizer.decode(ending) for ending in example_tokens.endings],
@@ -186,7 +207,7 @@ def test_text_of_each_protocol(tokenizer):
 
 
 def test_empty_text_is_replaced_by_end_of_text(tokenizer):
-    (example_tokens,) = tokenize_examples([example(ctx="")], tokenizer.encode, tokenizer.end_of_text, 160)
+    (example_tokens,) = tokenize([example(ctx="")], "nanogpt", tokenizer)
     assert example_tokens.contexts[0].tolist() == [tokenizer.end_of_text]
     model = random_model()
     expected = [naive_total(model, [tokenizer.end_of_text], ending.tolist()) for ending in example_tokens.endings]
@@ -195,18 +216,66 @@ def test_empty_text_is_replaced_by_end_of_text(tokenizer):
 
 def test_an_ending_that_does_not_fit(tokenizer):
     with pytest.raises(UserError, match="an ending of example 0 has 2 tokens, the model's context is 1"):
-        tokenize_examples([example()], tokenizer.encode, tokenizer.end_of_text, 1)
-    (example_tokens,) = tokenize_examples([example()], tokenizer.encode, tokenizer.end_of_text, 2)
+        tokenize([example()], "nanogpt", tokenizer, 1)
+    (example_tokens,) = tokenize([example()], "nanogpt", tokenizer, 2)
     assert [len(ending) for ending in example_tokens.contexts] == [2, 2, 1, 2]
 
 
+def test_questions_with_a_context_for_each_ending_and_any_number_of_endings(tokenizer):
+    """As in WinoGrande and ARC, together in one batch, and with a context so short that some are cut."""
+    questions = [
+        Question(("The bridge by the river", "The old boat under the bridge of the town"), ("was too high.",) * 2, 1),
+        Question(("Question: Who sang?\nAnswer:",), ("the children", "wind", "a lantern on the water"), 0),
+        Question(("Night",), ("fell.", "rose over the hill.", "a", "b", "c"), 4),
+    ]
+    for context_length in (160, 12):
+        model = random_model(replace(SMALL, max_seq_len=context_length))
+        tokenized = tokenize_questions(questions, tokenizer.encode, tokenizer.end_of_text, context_length)
+        found = totals(model, tokenized)
+        for number, question in enumerate(questions):
+            contexts = question.contexts * (len(question.endings) // len(question.contexts))
+            for context, ending, total in zip(contexts, question.endings, found[number], strict=True):
+                front = tokenizer.encode(context).tolist()
+                joined = tokenizer.encode(f"{context} {ending}").tolist()
+                assert total == pytest.approx(naive_total(model, front, joined[len(front) :]), abs=2e-4)
+    assert choice_sums(model.score_continuations, tokenized, ALONE)[2] == pytest.approx(1 / 2 + 1 / 3 + 1 / 5)
+
+
+def test_last_word(tokenizer):
+    """Greedy if every token of the word is the model's most likely one; the first question is made so."""
+    model = random_model()
+    context = tokenizer.encode("the river ran under the old").tolist()
+    greedy = []
+    for _ in range(2):
+        greedy.append(int(model(torch.tensor([context + greedy]))[0, -1].argmax()))
+    tokenized = [
+        TokenizedQuestion((np.array(context),), (np.array(greedy),), (1,), 0),
+        TokenizedQuestion((np.array(context),), (np.array([greedy[0], (greedy[1] + 1) % 50]),), (1,), 0),
+        *tokenize_questions([Question(("a long text about the wind and",), ("salt",), 0)], tokenizer.encode, 0, 160),
+    ]
+    found = sorted(last_word_log_probs(model.evaluate, tokenized, ALONE, 2))
+    assert [is_greedy for _, _, is_greedy in found] == [True, False, False]
+    expected = [naive_total(model, item.contexts[0].tolist(), item.endings[0].tolist()) for item in tokenized]
+    assert [total for _, total, _ in found] == pytest.approx(expected, abs=2e-4)
+    sums = last_word_sums(model.evaluate, tokenized, ALONE)
+    shares = [last_word_sums(model.evaluate, tokenized, DistContext(rank, rank, 2, CPU), 1) for rank in range(2)]
+    torch.testing.assert_close(sum(shares), sums)
+    metrics = finish_last_word(sums)
+    assert metrics["acc"] == pytest.approx(1 / 3)
+    assert metrics["perplexity"] == pytest.approx(math.exp(-np.mean(expected)), rel=1e-3)
+    error = metrics["perplexity"] * np.std(expected, ddof=1) / math.sqrt(3)
+    assert metrics["perplexity_stderr"] == pytest.approx(error, rel=1e-3)
+    assert finish_last_word(torch.tensor([0.0, -9e9, 8.1e19, 1.0]).double())["perplexity"] == math.inf
+
+
 def test_metrics():
-    metrics = finish(torch.tensor([30.0, 40.0, 100.0]).double())
+    metrics = finish(torch.tensor([30.0, 40.0, 25.0, 100.0]).double())
     assert metrics == {
         "acc": 0.3,
         "acc_norm": 0.4,
         "acc_stderr": pytest.approx(np.std([1] * 30 + [0] * 70, ddof=1) / 10),
         "acc_norm_stderr": pytest.approx(np.std([1] * 40 + [0] * 60, ddof=1) / 10),
+        "chance": 0.25,
         "n_examples": 100,
     }
-    assert math.isnan(finish(torch.tensor([1.0, 1.0, 1.0]).double())["acc_stderr"])
+    assert math.isnan(finish(torch.tensor([1.0, 1.0, 0.25, 1.0]).double())["acc_stderr"])

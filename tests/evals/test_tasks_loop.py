@@ -1,8 +1,9 @@
-"""HellaSwag while training: measured when it is due, and never the reason that a run stops.
+"""HellaSwag and the other public tasks while training: measured when it is due, and never the reason that a run stops.
 
 tests/distributed has two ranks give the same figures as one.
 """
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from myllm.config import RunConfig
 from myllm.data.prepare.prepare import prepare
 from myllm.distributed.collectives import process_group
 from myllm.errors import UserError
-from myllm.evals import hellaswag_data
+from myllm.evals import examples
+from myllm.evals.tasks import TASKS
 from myllm.training.loop import train
 
 pytestmark = pytest.mark.usefixtures("prepared_data")
@@ -42,12 +44,28 @@ def test_rows_of_a_run(tiny: RunConfig):
         assert row["n_examples"] == 9
 
 
+def test_public_tasks(tiny: RunConfig, tmp_path: Path):
+    """`eval.tasks` beside HellaSwag, on their own steps; one whose file is wrong is skipped."""
+    files = {}
+    for name in ("arc-easy", "lambada"):
+        files[name] = tmp_path / f"{name}.jsonl"
+        row = TASKS[name].sample | ({"text": "the children waved at boats"} if name == "lambada" else {})
+        files[name].write_text(f"{json.dumps(row)}\n" * 5)
+    tasks = (f"arc-easy:{files['arc-easy']}", f"lambada:{files['lambada']}", f"piqa:{files['lambada']}")
+    root = run(with_hellaswag(tiny, tasks=tasks, tasks_every_steps=2, tasks_examples=4))
+    assert [row["step"] for row in eval_rows(root, "hellaswag")] == [0, 1, 2]
+    for name in files:
+        assert [(row["step"], row["n_examples"]) for row in eval_rows(root, name)] == [(0, 4), (2, 4)]
+    assert "piqa skipped: " in (log := (root / "log.txt").read_text())
+    assert "expected the fields goal, sol1, sol2, label" in log
+
+
 def no_examples(*_: object) -> list:
     raise UserError("could not download HellaSwag: no network")
 
 
 def test_training_continues_without_hellaswag(tiny: RunConfig, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(hellaswag_data, "load_examples", no_examples)
+    monkeypatch.setattr(examples, "load_questions", no_examples)
     root = run(with_hellaswag(tiny, hellaswag_file=None))
     assert len(train_rows(root)) == 2
     assert eval_rows(root, "hellaswag") == []
@@ -59,8 +77,8 @@ def test_training_continues_without_hellaswag(tiny: RunConfig, monkeypatch: pyte
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"hellaswag_file": "nowhere.jsonl"}, "no HellaSwag file at nowhere.jsonl"),
-        ({}, "HellaSwag needs a longer context"),
+        ({"hellaswag_file": "nowhere.jsonl"}, "no hellaswag file at nowhere.jsonl"),
+        ({}, "hellaswag skipped: an ending of example 0 has"),
     ],
 )
 def test_impossible_evaluation_is_logged(changes: dict, message: str, tiny: RunConfig):
@@ -76,5 +94,5 @@ def test_off(tiny: RunConfig, monkeypatch: pytest.MonkeyPatch):
     def never(*_: object) -> list:
         raise AssertionError
 
-    monkeypatch.setattr(hellaswag_data, "load_examples", never)
+    monkeypatch.setattr(examples, "load_questions", never)
     assert "HellaSwag" not in (run(with_hellaswag(tiny, hellaswag_every_steps=0)) / "log.txt").read_text()
