@@ -29,6 +29,7 @@ from myllm.cli.parse import parse_arguments
 from myllm.cli.plan import PlanArgs, PreflightArgs
 from myllm.cli.tune.command import TuneArgs
 from myllm.config import RunConfig
+from myllm.inference import initial_weights
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
 SITE = ROOT / "docs/site/mkdocs.yml"
@@ -155,6 +156,9 @@ def parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     for name in list(COMMANDS):
         monkeypatch.setitem(COMMANDS, name, of_preset(name) if name in TAKES_WORDS else stand_in(name))
+    for name in ("find_source", "check_fits"):  # the models that the commands name are not there
+        monkeypatch.setattr(initial_weights, name, lambda *_: None)
+    monkeypatch.setattr(initial_weights, "initial_model", lambda config, _: config.model)
     monkeypatch.setenv("MYLLM_DATA", str(tmp_path / "temp_data"))
     monkeypatch.chdir(tmp_path)
     return called

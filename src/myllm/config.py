@@ -83,6 +83,16 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class InitConfig:
+    """The weights that a new run begins with."""
+
+    source: str | None = field(default=None, metadata={"option": "from"})
+    """A run, a checkpoint, a transformers folder, or NAMESPACE/NAME[@REVISION] on the Hub (default: new weights)."""
+    keep_optimizer: bool = False
+    """Take over the optimizer's moments too, where the source has them."""
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """The training text and how it is stored in shards. The same values always give the same bytes."""
 
@@ -283,6 +293,7 @@ class RunConfig:
     name: str = "default"
     """Name of the run; its folder is temp_data/runs/NAME. Using the same name resumes it."""
     model: ModelConfig = field(default_factory=ModelConfig)
+    init: InitConfig = field(default_factory=InitConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

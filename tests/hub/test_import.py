@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import losses, train_rows, with_train
+from conftest import eval_rows, with_train
 from safetensors.torch import load_file, save_file
 from support.reference_model import HParams, ReferenceModel
 from support.saved_checkpoints import KINDS, Save, small_vocabulary
@@ -27,11 +27,10 @@ from transformers import (
     Qwen3ForCausalLM,
 )  # fmt: skip
 
-from myllm.checkpoint.format import load_checkpoint
 from myllm.checkpoint.locate import find_checkpoint
 from myllm.cli.launch import parse_args
 from myllm.cli.main import main as myllm
-from myllm.config import RunConfig, load_config
+from myllm.config import InitConfig, RunConfig, load_config
 from myllm.data.prepare.prepare import prepare
 from myllm.data.tokenizer.load import load_tokenizer
 from myllm.data.tokenizer.train import train_tokenizer
@@ -427,68 +426,37 @@ def test_the_command_that_import_prints_is_a_short_run_on_own_text(
     assert trained <= 3 * dataset.train.tokens + config.train.batch_tokens
 
 
-def test_trained_further(tiny: RunConfig, temp_data: Path, tmp_path: Path) -> None:
-    """On any data, from the imported weights; then resumed as any run, bound to those data."""
+def test_an_imported_run_is_the_start_of_another(tiny: RunConfig, temp_data: Path, tmp_path: Path) -> None:
+    """It is never trained itself, and nobody trains other weights under its name."""
     peer = peer_folder("llama", tmp_path / "llama")
-    run = import_model(str(tmp_path / "llama"), "more", say=quietly)
-    model = replace(load_config(run.config, RunConfig()).model, max_seq_len=48)
-    data = replace(tiny.data, tokenizer=load_config(run.config, RunConfig()).data.tokenizer)
-    config = replace(tiny, name="more", model=model, data=data)
-    config = with_train(config, batch_tokens=96, max_steps=4, seed=3)
-    dataset = prepare(config.data, progress=False)
-
-    def go_on(config: RunConfig) -> RunPaths:
-        with process_group("cpu") as process:
-            return train(config, dataset, process).run
-
-    go_on(config)
-    assert list(losses(run.root)) == [1, 2, 3, 4]
-    stream = torch.from_numpy(dataset.val.read(0, 49).astype("int64"))
-    with torch.no_grad():
-        expected = torch.nn.functional.cross_entropy(peer(stream[None, :-1]).logits[0], stream[1:])
-    assert train_rows(run.root)[0]["loss"] == pytest.approx(float(expected), rel=0.2)  # not that of a fresh model
-    go_on(with_train(config, max_steps=6))
-    assert list(losses(run.root)) == [1, 2, 3, 4, 5, 6]
-    with pytest.raises(UserError, match=r"train\.seed"):
-        go_on(with_train(config, max_steps=8, seed=4))
-
-
-def test_a_fresh_start_of_an_imported_run(tiny: RunConfig, temp_data: Path, tmp_path: Path) -> None:
-    """It begins with the imported weights again, or not at all: never with others, and nothing is lost."""
-    peer_folder("llama", tmp_path / "llama")
-    run = import_model(str(tmp_path / "llama"), "more", say=quietly)
+    run = import_model(str(tmp_path / "llama"), "made", say=quietly)
     imported = load_config(run.config, RunConfig())
     data = replace(tiny.data, tokenizer=imported.data.tokenizer)
     config = replace(tiny, name="more", model=replace(imported.model, max_seq_len=48), data=data)
-    config = with_train(config, batch_tokens=96, max_steps=2, save_every_steps=1, keep_last=0)
+    config = replace(with_train(config, batch_tokens=96, max_steps=2), init=InitConfig("made"))
     dataset = prepare(config.data, progress=False)
 
-    def start(config: RunConfig) -> None:
+    def start(config: RunConfig) -> RunPaths:
         with process_group("cpu") as process:
-            train(config, dataset, process)
+            return train(config, dataset, process).run
 
-    start(config)
-    first, fresh = losses(run.root), with_train(config, fresh=True)
-    weights = load_checkpoint(run.checkpoints / "step_00000000").model
-    start(fresh)
-    assert losses(run.root) == first
-    again = load_checkpoint(run.checkpoints / "step_00000000").model
-    assert all(torch.equal(weights[name], again[name]) for name in weights)
-    assert run.imported.is_file()
-    (aside,) = run.root.parent.glob("more.before-*")
-    assert (run.root / "tokenizer.json").read_bytes() == (aside / "tokenizer.json").read_bytes()
-    assert {path.name for path in (aside / "checkpoints").iterdir()} == {f"step_{step:08d}" for step in range(3)}
+    more = start(config)
+    stream = torch.from_numpy(dataset.val.read(0, 5 * 48 + 1).astype("int64"))
+    with torch.no_grad():
+        logits = peer(stream[:-1].view(5, 48)).logits
+        expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), stream[1:])
+    assert eval_rows(more.root, "validation")[0]["loss"] == pytest.approx(float(expected), rel=1e-5)
+    assert json.loads(more.imported.read_text())["source"] == "llama"  # the origin, not the run in between
+    with pytest.raises(UserError, match=r"the run made holds imported weights; .* --init\.from made --name NAME"):
+        start(replace(config, name="made"))
     before = sorted(path for path in temp_data.rglob("*") if path.is_file())
-    with pytest.raises(UserError, match=r"model\.d_ff"):
-        start(replace(fresh, model=replace(config.model, d_ff=config.model.d_ff * 2)))
-    shutil.move(run.checkpoints / "step_00000000", tmp_path / "kept")
-    with pytest.raises(UserError, match=r"imported weights.* `myllm import llama --name more --overwrite`"):
-        start(fresh)
-    shutil.move(tmp_path / "kept", run.checkpoints / "step_00000000")
-    assert {path for path in temp_data.rglob("*") if path.is_file()} - {run.heartbeat} == {*before} - {run.heartbeat}
-    shutil.rmtree(run.checkpoints)
-    with pytest.raises(UserError, match="it has no checkpoint"):
-        start(config)
+    for other in (run.root.name, "more"):  # new weights, in place of those
+        with pytest.raises(UserError, match=rf"the run {other} began with the weights of llama; .* --init\.from"):
+            start(with_train(replace(config, name=other, init=InitConfig()), fresh=True))
+    assert sorted(path for path in temp_data.rglob("*") if path.is_file()) == before
+    shutil.rmtree(more.checkpoints)
+    with pytest.raises(UserError, match="the run more began with the weights of llama"):
+        start(replace(config, init=InitConfig()))
 
 
 def test_from_the_hub(temp_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,8 +23,8 @@ from myllm.model.transformer import Transformer
 from myllm.optim.optimizer import ScheduledOptimizer
 from myllm.paths import RunPaths
 
-from .dcp import copy_to_host, local_tensor, rank_tensors, strip_wrapper_prefixes
-from .format import Snapshot, flatten_moments, write_checkpoint
+from .dcp import copy_to_host, flatten_moments, local_tensor, rank_tensors, strip_wrapper_prefixes
+from .format import Snapshot, write_checkpoint
 from .layout import OPTIMIZER, WEIGHTS
 from .retention import RetentionPolicy, check_space_for_run, check_space_for_save
 from .rng import get_rng_state

@@ -146,6 +146,20 @@ def strip_wrapper_prefixes(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, T
     return {".".join(part for part in name.split(".") if part not in wrappers): tensor for name, tensor in tensors}
 
 
+def flatten_moments(moments: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+    """{parameter: {"exp_avg": tensor}} to {"parameter.exp_avg": tensor}."""
+    return {f"{name}.{kind}": tensor for name, kinds in moments.items() for kind, tensor in kinds.items()}
+
+
+def unflatten_moments(moments: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Reverses `flatten_moments`."""
+    nested: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in moments.items():
+        parameter, _, kind = name.rpartition(".")
+        nested.setdefault(parameter, {})[kind] = tensor
+    return nested
+
+
 def local_tensor(tensor: Tensor) -> Tensor:
     """This rank's shard of a DTensor; a plain tensor unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

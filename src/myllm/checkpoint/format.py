@@ -31,7 +31,7 @@ from myllm.errors import UserError, out_of_space
 from myllm.files import add_filename, file_sha256, fsync_dir, read_json, write_json, write_text
 from myllm.migrations import STATE
 
-from .dcp import read_tensors, write_tensors
+from .dcp import read_tensors, unflatten_moments, write_tensors
 from .integrity import HASH_ALL, iter_intact, raise_if_damaged, verify_on_all_ranks
 from .layout import (
     CONFIG_FILE,
@@ -88,20 +88,6 @@ class Checkpoint:
         """By rank."""
         files = sorted((self.folder / RANDOM).glob("rank_*.pt"))
         return [torch.load(file, map_location="cpu", weights_only=True) for file in files]
-
-
-def flatten_moments(moments: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
-    """{parameter: {"exp_avg": tensor}} to {"parameter.exp_avg": tensor}."""
-    return {f"{name}.{kind}": tensor for name, kinds in moments.items() for kind, tensor in kinds.items()}
-
-
-def unflatten_moments(moments: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Reverses `flatten_moments`."""
-    nested: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in moments.items():
-        parameter, _, kind = name.rpartition(".")
-        nested.setdefault(parameter, {})[kind] = tensor
-    return nested
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from myllm.migrations import STATE, dataclass_from_json
 from .layout import STATE_FILE
 
 NO_DATASET = ""
-"""Data set hash of imported weights, which may be trained on any data."""
+"""Data set hash of imported weights, which no data set has trained."""
 FIRST_LOSS_SCALE = 2.0**16
 """As in torch.amp.GradScaler."""
 

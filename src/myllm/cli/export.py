@@ -96,9 +96,9 @@ def import_model(
     length = load_config(run.config, RunConfig()).model.max_seq_len
     batch_tokens = -(-TUNING_BATCH_TOKENS // length) * length
     print(
-        f"  train on   python pretrain.py --config {shlex.quote(str(run.config))} --data.source files:/path/to/texts "
-        f"--train.epochs {TUNING_EPOCHS} --train.batch-tokens {batch_tokens} --train.micro-batch-size auto "
-        "--optim.max-lr 5e-5"
+        f"  train on   python pretrain.py --config {shlex.quote(str(run.config))} --init.from {name} "
+        f"--name {name}-tuned --data.source files:/path/to/texts --train.epochs {TUNING_EPOCHS} "
+        f"--train.batch-tokens {batch_tokens} --train.micro-batch-size auto --optim.max-lr 5e-5"
     )
 
 

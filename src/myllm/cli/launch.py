@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from myllm.config import DataConfig, RunConfig, TrainConfig, from_dict, read_config_json
+from myllm.config import DataConfig, ModelConfig, RunConfig, TrainConfig, from_dict, read_config_json
 from myllm.distributed import launcher as ranks
 from myllm.errors import UserError
 from myllm.evals.registry import check_training_tasks
@@ -87,15 +87,15 @@ def parse_run_args(kind: type[RunArgs], words: list[str], usage: str) -> Any:
         print(wrap_help(usage.format(presets=describe_presets())))
         raise SystemExit(0 if words else 2)
     files, words = read_config_files(words)
-    own_text = uses_own_text(files, words)
-    base, words = base_config(files, words)
-    args = parse_arguments(
-        kind,
-        words,
-        f"{usage.partition(' PRESET')[0].removeprefix('usage: ')} {base.name}",
-        kind(base, own_text),
-        "Every setting of the run, with its value in this preset. The same command resumes an interrupted run.",
-    )
+    prog = usage.partition(" PRESET")[0].removeprefix("usage: ")
+    args = _parse(kind, files, words, prog)
+    if args.config.init.source is not None:
+        from myllm.inference.initial_weights import check_fits, find_source, initial_model, resumes
+
+        source = None if resumes(args.config) else find_source(args.config)
+        args = _parse(kind, files, words, prog, initial_model(args.config, source))
+        if source is not None:
+            check_fits(source, args.config)
     # Without torchrun, WORLD_SIZE is a plan for later, not the number of processes of this command.
     check_config(args.config, ranks.world_size() if args.planning or ranks.is_launched() else 1)
     check_training_tasks(args.config.eval.tasks)
@@ -105,6 +105,24 @@ def parse_run_args(kind: type[RunArgs], words: list[str], usage: str) -> Any:
         config, own_text = keep_saved_settings(args.config, args.own_text, _options(words))
         args = replace(args, config=config, own_text=own_text)
     return args
+
+
+def _parse(
+    kind: type[RunArgs], files: list["ConfigFile"], words: list[str], prog: str, model: ModelConfig | None = None
+) -> RunArgs:
+    """
+    Args:
+        model: in place of that of the preset.
+    """
+    own_text = uses_own_text(files, words)
+    base, words = base_config(files, words, model)
+    return parse_arguments(
+        kind,
+        words,
+        f"{prog} {base.name}",
+        kind(base, own_text),
+        "Every setting of the run, with its value in this preset. The same command resumes an interrupted run.",
+    )
 
 
 ConfigFile = tuple[Path, Any]
@@ -128,13 +146,21 @@ def read_config_files(words: list[str]) -> tuple[list[ConfigFile], list[str]]:
     return files, rest
 
 
-def base_config(files: list[ConfigFile], words: list[str]) -> tuple[RunConfig, list[str]]:
-    """The config before overrides (a preset, a file, or a file over a preset), and the remaining words."""
+def base_config(
+    files: list[ConfigFile], words: list[str], model: ModelConfig | None = None
+) -> tuple[RunConfig, list[str]]:
+    """The config before overrides (a preset, a file, or a file over a preset), and the remaining words.
+
+    Args:
+        model: in place of that of the preset.
+    """
     base = RunConfig()
     if words and not words[0].startswith("-"):
         base, words = get_preset(words[0]), words[1:]
     elif not files and not {"-h", "--help"} & set(words):
         raise UserError(f"missing PRESET (or --config FILE.json); presets:\n{wrap_help(describe_presets())}")
+    if model is not None:
+        base = replace(base, model=model)
     for path, values in files:
         config = from_dict(values, base, path)
         base = from_dict(values, _for_source(base, config.data.source), path)

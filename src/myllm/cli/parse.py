@@ -151,13 +151,19 @@ def _dataclass(info: StructTypeInfo) -> StructConstructorSpec | None:
         fields=tuple(
             StructFieldSpec(
                 name=field.name,
-                type=hints[field.name],
+                type=_type(hints, field),
                 default=_default(info, field),
                 helptext=help_of.get(field.name),
             )
             for field in dataclasses.fields(info.type)
         ),
     )
+
+
+def _type(hints: dict[str, Any], field: dataclasses.Field) -> Any:
+    """A field's type, with the name of its option if that is another: `from` cannot be a field."""
+    hint, option = hints[field.name], field.metadata.get("option")
+    return Annotated[hint, tyro.conf.arg(name=option)] if option else hint
 
 
 def _default(info: StructTypeInfo, field: dataclasses.Field) -> Any:

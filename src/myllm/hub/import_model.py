@@ -1,4 +1,4 @@
-"""Import models made elsewhere as runs, which can be sampled, evaluated, exported and trained further."""
+"""Import models made elsewhere as runs, which can be sampled, evaluated, exported, and named by --init.from."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,7 +8,7 @@ from myllm import paths
 from myllm.checkpoint.format import Snapshot, write_checkpoint
 from myllm.checkpoint.layout import MANIFEST, TOKENIZER
 from myllm.checkpoint.state import NO_DATASET, TrainState
-from myllm.config import RunConfig, to_dict
+from myllm.config import ModelConfig, RunConfig, to_dict
 from myllm.data.sampler import DataPosition
 from myllm.errors import UserError
 from myllm.files import write_json, write_text
@@ -19,7 +19,7 @@ from myllm.runs.run_dir import archive_old_run, claim_run, write_config
 from .download import download
 from .external_model import ExternalModel, finalize_weights
 from .import_lf_llm import CHECKPOINT, read_lf_llm
-from .import_transformers import CONFIG, read_transformers
+from .import_transformers import CONFIG, read_model_config, read_transformers
 
 
 def import_model(
@@ -59,7 +59,7 @@ def import_model(
             write_text(tokenizer, external.tokenizer_file.read_bytes().decode("utf-8"))
             config = replace(config, data=replace(config.data, tokenizer=paths.relative_to_data(tokenizer)))
         write_config(run, config)
-        write_json(run.imported, {"source": _source_label(source, revision)})
+        write_json(run.imported, {"source": source_label(source, revision)})
         state = TrainState(0, 0, DataPosition(0, 0, 0, NO_DATASET))
         snapshot = Snapshot(state, to_dict(config), external.weights, {}, {}, external.tokenizer_file)
         write_checkpoint(run.checkpoints, snapshot)
@@ -117,6 +117,18 @@ def read_external_model(path: Path) -> ExternalModel:
     return replace(external, weights=finalize_weights(external, path))
 
 
+def read_external_config(path: Path) -> tuple[ModelConfig, Path | None]:
+    """A model's config and the file of its vocabulary (None for the default vocabulary), without its weights.
+
+    Raises:
+        UserError: an unsupported model.
+    """
+    if (path / CONFIG).is_file():
+        return read_model_config(path)[:2]
+    external = _read(path)
+    return external.config, external.tokenizer_file
+
+
 def _read(path: Path) -> ExternalModel:
     if path.is_file():
         return read_lf_llm(path)
@@ -133,7 +145,7 @@ def _read(path: Path) -> ExternalModel:
     )
 
 
-def _source_label(source: str, revision: str | None) -> str:
+def source_label(source: str, revision: str | None) -> str:
     """The source for model cards: a repository with its revision, or the last part of a local path."""
     path, match = user_path(source), REPOSITORY.fullmatch(source)
     if path.exists() or not match:

@@ -103,6 +103,8 @@ def config_errors(config: RunConfig, world_size: int) -> list[str]:
             "model.residual_dtype is bfloat16, which train.precision float16 does not support; set "
             "model.residual_dtype to float32, or train.precision to bfloat16"
         )
+    if config.init.keep_optimizer and config.init.source is None:
+        errors.append("init.keep_optimizer needs a model to take the moments from: give --init.from")
     batch = batch_plan(config, world_size)
     if batch.batch_tokens > 0 and batch.micro_tokens > 0 and (error := batch.error()):
         errors.append(error)
@@ -125,6 +127,7 @@ def _text_errors(config: RunConfig) -> list[str]:
         "data.dataset": config.data.dataset or "",
         "data.tokenizer": config.data.tokenizer,
         "data.fallback": config.data.fallback or "",
+        "init.source": config.init.source or "",
         "eval.hellaswag_file": config.eval.hellaswag_file or "",
         **{f"eval.tasks[{i}]": task for i, task in enumerate(config.eval.tasks)},
         **{f"eval.sample_prompts[{i}]": prompt for i, prompt in enumerate(config.eval.sample_prompts)},

@@ -11,15 +11,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from myllm.checkpoint.format import load_checkpoint
-from myllm.checkpoint.integrity import HASH_MODEL, verify_checkpoint
-from myllm.checkpoint.layout import TOKENIZER, checkpoint_dir
-from myllm.checkpoint.retention import PARTIAL, unused_path
+from myllm.checkpoint.retention import unused_path
 from myllm.config import RunConfig, saved_config, to_dict
 from myllm.distributed import collectives as distributed
 from myllm.distributed.collectives import DistContext
 from myllm.errors import UserError
-from myllm.files import file_lock, fsync_dir, write_json
+from myllm.files import file_lock, write_json
 from myllm.paths import RunPaths
 from myllm.presets import diff_settings
 
@@ -92,13 +89,13 @@ def _appears(path: Path) -> bool:
     return True
 
 
-def archive_old_run(run: RunPaths, keep: Path | None = None) -> Path | None:
-    """Move everything in a run's folder, except `keep`, to a new folder with the date in its name.
+def archive_old_run(run: RunPaths) -> Path | None:
+    """Move everything in a run's folder to a new folder with the date in its name.
 
     Returns:
         the new folder, or None if there was nothing to move.
     """
-    old = [path for path in run.root.iterdir() if path.name != ".lock" and path != keep]
+    old = [path for path in run.root.iterdir() if path.name != ".lock"]
     if not old:
         return None
     archive = unused_path(run.root.with_name(f"{run.root.name}.before-{time.strftime('%Y%m%d-%H%M%S')}"))
@@ -109,60 +106,45 @@ def archive_old_run(run: RunPaths, keep: Path | None = None) -> Path | None:
 
 
 def start_over(run: RunPaths, config: RunConfig) -> Path | None:
-    """Archive the old run. If it began with imported weights, the new run begins with them again.
+    """Archive the old run.
 
     Returns:
         the folder of the old run, or None if there was none.
 
     Raises:
-        UserError: the imported weights are missing, or belong to another model. Nothing is moved then.
+        UserError: it began with the weights of another model, and the new one would not.
     """
-    if not run.imported.is_file():
-        return archive_old_run(run)
-    start = checkpoint_dir(run.checkpoints, 0)
-    if errors := list(verify_checkpoint(start)):
-        raise _lost_import(run, f"{start} is not intact ({'; '.join(errors)})")
-    check_resumable(load_checkpoint(start, HASH_MODEL).config, config, start, imported=True)
-    archive = archive_old_run(run, keep=run.imported)
-    if archive is None:
-        return None
-    shutil.copy2(run.imported, archive)
-    run.checkpoints.mkdir()
-    work = run.checkpoints / f"{PARTIAL}{start.name}"
-    shutil.copytree(archive / start.relative_to(run.root), work)
-    work.rename(start)
-    fsync_dir(run.checkpoints)
-    if (archive / TOKENIZER).is_file():  # the config refers to it
-        shutil.copy2(archive / TOKENIZER, run.root)
-    return archive
+    if config.init.source is None:
+        check_new_weights(run)
+    return archive_old_run(run)
 
 
-def check_has_imported_weights(run: RunPaths) -> None:
-    """Refuse to train new weights under the name of imported ones.
+def check_new_weights(run: RunPaths) -> None:
+    """Refuse to train new weights under the name of a run that began with those of another model.
 
     Raises:
-        UserError: the run, which has no checkpoint, began with imported weights.
+        UserError: this is such a run.
     """
     if run.imported.is_file():
-        raise _lost_import(run, "it has no checkpoint")
+        source = read_json_or_empty(run.imported).get("source")
+        raise UserError(
+            f"the run {run.root.name} began with the weights of {source}; to begin with them again, give --init.from; "
+            "to begin with new ones, give another --name"
+        )
 
 
-def _lost_import(run: RunPaths, problem: str) -> UserError:
-    source = shlex.quote(str(read_json_or_empty(run.imported).get("source") or "SOURCE"))
+def imported_weights_error(run: RunPaths) -> UserError:
+    name = shlex.quote(run.root.name)
     return UserError(
-        f"the run {run.root.name} began with imported weights, but {problem}: `myllm import {source} --name "
-        f"{run.root.name} --overwrite` imports them again, another --name starts from scratch"
+        f"the run {run.root.name} holds imported weights; begin another run with them: --init.from {name} --name NAME"
     )
 
 
-def check_resumable(saved: dict[str, Any], config: RunConfig, folder: Path, imported: bool = False) -> list[str]:
+def check_resumable(saved: dict[str, Any], config: RunConfig, folder: Path) -> list[str]:
     """Compare a config with that of the checkpoint in `folder`.
 
-    Training length, learning rate and hardware may change. The meaning of the weights, the optimizer's state and the
-    data order may not.
-
-    Args:
-        imported: the weights were imported, so the data order is still free.
+    Training length, learning rate and hardware may change. The origin and the meaning of the weights, the optimizer's
+    state and the data order may not.
 
     Returns:
         the settings that differ, as "optim.max_lr: 0.001 -> 0.002".
@@ -177,7 +159,7 @@ def check_resumable(saved: dict[str, Any], config: RunConfig, folder: Path, impo
         if name not in UNREPORTED and not name.startswith("hub.")
     ]
     # The data set is compared by its hash, elsewhere.
-    fixed = ("model.",) if imported else ("model.", "optim.optimizer", "train.seed", "train.batch_tokens")
+    fixed = ("model.", "init.", "optim.optimizer", "train.seed", "train.batch_tokens")
     refused = [line for line in changed if line.startswith(fixed) and not line.startswith("model.dropout")]
     if refused:
         raise UserError(

@@ -9,9 +9,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from myllm.checkpoint.dcp import read_into, strip_wrapper_prefixes, tensor_names
-from myllm.checkpoint.format import Checkpoint, flatten_moments, load_latest
-from myllm.checkpoint.layout import OPTIMIZER, WEIGHTS
+from myllm.checkpoint.format import Checkpoint, load_latest
+from myllm.checkpoint.restore import read_moments, read_weights
 from myllm.checkpoint.rng import set_rng_state
 from myllm.checkpoint.state import NO_DATASET, EarlyStop, TrainState
 from myllm.config import DataConfig, RunConfig, saved_config
@@ -30,7 +29,7 @@ from myllm.paths import RunPaths
 from myllm.planning.batch import BatchPlan, batch_plan
 from myllm.planning.length import resolve_max_steps
 from myllm.runs.logs import JsonlFile, Log
-from myllm.runs.run_dir import check_has_imported_weights, check_resumable
+from myllm.runs.run_dir import check_new_weights, check_resumable, imported_weights_error
 
 from .gradient_guard import GradientGuard
 from .kernels import fast_kernels
@@ -113,8 +112,12 @@ def build(ctx: RunContext, dataset: Dataset, batch: BatchPlan | None = None) -> 
     state = TrainState(0, 0, DataPosition(0, 0, config.train.seed, dataset.fingerprint))
     if saved := load_latest(ctx.paths.checkpoints, ctx.log):
         state = restore(saved, ctx, dataset, model, optimizer)
+    elif config.init.source is not None:
+        from myllm.inference.initial_weights import load_initial_weights  # loads the Hub's code
+
+        load_initial_weights(config, ctx.paths, dataset, model, optimizer, ctx.log)
     else:
-        check_has_imported_weights(ctx.paths)
+        check_new_weights(ctx.paths)
     patience = config.train.early_stop_patience
     state = replace(state, early_stop=(state.early_stop or EarlyStop()) if patience else None)
     with ExitStack() as stack:
@@ -186,22 +189,18 @@ def restore(
         UserError: it was made with another model or other data, or wsd's decay has begun and would be undone.
     """
     config, dist = ctx.config, ctx.dist
-    imported = saved.state.data.dataset_hash == NO_DATASET
-    changed = check_resumable(saved.config, config, saved.folder, imported)
+    if saved.state.data.dataset_hash == NO_DATASET:
+        raise imported_weights_error(ctx.paths)
+    changed = check_resumable(saved.config, config, saved.folder)
     earlier = saved_config(saved.config, saved.folder / "config.json")
-    if not imported:
-        check_schedule_change(saved.state.step, earlier, config)
-    if not imported and saved.state.data.dataset_hash != dataset.fingerprint:
+    check_schedule_change(saved.state.step, earlier, config)
+    if saved.state.data.dataset_hash != dataset.fingerprint:
         raise UserError(
             f"the checkpoint {saved.folder} was trained on other data than {dataset.folder}; use the old data set with "
             "--data.dataset NAME, start a second run with another --name, or start over with --train.fresh"
         )
-    read_into(saved.folder / WEIGHTS, strip_wrapper_prefixes(model.state_dict().items()))
-    if tensor_names(saved.folder / OPTIMIZER):  # imported weights have no moments
-        blank = optimizer.zero_state()
-        moments = strip_wrapper_prefixes(flatten_moments(blank).items())
-        read_into(saved.folder / OPTIMIZER, moments)
-        optimizer.load_state_dict(blank)
+    read_weights(saved.folder, model)
+    read_moments(saved.folder, optimizer)
     if len(saved.random) == dist.world_size:
         set_rng_state(saved.random[dist.rank], dist.device)
     else:  # another number of ranks: continue from a seed that no other step has used
@@ -209,9 +208,6 @@ def restore(
     ctx.log(f"resuming from {saved.folder} at step {saved.state.step:,}")
     for line in changed:
         ctx.log(f"  changed since then: {line}")
-    if not imported and (note := describe_schedule_change(saved.state.step, earlier, config)):
+    if note := describe_schedule_change(saved.state.step, earlier, config):
         ctx.log(f"  {note}")
-    state = saved.state
-    if imported:
-        state = replace(state, data=DataPosition(0, 0, config.train.seed, dataset.fingerprint))
-    return replace(state, sample_digest=state.sample_digest or SampleDigest(since_step=state.step))
+    return replace(saved.state, sample_digest=saved.state.sample_digest or SampleDigest(since_step=saved.state.step))

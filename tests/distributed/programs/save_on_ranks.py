@@ -53,7 +53,7 @@ def whole(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def contents(model: Transformer, optimizer: ScheduledOptimizer) -> dict[str, dict[str, torch.Tensor]]:
-    moments = checkpoint.flatten_moments(optimizer.state_dict())
+    moments = sharded.flatten_moments(optimizer.state_dict())
     return {"weights": whole(model.state_dict()), "optimizer": whole(moments)}
 
 
@@ -116,7 +116,7 @@ def load(folder: Path) -> None:
             model, optimizer = make(kind, seed=4)
             sharded.read_into(found.folder / "weights", model.state_dict())
             moments = optimizer.zero_state()
-            sharded.read_into(found.folder / "optimizer", checkpoint.flatten_moments(moments))
+            sharded.read_into(found.folder / "optimizer", sharded.flatten_moments(moments))
             optimizer.load_state_dict(moments)
             here = contents(model, optimizer)
             for part, tensors in expected.items():

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from myllm.checkpoint.dcp import copy_to_host, rank_tensors, strip_wrapper_prefixes
-from myllm.checkpoint.format import Snapshot, flatten_moments, write_checkpoint
+from myllm.checkpoint.dcp import copy_to_host, flatten_moments, rank_tensors, strip_wrapper_prefixes
+from myllm.checkpoint.format import Snapshot, write_checkpoint
 from myllm.checkpoint.rng import set_rng_state
 from myllm.checkpoint.state import TrainState
 from myllm.config import to_dict

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from myllm import paths
-from myllm.config import RunConfig, saved_config, to_dict
+from myllm.config import InitConfig, RunConfig, saved_config, to_dict
 from myllm.data.dataset import Dataset
 from myllm.data.tokenizer.base import Tokenizer
 from myllm.distributed import collectives as distributed
@@ -161,6 +161,7 @@ def memory_probe(
 def measure_peak_bytes(config: RunConfig, dataset: Dataset, dist: DistContext, limit_bytes: int) -> int | None:
     """Peak bytes of two real steps, on the rank that used most. None: they do not fit."""
     batch = batch_plan(config, dist.world_size).with_max_accum_steps(MEMORY_ACCUM_STEPS)
+    config = replace(config, init=InitConfig())  # which weights they are does not matter
     ctx = RunContext.create(config, dist, RunPaths(dataset.folder.parent / "run"), log=lambda line: None)
 
     def two_steps() -> None:
