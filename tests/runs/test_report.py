@@ -289,6 +289,19 @@ def test_page_holds_the_figures_with_descriptions(reported: RunPaths, page: Page
     assert (reported.plots / "loss.png").read_bytes() == base64.b64decode(images[0]["src"].partition(",")[2])
 
 
+def test_public_tasks_have_columns_and_a_mean_above_chance(tmp_path: Path) -> None:
+    """HellaSwag (0.40 - 0.25) / 0.75 and WinoGrande (0.55 - 0.5) / 0.5: 15 percent on average."""
+    rows = [
+        *full_rows(), eval_row("hellaswag", 201, acc_norm=0.4, acc_norm_stderr=0.003),
+        eval_row("winogrande", 201, acc=0.55, acc_norm=0.55, acc_norm_stderr=0.01, chance=0.5),
+    ]  # fmt: skip
+    page = page_of(write_run(tmp_path / "runs/small", rows))
+    assert page.cards()["Mean above chance"] == "15.0 %"
+    texts = [text.replace("\xa0", " ") for _, text in page.texts]
+    assert any("± 1.0 %; 0 is guessing; HellaSwag, WinoGrande" in text for text in texts)
+    assert any("55.0 %" in text for text in texts)
+
+
 def test_cards_show_the_last_rows(page: Page) -> None:
     assert page.cards() == {
         "Validation loss": "3.2500",

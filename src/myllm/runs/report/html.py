@@ -132,10 +132,8 @@ def _tasks_card(metrics: Metrics) -> Card:
     if mean is None:
         return Card("", "", "")
     titles = ", ".join(TASK_TITLES[name] for name in mean.tasks)
-    return Card(
-        "Mean above chance", f"{100 * mean.value:.1f} %",
-        f"± {100 * mean.stderr:.1f}; 0 is guessing, 100 is perfect; {titles}",
-    )  # fmt: skip
+    error = f"± {format_percent(mean.stderr)}"
+    return Card("Mean above chance", format_percent(mean.value), f"{error}; 0 is guessing; {titles}")
 
 
 def _epochs(train: Row, environment: Row) -> str:
