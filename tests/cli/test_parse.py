@@ -174,6 +174,7 @@ def test_every_setting_has_help(capsys: pytest.CaptureFixture[str], monkeypatch:
         for part in dataclasses.fields(RunConfig)
         if dataclasses.is_dataclass(part.type)
         for field in dataclasses.fields(part.type)
-        if not re.search(rf"--{part.name}\.{field.name.replace('_', '-')}\b[^│]*?[A-Za-z0-9}}]\s+[^\s(]", text)
+        for option in [field.metadata.get("option", field.name.replace("_", "-"))]
+        if not re.search(rf"--{part.name}\.{option}\b[^│]*?[A-Za-z0-9}}]\s+[^\s(]", text)
     ]
     assert not without
