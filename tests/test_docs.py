@@ -244,7 +244,7 @@ def test_configurations_can_be_read() -> None:
     [
         ("myllm ev", "eval"),
         ("myllm data pre", "prepare"),
-        ("myllm eval --ta", "--tasks"),
+        ("myllm eval --str", "--stride"),
         ("myllm eval my", "my-run"),
         ("myllm plan debug --train.mi", "--train.micro-batch-size"),
     ],

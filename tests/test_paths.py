@@ -33,7 +33,8 @@ OPTIONS = [
     "chat PATH", "serve PATH", "report PATH", "replay PATH", "status PATH", "export PATH --to there",
     "export RUN --to PATH", "export RUN --to-onnx PATH", "export RUN --to-gguf PATH", "import PATH --name x",
     "import x --name PATH", "publish PATH --repo a/b", "checkpoint list PATH", "checkpoint verify PATH",
-    "prove-resume --config PATH",
+    "prove-resume --config PATH", "tune --config PATH", "tune debug --data.dataset PATH",
+    "ladder debug small-50m --data.dataset PATH", "ladder PATH debug --data.dataset x",
 ]  # fmt: skip
 NOT_PATHS = {"data list", "doctor"}
 

@@ -280,4 +280,4 @@ def test_end_to_end(hub: HubServer, tiny: RunConfig, tmp_path: Path, temp_data: 
 def test_a_model_that_transformers_lacks_is_rejected_before_training(tiny: RunConfig) -> None:
     publishing.check_export(tiny.model)
     with pytest.raises(UserError, match="no architecture of transformers supports this model"):
-        publishing.check_export(replace(tiny.model, activation="relu2"))
+        publishing.check_export(replace(tiny.model, activation="gelu"))
