@@ -123,7 +123,14 @@ def test_notebook_is_stored_clean(path: Path) -> None:
             assert cell.execution_count is None
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+QUICK = "01_self_attention.ipynb"
+"""In `make test`, so that a broken way of running notebooks is seen there; the others in `make test-slow`."""
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=[] if path.name == QUICK else pytest.mark.slow, id=path.name) for path in NOTEBOOKS],
+)
 def test_notebook_runs(path: Path, data_folder: Path) -> None:
     assert path.name in PARAMETERS, f"add {path.name} to PARAMETERS"
     shown = outputs(execute(path, PARAMETERS[path.name], data_folder))

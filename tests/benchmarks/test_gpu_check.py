@@ -55,6 +55,7 @@ def run(frame: ModuleType, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Any
     return run
 
 
+@pytest.mark.slow
 def test_tiny_runs_every_stage(tmp_path: Path, script: ModuleType) -> None:
     """As `make gpu-check` runs it on a card, but at toy size: nothing is wrong, skipped, or left behind."""
     command = [sys.executable, str(SCRIPT), "--tiny", "--out", str(tmp_path / "out")]
