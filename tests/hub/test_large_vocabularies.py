@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from myllm.checkpoint.locate import find_checkpoint
-from myllm.config import RunConfig, load_config
+from myllm.config import InitConfig, RunConfig, load_config
 from myllm.data.prepare.prepare import prepare
 from myllm.distributed.collectives import process_group
 from myllm.hub.export.gguf import _splitter_name, export_gguf
@@ -72,17 +72,17 @@ def test_there_and_back(kind: str, tiny: RunConfig, tmp_path: Path) -> None:
     imported = load_config(run.config, RunConfig())
     data = replace(tiny.data, tokenizer=imported.data.tokenizer)
     evaluation = replace(tiny.eval, validation_every_steps=0, cloze_every_steps=0, sample_every_steps=0)
-    config = replace(tiny, name="large", model=imported.model, data=data, eval=evaluation)
+    config = replace(tiny, name="more", model=imported.model, data=data, eval=evaluation, init=InitConfig("large"))
     config = with_train(config, batch_tokens=96, micro_batch_size=2, max_steps=3)
     dataset = prepare(config.data, progress=False)
     assert dataset.train.dtype == np.uint32
     with process_group("cpu") as process, torch.enable_grad():
         train(config, dataset, process)
-    first, *_, last = losses(run.root).values()
+    first, *_, last = losses(runs_dir() / "more").values()
     assert last < first < np.log(size) + 1
 
-    ours = load_model("large", "cpu").model(tokens)
-    source = load_export_source(find_checkpoint("large", runs_dir()))
+    ours = load_model("more", "cpu").model(tokens)
+    source = load_export_source(find_checkpoint("more", runs_dir()))
     export_transformers(source, tmp_path / "export")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "export", dtype=torch.float32).eval()
     assert (theirs(tokens).logits - ours).abs().max() < 1e-4
