@@ -1,7 +1,7 @@
 """Size of the optimizer's state, and of what Muon's update needs beside it, from the config alone.
 
-AdamW keeps two moments of each parameter, Muon one, all in float32. AdamW's count of steps is left out: 4 bytes per
-parameter tensor.
+AdamW keeps two moments of each parameter, Muon one, all in float32. AdamW's count of steps, 4 bytes per parameter
+tensor, is not counted.
 """
 
 from collections import Counter

@@ -19,7 +19,7 @@ DROPOUTS = ("dropout_embedding", "dropout_attention_residual", "dropout_ffn")
 
 
 def parts_off(recipe: RunConfig, base: RunConfig) -> dict[str, RunConfig]:
-    """The recipe with one part off, by the name of the part. Parts that both recipes share are left out.
+    """The recipe with one part off, by the name of the part. Without parts that both recipes share.
 
     Args:
         base: the recipe that the parts are taken from. Weight decay and momentum warm-up are simply off.

@@ -49,7 +49,7 @@ class Losses:
 
 @dataclass(frozen=True)
 class Band:
-    """A value, and the range in which it lies in 95 % of resampled seeds and whichever size is left out."""
+    """A value, and the range in which it lies in 95 % of resampled seeds, also without any one of the sizes."""
 
     value: float
     low: float = math.nan

@@ -41,7 +41,7 @@ def fit_parabolas(runs: list[TunedRun], parameters: list[Parameter]) -> dict[str
     since values mean those of a run of D tokens on each.
 
     Args:
-        runs: of all rungs; those that diverged are left out.
+        runs: of all rungs; those that diverged are ignored.
 
     Returns:
         by name; empty if there are too few runs.

@@ -109,7 +109,7 @@ def own_values(config: RunConfig, parameters: list[Parameter]) -> dict[str, floa
 
 
 def with_values(config: RunConfig, values: dict[str, float]) -> RunConfig:
-    return replace(config, optim=replace(config.optim, **values))  # type: ignore[arg-type]
+    return replace(config, optim=replace(config.optim, **values))  # type: ignore[arg-type] # Parameter allows only float settings
 
 
 def spread_points(count: int, dimensions: int) -> list[list[float]]:

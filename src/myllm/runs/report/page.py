@@ -13,7 +13,7 @@ DPI = 200  # twice the usual 100: sharp on high-resolution screens
 
 
 def page_template(package: str, **filters: Callable[..., object]) -> Template:
-    """report.html of a package, which can include report.css. All values are escaped."""
+    """report.html of a package, which extends page.html. All values are escaped."""
     jinja = Environment(
         loader=ChoiceLoader([PackageLoader(package, "."), PackageLoader(__package__, ".")]), autoescape=True,
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
