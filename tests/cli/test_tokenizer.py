@@ -10,7 +10,7 @@ from conftest import eval_rows, losses, with_train
 from myllm.cli.data import verify
 from myllm.cli.main import main as myllm
 from myllm.config import RunConfig, load_config
-from myllm.data.dataset import find_dataset
+from myllm.data.find import find_dataset
 from myllm.data.prepare.prepare import prepare
 from myllm.data.tokenizer.load import load_tokenizer
 from myllm.distributed.collectives import process_group

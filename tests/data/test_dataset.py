@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from myllm.data.dataset import Dataset, find_dataset
+from myllm.data.dataset import Dataset
+from myllm.data.find import find_dataset
 from myllm.errors import MachineError, UserError
 
 if TYPE_CHECKING:

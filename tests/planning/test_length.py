@@ -12,7 +12,8 @@ from conftest import ROOT, write_corpus, write_run_config
 
 from myllm.cli.launch import base_config, parse_args, read_config_files, uses_own_text
 from myllm.config import DataConfig, RunConfig, to_dict
-from myllm.data.dataset import FORMAT, find_dataset
+from myllm.data.dataset import FORMAT
+from myllm.data.find import find_dataset
 from myllm.data.prepare.prepare import prepare
 from myllm.errors import UserError
 from myllm.planning.length import describe_length, resolve_max_steps, tokens_to_resolve_max_steps

@@ -13,10 +13,10 @@ from training.test_loop import run, run_until
 from training.test_stop_signals import start, wait_for_step
 
 from myllm.checkpoint import format as checkpoint
+from myllm.checkpoint.early_stop import EarlyStop
 from myllm.checkpoint.format import load_checkpoint
 from myllm.checkpoint.integrity import verify_checkpoint
 from myllm.checkpoint.layout import list_checkpoints
-from myllm.checkpoint.state import EarlyStop
 from myllm.config import RunConfig
 from myllm.data.prepare.prepare import prepare
 from myllm.distributed.collectives import process_group

@@ -1,7 +1,6 @@
 """TrainState: everything but tensors that a restart needs. Stored in state.json."""
 
-import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from myllm.data.sample_digest import SampleDigest
@@ -10,48 +9,13 @@ from myllm.errors import UserError
 from myllm.files import read_json
 from myllm.migrations import STATE, dataclass_from_json
 
+from .early_stop import EarlyStop
 from .layout import STATE_FILE
 
 NO_DATASET = ""
 """Data set hash of imported weights, which no data set has trained."""
 FIRST_LOSS_SCALE = 2.0**16
 """As in torch.amp.GradScaler."""
-
-
-@dataclass(frozen=True)
-class EarlyStop:
-    """The validations since early stopping was switched on.
-
-    As in Keras and Lightning, a validation is better if its loss is lower than all before, by however little. A loss
-    that is not finite is not better. Failed validations and the one before the first step do not count.
-    """
-
-    best_loss: float | None = None
-    best_step: int | None = None
-    """None: no finite validation yet."""
-    since_best: int = 0
-    """Validations after the best one."""
-    last_step: int = 0
-    """Step of the newest validation."""
-
-    def after(self, step: int, loss: float) -> "EarlyStop":
-        """Count one more validation. One that is repeated after a restart changes nothing."""
-        if step <= self.last_step:
-            return self
-        if math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss):
-            return EarlyStop(loss, step, 0, step)
-        return replace(self, since_best=self.since_best + 1, last_step=step)
-
-    def exhausted(self, patience: int | None) -> bool:
-        return patience is not None and self.since_best >= patience
-
-    def __str__(self) -> str:
-        if self.best_loss is None:
-            return f"no validation loss was finite, {self.since_best} in a row"
-        return (
-            f"the lowest validation loss is {self.best_loss:.4f}, at step {self.best_step:,}, with {self.since_best} "
-            f"validation{'s' * (self.since_best != 1)} since"
-        )
 
 
 @dataclass(frozen=True)

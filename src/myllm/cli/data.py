@@ -147,7 +147,8 @@ def merge(name: Positional[str], workers: int = 0) -> None:
         name: the data set's folder under temp_data/datasets, or the start of its name.
         workers: processes; 0: one per core.
     """
-    from myllm.data.dataset import SETTINGS, find_dataset_folder
+    from myllm.data.dataset import SETTINGS
+    from myllm.data.find import find_dataset_folder
     from myllm.data.prepare.multi_machine import merge_worker_shards
 
     _print_dataset(merge_worker_shards(find_dataset_folder(name, (SETTINGS,)), workers))
@@ -161,7 +162,8 @@ def verify(name: Positional[str], repair: bool = False, workers: int = 0) -> Non
         repair: rebuild damaged and missing shards from the source.
         workers: processes that repair; 0: one per core.
     """
-    from myllm.data.dataset import Dataset, find_dataset_folder
+    from myllm.data.dataset import Dataset
+    from myllm.data.find import find_dataset_folder
     from myllm.data.prepare.repair import repair as repair_shards
 
     dataset = Dataset.read(find_dataset_folder(name))
@@ -196,7 +198,7 @@ def show(
         seq_len: tokens per sequence, as model.max_seq_len.
         train_seed: number sequences in the order of a run with this train.seed (default: in stored order).
     """
-    from myllm.data.dataset import find_dataset
+    from myllm.data.find import find_dataset
     from myllm.data.inspect import describe_tokens, document_at, sequence_at
 
     if (document is None) == (sequence is None):

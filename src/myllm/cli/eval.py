@@ -55,7 +55,7 @@ def evaluate(
             raise UserError(f"{name} is {value}, but must be at least 1")
     paths.check_model_path(source.model)  # importing torch takes seconds
     if options.dataset is not None:
-        from myllm.data.dataset import find_dataset_folder
+        from myllm.data.find import find_dataset_folder
 
         find_dataset_folder(options.dataset)
     subject = _load(source, options, batch_size)

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from myllm import paths
 from myllm.data.dataloader import read_batch
-from myllm.data.dataset import Dataset, find_dataset
+from myllm.data.dataset import Dataset
+from myllm.data.find import find_dataset
 from myllm.data.token_stream import TokenStream
 from myllm.data.tokenizer.base import Tokenizer
 from myllm.errors import UserError

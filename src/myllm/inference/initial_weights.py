@@ -15,7 +15,8 @@ from myllm.checkpoint.integrity import raise_if_damaged
 from myllm.checkpoint.layout import OPTIMIZER, list_checkpoints
 from myllm.checkpoint.restore import read_moments, read_weights
 from myllm.config import ModelConfig, RunConfig, load_config
-from myllm.data.dataset import Dataset, find_dataset
+from myllm.data.dataset import Dataset
+from myllm.data.find import find_dataset
 from myllm.data.settings import settings_of
 from myllm.data.tokenizer.base import Tokenizer
 from myllm.data.tokenizer.load import load_tokenizer

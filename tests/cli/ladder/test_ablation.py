@@ -16,7 +16,7 @@ from myllm.cli.ladder.rates import RecipeRates
 from myllm.cli.ladder.report import write_report
 from myllm.cli.ladder.results import write_results
 from myllm.cli.main import main
-from myllm.data.dataset import find_dataset
+from myllm.data.find import find_dataset
 from myllm.presets import diff_settings, get_preset
 
 PARTS = {

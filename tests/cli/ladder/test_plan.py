@@ -10,7 +10,7 @@ from myllm.cli.ladder import plan
 from myllm.cli.ladder.rates import RecipeRates, read_rates, write_rates
 from myllm.cli.main import main
 from myllm.config import RunConfig
-from myllm.data.dataset import find_dataset
+from myllm.data.find import find_dataset
 from myllm.errors import UserError
 from myllm.planning.flops import n_parameters
 from myllm.presets import get_preset

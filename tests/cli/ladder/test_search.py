@@ -7,7 +7,7 @@ import pytest
 
 from myllm.cli.ladder.plan import Cell, Grid, load_recipes
 from myllm.cli.ladder.search import Line, check_rule, count_runs, describe_search, first_guess, search_rates
-from myllm.data.dataset import find_dataset
+from myllm.data.find import find_dataset
 from myllm.errors import UserError
 
 RECIPES = load_recipes(["lf-llm-269m-adamw", "lf-llm-269m-modern"])

@@ -169,7 +169,7 @@ def make_grid(args: LadderArgs) -> Grid:
     Raises:
         UserError: unknown data set, or no size or length.
     """
-    from myllm.data.dataset import find_dataset
+    from myllm.data.find import find_dataset
 
     for option, value in {"--widths": args.widths, "--tokens": args.tokens, "--seeds": args.seeds}.items():
         if not value or min(value if isinstance(value, tuple) else (value,)) < 1:

@@ -10,7 +10,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from myllm.config import DataConfig
-from myllm.data.dataset import MANIFEST, PROGRESS, WORK, Dataset, find_dataset, find_dataset_folder
+from myllm.data.dataset import MANIFEST, PROGRESS, WORK, Dataset
+from myllm.data.find import find_dataset, find_dataset_folder
 from myllm.data.preparation_lock import BACKGROUND, is_being_prepared, preparation_ended, preparation_lock
 from myllm.data.sources.source import check_source
 from myllm.data.tokenizer.load import load_tokenizer

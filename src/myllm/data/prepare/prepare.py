@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from myllm import paths
 from myllm.config import DataConfig
-from myllm.data.dataset import MANIFEST, WORK, Dataset, find_dataset
+from myllm.data.dataset import MANIFEST, WORK, Dataset
+from myllm.data.find import find_dataset
 from myllm.data.preparation_lock import preparation_lock
 from myllm.data.sources.hub_listing import UnreachableError
 from myllm.data.sources.source import find_source

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from myllm import paths
 from myllm.config import DataConfig, RunConfig
-from myllm.data.dataset import MANIFEST, SETTINGS, Dataset, find_dataset
+from myllm.data.dataset import MANIFEST, SETTINGS, Dataset
+from myllm.data.find import find_dataset
 from myllm.data.prepare.spec import make_spec
 from myllm.data.sources.catalog import CORPORA
 from myllm.data.tokenizer.base import Tokenizer

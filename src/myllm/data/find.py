@@ -1,0 +1,38 @@
+"""Data sets by name."""
+
+from pathlib import Path
+
+from myllm import paths
+from myllm.errors import UserError, did_you_mean
+from myllm.paths import user_path
+
+from .dataset import MANIFEST, PROGRESS, Dataset
+
+
+def find_dataset(name: str, allow_incomplete: bool = False) -> Dataset:
+    """A data set by its folder, its name under temp_data/datasets, or a unique prefix of that name."""
+    return Dataset.open(
+        find_dataset_folder(name, (MANIFEST, PROGRESS) if allow_incomplete else (MANIFEST,)), allow_incomplete
+    )
+
+
+def find_dataset_folder(name: str, names: tuple[str, ...] = (MANIFEST,)) -> Path:
+    """The folder that `find_dataset` opens: it has a file of one of the names.
+
+    Raises:
+        UserError: there is no such folder, or more than one.
+    """
+    for folder in (user_path(name), paths.datasets_dir() / name):
+        if any((folder / file).is_file() for file in (*names, PROGRESS)):
+            paths.warn_if_ambiguous(name, folder, paths.datasets_dir() / name)
+            return folder
+    known = sorted({path.parent.name for file in names for path in paths.datasets_dir().glob(f"[!.]*/{file}")})
+    matches = [candidate for candidate in known if candidate.startswith(name)]
+    if len(matches) == 1:
+        return paths.datasets_dir() / matches[0]
+    seen = (
+        f"{len(matches)} names start with it: {', '.join(matches)}"
+        if matches
+        else f"known: {', '.join(known) or 'none'}"
+    )
+    raise UserError(f"no single prepared data set {name!r}{did_you_mean(name, known)}; {seen}")
