@@ -75,6 +75,33 @@ def test_pairing_cuts_the_noise() -> None:
     assert width(unpaired) > 2 * width(paired)
 
 
+def test_a_cell_with_one_seed_borrows_the_spread_of_the_others() -> None:
+    whole = ladder(0.004, seed=1)
+    values = whole.values.copy()
+    values[:, 2, :, 1] = np.nan  # the largest size has one seed
+    partial = Losses(whole.recipes, SIZES, LENGTHS, values)
+    assert partial.spreads().shape == (3, 12)
+    assert partial.means[:, 2] == pytest.approx(values[:, 2, :, 0])
+    assert np.isnan(partial.standard_errors[:, 2]).all()
+    assert partial.standard_errors[0, 0, 0] == pytest.approx(values[0, 0, 0].std(ddof=1) / 2**0.5)
+
+    def width(losses: Losses) -> float:
+        found = bands(losses, lambda means: means[:, 2].ravel(), drop_sizes=False)
+        return float(np.mean([band.high - band.low for band in found]))
+
+    assert width(partial) > 1.2 * width(whole)  # one seed is less certain than the mean of two
+
+
+def test_a_diverged_seed_is_not_left_out_of_a_mean() -> None:
+    whole = ladder(0.004)
+    values = whole.values.copy()
+    values[1, 0, 0, 1] = np.inf
+    losses = Losses(whole.recipes, SIZES, LENGTHS, values)
+    assert np.isnan(losses.means[1, 0, 0])
+    assert np.isfinite(losses.means).sum() == losses.means.size - 1
+    assert np.isfinite(losses.spreads()).all()
+
+
 def test_tokens_to_a_loss_are_interpolated_in_log_tokens_and_bounded_by_the_runs() -> None:
     tokens, losses = np.array([1e6, 4e6, 16e6]), np.array([5.0, 4.0, 3.5])
     assert tokens_to_reach(4.5, tokens, losses) == pytest.approx(2e6)

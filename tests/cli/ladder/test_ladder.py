@@ -62,6 +62,9 @@ def test_a_killed_ladder_continues_and_grows(prepared_data: None, temp_data: Pat
     }
     assert "all 8 runs are there" in run("--seeds", "1")
 
+    assert "needs 3 lengths" in run("--seeds", "2", "--finished")
+    assert endings(temp_data) == after
+
     printed = run("--seeds", "2")
     assert "8 of 16 runs are left" in printed
     assert endings(temp_data).items() >= after.items()

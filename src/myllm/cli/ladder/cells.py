@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from myllm.cli.trials import TrialResult, finished, run_trials
+from myllm.errors import UserError
 from myllm.formatting import format_duration, format_si
 
 from .plan import Cell
@@ -26,6 +27,18 @@ def read_cell(cell: Cell) -> CellResult | None:
     """The result of a cell; None if its run is not complete."""
     result = finished(cell.config)
     return _of(cell, result) if result else None
+
+
+def finished_cells(cells: Sequence[Cell]) -> list[CellResult]:
+    """The results there are.
+
+    Raises:
+        UserError: there are none.
+    """
+    results = [result for cell in cells if (result := read_cell(cell))]
+    if not results:
+        raise UserError(f"none of the {len(cells)} runs is finished; train them first, without --finished")
+    return results
 
 
 def run_cells(cells: Sequence[Cell], jobs: int, expected: dict[str, float] | None = None) -> list[CellResult]:

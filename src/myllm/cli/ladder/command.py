@@ -63,6 +63,8 @@ class LadderArgs:
     """Runs at once. Each has its share of the cores."""
     budget: bool = False
     """Print the plan with its hours, and stop."""
+    finished: bool = False
+    """Train nothing: fit the runs that are finished, such as those of a ladder that is still training."""
 
 
 def ladder(words: list[str]) -> None:
@@ -90,16 +92,23 @@ def ladder(words: list[str]) -> None:
         rates = guessed_rates(recipes, grid)
     rates = rates or tune_rates(args, recipes, grid)
     cells = plan_cells(recipes, grid, rates, args.seeds)
-    from .budget import describe_cost, describe_plan, expected_seconds
-    from .cells import run_cells
+    from .budget import describe_plan
 
     print(describe_plan(recipes, grid, rates, cells), flush=True)
+    if results := train_cells(args, cells):
+        print(finish(args.name, recipes, grid, results))
+
+
+def train_cells(args: LadderArgs, cells: Sequence[Cell]) -> "list[CellResult] | None":
+    """The results of the cells, after their training. None: only the budget is wanted."""
+    from .budget import describe_cost, expected_seconds
+    from .cells import finished_cells, run_cells
+
+    if args.finished:
+        return finished_cells(cells)
     expected = expected_seconds(cells, args.jobs)
     print(f"\n{describe_cost(cells, expected, args.jobs)}", flush=True)
-    if args.budget:
-        return
-    results = run_cells(cells, args.jobs, expected)
-    print(finish(args.name, recipes, grid, results))
+    return None if args.budget else run_cells(cells, args.jobs, expected)
 
 
 def finish(name: str, recipes: Mapping[str, RunConfig], grid: Grid, results: "Sequence[CellResult]") -> str:
@@ -136,8 +145,6 @@ def ablate(recipe: str, args: LadderArgs) -> None:
         UserError: recipes beside it, or no rates yet.
     """
     from .ablation import analyze_ablation, describe_ablation, plan_ablation
-    from .budget import describe_cost, expected_seconds
-    from .cells import run_cells
     from .results import describe_cell, write_results
 
     if args.recipes:
@@ -149,11 +156,9 @@ def ablate(recipe: str, args: LadderArgs) -> None:
     if rates is None:
         raise UserError("--ablate needs rates: --rates FILE.json or own, or the --name of a ladder of both recipes")
     cells = plan_ablation(recipes, grid, rates, args.seeds)
-    expected = expected_seconds(cells, args.jobs)
-    print(describe_cost(cells, expected, args.jobs), flush=True)
-    if args.budget:
+    results = train_cells(args, cells)
+    if results is None:
         return
-    results = run_cells(cells, args.jobs, expected)
     found = analyze_ablation(results)
     path = paths.ladder_dir(args.name) / "ablation.json"
     write_results(path, found | {"cells": [describe_cell(result) for result in results]})

@@ -29,22 +29,48 @@ class Losses:
     tokens: np.ndarray
     """(K,) float64, D."""
     values: np.ndarray
-    """(R, S, K, J) float64. NaN: no such run, or it diverged."""
+    """(R, S, K, J) float64. NaN: no such run. Infinite: it diverged."""
 
     @property
     def means(self) -> np.ndarray:
-        """(R, S, K) over seeds."""
-        return self.values.mean(axis=-1)
+        """Over the seeds there are: (R, S, K). NaN: no seed, or one diverged."""
+        means = self.values.sum(axis=-1, where=self._known) / np.where(self._seeds, self._seeds, np.nan)
+        return np.where(np.isfinite(means), means, np.nan)
 
-    def resampled(self, chance: np.random.Generator) -> np.ndarray:
-        """Means over seeds drawn with replacement, the same seeds for all recipes: (R, S, K).
+    @property
+    def standard_errors(self) -> np.ndarray:
+        """Of each mean, (R, S, K). NaN: fewer than two seeds."""
+        variance = (self._deviations**2).sum(axis=-1, where=self._known) / np.maximum(self._seeds - 1, 1)
+        return np.where(self._seeds > 1, np.sqrt(variance / np.maximum(self._seeds, 1)), np.nan)
 
-        Deviations are widened by sqrt(J / (J - 1)): means of J drawn from J seeds vary too little by that factor.
+    def spreads(self) -> np.ndarray:
+        """How seeds move the losses of all recipes together, in every cell with two or more seeds: (R, n).
+
+        Widened by sqrt(J / (J - 1)): deviations from the mean of J seeds are too small by that factor.
         """
-        *_, sizes, lengths, seeds = self.values.shape
-        drawn = chance.integers(seeds, size=(1, sizes, lengths, seeds))
-        shift = np.take_along_axis(self.values, drawn, axis=-1).mean(axis=-1) - self.means
-        return self.means + shift * math.sqrt(seeds / max(seeds - 1, 1))
+        paired = np.isfinite(self._deviations).all(axis=0)  # (S, K, J)
+        counts = paired.sum(axis=-1, keepdims=True)
+        widened = self._deviations * np.sqrt(counts / np.maximum(counts - 1, 1))
+        return widened[:, paired & (counts > 1)]
+
+    def resampled(self, spreads: np.ndarray, chance: np.random.Generator) -> np.ndarray:
+        """The means, moved as other seeds might have: by as many of `spreads` as the cell has seeds. (R, S, K)."""
+        seeds = self._seeds.max(axis=0)  # (S, K)
+        drawn = spreads[:, chance.integers(spreads.shape[1], size=self.values.shape[1:])]  # (R, S, K, J)
+        counted = np.arange(self.values.shape[-1]) < seeds[..., None]
+        return self.means + drawn.sum(axis=-1, where=counted) / np.maximum(seeds, 1)
+
+    @property
+    def _known(self) -> np.ndarray:
+        return ~np.isnan(self.values)
+
+    @property
+    def _seeds(self) -> np.ndarray:
+        return self._known.sum(axis=-1)
+
+    @property
+    def _deviations(self) -> np.ndarray:
+        return self.values - self.means[..., None]
 
 
 @dataclass(frozen=True)
@@ -64,9 +90,9 @@ def bands(losses: Losses, statistic: Callable[[np.ndarray], np.ndarray], drop_si
         drop_sizes: also leave out one size at a time. False: each figure comes from one size.
     """
     value = statistic(losses.means)
-    _, sizes, _, seeds = losses.values.shape
+    sizes, spreads = len(losses.parameters), losses.spreads()
     chance = np.random.default_rng(0)
-    rows = [statistic(losses.resampled(chance)) for _ in range(RESAMPLES if seeds > 1 else 0)]
+    rows = [statistic(losses.resampled(spreads, chance)) for _ in range(RESAMPLES if spreads.size else 0)]
     resampled = np.array(rows).reshape(len(rows), len(value))
     rows = [statistic(_without_size(losses.means, size)) for size in range(sizes if drop_sizes and sizes > 1 else 0)]
     dropped = np.array(rows).reshape(len(rows), len(value))

@@ -31,7 +31,7 @@ def tabulate(results: Sequence[CellResult], recipes: Sequence[str]) -> tuple[Los
         place = (
             recipes.index(cell.recipe), widths.index(cell.width), lengths.index(cell.tokens), seeds.index(cell.seed)
         )  # fmt: skip
-        losses[place] = result.loss if np.isfinite(result.loss) else np.nan
+        losses[place] = result.loss
         seconds[place] = result.seconds
         if cell.recipe == recipes[0]:
             parameters[widths.index(cell.width)] = cell.parameters
@@ -40,15 +40,13 @@ def tabulate(results: Sequence[CellResult], recipes: Sequence[str]) -> tuple[Los
 
 def describe_losses(losses: Losses, widths: Sequence[int]) -> str:
     """The mean loss of each cell, and the standard error over seeds; a row for each recipe and width."""
-    seeds = losses.values.shape[-1]
     rows = [["recipe", "width", *(format_si(tokens) for tokens in losses.tokens)]]
     for recipe, name in enumerate(losses.recipes):
         for size, width in enumerate(widths):
-            cells = losses.values[recipe, size]
-            errors = cells.std(axis=-1, ddof=1) / seeds**0.5 if seeds > 1 else [None] * len(cells)
+            cells = zip(losses.means[recipe, size], losses.standard_errors[recipe, size], strict=True)
             texts = [
-                f"{mean:.4f}" + (f" ± {error:.4f}" if error is not None else "")
-                for mean, error in zip(cells.mean(axis=-1), errors, strict=True)
+                "" if np.isnan(mean) else f"{mean:.4f}" + ("" if np.isnan(error) else f" ± {error:.4f}")
+                for mean, error in cells
             ]
             rows.append([name, str(width), *texts])
     return format_table(rows, right=range(1, len(rows[0])))
