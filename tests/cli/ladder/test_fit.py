@@ -110,6 +110,9 @@ def test_tokens_to_a_loss_are_interpolated_in_log_tokens_and_bounded_by_the_runs
     assert tokens_to_reach(5.1, tokens, losses) == 0
     assert tokens_to_reach(3.4, tokens, losses) == np.inf
     assert np.isnan(tokens_to_reach(np.nan, tokens, losses))
+    without_last = np.array([5.0, 4.0, np.nan])
+    assert tokens_to_reach(4.5, tokens, without_last) == pytest.approx(2e6)
+    assert np.isnan(tokens_to_reach(3.75, tokens, without_last))
 
 
 def test_small_ladders_get_no_law_and_say_why() -> None:

@@ -338,13 +338,17 @@ def tokens_to_reach(loss: float, tokens: np.ndarray, losses: np.ndarray) -> floa
 
     Args:
         tokens: (K,) of its runs, ascending.
-        losses: (K,).
+        losses: (K,). NaN: not known, and skipped.
 
     Returns:
-        0 if its shortest run is below the loss, infinity if no run reaches it, NaN if a loss is unknown.
+        0 if its shortest run is below the loss, infinity if no run reaches it, NaN if that is not known.
     """
-    if not (math.isfinite(loss) and np.isfinite(losses).all()):
+    known = np.isfinite(losses)
+    if not (math.isfinite(loss) and known.any()):
         return math.nan
+    if not known.all():
+        found = tokens_to_reach(loss, tokens[known], losses[known])
+        return found if 0 < found < math.inf else math.nan
     if losses[0] < loss:
         return 0.0
     reached = np.flatnonzero(losses <= loss)

@@ -75,7 +75,7 @@ def _multiplier_cards(analysis: Values) -> list[tuple[str, str, str]]:
     longest = (analysis["parameters"][-1], analysis["tokens"][-1])
     cards = []
     for row in analysis["matches"]:
-        if (row["parameters"], row["tokens"]) == longest:
+        if (row["parameters"], row["tokens"]) == longest and not math.isnan(row["tokens_needed"]):
             ratio = row["token_ratio"]
             band = f"{ratio['low']:.2f} to {ratio['high']:.2f}" if math.isfinite(ratio["low"]) else "no band"
             value = f"{ratio['value']:.2f}x"

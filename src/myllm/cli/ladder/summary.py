@@ -25,6 +25,8 @@ def describe_matches(rows: Sequence[Values]) -> list[str]:
     """Tokens and time to the same loss, without a law."""
     table = [["", "N", "tokens", "loss", "reached after", "fewer tokens", "95 % band", "less time"]]
     for row in rows:
+        if math.isnan(row["tokens_needed"]):
+            continue  # a run is missing
         ratio, bound = row["token_ratio"], row["bound"]
         sign = {"at least": ">= ", "at most": "<= ", None: ""}[bound]
         table.append([
@@ -86,12 +88,17 @@ def _multiplier_table(analysis: Values, law: Values) -> list[str]:
 
 
 def _describe_held_out(rows: Sequence[Values]) -> list[str]:
-    return [
-        f"held out, largest rung of {row['recipe']}: predicted {row['predicted']['value']:.4f} "
-        f"({_range(row['predicted'], 4)}), measured {row['loss']:.4f}, error {row['error']['value']:+.4f}, "
-        f"{'inside' if row['inside'] else 'OUTSIDE'} the band"
-        for row in rows
-    ]
+    lines = []
+    for row in rows:
+        measured = (
+            f"measured {row['loss']:.4f}, error {row['error']['value']:+.4f}, "
+            f"{'inside' if row['inside'] else 'OUTSIDE'} the band"
+        )
+        lines.append(
+            f"held out, largest rung of {row['recipe']}: predicted {row['predicted']['value']:.4f} "
+            f"({_range(row['predicted'], 4)}), {'not measured yet' if math.isnan(row['loss']) else measured}"
+        )
+    return lines
 
 
 def _range(band: Values, digits: int = 2) -> str:
