@@ -36,7 +36,7 @@ OPTIONS = [
     "prove-resume --config PATH", "tune --config PATH", "tune debug --data.dataset PATH",
     "ladder debug small-50m --data.dataset PATH", "ladder PATH debug --data.dataset x",
 ]  # fmt: skip
-NOT_PATHS = {"data list", "doctor"}
+NOT_PATHS = {"data list", "doctor", "runs"}
 
 
 def test_every_command_is_in_the_table() -> None:

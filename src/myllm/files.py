@@ -141,6 +141,16 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all files below a folder; files that vanish meanwhile do not count."""
+    total = 0
+    for root, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):
+                total += os.lstat(os.path.join(root, name)).st_size
+    return total
+
+
 @contextmanager
 def add_filename(path: Path) -> Iterator[None]:
     """Set the file name of an OSError that has none: failed writes don't name their file."""
@@ -208,16 +218,20 @@ def read_rows(path: Path) -> Iterator[dict[str, Any] | None]:
     with path.open(encoding="utf-8", errors="replace", newline="\n") as lines:  # texts may contain other line ends
         for line in lines:
             if line.strip():
-                try:
-                    row = parse_json(line, path)
-                    row = ROW.upgrade(row) if isinstance(row, dict) else {}
-                except UserError:
-                    row = {}
-                if "kind" in row:  # metrics; texts of samples stay as they are
-                    row = {key: NONFINITE.get(value, value) if isinstance(value, str) else value
-                           for key, value in row.items()}  # fmt: skip
-                valid = type(row.get("step")) is int and 0 <= row["step"] < 2**53
-                yield row if valid else None
+                yield parse_row(line, path)
+
+
+def parse_row(line: str, path: Path) -> dict[str, Any] | None:
+    """One line of `read_rows`."""
+    try:
+        row = parse_json(line, path)
+        row = ROW.upgrade(row) if isinstance(row, dict) else {}
+    except UserError:
+        row = {}
+    if "kind" in row:  # metrics; texts of samples stay as they are
+        row = {key: NONFINITE.get(value, value) if isinstance(value, str) else value for key, value in row.items()}
+    valid = type(row.get("step")) is int and 0 <= row["step"] < 2**53
+    return row if valid else None
 
 
 def json_safe(value: Any) -> Any:

@@ -81,6 +81,7 @@ def _describe(folders: list[Path], hashing: bool) -> Iterator[dict[str, Any]]:
     from myllm.checkpoint.integrity import HASH_ALL, HASH_NONE, verify_checkpoint
     from myllm.checkpoint.layout import step_of
     from myllm.checkpoint.state import read_state
+    from myllm.files import folder_bytes
     from myllm.paths import RunPaths
 
     losses = _validation_losses(RunPaths(folders[0].parent.parent))
@@ -96,7 +97,7 @@ def _describe(folders: list[Path], hashing: bool) -> Iterator[dict[str, Any]]:
             "folder": str(folder),
             "step": step_of(folder),
             "tokens": tokens,
-            "bytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
+            "bytes": folder_bytes(folder),
             "validation_loss": losses.get(step_of(folder)),
             "where": folder.parent.name,
             "state": "; ".join(errors) or "intact",

@@ -28,6 +28,7 @@ from .errors import exit_on_error
 from .ladder import command as ladder_cli
 from .parse import parse_arguments, version
 from .prove_resume import command as prove_cli
+from .runs import command as runs_cli
 from .tune import command as tune_cli
 
 Positional = tyro.conf.Positional
@@ -102,6 +103,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "sample": sample_cli.sample,
     "chat": sample_cli.chat,
     "serve": sample_cli.serve,
+    "runs": runs_cli.list_runs,
     "report": report,
     "replay": replay_cli.replay,
     "status": status,
@@ -123,8 +125,8 @@ RENAMED = {
     "data prepare --max-file-size-mb": "--shard-tokens (two bytes per token, or four)",
 }
 """Commands and options of earlier versions, with their new names."""
-GROUPS = ("data", "tokenizer", "checkpoint")
-"""First words of two-word commands."""
+GROUPS = ("data", "tokenizer", "checkpoint", "runs")
+"""First words of two-word commands. `runs` alone is a command too."""
 TAKES_WORDS = {"plan", "preflight", "prove-resume", "tune", "ladder"}
 """Commands that parse the words themselves: they begin with presets."""
 
@@ -142,7 +144,7 @@ def main(words: list[str] | None = None) -> None:
         if words[0] == "--version":
             print(version())
             return
-        if words[0] in GROUPS and (len(words) == 1 or words[1] in ("-h", "--help")):
+        if words[0] in GROUPS and words[0] not in COMMANDS and (len(words) == 1 or words[1] in ("-h", "--help")):
             print(_usage(words[0]))
             raise SystemExit(0 if wants_help else 2)
         for old, new in RENAMED.items():
@@ -150,7 +152,10 @@ def main(words: list[str] | None = None) -> None:
             options = [word.partition("=")[0] for word in words[len(command) :]]
             if words[: len(command)] == command and last in (options if last.startswith("--") else options[:1]):
                 raise UserError(f"{last if command and last[0] == '-' else old} was renamed: use {new}")
-        name = next((name for name in COMMANDS if words[: name.count(" ") + 1] == name.split()), None)
+        names = sorted(COMMANDS, key=lambda name: -name.count(" "))  # `runs delete` before `runs`
+        name = next((name for name in names if words[: name.count(" ") + 1] == name.split()), None)
+        if name in GROUPS and words[1:] and not words[1].startswith("-"):
+            name = None  # `runs` has no other words
         if name is None:
             group = words[0] if words[0] in GROUPS else ""
             given = " ".join(words[:2] if group else words[:1])

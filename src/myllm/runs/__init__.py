@@ -5,5 +5,6 @@ logs              metrics.jsonl, log.txt, environment.json
 heartbeat         heartbeat.json and `myllm status`
 history           read what a run has recorded; report/ draws it
 reference_curve   compare with a published run
+catalog           all runs: what they are, how far they came, what they take on the disk
 saved_settings    what a resumed run keeps
 """

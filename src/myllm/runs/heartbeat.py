@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from myllm.checkpoint.layout import newest_step
 from myllm.errors import UserError
@@ -28,6 +28,10 @@ from myllm.paths import RunPaths, runs_dir, user_path, warn_if_ambiguous
 EVERY_S = 2.0
 RUNNING, NOT_RESPONDING = 3, 1
 """Exit codes of `myllm status` for a run that has not ended."""
+STOPPED = (75, 129, 130, 131, 143)
+"""Exit codes of a run that was asked to stop, and has saved."""
+SILENT_S = 600.0
+"""A run that makes no progress for so long is not responding."""
 
 
 class Heartbeat:
@@ -152,6 +156,15 @@ def _is_open(path: Path) -> bool:
         return False
 
 
+class RunState(NamedTuple):
+    """What a heartbeat says about its run."""
+
+    word: str
+    """running, complete, stopped, failed, died or not responding."""
+    line: str
+    exit_code: int
+
+
 def status(run: str, silent_s: float) -> tuple[str, int]:
     """Describe a run's state in one line, and as an exit code.
 
@@ -170,23 +183,35 @@ def status(run: str, silent_s: float) -> tuple[str, int]:
         expected = RunPaths(folders[-1] if folders else runs_dir() / run).heartbeat
         raise UserError(f"no heartbeat of run {run!r}: expected {expected}")
     warn_if_ambiguous(run, folder, runs_dir() / run)
-    path = RunPaths(folder).heartbeat
+    _, line, exit_code = read_state(RunPaths(folder).heartbeat, silent_s)
+    return line, exit_code
+
+
+def read_state(path: Path, silent_s: float = SILENT_S) -> RunState:
+    """The state of the run that writes the heartbeat `path`, as `status` describes it.
+
+    Raises:
+        UserError: not a valid heartbeat.
+        OSError: it cannot be read.
+    """
     values = HEARTBEAT.upgrade(read_json(path), path)
     try:
         word, *more = str(values["how"] or values["doing"]).splitlines() or [""]
         line = f"step {values['step']:,}: {word}" + (" ..." if more else "")
         if values["doing"] == "ended":
-            return line, int(values["exit_code"])
+            code = int(values["exit_code"])
+            return RunState("complete" if code == 0 else "stopped" if code in STOPPED else "failed", line, code)
         idle_s = time.time() - values["progress_time"]
         process = f"process {values['pid']} on {values['host']}"
         gone = values["host"] == socket.gethostname() and not _is_alive(values["pid"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a valid heartbeat ({error!r})") from None
     if gone:
-        return f"{line}; but {process} exited without recording why", NOT_RESPONDING
+        return RunState("died", f"{line}; but {process} exited without recording why", NOT_RESPONDING)
     if idle_s > silent_s:
-        return f"{line}; but it is not responding: no progress for {idle_s:,.0f} s ({process})", NOT_RESPONDING
-    return f"{line}, {max(idle_s, 0):,.0f} s ago ({process})", RUNNING
+        line = f"{line}; but it is not responding: no progress for {idle_s:,.0f} s ({process})"
+        return RunState("not responding", line, NOT_RESPONDING)
+    return RunState("running", f"{line}, {max(idle_s, 0):,.0f} s ago ({process})", RUNNING)
 
 
 def _is_alive(pid: int) -> bool:

@@ -12,7 +12,7 @@ from myllm.data.prepare.spec import make_spec
 from myllm.data.sources.catalog import CORPORA
 from myllm.data.tokenizer.base import Tokenizer
 from myllm.data.tokenizer.load import load_tokenizer
-from myllm.files import read_json
+from myllm.files import folder_bytes, read_json
 from myllm.formatting import parse_count
 from myllm.migrations import CONFIG
 from myllm.paths import user_path
@@ -101,13 +101,3 @@ def find_prepared(config: DataConfig) -> Dataset | None:
         except (OSError, ValueError):  # also a UserError: damaged or just begun; the preparation deals with it
             continue
     return None
-
-
-def folder_bytes(folder: Path) -> int:
-    total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += path.stat().st_size if path.is_file() else 0
-        except OSError:  # removed meanwhile
-            continue
-    return total

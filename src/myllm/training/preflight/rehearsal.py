@@ -23,6 +23,7 @@ from myllm.distributed.collectives import DistContext
 from myllm.distributed.parallelize import full_params
 from myllm.errors import TrainingDiverged
 from myllm.evals.tasks import TASKS
+from myllm.files import folder_bytes
 from myllm.paths import RunPaths
 from myllm.planning.batch import batch_plan
 from myllm.planning.length import length_note, resolve_max_steps
@@ -41,7 +42,7 @@ from .batch_size import (
     memory_probe,
     resolve_micro_batch_size,
 )
-from .data_and_disk import DataAndDisk, find_prepared, folder_bytes, inspect_data_and_disk, tokenizer_for
+from .data_and_disk import DataAndDisk, find_prepared, inspect_data_and_disk, tokenizer_for
 from .device_memory import OutOfMemory, memory_limit_bytes, run_within_memory
 from .scratch import random_dataset, scratch_folder, write_examples
 from .summary import Limits, Measurements, PreflightResult, shorten_evals

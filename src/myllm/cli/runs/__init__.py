@@ -1,0 +1,4 @@
+"""`myllm runs`: the runs of this machine, and what to do with those that are over.
+
+command   the command line
+"""

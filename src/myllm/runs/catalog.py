@@ -1,0 +1,99 @@
+"""All runs under temp_data/runs: what they are, how far they came, and what they take on the disk."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from myllm import paths
+from myllm.checkpoint.layout import newest_step
+from myllm.errors import UserError
+from myllm.files import folder_bytes, is_locked, parse_row
+from myllm.paths import RunPaths
+from myllm.presets import PRESETS
+
+from .heartbeat import read_state
+from .history import Row, as_float, read_json_or_empty
+
+IMPORTED, NOT_KNOWN = "imported", "not known"
+"""States of a run without a heartbeat: one that holds imported weights, and any other."""
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """One run. A number that it has not recorded is NaN."""
+
+    name: str
+    preset: str | None
+    """The preset that its command named."""
+    step: int
+    train_loss: float
+    validation_loss: float
+    """Nats per token, the newest ones."""
+    tokens: float
+    """Tokens trained on so far."""
+    bytes: int
+    state: str
+    """running, complete, stopped, failed, died, not responding, imported or not known."""
+    changed: float
+    """When it last wrote, in seconds since 1970."""
+
+
+def list_runs() -> list[RunSummary]:
+    """The runs under temp_data/runs, the newest first."""
+    folders = [folder for folder in paths.runs_dir().glob("[!.]*") if folder.is_dir()]
+    return sorted((summarize(RunPaths(folder)) for folder in folders), key=lambda run: (-run.changed, run.name))
+
+
+def summarize(run: RunPaths) -> RunSummary:
+    train, validation = newest_rows(run.metrics)
+    step = max(train.get("step", 0), validation.get("step", 0), newest_step(run.checkpoints))
+    times = [path.stat().st_mtime for path in (run.metrics, run.heartbeat, run.config, run.root) if path.exists()]
+    return RunSummary(
+        name=run.root.name,
+        preset=preset_of(read_json_or_empty(run.environment)),
+        step=step,
+        train_loss=as_float(train.get("loss")),
+        validation_loss=as_float(validation.get("loss")),
+        tokens=as_float(train.get("tokens")),
+        bytes=folder_bytes(run.root),
+        state=state_of(run),
+        changed=max(times[:-1] or times, default=math.nan),  # any program may change the folder itself
+    )
+
+
+def state_of(run: RunPaths) -> str:
+    """A word for a run's state; it is running if a process holds its folder, whatever the heartbeat says."""
+    if is_locked(run.root / ".lock"):
+        return "running"
+    try:
+        return read_state(run.heartbeat).word
+    except (OSError, UserError):
+        return IMPORTED if run.imported.is_file() and not run.metrics.is_file() else NOT_KNOWN
+
+
+def preset_of(environment: Row) -> str | None:
+    """The preset in the command of an environment.json; None if it named none."""
+    command: Any = environment.get("command") or []
+    words = command.split() if isinstance(command, str) else command
+    return next((word for word in words if word in PRESETS), None)
+
+
+def newest_rows(metrics: Path) -> tuple[Row, Row]:
+    """The newest training row and the newest validation row; empty if there is none.
+
+    The file is read from its end: only a few lines of it are parsed.
+    """
+    train: Row = {}
+    validation: Row = {}
+    lines = metrics.read_bytes().splitlines() if metrics.is_file() else []
+    for line in reversed(lines):
+        if not train and b'"train"' in line:
+            row = parse_row(line.decode(errors="replace"), metrics) or {}
+            train = row if row.get("kind") == "train" else {}
+        elif not validation and b'"validation"' in line:
+            row = parse_row(line.decode(errors="replace"), metrics) or {}
+            validation = row if row.get("name") == "validation" and row.get("kind") == "eval" else {}
+        if train and validation:
+            break
+    return train, validation
