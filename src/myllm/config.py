@@ -104,6 +104,8 @@ class DataConfig:
     """GPT-2's tokenizer (r50k_base), or the path of a tokenizer.json."""
     text_column: str | None = None
     """Column or key that contains the text (default: that of the source, or "text")."""
+    suffixes: tuple[str, ...] = field(default=(), metadata={"option": "suffix"})
+    """Also read local files with these suffixes, such as .rst .html, as plain text."""
     val_tokens: int = 10_000_000
     """Hold out whole documents for validation: at most this many tokens and at most a tenth of the text."""
     target_tokens: int | None = None

@@ -61,6 +61,7 @@ def estimate(
     documents: int | None = None,
     tokenizer: str = DataConfig.tokenizer,
     text_column: str | None = None,
+    suffix: tuple[str, ...] = (),
     workers: int = 0,
 ) -> None:
     """Estimate a source's tokens, disk space and hours from a sample.
@@ -71,6 +72,7 @@ def estimate(
         documents: estimate this many documents, instead of target.
         tokenizer: r50k_base, or the path of a tokenizer.json.
         text_column: None: the source's own.
+        suffix: also read local files with these suffixes as plain text.
         workers: processes that would tokenize; 0: one per core.
     """
     from myllm.data.prepare.estimate import estimate as estimate_source
@@ -82,7 +84,8 @@ def estimate(
     if documents is not None and documents < 1:
         raise UserError(f"--documents is {documents}, but must be at least 1")
     wanted = ("documents", float(documents)) if documents else parse_target(target) if target else None
-    spec = make_spec(DataConfig(source=source, tokenizer=tokenizer, text_column=text_column), hashed=False)
+    config = DataConfig(source=source, tokenizer=tokenizer, text_column=text_column, suffixes=suffix)
+    spec = make_spec(config, hashed=False)
     found = estimate_source(spec, workers or usable_cores(), wanted)
     remote = any(file.remote for file in spec.source.files)
     print(f"{spec.source.description}: {len(spec.source.files):,} files, {format_bytes(spec.source.size_bytes)}")

@@ -30,6 +30,7 @@ def tokenizer_train(
     vocab_size: int = 32_000,
     documents: int = 100_000,
     text_column: str | None = None,
+    suffix: tuple[str, ...] = (),
     out: Path | None = None,
     overwrite: bool = False,
 ) -> None:
@@ -40,6 +41,7 @@ def tokenizer_train(
         vocab_size: number of tokens, at least 257; more than 65536 take four bytes each in shards, not two.
         documents: learn from at most this many documents, in the seeded order of the source's files (0: all).
         text_column: column or key that holds the text (default: the source's own).
+        suffix: also read local files with these suffixes, such as .rst .html, as plain text.
         out: output file (default: temp_data/tokenizers/SOURCE-SIZE/tokenizer.json).
         overwrite: replace an existing file.
     """
@@ -49,7 +51,7 @@ def tokenizer_train(
 
     if documents < 0:
         raise UserError(f"--documents is {documents}, expected at least 0 (0: all)")
-    found = find_source(source, text_column, with_digests=False)
+    found = find_source(source, text_column, with_digests=False, suffixes=suffix)
     out = user_path(out or paths.tokenizers_dir() / f"{found.name}-{vocab_size}")
     if out.suffix != ".json":
         out = out / TOKENIZER_FILE
@@ -73,7 +75,7 @@ def tokenizer_train(
     if tokenizer.vocab_size < vocab_size:
         print(f"  the text is too short for the requested {vocab_size:,} tokens")
     _print_comparison(tokenizer, load_tokenizer(), list(sample))
-    _print_next_commands(source, text_column, tokenizer)
+    _print_next_commands(DataConfig(source, tokenizer=str(tokenizer.file), text_column=text_column, suffixes=suffix))
 
 
 def _print_comparison(tokenizer: "Tokenizer", gpt2: "Tokenizer", texts: list[str]) -> None:
@@ -84,17 +86,18 @@ def _print_comparison(tokenizer: "Tokenizer", gpt2: "Tokenizer", texts: list[str
         print(f"    {name:<10} {num_bytes / max(num_tokens, 1):.2f}")
 
 
-def _print_next_commands(source: str, text_column: str | None, tokenizer: "Tokenizer") -> None:
-    from myllm.data.prepare.spec import DatasetSpec
-    from myllm.data.sources.source import find_source
+def _print_next_commands(config: DataConfig) -> None:
+    from myllm.data.prepare.spec import make_spec
 
     # The second command needs the full name of what the first one creates: other names may begin alike.
-    config = DataConfig(source=source, tokenizer=str(tokenizer.file), text_column=text_column)
-    dataset = DatasetSpec(find_source(source, text_column), tokenizer, config).folder.name
-    column = f" --text-column {shlex.quote(text_column)}" if text_column is not None else ""
+    spec = make_spec(config)
+    words = [config.source, "--tokenizer", config.tokenizer]
+    words += ["--text-column", config.text_column] if config.text_column is not None else []
+    words += ["--suffix", *config.suffixes] if config.suffixes else []
     print("prepare data with it, then train on them:")
-    print(f"  myllm data prepare {shlex.quote(source)} --tokenizer {shlex.quote(str(tokenizer.file))}{column}")
-    print(f"  python pretrain.py PRESET --data.dataset {dataset} --model.vocab-size {tokenizer.vocab_size}")
+    print(f"  myllm data prepare {shlex.join(words)}")
+    vocab_size = spec.tokenizer.vocab_size
+    print(f"  python pretrain.py PRESET --data.dataset {spec.folder.name} --model.vocab-size {vocab_size}")
 
 
 def _documents(source: "Source", limit: int) -> Iterator[str]:

@@ -14,7 +14,7 @@ from myllm.config import DataConfig
 from myllm.data.prepare.spec import make_spec
 from myllm.data.sources.catalog import CORPORA
 from myllm.data.sources.readers import READER_BY_SUFFIX, SkipLog
-from myllm.data.sources.source import find_source, read_documents
+from myllm.data.sources.source import check_source, find_source, read_documents
 from myllm.errors import UserError
 
 
@@ -294,6 +294,21 @@ def test_ignored_files_are_counted(tmp_path: Path) -> None:
     for name in ("a.txt", "b.html", "c.html", "d.PDF", "Makefile", ".hidden.html"):
         (tmp_path / name).write_text("text")
     note = find_source(f"files:{tmp_path}").ignored_note
-    assert note.startswith("ignored: 2 .html, 1 without suffix, 1 .pdf; reading 1 file(s) of the kinds .txt .md")
+    assert note.startswith("ignored 2 .html, 1 without suffix, 1 .pdf, reading 1 other file(s); `--suffix .rst")
     (tmp_path / "a.txt").unlink()
-    refused(f"files:{tmp_path}", "only 4 file(s) of other kinds (2 .html, 1 without suffix, 1 .pdf)")
+    refused(f"files:{tmp_path}", "only 4 file(s) of other kinds (2 .html, 1 without suffix, 1 .pdf)", "`--suffix")
+
+
+def test_files_of_other_suffixes_are_read_as_plain_text(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.html", "c.RST", "d.pdf", "e.jsonl"):
+        (tmp_path / name).write_text('{"text": "' + name + '"}')
+    source = find_source(f"files:{tmp_path}", suffixes=(".rst", "html", ".jsonl"))
+    read = {file.name: list(read_documents(source, file, tmp_path / file.name, SkipLog())) for file in source.files}
+    assert read == {name: ['{"text": "' + name + '"}'] for name in ("a.txt", "b.html", "c.RST")} | {
+        "e.jsonl": ["e.jsonl"]
+    }, "its own reader stays"
+    assert source.ignored_note.startswith("ignored 1 .pdf, ")
+    (tmp_path / "only").mkdir()
+    (tmp_path / "only" / "x.tex").write_text("text")
+    refused(f"files:{tmp_path / 'only'}", "(1 .tex)")
+    check_source(f"files:{tmp_path / 'only'}", ("*.tex",))

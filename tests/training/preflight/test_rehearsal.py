@@ -465,6 +465,7 @@ def test_a_prepared_data_set_is_known_by_its_settings(config: RunConfig, temp_da
     assert find_prepared(config.data).folder == dataset.folder
     assert find_prepared(replace(config.data, workers=7)).folder == dataset.folder  # which changes no byte
     assert find_prepared(replace(config.data, min_chars=3)) is None
+    assert find_prepared(replace(config.data, suffixes=(".rst",))) is None
     assert inspect_data_and_disk(config).tokens == dataset.train.tokens
     large = with_train(config, batch_tokens=64 * 1_024)
     with pytest.raises(UserError, match="fewer than the 1,024 of one step"):

@@ -39,7 +39,7 @@ def check_data_names(config: DataConfig) -> None:
     if config.dataset is not None:
         find_dataset_folder(config.dataset, (MANIFEST, PROGRESS))
     else:
-        check_source(config.source)
+        check_source(config.source, config.suffixes)
 
 
 @contextmanager

@@ -74,7 +74,7 @@ def resolve(config: DataConfig) -> DatasetSpec:
     except UnreachableError as error:
         if config.fallback is None:
             raise
-        find_source(config.fallback, config.text_column)  # raises if the fallback itself is wrong
+        find_source(config.fallback, config.text_column, suffixes=config.suffixes)  # raises if that is wrong itself
         tqdm.write(f"{error}\nusing {config.fallback} instead", file=sys.stderr)
         return make_spec(replace(config, source=config.fallback, fallback=None))
 

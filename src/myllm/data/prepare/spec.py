@@ -108,7 +108,7 @@ def make_spec(config: DataConfig, hashed: bool = True) -> DatasetSpec:
     Raises:
         UserError: bad source or tokenizer.
     """
-    source = find_source(config.source, config.text_column, hashed)
+    source = find_source(config.source, config.text_column, hashed, config.suffixes)
     return DatasetSpec(source, load_tokenizer(config.tokenizer), config)
 
 

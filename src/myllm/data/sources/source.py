@@ -8,7 +8,7 @@ import os
 import re
 import sysconfig
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,6 +24,10 @@ from .read_task import ReadTask, SkipLog
 from .readers import READER_BY_SUFFIX, read_file, suffix_of
 
 SHOWN_SUFFIXES = 6
+SUFFIX_ADVICE = (
+    "`--suffix .rst .html` (pretrain.py: `--data.suffix`) reads other kinds as plain text; convert .pdf, .docx and "
+    ".epub to .txt first (pdftotext, pandoc)"
+)
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?(:.+)?", re.ASCII)
 
 
@@ -70,15 +74,17 @@ class Source:
         """Which local files are ignored, by suffix, as text; empty if none."""
         if not self.ignored:
             return ""
-        suffixes = " ".join(READER_BY_SUFFIX)
-        return f"ignored: {count_suffixes(self.ignored)}; reading {len(self.files):,} file(s) of the kinds {suffixes}"
+        return f"ignored {count_suffixes(self.ignored)}, reading {len(self.files):,} other file(s); {SUFFIX_ADVICE}"
 
 
-def find_source(spec: str, column: str | None = None, with_digests: bool = True) -> Source:
+def find_source(
+    spec: str, column: str | None = None, with_digests: bool = True, suffixes: Sequence[str] = ()
+) -> Source:
     """
     Args:
         column: overrides the source's own text column.
         with_digests: False saves reading all local files.
+        suffixes: of more local files to read as plain text.
 
     Raises:
         UserError: unknown source, missing or empty path, unreadable file.
@@ -86,7 +92,7 @@ def find_source(spec: str, column: str | None = None, with_digests: bool = True)
     """
     kind, _, rest = spec.partition(":")
     if kind == "files" and ":" in spec:
-        source = local_files(rest, with_digests)
+        source = local_files(rest, with_digests, suffixes)
     elif kind == "hub" and rest:
         source = hub_files(rest)
     elif spec == "python-stdlib":
@@ -103,7 +109,7 @@ def find_source(spec: str, column: str | None = None, with_digests: bool = True)
     return replace(source, column=column) if column else source
 
 
-def check_source(spec: str) -> None:
+def check_source(spec: str, suffixes: Sequence[str] = ()) -> None:
     """Reject an invalid source without reading texts or sending requests.
 
     Raises:
@@ -111,7 +117,7 @@ def check_source(spec: str) -> None:
     """
     kind, colon, rest = spec.partition(":")
     if kind == "files" and colon:
-        local_files(rest, with_digests=False)
+        local_files(rest, with_digests=False, suffixes=suffixes)
     elif spec != "python-stdlib" and kind not in CORPORA and not (kind == "hub" and rest):
         find_source(spec)
 
@@ -198,10 +204,13 @@ def _remote_files(found: list[RemoteFile], name: str) -> tuple[SourceFile, ...]:
 # -- local files ------------------------------------------------------------------------------------------------------
 
 
-def local_files(spec: str, with_digests: bool = True) -> Source:
+def local_files(spec: str, with_digests: bool = True, suffixes: Sequence[str] = ()) -> Source:
     """A file, every readable file below a folder, or a glob (** for any depth).
 
     Hidden files are ignored, and what this program writes below the folder. Links to folders are not followed.
+
+    Args:
+        suffixes: of more files to read as plain text; `.rst`, `rst` and `*.rst` mean the same.
     """
     if not spec:
         raise UserError("files: needs a path, such as files:~/texts (files:. for this folder)")
@@ -210,13 +219,15 @@ def local_files(spec: str, with_digests: bool = True) -> Source:
         files, root = match_files(path)
     except OSError as error:
         raise UserError(f"cannot read {error.filename or path}: {error.strerror}; make it readable") from None
-    readable = [file for file in files if suffix_of(file) in READER_BY_SUFFIX]
-    ignored = tuple(suffix_of(file) for file in files if suffix_of(file) not in READER_BY_SUFFIX)
+    readers = dict.fromkeys(("." + suffix.lstrip("*.").lower() for suffix in suffixes), "prose") | READER_BY_SUFFIX
+    readable = [file for file in files if suffix_of(file) in readers]
+    ignored = tuple(suffix_of(file) for file in files if suffix_of(file) not in readers)
     if not readable:
         seen = f"only {len(files):,} file(s) of other kinds ({count_suffixes(ignored)})" if files else "nothing"
-        raise UserError(f"no text found at {spec!r}: found {seen}, expected one of {', '.join(READER_BY_SUFFIX)}")
+        advice = f"; {SUFFIX_ADVICE}" if files else ""
+        raise UserError(f"no text found at {spec!r}: found {seen}, expected one of {', '.join(readers)}{advice}")
     name = os.path.basename(os.path.abspath(path if path.exists() else root))
-    described = _describe(readable, root, f"files {os.path.abspath(path)}" if with_digests else None)
+    described = _describe(readable, root, f"files {os.path.abspath(path)}" if with_digests else None, readers)
     return Source("files-" + folder_name(name), f"local files at {spec}", described, ignored=ignored)
 
 
@@ -249,14 +260,17 @@ def python_stdlib(with_digests: bool = True) -> Source:
     return Source("python-stdlib", f"the standard library of Python at {root}", files)
 
 
-def _describe(files: list[Path], root: Path, query: str | None) -> tuple[SourceFile, ...]:
+def _describe(
+    files: list[Path], root: Path, query: str | None, readers: Mapping[str, str] = READER_BY_SUFFIX
+) -> tuple[SourceFile, ...]:
     """
     Args:
         query: the name under which the digests are cached; None: no digests.
+        readers: the reader of each suffix.
     """
     locations = [str(path.absolute()) for path in files]
     digests = file_digests(locations, listing_path(query)) if query else [(size_of(file), "") for file in locations]
     return tuple(
-        SourceFile(path.relative_to(root).as_posix(), location, READER_BY_SUFFIX[suffix_of(path)], size, digest)
+        SourceFile(path.relative_to(root).as_posix(), location, readers[suffix_of(path)], size, digest)
         for path, location, (size, digest) in zip(files, locations, digests, strict=True)
     )

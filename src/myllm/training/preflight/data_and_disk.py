@@ -1,11 +1,11 @@
 """The text and the disk space of a run, before anything is prepared. Asks no server, writes and hashes nothing."""
 
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from myllm import paths
-from myllm.config import DataConfig, RunConfig
+from myllm.config import DataConfig, RunConfig, from_dict
 from myllm.data.dataset import MANIFEST, SETTINGS, Dataset
 from myllm.data.find import find_dataset
 from myllm.data.prepare.spec import make_spec
@@ -14,7 +14,6 @@ from myllm.data.tokenizer.base import Tokenizer
 from myllm.data.tokenizer.load import load_tokenizer
 from myllm.files import folder_bytes, read_json
 from myllm.formatting import parse_count
-from myllm.migrations import CONFIG
 from myllm.paths import user_path
 from myllm.planning.disk import disk_estimate_bytes
 
@@ -89,14 +88,13 @@ def find_prepared(config: DataConfig) -> Dataset | None:
     """The data set with these settings, complete or not. Compares settings, so that nothing is hashed."""
     if config.dataset is not None:
         return find_dataset(config.dataset, allow_incomplete=True)
-    wanted = asdict(config)
     kind, _, path = config.source.partition(":")
-    if kind == "files":
-        wanted["source"] = f"files:{user_path(path).absolute()}"
+    wanted = replace(config, source=f"files:{user_path(path).absolute()}") if kind == "files" else config
+    # What settings.json lacks is the same for this purpose, or younger than the data set.
+    base = RunConfig(data=replace(wanted, suffixes=DataConfig.suffixes))
     for file in sorted(paths.datasets_dir().glob(f"[!.]*/{SETTINGS}")):
         try:
-            settings = CONFIG.upgrade({"data": read_json(file)})["data"]
-            if all(wanted.get(key) == value for key, value in settings.items()):
+            if from_dict({"data": read_json(file)}, base).data == wanted:
                 return Dataset.open(file.parent, allow_incomplete=not (file.parent / MANIFEST).is_file())
         except (OSError, ValueError):  # also a UserError: damaged or just begun; the preparation deals with it
             continue
