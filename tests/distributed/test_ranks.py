@@ -55,30 +55,31 @@ def test_gradients_do_not_depend_on_ranks_or_accumulation(plain: RunConfig, tmp_
 
 
 @pytest.mark.slow
-def test_ranks_come_and_go(plain: RunConfig, tmp_path: Path, temp_data: Path) -> None:
-    """Four steps on two ranks by DDP, four by FSDP and four on one rank are twelve on one: the same samples, losses and
-    figures."""
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_ranks_come_and_go(optimizer: str, plain: RunConfig, tmp_path: Path, temp_data: Path) -> None:
+    """Four steps on two ranks by DDP, four on three by FSDP and four on one rank are twelve on one: the same samples,
+    losses and figures."""
     lambada = tmp_path / "lambada.jsonl"
     lambada.write_text("".join(f'{{"text": "the children waved{" again" * n} at boats"}}\n' for n in range(30)))
     evals = replace(
         plain.eval, hellaswag_every_steps=12, hellaswag_file=str(HELLASWAG), tasks=(f"lambada:{lambada}",),
         tasks_every_steps=12,
     )  # fmt: skip
-    constant = replace(
-        plain,
-        optim=replace(plain.optim, schedule="wsd", decay_fraction=0.0, warmup_steps=1),  # for any number of steps
-        eval=evals,
-    )
+    optim = replace(  # the same for any number of steps
+        plain.optim, optimizer=optimizer, schedule="wsd", decay_fraction=0.0, warmup_steps=1,
+        muon_momentum_warmup_steps=0,
+    )  # fmt: skip
+    constant = replace(with_train(plain, batch_tokens=768), optim=optim, eval=evals)
     whole = write_run_config(replace(with_train(constant, micro_batch_size=4), name="whole"), tmp_path / "whole.json")
     two = write_run_config(with_train(constant, micro_batch_size=2, max_steps=4), tmp_path / "two.json")
     assert launch("--config", whole).returncode == 0
-    for words in ((), ("--train.parallel", "fsdp", "--train.max-steps", "8")):
-        done = launch("--config", two, *words, ranks=2)
+    for ranks, words in ((2, ()), (3, ("--train.parallel", "fsdp", "--train.max-steps", "8"))):
+        done = launch("--config", two, *words, ranks=ranks)
         assert done.returncode == 0, done.stderr
     run = temp_data / "runs/tiny"
-    assert json.loads((run / "environment.json").read_text())["world_size"] == 2
-    assert len(load_checkpoint(list_checkpoints(run / "checkpoints")[0]).random) == 2
-    done = launch("--config", two, "--train.max-steps", "12", "--train.micro-batch-size", "8")
+    assert json.loads((run / "environment.json").read_text())["world_size"] == 3
+    assert len(load_checkpoint(list_checkpoints(run / "checkpoints")[0]).random) == 3
+    done = launch("--config", two, "--train.max-steps", "12", "--train.micro-batch-size", "12")
     assert done.returncode == 0, done.stderr
     one, other = losses(temp_data / "runs/whole"), losses(run)
     assert one.keys() == other.keys() == set(range(1, 13))
