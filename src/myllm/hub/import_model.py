@@ -13,7 +13,7 @@ from myllm.data.sampler import DataPosition
 from myllm.errors import UserError
 from myllm.files import write_json, write_text
 from myllm.paths import NO_MODEL, REPOSITORY, RunPaths, user_path
-from myllm.planning.validation import config_errors
+from myllm.planning.validation import name_errors
 from myllm.runs.run_dir import archive_old_run, claim_run, write_config
 
 from .download import download
@@ -47,7 +47,7 @@ def import_model(
     run = RunPaths.of(name)
     if any(run.root.glob("checkpoints/step_*")) and not overwrite:
         raise UserError(f"a run {name} exists; give another --name, or --overwrite to move it aside")
-    if errors := [error for error in config_errors(RunConfig(name=name), 1) if error.startswith("name ")]:
+    if errors := name_errors(name):
         raise UserError("; ".join(errors))
     external = read_external_model(path)
     config = RunConfig(name=name, model=external.config)

@@ -95,7 +95,7 @@ def config_errors(config: RunConfig, world_size: int) -> list[str]:
         *_train_errors(config.train),
         *_eval_errors(config.eval, config.train, config.model),
         *hub_errors(config.hub, "hub."),
-        *_name_errors(config.name),
+        *name_errors(config.name),
         *_text_errors(config),
     ]
     if config.model.residual_dtype == "bfloat16" and config.train.precision == "float16":
@@ -111,7 +111,8 @@ def config_errors(config: RunConfig, world_size: int) -> list[str]:
     return errors
 
 
-def _name_errors(name: str) -> list[str]:
+def name_errors(name: str) -> list[str]:
+    """Why a run cannot have this name."""
     plain = name.isprintable() and name == name.strip(". ") and not set("/\\") & set(name)
     plain = plain and not name.startswith("-")  # every command would take it for an option
     if plain and 0 < len(name.encode(errors="surrogatepass")) <= 200:

@@ -6,5 +6,6 @@ heartbeat         heartbeat.json and `myllm status`
 history           read what a run has recorded; report/ draws it
 reference_curve   compare with a published run
 catalog           all runs: what they are, how far they came, what they take on the disk
+lifecycle         delete, rename and archive runs
 saved_settings    what a resumed run keeps
 """

@@ -64,8 +64,11 @@ def summarize(run: RunPaths) -> RunSummary:
 
 def state_of(run: RunPaths) -> str:
     """A word for a run's state; it is running if a process holds its folder, whatever the heartbeat says."""
-    if is_locked(run.root / ".lock"):
-        return "running"
+    return "running" if is_locked(run.root / ".lock") else recorded_state(run)
+
+
+def recorded_state(run: RunPaths) -> str:
+    """The state that a run's files say."""
     try:
         return read_state(run.heartbeat).word
     except (OSError, UserError):

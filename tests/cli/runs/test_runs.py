@@ -2,18 +2,21 @@
 
 import json
 import os
+import shlex
 import shutil
 import socket
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, launch, losses
 from support.run_files import train_row, validation_row
 
 from myllm.cli.main import main
 from myllm.files import file_lock
+from myllm.runs import lifecycle
 from myllm.runs.catalog import newest_rows
 
 
@@ -99,3 +102,145 @@ def test_newest_rows_skip_what_a_crash_cut_off(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text(text)
     train, validation = newest_rows(tmp_path / "metrics.jsonl")
     assert (train["step"], validation["step"]) == (1990, 10)
+
+
+# -- delete, rename, archive ------------------------------------------------------------------------------------------
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    with pytest.raises(SystemExit) as ended:
+        main(["runs", *words])
+    assert ended.value.code == 2
+    return capsys.readouterr().err
+
+
+def answer(monkeypatch: pytest.MonkeyPatch, word: str) -> None:
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    monkeypatch.setattr("builtins.input", lambda question: word)
+
+
+def test_nothing_is_removed_without_a_yes(
+    runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = files_of(runs)
+    for words in (["delete", "done"], ["archive", "done"]):
+        assert "give --yes" in refused(capsys, *words)
+        answer(monkeypatch, "")
+        with pytest.raises(SystemExit) as ended:
+            main(["runs", *words])
+        assert (ended.value.code, capsys.readouterr().out.endswith("nothing was changed\n")) == (1, True)
+        monkeypatch.undo()
+        monkeypatch.setenv("MYLLM_DATA", str(runs.parent))
+        after = {name: content for name, content in files_of(runs).items() if not name.endswith("lock")}
+        assert after == before
+
+
+def test_deleting(runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    micro_batch = runs.parent / "micro_batches/done.json"
+    micro_batch.parent.mkdir()
+    micro_batch.write_text("{}")
+    answer(monkeypatch, "y")
+    main(["runs", "delete", "done"])
+    assert "0.3 MB, step 8, complete" in capsys.readouterr().out
+    assert sorted(path.name for path in runs.iterdir()) == ["diverged"]
+    assert not micro_batch.exists()
+    main(["runs", "delete", "diverged", "--yes"])
+    assert not list(runs.iterdir())
+    assert "deleted 1 run, 0.1 MB" in capsys.readouterr().out
+
+
+def test_all_or_nothing_is_deleted(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "did you mean 'done'?; known: diverged, done" in refused(capsys, "delete", "diverged", "don", "--yes")
+    assert (runs / "diverged/metrics.jsonl").is_file()
+
+
+@pytest.mark.parametrize("words", [["delete", "done", "--yes"], ["rename", "done", "x"], ["archive", "done", "--yes"]])
+def test_a_run_in_use_is_left_alone(words: list[str], runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = files_of(runs / "done")
+    for lock in (".lock", ".publish.lock"):
+        with file_lock(runs / "done" / lock):
+            assert "stop it first" in refused(capsys, *words)
+    write_heartbeat(runs / "done", host="another")  # on a file system whose locks don't reach other machines
+    assert "in use: its heartbeat is fresh" in refused(capsys, *words)
+    before["heartbeat.json"] = (runs / "done/heartbeat.json").read_bytes()
+    assert {name: content for name, content in files_of(runs / "done").items() if "lock" not in name} == before
+
+
+def test_paths_and_links_are_no_names(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (runs / "link").symlink_to(tmp_path / "elsewhere")
+    for name in (str(runs / "done"), "../runs/done", ".", "..", ""):
+        assert "no run" in refused(capsys, "delete", name, "--yes")
+    assert "is a link to" in refused(capsys, "delete", "link", "--yes")
+    assert (tmp_path / "elsewhere").is_dir()
+    for name in ("diverged", "a/b", "../x", "-x", "", "n" * 300):
+        assert refused(capsys, "rename", "done", name)
+    assert (runs / "done/metrics.jsonl").is_file()
+
+
+def test_a_renamed_run_is_resumed(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before, checkpoint = losses(runs / "done"), files_of(runs / "done/checkpoints")
+    main(["runs", "rename", "done", "other"])
+    command = shlex.split(capsys.readouterr().out.partition("resume it with: ")[2])
+    assert command[-2:] == ["--name", "other"]
+    assert not (runs / "done").exists()
+    assert files_of(runs / "other/checkpoints") == checkpoint
+    ended = launch("--config", runs / "other/config.json", "--train.max-steps", 9)
+    assert ended.returncode == 0, ended.stderr
+    assert "resuming from" in ended.stdout
+    assert not (runs / "done").exists()
+    assert {step: loss for step, loss in losses(runs / "other").items() if step <= 8} == before
+    assert max(losses(runs / "other")) == 9
+    assert listed(capsys)["other"]["state"] == "complete"
+
+
+def test_what_a_rename_changes() -> None:
+    name = lifecycle.with_name
+    assert name(["python", "pretrain.py", "debug"], "b") == ["python", "pretrain.py", "debug", "--name", "b"]
+    assert name(["p", "--name", "a", "--train.fresh"], "b") == ["p", "--train.fresh", "--name", "b"]
+    assert name(["p", "--name=a", "debug"], "b") == ["p", "debug", "--name", "b"]
+    config = {"name": "a", "data": {"tokenizer": "runs/a/tokenizer.json", "workers": 1}}
+    expected = {"name": "b", "data": {"tokenizer": "runs/b/tokenizer.json", "workers": 1}}
+    assert lifecycle.renamed_config(config, "a", "b") == expected
+
+
+def test_an_archive_is_unpacked_and_resumed(
+    runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lifecycle, "SMALL_BYTES", 1_000)
+    older = runs / "done/checkpoints/step_00000004"
+    shutil.copytree(runs / "done/checkpoints/step_00000008", older)
+    (runs / "done/profile").mkdir()
+    (runs / "done/profile/trace.json").write_bytes(b"x" * 2_000)
+    before = files_of(runs / "done")
+    kept = {name: content for name, content in before.items() if "step_00000004" not in name and "trace" not in name}
+    main(["runs", "archive", "done", "--yes"])
+    said = capsys.readouterr().out
+    assert "left out" in said
+    assert "checkpoints/step_00000004, profile/trace.json" in said
+    assert not (runs / "done").exists()
+    assert (runs / "done.tar.gz").is_file()
+    subprocess.run(shlex.split(said.partition("unpack it with: ")[2]), check=True)
+    assert files_of(runs / "done") == kept
+    main(["checkpoint", "verify", "done"])
+    assert "exists already" in refused(capsys, "archive", "done", "--yes")
+
+
+def test_a_damaged_newest_checkpoint_is_not_the_one_kept(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    newest = runs / "done/checkpoints/step_00000008"
+    (newest / "state.json").write_text("{}")
+    assert "no checkpoint in" in refused(capsys, "archive", "done", "--yes")
+    assert (newest / "manifest.json").is_file()
+
+
+def test_a_run_is_kept_if_its_archive_is_not_what_was_written(
+    runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lifecycle, "file_sha256", lambda path: "another")
+    assert "the run is kept" in refused(capsys, "archive", "done", "--yes")
+    assert (runs / "done/metrics.jsonl").is_file()
+    assert not (runs / "done.tar.gz").exists()

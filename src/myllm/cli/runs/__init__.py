@@ -1,4 +1,5 @@
 """`myllm runs`: the runs of this machine, and what to do with those that are over.
 
-command   the command line
+command   the command lines
+confirm   ask before anything is removed
 """

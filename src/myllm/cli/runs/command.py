@@ -3,11 +3,21 @@
 import dataclasses
 import json
 import math
-from typing import Annotated
+import shlex
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from myllm.errors import UserError
 from myllm.formatting import format_bytes, format_si, format_table
+
+from .confirm import confirm
+
+if TYPE_CHECKING:
+    from myllm.paths import RunPaths
+    from myllm.runs.lifecycle import ArchivePlan
+
+Positional = tyro.conf.Positional
 
 TITLES = ("name", "preset", "step", "loss", "val loss", "tokens", "size", "state")
 
@@ -44,3 +54,84 @@ def list_runs(as_json: Annotated[bool, tyro.conf.arg(name="json")] = False) -> N
 
 def _number(loss: float) -> str:
     return "-" if math.isnan(loss) else f"{loss:.4f}"
+
+
+def delete(names: Positional[tuple[str, ...]], yes: bool = False) -> None:
+    """Delete runs, with their checkpoints.
+
+    Args:
+        names: names of runs.
+        yes: don't ask.
+    """
+    from myllm.files import folder_bytes
+    from myllm.runs import lifecycle
+
+    if not names:
+        raise UserError("missing NAMES: which runs? `myllm runs` lists them")
+    runs = [lifecycle.find_own_run(name) for name in dict.fromkeys(names)]
+    sizes = [folder_bytes(run.root) for run in runs]
+    for run, size in zip(runs, sizes, strict=True):
+        with lifecycle.hold_run(run):  # raises before anything is deleted
+            pass
+        print(f"{run.root}: {format_bytes(size)}, {_describe(run)}")
+    total = format_bytes(sum(sizes))
+    confirm(f"Delete {'this run' if len(runs) == 1 else f'these {len(runs)} runs'}, {total}?", yes)
+    for run in runs:
+        lifecycle.delete_run(run)
+    print(f"deleted {len(runs)} run{'s' if len(runs) > 1 else ''}, {total}")
+
+
+def rename(old: Positional[str], new: Positional[str]) -> None:
+    """Give a run another name. Training resumes under the new name.
+
+    Args:
+        old: name of a run.
+        new: its new name.
+    """
+    from myllm.runs import lifecycle
+    from myllm.runs.history import read_json_or_empty
+
+    run = lifecycle.rename_run(lifecycle.find_own_run(old), new)
+    print(f"{old} is now {new}, in {run.root}")
+    command = read_json_or_empty(run.environment).get("command")
+    if isinstance(command, list):
+        print(f"resume it with: {shlex.join(command)}")
+    if run.report.is_file():
+        print(f"its report has the old name until: myllm report {shlex.quote(new)}")
+
+
+def archive(name: Positional[str], yes: bool = False) -> None:
+    """Replace a run by one file with its newest checkpoint, its best one, and everything small.
+
+    Args:
+        name: name of a run.
+        yes: don't ask.
+    """
+    from myllm.runs import lifecycle
+
+    run = lifecycle.find_own_run(name)
+    with lifecycle.hold_run(run):
+        plan = lifecycle.plan_archive(run)
+    before, left_out = (sum(path.stat().st_size for path in paths) for paths in (plan.files, plan.left_out))
+    kept = ", ".join(str(folder.relative_to(run.root)) for folder in plan.checkpoints) or "no checkpoint"
+    print(f"{run.root}: {format_bytes(before + left_out)}, {_describe(run)}")
+    print(f"  kept      {format_bytes(before)}: {kept} and everything small")
+    if plan.left_out:
+        print(f"  left out  {format_bytes(left_out)}: {_folders(plan)}")
+    confirm(f"Archive it as {plan.path} and delete the folder?", yes)
+    path = lifecycle.archive_run(plan)
+    print(f"{path}: {format_bytes(path.stat().st_size)}, before {format_bytes(before + left_out)}")
+    print(f"unpack it with: tar -xzf {shlex.quote(str(path))} -C {shlex.quote(str(path.parent))}")
+
+
+def _folders(plan: "ArchivePlan") -> str:
+    """The checkpoints and large files that an archive leaves out."""
+    parts = [path.relative_to(plan.run.root).parts[:2] for path in plan.left_out]
+    return ", ".join(dict.fromkeys("/".join(part) for part in parts))
+
+
+def _describe(run: "RunPaths") -> str:
+    from myllm.runs.catalog import summarize
+
+    summary = summarize(run)
+    return f"step {summary.step:,}, {summary.state}"

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -61,8 +61,9 @@ def load_export_source(checkpoint: Path | Checkpoint) -> ExportSource:
             f"the tokenizer does not match the model: in {saved.folder} the vocabulary {tokenizer.name} has "
             f"{tokenizer.vocab_size:,} tokens, the model {config.model.vocab_size:,}"
         )
+    name = get_text(read_json_or_empty(run.config), "name") or config.name  # the run may have been renamed
     return ExportSource(
-        config,
+        replace(config, name=name),
         saved.state.step,
         saved.state.tokens_seen,
         tokenizer,
