@@ -30,6 +30,7 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "01_self_attention.ipynb": {},
     "02_masked_attention.ipynb": {},
     "03_multihead_attention.ipynb": {},
+    "04_architecture.ipynb": {},
     "hf_sampling.ipynb": {"MODEL": "exported", "PROMPTS": ["the river"]},
     "metric_graphs.ipynb": {"RUN": "first", "RUNS": ["first", "second"]},
     "parameters_tuning.ipynb": {},
@@ -98,7 +99,7 @@ def execute(path: Path, values: dict[str, Any], folder: Path) -> nbformat.Notebo
     """Run a notebook and return it with its outputs; an exception in a cell fails the test."""
     notebook = nbformat.read(path, as_version=4)
     set_parameters(notebook, values)
-    NotebookClient(notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": folder}}).execute()
+    NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": folder}}).execute()
     return notebook
 
 
@@ -174,21 +175,69 @@ def check_multihead_attention(tables: list[str], stdout: str, pictures: int) -> 
     assert "| 16 x 64 | 4 | 294.8M | 2.17 G | 32 MiB |" in tables[0]
 
 
+def check_architecture(tables: list[str], stdout: str, pictures: int) -> None:
+    """What the text claims of the trained model: better than pairs of letters, with heads that have specialized."""
+    assert pictures == 7
+    assert "| logits (the head's product) | (2, 10, 50257) | 3,219,456 |" in tables[0]
+    debug = re.search(r"\| debug \| 6.6M \| 3.4M \| [\d.]+ \| [\d.]+ \| ([\d.]+) \|", tables[1])
+    assert debug
+    assert float(debug[1]) == pytest.approx(math.log(50_257), abs=0.05)
+    assert "the project's block and PyTorch's agree" in stdout
+    first, last, pairs = map(float, re.findall(r"(?:first loss|last|pairs of letters) ([\d.]+)", stdout))
+    assert first == pytest.approx(math.log(128), abs=0.4)
+    assert last < pairs
+    assert float(re.search(r"largest mean weight at one distance: ([\d.]+)", stdout)[1]) > 0.3
+
+
 CHECKS = {
     "03_multihead_attention.ipynb": check_multihead_attention,
+    "04_architecture.ipynb": check_architecture,
     "metric_graphs.ipynb": check_metric_graphs,
     "parameters_tuning.ipynb": check_parameters_tuning,
 }
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
-def test_notebook_installs_the_project_first(path: Path) -> None:
-    """So that it opens in Colab. hf_sampling needs transformers only."""
-    cells = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
-    if path.name != "hf_sampling.ipynb":
-        assert 'if find_spec("myllm") is None:' in cells[0]
-        assert "%pip install" in cells[0]
-        assert "myllm" not in cells[0].replace('find_spec("myllm")', "")
+def install_cell(path: Path) -> str:
+    return next(cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code")
+
+
+INSTALLING = [path for path in NOTEBOOKS if path.name != "hf_sampling.ipynb"]
+"""hf_sampling needs transformers only."""
+
+
+def test_notebooks_install_the_project_first_and_alike() -> None:
+    """So that they open in Colab."""
+    cells = {install_cell(path) for path in INSTALLING}
+    assert len(cells) == 1
+    assert "myllm" not in cells.pop().replace('find_spec("myllm")', "")
+
+
+@pytest.mark.parametrize(
+    ("repository", "folder", "installed"),
+    [
+        (None, "notebooks", [".."]),
+        ("https://example.com/me/fork", "notebooks", [".."]),
+        ("https://example.com/me/fork", "elsewhere", ["git+https://example.com/me/fork"]),
+        (None, "elsewhere", "set REPOSITORY above to the address of its Git repository"),
+    ],
+)
+def test_what_the_install_cell_installs(
+    repository: str | None, folder: str, installed: list[str] | str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "checkout/notebooks").mkdir(parents=True)
+    (tmp_path / "checkout/pyproject.toml").touch()
+    (tmp_path / "content/elsewhere").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / ("checkout" if folder == "notebooks" else "content") / folder)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    code, found = install_cell(INSTALLING[0]).replace("%pip install --quiet {source}", "installed.append(source)"), []
+    if repository:
+        code = re.sub('REPOSITORY = ".*"', f'REPOSITORY = "{repository}"', code)
+    if isinstance(installed, str):
+        with pytest.raises(ImportError, match=installed):
+            exec(code, {"installed": found})
+    else:
+        exec(code, {"installed": found})
+        assert found == installed
 
 
 def test_hf_sampling_gives_our_greedy_text(data_folder: Path) -> None:
