@@ -35,7 +35,7 @@ OPTIONS = [
     "import x --name PATH", "publish PATH --repo a/b", "checkpoint list PATH", "checkpoint verify PATH",
     "prove-resume --config PATH", "tune --config PATH", "tune debug --data.dataset PATH",
     "ladder debug small-50m --data.dataset PATH", "ladder PATH debug --data.dataset x",
-    "runs delete PATH", "runs rename PATH x", "runs rename RUN PATH", "runs archive PATH",
+    "data delete PATH", "runs delete PATH", "runs rename PATH x", "runs rename RUN PATH", "runs archive PATH",
 ]  # fmt: skip
 NOT_PATHS = {"data list", "doctor"}
 

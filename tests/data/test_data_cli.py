@@ -64,8 +64,8 @@ def test_list_shows_every_known_source_and_what_is_prepared(said, mixed_corpus: 
     (temp_data / "datasets" / "broken").mkdir()
     (temp_data / "datasets" / "broken" / "settings.json").write_text("{}")
     shown = said("list")
-    assert f"  {folder.name}  " in shown
-    assert "  broken  started" in shown
+    states = {line.split()[0]: line.split()[-1] for line in shown.splitlines() if line}
+    assert (states[folder.name], states["broken"]) == ("complete", "incomplete")
 
 
 def test_prepare_takes_every_option(said, mixed_corpus: Path) -> None:

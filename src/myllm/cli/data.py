@@ -16,10 +16,19 @@ if TYPE_CHECKING:
 Positional = tyro.conf.Positional
 
 
-def list_sources() -> None:
-    """List known data sources and prepared data sets."""
+def list_sources(local: bool = False) -> None:
+    """List known data sources and prepared data sets.
+
+    Args:
+        local: only the prepared ones, with tokens, size on the disk and the runs that use them.
+    """
     from myllm.data.sources.catalog import CORPORA
 
+    from .runs.datasets import describe_datasets
+
+    if local:
+        print(describe_datasets())
+        return
     rows = [("source", "download", "tokens", "license", "text", "layout")]
     rows += [
         (corpus.name, f"{corpus.download_gb:,g} GB", corpus.tokens, corpus.license, corpus.column, corpus.layout)
@@ -31,28 +40,19 @@ def list_sources() -> None:
     print(format_table(rows))
     print("\n" + "\n".join(f"{corpus.name}: {corpus.description}; {corpus.location}" for corpus in CORPORA.values()))
     print("\nThe numbers are approximate; `myllm data estimate SOURCE` measures.")
-    _list_prepared()
+    print(f"\n{describe_datasets()}")
 
 
-def _list_prepared() -> None:
-    """The data sets under temp_data/datasets, with their training tokens so far."""
-    from myllm import paths
-    from myllm.data.dataset import MANIFEST, PROGRESS, SETTINGS, Dataset
+def delete(name: Positional[str], yes: bool = False) -> None:
+    """Delete a prepared data set.
 
-    folders = sorted(path.parent for path in paths.datasets_dir().glob(f"[!.]*/{SETTINGS}"))
-    heading = "prepared data sets" if folders else "no prepared data sets yet"
-    print(f"\n{heading} under {paths.datasets_dir()}" + (":" if folders else ""))
-    for folder in folders:
-        if not any((folder / name).exists() for name in (MANIFEST, PROGRESS)):
-            print(f"  {folder.name}  started: run the same command to continue")
-            continue
-        try:
-            dataset = Dataset.open(folder, allow_incomplete=True)
-        except UserError as error:
-            print(f"  {folder.name}  {error}")
-            continue
-        state = "" if dataset.complete else "  incomplete: run the same command to continue"
-        print(f"  {folder.name}  {dataset.train.tokens:,} training tokens{state}")
+    Args:
+        name: under temp_data/datasets.
+        yes: don't ask.
+    """
+    from .runs.datasets import delete_dataset
+
+    delete_dataset(name, yes)
 
 
 def estimate(

@@ -96,6 +96,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "data merge": data_cli.merge,
     "data verify": data_cli.verify,
     "data show": data_cli.show,
+    "data delete": data_cli.delete,
     "tokenizer train": tokenizer_cli.tokenizer_train,
     "plan": plan_cli.plan,
     "preflight": plan_cli.preflight,

@@ -13,7 +13,7 @@ from myllm.paths import RunPaths
 from myllm.presets import PRESETS
 
 from .heartbeat import read_state
-from .history import Row, as_float, read_json_or_empty
+from .history import Row, as_float, get_text, read_json_or_empty
 
 IMPORTED, NOT_KNOWN = "imported", "not known"
 """States of a run without a heartbeat: one that holds imported weights, and any other."""
@@ -80,6 +80,15 @@ def preset_of(environment: Row) -> str | None:
     command: Any = environment.get("command") or []
     words = command.split() if isinstance(command, str) else command
     return next((word for word in words if word in PRESETS), None)
+
+
+def runs_by_dataset() -> dict[str, list[str]]:
+    """Names of the runs that train on a data set, or did, by the name of the data set."""
+    users: dict[str, list[str]] = {}
+    for path in sorted(paths.runs_dir().glob("[!.]*/environment.json")):
+        if dataset := get_text(read_json_or_empty(path), "dataset"):
+            users.setdefault(dataset, []).append(path.parent.name)
+    return users
 
 
 def newest_rows(metrics: Path) -> tuple[Row, Row]:

@@ -19,6 +19,8 @@ from myllm.files import file_lock
 from myllm.runs import lifecycle
 from myllm.runs.catalog import newest_rows
 
+DATASET = "files-texts-8dafc2bcdf8e"
+
 
 @pytest.fixture
 def runs(temp_data: Path) -> Path:
@@ -244,3 +246,45 @@ def test_a_run_is_kept_if_its_archive_is_not_what_was_written(
     assert "the run is kept" in refused(capsys, "archive", "done", "--yes")
     assert (runs / "done/metrics.jsonl").is_file()
     assert not (runs / "done.tar.gz").exists()
+
+
+# -- data sets --------------------------------------------------------------------------------------------------------
+
+
+def refused_data(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    with pytest.raises(SystemExit) as ended:
+        main(["data", *words])
+    assert ended.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_data_sets_and_their_runs(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = json.loads((runs.parent / f"datasets/{DATASET}/manifest.json").read_text())
+    (runs.parent / "datasets/begun").mkdir()
+    (runs.parent / "datasets/begun/settings.json").write_text("{}")
+    main(["data", "list", "--local"])
+    lines = capsys.readouterr().out.splitlines()
+    row = next(line for line in lines if line.startswith(DATASET))
+    train, validation = (manifest["counts"][f"{split}_tokens"] for split in ("train", "val"))
+    assert (train, validation) == (8_535, 225)
+    assert row.split()[1:] == ["8.54k", "225", "0.0", "MB", "complete", "diverged,", "done"]
+    assert next(line for line in lines if line.startswith("begun")).split()[1:4] == ["-", "-", "0.0"]
+    assert "2 data sets" in lines[-1]
+    with file_lock(runs.parent / "datasets/.begun.lock"):
+        main(["data", "list", "--local"])
+    assert "begun  " in (said := capsys.readouterr().out)
+    assert "being prepared" in said
+
+
+def test_deleting_a_data_set(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = runs.parent / "datasets" / DATASET
+    assert "give --yes" in refused_data(capsys, "delete", DATASET)
+    assert "did you mean" in refused_data(capsys, "delete", DATASET[:-1], "--yes")
+    with file_lock(runs / "done/.lock"):
+        assert "in use by done" in refused_data(capsys, "delete", DATASET, "--yes")
+    with file_lock(folder.parent / f".{DATASET}.lock"):
+        assert "is being prepared" in refused_data(capsys, "delete", DATASET, "--yes")
+    assert (folder / "manifest.json").is_file()
+    main(["data", "delete", DATASET, "--yes"])
+    assert "used by diverged, done" in capsys.readouterr().out
+    assert not list(folder.parent.iterdir())
