@@ -30,7 +30,7 @@ OPTIONS = [
     "preflight debug --data.dataset PATH", "preflight debug --data.tokenizer PATH", "eval PATH",
     "eval RUN --tasks perplexity:PATH", "eval RUN --tasks hellaswag --hellaswag-file PATH", "eval RUN --out PATH",
     "eval RUN --tasks heldout --dataset PATH", "sample PATH", "sample RUN --prompts-file PATH", "sample RUN --out PATH",
-    "chat PATH", "serve PATH", "report PATH", "replay PATH", "status PATH", "export PATH --to there",
+    "chat PATH", "serve PATH", "serve RUN PATH", "report PATH", "replay PATH", "status PATH", "export PATH --to there",
     "export RUN --to PATH", "export RUN --to-onnx PATH", "export RUN --to-gguf PATH", "import PATH --name x",
     "import x --name PATH", "publish PATH --repo a/b", "checkpoint list PATH", "checkpoint verify PATH",
     "prove-resume --config PATH", "tune --config PATH", "tune debug --data.dataset PATH",

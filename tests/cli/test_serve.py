@@ -82,6 +82,9 @@ def test_mistakes_of_the_command(
         ["serve", "tinny", "--port", "0"],
         ["sample", "tinny"],
         ["serve", "tiny", "--top-p", "0", "--max-new-tokens", "-1"],
+        ["serve", "tiny", "tinny"],
+        ["serve", "tiny", "tiny"],
+        ["serve"],
     ):
         with pytest.raises(SystemExit) as ended:
             run_command(words)
@@ -90,6 +93,9 @@ def test_mistakes_of_the_command(
     assert messages[0] == messages[1]
     assert "top_p 0.0: give" in messages[2]
     assert "max_new_tokens -1: give" in messages[2]
+    assert messages[3] == messages[0]
+    assert "got tiny tiny, expected MODEL, or two different ones" in messages[4]
+    assert "got no model, expected MODEL" in messages[5]
 
 
 @pytest.mark.parametrize(

@@ -40,8 +40,8 @@ def scripted(tokenizer: Tokenizer, script: Sequence[int], logit: float = 14.0) -
 
 
 @contextmanager
-def serving(model: LanguageModel, default: GenerateRequest = DEFAULT) -> Iterator[PageServer]:
-    with PageServer(listen("127.0.0.1", 0), "127.0.0.1", model, "a <model>", default) as server:
+def serving(model: LanguageModel, default: GenerateRequest = DEFAULT, **more: LanguageModel) -> Iterator[PageServer]:
+    with PageServer(listen("127.0.0.1", 0), "127.0.0.1", {"a <model>": model, **more}, default) as server:
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
         try:

@@ -3,6 +3,7 @@
 import sys
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -20,13 +21,10 @@ if TYPE_CHECKING:
 MAX_SAMPLES = 1_000_000
 
 
-@dataclass(frozen=True)
-class ModelArgs:
-    """The model, and how to load it."""
+@dataclass(frozen=True, kw_only=True)
+class LoadArgs:
+    """How to load a model."""
 
-    model: tyro.conf.Positional[str]
-    """A run's name or folder (its newest intact checkpoint), a checkpoint's folder, a transformers folder such as an
-    export, or a model on the Hub: NAMESPACE/NAME, NAMESPACE/NAME@REVISION."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto is cuda, mps or cpu: the first that is available."""
     int8: bool = False
@@ -34,12 +32,25 @@ class ModelArgs:
     precision: Literal["auto", "float32", "bfloat16", "float16"] | None = None
     """Of matrix products. None: as in training, if the device supports it."""
 
-    def load(self) -> "LanguageModel":
+    def load_model(self, model: str) -> "LanguageModel":
         from myllm.inference.load import load_model
 
-        return load_model(self.model, self.device, self.int8, self.precision)
+        return load_model(model, self.device, self.int8, self.precision)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ModelArgs(LoadArgs):
+    """The model, and how to load it."""
+
+    model: tyro.conf.Positional[str]
+    """A run's name or folder (its newest intact checkpoint), a checkpoint's folder, a transformers folder such as an
+    export, or a model on the Hub: NAMESPACE/NAME, NAMESPACE/NAME@REVISION."""
+
+    def load(self) -> "LanguageModel":
+        return self.load_model(self.model)
+
+
+Loading = Annotated[LoadArgs, tyro.conf.arg(name="")]
 Source = Annotated[ModelArgs, tyro.conf.arg(name="")]  # no prefix: --device cpu
 Sampling = Annotated[SamplingParams, tyro.conf.arg(name="")]
 
@@ -130,22 +141,32 @@ def chat(source: Source, sampling: Sampling, max_new_tokens: int = 100) -> None:
 
 
 def serve(
-    source: Source, sampling: Sampling, max_new_tokens: int = 100, host: str = "127.0.0.1", port: int = 8000
+    models: tyro.conf.Positional[tuple[str, ...]],
+    loading: Loading,
+    sampling: Sampling,
+    max_new_tokens: int = 100,
+    host: str = "127.0.0.1",
+    port: int = 8000,
 ) -> None:
-    """Generate text in the browser, with per-token probabilities.
+    """Generate text in the browser, with per-token probabilities, and for clients of OpenAI's API, at /v1.
 
-    The page starts with these sampling parameters.
+    The page starts with these sampling parameters, and requests to the API have them as defaults.
 
     Args:
+        models: a run's name or folder, a checkpoint's folder, a transformers folder or a model on the Hub. Of two
+            models, the page shows the texts side by side.
         max_new_tokens: maximum length of a text.
         host: address to listen on. Everyone who can reach it can use the model; the default is this machine only.
         port: port to listen on. 0: any free port.
     """
     from myllm.inference.server.request import GenerateRequest, check_request
 
+    if len(models) not in (1, 2) or len(set(models)) < len(models):
+        raise UserError(f"got {' '.join(models) or 'no model'}, expected MODEL, or two different ones to compare")
     default = GenerateRequest("", max_new_tokens, sampling)
     check_request(default)
-    paths.check_model_path(source.model)
+    for model in models:
+        paths.check_model_path(model)
     from myllm.inference.server.http import serve
 
-    serve(source.model, source.load, host, port, default)
+    serve({model: partial(loading.load_model, model) for model in models}, host, port, default)

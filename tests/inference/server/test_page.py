@@ -56,14 +56,14 @@ def fill(browser: Browser, **values: object) -> None:
 
 
 def generated_text(browser: Browser) -> str:
-    return browser.run("document.getElementById('tokens').textContent")
+    return browser.run("document.querySelector('.tokens').textContent")
 
 
 def write(browser: Browser, **values: object) -> None:
     fill(browser, **values)
-    browser.run("document.getElementById('done').textContent = ''")
+    browser.run("document.querySelector('.done').textContent = ''")
     browser.press("Enter", CONTROL)
-    browser.wait("document.getElementById('done').textContent")
+    browser.wait("document.querySelector('.done').textContent")
 
 
 @pytest.mark.parametrize(("width", "dark"), [(1400, False), (400, True)])
@@ -80,10 +80,10 @@ def test_markup_split_characters_and_invisible_characters(
     assert "".join(text for text in texts if text not in halves) == TEXT
     assert halves == ["a7"]  # the byte between the one that came with a space and the one that makes it whole
     assert browser.run("document.title") == "a <model> - MyLLM"  # and what it spells never ran
-    assert browser.run("document.querySelectorAll('#output script, #output b').length") == 0
-    marks = browser.run("[...document.querySelectorAll('#tokens .mark')].map(e => e.dataset.mark)")
+    assert browser.run("document.querySelectorAll('.output script, .output b').length") == 0
+    marks = browser.run("[...document.querySelectorAll('.tokens .mark')].map(e => e.dataset.mark)")
     assert {"↵", "⇥"} <= set(marks)
-    assert browser.run("document.getElementById('done').textContent").endswith("the model ended the document")
+    assert browser.run("document.querySelector('.done').textContent").endswith("the model ended the document")
     assert browser.run("document.documentElement.scrollWidth <= innerWidth")
     back = browser.run("getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, back[4:-1].split(","))) < 150) == dark
@@ -130,7 +130,7 @@ def test_the_popup_never_covers_the_buttons(browser: Browser, endless: PageServe
 def test_the_hint_mentions_the_mouse_only_if_there_is_one(browser: Browser, server: PageServer, touch: bool) -> None:
     browser.call("Emulation.setTouchEmulationEnabled", enabled=touch)
     browser.open(server.address, 400)
-    hint = browser.run("document.getElementById('hint').innerText")
+    hint = browser.run("document.querySelector('.hint').innerText")
     browser.call("Emulation.setTouchEmulationEnabled", enabled=False)
     assert hint.startswith("Tap a token" if touch else "Hover over a token")
 
@@ -139,7 +139,7 @@ def test_without_a_mouse(browser: Browser, server: PageServer) -> None:
     browser.open(server.address)
     assert browser.run("document.activeElement.id") == "prompt"
     browser.press("Enter", CONTROL)
-    browser.wait("document.getElementById('done').textContent")
+    browser.wait("document.querySelector('.done').textContent")
     for _ in range(20):
         browser.press("Tab")
         if browser.run("document.activeElement.matches('.token')"):
@@ -167,14 +167,86 @@ def test_streaming_and_stop(browser: Browser, endless: PageServer) -> None:
     assert (status, "being generated" in refusal["error"]) == (503, True)
     browser.point("document.getElementById('stop')", click=True)
     browser.wait("!document.body.matches('.running')")
-    assert "stopped" in browser.run("document.getElementById('done').textContent")
+    assert "stopped" in browser.run("document.querySelector('.done').textContent")
     kept = browser.run(f"{TOKENS}.length")
     assert kept >= some
     # The server has stopped too: the next text is written.
     write(browser, max_new_tokens=3)
     assert browser.run(f"{TOKENS}.length") == 3
-    browser.point("document.getElementById('extend')", click=True)
+    browser.point("document.querySelector('.extend')", click=True)
     assert browser.run("document.getElementById('prompt').value") == "on and on" + generated_text(browser)
+
+
+def test_escape_stops(browser: Browser, endless: PageServer) -> None:
+    browser.open(endless.address)
+    fill(browser, max_new_tokens=100_000, prompt="on and on")
+    browser.press("Enter", CONTROL)
+    browser.wait(f"{TOKENS}.length > 2")
+    browser.point(f"{TOKENS}[0]")  # also while a token's window is open
+    browser.press("Escape")
+    browser.wait("!document.body.matches('.running')")
+    assert browser.run("document.getElementById('popup').hidden")
+    assert "stopped" in browser.run("document.querySelector('.done').textContent")
+
+
+def test_tab_order_focus_and_labels(browser: Browser, server: PageServer) -> None:
+    browser.open(server.address)
+    write(browser, prompt="", temperature=0, max_new_tokens=60)
+    browser.run("document.getElementById('prompt').focus()")
+    stops = []
+    while len(stops) < 40:
+        browser.press("Tab")
+        element = "document.activeElement"
+        if browser.run(f"{element} === document.body"):
+            break
+        stops.append(browser.run(f"{element}.id || {element}.classList[{element}.classList.length - 1]"))
+        assert browser.run(f"getComputedStyle({element}).outlineStyle") != "none", stops[-1]
+    assert stops[:5] == ["go", "copy", "extend", "shown", "tint"]  # a token that has the focus is shown
+    assert stops.index("temperature") < stops.index("temperature_slider") < stops.index("seed") < stops.index("reset")
+    unnamed = browser.run(
+        "[...document.querySelectorAll('main input, main textarea, main button')].filter(e => !e.labels?.length && "
+        "!e.getAttribute('aria-label') && !e.textContent.trim()).map(e => e.outerHTML)"
+    )
+    assert unnamed == []
+
+
+@pytest.mark.parametrize(("width", "dark"), [(1400, True), (390, False)])
+def test_two_models_side_by_side(browser: Browser, width: int, dark: bool) -> None:
+    other = [*R50K.encode("another text").tolist(), R50K.end_of_text]
+    with serving(scripted(R50K, SCRIPT), other=scripted(R50K, other)) as server:
+        browser.open(server.address, width, dark=dark)
+        fill(browser, prompt="", temperature=0, max_new_tokens=60)
+        browser.press("Enter", CONTROL)
+        browser.wait("[...document.querySelectorAll('.done')].every(e => e.textContent)")
+        assert browser.run("[...document.querySelectorAll('h2')].map(e => e.textContent)") == ["a <model>", "other"]
+        first, second = browser.run("[...document.querySelectorAll('.tokens')].map(e => e.textContent)")
+        assert first.endswith("é<|endoftext|>")
+        assert second == "another text<|endoftext|>"
+        boxes = browser.run("[...document.querySelectorAll('.text')].map(e => e.getBoundingClientRect().toJSON())")
+        assert (boxes[0]["top"] == boxes[1]["top"]) == (width > 1000)
+        assert (boxes[0]["left"] == boxes[1]["left"]) == (width < 1000)
+        assert browser.run("document.documentElement.scrollWidth <= innerWidth")
+        browser.point("document.querySelectorAll('.tokens')[1].firstChild")
+        browser.wait("!document.getElementById('popup').hidden")
+        assert f"token {other[0]}" in browser.run("document.getElementById('popup').innerText")
+        browser.point("document.querySelectorAll('.extend')[1]", click=True)
+        assert browser.run("document.getElementById('prompt').value") == "another text"
+
+
+def test_fingers_find_the_buttons_on_a_phone(browser: Browser, server: PageServer) -> None:
+    browser.call("Emulation.setTouchEmulationEnabled", enabled=True)
+    try:
+        browser.open(server.address, 390, 800)
+        write(browser, prompt="", temperature=0, max_new_tokens=60)
+        heights = browser.run("[...document.querySelectorAll('main button')].map(e => e.offsetHeight)")
+        assert min(heights) >= 44
+        sizes = browser.run(
+            "[...document.querySelectorAll('textarea, input[type=number]')].map(e => getComputedStyle(e).fontSize)"
+        )
+        assert set(sizes) == {"16px"}  # below that, phones zoom in on a field
+        assert browser.run("document.documentElement.scrollWidth <= innerWidth")
+    finally:
+        browser.call("Emulation.setTouchEmulationEnabled", enabled=False)
 
 
 def test_settings_reach_the_model(browser: Browser, endless: PageServer) -> None:
@@ -194,7 +266,7 @@ def test_settings_reach_the_model(browser: Browser, endless: PageServer) -> None
 def test_errors_are_shown_and_keep_the_text(browser: Browser, endless: PageServer) -> None:
     browser.open(endless.address)
     write(browser, prompt="word " * 50, max_new_tokens=2)
-    assert "the first 20 are not read" in browser.run("document.getElementById('note').textContent")
+    assert "the first 20 are not read" in browser.run("document.querySelector('.note').textContent")
     before = generated_text(browser)
     fill(browser, top_p=7)
     browser.press("Enter", CONTROL)

@@ -78,11 +78,12 @@ def test_missing_settings_take_the_defaults_of_the_command(model: LanguageModel)
         greedy = post(server, {"prompt": "the river"})[1]
         assert [event["rank"] for event in greedy[1:-1]] == [1, 1, 1]
         connection = connect(server)
-        connection.request("GET", "/model")
-        facts = json.loads(connection.getresponse().read())
+        connection.request("GET", "/models")
+        page = json.loads(connection.getresponse().read())
+    (facts,) = page["models"]
     assert (facts["name"], facts["context"], facts["vocabulary"]) == ("a <model>", 32, 50_257)
     assert facts["parameters"] == n_parameters(model.model.config)  # as the log says it: without the padding
-    assert (facts["settings"]["temperature"], facts["settings"]["max_new_tokens"]) == (0, 3)
+    assert (page["settings"]["temperature"], page["settings"]["max_new_tokens"]) == (0, 3)
 
 
 def test_a_prompt_beyond_the_context_and_no_prompt(server: PageServer) -> None:

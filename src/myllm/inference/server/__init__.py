@@ -1,1 +1,1 @@
-"""`myllm serve`: http serves page.html, request parses its requests, events streams tokens, security checks headers."""
+"""`myllm serve`: http serves page.html and OpenAI's API, security checks headers."""

@@ -1,4 +1,4 @@
-"""The HTTP server: one page, one text at a time.
+"""The HTTP server: a page and OpenAI's completions API, one request at a time.
 
 A page from another site, open in the same browser, must not reach the model. So a request must name this server in its
 Host header (against DNS rebinding), a POST must come from this server's own page and carry JSON, and no response allows
@@ -7,54 +7,57 @@ other origins to read it.
 
 import json
 import re
+import select
 import socket
 import sys
 import threading
+import time
 import traceback
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from functools import partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
 from typing import Any
+from urllib.parse import unquote
 
 from myllm.errors import UserError
 from myllm.inference.language_model import LanguageModel
 from myllm.planning.flops import n_parameters
 
 from .events import generate_events
-from .request import MAX_NEW_TOKENS, GenerateRequest, parse_request, to_settings
+from .openai_request import parse_completion
+from .openai_response import Completion
+from .request import MAX_NEW_TOKENS, GenerateRequest, HttpError, parse_request, to_settings
 from .security import content_security_policy, is_allowed_host, is_loopback, listen, same_host
 
 MAX_BODY_BYTES = 1 << 20
 BUSY_TIMEOUT_S = 1.0
-"""How long a request waits for the one before it: a stopped text takes a moment to end."""
+"""How long the page waits for the request before it: a stopped text takes a moment to end."""
+API_BUSY_TIMEOUT_S = 600.0
+"""How long a request of the API waits for its turn: as long as OpenAI's client does by default."""
 CLIENT_TIMEOUT_S = 30.0
 """A client that neither sends nor reads for this long is disconnected."""
 
 
-class HttpError(Exception):
-    """A rejected request, with the HTTP status of the response."""
-
-    def __init__(self, status: HTTPStatus, message: str) -> None:
-        super().__init__(message)
-        self.status = status
-
-
-def serve(name: str, load: Callable[[], LanguageModel], host: str, port: int, default: GenerateRequest) -> None:
-    """Serve the page until Ctrl-C.
+def serve(models: dict[str, Callable[[], LanguageModel]], host: str, port: int, default: GenerateRequest) -> None:
+    """Serve the page and the API until Ctrl-C.
 
     Args:
-        name: of the model, for the page.
+        models: by name; the functions load them.
 
     Raises:
-        UserError: the model cannot be loaded, or the address cannot be used.
+        UserError: a model cannot be loaded, or the address cannot be used.
     """
-    # It listens before it loads the model, which takes seconds.
-    with listen(host, port) as listening, PageServer(listening, host, load(), name, default) as server:
+    # It listens before it loads the models, which takes seconds.
+    with (
+        listen(host, port) as listening,
+        PageServer(listening, host, {name: load() for name, load in models.items()}, default) as server,
+    ):
         if not server.loopback_only:
             print(f"note: everyone who can reach {host} can use the model: there is no password", file=sys.stderr)
-        print(f"serving {name} at {server.address} (press Ctrl-C to stop)", flush=True)
+        print(f"serving {' and '.join(models)} at {server.address} (press Ctrl-C to stop)", flush=True)
         try:
             server.serve_forever()
         except KeyboardInterrupt:
@@ -63,24 +66,24 @@ def serve(name: str, load: Callable[[], LanguageModel], host: str, port: int, de
 
 
 class PageServer(ThreadingHTTPServer):
-    """The page and its model, on a socket that already listens. A context manager.
+    """The page, the API and their models, on a socket that already listens. A context manager.
 
     Args:
         host: as the user gave it; requests may name the server so.
-        name: of the model, for the page.
+        models: by name. The page shows their texts side by side.
         default: values of settings that a request omits, and the initial values on the page.
     """
 
     def __init__(
-        self, listening: socket.socket, host: str, model: LanguageModel, name: str, default: GenerateRequest
+        self, listening: socket.socket, host: str, models: dict[str, LanguageModel], default: GenerateRequest
     ) -> None:
         super().__init__(listening.getsockname()[:2], HttpExchange, bind_and_activate=False)
         self.socket.close()
         self.socket = listening
-        self.host, self.model, self.default = host, model, default
+        self.host, self.models, self.default = host, models, default
         self.page = files(__package__).joinpath("page.html").read_text(encoding="utf-8")
         self.security_policy = content_security_policy(self.page)
-        self.model_info = _model_info(model, name, default)
+        self.started = int(time.time())
         self.busy, self.stopping = threading.Lock(), threading.Event()
         self.generating: threading.Thread | None = None
 
@@ -116,31 +119,57 @@ class HttpExchange(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True  # send each token at once
 
     def do_GET(self) -> None:
+        models = self._model_objects()
+        objects = {
+            "/models": self._page_info(),
+            "/health": {"status": "ok"},
+            "/v1/models": {"object": "list", "data": models},
+            **{f"/v1/models/{model['id']}": model for model in models},
+        }
+        routes = {path: partial(self._send_json, HTTPStatus.OK, value) for path, value in objects.items()}
+        page = self.server.page.encode()
+        self._dispatch({"/": partial(self._send, HTTPStatus.OK, "text/html; charset=utf-8", page), **routes})
+
+    def do_POST(self) -> None:
         self._dispatch(
             {
-                "/": lambda: self._send(HTTPStatus.OK, "text/html; charset=utf-8", self.server.page.encode()),
-                "/model": lambda: self._send_json(HTTPStatus.OK, self.server.model_info),
+                "/generate": self._generate,
+                "/v1/completions": lambda: self._complete(chat=False),
+                "/v1/chat/completions": lambda: self._complete(chat=True),
             }
         )
 
-    def do_POST(self) -> None:
-        self._dispatch({"/generate": self._generate})
-
-    def _dispatch(self, routes: dict[str, Callable[[], None]]) -> None:
+    def _dispatch(self, routes: Mapping[str, Callable[[], None]]) -> None:
         length = self.headers.get("Content-Length", "")
         self.unread_bytes = int(length) if re.fullmatch(r"[0-9]{1,18}", length) else -1
         try:
             self._check_host()
-            path = self.path.partition("?")[0]
+            path = unquote(self.path.partition("?")[0])
             if path not in routes:
                 raise HttpError(HTTPStatus.NOT_FOUND, f"{self.command} {path} does not exist; the page is at /")
             routes[path]()
         except HttpError as error:
             # Read the body: a connection closed with unread data may lose the response.
             self.rfile.read(max(0, min(self.unread_bytes, 8 * MAX_BODY_BYTES)))
-            self._send_json(error.status, {"error": str(error)})
+            self._send_error(error)
         except UserError as error:
-            self._send_json(HTTPStatus.BAD_REQUEST, {"error": str(error)})
+            self._send_error(HttpError(HTTPStatus.BAD_REQUEST, str(error)))
+
+    def _send_error(self, error: HttpError) -> None:
+        """In the form of the page, or in OpenAI's."""
+        body: object = str(error)
+        if self.path.startswith("/v1/"):
+            body = error_object(error)
+        self._send_json(error.status, {"error": body})
+
+    def _page_info(self) -> dict[str, Any]:
+        models = [_model_info(name, model) for name, model in self.server.models.items()]
+        return {"models": models, "max_new_tokens": MAX_NEW_TOKENS, "settings": to_settings(self.server.default)}
+
+    def _model_objects(self) -> list[dict[str, Any]]:
+        """In OpenAI's form."""
+        created = self.server.started
+        return [{"id": name, "object": "model", "created": created, "owned_by": "myllm"} for name in self.server.models]
 
     def _check_host(self) -> None:
         hosts = self.headers.get_all("Host", [])
@@ -152,14 +181,32 @@ class HttpExchange(BaseHTTPRequestHandler):
 
     def _generate(self) -> None:
         request = parse_request(self._read_body(), self.server.default)
-        if not self.server.busy.acquire(timeout=BUSY_TIMEOUT_S):
+        name = request.model or next(iter(self.server.models))
+        if name not in self.server.models:
+            raise HttpError(HTTPStatus.NOT_FOUND, f"no model {name!r}; models: {', '.join(self.server.models)}")
+        with self._turn(BUSY_TIMEOUT_S):
+            self._stream(request, self.server.models[name])
+
+    def _complete(self, chat: bool) -> None:
+        request = parse_completion(self._read_body(), self.server.default, list(self.server.models), chat)
+        completion = Completion(self.server.models[request.model], request)
+        with self._turn(API_BUSY_TIMEOUT_S):
+            if request.stream:
+                self._stream_chunks(completion)
+            else:
+                self._send_whole(completion)
+
+    @contextmanager
+    def _turn(self, timeout_s: float) -> Iterator[None]:
+        """Wait for the request before this one."""
+        if not self.server.busy.acquire(timeout=timeout_s):
             raise HttpError(
                 HTTPStatus.SERVICE_UNAVAILABLE,
                 "another text is being generated, perhaps in another window: wait for its end, or stop it there",
             )
         try:
             self.server.generating = threading.current_thread()
-            self._stream(request)
+            yield
         except OSError:  # the client disconnected, which ends its text
             pass
         finally:
@@ -184,11 +231,11 @@ class HttpExchange(BaseHTTPRequestHandler):
         body, self.unread_bytes = self.rfile.read(self.unread_bytes), 0
         return body
 
-    def _stream(self, request: GenerateRequest) -> None:
+    def _stream(self, request: GenerateRequest, model: LanguageModel) -> None:
         """Send one JSON object per line. The text is complete if the last one is of kind `end`."""
         self._send_headers(HTTPStatus.OK, "application/x-ndjson")
         try:
-            with closing(generate_events(self.server.model, request)) as events:
+            with closing(generate_events(model, request)) as events:
                 for event in events:
                     self.wfile.write(_json_line(event))
                     if self.server.stopping.is_set():
@@ -196,9 +243,42 @@ class HttpExchange(BaseHTTPRequestHandler):
         except OSError:
             raise
         except Exception as error:  # for example out of GPU memory: the server continues
-            traceback.print_exc()
-            message = f"the server failed, see its terminal: {type(error).__name__}: {error}"
-            self.wfile.write(_json_line({"kind": "error", "error": message}))
+            self.wfile.write(_json_line({"kind": "error", "error": _report_failure(error)}))
+
+    def _stream_chunks(self, completion: Completion) -> None:
+        """Send server-sent events, as OpenAI does. The texts are complete if the last one is [DONE]."""
+        self._send_headers(HTTPStatus.OK, "text/event-stream")
+        try:
+            with closing(completion.chunks()) as chunks:
+                for chunk in chunks:
+                    self.wfile.write(_server_sent_event(chunk))
+                    if self.server.stopping.is_set():
+                        return
+            self.wfile.write(b"data: [DONE]\n\n")
+        except OSError:
+            raise
+        except Exception as error:
+            failure = HttpError(HTTPStatus.INTERNAL_SERVER_ERROR, _report_failure(error))
+            self.wfile.write(_server_sent_event({"error": error_object(failure)}))
+
+    def _send_whole(self, completion: Completion) -> None:
+        pieces = []
+        try:
+            with closing(completion.pieces()) as parts:
+                for piece in parts:
+                    pieces.append(piece)
+                    if self.server.stopping.is_set() or self._client_left():
+                        return
+        except Exception as error:
+            failure = HttpError(HTTPStatus.INTERNAL_SERVER_ERROR, _report_failure(error))
+            self._send_json(failure.status, {"error": error_object(failure)})
+            return
+        self._send_json(HTTPStatus.OK, completion.whole(pieces))
+
+    def _client_left(self) -> bool:
+        """True if the client closed the connection, which ends its text."""
+        readable, _, _ = select.select([self.connection], [], [], 0)
+        return bool(readable) and not self.connection.recv(1, socket.MSG_PEEK)
 
     def _send_json(self, status: HTTPStatus, value: object) -> None:
         self._send(status, "application/json", _json_line(value))
@@ -225,7 +305,8 @@ class HttpExchange(BaseHTTPRequestHandler):
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """Called by the base class for malformed requests and other methods."""
         status = HTTPStatus(code)
-        self._send_json(status, {"error": f"{message or status.phrase}; the page is at /"})
+        self.path = getattr(self, "path", "")  # not set if even the first line is malformed
+        self._send_error(HttpError(status, f"{message or status.phrase}; the page is at /"))
 
     def version_string(self) -> str:
         return "myllm"
@@ -234,7 +315,7 @@ class HttpExchange(BaseHTTPRequestHandler):
         """Log no requests."""
 
 
-def _model_info(model: LanguageModel, name: str, default: GenerateRequest) -> dict[str, Any]:
+def _model_info(name: str, model: LanguageModel) -> dict[str, Any]:
     transformer, tokenizer = model
     return {
         "name": name,
@@ -243,10 +324,24 @@ def _model_info(model: LanguageModel, name: str, default: GenerateRequest) -> di
         "vocabulary": transformer.config.vocab_size,
         "tokenizer": tokenizer.name,
         "device": str(next(transformer.parameters()).device),
-        "max_new_tokens": MAX_NEW_TOKENS,
-        "settings": to_settings(default),
     }
+
+
+def error_object(error: HttpError) -> dict[str, Any]:
+    """An error in OpenAI's form."""
+    kind = "invalid_request_error" if error.status < HTTPStatus.INTERNAL_SERVER_ERROR else "server_error"
+    return {"message": str(error), "type": kind, "param": error.param, "code": error.code}
+
+
+def _report_failure(error: Exception) -> str:
+    """Print the traceback of a failed text; returns a message for the client."""
+    traceback.print_exc()
+    return f"the server failed, see its terminal: {type(error).__name__}: {error}"
 
 
 def _json_line(value: object) -> bytes:
     return json.dumps(value).encode() + b"\n"
+
+
+def _server_sent_event(value: object) -> bytes:
+    return b"data: " + json.dumps(value).encode() + b"\n\n"

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from http import HTTPStatus
 from typing import Any
 
 from myllm.errors import UserError, did_you_mean
@@ -10,6 +11,14 @@ from myllm.files import parse_json
 from myllm.inference.sampling_params import SamplingParams
 
 MAX_NEW_TOKENS = 100_000
+
+
+class HttpError(Exception):
+    """A rejected request: the HTTP status of the response and, for OpenAI's clients, the setting and a code."""
+
+    def __init__(self, status: HTTPStatus, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.param, self.code = status, param, code
 
 
 @dataclass(frozen=True)
@@ -20,6 +29,8 @@ class GenerateRequest:
     """Empty: start a new document."""
     max_new_tokens: int
     sampling: SamplingParams
+    model: str = ""
+    """Its name; empty: the first model of the server."""
 
 
 def parse_request(body: bytes, default: GenerateRequest) -> GenerateRequest:
@@ -35,11 +46,11 @@ def parse_request(body: bytes, default: GenerateRequest) -> GenerateRequest:
     errors = [f"unknown setting {key!r}{did_you_mean(key, list(values))}" for key in given if key not in values]
     for key in values.keys() & given.keys():
         try:
-            values[key] = _convert(type(values[key]), given[key])
+            values[key] = convert(type(values[key]), given[key])
         except ValueError as error:
             errors.append(f"{key} {json.dumps(given[key])[:80]}: {error}")
-    prompt, max_new_tokens = values.pop("prompt"), values.pop("max_new_tokens")
-    request = GenerateRequest(prompt, max_new_tokens, SamplingParams(**values))
+    own = {key: values.pop(key) for key in ("prompt", "max_new_tokens", "model")}
+    request = GenerateRequest(**own, sampling=SamplingParams(**values))
     check_request(request, errors)
     return request
 
@@ -47,6 +58,7 @@ def parse_request(body: bytes, default: GenerateRequest) -> GenerateRequest:
 def to_settings(request: GenerateRequest) -> dict[str, Any]:
     """A request as one flat dictionary."""
     return {
+        "model": request.model,
         "prompt": request.prompt,
         "max_new_tokens": request.max_new_tokens,
         **asdict(request.sampling),
@@ -68,7 +80,7 @@ def check_request(request: GenerateRequest, errors: Sequence[str] = ()) -> None:
         raise UserError("\n".join(["invalid request:", *(f"  - {error}" for error in errors)]))
 
 
-def _convert(kind: type, value: object) -> str | int | float:
+def convert(kind: type, value: object) -> Any:
     """The value as `kind`: str, int or float.
 
     Raises:

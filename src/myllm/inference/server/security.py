@@ -41,6 +41,7 @@ def is_allowed_host(header: str, host: str, loopback_only: bool) -> bool:
 
     In DNS rebinding, an attacker's domain resolves to this machine, but the browser still sends that domain. So
     `localhost`, the given host and addresses are accepted; if the server is for this machine only, loopback addresses.
+    Nobody can own `host.docker.internal`, which containers call this machine.
     """
     try:
         name = urlsplit(f"//{header}").hostname or ""
@@ -48,7 +49,9 @@ def is_allowed_host(header: str, host: str, loopback_only: bool) -> bool:
         return False
     if _address(name) is not None:
         return is_loopback(name) or not loopback_only
-    return name in {"localhost", host.lower()} or (not loopback_only and name == socket.gethostname().lower())
+    return name in {"localhost", "host.docker.internal", host.lower()} or (
+        not loopback_only and name == socket.gethostname().lower()
+    )
 
 
 def same_host(origin: str, host: str) -> bool:
