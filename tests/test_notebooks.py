@@ -31,6 +31,7 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "02_masked_attention.ipynb": {},
     "03_multihead_attention.ipynb": {},
     "04_architecture.ipynb": {},
+    "05_data.ipynb": {},
     "hf_sampling.ipynb": {"MODEL": "exported", "PROMPTS": ["the river"]},
     "metric_graphs.ipynb": {"RUN": "first", "RUNS": ["first", "second"]},
     "parameters_tuning.ipynb": {},
@@ -189,9 +190,18 @@ def check_architecture(tables: list[str], stdout: str, pictures: int) -> None:
     assert float(re.search(r"largest mean weight at one distance: ([\d.]+)", stdout)[1]) > 0.3
 
 
+def check_data(tables: list[str], stdout: str, pictures: int) -> None:
+    assert pictures == 2
+    assert "| English | 44 | 44 | 9 | 4.9 |" in tables[0]
+    assert "pret | raining" in stdout
+    digests = dict(re.findall(r"^(\w[\w ]+\w) +([0-9a-f]{32})$", stdout, re.MULTILINE))
+    assert digests["one rank"] == digests["two ranks"] == digests["by hand"] != digests["one bit changed"]
+
+
 CHECKS = {
     "03_multihead_attention.ipynb": check_multihead_attention,
     "04_architecture.ipynb": check_architecture,
+    "05_data.ipynb": check_data,
     "metric_graphs.ipynb": check_metric_graphs,
     "parameters_tuning.ipynb": check_parameters_tuning,
 }
