@@ -70,7 +70,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "lf-llm-269m on 8 x A100-80 (DDP)" in output
     assert "100 steps = 52,428,800 tokens" in output
     assert re.search(
-        r"micro-batch  \d+ is the largest that fits: --train.micro-batch-size \d+ \(16, as set, fits too\)", output
+        r"micro-batch  16, as set, fits; the largest that fits is \d+: --train.micro-batch-size \d+, or auto", output
     )
     memory = output.partition("\nmemory ")[2].partition("\nprecision ")[0]
     parts = [float(size) for size in re.findall(r"^  \w[\w' ,]+ +([\d.]+) GiB$", memory, re.MULTILINE)]
@@ -81,6 +81,38 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "(FSDP)" in sharded
     assert "gathered matrices" in sharded
     assert "16, as set, does not fit" in sharded
+
+
+def test_cost_by_hand(capsys: pytest.CaptureFixture[str]) -> None:
+    low, high = predict(get_preset("lf-llm-269m"), parse_hardware("8xA100-80")).hours
+    words = ("lf-llm-269m", "--gpus", "8xA100-80", "--dollars-per-hour", "12")
+    assert f"\ncost         ${12 * low:.2f} to ${12 * high:.2f} for these hours" in plan(capsys, *words)
+
+
+def test_several_gpus_are_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    gpus = ("--gpus", "1xRTX4090", "8xA100-80", "cpu")
+    header, first, second, third = plan(
+        capsys, "lf-llm-269m", *gpus, "--dollars-per-hour", "0.5", "12", "1"
+    ).splitlines()
+    assert re.split(r"  +", header) == ["GPUs", "micro-batch", "peak memory", "tokens/s", "hours", "cost"]
+    largest = predict(get_preset("lf-llm-269m"), parse_hardware("1xRTX4090")).largest
+    assert re.split(r"  +", first)[:2] == ["1 x RTX4090", f"16 (too large: {largest} fits)"]
+    assert re.split(r"  +", second)[1] == "16"
+    assert second.endswith("5.2 to 8.6     $62.06 to $103.43")
+    assert third.endswith("unknown         unknown        unknown")
+    assert "cost" not in plan(capsys, "lf-llm-269m", *gpus)
+
+
+def test_the_plan_shows_the_micro_batch_that_the_run_uses(capsys: pytest.CaptureFixture[str]) -> None:
+    """As set, even if it does not fit; with auto, the largest that is predicted to fit."""
+    config, hardware = get_preset("small-50m"), parse_hardware("RTX3060")
+    for size in (16, 64, "auto"):
+        output = plan(capsys, "small-50m", "--gpus", "RTX3060", "--train.micro-batch-size", str(size))
+        used = predict(config, hardware).largest if size == "auto" else size
+        assert f"\nbatch        {used} sequences x 1,024 tokens" in output
+        predicted = predicted_bytes(with_train(config, micro_batch_size=used), predict(config, hardware).mode)
+        assert f"\nmemory       {predicted / 2**30:.2f} GiB predicted" in output
+    assert "micro-batch  auto: 32, the largest that is predicted to fit" in output
 
 
 def test_what_is_not_known_is_said(capsys: pytest.CaptureFixture[str]) -> None:
@@ -107,6 +139,8 @@ def test_what_is_not_known_is_said(capsys: pytest.CaptureFixture[str]) -> None:
         (["debug"], "missing --gpus, for example"),
         (["debug", "--gpus", "7xH100"], "on 7 ranks train.batch_tokens 512 is not a multiple"),
         (["nothing", "--gpus", "H100"], "unknown preset 'nothing'"),
+        (["debug", "--gpus", "H100", "--dollars-per-hour", "0"], "--dollars-per-hour is 0.0, but must be above 0"),
+        (["debug", "--gpus", "H100", "L4", "--dollars-per-hour", "2"], "1 --dollars-per-hour for 2 --gpus; give one"),
     ],
 )
 def test_mistakes(words: list[str], output: str, capsys: pytest.CaptureFixture[str]) -> None:

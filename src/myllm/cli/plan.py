@@ -10,7 +10,7 @@ from myllm.distributed.standard_streams import protect_output
 from myllm.errors import UserError
 from myllm.formatting import format_duration
 from myllm.planning.flops import flops_per_token
-from myllm.planning.forecast import Hardware, describe, parse_hardware, predict
+from myllm.planning.forecast import Hardware, compare, describe, parse_hardware, predict
 from myllm.planning.gpu_specs import gpu_from_device_name
 from myllm.planning.length import describe_length, length_note, resolve_max_steps
 from myllm.presets import describe_settings
@@ -20,17 +20,19 @@ from .launch import RunArgs, parse_run_args
 if TYPE_CHECKING:
     import torch
 
-USAGE = """usage: myllm plan PRESET --gpus 8xA100-80 [--config FILE.json] [overrides]
+USAGE = """usage: myllm plan PRESET --gpus 8xA100-80 [--dollars-per-hour X] [--config FILE.json] [overrides]
 
-Predict a run's memory by part, the largest micro-batch that fits, accumulation steps and time. Nothing is measured.
+Predict a run's memory by part, micro-batch, accumulation steps, time and cost. Nothing is measured.
 
 presets:
 {presets}
 
 options:
-  --gpus GPUS         how many of which GPU: 8xA100-80, 1xRTX3060, H100, or cpu; an unknown name lists all
-  --config FILE.json  lay a saved or hand-written config over the preset (which may then be omitted)
-  overrides           any setting of the config, as for pretrain.py: --train.parallel fsdp
+  --gpus GPUS ...       how many of which GPU: 8xA100-80, 1xRTX3060, H100, or cpu; an unknown name lists all.
+                        Several become a table
+  --dollars-per-hour X  price of the machine, with all its GPUs: print the cost. One for each of --gpus
+  --config FILE.json    lay a saved or hand-written config over the preset (which may then be omitted)
+  overrides             any setting of the config, as for pretrain.py: --train.parallel fsdp
 
 `myllm plan --table` prints the presets on common GPUs, as in docs/hardware.md.
 """
@@ -60,12 +62,14 @@ DRY_RUN_MFU = 0.4
 class PlanArgs(RunArgs):
     """Command-line arguments of `myllm plan`."""
 
-    gpus: str = ""
+    gpus: tuple[str, ...] = ()
     """How many of which GPU: 8xA100-80, 1xRTX3060, H100, or cpu."""
+    dollars_per_hour: tuple[float, ...] = ()
+    """Price of the machine, with all its GPUs: print the cost. One for each of --gpus."""
 
 
 def plan(words: list[str]) -> None:
-    """Predict memory, micro-batch and hours of a run on given GPUs."""
+    """Predict memory, micro-batch, hours and cost of a run on given GPUs."""
     if words == ["--table"]:
         from myllm.planning.hardware_table import page
 
@@ -76,7 +80,25 @@ def plan(words: list[str]) -> None:
         raise UserError("missing --gpus, for example --gpus 8xA100-80 or --gpus cpu")
     if note := length_note(args.config, args.own_text):
         print(note)
-    print(describe(predict(args.config, parse_hardware(args.gpus))))
+    prices = args.dollars_per_hour
+    for price in prices:
+        check_limit("dollars_per_hour", price)
+    if prices and len(prices) != len(args.gpus):
+        raise UserError(f"{len(prices)} --dollars-per-hour for {len(args.gpus)} --gpus; give one for each")
+    forecasts = [predict(args.config, parse_hardware(text)) for text in args.gpus]
+    if len(forecasts) > 1:
+        print(compare(forecasts, prices))
+    else:
+        print(describe(forecasts[0], dollars_per_hour=prices[0] if prices else None))
+
+
+def check_limit(name: str, value: float) -> None:
+    """
+    Raises:
+        UserError: not a positive number.
+    """
+    if not 0 < value < float("inf"):
+        raise UserError(f"--{name.replace('_', '-')} is {value}, but must be above 0 and finite")
 
 
 def describe_dry_run(args: RunArgs) -> str:
@@ -144,9 +166,8 @@ def preflight(words: list[str]) -> None:
     args = parse_run_args(PreflightArgs, words, PREFLIGHT_USAGE)
     config = args.config
     for name in ("max_hours", "dollars_per_hour"):
-        value = getattr(args, name)
-        if value is not None and not 0 < value < float("inf"):
-            raise UserError(f"--{name.replace('_', '-')} is {value}, but must be above 0 and finite")
+        if (value := getattr(args, name)) is not None:
+            check_limit(name, value)
     from myllm.data.prepare.background import check_data_names
 
     if launcher.local_rank() == 0:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from myllm.config import RunConfig
 from myllm.errors import UserError, did_you_mean
-from myllm.formatting import format_gib
+from myllm.formatting import format_gib, format_si
 
 from .batch import batch_plan, micro_batch_sizes
 from .disk import disk_estimate_bytes
@@ -26,6 +26,8 @@ CONTEXT_BYTES = 0.6 * GIB
 """The CUDA context with torch's kernels, outside torch's allocator: usually 0.4 to 0.6 GiB. Not measured here."""
 NCCL_BYTES = 0.5 * GIB
 """NCCL's buffers with several ranks. A guess, not measured here."""
+CPU_TOKENS = 4_096
+"""Of a micro-batch. A CPU gains nothing from more (docs/experiments.md), and has memory for far more."""
 EXPECTED_MFU = (0.30, 0.50)
 """Fraction of the GPU's bfloat16 peak that compiled models of 50M to 1B parameters reach. From published runs with the
 same FLOP count (6 N + 12 n_layers d_model T), as of March 2026: on H100 nanochat d16 37 % and d24 50.0 % (8 GPUs; its
@@ -99,6 +101,17 @@ class Forecast:
         return with_micro_batch_size(self.config, self.largest or 1)
 
     @property
+    def run_config(self) -> RunConfig:
+        """The config with the micro-batch that the run uses: as set; with auto, the largest that fits; one that fits in
+        place of one that does not divide the batch, which no run accepts."""
+        size, sizes = self.config.train.micro_batch_size, micro_batch_sizes(self.config, self.hardware.count)
+        if size in sizes:
+            return self.config
+        if size == "auto" and self.hardware.device == "cpu":
+            return with_micro_batch_size(self.config, candidate_sizes(self.config, self.hardware.count, "cpu")[-1])
+        return self.fitted_config
+
+    @property
     def configured_batch_fits(self) -> bool:
         """True if the configured micro-batch fits and divides the batch."""
         size = self.config.train.micro_batch_size
@@ -149,6 +162,16 @@ def predict(config: RunConfig, hardware: Hardware) -> Forecast:
     return replace(forecast, largest=max(fitting, default=None))
 
 
+def candidate_sizes(config: RunConfig, world_size: int, device: str, val_tokens: int | None = None) -> list[int]:
+    """What train.micro_batch_size auto chooses from, ascending: every size that divides the batch and is not larger
+    than the validation data, if that is known."""
+    sizes, seq_len = micro_batch_sizes(config, world_size), config.model.max_seq_len
+    limit = (sizes[-1] if val_tokens is None else (val_tokens - 1) // seq_len) * seq_len
+    if device == "cpu":
+        limit = min(limit, CPU_TOKENS)
+    return [size for size in sizes if size * seq_len <= limit] or sizes[:1]
+
+
 def with_micro_batch_size(config: RunConfig, size: int) -> RunConfig:
     return replace(config, train=replace(config.train, micro_batch_size=size))
 
@@ -156,36 +179,71 @@ def with_micro_batch_size(config: RunConfig, size: int) -> RunConfig:
 # -- as text ----------------------------------------------------------------------------------------------------------
 
 
-def describe(forecast: Forecast, measured_time: str | None = None) -> str:
-    """The plan of a run: batch, parameters, memory by part, disk and time.
+def describe(forecast: Forecast, measured_time: str | None = None, dollars_per_hour: float | None = None) -> str:
+    """The plan of a run: batch, parameters, memory by part, disk, time and cost.
 
     Args:
         measured_time: in place of the time that follows from the GPU's peak.
+        dollars_per_hour: price of all GPUs together; None: no cost.
     """
     config, hardware, mode = forecast.config, forecast.hardware, forecast.mode
-    configured = config.train.micro_batch_size
-    as_configured = configured != "auto" and (forecast.configured_batch_fits or hardware.gpu is None)
-    shown = config if as_configured else forecast.fitted_config
+    configured, shown = config.train.micro_batch_size, forecast.run_config
     kind = "one process" if hardware.count == 1 else "FSDP" if mode.sharded else "DDP"
     checkpointing = ", activation checkpointing" * config.train.activation_checkpointing
     return "\n".join(
         [
             f"run          {config.name} on {hardware} ({kind}{checkpointing})",
             f"batch        {batch_plan(shown, hardware.count)}",
-            *([_auto_line(config, hardware.count)] if configured == "auto" and hardware.gpu is None else []),
+            *([_auto_line(forecast)] if configured == "auto" and hardware.gpu is None else []),
             *_size_lines(config),
             *_memory_lines(shown, mode),
             *(_fit_lines(forecast) if hardware.gpu else []),
             "disk         (estimate)",
             *(f"  {name:<30}{format_gib(size):>12}" for name, size in disk_estimate_bytes(config).items()),
             *([measured_time] if measured_time else _time_lines(forecast)),
+            *([_cost_line(forecast, dollars_per_hour)] if dollars_per_hour else []),
         ]
     )
 
 
-def _auto_line(config: RunConfig, count: int) -> str:
-    sizes = ", ".join(map(str, micro_batch_sizes(config, count)))
-    return f"             auto: training takes the largest micro-batch that fits of {sizes}; the memory below is for 1"
+def compare(forecasts: Sequence[Forecast], dollars_per_hour: Sequence[float]) -> str:
+    """A table of one run on several machines: memory and time and, if the machines' prices are given, cost."""
+    header = ("GPUs", "micro-batch", "peak memory", "tokens/s", "hours", *(["cost"] if dollars_per_hour else []))
+    rows = [header]
+    for index, forecast in enumerate(forecasts):
+        run, hardware = forecast.run_config, forecast.hardware
+        size, largest = run.train.micro_batch_size, forecast.largest
+        advice = f"{largest} fits" if largest else "not even 1 fits"
+        too_large = hardware.gpu is not None and size not in range((largest or 0) + 1)
+        ranges = [
+            "unknown" if found is None else " to ".join(map(spell, found))
+            for found, spell in ((forecast.tokens_per_s, format_si), (forecast.hours, "{:,.1f}".format))
+        ]
+        price = dollars_per_hour[index : index + 1]
+        cost = [_cost(forecast, price[0])] if price else []
+        peak = format_gib(predicted_bytes(run, forecast.mode))
+        rows.append((str(hardware), f"{size} (too large: {advice})" if too_large else str(size), peak, *ranges, *cost))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def _cost(forecast: Forecast, dollars_per_hour: float) -> str:
+    if forecast.hours is None:
+        return "unknown"
+    return " to ".join(f"${hours * dollars_per_hour:,.2f}" for hours in forecast.hours)
+
+
+def _cost_line(forecast: Forecast, dollars_per_hour: float) -> str:
+    return f"cost         {_cost(forecast, dollars_per_hour)} for these hours, at ${dollars_per_hour:,.2f} per hour"
+
+
+def _auto_line(forecast: Forecast) -> str:
+    config, hardware = forecast.config, forecast.hardware
+    sizes = ", ".join(map(str, candidate_sizes(config, hardware.count, hardware.device)))
+    return (
+        f"             auto: training takes the largest micro-batch that fits of {sizes}; the memory below is for "
+        f"{forecast.run_config.train.micro_batch_size}"
+    )
 
 
 def _size_lines(config: RunConfig) -> list[str]:
@@ -226,19 +284,21 @@ def _fit_lines(forecast: Forecast) -> list[str]:
     ]
     if largest is None:
         lines += [
-            "fits         no: one sequence is too much (the prediction above is for one)",
+            "fits         no: one sequence is too much",
             "advice       lower model.max_seq_len, model.n_layers or model.d_model, or try "
             "--train.activation-checkpointing" + (" or --train.parallel fsdp" if several else ""),
         ]
-    elif configured in ("auto", largest):
-        lines.append(f"micro-batch  {largest} is the largest that fits and divides the batch")
+    elif configured == "auto":
+        lines.append(f"micro-batch  auto: {largest}, the largest that is predicted to fit; the run tries it first")
+    elif configured == largest:
+        lines.append(f"micro-batch  {largest}, as set, is the largest that fits and divides the batch")
     else:
         divides = configured in micro_batch_sizes(config, hardware.count)
         reason = "does not fit" if divides else "does not divide the batch"
-        verdict = "fits too" if forecast.configured_batch_fits else reason
+        verdict = "fits" if forecast.configured_batch_fits else reason
         lines.append(
-            f"micro-batch  {largest} is the largest that fits: --train.micro-batch-size {largest} ({configured}, as "
-            f"set, {verdict})"
+            f"micro-batch  {configured}, as set, {verdict}; the largest that fits is {largest}: "
+            f"--train.micro-batch-size {largest}, or auto"
         )
     return lines
 

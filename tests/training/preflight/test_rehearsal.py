@@ -31,13 +31,11 @@ from myllm.distributed.collectives import DistContext
 from myllm.errors import UserError
 from myllm.evals.tasks import TASKS
 from myllm.planning.disk import checkpoint_bytes
-from myllm.planning.forecast import Hardware, describe, predict
+from myllm.planning.forecast import CPU_TOKENS, Hardware, candidate_sizes, describe, predict
 from myllm.presets import get_preset
 from myllm.training.loop import train
 from myllm.training.preflight import batch_size, rehearsal, scratch, summary
 from myllm.training.preflight.batch_size import (
-    CPU_TOKENS,
-    candidate_sizes,
     largest_that_fits,
     measure_peak_bytes,
     resolve_micro_batch_size,
@@ -325,14 +323,11 @@ def test_memory_that_bends() -> None:
 
 def test_sizes_keep_the_batch_exact(config: RunConfig) -> None:
     twelve = with_train(config, batch_tokens=12 * 64)
-    assert candidate_sizes(twelve, ALONE) == [1, 2, 3, 4, 6, 12]
-    assert candidate_sizes(twelve, ALONE, val_tokens=5 * 64) == [1, 2, 3, 4]
-    assert candidate_sizes(twelve, DistContext(0, 0, 2, CPU)) == [1, 2, 3, 6]
-    assert candidate_sizes(with_train(config, batch_tokens=128 * 64), ALONE)[-1] == CPU_TOKENS // 64
-    assert (
-        candidate_sizes(with_train(config, batch_tokens=128 * 64), DistContext(0, 0, 1, torch.device("cuda")))[-1]
-        == 128
-    )
+    assert candidate_sizes(twelve, 1, "cpu") == [1, 2, 3, 4, 6, 12]
+    assert candidate_sizes(twelve, 1, "cpu", val_tokens=5 * 64) == [1, 2, 3, 4]
+    assert candidate_sizes(twelve, 2, "cpu") == [1, 2, 3, 6]
+    assert candidate_sizes(with_train(config, batch_tokens=128 * 64), 1, "cpu")[-1] == CPU_TOKENS // 64
+    assert candidate_sizes(with_train(config, batch_tokens=128 * 64), 1, "cuda")[-1] == 128
 
 
 def test_auto_is_settled_once(config: RunConfig, temp_data: Path) -> None:
@@ -417,8 +412,8 @@ def test_auto_in_a_file_and_in_the_plan(config: RunConfig, tmp_path: Path) -> No
     with pytest.raises(UserError, match=r"train\.micro_batch_size: expected an integer or 'auto', found 'most'"):
         load_config(path, RunConfig())
     output = describe(predict(with_train(config, micro_batch_size="auto", batch_tokens=256), Hardware(1)))
-    assert "1 sequences x 64 tokens x 1 rank(s) x 4 accumulation step(s) = 256 tokens per step" in output
-    assert "auto: training takes the largest micro-batch that fits of 1, 2, 4; the memory below is for 1" in output
+    assert "4 sequences x 64 tokens x 1 rank(s) x 1 accumulation step(s) = 256 tokens per step" in output
+    assert "auto: training takes the largest micro-batch that fits of 1, 2, 4; the memory below is for 4" in output
 
 
 def test_the_command(config: RunConfig, tmp_path: Path, temp_data: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,7 @@ from myllm.files import write_json
 from myllm.formatting import format_gib
 from myllm.paths import RunPaths
 from myllm.planning.batch import batch_plan, micro_batch_sizes
-from myllm.planning.forecast import with_micro_batch_size
+from myllm.planning.forecast import candidate_sizes, with_micro_batch_size
 from myllm.planning.memory_estimate import ComputeMode, predicted_bytes
 from myllm.runs.history import read_json_or_empty
 from myllm.training.setup import RunContext, build
@@ -27,8 +27,6 @@ from myllm.training.step import train_step
 from .device_memory import OutOfMemory, memory_limit_bytes, reset_peak, run_within_memory
 from .scratch import random_dataset, reset_compiler, scratch_folder
 
-CPU_TOKENS = 4_096
-"""A CPU gains nothing from larger micro-batches (docs/experiments.md), and has memory for far larger ones."""
 MEMORY_ACCUM_STEPS = 2
 """With two accumulation steps, a step holds everything in memory that it ever holds."""
 IRRELEVANT_SETTINGS = ("max_steps", "micro_batch_size", "fresh", "seed", "keep_last")
@@ -59,7 +57,7 @@ def resolve_micro_batch_size(
     """
     if config.train.micro_batch_size != "auto":
         return config, ""
-    sizes = candidate_sizes(config, dist, val_tokens)
+    sizes = candidate_sizes(config, dist.world_size, dist.device.type, val_tokens)
     earlier, unchanged = distributed.broadcast_object(_size_of_run(config, dist) if dist.is_rank_zero else None)
     if unchanged and earlier in micro_batch_sizes(config, dist.world_size):
         return _resolved(config, earlier, "as this run began")
@@ -97,15 +95,6 @@ def nothing_fits_message(config: RunConfig, limit_bytes: int) -> str:
 
 
 # -- trials -----------------------------------------------------------------------------------------------------------
-
-
-def candidate_sizes(config: RunConfig, dist: DistContext, val_tokens: int | None = None) -> list[int]:
-    """Every size that divides the batch and is not larger than the validation data, if that is known."""
-    sizes, seq_len = micro_batch_sizes(config, dist.world_size), config.model.max_seq_len
-    limit = (sizes[-1] if val_tokens is None else (val_tokens - 1) // seq_len) * seq_len
-    if dist.device.type == "cpu":
-        limit = min(limit, CPU_TOKENS)
-    return [size for size in sizes if size * seq_len <= limit] or sizes[:1]
 
 
 def largest_that_fits(sizes: list[int], measure: Callable[[int], int | None], limit_bytes: int) -> int | None:

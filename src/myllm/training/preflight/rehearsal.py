@@ -26,6 +26,7 @@ from myllm.evals.tasks import TASKS
 from myllm.files import folder_bytes
 from myllm.paths import RunPaths
 from myllm.planning.batch import batch_plan
+from myllm.planning.forecast import candidate_sizes
 from myllm.planning.length import length_note, resolve_max_steps
 from myllm.runs.heartbeat import Heartbeat
 from myllm.runs.reference_curve import ReferenceWatch
@@ -36,7 +37,6 @@ from myllm.training.stop_signals import StopRequest
 
 from .batch_size import (
     MEMORY_ACCUM_STEPS,
-    candidate_sizes,
     is_safe_to_try,
     largest_that_fits,
     memory_probe,
@@ -135,7 +135,9 @@ def _rehearse(result: PreflightResult, tokenizer: Tokenizer, say: Say) -> Prefli
         except OutOfMemory:
             pass
         say(f"out of memory with train.micro_batch_size {size}; looking for one that fits")
-        smaller = [candidate for candidate in candidate_sizes(config, dist) if candidate < size]
+        smaller = [
+            candidate for candidate in candidate_sizes(config, dist.world_size, dist.device.type) if candidate < size
+        ]
         fitting = largest_that_fits(smaller, memory_probe(config, dataset, dist, limit_bytes), limit_bytes)
         return replace(result, out_of_memory=True, fitting_size=fitting)
 
