@@ -116,7 +116,8 @@ def test_preparing_data_needs_no_torch() -> None:
 def test_training_loads_only_what_it_needs() -> None:
     """Reports and publishing come after the end; a rehearsal before the beginning; a dump only with bad numbers."""
     loaded = modules_loaded("import pretrain, myllm.training.loop")
-    late = r"(matplotlib|tkinter|IPython|transformers|myllm\.(runs\.report|hub|training\.(preflight|anomaly)))(\.|$)"
+    ours = r"myllm\.(runs\.(report|trackers)|hub|training\.(preflight|anomaly))"
+    late = rf"(matplotlib|tkinter|IPython|transformers|tensorboard|wandb|{ours})(\.|$)"
     assert not [name for name in loaded if re.match(late, name)]
 
 

@@ -36,6 +36,7 @@ OPTIONS = [
     "prove-resume --config PATH", "tune --config PATH", "tune debug --data.dataset PATH",
     "ladder debug small-50m --data.dataset PATH", "ladder PATH debug --data.dataset x",
     "data delete PATH", "runs delete PATH", "runs rename PATH x", "runs rename RUN PATH", "runs archive PATH",
+    "runs sync PATH --to tensorboard",
 ]  # fmt: skip
 NOT_PATHS = {"data list", "doctor"}
 

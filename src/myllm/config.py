@@ -234,6 +234,8 @@ class TrainConfig:
     """Save and stop before the process has run for this many seconds, with exit code 75 (default: no limit)."""
     collective_timeout_s: float = 300.0
     """Stop all ranks if one keeps the others waiting this many seconds in a step (elsewhere: half an hour)."""
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = ()
+    """Send the metrics to these experiment trackers too (docs/trackers.md)."""
     fresh: bool = False
     """Start over. An older run of the same name is moved aside, never deleted."""
 

@@ -121,6 +121,8 @@ LADDER = Schema("ladder")
 """ladder.json."""
 TUNE = Schema("search")
 """tune.json of a search."""
+TRACKER = Schema("tracker's record")
+"""trackers/NAME.json of runs."""
 ROW = Schema("row", (Change({"receipt": "sample_digest", "receipt_since_step": "sample_digest_since_step"}),))
 """A line of metrics.jsonl or samples.jsonl. Lines have no version: all changes are applied to each."""
 

@@ -121,6 +121,9 @@ class RunPaths:
     """Stack traces of all ranks, if one of them stopped responding."""
     profile = _Below("profile")
     """Output of pretrain.py --profile."""
+    tensorboard = _Below("tensorboard")
+    trackers = _Below("trackers")
+    """What each experiment tracker has of the run."""
     published = _Below("published.json")
     plots = _Below("plots")
     report = _Below("report.html")

@@ -99,6 +99,10 @@ def parse_run_args(kind: type[RunArgs], words: list[str], usage: str) -> Any:
     # Without torchrun, WORLD_SIZE is a plan for later, not the number of processes of this command.
     check_config(args.config, ranks.world_size() if args.planning or ranks.is_launched() else 1)
     check_training_tasks(args.config.eval.tasks)
+    if args.config.train.trackers:
+        from myllm.runs.trackers.destinations import check_installed
+
+        check_installed(args.config.train.trackers)
     if RunPaths.of(args.config.name).checkpoints.is_dir():
         from myllm.runs.saved_settings import keep_saved_settings
 

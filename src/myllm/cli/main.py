@@ -108,6 +108,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "runs delete": runs_cli.delete,
     "runs rename": runs_cli.rename,
     "runs archive": runs_cli.archive,
+    "runs sync": runs_cli.sync,
     "report": report,
     "replay": replay_cli.replay,
     "status": status,

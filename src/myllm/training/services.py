@@ -145,6 +145,11 @@ def start_services(
         saver = stack.enter_context(AsyncSaver(config, ctx.paths, trainer.model, trainer.optimizer, tokenizer, dist))
         saver.check_disk_space(step)
         stack.enter_context(Watchdog(ctx, heartbeat, loader, stop))
+        if dist.is_rank_zero:
+            for tracker in config.train.trackers:
+                from myllm.runs.trackers.background import track  # loaded only if used
+
+                stack.enter_context(track(ctx.paths, tracker, ctx.log))
         hidden = None if dist.is_rank_zero else True  # None: shown only on a terminal
         bar = stack.enter_context(
             tqdm(total=max_steps, initial=step, bar_format=BAR_FORMAT, disable=hidden, leave=False)

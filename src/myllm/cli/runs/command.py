@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import shlex
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -50,6 +50,23 @@ def list_runs(as_json: Annotated[bool, tyro.conf.arg(name="json")] = False) -> N
     print(format_table([TITLES, *rows], right=range(2, 7)))
     total = format_bytes(sum(run.bytes for run in runs))
     print(f"\n{len(runs)} run{'s' if len(runs) > 1 else ''}, {total}, under {paths.runs_dir()}")
+
+
+def sync(run: Positional[str], to: Literal["tensorboard", "wandb", "trackio", "mlflow"]) -> None:
+    """Send the metrics of a run to an experiment tracker, all that it does not have.
+
+    Args:
+        run: name or folder of the run.
+        to: the tracker.
+    """
+    from myllm.runs.history import find_run, read_metrics
+    from myllm.runs.trackers import background
+    from myllm.runs.trackers.destinations import check_installed, view_command
+
+    check_installed((to,))
+    folder = find_run(run)
+    read_metrics(folder.metrics)  # raises for a missing run
+    print(f"{background.sync(folder, to):,} rows sent to {to}: {view_command(to, folder)}")
 
 
 def _number(loss: float) -> str:
