@@ -1,5 +1,7 @@
 """Presets are what their names promise."""
 
+import dataclasses
+
 import pytest
 
 from myllm.config import RunConfig
@@ -86,6 +88,21 @@ def test_lf_llm_269m():
     assert config.data.source == "fineweb-edu-10bt"
     assert config.data.val_tokens >= config.eval.validation_tokens
     assert config.eval.validation_tokens == 30 * 262_144
+
+
+def test_the_smaller_presets_have_the_recipe_of_the_large_one():
+    large = get_preset("lf-llm-269m-modern").optim
+    for name, batch_tokens in (("small-50m", 131_072), ("default-150m", 524_288)):
+        config = get_preset(name)
+        tokens = config.train.max_steps * batch_tokens / (7_630 * 524_288)
+        scale = (1_024 / config.model.d_model) ** 0.5 * tokens**-0.32 * (batch_tokens / 524_288) ** 0.5
+        assert config.optim.muon_lr == pytest.approx(large.muon_lr * scale, rel=0.08)
+        assert config.optim.max_lr == pytest.approx(large.max_lr * scale, rel=0.08)
+        decay = large.muon_lr * large.weight_decay * 7_630 / (config.optim.muon_lr * config.train.max_steps)
+        assert config.optim.weight_decay == pytest.approx(decay, rel=0.08)
+        rates = {"muon_lr": large.muon_lr, "max_lr": large.max_lr, "weight_decay": large.weight_decay}
+        assert dataclasses.replace(config.optim, **rates) == large
+        assert config.model.init == "zero_residual"
 
 
 def test_modern_presets_have_no_dropout_and_normed_queries():

@@ -141,7 +141,7 @@ def test_a_short_trial_of_a_long_preset_says_that_its_warm_up_is_shorter():
     assert warmup_note(config) is None
     short = replace(config, train=replace(config.train, max_steps=100))
     assert max(rates(short.optim, 100, list(range(100)))) == rates(short.optim, 100, [24])[0] == short.optim.max_lr
-    note = "warm-up takes 25 steps instead of optim.warmup_steps 250: at most a quarter of train.max_steps 100"
+    note = "warm-up takes 25 steps instead of optim.warmup_steps 40: at most a quarter of train.max_steps 100"
     assert warmup_note(short) == note
     assert note in describe(predict(short, Hardware(1)))
     assert note in describe(predict(short, parse_hardware("H100")))

@@ -165,8 +165,8 @@ def check_resumable(saved: dict[str, Any], config: RunConfig, folder: Path) -> l
         raise UserError(
             f"the checkpoint {folder} was made with other settings:\n"
             + "\n".join(f"  - {line}" for line in refused)
-            + "\ngive the same ones to resume, another --name to start a second run, or --train.fresh to start over "
-            "(the old run is moved aside)"
+            + f"\ngive the same ones to resume (--config {folder / 'config.json'}), another --name to start a second "
+            "run, or --train.fresh to start over (the old run is moved aside)"
         )
     return changed
 
