@@ -7,9 +7,8 @@
     temp_data/tokenizers/<source>-<size>/          tokenizers trained here
     temp_data/micro_batches/<run name>.json        micro-batch size that a preflight found for a run
     temp_data/runs/<run name>/                     everything that a run writes
+    temp_data/comparisons/<run>+<run>.html         pages of `myllm report A B`
     temp_data/ladder/<name>/                       results of a ladder, whose runs are ordinary runs
-
-
     temp_data/tune/<name>/                         results of a search, whose runs are ordinary runs
 
 Set MYLLM_DATA to keep temp_data/ elsewhere, such as on a large scratch disk. If the package was installed from a wheel,
@@ -78,6 +77,10 @@ def micro_batch_file(run_name: str) -> Path:
 
 def runs_dir() -> Path:
     return temp_data() / "runs"
+
+
+def comparisons_dir() -> Path:
+    return temp_data() / "comparisons"
 
 
 def ladder_dir(name: str) -> Path:

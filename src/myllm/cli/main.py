@@ -34,19 +34,15 @@ from .tune import command as tune_cli
 Positional = tyro.conf.Positional
 
 
-def report(run: Positional[str]) -> None:
-    """Redraw a run's plots and report.html.
+def report(runs: Positional[tuple[str, ...]]) -> None:
+    """Redraw a run's plots and report.html, or compare several runs on one page.
 
     Args:
-        run: name or folder of the run.
+        runs: names or folders of runs.
     """
-    from myllm.runs.history import find_run, read_metrics
+    from .runs.report import draw
 
-    folder = find_run(run)
-    read_metrics(folder.metrics)  # raises for a missing run before Matplotlib is imported, which takes a second
-    from myllm.runs.report.html import write_report
-
-    print(write_report(folder))
+    print(draw(runs))
 
 
 def doctor(distributed: bool = False, device: Literal["auto", "cpu", "cuda"] = "auto", timeout_s: float = 60.0) -> None:

@@ -31,6 +31,8 @@ class Metrics:
     """Number of unreadable lines."""
     overhead: dict[str, float] = field(default_factory=dict)
     """Seconds outside training steps by activity, summed over all starts of the run."""
+    starts: list[int] = field(default_factory=list)
+    """The first logged step of each start."""
 
     @property
     def last_step(self) -> int:
@@ -61,6 +63,16 @@ class Metrics:
             return np.full(len(steps), np.nan)
         known_steps = column(self.train, "step")[known]
         return np.interp(steps, np.append(0, known_steps), np.append(0, tokens[known]))
+
+    def seconds_at(self, steps: np.ndarray) -> np.ndarray:
+        """Seconds of training, without evaluations and checkpoints, up to these steps; NaN if unknown.
+
+        Shapes: (N,) -> (N,)
+        """
+        seconds = self._training_s_by_row()
+        if not np.isfinite(seconds).any():
+            return np.full(len(steps), np.nan)
+        return np.interp(steps, np.append(0, column(self.train, "step")), np.append(0, np.nancumsum(seconds)))
 
     def training_s(self) -> float:
         """Seconds in training steps, without evaluations and checkpoints; NaN if unknown."""
@@ -108,6 +120,7 @@ def read_metrics(path: Path) -> Metrics:
     train: list[Row] = []
     evals: dict[str, list[Row]] = {}
     overhead: Counter[str] = Counter()
+    starts: set[int] = set()
     for row in rows:
         match row:
             case {"kind": "train"}:
@@ -116,6 +129,7 @@ def read_metrics(path: Path) -> Metrics:
                 _append_at_step(evals.setdefault(str(name), []), row)
             case {"kind": "overhead" | "apart", "seconds": dict(seconds)}:  # "apart": its name in earlier versions
                 overhead.update({str(activity): value for activity, value in seconds.items() if as_float(value) > 0})
+                starts |= {row["step"]} if "starting" in seconds else set()
             case _:
                 skipped += 1
     if not train and not evals:
@@ -124,7 +138,7 @@ def read_metrics(path: Path) -> Metrics:
             "Wait for the run's first logged step, then try again."
         )
     evals = {name: _of_newest_protocol(rows) for name, rows in evals.items()}
-    return Metrics(train, evals, skipped, dict(overhead))
+    return Metrics(train, evals, skipped, dict(overhead), sorted(starts))
 
 
 def read_samples(path: Path) -> dict[str, list[Row]]:

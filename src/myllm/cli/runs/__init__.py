@@ -1,6 +1,7 @@
 """`myllm runs`: the runs of this machine, and what to do with those that are over.
 
 command   the command lines
+report    the page of a run, or of several
 datasets  prepared data sets, and the runs that use them
 confirm   ask before anything is removed
 """

@@ -37,12 +37,12 @@ def finite_points(rows: list[Row], key: str) -> tuple[np.ndarray, np.ndarray]:
     return column(rows, "step")[finite], values[finite]
 
 
-def downsample(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Keep about MAX_POINTS points: the lowest and the highest of each bin, so that no spike is lost."""
-    if len(steps) <= MAX_POINTS:
+def downsample(steps: np.ndarray, values: np.ndarray, max_points: int = MAX_POINTS) -> tuple[np.ndarray, np.ndarray]:
+    """Keep about `max_points` points: the lowest and the highest of each bin, so that no spike is lost."""
+    if len(steps) <= max_points:
         return steps, values
     kept = {0, len(steps) - 1}
-    for indices in np.array_split(np.arange(len(steps)), MAX_POINTS // 2):
+    for indices in np.array_split(np.arange(len(steps)), max_points // 2):
         kept |= {indices[values[indices].argmin()], indices[values[indices].argmax()]}
     index = np.array(sorted(kept))
     return steps[index], values[index]

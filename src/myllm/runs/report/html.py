@@ -4,7 +4,7 @@ The page is the template report.html with the styles of report.css; this module 
 """
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,7 +57,7 @@ def write_report(run: RunPaths) -> Path:
     samples, environment = read_samples(run.samples), read_json_or_empty(run.environment)
     figures = save_figures(metrics, config, run.plots)
     command = _command(environment)
-    page = page_template("myllm.runs.report", flatten=_flatten, sample=_shorten, text=_text).render(
+    page = page_template("myllm.runs.report", flatten=flatten, sample=shorten_sample, text=as_text).render(
         name=run.root.name,
         subtitle=_subtitle(config, environment),
         step=metrics.last_step,
@@ -84,12 +84,12 @@ def write_report(run: RunPaths) -> Path:
 
 
 def _subtitle(config: Row, environment: Row) -> str:
-    device = _text(environment.get("device_name") or environment.get("device"))
+    device = as_text(environment.get("device_name") or environment.get("device"))
     world_size = as_float(environment.get("world_size"))
     parts = [
-        _text(environment.get("source") or section(config, "data").get("source")),
+        as_text(environment.get("source") or section(config, "data").get("source")),
         f"{world_size:.0f} x {device}" if device and world_size > 1 else device,
-        _text(environment.get("started")).replace("T", " ")[:16],
+        as_text(environment.get("started")).replace("T", " ")[:16],
     ]
     return " · ".join(filter(None, parts))
 
@@ -101,17 +101,21 @@ def _cards(metrics: Metrics, config: Row, environment: Row) -> list[Card]:
     mfu, model = as_float(train.get("mfu")), section(config, "model")
     shape = [f"{model[key]} {word}" for key, word in SHAPE_WORDS.items() if key in model]
     cards = [
-        Card("Validation loss", _value(validation, "loss", _loss), at and f"nats per token, {at}"),
-        Card("Perplexity", _value(validation, "perplexity", _perplexity), at),
-        Card("Bits per byte", _value(validation, "bits_per_byte", _loss), at),
+        Card("Validation loss", value_text(validation, "loss", format_loss), at and f"nats per token, {at}"),
+        Card("Perplexity", value_text(validation, "perplexity", format_perplexity), at),
+        Card("Bits per byte", value_text(validation, "bits_per_byte", format_loss), at),
         _accuracy_card(metrics, "cloze", "Cloze accuracy"),
         _accuracy_card(metrics, "hellaswag", "HellaSwag accuracy"),
         _tasks_card(metrics),
-        Card("Training loss", "" if validation else _value(train, "loss", _loss), "nats per token, newest row"),
-        Card("Tokens seen", _value(train, "tokens", format_si), _epochs(train, environment)),
-        Card("Tokens per second", _value(train, "tokens_per_s", format_si), f"{format_percent(mfu)} MFU" * (mfu > 0)),
+        Card(
+            "Training loss", "" if validation else value_text(train, "loss", format_loss), "nats per token, newest row"
+        ),
+        Card("Tokens seen", value_text(train, "tokens", format_si), _epochs(train, environment)),
+        Card(
+            "Tokens per second", value_text(train, "tokens_per_s", format_si), f"{format_percent(mfu)} MFU" * (mfu > 0)
+        ),
         Card("Training time", format_duration(metrics.training_s()), "without evaluations"),
-        Card("Parameters", _value(environment, "parameters", format_si), ", ".join(shape)),
+        Card("Parameters", value_text(environment, "parameters", format_si), ", ".join(shape)),
     ]
     return [card for card in cards if card.value]
 
@@ -123,8 +127,10 @@ def _accuracy_card(metrics: Metrics, name: str, title: str) -> Card:
     if row and (chance := chance_accuracy(name, row)):
         details.append(f"chance {chance * 100:.0f}\N{NO-BREAK SPACE}%")
     if "acc_blind" in row:
-        details.append(f"without the context {_value(row, 'acc_blind', format_percent)}")
-    return Card(title, _value(row, accuracy_key(metrics.rows(name)), format_percent), ", ".join(filter(None, details)))
+        details.append(f"without the context {value_text(row, 'acc_blind', format_percent)}")
+    return Card(
+        title, value_text(row, accuracy_key(metrics.rows(name)), format_percent), ", ".join(filter(None, details))
+    )
 
 
 def _tasks_card(metrics: Metrics) -> Card:
@@ -143,7 +149,7 @@ def _epochs(train: Row, environment: Row) -> str:
     return f"{format_number(100 * epochs)}\N{NO-BREAK SPACE}% of the data" if epochs > 0 else ""
 
 
-def _shorten(sample: Any) -> str:
+def shorten_sample(sample: Any) -> str:
     text = str(sample).removeprefix(" ")
     return text if len(text) <= MAX_SAMPLE_CHARS else text[:MAX_SAMPLE_CHARS] + " ..."
 
@@ -151,20 +157,36 @@ def _shorten(sample: Any) -> str:
 # -- tables -----------------------------------------------------------------------------------------------------------
 
 
-def _eval_table(metrics: Metrics) -> dict[str, Any]:
-    """Columns and rows of the table of evaluations, with at most MAX_TABLE_ROWS of the evaluated steps."""
+class EvalColumn(NamedTuple):
+    """One number of one evaluation."""
+
+    group: str
+    title: str
+    name: str
+    """Of the evaluation."""
+    key: str
+    """Of the number in its rows."""
+    format_value: Callable[[float], str]
+
+
+def eval_columns(metrics: Metrics) -> list[EvalColumn]:
+    """What a table shows of the evaluations that a run has."""
     columns = [
-        ("Validation", "loss", "validation", "loss", _loss),
-        ("", "perplexity", "validation", "perplexity", _perplexity),
-        ("", "bits per byte", "validation", "bits_per_byte", _loss),
-        ("", "token accuracy", "validation", "token_accuracy", format_percent),
-        ("Cloze", "accuracy", "cloze", accuracy_key(metrics.rows("cloze")), format_percent),
+        EvalColumn("Validation", "loss", "validation", "loss", format_loss),
+        EvalColumn("", "perplexity", "validation", "perplexity", format_perplexity),
+        EvalColumn("", "bits per byte", "validation", "bits_per_byte", format_loss),
+        EvalColumn("", "token accuracy", "validation", "token_accuracy", format_percent),
         *(
-            (title, "accuracy", name, accuracy_key(metrics.rows(name)), format_percent)
-            for name, title in TASK_TITLES.items()
+            EvalColumn(title, "accuracy", name, accuracy_key(metrics.rows(name)), format_percent)
+            for name, title in {"cloze": "Cloze", **TASK_TITLES}.items()
         ),
     ]
-    columns = [column for column in columns if metrics.rows(column[2])]
+    return [column for column in columns if metrics.rows(column.name)]
+
+
+def _eval_table(metrics: Metrics) -> dict[str, Any]:
+    """Columns and rows of the table of evaluations, with at most MAX_TABLE_ROWS of the evaluated steps."""
+    columns = eval_columns(metrics)
     by_step = {name: {row["step"]: row for row in metrics.rows(name)} for _, _, name, _, _ in columns}
     steps = sorted(set().union(*by_step.values()))
     shown = steps
@@ -172,7 +194,7 @@ def _eval_table(metrics: Metrics) -> dict[str, Any]:
         shown = [steps[index] for index in np.linspace(0, len(steps) - 1, MAX_TABLE_ROWS).round().astype(int)]
     rows = [
         [f"{step:,}", format_si(tokens) if tokens >= 0 else ""]
-        + [_value(by_step[name].get(step, {}), key, format_value) for _, _, name, key, format_value in columns]
+        + [value_text(by_step[name].get(step, {}), key, format_value) for _, _, name, key, format_value in columns]
         for step, tokens in zip(shown, metrics.tokens_at(shown), strict=True)
     ]
     return {"headings": [column[:2] for column in columns], "rows": rows, "n_steps": len(steps)}
@@ -209,30 +231,30 @@ def _config_groups(config: Row) -> dict[str, Row]:
 # -- values as text ---------------------------------------------------------------------------------------------------
 
 
-def _value(row: Row, key: str, format_value=format_number) -> str:
+def value_text(row: Row, key: str, format_value=format_number) -> str:
     """A row's number as text; empty if it has none."""
     value = row.get(key)
     return format_value(as_float(value)) if isinstance(value, int | float) else ""
 
 
-def _loss(value: float) -> str:
+def format_loss(value: float) -> str:
     return f"{value:.4f}" if np.isfinite(value) else format_number(value)
 
 
-def _perplexity(value: float) -> str:
+def format_perplexity(value: float) -> str:
     return f"{value:.2f}" if value < 1_000 else format_si(value)
 
 
-def _flatten(values: Row, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(values: Row, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Nested settings as ("versions.torch", value) pairs."""
     for key, value in values.items():
         if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
 
-def _text(value: Any) -> str:
+def as_text(value: Any) -> str:
     match value:
         case None:
             return ""
@@ -241,6 +263,6 @@ def _text(value: Any) -> str:
         case int():
             return f"{value:,}" if abs(value) >= 10_000 else str(value)
         case list():
-            return " | ".join(map(_text, value))
+            return " | ".join(map(as_text, value))
         case _:
             return str(value)
