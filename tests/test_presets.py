@@ -1,11 +1,18 @@
 """Presets are what their names promise."""
 
 import dataclasses
+import json
+import math
+import random
+import subprocess
+import sys
 
 import pytest
+from conftest import ROOT, eval_rows
 
 from myllm.config import RunConfig
 from myllm.errors import UserError
+from myllm.inference.load import load_model
 from myllm.planning.batch import batch_plan
 from myllm.planning.flops import n_parameters
 from myllm.presets import PRESETS, describe_presets, get_preset
@@ -30,7 +37,7 @@ def test_a_call_makes_a_new_one():
 def test_unknown():
     with pytest.raises(UserError, match="unknown preset 'gpt2', did you mean 'gpt2-124m'"):
         get_preset("gpt2")
-    with pytest.raises(UserError, match="known presets: debug, small-50m"):
+    with pytest.raises(UserError, match="known presets: debug, tinystories-laptop, small-50m"):
         get_preset("zzz")
 
 
@@ -106,7 +113,7 @@ def test_the_smaller_presets_have_the_recipe_of_the_large_one():
 
 
 def test_modern_presets_have_no_dropout_and_normed_queries():
-    for name in ("small-50m", "default-150m", "debug"):
+    for name in ("small-50m", "default-150m", "debug", "tinystories-laptop"):
         model = get_preset(name).model
         assert model.dropout_embedding == model.dropout_attention_residual == model.dropout_ffn == 0
         assert (model.position, model.norm, model.activation, model.qk_norm) == ("rope", "rmsnorm", "swiglu", True)
@@ -117,3 +124,36 @@ def test_debug_needs_no_network_and_no_gpu():
     config = get_preset("debug")
     assert config.data.source == "python-stdlib"
     assert config.train.device == "cpu"
+
+
+def test_tinystories_laptop():
+    config = get_preset("tinystories-laptop")
+    model = config.model
+    # Tied embedding; per layer q, k, v, o, three of the MLP, two norms and those of queries and keys; a last norm.
+    layer = 4 * 192 * 192 + 3 * 192 * 512 + 2 * 192 + 2 * 32
+    assert n_parameters(model) == 4_096 * 192 + 6 * layer + 192
+    assert config.data.tokenizer == f"train:{model.vocab_size}"
+    assert config.train.max_steps * config.train.batch_tokens <= config.data.target_tokens, "one epoch"
+
+
+def test_tinystories_laptop_without_the_hub(tmp_path, temp_data):
+    """From stories made here to samples: it trains its vocabulary, prepares the text and takes two steps."""
+    chance = random.Random(0)
+    words = ["".join(chance.choices("bdfglmnprst") + chance.choices("aeiou") + ["n"] * (i % 2)) for i in range(99)]
+    stories = [" ".join("".join(chance.choices(words, k=3)) for _ in range(150)) for _ in range(400)]
+    rows = [json.dumps({"text": f"Once upon a time, {story}."}) for story in stories]
+    (tmp_path / "stories.jsonl").write_text("\n".join(rows))
+    overrides = (
+        "--data.workers 1 --train.device cpu --train.max-steps 2 --train.batch-tokens 1024 --train.micro-batch-size 4 "
+        "--optim.warmup-steps 0 --eval.validation-tokens 1024 --eval.sample-new-tokens 8"
+    )
+    command = [sys.executable, str(ROOT / "pretrain.py"), "tinystories-laptop", *overrides.split()]
+    command += ["--data.source", f"files:{tmp_path / 'stories.jsonl'}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert "training a tokenizer of 4,096 tokens" in done.stderr
+    run = temp_data / "runs" / "tinystories-laptop"
+    losses = [row["loss"] for row in eval_rows(run, "validation")]
+    assert losses[0] == pytest.approx(math.log(4_096), abs=0.5)
+    assert losses[-1] < losses[0]
+    assert load_model(str(run)).tokenizer.vocab_size == 4_096

@@ -101,7 +101,7 @@ class DataConfig:
     dataset: str | None = None
     """Train on this prepared data set (a name in temp_data/datasets, or a folder) instead of the source."""
     tokenizer: str = "r50k_base"
-    """GPT-2's tokenizer (r50k_base), or the path of a tokenizer.json."""
+    """GPT-2's tokenizer (r50k_base), the path of a tokenizer.json, or train:N: learn N tokens from the source first."""
     text_column: str | None = None
     """Column or key that contains the text (default: that of the source, or "text")."""
     suffixes: tuple[str, ...] = field(default=(), metadata={"option": "suffix"})

@@ -1,5 +1,6 @@
 """A trained tokenizer from text to samples; tokenizers are never mixed up."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from myllm.paths import RunPaths
 from myllm.presets import get_preset
 from myllm.runs.history import read_json_or_empty
 from myllm.training.loop import train
+from myllm.training.preflight.data_and_disk import find_prepared
 
 Learn = Callable[[str, int], Path]
 
@@ -133,3 +135,34 @@ def test_a_run_records_its_source_and_vocabulary(
         assert not any(word in card.lower() for word in ("fineweb", "odc-by", "r50k", "gpt-2", "datasets:"))
     assert vocabulary.name in text
     assert "control characters removed" in text
+
+
+def test_a_tokenizer_that_the_preparation_trains(tiny: RunConfig, learn: Learn, temp_data: Path) -> None:
+    """The same as that of `myllm tokenizer train`, and the same each time: from the text to a repaired shard."""
+    data = replace(tiny.data, tokenizer="train:400")
+    assert find_prepared(data) is None
+    dataset = prepare(data, progress=False)
+    assert (dataset.folder / "tokenizer.json").read_bytes() == learn("own", 400).read_bytes()
+    assert find_prepared(data).folder == dataset.folder
+
+    shutil.rmtree(temp_data / "tokenizers")
+    assert prepare(data, progress=False).folder == dataset.folder
+    shutil.rmtree(temp_data / "tokenizers")
+    next(dataset.folder.glob("train*")).write_bytes(b"")
+    verify(dataset.name, repair=True)
+
+    config = with_train(replace(tiny, data=data, model=replace(tiny.model, vocab_size=400)), max_steps=2)
+    folder = run(config)
+    saved = load_config(folder / "config.json", RunConfig())
+    assert saved.data.tokenizer in ("train:400", f"datasets/{dataset.name}/tokenizer.json")
+    assert load_model(str(folder)).tokenizer.sha256 == dataset.tokenizer().sha256
+    with pytest.raises(UserError, match="set it to 400"):
+        run(with_train(replace(config, model=tiny.model, name="other"), max_steps=2))
+
+
+def test_a_tokenizer_to_train_needs_a_number(tiny: RunConfig) -> None:
+    for size, message in (("", "no number of tokens"), ("many", "no number of tokens"), ("3", "vocab_size is 3")):
+        with pytest.raises(UserError, match=message):
+            prepare(replace(tiny.data, tokenizer=f"train:{size}"), progress=False)
+    with pytest.raises(UserError, match="exists only once data is prepared"):
+        load_tokenizer("train:400")

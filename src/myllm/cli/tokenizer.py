@@ -2,10 +2,8 @@
 
 import shlex
 import sys
-import tempfile
 from collections import deque
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +15,6 @@ from myllm.errors import UserError
 from myllm.paths import check_writable, user_path
 
 if TYPE_CHECKING:
-    from myllm.data.sources.source import Source
     from myllm.data.tokenizer.base import Tokenizer
 
 COMPARED_DOCUMENTS = 20
@@ -45,6 +42,7 @@ def tokenizer_train(
         out: output file (default: temp_data/tokenizers/SOURCE-SIZE/tokenizer.json).
         overwrite: replace an existing file.
     """
+    from myllm.data.prepare.spec import first_documents
     from myllm.data.sources.source import find_source
     from myllm.data.tokenizer.load import TOKENIZER_FILE, load_tokenizer
     from myllm.data.tokenizer.train import train_tokenizer
@@ -64,7 +62,7 @@ def tokenizer_train(
     sample: deque[str] = deque(maxlen=COMPARED_DOCUMENTS)
 
     def texts() -> Iterator[str]:
-        for text in _documents(found, documents):
+        for text in first_documents(found, documents):
             sample.append(text[:COMPARED_CHARS])
             yield text
 
@@ -98,22 +96,3 @@ def _print_next_commands(config: DataConfig) -> None:
     print(f"  myllm data prepare {shlex.join(words)}")
     vocab_size = spec.tokenizer.vocab_size
     print(f"  python pretrain.py PRESET --data.dataset {spec.folder.name} --model.vocab-size {vocab_size}")
-
-
-def _documents(source: "Source", limit: int) -> Iterator[str]:
-    """The source's first documents, in the seeded order of its files. Each download is deleted after use."""
-    from myllm.data.prepare.work_items import order_files
-    from myllm.data.sources.download import download_file
-    from myllm.data.sources.read_task import SkipLog
-    from myllm.data.sources.source import read_documents
-
-    def all_documents() -> Iterator[str]:
-        with tempfile.TemporaryDirectory(dir=paths.tokenizers_dir()) as folder:
-            for file in order_files(source.files, shuffle=True, seed=0):
-                path = download_file(file, Path(folder))
-                yield from read_documents(source, file, path, SkipLog())
-                if file.remote:
-                    path.unlink()
-
-    paths.tokenizers_dir().mkdir(parents=True, exist_ok=True)
-    return islice(all_documents(), limit or None)

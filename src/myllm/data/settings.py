@@ -7,6 +7,7 @@ from myllm import paths
 from myllm.config import DataConfig, RunConfig, from_dict
 from myllm.data.sources.catalog import actual_source
 from myllm.data.tokenizer.gpt2 import NAME
+from myllm.data.tokenizer.load import trained_vocab_size
 from myllm.errors import UserError
 from myllm.files import read_json
 
@@ -44,8 +45,9 @@ def settings_of(dataset: Dataset, config: DataConfig) -> DataConfig:
         values = {name: dataset.manifest[name] for name in names if name in dataset.manifest}
         prepared_with = from_dict({"data": values | dataset.manifest.get("cleaning", {})}, RunConfig()).data
     vocabulary = config.tokenizer
-    if vocabulary == NAME and dataset.manifest["tokenizer"]["kind"] != "tiktoken":
-        vocabulary = paths.relative_to_data(dataset.folder / TOKENIZER)
+    if vocabulary == NAME or trained_vocab_size(vocabulary):
+        is_gpt2 = dataset.manifest["tokenizer"]["kind"] == "tiktoken"
+        vocabulary = NAME if is_gpt2 else paths.relative_to_data(dataset.folder / TOKENIZER)
     return replace(
         prepared_with,
         source=actual_source(prepared_with.source, None, recorded),

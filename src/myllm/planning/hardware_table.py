@@ -13,6 +13,9 @@ HARDWARE = (
     "8xH100",
 )  # fmt: skip
 
+FOR_CPUS = ("debug", "tinystories-laptop")
+"""Presets too small for a GPU's time to be worth a table."""
+
 
 def page() -> str:
     """The whole page, as `myllm plan --table` prints it."""
@@ -38,8 +41,11 @@ and by month, so put in those that you are offered:
 ```sh
 myllm plan lf-llm-269m --gpus 1xRTX4090 8xA100-80 8xH100 --dollars-per-hour 0.5 12 20
 ```
+
+{" and ".join(f"`{name}`" for name in FOR_CPUS)} are for laptops and CPUs, for which
+`python pretrain.py PRESET --dry-run` predicts the time.
 """
-    return "\n".join([intro, *(_section(get_preset(name)) for name in PRESETS if name != "debug")])
+    return "\n".join([intro, *(_section(get_preset(name)) for name in PRESETS if name not in FOR_CPUS)])
 
 
 def _section(config: RunConfig) -> str:

@@ -20,7 +20,7 @@ from myllm.data.dataset import Dataset
 from myllm.data.sample_digest import SampleDigest
 from myllm.data.sampler import DataPosition, count_sequences
 from myllm.data.settings import settings_of
-from myllm.data.tokenizer.load import load_tokenizer
+from myllm.data.tokenizer.load import load_tokenizer, trained_vocab_size
 from myllm.distributed.collectives import DistContext, all_ranks
 from myllm.distributed.parallelize import shard
 from myllm.errors import UserError
@@ -166,7 +166,7 @@ def check_data(config: RunConfig, dataset: Dataset, batch: BatchPlan) -> None:
             f"{batch.seq_len:,}, fewer than the {batch.sequences:,} of one step; add text or lower train.batch_tokens"
         )
     tokenizer = dataset.manifest["tokenizer"]
-    if config.data.tokenizer != DataConfig.tokenizer:
+    if config.data.tokenizer != DataConfig.tokenizer and not trained_vocab_size(config.data.tokenizer):
         requested = load_tokenizer(config.data.tokenizer)
         if requested.sha256 != tokenizer["sha256"]:
             raise UserError(

@@ -94,7 +94,8 @@ def shrink_config(config: RunConfig) -> RunConfig:
         config,
         name="prove-resume",
         data=DataConfig(
-            source="python-stdlib", val_tokens=20_000, target_tokens=2 * steps * batch_tokens, shard_tokens=1_000_000
+            source="python-stdlib", tokenizer=config.data.tokenizer, val_tokens=20_000, shard_tokens=1_000_000,
+            target_tokens=2 * steps * batch_tokens,
         ),
         optim=replace(config.optim, warmup_steps=5),
         train=replace(

@@ -14,7 +14,7 @@ from myllm.data.dataset import MANIFEST, PROGRESS, WORK, Dataset
 from myllm.data.find import find_dataset, find_dataset_folder
 from myllm.data.preparation_lock import BACKGROUND, is_being_prepared, preparation_ended, preparation_lock
 from myllm.data.sources.source import check_source
-from myllm.data.tokenizer.load import load_tokenizer
+from myllm.data.tokenizer.load import load_tokenizer, trained_vocab_size
 from myllm.errors import UserError
 
 from .prepare import disk_errors_for_users, prepare, resolve
@@ -35,7 +35,8 @@ def check_data_names(config: DataConfig) -> None:
     Raises:
         UserError: no such data set, source or vocabulary.
     """
-    load_tokenizer(config.tokenizer)
+    if trained_vocab_size(config.tokenizer) is None:
+        load_tokenizer(config.tokenizer)
     if config.dataset is not None:
         find_dataset_folder(config.dataset, (MANIFEST, PROGRESS))
     else:

@@ -4,6 +4,7 @@ import secrets
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -33,6 +34,7 @@ class WorkScheduler:
         """
         self._spec, self._work, self._workers, self._while_waiting = spec, work, workers, while_waiting
         self._items = spec.work_items
+        self._config = replace(spec.config, tokenizer=str(spec.tokenizer.file))
         self.numbers = range(len(self._items)) if numbers is None else numbers
         self._queued = deque(self.numbers)
         self._running: deque[tuple[int, Future[None] | None]] = deque()
@@ -84,7 +86,7 @@ class WorkScheduler:
             except UnreachableError as error:
                 raise suggest_fallback(error, self._spec.source.name) from None
             job = self._workers.pool.submit(
-                tokenize_item, self._items[number], file_paths, self._spec.source, self._spec.config,
+                tokenize_item, self._items[number], file_paths, self._spec.source, self._config,
                 tokens_path(self._work, number), self._stop,
             )  # fmt: skip
         self._running.append((self._queued.popleft(), job))

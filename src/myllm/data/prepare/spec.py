@@ -2,25 +2,35 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from myllm import paths
 from myllm.config import DataConfig
 from myllm.data.dataset import FORMAT
-from myllm.data.sources.source import Source, SourceFile, find_source
+from myllm.data.sources.download import download_file
+from myllm.data.sources.read_task import SkipLog
+from myllm.data.sources.source import Source, SourceFile, find_source, read_documents
 from myllm.data.tokenizer.base import Tokenizer
-from myllm.data.tokenizer.load import load_tokenizer
+from myllm.data.tokenizer.load import TOKENIZER_FILE, load_tokenizer, trained_vocab_size
+from myllm.files import file_lock
 from myllm.paths import user_path
 
-from .work_items import WorkItem, make_work_items
+from .work_items import WorkItem, make_work_items, order_files
 
 _TOKENS_PER_BYTE = {".parquet": 0.35, ".gz": 0.57, ".zst": 0.57}
 """Rough, for English, for estimates before anything is read. Source: FineWeb-Edu's sample is 28.5 GB of parquet and 10B
 tokens, a file of C4 is 318 MB of gzip and about 180M tokens."""
+TOKENIZER_DOCUMENTS = 100_000
+"""A tokenizer is trained on at most this many documents of its source."""
 LONG_DOCUMENT_TOKENS = 10_000
 """More than nearly every document has. Bounds the disk space that `max_documents` documents need."""
 
@@ -63,14 +73,11 @@ class DatasetSpec:
 
     def describe(self) -> dict[str, Any]:
         """What is hashed into the fingerprint, and written to the manifest."""
-        content = hashlib.sha256()
-        for file in sorted(self.source.files, key=lambda file: file.name):
-            content.update(f"{file.name}\0{file.digest}\n".encode(errors="surrogateescape"))
         config = self.config
         return {
             "format": FORMAT,
             "source": self.source.name,
-            "source_sha256": content.hexdigest(),
+            "source_sha256": _content_sha256(self.source),
             "text_column": self.source.column,
             "documents": self.source.grouping,
             "tokenizer": self.tokenizer.describe(),
@@ -94,7 +101,7 @@ class DatasetSpec:
         kind, _, where = self.config.source.partition(":")
         if kind == "files":
             values["source"] = f"files:{user_path(where).absolute()}"
-        if self.config.tokenizer != self.tokenizer.name:
+        if self.config.tokenizer != self.tokenizer.name and not trained_vocab_size(self.config.tokenizer):
             values["tokenizer"] = str(self.tokenizer.file.absolute())
         irrelevant = ("workers", "keep_downloads", "dataset", "fallback")
         return {key: value for key, value in values.items() if key not in irrelevant}
@@ -103,13 +110,60 @@ class DatasetSpec:
 def make_spec(config: DataConfig, hashed: bool = True) -> DatasetSpec:
     """
     Args:
-        hashed: as `with_digests` of `find_source`. Without digests the spec has no fingerprint, and so no folder.
+        hashed: as `with_digests` of `find_source`. Without digests the spec has no fingerprint, and so no folder, and
+            GPT-2's tokenizer stands for one that is yet to be trained.
 
     Raises:
         UserError: bad source or tokenizer.
     """
     source = find_source(config.source, config.text_column, hashed, config.suffixes)
-    return DatasetSpec(source, load_tokenizer(config.tokenizer), config)
+    if (vocab_size := trained_vocab_size(config.tokenizer)) is None:
+        tokenizer = load_tokenizer(config.tokenizer)
+    else:
+        tokenizer = _source_tokenizer(source, vocab_size) if hashed else load_tokenizer()
+    return DatasetSpec(source, tokenizer, config)
+
+
+def _source_tokenizer(source: Source, vocab_size: int) -> Tokenizer:
+    """The tokenizer train:N: trained on the source's first documents, unless the same source has one already."""
+    content = hashlib.sha256(f"{_content_sha256(source)} {source.column} {source.grouping}".encode()).hexdigest()
+    file = paths.tokenizers_dir() / f"{source.name}-{content[:12]}-{vocab_size}" / TOKENIZER_FILE
+    if not file.is_file():
+        from myllm.data.tokenizer.train import train_tokenizer
+
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file_lock(file.with_name(".lock")):  # one of a run's processes trains
+            if not file.is_file():
+                tqdm.write(f"training a tokenizer of {vocab_size:,} tokens on {source.description}", file=sys.stderr)
+                train_tokenizer(first_documents(source, TOKENIZER_DOCUMENTS), vocab_size, file, progress=False)
+    return load_tokenizer(file)
+
+
+def first_documents(source: Source, limit: int) -> Iterator[str]:
+    """The source's first documents, in a fixed random order of its files. Each download is deleted after use.
+
+    Args:
+        limit: 0: all documents.
+    """
+
+    def all_documents() -> Iterator[str]:
+        with tempfile.TemporaryDirectory(dir=paths.tokenizers_dir()) as folder:
+            for file in order_files(source.files, shuffle=True, seed=0):
+                path = download_file(file, Path(folder))
+                yield from read_documents(source, file, path, SkipLog())
+                if file.remote:
+                    path.unlink()
+
+    paths.tokenizers_dir().mkdir(parents=True, exist_ok=True)
+    return islice(all_documents(), limit or None)
+
+
+def _content_sha256(source: Source) -> str:
+    """Of the names and digests of its files."""
+    content = hashlib.sha256()
+    for file in sorted(source.files, key=lambda file: file.name):
+        content.update(f"{file.name}\0{file.digest}\n".encode(errors="surrogateescape"))
+    return content.hexdigest()
 
 
 def estimate_tokens(files: Iterable[SourceFile]) -> float:

@@ -13,6 +13,20 @@ from .huggingface import HuggingFaceTokenizer
 TOKENIZER_FILE = "tokenizer.json"
 
 
+def trained_vocab_size(spec: str) -> int | None:
+    """N if the tokenizer is train:N, to be learned from the source's own text (prepare.spec); else None.
+
+    Raises:
+        UserError: N is not a number of tokens.
+    """
+    kind, colon, number = spec.partition(":")
+    if kind != "train" or not colon:
+        return None
+    if not number.isdecimal():
+        raise UserError(f"the tokenizer {spec!r} has no number of tokens; expected train:N, such as train:8192")
+    return int(number)
+
+
 def load_tokenizer(spec: str | Path | None = None) -> Tokenizer:
     """
     Args:
@@ -24,6 +38,8 @@ def load_tokenizer(spec: str | Path | None = None) -> Tokenizer:
     """
     if spec is None or str(spec) == NAME:
         return GPT2Tokenizer()
+    if trained_vocab_size(str(spec)):
+        raise UserError(f"the tokenizer {spec} exists only once data is prepared with it; give a tokenizer.json here")
     path = user_path(spec)
     if not path.exists():
         path = _below_temp_data(path) or path

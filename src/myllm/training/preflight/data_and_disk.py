@@ -11,7 +11,7 @@ from myllm.data.find import find_dataset
 from myllm.data.prepare.spec import make_spec
 from myllm.data.sources.catalog import CORPORA
 from myllm.data.tokenizer.base import Tokenizer
-from myllm.data.tokenizer.load import load_tokenizer
+from myllm.data.tokenizer.load import load_tokenizer, trained_vocab_size
 from myllm.files import folder_bytes, read_json
 from myllm.formatting import parse_count
 from myllm.paths import user_path
@@ -46,6 +46,8 @@ def tokenizer_for(config: RunConfig) -> Tokenizer:
     """The tokenizer of the run's data set, prepared or not."""
     if config.data.dataset is not None:
         return find_dataset(config.data.dataset, allow_incomplete=True).tokenizer()
+    if trained_vocab_size(config.data.tokenizer):
+        return make_spec(config.data).tokenizer
     return load_tokenizer(config.data.tokenizer)
 
 
