@@ -107,7 +107,7 @@ def train(
         collectives.process_group(config.train.device) as dist,
     ):
         take_over()
-        config = resolve_max_steps(config, dataset.train.tokens, args.own_text)
+        config = resolve_max_steps(config, dataset.known_train_tokens or dataset.train.tokens, args.own_text)
         config = resolve_config(config, dataset, dist)
         tokenizer, val_tokens = dataset.tokenizer(), dataset.val.tokens
         config, note = resolve_micro_batch_size(config, tokenizer, dist, val_tokens, use_preflight=True)
@@ -154,7 +154,7 @@ def prepare_data(config: "RunConfig") -> None:
     if ranks.local_rank() == 0:
         check_data(config)
     dataset = prepare(config.data)
-    print(f"data ready: {dataset.folder}, {dataset.train.tokens:,} tokens to train on")
+    print(f"data ready: {dataset.folder}, {dataset.known_train_tokens:,} tokens to train on")
 
 
 def check_data(config: "RunConfig") -> None:

@@ -83,7 +83,7 @@ def tokens_per_s_alone(dataset: Dataset, batch: BatchPlan, seed: int, process: D
     """Tokens per second of the loader without training, and seconds until its first batch."""
     watch, tokens = Stopwatch(process.device), 0
     position = DataPosition(0, 0, seed, dataset.fingerprint)
-    with BatchLoader(dataset.train, batch, position, process.rank, process.device) as loader:
+    with BatchLoader(dataset.order(batch), batch, position, process.rank, process.device) as loader:
         loader.next_batch()
         first_s = watch.lap()
         for _ in range(loader.READ_AHEAD):  # batches that were read meanwhile do not count

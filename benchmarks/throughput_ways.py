@@ -161,7 +161,7 @@ def peer(config: RunConfig, process: DistContext, dataset: Dataset, weights: Wei
     batch = batch_plan(config, process.world_size)
     model = peer_model(config.model, weights).to(process.device)
     position = DataPosition(0, 0, config.train.seed, dataset.fingerprint)
-    loader = stack.enter_context(BatchLoader(dataset.train, batch, position, process.rank, process.device))
+    loader = stack.enter_context(BatchLoader(dataset.order(batch), batch, position, process.rank, process.device))
     step = plain_step(model, loader, batch, config, process)
     name = f"transformers {CLASSES[select_architecture(config.model)]}"
     return Way(name, step, lambda: loader.wait_s, held_bytes(model), batch)
@@ -212,7 +212,7 @@ class SynchronousLoader:
 
     def __init__(self, dataset: Dataset, batch: BatchPlan, seed: int, process: DistContext) -> None:
         self.wait_s = 0.0
-        self._stream, self._batch, self._process = dataset.train, batch, process
+        self._order, self._batch, self._process = dataset.order(batch), batch, process
         self._n_sequences = count_sequences(dataset.train.tokens, batch.seq_len)
         self._position = DataPosition(0, 0, seed, dataset.fingerprint)
         self._micro_step = 0
@@ -223,7 +223,7 @@ class SynchronousLoader:
         window = window_sequences(batch.seq_len)
         step = step_sequences(self._position, batch.sequences, self._n_sequences, window)
         mine = rank_rows(self._micro_step, process.rank, process.world_size, batch.micro_batch_size)
-        tokens, targets = read_batch(self._stream, step[mine], batch.seq_len)
+        tokens, targets = read_batch(self._order, step[mine])
         self._micro_step += 1
         if self._micro_step == batch.grad_accum_steps:
             self._micro_step = 0

@@ -66,6 +66,18 @@ def write_corpus(folder: Path, documents: int = 60, words: int = 300) -> Path:
     return folder
 
 
+def write_corpora(folder: Path, **documents: int) -> list[str]:
+    """Sources with different documents, in folders of these names."""
+    files, sources = sorted(write_corpus(folder / "all", sum(documents.values())).iterdir()), []
+    for name, count in documents.items():
+        (folder / name).mkdir()
+        for path in files[:count]:
+            path.rename(folder / name / path.name)
+        files = files[count:]
+        sources.append(f"files:{folder / name}")
+    return sources
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_corpus(tmp_path_factory.mktemp("corpus"))

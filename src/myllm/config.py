@@ -97,9 +97,10 @@ class DataConfig:
     """The training text and how it is stored in shards. The same values always give the same bytes."""
 
     source: str = "python-stdlib"
-    """A known source (`myllm data list`), hub:NAMESPACE/NAME[:GLOB], or files:PATH for a local file, folder or glob."""
+    """A known source (`myllm data list`), hub:NAMESPACE/NAME[:GLOB], files:PATH for a local file, folder or glob, or a
+    mixture such as "A:0.7 B:0.3"."""
     dataset: str | None = None
-    """Train on this prepared data set (a name in temp_data/datasets, or a folder) instead of the source."""
+    """Train on this prepared data set (a name in temp_data/datasets, a folder, or a mixture) instead of the source."""
     tokenizer: str = "r50k_base"
     """GPT-2's tokenizer (r50k_base), the path of a tokenizer.json, or train:N: learn N tokens from the source first."""
     text_column: str | None = None
@@ -188,6 +189,8 @@ class TrainConfig:
     """Number of optimizer steps."""
     epochs: float | None = None
     """Passes over the data, such as 3 or 0.5, instead of max_steps. Training starts once the data is prepared."""
+    max_epochs: float = 4.0
+    """Refuse to train on a mixture that repeats one of its data sets more often than this."""
     batch_tokens: int = 524_288
     """Tokens per step, over all ranks. The number of ranks does not change it."""
     micro_batch_size: int | Literal["auto"] = 16

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 
 from myllm.data import dataset as dataset_module
 from myllm.data import sampler
-from myllm.data.dataloader import Batch, BatchLoader, has_step, read_batch
+from myllm.data.dataloader import Batch, BatchLoader, read_batch
 from myllm.data.dataset import Dataset
+from myllm.data.order import StreamOrder
 from myllm.data.preparation_lock import PreparationEnded
 from myllm.data.sampler import DataPosition, count_sequences, step_sequences
 from myllm.data.token_stream import TokenStream
@@ -45,7 +46,7 @@ def plan(world_size: int = 1, micro: int = 2, sequences: int = 8) -> BatchPlan:
 
 
 def take(dataset: Dataset, count: int, position: DataPosition, batch: BatchPlan, rank: int = 0) -> list[Batch]:
-    with BatchLoader(dataset.train, batch, position, rank, CPU) as loader:
+    with BatchLoader(StreamOrder(dataset.train, T), batch, position, rank, CPU) as loader:
         return [loader.next_batch() for _ in range(count)]
 
 
@@ -59,7 +60,7 @@ def sequences_of(batches: list[Batch]) -> list[int]:
 
 
 def test_a_batch_is_windows_of_the_stream(dataset: Dataset) -> None:
-    tokens, targets = read_batch(dataset.train, np.array([0, 11, 49]), T)
+    tokens, targets = read_batch(StreamOrder(dataset.train, T), np.array([0, 11, 49]))
     assert tokens.dtype == targets.dtype == torch.int64
     assert tokens.is_contiguous()
     assert targets.is_contiguous()
@@ -119,7 +120,7 @@ def loader_threads() -> list[threading.Thread]:
 def test_the_thread_ends_with_the_block(dataset: Dataset, taken: int) -> None:
     take(dataset, taken, at(0, 0), plan())
     assert loader_threads() == []
-    with pytest.raises(KeyError), BatchLoader(dataset.train, plan(), at(0, 0), 0, CPU):
+    with pytest.raises(KeyError), BatchLoader(StreamOrder(dataset.train, T), plan(), at(0, 0), 0, CPU):
         raise KeyError
     assert loader_threads() == []
 
@@ -131,6 +132,7 @@ class Failing:
         self.complete, self.tokens, self._stream, self._error, self._reads = (
             True, stream.tokens, stream, error, itertools.count()
         )  # fmt: skip
+        self.dataset = stream.dataset
 
     def verify(self, starts: np.ndarray, count: int) -> None:
         self._stream.verify(starts, count)
@@ -143,7 +145,7 @@ class Failing:
 
 @pytest.mark.parametrize("error", [OSError("disk gone"), ValueError("odd"), SystemExit("out")])
 def test_what_the_thread_meets_reaches_training(dataset: Dataset, error: BaseException) -> None:
-    with BatchLoader(Failing(dataset.train, error), plan(), at(0, 0), 0, CPU) as loader:
+    with BatchLoader(StreamOrder(Failing(dataset.train, error), T), plan(), at(0, 0), 0, CPU) as loader:
         for _ in range(5):
             loader.next_batch()
         for _ in range(3):  # and a later call does not hang
@@ -154,7 +156,7 @@ def test_what_the_thread_meets_reaches_training(dataset: Dataset, error: BaseExc
 
 def test_no_sequences_is_an_error_and_no_endless_loop(make_dataset: MakeDataset) -> None:
     short = make_dataset(np.arange(T), np.arange(T))
-    with BatchLoader(short.train, plan(), at(0, 0), 0, CPU) as loader, pytest.raises(AssertionError):
+    with BatchLoader(StreamOrder(short.train, T), plan(), at(0, 0), 0, CPU) as loader, pytest.raises(AssertionError):
         loader.next_batch()
 
 
@@ -164,7 +166,7 @@ def test_time_spent_waiting_is_counted(dataset: Dataset) -> None:
             time.sleep(0.05)
             return self._stream.read(start, count)
 
-    with BatchLoader(Slow(dataset.train, OSError()), plan(), at(0, 0), 0, CPU) as loader:
+    with BatchLoader(StreamOrder(Slow(dataset.train, OSError()), T), plan(), at(0, 0), 0, CPU) as loader:
         loader.next_batch()
         assert 0.05 <= loader.wait_s < 5
 
@@ -216,16 +218,16 @@ def test_no_step_is_handed_out_before_its_windows_are_there(dataset: Dataset, ma
     growing = make_growing(dataset)
     growing.grow(2)
     seen, batch = Dataset.open(growing.folder, allow_incomplete=True), plan(sequences=2, micro=2)
-    steps = [i for i in range(20) if has_step(seen.train, at(0, 2 * i), batch)]
+    steps = [i for i in range(20) if StreamOrder(seen.train, T).has(at(0, 2 * i), batch.sequences)]
     assert seen.train.tokens == 90
     assert steps == [0, 1, 2], "11 sequences are there: one window of 6"
     growing.grow()
     seen.refresh()
-    assert [i for i in range(20) if has_step(seen.train, at(0, 2 * i), batch)] == list(range(9))
-    assert not has_step(seen.train, at(1, 0), batch), "a later epoch needs all of it"
+    assert [i for i in range(20) if StreamOrder(seen.train, T).has(at(0, 2 * i), batch.sequences)] == list(range(9))
+    assert not StreamOrder(seen.train, T).has(at(1, 0), batch.sequences), "a later epoch needs all of it"
     growing.finish()
     seen.refresh()
-    assert has_step(seen.train, at(1, 0), batch)
+    assert StreamOrder(seen.train, T).has(at(1, 0), batch.sequences)
 
 
 @pytest.mark.usefixtures("small_windows")
@@ -234,7 +236,7 @@ def test_a_loader_that_waits_ends_when_told(dataset: Dataset, make_growing: Make
     growing = make_growing(dataset)
     growing.grow(there)
     seen = Dataset.open(growing.folder, allow_incomplete=True)
-    with BatchLoader(seen.train, plan(), at(0, 40), 0, CPU):
+    with BatchLoader(StreamOrder(seen.train, T), plan(), at(0, 40), 0, CPU):
         time.sleep(0.05)
     assert loader_threads() == []
 
@@ -248,7 +250,10 @@ def test_data_that_vanish_while_it_waits_are_said(
     growing.grow(2)
     seen = Dataset.open(growing.folder, allow_incomplete=True)
     shutil.rmtree(growing.folder)
-    with BatchLoader(seen.train, plan(), at(0, 40), 0, CPU) as loader, pytest.raises(UserError, match="not a prepared"):
+    with (
+        BatchLoader(StreamOrder(seen.train, T), plan(), at(0, 40), 0, CPU) as loader,
+        pytest.raises(UserError, match="not a prepared"),
+    ):
         loader.next_batch()
 
 
@@ -301,7 +306,7 @@ def wait(dataset: Dataset, make_growing: MakeGrowing, monkeypatch: pytest.Monkey
 
 @pytest.mark.usefixtures("small_windows")
 def test_a_step_that_is_there_is_not_waited_for(wait: Wait) -> None:
-    with BatchLoader(wait.dataset.train, plan(sequences=2), at(0, 0), 0, CPU) as loader:
+    with BatchLoader(StreamOrder(wait.dataset.train, T), plan(sequences=2), at(0, 0), 0, CPU) as loader:
         assert wait(loader)
     assert (wait.lines, wait.events, wait.looks) == ([], [], 0)
 
@@ -309,7 +314,7 @@ def test_a_step_that_is_there_is_not_waited_for(wait: Wait) -> None:
 @pytest.mark.usefixtures("small_windows")
 def test_waiting_ends_with_the_shards_of_the_step(wait: Wait) -> None:
     wait.do = lambda look: wait.growing.grow() if look == 3 else None
-    with BatchLoader(wait.dataset.train, plan(), at(0, 8), 0, CPU) as loader:
+    with BatchLoader(StreamOrder(wait.dataset.train, T), plan(), at(0, 8), 0, CPU) as loader:
         assert wait(loader)
         assert wait.events == ["waiting", "waited"]
         [line] = wait.lines
@@ -326,7 +331,7 @@ def test_waiting_ends_with_the_shards_of_the_step(wait: Wait) -> None:
 
 def test_completion_before_the_first_wait_is_reported(wait: Wait) -> None:
     """The loader's thread may find the data set complete before training first waits for a step."""
-    with BatchLoader(wait.dataset.train, plan(), at(0, 0), 0, CPU) as loader:
+    with BatchLoader(StreamOrder(wait.dataset.train, T), plan(), at(0, 0), 0, CPU) as loader:
         wait.growing.finish()
         wait.dataset.refresh()
         assert wait(loader)
@@ -336,7 +341,7 @@ def test_completion_before_the_first_wait_is_reported(wait: Wait) -> None:
 
 @pytest.mark.usefixtures("small_windows")
 def test_waiting_ends_with_a_request_to_stop_even_if_nobody_prepares(wait: Wait) -> None:
-    with BatchLoader(wait.dataset.train, plan(), at(0, 8), 0, CPU) as loader:
+    with BatchLoader(StreamOrder(wait.dataset.train, T), plan(), at(0, 8), 0, CPU) as loader:
         assert not wait(loader, stop=lambda: wait.looks == 2)
         wait.abandoned = True
         assert not wait(loader, stop=lambda: True)
@@ -347,6 +352,6 @@ def test_waiting_ends_with_a_request_to_stop_even_if_nobody_prepares(wait: Wait)
 def test_the_position_follows_the_batches_taken(dataset: Dataset) -> None:
     """2 steps of 8 sequences in 4 micro-batches, at the end of an epoch of 50."""
     batch = plan(sequences=8, micro=2)
-    with BatchLoader(dataset.train, batch, at(0, 40), 0, CPU) as loader:
+    with BatchLoader(StreamOrder(dataset.train, T), batch, at(0, 40), 0, CPU) as loader:
         positions = [loader.next_batch() and (loader.position.epoch, loader.position.index) for _ in range(8)]
     assert positions == [(0, 40)] * 3 + [(0, 48)] * 4 + [(1, 6)]

@@ -10,6 +10,7 @@ from myllm.config import DataConfig
 from myllm.data.dataloader import read_batch
 from myllm.data.dataset import Dataset
 from myllm.data.inspect import describe_tokens, document_at, sequence_at
+from myllm.data.order import StreamOrder
 from myllm.data.prepare.prepare import prepare
 from myllm.data.sampler import DataPosition, count_sequences, step_sequences, window_sequences
 from myllm.errors import UserError
@@ -42,7 +43,7 @@ def test_a_sequence_is_what_training_reads(dataset: Dataset) -> None:
     total = count_sequences(dataset.train.tokens, 64)
     for number in (0, 1, total - 1):
         start, tokens = sequence_at(dataset, "train", number, 64, None)
-        inputs, targets = read_batch(dataset.train, np.array([number]), 64)
+        inputs, targets = read_batch(StreamOrder(dataset.train, 64), np.array([number]))
         assert start == 64 * number
         assert (tokens[:-1].tolist(), tokens[1:].tolist()) == (inputs[0].tolist(), targets[0].tolist())
     order = step_sequences(DataPosition(0, 0, 7, dataset.fingerprint), 10, total, window_sequences(64))

@@ -36,7 +36,7 @@ def delivered(dataset: Dataset, first: int, steps: int, world_size: int = 1, mic
     start = DataPosition(0, 0, 3, dataset.fingerprint).advance(first * SEQUENCES, 50)
     sums = np.zeros(LANES, dtype=np.int64)
     for rank in range(world_size):
-        with BatchLoader(dataset.train, plan, start, rank, torch.device("cpu")) as loader:
+        with BatchLoader(dataset.order(plan), plan, start, rank, torch.device("cpu")) as loader:
             for _ in range(steps * plan.grad_accum_steps):
                 loader.next_batch()
             sums += loader.digest_sums

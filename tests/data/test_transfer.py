@@ -151,10 +151,10 @@ def test_the_loaders_thread_copies_and_trainings_waits(
 ) -> None:
     dataset = make_dataset(np.arange(40 * 8 + 3), np.arange(40), shard_tokens=90)
     batch, position, cpu = BatchPlan(32, 8, 2, 1), DataPosition(0, 0, 3, "hash"), torch.device("cpu")
-    with BatchLoader(dataset.train, batch, position, 0, cpu) as loader:
+    with BatchLoader(dataset.order(batch), batch, position, 0, cpu) as loader:
         plain = [loader.next_batch() for _ in range(30)]
     monkeypatch.setattr("myllm.data.dataloader.make_transfer", lambda device: CudaTransfer(device, cuda))
-    with BatchLoader(dataset.train, batch, position, 0, cpu) as loader:
+    with BatchLoader(dataset.order(batch), batch, position, 0, cpu) as loader:
         streamed = [loader.next_batch() for _ in range(30)]
     for a, b in zip(plain, streamed, strict=True):
         assert torch.equal(a[0], b[0])

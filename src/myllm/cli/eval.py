@@ -121,6 +121,8 @@ class Subject:
         started, inputs = time.perf_counter(), self.inputs
         evaluation = registry.build(task, inputs)
         metrics = evaluation.finish(evaluation.measure(self.model))
+        for component, part in metrics.pop("components", {}).items():  # of a mixture
+            metrics |= {f"{component}/{name}": value for name, value in part.items()}
         return Result(
             task, str(self.source.folder), self.source.step, inputs.weights, evaluation.settings, metrics,
             device_name(inputs.dist.device), round(time.perf_counter() - started, 2),

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import tyro
 
 from myllm.config import DataConfig, ModelConfig, RunConfig, TrainConfig, from_dict, read_config_json
+from myllm.data.mixture.spec import find_mixture
 from myllm.distributed import launcher as ranks
 from myllm.errors import UserError
 from myllm.evals.registry import check_training_tasks
@@ -103,6 +104,12 @@ def parse_run_args(kind: type[RunArgs], words: list[str], usage: str) -> Any:
         from myllm.runs.trackers.destinations import check_installed
 
         check_installed(args.config.train.trackers)
+    if find_mixture(args.config.data):
+        args = replace(args, own_text=False)  # no single text decides the length
+        if args.config.train.epochs is not None:
+            raise UserError(
+                "train.epochs counts passes over one data set; set the length of a mixture with --train.max-steps"
+            )
     if RunPaths.of(args.config.name).checkpoints.is_dir():
         from myllm.runs.saved_settings import keep_saved_settings
 

@@ -12,7 +12,7 @@ from myllm.formatting import format_duration
 from myllm.planning.flops import flops_per_token
 from myllm.planning.forecast import Hardware, compare, describe, parse_hardware, predict
 from myllm.planning.gpu_specs import gpu_from_device_name
-from myllm.planning.length import describe_length, length_note, resolve_max_steps
+from myllm.planning.length import length_note, resolve_max_steps
 from myllm.presets import describe_settings
 
 from .launch import RunArgs, parse_run_args
@@ -134,7 +134,7 @@ def _with_data(args: RunArgs) -> tuple[RunConfig, list[str]]:
         note = length_note(config, args.own_text)
         return config, [f"the number of tokens in {found.source} is not known yet", *([note] if note else [])]
     config = resolve_max_steps(config, found.tokens, args.own_text)
-    return config, [found.source, *describe_length(config, found.tokens, found.tokens_are_exact)]
+    return config, [found.source, *found.describe_length(config)]
 
 
 def _measured_time(config: RunConfig, world_size: int, device: "torch.device") -> str:

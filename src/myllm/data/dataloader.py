@@ -17,34 +17,21 @@ from myllm.distributed import collectives
 from myllm.errors import UserError
 from myllm.planning.batch import BatchPlan
 
+from .order import SequenceOrder
 from .preparation_lock import PreparationEnded
 from .sample_digest import LANES, hash_samples
-from .sampler import DataPosition, count_sequences, rank_rows, sequences_needed, step_sequences, window_sequences
-from .token_stream import TokenStream
+from .sampler import DataPosition, rank_rows
 from .transfer import Batch, inputs_and_targets, make_transfer
 
 
-def read_batch(stream: TokenStream, sequences: np.ndarray, seq_len: int) -> Batch:
+def read_batch(order: SequenceOrder, sequences: np.ndarray) -> Batch:
     """Sequences as inputs and targets, the targets one token ahead.
 
     Shapes:
         sequences (B,); returns (B, T) int64 twice
     """
-    stream.verify(sequences * seq_len, seq_len + 1)
-    return inputs_and_targets(read_rows(stream, sequences, seq_len))
-
-
-def read_rows(stream: TokenStream, sequences: np.ndarray, seq_len: int) -> np.ndarray:
-    """Sequences, each with the token after it: (B, T + 1) of the data set's dtype."""
-    return np.stack([stream.read(int(i) * seq_len, seq_len + 1) for i in sequences])
-
-
-def has_step(stream: TokenStream, position: DataPosition, plan: BatchPlan) -> bool:
-    """Whether the stream holds the tokens of the step at a position."""
-    if stream.complete:
-        return True
-    needed = sequences_needed(position, plan.sequences, window_sequences(plan.seq_len))
-    return needed is not None and count_sequences(stream.tokens, plan.seq_len) >= needed
+    order.verify(sequences)
+    return inputs_and_targets(order.read(sequences))
 
 
 class BatchLoader:
@@ -52,7 +39,7 @@ class BatchLoader:
 
     Use it in a `with` block, which ends the thread:
 
-        with BatchLoader(dataset.train, plan, position, rank, device) as loader:
+        with BatchLoader(dataset.order(plan), plan, position, rank, device) as loader:
             while loader.wait_for_step(stop_requested, log):
                 for _ in range(plan.grad_accum_steps):
                     tokens, targets = loader.next_batch()
@@ -65,7 +52,7 @@ class BatchLoader:
     LOG_EVERY_S = 30.0
 
     def __init__(
-        self, stream: TokenStream, plan: BatchPlan, position: DataPosition, rank: int, device: torch.device
+        self, order: SequenceOrder, plan: BatchPlan, position: DataPosition, rank: int, device: torch.device
     ) -> None:
         self.position = position
         """Behind the steps whose micro-batches have all been taken."""
@@ -74,8 +61,8 @@ class BatchLoader:
         """Sum of the hashes of all samples taken (sample_digest.py)."""
         self.wait_s = 0.0
         """Time that `next_batch` waited for the thread."""
-        self._stream, self._plan, self._rank = stream, plan, rank
-        self._complete_on_all_ranks, self._began_incomplete = False, not stream.complete
+        self._order, self._plan, self._rank = order, plan, rank
+        self._complete_on_all_ranks, self._began_incomplete = False, not order.dataset.complete
         self._transfer = make_transfer(device)
         self._queue: queue.Queue[tuple[Any, np.ndarray] | BaseException] = queue.Queue(maxsize=self.READ_AHEAD)
         self._stopped = threading.Event()
@@ -115,17 +102,17 @@ class BatchLoader:
         """
         if self._complete_on_all_ranks:
             return True
-        dataset, started, next_log_s = self._stream.dataset, time.monotonic(), 0.0
+        dataset, started, next_log_s = self._order.dataset, time.monotonic(), 0.0
         with ExitStack() as stack:
             while True:
                 ended = None
                 try:
-                    if not has_step(self._stream, self.position, self._plan):
+                    if not self._order.has(self.position, self._plan.sequences):
                         dataset.raise_if_abandoned()
                 except UserError as error:
                     ended = PreparationEnded(str(error))
                 missing, stopping, failed, incomplete, began_incomplete = collectives.all_reduce_any(
-                    not has_step(self._stream, self.position, self._plan), stop_requested(), ended is not None,
+                    not self._order.has(self.position, self._plan.sequences), stop_requested(), ended is not None,
                     not dataset.complete, self._began_incomplete,
                 )  # fmt: skip
                 if stopping:  # checked first: the signal that stops a run may have ended the preparation too
@@ -162,9 +149,7 @@ class BatchLoader:
         self.batches_taken += 1
         self.digest_sums += sums
         if self.batches_taken % self._plan.grad_accum_steps == 0:
-            complete = self._stream.complete
-            epoch_sequences = count_sequences(self._stream.tokens, self._plan.seq_len) if complete else None
-            self.position = self.position.advance(self._plan.sequences, epoch_sequences)
+            self.position = self._order.advance(self.position, self._plan.sequences)
         return self._transfer.receive(sent)
 
     def _fill(self, position: DataPosition) -> None:
@@ -185,20 +170,17 @@ class BatchLoader:
         return False
 
     def _batches(self, position: DataPosition) -> Iterator[tuple[Any, np.ndarray]]:
-        stream, plan = self._stream, self._plan
+        order, plan = self._order, self._plan
         while True:
-            while not has_step(stream, position, plan):
+            while not order.has(position, plan.sequences):
                 if self._stopped.wait(self.POLL_S):
                     return
-                stream.dataset.refresh()
-            complete = stream.complete  # read before counting: a stream may grow in between, but never shrinks
-            n_sequences = count_sequences(stream.tokens, plan.seq_len)
-            sequences = step_sequences(position, plan.sequences, n_sequences, window_sequences(plan.seq_len))
-            # The shards of all ranks' sequences, so that all ranks refuse a damaged one at the same step.
-            stream.verify(sequences * plan.seq_len, plan.seq_len + 1)
-            indices = position.epoch * n_sequences + position.index + np.arange(plan.sequences)  # in the whole run
-            position = position.advance(plan.sequences, n_sequences if complete else None)
+                order.dataset.refresh()
+            sequences = order.take(position, plan.sequences)
+            order.verify(sequences)  # those of all ranks, so that all ranks refuse a damaged shard at the same step
+            indices = order.done(position) + np.arange(plan.sequences)
+            position = order.advance(position, plan.sequences)
             for micro_step in range(plan.grad_accum_steps):
                 own = rank_rows(micro_step, self._rank, plan.world_size, plan.micro_batch_size)
-                rows = read_rows(stream, sequences[own], plan.seq_len)
+                rows = order.read(sequences[own])
                 yield self._transfer.send(rows), hash_samples(indices[own], sequences[own], rows)

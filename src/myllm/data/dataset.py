@@ -17,7 +17,9 @@ from myllm.data.tokenizer.load import load_tokenizer
 from myllm.errors import UserError
 from myllm.files import read_json
 from myllm.formatting import format_bytes
+from myllm.planning.batch import BatchPlan
 
+from .order import SequenceOrder, StreamOrder
 from .preparation_lock import is_being_prepared, preparation_ended
 from .token_stream import Shard, TokenStream, find_damaged
 
@@ -92,6 +94,10 @@ class Dataset:
     @cached_property
     def val(self) -> TokenStream:
         return TokenStream(self, "val")
+
+    def order(self, batch: BatchPlan) -> SequenceOrder:
+        """The training sequences in their order."""
+        return StreamOrder(self.train, batch.seq_len)
 
     @property
     def known_train_tokens(self) -> int | None:

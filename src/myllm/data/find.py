@@ -7,10 +7,15 @@ from myllm.errors import UserError, did_you_mean
 from myllm.paths import user_path
 
 from .dataset import MANIFEST, PROGRESS, Dataset
+from .mixture.mixed_dataset import MixedDataset
+from .mixture.spec import parse_mixture
 
 
 def find_dataset(name: str, allow_incomplete: bool = False) -> Dataset:
-    """A data set by its folder, its name under temp_data/datasets, or a unique prefix of that name."""
+    """A data set by its folder, its name under temp_data/datasets, or a unique prefix of that name; or a mixture of
+    complete ones."""
+    if mixture := parse_mixture(name):
+        return MixedDataset.of(mixture, [find_dataset(component) for component in mixture.names])
     return Dataset.open(
         find_dataset_folder(name, (MANIFEST, PROGRESS) if allow_incomplete else (MANIFEST,)), allow_incomplete
     )

@@ -57,8 +57,8 @@ def window_order(start: int, size: int, seed: int, epoch: int) -> np.ndarray:
         returns (size,) int64, read-only
     """
     # The key mixes epoch and seed, so that neighboring seeds share no epoch's order.
-    key = _splitmix64(_splitmix64(np.array([seed], dtype=np.uint64)) + np.uint64(epoch))
-    order = start + np.argsort(_splitmix64(np.arange(start, start + size, dtype=np.uint64) ^ key), kind="stable")
+    key = hash64(hash64(np.array([seed], dtype=np.uint64)) + np.uint64(epoch))
+    order = start + np.argsort(hash64(np.arange(start, start + size, dtype=np.uint64) ^ key), kind="stable")
     order.setflags(write=False)
     return order
 
@@ -100,7 +100,7 @@ def rank_rows(micro_step: int, rank: int, world_size: int, micro_batch_size: int
     return slice(start, start + micro_batch_size)
 
 
-def _splitmix64(x: np.ndarray) -> np.ndarray:
+def hash64(x: np.ndarray) -> np.ndarray:
     """A bijective hash of 64-bit integers.
 
     Source: Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators", figure 17's mix64variant13.

@@ -12,6 +12,7 @@ from myllm.errors import UserError
 from myllm.files import read_json
 
 from .dataset import SETTINGS, TOKENIZER, Dataset
+from .mixture.mixed_dataset import MixedDataset
 
 
 def read_settings(folder: Path, workers: int = 0) -> DataConfig:
@@ -33,6 +34,8 @@ def settings_of(dataset: Dataset, config: DataConfig) -> DataConfig:
     Args:
         config: the settings it was opened with. Those that do not change the bytes are kept.
     """
+    if isinstance(dataset, MixedDataset):
+        return replace(config, dataset=dataset.name)
     recorded = dataset.manifest["source"]
     if config.dataset is None:  # found by these settings, or by their fallback
         same = actual_source(config.source, None, recorded) == config.source

@@ -10,7 +10,7 @@ Shapes: B windows, T tokens of a window, V vocabulary.
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -127,6 +127,18 @@ def perplexity_sums(
         totals = torch.stack((-log_probs, ones, n_bytes, correct, in_top_k)).sum(dim=1)
         sums += torch.cat((totals, bins.flatten()))
     return sums
+
+
+def mix(sums: Tensor, weights: Sequence[float]) -> Tensor:
+    """The sums over texts of which each has the given share of all tokens, so that their loss is the weighted mean.
+
+    Shapes:
+        sums (C, 5 + 3 BINS), one row for each text; returns (5 + 3 BINS,)
+    """
+    tokens = sums[:, 1]
+    mixed = (torch.tensor(weights, dtype=sums.dtype) / tokens) @ sums * tokens.sum()
+    mixed[1] = tokens.sum()  # exactly
+    return mixed
 
 
 def finish(sums: Tensor, text_bytes: int | None = None) -> dict[str, float]:

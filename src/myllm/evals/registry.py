@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from myllm.config import RunConfig
     from myllm.data.dataset import Dataset
+    from myllm.data.mixture.mixed_dataset import MixedDataset
     from myllm.data.tokenizer.base import Tokenizer
     from myllm.distributed.collectives import DistContext
     from myllm.model.transformer import Transformer
@@ -138,12 +139,15 @@ def build(task: str, inputs: EvalInputs) -> Evaluation:
 
 def build_validation(inputs: EvalInputs) -> Evaluation:
     """Loss and accuracy on the held-out tokens."""
+    from myllm.data.mixture.mixed_dataset import MixedDataset
     from myllm.data.sampler import count_sequences
 
     from . import perplexity
     from .validation import validation_batches
 
     dataset, context, dist = inputs.load_dataset(), inputs.context, inputs.dist
+    if isinstance(dataset, MixedDataset):
+        return _build_mixture_validation(inputs, dataset)
     # At least one sequence: a run that never validates may have validation_tokens below the context.
     wanted = max(inputs.config.eval.validation_tokens // context, 1)
     n_sequences = min(wanted, count_sequences(dataset.val.tokens, context))
@@ -159,6 +163,31 @@ def build_validation(inputs: EvalInputs) -> Evaluation:
         inputs,
     )  # fmt: skip
     return Evaluation({"dataset": dataset.name}, measure, perplexity.finish)
+
+
+def _build_mixture_validation(inputs: EvalInputs, dataset: "MixedDataset") -> Evaluation:
+    """Each component's held-out tokens, in equal numbers, and their mean by the final weights. Its metrics have those
+    of the components under "components"."""
+    import torch
+
+    from . import perplexity
+
+    config = inputs.config
+    tokens = config.eval.validation_tokens // len(dataset.components)
+    share = replace(inputs, config=replace(config, eval=replace(config.eval, validation_tokens=tokens)))
+
+    def evaluate(component: "Dataset") -> Evaluation:
+        return build_validation(replace(share, load_dataset=lambda: component))
+
+    parts = [evaluate(component) for component in dataset.components]
+
+    def finish(sums: "Tensor") -> Metrics:
+        components = {label: part.finish(row) for label, part, row in zip(dataset.labels, parts, sums, strict=True)}
+        return perplexity.finish(perplexity.mix(sums, dataset.final_weights)) | {"components": components}
+
+    return Evaluation(
+        {"dataset": dataset.name}, lambda model: torch.stack([part.measure(model) for part in parts]), finish
+    )
 
 
 def build_perplexity(inputs: EvalInputs, file: Path) -> Evaluation:

@@ -10,6 +10,8 @@ from myllm import paths
 from myllm.data.dataloader import read_batch
 from myllm.data.dataset import Dataset
 from myllm.data.find import find_dataset
+from myllm.data.mixture.spec import parse_mixture
+from myllm.data.order import StreamOrder
 from myllm.data.token_stream import TokenStream
 from myllm.data.tokenizer.base import Tokenizer
 from myllm.errors import UserError
@@ -29,7 +31,7 @@ def validation_batches(
     """
     sequences = np.arange(n_sequences)[rank::world_size]
     for start in range(0, len(sequences), batch_size):
-        yield read_batch(stream, sequences[start : start + batch_size], seq_len)
+        yield read_batch(StreamOrder(stream, seq_len), sequences[start : start + batch_size])
 
 
 def held_out_dataset(source: "ModelSource", tokenizer: Tokenizer, name: str | None) -> Dataset:
@@ -53,8 +55,13 @@ def _training_dataset(source: "ModelSource") -> Dataset:
         raise UserError(
             f"{source.folder} does not record its training data; choose a data set with --dataset, or remove this task"
         )
+    configured = source.config.data.dataset
+    if configured and parse_mixture(configured):
+        mixed = find_dataset(configured)
+        if mixed.fingerprint == source.dataset_hash:
+            return mixed
     folders = [manifest.parent for manifest in paths.datasets_dir().glob("[!.]*/manifest.json")]
-    if configured := source.config.data.dataset:
+    if configured:
         folders.append(user_path(configured))
     for folder in folders:
         try:

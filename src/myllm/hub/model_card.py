@@ -142,6 +142,7 @@ def render_model_card(data: CardData, curves: Mapping[str, str] | None = None) -
         tokenizer=tokenizer.get("name") if isinstance(tokenizer, dict) else strip_local_paths(config.data.tokenizer),
         corpus=find_corpus(config.data.source),
         dataset_repo=_dataset_repo(config.data.source),
+        epochs=_component_epochs(data),
         cleaning=", ".join(
             text.format(value) for key, text in CLEANING.items() if (value := getattr(config.data, key))
         ),
@@ -185,6 +186,12 @@ def _results(data: CardData) -> list[tuple[str, str, Row]]:
     """Evaluation, metric and newest row of all that was measured."""
     newest = {name: data.metrics.last(name) for name in data.metrics.evals}
     return [(name, metric, row) for name, row in newest.items() for metric in row if metric in METRIC_NAMES]
+
+
+def _component_epochs(data: CardData) -> str:
+    """How often the run has read each component of a mixture; empty without one."""
+    rows = {name.partition("/")[2]: data.metrics.last(name) for name in data.metrics.evals if "/" in name}
+    return ", ".join(f"{name} {format_number(row['epochs'])}" for name, row in rows.items() if "epochs" in row)
 
 
 def _format_metric(row: Row, metric: str) -> str:

@@ -86,8 +86,10 @@ def runs_by_dataset() -> dict[str, list[str]]:
     """Names of the runs that train on a data set, or did, by the name of the data set."""
     users: dict[str, list[str]] = {}
     for path in sorted(paths.runs_dir().glob("[!.]*/environment.json")):
-        if dataset := get_text(read_json_or_empty(path), "dataset"):
-            users.setdefault(dataset, []).append(path.parent.name)
+        environment = read_json_or_empty(path)
+        for used in environment.get("components") or [environment]:  # of a mixture
+            if dataset := get_text(used, "dataset"):
+                users.setdefault(dataset, []).append(path.parent.name)
     return users
 
 

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from myllm.checkpoint.state import TrainState
 from myllm.data.dataset import Dataset
+from myllm.data.mixture.mixed_dataset import MixedDataset
 from myllm.data.tokenizer.base import Tokenizer
 from myllm.distributed import collectives as distributed
 from myllm.distributed.precision import autocast
@@ -76,7 +78,10 @@ class Eval:
     measure: Callable[[int], Tensor]
     """At a step: sums over this rank's examples, on the CPU."""
     finish: Callable[[Tensor], dict[str, Any]]
-    """From the sums over all ranks to the row's figures. If empty, no row is written."""
+    """From the sums over all ranks to the row's figures. If empty, no row is written. "components" has those of rows
+    NAME/COMPONENT."""
+    progress: Callable[[int], dict[str, dict[str, Any]]] = lambda step: {}
+    """By component: what else its row says at a step."""
 
     def is_due(self, step: int, last_step: int) -> bool:
         return self.every_steps > 0 and (step % self.every_steps == 0 or step == last_step)
@@ -103,8 +108,11 @@ def build_evals(
             _write_samples(ctx, LanguageModel(model, tokenizer), step, vote)
         return torch.zeros(1)
 
+    validation = _build("validation", settings.validation_every_steps, ctx, model, micro_batches)
+    if validation and isinstance(dataset, MixedDataset):
+        validation = replace(validation, progress=partial(dataset.progress, config))
     evals = [
-        _build("validation", settings.validation_every_steps, ctx, model, micro_batches),
+        validation,
         _build("cloze", settings.cloze_every_steps, ctx, model, inputs),
         _build("hellaswag", settings.hellaswag_every_steps, ctx, model, inputs),
         *(_build(task, settings.tasks_every_steps, ctx, model, inputs) for task in settings.tasks),
@@ -168,13 +176,22 @@ def run_eval(
         return {}
     # Decisions such as early stopping follow from the figures, so every rank uses rank 0's, bit for bit.
     figures = distributed.broadcast_object(evaluation.finish(distributed.all_reduce_sum(sums)))
+    components = figures.pop("components", {})
     if ctx.dist.is_rank_zero and figures:
         seconds = time.perf_counter() - started
         compared, remark = watch.compare(name, state.step, figures)
         row = {"kind": "eval", "name": name, "step": state.step, **figures, **compared, "seconds": seconds}
         ctx.metrics.append(row)
-        shown = ", ".join(f"{key} {value:{',' if isinstance(value, int) else '.4f'}}" for key, value in figures.items())
-        ctx.log(f"{name} at step {state.step:,}: {shown} ({seconds:.1f} s)")
+        ctx.log(f"{name} at step {state.step:,}: {_describe(figures)} ({seconds:.1f} s)")
+        progress = evaluation.progress(state.step)
+        for component, part in components.items():
+            part |= progress.get(component, {})
+            ctx.metrics.append({"kind": "eval", "name": f"{name}/{component}", "step": state.step, **part})
+            ctx.log(f"{name}/{component}: {_describe(part)}")
         if remark:
             ctx.log(remark)
     return figures
+
+
+def _describe(figures: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value:{',' if isinstance(value, int) else '.4f'}}" for key, value in figures.items())

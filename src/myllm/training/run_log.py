@@ -8,6 +8,7 @@ from myllm.checkpoint.layout import checkpoint_dir
 from myllm.checkpoint.state import TrainState
 from myllm.config import RunConfig
 from myllm.data.dataset import Dataset
+from myllm.data.mixture.mixed_dataset import MixedDataset
 from myllm.distributed.cpu_threads import threads_reason
 from myllm.distributed.device_info import device_name
 from myllm.distributed.precision import compute_dtype, dtype_name
@@ -53,6 +54,9 @@ def write_environment(ctx: RunContext, dataset: Dataset) -> None:
         "val_tokens": dataset.val.tokens,
         "precision": dtype_name(compute_dtype(ctx.config.train.precision, ctx.dist.device)),
     }
+    if isinstance(dataset, MixedDataset):
+        details |= {"val_tokens": sum(component.val.tokens for component in dataset.components)}
+        details |= {"components": dataset.describe_components()}
     write_json(ctx.paths.environment, environment(ctx.dist.device, ctx.dist.world_size) | details)
 
 
@@ -77,7 +81,10 @@ def log_start(ctx: RunContext, dataset: Dataset, batch: BatchPlan, state: TrainS
     log(f"run {config.name} on {dist.world_size} x {device_name(dist.device)} ({dist.device.type})")
     log(f"CPU threads: {torch.get_num_threads()} per process, {threads_reason()}")
     log(f"model: {n_parameters(config.model):,} parameters; batch: {batch}")
-    if dataset.known_train_tokens:
+    if isinstance(dataset, MixedDataset):
+        for line in (dataset.name, *dataset.describe_length(config)):
+            log(f"data: {line}")
+    elif dataset.known_train_tokens:
         for line in (dataset.name, *describe_length(config, dataset.known_train_tokens)):
             log(f"data: {line}")
     else:

@@ -17,6 +17,7 @@ from myllm.checkpoint.state import NO_DATASET, TrainState
 from myllm.config import DataConfig, RunConfig, saved_config
 from myllm.data.dataloader import BatchLoader
 from myllm.data.dataset import Dataset
+from myllm.data.mixture.mixed_dataset import MixedDataset
 from myllm.data.sample_digest import SampleDigest
 from myllm.data.sampler import DataPosition, count_sequences
 from myllm.data.settings import settings_of
@@ -123,7 +124,7 @@ def build(ctx: RunContext, dataset: Dataset, batch: BatchPlan | None = None) -> 
     state = replace(state, early_stop=(state.early_stop or EarlyStop()) if patience else None)
     with ExitStack() as stack:
         train_model = stack.enter_context(fast_kernels(model, config, dist, ctx.log))
-        loader = stack.enter_context(BatchLoader(dataset.train, batch, state.data, dist.rank, dist.device))
+        loader = stack.enter_context(BatchLoader(dataset.order(batch), batch, state.data, dist.rank, dist.device))
         guard = GradientGuard(config.train, dist.device, state.skips)
         yield Trainer(ctx, dataset, batch, model, eval_model, train_model, optimizer, loader, guard), state
 
@@ -134,7 +135,9 @@ def resolve_config(config: RunConfig, dataset: Dataset, dist: DistContext) -> Ru
     Raises:
         UserError: as `check_data`; or `train.epochs` is set and nobody knows yet how many tokens there will be.
     """
-    if dataset.known_train_tokens:
+    if isinstance(dataset, MixedDataset):
+        assert config.train.epochs is None  # refused with the command
+    elif dataset.known_train_tokens:
         config = resolve_max_steps(config, dataset.known_train_tokens)
     elif config.train.epochs is not None:
         raise UserError(
@@ -150,6 +153,17 @@ def check_data(config: RunConfig, dataset: Dataset, batch: BatchPlan) -> None:
         UserError: too few tokens for one step or for one validation sequence, a tokenizer that does not match the
             config, or a damaged validation shard. The loader checks training shards when it first reads them.
     """
+    if isinstance(dataset, MixedDataset):  # small ones may have less than a step's tokens
+        dataset.check_epochs(config)
+        for component in dataset.components:
+            _check_held_out(config, component, batch)
+    else:
+        _check_held_out(config, dataset, batch)
+        _check_length(dataset, batch)
+    _check_vocabulary(config, dataset)
+
+
+def _check_held_out(config: RunConfig, dataset: Dataset, batch: BatchPlan) -> None:
     dataset.val.verify(np.zeros(1, dtype=np.int64), dataset.val.tokens)
     if config.eval.validation_every_steps and dataset.val.tokens < batch.seq_len + 1:
         # At most a tenth of the source is held out: a higher data.val_tokens helps only below that.
@@ -159,12 +173,18 @@ def check_data(config: RunConfig, dataset: Dataset, batch: BatchPlan) -> None:
             f"model.max_seq_len {batch.seq_len:,} and its last target; add text, {more}lower model.max_seq_len, or set "
             "eval.validation_every_steps to 0"
         )
+
+
+def _check_length(dataset: Dataset, batch: BatchPlan) -> None:
     n_sequences = count_sequences(dataset.train.tokens, batch.seq_len)
     if dataset.known_train_tokens and n_sequences < batch.sequences:
         raise UserError(
             f"the data set {dataset.name} has {dataset.train.tokens:,} training tokens, {n_sequences:,} sequences of "
             f"{batch.seq_len:,}, fewer than the {batch.sequences:,} of one step; add text or lower train.batch_tokens"
         )
+
+
+def _check_vocabulary(config: RunConfig, dataset: Dataset) -> None:
     tokenizer = dataset.manifest["tokenizer"]
     if config.data.tokenizer != DataConfig.tokenizer and not trained_vocab_size(config.data.tokenizer):
         requested = load_tokenizer(config.data.tokenizer)
@@ -197,7 +217,7 @@ def restore(
     check_schedule_change(saved.state.step, earlier, config)
     if saved.state.data.dataset_hash != dataset.fingerprint:
         raise UserError(
-            f"the checkpoint {saved.folder} was trained on other data than {dataset.folder}; use the old data set with "
+            f"the checkpoint {saved.folder} was trained on other data than {dataset.name}; use the old data set with "
             "--data.dataset NAME, start a second run with another --name, or start over with --train.fresh"
         )
     read_weights(saved.folder, model)

@@ -30,7 +30,7 @@ def main(path: str, folder: str, *sizes: str) -> None:
             model = Transformer(config.model, config.train.seed)
             batch = batch_plan(config, process.world_size)
             position = DataPosition(0, 0, config.train.seed, dataset.fingerprint)
-            with BatchLoader(dataset.train, batch, position, process.rank, process.device) as loader:
+            with BatchLoader(dataset.order(batch), batch, position, process.rank, process.device) as loader:
                 accumulate_gradients(parallelize(model, config, process), loader, batch, config, process.device)
             gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
             torch.save(gradients, Path(folder) / f"micro{size}-rank{process.rank}.pt")

@@ -22,6 +22,7 @@ from myllm.cli.main import main
 from myllm.config import RunConfig
 from myllm.data.dataloader import read_batch
 from myllm.data.dataset import Dataset
+from myllm.data.order import StreamOrder
 from myllm.data.prepare.prepare import prepare
 from myllm.distributed.collectives import process_group
 from myllm.errors import TrainingDiverged, UserError
@@ -218,7 +219,7 @@ def trained_without(config: RunConfig, dataset: Dataset, skipped: int) -> dict[s
     model.train()
     for step, sequences in enumerate(sequences_of_steps(config, dataset, config.train.max_steps), 1):
         for sequence in sequences:
-            tokens, targets = read_batch(dataset.train, np.array([sequence]), config.model.max_seq_len)
+            tokens, targets = read_batch(StreamOrder(dataset.train, config.model.max_seq_len), np.array([sequence]))
             (model(tokens, targets) / len(sequences)).backward()
         if step != skipped:
             nn.utils.clip_grad_norm_(model.parameters(), config.optim.max_grad_norm)

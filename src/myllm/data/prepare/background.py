@@ -1,10 +1,11 @@
 """Training that begins before its data set is complete: a process in the background prepares the rest."""
 
+import math
 import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -12,6 +13,8 @@ from pathlib import Path
 from myllm.config import DataConfig
 from myllm.data.dataset import MANIFEST, PROGRESS, WORK, Dataset
 from myllm.data.find import find_dataset, find_dataset_folder
+from myllm.data.mixture.mixed_dataset import MixedDataset
+from myllm.data.mixture.spec import component_configs, find_mixture
 from myllm.data.preparation_lock import BACKGROUND, is_being_prepared, preparation_ended, preparation_lock
 from myllm.data.sources.source import check_source
 from myllm.data.tokenizer.load import load_tokenizer, trained_vocab_size
@@ -35,6 +38,10 @@ def check_data_names(config: DataConfig) -> None:
     Raises:
         UserError: no such data set, source or vocabulary.
     """
+    if mixture := find_mixture(config):
+        for part in component_configs(config, mixture):
+            check_data_names(part)
+        return
     if trained_vocab_size(config.tokenizer) is None:
         load_tokenizer(config.tokenizer)
     if config.dataset is not None:
@@ -61,6 +68,12 @@ def prepare_in_background(
     """
     if config.dataset is not None:
         yield _wait_for_tokens(find_dataset(config.dataset, allow_incomplete=True), min_train_tokens)
+        return
+    if mixture := find_mixture(config):  # one after the other: a mixture needs all of them complete
+        with ExitStack() as stack:
+            parts = component_configs(config, mixture)
+            waiting = (prepare_in_background(part, starts, progress, math.inf) for part in parts)
+            yield MixedDataset.of(mixture, [stack.enter_context(part) for part in waiting])
         return
     folder = resolve(config).folder
     if is_complete(folder):

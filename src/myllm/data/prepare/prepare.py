@@ -21,6 +21,8 @@ from myllm import paths
 from myllm.config import DataConfig
 from myllm.data.dataset import MANIFEST, WORK, Dataset
 from myllm.data.find import find_dataset
+from myllm.data.mixture.mixed_dataset import MixedDataset
+from myllm.data.mixture.spec import component_configs, find_mixture
 from myllm.data.preparation_lock import preparation_lock
 from myllm.data.sources.hub_listing import UnreachableError
 from myllm.data.sources.source import find_source
@@ -54,6 +56,8 @@ def prepare(config: DataConfig, progress: bool = True) -> Dataset:
     """
     if config.dataset is not None:
         return find_dataset(config.dataset)
+    if mixture := find_mixture(config):
+        return MixedDataset.of(mixture, [prepare(part, progress) for part in component_configs(config, mixture)])
     spec = resolve(config)
     if not is_complete(spec.folder) or (spec.folder / WORK).exists():
         with disk_errors_for_users(), preparation_lock(spec.folder):

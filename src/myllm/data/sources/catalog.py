@@ -107,6 +107,8 @@ def actual_source(source: str, dataset: str | None, recorded: str | None = None)
     Returns:
         `source`, or only the name of another source: of a known corpus, or one that matches no public name.
     """
+    if recorded and " " in recorded:  # of a mixture
+        return recorded
     kind, _, rest = source.partition(":")
     name = f"hub-{re.split('[@:]', rest)[0].replace('/', '-')}" if kind == "hub" else source.replace(":", "-")
     if recorded:

@@ -143,6 +143,8 @@ def _tasks_card(metrics: Metrics) -> Card:
 
 
 def _epochs(train: Row, environment: Row) -> str:
+    if "components" in environment:  # a mixture: each has its own, in the table of evaluations
+        return ""
     epochs = as_float(train.get("tokens")) / (as_float(environment.get("train_tokens")) or np.nan)
     if epochs >= 1:
         return f"{format_number(epochs)} epochs"
@@ -176,6 +178,7 @@ def eval_columns(metrics: Metrics) -> list[EvalColumn]:
         EvalColumn("", "perplexity", "validation", "perplexity", format_perplexity),
         EvalColumn("", "bits per byte", "validation", "bits_per_byte", format_loss),
         EvalColumn("", "token accuracy", "validation", "token_accuracy", format_percent),
+        *_component_columns(metrics),
         *(
             EvalColumn(title, "accuracy", name, accuracy_key(metrics.rows(name)), format_percent)
             for name, title in {"cloze": "Cloze", **TASK_TITLES}.items()
@@ -198,6 +201,17 @@ def _eval_table(metrics: Metrics) -> dict[str, Any]:
         for step, tokens in zip(shown, metrics.tokens_at(shown), strict=True)
     ]
     return {"headings": [column[:2] for column in columns], "rows": rows, "n_steps": len(steps)}
+
+
+def _component_columns(metrics: Metrics) -> list[EvalColumn]:
+    """Columns for each text that was evaluated by itself, such as the components of a mixture."""
+    return [
+        EvalColumn(name if key == "loss" else "", key, name, key, format_value)
+        for name in metrics.evals
+        if name.startswith("validation/")
+        for key, format_value in (("loss", format_loss), ("epochs", format_number))
+        if key in metrics.last(name)
+    ]
 
 
 def _activities(metrics: Metrics) -> list[dict[str, Any]]:

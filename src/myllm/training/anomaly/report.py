@@ -21,8 +21,8 @@ from myllm.checkpoint.format import Snapshot, write_checkpoint
 from myllm.checkpoint.rng import set_rng_state
 from myllm.checkpoint.state import TrainState
 from myllm.config import to_dict
-from myllm.data.dataloader import read_batch, read_rows
-from myllm.data.sampler import count_sequences, rank_rows, step_sequences, window_sequences
+from myllm.data.dataloader import read_batch
+from myllm.data.sampler import rank_rows
 from myllm.data.tokenizer.base import Tokenizer
 from myllm.distributed import collectives as distributed
 from myllm.distributed.device_info import device_name
@@ -57,8 +57,8 @@ def _dump_step(bad: SkippedStep, state: TrainState, trainer: Trainer) -> str:
     """Diagnose the step on every rank and write the dump. Returns the message that ends the run, on every rank."""
     ctx, batch, dataset = trainer.ctx, trainer.batch, trainer.dataset
     tokenizer = dataset.tokenizer()
-    n_sequences = count_sequences(dataset.train.tokens, batch.seq_len)
-    sequences = step_sequences(bad.data, batch.sequences, n_sequences, window_sequences(batch.seq_len))
+    order = dataset.order(batch)
+    sequences = order.take(bad.data, batch.sequences)
     diagnosis, error = None, None
     with full_params(trainer.model, trainer.eval_model):
         try:
@@ -72,7 +72,7 @@ def _dump_step(bad: SkippedStep, state: TrainState, trainer: Trainer) -> str:
     if ctx.dist.is_rank_zero:
         diagnoses, errors = (list(column) for column in zip(*reports, strict=True))
         summary = _summary(bad, trainer, diagnoses, errors)
-        tokens = read_rows(dataset.train, sequences, batch.seq_len)
+        tokens = order.read(sequences)
         samples = _samples(sequences, [tokenizer.decode(row) for row in tokens], diagnoses, batch)
         try:
             if failure:
@@ -103,7 +103,7 @@ def _diagnose_share(bad: SkippedStep, sequences: np.ndarray, trainer: Trainer) -
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
         for rows in micro_batches:
-            tokens, targets = read_batch(trainer.dataset.train, rows, batch.seq_len)
+            tokens, targets = read_batch(trainer.dataset.order(batch), rows)
             yield tokens.to(dist.device), targets.to(dist.device)
 
     with training_backends(dist.device, config.train), deterministic(config.train.deterministic):

@@ -8,6 +8,8 @@ from myllm import paths
 from myllm.config import DataConfig, RunConfig, from_dict
 from myllm.data.dataset import MANIFEST, SETTINGS, Dataset
 from myllm.data.find import find_dataset
+from myllm.data.mixture.mixed_dataset import MixedDataset
+from myllm.data.mixture.spec import Mixture, component_configs, find_mixture
 from myllm.data.prepare.spec import make_spec
 from myllm.data.sources.catalog import CORPORA
 from myllm.data.tokenizer.base import Tokenizer
@@ -16,6 +18,7 @@ from myllm.files import folder_bytes, read_json
 from myllm.formatting import parse_count
 from myllm.paths import user_path
 from myllm.planning.disk import disk_estimate_bytes
+from myllm.planning.length import describe_length
 
 from .scratch import nearest_existing
 
@@ -40,6 +43,14 @@ class DataAndDisk:
     """Counted, not estimated from file sizes."""
     source: str
     """Name of the text, for messages."""
+    mixture: MixedDataset | None = None
+    """A prepared mixture: the text is several."""
+
+    def describe_length(self, config: RunConfig) -> list[str]:
+        """As `planning.length.describe_length`; `tokens` are known."""
+        if self.mixture:
+            return self.mixture.describe_length(config)
+        return describe_length(config, self.tokens or 0, self.tokens_are_exact)
 
 
 def tokenizer_for(config: RunConfig) -> Tokenizer:
@@ -56,6 +67,8 @@ def inspect_data_and_disk(config: RunConfig) -> DataAndDisk:
     Raises:
         UserError: the source does not exist.
     """
+    if mixture := find_mixture(config.data):
+        return _inspect_mixture(config, mixture)
     data, folder = config.data, nearest_existing(paths.runs_dir())
     dataset = find_prepared(data)
     tokens: int | None
@@ -86,8 +99,27 @@ def inspect_data_and_disk(config: RunConfig) -> DataAndDisk:
     )
 
 
+def _inspect_mixture(config: RunConfig, mixture: Mixture) -> DataAndDisk:
+    parts = [inspect_data_and_disk(replace(config, data=part)) for part in component_configs(config.data, mixture)]
+    dataset = find_prepared(config.data)
+    return replace(
+        parts[0],
+        shards_bytes=sum(part.shards_bytes for part in parts),
+        downloads_bytes=sum(part.downloads_bytes for part in parts),
+        tokens=dataset.known_train_tokens if dataset else None,
+        tokens_are_exact=True,
+        source=mixture.format(),
+        mixture=dataset if isinstance(dataset, MixedDataset) else None,
+    )
+
+
 def find_prepared(config: DataConfig) -> Dataset | None:
-    """The data set with these settings, complete or not. Compares settings, so that nothing is hashed."""
+    """The data set with these settings, complete or not; a mixture only if complete. Compares settings, so that nothing
+    is hashed."""
+    if mixture := find_mixture(config):
+        found = [find_prepared(part) for part in component_configs(config, mixture)]
+        components = [component for component in found if component is not None and component.complete]
+        return MixedDataset.of(mixture, components) if len(components) == len(found) else None
     if config.dataset is not None:
         return find_dataset(config.dataset, allow_incomplete=True)
     kind, _, path = config.source.partition(":")

@@ -187,7 +187,7 @@ def _time_steps(trainer: Trainer) -> Measurements:
     step_s = distributed.broadcast_object(seconds) / fraction
     times = min(STEPS, int(STEPS_S / step_s))
     if times:
-        with BatchLoader(trainer.dataset.train, whole, position, dist.rank, dist.device) as loader:
+        with BatchLoader(trainer.dataset.order(whole), whole, position, dist.rank, dist.device) as loader:
             whole_trainer = replace(trainer, batch=whole, loader=loader)
             step_s = distributed.broadcast_object(median(step(whole_trainer)[2] for _ in range(times)))
     loss, grad_norm = distributed.broadcast_object((loss, grad_norm))

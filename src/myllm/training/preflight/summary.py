@@ -15,7 +15,6 @@ from myllm.planning.batch import batch_plan
 from myllm.planning.disk import checkpoint_bytes, n_added, n_saves
 from myllm.planning.flops import flops_per_token
 from myllm.planning.gpu_specs import peak_flops
-from myllm.planning.length import describe_length
 from myllm.planning.memory_estimate import ComputeMode, predicted_bytes
 
 from .batch_size import nothing_fits_message
@@ -222,7 +221,7 @@ class PreflightResult:
         if not storage.tokens:
             tokens = train.max_steps * train.batch_tokens
             return [f"tokens       {tokens:,}; the number of tokens in {storage.source} is not known yet"]
-        first, *notes = describe_length(self.config, storage.tokens, storage.tokens_are_exact)
+        first, *notes = storage.describe_length(self.config)
         return [f"tokens       {first} of {storage.source}", *(f"             {note}" for note in notes)]
 
     # -- problems -----------------------------------------------------------------------------------------------------
