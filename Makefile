@@ -4,7 +4,7 @@ PYTHON = python="$$(src/environment.sh --dev)" && "$$python"
 PARALLEL = --numprocesses auto --dist loadfile --max-worker-restart 1
 SCRIPTS = $(wildcard *.sh src/*.sh) .ci/run docs/slurm/train.sbatch docs/deploy/completion.bash
 
-.PHONY: help environment test test-slow soak gpu-check docs lock lint format clean
+.PHONY: help environment test test-slow soak gpu-check docs screenshots lock lint format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' Makefile
@@ -28,6 +28,9 @@ gpu-check: environment ## is this GPU right, and as fast as it should be? nine m
 docs: environment ## build the static site into temp_data/site
 	@export NO_MKDOCS_2_WARNING=1; $(PYTHON) -m mkdocs build --quiet --strict --config-file docs/site/mkdocs.yml
 	@echo "temp_data/site/index.html; with search: python -m http.server --directory temp_data/site"
+
+screenshots: environment ## draw the pictures of README.md and docs/, of the run `debug`; needs Chromium
+	@$(PYTHON) docs/screenshots.py
 
 lock: ## renew docs/deploy/requirements.lock after a change of requirements.txt; needs uv
 	@uv pip compile requirements.txt --universal --python-version 3.11 --generate-hashes --quiet \

@@ -1,5 +1,6 @@
 """The commands of README.md and docs/ are run, on a tiny model, made-up texts and a loopback Hub, or have a reason."""
 
+import importlib.util
 import io
 import json
 import os
@@ -195,6 +196,17 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
 def test_every_reason_is_needed() -> None:
     lines = [" ".join(parameter.values[0]) for parameter in documented()]
     assert not [pattern for pattern in REASONS if not any(re.match(pattern, line) for line in lines)]
+
+
+def test_screenshots(desk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One command draws every picture of README.md and docs/ but that of a search, which is another run."""
+    spec = importlib.util.spec_from_file_location("screenshots", ROOT / "docs/screenshots.py")
+    screenshots = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(screenshots)
+    monkeypatch.setattr(screenshots, "ASSETS", tmp_path)
+    screenshots.main()
+    shown = {name for page in PAGES for name in re.findall(r"assets/(\w+\.png)", page.read_text(encoding="utf-8"))}
+    assert {path.name for path in tmp_path.glob("*.png")} == shown - {"tune_report.png"}
 
 
 # -- requests and Python ----------------------------------------------------------------------------------------------
