@@ -32,6 +32,7 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "03_multihead_attention.ipynb": {},
     "04_architecture.ipynb": {},
     "05_data.ipynb": {},
+    "06_training.ipynb": {},
     "hf_sampling.ipynb": {"MODEL": "exported", "PROMPTS": ["the river"]},
     "metric_graphs.ipynb": {"RUN": "first", "RUNS": ["first", "second"]},
     "parameters_tuning.ipynb": {},
@@ -198,10 +199,33 @@ def check_data(tables: list[str], stdout: str, pictures: int) -> None:
     assert digests["one rank"] == digests["two ranks"] == digests["by hand"] != digests["one bit changed"]
 
 
+def check_training(tables: list[str], stdout: str, pictures: int) -> None:
+    """The exact checks are asserts of the notebook; here, that they were reached, and what the text says of figures."""
+    assert pictures == 4
+    for conclusion in (
+        "six steps by hand and six of train_step: the same weights",
+        "four micro-steps of 4 rows: the same gradient as 16 rows at once",
+        "both ranks have the same gradient, and it is that of one process with all rows",
+        "stopped and resumed: the same weights, bit for bit",
+    ):
+        assert conclusion in stdout
+    first = re.search(r"step 0 .* loss ([\d.]+) ", stdout)
+    assert first
+    assert float(first[1]) == pytest.approx(math.log(50_257), abs=0.1)
+    cosines = [float(cosine) for cosine in re.findall(r"rows ([\d.]+)", stdout)]
+    start, trained = cosines[:4], cosines[4:8]
+    assert start == sorted(start)
+    assert all(late < early for early, late in zip(start, trained, strict=True))
+    float32, bfloat16 = re.search(r"float32 ([\d.]+), matrix products in bfloat16 ([\d.]+)", stdout).groups()
+    assert float(bfloat16) == pytest.approx(float(float32), abs=0.1)
+    assert "| weights | " in tables[0]
+
+
 CHECKS = {
     "03_multihead_attention.ipynb": check_multihead_attention,
     "04_architecture.ipynb": check_architecture,
     "05_data.ipynb": check_data,
+    "06_training.ipynb": check_training,
     "metric_graphs.ipynb": check_metric_graphs,
     "parameters_tuning.ipynb": check_parameters_tuning,
 }

@@ -1,9 +1,10 @@
 """A hook of MkDocs: the site's pages are the repository's own files.
 
 Each keeps its path, so that links between pages work in a checkout, on a code host and on the site. A file of code that
-a page links to becomes a page too.
+a page links to becomes a page too, and so does every notebook, whose code is shown without what it prints and draws.
 """
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -34,10 +35,14 @@ def on_files(files: Files, config: Any) -> Files:
         files.append(File.generated(config, _address(path), abs_src_path=str(path)))
         for link in LINK.finditer(path.read_text(encoding="utf-8")):
             linked.add((path.parent / link["target"]).resolve())
+    for path in sorted(ROOT.glob("notebooks/*.ipynb")):
+        page = _notebook_page(path)
+        files.append(File.generated(config, f"{_address(path)}.md", content=page))
+        linked |= {(path.parent / link["target"]).resolve() for link in LINK.finditer(page)}
     for path in sorted(linked):
         if path.suffix in IMAGES:
             files.append(File.generated(config, _address(path), abs_src_path=str(path)))
-        elif path.is_file() and path.suffix != ".md":
+        elif path.is_file() and path.suffix not in {".md", ".ipynb"}:
             text, language = path.read_text(encoding="utf-8"), LANGUAGES.get(path.suffix, "text")
             page = CODE_PAGE.format(path=_address(path), language=language, content=text)
             files.append(File.generated(config, f"{_address(path)}.md", content=page))
@@ -57,6 +62,14 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         return link[0]
 
     return LINK.sub(rewrite, markdown)
+
+
+def _notebook_page(path: Path) -> str:
+    parts = []
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+    return "\n\n".join([parts[0], f"*Open `{_address(path)}` in Jupyter to run it and to see its figures.*", *parts[1:]])
 
 
 def _address(path: Path) -> str:
