@@ -69,7 +69,8 @@ def _notebook_page(path: Path) -> str:
     for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
         source = "".join(cell["source"])
         parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
-    return "\n\n".join([parts[0], f"*Open `{_address(path)}` in Jupyter to run it and to see its figures.*", *parts[1:]])
+    note = f"*Open `{_address(path)}` in Jupyter to run it and to see its figures.*"
+    return "\n\n".join([parts[0], note, *parts[1:]])
 
 
 def _address(path: Path) -> str:
