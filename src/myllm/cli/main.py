@@ -34,15 +34,17 @@ from .tune import command as tune_cli
 Positional = tyro.conf.Positional
 
 
-def report(runs: Positional[tuple[str, ...]]) -> None:
+def report(runs: Positional[tuple[str, ...]], watch: bool = False, port: int = 8001) -> None:
     """Redraw a run's plots and report.html, or compare several runs on one page.
 
     Args:
         runs: names or folders of runs.
+        watch: serve the page on this machine, and redraw it while the runs train, until Ctrl-C.
+        port: port of --watch. 0: any free port.
     """
-    from .runs.report import draw
+    from .runs.report import report
 
-    print(draw(runs))
+    report(runs, watch, port)
 
 
 def doctor(distributed: bool = False, device: Literal["auto", "cpu", "cuda"] = "auto", timeout_s: float = 60.0) -> None:

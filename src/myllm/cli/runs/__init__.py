@@ -2,6 +2,7 @@
 
 command   the command lines
 report    the page of a run, or of several
+watch     serve that page while the runs train
 datasets  prepared data sets, and the runs that use them
 confirm   ask before anything is removed
 """
