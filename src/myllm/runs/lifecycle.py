@@ -44,17 +44,19 @@ def find_own_run(name: str) -> RunPaths:
 
 @contextmanager
 def hold_run(run: RunPaths) -> Iterator[None]:
-    """Hold a run that no process trains or publishes.
+    """Hold a run that no process trains, publishes or sends to a tracker.
 
     Raises:
         UserError: one does, on this machine or another.
     """
     with ExitStack() as stack:
         try:
-            for name in LOCKS:
-                stack.enter_context(file_lock(run.root / name, wait=False))
+            for path in (*(run.root / name for name in LOCKS), *run.trackers.glob("*.lock")):
+                stack.enter_context(file_lock(path, wait=False))
         except BlockingIOError:
-            raise UserError(f"a process is training or publishing in {run.root}; stop it first") from None
+            raise UserError(
+                f"a process trains or publishes in {run.root}, or sends its rows to a tracker; stop it first"
+            ) from None
         if recorded_state(run) == "running":
             raise UserError(f"{run.root} is in use: its heartbeat is fresh; see `myllm status {run.root.name}`")
         yield
@@ -151,12 +153,16 @@ def plan_archive(run: RunPaths) -> ArchivePlan:
     checkpoints = [folder for folder in (newest, *list_checkpoints(run.best)) if folder is not None]
     files: list[Path] = []
     left_out: list[Path] = []
-    for path in sorted(path for path in run.root.rglob("*") if path.is_file() and path.name not in LOCKS):
+    for path in sorted(path for path in run.root.rglob("*") if path.is_file() and not _is_lock(path)):
         is_kept = any(path.is_relative_to(folder) for folder in checkpoints) or (
             not path.is_relative_to(run.checkpoints) and (path.parent == run.root or path.stat().st_size <= SMALL_BYTES)
         )
         (files if is_kept else left_out).append(path)
     return ArchivePlan(run, checkpoints, files, left_out)
+
+
+def _is_lock(path: Path) -> bool:
+    return path.name in LOCKS or path.suffix == ".lock"
 
 
 def archive_run(plan: ArchivePlan) -> Path:

@@ -163,7 +163,8 @@ def test_all_or_nothing_is_deleted(runs: Path, capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize("words", [["delete", "done", "--yes"], ["rename", "done", "x"], ["archive", "done", "--yes"]])
 def test_a_run_in_use_is_left_alone(words: list[str], runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = files_of(runs / "done")
-    for lock in (".lock", ".publish.lock"):
+    (runs / "done/trackers").mkdir()
+    for lock in (".lock", ".publish.lock", "trackers/tensorboard.lock"):
         with file_lock(runs / "done" / lock):
             assert "stop it first" in refused(capsys, *words)
     write_heartbeat(runs / "done", host="another")  # on a file system whose locks don't reach other machines

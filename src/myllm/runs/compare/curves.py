@@ -96,6 +96,7 @@ def charts() -> list[Chart]:
             for name, title in {"cloze": "Cloze", **TASK_TITLES}.items()
         ),
         Chart("Learning rate", "train", ("lr",)),
+        Chart("Learning rate of Muon", "train", ("muon_lr",)),
         Chart("Gradient norm, before clipping", "train", ("grad_norm",), is_log=True, smooth=True),
         Chart("Tokens per second", "train", ("tokens_per_s",), smooth=True),
     ]

@@ -15,6 +15,8 @@ from .curves import chart_data, read_run
 
 MAX_RUNS = 16
 """Eight colors, solid and dashed."""
+MAX_TITLE = 60
+"""Longer lists of names are in the legend only."""
 
 
 def write_comparison(runs: Sequence[RunPaths]) -> Path:
@@ -26,9 +28,9 @@ def write_comparison(runs: Sequence[RunPaths]) -> Path:
     if len(runs) > MAX_RUNS:
         raise UserError(f"{len(runs)} runs, expected at most {MAX_RUNS}: their curves could not be told apart")
     compared = [read_run(run) for run in runs]
+    name = ", ".join(run.name for run in compared)
     page = page_template(__package__).render(
-        name=", ".join(run.name for run in compared),
-        n_runs=len(compared),
+        name=name if len(name) <= MAX_TITLE else f"{len(compared)} runs",
         data=chart_data(compared),
         warnings=tables.warnings(compared),
         summaries=tables.summaries(compared),
