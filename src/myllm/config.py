@@ -97,14 +97,14 @@ class DataConfig:
     """The training text and how it is stored in shards. The same values always give the same bytes."""
 
     source: str = "python-stdlib"
-    """A known source (`myllm data list`), hub:NAMESPACE/NAME[:GLOB], files:PATH for a local file, folder or glob, or a
+    """A known source (`myllm data list`), hub:NAMESPACE/NAME[:GLOB], datasets:NAME[:CONFIG][:SPLIT], files:PATH, or a
     mixture such as "A:0.7 B:0.3"."""
     dataset: str | None = None
     """Train on this prepared data set (a name in temp_data/datasets, a folder, or a mixture) instead of the source."""
     tokenizer: str = "r50k_base"
     """GPT-2's tokenizer (r50k_base), the path of a tokenizer.json, or train:N: learn N tokens from the source first."""
     text_column: str | None = None
-    """Column or key that contains the text (default: that of the source, or "text")."""
+    """Column or key of the text, `a.b` for a nested one, or a template "{title}\\n{text}" (default: the source's)."""
     suffixes: tuple[str, ...] = field(default=(), metadata={"option": "suffix"})
     """Also read local files with these suffixes, such as .rst .html, as plain text."""
     val_tokens: int = 10_000_000

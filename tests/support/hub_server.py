@@ -78,6 +78,7 @@ class HubServer:
         self._faults: list[Fault] = []
         self._pace: dict[str, float] = {}
         self._held: dict[str, int] = {}
+        self._gated: set[str] = set()
         self._down: Reply | None = None
         self._without_ranges: str | None = None
         self.models = Models(self)
@@ -144,6 +145,10 @@ class HubServer:
         return f"{self.endpoint}/plain/{quote(path.lstrip('/'))}"
 
     # What goes wrong
+
+    def gate(self, repo: str) -> None:
+        """Serve the files of a repository only to accounts; anybody may list them, as on the Hub."""
+        self._gated.add(repo)
 
     def fail_next(
         self,
@@ -262,6 +267,8 @@ class HubServer:
         if found := API.fullmatch(path):
             return self._api(found, parameters, posted)
         if found := RESOLVE.fullmatch(path):
+            if unquote(found["repo"]) in self._gated and not request.authorization:
+                return error_reply(401, "Access to this dataset is restricted", code="GatedRepo")
             return self._resolve(found, headers)
         if (found := CDN.fullmatch(path)) and found["sha256"] in self._blobs:
             return content_reply(self._blobs[found["sha256"]].content, headers, {"ETag": f'"{found["sha256"]}"'})

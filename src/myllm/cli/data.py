@@ -36,6 +36,7 @@ def list_sources(local: bool = False) -> None:
     ]
     rows.append(("python-stdlib", "none", "4M", "PSF-2.0", "-", "the .py files of this Python's own library"))
     rows.append(("hub:NAMESPACE/NAME[:GLOB]", "", "", "varies", "text", "any dataset repository of parquet or jsonl"))
+    rows.append(("datasets:NAME[:CONFIG][:SPLIT]", "", "", "varies", "text", "whatever datasets.load_dataset opens"))
     rows.append(("files:PATH", "none", "", "yours", "text", "a file, folder or glob: .txt .md .py .jsonl .parquet ..."))
     print(format_table(rows))
     print("\n" + "\n".join(f"{corpus.name}: {corpus.description}; {corpus.location}" for corpus in CORPORA.values()))
@@ -116,7 +117,7 @@ class PrepareArgs(DataConfig):
     """DataConfig's settings as the options of `myllm data prepare`."""
 
     source: Positional[str] = tyro.MISSING
-    """A name of `myllm data list`, hub:NAMESPACE/NAME[:GLOB], or files:PATH for a file, folder or glob."""
+    """A name of `myllm data list`, hub:NAMESPACE/NAME[:GLOB], datasets:NAME[:CONFIG][:SPLIT], or files:PATH."""
     dataset: tyro.conf.Suppress[None] = None
     shard: str | None = None
     """For example 3/16: tokenize one of 16 worker shards, each on its own machine. `myllm data merge` joins them."""

@@ -34,7 +34,7 @@ def tokenizer_train(
     """Train a byte-level BPE tokenizer on a source's text.
 
     Args:
-        source: a name from `myllm data list`, hub:NAMESPACE/NAME[:GLOB], or files:PATH.
+        source: a name from `myllm data list`, hub:NAMESPACE/NAME[:GLOB], datasets:NAME[:CONFIG][:SPLIT], or files:PATH.
         vocab_size: number of tokens, at least 257; more than 65536 take four bytes each in shards, not two.
         documents: learn from at most this many documents, in the seeded order of the source's files (0: all).
         text_column: column or key that holds the text (default: the source's own).

@@ -253,4 +253,7 @@ def _dataset_repo(source: str) -> str | None:
     """The dataset repository on the Hub that a source names, if any."""
     kind, _, rest = source.partition(":")
     corpus = find_corpus(source)
-    return corpus.repo if corpus else rest.partition(":")[0].partition("@")[0] if kind == "hub" else None
+    if corpus:
+        return corpus.repo
+    on_hub = kind == "hub" or (kind == "datasets" and not rest.startswith(("/", ".", "~")))
+    return rest.partition(":")[0].partition("@")[0] if on_hub else None

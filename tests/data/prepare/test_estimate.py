@@ -164,7 +164,7 @@ ROWS = texts(4_000)
     [
         (pa.array(ROWS), 0.8, "half.parquet: not a complete parquet file"),
         (pa.array([text.encode() for text in ROWS]), 1, "is binary, not text"),
-        (pa.array([{"a": text} for text in ROWS]), 1, "is struct<a: string>, not text"),
+        (pa.array([{"a": text} for text in ROWS]), 1, "is nested; choose one of text.a"),
     ],
 )
 def test_a_parquet_file_without_texts_is_explained(column: pa.Array, keep: float, said: str, tmp_path: Path) -> None:

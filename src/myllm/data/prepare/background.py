@@ -17,6 +17,7 @@ from myllm.data.mixture.mixed_dataset import MixedDataset
 from myllm.data.mixture.spec import component_configs, find_mixture
 from myllm.data.preparation_lock import BACKGROUND, is_being_prepared, preparation_ended, preparation_lock
 from myllm.data.sources.source import check_source
+from myllm.data.sources.text_column import parse_text_column
 from myllm.data.tokenizer.load import load_tokenizer, trained_vocab_size
 from myllm.errors import UserError
 
@@ -48,6 +49,7 @@ def check_data_names(config: DataConfig) -> None:
         find_dataset_folder(config.dataset, (MANIFEST, PROGRESS))
     else:
         check_source(config.source, config.suffixes)
+        parse_text_column(config.text_column or "text")
 
 
 @contextmanager

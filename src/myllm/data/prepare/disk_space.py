@@ -33,7 +33,7 @@ def check_disk(spec: DatasetSpec, worker_count: int, worker_shards: int = 1) -> 
     need = int(shards + in_progress + downloads)
     free, own = shutil.disk_usage(folder.parent).free, sum(map(_size_on_disk, folder.rglob("*")))
     parts = f"{format_bytes(shards)} of shards, {format_bytes(in_progress)} of work in progress"
-    if any(file.remote for file in spec.source.files):
+    if downloads:
         parts += f", {format_bytes(downloads)} of downloads"
     if need > free + own:
         raise UserError(
@@ -45,8 +45,8 @@ def check_disk(spec: DatasetSpec, worker_count: int, worker_shards: int = 1) -> 
 
 
 def _download_bytes(spec: DatasetSpec, worker_count: int, worker_shards: int) -> float:
-    """Bytes of downloaded files on the disk at a time."""
-    sizes = sorted((file.size_bytes for file in spec.source.files if file.remote), reverse=True)
+    """Bytes of downloaded or converted files on the disk at a time."""
+    sizes = sorted((file.size_bytes for file in spec.source.files if file.remote or file.builder), reverse=True)
     if spec.config.keep_downloads:
         kept = paths.downloads_dir() / spec.source.name
         fraction = min(spec.estimated_tokens / max(estimate_tokens(spec.source.files), 1), 1) / worker_shards

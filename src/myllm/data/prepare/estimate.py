@@ -12,6 +12,7 @@ import numpy as np
 
 from myllm.data.sources.arrow_readers import open_parquet, table_texts
 from myllm.data.sources.cleaning import clean
+from myllm.data.sources.convert import fetch_file
 from myllm.data.sources.documents import group_rows
 from myllm.data.sources.download import download_file, download_head
 from myllm.data.sources.hub_listing import UnreachableError, first_line
@@ -184,6 +185,9 @@ def _read_sample(spec: DatasetSpec, folder: Path, skips: SkipLog) -> tuple[list[
     source = spec.source
     files = order_files(source.files, spec.config.shuffle_files, spec.config.shuffle_seed)
     first = files[0]
+    if first.builder:
+        path = fetch_file(first, source.column, folder, folder)
+        return [list(read_documents(source, first, path, skips))], first.size_bytes, first.name
     if first.size_bytes <= SMALL_BYTES and not first.remote:
         chosen = files[:: max(len(files) // SAMPLE_FILES, 1)]
         by_file = [list(read_documents(source, file, Path(file.location), skips)) for file in chosen]

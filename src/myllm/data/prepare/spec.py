@@ -16,13 +16,13 @@ from tqdm import tqdm
 from myllm import paths
 from myllm.config import DataConfig
 from myllm.data.dataset import FORMAT
-from myllm.data.sources.download import download_file
+from myllm.data.sources.convert import fetch_file
+from myllm.data.sources.hf_datasets.name import absolute_source
 from myllm.data.sources.read_task import SkipLog
 from myllm.data.sources.source import Source, SourceFile, find_source, read_documents
 from myllm.data.tokenizer.base import Tokenizer
 from myllm.data.tokenizer.load import TOKENIZER_FILE, load_tokenizer, trained_vocab_size
 from myllm.files import file_lock
-from myllm.paths import user_path
 
 from .work_items import WorkItem, make_work_items, order_files
 
@@ -98,9 +98,7 @@ class DatasetSpec:
     def settings(self) -> dict[str, Any]:
         """The settings that decide the bytes, for `verify --repair`."""
         values = asdict(self.config)
-        kind, _, where = self.config.source.partition(":")
-        if kind == "files":
-            values["source"] = f"files:{user_path(where).absolute()}"
+        values["source"] = absolute_source(self.config.source)
         if self.config.tokenizer != self.tokenizer.name and not trained_vocab_size(self.config.tokenizer):
             values["tokenizer"] = str(self.tokenizer.file.absolute())
         irrelevant = ("workers", "keep_downloads", "dataset", "fallback")
@@ -149,9 +147,9 @@ def first_documents(source: Source, limit: int) -> Iterator[str]:
     def all_documents() -> Iterator[str]:
         with tempfile.TemporaryDirectory(dir=paths.tokenizers_dir()) as folder:
             for file in order_files(source.files, shuffle=True, seed=0):
-                path = download_file(file, Path(folder))
+                path = fetch_file(file, source.column, Path(folder), Path(folder))
                 yield from read_documents(source, file, path, SkipLog())
-                if file.remote:
+                if file.remote or file.builder:
                     path.unlink()
 
     paths.tokenizers_dir().mkdir(parents=True, exist_ok=True)
@@ -159,10 +157,10 @@ def first_documents(source: Source, limit: int) -> Iterator[str]:
 
 
 def _content_sha256(source: Source) -> str:
-    """Of the names and digests of its files."""
+    """Of the names and digests of its files, and of how `datasets` reads them."""
     content = hashlib.sha256()
     for file in sorted(source.files, key=lambda file: file.name):
-        content.update(f"{file.name}\0{file.digest}\n".encode(errors="surrogateescape"))
+        content.update(f"{file.name}\0{file.digest}{file.builder}\n".encode(errors="surrogateescape"))
     return content.hexdigest()
 
 

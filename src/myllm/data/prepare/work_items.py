@@ -76,7 +76,8 @@ def make_work_items(files: Iterable[SourceFile], shuffle: bool, seed: int, split
     small: list[FilePart] = []
     small_bytes = 0
     for file in order_files(files, shuffle, seed):
-        count = max(1, round(file.size_bytes / PART_BYTES)) if split and is_splittable(file.name) else 1
+        splittable = split and (file.builder or is_splittable(file.name))
+        count = max(1, round(file.size_bytes / PART_BYTES)) if splittable else 1
         if count > 1:
             parts = list(range(count))
             if shuffle:
@@ -123,9 +124,8 @@ def is_tokenized(folder: Path, number: int) -> bool:
 
 def load_item_index(folder: Path, number: int) -> ItemIndex:
     with np.load(tokens_path(folder, number).with_suffix(".npz")) as saved:
-        logged = json.loads(bytes(saved["faults"]))
-        skips = SkipLog(places=logged["places"])
-        skips.counts.update(logged["counts"])
+        skips = SkipLog()
+        skips.merge(json.loads(bytes(saved["faults"])))
         return ItemIndex(saved["lengths"].astype(np.int64), saved["hashes"], skips)
 
 

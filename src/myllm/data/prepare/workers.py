@@ -14,7 +14,8 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from myllm import paths
-from myllm.data.sources.download import download_file, local_path
+from myllm.data.sources.convert import converted_path, fetch_file
+from myllm.data.sources.download import local_path
 from myllm.data.sources.source import SourceFile
 from myllm.distributed.standard_streams import protect_output
 from myllm.errors import UserError
@@ -26,13 +27,13 @@ PATIENCE_S = 10
 
 
 class Downloads:
-    """The files of a source on this disk: downloaded a few ahead, deleted once their tokens are written."""
+    """The files of a source on this disk: fetched a few ahead, deleted once their tokens are written."""
 
     AHEAD_FILES = 3
     """Files downloaded or under way at a time, if each file is many work items."""
 
     def __init__(self, spec: DatasetSpec, work: Path, pool: Executor | None) -> None:
-        self._pool, self._keep = pool, spec.config.keep_downloads
+        self._pool, self._keep, self._column = pool, spec.config.keep_downloads, spec.source.column
         self._kept_folder = paths.downloads_dir() / spec.source.name
         self._own_folder = work / "downloads"
         self._futures: dict[str, Future[Path]] = {}
@@ -40,9 +41,9 @@ class Downloads:
     def start(self, file: SourceFile) -> Future[Path]:
         """The local path of a file, once it is there."""
         if file.name not in self._futures:
-            if file.remote and self._pool is not None:
+            if self._pool is not None and (file.remote or file.builder):
                 folder = self._kept_folder if self._keep else self._own_folder
-                future = self._pool.submit(download_file, file, folder, self._kept_folder)
+                future = self._pool.submit(fetch_file, file, self._column, self._own_folder, folder, self._kept_folder)
             else:
                 future = Future()
                 future.set_result(local_path(file, self._own_folder))
@@ -52,7 +53,9 @@ class Downloads:
     def delete(self, file: SourceFile) -> None:
         """Delete a file that was downloaded for this preparation only."""
         self._futures.pop(file.name, None)
-        if file.remote:
+        if file.builder:
+            converted_path(file, self._own_folder).unlink(missing_ok=True)
+        elif file.remote:
             local_path(file, self._own_folder).unlink(missing_ok=True)
 
 
@@ -74,9 +77,11 @@ def start_workers(spec: DatasetSpec, work: Path, count: int) -> Iterator[Workers
     """
     context = get_context("spawn")  # a forked child would inherit the locks of the parent's threads
     pool = ProcessPoolExecutor(count, mp_context=context, initializer=init_worker)
-    remote = any(file.remote for file in spec.source.files)
-    downloaders = min(8, 2 + count // 8)
-    download_pool = ProcessPoolExecutor(downloaders, mp_context=context, initializer=init_worker) if remote else None
+    converts = any(file.builder for file in spec.source.files)
+    needed = converts or any(file.remote for file in spec.source.files)
+    # Conversions take a third of the time of tokenizing; downloads wait for servers.
+    downloaders = min(8, 2 + count // (3 if converts else 8))
+    download_pool = ProcessPoolExecutor(downloaders, mp_context=context, initializer=init_worker) if needed else None
     with pool:
         try:
             yield Workers(count, pool, Downloads(spec, work, download_pool))
@@ -88,7 +93,7 @@ def start_workers(spec: DatasetSpec, work: Path, count: int) -> Iterator[Workers
         finally:
             _shut_down(pool, PATIENCE_S)
             if download_pool is not None:
-                _shut_down(download_pool, 0)
+                _shut_down(download_pool, 2 if converts else 0)  # `datasets` has locks to clean up
 
 
 def _shut_down(pool: ProcessPoolExecutor, patience_s: float) -> None:

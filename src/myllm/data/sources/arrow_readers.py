@@ -1,16 +1,20 @@
 """Texts from a column of parquet and arrow files, a small batch of rows at a time."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from .read_task import ReadTask, SkipLog
+from .text_column import NoTextError, column_types, parse_text_column
 
 if TYPE_CHECKING:
     import pyarrow
     import pyarrow.parquet
 
 BATCH_ROWS = 256
+SKIPS_KEY = "myllm.skips"
+"""Metadata of a record batch: what a conversion skipped (convert.py), a `SkipLog` as JSON."""
 
 
 def read_parquet(task: ReadTask, skips: SkipLog) -> Iterator[str]:
@@ -42,12 +46,14 @@ def table_texts(table: "pyarrow.parquet.ParquetFile", task: ReadTask, skips: Ski
 
     if not _has_text_column(table.schema_arrow, task, skips):
         return
+    columns = parse_text_column(task.column).top_level(table.schema_arrow.names)
     for group in range(*task.part_range(table.num_row_groups)):
         place, first_row = f"{task.name}, row group {group}", 0
         try:
-            batches = table.iter_batches(BATCH_ROWS, row_groups=[group], columns=[task.column], use_threads=False)
+            # A name selects all parts of a nested column.
+            batches = table.iter_batches(BATCH_ROWS, row_groups=[group], columns=columns, use_threads=False)
             for batch in batches:
-                yield from _column_texts(batch.column(0), first_row, place, skips)
+                yield from _batch_texts(batch, task.column, first_row, place, skips)
                 first_row += len(batch)
         except (pyarrow.ArrowException, OSError) as error:
             skips.add("damaged_row_group", place, str(error))
@@ -62,20 +68,21 @@ def read_arrow(task: ReadTask, skips: SkipLog) -> Iterator[str]:
 
     with pyarrow.memory_map(str(task.path)) as file:
         try:
-            batches = _footer_batches(file, task) if file.read(6) == b"ARROW1" else _stream_batches(file, task)
+            batches = _footer_batches(file, task, skips) if file.read(6) == b"ARROW1" else _stream_batches(file, task)
             schema = next(batches)
         except (pyarrow.ArrowException, ValueError) as error:
             raise OSError(f"not an arrow file ({error})") from None
         if not _has_text_column(schema, task, skips):
             return
-        for number, batch in batches:
+        columns = parse_text_column(task.column).top_level(schema.names)
+        for number, whole in batches:
             place = f"{task.name}, record batch {number}"
-            column = batch.column(task.column)
-            if fault := _invalid_offsets(column):
+            batch = whole.select(columns)
+            if fault := next(filter(None, map(_invalid_offsets, batch.columns)), ""):
                 skips.add("damaged_record_batch", place, fault)
                 continue
-            for first_row in range(0, len(column), BATCH_ROWS):
-                yield from _column_texts(column.slice(first_row, BATCH_ROWS), first_row, place, skips)
+            for first_row in range(0, len(batch), BATCH_ROWS):
+                yield from _batch_texts(batch.slice(first_row, BATCH_ROWS), task.column, first_row, place, skips)
 
 
 def _stream_batches(file: "pyarrow.MemoryMappedFile", task: ReadTask) -> Iterator[Any]:
@@ -102,7 +109,7 @@ def _stream_batches(file: "pyarrow.MemoryMappedFile", task: ReadTask) -> Iterato
         number += 1
 
 
-def _footer_batches(file: "pyarrow.MemoryMappedFile", task: ReadTask) -> Iterator[Any]:
+def _footer_batches(file: "pyarrow.MemoryMappedFile", task: ReadTask, skips: SkipLog) -> Iterator[Any]:
     """The same for a file with a footer."""
     import pyarrow
     import pyarrow.ipc
@@ -111,9 +118,12 @@ def _footer_batches(file: "pyarrow.MemoryMappedFile", task: ReadTask) -> Iterato
     yield reader.schema
     for number in range(*task.part_range(reader.num_record_batches)):
         try:
-            yield number, reader.get_batch(number)
+            batch, metadata = reader.get_batch_with_custom_metadata(number)
         except (pyarrow.ArrowException, OSError) as error:
             raise EOFError(f"record batch {number}: {error}") from None
+        if metadata and SKIPS_KEY in metadata:
+            skips.merge(json.loads(metadata[SKIPS_KEY]))
+        yield number, batch
 
 
 def _invalid_offsets(column: "pyarrow.Array") -> str:
@@ -143,35 +153,41 @@ def _has_text_column(schema: "pyarrow.Schema", task: ReadTask, skips: SkipLog) -
 
 
 def _column_fault(schema: "pyarrow.Schema", column: str) -> str:
-    import pyarrow.types as types
-
     try:
         names = schema.names
     except UnicodeDecodeError as error:
         return f"column names are not UTF-8 ({error.reason})"
-    if column not in names:
-        return f"no column {column!r}; the file has {names}"
-    if names.count(column) > 1:
-        return f"several columns {column!r}"
-    column_type = schema.field(column).type
-    if types.is_dictionary(column_type):
-        column_type = column_type.value_type
-    known = (types.is_string, types.is_large_string, types.is_string_view, types.is_null)
-    return "" if any(matches(column_type) for matches in known) else f"column {column!r} is {column_type}, not text"
+    text_column = parse_text_column(column)
+    if twice := [name for name in text_column.top_level(names) if names.count(name) > 1]:
+        return f"several columns {twice[0]!r}"
+    return text_column.fault(dict(column_types(schema)))
 
 
-def _column_texts(column: "pyarrow.Array", first_row: int, place: str, skips: SkipLog) -> Iterator[str]:
+def _batch_texts(
+    batch: "pyarrow.RecordBatch", column: str, first_row: int, place: str, skips: SkipLog
+) -> Iterator[str]:
+    """The text of each row.
+
+    Args:
+        batch: the columns that `column` needs.
+    """
+    text_column = parse_text_column(column)
     try:
-        texts = column.to_pylist()
+        rows = batch.to_pylist()
     except UnicodeDecodeError:
-        texts = _valid_texts(column, first_row, place, skips)
-    for text in texts:
-        yield text or ""
-
-
-def _valid_texts(column: "pyarrow.Array", first_row: int, place: str, skips: SkipLog) -> Iterator[str | None]:
-    for row, value in enumerate(column, first_row):
+        rows = list(_valid_rows(batch, first_row, place, skips))
+    for number, row in enumerate(rows, first_row):
         try:
-            yield value.as_py()
+            text = text_column.text_of(row)
+        except NoTextError as error:  # a list of lists
+            skips.add("no_text", f"{place}, row {number}", str(error))
+        else:
+            yield text
+
+
+def _valid_rows(batch: "pyarrow.RecordBatch", first_row: int, place: str, skips: SkipLog) -> Iterator[dict[str, Any]]:
+    for row in range(len(batch)):
+        try:
+            yield batch.slice(row, 1).to_pylist()[0]
         except UnicodeDecodeError as error:
-            skips.add("invalid_utf8", f"{place}, row {row}", str(error.reason))
+            skips.add("invalid_utf8", f"{place}, row {first_row + row}", str(error.reason))

@@ -112,10 +112,12 @@ def actual_source(source: str, dataset: str | None, recorded: str | None = None)
     kind, _, rest = source.partition(":")
     name = f"hub-{re.split('[@:]', rest)[0].replace('/', '-')}" if kind == "hub" else source.replace(":", "-")
     if recorded:
-        matches = recorded.startswith("files-") if kind == "files" else recorded.startswith(name[:40])
-        matches = matches if kind in ("files", "hub") else recorded == name
+        if kind in ("files", "datasets"):
+            matches = recorded.startswith(f"{kind}-")
+        else:
+            matches = recorded.startswith(name[:40]) if kind == "hub" else recorded == name
         return source if matches else recorded
-    if dataset is None or kind in ("files", "hub"):
+    if dataset is None or kind in ("files", "hub", "datasets"):
         return source
     folder = re.sub(r"-[0-9a-f]{12}$", "", dataset.rstrip("/").rpartition("/")[2])
     return source if folder == name else folder

@@ -12,14 +12,15 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote, urlsplit
 
 from myllm import paths
 from myllm.errors import UserError
 from myllm.files import file_lock, read_json, write_json
 
-_COMMIT = re.compile(r"[0-9a-f]{40}")
+T = TypeVar("T")
+COMMIT = re.compile(r"[0-9a-f]{40}")
 _TIMEOUTS_S = (5, 15, 15, 15)
 """To connect, to read, to write, and to get a connection from the pool."""
 
@@ -49,15 +50,13 @@ def list_hub(repo: str, revision: str | None, pattern: str) -> list[RemoteFile]:
         UserError: no such repository, revision or folder, or no match.
         UnreachableError: the Hub does not answer.
     """
-    return _cached(f"hub {repo} {revision or 'main'} {pattern}", lambda: _request_listing(repo, revision, pattern))
+    return _cached(f"hub {repo} {revision or 'main'} {pattern}", lambda: request_listing(repo, revision, pattern))
 
 
-def _request_listing(repo: str, revision: str | None, pattern: str) -> list[RemoteFile]:
+def request_listing(repo: str, revision: str | None, pattern: str) -> list[RemoteFile]:
     pattern = pattern.lstrip("/")
-    with _clear_hub_errors(repo, revision):
-        # A full commit hash never changes, which saves a request.
-        commit = revision if revision and _COMMIT.fullmatch(revision) else None
-        commit = commit or next(_hub_pages(f"{repo}/revision/{quote(revision or 'main', safe='')}"))["sha"]
+    with clear_hub_errors(repo, revision):
+        commit = find_commit(repo, revision)
         # Only the folder that the glob begins with: a repository may have 100,000 files.
         plain = re.split(r"[*?\[]", pattern, maxsplit=1)[0]
         folder = plain.rpartition("/")[0] if plain != pattern or Path(pattern).suffix else pattern.rstrip("/")
@@ -78,6 +77,13 @@ def _request_listing(repo: str, revision: str | None, pattern: str) -> list[Remo
         )
         for file in matching
     ]
+
+
+def find_commit(repo: str, revision: str | None) -> str:
+    """The hash of the commit that a branch or tag of a dataset repository means now. Errors are the Hub client's."""
+    if revision and COMMIT.fullmatch(revision):  # never changes, which saves a request
+        return revision
+    return str(next(_hub_pages(f"{repo}/revision/{quote(revision or 'main', safe='')}"))["sha"])
 
 
 def _hub_pages(route: str, **parameters: bool) -> Iterator[Any]:
@@ -144,7 +150,7 @@ def _request_urls(repo: str, file: str) -> list[RemoteFile]:
     from huggingface_hub import hf_hub_url
 
     hub_endpoint()
-    with _clear_hub_errors(repo):
+    with clear_hub_errors(repo):
         text = _get(hf_hub_url(repo, file, repo_type="dataset")).content.decode()
     urls = list(dict.fromkeys(line.strip() for line in text.splitlines() if "://" in line))
     if not urls:
@@ -175,7 +181,7 @@ def request_head(url: str, max_retries: int = 5) -> RemoteFile:
 
 
 @contextmanager
-def _clear_hub_errors(repo: str, revision: str | None = None) -> Iterator[None]:
+def clear_hub_errors(repo: str, revision: str | None = None) -> Iterator[None]:
     """Turn the errors of the Hub's client into one message with a remedy."""
     from huggingface_hub import constants, errors
 
@@ -184,10 +190,7 @@ def _clear_hub_errors(repo: str, revision: str | None = None) -> Iterator[None]:
     except errors.HFValidationError as error:
         raise UserError(f"{repo!r} is not a valid dataset name: {first_line(error)}") from None
     except errors.RepositoryNotFoundError:
-        raise MissingOnHubError(
-            f"the Hub has no dataset {repo!r} that this account may read; check the name, accept the dataset's terms "
-            f"at {constants.ENDPOINT}/datasets/{repo} if it has any, and log in with `hf auth login`"
-        ) from None
+        raise no_access_error(repo) from None
     except errors.RevisionNotFoundError:
         raise MissingOnHubError(f"the dataset {repo} has no revision {revision!r}; omit it for the newest") from None
     except errors.RemoteEntryNotFoundError as error:
@@ -202,6 +205,16 @@ def _clear_hub_errors(repo: str, revision: str | None = None) -> Iterator[None]:
             f"the Hub at {constants.ENDPOINT} does not answer for {repo}: {first_line(error)}; check the network, a "
             "proxy (HTTPS_PROXY), HF_ENDPOINT and HF_HUB_OFFLINE"
         ) from None
+
+
+def no_access_error(repo: str) -> MissingOnHubError:
+    """The Hub does not tell a missing repository from one that this account may not read."""
+    from huggingface_hub import constants
+
+    return MissingOnHubError(
+        f"the Hub has no dataset {repo!r} that this account may read; check the name, accept the dataset's terms at "
+        f"{constants.ENDPOINT}/datasets/{repo} if it has any, and log in with `hf auth login`"
+    )
 
 
 def first_line(error: BaseException) -> str:
@@ -227,19 +240,32 @@ def suggest_fallback(error: UserError, corpus: str) -> UserError:
 
 
 def _cached(query: str, request: Callable[[], list[RemoteFile]]) -> list[RemoteFile]:
-    """The listing from disk, or from one request. If several processes need it, one sends the request."""
+    """The listing from disk, or from one request."""
+    return cached(query, lambda: {"files": [asdict(file) for file in request()]}, files_of)
+
+
+def files_of(listing: dict[str, Any]) -> list[RemoteFile]:
+    return [RemoteFile(**file) for file in listing["files"]]
+
+
+def cached(query: str, request: Callable[[], dict[str, Any]], parse: Callable[[dict[str, Any]], T]) -> T:
+    """The parsed answer to a query, from disk or from one request.
+
+    If several processes need it, one sends the request.
+    """
     path = listing_path(query)
-    if (files := _read_listing(path)) is not None:
-        return files
+    if (found := _read_listing(path, parse)) is not None:
+        return found
     with ExitStack() as stack:
         with _clear_write_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(listing_lock(path))
-        if (files := _read_listing(path)) is None:
-            files = request()
+        if (found := _read_listing(path, parse)) is None:
+            answer = request()
             with _clear_write_errors(path):
-                write_json(path, {"question": query, "files": [asdict(file) for file in files]})
-    return files
+                write_json(path, {"question": query, **answer})
+            found = parse(answer)
+    return found
 
 
 def listing_path(query: str) -> Path:
@@ -257,9 +283,9 @@ def listing_lock(path: Path) -> Iterator[None]:
         yield
 
 
-def _read_listing(path: Path) -> list[RemoteFile] | None:
+def _read_listing(path: Path, parse: Callable[[dict[str, Any]], T]) -> T | None:
     try:
-        return [RemoteFile(**file) for file in read_json(path)["files"]]
+        return parse(read_json(path))
     except FileNotFoundError:
         return None
     except OSError as error:

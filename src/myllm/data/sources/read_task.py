@@ -3,6 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 MAX_LOGGED_SKIPS = 100
 """Per work item and reason; further ones are only counted."""
@@ -20,6 +21,11 @@ class SkipLog:
         self.counts[reason] += 1
         if self.counts[reason] <= MAX_LOGGED_SKIPS:
             self.places.append({"reason": reason, "place": place, "detail": " ".join(detail.split())[:200]})
+
+    def merge(self, logged: dict[str, Any]) -> None:
+        """Add the counts and places of another log."""
+        self.counts.update(logged["counts"])
+        self.places += logged["places"]
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from typing import Any, BinaryIO, cast
 
 from .arrow_readers import read_arrow, read_parquet
 from .read_task import ReadTask, SkipLog
+from .text_column import NoTextError, parse_text_column
 from .text_encoding import MARK_BYTES, NotTextError, as_utf8, decode_text, encoding_of
 
 MAX_PLAIN_CHARS = 100_000
@@ -160,25 +161,19 @@ def _parse_line(line: bytes, place: str, column: str, skips: SkipLog) -> str | N
     except (ValueError, RecursionError) as error:
         skips.add("invalid_json", place, str(error))
         return None
-    if not isinstance(row, dict) or column not in row:
-        seen = f"the keys {sorted(row)}" if isinstance(row, dict) else f"a {type(row).__name__}"
-        skips.add("no_text", place, f"expected an object with the key {column!r}, found {seen}")
+    if not isinstance(row, dict):
+        skips.add("no_text", place, f"expected an object with the key {column!r}, found a {type(row).__name__}")
         return None
-    text = _text_of(row[column], place, skips)
+    try:
+        text = parse_text_column(column).text_of(row)
+    except NoTextError as error:
+        skips.add("no_text", place, str(error))
+        return None
     # Only an escape can produce a surrogate, and such lines are rare.
     if text and (b"\\ud" in line or b"\\uD" in line) and _SURROGATE.search(text):
         skips.add("lone_surrogates_replaced", place)
         return _SURROGATE.sub("\ufffd", text)
     return text
-
-
-def _text_of(value: Any, place: str, skips: SkipLog) -> str | None:
-    if value is None:
-        return ""
-    if isinstance(value, str):
-        return value
-    skips.add("no_text", place, f"expected a text, found {str(value)[:40]!r}")
-    return None
 
 
 @contextmanager

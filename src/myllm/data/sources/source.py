@@ -4,6 +4,7 @@ The digests make up the source's fingerprint: the same digests give the same dat
 corpora, hub_listing.py finds their files, download.py fetches them.
 """
 
+import json
 import os
 import re
 import sysconfig
@@ -18,10 +19,14 @@ from myllm.paths import user_path
 from .catalog import CORPORA, Corpus
 from .documents import group_rows
 from .file_digests import file_digests, size_of
+from .hf_datasets.listing import OWN_SUFFIXES, list_dataset
+from .hf_datasets.name import parse_name
+from .hf_datasets.saved import list_saved
 from .hub_listing import RemoteFile, list_hub, list_urls, listing_path, suggest_fallback
 from .local_files import glob_files, match_files
 from .read_task import ReadTask, SkipLog
 from .readers import READER_BY_SUFFIX, read_file, suffix_of
+from .text_column import parse_text_column
 
 SHOWN_SUFFIXES = 6
 SUFFIX_ADVICE = (
@@ -45,6 +50,8 @@ class SourceFile:
     """As stored, compressed or not; 0 if the server does not say."""
     digest: str
     """sha256 of the content, or another identifier of this version of the file."""
+    builder: str = ""
+    """Not empty: only `datasets` can read the file; its module and settings, as JSON (convert.py)."""
 
     @property
     def remote(self) -> bool:
@@ -91,8 +98,11 @@ def find_source(
         UnreachableError: a listing could not be downloaded.
     """
     kind, _, rest = spec.partition(":")
+    parse_text_column(column or "text")
     if kind == "files" and ":" in spec:
         source = local_files(rest, with_digests, suffixes)
+    elif kind == "datasets" and rest:
+        return dataset_files(rest, column, with_digests)
     elif kind == "hub" and rest:
         source = hub_files(rest)
     elif spec == "python-stdlib":
@@ -101,10 +111,11 @@ def find_source(
         source = known_corpus(CORPORA[kind], rest)
     else:
         known = ["python-stdlib", *CORPORA]
-        hint = _hint(spec) or did_you_mean(spec, [*known, "files:", "hub:"])
+        hint = _hint(spec) or did_you_mean(spec, [*known, "files:", "hub:", "datasets:"])
         raise UserError(
             f"unknown source {spec!r}{hint}; known sources: {', '.join(known)}, hub:NAMESPACE/NAME[:GLOB] (any "
-            "repository of parquet or jsonl files), files:PATH (a local file, folder or glob)"
+            "repository of parquet or jsonl files), datasets:NAMESPACE/NAME[:CONFIG][:SPLIT] (whatever "
+            "datasets.load_dataset opens), files:PATH (a local file, folder or glob)"
         )
     return replace(source, column=column) if column else source
 
@@ -118,6 +129,8 @@ def check_source(spec: str, suffixes: Sequence[str] = ()) -> None:
     kind, colon, rest = spec.partition(":")
     if kind == "files" and colon:
         local_files(rest, with_digests=False, suffixes=suffixes)
+    elif kind == "datasets" and rest:
+        parse_name(rest)
     elif spec != "python-stdlib" and kind not in CORPORA and not (kind == "hub" and rest):
         find_source(spec)
 
@@ -139,7 +152,8 @@ def read_documents(
     source: Source, file: SourceFile, path: Path, skips: SkipLog, part: int = 0, num_parts: int = 1
 ) -> Iterator[str]:
     """The documents of one file, or of one part of it, at `path`."""
-    task = ReadTask(path, file.name, source.column, part, num_parts)
+    column = "text" if file.builder else source.column
+    task = ReadTask(path, file.name, column, part, num_parts)
     return group_rows(read_file(file.reader, task, skips), source.grouping)
 
 
@@ -199,6 +213,41 @@ def _remote_files(found: list[RemoteFile], name: str) -> tuple[SourceFile, ...]:
             f"{', '.join(READER_BY_SUFFIX)}. A glob selects files: hub:NAMESPACE/NAME:GLOB"
         )
     return tuple(SourceFile(file.name, file.url, reader, file.size_bytes, file.digest) for file, reader in readable)
+
+
+# -- the package datasets ---------------------------------------------------------------------------------------------
+
+
+def dataset_files(spec: str, column: str | None = None, with_digests: bool = True) -> Source:
+    """What `datasets.load_dataset` opens: NAMESPACE/NAME[@REVISION][:CONFIG][:SPLIT] or PATH[:CONFIG][:SPLIT].
+
+    Raises:
+        UserError: it opens nothing there, an unknown configuration or split, or a column without text.
+    """
+    name = parse_name(spec)
+    listing = list_saved(name) or list_dataset(name)
+    column = column or "text"
+    fault = parse_text_column(column).fault(listing.columns) if listing.columns else ""
+    if fault:
+        raise UserError(
+            f"{name} (split {listing.split}): {fault.replace('the file has', 'it has')}; --data.text-column chooses "
+            "a column, or several by a template such as '{title}\\n{text}'"
+        )
+    builder = json.dumps({"module": listing.module, "options": listing.options}, sort_keys=True)
+    native = () if listing.options else OWN_SUFFIXES.get(listing.module, ())
+    digests = [(file.size_bytes, file.digest) for file in listing.files]
+    if name.path is not None:
+        query = f"datasets {name.path}" if with_digests else None
+        digests = _digests([file.url for file in listing.files], query)
+    files = []
+    for file, (size_bytes, digest) in zip(listing.files, digests, strict=True):
+        own = suffix_of(file.name) in native
+        reader = READER_BY_SUFFIX[suffix_of(file.name)] if own else "arrow"
+        files.append(SourceFile(file.name, file.url, reader, size_bytes, digest, "" if own else builder))
+    where = name.path.name if name.path else name.where
+    words = [where, listing.config.removeprefix("default"), listing.split]
+    label = "datasets-" + folder_name("-".join(filter(None, words)).replace("/", "-"))
+    return Source(label, f"{name} (split {listing.split})", tuple(files), column)
 
 
 # -- local files ------------------------------------------------------------------------------------------------------
@@ -269,8 +318,13 @@ def _describe(
         readers: the reader of each suffix.
     """
     locations = [str(path.absolute()) for path in files]
-    digests = file_digests(locations, listing_path(query)) if query else [(size_of(file), "") for file in locations]
+    digests = _digests(locations, query)
     return tuple(
         SourceFile(path.relative_to(root).as_posix(), location, readers[suffix_of(path)], size, digest)
         for path, location, (size, digest) in zip(files, locations, digests, strict=True)
     )
+
+
+def _digests(locations: list[str], query: str | None) -> list[tuple[int, str]]:
+    """Size in bytes and sha256 of each file; without a query no sha256."""
+    return file_digests(locations, listing_path(query)) if query else [(size_of(file), "") for file in locations]

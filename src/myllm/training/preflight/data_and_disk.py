@@ -12,11 +12,11 @@ from myllm.data.mixture.mixed_dataset import MixedDataset
 from myllm.data.mixture.spec import Mixture, component_configs, find_mixture
 from myllm.data.prepare.spec import make_spec
 from myllm.data.sources.catalog import CORPORA
+from myllm.data.sources.hf_datasets.name import absolute_source
 from myllm.data.tokenizer.base import Tokenizer
 from myllm.data.tokenizer.load import load_tokenizer, trained_vocab_size
 from myllm.files import folder_bytes, read_json
 from myllm.formatting import parse_count
-from myllm.paths import user_path
 from myllm.planning.disk import disk_estimate_bytes
 from myllm.planning.length import describe_length
 
@@ -81,7 +81,7 @@ def inspect_data_and_disk(config: RunConfig) -> DataAndDisk:
         if data.target_tokens and tokens and data.keep_downloads:
             downloads = int(downloads * min(data.target_tokens / tokens, 1))
         downloads = downloads if data.keep_downloads else min(downloads, IN_FLIGHT_BYTES)
-    elif data.source.startswith("hub:"):
+    elif data.source.startswith(("hub:", "datasets:")):
         downloads, tokens, source = IN_FLIGHT_BYTES, None, data.source
     else:
         spec = make_spec(data, hashed=False)
@@ -122,8 +122,7 @@ def find_prepared(config: DataConfig) -> Dataset | None:
         return MixedDataset.of(mixture, components) if len(components) == len(found) else None
     if config.dataset is not None:
         return find_dataset(config.dataset, allow_incomplete=True)
-    kind, _, path = config.source.partition(":")
-    wanted = replace(config, source=f"files:{user_path(path).absolute()}") if kind == "files" else config
+    wanted = replace(config, source=absolute_source(config.source))
     # What settings.json lacks is the same for this purpose, or younger than the data set.
     base = RunConfig(data=replace(wanted, suffixes=DataConfig.suffixes))
     for file in sorted(paths.datasets_dir().glob(f"[!.]*/{SETTINGS}")):

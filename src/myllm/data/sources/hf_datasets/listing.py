@@ -1,0 +1,172 @@
+"""Which files `datasets.load_dataset` opens for a configuration and split, and which columns their rows have.
+
+Answers are cached like the Hub's listings. So a data set of the Hub is pinned by the first one, and a training run
+does not import `datasets`. That of local files is valid while no file there changes.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from myllm.data.sources.hub_listing import (
+    RemoteFile,
+    cached,
+    clear_hub_errors,
+    files_of,
+    find_commit,
+    first_line,
+    no_access_error,
+    request_head,
+    request_listing,
+)
+from myllm.data.sources.local_files import match_files
+from myllm.data.sources.text_column import column_types
+from myllm.errors import UserError
+
+from .name import DatasetName, choose_config, choose_split
+
+if TYPE_CHECKING:
+    from datasets import BuilderConfig, DatasetBuilder
+
+MODULES = ("arrow", "conll", "csv", "json", "parquet", "text", "webdataset", "xml")
+"""Those of `datasets` that read rows from one file at a time. Others are for images, audio and the like."""
+OWN_SUFFIXES = {"arrow": (".arrow",), "json": (".jsonl", ".jsonl.gz", ".jsonl.zst"), "parquet": (".parquet",)}
+"""By module, the files that our own readers read: faster, in parts, and row by row where one is damaged."""
+_COMMON_FIELDS = {"name", "version", "data_dir", "data_files", "description", "features"}
+
+
+@dataclass(frozen=True)
+class DatasetListing:
+    """The files of a split, and how `datasets` reads them."""
+
+    config: str
+    split: str
+    module: str
+    """Of `datasets`, such as "csv"."""
+    options: dict[str, Any]
+    """The module's settings, where they are not its defaults."""
+    columns: dict[str, str]
+    """Type of each column (text_column.column_types); empty if the first rows cannot be read."""
+    files: list[RemoteFile]
+    """`url` is a path for local files, which have no digest here."""
+
+
+def list_dataset(name: DatasetName) -> DatasetListing:
+    """
+    Raises:
+        UserError: nothing that `datasets` can open, or an unknown configuration or split.
+        UnreachableError: the Hub does not answer.
+    """
+    query = str(name) if name.path is None else f"{name} {_stamp(name.path)}"
+    return cached(query, lambda: _request(name), lambda answer: _parse(answer))
+
+
+def _parse(answer: dict[str, Any]) -> DatasetListing:
+    values = {field.name: answer[field.name] for field in fields(DatasetListing)}
+    return DatasetListing(**values | {"files": files_of(answer)})
+
+
+def _stamp(path: Path) -> str:
+    """A hash that differs after a change of any file there."""
+    stamp = hashlib.sha256()
+    for file in match_files(path)[0]:
+        status = os.stat(file)
+        stamp.update(f"{file}\0{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}\n".encode(errors="replace"))
+    return stamp.hexdigest()[:16]
+
+
+def _request(name: DatasetName) -> dict[str, Any]:
+    with _clear_errors(name):
+        import datasets
+
+        arguments: dict[str, Any] = {"path": name.where}
+        if name.path is None:
+            arguments["revision"] = find_commit(name.where, name.revision)
+        elif not name.path.is_dir():  # a file or a glob, which `datasets` takes relative to a folder
+            arguments = {"path": str(match_files(name.path)[1]), "data_files": str(name.path)}
+        configs = datasets.get_dataset_config_names(**arguments)
+        default = datasets.get_dataset_default_config_name(**arguments)
+        config, split = choose_config(name, configs, default)
+        builder = datasets.load_dataset_builder(name=config, **arguments)
+        paths = {str(name): list(files) for name, files in (builder.config.data_files or {}).items()}
+        split = choose_split(name, config, split, list(paths), configs)
+        module = type(builder).__module__.rpartition(".")[2]
+        if module not in MODULES:
+            raise UserError(
+                f"`datasets` reads {name} with its module {module!r}, which is not for text; expected a data set of "
+                f"the modules {', '.join(MODULES)}"
+            )
+        options = _options(builder.config)
+        if module == "csv":  # a bad line is not the end of the first rows
+            builder.config.on_bad_lines = "skip"
+        columns = _first_columns(builder, split)
+        files = _local_files(paths[split]) if name.path else _hub_files(name, arguments["revision"], paths[split])
+    listing = DatasetListing(config, split, module, options, columns, files)
+    return asdict(listing)
+
+
+def _options(config: "BuilderConfig") -> dict[str, Any]:
+    defaults = type(config)()
+    names = [field.name for field in fields(config) if field.name not in _COMMON_FIELDS]
+    found = {name: getattr(config, name) for name in names if getattr(config, name) != getattr(defaults, name)}
+    try:
+        return dict(json.loads(json.dumps(found)))
+    except TypeError:
+        raise UserError(f"the settings {', '.join(found)} of the data set are not plain values") from None
+
+
+def _first_columns(builder: "DatasetBuilder", split: str) -> dict[str, str]:
+    try:
+        rows = builder.as_streaming_dataset(split)
+        schema = rows.features.arrow_schema if rows.features else None
+        if schema is None:
+            schema = next(iter(rows.with_format("arrow").iter(batch_size=1))).schema
+    except (ValueError, StopIteration):  # a damaged file, which the preparation names, or an empty one
+        return {}
+    return dict(column_types(schema))
+
+
+def _hub_files(name: DatasetName, commit: str, urls: list[str]) -> list[RemoteFile]:
+    """With the sizes and digests that the Hub lists."""
+    start = f"hf://datasets/{name.where}@{commit}/"
+    inside = [url.removeprefix(start) for url in urls if url.startswith(start)]
+    folder = os.path.commonpath([os.path.dirname(path) for path in inside]) if inside else ""
+    listed = request_listing(name.where, commit, f"{folder}/" if folder else "") if inside else []
+    known = {file.url: file for file in listed}
+    return [known[url] if url in known else request_head(url) for url in urls]
+
+
+def _local_files(found: list[str]) -> list[RemoteFile]:
+    root = os.path.commonpath([os.path.dirname(path) for path in found])
+    return [RemoteFile(os.path.relpath(path, root), path, 0, "") for path in found]
+
+
+@contextmanager
+def _clear_errors(name: DatasetName) -> Iterator[None]:
+    """Turn the errors of `datasets` into one sentence with a remedy."""
+    try:
+        from datasets.exceptions import DatasetNotFoundError
+    except ImportError as error:
+        raise UserError(
+            f"{name} needs the package `datasets`, which cannot be imported ({first_line(error)}); install it with "
+            "`python -m pip install 'datasets>=4'`"
+        ) from None
+    hub = clear_hub_errors(name.where, name.revision) if name.path is None else nullcontext()
+    with hub:
+        try:
+            yield
+        except UserError:
+            raise
+        except DatasetNotFoundError:
+            raise no_access_error(name.where) from None
+        except (FileNotFoundError, ValueError, RuntimeError, ImportError, AttributeError, TypeError) as error:
+            raise UserError(f"`datasets` cannot open {name}: {first_line(error)}") from None
+        except OSError as error:
+            if name.path is None:
+                raise
+            raise UserError(f"`datasets` cannot open {name}: {first_line(error)}") from None
