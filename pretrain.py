@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from myllm.config import RunConfig
     from myllm.hub.background_publish import Publisher
     from myllm.paths import RunPaths
+    from myllm.runs.mirror.upload import Mirror
     from myllm.training.loop import Outcome
 
 
@@ -35,13 +36,14 @@ def main() -> None:
     set_library_env()
     protect_output(keep_going=True)
     with exit_on_error():
-        args = parse_args(sys.argv[1:])
+        args = parse_args(sys.argv[1:], fetch_mirrored)
         if args.config.hub.repo and not args.prepare_only:
             check_publishing(args.config)
         if args.dry_run:
             from myllm.cli.plan import describe_dry_run
 
             print(describe_dry_run(args))
+            check_mirror(args.config)
             check_data(args.config)  # last: the plan is useful even if the data is not there
         elif args.prepare_only:
             prepare_data(args.config)
@@ -50,7 +52,7 @@ def main() -> None:
 
 
 def pretrain(args: "PretrainArgs") -> None:
-    """Prepare data in the background, train, draw the report, publish."""
+    """Prepare data in the background, train, draw the report, mirror, publish."""
     started = time.monotonic()
     from myllm.distributed import launcher as ranks
 
@@ -62,6 +64,7 @@ def pretrain(args: "PretrainArgs") -> None:
     from myllm.hub.background_publish import background_publisher
     from myllm.paths import RunPaths
     from myllm.runs.heartbeat import report_starting
+    from myllm.runs.mirror.upload import background_mirror
     from myllm.training.stop_signals import exit_unfinished_on_time_signals
 
     exit_unfinished_on_time_signals()
@@ -70,16 +73,17 @@ def pretrain(args: "PretrainArgs") -> None:
     with (
         report_starting(RunPaths.of(args.config.name), active=is_rank_zero) as take_over,
         background_publisher(args.config, active=is_rank_zero) as publisher,
+        background_mirror(args.config, active=is_rank_zero) as mirror,
     ):
-        config, outcome = train(args, started, take_over, publisher.submit)
+        config, outcome = train(args, started, take_over, publisher, mirror)
         if is_rank_zero:
-            finish(args, config, outcome, publisher)
+            finish(args, config, outcome, publisher, mirror)
         elif outcome.stopped_by is not None:
             ranks.exit_with(exit_code(outcome.stopped_by))
 
 
 def train(
-    args: "PretrainArgs", started: float, take_over: "Callable[[], None]", on_checkpoint: "Callable[[int], None]"
+    args: "PretrainArgs", started: float, take_over: "Callable[[], None]", publisher: "Publisher", mirror: "Mirror"
 ) -> "tuple[RunConfig, Outcome]":
     """Train on a data set that may still be in preparation: on every machine, local rank 0 starts that in a process of
     its own.
@@ -112,17 +116,28 @@ def train(
         tokenizer, val_tokens = dataset.tokenizer(), dataset.val.tokens
         config, note = resolve_micro_batch_size(config, tokenizer, dist, val_tokens, use_preflight=True)
         notes = [note] if note else []
+
+        def on_checkpoint(step: int) -> None:
+            mirror.submit(step)
+            publisher.submit(step)
+
         try:
-            return config, loop.train(config, dataset, dist, on_checkpoint, started, args.profile, notes)
+            outcome = loop.train(config, dataset, dist, on_checkpoint, started, args.profile, notes)
         except TrainingDiverged as error:
             if dist.is_rank_zero:  # the log has the whole message
                 print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
             collectives.barrier()  # a launcher ends the other ranks as soon as one has exited
             sys.exit(TrainingDiverged.EXIT_CODE)
+        if outcome.stopped_by is not None and config.checkpoint.mirror is not None:
+            mirror.finish_before_stop(outcome.step, started, config.train.max_wall_s)
+            collectives.barrier()  # as above
+        return config, outcome
 
 
-def finish(args: "PretrainArgs", config: "RunConfig", outcome: "Outcome", publisher: "Publisher") -> None:
-    """On rank 0, after training: the report, what to do next, the last upload."""
+def finish(
+    args: "PretrainArgs", config: "RunConfig", outcome: "Outcome", publisher: "Publisher", mirror: "Mirror"
+) -> None:
+    """On rank 0, after training: the report, what to do next, the last uploads."""
     from myllm.distributed import launcher as ranks
     from myllm.errors import exit_code
     from myllm.runs.run_dir import next_steps
@@ -133,6 +148,7 @@ def finish(args: "PretrainArgs", config: "RunConfig", outcome: "Outcome", publis
         print(f"stopped after step {outcome.step:,}{', saved' if outcome.step else ''}; the same command resumes")
         ranks.exit_with(exit_code(outcome.stopped_by))
     print(next_steps(config, outcome.stopped_early, args.config.train.epochs))
+    mirror.finish(outcome.step)
     publisher.finish(outcome.step)
 
 
@@ -173,6 +189,22 @@ def check_publishing(config: "RunConfig") -> None:
     if ranks.rank() == 0:
         publishing.check_export(config.model)
         check_hub_access(config.hub)
+
+
+def check_mirror(config: "RunConfig") -> None:
+    """Reject a URL that cannot be a mirror, without asking the network."""
+    from myllm.paths import RunPaths
+    from myllm.runs.mirror.store import MirrorStore
+
+    if config.checkpoint.mirror is not None:
+        MirrorStore(config.checkpoint.mirror, RunPaths.of(config.name))
+
+
+def fetch_mirrored(config: "RunConfig") -> None:
+    """Begin on a new machine with the checkpoint that another one has mirrored."""
+    from myllm.runs.mirror.fetch import fetch_from_mirror
+
+    fetch_from_mirror(config)
 
 
 def missing_package(error: ModuleNotFoundError) -> int:

@@ -280,6 +280,14 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class CheckpointConfig:
+    """Copies of checkpoints. Does not affect training."""
+
+    mirror: str | None = None
+    """Copy checkpoints to URL/NAME (s3://, gs://, hf://, a folder); another machine resumes from there."""
+
+
+@dataclass(frozen=True)
 class HubConfig:
     """Publishing to the Hugging Face Hub. Does not affect training."""
 
@@ -305,6 +313,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     hub: HubConfig = field(default_factory=HubConfig)
 
 

@@ -18,6 +18,7 @@ from .layout import (
     TOKENIZER,
     WEIGHTS,
     is_step_name,
+    manifest_entries,
     saved_step,
     step_of,
 )
@@ -93,9 +94,7 @@ def _read_manifest(folder: Path) -> tuple[dict[str, Any], list[str]]:
     """The expected size and hash of each file, and what is wrong with the manifest itself."""
     try:
         manifest = read_json(folder / MANIFEST)
-        files = {
-            name: {"bytes": int(entry["bytes"]), "sha256": entry["sha256"]} for name, entry in manifest["files"].items()
-        }
+        files = manifest_entries(manifest)
     except FileNotFoundError:
         return {}, [f"it has no {MANIFEST}"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 from myllm.files import read_json
 
@@ -50,3 +51,14 @@ def saved_step(folder: Path) -> int | None:
     except (OSError, ValueError, KeyError):
         return None
     return step if type(step) is int else None
+
+
+def manifest_entries(manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The size in bytes and the sha256 of each file, from a checkpoint's manifest.
+
+    Raises:
+        KeyError, ValueError, TypeError, AttributeError, OverflowError: it is no manifest.
+    """
+    return {
+        name: {"bytes": int(entry["bytes"]), "sha256": entry["sha256"]} for name, entry in manifest["files"].items()
+    }

@@ -6,6 +6,7 @@ A folder is renamed before it is deleted, so a process that is killed leaves not
 import re
 import shutil
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,16 +37,19 @@ class RetentionPolicy:
 
     def to_delete(self, new: Path) -> list[Path]:
         """Checkpoints to delete now that `new` is complete."""
-        saved = [folder for folder in list_checkpoints(new.parent) if _has_original_name(folder)]
+        saved = {step_of(folder): folder for folder in list_checkpoints(new.parent) if _has_original_name(folder)}
+        superseded = self.superseded(saved, step_of(new))
+        return [folder for step, folder in saved.items() if step in superseded and is_removable(folder)]
+
+    def superseded(self, steps: Collection[int], new: int) -> set[int]:
+        """The steps that need not be kept now that `new` is complete."""
         if self.newest_only:
-            candidates = [folder for folder in saved if folder != new]
-        elif self.last:
-            # Newer ones are damaged, or training would have resumed from them: they must not displace intact ones.
-            older = [folder for folder in saved if step_of(folder) <= step_of(new)]
-            candidates = [folder for folder in older[self.last :] if not self._keep_forever(step_of(folder))]
-        else:
-            candidates = []
-        return [folder for folder in candidates if is_removable(folder)]
+            return set(steps) - {new}
+        if not self.last:
+            return set()
+        # Newer ones are damaged, or training would have resumed from them: they must not displace intact ones.
+        older = sorted((step for step in steps if step <= new), reverse=True)
+        return {step for step in older[self.last :] if not self._keep_forever(step)}
 
     def _keep_forever(self, step: int) -> bool:
         return self.every_steps > 0 and step % self.every_steps == 0

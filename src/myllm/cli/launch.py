@@ -1,5 +1,6 @@
 """Command lines that begin with a preset: from their words to a RunConfig."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -13,7 +14,7 @@ from myllm.distributed import launcher as ranks
 from myllm.errors import UserError
 from myllm.evals.registry import check_training_tasks
 from myllm.paths import RunPaths, user_path
-from myllm.planning.validation import check_config
+from myllm.planning.validation import check_config, check_name
 from myllm.presets import describe_presets, get_preset
 
 from .parse import parse_arguments, version, wrap_help
@@ -66,16 +67,19 @@ class PretrainArgs(RunArgs):
         return self.dry_run or self.prepare_only
 
 
-def parse_args(words: list[str]) -> PretrainArgs:
-    return parse_run_args(PretrainArgs, words, USAGE)
+def parse_args(words: list[str], fetch: Callable[[RunConfig], None] | None = None) -> PretrainArgs:
+    return parse_run_args(PretrainArgs, words, USAGE, fetch)
 
 
-def parse_run_args(kind: type[RunArgs], words: list[str], usage: str) -> Any:
+def parse_run_args(
+    kind: type[RunArgs], words: list[str], usage: str, fetch: Callable[[RunConfig], None] | None = None
+) -> Any:
     """Parse and check a command line of the form [PRESET] [--config FILE.json] [options].
 
     Args:
         kind: a subclass of RunArgs; its fields are the options beside the config's.
         usage: "usage: PROGRAM PRESET ...", printed if there are no words; {presets} stands for their list.
+        fetch: called before the run's folder is looked at, to bring its checkpoints from `checkpoint.mirror`.
 
     Raises:
         UserError: unknown preset, invalid config file or config.
@@ -90,6 +94,9 @@ def parse_run_args(kind: type[RunArgs], words: list[str], usage: str) -> Any:
     files, words = read_config_files(words)
     prog = usage.partition(" PRESET")[0].removeprefix("usage: ")
     args = _parse(kind, files, words, prog)
+    if fetch is not None and args.config.checkpoint.mirror is not None and not args.planning:
+        check_name(args.config.name)
+        fetch(args.config)
     if args.config.init.source is not None:
         from myllm.inference.initial_weights import check_fits, find_source, initial_model, resumes
 

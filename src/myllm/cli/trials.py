@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
-from myllm.config import HubConfig, RunConfig, load_config, to_dict
+from myllm.config import CheckpointConfig, HubConfig, RunConfig, load_config, to_dict
 from myllm.distributed.cpu_threads import num_threads
 from myllm.distributed.library_env import visible_gpus
 from myllm.errors import TrainingDiverged, UserError
@@ -71,6 +71,7 @@ def as_trial(config: RunConfig) -> RunConfig:
             config.eval, validation_every_steps=steps, cloze_every_steps=0, hellaswag_every_steps=0,
             tasks=(), sample_every_steps=0,
         ),
+        checkpoint=CheckpointConfig(),
         hub=HubConfig(),
     )  # fmt: skip
 

@@ -8,18 +8,15 @@ or `myllm publish`, asks the Hub what it has and resumes from there.
 import os
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from multiprocessing import get_context
-from multiprocessing.process import BaseProcess
-from multiprocessing.queues import Queue
 from pathlib import Path
 
 from myllm.config import HubConfig, RunConfig
 from myllm.data.prepare.workers import init_worker
 from myllm.errors import UserError
 from myllm.paths import RunPaths
+from myllm.runs.step_process import StepProcess, Steps
 
 from .client import check_token, create_repo, explain_error, redact_token
 from .publish import ExportFolder, LogLine, export_checkpoint, publish, select_checkpoints
@@ -28,80 +25,34 @@ ACCESS_CHECK_TIMEOUT_S = 20
 """How long the start of training waits for the Hub."""
 FINISH_TIMEOUT_S = 1_800
 """How long the end of training waits for the last upload."""
-STATUS_EVERY_S = 30
 
 
 class Publisher:
     """Takes the steps to publish. Does nothing without a repository or where `active` is false."""
 
     def __init__(self, config: RunConfig, active: bool, export: ExportFolder) -> None:
-        self._run, self._hub = RunPaths.of(config.name), config.hub
-        self._active, self._export = active and config.hub.repo is not None, export
-        self._process: BaseProcess | None = None
-        self._steps: Queue[int | None] | None = None
+        run, self._hub = RunPaths.of(config.name), config.hub
+        self._active = active and config.hub.repo is not None
+        advice = (
+            f"Nothing is lost: the checkpoints are in {run.checkpoints}. To resume publishing: "
+            f"myllm publish {run.root.name} --repo {config.hub.repo}"
+        )
+        self._process = StepProcess("publish", advice, _run_publisher, (run, config.hub, export))
 
     def submit(self, step: int) -> None:
         """Publish a checkpoint that is saved and evaluated. Returns at once and never raises."""
         if self._active and self._hub.every_checkpoint:
-            self._send(step)
+            self._process.send(step)
 
     def finish(self, step: int) -> None:
         """Publish the newest checkpoint and wait for it, up to FINISH_TIMEOUT_S."""
-        if not self._active:
-            return
-        print(f"\n=== Publishing: {self._hub.repo}", flush=True)
-        deadline = time.monotonic() + FINISH_TIMEOUT_S
-        for _ in range(2):  # retry once if the process was killed, now or before
-            self._send(step)
-            if self._process is None or self._steps is None:
-                return  # _send has printed why
-            self._steps.put(None)
-            self._wait(self._process, deadline)
-            if (self._process.exitcode or 0) >= 0:
-                break
-        assert self._process is not None
-        if self._process.is_alive():
-            print(f"not published within {FINISH_TIMEOUT_S / 60:.0f} minutes. {self._advice()}", flush=True)
-        elif self._process.exitcode:
-            print(f"not published: see above. {self._advice()}", flush=True)
+        if self._active:
+            print(f"\n=== Publishing: {self._hub.repo}", flush=True)
+            self._process.finish(step, FINISH_TIMEOUT_S)
 
     def stop(self) -> None:
         """End the process, whatever it is doing."""
-        if self._steps is not None:
-            self._steps.cancel_join_thread()
-        if self._process is not None and self._process.is_alive():
-            self._process.terminate()
-            self._process.join()
-
-    def _wait(self, process: BaseProcess, deadline: float) -> None:
-        start = last_status = time.monotonic()
-        while process.is_alive() and (now := time.monotonic()) < deadline:
-            process.join(0.5)
-            if now - last_status > STATUS_EVERY_S:
-                last_status = now
-                print(
-                    f"still publishing after {(now - start) / 60:.1f} minutes; press Ctrl-C to do it later", flush=True
-                )
-
-    def _send(self, step: int) -> None:
-        try:
-            if self._process is None or not self._process.is_alive():
-                context = get_context("spawn")
-                self._steps = context.Queue()
-                self._process = context.Process(
-                    target=_run_publisher, args=(self._run, self._hub, self._export, self._steps), name="publisher"
-                )
-                self._process.start()
-            if self._steps is not None:
-                self._steps.put(step)
-        except Exception as error:  # for example no memory for another process: the run matters more than its copy
-            print(f"cannot publish step {step:,}: {error}. {self._advice()}", flush=True)
-
-    def _advice(self) -> str:
-        return (
-            f"Nothing is lost: the checkpoints are in {self._run.checkpoints}. To resume publishing: "
-            f"myllm publish {self._run.root.name} --repo {self._hub.repo}"
-        )
+        self._process.stop()
 
 
 @contextmanager
@@ -150,7 +101,7 @@ def check_hub_access(hub: HubConfig, log: LogLine = print) -> None:
     log(f"{problem}; training starts, and publishing is tried again later")
 
 
-def _run_publisher(run: RunPaths, hub: HubConfig, export: ExportFolder, steps: "Queue[int | None]") -> None:
+def _run_publisher(run: RunPaths, hub: HubConfig, export: ExportFolder, steps: Steps) -> None:
     """The publisher process. Ends after `None`, or with the process that started it."""
     from huggingface_hub.utils import disable_progress_bars
 
@@ -162,9 +113,7 @@ def _run_publisher(run: RunPaths, hub: HubConfig, export: ExportFolder, steps: "
     sys.exit(0 if publish_from_queue(run, hub, export, steps, Log(run.log, active=True)) else 1)
 
 
-def publish_from_queue(
-    run: RunPaths, hub: HubConfig, export: ExportFolder, steps: "Queue[int | None]", log: LogLine
-) -> bool:
+def publish_from_queue(run: RunPaths, hub: HubConfig, export: ExportFolder, steps: Steps, log: LogLine) -> bool:
     """Publish the steps of a queue until it yields None; False if the last attempt failed."""
     published: set[Path] = set()
     success = more = True

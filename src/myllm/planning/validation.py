@@ -75,6 +75,14 @@ def check_config(config: RunConfig, world_size: int) -> None:
     _raise(config_errors(config, world_size))
 
 
+def check_name(name: str) -> None:
+    """
+    Raises:
+        UserError: no name for a run's folder.
+    """
+    _raise(name_errors(name))
+
+
 def check_data_config(config: RunConfig) -> None:
     """`check_config` for the data settings alone."""
     _raise([error for error in _out_of_range(config) + _too_large(config) if error.startswith("data.")])
@@ -128,6 +136,7 @@ def _text_errors(config: RunConfig) -> list[str]:
         "data.dataset": config.data.dataset or "",
         "data.tokenizer": config.data.tokenizer,
         "data.fallback": config.data.fallback or "",
+        "checkpoint.mirror": config.checkpoint.mirror or "",
         "init.source": config.init.source or "",
         "eval.hellaswag_file": config.eval.hellaswag_file or "",
         **{f"eval.tasks[{i}]": task for i, task in enumerate(config.eval.tasks)},

@@ -9,4 +9,5 @@ reference_curve   compare with a published run
 catalog           all runs: what they are, how far they came, what they take on the disk
 lifecycle         delete, rename and archive runs
 saved_settings    what a resumed run keeps
+step_process      a process beside training; mirror/: copies of checkpoints elsewhere
 """

@@ -26,7 +26,7 @@ from .logs import JsonlFile
 PROBE = ".shared-"
 """Prefix of the file by which ranks check that they share a disk."""
 UNREPORTED = ("data.workers", "data.dataset", "train.fresh")
-"""Changes of these settings, and of those of the Hub, are not reported on resume."""
+"""Changes of these settings, and those of the Hub and the mirror, are not reported on resume."""
 NETWORK_DISK_S = 20.0
 """Network disks may take some seconds to show one machine a new file of another."""
 
@@ -156,7 +156,7 @@ def check_resumable(saved: dict[str, Any], config: RunConfig, folder: Path) -> l
     changed = [
         f"{name}: {old} -> {new}"
         for name, (old, new) in sorted(differences.items())
-        if name not in UNREPORTED and not name.startswith("hub.")
+        if name not in UNREPORTED and not name.startswith(("hub.", "checkpoint."))
     ]
     # The data set is compared by its hash, elsewhere.
     fixed = ("model.", "init.", "optim.optimizer", "train.seed", "train.batch_tokens")

@@ -12,7 +12,7 @@ import tyro
 from myllm import paths
 from myllm.cli.launch import base_config, read_config_files
 from myllm.cli.parse import parse_arguments
-from myllm.config import DataConfig, RunConfig
+from myllm.config import CheckpointConfig, DataConfig, RunConfig
 from myllm.distributed import launcher as ranks
 from myllm.errors import UserError
 from myllm.planning.validation import check_config
@@ -106,5 +106,6 @@ def shrink_config(config: RunConfig) -> RunConfig:
             config.eval, validation_every_steps=10, validation_tokens=sequences * config.model.max_seq_len,
             cloze_every_steps=0, hellaswag_every_steps=0, tasks=(), sample_every_steps=0,
         ),
+        checkpoint=CheckpointConfig(),
         hub=replace(config.hub, repo=None, every_checkpoint=False),
     )  # fmt: skip
