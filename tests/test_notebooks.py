@@ -13,13 +13,14 @@ from nbclient import NotebookClient
 
 from myllm.cli.ladder.analysis import Target, analyze
 from myllm.cli.ladder.fit import Losses
-from myllm.config import ModelConfig, RunConfig
+from myllm.config import ModelConfig, RunConfig, to_dict
 from myllm.data.tokenizer.load import load_tokenizer
 from myllm.hub.export.source import ExportSource
 from myllm.hub.export.transformers import export_transformers
 from myllm.inference.completion import generate
 from myllm.inference.load import LanguageModel
 from myllm.model.transformer import Transformer
+from myllm.presets import get_preset
 
 SHAPE = ModelConfig(max_seq_len=64, d_model=16, n_layers=1, n_heads=2, d_ff=32)
 ROOT = Path(__file__).resolve().parents[1]
@@ -272,6 +273,27 @@ def test_what_the_install_cell_installs(
     else:
         exec(code, {"installed": found})
         assert found == installed
+
+
+@pytest.mark.slow
+def test_metric_graphs_draws_the_published_curve_beside_runs_that_repeat_it(data_folder: Path) -> None:
+    write_run(data_folder / "runs/repeated", final_loss=3.2)
+    (data_folder / "runs/repeated/config.json").write_text(json.dumps(to_dict(get_preset("lf-llm-269m"))))
+    notebook = nbformat.read(ROOT / "notebooks/metric_graphs.ipynb", as_version=4)
+    notebook.cells = [cell for cell in notebook.cells if not cell.source.startswith("figure(")]
+    set_parameters(notebook, {"RUN": "first", "RUNS": ["first", "repeated"]})
+    source = (
+        "for line in axes.get_lines(): print(line.get_label(), line.get_xdata()[-1], line.get_ydata()[-1], sep='|')"
+    )
+    notebook.cells.append(nbformat.v4.new_code_cell(source))
+    NotebookClient(
+        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": data_folder}}
+    ).execute()
+    lines = dict(line.split("|", 1) for line in notebook.cells[-1].outputs[0].text.splitlines())
+    curve = json.loads((ROOT / "src/myllm/runs/reference.json").read_text())
+    last = curve["curves"]["validation"]["points"][-1]
+    assert lines[f"{curve['name']}, validation"] == f"{last['tokens']}|{last['value']}"
+    assert lines.keys() >= {"first", "repeated"}
 
 
 def test_hf_sampling_gives_our_greedy_text(data_folder: Path) -> None:
