@@ -15,6 +15,7 @@ from myllm.presets import PRESETS
 from .heartbeat import read_state
 from .history import Row, as_float, get_text, read_json_or_empty
 
+ARCHIVE_SUFFIX = ".tar.gz"
 IMPORTED, NOT_KNOWN = "imported", "not known"
 """States of a run without a heartbeat: one that holds imported weights, and any other."""
 
@@ -43,6 +44,11 @@ def list_runs() -> list[RunSummary]:
     """The runs under temp_data/runs, the newest first."""
     folders = [folder for folder in paths.runs_dir().glob("[!.]*") if folder.is_dir()]
     return sorted((summarize(RunPaths(folder)) for folder in folders), key=lambda run: (-run.changed, run.name))
+
+
+def archives() -> list[Path]:
+    """The files of archived runs."""
+    return sorted(paths.runs_dir().glob(f"[!.]*{ARCHIVE_SUFFIX}"))
 
 
 def summarize(run: RunPaths) -> RunSummary:

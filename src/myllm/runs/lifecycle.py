@@ -16,13 +16,12 @@ from myllm.files import atomic_write, file_lock, file_sha256, fsync_dir, read_js
 from myllm.paths import RunPaths
 from myllm.planning.validation import name_errors
 
-from .catalog import recorded_state
+from .catalog import ARCHIVE_SUFFIX, recorded_state
 from .history import read_json_or_empty
 
 LOCKS = (".lock", ".publish.lock")
 SMALL_BYTES = 50_000_000
 """Larger files in other folders than those of checkpoints, such as traces of the profiler, are not archived."""
-SUFFIX = ".tar.gz"
 
 
 def find_own_run(name: str) -> RunPaths:
@@ -137,7 +136,7 @@ class ArchivePlan:
 
     @property
     def path(self) -> Path:
-        return self.run.root.with_name(f"{self.run.root.name}{SUFFIX}")
+        return self.run.root.with_name(f"{self.run.root.name}{ARCHIVE_SUFFIX}")
 
 
 def plan_archive(run: RunPaths) -> ArchivePlan:

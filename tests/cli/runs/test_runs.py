@@ -227,6 +227,8 @@ def test_an_archive_is_unpacked_and_resumed(
     assert "checkpoints/step_00000004, profile/trace.json" in said
     assert not (runs / "done").exists()
     assert (runs / "done.tar.gz").is_file()
+    main(["runs"])
+    assert "archived: done.tar.gz, " in capsys.readouterr().out
     subprocess.run(shlex.split(said.partition("unpack it with: ")[2]), check=True)
     assert files_of(runs / "done") == kept
     main(["checkpoint", "verify", "done"])

@@ -15,6 +15,7 @@ from .confirm import confirm
 
 if TYPE_CHECKING:
     from myllm.paths import RunPaths
+    from myllm.runs.catalog import RunSummary
     from myllm.runs.lifecycle import ArchivePlan
 
 Positional = tyro.conf.Positional
@@ -24,6 +25,8 @@ TITLES = ("name", "preset", "step", "loss", "val loss", "tokens", "size", "state
 
 def list_runs(as_json: Annotated[bool, tyro.conf.arg(name="json")] = False) -> None:
     """List the runs of this machine, the newest first.
+
+    `myllm runs delete`, `rename`, `archive` and `sync` do something with them.
 
     Args:
         as_json: print one JSON object per line.
@@ -37,19 +40,9 @@ def list_runs(as_json: Annotated[bool, tyro.conf.arg(name="json")] = False) -> N
         for run in runs:
             print(json.dumps(json_safe(dataclasses.asdict(run)), ensure_ascii=False))
         return
-    if not runs:
-        print(f"no runs under {paths.runs_dir()} yet")
-        return
-    rows = [
-        (
-            run.name, run.preset or "-", f"{run.step:,}", _number(run.train_loss), _number(run.validation_loss),
-            "-" if math.isnan(run.tokens) else format_si(run.tokens), format_bytes(run.bytes), run.state,
-        )
-        for run in runs
-    ]  # fmt: skip
-    print(format_table([TITLES, *rows], right=range(2, 7)))
-    total = format_bytes(sum(run.bytes for run in runs))
-    print(f"\n{len(runs)} run{'s' if len(runs) > 1 else ''}, {total}, under {paths.runs_dir()}")
+    print(_table(runs) if runs else f"no runs under {paths.runs_dir()} yet")
+    for path in catalog.archives():
+        print(f"archived: {path.name}, {format_bytes(path.stat().st_size)}")
 
 
 def sync(run: Positional[str], to: Literal["tensorboard", "wandb", "trackio", "mlflow"]) -> None:
@@ -67,6 +60,21 @@ def sync(run: Positional[str], to: Literal["tensorboard", "wandb", "trackio", "m
     folder = find_run(run)
     read_metrics(folder.metrics)  # raises for a missing run
     print(f"{background.sync(folder, to):,} rows sent to {to}: {view_command(to, folder)}")
+
+
+def _table(runs: "list[RunSummary]") -> str:
+    from myllm import paths
+
+    rows = [
+        (
+            run.name, run.preset or "-", f"{run.step:,}", _number(run.train_loss), _number(run.validation_loss),
+            "-" if math.isnan(run.tokens) else format_si(run.tokens), format_bytes(run.bytes), run.state,
+        )
+        for run in runs
+    ]  # fmt: skip
+    total = format_bytes(sum(run.bytes for run in runs))
+    count = f"{len(runs)} run{'s' if len(runs) > 1 else ''}"
+    return f"{format_table([TITLES, *rows], right=range(2, 7))}\n\n{count}, {total}, under {paths.runs_dir()}"
 
 
 def _number(loss: float) -> str:
