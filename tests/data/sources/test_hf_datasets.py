@@ -21,6 +21,7 @@ from support.hub_server import HubServer
 
 from myllm.config import DataConfig
 from myllm.data.prepare.prepare import prepare
+from myllm.data.sources import convert
 from myllm.data.sources import source as sources
 from myllm.data.sources.convert import fetch_file
 from myllm.data.sources.hub_listing import UnreachableError
@@ -175,6 +176,32 @@ def test_bad_rows_are_counted_and_named(tmp_path: Path, temp_data: Path, in_proc
     }
     counts = dataset.manifest["counts"]
     assert counts["train_documents"] + counts["val_documents"] - counts["documents_split"] == 21
+
+
+def test_a_killed_conversion_leaves_nothing_that_a_restart_takes_for_complete(
+    tmp_path: Path, temp_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_csv(tmp_path / "a.csv", rows("a", 2_500))
+    found = find_source(f"datasets:{tmp_path / 'a.csv'}")
+    folder, log = tmp_path / "work", convert._log_bad_lines
+    calls: list[str] = []
+
+    def die_at_second_table(*args: Any) -> None:
+        calls.append("table")
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        log(*args)
+
+    monkeypatch.setattr(convert, "_log_bad_lines", die_at_second_table)
+    with pytest.raises(KeyboardInterrupt):
+        convert.fetch_file(found.files[0], "text", folder, folder)
+    assert not list(folder.glob("*.arrow"))
+    path = convert.fetch_file(found.files[0], "text", folder, folder)
+    assert len(calls) == 2 + 4  # three tables and the end
+    assert convert.fetch_file(found.files[0], "text", folder, folder) == path
+    assert len(calls) == 2 + 4
+    texts = [text for part in range(3) for text in read_documents(found, found.files[0], path, SkipLog(), part, 3)]
+    assert texts == [row["text"] for row in rows("a", 2_500)]
 
 
 @pytest.mark.slow
