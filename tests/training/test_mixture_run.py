@@ -12,12 +12,17 @@ from myllm.cli.launch import parse_args
 from myllm.config import RunConfig
 from myllm.data.find import find_dataset
 from myllm.data.mixture.mixed_dataset import MixedDataset
+from myllm.data.prepare.background import check_data_names
 from myllm.data.prepare.prepare import prepare
 from myllm.errors import UserError
 from myllm.evals.validation import held_out_dataset
 from myllm.files import read_json
+from myllm.hub.model_card import read_card_data, render_model_card
 from myllm.inference.load import find_model
 from myllm.paths import RunPaths
+from myllm.runs.catalog import runs_by_dataset
+from myllm.runs.history import read_metrics
+from myllm.runs.report.html import eval_columns
 from myllm.training.preflight.data_and_disk import find_prepared, inspect_data_and_disk
 
 NAMES = ("validation/files-a", "validation/files-b")
@@ -66,6 +71,15 @@ def test_a_run_on_a_mixture(mixture: RunConfig) -> None:
     assert found.tokens == dataset.known_train_tokens
     assert found.describe_length(mixture)[1].startswith("  files-a: ")
 
+    # The report has a column for each, and the card their epochs.
+    titles = [(column.group, column.title) for column in eval_columns(read_metrics(root / "metrics.jsonl"))]
+    assert [title for title in titles if title[0] in NAMES] == [(name, "loss") for name in NAMES]
+    assert titles.count(("", "epochs")) == 2
+    card = render_model_card(read_card_data(RunPaths(root), 6, "me/mine", None, {}))
+    assert "| epochs | files-a 0.0" in card
+    assert "files-a:0.5 files-b:0.5 @4" in card
+    assert set(runs_by_dataset()) == {component.name for component in dataset.components}
+
     # More steps continue; other weights do not.
     run(with_train(mixture, max_steps=7))
     assert [row["step"] for row in train_rows(root)] == list(range(1, 8))
@@ -88,6 +102,11 @@ def test_running_dry_is_said_before_the_first_step(mixture: RunConfig) -> None:
 def test_the_command_line(temp_data: Path) -> None:
     args = parse_args(["debug", "--data.source", "python-stdlib:0.5 c4:0.5"])
     assert not args.own_text
+    check_data_names(args.config.data)
+    with pytest.raises(UserError, match="need one vocabulary, and train:512 would learn one for each"):
+        check_data_names(replace(args.config.data, tokenizer="train:512"))
+    with pytest.raises(UserError, match="unknown source 'nowhere'"):
+        check_data_names(replace(args.config.data, source="python-stdlib:0.5 nowhere:0.5"))
     with pytest.raises(UserError, match=r"must add up to 1, but 0\.5 \+ 0\.4 = 0\.9"):
         parse_args(["debug", "--data.source", "python-stdlib:0.5 c4:0.4"])
     with pytest.raises(UserError, match=r"set the length of a mixture with --train\.max-steps"):

@@ -1,5 +1,6 @@
 """`myllm data COMMAND`: from a source to shards, and looking at them."""
 
+import shlex
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Annotated
 
@@ -131,13 +132,20 @@ def prepare(args: Annotated[PrepareArgs, tyro.conf.arg(name="")]) -> None:
     Args:
         args: options.
     """
+    from myllm.data.mixture.mixed_dataset import MixedDataset
     from myllm.data.prepare.multi_machine import prepare_worker_shard
     from myllm.data.prepare.prepare import prepare as prepare_dataset
 
     config = DataConfig(**{field.name: getattr(args, field.name) for field in fields(DataConfig)})
     check_data_config(RunConfig(data=config))
     if args.shard is None:
-        _print_dataset(prepare_dataset(config))
+        dataset = prepare_dataset(config)
+        if isinstance(dataset, MixedDataset):
+            for component in dataset.components:
+                _print_dataset(component)
+            print(f"train on the mixture with: python pretrain.py PRESET --data.dataset {shlex.quote(dataset.name)}")
+        else:
+            _print_dataset(dataset)
         return
     folder = prepare_worker_shard(config, args.shard)
     print(f"worker shard {args.shard} is complete: {folder}")

@@ -35,7 +35,7 @@ def settings_of(dataset: Dataset, config: DataConfig) -> DataConfig:
         config: the settings it was opened with. Those that do not change the bytes are kept.
     """
     if isinstance(dataset, MixedDataset):
-        return replace(config, dataset=dataset.name)
+        return replace(config, dataset=dataset.name, tokenizer=_vocabulary(dataset, config))
     recorded = dataset.manifest["source"]
     if config.dataset is None:  # found by these settings, or by their fallback
         same = actual_source(config.source, None, recorded) == config.source
@@ -47,16 +47,20 @@ def settings_of(dataset: Dataset, config: DataConfig) -> DataConfig:
         names = ("source", "text_column", "val_tokens", "target_tokens", "max_documents", "shard_tokens")
         values = {name: dataset.manifest[name] for name in names if name in dataset.manifest}
         prepared_with = from_dict({"data": values | dataset.manifest.get("cleaning", {})}, RunConfig()).data
-    vocabulary = config.tokenizer
-    if vocabulary == NAME or trained_vocab_size(vocabulary):
-        is_gpt2 = dataset.manifest["tokenizer"]["kind"] == "tiktoken"
-        vocabulary = NAME if is_gpt2 else paths.relative_to_data(dataset.folder / TOKENIZER)
     return replace(
         prepared_with,
         source=actual_source(prepared_with.source, None, recorded),
         dataset=paths.relative_to_data(dataset.folder, paths.datasets_dir()),
-        tokenizer=vocabulary,
+        tokenizer=_vocabulary(dataset, config),
         workers=config.workers,
         keep_downloads=config.keep_downloads,
         fallback=config.fallback,
     )
+
+
+def _vocabulary(dataset: Dataset, config: DataConfig) -> str:
+    """The config's tokenizer, or the data set's if the config names none that could be loaded without it."""
+    if config.tokenizer != NAME and not trained_vocab_size(config.tokenizer):
+        return config.tokenizer
+    is_gpt2 = dataset.manifest["tokenizer"]["kind"] == "tiktoken"
+    return NAME if is_gpt2 else paths.relative_to_data(dataset.folder / TOKENIZER)

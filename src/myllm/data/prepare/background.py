@@ -40,6 +40,11 @@ def check_data_names(config: DataConfig) -> None:
         UserError: no such data set, source or vocabulary.
     """
     if mixture := find_mixture(config):
+        if config.dataset is None and trained_vocab_size(config.tokenizer):
+            raise UserError(
+                f"the components of a mixture need one vocabulary, and {config.tokenizer} would learn one for each; "
+                "train it first (`myllm tokenizer train`) and give its tokenizer.json"
+            )
         for part in component_configs(config, mixture):
             check_data_names(part)
         return
