@@ -12,7 +12,7 @@ from myllm.cli.prove_resume.training_process import TrainingProcess
 
 pytestmark = pytest.mark.slow  # real processes on two ranks
 
-STEPS = 36
+STEPS = 40
 SAVE_EVERY = 3
 
 
