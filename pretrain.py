@@ -98,6 +98,7 @@ def train(
     from myllm.data.prepare.background import prepare_in_background
     from myllm.distributed import collectives
     from myllm.distributed import launcher as ranks
+    from myllm.distributed.out_of_memory import explain_out_of_memory
     from myllm.errors import TrainingDiverged
     from myllm.planning.length import resolve_max_steps, tokens_to_resolve_max_steps
     from myllm.training import loop
@@ -122,7 +123,8 @@ def train(
             publisher.submit(step)
 
         try:
-            outcome = loop.train(config, dataset, dist, on_checkpoint, started, args.profile, notes)
+            with explain_out_of_memory(config, dist):
+                outcome = loop.train(config, dataset, dist, on_checkpoint, started, args.profile, notes)
         except TrainingDiverged as error:
             if dist.is_rank_zero:  # the log has the whole message
                 print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)

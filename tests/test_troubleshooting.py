@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -66,6 +67,18 @@ def test_a_run_that_cannot_work(start: str, code: int, words: list[str], config:
 
 def test_memory(config: Path) -> None:
     check("error: this run would fail:\n  - out of memory", myllm("preflight", "--config", config, *HUGE))
+
+
+def test_memory_without_a_preflight(config: Path) -> None:
+    """The machine refuses the memory, as a GPU does."""
+    limit, embedding = 8 * 2**30, ("--model.d-model", "65536", "--model.n-heads", "512")
+    words = command("--config", config, *embedding, "--train.micro-batch-size", "2")
+    done = subprocess.run(
+        words, capture_output=True, text=True, timeout=240, check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
+    )  # fmt: skip
+    assert (done.returncode, "Traceback" in done.stderr) == (2, False), done.stderr
+    check("error: out of memory on", done.stderr)
 
 
 def test_too_little_text(tmp_path: Path, temp_data: Path) -> None:

@@ -57,7 +57,7 @@ def exit_on_error() -> Iterator[None]:
         _end_rank(error)
         raise
     except Exception as error:
-        if message := _explain_missing_compiler(error):
+        if message := _explain_missing_compiler(error) or _explain_out_of_memory(error):
             _fail(message, everywhere=True)
         _end_rank(error)
         raise
@@ -75,6 +75,20 @@ def _explain_missing_compiler(error: BaseException | None) -> str | None:
             )
         error = error.__cause__ or error.__context__
     return None
+
+
+def _explain_out_of_memory(error: Exception) -> str | None:
+    """What to do if a command other than training ran out of memory; None for any other error."""
+    if "torch" not in sys.modules and not isinstance(error, MemoryError):
+        return None
+    from myllm.distributed.out_of_memory import is_out_of_memory, out_of_memory_reason
+
+    if not is_out_of_memory(error):
+        return None
+    return (
+        f"out of memory: {out_of_memory_reason(error)}; end other programs on this device (nvidia-smi lists them), or "
+        "give, where the command has it, a smaller --batch-size, --int8, or --device cpu"
+    )
 
 
 def _check_system() -> None:

@@ -14,6 +14,7 @@ from myllm.checkpoint.state import TrainState
 from myllm.config import to_dict
 from myllm.distributed import collectives as distributed
 from myllm.distributed import launcher as ranks
+from myllm.distributed.out_of_memory import explain_out_of_memory
 from myllm.runs.heartbeat import Heartbeat
 from myllm.runs.reference_curve import ReferenceWatch, find_reference
 from myllm.runs.run_dir import check_shared_disk, claim_run, start_over
@@ -157,6 +158,7 @@ def start_services(
         gc_schedule = stack.enter_context(GcSchedule(step))
         meter = ThroughputMeter(ctx, loader, step)
         profiler = Profiler(ctx, step, meter) if profile else NoProfiler()
+        stack.enter_context(explain_out_of_memory(config, dist))  # innermost: the watchdog records what it says
         yield Services(
             heartbeat, stop, saver, tuple(evals), vote, reference, meter, profiler, gc_schedule, bar, on_checkpoint
         )

@@ -1,5 +1,6 @@
 """What counts as a refusal of memory, and what becomes of a rank that is refused alone."""
 
+import re
 import time
 from dataclasses import replace
 from typing import NoReturn
@@ -8,11 +9,18 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from myllm.cli.errors import exit_on_error
+from myllm.config import RunConfig
+from myllm.data.prepare.prepare import prepare
 from myllm.distributed import collectives as distributed
 from myllm.distributed.collectives import DistContext
+from myllm.distributed.out_of_memory import explain_out_of_memory, is_out_of_memory
 from myllm.errors import UserError
+from myllm.presets import get_preset
+from myllm.runs.heartbeat import status
+from myllm.training.loop import train
 from myllm.training.preflight import device_memory
-from myllm.training.preflight.device_memory import OutOfMemory, is_out_of_memory, run_within_memory
+from myllm.training.preflight.device_memory import OutOfMemory, run_within_memory
 
 PAIR = DistContext(0, 0, 2, torch.device("cpu"))
 
@@ -59,6 +67,55 @@ def test_refusals_of_memory(error: BaseException) -> None:
 )
 def test_other_errors_are_no_refusals(error: BaseException) -> None:
     assert not is_out_of_memory(error)
+
+
+CUDA = (
+    "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 79.10 GiB of which 5.00 MiB is "
+    "free. Including non-PyTorch memory, this process has 79.08 GiB memory in use. Of the allocated memory 77.00 GiB "
+    "is allocated by PyTorch, and 1.00 GiB is reserved by PyTorch but unallocated. If reserved but unallocated"
+)
+
+
+def test_out_of_memory_in_training_names_the_settings_that_help() -> None:
+    config = get_preset("small-50m")
+    alone = DistContext(0, 0, 1, torch.device("cpu"))
+    wrapped = RuntimeError("backend='inductor' raised:")
+    wrapped.__cause__ = torch.OutOfMemoryError(CUDA)
+    with pytest.raises(UserError) as caught, explain_out_of_memory(config, PAIR):
+        raise wrapped
+    message = str(caught.value)
+    assert "79.08 GiB memory in use. What helps" in message
+    assert "reserved" not in message
+    assert "lower train.micro_batch_size 16, or set it to auto" in message
+    assert "train.activation_checkpointing" in message
+    assert "train.parallel to fsdp" in message
+    frugal = replace(config, train=replace(config.train, micro_batch_size=1, activation_checkpointing=True))
+    with pytest.raises(UserError) as caught, explain_out_of_memory(frugal, alone):
+        raise torch.OutOfMemoryError(CUDA)
+    assert not re.search("micro_batch|checkpointing|fsdp", str(caught.value))
+    with pytest.raises(KeyError), explain_out_of_memory(config, alone):
+        raise KeyError("memory")
+
+
+def test_status_of_a_run_that_ran_out_of_memory(
+    tiny: RunConfig, prepared_data: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def step(*_: object) -> NoReturn:
+        raise torch.OutOfMemoryError(CUDA)
+
+    monkeypatch.setattr("myllm.training.loop.train_step", step)
+    with pytest.raises(UserError, match="out of memory on"):
+        train(tiny, prepare(tiny.data, progress=False), DistContext(0, 0, 1, torch.device("cpu")))
+    line, code = status("tiny", 60.0)
+    assert (line.startswith("step 0: failed: out of memory on"), code) == (True, 2)
+
+
+def test_out_of_memory_in_other_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught, exit_on_error():
+        raise torch.OutOfMemoryError(CUDA)
+    assert caught.value.code == 2
+    said = capsys.readouterr().err
+    assert re.match(r"error: out of memory: CUDA .*MiB is free.*; end other programs .*--batch-size", said)
 
 
 def refused() -> NoReturn:

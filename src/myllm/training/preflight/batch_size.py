@@ -24,7 +24,12 @@ from myllm.runs.history import read_json_or_empty
 from myllm.training.setup import RunContext, build
 from myllm.training.step import train_step
 
-from .device_memory import OutOfMemory, memory_limit_bytes, reset_peak, run_within_memory
+from .device_memory import (
+    OutOfMemory,
+    memory_limit_bytes,
+    reset_peak,
+    run_within_memory,
+)
 from .scratch import random_dataset, reset_compiler, scratch_folder
 
 MEMORY_ACCUM_STEPS = 2

@@ -4,7 +4,6 @@ On CUDA and MPS this is the device's memory, as torch's allocator counts it; on 
 """
 
 import ctypes
-import errno
 import gc
 import os
 import resource
@@ -20,19 +19,10 @@ from myllm.distributed import collectives as distributed
 from myllm.distributed import launcher
 from myllm.distributed.collectives import DistContext
 from myllm.distributed.device_info import device_name
+from myllm.distributed.out_of_memory import is_out_of_memory
 from myllm.errors import UserError
 from myllm.planning.memory_estimate import HEADROOM
 
-ERROR_TEXTS = (
-    "out of memory",  # allocators of CUDA, HIP and MPS, the CUDA runtime (cudaErrorMemoryAllocation), Triton, NCCL
-    "can't allocate memory",  # the CPU's allocator
-    "not enough memory",
-    "std::bad_alloc",
-    "ALLOC_FAILED",  # cuBLAS, cuDNN, cuSOLVER, cuFFT
-    "ALLOCATION_FAILED",  # cuDNN, from version 9
-    "Failed to CUDA calloc",  # NCCL
-)
-"""In a RuntimeError that means out of memory. Source: torch's c10/cuda, ATen/cuda/Exceptions and c10d."""
 OTHER_RANKS_S = 120.0
 """How long a rank that is out of memory waits for the others to run out too. A compiler may delay one of them."""
 
@@ -138,19 +128,6 @@ def run_within_memory(work: Callable[[], T], dist: DistContext, limit_bytes: int
     if failed or peak > limit_bytes:
         raise OutOfMemory
     return cast(T, result), peak
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """True if the device or the host refused memory, or if the error was raised because of that."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
-        return True
-    if isinstance(error, RuntimeError) and any(text in str(error) for text in ERROR_TEXTS):
-        return True
-    # A compiler that tries its kernels wraps the error of one of them.
-    cause = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-    return cause is not None and is_out_of_memory(cause)
 
 
 def _free_ram_bytes() -> int:
