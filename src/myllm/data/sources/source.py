@@ -30,8 +30,8 @@ from .text_column import parse_text_column
 
 SHOWN_SUFFIXES = 6
 SUFFIX_ADVICE = (
-    "`--suffix .rst .html` (pretrain.py: `--data.suffix`) reads other kinds as plain text; convert .pdf, .docx and "
-    ".epub to .txt first (pdftotext, pandoc)"
+    "`--suffix .rst .html` (pretrain.py: `--data.suffix`) reads other kinds as plain text, `datasets:PATH` .csv, .tsv "
+    "and .json as rows; convert .pdf, .docx and .epub to .txt first (pdftotext, pandoc)"
 )
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?(:.+)?", re.ASCII)
 
