@@ -227,7 +227,7 @@ def test_what_turns_out_to_be_too_little_is_said_as_of_finished_data(runs: Runs)
     for _ in range(2):  # growing, then whole
         code, said = finish(runs.start(1, *words))
         assert code == 2, said
-        assert "fewer than the 1,024 of one step; add text or lower train.batch_tokens" in said
+        assert "fewer than the 1,024 of one step; add text, or lower train.batch_tokens" in said
 
 
 def test_too_little_text_ends_with_the_preparations_own_words(runs: Runs) -> None:

@@ -63,7 +63,7 @@ def test_what_is_unusual_is_said() -> None:
     assert "lower train.batch_tokens" in describe_length(one_step, 21_000)[1], "no fewer steps than one"
     four = resolve_max_steps(SMALL, 700_000, own_text=True)
     _, few = describe_length(four, 700_000)
-    assert few.startswith("warning: 21 steps are few: lower train.batch_tokens 131,072")
+    assert few.startswith("warning: 21 steps of 131,072 tokens are few; this text suits --train.batch-tokens 2048 ")
     assert len(describe_length(SMALL, 10**9)) == 1
     assert "more than the source has" in describe_length(get_preset("small-50m"), 10**9)[1]
     assert "about 2.6" in describe_length(SMALL, 10**9, exact=False)[0]

@@ -15,8 +15,12 @@ def shrink(config: RunConfig, texts: Path) -> RunConfig:
     model, data, train, evals = config.model, config.data, config.train, config.eval
     return replace(
         config,
-        model=replace(model, n_layers=2, d_model=16, n_heads=2, n_kv_heads=None, d_ff=32, max_seq_len=32),
-        data=replace(data, source=f"files:{texts}", val_tokens=2_000, shard_tokens=8_000, workers=1),
+        model=replace(
+            model, n_layers=2, d_model=16, n_heads=2, n_kv_heads=None, d_ff=32, max_seq_len=32, vocab_size=50_257
+        ),
+        data=replace(
+            data, source=f"files:{texts}", tokenizer="r50k_base", val_tokens=2_000, shard_tokens=8_000, workers=1
+        ),
         train=replace(
             train, max_steps=4, batch_tokens=128, micro_batch_size=2, save_every_steps=2, log_every_steps=1,
             device="cpu",

@@ -1,5 +1,6 @@
 """`myllm data COMMAND`: from a source to shards, and looking at them."""
 
+import json
 import shlex
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Annotated
@@ -9,6 +10,7 @@ import tyro
 from myllm.config import DataConfig, RunConfig
 from myllm.errors import UserError
 from myllm.formatting import format_bytes, format_si, format_table, parse_target
+from myllm.planning.own_text import command_for
 from myllm.planning.validation import check_data_config
 
 if TYPE_CHECKING:
@@ -237,10 +239,16 @@ def _print_dataset(dataset: "Dataset") -> None:
     if counts.get("documents_split"):  # older data sets have none
         print("         few or long documents: val has the end of the longest document, train has the rest of it")
     others = {name: counts[name] for name in ("copies_of_validation_dropped", "duplicates_dropped") if counts[name]}
+    listed = dataset.folder / "passed_over.jsonl"
+    first: dict[str, str] = {}
+    for row in map(json.loads, listed.read_text(encoding="utf-8").splitlines() if listed.exists() else ()):
+        first.setdefault(row["reason"], f", such as {row['place']}: {row['detail']}".removesuffix(": "))
     for reason, count in {**others, **counts["passed_over"]}.items():
-        print(f"  {count:>13,} x {reason.replace('_', ' ')}")
-    if (dataset.folder / "passed_over.jsonl").exists():
-        print(f"  skipped documents are listed in {dataset.folder / 'passed_over.jsonl'}")
+        print(f"  {count:>13,} x {reason.replace('_', ' ')}{first.get(reason, '')}")
+    if first:
+        print(f"  skipped documents are listed in {listed}")
     size = dataset.manifest["tokenizer"]["vocab_size"]
-    vocabulary = "" if dataset.manifest["tokenizer"]["kind"] == "tiktoken" else f" --model.vocab-size {size}"
-    print(f"train on it with: python pretrain.py PRESET --data.dataset {dataset.name}{vocabulary}")
+    command, line = command_for(dataset.name, counts["train_tokens"], size)
+    print(f"{line}. Train on it with:")
+    print(f"  {command} --dry-run    # time and memory on this machine")
+    print(f"  {command}")

@@ -30,6 +30,7 @@ from myllm.optim.optimizer import ScheduledOptimizer
 from myllm.paths import RunPaths
 from myllm.planning.batch import BatchPlan, batch_plan
 from myllm.planning.length import resolve_max_steps
+from myllm.planning.own_text import fitting_options
 from myllm.runs.logs import JsonlFile, Log
 from myllm.runs.run_dir import check_new_weights, check_resumable, imported_weights_error
 
@@ -159,7 +160,7 @@ def check_data(config: RunConfig, dataset: Dataset, batch: BatchPlan) -> None:
             _check_held_out(config, component, batch)
     else:
         _check_held_out(config, dataset, batch)
-        _check_length(dataset, batch)
+        _check_length(config, dataset, batch)
     _check_vocabulary(config, dataset)
 
 
@@ -175,12 +176,13 @@ def _check_held_out(config: RunConfig, dataset: Dataset, batch: BatchPlan) -> No
         )
 
 
-def _check_length(dataset: Dataset, batch: BatchPlan) -> None:
+def _check_length(config: RunConfig, dataset: Dataset, batch: BatchPlan) -> None:
     n_sequences = count_sequences(dataset.train.tokens, batch.seq_len)
     if dataset.known_train_tokens and n_sequences < batch.sequences:
         raise UserError(
             f"the data set {dataset.name} has {dataset.train.tokens:,} training tokens, {n_sequences:,} sequences of "
-            f"{batch.seq_len:,}, fewer than the {batch.sequences:,} of one step; add text or lower train.batch_tokens"
+            f"{batch.seq_len:,}, fewer than the {batch.sequences:,} of one step; add text, or lower train.batch_tokens"
+            f": {fitting_options(config) or 'no batch is small enough, so lower model.max_seq_len too'}"
         )
 
 

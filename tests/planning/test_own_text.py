@@ -1,0 +1,50 @@
+"""What suits a text of a given size."""
+
+from dataclasses import replace
+
+import pytest
+
+from myllm.cli.launch import parse_args
+from myllm.planning.flops import n_parameters
+from myllm.planning.length import resolve_max_steps
+from myllm.planning.own_text import PRESETS_BY_TOKENS, command_for, fit_batch, fitting_options, preset_for
+from myllm.planning.validation import config_errors
+from myllm.presets import get_preset
+
+
+def test_larger_texts_get_larger_presets() -> None:
+    names = [preset_for(tokens)[0] for tokens in (1, 1_999_999, 2_000_000, 10**8, 3 * 10**8, 10**9, 10**12)]
+    assert names == [
+        "debug", "debug", "tinystories-laptop", "tinystories-laptop", "small-50m", "default-150m", "lf-llm-269m-modern",
+    ]  # fmt: skip
+    for tokens, name, _ in PRESETS_BY_TOKENS[2:]:
+        assert tokens == pytest.approx(5 * n_parameters(get_preset(name).model), rel=0.1)
+    assert "small-50m: from 250M tokens on" in preset_for(5_000_000)[1]
+
+
+def test_the_command_has_the_vocabulary_where_the_preset_has_another() -> None:
+    assert command_for("files-x", 100, 50_257)[0] == "python pretrain.py debug --data.dataset files-x"
+    assert command_for("files-x", 5_000_000, 50_257)[0].endswith("--data.dataset files-x --model.vocab-size 50257")
+    assert command_for("files-x", 5_000_000, 4_096)[0].endswith("files-x")
+
+
+@pytest.mark.parametrize("tokens", [10**4, 3 * 10**5, 10**7, 10**9])
+@pytest.mark.parametrize("name", ["small-50m", "default-150m", "dolma-75m", "tinystories-laptop", "debug"])
+def test_the_batch_follows_the_law_and_the_options_are_accepted(name: str, tokens: int) -> None:
+    config = resolve_max_steps(get_preset(name), tokens, own_text=True)
+    fitted = fit_batch(config)
+    batch, total = fitted.train.batch_tokens, config.train.max_steps * config.train.batch_tokens
+    law = 0.58 * total**0.571
+    smallest = config.model.max_seq_len
+    assert batch in (config.train.batch_tokens, smallest) or law / 2**0.5 <= batch <= law * 2**0.5
+    assert batch <= config.train.batch_tokens
+    assert abs(fitted.train.max_steps * batch - total) < batch
+    assert not config_errors(fitted, world_size=1)
+    words = ["--train.max-steps", str(fitted.train.max_steps), *fitting_options(config).split()]
+    given = parse_args([name, *words]).config
+    assert replace(given, model=fitted.model) == fitted
+
+
+def test_a_preset_keeps_its_batch_at_its_own_length() -> None:
+    for name in ("debug", "small-50m", "tinystories-laptop"):
+        assert fitting_options(get_preset(name)) == ""
