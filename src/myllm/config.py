@@ -207,6 +207,8 @@ class TrainConfig:
     """Also save a checkpoint every N steps and keep it forever (0: none)."""
     early_stop_patience: int | None = None
     """Stop after this many validations without a new lowest loss; keep the best checkpoint in best/ of the run."""
+    early_stop_on: str | None = None
+    """Count the losses of this validation set, or of this component of a mixture (default: of all held-out text)."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto: CUDA if available, else MPS on a Mac, else the CPU."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -251,6 +253,8 @@ class EvalConfig:
     """Measure the loss on held-out text every N steps."""
     validation_tokens: int = 7_864_320
     """Tokens to evaluate, from the start of the held-out text."""
+    validation_sets: tuple[str, ...] = ()
+    """Also measure it on the held-out text of these prepared data sets, each NAME=DATASET: rows validation/NAME."""
     cloze_every_steps: int = 1_000
     """Run the cloze test every N steps: choose the true continuation of held-out text among four."""
     cloze_examples: int = 500

@@ -13,6 +13,7 @@ from myllm.data.mixture.spec import find_mixture
 from myllm.distributed import launcher as ranks
 from myllm.errors import UserError
 from myllm.evals.registry import check_training_tasks
+from myllm.evals.validation_sets import parse_validation_sets
 from myllm.paths import RunPaths, user_path
 from myllm.planning.validation import check_config, check_name
 from myllm.presets import describe_presets, get_preset
@@ -107,6 +108,7 @@ def parse_run_args(
     # Without torchrun, WORLD_SIZE is a plan for later, not the number of processes of this command.
     check_config(args.config, ranks.world_size() if args.planning or ranks.is_launched() else 1)
     check_training_tasks(args.config.eval.tasks)
+    parse_validation_sets(args.config.eval.validation_sets)
     if args.config.train.trackers:
         from myllm.runs.trackers.destinations import check_installed
 

@@ -65,11 +65,12 @@ def as_trial(config: RunConfig) -> RunConfig:
         config,
         train=replace(
             train, save_every_steps=-(-steps // SAVES), keep_last=1, keep_every_steps=0, early_stop_patience=None,
-            max_wall_s=None, fresh=False, log_every_steps=min(train.log_every_steps, max(steps // 20, 1)),
+            early_stop_on=None, max_wall_s=None, fresh=False,
+            log_every_steps=min(train.log_every_steps, max(steps // 20, 1)),
         ),
         eval=replace(
             config.eval, validation_every_steps=steps, cloze_every_steps=0, hellaswag_every_steps=0,
-            tasks=(), sample_every_steps=0,
+            tasks=(), validation_sets=(), sample_every_steps=0,
         ),
         checkpoint=CheckpointConfig(),
         hub=HubConfig(),

@@ -140,6 +140,7 @@ def _text_errors(config: RunConfig) -> list[str]:
         "init.source": config.init.source or "",
         "eval.hellaswag_file": config.eval.hellaswag_file or "",
         **{f"eval.tasks[{i}]": task for i, task in enumerate(config.eval.tasks)},
+        **{f"eval.validation_sets[{i}]": word for i, word in enumerate(config.eval.validation_sets)},
         **{f"eval.sample_prompts[{i}]": prompt for i, prompt in enumerate(config.eval.sample_prompts)},
     }
     # Bytes that the locale cannot decode arrive as lone surrogates, which none of the run's files can store.
@@ -261,6 +262,11 @@ def _train_errors(train: TrainConfig) -> list[str]:
 
 def _eval_errors(evals: EvalConfig, train: TrainConfig, model: ModelConfig) -> list[str]:
     errors = []
+    if train.early_stop_on is not None and train.early_stop_patience is None:
+        errors.append(
+            f"train.early_stop_on is {train.early_stop_on}, but train.early_stop_patience is None: nothing stops; "
+            "set both, or neither"
+        )
     if train.early_stop_patience is not None and evals.validation_every_steps == 0:
         errors.append(
             f"train.early_stop_patience is {train.early_stop_patience}, but eval.validation_every_steps is 0: nothing "

@@ -7,7 +7,6 @@ trackers          TensorBoard, Weights & Biases, trackio, MLflow
 history           read what a run has recorded; report/ draws it, compare/ several runs
 reference_curve   compare with a published run
 catalog           all runs: what they are, how far they came, what they take on the disk
-lifecycle         delete, rename and archive runs
-saved_settings    what a resumed run keeps
+lifecycle         delete, rename and archive runs; saved_settings: what a resumed run keeps
 step_process      a process beside training; mirror/: copies of checkpoints elsewhere
 """

@@ -16,8 +16,10 @@ from myllm.data.mixture.mixed_dataset import MixedDataset
 from myllm.data.tokenizer.base import Tokenizer
 from myllm.distributed import collectives as distributed
 from myllm.distributed.precision import autocast
+from myllm.errors import UserError
 from myllm.evals import cloze
 from myllm.evals.registry import EvalInputs, EvalOptions, build
+from myllm.evals.validation_sets import open_validation_sets
 from myllm.inference.completion import complete
 from myllm.inference.language_model import LanguageModel
 from myllm.inference.sampling_params import SamplingParams
@@ -94,6 +96,9 @@ def build_evals(
 
     Args:
         model: neither wrapped nor compiled.
+
+    Raises:
+        UserError: a validation set that is missing or does not fit the run.
     """
     config, dist, settings = ctx.config, ctx.dist, ctx.config.eval
     file = Path(settings.hellaswag_file) if settings.hellaswag_file else None
@@ -111,8 +116,21 @@ def build_evals(
     validation = _build("validation", settings.validation_every_steps, ctx, model, micro_batches)
     if validation and isinstance(dataset, MixedDataset):
         validation = replace(validation, progress=partial(dataset.progress, config))
+    sets = open_validation_sets(settings.validation_sets, dataset, config.model.max_seq_len)
+    components = dataset.labels if isinstance(dataset, MixedDataset) else ()
+    counted = config.train.early_stop_on
+    if counted is not None and counted not in (*sets, *components):
+        known = ", ".join((*sets, *components)) or "none: give some with --eval.validation-sets NAME=DATASET"
+        raise UserError(f"train.early_stop_on is {counted!r}, which is no validation set of this run; known: {known}")
+
+    def validation_set(name: str, held_out: Dataset) -> Eval | None:
+        set_inputs = replace(micro_batches, load_dataset=lambda: held_out)
+        evaluation = _build("validation", settings.validation_every_steps, ctx, model, set_inputs)
+        return evaluation and replace(evaluation, name=f"validation/{name}")
+
     evals = [
         validation,
+        *(validation_set(name, held_out) for name, held_out in sets.items()),
         _build("cloze", settings.cloze_every_steps, ctx, model, inputs),
         _build("hellaswag", settings.hellaswag_every_steps, ctx, model, inputs),
         *(_build(task, settings.tasks_every_steps, ctx, model, inputs) for task in settings.tasks),
@@ -149,11 +167,11 @@ def _write_samples(ctx: RunContext, language_model: LanguageModel, step: int, vo
 
 def run_eval(
     evaluation: Eval, ctx: RunContext, state: TrainState, model: Transformer, watch: ReferenceWatch, vote: StopVote
-) -> dict[str, Any]:
-    """Measure and write one row. An evaluation that fails is logged; training continues.
+) -> dict[str, dict[str, Any]]:
+    """Measure and write its row, and those of its components. An evaluation that fails is logged; training continues.
 
     Returns:
-        rank 0's figures, on every rank; empty if the evaluation failed.
+        rank 0's figures by the name of the row, on every rank; empty if the evaluation failed.
 
     Raises:
         EvalInterrupted: a stop was requested; no row is written.
@@ -190,7 +208,8 @@ def run_eval(
             ctx.log(f"{name}/{component}: {_describe(part)}")
         if remark:
             ctx.log(remark)
-    return figures
+    rows = {f"{name}/{component}": part for component, part in components.items()}
+    return {name: figures, **rows} if figures else {}
 
 
 def _describe(figures: dict[str, Any]) -> str:

@@ -166,6 +166,8 @@ def evaluate(trainer: Trainer, services: Services, progress: Progress, last_step
     due = due_evals(progress, last_step)
     if not due:
         return True
+    early_stop_on = trainer.ctx.config.train.early_stop_on
+    counted = f"validation/{early_stop_on}" if early_stop_on else "validation"
     with (
         services.meter.timed("evaluating"),
         services.heartbeat.doing("evaluating"),
@@ -175,12 +177,12 @@ def evaluate(trainer: Trainer, services: Services, progress: Progress, last_step
         try:
             for evaluation in due:
                 with services.meter.timed(evaluation.name):
-                    figures = run_eval(
+                    rows = run_eval(
                         evaluation, trainer.ctx, progress.state, trainer.eval_model, services.reference,
                         services.eval_vote,
                     )  # fmt: skip
-                if evaluation.name == "validation" and figures:
-                    count_validation(trainer, services, progress, figures["loss"])
+                if counted in rows:
+                    count_validation(trainer, services, progress, rows[counted]["loss"])
         except EvalInterrupted:
             return False
     progress.pending = [evaluation for evaluation in progress.pending if evaluation not in due]

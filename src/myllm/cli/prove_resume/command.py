@@ -100,11 +100,11 @@ def shrink_config(config: RunConfig) -> RunConfig:
         optim=replace(config.optim, warmup_steps=5),
         train=replace(
             config.train, max_steps=steps, batch_tokens=batch_tokens, micro_batch_size=2, log_every_steps=1,
-            save_every_steps=4, early_stop_patience=None, fresh=False,
+            save_every_steps=4, early_stop_patience=None, early_stop_on=None, fresh=False,
         ),
         eval=replace(
             config.eval, validation_every_steps=10, validation_tokens=sequences * config.model.max_seq_len,
-            cloze_every_steps=0, hellaswag_every_steps=0, tasks=(), sample_every_steps=0,
+            cloze_every_steps=0, hellaswag_every_steps=0, tasks=(), validation_sets=(), sample_every_steps=0,
         ),
         checkpoint=CheckpointConfig(),
         hub=replace(config.hub, repo=None, every_checkpoint=False),

@@ -1,0 +1,76 @@
+"""Further validation sets: their rows, early stopping by one of them, and what is refused before a run."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import eval_rows, with_train, write_corpora
+from training.test_loop import run
+
+from myllm.cli.launch import parse_args
+from myllm.config import RunConfig
+from myllm.data.prepare.prepare import prepare
+from myllm.errors import UserError
+from myllm.paths import RunPaths
+
+
+@pytest.fixture
+def two(tiny: RunConfig, tmp_path: Path) -> RunConfig:
+    """A run on one text, validated on two others too; `same` is its own."""
+    evals = replace(tiny.eval, validation_every_steps=3, cloze_every_steps=0, sample_every_steps=0)
+    other, _ = write_corpora(tmp_path / "corpora", a=20, b=2)
+    own = prepare(tiny.data, progress=False)
+    far = prepare(replace(tiny.data, source=str(other), val_tokens=300), progress=False)
+    sets = (f"same={own.name}", f"far={far.name}")
+    return with_train(replace(tiny, eval=replace(evals, validation_sets=sets)), max_steps=9)
+
+
+def test_each_set_has_rows(two: RunConfig) -> None:
+    root = run(two)
+    rows = {name: eval_rows(root, name) for name in ("validation", "validation/same", "validation/far")}
+    for name in rows:
+        assert [row["step"] for row in rows[name]] == [0, 3, 6, 9]
+    for whole, same, far in zip(*rows.values(), strict=True):
+        figures = {key: value for key, value in whole.items() if key not in ("name", "seconds")}
+        assert figures == {key: value for key, value in same.items() if key not in ("name", "seconds")}
+        assert far["loss"] != same["loss"]
+        assert {"bits_per_byte", "token_accuracy"} <= far.keys()
+
+
+def test_early_stopping_by_a_named_set(two: RunConfig) -> None:
+    """The best step is that of the set, and best/ holds it."""
+    root = run(with_train(two, early_stop_patience=9, early_stop_on="far"))
+    losses = {row["step"]: row["loss"] for row in eval_rows(root, "validation/far") if row["step"]}
+    assert (
+        f"{min(losses.values()):.4f}, at step {min(losses, key=losses.__getitem__)}" in (root / "log.txt").read_text()
+    )
+    assert [path.name for path in RunPaths(root).best.iterdir()] == [f"step_{min(losses, key=losses.__getitem__):08d}"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["code"], "expected NAME=DATASET"),
+        (["code="], "expected NAME=DATASET"),
+        (["a/b=x"], "expected NAME=DATASET"),
+        (["code=x", "code=y"], "has the name code twice"),
+    ],
+)
+def test_words_of_another_form_are_refused(words: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse_args(["debug", "--eval.validation-sets", *words])
+
+
+def test_a_set_to_stop_by_without_patience_is_refused() -> None:
+    with pytest.raises(UserError, match=r"train\.early_stop_patience is None: nothing stops"):
+        parse_args(["debug", "--train.early-stop-on", "code"])
+
+
+def test_sets_that_do_not_fit_are_refused_before_the_first_step(two: RunConfig) -> None:
+    with pytest.raises(UserError, match="no single prepared data set 'nothing'"):
+        run(replace(two, eval=replace(two.eval, validation_sets=("x=nothing",))))
+    with pytest.raises(UserError, match=r"train\.early_stop_on is 'other', which is no validation set of this run"):
+        run(with_train(two, early_stop_patience=2, early_stop_on="other"))
+    longer = replace(two, model=replace(two.model, max_seq_len=512), train=replace(two.train, batch_tokens=512))
+    with pytest.raises(UserError, match="too few for one sequence of 512"):
+        run(longer)
