@@ -46,6 +46,8 @@ REASONS = {
     r"python pretrain.py .*--init.from (gpt2|account|NAMESPACE)": "reads the Hub: tests/hub/test_import.py",
     r"myllm eval RUN --tasks arc-easy": "downloads tasks: tests/evals/test_tasks.py has them from a loopback Hub",
     r"myllm (tune|ladder)": "millions of tokens of text, or dozens of trainings: tests/cli/tune and tests/cli/ladder",
+    r"myllm report .*--watch": "serves until Ctrl-C: tests/runs",
+    r"tensorboard |myllm runs sync|python pretrain.py .*--train.trackers": "needs a tracker: tests/runs",
     r"curl ": "test_requests_of_the_docs runs them",
 }
 """Commands that are not run, and why."""
