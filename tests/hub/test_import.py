@@ -48,9 +48,12 @@ from myllm.training.loop import train
 TOKENS = torch.randint(400, (2, 32), generator=torch.Generator().manual_seed(5))
 SHAPE = {"vocab_size": 400, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2}
 SHAPE |= {"num_attention_heads": 4, "max_position_embeddings": 48}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e3, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 2.0}
+LLAMA3 |= {"original_max_position_embeddings": 16}
 PEERS = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, num_key_value_heads=2, rms_norm_eps=1e-3)),
     "llama-attention-biases": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, attention_bias=True, head_dim=8)),
+    "llama3": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, rope_parameters=LLAMA3)),
     "qwen3": lambda: Qwen3ForCausalLM(
         Qwen3Config(**SHAPE, head_dim=8, num_key_value_heads=1, tie_word_embeddings=True,
                     rope_parameters={"rope_type": "default", "rope_theta": 1e6})
@@ -231,6 +234,17 @@ def test_gpt2_as_it_was_first_published(temp_data: Path, tmp_path: Path) -> None
     assert difference(peer, "gpt2") < 1e-5
 
 
+def test_scaled_positions_as_llama_3_2_was_published(temp_data: Path, tmp_path: Path) -> None:
+    """With rope_scaling and a rope_theta of its own, as versions of transformers before 5 wrote it."""
+    peer = peer_folder("llama3", tmp_path / "llama3")
+    file = tmp_path / "llama3/config.json"
+    values = json.loads(file.read_text())
+    rope = values.pop("rope_parameters")
+    file.write_text(json.dumps(values | {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}))
+    import_model(str(tmp_path / "llama3"), say=quietly)
+    assert difference(peer, "llama3") < 1e-5
+
+
 def test_shards_and_bfloat16(temp_data: Path, tmp_path: Path) -> None:
     peer = peer_folder("llama", tmp_path / "llama").to(torch.bfloat16)
     (tmp_path / "llama/model.safetensors").unlink()
@@ -290,7 +304,10 @@ def test_rows_beyond_the_vocabulary(temp_data: Path, tmp_path: Path, capsys: pyt
     [
         ("llama", {"model_type": "mistral"}, "has model_type 'mistral'"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act is gelu, expected silu"),
-        ("llama", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rope_type is llama3"),
+        ("llama", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "has no 'factor'"),
+        ("llama", {"rope_parameters": LLAMA3 | {"high_freq_factor": 1}}, r"rope_scaling is 4.0 1.0 1.0 16.0, expected"),
+        ("llama", {"rope_parameters": LLAMA3 | {"rope_type": "yarn"}}, "rope_type is yarn, expected default or llama3"),
+        ("llama", {"rope_parameters": LLAMA3 | {"factor": "big"}}, r"rope_parameters\.factor is 'big'"),
         ("llama", {"rope_scaling": {"type": "linear", "factor": 2}, "rope_parameters": None}, "rope_type is linear"),
         ("qwen3", {"use_sliding_window": True}, "use_sliding_window is true"),
         ("gpt2", {"activation_function": "relu"}, "activation_function is relu"),
@@ -457,6 +474,29 @@ def test_an_imported_run_is_the_start_of_another(tiny: RunConfig, temp_data: Pat
     shutil.rmtree(more.checkpoints)
     with pytest.raises(UserError, match="the run more began with the weights of llama"):
         start(replace(config, init=InitConfig()))
+
+
+def test_scaled_positions_survive_training_and_export(tiny: RunConfig, temp_data: Path, tmp_path: Path) -> None:
+    """On a shorter context, as one trains Llama 3.2 on a small GPU: the frequencies stay those of pretraining."""
+    peer_folder("llama3", tmp_path / "llama3")
+    imported = load_config(import_model(str(tmp_path / "llama3"), "made", say=quietly).config, RunConfig())
+    data = replace(tiny.data, tokenizer=imported.data.tokenizer)
+    config = replace(tiny, name="more", model=replace(imported.model, max_seq_len=12), data=data)
+    config = replace(with_train(config, batch_tokens=96, max_steps=2), init=InitConfig(str(tmp_path / "llama3")))
+    with process_group("cpu") as process:
+        trained = train(config, prepare(config.data, progress=False), process).run
+    checkpoint = find_checkpoint("more", temp_data / "runs")
+    assert trained.root == temp_data / "runs/more"
+    made = export_transformers(checkpoint.folder, tmp_path / "out", say=quietly)
+    values = json.loads((made.folder / "config.json").read_text())
+    assert values["rope_parameters"] == LLAMA3
+    assert values["rope_scaling"] == {key: value for key, value in LLAMA3.items() if key != "rope_theta"}
+    assert "slow frequencies scaled by 1/4 (llama3)" in (made.folder / "README.md").read_text()
+    import_model(str(made.folder), "back", say=quietly)
+    back, more = load_model("back", "cpu").model, load_model("more", "cpu").model
+    assert back.config.rope_scaling == more.config.rope_scaling == (4.0, 1.0, 2.0, 16.0)
+    with torch.no_grad():
+        assert torch.equal(back(TOKENS[:, :12]), more(TOKENS[:, :12]))
 
 
 def test_from_the_hub(temp_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,12 +6,21 @@ import numpy as np
 import pytest
 import torch
 from model import reference
-from transformers import AutoConfig, AutoModelForCausalLM, GPT2LMHeadModel, LlamaForCausalLM, Qwen3ForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3ForCausalLM,
+)
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from myllm.config import ModelConfig
-from myllm.hub.architectures import select_architecture, transformers_config
+from myllm.hub.architectures import LLAMA3_KEYS, select_architecture, transformers_config
 from myllm.hub.export.fold import fold_weights
 from myllm.hub.weights import export_weights
+from myllm.model.rope import rotary_frequencies
 from myllm.model.transformer import Transformer
 
 TOLERANCE = 1e-5
@@ -87,6 +96,38 @@ def test_llama(changes):
     model = random_model(replace(SMALL, **changes))
     assert type(peer_of(model)) is LlamaForCausalLM
     assert_same(model(TOKENS), their_logits(model))
+
+
+LLAMA_3_2_1B = {"head_dim": 64, "theta": 500_000.0, "scaling": (32.0, 1.0, 4.0, 8_192.0)}
+"""Source: config.json of meta-llama/Llama-3.2-1B, whose context is 131,072."""
+
+
+def test_scaled_frequencies_of_llama_3_2():
+    scaling = dict(zip(LLAMA3_KEYS, LLAMA_3_2_1B["scaling"], strict=True)) | {"rope_type": "llama3"}
+    peer = LlamaConfig(
+        hidden_size=2_048, num_attention_heads=32, max_position_embeddings=131_072, rope_theta=500_000.0,
+        rope_scaling=scaling,
+    )  # fmt: skip
+    theirs, _ = ROPE_INIT_FUNCTIONS["llama3"](peer)
+    ours, plain = rotary_frequencies(**LLAMA_3_2_1B), rotary_frequencies(64, 500_000.0)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
+    ratio = plain / ours
+    kept, divided = ratio == 1, (ratio - 32).abs() < 1e-4
+    assert kept.any() and divided.any() and (~kept & ~divided).any()  # all three cases  # noqa: PT018
+
+
+@pytest.mark.parametrize("changes", [{}, {"qk_norm": True, "n_kv_heads": 1, "head_dim": 12}], ids=str)
+@torch.no_grad()
+def test_scaled_frequencies(changes):
+    """On a context of three times that of pretraining; with plain frequencies the logits are others."""
+    config = replace(SMALL, rope_scaling=(8.0, 0.5, 2.0, 8.0), **changes)
+    model = random_model(config)
+    peer = peer_of(model)
+    assert peer.config.rope_parameters["rope_type"] == "llama3"
+    assert_same(model(TOKENS), peer(TOKENS).logits)
+    plain = Transformer(replace(config, rope_scaling=())).eval()
+    plain.load_state_dict(model.state_dict())
+    assert (plain(TOKENS) - model(TOKENS)).abs().max() > 100 * TOLERANCE
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ CLASSES: dict[ModelType, str] = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3For
 # Fields of ModelConfig that every architecture supports (sizes), or that it does not need (training, our files).
 UNRESTRICTED_FIELDS = frozenset(
     {"vocab_size", "vocab_multiple", "max_seq_len", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff"}
-    | {"rope_theta", "norm_eps", "tie_embeddings", "residual_dtype", "init"}
+    | {"rope_theta", "rope_scaling", "norm_eps", "tie_embeddings", "residual_dtype", "init"}
     | {"embedding_norm", "residual_scales"}  # folded into other weights (export/fold.py)
     | {"dropout_embedding", "dropout_attention_residual", "dropout_ffn"}
 )
@@ -47,6 +47,8 @@ GPT2_KEYS = {
     "vocab_size": "vocab_size", "max_seq_len": "n_positions", "d_model": "n_embd", "n_layers": "n_layer",
     "n_heads": "n_head", "d_ff": "n_inner", "norm_eps": "layer_norm_epsilon", "tie_embeddings": "tie_word_embeddings",
 }  # fmt: skip
+LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+"""The numbers of ModelConfig.rope_scaling, in its order."""
 CONFIG_KEYS: dict[ModelType, dict[str, str]] = {"llama": LLAMA_KEYS, "qwen3": LLAMA_KEYS, "gpt2": GPT2_KEYS}
 
 # Upper limits of integers in config.json, far above any model: larger ones would be allocated before they are checked.
@@ -119,14 +121,19 @@ def transformers_config(config: ModelConfig, end_of_text: int, dtype: str) -> di
             "attn_pdrop": 0.0,
         }
     biases = {"attention_bias": config.bias} | ({"mlp_bias": config.bias} if model_type == "llama" else {})
+    scaling: dict[str, Any] = {}
+    if config.rope_scaling:
+        *factors, context = config.rope_scaling
+        scaling = {"rope_type": "llama3"} | dict(zip(LLAMA3_KEYS, (*factors, int(context)), strict=True))
     return values | {
         "num_key_value_heads": config.kv_heads,
         "head_dim": config.head_size,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "rope_theta": config.rope_theta,  # for versions before 5
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta} | scaling,
+        "rope_theta": config.rope_theta,  # for versions before 5, as is rope_scaling
         "hidden_act": _their_activation(LLAMA_ACTIVATIONS, config),
         "attention_dropout": 0.0,
         **biases,
+        **({"rope_scaling": scaling} if scaling else {}),
     }
 
 
@@ -170,11 +177,12 @@ def _type_errors(values: dict[str, Any]) -> Iterator[str]:
             if not isinstance(values[key], expected_type):
                 yield f"{key} is {values[key]!r:.40}, expected {expected}"
     numbers = {key: values.get(key) for key in ("rms_norm_eps", "layer_norm_epsilon", "rope_theta")}
-    rope = values.get("rope_parameters")
-    if isinstance(rope, dict):
-        numbers["rope_parameters.rope_theta"] = rope.get("rope_theta")
-        if layer_types := [key for key, value in rope.items() if isinstance(value, dict)]:
-            yield f"rope_parameters is separate for {', '.join(layer_types)}, expected the same for all layers"
+    for name in ("rope_parameters", "rope_scaling"):
+        rope = values.get(name)
+        if isinstance(rope, dict):
+            numbers |= {f"{name}.{key}": rope.get(key) for key in ("rope_theta", *LLAMA3_KEYS)}
+            if layer_types := [key for key, value in rope.items() if isinstance(value, dict)]:
+                yield f"{name} is separate for {', '.join(layer_types)}, expected the same for all layers"
     for key, value in numbers.items():
         if value is not None and not (_is_number(value) and 0 < value < 1e30):
             yield f"{key} is {value!r:.40}, expected a number above 0"
@@ -187,17 +195,26 @@ def _is_number(value: Any) -> bool:
 def _unsupported_llama(values: dict[str, Any]) -> Iterator[str]:
     if (activation := values.get("hidden_act", "silu")) not in LLAMA_ACTIVATIONS:
         yield f"hidden_act is {activation}, expected {' or '.join(LLAMA_ACTIVATIONS)}"
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    if (rope_type := rope.get("rope_type", rope.get("type", "default"))) != "default":
-        yield f"rope_type is {rope_type}, expected default"
+    rope = _rope(values)
+    if (rope_type := _rope_type(rope)) not in ("default", "llama3"):
+        yield f"rope_type is {rope_type}, expected default or llama3"
     if (factor := rope.get("partial_rotary_factor", values.get("partial_rotary_factor")) or 1) != 1:
         yield f"partial_rotary_factor is {factor}, expected 1"
     if values.get("use_sliding_window") or "sliding_attention" in (values.get("layer_types") or ()):
         yield "use_sliding_window is true, expected attention to the whole context"
 
 
+def _rope(values: dict[str, Any]) -> dict[str, Any]:
+    rope = values.get("rope_scaling") or values.get("rope_parameters") or {}  # in transformers' order
+    return {key: value for key, value in rope.items() if value is not None}
+
+
+def _rope_type(rope: dict[str, Any]) -> str:
+    return rope.get("rope_type", rope.get("type", "default"))
+
+
 def _parse_llama(values: dict[str, Any]) -> ModelConfig:
-    is_qwen, rope = values["model_type"] == "qwen3", values.get("rope_parameters") or {}
+    is_qwen, rope = values["model_type"] == "qwen3", _rope(values)
     values = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False} | values
     shared = {name: values[key] for name, key in LLAMA_KEYS.items()}
     n_heads = shared["n_heads"]
@@ -206,6 +223,7 @@ def _parse_llama(values: dict[str, Any]) -> ModelConfig:
         n_kv_heads=values.get("num_key_value_heads") or (32 if is_qwen else n_heads),
         head_dim=values.get("head_dim") or (128 if is_qwen else shared["d_model"] // n_heads),
         rope_theta=float(rope.get("rope_theta") or values.get("rope_theta") or 10_000),
+        rope_scaling=tuple(float(rope[key]) for key in LLAMA3_KEYS) if _rope_type(rope) == "llama3" else (),
         activation=LLAMA_ACTIVATIONS[values.get("hidden_act", "silu")],
         bias=bool(values.get("attention_bias") or values.get("mlp_bias")),
         qk_norm=is_qwen,

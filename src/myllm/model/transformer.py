@@ -22,7 +22,7 @@ from .feed_forward import FeedForward
 from .init_weights import initialize
 from .kv_cache import KVCache
 from .norm import make_norm
-from .rope import rotary_tables
+from .rope import rotary_frequencies, rotary_tables
 
 Rotary = tuple[Tensor, Tensor] | None  # cosine and sine, (T, K) or (B, 1, T, K) each
 
@@ -88,7 +88,8 @@ class Transformer(nn.Module):
         if config.position == "learned":
             self.positions = nn.Embedding(config.max_seq_len, config.d_model)
         else:
-            cos, sin = rotary_tables(config.max_seq_len, config.head_size, config.rope_theta)
+            frequencies = rotary_frequencies(config.head_size, config.rope_theta, config.rope_scaling)
+            cos, sin = rotary_tables(config.max_seq_len, frequencies)
             self.register_buffer("rotary_cos", cos, persistent=False)  # (max_seq_len, K)
             self.register_buffer("rotary_sin", sin, persistent=False)  # (max_seq_len, K)
         self._training_loss: Callable[[Tensor, Tensor, Tensor, int], Tensor] = linear_cross_entropy

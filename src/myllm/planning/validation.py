@@ -240,12 +240,25 @@ def _model_errors(model: ModelConfig) -> list[str]:
             f"model.head_dim is {model.head_size}, but rotary positions need an even value; "
             "set it, or change model.d_model or model.n_heads"
         )
+    if model.rope_scaling and model.position != "rope":
+        errors.append(f"model.rope_scaling needs rotary positions, but model.position is {model.position}; remove one")
+    elif model.rope_scaling and not _is_llama3_scaling(*model.rope_scaling):
+        errors.append(
+            f"model.rope_scaling is {' '.join(map(str, model.rope_scaling))}, expected four numbers: factor (at least "
+            "1), low_freq_factor (above 0), high_freq_factor (above that) and the context of pretraining (an integer "
+            "from 1 to 100,000,000), such as 32 1 4 8192"
+        )
     if model.embedding_norm and model.tie_embeddings:
         errors.append(
             "model.embedding_norm needs an untied head, because exports fold the norm into the embedding; set "
             "model.tie_embeddings to false, or model.embedding_norm to false"
         )
     return errors
+
+
+def _is_llama3_scaling(factor: float = 0, low: float = 0, high: float = 0, context: float = 0, *more: float) -> bool:
+    ordered = 1 <= factor < math.inf and 0 < low < high < math.inf
+    return ordered and 1 <= context <= 10**8 and context % 1 == 0 and not more
 
 
 def _train_errors(train: TrainConfig) -> list[str]:

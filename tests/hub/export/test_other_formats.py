@@ -11,12 +11,14 @@ import onnxruntime
 import pytest
 import torch
 from support.saved_checkpoints import KINDS, SMALL, Save, small_vocabulary
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from myllm.cli.main import main as myllm
 from myllm.config import ModelConfig
 from myllm.data.tokenizer.train import train_tokenizer
 from myllm.errors import UserError
+from myllm.hub.architectures import transformers_config
 from myllm.hub.export import onnx as to_onnx
 from myllm.hub.export.gguf import export_gguf
 from myllm.hub.export.onnx import export_onnx
@@ -40,7 +42,7 @@ def our_logits(asked: torch.Tensor) -> np.ndarray:
 
 UNLIKE_ANY = replace(
     SMALL, activation="relu2", qk_norm=True, bias=True, n_kv_heads=1, embedding_norm=True, residual_scales=True,
-    tie_embeddings=False,
+    tie_embeddings=False, rope_scaling=(4.0, 1.0, 2.0, 16.0),
 )  # fmt: skip
 
 
@@ -118,6 +120,21 @@ def test_gguf_types_and_biases(dtype: str, name: str, save: Save, tmp_path: Path
     assert fields["tokenizer.ggml.add_bos_token"] is True
     assert fields["llama.attention.key_length"] == 8
     assert len(fields["tokenizer.ggml.merges"]) == len(json.loads(small_vocabulary())["model"]["merges"])
+
+
+def test_gguf_of_scaled_positions(save: Save, tmp_path: Path) -> None:
+    """llama.cpp divides the plain frequencies by the tensor rope_freqs."""
+    config = replace(ONE_LAYER, rope_scaling=(4.0, 1.0, 2.0, 16.0), head_dim=16, rope_theta=1e3)
+    export_gguf(load_export_source(save(config)), tmp_path / "m.gguf", "bfloat16")
+    (factors,) = (x.data for x in gguf.GGUFReader(tmp_path / "m.gguf").tensors if x.name == "rope_freqs.weight")
+    peer = AutoConfig.for_model(**transformers_config(config, 0, "float32"))
+    theirs, _ = ROPE_INIT_FUNCTIONS["llama3"](peer)
+    plain = 1e3 ** (-torch.arange(0, 16, 2) / 16)
+    torch.testing.assert_close(plain / torch.tensor(factors), theirs, rtol=1e-6, atol=0)
+    source = load_export_source(save(replace(config, qk_norm=True)))
+    with pytest.raises(UserError, match=r"scaled rotary frequencies \(model\.rope_scaling\) of Llama models alone"):
+        export_gguf(source, tmp_path / "no.gguf")
+    assert not (tmp_path / "no.gguf").exists()
 
 
 def test_gguf_of_one_s_own_vocabulary(save: Save, corpus: Path, tmp_path: Path) -> None:

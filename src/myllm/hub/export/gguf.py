@@ -17,6 +17,7 @@ from myllm.config import ModelConfig
 from myllm.errors import UserError
 from myllm.hub.architectures import ModelType, select_architecture
 from myllm.hub.weights import export_weights
+from myllm.model.rope import rotary_frequencies
 from myllm.paths import user_path
 
 from .fold import fold
@@ -51,6 +52,11 @@ def export_gguf(source: ExportSource, to: Path, dtype: str = "float32") -> int:
         raise UserError(
             "GGUF has no squared ReLU for this model (model.activation is relu2): llama.cpp computes SiLU or GELU in "
             "its place. Use --to or --to-onnx"
+        )
+    if source.config.model.rope_scaling and model_type != "llama":
+        raise UserError(
+            "llama.cpp reads scaled rotary frequencies (model.rope_scaling) of Llama models alone, not of "
+            f"{ARCHITECTURES[model_type]}. Use --to or --to-onnx"
         )
     source = fold(source)
     config = source.config.model
@@ -91,6 +97,10 @@ def _tensors(
         if model_type == "llama" and "self_attn.k_proj" in theirs:
             array = interleave_rotary_rows(array, config.kv_heads)
         yield name, np.ascontiguousarray(array)
+    if config.rope_scaling:  # llama.cpp divides the plain frequencies by these
+        plain = rotary_frequencies(config.head_size, config.rope_theta)
+        scaled = rotary_frequencies(config.head_size, config.rope_theta, config.rope_scaling)
+        yield "rope_freqs.weight", (plain / scaled).numpy()
 
 
 def interleave_rotary_rows(rows: np.ndarray, heads: int) -> np.ndarray:
