@@ -56,6 +56,8 @@ def pretrain(args: "PretrainArgs") -> None:
     started = time.monotonic()
     from myllm.distributed import launcher as ranks
 
+    if ranks.rank() == 0:
+        print(f"starting the run {args.config.name}", flush=True)
     if ranks.local_rank() == 0:
         check_data(args.config)  # before torch is imported, which takes seconds
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from myllm.distributed.terminal import ERASE
 from myllm.evals.results import Result, add, read
 from myllm.runs import logs as metrics
 from myllm.runs.history import column, read_metrics
@@ -138,7 +139,7 @@ def test_log_lines_fit_the_terminal_and_stay_whole_in_files(
     assert capsys.readouterr().out == f"{line}\n"
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     Log(tmp_path / "watched.txt", True)(line)
-    shown = capsys.readouterr().out.splitlines()
+    shown = capsys.readouterr().out.replace(ERASE, "").splitlines()
     assert len(shown) > 1
     assert max(map(len, shown)) <= 80
     assert [text[:4] for text in shown[1:]] == ["    "] * (len(shown) - 1)

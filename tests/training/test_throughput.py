@@ -99,13 +99,30 @@ def test_a_restart_counts_on(tiny: RunConfig, monkeypatch: pytest.MonkeyPatch) -
     assert seconds["training"] + seconds.get("waiting for data", 0) == pytest.approx(training)
 
 
-def test_lines_for_people() -> None:
+def test_lines_for_people(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     row = {"step": 5, "loss": 3.0, "lr": 1e-3, "grad_norm": 1.0, "step_s": 0.25, "tokens_per_s": 4_000.0, "mfu": None}
     assert "wait" not in console_line(row | {"data_wait_s": 0.001}, 10)
     assert "data wait 20%" in console_line(row | {"data_wait_s": 0.05}, 10)
     assert "lr 1.00e-03  norm" in console_line(row | {"data_wait_s": 0}, 10)
-    assert "lr 1.00e-03, Muon 2.00e-02  norm" in console_line(row | {"data_wait_s": 0, "muon_lr": 0.02}, 10)
-    assert progress_text(row) == "loss 3.000, 4 steps/s, 4,000 tok/s"
+    assert "lr 1.00e-03  muon 2.00e-02  norm" in console_line(row | {"data_wait_s": 0, "muon_lr": 0.02}, 10)
+    monkeypatch.setenv("COLUMNS", "80")
+    assert progress_text(row, 10) == "loss 3.000, eta 0:00:01, 4k tok/s, lr 1.0e-03"
+    large = {"step": 119_000, "loss": 10.9543, "lr": 6e-4, "muon_lr": 0.01, "grad_norm": 123.45, "step_s": 12.345}
+    large |= {"tokens_per_s": 12_345_678, "mfu": 0.456, "data_wait_s": 6.0}
+    monkeypatch.setenv("COLUMNS", "200")
+    assert console_line(large, 119_073) == (
+        "step 119,000/119,073  loss 10.9543  lr 6.00e-04  12.3M tok/s  mfu 45.6%  data wait 49%  eta 0:15:01"
+    )
+    monkeypatch.setenv("COLUMNS", "80")
+    assert console_line(large, 119_073) == "step 119,000/119,073  loss 10.9543  lr 6.00e-04  12.3M tok/s  eta 0:15:01"
+    for columns, expected in {
+        40: "loss 10.954",
+        80: "loss 10.954, eta 0:15:01, 12.3M tok/s",
+        120: "loss 10.954, eta 0:15:01, 12.3M tok/s, mfu 45.6%, lr 6.0e-04",
+    }.items():
+        monkeypatch.setenv("COLUMNS", str(columns))
+        assert progress_text(large, 119_073) == expected
     line = time_line({"starting": 7, "training": 920, "validation": 60, "saving": 13, "evaluating": 0.1}, 1.0)
     assert line == (
         "time: 0:16:40 since the start: training 92.0%, validation 6.0%, saving 1.3%, starting 0.7%; "

@@ -1,9 +1,8 @@
 """A run's folder: everything that training writes and reports read.
 
 run_dir           claim, resume or start over a run
-logs              metrics.jsonl, log.txt, environment.json
+logs              metrics.jsonl, log.txt, environment.json; trackers/: TensorBoard, Weights & Biases and others
 heartbeat         heartbeat.json and `myllm status`
-trackers          TensorBoard, Weights & Biases, trackio, MLflow
 history           read what a run has recorded; report/ draws it, compare/ several runs
 reference_curve   compare with a published run
 catalog           all runs: what they are, how far they came, what they take on the disk

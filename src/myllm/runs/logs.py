@@ -4,10 +4,8 @@ import io
 import json
 import math
 import platform
-import shutil
 import subprocess
 import sys
-import textwrap
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -21,6 +19,7 @@ import torch
 from myllm import paths
 from myllm.distributed.device_info import device_name
 from myllm.distributed.standard_streams import output_failures
+from myllm.distributed.terminal import print_line
 from myllm.files import json_safe, read_rows, write_text
 
 TRAINING = "training"
@@ -66,36 +65,21 @@ class Log:
 
     def __init__(self, path: Path, active: bool) -> None:
         self._active = active
-        self._file = LineFile(path, self._show)
+        self._file = LineFile(path, print_line)
         self._reported: set[str] = set()
 
     def __call__(self, line: str) -> None:
         if not self._active:
             return
-        self._show(line)
+        print_line(line)
         self._append(line)
         for name, reason in output_failures():
             if name not in self._reported:
                 self._reported.add(name)
                 self._append(f"{name} cannot be written: {reason}; training continues, and so does this file")
 
-    def _show(self, line: str) -> None:
-        # tqdm prints above a progress bar rather than into it.
-        from tqdm import tqdm
-
-        tqdm.write(_wrapped(line) if sys.stdout.isatty() else line)
-        sys.stdout.flush()
-
     def _append(self, line: str) -> None:
         self._file.append(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}")
-
-
-def _wrapped(line: str) -> str:
-    """Wrap a line to the width of the terminal."""
-    width = shutil.get_terminal_size().columns
-    parts = line.split("\n")
-    options: dict[str, Any] = {"subsequent_indent": "    ", "break_long_words": False, "break_on_hyphens": False}
-    return "\n".join(textwrap.fill(part, width, **options) if len(part) > width else part for part in parts)
 
 
 class Stopwatch:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from myllm.checkpoint.state import TrainState
 from myllm.data.dataset import Dataset
@@ -16,6 +17,7 @@ from myllm.data.mixture.mixed_dataset import MixedDataset
 from myllm.data.tokenizer.base import Tokenizer
 from myllm.distributed import collectives as distributed
 from myllm.distributed.precision import autocast
+from myllm.distributed.terminal import LINE_WIDTH
 from myllm.errors import UserError
 from myllm.evals import cloze
 from myllm.evals.registry import EvalInputs, EvalOptions, build
@@ -43,8 +45,8 @@ class StopVote:
     different numbers of batches.
     """
 
-    def __init__(self, stop: StopRequest, heartbeat: Heartbeat) -> None:
-        self._stop, self._heartbeat, self._stopped = stop, heartbeat, False
+    def __init__(self, stop: StopRequest, heartbeat: Heartbeat, bar: tqdm | None = None) -> None:
+        self._stop, self._heartbeat, self._bar, self._stopped = stop, heartbeat, bar, False
 
     def __call__(self) -> None:
         """Vote before a batch.
@@ -65,6 +67,8 @@ class StopVote:
 
     def _vote(self, has_batches: bool) -> bool:
         self._heartbeat.mark()
+        if self._bar is not None:
+            self._bar.update(0)  # redraws it: its clock shows that something happens
         self._stopped, any_has_batches = distributed.all_reduce_any(self._stop.requested(), has_batches)
         if self._stopped:
             raise EvalInterrupted
@@ -200,17 +204,23 @@ def run_eval(
         compared, remark = watch.compare(name, state.step, figures)
         row = {"kind": "eval", "name": name, "step": state.step, **figures, **compared, "seconds": seconds}
         ctx.metrics.append(row)
-        ctx.log(f"{name} at step {state.step:,}: {_describe(figures)} ({seconds:.1f} s)")
+        ctx.log(eval_line(f"{name} at step {state.step:,}", figures, f" ({seconds:.1f} s)"))
         progress = evaluation.progress(state.step)
         for component, part in components.items():
             part |= progress.get(component, {})
             ctx.metrics.append({"kind": "eval", "name": f"{name}/{component}", "step": state.step, **part})
-            ctx.log(f"{name}/{component}: {_describe(part)}")
+            ctx.log(eval_line(f"{name}/{component}", part))
         if remark:
             ctx.log(remark)
     rows = {f"{name}/{component}": part for component, part in components.items()}
     return {name: figures, **rows} if figures else {}
 
 
-def _describe(figures: dict[str, Any]) -> str:
-    return ", ".join(f"{key} {value:{',' if isinstance(value, int) else '.4f'}}" for key, value in figures.items())
+def eval_line(subject: str, figures: dict[str, Any], end: str = "") -> str:
+    """The first figures of an evaluation, as many as fit into a line; metrics.jsonl has all."""
+    texts = [f"{key} {value:{',' if isinstance(value, int) else '.4f'}}" for key, value in figures.items()]
+    while True:
+        line = f"{subject}: {', '.join(texts)}{end}"
+        if len(line) <= LINE_WIDTH or len(texts) <= 1:
+            return line
+        texts.pop()

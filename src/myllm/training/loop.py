@@ -176,7 +176,7 @@ def evaluate(trainer: Trainer, services: Services, progress: Progress, last_step
     ):
         try:
             for evaluation in due:
-                with services.meter.timed(evaluation.name):
+                with services.evaluating(evaluation.name):
                     rows = run_eval(
                         evaluation, trainer.ctx, progress.state, trainer.eval_model, services.reference,
                         services.eval_vote,
@@ -264,7 +264,7 @@ def log_step(
     if ctx.dist.is_rank_zero:
         for row_of_kind in (*meter.overhead(state.step), row):
             ctx.metrics.append(row_of_kind)
-        services.bar.set_postfix_str(progress_text(row), refresh=False)
+        services.bar.set_postfix_str(progress_text(row, ctx.config.train.max_steps), refresh=False)
         ctx.log(console_line(row, ctx.config.train.max_steps))
     with services.heartbeat.doing("checking"):  # after the row, so that a step that diverged has one
         check_updates(trainer, state)

@@ -1,6 +1,7 @@
 """What a run needs beside its training steps: its folder, signals, checkpoints, evaluations, measurements."""
 
 import gc
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from myllm.config import to_dict
 from myllm.distributed import collectives as distributed
 from myllm.distributed import launcher as ranks
 from myllm.distributed.out_of_memory import explain_out_of_memory
+from myllm.distributed.terminal import progress_bar, shows_bars
 from myllm.runs.heartbeat import Heartbeat
 from myllm.runs.reference_curve import ReferenceWatch, find_reference
 from myllm.runs.run_dir import check_shared_disk, claim_run, start_over
@@ -28,7 +30,10 @@ from .watchdog import Watchdog
 
 COLLECT_EVERY_STEPS = 100
 # Without tqdm's own rate, which knows neither the work still queued on the device nor the time of evaluations.
-BAR_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
+BAR_FORMAT = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
+NARROW_BAR_FORMAT = "{n_fmt}/{total_fmt} [{elapsed}{postfix}]"
+NARROW = 60
+"""Columns of a terminal that has room for numbers only."""
 
 
 class GcSchedule:
@@ -96,6 +101,24 @@ class Services:
     bar: tqdm
     on_checkpoint: Callable[[int], None]
 
+    @contextmanager
+    def evaluating(self, name: str) -> Iterator[None]:
+        """Time an evaluation, and show its name beside the bar."""
+        before = getattr(self.bar, "postfix", None) or ""
+        self.bar.set_postfix_str(name)
+        with self.meter.timed(name):
+            yield
+        self.bar.set_postfix_str(before)
+
+
+def step_bar(step: int, max_steps: int, active: bool) -> tqdm:
+    """A bar that `update` draws at most ten times a second; `update(0)` too."""
+    narrow = shutil.get_terminal_size().columns < NARROW
+    return progress_bar(
+        max_steps, initial=step, bar_format=NARROW_BAR_FORMAT if narrow else BAR_FORMAT, miniters=0,
+        disable=not (active and shows_bars()),
+    )  # fmt: skip
+
 
 @contextmanager
 def open_run(ctx: RunContext, notes: Sequence[str] = ()) -> Iterator[Heartbeat]:
@@ -140,7 +163,8 @@ def start_services(
     heartbeat.step = step
     with ExitStack() as stack:
         stop = stack.enter_context(handle_stop_signals(config.train.max_wall_s, ctx.started))
-        vote = StopVote(stop, heartbeat)
+        bar = stack.enter_context(step_bar(step, max_steps, dist.is_rank_zero))
+        vote = StopVote(stop, heartbeat, bar)
         evals = build_evals(ctx, trainer.eval_model, dataset, tokenizer, vote)
         reference = ReferenceWatch(find_reference(to_dict(config)), ctx.metrics.rows() if dist.is_rank_zero else ())
         saver = stack.enter_context(AsyncSaver(config, ctx.paths, trainer.model, trainer.optimizer, tokenizer, dist))
@@ -151,10 +175,6 @@ def start_services(
                 from myllm.runs.trackers.background import track  # loaded only if used
 
                 stack.enter_context(track(ctx.paths, tracker, ctx.log))
-        hidden = None if dist.is_rank_zero else True  # None: shown only on a terminal
-        bar = stack.enter_context(
-            tqdm(total=max_steps, initial=step, bar_format=BAR_FORMAT, disable=hidden, leave=False)
-        )
         gc_schedule = stack.enter_context(GcSchedule(step))
         meter = ThroughputMeter(ctx, loader, step)
         profiler = Profiler(ctx, step, meter) if profile else NoProfiler()

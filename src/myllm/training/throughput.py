@@ -1,5 +1,6 @@
 """The numbers of a log line: loss, speed, and where the time went."""
 
+import shutil
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -15,7 +16,8 @@ from myllm.data.sample_digest import SampleDigest
 from myllm.distributed import collectives as distributed
 from myllm.distributed.device_info import device_name
 from myllm.distributed.precision import needs_loss_scale
-from myllm.formatting import format_clock
+from myllm.distributed.terminal import LINE_WIDTH, ROOM
+from myllm.formatting import format_clock, format_si
 from myllm.planning.flops import flops_per_token
 from myllm.planning.gpu_specs import peak_flops
 from myllm.runs.logs import TRAINING, Stopwatch
@@ -114,16 +116,31 @@ class ThroughputMeter:
 
 
 def console_line(row: dict[str, Any], max_steps: int) -> str:
-    eta = format_clock((max_steps - row["step"]) * row["step_s"])
-    muon = f", Muon {row['muon_lr']:.2e}" if "muon_lr" in row else ""
-    mfu = f"  mfu {row['mfu']:.1%}" if row["mfu"] else ""
+    """What fits into a line of the terminal or of a log; metrics.jsonl has all."""
     wait = row["data_wait_s"] / row["step_s"]
-    shown_wait = f"  data wait {wait:.0%}" if wait >= MIN_SHOWN_WAIT else ""
-    return (
-        f"step {row['step']:>6,}/{max_steps:,}  loss {row['loss']:.4f}  lr {row['lr']:.2e}{muon}  "
-        f"norm {row['grad_norm']:.2f}  {row['step_s'] * 1000:,.0f} ms  "
-        f"{row['tokens_per_s']:,.0f} tok/s{mfu}{shown_wait}  eta {eta}"
-    )
+    parts = {
+        "step": f"step {row['step']:>6,}/{max_steps:,}",
+        "loss": f"loss {row['loss']:.4f}",
+        "lr": f"lr {row['lr']:.2e}",
+        "muon": f"muon {row['muon_lr']:.2e}" if "muon_lr" in row else "",
+        "norm": f"norm {row['grad_norm']:.2f}",
+        "time": f"{row['step_s'] * 1000:,.0f} ms",
+        "speed": f"{format_si(row['tokens_per_s'])} tok/s",
+        "mfu": f"mfu {row['mfu']:.1%}" if row["mfu"] else "",
+        "wait": f"data wait {wait:.0%}" if wait >= MIN_SHOWN_WAIT else "",
+        "eta": f"eta {_eta(row, max_steps)}",
+    }
+    width = min(shutil.get_terminal_size((LINE_WIDTH, 0)).columns, LINE_WIDTH)
+    for least in ("time", "norm", "muon", "wait", "mfu"):
+        line = "  ".join(part for part in parts.values() if part)
+        if len(line) <= width:
+            return line
+        del parts[least]
+    return "  ".join(parts.values())
+
+
+def _eta(row: dict[str, Any], max_steps: int) -> str:
+    return format_clock((max_steps - row["step"]) * row["step_s"])
 
 
 def time_line(seconds: Mapping[str, float], wait_s: float) -> str:
@@ -139,6 +156,16 @@ def time_line(seconds: Mapping[str, float], wait_s: float) -> str:
     return f"time: {format_clock(total)} since the start: {shown}; waiting for the loader {wait_s / total:.1%}"
 
 
-def progress_text(row: dict[str, Any]) -> str:
-    """The text beside the progress bar."""
-    return f"loss {row['loss']:.3f}, {1 / row['step_s']:.3g} steps/s, {row['tokens_per_s']:,.0f} tok/s"
+def progress_text(row: dict[str, Any], max_steps: int) -> str:
+    """The text beside the progress bar: what fits into the terminal."""
+    texts = [
+        f"loss {row['loss']:.3f}",
+        f"eta {_eta(row, max_steps)}",
+        f"{format_si(row['tokens_per_s'])} tok/s",
+        *([f"mfu {row['mfu']:.1%}"] if row["mfu"] else []),
+        f"lr {row['lr']:.1e}",
+    ]
+    room = shutil.get_terminal_size().columns - ROOM - len(f"100%|#####| {max_steps}/{max_steps} [00:00:00, ]")
+    while len(texts) > 1 and len(", ".join(texts)) > room:
+        texts.pop()
+    return ", ".join(texts)

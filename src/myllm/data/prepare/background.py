@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 from myllm.config import DataConfig
@@ -19,6 +20,7 @@ from myllm.data.preparation_lock import BACKGROUND, is_being_prepared, preparati
 from myllm.data.sources.source import check_source
 from myllm.data.sources.text_column import parse_text_column
 from myllm.data.tokenizer.load import load_tokenizer, trained_vocab_size
+from myllm.distributed.terminal import shows_bars
 from myllm.errors import UserError
 
 from .prepare import disk_errors_for_users, prepare, resolve
@@ -28,6 +30,8 @@ from .workers import init_worker
 POLL_S = 0.3
 NICE = 10
 """Priority of the preparation below training's, on nice's scale of 0 to 19."""
+HIDE_S = 1.0
+"""How long training waits for the preparation's bar to disappear."""
 PATIENCE_S = 60
 """How long no process may hold the data set's lock before the preparation counts as ended: a process needs time to
 start."""
@@ -93,25 +97,38 @@ def prepare_in_background(
     if starts:
         with disk_errors_for_users():  # here, before a process starts that would meet the same error
             folder.parent.mkdir(parents=True, exist_ok=True)
-        process = get_context("spawn").Process(target=_prepare, args=(config, folder, progress), name="preparation")
+        context = get_context("spawn")
+        hide = context.Event()
+        process = context.Process(target=_prepare, args=(config, folder, progress, hide), name="preparation")
         process.start()
     try:
         _wait_for_first_shards(folder, process)
-        yield _wait_for_tokens(Dataset.open(folder, allow_incomplete=True), min_train_tokens)
+        dataset = _wait_for_tokens(Dataset.open(folder, allow_incomplete=True), min_train_tokens)
+        if process is not None and progress and shows_bars():
+            _hide_bar(hide, process)
+        yield dataset
     finally:
         if process is not None:
             process.terminate()
             process.join()
 
 
-def _prepare(config: DataConfig, folder: Path, progress: bool) -> None:
+def _hide_bar(hide: Event, process: BaseProcess) -> None:
+    """From here on the terminal belongs to this process."""
+    hide.set()
+    deadline = time.monotonic() + HIDE_S
+    while hide.is_set() and process.is_alive() and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+def _prepare(config: DataConfig, folder: Path, progress: bool, hide: Event) -> None:
     """What the background process does. It ends with the process that started it."""
     # Its workers inherit this: there is one on each core, and training's processes must not wait for them.
     os.nice(NICE)
     init_worker()
     try:
         with disk_errors_for_users(), preparation_lock(folder, BACKGROUND):
-            prepare(config, progress)
+            prepare(config, progress, hide)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

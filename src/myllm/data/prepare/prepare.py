@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from multiprocessing.synchronize import Event
 
 from tqdm import tqdm
 
@@ -27,6 +28,7 @@ from myllm.data.preparation_lock import preparation_lock
 from myllm.data.sources.hub_listing import UnreachableError
 from myllm.data.sources.source import find_source
 from myllm.distributed.cpu_threads import usable_cores
+from myllm.distributed.terminal import wrap
 from myllm.errors import UserError, explain_os_error, full_disk_path, out_of_space
 
 from .disk_space import check_disk
@@ -46,10 +48,13 @@ from .work_dir import (
 from .workers import start_workers
 
 
-def prepare(config: DataConfig, progress: bool = True) -> Dataset:
+def prepare(config: DataConfig, progress: bool = True, hide: Event | None = None) -> Dataset:
     """The config's data set. Prepares it if it does not exist, and continues an interrupted preparation.
 
     A second process that asks for the same data set waits for the first.
+
+    Args:
+        hide: see `progress_bar`.
 
     Raises:
         UserError: bad source, too little text, not enough disk space. Finished work is kept.
@@ -63,7 +68,7 @@ def prepare(config: DataConfig, progress: bool = True) -> Dataset:
         with disk_errors_for_users(), preparation_lock(spec.folder):
             if not is_complete(spec.folder):  # another process may have prepared it in the meantime
                 try:
-                    _build(spec, config.workers or usable_cores(), progress)
+                    _build(spec, config.workers or usable_cores(), progress, hide)
                 except NotEnoughText:  # another try would fail too
                     remove_dataset(spec.folder)
                     raise
@@ -83,7 +88,7 @@ def resolve(config: DataConfig) -> DatasetSpec:
         return make_spec(replace(config, source=config.fallback, fallback=None))
 
 
-def _build(spec: DatasetSpec, worker_count: int, progress: bool) -> None:
+def _build(spec: DatasetSpec, worker_count: int, progress: bool, hide: Event | None) -> None:
     work = spec.folder / WORK
     open_work_dir(spec, work)
     delete_unfinished(spec, work)
@@ -91,9 +96,12 @@ def _build(spec: DatasetSpec, worker_count: int, progress: bool) -> None:
     if progress:
         for note in (f"preparing {spec.folder.name}: {space}", spec.source.ignored_note, *similar_datasets(spec)):
             if note:
-                tqdm.write(note, file=sys.stderr)
+                tqdm.write(wrap(note) if sys.stderr.isatty() else note, file=sys.stderr)
     adopt_worker_shards(spec, work)
-    with start_workers(spec, work, worker_count) as workers, progress_bar(_bytes_to_read(spec), progress) as bar:
+    with (
+        start_workers(spec, work, worker_count) as workers,
+        progress_bar(_bytes_to_read(spec), progress, hide=hide) as bar,
+    ):
         delete_damaged_items(spec, work, workers.pool)
         writer = ShardWriter(spec, work, workers.pool)
         # While the next item is tokenized, written shards are listed: training may be waiting for them.

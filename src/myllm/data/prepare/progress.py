@@ -1,11 +1,15 @@
 """Progress of a preparation: a bar in a terminal, lines in a log."""
 
 import sys
+import threading
 import time
 from collections.abc import Callable
+from multiprocessing.synchronize import Event
 from typing import Any, Union
 
 from tqdm import tqdm
+
+from myllm.distributed import terminal
 
 LOG_EVERY_S = 30.0
 
@@ -50,8 +54,23 @@ class ProgressLines:
 ProgressBar = Union["tqdm[Any]", ProgressLines]
 
 
-def progress_bar(size_bytes: int, progress: bool, description: str = "tokenizing") -> ProgressBar:
-    """For `size_bytes` of a source."""
-    if progress and not sys.stderr.isatty():
+def progress_bar(
+    size_bytes: int, progress: bool, description: str = "tokenizing", hide: Event | None = None
+) -> ProgressBar:
+    """For `size_bytes` of a source.
+
+    Args:
+        hide: set by another process that is about to draw a bar in the same terminal; cleared when this one is gone.
+    """
+    if progress and not terminal.shows_bars():
         return ProgressLines(size_bytes, description)
-    return tqdm(total=size_bytes, desc=description, unit="B", unit_scale=True, disable=not progress, leave=False)
+    bar = terminal.progress_bar(size_bytes, desc=description, unit="B", unit_scale=True, disable=not progress)
+    if progress and hide is not None:
+
+        def close() -> None:
+            hide.wait()
+            bar.close()
+            hide.clear()
+
+        threading.Thread(target=close, daemon=True).start()
+    return bar
