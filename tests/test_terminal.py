@@ -31,7 +31,7 @@ def test_a_run_from_its_first_word(config: Path, columns: int) -> None:
     assert session.seen("tokenizing")
     bar = "0/12 [00:0" if columns < 60 else "0%|"
     assert any(bar in line and "validation]" in line for screen in session.screens for line in screen)
-    assert any("12/12 [" in line and "loss " in line for screen in session.screens for line in screen)
+    assert any(re.search(r"[1-9]\d?/12 \[.*loss ", line) for screen in session.screens for line in screen)
     end = session.final.index(next(line for line in session.final if line.startswith("ended: complete")))
     for screen in session.screens:
         assert sum(bool(BAR.search(line)) for line in screen) <= 1, "one bar at a time"

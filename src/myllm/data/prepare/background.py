@@ -5,10 +5,10 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from multiprocessing.synchronize import Event
 from pathlib import Path
 
 from myllm.config import DataConfig
@@ -98,14 +98,15 @@ def prepare_in_background(
         with disk_errors_for_users():  # here, before a process starts that would meet the same error
             folder.parent.mkdir(parents=True, exist_ok=True)
         context = get_context("spawn")
-        hide = context.Event()
-        process = context.Process(target=_prepare, args=(config, folder, progress, hide), name="preparation")
+        terminal, other_end = context.Pipe()
+        process = context.Process(target=_prepare, args=(config, folder, progress, other_end), name="preparation")
         process.start()
+        other_end.close()  # so that `terminal` sees the end of the process
     try:
         _wait_for_first_shards(folder, process)
         dataset = _wait_for_tokens(Dataset.open(folder, allow_incomplete=True), min_train_tokens)
         if process is not None and progress and shows_bars():
-            _hide_bar(hide, process)
+            _take_terminal(terminal)
         yield dataset
     finally:
         if process is not None:
@@ -113,22 +114,24 @@ def prepare_in_background(
             process.join()
 
 
-def _hide_bar(hide: Event, process: BaseProcess) -> None:
-    """From here on the terminal belongs to this process."""
-    hide.set()
-    deadline = time.monotonic() + HIDE_S
-    while hide.is_set() and process.is_alive() and time.monotonic() < deadline:
-        time.sleep(0.02)
+def _take_terminal(preparation: Connection) -> None:
+    """From here on the terminal belongs to this process: the bar of the preparation is closed, or its process ended.
+
+    A pipe, because multiprocessing.Event waits forever for a process that ended while it waited.
+    """
+    with suppress(OSError):
+        preparation.send(None)
+        preparation.poll(HIDE_S)
 
 
-def _prepare(config: DataConfig, folder: Path, progress: bool, hide: Event) -> None:
+def _prepare(config: DataConfig, folder: Path, progress: bool, terminal: Connection) -> None:
     """What the background process does. It ends with the process that started it."""
     # Its workers inherit this: there is one on each core, and training's processes must not wait for them.
     os.nice(NICE)
     init_worker()
     try:
         with disk_errors_for_users(), preparation_lock(folder, BACKGROUND):
-            prepare(config, progress, hide)
+            prepare(config, progress, terminal)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
-from multiprocessing.synchronize import Event
+from multiprocessing.connection import Connection
 
 from tqdm import tqdm
 
@@ -48,13 +48,13 @@ from .work_dir import (
 from .workers import start_workers
 
 
-def prepare(config: DataConfig, progress: bool = True, hide: Event | None = None) -> Dataset:
+def prepare(config: DataConfig, progress: bool = True, terminal: Connection | None = None) -> Dataset:
     """The config's data set. Prepares it if it does not exist, and continues an interrupted preparation.
 
     A second process that asks for the same data set waits for the first.
 
     Args:
-        hide: see `progress_bar`.
+        terminal: see `progress_bar`.
 
     Raises:
         UserError: bad source, too little text, not enough disk space. Finished work is kept.
@@ -68,7 +68,7 @@ def prepare(config: DataConfig, progress: bool = True, hide: Event | None = None
         with disk_errors_for_users(), preparation_lock(spec.folder):
             if not is_complete(spec.folder):  # another process may have prepared it in the meantime
                 try:
-                    _build(spec, config.workers or usable_cores(), progress, hide)
+                    _build(spec, config.workers or usable_cores(), progress, terminal)
                 except NotEnoughText:  # another try would fail too
                     remove_dataset(spec.folder)
                     raise
@@ -88,7 +88,7 @@ def resolve(config: DataConfig) -> DatasetSpec:
         return make_spec(replace(config, source=config.fallback, fallback=None))
 
 
-def _build(spec: DatasetSpec, worker_count: int, progress: bool, hide: Event | None) -> None:
+def _build(spec: DatasetSpec, worker_count: int, progress: bool, terminal: Connection | None) -> None:
     work = spec.folder / WORK
     open_work_dir(spec, work)
     delete_unfinished(spec, work)
@@ -100,7 +100,7 @@ def _build(spec: DatasetSpec, worker_count: int, progress: bool, hide: Event | N
     adopt_worker_shards(spec, work)
     with (
         start_workers(spec, work, worker_count) as workers,
-        progress_bar(_bytes_to_read(spec), progress, hide=hide) as bar,
+        progress_bar(_bytes_to_read(spec), progress, taken_over=terminal) as bar,
     ):
         delete_damaged_items(spec, work, workers.pool)
         writer = ShardWriter(spec, work, workers.pool)

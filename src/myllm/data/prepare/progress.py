@@ -4,7 +4,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from multiprocessing.synchronize import Event
+from contextlib import suppress
+from multiprocessing.connection import Connection
 from typing import Any, Union
 
 from tqdm import tqdm
@@ -55,22 +56,25 @@ ProgressBar = Union["tqdm[Any]", ProgressLines]
 
 
 def progress_bar(
-    size_bytes: int, progress: bool, description: str = "tokenizing", hide: Event | None = None
+    size_bytes: int, progress: bool, description: str = "tokenizing", taken_over: Connection | None = None
 ) -> ProgressBar:
     """For `size_bytes` of a source.
 
     Args:
-        hide: set by another process that is about to draw a bar in the same terminal; cleared when this one is gone.
+        taken_over: to another process, which says when it is about to draw in the same terminal and waits until this
+            bar is gone.
     """
     if progress and not terminal.shows_bars():
         return ProgressLines(size_bytes, description)
     bar = terminal.progress_bar(size_bytes, desc=description, unit="B", unit_scale=True, disable=not progress)
-    if progress and hide is not None:
+    if progress and taken_over is not None:
 
         def close() -> None:
-            hide.wait()
+            with suppress(OSError, EOFError):
+                taken_over.recv()
             bar.close()
-            hide.clear()
+            with suppress(OSError):
+                taken_over.send(None)
 
         threading.Thread(target=close, daemon=True).start()
     return bar
