@@ -65,7 +65,12 @@ def draw_multipliers(ladder: Values) -> Figure:
         axes.axhline(1, color=GRAY, linewidth=1)
         axes.set_ylabel("tokens of the first / tokens of the second")
         _log_axis(axes, sizes, "N, matrices and head")
-        axes.legend(frameon=False, title="filled: law at each size; open: joint law")
+        axes.legend(
+            frameon=False,
+            title="filled: law at each size; open: joint law",
+            bbox_to_anchor=(0.5, -0.16),
+            loc="upper center",
+        )
     return figure
 
 
