@@ -33,6 +33,7 @@ def changed(config: RunConfig, **changes: object) -> RunConfig:
 WORLD_SIZES = {
     "debug": [1],  # one micro-batch is the whole batch
     "small-50m": [1, 2, 4, 8],
+    "tinystories-laptop": [1, 2],
     "dolma-75m": [1, 2, 4],
     "gpt2-124m": [1, 2, 4, 8, 16],
     "default-150m": [1, 2, 4, 8, 16],

@@ -50,6 +50,8 @@ from .axes import (
 )
 from .page import DPI
 
+NAMED_STYLES = ((GREEN, "s"), (PURPLE, "D"), (GRAY, "^"), (INK, "v"))
+"""Of the first few further validation sets, or components of a mixture."""
 STYLE_FILE = Path(__file__).with_name("plots.mplstyle")
 
 
@@ -103,6 +105,9 @@ def save_figures(metrics: Metrics, config: Row, folder: Path) -> dict[str, Path]
 def draw_loss(axes: Axes, metrics: Metrics, config: Row) -> list[Label]:
     labels = plot_line(axes, metrics.train, "loss", "train", smooth=True)
     labels += plot_evals(axes, metrics.rows("validation"), "loss", "validation")
+    named = [name for name in metrics.evals if name.startswith("validation/")]
+    for name, (color, marker) in zip(named, NAMED_STYLES, strict=False):
+        labels += plot_evals(axes, metrics.rows(name), "loss", name.removeprefix("validation/"), color, marker)
     if labels:
         labels += _draw_reference_loss(axes, metrics, config)
         # On a linear axis the last tenths of a nat, which take most of the time, would vanish below the first steps.
