@@ -106,7 +106,11 @@ def draw_ablation(found: Values) -> Figure:
         axes.set_title(f"{found['recipe']}: nats lost without one part")
         errors = [part["stderr"] or 0.0 for part in parts]
         axes.barh(
-            [part["part"] for part in parts], [part["lost"] for part in parts], xerr=errors, color=BLUE, capsize=3
+            [part["part"] for part in parts],
+            [part["lost"] for part in parts],
+            xerr=errors if any(errors) else None,
+            color=BLUE,
+            capsize=3,
         )
         axes.axvline(0, color=GRAY, linewidth=1)
         axes.set_xlabel(f"nats per token, width {found['width']}, {format_si(found['tokens'])} tokens")
