@@ -301,5 +301,5 @@ def test_the_preparation_stands_back_from_training(
     monkeypatch.setattr(os, "nice", lambda by: done.append(f"nice {by}"))
     monkeypatch.setattr(background, "init_worker", lambda: done.append("started"))
     monkeypatch.setattr(background, "prepare", lambda *_: done.append("prepared"))
-    background._prepare(tiny.data, tmp_path / "made", False)
+    background._prepare(tiny.data, tmp_path / "made", False, None)
     assert done == ["nice 10", "started", "prepared"]

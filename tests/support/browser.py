@@ -53,8 +53,9 @@ class Browser:
     def _read(self) -> dict[str, Any]:
         end = time.monotonic() + DEADLINE_S
         while b"\0" not in self.unread:
-            ready, _, _ = select.select([self.answers], [], [], max(0.0, end - time.monotonic()))
-            assert ready, "the browser does not answer"
+            waiting = select.poll()  # select() takes no descriptor above 1,023
+            waiting.register(self.answers, select.POLLIN)
+            assert waiting.poll(1_000 * max(0.0, end - time.monotonic())), "the browser does not answer"
             part = os.read(self.answers, 1 << 16)
             assert part, "the browser has ended"
             self.unread += part

@@ -77,7 +77,8 @@ def test_a_file_of_many_items_is_not_followed_by_all_the_others(kind: str, most:
     files = [SourceFile(f"{i}{kind}", f"https://x/{i}", "jsonl", 34 * work_items.PART_BYTES, "") for i in range(40)]
     found, fetched = work_items.make_work_items(files, True, 0), set()
     downloads = SimpleNamespace(start=lambda file: fetched.add(file.name))
-    scheduler = WorkScheduler(SimpleNamespace(work_items=found), tmp_path, Workers(4, None, downloads))
+    spec = SimpleNamespace(work_items=found, config=DataConfig(), tokenizer=SimpleNamespace(file="r50k_base"))
+    scheduler = WorkScheduler(spec, tmp_path, Workers(4, None, downloads))
     scheduler._start_downloads()
     assert len(fetched) == most
 
