@@ -72,7 +72,7 @@ REPLACED = {
     r"--stride 256": "--stride 16",
 }
 """What stands for a name of the reader's own."""
-RUNS = re.compile(r"\b(lf-llm-269m|small-50m|tinystories-laptop|my-run|lr-1|lr-2)\b")
+RUNS = re.compile(r"\b(lf-llm-269m|small-50m|tinystories-laptop|my-run|lr-1|lr-2|baseline)\b")
 NEEDS_RUN = re.compile(r"myllm (eval|report|checkpoint|status|runs|sample|chat|export)|python .*--init.from")
 
 

@@ -4,10 +4,10 @@ import os
 import shutil
 import sys
 import textwrap
+from importlib import util
 from typing import Any
 
-from tqdm.auto import tqdm
-from tqdm.std import tqdm as terminal_bar
+from tqdm import tqdm
 
 LINE_WIDTH = 100
 """Longest line, whatever the width of the terminal."""
@@ -18,8 +18,8 @@ ROOM = len("^C") + 1
 
 
 def in_notebook() -> bool:
-    # In a terminal, the bar of tqdm.auto is drawn by that of tqdm.std.
-    return tqdm.display is not terminal_bar.display
+    """True in a notebook that can draw a bar of its own; ipywidgets does that. tqdm.auto warns where it is missing."""
+    return "ipykernel" in sys.modules and util.find_spec("ipywidgets") is not None
 
 
 def shows_bars() -> bool:
@@ -33,7 +33,9 @@ def shows_bars() -> bool:
 def progress_bar(total: int, **options: Any) -> tqdm:
     """A bar that is drawn at once, and disappears when it is closed."""
     if in_notebook():
-        return tqdm(total=total, leave=False, **options)
+        from tqdm.notebook import tqdm as notebook_bar
+
+        return notebook_bar(total=total, leave=False, **options)
     bar = tqdm(total=total, leave=False, ncols=_size()[0], **options)
     bar.dynamic_ncols = lambda file: _size()
     return bar
