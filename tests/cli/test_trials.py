@@ -30,6 +30,7 @@ def with_rate(config: RunConfig, rate: float, name: str) -> RunConfig:
     return replace(config, name=name, optim=replace(config.optim, max_lr=rate))
 
 
+@pytest.mark.slow
 def test_trials_are_the_runs_a_user_would_start(tiny: RunConfig, tmp_path: Path) -> None:
     pair = [with_rate(tiny, 3e-3, "low"), with_rate(tiny, 6e-3, "high")]
     results = {result.name: result for result in run_trials(pair, jobs=2)}

@@ -159,6 +159,7 @@ def pretrain(folder: Path, *words: str) -> str:
     return done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_a_run_in_epochs_from_its_plan_to_its_config(tiny: RunConfig, tmp_path: Path, temp_data: Path) -> None:
     """While its text is still in the making it waits; the resolved number stays with the run."""
     write_run_config(replace(tiny, train=replace(tiny.train, max_steps=10_000)), tmp_path / "run.json")

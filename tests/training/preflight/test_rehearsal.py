@@ -330,6 +330,7 @@ def test_sizes_keep_the_batch_exact(config: RunConfig) -> None:
     assert candidate_sizes(with_train(config, batch_tokens=128 * 64), 1, "cuda")[-1] == 128
 
 
+@pytest.mark.slow
 def test_auto_is_settled_once(config: RunConfig, temp_data: Path) -> None:
     """The number is in the run's config.json, a resume takes it, and losses are those of a run that was given it."""
     config = replace(config, optim=replace(config.optim, warmup_steps=1, min_lr_ratio=1.0))  # for any max_steps
@@ -354,6 +355,7 @@ def test_auto_is_settled_once(config: RunConfig, temp_data: Path) -> None:
     assert losses(run) == losses(temp_data / "runs/whole")
 
 
+@pytest.mark.slow
 def test_a_run_takes_its_preflights_number_untried(
     config: RunConfig, tmp_path: Path, temp_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -369,6 +371,7 @@ def test_a_run_takes_its_preflights_number_untried(
     assert json.loads((temp_data / "runs/tiny/config.json").read_text())["train"]["micro_batch_size"] == 4
 
 
+@pytest.mark.slow
 def test_a_preflights_number_is_for_its_own_conditions(
     config: RunConfig, temp_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
