@@ -69,10 +69,11 @@ REPLACED = {
     r"step_00004000": "step_00000002",
     r"RUN\b": "debug",
     r"--train.max-steps 500": "--train.max-steps 5",
+    r"lr-2 baseline": "lr-2 debug",
     r"--stride 256": "--stride 16",
 }
 """What stands for a name of the reader's own."""
-RUNS = re.compile(r"\b(lf-llm-269m|small-50m|tinystories-laptop|my-run|lr-1|lr-2|baseline)\b")
+RUNS = re.compile(r"\b(lf-llm-269m|small-50m|tinystories-laptop|my-run|lr-1|lr-2)\b")
 NEEDS_RUN = re.compile(r"myllm (eval|report|checkpoint|status|runs|sample|chat|export)|python .*--init.from")
 
 
