@@ -28,7 +28,7 @@ def find_own_run(name: str) -> RunPaths:
     """A run under temp_data/runs by its name alone: a folder elsewhere is not ours to remove.
 
     Raises:
-        UserError: there is none of that name, or it is a link.
+        UserError: no run has that name, or it is a link.
     """
     known = sorted(path.name for path in paths.runs_dir().glob("[!.]*") if path.is_dir())
     if name not in known:

@@ -223,7 +223,7 @@ def test_an_archive_is_unpacked_and_resumed(
     kept = {name: content for name, content in before.items() if "step_00000004" not in name and "trace" not in name}
     main(["runs", "archive", "done", "--yes"])
     said = capsys.readouterr().out
-    assert "left out" in said
+    assert "not kept" in said
     assert "checkpoints/step_00000004, profile/trace.json" in said
     assert not (runs / "done").exists()
     assert (runs / "done.tar.gz").is_file()

@@ -88,8 +88,8 @@ def documents(source: str, column: str | None = None) -> list[str]:
     return texts
 
 
-def config(source: str, column: str | None = None, **values: object) -> DataConfig:
-    return DataConfig(source=source, text_column=column, workers=1, **values)  # type: ignore[arg-type]
+def config(source: str, column: str | None = None, **values: Any) -> DataConfig:
+    return DataConfig(source=source, text_column=column, workers=1, **values)
 
 
 # -- local ------------------------------------------------------------------------------------------------------------

@@ -142,7 +142,7 @@ def archive(name: Positional[str], yes: bool = False) -> None:
     print(f"{run.root}: {format_bytes(before + left_out)}, {_describe(run)}")
     print(f"  kept      {format_bytes(before)}: {kept} and everything small")
     if plan.left_out:
-        print(f"  left out  {format_bytes(left_out)}: {_folders(plan)}")
+        print(f"  not kept  {format_bytes(left_out)}: {_folders(plan)}")
     confirm(f"Archive it as {plan.path} and delete the folder?", yes)
     path = lifecycle.archive_run(plan)
     print(f"{path}: {format_bytes(path.stat().st_size)}, before {format_bytes(before + left_out)}")

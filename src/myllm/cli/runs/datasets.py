@@ -52,7 +52,7 @@ def _measure(folder: Path) -> tuple[str, str, str]:
 def delete_dataset(name: str, yes: bool) -> None:
     """
     Raises:
-        UserError: there is none of that name; or a run or a preparation uses it.
+        UserError: no data set has that name, or a run or a preparation uses it.
     """
     from myllm.data.preparation_lock import is_being_prepared, lock_path
     from myllm.runs.catalog import runs_by_dataset, state_of

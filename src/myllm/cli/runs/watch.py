@@ -23,7 +23,7 @@ HOST = "127.0.0.1"
 PAUSE_S = 5.0
 """At least, after a page was drawn."""
 PAUSE_FACTOR = 10.0
-"""The pause is at least so many times as long as drawing took: training needs the processor too."""
+"""How many times longer the pause is than the drawing before it, at least: training needs the processor too."""
 WAITING = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <meta name="color-scheme" content="light dark"><title>Waiting - MyLLM</title></head>
