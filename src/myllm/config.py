@@ -1,7 +1,7 @@
 """Settings of a run, as frozen dataclasses: `RunConfig` and its parts, and their JSON form.
 
 A config holds choices only. Sizes that follow from them are properties; planning/ does the arithmetic and
-`planning.validation` checks the values.
+`planning.config_checks` checks the values.
 """
 
 import dataclasses

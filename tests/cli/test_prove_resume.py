@@ -12,7 +12,7 @@ from myllm.cli.prove_resume.command import shrink_config
 from myllm.cli.prove_resume.compare import REFERENCE, REPEATED, Result, Trial, format_results, judge_trial
 from myllm.config import RunConfig
 from myllm.planning.batch import batch_plan
-from myllm.planning.validation import check_config
+from myllm.planning.config_checks import check_config
 from myllm.presets import PRESETS, get_preset
 
 TINY = (

@@ -32,7 +32,7 @@ from myllm.hub.background_publish import background_publisher, check_hub_access,
 from myllm.hub.publish import select_checkpoints
 from myllm.inference.load import load_model
 from myllm.paths import RunPaths
-from myllm.planning.validation import hub_errors
+from myllm.planning.config_checks import hub_errors
 from myllm.training.loop import train
 
 

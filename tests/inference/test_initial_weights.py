@@ -21,7 +21,7 @@ from myllm.config import InitConfig, RunConfig
 from myllm.data.prepare.prepare import prepare
 from myllm.distributed.collectives import process_group
 from myllm.errors import UserError
-from myllm.planning.validation import check_config
+from myllm.planning.config_checks import check_config
 from myllm.training import loop
 from myllm.training.setup import RunContext, build
 

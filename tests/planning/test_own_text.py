@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 
 from myllm.cli.launch import parse_args
+from myllm.planning.config_checks import config_errors
 from myllm.planning.flops import n_parameters
 from myllm.planning.length import resolve_max_steps
 from myllm.planning.own_text import PRESETS_BY_TOKENS, command_for, fit_batch, fitting_options, preset_for
-from myllm.planning.validation import config_errors
 from myllm.presets import get_preset
 
 

@@ -17,7 +17,7 @@ from myllm.distributed.collectives import process_group
 from myllm.errors import TrainingDiverged, UserError
 from myllm.model.transformer import Transformer
 from myllm.paths import RunPaths
-from myllm.planning.validation import check_config
+from myllm.planning.config_checks import check_config
 from myllm.training import loop
 from myllm.training.setup import Trainer
 

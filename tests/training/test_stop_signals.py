@@ -22,7 +22,7 @@ from myllm.data.prepare.prepare import prepare
 from myllm.distributed.collectives import process_group
 from myllm.errors import TIME_LIMIT, UserError, exit_code
 from myllm.paths import RunPaths
-from myllm.planning.validation import config_errors
+from myllm.planning.config_checks import config_errors
 from myllm.runs.heartbeat import Heartbeat, report_starting, status
 from myllm.runs.run_dir import claim_run
 from myllm.training.loop import train

@@ -10,8 +10,8 @@ import tyro
 from myllm.config import DataConfig, RunConfig
 from myllm.errors import UserError
 from myllm.formatting import format_bytes, format_si, format_table, parse_target
+from myllm.planning.config_checks import check_data_config
 from myllm.planning.own_text import command_for
-from myllm.planning.validation import check_data_config
 
 if TYPE_CHECKING:
     from myllm.data.dataset import Dataset

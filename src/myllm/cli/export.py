@@ -11,7 +11,7 @@ from myllm import paths
 from myllm.config import HubConfig, RunConfig, load_config
 from myllm.errors import UserError
 from myllm.paths import check_writable, user_path
-from myllm.planning.validation import hub_errors
+from myllm.planning.config_checks import hub_errors
 
 Positional = tyro.conf.Positional
 

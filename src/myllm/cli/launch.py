@@ -15,7 +15,7 @@ from myllm.errors import UserError
 from myllm.evals.registry import check_training_tasks
 from myllm.evals.validation_sets import parse_validation_sets
 from myllm.paths import RunPaths, user_path
-from myllm.planning.validation import check_config, check_name
+from myllm.planning.config_checks import check_config, check_name
 from myllm.presets import describe_presets, get_preset
 
 from .parse import parse_arguments, version, wrap_help

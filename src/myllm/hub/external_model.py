@@ -9,7 +9,7 @@ from torch import Tensor
 from myllm.config import ModelConfig, RunConfig
 from myllm.errors import UserError
 from myllm.model.transformer import Transformer
-from myllm.planning.validation import config_errors
+from myllm.planning.config_checks import config_errors
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from myllm.data.sampler import DataPosition
 from myllm.errors import UserError
 from myllm.files import write_json, write_text
 from myllm.paths import NO_MODEL, REPOSITORY, RunPaths, user_path
-from myllm.planning.validation import name_errors
+from myllm.planning.config_checks import name_errors
 from myllm.runs.run_dir import archive_old_run, claim_run, write_config
 
 from .download import download

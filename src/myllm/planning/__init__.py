@@ -6,5 +6,5 @@
 - `flops`: parameters and FLOPs of a model; `gpu_specs`: peak FLOP/s and memory of GPUs
 - `memory_estimate`: peak memory of one rank; `optimizer_state`: moments; `disk`: checkpoints and shards
 - `forecast`: all of it for one run (`myllm plan`, `--dry-run`); `hardware_table`: docs/hardware.md
-- `validation`: every error of a config at once
+- `config_checks`: every error of a config at once
 """

@@ -14,7 +14,7 @@ from myllm.checkpoint.layout import list_checkpoints
 from myllm.errors import UserError, did_you_mean, warn
 from myllm.files import atomic_write, file_lock, file_sha256, fsync_dir, read_json, temporary_dir, write_json
 from myllm.paths import RunPaths
-from myllm.planning.validation import name_errors
+from myllm.planning.config_checks import name_errors
 
 from .catalog import ARCHIVE_SUFFIX, recorded_state
 from .history import read_json_or_empty

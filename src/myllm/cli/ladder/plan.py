@@ -13,9 +13,9 @@ from myllm.config import DataConfig, ModelConfig, OptimConfig, RunConfig, load_c
 from myllm.data.dataset import Dataset
 from myllm.errors import UserError, did_you_mean
 from myllm.formatting import format_si
+from myllm.planning.config_checks import check_config
 from myllm.planning.flops import parameters_by_part
 from myllm.planning.length import warmup_steps
-from myllm.planning.validation import check_config
 from myllm.presets import PRESETS, get_preset
 
 from .rates import RecipeRates

@@ -15,7 +15,7 @@ from myllm.cli.parse import parse_arguments
 from myllm.config import CheckpointConfig, DataConfig, RunConfig
 from myllm.distributed import launcher as ranks
 from myllm.errors import UserError
-from myllm.planning.validation import check_config
+from myllm.planning.config_checks import check_config
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Validation of a config: all errors at once, before anything is downloaded or allocated."""
+"""Checks of a config: all errors at once, before anything is downloaded or allocated."""
 
 import math
 import os

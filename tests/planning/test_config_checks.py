@@ -9,9 +9,9 @@ import pytest
 from myllm.config import ModelConfig, RunConfig, TrainConfig
 from myllm.errors import UserError
 from myllm.planning.batch import micro_batch_sizes
+from myllm.planning.config_checks import check_config, check_data_config, config_errors
 from myllm.planning.disk import disk_estimate_bytes
 from myllm.planning.forecast import Hardware, describe, predict
-from myllm.planning.validation import check_config, check_data_config, config_errors
 from myllm.presets import PRESETS, get_preset
 from myllm.training.profiler import choose_window
 
