@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -180,3 +181,21 @@ def test_results_of_evaluations_are_json(tmp_path: Path) -> None:
     add(tmp_path / "eval.json", Result("a", "b", 1, "float32", {}, {"loss": math.nan}, "cpu", 1.0))
     assert '"loss": "nan"' in (tmp_path / "eval.json").read_text()
     assert [result.metrics for result in read(tmp_path / "eval.json")] == [{"loss": "nan"}]
+
+
+def test_threads_append_every_line_once(tmp_path: Path) -> None:
+    rows = JsonlFile(tmp_path / "rows.jsonl")
+    start = threading.Barrier(8)
+
+    def append(thread: int) -> None:
+        start.wait()
+        for index in range(100):
+            rows.append({"step": index, "thread": thread})
+
+    threads = [threading.Thread(target=append, args=(thread,)) for thread in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    written = sorted((row["thread"], row["step"]) for row in rows.rows())
+    assert written == [(thread, index) for thread in range(8) for index in range(100)]

@@ -6,6 +6,7 @@ import math
 import platform
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -164,7 +165,7 @@ def _git(*arguments: str) -> str | None:
 
 
 class LineFile:
-    """Appends whole lines to a file, unbuffered.
+    """Appends whole lines to a file, unbuffered, from any thread.
 
     If lines cannot be written (full disk, quota, permissions), `log` is called once, and they are kept in memory until
     they can be. Without `log`, OSError is raised.
@@ -174,10 +175,13 @@ class LineFile:
         self.path, self._log = path, log
         self._pending: deque[str] = deque(maxlen=BUFFERED_LINES)
         self._failed = False
+        # Reentrant: a signal handler may log while its own thread writes.
+        self._lock = threading.RLock()
 
     def append(self, line: str) -> None:
-        self._pending.append(line)
-        failure = self._write()
+        with self._lock:
+            self._pending.append(line)
+            failure = self._write()
         if self._log is None:
             if failure is not None:
                 raise failure
