@@ -33,12 +33,21 @@ def shows_bars() -> bool:
 def progress_bar(total: int, **options: Any) -> tqdm:
     """A bar that is drawn at once, and disappears when it is closed."""
     if in_notebook():
-        from tqdm.notebook import tqdm as notebook_bar
-
-        return notebook_bar(total=total, leave=False, **options)
+        return _notebook_bar(total, **options)
     bar = tqdm(total=total, leave=False, ncols=_size()[0], **options)
     bar.dynamic_ncols = lambda file: _size()
     return bar
+
+
+def _notebook_bar(total: int, **options: Any) -> tqdm:
+    from tqdm import notebook
+
+    class Bar(notebook.tqdm):
+        def close(self) -> None:
+            self.total = self.n  # one that ended before its total would stay, in red
+            super().close()
+
+    return Bar(total=total, leave=False, **options)
 
 
 def _size() -> tuple[int, int]:
