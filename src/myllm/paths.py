@@ -112,6 +112,8 @@ class RunPaths:
     metrics = _Below("metrics.jsonl")
     samples = _Below("samples.jsonl")
     log = _Below("log.txt")
+    evals = _Below("eval.json")
+    """Results of `myllm eval`."""
     checkpoints = _Below("checkpoints")
     best = _Below("best")
     """The checkpoint with the lowest validation loss, if early stopping is on."""

@@ -16,12 +16,13 @@ from myllm.config import RunConfig
 from myllm.data.prepare.prepare import prepare
 from myllm.distributed.collectives import process_group
 from myllm.errors import UserError
-from myllm.evals import registry, results, sample_quality
+from myllm.evals import registry, sample_quality
 from myllm.evals import speed as speed_module
 from myllm.evals.registry import Evaluation
-from myllm.evals.results import Result, add, read
 from myllm.evals.tasks import TASKS
 from myllm.inference.load import load_model
+from myllm.runs import eval_results
+from myllm.runs.eval_results import Result, add, read
 from myllm.training.loop import train
 
 OWN = Path(__file__).parents[1] / "evals" / "hellaswag_own.jsonl"
@@ -268,7 +269,7 @@ def test_an_unwritable_run_is_still_evaluated(
 
     monkeypatch.setattr("myllm.cli.eval.unwritable_reason", lambda file: "Permission denied")
     with monkeypatch.context() as patch:
-        patch.setattr(results, "add", refuse)
+        patch.setattr(eval_results, "add", refuse)
         assert evaluate("tiny", "--tasks", "validation", "cloze") == 2
     output = capsys.readouterr()
     assert "perplexity" in output.out

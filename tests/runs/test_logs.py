@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from myllm.distributed.terminal import ERASE
-from myllm.evals.results import Result, add, read
 from myllm.runs import logs as metrics
+from myllm.runs.eval_results import Result, add, read
 from myllm.runs.history import column, read_metrics
 from myllm.runs.logs import JsonlFile, Log, Stopwatch, environment, perplexity
 

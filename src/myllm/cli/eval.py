@@ -12,10 +12,11 @@ import tyro
 from myllm import paths
 from myllm.distributed.standard_streams import protect_output
 from myllm.errors import UserError
-from myllm.evals import registry, results
+from myllm.evals import registry
 from myllm.evals.registry import EvalInputs, EvalOptions
-from myllm.evals.results import Result
 from myllm.paths import check_writable, unwritable_reason, user_path
+from myllm.runs import eval_results
+from myllm.runs.eval_results import Result
 
 from .sample import ModelArgs, Source
 
@@ -60,7 +61,7 @@ def evaluate(
         find_dataset_folder(options.dataset)
     subject = _load(source, options, batch_size)
     file = subject.source.home / "eval.json" if out is None else user_path(out)
-    results.read(file)  # fail before the evaluations, which may take hours
+    eval_results.read(file)  # fail before the evaluations, which may take hours
     if out is not None:
         check_writable(file, "--out")
     elif reason := unwritable_reason(file):
@@ -81,9 +82,9 @@ def _run_all(tasks: tuple[str, ...], skippable: tuple[str, ...], subject: "Subje
 
     def show_and_save(result: Result) -> None:
         nonlocal saved
-        print(results.table(result), flush=True)  # printed before it is saved, so that it is never lost
+        print(eval_results.table(result), flush=True)  # printed before it is saved, so that it is never lost
         try:
-            results.add(file, result)
+            eval_results.add(file, result)
             saved += 1
         except UserError as error:
             errors.append(f"{result.task} was printed, but not saved: {error}")
@@ -99,7 +100,7 @@ def _run_all(tasks: tuple[str, ...], skippable: tuple[str, ...], subject: "Subje
                 errors.append(f"{task}: {error}")
             continue
         show_and_save(measured[-1])
-    if summary := results.summarize(measured):
+    if summary := eval_results.summarize(measured):
         show_and_save(summary)
     if saved:
         print(file)

@@ -1,7 +1,6 @@
 """What a model can do.
 
 registry        the table of evaluations: how each is built, run and turned into metrics
-results         eval.json, the file of `myllm eval`
 validation      the held-out text: its first sequences, and which data set has it
 perplexity      loss, bits per byte, accuracy and calibration on given tokens
 tasks           the public tasks: HellaSwag, ARC, PIQA, OpenBookQA, WinoGrande, LAMBADA; examples reads their rows

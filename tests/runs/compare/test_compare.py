@@ -1,6 +1,7 @@
 """The page that compares runs, its numbers and what a browser makes of it."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,14 @@ from support.run_files import eval_row, full_rows, train_row, validation_row, wr
 from myllm.cli.main import main
 from myllm.config import ModelConfig, OptimConfig, RunConfig, to_dict
 from myllm.errors import UserError
+from myllm.formatting import format_percent
 from myllm.paths import RunPaths
+from myllm.runs import eval_results
 from myllm.runs.compare import tables
 from myllm.runs.compare.curves import chart_data, read_run
+from myllm.runs.compare.evaluations import evaluations
 from myllm.runs.compare.page import comparison_path, write_comparison
+from myllm.runs.eval_results import Result
 
 # By hand: embedding 100 x 8; attention 2 x (8 x 24 + 8 x 8); SwiGLU 2 x (8 x 64 + 32 x 8); norms 2 x 2 x 8 + 8.
 MODEL = ModelConfig(vocab_size=100, max_seq_len=16, d_model=8, n_layers=2, n_heads=2, d_ff=32)
@@ -77,12 +82,12 @@ def test_an_unknown_model_or_speed_has_no_such_axis(temp_data: Path) -> None:
     curve = chart_data([read_run(run)])["charts"][0]["curves"][0]
     assert curve.keys() == {"step", "tokens", "value"}
     headings = ["Run", "Preset", "Training loss", "Step", "Tokens", "Restarts", "Device"]
-    assert tables.summaries([read_run(run)]).headings == headings
+    assert [cell.text for cell in tables.summaries([read_run(run)]).headings] == headings
 
 
 def test_differences(pair: list[RunPaths]) -> None:
     table = tables.differences([read_run(run) for run in pair])
-    assert table.headings == ["Setting", "first", "second & <i>last"]
+    assert [cell.text for cell in table.headings] == ["Setting", "first", "second & <i>last"]
     rows = {row[0].text: [cell.text for cell in row[1:]] for row in table.rows}
     assert rows == {"optim.max_lr": ["0.0006", "0.002"], "device_name": ["CPU", "GPU"]}
     assert not tables.differences([read_run(pair[0])] * 2).rows
@@ -97,16 +102,50 @@ def test_an_earlier_version_differs_only_where_it_should(pair: list[RunPaths]) -
     assert names == ["optim.max_lr", "device_name"]
 
 
-def test_evaluations_and_warnings(pair: list[RunPaths]) -> None:
+def by_heading(table: tables.Table) -> list[dict[str, tables.Cell]]:
+    """For each row, the cells by the text of their headings: what is in small print too."""
+    names = [f"{cell.text} ({cell.detail})" if cell.detail else cell.text for cell in table.headings]
+    return [dict(zip(names, row, strict=True)) for row in table.rows]
+
+
+def test_evaluations_of_training_and_warnings(pair: list[RunPaths]) -> None:
     runs = [read_run(run) for run in pair]
-    table = tables.evaluations(runs)
-    by_run = [dict(zip(table.headings, [cell.text for cell in row], strict=True)) for row in table.rows]
-    assert by_run[0]["Validation loss"] == "3.2500"
-    assert by_run[1]["HellaSwag accuracy"].replace("\N{NO-BREAK SPACE}", " ") == "28.0 % at 50"
-    assert by_run[1]["Cloze accuracy"] == ""
+    first, second = by_heading(evaluations(runs))
+    assert first["Validation loss (in training)"] == ("3.2500", 3.25, "step 200")
+    assert first["Cloze accuracy (in training)"] == (format_percent(0.31), 0.31, f"± {format_percent(0.02)}, step 200")
+    assert second["HellaSwag accuracy (in training)"] == (format_percent(0.28), 0.28, "step 50")
+    assert second["Cloze accuracy (in training)"] == ("", None, "")
+    assert not any("myllm eval" in heading for heading in first)
     assert [line.partition(":")[0] for line in tables.warnings(runs)] == ["The runs have different lengths"]
     other = replace(runs[0], environment={"tokenizer": {"sha256": "x"}, "dataset_hash": "y"})
     assert len(tables.warnings([runs[0], other])) == 2
+
+
+def evaluated(run: RunPaths, task: str, step: int | None, settings: dict[str, Any], **metrics: float) -> None:
+    eval_results.add(run.evals, Result(task, f"{run.root}/x", step, "float32", settings, metrics, "cpu", 1.0))
+
+
+def test_evaluations_of_the_eval_command(pair: list[RunPaths], capsys: pytest.CaptureFixture[str]) -> None:
+    """A column is one question, whose newest answer counts."""
+    lm_eval = {"protocol": "lm-eval", "examples": "all", "data_sha256": "1a2b3c"}
+    for step, accuracy in ((200, 0.31), (100, 0.29)):  # the later one of an earlier checkpoint
+        evaluated(pair[0], "piqa", step, lm_eval, acc=0.5, acc_norm=accuracy, acc_stderr=0.5, acc_norm_stderr=0.011)
+    evaluated(pair[1], "piqa", 100, lm_eval, acc=0.5, acc_norm=0.35, acc_norm_stderr=0.012)
+    evaluated(pair[1], "piqa", 100, lm_eval | {"data_sha256": "other"}, acc=0.5, acc_norm=0.99)
+    evaluated(pair[1], "perplexity:/a/book.txt", None, {"context": 16}, loss=4.5, perplexity=math.exp(4.5))
+    first, second = by_heading(evaluations([read_run(run) for run in pair]))
+    assert "PIQA accuracy (myllm eval: protocol lm-eval, examples all, float32)" in first
+    table = evaluations([read_run(run) for run in pair])
+    columns = [index for index, cell in enumerate(table.headings) if cell.text == "PIQA accuracy"]
+    assert [[row[index].text for index in columns] for row in table.rows] == [
+        [format_percent(0.31), ""],
+        [format_percent(0.35), format_percent(0.99)],
+    ]
+    assert table.rows[0][columns[0]].detail == f"± {format_percent(0.011)}, step 200"
+    assert second["Text book.txt loss (myllm eval: context 16, float32)"] == ("4.5000", 4.5, "")
+    pair[0].evals.write_text("{}")
+    assert read_run(pair[0]).results == []
+    assert "its results are left out" in capsys.readouterr().err
 
 
 def test_same_runs_same_page(pair: list[RunPaths], capsys: pytest.CaptureFixture[str]) -> None:
@@ -163,6 +202,8 @@ def test_axes_legend_and_restarts(pair: list[RunPaths], tmp_path: Path) -> None:
 
 
 def test_values_under_the_mouse_and_sorted_tables(pair: list[RunPaths], tmp_path: Path) -> None:
+    for run, loss in zip(pair, (4.5, 4.25), strict=True):
+        evaluated(run, "perplexity:book.txt", 100, {"context": 16}, loss=loss)
     with chromium(tmp_path / "profile") as browser:
         browser.open(write_comparison(pair).as_uri(), ready=READY)
         browser.point("document.querySelector('.chart svg')")
@@ -176,6 +217,10 @@ def test_values_under_the_mouse_and_sorted_tables(pair: list[RunPaths], tmp_path
             orders.append(browser.run(first))
         assert orders == ["first", "second & <i>last"]
         assert browser.run("document.querySelector('[aria-sort]').textContent") == "Lowest"
+        click(browser, "Text book.txt loss")
+        table = "document.querySelectorAll('.sortable')[1]"
+        assert browser.run(f"{table}.tBodies[0].rows[0].cells[0].textContent") == "second & <i>last"
+        assert "4.2500step 100" in browser.run(f"{table}.tBodies[0].textContent")
         assert browser.run("document.querySelector('.sample .text').textContent").startswith("first at 200 <script>")
         assert browser.errors == []
 

@@ -60,7 +60,9 @@ class WatchedPage:
     def current(self) -> tuple[str, int]:
         """The page and its version; drawn if that is due."""
         with self._lock:
-            recorded = [_signature(path) for run in self._runs for path in (run.metrics, run.samples, run.config)]
+            recorded = [
+                _signature(file) for run in self._runs for file in (run.metrics, run.samples, run.config, run.evals)
+            ]
             if recorded != self._drawn and time.monotonic() >= self._rest_until:
                 started = time.monotonic()
                 try:

@@ -1,6 +1,7 @@
 """A page that compares runs: `myllm report A B`. It needs no other file and no network.
 
-page     write_comparison: what report.html (a Jinja template) shows
-curves   the numbers that charts.js draws
-tables   summaries, evaluations, settings that differ, and samples, side by side
+page          write_comparison: what report.html (a Jinja template) shows
+curves        the numbers that charts.js draws
+tables        summaries, settings that differ, and samples, side by side
+evaluations   those of training and those of `myllm eval`
 """

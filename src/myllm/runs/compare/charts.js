@@ -6,7 +6,7 @@ const AXES = {step: "Step", tokens: "Tokens", hours: "Time", flops: "FLOPs"};
 const LABELS = {step: "step", tokens: "tokens", hours: "hours of training", flops: "FLOPs of training"};
 const RANGES = {all: "All", half: "Last half", tenth: "Last tenth"};
 const FROM = {all: 0, half: 0.5, tenth: 0.9};
-const LEFT = 52, RIGHT = 14, TOP = 10, BOTTOM = 40;
+const LEFT = 60, RIGHT = 14, TOP = 10, BOTTOM = 40;
 const view = {axis: "step", range: "all", hidden: new Set(), sorted: new Map()};
 let data;
 

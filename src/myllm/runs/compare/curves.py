@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from myllm.config import saved_config
-from myllm.errors import UserError
+from myllm.errors import UserError, warn
 from myllm.paths import RunPaths
 from myllm.planning.flops import flops_per_token
+from myllm.runs import eval_results
 from myllm.runs.history import (
     TASK_TITLES,
     Metrics,
@@ -42,6 +43,8 @@ class ComparedRun:
     samples: dict[str, list[Row]]
     flops_per_token: float
     """NaN if its model is not known."""
+    results: list[eval_results.Result]
+    """Of `myllm eval`."""
 
     @property
     def restarts(self) -> list[int]:
@@ -67,7 +70,12 @@ def read_run(run: RunPaths) -> ComparedRun:
         except UserError:  # a key of a later version
             flops = math.nan
     environment = read_json_or_empty(run.environment)
-    return ComparedRun(run.root.name, metrics, config, environment, read_samples(run.samples), flops)
+    try:
+        results = eval_results.read(run.evals)
+    except UserError:
+        warn(f"{run.evals} is not a file of `myllm eval` that this version reads: its results are left out")
+        results = []
+    return ComparedRun(run.root.name, metrics, config, environment, read_samples(run.samples), flops, results)
 
 
 class Chart(NamedTuple):

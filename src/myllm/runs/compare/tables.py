@@ -1,4 +1,4 @@
-"""Runs side by side: summaries, evaluations, settings that differ, and samples."""
+"""Runs side by side: summaries, settings that differ, and samples."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from myllm.errors import UserError
 from myllm.formatting import format_duration, format_percent, format_si
 from myllm.runs.catalog import preset_of
 from myllm.runs.history import Row, as_float, column, section
-from myllm.runs.report.html import as_text, eval_columns, flatten, format_loss, shorten_sample
+from myllm.runs.report.html import as_text, flatten, format_loss, shorten_sample
 
 from .curves import ComparedRun
 
@@ -27,18 +27,20 @@ class Cell(NamedTuple):
 
     text: str
     number: float | None = None
+    detail: str = ""
+    """In small print below the text."""
 
 
 class Table(NamedTuple):
     """A table that sorts itself by the heading that is clicked."""
 
-    headings: list[str]
+    headings: list[Cell]
     rows: list[list[Cell]]
 
 
 def summaries(runs: Sequence[ComparedRun]) -> Table:
     """One row for each run: how far it came, how fast, and on what."""
-    headings = [
+    titles = [
         "Run", "Preset", "Validation loss", "Lowest", "Training loss", "Step", "Tokens", "FLOPs", "Training time",
         "Tokens/s", "MFU", "Parameters", "Restarts", "Device",
     ]  # fmt: skip
@@ -67,26 +69,7 @@ def summaries(runs: Sequence[ComparedRun]) -> Table:
             + [_number(value, write) for value, write in numbers]
             + [Cell(f"{size:.0f} x {device}" if size > 1 else device)]
         )
-    return _without_empty_columns(Table(headings, rows))
-
-
-def evaluations(runs: Sequence[ComparedRun]) -> Table:
-    """The newest value of each evaluation, one row for each run."""
-    columns = {(c.name, c.key): c for run in runs for c in eval_columns(run.metrics)}
-    headings, group = ["Run"], ""
-    for found in columns.values():
-        group = found.group or group
-        headings.append(f"{group} {found.title}")
-    rows = []
-    for run in runs:
-        cells = [Cell(run.name)]
-        for found in columns.values():
-            row = run.metrics.last(found.name)
-            cell = _number(as_float(row.get(found.key)), found.format_value)
-            behind = cell.text and row["step"] < run.metrics.last_step
-            cells.append(cell._replace(text=f"{cell.text} at {row['step']:,}") if behind else cell)
-        rows.append(cells)
-    return Table(headings, rows) if columns else Table([], [])
+    return _without_empty_columns(Table([Cell(title) for title in titles], rows))
 
 
 def differences(runs: Sequence[ComparedRun]) -> Table:
@@ -99,7 +82,7 @@ def differences(runs: Sequence[ComparedRun]) -> Table:
         if name not in PER_RUN and any(value != values[0] for value in values):
             cells = [Cell(as_text(value), value if _is_number(value) else None) for value in values]
             rows.append([Cell(name.removeprefix("config.")), *cells])
-    return Table(["Setting", *(run.name for run in runs)], rows)
+    return Table([Cell("Setting"), *(Cell(run.name) for run in runs)], rows)
 
 
 def _settings(run: ComparedRun) -> dict[str, Any]:
