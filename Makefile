@@ -25,7 +25,8 @@ soak: environment ## kill and restart a run at random moments for MINUTES=30
 gpu-check: environment ## is this GPU right, and as fast as it should be? nine minutes; docs/speed.md
 	@$(PYTHON) benchmarks/gpu_check.py
 
-docs: environment ## build the static site into temp_data/site
+docs: environment ## build the static site into temp_data/site; at first it executes the notebooks, for minutes
+	@$(PYTHON) docs/site/notebook_pages.py
 	@export NO_MKDOCS_2_WARNING=1; $(PYTHON) -m mkdocs build --quiet --strict --config-file docs/site/mkdocs.yml
 	@echo "temp_data/site/index.html; with search: python -m http.server --directory temp_data/site"
 

@@ -1,5 +1,6 @@
 """The pages in docs/: the site that is built of them, and the commands in them."""
 
+import base64
 import contextlib
 import functools
 import io
@@ -16,6 +17,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import pytest
 import yaml
 from conftest import ROOT, tiny_config, write_run_config
@@ -51,11 +53,42 @@ SCRIPT_OPTIONS = {"--force": 0, "--no-preflight": 0, "--max-hours": 1, "--dollar
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As `make docs` builds it: links that lead nowhere, in pages and to headings, are errors."""
     pytest.importorskip("material", reason="the site needs mkdocs-material: src/environment.sh --dev installs it")
-    folder = tmp_path_factory.mktemp("site")
+    folder, temp_data = tmp_path_factory.mktemp("site"), tmp_path_factory.mktemp("temp_data")
+    write_executed_copy(ROOT / "notebooks/01_self_attention.ipynb", temp_data / "notebooks")
     command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "-f", str(SITE), "-d", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    environment = os.environ | {"MYLLM_DATA": str(temp_data)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
+
+
+PICTURE = (ROOT / "assets/tune_report.png").read_bytes()
+
+
+def write_executed_copy(path: Path, folder: Path) -> None:
+    """A notebook whose last cell has printed, drawn and shown a table."""
+    notebook = nbformat.read(path, as_version=4)
+    cell = [cell for cell in notebook.cells if cell.cell_type == "code"][-1]
+    cell.outputs = [
+        nbformat.v4.new_output("stream", name="stdout", text="\x1b[1mit <b> printed\x1b[0m\n"),
+        nbformat.v4.new_output(
+            "display_data", {"image/png": base64.b64encode(PICTURE).decode(), "text/plain": "Figure"}
+        ),
+        nbformat.v4.new_output("execute_result", {"text/markdown": "| a |\n|---|\n| bc |", "text/plain": "Markdown"}),
+    ]
+    folder.mkdir()
+    nbformat.write(notebook, folder / path.name)
+
+
+def test_site_shows_what_executed_notebooks_print_and_draw(site: Path) -> None:
+    executed = (site / "notebooks/01_self_attention.ipynb.html").read_text(encoding="utf-8")
+    assert re.search(r'class="language-text output highlight">.*it &lt;b&gt; printed\n', executed)
+    assert "<td>bc</td>" in executed
+    picture = re.search(r'<img [^>]*src="([^"]+)"', executed)[1]
+    assert (site / "notebooks" / picture).read_bytes() == PICTURE
+    other = (site / "notebooks/02_masked_attention.ipynb.html").read_text(encoding="utf-8")
+    assert "to see its figures" in other
+    assert "to see its figures" not in executed
 
 
 def test_site_has_every_page_and_loads_nothing_from_elsewhere(site: Path) -> None:

@@ -1,15 +1,15 @@
 """A hook of MkDocs: the site's pages are the repository's own files.
 
 Each keeps its path, so that links between pages work in a checkout, on a code host and on the site. A file of code that
-a page links to becomes a page too, and so does every notebook, whose code is shown without what it prints and draws.
+a page links to becomes a page too, and so does every notebook: notebook_pages.py.
 """
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from mkdocs.structure.files import File, Files
+from notebook_pages import notebook_page
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/**/*.md", "src/**/README.md")
@@ -36,9 +36,12 @@ def on_files(files: Files, config: Any) -> Files:
         for link in LINK.finditer(path.read_text(encoding="utf-8")):
             linked.add((path.parent / link["target"]).resolve())
     for path in sorted(ROOT.glob("notebooks/*.ipynb")):
-        page = _notebook_page(path)
+        page, pictures = notebook_page(path)
+        for name, picture in pictures.items():
+            files.append(File.generated(config, f"notebooks/{name}", content=picture))
         files.append(File.generated(config, f"{_address(path)}.md", content=page))
-        linked |= {(path.parent / link["target"]).resolve() for link in LINK.finditer(page)}
+        targets = {link["target"] for link in LINK.finditer(page)} - pictures.keys()
+        linked |= {(path.parent / target).resolve() for target in targets}
     for path in sorted(linked):
         if path.suffix in IMAGES:
             files.append(File.generated(config, _address(path), abs_src_path=str(path)))
@@ -62,15 +65,6 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         return link[0]
 
     return LINK.sub(rewrite, markdown)
-
-
-def _notebook_page(path: Path) -> str:
-    parts = []
-    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
-        source = "".join(cell["source"])
-        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
-    note = f"*Open `{_address(path)}` in Jupyter to run it and to see its figures.*"
-    return "\n\n".join([parts[0], note, *parts[1:]])
 
 
 def _address(path: Path) -> str:
