@@ -4,7 +4,7 @@ PYTHON = python="$$(src/environment.sh --dev)" && "$$python"
 PARALLEL = --numprocesses auto --dist loadfile --max-worker-restart 1
 SCRIPTS = $(wildcard *.sh src/*.sh) .ci/run docs/slurm/train.sbatch docs/deploy/completion.bash
 
-.PHONY: help environment test test-slow soak gpu-check docs screenshots lock lint format clean
+.PHONY: help environment test test-slow soak gpu-check docs links repository screenshots lock lint format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' Makefile
@@ -29,6 +29,14 @@ docs: environment ## build the static site into temp_data/site; at first it exec
 	@$(PYTHON) docs/site/notebook_pages.py
 	@export NO_MKDOCS_2_WARNING=1; $(PYTHON) -m mkdocs build --quiet --strict --config-file docs/site/mkdocs.yml
 	@echo "temp_data/site/index.html; with search: python -m http.server --directory temp_data/site"
+
+links: docs ## visit what the pages link to on other sites; needs uv and the network
+	@uvx linkchecker --check-extern --no-warnings temp_data/site/index.html
+
+repository: ## write the address of your fork where the notebooks look: make repository URL=https://github.com/ACCOUNT/NAME
+	@test -n "$(URL)" || { echo "missing URL: make repository URL=https://github.com/ACCOUNT/NAME"; exit 2; }
+	@old="$$(sed -n 's/^Repository = "\(.*\)"$$/\1/p' pyproject.toml)"; git grep -lzF "$$old" -- pyproject.toml notebooks | \
+		OLD="$$old" NEW="$(URL)" xargs -0 perl -pi -e 's/\Q$$ENV{OLD}\E/$$ENV{NEW}/g'
 
 screenshots: environment ## draw the pictures of README.md and docs/, of the run `debug`; needs Chromium
 	@$(PYTHON) docs/screenshots.py

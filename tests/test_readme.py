@@ -52,18 +52,6 @@ def test_the_table_of_presets_agrees_with_the_code() -> None:
                 assert low_high == pytest.approx(predict(config, parse_hardware(hardware)).hours, rel=0.05), name
 
 
-def test_links_lead_somewhere() -> None:
-    """In every page of ours, to files of the repository."""
-    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("src/**/README.md")]
-    broken = [
-        f"{page.relative_to(ROOT)}: {target}"
-        for page in pages
-        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
-        if not (page.parent / target).exists()
-    ]
-    assert not broken
-
-
 def test_paths_in_pages_exist() -> None:
     """Names of our own modules, tests and benchmarks in backticks or code blocks."""
     pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]  # the pages of the log keep the names of their time
