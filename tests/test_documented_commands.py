@@ -209,6 +209,7 @@ def test_screenshots(desk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     screenshots = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(screenshots)
     monkeypatch.setattr(screenshots, "ASSETS", tmp_path)
+    copy_run("debug-muon", desk / "temp_data")
     screenshots.main()
     shown = {name for page in PAGES for name in re.findall(r"assets/(\w+\.png)", page.read_text(encoding="utf-8"))}
     assert {path.name for path in tmp_path.glob("*.png")} == {
