@@ -77,8 +77,10 @@ def notebook_page(path: Path) -> tuple[str, dict[str, bytes]]:
 
 
 def _output(output: dict[str, Any], picture_name: str) -> tuple[str, bytes | None]:
-    """One output as Markdown, and its picture."""
+    """One output as Markdown, and its picture. Warnings are of the machine, not of the notebook."""
     data = output.get("data", {})
+    if output.get("name") == "stderr":
+        return "", None
     if "image/png" in data:
         return f"![drawn by the cell above]({picture_name})", base64.b64decode("".join(data["image/png"]))
     for kind in ("text/markdown", "text/html"):
