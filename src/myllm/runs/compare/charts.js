@@ -50,7 +50,7 @@ const dashes = index => index < 8 ? "none" : "6 4";
 // ---- One chart
 
 function visible(chart) {
-  const last = Math.max(...data.runs.map((run, index) => Math.max(0, ...(chart.curves[index]?.[view.axis] ?? []))));
+  const last = Math.max(0, ...data.charts.flatMap(({curves}) => curves.map(curve => curve?.[view.axis]?.at(-1) ?? 0)));
   const from = last * FROM[view.range];
   return {from, last, curves: chart.curves.map((curve, index) => {
     if (!curve || !curve[view.axis] || view.hidden.has(index)) return null;

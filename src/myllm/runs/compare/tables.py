@@ -94,6 +94,8 @@ def _settings(run: ComparedRun) -> dict[str, Any]:
         config = run.config
     environment = dict(flatten(run.environment))
     known = {name: environment[name] for name in ENVIRONMENT if name in environment}
+    if "git_commit" in known:
+        known["git_commit"] = as_text(known["git_commit"])[:12]
     return {f"config.{name}": value for name, value in flatten(config)} | known
 
 
