@@ -14,6 +14,7 @@ from notebook_pages import notebook_page
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/**/*.md", "src/**/README.md")
 LINK = re.compile(r"\[(?P<text>[^\]]*)\]\((?P<target>[^)#:\s]+)(?P<anchor>#[^)]*)?\)")
+BLOCK = re.compile(r"^```(?P<language>\w*)\n(?P<content>.*?)^```$", re.M | re.S)
 LANGUAGES = {".py": "python", ".toml": "toml", ".yaml": "yaml", ".sh": "bash", ".bash": "bash", ".sbatch": "bash"}
 IMAGES = {".png", ".svg"}
 CODE_PAGE = """---
@@ -53,7 +54,10 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Links to files of code lead to their pages. The site has no folders: their links become plain text."""
+    """Links to files of code lead to their pages. The site has no folders: their links become plain text.
+
+    Text in columns scrolls on a phone; other text without a language wraps (site.css).
+    """
     folder = (ROOT / page.file.src_uri).parent
 
     def rewrite(link: re.Match[str]) -> str:
@@ -64,7 +68,11 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
             return f"[{link['text']}]({link['target']}.md)"
         return link[0]
 
-    return LINK.sub(rewrite, markdown)
+    def align(block: re.Match[str]) -> str:
+        in_columns = not block["language"] and re.search(r"\S {2,}\S", block["content"])
+        return f"```{{.text .columns}}\n{block['content']}```" if in_columns else block[0]
+
+    return BLOCK.sub(align, LINK.sub(rewrite, markdown))
 
 
 def _address(path: Path) -> str:
