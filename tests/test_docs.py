@@ -99,6 +99,27 @@ def test_site_has_every_page_and_loads_nothing_from_elsewhere(site: Path) -> Non
         assert not re.findall(r'<(?:script|img|iframe|link)[^>]* (?:src|href)="?(?:https?:)?//[^> ]*', html), page
 
 
+def test_notebooks_are_executed_once_for_the_site(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(SITE.parent)
+    import notebook_pages
+
+    monkeypatch.setattr(notebook_pages, "NOTEBOOKS", tmp_path)
+    monkeypatch.setenv("MYLLM_DATA", str(tmp_path / "temp_data"))
+    cells = [nbformat.v4.new_markdown_cell("# Sum"), nbformat.v4.new_code_cell("print(19 + 23)")]
+    for name in ("sum", "metric_graphs"):  # the second needs a run
+        nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / f"{name}.ipynb")
+    notebook_pages.main()
+    notebook_pages.main()
+    assert capsys.readouterr().out.count("executing sum.ipynb") == 1
+    assert "~~~~{.text .output}\n42\n~~~~" in notebook_pages.notebook_page(tmp_path / "sum.ipynb")[0]
+    assert "42" not in notebook_pages.notebook_page(tmp_path / "metric_graphs.ipynb")[0]
+    cells[1].source = "print(19 + 24)"
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "sum.ipynb")
+    assert "to see its figures" in notebook_pages.notebook_page(tmp_path / "sum.ipynb")[0], "the copy is of other code"
+
+
 def test_links_between_built_pages_lead_somewhere(site: Path) -> None:
     broken = [
         f"{page.relative_to(site)}: {target}"
