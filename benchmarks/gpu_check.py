@@ -119,18 +119,18 @@ class Progress:
 
     def __init__(self, about: dict[str, Any], where: str, budget: Budget, out: Path) -> None:
         self._about, self._where, self._budget, self._file = about, where, budget, out / REPORT
-        self._said = 0
+        self._n_printed = 0
         self.outcomes: list[Outcome] = []
 
     def __call__(self, outcomes: list[Outcome]) -> None:
         self.outcomes = outcomes
         self._keep()
         found = [(outcome.name, check) for outcome in outcomes for check in outcome.checks]
-        for name, check in found[self._said :]:
+        for name, check in found[self._n_printed :]:
             expected = f" (expected {check.expected})" if check.expected else ""
             line = f"{name}: {check.verdict}: {check.name}: {check.measured}{expected}"
             print(f"[{self._budget.used_s:5.0f} s] {line}", flush=True)
-        self._said = len(found)
+        self._n_printed = len(found)
 
     def conclude(self) -> int:
         """The table and the line that sums it up; the exit code."""

@@ -81,25 +81,25 @@ def main() -> None:
     parser.add_argument("--only", default="", help="rows whose name has this in it")
     parser.add_argument("--out", type=Path, help="the file for the table (temp_data/benchmarks/DATE-DEVICE-memory.md)")
     parser.add_argument("--one", help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    if asked.one:
-        measure(from_dict(json.loads(asked.one), RunConfig()))
+    args = parser.parse_args()
+    if args.one:
+        measure(from_dict(json.loads(args.one), RunConfig()))
         return
     lines = [
-        f"# Memory of a training step, predicted and measured: {date.today()}, {_device_name(asked.device)}\n",
-        f"`python benchmarks/memory.py --device {asked.device}`, torch {_torch_version()}, "
+        f"# Memory of a training step, predicted and measured: {date.today()}, {_device_name(args.device)}\n",
+        f"`python benchmarks/memory.py --device {args.device}`, torch {_torch_version()}, "
         f"Python {platform.python_version()}. MiB; runtime is what there is besides tensors, as predicted.\n",
         "| run | predicted | measured | off by | of it activations | loss or backward pass | states | runtime |",
         "|---|---|---|---|---|---|---|---|",
     ]
     print("\n".join(lines))
-    for name, config in cases(asked.device):
-        if asked.only not in name:
+    for name, config in cases(args.device):
+        if args.only not in name:
             continue
         lines.append(row(name, config))
         print(lines[-1], flush=True)
-    if not asked.only:
-        file = asked.out or paths.temp_data() / "benchmarks" / f"{date.today()}-{asked.device}-memory.md"
+    if not args.only:
+        file = args.out or paths.temp_data() / "benchmarks" / f"{date.today()}-{args.device}-memory.md"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("\n".join(lines) + "\n", encoding="utf-8")
         print(f"\nwritten to {file}")

@@ -43,7 +43,7 @@ options:
 
 
 @dataclass(frozen=True)
-class Asked(RunArgs):
+class Args(RunArgs):
     """What the command line asks."""
 
     turns: int = 7
@@ -58,18 +58,18 @@ class Asked(RunArgs):
     """The file that the result is added to. None: temp_data/benchmarks/DATE-DEVICE.md."""
 
 
-def settled(asked: Asked, device: str, world_size: int) -> RunConfig:
+def settle_config(args: Args, device: str, world_size: int) -> RunConfig:
     """The config with a step of the asked size.
 
     Raises:
         UserError: the micro-batch does not divide it, or is still to be found out.
     """
-    config = asked.config
-    if asked.turns < 1 or asked.steps < 1:
-        raise UserError(f"--turns {asked.turns} and --steps {asked.steps} must be 1 or more")
+    config = args.config
+    if args.turns < 1 or args.steps < 1:
+        raise UserError(f"--turns {args.turns} and --steps {args.steps} must be 1 or more")
     if config.train.micro_batch_size == "auto":
         raise UserError("train.micro_batch_size is auto; give a number, such as `myllm preflight` finds")
-    sequences = asked.sequences or (None if device == "cpu" else GPU_SEQUENCES)
+    sequences = args.sequences or (None if device == "cpu" else GPU_SEQUENCES)
     if sequences:
         batch_tokens = sequences * config.model.max_seq_len * world_size
         config = replace(config, train=replace(config.train, batch_tokens=batch_tokens))
@@ -80,19 +80,19 @@ def settled(asked: Asked, device: str, world_size: int) -> RunConfig:
 
 def main() -> None:
     with exit_on_error():
-        asked = parse_run_args(Asked, sys.argv[1:], USAGE)
+        args = parse_run_args(Args, sys.argv[1:], USAGE)
         from throughput_table import section, write
         from throughput_turns import compare
 
         from myllm.distributed.collectives import process_group
 
-        with process_group(asked.config.train.device) as process:
-            config = settled(asked, process.device.type, process.world_size)
-            result = compare(config, process, asked.turns, asked.steps, asked.peer == "same", say)
+        with process_group(args.config.train.device) as process:
+            config = settle_config(args, process.device.type, process.world_size)
+            result = compare(config, process, args.turns, args.steps, args.peer == "same", say)
             if process.is_rank_zero:
                 text = section(result, process)
                 print(f"\n{text}")
-                print(f"added to {write(text, process, asked.out)}")
+                print(f"added to {write(text, process, args.out)}")
 
 
 def say(line: str) -> None:

@@ -238,7 +238,7 @@ def take_turn(way: Way, steps: int, process: DistContext) -> Turn:
     peak = way.held_bytes + peak_bytes(process.device) - before
     ranks = distributed.all_gather_object((elapsed, between(marks), wait_share, host_s, peak))
     elapsed, step_s, wait_share, host_s, _ = max(ranks)
-    return Turn(steps * way.batch.batch_tokens / elapsed, step_s, wait_share, host_s, max(each[-1] for each in ranks))
+    return Turn(steps * way.batch.batch_tokens / elapsed, step_s, wait_share, host_s, max(rank[-1] for rank in ranks))
 
 
 def mark(process: DistContext) -> float | torch.cuda.Event:

@@ -86,9 +86,9 @@ def reference_shape(model: ModelConfig) -> ModelConfig:
 
 
 def reference_model(model: ModelConfig, weights: Weights) -> KeptLogits:
-    made = Transformer(reference_shape(model))
-    made.load_state_dict({name: weights[name][: len(tensor)] for name, tensor in made.state_dict().items()})
-    return KeptLogits(made)
+    reference = Transformer(reference_shape(model))
+    reference.load_state_dict({name: weights[name][: len(tensor)] for name, tensor in reference.state_dict().items()})
+    return KeptLogits(reference)
 
 
 def has_transformers() -> bool:
@@ -103,12 +103,12 @@ def peer_model(model: ModelConfig, weights: Weights) -> PeerLoss:
     """What an export of the model opens as in transformers, with SDPA; Llama, or Qwen3 where it has QK-norm."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    made = AutoModelForCausalLM.from_config(
+    peer = AutoModelForCausalLM.from_config(
         AutoConfig.for_model(**transformers_config(model, 0, "float32")), attn_implementation="sdpa"
     )
-    made.load_state_dict(export_weights(select_architecture(model), model, weights), strict=not model.tie_embeddings)
-    made.tie_weights()
-    return PeerLoss(made)
+    peer.load_state_dict(export_weights(select_architecture(model), model, weights), strict=not model.tie_embeddings)
+    peer.tie_weights()
+    return PeerLoss(peer)
 
 
 # -- their steps ------------------------------------------------------------------------------------------------------
@@ -228,9 +228,9 @@ class SynchronousLoader:
         if self._micro_step == batch.grad_accum_steps:
             self._micro_step = 0
             self._position = self._position.advance(batch.sequences, self._n_sequences)
-        made = tokens.to(process.device), targets.to(process.device)
+        rows = tokens.to(process.device), targets.to(process.device)
         self.wait_s += time.perf_counter() - started
-        return made
+        return rows
 
 
 def held_bytes(model: nn.Module) -> int:

@@ -83,25 +83,25 @@ class Bench:
         settings = {"device": self.device.type, "max_steps": 10_000}
         if self.tiny:
             settings |= {"compile": "on", "precision": "bfloat16"}
-        model, size = self.model(layers=layers), micro_batch or (2 if self.tiny else None)
-        sizes = (size,) if size else MICRO_BATCHES
-        made = [
+        model = self.model(layers=layers)
+        sizes = (micro_batch,) if micro_batch else (2,) if self.tiny else MICRO_BATCHES
+        configs = [
             replace(
                 base,
                 model=model,
                 train=replace(
                     base.train,
                     **settings | train,
-                    micro_batch_size=each,
-                    batch_tokens=ACCUMULATION * each * model.max_seq_len,
+                    micro_batch_size=size,
+                    batch_tokens=ACCUMULATION * size * model.max_seq_len,
                 ),
             )
-            for each in sizes
+            for size in sizes
         ]
-        if len(made) == 1:
-            return made[0]
+        if len(configs) == 1:
+            return configs[0]
         limit = available_bytes(self.device) * (1 - HEADROOM)
-        return next((each for each in made if self.predicted_bytes(each) <= limit), made[-1])
+        return next((config for config in configs if self.predicted_bytes(config) <= limit), configs[-1])
 
     def predicted_bytes(self, config: RunConfig) -> int:
         return predicted_bytes(config, ComputeMode.of(config, self.device.type, triton=has_triton(self.device)))

@@ -106,14 +106,14 @@ def rough_weights(model: ModelConfig) -> dict[str, Tensor]:
 
 def reference(model: ModelConfig, batch: Batch, device: torch.device) -> tuple[float, Gradients]:
     """In float64, through full logits and autograd's own cross-entropy: none of this project's loss is in it."""
-    made = Transformer(model).to(device)
-    made.load_state_dict(rough_weights(model))
-    made.double()
+    transformer = Transformer(model).to(device)
+    transformer.load_state_dict(rough_weights(model))
+    transformer.double()
     tokens, targets = batch
-    logits = made(tokens)  # (B, T, V)
+    logits = transformer(tokens)  # (B, T, V)
     loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
     loss.backward()
-    return loss.item(), {name: parameter.grad for name, parameter in made.named_parameters()}
+    return loss.item(), {name: parameter.grad for name, parameter in transformer.named_parameters()}
 
 
 class OneBatch:
@@ -140,13 +140,13 @@ def ours(
         batch_tokens=2 * sequences * model.max_seq_len,
     )  # fmt: skip
     config: RunConfig = replace(base, model=model, train=train)
-    made = Transformer(model).to(bench.device)
-    made.load_state_dict(rough_weights(model))
+    transformer = Transformer(model).to(bench.device)
+    transformer.load_state_dict(rough_weights(model))
     steps = batch_plan(config, 1)
-    with fast_kernels(made, config, bench.process) as runner:
+    with fast_kernels(transformer, config, bench.process) as runner:
         for _ in range(2):
-            made.zero_grad(set_to_none=True)
+            transformer.zero_grad(set_to_none=True)
             loss = accumulate_gradients(
                 runner, OneBatch(batch), steps, config, bench.process.device, loss_scale=loss_scale
             )
-    return loss.item(), {name: parameter.grad for name, parameter in made.named_parameters()}
+    return loss.item(), {name: parameter.grad for name, parameter in transformer.named_parameters()}

@@ -35,7 +35,7 @@ def run(bench: Bench) -> Iterator[Check]:
 def rates(bench: Bench, compiled: bool) -> Iterator[Check]:
     """Tokens a second of the whole model, in the run's precision."""
     fresh(bench.device)
-    model, (prompt, new) = made(bench, None), (8, 8) if bench.tiny else (PROMPT, NEW)
+    model, (prompt, new) = build_model(bench, None), (8, 8) if bench.tiny else (PROMPT, NEW)
     way = "compiled" if compiled else "eager"
     with autocast(bench.config(), bench.device):
         for batch in BATCHES:
@@ -47,7 +47,7 @@ def rates(bench: Bench, compiled: bool) -> Iterator[Check]:
 def texts(bench: Bench) -> Check:
     """The same greedy text from both, in float32, where rounding hardly ever makes another token the likeliest."""
     fresh(bench.device)
-    model, odd = made(bench, ODD_LAYERS), []
+    model, odd = build_model(bench, ODD_LAYERS), []
     for batch in ODD_BATCHES:
         eager, compiled = (decode(bench, model, batch, 8, ODD_NEW, way)[0] for way in (False, True))
         if eager != compiled:
@@ -56,7 +56,7 @@ def texts(bench: Bench) -> Check:
     return correct(f"compiled against eager, {len(ODD_BATCHES)} batch sizes", not odd, measured, "the same texts")
 
 
-def made(bench: Bench, layers: int | None) -> Transformer:
+def build_model(bench: Bench, layers: int | None) -> Transformer:
     """With roughened weights: fresh ones find nearly all tokens as likely."""
     torch.manual_seed(0)
     model = Transformer(bench.model(layers=layers), 0).to(bench.device).eval()

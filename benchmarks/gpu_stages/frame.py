@@ -146,9 +146,9 @@ def _checks_of(stage: Stage, context: Any, outcome: Outcome) -> Iterator[None]:
         outcome.checks.append(_missing(error))
     except Exception as error:
         outcome.traceback = traceback.format_exc()
-        said = str(error).strip().splitlines()
-        what = f"{type(error).__name__}: {said[0] if said else ''}"
-        outcome.checks.append(Check("crashed", "wrong", what[:300], "no error"))
+        lines = str(error).strip().splitlines()
+        measured = f"{type(error).__name__}: {lines[0] if lines else ''}"
+        outcome.checks.append(Check("crashed", "wrong", measured[:300], "no error"))
     outcome.seconds = time.monotonic() - started
     yield
 

@@ -60,7 +60,7 @@ def skips(steps: Steps) -> Iterator[Check]:
 def state(steps: Steps) -> list[Tensor]:
     """Copies of weights, moments and AdamW's counts of steps."""
     moments = steps.trainer.optimizer.state_dict().values()
-    tensors = [*steps.trainer.model.state_dict().values(), *(tensor for each in moments for tensor in each.values())]
+    tensors = [*steps.trainer.model.state_dict().values(), *(tensor for state in moments for tensor in state.values())]
     return [tensor.detach().clone() for tensor in tensors]
 
 

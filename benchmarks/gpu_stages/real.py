@@ -73,7 +73,7 @@ def step(bench: Bench, config: RunConfig) -> Iterator[Check]:
         steps = Steps(config, bench.process, made_up(bench, config, folder), stack)
         base = timed(bench, steps)
         bench.found["step_s"] = base.step_s
-        yield noted("step", f"{steps.batch}; {'; '.join(steps.said)}")
+        yield noted("step", f"{steps.batch}; {'; '.join(steps.messages)}")
         yield bounded("compiler", base.compile_s, None, COMPILE_S if bench.on_cuda else None, "s")
         yield speed(bench, base)
         yield memory(bench, config, base)
@@ -116,9 +116,9 @@ def memory(bench: Bench, config: RunConfig, found: Timed) -> Check:
 
 def profile(bench: Bench, steps: Steps) -> Iterator[Check]:
     """Five steps as `pretrain.py --profile` records them; the trace and the table are kept in --out."""
-    run, said = RunPaths(bench.work), []
+    run, messages = RunPaths(bench.work), []
     meter = SimpleNamespace(timed=lambda name: nullcontext())
-    ctx = RunContext.create(steps.config, bench.process, run, said.append)
+    ctx = RunContext.create(steps.config, bench.process, run, messages.append)
     profiler = Profiler(ctx, steps.state.step, meter)
     for number in range(steps.state.step, profiler.window.stop):
         with profiler.around(number):

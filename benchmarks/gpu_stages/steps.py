@@ -42,8 +42,8 @@ class Steps:
         """
         self.config, self.process, self.dataset = config, process, dataset
         self.batch = batch_plan(config, process.world_size)
-        self.said: list[str] = []
-        ctx = RunContext.create(config, process, run or RunPaths(dataset.folder.parent / "new"), self.said.append)
+        self.messages: list[str] = []
+        ctx = RunContext.create(config, process, run or RunPaths(dataset.folder.parent / "new"), self.messages.append)
         self.trainer, self.state = stack.enter_context(build(ctx, dataset, self.batch))
         self.start, self.loader = self.state, self.trainer.loader
 

@@ -89,13 +89,13 @@ def test_the_reference_s_way_has_no_padding_and_the_same_text(load: Load, small:
 
 def test_a_step_that_cannot_be_cut_is_refused(load: Load, small: RunConfig) -> None:
     script = load("throughput")
-    asked = script.Asked(with_train(small, micro_batch_size=3))
-    assert script.settled(script.Asked(small, sequences=4), "cpu", 2).train.batch_tokens == 4 * 64 * 2
-    assert script.settled(script.Asked(small), "cuda", 1).train.batch_tokens == 32 * 64
+    args = script.Args(with_train(small, micro_batch_size=3))
+    assert script.settle_config(script.Args(small, sequences=4), "cpu", 2).train.batch_tokens == 4 * 64 * 2
+    assert script.settle_config(script.Args(small), "cuda", 1).train.batch_tokens == 32 * 64
     with pytest.raises(UserError, match="is not a multiple of one micro-step"):
-        script.settled(asked, "cpu", 1)
+        script.settle_config(args, "cpu", 1)
     with pytest.raises(UserError, match="micro_batch_size is auto"):
-        script.settled(script.Asked(with_train(small, micro_batch_size="auto")), "cpu", 1)
+        script.settle_config(script.Args(with_train(small, micro_batch_size="auto")), "cpu", 1)
 
 
 def test_results_are_kept_where_runs_are(load: Load, temp_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,7 +42,7 @@ class Heartbeat:
         self.first_step_done = False
         self.ending: tuple[str, int] | None = None
         self.unwritable: str | None = None
-        self._path, self._writes, self._written = path, writes, 0.0
+        self._path, self._writes, self._written_at = path, writes, 0.0
         self._progress_time = time.time()
 
     def mark(self) -> None:
@@ -74,9 +74,9 @@ class Heartbeat:
 
     def write(self, now: bool = False) -> None:
         """Replace the file if it is due. An error is kept in `unwritable`."""
-        if not self._writes or (not now and time.monotonic() - self._written < EVERY_S):
+        if not self._writes or (not now and time.monotonic() - self._written_at < EVERY_S):
             return
-        self._written = time.monotonic()
+        self._written_at = time.monotonic()
         try:
             # Not flushed to the disk: after a power failure it would be out of date anyway.
             with atomic_write(self._path, durable=False) as file:
@@ -150,8 +150,10 @@ def _is_free(run: RunPaths) -> bool:
 def _is_open(path: Path) -> bool:
     """True if this process has written the heartbeat, and not yet its end."""
     try:
-        said = json.loads(path.read_text(encoding="utf-8"))
-        return said["pid"] == os.getpid() and said["host"] == socket.gethostname() and said["how"] is None
+        heartbeat = json.loads(path.read_text(encoding="utf-8"))
+        return (
+            heartbeat["pid"] == os.getpid() and heartbeat["host"] == socket.gethostname() and heartbeat["how"] is None
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
