@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import fnmatch
 import functools
 import io
 import itertools
@@ -284,13 +285,37 @@ def test_every_package_of_the_lock_has_a_hash_and_requirements_are_in_it() -> No
 
 def test_configurations_can_be_read() -> None:
     task = yaml.safe_load((ROOT / "docs/deploy/skypilot.yaml").read_text())
-    assert not subprocess.run(["bash", "-n"], input=task["run"], text=True).returncode
+    for script in (task["setup"], task["run"]):
+        assert not subprocess.run(["bash", "-n"], input=script, text=True).returncode
     container = json.loads((ROOT / ".devcontainer/devcontainer.json").read_text())
     dockerfile = ROOT / ".devcontainer" / container["build"]["dockerfile"]
     assert container["workspaceFolder"] in dockerfile.read_text(), "environment.sh marks an installation by its folder"
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert (citation["version"], citation["license"]) == (project["version"], project["license"])
+
+
+def test_docker_is_sent_what_git_has_and_nothing_that_git_ignores() -> None:
+    patterns = [
+        line for line in (ROOT / "docs/deploy/Dockerfile.dockerignore").read_text().split("\n") if line[:1] not in "#"
+    ]
+
+    def sent(path: str) -> bool:
+        whole, excluded = Path(path), False
+        for pattern in patterns:
+            glob = pattern.removeprefix("!").replace("**/", "*/")
+            names = [f"/{name}" if glob.startswith("*/") else str(name) for name in (whole, *whole.parents[:-1])]
+            if fnmatch.filter(names, glob):
+                excluded = not pattern.startswith("!")
+        return not excluded
+
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
+        "\n"
+    )
+    assert [path for path in tracked[:-1] if not sent(path)] == []
+    ignored = [line for line in (ROOT / ".gitignore").read_text().split() if not line.startswith("!")]
+    examples = [line.rstrip("/").replace("*", "x") + "/file" for line in ignored]
+    assert [path for path in (*examples, ".git/HEAD", "src/myllm/__pycache__/a.pyc") if sent(path)] == []
 
 
 @pytest.mark.parametrize(
