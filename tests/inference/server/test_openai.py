@@ -173,6 +173,26 @@ def test_a_chat_continues_the_messages(client: OpenAI, model: LanguageModel) -> 
     assert (long.usage.prompt_tokens, long.usage.completion_tokens) == (32 - 8, 8)
 
 
+def test_the_apis_own_defaults_are_accepted(client: OpenAI) -> None:
+    """Clients send them, though they change nothing."""
+    common = {
+        "model": "other", "temperature": 1, "top_p": 1, "n": 1, "max_tokens": 3, "stop": None, "seed": None,
+        "user": "me", "frequency_penalty": 0.0, "presence_penalty": 0, "logit_bias": {}, "stream_options": None,
+    }  # fmt: skip
+    messages = [{"role": "user", "content": "x", "name": "me"}]
+    tool = {"type": "function", "function": {"name": "get_current_timestamp", "parameters": {"type": "object"}}}
+    chat = {
+        "logprobs": False, "top_logprobs": 0, "tools": [tool], "tool_choice": "auto", "parallel_tool_calls": True,
+        "response_format": {"type": "text"}, "modalities": ["text"], "store": False, "service_tier": "auto",
+        "metadata": {}, "functions": [], "function_call": "none", "prompt_cache_key": "x", "reasoning_effort": None,
+    }  # fmt: skip
+    assert client.chat.completions.create(messages=messages, **common, **chat).usage.completion_tokens == 3
+    plain = {"prompt": "x", "best_of": 1, "echo": False, "logprobs": None, "suffix": None}
+    assert client.completions.create(**common, **plain).usage.completion_tokens == 3
+    with pytest.raises(openai.BadRequestError, match="tool_choice is not supported"):
+        client.chat.completions.create(messages=messages, **common, **chat | {"tool_choice": "required"})
+
+
 @pytest.mark.parametrize(
     ("settings", "param", "says"),
     [

@@ -24,11 +24,15 @@ MAX_LOGPROBS = 20
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1,), "frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},), "suffix": ("",),
-    "tools": ([],), "tool_choice": ("none", "auto"), "response_format": ({"type": "text"},), "logprobs": (False,),
+    "tool_choice": ("none", "auto"), "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},), "modalities": (["text"],), "logprobs": (False,), "top_logprobs": (0,),
 }  # fmt: skip
 """Settings of the API that this server does not have, with the values that change nothing."""
-IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "parallel_tool_calls"}
-"""Settings that do not change the text."""
+IGNORED = {
+    "user", "metadata", "store", "service_tier", "safety_identifier", "parallel_tool_calls", "prompt_cache_key",
+    "prompt_cache_retention", "tools", "functions",
+}  # fmt: skip
+"""Settings that do not change the text: a base model calls none of the tools that Open WebUI always offers."""
 
 
 @dataclass(frozen=True)
