@@ -1,19 +1,20 @@
 """The rows of each task from a file or from the Hub, and what is said where they cannot be had."""
 
-import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from support.hub_server import HubServer
+from support.public_tasks import publish_task
 
 from myllm.data.sources import download as fetching
 from myllm.errors import UserError
-from myllm.evals.examples import CONVERTED, load_questions
+from myllm.evals.examples import load_questions
 from myllm.evals.tasks import TASKS, Task, nanogpt_hellaswag_question
 
 OWN = Path(__file__).with_name("hellaswag_own.jsonl")
@@ -53,7 +54,12 @@ def test_samples_are_rows(name: str, tmp_path: Path):
     for field in row:  # without any of its fields it is none
         wrong = {key: value for key, value in row.items() if key != field}
         (tmp_path / "x.jsonl").write_text(json.dumps(wrong) + "\n", encoding="utf-8")
-        with pytest.raises(UserError, match=r"x\.jsonl, row 1: expected the fields .*, as in \{.*; found \{"):
+        shown = (
+            r"row 1: expected the fields .*, as in \{.*; found \{"
+            if wrong
+            else "has no examples; expected rows such as"
+        )
+        with pytest.raises(UserError, match=rf"x\.jsonl,? {shown}"):
             load_questions(name, tmp_path / "x.jsonl")
 
 
@@ -77,7 +83,7 @@ def test_impossible_values(name: str, changes: dict, message: str, tmp_path: Pat
 
 def test_all_file_formats_agree(tmp_path: Path):
     full = load_examples(OWN)
-    assert load_examples(write_parquet(tmp_path / "own.parquet")) == full
+    assert load_examples(write_parquet(tmp_path / "own [1].parquet")) == full
     # As the authors published it: labels are numbers.
     lines = [json.dumps(row | {"label": int(row["label"])}) for row in ROWS]
     (tmp_path / "own.jsonl").write_text("\n".join(lines) + "\n\n", encoding="utf-8")
@@ -97,7 +103,7 @@ def without(name: str) -> dict:
         (ROWS[0] | {"endings": ["a", "b", "c"], "label": 3}, "label is '3', expected one of 0, 1, 2"),
         (ROWS[0] | {"label": ""}, "label is '', expected one of 0, 1, 2, 3; test splits may have no labels"),
         (ROWS[0] | {"label": 4}, "label is '4', expected one of 0, 1, 2, 3"),
-        ([1], "row 2: expected the fields activity_label"),
+        ([1], "as json: JSON parse error: Column() changed from object to string"),
     ],
 )
 def test_invalid_rows(row: object, message: str, tmp_path: Path):
@@ -112,10 +118,10 @@ def test_invalid_rows(row: object, message: str, tmp_path: Path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("x.jsonl", b"{\n", "line 1 is not valid JSON"),
+        ("x.jsonl", b"{\n", "x.jsonl as json: JSON parse error: Missing a name for object member. in row 0"),
         ("x.jsonl", b"", "has no examples"),
-        ("x.jsonl", b"\xff\xfe", "cannot read"),
-        ("x.parquet", b"PAR1", "not a readable parquet file"),
+        ("x.jsonl", b"\xff\xfe", "cannot read .*x.jsonl as json: JSON parse error"),
+        ("x.parquet", b"PAR1", "cannot read .*x.parquet as parquet: Parquet file size is 4 bytes"),
         ("x.csv", b"", "must end in .jsonl or .parquet"),
         ("x.jsonl", None, "no hellaswag file at"),
     ],
@@ -134,77 +140,57 @@ def test_unreadable_files(name: str, content: bytes | None, message: str, tmp_pa
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, temp_data: Path) -> Iterator[HubServer]:
     monkeypatch.setattr(fetching.time, "sleep", lambda seconds: None)
     with HubServer() as server, server.reached(monkeypatch, tmp_path / "home"):
+        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", server.endpoint)  # read at import
         yield server
 
 
-def published(hub: HubServer, tmp_path: Path) -> Task:
-    """Our rows in the Hub's place, pinned as the real ones are."""
-    content, task = write_parquet(tmp_path / "made.parquet").read_bytes(), TASKS["hellaswag"]
-    assert task.pinned
-    commit = hub.add_dataset("Rowan/hellaswag", {"data/validation-00000-of-00001.parquet": content})
-    where = f"hf://datasets/Rowan/hellaswag@{commit}/data/validation-00000-of-00001.parquet"
-    digest = hashlib.sha256(content).hexdigest()
-    return replace(task, pinned=replace(task.pinned, location=where, size_bytes=len(content), digest=digest))
-
-
-def test_downloads_once_and_verifies(hub: HubServer, tmp_path: Path, temp_data: Path):
-    task = published(hub, tmp_path)
-    assert load_examples(task=task) == load_examples(OWN)
-    assert (temp_data / "downloads/hellaswag/validation-00000-of-00001.parquet").is_file()
+@pytest.mark.parametrize("name", TASKS)
+def test_rows_of_the_hub(name: str, hub: HubServer, tmp_path: Path, temp_data: Path):
+    """Those that `datasets` loads for lm-eval's configuration and split. Nothing else is downloaded, and that once."""
+    rows = [TASKS[name].sample] * 3 if name != "hellaswag" else ROWS
+    content = publish_task(hub, name, rows)
+    repo, *config, split = TASKS[name].source.split(":")
+    repo, _, revision = repo.partition("@")
+    expected = datasets.load_dataset(repo, *config, split=split, revision=revision or None, streaming=True)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in expected))
+    questions = load_questions(name)
+    assert questions == load_questions(name, tmp_path / "rows.jsonl")
+    assert len(questions) == len(rows)
+    (file,) = (temp_data / "downloads" / name).rglob("*.parquet")
+    assert file.read_bytes() == content
     requests = len(hub.seen("/"))
     hub.down()
-    assert load_examples(None, 3, task) == load_examples(OWN, 3)
+    assert load_questions(name, count=2) == questions[:2]
     assert len(hub.seen("/")) == requests
 
 
-def test_wrong_hash_is_rejected(hub: HubServer, tmp_path: Path, temp_data: Path):
-    task = published(hub, tmp_path)
-    assert task.pinned
-    task = replace(task, pinned=replace(task.pinned, digest="0" * 64))
-    with pytest.raises(
-        UserError, match=r"could not download Rowan/hellaswag: .*sha256 .* expected 0000.*hellaswag:FILE"
-    ):
-        load_examples(task=task)
+def test_hellaswag_is_pinned(hub: HubServer):
+    """A newer commit changes nothing."""
+    publish_task(hub, "hellaswag", ROWS)
+    hub.add_dataset("Rowan/hellaswag", {"data/validation-0.parquet": b"newer"})
+    assert TASKS["hellaswag"].source == "Rowan/hellaswag@218ec52e09a7e7462a5400043bb9a69a41d06b76:validation"
+    assert load_examples() == load_examples(OWN)
+
+
+def test_damaged_download_is_rejected(hub: HubServer, temp_data: Path):
+    """What arrives is not what the Hub listed."""
+    content = publish_task(hub, "hellaswag", ROWS)
+    blob = next(blob for blob in hub._blobs.values() if blob.content == content)
+    hub._blobs[blob.sha256] = replace(blob, content=content[:-5] + b"wrong")
+    with pytest.raises(UserError, match=r"could not download Rowan/hellaswag: .*sha256 .* expected .*hellaswag:FILE"):
+        load_examples()
     assert not list(temp_data.rglob("*.parquet"))
 
 
-def test_unreachable_hub(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    task, waits = published(hub, tmp_path), []
+def test_unreachable_hub(hub: HubServer, monkeypatch: pytest.MonkeyPatch):
+    waits: list[float] = []
     hub.down()
     monkeypatch.setattr(fetching.time, "sleep", waits.append)
-    with pytest.raises(UserError, match=r"could not download Rowan/hellaswag: cannot download .*--eval.hellaswag-file"):
-        load_examples(task=task)
-    assert sum(waits) < 10  # a run waits for it
-
-
-def test_pinned_file():
-    pinned = TASKS["hellaswag"].pinned
-    assert pinned
-    assert pinned.location == (
-        "hf://datasets/Rowan/hellaswag@218ec52e09a7e7462a5400043bb9a69a41d06b76/data/validation-00000-of-00001.parquet"
-    )
-    assert pinned.digest == "899813071e1e95efafec90f856e1987d2150fa4d020fc005df6962c259f660cd"
-
-
-@pytest.mark.parametrize("name", [name for name, task in TASKS.items() if not task.pinned])
-def test_the_hubs_parquet_branch(name: str, hub: HubServer, tmp_path: Path, temp_data: Path):
-    """Only the split's file of the right config is downloaded, once."""
-    task = TASKS[name]
-    pq.write_table(pa.Table.from_pylist([task.sample] * 3), tmp_path / "rows.parquet")
-    path = task.files.replace("*/", "plain_text/").replace("*.parquet", "0000.parquet")
-    others = ("other/test/0000.parquet", path.replace("validation", "train").replace("test", "train"))
-    hub.add_dataset(
-        task.repo, {path: (tmp_path / "rows.parquet").read_bytes()} | dict.fromkeys(others, b"no"), ref=CONVERTED
-    )
-    assert len(load_questions(name)) == 3
-    hub.down()
-    assert len(load_questions(name, count=2)) == 2
-    assert [file.relative_to(temp_data / "downloads" / name).as_posix() for file in temp_data.rglob("*.parquet")] == [
-        path
-    ]
-
-
-def test_no_network(hub: HubServer, temp_data: Path):
-    hub.down()
-    with pytest.raises(UserError, match=r"could not download baber/piqa: .*Give its rows as a .*file: piqa:FILE in"):
-        load_questions("piqa")
+    for name, message in (
+        ("hellaswag", r"could not download Rowan/hellaswag: .*hellaswag:FILE in .*--eval.hellaswag-file"),
+        ("piqa", r"could not download baber/piqa: .*Give its rows as a .*file: piqa:FILE in .*--eval.tasks"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_questions(name)
+        assert sum(waits) < 10  # a run waits for it
+        waits.clear()

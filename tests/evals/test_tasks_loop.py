@@ -4,11 +4,16 @@ tests/distributed has two ranks give the same figures as one.
 """
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import eval_rows, train_rows
+from conftest import eval_rows, launch, train_rows, write_run_config
+from support.hub_server import HubServer
+from support.public_tasks import publish_task
 
 from myllm.config import RunConfig
 from myllm.data.prepare.prepare import prepare
@@ -16,6 +21,7 @@ from myllm.distributed.collectives import process_group
 from myllm.errors import UserError
 from myllm.evals import examples
 from myllm.evals.tasks import TASKS
+from myllm.paths import RunPaths
 from myllm.training.loop import train
 
 pytestmark = pytest.mark.usefixtures("prepared_data")
@@ -96,3 +102,23 @@ def test_off(tiny: RunConfig, monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(examples, "load_questions", never)
     assert "HellaSwag" not in (run(with_hellaswag(tiny, hellaswag_every_steps=0)) / "log.txt").read_text()
+
+
+@pytest.mark.slow
+def test_one_of_two_ranks_downloads(tiny: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As many requests as one process sends alone, and none at the second start."""
+    with HubServer() as hub, hub.reached(monkeypatch, tmp_path / "home"):
+        publish_task(hub, "piqa", [TASKS["piqa"].sample] * 5)
+        code = "from myllm.evals.examples import load_questions; assert len(load_questions('piqa')) == 5"
+        own = {"HF_HOME": str(tmp_path / "own home"), "MYLLM_DATA": str(tmp_path / "own data")}
+        subprocess.run([sys.executable, "-c", code], env=os.environ | own, check=True)
+        alone = sorted(f"{one.method} {one.path}" for one in hub.seen("piqa"))
+        config = with_hellaswag(tiny, hellaswag_every_steps=0, tasks=("piqa",), tasks_every_steps=1)
+        file = write_run_config(config, tmp_path / "config.json")
+        for seen in (alone, []):
+            hub.requests.clear()
+            done = launch("--config", file, "--train.fresh", ranks=2)
+            assert done.returncode == 0, done.stderr
+            assert sorted(f"{one.method} {one.path}" for one in hub.seen("piqa")) == seen
+            rows = eval_rows(RunPaths.of("tiny").root, "piqa")
+            assert [(row["step"], row["n_examples"]) for row in rows] == [(0, 5), (1, 5), (2, 5)]

@@ -1,4 +1,4 @@
-"""The questions of a task, from a local file or from the Hub."""
+"""The questions of a task, from a local file or from the Hub. `datasets` finds the files and reads the rows."""
 
 import json
 from collections.abc import Iterator
@@ -8,17 +8,18 @@ from typing import Any
 
 from myllm import paths
 from myllm.data.sources.download import download_file
-from myllm.data.sources.hub_listing import list_hub
+from myllm.data.sources.hf_datasets.listing import list_dataset
+from myllm.data.sources.hf_datasets.name import parse_name
+from myllm.data.sources.hf_datasets.rows import open_rows, quiet
+from myllm.data.sources.hub_listing import first_line
 from myllm.data.sources.source import SourceFile
 from myllm.errors import UserError
-from myllm.files import parse_json
 from myllm.paths import user_path
 
 from .tasks import TASKS, Question, Row, Task
 
-CONVERTED = "refs/convert/parquet"
-"""The Hub converts every data set to parquet files in this branch, with one layout. lm-eval's rows are the same."""
-SUFFIXES = (".jsonl", ".parquet")
+MODULES = {".jsonl": "json", ".parquet": "parquet"}
+"""Module of `datasets` for each suffix of a local file."""
 
 
 def load_questions(
@@ -35,71 +36,62 @@ def load_questions(
         UserError: no such file, not in the task's format, or the download failed.
     """
     task = task or TASKS[name]
-    files = _download(name, task) if file is None else [_check_file(name, Path(file))]
-    rows = ((row, f"{path}, row {number:,}") for path in files for number, row in enumerate(_read_rows(path), 1))
+    if file is None:
+        files, module, options = _download(name, task)
+    else:
+        files, module, options = [_check_file(name, Path(file))], MODULES[Path(file).suffix.lower()], {}
+    rows = (
+        (row, f"{path}, row {number:,}")
+        for path in files
+        for number, row in enumerate(_read_rows(path, module, options), 1)
+    )
     questions = [_to_question(task, row, position) for row, position in islice(rows, count)]
     if not questions:
         raise UserError(f"{files[0]} has no examples; expected rows such as {json.dumps(task.sample)[:300]}")
     return questions
 
 
-def _download(name: str, task: Task) -> list[Path]:
-    folder = paths.downloads_dir() / name
+def _download(name: str, task: Task) -> tuple[list[Path], str, dict[str, Any]]:
+    """The files of a task, and the module and settings with which `datasets` reads them."""
+    folder, dataset = paths.downloads_dir() / name, parse_name(task.source)
     try:
-        if task.pinned:
-            return [download_file(task.pinned, folder, tries=1)]  # training waits for it
-        return [
-            download_file(SourceFile(file.name, file.url, "parquet", file.size_bytes, file.digest), folder, tries=1)
-            for file in list_hub(task.repo, CONVERTED, task.files)
-        ]
+        listing = list_dataset(dataset)
+        files = [SourceFile(file.name, file.url, "", file.size_bytes, file.digest) for file in listing.files]
+        downloaded = [download_file(file, folder, tries=1) for file in files]  # training waits for it
     except (UserError, OSError) as error:
         reason = str(error).split(";")[0]  # the advice after it is for data sets
         raise UserError(
-            f"could not download {task.repo}: {reason}. Give its rows as a .jsonl or .parquet file: {name}:FILE in "
+            f"could not download {dataset.where}: {reason}. Give its rows as a .jsonl or .parquet file: {name}:FILE in "
             + (
                 "`myllm eval --tasks`, or --eval.hellaswag-file"
                 if name == "hellaswag"
                 else "`myllm eval --tasks` or --eval.tasks"
             )
         ) from None
+    return downloaded, listing.module, listing.options
 
 
 def _check_file(name: str, path: Path) -> Path:
     path = user_path(path)
     if not path.is_file():
         raise UserError(f"no {name} file at {path}; expected a .jsonl or .parquet file (default: download it)")
-    if path.suffix.lower() not in SUFFIXES:
+    if path.suffix.lower() not in MODULES:
         raise UserError(f"the {name} file {path} must end in .jsonl or .parquet")
     return path
 
 
-def _read_rows(path: Path) -> Iterator[Any]:
+def _read_rows(path: Path, module: str, options: dict[str, Any]) -> Iterator[Row]:
     """
     Raises:
         UserError: the file is not readable.
     """
     try:
-        if path.suffix.lower() == ".parquet":
-            yield from _read_parquet(path)
-            return
-        with path.open(encoding="utf-8-sig") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield parse_json(line, f"{path}, line {number:,}")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
-
-
-def _read_parquet(path: Path) -> Iterator[Row]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches():
-                yield from batch.to_pylist()
-    except pa.ArrowException as error:
-        raise UserError(f"{path} is not a readable parquet file: {error}") from None
+        with quiet():
+            yield from open_rows(path, module, options)
+    except StopIteration:  # what `datasets` raises for an empty file
+        return
+    except Exception as error:  # whatever the file makes a library raise
+        raise UserError(f"cannot read {path} as {module}: {first_line(error)}") from None
 
 
 def _to_question(task: Task, row: Any, position: str) -> Question:

@@ -19,8 +19,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from myllm.data.sources.source import SourceFile
-
 Protocol = Literal["nanogpt", "lm-eval"]
 Row = dict[str, Any]
 
@@ -40,17 +38,13 @@ class Question:
 class Task:
     """A data set and its questions."""
 
-    repo: str
-    """On the Hub."""
-    files: str
-    """Glob of its files in the Hub's own conversion to parquet, whose layout is CONFIG/SPLIT/0000.parquet."""
+    source: str
+    """On the Hub: NAMESPACE/NAME[@REVISION][:CONFIG]:SPLIT, as after `datasets:` in `--data.source`."""
     n_examples: int
     question: Callable[[Row], Question]
     """Raises ValueError for a row whose values are impossible."""
     sample: Row
     """A made-up row with the fields that `question` reads."""
-    pinned: SourceFile | None = None
-    """Use this file instead of the converted ones."""
     is_last_word: bool = False
     """The answer is the only ending: count how often the model's greedy choice is it."""
 
@@ -122,46 +116,39 @@ STORY = "the river ran under the old stone bridge while " * 12
 
 TASKS = {
     "hellaswag": Task(
-        "Rowan/hellaswag", "data/validation-*.parquet", 10_042, hellaswag_question,
+        "Rowan/hellaswag@218ec52e09a7e7462a5400043bb9a69a41d06b76:validation", 10_042, hellaswag_question,
         # As long as the longer rows.
         {
             "activity_label": "Walking", "ctx_a": STORY, "ctx_b": "", "ctx": STORY, "label": 0,
             "endings": ["the children counted boats and sang " * 4] * 4,
         },
-        pinned=SourceFile(
-            name="validation-00000-of-00001.parquet",
-            location="hf://datasets/Rowan/hellaswag@218ec52e09a7e7462a5400043bb9a69a41d06b76/data/validation-00000-of-00001.parquet",
-            reader="parquet",
-            size_bytes=6_315_951,
-            digest="899813071e1e95efafec90f856e1987d2150fa4d020fc005df6962c259f660cd",
-        ),
     ),
     "arc-easy": Task(
-        "allenai/ai2_arc", "ARC-Easy/test/*.parquet", 2_376, arc_question,
+        "allenai/ai2_arc:ARC-Easy:test", 2_376, arc_question,
         {"question": "What carries boats to the sea?", "choices": CHOICES, "answerKey": "A"},
     ),
     "arc-challenge": Task(
-        "allenai/ai2_arc", "ARC-Challenge/test/*.parquet", 1_172, arc_question,
+        "allenai/ai2_arc:ARC-Challenge:test", 1_172, arc_question,
         {"question": "Which of these slows down a sailing boat?", "choices": CHOICES, "answerKey": "C"},
     ),
     "piqa": Task(
-        "baber/piqa", "*/validation/*.parquet", 1_838, piqa_question,
+        "baber/piqa:validation", 1_838, piqa_question,
         {"goal": "To cross a river,", "sol1": "walk over a bridge.", "sol2": "walk under a bridge.", "label": 0},
     ),
     "openbookqa": Task(
-        "allenai/openbookqa", "main/test/*.parquet", 500, openbookqa_question,
+        "allenai/openbookqa:main:test", 500, openbookqa_question,
         {"question_stem": "At night, boats are led home by", "choices": CHOICES, "answerKey": "D"},
     ),
     "winogrande": Task(
-        "allenai/winogrande", "winogrande_xl/validation/*.parquet", 1_267, winogrande_question,
+        "allenai/winogrande:winogrande_xl:validation", 1_267, winogrande_question,
         {
             "sentence": "The boat did not pass the bridge because the _ was too high.", "option1": "mast",
             "option2": "gate", "answer": "1",
         },
     ),
     "lambada": Task(
-        "EleutherAI/lambada_openai", "default/test/*.parquet", 5_153, lambada_question,
+        "EleutherAI/lambada_openai:default:test", 5_153, lambada_question,
         {"text": f"{STORY}the children waved at the boats from the bridge"}, is_last_word=True,
     ),
 }  # fmt: skip
-"""By name. Each uses the split that lm-eval uses. `runs.history.TASK_TITLES` has their titles."""
+"""By name. Repositories, configurations and splits are lm-eval's. `runs.history.TASK_TITLES` has their titles."""

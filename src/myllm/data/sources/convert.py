@@ -6,10 +6,8 @@ file at once. So a large file keeps all of them busy, and a restart repeats no f
 
 import hashlib
 import json
-import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +16,7 @@ from myllm.files import atomic_write, file_lock
 
 from .arrow_readers import BATCH_ROWS, SKIPS_KEY
 from .download import download_file, local_path
+from .hf_datasets.rows import open_rows, quiet
 from .hub_listing import first_line
 from .read_task import SkipLog
 from .source import SourceFile
@@ -101,8 +100,8 @@ def _texts(file: SourceFile, original: Path, column: str, skips: SkipLog) -> Ite
 
 
 def _tables(file: SourceFile, original: Path, column: str, skips: SkipLog) -> Iterator["pyarrow.Table"]:
-    """The rows as `datasets` reads them. Its own cache is not used."""
-    import datasets
+    """The rows as `datasets` reads them."""
+    import pyarrow
 
     builder = json.loads(file.builder)
     options: dict[str, Any] = builder["options"]
@@ -110,12 +109,13 @@ def _tables(file: SourceFile, original: Path, column: str, skips: SkipLog) -> It
         # The text as it stands in the file: neither "007" nor "NA" becomes a number or nothing.
         fields = parse_text_column(column).fields
         options = {"na_filter": False, "converters": dict.fromkeys(fields, str), "on_bad_lines": "warn"} | options
-    with _quiet(), warnings.catch_warnings(record=True) as bad_lines:
+    with quiet(), warnings.catch_warnings(record=True) as bad_lines:
         warnings.simplefilter("always")
-        rows = datasets.load_dataset(
-            builder["module"], data_files={"train": [str(original)]}, split="train", streaming=True, **options
-        )
-        for table in rows.with_format("arrow").iter(batch_size=READ_ROWS):
+        rows = open_rows(original, builder["module"], options)
+        tables = rows.with_format("arrow").iter(batch_size=READ_ROWS)
+        if builder["module"] == "webdataset":  # whose tables differ in the order of their columns
+            tables = map(pyarrow.table, rows.iter(batch_size=READ_ROWS))
+        for table in tables:
             _log_bad_lines(bad_lines, file.name, skips)
             yield table
         _log_bad_lines(bad_lines, file.name, skips)
@@ -129,15 +129,3 @@ def _log_bad_lines(seen: list[warnings.WarningMessage], name: str, skips: SkipLo
                 number, _, reason = line.removeprefix("Skipping line ").partition(": ")
                 skips.add("invalid_csv", f"{name}, record {number}", reason)  # a record may be several lines
     seen.clear()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the error messages of `datasets`: faults are in the data set's own log."""
-    logger = logging.getLogger("datasets")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

@@ -81,6 +81,7 @@ def request_listing(repo: str, revision: str | None, pattern: str) -> list[Remot
 
 def find_commit(repo: str, revision: str | None) -> str:
     """The hash of the commit that a branch or tag of a dataset repository means now. Errors are the Hub client's."""
+    hub_endpoint()
     if revision and COMMIT.fullmatch(revision):  # never changes, which saves a request
         return revision
     return str(next(_hub_pages(f"{repo}/revision/{quote(revision or 'main', safe='')}"))["sha"])

@@ -2,5 +2,6 @@
 
 name      datasets:NAME[:CONFIG][:SPLIT] taken apart
 listing   which files `datasets` opens for it, and the columns of their rows; cached
+rows      the rows of one file
 saved     the same for a folder of `save_to_disk`
 """
