@@ -154,3 +154,12 @@ def test_estimate_prints_every_figure(said, mixed_corpus: Path) -> None:
 )
 def test_mistakes_are_explained(words: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert message in refused(capsys, *words)
+
+
+def test_a_format_that_datasets_cannot_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "rows.xml").write_text("<rows><text>one</text></rows>")
+    for command in ("prepare", "estimate"):
+        said = refused(capsys, command, f"datasets:{tmp_path}/rows.xml")
+        assert "with its module 'xml', expected one of" in said
+        assert "`files:PATH --suffix .xml .html` reads other kinds of text as it is" in said
+        assert "Traceback" not in said

@@ -1,10 +1,13 @@
 """Sources `datasets:...`: folders, files and repositories that the real package opens, compared with what it reads."""
 
 import csv
+import glob
 import io
 import json
+import sqlite3
 import subprocess
 import sys
+import tarfile
 import tempfile
 import zipfile
 from collections import Counter
@@ -111,6 +114,16 @@ def json_array(path: Path) -> None:
     path.write_text(json.dumps([{"text": f"{i} été", "n": i} for i in range(40)]))
 
 
+def web_dataset(path: Path) -> None:
+    """Files of a sample beside one another: 0001.txt, 0001.json."""
+    with tarfile.open(path, "w") as archive:
+        for i in range(40):
+            for suffix, content in (("txt", f"{i} été"), ("json", json.dumps({"url": f"https://{i}"}))):
+                member = tarfile.TarInfo(f"{i:04d}.{suffix}")
+                member.size = len(content.encode())
+                archive.addfile(member, io.BytesIO(content.encode()))
+
+
 def zipped_csv(path: Path) -> None:
     write_csv(path.with_suffix(".csv"), [{"text": f"{i} été"} for i in range(40)])
     with zipfile.ZipFile(path, "w") as archive:
@@ -138,6 +151,17 @@ def test_a_file_is_read_as_the_package_reads_it(
     expected = datasets.load_dataset(str(tmp_path / "files"), split="train", streaming=True)
     for path in ("files", f"files/{name}", "files/*"):
         assert documents(f"datasets:{tmp_path / path}") == [row["text"] for row in expected]
+
+
+def test_a_web_dataset(tmp_path: Path, temp_data: Path) -> None:
+    path = tmp_path / "rows [1].tar"  # a name that looks like a pattern
+    web_dataset(path)
+    rows = datasets.load_dataset("webdataset", data_files=glob.escape(str(path)), split="train", streaming=True)
+    expected = [f"{row['json']['url']} {row['txt']}" for row in rows]
+    assert documents(f"datasets:{path}", "{json.url} {txt}") == expected
+    assert len(expected) == 40
+    with pytest.raises(UserError, match=r"no column 'text'; it has .*'txt'.*--data.text-column chooses"):
+        find_source(f"datasets:{path}")
 
 
 def test_save_to_disk(tmp_path: Path, temp_data: Path) -> None:
@@ -262,15 +286,26 @@ def test_what_is_not_there_or_not_text(tmp_path: Path, temp_data: Path, monkeypa
     (tmp_path / "empty").mkdir()
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "a.png").write_bytes(b"no image")
+    (tmp_path / "rows.xml").write_text("<rows><text>one</text></rows>")
+    sqlite3.connect(tmp_path / "rows.db").executescript("create table rows (text); insert into rows values ('one')")
     monkeypatch.chdir(tmp_path)
     for source, said in (
         ("datasets:./missing", "there is nothing at"),
         ("datasets:empty", "did you mean datasets:./empty?"),
         ("datasets:./empty", "doesn't contain any data files"),
-        ("datasets:./images", "module 'imagefolder', which is not for text"),
+        (
+            "datasets:./images",
+            "module 'imagefolder', expected one of arrow, conll, csv, json, parquet, text, webdataset; ",
+        ),
+        (
+            "datasets:./rows.xml",
+            "module 'xml', expected one of .*; `files:PATH --suffix .xml .html` reads other kinds of",
+        ),
+        ("datasets:./rows.db", "cannot open .*: it knows none of the suffixes there; `files:PATH --suffix"),
     ):
-        with pytest.raises(UserError, match=said.replace("?", r"\?")):
+        with pytest.raises(UserError, match=said.replace("?", r"\?")) as raised:
             find_source(source)
+        assert len(str(raised.value)) < 300
     monkeypatch.setitem(sys.modules, "datasets.exceptions", None)
     with pytest.raises(UserError, match="needs the package `datasets`, which cannot be imported"):
         find_source(f"datasets:{tmp_path / 'images' / 'a.png'}")

@@ -4,6 +4,7 @@ Answers are cached like the Hub's listings. So a data set of the Hub is pinned b
 does not import `datasets`. That of local files is valid while no file there changes.
 """
 
+import glob
 import hashlib
 import json
 import os
@@ -33,8 +34,8 @@ from .name import DatasetName, choose_config, choose_split
 if TYPE_CHECKING:
     from datasets import BuilderConfig, DatasetBuilder
 
-MODULES = ("arrow", "conll", "csv", "json", "parquet", "text", "webdataset", "xml")
-"""Those of `datasets` that read rows from one file at a time. Others are for images, audio and the like."""
+MODULES = ("arrow", "conll", "csv", "json", "parquet", "text", "webdataset")
+"""Those of `datasets` that read rows of text from one file at a time. Its module for XML cannot open files (5.2)."""
 OWN_SUFFIXES = {"arrow": (".arrow",), "json": (".jsonl", ".jsonl.gz", ".jsonl.zst"), "parquet": (".parquet",)}
 """By module, the files that our own readers read: faster, in parts, and row by row where one is damaged."""
 _COMMON_FIELDS = {"name", "version", "data_dir", "data_files", "description", "features"}
@@ -88,7 +89,8 @@ def _request(name: DatasetName) -> dict[str, Any]:
         if name.path is None:
             arguments["revision"] = find_commit(name.where, name.revision)
         elif not name.path.is_dir():  # a file or a glob, which `datasets` takes relative to a folder
-            arguments = {"path": str(match_files(name.path)[1]), "data_files": str(name.path)}
+            files = glob.escape(name.where) if name.path.is_file() else name.where
+            arguments = {"path": str(match_files(name.path)[1]), "data_files": files}
         configs = datasets.get_dataset_config_names(**arguments)
         default = datasets.get_dataset_default_config_name(**arguments)
         config, split = choose_config(name, configs, default)
@@ -98,16 +100,20 @@ def _request(name: DatasetName) -> dict[str, Any]:
         module = type(builder).__module__.rpartition(".")[2]
         if module not in MODULES:
             raise UserError(
-                f"`datasets` reads {name} with its module {module!r}, which is not for text; expected a data set of "
-                f"the modules {', '.join(MODULES)}"
+                f"`datasets` reads {name} with its module {module!r}, expected one of {', '.join(MODULES)}"
+                f"{_advice(name)}"
             )
         options = _options(builder.config)
         if module == "csv":  # a bad line is not the end of the first rows
             builder.config.on_bad_lines = "skip"
         columns = _first_columns(builder, split)
-        files = _local_files(paths[split]) if name.path else _hub_files(name, arguments["revision"], paths[split])
-    listing = DatasetListing(config, split, module, options, columns, files)
+        listed = _local_files(paths[split]) if name.path else _hub_files(name, arguments["revision"], paths[split])
+    listing = DatasetListing(config, split, module, options, columns, listed)
     return asdict(listing)
+
+
+def _advice(name: DatasetName) -> str:
+    return "; `files:PATH --suffix .xml .html` reads other kinds of text as it is" if name.path else ""
 
 
 def _options(config: "BuilderConfig") -> dict[str, Any]:
@@ -165,7 +171,10 @@ def _clear_errors(name: DatasetName) -> Iterator[None]:
         except DatasetNotFoundError:
             raise no_access_error(name.where) from None
         except (FileNotFoundError, ValueError, RuntimeError, ImportError, AttributeError, TypeError) as error:
-            raise UserError(f"`datasets` cannot open {name}: {first_line(error)}") from None
+            problem = first_line(error)
+            if "with any supported extension" in problem:  # hundreds of them follow
+                problem = f"it knows none of the suffixes there{_advice(name)}"
+            raise UserError(f"`datasets` cannot open {name}: {problem}") from None
         except OSError as error:
             if name.path is None:
                 raise
