@@ -45,6 +45,10 @@ class MachineError(UserError):
     """A UserError that may differ between the machines of a run, such as a damaged file. Each one prints its own."""
 
 
+class PrintedError(UserError):
+    """Another process has printed the message."""
+
+
 class TrainingDiverged(RuntimeError):
     """A gradient or weight is not finite, or too many updates in a row were skipped."""
 

@@ -21,9 +21,10 @@ from myllm.config import DataConfig, EvalConfig, RunConfig
 from myllm.data.dataset import Dataset
 from myllm.data.preparation_lock import BACKGROUND, is_being_prepared, preparation_lock
 from myllm.data.prepare import background
+from myllm.data.prepare.background import prepare_in_background
 from myllm.data.prepare.prepare import prepare
 from myllm.data.prepare.spec import make_spec
-from myllm.errors import UserError
+from myllm.errors import PrintedError, UserError
 
 # pretrain.py with windows of 8 sequences and items of two files. A worker takes up an item only once the number in
 # the file `gate` is larger than the item's, if there is such a file. All but the end runs in spawned processes too.
@@ -237,6 +238,20 @@ def test_too_little_text_ends_with_the_preparations_own_words(runs: Runs) -> Non
     code, said = finish(runs.start())
     assert code == 2
     assert "at most a tenth and needs two tokens; add text" in said
+    assert said.count("error: ") == 1, "running it again would not help"
+
+
+def test_the_error_of_the_preparation_is_the_error_of_training(
+    tiny: RunConfig, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["words"] * 9, "score": range(9)}), tmp_path / "rows.parquet")
+    data = DataConfig(source=f"files:{tmp_path}/rows.parquet", text_column="score", workers=1)
+    with pytest.raises(PrintedError, match="column 'score' is int64"), prepare_in_background(data, starts=True):
+        pytest.fail("it began")
+    assert capfd.readouterr().err.count("column 'score' is int64") == 1
 
 
 # -- looking at one another, in process -------------------------------------------------------------------------------
@@ -275,10 +290,10 @@ def test_what_an_interrupted_preparation_left_is_not_begun_with(
     monkeypatch.setattr(background, "PATIENCE_S", 0.5)
     with (
         pytest.raises(UserError, match="ended before the data set was complete"),
-        background.prepare_in_background(tiny.data, starts=False),
+        prepare_in_background(tiny.data, starts=False),
     ):
         pytest.fail("it began")
-    with preparation_lock(growing.folder), background.prepare_in_background(tiny.data, starts=False) as dataset:
+    with preparation_lock(growing.folder), prepare_in_background(tiny.data, starts=False) as dataset:
         assert not dataset.complete
         assert dataset.describe_progress() == f"{dataset.train.tokens:,} training tokens so far, from 25% of 0.0 MB"
 
@@ -288,7 +303,7 @@ def test_a_finished_data_set_starts_no_process_and_is_cleared(tiny: RunConfig, m
     folder = prepare(tiny.data, progress=False).folder
     assert folder == make_spec(tiny.data).folder
     (folder / "work").mkdir()
-    with background.prepare_in_background(tiny.data, starts=True) as dataset:
+    with prepare_in_background(tiny.data, starts=True) as dataset:
         assert dataset.complete
     assert not (folder / "work").exists()
 

@@ -14,7 +14,7 @@ from typing import NoReturn
 from myllm import paths
 from myllm.distributed import launcher as ranks
 from myllm.distributed.standard_streams import flush_output, stdout_closed
-from myllm.errors import MachineError, UserError, explain_os_error
+from myllm.errors import MachineError, PrintedError, UserError, explain_os_error
 
 RANK_0_HEAD_START_S = 10
 FIRST_FAILURE_HEAD_START_S = 3
@@ -39,6 +39,8 @@ def exit_on_error() -> Iterator[None]:
     try:
         yield
         sys.stdout.flush()
+    except PrintedError:
+        ranks.exit_failed(2)
     except UserError as error:
         _fail(str(error), everywhere=isinstance(error, MachineError))
     except SystemExit as end:

@@ -16,12 +16,18 @@ from myllm.data.dataset import MANIFEST, PROGRESS, WORK, Dataset
 from myllm.data.find import find_dataset, find_dataset_folder
 from myllm.data.mixture.mixed_dataset import MixedDataset
 from myllm.data.mixture.spec import component_configs, find_mixture
-from myllm.data.preparation_lock import BACKGROUND, is_being_prepared, preparation_ended, preparation_lock
+from myllm.data.preparation_lock import (
+    BACKGROUND,
+    PreparationEnded,
+    is_being_prepared,
+    preparation_ended,
+    preparation_lock,
+)
 from myllm.data.sources.source import check_source
 from myllm.data.sources.text_column import parse_text_column
 from myllm.data.tokenizer.load import load_tokenizer, trained_vocab_size
 from myllm.distributed.terminal import shows_bars
-from myllm.errors import UserError
+from myllm.errors import PrintedError, UserError
 
 from .prepare import disk_errors_for_users, prepare, resolve
 from .work_dir import is_complete, remove_work_dir
@@ -75,7 +81,8 @@ def prepare_in_background(
         min_train_tokens: wait for this many training tokens, or for the complete data set; math.inf: for that.
 
     Raises:
-        UserError: as `prepare`.
+        UserError: as `prepare`. A PrintedError if it ended the preparation's process, which has printed it.
+        PreparationEnded: that process crashed or was killed.
     """
     if config.dataset is not None:
         yield _wait_for_tokens(find_dataset(config.dataset, allow_incomplete=True), min_train_tokens)
@@ -103,8 +110,13 @@ def prepare_in_background(
         process.start()
         other_end.close()  # so that `terminal` sees the end of the process
     try:
-        _wait_for_first_shards(folder, process)
-        dataset = _wait_for_tokens(Dataset.open(folder, allow_incomplete=True), min_train_tokens)
+        try:
+            _wait_for_first_shards(folder, process)
+            dataset = _wait_for_tokens(Dataset.open(folder, allow_incomplete=True), min_train_tokens)
+        except PreparationEnded:
+            if process is not None:
+                _raise_printed_error(terminal)
+            raise
         if process is not None and progress and shows_bars():
             _take_terminal(terminal)
         yield dataset
@@ -124,6 +136,13 @@ def _take_terminal(preparation: Connection) -> None:
         preparation.poll(HIDE_S)
 
 
+def _raise_printed_error(preparation: Connection) -> None:
+    """Raise the UserError that ended the preparation. Does nothing if it crashed or was killed."""
+    with suppress(OSError, EOFError):
+        if preparation.poll(HIDE_S) and (message := preparation.recv()):
+            raise PrintedError(message) from None
+
+
 def _prepare(config: DataConfig, folder: Path, progress: bool, terminal: Connection) -> None:
     """What the background process does. It ends with the process that started it."""
     # Its workers inherit this: there is one on each core, and training's processes must not wait for them.
@@ -133,7 +152,9 @@ def _prepare(config: DataConfig, folder: Path, progress: bool, terminal: Connect
         with disk_errors_for_users(), preparation_lock(folder, BACKGROUND):
             prepare(config, progress, terminal)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        with suppress(OSError):
+            terminal.send(str(error))
         sys.exit(2)
 
 
