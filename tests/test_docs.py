@@ -71,7 +71,9 @@ def write_executed_copy(path: Path, folder: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
     cell = [cell for cell in notebook.cells if cell.cell_type == "code"][-1]
     cell.outputs = [
-        nbformat.v4.new_output("stream", name="stdout", text="\x1b[1mit <b> printed\x1b[0m\n"),
+        nbformat.v4.new_output("stream", name="stdout", text="\x1b[1mit <b>\x1b[0m"),
+        nbformat.v4.new_output("stream", name="stdout", text=" printed\n"),
+        nbformat.v4.new_output("stream", name="stderr", text="a warning\n"),
         nbformat.v4.new_output(
             "display_data", {"image/png": base64.b64encode(PICTURE).decode(), "text/plain": "Figure"}
         ),
@@ -85,6 +87,7 @@ def test_site_shows_what_executed_notebooks_print_and_draw(site: Path) -> None:
     executed = (site / "notebooks/01_self_attention.ipynb.html").read_text(encoding="utf-8")
     assert re.search(r'class="language-text output highlight">.*it &lt;b&gt; printed\n', executed)
     assert "<td>bc</td>" in executed
+    assert "a warning" not in executed
     picture = re.search(r'<img [^>]*src="([^"]+)"', executed)[1]
     assert (site / "notebooks" / picture).read_bytes() == PICTURE
     other = (site / "notebooks/02_masked_attention.ipynb.html").read_text(encoding="utf-8")

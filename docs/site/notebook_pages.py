@@ -6,6 +6,7 @@ the run `debug`: without it, those two notebooks are shown as code.
 """
 
 import base64
+import itertools
 import json
 import re
 import subprocess
@@ -66,7 +67,7 @@ def notebook_page(path: Path) -> tuple[str, dict[str, bytes]]:
             parts.append(source)
         else:
             parts.append(f"```python\n{source}\n```")
-            for output in outputs[index] if outputs else ():
+            for output in _joined(outputs[index]) if outputs else ():
                 name = f"{path.stem}_{len(pictures)}.png"
                 text, picture = _output(output, name)
                 parts.append(text)
@@ -76,11 +77,18 @@ def notebook_page(path: Path) -> tuple[str, dict[str, bytes]]:
     return "\n\n".join(parts), pictures
 
 
+def _joined(outputs: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Lines that a cell printed one after the other are one output."""
+    for name, group in itertools.groupby(outputs, key=lambda output: output.get("name")):
+        if name == "stdout":
+            yield {"text": ["".join(output["text"]) for output in group]}
+        elif name != "stderr":  # warnings are of the machine, not of the notebook
+            yield from group
+
+
 def _output(output: dict[str, Any], picture_name: str) -> tuple[str, bytes | None]:
-    """One output as Markdown, and its picture. Warnings are of the machine, not of the notebook."""
+    """One output as Markdown, and its picture."""
     data = output.get("data", {})
-    if output.get("name") == "stderr":
-        return "", None
     if "image/png" in data:
         return f"![drawn by the cell above]({picture_name})", base64.b64decode("".join(data["image/png"]))
     for kind in ("text/markdown", "text/html"):

@@ -20,7 +20,9 @@ from support.browser import chromium
 from support.run_files import eval_row, full_rows, train_row, validation_row, write_run
 
 from myllm.errors import UserError
+from myllm.formatting import format_percent
 from myllm.paths import RunPaths
+from myllm.runs.eval_results import Result, add
 from myllm.runs.history import read_metrics
 from myllm.runs.report import plots
 from myllm.runs.report.axes import MAX_POINTS, downsample
@@ -430,3 +432,20 @@ def test_reports_of_one_run_may_be_written_at_once(run: RunPaths, monkeypatch: p
     os.close(ready[1])
     assert [os.waitpid(child, 0)[1] for child in children] == [0] * 3
     assert not list(run.root.rglob("*.tmp"))
+
+
+def test_results_of_the_eval_command_are_a_table(run: RunPaths, tmp_path: Path) -> None:
+    assert "myllm eval" not in write_report(run).read_text(encoding="utf-8")
+    settings = {"protocol": "lm-eval", "examples": 100, "data_sha256": "1a2b3c"}
+    for step, accuracy in ((200, 0.31), (100, 0.29)):  # that of step 100 came later, of an earlier checkpoint
+        metrics = {"acc": 0.5, "acc_norm": accuracy, "acc_norm_stderr": 0.011, "n_examples": 100}
+        add(run.evals, Result("piqa", "x", step, "float32", settings, metrics, "cpu", 1.0))
+    write_report(run)
+    texts = [text for tag, text in Page(run.report.read_text(encoding="utf-8")).texts if tag == "td"]
+    at = texts.index("PIQA accuracy")
+    values = [format_percent(0.31), f"± {format_percent(0.011)}", "200", "protocol lm-eval, examples 100, float32"]
+    assert texts[at + 1 : at + 5] == values
+    assert texts.count("PIQA accuracy") == 1
+    with chromium(tmp_path / "profile") as browser:
+        browser.open(run.report.as_uri(), width=390, ready="true")
+        assert browser.run("document.documentElement.scrollWidth") <= 390

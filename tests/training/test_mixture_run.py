@@ -22,7 +22,7 @@ from myllm.inference.load import find_model
 from myllm.paths import RunPaths
 from myllm.runs.catalog import runs_by_dataset
 from myllm.runs.history import read_metrics
-from myllm.runs.report.html import eval_columns
+from myllm.runs.report.evaluations import eval_columns
 from myllm.training.preflight.data_and_disk import find_prepared, inspect_data_and_disk
 
 NAMES = ("validation/files-a", "validation/files-b")

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from myllm.config import saved_config
-from myllm.errors import UserError, warn
+from myllm.errors import UserError
 from myllm.paths import RunPaths
 from myllm.planning.flops import flops_per_token
-from myllm.runs import eval_results
+from myllm.runs.eval_results import Result
 from myllm.runs.history import (
     TASK_TITLES,
     Metrics,
@@ -26,6 +26,7 @@ from myllm.runs.history import (
     section,
 )
 from myllm.runs.report.axes import downsample, finite_points
+from myllm.runs.report.evaluations import read_results
 
 MAX_POINTS = 600
 """Of a curve: more than a phone has pixels."""
@@ -43,7 +44,7 @@ class ComparedRun:
     samples: dict[str, list[Row]]
     flops_per_token: float
     """NaN if its model is not known."""
-    results: list[eval_results.Result]
+    results: list[Result]
     """Of `myllm eval`."""
 
     @property
@@ -70,12 +71,8 @@ def read_run(run: RunPaths) -> ComparedRun:
         except UserError:  # a key of a later version
             flops = math.nan
     environment = read_json_or_empty(run.environment)
-    try:
-        results = eval_results.read(run.evals)
-    except UserError:
-        warn(f"{run.evals} is not a file of `myllm eval` that this version reads: its results are left out")
-        results = []
-    return ComparedRun(run.root.name, metrics, config, environment, read_samples(run.samples), flops, results)
+    samples, results = read_samples(run.samples), read_results(run.evals)
+    return ComparedRun(run.root.name, metrics, config, environment, samples, flops, results)
 
 
 class Chart(NamedTuple):

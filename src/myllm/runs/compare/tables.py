@@ -12,7 +12,7 @@ from myllm.errors import UserError
 from myllm.formatting import format_duration, format_percent, format_si
 from myllm.runs.catalog import preset_of
 from myllm.runs.history import Row, as_float, column, section
-from myllm.runs.report.html import as_text, flatten, format_loss, shorten_sample
+from myllm.runs.report.values import as_text, flatten, format_loss, shorten_sample
 
 from .curves import ComparedRun
 

@@ -4,7 +4,6 @@ The page is the template report.html with the styles of report.css; this module 
 """
 
 import shlex
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,11 +27,11 @@ from myllm.runs.history import (
     section,
 )
 
+from .evaluations import eval_table, read_results, result_rows
 from .page import embed_png, page_template
 from .plots import PLOTS, save_figures
+from .values import as_text, flatten, format_loss, format_perplexity, shorten_sample, value_text
 
-MAX_TABLE_ROWS = 25
-MAX_SAMPLE_CHARS = 3_000
 SHAPE_WORDS = {"n_layers": "layers", "d_model": "wide", "n_heads": "heads"}
 ACTIVITY_COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#999999")
 """Longest activity first; the last color serves all that follow. Source: Okabe and Ito (2008), safe for color-blind
@@ -66,7 +65,8 @@ def write_report(run: RunPaths) -> Path:
         figures={name: embed_png(path.read_bytes()) for name, path in figures.items()},
         descriptions={name: plot.description for name, plot in PLOTS.items()},
         samples=samples,
-        evals=_eval_table(metrics),
+        evals=eval_table(metrics),
+        results=result_rows(read_results(run.evals)),
         activities=_activities(metrics),
         # --train.fresh would move this run aside instead of resuming it.
         resume_command=shlex.join(word for word in command if word != "--train.fresh"),
@@ -151,67 +151,7 @@ def _epochs(train: Row, environment: Row) -> str:
     return f"{format_number(100 * epochs)}\N{NO-BREAK SPACE}% of the data" if epochs > 0 else ""
 
 
-def shorten_sample(sample: Any) -> str:
-    text = str(sample).removeprefix(" ")
-    return text if len(text) <= MAX_SAMPLE_CHARS else text[:MAX_SAMPLE_CHARS] + " ..."
-
-
 # -- tables -----------------------------------------------------------------------------------------------------------
-
-
-class EvalColumn(NamedTuple):
-    """One number of one evaluation."""
-
-    group: str
-    title: str
-    name: str
-    """Of the evaluation."""
-    key: str
-    """Of the number in its rows."""
-    format_value: Callable[[float], str]
-
-
-def eval_columns(metrics: Metrics) -> list[EvalColumn]:
-    """What a table shows of the evaluations that a run has."""
-    columns = [
-        EvalColumn("Validation", "loss", "validation", "loss", format_loss),
-        EvalColumn("", "perplexity", "validation", "perplexity", format_perplexity),
-        EvalColumn("", "bits per byte", "validation", "bits_per_byte", format_loss),
-        EvalColumn("", "token accuracy", "validation", "token_accuracy", format_percent),
-        *_component_columns(metrics),
-        *(
-            EvalColumn(title, "accuracy", name, accuracy_key(metrics.rows(name)), format_percent)
-            for name, title in {"cloze": "Cloze", **TASK_TITLES}.items()
-        ),
-    ]
-    return [column for column in columns if metrics.rows(column.name)]
-
-
-def _eval_table(metrics: Metrics) -> dict[str, Any]:
-    """Columns and rows of the table of evaluations, with at most MAX_TABLE_ROWS of the evaluated steps."""
-    columns = eval_columns(metrics)
-    by_step = {name: {row["step"]: row for row in metrics.rows(name)} for _, _, name, _, _ in columns}
-    steps = sorted(set().union(*by_step.values()))
-    shown = steps
-    if len(steps) > MAX_TABLE_ROWS:
-        shown = [steps[index] for index in np.linspace(0, len(steps) - 1, MAX_TABLE_ROWS).round().astype(int)]
-    rows = [
-        [f"{step:,}", format_si(tokens) if tokens >= 0 else ""]
-        + [value_text(by_step[name].get(step, {}), key, format_value) for _, _, name, key, format_value in columns]
-        for step, tokens in zip(shown, metrics.tokens_at(shown), strict=True)
-    ]
-    return {"headings": [column[:2] for column in columns], "rows": rows, "n_steps": len(steps)}
-
-
-def _component_columns(metrics: Metrics) -> list[EvalColumn]:
-    """Columns for each text that was evaluated by itself, such as the components of a mixture."""
-    return [
-        EvalColumn(name if key == "loss" else "", key, name, key, format_value)
-        for name in metrics.evals
-        if name.startswith("validation/")
-        for key, format_value in (("loss", format_loss), ("epochs", format_number))
-        if key in metrics.last(name)
-    ]
 
 
 def _activities(metrics: Metrics) -> list[dict[str, Any]]:
@@ -240,43 +180,3 @@ def _config_groups(config: Row) -> dict[str, Row]:
     groups = {"run": {key: value for key, value in config.items() if not isinstance(value, dict)}}
     groups |= {key: value for key, value in config.items() if isinstance(value, dict)}
     return {name: settings for name, settings in groups.items() if settings}
-
-
-# -- values as text ---------------------------------------------------------------------------------------------------
-
-
-def value_text(row: Row, key: str, format_value=format_number) -> str:
-    """A row's number as text; empty if it has none."""
-    value = row.get(key)
-    return format_value(as_float(value)) if isinstance(value, int | float) else ""
-
-
-def format_loss(value: float) -> str:
-    return f"{value:.4f}" if np.isfinite(value) else format_number(value)
-
-
-def format_perplexity(value: float) -> str:
-    return f"{value:.2f}" if value < 1_000 else format_si(value)
-
-
-def flatten(values: Row, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested settings as ("versions.torch", value) pairs."""
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def as_text(value: Any) -> str:
-    match value:
-        case None:
-            return ""
-        case bool():
-            return "yes" if value else "no"
-        case int():
-            return f"{value:,}" if abs(value) >= 10_000 else str(value)
-        case list():
-            return " | ".join(map(as_text, value))
-        case _:
-            return str(value)
