@@ -127,7 +127,7 @@ def place_labels(axes: Axes, labels: list[Label]) -> None:
     gap = 2 * 1.3 * font_size / axes_height
     to_axes = axes.transData + axes.transAxes.inverted()
     placed = sorted((float(to_axes.transform((0, label.y))[1]), label.text, label.color) for label in labels)
-    heights = [min(max(height, 0.0), 1.0) for height, _, _ in placed]
+    heights = [min(max(height, gap / 2), 1.0) for height, _, _ in placed]  # above the numbers of the axis
     for index in range(1, len(heights)):
         heights[index] = max(heights[index], heights[index - 1] + gap)
     if heights and heights[-1] > 1.0:  # pushed over the top: push back down
