@@ -14,7 +14,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,11 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
 DEADLINE_S = 60.0
 KEYS = {"Enter": 13, "Escape": 27, "Tab": 9, "ArrowLeft": 37, "ArrowRight": 39}
 CONTROL = 2
+NAVIGATED = ("Inspected target navigated or closed", "Execution context was destroyed.", "Cannot find context")
+
+
+class Navigated(Exception):
+    """The page was left or reloaded while a script ran in it."""
 
 
 class Browser:
@@ -47,6 +52,8 @@ class Browser:
         os.write(self.commands, json.dumps(message).encode() + b"\0")
         while (answer := self._read()).get("id") != self.count:
             self._note(answer)
+        if answer.get("error", {}).get("message", "").startswith(NAVIGATED):
+            raise Navigated(method)
         assert "error" not in answer, f"{method}: {answer['error']}"
         return answer["result"]
 
@@ -76,12 +83,14 @@ class Browser:
         return done["result"].get("value")
 
     def wait(self, script: str) -> Any:
-        """The value of an expression once it is true."""
+        """The value of an expression once it is true; the page may reload meanwhile."""
         end = time.monotonic() + DEADLINE_S
-        while not (value := self.run(script)):
-            assert time.monotonic() < end, f"never true: {script}; the page says {self.run('document.body.innerText')}"
+        while time.monotonic() < end:
+            with suppress(Navigated):
+                if value := self.run(script):
+                    return value
             time.sleep(0.02)
-        return value
+        raise AssertionError(f"never true: {script}; the page says {self.run('document.body.innerText')}")
 
     def open(
         self, address: str, width: int = 1400, height: int = 900, dark: bool = False, scale: float = 1,

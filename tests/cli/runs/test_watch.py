@@ -103,6 +103,15 @@ def test_a_comparison_follows_its_runs(runs: list[RunPaths], tmp_path: Path) -> 
         assert browser.errors == []
 
 
+def test_the_browser_waits_through_a_reload(tmp_path: Path) -> None:
+    """A page of another kind reloads itself, perhaps while a test looks."""
+    (tmp_path / "page.html").write_text("<html><body>a page</body></html>")
+    reload = "window.name || (window.name = 'reloaded', location.reload(), new Promise(() => {}))"
+    with chromium(tmp_path / "profile") as browser:
+        browser.open((tmp_path / "page.html").as_uri(), ready="true")
+        assert browser.wait(reload) == "reloaded"
+
+
 @pytest.mark.slow
 def test_a_run_without_rows_is_waited_for(temp_data: Path, runs: list[RunPaths], tmp_path: Path) -> None:
     new = RunPaths(temp_data / "runs/new")
