@@ -44,6 +44,7 @@ def main() -> None:
 
             print(describe_dry_run(args))
             check_mirror(args.config)
+            check_run(args.config)
             check_data(args.config)  # last: the plan is useful even if the data is not there
         elif args.prepare_only:
             prepare_data(args.config)
@@ -58,8 +59,9 @@ def pretrain(args: "PretrainArgs") -> None:
 
     if ranks.rank() == 0:
         print(f"starting the run {args.config.name}", flush=True)
-    if ranks.local_rank() == 0:
-        check_data(args.config)  # before torch is imported, which takes seconds
+    if ranks.local_rank() == 0:  # before torch is imported, which takes seconds
+        check_run(args.config)
+        check_data(args.config)
 
     from myllm.distributed.collectives import training_device
     from myllm.errors import exit_code
@@ -67,10 +69,12 @@ def pretrain(args: "PretrainArgs") -> None:
     from myllm.paths import RunPaths
     from myllm.runs.heartbeat import report_starting
     from myllm.runs.mirror.upload import background_mirror
+    from myllm.training.preflight.device_memory import check_memory
     from myllm.training.stop_signals import exit_unfinished_on_time_signals
 
     exit_unfinished_on_time_signals()
-    training_device(args.config.train.device)  # a device that is missing is reported now, not after the preparation
+    device = training_device(args.config.train.device)  # what is missing is reported now, not after the preparation
+    check_memory(args.config, device, ranks.world_size())
     is_rank_zero = ranks.rank() == 0
     with (
         report_starting(RunPaths.of(args.config.name), active=is_rank_zero) as take_over,
@@ -175,6 +179,16 @@ def prepare_data(config: "RunConfig") -> None:
         check_data(config)
     dataset = prepare(config.data)
     print(f"data ready: {dataset.folder}, {dataset.known_train_tokens:,} tokens to train on")
+
+
+def check_run(config: "RunConfig") -> None:
+    """Reject settings with which the run of this name cannot resume."""
+    from myllm.paths import RunPaths
+
+    if RunPaths.of(config.name).checkpoints.is_dir():
+        from myllm.runs.saved_settings import check_saved_settings
+
+        check_saved_settings(config)
 
 
 def check_data(config: "RunConfig") -> None:

@@ -141,7 +141,7 @@ def test_own_text_in_two_commands(tmp_path: Path, corpus: Path) -> None:
         (("data", "prepair", "x"), "unknown command 'data prepair', did you mean 'data prepare'"),
         (("sample", "nothing"), "no checkpoint at 'nothing'"),
         (("report", "nothing"), "nothing"),
-        (("data", "verify", "nothing"), "no single prepared data set 'nothing'"),
+        (("data", "verify", "nothing"), "no prepared data set 'nothing'"),
         (("data", "prepare", "python-stdlb"), "did you mean 'python-stdlib'"),
         (("data", "prepare", "python-stdlib", "--val-tokens", "0"), "data.val_tokens is 0"),
         (("sample",), ""),

@@ -21,6 +21,7 @@ from conftest import ROOT, command, launch, tiny_config, with_train, write_run_c
 from test_scripts import Machine
 
 from myllm.distributed.device_info import cuda_problem
+from myllm.runs.heartbeat import status
 
 PAGE = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
 MESSAGES = re.findall(r"^```text\n(.*?)\n```$", PAGE, re.M | re.S)
@@ -71,7 +72,7 @@ def test_memory(config: Path) -> None:
 
 def test_memory_without_a_preflight(config: Path) -> None:
     """The machine refuses the memory, as a GPU does."""
-    limit, embedding = 8 * 2**30, ("--model.d-model", "65536", "--model.n-heads", "512")
+    limit, embedding = 4 * 2**30, ("--model.d-model", "4096", "--model.n-heads", "32")
     words = command("--config", config, *embedding, "--train.micro-batch-size", "2")
     done = subprocess.run(
         words, capture_output=True, text=True, timeout=240, check=False,
@@ -118,6 +119,7 @@ def test_another_tokenizer(config: Path, corpus: Path, temp_data: Path) -> None:
 def test_another_model_and_a_port_that_is_taken(config: Path, taken_port: int) -> None:
     assert launch("--config", config).returncode == 0
     check("error: the checkpoint", launch("--config", config, "--model.n-layers", "3").stderr)
+    assert status("tiny", 600)[1] == 0  # still complete
     check("error: cannot listen", myllm("serve", "tiny", "--port", str(taken_port)))
 
 

@@ -148,8 +148,8 @@ def test_estimate_prints_every_figure(said, mixed_corpus: Path) -> None:
         (("show", "x"), "give --document N or --sequence N"),
         (("show", "x", "--document", "-1"), "numbers from 0"),
         (("show", "x", "--document", "1", "--split", "test"), "train or val"),
-        (("merge", "nothing"), "no single prepared data set"),
-        (("verify", "nothing"), "no single prepared data set"),
+        (("merge", "nothing"), "no prepared data set"),
+        (("verify", "nothing"), "no prepared data set"),
     ],
 )
 def test_mistakes_are_explained(words: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:

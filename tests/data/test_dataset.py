@@ -166,10 +166,10 @@ def test_finding_a_data_set(dataset: Dataset, temp_data: Path, tmp_path: Path) -
     assert find_dataset("books-1234").name == "books-1234"
     assert find_dataset("new").name == "news-1"
     for name, said in (
-        ("books", "2 names start with it: books-1234, books-5678"),
+        ("books", "2 prepared data sets begin with 'books'; give one name: books-1234, books-5678"),
         ("bocks-1234", "did you mean 'books-1234'"),
         (".partial", "known: books-1234, books-5678, news-1"),
-        (str(tmp_path), "no single prepared data set"),
+        (str(tmp_path), "no prepared data set"),
     ):
         with pytest.raises(UserError, match=said):
             find_dataset(name)
@@ -186,7 +186,7 @@ def test_a_data_set_that_is_being_made_is_no_data_set_unless_asked_for(
         growing.grow(2)
     (temp_data / "datasets").mkdir(parents=True)
     os.symlink(growing.folder, temp_data / "datasets" / "news-1")
-    with pytest.raises(UserError, match="no single prepared data set"):
+    with pytest.raises(UserError, match="no prepared data set"):
         find_dataset("new")
     with pytest.raises(UserError, match="is incomplete"):
         find_dataset("news-1")

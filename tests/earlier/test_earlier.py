@@ -17,7 +17,7 @@ from myllm.cli import main as cli
 from myllm.config import RunConfig, TrainConfig, from_dict, load_config, saved_config, to_dict
 from myllm.errors import UserError
 from myllm.migrations import CONFIG, STATE, Change, Schema
-from myllm.runs.run_dir import check_resumable
+from myllm.runs.saved_settings import check_resumable
 
 EARLIER = Path(__file__).parent
 VERSIONS = sorted(path.name for path in EARLIER.iterdir() if path.is_dir())

@@ -145,6 +145,10 @@ def test_a_run_goes_on_with_its_data_set_and_its_length(tiny: RunConfig) -> None
         replace(today, name="another"),
     ):
         assert keep_saved_settings(other, False) == (other, False)
+    (dataset.folder.parent / "files-other").mkdir()
+    for given, expected in (("files", dataset.name), (dataset.name, dataset.name), ("files-other", "files-other")):
+        by_name = replace(tiny, data=replace(tiny.data, dataset=given))
+        assert keep_saved_settings(by_name, False)[0].data.dataset == expected
     (run / "config.json").write_text(json.dumps(to_dict(replace(tiny, optim=replace(tiny.optim, decay_fraction=0.2)))))
     assert keep_saved_settings(tiny, False)[0].optim.decay_fraction == 0.2
     assert keep_saved_settings(tiny, False, ["--optim.decay-fraction"])[0].optim.decay_fraction == 0.8

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import write_run_config
 
 from myllm.checkpoint.format import Snapshot, write_checkpoint
 from myllm.checkpoint.locate import find_checkpoint
@@ -16,7 +17,8 @@ from myllm.errors import UserError
 from myllm.inference.load import find_model
 from myllm.paths import RunPaths
 from myllm.runs.history import find_run
-from myllm.runs.run_dir import archive_old_run, check_resumable, claim_run, next_steps, truncate_logs, write_config
+from myllm.runs.run_dir import archive_old_run, claim_run, next_steps, truncate_logs, write_config
+from myllm.runs.saved_settings import check_resumable, check_saved_settings
 
 
 @pytest.fixture
@@ -59,6 +61,20 @@ def test_what_may_not(part: str, change: dict[str, int]) -> None:
     other = replace(saved, **{part: replace(getattr(saved, part), **change)})
     with pytest.raises(UserError, match=f"{part}.{next(iter(change))}: "):
         check_resumable(to_dict(saved), other, Path("x"))
+
+
+def test_settings_are_compared_before_a_start_writes_anything(tiny: RunConfig) -> None:
+    check_saved_settings(tiny)
+    for step in (4, 8, 12):
+        folder = RunPaths.of(tiny.name).checkpoints / f"step_{step:08d}"
+        folder.mkdir(parents=True)
+        if step < 12:  # the newest is damaged
+            write_run_config(tiny, folder / "config.json")
+    check_saved_settings(replace(tiny, train=replace(tiny.train, max_steps=99)))
+    other = replace(tiny, train=replace(tiny.train, seed=5))
+    with pytest.raises(UserError, match="step_00000008 was made with other settings"):
+        check_saved_settings(other)
+    check_saved_settings(replace(other, train=replace(other.train, fresh=True)))
 
 
 def test_a_resume_forgets_what_it_will_write_again(run: RunPaths) -> None:

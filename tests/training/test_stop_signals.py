@@ -243,25 +243,29 @@ def test_a_folder_that_has_the_name_of_a_run_is_none(
     assert status("seen", 600) == ("step 4: complete, after step 4", 0)
 
 
-def test_a_start_is_no_longer_what_the_start_before_was(temp_data: Path) -> None:
-    """From the first look at the data on; and an error before there is a loop is the last word."""
+def test_failed_start_ends_an_unfinished_run_and_leaves_a_complete_one(temp_data: Path) -> None:
     run = RunPaths(temp_data / "runs" / "seen")
     run.root.mkdir(parents=True)
     (run.checkpoints / "step_00000004").mkdir(parents=True)
-    Heartbeat(run.heartbeat, 4).end("complete, after step 4", 0)
-    with suppress(UserError), report_starting(run, active=True):
-        wait_for(lambda: status("seen", 600)[1] == 3)
-        assert status("seen", 600)[0].startswith("step 4: starting, ")
-        raise UserError("no such data:\n  - this one\n  - that one")
-    assert status("seen", 600) == ("step 4: failed: no such data: ...", 2)
+    for how, code, after in (
+        ("complete, after step 4", 0, ("step 4: complete, after step 4", 0)),
+        ("stopped, after step 4", 75, ("step 4: failed: no such data: ...", 2)),
+    ):
+        Heartbeat(run.heartbeat, 4).end(how, code)
+        with suppress(UserError), report_starting(run, active=True):
+            wait_for(lambda: status("seen", 600)[1] == 3)
+            assert status("seen", 600)[0].startswith("step 4: starting, ")
+            raise UserError("no such data:\n  - this one\n  - that one")
+        assert status("seen", 600) == after
     with suppress(UserError), report_starting(run, active=True) as taken_over:
         taken_over()
         Heartbeat(run.heartbeat, 5).end("failed: in the loop", 65)
         raise UserError("said already")
     assert status("seen", 600) == ("step 5: failed: in the loop", 65)
-    with claim_run(run), report_starting(run, active=True):  # another process trains there: its word stands
-        time.sleep(0.05)
-        assert status("seen", 600)[1] == 65
+    held = pytest.raises(UserError, match="another process is training")
+    with claim_run(run), held, report_starting(run, active=True):
+        pass
+    assert status("seen", 600)[1] == 65
     with report_starting(run, active=False), report_starting(RunPaths(temp_data / "new"), active=True):
         assert status("seen", 600)[1] == 65
     assert not (temp_data / "new").exists()

@@ -67,7 +67,7 @@ def test_a_set_to_stop_by_without_patience_is_refused() -> None:
 
 
 def test_sets_that_do_not_fit_are_refused_before_the_first_step(two: RunConfig) -> None:
-    with pytest.raises(UserError, match="no single prepared data set 'nothing'"):
+    with pytest.raises(UserError, match="no prepared data set 'nothing'"):
         run(replace(two, eval=replace(two.eval, validation_sets=("x=nothing",))))
     with pytest.raises(UserError, match=r"train\.early_stop_on is 'other', which is no validation set of this run"):
         run(with_train(two, early_stop_patience=2, early_stop_on="other"))

@@ -115,10 +115,22 @@ def describe_dry_run(args: RunArgs) -> str:
         [
             f"{describe_settings(args.config)}\n",
             describe(predict(config, hardware), _measured_time(config, hardware.count, device)),
+            *_memory_warning(config, device),
             *(f"data         {line}" for line in data_lines),
             *([f"no GPU       {problem}"] if problem else []),
         ]
     )
+
+
+def _memory_warning(config: RunConfig, device: "torch.device") -> list[str]:
+    """Not an error, as it is when the run starts: the plan may be for another machine."""
+    from myllm.training.preflight.device_memory import check_memory
+
+    try:
+        check_memory(config, device, launcher.world_size())
+    except UserError as error:
+        return [f"memory       warning: {error}"]
+    return []
 
 
 def _with_data(args: RunArgs) -> tuple[RunConfig, list[str]]:

@@ -35,9 +35,6 @@ def find_dataset_folder(name: str, names: tuple[str, ...] = (MANIFEST,)) -> Path
     matches = [candidate for candidate in known if candidate.startswith(name)]
     if len(matches) == 1:
         return paths.datasets_dir() / matches[0]
-    seen = (
-        f"{len(matches)} names start with it: {', '.join(matches)}"
-        if matches
-        else f"known: {', '.join(known) or 'none'}"
-    )
-    raise UserError(f"no single prepared data set {name!r}{did_you_mean(name, known)}; {seen}")
+    if matches:
+        raise UserError(f"{len(matches)} prepared data sets begin with {name!r}; give one name: {', '.join(matches)}")
+    raise UserError(f"no prepared data set {name!r}{did_you_mean(name, known)}; known: {', '.join(known) or 'none'}")

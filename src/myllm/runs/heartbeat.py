@@ -15,15 +15,18 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from myllm.checkpoint.layout import newest_step
 from myllm.errors import UserError
-from myllm.files import atomic_write, file_lock, read_json
+from myllm.files import atomic_write, read_json, write_json
 from myllm.migrations import HEARTBEAT
 from myllm.paths import RunPaths, runs_dir, user_path, warn_if_ambiguous
+
+from .history import read_json_or_empty
+from .run_dir import claim_run
 
 EVERY_S = 2.0
 RUNNING, NOT_RESPONDING = 3, 1
@@ -96,19 +99,25 @@ class Heartbeat:
 
 @contextmanager
 def report_starting(run: RunPaths, active: bool) -> Iterator[Callable[[], None]]:
-    """Write a heartbeat while a run starts and looks for its data. If the block fails before the loop has written its
-    own heartbeat, record the failure as the end of the run.
+    """Write a heartbeat while a run starts and looks for its data. If the block fails and the loop has not recorded
+    that, record it as the end of the run; but a run that was complete, and whose new start is refused, stays complete.
 
     Args:
         active: true for the one process of the run that writes its heartbeat.
 
     Yields:
         a function to call when the loop takes over.
+
+    Raises:
+        UserError: another process is training in the folder.
     """
     taken_over = threading.Event()
-    if not active or not _is_free(run):
+    if not active or not run.root.is_dir():
         yield taken_over.set
         return
+    with claim_run(run):
+        pass  # now rather than after the preparation of data
+    before = read_json_or_empty(run.heartbeat)
     beat = Heartbeat(run.heartbeat, newest_step(run.checkpoints))
 
     def write() -> None:
@@ -128,7 +137,12 @@ def report_starting(run: RunPaths, active: bool) -> Iterator[Callable[[], None]]
         yield take_over
     except BaseException as error:
         take_over()
-        if _is_open(run.heartbeat):
+        current = read_json_or_empty(run.heartbeat)
+        refused = isinstance(error, UserError) and current.get("doing") == "starting"
+        if refused and before.get("exit_code") == 0 and before.get("step") == current.get("step"):
+            with suppress(OSError):
+                write_json(run.heartbeat, before)
+        elif _is_open(run.heartbeat):
             codes = {UserError: 2, KeyboardInterrupt: 130}
             code = next((code for kind, code in codes.items() if isinstance(error, kind)), 1)
             code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else code
@@ -136,15 +150,6 @@ def report_starting(run: RunPaths, active: bool) -> Iterator[Callable[[], None]]
         raise
     finally:
         take_over()
-
-
-def _is_free(run: RunPaths) -> bool:
-    """True if the run's folder exists and no process is training in it."""
-    try:
-        with file_lock(run.root / ".lock", wait=False):
-            return True
-    except (OSError, UserError):
-        return False
 
 
 def _is_open(path: Path) -> bool:

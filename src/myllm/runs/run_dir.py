@@ -9,24 +9,20 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 from myllm.checkpoint.retention import unused_path
-from myllm.config import RunConfig, saved_config, to_dict
+from myllm.config import RunConfig, to_dict
 from myllm.distributed import collectives as distributed
 from myllm.distributed.collectives import DistContext
 from myllm.errors import UserError
 from myllm.files import file_lock, write_json
 from myllm.paths import RunPaths
-from myllm.presets import diff_settings
 
 from .history import read_json_or_empty
 from .logs import JsonlFile
 
 PROBE = ".shared-"
 """Prefix of the file by which ranks check that they share a disk."""
-UNREPORTED = ("data.workers", "data.dataset", "train.fresh")
-"""Changes of these settings, and those of the Hub and the mirror, are not reported on resume."""
 NETWORK_DISK_S = 20.0
 """Network disks may take some seconds to show one machine a new file of another."""
 
@@ -138,37 +134,6 @@ def imported_weights_error(run: RunPaths) -> UserError:
     return UserError(
         f"the run {run.root.name} holds imported weights; begin another run with them: --init.from {name} --name NAME"
     )
-
-
-def check_resumable(saved: dict[str, Any], config: RunConfig, folder: Path) -> list[str]:
-    """Compare a config with that of the checkpoint in `folder`.
-
-    Training length, learning rate and hardware may change. The origin and the meaning of the weights, the optimizer's
-    state and the data order may not.
-
-    Returns:
-        the settings that differ, as "optim.max_lr: 0.001 -> 0.002".
-
-    Raises:
-        UserError: a setting differs that may not.
-    """
-    differences = diff_settings(saved_config(saved, folder / "config.json"), config)
-    changed = [
-        f"{name}: {old} -> {new}"
-        for name, (old, new) in sorted(differences.items())
-        if name not in UNREPORTED and not name.startswith(("hub.", "checkpoint."))
-    ]
-    # The data set is compared by its hash, elsewhere.
-    fixed = ("model.", "init.", "optim.optimizer", "train.seed", "train.batch_tokens")
-    refused = [line for line in changed if line.startswith(fixed) and not line.startswith("model.dropout")]
-    if refused:
-        raise UserError(
-            f"the checkpoint {folder} was made with other settings:\n"
-            + "\n".join(f"  - {line}" for line in refused)
-            + f"\ngive the same ones to resume (--config {folder / 'config.json'}), another --name to start a second "
-            "run, or --train.fresh to start over (the old run is moved aside)"
-        )
-    return changed
 
 
 def truncate_logs(run: RunPaths, step: int) -> None:

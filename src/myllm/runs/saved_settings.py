@@ -1,17 +1,70 @@
-"""Settings that a resumed run keeps even if defaults have changed: its data set, its length and its decay."""
+"""Settings of a resumed run: those that may not change, and those that it keeps even if defaults have changed."""
 
 import json
 from collections.abc import Collection
 from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
 
 from myllm import paths
-from myllm.checkpoint.layout import list_checkpoints, step_of
-from myllm.config import DataConfig, OptimConfig, RunConfig, load_config
+from myllm.checkpoint.layout import CONFIG_FILE, list_checkpoints, step_of
+from myllm.config import DataConfig, OptimConfig, RunConfig, load_config, saved_config
 from myllm.data.dataset import FORMAT, MANIFEST
 from myllm.errors import UserError
+from myllm.presets import diff_settings
+
+from .history import read_json_or_empty
 
 NOT_TEXT = ("dataset", "val_tokens", "shard_tokens", "workers", "keep_downloads", "fallback")
 """Data settings that do not select or change the text. Their defaults may differ between versions."""
+
+
+UNREPORTED = ("data.workers", "data.dataset", "train.fresh")
+"""Changes of these settings, and those of the Hub and the mirror, are not reported on resume."""
+
+
+def check_resumable(saved: dict[str, Any], config: RunConfig, folder: Path) -> list[str]:
+    """Compare a config with that of the checkpoint in `folder`.
+
+    Training length, learning rate and hardware may change. The origin and the meaning of the weights, the optimizer's
+    state and the data order may not.
+
+    Returns:
+        the settings that differ, as "optim.max_lr: 0.001 -> 0.002".
+
+    Raises:
+        UserError: a setting differs that may not.
+    """
+    differences = diff_settings(saved_config(saved, folder / "config.json"), config)
+    changed = [
+        f"{name}: {old} -> {new}"
+        for name, (old, new) in sorted(differences.items())
+        if name not in UNREPORTED and not name.startswith(("hub.", "checkpoint."))
+    ]
+    # The data set is compared by its hash, elsewhere.
+    fixed = ("model.", "init.", "optim.optimizer", "train.seed", "train.batch_tokens")
+    refused = [line for line in changed if line.startswith(fixed) and not line.startswith("model.dropout")]
+    if refused:
+        raise UserError(
+            f"the checkpoint {folder} was made with other settings:\n"
+            + "\n".join(f"  - {line}" for line in refused)
+            + f"\ngive the same ones to resume (--config {folder / 'config.json'}), another --name to start a second "
+            "run, or --train.fresh to start over (the old run is moved aside)"
+        )
+    return changed
+
+
+def check_saved_settings(config: RunConfig) -> None:
+    """Compare a command with the run of its name, if there is one, before the command writes anything.
+
+    Raises:
+        UserError: as `check_resumable`, for the newest checkpoint that has a config. Its weights are not read.
+    """
+    run = paths.RunPaths.of(config.name)
+    for folder in [] if config.train.fresh else list_checkpoints(run.checkpoints):
+        if saved := read_json_or_empty(folder / CONFIG_FILE):
+            check_resumable(saved, config, folder)
+            return
 
 
 def keep_saved_settings(config: RunConfig, own_text: bool, given: Collection[str] = ()) -> tuple[RunConfig, bool]:
@@ -33,7 +86,7 @@ def keep_saved_settings(config: RunConfig, own_text: bool, given: Collection[str
         name, fingerprint = str(environment["dataset"]), environment["dataset_hash"]
     except (UserError, OSError, ValueError, KeyError, TypeError):  # resuming reports what is wrong
         return config, own_text
-    if _is_of_earlier_defaults(config.data, saved.data, name, fingerprint):
+    if _is_prefix(config.data.dataset, name) or _is_of_earlier_defaults(config.data, saved.data, name, fingerprint):
         config = replace(config, data=replace(config.data, dataset=name))
     is_default = config.optim.decay_fraction == OptimConfig.decay_fraction and "--optim.decay-fraction" not in given
     if is_default:  # it was 0.2 in earlier versions
@@ -41,6 +94,13 @@ def keep_saved_settings(config: RunConfig, own_text: bool, given: Collection[str
     if own_text:
         config = replace(config, train=replace(config.train, max_steps=saved.train.max_steps))
     return config, False
+
+
+def _is_prefix(given: str | None, name: str) -> bool:
+    """True if a command names its data set by a prefix of `name`, which may have become that of others too."""
+    if not given or not name.startswith(given) or not (paths.datasets_dir() / name).is_dir():
+        return False
+    return not any(folder.is_dir() for folder in (paths.user_path(given), paths.datasets_dir() / given))
 
 
 def _is_of_earlier_defaults(wanted: DataConfig, saved: DataConfig, name: str, fingerprint: str) -> bool:

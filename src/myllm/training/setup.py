@@ -32,7 +32,8 @@ from myllm.planning.batch import BatchPlan, batch_plan
 from myllm.planning.length import resolve_max_steps
 from myllm.planning.own_text import fitting_options
 from myllm.runs.logs import JsonlFile, Log
-from myllm.runs.run_dir import check_new_weights, check_resumable, imported_weights_error
+from myllm.runs.run_dir import check_new_weights, imported_weights_error
+from myllm.runs.saved_settings import check_resumable
 
 from .gradient_guard import GradientGuard
 from .kernels import fast_kernels

@@ -125,7 +125,7 @@ def test_a_rates_file_comes_back_and_says_what_is_wrong(tmp_path: Path) -> None:
         (["lf-llm-269m", "debug", "--tokens", "5M"], "reads the .* training tokens .* times, at most --max-epochs 1"),
         (["lf-llm-269m", "debug", "--tokens", "100"], "less than one step"),
         (["lf-llm-269m", "debug", "--seeds", "0"], "--seeds is 0"),
-        (["lf-llm-269m", "debug", "--data.dataset", "none"], "no single prepared data set 'none'"),
+        (["lf-llm-269m", "debug", "--data.dataset", "none"], "no prepared data set 'none'"),
     ],
 )  # fmt: skip
 def test_mistakes_are_reported_before_anything_is_trained(

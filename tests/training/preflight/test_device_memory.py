@@ -3,13 +3,17 @@
 import re
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import NoReturn
 
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import with_train
 
 from myllm.cli.errors import exit_on_error
+from myllm.cli.launch import RunArgs
+from myllm.cli.plan import describe_dry_run
 from myllm.config import RunConfig
 from myllm.data.prepare.prepare import prepare
 from myllm.distributed import collectives as distributed
@@ -20,7 +24,7 @@ from myllm.presets import get_preset
 from myllm.runs.heartbeat import status
 from myllm.training.loop import train
 from myllm.training.preflight import device_memory
-from myllm.training.preflight.device_memory import OutOfMemory, run_within_memory
+from myllm.training.preflight.device_memory import OutOfMemory, check_memory, run_within_memory
 
 PAIR = DistContext(0, 0, 2, torch.device("cpu"))
 
@@ -148,3 +152,22 @@ def test_ranks_that_run_out_together_go_on(store: dist.Store) -> None:
             run_within_memory(refused, PAIR, 2**40)
     assert run_within_memory(lambda: "done", PAIR, 2**40)[0] == "done"  # waits for nobody here
     assert run_within_memory(lambda: "done", replace(PAIR, rank=0), 2**40)[0] == "done"
+
+
+def test_a_run_that_linux_would_kill_is_refused(tiny: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_memory.sys, "platform", "linux")
+    monkeypatch.setattr(device_memory, "available_bytes", lambda device, processes: 2**30)
+    huge = with_train(tiny, micro_batch_size=10_000, batch_tokens=10_000 * 64)
+    with pytest.raises(UserError, match=r"micro_batch_size 10,000 needs about .* GiB .* only 1.00 GiB is available"):
+        check_memory(huge, torch.device("cpu"), 1)
+    for fits in (tiny, with_train(huge, micro_batch_size="auto")):
+        check_memory(fits, torch.device("cpu"), 1)
+    check_memory(huge, torch.device("cuda"), 1)
+    assert "memory       warning: train.micro_batch_size 10,000 needs" in describe_dry_run(RunArgs(huge))
+    monkeypatch.setattr(device_memory.sys, "platform", "darwin")
+    check_memory(huge, torch.device("cpu"), 1)
+
+
+def test_cached_files_of_a_container_are_available_memory(tmp_path: Path) -> None:
+    (tmp_path / "memory.stat").write_text("anon 100\nfile 900\ninactive_file 800\nactive_file 100\n")
+    assert device_memory._file_cache_bytes(str(tmp_path)) == 800

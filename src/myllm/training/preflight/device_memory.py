@@ -15,13 +15,15 @@ from typing import TypeVar, cast
 
 import torch
 
+from myllm.config import RunConfig
 from myllm.distributed import collectives as distributed
 from myllm.distributed import launcher
 from myllm.distributed.collectives import DistContext
 from myllm.distributed.device_info import device_name
 from myllm.distributed.out_of_memory import is_out_of_memory
 from myllm.errors import UserError
-from myllm.planning.memory_estimate import HEADROOM
+from myllm.formatting import format_gib
+from myllm.planning.memory_estimate import HEADROOM, ComputeMode, predicted_bytes
 
 OTHER_RANKS_S = 120.0
 """How long a rank that is out of memory waits for the others to run out too. A compiler may delay one of them."""
@@ -45,6 +47,28 @@ def available_bytes(device: torch.device, processes: int = 1) -> int:
     if device.type == "mps":
         return torch.mps.recommended_max_memory()
     return _proc_bytes("/proc/self/status", "VmRSS") + _free_ram_bytes() // processes
+
+
+def check_memory(config: RunConfig, device: torch.device, world_size: int) -> None:
+    """Refuse a run that Linux would kill. Other devices refuse the memory themselves, and other systems swap.
+
+    Args:
+        config: train.micro_batch_size is a number, or "auto", which is found by trial.
+
+    Raises:
+        UserError: on a CPU, a rank's predicted memory is more than what is available.
+    """
+    size = config.train.micro_batch_size
+    if device.type != "cpu" or sys.platform != "linux" or size == "auto":
+        return
+    needed = predicted_bytes(config, ComputeMode.of(config, "cpu", world_size))
+    available = available_bytes(device, launcher.local_world_size())
+    if needed > available:
+        raise UserError(
+            f"train.micro_batch_size {size:,} needs about {format_gib(needed)} of memory per rank, but only "
+            f"{format_gib(available)} is available; set it to auto, which finds the largest that fits, or end other "
+            "programs; if not even 1 fits, lower model.max_seq_len, model.n_layers or model.d_model"
+        )
 
 
 def peak_bytes(device: torch.device) -> int:
@@ -141,8 +165,17 @@ def _free_ram_bytes() -> int:
     ):
         with suppress(OSError, ValueError):  # no such file, or "max"
             limit, used = (int(Path(root, name).read_text()) for name in (limit_file, used_file))
-            free = min(free, max(limit - used, 0))
+            free = min(free, max(limit - used + _file_cache_bytes(root), 0))
     return free
+
+
+def _file_cache_bytes(control_group: str) -> int:
+    """Pages of files that count as used memory of a container, and that Linux gives up when memory is needed."""
+    for line in Path(control_group, "memory.stat").read_text().splitlines():
+        name, _, value = line.partition(" ")
+        if name in ("inactive_file", "total_inactive_file"):
+            return int(value)
+    return 0
 
 
 def _proc_bytes(file: str, key: str) -> int:
