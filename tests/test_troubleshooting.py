@@ -82,6 +82,11 @@ def test_memory_without_a_preflight(config: Path) -> None:
     check("error: out of memory on", done.stderr)
 
 
+def test_memory_on_a_cpu(config: Path) -> None:
+    words = ("--train.micro-batch-size", "100000", "--train.batch-tokens", "6400000")
+    check("error: train.micro_batch_size", launch("--config", config, *words).stderr)
+
+
 def test_too_little_text(tmp_path: Path, temp_data: Path) -> None:
     (tmp_path / "text.txt").write_text("too little")
     check("error: the source", myllm("data", "prepare", f"files:{tmp_path / 'text.txt'}"))
