@@ -13,6 +13,8 @@ import fsspec
 import pytest
 import torch
 from conftest import losses
+from support.gcs_server import GcsServer
+from support.hub_server import HubServer
 from support.s3_server import S3Server
 
 from myllm.checkpoint.format import Snapshot, write_checkpoint
@@ -43,11 +45,30 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
     server.stop()
 
 
-@pytest.fixture(params=["folder", "memory", "s3"])
+@pytest.fixture
+def gs(monkeypatch: pytest.MonkeyPatch) -> Iterator[GcsServer]:
+    server = GcsServer(monkeypatch)
+    yield server
+    fsspec.get_filesystem_class("gs").clear_instance_cache()
+    server.stop()
+
+
+@pytest.fixture
+def hf(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
+    """With a model repository to write to."""
+    with HubServer() as hub, hub.reached(monkeypatch, tmp_path / "home"):
+        monkeypatch.setenv("HF_TOKEN", "hf_me")
+        hub.models.add_account("hf_me", "me")
+        hub.models.add("me/runs", {"README.md": b"# Runs"})
+        yield hub
+        fsspec.get_filesystem_class("hf").clear_instance_cache()
+
+
+@pytest.fixture(params=["folder", "memory", "s3", "gs", "hf"])
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "s3":
-        request.getfixturevalue("s3")
-        return "s3://bucket/runs"
+    if request.param in ("s3", "gs", "hf"):
+        request.getfixturevalue(request.param)
+        return {"s3": "s3://bucket/runs", "gs": "gs://bucket/runs", "hf": "hf://me/runs"}[request.param]
     if request.param == "memory":
         fsspec.filesystem("memory").store.clear()
         return "memory://runs"
@@ -130,7 +151,7 @@ def test_another_machine_gets_the_newest_checkpoint(
     assert {name.split("/")[1] for name in names if name.startswith("checkpoints/")} == {
         "step_00000100", "step_00000101", "step_00000102"
     }  # fmt: skip
-    assert {name for name in names if "/" not in name} == {"config.json", "metrics.jsonl"}
+    assert {name for name in names if "/" not in name} - {"README.md"} == {"config.json", "metrics.jsonl"}
     newest, best = content(run.checkpoints / "step_00000102"), content(run.best)
     new_machine(tmp_path, monkeypatch)
     there = RunPaths.of(run.root.name)
@@ -245,6 +266,25 @@ def test_a_cut_connection(run: RunPaths, s3: S3Server, tmp_path: Path, monkeypat
     assert fetch(run.root.name, "s3://bucket")[0] == [2, 1]
 
 
+def test_a_hub_that_refuses_a_file(
+    run: RunPaths, hf: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = "hf://me/runs"
+    put(run.checkpoints, 1)
+    assert mirror(run, url, 1)[0]
+    put(run.checkpoints, 2)
+    hf.fail_next("/commit/main", status=403, times=1, method="POST")
+    success, log = mirror(run, url, 2)
+    assert not success
+    assert len([line for line in log if "cannot be written" in line]) == 1
+    home = tmp_path / "temp_data"
+    new_machine(tmp_path, monkeypatch)
+    assert fetch(run.root.name, url)[0] == [1]
+    monkeypatch.setenv("MYLLM_DATA", str(home))
+    assert mirror(run, url, 2)[0]
+    assert fetch(run.root.name, url)[0] == [2, 1]
+
+
 def test_a_mirror_that_cannot_be_read_stops_only_a_run_that_would_start_over(run: RunPaths, s3: S3Server) -> None:
     s3.down()
     with pytest.raises(UserError, match="This machine has no checkpoint of the run, which would start over"):
@@ -315,17 +355,22 @@ def test_a_run_goes_on_elsewhere_as_if_nothing_had_happened(
     assert losses(root) == undisturbed
 
 
+@pytest.mark.parametrize("url", ["folder", "hf"], indirect=True)
 def test_training_ends_with_the_last_checkpoint_mirrored(
-    run: RunPaths, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    run: RunPaths, url: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """By a process of its own."""
-    config = RunConfig(name=run.root.name, checkpoint=CheckpointConfig(str(folder_url(tmp_path))))
+    """By a process of its own, which has no bars or warnings to show."""
+    config = RunConfig(name=run.root.name, checkpoint=CheckpointConfig(url))
     put(run.checkpoints, 1)
     with background_mirror(config, active=True) as process:
         process.submit(1)
         put(run.checkpoints, 2)
         process.finish(2)
     assert "mirrored step 2" in run.log.read_text()
-    assert "=== Mirroring" in capfd.readouterr().out
-    manifest = json.loads((tmp_path / "mirror" / run.root.name / "checkpoints/step_00000002/manifest.json").read_text())
+    shown, errors = capfd.readouterr()
+    assert "=== Mirroring" in shown
+    assert "hffs-" not in errors
+    assert "No files have been modified" not in errors
+    fs, base = fsspec.core.url_to_fs(url)
+    manifest = json.loads(fs.cat_file(f"{base}/{run.root.name}/checkpoints/step_00000002/manifest.json"))
     assert manifest["format"] == "myllm-checkpoint-2"

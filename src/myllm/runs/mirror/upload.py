@@ -5,6 +5,7 @@ newest checkpoint first, each one's manifest last, and then removes what retenti
 is logged once, it tries again by itself and with each new checkpoint.
 """
 
+import logging
 import os
 import sys
 import time
@@ -91,7 +92,19 @@ def _run_mirror(run: RunPaths, url: str, policy: RetentionPolicy, steps: Steps) 
     """The mirror's process. Ends after None, or with the process that started it."""
     init_worker()
     os.nice(10)  # training has priority
+    _silence_libraries(url)
     sys.exit(0 if mirror_from_queue(run, url, policy, steps, Log(run.log, active=True)) else 1)
+
+
+def _silence_libraries(url: str) -> None:
+    """No bars and warnings for each file in the terminal of training. Failures are logged."""
+    logging.getLogger("gcsfs").setLevel(logging.ERROR)
+    if url.startswith("hf://"):
+        from huggingface_hub.utils import disable_progress_bars
+        from huggingface_hub.utils.logging import set_verbosity_error
+
+        disable_progress_bars()
+        set_verbosity_error()
 
 
 def mirror_from_queue(
