@@ -356,7 +356,7 @@ def test_a_run_goes_on_elsewhere_as_if_nothing_had_happened(
     assert losses(root) == undisturbed
 
 
-@pytest.mark.parametrize("url", ["folder", "hf"], indirect=True)
+@pytest.mark.parametrize("url", ["folder", pytest.param("hf", marks=pytest.mark.slow)], indirect=True)
 def test_training_ends_with_the_last_checkpoint_mirrored(
     run: RunPaths, url: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
