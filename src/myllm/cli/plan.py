@@ -188,21 +188,17 @@ def preflight(words: list[str]) -> None:
     from myllm.training.preflight import rehearsal
     from myllm.training.preflight.batch_size import save_for_run
     from myllm.training.preflight.summary import Limits
+    from myllm.training.stop_signals import raise_exit, signal_handler
 
     def say(line: str) -> None:
         if launcher.rank() == 0:
             print(f"preflight: {line} ...", flush=True)
 
     protect_output(keep_going=True)  # what runs next needs the result even if nobody reads the output
-    handled = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
-    handlers = {number: signal.signal(number, _exit) for number in handled}
-    try:
-        with process_group(config.train.device) as dist:
-            limits = Limits(args.max_hours, args.dollars_per_hour)
-            result = rehearsal.preflight(config, dist, limits, say, own_text=args.own_text)
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    limits = Limits(args.max_hours, args.dollars_per_hour)
+    # A signal raises, so that the temporary folder is removed.
+    with signal_handler(SIGNALS, raise_exit), process_group(config.train.device) as dist:
+        result = rehearsal.preflight(config, dist, limits, say, own_text=args.own_text)
     if dist.is_rank_zero:
         print(result.table(), flush=True)
     if problems := result.problems():
@@ -212,8 +208,3 @@ def preflight(words: list[str]) -> None:
             save_for_run(result.config, dist, result.measured.peak_bytes)
         except OSError as error:
             say(f"cannot save the micro-batch size; the run will search for it again: {error.strerror}")
-
-
-def _exit(number: int, _: object) -> None:
-    """Raise, as Ctrl-C does, so that the temporary folder is removed."""
-    raise SystemExit(128 + number)

@@ -11,8 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -25,9 +24,11 @@ from myllm.files import is_locked, write_json
 from myllm.paths import RunPaths, is_checkout, project_root
 from myllm.presets import diff_settings
 from myllm.runs.history import Metrics, as_float, read_json_or_empty, read_metrics
+from myllm.training.stop_signals import raise_exit, signal_handler
 
 POLL_S, READ_EVERY_S = 0.1, 1.0
 LAST_LINES = 12
+MEASURED_STEPS = 20
 SAVES = 4
 """Checkpoints of a trial, evenly spaced, each in place of the one before. None is kept after the end."""
 HOPELESS_FROM = 5
@@ -110,7 +111,8 @@ def run_trials(
     if first is None:
         return
     waiting, free = chain([first], waiting), machine_shares(first.train.device, jobs)
-    with _stop_signals_raise():
+    # The trials are told to stop, as by Ctrl-C.
+    with signal_handler((signal.SIGTERM, signal.SIGHUP), raise_exit):
         try:
             while True:
                 while free and (config := next(waiting, None)) is not None:
@@ -128,6 +130,18 @@ def run_trials(
                 time.sleep(POLL_S)
         finally:
             _stop(running)
+
+
+def seconds_per_token(configs: Sequence[RunConfig], jobs: int = 1) -> list[float]:
+    """Measure the speed of configs with runs of MEASURED_STEPS, which leave nothing behind."""
+    short = {}
+    for config in configs:
+        train = replace(config.train, max_steps=min(MEASURED_STEPS, config.train.max_steps))
+        short[f"{config.name}-speed"] = replace(config, name=f"{config.name}-speed", train=train)
+    seconds = {result.name: result.seconds for result in run_trials(short.values(), jobs)}
+    for name in short:
+        shutil.rmtree(RunPaths.of(name).root)
+    return [seconds[name] / (run.train.max_steps * run.train.batch_tokens) for name, run in short.items()]
 
 
 def finished(config: RunConfig) -> TrialResult | None:
@@ -237,20 +251,10 @@ class _TrialProcess:
         return result
 
     def _start(self) -> subprocess.Popen[bytes]:
-        share, gpus = self.share, self.share.gpus
-        # The process must not take part in a torchrun that may have started this one.
-        command = ["env", "-u", "RANK", "-u", "LOCAL_RANK", "-u", "WORLD_SIZE"]
-        command += [f"OMP_NUM_THREADS={share.threads}"] if share.threads else []
-        command += [f"CUDA_VISIBLE_DEVICES={','.join(gpus)}"] if gpus else []
-        command += [sys.executable]
-        if len(gpus) > 1:
-            command += ["-m", "myllm.distributed.elastic", "--standalone", f"--nproc_per_node={len(gpus)}"]
-        command += [str(project_root() / "pretrain.py"), "--config", str(_trial_file(self.run))]
-        with self._log.open("ab") as out:
-            # A session of its own: Ctrl-C reaches this process first, which passes it on once.
-            return subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
-            )
+        threads, gpus = self.share.threads, self.share.gpus
+        variables = [f"OMP_NUM_THREADS={threads}"] if threads else []
+        variables += [f"CUDA_VISIBLE_DEVICES={','.join(gpus)}"] if gpus else []
+        return start_training(["--config", str(_trial_file(self.run))], self._log, len(gpus), variables)
 
     def _is_hopeless(self, limit: Limit) -> bool:
         """True if the training loss is above the limit after another tenth of the steps, in the second half."""
@@ -268,12 +272,43 @@ class _TrialProcess:
         return is_locked(self.run.root / ".lock")
 
     def _last_lines(self) -> str:
-        lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:]
-        return "".join(f"\n    {line}" for line in lines) + f"\nall of it is in {self._log}"
+        return f"{last_lines(self._log)}\nall of it is in {self._log}"
 
     @property
     def _log(self) -> Path:
         return self.run.root / "trial.log"
+
+
+def start_training(
+    words: Sequence[str],
+    log: Path,
+    ranks: int = 1,
+    variables: Sequence[str] = (),
+    launcher: str = "myllm.distributed.elastic",
+) -> subprocess.Popen[bytes]:
+    """Start pretrain.py in a process of its own, or a launcher with several ranks of it.
+
+    Args:
+        words: of the command line of pretrain.py.
+        log: the output is appended to this file.
+        variables: NAME=VALUE, added to the environment.
+    """
+    # The process must not take part in a torchrun that may have started this one.
+    command = ["env", "-u", "RANK", "-u", "LOCAL_RANK", "-u", "WORLD_SIZE", *variables, sys.executable]
+    if ranks > 1:
+        command += ["-m", launcher, "--standalone", f"--nproc_per_node={ranks}"]
+    with log.open("ab") as out:
+        # A session of its own: Ctrl-C reaches this process first, which passes it on once.
+        return subprocess.Popen(
+            [*command, str(project_root() / "pretrain.py"), *words],
+            stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+
+
+def last_lines(log: Path) -> str:
+    """The end of a log, indented, each line after a line break."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:]
+    return "".join(f"\n    {line}" for line in lines)
 
 
 def recent_loss(run: RunPaths, step: int | None = None) -> tuple[int, float]:
@@ -303,22 +338,6 @@ def _result(config: RunConfig, metrics: Metrics, loss: float | None) -> TrialRes
     seconds = metrics.training_s()
     tokens = int(metrics.last().get("tokens") or 0)
     return TrialResult(config.name, loss, tokens, 0.0 if math.isnan(seconds) else seconds)
-
-
-@contextmanager
-def _stop_signals_raise() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP raise, as Ctrl-C does, so that the trials are told to stop."""
-
-    def leave(number: int, _: object) -> None:
-        raise SystemExit(128 + number)
-
-    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
-    before = {number: signal.signal(number, leave) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, previous in before.items():
-            signal.signal(number, previous)
 
 
 def _stop(trials: list[_TrialProcess]) -> None:

@@ -15,7 +15,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
@@ -86,9 +86,6 @@ def handle_stop_signals(max_wall_s: float | None = None, started: float | None =
         if request.signal is None:
             request.signal = number
 
-    # nohup ignores SIGHUP: the run is to survive the terminal.
-    handled = [number for number in SIGNALS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
-    previous = {number: signal.signal(number, on_signal) for number in handled}
     # A Python handler waits until the main thread returns from C code, for example from a collective that hangs. The
     # operating system's own handler writes to this descriptor at once, and another thread reads it.
     reader, writer = socket.socketpair()
@@ -97,14 +94,30 @@ def handle_stop_signals(max_wall_s: float | None = None, started: float | None =
     thread = threading.Thread(target=_exit_on_second_interrupt, args=(reader,), name="signals", daemon=True)
     thread.start()
     try:
-        yield request
+        with signal_handler(SIGNALS, on_signal):
+            yield request
     finally:
         signal.set_wakeup_fd(previous_fd)
         writer.close()  # ends the thread
         thread.join()
         reader.close()
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+
+
+@contextmanager
+def signal_handler(numbers: Iterable[int], handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Handle signals until the block ends. Under nohup, SIGHUP stays ignored: the run is to survive the terminal."""
+    handled = [number for number in numbers if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
+    previous = {number: signal.signal(number, handler) for number in handled}
+    try:
+        yield
+    finally:
+        for number, earlier in previous.items():
+            signal.signal(number, earlier)
+
+
+def raise_exit(number: int, _: FrameType | None) -> None:
+    """A handler that raises, as Ctrl-C does, so that `finally` blocks run. Exits with 128 + the signal's number."""
+    raise SystemExit(128 + number)
 
 
 def _exit_on_second_interrupt(reader: socket.socket) -> None:

@@ -19,7 +19,6 @@ from myllm.cli.tune.search import Plan, Search, TunedRun
 from myllm.cli.tune.space import Parameter, default_search, parse_search, spread_points
 from myllm.config import RunConfig
 from myllm.errors import UserError
-from myllm.paths import RunPaths
 from myllm.presets import get_preset
 
 BEST_RATE, BEST_DECAY = 8e-3, 0.15
@@ -207,9 +206,7 @@ def test_the_command_line_to_paste(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_the_results(temp_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     in_place_of_training(monkeypatch)
-    measured = TrialResult("speed", 5.0, 10_000, 2.0)
-    monkeypatch.setattr("myllm.cli.tune.command.run_trial", lambda config: measured)
-    RunPaths.of("tune-valley-speed").root.mkdir(parents=True)
+    monkeypatch.setattr("myllm.cli.tune.command.seconds_per_token", lambda configs: [2e-4])
     cli.main(["tune", "debug", "--trials", "9", "--name", "valley"])
     said = capsys.readouterr().out
     # 9, 4 and 4 runs of 67, 200 and 600 steps, 8 on fresh seeds: 4.4M tokens, 5,000 a second.

@@ -1,19 +1,14 @@
 """What a ladder will cost: its plan in words, and hours from finished cells or from a short measurement."""
 
-import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
-from myllm.cli.trials import as_trial
+from myllm.cli.trials import seconds_per_token
 from myllm.config import RunConfig
 from myllm.formatting import format_duration, format_si, format_table
-from myllm.paths import RunPaths
 
-from .cells import read_cell, run_cells
+from .cells import read_cell
 from .plan import Cell, Grid
 from .rates import RecipeRates
-
-MEASURED_STEPS = 20
 
 
 def describe_plan(
@@ -73,22 +68,9 @@ def expected_seconds(cells: Sequence[Cell], jobs: int) -> dict[str, float]:
     known = {
         (cell.recipe, cell.width): took[cell.config.name] / cell.tokens for cell in cells if cell.config.name in took
     }
-    first = {(cell.recipe, cell.width): cell for cell in reversed(cells) if (cell.recipe, cell.width) not in known}
-    probes = [_shorten(cell) for cell in first.values()]
-    for result in run_cells(probes, jobs):
-        known[result.cell.recipe, result.cell.width] = result.seconds / result.cell.tokens
-        shutil.rmtree(RunPaths.of(result.cell.config.name).root)
+    unknown = {(cell.recipe, cell.width): cell for cell in reversed(cells) if (cell.recipe, cell.width) not in known}
+    speeds = seconds_per_token([cell.config for cell in unknown.values()], jobs)
+    known |= dict(zip(unknown, speeds, strict=True))
     return {
         cell.config.name: took.get(cell.config.name) or cell.tokens * known[cell.recipe, cell.width] for cell in cells
     }
-
-
-def _shorten(cell: Cell) -> Cell:
-    """A run of a few steps with the speed of the cell."""
-    config = cell.config
-    steps = min(MEASURED_STEPS, config.train.max_steps)
-    return replace(cell, config=as_trial(replace(
-        config,
-        name=f"{config.name}-speed",
-        train=replace(config.train, max_steps=steps),
-    )))  # fmt: skip

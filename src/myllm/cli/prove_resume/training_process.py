@@ -3,14 +3,14 @@
 import os
 import signal
 import subprocess
-import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from myllm.paths import RunPaths, project_root
+from myllm.cli.trials import last_lines, start_training
+from myllm.paths import RunPaths
 from myllm.runs.logs import JsonlFile
 
 POLL_S = 0.02
@@ -40,15 +40,8 @@ class TrainingProcess:
         """
         run, log = RunPaths(data / "runs" / name), data / f"{name}.log"
         old_metrics = _inode(run.metrics)
-        # The new process must not take part in a torchrun that may have started this one.
-        clean_env = ["env", "-u", "RANK", "-u", "LOCAL_RANK", "-u", "WORLD_SIZE", f"MYLLM_DATA={data}"]
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-        command = [sys.executable, *torchrun, str(project_root() / "pretrain.py"), "--config", str(config)]
-        with log.open("ab") as out:
-            process = subprocess.Popen(
-                [*clean_env, *command, "--name", name],
-                stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
+        words = ["--config", str(config), "--name", name]
+        process = start_training(words, log, ranks, [f"MYLLM_DATA={data}"], "torch.distributed.run")
         return cls(process, run, log, old_metrics)
 
     def step(self) -> int:
@@ -105,8 +98,9 @@ class TrainingProcess:
             self.kill()
             raise RunFailed(f"the process did not exit after its last step; see {self.log}") from None
         if code or self.step() < last_step:
-            tail = "".join(f"\n    {line}" for line in self.log.read_text(errors="replace").splitlines()[-12:])
-            raise RunFailed(f"the run ended with exit code {code} at step {self.step()} of {last_step}:{tail}")
+            raise RunFailed(
+                f"the run ended with exit code {code} at step {self.step()} of {last_step}:{last_lines(self.log)}"
+            )
 
 
 def train_rows(run: RunPaths) -> dict[int, dict[str, Any]]:

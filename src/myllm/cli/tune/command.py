@@ -1,13 +1,12 @@
 """The command `myllm tune PRESET [overrides]`: its arguments, the plan, and what it prints."""
 
-import shutil
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from myllm import paths
 from myllm.cli.launch import RunArgs, parse_run_args
-from myllm.cli.trials import run_trial
+from myllm.cli.trials import MEASURED_STEPS, seconds_per_token
 from myllm.distributed import launcher as ranks
 from myllm.errors import UserError
 from myllm.files import file_lock
@@ -39,7 +38,6 @@ options:
 DRAW_EVERY_S = 60.0
 MIN_STEPS = 20
 """Of the shortest runs."""
-MEASURED_STEPS = 20
 
 
 @dataclass(frozen=True)
@@ -151,11 +149,8 @@ def describe_time(plan: Plan, folder: Path, jobs: int) -> str:
     tokens, seconds = sum(run["tokens"] for run in runs), sum(run["seconds"] for run in runs)
     source = f"the speed of {len(runs)} runs so far"
     if not seconds:
-        name = f"tune-{plan.config.name}-speed"
-        train = replace(plan.config.train, max_steps=MEASURED_STEPS)
-        measured = run_trial(replace(plan.config, name=name, train=train))
-        tokens, seconds, source = measured.tokens, measured.seconds, f"a run of {MEASURED_STEPS} steps"
-        shutil.rmtree(paths.RunPaths.of(name).root)
+        (seconds,) = seconds_per_token([replace(plan.config, name=f"tune-{plan.config.name}")])
+        tokens, source = 1, f"a run of {MEASURED_STEPS} steps"
     expected = plan.tokens * seconds / tokens / jobs
     return f"at most {format_duration(expected)} of training with --jobs {jobs}, by {source}"
 
