@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from .errors import UserError
+from .errors import UserError, bullets
 from .files import parse_json
 from .migrations import CONFIG, dataclass_from_json
 
@@ -337,7 +337,7 @@ def from_dict(values: Any, base: RunConfig, source: object = None) -> RunConfig:
     config = dataclass_from_json(RunConfig, values, errors, base)
     if errors:
         shown = f"the config {source}" if source else "the config"
-        raise UserError(f"{shown} does not fit:\n" + "\n".join(f"  - {error}" for error in errors))
+        raise UserError(f"{shown} does not fit:\n{bullets(errors)}")
     return config
 
 

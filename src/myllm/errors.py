@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 import tempfile
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -67,6 +68,11 @@ def did_you_mean(word: str, known: list[str]) -> str:
 
     close = get_close_matches(word, known, n=1, cutoff=0.5)
     return f", did you mean {close[0]!r}?" if close else ""
+
+
+def bullets(lines: Iterable[str]) -> str:
+    """A list in a message: one entry a line."""
+    return "\n".join(f"  - {line}" for line in lines)
 
 
 def warn(line: str) -> None:

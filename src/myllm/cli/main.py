@@ -14,7 +14,7 @@ import tyro
 
 from myllm.distributed.library_env import set_library_env
 from myllm.distributed.standard_streams import protect_output
-from myllm.errors import UserError, did_you_mean
+from myllm.errors import UserError, bullets, did_you_mean
 
 from . import checkpoint as checkpoint_cli
 from . import data as data_cli
@@ -66,7 +66,7 @@ def doctor(distributed: bool = False, device: Literal["auto", "cpu", "cuda"] = "
     lines, problems = check_machine()
     print("\n".join(lines))
     if problems:
-        raise UserError("problems found:\n" + "\n".join(f"  - {problem}" for problem in problems))
+        raise UserError(f"problems found:\n{bullets(problems)}")
     print("no problems found")
 
 

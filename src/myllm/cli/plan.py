@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from myllm.config import RunConfig
 from myllm.distributed import launcher
 from myllm.distributed.standard_streams import protect_output
-from myllm.errors import UserError
+from myllm.errors import UserError, bullets
 from myllm.formatting import format_duration
 from myllm.planning.flops import flops_per_token
 from myllm.planning.forecast import Hardware, compare, describe, parse_hardware, predict
@@ -202,7 +202,7 @@ def preflight(words: list[str]) -> None:
     if dist.is_rank_zero:
         print(result.table(), flush=True)
     if problems := result.problems():
-        raise UserError("\n".join(["this run would fail:", *(f"  - {problem}" for problem in problems)]))
+        raise UserError(f"this run would fail:\n{bullets(problems)}")
     if config.train.micro_batch_size == "auto" and result.measured and dist.is_rank_zero:
         try:
             save_for_run(result.config, dist, result.measured.peak_bytes)

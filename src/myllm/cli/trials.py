@@ -19,7 +19,7 @@ from pathlib import Path
 from myllm.config import CheckpointConfig, HubConfig, RunConfig, load_config, to_dict
 from myllm.distributed.cpu_threads import num_threads
 from myllm.distributed.library_env import visible_gpus
-from myllm.errors import TrainingDiverged, UserError
+from myllm.errors import TrainingDiverged, UserError, bullets
 from myllm.files import is_locked, write_json
 from myllm.paths import RunPaths, is_checkout, project_root
 from myllm.presets import diff_settings
@@ -160,7 +160,7 @@ def finished(config: RunConfig) -> TrialResult | None:
         return None
     different = diff_settings(load_config(_trial_file(run), RunConfig()), config)
     if different:
-        changes = "\n".join(f"  - {name}: {old} -> {new}" for name, (old, new) in different.items())
+        changes = bullets(f"{name}: {old} -> {new}" for name, (old, new) in different.items())
         raise UserError(
             f"the trial {config.name} was trained with other settings:\n{changes}\n"
             f"give the same ones, another name, or remove {run.root}"

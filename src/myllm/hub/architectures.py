@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from myllm.config import ModelConfig
-from myllm.errors import UserError
+from myllm.errors import UserError, bullets
 
 ModelType = Literal["llama", "qwen3", "gpt2"]
 Activation = Literal["swiglu", "gelu", "relu2"]
@@ -80,7 +80,7 @@ def select_architecture(config: ModelConfig) -> ModelType:
     if fewest:
         raise UserError(
             "no architecture of transformers supports this model:\n"
-            + "\n".join(f"  - {CLASSES[model_type]}: {'; '.join(unsupported[model_type])}" for model_type in closest)
+            + bullets(f"{CLASSES[model_type]}: {'; '.join(unsupported[model_type])}" for model_type in closest)
             + "\n--to-onnx exports any model"
         )
     return closest[0]
@@ -155,12 +155,11 @@ def parse_transformers_config(values: Mapping[str, Any], source: str) -> ModelCo
         raise UserError(f"{source} has model_type {model_type!r}, expected one of {', '.join(CLASSES)}")
     values = {key: value for key, value in values.items() if value is not None}  # null means the default
     if errors := sorted(_type_errors(values)):
-        raise UserError(f"{source} cannot be used:\n" + "\n".join(f"  - {error}" for error in errors))
+        raise UserError(f"{source} cannot be used:\n{bullets(errors)}")
     values |= {key: int(values[key]) for key in values.keys() & INTEGER_LIMITS.keys()}
     unsupported = list(_unsupported_gpt2(values) if model_type == "gpt2" else _unsupported_llama(values))
     if unsupported:
-        settings = "\n".join(f"  - {setting}" for setting in unsupported)
-        raise UserError(f"MyLLM does not support these settings of {source}:\n{settings}")
+        raise UserError(f"MyLLM does not support these settings of {source}:\n{bullets(unsupported)}")
     try:
         return _parse_gpt2(values) if model_type == "gpt2" else _parse_llama(values)
     except KeyError as error:

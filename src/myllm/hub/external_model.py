@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from myllm.config import ModelConfig, RunConfig
-from myllm.errors import UserError
+from myllm.errors import UserError, bullets
 from myllm.model.transformer import Transformer
 from myllm.planning.config_checks import config_errors
 
@@ -31,7 +31,7 @@ def check_model_config(config: ModelConfig, source: Path) -> None:
         UserError: a model that MyLLM cannot build.
     """
     if errors := [error for error in config_errors(RunConfig(model=config), 1) if error.startswith("model.")]:
-        raise UserError(f"the model in {source} is not supported:\n" + "\n".join(f"  - {error}" for error in errors))
+        raise UserError(f"the model in {source} is not supported:\n{bullets(errors)}")
 
 
 def match_vocabulary(config: ModelConfig, vocab_size: int, source: Path) -> tuple[ModelConfig, list[str]]:
@@ -70,7 +70,5 @@ def finalize_weights(external: ExternalModel, source: Path) -> dict[str, Tensor]
         elif not weights[name].isfinite().all():
             errors.append(f"{name} has values that are not finite")
     if errors:
-        raise UserError(
-            f"the weights in {source} cannot be used:\n" + "\n".join(f"  - {error}" for error in errors[:8])
-        )
+        raise UserError(f"the weights in {source} cannot be used:\n{bullets(errors[:8])}")
     return weights

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from myllm.config import ModelConfig
-from myllm.errors import UserError
+from myllm.errors import UserError, bullets
 from myllm.model.transformer import Transformer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -156,9 +156,7 @@ def import_weights(
             errors.append(f"{', '.join(mapping.theirs)} have shapes {shapes}, which cannot be concatenated")
     errors += [f"{name} is unknown" for name in sorted(tensors)]
     if errors:
-        raise UserError(
-            f"the weights in {source} do not match its config:\n" + "\n".join(f"  - {error}" for error in errors[:8])
-        )
+        raise UserError(f"the weights in {source} do not match its config:\n{bullets(errors[:8])}")
     return weights
 
 

@@ -22,7 +22,7 @@ from myllm.data.tokenizer.base import Tokenizer
 from myllm.data.tokenizer.load import load_tokenizer
 from myllm.distributed.collectives import broadcast_object, is_first
 from myllm.distributed.parallelize import shard_like
-from myllm.errors import UserError
+from myllm.errors import UserError, bullets
 from myllm.files import write_json
 from myllm.hub.import_model import read_external_config, read_external_model, source_label
 from myllm.model.transformer import Transformer
@@ -99,9 +99,8 @@ def check_fits(source: Source, config: RunConfig, dataset: Dataset | None = None
     ]
     if differences:
         raise UserError(
-            f"the weights of {config.init.source} do not fit this config:\n"
-            + "\n".join(f"  - {line}" for line in differences)
-            + "\nremove these settings: the shape of the model comes from its weights"
+            f"the weights of {config.init.source} do not fit this config:\n{bullets(differences)}\n"
+            "remove these settings: the shape of the model comes from its weights"
         )
     if dataset is None and config.data.dataset is not None:
         dataset = find_dataset(config.data.dataset, allow_incomplete=True)

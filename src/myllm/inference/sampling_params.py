@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from myllm.errors import UserError
+from myllm.errors import UserError, bullets
 
 
 @dataclass(frozen=True)
@@ -48,5 +48,5 @@ class SamplingParams:
         Raises:
             UserError: names every parameter out of range.
         """
-        if lines := [f"  - {error}" for error in self.errors()]:
-            raise UserError("\n".join(["invalid sampling parameters:", *lines]))
+        if errors := list(self.errors()):
+            raise UserError(f"invalid sampling parameters:\n{bullets(errors)}")

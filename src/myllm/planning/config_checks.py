@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from myllm.config import EvalConfig, HubConfig, ModelConfig, RunConfig, TrainConfig
-from myllm.errors import UserError
+from myllm.errors import UserError, bullets
 
 from .batch import batch_plan
 
@@ -90,8 +90,7 @@ def check_data_config(config: RunConfig) -> None:
 
 def _raise(errors: list[str]) -> None:
     if errors:
-        lines = [f"the config has {len(errors)} error{'s' * (len(errors) > 1)}:", *(f"  - {error}" for error in errors)]
-        raise UserError("\n".join(lines))
+        raise UserError(f"the config has {len(errors)} error{'s' * (len(errors) > 1)}:\n{bullets(errors)}")
 
 
 def config_errors(config: RunConfig, world_size: int) -> list[str]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from myllm.config import RunConfig
 from myllm.errors import UserError, did_you_mean
-from myllm.formatting import format_gib, format_si
+from myllm.formatting import format_gib, format_si, format_table
 
 from .batch import batch_plan, micro_batch_sizes
 from .disk import disk_estimate_bytes
@@ -208,8 +208,7 @@ def describe(forecast: Forecast, measured_time: str | None = None, dollars_per_h
 
 def compare(forecasts: Sequence[Forecast], dollars_per_hour: Sequence[float]) -> str:
     """A table of one run on several machines: memory and time and, if the machines' prices are given, cost."""
-    header = ("GPUs", "micro-batch", "peak memory", "tokens/s", "hours", *(["cost"] if dollars_per_hour else []))
-    rows = [header]
+    rows = [("GPUs", "micro-batch", "peak memory", "tokens/s", "hours", *(["cost"] if dollars_per_hour else []))]
     for index, forecast in enumerate(forecasts):
         run, hardware = forecast.run_config, forecast.hardware
         size, largest = run.train.micro_batch_size, forecast.largest
@@ -223,8 +222,7 @@ def compare(forecasts: Sequence[Forecast], dollars_per_hour: Sequence[float]) ->
         cost = [_cost(forecast, price[0])] if price else []
         peak = format_gib(predicted_bytes(run, forecast.mode))
         rows.append((str(hardware), f"{size} (too large: {advice})" if too_large else str(size), peak, *ranges, *cost))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+    return format_table(rows)
 
 
 def _cost(forecast: Forecast, dollars_per_hour: float) -> str:

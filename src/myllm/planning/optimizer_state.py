@@ -15,10 +15,7 @@ FLOAT = 4
 
 def block_matrices(model: ModelConfig) -> int:
     """Numbers in the matrices inside the blocks: the projections of attention and of the feed-forward network."""
-    d, size = model.d_model, model.head_size
-    attention = d * (2 * model.n_heads + 2 * model.kv_heads) * size
-    feed_forward = d * model.d_ff * (3 if model.activation == "swiglu" else 2)
-    return model.n_layers * (attention + feed_forward)
+    return sum(_matrices_by_shape(model).values())
 
 
 def optimizer_state_bytes(config: RunConfig) -> int:
@@ -39,11 +36,11 @@ def muon_update_bytes(config: RunConfig, ranks: int, width: int) -> int:
     """
     if config.optim.optimizer != "muon":
         return 0
-    largest = max(_batches(config.model).values())
+    largest = max(_matrices_by_shape(config.model).values())
     return (2 * FLOAT + width) * largest // ranks + width * block_matrices(config.model)
 
 
-def _batches(model: ModelConfig) -> Counter[tuple[int, ...]]:
+def _matrices_by_shape(model: ModelConfig) -> Counter[tuple[int, ...]]:
     """Numbers of all matrices inside the blocks, by their sorted sides."""
     d, size = model.d_model, model.head_size
     shapes = [(model.n_heads * size, d)] * 2 + [(model.kv_heads * size, d)] * 2  # q, out; k, v

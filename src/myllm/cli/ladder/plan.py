@@ -11,11 +11,11 @@ from myllm import paths
 from myllm.cli.trials import as_trial
 from myllm.config import DataConfig, ModelConfig, OptimConfig, RunConfig, load_config
 from myllm.data.dataset import Dataset
-from myllm.errors import UserError, did_you_mean
+from myllm.errors import UserError, bullets, did_you_mean
 from myllm.formatting import format_si
 from myllm.planning.config_checks import check_config
-from myllm.planning.flops import parameters_by_part
 from myllm.planning.length import warmup_steps
+from myllm.planning.optimizer_state import block_matrices
 from myllm.presets import PRESETS, get_preset
 
 from .rates import RecipeRates
@@ -69,8 +69,7 @@ def count_matrices(model: ModelConfig) -> int:
 
     With this count nanochat found exponents of N and D near 1/2 (its LOG, runs/scaling_laws.sh).
     """
-    parts = parameters_by_part(replace(model, bias=False, qk_norm=False))
-    return parts["attention"] + parts["feed-forward"] + model.vocab_size * model.d_model
+    return block_matrices(model) + model.vocab_size * model.d_model
 
 
 def load_recipes(words: Sequence[str]) -> dict[str, RunConfig]:
@@ -119,7 +118,7 @@ def check_grid(grid: Grid, max_epochs: float) -> None:
     if min(grid.lengths) < grid.batch_tokens:
         errors.append(f"--tokens {min(grid.lengths):,} is less than one step of --batch-tokens {grid.batch_tokens:,}")
     if errors:
-        raise UserError("the ladder cannot be run:\n" + "\n".join(f"  - {error}" for error in errors))
+        raise UserError(f"the ladder cannot be run:\n{bullets(errors)}")
 
 
 def plan_cells(

@@ -1,10 +1,8 @@
 """The figures of a ladder, drawn from ladder.json and ablation.json."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -12,7 +10,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 
 from myllm.formatting import format_si
 from myllm.runs.report.axes import BLUE, GRAY, GREEN, INK, PURPLE, VERMILION, set_ticks
-from myllm.runs.report.plots import STYLE_FILE
+from myllm.runs.report.plots import styled_figure
 
 STYLES = ((BLUE, "o"), (VERMILION, "s"), (GREEN, "D"), (PURPLE, "^"), (INK, "v"))
 """Color and marker of each recipe or pair."""
@@ -23,7 +21,7 @@ def draw_losses(ladder: Values) -> Figure:
     """Final loss against tokens, a panel for each size: seeds, the joint law, and the held-out rung as open points."""
     analysis = ladder["analysis"]
     sizes, tokens = analysis["parameters"], analysis["tokens"]
-    with _figure(4.2 * len(sizes), 3.9, columns=len(sizes)) as (figure, panels):
+    with styled_figure(4.2 * len(sizes), 3.9, columns=len(sizes)) as (figure, panels):
         for size, axes in enumerate(panels):
             axes.set_title(f"width {ladder['widths'][size]}, N {format_si(sizes[size])}")
             for recipe, name in enumerate(ladder["recipes"]):
@@ -47,7 +45,7 @@ def draw_multipliers(ladder: Values) -> Figure:
     """How many times fewer tokens, against size: of the law at each size with its band, and of the joint law."""
     analysis = ladder["analysis"]
     sizes = np.array(analysis["parameters"])
-    with _figure(6.4, 4.2) as (figure, (axes,)):
+    with styled_figure(6.4, 4.2) as (figure, (axes,)):
         axes.set_title("Fewer tokens for the same loss, and 95 % bands")
         for index, (first, second) in enumerate(analysis["pairs"]):
             color, marker = STYLES[index % len(STYLES)]
@@ -77,7 +75,7 @@ def draw_multipliers(ladder: Values) -> Figure:
 def draw_search(record: Sequence[Values]) -> Figure:
     """Loss against the factor on the first guess of the rates; open points: AdamW's rate alone."""
     names = list(dict.fromkeys(row["recipe"] for row in record))
-    with _figure(4.2 * len(names), 3.6, columns=len(names)) as (figure, panels):
+    with styled_figure(4.2 * len(names), 3.6, columns=len(names)) as (figure, panels):
         for axes, name in zip(panels, names, strict=True):
             axes.set_title(name)
             for index, row in enumerate(row for row in record if row["recipe"] == name):
@@ -102,7 +100,7 @@ def draw_search(record: Sequence[Values]) -> Figure:
 def draw_ablation(found: Values) -> Figure:
     """Nats lost without each part, with standard errors."""
     parts = found["parts"][::-1]
-    with _figure(6.4, 1.2 + 0.36 * len(parts)) as (figure, (axes,)):
+    with styled_figure(6.4, 1.2 + 0.36 * len(parts)) as (figure, (axes,)):
         axes.set_title(f"{found['recipe']}: nats lost without one part")
         errors = [part["stderr"] or 0.0 for part in parts]
         axes.barh(
@@ -115,13 +113,6 @@ def draw_ablation(found: Values) -> Figure:
         axes.axvline(0, color=GRAY, linewidth=1)
         axes.set_xlabel(f"nats per token, width {found['width']}, {format_si(found['tokens'])} tokens")
     return figure
-
-
-@contextmanager
-def _figure(width: float, height: float, columns: int = 1) -> Iterator[tuple[Figure, list[Axes]]]:
-    with matplotlib.rc_context(fname=STYLE_FILE):
-        figure = Figure(figsize=(width, height))
-        yield figure, list(figure.subplots(1, columns, squeeze=False)[0])
 
 
 def _log_axis(axes: Axes, values: Sequence[float] | np.ndarray, label: str) -> None:

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from myllm.files import atomic_write, write_text
+from myllm.files import write_text
 from myllm.formatting import format_duration, format_si
-from myllm.runs.report.page import DPI, embed_png, page_template
+from myllm.runs.report.page import embed_png, page_template, save_figure
 
 from .ablation import describe_ablation
 from .plots import draw_ablation, draw_losses, draw_multipliers, draw_search
@@ -36,8 +36,7 @@ def write_report(folder: Path) -> Path:
         image = None
         if figure is not None:
             path = folder / "plots" / f"{title.lower().replace(' ', '_')}.png"
-            with atomic_write(path, durable=False) as file:
-                figure.savefig(file, dpi=DPI, format="png")
+            save_figure(figure, path)
             image = embed_png(path.read_bytes())
         shown.append({"title": title, "image": image, "text": text})
     seconds = sum(cell["seconds"] for cell in ladder["cells"])

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from myllm.config import OptimConfig, RunConfig
-from myllm.errors import UserError
+from myllm.errors import UserError, bullets
 
 from .plan import Cell, Grid, make_cell
 from .rates import RecipeRates
@@ -162,11 +162,10 @@ def _edge_error(edges: Sequence[tuple[str, int, str, Line]]) -> UserError:
     for name, width, setting, line in edges:
         side = "highest" if line.best == max(line.losses) else "lowest"
         tried = ", ".join(f"x{2.0**power:g} {loss:.4f}" for power, loss in sorted(line.losses.items()))
-        lines.append(f"  - {name}, width {width}, {setting}: the {side} is the best (factor and loss: {tried})")
+        lines.append(f"{name}, width {width}, {setting}: the {side} is the best (factor and loss: {tried})")
     return UserError(
         "no fit: an optimum lies at the edge of the rates that were tried, so the recipes are not equally tuned:\n"
-        + "\n".join(lines)
-        + "\ngive better rates with --rates FILE.json, or correct the recipe's own"
+        f"{bullets(lines)}\ngive better rates with --rates FILE.json, or correct the recipe's own"
     )
 
 

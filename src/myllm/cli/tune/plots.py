@@ -4,7 +4,6 @@ import math
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -13,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from myllm.formatting import format_number
 from myllm.runs.report.axes import BLUE, DASHED, GRAY, GREEN, INK, VERMILION, set_ticks
-from myllm.runs.report.plots import STYLE_FILE
+from myllm.runs.report.plots import styled_figure
 
 from .fit import Parabola
 from .search import TunedRun
@@ -40,9 +39,7 @@ def draw_setting(parameter: Parameter, runs: list[TunedRun], parabola: Parabola 
         best[run.group] = min(best[run.group], run.loss)
     gaps = [run.loss - best[run.group] for run in runs if math.isfinite(run.loss)]
     top = 4 / 3 * max(float(np.quantile(gaps, SHOWN)), 0.01) if gaps else 1.0
-    with matplotlib.rc_context(fname=STYLE_FILE):
-        figure = Figure(figsize=(WIDTH, HEIGHT))
-        axes = figure.add_subplot()
+    with styled_figure(WIDTH, HEIGHT) as (figure, (axes,)):
         axes.set_title(f"optim.{parameter.name}")
         for run in runs:
             _, color, area = RUNG_STYLES[run.rung]
@@ -96,9 +93,7 @@ def _finish(axes: Axes, parameter: Parameter, top: float) -> None:
 
 def draw_range_test(test: "RangeTest") -> Figure:
     """The loss against the rising rate."""
-    with matplotlib.rc_context(fname=STYLE_FILE):
-        figure = Figure(figsize=(WIDTH, HEIGHT))
-        axes = figure.add_subplot()
+    with styled_figure(WIDTH, HEIGHT) as (figure, (axes,)):
         axes.set_title("Range test")
         axes.plot(test.rates, test.losses, color=BLUE, alpha=0.28, linewidth=0.8)
         axes.plot(test.rates, test.smooth, color=BLUE)

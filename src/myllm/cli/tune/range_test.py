@@ -79,12 +79,12 @@ def run_range_test(config: RunConfig, steps: int = STEPS) -> str:
         "rates": test.rates.tolist(), "losses": test.losses.tolist(), "smooth": test.smooth.tolist(),
         "steepest": test.steepest, "guess": test.guess,
     })))  # fmt: skip
-    from myllm.runs.report.page import DPI
+    from myllm.runs.report.page import save_figure
 
     from .plots import draw_range_test
 
     figure = folder / "range_test.png"
-    draw_range_test(test).savefig(figure, dpi=DPI)
+    save_figure(draw_range_test(test), figure)
     lines = [
         f"the loss falls fastest at a rate of {test.steepest:.2g}; a third of that is an upper guess: optim.max_lr "
         f"{test.guess:.2g}"

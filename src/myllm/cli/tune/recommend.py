@@ -2,6 +2,7 @@
 
 import shlex
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
@@ -10,7 +11,7 @@ from myllm.config import RunConfig
 from myllm.planning.transfer import transfer
 from myllm.presets import PRESETS, diff_settings
 
-from .search import FRESH_SEEDS, TOP, Search
+from .search import FRESH_SEEDS, TOP, Search, TunedRun
 from .space import with_values
 
 
@@ -50,17 +51,25 @@ def recommend(search: Search) -> Recommendation | None:
     The seed that a finalist was chosen by does not count: of many noisy losses, the lowest is too low by about two
     standard deviations.
     """
-    losses: dict[int, dict[int, float]] = defaultdict(dict)
-    values = {}
+    runs = fresh_runs(search)
+    if 0 not in runs or any(len(by_seed) < FRESH_SEEDS for by_seed in runs.values()):
+        return None
+    best = min(runs, key=lambda number: (mean_loss(runs[number]), number))
+    gains = [] if best == 0 else [runs[0][seed].loss - runs[best][seed].loss for seed in sorted(runs[best])]
+    return Recommendation(best, next(iter(runs[best].values())).values, mean_loss(runs[best]), gains)
+
+
+def fresh_runs(search: Search) -> dict[int, dict[int, TunedRun]]:
+    """The finalists' runs on fresh seeds, by the number of the point and by seed."""
+    runs: dict[int, dict[int, TunedRun]] = defaultdict(dict)
     for run in search.runs:
         if run.rung == TOP and run.seed != search.plan.config.train.seed:
-            losses[run.number][run.seed] = run.loss
-            values[run.number] = run.values
-    if 0 not in losses or any(len(by_seed) < FRESH_SEEDS for by_seed in losses.values()):
-        return None
-    best = min(losses, key=lambda number: (fmean(losses[number].values()), number))
-    gains = [] if best == 0 else [losses[0][seed] - losses[best][seed] for seed in sorted(losses[best])]
-    return Recommendation(best, values[best], fmean(losses[best].values()), gains)
+            runs[run.number][run.seed] = run
+    return runs
+
+
+def mean_loss(by_seed: Mapping[int, TunedRun]) -> float:
+    return fmean(run.loss for run in by_seed.values())
 
 
 def commands(search: Search, values: dict[str, float]) -> dict[str, str]:

@@ -1,6 +1,5 @@
 """tune.json and report.html of a search."""
 
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict
 from statistics import fmean
@@ -12,7 +11,7 @@ from myllm.migrations import TUNE
 from myllm.planning.transfer import describe_transfer, transfer
 
 from .fit import BEST_FRACTION, Parabola, fit_parabolas
-from .recommend import Recommendation, commands, recommend
+from .recommend import Recommendation, commands, fresh_runs, mean_loss, recommend
 from .search import RUNGS, TOP, Plan, Search, TunedRun, ranked
 
 TOO_FEW = "too few runs for a parabola"
@@ -100,18 +99,13 @@ def _cards(search: Search, best: Recommendation | None) -> list[tuple[str, str, 
 
 def _finalists(search: Search) -> tuple[list[int], list[list[str]]]:
     """The fresh seeds, and a row for each finalist: its number, values, losses and mean."""
-    losses: dict[int, dict[int, float]] = defaultdict(dict)
-    values = {}
-    for run in search.runs:
-        if run.rung == TOP and run.seed != search.plan.config.train.seed:
-            losses[run.number][run.seed], values[run.number] = run.loss, run.values
-    seeds = sorted({seed for by_seed in losses.values() for seed in by_seed})
+    runs = fresh_runs(search)
+    seeds = sorted({seed for by_seed in runs.values() for seed in by_seed})
     rows = []
-    for number in sorted(losses, key=lambda number: fmean(losses[number].values())):
-        shown = [f"{losses[number][seed]:.4f}" if seed in losses[number] else "" for seed in seeds]
-        name = "preset" if number == 0 else f"{number:03d}"
-        own = [f"{value:.3g}" for value in values[number].values()]
-        rows.append([name, *own, *shown, f"{fmean(losses[number].values()):.4f}"])
+    for number, by_seed in sorted(runs.items(), key=lambda item: mean_loss(item[1])):
+        losses = [f"{by_seed[seed].loss:.4f}" if seed in by_seed else "" for seed in seeds]
+        values = [f"{value:.3g}" for value in next(iter(by_seed.values())).values.values()]
+        rows.append([f"{number:03d}" if number else "preset", *values, *losses, f"{mean_loss(by_seed):.4f}"])
     return seeds, rows
 
 

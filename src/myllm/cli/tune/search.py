@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from myllm.cli.trials import TrialResult, recent_loss, run_trials
 from myllm.config import RunConfig, to_dict
-from myllm.errors import UserError
+from myllm.errors import UserError, bullets
 from myllm.paths import RunPaths
 from myllm.planning.transfer import transfer
 from myllm.presets import diff_settings
@@ -251,9 +251,8 @@ def _check_same(saved: dict[str, Any], wanted: dict[str, Any], folder: Path) -> 
         changes.append(f"--search: {saved['search']} -> {wanted['search']}")
     if changes:
         raise UserError(
-            f"the search in {folder} has other settings:\n"
-            + "\n".join(f"  - {change}" for change in changes)
-            + "\ngive the same ones to continue it, or another --name to begin one"
+            f"the search in {folder} has other settings:\n{bullets(changes)}\n"
+            "give the same ones to continue it, or another --name to begin one"
         )
 
 

@@ -3,10 +3,12 @@
 import base64
 import io
 from collections.abc import Callable
+from pathlib import Path
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined, Template
 from matplotlib.figure import Figure
 
+from myllm.files import atomic_write
 from myllm.formatting import format_duration, format_percent
 
 DPI = 200  # twice the usual 100: sharp on high-resolution screens
@@ -20,6 +22,12 @@ def page_template(package: str, **filters: Callable[..., object]) -> Template:
     )  # fmt: skip
     jinja.filters |= {"duration": format_duration, "percent": format_percent, "thousands": "{:,.0f}".format} | filters
     return jinja.get_template("report.html")
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as a PNG file; two processes may draw the same one."""
+    with atomic_write(path, durable=False) as file:
+        figure.savefig(file, dpi=DPI, format="png")
 
 
 def embed_png(png: bytes) -> str:

@@ -3,7 +3,8 @@
 Figures are made without pyplot: no window, no global state, nothing to close.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from myllm.files import atomic_write
 from myllm.formatting import format_number, format_percent, format_si
 from myllm.runs.history import (
     Metrics,
@@ -48,7 +48,7 @@ from .axes import (
     set_step_axis,
     set_ticks,
 )
-from .page import DPI
+from .page import save_figure
 
 NAMED_STYLES = ((GREEN, "s"), (PURPLE, "D"), (GRAY, "^"), (INK, "v"))
 """Of the first few further validation sets, or components of a mixture."""
@@ -75,15 +75,21 @@ def figure(name: str, metrics: Metrics, config: Row | None = None) -> Figure | N
         config: the run's config.json, for reference lines such as the clipping norm.
     """
     plot = PLOTS[name]
-    with matplotlib.rc_context(fname=STYLE_FILE):
-        drawn = Figure(figsize=(plot.width, plot.height))
-        axes = drawn.add_subplot()
+    with styled_figure(plot.width, plot.height) as (drawn, (axes,)):
         axes.set_title(plot.title)
         if labels := plot.draw(axes, metrics, config or {}):
             set_step_axis(axes, metrics)
             place_labels(axes, labels)
             return drawn
     return None
+
+
+@contextmanager
+def styled_figure(width: float, height: float, columns: int = 1) -> Iterator[tuple[Figure, list[Axes]]]:
+    """A figure of this size, in inches, and its axes side by side; they have the looks of the reports."""
+    with matplotlib.rc_context(fname=STYLE_FILE):
+        drawn = Figure(figsize=(width, height))
+        yield drawn, list(drawn.subplots(1, columns, squeeze=False)[0])
 
 
 def save_figures(metrics: Metrics, config: Row, folder: Path) -> dict[str, Path]:
@@ -96,8 +102,7 @@ def save_figures(metrics: Metrics, config: Row, folder: Path) -> dict[str, Path]
         if drawn is None:
             path.unlink(missing_ok=True)
         else:
-            with atomic_write(path, durable=False) as file:  # two processes may draw the same report
-                drawn.savefig(file, dpi=DPI, format="png")
+            save_figure(drawn, path)
             saved[name] = path
     return saved
 
