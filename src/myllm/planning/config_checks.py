@@ -5,7 +5,6 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from typing import Any
 
 from myllm.config import EvalConfig, HubConfig, ModelConfig, RunConfig, TrainConfig
 from myllm.errors import UserError, bullets
@@ -15,56 +14,58 @@ from .batch import batch_plan
 _REPO = re.compile(r"[A-Za-z0-9_](?:[\w.-]*[A-Za-z0-9_])?/[A-Za-z0-9_](?:[\w.-]*[A-Za-z0-9_])?", re.ASCII)
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 
-RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
+VALID: dict[str, Callable[[float], bool]] = {
+    "at least 1": lambda value: value >= 1,
+    "at least 0": lambda value: value >= 0,
+    "above 0 and finite": lambda value: 0 < value < math.inf,
+    "at least 0 and finite": lambda value: 0 <= value < math.inf,
+    "at least 0 and below 1": lambda value: 0 <= value < 1,
+    "between 0 and 1": lambda value: 0 <= value <= 1,
+}
+RANGES = (
+    ("at least 1", 10_000, "model.n_layers"),
+    ("at least 1", 10**6, "model.vocab_multiple model.d_model model.n_heads model.n_kv_heads model.head_dim"),
+    ("at least 1", 10**7, "model.d_ff model.vocab_size"),
+    ("at least 1", 10**8, "model.max_seq_len"),
+    ("at least 1", 10**9, "train.micro_batch_size eval.sample_new_tokens"),
     (
         "at least 1",
-        lambda value: value >= 1,
-        "model.vocab_size model.vocab_multiple model.max_seq_len model.d_model model.n_layers model.n_heads model.d_ff "
-        "model.n_kv_heads model.head_dim data.val_tokens data.shard_tokens data.target_tokens data.max_documents "
-        "train.max_steps train.batch_tokens train.micro_batch_size train.log_every_steps train.early_stop_patience "
-        "eval.validation_tokens eval.cloze_examples eval.sample_new_tokens eval.hellaswag_examples "
-        "eval.tasks_examples",
+        10**12,
+        "train.max_steps train.batch_tokens train.log_every_steps train.early_stop_patience eval.cloze_examples "
+        "eval.hellaswag_examples eval.tasks_examples",
     ),
+    (
+        "at least 1",
+        10**15,
+        "data.val_tokens data.shard_tokens data.target_tokens data.max_documents eval.validation_tokens",
+    ),
+    ("at least 0", 4_096, "data.workers"),
     (
         "at least 0",
-        lambda value: value >= 0,
-        "data.workers data.shuffle_seed data.min_chars optim.warmup_steps train.save_every_steps train.keep_last "
-        "train.keep_every_steps train.seed train.max_skipped_steps eval.validation_every_steps eval.cloze_every_steps "
-        "eval.hellaswag_every_steps eval.tasks_every_steps eval.sample_every_steps eval.sample_top_k "
-        "optim.muon_momentum_warmup_steps",
+        10**12,
+        "data.min_chars optim.warmup_steps optim.muon_momentum_warmup_steps train.save_every_steps train.keep_last "
+        "train.keep_every_steps train.max_skipped_steps eval.validation_every_steps eval.cloze_every_steps "
+        "eval.hellaswag_every_steps eval.tasks_every_steps eval.sample_every_steps",
     ),
+    ("at least 0", math.inf, "data.shuffle_seed train.seed eval.sample_top_k"),
+    ("above 0 and finite", 10**6, "train.epochs"),
     (
         "above 0 and finite",
-        lambda value: 0 < value < math.inf,
+        math.inf,
         "model.rope_theta model.norm_eps optim.max_lr optim.muon_lr optim.eps optim.max_grad_norm "
-        "train.skip_spikes_sigma train.epochs train.max_wall_s train.collective_timeout_s",
+        "train.skip_spikes_sigma train.max_wall_s train.collective_timeout_s",
     ),
-    ("at least 0 and finite", lambda value: 0 <= value < math.inf, "optim.weight_decay eval.sample_temperature"),
+    ("at least 0 and finite", math.inf, "optim.weight_decay eval.sample_temperature"),
     (
         "at least 0 and below 1",
-        lambda value: 0 <= value < 1,
+        math.inf,
         "model.dropout_embedding model.dropout_attention_residual model.dropout_ffn optim.beta1 optim.beta2 "
         "optim.muon_momentum optim.muon_momentum_start",
     ),
-    ("between 0 and 1", lambda value: 0 <= value <= 1, "optim.min_lr_ratio optim.decay_fraction"),
+    ("between 0 and 1", math.inf, "optim.min_lr_ratio optim.decay_fraction"),
 )
-"""What is expected, and of which settings. None and "auto" are always valid."""
-
-LIMITS = {
-    4_096: "data.workers",
-    10_000: "model.n_layers",
-    10**6: "model.vocab_multiple model.d_model model.n_heads model.n_kv_heads model.head_dim train.epochs",
-    10**7: "model.d_ff model.vocab_size",
-    10**8: "model.max_seq_len",
-    10**9: "train.micro_batch_size eval.sample_new_tokens",
-    10**12: "data.min_chars optim.warmup_steps train.batch_tokens train.max_steps train.log_every_steps "
-    "train.save_every_steps train.keep_last train.keep_every_steps train.early_stop_patience train.max_skipped_steps "
-    "eval.validation_every_steps eval.cloze_every_steps eval.hellaswag_every_steps eval.tasks_every_steps "
-    "eval.sample_every_steps eval.cloze_examples eval.hellaswag_examples eval.tasks_examples "
-    "optim.muon_momentum_warmup_steps",
-    10**15: "data.val_tokens data.target_tokens data.max_documents data.shard_tokens eval.validation_tokens",
-}
-"""Only a typo explains larger numbers: sizes beyond any memory, counts beyond 64 bits."""
+"""What is expected, an upper limit, and of which settings. None and "auto" are always valid. Only a typo explains
+numbers above the limits: sizes beyond any memory, counts beyond 64 bits."""
 
 
 def check_config(config: RunConfig, world_size: int) -> None:
@@ -85,7 +86,7 @@ def check_name(name: str) -> None:
 
 def check_data_config(config: RunConfig) -> None:
     """`check_config` for the data settings alone."""
-    _raise([error for error in _out_of_range(config) + _too_large(config) if error.startswith("data.")])
+    _raise([error for error in _out_of_range(config) if error.startswith("data.")])
 
 
 def _raise(errors: list[str]) -> None:
@@ -97,7 +98,6 @@ def config_errors(config: RunConfig, world_size: int) -> list[str]:
     """One sentence per error: the value seen, what is expected, what to do."""
     errors = [
         *_out_of_range(config),
-        *_too_large(config),
         *_model_errors(config.model),
         *_train_errors(config.train),
         *_eval_errors(config.eval, config.train, config.model),
@@ -190,20 +190,15 @@ def _expected(text: str) -> str:
 
 def _out_of_range(config: RunConfig) -> list[str]:
     errors = []
-    for expected, is_valid, names in RANGES:
+    for expected, limit, names in RANGES:
         for name in names.split():
-            value = _value(config, name)
-            if isinstance(value, int | float) and not is_valid(value):  # neither None nor "auto"
+            part, _, setting = name.partition(".")
+            value = getattr(getattr(config, part), setting)
+            if not isinstance(value, int | float):  # None or "auto"
+                continue
+            if not VALID[expected](value):
                 errors.append(f"{name} is {value}, but must be {expected}")
-    return errors
-
-
-def _too_large(config: RunConfig) -> list[str]:
-    errors = []
-    for limit, names in LIMITS.items():
-        for name in names.split():
-            value = _value(config, name)
-            if isinstance(value, int | float) and limit < value < math.inf:
+            elif limit < value < math.inf:
                 errors.append(f"{name} is {_shown(int(value))}, but must be at most {limit:,}")
     tokens = config.train.max_steps * config.train.batch_tokens
     if not any(error.startswith("train.") for error in errors) and tokens >= 2**63:
@@ -212,11 +207,6 @@ def _too_large(config: RunConfig) -> list[str]:
             f"{_shown(tokens)} tokens, more than a run can count"
         )
     return errors
-
-
-def _value(config: RunConfig, name: str) -> Any:
-    part, _, setting = name.partition(".")
-    return getattr(getattr(config, part), setting)
 
 
 def _shown(value: int) -> str:

@@ -20,7 +20,7 @@ from myllm.config import ModelConfig
 from myllm.errors import UserError
 
 from .source import ExportSource
-from .verify import TOLERANCE, sample_inputs
+from .verify import compare_logits, sample_inputs
 
 SMALLEST_PRODUCT = 1e-3
 """Of residual scales. Dividing by less than this could overflow float16."""
@@ -37,7 +37,8 @@ def fold(source: ExportSource) -> ExportSource:
     if config == source.config.model:
         return source
     folded = replace(source, config=replace(source.config, model=config), weights=weights)
-    _compare(source, folded)
+    model = source.model()
+    compare_logits("folded weights give", model, folded.model(), sample_inputs(model, source.tokenizer))
     return folded
 
 
@@ -76,16 +77,3 @@ def _fold_residual_scales(weights: dict[str, Tensor], config: ModelConfig) -> No
         for name in RESIDUAL_PROJECTIONS:
             for part in ("weight", "bias") if config.bias else ("weight",):
                 weights[f"blocks.{layer}.{name}.{part}"] /= product
-
-
-@torch.no_grad()
-def _compare(source: ExportSource, folded: ExportSource) -> None:
-    model, plain = source.model(), folded.model()
-    for tokens in sample_inputs(model, source.tokenizer):
-        logits = model(tokens)
-        difference, largest = float((logits - plain(tokens)).abs().max()), float(logits.abs().max())
-        if not difference <= TOLERANCE * largest:
-            raise UserError(
-                f"folded weights give other logits than this model: largest difference {difference:.1e}, allowed "
-                f"{TOLERANCE * largest:.1e}. Nothing was exported. Please report this with the run's config.json"
-            )

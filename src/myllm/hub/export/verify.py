@@ -2,7 +2,7 @@
 
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +52,6 @@ def require_transformers() -> Any:
     return require("verifying an export", "export", "transformers")
 
 
-@torch.no_grad()
 def verify(folder: Path, model: Transformer, tokenizer: Tokenizer) -> Parity:
     """Load the folder without MyLLM and compare it with the model.
 
@@ -71,22 +70,37 @@ def verify(folder: Path, model: Transformer, tokenizer: Tokenizer) -> Parity:
         characters = _check_ids(fast, tokenizer)
     if mismatches := {kind: sorted(names) for kind, names in notes.items() if names}:
         raise UserError(f"transformers does not find the exported weights: {mismatches}")
-    differences: list[float] = []
-    largest = 0.0
-    for tokens in sample_inputs(model, tokenizer):
-        ours, theirs = model(tokens), peer.eval()(tokens).logits
+    (random_difference, text_difference), largest = compare_logits(
+        "transformers gives", model, lambda tokens: peer.eval()(tokens).logits, sample_inputs(model, tokenizer)
+    )
+    return Parity(random_difference, text_difference, largest, characters)
+
+
+@torch.no_grad()
+def compare_logits(
+    peer: str, model: Transformer, peer_logits: Callable[[Tensor], Tensor], inputs: Iterable[Tensor]
+) -> tuple[list[float], float]:
+    """The largest difference of a logit for each input, and the largest logit.
+
+    Args:
+        peer: what the model is compared with and a verb, such as "transformers gives".
+
+    Raises:
+        UserError: the logits differ by more than rounding.
+    """
+    differences, largest = [], 0.0
+    for tokens in inputs:
+        ours, theirs = model(tokens), peer_logits(tokens)
         if ours.shape != theirs.shape:
-            raise UserError(f"transformers gives logits of shape {tuple(theirs.shape)}, expected {tuple(ours.shape)}")
+            raise UserError(f"{peer} logits of shape {tuple(theirs.shape)}, expected {tuple(ours.shape)}")
         differences.append(float((ours - theirs).abs().max()))
         largest = max(largest, float(ours.abs().max()))
-    random_difference, text_difference = differences
-    parity = Parity(random_difference, text_difference, largest, characters)
-    if not max(differences) <= TOLERANCE * largest:  # also rejects NaN
+    if not all(difference <= TOLERANCE * largest for difference in differences):  # also rejects NaN
         raise UserError(
-            f"transformers gives other logits than this model: {parity}; allowed {TOLERANCE * largest:.1e}. Nothing "
-            "was exported. Please report this with the run's config.json"
+            f"{peer} other logits than this model: largest difference {max(differences):.1e}, allowed "
+            f"{TOLERANCE * largest:.1e}. Nothing was exported. Please report this with the run's config.json"
         )
-    return parity
+    return differences, largest
 
 
 def sample_inputs(model: Transformer, tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
