@@ -95,6 +95,12 @@ def format_clock(seconds: float) -> str:
     return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
 
 
+def format_names(names: Sequence[str], shown: int) -> str:
+    """The first few names, and how many there are more."""
+    more = len(names) - shown
+    return ", ".join(names[:shown]) + (f" and {more:,} more" if more > 0 else "")
+
+
 def format_table(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> str:
     """Rows as lines with aligned columns. `right` has the indices of the columns that are aligned to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -94,7 +94,7 @@ def move_aside(folder: Path) -> None:
         shutil.rmtree(replaced, ignore_errors=True)
         folder.rename(replaced)
     elif folder.exists() or folder.is_symlink():
-        folder.rename(unused_path(folder.with_name(f"{folder.name}.before-{time.strftime('%Y%m%d-%H%M%S')}")))
+        folder.rename(dated_path(folder))
 
 
 def remove_replaced(folder: Path) -> None:
@@ -102,8 +102,9 @@ def remove_replaced(folder: Path) -> None:
     shutil.rmtree(folder.with_name(f"{REPLACED}{folder.name}"), ignore_errors=True)
 
 
-def unused_path(path: Path) -> Path:
-    """The path, with a suffix if it exists already."""
+def dated_path(path: Path, word: str = "before") -> Path:
+    """A free name beside a path, with the time: NAME.before-20261129-120000."""
+    path = path.with_name(f"{path.name}.{word}-{time.strftime('%Y%m%d-%H%M%S')}")
     while path.exists() or path.is_symlink():
         path = path.with_name(f"{path.name}-again")
     return path

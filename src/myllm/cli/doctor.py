@@ -3,7 +3,6 @@
 import platform
 import shutil
 from importlib import metadata
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +12,8 @@ from myllm import paths
 from myllm.distributed.cpu_threads import usable_cores
 from myllm.distributed.device_info import cuda_device_count, cuda_problem, device_name, gpu_problem, has_triton
 from myllm.distributed.precision import compute_dtype, describe_precision, has_bfloat16
+from myllm.training.preflight.device_memory import proc_bytes
+from myllm.training.preflight.scratch import nearest_existing
 
 PACKAGES = ("torch", "numpy", "tiktoken", "tokenizers", "datasets", "huggingface_hub", "tyro")
 MIN_FREE_BYTES = 5 * 10**9
@@ -32,7 +33,7 @@ def check_machine() -> tuple[list[str], list[str]]:
     lines.append(f"processor    {device_name(torch.device('cpu'))}, {usable_cores()} cores for this process")
     lines.append(f"memory       {describe_memory()}")
     root = paths.temp_data()
-    free = shutil.disk_usage(next(path for path in (root, *root.parents) if path.exists())).free
+    free = shutil.disk_usage(nearest_existing(root)).free
     lines.append(f"disk         {free / 1e9:,.1f} GB free for {root}")
     if free < MIN_FREE_BYTES:
         problems.append(f"only {free / 1e9:,.1f} GB are free for {root}: free some space, or set MYLLM_DATA")
@@ -40,10 +41,8 @@ def check_machine() -> tuple[list[str], list[str]]:
 
 
 def describe_memory() -> str:
-    try:
-        rows = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        total, available = (int(rows[name].split()[0]) * 1_024 for name in ("MemTotal", "MemAvailable"))
-    except (OSError, KeyError, ValueError):
+    total, available = (proc_bytes("/proc/meminfo", key) for key in ("MemTotal", "MemAvailable"))
+    if not total:
         return "unknown (no /proc/meminfo)"
     return f"{total / 1e9:,.0f} GB, of which {available / 1e9:,.0f} GB are available"
 

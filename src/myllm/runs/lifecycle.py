@@ -25,20 +25,28 @@ SMALL_BYTES = 50_000_000
 
 
 def find_own_run(name: str) -> RunPaths:
-    """A run under temp_data/runs by its name alone: a folder elsewhere is not ours to remove.
+    """A run under temp_data/runs, as `find_own_folder`."""
+    return RunPaths(find_own_folder("run", paths.runs_dir(), name))
+
+
+def find_own_folder(kind: str, root: Path, name: str) -> Path:
+    """A run or data set by its name alone: a folder elsewhere is not ours to remove.
+
+    Args:
+        kind: "run" or "data set", for messages.
 
     Raises:
-        UserError: no run has that name, or it is a link.
+        UserError: there is none of that name, or it is a link.
     """
-    known = sorted(path.name for path in paths.runs_dir().glob("[!.]*") if path.is_dir())
+    known = sorted(path.name for path in root.glob("[!.]*") if path.is_dir())
+    folder = root / name
     if name not in known:
         raise UserError(
-            f"no run {name!r} under {paths.runs_dir()}{did_you_mean(name, known)}; known: {', '.join(known) or 'none'}"
+            f"no {kind} {name!r} under {root}{did_you_mean(name, known)}; known: {', '.join(known) or 'none'}"
         )
-    run = RunPaths.of(name)
-    if run.root.is_symlink():
-        raise UserError(f"{run.root} is a link to {run.root.resolve()}; change the link and its folder by hand")
-    return run
+    if folder.is_symlink():
+        raise UserError(f"{folder} is a link to {folder.resolve()}; change the link and its folder by hand")
+    return folder
 
 
 @contextmanager

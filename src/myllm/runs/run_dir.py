@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from myllm.checkpoint.retention import unused_path
+from myllm.checkpoint.retention import dated_path
 from myllm.config import RunConfig, to_dict
 from myllm.distributed import collectives as distributed
 from myllm.distributed.collectives import DistContext
@@ -94,7 +94,7 @@ def archive_old_run(run: RunPaths) -> Path | None:
     old = [path for path in run.root.iterdir() if path.name != ".lock"]
     if not old:
         return None
-    archive = unused_path(run.root.with_name(f"{run.root.name}.before-{time.strftime('%Y%m%d-%H%M%S')}"))
+    archive = dated_path(run.root)
     archive.mkdir()
     for path in old:
         path.rename(archive / path.name)

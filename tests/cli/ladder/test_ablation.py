@@ -10,11 +10,10 @@ from support.synthetic_ladder import LENGTHS, SIZES, TARGET, ladder
 
 from myllm.cli.ladder.ablation import analyze_ablation, describe_ablation, parts_off, plan_ablation
 from myllm.cli.ladder.analysis import analyze
-from myllm.cli.ladder.cells import CellResult
+from myllm.cli.ladder.cells import CellResult, write_results
 from myllm.cli.ladder.plan import Grid, load_recipes
 from myllm.cli.ladder.rates import RecipeRates
 from myllm.cli.ladder.report import write_report
-from myllm.cli.ladder.results import write_results
 from myllm.cli.main import main
 from myllm.data.find import find_dataset
 from myllm.presets import diff_settings, get_preset

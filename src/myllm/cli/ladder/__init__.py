@@ -2,7 +2,7 @@
 
 command, plan, budget      the command line, the config of each cell, hours
 rates, search              rates by width and length, and how they are found
-cells, results             run the cells, read their results, ladder.json
+cells                      run the cells, read their results, ladder.json
 fit, analysis, ablation    laws of the loss, multipliers and their bands, one part off at a time
 summary, plots, report     all of it in words and figures
 """

@@ -1,14 +1,21 @@
-"""Run the cells of a ladder and read their results."""
+"""Run the cells of a ladder, and keep their results: a loss for each, in ladder.json or ablation.json."""
 
 import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from myllm.cli.trials import TrialResult, finished, run_trials
 from myllm.errors import UserError
-from myllm.formatting import format_duration, format_si
+from myllm.files import NONFINITE, json_safe, read_json, write_json
+from myllm.formatting import format_duration, format_si, format_table
+from myllm.migrations import LADDER
 
+from .fit import Losses
 from .plan import Cell
 
 
@@ -75,3 +82,73 @@ def describe_result(result: CellResult) -> str:
 
 def _of(cell: Cell, trial: TrialResult) -> CellResult:
     return CellResult(cell, math.inf if trial.loss is None else trial.loss, trial.seconds)
+
+
+# -- ladder.json ------------------------------------------------------------------------------------------------------
+
+
+def tabulate(results: Sequence[CellResult], recipes: Sequence[str]) -> tuple[Losses, np.ndarray]:
+    """The results as arrays.
+
+    Returns:
+        the losses, and the seconds of training, (R, S, K, J).
+    """
+    cells = [result.cell for result in results]
+    widths, lengths = sorted({cell.width for cell in cells}), sorted({cell.tokens for cell in cells})
+    seeds = sorted({cell.seed for cell in cells})
+    shape = len(recipes), len(widths), len(lengths), len(seeds)
+    losses, seconds = np.full(shape, np.nan), np.full(shape, np.nan)
+    parameters = np.zeros(len(widths))
+    for result in results:
+        cell = result.cell
+        place = (
+            recipes.index(cell.recipe), widths.index(cell.width), lengths.index(cell.tokens), seeds.index(cell.seed)
+        )  # fmt: skip
+        losses[place] = result.loss
+        seconds[place] = result.seconds
+        if cell.recipe == recipes[0]:
+            parameters[widths.index(cell.width)] = cell.parameters
+    return Losses(tuple(recipes), parameters, np.array(lengths, dtype=np.float64), losses), seconds
+
+
+def describe_losses(losses: Losses, widths: Sequence[int]) -> str:
+    """The mean loss of each cell, and the standard error over seeds; a row for each recipe and width."""
+    rows = [["recipe", "width", *(format_si(tokens) for tokens in losses.tokens)]]
+    for recipe, name in enumerate(losses.recipes):
+        for size, width in enumerate(widths):
+            cells = zip(losses.means[recipe, size], losses.standard_errors[recipe, size], strict=True)
+            texts = [
+                "" if np.isnan(mean) else f"{mean:.4f}" + ("" if np.isnan(error) else f" ± {error:.4f}")
+                for mean, error in cells
+            ]
+            rows.append([name, str(width), *texts])
+    return format_table(rows, right=range(1, len(rows[0])))
+
+
+def describe_cell(result: CellResult) -> dict[str, Any]:
+    """One cell as JSON."""
+    cell, optim = result.cell, result.cell.config.optim
+    return {
+        "run": cell.config.name, "recipe": cell.recipe, "width": cell.width, "parameters": cell.parameters,
+        "tokens": cell.tokens, "seed": cell.seed, "loss": result.loss, "seconds": round(result.seconds, 2),
+        "max_lr": optim.max_lr, "muon_lr": optim.muon_lr if optim.optimizer == "muon" else None,
+        "weight_decay": optim.weight_decay,
+    }  # fmt: skip
+
+
+def write_results(path: Path, content: dict[str, Any]) -> None:
+    write_json(path, LADDER.stamp(json_safe(content)))
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """ladder.json or ablation.json."""
+    return LADDER.upgrade(_with_nonfinite(read_json(path)), path)
+
+
+def _with_nonfinite(value: Any) -> Any:
+    """The inverse of `json_safe`."""
+    if isinstance(value, dict):
+        return {key: _with_nonfinite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_with_nonfinite(inner) for inner in value]
+    return NONFINITE.get(value, value) if isinstance(value, str) else value

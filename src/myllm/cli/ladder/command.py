@@ -114,7 +114,7 @@ def train_cells(args: LadderArgs, cells: Sequence[Cell]) -> "list[CellResult] | 
 def finish(name: str, recipes: Mapping[str, RunConfig], grid: Grid, results: "Sequence[CellResult]") -> str:
     """Fit the laws and write ladder.json. Returns what to print."""
     from .analysis import Target, analyze
-    from .results import describe_cell, describe_losses, tabulate, write_results
+    from .cells import describe_cell, describe_losses, tabulate, write_results
     from .summary import describe_analysis
 
     losses, seconds = tabulate(results, list(recipes))
@@ -145,7 +145,7 @@ def ablate(recipe: str, args: LadderArgs) -> None:
         UserError: recipes beside it, or no rates yet.
     """
     from .ablation import analyze_ablation, describe_ablation, plan_ablation
-    from .results import describe_cell, write_results
+    from .cells import describe_cell, write_results
 
     if args.recipes:
         raise UserError("--ablate takes the recipe itself: give no others")

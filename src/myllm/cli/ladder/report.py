@@ -10,8 +10,8 @@ from myllm.formatting import format_duration, format_si
 from myllm.runs.report.page import embed_png, page_template, save_figure
 
 from .ablation import describe_ablation
+from .cells import read_results
 from .plots import draw_ablation, draw_losses, draw_multipliers, draw_search
-from .results import read_results
 from .search import describe_search
 from .summary import describe_joint, describe_matches, describe_sizes
 

@@ -5,7 +5,7 @@ With Muon, both rates are scaled together at first, then AdamW's alone.
 """
 
 import math
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -26,7 +26,8 @@ CHECKED = (0.7, 1.0, 1.4)
 
 Run = Callable[[Sequence[Cell]], Sequence[float]]
 """Trains cells and returns their losses."""
-Search = Generator[list[Cell], list[float], "Line"]
+Key = tuple[str, int]
+"""Recipe and width."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,14 @@ class Line:
         return min(self.losses, key=lambda power: self.losses[power])
 
     @property
+    def beyond(self) -> int | None:
+        """The power to try next if the best is at an edge."""
+        lowest, highest = min(self.losses), max(self.losses)
+        return {lowest: lowest - 1, highest: highest + 1}.get(self.best)
+
+    @property
     def at_edge(self) -> bool:
-        return self.best in (min(self.losses), max(self.losses))
+        return self.beyond is not None
 
     @property
     def optimum(self) -> float:
@@ -78,18 +85,18 @@ def count_runs(recipes: Mapping[str, RunConfig], grid: Grid) -> int:
     return per_recipe * len(recipes) + (len(ALONE) - 1) * widths * muon
 
 
-def search_line(cell_at: Callable[[int], Cell], powers: Sequence[int]) -> Search:
-    """Try powers of two, and further ones while the best lies at an edge. Yields cells, is sent their losses."""
-    losses: dict[int, float] = {}
-    lowest, highest = min(powers) - MAX_EXTENSIONS, max(powers) + MAX_EXTENSIONS
-    while True:
-        found = yield [cell_at(power) for power in powers]
-        losses |= dict(zip(powers, found, strict=True))
-        line = Line(losses)
-        following = line.best - 1 if line.best == min(losses) else line.best + 1
-        if not line.at_edge or not lowest <= following <= highest:
-            return line
-        powers = [following]
+def search_lines(cells: Mapping[Key, Callable[[int], Cell]], powers: Sequence[int], run: Run) -> dict[Key, Line]:
+    """Try powers of two, and further ones while the best lies at an edge, in rounds: each trains what all want next."""
+    losses: dict[Key, dict[int, float]] = {key: {} for key in cells}
+    wanted = {key: list(powers) for key in cells}
+    reach = range(min(powers) - MAX_EXTENSIONS, max(powers) + MAX_EXTENSIONS + 1)
+    while wanted:
+        found = iter(run([cells[key](power) for key, tried in wanted.items() for power in tried]))
+        for key, tried in wanted.items():
+            losses[key] |= {power: next(found) for power in tried}
+        beyond = {key: Line(losses[key]).beyond for key in wanted}
+        wanted = {key: [power] for key, power in beyond.items() if power is not None and power in reach}
+    return {key: Line(tried) for key, tried in losses.items()}
 
 
 def search_rates(
@@ -106,7 +113,7 @@ def search_rates(
     widths = grid.widths[:2]
     keys = [(name, width) for name in recipes for width in widths]
 
-    def cell(key: tuple[str, int], muon: int | None, power: int) -> Cell:
+    def cell(key: Key, muon: int | None, power: int) -> Cell:
         """With max_lr at a power of two of its guess; muon_lr at its own, or with None at the same."""
         (name, width), base = key, 0 if muon is None else muon
         guess = first_guess(recipes[name], width)
@@ -116,9 +123,9 @@ def search_rates(
         )  # fmt: skip
         return make_cell(name, recipes[name], grid, (width, grid.middle_length, SEED), optim)
 
-    together = _side_by_side({key: search_line(partial(cell, key, None), TOGETHER) for key in keys}, run)
+    together = search_lines({key: partial(cell, key, None) for key in keys}, TOGETHER, run)
     muon = [key for key in keys if recipes[key[0]].optim.optimizer == "muon"]
-    alone = _side_by_side({key: search_line(partial(cell, key, together[key].best), ALONE) for key in muon}, run)
+    alone = search_lines({key: partial(cell, key, together[key].best) for key in muon}, ALONE, run)
     names = {key: "muon_lr and max_lr" if key in muon else "max_lr" for key in keys}
     edges = [(*key, names[key], line) for key, line in together.items() if line.at_edge]
     edges += [(*key, "max_lr alone", line) for key, line in alone.items() if line.at_edge]
@@ -139,22 +146,6 @@ def search_rates(
             "max_lr_alone": {str(n): loss for n, loss in sorted(single.losses.items())} if single else None,
         })  # fmt: skip
     return {name: RecipeRates(grid.middle_length, by_width) for name, by_width in found.items()}, record
-
-
-def _side_by_side(searches: Mapping[tuple[str, int], Search], run: Run) -> dict[tuple[str, int], Line]:
-    """Run searches in rounds: each round trains what all of them want next."""
-    lines: dict[tuple[str, int], Line] = {}
-    wanted = {key: next(search) for key, search in searches.items()}
-    while wanted:
-        losses = iter(run([cell for cells in wanted.values() for cell in cells]))
-        following = {}
-        for key, cells in wanted.items():
-            try:
-                following[key] = searches[key].send([next(losses) for _ in cells])
-            except StopIteration as end:
-                lines[key] = end.value
-        wanted = following
-    return lines
 
 
 def _edge_error(edges: Sequence[tuple[str, int, str, Line]]) -> UserError:

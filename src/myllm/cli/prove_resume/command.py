@@ -12,7 +12,8 @@ import tyro
 from myllm import paths
 from myllm.cli.launch import base_config, read_config_files
 from myllm.cli.parse import parse_arguments
-from myllm.config import CheckpointConfig, DataConfig, RunConfig
+from myllm.cli.trials import as_trial
+from myllm.config import DataConfig, RunConfig
 from myllm.distributed import launcher as ranks
 from myllm.errors import UserError
 from myllm.planning.config_checks import check_config
@@ -89,9 +90,9 @@ def prove_resume(words: list[str]) -> None:
 def shrink_config(config: RunConfig) -> RunConfig:
     """The same model and recipe for a run of a minute: few steps of four sequences, on little text."""
     sequences, steps = 4, 30
-    batch_tokens = sequences * config.model.max_seq_len
+    batch_tokens, trial = sequences * config.model.max_seq_len, as_trial(config)
     return replace(
-        config,
+        trial,
         name="prove-resume",
         data=DataConfig(
             source="python-stdlib", tokenizer=config.data.tokenizer, val_tokens=20_000, shard_tokens=1_000_000,
@@ -99,13 +100,8 @@ def shrink_config(config: RunConfig) -> RunConfig:
         ),
         optim=replace(config.optim, warmup_steps=5),
         train=replace(
-            config.train, max_steps=steps, batch_tokens=batch_tokens, micro_batch_size=2, log_every_steps=1,
-            save_every_steps=4, early_stop_patience=None, early_stop_on=None, fresh=False,
+            trial.train, max_steps=steps, batch_tokens=batch_tokens, micro_batch_size=2, log_every_steps=1,
+            save_every_steps=4, keep_last=config.train.keep_last,
         ),
-        eval=replace(
-            config.eval, validation_every_steps=10, validation_tokens=sequences * config.model.max_seq_len,
-            cloze_every_steps=0, hellaswag_every_steps=0, tasks=(), validation_sets=(), sample_every_steps=0,
-        ),
-        checkpoint=CheckpointConfig(),
-        hub=replace(config.hub, repo=None, every_checkpoint=False),
+        eval=replace(trial.eval, validation_every_steps=10, validation_tokens=batch_tokens),
     )  # fmt: skip

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from myllm import paths
-from myllm.errors import UserError, did_you_mean
+from myllm.errors import UserError
 from myllm.files import file_lock, folder_bytes, fsync_dir, temporary_dir
-from myllm.formatting import format_bytes, format_si, format_table
+from myllm.formatting import format_bytes, format_names, format_si, format_table
 
 from .confirm import confirm
 
@@ -26,7 +26,8 @@ def describe_datasets() -> str:
     rows, sizes = [TITLES], [folder_bytes(folder) for folder in folders]
     for folder, size in zip(folders, sizes, strict=True):
         tokens, validation, state = _measure(folder)
-        rows.append((folder.name, tokens, validation, format_bytes(size), state, _shorten(users.get(folder.name, []))))
+        runs = format_names(users.get(folder.name, []), SHOWN_RUNS)
+        rows.append((folder.name, tokens, validation, format_bytes(size), state, runs))
     total = f"{len(folders)} data set{'s' if len(folders) > 1 else ''}, {format_bytes(sum(sizes))}, under {root}"
     if any(row[4] == "incomplete" for row in rows):
         total += "; run the same command to complete one"
@@ -56,13 +57,14 @@ def delete_dataset(name: str, yes: bool) -> None:
     """
     from myllm.data.preparation_lock import is_being_prepared, lock_path
     from myllm.runs.catalog import runs_by_dataset, state_of
+    from myllm.runs.lifecycle import find_own_folder
 
-    folder = _find(name)
+    folder = find_own_folder("data set", paths.datasets_dir(), name)
     users = runs_by_dataset().get(name, [])
     if running := [run for run in users if state_of(paths.RunPaths.of(run)) == "running"]:
         raise UserError(f"{name} is in use by {', '.join(running)}; stop the training first")
     size = format_bytes(folder_bytes(folder))
-    print(f"{folder}: {size}, used by {_shorten(users) or 'no run'}")
+    print(f"{folder}: {size}, used by {format_names(users, SHOWN_RUNS) or 'no run'}")
     if users:
         print(
             "A run needs its data set to resume, and to be evaluated on it; the same text prepares the same one again."
@@ -78,20 +80,3 @@ def delete_dataset(name: str, yes: bool) -> None:
         raise UserError(f"{folder} is being prepared; stop the preparation first") from None
     lock_path(folder).unlink(missing_ok=True)
     print(f"deleted {name}, {size}")
-
-
-def _find(name: str) -> Path:
-    root = paths.datasets_dir()
-    known = sorted(path.name for path in root.glob("[!.]*") if path.is_dir())
-    if name not in known:
-        raise UserError(
-            f"no data set {name!r} under {root}{did_you_mean(name, known)}; known: {', '.join(known) or 'none'}"
-        )
-    if (root / name).is_symlink():
-        raise UserError(f"{root / name} is a link to {(root / name).resolve()}; change the link and its folder by hand")
-    return root / name
-
-
-def _shorten(runs: list[str]) -> str:
-    more = len(runs) - SHOWN_RUNS
-    return ", ".join(runs[:SHOWN_RUNS]) + (f" and {more} more" if more > 0 else "")

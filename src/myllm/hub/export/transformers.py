@@ -3,7 +3,6 @@
 import glob
 import re
 import shutil
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
-from myllm.checkpoint.retention import unused_path
+from myllm.checkpoint.retention import dated_path
 from myllm.data.sources.catalog import actual_source
 from myllm.errors import UserError
 from myllm.files import TEMP_SUFFIX, fsync_dir, read_json, write_json, write_text
@@ -130,7 +129,7 @@ def _publish(work: Path, to: Path, say: Callable[[str], None]) -> None:
         for folder in to.parent.glob(f".{glob.escape(to.name)}.*{TEMP_SUFFIX}{REPLACED}"):
             shutil.rmtree(folder, ignore_errors=True)
     else:
-        to.rename(to.with_name(f"{to.name}.before-{time.strftime('%Y%m%d-%H%M%S')}"))
+        to.rename(dated_path(to))
         work.rename(to)
 
 
@@ -140,7 +139,7 @@ def _keep_user_files(work: Path, to: Path, say: Callable[[str], None]) -> None:
     others = [path for path in to.iterdir() if path.name not in known and not WEIGHTS.fullmatch(path.name)]
     if not others:
         return
-    kept = unused_path(to.with_name(f"{to.name}.kept-{time.strftime('%Y%m%d-%H%M%S')}"))
+    kept = dated_path(to, "kept")
     kept.mkdir()
     for path in others:
         path.rename(kept / path.name)

@@ -14,7 +14,6 @@ A dump is written under a temporary name, flushed to the disk and renamed, so it
 import json
 import os
 import shutil
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from myllm.checkpoint.format import load_checkpoint
 from myllm.checkpoint.layout import list_checkpoints, step_dir_name
-from myllm.checkpoint.retention import is_removable, unused_path
+from myllm.checkpoint.retention import dated_path, is_removable
 from myllm.config import RunConfig, saved_config
 from myllm.errors import UserError
 from myllm.files import fsync_dir, json_safe, parse_json, read_json, write_json, write_text
@@ -87,7 +86,7 @@ def finish_dump(
     if folder.is_dir() and _is_unchanged(folder):
         shutil.rmtree(folder)
     elif folder.exists():
-        folder.rename(unused_path(folder.with_name(f"{folder.name}.before-{time.strftime('%Y%m%d-%H%M%S')}")))
+        folder.rename(dated_path(folder))
     work.rename(folder)
     fsync_dir(folder.parent)
 

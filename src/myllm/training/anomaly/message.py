@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from myllm.config import TrainConfig
+from myllm.formatting import format_names
 from myllm.planning.batch import BatchPlan
 from myllm.training.gradient_guard import SkippedStep
 
@@ -68,7 +69,9 @@ def _findings(summary: dict[str, Any], samples: list[dict[str, Any]]) -> list[st
         if error
     ]
     if summary["nonfinite_weights"]:
-        lines.append(f"  weights      not finite before the step: {_names(summary['nonfinite_weights'])}")
+        lines.append(
+            f"  weights      not finite before the step: {format_names(summary['nonfinite_weights'], SHOWN_NAMES)}"
+        )
     lines += _sample_lines(summary["kind"], samples)
     for first in summary["first_nonfinite"][:SHOWN_NAMES]:
         input_state = "finite" if first["input_finite"] else "not finite either"
@@ -79,7 +82,7 @@ def _findings(summary: dict[str, Any], samples: list[dict[str, Any]]) -> list[st
         module = summary["first_nonfinite_backward"]
         lines.append(f"  first seen   in the backward pass, in the gradient of the output of {module}")
     if summary["nonfinite_gradients"]:
-        lines.append(f"  gradients    not finite: {_names(summary['nonfinite_gradients'])}")
+        lines.append(f"  gradients    not finite: {format_names(summary['nonfinite_gradients'], SHOWN_NAMES)}")
     if summary["kind"] == "nonfinite" and summary["reproduced"] is False:
         lines.append(
             "  repeated     at once on the same device, the step is finite: suspect the device or the code that "
@@ -105,8 +108,3 @@ def _sample_lines(kind: str, samples: list[dict[str, Any]]) -> list[str]:
     if len(bad) > SHOWN_NAMES:
         lines.append(f"               and {len(bad) - SHOWN_NAMES:,} more of {len(samples):,} samples")
     return lines
-
-
-def _names(names: list[str]) -> str:
-    more = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
-    return ", ".join(names[:SHOWN_NAMES]) + more

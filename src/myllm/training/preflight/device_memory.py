@@ -46,7 +46,7 @@ def available_bytes(device: torch.device, processes: int = 1) -> int:
         return free + torch.cuda.memory_reserved(device)
     if device.type == "mps":
         return torch.mps.recommended_max_memory()
-    return _proc_bytes("/proc/self/status", "VmRSS") + _free_ram_bytes() // processes
+    return proc_bytes("/proc/self/status", "VmRSS") + _free_ram_bytes() // processes
 
 
 def check_memory(config: RunConfig, device: torch.device, world_size: int) -> None:
@@ -79,7 +79,7 @@ def peak_bytes(device: torch.device) -> int:
         return torch.mps.driver_allocated_memory()
     # Without Linux's resettable mark: since the process began.
     scale = 1 if sys.platform == "darwin" else 1_024
-    return _proc_bytes("/proc/self/status", "VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+    return proc_bytes("/proc/self/status", "VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
 
 def reset_peak(device: torch.device) -> None:
@@ -156,7 +156,7 @@ def run_within_memory(work: Callable[[], T], dist: DistContext, limit_bytes: int
 
 def _free_ram_bytes() -> int:
     """Free RAM of the machine, or of the container if that has less."""
-    free = _proc_bytes("/proc/meminfo", "MemAvailable")
+    free = proc_bytes("/proc/meminfo", "MemAvailable")
     if not free:  # not Linux: assume half of all RAM
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     for root, limit_file, used_file in (
@@ -178,7 +178,7 @@ def _file_cache_bytes(control_group: str) -> int:
     return 0
 
 
-def _proc_bytes(file: str, key: str) -> int:
+def proc_bytes(file: str, key: str) -> int:
     """A value that Linux reports in kB; 0 on other systems."""
     with suppress(OSError):
         for line in Path(file).read_text(encoding="utf-8").splitlines():
