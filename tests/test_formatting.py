@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from myllm.formatting import format_duration, format_si
+from myllm.formatting import format_duration, format_names, format_si
 
 
 @pytest.mark.parametrize(
@@ -20,3 +20,9 @@ def test_format_si(value: float, text: str) -> None:
 )
 def test_format_duration(seconds: float, text: str) -> None:
     assert format_duration(seconds) == text
+
+
+def test_format_names() -> None:
+    assert format_names([], 2) == ""
+    assert format_names(["a", "b"], 2) == "a, b"
+    assert format_names(["a", "b", "c", "d"], 2) == "a, b and 2 more"

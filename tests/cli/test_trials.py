@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import eval_rows, launch, train_rows, with_train, write_run_config
 
-from myllm.cli.trials import Share, as_trial, machine_shares, recent_loss, run_trial, run_trials
+from myllm.cli.trials import Share, TrialResult, as_trial, machine_shares, recent_loss, run_trials
 from myllm.config import RunConfig
 from myllm.errors import UserError
 from myllm.files import is_locked
@@ -20,14 +20,20 @@ pytestmark = pytest.mark.usefixtures("prepared_data")
 PROGRAM = """
 import sys
 from pathlib import Path
-from myllm.cli.trials import run_trial
+from myllm.cli.trials import run_trials
 from myllm.config import RunConfig, load_config
-print(run_trial(load_config(Path(sys.argv[1]), RunConfig())).loss)
+(result,) = run_trials([load_config(Path(sys.argv[1]), RunConfig())])
+print(result.loss)
 """
 
 
 def with_rate(config: RunConfig, rate: float, name: str) -> RunConfig:
     return replace(config, name=name, optim=replace(config.optim, max_lr=rate))
+
+
+def run_trial(config: RunConfig) -> TrialResult:
+    (result,) = run_trials([config])
+    return result
 
 
 @pytest.mark.slow

@@ -78,12 +78,6 @@ def as_trial(config: RunConfig) -> RunConfig:
     )  # fmt: skip
 
 
-def run_trial(config: RunConfig) -> TrialResult:
-    """Train one trial, or read its result if it is complete. As `run_trials`."""
-    (result,) = run_trials([config])
-    return result
-
-
 def run_trials(
     configs: Iterable[RunConfig], jobs: int = 1, limit: Limit | None = None
 ) -> Generator[TrialResult, None, None]:

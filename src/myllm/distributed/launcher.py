@@ -36,11 +36,6 @@ def local_rank() -> int:
     return int(os.environ["LOCAL_RANK"]) if is_launched() else 0
 
 
-def node_rank() -> int:
-    """This machine among the machines of the run."""
-    return int(os.environ.get("GROUP_RANK") or "0") if is_launched() else 0
-
-
 def local_world_size() -> int:
     """Processes of the run on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE") or "1") if is_launched() else 1

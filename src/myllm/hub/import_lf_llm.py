@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from myllm.checkpoint.dcp import strip_wrapper_prefixes
 from myllm.config import ModelConfig
 from myllm.data.sources.hub_listing import first_line
 from myllm.data.tokenizer.load import load_tokenizer
@@ -25,8 +26,6 @@ MODULE = "src.params."
 # NumPy scalars and arrays, which a scheduler or random state may hold. They are not needed and become records too.
 NUMPY = re.compile(r"numpy\.(_?core\.multiarray\.(scalar|_reconstruct)|ndarray|dtype|dtypes\.\w+)")
 HPARAMS = ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")
-WRAPPERS = ("_orig_mod.", "module.")
-"""Prefixes of names by torch.compile and DDP."""
 
 
 class Record:
@@ -93,13 +92,7 @@ def _tensors(file: Path, state: Any) -> dict[str, Tensor]:
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()
     ):
         raise UserError(f"model_state_dict of {file} is not a dict of tensors by name")
-    return {_without_wrappers(name): tensor for name, tensor in state.items()}
-
-
-def _without_wrappers(name: str) -> str:
-    while name.startswith(WRAPPERS):
-        name = name.partition(".")[2]
-    return name
+    return strip_wrapper_prefixes(state.items())
 
 
 def _model_config(file: Path, hparams: Any, tensors: dict[str, Tensor]) -> ModelConfig:

@@ -27,7 +27,7 @@ if __name__ == "__main__":
         outcome = train(config, dataset, process)
     about = {
         "machine": os.environ["MYLLM_DATA"], "rank": process.rank, "local_rank": process.local_rank,
-        "node_rank": launcher.node_rank(), "world_size": process.world_size, "device": str(device),
+        "world_size": process.world_size, "device": str(device),
         "main": process.is_rank_zero, "step": outcome.step, "dataset": str(dataset.folder),
     }  # fmt: skip
     (folder / f"rank{process.rank}.json").write_text(json.dumps(about))

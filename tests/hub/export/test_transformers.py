@@ -32,6 +32,7 @@ from myllm.hub.export.tokenizer import tokenizer_files
 from myllm.hub.export.transformers import export_transformers
 from myllm.inference.completion import generate
 from myllm.inference.load import load_model
+from myllm.model.transformer import Transformer
 
 STRANGER = """
 import json, sys
@@ -234,6 +235,20 @@ def test_other_logits_are_no_export(save: Save, tmp_path: Path, monkeypatch: pyt
     with pytest.raises(UserError, match="transformers gives other logits than this model"):
         export_transformers(save(SMALL), tmp_path / "out", say=quietly)
     assert list(tmp_path.glob("*out*")) == []
+
+
+def test_logits_that_are_not_numbers_are_other_logits() -> None:
+    model = Transformer(SMALL).eval()
+    inputs = [torch.tensor([[1, 2]]), torch.tensor([[3]])]
+    assert parity.compare_logits("it gives", model, model, inputs)[0] == [0, 0]
+
+    def not_a_number(tokens: torch.Tensor) -> torch.Tensor:
+        return model(tokens) if len(tokens[0]) == 2 else model(tokens) * torch.nan
+
+    with pytest.raises(UserError, match="it gives other logits than this model: largest difference nan"):
+        parity.compare_logits("it gives", model, not_a_number, inputs[::-1])
+    with pytest.raises(UserError, match="it gives other logits than this model"):
+        parity.compare_logits("it gives", model, not_a_number, inputs)
 
 
 def test_other_ids_are_no_export(save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,10 +33,10 @@ def write_results(search: Search) -> str:
         "commands": lines,
     })))  # fmt: skip
     write_text(folder / "report.html", _page(search, parabolas, best, lines))
-    said = [f"optim.{p.name}: {_verdict(parabolas, p.name)}" for p in search.plan.parameters]
-    said += ["", best.sentence() if best else UNFINISHED]
-    said += [f"\n{length}:\n  {line}" for length, line in lines.items()]
-    return "\n".join([*said, "", f"report       {folder / 'report.html'}", f"numbers      {folder / 'tune.json'}"])
+    result = [f"optim.{p.name}: {_verdict(parabolas, p.name)}" for p in search.plan.parameters]
+    result += ["", best.sentence() if best else UNFINISHED]
+    result += [f"\n{length}:\n  {line}" for length, line in lines.items()]
+    return "\n".join([*result, "", f"report       {folder / 'report.html'}", f"numbers      {folder / 'tune.json'}"])
 
 
 def _page(

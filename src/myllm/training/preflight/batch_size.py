@@ -78,7 +78,8 @@ def resolve_micro_batch_size(
         if earlier in sizes and probe(earlier) is not None:
             size, reason = earlier, "as this run began, and it fits"
         else:
-            size, reason = largest_that_fits(sizes, probe, limit_bytes), f"the largest of {_listed(sizes)} that fits"
+            size = largest_that_fits(sizes, probe, limit_bytes)
+            reason = f"the largest of {', '.join(map(str, sizes))} that fits"
     if size is None:
         raise UserError(nothing_fits_message(config, limit_bytes))
     return _resolved(config, size, f"{reason} in {format_gib(limit_bytes)} per rank")
@@ -86,10 +87,6 @@ def resolve_micro_batch_size(
 
 def _resolved(config: RunConfig, size: int, reason: str) -> tuple[RunConfig, str]:
     return with_micro_batch_size(config, size), f"train.micro_batch_size auto: {size}, {reason}"
-
-
-def _listed(sizes: list[int]) -> str:
-    return ", ".join(map(str, sizes))
 
 
 def nothing_fits_message(config: RunConfig, limit_bytes: int) -> str:
