@@ -236,11 +236,16 @@ def parse_row(line: str, path: Path) -> dict[str, Any] | None:
 
 def json_safe(value: Any) -> Any:
     """The same value with numbers that are not finite as strings (see NONFINITE)."""
+    return map_json(lambda leaf: str(leaf) if isinstance(leaf, float) and not math.isfinite(leaf) else leaf, value)
+
+
+def map_json(convert: Callable[[Any], Any], value: Any) -> Any:
+    """The same lists and dictionaries with each value in them converted; tuples become lists."""
     if isinstance(value, dict):
-        return {key: json_safe(inner) for key, inner in value.items()}
+        return {key: map_json(convert, inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [json_safe(inner) for inner in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+        return [map_json(convert, inner) for inner in value]
+    return convert(value)
 
 
 # -- locks ------------------------------------------------------------------------------------------------------------

@@ -225,17 +225,13 @@ def _options(words: list[str]) -> dict[str, str]:
 def uses_own_text(files: list[ConfigFile], words: list[str]) -> bool:
     """True if the words or a config file choose other text than the preset and no length of the training."""
     given, own_text = _options(words), False
-    for file in files:
-        own_text = _chooses_text(file, own_text)
+    unset = RunConfig(data=DataConfig("", ""), train=TrainConfig(max_steps=-1, epochs=-1))
+    for path, values in files:
+        found = from_dict(values, unset, path)
+        if found.train.max_steps != -1 or found.train.epochs not in (-1, None):
+            own_text = False
+        elif found.data.source or found.data.dataset:
+            own_text = True
     if given.keys() & {"--train.max-steps", "--train.epochs"}:
         return False
     return own_text or bool(given.keys() & {"--data.source", "--data.dataset"})
-
-
-def _chooses_text(file: ConfigFile, own_text: bool) -> bool:
-    """As `uses_own_text`, after one more config file."""
-    path, values = file
-    found = from_dict(values, RunConfig(data=DataConfig("", ""), train=TrainConfig(max_steps=-1, epochs=-1)), path)
-    if found.train.max_steps != -1 or (found.train.epochs or -1) != -1:
-        return False
-    return own_text or bool(found.data.source or found.data.dataset)

@@ -29,8 +29,6 @@ from tyro.constructors import (
 from myllm.formatting import parse_count
 
 NONE = "None"
-NAMES = {str: "TEXT"}
-"""Names of values in --help, in place of tyro's STR."""
 
 
 def parse_arguments(
@@ -83,7 +81,7 @@ def version() -> str:
 def _registry() -> ConstructorRegistry:
     registry = ConstructorRegistry()
     registry.struct_rule(_dataclass)
-    registry.primitive_rule(_named)
+    registry.primitive_rule(_text)
     registry.primitive_rule(_integer)
     registry.primitive_rule(_optional)
     return registry
@@ -106,15 +104,16 @@ def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
     )
 
 
-def _named(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
-    if info.type not in NAMES:
+def _text(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    """A string is TEXT in --help, in place of tyro's STR."""
+    if info.type is not str:
         return None
     return PrimitiveConstructorSpec(
         nargs=1,
-        metavar=NAMES[info.type],
-        instance_from_str=lambda words: info.type(words[0]),
-        is_instance=lambda value: isinstance(value, info.type),
-        str_from_instance=lambda value: [str(value).replace("\n", r"\n")],  # what help shows of a default
+        metavar="TEXT",
+        instance_from_str=lambda words: words[0],
+        is_instance=lambda value: isinstance(value, str),
+        str_from_instance=lambda value: [value.replace("\n", r"\n")],  # what help shows of a default
     )
 
 

@@ -22,7 +22,7 @@ from myllm.checkpoint.layout import MANIFEST, WEIGHTS, list_checkpoints, step_of
 from myllm.config import HubConfig, ModelConfig, saved_config, to_dict
 from myllm.data.sources.download import is_permanent, retry_after
 from myllm.errors import UserError, out_of_space
-from myllm.files import file_lock, json_safe, read_json, write_json, write_text
+from myllm.files import file_lock, json_safe, map_json, read_json, write_json, write_text
 from myllm.formatting import format_bytes
 from myllm.paths import RunPaths
 from myllm.runs.history import read_config, read_json_or_empty
@@ -285,12 +285,4 @@ def _strip_all_paths(value: Any) -> Any:
     """JSON values without local folders."""
     from .model_card import strip_local_paths
 
-    match value:
-        case dict():
-            return {key: _strip_all_paths(item) for key, item in value.items()}
-        case list():
-            return [_strip_all_paths(item) for item in value]
-        case str():
-            return strip_local_paths(value)
-        case _:
-            return value
+    return map_json(lambda leaf: strip_local_paths(leaf) if isinstance(leaf, str) else leaf, value)

@@ -11,7 +11,7 @@ import numpy as np
 
 from myllm.cli.trials import TrialResult, finished, run_trials
 from myllm.errors import UserError
-from myllm.files import NONFINITE, json_safe, read_json, write_json
+from myllm.files import NONFINITE, json_safe, map_json, read_json, write_json
 from myllm.formatting import format_duration, format_si, format_table
 from myllm.migrations import LADDER
 
@@ -142,13 +142,5 @@ def write_results(path: Path, content: dict[str, Any]) -> None:
 
 def read_results(path: Path) -> dict[str, Any]:
     """ladder.json or ablation.json."""
-    return LADDER.upgrade(_with_nonfinite(read_json(path)), path)
-
-
-def _with_nonfinite(value: Any) -> Any:
-    """The inverse of `json_safe`."""
-    if isinstance(value, dict):
-        return {key: _with_nonfinite(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_with_nonfinite(inner) for inner in value]
-    return NONFINITE.get(value, value) if isinstance(value, str) else value
+    content = map_json(lambda leaf: NONFINITE.get(leaf, leaf) if isinstance(leaf, str) else leaf, read_json(path))
+    return LADDER.upgrade(content, path)
