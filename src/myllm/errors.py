@@ -1,4 +1,4 @@
-"""Exceptions, exit codes, and OS errors in words that tell a user what to do."""
+"""Exceptions, exit codes, and errors in words that tell a user what to do."""
 
 import errno
 import os
@@ -9,7 +9,9 @@ import sys
 import tempfile
 from collections.abc import Iterable
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 EXIT_UNFINISHED = os.EX_TEMPFAIL  # 75
 """Exit code of a run that should be started again."""
@@ -68,6 +70,25 @@ def did_you_mean(word: str, known: list[str]) -> str:
 
     close = get_close_matches(word, known, n=1, cutoff=0.5)
     return f", did you mean {close[0]!r}?" if close else ""
+
+
+def require(task: str, extra: str, *modules: str) -> Any:
+    """Import optional packages and return the last one.
+
+    Args:
+        task: what needs them, for the message.
+        extra: the extra of this package that installs them.
+
+    Raises:
+        UserError: one is not installed.
+    """
+    try:
+        return [import_module(module) for module in modules][-1]
+    except ImportError as error:
+        raise UserError(
+            f"{task} needs {error.name}, which is not installed: pip install {' '.join(modules)} (or install the extra "
+            f"`{extra}` of MyLLM)"
+        ) from None
 
 
 def bullets(lines: Iterable[str]) -> str:

@@ -174,6 +174,14 @@ def section(config: Row, name: str) -> Row:
     return settings if isinstance(settings, dict) else {}
 
 
+def flatten(values: Row, prefix: str = "") -> Row:
+    """Nested values by their full names: "train.max_steps"."""
+    flat: Row = {}
+    for name, value in values.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
 def column(rows: list[Row], key: str) -> np.ndarray:
     """The values of `key` as float64, NaN where a row has no number. Shapes: (len(rows),)"""
     values = [row.get(key) for row in rows]

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from myllm.cli.trials import TrialResult, recent_loss, run_trials
 from myllm.config import RunConfig, to_dict
-from myllm.errors import UserError, bullets
+from myllm.errors import UserError, bullets, require
 from myllm.paths import RunPaths
 from myllm.planning.transfer import transfer
 from myllm.presets import diff_settings
@@ -217,13 +217,7 @@ def open_study(plan: Plan, folder: Path) -> "optuna.Study":
     Raises:
         UserError: it has other settings, or Optuna is not installed.
     """
-    try:
-        import optuna
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"`myllm tune` needs {error.name}, which is not installed: python -m pip install 'optuna>=4,<6' (or "
-            "install the extra tune)"
-        ) from None
+    optuna = require("`myllm tune`", "tune", "optuna")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     folder.mkdir(parents=True, exist_ok=True)
     storage = optuna.storages.RDBStorage(f"sqlite:///{folder / 'study.db'}")

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from myllm.config import ModelConfig
-from myllm.errors import UserError
+from myllm.errors import UserError, require
 from myllm.hub.architectures import ModelType, select_architecture
 from myllm.hub.weights import export_weights
 from myllm.model.rope import rotary_frequencies
 from myllm.paths import user_path
 
 from .fold import fold
-from .source import ExportSource, atomic_dir, require
+from .source import ExportSource, atomic_dir
 from .tokenizer import fast_tokenizer
 
 ARCHITECTURES = {"llama": "LLAMA", "qwen3": "QWEN3", "gpt2": "GPT2"}

@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from myllm.errors import require
 from myllm.model.transformer import Transformer
 from myllm.paths import user_path
 
-from .source import ExportSource, atomic_dir, require
+from .source import ExportSource, atomic_dir
 from .verify import compare_logits, sample_inputs
 
 OPSET = 20

@@ -3,9 +3,7 @@
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -95,22 +93,3 @@ def atomic_dir(to: Path) -> Iterator[Path]:
                 raise
             raise UserError(f"cannot write {to}: the disk is full. Nothing was exported; free some space") from None
     fsync_dir(to.parent)
-
-
-def require(task: str, extra: str, *modules: str) -> Any:
-    """Import optional packages and return the last one.
-
-    Args:
-        task: what needs them, for the message.
-        extra: the extra of this package that installs them.
-
-    Raises:
-        UserError: one is not installed.
-    """
-    try:
-        return [import_module(module) for module in modules][-1]
-    except ImportError as error:
-        raise UserError(
-            f"{task} needs {error.name}, which is not installed: pip install {' '.join(modules)} (or install the extra "
-            f"`{extra}` of MyLLM)"
-        ) from None

@@ -13,10 +13,8 @@ from torch import Tensor
 
 from myllm import paths
 from myllm.data.tokenizer.base import Tokenizer
-from myllm.errors import UserError
+from myllm.errors import UserError, require
 from myllm.model.transformer import Transformer
-
-from .source import require
 
 # Relative to the largest logit. Two correct float32 implementations differ by about 1e-6, a wrong one by over 1e-2.
 TOLERANCE = 1e-4

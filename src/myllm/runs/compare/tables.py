@@ -11,8 +11,8 @@ from myllm.config import saved_config, to_dict
 from myllm.errors import UserError
 from myllm.formatting import format_duration, format_percent, format_si
 from myllm.runs.catalog import preset_of
-from myllm.runs.history import Row, as_float, column, section
-from myllm.runs.report.values import as_text, flatten, format_loss, shorten_sample
+from myllm.runs.history import Row, as_float, column, flatten, section
+from myllm.runs.report.values import as_text, format_loss, shorten_sample
 
 from .curves import ComparedRun
 
@@ -92,11 +92,11 @@ def _settings(run: ComparedRun) -> dict[str, Any]:
         config = json.loads(json.dumps(to_dict(saved_config(config, run.name)))) if section(config, "model") else config
     except UserError:  # a key of a later version
         config = run.config
-    environment = dict(flatten(run.environment))
+    environment = flatten(run.environment)
     known = {name: environment[name] for name in ENVIRONMENT if name in environment}
     if "git_commit" in known:
         known["git_commit"] = as_text(known["git_commit"])[:12]
-    return {f"config.{name}": value for name, value in flatten(config)} | known
+    return {f"config.{name}": value for name, value in flatten(config).items()} | known
 
 
 def _setting_order(name: str) -> tuple[bool, str]:

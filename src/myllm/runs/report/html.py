@@ -20,6 +20,7 @@ from myllm.runs.history import (
     as_float,
     centered_mean,
     chance_accuracy,
+    flatten,
     read_config,
     read_json_or_empty,
     read_metrics,
@@ -30,7 +31,7 @@ from myllm.runs.history import (
 from .evaluations import eval_table, read_results, result_rows
 from .page import embed_png, page_template
 from .plots import PLOTS, save_figures
-from .values import as_text, flatten, format_loss, format_perplexity, shorten_sample, value_text
+from .values import as_text, format_loss, format_perplexity, shorten_sample, value_text
 
 SHAPE_WORDS = {"n_layers": "layers", "d_model": "wide", "n_heads": "heads"}
 ACTIVITY_COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#999999")

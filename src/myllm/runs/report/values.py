@@ -1,6 +1,5 @@
 """Values of configs and rows as the text of a page."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -23,15 +22,6 @@ def format_loss(value: float) -> str:
 
 def format_perplexity(value: float) -> str:
     return f"{value:.2f}" if value < 1_000 else format_si(value)
-
-
-def flatten(values: Row, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested settings as ("versions.torch", value) pairs."""
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def as_text(value: Any) -> str:

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from myllm import paths
 from myllm.errors import UserError
+from myllm.runs.history import flatten
 
 PROJECT = "myllm"
 """Project or experiment, where the user's environment names no other."""
@@ -200,11 +201,3 @@ def check_installed(names: tuple[str, ...]) -> None:
 
 def new_id() -> str:
     return secrets.token_hex(4)
-
-
-def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by their full names: "train.max_steps"."""
-    flat: dict[str, Any] = {}
-    for name, value in config.items():
-        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
