@@ -135,4 +135,4 @@ def test_two_ranks_without_transformers(tmp_path: Path, temp_data: Path) -> None
     assert str(out) not in words
     assert "1 sequences x 32 tokens x 2 rank(s) x 1 accumulation step(s) = 64 tokens per step" in words
     assert text.count("\n| ") == 3  # a head and two ways
-    assert not list(tmp_path.glob("**/.preflight-*"))
+    assert not list(tmp_path.glob("**/.preflight.*"))

@@ -35,7 +35,7 @@ def test_a_rehearsal_on_two_ranks(short: RunConfig, tmp_path: Path, temp_data: P
     assert done.stderr.count("but --max-hours is 1e-09") == 1
     assert "Traceback (most recent call last):\n  File" not in done.stderr.split("torch/distributed")[0]
     assert not temp_data.exists()
-    assert not list(tmp_path.glob(".preflight-*"))
+    assert not list(tmp_path.glob(".preflight.*"))
 
 
 def test_auto_on_one_rank_then_on_two(short: RunConfig, tmp_path: Path, temp_data: Path) -> None:

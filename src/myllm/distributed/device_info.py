@@ -84,15 +84,18 @@ def time_on_device(work: Callable[[], None], device: torch.device) -> float:
         end.record()
         end.synchronize()
         return start.elapsed_time(end) / 1_000
-    _synchronize(device)
+    synchronize(device)
     started = time.perf_counter()
     work()
-    _synchronize(device)
+    synchronize(device)
     return time.perf_counter() - started
 
 
-def _synchronize(device: torch.device) -> None:
-    if device.type == "mps":
+def synchronize(device: torch.device) -> None:
+    """Wait for the work on an accelerator, which is only queued when a call returns."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
         torch.mps.synchronize()
 
 

@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 
 from myllm import paths
-from myllm.distributed.device_info import device_name
+from myllm.distributed.device_info import device_name, synchronize
 from myllm.distributed.standard_streams import output_failures
 from myllm.distributed.terminal import print_line
 from myllm.files import json_safe, read_rows, write_text
@@ -90,7 +90,7 @@ class Stopwatch:
         self._device, self._activity, self._lapped = device, TRAINING, 0.0
         self.seconds = cast(dict[str, float], Counter())
         """By activity, without the time since the last change of activity."""
-        self._synchronize()
+        synchronize(self._device)
         self._since = time.perf_counter()
 
     @contextmanager
@@ -111,17 +111,10 @@ class Stopwatch:
         return seconds
 
     def _count(self) -> None:
-        self._synchronize()
+        synchronize(self._device)
         now = time.perf_counter()
         self.seconds[self._activity] += now - self._since
         self._since = now
-
-    def _synchronize(self) -> None:
-        # Work on an accelerator is only queued when a call returns.
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        elif self._device.type == "mps":
-            torch.mps.synchronize()
 
 
 def perplexity(loss: float) -> float:

@@ -16,6 +16,7 @@ from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 
 from myllm.config import RunConfig
+from myllm.distributed.device_info import synchronize
 from myllm.files import write_text
 
 from .setup import RunContext
@@ -69,7 +70,7 @@ class Profiler:
         with self.phase(STEP):
             yield
             if step >= self.window.start - 1:
-                _synchronize(self._device)  # so that unfinished work does not count as the next step's
+                synchronize(self._device)  # so that unfinished work does not count as the next step's
         if self._recording:
             self._seconds += time.perf_counter() - started
         self._recording = False
@@ -131,11 +132,6 @@ def _mark(name: str, device: torch.device) -> Iterator[None]:
     nvtx = torch.cuda.nvtx.range(name) if device.type == "cuda" else nullcontext()
     with torch.profiler.record_function(name), nvtx:
         yield
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 # -- kernels ----------------------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 import importlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -30,11 +29,12 @@ from myllm.distributed import precision
 from myllm.distributed.collectives import DistContext
 from myllm.errors import UserError
 from myllm.evals.tasks import TASKS
+from myllm.files import TEMP_SUFFIX
 from myllm.planning.disk import checkpoint_bytes
 from myllm.planning.forecast import CPU_TOKENS, Hardware, candidate_sizes, describe, predict
 from myllm.presets import get_preset
 from myllm.training.loop import train
-from myllm.training.preflight import batch_size, rehearsal, scratch, summary
+from myllm.training.preflight import batch_size, rehearsal, summary
 from myllm.training.preflight.batch_size import (
     largest_that_fits,
     measure_peak_bytes,
@@ -266,7 +266,7 @@ def test_a_micro_batch_that_is_too_large(config: RunConfig, temp_data: Path) -> 
     assert resolved.train.micro_batch_size in (1, 2)
     with pytest.raises(UserError, match="not even one sequence"):
         resolve_micro_batch_size(auto, load_tokenizer("r50k_base"), ALONE, limit_bytes=1_000)
-    assert list(temp_data.parent.glob(f"{scratch.PREFIX}*")) == []
+    assert list(temp_data.parent.glob(".preflight.*")) == []
 
 
 def test_what_a_cpu_must_not_even_try(temp_data: Path) -> None:
@@ -479,21 +479,16 @@ def test_a_public_corpus_is_not_asked_for(config: RunConfig, temp_data: Path) ->
 
 
 def test_what_a_killed_rehearsal_left_goes_with_the_next(temp_data: Path) -> None:
-    (temp_data / "runs").mkdir(parents=True)
-    (temp_data / "runs" / f"{scratch.PREFIX}old").mkdir()
-    killed, somebodys = (temp_data / "runs" / f"{scratch.PREFIX}{name}" for name in ("killed", "notes"))
-    for folder, file in ((killed, ".lock"), (killed, "shard"), (somebodys, "notes")):
-        folder.mkdir(exist_ok=True)
-        (folder / file).touch()
-    with scratch_folder(ALONE):
-        pass
-    assert list((temp_data / "runs").iterdir()) == [somebodys]
-    shutil.rmtree(somebodys)
+    runs = temp_data / "runs"
+    killed, somebodys = runs / f".preflight.{'0' * 16}{TEMP_SUFFIX}", runs / ".preflight.notes"
+    for folder in (killed, somebodys):
+        folder.mkdir(parents=True)
+        (folder / "file").touch()
     with scratch_folder(ALONE) as folder:
-        assert list((temp_data / "runs").iterdir()) == [folder]
-        scratch._remove_abandoned(temp_data / "runs")  # what another one would do meanwhile
-        assert folder.is_dir()
-    assert list((temp_data / "runs").iterdir()) == []
+        assert set(runs.iterdir()) == {folder, somebodys}
+        with scratch_folder(ALONE) as other:  # of another process
+            assert set(runs.iterdir()) == {folder, other, somebodys}
+    assert list(runs.iterdir()) == [somebodys]
 
 
 def test_a_signal_leaves_nothing(config: RunConfig, tmp_path: Path) -> None:
@@ -504,7 +499,7 @@ def test_a_signal_leaves_nothing(config: RunConfig, tmp_path: Path) -> None:
     environment = os.environ | {"MYLLM_DATA": str(tmp_path / "data")}
     process = subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
-    while not list((tmp_path / "data/runs").glob(f"{scratch.PREFIX}*/dataset/manifest.json")):
+    while not list((tmp_path / "data/runs").glob(".preflight.*/dataset/manifest.json")):
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline
         time.sleep(0.02)

@@ -1,11 +1,9 @@
 """A temporary folder on the disk of the runs, with random data. Nothing of it outlasts the rehearsal."""
 
 import json
-import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,12 +19,11 @@ from myllm.data.token_stream import Shard
 from myllm.data.tokenizer.base import Tokenizer
 from myllm.distributed import collectives as distributed
 from myllm.distributed.collectives import DistContext
-from myllm.files import file_lock, file_sha256, write_json
+from myllm.files import file_sha256, temporary_dir, write_json
 from myllm.planning.batch import batch_plan
 
 from .device_memory import reset_peak
 
-PREFIX = ".preflight-"
 DOCUMENT_TOKENS = 256
 
 
@@ -36,22 +33,12 @@ def scratch_folder(dist: DistContext) -> Iterator[Path]:
     torch.compile has forgotten the shapes it saw. The folder of a killed rehearsal is removed by the next one.
     """
     rng_state = get_rng_state(dist.device)
-    base = nearest_existing(paths.runs_dir())
-    folder: Path | None = None
-    if dist.is_rank_zero:
-        _remove_abandoned(base)
-        folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=base))
-    folder = distributed.broadcast_object(folder)
+    parent = nearest_existing(paths.runs_dir())
     try:
-        if not dist.is_rank_zero:
-            yield folder
-        else:
-            with file_lock(folder / ".lock"):
-                yield folder
-        distributed.barrier()  # not after an error, which may be this rank's alone
+        with temporary_dir(parent / "preflight") if dist.is_rank_zero else nullcontext() as created:
+            yield distributed.broadcast_object(created)
+            distributed.barrier()  # not after an error, which may be this rank's alone
     finally:
-        if dist.is_rank_zero:
-            shutil.rmtree(folder, ignore_errors=True)
         reset_compiler()
         reset_peak(dist.device)
         set_rng_state(rng_state, dist.device)
@@ -66,17 +53,6 @@ def reset_compiler() -> None:
     """Make torch.compile treat the next shape as the first one, as in the run."""
     if "torch._dynamo" in sys.modules:  # importing it takes seconds
         torch.compiler.reset()
-
-
-def _remove_abandoned(base: Path) -> None:
-    for folder in base.glob(f"{PREFIX}*"):
-        with suppress(OSError):  # another rehearsal uses it, or it belongs to another user
-            if not (folder / ".lock").is_file():  # killed before it had a lock, or not a rehearsal's folder
-                folder.rmdir()
-                continue
-            with file_lock(folder / ".lock", wait=False):
-                pass
-            shutil.rmtree(folder)
 
 
 def random_dataset(config: RunConfig, folder: Path, tokenizer: Tokenizer, dist: DistContext) -> Dataset:
