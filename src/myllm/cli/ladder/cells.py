@@ -2,14 +2,14 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from myllm.cli.trials import TrialResult, finished, run_trials
+from myllm.cli.trials import TrialResult, finished, run_trials, seconds_per_token
 from myllm.errors import UserError
 from myllm.files import NONFINITE, json_safe, map_json, read_json, write_json
 from myllm.formatting import format_duration, format_si, format_table
@@ -82,6 +82,38 @@ def describe_result(result: CellResult) -> str:
 
 def _of(cell: Cell, trial: TrialResult) -> CellResult:
     return CellResult(cell, math.inf if trial.loss is None else trial.loss, trial.seconds)
+
+
+# -- hours ------------------------------------------------------------------------------------------------------------
+
+
+def describe_cost(cells: Sequence[Cell], expected: Mapping[str, float], jobs: int) -> str:
+    """Runs that are left, and their time."""
+    left = [cell for cell in cells if read_cell(cell) is None]
+    if not left:
+        return f"all {len(cells)} runs are there"
+    seconds = sum(expected[cell.config.name] for cell in left)
+    return (
+        f"{len(left)} of {len(cells)} runs are left: {format_duration(seconds)} of training, about "
+        f"{format_duration(seconds / jobs)} with --jobs {jobs}"
+    )
+
+
+def expected_seconds(cells: Sequence[Cell], jobs: int) -> dict[str, float]:
+    """Seconds of each run by its name: those it took, or its tokens x the seconds per token of its width.
+
+    A width without a finished run is measured now, by a run of a few steps of each recipe.
+    """
+    took = {cell.config.name: result.seconds for cell in cells if (result := read_cell(cell))}
+    known = {
+        (cell.recipe, cell.width): took[cell.config.name] / cell.tokens for cell in cells if cell.config.name in took
+    }
+    unknown = {(cell.recipe, cell.width): cell for cell in reversed(cells) if (cell.recipe, cell.width) not in known}
+    speeds = seconds_per_token([cell.config for cell in unknown.values()], jobs)
+    known |= dict(zip(unknown, speeds, strict=True))
+    return {
+        cell.config.name: took.get(cell.config.name) or cell.tokens * known[cell.recipe, cell.width] for cell in cells
+    }
 
 
 # -- ladder.json ------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from myllm.errors import UserError
 from myllm.files import json_safe, read_json, write_json
 from myllm.formatting import format_si
 
-from .plan import Cell, Grid, check_grid, count_matrices, load_recipes, plan_cells
+from .plan import Cell, Grid, check_grid, count_matrices, describe_plan, load_recipes, plan_cells
 from .rates import RecipeRates, read_rates, write_rates
 
 if TYPE_CHECKING:
@@ -92,8 +92,6 @@ def ladder(words: list[str]) -> None:
         rates = guessed_rates(recipes, grid)
     rates = rates or tune_rates(args, recipes, grid)
     cells = plan_cells(recipes, grid, rates, args.seeds)
-    from .budget import describe_plan
-
     print(describe_plan(recipes, grid, rates, cells), flush=True)
     if results := train_cells(args, cells):
         print(finish(args.name, recipes, grid, results))
@@ -101,8 +99,7 @@ def ladder(words: list[str]) -> None:
 
 def train_cells(args: LadderArgs, cells: Sequence[Cell]) -> "list[CellResult] | None":
     """The results of the cells, after their training. None: only the budget is wanted."""
-    from .budget import describe_cost, expected_seconds
-    from .cells import finished_cells, run_cells
+    from .cells import describe_cost, expected_seconds, finished_cells, run_cells
 
     if args.finished:
         return finished_cells(cells)
@@ -209,8 +206,7 @@ def tune_rates(args: LadderArgs, recipes: Mapping[str, RunConfig], grid: Grid) -
     Raises:
         UserError: an optimum lies at an edge.
     """
-    from .budget import expected_seconds
-    from .cells import run_cells
+    from .cells import expected_seconds, run_cells
     from .search import check_rule, describe_search, search_rates
 
     def run(cells: Sequence[Cell]) -> list[float]:

@@ -12,7 +12,7 @@ from myllm.cli.trials import as_trial
 from myllm.config import DataConfig, ModelConfig, OptimConfig, RunConfig, load_config
 from myllm.data.dataset import Dataset
 from myllm.errors import UserError, bullets, did_you_mean
-from myllm.formatting import format_si
+from myllm.formatting import format_si, format_table
 from myllm.planning.config_checks import check_config
 from myllm.planning.length import warmup_steps
 from myllm.planning.optimizer_state import block_matrices
@@ -136,6 +136,42 @@ def plan_cells(
         for width in grid.widths
         for name, recipe in recipes.items()
     ]
+
+
+def describe_plan(
+    recipes: Mapping[str, RunConfig], grid: Grid, rates: Mapping[str, RecipeRates], cells: Sequence[Cell]
+) -> str:
+    """The sizes, lengths and rates of a ladder, one line for each recipe, width and length."""
+    first = {(cell.recipe, cell.width, cell.tokens): cell for cell in reversed(cells)}
+    rows = [["recipe", "width", "N", "tokens", "steps", "warm-up", "max_lr", "muon_lr", "weight_decay"]]
+    for (name, width, tokens), cell in sorted(first.items()):
+        optim = cell.config.optim
+        muon = f"{optim.muon_lr:.3g}" if optim.optimizer == "muon" else ""
+        rows.append([
+            name, str(width), format_si(cell.parameters), format_si(tokens), f"{cell.config.train.max_steps:,}",
+            str(optim.warmup_steps), f"{optim.max_lr:.3g}", muon, f"{optim.weight_decay:.3g}",
+        ])  # fmt: skip
+    has = grid.dataset.train.tokens
+    seeds = len({cell.seed for cell in cells})
+    shape = (
+        f"{grid.layers} layers, heads of {grid.head_dim}, context {grid.seq_len}, {grid.batch_tokens:,} tokens a step"
+    )
+    warmups = ", ".join(
+        f"{name} {recipe.optim.warmup_steps:,}/{recipe.train.max_steps:,}" for name, recipe in recipes.items()
+    )
+    return "\n".join([
+        f"ladder {grid.name}: {len(recipes)} recipes x {len(grid.widths)} widths x {len(grid.lengths)} lengths x "
+        f"{seeds} paired seed(s) = {len(cells)} runs, {format_si(sum(cell.tokens for cell in cells))} tokens",
+        shape,
+        f"data {grid.dataset.name}: {format_si(has)} training tokens, the longest run reads "
+        f"{max(cell.tokens for cell in cells) / has:.2f} epochs",
+        f"warm-up is the recipe's own fraction of its steps: {warmups}",
+        f"rates are known at {', '.join(sorted({format_si(recipe.tokens) for recipe in rates.values()}))} tokens, and "
+        "carried over to other lengths as tokens^-0.32 (arXiv 2603.28743); weight decay keeps rate x decay x steps",
+        "N counts matrices and the head",
+        "",
+        format_table(rows, right=range(1, len(rows[0]))),
+    ])  # fmt: skip
 
 
 def make_cell(
