@@ -47,18 +47,6 @@ def list_sources(local: bool = False) -> None:
     print(f"\n{describe_datasets()}")
 
 
-def delete(name: Positional[str], yes: bool = False) -> None:
-    """Delete a prepared data set.
-
-    Args:
-        name: under temp_data/datasets.
-        yes: don't ask.
-    """
-    from .runs.datasets import delete_dataset
-
-    delete_dataset(name, yes)
-
-
 def estimate(
     source: Positional[str],
     target: str | None = None,

@@ -29,22 +29,11 @@ from .ladder import command as ladder_cli
 from .parse import parse_arguments, version
 from .prove_resume import command as prove_cli
 from .runs import command as runs_cli
+from .runs import datasets as datasets_cli
+from .runs import report as report_cli
 from .tune import command as tune_cli
 
 Positional = tyro.conf.Positional
-
-
-def report(runs: Positional[tuple[str, ...]], watch: bool = False, port: int = 8001) -> None:
-    """Redraw a run's plots and report.html, or compare several runs on one page.
-
-    Args:
-        runs: names or folders of runs.
-        watch: serve the page on this machine, and redraw it while the runs train, until Ctrl-C.
-        port: port of --watch. 0: any free port.
-    """
-    from .runs.report import report
-
-    report(runs, watch, port)
 
 
 def doctor(distributed: bool = False, device: Literal["auto", "cpu", "cuda"] = "auto", timeout_s: float = 60.0) -> None:
@@ -94,7 +83,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "data merge": data_cli.merge,
     "data verify": data_cli.verify,
     "data show": data_cli.show,
-    "data delete": data_cli.delete,
+    "data delete": datasets_cli.delete,
     "tokenizer train": tokenizer_cli.tokenizer_train,
     "plan": plan_cli.plan,
     "preflight": plan_cli.preflight,
@@ -107,7 +96,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "runs rename": runs_cli.rename,
     "runs archive": runs_cli.archive,
     "runs sync": runs_cli.sync,
-    "report": report,
+    "report": report_cli.report,
     "replay": replay_cli.replay,
     "status": status,
     "export": export_cli.export,

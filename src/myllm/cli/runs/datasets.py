@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import tyro
+
 from myllm import paths
 from myllm.errors import UserError
 from myllm.files import file_lock, folder_bytes, fsync_dir, temporary_dir
@@ -50,10 +52,12 @@ def _measure(folder: Path) -> tuple[str, str, str]:
     return *tokens, "complete" if dataset.complete else state
 
 
-def delete_dataset(name: str, yes: bool) -> None:
-    """
-    Raises:
-        UserError: no data set has that name, or a run or a preparation uses it.
+def delete(name: tyro.conf.Positional[str], yes: bool = False) -> None:
+    """Delete a prepared data set.
+
+    Args:
+        name: under temp_data/datasets.
+        yes: don't ask.
     """
     from myllm.data.preparation_lock import is_being_prepared, lock_path
     from myllm.runs.catalog import runs_by_dataset, state_of

@@ -3,30 +3,36 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import tyro
+
 from myllm.errors import UserError
 from myllm.paths import RunPaths
 
+Positional = tyro.conf.Positional
 
-def report(names: Sequence[str], watch: bool, port: int) -> None:
-    """Write the page of these runs and print where it is; or serve it while they train.
 
-    Raises:
-        UserError: a run does not exist. Or it has no rows yet, unless that is waited for.
+def report(runs: Positional[tuple[str, ...]], watch: bool = False, port: int = 8001) -> None:
+    """Redraw a run's plots and report.html, or compare several runs on one page.
+
+    Args:
+        runs: names or folders of runs.
+        watch: serve the page on this machine, and redraw it while the runs train, until Ctrl-C.
+        port: port of --watch. 0: any free port.
     """
     from myllm.runs.history import find_run, read_metrics
 
-    if not names:
+    if not runs:
         raise UserError("missing RUNS: name a run, or several to compare; `myllm runs` lists them")
-    runs = [find_run(name) for name in dict.fromkeys(names)]
-    for run in runs:
+    found = [find_run(name) for name in dict.fromkeys(runs)]
+    for run in found:
         if not (watch and run.root.is_dir()):
             read_metrics(run.metrics)  # raises for a missing run before Matplotlib is imported, which takes a second
     if watch:
         from .watch import serve
 
-        serve(runs, lambda: draw(runs), port)
+        serve(found, lambda: draw(found), port)
     else:
-        print(draw(runs))
+        print(draw(found))
 
 
 def draw(runs: Sequence[RunPaths]) -> Path:
