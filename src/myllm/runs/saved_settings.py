@@ -10,7 +10,7 @@ from myllm import paths
 from myllm.checkpoint.layout import CONFIG_FILE, list_checkpoints, step_of
 from myllm.config import DataConfig, OptimConfig, RunConfig, load_config, saved_config
 from myllm.data.dataset import FORMAT, MANIFEST
-from myllm.errors import UserError
+from myllm.errors import UserError, bullets
 from myllm.presets import diff_settings
 
 from .history import read_json_or_empty
@@ -46,9 +46,8 @@ def check_resumable(saved: dict[str, Any], config: RunConfig, folder: Path) -> l
     refused = [line for line in changed if line.startswith(fixed) and not line.startswith("model.dropout")]
     if refused:
         raise UserError(
-            f"the checkpoint {folder} was made with other settings:\n"
-            + "\n".join(f"  - {line}" for line in refused)
-            + f"\ngive the same ones to resume (--config {folder / 'config.json'}), another --name to start a second "
+            f"the checkpoint {folder} was made with other settings:\n{bullets(refused)}\n"
+            f"give the same ones to resume (--config {folder / 'config.json'}), another --name to start a second "
             "run, or --train.fresh to start over (the old run is moved aside)"
         )
     return changed
