@@ -106,19 +106,21 @@ def test_off(tiny: RunConfig, monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.slow
 def test_one_of_two_ranks_downloads(tiny: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """As many requests as one process sends alone, and none at the second start."""
+    """The requests that one process sends alone, not twice as many, and none at the second start."""
     with HubServer() as hub, hub.reached(monkeypatch, tmp_path / "home"):
         publish_task(hub, "piqa", [TASKS["piqa"].sample] * 5)
         code = "from myllm.evals.examples import load_questions; assert len(load_questions('piqa')) == 5"
         own = {"HF_HOME": str(tmp_path / "own home"), "MYLLM_DATA": str(tmp_path / "own data")}
         subprocess.run([sys.executable, "-c", code], env=os.environ | own, check=True)
-        alone = sorted(f"{one.method} {one.path}" for one in hub.seen("piqa"))
+        alone = [f"{one.method} {one.path}" for one in hub.seen("piqa")]
         config = with_hellaswag(tiny, hellaswag_every_steps=0, tasks=("piqa",), tasks_every_steps=1)
         file = write_run_config(config, tmp_path / "config.json")
         for seen in (alone, []):
             hub.requests.clear()
             done = launch("--config", file, "--train.fresh", ranks=2)
             assert done.returncode == 0, done.stderr
-            assert sorted(f"{one.method} {one.path}" for one in hub.seen("piqa")) == seen
+            sent = [f"{one.method} {one.path}" for one in hub.seen("piqa")]
+            assert set(sent) == set(seen)
+            assert len(sent) < max(2 * len(seen), 1)  # a slow answer is asked for again
             rows = eval_rows(RunPaths.of("tiny").root, "piqa")
             assert [(row["step"], row["n_examples"]) for row in rows] == [(0, 5), (1, 5), (2, 5)]
