@@ -1,6 +1,7 @@
 """What many tests need: a small corpus, a tiny config, and a temp_data/ of their own."""
 
 import atexit
+import gc
 import json
 import os
 import random
@@ -40,6 +41,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Compiling in the process itself: one thing less that can be left behind.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+# Rewriting the asserts of all tests takes 10 s in each of xdist's workers, unless what the first wrote may be kept.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # A shell that starts the tests in the background has them ignore Ctrl-C, and so would every process they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 if hasattr(signal, "SIGHUP"):  # ignored under nohup, and children would inherit that
@@ -179,6 +183,13 @@ def losses(run: Path) -> dict[int, float]:
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _frozen_heap() -> None:
+    """A run in the tests' process collects garbage several times, and would look at a million objects of pytest's."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import eval_rows, losses, train_rows, with_train
+from conftest import eval_rows, losses, tiny_config, train_rows, with_train
 
 from myllm.checkpoint.format import load_checkpoint
 from myllm.checkpoint.layout import list_checkpoints
@@ -48,6 +48,22 @@ def run_until(config: RunConfig, step: int, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(loop, "train_step", real)
 
 
+@pytest.fixture(scope="module")
+def finished_run(corpus: Path, prepared_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of `tiny`, trained once."""
+    folder = tmp_path_factory.mktemp("finished") / "temp_data"
+    shutil.copytree(prepared_corpus, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MYLLM_DATA", str(folder))
+        return run(tiny_config(corpus))
+
+
+@pytest.fixture
+def finished(finished_run: Path, prepared_data: None) -> Path:
+    """The test's temp_data/ has that run already."""
+    return Path(shutil.copytree(finished_run, RunPaths.of("tiny").root))
+
+
 def weights(root: Path) -> dict[str, torch.Tensor]:
     return load_checkpoint(list_checkpoints(root / "checkpoints")[0]).model
 
@@ -86,9 +102,11 @@ def test_training_learns(tiny: RunConfig) -> None:
     assert last < first - 3
 
 
-def test_resumed_twice_equals_uninterrupted(tiny: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resumed_twice_equals_uninterrupted(
+    tiny: RunConfig, finished_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Bit for bit, with dropout: the same losses in the log, the same weights at the end."""
-    whole = run(replace(tiny, name="whole"))
+    whole = finished_run
     broken = replace(tiny, name="broken")
     run_until(broken, 6, monkeypatch)  # two updates past the save at 4
     run_until(broken, 11, monkeypatch)  # three past the save at 8
@@ -104,8 +122,8 @@ def test_resumed_twice_equals_uninterrupted(tiny: RunConfig, monkeypatch: pytest
     assert (root / "log.txt").read_text().count("resuming from") == 2
 
 
-def test_a_finished_run_can_be_extended_and_rerun(tiny: RunConfig) -> None:
-    root = run(tiny)
+def test_finished_run_can_be_rerun_and_extended(tiny: RunConfig, finished: Path) -> None:
+    root = finished
     before = losses(root)
     assert losses(run(tiny)) == before  # nothing left to do: nothing changes
     assert max(losses(run(with_train(tiny, max_steps=14)))) == 14
@@ -137,9 +155,8 @@ def test_wsd_is_lengthened_before_its_decay_and_not_after(tiny: RunConfig, monke
     assert max(losses(run(with_train(tiny, max_steps=40)))) == 40, "from step 12, as the message says"
 
 
-def test_a_damaged_checkpoint_is_passed_over(tiny: RunConfig) -> None:
-    whole = losses(run(replace(tiny, name="whole")))
-    root = run(tiny)
+def test_damaged_checkpoint_is_skipped(tiny: RunConfig, finished: Path) -> None:
+    root, whole = finished, losses(finished)
     newest = list_checkpoints(root / "checkpoints")[0]
     content = bytearray((newest / "weights/__0_0.distcp").read_bytes())
     content[len(content) // 2] ^= 1
@@ -148,8 +165,8 @@ def test_a_damaged_checkpoint_is_passed_over(tiny: RunConfig) -> None:
     assert f"skipping {newest}: the content of weights/__0_0.distcp has changed" in (root / "log.txt").read_text()
 
 
-def test_fresh_starts_over_and_deletes_nothing(tiny: RunConfig) -> None:
-    root = run(tiny)
+def test_fresh_starts_over_and_deletes_nothing(tiny: RunConfig, finished: Path) -> None:
+    root = finished
     old = {path.relative_to(root): path.read_bytes() for path in root.rglob("*.distcp")}
     assert losses(run(with_train(tiny, fresh=True))) == losses(root)
     aside = [path for path in root.parent.iterdir() if path.name.startswith("tiny.before-")]
@@ -158,15 +175,14 @@ def test_fresh_starts_over_and_deletes_nothing(tiny: RunConfig) -> None:
     assert json.loads((root / "config.json").read_text())["train"]["fresh"] is False
 
 
-def test_other_settings_do_not_resume(tiny: RunConfig) -> None:
-    run(tiny)
+def test_other_settings_do_not_resume(tiny: RunConfig, finished: Path) -> None:
     with pytest.raises(UserError, match=r"model\.d_ff: 32 -> 64(.|\n)*--train\.fresh"):
         run(replace(tiny, model=replace(tiny.model, d_ff=64)))
     with pytest.raises(UserError, match="trained on other data"):
         run(replace(tiny, data=replace(tiny.data, val_tokens=2_000)))
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run(tiny: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nonfinite_gradient_stops_the_run(tiny: RunConfig, finished_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, calls = Transformer.forward, []
 
     def poisoned(self: object, *args: object, **kwargs: object) -> torch.Tensor:
@@ -181,8 +197,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(tiny: RunConfig, monkeypatc
     root = RunPaths.of("tiny").root
     for folder in list_checkpoints(root / "checkpoints"):
         assert all(tensor.isfinite().all() for tensor in load_checkpoint(folder).model.values())
-    whole = run(replace(tiny, name="whole"))
-    assert losses(run(tiny)) == losses(whole)  # and going on from the newest checkpoint heals it
+    assert losses(run(tiny)) == losses(finished_run)  # and going on from the newest checkpoint heals it
 
 
 def test_a_failing_evaluation_does_not_cost_training(tiny: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,9 +212,9 @@ def test_a_failing_evaluation_does_not_cost_training(tiny: RunConfig, monkeypatc
     assert len(eval_rows(root, "cloze")) == 2
 
 
-def test_evaluations_leave_training_alone(tiny: RunConfig) -> None:
+def test_evaluations_leave_training_alone(tiny: RunConfig, finished_run: Path) -> None:
     often = replace(tiny, name="often", eval=replace(tiny.eval, validation_every_steps=1, sample_every_steps=1))
-    assert losses(run(often)) == losses(run(tiny))
+    assert losses(run(often)) == losses(finished_run)
 
 
 def test_a_context_that_is_too_short_for_cloze_is_said(tiny: RunConfig) -> None:
@@ -268,8 +283,8 @@ def test_weights_that_are_not_finite_are_never_saved(tiny: RunConfig) -> None:
         assert all(tensor.isfinite().all() for tensor in load_checkpoint(folder).model.values())
 
 
-def test_damage_to_every_checkpoint_does_not_start_over_by_itself(tiny: RunConfig) -> None:
-    root = run(tiny)
+def test_damage_to_every_checkpoint_does_not_start_over(tiny: RunConfig, finished: Path) -> None:
+    root = finished
     before = (root / "metrics.jsonl").read_text()
     for folder in list_checkpoints(root / "checkpoints"):
         (folder / "weights/__0_0.distcp").write_bytes(b"")

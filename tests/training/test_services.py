@@ -48,12 +48,22 @@ def many_objects() -> Iterator[None]:
     kept.extend([] for _ in range(5_000))
 
 
+@pytest.fixture
+def thawed() -> Iterator[None]:
+    """Nothing is frozen, as in an ordinary program."""
+    gc.unfreeze()
+    yield
+    gc.freeze()
+
+
 def test_without_a_schedule_python_collects(collections: list[int]) -> None:
     with many_objects():
         assert collections
 
 
-def test_collected_when_due_and_only_then(collections: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_collected_when_due_and_only_then(
+    thawed: None, collections: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(services, "COLLECT_EVERY_STEPS", 5)
     found = []
     with GcSchedule(step=7) as schedule:
@@ -104,6 +114,13 @@ def test_evaluations_collect_by_themselves_and_leave_nothing(error: type[Excepti
             evaluate(schedule)
         assert not gc.isenabled()
         assert left() is None
+
+
+def test_frozen_objects_of_the_caller_stay_frozen(thawed: None) -> None:
+    gc.freeze()
+    with GcSchedule(step=0):
+        pass
+    assert gc.get_freeze_count() > 0
 
 
 def test_one_that_was_off_stays_off() -> None:

@@ -52,12 +52,14 @@ class GcSchedule:
 
     def __enter__(self) -> "GcSchedule":
         self._was_enabled = gc.isenabled()
+        self._caller_froze = gc.get_freeze_count() > 0
         gc.disable()
         _freeze()
         return self
 
     def __exit__(self, *_: object) -> None:
-        gc.unfreeze()
+        if not self._caller_froze:
+            gc.unfreeze()  # all there is: Python has no other way
         if self._was_enabled:
             gc.enable()
 

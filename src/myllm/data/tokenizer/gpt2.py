@@ -66,9 +66,9 @@ class GPT2Tokenizer(Tokenizer):
 
     # The tables are built at first use: the process that plans a data set never encodes.
 
-    @cached_property
+    @property
     def _ranks(self) -> dict[bytes, int]:
-        return {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, self._content.splitlines())}
+        return _parse_ranks(self._content)
 
     @cached_property
     def _bytes_by_id(self) -> dict[int, bytes]:
@@ -110,6 +110,12 @@ class GPT2Tokenizer(Tokenizer):
 
     def token_bytes(self) -> np.ndarray:
         return np.array([len(self._bytes_by_id[token]) for token in range(END_OF_TEXT)] + [0], dtype=np.int64)
+
+
+@cache
+def _parse_ranks(vocabulary: bytes) -> dict[bytes, int]:
+    """Id by token. One process loads the tokenizer many times, for data, evaluations and samples."""
+    return {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, vocabulary.splitlines())}
 
 
 def _join(texts: Sequence[str], end: str, split: str) -> str:
