@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -51,9 +52,18 @@ if hasattr(signal, "SIGHUP"):  # ignored under nohup, and children would inherit
 # How long an example takes says more about the machine than about the code.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
+from support import warm_start  # noqa: E402  (keeps the environment that it finds)
+
 # The fixture `save`.
 pytest_plugins = ["support.saved_checkpoints"]
 ROOT = Path(__file__).resolve().parents[1]
+LONGEST_FILES = (
+    "cli/test_trials.py", "distributed/test_stops.py", "faults/test_saves_cut_short.py", "test_readme.py",
+    "distributed/test_parallelize.py", "data/test_growing.py", "hub/test_background_publish.py",
+    "cli/ladder/test_ladder.py", "training/preflight/test_rehearsal.py", "test_e2e.py", "training/test_loop.py",
+    "training/test_stop_signals.py", "cli/test_prove_resume.py", "distributed/test_two_machines.py",
+    "training/test_compiled_step.py", "hub/test_large_vocabularies.py", "distributed/test_elastic_processes.py",
+)  # fmt: skip
 WORDS = (
     "the river ran under old stone bridge while children counted boats and sang of salt wind light harbour evening "
     "bread copper lantern winter market song letter garden narrow window quiet morning voice paper road hill"
@@ -80,6 +90,14 @@ def write_corpora(folder: Path, **documents: int) -> list[str]:
         files = files[count:]
         sources.append(f"files:{folder / name}")
     return sources
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A worker takes whole files: those that take longest begin first, and then those with the most tests."""
+    first = {ROOT / "tests" / name: number for number, name in enumerate(LONGEST_FILES)}
+    counts = Counter(item.path for item in items)
+    items.sort(key=lambda item: (first.get(item.path, len(first)), -counts[item.path], item.path))
 
 
 @pytest.fixture(scope="session")
@@ -153,8 +171,8 @@ def write_run_config(config: RunConfig, path: Path) -> Path:
 
 
 def launch(*words: str | Path, ranks: int = 1, timeout: float = 240) -> subprocess.CompletedProcess[str]:
-    """Run pretrain.py as a user would, alone or under torchrun."""
-    return subprocess.run(command(*words, ranks=ranks), capture_output=True, text=True, timeout=timeout, check=False)
+    """Run pretrain.py as a user would, alone or on several ranks."""
+    return warm_start.run(ROOT / "pretrain.py", *words, ranks=ranks, timeout=timeout)
 
 
 def command(*words: str | Path, ranks: int = 1) -> list[str]:

@@ -3,11 +3,11 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, eval_rows, train_rows
+from support import warm_start
 from test_notebooks import execute, outputs
 
 SHORT = [
@@ -16,18 +16,28 @@ SHORT = [
 ]  # fmt: skip
 
 
-def user(folder: Path, *words: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    """A command typed in another folder, with no network to speak of."""
-    elsewhere = folder / "where the user stands"
-    elsewhere.mkdir(parents=True, exist_ok=True)
+def elsewhere(folder: Path) -> Path:
+    """Where the user stands: in another folder than the code and the data."""
+    place = folder / "where the user stands"
+    place.mkdir(parents=True, exist_ok=True)
+    return place
+
+
+def user(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """A command typed with no network to speak of."""
     environment = os.environ | {"MYLLM_DATA": str(folder / "data"), "HF_HUB_OFFLINE": "1", "PIP_NO_INDEX": "1"}
     return subprocess.run(
-        words, cwd=elsewhere, env=environment, input=stdin, capture_output=True, text=True, timeout=280, check=False
+        words, cwd=elsewhere(folder), env=environment, capture_output=True, text=True, timeout=280, check=False
     )
 
 
+def python(folder: Path, *words: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"MYLLM_DATA": str(folder / "data")}
+    return warm_start.run(*words, env=environment, cwd=elsewhere(folder), stdin=stdin)
+
+
 def myllm(folder: Path, *words: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    return user(folder, sys.executable, "-m", "myllm", *words, stdin=stdin)
+    return python(folder, "-m", "myllm", *words, stdin=stdin)
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +138,7 @@ def test_own_text_in_two_commands(tmp_path: Path, corpus: Path) -> None:
     name = done.stdout.splitlines()[0].split("/")[-1]
     assert f"--data.dataset {name}" in done.stdout
     words = ["--train.max-steps", "2", "--eval.validation-tokens", "1024", "--eval.sample-every-steps", "0"]
-    done = user(tmp_path, sys.executable, str(ROOT / "pretrain.py"), "debug", "--data.dataset", name, *words)
+    done = python(tmp_path, str(ROOT / "pretrain.py"), "debug", "--data.dataset", name, *words)
     assert done.returncode == 0, done.stderr
     environment = json.loads((tmp_path / "data/runs/debug/environment.json").read_text())
     assert environment["dataset"] == name

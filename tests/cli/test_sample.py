@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from support import warm_start
 from support.saved_checkpoints import save_weights
 
 import myllm
@@ -43,10 +44,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(data: Path, *words: str | Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "myllm", *map(str, words)], env=os.environ | {"MYLLM_DATA": str(data)}, input=stdin,
-        capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+    done = warm_start.run("-m", "myllm", *words, env=os.environ | {"MYLLM_DATA": str(data)}, stdin=stdin)
     assert "Traceback" not in done.stderr
     return done
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from support import warm_start
 from support.saved_checkpoints import save_weights
 from support.serving import DEADLINE_S, post_head
 
@@ -37,10 +38,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(data: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "myllm", *words], env=os.environ | {"MYLLM_DATA": str(data)}, capture_output=True,
-        text=True, timeout=DEADLINE_S, check=False,
-    )  # fmt: skip
+    done = warm_start.run("-m", "myllm", *words, env=os.environ | {"MYLLM_DATA": str(data)}, timeout=DEADLINE_S)
     assert "Traceback" not in done.stderr
     return done
 

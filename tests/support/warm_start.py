@@ -1,0 +1,187 @@
+"""`python -m myllm` and pretrain.py in processes that start at once.
+
+Importing torch and the commands takes a process 2 to 4 s. Here one process of each test worker has imported them, and
+forks for every call: the fork has its own memory, environment, folder and streams, runs the same entry point as
+`__main__`, and ends as any interpreter does. What a process does before its imports is not tested this way; a call
+whose environment a library may have read on import gets an interpreter of its own.
+"""
+
+import atexit
+import gc
+import json
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "pretrain.py"
+IMPORTED = (
+    "torch._dynamo",  # every optimizer imports it
+    "pretrain",
+    "myllm.cli.main",
+    "myllm.cli.launch",
+    "myllm.data.prepare.background",
+    "myllm.runs.report.html",
+    "myllm.training.loop",
+)
+ENVIRONMENT = dict(os.environ)
+"""That of a worker, not of a test: tests import this module as they are collected."""
+READ_LATER = {"MYLLM_DATA", "PYTEST_CURRENT_TEST", "COLUMNS", "LINES", "MYLLM_EXIT_CODE_FILE"}
+"""Variables that may differ between the calls of one warm process; nothing reads them on import."""
+
+
+def run(
+    *words: str | Path, ranks: int = 1, env: dict[str, str] | None = None, cwd: str | Path | None = None,
+    stdin: str = "", timeout: float = 240,
+) -> subprocess.CompletedProcess[str]:  # fmt: skip
+    """As `subprocess.run` of this Python with these words and captured text.
+
+    Args:
+        words: `-m myllm ...` or `.../pretrain.py ...`.
+        ranks: processes with the variables that torchrun gives its ranks. Once one fails the others are told to end.
+    """
+    words = tuple(map(str, words))
+    env = dict(os.environ if env is None else env)
+    if {key for key, _ in env.items() ^ ENVIRONMENT.items()} - READ_LATER:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+        return subprocess.run(
+            [sys.executable, *torchrun, *words], env=env, cwd=cwd, input=stdin, capture_output=True, text=True,
+            timeout=timeout, check=False,
+        )  # fmt: skip
+    request = {"words": words, "ranks": ranks, "env": env, "cwd": str(cwd or os.getcwd()), "timeout": timeout}
+    return _warm_process().run(request, stdin)
+
+
+class WarmProcess:
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, __file__], env=ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        atexit.register(self._process.communicate)
+
+    def run(self, request: dict[str, Any], stdin: str) -> subprocess.CompletedProcess[str]:
+        with tempfile.TemporaryDirectory(prefix="warm-start-") as folder:
+            streams = [Path(folder, name) for name in ("stdin", "stdout", "stderr")]
+            for stream, text in zip(streams, (stdin, "", ""), strict=True):
+                stream.write_text(text, encoding="utf-8")
+            print(json.dumps(request | {"streams": list(map(str, streams))}), file=self._process.stdin, flush=True)
+            code = json.loads(self._process.stdout.readline())
+            out, err = (stream.read_text(encoding="utf-8") for stream in streams[1:])
+        command = [sys.executable, *request["words"]]
+        if code is None:
+            raise subprocess.TimeoutExpired(command, request["timeout"], out, err)
+        return subprocess.CompletedProcess(command, code, out, err)
+
+
+@cache
+def _warm_process() -> WarmProcess:
+    return WarmProcess()
+
+
+# -- in the warm process ----------------------------------------------------------------------------------------------
+
+
+def serve() -> dict[str, Any] | None:
+    """Fork for each request. Returns it in the fork, and None in the warm process once there are no more."""
+    requests, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
+    for line in requests:
+        request, children = json.loads(line), set()
+        for variables in _variables_of_ranks(request["ranks"]):
+            if (child := os.fork()) == 0:
+                requests.close()
+                answers.close()
+                return request | {"env": request["env"] | variables}
+            children.add(child)
+        print(json.dumps(_wait(children, time.monotonic() + request["timeout"])), file=answers, flush=True)
+    return None
+
+
+def _variables_of_ranks(ranks: int) -> list[dict[str, str]]:
+    if ranks == 1:
+        return [{}]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    shared |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+
+
+def _wait(children: set[int], deadline: float) -> int | None:
+    """The code of the first that fails, negative for a signal, or 0. None if there was no end before the deadline."""
+    first, late = 0, False
+    while children:
+        child, status = os.waitpid(-1, os.WNOHANG)
+        if child:
+            children.remove(child)
+            if (code := os.waitstatus_to_exitcode(status)) and not first:
+                first = code
+                _send(signal.SIGTERM, children)
+        elif time.monotonic() > deadline:
+            _send(signal.SIGKILL, children)
+            deadline, late = float("inf"), True
+        else:
+            time.sleep(0.01)
+    return None if late else first
+
+
+def _send(number: signal.Signals, children: set[int]) -> None:
+    for child in children:
+        os.kill(child, number)
+
+
+def become(request: dict[str, Any]) -> int:
+    """Run the words as `__main__`, and all that an interpreter does at its end but freeing memory: the exit code."""
+    for number, stream in enumerate(request["streams"]):
+        file = os.open(stream, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_APPEND)
+        os.dup2(file, number)
+        os.close(file)
+    os.environ.clear()
+    os.environ.update(request["env"])
+    os.chdir(request["cwd"])
+    program, *words = request["words"]
+    try:
+        if program == "-m":
+            sys.argv, sys.path[0] = words, request["cwd"]
+            runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv, sys.path[0] = [program, *words], str(Path(program).parent)
+            runpy.run_path(program, run_name="__main__")
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    for thread in threading.enumerate():
+        if thread is not threading.main_thread() and not thread.daemon:
+            thread.join()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return code
+
+
+if __name__ == "__main__":
+    sys.path[1:1] = [str(ROOT), str(ROOT / "src"), str(ROOT / "tests")]
+    for name in IMPORTED:
+        import_module(name)
+    gc.freeze()  # a collection in a fork would copy every page
+    if request := serve():
+        code = 70
+        try:
+            code = become(request)
+        finally:
+            os._exit(code)
