@@ -29,7 +29,7 @@ def in_float64(hidden, weight, targets, vocab_size):
 
 
 def value_and_gradients(hidden, weight, targets, vocab_size):
-    loss = linear_cross_entropy(hidden, weight, targets, vocab_size)
+    loss, _ = linear_cross_entropy(hidden, weight, targets, vocab_size)
     return (loss.detach(), *torch.autograd.grad(loss, (hidden, weight)))
 
 
@@ -50,8 +50,13 @@ def test_value_and_gradients(n, d, vocab_size, padding, chunk, seed, compiling):
         patch.setattr(module, "CPU_CHUNK", chunk)
         patch.setattr(torch.compiler, "is_compiling", lambda: compiling)
         ours = value_and_gradients(hidden, weight, targets, vocab_size)
+        _, losses = linear_cross_entropy(hidden, weight, targets, vocab_size)
     for mine, expected in zip(ours, in_float64(hidden, weight, targets, vocab_size), strict=True):
         torch.testing.assert_close(mine.double(), expected, rtol=1e-5, atol=1e-6)
+    logits = hidden.detach().double() @ weight.detach().double()[:vocab_size].t()
+    torch.testing.assert_close(
+        losses.double(), F.cross_entropy(logits, targets, reduction="none"), rtol=1e-5, atol=1e-6
+    )
     assert not ours[2][vocab_size:].any()  # exactly zero, so that padding never moves
 
 
@@ -73,7 +78,7 @@ def test_where_a_product_cannot_be_written_into_a_part(monkeypatch):
 def test_the_gradient_is_scaled_by_what_comes_after():
     hidden, weight, targets = example(5, 4, 9, 3)
     plain = value_and_gradients(hidden, weight, targets, 9)
-    scaled = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets, 9) / 8, (hidden, weight))
+    scaled = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets, 9)[0] / 8, (hidden, weight))
     for part, whole in zip(scaled, plain[1:], strict=True):
         torch.testing.assert_close(part, whole / 8)
 
@@ -96,7 +101,8 @@ def test_padding_has_no_probability():
         hidden[:, 0] = 1
         loud = weight.clone()
         loud[9:, 0] = 1e4
-    assert linear_cross_entropy(hidden, loud, targets, 9) == linear_cross_entropy(hidden, weight, targets, 9)
+    of_loud, of_plain = (linear_cross_entropy(hidden, head, targets, 9)[1] for head in (loud, weight))
+    assert torch.equal(of_loud, of_plain)
     for ours, plain in zip(token_ranks(hidden, loud, targets, 9), token_ranks(hidden, weight, targets, 9), strict=True):
         assert torch.equal(ours, plain)
     everything = torch.stack([token_log_probs(hidden, loud, torch.full((30,), token), 9) for token in range(9)])
@@ -191,12 +197,15 @@ def test_compiled(autocast):
     compiled = torch.compile(linear_cross_entropy, fullgraph=True)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         plain = value_and_gradients(hidden, weight, targets, 100)
-        loss, (code, *_) = run_and_get_code(compiled, hidden, weight, targets, 100)
+        (loss, losses), (code, *_) = run_and_get_code(compiled, hidden, weight, targets, 100)
+        uncompiled = linear_cross_entropy(hidden, weight, targets, 100)[1]
     gradients = torch.autograd.grad(loss, (hidden, weight))
     for ours, expected in zip((loss.detach(), *gradients), plain, strict=True):
         assert ours.dtype == expected.dtype
         assert (ours - expected).norm() < (5e-3 if autocast else 1e-6) * expected.norm()
     assert not gradients[1][100:].any()
+    torch.testing.assert_close(losses, uncompiled, rtol=2e-2 if autocast else 1e-5, atol=1e-5)
+    assert not losses.requires_grad
     if autocast:  # a chunk's logits and their gradient are in memory in bfloat16 alone
         assert "(128, 128), (128, 1), torch.bfloat16" in code
         assert "(128, 128), (128, 1), torch.float32" not in code

@@ -206,6 +206,15 @@ def test_both_learning_rates_are_drawn(tmp_path: Path) -> None:
     assert axes.get_ylim()[1] > 0.03
 
 
+def test_the_loss_of_each_component_is_drawn(tmp_path: Path) -> None:
+    """Of one that begins in a later stage, too."""
+    rows = [train_row(1, **{"loss/a": 3.0}), train_row(2, **{"loss/a": 2.0, "loss/b": 5.0})]
+    metrics = read_metrics(write_run(tmp_path / "run", rows).metrics)
+    (axes,) = plots.figure("components", metrics, {}).axes
+    assert {text.get_text() for text in axes.texts} >= {"a\n2", "b\n5"}
+    assert plots.figure("components", metrics.up_to(0), {}) is None
+
+
 def test_figures_without_numbers_are_deleted(run: RunPaths) -> None:
     write_report(run)
     rows = [{"kind": "train", "step": step, "loss": 2.0} for step in (1, 2)]

@@ -124,6 +124,20 @@ def test_a_bfloat16_residual_stream_makes_no_graph_more(unit: str, count: int, g
     assert_graphs(count, replace(config, model=replace(config.model, residual_dtype="bfloat16")), graphs)
 
 
+@pytest.mark.parametrize(("unit", "count"), [("model", 1), ("block", 2)])
+def test_kept_losses_are_of_this_batch_and_make_no_graph_more(unit: str, count: int, graphs: Graphs) -> None:
+    config = small_run("debug", compile_unit=unit)
+    model = Transformer(config.model)
+    model.keep_token_losses = True
+    runner = parallelize(model, config, ALONE)
+    for _ in range(3):
+        loss = runner(batch(), batch())
+        loss.backward()
+        assert model.token_losses is not None
+        torch.testing.assert_close(model.token_losses.mean(), loss.detach())
+    assert graphs.count == (count, 0)
+
+
 def test_blocks_share_one_graph(graphs: Graphs) -> None:
     """And the loss has the other, however many layers there are."""
     assert_graphs(2, small_run("lf-llm-269m", LAYERS), graphs)
@@ -178,13 +192,15 @@ def test_ddp_cuts_no_block(recompute: bool, graphs: Graphs) -> None:
 
 
 @pytest.mark.usefixtures("one_rank")
-def test_ddp_cuts_a_whole_model_once(graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("keep_token_losses", [False, True])
+def test_ddp_cuts_a_whole_model_once(keep_token_losses: bool, graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
     """Dynamo traces once, before the first step; DDP then cuts the graph at its buckets, without which nothing would
     travel beside the backward pass."""
     monkeypatch.setattr(parallel, "BUCKET_MB", 1)
     config = small_run("default-150m", n_layers=3, compile_unit="model")
     config = replace(config, model=replace(config.model, d_model=256, n_kv_heads=None))
     model = Transformer(config.model)
+    model.keep_token_losses = keep_token_losses
     runner = parallelize(model, config, PAIR)
     parts, breaks = graphs.count
     assert parts > 1
@@ -199,7 +215,7 @@ def test_ddp_cuts_a_whole_model_once(graphs: Graphs, monkeypatch: pytest.MonkeyP
 def test_a_graph_that_would_break_is_an_error(graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
     """And not a slower run that nobody notices."""
 
-    def breaking(*arguments: Any) -> torch.Tensor:
+    def breaking(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
         torch._dynamo.graph_break()
         return linear_cross_entropy(*arguments)
 

@@ -28,11 +28,11 @@ GPU_CHUNK = 4_096
 FLOAT16_GRAD_SCALE = 1 / 16
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
-    """Mean cross-entropy in nats of all targets, differentiable in `hidden` and `weight`.
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """Cross-entropy in nats: the mean of all targets, differentiable in `hidden` and `weight`, and each, which is not.
 
     Shapes:
-        hidden (N, D); weight (V, D); targets (N,), each in [0, vocab_size); returns a scalar in float32
+        hidden (N, D); weight (V, D); targets (N,), each in [0, vocab_size); returns a scalar and (N,) in float32
     """
     return _LinearCrossEntropy.apply(hidden, weight, targets, vocab_size)
 
@@ -82,17 +82,18 @@ def _log_probs_in_chunks(
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
         h, w = _to_compute_dtype(hidden.detach(), weight.detach())
         compiling = torch.compiler.is_compiling()
-        compute = _loss_and_gradients_compiled if compiling else _loss_and_gradients_in_place
-        loss, grad_h, grad_w = compute(h, w, targets, vocab_size, weight.dtype)
+        compute = _losses_and_gradients_compiled if compiling else _losses_and_gradients_in_place
+        losses, grad_h, grad_w = compute(h, w, targets, vocab_size, weight.dtype)
         ctx.save_for_backward(grad_h, grad_w)
+        ctx.mark_non_differentiable(losses)
         ctx.hidden_dtype, ctx.n = hidden.dtype, targets.shape[0]
-        return loss
+        return losses.mean(), losses
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None]:
         grad_h, grad_w = ctx.saved_tensors
         if grad_h.dtype is torch.float16:  # can be divided by N only here, where the loss is scaled
             scaled = grad_h.float() * (grad_loss * (1 / (FLOAT16_GRAD_SCALE * ctx.n)))
@@ -101,18 +102,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return scaled.to(ctx.hidden_dtype), grad_w * grad_loss, None, None
 
 
-def _loss_and_gradients_in_place(
+def _losses_and_gradients_in_place(
     h: Tensor, w: Tensor, targets: Tensor, vocab_size: int, weight_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The mean loss and its gradients, where each operation reuses the memory of the one before.
+    """The losses and the gradients of their mean, where each operation reuses the memory of the one before.
 
     Shapes:
-        h (N, D) and w (V, D), in the compute dtype; targets (N,); returns a float32 scalar, (N, D) in the compute dtype
+        h (N, D) and w (V, D), in the compute dtype; targets (N,); returns (N,) float32, (N, D) in the compute dtype
         (in float16 multiplied by FLOAT16_GRAD_SCALE N), and (V, D) in `weight_dtype`
     """
     n, half = targets.shape[0], w.dtype is torch.float16
     scale = 1 / (FLOAT16_GRAD_SCALE * n) if half else 1 / n
-    loss = torch.zeros((), dtype=torch.float32, device=h.device)
+    losses = torch.empty(n, dtype=torch.float32, device=h.device)
     grad_h, grad_w = torch.empty_like(h), torch.zeros_like(w, dtype=weight_dtype)
     buffer = _logits_buffer(h, w, n)
     for rows in _chunks(h):
@@ -121,7 +122,7 @@ def _loss_and_gradients_in_place(
         # The probability of the target may underflow; that of the most likely token cannot.
         below = logits.gather(1, chunk_targets) - logits.amax(dim=-1, keepdim=True)  # (C, 1)
         probabilities = torch.softmax(logits, dim=-1, out=logits)
-        loss -= (below + probabilities.amax(dim=-1, keepdim=True).log()).sum() / n
+        losses[rows] = -(below + probabilities.amax(dim=-1, keepdim=True).log()).squeeze(1)
         # d loss / d logits = (softmax - onehot) / n. The division by n is cheaper on the smaller matrices below.
         probabilities.scatter_add_(1, chunk_targets, probabilities.new_full(chunk_targets.shape, -1.0))
         grad = (probabilities.mul_(FLOAT16_GRAD_SCALE) if half else probabilities).to(w.dtype)
@@ -132,13 +133,13 @@ def _loss_and_gradients_in_place(
             grad_w.addmm_(grad.t(), h[rows], alpha=scale)  # (V, D), without a second matrix of that size
         else:
             grad_w.add_(grad.t() @ h[rows], alpha=scale)  # (V, D)
-    return loss, grad_h, grad_w
+    return losses, grad_h, grad_w
 
 
-def _loss_and_gradients_compiled(
+def _losses_and_gradients_compiled(
     h: Tensor, w: Tensor, targets: Tensor, vocab_size: int, weight_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`_loss_and_gradients_in_place` in a form that the compiler can fuse.
+    """`_losses_and_gradients_in_place` in a form that the compiler can fuse.
 
     Only row reductions and elementwise operations stand between the matrix products, so the fused kernel reads the
     logits and writes their gradient in the compute dtype, and float32 exists only in registers. Buffers, or a scattered
@@ -147,8 +148,7 @@ def _loss_and_gradients_compiled(
     n, columns = targets.shape[0], torch.arange(w.shape[0], device=h.device)  # (V,)
     half = w.dtype is torch.float16
     divisor = 1 / FLOAT16_GRAD_SCALE if half else n
-    loss = torch.zeros((), dtype=torch.float32, device=h.device)
-    grad_h, grad_w = [], torch.zeros_like(w, dtype=weight_dtype)
+    losses, grad_h, grad_w = [], [], torch.zeros_like(w, dtype=weight_dtype)
     for rows in _chunks(h):
         chunk_targets = targets[rows].unsqueeze(1)  # (C, 1)
         logits = (h[rows] @ w.t()).float()  # (C, V)
@@ -156,12 +156,12 @@ def _loss_and_gradients_compiled(
             logits = torch.where(columns < vocab_size, logits, float("-inf"))
         total = logits.logsumexp(dim=-1, keepdim=True)  # (C, 1)
         onehot = columns == chunk_targets  # (C, V)
-        loss = loss + (total - torch.where(onehot, logits, 0.0).sum(dim=-1, keepdim=True)).sum() / n
+        losses.append((total - torch.where(onehot, logits, 0.0).sum(dim=-1, keepdim=True)).squeeze(1))
         grad = (((logits - total).exp() - onehot.float()) / divisor).to(w.dtype)  # (C, V)
         grad_h.append(grad @ w)  # (C, D)
         product = grad.t() @ h[rows]  # (V, D)
         grad_w = grad_w + (product.to(weight_dtype) * (divisor / n) if half else product)
-    return loss, torch.cat(grad_h), grad_w
+    return torch.cat(losses), torch.cat(grad_h), grad_w
 
 
 def _logits(h: Tensor, w: Tensor, vocab_size: int, buffer: Tensor) -> Tensor:

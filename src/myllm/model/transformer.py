@@ -71,6 +71,8 @@ class Transformer(nn.Module):
     residual_scales: nn.Parameter | None
     """(n_layers,). Norms ignore the size of the stream, so instead of multiplying it by a scale before each block, what
     the block adds is divided by the product of the scales so far, which exports can fold into its projections."""
+    token_losses: Tensor | None
+    """Of each target of the last batch, (B T,) float32; only if `keep_token_losses` was set before the first one."""
 
     def __init__(self, config: ModelConfig, seed: int = 0) -> None:
         super().__init__()
@@ -92,7 +94,9 @@ class Transformer(nn.Module):
             cos, sin = rotary_tables(config.max_seq_len, frequencies)
             self.register_buffer("rotary_cos", cos, persistent=False)  # (max_seq_len, K)
             self.register_buffer("rotary_sin", sin, persistent=False)  # (max_seq_len, K)
-        self._training_loss: Callable[[Tensor, Tensor, Tensor, int], Tensor] = linear_cross_entropy
+        self._training_loss: Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]] = linear_cross_entropy
+        self.token_losses = None
+        self.keep_token_losses = False
         self._compiled_decode: Callable[..., Tensor] | None = None
         initialize(self, config, seed)
 
@@ -108,7 +112,10 @@ class Transformer(nn.Module):
         if targets is None:
             return self.logits(hidden)
         loss = self._training_loss if self.training and torch.is_grad_enabled() else linear_cross_entropy
-        return loss(hidden.flatten(0, 1), self.head_weight, targets.flatten(), self.config.vocab_size)
+        mean, losses = loss(hidden.flatten(0, 1), self.head_weight, targets.flatten(), self.config.vocab_size)
+        if self.keep_token_losses:
+            self.token_losses = losses
+        return mean
 
     def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """The normalized output of the last block.

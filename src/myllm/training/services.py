@@ -13,6 +13,8 @@ from myllm.checkpoint.layout import newest_step
 from myllm.checkpoint.retention import clean_up_partial
 from myllm.checkpoint.state import TrainState
 from myllm.config import to_dict
+from myllm.data.mixture.component_losses import ComponentLosses
+from myllm.data.mixture.mixed_dataset import MixedDataset
 from myllm.distributed import collectives as distributed
 from myllm.distributed import launcher as ranks
 from myllm.distributed.out_of_memory import explain_out_of_memory
@@ -151,6 +153,20 @@ def open_run(ctx: RunContext, notes: Sequence[str] = ()) -> Iterator[Heartbeat]:
         yield heartbeat
 
 
+def watch_components(trainer: Trainer, state: TrainState) -> ComponentLosses:
+    """Collect the losses of every micro-step by the mixture's components, from a hook that is not compiled."""
+    assert isinstance(trainer.dataset, MixedDataset)
+    components = ComponentLosses(trainer.dataset, trainer.batch, state.data, trainer.ctx.dist.rank)
+    model = trainer.model
+
+    def add(*_: object) -> None:
+        if model.training and model.token_losses is not None:
+            components.add(model.token_losses)
+
+    trainer.train_model.register_forward_hook(add)
+    return components
+
+
 @contextmanager
 def start_services(
     trainer: Trainer, state: TrainState, heartbeat: Heartbeat, on_checkpoint: Callable[[int], None], profile: bool
@@ -178,7 +194,8 @@ def start_services(
 
                 stack.enter_context(track(ctx.paths, tracker, ctx.log))
         gc_schedule = stack.enter_context(GcSchedule(step))
-        meter = ThroughputMeter(ctx, loader, step)
+        components = watch_components(trainer, state) if isinstance(dataset, MixedDataset) else None
+        meter = ThroughputMeter(ctx, loader, step, components)
         profiler = Profiler(ctx, step, meter) if profile else NoProfiler()
         stack.enter_context(explain_out_of_memory(config, dist))  # innermost: the watchdog records what it says
         yield Services(

@@ -125,6 +125,7 @@ def build(ctx: RunContext, dataset: Dataset, batch: BatchPlan | None = None) -> 
     patience = config.train.early_stop_patience
     state = replace(state, early_stop=(state.early_stop or EarlyStop()) if patience else None)
     with ExitStack() as stack:
+        model.keep_token_losses = isinstance(dataset, MixedDataset)
         train_model = stack.enter_context(fast_kernels(model, config, dist, ctx.log))
         loader = stack.enter_context(BatchLoader(dataset.order(batch), batch, state.data, dist.rank, dist.device))
         guard = GradientGuard(config.train, dist.device, state.skips)

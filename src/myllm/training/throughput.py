@@ -12,6 +12,7 @@ from torch import Tensor
 
 from myllm.checkpoint.state import SkipStats, TrainState
 from myllm.data.dataloader import BatchLoader
+from myllm.data.mixture.component_losses import ComponentLosses
 from myllm.data.sample_digest import SampleDigest
 from myllm.distributed import collectives as distributed
 from myllm.distributed.device_info import device_name
@@ -33,8 +34,10 @@ MIN_SHOWN_FRACTION = 0.0005
 class ThroughputMeter:
     """Reads from the device only when a row is written."""
 
-    def __init__(self, ctx: RunContext, loader: BatchLoader, step: int) -> None:
-        self._ctx, self._loader = ctx, loader
+    def __init__(
+        self, ctx: RunContext, loader: BatchLoader, step: int, components: ComponentLosses | None = None
+    ) -> None:
+        self._ctx, self._loader, self._components = ctx, loader, components
         self._stopwatch = Stopwatch(ctx.dist.device)
         self._stopwatch.seconds["starting"] = time.monotonic() - ctx.started
         self._written: Mapping[str, float] = {}
@@ -81,8 +84,10 @@ class ThroughputMeter:
         world_size, model, digest = self._ctx.dist.world_size, self._ctx.config.model, state.sample_digest
         optim = self._ctx.config.optim
         assert digest is not None  # see `with_digest`
-        sums = distributed.all_reduce_sum(torch.stack((loss.float(), grad_norm.float())))
-        mean_loss, mean_norm = (sums / world_size).cpu().tolist()
+        own = torch.stack((loss.float() / world_size, grad_norm.float() / world_size))
+        if self._components:
+            own = torch.cat((own, self._components.take_sums(state.data)))
+        mean_loss, mean_norm, *component_sums = distributed.all_reduce_sum(own).cpu().tolist()
         steps, self._logged_step = state.step - self._logged_step, state.step
         step_s = self._stopwatch.lap() / steps
         tokens_per_s = self._ctx.config.train.batch_tokens / step_s
@@ -92,6 +97,7 @@ class ThroughputMeter:
             "step": state.step,
             "tokens": state.tokens_seen,
             "loss": mean_loss,
+            **(self._components.figures(component_sums) if self._components else {}),
             "lr": lr,
             **({"muon_lr": optim.muon_lr * lr / optim.max_lr} if optim.optimizer == "muon" else {}),
             "grad_norm": mean_norm,

@@ -143,6 +143,16 @@ def _draw_reference_loss(axes: Axes, metrics: Metrics, config: Row) -> list[Labe
     return [Label(values[-1], f"{reference.name}\n{format_number(values[-1])}", INK)]
 
 
+def draw_components(axes: Axes, metrics: Metrics, config: Row) -> list[Label]:
+    styles, labels = (*NAMED_STYLES, (BLUE, ""), (VERMILION, "")), list[Label]()
+    keys = dict.fromkeys(key for row in metrics.train for key in row if key.startswith("loss/"))
+    for key, (color, _) in zip(keys, styles, strict=False):
+        labels += plot_line(axes, metrics.train, key, key.removeprefix("loss/"), color, smooth=True)
+    if labels:
+        set_log_scale(axes)
+    return labels
+
+
 def draw_perplexity(axes: Axes, metrics: Metrics, config: Row) -> list[Label]:
     # exp of the mean loss: outliers would dominate the mean of exp.
     with np.errstate(over="ignore"):
@@ -225,6 +235,9 @@ PLOTS: dict[str, Plot] = {
     "loss": Plot(draw_loss, "Loss, nats per token", "Training and validation loss by step", 10.4, 4.7),
     "loss_compact": Plot(
         draw_loss, "Loss, nats per token", "Training and validation loss by step, for narrow pages", height=3.9
+    ),
+    "components": Plot(
+        draw_components, "Training loss by component", "Training loss of each component of a mixture by step"
     ),
     "perplexity": Plot(draw_perplexity, "Perplexity", "Training and validation perplexity by step"),
     "accuracy": Plot(
