@@ -193,13 +193,11 @@ def check_run(config: "RunConfig") -> None:
 
 def check_data(config: "RunConfig") -> None:
     """Reject names of sources, data sets and tokenizers that do not exist."""
-    from myllm.data.find import find_dataset_folder
     from myllm.data.prepare.background import check_data_names
-    from myllm.evals.validation_sets import parse_validation_sets
+    from myllm.evals.validation_sets import check_validation_sets
 
     check_data_names(config.data)
-    for dataset in parse_validation_sets(config.eval.validation_sets).values():
-        find_dataset_folder(dataset)
+    check_validation_sets(config)
 
 
 def check_publishing(config: "RunConfig") -> None:

@@ -257,7 +257,7 @@ class EvalConfig:
     validation_tokens: int = 7_864_320
     """Tokens to evaluate, from the start of the held-out text."""
     validation_sets: tuple[str, ...] = ()
-    """Also measure it on the held-out text of these prepared data sets, each NAME=DATASET: rows validation/NAME."""
+    """Also measure it on other text: NAME=DATASET, of its held-out part, or NAME=SOURCE. Rows validation/NAME."""
     cloze_every_steps: int = 1_000
     """Run the cloze test every N steps: choose the true continuation of held-out text among four."""
     cloze_examples: int = 500

@@ -7,10 +7,14 @@ import pytest
 from conftest import eval_rows, with_train, write_corpora
 from training.test_loop import run
 
+from myllm import paths
 from myllm.cli.launch import parse_args
 from myllm.config import RunConfig
+from myllm.data.dataset import Dataset
+from myllm.data.prepare import prepare as preparation
 from myllm.data.prepare.prepare import prepare
 from myllm.errors import UserError
+from myllm.evals.validation_sets import check_validation_sets
 from myllm.paths import RunPaths
 
 
@@ -45,6 +49,49 @@ def test_early_stopping_by_a_named_set(two: RunConfig) -> None:
         f"{min(losses.values()):.4f}, at step {min(losses, key=losses.__getitem__)}" in (root / "log.txt").read_text()
     )
     assert [path.name for path in RunPaths(root).best.iterdir()] == [f"step_{min(losses, key=losses.__getitem__):08d}"]
+
+
+def test_a_source_is_prepared_on_the_way(tiny: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first tokens, whole and once; early stopping knows its name."""
+    far, _ = write_corpora(tmp_path / "corpora", a=6, b=2)
+    evals = replace(tiny.eval, validation_every_steps=2, cloze_every_steps=0, sample_every_steps=0)
+    evals = replace(evals, validation_sets=(f"far={far}",), validation_tokens=512)
+    config = with_train(replace(tiny, eval=evals), max_steps=2, early_stop_patience=9, early_stop_on="far")
+    check_validation_sets(config)
+    root = run(config)
+    assert [row["n_tokens"] for row in eval_rows(root, "validation/far")] == [512, 512]
+    assert f"validation set far: at most 513 tokens of {far}" in (root / "log.txt").read_text()
+    assert "kept in" in (root / "log.txt").read_text()
+
+    # The tokens are those of its documents, one after the other; only the two that had to be held out are missing.
+    (folder,) = {path.parent for path in paths.datasets_dir().glob("files-a-*/manifest.json")}
+    dataset = Dataset.open(folder)
+    assert (dataset.train.tokens, dataset.val.tokens) == (513, 2)
+    texts = [path.read_text() for path in sorted((tmp_path / "corpora" / "a").iterdir())]
+    for piece in dataset.tokenizer().decode(dataset.train.read(0, 513)).split("<|endoftext|>")[1:]:
+        assert any(piece in text for text in texts)
+    monkeypatch.setattr(preparation, "_build", lambda *_: pytest.fail("prepared again"))
+    run(with_train(config, max_steps=4))
+
+
+@pytest.mark.slow
+def test_a_known_source_is_found_again(tiny: RunConfig) -> None:
+    """Its name begins that of the data set which the first start made."""
+    evals = replace(tiny.eval, validation_sets=("code=python-stdlib",), cloze_every_steps=0, sample_every_steps=0)
+    for steps in (1, 2):
+        root = run(with_train(replace(tiny, eval=evals), max_steps=steps))
+    assert [row["n_tokens"] for row in eval_rows(root, "validation/code") if row["step"] in (0, 2)] == [256, 256]
+
+
+def test_a_source_that_the_run_trains_on_is_refused(two: RunConfig) -> None:
+    with pytest.raises(UserError, match=r"the run trains on files:.* itself; its held-out part"):
+        run(replace(two, eval=replace(two.eval, validation_sets=(f"own={two.data.source}",))))
+
+
+@pytest.mark.parametrize(("text", "message"), [("files:/nowhere", "/nowhere"), ("fles:/a", "unknown source 'fles:/a'")])
+def test_a_source_that_is_none_is_refused_before_anything_is_read(tiny: RunConfig, text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check_validation_sets(replace(tiny, eval=replace(tiny.eval, validation_sets=(f"x={text}",))))
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def settings_of(dataset: Dataset, config: DataConfig) -> DataConfig:
         config: the settings it was opened with. Those that do not change the bytes are kept.
     """
     if isinstance(dataset, MixedDataset):
-        return replace(config, dataset=dataset.name, tokenizer=_vocabulary(dataset, config))
+        return replace(config, dataset=dataset_option(dataset), tokenizer=vocabulary(dataset, config))
     recorded = dataset.manifest["source"]
     if config.dataset is None:  # found by these settings, or by their fallback
         same = actual_source(config.source, None, recorded) == config.source
@@ -50,16 +50,23 @@ def settings_of(dataset: Dataset, config: DataConfig) -> DataConfig:
     return replace(
         prepared_with,
         source=actual_source(prepared_with.source, None, recorded),
-        dataset=paths.relative_to_data(dataset.folder, paths.datasets_dir()),
-        tokenizer=_vocabulary(dataset, config),
+        dataset=dataset_option(dataset),
+        tokenizer=vocabulary(dataset, config),
         workers=config.workers,
         keep_downloads=config.keep_downloads,
         fallback=config.fallback,
     )
 
 
-def _vocabulary(dataset: Dataset, config: DataConfig) -> str:
-    """The config's tokenizer, or the data set's if the config names none that could be loaded without it."""
+def dataset_option(dataset: Dataset) -> str:
+    """`data.dataset` for this data set or mixture."""
+    is_mixture = isinstance(dataset, MixedDataset)
+    return dataset.name if is_mixture else paths.relative_to_data(dataset.folder, paths.datasets_dir())
+
+
+def vocabulary(dataset: Dataset, config: DataConfig) -> str:
+    """`data.tokenizer` for more of the same: the config's, or the data set's if the config names none that could be
+    loaded without it."""
     if config.tokenizer != NAME and not trained_vocab_size(config.tokenizer):
         return config.tokenizer
     is_gpt2 = dataset.manifest["tokenizer"]["kind"] == "tiktoken"

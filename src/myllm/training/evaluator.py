@@ -120,7 +120,7 @@ def build_evals(
     validation = _build("validation", settings.validation_every_steps, ctx, model, micro_batches)
     if validation and isinstance(dataset, MixedDataset):
         validation = replace(validation, progress=partial(dataset.progress, config))
-    sets = open_validation_sets(settings.validation_sets, dataset, config.model.max_seq_len)
+    sets = open_validation_sets(config, dataset, ctx.log)
     components = dataset.labels if isinstance(dataset, MixedDataset) else ()
     counted = config.train.early_stop_on
     if counted is not None and counted not in (*sets, *components):
