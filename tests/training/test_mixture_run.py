@@ -3,26 +3,34 @@
 from dataclasses import replace
 from pathlib import Path
 
+import datasets
+import numpy as np
 import pytest
-from conftest import eval_rows, train_rows, with_train, write_corpora
-from training.test_loop import run
+import torch
+import torch.nn.functional as F
+from conftest import eval_rows, launch, train_rows, with_train, write_corpora, write_run_config
+from training.test_loop import run, run_until
 
 from myllm.checkpoint.layout import list_checkpoints
 from myllm.cli.launch import parse_args
 from myllm.config import RunConfig
 from myllm.data.find import find_dataset
-from myllm.data.mixture.mixed_dataset import MixedDataset
+from myllm.data.mixture.mixed_dataset import COMPONENT_BITS, MixedDataset
 from myllm.data.prepare.background import check_data_names
 from myllm.data.prepare.prepare import prepare
+from myllm.data.sampler import DataPosition
 from myllm.errors import UserError
 from myllm.evals.validation import held_out_dataset
 from myllm.files import read_json
 from myllm.hub.model_card import read_card_data, render_model_card
 from myllm.inference.load import find_model
+from myllm.model.transformer import Transformer
 from myllm.paths import RunPaths
+from myllm.planning.batch import batch_plan
 from myllm.runs.catalog import runs_by_dataset
 from myllm.runs.history import read_metrics
 from myllm.runs.report.evaluations import eval_columns
+from myllm.runs.trackers.rows import SentRows
 from myllm.training.preflight.data_and_disk import find_prepared, inspect_data_and_disk
 
 NAMES = ("validation/files-a", "validation/files-b")
@@ -86,6 +94,81 @@ def test_a_run_on_a_mixture(mixture: RunConfig) -> None:
     other = replace(mixture.data, source=mixture.data.source.replace("0.25", "0.35").replace("0.75", "0.65"))
     with pytest.raises(UserError, match="was trained on other data than"):
         run(with_train(replace(mixture, data=other), max_steps=8))
+
+
+@pytest.fixture
+def still(mixture: RunConfig) -> RunConfig:
+    """A run whose weights stay as they were made: every loss can be computed by hand."""
+    model = replace(mixture.model, dropout_embedding=0.0, dropout_attention_residual=0.0, dropout_ffn=0.0)
+    still = replace(mixture, model=model, optim=replace(mixture.optim, max_lr=1e-30))
+    return with_train(still, batch_tokens=256, log_every_steps=2)
+
+
+def by_hand(config: RunConfig, start: int, end: int) -> dict[str, float]:
+    """In float64, over all logits: the mean loss of each component's sequences in some steps; its tokens until then."""
+    dataset, found = prepare(config.data), {}
+    order = dataset.order(batch_plan(config, 1))
+    first, taken = (order.take(DataPosition(0, 0, config.train.seed, ""), 4 * end)[part] for part in
+                    (slice(4 * start), slice(4 * start, None)))  # fmt: skip
+    rows = torch.from_numpy(order.read(taken).astype(np.int64))
+    with torch.no_grad():
+        logits = Transformer(config.model, config.train.seed).double().eval()(rows[:, :-1])
+    losses = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="none").view(len(taken), -1)
+    for number, name in enumerate(("files-a", "files-b")):
+        found[f"loss/{name}"] = float(losses[taken >> COMPONENT_BITS == number].mean())
+        before = sum(int((part >> COMPONENT_BITS == number).sum()) for part in (first, taken))
+        found[f"tokens/{name}"] = before * config.model.max_seq_len
+    return found
+
+
+def check_rows(config: RunConfig, root: Path, *spans: tuple[int, int]) -> None:
+    rows = {row["step"]: row for row in train_rows(root)}
+    assert list(rows) == [end for _, end in spans]
+    for start, end in spans:
+        expected = by_hand(config, start, end)
+        assert {key: rows[end][key] for key in expected} == pytest.approx(expected, rel=1e-5)
+        assert rows[end]["tokens"] == sum(value for key, value in expected.items() if key.startswith("tokens/"))
+
+
+def test_the_training_loss_of_each_component(still: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over the steps since the last row, also where a resume begins between two."""
+    run_until(still, 5, monkeypatch)
+    root = run(still)
+    check_rows(still, root, (0, 2), (3, 4), (4, 6))
+    row = read_metrics(root / "metrics.jsonl").train[0]
+    assert SentRows(root / "tracker.json").take(row)["train/loss/files-a"] == row["loss/files-a"]
+
+
+@pytest.mark.slow
+def test_components_that_the_package_datasets_reads(mixture: RunConfig, tmp_path: Path) -> None:
+    """A folder of `save_to_disk` and a CSV file beside a folder of texts: each is trained on, and measured."""
+    files, more = write_corpora(tmp_path / "corpora", texts=12, more=24)
+    texts = [path.read_text() for path in sorted(Path(more.removeprefix("files:")).iterdir())]
+    datasets.Dataset.from_dict({"text": texts[:12]}).save_to_disk(tmp_path / "saved")
+    datasets.Dataset.from_dict({"text": texts[12:]}).to_csv(tmp_path / "table" / "rows.csv")
+    source = f"{files}:0.5 datasets:{tmp_path / 'saved'}:0.25 datasets:{tmp_path / 'table'}:0.25"
+    config = with_train(replace(mixture, data=replace(mixture.data, source=source)), max_steps=8, batch_tokens=256)
+    root, dataset = run(config), prepare(config.data)
+    assert isinstance(dataset, MixedDataset)
+    rows = train_rows(root)
+    for label, weight in zip(dataset.labels, (0.5, 0.25, 0.25), strict=True):
+        assert abs(rows[-1][f"tokens/{label}"] - weight * rows[-1]["tokens"]) <= 2 * 64
+        assert any(f"loss/{label}" in row for row in rows)
+        assert [row["step"] for row in eval_rows(root, f"validation/{label}")] == [0, 3, 6, 8]
+    saved = dataset.tokenizer().decode(dataset.components[1].train.read(0, 200))
+    assert any(saved.split("<|endoftext|>")[1] in text for text in texts[:12])
+
+
+@pytest.mark.slow
+def test_two_ranks_add_up_their_losses(still: RunConfig, tmp_path: Path) -> None:
+    """One of them prepares a further validation set."""
+    (far,) = write_corpora(tmp_path / "far", far=6)
+    config = replace(still, eval=replace(still.eval, validation_sets=(f"far={far}",)))
+    done = launch("--config", write_run_config(config, tmp_path / "run.json"), ranks=2)
+    assert done.returncode == 0, done.stderr
+    root = RunPaths.of(still.name).root
+    check_rows(still, root, (0, 2), (2, 4), (4, 6))
+    assert [row["n_tokens"] for row in eval_rows(root, "validation/far")] == [256] * 3
 
 
 def test_a_mixture_that_is_not_all_prepared_is_not_found(mixture: RunConfig) -> None:

@@ -9,6 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import write_corpora
+
+from myllm.config import DataConfig
+from myllm.data.prepare.prepare import prepare
 
 RECIPES = ["lf-llm-269m", "lf-llm-269m-adamw"]
 SIZE = (
@@ -69,3 +73,18 @@ def test_a_killed_ladder_continues_and_grows(prepared_data: None, temp_data: Pat
     assert "8 of 16 runs are left" in printed
     assert endings(temp_data).items() >= after.items()
     assert "needs 3 lengths" in printed
+
+
+@pytest.mark.slow
+def test_a_ladder_on_a_mixture(temp_data: Path, tmp_path: Path) -> None:
+    """And one that would read a component too often is refused before its first run."""
+    a, b = write_corpora(tmp_path / "corpora", a=4, b=24)
+    data = prepare(DataConfig(source=f"{a}:0.1 {b}:0.9", val_tokens=300, workers=1), progress=False)
+    words = ["--data.dataset", data.name, "--widths", "8", "--tokens", "1280", "--seeds", "1", "--rates", "own"]
+    assert "2/2" in run(*words)
+    for config in temp_data.glob("runs/ladder-t-*/config.json"):
+        assert json.loads(config.read_text())["data"]["dataset"] == data.name
+    words[1] = data.name.replace(":0.9", ":0.05").replace(":0.1", ":0.95")
+    words[words.index("1280")] = str(data.known_train_tokens // 128 * 128)
+    done = subprocess.run([*COMMAND, *words], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, "steps of this mixture read files-a" in done.stderr) == (2, True), done.stderr

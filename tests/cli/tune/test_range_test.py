@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import write_corpora
 
 from myllm.cli.tune.range_test import (
     HIGHEST,
@@ -52,3 +53,10 @@ def test_one_run(tiny: RunConfig, temp_data: Path) -> None:
     assert min(saved["smooth"]) < saved["losses"][0] - 0.1
     assert (temp_data / "tune/rising/range_test.png").stat().st_size > 10_000
     assert not (temp_data / "runs").exists()
+
+
+def test_a_mixture(tiny: RunConfig, tmp_path: Path) -> None:
+    """Its length is that of the test, not of the schedule, which would read the text thousands of times."""
+    a, b = write_corpora(tmp_path / "corpora", a=12, b=12)
+    data = replace(tiny.data, source=f"{a}:0.5 {b}:0.5", val_tokens=300)
+    assert "upper guess: optim.max_lr" in run_range_test(replace(tiny, name="mixed", data=data), steps=20)

@@ -11,6 +11,8 @@ from myllm import paths
 from myllm.cli.trials import as_trial
 from myllm.config import DataConfig, ModelConfig, OptimConfig, RunConfig, load_config
 from myllm.data.dataset import Dataset
+from myllm.data.mixture.mixed_dataset import MixedDataset
+from myllm.data.settings import dataset_option
 from myllm.errors import UserError, bullets, did_you_mean
 from myllm.formatting import format_si, format_table
 from myllm.planning.config_checks import check_config
@@ -108,7 +110,7 @@ def check_grid(grid: Grid, max_epochs: float) -> None:
             down, up = width // grid.head_dim * grid.head_dim, -(-width // grid.head_dim) * grid.head_dim
             near = " or ".join(str(n) for n in (down, up) if n)
             errors.append(f"width {width} is not a multiple of --head-dim {grid.head_dim}; use {near}")
-    has = grid.dataset.train.tokens
+    has = grid.dataset.known_train_tokens or 0
     if max(grid.lengths) > max_epochs * has:
         errors.append(
             f"a run of {format_si(max(grid.lengths))} tokens reads the {format_si(has)} training tokens of "
@@ -151,7 +153,7 @@ def describe_plan(
             name, str(width), format_si(cell.parameters), format_si(tokens), f"{cell.config.train.max_steps:,}",
             str(optim.warmup_steps), f"{optim.max_lr:.3g}", muon, f"{optim.weight_decay:.3g}",
         ])  # fmt: skip
-    has = grid.dataset.train.tokens
+    has = grid.dataset.known_train_tokens or 0
     seeds = len({cell.seed for cell in cells})
     shape = (
         f"{grid.layers} layers, heads of {grid.head_dim}, context {grid.seq_len}, {grid.batch_tokens:,} tokens a step"
@@ -193,7 +195,7 @@ def make_cell(
         recipe,
         name=f"ladder-{grid.name}-{label}-d{width}-{steps}steps-{rate}-wd{optim.weight_decay:.3g}-s{seed}",
         model=scale_model(recipe.model, grid, width),
-        data=DataConfig(dataset=paths.relative_to_data(grid.dataset.folder, paths.datasets_dir())),
+        data=DataConfig(dataset=dataset_option(grid.dataset)),
         optim=optim,
         train=replace(
             recipe.train, max_steps=steps, epochs=None, batch_tokens=grid.batch_tokens, seed=seed,
@@ -204,6 +206,8 @@ def make_cell(
     # Only the loss of the finished run counts: losses in mid-run, before the decay, rank recipes wrongly.
     config = as_trial(config)
     check_config(config, world_size=1)
+    if isinstance(grid.dataset, MixedDataset):
+        grid.dataset.check_epochs(config)
     return Cell(label, width, seed, config)
 
 

@@ -111,7 +111,8 @@ def rising_config(config: RunConfig) -> RunConfig:
         config.optim, max_lr=HIGHEST, muon_lr=HIGHEST * config.optim.muon_lr / config.optim.max_lr, schedule="linear",
         min_lr_ratio=0.0, warmup_steps=0, muon_momentum_warmup_steps=0,
     )  # fmt: skip
-    return replace(config, optim=optim, train=replace(config.train, max_steps=SCHEDULE_STEPS, epochs=None))
+    train = replace(config.train, max_steps=SCHEDULE_STEPS, epochs=None, max_epochs=math.inf)  # it ends long before
+    return replace(config, optim=optim, train=train)
 
 
 def train_rising(
