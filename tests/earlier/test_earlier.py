@@ -1,6 +1,7 @@
 """What earlier versions wrote can be used: tests/earlier has a run of each, made by tests/earlier/make.py there."""
 
 import json
+import re
 import shutil
 from dataclasses import field, make_dataclass, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from myllm.migrations import CONFIG, STATE, Change, Schema
 from myllm.runs.saved_settings import check_resumable
 
 EARLIER = Path(__file__).parent
-VERSIONS = sorted(path.name for path in EARLIER.iterdir() if path.is_dir())
+VERSIONS = sorted(path.parent.name for path in EARLIER.glob("*/runs"))
 
 
 @pytest.fixture(params=VERSIONS)
@@ -166,6 +167,7 @@ def test_what_a_later_version_wrote_is_refused(
         assert ended.value.code == 2
         shown = capsys.readouterr().err
         assert name in shown
+        assert re.search(said, shown), shown
         assert len(shown.splitlines()) <= 2
     assert (done / "checkpoints/step_00000008").is_dir()
 
