@@ -172,7 +172,7 @@ def write_run_config(config: RunConfig, path: Path) -> Path:
 
 def launch(*words: str | Path, ranks: int = 1, timeout: float = 240) -> subprocess.CompletedProcess[str]:
     """Run pretrain.py as a user would, alone or on several ranks."""
-    return warm_start.run(ROOT / "pretrain.py", *words, ranks=ranks, timeout=timeout)
+    return warm_start.run(ROOT / "pretrain.py", *words, ranks=ranks if ranks > 1 else None, timeout=timeout)
 
 
 def command(*words: str | Path, ranks: int = 1) -> list[str]:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import zstandard
 from conftest import ROOT, write_corpus
+from support import warm_start
 from support.hub_server import HubServer
 from support.published_run import TOKEN
 from support.serving import DEADLINE_S, serving
@@ -180,9 +181,10 @@ def test_command(
     else:
         assert (program, rest[0]) == ("python", "pretrain.py")
         start = [ROOT / "pretrain.py"] if real else ["-m", "support.tiny_presets", world / "texts"]
-        environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-        done = subprocess.run([sys.executable, *map(str, start), *rest[1:]], env=environment, timeout=240, check=False)
-        code = done.returncode
+        done = warm_start.run(*start, *rest[1:])
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.stdout
+        return
     said = capfd.readouterr()
     assert code == 0, said.out + said.err
     assert said.out or "--out" in line

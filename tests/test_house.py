@@ -4,16 +4,21 @@ import ast
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 from conftest import ROOT
 
 PACKAGE = ROOT / "src" / "myllm"
 FILES = sorted(PACKAGE.rglob("*.py"))
-TREES = {file: ast.parse(file.read_text(encoding="utf-8")) for file in [*FILES, ROOT / "pretrain.py"]}
 MAX_PACKAGES, MAX_TOP_MODULES, MAX_FILES_PER_FOLDER = 12, 9, 15
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
 MAX_CORE_LINES = 2_500
+
+
+@cache
+def trees() -> dict[Path, ast.Module]:
+    return {file: ast.parse(file.read_text(encoding="utf-8")) for file in [*FILES, ROOT / "pretrain.py"]}
 
 
 def place(file: Path, node: ast.stmt | ast.expr) -> str:
@@ -37,7 +42,7 @@ def test_small_files_and_functions() -> None:
     long_files = [f for f in FILES if f.read_text(encoding="utf-8").count("\n") > MAX_FILE_LINES]
     long_functions = [
         f"{place(file, node)} {node.name}"
-        for file, tree in TREES.items()
+        for file, tree in trees().items()
         for node in ast.walk(tree)
         if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno + 1 > MAX_FUNCTION_LINES
     ]
@@ -56,7 +61,7 @@ def test_the_core_can_be_read_in_one_evening() -> None:
 def test_a_package_maps_its_rooms() -> None:
     """An __init__ is a docstring of at most ten lines, and imports nothing."""
     for file in PACKAGE.glob("*/**/__init__.py"):
-        (docstring,) = TREES[file].body
+        (docstring,) = trees()[file].body
         assert isinstance(docstring, ast.Expr), file
         assert docstring.end_lineno <= 12, file
 
@@ -71,7 +76,7 @@ def is_constant_or_type_alias(name: str, value: ast.expr | None) -> bool:
 def test_imports_do_no_work_and_modules_hold_no_state() -> None:
     """At the top of a module are definitions, constants and type aliases only."""
     definitions = ast.Import | ast.ImportFrom | ast.FunctionDef | ast.ClassDef | ast.Assign | ast.AnnAssign
-    for file, tree in TREES.items():
+    for file, tree in trees().items():
         for node in tree.body:
             if isinstance(node, ast.Expr):
                 # A docstring, or pretrain.py finding the package of a bare checkout.
@@ -91,7 +96,7 @@ def test_imports_do_no_work_and_modules_hold_no_state() -> None:
 def test_names_say_what_things_are() -> None:
     vague = re.compile(r"(utils?|managers?|handlers?|helpers?)$", re.IGNORECASE)
     private = re.compile(r"(each|what|made|asked|written)$")
-    for file, tree in TREES.items():
+    for file, tree in trees().items():
         assert not vague.search(file.stem), file
         for node in ast.walk(tree):
             if isinstance(node, ast.ClassDef):

@@ -18,6 +18,7 @@ import psutil
 import pytest
 import torch
 from conftest import ROOT, command, launch, tiny_config, with_train, write_run_config
+from support import warm_start
 from test_scripts import Machine
 
 from myllm.distributed.device_info import cuda_problem
@@ -44,9 +45,7 @@ def config(corpus: Path, prepared_data: None, tmp_path: Path) -> Path:
 
 
 def myllm(*words: str | Path) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "myllm", *map(str, words)], capture_output=True, text=True, timeout=240, check=False
-    )
+    done = warm_start.run("-m", "myllm", *words)
     assert done.returncode == 2, done.stderr
     return done.stderr
 
@@ -113,8 +112,7 @@ def test_gated_dataset(temp_data: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_another_tokenizer(config: Path, corpus: Path, temp_data: Path) -> None:
-    trained = [sys.executable, "-m", "myllm", "tokenizer", "train", f"files:{corpus}", "--vocab-size", "300"]
-    subprocess.run(trained, check=True, capture_output=True, timeout=240)
+    warm_start.run("-m", "myllm", "tokenizer", "train", f"files:{corpus}", "--vocab-size", "300").check_returncode()
     (tokenizer,) = temp_data.glob("tokenizers/*/tokenizer.json")
     (dataset,) = (path.parent.name for path in temp_data.glob("datasets/*/manifest.json"))
     done = launch("--config", config, "--data.dataset", dataset, "--data.tokenizer", tokenizer)

@@ -1,14 +1,13 @@
 """DDP and FSDP2 on two ranks give what one rank gives: gradients, norms, losses, weights, whole runs."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import eval_rows, launch, losses, train_rows, with_train, write_run_config
+from support import warm_start
 
 from myllm.checkpoint.layout import list_checkpoints
 from myllm.config import RunConfig
@@ -23,9 +22,7 @@ SCRIPT = Path(__file__).parent / "programs/train_sharded.py"
 def results(folder: Path, ranks: int, *cases: str) -> dict[str, dict]:
     """The results by case, after checking that all ranks agree."""
     folder.mkdir()
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-    words = [sys.executable, *torchrun, str(SCRIPT), str(folder), *cases]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=240, check=False)
+    done = warm_start.run(SCRIPT, folder, *cases, ranks=ranks if ranks > 1 else None)
     assert done.returncode == 0, done.stderr
     found = {}
     for case in cases:
@@ -81,9 +78,7 @@ def test_muon_on_one_two_and_four_ranks(tmp_path: Path) -> None:
 
 def test_the_first_step_after_a_start_is_like_later_ones(tmp_path: Path) -> None:
     """On three ranks, where the order of a sum depends on the bucket: restarts are bit-identical."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
-    words = [*torchrun, str(SCRIPT.with_name("repeat_gradients.py")), str(tmp_path)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=240, check=False)
+    done = warm_start.run(SCRIPT.with_name("repeat_gradients.py"), tmp_path, ranks=3)
     assert done.returncode == 0, done.stderr
     for rank in range(3):
         found = json.loads((tmp_path / f"rank{rank}.json").read_text())

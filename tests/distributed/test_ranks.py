@@ -1,14 +1,13 @@
 """One rank and two, with or without accumulation: the same gradient, the same losses, the same samples."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import eval_rows, launch, losses, with_train, write_run_config
+from support import warm_start
 
 from myllm.checkpoint.format import load_checkpoint
 from myllm.checkpoint.layout import list_checkpoints
@@ -33,9 +32,7 @@ def gradients(config: RunConfig, ranks: int, sizes: tuple[int, ...], folder: Pat
     """The first step's gradient for each micro-batch size, on this many ranks."""
     folder.mkdir()
     path = write_run_config(config, folder / "config.json")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    words = [*torchrun, str(GRADIENTS), str(path), str(folder), *map(str, sizes)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=240, check=False)
+    done = warm_start.run(GRADIENTS, path, folder, *map(str, sizes), ranks=ranks)
     assert done.returncode == 0, done.stderr
     found = [[torch.load(folder / f"micro{size}-rank{rank}.pt") for rank in range(ranks)] for size in sizes]
     for first, *others in found:  # every rank must hold the same, bit for bit
@@ -107,9 +104,7 @@ def test_ranks_stop_early_together(plain: RunConfig, tmp_path: Path, temp_data: 
     config = replace(config, optim=replace(plain.optim, max_lr=1e-30), eval=evals)
     prepare(config.data, progress=False)
     path = write_run_config(config, tmp_path / "config.json")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    words = [*torchrun, str(ODD_RANK), str(path), str(tmp_path)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=240, check=False)
+    done = warm_start.run(ODD_RANK, path, tmp_path, ranks=2)
     assert done.returncode == 0, done.stderr
     ends = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
     assert ends == [{"step": 6, "stopped_early": True}] * 2

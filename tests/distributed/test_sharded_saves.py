@@ -1,11 +1,10 @@
 """Saved by two ranks, whole on each or in parts; read by one, by two and by four, into either kind."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from support import warm_start
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from myllm.checkpoint.format import load_checkpoint
@@ -17,10 +16,7 @@ SCRIPT = Path(__file__).parent / "programs/save_on_ranks.py"
 
 
 def torchrun(ranks: int, *words: str | Path) -> None:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    done = subprocess.run(
-        [*launcher, str(SCRIPT), *map(str, words)], capture_output=True, text=True, timeout=240, check=False
-    )
+    done = warm_start.run(SCRIPT, *words, ranks=ranks)
     assert done.returncode == 0, done.stderr
 
 

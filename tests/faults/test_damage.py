@@ -3,11 +3,10 @@
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from support import warm_start
 from support.fault_runs import Ended, Forks, Goes, run_of
 
 from myllm.data.dataset import Dataset
@@ -71,8 +70,7 @@ def test_all_checkpoints_damaged(saved: list[str], forks: Forks, config_file: Pa
 
 
 def repair(dataset: Dataset) -> None:
-    words = [sys.executable, "-m", "myllm", "data", "verify", str(dataset.folder), "--repair"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=240, check=False)
+    done = warm_start.run("-m", "myllm", "data", "verify", dataset.folder, "--repair")
     assert done.returncode == 0, done.stderr
 
 

@@ -1,11 +1,10 @@
 """Muon's work shared over ranks: 1, 2 and 3 make the same updates, with DDP's whole parameters and FSDP2's shards."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from support import warm_start
 
 from myllm.optim.ranks import Matrix, owned
 
@@ -16,8 +15,7 @@ SHAPES = 3
 def results(folder: Path, ranks: int) -> dict[str, dict]:
     """By kind, after checking that all ranks have the same bits."""
     folder.mkdir()
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    done = subprocess.run([*torchrun, PROGRAM, folder], capture_output=True, text=True, timeout=240, check=False)
+    done = warm_start.run(PROGRAM, folder, ranks=ranks)
     assert done.returncode == 0, done.stderr
     found = {}
     for kind in ("whole", "shards", "few"):

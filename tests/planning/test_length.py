@@ -2,13 +2,11 @@
 
 import json
 import math
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, write_corpus, write_run_config
+from conftest import launch, write_corpus, write_run_config
 
 from myllm.cli.launch import base_config, parse_args, read_config_files, uses_own_text
 from myllm.config import DataConfig, RunConfig, to_dict
@@ -155,10 +153,7 @@ def test_a_run_goes_on_with_its_data_set_and_its_length(tiny: RunConfig) -> None
 
 
 def pretrain(folder: Path, *words: str) -> str:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "pretrain.py"), "--config", str(folder / "run.json"), *words],
-        capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
+    done = launch("--config", folder / "run.json", *words)
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
 

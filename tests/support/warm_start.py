@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "pretrain.py"
+PATH = (ROOT, ROOT / "src", ROOT / "tests")
 IMPORTED = (
     "torch._dynamo",  # every optimizer imports it
     "pretrain",
@@ -37,12 +37,12 @@ IMPORTED = (
 )
 ENVIRONMENT = dict(os.environ)
 """That of a worker, not of a test: tests import this module as they are collected."""
-READ_LATER = {"MYLLM_DATA", "PYTEST_CURRENT_TEST", "COLUMNS", "LINES", "MYLLM_EXIT_CODE_FILE"}
-"""Variables that may differ between the calls of one warm process; nothing reads them on import."""
+MAY_DIFFER = {"MYLLM_DATA", "PYTEST_CURRENT_TEST", "COLUMNS", "LINES", "MPLBACKEND", "PYTORCH_ALLOC_CONF"}
+"""Variables that nothing reads on import, and those that every command sets for itself."""
 
 
 def run(
-    *words: str | Path, ranks: int = 1, env: dict[str, str] | None = None, cwd: str | Path | None = None,
+    *words: str | Path, ranks: int | None = None, env: dict[str, str] | None = None, cwd: str | Path | None = None,
     stdin: str = "", timeout: float = 240,
 ) -> subprocess.CompletedProcess[str]:  # fmt: skip
     """As `subprocess.run` of this Python with these words and captured text.
@@ -50,11 +50,13 @@ def run(
     Args:
         words: `-m myllm ...` or `.../pretrain.py ...`.
         ranks: processes with the variables that torchrun gives its ranks. Once one fails the others are told to end.
+            None: one process without them.
     """
     words = tuple(map(str, words))
     env = dict(os.environ if env is None else env)
-    if {key for key, _ in env.items() ^ ENVIRONMENT.items()} - READ_LATER:
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    if {key for key, _ in env.items() ^ ENVIRONMENT.items()} - MAY_DIFFER:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
+        env["PYTHONPATH"] = os.pathsep.join(map(str, PATH))
         return subprocess.run(
             [sys.executable, *torchrun, *words], env=env, cwd=cwd, input=stdin, capture_output=True, text=True,
             timeout=timeout, check=False,
@@ -107,8 +109,8 @@ def serve() -> dict[str, Any] | None:
     return None
 
 
-def _variables_of_ranks(ranks: int) -> list[dict[str, str]]:
-    if ranks == 1:
+def _variables_of_ranks(ranks: int | None) -> list[dict[str, str]]:
+    if ranks is None:
         return [{}]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -175,7 +177,7 @@ def become(request: dict[str, Any]) -> int:
 
 
 if __name__ == "__main__":
-    sys.path[1:1] = [str(ROOT), str(ROOT / "src"), str(ROOT / "tests")]
+    sys.path[1:1] = map(str, PATH)
     for name in IMPORTED:
         import_module(name)
     gc.freeze()  # a collection in a fork would copy every page

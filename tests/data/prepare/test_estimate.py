@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pyarrow as pa
@@ -156,30 +157,34 @@ def test_of_a_remote_source_only_a_little_is_downloaded(
     assert not list(temp_data.rglob("*.gz")), "a sample leaves nothing behind"
 
 
-ROWS = texts(4_000)
+@cache
+def rows() -> list[str]:
+    return texts(4_000)
 
 
 @pytest.mark.parametrize(
-    ("column", "keep", "said"),
+    ("value", "keep", "message"),
     [
-        (pa.array(ROWS), 0.8, "half.parquet: not a complete parquet file"),
-        (pa.array([text.encode() for text in ROWS]), 1, "is binary, not text"),
-        (pa.array([{"a": text} for text in ROWS]), 1, "is nested; choose one of text.a"),
+        (str, 0.8, "half.parquet: not a complete parquet file"),
+        (str.encode, 1, "is binary, not text"),
+        (lambda text: {"a": text}, 1, "is nested; choose one of text.a"),
     ],
 )
-def test_a_parquet_file_without_texts_is_explained(column: pa.Array, keep: float, said: str, tmp_path: Path) -> None:
+def test_a_parquet_file_without_texts_is_explained(
+    value: Callable[[str], object], keep: float, message: str, tmp_path: Path
+) -> None:
     file = tmp_path / "half.parquet"
-    pq.write_table(pa.table({"text": column}), file)
+    pq.write_table(pa.table({"text": pa.array(list(map(value, rows())))}), file)
     whole = file.read_bytes()
     assert len(whole) > estimating.SMALL_BYTES
     file.write_bytes(whole[: int(len(whole) * keep)])
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         estimate(make_spec(DataConfig(source=f"files:{file}")), workers=1)
 
 
 def test_rows_and_row_groups_that_are_damaged_are_left_out_of_a_sample(tmp_path: Path) -> None:
     file = tmp_path / "a.parquet"
-    spoilt = [b"\xff" + text.encode() if number % 3 == 0 else text.encode() for number, text in enumerate(ROWS)]
+    spoilt = [b"\xff" + text.encode() if number % 3 == 0 else text.encode() for number, text in enumerate(rows())]
     pq.write_table(pa.table({"text": pa.array(spoilt).view(pa.string())}), file, row_group_size=500)
     content = bytearray(file.read_bytes())
     content[1_000:100_000] = random.Random(1).randbytes(99_000)  # of the first row group
@@ -189,13 +194,13 @@ def test_rows_and_row_groups_that_are_damaged_are_left_out_of_a_sample(tmp_path:
 
 
 def test_a_wrong_key_is_named(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_bytes(as_jsonl(ROWS).replace(b'{"text"', b'{"body"'))
+    (tmp_path / "a.jsonl").write_bytes(as_jsonl(rows()).replace(b'{"text"', b'{"body"'))
     with pytest.raises(UserError, match=r"no documents: a.jsonl, line 1: expected .* 'text', found .*'body'"):
         estimate(make_spec(DataConfig(source=f"files:{tmp_path}")), workers=1)
 
 
 def test_a_parquet_file_that_cannot_be_had_is_no_fault_of_ours(hub: HubServer) -> None:
-    hub.add_dataset("me/some", {"data/a.parquet": as_parquet(ROWS)})
+    hub.add_dataset("me/some", {"data/a.parquet": as_parquet(rows())})
     recipe = make_spec(DataConfig(source="hub:me/some"))
     hub.fail_next("/api/|/resolve/|/cdn/", status=404, times=1_000, method="*")
     with pytest.raises(UserError, match=r"cannot read hf://datasets/me/some@.*/a\.parquet"):
@@ -203,7 +208,7 @@ def test_a_parquet_file_that_cannot_be_had_is_no_fault_of_ours(hub: HubServer) -
 
 
 def test_a_server_that_tells_no_sizes_is_refused(hub: HubServer) -> None:
-    hub.add_dataset("me/some", {"data/a.jsonl.gz": gzip.compress(as_jsonl(ROWS))})
+    hub.add_dataset("me/some", {"data/a.jsonl.gz": gzip.compress(as_jsonl(rows()))})
     recipe = make_spec(DataConfig(source="hub:me/some"))
     files = tuple(replace(file, size_bytes=0) for file in recipe.source.files)
     with pytest.raises(UserError, match="does not report file sizes"):
