@@ -1,7 +1,7 @@
 # `src/environment.sh` prints the path of the python to use; the first call makes the environment.
 PYTHON = python="$$(src/environment.sh --dev)" && "$$python"
 # A process that a hung test ended (pyproject.toml) is replaced once, not for ever.
-PARALLEL = --numprocesses auto --dist loadfile --max-worker-restart 1
+PARALLEL = --dist loadfile --no-loadscope-reorder --max-worker-restart 1
 SCRIPTS = $(wildcard *.sh src/*.sh) .ci/run docs/slurm/train.sbatch docs/deploy/completion.bash
 
 .PHONY: help environment test test-slow soak gpu-check docs links repository screenshots lock lint format clean
@@ -13,10 +13,11 @@ environment: ## make or complete the Python environment
 	@src/environment.sh --dev
 
 test: lint ## lint, then the tests but for the slow ones: under 10 minutes on 2 cores
-	@$(PYTHON) -m pytest -m "not slow" $(PARALLEL)
+	@$(PYTHON) -m pytest -m "not slow" --numprocesses auto $(PARALLEL)
 
+# One worker more than cores: these tests often wait, for a rank that says nothing or for a process to end.
 test-slow: environment ## the tests that take long; CI runs them too
-	@$(PYTHON) -m pytest -m slow $(PARALLEL)
+	@$(PYTHON) -m pytest -m slow --numprocesses "$$("$$python" -c 'import os; print(os.cpu_count() + 1)')" $(PARALLEL)
 
 MINUTES ?= 30
 soak: environment ## kill and restart a run at random moments for MINUTES=30

@@ -70,12 +70,11 @@ def test_the_debug_script_goes_all_the_way(debug: tuple[Path, subprocess.Complet
         assert hint in last
 
 
-def test_same_training_command_resumes(debug: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
-    """The last of the script's commands: the others did the same the first time."""
+def test_the_same_command_again_resumes(debug: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     folder, _ = debug
     run = folder / "data/runs/debug"
     before = train_rows(run)
-    done = python(folder, str(ROOT / "pretrain.py"), "debug", *SHORT)
+    done = user(folder, str(ROOT / "run_pre_training_e2e_debug.sh"), *SHORT)
     assert done.returncode == 0, done.stderr
     assert "resuming from" in done.stdout
     assert "nothing left to train: debug is at step 4 of 4" in done.stdout
