@@ -177,7 +177,7 @@ def test_missing_text_is_reported(tree: Path, tmp_path: Path) -> None:
     for where in (tmp_path / "empty", tmp_path / "none", f"{tree}/*.none", f"{tree}/x.txt/b.txt"):
         refused(f"files:{where}", "no text found", "nothing", ".jsonl.zst")
     refused("files:", "needs a path")
-    refused(f"files:{tree}/picture.png", "only 1 file(s) of other kinds")
+    refused(f"files:{tree}/picture.png", "found only 1 .png")
     refused(f"files:{tree}/a**", f"{tree}")
     refused("files:" + "x" * 5_000, "cannot read")
     refused("files:~nobody-of-this-name/texts", "cannot find", "~nobody-of-this-name")
@@ -206,13 +206,30 @@ def test_variants_are_checked_before_any_request() -> None:
         refused(spec, "expected hub:NAMESPACE/NAME")
 
 
-def test_broken_links_are_reported(tree: Path) -> None:
+def test_broken_links_are_skipped_and_counted(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = names(tree)
     (tree / "sub" / "gone.txt").symlink_to("nowhere.txt")
-    for where in (tree, f"{tree}/sub/*", tree / "sub" / "gone.txt"):
-        refused(f"files:{where}", "cannot read", "gone.txt")
-    (tree / "sub" / "gone.txt").unlink()
     (tree / "self.txt").symlink_to("self.txt")
-    refused(f"files:{tree}", "self.txt")
+    monkeypatch.setenv("MYLLM_DATA", str(tree / "data"))  # what is below it is told apart by its real path
+    assert names(tree) == expected
+    assert "2 broken link(s), " in find_source(f"files:{tree}").ignored_note
+    assert find_source(f"files:{tree}/sub/*").ignored_note.startswith("ignored 1 broken link(s), 1 .tar.gz, reading 1 ")
+    refused(f"files:{tree}/sub/gone.txt", "no text found", "only 1 broken link(s)")
+
+
+def test_what_is_hidden_and_links_to_folders_are_counted(tree: Path, tmp_path: Path) -> None:
+    (tree / "linked").symlink_to(tmp_path)
+    note = find_source(f"files:{tree}").ignored_note
+    counts = "2 hidden folder(s), 1 hidden file(s), 1 link(s) to folders, 1 without suffix, 1 .png, 1 .tar.gz"
+    assert note.startswith(f"ignored {counts}, reading 6 other file(s); `--suffix")
+    assert note.endswith("; a hidden or linked folder is read where `files:` names it")
+    assert names(tree / "sub" / ".cache") == ["f.txt"]
+    (tmp_path / "only").mkdir()
+    (tmp_path / "only" / "texts").symlink_to(tree)
+    refused(f"files:{tmp_path}/only", "found only 1 link(s) to folders, expected", "`files:` names it")
+    assert names(tmp_path / "only" / "texts") == names(tree)
+    (tmp_path / "only" / "a.txt").write_text("text")
+    assert "`--suffix" not in find_source(f"files:{tmp_path}/only").ignored_note
 
 
 @pytest.fixture
@@ -272,6 +289,7 @@ def test_own_output_is_not_part_of_a_source(tmp_path: Path, monkeypatch: pytest.
     for folder in ("runs/x", "datasets/y", "tokenizers/z", "listings", "downloads/c4"):
         (tmp_path / "data" / folder).mkdir(parents=True, exist_ok=True)
         (tmp_path / "data" / folder / "log.txt").write_text("not mine")
+        (tmp_path / "data" / folder / ".lock").write_text("")
     assert [find_source(f"files:{tmp_path}{glob}") for glob in ("", "/**", "/**/*.txt")] == before
     assert [file.name for file in before[0].files] == ["a.txt", "data/more/b.txt"]
     monkeypatch.setenv("MYLLM_DATA", str(tmp_path))
@@ -294,9 +312,11 @@ def test_ignored_files_are_counted(tmp_path: Path) -> None:
     for name in ("a.txt", "b.html", "c.html", "d.PDF", "Makefile", ".hidden.html"):
         (tmp_path / name).write_text("text")
     note = find_source(f"files:{tmp_path}").ignored_note
-    assert note.startswith("ignored 2 .html, 1 without suffix, 1 .pdf, reading 1 other file(s); `--suffix .rst")
+    assert note.startswith(
+        "ignored 1 hidden file(s), 2 .html, 1 without suffix, 1 .pdf, reading 1 other file(s); `--suffix .rst"
+    )
     (tmp_path / "a.txt").unlink()
-    refused(f"files:{tmp_path}", "only 4 file(s) of other kinds (2 .html, 1 without suffix, 1 .pdf)", "`--suffix")
+    refused(f"files:{tmp_path}", "only 1 hidden file(s), 2 .html, 1 without suffix, 1 .pdf, expected", "`--suffix")
 
 
 def test_files_of_other_suffixes_are_read_as_plain_text(tmp_path: Path) -> None:
@@ -310,5 +330,5 @@ def test_files_of_other_suffixes_are_read_as_plain_text(tmp_path: Path) -> None:
     assert source.ignored_note.startswith("ignored 1 .pdf, ")
     (tmp_path / "only").mkdir()
     (tmp_path / "only" / "x.tex").write_text("text")
-    refused(f"files:{tmp_path / 'only'}", "(1 .tex)")
+    refused(f"files:{tmp_path / 'only'}", "only 1 .tex")
     check_source(f"files:{tmp_path / 'only'}", ("*.tex",))

@@ -115,4 +115,4 @@ def _stamp(file: str) -> Stamp:
 
 
 def _unreadable(file: str, error: OSError) -> UserError:
-    return UserError(f"cannot read {file}: {error.strerror}; make it readable, or exclude it from the source")
+    return UserError(f"cannot read {file}: {error.strerror}; make it readable, or move it out of the source")

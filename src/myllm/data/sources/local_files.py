@@ -2,27 +2,42 @@
 
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 from myllm import paths
 from myllm.errors import UserError
 
 
-def match_files(path: Path) -> tuple[list[Path], Path]:
-    """The files that a file name, a folder or a glob means, and the folder that their names are relative to.
+class LocalFiles(NamedTuple):
+    """What a path or glob means."""
 
-    Hidden files are ignored, and so is what this program writes below the folder. Broken links are included, so that
-    reading them fails: they must not pass for files that never existed.
+    files: list[Path]
+    root: Path
+    """The folder that their names are relative to."""
+    ignored: list[str]
+    """The kind of each entry of the folder that is not read. Files are not counted by suffix here."""
+
+
+def match_files(path: Path) -> LocalFiles:
+    """The files that a file name, a folder or a glob means.
+
+    Hidden files and broken links are ignored and counted, and so are hidden folders and links to folders, without
+    looking into them. What this program writes below the folder is ignored.
 
     Raises:
         OSError: a folder cannot be listed.
     """
+    ignored: dict[Path, str] = {}
     if path.is_file() or _is_broken_link(path):
         found, root = [path], path.parent
     elif path.is_dir():
-        found, root = _walk(path), path
+        found, root = _walk(path, ignored), path
     else:
         found, root = glob_files(path)
-    return [file for file in _without_own_output(found, root) if file.is_file() or _is_broken_link(file)], root
+    ignored |= {file: "broken link(s)" for file in found if _is_broken_link(file)}
+    own = _own_output(root) if found or ignored else []  # without any, the root may be an impossible path
+    files = [file for file in found if file.is_file() and not _is_below(file, own)]
+    return LocalFiles(files, root, [kind for entry, kind in ignored.items() if not _is_below(entry, own)])
 
 
 def glob_files(pattern: Path) -> tuple[list[Path], Path]:
@@ -40,30 +55,40 @@ def glob_files(pattern: Path) -> tuple[list[Path], Path]:
     return [file for file in found if not any(part.startswith(".") for part in file.relative_to(root).parts)], root
 
 
-def _walk(root: Path) -> list[Path]:
-    """Every file below a folder that is not hidden. Links to folders are not followed."""
+def _walk(root: Path, ignored: dict[Path, str]) -> list[Path]:
+    """Every file below a folder that is not hidden. Links to folders are not followed.
+
+    Args:
+        ignored: gets what is hidden and the links to folders, each with its kind.
+    """
 
     def fail(error: OSError) -> None:  # os.walk ignores a folder that it cannot list
         raise error
 
     found = []
     for parent, folders, files in os.walk(root, onerror=fail):
+        ignored |= {Path(parent, name): "hidden folder(s)" for name in folders if name.startswith(".")}
+        ignored |= {Path(parent, name): "hidden file(s)" for name in files if name.startswith(".")}
         folders[:] = [name for name in folders if not name.startswith(".")]
+        ignored |= {path: "link(s) to folders" for name in folders if (path := Path(parent, name)).is_symlink()}
         found += [Path(parent, name) for name in files if not name.startswith(".")]
     return sorted(found)
 
 
-def _without_own_output(files: list[Path], root: Path) -> list[Path]:
-    """The files, except runs, data sets and whatever else this program writes below the root."""
-    if not files:  # the root may be an impossible path
-        return files
+def _own_output(root: Path) -> list[Path]:
+    """The folders below the root that this program writes: runs, data sets and others."""
     base = root.absolute().resolve()
-    functions = (paths.datasets_dir, paths.listings_dir, paths.downloads_dir, paths.tokenizers_dir, paths.runs_dir)
+    functions = (
+        paths.datasets_dir, paths.listings_dir, paths.locks_dir, paths.downloads_dir, paths.tokenizers_dir,
+        paths.runs_dir,
+    )  # fmt: skip
     folders = [function().resolve() for function in functions]
-    own = [folder for folder in folders if folder != base and folder.is_relative_to(base)]
-    if not own:
-        return files
-    return [file for file in files if not any(file.absolute().resolve().is_relative_to(folder) for folder in own)]
+    return [folder for folder in folders if folder != base and folder.is_relative_to(base)]
+
+
+def _is_below(path: Path, folders: list[Path]) -> bool:
+    # Path.resolve fails for a link that leads to itself.
+    return bool(folders) and any(Path(os.path.realpath(path)).is_relative_to(folder) for folder in folders)
 
 
 def _is_broken_link(path: Path) -> bool:

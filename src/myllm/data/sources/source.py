@@ -33,6 +33,7 @@ SUFFIX_ADVICE = (
     "`--suffix .rst .html` (pretrain.py: `--data.suffix`) reads other kinds as plain text, `datasets:PATH` .csv, .tsv "
     "and .json as rows; convert .pdf, .docx and .epub to .txt first (pdftotext, pandoc)"
 )
+FOLDER_ADVICE = "a hidden or linked folder is read where `files:` names it"
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?(:.+)?", re.ASCII)
 
 
@@ -70,7 +71,7 @@ class Source:
     grouping: str = "rows"
     """See documents.group_rows."""
     ignored: tuple[str, ...] = ()
-    """The suffix of each local file without a reader."""
+    """The suffix of each local file without a reader, and the kind of everything else that is not read."""
 
     @property
     def size_bytes(self) -> int:
@@ -78,10 +79,10 @@ class Source:
 
     @property
     def ignored_note(self) -> str:
-        """Which local files are ignored, by suffix, as text; empty if none."""
+        """What is ignored below a local folder, by kind, as text; empty if nothing."""
         if not self.ignored:
             return ""
-        return f"ignored {count_suffixes(self.ignored)}, reading {len(self.files):,} other file(s); {SUFFIX_ADVICE}"
+        return f"ignored {count_kinds(self.ignored)}, reading {len(self.files):,} other file(s){advice(self.ignored)}"
 
 
 def find_source(
@@ -256,7 +257,7 @@ def dataset_files(spec: str, column: str | None = None, with_digests: bool = Tru
 def local_files(spec: str, with_digests: bool = True, suffixes: Sequence[str] = ()) -> Source:
     """A file, every readable file below a folder, or a glob (** for any depth).
 
-    Hidden files are ignored, and what this program writes below the folder. Links to folders are not followed.
+    What is hidden is ignored, and what this program writes below the folder. Links to folders are not followed.
 
     Args:
         suffixes: of more files to read as plain text; `.rst`, `rst` and `*.rst` mean the same.
@@ -265,27 +266,38 @@ def local_files(spec: str, with_digests: bool = True, suffixes: Sequence[str] = 
         raise UserError("files: needs a path, such as files:~/texts (files:. for this folder)")
     path = user_path(spec)
     try:
-        files, root = match_files(path)
+        files, root, ignored_kinds = match_files(path)
     except OSError as error:
         raise UserError(f"cannot read {error.filename or path}: {error.strerror}; make it readable") from None
     readers = dict.fromkeys(("." + suffix.lstrip("*.").lower() for suffix in suffixes), "prose") | READER_BY_SUFFIX
     readable = [file for file in files if suffix_of(file) in readers]
-    ignored = tuple(suffix_of(file) for file in files if suffix_of(file) not in readers)
+    ignored = (*ignored_kinds, *(suffix_of(file) for file in files if suffix_of(file) not in readers))
     if not readable:
-        seen = f"only {len(files):,} file(s) of other kinds ({count_suffixes(ignored)})" if files else "nothing"
-        advice = f"; {SUFFIX_ADVICE}" if files else ""
-        raise UserError(f"no text found at {spec!r}: found {seen}, expected one of {', '.join(readers)}{advice}")
+        seen = f"only {count_kinds(ignored)}" if ignored else "nothing"
+        expected = f"expected one of {', '.join(readers)}"
+        raise UserError(f"no text found at {spec!r}: found {seen}, {expected}{advice(ignored)}")
     name = os.path.basename(os.path.abspath(path if path.exists() else root))
     described = _describe(readable, root, f"files {os.path.abspath(path)}" if with_digests else None, readers)
     return Source("files-" + folder_name(name), f"local files at {spec}", described, ignored=ignored)
 
 
-def count_suffixes(suffixes: Iterable[str]) -> str:
-    """Such as "289 .html, 3 .pdf", the most frequent first."""
-    counts = sorted(Counter(suffixes).items(), key=lambda item: (-item[1], item[0]))
-    shown = [f"{count:,} {suffix or 'without suffix'}" for suffix, count in counts[:SHOWN_SUFFIXES]]
+def count_kinds(kinds: Iterable[str]) -> str:
+    """Such as "1 broken link(s), 289 .html, 3 .pdf": suffixes last, the most frequent first."""
+    counts = sorted(Counter(kinds).items(), key=lambda item: (_is_suffix(item[0]), -item[1], item[0]))
+    shown = [f"{count:,} {kind or 'without suffix'}" for kind, count in counts[:SHOWN_SUFFIXES]]
     rest = sum(count for _, count in counts[SHOWN_SUFFIXES:])
     return ", ".join(shown + ([f"{rest:,} of other kinds"] if rest else []))
+
+
+def advice(ignored: Iterable[str]) -> str:
+    """What to do about ignored files and folders, for the end of a message."""
+    suffixes = any(map(_is_suffix, ignored))
+    folders = any("folder" in kind for kind in ignored)
+    return (f"; {SUFFIX_ADVICE}" if suffixes else "") + (f"; {FOLDER_ADVICE}" if folders else "")
+
+
+def _is_suffix(kind: str) -> bool:
+    return not kind or kind.startswith(".")
 
 
 def python_stdlib(with_digests: bool = True) -> Source:
