@@ -93,6 +93,13 @@ def test_max_documents_counts_those_of_both_splits(said, mixed_corpus: Path) -> 
     assert 10 * counts["val_tokens"] <= counts["val_tokens"] + counts["train_tokens"]
 
 
+def test_less_held_out_than_asked_for_is_said(said, mixed_corpus: Path) -> None:
+    assert "val has less" not in said("prepare", f"files:{mixed_corpus}")
+    assert "val has less than --val-tokens 90,000,000" in said(
+        "prepare", f"files:{mixed_corpus}", "--val-tokens", "90000000"
+    )
+
+
 def test_worker_shards_verify_repair_and_show(said, mixed_corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = (f"files:{mixed_corpus}", "--val-tokens", "500", "--shard-tokens", "5K")
     whole = Path(said("prepare", *source).splitlines()[0])

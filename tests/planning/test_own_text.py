@@ -7,7 +7,7 @@ import pytest
 from myllm.cli.launch import parse_args
 from myllm.planning.config_checks import config_errors
 from myllm.planning.flops import n_parameters
-from myllm.planning.length import resolve_max_steps
+from myllm.planning.length import count_epochs, resolve_max_steps
 from myllm.planning.own_text import PRESETS_BY_TOKENS, command_for, fit_batch, fitting_options, preset_for
 from myllm.presets import get_preset
 
@@ -22,10 +22,18 @@ def test_larger_texts_get_larger_presets() -> None:
     assert "small-50m: from 250M tokens on" in preset_for(5_000_000)[1]
 
 
-def test_the_command_has_the_vocabulary_where_the_preset_has_another() -> None:
-    assert command_for("files-x", 100, 50_257)[0] == "python pretrain.py debug --data.dataset files-x"
-    assert command_for("files-x", 5_000_000, 50_257)[0].endswith("--data.dataset files-x --model.vocab-size 50257")
-    assert command_for("files-x", 5_000_000, 4_096)[0].endswith("files-x")
+def test_the_command_has_a_name_and_the_vocabulary_where_the_preset_has_another() -> None:
+    assert command_for("files-x", 100, 50_257)[0] == "python pretrain.py debug --data.dataset files-x --name files-x"
+    assert command_for("files-x", 5_000_000, 50_257)[0].endswith(" --name files-x --model.vocab-size 50257")
+    assert command_for("files-x", 5_000_000, 4_096)[0].endswith(" --name files-x")
+
+
+@pytest.mark.parametrize("tokens", [3 * 10**5, 1_770_000, 2 * 10**6, 10**8, 2 * 10**8, 10**9])
+def test_the_command_reads_all_of_the_text(tokens: int) -> None:
+    config = parse_args(command_for("files-x", tokens, 4_096)[0].split()[2:]).config
+    assert config.name == "files-x"
+    config = resolve_max_steps(config, tokens, own_text=config.train.epochs is None)
+    assert 0.99 < count_epochs(config, tokens) <= 4
 
 
 @pytest.mark.parametrize("tokens", [10**4, 3 * 10**5, 10**7, 10**9])

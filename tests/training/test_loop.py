@@ -237,6 +237,21 @@ def test_too_little_text(tiny: RunConfig, held_out: int, batch_tokens: int, mess
     assert not RunPaths.of("tiny").root.exists()
 
 
+def test_files_without_text_in_the_column_are_said(tiny: RunConfig, corpus: Path, tmp_path: Path) -> None:
+    mixed = Path(shutil.copytree(corpus, tmp_path / "mixed"))
+    (mixed / "rows.jsonl").write_text('{"body": "text"}\n' * 3)
+    (mixed / "latin1.txt").write_bytes("à la carte".encode("latin-1"))
+    (mixed / "binary.txt").write_bytes(b"\0\xff\xfe" * 9)
+    config = replace(tiny, data=replace(tiny.data, source=f"files:{mixed}"))
+    log = (run(with_train(config, max_steps=1)) / "log.txt").read_text()
+    assert "data: warning: files-mixed-" in log
+    assert "3 x no text, such as rows.jsonl, line 1: expected an object with the key 'text', found" in log
+    [line] = [line for line in log.splitlines() if " 2 x invalid text, such as " in line]
+    assert "latin1.txt: not utf-8 (byte 0); if it is LATIN1, `iconv" in line
+    assert "binary.txt: not utf-8" in line
+    assert (run(with_train(config, max_steps=2)) / "log.txt").read_text().count(" x no text") == 1, "not at a resume"
+
+
 def test_what_is_held_out_may_be_less_than_a_batch(tiny: RunConfig) -> None:
     """Down to one sequence; and nothing where nothing is validated."""
     config = replace(tiny, data=replace(tiny.data, val_tokens=100), eval=replace(tiny.eval, cloze_every_steps=0))

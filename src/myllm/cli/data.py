@@ -1,6 +1,5 @@
 """`myllm data COMMAND`: from a source to shards, and looking at them."""
 
-import json
 import shlex
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Annotated
@@ -133,7 +132,8 @@ def prepare(args: Annotated[PrepareArgs, tyro.conf.arg(name="")]) -> None:
         if isinstance(dataset, MixedDataset):
             for component in dataset.components:
                 _print_dataset(component)
-            print(f"train on the mixture with: python pretrain.py PRESET --data.dataset {shlex.quote(dataset.name)}")
+            words = f"--data.dataset {shlex.quote(dataset.name)} --name NAME"
+            print(f"train on the mixture with: python pretrain.py PRESET {words}")
         else:
             _print_dataset(dataset)
         return
@@ -219,6 +219,8 @@ def show(
 
 
 def _print_dataset(dataset: "Dataset") -> None:
+    from myllm.data.inspect import PASSED_OVER, describe_skipped
+
     counts = dataset.manifest["counts"]
     print(f"{dataset.folder}")
     for split in ("train", "val"):
@@ -226,14 +228,12 @@ def _print_dataset(dataset: "Dataset") -> None:
         print(f"  {split:<5}  {tokens:>15,} tokens  {documents:>11,} documents")
     if counts.get("documents_split"):  # older data sets have none
         print("         few or long documents: val has the end of the longest document, train has the rest of it")
-    others = {name: counts[name] for name in ("copies_of_validation_dropped", "duplicates_dropped") if counts[name]}
-    listed = dataset.folder / "passed_over.jsonl"
-    first: dict[str, str] = {}
-    for row in map(json.loads, listed.read_text(encoding="utf-8").splitlines() if listed.exists() else ()):
-        first.setdefault(row["reason"], f", such as {row['place']}: {row['detail']}".removesuffix(": "))
-    for reason, count in {**others, **counts["passed_over"]}.items():
-        print(f"  {count:>13,} x {reason.replace('_', ' ')}{first.get(reason, '')}")
-    if first:
+    wanted = dataset.manifest["val_tokens"]
+    if counts["val_tokens"] < 0.9 * wanted and wanted != DataConfig.val_tokens:
+        print(f"         val has less than --val-tokens {wanted:,}: at most a tenth of the text is held out")
+    for count, reason in describe_skipped(dataset):
+        print(f"  {count:>13,} x {reason}")
+    if (listed := dataset.folder / PASSED_OVER).exists():
         print(f"  skipped documents are listed in {listed}")
     size = dataset.manifest["tokenizer"]["vocab_size"]
     command, line = command_for(dataset.name, counts["train_tokens"], size)

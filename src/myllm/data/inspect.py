@@ -1,5 +1,7 @@
-"""Documents and training sequences of a data set, decoded."""
+"""Documents and training sequences of a data set, decoded, and what its preparation skipped."""
 
+import json
+import re
 from itertools import pairwise
 
 import numpy as np
@@ -11,6 +13,9 @@ from .sampler import DataPosition, count_sequences, step_sequences, window_seque
 from .token_stream import TokenStream
 
 READ_TOKENS = 1 << 20
+PASSED_OVER = "passed_over.jsonl"
+EXAMPLES = 2
+"""Of skipped documents, for each reason: one file may be binary, and another in an encoding that can be converted."""
 
 
 def document_at(dataset: Dataset, split: str, number: int) -> tuple[int, np.ndarray]:
@@ -82,3 +87,20 @@ def describe_tokens(dataset: Dataset, tokens: np.ndarray) -> str:
             tokenizer.decode(tokens[a + 1 : b]),
         ]
     return "\n".join(lines)
+
+
+def describe_skipped(dataset: Dataset) -> list[tuple[int, str]]:
+    """How many documents of a complete data set were skipped or changed, by reason, and the reason with examples."""
+    counts, listed = dataset.manifest["counts"], dataset.folder / PASSED_OVER
+    examples: dict[str, dict[str, str]] = {}
+    for row in map(json.loads, listed.read_text(encoding="utf-8").splitlines() if listed.exists() else ()):
+        found = examples.setdefault(row["reason"], {})
+        kind = re.sub(r"\d+", "", row["detail"])  # two files differ in the position of the fault
+        if len(found) < EXAMPLES:
+            found.setdefault(kind, f"{row['place']}: {row['detail']}".removesuffix(": "))
+    others = {name: counts.get(name, 0) for name in ("copies_of_validation_dropped", "duplicates_dropped")}
+    described = []
+    for reason, count in {**others, **counts.get("passed_over", {})}.items():
+        shown = "; ".join(examples.get(reason, {}).values())
+        described.append((count, reason.replace("_", " ") + (f", such as {shown}" if shown else "")))
+    return [(count, words) for count, words in described if count]

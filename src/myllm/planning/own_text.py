@@ -36,11 +36,18 @@ def preset_for(train_tokens: int) -> tuple[str, str]:
 
 
 def command_for(dataset: str, train_tokens: int, vocab_size: int) -> tuple[str, str]:
-    """The command that trains the preset that suits a data set, and a sentence about it."""
+    """The command that trains the preset that suits a data set, and a sentence about it.
+
+    The run has the data set's name: that of the preset may be taken by a run on other text. It reads all of the text.
+    """
     name, line = preset_for(train_tokens)
-    model = get_preset(name).model
-    vocabulary = f" --model.vocab-size {vocab_size}" if vocab_size != model.vocab_size else ""
-    return f"python pretrain.py {name} --data.dataset {dataset}{vocabulary}", line
+    preset = get_preset(name)
+    command = f"python pretrain.py {name} --data.dataset {dataset} --name {dataset}"
+    if vocab_size != preset.model.vocab_size:
+        command += f" --model.vocab-size {vocab_size}"
+    if preset.train.max_steps * preset.train.batch_tokens < train_tokens:
+        command += " --train.epochs 1"
+    return command, line
 
 
 def fit_batch(config: RunConfig) -> RunConfig:

@@ -1,5 +1,6 @@
 """What a run writes about itself at its start and at its end."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from myllm.checkpoint.layout import checkpoint_dir
 from myllm.checkpoint.state import TrainState
 from myllm.config import RunConfig
 from myllm.data.dataset import Dataset
+from myllm.data.inspect import describe_skipped
 from myllm.data.mixture.mixed_dataset import MixedDataset
 from myllm.distributed.cpu_threads import threads_reason
 from myllm.distributed.device_info import device_name
@@ -72,8 +74,17 @@ def record_complete_data(trainer: Trainer) -> None:
         write_environment(ctx, dataset)
     except OSError as error:
         ctx.log(f"cannot write {ctx.paths.environment}: {error.strerror}; training continues")
-    for line in ("now complete", *describe_length(ctx.config, dataset.train.tokens)):
+    for line in ("now complete", *describe_length(ctx.config, dataset.train.tokens), *skipped_lines(dataset)):
         ctx.log(f"data: {line}")
+
+
+def skipped_lines(dataset: Dataset) -> Iterator[str]:
+    """What the preparation skipped or changed, with a warning where there was no text in the column."""
+    components = dataset.components if isinstance(dataset, MixedDataset) else (dataset,)
+    for component in components:
+        for count, reason in describe_skipped(component) if component.complete else ():
+            warning = "warning: " if reason.startswith("no text") else ""
+            yield f"{warning}{component.name}: {count:,} x {reason}"
 
 
 def log_start(ctx: RunContext, dataset: Dataset, batch: BatchPlan, state: TrainState) -> None:
@@ -89,6 +100,8 @@ def log_start(ctx: RunContext, dataset: Dataset, batch: BatchPlan, state: TrainS
             log(f"data: {line}")
     else:
         log(f"data: {dataset.name}, {dataset.describe_progress()}; preparation continues during training")
+    for line in skipped_lines(dataset) if state.step == 0 else ():
+        log(f"data: {line}")
     before_decay = state.step <= decay_start(config.optim, max_steps)
     for note in (warmup_note(config), decay_note(config) if before_decay else None):
         if note:
