@@ -186,6 +186,11 @@ def check_architecture(tables: list[str], stdout: str, pictures: int) -> None:
     assert debug
     assert float(debug[1]) == pytest.approx(math.log(50_257), abs=0.05)
     assert "the project's block and PyTorch's agree" in stdout
+    tied, tied_code = map(
+        float, re.search(r"\| small-50m .* ([\d.]+) \| ([\d.]+) \|$", tables[1], re.MULTILINE).groups()
+    )
+    assert tied == pytest.approx(math.sqrt(512) * 0.63, abs=0.3)
+    assert tied_code < tied
     first, last, pairs = map(float, re.findall(r"(?:first loss|last|pairs of letters) ([\d.]+)", stdout))
     assert first == pytest.approx(math.log(128), abs=0.4)
     assert last < pairs
