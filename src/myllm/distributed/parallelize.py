@@ -1,4 +1,4 @@
-"""DDP (each rank holds the whole model) or FSDP2 (each rank holds a shard of every matrix).
+"""DDP (each rank holds the whole model) or FSDP2 (a shard of every matrix); torch.compile, activation checkpointing.
 
 Order matters: `shard` comes before the optimizer, which must see the sharded weights; `parallelize` returns what a
 training step calls, and comes after a checkpoint is loaded.

@@ -1,4 +1,4 @@
-"""Which of several endings continues a text? And which word ends it? One engine for all tasks of tasks.py.
+"""Scores which of several endings continues a text, as in HellaSwag, or which word ends it: for all tasks of tasks.py.
 
 `acc` takes the ending with the highest sum of log-probabilities, `acc_norm` the one with the highest per character (or
 per token, in HellaSwag's nanogpt protocol). No end-of-text token comes first. A text that does not fit into the context

@@ -1,4 +1,4 @@
-"""Public multiple-choice tasks: where their rows are, and how a row becomes a question. The texts are lm-eval's.
+"""HellaSwag and other public multiple-choice tasks: where their rows are, and how a row becomes a question.
 
 HellaSwag has a second protocol. They give different numbers for the same model:
 

@@ -1,4 +1,4 @@
-"""Logs of a run: rows of JSON for programs, lines for people, a stopwatch, and the environment it ran in."""
+"""Writes the logs of a run: rows of metrics.jsonl, lines for people, a stopwatch, and the environment it ran in."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""The evaluations of a training run: what they measure, when they are due, and how ranks run them together."""
+"""The evaluations of a training run: when they are due, and how ranks run them. Writes eval rows and samples.jsonl."""
 
 import time
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The kernels that training computes with."""
+"""The kernels that training computes with: torch.compile, or eager."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""The numbers of a log line: loss, speed, and where the time went."""
+"""The numbers of a log line and of the training rows of metrics.jsonl: loss, speed, MFU, and where the time went."""
 
 import shutil
 import time
