@@ -277,7 +277,7 @@ class EvalConfig:
     sample_every_steps: int = 1_000
     """Generate sample texts every N steps."""
     sample_prompts: tuple[str, ...] = ("Hello, I'm a language model,", "The meaning of life is", "Once upon a time")
-    """Prompts of the sample texts."""
+    """Prompts of the sample texts (empty, and by default if you choose the text: beginnings of held-out documents)."""
     sample_new_tokens: int = 64
     """Tokens to generate for each prompt."""
     sample_temperature: float = 0.8

@@ -229,6 +229,8 @@ def diff_settings(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
             values = getattr(before, field.name), getattr(after, field.name)
             if values[0] != values[1]:
                 changes[f"{section.name}.{field.name}"] = values
+    if not new.eval.sample_prompts:  # they will be those of the text
+        changes.pop("eval.sample_prompts", None)
     return changes
 
 

@@ -34,10 +34,31 @@ def test_overrides() -> None:
     assert wanted.config.optim.max_lr == 1e-3
     assert wanted.config.name == "mine"
     assert wanted.config.model.qk_norm is False
+    assert parse_args(["debug"]).config.eval.sample_prompts == get_preset("debug").eval.sample_prompts
+    assert parse_args(["debug", "--data.source", "files:."]).config.eval.sample_prompts == ()
+    assert parse_args(["debug", "--data.dataset", "x"]).config.eval.sample_prompts == ()
+    assert parse_args(["debug", "--data.dataset", "x", "--eval.sample-prompts", "a"]).config.eval.sample_prompts == (
+        "a",
+    )
     assert parse_args(["debug", "--eval.sample-prompts", "one two", "three"]).config.eval.sample_prompts == (
         "one two",
         "three",
     )
+
+
+def test_prompts_of_a_config_file_stay_with_other_text(tmp_path: Path) -> None:
+    file = tmp_path / "some.json"
+    for content, expected in (
+        ('{"eval": {"sample_prompts": ["mine"]}}', ("mine",)),
+        ('{"data": {"source": "files:."}}', ()),
+        ('{"data": {"source": "files:."}, "eval": {"sample_prompts": ["mine"]}}', ("mine",)),
+    ):
+        file.write_text(content)
+        for words in ((), ("--data.dataset", "x"), ("--data.source", "files:/")):
+            found = parse_args(["debug", "--config", str(file), *words]).config.eval.sample_prompts
+            assert found == expected, (content, words)
+    same = parse_args(["debug", "--data.source", "python-stdlib"])
+    assert same.config.eval.sample_prompts == get_preset("debug").eval.sample_prompts
 
 
 def test_a_saved_config_gives_the_same_run(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import tiktoken
 from myllm.config import DataConfig
 from myllm.data.dataloader import read_batch
 from myllm.data.dataset import Dataset
-from myllm.data.inspect import describe_tokens, document_at, sequence_at
+from myllm.data.inspect import describe_tokens, document_at, held_out_prompts, sequence_at
 from myllm.data.order import StreamOrder
 from myllm.data.prepare.prepare import prepare
 from myllm.data.sampler import DataPosition, count_sequences, step_sequences, window_sequences
@@ -37,6 +37,16 @@ def test_every_document_is_found_by_its_number(dataset: Dataset, split: str) -> 
         assert (found_start, found.tolist()) == (start, tokens[start:end].tolist())
     with pytest.raises(UserError, match=f"has {len(starts):,} {split} documents"):
         document_at(dataset, split, len(starts))
+
+
+def test_prompts_are_the_first_words_of_held_out_documents(tmp_path: Path) -> None:
+    for number in range(40):
+        (tmp_path / f"{number}.txt").write_text(f"Das {number}. Blatt\n\n fiel leise zu Boden. " * 3)
+    dataset = prepare(DataConfig(source=f"files:{tmp_path}"), progress=False)
+    documents = [dataset.tokenizer().decode(document_at(dataset, "val", number)[1][1:]) for number in range(3)]
+    prompts = held_out_prompts(dataset)
+    assert prompts == held_out_prompts(dataset) == tuple(" ".join(text.split()[:5]) for text in documents)
+    assert all(prompt.startswith("Das ") and prompt.endswith("Blatt fiel leise") for prompt in prompts)
 
 
 def test_a_sequence_is_what_training_reads(dataset: Dataset) -> None:

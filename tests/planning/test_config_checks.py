@@ -113,8 +113,7 @@ def test_a_fault_names_the_setting_and_its_value(setting, value):
         ),
         ({"train__batch_tokens": 3_000}, ["train.batch_tokens 3,000", "2,048 or 4,096"]),
         ({"eval__validation_tokens": 255}, ["eval.validation_tokens 255", "model.max_seq_len 256"]),
-        ({"eval__sample_prompts": ()}, ["eval.sample_prompts", "eval.sample_every_steps"]),
-        ({"eval__sample_prompts": ("a", "")}, ["eval.sample_prompts", "none empty"]),
+        ({"eval__sample_prompts": ("a", "")}, ["eval.sample_prompts", "empty prompt"]),
     ],
     ids=str,
 )
@@ -140,7 +139,8 @@ def test_names_that_are(name):
     [
         {"model__d_model": 130, "model__head_dim": 32},
         {"model__d_model": 12, "model__position": "learned"},  # an odd head dimension is no matter without rotation
-        {"eval__sample_prompts": (), "eval__sample_every_steps": 0},
+        {"eval__sample_prompts": ()},
+        {"eval__sample_prompts": ("",), "eval__sample_every_steps": 0},
         {"optim__warmup_steps": 10_000},
         {"optim__weight_decay": 0.0, "optim__min_lr_ratio": 1.0, "optim__decay_fraction": 0.0},
         {"eval__sample_temperature": 0.0, "eval__sample_top_k": 0},

@@ -134,6 +134,8 @@ def test_a_run_goes_on_with_its_data_set_and_its_length(tiny: RunConfig) -> None
     assert (config.data.dataset, config.train.max_steps, own_text) == (dataset.name, 12, False)
     assert keep_saved_settings(today, False)[0].train.max_steps == 999, "as it was said"
     assert keep_saved_settings(tiny, False) == (tiny, False), "found by its settings"
+    without_prompts = replace(tiny, eval=replace(tiny.eval, sample_prompts=()))
+    assert keep_saved_settings(without_prompts, False) == (tiny, False), "those that it began with"
     manifest = dataset.folder / "manifest.json"
     manifest.write_text(manifest.read_text().replace(FORMAT, "myllm-shards-3"))
     assert keep_saved_settings(tiny, False)[0].data.dataset == dataset.name

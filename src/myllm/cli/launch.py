@@ -181,9 +181,12 @@ def base_config(
         raise UserError(f"missing PRESET (or --config FILE.json); presets:\n{wrap_help(describe_presets())}")
     if model is not None:
         base = replace(base, model=model)
+    given = _options(words)
+    base = _for_text(base, given.get("--data.source", base.data.source), given.get("--data.dataset"))
     for path, values in files:
-        config = from_dict(values, base, path)
-        base = from_dict(values, _for_source(base, config.data.source), path)
+        data = from_dict(values, base, path).data
+        base = _for_text(base, data.source, data.dataset)
+        base = from_dict(values, _for_source(base, data.source), path)
     return _for_overrides(base, words), words
 
 
@@ -210,6 +213,13 @@ def _for_source(base: RunConfig, source: str) -> RunConfig:
         return base
     names = ("val_tokens", "target_tokens", "max_documents", "text_column", "shard_tokens")
     return replace(base, data=replace(base.data, **{name: getattr(DataConfig(), name) for name in names}))
+
+
+def _for_text(base: RunConfig, source: str, dataset: str | None) -> RunConfig:
+    """The config without the preset's prompts, if the text is another one: they come from its held-out documents."""
+    if (source, dataset) == (base.data.source, base.data.dataset):
+        return base
+    return replace(base, eval=replace(base.eval, sample_prompts=()))
 
 
 def _options(words: list[str]) -> dict[str, str]:

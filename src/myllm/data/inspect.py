@@ -6,14 +6,18 @@ from itertools import pairwise
 
 import numpy as np
 
+from myllm.config import EvalConfig
 from myllm.errors import UserError
 
 from .dataset import Dataset
+from .mixture.mixed_dataset import MixedDataset
 from .sampler import DataPosition, count_sequences, step_sequences, window_sequences
 from .token_stream import TokenStream
 
 READ_TOKENS = 1 << 20
 PASSED_OVER = "passed_over.jsonl"
+PROMPTS, PROMPT_WORDS, PROMPT_CHARS = 3, 5, 60
+"""Of sample texts, if the user gives none."""
 EXAMPLES = 2
 """Of skipped documents, for each reason: one file may be binary, and another in an encoding that can be converted."""
 
@@ -87,6 +91,22 @@ def describe_tokens(dataset: Dataset, tokens: np.ndarray) -> str:
             tokenizer.decode(tokens[a + 1 : b]),
         ]
     return "\n".join(lines)
+
+
+def held_out_prompts(dataset: Dataset) -> tuple[str, ...]:
+    """The first words of the first held-out documents of a data set, or of each component of a mixture. The same data
+    give the same prompts."""
+    if isinstance(dataset, MixedDataset):
+        return tuple(prompt for component in dataset.components for prompt in held_out_prompts(component)[:1])
+    tokens, tokenizer = dataset.val.read(0, min(READ_TOKENS, dataset.val.tokens)), dataset.tokenizer()
+    prompts: list[str] = []
+    for document in np.split(tokens, np.flatnonzero(tokens == dataset.end_of_text)):
+        text = tokenizer.decode(document[document != dataset.end_of_text][:PROMPT_CHARS])
+        if words := text.rstrip("\ufffd").split()[:PROMPT_WORDS]:  # the last token may end within a character
+            prompts.append(" ".join(words)[:PROMPT_CHARS])
+        if len(prompts) == PROMPTS:
+            break
+    return tuple(prompts) or EvalConfig().sample_prompts
 
 
 def describe_skipped(dataset: Dataset) -> list[tuple[int, str]]:

@@ -279,6 +279,6 @@ def _eval_errors(evals: EvalConfig, train: TrainConfig, model: ModelConfig) -> l
             f"eval.validation_tokens {evals.validation_tokens:,} is less than one sequence of "
             f"model.max_seq_len {model.max_seq_len:,}; raise it, or set eval.validation_every_steps to 0"
         )
-    if evals.sample_every_steps and (not evals.sample_prompts or not all(evals.sample_prompts)):
-        errors.append("eval.sample_prompts needs at least one prompt, none empty; or set eval.sample_every_steps to 0")
+    if evals.sample_every_steps and not all(evals.sample_prompts):
+        errors.append("eval.sample_prompts has an empty prompt; remove it, or set eval.sample_every_steps to 0")
     return errors

@@ -67,7 +67,7 @@ def check_saved_settings(config: RunConfig) -> None:
 
 
 def keep_saved_settings(config: RunConfig, own_text: bool, given: Collection[str] = ()) -> tuple[RunConfig, bool]:
-    """If the run has a checkpoint, take the data set, the length and the length of the decay from it.
+    """If the run has a checkpoint, take the data set, the length, the length of the decay and the prompts from it.
 
     Args:
         own_text: the command gave no length, so it follows from the user's own text (`planning.length`).
@@ -90,6 +90,8 @@ def keep_saved_settings(config: RunConfig, own_text: bool, given: Collection[str
     is_default = config.optim.decay_fraction == OptimConfig.decay_fraction and "--optim.decay-fraction" not in given
     if is_default:  # it was 0.2 in earlier versions
         config = replace(config, optim=replace(config.optim, decay_fraction=saved.optim.decay_fraction))
+    if not config.eval.sample_prompts:
+        config = replace(config, eval=replace(config.eval, sample_prompts=saved.eval.sample_prompts))
     if own_text:
         config = replace(config, train=replace(config.train, max_steps=saved.train.max_steps))
     return config, False

@@ -17,6 +17,7 @@ from myllm.checkpoint.state import NO_DATASET, TrainState
 from myllm.config import DataConfig, RunConfig, saved_config
 from myllm.data.dataloader import BatchLoader
 from myllm.data.dataset import Dataset
+from myllm.data.inspect import held_out_prompts
 from myllm.data.mixture.mixed_dataset import MixedDataset
 from myllm.data.sample_digest import SampleDigest
 from myllm.data.sampler import DataPosition, count_sequences
@@ -133,7 +134,7 @@ def build(ctx: RunContext, dataset: Dataset, batch: BatchPlan | None = None) -> 
 
 
 def resolve_config(config: RunConfig, dataset: Dataset, dist: DistContext) -> RunConfig:
-    """The config with the steps that `train.epochs` means for this data set, and the settings that made the data set.
+    """The config with the steps that `train.epochs` means for this data set, the settings that made it, and prompts.
 
     Raises:
         UserError: as `check_data`; or `train.epochs` is set and nobody knows yet how many tokens there will be.
@@ -147,7 +148,8 @@ def resolve_config(config: RunConfig, dataset: Dataset, dist: DistContext) -> Ru
             f"train.epochs needs all of the data set {dataset.name}, which is still being prepared; prepare it first"
         )
     check_data(config, dataset, batch_plan(config, dist.world_size))
-    return replace(config, data=settings_of(dataset, config.data))
+    evals = replace(config.eval, sample_prompts=config.eval.sample_prompts or held_out_prompts(dataset))
+    return replace(config, data=settings_of(dataset, config.data), eval=evals)
 
 
 def check_data(config: RunConfig, dataset: Dataset, batch: BatchPlan) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from math import ceil, isfinite
 
 from myllm.config import EvalConfig, RunConfig
+from myllm.data.inspect import PROMPTS
 from myllm.distributed.collectives import DistContext
 from myllm.distributed.device_info import device_name, has_triton
 from myllm.distributed.precision import describe_precision
@@ -67,7 +68,7 @@ def shorten_evals(config: RunConfig, world_size: int) -> RunConfig:
         cloze_examples=min(evals.cloze_examples, CLOZE_BATCH * world_size),
         hellaswag_examples=min(_n_examples("hellaswag", evals), BATCH_SIZE * world_size),
         tasks_examples=min(evals.tasks_examples or BATCH_SIZE * world_size, BATCH_SIZE * world_size),
-        sample_prompts=evals.sample_prompts[:1],
+        sample_prompts=evals.sample_prompts[:1] or ("text",),
     )
     return replace(config, eval=short)
 
@@ -81,7 +82,7 @@ def count_eval_batches(config: RunConfig, world_size: int) -> dict[str, int]:
         "validation": ceil(ceil(sequences / world_size) / batch_plan(config, world_size).micro_batch_size),
         "cloze": ceil(ceil(evals.cloze_examples / world_size) / CLOZE_BATCH),
         **{name: ceil(ceil(_n_examples(name, evals) / BATCH_SIZE) / world_size) for name in public},
-        "samples": len(evals.sample_prompts),
+        "samples": len(evals.sample_prompts) or PROMPTS,
     }
 
 
