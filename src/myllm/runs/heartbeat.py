@@ -26,7 +26,6 @@ from myllm.migrations import HEARTBEAT
 from myllm.paths import RunPaths, runs_dir, user_path, warn_if_ambiguous
 
 from .history import read_json_or_empty
-from .run_dir import claim_run
 
 EVERY_S = 2.0
 RUNNING, NOT_RESPONDING = 3, 1
@@ -115,6 +114,8 @@ def report_starting(run: RunPaths, active: bool) -> Iterator[Callable[[], None]]
     if not active or not run.root.is_dir():
         yield taken_over.set
         return
+    from .run_dir import claim_run  # loads torch, which `myllm status` does without
+
     with claim_run(run):
         pass  # now rather than after the preparation of data
     before = read_json_or_empty(run.heartbeat)
