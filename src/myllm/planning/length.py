@@ -5,15 +5,12 @@ from dataclasses import replace
 
 from myllm.config import OptimConfig, RunConfig
 
-from .own_text import fit_batch, fitting_options
+from .own_text import USUAL_EPOCHS, fit_batch, fitting_options
 
 WARMUP_FRACTION = 0.25
 """Warm-up takes at most this fraction of a run. Published runs use 0.1 to 10 %; without the limit, a short trial of a
 long preset would end before its learning rate has risen."""
 
-USUAL_EPOCHS = 4.0
-"""Up to this many epochs, repeated text is nearly as good as new text; beyond, the validation loss rises.
-Source: Muennighoff et al. 2023, "Scaling Data-Constrained Language Models", arXiv 2305.16264."""
 FEW_STEPS = 400
 """Of a run, and of one epoch: fewer learn less from the same text than a smaller batch does."""
 
@@ -72,11 +69,11 @@ def describe_length(config: RunConfig, train_tokens: int, exact: bool = True) ->
             f"new; far beyond that, the model memorizes it (arXiv 2305.16264); add text, or {remedy}"
         )
     few = config.train.max_steps < FEW_STEPS and train_tokens < FEW_STEPS * config.train.batch_tokens
-    if few and (options := fitting_options(config)):
+    if few and (options := fitting_options(config, train_tokens)):
         steps, batch = config.train.max_steps, config.train.batch_tokens
         lines.append(
             f"warning: {steps:,} steps of {batch:,} tokens are few; this text suits {options} "
-            f"({fit_batch(config).train.max_steps:,} steps)"
+            f"({fit_batch(config, train_tokens).train.max_steps:,} steps)"
         )
     target = config.data.target_tokens
     # An estimate from file sizes can be off by a factor of two.

@@ -22,6 +22,9 @@ gives 138,000 for the 2.6B of small-50m, which has 131,072, and 780 for the 0.3M
 The learning rate can stay: it grows with the root of the batch and falls with D^0.32 (planning.transfer), so along this
 law it is proportional to D^-0.03."""
 WARMUP_FRACTION = 0.05
+USUAL_EPOCHS = 4.0
+"""Up to this many epochs, repeated text is nearly as good as new text; beyond, the validation loss rises.
+Source: Muennighoff et al. 2023, "Scaling Data-Constrained Language Models", arXiv 2305.16264."""
 
 
 def preset_for(train_tokens: int) -> tuple[str, str]:
@@ -50,11 +53,15 @@ def command_for(dataset: str, train_tokens: int, vocab_size: int) -> tuple[str, 
     return command, line
 
 
-def fit_batch(config: RunConfig) -> RunConfig:
+def fit_batch(config: RunConfig, train_tokens: int) -> RunConfig:
     """The config with a batch that suits its length in tokens, no larger than its own, and as many steps as make up the
-    same tokens; its warm-up is at most WARMUP_FRACTION of them."""
+    same tokens, at most USUAL_EPOCHS of the text; its warm-up is at most WARMUP_FRACTION of them.
+
+    Args:
+        train_tokens: of the text.
+    """
     length, train = config.model.max_seq_len, config.train
-    tokens, sequences = train.max_steps * train.batch_tokens, 1
+    tokens, sequences = min(train.max_steps * train.batch_tokens, int(USUAL_EPOCHS * train_tokens)), 1
     while 2**0.5 * sequences * length < BATCH_FACTOR * tokens**BATCH_EXPONENT:  # the nearest power of two
         sequences *= 2
     if sequences * length >= train.batch_tokens:
@@ -62,7 +69,7 @@ def fit_batch(config: RunConfig) -> RunConfig:
     micro = train.micro_batch_size if train.micro_batch_size == "auto" else min(train.micro_batch_size, sequences)
     while micro != "auto" and sequences % micro:
         micro -= 1
-    steps = tokens // (sequences * length)
+    steps = max(tokens // (sequences * length), 1)
     warmup = min(config.optim.warmup_steps, max(int(WARMUP_FRACTION * steps), 1))
     return replace(
         config,
@@ -71,9 +78,9 @@ def fit_batch(config: RunConfig) -> RunConfig:
     )
 
 
-def fitting_options(config: RunConfig) -> str:
+def fitting_options(config: RunConfig, train_tokens: int) -> str:
     """`fit_batch` as options of pretrain.py; empty if the config's batch is small enough."""
-    fitted = fit_batch(config)
+    fitted = fit_batch(config, train_tokens)
     changes = (
         ("--train.batch-tokens", config.train.batch_tokens, fitted.train.batch_tokens),
         ("--train.micro-batch-size", config.train.micro_batch_size, fitted.train.micro_batch_size),

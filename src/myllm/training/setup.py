@@ -183,10 +183,11 @@ def _check_held_out(config: RunConfig, dataset: Dataset, batch: BatchPlan) -> No
 def _check_length(config: RunConfig, dataset: Dataset, batch: BatchPlan) -> None:
     n_sequences = count_sequences(dataset.train.tokens, batch.seq_len)
     if dataset.known_train_tokens and n_sequences < batch.sequences:
+        options = fitting_options(config, dataset.train.tokens)
         raise UserError(
             f"the data set {dataset.name} has {dataset.train.tokens:,} training tokens, {n_sequences:,} sequences of "
             f"{batch.seq_len:,}, fewer than the {batch.sequences:,} of one step; add text, or lower train.batch_tokens"
-            f": {fitting_options(config) or 'no batch is small enough, so lower model.max_seq_len too'}"
+            f": {options or 'no batch is small enough, so lower model.max_seq_len too'}"
         )
 
 
