@@ -8,6 +8,8 @@ import pytest
 from conftest import ROOT, tiny_config, with_train, write_run_config
 from nbclient import NotebookClient
 
+from myllm.distributed.terminal import in_notebook
+
 WIDGET = "application/vnd.jupyter.widget-view+json"
 START = """
 import os, signal, sys
@@ -101,3 +103,9 @@ def test_lines_where_ipywidgets_is_missing(cells: list[list[dict[str, Any]]]) ->
     assert [line for line in lines if line.startswith("step     12/12 ")]
     assert "\r" not in text(cells[4])
     assert "█" not in text(cells[4])
+
+
+def test_a_program_that_imports_ipykernel_is_no_notebook() -> None:
+    import ipykernel  # noqa: F401 (as tools that run notebooks do)
+
+    assert not in_notebook()

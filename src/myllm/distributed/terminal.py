@@ -19,7 +19,9 @@ ROOM = len("^C") + 1
 
 def in_notebook() -> bool:
     """True in a notebook that can draw a bar of its own; ipywidgets does that. tqdm.auto warns where it is missing."""
-    return "ipykernel" in sys.modules and util.find_spec("ipywidgets") is not None
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython else None  # of a terminal or a notebook; None in a plain program
+    return "IPKernelApp" in getattr(shell, "config", ()) and util.find_spec("ipywidgets") is not None
 
 
 def shows_bars() -> bool:

@@ -344,8 +344,7 @@ def test_a_run_goes_on_elsewhere_as_if_nothing_had_happened(
 
     def box_goes_away(step: int) -> None:
         assert mirror(RunPaths.of("tiny"), config.checkpoint.mirror or "", step)[0]
-        if step == 8:
-            raise ConnectionAbortedError
+        raise ConnectionAbortedError  # after the first one that is announced: fast steps may pass over some
 
     with pytest.raises(ConnectionAbortedError):
         trained(config, box_goes_away)
