@@ -13,7 +13,7 @@ BASE = RunConfig()
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_there_and_back(name, tmp_path):
+def test_presets_round_trip(name, tmp_path):
     config = get_preset(name)
     assert from_dict(to_dict(config), BASE) == config
     assert from_dict(json.loads(json.dumps(to_dict(config))), get_preset("debug")) == config
@@ -22,7 +22,7 @@ def test_there_and_back(name, tmp_path):
     assert load_config(path, BASE) == config
 
 
-def test_optional_values_there_and_back():
+def test_optional_values_round_trip():
     config = replace(
         BASE,
         model=ModelConfig(n_kv_heads=4, head_dim=32),
@@ -31,7 +31,7 @@ def test_optional_values_there_and_back():
     assert from_dict(to_dict(config), BASE) == config
 
 
-def test_only_what_is_given_changes():
+def test_from_dict_keeps_unspecified_values():
     config = from_dict({"train": {"max_steps": 7}, "name": "mine"}, get_preset("debug"))
     expected = replace(get_preset("debug"), name="mine", train=replace(get_preset("debug").train, max_steps=7))
     assert config == expected
@@ -54,7 +54,7 @@ def test_only_what_is_given_changes():
     ],
     ids=str,
 )
-def test_values_that_fit(values, path, expected):
+def test_valid_values_are_converted(values, path, expected):
     part, _, name = path.partition(".")
     got = getattr(getattr(from_dict(values, BASE), part), name)
     assert got == expected
@@ -87,7 +87,7 @@ def test_values_that_fit(values, path, expected):
     ],
     ids=str,
 )
-def test_values_that_do_not_fit(values, message):
+def test_invalid_values_raise(values, message):
     with pytest.raises(UserError) as error:
         from_dict(values, BASE)
     header, fault = str(error.value).split("\n")
@@ -95,7 +95,7 @@ def test_values_that_do_not_fit(values, message):
     assert fault.startswith(f"  - {message}")
 
 
-def test_every_fault_is_named_at_once():
+def test_reports_all_errors_together():
     values = {
         "nmae": "x",
         "model": {"layers": 2, "d_model": "wide", "n_heads": 4},
@@ -113,7 +113,7 @@ def test_every_fault_is_named_at_once():
     ]
 
 
-def test_files_that_cannot_be_read(tmp_path):
+def test_unreadable_config_files_raise(tmp_path):
     with pytest.raises(UserError, match=r"cannot read the config .*gone\.json: No such file"):
         load_config(tmp_path / "gone.json", BASE)
     with pytest.raises(UserError, match=r"cannot read the config .*: Is a directory"):
@@ -125,7 +125,7 @@ def test_files_that_cannot_be_read(tmp_path):
             load_config(path, BASE)
 
 
-def test_sizes_that_follow():
+def test_derived_model_sizes():
     model = ModelConfig(d_model=96, n_heads=6)
     assert (model.kv_heads, model.head_size) == (6, 16)
     assert replace(model, n_kv_heads=2, head_dim=40).kv_heads == 2

@@ -88,7 +88,7 @@ def lost_terminal() -> int:
     ],
     ids=["pipe", "terminal", "disk", "full pipe"],
 )
-def test_a_program_outlives_its_output(output: Callable[[], int], reason: str, tmp_path: Path) -> None:
+def test_program_survives_broken_output(output: Callable[[], int], reason: str, tmp_path: Path) -> None:
     if reason.startswith("No space") and not Path("/dev/full").exists():
         pytest.skip("no /dev/full")
     code, kept = talk(tmp_path, output(), output())
@@ -96,16 +96,16 @@ def test_a_program_outlives_its_output(output: Callable[[], int], reason: str, t
     assert kept == str([("stderr", reason), ("stdout", reason)])
 
 
-def test_a_program_without_output_writes_into_no_file(tmp_path: Path) -> None:
+def test_closed_descriptors_do_not_corrupt_files(tmp_path: Path) -> None:
     """A closed descriptor's number is given to the next file that is opened."""
     code, kept = talk(tmp_path, None, None, "<&- >&- 2>&-")
     assert (code, kept) == (0, "[]")
 
 
-def test_lines_wait_for_room(tmp_path: Path) -> None:
+def test_lines_are_buffered_until_disk_has_space(tmp_path: Path) -> None:
     """Half of a line is taken back, and all come in order once there is room. It is said once."""
-    said: list[str] = []
-    lines = LineFile(tmp_path / "log", said.append)
+    messages: list[str] = []
+    lines = LineFile(tmp_path / "log", messages.append)
     lines.append("first")
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (8, limit[1]))
@@ -117,19 +117,19 @@ def test_lines_wait_for_room(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     lines.append("last")
     assert (tmp_path / "log").read_text().splitlines() == ["first", "line 0", "line 1", "line 2", "last"]
-    assert len(said) == 2
-    assert said[0].startswith(f"cannot write {tmp_path / 'log'}: File too large; training continues")
+    assert len(messages) == 2
+    assert messages[0].startswith(f"cannot write {tmp_path / 'log'}: File too large; training continues")
 
 
-def test_rows_and_lines_of_a_run_never_raise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_failed_log_writes_do_not_raise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     protect_output()
     log = Log(tmp_path / "gone" / "log.txt", active=True)
     rows = JsonlFile(tmp_path / "gone" / "metrics.jsonl", log)
     for step in range(3):
         rows.append({"step": step})
         log(f"step {step}")
-    said = capsys.readouterr().out
-    assert said.count("cannot write") == 2
+    stdout = capsys.readouterr().out
+    assert stdout.count("cannot write") == 2
     (tmp_path / "gone").mkdir()
     rows.append({"step": 3})
     log("\udcff")
@@ -183,7 +183,7 @@ class Watched:
             time.sleep(0.05)
 
 
-def test_a_run_outlives_its_terminal_and_saves_when_it_hangs_up(endless: Path, temp_data: Path) -> None:
+def test_run_survives_terminal_and_saves_on_sighup(endless: Path, temp_data: Path) -> None:
     """SIGHUP stops training; without it (`disown`, `| head`), training continues."""
     run = temp_data / "runs/tiny"
     watched = Watched(command("--config", endless))
@@ -203,7 +203,7 @@ def test_a_run_outlives_its_terminal_and_saves_when_it_hangs_up(endless: Path, t
     assert status("tiny", 600)[1] == 129
 
 
-def test_no_bar_is_left_standing_after_ctrl_c(endless: Path, temp_data: Path) -> None:
+def test_ctrl_c_clears_progress_bar(endless: Path, temp_data: Path) -> None:
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     words = [*command("--config", endless), "--train.log-every-steps", "1"]
@@ -227,7 +227,7 @@ def test_no_bar_is_left_standing_after_ctrl_c(endless: Path, temp_data: Path) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launched", [False, True], ids=["alone", "launched"])
-def test_nohup_keeps_its_promise(endless: Path, temp_data: Path, launched: bool) -> None:
+def test_nohup_ignores_sighup_and_stops_on_sigquit(endless: Path, temp_data: Path, launched: bool) -> None:
     """SIGHUP to every process of it does nothing; SIGQUIT, and any other end, is a stop."""
     run, words = temp_data / "runs/tiny", command("--config", endless)
     if launched:
@@ -237,21 +237,21 @@ def test_nohup_keeps_its_promise(endless: Path, temp_data: Path, launched: bool)
     try:
         watched.reach(run, 1)
         watched.leave()
-        for each in [started, *started.children(recursive=True)]:
-            each.send_signal(signal.SIGHUP)
+        for process in [started, *started.children(recursive=True)]:
+            process.send_signal(signal.SIGHUP)
         watched.reach(run, 5)
         watched.process.send_signal(signal.SIGQUIT)
         assert watched.process.wait(120) == 128 + signal.SIGQUIT
     finally:
-        for each in started.children(recursive=True) if watched.process.poll() is None else []:
-            each.kill()
+        for process in started.children(recursive=True) if watched.process.poll() is None else []:
+            process.kill()
         watched.process.kill()
     assert load_checkpoint(list_checkpoints(run / "checkpoints")[0]).state.step == max(losses(run))
     assert status("tiny", 600)[1] == 131
 
 
 @pytest.mark.slow
-def test_a_launcher_hands_on_that_its_terminal_is_gone(endless: Path, temp_data: Path) -> None:
+def test_launcher_forwards_sighup_to_workers(endless: Path, temp_data: Path) -> None:
     run, words = temp_data / "runs/tiny", command("--config", endless)
     words[1:1] = ["-m", "myllm.distributed.elastic", "--standalone", "--nproc_per_node=2"]
     watched = Watched(words)
@@ -266,7 +266,7 @@ def test_a_launcher_hands_on_that_its_terminal_is_gone(endless: Path, temp_data:
 
 
 @pytest.mark.slow
-def test_a_run_whose_rows_have_no_room_goes_on(endless: Path, tmp_path: Path, temp_data: Path) -> None:
+def test_full_log_disk_does_not_stop_training(endless: Path, tmp_path: Path, temp_data: Path) -> None:
     """metrics.jsonl and log.txt are full from the start; no output; and there is a save and a code all the same."""
     run = temp_data / "runs/tiny"
     run.mkdir(parents=True)
@@ -282,7 +282,7 @@ def test_a_run_whose_rows_have_no_room_goes_on(endless: Path, tmp_path: Path, te
 # ---- letters
 
 
-def test_letters_that_a_terminal_lacks_are_escaped(tmp_path: Path) -> None:
+def test_unencodable_characters_are_escaped(tmp_path: Path) -> None:
     """In an ASCII and in an ISO-8859 locale: every command's help, names that are no text, and a conversation."""
     odd = os.fsencode(tmp_path) + b"/datasets/caf\xe9-1234"
     os.makedirs(odd)

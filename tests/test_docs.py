@@ -83,7 +83,7 @@ def write_executed_copy(path: Path, folder: Path) -> None:
     nbformat.write(notebook, folder / path.name)
 
 
-def test_site_shows_what_executed_notebooks_print_and_draw(site: Path) -> None:
+def test_site_shows_executed_notebook_outputs(site: Path) -> None:
     executed = (site / "notebooks/01_self_attention.ipynb.html").read_text(encoding="utf-8")
     assert re.search(r'class="language-text output highlight">.*it &lt;b&gt; printed\n', executed)
     assert "<td>bc</td>" in executed
@@ -95,7 +95,7 @@ def test_site_shows_what_executed_notebooks_print_and_draw(site: Path) -> None:
     assert "to see its figures" not in executed
 
 
-def test_site_has_every_page_and_loads_nothing_from_elsewhere(site: Path) -> None:
+def test_site_is_complete_and_self_contained(site: Path) -> None:
     for page in (*PAGES, *ROOT.glob("src/**/README.md")):
         path = page.relative_to(ROOT)
         built = site / (path.parent / "index.html" if page.name == "README.md" else path.with_suffix(".html"))
@@ -103,7 +103,7 @@ def test_site_has_every_page_and_loads_nothing_from_elsewhere(site: Path) -> Non
         assert not re.findall(r'<(?:script|img|iframe|link)[^>]* (?:src|href)="?(?:https?:)?//[^> ]*', html), page
 
 
-def test_notebooks_are_executed_once_for_the_site(
+def test_site_executes_changed_notebooks_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.syspath_prepend(SITE.parent)
@@ -124,7 +124,7 @@ def test_notebooks_are_executed_once_for_the_site(
     assert "to see its figures" in notebook_pages.notebook_page(tmp_path / "sum.ipynb")[0], "the copy is of other code"
 
 
-def test_links_between_built_pages_lead_somewhere(site: Path) -> None:
+def test_built_pages_have_no_broken_links(site: Path) -> None:
     broken = [
         f"{page.relative_to(site)}: {target}"
         for page in site.rglob("*.html")
@@ -135,7 +135,7 @@ def test_links_between_built_pages_lead_somewhere(site: Path) -> None:
     assert not broken
 
 
-def test_navigation_has_every_page() -> None:
+def test_navigation_lists_all_pages() -> None:
     def pages(node: Any) -> Iterator[str]:
         if isinstance(node, str):
             yield node
@@ -223,7 +223,7 @@ def parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.mark.parametrize("words", list(commands()))
-def test_command_is_accepted(words: list[str], parsed: list[str], tmp_path: Path) -> None:
+def test_documented_command_parses(words: list[str], parsed: list[str], tmp_path: Path) -> None:
     """By the real parsers, which know every command, option and type of value, and without doing what it says."""
     for config in (word for word in words if word.endswith("/config.json")):
         (tmp_path / config).parent.mkdir(parents=True)
@@ -232,8 +232,8 @@ def test_command_is_accepted(words: list[str], parsed: list[str], tmp_path: Path
         parse_torchrun(words[words.index(launcher.pop()) + 1 :])
     start = program_index(words)
     program, rest = words[start], words[start + 1 :]
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+    output = io.StringIO()
+    with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
         try:
             if program == "myllm":
                 myllm(rest)
@@ -242,8 +242,8 @@ def test_command_is_accepted(words: list[str], parsed: list[str], tmp_path: Path
             code = 0
         except SystemExit as ended:
             code = ended.code
-    assert not code, said.getvalue()
-    assert parsed or said.getvalue() or program != "myllm"
+    assert not code, output.getvalue()
+    assert parsed or output.getvalue() or program != "myllm"
 
 
 def without_script_options(words: list[str]) -> list[str]:
@@ -258,7 +258,7 @@ def without_script_options(words: list[str]) -> list[str]:
     return rest if rest and not rest[0].startswith("-") else ["lf-llm-269m", *rest]
 
 
-def test_settings_in_pages_exist() -> None:
+def test_documented_settings_exist() -> None:
     known = {
         f"{section.name}.{setting.name}".replace("_", "-")
         for section in fields(RunConfig)
@@ -277,7 +277,7 @@ def test_settings_in_pages_exist() -> None:
 # ---- docs/deploy
 
 
-def test_every_package_of_the_lock_has_a_hash_and_requirements_are_in_it() -> None:
+def test_lock_file_has_hashes_and_covers_requirements() -> None:
     text = (ROOT / "docs/deploy/requirements.lock").read_text(encoding="utf-8")
     assert "://" not in text, "an index of one machine must not be everybody's"
     locked = {line.split()[0] for line in text.splitlines() if not line.startswith(" ")}
@@ -286,7 +286,7 @@ def test_every_package_of_the_lock_has_a_hash_and_requirements_are_in_it() -> No
     assert all("--hash=sha256:" in entry for entry in re.split(r"\n(?=\S)", text.strip()))
 
 
-def test_configurations_can_be_read() -> None:
+def test_deployment_files_are_valid() -> None:
     task = yaml.safe_load((ROOT / "docs/deploy/skypilot.yaml").read_text())
     for script in (task["setup"], task["run"]):
         assert not subprocess.run(["bash", "-n"], input=script, text=True).returncode
@@ -298,7 +298,7 @@ def test_configurations_can_be_read() -> None:
     assert (citation["version"], citation["license"]) == (project["version"], project["license"])
 
 
-def test_docker_is_sent_what_git_has_and_nothing_that_git_ignores() -> None:
+def test_docker_context_matches_git() -> None:
     patterns = [
         line for line in (ROOT / "docs/deploy/Dockerfile.dockerignore").read_text().split("\n") if line[:1] not in "#"
     ]

@@ -50,7 +50,7 @@ REASONS = {
     r"myllm report .*--watch": "serves until Ctrl-C: tests/runs",
     r"tensorboard |myllm runs sync|python pretrain.py .*--train.trackers": "needs a tracker: tests/runs",
     r"python pretrain.py .*(:0\.\d|1/3)": "needs several data sets: tests/training/test_mixture_run.py",
-    r"curl ": "test_requests_of_the_docs runs them",
+    r"curl ": "test_documented_requests runs them",
 }
 """Commands that are not run, and why."""
 REAL_PRESETS = re.compile(r"myllm plan|.*--(dry-run|help)")
@@ -185,9 +185,9 @@ def test_command(
         assert done.returncode == 0, done.stdout + done.stderr
         assert done.stdout
         return
-    said = capfd.readouterr()
-    assert code == 0, said.out + said.err
-    assert said.out or "--out" in line
+    captured = capfd.readouterr()
+    assert code == 0, captured.out + captured.err
+    assert captured.out or "--out" in line
 
 
 @pytest.fixture
@@ -200,12 +200,12 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
         yield server
 
 
-def test_every_reason_is_needed() -> None:
+def test_reasons_have_no_unused_patterns() -> None:
     lines = [" ".join(parameter.values[0]) for parameter in documented()]
     assert not [pattern for pattern in REASONS if not any(re.match(pattern, line) for line in lines)]
 
 
-def test_screenshots(desk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_screenshots_match_documented_images(desk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One command draws every picture of README.md and docs/, but those of a search and a ladder are of other runs."""
     spec = importlib.util.spec_from_file_location("screenshots", ROOT / "docs/screenshots.py")
     screenshots = importlib.util.module_from_spec(spec)
@@ -232,7 +232,7 @@ def blocks(language: str) -> list[object]:
 
 
 @pytest.mark.parametrize("block", [block for block in blocks("sh") if "curl " in block.values[0]])
-def test_requests_of_the_docs(block: str, desk: Path) -> None:
+def test_documented_requests(block: str, desk: Path) -> None:
     if not shutil.which("curl"):
         pytest.skip("needs curl")
     with serving(load_model("debug")) as server:
@@ -243,7 +243,7 @@ def test_requests_of_the_docs(block: str, desk: Path) -> None:
 
 
 @pytest.mark.parametrize("block", blocks("python"))
-def test_python_of_the_docs(
+def test_documented_python(
     block: str, desk: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (dataset,) = (desk / "temp_data/datasets").glob("files-texts*")

@@ -46,7 +46,7 @@ def debug(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.Co
     return folder, user(folder, str(ROOT / "run_pre_training_e2e_debug.sh"), *SHORT)
 
 
-def test_the_debug_script_goes_all_the_way(debug: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+def test_debug_script_end_to_end(debug: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     folder, done = debug
     assert done.returncode == 0, done.stderr
     run = folder / "data/runs/debug"
@@ -59,18 +59,18 @@ def test_the_debug_script_goes_all_the_way(debug: tuple[Path, subprocess.Complet
         assert (run / name).stat().st_size > 100, name
     for step in ("step_00000002", "step_00000004"):
         assert (run / "checkpoints" / step / "manifest.json").is_file()
-    said = done.stdout
-    assert [line for line in said.splitlines() if line.startswith("=== ")] == [
+    stdout = done.stdout
+    assert [line for line in stdout.splitlines() if line.startswith("=== ")] == [
         "=== Environment", "=== Plan: debug", "=== Preflight", "=== Data, training, evaluation and report"
     ]  # fmt: skip
-    assert "preflight of debug on 1 x" in said
-    last = said.split("everything of this run")[1].replace("'", "")  # a path with spaces is quoted
+    assert "preflight of debug on 1 x" in stdout
+    last = stdout.split("everything of this run")[1].replace("'", "")  # a path with spaces is quoted
     assert "myllm serve debug" in last
     for hint in (str(run), "myllm sample debug", "myllm chat debug", "--train.max-steps", "run_pre_training_e2e.sh"):
         assert hint in last
 
 
-def test_the_same_command_again_resumes(debug: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+def test_repeated_command_resumes(debug: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     folder, _ = debug
     run = folder / "data/runs/debug"
     before = train_rows(run)
@@ -122,7 +122,7 @@ def test_report_and_verify(debug: tuple[Path, subprocess.CompletedProcess[str]])
     shard.write_bytes(content)
 
 
-def test_the_notebook_draws_this_run(
+def test_metric_notebook_draws_run(
     debug: tuple[Path, subprocess.CompletedProcess[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, _ = debug
@@ -132,7 +132,7 @@ def test_the_notebook_draws_this_run(
     assert sum("image/png" in output.get("data", {}) for output in outputs(notebook)) >= 5
 
 
-def test_own_text_in_two_commands(tmp_path: Path, corpus: Path) -> None:
+def test_prepare_and_train_on_own_text(tmp_path: Path, corpus: Path) -> None:
     done = myllm(tmp_path, "data", "prepare", f"files:{corpus}", "--val-tokens", "2000", "--workers", "1")
     assert done.returncode == 0, done.stderr
     name = done.stdout.splitlines()[0].split("/")[-1]
@@ -157,14 +157,14 @@ def test_own_text_in_two_commands(tmp_path: Path, corpus: Path) -> None:
         (("sample",), ""),
     ],
 )
-def test_mistakes_end_with_code_2(tmp_path: Path, words: tuple[str, ...], message: str) -> None:
+def test_user_errors_exit_with_code_2(tmp_path: Path, words: tuple[str, ...], message: str) -> None:
     done = myllm(tmp_path, *words)
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_production_script_without_a_gpu_explains_itself(tmp_path: Path) -> None:
+def test_production_script_without_gpu_reports_cause(tmp_path: Path) -> None:
     import torch
 
     if torch.cuda.is_available():

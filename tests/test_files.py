@@ -31,7 +31,7 @@ from myllm.files import (
 )
 
 
-def test_write_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
+def test_write_replaces_without_leftovers(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     for text in ("first", "日本語\n", ""):
         write_text(path, text)
@@ -40,9 +40,7 @@ def test_write_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("failing", ["fsync", "replace"])
-def test_a_failed_write_keeps_the_old_file_and_no_part(
-    failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failed_write_preserves_old_file(failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.txt"
     write_text(path, "old")
 
@@ -56,7 +54,7 @@ def test_a_failed_write_keeps_the_old_file_and_no_part(
     assert os.listdir(tmp_path) == ["a.txt"]
 
 
-def test_several_processes_may_write_one_file(tmp_path: Path) -> None:
+def test_concurrent_writes_are_atomic(tmp_path: Path) -> None:
     path, ready, writers = tmp_path / "a.txt", os.pipe(), []
     for letter in "abc":
         if (child := os.fork()) == 0:
@@ -79,7 +77,7 @@ def test_several_processes_may_write_one_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
-def test_what_a_killed_writer_left_is_removed_and_nothing_else(kind: str, tmp_path: Path) -> None:
+def test_removes_only_stale_temporary_files(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
 
     def write() -> AbstractContextManager[object]:
@@ -99,14 +97,14 @@ def test_what_a_killed_writer_left_is_removed_and_nothing_else(kind: str, tmp_pa
     assert {name.name for name in tmp_path.glob(".*")} == others
 
 
-def test_a_name_as_long_as_a_name_may_be_can_be_written(tmp_path: Path) -> None:
+def test_write_file_with_maximum_name_length(tmp_path: Path) -> None:
     path = tmp_path / ("é" * 125 + ".json")
     write_json(path, 1)
     assert os.listdir(tmp_path) == [path.name]
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
-def test_without_locks_the_machine_keeps_its_own(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lock_falls_back_to_local_directory(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file on a disk that has locks stands in for one that is not; where there are none at all, it is said."""
     (tmp_path / "lustre").mkdir()
     path, real = tmp_path / "lustre" / "lock", fcntl.flock
@@ -133,7 +131,7 @@ def test_without_locks_the_machine_keeps_its_own(number: int, tmp_path: Path, mo
         file_lock(path).__enter__()
 
 
-def test_a_folder_that_cannot_be_flushed_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_directory_fsync_failure_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.fsync
 
     def fsync(file: int) -> None:
@@ -146,7 +144,7 @@ def test_a_folder_that_cannot_be_flushed_costs_nothing(tmp_path: Path, monkeypat
     assert (tmp_path / "a.txt").read_text() == "new"
 
 
-def test_json_is_for_people_and_programs(tmp_path: Path) -> None:
+def test_json_is_indented_utf8(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", {"name": "été", "n": 1})
     assert (tmp_path / "a.json").read_text(encoding="utf-8") == '{\n  "name": "été",\n  "n": 1\n}\n'
 
@@ -160,18 +158,18 @@ def test_sha256(tmp_path: Path) -> None:
     ("number", "expected"),
     [(errno.ENOSPC, True), (errno.EDQUOT, True), (errno.EFBIG, True), (errno.EACCES, False), (errno.EIO, False)],
 )
-def test_what_counts_as_out_of_space(number: int, expected: bool) -> None:
+def test_out_of_space_errno(number: int, expected: bool) -> None:
     assert out_of_space(OSError(number, "")) is expected
 
 
-def test_a_held_lock_is_refused_and_freed(tmp_path: Path) -> None:
+def test_held_lock_is_refused_until_released(tmp_path: Path) -> None:
     with file_lock(tmp_path / "lock"), pytest.raises(BlockingIOError), file_lock(tmp_path / "lock", wait=False):
         pass
     with file_lock(tmp_path / "lock", wait=False):
         pass
 
 
-def test_a_killed_process_lets_go_of_its_lock(tmp_path: Path) -> None:
+def test_killed_process_releases_lock(tmp_path: Path) -> None:
     code = "import sys, time; from pathlib import Path; from myllm.files import file_lock\n"
     code += "with file_lock(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     process = subprocess.Popen([sys.executable, "-c", code, tmp_path / "lock"], stdout=subprocess.PIPE, text=True)
@@ -185,7 +183,7 @@ def test_a_killed_process_lets_go_of_its_lock(tmp_path: Path) -> None:
         pass
 
 
-def test_json_holds_the_name_of_a_file_that_is_no_utf_8(tmp_path: Path) -> None:
+def test_json_round_trips_non_utf8_file_name(tmp_path: Path) -> None:
     name = os.fsdecode(b"n\xe9/\xc3\xa9")
     write_json(tmp_path / "a.json", {"source": name})
     assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"source": name}
@@ -205,15 +203,13 @@ def test_json_holds_the_name_of_a_file_that_is_no_utf_8(tmp_path: Path) -> None:
         (b'{"a": ' + b"9" * 5_000 + b"}", "is not valid JSON"),
     ],
 )
-def test_what_is_no_json_object_is_said_with_the_file_s_name(content: bytes, message: str, tmp_path: Path) -> None:
+def test_invalid_json_error_names_file(content: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(UserError, match=rf"a\.json {message}"):
         read_json(tmp_path / "a.json")
 
 
-def test_a_folder_that_is_cleared_away_before_it_is_open_is_made_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_temporary_dir_is_recreated_after_race(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another process that wants the same name takes it for a dead one's."""
     real, cleared = os.open, []
 
@@ -230,7 +226,7 @@ def test_a_folder_that_is_cleared_away_before_it_is_open_is_made_again(
     assert not list(tmp_path.iterdir())
 
 
-def test_json_of_other_programs(tmp_path: Path) -> None:
+def test_reads_bom_nan_and_nested_json(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_bytes(
         b'\xef\xbb\xbf{"a": [NaN, -Infinity], "b": ' + b"[[]," * 90 + b"[]" + b"]" * 90 + b"}"
     )
@@ -238,7 +234,7 @@ def test_json_of_other_programs(tmp_path: Path) -> None:
     assert parse_json("[1]", "here") == [1]
 
 
-def test_rows_of_a_run_that_are_none(tmp_path: Path) -> None:
+def test_malformed_rows_are_skipped_and_counted(tmp_path: Path) -> None:
     """Damaged lines are skipped and counted. A text may contain other line separators."""
     odd = ["{}", "null", "[]", "7", "no JSON", '{"step": null}', '{"step": true}', '{"step": -1}', '{"step": "3"}']
     odd += [

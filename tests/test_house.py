@@ -25,7 +25,7 @@ def place(file: Path, node: ast.stmt | ast.expr) -> str:
     return f"{file.relative_to(ROOT)}:{node.lineno}"
 
 
-def test_few_rooms() -> None:
+def test_package_and_folder_counts() -> None:
     folders = [PACKAGE, *(path.parent for path in PACKAGE.rglob("__init__.py") if path.parent != PACKAGE)]
     packages = [folder for folder in folders if folder.parent == PACKAGE]
     assert len(packages) <= MAX_PACKAGES
@@ -38,7 +38,7 @@ def test_few_rooms() -> None:
     assert not crowded
 
 
-def test_small_files_and_functions() -> None:
+def test_file_and_function_lengths() -> None:
     long_files = [f for f in FILES if f.read_text(encoding="utf-8").count("\n") > MAX_FILE_LINES]
     long_functions = [
         f"{place(file, node)} {node.name}"
@@ -50,7 +50,7 @@ def test_small_files_and_functions() -> None:
     assert not long_functions
 
 
-def test_the_core_can_be_read_in_one_evening() -> None:
+def test_core_length() -> None:
     """README.md lists it in reading order."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     core = re.findall(r"^\| \[`(src/myllm/[\w/]+\.py)`\]", readme, re.M)
@@ -58,7 +58,7 @@ def test_the_core_can_be_read_in_one_evening() -> None:
     assert sum((ROOT / name).read_text(encoding="utf-8").count("\n") for name in core) <= MAX_CORE_LINES
 
 
-def test_a_package_maps_its_rooms() -> None:
+def test_package_init_is_docstring_only() -> None:
     """An __init__ is a docstring of at most ten lines, and imports nothing."""
     for file in PACKAGE.glob("*/**/__init__.py"):
         (docstring,) = trees()[file].body
@@ -73,7 +73,7 @@ def is_constant_or_type_alias(name: str, value: ast.expr | None) -> bool:
     return bool(is_constant or is_alias)
 
 
-def test_imports_do_no_work_and_modules_hold_no_state() -> None:
+def test_modules_contain_only_definitions() -> None:
     """At the top of a module are definitions, constants and type aliases only."""
     definitions = ast.Import | ast.ImportFrom | ast.FunctionDef | ast.ClassDef | ast.Assign | ast.AnnAssign
     for file, tree in trees().items():
@@ -93,7 +93,7 @@ def test_imports_do_no_work_and_modules_hold_no_state() -> None:
                         assert is_constant_or_type_alias(name.id, node.value), place(file, node)
 
 
-def test_names_say_what_things_are() -> None:
+def test_names_are_not_vague() -> None:
     vague = re.compile(r"(utils?|managers?|handlers?|helpers?)$", re.IGNORECASE)
     private = re.compile(r"(each|what|made|asked|written)$")
     for file, tree in trees().items():
@@ -112,13 +112,13 @@ def modules_loaded(code: str) -> set[str]:
     return set(done.stdout.split())
 
 
-def test_preparing_data_needs_no_torch() -> None:
+def test_data_preparation_does_not_import_torch() -> None:
     """Each worker process would lose seconds and memory to it."""
     loaded = modules_loaded("import myllm.cli.main, myllm.cli.data, myllm.data.prepare.background, myllm.data.sampler")
     assert not loaded & {"torch", "transformers", "matplotlib", "datasets"}
 
 
-def test_training_loads_only_what_it_needs() -> None:
+def test_training_imports_are_minimal() -> None:
     """Reports and publishing come after the end; a rehearsal before the beginning; a dump only with bad numbers."""
     loaded = modules_loaded("import pretrain, myllm.training.loop")
     ours = r"myllm\.(runs\.(report|trackers)|hub|training\.(preflight|anomaly))"
@@ -126,7 +126,7 @@ def test_training_loads_only_what_it_needs() -> None:
     assert not [name for name in loaded if re.match(late, name)]
 
 
-def test_what_training_calls_is_compiled_once() -> None:
+def test_only_kernels_module_compiles_steps() -> None:
     """Compiled under other settings than it runs with, a step is compiled twice: only `kernels.py` may do it."""
     for file in (*FILES, *(ROOT / "benchmarks").rglob("*.py")):
         if file.name not in ("kernels.py", "parallelize.py"):

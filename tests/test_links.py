@@ -41,12 +41,12 @@ def anchors(markdown: str) -> set[str]:
     return found
 
 
-def test_anchors_are_those_of_github() -> None:
+def test_anchors_match_github() -> None:
     text = "# `myllm eval`: two, *or* more\n## Above [chance](x.md)\n## A\n## A\ntext # no\n"
     assert anchors(text) == {"myllm-eval-two-or-more", "above-chance", "a", "a-1"}
 
 
-def test_links_lead_to_files_and_headings() -> None:
+def test_links_resolve_to_files_and_headings() -> None:
     markdown = dict(pages())
     targets = [(page, target) for page, text in markdown.items() for target in LINK.findall(text)]
     assert len(targets) > 100
@@ -59,21 +59,21 @@ def test_links_lead_to_files_and_headings() -> None:
     assert not broken
 
 
-def test_links_to_other_sites_are_well_formed() -> None:
+def test_external_links_use_known_hosts() -> None:
     found = {(page.name, address) for page, text in pages() for address in ADDRESS.findall(re.sub("`[^`]*`", "", text))}
     assert len(found) > 10
     parts = {(page, urlsplit(address)[:2]) for page, address in found}
     assert not {part for part in parts if part[1] not in {("https", host) for host in HOSTS}}
 
 
-def test_repository_has_one_address() -> None:
+def test_notebooks_use_repository_address() -> None:
     """pyproject.toml has it; `make repository` changes it there and in every file that repeats it."""
     for path in ROOT.glob("notebooks/*.ipynb"):
         for address in re.findall(r'REPOSITORY = \\"(.*?)\\"', path.read_text(encoding="utf-8")):
             assert address == REPOSITORY, f"{path.name}: run make repository URL=..."
 
 
-def test_make_repository_changes_every_copy(tmp_path: Path) -> None:
+def test_make_repository_updates_all_copies(tmp_path: Path) -> None:
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "pyproject.toml").write_text('[project.urls]\nRepository = "https://github.com/ACCOUNT/REPOSITORY"\n')
     copy, other = tmp_path / "notebooks/a.ipynb", tmp_path / "README.md"

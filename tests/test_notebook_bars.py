@@ -80,24 +80,24 @@ def text(messages: list[dict[str, Any]]) -> str:
 
 
 @pytest.mark.parametrize(
-    ("number", "said"), [(1, "preparing files-"), (2, "ended: complete"), (3, "stopped by 2 after")]
+    ("number", "expected"), [(1, "preparing files-"), (2, "ended: complete"), (3, "stopped by 2 after")]
 )
-def test_one_bar_that_is_removed(cells: list[list[dict[str, Any]]], number: int, said: str) -> None:
+def test_progress_bar_is_removed_when_done(cells: list[list[dict[str, Any]]], number: int, expected: str) -> None:
     shown, closed = shown_and_closed(cells[number])
     assert len(shown) == 1
     assert closed == shown
-    assert said in text(cells[number])
+    assert expected in text(cells[number])
     assert "\r" not in text(cells[number])
 
 
-def test_the_bar_moves(cells: list[list[dict[str, Any]]]) -> None:
+def test_progress_bar_updates(cells: list[list[dict[str, Any]]]) -> None:
     updates = [m["content"]["data"] for m in cells[2] if m["msg_type"] == "comm_msg"]
     values = [update["state"]["value"] for update in updates if "value" in update.get("state", {})]
     assert any("loss" in value for value in values if isinstance(value, str))
     assert max(value for value in values if isinstance(value, int | float)) == 12
 
 
-def test_lines_where_ipywidgets_is_missing(cells: list[list[dict[str, Any]]]) -> None:
+def test_plain_lines_without_ipywidgets(cells: list[list[dict[str, Any]]]) -> None:
     assert not [message for message in cells[4] if message["msg_type"] in ("display_data", "comm_open")]
     lines = text(cells[4]).splitlines()
     assert [line for line in lines if line.startswith("step     12/12 ")]

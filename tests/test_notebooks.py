@@ -110,12 +110,12 @@ def outputs(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
     return [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
 
 
-def test_there_are_notebooks() -> None:
+def test_notebooks_exist() -> None:
     assert NOTEBOOKS
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
-def test_notebook_is_stored_clean(path: Path) -> None:
+def test_notebook_has_no_outputs(path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     assert notebook.metadata.kernelspec.name == "python3"
@@ -245,7 +245,7 @@ INSTALLING = [path for path in NOTEBOOKS if path.name != "hf_sampling.ipynb"]
 """hf_sampling needs transformers only."""
 
 
-def test_notebooks_install_the_project_first_and_alike() -> None:
+def test_install_cells_are_identical() -> None:
     """So that they open in Colab."""
     cells = {install_cell(path) for path in INSTALLING}
     assert len(cells) == 1
@@ -261,7 +261,7 @@ def test_notebooks_install_the_project_first_and_alike() -> None:
         (None, "elsewhere", "set REPOSITORY above to the address of its Git repository"),
     ],
 )
-def test_what_the_install_cell_installs(
+def test_install_cell_source(
     repository: str | None, folder: str, installed: list[str] | str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "checkout/notebooks").mkdir(parents=True)
@@ -281,7 +281,7 @@ def test_what_the_install_cell_installs(
 
 
 @pytest.mark.slow
-def test_metric_graphs_draws_the_published_curve_beside_runs_that_repeat_it(data_folder: Path) -> None:
+def test_metric_graphs_draws_published_curve(data_folder: Path) -> None:
     write_run(data_folder / "runs/repeated", final_loss=3.2)
     (data_folder / "runs/repeated/config.json").write_text(json.dumps(to_dict(get_preset("lf-llm-269m"))))
     notebook = nbformat.read(ROOT / "notebooks/metric_graphs.ipynb", as_version=4)
@@ -301,7 +301,7 @@ def test_metric_graphs_draws_the_published_curve_beside_runs_that_repeat_it(data
     assert lines.keys() >= {"first", "repeated"}
 
 
-def test_hf_sampling_gives_our_greedy_text(data_folder: Path) -> None:
+def test_hf_sampling_matches_greedy_generation(data_folder: Path) -> None:
     """With the notebook's default MODEL, run in its own folder: the README's command exports to the folder above."""
     path, folder = ROOT / "notebooks/hf_sampling.ipynb", data_folder / "notebooks"
     folder.mkdir()

@@ -41,13 +41,13 @@ OPTIONS = [
 NOT_PATHS = {"data list", "doctor"}
 
 
-def test_every_command_is_in_the_table() -> None:
+def test_path_options_cover_all_commands() -> None:
     named = {name for name in COMMANDS if any(words.startswith(f"{name} ") for words in OPTIONS)}
     assert named == COMMANDS.keys() - NOT_PATHS
 
 
 @pytest.mark.usefixtures("temp_data")
-def test_paths_that_cannot_be(
+def test_invalid_path_options_exit_with_error(
     save: Save, tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -63,7 +63,7 @@ def test_paths_that_cannot_be(
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_paths_of_the_run_and_of_its_environment(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_config_and_data_paths_raise(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError):
         parse_args(["--config", path])
@@ -89,7 +89,7 @@ WORDS = [
 
 
 @pytest.mark.parametrize(("number", "name", "expected"), WORDS)
-def test_errors_of_files_in_words(
+def test_file_errors_have_readable_messages(
     number: int, name: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -101,18 +101,18 @@ def test_errors_of_files_in_words(
     assert re.search(f"^error: {expected}", capsys.readouterr().err)
 
 
-def test_a_fault_of_ours_keeps_its_traceback() -> None:
+def test_internal_os_errors_are_not_explained() -> None:
     for number in (errno.EIO, errno.ESTALE, errno.ENOENT, errno.ECONNRESET):
         assert explain_os_error(OSError(number, os.strerror(number), "file"), Path("data")) is None
 
 
-def test_a_write_without_room_names_its_file(tmp_path: Path) -> None:
+def test_full_disk_error_names_file(tmp_path: Path) -> None:
     for place in (add_filename(tmp_path / "a"), atomic_write(tmp_path / "a")):
         with pytest.raises(OSError, match=r"No space left on device: '.*/a'"), place:
             raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_a_full_shared_memory_is_not_taken_for_the_data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_shared_memory_names_dev_shm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where processes keep semaphores and queues; their errors name no file."""
     full = Path("/dev/shm")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0 if path == full else 10**12))
@@ -124,7 +124,7 @@ def test_a_full_shared_memory_is_not_taken_for_the_data_folder(tmp_path: Path, m
     assert full_disk_path(error, tmp_path) == tmp_path
 
 
-def test_a_system_without_fcntl_is_told_so() -> None:
+def test_missing_fcntl_exits_with_wsl_hint() -> None:
     """Windows: before anything is imported that it lacks."""
     hide = "import sys; sys.modules['fcntl'] = sys.modules['resource'] = None; "
     for program in ("from myllm.cli.main import main; main(['data', 'list'])", "import pretrain; pretrain.main()"):

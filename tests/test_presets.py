@@ -19,7 +19,7 @@ from myllm.presets import PRESETS, describe_presets, get_preset
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_name_and_words(name):
+def test_preset_name_and_description(name):
     config = get_preset(name)
     assert isinstance(config, RunConfig)
     assert config.name == name
@@ -30,11 +30,11 @@ def test_name_and_words(name):
     assert first in describe_presets()
 
 
-def test_a_call_makes_a_new_one():
+def test_presets_are_reproducible():
     assert get_preset("debug") == get_preset("debug")
 
 
-def test_unknown():
+def test_unknown_preset_raises():
     with pytest.raises(UserError, match="unknown preset 'gpt2', did you mean 'gpt2-124m'"):
         get_preset("gpt2")
     with pytest.raises(UserError, match="known presets: debug, tinystories-laptop, small-50m"):
@@ -51,7 +51,7 @@ def test_unknown():
         ("lf-llm-269m", 16, 1_024, 16, 2_048, 320),
     ],
 )
-def test_shapes(name, layers, width, heads, context, millions):
+def test_model_shapes(name, layers, width, heads, context, millions):
     model = get_preset(name).model
     assert (model.n_layers, model.d_model, model.n_heads, model.max_seq_len) == (layers, width, heads, context)
     assert model.vocab_size == 50_257
@@ -97,7 +97,7 @@ def test_lf_llm_269m():
     assert config.eval.validation_tokens == 30 * 262_144
 
 
-def test_the_smaller_presets_have_the_recipe_of_the_large_one():
+def test_small_presets_scale_large_recipe():
     large = get_preset("lf-llm-269m-modern").optim
     for name, batch_tokens in (("small-50m", 131_072), ("default-150m", 524_288)):
         config = get_preset(name)
@@ -112,7 +112,7 @@ def test_the_smaller_presets_have_the_recipe_of_the_large_one():
         assert config.model.init == "zero_residual"
 
 
-def test_modern_presets_have_no_dropout_and_normed_queries():
+def test_modern_presets_use_qk_norm_without_dropout():
     for name in ("small-50m", "default-150m", "debug", "tinystories-laptop"):
         model = get_preset(name).model
         assert model.dropout_embedding == model.dropout_attention_residual == model.dropout_ffn == 0
@@ -120,7 +120,7 @@ def test_modern_presets_have_no_dropout_and_normed_queries():
         assert not model.bias
 
 
-def test_debug_needs_no_network_and_no_gpu():
+def test_debug_uses_cpu_and_local_data():
     config = get_preset("debug")
     assert config.data.source == "python-stdlib"
     assert config.train.device == "cpu"

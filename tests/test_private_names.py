@@ -31,18 +31,18 @@ NAMES = {
 
 
 @pytest.mark.parametrize("name", sorted(NAMES - {"torch._C._distributed_c10d._dump_fr_trace"}))
-def test_a_private_name_is_there(name: str) -> None:
+def test_private_name_exists(name: str) -> None:
     module, _, attribute = name.rpartition(".")
     assert hasattr(import_module(module), attribute)
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch without its distributed part")
-def test_the_flight_recorder_is_there() -> None:
+def test_flight_recorder_exists() -> None:
     recorder = attrgetter("_C._distributed_c10d")(torch)
     assert hasattr(recorder, "_dump_fr_trace") or hasattr(recorder, "_dump_nccl_trace")
 
 
-def test_a_pool_knows_its_processes() -> None:
+def test_process_pool_exposes_processes() -> None:
     with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
         done: Future[int] = pool.submit(abs, -1)
         assert done.result() == 1
@@ -58,7 +58,7 @@ def imported_privately(tree: ast.Module) -> Iterator[str]:
             yield from (alias.name for alias in node.names)
 
 
-def test_no_other_private_name_is_imported() -> None:
+def test_private_imports_are_listed() -> None:
     found = {
         name
         for file in PACKAGE.rglob("*.py")

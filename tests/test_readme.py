@@ -18,7 +18,7 @@ EVALUATE = (ROOT / "docs/evaluate.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
-def test_the_debug_run_reaches_the_figures_of_the_readme(tmp_path: Path) -> None:
+def test_debug_run_reproduces_readme_results(tmp_path: Path) -> None:
     """The loss varies by some 0.01 between machines and numbers of threads; three standard errors for cloze."""
     first, last = map(float, re.search(r"validation loss ([\d.]+) → ([\d.]+)", README).groups())
     cloze, error = map(float, re.search(r"scores (\d+)% with a standard error of ([\d.]+) points", EVALUATE).groups())
@@ -33,7 +33,7 @@ def test_the_debug_run_reaches_the_figures_of_the_readme(tmp_path: Path) -> None
     assert 100 * accuracy == pytest.approx(cloze, abs=3 * error)
 
 
-def test_the_table_of_presets_agrees_with_the_code() -> None:
+def test_preset_table_matches_code() -> None:
     rows = re.findall(
         r"^\| `([\w-]+)` \|[^|]*\| ([\d.]+)([MB]) \| (\w+) \|([^|]*)\|([^|]*)\| ([\w-]+) \|$", README, re.M
     )
@@ -71,7 +71,7 @@ def test_pages_are_short() -> None:
     assert README.count("\n") <= 220
 
 
-def test_modules_are_listed() -> None:
+def test_module_list_is_current() -> None:
     sys.path.insert(0, str(ROOT / "docs"))
     from list_modules import page
 

@@ -37,14 +37,14 @@ def test_shellcheck(script):
     assert os.access(script, os.X_OK)
 
 
-def test_requirements_and_pyproject_agree():
+def test_requirements_match_pyproject():
     ranges = {canonicalize_name(r.name): r.specifier for r in map(Requirement, PROJECT["dependencies"])}
     pins = {canonicalize_name(pin.name): str(pin.specifier).removeprefix("==") for pin in PINS}
     assert pins.keys() == ranges.keys()
     assert {name: pin for name, pin in pins.items() if pin not in ranges[name]} == {}
 
 
-def test_environment_script_can_read_pyproject():
+def test_pyproject_uses_parsable_version_forms():
     """It has no TOML or version library at hand, so it reads only these forms."""
     torch = next(r for r in map(Requirement, PROJECT["dependencies"]) if r.name == "torch")
     assert {specifier.operator for specifier in torch.specifier} <= {">=", "<"}
@@ -147,9 +147,9 @@ class Machine:
 
     def make_venv(self, path: Path, **versions: str) -> Path:
         subprocess.run([self.bin / "python3", "-m", "venv", path], env=self.env, check=True)
-        wanted = path.parent / "wanted.txt"
-        wanted.write_text("\n".join(f"{name}=={version}" for name, version in versions.items()))
-        subprocess.run([path / "bin/python", "-m", "pip", "install", "-r", wanted], env=self.env, check=True)
+        requirements = path.parent / "wanted.txt"
+        requirements.write_text("\n".join(f"{name}=={version}" for name, version in versions.items()))
+        subprocess.run([path / "bin/python", "-m", "pip", "install", "-r", requirements], env=self.env, check=True)
         self.log()
         return path
 
@@ -163,7 +163,7 @@ def pins(*, torch: bool) -> list[str]:
     return [str(pin) for pin in PINS if torch or pin.name != "torch"]
 
 
-def test_makes_venv_then_has_nothing_to_do(machine):
+def test_creates_venv_once(machine):
     python = machine.root / ".venv" / "bin" / "python"
     assert machine.run() == f"{python}\n"
     assert python.exists()
@@ -178,7 +178,7 @@ def test_makes_venv_then_has_nothing_to_do(machine):
     assert not (machine.root / ".venv.lock").exists()
 
 
-def test_dev_adds_the_tests_packages(machine):
+def test_dev_installs_test_packages(machine):
     machine.run("--dev")
     assert machine.log()[2]["wanted"] == pins(torch=False) + DEV
     machine.run()  # has all it needs
@@ -187,7 +187,7 @@ def test_dev_adds_the_tests_packages(machine):
     assert "usage" in machine.run("--develop", status=2)
 
 
-def test_repairs_an_altered_environment(machine):
+def test_repairs_altered_environment(machine):
     machine.run()
     site = next(machine.root.glob(".venv/lib/python*/site-packages"))
     for remove in (next(site.glob("tyro-*")), site / "tiktoken", site / "myllm.pth"):
@@ -202,7 +202,7 @@ def test_repairs_an_altered_environment(machine):
     assert "tyro==1.0.1" in machine.log()[0]["wanted"]
 
 
-def test_remakes_a_venv_that_was_moved_or_lost_its_python(machine):
+def test_recreates_moved_or_broken_venv(machine):
     machine.run()
     machine.log()
     machine.root = machine.root.rename(machine.root.parent / "it's elsewhere")
@@ -217,14 +217,14 @@ def test_remakes_a_venv_that_was_moved_or_lost_its_python(machine):
     assert "venv" in machine.log()[0]
 
 
-def test_goes_on_after_a_failure(machine):
+def test_continues_after_failed_install(machine):
     assert "Run this again" in machine.run(status=1, PIP_FAILS_AT="-e")
     assert len(machine.log()) == 4
     machine.run()
     assert len(machine.log()) == 2
 
 
-def test_goes_on_after_an_interruption(machine):
+def test_continues_after_interrupted_install(machine):
     process = machine.start(PIP_HANGS="1")
     deadline = time.monotonic() + 60
     while len(machine.log_file.read_text().splitlines() if machine.log_file.exists() else []) < 2:
@@ -240,14 +240,14 @@ def test_goes_on_after_an_interruption(machine):
     assert len(machine.log()) == 3
 
 
-def test_two_at_once_install_once(machine):
+def test_concurrent_runs_install_once(machine):
     processes = [machine.start(), machine.start()]
     answers = [process.communicate(timeout=60)[0] for process in processes]
     assert answers == [f"{machine.root}/.venv/bin/python\n"] * 2
     assert len(machine.log()) == 4
 
 
-def test_takes_over_the_lock_of_a_killed_process(machine):
+def test_takes_over_stale_lock(machine):
     dead = subprocess.Popen(["true"])
     dead.wait(timeout=60)
     (machine.root / ".venv.lock").mkdir()
@@ -257,7 +257,7 @@ def test_takes_over_the_lock_of_a_killed_process(machine):
 
 
 @pytest.mark.parametrize(("variable", "torch"), [("VIRTUAL_ENV", "2.11.0+cu130"), ("CONDA_PREFIX", "2.12.0a0+nv1")])
-def test_uses_the_active_environment_and_keeps_its_torch(machine, tmp_path, variable, torch):
+def test_uses_active_environment_and_keeps_torch(machine, tmp_path, variable, torch):
     active = machine.make_venv(tmp_path / "active env", torch=torch)
     assert machine.run(**{variable: str(active)}) == f"{active}/bin/python\n"
     rest, project = machine.log()
@@ -270,7 +270,7 @@ def test_uses_the_active_environment_and_keeps_its_torch(machine, tmp_path, vari
 
 
 @pytest.mark.parametrize("torch", ["2.10.9+cu128", "2.15.0"])
-def test_keeps_a_torch_out_of_range_unless_told(machine, tmp_path, torch):
+def test_incompatible_torch_requires_replace_flag(machine, tmp_path, torch):
     """An environment of the user's own: other programs there may need that very torch."""
     active = machine.make_venv(tmp_path / "active", torch=torch)
     for found in ({"VIRTUAL_ENV": str(active)}, {"PATH": f"{active}/bin:{machine.env['PATH']}"}):
@@ -282,31 +282,31 @@ def test_keeps_a_torch_out_of_range_unless_told(machine, tmp_path, torch):
     assert machine.log()[0]["wanted"] == [str(pin) for pin in PINS if pin.name == "torch"]
 
 
-def test_replaces_a_torch_out_of_range_in_its_own_venv(machine):
+def test_replaces_incompatible_torch_in_own_venv(machine):
     machine.make_venv(machine.root / ".venv", torch="2.2.0")
     machine.run(status=1, PIP_FAILS_AT="install")
     assert machine.log()[0]["wanted"] == [str(pin) for pin in PINS if pin.name == "torch"]
 
 
-def test_leaves_condas_base_alone(machine, tmp_path):
+def test_ignores_conda_base_environment(machine, tmp_path):
     base = machine.make_venv(tmp_path / "conda")
     machine.run(CONDA_PREFIX=str(base), CONDA_DEFAULT_ENV="base", status=1, PIP_FAILS_AT="install")
     assert "venv" in machine.log()[0]
 
 
-def test_uses_the_venv_that_path_leads_to(machine, tmp_path):
+def test_uses_venv_on_path(machine, tmp_path):
     image = machine.make_venv(tmp_path / "image", torch="2.12.0+cu130")
     assert machine.run(PATH=f"{image}/bin:{machine.env['PATH']}") == f"{image}/bin/python\n"
 
 
-def test_venv_sees_the_torch_of_the_system(machine, tmp_path):
+def test_venv_reuses_system_torch(machine, tmp_path):
     site = next(machine.make_venv(tmp_path / "donor", torch="2.12.0a0+nv1").glob("lib/python*/site-packages"))
     site.rename(machine.packages)
     machine.run(status=1, PIP_FAILS_AT="install")
     assert "--system-site-packages" in machine.log()[0]["venv"]
 
 
-def test_refuses_an_old_python(machine, tmp_path):
+def test_rejects_old_python(machine, tmp_path):
     old = '#!/bin/sh\n[ "$1" = --version ] && echo Python 3.9.18 && exit\nexit 1\n'
     for name in ("python3", "python3.13", "python3.12", "python3.11"):
         write_script(machine.bin / name, old)
@@ -317,7 +317,7 @@ def test_refuses_an_old_python(machine, tmp_path):
     assert "active environment" in machine.run(status=2, VIRTUAL_ENV=str(tmp_path / "active"))
 
 
-def test_says_what_debian_lacks(machine):
+def test_missing_venv_module_suggests_debian_package(machine):
     python = (machine.bin / "python3").read_text()
     write_script(machine.bin / "python3", python.replace("shift 2", "exit 1"))
     assert re.search(r"apt install python3\.\d+-venv", machine.run(status=2, PATH=f"{machine.bin}:/usr/bin:/bin"))
@@ -325,7 +325,7 @@ def test_says_what_debian_lacks(machine):
 
 
 @pytest.mark.parametrize("has_pip", [True, False])
-def test_installs_with_uv_if_it_is_installed(machine, tmp_path, has_pip):
+def test_installs_with_uv_when_available(machine, tmp_path, has_pip):
     active = machine.make_venv(tmp_path / "active")
     if not has_pip:
         shutil.rmtree(next(active.glob("lib/python*/site-packages/pip")))
@@ -336,7 +336,7 @@ def test_installs_with_uv_if_it_is_installed(machine, tmp_path, has_pip):
     assert [call["arguments"][0] for call in machine.log()] == ["uv-install"] * 3
 
 
-def test_a_uv_that_fails_leaves_it_to_pip(machine, tmp_path):
+def test_failing_uv_falls_back_to_pip(machine, tmp_path):
     """It knows nothing of pip.conf, which may name the only index that can be reached."""
     write_script(machine.bin / "uv", "#!/bin/sh\nexit 1\n")
     machine.run(VIRTUAL_ENV=str(machine.make_venv(tmp_path / "active")))
@@ -414,7 +414,7 @@ def launch(tmp_path) -> Launch:
     return Launch(tmp_path)
 
 
-def test_without_gpu_shows_the_plan_and_stops(launch):
+def test_without_gpu_shows_plan_and_exits(launch):
     status, commands, calls = launch("--train.max-steps", "5")
     assert status == 2
     plan = ["-m", "myllm", "plan", "lf-llm-269m", "--train.max-steps", "5", "--gpus", "8xA100-80"]
@@ -424,7 +424,7 @@ def test_without_gpu_shows_the_plan_and_stops(launch):
     assert "run_pre_training_e2e_debug.sh" in launch.result.stderr
 
 
-def test_without_gpu_a_batch_for_one_card_is_planned_for_one(launch):
+def test_plan_without_gpu_tries_single_gpu(launch):
     status, commands, _ = launch("small-50m", FAILS_AT="8xA100-80", STATUS="2")
     assert (status, [command[-1] for command in commands]) == (2, ["8xA100-80", "1xA100-80"])
     assert "The plan above is for 1 x A100" in launch.result.stderr
@@ -432,7 +432,7 @@ def test_without_gpu_a_batch_for_one_card_is_planned_for_one(launch):
 
 
 @pytest.mark.parametrize("arguments", ["--force small-50m --name x", "small-50m --name x --force"])
-def test_force_trains_on_cpu_in_a_plain_process(launch, arguments):
+def test_force_trains_on_cpu_without_torchrun(launch, arguments):
     status, commands, calls = launch(*arguments.split(), RANK="3", LOCAL_RANK="3", WORLD_SIZE="4")
     run = [launch.pretrain, "small-50m", "--name", "x"]
     assert status == 0
@@ -442,7 +442,7 @@ def test_force_trains_on_cpu_in_a_plain_process(launch, arguments):
 
 
 @pytest.mark.parametrize("gpus", [1, 8])
-def test_one_process_for_each_gpu(launch, gpus):
+def test_process_count_matches_gpus(launch, gpus):
     status, commands, calls = launch(gpus=gpus)
     torchrun = ["-m", "myllm.distributed.elastic", "--standalone", f"--nproc_per_node={gpus}"]
     assert status == 0
@@ -452,7 +452,7 @@ def test_one_process_for_each_gpu(launch, gpus):
 
 @pytest.mark.parametrize("shell", ["sh", "dash"])
 @pytest.mark.parametrize("script", ["run_pre_training_e2e.sh", "run_pre_training_e2e_debug.sh"])
-def test_another_shell_hands_over_to_bash(launch, shell, script):
+def test_other_shells_reexec_bash(launch, shell, script):
     if shutil.which(shell) is None:
         pytest.skip(f"no {shell}")
     env = {"PATH": "/usr/bin:/bin", "LOG": str(launch.log_file), "GPUS": "0"}
@@ -462,7 +462,7 @@ def test_another_shell_hands_over_to_bash(launch, shell, script):
     assert "my run" in launch.log_file.read_text()
 
 
-def test_a_link_to_the_script_finds_what_lies_beside_it(launch, tmp_path):
+def test_symlinked_script_resolves_its_directory(launch, tmp_path):
     for name in ("run_pre_training_e2e.sh", "run_pre_training_e2e_debug.sh"):
         (tmp_path / "links" / "more").mkdir(parents=True, exist_ok=True)
         (tmp_path / "links" / name).symlink_to(launch.root / name)
@@ -473,7 +473,7 @@ def test_a_link_to_the_script_finds_what_lies_beside_it(launch, tmp_path):
             assert commands[-1][0] == launch.pretrain
 
 
-def test_several_nodes(launch):
+def test_multi_node_launch(launch):
     nodes = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
     status, commands, calls = launch("default-150m", gpus=4, **nodes)
     meeting = ["--rdzv_backend=c10d", "--rdzv_id=myllm", "--rdzv_endpoint=10.0.0.1:29500", "--rdzv_conf=is_host=0"]
@@ -486,7 +486,7 @@ def test_several_nodes(launch):
 
 
 @pytest.mark.parametrize("nodes", [{"NNODES": "2", "NODE_RANK": "0"}, {"NNODES": "two"}, {"NNODES": "0"}])
-def test_refuses_half_a_cluster(launch, nodes):
+def test_incomplete_node_settings_are_rejected(launch, nodes):
     status, commands, _ = launch(gpus=4, **nodes)
     assert (status, commands) == (2, [])
     if nodes["NNODES"] == "2":
@@ -495,7 +495,7 @@ def test_refuses_half_a_cluster(launch, nodes):
         assert nodes["NNODES"] in launch.result.stderr
 
 
-def test_overrides_pass_through_untouched(launch):
+def test_overrides_pass_through_unchanged(launch):
     overrides = ["--data.source", "files:my texts/*.txt", "--name", "it's $HOME", "--empty", "", "--x=a  b", "*"]
     status, commands, _ = launch(*overrides, gpus=2)
     assert status == 0
@@ -503,7 +503,7 @@ def test_overrides_pass_through_untouched(launch):
     assert commands[0][2:-1] == overrides
 
 
-def test_a_config_file_needs_no_preset(launch):
+def test_config_file_replaces_preset(launch):
     for words in (["--config", "my run.json"], ["--name", "x", "--config=my.json"]):
         status, commands, _ = launch(*words, gpus=2)
         assert status == 0
@@ -511,7 +511,7 @@ def test_a_config_file_needs_no_preset(launch):
         assert commands[-1][-len(words) - 1 :] == [launch.pretrain, *words]
 
 
-def test_debug_is_one_plain_process_whatever_the_machine(launch):
+def test_debug_script_always_uses_single_process(launch):
     script = "run_pre_training_e2e_debug.sh"
     for gpus in (0, 4):
         status, commands, calls = launch("--name", "a b", gpus=gpus, script=script, NNODES="2")
@@ -520,7 +520,7 @@ def test_debug_is_one_plain_process_whatever_the_machine(launch):
         assert [call["WORLD_SIZE"] for call in calls] == ["1", None, None]
 
 
-def test_bounds_are_for_the_preflight_alone(launch):
+def test_budget_options_reach_only_preflight(launch):
     words = ["--max-hours", "9.5", "small-50m", "--name", "x", "--dollars-per-hour=12"]
     status, commands, _ = launch(*words, gpus=1)
     assert status == 0
@@ -531,14 +531,14 @@ def test_bounds_are_for_the_preflight_alone(launch):
     assert "--max-hours needs a number" in launch.result.stderr
 
 
-def test_no_preflight(launch):
+def test_no_preflight_option(launch):
     status, commands, _ = launch("small-50m", "--no-preflight", gpus=1)
     assert status == 0
     assert [command[-2:] for command in commands[1:]] == [[launch.pretrain, "small-50m"]]
 
 
 @pytest.mark.parametrize("gpus", [0, 8])
-def test_a_plan_or_data_alone_need_no_gpu(launch, gpus):
+def test_dry_run_and_prepare_need_no_gpu(launch, gpus):
     status, commands, _ = launch("--dry-run", "--name", "x", gpus=gpus)
     assert (status, commands) == (0, [[launch.pretrain, "lf-llm-269m", "--name", "x", "--dry-run"]])
     status, commands, _ = launch("small-50m", "--prepare-only", gpus=gpus)
@@ -547,7 +547,7 @@ def test_a_plan_or_data_alone_need_no_gpu(launch, gpus):
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
-def test_a_signal_reaches_the_preflight(launch, tmp_path, number, status):
+def test_signals_are_forwarded_to_preflight(launch, tmp_path, number, status):
     """Nothing is left behind, and nothing is started after it."""
     lasting = write_script(tmp_path / "bin" / "lasting", f"#!{BASE_PYTHON}\n{LASTING}")
     write_script(launch.root / "src/environment.sh", f'#!/bin/sh\necho "{lasting}"\n')
@@ -564,7 +564,7 @@ def test_a_signal_reaches_the_preflight(launch, tmp_path, number, status):
 
 
 @pytest.mark.parametrize(("stage", "n_calls"), [("--dry-run", 1), ("preflight", 2), ("train", 3)])
-def test_a_failing_stage_ends_the_run_with_its_status(launch, stage, n_calls):
+def test_failing_stage_status_is_returned(launch, stage, n_calls):
     status, commands, _ = launch(gpus=1, FAILS_AT=stage, STATUS="7")
     assert (status, len(commands)) == (7, n_calls)
 

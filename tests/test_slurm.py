@@ -65,21 +65,21 @@ def slurm(tmp_path: Path) -> Slurm:
     ("status", "launcher", "code", "requeued"),
     [(0, 0, 0, False), (75, 0, 0, True), (143, 143, 0, True), (2, 2, 2, False), (1, 1, 1, False), (1, 0, 1, False)],
 )
-def test_what_is_requeued(slurm: Slurm, status: int, launcher: int, code: int, requeued: bool) -> None:
+def test_requeue_depends_on_run_status(slurm: Slurm, status: int, launcher: int, code: int, requeued: bool) -> None:
     process = slurm.start(status, launcher)
-    said, _ = process.communicate(timeout=30)
-    assert process.returncode == code, said
-    launch, asked, *rest = slurm.lines()
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == code, output
+    launch, status_call, *rest = slurm.lines()
     meeting = "--rdzv_backend=c10d --rdzv_id=7-1 --rdzv_endpoint=node-a:29500 --rdzv_conf=is_host=1,join_timeout=600"
     assert launch == (
         f"-m myllm.distributed.elastic --nnodes=2 --nproc_per_node=8 {meeting} pretrain.py lf-llm-269m --hub.license "
         "two words --name my run"
     )
-    assert asked == "-m myllm status my run"
+    assert status_call == "-m myllm status my run"
     assert rest == (["scontrol requeue 7"] if requeued else [])
 
 
-def test_the_time_limit_reaches_the_launcher(slurm: Slurm) -> None:
+def test_time_limit_signal_reaches_launcher(slurm: Slurm) -> None:
     process = slurm.start(75, LONG="yes")
     deadline = time.monotonic() + 30
     while not slurm.lines():
@@ -87,12 +87,12 @@ def test_the_time_limit_reaches_the_launcher(slurm: Slurm) -> None:
         time.sleep(0.02)
     time.sleep(0.3)
     process.send_signal(signal.SIGUSR1)
-    said, _ = process.communicate(timeout=30)
-    assert process.returncode == 0, said
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 0, output
     assert slurm.lines()[1:] == ["told", "-m myllm status my run", "scontrol requeue 7"]
 
 
-def test_it_is_sound_shell() -> None:
+def test_shellcheck() -> None:
     shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     done = subprocess.run([shellcheck, SBATCH], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout

@@ -23,7 +23,7 @@ def config(tiny: RunConfig, tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     "columns", [pytest.param(40, marks=pytest.mark.slow), 80, pytest.param(200, marks=pytest.mark.slow)]
 )
-def test_a_run_from_its_first_word(config: Path, columns: int) -> None:
+def test_run_output_in_terminal(config: Path, columns: int) -> None:
     """The data set is prepared too."""
     session = run_in_terminal(command("--config", config), columns)
     assert session.exit_code == 0, "\n".join(session.final)
@@ -44,7 +44,7 @@ def test_a_run_from_its_first_word(config: Path, columns: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("columns", [80, 120])
-def test_nothing_is_left_after_ctrl_c(tiny: RunConfig, tmp_path: Path, columns: int) -> None:
+def test_ctrl_c_clears_progress_bar(tiny: RunConfig, tmp_path: Path, columns: int) -> None:
     config = write_run_config(with_train(tiny, max_steps=10**6, save_every_steps=0), tmp_path / "tiny.json")
     session = run_in_terminal(command("--config", config), columns, stop_at="step      9/1,000,000")
     assert session.exit_code == 130
@@ -54,7 +54,7 @@ def test_nothing_is_left_after_ctrl_c(tiny: RunConfig, tmp_path: Path, columns: 
 
 
 @pytest.mark.slow
-def test_a_terminal_that_cannot_redraw_has_lines(config: Path) -> None:
+def test_dumb_terminal_prints_plain_lines(config: Path) -> None:
     session = run_in_terminal(command("--config", config), 80, TERM="dumb", NO_COLOR="1")
     assert session.exit_code == 0
     assert not [line for screen in session.screens for line in screen if BAR.search(line)]
@@ -63,7 +63,7 @@ def test_a_terminal_that_cannot_redraw_has_lines(config: Path) -> None:
 
 
 @pytest.mark.slow
-def test_where_nobody_watches_are_plain_lines(config: Path) -> None:
+def test_non_terminal_output_is_plain_lines(config: Path) -> None:
     done = launch("--config", config)
     assert done.returncode == 0
     assert not BAR.search(done.stdout + done.stderr)

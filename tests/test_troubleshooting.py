@@ -59,17 +59,17 @@ def myllm(*words: str | Path) -> str:
         ("error: model.vocab_size", 2, ["--model.vocab-size", "1000"]),
     ],
 )
-def test_a_run_that_cannot_work(start: str, code: int, words: list[str], config: Path) -> None:
+def test_invalid_run_settings(start: str, code: int, words: list[str], config: Path) -> None:
     done = launch("--config", config, *words)
     assert done.returncode == code, done.stderr
     check(start, done.stderr + done.stdout)
 
 
-def test_memory(config: Path) -> None:
+def test_preflight_out_of_memory(config: Path) -> None:
     check("error: this run would fail:\n  - out of memory", myllm("preflight", "--config", config, *HUGE))
 
 
-def test_memory_without_a_preflight(config: Path) -> None:
+def test_out_of_memory_without_preflight(config: Path) -> None:
     """The machine refuses the memory, as a GPU does."""
     limit, embedding = 4 * 2**30, ("--model.d-model", "4096", "--model.n-heads", "32")
     words = command("--config", config, *embedding, "--train.micro-batch-size", "2")
@@ -81,7 +81,7 @@ def test_memory_without_a_preflight(config: Path) -> None:
     check("error: out of memory on", done.stderr)
 
 
-def test_memory_on_a_cpu(config: Path) -> None:
+def test_cpu_out_of_memory(config: Path) -> None:
     words = ("--train.micro-batch-size", "100000", "--train.batch-tokens", "6400000")
     check("error: train.micro_batch_size", launch("--config", config, *words).stderr)
 
@@ -111,7 +111,7 @@ def test_gated_dataset(temp_data: Path, monkeypatch: pytest.MonkeyPatch) -> None
         server.shutdown()
 
 
-def test_another_tokenizer(config: Path, corpus: Path, temp_data: Path) -> None:
+def test_tokenizer_mismatch(config: Path, corpus: Path, temp_data: Path) -> None:
     warm_start.run("-m", "myllm", "tokenizer", "train", f"files:{corpus}", "--vocab-size", "300").check_returncode()
     (tokenizer,) = temp_data.glob("tokenizers/*/tokenizer.json")
     (dataset,) = (path.parent.name for path in temp_data.glob("datasets/*/manifest.json"))
@@ -119,7 +119,7 @@ def test_another_tokenizer(config: Path, corpus: Path, temp_data: Path) -> None:
     check("error: the data set ... was made with", done.stderr)
 
 
-def test_another_model_and_a_port_that_is_taken(config: Path, taken_port: int) -> None:
+def test_model_mismatch_and_port_in_use(config: Path, taken_port: int) -> None:
     assert launch("--config", config).returncode == 0
     check("error: the checkpoint", launch("--config", config, "--model.n-layers", "3").stderr)
     assert status("tiny", 600)[1] == 0  # still complete
@@ -132,7 +132,7 @@ def taken_port() -> Iterator[int]:
         yield server.getsockname()[1]
 
 
-def test_machines_meet_at_a_port_that_is_taken(config: Path, taken_port: int) -> None:
+def test_rendezvous_port_in_use(config: Path, taken_port: int) -> None:
     words = ["-m", "myllm.distributed.elastic", f"--master_port={taken_port}", ROOT / "pretrain.py", "--config", config]
     done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, timeout=240)
     assert done.returncode
@@ -153,7 +153,7 @@ def test_driver_too_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     check("NVIDIA's driver", cuda_problem() or "")
 
 
-def test_a_rank_that_is_stuck(corpus: Path, prepared_data: None, tmp_path: Path) -> None:
+def test_stuck_rank(corpus: Path, prepared_data: None, tmp_path: Path) -> None:
     run = tmp_path / "temp_data/runs/tiny"
     endless = with_train(tiny_config(corpus), max_steps=1_000_000, save_every_steps=0, collective_timeout_s=5.0)
     config = write_run_config(endless, tmp_path / "endless.json")
@@ -169,13 +169,13 @@ def test_a_rank_that_is_stuck(corpus: Path, prepared_data: None, tmp_path: Path)
             if process.pid != rank_0 and "pretrain.py" in " ".join(process.cmdline())
         )
         rank_1.send_signal(signal.SIGSTOP)
-        _, said = launcher.communicate(timeout=240)
+        _, stderr = launcher.communicate(timeout=240)
     finally:
         launcher.kill()
-    check("error: rank", said)
+    check("error: rank", stderr)
 
 
-def test_every_message_is_provoked() -> None:
+def test_all_messages_are_covered() -> None:
     provoked = set(re.findall(r'(?:check\(|^        \()"((?:[^"\\]|\\.)+)"', Path(__file__).read_text(), re.M))
     starts = [start.replace("\\n", "\n") for start in provoked]
     assert [message for message in MESSAGES if not any(message.startswith(start) for start in starts)] == []

@@ -36,7 +36,7 @@ def run(installed: Path, folder: Path, *words: str) -> subprocess.CompletedProce
     )  # fmt: skip
 
 
-def test_every_file_of_the_package_is_in_the_wheel(installed: Path) -> None:
+def test_wheel_contains_all_package_files(installed: Path) -> None:
     listed = subprocess.run(
         ["git", "-C", str(ROOT), "ls-files", "-z", "src/myllm"], capture_output=True, text=True, check=True
     )
@@ -46,9 +46,7 @@ def test_every_file_of_the_package_is_in_the_wheel(installed: Path) -> None:
     assert expected <= there
 
 
-def test_an_installed_package_tokenizes_and_keeps_its_data_in_the_current_folder(
-    installed: Path, tmp_path: Path
-) -> None:
+def test_installed_package_tokenizes_and_uses_current_folder(installed: Path, tmp_path: Path) -> None:
     script = """
 import myllm
 from myllm import paths
@@ -68,7 +66,7 @@ print(paths.temp_data())
     assert Path(data) == tmp_path / "temp_data"
 
 
-def test_an_installed_package_says_what_needs_a_clone(installed: Path, tmp_path: Path) -> None:
+def test_installed_package_reports_clone_only_command(installed: Path, tmp_path: Path) -> None:
     done = run(installed, tmp_path, "-m", "myllm", "prove-resume")
     assert done.returncode == 2
     assert "clone of the repository" in done.stderr

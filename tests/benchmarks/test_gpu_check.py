@@ -61,17 +61,17 @@ def test_tiny_runs_every_stage(tmp_path: Path, script: ModuleType) -> None:
     command = [sys.executable, str(SCRIPT), "--tiny", "--out", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    said = json.loads((tmp_path / "out" / "gpu_check.json").read_text(encoding="utf-8"))
-    assert [stage["name"] for stage in said["stages"]] == [stage.name for stage in script.STAGES]
-    verdicts = {check["verdict"] for stage in said["stages"] for check in stage["checks"]}
+    report = json.loads((tmp_path / "out" / "gpu_check.json").read_text(encoding="utf-8"))
+    assert [stage["name"] for stage in report["stages"]] == [stage.name for stage in script.STAGES]
+    verdicts = {check["verdict"] for stage in report["stages"] for check in stage["checks"]}
     assert verdicts <= {"passed", "noted"}
-    assert all(stage["seconds"] > 0 and stage["checks"] for stage in said["stages"])
+    assert all(stage["seconds"] > 0 and stage["checks"] for stage in report["stages"])
     assert "| stage | verdict | s | measured | expected |" in done.stdout
     assert "gpu_check: all passed; " in done.stdout
     assert (tmp_path / "out" / "gpu_check_trace.json.gz").stat().st_size > 0
 
 
-def test_stages_need_few_packages(script: ModuleType) -> None:
+def test_stages_import_without_optional_packages(script: ModuleType) -> None:
     """A machine that is lent for minutes has torch and little else."""
     absent = {"datasets", "matplotlib", "pyarrow", "safetensors", "transformers", "tyro", "zstandard"}
     program = f"""
@@ -93,7 +93,7 @@ for stage in gpu_check.STAGES:
     assert done.returncode == 0, done.stderr
 
 
-def test_no_cuda_is_exit_code_2(tmp_path: Path) -> None:
+def test_missing_cuda_exits_with_code_2(tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), "--out", str(tmp_path / "out")]
     env = {"PATH": "/usr/bin:/bin", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=env)
@@ -102,7 +102,7 @@ def test_no_cuda_is_exit_code_2(tmp_path: Path) -> None:
     assert "--tiny" in done.stderr
 
 
-def test_unknown_stages_are_refused(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_stage_rejected(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     assert script.parse(["--only", "real", "ceilings"]).only == ["real", "ceilings"]
     with pytest.raises(SystemExit) as ended:
         script.parse(["--only", "reel"])
@@ -110,7 +110,7 @@ def test_unknown_stages_are_refused(script: ModuleType, capsys: pytest.CaptureFi
     assert "real" in capsys.readouterr().err
 
 
-def test_a_bound_is_for_the_machines_that_have_one(frame: ModuleType) -> None:
+def test_bounded_check_verdicts(frame: ModuleType) -> None:
     verdicts = [
         frame.bounded("a", 45.0, 39.0, None, "%").verdict,
         frame.bounded("a", 38.9, 39.0, None, "%").verdict,
@@ -123,13 +123,13 @@ def test_a_bound_is_for_the_machines_that_have_one(frame: ModuleType) -> None:
     assert frame.bounded("a", 1.0, 0.9, 1.05, "GiB", 2).expected == "from 0.90 up to 1.05"
 
 
-def test_an_error_that_is_no_number_is_wrong(frame: ModuleType) -> None:
+def test_close_rejects_nan_error(frame: ModuleType) -> None:
     assert frame.close("a", 1e-3, 1e-2).verdict == "passed"
     assert frame.close("a", 2e-2, 1e-2).verdict == "wrong"
     assert frame.close("a", math.nan, 1e-2).verdict == "wrong"
 
 
-def test_a_crash_is_wrong_and_the_rest_go_on(frame: ModuleType, run: Any) -> None:
+def test_crashed_stage_does_not_stop_others(frame: ModuleType, run: Any) -> None:
     """What the stage had found stays; the traceback is in the JSON."""
 
     def crashing(_: Any) -> Iterator[Any]:
@@ -141,12 +141,12 @@ def test_a_crash_is_wrong_and_the_rest_go_on(frame: ModuleType, run: Any) -> Non
     assert [check.name for check in outcomes[0].checks] == ["first", "crashed"]
     assert "illegal memory access was encountered" in outcomes[0].checks[1].measured
     assert frame.exit_code(outcomes) == 1
-    written = json.loads(json.dumps(frame.report(outcomes, {"budget_s": 100})))
-    assert "in crashing" in written["stages"][0]["traceback"]
-    assert (written["exit_code"], written["stages"][0]["verdict"]) == (1, "wrong")
+    report = json.loads(json.dumps(frame.report(outcomes, {"budget_s": 100})))
+    assert "in crashing" in report["stages"][0]["traceback"]
+    assert (report["exit_code"], report["stages"][0]["verdict"]) == (1, "wrong")
 
 
-def test_a_missing_package_is_named_and_stops_one_stage(frame: ModuleType, run: Any) -> None:
+def test_missing_package_stops_only_its_stage(frame: ModuleType, run: Any) -> None:
     def needing(_: Any) -> Iterator[Any]:
         importlib.import_module("tiktoken_of_nobody.core")
         yield frame.noted("never", "1")
@@ -159,7 +159,7 @@ def test_a_missing_package_is_named_and_stops_one_stage(frame: ModuleType, run: 
     assert frame.exit_code(outcomes) == 2
 
 
-def test_what_would_pass_the_budget_is_skipped(frame: ModuleType, run: Any, clock: Clock) -> None:
+def test_stage_exceeding_budget_skipped(frame: ModuleType, run: Any, clock: Clock) -> None:
     """A shorter stage behind it still runs."""
 
     def lasting(_: Any) -> Iterator[Any]:
@@ -184,20 +184,20 @@ def test_what_would_pass_the_budget_is_skipped(frame: ModuleType, run: Any, cloc
         (["out of bounds", "wrong", "skipped"], 1),
     ],
 )
-def test_the_worst_verdict_decides(frame: ModuleType, verdicts: list[str], code: int) -> None:
+def test_exit_code_reflects_worst_verdict(frame: ModuleType, verdicts: list[str], code: int) -> None:
     outcomes = [frame.Outcome("one", 1.0, [frame.Check("a", verdict, "1") for verdict in verdicts])]
     assert frame.exit_code(outcomes) == code
     assert frame.exit_code([*outcomes, frame.Outcome("two", 1.0, [frame.Check("b", "passed", "1")])]) == code
 
 
-def test_the_table_has_a_row_for_each_check(frame: ModuleType) -> None:
+def test_table_has_row_per_check(frame: ModuleType) -> None:
     checks = [frame.correct("a|b", True, "1", "1"), frame.bounded("c", 2.0, 3.0, None, "%")]
     lines = frame.table([frame.Outcome("one", 1.25, checks)]).splitlines()
     assert lines[0] == "| stage | verdict | s | measured | expected |"
     assert lines[2:] == ["| one | passed | 1.2 | a/b: 1 | 1 |", "|  | out of bounds |  | c: 2.0 % | from 3.0 |"]
 
 
-def test_the_json_is_there_while_stages_run(
+def test_json_report_updated_during_stages(
     frame: ModuleType, script: ModuleType, run: Any, clock: Clock, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What is killed leaves what it had found."""
@@ -212,12 +212,12 @@ def test_the_json_is_there_while_stages_run(
     run({"one": (looking, 1)}, on_change=progress)
     assert [check["name"] for check in seen[0]["stages"][0]["checks"]] == ["first"]
     assert progress.conclude() == 0
-    said = capsys.readouterr().out
-    assert said.index("one: noted: first: 1") < said.index("one: passed: second: 1 (expected 1)")
-    assert "all passed; 1 stages" in said
+    output = capsys.readouterr().out
+    assert output.index("one: noted: first: 1") < output.index("one: passed: second: 1 (expected 1)")
+    assert "all passed; 1 stages" in output
 
 
-def test_a_stage_that_hangs_ends_with_the_budget(tmp_path: Path, frame: ModuleType) -> None:
+def test_hanging_stage_terminated_at_budget(tmp_path: Path, frame: ModuleType) -> None:
     """With what is known so far, in a process of its own: it is ended from a thread."""
     program = f"""
 import sys, time

@@ -40,15 +40,15 @@ def say(line: str) -> None:
     pass
 
 
-def test_three_ways_take_turns(load: Load, small: RunConfig) -> None:
+def test_three_implementations_alternate(load: Load, small: RunConfig) -> None:
     turns, table = load("throughput_turns"), load("throughput_table")
     result = turns.compare(small, ALONE, 2, 2, True, say)
     assert list(result.turns) == ["myllm", "the reference's way", "transformers LlamaForCausalLM"]
-    assert all(len(each) == 2 and len(each[0].step_s) == 2 for each in result.turns.values())
-    for each in (turn for way in result.turns.values() for turn in way):
-        assert 0 < each.tokens_per_s <= 2 * 128 / sum(each.step_s) * (1 + 1e-9)  # the turn is as long as its steps
-        assert 0 <= each.wait_share < 1
-        assert each.peak_bytes >= 12 * 50_257 * 16  # weights and moments of the embedding alone
+    assert all(len(entry) == 2 and len(entry[0].step_s) == 2 for entry in result.turns.values())
+    for entry in (turn for way in result.turns.values() for turn in way):
+        assert 0 < entry.tokens_per_s <= 2 * 128 / sum(entry.step_s) * (1 + 1e-9)  # the turn is as long as its steps
+        assert 0 <= entry.wait_share < 1
+        assert entry.peak_bytes >= 12 * 50_257 * 16  # weights and moments of the embedding alone
     first = result.first_losses
     assert first["transformers LlamaForCausalLM"] == pytest.approx(first["myllm"], rel=1e-5)  # no dropout, one text
     text = table.section(result, ALONE)
@@ -60,13 +60,13 @@ def test_three_ways_take_turns(load: Load, small: RunConfig) -> None:
     assert "every way: 1 sequences x 64 tokens x 1 rank(s) x 2 accumulation step(s)" in words
 
 
-def test_other_weights_are_refused(load: Load, small: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mismatched_weights_raise(load: Load, small: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """One number of one matrix is another in transformers' model: nothing is timed."""
     turns = load("throughput_turns")
-    made = turns.peer_model
+    original_peer_model = turns.peer_model
 
     def spoilt(model, weights):
-        peer = made(model, weights)
+        peer = original_peer_model(model, weights)
         with torch.no_grad():
             peer.model.model.layers[0].mlp.up_proj.weight[0, 0] += 1
         return peer
@@ -78,7 +78,7 @@ def test_other_weights_are_refused(load: Load, small: RunConfig, monkeypatch: py
 
 
 @torch.no_grad()
-def test_the_reference_s_way_has_no_padding_and_the_same_text(load: Load, small: RunConfig) -> None:
+def test_reference_model_shape_loss_and_dropout(load: Load, small: RunConfig) -> None:
     ways, turns = load("throughput_ways"), load("throughput_turns")
     model = ways.reference_model(small.model, turns.shaken(small))
     loss, logits = model(*torch.zeros(2, 1, 64, dtype=torch.int64).unbind())
@@ -87,7 +87,7 @@ def test_the_reference_s_way_has_no_padding_and_the_same_text(load: Load, small:
     assert (model.model.config.dropout_ffn, model.model.config.dropout_attention_residual) == (0.15, 0.1)
 
 
-def test_a_step_that_cannot_be_cut_is_refused(load: Load, small: RunConfig) -> None:
+def test_indivisible_batch_raises(load: Load, small: RunConfig) -> None:
     script = load("throughput")
     args = script.Args(with_train(small, micro_batch_size=3))
     assert script.settle_config(script.Args(small, sequences=4), "cpu", 2).train.batch_tokens == 4 * 64 * 2
@@ -98,7 +98,7 @@ def test_a_step_that_cannot_be_cut_is_refused(load: Load, small: RunConfig) -> N
         script.settle_config(script.Args(with_train(small, micro_batch_size="auto")), "cpu", 1)
 
 
-def test_results_are_kept_where_runs_are(load: Load, temp_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_saved_in_data_folder(load: Load, temp_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not in the checkout, unless --out says so."""
     table, memory = load("throughput_table"), load("memory")
     before = {path for path in (ROOT / "benchmarks").rglob("*") if "__pycache__" not in path.parts}
@@ -110,8 +110,8 @@ def test_results_are_kept_where_runs_are(load: Load, temp_data: Path, monkeypatc
     monkeypatch.setattr(memory, "cases", lambda device: [("none", None)])
     monkeypatch.setattr(memory, "row", lambda name, config: f"| {name} |")
     memory.main()
-    (written,) = (path for path in first.parent.iterdir() if path != first)
-    assert "| none |" in written.read_text(encoding="utf-8")
+    (memory_file,) = (path for path in first.parent.iterdir() if path != first)
+    assert "| none |" in memory_file.read_text(encoding="utf-8")
     assert {path for path in (ROOT / "benchmarks").rglob("*") if "__pycache__" not in path.parts} == before
 
 

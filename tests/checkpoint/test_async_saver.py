@@ -41,7 +41,7 @@ def quick(tiny: RunConfig) -> RunConfig:
     return replace(tiny, eval=evals)
 
 
-def test_training_goes_on_while_a_checkpoint_is_written(quick: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_continues_during_checkpoint_write(quick: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first write, of step 4, waits until step 7 is logged. Without a thread that would never come."""
     real, metrics, seen = checkpoint.write_checkpoint, RunPaths.of("tiny").metrics, []
 
@@ -62,17 +62,17 @@ def test_training_goes_on_while_a_checkpoint_is_written(quick: RunConfig, monkey
     assert seen == [4, 8, 12]
     assert losses(root) == losses(plain)
     for step in (4, 8, 12):  # what was written is the state at its step, not that of when it was written
-        one, other = (each / f"checkpoints/step_{step:08d}/manifest.json" for each in (root, plain))
+        one, other = (path / f"checkpoints/step_{step:08d}/manifest.json" for path in (root, plain))
         names = ("weights/__0_0.distcp", "optimizer/__0_0.distcp", "random/rank_00000.pt", "state.json")
-        written, expected = ({name: files(each)[name] for name in names} for each in (one, other))
-        assert written == expected
+        actual, expected = ({name: files(path)[name] for name in names} for path in (one, other))
+        assert actual == expected
 
 
 def files(manifest: Path) -> dict[str, dict[str, object]]:
     return json.loads(manifest.read_text())["files"]
 
 
-def test_a_save_that_fails_ends_the_run_at_the_next_step(quick: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_save_stops_run_at_next_step(quick: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     real = checkpoint.write_checkpoint
 
     def full(folder: Path, snapshot: Snapshot, *rest: object) -> Path:
@@ -91,7 +91,7 @@ def test_a_save_that_fails_ends_the_run_at_the_next_step(quick: RunConfig, monke
     assert losses(run(quick)) == losses(run(replace(quick, name="whole")))
 
 
-def test_room_for_all_is_looked_for_before_the_first_step(quick: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disk_space_checked_before_first_step(quick: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(retention.shutil, "disk_usage", lambda _: usage(5_000_000))
     with pytest.raises(UserError, match=r"the run needs .* for 4 checkpoints of .* has 5\.0 MB free"):
@@ -121,7 +121,7 @@ pretrain.main()
 
 
 @pytest.mark.slow
-def test_stopped_and_killed_while_a_checkpoint_is_written(quick: RunConfig, tmp_path: Path, temp_data: Path) -> None:
+def test_signals_during_checkpoint_write(quick: RunConfig, tmp_path: Path, temp_data: Path) -> None:
     """SIGTERM waits for it; SIGKILL leaves the previous one, and the same command resumes from it."""
     config = with_train(quick, max_steps=400, save_every_steps=4, keep_last=3)
     path, root = write_run_config(config, tmp_path / "held.json"), temp_data / "runs/tiny"
@@ -136,20 +136,20 @@ def test_stopped_and_killed_while_a_checkpoint_is_written(quick: RunConfig, tmp_
         assert [folder.name for folder in list_checkpoints(root / "checkpoints")] == ["step_00000004"]
         process.send_signal(number)
         (root / "go").touch() if number == signal.SIGTERM else None
-        said, _ = process.communicate(timeout=DEADLINE_S)
-        assert process.returncode == (-9 if number == signal.SIGKILL else 128 + number), said
+        output, _ = process.communicate(timeout=DEADLINE_S)
+        assert process.returncode == (-9 if number == signal.SIGKILL else 128 + number), output
         (root / "held").unlink()
         if number == signal.SIGKILL:
             (root / "metrics.jsonl").write_text("")  # so that the wait above is for new rows
     newest = load_checkpoint(list_checkpoints(root / "checkpoints")[0])
-    assert f"stopped after step {newest.state.step}, saved" in said
+    assert f"stopped after step {newest.state.step}, saved" in output
     assert newest.state.step >= 10
     assert "resuming from" in (root / "log.txt").read_text()
     assert not [fault for folder in list_checkpoints(root / "checkpoints") for fault in verify_checkpoint(folder)]
-    assert not [each for each in (root / "checkpoints").iterdir() if each.name.startswith(".")]
+    assert not [entry for entry in (root / "checkpoints").iterdir() if entry.name.startswith(".")]
 
 
-def test_numbers_whose_sum_overflows_are_finite() -> None:
+def test_finite_check_tolerates_overflowing_sum() -> None:
     _check_finite({("weights", "w"): torch.full((9,), 3e38), ("optimizer", "v"): torch.ones(2, dtype=torch.int64)}, 1)
     _check_finite({}, 1)
     for bad in (math.inf, math.nan):

@@ -35,7 +35,7 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     counts: Counter[str] = Counter()
 
     def count(path: Path) -> str:
-        folder = next(each for each in path.parents if each.name.startswith("step_"))
+        folder = next(parent for parent in path.parents if parent.name.startswith("step_"))
         counts[path.relative_to(folder).as_posix()] += 1
         return files.file_sha256(path)
 
@@ -67,7 +67,7 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_it_is_said(
+def test_commands_warn_about_damaged_checkpoint(
     command: str, newest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -78,7 +78,7 @@ def test_it_is_said(
     assert capsys.readouterr().err.count(warning) == 1
 
 
-def test_each_file_of_the_model_is_hashed_once(
+def test_model_files_hashed_once(
     newest: Path, hashed: Counter[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """And neither the optimizer nor random state: nothing reads them."""
@@ -103,7 +103,7 @@ def test_each_file_of_the_model_is_hashed_once(
     capsys.readouterr()
 
 
-def test_what_is_not_read_is_still_measured(newest: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unread_files_checked_by_size(newest: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A copy that was cut short is seen by the sizes of its files."""
     (newest / "optimizer/.metadata").write_bytes(b"short")
     load_model("made", "cpu")

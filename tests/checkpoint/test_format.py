@@ -52,7 +52,7 @@ def put(folder: Path, step: int, keep_last: int = 0, tokenizer_file: Path | None
     return write_checkpoint(folder, snapshot, RetentionPolicy(keep_last))
 
 
-def test_what_goes_in_comes_out(tmp_path: Path) -> None:
+def test_checkpoint_round_trip(tmp_path: Path) -> None:
     loaded = load_checkpoint(put(tmp_path, 5))
     torch.manual_seed(5)
     assert loaded.state == TrainState(5, 50, DataPosition(1, 5, 7, "abc"))
@@ -62,7 +62,7 @@ def test_what_goes_in_comes_out(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000005"]  # no temporary folder stays
 
 
-def test_the_vocabulary_goes_with_the_weights(tmp_path: Path) -> None:
+def test_tokenizer_file_saved_with_weights(tmp_path: Path) -> None:
     file = tmp_path / "mine.json"
     file.write_bytes('{"é": "\r\n"}\n'.encode())
     assert load_checkpoint(put(tmp_path / "plain", 1)).tokenizer_file is None
@@ -79,7 +79,7 @@ def test_the_vocabulary_goes_with_the_weights(tmp_path: Path) -> None:
         load_checkpoint(folder)
 
 
-def test_random_state_continues_the_sequence(tmp_path: Path) -> None:
+def test_rng_state_round_trip(tmp_path: Path) -> None:
     torch.manual_seed(1)
     state = get_rng_state(torch.device("cpu"))
     expected = torch.rand(4)
@@ -96,7 +96,7 @@ FILES = [
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
-def test_damage_is_seen_by_content(tmp_path: Path, name: str, damage: str) -> None:
+def test_load_latest_skips_damaged_checkpoint(tmp_path: Path, name: str, damage: str) -> None:
     put(tmp_path, 1)
     path = put(tmp_path, 2) / name
     content = bytearray(path.read_bytes())
@@ -107,18 +107,18 @@ def test_damage_is_seen_by_content(tmp_path: Path, name: str, damage: str) -> No
         path.write_bytes(content[:-1])
     else:
         path.unlink()
-    said: list[str] = []
-    found = load_latest(tmp_path, said.append)
+    messages: list[str] = []
+    found = load_latest(tmp_path, messages.append)
     assert found is not None
     assert found.state.step == 1
-    assert len(said) == 1
-    assert name in said[0]
+    assert len(messages) == 1
+    assert name in messages[0]
     with pytest.raises(UserError, match="not an intact checkpoint"):
         load_checkpoint(tmp_path / "step_00000002")
 
 
 @pytest.mark.parametrize("content", [None, "", "{", "[]", '{"format": "other", "files": {}}', '{"files": 3}'])
-def test_a_manifest_that_is_none(tmp_path: Path, content: str | None) -> None:
+def test_invalid_manifest_rejected(tmp_path: Path, content: str | None) -> None:
     folder = put(tmp_path, 1)
     if content is None:
         (folder / "manifest.json").unlink()
@@ -129,18 +129,18 @@ def test_a_manifest_that_is_none(tmp_path: Path, content: str | None) -> None:
         load_latest(tmp_path, lambda _: None)
 
 
-def test_a_truncated_manifest_that_names_no_files_is_not_trusted(tmp_path: Path) -> None:
+def test_manifest_without_files_rejected(tmp_path: Path) -> None:
     folder = put(tmp_path, 1)
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps({"format": manifest["format"], "files": {}}))
     assert list(verify_checkpoint(folder))
 
 
-def test_nothing_there(tmp_path: Path) -> None:
+def test_load_latest_without_checkpoints(tmp_path: Path) -> None:
     assert load_latest(tmp_path / "none", lambda _: None) is None
 
 
-def test_a_failed_save_leaves_the_older_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_save_preserves_older_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put(tmp_path, 1)
 
     def full(*_: object) -> None:
@@ -153,7 +153,7 @@ def test_a_failed_save_leaves_the_older_ones(tmp_path: Path, monkeypatch: pytest
     assert load_latest(tmp_path, print).state.step == 1
 
 
-def test_a_partial_folder_of_a_killed_save_is_no_checkpoint(tmp_path: Path) -> None:
+def test_partial_save_folder_ignored(tmp_path: Path) -> None:
     good = put(tmp_path, 1)
     shutil.copytree(good, tmp_path / ".partial-step_00000002")
     assert list_checkpoints(tmp_path) == [good]
@@ -161,7 +161,7 @@ def test_a_partial_folder_of_a_killed_save_is_no_checkpoint(tmp_path: Path) -> N
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000001", "step_00000002"]
 
 
-def test_old_ones_go_once_the_new_one_is_whole(tmp_path: Path) -> None:
+def test_keep_last_removes_oldest_checkpoints(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
         put(tmp_path, step, keep_last=2)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step_00000004", "step_00000003"]
@@ -178,7 +178,7 @@ class Hostile:
 
 
 @pytest.mark.parametrize("part", ["weights/.metadata", "weights/__0_0.distcp", "optimizer/.metadata", "random"])
-def test_a_checkpoint_cannot_run_code(tmp_path: Path, part: str) -> None:
+def test_hostile_pickle_cannot_execute_code(tmp_path: Path, part: str) -> None:
     """Pickles that would call something are refused even with a manifest that vouches for them."""
     folder = put(tmp_path, 1)
     owned = tmp_path / "owned"
@@ -211,7 +211,7 @@ class AsPython3112Does:
         return (getattr, (self.kind, self.name))
 
 
-def test_a_checkpoint_of_any_python_opens(tmp_path: Path) -> None:
+def test_checkpoint_from_python_3_11_2_loads(tmp_path: Path) -> None:
     """Debian's Python 3.11.2 writes the members of enums with `getattr`: that is taken, any other use is refused."""
     folder = put(tmp_path, 1)
     metadata = FileSystemReader(folder / "weights").read_metadata()
@@ -258,7 +258,7 @@ except UserError as error:
 """
 
 
-def test_a_write_that_fails_half_way(tmp_path: Path) -> None:
+def test_full_disk_leaves_older_checkpoint_intact(tmp_path: Path) -> None:
     """In a process of its own whose files may not grow: torch hides the reason in its error's context."""
     put(tmp_path, 1)
     done = subprocess.run([sys.executable, "-c", FULL_DISK, tmp_path], capture_output=True, text=True, check=False)
@@ -267,7 +267,7 @@ def test_a_write_that_fails_half_way(tmp_path: Path) -> None:
     assert not list(verify_checkpoint(tmp_path / "step_00000001"))
 
 
-def test_a_save_that_is_killed_anywhere_leaves_nothing_half_done(tmp_path: Path) -> None:
+def test_killed_save_leaves_no_partial_checkpoint(tmp_path: Path) -> None:
     """A process ends before each fsync, rename and removal of a save, in turn: beside steps 1 and 2, and in place of a
     step 3 that is there already. What carries a final name is intact, and no step that was there is lost."""
     done = subprocess.run([sys.executable, KILLS, tmp_path], capture_output=True, text=True, timeout=240, check=False)
@@ -289,7 +289,7 @@ def test_a_save_that_is_killed_anywhere_leaves_nothing_half_done(tmp_path: Path)
     assert {("rename", ".partial-step_00000003"), ("rename", "step_00000001"), ("rename", "step_00000003")} <= reached
 
 
-def test_some_are_kept_for_ever(tmp_path: Path) -> None:
+def test_keep_every_steps_retains_checkpoints(tmp_path: Path) -> None:
     for step in range(2, 21, 2):
         torch.manual_seed(step)
         state, weights = TrainState(step, 0, DataPosition(0, 0, 0, "")), {"w": torch.randn(2)}
@@ -315,17 +315,19 @@ def saved_and_kept(train: TrainConfig, here: list[int], step: int) -> tuple[int,
     *(st.integers(least, most) for least, most in ((1, 60), (0, 20), (0, 20), (0, 8))),
     st.integers(0, 30), st.sets(st.integers(1, 30), max_size=4),
 )  # fmt: skip
-def test_how_many_there_will_be(most: int, save: int, keep: int, last: int, step: int, here: set[int]) -> None:
+def test_save_and_keep_counts_match_simulation(
+    most: int, save: int, keep: int, last: int, step: int, here: set[int]
+) -> None:
     """One answer to what a run makes and keeps, for plan, preflight and the disk's room, as if each step were made."""
     train = TrainConfig(max_steps=most, save_every_steps=save, keep_every_steps=keep, keep_last=last)
     there = sorted(at for at in here if at <= step)
-    made, kept = saved_and_kept(train, there, step)
-    assert n_saves(train, step, most) == made
-    if made:
+    saved, kept = saved_and_kept(train, there, step)
+    assert n_saves(train, step, most) == saved
+    if saved:
         assert n_kept(train, there, step) == kept
 
 
-def test_long_runs_are_counted_at_once(tmp_path: Path) -> None:
+def test_checkpoint_counts_of_long_runs(tmp_path: Path) -> None:
     train = TrainConfig(max_steps=3_000, save_every_steps=1_000, keep_every_steps=1_500, keep_last=0)
     config = RunConfig(train=train)
     one = disk_estimate_bytes(config)["checkpoints"] // 5
@@ -337,7 +339,7 @@ def test_long_runs_are_counted_at_once(tmp_path: Path) -> None:
         assert remaining_checkpoint_bytes(RunConfig(train=long), tmp_path, tmp_path, 0)[1] == n_kept(long) + 1
 
 
-def test_room_is_checked_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disk_space_checked_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = RunConfig(train=TrainConfig(max_steps=1_000, save_every_steps=100, keep_last=2, keep_every_steps=300))
     one = stored_parameters(config.model) * 12 + SPARE_BYTES
     # At the end 300, 600, 900 and 1,000: keep_last 2 are the last two. One more while it is written.
@@ -357,7 +359,7 @@ def test_room_is_checked_before_anything_is_written(tmp_path: Path, monkeypatch:
         check_space_for_save(tmp_path / "none", 7, 3_000_000)
 
 
-def test_the_older_format_is_named(tmp_path: Path) -> None:
+def test_older_format_raises(tmp_path: Path) -> None:
     folder = put(tmp_path, 1)
     manifest = json.loads((folder / "manifest.json").read_text()) | {"format": "myllm-checkpoint-1"}
     (folder / "manifest.json").write_text(json.dumps(manifest))
@@ -365,7 +367,7 @@ def test_the_older_format_is_named(tmp_path: Path) -> None:
         load_checkpoint(folder)
 
 
-def test_other_tensors_than_the_model_has(tmp_path: Path) -> None:
+def test_mismatched_tensors_raise(tmp_path: Path) -> None:
     folder = put(tmp_path, 1) / "weights"
     for tensors in ({"w": torch.zeros(5, 3)}, {"w": torch.zeros(5, 4), "b": torch.zeros(3)}):
         with pytest.raises(UserError, match="do not fit this model: "):
@@ -375,7 +377,7 @@ def test_other_tensors_than_the_model_has(tmp_path: Path) -> None:
     ).keys() == {"a.b"}
 
 
-def test_the_same_state_makes_the_same_bytes(tmp_path: Path) -> None:
+def test_same_state_writes_identical_bytes(tmp_path: Path) -> None:
     one, other = put(tmp_path / "one", 1), put(tmp_path / "other", 1)
     assert (one / "manifest.json").read_bytes() == (other / "manifest.json").read_bytes()
 
@@ -401,7 +403,7 @@ def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert [(row["step"], row["validation_loss"], row["state"] == "intact") for row in rows] == [
         (5, 3.25, True), (10, None, False), (5, 3.25, True),
     ]  # fmt: skip
-    for words, said in (
+    for words, message in (
         (["verify", "mine"], f"1 damaged: {damaged}. Training resumes from the newest intact one"),
         (["verify", str(damaged)], "1 damaged"),
         (["list", "other"], "no checkpoint at 'other'; runs with checkpoints: mine"),
@@ -409,7 +411,7 @@ def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
         with pytest.raises(SystemExit) as caught:
             cli.main(["checkpoint", *words])
         assert caught.value.code == 2
-        assert said in capsys.readouterr().err
+        assert message in capsys.readouterr().err
 
 
 # -- folders that somebody else named, or put something into
@@ -422,7 +424,7 @@ def names(folder: Path) -> set[str]:
 @pytest.mark.parametrize(
     "name", ["step_00000002.bak", "step_best", "step_2 (copy)", "step_", "Step_00000003", "step_٣"]
 )
-def test_what_is_not_called_a_step_is_no_checkpoint(tmp_path: Path, name: str) -> None:
+def test_folders_without_step_names_ignored(tmp_path: Path, name: str) -> None:
     """It is neither the newest one, nor counted, nor ever removed."""
     shutil.copytree(put(tmp_path, 2), tmp_path / name)
     for step in (3, 4, 5):
@@ -433,7 +435,7 @@ def test_what_is_not_called_a_step_is_no_checkpoint(tmp_path: Path, name: str) -
     assert not list(verify_checkpoint(tmp_path / name))
 
 
-def test_checkpoints_go_by_number(tmp_path: Path) -> None:
+def test_checkpoints_sorted_by_step_number(tmp_path: Path) -> None:
     for step in (99_999_999, 100_000_000):
         put(tmp_path, step)
     shutil.copytree(put(tmp_path, 7), tmp_path / "step_7")
@@ -443,15 +445,15 @@ def test_checkpoints_go_by_number(tmp_path: Path) -> None:
     assert names(tmp_path) == {"step_100000001", "step_7"}  # the second is a copy that somebody made
 
 
-def test_another_step_under_a_name(tmp_path: Path) -> None:
+def test_renamed_checkpoint_skipped_and_preserved(tmp_path: Path) -> None:
     """A renamed or copied folder is recognized by its state, skipped, and kept, even by a save there."""
     renamed = put(tmp_path, 3).rename(tmp_path / "step_00000099")
     shutil.copytree(put(tmp_path, 4), tmp_path / "step_00000002")
     (fault,) = verify_checkpoint(renamed)
     assert fault == "its name says step 99, but it contains step 3"
-    said: list[str] = []
-    assert load_latest(tmp_path, said.append).state.step == 4
-    assert said == [f"skipping {renamed}: {fault}"]
+    messages: list[str] = []
+    assert load_latest(tmp_path, messages.append).state.step == 4
+    assert messages == [f"skipping {renamed}: {fault}"]
     put(tmp_path, 5, keep_last=1)
     assert names(tmp_path) == {"step_00000099", "step_00000002", "step_00000005"}
     put(tmp_path, 99, keep_last=1)
@@ -461,7 +463,7 @@ def test_another_step_under_a_name(tmp_path: Path) -> None:
     assert load_latest(tmp_path, print).state.step == 99
 
 
-def test_what_somebody_put_into_a_checkpoint_is_kept(tmp_path: Path) -> None:
+def test_user_files_in_checkpoint_preserved(tmp_path: Path) -> None:
     noted, linked, plain = (put(tmp_path / "c", step) for step in (1, 2, 3))
     (noted / "notes.txt").write_text("the good one")
     (plain / ".DS_Store").touch()
@@ -480,7 +482,7 @@ def test_what_somebody_put_into_a_checkpoint_is_kept(tmp_path: Path) -> None:
     assert ".removed-step_00000009" not in names(tmp_path / "c")
 
 
-def test_a_damaged_newer_checkpoint_does_not_crowd_out_sound_ones(tmp_path: Path) -> None:
+def test_retention_ignores_damaged_newer_checkpoint(tmp_path: Path) -> None:
     (put(tmp_path, 9) / "weights/__0_0.distcp").write_bytes(b"")
     for step in (1, 2, 3):
         put(tmp_path, step, keep_last=1)

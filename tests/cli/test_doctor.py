@@ -25,20 +25,20 @@ def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_machine_without_problems(temp_data, capsys, monkeypatch):
+def test_doctor_reports_machine_and_problems(temp_data, capsys, monkeypatch):
     main(["doctor"])
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for word in ("python", "torch 2.", "cores for this process", "GB are available", str(temp_data), "attention"):
-        assert word in said
-    assert said.endswith("no problems found\n")
+        assert word in output
+    assert output.endswith("no problems found\n")
     monkeypatch.setattr(doctor, "MIN_FREE_BYTES", 10**18)
     monkeypatch.setattr(doctor, "PACKAGES", ("torch", "no-such-package"))
     with pytest.raises(SystemExit) as ended:
         main(["doctor"])
     assert ended.value.code == 2
-    said = capsys.readouterr().err
-    assert "no-such-package is not installed: run src/environment.sh" in said
-    assert f"are free for {temp_data}: free some space, or set MYLLM_DATA" in said
+    output = capsys.readouterr().err
+    assert "no-such-package is not installed: run src/environment.sh" in output
+    assert f"are free for {temp_data}: free some space, or set MYLLM_DATA" in output
 
 
 def test_two_ranks():
@@ -60,7 +60,7 @@ def test_two_ranks():
     assert done.stdout.count("the sums are correct on all 2 ranks") == 1
 
 
-def test_a_missing_rank_is_named():
+def test_missing_rank_reported():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -72,7 +72,7 @@ def test_a_missing_rank_is_named():
     assert "Traceback" not in done.stderr
 
 
-def test_wrong_sums_are_reported(monkeypatch):
+def test_wrong_all_reduce_sums_raise(monkeypatch):
     assert list(check_network("cpu", 10))[-1] == "one rank: no network traffic"
     monkeypatch.setattr(dist, "all_reduce", lambda tensor, *_, **__: tensor.numel() > 1 and tensor[:3].add_(1))
     with pytest.raises(UserError, match=r"all-reduce of 4,096 bytes gave wrong sums: . on rank 0"):

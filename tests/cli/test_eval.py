@@ -56,9 +56,7 @@ def evaluate(*words: object) -> int:
     return 0
 
 
-def test_four_tasks_equal_the_metrics_of_training(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_task_metrics_match_training(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = "Größe: the river ran under old stone bridge, and the children sang of salt wind. " * 9
     (tmp_path / "own.txt").write_text(text, encoding="utf-8")
     tasks = ("validation", "hellaswag", "cloze", f"perplexity:{tmp_path / 'own.txt'}")
@@ -92,7 +90,7 @@ def test_four_tasks_equal_the_metrics_of_training(
     assert not model.training
 
 
-def test_public_tasks_and_their_summary(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_public_tasks_and_summary(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = {name: tmp_path / f"{name}.jsonl" for name in ("winogrande", "lambada")}
     for name, file in files.items():
         row = TASKS[name].sample | ({"text": "the children waved at boats"} if name == "lambada" else {})
@@ -127,14 +125,14 @@ def test_public_tasks_and_their_summary(run: Path, tmp_path: Path, capsys: pytes
         (("--tasks", "piqa", "--tasks-examples", "0"), "tasks_examples is 0, but must be at least 1"),
     ],
 )
-def test_mistakes_about_public_tasks(
+def test_invalid_public_task_arguments_rejected(
     words: tuple[str, ...], message: str, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert evaluate("tiny", *words) == 2
     assert message in capsys.readouterr().err
 
 
-def test_a_text_shorter_than_the_context(run: Path, tmp_path: Path) -> None:
+def test_perplexity_of_text_shorter_than_context(run: Path, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("the old bridge")
     out = tmp_path / "deep" / "short.json"
     assert evaluate(run, "--tasks", f"perplexity:{tmp_path / 'short.txt'}", "--out", out) == 0
@@ -147,14 +145,14 @@ def test_a_text_shorter_than_the_context(run: Path, tmp_path: Path) -> None:
         )
 
 
-def test_a_checkpoint_and_the_other_protocol(run: Path) -> None:
+def test_checkpoint_path_with_lm_eval_protocol(run: Path) -> None:
     words = (run / "checkpoints/step_00000004", "--tasks", "hellaswag", "--hellaswag-file", OWN)
     assert evaluate(*words, "--protocol", "lm-eval", "--hellaswag-examples", 7) == 0
     (result,) = read(run / "eval.json")
     assert (result.settings["protocol"], result.metrics["n_examples"]) == ("lm-eval", 7)
 
 
-def test_results_are_added_or_replaced(run: Path, tmp_path: Path) -> None:
+def test_results_added_or_replaced(run: Path, tmp_path: Path) -> None:
     """Another task, protocol, text, kind of weights or step stands beside; the same question again, in its place."""
     text = tmp_path / "own.txt"
     text.write_text("the old bridge")
@@ -185,7 +183,7 @@ def test_results_are_added_or_replaced(run: Path, tmp_path: Path) -> None:
     assert read(run / "eval.json") == [after[0], again, *after[2:]]
 
 
-def test_a_file_of_version_1_stays_readable(tmp_path: Path) -> None:
+def test_version_1_results_file_loads(tmp_path: Path) -> None:
     rest = {"checkpoint": "c", "step": 4, "weights": "float32", "settings": {}, "device": "cpu", "seconds": 1.0}
     tasks = {"quantisation": "quantization", "quantisation:quantisation": "quantization:quantisation", "cloze": "cloze"}
     old = [{"task": task, "figures": {"acc": 0.5}, **rest} for task in tasks]
@@ -197,7 +195,7 @@ def test_a_file_of_version_1_stays_readable(tmp_path: Path) -> None:
     assert read(tmp_path / "eval.json") == expected
 
 
-def test_other_files_are_never_overwritten(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unrecognized_results_file_preserved(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for content in ('{"tasks": {}}', "not JSON", "[]"):
         (run / "eval.json").write_text(content)
         assert evaluate("tiny", "--tasks", "cloze") == 2
@@ -205,7 +203,7 @@ def test_other_files_are_never_overwritten(run: Path, capsys: pytest.CaptureFixt
         assert (run / "eval.json").read_text() == content
 
 
-def test_a_folder_of_any_name(run: Path, tmp_path: Path) -> None:
+def test_checkpoint_folder_with_any_name(run: Path, tmp_path: Path) -> None:
     """A checkpoint that was copied elsewhere, such as to another machine."""
     folder = shutil.copytree(run / "checkpoints/step_00000004", tmp_path / "mine")
     assert evaluate(folder, "--tasks", "cloze") == 0
@@ -213,7 +211,7 @@ def test_a_folder_of_any_name(run: Path, tmp_path: Path) -> None:
     assert (result.checkpoint, result.step) == (str(folder), 4)
 
 
-def test_all_tasks_use_one_checkpoint_while_training_saves_others(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tasks_share_checkpoint_during_training(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def save_another(*_: object) -> Evaluation:
         shutil.copytree(run / "checkpoints/step_00000004", run / "checkpoints/step_00000009")
         return Evaluation({}, lambda model: 0.5, lambda acc: {"acc": acc})
@@ -223,7 +221,7 @@ def test_all_tasks_use_one_checkpoint_while_training_saves_others(run: Path, mon
     assert all(result.checkpoint.endswith("step_00000004") for result in read(run / "eval.json"))
 
 
-def test_other_damaged_data_sets_are_ignored(run: Path) -> None:
+def test_unrelated_damaged_datasets_ignored(run: Path) -> None:
     for name, content in (("aaa", "{}"), ("zzz", "not JSON")):
         (run.parent.parent / "datasets" / name).mkdir()
         (run.parent.parent / "datasets" / name / "manifest.json").write_text(content)
@@ -245,13 +243,13 @@ def test_other_damaged_data_sets_are_ignored(run: Path) -> None:
         (("--tasks", f"perplexity:{OWN}", "--stride", 65), "the stride is 65, but must be at least 1"),
     ],
 )
-def test_mistakes(words: tuple, message: str, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_arguments_rejected(words: tuple, message: str, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluate("tiny", *words) == 2
     assert message in capsys.readouterr().err
     assert not (run / "eval.json").exists()
 
 
-def test_a_failed_task_does_not_stop_the_others(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_failed_task_does_not_stop_others(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for manifest in (run.parent.parent / "datasets").glob("*/manifest.json"):
         manifest.rename(manifest.with_name("elsewhere.json"))
     assert evaluate("tiny", "--tasks", "validation", "hellaswag", "--hellaswag-file", OWN) == 2
@@ -259,7 +257,7 @@ def test_a_failed_task_does_not_stop_the_others(run: Path, capsys: pytest.Captur
     assert [result.task for result in read(run / "eval.json")] == ["hellaswag"]
 
 
-def test_an_unwritable_run_is_still_evaluated(
+def test_unwritable_run_still_evaluated(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Somebody else's: the figures are shown first, then it is said where they could not be kept."""
@@ -281,7 +279,7 @@ def test_an_unwritable_run_is_still_evaluated(
 
 
 @pytest.mark.parametrize("out", ["file/eval.json", "", "/proc/nothing/eval.json"])
-def test_an_unwritable_output_fails_before_the_evaluation(
+def test_unwritable_output_fails_before_evaluation(
     out: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("")
@@ -305,7 +303,7 @@ def test_unavailable_hellaswag_fails_only_if_named(
     assert "hellaswag: could not download HellaSwag" in capsys.readouterr().err
 
 
-def test_each_result_is_saved_at_once(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_saved_incrementally(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("a fault")
 

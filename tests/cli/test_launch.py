@@ -22,18 +22,18 @@ from myllm.errors import UserError
 from myllm.presets import PRESETS, get_preset
 
 
-def test_a_preset_alone() -> None:
+def test_preset_only() -> None:
     assert parse_args(["debug"]).config == get_preset("debug")
 
 
 def test_overrides() -> None:
-    wanted = parse_args(
+    parsed = parse_args(
         ["debug", "--train.max-steps", "7", "--optim.max_lr=1e-3", "--name", "mine", "--model.no-qk-norm"]
     )
-    assert wanted.config.train.max_steps == 7
-    assert wanted.config.optim.max_lr == 1e-3
-    assert wanted.config.name == "mine"
-    assert wanted.config.model.qk_norm is False
+    assert parsed.config.train.max_steps == 7
+    assert parsed.config.optim.max_lr == 1e-3
+    assert parsed.config.name == "mine"
+    assert parsed.config.model.qk_norm is False
     assert parse_args(["debug"]).config.eval.sample_prompts == get_preset("debug").eval.sample_prompts
     assert parse_args(["debug", "--data.source", "files:."]).config.eval.sample_prompts == ()
     assert parse_args(["debug", "--data.dataset", "x"]).config.eval.sample_prompts == ()
@@ -61,21 +61,21 @@ def test_prompts_of_a_config_file_stay_with_other_text(tmp_path: Path) -> None:
     assert same.config.eval.sample_prompts == get_preset("debug").eval.sample_prompts
 
 
-def test_a_saved_config_gives_the_same_run(tmp_path: Path) -> None:
+def test_saved_config_round_trip(tmp_path: Path) -> None:
     config = replace(get_preset("gpt2-124m"), name="saved")
     path = write_run_config(config, tmp_path / "config.json")
     assert parse_args(["--config", str(path)]).config == config
     assert parse_args([f"--config={path}", "--train.max-steps", "5"]).config.train.max_steps == 5
 
 
-def test_a_hand_written_config_over_a_preset(tmp_path: Path) -> None:
+def test_config_file_overrides_preset(tmp_path: Path) -> None:
     path = tmp_path / "mine.json"
     path.write_text('{"name": "mine", "optim": {"max_lr": 0.01}}')
     config = parse_args(["debug", "--config", str(path), "--dry-run"]).config
     assert (config.name, config.optim.max_lr, config.model) == ("mine", 0.01, get_preset("debug").model)
 
 
-def test_a_config_may_come_through_a_pipe(tmp_path: Path) -> None:
+def test_config_read_from_pipe(tmp_path: Path) -> None:
     """As the shell's `--config <(jq ...)` does: it can be read once."""
     reader, writer = os.pipe()
     os.write(writer, b'{"name": "piped", "data": {"source": "files:texts"}}')
@@ -111,12 +111,12 @@ def test_a_config_may_come_through_a_pipe(tmp_path: Path) -> None:
         (["debug", "--train.batch-tokens", "1000000000256"], "is not a multiple"),
     ],
 )
-def test_mistakes_are_named(words: list[str], message: str) -> None:
+def test_invalid_arguments_raise(words: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         parse_args(words)
 
 
-def test_unknown_keys_in_a_file(tmp_path: Path) -> None:
+def test_unknown_config_keys_raise(tmp_path: Path) -> None:
     path = tmp_path / "bad.json"
     path.write_text('{"train": {"max_step": 3, "seed": "x"}, "modle": {}}')
     with pytest.raises(UserError, match=r"train\.max_step: unknown key, did you mean 'max_steps'") as caught:
@@ -125,7 +125,7 @@ def test_unknown_keys_in_a_file(tmp_path: Path) -> None:
     assert "train.seed: expected an integer, found 'x'" in str(caught.value)
 
 
-def test_the_batch_is_checked_for_the_planned_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batch_checked_for_planned_world_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(UserError, match=r"3 rank\(s\)"):
         parse_args(["lf-llm-269m", "--dry-run"])
@@ -136,7 +136,7 @@ def test_the_batch_is_checked_for_the_planned_ranks(monkeypatch: pytest.MonkeyPa
     )
 
 
-def test_dry_run_of_the_reference() -> None:
+def test_dry_run_of_reference_preset() -> None:
     text = describe_dry_run(parse_args(["lf-llm-269m"]))
     assert "320,145,408 in all, 268,682,240 without the embedding" in text
     assert "2.324 G per token" in text
@@ -145,7 +145,7 @@ def test_dry_run_of_the_reference() -> None:
     assert shown == "settings     those of lf-llm-269m; `python pretrain.py lf-llm-269m --help` lists them"
 
 
-def test_dry_run_shows_what_differs_from_the_preset(tmp_path: Path) -> None:
+def test_dry_run_shows_differences_from_preset(tmp_path: Path) -> None:
     words = ["--train.max-steps", "7", "--data.source", "files:/a b", "--model.no-qk-norm", "--name", "other"]
     expected = [
         "settings     those of debug (`python pretrain.py debug --help` lists them), but",
@@ -153,9 +153,9 @@ def test_dry_run_shows_what_differs_from_the_preset(tmp_path: Path) -> None:
         "  data.source      'python-stdlib' -> 'files:/a b'",
         "  train.max_steps  600 -> 7",
     ]
-    wanted = parse_args(["debug", *words])
-    assert describe_dry_run(wanted).split("\n\n")[0].splitlines() == expected
-    saved = write_run_config(wanted.config, tmp_path / "config.json")
+    parsed = parse_args(["debug", *words])
+    assert describe_dry_run(parsed).split("\n\n")[0].splitlines() == expected
+    saved = write_run_config(parsed.config, tmp_path / "config.json")
     assert describe_dry_run(parse_args(["--config", str(saved)])).split("\n\n")[0].splitlines() == expected
 
 
@@ -176,7 +176,7 @@ def test_preset_help_shows_its_values(capsys: pytest.CaptureFixture[str]) -> Non
     assert re.search(r"--train\.max-steps INT[^-]*default: 19073", shown)
 
 
-def test_a_mistake_ends_with_code_2_and_one_message(temp_data: Path) -> None:
+def test_config_error_exits_with_code_2(temp_data: Path) -> None:
     done = launch("debug", "--train.batch-tokens", "1000", "--model.n-heads", "3")
     assert done.returncode == 2
     assert done.stdout == ""
@@ -186,7 +186,7 @@ def test_a_mistake_ends_with_code_2_and_one_message(temp_data: Path) -> None:
 
 
 @pytest.mark.parametrize("case", ["empty", "missing", "latin1"])
-def test_bad_text_leaves_nothing(tmp_path: Path, temp_data: Path, case: str) -> None:
+def test_invalid_text_leaves_no_dataset(tmp_path: Path, temp_data: Path, case: str) -> None:
     folder = tmp_path / "texts"
     if case != "missing":
         folder.mkdir()
@@ -201,7 +201,7 @@ def test_bad_text_leaves_nothing(tmp_path: Path, temp_data: Path, case: str) -> 
     assert left <= {"datasets", "listings", ".locks"}, "more than what is known of the files"
 
 
-def test_profile_is_a_switch_of_one_start() -> None:
+def test_profile_flag_not_part_of_config() -> None:
     """And no setting of the run: its config.json would ask for it again."""
     plain, profiled = parse_args(["debug"]), parse_args(["debug", "--profile"])
     assert (plain.profile, profiled.profile) == (False, True)
@@ -217,14 +217,14 @@ def test_prepare_only(tiny: RunConfig, tmp_path: Path, temp_data: Path) -> None:
     assert not (temp_data / "runs").exists()
 
 
-def test_it_runs_from_any_folder_without_an_installation(tmp_path: Path) -> None:
+def test_runs_from_any_folder_without_installation(tmp_path: Path) -> None:
     assert Path(command("debug")[1]).is_absolute()
     done = launch("--help")
     assert done.returncode == 0
     assert "lf-llm-269m" in done.stdout
 
 
-def test_a_device_that_is_not_there(temp_data: Path) -> None:
+def test_unavailable_device_rejected(temp_data: Path) -> None:
     missing = "cuda" if not torch.cuda.is_available() else "mps"
     done = launch("debug", "--train.device", missing)
     assert done.returncode == 2
@@ -234,13 +234,13 @@ def test_a_device_that_is_not_there(temp_data: Path) -> None:
 
 
 @pytest.mark.parametrize("value", ["abc", "0", "-1"])
-def test_a_world_size_that_is_none(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+def test_invalid_world_size_raises(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("WORLD_SIZE", value)
     with pytest.raises(UserError, match="WORLD_SIZE is"):
         parse_args(["debug", "--dry-run"])
 
 
-def test_a_run_folder_that_is_a_file(tiny: RunConfig, tmp_path: Path, temp_data: Path) -> None:
+def test_file_in_place_of_run_folder_rejected(tiny: RunConfig, tmp_path: Path, temp_data: Path) -> None:
     (temp_data / "runs").mkdir(parents=True)
     (temp_data / "runs" / "tiny").write_text("")
     done = launch("--config", write_run_config(tiny, tmp_path / "tiny.json"))
@@ -250,7 +250,7 @@ def test_a_run_folder_that_is_a_file(tiny: RunConfig, tmp_path: Path, temp_data:
 
 
 @pytest.mark.parametrize("here", [True, False])
-def test_a_rank_that_lost_another_leaves_the_word_to_it(
+def test_rank_defers_to_failed_peer_error(
     here: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Real words of gloo and NCCL; another RuntimeError is a fault of one's own, and keeps its traceback."""
@@ -281,7 +281,7 @@ def test_a_rank_that_lost_another_leaves_the_word_to_it(
 
 
 @pytest.mark.parametrize("lines", [1, 100_000])
-def test_a_reader_that_has_had_enough(lines: int) -> None:
+def test_closed_stdout_exits_with_sigpipe(lines: int) -> None:
     """As in `myllm eval RUN | head -0`: neither a traceback nor a complaint at the end."""
     code = f"from myllm.cli.errors import exit_on_error\nwith exit_on_error():\n    for _ in range({lines}): print(1)"
     writer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -294,7 +294,7 @@ def test_a_reader_that_has_had_enough(lines: int) -> None:
     ("ending", "code"),
     [("raise SystemExit(0)", 141), ("raise SystemExit(75)", 75), ("raise UserError('mine')", 2), ("pass", 141)],
 )
-def test_an_end_without_a_reader_says_nothing_of_pipes(ending: str, code: int) -> None:
+def test_exit_code_with_closed_stdout(ending: str, code: int) -> None:
     """As in `myllm --help | true` and `myllm status RUN | true`."""
     program = f"""
 from myllm.errors import UserError
@@ -311,7 +311,7 @@ with exit_on_error():
     assert (writer.wait(60), message) == (code, b"error: mine\n" if code == 2 else b"")
 
 
-def test_a_python_without_the_packages_says_where_they_are(tmp_path: Path) -> None:
+def test_missing_packages_error_names_environment(tmp_path: Path) -> None:
     """Not a traceback about tyro: a newcomer's first `python pretrain.py` is often the system's Python."""
     bare = tmp_path / "checkout"
     bare.mkdir()
@@ -347,7 +347,7 @@ for words in COMMANDS:
 """
 
 
-def test_a_typo_is_answered_before_torch_is_loaded(temp_data: Path) -> None:
+def test_typo_reported_before_importing_torch(temp_data: Path) -> None:
     """It takes seconds, and so does no word of help or of a mistake that can be seen without it."""
     commands = [
         ["pretrain.py", *words.split()]
@@ -377,7 +377,7 @@ def test_a_typo_is_answered_before_torch_is_loaded(temp_data: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_a_compiler_that_is_missing_is_one_sentence(tmp_path: Path) -> None:
+def test_missing_cxx_compiler_error(tmp_path: Path) -> None:
     """A real torch.compile, with a C++ compiler that does not work; and what Triton says where C's is missing."""
     code = "import torch; from myllm.cli.errors import exit_on_error\n"
     code += "with exit_on_error(): torch.compile(lambda x: x * 2 + 1)(torch.ones(8))"
@@ -391,7 +391,7 @@ def test_a_compiler_that_is_missing_is_one_sentence(tmp_path: Path) -> None:
     assert line.endswith("--train.compile off")
 
 
-def test_a_c_compiler_that_triton_misses(capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_c_compiler_error(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught, exit_on_error():
         raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable or set triton.knobs")
     assert caught.value.code == 2

@@ -57,14 +57,14 @@ def test_values() -> None:
 
 
 @pytest.mark.parametrize("words", [(), ("--name", "x", "--part.count", "many"), ("--name", "x", "--part.limit", "y")])
-def test_what_does_not_fit_is_refused(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_values_rejected(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         parse_whole(*words)
     assert end.value.code == 2
     assert capsys.readouterr().err
 
 
-def test_functions_are_called() -> None:
+def test_function_called_with_parsed_arguments() -> None:
     def double(number: Positional[int], plus: int | None = None, path: Path = Path("x")) -> tuple[int, Path]:
         """Double.
 
@@ -80,7 +80,7 @@ def test_functions_are_called() -> None:
 
 @pytest.mark.parametrize("name", SUBCOMMANDS)
 @pytest.mark.parametrize("columns", [80, 200])
-def test_help_names_values_and_fits(
+def test_help_names_values_and_fits_width(
     name: str, columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = shown(capsys, monkeypatch, *name.split(), "--help", columns=columns)
@@ -97,7 +97,7 @@ LISTED = [group for group in cli.GROUPS if group not in cli.COMMANDS]
 
 @pytest.mark.parametrize("words", [[], ["--help"], *([group] for group in LISTED)])
 @pytest.mark.parametrize("columns", [60, 80])
-def test_lists_of_commands_fit(
+def test_command_lists_fit_width(
     words: list[str], columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
@@ -111,20 +111,20 @@ def test_lists_of_commands_fit(
 
 
 @pytest.mark.parametrize("group", LISTED)
-def test_a_group_has_help(group: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_group_help(group: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     text = shown(capsys, monkeypatch, group, "--help")
     assert f"usage: myllm {group} COMMAND" in text
     assert "prove-resume" not in text
 
 
-def test_a_typo_in_a_group_lists_the_group(capsys: pytest.CaptureFixture[str]) -> None:
+def test_group_typo_lists_group_commands(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         cli.main(["data", "shwo"])
     assert end.value.code == 2
-    said = capsys.readouterr().err
-    assert "did you mean 'data show'?" in said
-    assert "data verify" in said
-    assert "prove-resume" not in said
+    error = capsys.readouterr().err
+    assert "did you mean 'data show'?" in error
+    assert "data verify" in error
+    assert "prove-resume" not in error
 
 
 def test_positional_arguments_have_names(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,7 +135,7 @@ def test_positional_arguments_have_names(capsys: pytest.CaptureFixture[str], mon
 
 @pytest.mark.parametrize("command", [["plan"], ["preflight"], ["prove-resume"], None])
 @pytest.mark.parametrize("columns", [60, 80, 200])
-def test_help_laid_out_by_hand_fits(
+def test_manual_help_layout_fits_width(
     command: list[str] | None, columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if command is not None:
@@ -162,7 +162,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert re.fullmatch(r"myllm \d+\.\d+\.\d+, Python 3\.\d+\.\d+, torch \d+\.\S+\n", second)
 
 
-def test_prove_resume_explains_itself(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prove_resume_help(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     text = shown(capsys, monkeypatch, "prove-resume", "--help")
     assert "usage: myllm prove-resume [PRESET]" in text
     assert "Prove that a killed and restarted run matches an uninterrupted one." in text

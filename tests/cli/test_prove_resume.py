@@ -24,11 +24,11 @@ CPU = replace(get_preset("debug"), name="proof")
 
 
 def rows(steps: int = 5, **changes: object) -> dict[int, dict[str, object]]:
-    made = {step: {"loss": 10.0 - step, "sample_digest": f"{step:032x}"} for step in range(1, steps + 1)}
+    by_step = {step: {"loss": 10.0 - step, "sample_digest": f"{step:032x}"} for step in range(1, steps + 1)}
     for word, value in changes.items():
         name, _, step = word.rpartition("_")
-        made[int(step)][name] = value
-    return made
+        by_step[int(step)][name] = value
+    return by_step
 
 
 def errors(trial: Trial, found: dict[int, dict[str, object]], noise: float = 0.0, config: RunConfig = CPU) -> str:
@@ -38,7 +38,7 @@ def errors(trial: Trial, found: dict[int, dict[str, object]], noise: float = 0.0
     return "; ".join(result.errors)
 
 
-def test_what_disproves() -> None:
+def test_judge_trial_detects_differences() -> None:
     assert errors(REPEATED, rows()) == errors(OTHER, rows()) == ""
     assert "from step 3 on, it trained on other samples" in errors(
         REPEATED, rows(sample_digest_3="0", sample_digest_5="1")
@@ -69,7 +69,7 @@ def test_every_preset_can_be_shrunk(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["nonsense"], "nonsense"),
         (["--config=absent.json"], "cannot read the config absent.json"),
@@ -79,16 +79,18 @@ def test_every_preset_can_be_shrunk(name: str) -> None:
         (["--train.batch-tokens", "256"], "micro"),
     ],
 )
-def test_mistakes(words: list[str], said: str, temp_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_arguments_rejected(
+    words: list[str], message: str, temp_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as end:
         cli.main(["prove-resume", *words])
     assert end.value.code == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not temp_data.exists()
 
 
 @pytest.mark.slow
-def test_the_proof(temp_data: Path) -> None:
+def test_prove_resume_command(temp_data: Path) -> None:
     words = [sys.executable, "-m", "myllm", "prove-resume", *TINY.split(), "--seed", "3"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=390, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -52,7 +52,7 @@ def command(data: Path, *words: str | Path, stdin: str = "") -> subprocess.Compl
 # -- the package ------------------------------------------------------------------------------------------------------
 
 
-def test_the_readme_s_two_lines(data: Path) -> None:
+def test_readme_example(data: Path) -> None:
     code = re.search(r"```python\n(from myllm import.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
     assert len(code.split("\n")) == 4  # two lines, the formatter's blank one, and the end
     done = subprocess.run(
@@ -64,7 +64,7 @@ def test_the_readme_s_two_lines(data: Path) -> None:
     assert len(done.stdout) > 50
 
 
-def test_importing_the_package_imports_nothing_heavy() -> None:
+def test_package_import_does_not_load_torch() -> None:
     code = "import sys, myllm; print('torch' in sys.modules); print(myllm.load_model, hasattr(myllm, 'other'))"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert output.startswith("False\n<function load_model")
@@ -88,7 +88,7 @@ def test_unusual_line_separators_in_prompts(tmp_path: Path) -> None:
         read_prompts(tmp_path / "p.jsonl")
 
 
-def test_records(data: Path, tmp_path: Path) -> None:
+def test_json_and_jsonl_records(data: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "the river"}\n\n{"prompt": "two\\nlines é", "other": 1}\n', encoding="utf-8")
     words = ("sample", "tiny", "--prompts-file", prompts, "--num-samples", "2", "--max-new-tokens", "4", "--seed", "7")
@@ -127,11 +127,11 @@ def test_ordered_printer() -> None:
 
     turns.print_all(completions())
     assert file.getvalue() == "--- 1\nAab\n--- 2\nBxy\n--- 3\nCuv\n"
-    assert [seen for _, seen in expected] == [wanted for wanted, _ in expected]
+    assert [seen for _, seen in expected] == [target for target, _ in expected]
 
 
 @pytest.mark.parametrize("form", ["text", "jsonl"])
-def test_output_is_streamed(data: Path, pair: LanguageModel, tmp_path: Path, form: str) -> None:
+def test_output_streamed(data: Path, pair: LanguageModel, tmp_path: Path, form: str) -> None:
     """Two samples; the first ends at a stop string, the second would take hours."""
     (first,) = complete(pair, ["the river"], 40, SamplingParams(seed=3))
     (second,) = complete(pair, ["the river"], 400, SamplingParams(seed=4))
@@ -188,7 +188,7 @@ def test_errors_and_notes(
 # -- chat -------------------------------------------------------------------------------------------------------------
 
 
-def test_chat_saves(data: Path, tmp_path: Path) -> None:
+def test_chat_save_command(data: Path, tmp_path: Path) -> None:
     file = tmp_path / "said.txt"
     typed = f"forget me\n/reset\nthe river\n/save {file}\n/save {file}\n/save\n/save /nowhere/x\n"
     done = command(data, "chat", "tiny", "--max-new-tokens", "4", stdin=typed)
@@ -200,7 +200,7 @@ def test_chat_saves(data: Path, tmp_path: Path) -> None:
         assert answer in done.stdout
 
 
-def test_ctrl_c_stops_only_the_reply(data: Path) -> None:
+def test_ctrl_c_stops_only_reply(data: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-u", "-m", "myllm", "chat", "tiny", "--max-new-tokens", "100000000"], stdin=subprocess.PIPE,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"MYLLM_DATA": str(data)},

@@ -43,14 +43,14 @@ def command(data: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return done
 
 
-def test_ctrl_c_during_a_text(data: Path) -> None:
+def test_ctrl_c_during_streaming(data: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "myllm", "serve", "tiny", "--port", "0", "--temperature", "0.5", "--device", "cpu"],
         env=os.environ | {"MYLLM_DATA": str(data)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
-        said = process.stdout.readline()
-        port = int(re.fullmatch(r"serving tiny at http://127\.0\.0\.1:(\d+) \(press Ctrl-C to stop\)\n", said)[1])
+        banner = process.stdout.readline()
+        port = int(re.fullmatch(r"serving tiny at http://127\.0\.0\.1:(\d+) \(press Ctrl-C to stop\)\n", banner)[1])
         with socket.create_connection(("127.0.0.1", port), timeout=DEADLINE_S) as client:
             body = json.dumps(LONG).encode()
             client.sendall(post_head(len(body)) + body)
@@ -66,7 +66,7 @@ def test_ctrl_c_during_a_text(data: Path) -> None:
     assert (process.returncode, out.strip(), err) == (0, "stopped", "")
 
 
-def test_mistakes_of_the_command(
+def test_invalid_arguments_rejected(
     data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -104,7 +104,7 @@ def test_invalid_addresses(host: str, port: int) -> None:
         listen(host, port).close()
 
 
-def test_the_wheel_has_the_page_and_the_reference_curve(tmp_path: Path) -> None:
+def test_wheel_contains_page_and_reference_curve(tmp_path: Path) -> None:
     pytest.importorskip("setuptools", minversion="77")
     shutil.copytree(ROOT / "src", tmp_path / "src", ignore=shutil.ignore_patterns("*.egg-info", "__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE.txt"):

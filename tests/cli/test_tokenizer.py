@@ -53,7 +53,7 @@ def run(config: RunConfig) -> Path:
         return train(config, prepare(config.data, progress=False), process).run.root
 
 
-def test_from_text_to_samples(tiny: RunConfig, learn: Learn) -> None:
+def test_train_and_sample_with_own_tokenizer(tiny: RunConfig, learn: Learn) -> None:
     config = with_vocabulary(tiny, learn("own", 400), 400)
     folder = run(config)
     assert list(losses(folder)) == list(range(1, 13))
@@ -70,22 +70,22 @@ def test_from_text_to_samples(tiny: RunConfig, learn: Learn) -> None:
     assert "Chapter" in dataset.tokenizer().decode(dataset.train.read(0, 50))
 
 
-def test_vocabularies_are_not_mixed_up(tiny: RunConfig, learn: Learn) -> None:
+def test_mismatched_vocabularies_raise(tiny: RunConfig, learn: Learn) -> None:
     first, second = learn("first", 400), learn("second", 401)
-    made = prepare(with_vocabulary(tiny, first, 400).data, progress=False)
+    first_dataset = prepare(with_vocabulary(tiny, first, 400).data, progress=False)
     plain = prepare(tiny.data, progress=False)
     other = prepare(with_vocabulary(tiny, second, 401).data, progress=False)
-    assert len({made.folder, plain.folder, other.folder}) == 3
+    assert len({first_dataset.folder, plain.folder, other.folder}) == 3
 
     def on(config: RunConfig, name: str) -> RunConfig:
         return replace(config, data=replace(config.data, dataset=name))
 
     with pytest.raises(UserError, match="was made with the tokenizer bpe-400"):
-        run(on(with_vocabulary(tiny, second, 401), made.name))
+        run(on(with_vocabulary(tiny, second, 401), first_dataset.name))
     with pytest.raises(UserError, match="was made with the tokenizer r50k_base"):
         run(on(with_vocabulary(tiny, first, 400), plain.name))
     with pytest.raises(UserError, match=r"model\.vocab_size is 50,257(.|\n)*set it to 400"):
-        run(on(tiny, made.name))
+        run(on(tiny, first_dataset.name))
     run(with_vocabulary(tiny, first, 400))
     # The same size, another vocabulary: a run does not go on with other data.
     same_size = learn("third", 400)
@@ -94,7 +94,7 @@ def test_vocabularies_are_not_mixed_up(tiny: RunConfig, learn: Learn) -> None:
         run(with_vocabulary(tiny, same_size, 400))
 
 
-def test_a_changed_vocabulary_is_rejected(tiny: RunConfig, learn: Learn) -> None:
+def test_changed_vocabulary_rejected(tiny: RunConfig, learn: Learn) -> None:
     dataset = prepare(with_vocabulary(tiny, learn("own", 400), 400).data, progress=False)
     file = dataset.folder / "tokenizer.json"
     file.write_text(file.read_text().replace('"version": "1.0"', '"version":  "1.0"'))
@@ -105,26 +105,24 @@ def test_a_changed_vocabulary_is_rejected(tiny: RunConfig, learn: Learn) -> None
     assert RunPaths.of("tiny").root.parent.name == "runs"
 
 
-def test_a_run_records_its_source_and_vocabulary(
-    tiny: RunConfig, learn: Learn, temp_data: Path, tmp_path: Path
-) -> None:
+def test_run_records_source_and_vocabulary(tiny: RunConfig, learn: Learn, temp_data: Path, tmp_path: Path) -> None:
     """Not the preset's source, but the source of the data set that was given by name."""
     config = with_vocabulary(tiny, learn("own", 400), 400)
-    made = prepare(replace(config.data, strip_control=True), progress=False)
-    given = replace(get_preset("lf-llm-269m").data, dataset=made.name[:-3], workers=1)
+    dataset = prepare(replace(config.data, strip_control=True), progress=False)
+    given = replace(get_preset("lf-llm-269m").data, dataset=dataset.name[:-3], workers=1)
     folder = run(replace(with_train(config, max_steps=2), data=given))
     saved = load_config(folder / "config.json", RunConfig())
     assert saved.data.source == config.data.source
-    assert (saved.data.dataset, saved.data.strip_control) == (made.name, True)
+    assert (saved.data.dataset, saved.data.strip_control) == (dataset.name, True)
     assert load_config(folder / "checkpoints/step_00000002/config.json", RunConfig()) == saved
-    assert read_json_or_empty(folder / "environment.json")["tokenizer"] == made.tokenizer().describe()
+    assert read_json_or_empty(folder / "environment.json")["tokenizer"] == dataset.tokenizer().describe()
 
-    vocabulary = made.tokenizer()
+    vocabulary = dataset.tokenizer()
     moved = temp_data.rename(tmp_path / "moved")  # and it works where everything was moved
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MYLLM_DATA", str(moved))
         assert load_tokenizer(saved.data.tokenizer).sha256 == vocabulary.sha256
-        assert load_tokenizer(made.folder / "tokenizer.json").sha256 == vocabulary.sha256  # as it was called before
+        assert load_tokenizer(dataset.folder / "tokenizer.json").sha256 == vocabulary.sha256  # as it was called before
         run(with_train(saved, max_steps=3))
         run_folder = RunPaths.of("tiny")
         text = render_model_card(read_card_data(run_folder, 3, "me/mine", None, {}))
@@ -137,7 +135,7 @@ def test_a_run_records_its_source_and_vocabulary(
     assert "control characters removed" in text
 
 
-def test_a_tokenizer_that_the_preparation_trains(tiny: RunConfig, learn: Learn, temp_data: Path) -> None:
+def test_preparation_trains_tokenizer(tiny: RunConfig, learn: Learn, temp_data: Path) -> None:
     """The same as that of `myllm tokenizer train`, and the same each time: from the text to a repaired shard."""
     data = replace(tiny.data, tokenizer="train:400")
     assert find_prepared(data) is None
@@ -160,7 +158,7 @@ def test_a_tokenizer_that_the_preparation_trains(tiny: RunConfig, learn: Learn, 
         run(with_train(replace(config, model=tiny.model, name="other"), max_steps=2))
 
 
-def test_a_tokenizer_to_train_needs_a_number(tiny: RunConfig) -> None:
+def test_train_tokenizer_requires_vocab_size(tiny: RunConfig) -> None:
     for size, message in (("", "no number of tokens"), ("many", "no number of tokens"), ("3", "vocab_size is 3")):
         with pytest.raises(UserError, match=message):
             prepare(replace(tiny.data, tokenizer=f"train:{size}"), progress=False)

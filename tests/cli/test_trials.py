@@ -37,7 +37,7 @@ def run_trial(config: RunConfig) -> TrialResult:
 
 
 @pytest.mark.slow
-def test_trials_are_the_runs_a_user_would_start(tiny: RunConfig, tmp_path: Path) -> None:
+def test_trials_match_ordinary_runs(tiny: RunConfig, tmp_path: Path) -> None:
     pair = [with_rate(tiny, 3e-3, "low"), with_rate(tiny, 6e-3, "high")]
     results = {result.name: result for result in run_trials(pair, jobs=2)}
     # An ordinary start of the same config, bit for bit.
@@ -61,7 +61,7 @@ def test_trials_are_the_runs_a_user_would_start(tiny: RunConfig, tmp_path: Path)
         run_trial(replace(tiny, name="alone"))
 
 
-def test_a_diverged_run_is_a_result_and_a_broken_one_an_error(tiny: RunConfig) -> None:
+def test_diverged_trial_returns_but_broken_trial_raises(tiny: RunConfig) -> None:
     diverged = run_trial(with_rate(tiny, 1e30, "diverged"))
     assert diverged.loss is None
     started = RunPaths.of("diverged").metrics.stat().st_mtime_ns
@@ -72,7 +72,7 @@ def test_a_diverged_run_is_a_result_and_a_broken_one_an_error(tiny: RunConfig) -
         run_trial(broken)
 
 
-def test_shares_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_machine_shares(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setattr("myllm.cli.trials.num_threads", lambda: 5)
     assert machine_shares("cpu", 1) == [Share()]
@@ -87,7 +87,7 @@ def test_shares_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-def test_a_hopeless_trial_is_given_up(tiny: RunConfig) -> None:
+def test_hopeless_trial_stopped_early(tiny: RunConfig) -> None:
     (result,) = run_trials([with_train(tiny, max_steps=2_000)], limit=lambda config, step: 0.1)
     assert result.loss is None
     assert 1_000 <= result.tokens / 128 < 2_000
@@ -95,7 +95,7 @@ def test_a_hopeless_trial_is_given_up(tiny: RunConfig) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_the_next_start_continues(number: int, tiny: RunConfig, tmp_path: Path) -> None:
+def test_restart_continues_interrupted_trial(number: int, tiny: RunConfig, tmp_path: Path) -> None:
     config = with_train(tiny, max_steps=1_000)
     file, run = write_run_config(config, tmp_path / "config.json"), RunPaths.of("tiny")
     words = [sys.executable, "-c", PROGRAM, str(file)]

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("temp_data", "in_process")
 
 
 @pytest.fixture
-def said(capsys: pytest.CaptureFixture[str]):
+def run_data(capsys: pytest.CaptureFixture[str]):
     """Run a command; what it printed on the standard output."""
 
     def run(*words: str | Path) -> str:
@@ -32,7 +32,7 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str | Path) -> str:
     return capsys.readouterr().err
 
 
-def test_amounts() -> None:
+def test_parse_count_and_target() -> None:
     for text, expected in {
         "10BT": 10**10, "10B": 10**10, "500M": 5 * 10**8, "2.5e9": 25 * 10**8, "1_000_000": 10**6, "1,000": 1_000,
         "7": 7, "1.5k": 1_500, "2T": 2 * 10**12, "0": 0,
@@ -50,8 +50,8 @@ def test_amounts() -> None:
             parse_target(text)
 
 
-def test_list_shows_every_known_source_and_what_is_prepared(said, mixed_corpus: Path, temp_data: Path) -> None:
-    shown = said("list")
+def test_list_shows_known_and_prepared_sources(run_data, mixed_corpus: Path, temp_data: Path) -> None:
+    shown = run_data("list")
     for corpus in CORPORA.values():
         row = next(line for line in shown.splitlines() if line.startswith(f"{corpus.name} "))
         assert corpus.license in row
@@ -60,21 +60,21 @@ def test_list_shows_every_known_source_and_what_is_prepared(said, mixed_corpus: 
     assert "hub:NAMESPACE/NAME" in shown
     assert "files:PATH" in shown
     assert "no prepared data sets yet" in shown
-    folder = Path(said("prepare", f"files:{mixed_corpus}", "--val-tokens", "500").splitlines()[0])
+    folder = Path(run_data("prepare", f"files:{mixed_corpus}", "--val-tokens", "500").splitlines()[0])
     (temp_data / "datasets" / "broken").mkdir()
     (temp_data / "datasets" / "broken" / "settings.json").write_text("{}")
-    shown = said("list")
+    shown = run_data("list")
     states = {line.split()[0]: line.split()[-1] for line in shown.splitlines() if line}
     assert (states[folder.name], states["broken"]) == ("complete", "incomplete")
 
 
-def test_prepare_takes_every_option(said, mixed_corpus: Path) -> None:
+def test_prepare_accepts_all_options(run_data, mixed_corpus: Path) -> None:
     options = [
         "--val-tokens", "500", "--target-tokens", "500K", "--shard-tokens", "10K",
         "--no-shuffle-files", "--shuffle-seed", "3", "--normalize-unicode", "--strip-control", "--min-chars", "20",
         "--dedup-exact", "--text-column", "text", "--workers", "1", "--keep-downloads", "--max-documents", "400",
     ]  # fmt: skip
-    folder = Path(said("prepare", f"files:{mixed_corpus}", *options).splitlines()[0])
+    folder = Path(run_data("prepare", f"files:{mixed_corpus}", *options).splitlines()[0])
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["shard_tokens"] == 10_000
     assert manifest["cleaning"] == {
@@ -85,50 +85,50 @@ def test_prepare_takes_every_option(said, mixed_corpus: Path) -> None:
     assert manifest["counts"]["passed_over"]["too_short"] > 0
 
 
-def test_max_documents_counts_those_of_both_splits(said, mixed_corpus: Path) -> None:
-    folder = Path(said("prepare", f"files:{mixed_corpus}", "--max-documents", "40").splitlines()[0])
+def test_max_documents_spans_both_splits(run_data, mixed_corpus: Path) -> None:
+    folder = Path(run_data("prepare", f"files:{mixed_corpus}", "--max-documents", "40").splitlines()[0])
     counts = json.loads((folder / "manifest.json").read_text())["counts"]
     assert counts["val_documents"] + counts["train_documents"] == 40
     assert 1 <= counts["val_documents"] <= 4
     assert 10 * counts["val_tokens"] <= counts["val_tokens"] + counts["train_tokens"]
 
 
-def test_less_held_out_than_asked_for_is_said(said, mixed_corpus: Path) -> None:
-    assert "val has less" not in said("prepare", f"files:{mixed_corpus}")
-    assert "val has less than --val-tokens 90,000,000" in said(
+def test_less_held_out_than_asked_for_is_said(run_data, mixed_corpus: Path) -> None:
+    assert "val has less" not in run_data("prepare", f"files:{mixed_corpus}")
+    assert "val has less than --val-tokens 90,000,000" in run_data(
         "prepare", f"files:{mixed_corpus}", "--val-tokens", "90000000"
     )
 
 
-def test_worker_shards_verify_repair_and_show(said, mixed_corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_worker_shards_verify_repair_and_show(run_data, mixed_corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = (f"files:{mixed_corpus}", "--val-tokens", "500", "--shard-tokens", "5K")
-    whole = Path(said("prepare", *source).splitlines()[0])
+    whole = Path(run_data("prepare", *source).splitlines()[0])
     before = {path.name: path.read_bytes() for path in whole.glob("*.npy")}
     for path in sorted(whole.rglob("*"), reverse=True):
         path.unlink()
     whole.rmdir()
     for shard in ("2/2", "1/2"):
-        assert f"myllm data merge {whole.name}" in said("prepare", *source, "--shard", shard)
-    assert Path(said("merge", whole.name).splitlines()[0]) == whole
+        assert f"myllm data merge {whole.name}" in run_data("prepare", *source, "--shard", shard)
+    assert Path(run_data("merge", whole.name).splitlines()[0]) == whole
     assert {path.name: path.read_bytes() for path in whole.glob("*.npy")} == before
 
-    assert "match the manifest" in said("verify", whole.name)
+    assert "match the manifest" in run_data("verify", whole.name)
     (whole / "train_00001.npy").write_bytes(b"damaged")
     assert "train_00001.npy; `myllm data verify" in refused(capsys, "verify", whole.name)
-    assert "match the manifest" in said("verify", whole.name, "--repair")
+    assert "match the manifest" in run_data("verify", whole.name, "--repair")
     assert (whole / "train_00001.npy").read_bytes() == before["train_00001.npy"]
 
     tokens = np.load(whole / "train_00000.npy")
-    shown = said("show", whole.name, "--sequence", "0", "--seq-len", "50")
+    shown = run_data("show", whole.name, "--sequence", "0", "--seq-len", "50")
     assert "tokens 0 to 50" in shown
     assert "--- token 0: a document begins" in shown
     second = int(np.flatnonzero(tokens == 50_256)[1])
-    assert f"at token {second:,}" in said("show", whole.name, "--document", "1")
-    assert said("show", whole.name, "--sequence", "0", "--seq-len", "50", "--train-seed", "1") != shown
+    assert f"at token {second:,}" in run_data("show", whole.name, "--document", "1")
+    assert run_data("show", whole.name, "--sequence", "0", "--seq-len", "50", "--train-seed", "1") != shown
 
 
-def test_estimate_prints_every_figure(said, mixed_corpus: Path) -> None:
-    shown = said("estimate", f"files:{mixed_corpus}", "--target", "10MT", "--workers", "4")
+def test_estimate_prints_all_figures(run_data, mixed_corpus: Path) -> None:
+    shown = run_data("estimate", f"files:{mixed_corpus}", "--target", "10MT", "--workers", "4")
     for name in ("documents", "text", "tokens", "tokens per byte", "to read", "shards on disk", "tokenizing"):
         assert f"\n  {name} " in shown, name
     assert "10M" in shown
@@ -159,14 +159,16 @@ def test_estimate_prints_every_figure(said, mixed_corpus: Path) -> None:
         (("verify", "nothing"), "no prepared data set"),
     ],
 )
-def test_mistakes_are_explained(words: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_arguments_report_error(
+    words: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert message in refused(capsys, *words)
 
 
-def test_a_format_that_datasets_cannot_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unsupported_datasets_format_reports_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "rows.xml").write_text("<rows><text>one</text></rows>")
     for command in ("prepare", "estimate"):
-        said = refused(capsys, command, f"datasets:{tmp_path}/rows.xml")
-        assert "with its module 'xml', expected one of" in said
-        assert "`files:PATH --suffix .xml .html` reads other kinds of text as it is" in said
-        assert "Traceback" not in said
+        run_data = refused(capsys, command, f"datasets:{tmp_path}/rows.xml")
+        assert "with its module 'xml', expected one of" in run_data
+        assert "`files:PATH --suffix .xml .html` reads other kinds of text as it is" in run_data
+        assert "Traceback" not in run_data

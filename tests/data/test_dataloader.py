@@ -59,7 +59,7 @@ def sequences_of(batches: list[Batch]) -> list[int]:
     return [int(first) // T for tokens, _ in batches for first in tokens[:, 0]]
 
 
-def test_a_batch_is_windows_of_the_stream(dataset: Dataset) -> None:
+def test_batch_reads_stream_windows(dataset: Dataset) -> None:
     tokens, targets = read_batch(StreamOrder(dataset.train, T), np.array([0, 11, 49]))
     assert tokens.dtype == targets.dtype == torch.int64
     assert tokens.is_contiguous()
@@ -82,7 +82,7 @@ def test_batches_equal_direct_reads(dataset: Dataset) -> None:
         position = position.advance(8, 50)
 
 
-def test_an_epoch_has_every_sequence_once(dataset: Dataset) -> None:
+def test_epoch_covers_all_sequences_once(dataset: Dataset) -> None:
     assert count_sequences(dataset.train.tokens, T) == 50
     seen = sequences_of(take(dataset, 50, at(0, 0), plan(micro=2, sequences=4)))
     assert sorted(seen[:50]) == sorted(seen[50:]) == list(range(50))
@@ -91,7 +91,7 @@ def test_an_epoch_has_every_sequence_once(dataset: Dataset) -> None:
 
 @settings(max_examples=25)
 @given(st.integers(0, 12), st.sampled_from([2, 4, 8, 16]))
-def test_resuming_anywhere_goes_on_as_if_never_stopped(dataset: Dataset, steps: int, sequences: int) -> None:
+def test_resume_at_any_step_matches_uninterrupted(dataset: Dataset, steps: int, sequences: int) -> None:
     batch = plan(sequences=sequences)
     whole = take(dataset, (steps + 3) * batch.grad_accum_steps, at(0, 0), batch)
     position = at(0, 0)
@@ -104,7 +104,7 @@ def test_resuming_anywhere_goes_on_as_if_never_stopped(dataset: Dataset, steps: 
 
 
 @pytest.mark.parametrize(("world_size", "micro"), [(1, 1), (1, 8), (2, 1), (2, 4), (4, 1), (4, 2)])
-def test_the_order_knows_nothing_of_ranks(dataset: Dataset, world_size: int, micro: int) -> None:
+def test_order_independent_of_ranks(dataset: Dataset, world_size: int, micro: int) -> None:
     alone = sequences_of(take(dataset, 8 * 7, at(1, 40), plan(micro=1)))
     batch = plan(world_size, micro)
     ranks = [take(dataset, 7 * batch.grad_accum_steps, at(1, 40), batch, rank) for rank in range(world_size)]
@@ -117,7 +117,7 @@ def loader_threads() -> list[threading.Thread]:
 
 
 @pytest.mark.parametrize("taken", [0, 1, 7])
-def test_the_thread_ends_with_the_block(dataset: Dataset, taken: int) -> None:
+def test_thread_stops_on_exit(dataset: Dataset, taken: int) -> None:
     take(dataset, taken, at(0, 0), plan())
     assert loader_threads() == []
     with pytest.raises(KeyError), BatchLoader(StreamOrder(dataset.train, T), plan(), at(0, 0), 0, CPU):
@@ -144,7 +144,7 @@ class Failing:
 
 
 @pytest.mark.parametrize("error", [OSError("disk gone"), ValueError("odd"), SystemExit("out")])
-def test_what_the_thread_meets_reaches_training(dataset: Dataset, error: BaseException) -> None:
+def test_thread_error_propagates_to_consumer(dataset: Dataset, error: BaseException) -> None:
     with BatchLoader(StreamOrder(Failing(dataset.train, error), T), plan(), at(0, 0), 0, CPU) as loader:
         for _ in range(5):
             loader.next_batch()
@@ -154,13 +154,13 @@ def test_what_the_thread_meets_reaches_training(dataset: Dataset, error: BaseExc
     assert loader_threads() == []
 
 
-def test_no_sequences_is_an_error_and_no_endless_loop(make_dataset: MakeDataset) -> None:
+def test_empty_stream_raises(make_dataset: MakeDataset) -> None:
     short = make_dataset(np.arange(T), np.arange(T))
     with BatchLoader(StreamOrder(short.train, T), plan(), at(0, 0), 0, CPU) as loader, pytest.raises(AssertionError):
         loader.next_batch()
 
 
-def test_time_spent_waiting_is_counted(dataset: Dataset) -> None:
+def test_wait_time_counted(dataset: Dataset) -> None:
     class Slow(Failing):
         def read(self, start: int, count: int) -> np.ndarray:
             time.sleep(0.05)
@@ -183,7 +183,7 @@ def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("small_windows")
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("sequences", [2, 8, 48, 64])
-def test_growing_data_give_the_batches_of_finished_data(
+def test_growing_dataset_matches_complete_dataset(
     dataset: Dataset, make_growing: MakeGrowing, world_size: int, sequences: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Over the ends of windows and of epochs; each rank looks for itself."""
@@ -213,7 +213,7 @@ def test_growing_data_give_the_batches_of_finished_data(
 
 
 @pytest.mark.usefixtures("small_windows")
-def test_no_step_is_handed_out_before_its_windows_are_there(dataset: Dataset, make_growing: MakeGrowing) -> None:
+def test_step_unavailable_until_windows_complete(dataset: Dataset, make_growing: MakeGrowing) -> None:
     """A window is 6 sequences, a shard 90 tokens: 11 sequences and a bit."""
     growing = make_growing(dataset)
     growing.grow(2)
@@ -232,7 +232,7 @@ def test_no_step_is_handed_out_before_its_windows_are_there(dataset: Dataset, ma
 
 @pytest.mark.usefixtures("small_windows")
 @pytest.mark.parametrize("there", [1, 2])
-def test_a_loader_that_waits_ends_when_told(dataset: Dataset, make_growing: MakeGrowing, there: int) -> None:
+def test_waiting_loader_stops_on_exit(dataset: Dataset, make_growing: MakeGrowing, there: int) -> None:
     growing = make_growing(dataset)
     growing.grow(there)
     seen = Dataset.open(growing.folder, allow_incomplete=True)
@@ -242,7 +242,7 @@ def test_a_loader_that_waits_ends_when_told(dataset: Dataset, make_growing: Make
 
 
 @pytest.mark.usefixtures("small_windows")
-def test_data_that_vanish_while_it_waits_are_said(
+def test_deleted_dataset_raises_while_waiting(
     dataset: Dataset, make_growing: MakeGrowing, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(BatchLoader, "POLL_S", 0.01)
@@ -258,7 +258,7 @@ def test_data_that_vanish_while_it_waits_are_said(
 
 
 @pytest.mark.usefixtures("small_windows")
-def test_resuming_within_and_behind_windows(dataset: Dataset) -> None:
+def test_resume_within_and_after_windows(dataset: Dataset) -> None:
     batch = plan(sequences=4)
     whole = take(dataset, 2 * 30, at(0, 0), batch)
     position = at(0, 0)
@@ -305,14 +305,14 @@ def wait(dataset: Dataset, make_growing: MakeGrowing, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.usefixtures("small_windows")
-def test_a_step_that_is_there_is_not_waited_for(wait: Wait) -> None:
+def test_available_step_does_not_wait(wait: Wait) -> None:
     with BatchLoader(StreamOrder(wait.dataset.train, T), plan(sequences=2), at(0, 0), 0, CPU) as loader:
         assert wait(loader)
     assert (wait.lines, wait.events, wait.looks) == ([], [], 0)
 
 
 @pytest.mark.usefixtures("small_windows")
-def test_waiting_ends_with_the_shards_of_the_step(wait: Wait) -> None:
+def test_wait_ends_when_shards_arrive(wait: Wait) -> None:
     wait.do = lambda look: wait.growing.grow() if look == 3 else None
     with BatchLoader(StreamOrder(wait.dataset.train, T), plan(), at(0, 8), 0, CPU) as loader:
         assert wait(loader)
@@ -329,7 +329,7 @@ def test_waiting_ends_with_the_shards_of_the_step(wait: Wait) -> None:
     assert wait.events.count("complete") == 1
 
 
-def test_completion_before_the_first_wait_is_reported(wait: Wait) -> None:
+def test_reports_completion_before_first_wait(wait: Wait) -> None:
     """The loader's thread may find the data set complete before training first waits for a step."""
     with BatchLoader(StreamOrder(wait.dataset.train, T), plan(), at(0, 0), 0, CPU) as loader:
         wait.growing.finish()
@@ -340,7 +340,7 @@ def test_completion_before_the_first_wait_is_reported(wait: Wait) -> None:
 
 
 @pytest.mark.usefixtures("small_windows")
-def test_waiting_ends_with_a_request_to_stop_even_if_nobody_prepares(wait: Wait) -> None:
+def test_stop_request_ends_wait_without_preparation(wait: Wait) -> None:
     with BatchLoader(StreamOrder(wait.dataset.train, T), plan(), at(0, 8), 0, CPU) as loader:
         assert not wait(loader, stop=lambda: wait.looks == 2)
         wait.abandoned = True
@@ -349,7 +349,7 @@ def test_waiting_ends_with_a_request_to_stop_even_if_nobody_prepares(wait: Wait)
             wait(loader)
 
 
-def test_the_position_follows_the_batches_taken(dataset: Dataset) -> None:
+def test_position_follows_consumed_batches(dataset: Dataset) -> None:
     """2 steps of 8 sequences in 4 micro-batches, at the end of an epoch of 50."""
     batch = plan(sequences=8, micro=2)
     with BatchLoader(StreamOrder(dataset.train, T), batch, at(0, 40), 0, CPU) as loader:

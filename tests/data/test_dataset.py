@@ -45,9 +45,7 @@ def streams(make_dataset: MakeDataset) -> list[tuple[np.ndarray, Dataset]]:
 
 
 @given(st.data())
-def test_reads_over_borders_are_slices_of_the_whole(
-    streams: list[tuple[np.ndarray, Dataset]], data: st.DataObject
-) -> None:
+def test_reads_across_shards_match_slices(streams: list[tuple[np.ndarray, Dataset]], data: st.DataObject) -> None:
     tokens, dataset = data.draw(st.sampled_from(streams))
     start = data.draw(st.integers(0, 97))
     count = data.draw(st.integers(0, 97 - start))
@@ -55,18 +53,18 @@ def test_reads_over_borders_are_slices_of_the_whole(
 
 
 @pytest.mark.parametrize(("start", "count"), [(-1, 2), (0, 1_001), (1_000, 1), (3, -1)])
-def test_reads_outside_are_refused(dataset: Dataset, start: int, count: int) -> None:
+def test_out_of_range_read_raises(dataset: Dataset, start: int, count: int) -> None:
     with pytest.raises(AssertionError):
         dataset.train.read(start, count)
 
 
-def test_a_read_does_not_touch_the_disk(dataset: Dataset) -> None:
+def test_read_returns_copy(dataset: Dataset) -> None:
     dataset.train.read(0, 10)[:] = 0
     assert dataset.train.read(0, 10).tolist() == list(range(10))
     assert dataset.damaged() == []
 
 
-def test_a_shard_that_is_cut_short_in_use_is_said(dataset: Dataset) -> None:
+def test_shard_truncated_in_use_raises(dataset: Dataset) -> None:
     """A map of it is still there, and to read that beyond the file's end would be the end of the process."""
     stream = dataset.train
     stream.read(0, 10)
@@ -81,7 +79,7 @@ def test_a_shard_that_is_cut_short_in_use_is_said(dataset: Dataset) -> None:
     assert len(stream.read(0, 10)) == 10
 
 
-def test_one_changed_byte_is_found(dataset: Dataset) -> None:
+def test_damaged_detects_single_byte_change(dataset: Dataset) -> None:
     path = dataset.folder / "train_00002.npy"
     content = bytearray(path.read_bytes())
     for at in (-1, 128, 5):  # the last token, the first, and the header
@@ -108,7 +106,7 @@ def test_ids_above_16_bits(make_dataset: MakeDataset) -> None:
 @pytest.mark.parametrize(
     "damage", ["missing", "folder", "empty", "one token short", "header only", "longer", "wider", "other"]
 )
-def test_a_missing_or_short_shard_is_refused(dataset: Dataset, damage: str) -> None:
+def test_missing_or_invalid_shard_raises(dataset: Dataset, damage: str) -> None:
     path = dataset.folder / "train_00001.npy"
     content = path.read_bytes()
     path.unlink()
@@ -127,7 +125,7 @@ def test_a_missing_or_short_shard_is_refused(dataset: Dataset, damage: str) -> N
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (None, "not a prepared data set"),
         (b"", "cannot read"),
@@ -140,17 +138,17 @@ def test_a_missing_or_short_shard_is_refused(dataset: Dataset, damage: str) -> N
         (b'{"format": "myllm-shards-3", "fingerprint": "f", "shards": [{"file": "a"}]}', "damaged"),
     ],
 )
-def test_a_damaged_manifest_is_refused(dataset: Dataset, content: bytes | None, said: str) -> None:
+def test_damaged_manifest_raises(dataset: Dataset, content: bytes | None, message: str) -> None:
     path = dataset.folder / "manifest.json"
     if content is None:
         path.unlink()
     else:
         path.write_bytes(content)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         Dataset.open(dataset.folder)
 
 
-def test_the_hash_is_the_recipes(dataset: Dataset) -> None:
+def test_fingerprint_independent_of_manifest_layout(dataset: Dataset) -> None:
     path = dataset.folder / "manifest.json"
     manifest = json.loads(path.read_text())
     assert dataset.fingerprint == manifest["fingerprint"]
@@ -158,24 +156,24 @@ def test_the_hash_is_the_recipes(dataset: Dataset) -> None:
     assert Dataset.open(dataset.folder).fingerprint == dataset.fingerprint, "layout and order of keys are not content"
 
 
-def test_finding_a_data_set(dataset: Dataset, temp_data: Path, tmp_path: Path) -> None:
+def test_find_dataset(dataset: Dataset, temp_data: Path, tmp_path: Path) -> None:
     for name in ("books-1234", "books-5678", ".partial-news-1", "news-1"):
         (temp_data / "datasets" / name).parent.mkdir(parents=True, exist_ok=True)
         os.symlink(dataset.folder, temp_data / "datasets" / name)
     assert find_dataset(str(dataset.folder)).folder == dataset.folder
     assert find_dataset("books-1234").name == "books-1234"
     assert find_dataset("new").name == "news-1"
-    for name, said in (
+    for name, message in (
         ("books", "2 prepared data sets begin with 'books'; give one name: books-1234, books-5678"),
         ("bocks-1234", "did you mean 'books-1234'"),
         (".partial", "known: books-1234, books-5678, news-1"),
         (str(tmp_path), "no prepared data set"),
     ):
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             find_dataset(name)
 
 
-def test_a_data_set_that_is_being_made_is_no_data_set_unless_asked_for(
+def test_incomplete_dataset_requires_allow_incomplete(
     dataset: Dataset, make_growing: MakeGrowing, temp_data: Path
 ) -> None:
     growing = make_growing(dataset)
@@ -213,7 +211,7 @@ def test_streams_grow_shard_by_shard(dataset: Dataset, make_growing: MakeGrowing
     assert seen.train.read(250, 100).tolist() == list(range(250, 350))
 
 
-def test_a_jump_from_the_first_shards_to_the_end(dataset: Dataset, make_growing: MakeGrowing) -> None:
+def test_refresh_jumps_to_complete_dataset(dataset: Dataset, make_growing: MakeGrowing) -> None:
     growing = make_growing(dataset)
     growing.grow(2)
     seen = Dataset.open(growing.folder, allow_incomplete=True)
@@ -225,7 +223,7 @@ def test_a_jump_from_the_first_shards_to_the_end(dataset: Dataset, make_growing:
     seen.refresh()  # a whole one needs nothing more from there
 
 
-def test_readers_and_those_who_refresh_do_not_disturb_one_another(dataset: Dataset, make_growing: MakeGrowing) -> None:
+def test_concurrent_reads_and_refreshes(dataset: Dataset, make_growing: MakeGrowing) -> None:
     growing = make_growing(dataset)
     growing.grow(2)
     seen = Dataset.open(growing.folder, allow_incomplete=True)
@@ -253,7 +251,7 @@ def test_readers_and_those_who_refresh_do_not_disturb_one_another(dataset: Datas
     assert failures == []
 
 
-def test_one_made_anew_with_other_settings_is_not_gone_on_with(dataset: Dataset, make_growing: MakeGrowing) -> None:
+def test_refresh_rejects_changed_settings(dataset: Dataset, make_growing: MakeGrowing) -> None:
     growing = make_growing(dataset)
     growing.grow(3)
     seen = Dataset.open(growing.folder, allow_incomplete=True)
@@ -266,7 +264,7 @@ def test_one_made_anew_with_other_settings_is_not_gone_on_with(dataset: Dataset,
         seen.refresh()
 
 
-def test_no_damaged_shard_is_read(make_dataset: MakeDataset) -> None:
+def test_verify_rejects_damaged_shard(make_dataset: MakeDataset) -> None:
     """Each shard is hashed before its first use: found are those that hold the asked-for tokens, and no others."""
     dataset = make_dataset(np.arange(1_000), np.arange(40), shard_tokens=100)
     for number, at in ((3, -1), (7, 128)):
@@ -278,14 +276,14 @@ def test_no_damaged_shard_is_read(make_dataset: MakeDataset) -> None:
     stream = Dataset.open(dataset.folder).train
     stream.verify(np.array([0, 290, 800]), 10)
     stream.verify(np.array([410]), 289)
-    for starts, count, said in (([299], 2, "00003"), ([250], 200, "00003"), ([0, 710], 5, "00007")):
-        with pytest.raises(UserError, match=rf"train_{said}\.npy in .*verify {dataset.folder} --repair"):
+    for starts, count, shard in (([299], 2, "00003"), ([250], 200, "00003"), ([0, 710], 5, "00007")):
+        with pytest.raises(UserError, match=rf"train_{shard}\.npy in .*verify {dataset.folder} --repair"):
             stream.verify(np.array(starts), count)
     with pytest.raises(UserError, match=r"train_00003\.npy, train_00007\.npy"):
         stream.verify(np.array([0]), 1_000)
 
 
-def test_a_data_set_of_the_earlier_format_is_read_the_same(dataset: Dataset) -> None:
+def test_previous_format_reads_identically(dataset: Dataset) -> None:
     path = dataset.folder / "manifest.json"
     manifest = json.loads(path.read_text())
     path.write_text(json.dumps(manifest | {"format": "myllm-shards-3"}))

@@ -107,15 +107,15 @@ class Runs:
     def end(self) -> None:
         for process in self._started:
             if process.poll() is None:  # torchrun puts each rank into a session of its own
-                for each in [*psutil.Process(process.pid).children(recursive=True), process]:
-                    each.kill()
+                for member in [*psutil.Process(process.pid).children(recursive=True), process]:
+                    member.kill()
             process.communicate(timeout=240)
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
-    said, _ = process.communicate(timeout=120)
-    assert "Traceback" not in said or process.returncode not in (0, 2), said
-    return process.returncode, said
+    output, _ = process.communicate(timeout=120)
+    assert "Traceback" not in output or process.returncode not in (0, 2), output
+    return process.returncode, output
 
 
 @pytest.fixture
@@ -137,9 +137,9 @@ def runs(tiny: RunConfig, tmp_path: Path) -> Iterator[Runs]:
 
 def expect_losses_of_finished_data(runs: Runs, ranks: int) -> None:
     """The same run once more, from its first step, on the data set that is whole by now."""
-    code, said = finish(runs.start(ranks, "--name", "whole"))
-    assert code == 0, said
-    assert "preparation continues" not in said
+    code, output = finish(runs.start(ranks, "--name", "whole"))
+    assert code == 0, output
+    assert "preparation continues" not in output
     assert losses(runs.run) == losses(runs.run.with_name("whole"))
     assert len(losses(runs.run)) == STEPS
     [folder] = [path for path in (runs.folder / "temp_data/datasets").iterdir() if path.is_dir()]
@@ -148,67 +148,67 @@ def expect_losses_of_finished_data(runs: Runs, ranks: int) -> None:
 
 
 @pytest.mark.slow
-def test_it_trains_while_the_data_are_made_with_the_same_losses(runs: Runs) -> None:
+def test_training_during_preparation_matches_complete_data(runs: Runs) -> None:
     runs.open_gate(7)
     process = runs.start()
     runs.wait(process, runs.waits)
     done = losses(runs.run)
     assert 0 < len(done) < STEPS, "it started before the data were complete"
     runs.open_gate()
-    code, said = finish(process)
-    assert code == 0, said
-    assert "preparation continues during training" in said
-    assert said.count("training tokens so far, from") >= 2
+    code, output = finish(process)
+    assert code == 0, output
+    assert "preparation continues during training" in output
+    assert output.count("training tokens so far, from") >= 2
     expect_losses_of_finished_data(runs, 1)
 
 
 @pytest.mark.slow
-def test_stopped_and_deserted_while_it_waits_it_saves_and_goes_on(runs: Runs) -> None:
+def test_resume_after_interrupt_and_killed_preparation(runs: Runs) -> None:
     """Ctrl-C; a preparation that is killed; then one that takes long to begin again."""
     runs.open_gate(7)
     process = runs.start()
     runs.wait(process, runs.waits)
     os.killpg(process.pid, signal.SIGINT)
-    code, said = finish(process)
-    assert code == 130, said
+    code, output = finish(process)
+    assert code == 130, output
     first = runs.saved()
-    assert f"stopped after step {first}, saved" in said
+    assert f"stopped after step {first}, saved" in output
     assert first == max(losses(runs.run)) > 0
 
     runs.open_gate(10)
     process = runs.start()
     runs.wait(process, lambda: f'"step": {first + 1}, "tokens"' in (runs.run / "metrics.jsonl").read_text())
     runs.preparation().kill()
-    code, said = finish(process)
-    assert code == 2, said
-    assert "error: the preparation of" in said
-    assert "run the same command again: finished work is kept" in said
+    code, output = finish(process)
+    assert code == 2, output
+    assert "error: the preparation of" in output
+    assert "run the same command again: finished work is kept" in output
     assert runs.saved() == max(losses(runs.run)) > first
 
     runs.open_gate()
-    code, said = finish(runs.start(delay_s=6))
-    assert code == 0, said
-    assert f"resuming from {list_checkpoints(runs.run / 'checkpoints')[-1].parent}" in said
+    code, output = finish(runs.start(delay_s=6))
+    assert code == 0, output
+    assert f"resuming from {list_checkpoints(runs.run / 'checkpoints')[-1].parent}" in output
     expect_losses_of_finished_data(runs, 1)
 
 
 @pytest.mark.slow
-def test_two_ranks_whose_preparation_is_killed_save_and_go_on(runs: Runs) -> None:
+def test_two_ranks_resume_after_killed_preparation(runs: Runs) -> None:
     runs.open_gate(7)
     process = runs.start(2)
     runs.wait(process, runs.waits)
     runs.preparation().kill()
-    said, _ = process.communicate(timeout=120)  # torchrun's own traceback is among it
+    output, _ = process.communicate(timeout=120)  # torchrun's own traceback is among it
     assert process.returncode != 0
-    assert said.count("error: the preparation of") == 1, said
+    assert output.count("error: the preparation of") == 1, output
     assert runs.saved() == max(losses(runs.run)) > 0
     runs.open_gate()
-    code, said = finish(runs.start(2))
-    assert code == 0, said
+    code, output = finish(runs.start(2))
+    assert code == 0, output
     expect_losses_of_finished_data(runs, 2)
 
 
-def test_a_killed_training_takes_its_preparation_with_it(runs: Runs) -> None:
+def test_killed_training_stops_preparation(runs: Runs) -> None:
     runs.open_gate(7)
     process = runs.start()
     runs.wait(process, runs.waits)
@@ -219,31 +219,29 @@ def test_a_killed_training_takes_its_preparation_with_it(runs: Runs) -> None:
     assert len(family) >= 2, "the preparation and its worker"
     # Where nobody reaps orphans, as in some containers, they stay as zombies.
     _, alive = psutil.wait_procs(family, timeout=20)
-    assert [each for each in alive if each.status() != psutil.STATUS_ZOMBIE] == []
+    assert [member for member in alive if member.status() != psutil.STATUS_ZOMBIE] == []
 
 
 @pytest.mark.slow
-def test_what_turns_out_to_be_too_little_is_said_as_of_finished_data(runs: Runs) -> None:
+def test_too_few_sequences_raises_same_error(runs: Runs) -> None:
     words = ("--train.batch-tokens", "65536", "--train.micro-batch-size", "1")
     for _ in range(2):  # growing, then whole
-        code, said = finish(runs.start(1, *words))
-        assert code == 2, said
-        assert "fewer than the 1,024 of one step; add text, or lower train.batch_tokens" in said
+        code, output = finish(runs.start(1, *words))
+        assert code == 2, output
+        assert "fewer than the 1,024 of one step; add text, or lower train.batch_tokens" in output
 
 
-def test_too_little_text_ends_with_the_preparations_own_words(runs: Runs) -> None:
+def test_too_little_text_reports_preparation_error(runs: Runs) -> None:
     for path in sorted((runs.folder / "growing").iterdir())[1:]:
         path.unlink()
     (runs.folder / "growing" / "000.txt").write_text("one word")
-    code, said = finish(runs.start())
+    code, output = finish(runs.start())
     assert code == 2
-    assert "at most a tenth and needs two tokens; add text" in said
-    assert said.count("error: ") == 1, "running it again would not help"
+    assert "at most a tenth and needs two tokens; add text" in output
+    assert output.count("error: ") == 1, "running it again would not help"
 
 
-def test_the_error_of_the_preparation_is_the_error_of_training(
-    tiny: RunConfig, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_preparation_error_reported_once(tiny: RunConfig, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     import pyarrow
     import pyarrow.parquet
 
@@ -269,13 +267,13 @@ def growing(tiny: RunConfig) -> Dataset:
     return Dataset.open(folder, allow_incomplete=True)
 
 
-def test_who_is_at_work_is_known_by_a_lock(growing: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_preparation_lock_marks_active_preparation(growing: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "sleep", lambda _: None)
     assert not is_being_prepared(growing.folder)
     with pytest.raises(UserError, match=r"ended before the data set was complete.*run the same command again"):
         growing.raise_if_abandoned()
-    for what in ("", BACKGROUND):
-        with preparation_lock(growing.folder, what):
+    for role in ("", BACKGROUND):
+        with preparation_lock(growing.folder, role):
             assert is_being_prepared(growing.folder)
             growing.raise_if_abandoned()
         assert not is_being_prepared(growing.folder)
@@ -283,7 +281,7 @@ def test_who_is_at_work_is_known_by_a_lock(growing: Dataset, monkeypatch: pytest
     assert not list(growing.folder.parent.glob(".never*"))
 
 
-def test_what_an_interrupted_preparation_left_is_not_begun_with(
+def test_incomplete_dataset_requires_running_preparation(
     growing: Dataset, tiny: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another process of this machine starts the preparation; until it does, nothing is there to rely on."""
@@ -298,7 +296,7 @@ def test_what_an_interrupted_preparation_left_is_not_begun_with(
         assert dataset.describe_progress() == f"{dataset.train.tokens:,} training tokens so far, from 25% of 0.0 MB"
 
 
-def test_a_finished_data_set_starts_no_process_and_is_cleared(tiny: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_complete_dataset_starts_no_preparation(tiny: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(background, "get_context", None)
     folder = prepare(tiny.data, progress=False).folder
     assert folder == make_spec(tiny.data).folder
@@ -308,7 +306,7 @@ def test_a_finished_data_set_starts_no_process_and_is_cleared(tiny: RunConfig, m
     assert not (folder / "work").exists()
 
 
-def test_the_preparation_stands_back_from_training(
+def test_background_preparation_lowers_priority(
     tiny: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its workers, one a core, would else be as many as all ranks' threads together."""

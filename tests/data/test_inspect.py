@@ -27,7 +27,7 @@ def dataset(request: pytest.FixtureRequest, mixed_corpus: Path, temp_data: Path)
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_every_document_is_found_by_its_number(dataset: Dataset, split: str) -> None:
+def test_document_at_finds_every_document(dataset: Dataset, split: str) -> None:
     """Over the borders of shards, which cut documents in two."""
     tokens = np.concatenate([np.load(path) for path in sorted(dataset.folder.glob(f"{split}_*.npy"))])
     starts = np.flatnonzero(tokens == END)
@@ -49,7 +49,7 @@ def test_prompts_are_the_first_words_of_held_out_documents(tmp_path: Path) -> No
     assert all(prompt.startswith("Das ") and prompt.endswith("Blatt fiel leise") for prompt in prompts)
 
 
-def test_a_sequence_is_what_training_reads(dataset: Dataset) -> None:
+def test_sequence_at_matches_training_reads(dataset: Dataset) -> None:
     total = count_sequences(dataset.train.tokens, 64)
     for number in (0, 1, total - 1):
         start, tokens = sequence_at(dataset, "train", number, 64, None)
@@ -64,7 +64,7 @@ def test_a_sequence_is_what_training_reads(dataset: Dataset) -> None:
         sequence_at(dataset, "train", total, 64, None)
 
 
-def test_borders_of_documents_are_shown(dataset: Dataset, reference: tiktoken.Encoding) -> None:
+def test_describe_tokens_marks_document_boundaries(dataset: Dataset, reference: tiktoken.Encoding) -> None:
     start, tokens = document_at(dataset, "train", 1)
     around = dataset.train.read(start - 3, len(tokens) + 5)
     shown = describe_tokens(dataset, around)

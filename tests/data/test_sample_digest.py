@@ -43,7 +43,7 @@ def delivered(dataset: Dataset, first: int, steps: int, world_size: int = 1, mic
     return sums
 
 
-def test_a_receipt_knows_nothing_of_ranks_and_restarts(dataset: Dataset) -> None:
+def test_digest_independent_of_ranks_and_restarts(dataset: Dataset) -> None:
     """Ten steps, into the second epoch: on 1, 2, 4 and 8 ranks, and interrupted anywhere with the ranks changed."""
     whole = SampleDigest().add(delivered(dataset, 0, 10))
     for world_size, micro in ((1, 1), (1, 8), (2, 1), (2, 4), (4, 2), (8, 1)):
@@ -61,12 +61,12 @@ def samples(dataset: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return np.arange(3 * SEQUENCES), sequences, rows
 
 
-def test_the_samples_are_those_that_the_loader_delivers(dataset: Dataset, samples: tuple[np.ndarray, ...]) -> None:
+def test_hash_samples_matches_loader(dataset: Dataset, samples: tuple[np.ndarray, ...]) -> None:
     places, sequences, rows = samples
     assert (hash_samples(places, sequences[places], rows[places]) == delivered(dataset, 0, 3)).all()
 
 
-def test_every_fault_changes_a_receipt(samples: tuple[np.ndarray, ...]) -> None:
+def test_data_order_faults_change_digest(samples: tuple[np.ndarray, ...]) -> None:
     places, sequences, rows = samples
     honest = SampleDigest().add(hash_samples(places, sequences[places], rows[places]))
 
@@ -88,7 +88,7 @@ def test_every_fault_changes_a_receipt(samples: tuple[np.ndarray, ...]) -> None:
     assert honest not in found[1:]
 
 
-def test_a_changed_token_changes_a_receipt(samples: tuple[np.ndarray, ...]) -> None:
+def test_changed_token_changes_digest(samples: tuple[np.ndarray, ...]) -> None:
     places, sequences, rows = samples[0], samples[1][samples[0]], samples[2][samples[0]]
     for i, j in ((0, 0), (5, T), (23, 3)):  # column T is a target only
         changed = rows.copy()
@@ -97,7 +97,7 @@ def test_a_changed_token_changes_a_receipt(samples: tuple[np.ndarray, ...]) -> N
 
 
 @pytest.mark.parametrize(("dtype", "code", "last"), [("uint16", "H", 65_535), ("uint32", "I", 151_668)])
-def test_a_hash_by_hand(dtype: str, code: str, last: int) -> None:
+def test_digest_matches_manual_hash(dtype: str, code: str, last: int) -> None:
     row = struct.pack(f"<2q3{code}", 7, 41, 1, 2, last)
     by_hand = hashlib.blake2b(row, digest_size=16).hexdigest()
     sums = hash_samples(np.array([7]), np.array([41]), np.array([[1, 2, last]], dtype=dtype))
@@ -108,7 +108,7 @@ def test_a_hash_by_hand(dtype: str, code: str, last: int) -> None:
 
 
 @pytest.mark.parametrize("offset", [0, 65_500], ids=["uint16", "uint32"])
-def test_the_program_of_the_documentation(offset: int, make_dataset: Callable[..., Dataset], tmp_path: Path) -> None:
+def test_documented_program_matches_digest(offset: int, make_dataset: Callable[..., Dataset], tmp_path: Path) -> None:
     """docs/data_format.md recomputes a receipt in a few lines that know nothing of myllm."""
     dataset = make_dataset(np.arange(50 * T + 3) + offset, np.arange(40), shard_tokens=90)
     chapter = FORMAT.read_text(encoding="utf-8").partition("## Receipts")[2]

@@ -38,7 +38,7 @@ def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
 
 
 @given(st.integers(1, 2_000), st.integers(0, 2**63 - 1), st.integers(0, 50))
-def test_every_epoch_is_a_permutation(n: int, seed: int, epoch: int) -> None:
+def test_epoch_is_permutation(n: int, seed: int, epoch: int) -> None:
     assert sorted(epoch_order(n, seed, epoch).tolist()) == list(range(n))
 
 
@@ -47,7 +47,7 @@ def test_epochs_and_seeds_differ() -> None:
     assert len(orders) == 900
 
 
-def test_the_order_looks_random() -> None:
+def test_order_looks_random() -> None:
     """Neither neighbours nor halves stay together: a rank correlation and the share of kept neighbours near chance."""
     order = epoch_order(20_000, 1_337, 0)
     assert abs(np.corrcoef(order, np.arange(20_000))[0, 1]) < 0.03
@@ -66,23 +66,23 @@ GOLDEN = {
 
 
 @pytest.mark.parametrize(("key", "expected"), GOLDEN.items())
-def test_the_order_never_changes(key: tuple[int, int, int], expected: list[int]) -> None:
+def test_order_matches_golden_values(key: tuple[int, int, int], expected: list[int]) -> None:
     assert epoch_order(*key)[: len(expected)].tolist() == expected
 
 
 @given(st.integers(1, 60), st.integers(0, 2**63 - 1), st.integers(0, 9))
-def test_the_order_is_what_it_says_it_is(n: int, seed: int, epoch: int) -> None:
+def test_order_matches_splitmix64_reference(n: int, seed: int, epoch: int) -> None:
     assert splitmix64(0) == 0xE220A8397B1DCDAF
     key = splitmix64((splitmix64(seed) + epoch) & MASK)
     assert epoch_order(n, seed, epoch).tolist() == sorted(range(n), key=lambda i: splitmix64(i ^ key))
 
 
-def test_an_order_cannot_be_spoiled_for_the_next_caller() -> None:
+def test_order_is_read_only() -> None:
     with pytest.raises(ValueError, match="read-only"):
         epoch_order(10, 0, 0)[0] = 1
 
 
-def test_counting_sequences() -> None:
+def test_count_sequences() -> None:
     for tokens in range(50):
         for seq_len in range(1, 12):
             fits = [i for i in range(50) if (i + 1) * seq_len + 1 <= tokens]  # inputs, and one token ahead
@@ -101,7 +101,7 @@ def test_windows_cover_every_token_once(tokens: int, seq_len: int) -> None:
 
 
 @given(st.integers(1, 30), st.integers(0, 4), st.data())
-def test_advance_is_counting_one_by_one(n: int, epoch: int, data: st.DataObject) -> None:
+def test_advance_matches_single_steps(n: int, epoch: int, data: st.DataObject) -> None:
     index, count = data.draw(st.integers(0, n - 1)), data.draw(st.integers(0, 200))
     want_epoch, want_index = epoch, index
     for _ in range(count):
@@ -112,7 +112,7 @@ def test_advance_is_counting_one_by_one(n: int, epoch: int, data: st.DataObject)
 
 
 @given(st.integers(1, 20), st.integers(1, 70), st.integers(1, 6))
-def test_steps_run_through_one_epoch_after_another(n: int, count: int, steps: int) -> None:
+def test_steps_traverse_consecutive_epochs(n: int, count: int, steps: int) -> None:
     endless = [i for epoch in range(count * steps // n + 2) for i in epoch_order(n, 5, epoch).tolist()]
     position, seen = at(0, 0), []
     for _ in range(steps):
@@ -131,7 +131,7 @@ def shares(position: DataPosition, sequences: int, n: int, world_size: int, micr
     ]
 
 
-def test_ranks_and_accumulation_never_change_a_step() -> None:
+def test_step_independent_of_ranks_and_accumulation() -> None:
     """16 sequences a step, every way to cut them over ranks and micro-steps; every sequence once an epoch."""
     n, sequences = 80, 16
     for world_size in (1, 2, 4):
@@ -149,7 +149,7 @@ def test_ranks_and_accumulation_never_change_a_step() -> None:
 
 
 @given(st.integers(1, 5), st.integers(1, 8), st.integers(1, 8))
-def test_rows_of_ranks_tile_a_step(accumulation: int, world_size: int, micro: int) -> None:
+def test_rank_rows_tile_step(accumulation: int, world_size: int, micro: int) -> None:
     rows = [rank_rows(m, r, world_size, micro) for m in range(accumulation) for r in range(world_size)]
     assert rows[0].start == 0
     assert rows[-1].stop == accumulation * world_size * micro
@@ -163,9 +163,7 @@ def by_hand(n: int, window: int, epochs: int) -> list[int]:
 
 
 @given(st.integers(1, 40), st.integers(1, 50), st.integers(1, 70), st.integers(1, 6))
-def test_the_first_epoch_goes_through_windows_however_it_is_cut_into_steps(
-    n: int, window: int, count: int, steps: int
-) -> None:
+def test_windowed_order_independent_of_step_size(n: int, window: int, count: int, steps: int) -> None:
     endless = by_hand(n, window, count * steps // n + 2)
     position, seen = at(0, 0), []
     for _ in range(steps):
@@ -175,7 +173,7 @@ def test_the_first_epoch_goes_through_windows_however_it_is_cut_into_steps(
 
 
 @given(st.integers(1, 200), st.integers(1, 60))
-def test_windows_come_in_order_and_each_sequence_once(n: int, window: int) -> None:
+def test_windows_in_order_without_duplicates(n: int, window: int) -> None:
     first = step_sequences(at(0, 0), n, n, window)
     for start in range(0, n, window):
         assert sorted(first[start : start + window].tolist()) == list(range(start, min(start + window, n)))
@@ -183,7 +181,7 @@ def test_windows_come_in_order_and_each_sequence_once(n: int, window: int) -> No
     assert sorted(second.tolist()) == list(range(n))
 
 
-def test_windows_are_shuffled_differently_and_later_epochs_over_all_of_them() -> None:
+def test_first_epoch_shuffles_windows_later_epochs_globally() -> None:
     first = step_sequences(at(0, 0), 1_000, 1_000, 100).reshape(10, 100)
     assert len({(row % 100).tobytes() for row in first}) == 10
     assert all((np.diff(row) == 1).mean() < 0.1 for row in first)
@@ -192,7 +190,7 @@ def test_windows_are_shuffled_differently_and_later_epochs_over_all_of_them() ->
 
 
 @given(st.integers(1, 60), st.integers(1, 20), st.integers(1, 30), st.integers(0, 60))
-def test_what_is_there_already_decides_a_step_of_the_first_epoch(n: int, window: int, count: int, index: int) -> None:
+def test_sequences_needed_determine_first_epoch_step(n: int, window: int, count: int, index: int) -> None:
     """As soon as there are `sequences_needed`, the rest of the stream does not change the step."""
     needed = sequences_needed(at(0, index), count, window)
     assert needed is not None
@@ -204,17 +202,17 @@ def test_what_is_there_already_decides_a_step_of_the_first_epoch(n: int, window:
         assert at(0, index).advance(count, None) == at(0, index + count)
 
 
-def test_later_epochs_need_all_of_it() -> None:
+def test_later_epochs_need_complete_data() -> None:
     assert sequences_needed(at(1, 0), 1, 10) is None
 
 
 @given(st.integers(1, 20), st.integers(1, 8), st.integers(1, 30))
-def test_the_end_of_an_epoch_is_the_start_of_the_next(n: int, window: int, count: int) -> None:
+def test_epoch_end_equals_next_epoch_start(n: int, window: int, count: int) -> None:
     """A run whose data were still growing when it took the last sequence says (0, n), another (1, 0)."""
     assert (step_sequences(at(0, n), count, n, window) == step_sequences(at(1, 0), count, n, window)).all()
     assert at(0, n).advance(count, n) == at(1, 0).advance(count, n)
 
 
-def test_a_window_is_a_number_of_tokens() -> None:
+def test_window_sequences() -> None:
     assert window_sequences(2_048) == 65_536
     assert window_sequences(1 << 30) == 1

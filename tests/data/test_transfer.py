@@ -80,9 +80,9 @@ class Cuda:
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
     fake, to = Cuda(), torch.Tensor.to
 
-    def copy(tensor: torch.Tensor, *to_what: Any, non_blocking: bool = False) -> torch.Tensor:
+    def copy(tensor: torch.Tensor, *args: Any, non_blocking: bool = False) -> torch.Tensor:
         if not non_blocking:
-            return to(tensor, *to_what)
+            return to(tensor, *args)
         there = torch.full_like(tensor, GARBAGE)
         fake.calls.append(("copy", fake.entered.stream.name, threading.current_thread().name))
         fake.entered.stream.queued.append(lambda: there.copy_(tensor))
@@ -105,7 +105,7 @@ def bits(rows: np.ndarray) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("make", [inputs_and_targets, lambda rows: inputs_and_targets_on_device(bits(rows))])
-def test_every_token_id_survives(make: Callable[[np.ndarray], transfer.Batch]) -> None:
+def test_transfer_preserves_all_token_ids(make: Callable[[np.ndarray], transfer.Batch]) -> None:
     """uint16 and uint32 on the host, or their bits as int16 and int32 on the device."""
     every = np.arange(65_536, dtype=np.uint16).reshape(2, -1)
     wide = np.array([[0, 65_535, 65_536], [151_668, 2**31, 2**32 - 1]], dtype=np.uint32)
@@ -118,7 +118,7 @@ def test_every_token_id_survives(make: Callable[[np.ndarray], transfer.Batch]) -
         assert targets.tolist() == rows[:, 1:].astype(int).tolist()
 
 
-def test_the_copy_is_recorded_then_waited_for_then_used(cuda: Cuda) -> None:
+def test_copy_record_wait_order(cuda: Cuda) -> None:
     way = CudaTransfer(torch.device("cpu"), cuda)
     sent = way.send(ROWS)
     assert (sent[0] == GARBAGE).all(), "the copy is queued and not done"
@@ -130,7 +130,7 @@ def test_the_copy_is_recorded_then_waited_for_then_used(cuda: Cuda) -> None:
     ]  # fmt: skip
 
 
-def test_without_the_wait_the_pretended_device_gives_garbage(cuda: Cuda) -> None:
+def test_fake_device_detects_missing_wait(cuda: Cuda) -> None:
     """What the test above would not notice otherwise."""
     cuda.training.wait_event = lambda event: None
     way = CudaTransfer(torch.device("cpu"), cuda)
@@ -138,7 +138,7 @@ def test_without_the_wait_the_pretended_device_gives_garbage(cuda: Cuda) -> None
     assert tokens.tolist() != expected()[0]
 
 
-def test_a_batch_waits_for_its_own_copy_alone(cuda: Cuda) -> None:
+def test_batch_waits_only_for_own_copy(cuda: Cuda) -> None:
     way = CudaTransfer(torch.device("cpu"), cuda)
     first, second = way.send(ROWS), way.send(ROWS[::-1].copy())
     assert way.receive(first)[0].tolist() == expected()[0]
@@ -146,7 +146,7 @@ def test_a_batch_waits_for_its_own_copy_alone(cuda: Cuda) -> None:
     assert way.receive(second)[0].tolist() == expected()[0][::-1]
 
 
-def test_the_loaders_thread_copies_and_trainings_waits(
+def test_loader_thread_copies_main_thread_waits(
     cuda: Cuda, monkeypatch: pytest.MonkeyPatch, make_dataset: Callable[..., Any]
 ) -> None:
     dataset = make_dataset(np.arange(40 * 8 + 3), np.arange(40), shard_tokens=90)
@@ -163,20 +163,20 @@ def test_the_loaders_thread_copies_and_trainings_waits(
     assert {call[-1] for call in cuda.calls if call[0] == "wait"} == {threading.current_thread().name}
 
 
-def test_other_devices_get_batches_without_streams(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device, **how: asked.append((device, how)) or tensor)
+def test_cpu_and_mps_use_host_transfer(monkeypatch: pytest.MonkeyPatch) -> None:
+    copies = []
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device, **how: copies.append((device, how)) or tensor)
     for name in ("cpu", "mps"):
         way = make_transfer(torch.device(name))
         assert isinstance(way, HostTransfer)
         tokens, targets = way.receive(way.send(ROWS))
         assert (tokens.tolist(), targets.tolist()) == expected()
-        assert asked == [(torch.device(name), {})] * 2, "a copy that blocks"
-        asked.clear()
+        assert copies == [(torch.device(name), {})] * 2, "a copy that blocks"
+        copies.clear()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
-def test_on_cuda() -> None:
+def test_cuda_transfer() -> None:
     way = make_transfer(torch.device("cuda", 0))
     assert pin_rows(ROWS).is_pinned()
     for _ in range(100):

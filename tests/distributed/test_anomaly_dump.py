@@ -46,7 +46,7 @@ def train(config: RunConfig, rare: Rare, folder: Path) -> subprocess.CompletedPr
     return subprocess.run(words, capture_output=True, text=True, timeout=240, check=False)
 
 
-def test_both_ranks_stop_and_the_dump_names_one(config: RunConfig, rare: Rare, tmp_path: Path) -> None:
+def test_ranks_stop_and_dump_identifies_rank(config: RunConfig, rare: Rare, tmp_path: Path) -> None:
     """Replayed in one process, each rank's samples have the same losses, dropout included."""
     done = train(config, rare, tmp_path)
     assert done.returncode != 0
@@ -66,7 +66,7 @@ def test_both_ranks_stop_and_the_dump_names_one(config: RunConfig, rare: Rare, t
         assert here[row["sample"]] == pytest.approx(float(row["loss"]), rel=1e-6, nan_ok=True)
 
 
-def test_both_ranks_leave_the_update_out(
+def test_ranks_skip_nonfinite_update(
     config: RunConfig, rare: Rare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As one rank does. Without dropout, which differs between ranks: here the backward pass alone goes bad."""

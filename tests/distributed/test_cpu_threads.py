@@ -27,7 +27,7 @@ def system(folder: Path, siblings: list[str]) -> Path:
     return folder
 
 
-def test_physical_cores_are_counted(tmp_path: Path) -> None:
+def test_counts_physical_cores(tmp_path: Path) -> None:
     folder = system(tmp_path, ["0,2", "1,3", "0,2", "1,3"])
     assert cpu_threads._physical({0, 1, 2, 3}, folder) == 2
     assert cpu_threads._physical({0, 2}, folder) == 1
@@ -59,7 +59,7 @@ def group(folder: Path, place: str, **files: str) -> None:
         ("nonsense", {}, 16),
     ],
 )
-def test_a_container_quota_limits_the_cores(
+def test_container_quota_limits_cores(
     tmp_path: Path, own: str, files: dict[str, dict[str, str]], expected: int
 ) -> None:
     mine = tmp_path / "own"
@@ -75,7 +75,7 @@ def test_no_control_groups(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("nobody_chose")
 @pytest.mark.parametrize(("ranks", "expected"), [(1, 12), (2, 6), (5, 2), (8, 1), (40, 1)])
-def test_the_ranks_of_a_machine_share_its_cores(monkeypatch: pytest.MonkeyPatch, ranks: int, expected: int) -> None:
+def test_local_ranks_share_cores(monkeypatch: pytest.MonkeyPatch, ranks: int, expected: int) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))
     monkeypatch.setattr(cpu_threads, "_physical", len)
     monkeypatch.setattr(cpu_threads, "_within_quota", lambda count: count)
@@ -86,7 +86,7 @@ def test_the_ranks_of_a_machine_share_its_cores(monkeypatch: pytest.MonkeyPatch,
 
 @pytest.mark.parametrize("name", ["OMP_NUM_THREADS", "MKL_NUM_THREADS"])
 @pytest.mark.usefixtures("nobody_chose")
-def test_the_users_setting_is_used(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_user_setting_takes_precedence(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv(name, "3")
     assert cpu_threads.num_threads() is None
     assert cpu_threads.threads_reason() == f"set by {name}"
@@ -109,7 +109,7 @@ def without_choice(**more: str) -> dict[str, str]:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="it is told from /proc")
 @pytest.mark.parametrize(("given", "expected"), [({}, "None"), ({"OMP_NUM_THREADS": "1"}, "OMP_NUM_THREADS")])
-def test_torchruns_own_setting_is_recognized(given: dict[str, str], expected: str) -> None:
+def test_recognizes_torchrun_default(given: dict[str, str], expected: str) -> None:
     words = [sys.executable, "-c", LAUNCHER]
     done = subprocess.run(words, env=without_choice(**given), capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == expected
@@ -117,7 +117,7 @@ def test_torchruns_own_setting_is_recognized(given: dict[str, str], expected: st
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="it is told from /proc")
-def test_torchruns_own_setting_is_replaced() -> None:
+def test_replaces_torchrun_default() -> None:
     words = [
         sys.executable,
         "-m",
@@ -130,13 +130,13 @@ def test_torchruns_own_setting_is_replaced() -> None:
     assert done.stdout.count("3 threads, 6 usable core(s) for 2 processes") == 2
 
 
-def test_one_process_uses_all_cores() -> None:
+def test_single_process_uses_all_cores() -> None:
     words = [sys.executable, ROOT / "tests/support/six_cores.py"]
     done = subprocess.run(words, env=without_choice(), capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.strip() == "6 threads, 6 usable core(s)"
 
 
-def test_several_processes_on_mps_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_multiple_processes_on_mps_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)

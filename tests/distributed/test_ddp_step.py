@@ -42,14 +42,14 @@ def messages(work: Callable[[], None]) -> Counter[str]:
     return Counter(event.name for event in seen.events() if event.name.startswith("gloo:"))
 
 
-def test_a_step_sums_its_gradients_and_sends_nothing_else(tiny: RunConfig) -> None:
+def test_step_sends_single_gradient_all_reduce(tiny: RunConfig) -> None:
     steps = Steps(tiny)
     steps()  # once, DDP agrees on the order of its buckets
     assert messages(steps) == {"gloo:all_reduce": 1}
     assert any(buffer.numel() for buffer in steps.model.buffers()), "there are buffers that could have travelled"
 
 
-def test_gradients_never_leave_the_buckets(tiny: RunConfig) -> None:
+def test_gradients_stay_in_buckets(tiny: RunConfig) -> None:
     """Not those of micro-steps that do not travel, nor between steps: elsewhere they would take that memory again."""
     steps = Steps(tiny)
     for _ in range(3):

@@ -31,13 +31,13 @@ from myllm.errors import UserError
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_this_machine_has_a_name_and_a_speed() -> None:
+def test_cpu_name_and_speed() -> None:
     cpu = torch.device("cpu")
     assert device_name(cpu)
     assert 1e8 < measure_matmul_flops(cpu, size=128, seconds=0.05) < 1e14
 
 
-def test_a_gpu_is_timed_with_large_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_timing_uses_large_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
     """With 8,192 cubed products in the given type, synchronized once per series."""
     shapes, waits, real = [], [], torch.mm
 
@@ -63,20 +63,20 @@ def test_a_gpu_is_timed_with_large_matrices(monkeypatch: pytest.MonkeyPatch) -> 
     assert len(waits) < len(shapes) / 8
 
 
-def test_a_gpu_is_timed_with_events(monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
+def test_gpu_timing_uses_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
 
     def event(enable_timing: bool) -> Any:
         assert enable_timing
         return SimpleNamespace(
-            record=lambda: said.append("record"),
-            synchronize=lambda: said.append("wait"),
+            record=lambda: calls.append("record"),
+            synchronize=lambda: calls.append("wait"),
             elapsed_time=lambda other: 250.0,
         )
 
     monkeypatch.setattr(torch.cuda, "Event", event)
-    assert time_on_device(lambda: said.append("work"), torch.device("cuda")) == 0.25
-    assert said == ["record", "work", "record", "wait"]
+    assert time_on_device(lambda: calls.append("work"), torch.device("cuda")) == 0.25
+    assert calls == ["record", "work", "record", "wait"]
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Non
 
 
 @pytest.mark.parametrize(
-    ("version", "cuda", "built", "said", "command"),
+    ("version", "cuda", "built", "message", "command"),
     [
         ("550.54.15", "12.4", "13.0", "is built for CUDA 13.0 and needs driver 580 or newer", "torch==2.13.0 .*/cu126"),
         ("570.86", "12.8", "13.0", "and needs driver 580 or newer", "torch==2.11.0 .*/cu128"),
@@ -109,13 +109,13 @@ def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Non
         ("525.60", "12.0", "12.8", "which fits torch's CUDA 12.8", ""),  # a newer minor version needs no newer driver
     ],
 )
-def test_gpus_that_torch_cannot_use(
-    version: str, cuda: str, built: str | None, said: str, command: str, driver: Callable[..., None]
+def test_unusable_gpu_raises_with_remedy(
+    version: str, cuda: str, built: str | None, message: str, command: str, driver: Callable[..., None]
 ) -> None:
     driver(version, cuda, built)
     why = cuda_problem()
     assert f"driver {version}" in why
-    assert said in why
+    assert message in why
     assert re.search(command, why), why
     assert (f"{shlex.quote(sys.executable)} -m pip install" in why) == ("torch==" in why)
     assert cuda_device_count() == 0
@@ -130,7 +130,7 @@ def test_gpus_that_torch_cannot_use(
     assert training_device("cpu") == torch.device("cpu")
 
 
-def test_a_machine_without_gpus_is_no_problem(driver: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_machine_without_gpus_uses_cpu(driver: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     driver(None, None, "13.0")
     assert nvidia_driver() == (None, None)
     assert cuda_problem() is None
@@ -140,11 +140,11 @@ def test_a_machine_without_gpus_is_no_problem(driver: Callable[..., None], monke
     assert training_device("auto") == torch.device("cpu")
 
 
-def test_the_plan_is_printed_without_a_usable_gpu(driver: Callable[..., None]) -> None:
+def test_dry_run_without_usable_gpu(driver: Callable[..., None]) -> None:
     driver("550.54.15", "12.4", "13.0")
-    said = describe_dry_run(launch.parse_args(["debug", "--train.device", "auto", "--dry-run"]))
-    assert "TFLOP/s" in said
-    assert "no GPU       NVIDIA's driver 550.54.15 is installed, for CUDA up to 12.4, but torch" in said
+    output = describe_dry_run(launch.parse_args(["debug", "--train.device", "auto", "--dry-run"]))
+    assert "TFLOP/s" in output
+    assert "no GPU       NVIDIA's driver 550.54.15 is installed, for CUDA up to 12.4, but torch" in output
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_the_plan_is_printed_without_a_usable_gpu(driver: Callable[..., None]) -
         ((9, 4), ["gfx942"], True),
     ],
 )
-def test_a_gpu_without_kernels(
+def test_gpu_without_kernels_raises(
     capability: tuple[int, int], kernels: list[str], fits: bool, driver: Callable[..., None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -178,7 +178,7 @@ def test_a_gpu_without_kernels(
     assert "torch==2.13.0 --index-url https://download.pytorch.org/whl/cu126" in str(refused.value)
 
 
-def test_recommended_builds_are_supported() -> None:
+def test_recommended_torch_builds_supported() -> None:
     """By pyproject.toml, in the order from the newest CUDA."""
     bounds = SpecifierSet(re.search(r'"torch([^"]+)"', (ROOT / "pyproject.toml").read_text())[1])
     assert all(version in bounds for _, version, _, _ in TORCH_BUILDS)

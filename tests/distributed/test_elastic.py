@@ -19,7 +19,7 @@ NEWER = ("--signals-to-handle", "--shutdown-timeout")
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+def recorded_arguments(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Records torchrun's arguments instead of running it."""
     found: list[Any] = []
     monkeypatch.setattr(run, "run", found.append)
@@ -34,25 +34,27 @@ def without(names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     real = run.get_args_parser
 
     def parser() -> Any:
-        made = real()
-        for action in [each for each in made._actions if set(each.option_strings) & set(names)]:
-            made._actions.remove(action)
-            made._optionals._group_actions.remove(action)
+        argument_parser = real()
+        for action in [
+            candidate for candidate in argument_parser._actions if set(candidate.option_strings) & set(names)
+        ]:
+            argument_parser._actions.remove(action)
+            argument_parser._optionals._group_actions.remove(action)
             for word in action.option_strings:
-                del made._option_string_actions[word]
-        return made
+                del argument_parser._option_string_actions[word]
+        return argument_parser
 
     monkeypatch.setattr(run, "get_args_parser", parser)
 
 
 @pytest.mark.parametrize("lacking", [(), NEWER[1:], NEWER])
-def test_older_torchruns_get_only_known_options(
-    lacking: tuple[str, ...], asked: list[Any], monkeypatch: pytest.MonkeyPatch
+def test_older_torchrun_gets_only_supported_options(
+    lacking: tuple[str, ...], recorded_arguments: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     known = {name for name in NEWER if name in run.get_args_parser().format_help()}
     without(lacking, monkeypatch)
     assert main(["--nproc_per_node=2", "--max-restarts=1", "train.py", "--shutdown-timeout", "5"]) == 0
-    (arguments,) = asked
+    (arguments,) = recorded_arguments
     assert (arguments.nproc_per_node, arguments.max_restarts) == ("2", 1)  # the user's word is the last one
     assert arguments.training_script_args == ["--shutdown-timeout", "5"]
     words = default_arguments(run.get_args_parser().format_help())
@@ -67,27 +69,27 @@ def test_older_torchruns_get_only_known_options(
         ("--nnodes=2:1",), ("--nnodes=1:2:3",), ("--master-port=65536",), ("--master_port=-1",),
     ],
 )  # fmt: skip
-def test_invalid_options_are_reported(
-    options: tuple[str, ...], asked: list[Any], capsys: pytest.CaptureFixture[str]
+def test_invalid_options_report_error(
+    options: tuple[str, ...], recorded_arguments: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([*options, "train.py"]) == 2
-    assert not asked
+    assert not recorded_arguments
     assert re.fullmatch(r"error: .*[,;] expected .*\n", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("error", [DistNetworkError("EADDRINUSE\nmore"), RendezvousConnectionError("EADDRINUSE")])
-def test_a_taken_port_is_reported(
-    error: Exception, asked: list[Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_port_in_use_reports_error(
+    error: Exception, recorded_arguments: list[Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(_: Any) -> None:
         raise error
 
     monkeypatch.setattr(run, "run", fail)
     assert main(["--nnodes=2", "--master-addr=10.0.0.1", "--master-port=29500", "train.py"]) == 1
-    said = (
+    expected = (
         "error: the machines cannot connect at 10.0.0.1:29500: EADDRINUSE; use a free port, the same on all machines\n"
     )
-    assert capsys.readouterr().err == said
+    assert capsys.readouterr().err == expected
 
 
 def ended_with(codes: list[int], monkeypatch: pytest.MonkeyPatch) -> int:
@@ -101,13 +103,13 @@ def ended_with(codes: list[int], monkeypatch: pytest.MonkeyPatch) -> int:
     return agent._remaining_restarts
 
 
-def test_deliberate_exits_are_not_restarted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deliberate_exits_not_restarted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ended_with([-9, 1], monkeypatch) == 3
     assert ended_with([1, 2], monkeypatch) == 0
     assert ended_with([65], monkeypatch) == 0
 
 
-def test_torch_has_the_overridden_agent_method() -> None:
+def test_torch_agent_has_overridden_method() -> None:
     """No option of torchrun says which agent it starts, nor what is started again: both are names inside torch. Where a
     version moves one, this fails, and not a run that is started again and again."""
     assert api.LocalElasticAgent is LocalElasticAgent

@@ -69,13 +69,15 @@ def started(tmp_path: Path) -> Iterator[Callable[..., Started]]:
         return all_started[-1]
 
     yield start
-    for each in all_started:
-        for child in psutil.Process(each.process.pid).children(recursive=True) if each.process.poll() is None else []:
+    for launcher in all_started:
+        for child in (
+            psutil.Process(launcher.process.pid).children(recursive=True) if launcher.process.poll() is None else []
+        ):
             child.kill()
-        each.process.kill()
+        launcher.process.kill()
 
 
-def test_a_killed_rank_is_restarted(
+def test_killed_rank_restarts(
     tiny: RunConfig, tmp_path: Path, temp_data: Path, started: Callable[..., Started]
 ) -> None:
     """SIGKILL of one rank, and another run whose launcher gets SIGTERM and that the same command takes up: the same
@@ -92,8 +94,8 @@ def test_a_killed_rank_is_restarted(
     first = started("--config", path, "--train.fresh")
     first.wait_for(logged(run, 8))
     first.rank(1).send_signal(signal.SIGKILL)
-    code, said = first.ended()
-    assert code == 0, said
+    code, output = first.ended()
+    assert code == 0, output
     assert (run / "log.txt").read_text().count("resuming from") == 1
     asides = list(run.parent.glob("tiny.before-*"))
     assert [(aside / "older").is_file() for aside in asides] == [True]
@@ -104,28 +106,28 @@ def test_a_killed_rank_is_restarted(
     second = started("--config", again)
     second.wait_for(logged(other, 12))
     second.process.send_signal(signal.SIGTERM)
-    code, said = second.ended()
-    assert code == 128 + signal.SIGTERM, said
-    assert "saved; the same command resumes" in said
-    code, said = started("--config", again, "--train.max-wall-s", "1").ended()  # over before the first step
-    assert code == 75, said
-    assert said.count("run other on 2 x") == 1  # not started again
-    code, said = started("--config", again).ended()
-    assert code == 0, said
+    code, output = second.ended()
+    assert code == 128 + signal.SIGTERM, output
+    assert "saved; the same command resumes" in output
+    code, output = started("--config", again, "--train.max-wall-s", "1").ended()  # over before the first step
+    assert code == 75, output
+    assert output.count("run other on 2 x") == 1  # not started again
+    code, output = started("--config", again).ended()
+    assert code == 0, output
     assert (other / "log.txt").read_text().count("resuming from") == 2
     assert losses(run) == losses(other)
     assert losses(run).keys() == set(range(1, 81))
     assert not [p for p in psutil.process_iter(["cmdline"]) if str(path) in (p.info["cmdline"] or [])]
 
 
-def test_a_user_error_keeps_its_exit_code(temp_data: Path, started: Callable[..., Started]) -> None:
-    code, said = started("debug", "--train.batch-tokens", "1000").ended()
-    assert code == 2, said
-    assert said.count("error: the config has") == 1
-    assert "Traceback" not in said
+def test_user_error_preserves_exit_code(temp_data: Path, started: Callable[..., Started]) -> None:
+    code, output = started("debug", "--train.batch-tokens", "1000").ended()
+    assert code == 2, output
+    assert output.count("error: the config has") == 1
+    assert "Traceback" not in output
 
 
-def test_a_failing_rank_is_restarted_up_to_the_limit(tmp_path: Path) -> None:
+def test_failing_rank_restarts_up_to_limit(tmp_path: Path) -> None:
     """A traceback restarts the rank; a deliberate code at the third start ends it with that code."""
     script = tmp_path / "fails.py"
     script.write_text(

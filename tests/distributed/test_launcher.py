@@ -38,7 +38,7 @@ def environment(**changes: str | None) -> dict[str, str]:
         ({"MASTER_PORT": "x"}, "MASTER_PORT is 'x'"),
     ],
 )
-def test_invalid_variables_are_reported(changes: dict[str, str | None], expected: str) -> None:
+def test_invalid_environment_variables_report_error(changes: dict[str, str | None], expected: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", CHECK], env=environment(**changes), capture_output=True, text=True, check=False
     )
@@ -61,7 +61,7 @@ def test_empty_variables_count_as_unset(changes: dict[str, str | None]) -> None:
     assert ("this process runs alone" in done.stderr) == bool(half), done.stderr
 
 
-def test_missing_processes_are_named_while_waiting() -> None:
+def test_waiting_reports_missing_processes() -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     code = "from myllm.distributed.collectives import process_group; process_group('cpu').__enter__()"
@@ -70,9 +70,9 @@ def test_missing_processes_are_named_while_waiting() -> None:
     )
     try:
         assert process.stderr is not None
-        said = process.stderr.readline()
+        line = process.stderr.readline()
     finally:
         process.kill()
         process.communicate()
-    assert said.startswith(f"rank 0 waits for the other 1 of 2 processes at 127.0.0.1:{port}")
-    assert "unset RANK LOCAL_RANK WORLD_SIZE" in said
+    assert line.startswith(f"rank 0 waits for the other 1 of 2 processes at 127.0.0.1:{port}")
+    assert "unset RANK LOCAL_RANK WORLD_SIZE" in line

@@ -47,7 +47,7 @@ def assert_close(mine: dict, other: dict, tolerance: float) -> None:
             assert difference < 10 * tolerance, f"{key} of {name} differ by {difference:.1e}"
 
 
-def test_fsdp_ddp_and_one_rank_agree(tmp_path: Path) -> None:
+def test_fsdp_and_ddp_match_single_rank(tmp_path: Path) -> None:
     """With two micro-steps per step, tied and untied embeddings, gradient clipping and decay groups."""
     alone = results(tmp_path / "one", 1, "ddp", "modern")
     two = results(tmp_path / "two", 2, "ddp", "fsdp", "modern", "ddp-bfloat16", "fsdp-bfloat16")
@@ -65,7 +65,7 @@ def test_fsdp_ddp_and_one_rank_agree(tmp_path: Path) -> None:
         assert two[case]["kept_bytes"] == 0  # of what the evaluations saw
 
 
-def test_muon_on_one_two_and_four_ranks(tmp_path: Path) -> None:
+def test_muon_matches_across_rank_counts(tmp_path: Path) -> None:
     """It orthogonalizes in bfloat16 where that is fast, which turns a difference in the last bit into one of 1 %."""
     one = results(tmp_path / "one", 1, "ddp-muon")["ddp-muon"]
     for ranks in (2, 4):
@@ -76,7 +76,7 @@ def test_muon_on_one_two_and_four_ranks(tmp_path: Path) -> None:
                 assert (case["weights"][name] - weight).norm() < 1e-2 * weight.norm(), name
 
 
-def test_the_first_step_after_a_start_is_like_later_ones(tmp_path: Path) -> None:
+def test_first_step_gradients_match_later_steps(tmp_path: Path) -> None:
     """On three ranks, where the order of a sum depends on the bucket: restarts are bit-identical."""
     done = warm_start.run(SCRIPT.with_name("repeat_gradients.py"), tmp_path, ranks=3)
     assert done.returncode == 0, done.stderr
@@ -85,14 +85,14 @@ def test_the_first_step_after_a_start_is_like_later_ones(tmp_path: Path) -> None
         assert found == {"ddp": [True, True], "fsdp": [True, True]}
 
 
-def test_compiled_engines_agree(tmp_path: Path) -> None:
+def test_compiled_engines_match_eager(tmp_path: Path) -> None:
     cases = "ddp-compiled", "ddp-compiled-recomputed", "fsdp-compiled", "fsdp-compiled-recomputed"
     (one,) = results(tmp_path / "one", 1, "ddp").values()
     for found in results(tmp_path / "two", 2, *cases).values():
         assert_close(found, one, 1e-4)
 
 
-def test_an_fsdp_run_equals_a_ddp_run(tiny: RunConfig, tmp_path: Path, temp_data: Path) -> None:
+def test_fsdp_run_matches_ddp_run(tiny: RunConfig, tmp_path: Path, temp_data: Path) -> None:
     """A whole run on FSDP with recomputed activations and dropout is the one on DDP: losses, every evaluation, samples,
     the best checkpoint, which opens everywhere."""
     evals = replace(tiny.eval, validation_every_steps=2, validation_tokens=320)  # five sequences: unequal shares

@@ -21,7 +21,7 @@ def short(tiny: RunConfig) -> RunConfig:
     return replace(with_train(tiny, batch_tokens=2 * 64, max_steps=4), model=model)
 
 
-def test_a_rehearsal_on_two_ranks(short: RunConfig, tmp_path: Path, temp_data: Path) -> None:
+def test_preflight_on_two_ranks(short: RunConfig, tmp_path: Path, temp_data: Path) -> None:
     """One table, of both; a refusal is said once; nothing is left."""
     path = write_run_config(short, tmp_path / "config.json")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -38,7 +38,7 @@ def test_a_rehearsal_on_two_ranks(short: RunConfig, tmp_path: Path, temp_data: P
     assert not list(tmp_path.glob(".preflight.*"))
 
 
-def test_auto_on_one_rank_then_on_two(short: RunConfig, tmp_path: Path, temp_data: Path) -> None:
+def test_auto_micro_batch_size_across_rank_counts(short: RunConfig, tmp_path: Path, temp_data: Path) -> None:
     """Two sequences fit on one rank; two ranks have one each, so they choose anew. The losses are those of one rank."""
     auto = with_train(short, micro_batch_size="auto", save_every_steps=2)
     run, path = temp_data / "runs/tiny", write_run_config(auto, tmp_path / "auto.json")

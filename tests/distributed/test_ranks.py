@@ -41,7 +41,7 @@ def gradients(config: RunConfig, ranks: int, sizes: tuple[int, ...], folder: Pat
 
 
 @pytest.mark.slow
-def test_gradients_do_not_depend_on_ranks_or_accumulation(plain: RunConfig, tmp_path: Path) -> None:
+def test_gradients_independent_of_ranks_and_accumulation(plain: RunConfig, tmp_path: Path) -> None:
     """8 sequences a step as 1, 2 and 4 accumulation steps on one rank, and as 1, 2 and 4 on two."""
     reference, *others = gradients(plain, 1, (8, 4, 2), tmp_path / "one")
     for other in (*others, *gradients(plain, 2, (4, 2, 1), tmp_path / "two")):
@@ -53,7 +53,7 @@ def test_gradients_do_not_depend_on_ranks_or_accumulation(plain: RunConfig, tmp_
 
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_ranks_come_and_go(optimizer: str, plain: RunConfig, tmp_path: Path, temp_data: Path) -> None:
+def test_resume_with_different_rank_counts(optimizer: str, plain: RunConfig, tmp_path: Path, temp_data: Path) -> None:
     """Four steps on two ranks by DDP, four on three by FSDP and four on one rank are twelve on one: the same samples,
     losses and figures."""
     lambada = tmp_path / "lambada.jsonl"
@@ -96,7 +96,7 @@ def test_ranks_come_and_go(optimizer: str, plain: RunConfig, tmp_path: Path, tem
 
 
 @pytest.mark.slow
-def test_ranks_stop_early_together(plain: RunConfig, tmp_path: Path, temp_data: Path) -> None:
+def test_early_stopping_agrees_across_ranks(plain: RunConfig, tmp_path: Path, temp_data: Path) -> None:
     """At a rate of next to nothing no validation is better than the first: two more, and all ranks stop, by rank 0's
     figures, though the other rank has its own."""
     evals = replace(plain.eval, validation_every_steps=2)
@@ -114,7 +114,7 @@ def test_ranks_stop_early_together(plain: RunConfig, tmp_path: Path, temp_data: 
     assert len(load_checkpoint(list_checkpoints(run / "best")[0]).random) == 2
 
 
-def test_a_mistake_is_said_once_and_by_rank_0(tmp_path: Path) -> None:
+def test_user_error_reported_once_by_rank_0(tmp_path: Path) -> None:
     done = launch("debug", "--train.batch-tokens", "1000", ranks=2)
     assert done.returncode != 0
     assert done.stderr.count("error: the config has") == 1

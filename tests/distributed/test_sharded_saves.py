@@ -28,7 +28,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["whole", "parts"])
-def test_one_process_reads_what_two_wrote(saved: Path, kind: str, tmp_path: Path) -> None:
+def test_single_process_loads_two_rank_checkpoint(saved: Path, kind: str, tmp_path: Path) -> None:
     folder = saved / kind / "checkpoints/step_00000003"
     assert not list(verify_checkpoint(folder))
     expected = torch.load(saved / f"{kind}.pt", weights_only=True)
@@ -47,11 +47,11 @@ def test_one_process_reads_what_two_wrote(saved: Path, kind: str, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_four_ranks_read_what_two_wrote(saved: Path) -> None:
+def test_four_ranks_load_two_rank_checkpoint(saved: Path) -> None:
     torchrun(4, "load", saved)
 
 
-def test_a_missing_shard_is_seen(saved: Path) -> None:
+def test_verify_detects_missing_or_changed_shard(saved: Path) -> None:
     shard = saved / "parts/checkpoints/step_00000002/optimizer/__1_0.distcp"
     content = shard.read_bytes()
     shard.unlink()

@@ -66,7 +66,7 @@ class Launched:
     def ranks(self) -> list[psutil.Process]:
         """By rank."""
         found = with_words(psutil.Process(self.process.pid).children(), "driver.py")
-        return sorted(found, key=lambda each: int(each.environ()["RANK"]))
+        return sorted(found, key=lambda process: int(process.environ()["RANK"]))
 
     def end(self) -> int:
         code = self.process.wait(timeout=120)
@@ -83,10 +83,14 @@ def left(patience_s: float = 30) -> list[psutil.Process]:
     deadline, me = time.monotonic() + patience_s, str(os.environ["MYLLM_DATA"])
     while True:
         found = []
-        for each in psutil.process_iter():
+        for process in psutil.process_iter():
             try:
-                if each.pid != os.getpid() and each.environ().get("MYLLM_DATA") == me and each.status() != "zombie":
-                    found.append(each)
+                if (
+                    process.pid != os.getpid()
+                    and process.environ().get("MYLLM_DATA") == me
+                    and process.status() != "zombie"
+                ):
+                    found.append(process)
             except psutil.Error:
                 continue
         if not found or time.monotonic() > deadline:
@@ -98,11 +102,11 @@ def left(patience_s: float = 30) -> list[psutil.Process]:
 def config(tiny: RunConfig) -> Iterator[RunConfig]:
     evals = replace(tiny.eval, cloze_every_steps=0, sample_every_steps=0, validation_every_steps=0)
     yield replace(with_train(tiny, max_steps=20_000, save_every_steps=1_000), eval=evals)
-    for each in left(0):
-        each.kill()
+    for process in left(0):
+        process.kill()
 
 
-def test_a_stopped_run_is_not_started_again(config: RunConfig, tmp_path: Path) -> None:
+def test_stopped_run_not_restarted(config: RunConfig, tmp_path: Path) -> None:
     """--max-restarts is for faults. In an evaluation on rank 0 alone one rank hears a signal; later torchrun does."""
     endless = replace(config.eval, sample_every_steps=10_000, sample_new_tokens=10**8)
     options = ("--max-restarts=2", ALL_SIGNALS)
@@ -131,7 +135,7 @@ def test_a_stopped_run_is_not_started_again(config: RunConfig, tmp_path: Path) -
     assert len(losses(third.run)) == max(losses(third.run))  # none twice, none missing
 
 
-def test_a_rank_that_sleeps_ends_all(config: RunConfig, tmp_path: Path) -> None:
+def test_hanging_rank_ends_all_ranks(config: RunConfig, tmp_path: Path) -> None:
     started = Launched(tmp_path, replace(with_train(config, collective_timeout_s=3.0), name="asleep"))
     assert started.end() == 1
     output = started.output()
@@ -145,7 +149,7 @@ def test_a_rank_that_sleeps_ends_all(config: RunConfig, tmp_path: Path) -> None:
     assert "rank 1 did not arrive" in line
 
 
-def test_a_rank_that_gives_no_sign_of_life(config: RunConfig, tmp_path: Path) -> None:
+def test_unresponsive_rank_reported(config: RunConfig, tmp_path: Path) -> None:
     """Stopped as a whole, threads included: the other one says so."""
     started = Launched(tmp_path, with_train(config, collective_timeout_s=3.0), "--shutdown-timeout=3")
     started.wait_until(lambda: started.beat()["step"] > 5)

@@ -55,35 +55,35 @@ def small(tiny: RunConfig) -> RunConfig:
     return replace(with_train(tiny, max_steps=2, batch_tokens=256), eval=evals)
 
 
-def test_machines_must_share_the_runs_folder(small: RunConfig, tmp_path: Path) -> None:
+def test_unshared_runs_folder_raises(small: RunConfig, tmp_path: Path) -> None:
     """Each rank writes a shard of a checkpoint, so a separate folder is an error before the first step."""
-    codes, said = two_launchers(small, tmp_path, [tmp_path / "one", tmp_path / "two"])
-    assert 2 in codes, said
-    assert any("is not the folder that rank 0 has there" in each for each in said), said
-    assert not any("step      1/2" in each for each in said)
+    codes, outputs = two_launchers(small, tmp_path, [tmp_path / "one", tmp_path / "two"])
+    assert 2 in codes, outputs
+    assert any("is not the folder that rank 0 has there" in output for output in outputs), outputs
+    assert not any("step      1/2" in output for output in outputs)
 
 
-def test_ranks_are_never_confused(small: RunConfig, tmp_path: Path) -> None:
+def test_global_and_local_rank_roles(small: RunConfig, tmp_path: Path) -> None:
     """Only global rank 0 writes the run, the first rank of each machine prepares data, local ranks select devices."""
     machines = [tmp_path / "one", tmp_path / "two"]
     for machine in machines:  # data of their own, runs on a disk that they share
         machine.mkdir()
         (machine / "runs").symlink_to(tmp_path / "runs")
     (tmp_path / "runs").mkdir()
-    codes, said = two_launchers(small, tmp_path, machines)
-    assert codes == [0, 0], said
+    codes, outputs = two_launchers(small, tmp_path, machines)
+    assert codes == [0, 0], outputs
 
     found = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(4)]
-    assert [each["rank"] for each in found] == [0, 1, 2, 3]
-    assert [each["local_rank"] for each in found] == [0, 1, 0, 1]
-    assert [each["device"] for each in found] == ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]
-    assert [each["main"] for each in found] == [True, False, False, False]
-    assert {each["world_size"] for each in found} == {4}
-    assert {each["step"] for each in found} == {2}
+    assert [report["rank"] for report in found] == [0, 1, 2, 3]
+    assert [report["local_rank"] for report in found] == [0, 1, 0, 1]
+    assert [report["device"] for report in found] == ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]
+    assert [report["main"] for report in found] == [True, False, False, False]
+    assert {report["world_size"] for report in found} == {4}
+    assert {report["step"] for report in found} == {2}
     first, second = Path(found[0]["machine"]), Path(found[2]["machine"])
     assert {first, second} == set(machines)  # which of them has rank 0 is torchrun's choice
-    assert [Path(each["machine"]) for each in found] == [first, first, second, second]
-    for each in found:  # every machine has its own data
-        assert Path(each["dataset"]).is_relative_to(each["machine"])
-        assert (Path(each["dataset"]) / "manifest.json").is_file()
+    assert [Path(report["machine"]) for report in found] == [first, first, second, second]
+    for report in found:  # every machine has its own data
+        assert Path(report["dataset"]).is_relative_to(report["machine"])
+        assert (Path(report["dataset"]) / "manifest.json").is_file()
     assert losses(tmp_path / "runs/tiny").keys() == {1, 2}

@@ -37,7 +37,7 @@ def done(runs: Path) -> Path:
     return runs / "done"
 
 
-def test_a_run_is_resumed(done: Path) -> None:
+def test_resume_earlier_run(done: Path) -> None:
     before = losses(done)
     ended = launch("--config", done / "config.json", "--train.max-steps", 10)
     assert ended.returncode == 0, ended.stderr
@@ -53,7 +53,7 @@ def test_a_run_is_resumed(done: Path) -> None:
     assert json.loads((done / "config.json").read_text())["version"] == CONFIG.version
 
 
-def test_commands_read_a_run(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_read_earlier_run(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cli.main(["sample", "done", "--prompt", "the river", "--device", "cpu", "--max-new-tokens", "4"])
     assert "the river" in capsys.readouterr().out
     cli.main(["sample", str(done / "best"), "--prompt", "the river", "--device", "cpu", "--max-new-tokens", "4"])
@@ -68,7 +68,7 @@ def test_commands_read_a_run(done: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert (ended.value.code, capsys.readouterr().out) == (0, "step 8: complete, after step 8\n")
 
 
-def test_an_anomaly_dump_is_replayed(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_replay_earlier_anomaly_dump(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cli.main(["replay", "diverged"])
     assert "not finite in the replay either" in capsys.readouterr().out
     with pytest.raises(SystemExit):
@@ -76,7 +76,7 @@ def test_an_anomaly_dump_is_replayed(runs: Path, capsys: pytest.CaptureFixture[s
     cli.main(["report", "diverged"])
 
 
-def test_a_run_is_exported(done: Path, tmp_path: Path) -> None:
+def test_export_earlier_run(done: Path, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     cli.main(["export", "done", "--to", str(tmp_path / "exported")])
     cli.main(["import", str(tmp_path / "exported"), "--name", "again"])
@@ -90,7 +90,7 @@ def test_a_run_is_exported(done: Path, tmp_path: Path) -> None:
 # -- what the code of tomorrow may do
 
 
-def test_a_new_setting_is_no_difference(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_new_setting_uses_default(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A field that is added to the model's, the loop's or the state's dataclass has its default in what is there."""
     wider = {
         name: make_dataclass(kind.__name__, [("new", int, field(default=7))], bases=(kind,), frozen=True)
@@ -137,7 +137,7 @@ def test_renamed_and_dropped_settings(done: Path, monkeypatch: pytest.MonkeyPatc
         saved_config(old, "x")
 
 
-def test_changes_follow_one_another() -> None:
+def test_schema_changes_apply_in_order() -> None:
     schema = Schema("thing", (Change({"a": "b"}), Change({"b": "c.d"}), Change({"x": "y", "y": "x"})))
     assert schema.upgrade({"a": 1, "x": 2, "y": 3}) == {"c": {"d": 1}, "y": 2, "x": 3}
     assert schema.upgrade({"version": 2, "a": 1, "b": 2}) == {"a": 1, "c": {"d": 2}}
@@ -150,15 +150,15 @@ def test_changes_follow_one_another() -> None:
 
 @pytest.mark.parametrize("name", ["config.json", "state.json"])
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"version": 99}, r"has version 99, but this program reads versions up to \d+: it was written"),
         ({"version": "2"}, r"is '2', expected an integer"),
         ({"from_tomorrow": 1}, r"unknown.*|from_tomorrow"),
     ],
 )
-def test_what_a_later_version_wrote_is_refused(
-    done: Path, name: str, change: dict, said: str, capsys: pytest.CaptureFixture[str]
+def test_invalid_checkpoint_metadata_raises(
+    done: Path, name: str, change: dict, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rewrite(done / "checkpoints/step_00000008", name, change)
     for words in (["sample", "done"], ["eval", "done", "--tasks", "speed"], ["export", "done", "--to", "exported"]):
@@ -167,12 +167,12 @@ def test_what_a_later_version_wrote_is_refused(
         assert ended.value.code == 2
         shown = capsys.readouterr().err
         assert name in shown
-        assert re.search(said, shown), shown
+        assert re.search(message, shown), shown
         assert len(shown.splitlines()) <= 2
     assert (done / "checkpoints/step_00000008").is_dir()
 
 
-def test_other_files_of_a_later_version(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_of_later_version_raise(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("diverged/bags/step_00000002/bag.json", "done/heartbeat.json", "done/config.json"):
         path = runs / name
         path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 99}))
@@ -185,7 +185,7 @@ def test_other_files_of_a_later_version(runs: Path, capsys: pytest.CaptureFixtur
         load_config(runs / "done/config.json", RunConfig())
 
 
-def test_rows_of_metrics_change_too(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_metrics_rows_upgraded(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from myllm import files
     from myllm.runs import history
     from myllm.runs import logs as metrics

@@ -109,7 +109,7 @@ def naive_texts(row: dict, protocol: str, tokenizer: Tokenizer) -> tuple[list[in
     [{}, {"max_seq_len": 40}, {"position": "learned", "norm": "layernorm", "activation": "gelu", "bias": True}],
     ids=["fits", "some are cut", "gpt2"],
 )
-def test_totals_are_those_of_one_sequence_at_a_time(protocol, changes, tokenizer, rows):
+def test_totals_match_naive_scoring(protocol, changes, tokenizer, rows):
     config = replace(SMALL, **changes)
     model = random_model(config)
     tokenized = our_rows(protocol, tokenizer, config.max_seq_len)
@@ -134,7 +134,7 @@ def test_totals_are_those_of_one_sequence_at_a_time(protocol, changes, tokenizer
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_sums_do_not_depend_on_batches_and_ranks(protocol, tokenizer):
+def test_sums_independent_of_batches_and_ranks(protocol, tokenizer):
     model = random_model()
     tokenized = our_rows(protocol, tokenizer)
     full, score = totals(model, tokenized), model.score_continuations
@@ -157,7 +157,7 @@ def test_sums_do_not_depend_on_batches_and_ranks(protocol, tokenizer):
         assert split == fours  # to the last bit
 
 
-def test_contexts_run_once_and_only_endings_are_scored(tokenizer):
+def test_contexts_run_once_only_endings_scored(tokenizer):
     tokenized, seen = our_rows("nanogpt", tokenizer), []
 
     def watch(prefixes, owners, tokens, targets):
@@ -170,8 +170,8 @@ def test_contexts_run_once_and_only_endings_are_scored(tokenizer):
         assert len(prefixes) == len(batch)  # not four times
         assert prefixes.shape[1] == min(len(example_tokens.contexts[0]) for example_tokens in batch) - 1
         assert owners.tolist() == [n for n in range(len(batch)) for _ in range(4)]
-        asked = [row[row != -1].tolist() for row in targets]
-        assert asked == [ending.tolist() for example_tokens in batch for ending in example_tokens.endings]
+        scored = [row[row != -1].tolist() for row in targets]
+        assert scored == [ending.tolist() for example_tokens in batch for ending in example_tokens.endings]
 
 
 def example(**changes: object) -> dict:
@@ -191,7 +191,7 @@ def shown(row: dict, protocol: str, tokenizer: Tokenizer) -> tuple[str, list[str
     )
 
 
-def test_text_of_each_protocol(tokenizer):
+def test_protocol_texts(tokenizer):
     endings = [" a", " up", " the sky", " at"]
     assert shown(example(), "nanogpt", tokenizer) == ("A man sits. he LOOKS up", endings, (1, 1, 2, 1))
     assert shown(example(), "lm-eval", tokenizer) == ("Act: A man sits. He looks up", endings, (1, 2, 7, 2))
@@ -206,7 +206,7 @@ def test_text_of_each_protocol(tokenizer):
     assert lengths == (10, 2, 4, 0)
 
 
-def test_empty_text_is_replaced_by_end_of_text(tokenizer):
+def test_empty_context_becomes_end_of_text(tokenizer):
     (example_tokens,) = tokenize([example(ctx="")], "nanogpt", tokenizer)
     assert example_tokens.contexts[0].tolist() == [tokenizer.end_of_text]
     model = random_model()
@@ -214,14 +214,14 @@ def test_empty_text_is_replaced_by_end_of_text(tokenizer):
     assert totals(model, [example_tokens])[0] == pytest.approx(expected, abs=2e-4)
 
 
-def test_an_ending_that_does_not_fit(tokenizer):
+def test_overlong_ending_raises(tokenizer):
     with pytest.raises(UserError, match="an ending of example 0 has 2 tokens, the model's context is 1"):
         tokenize([example()], "nanogpt", tokenizer, 1)
     (example_tokens,) = tokenize([example()], "nanogpt", tokenizer, 2)
     assert [len(ending) for ending in example_tokens.contexts] == [2, 2, 1, 2]
 
 
-def test_questions_with_a_context_for_each_ending_and_any_number_of_endings(tokenizer):
+def test_multiple_contexts_and_variable_endings(tokenizer):
     """As in WinoGrande and ARC, together in one batch, and with a context so short that some are cut."""
     questions = [
         Question(("The bridge by the river", "The old boat under the bridge of the town"), ("was too high.",) * 2, 1),

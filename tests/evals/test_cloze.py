@@ -58,7 +58,7 @@ def uniform(tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return torch.full(targets.shape, -math.log(50_257)) * (targets != -1)
 
 
-def test_endings_follow_their_contexts():
+def test_endings_follow_contexts():
     examples = make_examples(STREAM, END, 1_000, seed=0)
     assert len(examples) == sum(length // PIECE for length in LENGTHS)  # as many as there are places
     for example in examples:
@@ -73,7 +73,7 @@ def test_endings_follow_their_contexts():
         assert {int(ending[0]) % 1_000 % PIECE for ending in example.endings} == {CONTEXT_TOKENS}  # true and false ones
 
 
-def test_the_same_stream_and_seed_give_the_same_examples():
+def test_examples_deterministic_by_seed():
     def shown(seed: int, count: int = 20) -> list:
         examples = make_examples(STREAM, END, count, seed)
         return [(example.context.tolist(), example.endings.tolist(), example.answer) for example in examples]
@@ -102,23 +102,23 @@ def many() -> list:
     return make_examples(counting([960] * 50), END, 10**6, seed=3)
 
 
-def test_answers_are_balanced(many):
+def test_answers_balanced(many):
     assert len(many) == 1_000
     counts = np.bincount([example.answer for example in many], minlength=CHOICES)
     assert (abs(counts - 250) < 5 * math.sqrt(1_000 * 0.25 * 0.75)).all()
 
 
-def test_a_perfect_model(many):
+def test_perfect_model(many):
     metrics = finish(cloze_sums(one_more, many[:100], ALONE), 0.25)
     assert metrics == {"acc": 1.0, "acc_norm": 1.0, "acc_stderr": 0.0, "acc_blind": 0.25, "n_examples": 100}
 
 
-def test_the_opposite_of_a_perfect_model(many):
+def test_inverted_model_scores_zero(many):
     metrics = finish(cloze_sums(lambda *pair: -one_more(*pair), many[:100], ALONE), 0.25)
     assert metrics["acc"] == 0
 
 
-def test_uniform_model_is_at_chance(many):
+def test_uniform_model_scores_chance(many):
     """All endings tie, the first is taken, and the right one is first a quarter of the time."""
     metrics = finish(cloze_sums(uniform, many, ALONE), 0.25)
     assert metrics["acc"] == pytest.approx(0.25, abs=5 * 0.0137)
@@ -155,7 +155,7 @@ def python_sources() -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("corpus", [one_large_document, a_rare_beginning, a_frequent_end, python_sources])
-def test_ignoring_the_context_is_at_chance(corpus: Callable[[], list[np.ndarray]]):
+def test_context_free_scoring_at_chance(corpus: Callable[[], list[np.ndarray]]):
     """By the frequencies of tokens, be they liked or shunned: true endings are drawn as the others are."""
     stream = Stream(np.concatenate([np.append(END, document) for document in corpus()]))
     examples = [example for seed in range(10) for example in make_examples(stream, END, 400, seed)]
@@ -166,7 +166,7 @@ def test_ignoring_the_context_is_at_chance(corpus: Callable[[], list[np.ndarray]
     assert abs(np.mean(shunned) - 0.25) < 4 * error
 
 
-def test_blind_accuracy_is_that_of_token_frequencies():
+def test_blind_accuracy_uses_token_frequencies():
     stream = Stream([END, *[1] * 90, END, *[2] * 60, END, *[3] * 55, END, *[4] * 50])
     examples = make_examples(stream, END, 4, seed=0)
     expected = np.mean([example.endings[example.answer][0] == 1 for example in examples])
@@ -178,7 +178,7 @@ def noise(tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return -torch.sin(x).abs() * (targets != -1)
 
 
-def test_sums_are_those_of_a_direct_computation(many):
+def test_sums_match_direct_computation(many):
     right = 0
     for example in many[:60]:
         totals = []
@@ -190,14 +190,14 @@ def test_sums_are_those_of_a_direct_computation(many):
     assert 0 < right < 60
 
 
-def test_sums_do_not_depend_on_the_number_of_ranks(many):
+def test_sums_independent_of_rank_count(many):
     one = cloze_sums(noise, many[:101], ALONE)
     for ranks in (2, 3, 150):
         shares = [cloze_sums(noise, many[:101], DistContext(rank, rank, ranks, CPU)) for rank in range(ranks)]
         assert torch.equal(sum(shares), one)
 
 
-def test_only_endings_are_scored(many):
+def test_scores_only_endings(many):
     seen = []
 
     def watch(tokens, targets):

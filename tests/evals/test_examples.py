@@ -30,7 +30,7 @@ def load_examples(file: str | Path | None = None, count: int | None = None, task
     return load_questions("hellaswag", file, count, task)
 
 
-def test_our_own_examples():
+def test_local_hellaswag_examples():
     task = replace(TASKS["hellaswag"], question=nanogpt_hellaswag_question)
     questions = load_examples(OWN, task=task)
     assert len(questions) == len(ROWS) >= 24
@@ -43,7 +43,7 @@ def test_our_own_examples():
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_samples_are_rows(name: str, tmp_path: Path):
+def test_task_samples_load_as_rows(name: str, tmp_path: Path):
     """The sample of each task, which error messages show, is a row that its reader takes, in both formats."""
     row = TASKS[name].sample
     (tmp_path / "x.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
@@ -74,14 +74,14 @@ def test_samples_are_rows(name: str, tmp_path: Path):
         ("lambada", {"text": ["a", "b"]}, "expected the fields text"),
     ],
 )
-def test_impossible_values(name: str, changes: dict, message: str, tmp_path: Path):
+def test_invalid_values_raise(name: str, changes: dict, message: str, tmp_path: Path):
     (tmp_path / "x.jsonl").write_text(json.dumps(TASKS[name].sample | changes), encoding="utf-8")
     with pytest.raises(UserError) as caught:
         load_questions(name, tmp_path / "x.jsonl")
     assert message in str(caught.value)
 
 
-def test_all_file_formats_agree(tmp_path: Path):
+def test_file_formats_match(tmp_path: Path):
     full = load_examples(OWN)
     assert load_examples(write_parquet(tmp_path / "own [1].parquet")) == full
     # As the authors published it: labels are numbers.
@@ -145,7 +145,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, temp_data: Path) -> Ite
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_rows_of_the_hub(name: str, hub: HubServer, tmp_path: Path, temp_data: Path):
+def test_hub_rows_match_datasets(name: str, hub: HubServer, tmp_path: Path, temp_data: Path):
     """Those that `datasets` loads for lm-eval's configuration and split. Nothing else is downloaded, and that once."""
     rows = [TASKS[name].sample] * 3 if name != "hellaswag" else ROWS
     content = publish_task(hub, name, rows)
@@ -164,7 +164,7 @@ def test_rows_of_the_hub(name: str, hub: HubServer, tmp_path: Path, temp_data: P
     assert len(hub.seen("/")) == requests
 
 
-def test_hellaswag_is_pinned(hub: HubServer):
+def test_hellaswag_revision_pinned(hub: HubServer):
     """A newer commit changes nothing."""
     publish_task(hub, "hellaswag", ROWS)
     hub.add_dataset("Rowan/hellaswag", {"data/validation-0.parquet": b"newer"})
@@ -172,7 +172,7 @@ def test_hellaswag_is_pinned(hub: HubServer):
     assert load_examples() == load_examples(OWN)
 
 
-def test_damaged_download_is_rejected(hub: HubServer, temp_data: Path):
+def test_damaged_download_raises(hub: HubServer, temp_data: Path):
     """What arrives is not what the Hub listed."""
     content = publish_task(hub, "hellaswag", ROWS)
     blob = next(blob for blob in hub._blobs.values() if blob.content == content)

@@ -30,7 +30,7 @@ def model() -> Transformer:
 
 @settings(max_examples=200, deadline=None)
 @given(n=st.integers(0, 60), context=st.integers(1, 20), data=st.data())
-def test_each_token_is_scored_once_with_enough_before_it(n, context, data):
+def test_windows_score_tokens_once_with_context(n, context, data):
     stride = data.draw(st.integers(1, context))
     scored = []
     for start, end, count in windows(n, context, stride):
@@ -44,7 +44,7 @@ def test_each_token_is_scored_once_with_enough_before_it(n, context, data):
 
 
 @pytest.mark.parametrize("stride", [0, 13, -1])
-def test_invalid_stride_is_rejected(stride):
+def test_invalid_stride_raises(stride):
     with pytest.raises(UserError, match=f"the stride is {stride}, but must be at least 1 and at most"):
         windows(100, 12, stride)
 
@@ -67,7 +67,7 @@ def naive(model: Transformer, text: np.ndarray, context: int, stride: int) -> li
 
 
 @pytest.mark.parametrize(("n", "stride"), [(100, 6), (100, 12), (57, 1), (7, 4), (12, 5), (13, 12)])
-def test_metrics_equal_a_naive_loop(n, stride, model):
+def test_metrics_match_naive_loop(n, stride, model):
     text = np.random.default_rng(n).integers(40, size=n).astype(np.uint16)
     token_bytes = torch.arange(41)
     expected = naive(model, text, 12, stride)
@@ -112,7 +112,7 @@ def test_smaller_strides_give_more_context(model):
     assert narrow[12:] != wide[12:]
 
 
-def test_calibration_error_by_hand():
+def test_calibration_error():
     table = torch.zeros(BINS, 3, dtype=torch.float64)
     table[2] = torch.tensor([10, 3, 1.5])  # right in 30 %, says 15 %
     table[7] = torch.tensor([20, 10, 10.0])  # as it says

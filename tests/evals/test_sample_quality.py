@@ -27,7 +27,7 @@ def pair() -> LanguageModel:
     return LanguageModel(Transformer(config).eval(), R50K)
 
 
-def test_variety_by_hand() -> None:
+def test_variety() -> None:
     samples = [[1, 2, 1, 2, 1, 2], [1, 3], [4, 5, 6, 7, 8]]
     metrics = sample_quality.variety(samples)
     assert metrics["distinct_1"] == 8 / 13
@@ -39,13 +39,13 @@ def test_variety_by_hand() -> None:
     assert sample_quality.variety([[], [1]]) == {"distinct_1": 1.0, "distinct_2": 0.0, "repetition": 0.0}
 
 
-def test_metrics_by_hand() -> None:
+def test_sample_metrics() -> None:
     rows = [Sequence([0], 0, [1, 2], "end_of_text"), Sequence([0], 1, [1, 2, 3], "length")]
     metrics = sample_quality.sample_metrics([(rows[0], [-1.0, -2.0, -6.0]), (rows[1], [-1.0, -1.0, -1.0])])
     assert (metrics["ended"], metrics["mean_log_prob"], metrics["n_samples"], metrics["n_tokens"]) == (0.5, -2.0, 2, 5)
 
 
-def test_samples_do_not_depend_on_the_batch(pair: LanguageModel) -> None:
+def test_samples_independent_of_batch_size(pair: LanguageModel) -> None:
     texts = sample_quality.prompts()[:3]
     first = list(sample_quality.sample_prompts(pair, texts, 2, 12, batch_size=16))
     again = list(sample_quality.sample_prompts(pair, texts, 2, 12, batch_size=4))
@@ -54,12 +54,12 @@ def test_samples_do_not_depend_on_the_batch(pair: LanguageModel) -> None:
         sample_quality.sample_metrics(again)["mean_log_prob"], abs=1e-6
     )
     # They are what `myllm sample` makes of these prompts.
-    made = complete(pair, texts, 12, sample_quality.SAMPLING, num_samples=2)
-    assert [R50K.decode(row.generated) for row, _ in first] == [completion.text for completion in made]
+    completions = complete(pair, texts, 12, sample_quality.SAMPLING, num_samples=2)
+    assert [R50K.decode(row.generated) for row, _ in first] == [completion.text for completion in completions]
 
 
 @torch.no_grad()
-def test_log_probabilities_equal_a_forward_pass(pair: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_log_probabilities_match_forward_pass(pair: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of each drawn token, at temperature 1 and of the whole vocabulary; the end of the text is one of them."""
     monkeypatch.setattr(sample_quality, "SAMPLING", replace(sample_quality.SAMPLING, temperature=0.5, top_k=3))
     (plain, *_) = sample_quality.sample_prompts(pair, ["The weather"], 1, 9, batch_size=1)
@@ -88,7 +88,7 @@ def test_held_out_samples() -> None:
     assert sample_quality.held_out_samples(Stream(), END, 9, 1_000) == []
 
 
-def test_the_prompts_are_package_data() -> None:
+def test_prompts_in_package_data() -> None:
     texts = sample_quality.prompts()
     assert len(texts) == len(set(texts)) >= 20
     assert all(text == text.strip() and len(text) > 8 for text in texts)

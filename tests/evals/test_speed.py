@@ -15,13 +15,13 @@ def model() -> Transformer:
     return Transformer(ModelConfig(64, 64, 20, 16, 1, 2, d_ff=16)).eval()
 
 
-def test_token_counts_fit_the_context() -> None:
+def test_token_counts_fit_context() -> None:
     assert speed.token_counts(2_048) == (128, 64)
     assert speed.token_counts(100) == (50, 50)
     assert speed.token_counts(1) == (1, 2)
 
 
-def test_when_the_clock_is_read(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measure_clock_readings(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
     """A reading before, one when the batch has its first tokens, one at the end: here 1 s apart."""
     ticks = count()
     monkeypatch.setattr(speed.time, "perf_counter", lambda: float(next(ticks)))
@@ -34,5 +34,5 @@ def test_when_the_clock_is_read(model: Transformer, monkeypatch: pytest.MonkeyPa
     assert metrics["peak_memory_mb"] > 50  # of a process with torch
 
 
-def test_real_times_are_positive(model: Transformer) -> None:
+def test_measured_times_positive(model: Transformer) -> None:
     assert all(value > 0 for value in speed.measure(model, repeats=1).values())

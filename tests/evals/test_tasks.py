@@ -179,7 +179,9 @@ def prefer(word: str, model: Transformer, tokenizer: Tokenizer) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("window", [256, 48], ids=["fits", "some are cut"])
-def test_other_tasks(window: int, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_tasks_match_lm_eval(
+    window: int, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     model = small_model(tokenizer, window)
     prefer(" the", model, tokenizer)
@@ -212,7 +214,7 @@ def check_last_words(model: Transformer, tokenized: list[TokenizedQuestion], ref
     assert 0 < metrics["acc"] < 1
 
 
-def test_the_table_is_that_of_the_harness() -> None:
+def test_task_table_matches_lm_eval() -> None:
     """Repositories, configs and splits."""
     for name, (yaml, split) in (HARNESS | {"hellaswag": ("hellaswag/hellaswag.yaml", "validation")}).items():
         text = (files("lm_eval") / "tasks" / yaml).read_text()

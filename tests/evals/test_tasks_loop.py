@@ -42,7 +42,7 @@ def run(config: RunConfig) -> Path:
         return train(config, prepare(config.data, progress=False), process).run.root
 
 
-def test_rows_of_a_run(tiny: RunConfig):
+def test_hellaswag_rows_logged(tiny: RunConfig):
     rows = eval_rows(run(with_hellaswag(tiny)), "hellaswag")
     assert [row["step"] for row in rows] == [0, 1, 2]
     for row in rows:
@@ -87,7 +87,7 @@ def test_training_continues_without_hellaswag(tiny: RunConfig, monkeypatch: pyte
         ({}, "hellaswag skipped: an ending of example 0 has"),
     ],
 )
-def test_impossible_evaluation_is_logged(changes: dict, message: str, tiny: RunConfig):
+def test_failed_evaluation_logged(changes: dict, message: str, tiny: RunConfig):
     config = with_hellaswag(tiny, **changes)
     if not changes:
         config = replace(config, model=replace(config.model, max_seq_len=8))
@@ -96,7 +96,7 @@ def test_impossible_evaluation_is_logged(changes: dict, message: str, tiny: RunC
     assert len(train_rows(root)) == 2
 
 
-def test_off(tiny: RunConfig, monkeypatch: pytest.MonkeyPatch):
+def test_hellaswag_disabled(tiny: RunConfig, monkeypatch: pytest.MonkeyPatch):
     def never(*_: object) -> list:
         raise AssertionError
 
@@ -105,7 +105,7 @@ def test_off(tiny: RunConfig, monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.slow
-def test_one_of_two_ranks_downloads(tiny: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_single_rank_downloads(tiny: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The requests that one process sends alone, not twice as many, and none at the second start."""
     with HubServer() as hub, hub.reached(monkeypatch, tmp_path / "home"):
         publish_task(hub, "piqa", [TASKS["piqa"].sample] * 5)

@@ -51,7 +51,7 @@ def sums(stream: Stream, n_sequences: int, batch_size: int, ranks: int, token_by
 
 @settings(max_examples=40, deadline=None)
 @given(n_sequences=st.integers(1, 12), batch_size=st.integers(1, 5), ranks=st.integers(1, 4), seed=st.integers(0, 99))
-def test_sums(n_sequences, batch_size, ranks, seed):
+def test_sums_match_float64(n_sequences, batch_size, ranks, seed):
     generator = np.random.default_rng(seed)
     text, token_bytes = generator.integers(VOCAB, size=100), generator.integers(0, 9, size=VOCAB)
     actual = sums(Stream(text), n_sequences, batch_size, ranks, torch.from_numpy(token_bytes))
@@ -63,7 +63,7 @@ def test_sums(n_sequences, batch_size, ranks, seed):
     torch.testing.assert_close(actual[:5], torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=0)
 
 
-def test_sums_do_not_depend_on_the_number_of_ranks():
+def test_sums_independent_of_world_size():
     stream, token_bytes = Stream(np.random.default_rng(0).integers(VOCAB, size=500)), torch.arange(VOCAB)
     one = sums(stream, 31, 4, 1, token_bytes)
     for ranks in (2, 3, 40):  # of 40 some have no sequence at all
@@ -90,12 +90,12 @@ def test_metrics():
     }
 
 
-def test_metrics_at_the_edges():
+def test_metrics_edge_cases():
     assert finish(sums_of(1e6, 10, 1, 0, 0))["perplexity"] == math.inf
     assert math.isnan(finish(sums_of(1, 10, 0, 0, 0))["bits_per_byte"])
 
 
-def test_bits_per_byte_of_a_known_text():
+def test_bits_per_byte_of_known_text():
     """A model that needs 3 bits a token: 3 bits x tokens over the text's UTF-8 bytes."""
     text = "Größe matters: 漢字 take three bytes each, 🙂 takes four, and naïve has two for one."
     tokenizer = load_tokenizer()
@@ -111,7 +111,7 @@ def test_bits_per_byte_of_a_known_text():
     assert finish(actual)["bits_per_byte"] == pytest.approx(3 * len(ids) / len(text.encode()), rel=1e-6)
 
 
-def test_the_end_of_text_has_no_bytes():
+def test_end_of_text_counts_zero_bytes():
     tokenizer = load_tokenizer()
     stream = Stream([*tokenizer.encode_document("one two"), *tokenizer.encode_document("three")])
     token_bytes = torch.from_numpy(tokenizer.token_bytes())

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow  # real processes, half a minute and more in all
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_nan_in_a_batch(rank: int, forks: Forks, config_file: Path, place: Path, goes_on: Goes) -> None:
+def test_nan_gradient_stops_all_ranks(rank: int, forks: Forks, config_file: Path, place: Path, goes_on: Goes) -> None:
     """Both stop with the dump of that step, and nothing that the NaN has touched is saved."""
     name = f"nan-{rank}"
     run = run_of(place, name)
@@ -29,7 +29,7 @@ def test_a_nan_in_a_batch(rank: int, forks: Forks, config_file: Path, place: Pat
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_nan_that_is_left_out(rank: int, forks: Forks, config_file: Path, place: Path) -> None:
+def test_nan_gradient_skips_update(rank: int, forks: Forks, config_file: Path, place: Path) -> None:
     run = run_of(place, f"skip-{rank}")
     words = ("--name", run.root.name, "--train.on-nonfinite", "skip")
     ended = forks(config_file, *words, on=(rank,), nan=6)
@@ -43,7 +43,9 @@ def test_a_nan_that_is_left_out(rank: int, forks: Forks, config_file: Path, plac
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_sleeps(rank: int, forks: Forks, config_file: Path, place: Path, goes_on: Goes) -> None:
+def test_hung_rank_reports_collective_timeout(
+    rank: int, forks: Forks, config_file: Path, place: Path, goes_on: Goes
+) -> None:
     """Both end, and the message names the one that did not come."""
     name = f"asleep-{rank}"
     run = run_of(place, name)

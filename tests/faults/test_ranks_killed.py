@@ -40,7 +40,7 @@ def end(training: TrainingProcess, everybody: list[int]) -> tuple[int, int]:
     return code, saved
 
 
-def test_two_ranks_that_are_hit_again_and_again(two: Path, place: Path) -> None:
+def test_two_ranks_resume_after_repeated_kills(two: Path, place: Path) -> None:
     whole = start(two, place, "two-whole")
     whole.finish(STEPS)
     chance, training = random.Random(SEED), start(two, place, "two-hit")
@@ -83,8 +83,8 @@ def test_two_ranks_that_are_hit_again_and_again(two: Path, place: Path) -> None:
     training.finish(STEPS)
     assert record(training.run) == record(whole.run)
     assert_tidy(training.run.root)
-    said = re.findall(r"resuming from .* at step (\d+)", training.run.log.read_text())
-    assert [int(step) for step in said] == [step for step in resumed_from if step]  # from 0 nothing is resumed
+    resume_steps = re.findall(r"resuming from .* at step (\d+)", training.run.log.read_text())
+    assert [int(step) for step in resume_steps] == [step for step in resumed_from if step]  # from 0 nothing is resumed
     assert json.loads(training.run.environment.read_text())["world_size"] == 2
-    assert not [each for each in psutil.process_iter(["cmdline"]) if str(two) in (each.info["cmdline"] or [])]
+    assert not [process for process in psutil.process_iter(["cmdline"]) if str(two) in (process.info["cmdline"] or [])]
     assert run_of(place, "two-hit") == training.run

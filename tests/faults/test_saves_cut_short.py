@@ -35,7 +35,7 @@ def killed(
 LAST_RENAME = re.compile(r"rename .*\.partial-step_\d+$")
 
 
-def test_killed_around_a_save(forks: Forks, config_file: Path, place: Path, goes_on: Goes) -> None:
+def test_kill_around_save_preserves_checkpoints(forks: Forks, config_file: Path, place: Path, goes_on: Goes) -> None:
     """Before its first call, between its files, right before the rename, right after it, and as the next one begins."""
     calls = killed(forks, config_file, place, "around", MOST)
     assert calls is None
@@ -50,7 +50,7 @@ def test_killed_around_a_save(forks: Forks, config_file: Path, place: Path, goes
 
 
 @pytest.mark.parametrize(("rank", "kill_all"), [(0, False), (0, True), (1, False)], ids=["first", "all", "second"])
-def test_one_run_killed_at_every_boundary_of_a_save(
+def test_kill_at_every_save_boundary(
     rank: int, kill_all: bool, forks: Forks, config_file: Path, place: Path, goes_on: Goes
 ) -> None:
     """Of start number k a rank dies before its k-th call that touches the checkpoints, until one lives to the end."""
@@ -67,7 +67,7 @@ def test_one_run_killed_at_every_boundary_of_a_save(
     goes_on(name)
 
 
-def test_a_disk_that_fills_up(forks: Forks, config_file: Path, place: Path, goes_on: Goes) -> None:
+def test_full_disk_preserves_last_checkpoint(forks: Forks, config_file: Path, place: Path, goes_on: Goes) -> None:
     """Two shares of 4.8 MB where 0.5 or 1.5 MB fit into a file: refused, and the save before is whole."""
     run = run_of(place, "full")
     assert forks(config_file, "--name", "full", "--train.max-steps", "4").code == 0

@@ -22,7 +22,7 @@ def validation(run: RunPaths) -> dict[int, float]:
 
 
 @pytest.mark.parametrize("told", [(0,), (1,), (0, 1)], ids=["first", "second", "both"])
-def test_sigterm_in_an_evaluation(
+def test_sigterm_during_evaluation_saves_checkpoint(
     told: tuple[int, ...], forks: Forks, config_file: Path, place: Path, goes_on: Goes
 ) -> None:
     """A scheduler may tell one rank or all."""
@@ -37,9 +37,7 @@ def test_sigterm_in_an_evaluation(
     assert len(validation(run)) == 3
 
 
-def test_a_second_interrupt_does_not_wait_for_a_save(
-    forks: Forks, config_file: Path, place: Path, goes_on: Goes
-) -> None:
+def test_second_interrupt_exits_without_saving(forks: Forks, config_file: Path, place: Path, goes_on: Goes) -> None:
     run = run_of(place, "impatient")
     ended = forks(config_file, "--name", "impatient", interrupts=4)
     assert ended.code == 128 + signal.SIGINT, ended.said
@@ -48,7 +46,7 @@ def test_a_second_interrupt_does_not_wait_for_a_save(
     goes_on("impatient")
 
 
-def test_a_clock_that_jumps_back(forks: Forks, config_file: Path, place: Path, whole: Record) -> None:
+def test_backward_clock_jump(forks: Forks, config_file: Path, place: Path, whole: Record) -> None:
     run = run_of(place, "clock")
     assert forks(config_file, "--name", "clock", "--train.max-steps", "4", clock=3_600).code == 0
     ended = forks(config_file, "--name", "clock", clock=86_400)
@@ -59,7 +57,7 @@ def test_a_clock_that_jumps_back(forks: Forks, config_file: Path, place: Path, w
     assert_tidy(run.root)
 
 
-def test_a_folder_that_another_run_holds(forks: Forks, config_file: Path, place: Path, goes_on: Goes) -> None:
+def test_locked_run_folder_is_rejected(forks: Forks, config_file: Path, place: Path, goes_on: Goes) -> None:
     run = run_of(place, "taken")
     run.root.mkdir(parents=True)
     with file_lock(run.root / ".lock"):
@@ -71,7 +69,7 @@ def test_a_folder_that_another_run_holds(forks: Forks, config_file: Path, place:
     goes_on("taken")
 
 
-def test_a_run_folder_that_may_not_be_written(forks: Forks, config_file: Path, dataset: Dataset) -> None:
+def test_read_only_run_folder_is_rejected(forks: Forks, config_file: Path, dataset: Dataset) -> None:
     with TemporaryDirectory() as name:
         data = Path(name)
         data.chmod(0o755)

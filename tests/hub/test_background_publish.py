@@ -57,7 +57,7 @@ def publishers() -> list[psutil.Process]:
     return with_words(psutil.Process().children(), "spawn_main")
 
 
-def test_without_every_checkpoint_only_the_last_is_published(
+def test_publishes_only_final_checkpoint_by_default(
     hub: HubServer, run: RunPaths, tiny: RunConfig, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run.metrics.unlink()  # no figures: drawing is slow
@@ -74,7 +74,7 @@ def test_without_every_checkpoint_only_the_last_is_published(
 
 
 @pytest.mark.parametrize(("repo", "active"), [(None, True), (REPO, False)])
-def test_without_repository_or_on_other_ranks_nothing_happens(
+def test_inactive_without_repo_or_on_other_ranks(
     repo: str | None, active: bool, hub: HubServer, run: RunPaths, tiny: RunConfig
 ) -> None:
     config = hub_config(tiny, every_checkpoint=True)
@@ -87,7 +87,7 @@ def test_without_repository_or_on_other_ranks_nothing_happens(
     assert hub.requests == []
 
 
-def test_an_outage_does_not_disturb_training(
+def test_hub_outage_does_not_affect_training(
     hub: HubServer,
     tiny: RunConfig,
     no_figures: None,
@@ -114,7 +114,7 @@ def test_an_outage_does_not_disturb_training(
     assert list(hub.models.tags(REPO)) == ["step-4", "step-8", "step-12"]
 
 
-def test_a_killed_publisher_is_started_again(hub: HubServer, run: RunPaths, tiny: RunConfig) -> None:
+def test_killed_publisher_restarts(hub: HubServer, run: RunPaths, tiny: RunConfig) -> None:
     """Killed during an upload: then each submitted step is published once."""
     run.metrics.unlink()  # no figures: drawing is slow
     save_checkpoint(run, tiny, 16)
@@ -132,7 +132,7 @@ def test_a_killed_publisher_is_started_again(hub: HubServer, run: RunPaths, tiny
     assert not (run.root / ".publishing").exists()
 
 
-def test_a_run_that_fails_does_not_wait_for_its_upload(hub: HubServer, run: RunPaths, tiny: RunConfig) -> None:
+def test_failed_run_does_not_wait_for_upload(hub: HubServer, run: RunPaths, tiny: RunConfig) -> None:
     run.metrics.unlink()
     hub.hold("/lfs/", 1_000)
     config = hub_config(tiny, every_checkpoint=True)
@@ -149,7 +149,7 @@ def test_a_run_that_fails_does_not_wait_for_its_upload(hub: HubServer, run: RunP
     assert hub.models.tags(REPO) == {}
 
 
-def test_after_a_failure_the_next_checkpoint_retries(
+def test_next_checkpoint_retries_failed_publish(
     hub: HubServer, run: RunPaths, tiny: RunConfig, no_figures: None
 ) -> None:
     log: list[str] = []
@@ -178,7 +178,7 @@ def test_after_a_failure_the_next_checkpoint_retries(
 # -- before training starts -------------------------------------------------------------------------------------------
 
 
-def test_missing_write_access_is_reported_before_training(
+def test_missing_write_access_raises_before_training(
     hub: HubServer, tiny: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     check_hub_access(hub_config(tiny).hub)
@@ -189,7 +189,9 @@ def test_missing_write_access_is_reported_before_training(
         check_hub_access(hub_config(tiny).hub)
 
 
-def test_training_starts_without_the_hub(hub: HubServer, tiny: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_starts_when_hub_is_unreachable(
+    hub: HubServer, tiny: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     log: list[str] = []
     hub.down()
     check_hub_access(hub_config(tiny).hub, log.append)
@@ -215,7 +217,7 @@ def test_invalid_settings_are_rejected(words: list[str], message: str) -> None:
 
 
 @pytest.mark.parametrize("repo", [REPO, "a/b", "A.b/c_d-e", "a/b.git", "a/.b", "a-/b", "a/b--c", "a..b/c"])
-def test_repository_names_follow_the_rules_of_the_client(repo: str) -> None:
+def test_repo_names_match_hub_validation(repo: str) -> None:
     try:
         validate_repo_id(repo)
         expected = True
@@ -224,7 +226,7 @@ def test_repository_names_follow_the_rules_of_the_client(repo: str) -> None:
     assert (hub_errors(HubConfig(repo), "") == []) is expected
 
 
-def test_training_does_not_start_without_a_token(
+def test_missing_token_prevents_training(
     tiny: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, temp_data: Path
 ) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path))
@@ -236,9 +238,7 @@ def test_training_does_not_start_without_a_token(
 
 
 @pytest.mark.slow
-def test_end_to_end_without_a_network(
-    tiny: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, temp_data: Path
-) -> None:
+def test_end_to_end_offline(tiny: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, temp_data: Path) -> None:
     """A token but no network, as on many clusters: the run finishes, and its last lines say how to publish it."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_TOKEN", TOKEN)
@@ -277,7 +277,7 @@ def test_end_to_end(hub: HubServer, tiny: RunConfig, tmp_path: Path, temp_data: 
             torch.testing.assert_close(theirs(ids).logits, ours(ids)[..., : theirs.config.vocab_size])
 
 
-def test_a_model_that_transformers_lacks_is_rejected_before_training(tiny: RunConfig) -> None:
+def test_unsupported_architecture_raises_before_training(tiny: RunConfig) -> None:
     publishing.check_export(tiny.model)
     with pytest.raises(UserError, match="no architecture of transformers supports this model"):
         publishing.check_export(replace(tiny.model, activation="gelu"))

@@ -52,7 +52,7 @@ def test_create_commit_and_tag(hub: HubServer, api: HfApi, tmp_path: Path) -> No
     assert hub.models.files(REPO, "first").keys() == FILES.keys() | {".gitattributes"}
 
 
-def test_large_files_are_uploaded_in_parts(hub: HubServer, api: HfApi) -> None:
+def test_multipart_upload_of_large_files(hub: HubServer, api: HfApi) -> None:
     hub.models.part_bytes = 300_000
     api.create_repo(REPO)
     hub.fail_next("/lfs/.*/2", method="PUT")
@@ -61,7 +61,7 @@ def test_large_files_are_uploaded_in_parts(hub: HubServer, api: HfApi) -> None:
     assert len(hub.seen("/lfs/", "PUT")) == 5  # four parts, one of them twice
 
 
-def test_an_interrupted_upload_restarts(hub: HubServer, api: HfApi) -> None:
+def test_interrupted_upload_restarts(hub: HubServer, api: HfApi) -> None:
     api.create_repo(REPO)
     hub.cut_next("/lfs/", 100_000, method="PUT")
     commit(api, FILES)
@@ -69,7 +69,7 @@ def test_an_interrupted_upload_restarts(hub: HubServer, api: HfApi) -> None:
     assert [request.received_bytes for request in hub.seen("/lfs/", "PUT")] == [100_000, len(WEIGHTS)]
 
 
-def test_write_access(hub: HubServer, api: HfApi) -> None:
+def test_write_access_errors(hub: HubServer, api: HfApi) -> None:
     api.create_repo("a-group/model")
     for token, repo, status in (("hf_nobody", REPO, 401), ("hf_someone", "other/model", 403), ("hf_reader", REPO, 403)):
         with pytest.raises(HfHubHTTPError) as caught:
@@ -79,7 +79,7 @@ def test_write_access(hub: HubServer, api: HfApi) -> None:
         commit(api, FILES)
 
 
-def test_a_stale_parent_and_a_lost_answer(hub: HubServer, api: HfApi) -> None:
+def test_stale_parent_and_lost_response(hub: HubServer, api: HfApi) -> None:
     """The client sends a commit only once: the caller has to find out whether it succeeded."""
     api.create_repo(REPO)
     first = api.repo_info(REPO).sha

@@ -27,8 +27,8 @@ def weights(rows: int = 50_257, prefix: str = "") -> dict[str, torch.Tensor]:
     shapes = {f"transformer_blocks.0.{name}": shape for name, shape in block.items()}
     shapes |= {"embd.weight": (rows, 8), "norm.weight": (8,)}
     generator = torch.Generator().manual_seed(1)
-    made = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-    return {prefix + name: tensor for name, tensor in (made | {"out_proj.weight": made["embd.weight"]}).items()}
+    tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    return {prefix + name: tensor for name, tensor in (tensors | {"out_proj.weight": tensors["embd.weight"]}).items()}
 
 
 def write(file: Path, state: object, settings: object = SETTINGS, **more: object) -> Path:
@@ -45,13 +45,13 @@ def zipped(pickled: bytes, file: Path) -> Path:
 
 
 @pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
-def test_wrappers(prefix: str, tmp_path: Path) -> None:
-    made = read_lf_llm(write(tmp_path / "x.pth", weights(prefix=prefix))).weights
-    assert torch.equal(made["embedding.weight"], weights()["embd.weight"])
-    assert not [name for name in made if "module" in name or "_orig" in name]
+def test_wrapper_prefixes_are_stripped(prefix: str, tmp_path: Path) -> None:
+    loaded = read_lf_llm(write(tmp_path / "x.pth", weights(prefix=prefix))).weights
+    assert torch.equal(loaded["embedding.weight"], weights()["embd.weight"])
+    assert not [name for name in loaded if "module" in name or "_orig" in name]
 
 
-def test_a_padded_vocabulary_is_cut(tmp_path: Path) -> None:
+def test_padded_vocabulary_is_truncated(tmp_path: Path) -> None:
     found = read_lf_llm(write(tmp_path / "x.pth", weights(50_304), SETTINGS | {"n_vocab": 50_304}))
     assert (found.config.vocab_size, len(found.weights["embedding.weight"])) == (50_257, 50_257)
     assert "the model has 50,304 rows for 50,257 tokens; the others are dropped" in found.notes
@@ -59,7 +59,7 @@ def test_a_padded_vocabulary_is_cut(tmp_path: Path) -> None:
         read_lf_llm(write(tmp_path / "x.pth", weights(300), SETTINGS | {"n_vocab": 300}))
 
 
-def test_numbers_of_numpy_beside_the_weights(tmp_path: Path) -> None:
+def test_numpy_state_is_ignored(tmp_path: Path) -> None:
     """As a scheduler that computes with NumPy, or its random state, leaves behind: harmless, of no use, never made."""
     more = {"scheduler_state_dict": {"rate": np.float64(0.1)}, "random_state": np.random.RandomState(1).get_state()}
     assert read_lf_llm(write(tmp_path / "x.pth", weights(), **more)).config.d_model == 8
@@ -76,7 +76,7 @@ def test_numbers_of_numpy_beside_the_weights(tmp_path: Path) -> None:
         ({}, [1], "they have no values"),
     ],
 )
-def test_what_is_in_the_wrong_place(state: object, settings: object, message: str, tmp_path: Path) -> None:
+def test_misplaced_entries_raise(state: object, settings: object, message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
         read_lf_llm(write(tmp_path / "x.pth", state, settings))
 
@@ -96,7 +96,7 @@ ODD: dict[str, bytes] = {
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_odd_pickles(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_malformed_pickles_raise(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: object) -> None:
         raise AssertionError("it was run")
 
@@ -105,7 +105,7 @@ def test_odd_pickles(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         read_lf_llm(zipped(ODD[name], tmp_path / "x.pth"))
 
 
-def test_damaged_bytes(tmp_path: Path) -> None:
+def test_corrupted_bytes_load_or_raise(tmp_path: Path) -> None:
     """Whatever byte is another: it is read, or one message says that it cannot be."""
     with zipfile.ZipFile(write(tmp_path / "x.pth", weights())) as archive:
         sound = archive.read("x/data.pkl")
@@ -122,7 +122,7 @@ def test_damaged_bytes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [lambda file: file[: len(file) // 2], lambda file: file[:-10], lambda file: b""])
-def test_a_download_that_ended_early(damage: Callable[[bytes], bytes], tmp_path: Path) -> None:
+def test_truncated_download_raises(damage: Callable[[bytes], bytes], tmp_path: Path) -> None:
     file = write(tmp_path / "x.pth", weights())
     file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(UserError, match="is not a readable checkpoint"):

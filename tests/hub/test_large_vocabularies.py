@@ -55,7 +55,7 @@ KINDS = {"qwen3": (qwen3, qwen3_json, 151_669), "llama3": (llama3, llama3_json, 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_there_and_back(kind: str, tiny: RunConfig, tmp_path: Path) -> None:
+def test_import_train_export_round_trip(kind: str, tiny: RunConfig, tmp_path: Path) -> None:
     make, vocabulary, size = KINDS[kind]
     torch.manual_seed(2)
     peer, notes = make().eval(), []
@@ -108,7 +108,7 @@ def test_there_and_back(kind: str, tiny: RunConfig, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_gguf_only_for_what_llama_cpp_splits_alike(kind: str) -> None:
+def test_gguf_pre_tokenizer_names(kind: str) -> None:
     spec = json.loads(KINDS[kind][1]())
     assert _splitter_name(spec) == LLAMA_CPP_NAMES[kind]
     split, *others = spec["pre_tokenizer"]["pretokenizers"]

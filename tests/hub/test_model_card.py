@@ -30,7 +30,7 @@ def row(text: str, name: str) -> str:
     return line.split("|", 2)[2].strip(" |")
 
 
-def test_the_card_describes_the_run(run: RunPaths) -> None:
+def test_card_describes_run(run: RunPaths) -> None:
     text = card(run, license="apache-2.0", curves=("loss", "accuracy"))
     metadata = front_matter(text)
     evals = {
@@ -64,7 +64,7 @@ def test_the_card_describes_the_run(run: RunPaths) -> None:
     assert "## Limitations" in text
 
 
-def test_the_card_names_both_optimizers(tiny: RunConfig, temp_data: Path) -> None:
+def test_card_describes_muon_and_adamw(tiny: RunConfig, temp_data: Path) -> None:
     optim = replace(
         tiny.optim, optimizer="muon", muon_lr=0.02, weight_decay=0.05, decay_embeddings=False, cautious_decay=True,
         schedule="wsd", decay_shape="sqrt",
@@ -83,7 +83,7 @@ def test_the_card_names_both_optimizers(tiny: RunConfig, temp_data: Path) -> Non
     assert "Muon" not in plain
 
 
-def test_evaluations_have_standard_errors(run: RunPaths) -> None:
+def test_evaluation_standard_errors(run: RunPaths) -> None:
     lines = [
         line.strip("| ").split(" | ") for line in card(run).splitlines() if line.startswith(("| cloze", "| valid"))
     ]
@@ -92,7 +92,7 @@ def test_evaluations_have_standard_errors(run: RunPaths) -> None:
     assert lines[2][1:] == ["loss, nats per token", f"{20 / 12:.4f}", "", "4,096 held-out tokens"]
 
 
-def test_a_card_of_an_earlier_step_has_nothing_later(run: RunPaths) -> None:
+def test_earlier_step_card_excludes_later_results(run: RunPaths) -> None:
     text = card(run, 10)
     assert "This revision is step 10 of 12: training was not finished." in text
     assert "100 examples, at step 8" in text
@@ -100,7 +100,7 @@ def test_a_card_of_an_earlier_step_has_nothing_later(run: RunPaths) -> None:
     assert "model-index" not in front_matter(text)  # nothing was measured at this step
 
 
-def test_public_data_have_name_and_license(tiny: RunConfig, temp_data: Path) -> None:
+def test_public_data_name_and_license(tiny: RunConfig, temp_data: Path) -> None:
     run = write_run(replace(tiny, data=DataConfig(source="fineweb-edu-10bt")), source="fineweb-edu-10bt")
     text = card(run)
     assert front_matter(text)["datasets"] == ["HuggingFaceFW/fineweb-edu"]
@@ -113,7 +113,7 @@ def test_public_data_have_name_and_license(tiny: RunConfig, temp_data: Path) -> 
 
 
 @pytest.mark.parametrize("recorded", ["files-texts", None])
-def test_private_data_are_not_named_as_public(tiny: RunConfig, temp_data: Path, recorded: str | None) -> None:
+def test_private_data_is_not_labeled_public(tiny: RunConfig, temp_data: Path, recorded: str | None) -> None:
     """Earlier versions kept the preset's source in config.json if the data set was given by name."""
     data = DataConfig(source="fineweb-edu-10bt", dataset="files-texts-0123456789ab")
     run = write_run(replace(tiny, data=data), source=recorded)
@@ -122,7 +122,7 @@ def test_private_data_are_not_named_as_public(tiny: RunConfig, temp_data: Path, 
         assert not any(word in text.lower() for word in ("fineweb-edu", "odc-by", "datasets:"))
 
 
-def test_a_checkpoint_alone_has_a_card(run: RunPaths) -> None:
+def test_card_from_checkpoint_alone(run: RunPaths) -> None:
     for path in (run.metrics, run.samples, run.environment):
         path.unlink()
     text = card(run)
@@ -131,13 +131,13 @@ def test_a_checkpoint_alone_has_a_card(run: RunPaths) -> None:
     assert row(text, "layers").startswith("2 of 16")
 
 
-def test_samples_cannot_break_out_of_their_fence(run: RunPaths) -> None:
+def test_samples_cannot_escape_code_fence(run: RunPaths) -> None:
     run.samples.write_text(json.dumps({"step": 12, "prompt": "a|b\n", "text": "```\n# Not a heading\n````", "seed": 1}))
     text = card(run)
     assert "`````text\na|b\n```\n# Not a heading\n````\n`````" in text
 
 
-def test_the_curves_end_where_the_card_does(run: RunPaths, tmp_path: Path) -> None:
+def test_card_includes_curves(run: RunPaths, tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
     publishing.add_run_files(folder, run, 8, HubConfig(REPO))
@@ -161,11 +161,11 @@ def test_the_curves_end_where_the_card_does(run: RunPaths, tmp_path: Path) -> No
         ("Once upon a time", "Once upon a time"),
     ],
 )
-def test_local_folders_are_removed(text: str, expected: str) -> None:
+def test_strip_local_paths(text: str, expected: str) -> None:
     assert strip_local_paths(text) == expected
 
 
-def test_imported_weights_are_credited(run: RunPaths) -> None:
+def test_card_credits_imported_weights(run: RunPaths) -> None:
     run.imported.write_text(json.dumps({"source": "some/model@v1"}))
     text = card(run)
     assert "trained further with MyLLM from the weights of some/model@v1" in text
@@ -178,7 +178,7 @@ def test_imported_weights_are_credited(run: RunPaths) -> None:
     assert "## Data" not in text
 
 
-def test_the_command_is_quoted(run: RunPaths) -> None:
+def test_command_arguments_are_quoted(run: RunPaths) -> None:
     environment = json.loads(run.environment.read_text())
     run.environment.write_text(json.dumps(environment | {"command": ["python", "pretrain.py", "--name", "my run"]}))
     assert "python pretrain.py --name 'my run'\n" in card(run)

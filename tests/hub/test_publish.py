@@ -36,7 +36,7 @@ def publish(run: RunPaths, hub: HubConfig = HUB) -> list[str]:
     return log
 
 
-def test_publishes_the_newest_checkpoint_and_its_files(hub: HubServer, run: RunPaths) -> None:
+def test_publishes_newest_checkpoint_and_files(hub: HubServer, run: RunPaths) -> None:
     log = publish(run, replace(HUB, private=True, license="mit"))
     assert log[-1] == f"published step 12: {hub.endpoint}/{REPO} (revision step-12)"
     assert hub.models.private == {REPO}
@@ -53,7 +53,7 @@ def test_publishes_the_newest_checkpoint_and_its_files(hub: HubServer, run: RunP
     assert not (run.root / ".publishing").exists()
 
 
-def test_publishing_twice_changes_nothing(hub: HubServer, run: RunPaths) -> None:
+def test_publishing_twice_is_idempotent(hub: HubServer, run: RunPaths) -> None:
     publish(run)
     run.published.unlink()  # only the Hub decides
     hub.requests.clear()
@@ -62,7 +62,7 @@ def test_publishing_twice_changes_nothing(hub: HubServer, run: RunPaths) -> None
     assert json.loads(run.published.read_text())["published"] == hub.models.tags(REPO)
 
 
-def test_every_checkpoint_is_a_revision(hub: HubServer, run: RunPaths) -> None:
+def test_every_checkpoint_becomes_revision(hub: HubServer, run: RunPaths) -> None:
     publish(run, replace(HUB, every_checkpoint=True))
     assert list(hub.models.tags(REPO)) == ["step-4", "step-8", "step-12"]
     assert [title.split(" (")[0] for title in hub.models.titles(REPO)] == [
@@ -75,7 +75,7 @@ def test_every_checkpoint_is_a_revision(hub: HubServer, run: RunPaths) -> None:
     assert b"at step 12" not in old["README.md"]
 
 
-def test_an_older_step_never_replaces_a_newer_one(hub: HubServer, run: RunPaths) -> None:
+def test_older_step_never_replaces_newer(hub: HubServer, run: RunPaths) -> None:
     publish(run)
     log = publish(run, replace(HUB, every_checkpoint=True))
     assert [line.split(" is older")[0] for line in log] == ["step 4", "step 8", f"{REPO} already has step 12"]
@@ -98,7 +98,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_faults_are_retried(fault: str, hub: HubServer, run: RunPaths, no_waiting: None) -> None:
+def test_transient_faults_are_retried(fault: str, hub: HubServer, run: RunPaths, no_waiting: None) -> None:
     FAULTS[fault](hub)
     publish(run)
     assert len(hub.models.titles(REPO)) == 2  # never two commits for a step
@@ -118,7 +118,7 @@ def test_retry_after_is_respected(hub: HubServer, run: RunPaths, monkeypatch: py
     assert log[1] == f"publishing to {REPO}: the Hub answered 429 (asked to fail); retrying in 77 s"
 
 
-def test_publishing_resumes_after_an_outage(hub: HubServer, run: RunPaths, no_waiting: None) -> None:
+def test_publishing_resumes_after_outage(hub: HubServer, run: RunPaths, no_waiting: None) -> None:
     hub.fail_next("/commit/", status=503, method="POST", times=3)
     with pytest.raises(UserError, match="the Hub answered 503"):
         publish(run)
@@ -129,7 +129,7 @@ def test_publishing_resumes_after_an_outage(hub: HubServer, run: RunPaths, no_wa
     assert len(hub.seen("/lfs/", "PUT")) == 2  # the weights once, and the figure
 
 
-def test_a_kill_between_commit_and_tag(hub: HubServer, run: RunPaths, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupt_between_commit_and_tag(hub: HubServer, run: RunPaths, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.HfApi.create_tag", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         publish(run)
@@ -154,7 +154,7 @@ def test_permanent_errors_are_not_retried(
     assert len(hub.requests) <= 3
 
 
-def test_other_weights_of_the_same_step_are_not_replaced(hub: HubServer, run: RunPaths, tiny: RunConfig) -> None:
+def test_conflicting_weights_of_same_step_raise(hub: HubServer, run: RunPaths, tiny: RunConfig) -> None:
     publish(run)
     before = hub.models.files(REPO)
     save_checkpoint(run, tiny, 12, scale=2.0)
@@ -163,7 +163,7 @@ def test_other_weights_of_the_same_step_are_not_replaced(hub: HubServer, run: Ru
     assert hub.models.files(REPO) == before
 
 
-def test_a_checkpoint_that_is_removed_meanwhile_is_skipped(hub: HubServer, run: RunPaths) -> None:
+def test_removed_checkpoint_is_skipped(hub: HubServer, run: RunPaths) -> None:
     checkpoints = select_checkpoints(run, True)
     shutil.rmtree(checkpoints[0])
     log: list[str] = []
@@ -174,7 +174,7 @@ def test_a_checkpoint_that_is_removed_meanwhile_is_skipped(hub: HubServer, run: 
 
 @pytest.mark.parametrize("every", [False, True])
 @pytest.mark.parametrize("how", ["cut short", "changed"])
-def test_a_damaged_checkpoint_is_skipped(hub: HubServer, run: RunPaths, every: bool, how: str) -> None:
+def test_damaged_checkpoint_is_skipped(hub: HubServer, run: RunPaths, every: bool, how: str) -> None:
     """Damage is noticed before or while reading; without every_checkpoint the next older one is published."""
     newest = run.checkpoints / "step_00000012/weights/__0_0.distcp"
     content = newest.read_bytes()
@@ -195,7 +195,7 @@ def test_a_damaged_checkpoint_is_skipped(hub: HubServer, run: RunPaths, every: b
         publishing.publish(run, select_checkpoints(run, every), settings, export, log.append)
 
 
-def test_two_processes_cannot_publish_at_once(hub: HubServer, run: RunPaths) -> None:
+def test_concurrent_publishing_raises(hub: HubServer, run: RunPaths) -> None:
     with file_lock(run.root / ".publish.lock"), pytest.raises(UserError, match="another process is publishing"):
         publish(run)
 
@@ -216,7 +216,7 @@ def exported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(publishing, "export_checkpoint", export_stand_in)
 
 
-def test_the_command(hub: HubServer, run: RunPaths, exported: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_publish_command(hub: HubServer, run: RunPaths, exported: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert command("tiny", "--repo", "a-group/other", "--every-checkpoint") == 0
     assert list(hub.models.tags("a-group/other")) == [f"step-{step}" for step in STEPS]
     assert f"{hub.endpoint}/a-group/other" in capsys.readouterr().out
@@ -239,7 +239,7 @@ def test_invalid_arguments(
     assert hub.requests == []
 
 
-def test_without_an_account_or_a_network(
+def test_missing_network_or_token_fails(
     hub: HubServer, run: RunPaths, exported: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -252,7 +252,7 @@ def test_without_an_account_or_a_network(
     assert "no access token was found: log in with `hf auth login`, or set HF_TOKEN" in capsys.readouterr().err
 
 
-def test_the_token_is_in_no_file_and_no_message(
+def test_token_never_leaks(
     hub: HubServer, run: RunPaths, exported: None, no_waiting: None, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Even if the server sends it back."""
@@ -264,7 +264,9 @@ def test_the_token_is_in_no_file_and_no_message(
     assert "(token) is not welcome" in output.err
     assert command("tiny", "--repo", REPO) == 0
     assert any(TOKEN in (request.authorization or "") for request in hub.requests)
-    written = [path.read_bytes() for path in run.root.rglob("*") if path.is_file()]
+    run_files = [path.read_bytes() for path in run.root.rglob("*") if path.is_file()]
     sent = hub.models.files(REPO).values()
     output = capfd.readouterr()
-    assert not [text for text in (*written, *sent, output.out.encode(), output.err.encode()) if TOKEN.encode() in text]
+    assert not [
+        text for text in (*run_files, *sent, output.out.encode(), output.err.encode()) if TOKEN.encode() in text
+    ]

@@ -39,19 +39,19 @@ def pieces(ids: Iterable[int], tokenizer: Tokenizer) -> list[str]:
 
 
 @given(st.text() | st.text(alphabet="a é🙂日"))
-def test_streamed_pieces_join_to_the_text(text: str) -> None:
+def test_streamed_pieces_concatenate_to_text(text: str) -> None:
     parts = pieces(R50K.encode(text).tolist(), R50K)
     assert "".join(parts) == text
     assert all(parts)
     assert "\ufffd" in text or not any("\ufffd" in part for part in parts)
 
 
-def test_incomplete_character_at_the_end() -> None:
+def test_incomplete_final_character() -> None:
     ids = R50K.encode("a🙂").tolist()
     assert "".join(pieces(ids[:-1], R50K)) == "a\ufffd"
 
 
-def test_vocabulary_that_marks_word_starts(tmp_path: Path) -> None:
+def test_metaspace_vocabulary(tmp_path: Path) -> None:
     trained = tokenizers.Tokenizer(models.Unigram([("<unk>", 0.0), ("▁one", -1.0), ("▁two", -1.0)], unk_id=0))
     trained.pre_tokenizer, trained.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     trained.add_special_tokens(["</s>"])
@@ -61,7 +61,7 @@ def test_vocabulary_that_marks_word_starts(tmp_path: Path) -> None:
 
 
 @given(st.text(alphabet="abc🙂"), st.lists(st.text(alphabet="abc🙂", min_size=1, max_size=4), max_size=3))
-def test_text_ends_before_the_first_stop_string(text: str, stops: list[str]) -> None:
+def test_text_ends_before_first_stop_string(text: str, stops: list[str]) -> None:
     stream, released = TextStream(R50K, stops), ""
     # One byte a token: every stop string is split over tokens.
     for byte in text.encode():
@@ -82,7 +82,7 @@ def byte_token(byte: int) -> int:
     return next(token for token in range(256) if R50K.decode_bytes([token]) == bytes([byte]))
 
 
-def test_a_stop_string_ends_a_sample(pair: LanguageModel) -> None:
+def test_stop_string_ends_sample(pair: LanguageModel) -> None:
     (full,) = complete(pair, ["the river"], 20, FREE)
     assert (full.finish_reason, full.tokens, full.seed) == ("length", 20, 3)
     stop = full.text[len(full.text) // 2 :][:5]
@@ -91,7 +91,7 @@ def test_a_stop_string_ends_a_sample(pair: LanguageModel) -> None:
     assert cut.tokens < 20
 
 
-def test_the_end_of_the_document(pair: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_end_of_text_finishes_completion(pair: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     prompt, tokens = "the river", R50K.encode_document("the river").tolist()
     drawn = list(stream_tokens(pair.model, tokens, 9, FREE))
     ending = next(token for token in drawn[3:] if token not in drawn[:3])
@@ -106,7 +106,7 @@ def test_the_end_of_the_document(pair: LanguageModel, monkeypatch: pytest.Monkey
 # -- batches and seeds ------------------------------------------------------------------------------------------------
 
 
-def test_text_does_not_depend_on_the_batch(pair: LanguageModel) -> None:
+def test_text_independent_of_batch_size(pair: LanguageModel) -> None:
     prompts = ["the river", "", "a much longer prompt of several words " * 5]
     together = list(complete(pair, prompts, 12, FREE, num_samples=2))
     assert list(complete(pair, prompts, 12, FREE, num_samples=2, batch_size=1)) == together
@@ -117,7 +117,7 @@ def test_text_does_not_depend_on_the_batch(pair: LanguageModel) -> None:
     assert together[0].text != together[1].text
 
 
-def test_on_text_gets_the_whole_text(pair: LanguageModel) -> None:
+def test_on_text_receives_full_text(pair: LanguageModel) -> None:
     received = ["", "", ""]
 
     def listen(number: int, text: str) -> None:
@@ -127,7 +127,7 @@ def test_on_text_gets_the_whole_text(pair: LanguageModel) -> None:
     assert received == [completion.text for completion in completions]
 
 
-def test_samples_are_yielded_in_order_as_they_finish(pair: LanguageModel) -> None:
+def test_samples_are_yielded_in_order(pair: LanguageModel) -> None:
     """Of three made together, the first ends early, the last too, the second late."""
     full = [completion.text for completion in complete(pair, ["a", "b", "c"], 30, FREE)]
     stop = next(text for at in range(1, 40) if (text := full[0][at : at + 2]) in full[2][:60] and text not in full[1])
@@ -144,7 +144,7 @@ def test_samples_are_yielded_in_order_as_they_finish(pair: LanguageModel) -> Non
     assert third == second + 1 == len(events) - 1
 
 
-def test_generate_gives_prompt_and_continuation(pair: LanguageModel) -> None:
+def test_generate_returns_prompt_and_continuation(pair: LanguageModel) -> None:
     text = generate(pair, "the river", 8, temperature=0)
     assert text.startswith("the river")
     assert len(text) > len("the river")
@@ -161,6 +161,6 @@ def test_generate_gives_prompt_and_continuation(pair: LanguageModel) -> None:
     [({"num_samples": 0}, "num_samples is 0"), ({"batch_size": 0}, "batch_size is 0"), ({"stop": [""]}, "is empty"),
      ({"max_new_tokens": -1}, "max_new_tokens is -1"), ({"sampling": SamplingParams(top_p=0)}, "top_p 0")],
 )  # fmt: skip
-def test_invalid_settings_raise_at_the_call(pair: LanguageModel, settings: dict, message: str) -> None:
+def test_invalid_settings_raise_immediately(pair: LanguageModel, settings: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         complete(pair, ["x"], **settings)

@@ -42,7 +42,7 @@ def generated(model: Any, config: ModelConfig, counts: list[int]) -> Tensor:
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("counts", [[8], [8, 8, 8], [3, 8, 1]], ids=str)
 @torch.inference_mode()
-def test_logits_are_identical(kind: dict[str, Any], counts: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_match_exactly(kind: dict[str, Any], counts: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_decode, "FEW_LOGIT_ROWS", 1)  # products of few rows are rounded differently
     model = model_of(**kind)
     assert torch.equal(generated(as_plain_objects(model), model.config, counts), generated(model, model.config, counts))
@@ -56,7 +56,7 @@ def modules_in(stand_in: Any) -> list[nn.Module]:
 
 
 @pytest.mark.parametrize("kind", KINDS[:3], ids=str)
-def test_no_module_is_left(kind: dict[str, Any]) -> None:
+def test_plain_objects_contain_no_modules(kind: dict[str, Any]) -> None:
     assert modules_in(as_plain_objects(model_of(**kind))) == []
 
 
@@ -95,7 +95,7 @@ def test_changed_weights_and_hooks_take_effect(where: str, how: str) -> None:
     assert not torch.equal(after, before)
 
 
-def test_hooks_see_each_token_of_a_generation() -> None:
+def test_hooks_run_for_every_generated_token() -> None:
     model, seen = model_of(), []
     model.blocks[0].register_forward_hook(lambda module, arguments, y: seen.append(tuple(y.shape)))
     for _ in generate_batch(model, [Sequence([1, 2, 3], 0)], 4, SamplingParams(temperature=0)):
@@ -106,7 +106,7 @@ def test_hooks_see_each_token_of_a_generation() -> None:
 @pytest.mark.parametrize("rows", [(1,), (3,), (3, 1), (2, 2), (16, 1), (0,)])
 @pytest.mark.parametrize("bias", [False, True])
 @torch.inference_mode()
-def test_few_rows_give_the_linear_map(rows: tuple[int, ...], bias: bool) -> None:
+def test_few_rows_linear_matches_linear(rows: tuple[int, ...], bias: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn(*rows, 64, generator=generator), torch.randn(900, 64, generator=generator)
     b = torch.randn(900, generator=generator) if bias else None
@@ -117,7 +117,7 @@ def test_few_rows_give_the_linear_map(rows: tuple[int, ...], bias: bool) -> None
 
 
 @torch.inference_mode()
-def test_large_linears_and_the_head_take_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_layers_and_head_use_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_decode, "LARGE", 1)
     for kind in KINDS[:3]:
         model = model_of(**kind)

@@ -46,7 +46,7 @@ def greedy_without_cache(model: Transformer, prompt: list[int], count: int) -> l
     "kind", [{}, {"position": "learned", "bias": True}, {"n_kv_heads": 2, "qk_norm": True}], ids=str
 )
 @pytest.mark.parametrize("prompt", [[7], PROMPT, list(range(20))], ids=len)
-def test_greedy_equals_the_loop_without_cache(kind, prompt):
+def test_greedy_matches_uncached_loop(kind, prompt):
     model, count = model_of(**kind), SMALL.max_seq_len - len(prompt)
     expected = greedy_without_cache(model, prompt, count)
     assert list(generate(model, prompt, count, temperature=0)) == expected
@@ -70,7 +70,7 @@ def test_seeds_and_random_state(model):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_gradients_stay_on_between_tokens(model):
+def test_grad_mode_unchanged_between_tokens(model):
     """The generator turns gradients off while it runs, not for its caller."""
     ids = generate(model, PROMPT, 3)
     next(ids)
@@ -88,7 +88,7 @@ def frequencies(logits: torch.Tensor, temperature: float, top_k: int, draws: int
 
 
 @pytest.mark.parametrize(("temperature", "top_k"), [(1.0, 0), (0.5, 0), (2.0, 3), (1.0, 6), (1.0, 99)])
-def test_frequencies_are_the_softmax(temperature, top_k):
+def test_sampling_frequencies_match_softmax(temperature, top_k):
     logits = torch.tensor([1.0, -0.5, 2.0, 0.3, 1.7, -3.0])
     allowed = logits.topk(min(top_k or 6, 6)).indices
     expected = torch.zeros(6)
@@ -100,7 +100,7 @@ def test_frequencies_are_the_softmax(temperature, top_k):
     assert chi_square < 25  # of up to 5 degrees of freedom: exceeded once in 7,000 by a correct sampler
 
 
-def test_top_k_takes_no_more_than_k_of_equals():
+def test_top_k_with_ties():
     assert (frequencies(torch.zeros(6), 1.0, 2, draws=200) > 0).sum() == 2
 
 
@@ -111,7 +111,7 @@ def test_huge_and_low_precision_logits():
     assert choose(low, SamplingParams(0.01, 2), [generator], [[]]) == [1]
 
 
-def test_top_k_draws_from_the_most_likely(model):
+def test_top_k_draws_from_most_likely(model):
     tokens = list(PROMPT)
     for token in generate(model, PROMPT, 20, temperature=5, top_k=4, seed=3):
         with torch.no_grad():
@@ -120,7 +120,7 @@ def test_top_k_draws_from_the_most_likely(model):
         tokens.append(token)
 
 
-def test_padding_is_never_drawn():
+def test_vocabulary_padding_is_never_sampled():
     """Rows of the vocabulary's padding would win every draw if they took part."""
     model = model_of(vocab_size=33)
     with torch.no_grad():
@@ -134,18 +134,18 @@ def test_padding_is_never_drawn():
 # -- where it ends ----------------------------------------------------------------------------------------------------
 
 
-def test_end_of_text_stops_and_is_not_appended(model):
+def test_end_of_text_stops_generation(model):
     every = list(generate(model, PROMPT, 20, temperature=1, seed=1))
     stop = every[8]
     assert list(generate(model, PROMPT, 20, temperature=1, seed=1, end_of_text=stop)) == every[: every.index(stop)]
 
 
-def test_no_tokens(model):
+def test_zero_new_tokens(model):
     assert list(generate(model, PROMPT, 0)) == []
 
 
 @torch.no_grad()
-def test_beyond_the_context_the_window_slides(model):
+def test_window_slides_beyond_context(model):
     """Each time it is full, the newer half is read again and the rest forgotten."""
     context, count = SMALL.max_seq_len, 3 * SMALL.max_seq_len
     actual = list(generate(model, PROMPT, count, temperature=0))
@@ -159,7 +159,7 @@ def test_beyond_the_context_the_window_slides(model):
     assert actual == expected
 
 
-def test_only_the_end_of_a_long_prompt_is_read(model):
+def test_long_prompt_is_truncated_left(model):
     long = [(7 * i) % 50 for i in range(100)]
     for count in (1, 30):
         full = list(generate(model, long, count, temperature=0))
@@ -167,7 +167,7 @@ def test_only_the_end_of_a_long_prompt_is_read(model):
     assert full[:1] == greedy_without_cache(model, long[-24:], 1)
 
 
-def test_a_context_of_one():
+def test_single_token_context():
     assert len(list(generate(model_of(max_seq_len=1), PROMPT, 5))) == 5
 
 
@@ -186,7 +186,7 @@ def test_tokens_are_streamed(model):
         (PROMPT, {"max_new_tokens": -1}, "max_new_tokens is -1"),
     ],
 )
-def test_invalid_parameters_raise_at_the_call(model, prompt, settings, message):
+def test_invalid_parameters_raise_immediately(model, prompt, settings, message):
     with pytest.raises(UserError, match=message):
         generate(model, prompt, **{"max_new_tokens": 1, **settings})
 
@@ -204,7 +204,7 @@ PROMPTS = [[7], PROMPT, list(range(20)), [9, 8, 7, 6, 5], [(7 * i) % 50 for i in
 @pytest.mark.parametrize(
     "sampling", [SamplingParams(temperature=0), SamplingParams(1.2, 20, 0.9, 0.01, 1.1)], ids=["greedy", "sampled"]
 )
-def test_a_batch_equals_single_sequences(kind, sampling):
+def test_batch_matches_single_sequences(kind, sampling):
     """Lengths from 1 to beyond the context, rows that end early, and windows that slide, each at its own time."""
     model, count, end = model_of(**kind), 2 * SMALL.max_seq_len, 11
     batch = [Sequence(prompt, seed=number) for number, prompt in enumerate(PROMPTS)]
@@ -217,7 +217,7 @@ def test_a_batch_equals_single_sequences(kind, sampling):
         assert row.finish_reason == ("length" if len(alone) == count else "end_of_text")
 
 
-def test_stopping_one_sequence_does_not_change_the_others(model):
+def test_stopped_sequence_does_not_affect_others(model):
     expected = list(generate(model, PROMPT, 30, temperature=1, seed=1))
     batch = [Sequence([5, 6], 0), Sequence(PROMPT, 1)]
     for row in generate_batch(model, batch, 30, SamplingParams(1.0, 0)):

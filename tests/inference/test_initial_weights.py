@@ -80,7 +80,7 @@ def trained(prepared_corpus: Path, corpus: Path, tmp_path_factory: pytest.TempPa
 
 
 @pytest.mark.usefixtures("prepared_data")
-def test_from_a_run_and_from_its_checkpoint(trained: Path, tiny: RunConfig) -> None:
+def test_init_from_run_and_checkpoint(trained: Path, tiny: RunConfig) -> None:
     """Step 0 measures what the source measured last. The schedule and the optimizer begin anew."""
     for source in (trained, trained / "checkpoints/step_00000006"):
         root = start(with_train(begin(tiny, source), fresh=True))
@@ -95,7 +95,7 @@ def test_from_a_run_and_from_its_checkpoint(trained: Path, tiny: RunConfig) -> N
 
 @pytest.mark.usefixtures("prepared_data")
 @pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
-def test_the_moments_are_taken_over_to_the_bit(optimizer: str, trained: Path, tiny: RunConfig) -> None:
+def test_keep_optimizer_copies_moments_exactly(optimizer: str, trained: Path, tiny: RunConfig) -> None:
     tiny = replace(tiny, optim=replace(tiny.optim, optimizer=optimizer))
     if optimizer == "muon":
         trained = start(with_train(quiet(tiny), max_steps=1))
@@ -112,7 +112,7 @@ def test_the_moments_are_taken_over_to_the_bit(optimizer: str, trained: Path, ti
 
 
 @pytest.mark.parametrize("kind", ["llama", pytest.param("qwen3", marks=pytest.mark.slow)])
-def test_from_a_transformers_folder(kind: str, tiny: RunConfig, tmp_path: Path) -> None:
+def test_init_from_transformers_folder(kind: str, tiny: RunConfig, tmp_path: Path) -> None:
     """The command line takes the shape from the folder. The first loss is that of transformers."""
     peer, tokenizer = peer_folder(kind, tmp_path / "peer"), str(tmp_path / "peer/tokenizer.json")
     plain = replace(begin(tiny, tmp_path / "peer"), model=RunConfig().model)
@@ -127,7 +127,7 @@ def test_from_a_transformers_folder(kind: str, tiny: RunConfig, tmp_path: Path) 
     assert json.loads((root / "imported.json").read_text()) == {"source": "peer"}
 
 
-def test_from_the_hub_and_then_without_it(
+def test_init_from_hub_then_resume_offline(
     tiny: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
@@ -149,9 +149,7 @@ def test_from_the_hub_and_then_without_it(
 
 
 @pytest.mark.usefixtures("prepared_data")
-def test_a_resumed_run_does_not_need_its_source(
-    trained: Path, tiny: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resume_without_source(trained: Path, tiny: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Interrupted(Exception):
         pass
 
@@ -177,7 +175,7 @@ def test_a_resumed_run_does_not_need_its_source(
 
 
 @pytest.mark.usefixtures("prepared_data")
-def test_what_does_not_fit(trained: Path, tiny: RunConfig, tmp_path: Path) -> None:
+def test_incompatible_sources_raise(trained: Path, tiny: RunConfig, tmp_path: Path) -> None:
     peer_folder("llama", tmp_path / "peer")
     config = begin(tiny, trained)
     wider = replace(config.model, d_model=32, n_layers=3, dropout_ffn=0.3, max_seq_len=32)
@@ -219,7 +217,7 @@ def test_what_does_not_fit(trained: Path, tiny: RunConfig, tmp_path: Path) -> No
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("prepared_data")
-def test_two_ranks_with_sharded_weights(trained: Path, tiny: RunConfig, tmp_path: Path) -> None:
+def test_init_on_two_fsdp_ranks(trained: Path, tiny: RunConfig, tmp_path: Path) -> None:
     """From one process's checkpoint with its moments, and from a folder of transformers."""
     peer, tokenizer = peer_folder("llama", tmp_path / "peer"), str(tmp_path / "peer/tokenizer.json")
     of_peer = replace(tiny, data=replace(tiny.data, tokenizer=tokenizer))
@@ -237,7 +235,7 @@ def test_two_ranks_with_sharded_weights(trained: Path, tiny: RunConfig, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("prepared_data")
-def test_killed_and_resumed_without_the_source(trained: Path, tiny: RunConfig, tmp_path: Path) -> None:
+def test_resume_after_kill_without_source(trained: Path, tiny: RunConfig, tmp_path: Path) -> None:
     shutil.copytree(trained, tmp_path / "source")
     config = with_train(begin(tiny, tmp_path / "source"), max_steps=60)
     whole = losses(start(config))

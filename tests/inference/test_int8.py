@@ -70,7 +70,7 @@ def matrices(model: Transformer) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_weight_moves_by_more_than_half_a_step(kind: str) -> None:
+def test_weight_error_at_most_half_step(kind: str) -> None:
     floats, ints = pair(kind)
     assert matrices(floats).keys() == matrices(ints).keys()
     for name, weight in matrices(floats).items():
@@ -87,7 +87,7 @@ def test_no_weight_moves_by_more_than_half_a_step(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_each_product_is_within_the_bound_of_its_steps(kind: str) -> None:
+def test_linear_output_error_bound(kind: str) -> None:
     """|x (w - w')| <= step / 2 x sum |x|, for what each linear really gets."""
     floats, ints = pair(kind)
     inputs: dict[str, torch.Tensor] = {}
@@ -111,7 +111,7 @@ def test_each_product_is_within_the_bound_of_its_steps(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_logits_are_those_of_weights_quantized_in_numpy(kind: str) -> None:
+def test_logits_match_numpy_quantization(kind: str) -> None:
     floats, ints = pair(kind)
     tokens = torch.arange(40).view(2, 20)
     before = floats(tokens)
@@ -131,7 +131,7 @@ def test_logits_are_those_of_weights_quantized_in_numpy(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_scoring_is_that_of_the_logits(kind: str) -> None:
+def test_scores_match_logits(kind: str) -> None:
     """The losses and scores go another way than the logits do."""
     _, ints = pair(kind)
     tokens = torch.arange(40).view(2, 20)
@@ -148,7 +148,7 @@ def test_scoring_is_that_of_the_logits(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_greedy_text(kind: str) -> None:
+def test_greedy_generation_matches_uncached(kind: str) -> None:
     """With the cache as without it, in a batch as alone, and beyond the context."""
     _, ints = pair(kind)
     tokens = [3, 14, 15]
@@ -160,7 +160,7 @@ def test_greedy_text(kind: str) -> None:
     assert batch[1].generated[:20] == tokens[3:]
 
 
-def test_a_tied_head_stays_tied() -> None:
+def test_tied_head_stays_tied() -> None:
     floats, ints = pair("tied")
     assert ints.head is None
     assert isinstance(ints.embedding, Int8Embedding)
@@ -171,7 +171,7 @@ def test_a_tied_head_stays_tied() -> None:
     assert sum(map(torch.Tensor.numel, ints.parameters())) == sum(map(torch.Tensor.numel, floats.parameters()))
 
 
-def test_memory() -> None:
+def test_weight_memory() -> None:
     floats, ints = pair("untied")
     wide, narrow = weight_bytes(floats), weight_bytes(ints)
     assert wide == 4 * sum(map(torch.Tensor.numel, floats.parameters()))
@@ -182,7 +182,7 @@ def test_memory() -> None:
     assert (weight_dtype(floats), weight_dtype(ints)) == ("float32", "int8")
 
 
-def test_without_torchao(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_torchao_raises(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(int8, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"python -m pip install torchao==\d"):
         loading.load_model(tmp_path / "nothing there", int8=True)  # said before anything is looked for
@@ -221,7 +221,7 @@ def test_int8_and_precision_reach_load_model(command: str, monkeypatch: pytest.M
     ]  # fmt: skip
 
 
-def test_a_checkpoint_in_int8(tmp_path: Path) -> None:
+def test_load_checkpoint_in_int8(tmp_path: Path) -> None:
     floats, ints = pair("tied")
     save_weights(tmp_path / "checkpoints", floats)
     loaded = load_model(tmp_path, "cpu", int8=True).model

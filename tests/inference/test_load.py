@@ -42,7 +42,7 @@ def test_own_tokenizer(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", [{}, {"tie_embeddings": False, "qk_norm": True, "n_kv_heads": 2}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_compute_dtype_equals_autocast(kind: dict, dtype: torch.dtype) -> None:
+def test_compute_dtype_matches_autocast(kind: dict, dtype: torch.dtype) -> None:
     """To the bit, whether the caller's autocast says so, as training's evaluations do, or the model."""
     model, generator = model_of(kind), torch.Generator().manual_seed(1)
     tokens = torch.randint(50, (2, 9), generator=generator)
@@ -57,13 +57,13 @@ def test_compute_dtype_equals_autocast(kind: dict, dtype: torch.dtype) -> None:
     with torch.autocast("cpu", dtype):
         expected = outputs()
     model.set_compute_dtype(dtype)
-    assert all(torch.equal(actual, wanted) for actual, wanted in zip(outputs(), expected, strict=True))
+    assert all(torch.equal(actual, reference) for actual, reference in zip(outputs(), expected, strict=True))
     assert not torch.equal(expected[0], exact[0])
     assert not torch.is_autocast_enabled("cpu")
     assert weight_dtype(model) == str(dtype).removeprefix("torch.")
 
 
-def test_default_precision_is_that_of_training(tmp_path: Path) -> None:
+def test_default_precision_matches_training(tmp_path: Path) -> None:
     folder = put(tmp_path, 50_257, None, precision="bfloat16")
     assert load_model(folder, "cpu").model.compute_dtype is torch.bfloat16
     assert load_model(folder, "cpu", precision="auto").model.compute_dtype is None

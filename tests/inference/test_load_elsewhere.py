@@ -25,7 +25,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_an_exported_folder(
+def test_exported_folder_matches_run(
     exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = files_of(exported)
@@ -40,7 +40,7 @@ def test_an_exported_folder(
     external = json.loads((tmp_path / "eval.json").read_text())
     myllm(["eval", "made", "--tasks", "perplexity:text.txt"])
     own = json.loads((tmp_path / "temp_data/runs/made/eval.json").read_text())
-    (external, own) = (each["results"][0] for each in (external, own))
+    (external, own) = (report["results"][0] for report in (external, own))
     assert external["metrics"]["loss"] == pytest.approx(own["metrics"]["loss"], abs=1e-6)
     assert (external["step"], own["step"]) == (None, 7)
     assert files_of(exported) == before
@@ -50,7 +50,7 @@ def test_an_exported_folder(
     assert "does not record its training data; choose a data set with --dataset" in capsys.readouterr().err
 
 
-def test_a_model_of_the_hub(
+def test_hub_model(
     exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
@@ -78,7 +78,7 @@ def test_a_model_of_the_hub(
             load_model("other/model")
 
 
-def test_a_run_is_never_taken_for_an_external_model(save: Save, temp_data: Path, tmp_path: Path) -> None:
+def test_run_takes_precedence_over_external_model(save: Save, temp_data: Path, tmp_path: Path) -> None:
     """Also where its only checkpoint is damaged, or none is there yet: no other model is taken for it."""
     folder = save(KINDS["qwen3"])
     (temp_data / "runs/made/config.json").write_text("{}")
@@ -93,7 +93,7 @@ def test_a_run_is_never_taken_for_an_external_model(save: Save, temp_data: Path,
         find_model("new")
 
 
-def test_loading_imports_neither_transformers_nor_matplotlib() -> None:
+def test_loading_does_not_import_transformers_or_matplotlib() -> None:
     names = "('matplotlib', 'transformers', 'datasets')"
     code = f"import sys, myllm.inference.load; print([x for x in {names} if x in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)

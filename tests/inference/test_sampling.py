@@ -47,7 +47,7 @@ def test_top_p(p):
 
 
 @pytest.mark.parametrize("spread", [0.1, 5.0], ids=["wide", "narrow"])
-def test_top_p_of_a_large_vocabulary(spread):
+def test_top_p_with_large_vocabulary(spread):
     """Wider than what is looked at first, and not."""
     logits = spread * torch.randn(
         3, 3 * TOP_P_FIRST_TRY, dtype=torch.float64, generator=torch.Generator().manual_seed(5)
@@ -87,7 +87,7 @@ def test_all_filters_in_order():
     assert same(scattered(filter_logits(candidates, SamplingParams(1.7, 20, 0.8, 0.1)), ids), theirs)
 
 
-def test_the_draw_at_its_edges():
+def test_draw_edge_cases():
     out = float("-inf")
     logits = torch.tensor([[out, 0.0, out, 0.0, out]], dtype=torch.float64)
     for uniform, expected in ((0.0, 1), (0.4999, 1), (0.5, 3), (1 - 2**-53, 3)):

@@ -31,13 +31,13 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_has_flash_on_a_cpu(name: str, dtype: torch.dtype) -> None:
+def test_presets_use_flash_on_cpu(name: str, dtype: torch.dtype) -> None:
     model = PRESETS[name]().model
     assert sdpa.selected_backend(replace(model, max_seq_len=128), CPU, dtype) == sdpa.SelectedBackend("flash")
 
 
 @pytest.mark.parametrize("n_kv_heads", [None, 2])
-def test_what_is_said_is_what_runs(n_kv_heads: int | None) -> None:
+def test_selected_backend_matches_profile(n_kv_heads: int | None) -> None:
     """Against the operations that a profile sees, with torch's choice and with one that is forced."""
     config = replace(CONFIG, n_kv_heads=n_kv_heads)
     for backend, expected in ((None, "flash"), (SDPBackend.MATH, "math")):
@@ -54,13 +54,13 @@ def test_what_is_said_is_what_runs(n_kv_heads: int | None) -> None:
 @pytest.mark.parametrize(
     ("major", "first"), [(8, "flash"), (9, "cuDNN"), (10, "cuDNN"), (12, "flash")], ids=["A100", "H100", "B200", "5090"]
 )
-def test_the_order_on_a_card(major: int, first: str, card: Callable[[int], None]) -> None:
+def test_backend_priority_by_compute_capability(major: int, first: str, card: Callable[[int], None]) -> None:
     """cuDNN before torch's own flash where it is faster; the math path last; as before afterwards, a CPU untouched."""
     card(major)
     before = torch._C._get_sdp_priority_order()
     with sdpa.training_backends(CUDA):
         order = [SDPBackend(number) for number in torch._C._get_sdp_priority_order()]
-    assert next(sdpa.BACKEND_NAMES[each] for each in order if each in sdpa.BACKEND_NAMES) == first
+    assert next(sdpa.BACKEND_NAMES[candidate] for candidate in order if candidate in sdpa.BACKEND_NAMES) == first
     assert order.index(SDPBackend.MATH) == 3
     assert torch._C._get_sdp_priority_order() == before
     with sdpa.training_backends(CPU):
@@ -79,14 +79,14 @@ def test_the_order_on_a_card(major: int, first: str, card: Callable[[int], None]
         ({"deterministic": True, "attention": "math"}, ["math"]),
     ],
 )
-def test_the_order_that_is_asked_for(
+def test_backend_priority_follows_config(
     major: int, settings: dict[str, Any], expected: list[str], card: Callable[[int], None]
 ) -> None:
     card(major)
     with sdpa.training_backends(CUDA, TrainConfig(**settings)):
         allowed = set(attention._cur_sdpa_kernel_backends())
         order = [SDPBackend(number) for number in torch._C._get_sdp_priority_order()]
-    assert [sdpa.BACKEND_NAMES[each] for each in order if each in allowed] == expected
+    assert [sdpa.BACKEND_NAMES[candidate] for candidate in order if candidate in allowed] == expected
 
 
 def test_evaluations_never_use_cudnn(card: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,7 +110,8 @@ def test_evaluations_never_use_cudnn(card: Callable[[int], None], monkeypatch: p
     list(generate_batch(model, [row], 2, SamplingParams()))
     assert len(allowed) == len(devices) >= 5
     assert all(
-        each == {SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH} for each in allowed
+        backends == {SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH}
+        for backends in allowed
     )
     model.train()
     model(tokens, tokens)
@@ -118,7 +119,7 @@ def test_evaluations_never_use_cudnn(card: Callable[[int], None], monkeypatch: p
     assert len(devices) == len(allowed) - 1
 
 
-def test_what_a_card_takes_is_the_first_that_can(card: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_selects_first_supported_backend(card: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> None:
     """By torch's public questions."""
     card(9)
     monkeypatch.setattr(sdpa, "_inputs", lambda config, _, dtype: INPUTS(config, CPU, dtype))
@@ -136,9 +137,7 @@ def test_what_a_card_takes_is_the_first_that_can(card: Callable[[int], None], mo
     assert (name(), name(deterministic=True)) == ("memory-efficient", "math")
 
 
-def test_every_kernel_that_was_open_says_why_it_is_not_taken(
-    card: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rejected_backends_report_reasons(card: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> None:
     card(8)
     monkeypatch.setattr(sdpa, "_inputs", lambda config, _, dtype: INPUTS(config, CPU, dtype))
 
@@ -161,13 +160,13 @@ def test_every_kernel_that_was_open_says_why_it_is_not_taken(
     assert refusals(attention="math") == ()
 
 
-def test_asked_for_on_a_cpu() -> None:
+def test_requested_backend_on_cpu() -> None:
     for kernel, expected in (("math", "math"), ("cudnn", "flash")):
         backend = sdpa.selected_backend(CONFIG, CPU, torch.float32, TrainConfig(attention=kernel))
         assert backend == sdpa.SelectedBackend(expected)
 
 
-def test_without_torchs_private_question_only_a_name_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fallback_without_fused_sdp_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch, "_fused_sdp_choice")
     assert sdpa.selected_backend(CONFIG, CPU, torch.float32) == sdpa.SelectedBackend("CPU's")
 
@@ -205,7 +204,7 @@ def broken() -> None:
     raise RuntimeError("does not expose FA3 kernels")
 
 
-def test_a_newer_flash_is_used_for_as_long_as_a_run_lasts(impl: Callable, card: Callable[[int], None]) -> None:
+def test_newer_flash_is_active_during_run(impl: Callable, card: Callable[[int], None]) -> None:
     card(9)
     impl("FA3", Handle)
     with sdpa.use_newer_flash(CONFIG, CUDA) as remark:
@@ -216,7 +215,7 @@ def test_a_newer_flash_is_used_for_as_long_as_a_run_lasts(impl: Callable, card: 
     assert Handle.removed == 1
 
 
-def test_one_that_is_not_installed_is_no_news(impl: Callable, card: Callable[[int], None]) -> None:
+def test_missing_newer_flash_is_silent(impl: Callable, card: Callable[[int], None]) -> None:
     card(9)
     impl("FA3", missing)
     impl("FA4", Handle)
@@ -227,7 +226,7 @@ def test_one_that_is_not_installed_is_no_news(impl: Callable, card: Callable[[in
         assert (attention.current_flash_attention_impl(), remark) == (None, None)
 
 
-def test_one_that_does_not_start_or_computes_wrong_is_said_and_left(
+def test_broken_newer_flash_is_reported_and_skipped(
     impl: Callable, card: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     card(9)
@@ -238,7 +237,7 @@ def test_one_that_does_not_start_or_computes_wrong_is_said_and_left(
     def wrong_at_first(*args: Any) -> tuple[torch.Tensor, ...]:
         calls.append(args)
         out, *gradients = real(*args)
-        return out, *(each * (1.1 if len(calls) == 1 else 1) for each in gradients)
+        return out, *(gradient * (1.1 if len(calls) == 1 else 1) for gradient in gradients)
 
     monkeypatch.setattr(sdpa, "_output_and_gradients", wrong_at_first)
     with sdpa.use_newer_flash(CONFIG, CUDA) as remark:
@@ -249,7 +248,7 @@ def test_one_that_does_not_start_or_computes_wrong_is_said_and_left(
 
 
 @pytest.mark.parametrize("major", [8, 12])
-def test_cards_that_none_is_for(major: int, impl: Callable, card: Callable[[int], None]) -> None:
+def test_newer_flash_unused_on_other_gpus(major: int, impl: Callable, card: Callable[[int], None]) -> None:
     card(major)
     impl("FA3", Handle)
     impl("FA4", Handle)
@@ -257,7 +256,7 @@ def test_cards_that_none_is_for(major: int, impl: Callable, card: Callable[[int]
         assert (attention.current_flash_attention_impl(), remark) == (None, None)
 
 
-def test_a_torch_without_the_switch(card: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_without_flash_registry(card: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("list_flash_attention_impls", "activate_flash_attention_impl", "current_flash_attention_impl"):
         monkeypatch.delattr(attention, name)
     card(9)
@@ -265,7 +264,7 @@ def test_a_torch_without_the_switch(card: Callable[[int], None], monkeypatch: py
         assert remark is None
 
 
-def test_an_error_of_the_run_passes_through(impl: Callable, card: Callable[[int], None]) -> None:
+def test_run_errors_propagate(impl: Callable, card: Callable[[int], None]) -> None:
     card(9)
     impl("FA3", Handle)
     with pytest.raises(KeyError, match="the run's"), sdpa.use_newer_flash(CONFIG, CUDA):

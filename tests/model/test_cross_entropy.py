@@ -43,7 +43,7 @@ def value_and_gradients(hidden, weight, targets, vocab_size):
     seed=st.integers(0, 99),
     compiling=st.booleans(),
 )
-def test_value_and_gradients(n, d, vocab_size, padding, chunk, seed, compiling):
+def test_value_and_gradients_match_float64(n, d, vocab_size, padding, chunk, seed, compiling):
     """In place, and in the form that is given to a compiler."""
     hidden, weight, targets = example(n, d, vocab_size, padding, seed)
     with pytest.MonkeyPatch.context() as patch:
@@ -60,7 +60,7 @@ def test_value_and_gradients(n, d, vocab_size, padding, chunk, seed, compiling):
     assert not ours[2][vocab_size:].any()  # exactly zero, so that padding never moves
 
 
-def test_where_a_product_cannot_be_written_into_a_part(monkeypatch):
+def test_fallback_without_out_slice_support(monkeypatch):
     """MPS on macOS 14 leaves `out` as it was, without a word: no gradient and no score may come from there."""
     hidden, weight, targets = example(10, 6, 30, 2)
     expected, scores = in_float64(hidden, weight, targets, 30), token_log_probs(hidden, weight, targets, 30)
@@ -75,7 +75,7 @@ def test_where_a_product_cannot_be_written_into_a_part(monkeypatch):
     torch.testing.assert_close(token_log_probs(hidden, weight, targets, 30), scores)
 
 
-def test_the_gradient_is_scaled_by_what_comes_after():
+def test_gradient_scales_with_loss():
     hidden, weight, targets = example(5, 4, 9, 3)
     plain = value_and_gradients(hidden, weight, targets, 9)
     scaled = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets, 9)[0] / 8, (hidden, weight))
@@ -83,7 +83,7 @@ def test_the_gradient_is_scaled_by_what_comes_after():
         torch.testing.assert_close(part, whole / 8)
 
 
-def test_a_target_far_behind():
+def test_very_unlikely_target():
     """Its probability is no float32 any more, its loss is."""
     hidden, weight, targets = example(6, 4, 9, 3)
     with torch.no_grad():
@@ -94,7 +94,7 @@ def test_a_target_far_behind():
         torch.testing.assert_close(mine.double(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_padding_has_no_probability():
+def test_padding_has_zero_probability():
     """A padding row that would win every token changes neither loss nor scores."""
     hidden, weight, targets = example(30, 4, 9, 3)
     with torch.no_grad():
@@ -111,7 +111,7 @@ def test_padding_has_no_probability():
 
 @settings(max_examples=60, deadline=None)
 @given(n=st.integers(0, 30), ignored=st.floats(0, 1), chunk=st.sampled_from([1, 4, 256]), seed=st.integers(0, 99))
-def test_token_ranks(n, ignored, chunk, seed):
+def test_token_ranks_match_float64(n, ignored, chunk, seed):
     hidden, weight, targets = example(n, 6, 11, 5, seed)
     targets[torch.rand(n, generator=torch.Generator().manual_seed(seed)) < ignored] = IGNORE_INDEX
     with pytest.MonkeyPatch.context() as patch:
@@ -128,7 +128,7 @@ def test_token_ranks(n, ignored, chunk, seed):
     assert not scores.requires_grad
 
 
-def test_no_targets():
+def test_all_targets_ignored():
     hidden, weight, _ = example(7, 4, 9, 0)
     for result in token_ranks(hidden, weight, torch.full((7,), IGNORE_INDEX), 9):
         assert not result.any()
@@ -150,7 +150,7 @@ def test_bfloat16_autocast():
     assert not torch.equal(rough[1], exact[1])  # autocast did something
 
 
-def test_hidden_states_in_bfloat16_get_gradients_in_bfloat16():
+def test_bfloat16_hidden_states_get_bfloat16_gradients():
     hidden, weight, targets = example(20, 8, 30, 2)
     low = hidden.detach().bfloat16().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
@@ -167,15 +167,15 @@ class LargestTensor(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        for each in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(each, torch.Tensor):
-                self.elements = max(self.elements, each.numel())
+        for output in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(output, torch.Tensor):
+                self.elements = max(self.elements, output.numel())
         return result
 
 
 @pytest.mark.parametrize("compiling", [False, True])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_logits_never_exist_all_at_once(autocast, compiling, monkeypatch):
+def test_full_logits_are_never_materialized(autocast, compiling, monkeypatch):
     monkeypatch.setattr(module, "CPU_CHUNK", 16)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
     n, d, v = 512, 8, 100
@@ -192,7 +192,7 @@ def test_logits_never_exist_all_at_once(autocast, compiling, monkeypatch):
 @pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("autocast", [False, True])
-def test_compiled(autocast):
+def test_compiled_matches_eager(autocast):
     hidden, weight, targets = example(300, 16, 100, 28)  # two whole chunks and a part of one
     compiled = torch.compile(linear_cross_entropy, fullgraph=True)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):

@@ -31,7 +31,7 @@ def model_of(kind: dict) -> Transformer:
 )
 @pytest.mark.parametrize("pieces", [[20], [1] * 20, [7, *[1] * 13], [5, 4, 1, 6, 1, 3]], ids=str)
 @torch.no_grad()
-def test_pieces_give_the_logits_of_the_whole(kind, pieces):
+def test_cached_chunks_match_full_sequence(kind, pieces):
     model = model_of(kind)
     tokens = torch.randint(50, (3, 20), generator=torch.Generator().manual_seed(1))
     whole = model(tokens)
@@ -43,7 +43,7 @@ def test_pieces_give_the_logits_of_the_whole(kind, pieces):
 
 
 @torch.no_grad()
-def test_a_cleared_cache_is_as_new():
+def test_cleared_cache_equals_new():
     model = model_of({})
     tokens = torch.randint(50, (1, 12), generator=torch.Generator().manual_seed(2))
     cache = KVCache(model.config, 1, 20, "cpu", torch.float32)
@@ -55,7 +55,7 @@ def test_a_cleared_cache_is_as_new():
 
 
 @torch.no_grad()
-def test_a_full_cache_refuses_more():
+def test_full_cache_raises():
     model = model_of({})
     cache = KVCache(model.config, 1, 4, "cpu", torch.float32)
     assert cache.max_tokens == 4
@@ -76,7 +76,7 @@ def test_bfloat16_cache_under_autocast():
 
 @pytest.mark.parametrize("kind", [{}, {"position": "learned", "n_kv_heads": 2}], ids=str)
 @torch.no_grad()
-def test_a_forked_cache_goes_on_from_the_rows_it_was_given(kind):
+def test_expanded_cache_matches_full_sequence(kind):
     model = model_of(kind)
     generator = torch.Generator().manual_seed(3)
     prefixes, ends = torch.randint(50, (2, 9), generator=generator), torch.randint(50, (5, 6), generator=generator)
@@ -91,7 +91,7 @@ def test_a_forked_cache_goes_on_from_the_rows_it_was_given(kind):
 
 
 @pytest.mark.parametrize("shared", [0, 1, 9])
-def test_continuations_are_scored_as_whole_sequences(shared):
+def test_score_continuations_matches_full_sequences(shared):
     """Padding on the right, a target of -1, changes nothing; nor does autocast but for its rounding."""
     model, generator = model_of({"qk_norm": True}), torch.Generator().manual_seed(5)
     prefixes, ends = torch.randint(50, (2, shared), generator=generator), torch.randint(50, (4, 7), generator=generator)

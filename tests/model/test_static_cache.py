@@ -25,15 +25,15 @@ def greedy(model: Transformer, static: bool, prompts: list[list[int]], count: in
     cache = KVCache(model.config, len(prompts), CONTEXT, "cpu", torch.float32, static)
     lengths = [len(prompt) for prompt in prompts]
     padded = torch.tensor([prompt + [0] * (max(lengths) - len(prompt)) for prompt in prompts])
-    written = [model.next_logits(padded, cache, lengths).argmax(dim=-1)]
-    while len(written) < count:
-        written.append(model.next_logits(written[-1][:, None], cache).argmax(dim=-1))
-    return torch.stack(written, dim=1).tolist()
+    generated_ids = [model.next_logits(padded, cache, lengths).argmax(dim=-1)]
+    while len(generated_ids) < count:
+        generated_ids.append(model.next_logits(generated_ids[-1][:, None], cache).argmax(dim=-1))
+    return torch.stack(generated_ids, dim=1).tolist()
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @torch.inference_mode()
-def test_compiled_steps_give_the_same_tokens_and_are_traced_once(kind: dict) -> None:
+def test_compiled_steps_match_eager_and_trace_once(kind: dict) -> None:
     """Rows alike or not, a new cache, another prompt: nothing of these is in the compiled step's shapes."""
     torch.compiler.reset()
     model, traced = model_of(kind | {"max_seq_len": CONTEXT}), []
@@ -50,7 +50,7 @@ def test_compiled_steps_give_the_same_tokens_and_are_traced_once(kind: dict) -> 
 
 
 @torch.inference_mode()
-def test_a_static_cache_that_loses_rows_goes_on_uncompiled() -> None:
+def test_static_cache_falls_back_after_dropping_rows() -> None:
     model = model_of(KINDS[0])
     model.compile_decoding(backend=lambda *_: pytest.fail("compiled"))
     cache = KVCache(model.config, 3, CONTEXT, "cpu", torch.float32, static=True)
@@ -85,7 +85,7 @@ def generated(model: Transformer, n_rows: int, count: int) -> list[list[int]]:
     return [row.generated for row in rows]
 
 
-def test_no_size_of_a_batch_is_one_too_many(
+def test_recompile_limit_falls_back_to_eager(
     compiled_from_one: list[torch.fx.GraphModule], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Torch compiles a function eight times, and no more. Sizes are filled up to powers of two, windows that slide
@@ -106,7 +106,7 @@ def test_no_size_of_a_batch_is_one_too_many(
 
 @pytest.mark.slow
 @needs_compiler
-def test_a_compiled_step_copies_no_cache() -> None:
+def test_compiled_step_does_not_copy_cache() -> None:
     """Of one tensor for all layers, each layer's keys and values would be written as a copy of the whole cache."""
     from torch._inductor.utils import run_and_get_code
 
@@ -117,8 +117,8 @@ def test_a_compiled_step_copies_no_cache() -> None:
         model.next_logits(torch.ones(2, 3, dtype=torch.long), cache)
         model.compile_decoding()
         _, code = run_and_get_code(model.next_logits, torch.ones(2, 1, dtype=torch.long), cache)
-    made = re.findall(r"empty_strided_cpu\(\(([\d, ]+)\)", "\n".join(code))
-    shapes = [tuple(int(size) for size in shape.split(",") if size.strip()) for shape in made]
+    allocations = re.findall(r"empty_strided_cpu\(\(([\d, ]+)\)", "\n".join(code))
+    shapes = [tuple(int(size) for size in shape.split(",") if size.strip()) for shape in allocations]
     assert shapes
     assert not [shape for shape in shapes if torch.Size(shape).numel() >= cache.keys[0].numel()]
     torch.compiler.reset()

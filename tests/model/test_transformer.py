@@ -40,7 +40,7 @@ def lively(config: ModelConfig) -> Transformer:
 
 
 @by_kind
-def test_loss_and_scores_are_those_of_the_logits(kind):
+def test_loss_and_scores_match_logits(kind):
     config = replace(SMALL, **kind)
     model, tokens, targets = lively(config), tokens_of(config), tokens_of(config, seed=1)
     logits = model(tokens)
@@ -56,7 +56,7 @@ def test_loss_and_scores_are_those_of_the_logits(kind):
     torch.testing.assert_close(confidence, logits.softmax(dim=-1).amax(dim=-1) * with_target)
 
 
-def test_gradients_are_those_of_the_logits():
+def test_gradients_match_logits():
     """Through the whole model, the tied embedding's two uses included."""
     model, tokens, targets = lively(SMALL), tokens_of(SMALL), tokens_of(SMALL, seed=1)
     names, parameters = zip(*model.named_parameters(), strict=True)
@@ -82,7 +82,7 @@ def test_causal(kind):
 
 
 @torch.no_grad()
-def test_fewer_heads_of_keys_are_repeated_heads():
+def test_grouped_query_attention_matches_repeated_heads():
     """Grouped queries are multi-head attention in which neighbouring heads have equal keys and values."""
     grouped = lively(replace(SMALL, n_kv_heads=2, bias=True))
     full = Transformer(replace(SMALL, bias=True)).eval()
@@ -95,7 +95,7 @@ def test_fewer_heads_of_keys_are_repeated_heads():
     torch.testing.assert_close(full(tokens_of(SMALL)), grouped(tokens_of(SMALL)), rtol=1e-5, atol=1e-5)
 
 
-def test_too_many_tokens():
+def test_exceeding_context_raises():
     model = Transformer(SMALL)
     with pytest.raises(AssertionError, match="17 tokens exceed the context of 16"):
         model(torch.zeros(1, 17, dtype=torch.long))
@@ -109,7 +109,7 @@ def test_too_many_tokens():
 
 
 @pytest.mark.parametrize("init", ["gpt2", "reference"])
-def test_init(init):
+def test_init_statistics(init):
     config = ModelConfig(
         vocab_size=1_000, max_seq_len=200, d_model=128, n_layers=4, n_heads=4, d_ff=256, bias=True, qk_norm=True,
         position="learned", norm="layernorm", tie_embeddings=False, init=init,
@@ -156,7 +156,7 @@ def test_zero_residual_init():
     assert model(tokens, tokens.roll(1)).item() == pytest.approx(math.log(1_000), abs=1e-3)
 
 
-def test_seeds():
+def test_init_depends_only_on_seed():
     torch.manual_seed(1)
     one = Transformer(SMALL, seed=7).state_dict()
     torch.manual_seed(2)  # the global generator has no say
@@ -165,14 +165,14 @@ def test_seeds():
     assert not torch.equal(one["embedding.weight"], other["embedding.weight"])
 
 
-def test_starts_near_a_uniform_guess():
+def test_initial_loss_is_near_uniform():
     config = replace(SMALL, vocab_size=1_000, d_model=64, n_heads=4)
     tokens = tokens_of(config)
     assert Transformer(config)(tokens, tokens.roll(1)).item() == pytest.approx(math.log(1_000), abs=0.1)
 
 
 @torch.no_grad()
-def test_the_embedding_norm_comes_before_positions_and_dropout():
+def test_embedding_norm_precedes_positions():
     config = replace(
         SMALL, position="learned", norm="layernorm", bias=True, tie_embeddings=False, embedding_norm=True,
         init="zero_residual",
@@ -183,7 +183,7 @@ def test_the_embedding_norm_comes_before_positions_and_dropout():
     torch.testing.assert_close(model.hidden(tokens), expected)
 
 
-def test_new_residual_scales_change_nothing():
+def test_initial_residual_scales_are_identity():
     """Loss and gradients are to the bit those of the model without."""
     plain, scaled = Transformer(SMALL), Transformer(replace(SMALL, residual_scales=True))
     tokens = tokens_of(SMALL)
@@ -217,7 +217,7 @@ def counted_by_part(model: Transformer) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_planned_parameters_are_the_real_ones(name):
+def test_planned_parameters_match_presets(name):
     config = PRESETS[name]().model
     with torch.device("meta"):  # full size: shapes without memory
         assert counted_by_part(Transformer(config)) == parameters_by_part(config)
@@ -226,19 +226,19 @@ def test_planned_parameters_are_the_real_ones(name):
 
 
 @by_kind
-def test_planned_parameters_of_every_kind(kind):
+def test_planned_parameters_match_all_variants(kind):
     config = replace(SMALL, **kind)
     assert counted_by_part(Transformer(config)) == parameters_by_part(config)
 
 
-def test_parameters_of_the_reference_run():
+def test_reference_run_parameter_count():
     """Its author's figures: 320,145,408 in all, "269M" without the embedding."""
     parts = parameters_by_part(PRESETS["lf-llm-269m"]().model)
     assert sum(parts.values()) == n_parameters(PRESETS["lf-llm-269m"]().model) == 320_145_408
     assert sum(parts.values()) - parts["embedding"] == 268_682_240
 
 
-def test_parameters_of_gpt2():
+def test_gpt2_parameter_count():
     assert n_parameters(PRESETS["gpt2-124m"]().model) == 124_439_808  # openai-community/gpt2
 
 
@@ -293,7 +293,7 @@ def test_dropout_in_training_only(where):
     assert not torch.equal(model(tokens), model(tokens))
 
 
-def test_autocast_is_close_and_leaves_gradients_in_float32():
+def test_autocast_keeps_float32_gradients():
     config = replace(SMALL, qk_norm=True, n_kv_heads=2)
     model, tokens, targets = lively(config).train(), tokens_of(config), tokens_of(config, seed=1)
     exact = model(tokens, targets)
@@ -313,7 +313,7 @@ def gradients_of(model: Transformer, tokens: torch.Tensor, autocast: bool = Fals
 
 
 @by_kind
-def test_a_bfloat16_residual_stream(kind):
+def test_bfloat16_residual_stream(kind):
     """Its loss and gradients are as close to float64's as autocast's own, and no other computation changes by a bit."""
     plain = lively(replace(SMALL, **kind)).train()
     half = Transformer(replace(SMALL, **kind, residual_dtype="bfloat16")).train()
@@ -333,7 +333,7 @@ def test_a_bfloat16_residual_stream(kind):
         assert torch.equal(half.eval()(tokens), plain.eval()(tokens))
 
 
-def test_recomputed_activations_change_no_bit():
+def test_activation_recomputation_is_bitwise_equal():
     """Dropout too: the same masks are drawn again."""
     tokens = tokens_of(SMALL)
     config = replace(

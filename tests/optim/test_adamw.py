@@ -46,7 +46,7 @@ class OnMPS:
         return torch.zeros(())  # as if the kernel ignored it
 
 
-def test_mps_leaves_an_update_out_by_asking() -> None:
+def test_mps_skip_leaves_state_unchanged() -> None:
     """Its kernel makes the update whatever it is told."""
     optimizer = ScheduledOptimizer(parameters().items(), {}, CONFIG, 20)
     update(optimizer, 0)
@@ -62,7 +62,9 @@ def test_mps_leaves_an_update_out_by_asking() -> None:
 def snapshot(optimizer: ScheduledOptimizer) -> dict[str, torch.Tensor]:
     """Everything that an update may change, as copies."""
     state = {
-        f"{name}/{key}": value.clone() for name, each in optimizer.state_dict().items() for key, value in each.items()
+        f"{name}/{key}": value.clone()
+        for name, moments in optimizer.state_dict().items()
+        for key, value in moments.items()
     }
     return state | {name: p.detach().clone() for name, p in optimizer.parameters.items()}
 
@@ -74,7 +76,7 @@ def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
 
 
 @pytest.mark.parametrize("config", [CONFIG, replace(CONFIG, weight_decay=0.0), replace(CONFIG, eps=1e-2)], ids=str)
-def test_updates_are_those_of_the_paper(config):
+def test_updates_match_float64_adamw(config):
     """Loshchilov and Hutter 2019, algorithm 2, in float64."""
     ours = parameters()
     optimizer = ScheduledOptimizer(ours.items(), {}, config, max_steps=10)
@@ -96,7 +98,7 @@ def test_updates_are_those_of_the_paper(config):
             torch.testing.assert_close(p.detach().double(), theta[name], rtol=1e-5, atol=1e-6, msg=f"{name} at {step}")
 
 
-def test_decay_alone():
+def test_weight_decay_with_zero_gradients():
     """With no gradient to speak of, matrices shrink by the rate times the decay, vectors stay."""
     ours, before = parameters(), parameters()
     optimizer = ScheduledOptimizer(ours.items(), {}, replace(CONFIG, warmup_steps=0), max_steps=10)
@@ -108,7 +110,7 @@ def test_decay_alone():
         torch.testing.assert_close(p.detach(), before[name].detach() * shrunk, rtol=1e-6, atol=0)
 
 
-def test_skip_leaves_everything_as_it_was():
+def test_skip_leaves_state_unchanged():
     optimizer = ScheduledOptimizer(parameters().items(), {}, CONFIG, max_steps=10)
     update(optimizer, 0, skip=torch.tensor(0.0))
     before = snapshot(optimizer)
@@ -123,7 +125,7 @@ def test_skip_leaves_everything_as_it_was():
     assert snapshot(optimizer)["proj.weight/step"] == 2
 
 
-def test_skip_of_the_very_first_step():
+def test_skip_first_step():
     optimizer = ScheduledOptimizer(parameters().items(), {}, CONFIG, max_steps=10)
     for p in optimizer.parameters.values():
         p.grad = torch.full_like(p, math.inf)
@@ -135,7 +137,7 @@ def test_skip_of_the_very_first_step():
             assert torch.equal(value, parameters()[name])
 
 
-def test_a_zero_skip_is_no_skip():
+def test_zero_skip_equals_no_skip():
     one, other = (ScheduledOptimizer(parameters().items(), {}, CONFIG, max_steps=10) for _ in range(2))
     for step in range(3):
         update(one, step)
@@ -143,7 +145,7 @@ def test_a_zero_skip_is_no_skip():
     assert_equal(snapshot(one), snapshot(other))
 
 
-def test_state_survives_a_move():
+def test_state_dict_round_trip():
     """Saved after 3 updates and loaded into a new instance, 3 more give the same bits."""
     old = ScheduledOptimizer(parameters().items(), {}, CONFIG, max_steps=10)
     for step in range(3):
@@ -159,7 +161,7 @@ def test_state_survives_a_move():
         assert_equal(snapshot(new), snapshot(old))
 
 
-def test_loading_copies():
+def test_load_state_dict_copies():
     """Training on must not change what was loaded, which may be somebody else's."""
     old = ScheduledOptimizer(parameters().items(), {}, CONFIG, max_steps=10)
     update(old, 0)
@@ -171,7 +173,7 @@ def test_loading_copies():
     assert_equal(snapshot(old), before)
 
 
-def test_state_before_the_first_step_is_empty():
+def test_initial_state_dict_is_empty():
     optimizer = ScheduledOptimizer(parameters().items(), {}, CONFIG, max_steps=10)
     assert optimizer.state_dict() == {}
     optimizer.load_state_dict({})
@@ -179,7 +181,7 @@ def test_state_before_the_first_step_is_empty():
 
 
 @pytest.mark.parametrize("change", ["missing", "renamed", "extra"])
-def test_names_that_do_not_fit(change):
+def test_mismatched_state_names_raise(change):
     optimizer = ScheduledOptimizer(parameters().items(), {}, CONFIG, max_steps=10)
     update(optimizer, 0)
     state = optimizer.state_dict()
@@ -191,7 +193,7 @@ def test_names_that_do_not_fit(change):
         optimizer.load_state_dict(state)
 
 
-def test_frozen_parameters_are_left_out():
+def test_frozen_parameters_are_ignored():
     mixed = parameters()
     mixed["norm.weight"].requires_grad_(False)
     optimizer = ScheduledOptimizer(mixed.items(), {}, CONFIG, max_steps=10)

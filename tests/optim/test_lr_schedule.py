@@ -53,7 +53,7 @@ def rates(config: OptimConfig, max_steps: int, steps: list[int]) -> list[float]:
     ],
     ids=str,
 )
-def test_table(changes, table):
+def test_rates_match_tables(changes, table):
     config = replace(TEN, **changes)
     assert rates(config, 20, list(table)) == pytest.approx(list(table.values()), abs=1e-6)
 
@@ -66,7 +66,7 @@ def test_table(changes, table):
     decay_fraction=st.floats(0, 1),
     min_lr_ratio=st.floats(0, 1),
 )
-def test_up_then_down_and_never_outside(schedule, shape, max_steps, warmup_steps, decay_fraction, min_lr_ratio):
+def test_rate_rises_then_falls_within_bounds(schedule, shape, max_steps, warmup_steps, decay_fraction, min_lr_ratio):
     config = OptimConfig(
         max_lr=3e-3, schedule=schedule, warmup_steps=warmup_steps, decay_fraction=decay_fraction, decay_shape=shape,
         min_lr_ratio=min_lr_ratio,
@@ -95,7 +95,7 @@ def assert_muon_follows(config: OptimConfig, max_steps: int) -> None:
 
 
 @given(shape=st.sampled_from(["linear", "cosine"]), fraction=st.floats(0.1, 1), scale=st.integers(1, 20))
-def test_no_jump_inside_the_decay(shape, fraction, scale):
+def test_decay_is_continuous(shape, fraction, scale):
     """Continuous: with more steps, the largest change between two is smaller. A cosine is at most pi / 2 as steep."""
     config = OptimConfig(max_lr=1.0, min_lr_ratio=0, warmup_steps=0, schedule="wsd", decay_shape=shape)
     config = replace(config, decay_fraction=fraction)
@@ -106,7 +106,7 @@ def test_no_jump_inside_the_decay(shape, fraction, scale):
 
 
 @pytest.mark.parametrize("max_steps", [100, 10_000])
-def test_sqrt_falls_fastest_at_first(max_steps):
+def test_sqrt_decay_is_steepest_first(max_steps):
     """Below the line everywhere; half of the rate is gone after a quarter of the decay."""
     sqrt, line = (
         rates(replace(TEN, schedule="wsd", decay_fraction=0.8, decay_shape=shape), max_steps, list(range(max_steps)))
@@ -119,12 +119,12 @@ def test_sqrt_falls_fastest_at_first(max_steps):
 
 
 @given(warmup_steps=st.integers(1, 50), schedule=st.sampled_from(["cosine", "linear", "wsd"]))
-def test_no_jump_where_the_warm_up_ends(warmup_steps, schedule):
+def test_warmup_end_is_continuous(warmup_steps, schedule):
     config = OptimConfig(max_lr=1.0, schedule=schedule, warmup_steps=warmup_steps, decay_fraction=1.0)
     assert rates(config, 200, [warmup_steps - 1, warmup_steps]) == [1.0, 1.0]
 
 
-def test_reference_run():
+def test_reference_run_rates():
     """LF_LLM-269M: peak 0.0021 after 226 steps, 10 % of it at the end of 19,073."""
     config = get_preset("lf-llm-269m")
     every = rates(config.optim, config.train.max_steps, list(range(19_073)))
@@ -136,7 +136,7 @@ def test_reference_run():
     assert every[halfway] == pytest.approx(0.0021 * 0.55, rel=1e-3)
 
 
-def test_a_short_trial_of_a_long_preset_says_that_its_warm_up_is_shorter():
+def test_shortened_warmup_is_reported():
     config = get_preset("small-50m")
     assert warmup_note(config) is None
     short = replace(config, train=replace(config.train, max_steps=100))
@@ -147,7 +147,7 @@ def test_a_short_trial_of_a_long_preset_says_that_its_warm_up_is_shorter():
     assert note in describe(predict(short, parse_hardware("H100")))
 
 
-def test_a_wsd_run_says_when_it_decays():
+def test_wsd_decay_start_is_reported():
     config = get_preset("small-50m")
     assert decay_note(config) is None
     config = replace(config, optim=replace(config.optim, schedule="wsd", decay_fraction=0.4))

@@ -63,7 +63,7 @@ def float32_iteration(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("scale", ["original", "match_rms_adamw"])
-def test_steps_are_those_of_torch(scale: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_update_matches_torch(scale: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch iterates in bfloat16, on matrices that it first rounds to bfloat16 and divides by a norm in bfloat16.
 
     Signs, in matrices whose norm is a power of 2, are exact through all of that.
@@ -92,7 +92,7 @@ def float32_twin(grad: Tensor, ns_coefficients: tuple[float, ...], ns_steps: int
 
 
 @pytest.mark.usefixtures("float32_iteration")
-def test_many_steps_are_those_of_a_float32_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_updates_match_float32_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """With momentum, its warm-up, the schedule and weight decay."""
     monkeypatch.setattr("torch.optim._muon._zeropower_via_newtonschulz", float32_twin)
     start = {name: value / 64 for name, value in tensors(0, MATRICES).items()}  # so that rounding them is not seen
@@ -112,7 +112,7 @@ def test_many_steps_are_those_of_a_float32_torch(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("shape", [(12, 12), (12, 50), (1, 9)], ids=str)
-def test_iteration_is_its_polynomial_on_the_singular_values(shape: tuple[int, int]) -> None:
+def test_orthogonalize_applies_polynomial_to_singular_values(shape: tuple[int, int]) -> None:
     """In float64: U p(S) V^T. Not U V^T, which five iterations do not reach."""
     a, b, c = COEFFICIENTS
     batch = torch.randn(3, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -126,7 +126,7 @@ def test_iteration_is_its_polynomial_on_the_singular_values(shape: tuple[int, in
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_singular_values_end_near_1(dtype: torch.dtype) -> None:
+def test_orthogonalized_singular_values_near_1(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     left, right = (torch.linalg.qr(torch.randn(5, 64, 64, generator=generator))[0] for _ in range(2))
     singular_values = torch.logspace(0, -math.log10(99), 64)  # condition 99
@@ -135,12 +135,12 @@ def test_singular_values_end_near_1(dtype: torch.dtype) -> None:
     assert found.max() < 1.25
 
 
-def test_a_zero_matrix_stays_zero() -> None:
+def test_orthogonalize_zero_matrix() -> None:
     """As query, key and value gradients are while residual projections are zero."""
     assert not orthogonalize(torch.zeros(2, 4, 8), torch.bfloat16).any()
 
 
-def test_momentum_rises() -> None:
+def test_momentum_warmup() -> None:
     config = replace(CONFIG, muon_momentum_start=0.85, muon_momentum=0.95, muon_momentum_warmup_steps=100)
     expected = {0: 0.85, 50: 0.90, 100: 0.95, 399: 0.95}
     assert {step: round(momentum_at(step, config, 400), 6) for step in expected} == expected
@@ -153,7 +153,7 @@ def test_momentum_rises() -> None:
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 @pytest.mark.parametrize("decay_embeddings", [True, False])
-def test_decay(optimizer: str, decay_embeddings: bool) -> None:
+def test_weight_decay_with_zero_gradients(optimizer: str, decay_embeddings: bool) -> None:
     """With zero gradients only the decay is left, times each part's own rate."""
     config = replace(CONFIG, optimizer=optimizer, decay_embeddings=decay_embeddings, weight_decay=0.3)
     ours = make(config)
@@ -188,7 +188,7 @@ def test_cautious_decay(optimizer: str) -> None:
             torch.testing.assert_close(found, expected, rtol=0, atol=3e-7)
 
 
-def test_hidden_matrices_are_those_of_the_blocks() -> None:
+def test_hidden_matrices_are_block_weights() -> None:
     shape = {"max_seq_len": 8, "d_model": 16, "n_layers": 2, "n_heads": 4, "d_ff": 24}
     model = Transformer(ModelConfig(**shape, n_kv_heads=2, tie_embeddings=False, position="learned"))
     found = model.hidden_matrices()
@@ -201,7 +201,7 @@ def test_hidden_matrices_are_those_of_the_blocks() -> None:
     assert plain["blocks.0.feed_forward.up_proj.weight"] == (24,)
 
 
-def test_fused_matrices_are_updated_as_if_they_were_split() -> None:
+def test_fused_matrices_match_split_updates() -> None:
     sizes = (16, 8, 8)
     fused = nn.Parameter(torch.randn(32, 16))
     split = {str(i): nn.Parameter(part.clone()) for i, part in enumerate(fused.detach().split(sizes))}
@@ -223,7 +223,7 @@ def test_fused_matrices_are_updated_as_if_they_were_split() -> None:
 @pytest.mark.parametrize("cautious", [False, True])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("updates", [0, 2])
-def test_skip_leaves_every_bit(cautious: bool, value: float, updates: int) -> None:
+def test_skip_leaves_state_unchanged(cautious: bool, value: float, updates: int) -> None:
     optimizer = make(replace(CONFIG, cautious_decay=cautious))
     for parameter in optimizer.parameters.values():
         parameter.data.view(-1)[0] = -0.0
@@ -243,7 +243,7 @@ def test_skip_leaves_every_bit(cautious: bool, value: float, updates: int) -> No
 
 @pytest.mark.parametrize("options", [{"skip": torch.tensor(0.0)}, {"grad_scale": torch.tensor(1.0)}], ids=str)
 @pytest.mark.parametrize("cautious", [False, True])
-def test_no_skip_and_a_scale_of_1_change_nothing(options: dict[str, Tensor], cautious: bool) -> None:
+def test_zero_skip_and_unit_scale_are_noops(options: dict[str, Tensor], cautious: bool) -> None:
     one, other = (make(replace(CONFIG, cautious_decay=cautious)) for _ in range(2))
     for step in range(3):
         update(one, step)
@@ -263,7 +263,7 @@ def test_gradients_are_unscaled(optimizer: str) -> None:
     assert_equal(snapshot(plain), snapshot(scaled))
 
 
-def test_state_survives_a_move() -> None:
+def test_state_dict_round_trip() -> None:
     """Saved after 3 updates and loaded into a new instance, in another order, 3 more give the same bits."""
     old = make()
     for step in range(3):
@@ -281,10 +281,10 @@ def test_state_survives_a_move() -> None:
     assert_equal(snapshot(new), snapshot(old))
 
 
-def test_no_state_before_the_first_step() -> None:
+def test_initial_state_dict_is_empty() -> None:
     assert make().state_dict() == {}
 
 
-def test_muon_needs_names() -> None:
+def test_missing_matrix_names_raise() -> None:
     with pytest.raises(AssertionError, match="names"):
         ScheduledOptimizer([("w", nn.Parameter(torch.ones(2, 2)))], {}, CONFIG, STEPS)

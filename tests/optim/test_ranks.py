@@ -28,7 +28,7 @@ def results(folder: Path, ranks: int) -> dict[str, dict]:
 
 
 @pytest.mark.slow
-def test_1_2_and_3_ranks_make_the_same_updates(tmp_path: Path) -> None:
+def test_updates_independent_of_world_size(tmp_path: Path) -> None:
     one, two, three = (results(tmp_path / str(ranks), ranks) for ranks in (1, 2, 3))
     for found in (one, two, three):
         for kind in ("whole", "shards", "few"):
@@ -43,7 +43,7 @@ def test_1_2_and_3_ranks_make_the_same_updates(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5, 8])
 @pytest.mark.parametrize("n", [1, 2, 7, 8])
-def test_each_matrix_has_one_owner(n: int, world_size: int) -> None:
+def test_matrices_have_unique_owners(n: int, world_size: int) -> None:
     matrices = [Matrix("w", 0, rows, 4, 9) for rows in range(1, n + 1)]
     shares = [owned(matrices, rank, world_size) for rank in range(world_size)]
     assert [matrix for share in shares for matrix in share] == matrices
@@ -52,7 +52,7 @@ def test_each_matrix_has_one_owner(n: int, world_size: int) -> None:
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7, 20])
 @pytest.mark.parametrize(("start", "n_rows", "total"), [(0, 13, 13), (5, 5, 13), (8, 5, 13), (0, 1, 2)])
-def test_rows_of_a_matrix_are_those_that_torch_shards(start: int, n_rows: int, total: int, world_size: int) -> None:
+def test_local_rows_match_torch_chunks(start: int, n_rows: int, total: int, world_size: int) -> None:
     matrix, rows = Matrix("w", start, n_rows, 4, total), torch.arange(total)
     chunks = [*rows.chunk(world_size), *[rows[:0]] * world_size][:world_size]
     found = torch.cat([chunk[matrix.local_rows(rank, world_size)] for rank, chunk in enumerate(chunks)])

@@ -35,7 +35,7 @@ def numbers_after(text: str, name: str) -> list[int]:
 
 
 @given(plans, st.integers(1, 50))
-def test_a_batch_that_divides_has_no_error(some, accumulation):
+def test_divisible_batch_has_no_error(some, accumulation):
     whole = replace(some, batch_tokens=some.micro_tokens * accumulation)
     assert whole.error() is None
     assert whole.grad_accum_steps == accumulation
@@ -44,13 +44,13 @@ def test_a_batch_that_divides_has_no_error(some, accumulation):
 
 
 @given(plans)
-def test_a_batch_has_an_error_exactly_if_it_does_not_divide(some):
+def test_error_iff_batch_not_divisible(some):
     divides = some.batch_tokens % (some.micro_batch_size * some.seq_len * some.world_size) == 0
     assert (some.error() is None) == divides
 
 
 @given(plans)
-def test_what_an_error_suggests_works(some):
+def test_suggested_values_are_valid(some):
     error = some.error()
     if error is None:
         return
@@ -66,7 +66,7 @@ def test_what_an_error_suggests_works(some):
     assert bool(micro) == (replace(some, micro_batch_size=1).error() is None)
 
 
-def test_the_words_of_an_error():
+def test_error_message():
     error = BatchPlan(batch_tokens=500_000, seq_len=1_024, micro_batch_size=16, world_size=8).error()
     assert error == (
         "train.batch_tokens 500,000 is not a multiple of one micro-step: train.micro_batch_size 16 x "
@@ -77,7 +77,7 @@ def test_the_words_of_an_error():
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])
-def test_the_reference_batch(world_size):
+def test_reference_run_batch(world_size):
     config = get_preset("lf-llm-269m")
     batch = batch_plan(config, world_size)
     assert batch.error() is None
@@ -92,7 +92,7 @@ def test_the_reference_batch(world_size):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_what_is_stored(tied):
+def test_checkpoint_bytes_match_parameters(tied):
     """Padding included; a checkpoint has the weights and two moments in float32."""
     config = get_preset("lf-llm-269m")
     config = replace(config, model=replace(config.model, tie_embeddings=tied))
@@ -105,13 +105,13 @@ def test_what_is_stored(tied):
 @pytest.mark.parametrize(
     ("keep_last", "save_every_steps", "kept"), [(3, 50, 3), (1, 50, 1), (0, 50, 4), (0, 60, 4), (0, 0, 1), (3, 0, 1)]
 )
-def test_disk_has_room_for_one_more_than_is_kept(keep_last, save_every_steps, kept):
+def test_disk_estimate_includes_extra_checkpoint(keep_last, save_every_steps, kept):
     train = TrainConfig(max_steps=200, keep_last=keep_last, save_every_steps=save_every_steps)
     config = replace(get_preset("debug"), train=train)
     assert disk_estimate_bytes(config)["checkpoints"] == (kept + 1) * checkpoint_bytes(config)
 
 
-def test_disk_has_room_for_milestones():
+def test_disk_estimate_includes_milestones():
     """Saves at 20, 40, ... 200; the last three stay, 180 among them, and those at 60 and 120; one more is written."""
     train = TrainConfig(max_steps=200, keep_last=3, save_every_steps=20, keep_every_steps=60)
     config = replace(get_preset("debug"), train=train)
@@ -121,7 +121,7 @@ def test_disk_has_room_for_milestones():
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_describe_shows_every_part(name):
+def test_describe_includes_all_sections(name):
     config = get_preset(name)
     text = describe(predict(config, Hardware(1)))
     assert f"{n_parameters(config.model):,} in all" in text

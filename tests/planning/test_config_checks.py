@@ -44,7 +44,7 @@ WORLD_SIZES = {
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_presets_are_without_fault(name):
+def test_presets_are_valid(name):
     for world_size in WORLD_SIZES[name]:
         assert config_errors(get_preset(name), world_size) == []
 
@@ -89,13 +89,13 @@ NOT_FINITE = [
         ("train.seed", 2**63),
     ],
 )
-def test_a_fault_names_the_setting_and_its_value(setting, value):
+def test_error_names_setting_and_value(setting, value):
     errors = config_errors(changed(GOOD, **{setting.replace(".", "__"): value}), 1)
     assert any(error.startswith(f"{setting} ") and f"{value}" in error for error in errors), errors
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "fragments"),
     [
         ({"model__d_model": 130}, ["model.d_model 130", "model.n_heads 4", "model.head_dim"]),
         ({"model__n_kv_heads": 3}, ["model.n_heads 4", "model.n_kv_heads 3"]),
@@ -117,20 +117,20 @@ def test_a_fault_names_the_setting_and_its_value(setting, value):
     ],
     ids=str,
 )
-def test_faults_between_settings(changes, said):
+def test_inconsistent_settings(changes, fragments):
     (error,) = config_errors(changed(GOOD, **changes), 1)
-    for words in said:
+    for words in fragments:
         assert words in error
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a\\b", " a", "a ", "../up", "/abs"])
-def test_names_that_are_no_folder(name):
+def test_invalid_run_names(name):
     (error,) = config_errors(changed(GOOD, name=name), 1)
     assert repr(name) in error
 
 
 @pytest.mark.parametrize("name", ["a", "my-run", "run.2", "Größe", "with space"])
-def test_names_that_are(name):
+def test_valid_run_names(name):
     assert config_errors(changed(GOOD, name=name), 1) == []
 
 
@@ -148,17 +148,17 @@ def test_names_that_are(name):
     ],
     ids=str,
 )
-def test_what_is_no_fault(changes):
+def test_valid_edge_cases(changes):
     assert config_errors(changed(GOOD, **changes), 1) == []
 
 
-def test_the_number_of_ranks_counts():
+def test_batch_check_depends_on_world_size():
     assert config_errors(GOOD, 1) == []
     (error,) = config_errors(GOOD, 3)
     assert "3 rank(s)" in error
 
 
-def test_all_faults_are_listed():
+def test_all_errors_are_listed():
     config = changed(
         GOOD, name="a/b", model__d_ff=0, optim__max_lr=-1.0, train__batch_tokens=100, eval__cloze_examples=0
     )
@@ -174,33 +174,33 @@ def test_all_faults_are_listed():
     check_config(GOOD, 1)
 
 
-def test_everything_zero_is_still_only_faults():
+def test_all_zero_settings_report_errors():
     """Nothing divides by a value that another error is about."""
     zeros = {name.replace(".", "__"): 0 for name in ZERO_IS_TOO_SMALL}
     assert len(config_errors(changed(GOOD, **zeros), 1)) >= len(ZERO_IS_TOO_SMALL)
 
 
-def test_data_settings_alone():
+def test_check_data_config_ignores_other_settings():
     check_data_config(changed(GOOD, model__d_model=0))
     with pytest.raises(UserError, match=r"data\.shard_tokens is 0"):
         check_data_config(changed(GOOD, data__shard_tokens=0, model__d_model=0))
 
 
-def test_early_stopping_needs_validation():
+def test_early_stopping_requires_validation():
     config = changed(GOOD, train__early_stop_patience=3)
     assert config_errors(config, 1) == []
     (error,) = config_errors(changed(config, eval__validation_every_steps=0), 1)
     assert error.startswith("train.early_stop_patience is 3, but eval.validation_every_steps is 0")
 
 
-def test_a_bfloat16_residual_stream_is_not_for_float16():
+def test_bfloat16_residual_stream_rejects_float16_precision():
     for precision in ("auto", "bfloat16", "float32"):
         assert config_errors(changed(GOOD, model__residual_dtype="bfloat16", train__precision=precision), 1) == []
     (error,) = config_errors(changed(GOOD, model__residual_dtype="bfloat16", train__precision="float16"), 1)
     assert error.startswith("model.residual_dtype is bfloat16, which train.precision float16 does not support; set")
 
 
-def test_repeatable_steps_need_a_repeatable_attention():
+def test_deterministic_rejects_cudnn_attention():
     for attention in ("auto", "flash", "math"):
         assert config_errors(changed(GOOD, train__deterministic=True, train__attention=attention), 1) == []
     (error,) = config_errors(changed(GOOD, train__deterministic=True, train__attention="cudnn"), 1)
@@ -216,7 +216,7 @@ def test_repeatable_steps_need_a_repeatable_attention():
         ("optim", "warmup_steps", 10**30), ("train", "epochs", 1e300),
     ],
 )  # fmt: skip
-def test_numbers_that_no_run_has(part: str, name: str, value: int) -> None:
+def test_excessive_values_are_rejected(part: str, name: str, value: int) -> None:
     """Said in a sentence, and as fast as any other error."""
     config = RunConfig()
     wrong = replace(config, **{part: replace(getattr(config, part), **{name: value})})
@@ -224,7 +224,7 @@ def test_numbers_that_no_run_has(part: str, name: str, value: int) -> None:
     assert any(re.match(pattern, error) for error in config_errors(wrong, 1))
 
 
-def test_a_run_that_is_very_long() -> None:
+def test_very_long_run_is_planned_quickly() -> None:
     """Nothing on the way to it goes through its steps one by one."""
     long = replace(TrainConfig(), max_steps=10**10, save_every_steps=1, keep_every_steps=3, log_every_steps=10**10)
     config = replace(RunConfig(), train=long)

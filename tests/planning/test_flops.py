@@ -56,7 +56,7 @@ SMALL = ModelConfig(vocab_size=512, max_seq_len=128, d_model=128, n_layers=3, n_
 
 
 @pytest.mark.parametrize("changes", KINDS, ids=str)
-def test_flops_are_those_that_torch_counts(changes) -> None:
+def test_flops_match_torch_counter(changes) -> None:
     """With plain attention, to the last one but for vectors: the formula takes biases and norms for multiplied.
 
     Both count attention in full, though a causal kernel may skip half of it.
@@ -67,7 +67,7 @@ def test_flops_are_those_that_torch_counts(changes) -> None:
 
 
 @pytest.mark.parametrize("changes", KINDS[:3], ids=str)
-def test_a_fused_kernel_multiplies_once_more(changes) -> None:
+def test_fused_attention_recomputes_scores(changes) -> None:
     """Its backward pass computes the scores again: 2 d_attention T a token and layer that the formula leaves out.
 
     With grouped heads torch's counter takes all heads for the queries' number; that is not compared.
@@ -80,7 +80,7 @@ def test_a_fused_kernel_multiplies_once_more(changes) -> None:
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_flops_of_a_preset(name: str) -> None:
+def test_preset_flops(name: str) -> None:
     """One sequence at full size; what it pads the vocabulary with is counted too."""
     config = get_preset(name).model
     padding = 6 * (config.padded_vocab_size - config.vocab_size) * config.d_model
@@ -88,12 +88,12 @@ def test_flops_of_a_preset(name: str) -> None:
     assert counted(config, 1) == config.max_seq_len * expected
 
 
-def test_flops_of_the_reference_run() -> None:
+def test_reference_run_flops() -> None:
     """6 x 320,145,408 + 12 x 16 layers x 1,024 x 2,048."""
     assert flops_per_token(get_preset("lf-llm-269m").model) == 2_323_525_632
 
 
-def test_a_tied_head_counts_once_and_lookups_not_at_all() -> None:
+def test_tied_head_and_lookup_flops() -> None:
     model = get_preset("default-150m").model
     untied = replace(model, tie_embeddings=False)
     assert flops_per_token(untied) == flops_per_token(model)
@@ -166,14 +166,14 @@ UNKNOWN = (
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
-def test_a_gpu_by_its_drivers_name(driver: str) -> None:
+def test_gpu_from_device_name(driver: str) -> None:
     name, tflops = DRIVERS[driver]
     assert gpu_from_device_name(driver).name == name
     assert peak_flops(driver) == (None if tflops is None else pytest.approx(tflops * 1e12))
 
 
 @pytest.mark.parametrize("driver", UNKNOWN)
-def test_what_is_not_known_has_no_peak(driver: str) -> None:
+def test_unknown_devices_have_no_peak_flops(driver: str) -> None:
     assert gpu_from_device_name(driver) is None
     assert peak_flops(driver) is None
 
@@ -189,12 +189,12 @@ def test_what_is_not_known_has_no_peak(driver: str) -> None:
         ("RTX5090", 170, 2.407),
     ],
 )  # fmt: skip
-def test_geforce_peaks_follow_from_the_chip(name: str, units: int, clock_ghz: float) -> None:
+def test_geforce_peaks_match_chip_specs(name: str, units: int, clock_ghz: float) -> None:
     """512 FLOP a clock and SM, summed in float32."""
     assert gpu_by_name(name).tflops == pytest.approx(units * 512 * clock_ghz / 1_000, rel=0.01)
 
 
-def test_names_that_people_type() -> None:
+def test_gpu_name_aliases() -> None:
     for name in ("A100-80", "a100-80gb", "A100 80", "a10080"):
         assert gpu_by_name(name).name == "A100-80"
     for name in ("RTX3060", "rtx 3060", "RTX-3060", "geforce-rtx-3060"):
@@ -206,7 +206,7 @@ def test_names_that_people_type() -> None:
         assert 5 < gpu.memory_gib < 300
 
 
-def test_unknown_gpus() -> None:
+def test_unknown_gpus_raise() -> None:
     with pytest.raises(UserError, match=r"--gpus '4xRTX3061'.*did you mean.*known GPUs: .*A100-80.*RTX3060"):
         parse_hardware("4xRTX3061")
     for text in ("0xH100", "8x", "xx", ""):

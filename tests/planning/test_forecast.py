@@ -18,21 +18,21 @@ from myllm.presets import PRESETS, get_preset
 DOCS = Path(__file__).parents[2] / "docs"
 
 
-def test_dolma_75m_fits_an_rtx_3060() -> None:
+def test_dolma_75m_fits_rtx_3060() -> None:
     """12 GB, with the micro-batch that the preset has."""
     forecast = predict(get_preset("dolma-75m"), parse_hardware("1xRTX3060"))
     assert forecast.configured_batch_fits
     assert predicted_bytes(forecast.config, forecast.mode) <= forecast.hardware.budget_bytes < 11 * 2**30
 
 
-def test_the_page_is_what_the_code_says() -> None:
+def test_hardware_page_is_up_to_date() -> None:
     """If not: myllm plan --table > docs/hardware.md."""
     assert (DOCS / "hardware.md").read_text(encoding="utf-8") == page()
 
 
 @pytest.mark.parametrize("gpus", HARDWARE)
 @pytest.mark.parametrize("name", PRESETS)
-def test_the_largest_that_fits(name: str, gpus: str) -> None:
+def test_largest_fitting_micro_batch(name: str, gpus: str) -> None:
     """It fits, keeps the batch exact, and the next one does not fit."""
     config, hardware = get_preset(name), parse_hardware(gpus)
     try:
@@ -46,7 +46,7 @@ def test_the_largest_that_fits(name: str, gpus: str) -> None:
     assert forecast.largest == max((n for n in sizes if used[n] <= hardware.budget_bytes), default=None)
 
 
-def test_time_by_hand() -> None:
+def test_time_matches_manual_calculation() -> None:
     """The reference run on 8 x A100: 2.3235 GFLOP x 524,288 tokens over 8 x 312 TFLOP/s."""
     forecast = predict(get_preset("lf-llm-269m"), parse_hardware("8xA100-80"))
     low, high = EXPECTED_MFU
@@ -65,7 +65,7 @@ def plan(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     return capsys.readouterr().out
 
 
-def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_command(capsys: pytest.CaptureFixture[str]) -> None:
     output = plan(capsys, "lf-llm-269m", "--gpus", "8xA100-80", "--train.max-steps", "100")
     assert "lf-llm-269m on 8 x A100-80 (DDP)" in output
     assert "100 steps = 52,428,800 tokens" in output
@@ -83,13 +83,13 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "16, as set, does not fit" in sharded
 
 
-def test_cost_by_hand(capsys: pytest.CaptureFixture[str]) -> None:
+def test_cost_matches_manual_calculation(capsys: pytest.CaptureFixture[str]) -> None:
     low, high = predict(get_preset("lf-llm-269m"), parse_hardware("8xA100-80")).hours
     words = ("lf-llm-269m", "--gpus", "8xA100-80", "--dollars-per-hour", "12")
     assert f"\ncost         ${12 * low:.2f} to ${12 * high:.2f} for these hours" in plan(capsys, *words)
 
 
-def test_several_gpus_are_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+def test_multiple_gpus_print_table(capsys: pytest.CaptureFixture[str]) -> None:
     gpus = ("--gpus", "1xRTX4090", "8xA100-80", "cpu")
     header, first, second, third = plan(
         capsys, "lf-llm-269m", *gpus, "--dollars-per-hour", "0.5", "12", "1"
@@ -103,7 +103,7 @@ def test_several_gpus_are_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert "cost" not in plan(capsys, "lf-llm-269m", *gpus)
 
 
-def test_the_plan_shows_the_micro_batch_that_the_run_uses(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_shows_run_micro_batch(capsys: pytest.CaptureFixture[str]) -> None:
     """As set, even if it does not fit; with auto, the largest that is predicted to fit."""
     config, hardware = get_preset("small-50m"), parse_hardware("RTX3060")
     for size in (16, 64, "auto"):
@@ -115,7 +115,7 @@ def test_the_plan_shows_the_micro_batch_that_the_run_uses(capsys: pytest.Capture
     assert "micro-batch  auto: 32, the largest that is predicted to fit" in output
 
 
-def test_what_is_not_known_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknowns_and_limits_are_reported(capsys: pytest.CaptureFixture[str]) -> None:
     old = plan(capsys, "small-50m", "--gpus", "T4")
     assert "precision    float16 with a loss scale" in old
     assert "of 65 TFLOP/s per GPU in float16" in old
@@ -143,7 +143,7 @@ def test_what_is_not_known_is_said(capsys: pytest.CaptureFixture[str]) -> None:
         (["debug", "--gpus", "H100", "L4", "--dollars-per-hour", "2"], "1 --dollars-per-hour for 2 --gpus; give one"),
     ],
 )
-def test_mistakes(words: list[str], output: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_arguments(words: list[str], output: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["plan", *words])
     assert caught.value.code == 2
@@ -159,7 +159,7 @@ def test_help_and_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan(capsys, "--table") == page()
 
 
-def test_every_part_of_a_table_is_there() -> None:
+def test_description_is_complete_for_all_gpus() -> None:
     for gpu in GPU_SPECS:
         output = describe(predict(get_preset("small-50m"), parse_hardware(gpu.name)))
         for line in ("steps", "memory", "GPU", "time"):

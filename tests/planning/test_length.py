@@ -26,7 +26,7 @@ def steps(config: RunConfig, tokens: int, own_text: bool = False) -> int:
     return resolve_max_steps(config, tokens, own_text).train.max_steps
 
 
-def test_epochs_are_steps_of_what_there_is() -> None:
+def test_epochs_resolve_to_steps() -> None:
     for epochs, expected in ((1.0, 10), (2.5, 25), (0.5, 5), (0.001, 1), (1_000, 10_000)):
         config = replace(SMALL, train=replace(SMALL.train, epochs=epochs))
         assert steps(config, 10 * STEP + 1) == expected
@@ -35,14 +35,14 @@ def test_epochs_are_steps_of_what_there_is() -> None:
         assert resolve_max_steps(resolved, 10 * STEP + 1) == resolved
 
 
-def test_own_text_is_trained_on_four_times_and_no_longer_than_the_preset() -> None:
+def test_own_text_defaults_to_four_epochs() -> None:
     assert steps(SMALL, 10 * STEP + 1, own_text=True) == 40
     assert steps(SMALL, 10 * STEP + 1) == SMALL.train.max_steps
     assert steps(SMALL, 10**10, own_text=True) == SMALL.train.max_steps
     assert steps(SMALL, 5, own_text=True) == 1, "what is wrong with so little text is said elsewhere"
 
 
-def test_how_much_text_must_be_prepared_before_the_length_is_known() -> None:
+def test_tokens_needed_to_resolve_max_steps() -> None:
     assert tokens_to_resolve_max_steps(SMALL, own_text=False) == 0
     needed = tokens_to_resolve_max_steps(SMALL, own_text=True)
     assert steps(SMALL, int(needed), own_text=True) == SMALL.train.max_steps, "more text changes nothing"
@@ -51,7 +51,7 @@ def test_how_much_text_must_be_prepared_before_the_length_is_known() -> None:
     assert tokens_to_resolve_max_steps(in_epochs, own_text=False) == math.inf
 
 
-def test_what_is_unusual_is_said() -> None:
+def test_describe_length_warnings() -> None:
     first, many = describe_length(SMALL, 700_000)
     assert first.startswith("2,621,440,000 tokens in 20,000 steps: 3,")
     assert first.endswith("epochs of 700,000 training tokens")
@@ -85,7 +85,7 @@ def test_what_is_unusual_is_said() -> None:
         ("--config=length.json --config=text.json", True),
     ],
 )
-def test_a_length_counts_for_the_text_that_it_was_said_of(
+def test_explicit_length_disables_own_text_default(
     words: str, own: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -95,7 +95,7 @@ def test_a_length_counts_for_the_text_that_it_was_said_of(
     assert uses_own_text(*read_config_files(words.split())) == own
 
 
-def test_steps_and_epochs_are_not_both_said(tmp_path: Path) -> None:
+def test_max_steps_and_epochs_are_exclusive(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="both set the length of the training"):
         parse_args(["debug", "--train.epochs", "2", "--train.max-steps", "5"])
     (tmp_path / "run.json").write_text(json.dumps({"train": {"epochs": 3}}))
@@ -107,7 +107,7 @@ def test_steps_and_epochs_are_not_both_said(tmp_path: Path) -> None:
             parse_args(["debug", "--train.epochs", wrong])
 
 
-def test_a_preset_on_own_text_wants_the_data_set_that_data_prepare_makes(tmp_path: Path) -> None:
+def test_own_text_resets_preset_data_settings(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(json.dumps({"data": {"source": "files:texts"}}))
     for name in ("small-50m", "debug", "lf-llm-269m", "dolma-75m"):
         for words in (["--data.source", "files:texts"], ["--config", str(tmp_path / "run.json")]):
@@ -121,7 +121,7 @@ def test_a_preset_on_own_text_wants_the_data_set_that_data_prepare_makes(tmp_pat
         assert same == to_dict(RunConfig(data=DataConfig(get_preset(name).data.source)))["data"], "but for the amount"
 
 
-def test_a_run_goes_on_with_its_data_set_and_its_length(tiny: RunConfig) -> None:
+def test_resume_keeps_dataset_and_length(tiny: RunConfig) -> None:
     """Whose defaults have changed since; a fresh one, or one on other text, takes today's."""
     run = Path(prepare(tiny.data, progress=False).folder).parent.parent / "runs" / "tiny"
     dataset = find_dataset(next(iter((run.parent.parent / "datasets").glob("files-*"))).name)
@@ -161,7 +161,7 @@ def pretrain(folder: Path, *words: str) -> str:
 
 
 @pytest.mark.slow
-def test_a_run_in_epochs_from_its_plan_to_its_config(tiny: RunConfig, tmp_path: Path, temp_data: Path) -> None:
+def test_epochs_end_to_end(tiny: RunConfig, tmp_path: Path, temp_data: Path) -> None:
     """While its text is still in the making it waits; the resolved number stays with the run."""
     write_run_config(replace(tiny, train=replace(tiny.train, max_steps=10_000)), tmp_path / "run.json")
     words = ("--data.source", f"files:{write_corpus(tmp_path / 'texts', documents=12, words=60)}")

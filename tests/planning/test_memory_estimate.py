@@ -66,7 +66,7 @@ def tensors_alone(config: RunConfig, ranks: int = 1) -> int:
 @by_kind
 @by_precision
 @by_checkpointing
-def test_what_autograd_keeps_is_known_to_the_byte(kind: str, precision: str, recompute: bool) -> None:
+def test_saved_activation_bytes_match_autograd(kind: str, precision: str, recompute: bool) -> None:
     config = run_config(kind, precision=precision, activation_checkpointing=recompute)
     model, mode, n = config.model, ComputeMode.of(config, "cpu"), 2 * 64
     stream = 2 if kind.startswith("half") and precision == "bfloat16" else 4
@@ -99,14 +99,14 @@ def test_what_autograd_keeps_is_known_to_the_byte(kind: str, precision: str, rec
         ("half stream, gpt2, dropout", "bfloat16", True, 4, 1),
     ],
 )
-def test_a_steps_peak(kind: str, precision: str, recompute: bool, micro_batch_size: int, accumulation: int) -> None:
+def test_step_peak_memory(kind: str, precision: str, recompute: bool, micro_batch_size: int, accumulation: int) -> None:
     """By torch's allocator, over a whole step with moments there: within 10 %."""
     config = run_config(kind, micro_batch_size, accumulation, precision=precision, activation_checkpointing=recompute)
     assert tensors_alone(config) == pytest.approx(_measured(config), rel=0.1)
 
 
 @pytest.mark.parametrize("kind", ["plain", "grouped, relu2, qk-norm"])
-def test_the_peak_in_an_update_with_muon(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_muon_update_peak_memory(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where few tokens and a small vocabulary leave it the largest part. On a CPU, float32 is the iteration's type."""
     monkeypatch.setattr("myllm.optim.muon.iteration_dtype", lambda device: torch.float32)
     config = run_config(kind, micro_batch_size=1)
@@ -118,7 +118,7 @@ def test_the_peak_in_an_update_with_muon(kind: str, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_the_peak_of_a_preset_in_small(name: str) -> None:
+def test_scaled_preset_peak_memory(name: str) -> None:
     """Its kind of model and its proportions, a fifth as wide, with two accumulation steps."""
     config = get_preset(name)
     model = config.model
@@ -134,7 +134,7 @@ def test_the_peak_of_a_preset_in_small(name: str) -> None:
 
 @pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize("accumulation", [1, 3])
-def test_a_steps_peak_with_ddp(accumulation: int) -> None:
+def test_step_peak_memory_with_ddp(accumulation: int) -> None:
     """Gradients of earlier micro-steps are in the buckets: they are there once, however many steps accumulate."""
     pair = DistContext(0, 0, 2, torch.device("cpu"))
     config = run_config("plain", 1, 2 * accumulation)
@@ -149,7 +149,7 @@ def _measured(config: RunConfig, process: DistContext = ALONE) -> int:
 
 
 @pytest.mark.parametrize("kind", ["qk-norm", "gpt2, dropout", "grouped, relu2, qk-norm", "half stream"])
-def test_what_a_compiled_model_keeps(kind: str) -> None:
+def test_compiled_model_saved_bytes(kind: str) -> None:
     """By the compiler's own choice of what to keep and what to make again, whose code is never generated here.
 
     Within 10 %: the residual stream is kept now in float32, now as the bfloat16 that was added to it.
@@ -173,7 +173,7 @@ def test_what_a_compiled_model_keeps(kind: str) -> None:
 # -- what follows from the derivation ---------------------------------------------------------------------------------
 
 
-def test_the_states_are_sixteen_bytes_a_parameter() -> None:
+def test_states_take_16_bytes_per_parameter() -> None:
     config = get_preset("lf-llm-269m")
     with torch.device("meta"):
         from myllm.model.transformer import Transformer
@@ -186,7 +186,7 @@ def test_the_states_are_sixteen_bytes_a_parameter() -> None:
     assert memory_by_part(config, ComputeMode.of(config, "cuda", 8))["gradients"] >= stored  # DDP's buckets
 
 
-def test_without_triton_nothing_is_compiled_by_itself() -> None:
+def test_auto_compile_requires_triton() -> None:
     config = with_train(get_preset("lf-llm-269m"), compile="auto")
     assert ComputeMode.of(config, "cuda").compiled
     assert not ComputeMode.of(config, "cuda", triton=False).compiled
@@ -198,7 +198,7 @@ def test_without_triton_nothing_is_compiled_by_itself() -> None:
     assert without != describe(predict(config, Hardware(8, None, "cuda")))
 
 
-def test_what_saves_memory_does() -> None:
+def test_memory_saving_options() -> None:
     config = get_preset("lf-llm-269m")
     mode = ComputeMode.of(config, "cuda", 8)
     base = predicted_bytes(config, mode)
@@ -211,7 +211,7 @@ def test_what_saves_memory_does() -> None:
 
 
 @pytest.mark.parametrize("train", [{"compile": "on"}, {"activation_checkpointing": True}], ids=str)
-def test_a_bfloat16_residual_stream_saves_memory(train: dict) -> None:
+def test_bfloat16_residual_stream_saves_memory(train: dict) -> None:
     for name in PRESETS:
         base = with_train(get_preset(name), precision="bfloat16", **train)
         half = replace(base, model=replace(base.model, residual_dtype="bfloat16"))
@@ -225,11 +225,11 @@ def test_a_bfloat16_residual_stream_saves_memory(train: dict) -> None:
     )
 
 
-def test_the_losss_chunks_are_the_losss() -> None:
+def test_loss_chunk_sizes_match() -> None:
     assert memory_estimate.LOSS_CHUNK == {"cpu": CPU_CHUNK, "cuda": GPU_CHUNK}
 
 
-def test_no_torch_is_needed() -> None:
+def test_planning_does_not_import_torch() -> None:
     modules = "myllm.planning.forecast, myllm.planning.hardware_table, myllm.cli.plan"
     code = f"import sys; import {modules}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)

@@ -12,7 +12,7 @@ from myllm.planning.own_text import PRESETS_BY_TOKENS, command_for, fit_batch, f
 from myllm.presets import get_preset
 
 
-def test_larger_texts_get_larger_presets() -> None:
+def test_larger_datasets_select_larger_presets() -> None:
     names = [preset_for(tokens)[0] for tokens in (1, 1_999_999, 2_000_000, 10**8, 3 * 10**8, 10**9, 10**12)]
     assert names == [
         "debug", "debug", "tinystories-laptop", "tinystories-laptop", "small-50m", "default-150m", "lf-llm-269m-modern",
@@ -38,7 +38,7 @@ def test_the_command_reads_all_of_the_text(tokens: int) -> None:
 
 @pytest.mark.parametrize("tokens", [10**4, 3 * 10**5, 10**7, 10**9])
 @pytest.mark.parametrize("name", ["small-50m", "default-150m", "dolma-75m", "tinystories-laptop", "debug"])
-def test_the_batch_follows_the_law_and_the_options_are_accepted(name: str, tokens: int) -> None:
+def test_batch_follows_scaling_law(name: str, tokens: int) -> None:
     config = resolve_max_steps(get_preset(name), tokens, own_text=True)
     fitted = fit_batch(config, tokens)
     batch = fitted.train.batch_tokens
@@ -54,7 +54,7 @@ def test_the_batch_follows_the_law_and_the_options_are_accepted(name: str, token
     assert replace(given, model=fitted.model) == fitted
 
 
-def test_a_preset_keeps_its_batch_at_its_own_length() -> None:
+def test_presets_keep_batch_at_own_length() -> None:
     for name in ("debug", "small-50m", "tinystories-laptop"):
         assert fitting_options(get_preset(name), 10**10) == ""
 

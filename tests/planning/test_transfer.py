@@ -24,7 +24,7 @@ def test_rates_and_decay(ratio, rate, decay):
     assert kept == pytest.approx(TUNED.max_lr * TUNED.weight_decay)
 
 
-def test_nothing_else_changes_and_steps_add_up():
+def test_transfer_composes_and_preserves_other_settings():
     longer = transfer(TUNED, 9)
     assert replace(longer, max_lr=1e-2, muon_lr=2e-2, weight_decay=0.1) == TUNED
     again = transfer(transfer(TUNED, 3), 3)
@@ -32,7 +32,7 @@ def test_nothing_else_changes_and_steps_add_up():
     assert transfer(replace(TUNED, weight_decay=0.0), 9).weight_decay == 0
 
 
-def test_the_sentence_names_what_changed():
+def test_description_lists_changes():
     assert describe_transfer(TUNED, transfer(TUNED, 2)) == (
         "muon_lr 0.02 -> 0.016, max_lr 0.01 -> 0.00801, weight_decay 0.1 -> 0.0624: the rate follows tokens^-0.32 "
         "(arXiv 2603.28743), and the weight decay keeps rate x decay x steps"
@@ -42,6 +42,6 @@ def test_the_sentence_names_what_changed():
 
 
 @pytest.mark.parametrize("ratio", [0, -1, float("nan")])
-def test_a_ratio_of_nothing(ratio):
+def test_invalid_ratio_raises(ratio):
     with pytest.raises(ValueError, match="tokens_ratio"):
         transfer(TUNED, ratio)

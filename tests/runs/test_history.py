@@ -25,7 +25,7 @@ def test_reads_every_row(run: RunPaths) -> None:
     assert metrics.training_s() == pytest.approx(200_000 / 2_000)
 
 
-def test_a_truncated_last_line_is_skipped(run: RunPaths) -> None:
+def test_truncated_last_line_is_skipped(run: RunPaths) -> None:
     whole = run.metrics.read_bytes()
     run.metrics.write_bytes(whole + b'{"kind": "train", "step": 205, "note": "caf\xc3')  # cut inside a character too
     metrics = read_metrics(run.metrics)
@@ -40,7 +40,7 @@ def test_repeated_steps_count_once(tmp_path: Path) -> None:
     assert [(row["step"], row["loss"]) for row in metrics.train] == [(10, 9), (20, 9), (30, 5), (40, 5), (50, 5)]
 
 
-def test_finds_a_run_by_name_or_folder(run: RunPaths, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_find_run_by_name_or_folder(run: RunPaths, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MYLLM_DATA", str(run.root.parents[1]))
     assert find_run("small") == run
     assert find_run(run.root) == run

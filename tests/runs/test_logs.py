@@ -16,7 +16,7 @@ from myllm.runs.history import column, read_metrics
 from myllm.runs.logs import JsonlFile, Log, Stopwatch, environment, perplexity
 
 
-def test_rows_are_appended_and_read_back(tmp_path: Path) -> None:
+def test_jsonl_round_trip(tmp_path: Path) -> None:
     rows = JsonlFile(tmp_path / "m.jsonl")
     assert list(rows.rows()) == []
     rows.append({"step": 1, "text": "é\n"})
@@ -25,7 +25,7 @@ def test_rows_are_appended_and_read_back(tmp_path: Path) -> None:
     assert len((tmp_path / "m.jsonl").read_text().splitlines()) == 2
 
 
-def test_a_line_cut_by_a_crash_is_left_out_and_does_not_spoil_the_next(tmp_path: Path) -> None:
+def test_truncated_line_is_skipped(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
     path.write_text('{"step": 1}\n{"step": 2, "lo')
     rows = JsonlFile(path)
@@ -35,7 +35,7 @@ def test_a_line_cut_by_a_crash_is_left_out_and_does_not_spoil_the_next(tmp_path:
     assert list(rows.rows()) == [{"step": 1}, {"step": 2}]
 
 
-def test_keep_drops_the_rest_in_one_step(tmp_path: Path) -> None:
+def test_keep_drops_other_rows(tmp_path: Path) -> None:
     rows = JsonlFile(tmp_path / "m.jsonl")
     for step in range(5):
         rows.append({"step": step})
@@ -44,7 +44,7 @@ def test_keep_drops_the_rest_in_one_step(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["m.jsonl"]
 
 
-def test_a_log_of_another_rank_is_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inactive_log_is_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Log(tmp_path / "log.txt", active=False)("nothing")
     assert not (tmp_path / "log.txt").exists()
     Log(tmp_path / "log.txt", active=True)("something")
@@ -68,7 +68,7 @@ class Device:
         self.now = max(self.now, self.done)
 
 
-def test_the_stopwatch_counts_apart_what_is_no_training(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stopwatch_separates_phases_from_training(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Device(monkeypatch)
     watch = Stopwatch(torch.device("cpu"))
     clock.now += 3
@@ -94,7 +94,7 @@ def test_the_stopwatch_counts_apart_what_is_no_training(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("kind", ["cuda", "mps"])
-def test_the_stopwatch_waits_for_the_device(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+def test_stopwatch_synchronizes_device(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """Work is charged to what queued it, however long after the host went on."""
     device = Device(monkeypatch)
     device.queue(20)  # before the clock begins
@@ -115,23 +115,23 @@ def test_perplexity() -> None:
     assert perplexity(1e4) == math.inf
 
 
-def test_environment_can_be_written_as_json() -> None:
+def test_environment_is_json_serializable() -> None:
     values = json.loads(json.dumps(environment(torch.device("cpu"), 2)))
     assert values["world_size"] == 2
     assert values["versions"]["torch"] == torch.__version__
     assert values["device_name"]
 
 
-def test_a_text_may_hold_what_ends_a_line_elsewhere(tmp_path: Path) -> None:
+def test_unicode_line_separators_round_trip(tmp_path: Path) -> None:
     rows = JsonlFile(tmp_path / "m.jsonl")
-    wanted = [{"step": step, "text": "a\u2028b\u2029c\u0085d\x0ce"} for step in range(2)]
-    for row in wanted:
+    expected = [{"step": step, "text": "a\u2028b\u2029c\u0085d\x0ce"} for step in range(2)]
+    for row in expected:
         rows.append(row)
     rows.keep(lambda row: True)
-    assert list(rows.rows()) == wanted
+    assert list(rows.rows()) == expected
 
 
-def test_log_lines_fit_the_terminal_and_stay_whole_in_files(
+def test_log_lines_wrap_only_in_terminal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
@@ -148,7 +148,7 @@ def test_log_lines_fit_the_terminal_and_stay_whole_in_files(
     assert (tmp_path / "watched.txt").read_text().endswith(f"  {line}\n")
 
 
-def test_numbers_that_are_not_finite_are_json(tmp_path: Path) -> None:
+def test_non_finite_numbers_are_valid_json(tmp_path: Path) -> None:
     """Any reader of JSON takes the file; what is read back is what was written, as from files that hold bare NaN."""
     rows = JsonlFile(tmp_path / "metrics.jsonl")
     rows.append({"kind": "train", "step": 1, "loss": math.nan, "grad_norm": math.inf, "lr": -math.inf})
@@ -177,7 +177,7 @@ def test_numbers_that_are_not_finite_are_json(tmp_path: Path) -> None:
     assert column(read.train, "grad_norm")[0] == math.inf
 
 
-def test_results_of_evaluations_are_json(tmp_path: Path) -> None:
+def test_non_finite_eval_results_are_valid_json(tmp_path: Path) -> None:
     add(tmp_path / "eval.json", Result("a", "b", 1, "float32", {}, {"loss": math.nan}, "cpu", 1.0))
     assert '"loss": "nan"' in (tmp_path / "eval.json").read_text()
     assert [result.metrics for result in read(tmp_path / "eval.json")] == [{"loss": "nan"}]
@@ -197,5 +197,5 @@ def test_threads_append_every_line_once(tmp_path: Path) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    written = sorted((row["thread"], row["step"]) for row in rows.rows())
-    assert written == [(thread, index) for thread in range(8) for index in range(100)]
+    appended = sorted((row["thread"], row["step"]) for row in rows.rows())
+    assert appended == [(thread, index) for thread in range(8) for index in range(100)]

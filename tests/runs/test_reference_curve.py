@@ -33,7 +33,7 @@ def published() -> dict:
 # -- the data ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_published_points() -> None:
+def test_published_points() -> None:
     """As its author gave them, and nothing in between."""
     data = published()
     points = {name: [(p["step"], p["value"]) for p in curve["points"]] for name, curve in data["curves"].items()}
@@ -46,7 +46,7 @@ def test_the_published_points() -> None:
     assert "LF-Luis/LF_LLM-269M" in data["source"]
 
 
-def test_the_bands_are_what_their_reasons_say() -> None:
+def test_bands_match_derivation() -> None:
     ours = find_reference(to_dict(get_preset("lf-llm-269m")))
     curve, hellaswag = ours.curves["validation"], ours.curves["hellaswag"]
     for left_out in range(1, len(curve.tokens) - 1):
@@ -61,7 +61,7 @@ def test_the_bands_are_what_their_reasons_say() -> None:
     assert hellaswag.band_of({"acc_norm": 0.35, "acc_norm_stderr": 0.05}) == pytest.approx(0.1, rel=0.01)
 
 
-def test_between_the_points_lies_a_line_over_log_tokens() -> None:
+def test_interpolation_is_linear_in_log_tokens() -> None:
     for tokens in (1_000, 2_500, 9_999, 10_000, 40_000, 100_000):
         line = np.interp(math.log(tokens), np.log(FALLING.tokens), FALLING.values)
         assert FALLING.at(tokens) == pytest.approx(line, abs=1e-12)
@@ -91,7 +91,7 @@ def changed(part: str, **values: object) -> RunConfig:
         changed("data", dataset="/big/disk/fineweb-edu-10bt-0123456789ab/"),
     ],
 )
-def test_runs_that_are_compared(config: RunConfig) -> None:
+def test_comparable_runs(config: RunConfig) -> None:
     assert find_reference(to_dict(config)).batch_tokens == config.train.batch_tokens
 
 
@@ -108,12 +108,12 @@ def test_runs_that_are_compared(config: RunConfig) -> None:
         changed("train", max_steps=2_000),  # its rate has decayed by then
     ],
 )
-def test_runs_that_are_not(config: RunConfig) -> None:
+def test_incomparable_runs(config: RunConfig) -> None:
     assert find_reference(to_dict(config)) is None
 
 
 @pytest.mark.parametrize("config", [{}, {"model": "x", "data": 3, "train": None}, {"train": {"max_steps": "many"}}])
-def test_a_config_that_is_none(config: dict) -> None:
+def test_invalid_configs_have_no_reference(config: dict) -> None:
     assert find_reference(config) is None
 
 
@@ -122,15 +122,15 @@ def test_a_config_that_is_none(config: dict) -> None:
 
 def lines(gaps: list[float], watch: ReferenceWatch, first: int = 0) -> list[str | None]:
     """What is said of validations so far above the curve, one each 10 steps from step 10."""
-    said = []
+    messages = []
     for number, gap in enumerate(gaps, start=first + 1):
         step = 10 * number
         added, line = watch.compare("validation", step, {"loss": FALLING.at(step * 100) + gap})
         assert added["reference"] == FALLING.at(step * 100)
         assert added["reference_band"] == 0.05
         assert added["reference_status"] == ("worse" if gap > 0.05 else "better" if gap < -0.05 else "inside")
-        said.append(line and ("WARNING" if "WARNING" in line else line.rpartition(": ")[2]))
-    return said
+        messages.append(line and ("WARNING" if "WARNING" in line else line.rpartition(": ")[2]))
+    return messages
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def lines(gaps: list[float], watch: ReferenceWatch, first: int = 0) -> list[str 
         ([-0.1, 0.1], ["better by 0.1000", "WARNING"]),
     ],
 )
-def test_what_is_said(gaps: list[float], expected: list[str | None]) -> None:
+def test_watch_messages(gaps: list[float], expected: list[str | None]) -> None:
     assert lines(gaps, ReferenceWatch(MADE_UP)) == expected
     for cut in range(len(gaps) + 1):  # and a restart anywhere in between says nothing twice
         rows = [
@@ -155,14 +155,14 @@ def test_what_is_said(gaps: list[float], expected: list[str | None]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("end", "said"),
+    ("end", "message"),
     [
         (2.9, "WARNING, worse by 0.4000 (compared at"),
         (2.52, "inside the band (compared"),
         (2.4, "better by 0.1000 (com"),
     ],
 )
-def test_another_schedule_is_compared_at_its_end_only(end: float, said: str) -> None:
+def test_different_schedule_compared_only_at_end(end: float, message: str) -> None:
     """By hand: linear to zero is far above the curve of FALLING (4.0, 3.0, 2.5) until its last tenth."""
     differences = ("optim.max_lr 0.004 (reference: 0.0021)", "optim.schedule linear (reference: cosine)")
     watch = ReferenceWatch(replace(MADE_UP, differences=differences))
@@ -170,7 +170,7 @@ def test_another_schedule_is_compared_at_its_end_only(end: float, said: str) -> 
         assert watch.compare("validation", step, {"loss": loss}) == ({}, None)
     added, line = watch.compare("validation", 1_000, {"loss": end})
     assert added["reference"] == 2.5
-    assert line.rpartition("band ±0.0500: ")[2].startswith(said)
+    assert line.rpartition("band ±0.0500: ")[2].startswith(message)
 
 
 @pytest.mark.parametrize(
@@ -184,11 +184,11 @@ def test_another_schedule_is_compared_at_its_end_only(end: float, said: str) -> 
         ({"min_lr_ratio": 0.0}, True),
     ],
 )
-def test_which_settings_are_another_schedule(changes: dict[str, object], end_only: bool) -> None:
+def test_schedule_settings_set_compares_end_only(changes: dict[str, object], end_only: bool) -> None:
     assert find_reference(to_dict(changed("optim", **changes))).compares_end_only == end_only
 
 
-def test_a_warning_has_the_figures_and_what_to_check() -> None:
+def test_warning_includes_figures_and_differing_settings() -> None:
     config = to_dict(changed("optim", max_lr=0.01))
     watch = ReferenceWatch(find_reference(config))
     _, line = watch.compare("validation", 4_300, {"loss": 3.3})
@@ -204,7 +204,7 @@ def test_a_warning_has_the_figures_and_what_to_check() -> None:
     assert "WARNING, worse by inf" in line
 
 
-def test_what_there_is_nothing_to_compare_with() -> None:
+def test_no_comparison_without_reference_point() -> None:
     assert ReferenceWatch(None).compare("validation", 10, {"loss": 9.0}) == ({}, None)
     watch = ReferenceWatch(MADE_UP)
     assert watch.compare("validation", 5, {"loss": 9.0}) == ({}, None)  # before the first point
@@ -213,10 +213,10 @@ def test_what_there_is_nothing_to_compare_with() -> None:
     assert watch.compare("samples", 100, {}) == ({}, None)
 
 
-def test_a_run_is_warned_once_across_a_restart(tiny: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_warning_logged_once_across_restart(tiny: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     curve = Curve("loss", True, 0.05, (200, 2_000), (2.0, 2.0))  # which this run will not reach
-    made_up = Reference("made-up", {"validation": curve}, batch_tokens=128)
-    monkeypatch.setattr(services, "find_reference", lambda _: made_up)
+    custom_reference = Reference("made-up", {"validation": curve}, batch_tokens=128)
+    monkeypatch.setattr(services, "find_reference", lambda _: custom_reference)
     config = replace(with_train(tiny, max_steps=8), eval=replace(tiny.eval, validation_every_steps=2))
     config = replace(config, optim=replace(tiny.optim, max_lr=1e-6))
     run_until(config, 7, monkeypatch)
@@ -226,9 +226,9 @@ def test_a_run_is_warned_once_across_a_restart(tiny: RunConfig, monkeypatch: pyt
     assert "reference" not in rows[0]
     for row in rows[1:]:
         assert (row["reference"], row["reference_band"], row["reference_status"]) == (2.0, 0.05, "worse")
-    said = (root / "log.txt").read_text()
-    assert "resuming from" in said
-    (warned,) = [line for line in said.splitlines() if "WARNING" in line]
+    log = (root / "log.txt").read_text()
+    assert "resuming from" in log
+    (warned,) = [line for line in log.splitlines() if "WARNING" in line]
     assert "at step 2 (2.56e-07B tokens)" in warned
 
 
@@ -247,7 +247,7 @@ def axes_of(name: str, folder: Path, last: int, config: dict) -> tuple[list, lis
     return dashed, [text.get_text() for text in axes.texts]
 
 
-def test_the_figures_show_the_curve_by_tokens(tmp_path: Path) -> None:
+def test_figures_plot_reference_by_tokens(tmp_path: Path) -> None:
     """Half the batch: the published points stand at twice the steps."""
     config = to_dict(changed("train", batch_tokens=262_144, max_steps=38_146))
     (line,), texts = axes_of("loss", tmp_path / "a", 10_000, config)
@@ -262,13 +262,13 @@ def test_the_figures_show_the_curve_by_tokens(tmp_path: Path) -> None:
     assert "LF_LLM-269M\nat its end 35.55 %" in texts
 
 
-def test_no_curve_for_other_runs_or_before_its_first_point(tmp_path: Path) -> None:
+def test_figures_omit_reference_curve(tmp_path: Path) -> None:
     assert axes_of("loss", tmp_path / "a", 10_000, to_dict(get_preset("default-150m")))[0] == []
     assert axes_of("loss", tmp_path / "b", 1_000, to_dict(get_preset("lf-llm-269m")))[0] == []
     assert axes_of("loss", tmp_path / "c", 10_000, {})[0] == []
 
 
-def test_a_report_with_the_curve_is_made(tmp_path: Path) -> None:
+def test_report_includes_reference_curve(tmp_path: Path) -> None:
     run_paths = write_run(tmp_path / "run", rows_until(19_000))
     run_paths.config.write_text(json.dumps(to_dict(get_preset("lf-llm-269m"))))
     assert write_report(run_paths).stat().st_size > 10_000

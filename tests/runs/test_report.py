@@ -99,7 +99,7 @@ def page_of(run: RunPaths) -> Page:
 # -- robustness -------------------------------------------------------------------------------------------------------
 
 
-def test_rows_and_files_of_odd_types_still_make_a_page(run: RunPaths) -> None:
+def test_report_tolerates_malformed_rows_and_files(run: RunPaths) -> None:
     """Unusable lines and values are skipped, and lines without a step are counted."""
     odd = ["{}", "null", "[[[[", '{"step": 5}', '{"kind": "train", "step": "5"}', "[" * 100_000]
     huge = "9" * 400
@@ -124,24 +124,24 @@ def test_rows_and_files_of_odd_types_still_make_a_page(run: RunPaths) -> None:
         page_of(run)
 
 
-def test_a_missing_run_lists_existing_runs(run: RunPaths) -> None:
+def test_missing_run_lists_existing_runs(run: RunPaths) -> None:
     with pytest.raises(UserError, match=r"smol, did you mean 'small'\?; existing runs: small"):
         write_report(RunPaths(run.root.parent / "smol"))
 
 
-def test_missing_metrics(tmp_path: Path) -> None:
+def test_missing_metrics_raise(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has no metrics\.jsonl"):
         write_report(RunPaths(tmp_path))
 
 
 @pytest.mark.parametrize("content", ["", "\n", '{"kind": "train", "st'])
-def test_metrics_without_rows(run: RunPaths, content: str) -> None:
+def test_metrics_without_rows_raise(run: RunPaths, content: str) -> None:
     run.metrics.write_text(content)
     with pytest.raises(UserError, match="no training or evaluation row yet"):
         write_report(run)
 
 
-def test_starts_without_torch() -> None:
+def test_import_does_not_load_torch() -> None:
     code = "import sys, myllm.runs.report.html; sys.exit('torch' in sys.modules or 'matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
@@ -161,7 +161,7 @@ def test_draws_under_any_matplotlib_backend(run: RunPaths, backend: str) -> None
     assert (run.plots / "loss.png").is_file()
 
 
-def test_a_failed_report_costs_a_finished_run_one_line(tmp_path: Path) -> None:
+def test_failed_report_prints_single_line(tmp_path: Path) -> None:
     code = "import pretrain\nfrom myllm.paths import Path, RunPaths\n"
     code += f"pretrain.draw_report(RunPaths(Path({str(tmp_path)!r})))"
     for before in ("", "sys.modules['matplotlib'] = None\n"):
@@ -174,7 +174,7 @@ def test_a_failed_report_costs_a_finished_run_one_line(tmp_path: Path) -> None:
 # -- figures ----------------------------------------------------------------------------------------------------------
 
 
-def test_downsampling_keeps_ends_and_spikes() -> None:
+def test_downsampling_preserves_ends_and_spikes() -> None:
     values = np.zeros(100_000)
     values[[12_345, 77_777]] = [9.0, -9.0]
     steps, kept = downsample(np.arange(100_000), values)
@@ -198,7 +198,7 @@ def test_draws_every_figure(run: RunPaths) -> None:
         assert 0.01 < inked < 0.3, f"{name} is empty or full: {inked:.1%} of it is inked"
 
 
-def test_both_learning_rates_are_drawn(tmp_path: Path) -> None:
+def test_draws_both_learning_rates(tmp_path: Path) -> None:
     rows = [train_row(step, lr=1e-3 * step, muon_lr=1e-2 * step) for step in (1, 2, 3)]
     (axes,) = plots.figure("learning_rate", read_metrics(write_run(tmp_path / "run", rows).metrics), {}).axes
     assert [list(line.get_ydata()) for line in axes.lines] == [[1e-3, 2e-3, 3e-3], [0.01, 0.02, 0.03]]
@@ -206,7 +206,7 @@ def test_both_learning_rates_are_drawn(tmp_path: Path) -> None:
     assert axes.get_ylim()[1] > 0.03
 
 
-def test_the_loss_of_each_component_is_drawn(tmp_path: Path) -> None:
+def test_draws_component_losses(tmp_path: Path) -> None:
     """Of one that begins in a later stage, too."""
     rows = [train_row(1, **{"loss/a": 3.0}), train_row(2, **{"loss/a": 2.0, "loss/b": 5.0})]
     metrics = read_metrics(write_run(tmp_path / "run", rows).metrics)
@@ -215,7 +215,7 @@ def test_the_loss_of_each_component_is_drawn(tmp_path: Path) -> None:
     assert plots.figure("components", metrics.up_to(0), {}) is None
 
 
-def test_figures_without_numbers_are_deleted(run: RunPaths) -> None:
+def test_deletes_figures_without_data(run: RunPaths) -> None:
     write_report(run)
     rows = [{"kind": "train", "step": step, "loss": 2.0} for step in (1, 2)]
     run.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -239,13 +239,13 @@ def test_figures_without_numbers_are_deleted(run: RunPaths) -> None:
     ids=["one row", "one eval", "cloze only", "some NaN", "all NaN", "zeros", "huge", "mfu", "NaN eval"],
 )
 @pytest.mark.filterwarnings("error")
-def test_odd_runs_still_make_a_page(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
+def test_report_tolerates_unusual_metrics(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
     run = write_run(tmp_path / "odd", rows)
     page = page_of(run)
     assert len(page.images()) == len([path for path in run.plots.glob("*.png") if path.stem != "loss_compact"])
 
 
-def test_only_the_newest_cloze_protocol_is_shown(tmp_path: Path) -> None:
+def test_shows_only_newest_cloze_protocol(tmp_path: Path) -> None:
     """Chance is 25 % only in protocol 2, which also has the score without the context."""
     older = [eval_row("cloze", step, acc=0.3, acc_norm=0.3, n_examples=100) for step in (0, 100)]
     newer = [eval_row("cloze", 200, acc=0.4, acc_norm=0.4, acc_blind=0.24, n_examples=100, protocol=2)]
@@ -259,14 +259,14 @@ def test_only_the_newest_cloze_protocol_is_shown(tmp_path: Path) -> None:
     assert "chance" not in old.report.read_text(encoding="utf-8")
 
 
-def test_metrics_alone_are_enough(tmp_path: Path) -> None:
+def test_report_requires_only_metrics(tmp_path: Path) -> None:
     run = write_run(tmp_path / "bare", full_rows())
     for path in (run.config, run.environment, run.samples):
         path.unlink()
     assert page_of(run).cards()["Validation loss"] == "3.2500"
 
 
-def test_a_long_run_has_a_small_page(tmp_path: Path) -> None:
+def test_long_run_report_stays_small_and_fast(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).normal(size=200_000)
     rows = [train_row(step, loss=3.0 + 0.1 * noise[step - 1]) for step in range(1, 200_001)]
     rows += [validation_row(step, 3.0) for step in range(0, 200_001, 100)]
@@ -279,7 +279,7 @@ def test_a_long_run_has_a_small_page(tmp_path: Path) -> None:
 # -- the page ---------------------------------------------------------------------------------------------------------
 
 
-def test_page_needs_no_other_file(reported: RunPaths, page: Page) -> None:
+def test_page_is_self_contained(reported: RunPaths, page: Page) -> None:
     html = reported.report.read_text(encoding="utf-8")
     assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in page.tags}
     for tag, attributes in page.tags:
@@ -290,7 +290,7 @@ def test_page_needs_no_other_file(reported: RunPaths, page: Page) -> None:
     assert [path.name for path in reported.root.glob("report*")] == ["report.html"]
 
 
-def test_page_holds_the_figures_with_descriptions(reported: RunPaths, page: Page) -> None:
+def test_page_embeds_figures_with_alt_text(reported: RunPaths, page: Page) -> None:
     images = page.images()
     assert len(images) == 6
     for image in images:
@@ -300,7 +300,7 @@ def test_page_holds_the_figures_with_descriptions(reported: RunPaths, page: Page
     assert (reported.plots / "loss.png").read_bytes() == base64.b64decode(images[0]["src"].partition(",")[2])
 
 
-def test_public_tasks_have_columns_and_a_mean_above_chance(tmp_path: Path) -> None:
+def test_public_tasks_show_mean_above_chance(tmp_path: Path) -> None:
     """HellaSwag (0.40 - 0.25) / 0.75 and WinoGrande (0.55 - 0.5) / 0.5: 15 percent on average."""
     rows = [
         *full_rows(), eval_row("hellaswag", 201, acc_norm=0.4, acc_norm_stderr=0.003),
@@ -313,7 +313,7 @@ def test_public_tasks_have_columns_and_a_mean_above_chance(tmp_path: Path) -> No
     assert any("55.0 %" in text for text in texts)
 
 
-def test_cards_show_the_last_rows(page: Page) -> None:
+def test_cards_show_latest_values(page: Page) -> None:
     assert page.cards() == {
         "Validation loss": "3.2500",
         "Perplexity": f"{math.exp(3.25):.2f}",
@@ -327,19 +327,19 @@ def test_cards_show_the_last_rows(page: Page) -> None:
     }
 
 
-def test_unreadable_lines_are_counted(tmp_path: Path) -> None:
+def test_counts_unreadable_lines(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", [train_row(5)])
     run.metrics.write_text(run.metrics.read_text() + '{"kind": "tr')
     assert page_of(run).texts[-1] == ("footer", "Made from 1 rows of metrics.jsonl; 1 unreadable lines skipped.")
 
 
-def test_a_diverged_run_shows_nan(tmp_path: Path) -> None:
+def test_diverged_run_shows_nan(tmp_path: Path) -> None:
     page = page_of(write_run(tmp_path / "run", [train_row(5), train_row(10, loss=math.nan)]))
     assert page.cards()["Training loss"] == "NaN"
     assert "Validation loss" not in page.cards()
 
 
-def test_first_and_last_samples_are_shown_as_text(reported: RunPaths, page: Page) -> None:
+def test_shows_first_and_last_samples_escaped(reported: RunPaths, page: Page) -> None:
     assert "<script" not in reported.report.read_text(encoding="utf-8")
     texts = [text for _, text in page.texts]
     assert "Hello <b>you</b>" in texts
@@ -348,7 +348,7 @@ def test_first_and_last_samples_are_shown_as_text(reported: RunPaths, page: Page
     assert "in the middle" not in texts
 
 
-def test_all_values_are_escaped(tmp_path: Path) -> None:
+def test_escapes_html_in_all_values(tmp_path: Path) -> None:
     run = write_run(tmp_path / "<img src=x>", [train_row(5)])
     run.config.write_text(json.dumps({"<i>": "<u>", "model": {"<s>": "<q>"}, "train": "<p>"}))
     run.environment.write_text(json.dumps({"device_name": "<h6>", "command": ["<em>"], "parameters": "<li>"}))
@@ -357,14 +357,14 @@ def test_all_values_are_escaped(tmp_path: Path) -> None:
     assert all(image["alt"] for image in page.images())
 
 
-def test_evaluations_are_listed_by_step(page: Page) -> None:
+def test_evaluation_table_is_ordered_by_step(page: Page) -> None:
     cells = [text.replace("\N{NO-BREAK SPACE}", " ") for tag, text in page.texts if tag == "td"]
     assert cells[:8] == ["0", "0", "10.5000", "36.3k", "5.2500", "0.0 %", "31.0 %", "27.0 %"]
     assert cells[8:14] == ["100", "100k", "4.0000", "54.60", "2.0000", "20.0 %"]  # no cloze at this step
     assert cells[14] == "200"
 
 
-def test_activities_are_listed_longest_first(tmp_path: Path) -> None:
+def test_activities_are_sorted_by_duration(tmp_path: Path) -> None:
     rows = [train_row(200), {"kind": "overhead", "step": 200, "seconds": {"validation": 60.0, "<b>": 820.0}}]
     rows += [{"kind": "apart", "step": 200, "seconds": {"validation": 20.0}}]  # its kind in earlier versions
     page = page_of(write_run(tmp_path / "run", rows))
@@ -375,7 +375,7 @@ def test_activities_are_listed_longest_first(tmp_path: Path) -> None:
     assert widths[0] == "width: 82.000%; background: #0072b2"
 
 
-def test_many_evaluations_keep_the_first_and_last(tmp_path: Path) -> None:
+def test_thinned_evaluations_keep_first_and_last(tmp_path: Path) -> None:
     rows = [train_row(1_000), *(validation_row(step, 3.0) for step in range(0, 1_001, 10))]
     page = page_of(write_run(tmp_path / "run", rows))
     text = " ".join(text for _, text in page.texts)
@@ -384,13 +384,13 @@ def test_many_evaluations_keep_the_first_and_last(tmp_path: Path) -> None:
     assert (steps[0], steps[-1]) == ("0", "1,000")
 
 
-def test_the_resume_command_does_not_start_afresh(page: Page) -> None:
+def test_resume_command_omits_fresh_flag(page: Page) -> None:
     commands = [text for tag, text in page.texts if tag == "pre"]
     assert commands[0] == "python pretrain.py debug"
     assert commands[1] == "myllm sample small --prompt 'Hello <b>you</b>'"
 
 
-def test_a_finished_run_has_no_resume_command(tmp_path: Path) -> None:
+def test_finished_run_has_no_resume_command(tmp_path: Path) -> None:
     run = write_run(tmp_path / "runs/whole", full_rows())
     config = json.loads(run.config.read_text())
     run.config.write_text(json.dumps(config | {"train": {"max_steps": 200}}))
@@ -400,7 +400,7 @@ def test_a_finished_run_has_no_resume_command(tmp_path: Path) -> None:
     assert "python pretrain.py debug --name 'a b'" in texts
 
 
-def test_blank_lines_in_samples_do_not_stretch_the_page(tmp_path: Path) -> None:
+def test_blank_lines_do_not_stretch_samples(tmp_path: Path) -> None:
     blanks = {"step": 200, "prompt": "class", "text": "\n" * 400 + "end", "seed": 1}
     run = write_run(tmp_path / "runs/blanks", full_rows(), [blanks, blanks | {"prompt": "\n" * 200}])
     with chromium(tmp_path / "profile") as browser:
@@ -410,7 +410,7 @@ def test_blank_lines_in_samples_do_not_stretch_the_page(tmp_path: Path) -> None:
         assert browser.run("document.querySelector('.text').textContent").endswith("end")
 
 
-def test_plots_follow_the_color_scheme(reported: RunPaths, tmp_path: Path) -> None:
+def test_plots_follow_color_scheme(reported: RunPaths, tmp_path: Path) -> None:
     with chromium(tmp_path / "profile") as browser:
         for dark in (False, True):
             browser.open(reported.report.as_uri(), dark=dark, ready="document.querySelector('figure img')?.complete")
@@ -420,7 +420,7 @@ def test_plots_follow_the_color_scheme(reported: RunPaths, tmp_path: Path) -> No
             assert (brightness < 0.4) == dark
 
 
-def test_reports_of_one_run_may_be_written_at_once(run: RunPaths, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_concurrent_report_writes(run: RunPaths, monkeypatch: pytest.MonkeyPatch) -> None:
     """The run's own report and `myllm report` at the same time: neither fails, and no image is truncated."""
     monkeypatch.setattr(plots, "PLOTS", {name: plots.PLOTS[name] for name in ("loss", "loss_compact")})
     children, ready = [], os.pipe()
@@ -443,7 +443,7 @@ def test_reports_of_one_run_may_be_written_at_once(run: RunPaths, monkeypatch: p
     assert not list(run.root.rglob("*.tmp"))
 
 
-def test_results_of_the_eval_command_are_a_table(run: RunPaths, tmp_path: Path) -> None:
+def test_eval_results_table(run: RunPaths, tmp_path: Path) -> None:
     assert "myllm eval" not in write_report(run).read_text(encoding="utf-8")
     settings = {"protocol": "lm-eval", "examples": 100, "data_sha256": "1a2b3c"}
     for step, accuracy in ((200, 0.31), (100, 0.29)):  # that of step 100 came later, of an earlier checkpoint

@@ -27,14 +27,14 @@ def run(tmp_path: Path) -> RunPaths:
     return RunPaths(tmp_path / "r")
 
 
-def test_one_process_at_a_time(run: RunPaths) -> None:
+def test_concurrent_claim_raises(run: RunPaths) -> None:
     with claim_run(run), pytest.raises(UserError, match="another process is training"), claim_run(run):
         pass
     with claim_run(run):  # and free again afterwards
         pass
 
 
-def test_moving_aside_keeps_everything(run: RunPaths) -> None:
+def test_archive_preserves_files(run: RunPaths) -> None:
     assert archive_old_run(run) is None
     run.metrics.write_text("numbers")
     aside = archive_old_run(run)
@@ -43,7 +43,7 @@ def test_moving_aside_keeps_everything(run: RunPaths) -> None:
     assert list(run.root.iterdir()) == []
 
 
-def test_what_may_change_on_a_resume() -> None:
+def test_resume_allows_compatible_changes() -> None:
     saved = RunConfig()
     longer = replace(saved, train=replace(saved.train, max_steps=7, micro_batch_size=1), name="other")
     assert check_resumable(to_dict(saved), longer, Path("x")) == [
@@ -56,14 +56,14 @@ def test_what_may_change_on_a_resume() -> None:
 @pytest.mark.parametrize(
     ("part", "change"), [("model", {"n_layers": 3}), ("train", {"seed": 5}), ("train", {"batch_tokens": 2})]
 )
-def test_what_may_not(part: str, change: dict[str, int]) -> None:
+def test_resume_rejects_incompatible_changes(part: str, change: dict[str, int]) -> None:
     saved = RunConfig()
     other = replace(saved, **{part: replace(getattr(saved, part), **change)})
     with pytest.raises(UserError, match=f"{part}.{next(iter(change))}: "):
         check_resumable(to_dict(saved), other, Path("x"))
 
 
-def test_settings_are_compared_before_a_start_writes_anything(tiny: RunConfig) -> None:
+def test_saved_settings_mismatch_raises(tiny: RunConfig) -> None:
     check_saved_settings(tiny)
     for step in (4, 8, 12):
         folder = RunPaths.of(tiny.name).checkpoints / f"step_{step:08d}"
@@ -77,7 +77,7 @@ def test_settings_are_compared_before_a_start_writes_anything(tiny: RunConfig) -
     check_saved_settings(replace(other, train=replace(other.train, fresh=True)))
 
 
-def test_a_resume_forgets_what_it_will_write_again(run: RunPaths) -> None:
+def test_resume_truncates_rows_after_checkpoint(run: RunPaths) -> None:
     rows = [{"kind": kind, "step": step} for step in (4, 8, 9) for kind in ("train", "eval")]
     run.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
     run.samples.write_text('{"step": 0}\n{"step": 8}\n')
@@ -88,7 +88,7 @@ def test_a_resume_forgets_what_it_will_write_again(run: RunPaths) -> None:
     assert run.samples.read_text() == '{"step": 0}\n'
 
 
-def test_a_resume_passes_over_rows_that_are_none(run: RunPaths) -> None:
+def test_resume_ignores_malformed_rows(run: RunPaths) -> None:
     odd = ["{}", "null", "7", '{"step": "1"}', "[" * 10_000, '{"step": 1}']
     for path in (run.metrics, run.samples):
         path.write_text("\n".join([*odd, '{"step": 2, "kind": "train"}']) + "\n")
@@ -97,7 +97,7 @@ def test_a_resume_passes_over_rows_that_are_none(run: RunPaths) -> None:
     assert [json.loads(line)["step"] for line in run.samples.read_text().split("\n") if line] == [1]
 
 
-def test_fresh_is_not_remembered(run: RunPaths) -> None:
+def test_fresh_flag_is_not_saved(run: RunPaths) -> None:
     config = RunConfig()
     write_config(run, replace(config, train=replace(config.train, fresh=True)))
     assert json.loads(run.config.read_text()) == to_dict(config)
@@ -108,7 +108,7 @@ def put(checkpoints: Path, step: int) -> Path:
     return write_checkpoint(checkpoints, Snapshot(state, {}, {"w": torch.zeros(1)}, {}, {}))
 
 
-def test_a_name_that_means_two_things_says_which_was_taken(
+def test_ambiguous_run_name_reports_choice(
     temp_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for root, step in ((tmp_path / "here/c9", 5), (temp_data / "runs/c9", 10)):
@@ -121,14 +121,14 @@ def test_a_name_that_means_two_things_says_which_was_taken(
     monkeypatch.chdir(tmp_path / "here")
     for find in (find_model, find_run):
         find("c9")
-        said = capsys.readouterr().err
-        assert f"using {tmp_path / 'here/c9'} for c9" in said
-        assert f"give {temp_data / 'runs/c9'}" in said
+        stderr = capsys.readouterr().err
+        assert f"using {tmp_path / 'here/c9'} for c9" in stderr
+        assert f"give {temp_data / 'runs/c9'}" in stderr
         find(str(temp_data / "runs/c9"))
         assert capsys.readouterr().err == ""
 
 
-def test_naming_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_find_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = tmp_path / "runs"
     older, newest = (put(runs / "mine" / "checkpoints", step) for step in (5, 10))
     assert find_checkpoint("mine", runs).folder == newest
@@ -138,8 +138,8 @@ def test_naming_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     expected = (newest / "weights/__0_0.distcp").stat().st_size
     (newest / "weights/__0_0.distcp").write_bytes(b"")
     assert find_checkpoint("mine", runs).folder == older
-    said = capsys.readouterr().err
-    assert said == f"warning: skipping {newest}: weights/__0_0.distcp has 0 bytes, expected {expected:,}\n"
+    stderr = capsys.readouterr().err
+    assert stderr == f"warning: skipping {newest}: weights/__0_0.distcp has 0 bytes, expected {expected:,}\n"
     (older / "weights/__0_0.distcp").write_bytes(b"")
     with pytest.raises(UserError, match=r"is intact: weights/__0_0\.distcp has 0 bytes"):
         find_checkpoint("mine", runs)
@@ -148,7 +148,7 @@ def test_naming_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.parametrize("prompts", [(), ("",), ("\n\n",), ("two\nlines",)])
-def test_what_to_type_next_has_a_prompt(tiny: RunConfig, prompts: tuple[str, ...]) -> None:
+def test_next_steps_include_prompt(tiny: RunConfig, prompts: tuple[str, ...]) -> None:
     config = replace(tiny, eval=replace(tiny.eval, sample_every_steps=0, sample_prompts=prompts))
     expected = "two" if any(prompt.strip() for prompt in prompts) else "'Once upon a time'"
     assert f"sample tiny --prompt {expected}\n" in next_steps(config)

@@ -38,15 +38,15 @@ class Graphs:
     """Every graph that was made since the test began, and how often one broke in two."""
 
     def __init__(self) -> None:
-        self.made: list[torch.fx.GraphModule] = []
+        self.traced: list[torch.fx.GraphModule] = []
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
-        self.made.append(graph)
+        self.traced.append(graph)
         return aot_eager(graph, inputs)
 
     @property
     def count(self) -> tuple[int, int]:
-        return len(self.made), sum(counters["graph_break"].values())
+        return len(self.traced), sum(counters["graph_break"].values())
 
 
 @pytest.fixture
@@ -113,19 +113,19 @@ def assert_graphs(count: int, config: RunConfig, graphs: Graphs) -> None:
 
 
 @pytest.mark.parametrize("name", sorted({small(make().model): name for name, make in PRESETS.items()}.values()))
-def test_the_whole_model_is_one_graph(name: str, graphs: Graphs) -> None:
+def test_whole_model_compiles_to_single_graph(name: str, graphs: Graphs) -> None:
     """Where it is asked for. Through micro-steps, steps, evaluations of other shapes, and training again."""
     assert_graphs(1, small_run(name, compile_unit="model"), graphs)
 
 
 @pytest.mark.parametrize(("unit", "count"), [("model", 1), ("block", 2)])
-def test_a_bfloat16_residual_stream_makes_no_graph_more(unit: str, count: int, graphs: Graphs) -> None:
+def test_bfloat16_residual_adds_no_graphs(unit: str, count: int, graphs: Graphs) -> None:
     config = small_run("default-150m", compile_unit=unit)
     assert_graphs(count, replace(config, model=replace(config.model, residual_dtype="bfloat16")), graphs)
 
 
 @pytest.mark.parametrize(("unit", "count"), [("model", 1), ("block", 2)])
-def test_kept_losses_are_of_this_batch_and_make_no_graph_more(unit: str, count: int, graphs: Graphs) -> None:
+def test_token_losses_match_batch_without_extra_graphs(unit: str, count: int, graphs: Graphs) -> None:
     config = small_run("debug", compile_unit=unit)
     model = Transformer(config.model)
     model.keep_token_losses = True
@@ -138,17 +138,17 @@ def test_kept_losses_are_of_this_batch_and_make_no_graph_more(unit: str, count: 
     assert graphs.count == (count, 0)
 
 
-def test_blocks_share_one_graph(graphs: Graphs) -> None:
+def test_blocks_share_graph(graphs: Graphs) -> None:
     """And the loss has the other, however many layers there are."""
     assert_graphs(2, small_run("lf-llm-269m", LAYERS), graphs)
 
 
-def test_checkpointed_blocks_share_one_graph(graphs: Graphs) -> None:
+def test_checkpointed_blocks_share_graph(graphs: Graphs) -> None:
     """And the loss has the other; evaluations go through the same blocks and are not compiled."""
     assert_graphs(2, small_run("gpt2-124m", LAYERS, activation_checkpointing=True), graphs)
 
 
-def test_a_bad_step_is_taken_apart_uncompiled(graphs: Graphs) -> None:
+def test_diagnosis_does_not_compile(graphs: Graphs) -> None:
     """Its hooks see every module, in blocks that are compiled otherwise and are so again afterwards."""
     config = small_run("debug", activation_checkpointing=True)
     model = Transformer(config.model)
@@ -164,7 +164,7 @@ def test_a_bad_step_is_taken_apart_uncompiled(graphs: Graphs) -> None:
 
 @pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize("recompute", [False, True])
-def test_blocks_in_parts_share_one_graph(recompute: bool, graphs: Graphs) -> None:
+def test_fsdp_blocks_share_graph(recompute: bool, graphs: Graphs) -> None:
     config = small_run("lf-llm-269m", LAYERS, activation_checkpointing=recompute)
     model = Transformer(config.model)
     mesh = init_device_mesh("cpu", (1,))
@@ -177,7 +177,7 @@ def test_blocks_in_parts_share_one_graph(recompute: bool, graphs: Graphs) -> Non
 
 @pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize("recompute", [False, True])
-def test_ddp_cuts_no_block(recompute: bool, graphs: Graphs) -> None:
+def test_ddp_does_not_split_blocks(recompute: bool, graphs: Graphs) -> None:
     """One graph for all blocks and one for the loss, before the first step. Torch would cut each at 1 MB and again at a
     bucket."""
     config = small_run("lf-llm-269m", n_layers=3, activation_checkpointing=recompute)
@@ -193,7 +193,9 @@ def test_ddp_cuts_no_block(recompute: bool, graphs: Graphs) -> None:
 
 @pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize("keep_token_losses", [False, True])
-def test_ddp_cuts_a_whole_model_once(keep_token_losses: bool, graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ddp_splits_whole_model_at_buckets(
+    keep_token_losses: bool, graphs: Graphs, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Dynamo traces once, before the first step; DDP then cuts the graph at its buckets, without which nothing would
     travel beside the backward pass."""
     monkeypatch.setattr(parallel, "BUCKET_MB", 1)
@@ -212,7 +214,7 @@ def test_ddp_cuts_a_whole_model_once(keep_token_losses: bool, graphs: Graphs, mo
         assert counters["stats"]["unique_graphs"] == 1
 
 
-def test_a_graph_that_would_break_is_an_error(graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_graph_break_raises(graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
     """And not a slower run that nobody notices."""
 
     def breaking(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -223,4 +225,4 @@ def test_a_graph_that_would_break_is_an_error(graphs: Graphs, monkeypatch: pytes
     config = small_run("debug", compile_unit="model")
     with pytest.raises(torch._dynamo.exc.Unsupported):
         train_steps(parallelize(Transformer(config.model), config, ALONE), config)
-    assert graphs.made == []
+    assert graphs.traced == []

@@ -49,7 +49,7 @@ def fold(losses: list[float]) -> EarlyStop:
         ([math.nan, 9.0], EarlyStop(9.0, 20, 0, 20)),
     ],
 )
-def test_counting(losses: list[float], expected: EarlyStop) -> None:
+def test_counts_validations_since_best(losses: list[float], expected: EarlyStop) -> None:
     early = fold(losses)
     assert early == expected
     assert not early.exhausted(None)
@@ -57,7 +57,7 @@ def test_counting(losses: list[float], expected: EarlyStop) -> None:
     assert EarlyStop(**json.loads(json.dumps(early.__dict__))) == early  # to the last bit, through state.json
 
 
-def test_what_is_counted_is_not_counted_again() -> None:
+def test_repeated_validation_is_not_counted_twice() -> None:
     early = fold([3.0, 3.5])
     assert early.after(20, 3.5) is early  # done again after a restart
     assert early.after(10, 1.0) is early
@@ -118,7 +118,7 @@ def same(one: Path, other: Path) -> None:
             assert torch.equal(second.model[name], tensor), name
 
 
-def test_a_run_stops_and_its_best_checkpoint_stays(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_early_stop_keeps_best_checkpoint(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = whole
     last, best = expected_end(root)
     assert max(losses(root)) == last < 60
@@ -147,7 +147,7 @@ def test_a_run_stops_and_its_best_checkpoint_stays(whole: Path, monkeypatch: pyt
         )
 
 
-def test_the_best_weights_are_those_that_were_validated(plateau: RunConfig) -> None:
+def test_best_checkpoint_matches_validated_weights(plateau: RunConfig) -> None:
     """The same step of a run without early stopping, which keeps every checkpoint."""
     root = run(with_train(plateau, max_steps=10))
     best = list_checkpoints(root / "best")[0]
@@ -170,9 +170,7 @@ def test_interrupted_twice_equals_uninterrupted(
     same(whole, run(plateau))
 
 
-def test_a_best_checkpoint_is_whole_or_not_there(
-    plateau: RunConfig, whole: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_best_checkpoint_write_is_atomic(plateau: RunConfig, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed while the best one is written, and after: the one before stays until the new one is whole."""
     real = checkpoint.write_json
 
@@ -201,7 +199,7 @@ def test_a_best_checkpoint_is_whole_or_not_there(
 
 
 @pytest.mark.slow
-def test_a_run_that_stopped_early_goes_on_only_when_told(plateau: RunConfig) -> None:
+def test_early_stopped_run_continues_with_larger_patience(plateau: RunConfig) -> None:
     root = run(plateau)
     last, _ = expected_end(root)
     before = (losses(root), figures(root))
@@ -228,7 +226,7 @@ def test_a_run_that_stopped_early_goes_on_only_when_told(plateau: RunConfig) -> 
     assert list_checkpoints(root / "best") == kept
 
 
-def test_the_last_checkpoint_is_told_of_once_and_when_it_is_final(plateau: RunConfig) -> None:
+def test_checkpoint_callback_sees_final_early_stop_state(plateau: RunConfig) -> None:
     """Saved at 4, then saved again with the validation there counted: a callback finds the second."""
     still = replace(plateau, optim=replace(plateau.optim, max_lr=1e-30))
     config = with_train(still, early_stop_patience=1, save_every_steps=2)
@@ -245,7 +243,7 @@ def test_the_last_checkpoint_is_told_of_once_and_when_it_is_final(plateau: RunCo
     assert published == [(2, 0), (4, 1)]
 
 
-def test_losses_that_are_not_finite(plateau: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nonfinite_losses_exhaust_patience(plateau: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """They run out of patience like any other, and are never the best; a validation that fails is none."""
     real = perplexity.finish
     monkeypatch.setattr(perplexity, "finish", lambda sums: real(sums) | {"loss": math.nan})
@@ -261,7 +259,7 @@ def test_losses_that_are_not_finite(plateau: RunConfig, monkeypatch: pytest.Monk
     assert max(losses(run(replace(with_train(plateau, max_steps=8), name="failing")))) == 8
 
 
-def test_a_full_disk_leaves_the_best_one(plateau: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_preserves_best_checkpoint(plateau: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     real = checkpoint.write_checkpoint
 
     def full(folder: Path, snapshot: checkpoint.Snapshot, *rest: object) -> Path:
@@ -276,9 +274,7 @@ def test_a_full_disk_leaves_the_best_one(plateau: RunConfig, monkeypatch: pytest
 
 
 @pytest.mark.slow
-def test_a_killed_run_stops_where_it_would_have(
-    plateau: RunConfig, whole: Path, tmp_path: Path, temp_data: Path
-) -> None:
+def test_killed_run_stops_at_same_step(plateau: RunConfig, whole: Path, tmp_path: Path, temp_data: Path) -> None:
     """kill -9 on real processes, and the same command again: exit code 0, one message, the same end."""
     path = write_run_config(plateau, tmp_path / "tiny.json")
     root = temp_data / "runs/tiny"

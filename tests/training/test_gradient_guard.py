@@ -49,7 +49,7 @@ def by_hand(norms: list[float], sigma: float) -> tuple[list[int], float, float]:
     return verdicts, mean, variance
 
 
-def test_spikes_are_judged_by_running_statistics() -> None:
+def test_spike_detection_matches_reference_statistics() -> None:
     chance = np.random.default_rng(3)
     norms = np.exp(chance.normal(0.0, 0.15, 600) + np.linspace(2.0, 0.0, 600)).tolist()
     norms[20] *= 3  # in the warm-up
@@ -70,20 +70,20 @@ def test_spikes_are_judged_by_running_statistics() -> None:
     assert judged(TrainConfig(), norms[:300])[0] == [0] * 300  # off
 
 
-def test_a_norm_that_rises_for_good_is_accepted_in_time() -> None:
+def test_persistent_norm_increase_is_accepted_eventually() -> None:
     """Were spikes kept out of the statistics, every later update would be skipped."""
     verdicts, _ = judged(TrainConfig(skip_spikes_sigma=6.0, max_skipped_steps=100), [1.0] * 100 + [3.0] * 100)
     assert verdicts[100] == 1
     assert verdicts[-50:] == [0] * 50
 
 
-def test_after_the_end_nothing_is_applied_or_counted() -> None:
+def test_updates_after_divergence_are_skipped() -> None:
     verdicts, skips = judged(TrainConfig(), [1.0, math.nan, 1.0, math.inf, 1.0])
     assert verdicts == [0, 1, 1, 1, 1]
     assert (skips.nonfinite, skips.norm_count) == (1, 1)
 
 
-def test_a_loss_that_is_not_finite_makes_every_gradient_so(tiny: RunConfig) -> None:
+def test_nonfinite_loss_makes_gradients_nan(tiny: RunConfig) -> None:
     """Minus infinity as the logit of a target gives an infinite loss with a gradient that looks sound."""
 
     class Infinite(nn.Linear):

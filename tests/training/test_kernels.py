@@ -41,14 +41,14 @@ def kernel_log(tiny: RunConfig, monkeypatch: pytest.MonkeyPatch) -> Callable[...
     return lines
 
 
-def test_on_a_cpu(kernel_log: Callable[..., list[str]]) -> None:
+def test_kernel_log_on_cpu(kernel_log: Callable[..., list[str]]) -> None:
     assert kernel_log() == ["kernels: attention by the flash kernel; matrix products in float32; torch.compile off"]
     assert kernel_log(precision="bfloat16", compile="on") == [
         "kernels: attention by the flash kernel; matrix products in bfloat16; compiled block by block"
     ]
 
 
-def test_on_a_card(kernel_log: Callable[..., list[str]]) -> None:
+def test_kernel_log_on_gpu(kernel_log: Callable[..., list[str]]) -> None:
     flash = sdpa.SelectedBackend("flash")
     start = "kernels: attention by the flash kernel; matrix products in "
     assert kernel_log(8, flash) == [f"{start}bfloat16, TF32 for what is left in float32; compiled block by block"]
@@ -63,7 +63,7 @@ def test_on_a_card(kernel_log: Callable[..., list[str]]) -> None:
     ]
 
 
-def test_the_math_path_on_a_card_is_never_silent(kernel_log: Callable[..., list[str]]) -> None:
+def test_math_attention_on_gpu_warns(kernel_log: Callable[..., list[str]]) -> None:
     _, warning = kernel_log(8, sdpa.SelectedBackend("math", ("head_dim should be at most 256", "no bfloat16 here")))
     assert warning.startswith("warning: attention runs on torch's math backend")
     assert warning.endswith(":\n  - head_dim should be at most 256\n  - no bfloat16 here")

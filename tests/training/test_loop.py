@@ -68,7 +68,7 @@ def weights(root: Path) -> dict[str, torch.Tensor]:
     return load_checkpoint(list_checkpoints(root / "checkpoints")[0]).model
 
 
-def test_a_run_leaves_what_the_design_says(tiny: RunConfig) -> None:
+def test_run_outputs(tiny: RunConfig) -> None:
     root = run(tiny)
     rows = train_rows(root)
     assert [row["step"] for row in rows] == list(range(1, 13))
@@ -94,7 +94,7 @@ def test_a_run_leaves_what_the_design_says(tiny: RunConfig) -> None:
     assert "step     12/12" in (root / "log.txt").read_text()
 
 
-def test_training_learns(tiny: RunConfig) -> None:
+def test_training_reduces_validation_loss(tiny: RunConfig) -> None:
     config = replace(tiny, optim=replace(tiny.optim, max_lr=1e-2, warmup_steps=5))
     root = run(with_train(config, max_steps=60, save_every_steps=0))
     first, last = eval_rows(root, "validation")[0]["loss"], eval_rows(root, "validation")[-1]["loss"]
@@ -132,7 +132,7 @@ def test_finished_run_can_be_rerun_and_extended(tiny: RunConfig, finished: Path)
     assert "the schedule now ends at step 14 instead of 12: the learning rate was 0.0006 at the last step" in log
 
 
-def test_wsd_is_lengthened_before_its_decay_and_not_after(tiny: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wsd_extension_is_allowed_only_before_decay(tiny: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     optim = replace(tiny.optim, optimizer="muon", schedule="wsd", decay_fraction=0.25)
     # Warm-ups of at most a quarter of either length, so that they do not depend on it.
     tiny = replace(tiny, optim=replace(optim, warmup_steps=3, muon_momentum_warmup_steps=3))
@@ -165,7 +165,7 @@ def test_damaged_checkpoint_is_skipped(tiny: RunConfig, finished: Path) -> None:
     assert f"skipping {newest}: the content of weights/__0_0.distcp has changed" in (root / "log.txt").read_text()
 
 
-def test_fresh_starts_over_and_deletes_nothing(tiny: RunConfig, finished: Path) -> None:
+def test_fresh_restarts_and_archives_old_run(tiny: RunConfig, finished: Path) -> None:
     root = finished
     old = {path.relative_to(root): path.read_bytes() for path in root.rglob("*.distcp")}
     assert losses(run(with_train(tiny, fresh=True))) == losses(root)
@@ -175,14 +175,14 @@ def test_fresh_starts_over_and_deletes_nothing(tiny: RunConfig, finished: Path) 
     assert json.loads((root / "config.json").read_text())["train"]["fresh"] is False
 
 
-def test_other_settings_do_not_resume(tiny: RunConfig, finished: Path) -> None:
+def test_resume_with_other_settings_raises(tiny: RunConfig, finished: Path) -> None:
     with pytest.raises(UserError, match=r"model\.d_ff: 32 -> 64(.|\n)*--train\.fresh"):
         run(replace(tiny, model=replace(tiny.model, d_ff=64)))
     with pytest.raises(UserError, match="trained on other data"):
         run(replace(tiny, data=replace(tiny.data, val_tokens=2_000)))
 
 
-def test_nonfinite_gradient_stops_the_run(tiny: RunConfig, finished_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nonfinite_gradient_stops_run(tiny: RunConfig, finished_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, calls = Transformer.forward, []
 
     def poisoned(self: object, *args: object, **kwargs: object) -> torch.Tensor:
@@ -200,7 +200,7 @@ def test_nonfinite_gradient_stops_the_run(tiny: RunConfig, finished_run: Path, m
     assert losses(run(tiny)) == losses(finished_run)  # and going on from the newest checkpoint heals it
 
 
-def test_a_failing_evaluation_does_not_cost_training(tiny: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failing_evaluation_does_not_stop_training(tiny: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("no such luck")
 
@@ -212,12 +212,12 @@ def test_a_failing_evaluation_does_not_cost_training(tiny: RunConfig, monkeypatc
     assert len(eval_rows(root, "cloze")) == 2
 
 
-def test_evaluations_leave_training_alone(tiny: RunConfig, finished_run: Path) -> None:
+def test_evaluations_do_not_affect_losses(tiny: RunConfig, finished_run: Path) -> None:
     often = replace(tiny, name="often", eval=replace(tiny.eval, validation_every_steps=1, sample_every_steps=1))
     assert losses(run(often)) == losses(finished_run)
 
 
-def test_a_context_that_is_too_short_for_cloze_is_said(tiny: RunConfig) -> None:
+def test_cloze_is_skipped_with_short_context(tiny: RunConfig) -> None:
     root = run(with_train(replace(tiny, model=replace(tiny.model, max_seq_len=32)), max_steps=1))
     assert "cloze skipped: cloze needs a context of 48 tokens" in (root / "log.txt").read_text()
     assert not eval_rows(root, "cloze")
@@ -230,7 +230,7 @@ def test_a_context_that_is_too_short_for_cloze_is_said(tiny: RunConfig) -> None:
         (3_000, 64 * 2 * 1_000, "fewer than the 2,000 of one step"),
     ],
 )
-def test_too_little_text(tiny: RunConfig, held_out: int, batch_tokens: int, message: str) -> None:
+def test_too_little_text_raises(tiny: RunConfig, held_out: int, batch_tokens: int, message: str) -> None:
     config = with_train(replace(tiny, data=replace(tiny.data, val_tokens=held_out)), batch_tokens=batch_tokens)
     with pytest.raises(UserError, match=message):
         run(config)
@@ -252,7 +252,7 @@ def test_files_without_text_in_the_column_are_said(tiny: RunConfig, corpus: Path
     assert (run(with_train(config, max_steps=2)) / "log.txt").read_text().count(" x no text") == 1, "not at a resume"
 
 
-def test_what_is_held_out_may_be_less_than_a_batch(tiny: RunConfig) -> None:
+def test_validation_set_smaller_than_batch(tiny: RunConfig) -> None:
     """Down to one sequence; and nothing where nothing is validated."""
     config = replace(tiny, data=replace(tiny.data, val_tokens=100), eval=replace(tiny.eval, cloze_every_steps=0))
     config = with_train(config, micro_batch_size=4, batch_tokens=256, max_steps=2)
@@ -264,7 +264,7 @@ def test_what_is_held_out_may_be_less_than_a_batch(tiny: RunConfig) -> None:
     assert not eval_rows(run(config), "validation")
 
 
-def test_a_second_run_in_the_same_folder_is_refused(tiny: RunConfig) -> None:
+def test_concurrent_run_raises(tiny: RunConfig) -> None:
     from myllm.runs.run_dir import claim_run
 
     with claim_run(RunPaths.of("tiny")), pytest.raises(UserError, match="another process is training in"):
@@ -277,7 +277,7 @@ def test_keep_last(tiny: RunConfig) -> None:
     assert len(list_checkpoints(run(replace(with_train(tiny, keep_last=0), name="all")) / "checkpoints")) == 3
 
 
-def test_training_goes_round_the_corpus(tiny: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_resumes_in_second_epoch(tiny: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """More steps than an epoch has: the position rolls over, and a resume in the second epoch is exact."""
     evals = replace(tiny.eval, validation_every_steps=0, cloze_every_steps=0, sample_every_steps=0)
     config = with_train(tiny, max_steps=40, save_every_steps=30)
@@ -290,7 +290,7 @@ def test_training_goes_round_the_corpus(tiny: RunConfig, monkeypatch: pytest.Mon
     assert losses(root) == losses(run(replace(config, name="whole")))
 
 
-def test_weights_that_are_not_finite_are_never_saved(tiny: RunConfig) -> None:
+def test_nonfinite_weights_are_never_saved(tiny: RunConfig) -> None:
     wild = replace(tiny, optim=replace(tiny.optim, max_lr=1e39, warmup_steps=0))
     with pytest.raises(TrainingDiverged):
         run(with_train(wild, save_every_steps=1))
@@ -298,7 +298,7 @@ def test_weights_that_are_not_finite_are_never_saved(tiny: RunConfig) -> None:
         assert all(tensor.isfinite().all() for tensor in load_checkpoint(folder).model.values())
 
 
-def test_damage_to_every_checkpoint_does_not_start_over(tiny: RunConfig, finished: Path) -> None:
+def test_all_checkpoints_damaged_raises(tiny: RunConfig, finished: Path) -> None:
     root = finished
     before = (root / "metrics.jsonl").read_text()
     for folder in list_checkpoints(root / "checkpoints"):
@@ -308,13 +308,13 @@ def test_damage_to_every_checkpoint_does_not_start_over(tiny: RunConfig, finishe
     assert (root / "metrics.jsonl").read_text() == before
 
 
-def test_what_a_killed_save_left_is_removed(tiny: RunConfig) -> None:
+def test_partial_checkpoint_is_removed(tiny: RunConfig) -> None:
     left = RunPaths.of("tiny").checkpoints / ".partial-step_00000005"
     left.mkdir(parents=True)
     run(tiny)
     assert not left.exists()
 
 
-def test_a_vocabulary_that_is_not_the_tokenizers(tiny: RunConfig) -> None:
+def test_vocabulary_size_mismatch_raises(tiny: RunConfig) -> None:
     with pytest.raises(UserError, match=r"model\.vocab_size is 50,304(.|\n)*set it to 50257"):
         run(replace(tiny, model=replace(tiny.model, vocab_size=50_304)))

@@ -56,7 +56,7 @@ HALF = TrainConfig(precision="float16")
         ((12, 0), torch.bfloat16),
     ],
 )
-def test_auto_is_what_the_card_can(
+def test_auto_precision_follows_device_capability(
     capability: tuple[int, int], expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
@@ -73,7 +73,7 @@ def test_auto_is_what_the_card_can(
 
 
 @pytest.mark.parametrize("compiling", [False, True])
-def test_the_losss_gradient_does_not_vanish(compiling: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_float16_loss_gradient_does_not_underflow(compiling: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Divided by 32,768 tokens before the products, most of it would be below float16's least number."""
     monkeypatch.setattr(model_loss, "CPU_CHUNK", 4_096)  # as on a GPU
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)  # the form that is compiled, uncompiled
@@ -90,7 +90,7 @@ def test_the_losss_gradient_does_not_vanish(compiling: bool, monkeypatch: pytest
         assert (mine.grad / FIRST_LOSS_SCALE - true.grad).norm() < 2e-3 * true.grad.norm()
 
 
-class MadeUp:
+class RepeatingLoader:
     """Stands in for a loader: the same few batches again and again."""
 
     def __init__(self) -> None:
@@ -113,7 +113,7 @@ class Steps:
             self.model.named_parameters(), self.model.hidden_matrices(), config.optim, config.train.max_steps
         )
         self.runner, self.guard = parallelize(self.model, self.config, ALONE), GradientGuard(config.train, CPU)
-        self.batch, self.loader = batch_plan(self.config, 1), MadeUp()
+        self.batch, self.loader = batch_plan(self.config, 1), RepeatingLoader()
 
     def make(self, step: int) -> tuple[float, float]:
         self.guard.record(TrainState(step, 0, DataPosition(0, 0, 0, "")))
@@ -130,7 +130,7 @@ def steps(tiny: RunConfig) -> Callable[[str], Steps]:
     return lambda precision: Steps(with_train(config, precision=precision, **settings))
 
 
-def test_steps_are_those_of_float32(steps: Callable[[str], Steps]) -> None:
+def test_float16_steps_match_float32(steps: Callable[[str], Steps]) -> None:
     """Losses, and norms without the scale; what the optimizer gets is clipped and unscaled."""
     exact, half = steps("float32"), steps("float16")
     for step in range(12):
@@ -142,7 +142,7 @@ def test_steps_are_those_of_float32(steps: Callable[[str], Steps]) -> None:
     assert exact.guard.loss_scale is None
 
 
-def test_clipping_and_unscaling_round_nothing() -> None:
+def test_clipping_and_unscaling_are_exact() -> None:
     def updated(scale: float | None) -> tuple[torch.Tensor, torch.Tensor]:
         weight = torch.nn.Parameter(torch.randn(8, 8, generator=torch.Generator().manual_seed(0)))
         optimizer = ScheduledOptimizer([("weight", weight)], {}, RunConfig().optim, 10)
@@ -163,7 +163,7 @@ def one_rank() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("one_rank")
-def test_of_gradients_in_parts_too(steps: Callable[[str], Steps]) -> None:
+def test_fsdp_float16_steps_match_float32(steps: Callable[[str], Steps]) -> None:
     """FSDP: float16 on the way, float32 sums, one norm, the scale taken off."""
     exact, config = steps("float32"), steps("float16").config
     model = Transformer(config.model)
@@ -181,7 +181,7 @@ def test_of_gradients_in_parts_too(steps: Callable[[str], Steps]) -> None:
         assert norm == pytest.approx(true_norm, rel=2e-2)
 
 
-def test_small_gradients_need_the_scale(steps: Callable[[str], Steps]) -> None:
+def test_loss_scale_prevents_gradient_underflow(steps: Callable[[str], Steps]) -> None:
     """Most numbers of a long batch's gradient are too small for float16; with the scale none that matters is lost."""
 
     def gradients(precision: str, scale: float | None) -> dict[str, torch.Tensor]:
@@ -214,7 +214,7 @@ def judged(judge: GradientGuard, norms: list[float]) -> list[float]:
     return found
 
 
-def test_an_overflow_costs_an_update_and_halves_the_scale() -> None:
+def test_overflow_skips_update_and_halves_scale() -> None:
     """It ends no run, is counted apart, and neither adds to what was bad in a row nor starts that anew."""
     judge = GradientGuard(replace(HALF, max_skipped_steps=0), CPU)
     assert judged(judge, [1.0, math.inf, math.nan, 1.0]) == [0, 1, 1, 0]
@@ -226,7 +226,7 @@ def test_an_overflow_costs_an_update_and_halves_the_scale() -> None:
     assert [skipped.step for skipped in judge.skipped] == [2, 3]
 
 
-def test_what_overflows_at_the_least_scale_is_a_bad_number() -> None:
+def test_overflow_at_minimum_scale_diverges() -> None:
     judge = GradientGuard(HALF, CPU)
     halvings = int(math.log2(FIRST_LOSS_SCALE))
     assert judged(judge, [math.nan] * halvings) == [1] * halvings
@@ -242,7 +242,7 @@ def test_what_overflows_at_the_least_scale_is_a_bad_number() -> None:
     assert exact.diverged
 
 
-def test_the_scale_grows_back() -> None:
+def test_scale_grows_up_to_maximum() -> None:
     judge = GradientGuard(HALF, CPU, SkipStats(loss_scale=1_024.0, steps_at_scale=GROWTH_STEPS - 2))
     judged(judge, [1.0])
     assert judge.loss_scale == 1_024.0
@@ -270,7 +270,7 @@ def run(config: RunConfig, stop_at: int | None = None) -> Any:
         return RunPaths.of(loop.train(config, prepare(config.data, progress=False), process).run.root.name)
 
 
-def test_a_run_begins_with_overflows_and_a_resume_goes_on(bare: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resume_preserves_loss_scale(bare: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """From a scale that is far too large it finds its own; the checkpoint has it, and the losses after a restart are
     those of a run that was never stopped."""
     monkeypatch.setattr(guard, "GROWTH_STEPS", 2)
@@ -298,7 +298,7 @@ class Cut(Exception):
     pass
 
 
-def test_bad_numbers_still_end_a_run(bare: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nonfinite_gradient_stops_float16_run(bare: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(setup, "Transformer", poisoned)
     monkeypatch.setattr(guard, "SkipStats", lambda *given: SkipStats(*given) if given else SkipStats(loss_scale=4.0))
     with pytest.raises(TrainingDiverged, match="the gradient of step 3 is not finite"):
@@ -312,7 +312,7 @@ def poisoned(*given: Any) -> Transformer:
     return model
 
 
-def test_a_checkpoint_from_before_has_the_first_scale() -> None:
+def test_old_checkpoint_uses_initial_loss_scale() -> None:
     old = {
         "nonfinite": 1,
         "spikes": 0,
@@ -326,7 +326,7 @@ def test_a_checkpoint_from_before_has_the_first_scale() -> None:
     assert GradientGuard(HALF, CPU, skips).loss_scale == FIRST_LOSS_SCALE
 
 
-def test_autocast_reaches_the_model(tiny: RunConfig) -> None:
+def test_autocast_dtype(tiny: RunConfig) -> None:
     with autocast(with_train(tiny, precision="float16"), CPU):
         assert torch.get_autocast_dtype("cpu") is torch.float16
         assert torch.is_autocast_enabled("cpu")

@@ -44,7 +44,7 @@ def mixture(tiny: RunConfig, tmp_path: Path) -> RunConfig:
     return with_train(replace(tiny, data=data, eval=evals), max_steps=6, save_every_steps=3)
 
 
-def test_a_run_on_a_mixture(mixture: RunConfig) -> None:
+def test_mixture_run(mixture: RunConfig) -> None:
     root = run(mixture)
     log = (root / "log.txt").read_text()
     dataset = prepare(mixture.data)
@@ -130,7 +130,7 @@ def check_rows(config: RunConfig, root: Path, *spans: tuple[int, int]) -> None:
         assert rows[end]["tokens"] == sum(value for key, value in expected.items() if key.startswith("tokens/"))
 
 
-def test_the_training_loss_of_each_component(still: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_component_training_losses_match_reference(still: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over the steps since the last row, also where a resume begins between two."""
     run_until(still, 5, monkeypatch)
     root = run(still)
@@ -140,7 +140,7 @@ def test_the_training_loss_of_each_component(still: RunConfig, monkeypatch: pyte
 
 
 @pytest.mark.slow
-def test_components_that_the_package_datasets_reads(mixture: RunConfig, tmp_path: Path) -> None:
+def test_mixture_with_hf_datasets_components(mixture: RunConfig, tmp_path: Path) -> None:
     """A folder of `save_to_disk` and a CSV file beside a folder of texts: each is trained on, and measured."""
     files, more = write_corpora(tmp_path / "corpora", texts=12, more=24)
     texts = [path.read_text() for path in sorted(Path(more.removeprefix("files:")).iterdir())]
@@ -160,7 +160,7 @@ def test_components_that_the_package_datasets_reads(mixture: RunConfig, tmp_path
 
 
 @pytest.mark.slow
-def test_two_ranks_add_up_their_losses(still: RunConfig, tmp_path: Path) -> None:
+def test_component_losses_are_summed_across_ranks(still: RunConfig, tmp_path: Path) -> None:
     """One of them prepares a further validation set."""
     (far,) = write_corpora(tmp_path / "far", far=6)
     config = replace(still, eval=replace(still.eval, validation_sets=(f"far={far}",)))
@@ -171,18 +171,18 @@ def test_two_ranks_add_up_their_losses(still: RunConfig, tmp_path: Path) -> None
     assert [row["n_tokens"] for row in eval_rows(root, "validation/far")] == [256] * 3
 
 
-def test_a_mixture_that_is_not_all_prepared_is_not_found(mixture: RunConfig) -> None:
+def test_unprepared_mixture_is_not_found(mixture: RunConfig) -> None:
     assert find_prepared(mixture.data) is None
     assert inspect_data_and_disk(mixture).tokens is None
 
 
-def test_running_dry_is_said_before_the_first_step(mixture: RunConfig) -> None:
+def test_exhausted_mixture_raises_before_first_step(mixture: RunConfig) -> None:
     with pytest.raises(UserError, match=r"(?s)more than train.max_epochs 4 .*repeat.*stop earlier.*re-weight"):
         run(with_train(mixture, max_steps=2_000))
     assert not RunPaths.of(mixture.name).checkpoints.exists()
 
 
-def test_the_command_line(temp_data: Path) -> None:
+def test_mixture_command_line(temp_data: Path) -> None:
     args = parse_args(["debug", "--data.source", "python-stdlib:0.5 c4:0.5"])
     assert not args.own_text
     check_data_names(args.config.data)

@@ -43,7 +43,7 @@ def on_gpu(name: str, start: float, end: float, **changes: Any) -> SimpleNamespa
     return event(name, start, end, device_type=DeviceType.CUDA, **changes)
 
 
-def test_a_kernel_counts_to_the_phase_that_started_it() -> None:
+def test_kernel_cost_belongs_to_launching_phase() -> None:
     """On a GPU it runs long after that; copies count too, and overlapping ones are busy time once."""
     matmul, copy, fused = Kernel("matmul", 0, 50), Kernel("copy", 0, 5), Kernel("triton_fused", 0, 30)
     events = [
@@ -70,7 +70,7 @@ def test_a_kernel_counts_to_the_phase_that_started_it() -> None:
     assert gpu_busy_us(events) == 50 + 90 + 5
 
 
-def test_an_operator_on_a_cpu_has_the_time_that_is_its_own() -> None:
+def test_cpu_operator_cost_is_self_time() -> None:
     events = [
         mark("step", 0, 150),
         mark("forward", 0, 100),
@@ -91,12 +91,12 @@ def test_an_operator_on_a_cpu_has_the_time_that_is_its_own() -> None:
     assert gpu_busy_us(events) == 0
 
 
-def test_a_table_of_nothing() -> None:
+def test_format_empty_costs() -> None:
     assert "0.0%" in format_costs([], 0.0, range(3, 4), 1.0)
 
 
 @pytest.mark.parametrize("begun", [0, 100, 585, 597, 599])
-def test_the_window_lies_between_what_disturbs(tiny: RunConfig, begun: int) -> None:
+def test_window_avoids_logging_saving_and_evaluation(tiny: RunConfig, begun: int) -> None:
     config = with_train(tiny, max_steps=600, log_every_steps=10, save_every_steps=150)
     evals = {"validation_every_steps": 12, "cloze_every_steps": 300, "sample_every_steps": 0}
     config = replace(config, eval=replace(tiny.eval, **evals))
@@ -110,12 +110,12 @@ def test_the_window_lies_between_what_disturbs(tiny: RunConfig, begun: int) -> N
             assert all(boundary % cadence for cadence in (10, 150, 12, 300))
 
 
-def test_a_window_is_found_where_everything_disturbs(tiny: RunConfig) -> None:
+def test_window_exists_despite_frequent_logging(tiny: RunConfig) -> None:
     config = with_train(tiny, max_steps=40, log_every_steps=1)
     assert choose_window(config, 0) == range(12, 17)  # validation at 6, 12, 18; saves at 4, 8, 12, 16
 
 
-def test_a_profiled_run_is_the_same_run(tiny: RunConfig) -> None:
+def test_profiling_does_not_change_losses(tiny: RunConfig) -> None:
     """The trace opens, with every phase of every step; ten rows; the losses are those of a run without, bit by bit."""
     config = with_train(tiny, max_steps=8, batch_tokens=256, micro_batch_size=2)
     runs = []

@@ -23,7 +23,7 @@ def wsd(max_steps: int, **optim: object) -> RunConfig:
     return until(max_steps, **{"schedule": "wsd", "decay_fraction": 0.5} | optim)
 
 
-def test_a_finished_run_that_is_lengthened_is_told_its_rate() -> None:
+def test_extending_finished_run_describes_rates() -> None:
     """The last of 100 steps has 1e-3 / 90; step 100 of 1,000, after 10 of warm-up, has 1e-3 x 900 / 990."""
     assert describe_schedule_change(100, RUN, until(1_000)) == (
         "the schedule now ends at step 1,000 instead of 100: the learning rate was 1.11e-05 at the last step, is "
@@ -32,7 +32,7 @@ def test_a_finished_run_that_is_lengthened_is_told_its_rate() -> None:
     )
 
 
-def test_muons_rate_is_told_too() -> None:
+def test_description_includes_muon_rate() -> None:
     muon = {"optimizer": "muon", "muon_lr": 0.02, "min_lr_ratio": 0.1, "schedule": "cosine"}
     note = describe_schedule_change(55, until(100, **muon), until(300, **muon))
     # Factors: one of 90 steps before half of the decay 0.1 + 0.45 (1 + sin 2°) = 0.566; after 45 of 290 steps
@@ -42,7 +42,7 @@ def test_muons_rate_is_told_too() -> None:
     assert note.endswith("(lower --optim.max-lr and --optim.muon-lr to make that smaller)")
 
 
-def test_a_shortened_run_is_told_too_but_no_rise_is_predicted() -> None:
+def test_shortened_run_predicts_no_loss_rise() -> None:
     note = describe_schedule_change(50, RUN, until(60))
     assert "the schedule now ends at step 60 instead of 100" in note
     assert "rise" not in note
@@ -52,17 +52,17 @@ def test_a_shortened_run_is_told_too_but_no_rise_is_predicted() -> None:
     check_schedule_change(50, wsd(100), wsd(60))
 
 
-def test_a_small_change_of_length_is_told() -> None:
+def test_small_length_change_is_described() -> None:
     note = describe_schedule_change(55, RUN, until(110))
     assert note.endswith("was 0.000511 at the last step, is 0.00055 at the next and 0 at the end")
 
 
-def test_another_rate_is_told() -> None:
+def test_changed_learning_rate_is_described() -> None:
     note = describe_schedule_change(90, RUN, until(100, max_lr=1e-1))
     assert note.startswith("optim settings have changed: the learning rate was 0.000122 at the last step, is 0.0111 at")
 
 
-def test_what_goes_on_as_planned_says_nothing() -> None:
+def test_unchanged_schedule_has_no_description() -> None:
     assert describe_schedule_change(50, RUN, RUN) is None
     assert describe_schedule_change(5, RUN, RUN) is None, (
         "in the warm-up the rate rises by more than a quarter a step, as planned"
@@ -71,7 +71,7 @@ def test_what_goes_on_as_planned_says_nothing() -> None:
     assert describe_schedule_change(100, RUN, RUN) is None
 
 
-def test_wsd_goes_on_level_if_it_is_lengthened_before_its_decay() -> None:
+def test_wsd_extended_before_decay_keeps_rate() -> None:
     for step in (11, 40, 50, 51):  # update 50, the 51st, is the last one at the peak
         check_schedule_change(step, wsd(100), wsd(1_000))
         assert describe_schedule_change(step, wsd(100), wsd(1_000)) == (
@@ -81,7 +81,7 @@ def test_wsd_goes_on_level_if_it_is_lengthened_before_its_decay() -> None:
 
 
 @pytest.mark.parametrize("step", [52, 75, 100])
-def test_wsd_is_not_lengthened_once_it_decays(step: int) -> None:
+def test_wsd_extension_after_decay_raises(step: int) -> None:
     with pytest.raises(UserError) as error:
         check_schedule_change(step, wsd(100), wsd(1_000))
     assert str(error.value).startswith(
@@ -90,7 +90,7 @@ def test_wsd_is_not_lengthened_once_it_decays(step: int) -> None:
     )
 
 
-def test_only_a_rate_that_rises_again_is_refused() -> None:
+def test_only_rising_rate_during_decay_raises() -> None:
     check_schedule_change(75, wsd(100), wsd(100))
     check_schedule_change(75, wsd(100), wsd(80))
     check_schedule_change(75, wsd(100), wsd(100, max_lr=2e-3))  # the schedule is the same

@@ -56,14 +56,12 @@ def thawed() -> Iterator[None]:
     gc.freeze()
 
 
-def test_without_a_schedule_python_collects(collections: list[int]) -> None:
+def test_python_collects_without_schedule(collections: list[int]) -> None:
     with many_objects():
         assert collections
 
 
-def test_collected_when_due_and_only_then(
-    thawed: None, collections: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_schedule_collects_only_when_due(thawed: None, collections: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(services, "COLLECT_EVERY_STEPS", 5)
     found = []
     with GcSchedule(step=7) as schedule:
@@ -84,7 +82,7 @@ def test_collected_when_due_and_only_then(
     assert gc.get_freeze_count() == 0
 
 
-def test_memory_does_not_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_garbage_stays_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """What was made after the first step is found, however long the run."""
     monkeypatch.setattr(services, "COLLECT_EVERY_STEPS", 10)
     alive: list[weakref.ref] = []
@@ -98,7 +96,7 @@ def test_memory_does_not_grow(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("error", [None, KeyError])
-def test_evaluations_collect_by_themselves_and_leave_nothing(error: type[Exception] | None) -> None:
+def test_automatic_collection_during_evaluation(error: type[Exception] | None) -> None:
     left = None
 
     def evaluate(schedule: GcSchedule) -> None:
@@ -116,14 +114,14 @@ def test_evaluations_collect_by_themselves_and_leave_nothing(error: type[Excepti
         assert left() is None
 
 
-def test_frozen_objects_of_the_caller_stay_frozen(thawed: None) -> None:
+def test_schedule_preserves_frozen_objects(thawed: None) -> None:
     gc.freeze()
     with GcSchedule(step=0):
         pass
     assert gc.get_freeze_count() > 0
 
 
-def test_one_that_was_off_stays_off() -> None:
+def test_schedule_preserves_disabled_gc() -> None:
     gc.disable()
     try:
         with GcSchedule(step=0):
@@ -133,7 +131,7 @@ def test_one_that_was_off_stays_off() -> None:
         gc.enable()
 
 
-def test_no_collection_within_a_real_step(
+def test_no_collection_during_training_step(
     tiny: RunConfig, collections: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(services, "COLLECT_EVERY_STEPS", 4)

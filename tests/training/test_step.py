@@ -62,7 +62,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[HostReads]:
         yield watch
 
 
-class MadeUp:
+class RandomLoader:
     """Stands in for a loader."""
 
     def next_batch(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -82,7 +82,7 @@ class Steps:
     def make(self, step: int, *phase: Any) -> tuple[torch.Tensor, torch.Tensor, float]:
         self.guard.record(TrainState(step, 0, DataPosition(0, 0, 0, "")))
         ctx, model = RunContext.create(self.config, ALONE), self.model
-        trainer = Trainer(ctx, None, self.batch, model, model, self.runner, self.optimizer, MadeUp(), self.guard)
+        trainer = Trainer(ctx, None, self.batch, model, model, self.runner, self.optimizer, RandomLoader(), self.guard)
         return train_step(trainer, step, *phase)
 
 
@@ -93,7 +93,7 @@ def steps(tiny: RunConfig) -> Steps:
 
 
 @pytest.mark.parametrize("foreach", [False, True])
-def test_nothing_in_a_step_waits_for_the_device(
+def test_step_does_not_synchronize_with_device(
     foreach: bool, steps: Steps, reads: HostReads, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Clipping and the guard's judgement neither; clipped as on a CPU, and by one kernel for all as on a GPU."""
@@ -117,11 +117,13 @@ def test_nothing_in_a_step_waits_for_the_device(
     assert "aten::_local_scalar_dense" in reads.seen
 
 
-@pytest.mark.parametrize("wanted", [True, False])
-def test_a_step_repeats_itself_where_asked(wanted: bool, tiny: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_deterministic_algorithms_cover_whole_step(
+    deterministic: bool, tiny: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All of it, compiling included, and nothing but it; cuBLAS is told before anything is wrapped or computed."""
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-    config = with_train(replace(tiny, model=replace(tiny.model, vocab_size=500)), deterministic=wanted)
+    config = with_train(replace(tiny, model=replace(tiny.model, vocab_size=500)), deterministic=deterministic)
     config = with_train(config, batch_tokens=256, micro_batch_size=2)
     model, seen, workspaces = Transformer(config.model), [], []
 
@@ -143,12 +145,12 @@ def test_a_step_repeats_itself_where_asked(wanted: bool, tiny: RunConfig, monkey
         parts.make(0)
         assert not torch.are_deterministic_algorithms_enabled()
     assert len(seen) > 20
-    assert set(seen) == {wanted}
-    assert workspaces == [":4096:8" if wanted else None]
+    assert set(seen) == {deterministic}
+    assert workspaces == [":4096:8" if deterministic else None]
     assert torch.utils.deterministic.fill_uninitialized_memory
 
 
-def test_an_error_in_a_step_leaves_torch_as_it_was(steps: Steps) -> None:
+def test_failed_step_restores_determinism_setting(steps: Steps) -> None:
     steps.config = with_train(steps.config, deterministic=True)
     steps.runner = torch.nn.Linear(2, 2)
     with pytest.raises(TypeError):
@@ -156,7 +158,7 @@ def test_an_error_in_a_step_leaves_torch_as_it_was(steps: Steps) -> None:
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-def test_the_phases_of_a_step(steps: Steps) -> None:
+def test_step_phases(steps: Steps) -> None:
     entered: list[str] = []
 
     @contextmanager
@@ -170,7 +172,7 @@ def test_the_phases_of_a_step(steps: Steps) -> None:
     assert tuple(dict.fromkeys(entered)) == PHASES
 
 
-def test_no_module_of_a_step_reads_the_device_by_name() -> None:
+def test_step_modules_contain_no_synchronizing_calls() -> None:
     """What runs on a GPU alone is not seen by the watch above. MPS has to ask the device, on a line that names it."""
     source = Path(__file__).resolve().parents[2] / "src/myllm"
     model = ("cross_entropy", "attention", "norm", "rope")

@@ -81,7 +81,7 @@ def long(tiny: RunConfig, tmp_path: Path) -> RunConfig:
 
 
 @pytest.mark.slow
-def test_a_run_that_is_interrupted_three_times(long: RunConfig, tmp_path: Path, temp_data: Path) -> None:
+def test_interrupted_three_times_equals_uninterrupted(long: RunConfig, tmp_path: Path, temp_data: Path) -> None:
     """Ctrl-C, kill -9, and a scheduler's SIGTERM: the same command each time, and losses as if nothing had happened."""
     run = temp_data / "runs" / "tiny"
     for number, step in ((signal.SIGINT, 7), (signal.SIGKILL, 24), (signal.SIGTERM, 43)):
@@ -121,7 +121,7 @@ def doing(run: Path) -> str | None:
 
 
 @pytest.mark.slow
-def test_an_evaluation_of_minutes_stops_at_once(long: RunConfig, tmp_path: Path, temp_data: Path) -> None:
+def test_signal_interrupts_long_evaluation(long: RunConfig, tmp_path: Path, temp_data: Path) -> None:
     """SIGUSR1 says "start me again". The interrupted evaluation has no row, and is done after the resume."""
     run = temp_data / "runs" / "tiny"
     endless = replace(long.eval, sample_every_steps=5, sample_new_tokens=10**8)
@@ -144,7 +144,7 @@ def test_an_evaluation_of_minutes_stops_at_once(long: RunConfig, tmp_path: Path,
 
 
 @pytest.mark.slow
-def test_a_time_limit_and_a_second_interrupt(long: RunConfig, tmp_path: Path, temp_data: Path) -> None:
+def test_time_limit_and_second_interrupt(long: RunConfig, tmp_path: Path, temp_data: Path) -> None:
     """With a clock that jumps back. The limit saves in time; the second Ctrl-C is heard although the main thread never
     comes back from C."""
     (tmp_path / "stuck.py").write_text(STUCK)
@@ -176,7 +176,7 @@ def test_a_time_limit_and_a_second_interrupt(long: RunConfig, tmp_path: Path, te
         ("SIGXCPU", 75),
     ],
 )  # fmt: skip
-def test_each_signal_asks_for_a_stop_with_its_code(name: str, code: int) -> None:
+def test_stop_signal_exit_codes(name: str, code: int) -> None:
     number = signal.Signals[name]
     before = signal.signal(number, signal.SIG_DFL)  # a shell that runs the tests under nohup ignores SIGHUP
     try:
@@ -189,7 +189,7 @@ def test_each_signal_asks_for_a_stop_with_its_code(name: str, code: int) -> None
         signal.signal(number, before)
 
 
-def test_the_time_limit_leaves_time_for_the_save() -> None:
+def test_time_limit_reserves_time_for_save() -> None:
     now = time.monotonic()
     assert not StopRequest(deadline=now + 100, save_s=40).requested()
     request = StopRequest(deadline=now + 100, save_s=80)
@@ -202,7 +202,7 @@ def test_the_time_limit_leaves_time_for_the_save() -> None:
     assert len(config_errors(with_train(RunConfig(), max_wall_s=0.0, collective_timeout_s=-1.0), 1)) == 2
 
 
-def test_a_heartbeat_that_cannot_be_written_costs_nothing(tmp_path: Path, temp_data: Path) -> None:
+def test_unwritable_heartbeat_does_not_raise(tmp_path: Path, temp_data: Path) -> None:
     (tmp_path / "file").touch()
     beat = Heartbeat(tmp_path / "file" / "heartbeat.json")
     beat.write(now=True)
@@ -212,7 +212,7 @@ def test_a_heartbeat_that_cannot_be_written_costs_nothing(tmp_path: Path, temp_d
         status("unknown", 600)
 
 
-def test_what_a_watcher_sees(temp_data: Path) -> None:
+def test_status_detects_stalled_and_dead_runs(temp_data: Path) -> None:
     run = temp_data / "runs" / "seen"
     run.mkdir(parents=True)
     beat = Heartbeat(run / "heartbeat.json")
@@ -230,9 +230,7 @@ def test_what_a_watcher_sees(temp_data: Path) -> None:
     assert [path.name for path in run.iterdir()] == ["heartbeat.json"]
 
 
-def test_a_folder_that_has_the_name_of_a_run_is_none(
-    temp_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_status_ignores_unrelated_folder(temp_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "seen").mkdir()
     run = RunPaths(temp_data / "runs" / "seen")
@@ -243,7 +241,7 @@ def test_a_folder_that_has_the_name_of_a_run_is_none(
     assert status("seen", 600) == ("step 4: complete, after step 4", 0)
 
 
-def test_failed_start_ends_an_unfinished_run_and_leaves_a_complete_one(temp_data: Path) -> None:
+def test_failed_start_preserves_complete_status(temp_data: Path) -> None:
     run = RunPaths(temp_data / "runs" / "seen")
     run.root.mkdir(parents=True)
     (run.checkpoints / "step_00000004").mkdir(parents=True)
@@ -278,7 +276,7 @@ def wait_for(happened: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def test_the_heartbeat_is_there_before_the_model(tiny: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_heartbeat_precedes_model_creation(tiny: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     run, seen = RunPaths.of("tiny"), []
     run.root.mkdir(parents=True)
     Heartbeat(run.heartbeat, 9).end("complete, after step 9", 0)
@@ -293,7 +291,7 @@ def test_the_heartbeat_is_there_before_the_model(tiny: RunConfig, monkeypatch: p
     assert (seen[0][0][:17], seen[0][1]) == ("step 0: starting,", 3)
 
 
-def test_who_did_not_arrive() -> None:
+def test_describe_hang_names_late_ranks() -> None:
     def report(step: int, taken: int, waits: bool) -> dict[str, object]:
         where = {"doing": "training", "location": "loader.py, line 1, next", "host": "node", "pid": 9}
         return {"progress": [step, taken, step], "in_collective": waits, **where}

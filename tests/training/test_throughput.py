@@ -46,7 +46,7 @@ class Clock:
         monkeypatch.setattr(owner, name, slowed)
 
 
-def test_nothing_but_steps_is_in_tokens_per_second(tiny: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_per_second_excludes_overhead(tiny: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Validation, samples and saves are made to take hours; steps take 2 s each, of which 0.5 s wait for data."""
     clock = Clock(monkeypatch)
     clock.slow(monkeypatch, loop, "train_step", 1.5)
@@ -82,7 +82,7 @@ def test_nothing_but_steps_is_in_tokens_per_second(tiny: RunConfig, monkeypatch:
     assert "training 0.1%" in line
 
 
-def test_a_restart_counts_on(tiny: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_restart_preserves_overhead_times(tiny: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of repeated steps are removed with their time; the time of every start is kept."""
     broken = with_train(replace(tiny, name="broken"), log_every_steps=2)
     run_until(broken, 6, monkeypatch)
@@ -99,7 +99,7 @@ def test_a_restart_counts_on(tiny: RunConfig, monkeypatch: pytest.MonkeyPatch) -
     assert seconds["training"] + seconds.get("waiting for data", 0) == pytest.approx(training)
 
 
-def test_lines_for_people(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_console_and_progress_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     row = {"step": 5, "loss": 3.0, "lr": 1e-3, "grad_norm": 1.0, "step_s": 0.25, "tokens_per_s": 4_000.0, "mfu": None}
     assert "wait" not in console_line(row | {"data_wait_s": 0.001}, 10)
@@ -130,7 +130,7 @@ def test_lines_for_people(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def test_a_stop_before_the_first_row_leaves_no_file(tiny: RunConfig, tmp_path: Path) -> None:
+def test_stop_before_first_step_writes_no_metrics(tiny: RunConfig, tmp_path: Path) -> None:
     """A report cannot be drawn from a file without a step."""
     lines: list[str] = []
     alone = DistContext(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))

@@ -29,7 +29,7 @@ def two(tiny: RunConfig, tmp_path: Path) -> RunConfig:
     return with_train(replace(tiny, eval=replace(evals, validation_sets=sets)), max_steps=9)
 
 
-def test_each_set_has_rows(two: RunConfig) -> None:
+def test_validation_sets_have_own_rows(two: RunConfig) -> None:
     root = run(two)
     rows = {name: eval_rows(root, name) for name in ("validation", "validation/same", "validation/far")}
     for name in rows:
@@ -41,7 +41,7 @@ def test_each_set_has_rows(two: RunConfig) -> None:
         assert {"bits_per_byte", "token_accuracy"} <= far.keys()
 
 
-def test_early_stopping_by_a_named_set(two: RunConfig) -> None:
+def test_early_stop_on_validation_set(two: RunConfig) -> None:
     """The best step is that of the set, and best/ holds it."""
     root = run(with_train(two, early_stop_patience=9, early_stop_on="far"))
     losses = {row["step"]: row["loss"] for row in eval_rows(root, "validation/far") if row["step"]}
@@ -51,7 +51,7 @@ def test_early_stopping_by_a_named_set(two: RunConfig) -> None:
     assert [path.name for path in RunPaths(root).best.iterdir()] == [f"step_{min(losses, key=losses.__getitem__):08d}"]
 
 
-def test_a_source_is_prepared_on_the_way(tiny: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_validation_source_is_prepared_once(tiny: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its first tokens, whole and once; early stopping knows its name."""
     far, _ = write_corpora(tmp_path / "corpora", a=6, b=2)
     evals = replace(tiny.eval, validation_every_steps=2, cloze_every_steps=0, sample_every_steps=0)
@@ -75,7 +75,7 @@ def test_a_source_is_prepared_on_the_way(tiny: RunConfig, tmp_path: Path, monkey
 
 
 @pytest.mark.slow
-def test_a_known_source_is_found_again(tiny: RunConfig) -> None:
+def test_known_source_is_reused_on_resume(tiny: RunConfig) -> None:
     """Its name begins that of the data set which the first start made."""
     evals = replace(tiny.eval, validation_sets=("code=python-stdlib",), cloze_every_steps=0, sample_every_steps=0)
     for steps in (1, 2):
@@ -83,13 +83,13 @@ def test_a_known_source_is_found_again(tiny: RunConfig) -> None:
     assert [row["n_tokens"] for row in eval_rows(root, "validation/code") if row["step"] in (0, 2)] == [256, 256]
 
 
-def test_a_source_that_the_run_trains_on_is_refused(two: RunConfig) -> None:
+def test_training_source_as_validation_set_raises(two: RunConfig) -> None:
     with pytest.raises(UserError, match=r"the run trains on files:.* itself; its held-out part"):
         run(replace(two, eval=replace(two.eval, validation_sets=(f"own={two.data.source}",))))
 
 
 @pytest.mark.parametrize(("text", "message"), [("files:/nowhere", "/nowhere"), ("fles:/a", "unknown source 'fles:/a'")])
-def test_a_source_that_is_none_is_refused_before_anything_is_read(tiny: RunConfig, text: str, message: str) -> None:
+def test_invalid_source_raises_before_reading(tiny: RunConfig, text: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         check_validation_sets(replace(tiny, eval=replace(tiny.eval, validation_sets=(f"x={text}",))))
 
@@ -103,17 +103,17 @@ def test_a_source_that_is_none_is_refused_before_anything_is_read(tiny: RunConfi
         (["code=x", "code=y"], "has the name code twice"),
     ],
 )
-def test_words_of_another_form_are_refused(words: list[str], message: str) -> None:
+def test_malformed_validation_sets_raise(words: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         parse_args(["debug", "--eval.validation-sets", *words])
 
 
-def test_a_set_to_stop_by_without_patience_is_refused() -> None:
+def test_early_stop_on_without_patience_raises() -> None:
     with pytest.raises(UserError, match=r"train\.early_stop_patience is None: nothing stops"):
         parse_args(["debug", "--train.early-stop-on", "code"])
 
 
-def test_sets_that_do_not_fit_are_refused_before_the_first_step(two: RunConfig) -> None:
+def test_unusable_validation_sets_raise(two: RunConfig) -> None:
     with pytest.raises(UserError, match="no prepared data set 'nothing'"):
         run(replace(two, eval=replace(two.eval, validation_sets=("x=nothing",))))
     with pytest.raises(UserError, match=r"train\.early_stop_on is 'other', which is no validation set of this run"):

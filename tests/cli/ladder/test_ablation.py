@@ -31,7 +31,7 @@ PARTS = {
 }
 
 
-def test_each_part_changes_its_settings_only() -> None:
+def test_parts_change_only_their_settings() -> None:
     modern, reference = get_preset("lf-llm-269m-modern"), get_preset("lf-llm-269m")
     variants = parts_off(modern, reference)
     assert {name: set(diff_settings(modern, variant)) for name, variant in variants.items()} == PARTS
@@ -41,7 +41,7 @@ def test_each_part_changes_its_settings_only() -> None:
     }  # fmt: skip
 
 
-def test_losses_without_a_part_are_paired(prepared_data: None) -> None:
+def test_ablation_losses_paired_by_seed(prepared_data: None) -> None:
     grid = Grid("g", find_dataset("files"), (16, 32), (1_280, 2_560, 5_120), 2, 8, 32, 128, 256)
     recipes = load_recipes(["lf-llm-269m-modern", "lf-llm-269m"])
     cells = plan_ablation(recipes, grid, dict.fromkeys(recipes, RecipeRates(2_560)), seeds=3)
@@ -62,7 +62,7 @@ def test_losses_without_a_part_are_paired(prepared_data: None) -> None:
     assert "3 paired seed(s): loss 4.05" in describe_ablation(found)
 
 
-def test_the_page_shows_everything_and_needs_no_other_file(tmp_path: Path) -> None:
+def test_report_complete_and_self_contained(tmp_path: Path) -> None:
     losses = ladder(0.004)
     values = losses.values.copy()
     values[1, 0, 0, 0] = np.nan  # one run diverged
@@ -100,7 +100,7 @@ def test_the_page_shows_everything_and_needs_no_other_file(tmp_path: Path) -> No
     assert json.loads((tmp_path / "ladder.json").read_text())["version"] == 1
 
 
-def test_an_ablation_needs_rates(prepared_data: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ablation_without_rates_rejected(prepared_data: None, capsys: pytest.CaptureFixture[str]) -> None:
     words = "ladder --ablate lf-llm-269m-modern --data.dataset files --widths 16 --head-dim 8 --tokens 2560"
     with pytest.raises(SystemExit, match="2"):
         main([*words.split(), "--batch-tokens", "256"])

@@ -18,7 +18,7 @@ from myllm.cli.ladder.fit import (
 from myllm.cli.ladder.summary import describe_analysis
 
 
-def test_the_joint_law_comes_back_without_its_largest_rung() -> None:
+def test_joint_fit_recovers_law_without_largest_rung() -> None:
     found = fit_joint(hold_out(exact()), SIZES, LENGTHS)
     assert found.constants == pytest.approx(LAW, rel=1e-5)
     assert found.multipliers(MIDDLE) == pytest.approx(SAVED, rel=1e-6)
@@ -27,7 +27,7 @@ def test_the_joint_law_comes_back_without_its_largest_rung() -> None:
         assert found.loss(recipe, 3e8, 1e10) == pytest.approx(law(recipe, 3e8, 1e10), rel=1e-5)
 
 
-def test_the_law_of_each_size_comes_back() -> None:
+def test_per_size_fit_recovers_law() -> None:
     found = fit_sizes(exact(), LENGTHS)
     assert found.exponent == pytest.approx(LAW["b"], rel=1e-3)
     assert found.irreducible == pytest.approx(LAW["E"] + LAW["A"] * SIZES ** -LAW["a"], rel=1e-3)
@@ -36,14 +36,14 @@ def test_the_law_of_each_size_comes_back() -> None:
     assert size_multipliers(found, exact()) == pytest.approx(np.array(expected), rel=1e-3)
 
 
-def test_one_outlier_moves_the_joint_law_little() -> None:
+def test_joint_fit_robust_to_outlier() -> None:
     losses = exact()
     losses[0, 0, 0] += 0.3
     found = fit_joint(losses, SIZES, LENGTHS)
     assert found.multipliers(MIDDLE)[1:] == pytest.approx(SAVED[1:], rel=0.03)
 
 
-def test_truth_is_in_the_bands_of_noisy_ladders_and_the_held_out_rung_is_predicted() -> None:
+def test_noisy_fit_bands_cover_truth() -> None:
     per_size, joint, inside = [], [], []
     for seed in range(3):
         found = analyze(ladder(0.004, seed=seed), np.ones((3, 3, 3, 2)), TARGET)
@@ -60,7 +60,7 @@ def test_truth_is_in_the_bands_of_noisy_ladders_and_the_held_out_rung_is_predict
     assert np.mean(inside) >= 0.7
 
 
-def test_pairing_cuts_the_noise() -> None:
+def test_pairing_seeds_narrows_bands() -> None:
     paired = ladder(0.004, seeds=3)
     values = paired.values.copy()
     values[2] = np.roll(values[2], 1, axis=-1)  # the same losses, paired with other seeds
@@ -75,7 +75,7 @@ def test_pairing_cuts_the_noise() -> None:
     assert width(unpaired) > 2 * width(paired)
 
 
-def test_a_cell_with_one_seed_borrows_the_spread_of_the_others() -> None:
+def test_single_seed_cell_borrows_spread() -> None:
     whole = ladder(0.004, seed=1)
     values = whole.values.copy()
     values[:, 2, :, 1] = np.nan  # the largest size has one seed
@@ -92,7 +92,7 @@ def test_a_cell_with_one_seed_borrows_the_spread_of_the_others() -> None:
     assert width(partial) > 1.2 * width(whole)  # one seed is less certain than the mean of two
 
 
-def test_a_diverged_seed_is_not_left_out_of_a_mean() -> None:
+def test_diverged_seed_makes_mean_nan() -> None:
     whole = ladder(0.004)
     values = whole.values.copy()
     values[1, 0, 0, 1] = np.inf
@@ -102,7 +102,7 @@ def test_a_diverged_seed_is_not_left_out_of_a_mean() -> None:
     assert np.isfinite(losses.spreads()).all()
 
 
-def test_tokens_to_a_loss_are_interpolated_in_log_tokens_and_bounded_by_the_runs() -> None:
+def test_tokens_to_reach_interpolates_in_log_tokens() -> None:
     tokens, losses = np.array([1e6, 4e6, 16e6]), np.array([5.0, 4.0, 3.5])
     assert tokens_to_reach(4.5, tokens, losses) == pytest.approx(2e6)
     assert tokens_to_reach(3.75, tokens, losses) == pytest.approx(8e6)
@@ -115,7 +115,7 @@ def test_tokens_to_a_loss_are_interpolated_in_log_tokens_and_bounded_by_the_runs
     assert np.isnan(tokens_to_reach(3.75, tokens, without_last))
 
 
-def test_small_ladders_get_no_law_and_say_why() -> None:
+def test_small_ladder_reports_missing_sizes_and_lengths() -> None:
     whole = ladder(0.0, seeds=1)
     two = Losses(whole.recipes, SIZES[:2], LENGTHS[:2], whole.values[:, :2, :2])
     found = analyze(two, np.ones((3, 2, 2, 1)), TARGET)
@@ -128,14 +128,14 @@ def test_small_ladders_get_no_law_and_say_why() -> None:
     assert np.isnan(row["token_ratio"]["low"])  # one seed
 
 
-def test_an_extrapolation_says_how_far_it_is() -> None:
+def test_extrapolation_reports_distance() -> None:
     text = describe_analysis(analyze(ladder(0.002), np.ones((3, 3, 3, 2)), TARGET))
     assert "EXTRAPOLATION to lf-llm-269m, 320 times the largest N and 3.03k times the longest D" in text
     assert "published for Muon against a tuned AdamW at 300M: 1.2 to 1.3" in text
     assert "Not shown by a ladder" in text
 
 
-def test_a_slower_recipe_saves_less_time_than_tokens() -> None:
+def test_time_ratio_accounts_for_slower_recipe() -> None:
     seconds = np.ones((3, 3, 3, 2)) * LENGTHS[:, None]
     seconds[2] *= 1.25
     rows = analyze(ladder(0.0), seconds, TARGET)["matches"]
@@ -144,7 +144,7 @@ def test_a_slower_recipe_saves_less_time_than_tokens() -> None:
         assert row["time_ratio"]["value"] == pytest.approx(row["token_ratio"]["value"] / slower)
 
 
-def test_a_band_has_no_ends_without_seeds_and_sizes() -> None:
+def test_band_limits_nan_without_seeds_and_sizes() -> None:
     one = Losses(("a", "b"), SIZES[:1], LENGTHS, exact()[:2, :1, :, None])
     (band,) = bands(one, lambda means: means[0, 0, :1])
     assert isinstance(band, Band)

@@ -28,7 +28,7 @@ def cells_of(grid: plan.Grid, rates: RecipeRates | None = None) -> list[plan.Cel
     return plan.plan_cells(recipes, grid, dict.fromkeys(recipes, rates or RecipeRates(2_560)), seeds=2)
 
 
-def test_cells_are_paired_and_keep_their_recipes_switches(grid: plan.Grid) -> None:
+def test_cells_paired_and_preserve_recipe_settings(grid: plan.Grid) -> None:
     cells = cells_of(grid)
     assert len(cells) == len({cell.config.name for cell in cells}) == 3 * 2 * 2 * 2
     for cell in cells:
@@ -50,13 +50,13 @@ def test_cells_are_paired_and_keep_their_recipes_switches(grid: plan.Grid) -> No
     assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)
 
 
-def test_size_counts_matrices_and_the_head(grid: plan.Grid) -> None:
+def test_size_counts_matrices_and_head(grid: plan.Grid) -> None:
     model = replace(cells_of(grid)[0].config.model, bias=False, qk_norm=False)
     norms = (2 * model.n_layers + 1) * model.d_model
     assert plan.count_matrices(model) == n_parameters(model) - norms  # the tied embedding is the head
 
 
-def test_warm_up_is_the_recipes_fraction_of_the_run(grid: plan.Grid) -> None:
+def test_warmup_scales_with_run_length(grid: plan.Grid) -> None:
     steps = {(cell.recipe, cell.config.train.max_steps): cell.config.optim for cell in cells_of(grid)}
     assert {key: optim.warmup_steps for key, optim in steps.items()} == {
         ("lf-llm-269m", 20): 1, ("lf-llm-269m", 40): 1,  # 226 / 19,073
@@ -66,7 +66,7 @@ def test_warm_up_is_the_recipes_fraction_of_the_run(grid: plan.Grid) -> None:
     assert steps["lf-llm-269m-modern", 40].muon_momentum_warmup_steps == round(40 * 300 / 7_630)
 
 
-def test_rates_follow_the_length_by_rule_and_the_width_by_interpolation() -> None:
+def test_rates_scale_with_length_and_width() -> None:
     optim = get_preset("lf-llm-269m-modern").optim
     rates = RecipeRates(1_000, {64: {"max_lr": 0.02, "muon_lr": 0.04}, 16: {"max_lr": 0.04, "muon_lr": 0.01}})
     assert rates.at(optim, 64, 1_000).max_lr == 0.02
@@ -81,7 +81,7 @@ def test_rates_follow_the_length_by_rule_and_the_width_by_interpolation() -> Non
     assert RecipeRates(1_000).at(optim, 64, 1_000) == optim
 
 
-def test_more_seeds_and_lengths_only_add_cells(grid: plan.Grid) -> None:
+def test_more_seeds_and_lengths_preserve_cells(grid: plan.Grid) -> None:
     recipes = plan.load_recipes(RECIPES[:2])
     rates = dict.fromkeys(recipes, RecipeRates(2_560))
     few = {cell.config.name: cell.config for cell in plan.plan_cells(recipes, grid, rates, 1)}
@@ -91,7 +91,7 @@ def test_more_seeds_and_lengths_only_add_cells(grid: plan.Grid) -> None:
     assert len(many) == 2 * 2 * 3 * 3
 
 
-def test_the_names_of_cells_are_fixed(grid: plan.Grid) -> None:
+def test_cell_names_stable(grid: plan.Grid) -> None:
     """Renaming them would train everything again."""
     assert [cell.config.name for cell in cells_of(grid)[:3]] == [
         "ladder-g-lf-llm-269m-d16-20steps-lr0.0021-wd0.1-s0",
@@ -100,7 +100,7 @@ def test_the_names_of_cells_are_fixed(grid: plan.Grid) -> None:
     ]
 
 
-def test_a_rates_file_comes_back_and_says_what_is_wrong(tmp_path: Path) -> None:
+def test_rates_file_round_trip_and_validation(tmp_path: Path) -> None:
     rates = {"a": RecipeRates(500, {16: {"max_lr": 0.01}}), "b": RecipeRates(500)}
     path = tmp_path / "rates.json"
     path.write_text(json.dumps(write_rates(rates)))
@@ -128,7 +128,7 @@ def test_a_rates_file_comes_back_and_says_what_is_wrong(tmp_path: Path) -> None:
         (["lf-llm-269m", "debug", "--data.dataset", "none"], "no prepared data set 'none'"),
     ],
 )  # fmt: skip
-def test_mistakes_are_reported_before_anything_is_trained(
+def test_invalid_arguments_rejected_before_training(
     words: list[str], message: str, prepared_data: None, temp_data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = "--data.dataset files --widths 16 --head-dim 8 --layers 2 --seq-len 32 --batch-tokens 128 --tokens 2560"

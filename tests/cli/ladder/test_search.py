@@ -33,7 +33,7 @@ def valley(max_lr: float, muon_lr: float, trained: list[str]) -> Callable[[Seque
     return run
 
 
-def test_optima_come_back(grid: Grid) -> None:
+def test_search_recovers_optima(grid: Grid) -> None:
     trained: list[str] = []
     rates, record = search_rates(RECIPES, grid, valley(0.027, 0.08, trained))
     for name in RECIPES:
@@ -49,7 +49,7 @@ def test_optima_come_back(grid: Grid) -> None:
     assert len(set(trained)) == count_runs(RECIPES, grid)
 
 
-def test_an_edge_is_extended_at_most_twice(grid: Grid) -> None:
+def test_search_extends_edge_at_most_twice(grid: Grid) -> None:
     guess = first_guess(RECIPES["lf-llm-269m-adamw"], 16).max_lr
     recipe = {"lf-llm-269m-adamw": RECIPES["lf-llm-269m-adamw"]}
     trained: list[str] = []
@@ -62,7 +62,7 @@ def test_an_edge_is_extended_at_most_twice(grid: Grid) -> None:
         search_rates(recipe, grid, valley(guess * 2**-6, 1.0, []))
 
 
-def test_a_diverged_neighbor_leaves_the_best_point() -> None:
+def test_diverged_neighbor_preserves_best_point() -> None:
     assert Line({-1: 5.2, 0: 5.0, 1: math.inf}).optimum == 0
     assert Line({-1: 5.2, 0: 5.0, 1: 5.1}).optimum == pytest.approx(1 / 6)
     assert Line({-1: 5.0, 0: 5.0, 1: 5.0}).at_edge  # flat: no optimum is seen

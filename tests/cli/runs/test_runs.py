@@ -46,7 +46,7 @@ def write_heartbeat(run: Path, **changes: Any) -> None:
 # -- the list ---------------------------------------------------------------------------------------------------------
 
 
-def test_numbers_of_a_run(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_list_reports_run_metrics(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     done = listed(capsys)["done"]
     rows = [json.loads(line) for line in (runs / "done/metrics.jsonl").read_text().splitlines()]
     assert done["train_loss"] == [row["loss"] for row in rows if row["kind"] == "train"][-1]
@@ -80,7 +80,7 @@ def test_states(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert listed(capsys)["done"]["state"] == "running"
 
 
-def test_the_table_fits_eighty_columns(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_table_fits_80_columns(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = {"command": ["python", "pretrain.py", "lf-llm-269m-modern"]}
     (runs / "done/environment.json").write_text(json.dumps(command))
     main(["runs"])
@@ -89,7 +89,7 @@ def test_the_table_fits_eighty_columns(runs: Path, capsys: pytest.CaptureFixture
     assert "lf-llm-269m-modern" in next(line for line in lines if line.startswith("done"))
 
 
-def test_an_empty_machine_and_a_wrong_word(temp_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_runs_and_unknown_subcommand(temp_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["runs"])
     assert "no runs under" in capsys.readouterr().out
     with pytest.raises(SystemExit) as ended:
@@ -98,7 +98,7 @@ def test_an_empty_machine_and_a_wrong_word(temp_data: Path, capsys: pytest.Captu
     assert "unknown command 'runs lst'" in capsys.readouterr().err
 
 
-def test_newest_rows_skip_what_a_crash_cut_off(tmp_path: Path) -> None:
+def test_newest_rows_skip_truncated_line(tmp_path: Path) -> None:
     rows = [validation_row(10, 4.0), *map(train_row, range(10, 2_000, 10)), {"kind": "overhead", "step": 1990}]
     text = "".join(json.dumps(row) + "\n" for row in rows) + '{"kind": "train", "step": 2000, "lo'
     (tmp_path / "metrics.jsonl").write_text(text)
@@ -125,7 +125,7 @@ def answer(monkeypatch: pytest.MonkeyPatch, word: str) -> None:
     monkeypatch.setattr("builtins.input", lambda question: word)
 
 
-def test_nothing_is_removed_without_a_yes(
+def test_removal_requires_confirmation(
     runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = files_of(runs)
@@ -141,7 +141,7 @@ def test_nothing_is_removed_without_a_yes(
         assert after == before
 
 
-def test_deleting(runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_delete_runs(runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     micro_batch = runs.parent / "micro_batches/done.json"
     micro_batch.parent.mkdir()
     micro_batch.write_text("{}")
@@ -155,13 +155,13 @@ def test_deleting(runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: p
     assert "deleted 1 run, 0.1 MB" in capsys.readouterr().out
 
 
-def test_all_or_nothing_is_deleted(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_delete_is_all_or_nothing(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "did you mean 'done'?; known: diverged, done" in refused(capsys, "delete", "diverged", "don", "--yes")
     assert (runs / "diverged/metrics.jsonl").is_file()
 
 
 @pytest.mark.parametrize("words", [["delete", "done", "--yes"], ["rename", "done", "x"], ["archive", "done", "--yes"]])
-def test_a_run_in_use_is_left_alone(words: list[str], runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_in_use_not_modified(words: list[str], runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = files_of(runs / "done")
     (runs / "done/trackers").mkdir()
     for lock in (".lock", ".publish.lock", "trackers/tensorboard.lock"):
@@ -173,7 +173,7 @@ def test_a_run_in_use_is_left_alone(words: list[str], runs: Path, capsys: pytest
     assert {name: content for name, content in files_of(runs / "done").items() if "lock" not in name} == before
 
 
-def test_paths_and_links_are_no_names(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_paths_and_links_rejected_as_names(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "elsewhere").mkdir()
     (runs / "link").symlink_to(tmp_path / "elsewhere")
     for name in (str(runs / "done"), "../runs/done", ".", "..", ""):
@@ -185,7 +185,7 @@ def test_paths_and_links_are_no_names(runs: Path, tmp_path: Path, capsys: pytest
     assert (runs / "done/metrics.jsonl").is_file()
 
 
-def test_a_renamed_run_is_resumed(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_renamed_run_resumes(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before, checkpoint = losses(runs / "done"), files_of(runs / "done/checkpoints")
     main(["runs", "rename", "done", "other"])
     command = shlex.split(capsys.readouterr().out.partition("resume it with: ")[2])
@@ -201,7 +201,7 @@ def test_a_renamed_run_is_resumed(runs: Path, capsys: pytest.CaptureFixture[str]
     assert listed(capsys)["other"]["state"] == "complete"
 
 
-def test_what_a_rename_changes() -> None:
+def test_rename_updates_command_and_config() -> None:
     name = lifecycle.with_name
     assert name(["python", "pretrain.py", "debug"], "b") == ["python", "pretrain.py", "debug", "--name", "b"]
     assert name(["p", "--name", "a", "--train.fresh"], "b") == ["p", "--train.fresh", "--name", "b"]
@@ -211,9 +211,7 @@ def test_what_a_rename_changes() -> None:
     assert lifecycle.renamed_config(config, "a", "b") == expected
 
 
-def test_an_archive_is_unpacked_and_resumed(
-    runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_archive_round_trip(runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lifecycle, "SMALL_BYTES", 1_000)
     older = runs / "done/checkpoints/step_00000004"
     shutil.copytree(runs / "done/checkpoints/step_00000008", older)
@@ -222,27 +220,27 @@ def test_an_archive_is_unpacked_and_resumed(
     before = files_of(runs / "done")
     kept = {name: content for name, content in before.items() if "step_00000004" not in name and "trace" not in name}
     main(["runs", "archive", "done", "--yes"])
-    said = capsys.readouterr().out
-    assert "not kept" in said
-    assert "checkpoints/step_00000004, profile/trace.json" in said
+    output = capsys.readouterr().out
+    assert "not kept" in output
+    assert "checkpoints/step_00000004, profile/trace.json" in output
     assert not (runs / "done").exists()
     assert (runs / "done.tar.gz").is_file()
     main(["runs"])
     assert "archived: done.tar.gz, " in capsys.readouterr().out
-    subprocess.run(shlex.split(said.partition("unpack it with: ")[2]), check=True)
+    subprocess.run(shlex.split(output.partition("unpack it with: ")[2]), check=True)
     assert files_of(runs / "done") == kept
     main(["checkpoint", "verify", "done"])
     assert "exists already" in refused(capsys, "archive", "done", "--yes")
 
 
-def test_a_damaged_newest_checkpoint_is_not_the_one_kept(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_archive_rejects_damaged_newest_checkpoint(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     newest = runs / "done/checkpoints/step_00000008"
     (newest / "state.json").write_text("{}")
     assert "no checkpoint in" in refused(capsys, "archive", "done", "--yes")
     assert (newest / "manifest.json").is_file()
 
 
-def test_a_run_is_kept_if_its_archive_is_not_what_was_written(
+def test_run_preserved_if_archive_hash_differs(
     runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lifecycle, "file_sha256", lambda path: "another")
@@ -261,7 +259,7 @@ def refused_data(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     return capsys.readouterr().err
 
 
-def test_data_sets_and_their_runs(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_list_shows_datasets_with_runs(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     manifest = json.loads((runs.parent / f"datasets/{DATASET}/manifest.json").read_text())
     (runs.parent / "datasets/begun").mkdir()
     (runs.parent / "datasets/begun/settings.json").write_text("{}")
@@ -275,11 +273,11 @@ def test_data_sets_and_their_runs(runs: Path, capsys: pytest.CaptureFixture[str]
     assert "2 data sets" in lines[-1]
     with file_lock(runs.parent / "datasets/.begun.lock"):
         main(["data", "list", "--local"])
-    assert "begun  " in (said := capsys.readouterr().out)
-    assert "being prepared" in said
+    assert "begun  " in (output := capsys.readouterr().out)
+    assert "being prepared" in output
 
 
-def test_deleting_a_data_set(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_delete_dataset(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = runs.parent / "datasets" / DATASET
     assert "give --yes" in refused_data(capsys, "delete", DATASET)
     assert "did you mean" in refused_data(capsys, "delete", DATASET[:-1], "--yes")

@@ -56,7 +56,7 @@ def append(run: RunPaths, *rows: dict) -> None:
         file.write("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def test_drawn_only_when_asked_and_when_something_is_new(runs: list[RunPaths], tmp_path: Path) -> None:
+def test_page_redrawn_only_for_new_rows(runs: list[RunPaths], tmp_path: Path) -> None:
     drawn = []
 
     def count(runs: list[RunPaths]) -> Path:
@@ -77,9 +77,7 @@ def test_drawn_only_when_asked_and_when_something_is_new(runs: list[RunPaths], t
         assert get(server, "/", host="evil.example")[0] == 403
 
 
-def test_there_is_a_pause_after_each_page(
-    runs: list[RunPaths], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_redraw_waits_for_pause(runs: list[RunPaths], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "page.html").write_text("<body></body>")
     monkeypatch.setattr(watch, "PAUSE_S", 1_000.0)
     page = WatchedPage(runs, lambda: tmp_path / "page.html")
@@ -88,7 +86,7 @@ def test_there_is_a_pause_after_each_page(
     assert page.current()[1] == 1
 
 
-def test_a_comparison_follows_its_runs(runs: list[RunPaths], tmp_path: Path) -> None:
+def test_comparison_page_updates_live(runs: list[RunPaths], tmp_path: Path) -> None:
     with watching(runs) as server, chromium(tmp_path / "profile") as browser:
         browser.open(server.address, ready="document.querySelector('.chart svg')")
         browser.run("[...document.querySelectorAll('button')].find(e => e.textContent === 'Tokens').click()")
@@ -103,7 +101,7 @@ def test_a_comparison_follows_its_runs(runs: list[RunPaths], tmp_path: Path) -> 
         assert browser.errors == []
 
 
-def test_the_browser_waits_through_a_reload(tmp_path: Path) -> None:
+def test_browser_wait_survives_reload(tmp_path: Path) -> None:
     """A page of another kind reloads itself, perhaps while a test looks."""
     (tmp_path / "page.html").write_text("<html><body>a page</body></html>")
     reload = "window.name || (window.name = 'reloaded', location.reload(), new Promise(() => {}))"
@@ -113,7 +111,7 @@ def test_the_browser_waits_through_a_reload(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_without_rows_is_waited_for(temp_data: Path, runs: list[RunPaths], tmp_path: Path) -> None:
+def test_page_waits_for_first_row(temp_data: Path, runs: list[RunPaths], tmp_path: Path) -> None:
     new = RunPaths(temp_data / "runs/new")
     new.root.mkdir()
 
@@ -134,7 +132,7 @@ def test_a_run_without_rows_is_waited_for(temp_data: Path, runs: list[RunPaths],
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_it(runs: list[RunPaths], temp_data: Path) -> None:
+def test_ctrl_c_stops_watching(runs: list[RunPaths], temp_data: Path) -> None:
     words = [sys.executable, "-m", "myllm", "report", "first", "--watch", "--port", "0"]
     environment = os.environ | {"MYLLM_DATA": str(temp_data)}
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:

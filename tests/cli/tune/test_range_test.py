@@ -22,7 +22,7 @@ from myllm.optim.lr_schedule import learning_rate, rate_factor
 from myllm.presets import get_preset
 
 
-def test_the_steepest_fall() -> None:
+def test_measure_finds_steepest_descent() -> None:
     rates = rising_rates(400)
     # A loss that falls along a logistic curve around 1e-3 and explodes at 0.1.
     losses = 10 - 5 / (1 + (1e-3 / rates) ** 2) + np.where(rates > 0.1, (rates / 0.1) ** 3, 0)
@@ -33,7 +33,7 @@ def test_the_steepest_fall() -> None:
     assert measure([5.0] * 50 + [float("nan")], rates).rates.shape == (50,)
 
 
-def test_a_step_has_the_rate() -> None:
+def test_step_with_rate_matches_learning_rate() -> None:
     """Of both optimizers, in the ratio of the preset."""
     muon = get_preset("lf-llm-269m-modern")
     optim = rising_config(muon).optim
@@ -45,9 +45,9 @@ def test_a_step_has_the_rate() -> None:
 
 
 @pytest.mark.usefixtures("prepared_data")
-def test_one_run(tiny: RunConfig, temp_data: Path) -> None:
-    said = run_range_test(replace(tiny, name="rising"), steps=60)
-    assert "upper guess: optim.max_lr" in said
+def test_range_test_run(tiny: RunConfig, temp_data: Path) -> None:
+    summary = run_range_test(replace(tiny, name="rising"), steps=60)
+    assert "upper guess: optim.max_lr" in summary
     saved = read_json(temp_data / "tune/rising/range_test.json")
     assert saved["rates"][0] == pytest.approx(1e-5)
     assert min(saved["smooth"]) < saved["losses"][0] - 0.1

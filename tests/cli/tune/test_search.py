@@ -66,7 +66,7 @@ def in_place_of_training(
     return trained
 
 
-def test_the_search_finds_the_valley(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_search_finds_optimum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trained = in_place_of_training(monkeypatch, noise=0.002)
     search = Search(plan_of(trials=18), tmp_path)
     runs = list(search.run())
@@ -97,7 +97,7 @@ def test_the_search_finds_the_valley(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert "optimum" in parabola.verdict
 
 
-def test_a_killed_search_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_search_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     in_place_of_training(monkeypatch)
     whole = [(run.name, run.values, run.loss) for run in Search(plan_of(), tmp_path / "whole").run()]
     names: list[str] = []
@@ -138,17 +138,17 @@ def runs_on(losses: Callable[[float], float], parameter: Parameter, count: int =
 
 
 @pytest.mark.parametrize(
-    ("best", "depth", "said"),
+    ("best", "depth", "pattern"),
     [(3e-3, 1.0, "optimum 0.003"), (3e-3, 0.01, "flat: "), (1.0, 1.0, "at the edge of the range: .* towards 0.01")],
 )
-def test_verdicts(best: float, depth: float, said: str) -> None:
+def test_verdicts(best: float, depth: float, pattern: str) -> None:
     parameter = Parameter("max_lr", 1e-3, 1e-2)
     runs = runs_on(lambda value: 3 + depth * math.log10(value / best) ** 2, parameter)
     (parabola,) = fit_parabolas(runs, [parameter]).values()
-    assert re.match(said, parabola.verdict), parabola.verdict
+    assert re.match(pattern, parabola.verdict), parabola.verdict
 
 
-def test_two_runs_say_nothing() -> None:
+def test_two_runs_fit_no_parabola() -> None:
     parameter = Parameter("max_lr", 1e-3, 1e-2)
     assert fit_parabolas(runs_on(lambda value: 3.0, parameter, count=2), [parameter]) == {}
 
@@ -169,7 +169,7 @@ def test_scales() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["debug", "--search", "optim.max-rl=1:2"], "max_lr"),
         (["debug", "--search", "model.d-model=1:2"], "no number to search"),
@@ -181,15 +181,17 @@ def test_scales() -> None:
         (["debug", "--data.source", "files:/tmp"], "--tokens"),
     ],
 )
-def test_mistakes(words: list[str], said: str, temp_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_arguments_rejected(
+    words: list[str], message: str, temp_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as end:
         cli.main(["tune", *words])
     assert end.value.code == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not (temp_data / "tune").exists()
 
 
-def test_the_command_line_to_paste(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recommended_commands_parse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from myllm.cli.launch import parse_args
 
     in_place_of_training(monkeypatch)
@@ -204,14 +206,16 @@ def test_the_command_line_to_paste(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert config.optim.max_lr == pytest.approx(8.1234e-3 * (2 / 3) ** -0.32, rel=1e-2)
 
 
-def test_the_results(temp_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_results_and_report(
+    temp_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     in_place_of_training(monkeypatch)
     monkeypatch.setattr("myllm.cli.tune.command.seconds_per_token", lambda configs: [2e-4])
     cli.main(["tune", "debug", "--trials", "9", "--name", "valley"])
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     # 9, 4 and 4 runs of 67, 200 and 600 steps, 8 on fresh seeds: 4.4M tokens, 5,000 a second.
-    assert "at most 15 min of training with --jobs 1, by a run of 20 steps" in said
-    assert "tune-valley-000-d9" in said
+    assert "at most 15 min of training with --jobs 1, by a run of 20 steps" in output
+    assert "tune-valley-000-d9" in output
     results = json.loads((temp_data / "tune/valley/tune.json").read_text())
     assert {run["rung"] for run in results["runs"]} == {"d9", "d3", "d"}
     assert results["recommended"]["values"]["max_lr"] > 0

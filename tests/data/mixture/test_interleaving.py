@@ -38,7 +38,7 @@ def stages(text: str) -> tuple[Stage, ...]:
 
 @pytest.mark.usefixtures("short_blocks")
 @pytest.mark.parametrize("seed", [0, 1, 1337])
-def test_all_small_weights_keep_their_share_in_every_prefix(seed: int) -> None:
+def test_prefix_shares_match_small_weights(seed: int) -> None:
     """Every way to write sevenths and larger parts as weights of up to four components, in exact fractions."""
     assert len(SMALL) > 60
     for weights in SMALL:
@@ -57,7 +57,7 @@ def test_all_small_weights_keep_their_share_in_every_prefix(seed: int) -> None:
 
 @pytest.mark.usefixtures("short_blocks")
 @pytest.mark.parametrize("text", ["A:0.5 B:0.3 C:0.2", "A:0.5 B:0.5 @3 A:0.1 C:0.9 @4 B:1/3 C:1/3 A:1/3"])
-def test_every_piece_is_that_of_the_whole(text: str) -> None:
+def test_slices_match_whole_order(text: str) -> None:
     order = Interleaving(stages(text), 4, 3)
     whole = order.components(0, 60)
     for first, end in itertools.combinations(range(61), 2):
@@ -69,7 +69,7 @@ def test_every_piece_is_that_of_the_whole(text: str) -> None:
 @pytest.mark.parametrize(
     "text", ["A:0.7 B:0.2 C:0.1", "A:0.512345 B:0.487655", "A:1/3 B:1/7 C:11/21", "A:0.999 B:0.001"]
 )
-def test_every_window_of_a_million_has_its_weights(text: str) -> None:
+def test_million_sequence_windows_match_weights(text: str) -> None:
     (stage,) = stages(text)
     size, total = 1_000_000, 2_500_000
     components = Interleaving((stage,), 512, 7).components(0, total)
@@ -79,7 +79,7 @@ def test_every_window_of_a_million_has_its_weights(text: str) -> None:
         assert np.abs(shares - float(weight)).max() < 1e-5  # 0.1 % was promised
 
 
-def test_weights_change_at_their_step() -> None:
+def test_weights_change_at_stage_step() -> None:
     order = Interleaving(stages("A:0.75 B:0.25 @1000 B:0.1 C:0.9"), 512, 1)
     assert order.counts(1_000 * 512).tolist() == [384_000, 128_000, 0]
     later = order.components(1_000 * 512, 409_600)
@@ -89,7 +89,7 @@ def test_weights_change_at_their_step() -> None:
     assert abs(order.counts(far)[2] - 0.9 * (far - 512_000)) < 2, "at once, however far"
 
 
-def test_no_pattern_repeats_and_the_seed_decides() -> None:
+def test_blocks_differ_and_depend_on_seed() -> None:
     order = Interleaving(stages("A:0.5 B:0.5"), 8, 1)
     blocks = order.components(0, 10 * 4_096).reshape(10, -1)
     assert len({block.tobytes() for block in blocks}) == 10
@@ -98,14 +98,14 @@ def test_no_pattern_repeats_and_the_seed_decides() -> None:
     assert 0.3 < (pairs[1:] == pairs[:-1]).all(axis=1).mean() < 0.7, "neighboring pairs differ as often as not"
 
 
-def test_the_order_of_today_is_that_of_tomorrow() -> None:
+def test_order_stable_across_versions() -> None:
     """Checkpoints rely on it."""
     components = Interleaving(stages("A:0.7 B:0.2 C:0.1 @50 A:1/3 C:2/3"), 100, 1337).components(0, 20_000)
     digest = hashlib.sha256(components.astype("<i8").tobytes()).hexdigest()
     assert digest[:16] == "0c423deebc949916"
 
 
-def test_weights_that_fit_their_room() -> None:
+def test_fit_weights_respects_capacities() -> None:
     fitted = fit_weights(np.array([0.7, 0.2, 0.1]), np.array([0.5, 2.0, 0.05]))
     assert fitted is not None
     assert fitted.tolist() == [0.5, 0.45, 0.05]

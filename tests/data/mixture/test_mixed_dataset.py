@@ -31,12 +31,12 @@ TEXT = "A:0.5 B:0.3 C:0.2"
 @pytest.fixture(scope="session")
 def parts(make_dataset: MakeDataset) -> list[Dataset]:
     """Of 50, 31 and 7 sequences; a token says where it is from."""
-    made = []
+    datasets = []
     for number, size in enumerate(SIZES):
         dataset = make_dataset(np.arange(size * T + 3) + 1_000 * number, np.arange(40), shard_tokens=90)
         dataset.manifest["fingerprint"] = str(number) * 64
-        made.append(dataset)
-    return made
+        datasets.append(dataset)
+    return datasets
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def by_hand(size: int, seed: int) -> Iterator[int]:
         yield from sampler.window_order(0, size, seed, epoch).tolist()
 
 
-def test_each_component_goes_on_as_if_it_were_alone(mixed: MixedDataset) -> None:
+def test_components_keep_independent_order(mixed: MixedDataset) -> None:
     """Thirty steps: five epochs of the smallest."""
     _, rows = delivered(mixed, 0, 30)
     components = Interleaving(mixed.mixture.stages, SEQUENCES, 3).components(0, 30 * SEQUENCES)
@@ -83,7 +83,7 @@ def test_each_component_goes_on_as_if_it_were_alone(mixed: MixedDataset) -> None
     assert 0.45 < (components == 0).mean() < 0.55
 
 
-def test_ranks_and_restarts_change_nothing(mixed: MixedDataset) -> None:
+def test_samples_independent_of_ranks_and_restarts(mixed: MixedDataset) -> None:
     whole = SampleDigest().add(delivered(mixed, 0, 12)[0])
     for world_size, micro in ((1, 1), (2, 1), (2, 4), (4, 2), (8, 1)):
         assert SampleDigest().add(delivered(mixed, 0, 12, world_size, micro)[0]) == whole
@@ -92,7 +92,7 @@ def test_ranks_and_restarts_change_nothing(mixed: MixedDataset) -> None:
         assert first.add(delivered(mixed, stop, 12 - stop, 4, 1)[0]) == whole
 
 
-def test_a_mixture_of_one_is_that_data_set(parts: list[Dataset]) -> None:
+def test_single_component_mixture_matches_dataset(parts: list[Dataset]) -> None:
     """To the digest, over the ends of epochs."""
     sums, rows = delivered(mix('[["A", 1]]', parts[:1]), 0, 15)
     expected, expected_rows = delivered(parts[0], 0, 15)
@@ -100,14 +100,14 @@ def test_a_mixture_of_one_is_that_data_set(parts: list[Dataset]) -> None:
     assert (sums == expected).all()
 
 
-def test_the_fingerprint_is_that_of_components_and_weights(parts: list[Dataset]) -> None:
+def test_fingerprint_depends_on_components_and_weights(parts: list[Dataset]) -> None:
     texts = [TEXT, "A:0.5 B:0.2 C:0.3", TEXT + " @5 C:1", TEXT + " @6 C:1"]
     found = {mix(text, parts).fingerprint for text in texts} | {mix(TEXT, [parts[1], parts[0], parts[2]]).fingerprint}
     assert len(found) == 5
     assert mix("x:1/2 y:3/10 z:1/5", parts).fingerprint == mix(TEXT, parts).fingerprint, "names do not matter"
 
 
-def test_numbers_of_sequences_hold_component_and_place(mixed: MixedDataset) -> None:
+def test_sequence_number_encodes_component_and_index(mixed: MixedDataset) -> None:
     order = mixed.order(BatchPlan(SEQUENCES * T, T, 2, 1))
     sequences = np.array([3, (1 << COMPONENT_BITS) + 30, 2 << COMPONENT_BITS])
     order.verify(sequences)
@@ -116,7 +116,7 @@ def test_numbers_of_sequences_hold_component_and_place(mixed: MixedDataset) -> N
     assert rows[:, 0].tolist() == [24, 1_240, 2_000]
 
 
-def test_different_vocabularies_and_copies_are_refused(parts: list[Dataset], make_dataset: MakeDataset) -> None:
+def test_different_vocabularies_and_duplicates_raise(parts: list[Dataset], make_dataset: MakeDataset) -> None:
     other = make_dataset(np.arange(100), np.arange(40))
     other.manifest["tokenizer"] = other.manifest["tokenizer"] | {"sha256": "0" * 64, "name": "mine", "vocab_size": 512}
     with pytest.raises(UserError, match=r"one vocabulary, but .* with r50k_base \(50,257 tokens\) and .* with mine"):
@@ -130,7 +130,7 @@ def config(steps: int, max_epochs: float = 4.0) -> RunConfig:
     return RunConfig(model=ModelConfig(max_seq_len=T), train=train)
 
 
-def test_running_dry_is_said_with_three_remedies_that_work(parts: list[Dataset], mixed: MixedDataset) -> None:
+def test_exceeded_epochs_error_suggests_working_fixes(parts: list[Dataset], mixed: MixedDataset) -> None:
     mixed.check_epochs(config(15))
     with pytest.raises(UserError) as raised:
         mixed.check_epochs(config(40))
@@ -151,14 +151,14 @@ def test_running_dry_is_said_with_three_remedies_that_work(parts: list[Dataset],
         mix("A:0.5 C:0.5 @20 B:1", [parts[0], parts[2], parts[1]]).check_epochs(config(100))
 
 
-def test_a_component_without_a_sequence_is_refused(parts: list[Dataset], make_dataset: MakeDataset) -> None:
+def test_component_shorter_than_sequence_raises(parts: list[Dataset], make_dataset: MakeDataset) -> None:
     short = make_dataset(np.arange(T), np.arange(40))
     short.manifest["fingerprint"] = "9" * 64
     with pytest.raises(UserError, match="8 training tokens, fewer than one sequence of 8"):
         mix("A:0.5 B:0.5", [parts[0], short]).check_epochs(config(1))
 
 
-def test_length_and_progress_are_those_of_the_order(mixed: MixedDataset) -> None:
+def test_length_and_progress_match_order(mixed: MixedDataset) -> None:
     _, rows = delivered(mixed, 0, 10)
     counts = [sum(row // 1_000 == number for row in rows) for number in range(3)]
     progress = list(mixed.progress(config(40), 10).values())
@@ -169,7 +169,7 @@ def test_length_and_progress_are_those_of_the_order(mixed: MixedDataset) -> None
     assert len(lines) == 3
 
 
-def test_what_needs_one_stream_says_so(mixed: MixedDataset) -> None:
+def test_train_stream_of_mixture_raises(mixed: MixedDataset) -> None:
     with pytest.raises(UserError, match="needs a single data set, not the mixture"):
         _ = mixed.train
     assert mixed.val is mixed.components[0].val

@@ -16,18 +16,18 @@ from myllm.errors import UserError
         "files-a", "datasets:ns/name:config:train",
     ],
 )  # fmt: skip
-def test_a_single_source_is_no_mixture(text: str) -> None:
+def test_single_source_is_not_mixture(text: str) -> None:
     assert parse_mixture(text) is None
 
 
-def test_the_weight_is_the_last_number_of_a_word() -> None:
+def test_weight_follows_last_colon() -> None:
     mixture = parse_mixture("fineweb-edu-10bt:0.7 files:/code:0.2 datasets:ns/name:2024:train:.1")
     assert mixture is not None
     assert mixture.names == ("fineweb-edu-10bt", "files:/code", "datasets:ns/name:2024:train")
     assert [stage.weights for stage in mixture.stages] == [(Fraction(7, 10), Fraction(1, 5), Fraction(1, 10))]
 
 
-def test_stages_name_all_components() -> None:
+def test_stages_include_all_components() -> None:
     mixture = parse_mixture("A:0.7 B:0.3 @18000 C:0.6 A:0.2 B:0.2 @20000 C:1")
     assert mixture is not None
     assert mixture.names == ("A", "B", "C")
@@ -35,7 +35,7 @@ def test_stages_name_all_components() -> None:
     assert [list(map(float, stage.weights)) for stage in mixture.stages] == [[0.7, 0.3, 0], [0.2, 0.2, 0.6], [0, 0, 1]]
 
 
-def test_json_is_the_same_and_allows_spaces() -> None:
+def test_json_form_matches_and_allows_spaces() -> None:
     words = parse_mixture("A:0.7 B:0.3 @18000 A:1/3 C:2/3")
     assert parse_mixture('[["A", 0.7], ["B", 0.3], 18000, ["A", "1/3"], ["C", "2/3"]]') == words
     spaced = parse_mixture('[["files:/my texts", 0.25], ["B", 0.75], 5, ["B", 1]]')
@@ -69,12 +69,12 @@ def test_json_is_the_same_and_allows_spaces() -> None:
         ("[0.7", "is not valid JSON"),
     ],
 )  # fmt: skip
-def test_a_mistake_is_named(text: str, message: str) -> None:
+def test_invalid_mixture_raises(text: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         parse_mixture(text)
 
 
-def test_each_component_is_prepared_as_if_alone() -> None:
+def test_components_prepared_independently() -> None:
     config = DataConfig(source="files:/a:0.5 files:/b:0.5", fallback="python-stdlib", val_tokens=99)
     mixture = find_mixture(config)
     assert mixture is not None

@@ -64,15 +64,15 @@ def agrees(found: Estimate, documents: list[str], tokens: int) -> None:
 
 @pytest.mark.usefixtures("in_process")
 @pytest.mark.parametrize("suffix", WRITERS)
-def test_a_sample_of_one_file_tells_of_all(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sampled_estimate_matches_preparation(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(estimating, "SAMPLE_BYTES", 60_000)
     monkeypatch.setattr(estimating, "SAMPLE_DOCUMENTS", 300)
     documents = []
     for number in range(3):
-        each = texts(600, seed=number)
-        documents += each
+        file_texts = texts(600, seed=number)
+        documents += file_texts
         (tmp_path / "s").mkdir(exist_ok=True)
-        (tmp_path / "s" / f"{number}{suffix}").write_bytes(WRITERS[suffix](each))
+        (tmp_path / "s" / f"{number}{suffix}").write_bytes(WRITERS[suffix](file_texts))
     # Large enough not to be read whole.
     monkeypatch.setattr(estimating, "SMALL_BYTES", 0)
     config = DataConfig(source=f"files:{tmp_path / 's'}", val_tokens=500)
@@ -82,7 +82,7 @@ def test_a_sample_of_one_file_tells_of_all(suffix: str, tmp_path: Path, monkeypa
     agrees(found, documents, counts["train_tokens"] + counts["val_tokens"])
 
 
-def test_a_target_is_met_exactly_and_the_rest_follows(tmp_path: Path) -> None:
+def test_target_scales_estimate(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(as_jsonl(texts(500)))
     recipe = make_spec(DataConfig(source=f"files:{tmp_path}"))
     whole = estimate(recipe, workers=1)
@@ -97,7 +97,7 @@ def test_a_target_is_met_exactly_and_the_rest_follows(tmp_path: Path) -> None:
     assert twice.fraction == pytest.approx(2)
 
 
-def test_documents_of_small_files_are_counted_by_the_file(tmp_path: Path) -> None:
+def test_small_text_files_count_as_documents(tmp_path: Path) -> None:
     chance = random.Random(0)
     for number in range(300):
         (tmp_path / f"{number}.txt").write_text("word " * chance.randint(1, 3_000))
@@ -106,20 +106,20 @@ def test_documents_of_small_files_are_counted_by_the_file(tmp_path: Path) -> Non
     assert within(found.tokens.value, found.text_bytes.value / 5, 0.1)
 
 
-def test_a_sample_of_all_leaves_nothing_to_be_wrong_about(tmp_path: Path) -> None:
+def test_full_sample_has_zero_error(tmp_path: Path) -> None:
     for number, text in enumerate(texts(30)):
         (tmp_path / f"{number}.txt").write_text(text)
     found = estimate(make_spec(DataConfig(source=f"files:{tmp_path}")), workers=1)
     assert (found.documents.value, found.documents.error, found.tokens.error) == (30, 0, 0)
 
 
-def test_one_file_that_is_read_whole_leaves_nothing_to_be_wrong_about(tmp_path: Path) -> None:
+def test_fully_read_file_has_zero_error(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("all that there is")
     found = estimate(make_spec(DataConfig(source=f"files:{tmp_path}")), workers=1)
     assert (found.documents.value, found.documents.error, found.tokens.error) == (1, 0, 0)
 
 
-def test_error_bars_hold_what_they_promise() -> None:
+def test_error_bars_cover_truth() -> None:
     """In 95 of 100 samples the truth lies within; 85 is what chance hardly ever misses."""
     import numpy as np
 
@@ -132,14 +132,14 @@ def test_error_bars_hold_what_they_promise() -> None:
     assert 0.85 < hits / 200 <= 1
 
 
-def test_nothing_to_sample_is_said(tmp_path: Path) -> None:
+def test_source_without_documents_raises(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"body": "a"}\n')
     with pytest.raises(UserError, match=r"holds no documents.*'body'"):
         estimate(make_spec(DataConfig(source=f"files:{tmp_path}")), workers=1)
 
 
 @pytest.mark.parametrize("suffix", [".jsonl.gz", ".parquet"])
-def test_of_a_remote_source_only_a_little_is_downloaded(
+def test_remote_estimate_downloads_little(
     suffix: str, hub: HubServer, monkeypatch: pytest.MonkeyPatch, temp_data: Path
 ) -> None:
     monkeypatch.setattr(estimating, "SAMPLE_BYTES", 40_000)
@@ -148,8 +148,10 @@ def test_of_a_remote_source_only_a_little_is_downloaded(
     hub.add_dataset("me/texts", files)
     found = estimate(make_spec(DataConfig(source="hub:me/texts")), workers=1)
     whole = sum(map(len, files.values()))
-    asked = {request.path for request in hub.requests if "data/train" in request.path and request.method == "GET"}
-    assert len({path.partition("?")[0].rpartition("/")[2] for path in asked}) == 1, "one file, not the set"
+    requested_paths = {
+        request.path for request in hub.requests if "data/train" in request.path and request.method == "GET"
+    }
+    assert len({path.partition("?")[0].rpartition("/")[2] for path in requested_paths}) == 1, "one file, not the set"
     if suffix == ".jsonl.gz":
         assert sum(request.sent_bytes for request in hub.requests) < whole / 5
     assert within(found.documents.value, 24_000, 0.15)
@@ -170,9 +172,7 @@ def rows() -> list[str]:
         (lambda text: {"a": text}, 1, "is nested; choose one of text.a"),
     ],
 )
-def test_a_parquet_file_without_texts_is_explained(
-    value: Callable[[str], object], keep: float, message: str, tmp_path: Path
-) -> None:
+def test_unusable_parquet_raises(value: Callable[[str], object], keep: float, message: str, tmp_path: Path) -> None:
     file = tmp_path / "half.parquet"
     pq.write_table(pa.table({"text": pa.array(list(map(value, rows())))}), file)
     whole = file.read_bytes()
@@ -182,7 +182,7 @@ def test_a_parquet_file_without_texts_is_explained(
         estimate(make_spec(DataConfig(source=f"files:{file}")), workers=1)
 
 
-def test_rows_and_row_groups_that_are_damaged_are_left_out_of_a_sample(tmp_path: Path) -> None:
+def test_damaged_rows_excluded_from_sample(tmp_path: Path) -> None:
     file = tmp_path / "a.parquet"
     spoilt = [b"\xff" + text.encode() if number % 3 == 0 else text.encode() for number, text in enumerate(rows())]
     pq.write_table(pa.table({"text": pa.array(spoilt).view(pa.string())}), file, row_group_size=500)
@@ -193,13 +193,13 @@ def test_rows_and_row_groups_that_are_damaged_are_left_out_of_a_sample(tmp_path:
     assert found.sampled_documents == estimating.SAMPLE_DOCUMENTS
 
 
-def test_a_wrong_key_is_named(tmp_path: Path) -> None:
+def test_wrong_text_key_raises(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(as_jsonl(rows()).replace(b'{"text"', b'{"body"'))
     with pytest.raises(UserError, match=r"no documents: a.jsonl, line 1: expected .* 'text', found .*'body'"):
         estimate(make_spec(DataConfig(source=f"files:{tmp_path}")), workers=1)
 
 
-def test_a_parquet_file_that_cannot_be_had_is_no_fault_of_ours(hub: HubServer) -> None:
+def test_unavailable_parquet_raises_user_error(hub: HubServer) -> None:
     hub.add_dataset("me/some", {"data/a.parquet": as_parquet(rows())})
     recipe = make_spec(DataConfig(source="hub:me/some"))
     hub.fail_next("/api/|/resolve/|/cdn/", status=404, times=1_000, method="*")
@@ -207,7 +207,7 @@ def test_a_parquet_file_that_cannot_be_had_is_no_fault_of_ours(hub: HubServer) -
         estimate(recipe, workers=1)
 
 
-def test_a_server_that_tells_no_sizes_is_refused(hub: HubServer) -> None:
+def test_missing_file_sizes_raise(hub: HubServer) -> None:
     hub.add_dataset("me/some", {"data/a.jsonl.gz": gzip.compress(as_jsonl(rows()))})
     recipe = make_spec(DataConfig(source="hub:me/some"))
     files = tuple(replace(file, size_bytes=0) for file in recipe.source.files)

@@ -48,7 +48,7 @@ def work(tmp_path: Path, tokenizer: Tokenizer) -> Work:
                 assert tokenizer.end_of_text not in document[1:]
                 texts.append(tokenizer.decode(document[1:]))
             counts.update({key: counts.get(key, 0) + count for key, count in index.skips.counts.items()})
-            places += [each["place"] for each in index.skips.places]
+            places += [skip["place"] for skip in index.skips.places]
         return texts, counts, places
 
     return do
@@ -99,7 +99,7 @@ LINES: dict[str, tuple[bytes, list[str] | str]] = {
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
 @pytest.mark.parametrize("case", LINES)
-def test_a_hostile_line_leaves_those_around_it(case: str, suffix: str, folder: Path, work: Work) -> None:
+def test_hostile_line_preserves_neighbors(case: str, suffix: str, folder: Path, work: Work) -> None:
     content, outcome = LINES[case]
     content = line("before") + content + line("after")
     (folder / f"a{suffix}").write_bytes(gzip.compress(content, 1) if suffix.endswith("gz") else content)
@@ -111,7 +111,7 @@ def test_a_hostile_line_leaves_those_around_it(case: str, suffix: str, folder: P
     assert [place.replace("document", "line") for place in places] == ([f"a{suffix}, line 2"] if reason else [])
 
 
-def test_a_line_of_50_mb(folder: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_50_mb_line(folder: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
     text = "The river ran on. " * (50_000_000 // 18)
     with (folder / "a.jsonl").open("wb") as file:
         file.writelines([line("before"), line(text), line("after")])
@@ -129,9 +129,7 @@ def test_a_line_of_50_mb(folder: Path, tmp_path: Path, tokenizer: Tokenizer) -> 
     assert text.startswith(tokenizer.decode(documents[1][1:10_000]))
 
 
-def test_a_line_that_is_too_long_to_hold_costs_only_itself(
-    folder: Path, work: Work, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_overlong_line_skipped(folder: Path, work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readers, "MAX_LINE_BYTES", 1_000)
     monkeypatch.setattr(work_items, "PART_BYTES", 5_000)  # the long line is in one part, or in several
     (folder / "a.jsonl").write_bytes(line("before") * 50 + line("x" * 20_000) + line("after") * 50)
@@ -160,7 +158,7 @@ FILES: dict[str, tuple[str, bytes, dict[str, int]]] = {
 
 
 @pytest.mark.parametrize("case", FILES)
-def test_a_hostile_file_leaves_those_around_it(case: str, folder: Path, work: Work) -> None:
+def test_hostile_file_preserves_neighbors(case: str, folder: Path, work: Work) -> None:
     name, content, expected = FILES[case]
     (folder / "a.txt").write_text("before")
     (folder / "c.txt").write_text("after")
@@ -172,7 +170,7 @@ def test_a_hostile_file_leaves_those_around_it(case: str, folder: Path, work: Wo
     assert len(places) == sum(expected.values())
 
 
-def test_half_a_parquet_file_leaves_its_neighbours(folder: Path, work: Work) -> None:
+def test_truncated_parquet_preserves_neighbors(folder: Path, work: Work) -> None:
     for name in "abc":
         pq.write_table(pa.table({"text": [f"{name} {i}" for i in range(100)]}), folder / f"{name}.parquet")
     whole = (folder / "b.parquet").read_bytes()
@@ -182,7 +180,7 @@ def test_half_a_parquet_file_leaves_its_neighbours(folder: Path, work: Work) -> 
     assert (counts, places) == ({"unreadable_file": 1}, ["b.parquet"])
 
 
-def test_hostile_rows_of_a_column(folder: Path, work: Work) -> None:
+def test_hostile_parquet_rows(folder: Path, work: Work) -> None:
     rows = ["before", None, "", " \n", "a\0b", "<|endoftext|>", " " * 10**6, "after"]
     pq.write_table(pa.table({"text": rows}), folder / "a.parquet")
     texts, counts, places = work(folder)
@@ -191,7 +189,7 @@ def test_hostile_rows_of_a_column(folder: Path, work: Work) -> None:
     assert places == [f"a.parquet, document {number}" for number in (2, 3, 4, 5, 6, 7)]
 
 
-def test_a_missing_text_column_says_which_there_are(folder: Path, work: Work) -> None:
+def test_missing_text_column_skipped(folder: Path, work: Work) -> None:
     pq.write_table(pa.table({"content": ["yes"], "id": [1]}), folder / "a.parquet")
     (folder / "b.jsonl").write_text('{"content": "yes too"}\n')
     texts, counts, places = work(folder)
@@ -201,14 +199,14 @@ def test_a_missing_text_column_says_which_there_are(folder: Path, work: Work) ->
     assert (texts, counts) == (["yes", "yes too"], {})
 
 
-def test_a_name_that_is_no_utf_8_is_no_obstacle(folder: Path, work: Work) -> None:
+def test_non_utf8_file_name(folder: Path, work: Work) -> None:
     name = b"caf\xe9.jsonl".decode(errors="surrogateescape")
     (folder / name).write_bytes(b"broken\n" + line("good"))
     texts, counts, places = work(folder)
     assert (texts, counts, places) == (["good"], {"invalid_json": 1}, [f"{name}, line 1"])
 
 
-def test_a_file_of_nothing_but_faults_names_some_and_counts_all(folder: Path, work: Work) -> None:
+def test_logged_skips_limited_but_counts_complete(folder: Path, work: Work) -> None:
     (folder / "a.jsonl").write_bytes(b"broken\n" * 5_000 + line("good"))
     texts, counts, places = work(folder)
     assert (texts, counts) == (["good"], {"invalid_json": 5_000})

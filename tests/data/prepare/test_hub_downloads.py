@@ -50,7 +50,7 @@ def add_many(hub: HubServer, count: int = 12) -> list[str]:
     return sorted(files)
 
 
-def test_few_downloads_are_on_the_disk_at_a_time(hub: HubServer, started: Any, temp_data: Path) -> None:
+def test_concurrent_downloads_limited(hub: HubServer, started: Any, temp_data: Path) -> None:
     names, most, over = add_many(hub), 0, threading.Event()
 
     def watch() -> None:
@@ -72,7 +72,7 @@ def test_few_downloads_are_on_the_disk_at_a_time(hub: HubServer, started: Any, t
 
 
 @pytest.mark.parametrize(("kind", "most"), [(".jsonl", Downloads.AHEAD_FILES), (".json.gz", 10)])
-def test_a_file_of_many_items_is_not_followed_by_all_the_others(kind: str, most: int, tmp_path: Path) -> None:
+def test_prefetch_limited_for_large_files(kind: str, most: int, tmp_path: Path) -> None:
     """Eight items under way and two ahead: of few large files where they are read in parts, else of ten."""
     files = [SourceFile(f"{i}{kind}", f"https://x/{i}", "jsonl", 34 * work_items.PART_BYTES, "") for i in range(40)]
     found, fetched = work_items.make_work_items(files, True, 0), set()
@@ -83,7 +83,7 @@ def test_a_file_of_many_items_is_not_followed_by_all_the_others(kind: str, most:
     assert len(fetched) == most
 
 
-def test_no_more_is_downloaded_than_the_target_needs(hub: HubServer, started: Any) -> None:
+def test_target_tokens_limits_downloads(hub: HubServer, started: Any) -> None:
     names = add_many(hub)
     process = started.start(**MANY, target_tokens=3_000)
     _, errors = process.communicate(timeout=240)
@@ -92,7 +92,7 @@ def test_no_more_is_downloaded_than_the_target_needs(hub: HubServer, started: An
     assert len(fetched(hub)) <= 2 + 2 * MANY["workers"] + Downloads.AHEAD_FILES
 
 
-def test_kept_downloads_serve_other_settings(hub: HubServer, in_process: None, temp_data: Path) -> None:
+def test_kept_downloads_reused_for_other_settings(hub: HubServer, in_process: None, temp_data: Path) -> None:
     names = add_many(hub, 4)
     first = {"source": "hub:a/b:data/*", "val_tokens": 500, "workers": 1}
     prepare(DataConfig(**first, keep_downloads=True), progress=False)
@@ -107,7 +107,7 @@ def test_kept_downloads_serve_other_settings(hub: HubServer, in_process: None, t
     assert fetched(hub) == names
 
 
-def test_a_prepared_source_needs_no_hub(hub: HubServer, in_process: None) -> None:
+def test_prepared_source_works_offline(hub: HubServer, in_process: None) -> None:
     add_many(hub, 2)
     config = DataConfig(source="hub:a/b:data/*", val_tokens=500, workers=1)
     first = prepare(config, progress=False)
@@ -118,7 +118,7 @@ def test_a_prepared_source_needs_no_hub(hub: HubServer, in_process: None) -> Non
 
 
 @pytest.mark.parametrize("workers", [(1, 2, 1), (2, 1, 2)])
-def test_kills_and_workers_change_no_byte(
+def test_identical_bytes_after_kills_and_worker_changes(
     hub: HubServer, started: Any, hashes: Callable[[Path], dict[str, str]], in_process: None, workers: tuple[int, ...],
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, temp_data: Path,
 ) -> None:  # fmt: skip
@@ -154,7 +154,7 @@ def test_kills_and_workers_change_no_byte(
     assert hashes(whole.folder) == found
 
 
-def test_a_full_disk_while_downloading_is_said_to_be_one(hub: HubServer, in_process: None) -> None:
+def test_full_disk_during_download_raises(hub: HubServer, in_process: None) -> None:
     hub.add_dataset("a/b", {"a.jsonl.gz": np.random.default_rng(1).bytes(1 << 20)})
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 19, before[1]))

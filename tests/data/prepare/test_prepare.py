@@ -54,7 +54,7 @@ def write(folder: Path, *texts: str) -> Path:
     return folder
 
 
-def test_the_shards_hold_the_source(mixed_corpus: Path, reference: tiktoken.Encoding) -> None:
+def test_shards_contain_source_documents(mixed_corpus: Path, reference: tiktoken.Encoding) -> None:
     # Enough held out that some of it is in the corpus more than once.
     dataset = prepare(config(mixed_corpus, val_tokens=2_000, shard_tokens=1_000), progress=False)
     val = texts_of(split_tokens(dataset, "val"), reference)
@@ -79,7 +79,7 @@ def test_the_shards_hold_the_source(mixed_corpus: Path, reference: tiktoken.Enco
     assert counts["copies_of_validation_dropped"] > 0, "the corpus tests nothing"
 
 
-def test_streams_read_what_the_files_hold(mixed_corpus: Path) -> None:
+def test_streams_match_shard_files(mixed_corpus: Path) -> None:
     dataset = prepare(config(mixed_corpus, shard_tokens=777), progress=False)
     for split, stream in (("train", dataset.train), ("val", dataset.val)):
         assert (stream.read(0, stream.tokens) == split_tokens(dataset, split)).all()
@@ -87,7 +87,7 @@ def test_streams_read_what_the_files_hold(mixed_corpus: Path) -> None:
 
 
 @pytest.mark.parametrize("shard_tokens", [1, 100, 1_000, 10**9])
-def test_every_shard_but_the_last_is_full(shard_tokens: int, tmp_path: Path) -> None:
+def test_all_shards_but_last_full(shard_tokens: int, tmp_path: Path) -> None:
     source = write(tmp_path / "s", *(f"document {i} " * 20 for i in range(8)))
     dataset = prepare(config(source, val_tokens=70, shard_tokens=shard_tokens), progress=False)
     for split in ("val", "train"):
@@ -97,15 +97,15 @@ def test_every_shard_but_the_last_is_full(shard_tokens: int, tmp_path: Path) -> 
         assert [len(np.load(path)) for path in sorted(dataset.folder.glob(f"{split}_*.npy"))] == sizes
 
 
-def test_validation_is_whole_documents_up_to_the_size(mixed_corpus: Path) -> None:
-    for wanted in (200, 900):
-        dataset = prepare(config(mixed_corpus, val_tokens=wanted), progress=False)
-        assert 0.5 * wanted < len(split_tokens(dataset, "val")) <= wanted
+def test_validation_has_whole_documents_within_limit(mixed_corpus: Path) -> None:
+    for val_tokens in (200, 900):
+        dataset = prepare(config(mixed_corpus, val_tokens=val_tokens), progress=False)
+        assert 0.5 * val_tokens < len(split_tokens(dataset, "val")) <= val_tokens
         assert dataset.manifest["counts"]["documents_split"] == 0
 
 
 @pytest.mark.parametrize("more", [{}, {"__init__.py": ""}, {"empty.txt": "", "blank.txt": " \n"}])
-def test_validation_takes_a_tenth_of_a_small_source(more: dict[str, str], tmp_path: Path) -> None:
+def test_validation_limited_to_tenth_of_source(more: dict[str, str], tmp_path: Path) -> None:
     """Whatever empty files lie between."""
     source = write(tmp_path / "s", *(f"document number {i} says hello. " * 10 for i in range(50)))
     for name, text in more.items():
@@ -115,7 +115,7 @@ def test_validation_takes_a_tenth_of_a_small_source(more: dict[str, str], tmp_pa
     assert 5 <= 100 * counts["val_tokens"] / (counts["train_tokens"] + counts["val_tokens"]) <= 10
 
 
-def test_text_that_is_a_small_part_of_its_files_is_held_out_by_its_own_size(tmp_path: Path) -> None:
+def test_validation_share_ignores_non_text_bytes(tmp_path: Path) -> None:
     source = tmp_path / "s"
     source.mkdir()
     rows = [json.dumps({"text": f"line number {i}, and more", "other": "x" * 5_000}) for i in range(500)]
@@ -124,7 +124,7 @@ def test_text_that_is_a_small_part_of_its_files_is_held_out_by_its_own_size(tmp_
     assert 5 <= 100 * counts["val_tokens"] / (counts["train_tokens"] + counts["val_tokens"]) <= 10
 
 
-def test_one_document_alone_is_split(tmp_path: Path, reference: tiktoken.Encoding) -> None:
+def test_single_document_split(tmp_path: Path, reference: tiktoken.Encoding) -> None:
     text = " ".join(f"number {i}" for i in range(1_000))
     dataset = prepare(config(write(tmp_path / "s", text), val_tokens=10**6), progress=False)
     [val], [train] = (texts_of(split_tokens(dataset, split), reference) for split in ("val", "train"))
@@ -133,7 +133,7 @@ def test_one_document_alone_is_split(tmp_path: Path, reference: tiktoken.Encodin
     assert [shard.documents for shard in dataset.shards] == [1, 1]
 
 
-def test_target_tokens_ends_training_to_the_token(mixed_corpus: Path) -> None:
+def test_target_tokens_truncates_training_exactly(mixed_corpus: Path) -> None:
     whole = prepare(config(mixed_corpus, val_tokens=300), progress=False)
     for target in (2_700, 3_000, 10**9):
         dataset = prepare(config(mixed_corpus, val_tokens=300, target_tokens=target), progress=False)
@@ -143,7 +143,7 @@ def test_target_tokens_ends_training_to_the_token(mixed_corpus: Path) -> None:
         assert len(tokens) == min(target, whole.train.tokens)
 
 
-def test_the_smallest_sources(tmp_path: Path) -> None:
+def test_too_small_sources_raise(tmp_path: Path) -> None:
     for texts in (["only one"], ["same", "same"], ["one", "two"], [" ", ""], ["text", "\n"]):
         source = write(tmp_path / "s", *texts)
         with pytest.raises(UserError, match=r"a tenth and needs two tokens; add text|no usable document; 2 x empty"):
@@ -151,13 +151,13 @@ def test_the_smallest_sources(tmp_path: Path) -> None:
         shutil.rmtree(source)
 
 
-def test_the_seed_changes_the_order_and_little_else(mixed_corpus: Path, reference: tiktoken.Encoding) -> None:
+def test_shuffle_seed_changes_order(mixed_corpus: Path, reference: tiktoken.Encoding) -> None:
     one, two = (prepare(config(mixed_corpus, shuffle_seed=seed), progress=False) for seed in (0, 1))
     assert one.folder != two.folder
     assert split_tokens(one, "train").tolist() != split_tokens(two, "train").tolist()
 
 
-def test_the_manifest_says_what_made_it(mixed_corpus: Path) -> None:
+def test_manifest_contents(mixed_corpus: Path) -> None:
     dataset = prepare(config(mixed_corpus), progress=False)
     manifest = json.loads((dataset.folder / "manifest.json").read_text())
     assert manifest["dtype"] == "uint16"
@@ -175,7 +175,7 @@ def test_the_manifest_says_what_made_it(mixed_corpus: Path) -> None:
         assert (shard.tokens, shard.documents) == (len(tokens), int((tokens == END).sum()))
 
 
-def test_the_spans_say_where_each_shard_came_from(mixed_corpus: Path) -> None:
+def test_spans_cover_shards_in_order(mixed_corpus: Path) -> None:
     """Shard, item, start, end: end to end they are the shards, in order."""
     dataset = prepare(config(mixed_corpus, shard_tokens=1_000), progress=False)
     spans = np.load(dataset.folder / "spans.npy")
@@ -185,14 +185,14 @@ def test_the_spans_say_where_each_shard_came_from(mixed_corpus: Path) -> None:
     assert (np.diff(spans[:, 0]) >= 0).all()
 
 
-def test_a_second_call_makes_nothing(mixed_corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_repeated_prepare_reuses_dataset(mixed_corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = prepare(config(mixed_corpus), progress=False)
     monkeypatch.setattr(preparing, "_build", None)
     assert prepare(config(mixed_corpus, workers=7), progress=False) == first
     assert prepare(DataConfig(source="none", dataset=first.name), progress=False) == first
 
 
-def test_what_another_process_made_meanwhile_is_taken(mixed_corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dataset_from_concurrent_process_reused(mixed_corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = prepare(config(mixed_corpus), progress=False)
     aside = dataset.folder.rename(dataset.folder.with_name("aside"))
 
@@ -206,19 +206,19 @@ def test_what_another_process_made_meanwhile_is_taken(mixed_corpus: Path, monkey
     assert prepare(config(mixed_corpus), progress=False) == dataset
 
 
-def test_every_setting_that_changes_bytes_changes_the_name(mixed_corpus: Path) -> None:
+def test_dataset_name_depends_on_content_settings(mixed_corpus: Path) -> None:
     changes = [{}, {"val_tokens": 501}, {"target_tokens": 9}, {"shard_tokens": 9}, {"shuffle_seed": 9}]
     assert len({make_spec(config(mixed_corpus, **change)).folder for change in changes}) == len(changes)
     assert make_spec(config(mixed_corpus, workers=9)).folder == make_spec(config(mixed_corpus)).folder
 
 
-def test_a_data_folder_that_is_a_file(mixed_corpus: Path, temp_data: Path) -> None:
+def test_file_in_place_of_data_folder_raises(mixed_corpus: Path, temp_data: Path) -> None:
     temp_data.write_text("")
     with pytest.raises(UserError, match="MYLLM_DATA"):
         prepare(config(mixed_corpus), progress=False)
 
 
-def test_a_folder_without_manifest_is_made_anew(mixed_corpus: Path, hashes: Hashes) -> None:
+def test_folder_without_manifest_rebuilt(mixed_corpus: Path, hashes: Hashes) -> None:
     dataset = prepare(config(mixed_corpus), progress=False)
     before = dataset.train.read(0, dataset.train.tokens).tolist()
     for name in ("manifest.json", "val_00000.npy"):  # as an `rm -r` that was interrupted leaves it
@@ -228,14 +228,14 @@ def test_a_folder_without_manifest_is_made_anew(mixed_corpus: Path, hashes: Hash
     assert (dataset.folder / "notes.txt").read_text() == "mine"
 
 
-def test_a_damaged_data_set_is_not_trained_on(mixed_corpus: Path) -> None:
+def test_damaged_dataset_raises(mixed_corpus: Path) -> None:
     dataset = prepare(config(mixed_corpus), progress=False)
     (dataset.folder / "train_00000.npy").unlink()
     with pytest.raises(UserError, match=f"delete {dataset.folder} and prepare it again"):
         prepare(config(mixed_corpus), progress=False)
 
 
-def test_a_set_of_the_same_text_in_other_amounts_is_named(
+def test_existing_dataset_of_same_source_noted(
     mixed_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A user who prepared all of a source is told so before a preset tokenizes a part of it again."""

@@ -70,7 +70,7 @@ def finish(process: subprocess.Popen[str], timeout_s: float = 60) -> tuple[int, 
 
 @pytest.mark.parametrize("workers", [2, 3])
 @pytest.mark.usefixtures("temp_data")
-def test_same_bytes_from_any_number_of_workers(
+def test_bytes_independent_of_worker_count(
     workers: int, big_corpus: Path, undisturbed: dict[str, str], hashes: Hashes
 ) -> None:
     assert hashes(prepare_big(big_corpus, workers).folder) == undisturbed
@@ -96,7 +96,7 @@ def moment(preparations: "Preparations", chance: random.Random) -> Callable[[], 
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(
+def test_killed_preparation_resumes_with_identical_bytes(
     big_corpus: Path, preparations: "Preparations", undisturbed: dict[str, str], hashes: Hashes
 ) -> None:
     """At least 20 kills: of the parent, of all, of one worker, and often at once again, with another number of workers
@@ -113,7 +113,9 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(
         if process.poll() is None:
             preparations.kill(process, whom)
             kills += 1
-            assert not {path for path, made in sealed(preparations).items() if before.get(path, made) != made}, seed
+            assert not {
+                path for path, identity in sealed(preparations).items() if before.get(path, identity) != identity
+            }, seed
         if process.returncode == 0:
             assert hashes(preparations.folder) == undisturbed, seed
             assert not [path for path in preparations.folder.iterdir() if path.is_dir()], seed
@@ -133,7 +135,7 @@ def sealed(preparations: "Preparations") -> dict[Path, tuple[int, int]]:
     return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in found if path.exists()}
 
 
-def test_a_killed_parent_leaves_no_worker_behind(long_file: Path, preparations: "Preparations") -> None:
+def test_killed_parent_leaves_no_workers(long_file: Path, preparations: "Preparations") -> None:
     process = preparations.start(source=f"files:{long_file}", workers=2)
     preparations.wait_for(lambda: list(preparations.datasets.glob("*/work/.*.tmp")))
     assert preparations.workers()
@@ -154,7 +156,7 @@ pools._shut_down = stopping
 """
 
 
-def test_a_worker_that_does_not_end_holds_up_nothing(
+def test_hanging_worker_does_not_block_preparation(
     big_corpus: Path, preparations: "Preparations", undisturbed: dict[str, str], hashes: Hashes
 ) -> None:
     """As one does that waits for a lock of another that was killed."""
@@ -166,9 +168,7 @@ def test_a_worker_that_does_not_end_holds_up_nothing(
 
 
 @pytest.mark.parametrize("whole_group", [True, False], ids=["Ctrl-C", "kill -INT"])
-def test_interrupted_it_stops_at_once_and_can_go_on(
-    whole_group: bool, long_file: Path, preparations: "Preparations"
-) -> None:
+def test_interrupt_stops_preparation_promptly(whole_group: bool, long_file: Path, preparations: "Preparations") -> None:
     process = preparations.start(source=f"files:{long_file}", workers=2)
     preparations.wait_for(lambda: [p for p in preparations.datasets.glob("*/work/.*.tmp") if p.stat().st_size])
     if whole_group:
@@ -184,7 +184,7 @@ def test_interrupted_it_stops_at_once_and_can_go_on(
     assert not preparations.seen("work/.*.tmp"), "half an item is left"
 
 
-def test_two_at_once_make_one_data_set(
+def test_concurrent_preparations_share_dataset(
     big_corpus: Path, preparations: "Preparations", undisturbed: dict[str, str], hashes: Hashes
 ) -> None:
     """The second continues where the first was killed."""
@@ -202,7 +202,7 @@ def test_two_at_once_make_one_data_set(
 LIMIT = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0}));"
 
 
-def test_a_full_disk_ends_with_a_clear_message_and_code_2(big_corpus: Path, preparations: "Preparations") -> None:
+def test_full_disk_exits_with_code_2(big_corpus: Path, preparations: "Preparations") -> None:
     code = LIMIT.format(1_000) + "import sys; from myllm.cli.main import main; main(sys.argv[1:])"
     status, errors = finish(preparations.python("-c", code, "data", "prepare", f"files:{big_corpus}"))
     assert status == 2
@@ -211,7 +211,7 @@ def test_a_full_disk_ends_with_a_clear_message_and_code_2(big_corpus: Path, prep
 
 
 @pytest.mark.parametrize("limit", [100, 20_000, 199_000])
-def test_room_that_runs_out_anywhere_costs_nothing(
+def test_preparation_resumes_after_full_disk(
     limit: int, big_corpus: Path, preparations: "Preparations", undisturbed: dict[str, str], hashes: Hashes
 ) -> None:
     """At the settings, at an item, at a training shard: afterwards the same command finishes."""
@@ -226,7 +226,7 @@ def test_room_that_runs_out_anywhere_costs_nothing(
     assert hashes(preparations.folder) == undisturbed
 
 
-def test_a_killed_worker_is_a_clear_message(long_file: Path, preparations: "Preparations") -> None:
+def test_killed_worker_reports_user_error(long_file: Path, preparations: "Preparations") -> None:
     process = preparations.start(source=f"files:{long_file}", workers=1)
     preparations.wait_for(lambda: [p for p in preparations.datasets.glob("*/work/.*.tmp") if p.stat().st_size])
     for worker in preparations.workers():
@@ -237,7 +237,7 @@ def test_a_killed_worker_is_a_clear_message(long_file: Path, preparations: "Prep
     assert preparations.processes() == []
 
 
-def test_a_file_that_vanishes_is_named_and_may_be_put_back(
+def test_missing_source_file_raises_until_restored(
     big_corpus: Path, tmp_path: Path, temp_data: Path, undisturbed: dict[str, str], hashes: Hashes
 ) -> None:
     copy = shutil.copytree(big_corpus, tmp_path / "big")
@@ -248,7 +248,7 @@ def test_a_file_that_vanishes_is_named_and_may_be_put_back(
         with pytest.raises(UserError, match=r"07\.py no longer exists; restore it"):
             prepare_big(copy, 2)
     shutil.copyfile(big_corpus / "07.py", copy / "07.py")
-    made = hashes(prepare_big(copy, 3).folder)
-    different = {name for name in undisturbed if made[name] != undisturbed[name]}
+    actual = hashes(prepare_big(copy, 3).folder)
+    different = {name for name in undisturbed if actual[name] != undisturbed[name]}
     assert different == {"settings.json"}, "where the source lies"
     assert not multiprocessing.active_children()

@@ -32,7 +32,7 @@ def config(source: Path, **changes: object) -> DataConfig:
     return replace(DataConfig(source=f"files:{source}", val_tokens=500, workers=1), **changes)
 
 
-def test_too_little_room_is_said_before_anything_starts(
+def test_insufficient_disk_space_raises_before_start(
     mixed_corpus: Path, temp_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(preparing, "start_workers", None)
@@ -49,16 +49,16 @@ def leave(monkeypatch: pytest.MonkeyPatch, free_bytes: int) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**12, 10**12, free_bytes))
 
 
-def test_a_few_documents_need_little_room(mixed_corpus: Path) -> None:
+def test_max_documents_limits_estimated_tokens(mixed_corpus: Path) -> None:
     everything = make_spec(config(mixed_corpus)).estimated_tokens
     assert make_spec(config(mixed_corpus, max_documents=3)).estimated_tokens == 30_000 < everything
     assert make_spec(config(mixed_corpus, max_documents=3, target_tokens=5_000)).estimated_tokens == 5_500
 
 
-def test_what_is_there_already_counts_as_room(mixed_corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_existing_work_counts_towards_disk_space(mixed_corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An interrupted preparation has used room that it need not find again."""
-    asked = config(mixed_corpus)
-    recipe = make_spec(asked)
+    data_config = config(mixed_corpus)
+    recipe = make_spec(data_config)
     needed = int(re.search(r"needs about ([\d.]+) MB", check(recipe, monkeypatch, 10**12))[1].replace(".", "")) * 10**5
     with pytest.raises(UserError, match="free"):
         check(recipe, monkeypatch, needed // 2)
@@ -73,7 +73,7 @@ def check(recipe: DatasetSpec, monkeypatch: pytest.MonkeyPatch, free_bytes: int)
     return check_disk(recipe, worker_count=1)
 
 
-def test_the_room_is_said_where_there_is_enough(mixed_corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_disk_space_estimate_logged(mixed_corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prepare(config(mixed_corpus))
     assert re.search(r"preparing files-mixed-\w+: needs about .* MB of shards, .* free", capsys.readouterr().err)
 
@@ -90,7 +90,7 @@ MOMENTS = {
 
 @pytest.mark.parametrize("moment", MOMENTS)
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-def test_room_that_runs_out_is_said_and_nothing_is_lost(
+def test_full_disk_raises_and_preserves_work(
     moment: str, number: int, mixed_corpus: Path, monkeypatch: pytest.MonkeyPatch, hashes: Hashes
 ) -> None:
     name, after = MOMENTS[moment]
@@ -123,7 +123,7 @@ def test_room_that_runs_out_is_said_and_nothing_is_lost(
     assert hashes(dataset.folder) == expected
 
 
-def interrupt(asked: DataConfig, stop_after: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def interrupt(data_config: DataConfig, stop_after: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prepare up to this item."""
     add = shard_writer.ShardWriter.add
 
@@ -135,7 +135,7 @@ def interrupt(asked: DataConfig, stop_after: int, monkeypatch: pytest.MonkeyPatc
     with monkeypatch.context() as patch:
         patch.setattr(shard_writer.ShardWriter, "add", stop)
         with pytest.raises(KeyboardInterrupt):
-            prepare(asked, progress=False)
+            prepare(data_config, progress=False)
 
 
 def interrupted(
@@ -143,12 +143,12 @@ def interrupted(
 ) -> tuple[DataConfig, Path, dict[str, str]]:
     """A data set in the midst of its fourth item, its folder, and the hashes that it has when whole."""
     monkeypatch.setattr(work_items, "SMALL_BYTES", 1)
-    asked = config(source, shard_tokens=5_000)
-    expected = hashes(prepare(asked, progress=False).folder)
-    folder = make_spec(asked).folder
+    data_config = config(source, shard_tokens=5_000)
+    expected = hashes(prepare(data_config, progress=False).folder)
+    folder = make_spec(data_config).folder
     shutil.rmtree(folder)
-    interrupt(asked, 3, monkeypatch)
-    return asked, folder, expected
+    interrupt(data_config, 3, monkeypatch)
+    return data_config, folder, expected
 
 
 def count_items(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -165,36 +165,36 @@ def count_items(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.mark.parametrize("dedup", [False, True])
-def test_only_unfinished_items_are_done_again(
+def test_resume_processes_only_unfinished_items(
     dedup: bool, mixed_corpus: Path, monkeypatch: pytest.MonkeyPatch, hashes: Hashes
 ) -> None:
     """Stopped after each item in turn: every item is tokenized once and every shard written once."""
     monkeypatch.setattr(work_items, "SMALL_BYTES", 1)  # an item a file
-    asked = config(mixed_corpus, shard_tokens=5_000, dedup_exact=dedup)
+    data_config = config(mixed_corpus, shard_tokens=5_000, dedup_exact=dedup)
     done = count_items(monkeypatch)
-    expected = hashes(prepare(asked, progress=False).folder)
+    expected = hashes(prepare(data_config, progress=False).folder)
     assert done == [f"{number:06d}.bin" for number in range(5)]
-    folder = make_spec(asked).folder
+    folder = make_spec(data_config).folder
     shutil.rmtree(folder)
     done.clear()
-    written: list[str] = []
+    shard_names: list[str] = []
     write = shard_writer.write_shard
 
-    def write_and_say(path: Path, *args: Any) -> str:
-        written.append(path.name)
+    def record_write(path: Path, *args: Any) -> str:
+        shard_names.append(path.name)
         return write(path, *args)
 
-    monkeypatch.setattr(shard_writer, "write_shard", write_and_say)
+    monkeypatch.setattr(shard_writer, "write_shard", record_write)
     for stop_after in range(5):
-        interrupt(asked, stop_after, monkeypatch)
+        interrupt(data_config, stop_after, monkeypatch)
         assert not (folder / "manifest.json").exists()
-    assert hashes(prepare(asked, progress=False).folder) == expected
+    assert hashes(prepare(data_config, progress=False).folder) == expected
     assert sorted(done) == sorted(set(done))
     assert len(done) == 5
-    assert sorted(written) == sorted(name for name in expected if name.endswith(".npy") and name != "spans.npy")
+    assert sorted(shard_names) == sorted(name for name in expected if name.endswith(".npy") and name != "spans.npy")
 
 
-def test_tokens_are_deleted_once_they_are_in_shards(mixed_corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_item_tokens_deleted_after_sharding(mixed_corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(work_items, "SMALL_BYTES", 1)
     most = 0
     list_written = shard_writer.ShardWriter.list_written
@@ -213,10 +213,10 @@ def test_tokens_are_deleted_once_they_are_in_shards(mixed_corpus: Path, monkeypa
     "loss",
     ["progress.json", "val_00000.npy", "train_00001.npy", "half a shard", "settings.json", "an item", "all items"],
 )
-def test_what_someone_deleted_from_an_unfinished_data_set_is_made_again(
+def test_deleted_intermediate_files_rebuilt(
     loss: str, mixed_corpus: Path, monkeypatch: pytest.MonkeyPatch, hashes: Hashes
 ) -> None:
-    asked, folder, expected = interrupted(mixed_corpus, monkeypatch, hashes)
+    data_config, folder, expected = interrupted(mixed_corpus, monkeypatch, hashes)
     left = sorted((folder / "work").glob("*.bin"))
     if loss == "half a shard":
         (folder / "train_00000.npy").write_bytes((folder / "train_00000.npy").read_bytes()[:3_000])
@@ -227,8 +227,8 @@ def test_what_someone_deleted_from_an_unfinished_data_set_is_made_again(
         (folder / loss).unlink()
     for _ in range(len(left) if "item" in loss else 0):
         with contextlib.suppress(UserError):  # says which is gone
-            prepare(asked, progress=False)
-    assert hashes(prepare(asked, progress=False).folder) == expected
+            prepare(data_config, progress=False)
+    assert hashes(prepare(data_config, progress=False).folder) == expected
 
 
 def flip(content: bytes) -> bytes:
@@ -241,18 +241,18 @@ def flip(content: bytes) -> bytes:
     "damage", [flip, lambda c: b"", lambda c: c[: len(c) // 2], lambda c: bytes(len(c)), lambda c: c + b"ab"],
     ids=["a bit", "empty", "half", "zeros", "more"],
 )  # fmt: skip
-def test_items_that_a_power_failure_left_damaged_are_made_again(
+def test_damaged_items_rebuilt(
     damage: Callable[[bytes], bytes], kind: str, mixed_corpus: Path, monkeypatch: pytest.MonkeyPatch, hashes: Hashes
 ) -> None:
-    asked, folder, expected = interrupted(mixed_corpus, monkeypatch, hashes)
-    made = sorted((folder / "work").glob("[0-9]*.npz"))
-    assert len(list((folder / "work").glob("[0-9]*.bin"))) < len(made), "some are in shards already"
+    data_config, folder, expected = interrupted(mixed_corpus, monkeypatch, hashes)
+    index_files = sorted((folder / "work").glob("[0-9]*.npz"))
+    assert len(list((folder / "work").glob("[0-9]*.bin"))) < len(index_files), "some are in shards already"
     for path in (folder / "work").glob(f"[0-9]*.{kind}"):
         path.write_bytes(damage(path.read_bytes()))
-    assert hashes(prepare(asked, progress=False).folder) == expected
+    assert hashes(prepare(data_config, progress=False).folder) == expected
 
 
-def test_killed_right_after_the_manifest_nothing_is_left_lying_about(mixed_corpus: Path, hashes: Hashes) -> None:
+def test_leftover_work_files_removed_after_kill(mixed_corpus: Path, hashes: Hashes) -> None:
     dataset = prepare(config(mixed_corpus), progress=False)
     expected = hashes(dataset.folder)
     (dataset.folder / "work/downloads").mkdir(parents=True)

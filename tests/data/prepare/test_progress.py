@@ -9,7 +9,7 @@ import pytest
 from myllm.data.prepare.progress import ProgressLines, progress_bar
 
 
-def test_a_line_now_and_then(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_lines_logged_periodically(capsys: pytest.CaptureFixture[str]) -> None:
     now = [0.0]
     with ProgressLines(1_000_000, "tokenizing", clock=lambda: now[0]) as bar:
         for second in range(100):
@@ -17,17 +17,17 @@ def test_a_line_now_and_then(capsys: pytest.CaptureFixture[str]) -> None:
             bar.set_postfix_str(f"{second}M tokens", refresh=False)
             bar.update(10_000)
             bar.refresh()
-    said = capsys.readouterr().err
-    assert "\r" not in said
-    assert said.isascii()
-    assert said.splitlines() == [
+    output = capsys.readouterr().err
+    assert "\r" not in output
+    assert output.isascii()
+    assert output.splitlines() == [
         "tokenizing: 31% of 1.00MB, 10.3kB/s, 01:06 left, 30M tokens",
         "tokenizing: 61% of 1.00MB, 10.2kB/s, 00:38 left, 60M tokens",
         "tokenizing: 91% of 1.00MB, 10.1kB/s, 00:08 left, 90M tokens",
     ]
 
 
-def test_a_source_of_unknown_size_is_no_division_by_zero(capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_size_avoids_division_by_zero(capsys: pytest.CaptureFixture[str]) -> None:
     now = iter([0.0, 31.0, 62.0])
     bar = ProgressLines(0, "tokenizing", clock=lambda: next(now))
     bar.refresh()
@@ -40,7 +40,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_a_terminal_has_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_terminal_shows_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", Terminal())
     with progress_bar(100, progress=True) as bar:
         bar.update(50)
@@ -48,9 +48,9 @@ def test_a_terminal_has_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "50%" in sys.stderr.getvalue()
 
 
-def test_a_log_of_a_preparation_is_lines(preparations, mixed_corpus: Path) -> None:
+def test_preparation_log_has_plain_lines(preparations, mixed_corpus: Path) -> None:
     process = preparations.start(source=f"files:{mixed_corpus}", val_tokens=500, workers=1)
-    _, said = process.communicate(timeout=120)
+    _, output = process.communicate(timeout=120)
     assert process.returncode == 0
-    assert "\r" not in said
-    assert [line[:10] for line in said.splitlines()] == ["preparing "]
+    assert "\r" not in output
+    assert [line[:10] for line in output.splitlines()] == ["preparing "]

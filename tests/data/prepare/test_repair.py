@@ -41,7 +41,7 @@ def truncate(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [flip_a_byte, truncate, Path.unlink])
-def test_a_damaged_shard_is_made_again(damage: Callable[[Path], None], config: DataConfig, hashes: Hashes) -> None:
+def test_damaged_shard_rebuilt(damage: Callable[[Path], None], config: DataConfig, hashes: Hashes) -> None:
     folder = prepare(config, progress=False).folder
     before = hashes(folder)
     untouched = (folder / "train_00001.npy").stat()
@@ -55,9 +55,7 @@ def test_a_damaged_shard_is_made_again(damage: Callable[[Path], None], config: D
     assert (folder / "train_00001.npy").stat() == untouched, "an intact shard was written again"
 
 
-def test_only_the_items_of_the_damaged_shard_are_read(
-    config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_repair_reads_only_affected_items(config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(6):
         (tmp_path / "corpus" / f"own{number}.py").write_text(f"# {number}\n" + "word_" * 500_000)  # an item each
     dataset = prepare(replace(config, shard_tokens=300_000), progress=False)
@@ -77,7 +75,7 @@ def test_only_the_items_of_the_damaged_shard_are_read(
     assert Dataset.open(dataset.folder).damaged() == []
 
 
-def test_a_data_set_of_the_earlier_format_is_repaired_by_what_its_spans_say(config: DataConfig) -> None:
+def test_repair_of_earlier_format_uses_spans(config: DataConfig) -> None:
     """It held out other documents, and its settings meant something else."""
     folder = prepare(config, progress=False).folder
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -89,7 +87,7 @@ def test_a_data_set_of_the_earlier_format_is_repaired_by_what_its_spans_say(conf
     assert Dataset.open(folder).damaged() == []
 
 
-def test_a_source_that_has_changed_cannot_repair(config: DataConfig, corpus: Path, hashes: Hashes) -> None:
+def test_changed_source_prevents_repair(config: DataConfig, corpus: Path, hashes: Hashes) -> None:
     dataset = prepare(config, progress=False)
     flip_a_byte(dataset.folder / "train_00000.npy")
     before = hashes(dataset.folder)
@@ -102,7 +100,7 @@ def test_a_source_that_has_changed_cannot_repair(config: DataConfig, corpus: Pat
     assert hashes(dataset.folder) == before
 
 
-def test_without_its_record_nothing_is_guessed(config: DataConfig) -> None:
+def test_repair_without_spans_raises(config: DataConfig) -> None:
     dataset = prepare(config, progress=False)
     (dataset.folder / "train_00000.npy").unlink()
     (dataset.folder / "spans.npy").write_bytes(b"")
@@ -110,7 +108,7 @@ def test_without_its_record_nothing_is_guessed(config: DataConfig) -> None:
         repair(Dataset.read(dataset.folder), ["train_00000.npy"], progress=False)
 
 
-def test_other_bytes_than_before_replace_nothing(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_repair_rejects_mismatched_hash(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """As another version of a library might give."""
     dataset = prepare(config, progress=False)
     name = "train_00000.npy"
@@ -123,7 +121,7 @@ def test_other_bytes_than_before_replace_nothing(config: DataConfig, monkeypatch
     assert not (dataset.folder / ".repair").exists()
 
 
-def test_a_relative_path_is_found_from_anywhere(
+def test_repair_resolves_relative_source_path(
     corpus: Path, config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

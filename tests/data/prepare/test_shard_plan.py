@@ -54,17 +54,17 @@ class Naive:
         rules, documents = self.rules, self.documents
         most = rules.most_held_out
         for edge in edges[1:]:  # whole items, until there is enough to know what a tenth is
-            wanted, distinct, seen = [], [], set()
+            eligible, distinct, seen = [], [], set()
             for number, (_, content) in enumerate(documents[:edge]):
                 if content not in seen:
                     distinct.append(number)
                 if content not in seen or not rules.dedup:
-                    wanted.append(number)
+                    eligible.append(number)
                 seen.add(content)
             tokens = sum(documents[i][0] for i in distinct)
-            if tokens >= 10 * most or (rules.max_documents is not None and len(wanted) >= rules.max_documents):
+            if tokens >= 10 * most or (rules.max_documents is not None and len(eligible) >= rules.max_documents):
                 break
-        within = set(wanted[: rules.max_documents])
+        within = set(eligible[: rules.max_documents])
         distinct = [i for i in distinct if i in within]
         tokens = sum(documents[i][0] for i in distinct)
         most = min(most, tokens // 10)
@@ -132,7 +132,7 @@ def tokens_of(cuts: list[ShardSpec], split: str, items: list[list[Document]]) ->
     for item in items:
         owners.append([(first + i, at) for i, (length, _) in enumerate(item) for at in range(length)])
         first += len(item)
-    spans = [span for each in cuts if each.split == split for span in each.spans]
+    spans = [span for shard in cuts if shard.split == split for span in shard.spans]
     assert all(start < end for _, start, end in spans)
     return [owners[item][at] for item, start, end in spans for at in range(start, end)]
 
@@ -150,21 +150,19 @@ HASHES = st.sampled_from([*range(12), 2**63, 2**64 - 1])
 
 
 @given(RULES, st.lists(st.tuples(st.integers(1, 20), HASHES), max_size=40), st.lists(st.integers(0, 40), max_size=6))
-def test_documents_go_where_the_rules_say_however_they_are_grouped(
-    rules: Rules, documents: list[Document], borders: list[int]
-) -> None:
+def test_planner_matches_naive_reference(rules: Rules, documents: list[Document], borders: list[int]) -> None:
     cuts, counted, items = cut(rules, documents, borders)
     naive = Naive(rules, documents, borders)
     for split, expected in (("val", naive.val), ("train", naive.train)):
         assert tokens_of(cuts, split, items) == expected
-        shards = [each for each in cuts if each.split == split]
-        assert [each.number for each in shards] == list(range(len(shards)))
-        assert [each.tokens for each in shards[:-1]] == [rules.shard_tokens] * (len(shards) - 1)
-        assert all(0 < each.tokens <= rules.shard_tokens for each in shards)
+        shards = [shard for shard in cuts if shard.split == split]
+        assert [shard.number for shard in shards] == list(range(len(shards)))
+        assert [shard.tokens for shard in shards[:-1]] == [rules.shard_tokens] * (len(shards) - 1)
+        assert all(0 < shard.tokens <= rules.shard_tokens for shard in shards)
         size = rules.shard_tokens
         begin = [sum(at == 0 for _, at in expected[i : i + size]) for i in range(0, len(expected), size)]
-        assert [each.documents for each in shards] == begin
-        assert [each.tokens for each in shards] == [sum(end - start for _, start, end in c.spans) for c in shards]
+        assert [shard.documents for shard in shards] == begin
+        assert [shard.tokens for shard in shards] == [sum(end - start for _, start, end in c.spans) for c in shards]
     assert counted.counts == {
         "train_documents": naive.counts["train_documents"], "train_tokens": len(naive.train),
         "val_documents": naive.counts["val_documents"], "val_tokens": len(naive.val),
@@ -177,13 +175,13 @@ def test_documents_go_where_the_rules_say_however_they_are_grouped(
 
 
 def lengths_of(cuts: list[ShardSpec], split: str) -> list[int]:
-    return [each.tokens for each in cuts if each.split == split]
+    return [shard.tokens for shard in cuts if shard.split == split]
 
 
-def test_validation_takes_whole_documents_that_fit() -> None:
+def test_validation_takes_whole_fitting_documents() -> None:
     documents = [(6, 1), (4, 2), (5, 3), *((5, i) for i in range(4, 60))]
-    for wanted, taken in ((10, [6, 4]), (14, [6, 4]), (15, [6, 4, 5]), (9, [6])):
-        cuts, counted, _ = cut(Rules(val_tokens=wanted, shard_tokens=100), documents, [])
+    for val_tokens, taken in ((10, [6, 4]), (14, [6, 4]), (15, [6, 4, 5]), (9, [6])):
+        cuts, counted, _ = cut(Rules(val_tokens=val_tokens, shard_tokens=100), documents, [])
         assert lengths_of(cuts, "val") == [sum(taken)]
         assert counted.counts["val_documents"] == len(taken)
 
@@ -192,35 +190,35 @@ LINES = [(4, i) for i in range(1, 3_001)]
 
 
 @pytest.mark.parametrize("at", [0, 1_500, 3_000])
-@pytest.mark.parametrize("wanted", [1_000, 10**6])
-def test_one_long_document_among_short_ones_is_not_held_out(at: int, wanted: int) -> None:
+@pytest.mark.parametrize("val_tokens", [1_000, 10**6])
+def test_long_document_not_held_out(at: int, val_tokens: int) -> None:
     """Nor are all the short ones: of each kind there is something to train on, and something held out."""
     documents = [*LINES[:at], (1_400_000, 0), *LINES[at:]]
     for borders in ([], [1], [500, 1_000, 2_000]):
-        _, counted, _ = cut(Rules(val_tokens=wanted, shard_tokens=10**6), documents, borders)
+        _, counted, _ = cut(Rules(val_tokens=val_tokens, shard_tokens=10**6), documents, borders)
         counts = counted.counts
         assert counts["train_tokens"] + counts["val_tokens"] == 1_412_000 + counts["documents_split"]
-        assert min(wanted, 141_200) / 2 <= counts["val_tokens"] <= min(wanted, 141_201)
+        assert min(val_tokens, 141_200) / 2 <= counts["val_tokens"] <= min(val_tokens, 141_201)
         assert counts["val_documents"] <= 301
         assert counts["train_documents"] >= 2_700
 
 
-def test_a_single_document_is_split_and_its_end_held_out() -> None:
+def test_single_document_split_holds_out_end() -> None:
     cuts, counted, items = cut(Rules(val_tokens=500, shard_tokens=1_000), [(1_000, 1)], [])
     assert tokens_of(cuts, "train", items) == [(0, at) for at in range(901)]
     assert tokens_of(cuts, "val", items) == [(0, 0), *((0, at) for at in range(901, 1_000))]
-    assert [each.documents for each in cuts] == [1, 1]
+    assert [shard.documents for shard in cuts] == [1, 1]
     assert counted.counts["documents_split"] == 1
 
 
-def test_no_copy_of_a_split_document_is_trained_on() -> None:
+def test_copies_of_split_document_dropped() -> None:
     documents = [(100, 1), (100, 2), (100, 1), (100, 1)]
     _, counted, _ = cut(Rules(val_tokens=500), documents, [2])
     assert counted.counts["copies_of_validation_dropped"] == 2
     assert counted.counts["train_tokens"] == 200 - (counted.counts["val_tokens"] - 1)
 
 
-def test_training_has_no_copy_of_validation_but_keeps_its_own() -> None:
+def test_training_drops_only_validation_copies() -> None:
     documents = [(10, 1), (3, 2), (10, 1), (3, 2), (3, 2), *((10, i) for i in range(3, 13))]
     _, counted, _ = cut(Rules(), documents, [2])
     assert counted.counts["train_documents"] == 13
@@ -230,18 +228,18 @@ def test_training_has_no_copy_of_validation_but_keeps_its_own() -> None:
     assert counted.counts["duplicates_dropped"] == 3
 
 
-def test_the_target_is_met_to_the_token() -> None:
+def test_target_tokens_met_exactly() -> None:
     documents = [(5, i) for i in range(10)] + [(900, i) for i in range(10, 12)]
-    for wanted in (20, 43, 45, 800, 10**9):
-        cuts, counted, _ = cut(Rules(target_tokens=wanted, shard_tokens=10_000), documents, [3, 11])
-        assert counted.full == (wanted < 10**9)
+    for target in (20, 43, 45, 800, 10**9):
+        cuts, counted, _ = cut(Rules(target_tokens=target, shard_tokens=10_000), documents, [3, 11])
+        assert counted.full == (target < 10**9)
         [held_out] = lengths_of(cuts, "val")
-        assert held_out <= (held_out + wanted) / 10
+        assert held_out <= (held_out + target) / 10
         whole = 1_850 - held_out + counted.counts["documents_split"]
-        assert lengths_of(cuts, "train") == [min(wanted, whole)]
+        assert lengths_of(cuts, "train") == [min(target, whole)]
 
 
-def test_of_a_limited_number_of_documents_a_tenth_is_held_out() -> None:
+def test_max_documents_holds_out_tenth() -> None:
     documents = [(5, i) for i in range(100)]
     for most, val in ((10, 1), (50, 5), (100, 10), (1_000, 10)):
         _, counted, _ = cut(Rules(val_tokens=495, max_documents=most), documents, [7, 30])
@@ -252,7 +250,7 @@ def test_of_a_limited_number_of_documents_a_tenth_is_held_out() -> None:
     assert (counted.counts["train_documents"], counted.counts["val_tokens"]) == (9, 2)
 
 
-def test_too_little_to_hold_out_a_tenth_of_is_said_with_what_was_passed_over() -> None:
+def test_too_few_tokens_error_lists_skips() -> None:
     _, counted, _ = cut(Rules(), [(8, 1), (8, 1)], [])
     with pytest.raises(UserError, match=r"x has 2 usable.*8 tokens; 1,234 x invalid json.*at most a tenth.*add text$"):
         check_enough(counted, "x", {"invalid_json": 1_234})
@@ -263,7 +261,7 @@ def test_too_little_to_hold_out_a_tenth_of_is_said_with_what_was_passed_over() -
     check_enough(counted, "x", {})
 
 
-def test_no_document_at_all_is_said_with_where_and_why() -> None:
+def test_no_documents_error_explains_cause() -> None:
     _, counted, _ = cut(Rules(), [], [])
     place = {"reason": "no_text_column", "place": "a.parquet", "detail": "no column 'text', but ['body']"}
     with pytest.raises(UserError, match=r"x has no usable document; 1 x no text column; --text-column NAME(.|\n)*body"):
@@ -273,21 +271,21 @@ def test_no_document_at_all_is_said_with_where_and_why() -> None:
 
 
 @given(st.lists(st.lists(st.sampled_from([0, 1, 2, 3, 2**63 - 1, 2**63, 2**64 - 1]) | st.integers(0, 2**64 - 1))))
-def test_a_set_of_hashes_is_a_set(batches: list[list[int]]) -> None:
+def test_hash_set_matches_python_set(batches: list[list[int]]) -> None:
     found, expected = HashSet(), set()
     for batch in batches:
         hashes = np.array(batch, dtype=np.uint64)
-        assert found.holds(hashes).tolist() == [each in expected for each in batch]
+        assert found.holds(hashes).tolist() == [value in expected for value in batch]
         new = []
-        for place, each in enumerate(batch):
-            if each not in expected:
+        for place, value in enumerate(batch):
+            if value not in expected:
                 new.append(place)
-                expected.add(each)
+                expected.add(value)
         assert found.add_new(hashes).tolist() == new
         assert found.holds(hashes).all()
 
 
-def test_a_set_of_many_batches_stays_a_few_runs() -> None:
+def test_hash_set_keeps_few_runs() -> None:
     found, chance = HashSet(), np.random.default_rng(0)
     batches = [chance.integers(0, 2**64, 100, dtype=np.uint64) for _ in range(300)]
     for batch in batches:

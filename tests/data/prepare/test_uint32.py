@@ -35,7 +35,7 @@ def config(mixed_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     return DataConfig(source=source, tokenizer=tokenizer, val_tokens=500, shard_tokens=5_000, workers=1)
 
 
-def test_every_way_makes_the_same_bytes(
+def test_prepare_repair_and_merge_write_identical_bytes(
     config: DataConfig, mixed_corpus: Path, hashes: Callable[[Path], dict[str, str]]
 ) -> None:
     folder = prepare(config, progress=False).folder
@@ -64,14 +64,14 @@ def test_every_way_makes_the_same_bytes(
 
     shutil.rmtree(folder)
     for part in ("2/2", "1/2"):
-        made = prepare_worker_shard(config, part, progress=False)
+        shard_folder = prepare_worker_shard(config, part, progress=False)
     # One token of an item was lost on the way: only that item is made again.
-    (damaged, *_) = sorted(made.glob("*.bin"))
+    (damaged, *_) = sorted(shard_folder.glob("*.bin"))
     damaged.write_bytes(damaged.read_bytes()[:-4])
     assert hashes(merge_worker_shards(folder, progress=False).folder) == before
 
 
-def test_space_is_counted_by_four_bytes(config: DataConfig) -> None:
+def test_disk_space_counts_four_bytes_per_token(config: DataConfig) -> None:
     datasets_dir().mkdir(parents=True)
     small = replace(config, tokenizer="r50k_base")
     specs = [make_spec(settings) for settings in (small, config)]

@@ -47,44 +47,44 @@ SIZES = st.sampled_from([0, 1, 1_000, 900_000, SMALL_BYTES, 10 * SMALL_BYTES, PA
     st.booleans(),
     st.randoms(use_true_random=False),
 )
-def test_each_file_and_part_is_in_one_item(
+def test_work_items_partition_files_and_parts(
     named: dict[str, tuple[int, str]], shuffle: bool, chance: random.Random
 ) -> None:
     files = [file(f"{name}x{suffix}", min(size, 50 * PART_BYTES)) for name, (size, suffix) in named.items()]
     items = make_work_items(files, shuffle, 3)
     pieces = [piece for item in items for piece in item]
-    for each in files:
-        mine = [piece for piece in pieces if piece.file == each]
+    for source_file in files:
+        mine = [piece for piece in pieces if piece.file == source_file]
         parts = len(mine)
         assert sorted((piece.part, piece.num_parts) for piece in mine) == [(part, parts) for part in range(parts)]
-        assert (parts > 1) == (each.name.endswith(".parquet") and each.size_bytes > 1.5 * PART_BYTES)
+        assert (parts > 1) == (source_file.name.endswith(".parquet") and source_file.size_bytes > 1.5 * PART_BYTES)
         assert all(piece.size_bytes <= 1.5 * PART_BYTES for piece in mine if parts > 1)
-    assert len(pieces) == sum(len({piece for piece in pieces if piece.file == each}) for each in files)
+    assert len(pieces) == sum(len({piece for piece in pieces if piece.file == source_file}) for source_file in files)
     assert all(items)
     shuffled = list(files)
     chance.shuffle(shuffled)
     assert shape(make_work_items(shuffled, shuffle, 3)) == shape(items)
 
 
-def test_without_shuffling_the_order_is_by_name() -> None:
+def test_unshuffled_items_sorted_by_name() -> None:
     files = [file("b.parquet", 3 * PART_BYTES), file("c"), file("a/z"), file("a")]
     expected = [[("a", 0, 1), ("a/z", 0, 1)], [("b.parquet", part, 3) for part in range(3)], [("c", 0, 1)]]
     assert shape(make_work_items(files, False, 0)) == [expected[0], *([part] for part in expected[1]), expected[2]]
 
 
-def test_the_seed_decides_the_order_and_nothing_else_does() -> None:
+def test_order_depends_only_on_seed() -> None:
     files = [file(f"{number}.parquet", 2 * PART_BYTES) for number in range(20)]
-    orders = [tuple(each.name for each in order_files(files, True, seed)) for seed in range(5)]
+    orders = [tuple(source_file.name for source_file in order_files(files, True, seed)) for seed in range(5)]
     assert len(set(orders)) == 5
-    assert all(set(order) == {each.name for each in files} for order in orders)
+    assert all(set(order) == {source_file.name for source_file in files} for order in orders)
     # Where a file lies, and what is in it, is no matter.
-    moved = [SourceFile(each.name, "/elsewhere", "jsonl", 2 * PART_BYTES, "digest") for each in files]
+    moved = [SourceFile(source_file.name, "/elsewhere", "jsonl", 2 * PART_BYTES, "digest") for source_file in files]
     assert shape(make_work_items(moved, True, 1)) == shape(make_work_items(files, True, 1))
     numbers = [piece.part for item in make_work_items([file("a.jsonl", 40 * PART_BYTES)], True, 0) for piece in item]
     assert sorted(numbers) == list(range(40)) != numbers, "parts are shuffled too"
 
 
-def test_small_files_go_together_but_a_million_tiny_ones_do_not() -> None:
+def test_small_files_grouped_up_to_limit() -> None:
     assert shape(make_work_items([file(f"{i}", SMALL_BYTES // 4) for i in range(8)], False, 0)) == [
         [(f"{i}", 0, 1) for i in range(4)], [(f"{i}", 0, 1) for i in range(4, 8)]
     ]  # fmt: skip
@@ -93,7 +93,7 @@ def test_small_files_go_together_but_a_million_tiny_ones_do_not() -> None:
     assert max(map(len, items)) <= 1_000
 
 
-def test_files_of_unknown_size_are_no_small_ones() -> None:
+def test_files_of_unknown_size_not_grouped() -> None:
     """A server that gives no size is not one whose thousand files are all fetched for the first item."""
     assert len(make_work_items([file(f"{i}.json.gz", 0, f"https://x/{i}") for i in range(10)], True, 0)) == 10
 
@@ -113,11 +113,11 @@ def source(tmp_path: Path) -> Source:
 
 def tokenize(source: Source, folder: Path, **settings: object) -> None:
     (item,) = make_work_items(source.files, False, 0)
-    paths = {each.name: Path(each.location) for each in source.files}
+    paths = {source_file.name: Path(source_file.location) for source_file in source.files}
     tokenize_item(item, paths, source, DataConfig(**settings), tokens_path(folder, 0), folder / "stop")
 
 
-def test_a_item_is_its_documents_end_to_end_with_an_index(source: Source, tmp_path: Path) -> None:
+def test_item_has_concatenated_documents_and_index(source: Source, tmp_path: Path) -> None:
     tokenize(source, tmp_path)
     index, tokenizer = load_item_index(tmp_path, 0), load_tokenizer()
     tokens = np.fromfile(tokens_path(tmp_path, 0), dtype="<u2")
@@ -129,7 +129,7 @@ def test_a_item_is_its_documents_end_to_end_with_an_index(source: Source, tmp_pa
     digests = [hashlib.sha256(document.tobytes()).digest() for document in documents]
     assert index.hashes.tolist() == [int.from_bytes(digest[:8], "little") for digest in digests]
     assert (index.lengths.dtype, index.hashes.dtype) == (np.int64, np.uint64)
-    assert {each["reason"]: each["place"] for each in index.skips.places} == {
+    assert {skip["reason"]: skip["place"] for skip in index.skips.places} == {
         "empty": "b.txt, document 1",
         "invalid_json": "c.jsonl, line 2",
         "lone_surrogates_replaced": "c.jsonl, line 3",
@@ -138,13 +138,13 @@ def test_a_item_is_its_documents_end_to_end_with_an_index(source: Source, tmp_pa
     assert set(index.skips.counts.values()) == {1}
 
 
-def test_cleaning_is_asked_for_by_the_settings(source: Source, tmp_path: Path) -> None:
+def test_cleaning_follows_settings(source: Source, tmp_path: Path) -> None:
     tokenize(source, tmp_path, min_chars=5)
     assert len(load_item_index(tmp_path, 0).lengths) == 2
     assert load_item_index(tmp_path, 0).skips.counts["too_short"] == 2
 
 
-def test_batches_of_any_size_give_the_same(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_independent_of_batch_size(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenize(source, tmp_path)
     whole = tokens_path(tmp_path, 0).read_bytes()
     monkeypatch.setattr(work_items, "BATCH_CHARS", 1)
@@ -152,9 +152,7 @@ def test_batches_of_any_size_give_the_same(source: Source, tmp_path: Path, monke
     assert tokens_path(tmp_path, 0).read_bytes() == whole
 
 
-def test_a_text_that_the_tokenizer_fails_on_is_named_with_its_file(
-    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_untokenizable_text_skipped_and_logged(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """tiktoken's panics are no Exception."""
 
     class PanicException(BaseException):
@@ -177,7 +175,7 @@ def test_a_text_that_the_tokenizer_fails_on_is_named_with_its_file(
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError(), OSError(28, "No space left on device")])
-def test_what_is_not_the_texts_fault_ends_the_item(
+def test_system_error_aborts_item(
     error: BaseException, source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def encode_documents(*_: object) -> list[np.ndarray]:
@@ -190,14 +188,14 @@ def test_what_is_not_the_texts_fault_ends_the_item(
     assert [path.name for path in tmp_path.iterdir()] == ["texts"], "nothing is left behind"
 
 
-def test_a_file_that_has_gone_is_no_damage_but_an_error(source: Source, tmp_path: Path) -> None:
+def test_missing_file_raises(source: Source, tmp_path: Path) -> None:
     (tmp_path / "texts" / "a.txt").unlink()
     with pytest.raises(UserError, match=r"a\.txt no longer exists"):
         tokenize(source, tmp_path)
     assert not is_tokenized(tmp_path, 0)
 
 
-def test_a_item_stops_when_nobody_wants_it(tmp_path: Path) -> None:
+def test_stop_file_interrupts_item(tmp_path: Path) -> None:
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.jsonl").write_text('{"text": "a"}\n' * 3_000)
     (tmp_path / "stop").touch()
@@ -206,7 +204,7 @@ def test_a_item_stops_when_nobody_wants_it(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["stop", "texts"]
 
 
-def test_a_file_in_parts_gives_each_document_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_parts_yield_documents_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(work_items, "PART_BYTES", 1_000)
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.jsonl").write_text("".join(f'{{"text": "number {i}"}}\n' for i in range(300)))

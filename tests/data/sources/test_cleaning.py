@@ -20,32 +20,32 @@ def cleaned(text: str, **settings: object) -> tuple[str | None, dict[str, int]]:
 
 
 @given(st.text(alphabet=LETTERS))
-def test_text_is_unchanged_by_default(text: str) -> None:
+def test_text_unchanged_by_default(text: str) -> None:
     kept, counts = cleaned(text)
     noticed = {"nul_characters_kept": 1} if "\0" in text else {}
     assert (kept, counts) == ((text, noticed) if text.strip() else (None, {"empty": 1}))
 
 
 @pytest.mark.parametrize("text", ["", " ", "\n\t\r\x0b\u2003", " " * 1_000_000])
-def test_white_space_is_empty(text: str) -> None:
+def test_whitespace_only_text_is_empty(text: str) -> None:
     assert cleaned(text) == (None, {"empty": 1})
 
 
-def test_unicode_is_normalized_and_counted() -> None:
+def test_unicode_normalized_and_counted() -> None:
     assert cleaned("cafe\u0301", normalize_unicode=True) == ("café", {"unicode_normalized": 1})
     assert cleaned("café ﬁ", normalize_unicode=True) == ("café ﬁ", {})  # NFC, not NFKC
     assert cleaned("\u1112\u1161\u11ab", normalize_unicode=True) == ("한", {"unicode_normalized": 1})
     assert cleaned("a\ud83d", normalize_unicode=True) == ("a\ud83d", {})
 
 
-def test_control_characters_are_stripped_but_not_white_space() -> None:
+def test_control_characters_stripped_except_whitespace() -> None:
     text = "".join(map(chr, [*range(0x20), *range(0x7F, 0xA0)])) + "a\u200b\u200d\ufeff"
     assert cleaned(text, strip_control=True) == ("\t\n\ra\u200b\u200d\ufeff", {"control_characters_stripped": 1})
     assert cleaned("a\t\r\n", strip_control=True) == ("a\t\r\n", {})
     assert cleaned("\x00 \x07", strip_control=True) == (None, {"control_characters_stripped": 1, "empty": 1})
 
 
-def test_short_texts_are_dropped_and_counted() -> None:
+def test_short_texts_dropped_and_counted() -> None:
     assert cleaned("abc", min_chars=3) == ("abc", {})
     assert cleaned("ab", min_chars=3) == (None, {"too_short": 1})
     assert cleaned("🙂🙂🙂", min_chars=3) == ("🙂🙂🙂", {})
@@ -67,7 +67,7 @@ def test_cleaning_is_idempotent(text: str) -> None:
 
 
 @pytest.mark.parametrize("marks", ["\u0301\u0316", "\u0f73", "\u0344\u0316"])
-def test_a_million_combining_marks_take_linear_time(marks: str) -> None:
+def test_combining_marks_take_linear_time(marks: str) -> None:
     """Python needs n x n steps to sort n marks, hours for a million. No script uses a hundred."""
     text = "e\u0301 a" + marks * (1_000_000 // len(marks))
     assert cleaned(text, normalize_unicode=True) == (text, {"unicode_not_normalized": 1})

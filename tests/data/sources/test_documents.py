@@ -19,7 +19,7 @@ def sentences(rows: list[str]) -> list[str]:
 
 
 @given(st.lists(st.text(alphabet="ab =\n", max_size=9)))
-def test_rows_are_documents(rows: list[str]) -> None:
+def test_row_grouping_preserves_rows(rows: list[str]) -> None:
     assert list(group_rows(rows, "rows")) == rows
 
 
@@ -27,7 +27,7 @@ def test_rows_are_documents(rows: list[str]) -> None:
 
 
 @given(st.lists(st.text(alphabet="ab \u2003", max_size=12)), st.integers(1, 30))
-def test_sentences_are_joined_without_loss(rows: list[str], size: int) -> None:
+def test_sentence_grouping_is_lossless(rows: list[str], size: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(grouping, "SENTENCE_DOCUMENT_CHARS", size)
         documents = sentences(rows)
@@ -38,14 +38,14 @@ def test_sentences_are_joined_without_loss(rows: list[str], size: int) -> None:
         assert len(text.rpartition("\n")[0]) < size
 
 
-def test_a_book_of_sentences_becomes_documents_longer_than_any_context() -> None:
+def test_sentence_documents_reach_target_length() -> None:
     rng = random.Random(0)
     documents = sentences(["a sentence " * rng.randint(1, 20) + "." for _ in range(3_000)])
     assert len(documents) > 10
     assert all(SENTENCE_DOCUMENT_CHARS <= len(text) + 1 < SENTENCE_DOCUMENT_CHARS + 300 for text in documents[:-1])
 
 
-def test_a_long_sentence_stays_whole() -> None:
+def test_long_sentence_is_not_split() -> None:
     long = "x" * (3 * SENTENCE_DOCUMENT_CHARS)
     assert sentences(["a", long, "b"]) == [f"a\n{long}", "b"]
     assert sentences([]) == sentences(["", " \n"]) == []
@@ -63,7 +63,7 @@ WIKITEXT = [
 ]  # fmt: skip
 
 
-def test_an_article_is_one_document_with_unchanged_rows() -> None:
+def test_article_grouping_preserves_rows() -> None:
     """As parquet stores them: rows end with a newline, except empty ones."""
     rows = [row for article in WIKITEXT for row in article]
     whole = [[row if row.endswith("\n") else f"{row}\n" for row in article] for article in WIKITEXT]
@@ -77,24 +77,24 @@ def test_an_article_is_one_document_with_unchanged_rows() -> None:
 
 
 @pytest.mark.parametrize("title", [" = A = ", " = AB = \n", "= Robert <unk> = \n", " = 1992 = \n", " = C = D = \n"])
-def test_titles_begin_articles(title: str) -> None:
+def test_title_starts_new_article(title: str) -> None:
     assert len(articles([" = First = \n", " Text . \n", title, " More . \n"])) == 2
 
 
 @pytest.mark.parametrize(
     "row", [" = = Section = = \n", " = = = Part = = = \n", "", " = \n", " = = \n", " x = y = \n", " a = b \n", "=A=\n"]
 )
-def test_other_rows_do_not_begin_articles(row: str) -> None:
+def test_non_title_does_not_start_article(row: str) -> None:
     assert len(articles([" = First = \n", " Text . \n", row, " More . \n"])) == 1
 
 
-def test_rows_before_the_first_title_are_kept_and_empty_files_give_nothing() -> None:
+def test_rows_before_first_title_and_empty_files() -> None:
     assert articles(["The end of an article .\n", " = A = \n"]) == ["The end of an article .\n", " = A = \n"]
     assert articles(["", "", " \n"]) == articles([]) == []
 
 
 @given(st.lists(st.sampled_from([row for article in WIKITEXT for row in article] + ["=" * 9, " = " * 9])))
-def test_no_row_is_lost(rows: list[str]) -> None:
+def test_article_grouping_is_lossless(rows: list[str]) -> None:
     found = "".join(articles(rows))
     expected = "".join(row if row.endswith("\n") else f"{row}\n" for row in rows)
     assert found == expected or (not found and not expected.strip())

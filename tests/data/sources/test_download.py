@@ -78,7 +78,7 @@ def sent(hub: HubServer) -> int:
     return sum(request.sent_bytes for request in hub.seen("/cdn/|/plain/"))
 
 
-def test_a_file_is_downloaded_once(hub: HubServer, file: SourceFile, tmp_path: Path) -> None:
+def test_download_reuses_local_file(hub: HubServer, file: SourceFile, tmp_path: Path) -> None:
     path = download_file(file, tmp_path / "d")
     assert path == local_path(file, tmp_path / "d")
     assert path.suffix == ".parquet"
@@ -89,7 +89,7 @@ def test_a_file_is_downloaded_once(hub: HubServer, file: SourceFile, tmp_path: P
     assert left(tmp_path / "d") == [path.name]
 
 
-def test_small_files_are_verified_by_their_git_hash(hub: HubServer, file: SourceFile, tmp_path: Path) -> None:
+def test_small_files_verified_by_git_hash(hub: HubServer, file: SourceFile, tmp_path: Path) -> None:
     digest = "git:" + hashlib.sha1(b"blob 5\0small").hexdigest()
     notes = SourceFile("notes.md", file.location.replace(NAME, "notes.md"), "prose", 5, digest)
     assert download_file(notes, tmp_path).read_bytes() == b"small"
@@ -101,7 +101,7 @@ def test_small_files_are_verified_by_their_git_hash(hub: HubServer, file: Source
     assert download_file(nothing, tmp_path).read_bytes() == b""
 
 
-def test_cut_connection_is_resumed(hub: HubServer, file: SourceFile, tmp_path: Path, waited: list[float]) -> None:
+def test_dropped_connection_resumes(hub: HubServer, file: SourceFile, tmp_path: Path, waited: list[float]) -> None:
     hub.cut_next("/cdn/", 1 << 20, times=3)
     assert download_file(file, tmp_path).read_bytes() == CONTENT
     requests = hub.seen("/cdn/")
@@ -110,13 +110,13 @@ def test_cut_connection_is_resumed(hub: HubServer, file: SourceFile, tmp_path: P
     assert sent(hub) < 2 * len(CONTENT)
 
 
-def test_reset_connection_is_retried(hub: HubServer, file: SourceFile, tmp_path: Path, waited: list[float]) -> None:
+def test_connection_reset_retries(hub: HubServer, file: SourceFile, tmp_path: Path, waited: list[float]) -> None:
     hub.cut_next("/cdn/", 1 << 20, times=3, reset=True)
     assert download_file(file, tmp_path).read_bytes() == CONTENT
 
 
 @pytest.mark.parametrize("status", [429, 503, 500, 408])
-def test_retry_after_is_respected(
+def test_honors_retry_after_header(
     hub: HubServer, file: SourceFile, tmp_path: Path, waited: list[float], status: int
 ) -> None:
     hub.cut_next("/cdn/", 1 << 20)
@@ -126,23 +126,23 @@ def test_retry_after_is_respected(
     assert sum(waited) < 30
 
 
-def test_rate_limit_headers_of_the_hub_are_respected() -> None:
+def test_honors_hub_rate_limit_headers() -> None:
     request = httpx2.Request("GET", "http://127.0.0.1/")
 
-    def asked(headers: dict[str, str]) -> int:
+    def delay_s(headers: dict[str, str]) -> int:
         return download.retry_after(
             HfHubHTTPError("busy", response=httpx2.Response(429, headers=headers, request=request))
         )
 
     window = {"RateLimit": '"resolvers";r=0;t=55', "RateLimit-Policy": '"fixed window";"resolvers";q=500;w=300'}
-    assert asked(window) == 56
-    assert asked(window | {"RateLimit": '"resolvers";r=12;t=55'}) == 0
-    assert asked(window | {"Retry-After": "7"}) == 7
-    assert asked({"Retry-After": "Wed, 21 Oct 2026 07:28:00 GMT"}) == 0
+    assert delay_s(window) == 56
+    assert delay_s(window | {"RateLimit": '"resolvers";r=12;t=55'}) == 0
+    assert delay_s(window | {"Retry-After": "7"}) == 7
+    assert delay_s({"Retry-After": "Wed, 21 Oct 2026 07:28:00 GMT"}) == 0
     assert download.retry_after(OSError("no answer at all")) == 0
 
 
-def test_replaced_plain_url_is_rejected(hub: HubServer, tmp_path: Path) -> None:
+def test_rejects_changed_url_content(hub: HubServer, tmp_path: Path) -> None:
     listed = plain(hub, CONTENT, len(CONTENT))
     hub.add_plain("v1/a.json.gz", CONTENT[::-1])  # of the same size
     with pytest.raises(UserError, match=f"not the listed file: .*expected .*{md5(CONTENT)}.*Delete the listing"):
@@ -152,9 +152,7 @@ def test_replaced_plain_url_is_rejected(hub: HubServer, tmp_path: Path) -> None:
     assert download_file(listed, tmp_path).read_bytes() == CONTENT
 
 
-def test_server_without_ranges_sends_the_whole_file(
-    hub: HubServer, file: SourceFile, tmp_path: Path, waited: list[float]
-) -> None:
+def test_restarts_without_range_support(hub: HubServer, file: SourceFile, tmp_path: Path, waited: list[float]) -> None:
     hub.ignore_ranges("/cdn/")
     hub.cut_next("/cdn/", 3 << 20)
     hub.cut_next("/cdn/", 1 << 20)
@@ -162,7 +160,7 @@ def test_server_without_ranges_sends_the_whole_file(
     assert [request.status for request in hub.seen("/cdn/")] == [200] * 3
 
 
-def test_killed_download_starts_again(hub: HubServer, file: SourceFile, tmp_path: Path) -> None:
+def test_killed_download_restarts(hub: HubServer, file: SourceFile, tmp_path: Path) -> None:
     hub.hold("/cdn/", 1 << 20)
     words = [sys.executable, "-c", FETCH, json.dumps(asdict(file)), str(tmp_path / "d")]
     client = subprocess.Popen(words, env=os.environ | hub.environment(tmp_path / "home"))
@@ -179,7 +177,7 @@ def test_killed_download_starts_again(hub: HubServer, file: SourceFile, tmp_path
     assert left(tmp_path / "d") == [path.name]
 
 
-def test_stalled_connection_is_resumed(
+def test_stalled_connection_resumes(
     hub: HubServer, file: SourceFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
@@ -191,7 +189,7 @@ def test_stalled_connection_is_resumed(
     assert len(hub.seen("/cdn/")) >= 2
 
 
-def test_wrong_content_is_downloaded_once_more(hub: HubServer, file: SourceFile, tmp_path: Path) -> None:
+def test_checksum_mismatch_retries_then_raises(hub: HubServer, file: SourceFile, tmp_path: Path) -> None:
     """Damage that keeps the size."""
     with pytest.raises(UserError, match=r"is not the listed file: sha256 .*expected 000.*Delete the listing") as caught:
         download_file(replace(file, digest="0" * 64), tmp_path)
@@ -201,19 +199,19 @@ def test_wrong_content_is_downloaded_once_more(hub: HubServer, file: SourceFile,
 
 
 @pytest.mark.parametrize("size", [10, 15, 25])
-def test_a_plain_url_of_another_size_is_rejected(hub: HubServer, tmp_path: Path, size: int) -> None:
+def test_rejects_size_mismatch(hub: HubServer, tmp_path: Path, size: int) -> None:
     with pytest.raises(UserError, match=f"not the listed file: 20 bytes, expected {size}"):
         download_file(plain(hub, b"0123456789" * 2, size), tmp_path)
     assert left(tmp_path) == []
 
 
-def test_unknown_size_is_accepted(hub: HubServer, tmp_path: Path) -> None:
+def test_accepts_unknown_size(hub: HubServer, tmp_path: Path) -> None:
     file = replace(plain(hub, b"0123456789", 0), digest="")
     assert download_file(file, tmp_path).read_bytes() == b"0123456789"
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
-def test_missing_and_private_files_fail_without_retries(
+def test_missing_or_private_file_raises_without_retry(
     hub: HubServer, file: SourceFile, tmp_path: Path, status: int
 ) -> None:
     hub.fail_next("/resolve/", status=status, method="HEAD", times=2)
@@ -224,7 +222,7 @@ def test_missing_and_private_files_fail_without_retries(
         download_file(replace(file, location=f"{hub.endpoint}/plain/nothing"), tmp_path)
 
 
-def test_outage_ends_after_some_tries(hub: HubServer, file: SourceFile, tmp_path: Path, waited: list[float]) -> None:
+def test_outage_raises_after_retries(hub: HubServer, file: SourceFile, tmp_path: Path, waited: list[float]) -> None:
     hub.down(503, retry_after=None)
     with pytest.raises(UnreachableError, match=r"cannot download .*503.*HF_ENDPOINT. Rerun the same command"):
         download_file(file, tmp_path)
@@ -243,14 +241,14 @@ def small_disk() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_full_disk_is_not_retried(hub: HubServer, file: SourceFile, tmp_path: Path, small_disk: None) -> None:
+def test_full_disk_raises_without_retry(hub: HubServer, file: SourceFile, tmp_path: Path, small_disk: None) -> None:
     with pytest.raises(OSError, match="File too large") as caught:
         download_file(file, tmp_path)
     assert out_of_space(caught.value)
     assert len(hub.seen("/cdn/")) == 1
 
 
-def test_only_the_hub_gets_the_token(
+def test_token_sent_only_to_hub(
     hub: HubServer, file: SourceFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
@@ -261,7 +259,7 @@ def test_only_the_hub_gets_the_token(
     assert seen == {("datasets", "Bearer hf_secret"), ("cdn", None), ("plain", None)}
 
 
-def test_a_kept_file_of_another_revision_is_not_used(hub: HubServer, file: SourceFile, tmp_path: Path) -> None:
+def test_ignores_kept_file_of_other_revision(hub: HubServer, file: SourceFile, tmp_path: Path) -> None:
     download_file(file, tmp_path / "kept")
     changed = CONTENT[::-1]
     sha = hub.add_dataset(REPO, {NAME: changed})
@@ -272,7 +270,7 @@ def test_a_kept_file_of_another_revision_is_not_used(hub: HubServer, file: Sourc
     assert download_file(other, tmp_path / "kept", kept=tmp_path / "kept").read_bytes() == changed
 
 
-def test_two_processes_download_a_file_once(hub: HubServer, file: SourceFile, tmp_path: Path) -> None:
+def test_concurrent_calls_download_once(hub: HubServer, file: SourceFile, tmp_path: Path) -> None:
     hub.slow("/cdn/", 8 << 20)
     threads = [threading.Thread(target=download_file, args=(file, tmp_path)) for _ in range(3)]
     for thread in threads:
@@ -284,7 +282,7 @@ def test_two_processes_download_a_file_once(hub: HubServer, file: SourceFile, tm
 
 
 @pytest.mark.parametrize("name", ["../../up.jsonl", "a/../../up.jsonl", "日" * 100 + ".jsonl", "d/" * 600 + "x.jsonl"])
-def test_names_map_to_distinct_paths_below_the_folder(name: str, tmp_path: Path) -> None:
+def test_local_paths_distinct_and_contained(name: str, tmp_path: Path) -> None:
     def place(name: str) -> Path:
         return local_path(SourceFile(name, "https://x/y", "jsonl", 0, ""), tmp_path)
 

@@ -60,7 +60,7 @@ def ask(folder: Path) -> list[str]:
     return [digest for _, digest in found]
 
 
-def test_only_changed_files_are_hashed_again(folder: Path, hashed: Hashed) -> None:
+def test_rehashes_only_changed_files(folder: Path, hashed: Hashed) -> None:
     ask(folder)
     assert hashed() == ["a.txt", "b.txt"]
     ask(folder)
@@ -76,7 +76,7 @@ def test_only_changed_files_are_hashed_again(folder: Path, hashed: Hashed) -> No
     assert hashed() == []
 
 
-def test_one_of_several_processes_hashes(folder: Path, hashed: Hashed) -> None:
+def test_concurrent_processes_hash_once(folder: Path, hashed: Hashed) -> None:
     children, ready = [], os.pipe()
     for _ in range(4):
         if (child := os.fork()) == 0:
@@ -94,7 +94,7 @@ def test_one_of_several_processes_hashes(folder: Path, hashed: Hashed) -> None:
     assert hashed() == ["a.txt", "b.txt"]
 
 
-def test_recent_changes_are_not_cached(folder: Path, hashed: Hashed, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recent_changes_not_cached(folder: Path, hashed: Hashed, monkeypatch: pytest.MonkeyPatch) -> None:
     """The file may change again within the resolution of its times."""
     monkeypatch.setattr(file_digests, "SETTLED_NS", 10**18)
     for _ in range(2):
@@ -103,7 +103,7 @@ def test_recent_changes_are_not_cached(folder: Path, hashed: Hashed, monkeypatch
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]", '{"format": "myllm-digests-1", "files": {"a": [1]}}'])
-def test_a_damaged_or_unwritable_cache_is_ignored(content: str, folder: Path, hashed: Hashed) -> None:
+def test_ignores_damaged_or_unwritable_cache(content: str, folder: Path, hashed: Hashed) -> None:
     memory = folder.parent / "listings" / "memory.json"
     memory.parent.mkdir()
     memory.write_text(content)
@@ -116,13 +116,13 @@ def test_a_damaged_or_unwritable_cache_is_ignored(content: str, folder: Path, ha
     assert hashed() == ["a.txt", "b.txt"]
 
 
-def test_restarts_of_a_run_do_not_hash_again(folder: Path, hashed: Hashed) -> None:
+def test_restart_reuses_digests(folder: Path, hashed: Hashed) -> None:
     config = DataConfig(source=f"files:{folder}", val_tokens=2)
     assert resolve(config).folder == resolve(config).folder
     assert hashed() == ["a.txt", "b.txt"]
 
 
-def test_nothing_is_hashed_without_need(folder: Path, hashed: Hashed, temp_data: Path) -> None:
+def test_preflight_does_not_hash(folder: Path, hashed: Hashed, temp_data: Path) -> None:
     """A preflight only needs sizes, and writes no cache."""
     config = DataConfig(source=f"files:{folder}", val_tokens=2)
     assert inspect_data_and_disk(replace(RunConfig(), data=config)).tokens

@@ -98,7 +98,7 @@ def config(source: str, column: str | None = None, **values: Any) -> DataConfig:
 # -- local ------------------------------------------------------------------------------------------------------------
 
 
-def test_configurations_and_splits_of_a_folder(folder: Path, temp_data: Path) -> None:
+def test_folder_configurations_and_splits(folder: Path, temp_data: Path) -> None:
     plain = [row["text"] for i in range(3) for row in rows(f"p{i}", 20)]
     assert documents(f"datasets:{folder}") == plain
     assert find_source(f"datasets:{folder}:plain").files == find_source(f"datasets:{folder}").files
@@ -140,7 +140,7 @@ def zipped_csv(path: Path) -> None:
         ("rows.zip", zipped_csv),
     ],
 )
-def test_a_file_is_read_as_the_package_reads_it(
+def test_file_formats_match_datasets_package(
     name: str,
     write: Callable[[Path], None],
     tmp_path: Path,
@@ -153,7 +153,7 @@ def test_a_file_is_read_as_the_package_reads_it(
         assert documents(f"datasets:{tmp_path / path}") == [row["text"] for row in expected]
 
 
-def test_a_web_dataset(tmp_path: Path, temp_data: Path) -> None:
+def test_webdataset_matches_datasets_package(tmp_path: Path, temp_data: Path) -> None:
     path = tmp_path / "rows [1].tar"  # a name that looks like a pattern
     web_dataset(path)
     rows = datasets.load_dataset("webdataset", data_files=glob.escape(str(path)), split="train", streaming=True)
@@ -182,7 +182,7 @@ def test_save_to_disk(tmp_path: Path, temp_data: Path) -> None:
         find_source(f"datasets:{tmp_path / 'one'}")
 
 
-def test_bad_rows_are_counted_and_named(tmp_path: Path, temp_data: Path, in_process: None) -> None:
+def test_bad_rows_counted_and_logged(tmp_path: Path, temp_data: Path, in_process: None) -> None:
     write_csv(tmp_path / "csv" / "a.csv", rows("a", 20))
     with (tmp_path / "csv" / "a.csv").open("a") as file:
         file.write("one,two,3,four\ntitle,last,1\n")
@@ -202,7 +202,7 @@ def test_bad_rows_are_counted_and_named(tmp_path: Path, temp_data: Path, in_proc
     assert counts["train_documents"] + counts["val_documents"] - counts["documents_split"] == 21
 
 
-def test_a_killed_conversion_leaves_nothing_that_a_restart_takes_for_complete(
+def test_interrupted_conversion_restarts_cleanly(
     tmp_path: Path, temp_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_csv(tmp_path / "a.csv", rows("a", 2_500))
@@ -229,7 +229,7 @@ def test_a_killed_conversion_leaves_nothing_that_a_restart_takes_for_complete(
 
 
 @pytest.mark.slow
-def test_large_files_are_parts_with_the_same_bytes_for_any_workers(
+def test_large_file_deterministic_across_worker_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hashes: Callable[[Path], dict[str, str]]
 ) -> None:
     write_csv(tmp_path / "big.csv", [{"text": f"{i} " + "river été " * 1_100} for i in range(400)])
@@ -242,7 +242,7 @@ def test_large_files_are_parts_with_the_same_bytes_for_any_workers(
     assert len(np.unique(np.load(dataset.folder / "spans.npy")[:, 1])) == 2  # 5 MB in parts of about 3
 
 
-def test_a_change_of_a_file_or_of_the_settings_is_another_data_set(folder: Path, temp_data: Path) -> None:
+def test_fingerprint_depends_on_files_and_settings(folder: Path, temp_data: Path) -> None:
     from myllm.data.prepare.spec import make_spec
 
     def fingerprint() -> str:
@@ -255,7 +255,7 @@ def test_a_change_of_a_file_or_of_the_settings_is_another_data_set(folder: Path,
     assert len({first, second, fingerprint()}) == 3
 
 
-def test_a_later_start_does_not_import_the_package(folder: Path, temp_data: Path) -> None:
+def test_cached_listing_avoids_datasets_import(folder: Path, temp_data: Path) -> None:
     source = f"datasets:{folder}"
     find_source(source)
     code = f"import sys; from myllm.data.sources.source import find_source; find_source({source!r}); "
@@ -263,7 +263,7 @@ def test_a_later_start_does_not_import_the_package(folder: Path, temp_data: Path
 
 
 @pytest.mark.parametrize(
-    ("words", "column", "said"),
+    ("words", "column", "message"),
     [
         (":nope", None, "no split 'nope'; it has train, test, and the configurations plain, tabs"),
         (":plian:train", None, "no configuration 'plian', did you mean 'plain'"),
@@ -275,21 +275,23 @@ def test_a_later_start_does_not_import_the_package(folder: Path, temp_data: Path
         ("", "{title", "invalid template '{title'"),
     ],
 )
-def test_errors_are_one_sentence(folder: Path, temp_data: Path, words: str, column: str | None, said: str) -> None:
+def test_invalid_split_or_column_raises(
+    folder: Path, temp_data: Path, words: str, column: str | None, message: str
+) -> None:
     with pytest.raises(UserError) as raised:
         find_source(f"datasets:{folder}{words}", column)
-    assert said in str(raised.value)
+    assert message in str(raised.value)
     assert "\n" not in str(raised.value)
 
 
-def test_what_is_not_there_or_not_text(tmp_path: Path, temp_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_or_non_text_source_raises(tmp_path: Path, temp_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "a.png").write_bytes(b"no image")
     (tmp_path / "rows.xml").write_text("<rows><text>one</text></rows>")
     sqlite3.connect(tmp_path / "rows.db").executescript("create table rows (text); insert into rows values ('one')")
     monkeypatch.chdir(tmp_path)
-    for source, said in (
+    for source, message in (
         ("datasets:./missing", "there is nothing at"),
         ("datasets:empty", "did you mean datasets:./empty?"),
         ("datasets:./empty", "doesn't contain any data files"),
@@ -303,7 +305,7 @@ def test_what_is_not_there_or_not_text(tmp_path: Path, temp_data: Path, monkeypa
         ),
         ("datasets:./rows.db", "cannot open .*: it knows none of the suffixes there; `files:PATH --suffix"),
     ):
-        with pytest.raises(UserError, match=said.replace("?", r"\?")) as raised:
+        with pytest.raises(UserError, match=message.replace("?", r"\?")) as raised:
             find_source(source)
         assert len(str(raised.value)) < 300
     monkeypatch.setitem(sys.modules, "datasets.exceptions", None)
@@ -327,7 +329,7 @@ def package_on_hub(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> HubServer
     return hub
 
 
-def test_a_repository(package_on_hub: HubServer, folder: Path, temp_data: Path) -> None:
+def test_hub_repository_pinned_by_first_listing(package_on_hub: HubServer, folder: Path, temp_data: Path) -> None:
     hub = package_on_hub
     files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     commit = hub.add_dataset("own/data", files)
@@ -343,7 +345,7 @@ def test_a_repository(package_on_hub: HubServer, folder: Path, temp_data: Path) 
     assert len(find_source("datasets:own/data@main").files) == 4
 
 
-def test_parquet_files_of_a_repository_go_to_our_own_reader(package_on_hub: HubServer, temp_data: Path) -> None:
+def test_hub_parquet_uses_native_reader(package_on_hub: HubServer, temp_data: Path) -> None:
     table = [{"chat": [{"role": "user", "content": f"q{i}"}, {"role": "model", "content": f"a{i}"}]} for i in range(20)]
     package_on_hub.add_dataset("own/chats", {"data/train-00000-of-00001.parquet": parquet(table)})
     found = find_source("datasets:own/chats", "chat.content")
@@ -353,7 +355,7 @@ def test_parquet_files_of_a_repository_go_to_our_own_reader(package_on_hub: HubS
         find_source("datasets:own/chats", "chat")
 
 
-def test_a_gated_missing_or_silent_repository(
+def test_gated_missing_or_unreachable_repository_raises(
     package_on_hub: HubServer, temp_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub = package_on_hub

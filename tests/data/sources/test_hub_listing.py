@@ -65,14 +65,14 @@ def test_globs_and_folders_select_files(hub: HubServer) -> None:
     assert names(f"hub:{REPO}:README.md") == ["README.md"]
 
 
-def test_a_listing_reads_all_pages_of_one_folder(hub: HubServer) -> None:
+def test_listing_reads_all_pages_of_folder(hub: HubServer) -> None:
     hub.add_dataset(REPO, {f"{folder}/{i}.jsonl": b"x%d" % i for folder in ("data", "other") for i in range(7)})
     assert len(names(f"hub:{REPO}:data/*.jsonl")) == 7
     assert len(hub.seen("/tree/")) == 4
     assert all("/data?" in one.path for one in hub.seen("/tree/"))
 
 
-def test_files_are_pinned_by_commit_and_content(hub: HubServer) -> None:
+def test_files_pinned_by_commit_and_digest(hub: HubServer) -> None:
     sha = hub.add_dataset(REPO, FILES)
     lfs, git = (list_hub(REPO, None, path)[0] for path in ("en/000.jsonl.gz", "README.md"))
     assert lfs.url == f"hf://datasets/{REPO}@{sha}/en/000.jsonl.gz"
@@ -80,7 +80,7 @@ def test_files_are_pinned_by_commit_and_content(hub: HubServer) -> None:
     assert git.digest == "git:" + hashlib.sha1(b"blob 13\0# Some texts\n").hexdigest()
 
 
-def test_a_revision_may_be_named(hub: HubServer) -> None:
+def test_explicit_revision(hub: HubServer) -> None:
     old = hub.add_dataset(REPO, FILES)
     hub.add_dataset(REPO, {"en/new.jsonl": b"new"})
     assert names(f"hub:{REPO}:en") == ["en/new.jsonl"]
@@ -102,7 +102,7 @@ def test_a_revision_may_be_named(hub: HubServer) -> None:
         ("hub:a b/c..d", r"'a b/c..d' is not a valid dataset name"),
     ],
 )
-def test_missing_things_are_reported_without_retries(hub: HubServer, spec: str, message: str) -> None:
+def test_missing_source_raises_without_retry(hub: HubServer, spec: str, message: str) -> None:
     hub.add_dataset(REPO, FILES)
     with pytest.raises(UserError, match=message) as caught:
         find_source(spec)
@@ -111,7 +111,7 @@ def test_missing_things_are_reported_without_retries(hub: HubServer, spec: str, 
 
 
 @pytest.mark.parametrize("status", [429, 503])
-def test_a_busy_hub_is_retried(hub: HubServer, status: int, no_waiting: None) -> None:
+def test_busy_hub_retries(hub: HubServer, status: int, no_waiting: None) -> None:
     hub.add_dataset(REPO, FILES)
     hub.fail_next("/revision/main", status=status)
     hub.fail_next("/tree/", status=status, times=2)
@@ -119,7 +119,7 @@ def test_a_busy_hub_is_retried(hub: HubServer, status: int, no_waiting: None) ->
     assert len(names(f"hub:{REPO}:en")) == 3
 
 
-def test_the_first_listing_is_cached(hub: HubServer) -> None:
+def test_listing_cached(hub: HubServer) -> None:
     hub.add_dataset(REPO, FILES)
     config = DataConfig(source=f"hub:{REPO}:en/*.gz")
     first = make_spec(config)
@@ -130,9 +130,7 @@ def test_the_first_listing_is_cached(hub: HubServer) -> None:
     assert hub.requests == []
 
 
-def test_a_name_does_not_depend_on_the_endpoint(
-    hub: HubServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_spec_independent_of_endpoint(hub: HubServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     hub.add_dataset(REPO, FILES)
     config = DataConfig(source=f"hub:{REPO}:en/*.gz")
     here = make_spec(config)
@@ -145,7 +143,7 @@ def test_a_name_does_not_depend_on_the_endpoint(
     assert there.source.files == here.source.files
 
 
-def test_similar_globs_have_separate_cache_files(hub: HubServer) -> None:
+def test_similar_globs_cached_separately(hub: HubServer) -> None:
     hub.add_dataset(REPO, {"en.jsonl": b"1", "en/a.jsonl": b"2", "token.jsonl": b"3"})
     assert names(f"hub:{REPO}:en") == ["en/a.jsonl"]
     assert names(f"hub:{REPO}:*en*") == ["en.jsonl", "en/a.jsonl", "token.jsonl"]
@@ -153,7 +151,7 @@ def test_similar_globs_have_separate_cache_files(hub: HubServer) -> None:
     assert names(f"hub:{REPO}:{'*' * 300}") == ["en.jsonl", "en/a.jsonl", "token.jsonl"]
 
 
-def test_a_damaged_listing_is_reported(hub: HubServer, temp_data: Path) -> None:
+def test_damaged_listing_raises(hub: HubServer, temp_data: Path) -> None:
     hub.add_dataset(REPO, FILES)
     names(f"hub:{REPO}")
     (kept,) = (temp_data / "listings").iterdir()
@@ -167,7 +165,7 @@ def test_a_damaged_listing_is_reported(hub: HubServer, temp_data: Path) -> None:
         names(f"hub:{REPO}")
 
 
-def test_only_the_hub_gets_the_token(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_token_sent_only_to_hub(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     with HubServer() as mirror:
         urls = [mirror.add_plain(f"{i}.json.gz", b"x" * i) for i in (1, 2)]
@@ -179,20 +177,22 @@ def test_only_the_hub_gets_the_token(hub: HubServer, monkeypatch: pytest.MonkeyP
     assert seen == {("datasets", "Bearer hf_secret"), ("cdn", None)}
 
 
-def test_the_next_page_comes_from_the_same_endpoint(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pagination_stays_on_configured_endpoint(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """A mirror may pass on Link headers with the Hub's own address."""
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     hub.add_dataset(REPO, FILES)
     with HubServer() as elsewhere:
         reply = hub._page
         monkeypatch.setattr(
-            hub, "_page", lambda *asked: reply(*asked[:3], asked[3].replace(hub.endpoint, elsewhere.endpoint))
+            hub,
+            "_page",
+            lambda *arguments: reply(*arguments[:3], arguments[3].replace(hub.endpoint, elsewhere.endpoint)),
         )
         assert len(names(f"hub:{REPO}:en")) == 3
         assert elsewhere.requests == []
 
 
-def test_urls_are_listed_with_size_and_version(hub: HubServer) -> None:
+def test_url_listing_includes_size_and_version(hub: HubServer) -> None:
     urls = [hub.add_plain(f"v1/{i}.json.gz", b"x" * i) for i in (1, 2, 3)]
     hub.add_dataset("a/b", {"urls.txt": "\n".join(["", *urls, urls[0], "# no url"]).encode()})
     hub.fail_next("v1/2", method="HEAD")
@@ -205,7 +205,7 @@ def test_urls_are_listed_with_size_and_version(hub: HubServer) -> None:
 
 
 @pytest.mark.parametrize("status", [None, 503, 404])
-def test_an_outage_of_dolma_suggests_c4(hub: HubServer, no_waiting: None, status: int | None) -> None:
+def test_dolma_outage_suggests_c4(hub: HubServer, no_waiting: None, status: int | None) -> None:
     with HubServer() as mirror:
         hub.add_dataset("allenai/dolma", {"urls/v1_6-sample.txt": mirror.add_plain("a.json.gz", b"x").encode()})
         hub.add_dataset("allenai/c4", {"en/c4-train.00000-of-01024.json.gz": b"x"})
@@ -217,7 +217,7 @@ def test_an_outage_of_dolma_suggests_c4(hub: HubServer, no_waiting: None, status
         assert resolve(replace(config, fallback="c4")).source.name == "c4"
 
 
-def test_a_missing_dolma_suggests_c4(hub: HubServer, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_dolma_suggests_c4(hub: HubServer, capsys: pytest.CaptureFixture[str]) -> None:
     hub.add_dataset("allenai/c4", {"en/c4-train.00000-of-01024.json.gz": b"x"})
     with pytest.raises(UnreachableError, match=r"Dolma cannot be reached: the Hub has no dataset 'allenai/dolma'.*C4"):
         find_source("dolma")
@@ -225,7 +225,7 @@ def test_a_missing_dolma_suggests_c4(hub: HubServer, capsys: pytest.CaptureFixtu
     assert re.search(r"Dolma cannot be reached(.|\n)*using c4 instead", capsys.readouterr().err)
 
 
-def test_an_outage_of_everything_is_one_clear_message(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_outage_raises_unreachable(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     waited: list[float] = []
     monkeypatch.setattr(time, "sleep", waited.append)
     hub.down(503, retry_after=None)
@@ -244,7 +244,7 @@ def test_an_outage_of_everything_is_one_clear_message(hub: HubServer, monkeypatc
     assert sum(waited) < 20, "Dolma's and C4's"
 
 
-def test_a_silent_hub_times_out(hub: HubServer, monkeypatch: pytest.MonkeyPatch, no_waiting: None) -> None:
+def test_unresponsive_hub_times_out(hub: HubServer, monkeypatch: pytest.MonkeyPatch, no_waiting: None) -> None:
     monkeypatch.setattr(hub_listing, "_TIMEOUTS_S", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections, and says nothing
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
@@ -252,7 +252,7 @@ def test_a_silent_hub_times_out(hub: HubServer, monkeypatch: pytest.MonkeyPatch,
             list_hub(REPO, "0" * 40, "")
 
 
-def test_an_outage_is_not_cached(hub: HubServer, temp_data: Path, no_waiting: None) -> None:
+def test_outage_not_cached(hub: HubServer, temp_data: Path, no_waiting: None) -> None:
     hub.add_dataset(REPO, FILES)
     hub.fail_next("cursor=", times=4)
     with pytest.raises(UnreachableError):
@@ -263,7 +263,7 @@ def test_an_outage_is_not_cached(hub: HubServer, temp_data: Path, no_waiting: No
     assert len(json.loads(kept.read_text())["files"]) == 6
 
 
-def test_one_of_several_processes_sends_the_request(hub: HubServer, temp_data: Path) -> None:
+def test_concurrent_processes_request_once(hub: HubServer, temp_data: Path) -> None:
     """As the ranks of a first start do."""
     hub.add_dataset(REPO, FILES)
     children, ready = [], os.pipe()
@@ -279,17 +279,15 @@ def test_one_of_several_processes_sends_the_request(hub: HubServer, temp_data: P
         children.append(child)
     os.close(ready[1])
     assert [os.waitpid(child, 0)[1] for child in children] == [0] * 6
-    asked = [request.path for request in hub.requests]
-    assert len(asked) == len(set(asked)), "a page was asked for twice"
+    paths = [request.path for request in hub.requests]
+    assert len(paths) == len(set(paths)), "a page was asked for twice"
     assert not list(temp_data.rglob("*.tmp"))
 
 
 @pytest.mark.parametrize(
     "endpoint", ["mirror.example", "localhost:8080", "https://", "ftp://mirror.example", "//mirror"]
 )
-def test_an_invalid_endpoint_is_reported_without_retries(
-    endpoint: str, temp_data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_invalid_endpoint_raises_without_retry(endpoint: str, temp_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By everything that sends requests to the Hub."""
     monkeypatch.setattr(constants, "ENDPOINT", endpoint)
     monkeypatch.setattr(time, "sleep", pytest.fail)

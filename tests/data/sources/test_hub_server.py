@@ -62,7 +62,7 @@ def fetch(hub: HubServer, folder: Path, name: str, revision: str = "main") -> by
     return Path(path).read_bytes()
 
 
-def test_repo_info_names_the_commit_and_keeps_old_ones(hub: HubServer, tmp_path: Path) -> None:
+def test_repo_info_current_and_past_commits(hub: HubServer, tmp_path: Path) -> None:
     old, new = hub.add_dataset(REPO, FILES), hub.add_dataset(REPO, FILES | {"data.txt": b"changed"})
     assert old != new
     assert hub.add_dataset(REPO, FILES | {"data.txt": b"changed"}) == new
@@ -75,7 +75,7 @@ def test_repo_info_names_the_commit_and_keeps_old_ones(hub: HubServer, tmp_path:
     assert fetch(hub, tmp_path / "new", "data.txt") == b"changed"
 
 
-def test_listings_come_in_pages(hub: HubServer) -> None:
+def test_listing_pagination(hub: HubServer) -> None:
     sha = hub.add_dataset(REPO, FILES)
     api = HfApi(hub.endpoint, token=False)
     entries = {one.path: one for one in api.list_repo_tree(REPO, recursive=True, repo_type="dataset")}
@@ -90,11 +90,11 @@ def test_listings_come_in_pages(hub: HubServer) -> None:
     below = list(api.list_repo_tree(REPO, "data/en", expand=True, revision=sha, repo_type="dataset"))
     assert [one.path for one in below] == ["data/en/000.jsonl.gz", "data/en/001.jsonl.gz"]
     assert below[0].last_commit.oid == sha
-    asked = api.get_paths_info(REPO, ["data", "data.txt", "nothing"], repo_type="dataset")
-    assert [one.path for one in asked] == ["data", "data.txt"]
+    path_infos = api.get_paths_info(REPO, ["data", "data.txt", "nothing"], repo_type="dataset")
+    assert [one.path for one in path_infos] == ["data", "data.txt"]
 
 
-def test_download_to_a_folder(hub: HubServer, tmp_path: Path) -> None:
+def test_download_to_folder(hub: HubServer, tmp_path: Path) -> None:
     hub.add_dataset(REPO, FILES)
     assert {name: fetch(hub, tmp_path, name) for name in FILES} == FILES
     assert [one.status for one in hub.seen("/resolve/.*000.jsonl.gz")] == [302]
@@ -102,7 +102,7 @@ def test_download_to_a_folder(hub: HubServer, tmp_path: Path) -> None:
     assert [(one.method, one.status) for one in hub.seen("README")] == [("HEAD", 200), ("GET", 200)]
 
 
-def test_one_row_group_of_a_parquet_file_by_ranges(hub: HubServer, tmp_path: Path) -> None:
+def test_parquet_row_group_read_by_ranges(hub: HubServer, tmp_path: Path) -> None:
     """HfFileSystem retries 429, 5xx and lost connections five times."""
     table = pa.table({"text": [np.random.default_rng(i).bytes(50).hex() for i in range(4_000)]})
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=1_000)
@@ -119,7 +119,7 @@ def test_one_row_group_of_a_parquet_file_by_ranges(hub: HubServer, tmp_path: Pat
     assert sum(one.sent_bytes for one in requests) < len(content) / 2
 
 
-def test_a_cut_download_is_resumed_and_a_reset_one_is_not(hub: HubServer, tmp_path: Path) -> None:
+def test_client_resumes_cut_but_not_reset(hub: HubServer, tmp_path: Path) -> None:
     """The client resumes after an orderly close; a reset raises an httpx error, not an OSError.
 
     It resumes where it last wrote, at a multiple of 10 MiB: a smaller file starts again without a Range.
@@ -142,9 +142,7 @@ def test_a_cut_download_is_resumed_and_a_reset_one_is_not(hub: HubServer, tmp_pa
     ("method", "status", "is_retried"),
     [("HEAD", 429, True), ("HEAD", 503, True), ("GET", 429, True), ("GET", 503, False)],
 )
-def test_which_errors_a_download_survives(
-    hub: HubServer, tmp_path: Path, method: str, status: int, is_retried: bool
-) -> None:
+def test_download_retry_by_status(hub: HubServer, tmp_path: Path, method: str, status: int, is_retried: bool) -> None:
     """hf_hub_download retries 429 (and 408) on HEAD and on GET, but a 5xx on HEAD alone: on GET that is raised.
 
     Of HfApi, list_repo_tree retries both; repo_info and get_paths_info raise both. Each wait is Retry-After plus one
@@ -163,7 +161,7 @@ def test_which_errors_a_download_survives(
     ]
 
 
-def test_which_errors_a_listing_survives(hub: HubServer) -> None:
+def test_listing_retry_by_request(hub: HubServer) -> None:
     hub.add_dataset(REPO, FILES)
     api = HfApi(hub.endpoint, token=False)
     hub.fail_next("cursor=", status=429)
@@ -175,7 +173,7 @@ def test_which_errors_a_listing_survives(hub: HubServer) -> None:
         api.get_paths_info(REPO, "data", repo_type="dataset")
 
 
-def test_what_is_missing(hub: HubServer, tmp_path: Path) -> None:
+def test_missing_repo_revision_or_file_raises(hub: HubServer, tmp_path: Path) -> None:
     """RemoteEntryNotFoundError, since its base class EntryNotFoundError is also raised for an unreachable Hub."""
     hub.add_dataset(REPO, FILES)
     api = HfApi(hub.endpoint, token=False)
@@ -191,7 +189,7 @@ def test_what_is_missing(hub: HubServer, tmp_path: Path) -> None:
         list(api.list_repo_tree(REPO, "nothing", repo_type="dataset"))
 
 
-def test_an_outage(hub: HubServer, tmp_path: Path) -> None:
+def test_outage_falls_back_to_local_file(hub: HubServer, tmp_path: Path) -> None:
     """During an outage the client silently uses a file that was downloaded before."""
     hub.add_dataset(REPO, FILES)
     assert fetch(hub, tmp_path, "data.txt") == FILES["data.txt"]
@@ -206,7 +204,7 @@ def test_an_outage(hub: HubServer, tmp_path: Path) -> None:
     assert api.repo_info(REPO, repo_type="dataset").id == REPO
 
 
-def test_a_killed_download_starts_again(hub: HubServer, tmp_path: Path) -> None:
+def test_killed_download_restarts(hub: HubServer, tmp_path: Path) -> None:
     """Each attempt of the client has its own partial file, which a killed process leaves on disk unused."""
     hub.add_dataset(REPO, {"large.bin": LARGE})
     hub.hold("/cdn/", 11 << 20)

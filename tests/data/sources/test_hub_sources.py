@@ -78,29 +78,29 @@ def fetched(hub: HubServer) -> list[str]:
 # -- the corpora ------------------------------------------------------------------------------------------------------
 
 
-def rows_of(wanted: list[str], others: list[str], write: Callable[[list[str]], bytes]) -> Made:
-    files = {name: write(texts(name)) for name in [*wanted, *others]} | {"README.md": b"# A card\n"}
-    return files, wanted, [text for name in wanted for text in texts(name)]
+def rows_of(selected: list[str], others: list[str], write: Callable[[list[str]], bytes]) -> Made:
+    files = {name: write(texts(name)) for name in [*selected, *others]} | {"README.md": b"# A card\n"}
+    return files, selected, [text for name in selected for text in texts(name)]
 
 
 def fineweb() -> Made:
-    wanted = [f"sample/10BT/{i:03d}_00000.parquet" for i in range(3)]
+    selected = [f"sample/10BT/{i:03d}_00000.parquet" for i in range(3)]
     return rows_of(
-        wanted, ["sample/100BT/000_00000.parquet", "data/CC-MAIN-2013-20/train-00000-of-00014.parquet"], parquet
+        selected, ["sample/100BT/000_00000.parquet", "data/CC-MAIN-2013-20/train-00000-of-00014.parquet"], parquet
     )
 
 
 def c4() -> Made:
-    wanted = [f"en/c4-train.{i:05d}-of-01024.json.gz" for i in range(3)]
+    selected = [f"en/c4-train.{i:05d}-of-01024.json.gz" for i in range(3)]
     others = ["en/c4-validation.00000-of-00008.json.gz", "en.noclean/c4-train.00000-of-07168.json.gz"]
     others += ["realnewslike/c4-train.00000-of-00512.json.gz", "multilingual/c4-en.tfrecord-00000-of-11264.json.gz"]
-    return rows_of(wanted, others, jsonl_gz)
+    return rows_of(selected, others, jsonl_gz)
 
 
 def tinystories() -> Made:
-    wanted = [f"data/train-{i:05d}-of-00004-2d5a1467fff1081b.parquet" for i in range(4)]
+    selected = [f"data/train-{i:05d}-of-00004-2d5a1467fff1081b.parquet" for i in range(4)]
     return rows_of(
-        wanted, ["data/validation-00000-of-00001-869c898b519ad725.parquet", "TinyStories-train.txt"], parquet
+        selected, ["data/validation-00000-of-00001-869c898b519ad725.parquet", "TinyStories-train.txt"], parquet
     )
 
 
@@ -138,14 +138,14 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_a_corpus_becomes_its_documents(
+def test_corpus_layout_yields_documents(
     hub: HubServer, in_process: None, temp_data: Path, reference: tiktoken.Encoding, name: str
 ) -> None:
-    files, wanted, expected = LAYOUTS[name]()
+    files, selected, expected = LAYOUTS[name]()
     corpus = CORPORA[name]
     hub.add_dataset(corpus.repo, files, corpus.revision)
     if corpus.revision:  # what came later is not taken
-        hub.add_dataset(corpus.repo, {wanted[0]: parquet(["newer"])})
+        hub.add_dataset(corpus.repo, {selected[0]: parquet(["newer"])})
     dataset = prepare(DataConfig(source=name, val_tokens=500, workers=1), progress=False)
     found = documents_of(dataset.folder, reference)
     if corpus.grouping == "sentences":
@@ -159,7 +159,7 @@ def test_a_corpus_becomes_its_documents(
         assert len(found) > 2
     else:
         assert Counter(found) == Counter(expected)
-    assert fetched(hub) == sorted(wanted)
+    assert fetched(hub) == sorted(selected)
     assert dataset.folder.name.startswith(f"{name}-")
     assert not list(temp_data.rglob("*.arrow")) + list(temp_data.rglob("*.parquet")) + list(temp_data.rglob("*.gz"))
 
@@ -176,7 +176,7 @@ def dolma(hub: HubServer, mirror: HubServer, count: int = 4) -> list[str]:
     return [text for name in names for text in texts(name)]
 
 
-def test_dolma_is_read_from_its_urls(hub: HubServer, in_process: None, reference: tiktoken.Encoding) -> None:
+def test_dolma_read_from_urls(hub: HubServer, in_process: None, reference: tiktoken.Encoding) -> None:
     with HubServer() as mirror:
         expected = dolma(hub, mirror)
         dataset = prepare(DataConfig(source="dolma-sample", val_tokens=500, workers=1), progress=False)
@@ -184,9 +184,7 @@ def test_dolma_is_read_from_its_urls(hub: HubServer, in_process: None, reference
         assert len(mirror.seen("/plain/", "GET")) == 4
 
 
-def test_dolma_failing_during_the_download_suggests_c4(
-    hub: HubServer, in_process: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_dolma_download_failure_suggests_c4(hub: HubServer, in_process: None, monkeypatch: pytest.MonkeyPatch) -> None:
     with HubServer() as mirror:
         dolma(hub, mirror)
         mirror.fail_next("/plain/", times=999, retry_after=None)
@@ -197,7 +195,7 @@ def test_dolma_failing_during_the_download_suggests_c4(
             prepare(DataConfig(source="dolma-sample", val_tokens=500, workers=1), progress=False)
 
 
-def test_c4_replaces_an_unreachable_dolma(hub: HubServer, started: Any, reference: tiktoken.Encoding) -> None:
+def test_c4_fallback_for_unreachable_dolma(hub: HubServer, started: Any, reference: tiktoken.Encoding) -> None:
     files, _, expected = c4()
     hub.add_dataset("allenai/c4", files)
     hub.fail_next("allenai/dolma", times=99, retry_after=None)
@@ -207,13 +205,13 @@ def test_c4_replaces_an_unreachable_dolma(hub: HubServer, started: Any, referenc
     assert alone.returncode
     assert "user error: Dolma cannot be reached: the Hub at http" in errors
     assert "C4 is the next best" in errors
-    _, said = (other := started.start(at_once, **settings, fallback="c4")).communicate(timeout=240)
+    _, stderr = (other := started.start(at_once, **settings, fallback="c4")).communicate(timeout=240)
     assert other.returncode == 0
-    assert "using c4 instead" in said
+    assert "using c4 instead" in stderr
     assert Counter(documents_of(started.folder, reference)) == Counter(expected)
 
 
-def test_cards_and_scripts_are_not_texts(hub: HubServer) -> None:
+def test_default_file_selection(hub: HubServer) -> None:
     card, rows = {"README.md": b"# A card\n", "load.py": b"print()\n"}, b'{"text": "a"}\n'
     hub.add_dataset("me/rows", card | {"data/a.jsonl": rows, "notes/b.txt": b"b"})
     hub.add_dataset("me/books", card | {"books/a.txt": b"a"})

@@ -43,14 +43,14 @@ BOTH = pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
 # -- parts ------------------------------------------------------------------------------------------------------------
 
 
-def test_compressed_files_are_not_splittable() -> None:
+def test_compressed_files_not_splittable() -> None:
     assert {suffix for suffix in READER_BY_SUFFIX if is_splittable(f"a{suffix}")} == {".parquet", ".arrow", ".jsonl"}
 
 
 @BOTH
 @pytest.mark.parametrize("rows", [1, 7, 1_000], ids=["a row a group", "several", "one group"])
 @pytest.mark.parametrize("parts", [1, 2, 3, 13, 200])
-def test_parts_of_columns_make_the_whole(suffix: str, rows: int, parts: int, tmp_path: Path) -> None:
+def test_columnar_parts_cover_all_rows(suffix: str, rows: int, parts: int, tmp_path: Path) -> None:
     rng = random.Random(parts)
     texts = [f"{i} " + rng.choice(WORDS) * rng.randint(0, 9) for i in range(120)]
     path = write(tmp_path / f"a{suffix}", pa.table({"id": range(120), "text": texts}), rows)
@@ -63,7 +63,7 @@ def test_parts_of_columns_make_the_whole(suffix: str, rows: int, parts: int, tmp
     ends=st.booleans(),
     parts=st.integers(2, 40),
 )
-def test_parts_of_lines_make_the_whole(
+def test_jsonl_parts_cover_all_lines(
     lines: list[tuple[str, int, str]],
     broken: set[int],
     ends: bool,
@@ -89,7 +89,7 @@ def test_parts_of_lines_make_the_whole(
     parts=st.integers(1, 30),
     ends=st.booleans(),
 )
-def test_a_too_long_line_is_skipped_by_one_part(
+def test_overlong_line_skipped_once_across_parts(
     lengths: list[int], parts: int, ends: bool, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "long.jsonl"
@@ -107,7 +107,7 @@ def test_a_too_long_line_is_skipped_by_one_part(
     assert skips.counts == ({"line_too_long": len(long)} if long else {})
 
 
-def test_line_numbers_of_a_part_count_from_its_first_byte(tmp_path: Path) -> None:
+def test_line_numbers_relative_to_part_start(tmp_path: Path) -> None:
     path, skips = tmp_path / "a.jsonl", SkipLog()
     path.write_bytes(b'{"text": "a"}\n' * 10 + b"broken\n")
     assert len(read(path, skips, parts=2)) == 10
@@ -119,7 +119,7 @@ def test_line_numbers_of_a_part_count_from_its_first_byte(tmp_path: Path) -> Non
 
 
 @BOTH
-def test_a_missing_column_is_logged_once(suffix: str, tmp_path: Path) -> None:
+def test_missing_column_logged_once(suffix: str, tmp_path: Path) -> None:
     path, skips = write(tmp_path / f"a{suffix}", pa.table({"body": ["a"] * 50}), 5), SkipLog()
     assert read(path, skips, parts=4) == []
     assert dict(skips.counts) == {"no_text_column": 1}
@@ -131,7 +131,7 @@ def test_a_missing_column_is_logged_once(suffix: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("parts", [1, 4])
-def test_a_truncated_arrow_file_gives_its_first_batches(parts: int, tmp_path: Path) -> None:
+def test_truncated_arrow_yields_complete_batches(parts: int, tmp_path: Path) -> None:
     texts = [f"{i} " * 40 for i in range(60)]
     path, skips = write(tmp_path / "a.arrow", pa.table({"text": texts}), 3), SkipLog()
     whole = path.read_bytes()
@@ -144,7 +144,7 @@ def test_a_truncated_arrow_file_gives_its_first_batches(parts: int, tmp_path: Pa
     assert f"record batch {len(rows) // 3}" in skips.places[0]["detail"]
 
 
-def test_a_truncated_parquet_file_is_logged(tmp_path: Path) -> None:
+def test_truncated_parquet_logged(tmp_path: Path) -> None:
     path = write(tmp_path / "a.parquet", pa.table({"text": [f"{i} " * 40 for i in range(60)]}), 3)
     whole = path.read_bytes()
     for damaged in (whole[: len(whole) // 2], whole[:-1], whole[:-20] + b"\xff" * 20):
@@ -156,7 +156,7 @@ def test_a_truncated_parquet_file_is_logged(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("parts", [1, 3])
-def test_a_damaged_row_group_is_skipped_alone(parts: int, tmp_path: Path) -> None:
+def test_skips_only_damaged_row_group(parts: int, tmp_path: Path) -> None:
     texts = [f"{i} " * 40 for i in range(60)]
     path, skips = write(tmp_path / "a.parquet", pa.table({"text": texts}), 10), SkipLog()
     chunk = pq.ParquetFile(path).metadata.row_group(2).column(0)
@@ -170,7 +170,7 @@ def test_a_damaged_row_group_is_skipped_alone(parts: int, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())], ids=str)
-def test_an_arrow_batch_with_wild_offsets_is_skipped_alone(kind: pa.DataType, tmp_path: Path) -> None:
+def test_skips_arrow_batch_with_invalid_offsets(kind: pa.DataType, tmp_path: Path) -> None:
     """Arrow alone would read foreign memory and crash the process."""
     dictionary = pa.types.is_dictionary(kind)
     texts = [f"text {i % 5 if dictionary else i}" for i in range(60)]
@@ -220,20 +220,20 @@ TEXTS = ["a", None, "", "été 🙂", "a"] * 120
     ],
     ids=lambda column: str(column.type).replace(" ", ""),
 )  # fmt: skip
-def test_texts_of_every_type(suffix: str, column: pa.Array, tmp_path: Path) -> None:
+def test_all_string_types(suffix: str, column: pa.Array, tmp_path: Path) -> None:
     path = write(tmp_path / f"a{suffix}", pa.table({"text": column}), 1_000)
     assert read(path) == [text or "" for text in TEXTS]
 
 
 @BOTH
-def test_a_null_column_is_empty_texts(suffix: str, tmp_path: Path) -> None:
+def test_null_column_yields_empty_strings(suffix: str, tmp_path: Path) -> None:
     assert read(write(tmp_path / f"a{suffix}", pa.table({"text": pa.nulls(3)}))) == ["", "", ""]
     assert read(write(tmp_path / f"b{suffix}", pa.table({"text": pa.array([], pa.string())}))) == []
 
 
 @BOTH
 @pytest.mark.parametrize(
-    ("table", "said"),
+    ("table", "message"),
     [
         (pa.table({"text": [1, 2]}), "is int64, not text"),
         (pa.table({"text": [b"a"]}), "is binary, not text"),
@@ -242,16 +242,16 @@ def test_a_null_column_is_empty_texts(suffix: str, tmp_path: Path) -> None:
     ],
     ids=["numbers", "bytes", "nested", "twice"],
 )
-def test_a_column_without_texts_is_logged(suffix: str, table: pa.Table, said: str, tmp_path: Path) -> None:
+def test_non_text_column_logged(suffix: str, table: pa.Table, message: str, tmp_path: Path) -> None:
     skips = SkipLog()
     assert read(write(tmp_path / f"a{suffix}", table), skips) == []
     assert dict(skips.counts) == {"no_text_column": 1}
     assert skips.places[0]["place"] == f"a{suffix}"
-    assert said in skips.places[0]["detail"]
+    assert message in skips.places[0]["detail"]
 
 
 @BOTH
-def test_an_invalid_utf_8_row_is_skipped_alone(suffix: str, tmp_path: Path) -> None:
+def test_skips_only_invalid_utf8_row(suffix: str, tmp_path: Path) -> None:
     texts = [b"row %d" % i for i in range(600)]
     texts[400] = b"caf\xe9"
     column = pa.array(texts, pa.binary()).view(pa.string())
@@ -262,7 +262,7 @@ def test_an_invalid_utf_8_row_is_skipped_alone(suffix: str, tmp_path: Path) -> N
 
 
 @BOTH
-def test_the_column_is_selected_by_name(suffix: str, tmp_path: Path) -> None:
+def test_column_selected_by_name(suffix: str, tmp_path: Path) -> None:
     table = pa.table({"text": ["no"], "the content.en": ["yes"], "id": [1]})
     assert read(write(tmp_path / f"a{suffix}", table), column="the content.en") == ["yes"]
     (tmp_path / "a.jsonl").write_text('{"text": "no", "the content.en": "yes"}\n')

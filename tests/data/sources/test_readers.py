@@ -64,12 +64,12 @@ def read(path: Path, skips: SkipLog | None = None, column: str = "text") -> list
     return rows
 
 
-def test_every_kind_is_tested() -> None:
+def test_all_formats_covered() -> None:
     assert set(WRITERS) == set(READER_BY_SUFFIX)
 
 
 @pytest.mark.parametrize("suffix", WRITERS)
-def test_same_documents_from_every_kind(suffix: str, tmp_path: Path) -> None:
+def test_all_formats_yield_same_documents(suffix: str, tmp_path: Path) -> None:
     for documents in [[text] for text in DOCUMENTS] if suffix in PLAIN else [DOCUMENTS, DOCUMENTS[:1]]:
         path = tmp_path / f"a{suffix}"
         WRITERS[suffix](path, documents)
@@ -80,11 +80,11 @@ def test_same_documents_from_every_kind(suffix: str, tmp_path: Path) -> None:
     ("name", "suffix"),
     [("A.TXT", ".txt"), ("v1.2.jsonl.GZ", ".jsonl.gz"), ("a.tar.gz", ".tar.gz"), ("README", ""), (".txt", "")],
 )
-def test_kind_by_name(name: str, suffix: str) -> None:
+def test_suffix_of(name: str, suffix: str) -> None:
     assert suffix_of(Path(name)) == suffix_of(name) == suffix
 
 
-def test_line_ends_and_byte_order_marks_of_other_systems(tmp_path: Path) -> None:
+def test_crlf_and_byte_order_marks(tmp_path: Path) -> None:
     for name in ("a.txt", "a.py"):
         (tmp_path / name).write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\n")
         assert read(tmp_path / name) == ["one\ntwo\n"]
@@ -92,7 +92,7 @@ def test_line_ends_and_byte_order_marks_of_other_systems(tmp_path: Path) -> None
     assert read(tmp_path / "a.jsonl") == ["one", "", "two"]
 
 
-def test_python_files_name_their_encoding(tmp_path: Path) -> None:
+def test_python_encoding_declaration(tmp_path: Path) -> None:
     path = tmp_path / "a.py"
     path.write_bytes("# -*- coding: latin-1 -*-\ns = 'été'\n".encode("latin-1"))
     assert "été" in read(path)[0]
@@ -103,13 +103,13 @@ def test_python_files_name_their_encoding(tmp_path: Path) -> None:
 
 
 @given(st.text(alphabet="a \n", max_size=60), st.integers(1, 12))
-def test_long_prose_is_split_without_loss(text: str, most: int) -> None:
+def test_split_prose_is_lossless(text: str, most: int) -> None:
     pieces = list(split_prose(text, most))
     assert "".join(pieces) == text
     assert all(len(piece) <= most for piece in pieces)
 
 
-def test_long_prose_is_split_at_blank_lines(tmp_path: Path) -> None:
+def test_long_prose_splits_at_blank_lines(tmp_path: Path) -> None:
     paragraph = "word " * 2_000 + "\n\n"
     (tmp_path / "a.txt").write_text(paragraph * 30)
     pieces = read(tmp_path / "a.txt")
@@ -118,7 +118,7 @@ def test_long_prose_is_split_at_blank_lines(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("level", [1, 19])
-def test_zstd_frames_of_any_number_and_size(level: int, tmp_path: Path) -> None:
+def test_multi_frame_zstd(level: int, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl.zst"
     skippable = bytes.fromhex("502a4d18 03000000") + b"abc"  # RFC 8878, section 3.1.2; pzstd writes them
     documents = [f"{i} " * 3_000 for i in range(40)]
@@ -132,7 +132,7 @@ COMPRESSED = {".jsonl.gz": gzip.compress, ".json.gz": gzip.compress, ".jsonl.zst
 
 @pytest.mark.parametrize("suffix", COMPRESSED)
 @pytest.mark.parametrize("keep", [0.0, 0.5, 0.98, -1, -5])
-def test_a_truncated_compressed_file_gives_its_first_rows(suffix: str, keep: float, tmp_path: Path) -> None:
+def test_truncated_compressed_file_yields_leading_rows(suffix: str, keep: float, tmp_path: Path) -> None:
     path, skips = tmp_path / f"a{suffix}", SkipLog()
     documents = [f"document {i * i}" for i in range(2_000)]
     whole = COMPRESSED[suffix](jsonl(documents))
@@ -183,7 +183,7 @@ FAULTS: dict[str, tuple[str, bytes, str, str, str, list[str]]] = {
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "utf-8-sig", "utf-16-be", "utf-32-be"])
 @pytest.mark.parametrize("suffix", [".txt", ".md", ".py", ".jsonl", ".jsonl.gz", ".jsonl.zst"])
-def test_a_byte_order_mark_sets_the_encoding(encoding: str, suffix: str, tmp_path: Path) -> None:
+def test_byte_order_mark_sets_encoding(encoding: str, suffix: str, tmp_path: Path) -> None:
     path, skips, text = tmp_path / f"a{suffix}", SkipLog(), "naïve\n\u0a0a 日本 🎲\n"
     content = jsonl([text, "two"]).decode() if "json" in suffix else text
     marked = ("\ufeff" if encoding.endswith("be") else "") + content
@@ -192,7 +192,7 @@ def test_a_byte_order_mark_sets_the_encoding(encoding: str, suffix: str, tmp_pat
     assert not skips.counts
 
 
-def test_a_wide_file_in_parts_is_read_once(tmp_path: Path) -> None:
+def test_utf16_parts_read_rows_once(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     texts = [f"document {i}" for i in range(100)]
     path.write_bytes(jsonl(texts).decode().encode("utf-16"))
@@ -201,17 +201,17 @@ def test_a_wide_file_in_parts_is_read_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_bad_row_is_logged_and_skipped_alone(fault: str, tmp_path: Path) -> None:
+def test_bad_row_logged_and_skipped(fault: str, tmp_path: Path) -> None:
     name, content, reason, place, word, rows = FAULTS[fault]
     (tmp_path / name).write_bytes(content)
     skips = SkipLog()
     assert read(tmp_path / name, skips) == rows
     assert dict(skips.counts) == {reason: 1}
-    assert [(each["reason"], each["place"]) for each in skips.places] == [(reason, place)]
+    assert [(entry["reason"], entry["place"]) for entry in skips.places] == [(reason, place)]
     assert word in skips.places[0]["detail"]
 
 
-def test_a_truncated_wide_file_gives_its_first_rows(tmp_path: Path) -> None:
+def test_truncated_utf16_yields_leading_rows(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(jsonl(["a" * 70_000, "b"]).decode().encode("utf-16")[:-1])
     skips = SkipLog()
     assert read(tmp_path / "a.jsonl", skips) == ["a" * 70_000]
@@ -219,7 +219,7 @@ def test_a_truncated_wide_file_gives_its_first_rows(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("depth", [500, *range(960, 1_000), 5_000])
-def test_deeply_nested_json_is_skipped(depth: int, tmp_path: Path) -> None:
+def test_skips_deeply_nested_json(depth: int, tmp_path: Path) -> None:
     """At the depth that JSON can just parse, the message must not fail either."""
     nest = b'{"text": ' + b"[" * depth + b"]" * depth + b"}\n"
     (tmp_path / "a.jsonl").write_bytes(GOOD + nest + GOOD)
@@ -229,7 +229,7 @@ def test_deeply_nested_json_is_skipped(depth: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", WRITERS)
-def test_an_unreadable_file_is_logged(suffix: str, tmp_path: Path) -> None:
+def test_unreadable_file_logged(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"a{suffix}"
     path.mkdir()
     for missing in (path, tmp_path / f"none{suffix}"):
@@ -240,25 +240,25 @@ def test_an_unreadable_file_is_logged(suffix: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst"])
-def test_a_too_long_line_is_skipped(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_skips_overlong_line(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readers, "MAX_LINE_BYTES", 1_000)
     path, skips = tmp_path / f"a{suffix}", SkipLog()
     WRITERS[suffix](path, ["before", "x" * 3_000_000, "between", "x" * 980, "after"])
     assert read(path, skips) == ["before", "between", "after"]
     assert dict(skips.counts) == {"line_too_long": 2}
-    assert [each["place"] for each in skips.places] == [f"a{suffix}, line 2", f"a{suffix}, line 4"]
+    assert [entry["place"] for entry in skips.places] == [f"a{suffix}, line 2", f"a{suffix}, line 4"]
 
 
-def test_a_highly_compressed_line_is_read(tmp_path: Path) -> None:
+def test_reads_highly_compressed_line(tmp_path: Path) -> None:
     """zstd gives 50 MB as one chunk; handing it on 64 KB at a time must not copy the rest each time."""
     WRITERS[".jsonl.zst"](tmp_path / "a.jsonl.zst", ["x" * 50_000_000, "after"])
     assert list(map(len, read(tmp_path / "a.jsonl.zst"))) == [50_000_000, 5]
 
 
-def test_all_skips_are_counted_and_the_first_are_logged() -> None:
+def test_skip_log_counts_all_logs_first() -> None:
     skips = SkipLog()
     for number in range(10 * MAX_LOGGED_SKIPS):
         skips.add("invalid_json", f"line {number}", "found\n\t " + "x" * 10_000)
     assert dict(skips.counts) == {"invalid_json": 10 * MAX_LOGGED_SKIPS}
-    assert [each["place"] for each in skips.places] == [f"line {number}" for number in range(MAX_LOGGED_SKIPS)]
-    assert all(len(each["detail"]) == 200 and "\n" not in each["detail"] for each in skips.places)
+    assert [entry["place"] for entry in skips.places] == [f"line {number}" for number in range(MAX_LOGGED_SKIPS)]
+    assert all(len(entry["detail"]) == 200 and "\n" not in entry["detail"] for entry in skips.places)

@@ -54,7 +54,7 @@ def test_python_stdlib() -> None:
     assert find_source("python-stdlib") == source
 
 
-def test_the_standard_library_is_read_without_skips() -> None:
+def test_python_stdlib_reads_without_skips() -> None:
     source, skips = find_source("python-stdlib"), SkipLog()
     for file in source.files:
         texts = list(read_documents(source, file, Path(file.location), skips))
@@ -62,7 +62,7 @@ def test_the_standard_library_is_read_without_skips() -> None:
     assert not skips.counts
 
 
-def test_a_source_file_has_location_reader_size_and_digest(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_source_file_attributes(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tree)
     found = {file.name: file for file in find_source("files:.").files}
     for name, file in found.items():
@@ -77,14 +77,14 @@ def test_a_source_file_has_location_reader_size_and_digest(tree: Path, monkeypat
     assert list(read_documents(source, found["sub/c.jsonl"], tree / "sub/c.jsonl", skips)) == ["sub/c.jsonl"]
 
 
-def test_the_column_can_be_overridden(tree: Path) -> None:
+def test_column_override(tree: Path) -> None:
     assert find_source(f"files:{tree}").column == "text"
     (tree / "sub" / "c.jsonl").write_text('{"text": "no", "body": "yes"}')
     source = find_source(f"files:{tree}/sub/c.jsonl", column="body")
     assert list(read_documents(source, source.files[0], tree / "sub" / "c.jsonl", SkipLog())) == ["yes"]
 
 
-def test_a_folder_is_read_recursively_without_hidden_files(tree: Path) -> None:
+def test_folder_recursion_skips_hidden_files(tree: Path) -> None:
     expected = ["a.md", "b.txt", "sub/c.jsonl", "sub/deep/d.txt", "sub/deep/e.TXT", "x.txt/in.txt"]
     assert names(tree) == names(f"{tree}/") == expected
     assert names(tree / "x.txt") == ["in.txt"]
@@ -112,7 +112,7 @@ def test_globs_and_files(pattern: str, expected: list[str], tree: Path, monkeypa
 
 
 @pytest.mark.parametrize("pattern", ["", "/*.txt", "/**/*.txt", "/sub/c.jsonl"])
-def test_only_content_and_names_make_the_fingerprint(pattern: str, tree: Path, tmp_path: Path) -> None:
+def test_fingerprint_depends_on_content_not_location(pattern: str, tree: Path, tmp_path: Path) -> None:
     before = fingerprint(f"{tree}{pattern}")
     os.utime(tree / "b.txt", (1, 1))
     assert fingerprint(f"{tree}{pattern}") == before
@@ -125,7 +125,7 @@ def test_only_content_and_names_make_the_fingerprint(pattern: str, tree: Path, t
     assert fingerprint(f"{moved}/corpus{pattern}") != before
 
 
-def test_a_renamed_an_added_and_a_removed_file_change_the_fingerprint(tree: Path) -> None:
+def test_fingerprint_changes_with_file_set(tree: Path) -> None:
     seen = {fingerprint(tree)}
     (tree / "b.txt").rename(tree / "c.txt")
     seen.add(fingerprint(tree))
@@ -136,12 +136,12 @@ def test_a_renamed_an_added_and_a_removed_file_change_the_fingerprint(tree: Path
     assert len(seen) == 4
 
 
-def test_a_home_folder_is_found(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_expands_home_folder(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tree))
     assert names("~/sub") == ["c.jsonl", "deep/d.txt", "deep/e.TXT"]
 
 
-def test_the_name_fits_a_folder(tmp_path: Path) -> None:
+def test_source_name_sanitized(tmp_path: Path) -> None:
     folder = tmp_path / "my texts: été! (v1.2)/x"
     folder.mkdir(parents=True)
     (folder / "a.txt").write_text("a")
@@ -150,7 +150,7 @@ def test_the_name_fits_a_folder(tmp_path: Path) -> None:
     assert find_source(f"files:{folder}/a.txt").name == "files-a-txt"
 
 
-def test_loops_of_links_end(tree: Path) -> None:
+def test_symlink_loops_terminate(tree: Path) -> None:
     expected = names(tree)
     for name in ("one", "two"):  # two links make 2^40 paths if they are followed
         (tree / "sub" / name).symlink_to(tree, target_is_directory=True)
@@ -159,20 +159,20 @@ def test_loops_of_links_end(tree: Path) -> None:
     assert names(f"{tree}/sub/one") == expected  # a link given by name is followed
 
 
-def test_links_to_files_are_read(tree: Path, tmp_path: Path) -> None:
+def test_file_symlinks_followed(tree: Path, tmp_path: Path) -> None:
     (tmp_path / "target.txt").write_text("a")
     (tree / "link.txt").symlink_to(tmp_path / "target.txt")
     assert "link.txt" in names(tree)
 
 
-def refused(spec: str | Path, *said: str) -> None:
+def refused(spec: str | Path, *fragments: str) -> None:
     with pytest.raises(UserError) as caught:
         find_source(str(spec))
-    for part in said:
+    for part in fragments:
         assert part in str(caught.value)
 
 
-def test_missing_text_is_reported(tree: Path, tmp_path: Path) -> None:
+def test_missing_text_raises(tree: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for where in (tmp_path / "empty", tmp_path / "none", f"{tree}/*.none", f"{tree}/x.txt/b.txt"):
         refused(f"files:{where}", "no text found", "nothing", ".jsonl.zst")
@@ -187,7 +187,7 @@ def test_missing_text_is_reported(tree: Path, tmp_path: Path) -> None:
         refused(f"files:{tmp_path / 'empty'}", kind)
 
 
-def test_unknown_sources_suggest_the_nearest() -> None:
+def test_unknown_source_suggests_nearest() -> None:
     refused("python-stlib", "did you mean 'python-stdlib'?", "files:PATH")
     refused("file:/tmp", "did you mean 'files:'?")
     refused("tinystorys", "did you mean 'tinystories'?")
@@ -195,11 +195,11 @@ def test_unknown_sources_suggest_the_nearest() -> None:
 
 
 @pytest.mark.parametrize("spec", ["", "none-such", "hub:", "python-stdlib:3", "files", "wikipedia:en"])
-def test_an_unknown_source_lists_those_that_are_known(spec: str) -> None:
+def test_unknown_source_lists_known_sources(spec: str) -> None:
     refused(spec, repr(spec), "python-stdlib", *CORPORA, "hub:NAMESPACE/NAME", "files:PATH")
 
 
-def test_variants_are_checked_before_any_request() -> None:
+def test_invalid_variant_raises_before_request() -> None:
     refused("c4:en", "c4 has no variants, found 'en'; use c4 alone")
     refused("dolma:v1_8", "no variant 'v1_8'", "did you mean", *CORPORA["dolma"].variants)
     for spec in ("hub:TinyStories", "hub:a/b/c", "hub:/b", "hub:a/:*.parquet"):
@@ -254,7 +254,7 @@ def forbid(path: Path, mode: int = 0) -> None:
     os.seteuid(user)
 
 
-def test_unreadable_files_are_reported(of_an_ordinary_user: Path) -> None:
+def test_unreadable_file_raises(of_an_ordinary_user: Path) -> None:
     tree = of_an_ordinary_user
     forbid(tree / "b.txt")
     refused(f"files:{tree}", "b.txt", "readable")
@@ -263,7 +263,7 @@ def test_unreadable_files_are_reported(of_an_ordinary_user: Path) -> None:
     refused(f"files:{tree}", "deep", "readable")
 
 
-def test_a_folder_that_cannot_be_listed_is_reported(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unlistable_folder_raises(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.scandir
 
     def scandir(path: str) -> object:
@@ -275,12 +275,12 @@ def test_a_folder_that_cannot_be_listed_is_reported(tree: Path, monkeypatch: pyt
     refused(f"files:{tree}", "deep", "Permission denied")
 
 
-def test_pipes_are_not_opened(tree: Path) -> None:
+def test_skips_named_pipes(tree: Path) -> None:
     os.mkfifo(tree / "pipe.txt")  # opening it would wait for a writer
     assert "pipe.txt" not in names(tree)
 
 
-def test_own_output_is_not_part_of_a_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_excludes_own_output_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.txt").write_text("mine")
     (tmp_path / "data" / "more").mkdir(parents=True)
     (tmp_path / "data" / "more" / "b.txt").write_text("mine too")
@@ -297,7 +297,7 @@ def test_own_output_is_not_part_of_a_source(tmp_path: Path, monkeypatch: pytest.
     assert [file.name for file in find_source(f"files:{tmp_path}/data/runs/x").files] == ["log.txt"]
 
 
-def test_a_bare_path_suggests_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bare_path_suggests_files_prefix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("a")
@@ -308,7 +308,7 @@ def test_a_bare_path_suggests_files(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     refused("fineweb-edu", "did you mean 'fineweb-edu-10bt'")
 
 
-def test_ignored_files_are_counted(tmp_path: Path) -> None:
+def test_ignored_files_counted(tmp_path: Path) -> None:
     for name in ("a.txt", "b.html", "c.html", "d.PDF", "Makefile", ".hidden.html"):
         (tmp_path / name).write_text("text")
     note = find_source(f"files:{tmp_path}").ignored_note
@@ -319,7 +319,7 @@ def test_ignored_files_are_counted(tmp_path: Path) -> None:
     refused(f"files:{tmp_path}", "only 1 hidden file(s), 2 .html, 1 without suffix, 1 .pdf, expected", "`--suffix")
 
 
-def test_files_of_other_suffixes_are_read_as_plain_text(tmp_path: Path) -> None:
+def test_extra_suffixes_read_as_plain_text(tmp_path: Path) -> None:
     for name in ("a.txt", "b.html", "c.RST", "d.pdf", "e.jsonl"):
         (tmp_path / name).write_text('{"text": "' + name + '"}')
     source = find_source(f"files:{tmp_path}", suffixes=(".rst", "html", ".jsonl"))

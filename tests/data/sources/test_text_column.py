@@ -53,7 +53,7 @@ def rows(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
         (r"# {title}\n\t{text}{{{meta.lang.name}}}", ["# One\n\tété{fr}", "# \n\ttwo{}", ""]),
     ],
 )
-def test_every_reader_gives_the_text_of_a_row(rows: Path, column: str, expected: list[str]) -> None:
+def test_column_expressions_across_readers(rows: Path, column: str, expected: list[str]) -> None:
     skips = SkipLog()
     assert read(rows, column, skips) == expected
     assert not skips.counts
@@ -68,7 +68,7 @@ def test_every_reader_gives_the_text_of_a_row(rows: Path, column: str, expected:
         ("chat", "chat.role, chat.content"),
     ],
 )
-def test_what_is_not_text_is_named(rows: Path, column: str, reason: str) -> None:
+def test_missing_or_non_text_column_logged(rows: Path, column: str, reason: str) -> None:
     skips = SkipLog()
     found = read(rows, column, skips)
     detail = skips.places[0]["detail"]
@@ -82,12 +82,12 @@ def test_what_is_not_text_is_named(rows: Path, column: str, reason: str) -> None
 
 
 @pytest.mark.parametrize("template", ["{text", "text}", "{}", "{text!r}", "{text:>10}", "{{text}}"])
-def test_a_malformed_template_is_a_clear_error(template: str) -> None:
+def test_malformed_template_raises(template: str) -> None:
     with pytest.raises(UserError, match="template"):
         parse_text_column(template)
 
 
-def test_a_row_that_is_not_utf_8_costs_only_itself(tmp_path: Path) -> None:
+def test_skips_only_invalid_utf8_row(tmp_path: Path) -> None:
     texts = pa.array([b"one", b"\xff\xfe", b"three"]).cast(pa.binary()).view(pa.string())
     pyarrow.parquet.write_table(pa.table({"title": ["a", "b", "c"], "text": texts}), tmp_path / "a.parquet")
     skips = SkipLog()
@@ -96,7 +96,7 @@ def test_a_row_that_is_not_utf_8_costs_only_itself(tmp_path: Path) -> None:
     assert skips.places[0]["place"].endswith("row 1")
 
 
-def test_a_list_of_lists_is_no_text(tmp_path: Path) -> None:
+def test_skips_nested_lists(tmp_path: Path) -> None:
     table = pa.table({"text": [[["a"], ["b"]], None], "turn": [[{"said": ["a"]}], None]})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     for column, texts, reason in (("text", [], "no_text_column"), ("turn.said", [""], "no_text")):

@@ -29,60 +29,60 @@ TEXTS = st.text() | st.text(alphabet=" \n\ta1'é🙂<|endoftext></s>", max_size=
 
 
 def byte_level() -> tokenizers.Tokenizer:
-    made = tokenizers.Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     special = ["<|pad|>", "<|endoftext|>", "<|im_end|>"]
     trainer = trainers.BpeTrainer(
         vocab_size=600, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
-    made.train_from_iterator([PROSE], trainer)
-    return made
+    tokenizer.train_from_iterator([PROSE], trainer)
+    return tokenizer
 
 
 def llama_like() -> tokenizers.Tokenizer:
     """Like a converted SentencePiece BPE: a mark for spaces, and byte tokens for unknown text."""
     spare = [f"<0x{byte:02X}>" for byte in range(256)]
-    made = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     special = ["<unk>", "<s>", "</s>", *spare]
     trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=special, show_progress=False, max_token_length=8)
-    made.train_from_iterator([PROSE], trainer)
-    spec = json.loads(made.to_str())
+    tokenizer.train_from_iterator([PROSE], trainer)
+    spec = json.loads(tokenizer.to_str())
     spec["added_tokens"] = spec["added_tokens"][:3]  # the bytes are the model's own
-    made = tokenizers.Tokenizer.from_str(json.dumps(spec))
-    made.decoder = decoders.Sequence(
+    tokenizer = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    made.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
-    return made
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    return tokenizer
 
 
 def unigram() -> tokenizers.Tokenizer:
     """Like T5's: `</s>` is an entry of the model itself, with the best score."""
-    made = tokenizers.Tokenizer(models.Unigram())
-    made.pre_tokenizer = pre_tokenizers.Metaspace()
-    made.decoder = decoders.Metaspace()
+    tokenizer = tokenizers.Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
     trainer = trainers.UnigramTrainer(
         vocab_size=300, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False
     )
-    made.train_from_iterator([PROSE + "<a/s>" * 9], trainer)
-    made.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
-    return made
+    tokenizer.train_from_iterator([PROSE + "<a/s>" * 9], trainer)
+    tokenizer.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    return tokenizer
 
 
 def word_piece() -> tokenizers.Tokenizer:
-    made = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    made.normalizer = normalizers.BertNormalizer()
-    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    made.decoder = decoders.WordPiece()
+    tokenizer = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
     trainer = trainers.WordPieceTrainer(
         vocab_size=300, special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]"], show_progress=False
     )
-    made.train_from_iterator([PROSE + "[SEP]"], trainer)
-    made.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    return made
+    tokenizer.train_from_iterator([PROSE + "[SEP]"], trainer)
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    return tokenizer
 
 
 KINDS: dict[str, Callable[[], tokenizers.Tokenizer]] = {
@@ -111,7 +111,7 @@ by_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 @by_kind
-def test_same_ids_as_transformers(files: dict[str, Path], kind: str) -> None:
+def test_ids_match_transformers(files: dict[str, Path], kind: str) -> None:
     ours, peer = load_tokenizer(files[kind]), PreTrainedTokenizerFast(tokenizer_file=str(files[kind]))
     for text in ("", "The old river", " two  spaces ", "été 3.14\n\nx", "日本語 🙂", PROSE):
         ids = ours.encode(text)
@@ -123,7 +123,7 @@ def test_same_ids_as_transformers(files: dict[str, Path], kind: str) -> None:
 
 
 @given(text=TEXTS)
-def test_any_text_round_trips(bytewise: Tokenizer, text: str) -> None:
+def test_byte_level_round_trip(bytewise: Tokenizer, text: str) -> None:
     ids = bytewise.encode(text)
     assert bytewise.decode(ids) == text
     assert bytewise.decode_bytes(ids) == text.encode()
@@ -132,7 +132,7 @@ def test_any_text_round_trips(bytewise: Tokenizer, text: str) -> None:
 
 
 @given(text=TEXTS)
-def test_no_text_becomes_a_special_token(files: dict[str, Path], loaded: dict[str, Tokenizer], text: str) -> None:
+def test_text_never_encodes_to_special_tokens(files: dict[str, Path], loaded: dict[str, Tokenizer], text: str) -> None:
     for kind in KINDS:
         assert not special_ids(files[kind], loaded[kind].encode(text))
 
@@ -149,7 +149,7 @@ def special_ids(file: Path, ids: np.ndarray) -> set[str]:
 
 
 @by_kind
-def test_spelled_out_special_tokens_are_text(files: dict[str, Path], kind: str) -> None:
+def test_special_token_strings_encode_as_text(files: dict[str, Path], kind: str) -> None:
     ours = load_tokenizer(files[kind])
     added = [token["content"] for token in json.loads(files[kind].read_text())["added_tokens"]]
     for text in [*added, "a" + "".join(added) + "b", *(f"x {token} y" for token in added)]:
@@ -160,7 +160,7 @@ def test_spelled_out_special_tokens_are_text(files: dict[str, Path], kind: str) 
             assert ours.decode(ids) == text
 
 
-def test_special_tokens_decode_to_their_text(loaded: dict[str, Tokenizer]) -> None:
+def test_special_tokens_decode_to_text(loaded: dict[str, Tokenizer]) -> None:
     for kind, shown in (("byte-level", "<|endoftext|>"), ("llama-like", "</s>"), ("unigram", "</s>")):
         ours = loaded[kind]
         assert ours.decode([ours.end_of_text]) == shown
@@ -168,7 +168,7 @@ def test_special_tokens_decode_to_their_text(loaded: dict[str, Tokenizer]) -> No
 
 
 @by_kind
-def test_truncation_and_padding_are_ignored(files: dict[str, Path], kind: str, tmp_path: Path) -> None:
+def test_ignores_truncation_and_padding(files: dict[str, Path], kind: str, tmp_path: Path) -> None:
     changed = tokenizers.Tokenizer.from_file(str(files[kind]))
     changed.enable_truncation(8)
     changed.enable_padding(length=100)
@@ -179,7 +179,7 @@ def test_truncation_and_padding_are_ignored(files: dict[str, Path], kind: str, t
         assert ours.encode(text).tolist() == plain.encode(text).tolist()
 
 
-def test_dropout_is_ignored(files: dict[str, Path], tmp_path: Path) -> None:
+def test_ignores_dropout(files: dict[str, Path], tmp_path: Path) -> None:
     spec = json.loads(files["byte-level"].read_text())
     spec["model"]["dropout"] = 0.9
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
@@ -187,7 +187,7 @@ def test_dropout_is_ignored(files: dict[str, Path], tmp_path: Path) -> None:
     assert ours.encode(PROSE).tolist() == plain.encode(PROSE).tolist()
 
 
-def test_the_bytes_of_other_kinds(loaded: dict[str, Tokenizer]) -> None:
+def test_token_bytes_without_byte_level(loaded: dict[str, Tokenizer]) -> None:
     for kind, text in (("llama-like", "the river 日本 🙂"), ("unigram", "the river Été")):
         ours = loaded[kind]
         assert ours.token_bytes()[ours.encode(text)].sum() == len(text.encode()) + 1  # the space in front
@@ -198,34 +198,34 @@ def test_the_bytes_of_other_kinds(loaded: dict[str, Tokenizer]) -> None:
     assert loaded["llama-like"].decode_bytes(loaded["llama-like"].encode("日 é")) == " 日 é".encode()
 
 
-def test_half_a_character_decodes_to_the_replacement(loaded: dict[str, Tokenizer]) -> None:
+def test_partial_character_decodes_to_replacement(loaded: dict[str, Tokenizer]) -> None:
     for kind in ("byte-level", "llama-like"):
         ids = loaded[kind].encode("🙂")
         assert "\ufffd" in loaded[kind].decode(ids[: len(ids) - 1])
 
 
-def test_a_lone_surrogate_changes_nothing_around_it(loaded: dict[str, Tokenizer]) -> None:
+def test_lone_surrogate_preserves_surrounding_text(loaded: dict[str, Tokenizer]) -> None:
     text = "a\ud800b\udfffc\ud83d\ude42"
     for kind in ("byte-level", "llama-like"):
         assert loaded[kind].decode(loaded[kind].encode(text)) == "a\ufffdb\ufffdc🙂"
 
 
 @pytest.mark.parametrize("text", ["", "\x00", "\x00" * 300_000, " " * 1_000_000 + "a", "a" * 2_000_000, "\n" * 300_001])
-def test_hostile_texts_round_trip_in_time(bytewise: Tokenizer, text: str) -> None:
+def test_adversarial_texts_round_trip_within_time_limit(bytewise: Tokenizer, text: str) -> None:
     started = time.perf_counter()
     assert bytewise.decode(bytewise.encode(text)) == text
     assert time.perf_counter() - started < 20
 
 
 @by_kind
-def test_no_kind_hangs_on_an_endless_word(loaded: dict[str, Tokenizer], kind: str) -> None:
+def test_very_long_word_encodes_within_time_limit(loaded: dict[str, Tokenizer], kind: str) -> None:
     started = time.perf_counter()
     for text in ("a" * 1_000_000, " " * 1_000_000 + "a"):
         loaded[kind].encode(text)
     assert time.perf_counter() - started < 30
 
 
-def test_a_split_at_a_word_changes_nothing(files: dict[str, Path], bytewise: Tokenizer) -> None:
+def test_word_split_preserves_ids(files: dict[str, Path], bytewise: Tokenizer) -> None:
     text = PROSE * 60
     assert len(text) > 3 * MAX_PIECE_CHARS
     peer = tokenizers.Tokenizer.from_file(str(files["byte-level"]))
@@ -233,14 +233,14 @@ def test_a_split_at_a_word_changes_nothing(files: dict[str, Path], bytewise: Tok
 
 
 @given(st.text(alphabet=" \nab", max_size=60), st.integers(2, 9))
-def test_pieces_make_up_the_text(text: str, size: int) -> None:
+def test_split_text_is_lossless(text: str, size: int) -> None:
     pieces = list(split_text(text, size, WORD_START))
     assert "".join(pieces) == text
     assert all(len(piece) <= size for piece in pieces)
     assert all(pieces) or not text
 
 
-def test_the_byte_alphabet_is_the_librarys() -> None:
+def test_byte_alphabet_matches_library() -> None:
     assert sorted(byte_alphabet()) == sorted(pre_tokenizers.ByteLevel.alphabet())
     text = bytes(range(256)).decode("latin-1")
     shown = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(text)[0][0]
@@ -248,9 +248,9 @@ def test_the_byte_alphabet_is_the_librarys() -> None:
 
 
 def test_ids_with_gaps(tmp_path: Path) -> None:
-    made = tokenizers.Tokenizer(models.BPE({"a": 0, "b": 7}, []))
-    made.add_special_tokens(["<eos>"])
-    spec = json.loads(made.to_str())
+    tokenizer = tokenizers.Tokenizer(models.BPE({"a": 0, "b": 7}, []))
+    tokenizer.add_special_tokens(["<eos>"])
+    spec = json.loads(tokenizer.to_str())
     spec["added_tokens"][0]["id"] = 9
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
     peer = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
@@ -262,11 +262,11 @@ def test_ids_with_gaps(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("special", [True, False])
 @pytest.mark.parametrize("token", END_OF_TEXT_TOKENS)
-def test_the_end_of_text_token_is_found(token: str, special: bool, tmp_path: Path) -> None:
-    made = byte_level_of(["<pad>", token, *END_OF_TEXT_TOKENS[END_OF_TEXT_TOKENS.index(token) + 1 :]], special)
-    made.save(str(tmp_path / "tokenizer.json"))
+def test_finds_end_of_text_token(token: str, special: bool, tmp_path: Path) -> None:
+    tokenizer = byte_level_of(["<pad>", token, *END_OF_TEXT_TOKENS[END_OF_TEXT_TOKENS.index(token) + 1 :]], special)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
     ours = load_tokenizer(tmp_path)
-    assert ours.end_of_text == made.token_to_id(token)
+    assert ours.end_of_text == tokenizer.token_to_id(token)
     assert ours.token_bytes()[ours.end_of_text] == 0
     assert ours.end_of_text not in ours.encode(f"a{token}b")
     assert ours.decode(ours.encode(f"a{token}b")) == f"a{token}b"
@@ -274,26 +274,26 @@ def test_the_end_of_text_token_is_found(token: str, special: bool, tmp_path: Pat
 
 def byte_level_of(added: list[str], special: bool = True, spare: int = 0) -> tokenizers.Tokenizer:
     vocabulary = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *(f"spare{number}" for number in range(spare))]
-    made = tokenizers.Tokenizer(models.BPE({token: index for index, token in enumerate(vocabulary)}, []))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    made.add_tokens([AddedToken(token, special=special) for token in added])
-    return made
+    tokenizer = tokenizers.Tokenizer(models.BPE({token: index for index, token in enumerate(vocabulary)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_tokens([AddedToken(token, special=special) for token in added])
+    return tokenizer
 
 
-def test_ordinary_added_tokens_stay_ordinary(tmp_path: Path) -> None:
-    made = byte_level_of(["<|endoftext|>"])
-    made.add_tokens(["été", "    "])
-    made.save(str(tmp_path / "tokenizer.json"))
+def test_non_special_added_tokens_encoded(tmp_path: Path) -> None:
+    tokenizer = byte_level_of(["<|endoftext|>"])
+    tokenizer.add_tokens(["été", "    "])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
     ours = load_tokenizer(tmp_path)
     text = "l'été    x"
     ids = ours.encode(text)
-    assert {made.token_to_id("été"), made.token_to_id("    ")} < set(ids.tolist())
+    assert {tokenizer.token_to_id("été"), tokenizer.token_to_id("    ")} < set(ids.tolist())
     assert ours.decode(ids) == text
     assert ours.token_bytes()[ids].sum() == len(text.encode())
 
 
-def test_ids_of_16_and_32_bits(tmp_path: Path) -> None:
+def test_id_dtype_16_and_32_bits(tmp_path: Path) -> None:
     for spare, dtype in ((65_536 - 257, np.uint16), (65_536 - 256, np.uint32)):
         byte_level_of(["</s>"], spare=spare).save(str(tmp_path / "tokenizer.json"))
         ours = load_tokenizer(tmp_path)
@@ -302,7 +302,7 @@ def test_ids_of_16_and_32_bits(tmp_path: Path) -> None:
         assert ours.dtype == ours.encode_document("a").dtype == dtype
 
 
-def test_ids_beyond_any_vocabulary(tmp_path: Path) -> None:
+def test_excessive_id_raises(tmp_path: Path) -> None:
     spec = json.loads(byte_level_of(["</s>"]).to_str())
     spec["model"]["vocab"]["huge"] = 4_000_000_000
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
@@ -310,14 +310,14 @@ def test_ids_beyond_any_vocabulary(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
 
 
-def test_a_missing_end_of_text_token_is_reported(tmp_path: Path) -> None:
+def test_missing_end_of_text_token_raises(tmp_path: Path) -> None:
     byte_level_of(["<pad>", "<mask>"]).save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(UserError, match=r"<pad>, <mask>, expected one of <\|endoftext\|>.*add_special_tokens"):
         load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (b"", "is not JSON"),
         (b"\xff\xfe", "is not JSON"),
@@ -330,23 +330,23 @@ def test_a_missing_end_of_text_token_is_reported(tmp_path: Path) -> None:
         (b'{"model": {"type": "BPE", "vocab": {}, "merges": []}, "added_tokens": []}', "its added tokens are none"),
     ],
 )
-def test_invalid_files_are_reported(content: bytes, said: str, tmp_path: Path) -> None:
+def test_invalid_file_raises(content: bytes, message: str, tmp_path: Path) -> None:
     file = tmp_path / "tokenizer.json"
     file.write_bytes(content)
-    with pytest.raises(UserError, match=said) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         load_tokenizer(file)
     assert str(file) in str(caught.value)
 
 
-def test_text_without_tokens_is_reported(tmp_path: Path) -> None:
-    made = tokenizers.Tokenizer(models.WordLevel({"river": 0}, unk_token="[UNK]"))
-    made.add_special_tokens(["</s>"])
-    made.save(str(tmp_path / "tokenizer.json"))
+def test_unencodable_text_raises(tmp_path: Path) -> None:
+    tokenizer = tokenizers.Tokenizer(models.WordLevel({"river": 0}, unk_token="[UNK]"))
+    tokenizer.add_special_tokens(["</s>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(UserError, match=r"cannot encode a text that begins with 'bridge': .*needs a token"):
         load_tokenizer(tmp_path).encode("bridge")
 
 
-def test_missing_paths_are_reported(tmp_path: Path, files: dict[str, Path]) -> None:
+def test_missing_path_raises_with_suggestion(tmp_path: Path, files: dict[str, Path]) -> None:
     with pytest.raises(UserError, match=r"no tokenizer 'r50k', did you mean 'r50k_base'\?"):
         load_tokenizer("r50k")
     (tmp_path / "tokenizer.json").touch()
@@ -359,7 +359,7 @@ def test_missing_paths_are_reported(tmp_path: Path, files: dict[str, Path]) -> N
     assert load_tokenizer(str(files["unigram"].parent)).file == files["unigram"]
 
 
-def test_the_name_depends_on_the_content_only(files: dict[str, Path], tmp_path: Path) -> None:
+def test_name_depends_only_on_content(files: dict[str, Path], tmp_path: Path) -> None:
     copy = tmp_path / "other name.json"
     copy.write_bytes(files["byte-level"].read_bytes())
     ours = load_tokenizer(copy)
@@ -375,7 +375,7 @@ def test_the_name_depends_on_the_content_only(files: dict[str, Path], tmp_path: 
     assert not ours.is_default
 
 
-def test_one_thread_no_network_no_torch(files: dict[str, Path]) -> None:
+def test_single_thread_without_network_or_torch(files: dict[str, Path]) -> None:
     code = """
 import sys, threading
 seen = []

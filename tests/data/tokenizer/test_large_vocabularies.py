@@ -49,7 +49,7 @@ def test_sizes_and_dtype(pairs: dict, kind: str) -> None:
 
 
 @given(text=TEXTS)
-def test_ids_of_transformers(pairs: dict, text: str) -> None:
+def test_ids_match_transformers(pairs: dict, text: str) -> None:
     for kind, (ours, peer) in pairs.items():
         ids = ours.encode(text).tolist()
         assert ids == peer.encode(text, add_special_tokens=False), kind
@@ -59,7 +59,7 @@ def test_ids_of_transformers(pairs: dict, text: str) -> None:
 
 
 @given(text=TEXTS, size=st.integers(4, 12))
-def test_a_split_at_a_boundary_changes_nothing(pairs: dict, text: str, size: int) -> None:
+def test_boundary_split_preserves_ids(pairs: dict, text: str, size: int) -> None:
     pieces = list(split_text(text, size, SPACE_OR_LINE))
     at = np.cumsum([len(piece) for piece in pieces])[:-1]
     if all(SPACE_OR_LINE.match(text, int(i)) for i in at):
@@ -68,7 +68,7 @@ def test_a_split_at_a_boundary_changes_nothing(pairs: dict, text: str, size: int
             assert [index for part in parts for index in part] == ours.encode(text).tolist()
 
 
-def test_line_breaks_stay_with_the_punctuation_before_them(pairs: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_split_keeps_line_breaks_with_punctuation(pairs: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface, "MAX_PIECE_CHARS", 50)
     text = "They left for x.\n\nThen y came!\n\n" * 40
     for ours, peer in pairs.values():
@@ -78,7 +78,7 @@ def test_line_breaks_stay_with_the_punctuation_before_them(pairs: dict, monkeypa
         assert [index for part in parts for index in part] != ids, "the text tests nothing"
 
 
-def test_without_a_token_that_ends_a_document(tmp_path: Path) -> None:
+def test_missing_end_of_text_token_raises(tmp_path: Path) -> None:
     spec = json.loads(llama3_json())
     spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] != "<|end_of_text|>"]
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))

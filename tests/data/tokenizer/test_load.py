@@ -42,7 +42,7 @@ TEXTS = (
 
 
 @given(TEXTS)
-def test_any_text_round_trips(tokenizer: Tokenizer, reference: tiktoken.Encoding, text: str) -> None:
+def test_ids_match_tiktoken_and_round_trip(tokenizer: Tokenizer, reference: tiktoken.Encoding, text: str) -> None:
     ids = tokenizer.encode(text).tolist()
     assert ids == reference.encode_ordinary(text)
     assert END_OF_TEXT not in ids
@@ -51,33 +51,33 @@ def test_any_text_round_trips(tokenizer: Tokenizer, reference: tiktoken.Encoding
 
 
 @given(st.lists(TEXTS | st.sampled_from(["<|endoftext|>", " " * 200, "a\ud800b", " \n"]), min_size=1, max_size=8))
-def test_a_batch_equals_single_documents(tokenizer: Tokenizer, reference: tiktoken.Encoding, texts: list[str]) -> None:
-    made = tokenizer.encode_documents(texts)
+def test_batch_matches_single_documents(tokenizer: Tokenizer, reference: tiktoken.Encoding, texts: list[str]) -> None:
+    encoded = tokenizer.encode_documents(texts)
     alone = [[END_OF_TEXT, *reference.encode_ordinary(text)] for text in texts]
-    assert [document.tolist() for document in made] == alone
-    assert all(document.dtype == np.uint16 for document in made)
+    assert [document.tolist() for document in encoded] == alone
+    assert all(document.dtype == np.uint16 for document in encoded)
 
 
-def test_a_run_of_spaces_among_documents(tokenizer: Tokenizer) -> None:
+def test_batch_with_long_run_of_spaces(tokenizer: Tokenizer) -> None:
     texts = ["one", " " * (300_000), "two "]
-    made = tokenizer.encode_documents(texts)
-    assert [tokenizer.decode(document[1:]) for document in made] == texts
-    assert [document[0] for document in made] == [END_OF_TEXT] * 3
+    encoded = tokenizer.encode_documents(texts)
+    assert [tokenizer.decode(document[1:]) for document in encoded] == texts
+    assert [document[0] for document in encoded] == [END_OF_TEXT] * 3
 
 
 @given(st.text(alphabet=st.characters() | st.characters(categories=["Cs"])))
-def test_lone_surrogates_become_the_replacement_character(tokenizer: Tokenizer, text: str) -> None:
+def test_lone_surrogates_become_replacement_character(tokenizer: Tokenizer, text: str) -> None:
     pairs_joined = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
     expected = "".join("\ufffd" if 0xD800 <= ord(c) < 0xE000 else c for c in pairs_joined)
     assert tokenizer.decode(tokenizer.encode(text)) == expected
 
 
-def test_a_lone_surrogate_changes_nothing_around_it(tokenizer: Tokenizer) -> None:
+def test_lone_surrogate_preserves_surrounding_text(tokenizer: Tokenizer) -> None:
     assert tokenizer.decode(tokenizer.encode("\ufeffa\ud800b\udfffc\ud83d\ude42")) == "\ufeffa\ufffdb\ufffdc🙂"
 
 
 @pytest.mark.parametrize("text", ["<|endoftext|>", "a<|endoftext|>b", "<|endoftext|>" * 3])
-def test_a_document_cannot_spell_the_special_token(tokenizer: Tokenizer, text: str) -> None:
+def test_special_token_string_encodes_as_text(tokenizer: Tokenizer, text: str) -> None:
     ids = tokenizer.encode_document(text)
     assert ids[0] == END_OF_TEXT
     assert END_OF_TEXT not in ids[1:]
@@ -110,7 +110,7 @@ def huggingface_gpt2(reference: tiktoken.Encoding) -> tokenizers.Tokenizer:
     return peer
 
 
-def test_same_ids_as_hugging_faces_gpt2(tokenizer: Tokenizer, reference: tiktoken.Encoding) -> None:
+def test_ids_match_hugging_face_gpt2(tokenizer: Tokenizer, reference: tiktoken.Encoding) -> None:
     peer = huggingface_gpt2(reference)
     library = Path(sysconfig.get_path("stdlib"))
     texts = [(library / name).read_text(encoding="utf-8") for name in ("argparse.py", "this.py", "html/entities.py")]
@@ -124,7 +124,7 @@ def test_same_ids_as_hugging_faces_gpt2(tokenizer: Tokenizer, reference: tiktoke
 
 
 @pytest.mark.parametrize("space", [" ", "\n", "\t", " \n", "\u3000", "\x1c\x85"])
-def test_a_million_spaces_do_not_panic(tokenizer: Tokenizer, space: str) -> None:
+def test_million_spaces_round_trip(tokenizer: Tokenizer, space: str) -> None:
     text = "a" + space * (1_200_000 // len(space)) + "b"
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
@@ -143,17 +143,17 @@ def test_many_long_runs_take_linear_time(tokenizer: Tokenizer) -> None:
     assert time.perf_counter() - started < 10
 
 
-def test_every_character_beside_white_space(tokenizer: Tokenizer, reference: tiktoken.Encoding) -> None:
+def test_every_character_next_to_whitespace(tokenizer: Tokenizer, reference: tiktoken.Encoding) -> None:
     """White space is what the pattern says, not what Python says; any character may serve as a mark."""
     characters = [chr(code) for code in range(0x20000) if not 0xD800 <= code < 0xE000]
     texts = [f"a{one}{one}b {one}  {one}" for one in characters]
     for first in range(0, len(texts), 5_000):
-        made = tokenizer.encode_documents(texts[first : first + 5_000])
-        for text, document in zip(texts[first : first + 5_000], made, strict=True):
+        encoded = tokenizer.encode_documents(texts[first : first + 5_000])
+        for text, document in zip(texts[first : first + 5_000], encoded, strict=True):
             assert document[1:].tolist() == reference.encode_ordinary(text), f"{text!r}"
 
 
-def test_texts_full_of_control_characters(reference: tiktoken.Encoding) -> None:
+def test_many_control_characters_match_tiktoken(reference: tiktoken.Encoding) -> None:
     """Every text lacks some character to use as a mark; few encodings are cached."""
     tokenizer = load_tokenizer()
     for count in (1, 2, 7, 8, 9, 20):
@@ -165,13 +165,13 @@ def test_texts_full_of_control_characters(reference: tiktoken.Encoding) -> None:
 
 
 @pytest.mark.parametrize("text", ["\x00", "a\x00b", "\x00" * 10_000, "x" * 300_000, "!" * 300_000, "\ufeffbom"])
-def test_odd_texts(tokenizer: Tokenizer, reference: tiktoken.Encoding, text: str) -> None:
+def test_unusual_texts_match_tiktoken(tokenizer: Tokenizer, reference: tiktoken.Encoding, text: str) -> None:
     ids = tokenizer.encode(text)
     assert ids.tolist() == reference.encode_ordinary(text)
     assert tokenizer.decode(ids) == text
 
 
-def test_the_description_of_gpt2(tokenizer: Tokenizer) -> None:
+def test_gpt2_description(tokenizer: Tokenizer) -> None:
     assert tokenizer.describe() == {
         "kind": "tiktoken",
         "name": "r50k_base",
@@ -183,14 +183,14 @@ def test_the_description_of_gpt2(tokenizer: Tokenizer) -> None:
     assert load_tokenizer("r50k_base").describe() == tokenizer.describe()
 
 
-def test_half_a_character_decodes_to_the_replacement(tokenizer: Tokenizer) -> None:
+def test_partial_character_decodes_to_replacement(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("🙂")
     assert len(ids) > 1
     assert tokenizer.decode(ids[:1]) == "\ufffd"
     assert tokenizer.decode_bytes(ids) == "🙂".encode()
 
 
-def test_bytes_of_every_token(tokenizer: Tokenizer, reference: tiktoken.Encoding) -> None:
+def test_token_bytes(tokenizer: Tokenizer, reference: tiktoken.Encoding) -> None:
     lengths = tokenizer.token_bytes()
     assert lengths.shape == (50_257,)
     assert lengths[END_OF_TEXT] == 0
@@ -198,7 +198,7 @@ def test_bytes_of_every_token(tokenizer: Tokenizer, reference: tiktoken.Encoding
 
 
 @pytest.mark.parametrize("damage", ["missing", "folder", "empty", "one byte", "cut short", "not base64"])
-def test_a_damaged_vocabulary_is_refused(damage: str, tmp_path: Path) -> None:
+def test_damaged_vocabulary_raises(damage: str, tmp_path: Path) -> None:
     content = SHIPPED_VOCABULARY.read_bytes()
     path = tmp_path / VOCAB_FILE
     if damage == "folder":

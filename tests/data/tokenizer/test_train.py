@@ -41,7 +41,7 @@ def peer(trained: Path) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_file=str(trained), split_special_tokens=True)
 
 
-def test_the_trained_vocabulary(trained: Path, ours: Tokenizer) -> None:
+def test_trained_vocabulary(trained: Path, ours: Tokenizer) -> None:
     peer = tokenizers.Tokenizer.from_file(str(trained))
     assert peer.token_to_id("<|endoftext|>") == ours.end_of_text == 0
     assert peer.get_vocab_size() == ours.vocab_size == 300
@@ -50,7 +50,7 @@ def test_the_trained_vocabulary(trained: Path, ours: Tokenizer) -> None:
 
 
 @given(text=st.text() | st.text(alphabet=" \nthervbd.é🙂<|endoftext>"))
-def test_hugging_face_reads_the_same(ours: Tokenizer, peer: PreTrainedTokenizerFast, text: str) -> None:
+def test_ids_match_hugging_face(ours: Tokenizer, peer: PreTrainedTokenizerFast, text: str) -> None:
     ids = ours.encode(text)
     assert ids.tolist() == peer.encode(text, add_special_tokens=False)
     assert 0 not in ids
@@ -58,7 +58,7 @@ def test_hugging_face_reads_the_same(ours: Tokenizer, peer: PreTrainedTokenizerF
     assert ours.token_bytes()[ids].sum() == len(text.encode())
 
 
-def test_the_same_texts_give_the_same_bytes(trained: Path, tmp_path: Path) -> None:
+def test_training_is_deterministic(trained: Path, tmp_path: Path) -> None:
     code = """
 import sys
 from pathlib import Path
@@ -76,13 +76,13 @@ train_tokenizer(texts, 300, Path(sys.argv[1]), progress=False)
 
 
 @pytest.mark.parametrize("size", [-1, 0, 256, 10_000_001])
-def test_invalid_sizes_are_rejected(size: int, tmp_path: Path) -> None:
+def test_invalid_vocab_size_raises(size: int, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"vocab_size is .*expected 257 .*10,000,000"):
         train_tokenizer(TEXTS, size, tmp_path / "t.json")
     assert not list(tmp_path.iterdir())
 
 
-def test_the_smallest_vocabulary(tmp_path: Path) -> None:
+def test_smallest_vocabulary(tmp_path: Path) -> None:
     smallest = load_tokenizer(train_tokenizer(TEXTS, 257, tmp_path / "t.json", progress=False))
     assert smallest.vocab_size == 257
     assert smallest.encode("été").tolist() != []
@@ -104,39 +104,37 @@ def test_empty_and_failing_sources_write_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["a" * 5_000_000, " " * 2_000_000 + "x", "acgt", "\x00" * 300_000])
-def test_hostile_texts_do_not_hang_the_trainer(text: str, tmp_path: Path) -> None:
+def test_adversarial_texts_train_within_time_limit(text: str, tmp_path: Path) -> None:
     if text == "acgt":
         text = "".join(random.Random(1).choices(text, k=500_000))
     started = time.perf_counter()
-    made = load_tokenizer(train_tokenizer([text, "and a word"], 400, tmp_path / "t.json", progress=False))
+    tokenizer = load_tokenizer(train_tokenizer([text, "and a word"], 400, tmp_path / "t.json", progress=False))
     assert time.perf_counter() - started < 30
-    assert made.vocab_size > 257
-    assert made.decode(made.encode(text[:1_000])) == text[:1_000]
+    assert tokenizer.vocab_size > 257
+    assert tokenizer.decode(tokenizer.encode(text[:1_000])) == text[:1_000]
 
 
-def test_the_command(tmp_path: Path, temp_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_command(tmp_path: Path, temp_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     corpus = write_corpus(tmp_path / "my texts", documents=30, words=60)
     tokenizer_train(f"files:{corpus}", vocab_size=350, documents=25)
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     (file,) = (temp_data / "tokenizers").rglob("tokenizer.json")
     assert file.parent.name.endswith("-350")
-    assert said.startswith(f"{file}\n  350 tokens")
-    assert "on the last 20 document(s)" in said
-    figures = {words[0]: float(words[1]) for line in said.splitlines() if len(words := line.split()) == 2}
+    assert output.startswith(f"{file}\n  350 tokens")
+    assert "on the last 20 document(s)" in output
+    figures = {words[0]: float(words[1]) for line in output.splitlines() if len(words := line.split()) == 2}
     assert figures.keys() >= {"this", "r50k_base"}
     assert 1 < figures["this"] < 10
-    assert "--model.vocab-size 350" in said
+    assert "--model.vocab-size 350" in output
     with pytest.raises(UserError, match=r"tokenizer\.json already exists.*--overwrite"):
         tokenizer_train(f"files:{corpus}", vocab_size=350)
     (file.parent / "tokenizer.json").write_text("other")
     tokenizer_train(f"files:{corpus}", vocab_size=350, documents=25, overwrite=True)
-    assert capsys.readouterr().out == said
+    assert capsys.readouterr().out == output
 
 
 @pytest.mark.usefixtures("in_process")
-def test_the_printed_commands_work_together(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], temp_data: Path
-) -> None:
+def test_printed_commands_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], temp_data: Path) -> None:
     """The second command names the data set that the first one prepares."""
     source = tmp_path / "rows of mine.jsonl"
     source.write_text("".join(json.dumps({"body": f"line number {i} says hello"}) + "\n" for i in range(200)))
@@ -150,13 +148,13 @@ def test_the_printed_commands_work_together(
     assert train[-4:] == [*capsys.readouterr().out.split()[-4:]], "as the first command says it too"
 
 
-def test_the_command_with_too_little_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_command_with_too_little_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.txt").write_text("one two two\n", encoding="utf-8")
     tokenizer_train(f"files:{tmp_path / 'a.txt'}", vocab_size=32_000, out=tmp_path / "out")
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     size = len(json.loads((tmp_path / "out" / "tokenizer.json").read_text())["model"]["vocab"])
-    assert f"{size:,} tokens" in said
-    assert "too short for the requested 32,000 tokens" in said
-    assert f"--model.vocab-size {size}" in said
+    assert f"{size:,} tokens" in output
+    assert "too short for the requested 32,000 tokens" in output
+    assert f"--model.vocab-size {size}" in output
     with pytest.raises(UserError, match="documents is -1"):
         tokenizer_train(f"files:{tmp_path / 'a.txt'}", documents=-1)

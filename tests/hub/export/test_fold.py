@@ -57,13 +57,13 @@ def scaled_down(name: str) -> ModelConfig:
     [*((case, "float32") for case in CASES), ("llama, all, biases", "bfloat16"), ("qwen3, all", "bfloat16")],
 )
 @torch.no_grad()
-def test_an_export_and_its_import(case: str, dtype: str, save: Save, tmp_path: Path) -> None:
+def test_folded_export_import_round_trip(case: str, dtype: str, save: Save, tmp_path: Path) -> None:
     """float32 is compared with the model itself. bfloat16 rounds the folded weights, so with a model that has these."""
     config = CASES[case]
     source = load_export_source(save(config))
-    made = export_transformers(source, tmp_path / "out", dtype, say=quietly)
+    export = export_transformers(source, tmp_path / "out", dtype, say=quietly)
     expected = load_model("made", "cpu").model(TOKENS)
-    peer = AutoModelForCausalLM.from_pretrained(made.folder)
+    peer = AutoModelForCausalLM.from_pretrained(export.folder)
     assert peer.config.model_type == case.partition(",")[0]
     assert peer.dtype == getattr(torch, dtype)
     if dtype == "bfloat16":
@@ -71,7 +71,7 @@ def test_an_export_and_its_import(case: str, dtype: str, save: Save, tmp_path: P
         assert 1e-3 < (rounded - expected).abs().max() < 0.3
         expected = rounded
     assert (peer.float()(TOKENS).logits - expected).abs().max() < 1e-5
-    external = read_external_model(made.folder)
+    external = read_external_model(export.folder)
     assert external.config.activation == config.activation
     assert not external.config.embedding_norm
     assert not external.config.residual_scales
@@ -81,19 +81,19 @@ def test_an_export_and_its_import(case: str, dtype: str, save: Save, tmp_path: P
 
 
 @pytest.mark.parametrize("name", ["lf-llm-269m-modern", "lf-llm-269m-adamw"])
-def test_presets_open_as_qwen3(name: str, save: Save, tmp_path: Path) -> None:
-    made = export_transformers(save(scaled_down(name)), tmp_path / "out", say=quietly)
+def test_presets_export_as_qwen3(name: str, save: Save, tmp_path: Path) -> None:
+    export = export_transformers(save(scaled_down(name)), tmp_path / "out", say=quietly)
     assert (
-        made.architecture
+        export.architecture
         == "Qwen3ForCausalLM"
         == architectures.CLASSES[architectures.select_architecture(get_preset(name).model)]
     )
-    assert made.parity.text < 1e-5
+    assert export.parity.text < 1e-5
 
 
 @pytest.mark.parametrize("changes", [NORM, SCALES, NORM | SCALES], ids=str)
 @torch.no_grad()
-def test_the_difference_of_a_logit(changes: dict) -> None:
+def test_folded_logits_match_within_tolerance(changes: dict) -> None:
     """As in the docstring of export/fold.py, relative to the largest logit."""
     config = replace(QWEN3, **changes)
     model = random_model(config)
@@ -104,7 +104,7 @@ def test_the_difference_of_a_logit(changes: dict) -> None:
     assert (plain(TOKENS) - logits).abs().max() <= 1e-6 * logits.abs().max()
 
 
-def test_a_model_without_the_switches_is_untouched(save: Save) -> None:
+def test_plain_model_is_not_folded(save: Save) -> None:
     source = load_export_source(save(QWEN3))
     assert fold(source) is source
 
@@ -115,7 +115,7 @@ def test_a_model_without_the_switches_is_untouched(save: Save) -> None:
 @pytest.mark.parametrize(
     ("scales", "product"), [((1.0, -0.5), "-0.5"), ((1e-2, 1e-2), "0.0001"), ((1.0, torch.nan), "nan")]
 )
-def test_scales_that_cannot_be_folded(scales: tuple[float, ...], product: str, save: Save, tmp_path: Path) -> None:
+def test_unfoldable_scales_raise(scales: tuple[float, ...], product: str, save: Save, tmp_path: Path) -> None:
     source = load_export_source(save(replace(SMALL, **SCALES)))
     source.weights["residual_scales"].copy_(torch.tensor(scales))
     message = rf"product of model.residual_scales up to block 1 is {product}, expected at least 0.001.*--to-onnx"
@@ -124,36 +124,36 @@ def test_scales_that_cannot_be_folded(scales: tuple[float, ...], product: str, s
     assert not list(tmp_path.glob("*out*"))
 
 
-def test_a_wrong_fold_is_no_export(save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_incorrect_fold_raises(save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(folding, "RESIDUAL_PROJECTIONS", ("attention.out_proj",))
     with pytest.raises(UserError, match="folded weights give other logits than this model"):
         export_transformers(save(replace(SMALL, **SCALES)), tmp_path / "out", say=quietly)
     assert not list(tmp_path.glob("*out*"))
 
 
-def test_a_gated_relu_is_not_imported(save: Save, tmp_path: Path) -> None:
+def test_gated_relu_import_raises(save: Save, tmp_path: Path) -> None:
     """Only a gate that equals the up projection makes a squared ReLU."""
-    made = export_transformers(save(replace(SMALL, **RELU2)), tmp_path / "out", say=quietly)
-    peer = AutoModelForCausalLM.from_pretrained(made.folder)
+    export = export_transformers(save(replace(SMALL, **RELU2)), tmp_path / "out", say=quietly)
+    peer = AutoModelForCausalLM.from_pretrained(export.folder)
     with torch.no_grad():
         peer.model.layers[1].mlp.gate_proj.weight[0, 0] += 1
-    peer.save_pretrained(made.folder)
+    peer.save_pretrained(export.folder)
     with pytest.raises(UserError, match=r"layers.1.mlp.gate_proj.weight and .*up_proj.weight differ.*no gated ReLU"):
-        read_external_model(made.folder)
+        read_external_model(export.folder)
 
 
 # -- GGUF; ONNX needs no fold (test_other_formats.py) ------------------------------------------------------------------
 
 
 @torch.no_grad()
-def test_gguf(save: Save, tmp_path: Path) -> None:
+def test_folded_gguf_logits_match(save: Save, tmp_path: Path) -> None:
     export_gguf(load_export_source(save(replace(SMALL, **NORM | SCALES))), tmp_path / "m.gguf")
     peer = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32)
     assert (peer.eval()(TOKENS).logits - load_model("made", "cpu").model(TOKENS)).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("config", [replace(SMALL, **RELU2), replace(GPT2, **RELU2)], ids=["llama", "gpt2"])
-def test_gguf_has_no_squared_relu(config: ModelConfig, save: Save, tmp_path: Path) -> None:
+def test_gguf_rejects_squared_relu(config: ModelConfig, save: Save, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"GGUF has no squared ReLU.*Use --to or --to-onnx"):
         export_gguf(load_export_source(save(config)), tmp_path / "m.gguf")
     assert not list(tmp_path.glob("*m.gguf*"))

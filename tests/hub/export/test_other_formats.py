@@ -33,8 +33,8 @@ def tokens(*shape: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def our_logits(asked: torch.Tensor) -> np.ndarray:
-    return load_model("made", "cpu").model(asked).numpy()
+def our_logits(token_ids: torch.Tensor) -> np.ndarray:
+    return load_model("made", "cpu").model(token_ids).numpy()
 
 
 # -- ONNX -------------------------------------------------------------------------------------------------------------
@@ -47,7 +47,7 @@ UNLIKE_ANY = replace(
 
 
 @pytest.mark.parametrize("config", [KINDS["gpt2"], UNLIKE_ANY], ids=["gpt2", "unlike any"])
-def test_onnx(config: ModelConfig, save: Save, tmp_path: Path) -> None:
+def test_onnx_logits_match(config: ModelConfig, save: Save, tmp_path: Path) -> None:
     config = replace(config, n_layers=1)
     assert export_onnx(load_export_source(save(config)), tmp_path / "m.onnx") < 1e-4
     session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
@@ -58,7 +58,7 @@ def test_onnx(config: ModelConfig, save: Save, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.glob("*onnx*")] == ["m.onnx"]
 
 
-def test_onnx_with_weights_beside(save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_onnx_external_data(save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As for models that one file cannot hold."""
     monkeypatch.setattr(to_onnx, "_large", lambda _: True)
     export_onnx(load_export_source(save(ONE_LAYER)), tmp_path / "m.onnx")
@@ -68,7 +68,7 @@ def test_onnx_with_weights_beside(save: Save, tmp_path: Path, monkeypatch: pytes
     assert np.abs(theirs - our_logits(tokens(1, 5))).max() < 1e-4
 
 
-def test_onnx_that_gives_other_logits(save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_onnx_logit_mismatch_raises(save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write = to_onnx._write
 
     def wrong(model: torch.nn.Module, file: Path) -> None:
@@ -87,7 +87,7 @@ def test_onnx_that_gives_other_logits(save: Save, tmp_path: Path, monkeypatch: p
 
 @pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.slow if k == "qwen3" else ()) for k in KINDS])
 @torch.no_grad()
-def test_gguf(kind: str, save: Save, tmp_path: Path) -> None:
+def test_gguf_logits_and_tokenizer_match(kind: str, save: Save, tmp_path: Path) -> None:
     # From this format transformers reads no biases of a Llama, and not every size: these are its defaults.
     seen = {"llama": {"bias": False}, "qwen3": {"head_dim": 128}, "gpt2": {"max_seq_len": 1_024, "d_ff": 96}}
     vocabulary = {"vocab_size": 50_257} if kind == "qwen3" else {}
@@ -102,7 +102,7 @@ def test_gguf(kind: str, save: Save, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "name"), [("bfloat16", "BF16"), ("float16", "F16")])
-def test_gguf_types_and_biases(dtype: str, name: str, save: Save, tmp_path: Path) -> None:
+def test_gguf_dtypes_and_biases(dtype: str, name: str, save: Save, tmp_path: Path) -> None:
     source = load_export_source(save(KINDS["llama"]))
     count = export_gguf(source, tmp_path / "m.gguf", dtype)
     reader = gguf.GGUFReader(tmp_path / "m.gguf")
@@ -122,7 +122,7 @@ def test_gguf_types_and_biases(dtype: str, name: str, save: Save, tmp_path: Path
     assert len(fields["tokenizer.ggml.merges"]) == len(json.loads(small_vocabulary())["model"]["merges"])
 
 
-def test_gguf_of_scaled_positions(save: Save, tmp_path: Path) -> None:
+def test_gguf_rope_scaling(save: Save, tmp_path: Path) -> None:
     """llama.cpp divides the plain frequencies by the tensor rope_freqs."""
     config = replace(ONE_LAYER, rope_scaling=(4.0, 1.0, 2.0, 16.0), head_dim=16, rope_theta=1e3)
     export_gguf(load_export_source(save(config)), tmp_path / "m.gguf", "bfloat16")
@@ -137,7 +137,7 @@ def test_gguf_of_scaled_positions(save: Save, tmp_path: Path) -> None:
     assert not (tmp_path / "no.gguf").exists()
 
 
-def test_gguf_of_one_s_own_vocabulary(save: Save, corpus: Path, tmp_path: Path) -> None:
+def test_gguf_custom_vocabulary(save: Save, corpus: Path, tmp_path: Path) -> None:
     file = train_tokenizer((path.read_text() for path in corpus.iterdir()), 400, tmp_path / "v.json", progress=False)
     source = load_export_source(save(SMALL, file))
     export_gguf(source, tmp_path / "m.gguf")
@@ -149,13 +149,13 @@ def test_gguf_of_one_s_own_vocabulary(save: Save, corpus: Path, tmp_path: Path) 
 # -- the command ------------------------------------------------------------------------------------------------------
 
 
-def test_the_command(save: Save, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export_command(save: Save, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save(ONE_LAYER)
     words = ["export", "made", "--to-onnx", str(tmp_path / "m.onnx"), "--to-gguf", str(tmp_path / "deep/m.gguf")]
     myllm([*words, "--dtype", "bfloat16"])
-    said = capsys.readouterr().out
-    assert "logits of onnxruntime differ by at most" in said
-    assert "read back and compared 11 tensors" in said
+    output = capsys.readouterr().out
+    assert "logits of onnxruntime differ by at most" in output
+    assert "read back and compared 11 tensors" in output
     for wrong in (words, ["export", "made"], ["export", "made", "--to-gguf", str(tmp_path)]):
         with pytest.raises(SystemExit) as caught:
             myllm(wrong)
@@ -164,7 +164,7 @@ def test_the_command(save: Save, tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.parametrize(("package", "call"), [("gguf", export_gguf), ("onnxruntime", export_onnx)])
-def test_without_the_extra(package: str, call, save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_extra_raises(package: str, call, save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UserError, match=f"needs {package}, which is not installed: pip install"):
         call(load_export_source(save(SMALL)), tmp_path / "file")

@@ -53,13 +53,13 @@ def quietly(_: str) -> None:
 # -- what a stranger gets ---------------------------------------------------------------------------------------------
 
 
-def test_a_stranger_gets_the_same_greedy_text(save: Save, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_greedy_text_matches_transformers(save: Save, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for kind, config in KINDS.items():
         save(replace(config, vocab_size=50_257) if kind == "llama" else config, name=kind)
         myllm(["export", kind, "--to", str(tmp_path / kind)])
-        said = capsys.readouterr().out
-        assert "largest difference of a logit" in said
-        assert f"exported {architectures.CLASSES[kind]}" in said
+        output = capsys.readouterr().out
+        assert "largest difference of a logit" in output
+        assert f"exported {architectures.CLASSES[kind]}" in output
     alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [sys.executable, "-c", STRANGER, "the river", *KINDS], env=alone, capture_output=True, text=True, timeout=120,
@@ -73,22 +73,22 @@ def test_a_stranger_gets_the_same_greedy_text(save: Save, tmp_path: Path, capsys
 
 @pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-5), ("bfloat16", 0.3), ("float16", 0.03)])
 @torch.no_grad()
-def test_logits_and_types(dtype: str, bound: float, save: Save, tmp_path: Path) -> None:
-    made = export_transformers(save(KINDS["llama"]), tmp_path / "out", dtype, say=quietly)
-    peer = AutoModelForCausalLM.from_pretrained(made.folder)
+def test_logits_and_dtypes_match(dtype: str, bound: float, save: Save, tmp_path: Path) -> None:
+    export = export_transformers(save(KINDS["llama"]), tmp_path / "out", dtype, say=quietly)
+    peer = AutoModelForCausalLM.from_pretrained(export.folder)
     assert peer.dtype == getattr(torch, dtype)
     assert peer.config.vocab_size == peer.get_input_embeddings().weight.shape[0] == 400
     tokens = torch.randint(400, (2, 48), generator=torch.Generator().manual_seed(1))
     ours = load_model("made", "cpu").model(tokens)
     difference = float((ours - peer.float()(tokens).logits).abs().max())
     assert difference < bound
-    assert (made.rounding > 0) == (dtype != "float32")
-    assert made.rounding < bound
-    names = set(safe_open(made.folder / "model.safetensors", "pt").keys())
+    assert (export.rounding > 0) == (dtype != "float32")
+    assert export.rounding < bound
+    names = set(safe_open(export.folder / "model.safetensors", "pt").keys())
     assert "lm_head.weight" not in names  # tied
 
 
-def test_the_files(save: Save, tmp_path: Path) -> None:
+def test_exported_files(save: Save, tmp_path: Path) -> None:
     folder = export_transformers(save(replace(KINDS["qwen3"], vocab_size=50_257)), tmp_path / "out", say=quietly).folder
     assert {path.name for path in folder.iterdir()} == {
         "README.md", "config.json", "generation_config.json", "model.safetensors", "myllm.json",
@@ -103,7 +103,7 @@ def test_the_files(save: Save, tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*"))
 
 
-def test_large_models_come_in_shards(save: Save, tmp_path: Path) -> None:
+def test_large_model_is_sharded(save: Save, tmp_path: Path) -> None:
     folder = export_transformers(save(KINDS["gpt2"]), tmp_path / "out", say=quietly, max_shard_size="20KB").folder
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     files = set(index["weight_map"].values())
@@ -140,7 +140,7 @@ ODD = st.sampled_from(
 
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.one_of(st.text(), ODD), max_size=30).map("".join))
-def test_ids_are_those_of_tiktoken(
+def test_token_ids_match_tiktoken(
     fast: transformers.PreTrainedTokenizerBase, peer: tiktoken.Encoding, text: str
 ) -> None:
     expected = peer.encode_ordinary(text)
@@ -149,7 +149,7 @@ def test_ids_are_those_of_tiktoken(
     assert fast.decode(expected) == text
 
 
-def test_every_character(fast: transformers.PreTrainedTokenizerBase, peer: tiktoken.Encoding) -> None:
+def test_all_characters_match_tiktoken(fast: transformers.PreTrainedTokenizerBase, peer: tiktoken.Encoding) -> None:
     """The two libraries' tables of letters, digits and spaces are the same: all scripts, and some of the rest."""
     codes = [*range(0xD800), *range(0xE000, 0x20000), *range(0x20000, 0x110000, 64)]
     for start in range(0, len(codes), 4_096):
@@ -157,7 +157,7 @@ def test_every_character(fast: transformers.PreTrainedTokenizerBase, peer: tikto
         assert fast(text, add_special_tokens=False, verbose=False).input_ids == peer.encode_ordinary(text)
 
 
-def test_every_token(fast: transformers.PreTrainedTokenizerBase, peer: tiktoken.Encoding) -> None:
+def test_all_tokens_match_tiktoken(fast: transformers.PreTrainedTokenizerBase, peer: tiktoken.Encoding) -> None:
     for token in range(50_256):
         if (text := peer.decode_single_token_bytes(token).decode("utf-8", "replace")).isprintable():
             assert fast(text, add_special_tokens=False).input_ids == peer.encode_ordinary(text)
@@ -173,7 +173,7 @@ def test_special_tokens(fast: transformers.PreTrainedTokenizerBase) -> None:
     assert fast.decode(fast(text).input_ids, skip_special_tokens=True) == text
 
 
-def test_a_vocabulary_of_one_s_own(save: Save, corpus: Path, tmp_path: Path) -> None:
+def test_custom_vocabulary(save: Save, corpus: Path, tmp_path: Path) -> None:
     file = train_tokenizer((path.read_text() for path in corpus.iterdir()), 400, tmp_path / "v.json", progress=False)
     spec = json.loads(file.read_text())
     spec["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
@@ -181,16 +181,16 @@ def test_a_vocabulary_of_one_s_own(save: Save, corpus: Path, tmp_path: Path) -> 
     folder = export_transformers(
         save(replace(R50K, vocab_size=400, vocab_multiple=64), file), tmp_path / "out", say=quietly
     ).folder
-    made, ours = AutoTokenizer.from_pretrained(folder), load_tokenizer(file)
+    theirs, ours = AutoTokenizer.from_pretrained(folder), load_tokenizer(file)
     text = "the river <|endoftext|> ran under é 言語\n\n  old"
-    assert made(text).input_ids == ours.encode_document(text).tolist()
+    assert theirs(text).input_ids == ours.encode_document(text).tolist()
     assert (folder / "myllm_tokenizer.json").read_bytes() == file.read_bytes()
 
 
 # -- the gate and its errors ------------------------------------------------------------------------------------------
 
 
-def test_every_switch_has_an_answer() -> None:
+def test_architectures_cover_all_model_config_fields() -> None:
     """A new field of ModelConfig must be one that every architecture has, or be looked at."""
     names = {field.name for field in fields(ModelConfig)}
     for kind, switches in architectures.ALLOWED_VALUES.items():
@@ -217,7 +217,7 @@ def test_every_switch_has_an_answer() -> None:
         ({**vars(GPT2), "head_dim": 8}, ["model.head_dim is 8"]),
     ],
 )
-def test_switches_without_a_counterpart_are_named(changes: dict, words: list[str], save: Save, tmp_path: Path) -> None:
+def test_unsupported_model_settings_raise(changes: dict, words: list[str], save: Save, tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         export_transformers(save(replace(R50K, **changes)), tmp_path / "out", say=quietly)
     for word in words:
@@ -225,7 +225,7 @@ def test_switches_without_a_counterpart_are_named(changes: dict, words: list[str
     assert list(tmp_path.glob("*out*")) == []
 
 
-def test_other_logits_are_no_export(save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logit_mismatch_raises(save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = architectures.transformers_config
 
     def wrong(*arguments: object) -> dict:
@@ -237,7 +237,7 @@ def test_other_logits_are_no_export(save: Save, tmp_path: Path, monkeypatch: pyt
     assert list(tmp_path.glob("*out*")) == []
 
 
-def test_logits_that_are_not_numbers_are_other_logits() -> None:
+def test_nan_logits_raise() -> None:
     model = Transformer(SMALL).eval()
     inputs = [torch.tensor([[1, 2]]), torch.tensor([[3]])]
     assert parity.compare_logits("it gives", model, model, inputs)[0] == [0, 0]
@@ -251,7 +251,7 @@ def test_logits_that_are_not_numbers_are_other_logits() -> None:
         parity.compare_logits("it gives", model, not_a_number, inputs)
 
 
-def test_other_ids_are_no_export(save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_token_id_mismatch_raises(save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = tokenizer_files
 
     def wrong(*arguments: object) -> dict[str, str]:
@@ -264,14 +264,14 @@ def test_other_ids_are_no_export(save: Save, tmp_path: Path, monkeypatch: pytest
         export_transformers(save(R50K), tmp_path / "out", say=quietly)
 
 
-def test_without_transformers(save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_transformers_raises(save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(UserError, match="pip install transformers"):
         export_transformers(save(SMALL), tmp_path / "out", say=quietly)
     assert not (tmp_path / "out").exists()
 
 
-def test_what_is_in_the_way(save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_existing_output_is_preserved_or_rejected(save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "myllm.hub.export.transformers.verify", lambda *_: parity.Parity(0, 0, 1, 0)
     )  # of no interest here
@@ -295,7 +295,7 @@ def test_what_is_in_the_way(save: Save, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("there", [False, True])
-def test_a_kill_leaves_nothing_unfinished_under_the_name(
+def test_kill_leaves_no_partial_export(
     there: bool, save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A real one, when all is written but nothing compared; then when the older export makes room."""
@@ -326,7 +326,7 @@ def test_a_kill_leaves_nothing_unfinished_under_the_name(
 
 
 @pytest.mark.parametrize("option", ["--to", "--to-gguf"])
-def test_a_disk_that_is_full_or_not_there(
+def test_full_or_missing_disk_fails_cleanly(
     option: str, save: Save, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save(SMALL)
@@ -346,7 +346,7 @@ def test_a_disk_that_is_full_or_not_there(
     assert not list(tmp_path.glob("*out*"))
 
 
-def test_damaged_and_missing_checkpoints(save: Save, tmp_path: Path) -> None:
+def test_damaged_and_missing_checkpoints_raise(save: Save, tmp_path: Path) -> None:
     folder = save(SMALL)
     with pytest.raises(UserError, match="dtype is 'int8'"):
         export_transformers(folder, tmp_path / "out", "int8")

@@ -46,7 +46,7 @@ def client(server: PageServer) -> OpenAI:
     return OpenAI(base_url=f"{server.address}/v1", api_key="none", timeout=DEADLINE_S, max_retries=0)
 
 
-def test_texts_equal_those_of_myllm_sample(client: OpenAI, model: LanguageModel) -> None:
+def test_completions_match_myllm_sample(client: OpenAI, model: LanguageModel) -> None:
     prompts = [PROMPT, "a 🙂 and"]
     done = client.completions.create(
         model="a <model>", prompt=prompts, max_tokens=9, temperature=1.2, top_p=0.95, n=2, seed=7,
@@ -61,7 +61,7 @@ def test_texts_equal_those_of_myllm_sample(client: OpenAI, model: LanguageModel)
     assert done.object == "text_completion"
 
 
-def test_a_stream_adds_up_to_the_whole(client: OpenAI) -> None:
+def test_stream_matches_full_completion(client: OpenAI) -> None:
     settings = {"model": "a <model>", "prompt": PROMPT, "max_tokens": 12, "n": 2, "seed": 3, "logprobs": 2}
     whole = client.completions.create(**settings)
     texts, tokens, ends, usage = ["", ""], [[], []], {}, None
@@ -78,7 +78,7 @@ def test_a_stream_adds_up_to_the_whole(client: OpenAI) -> None:
     assert usage == whole.usage
 
 
-def test_server_sent_events_on_the_wire(server: PageServer) -> None:
+def test_server_sent_events_format(server: PageServer) -> None:
     connection = connect(server)
     connection.request("POST", "/v1/completions", json.dumps({"prompt": "x", "max_tokens": 2, "stream": True}), JSON)
     answer = connection.getresponse()
@@ -88,7 +88,7 @@ def test_server_sent_events_on_the_wire(server: PageServer) -> None:
 
 
 @torch.no_grad()
-def test_logprobs_and_echo_equal_a_plain_forward_pass(client: OpenAI, model: LanguageModel) -> None:
+def test_logprobs_and_echo_match_forward_pass(client: OpenAI, model: LanguageModel) -> None:
     done = client.completions.create(
         model="a <model>", prompt=PROMPT, max_tokens=6, logprobs=3, echo=True, seed=1, temperature=0.7
     )
@@ -110,7 +110,7 @@ def test_logprobs_and_echo_equal_a_plain_forward_pass(client: OpenAI, model: Lan
 
 
 @torch.no_grad()
-def test_token_ids_as_prompts_are_scored_as_harnesses_do(client: OpenAI, model: LanguageModel) -> None:
+def test_token_id_prompt_scores_match_forward_pass(client: OpenAI, model: LanguageModel) -> None:
     """`max_tokens` 0 or 1, `echo` and `logprobs`: how lm-eval's local-completions measures a text."""
     rows = [[50_256, 11, 12, 13], [7, 8]]
     done = client.completions.create(model="a <model>", prompt=rows, max_tokens=0, echo=True, logprobs=1)
@@ -121,7 +121,7 @@ def test_token_ids_as_prompts_are_scored_as_harnesses_do(client: OpenAI, model: 
         assert choice.text == R50K.decode(row)
 
 
-def test_stop_strings_end_a_text_and_its_tokens() -> None:
+def test_stop_strings_truncate_text_and_tokens() -> None:
     script = [*R50K.encode("one two three🙂 four END five").tolist(), R50K.end_of_text]
     with serving(scripted(R50K, script)) as server:
         client = OpenAI(base_url=f"{server.address}/v1", api_key="none", timeout=DEADLINE_S)
@@ -147,7 +147,7 @@ def test_models_and_health(server: PageServer, client: OpenAI) -> None:
     assert (answer.status, json.loads(answer.read())) == (200, {"status": "ok"})
 
 
-def test_each_model_answers_under_its_name(client: OpenAI) -> None:
+def test_models_are_selected_by_name(client: OpenAI) -> None:
     texts = [
         client.completions.create(model=name, prompt=PROMPT, temperature=0, max_tokens=9).choices[0].text
         for name in ("a <model>", "other", "a <model>")
@@ -155,7 +155,7 @@ def test_each_model_answers_under_its_name(client: OpenAI) -> None:
     assert texts[0] == texts[2] != texts[1]
 
 
-def test_a_chat_continues_the_messages(client: OpenAI, model: LanguageModel) -> None:
+def test_chat_continues_messages(client: OpenAI, model: LanguageModel) -> None:
     messages = [
         {"role": "system", "content": "the"},
         {"role": "user", "content": [{"type": "text", "text": "river"}]},
@@ -173,7 +173,7 @@ def test_a_chat_continues_the_messages(client: OpenAI, model: LanguageModel) -> 
     assert (long.usage.prompt_tokens, long.usage.completion_tokens) == (32 - 8, 8)
 
 
-def test_the_apis_own_defaults_are_accepted(client: OpenAI) -> None:
+def test_default_api_parameters_are_accepted(client: OpenAI) -> None:
     """Clients send them, though they change nothing."""
     common = {
         "model": "other", "temperature": 1, "top_p": 1, "n": 1, "max_tokens": 3, "stop": None, "seed": None,
@@ -194,7 +194,7 @@ def test_the_apis_own_defaults_are_accepted(client: OpenAI) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "param", "says"),
+    ("settings", "param", "message"),
     [
         ({"temperature": -1}, "temperature", "give a number of at least 0"),
         ({"top_p": 7, "n": 0}, "n", "give 1 to 128 texts"),
@@ -211,14 +211,14 @@ def test_the_apis_own_defaults_are_accepted(client: OpenAI) -> None:
     ],
     ids=str,
 )
-def test_errors_in_openais_form(client: OpenAI, settings: dict, param: str, says: str) -> None:
+def test_errors_follow_openai_format(client: OpenAI, settings: dict, param: str, message: str) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         client.completions.create(**{"model": "a <model>", "prompt": "x", **settings})
     assert (caught.value.param, caught.value.type) == (param, "invalid_request_error")
-    assert says in caught.value.message
+    assert message in caught.value.message
 
 
-def test_other_errors(client: OpenAI, server: PageServer) -> None:
+def test_error_codes_and_statuses(client: OpenAI, server: PageServer) -> None:
     with pytest.raises(openai.NotFoundError, match="no model 'gpt-4'; models: a <model>, other") as caught:
         client.completions.create(model="gpt-4", prompt="x")
     assert caught.value.code == "model_not_found"
@@ -233,7 +233,7 @@ def test_other_errors(client: OpenAI, server: PageServer) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_failing_model(
+def test_failing_model_returns_api_error(
     client: OpenAI, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], stream: bool
 ) -> None:
     def fail(*_: object, **__: object) -> None:
@@ -245,7 +245,7 @@ def test_a_failing_model(
     assert "Traceback" in capfd.readouterr().err  # for the operator
 
 
-def test_requests_wait_for_their_turn_and_those_of_clients_that_left_end(server: PageServer) -> None:
+def test_queued_request_runs_after_client_disconnects(server: PageServer) -> None:
     long: http.client.HTTPConnection = connect(server)
     long.request("POST", "/v1/completions", json.dumps({"prompt": "on and on", "max_tokens": 100_000}), JSON)
     waiting = connect(server)
@@ -254,7 +254,7 @@ def test_requests_wait_for_their_turn_and_those_of_clients_that_left_end(server:
     assert waiting.getresponse().status == 200
 
 
-def test_missing_settings_are_those_of_the_command(client: OpenAI) -> None:
+def test_missing_settings_use_command_defaults(client: OpenAI) -> None:
     done = client.completions.create(model="other", prompt="x")
     assert done.usage.completion_tokens == DEFAULT.max_new_tokens
     texts = {client.completions.create(model="other", prompt="x", temperature=1.5).choices[0].text for _ in range(3)}

@@ -67,9 +67,7 @@ def write(browser: Browser, **values: object) -> None:
 
 
 @pytest.mark.parametrize(("width", "dark"), [(1400, False), (400, True)])
-def test_markup_split_characters_and_invisible_characters(
-    browser: Browser, server: PageServer, width: int, dark: bool
-) -> None:
+def test_markup_and_split_or_invisible_characters(browser: Browser, server: PageServer, width: int, dark: bool) -> None:
     browser.open(server.address, width, dark=dark)
     write(browser, prompt="", temperature=0, max_new_tokens=60)
     *texts, last = browser.run(f"{TOKENS}.map(e => e.textContent)")
@@ -89,7 +87,7 @@ def test_markup_split_characters_and_invisible_characters(
     assert (sum(map(int, back[4:-1].split(","))) < 150) == dark
 
 
-def test_a_token_shows_its_probability_and_candidates(browser: Browser, server: PageServer) -> None:
+def test_popup_shows_token_probability_and_candidates(browser: Browser, server: PageServer) -> None:
     browser.open(server.address)
     write(browser, temperature=0, max_new_tokens=60)
     browser.point(f"{TOKENS}[1]")
@@ -109,7 +107,7 @@ def test_a_token_shows_its_probability_and_candidates(browser: Browser, server: 
 
 
 @pytest.mark.parametrize(("width", "height"), [(1400, 900), (1400, 560), (1000, 480), (400, 620), (360, 500)])
-def test_the_popup_never_covers_the_buttons(browser: Browser, endless: PageServer, width: int, height: int) -> None:
+def test_popup_never_covers_buttons(browser: Browser, endless: PageServer, width: int, height: int) -> None:
     browser.open(endless.address, width, height)
     write(browser, temperature=1, max_new_tokens=60)
     for index in (0, 20, 59):
@@ -127,7 +125,7 @@ def test_the_popup_never_covers_the_buttons(browser: Browser, endless: PageServe
 
 
 @pytest.mark.parametrize("touch", [False, True])
-def test_the_hint_mentions_the_mouse_only_if_there_is_one(browser: Browser, server: PageServer, touch: bool) -> None:
+def test_hint_matches_input_device(browser: Browser, server: PageServer, touch: bool) -> None:
     browser.call("Emulation.setTouchEmulationEnabled", enabled=touch)
     browser.open(server.address, 400)
     hint = browser.run("document.querySelector('.hint').innerText")
@@ -135,7 +133,7 @@ def test_the_hint_mentions_the_mouse_only_if_there_is_one(browser: Browser, serv
     assert hint.startswith("Tap a token" if touch else "Hover over a token")
 
 
-def test_without_a_mouse(browser: Browser, server: PageServer) -> None:
+def test_keyboard_navigation(browser: Browser, server: PageServer) -> None:
     browser.open(server.address)
     assert browser.run("document.activeElement.id") == "prompt"
     browser.press("Enter", CONTROL)
@@ -177,7 +175,7 @@ def test_streaming_and_stop(browser: Browser, endless: PageServer) -> None:
     assert browser.run("document.getElementById('prompt').value") == "on and on" + generated_text(browser)
 
 
-def test_escape_stops(browser: Browser, endless: PageServer) -> None:
+def test_escape_stops_generation(browser: Browser, endless: PageServer) -> None:
     browser.open(endless.address)
     fill(browser, max_new_tokens=100_000, prompt="on and on")
     browser.press("Enter", CONTROL)
@@ -233,7 +231,7 @@ def test_two_models_side_by_side(browser: Browser, width: int, dark: bool) -> No
         assert browser.run("document.getElementById('prompt').value") == "another text"
 
 
-def test_fingers_find_the_buttons_on_a_phone(browser: Browser, server: PageServer) -> None:
+def test_touch_target_sizes_on_phone(browser: Browser, server: PageServer) -> None:
     browser.call("Emulation.setTouchEmulationEnabled", enabled=True)
     try:
         browser.open(server.address, 390, 800)
@@ -249,7 +247,7 @@ def test_fingers_find_the_buttons_on_a_phone(browser: Browser, server: PageServe
         browser.call("Emulation.setTouchEmulationEnabled", enabled=False)
 
 
-def test_settings_reach_the_model(browser: Browser, endless: PageServer) -> None:
+def test_settings_affect_generation(browser: Browser, endless: PageServer) -> None:
     browser.open(endless.address)
     texts = []
     for seed in (1, 2, 1):
@@ -263,7 +261,7 @@ def test_settings_reach_the_model(browser: Browser, endless: PageServer) -> None
     assert browser.run("document.getElementById('top_p').value + document.getElementById('seed').value") == "10"
 
 
-def test_errors_are_shown_and_keep_the_text(browser: Browser, endless: PageServer) -> None:
+def test_errors_are_shown_and_preserve_text(browser: Browser, endless: PageServer) -> None:
     browser.open(endless.address)
     write(browser, prompt="word " * 50, max_new_tokens=2)
     assert "the first 20 are not read" in browser.run("document.querySelector('.note').textContent")
@@ -277,7 +275,7 @@ def test_errors_are_shown_and_keep_the_text(browser: Browser, endless: PageServe
     browser.errors.clear()
 
 
-def test_stopped_server(browser: Browser) -> None:
+def test_stopped_server_shows_error(browser: Browser) -> None:
     with torch.no_grad(), serving(scripted(R50K, SCRIPT)) as server:
         browser.open(server.address)
     server.server_close()

@@ -47,7 +47,7 @@ def server(model: LanguageModel) -> PageServer:
 
 
 @torch.no_grad()
-def test_logprobs_equal_a_plain_forward_pass(server: PageServer, model: LanguageModel) -> None:
+def test_logprobs_match_forward_pass(server: PageServer, model: LanguageModel) -> None:
     settings = {"temperature": 0.7, "top_k": 30, "top_p": 0.9, "repetition_penalty": 1.3, "seed": 5}
     status, (start, *tokens, end), _ = post(server, {"prompt": "the river", "max_new_tokens": 9, **settings})
     assert (status, start["kind"], end["kind"], end["tokens"], len(tokens)) == (200, "start", "end", 9, 9)
@@ -64,7 +64,7 @@ def test_logprobs_equal_a_plain_forward_pass(server: PageServer, model: Language
         ids.append(chosen)
 
 
-def test_text_equals_myllm_sample(server: PageServer, model: LanguageModel) -> None:
+def test_text_matches_myllm_sample(server: PageServer, model: LanguageModel) -> None:
     sampling = SamplingParams(1.2, 0, 0.95, 0.001, 1.1, seed=7)
     _, (_, *events), _ = post(server, {"prompt": "a 🙂 and", "max_new_tokens": 40, **vars(sampling)})
     (expected,) = complete(model, ["a 🙂 and"], 40, sampling)
@@ -72,7 +72,7 @@ def test_text_equals_myllm_sample(server: PageServer, model: LanguageModel) -> N
     assert (events[-1]["finish_reason"], events[-1]["tokens"]) == (expected.finish_reason, expected.tokens)
 
 
-def test_missing_settings_take_the_defaults_of_the_command(model: LanguageModel) -> None:
+def test_missing_settings_use_command_defaults(model: LanguageModel) -> None:
     default = replace(DEFAULT, max_new_tokens=3, sampling=SamplingParams(temperature=0))
     with serving(model, default) as server:
         greedy = post(server, {"prompt": "the river"})[1]
@@ -86,7 +86,7 @@ def test_missing_settings_take_the_defaults_of_the_command(model: LanguageModel)
     assert (page["settings"]["temperature"], page["settings"]["max_new_tokens"]) == (0, 3)
 
 
-def test_a_prompt_beyond_the_context_and_no_prompt(server: PageServer) -> None:
+def test_overlong_and_empty_prompts(server: PageServer) -> None:
     words = " word" * 50
     start = post(server, {"prompt": words, "max_new_tokens": 1})[1][0]
     assert start == {"kind": "start", "prompt_tokens": 51, "unread_tokens": 51 - 32}
@@ -110,7 +110,7 @@ def test_split_characters_and_end_of_document() -> None:
     assert "application/x-ndjson" in headers["Content-Type"]
 
 
-def test_logprobs_are_optional_and_do_not_change_the_text(model: LanguageModel) -> None:
+def test_logprobs_do_not_change_text(model: LanguageModel) -> None:
     rows = [Sequence([3, 4], 1), Sequence([5], 2)]
     for row in generate_batch(model.model, rows, 4, SamplingParams()):
         assert row.logprobs is None
@@ -124,7 +124,7 @@ def test_logprobs_are_optional_and_do_not_change_the_text(model: LanguageModel) 
 
 
 @pytest.mark.parametrize(
-    ("body", "says"),
+    ("body", "message"),
     [
         (b"", "not valid JSON"),
         (b'{"prompt": ', "not valid JSON"),
@@ -154,13 +154,13 @@ def test_logprobs_are_optional_and_do_not_change_the_text(model: LanguageModel) 
     ],
     ids=lambda value: str(value)[:24],
 )
-def test_bad_requests(server: PageServer, body: object, says: str) -> None:
+def test_invalid_requests_return_400(server: PageServer, body: object, message: str) -> None:
     status, (answer,), _ = post(server, body)
     assert status == 400
-    assert says in answer["error"]
+    assert message in answer["error"]
 
 
-def test_all_errors_of_a_request_are_reported(server: PageServer) -> None:
+def test_all_request_errors_are_reported(server: PageServer) -> None:
     (answer,) = post(server, {"top_p": 7, "min_p": 7, "seed": "x", "depth": 1})[1]
     assert all(name in answer["error"] for name in ("top_p", "min_p", "seed", "depth"))
 
@@ -204,7 +204,7 @@ def test_own_origin_is_allowed(server: PageServer) -> None:
 
 
 @pytest.mark.parametrize("method", ["GET", "OPTIONS", "PUT", "HEAD"])
-def test_other_methods(server: PageServer, method: str) -> None:
+def test_unsupported_methods(server: PageServer, method: str) -> None:
     connection = connect(server)
     connection.request(method, "/generate")
     answer = connection.getresponse()
@@ -227,7 +227,7 @@ def test_content_security_policy(server: PageServer) -> None:
 
 
 @pytest.mark.parametrize("size", [MAX_BODY_BYTES + 1, 9 * MAX_BODY_BYTES])
-def test_body_over_the_limit(server: PageServer, size: int) -> None:
+def test_oversized_body_is_rejected(server: PageServer, size: int) -> None:
     with socket.create_connection(server.socket.getsockname(), timeout=DEADLINE_S) as client:
         client.sendall(post_head(size) + b" " * min(size, 8 * MAX_BODY_BYTES))
         answer = client.makefile("rb").read()
@@ -235,15 +235,15 @@ def test_body_over_the_limit(server: PageServer, size: int) -> None:
     assert f"the limit is {MAX_BODY_BYTES:,}".encode() in answer
 
 
-def test_malformed_requests_do_not_stop_the_server(server: PageServer, capfd: pytest.CaptureFixture[str]) -> None:
-    for said in (
+def test_server_survives_malformed_requests(server: PageServer, capfd: pytest.CaptureFixture[str]) -> None:
+    for payload in (
         b"",
         b"\x16\x03\x01 hello\r\n\r\n",
         b"GET / HTTP/9.9\r\n\r\n",
         b"POST /generate HTTP/1.1\r\nHost: localhost",
     ):
         with socket.create_connection(server.socket.getsockname(), timeout=DEADLINE_S) as client:
-            client.sendall(said)
+            client.sendall(payload)
             client.shutdown(socket.SHUT_WR)
             client.makefile("rb").read()
     assert post(server, {"max_new_tokens": 1})[0] == 200
@@ -267,14 +267,14 @@ def test_malformed_requests_do_not_stop_the_server(server: PageServer, capfd: py
         ("user@evil.example", "0.0.0.0", False, False),
     ],
 )
-def test_host_headers(header: str, host: str, alone: bool, good: bool) -> None:
+def test_allowed_host_headers(header: str, host: str, alone: bool, good: bool) -> None:
     assert is_allowed_host(header, host, alone) == good
 
 
 # -- one text at a time -----------------------------------------------------------------------------------------------
 
 
-def test_one_text_at_a_time_and_disconnecting_ends_it(server: PageServer) -> None:
+def test_concurrent_request_rejected_until_client_disconnects(server: PageServer) -> None:
     first = connect(server)
     first.request("POST", "/generate", json.dumps(LONG), JSON)
     answer = first.getresponse()
@@ -290,7 +290,7 @@ def test_one_text_at_a_time_and_disconnecting_ends_it(server: PageServer) -> Non
     assert status == 200
 
 
-def test_a_failing_model_is_reported_and_the_server_continues(
+def test_server_survives_model_failure(
     server: PageServer, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def fail(*_: object, **__: object) -> None:

@@ -60,7 +60,7 @@ def pair(temp_data: Path) -> list[RunPaths]:
 # -- numbers ----------------------------------------------------------------------------------------------------------
 
 
-def test_positions_on_every_axis(pair: list[RunPaths]) -> None:
+def test_chart_positions_on_all_axes(pair: list[RunPaths]) -> None:
     data = chart_data([read_run(run) for run in pair])
     loss = next(chart for chart in data["charts"] if chart["title"].startswith("Training loss"))
     first, second = loss["curves"]
@@ -75,7 +75,7 @@ def test_positions_on_every_axis(pair: list[RunPaths]) -> None:
     assert [run["restarts"]["tokens"] for run in data["runs"]] == [[], [90_000, 150_000]]
 
 
-def test_an_unknown_model_or_speed_has_no_such_axis(temp_data: Path) -> None:
+def test_axes_omitted_for_unknown_model_or_speed(temp_data: Path) -> None:
     rows = [train_row(step, tokens_per_s=None) for step in (1, 2, 3)]
     run = write(temp_data, "bare", rows=rows)
     run.config.write_text('{"name": "bare"}')
@@ -93,7 +93,7 @@ def test_differences(pair: list[RunPaths]) -> None:
     assert not tables.differences([read_run(pair[0])] * 2).rows
 
 
-def test_an_earlier_version_differs_only_where_it_should(pair: list[RunPaths]) -> None:
+def test_missing_settings_compare_as_defaults(pair: list[RunPaths]) -> None:
     """A setting that it did not have is its default, not a difference."""
     config = json.loads(pair[1].config.read_text())
     del config["optim"]["beta2"], config["init"], config["model"]["embedding_norm"]
@@ -108,7 +108,7 @@ def by_heading(table: tables.Table) -> list[dict[str, tables.Cell]]:
     return [dict(zip(names, row, strict=True)) for row in table.rows]
 
 
-def test_evaluations_of_training_and_warnings(pair: list[RunPaths]) -> None:
+def test_training_evaluations_and_warnings(pair: list[RunPaths]) -> None:
     runs = [read_run(run) for run in pair]
     first, second = by_heading(evaluations(runs))
     assert first["Validation loss (in training)"] == ("3.2500", 3.25, "step 200")
@@ -125,7 +125,7 @@ def evaluated(run: RunPaths, task: str, step: int | None, settings: dict[str, An
     eval_results.add(run.evals, Result(task, f"{run.root}/x", step, "float32", settings, metrics, "cpu", 1.0))
 
 
-def test_evaluations_of_the_eval_command(pair: list[RunPaths], capsys: pytest.CaptureFixture[str]) -> None:
+def test_eval_command_results(pair: list[RunPaths], capsys: pytest.CaptureFixture[str]) -> None:
     """A column is one question, whose newest answer counts."""
     lm_eval = {"protocol": "lm-eval", "examples": "all", "data_sha256": "1a2b3c"}
     for step, accuracy in ((200, 0.31), (100, 0.29)):  # the later one of an earlier checkpoint
@@ -148,7 +148,7 @@ def test_evaluations_of_the_eval_command(pair: list[RunPaths], capsys: pytest.Ca
     assert "its results are left out" in capsys.readouterr().err
 
 
-def test_same_runs_same_page(pair: list[RunPaths], capsys: pytest.CaptureFixture[str]) -> None:
+def test_comparison_page_path(pair: list[RunPaths], capsys: pytest.CaptureFixture[str]) -> None:
     names = [run.root.name for run in pair]
     main(["report", *names])
     path = Path(capsys.readouterr().out.strip())
@@ -163,7 +163,7 @@ def test_same_runs_same_page(pair: list[RunPaths], capsys: pytest.CaptureFixture
         main(["report"])
 
 
-def test_earlier_versions_are_compared(tmp_path: Path) -> None:
+def test_compare_earlier_versions(tmp_path: Path) -> None:
     runs = [RunPaths(ROOT / "tests/earlier" / version / "runs/done") for version in ("b1d1391", "b351187")]
     assert chart_data([read_run(run) for run in runs])["charts"][0]["curves"][1]["value"][-1] == pytest.approx(5.59409)
 
@@ -201,7 +201,7 @@ def test_axes_legend_and_restarts(pair: list[RunPaths], tmp_path: Path) -> None:
         assert browser.errors == []
 
 
-def test_values_under_the_mouse_and_sorted_tables(pair: list[RunPaths], tmp_path: Path) -> None:
+def test_tooltips_and_sortable_tables(pair: list[RunPaths], tmp_path: Path) -> None:
     for run, loss in zip(pair, (4.5, 4.25), strict=True):
         evaluated(run, "perplexity:book.txt", 100, {"context": 16}, loss=loss)
     with chromium(tmp_path / "profile") as browser:
@@ -226,7 +226,7 @@ def test_values_under_the_mouse_and_sorted_tables(pair: list[RunPaths], tmp_path
 
 
 @pytest.mark.parametrize("width", [390, 1200])
-def test_fits_and_follows_the_color_scheme(width: int, pair: list[RunPaths], tmp_path: Path) -> None:
+def test_page_width_and_color_scheme(width: int, pair: list[RunPaths], tmp_path: Path) -> None:
     address = write_comparison(pair).as_uri()
     with chromium(tmp_path / "profile") as browser:
         for dark in (False, True):

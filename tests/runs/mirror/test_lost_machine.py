@@ -17,7 +17,7 @@ from myllm.config import CheckpointConfig, RunConfig
 
 
 @pytest.mark.slow
-def test_a_machine_lost_while_it_mirrors(
+def test_resume_elsewhere_after_kill_during_mirroring(
     tiny: RunConfig, prepared_data: None, tmp_path: Path, temp_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """SIGKILL for every process, with half a checkpoint in the mirror: elsewhere the run goes on from the one before,

@@ -134,7 +134,7 @@ def content(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_another_machine_gets_the_newest_checkpoint(
+def test_new_machine_fetches_newest_checkpoint(
     run: RunPaths, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def save(step: int) -> Callable[[], None]:
@@ -173,7 +173,7 @@ def flip(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "message"),
     [
         (lambda folder: (folder / "manifest.json").unlink(), ""),
         (damage_manifest, ""),
@@ -182,8 +182,8 @@ def flip(folder: Path) -> None:
         (flip, "skipping step 2 of the mirror"),
     ],
 )
-def test_a_half_copied_or_damaged_newest_is_not_used(
-    damage: Callable[[Path], None], said: str, run: RunPaths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_incomplete_or_damaged_newest_is_skipped(
+    damage: Callable[[Path], None], message: str, run: RunPaths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = folder_url(tmp_path)
     put(run.checkpoints, 1), put(run.checkpoints, 2)
@@ -193,15 +193,15 @@ def test_a_half_copied_or_damaged_newest_is_not_used(
     steps, log = fetch(run.root.name, url)
     assert steps == [1]
     assert not list(verify_checkpoint(RunPaths.of(run.root.name).checkpoints / "step_00000001"))
-    assert said in " ".join(log)
+    assert message in " ".join(log)
     flip(url / run.root.name / "checkpoints/step_00000001")
     new_machine(tmp_path, monkeypatch, "third")
-    if said:  # both are damaged, and the run must not start over
+    if message:  # both are damaged, and the run must not start over
         with pytest.raises(UserError, match=r"no checkpoint in the mirror .* is intact"):
             fetch(run.root.name, url)
 
 
-def test_a_newer_or_a_damaged_local_checkpoint(run: RunPaths, tmp_path: Path) -> None:
+def test_newer_or_damaged_local_checkpoint(run: RunPaths, tmp_path: Path) -> None:
     url = folder_url(tmp_path)
     put(run.checkpoints, 1), put(run.checkpoints, 2)
     mirror(run, url, 2)
@@ -215,9 +215,7 @@ def test_a_newer_or_a_damaged_local_checkpoint(run: RunPaths, tmp_path: Path) ->
     assert fetch(run.root.name, url) == ([3, 2], [])
 
 
-def test_no_space_is_said_once_and_so_is_its_end(
-    run: RunPaths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_full_disk_and_recovery_log_once(run: RunPaths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     url, copy = folder_url(tmp_path), shutil.copyfile
 
     def full(source: str, target: str) -> None:
@@ -239,7 +237,9 @@ def test_no_space_is_said_once_and_so_is_its_end(
     ]
 
 
-def test_a_cut_connection(run: RunPaths, s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_connection_loss_during_upload(
+    run: RunPaths, s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     put(run.checkpoints, 1)
     assert mirror(run, "s3://bucket", 1)[0]
     put(run.checkpoints, 2)
@@ -266,9 +266,7 @@ def test_a_cut_connection(run: RunPaths, s3: S3Server, tmp_path: Path, monkeypat
     assert fetch(run.root.name, "s3://bucket")[0] == [2, 1]
 
 
-def test_a_hub_that_refuses_a_file(
-    run: RunPaths, hf: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hub_commit_rejection(run: RunPaths, hf: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     url = "hf://me/runs"
     put(run.checkpoints, 1)
     assert mirror(run, url, 1)[0]
@@ -286,7 +284,7 @@ def test_a_hub_that_refuses_a_file(
     assert fetch(run.root.name, url)[0] == [2]
 
 
-def test_a_mirror_that_cannot_be_read_stops_only_a_run_that_would_start_over(run: RunPaths, s3: S3Server) -> None:
+def test_unreadable_mirror_raises_without_local_checkpoint(run: RunPaths, s3: S3Server) -> None:
     s3.down()
     with pytest.raises(UserError, match="This machine has no checkpoint of the run, which would start over"):
         fetch(run.root.name, "s3://bucket")
@@ -296,7 +294,7 @@ def test_a_mirror_that_cannot_be_read_stops_only_a_run_that_would_start_over(run
     assert "the run resumes from its own checkpoints" in log[0]
 
 
-def test_a_damaged_checkpoint_of_this_machine_is_not_copied(run: RunPaths, tmp_path: Path) -> None:
+def test_damaged_local_checkpoint_is_not_mirrored(run: RunPaths, tmp_path: Path) -> None:
     url = folder_url(tmp_path)
     put(run.checkpoints, 1)
     flip(put(run.checkpoints, 2))
@@ -306,7 +304,7 @@ def test_a_damaged_checkpoint_of_this_machine_is_not_copied(run: RunPaths, tmp_p
     assert {path.parent.name for path in url.rglob("manifest.json")} == {"step_00000001"}
 
 
-def test_a_fresh_run_does_not_mix_with_an_older_one(run: RunPaths, tmp_path: Path) -> None:
+def test_fresh_run_rejects_existing_mirror(run: RunPaths, tmp_path: Path) -> None:
     url = folder_url(tmp_path)
     assert fetch(run.root.name, url, fresh=True)[1] == []
     put(run.checkpoints, 1)
@@ -325,12 +323,12 @@ def test_a_fresh_run_does_not_mix_with_an_older_one(run: RunPaths, tmp_path: Pat
         ("{tmp}/temp_data/runs", "is the folder of the runs themselves"),
     ],
 )
-def test_urls_that_cannot_be_a_mirror(url: str, message: str, run: RunPaths, tmp_path: Path) -> None:
+def test_invalid_mirror_urls_raise(url: str, message: str, run: RunPaths, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
         parse_args(["debug", "--checkpoint.mirror", url.format(tmp=tmp_path)], fetch_from_mirror)
 
 
-def test_a_run_goes_on_elsewhere_as_if_nothing_had_happened(
+def test_resume_on_new_machine_matches_uninterrupted(
     tiny: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bit for bit, and with the curves from before."""
@@ -356,9 +354,7 @@ def test_a_run_goes_on_elsewhere_as_if_nothing_had_happened(
 
 
 @pytest.mark.parametrize("url", ["folder", pytest.param("hf", marks=pytest.mark.slow)], indirect=True)
-def test_training_ends_with_the_last_checkpoint_mirrored(
-    run: RunPaths, url: str, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_background_mirror_finishes_last_checkpoint(run: RunPaths, url: str, capfd: pytest.CaptureFixture[str]) -> None:
     """By a process of its own, which has no bars or warnings to show."""
     config = RunConfig(name=run.root.name, checkpoint=CheckpointConfig(url))
     put(run.checkpoints, 1)

@@ -43,7 +43,7 @@ NAMES = [pytest.param(name, marks=pytest.mark.slow if name == "mlflow" else []) 
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_resumed_run_continues_its_curve(name: str, tiny: RunConfig, temp_data: Path) -> None:
+def test_resumed_run_continues_curve(name: str, tiny: RunConfig, temp_data: Path) -> None:
     """A crash after step 5; the newest checkpoint is of step 2."""
     pytest.importorskip(name)
     paths = RunPaths.of("tiny")
@@ -67,7 +67,7 @@ def test_a_resumed_run_continues_its_curve(name: str, tiny: RunConfig, temp_data
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("prepared_data")
-def test_trackers_follow_a_run_that_dies_and_resumes(
+def test_trackers_match_metrics_after_crash_and_resume(
     tiny: RunConfig, temp_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(background, "FINISH_S", 600)  # whatever else this machine does
@@ -84,7 +84,7 @@ def test_trackers_follow_a_run_that_dies_and_resumes(
 
 
 @pytest.mark.usefixtures("prepared_data")
-def test_a_failing_tracker_is_said_once(tiny: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failing_tracker_logs_once(tiny: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """One cannot write its files, and one has a server that never answers."""
     paths = RunPaths.of("tiny")
     paths.root.mkdir(parents=True)
@@ -100,7 +100,7 @@ def test_a_failing_tracker_is_said_once(tiny: RunConfig, monkeypatch: pytest.Mon
     assert "myllm runs sync tiny --to tensorboard" in log
 
 
-def test_one_process_at_a_time(tiny: RunConfig) -> None:
+def test_concurrent_sync_raises(tiny: RunConfig) -> None:
     from myllm.files import file_lock
 
     paths = RunPaths.of("tiny")
@@ -109,13 +109,13 @@ def test_one_process_at_a_time(tiny: RunConfig) -> None:
         sync(paths, "wandb")
 
 
-def test_a_missing_package_is_said_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("myllm.runs.trackers.destinations.find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install wandb"):
         check_installed(("wandb",))
 
 
-def test_a_run_that_is_over(tiny: RunConfig, temp_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sync_command_on_finished_run(tiny: RunConfig, temp_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     paths = RunPaths.of("tiny")
     paths.root.mkdir(parents=True)
     write_rows(paths, 1, 3, loss=10)

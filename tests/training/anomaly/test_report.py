@@ -62,7 +62,7 @@ def stopped(config: RunConfig) -> str:
 # -- what stops a run, and what it leaves
 
 
-def test_a_document_that_makes_nan_is_found(
+def test_locates_document_causing_nan(
     bare: RunConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The step is exactly the bad one though the host looks later; its weights are those of the checkpoint before."""
@@ -120,9 +120,7 @@ def test_a_document_that_makes_nan_is_found(
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_spike_can_stop_a_run_and_its_dump_repeats_the_row(
-    bare: RunConfig, optimizer: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_spike_stops_run_and_replay_matches(bare: RunConfig, optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A healthy step: replayed, it has the row's loss and norm with dropout, and those of float64 without."""
     bare = replace(bare, optim=replace(bare.optim, optimizer=optimizer))
     monkeypatch.setattr(guard, "WARMUP_STEPS", 3)
@@ -177,7 +175,7 @@ def norm_of(gradients: dict[str, torch.Tensor]) -> float:
     return math.sqrt(sum(gradient.square().sum().item() for gradient in gradients.values()))
 
 
-def test_a_backward_pass_that_goes_bad_alone_is_found_too(bare: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_locates_nonfinite_backward_pass(bare: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without dropout nothing overflows on the way in: every loss is finite, and one sample's gradient is not."""
     model = replace(bare.model, dropout_embedding=0.0, dropout_attention_residual=0.0, dropout_ffn=0.0)
     rare = rare_token(bare, prepare(bare.data, progress=False), first_step=2)
@@ -190,7 +188,7 @@ def test_a_backward_pass_that_goes_bad_alone_is_found_too(bare: RunConfig, monke
     assert "first seen   in the backward pass, in the gradient of the output of " in message
 
 
-def test_a_full_disk_does_not_swallow_the_message(bare: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_preserves_divergence_message(bare: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     poison(monkeypatch, rare_token(bare, prepare(bare.data, progress=False), first_step=2).token)
 
     def full(*_: object) -> None:
@@ -229,7 +227,7 @@ def trained_without(config: RunConfig, dataset: Dataset, skipped: int) -> dict[s
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_skipping_is_as_if_the_update_had_never_been(
+def test_skipped_update_leaves_no_trace(
     bare: RunConfig, optimizer: str, monkeypatch: pytest.MonkeyPatch, run_until: Callable[..., None]
 ) -> None:
     """And a resume behind it is exact, counts and statistics included."""
@@ -276,7 +274,7 @@ class Cut(Exception):
     pass
 
 
-def test_skipping_gives_up(bare: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_skipped_steps_raise(bare: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """A token that is everywhere: no update can be made, and the third in a row is one too many."""
     poison(monkeypatch, prepare(bare.data, progress=False).tokenizer().encode(" the")[0])
     message = stopped(with_train(bare, on_nonfinite="skip", max_skipped_steps=2, log_every_steps=5))

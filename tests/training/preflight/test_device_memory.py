@@ -51,7 +51,7 @@ PAIR = DistContext(0, 0, 2, torch.device("cpu"))
     ],
     ids=lambda error: str(error)[:40],
 )
-def test_refusals_of_memory(error: BaseException) -> None:
+def test_recognizes_out_of_memory_errors(error: BaseException) -> None:
     assert is_out_of_memory(error)
     wrapped = RuntimeError("backend='inductor' raised:")
     wrapped.__cause__ = error
@@ -69,7 +69,7 @@ def test_refusals_of_memory(error: BaseException) -> None:
     ],
     ids=str,
 )
-def test_other_errors_are_no_refusals(error: BaseException) -> None:
+def test_other_errors_are_not_out_of_memory(error: BaseException) -> None:
     assert not is_out_of_memory(error)
 
 
@@ -80,7 +80,7 @@ CUDA = (
 )
 
 
-def test_out_of_memory_in_training_names_the_settings_that_help() -> None:
+def test_out_of_memory_suggests_settings() -> None:
     config = get_preset("small-50m")
     alone = DistContext(0, 0, 1, torch.device("cpu"))
     wrapped = RuntimeError("backend='inductor' raised:")
@@ -101,9 +101,7 @@ def test_out_of_memory_in_training_names_the_settings_that_help() -> None:
         raise KeyError("memory")
 
 
-def test_status_of_a_run_that_ran_out_of_memory(
-    tiny: RunConfig, prepared_data: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_status_reports_out_of_memory(tiny: RunConfig, prepared_data: None, monkeypatch: pytest.MonkeyPatch) -> None:
     def step(*_: object) -> NoReturn:
         raise torch.OutOfMemoryError(CUDA)
 
@@ -114,12 +112,12 @@ def test_status_of_a_run_that_ran_out_of_memory(
     assert (line.startswith("step 0: failed: out of memory on"), code) == (True, 2)
 
 
-def test_out_of_memory_in_other_commands(capsys: pytest.CaptureFixture[str]) -> None:
+def test_out_of_memory_exits_with_error(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught, exit_on_error():
         raise torch.OutOfMemoryError(CUDA)
     assert caught.value.code == 2
-    said = capsys.readouterr().err
-    assert re.match(r"error: out of memory: CUDA .*MiB is free.*; end other programs .*--batch-size", said)
+    stderr = capsys.readouterr().err
+    assert re.match(r"error: out of memory: CUDA .*MiB is free.*; end other programs .*--batch-size", stderr)
 
 
 def refused() -> NoReturn:
@@ -137,7 +135,7 @@ def store(one_rank: None, monkeypatch: pytest.MonkeyPatch) -> dist.Store:
     return shared
 
 
-def test_a_rank_that_runs_out_alone_ends_the_trial(store: dist.Store) -> None:
+def test_out_of_memory_on_single_rank_raises(store: dist.Store) -> None:
     """The others wait for it in a collective, for half an hour if it went to wait for them in another."""
     started = time.monotonic()
     with pytest.raises(UserError, match=r"out of memory on rank 0 .* alone: .* lower train\.micro_batch_size"):
@@ -145,7 +143,7 @@ def test_a_rank_that_runs_out_alone_ends_the_trial(store: dist.Store) -> None:
     assert time.monotonic() - started < 60
 
 
-def test_ranks_that_run_out_together_go_on(store: dist.Store) -> None:
+def test_out_of_memory_on_all_ranks_continues(store: dist.Store) -> None:
     for trial in (1, 2):
         store.set(f"memory/1/{trial}", "here")
         with pytest.raises(OutOfMemory):
@@ -154,7 +152,7 @@ def test_ranks_that_run_out_together_go_on(store: dist.Store) -> None:
     assert run_within_memory(lambda: "done", replace(PAIR, rank=0), 2**40)[0] == "done"
 
 
-def test_a_run_that_linux_would_kill_is_refused(tiny: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_insufficient_host_memory_is_rejected(tiny: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device_memory.sys, "platform", "linux")
     monkeypatch.setattr(device_memory, "available_bytes", lambda device, processes: 2**30)
     huge = with_train(tiny, micro_batch_size=10_000, batch_tokens=10_000 * 64)
@@ -168,6 +166,6 @@ def test_a_run_that_linux_would_kill_is_refused(tiny: RunConfig, monkeypatch: py
     check_memory(huge, torch.device("cpu"), 1)
 
 
-def test_cached_files_of_a_container_are_available_memory(tmp_path: Path) -> None:
+def test_container_file_cache_counts_as_available(tmp_path: Path) -> None:
     (tmp_path / "memory.stat").write_text("anon 100\nfile 900\ninactive_file 800\nactive_file 100\n")
     assert device_memory._file_cache_bytes(str(tmp_path)) == 800

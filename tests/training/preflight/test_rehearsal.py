@@ -90,12 +90,12 @@ def rehearsed(
         yield result, folder, before, content(folder)
 
 
-def test_it_leaves_everything_as_it_was(rehearsed) -> None:
+def test_rehearsal_leaves_files_unchanged(rehearsed) -> None:
     _, _, before, after = rehearsed
     assert after == before
 
 
-def test_what_is_measured(rehearsed, config: RunConfig) -> None:
+def test_measurements(rehearsed, config: RunConfig) -> None:
     result, folder, _, _ = rehearsed
     measured = result.measured
     assert abs(measured.loss - log(50_257)) < 0.2  # it knows nothing yet
@@ -116,7 +116,7 @@ def test_what_is_measured(rehearsed, config: RunConfig) -> None:
     assert result.storage.shards_bytes == 0
 
 
-def test_the_table(rehearsed) -> None:
+def test_result_table(rehearsed) -> None:
     result, *_ = rehearsed
     output = result.table()
     total = sum(result.seconds_left.values())
@@ -131,7 +131,7 @@ def test_the_table(rehearsed) -> None:
     assert f"cost left    ${total / 100:,.2f} at $36.00 per hour" in output
 
 
-def test_a_run_is_the_same_with_and_without(config: RunConfig, temp_data: Path) -> None:
+def test_preflight_does_not_change_run(config: RunConfig, temp_data: Path) -> None:
     dataset = prepare(config.data, progress=False)
     short = with_train(config, max_steps=2)
     train(replace(short, name="without"), dataset, ALONE)
@@ -147,7 +147,7 @@ def test_a_run_is_the_same_with_and_without(config: RunConfig, temp_data: Path) 
     ("every", "done", "max_steps", "times"),
     [(10, 0, 100, 11), (10, 0, 95, 11), (10, 41, 100, 6), (10, 40, 100, 7), (0, 0, 100, 0), (500, 1, 100, 1)],
 )
-def test_times_due(every: int, done: int, max_steps: int, times: int) -> None:
+def test_count_due(every: int, done: int, max_steps: int, times: int) -> None:
     """As `Eval.due` says it, step by step."""
     assert count_due(every, done, max_steps) == times
     assert times == sum(every > 0 and (s % every == 0 or s == max_steps) for s in range(done, max_steps + 1))
@@ -165,12 +165,12 @@ def result(config: RunConfig) -> PreflightResult:
     return PreflightResult(whole, ALONE, Limits(), room, 2**30, 4, measured)
 
 
-def test_the_time_that_is_left(result: PreflightResult) -> None:
+def test_seconds_left(result: PreflightResult) -> None:
     assert result.seconds_left == {"training": 192.0, "validation": 20.0, "saves": 6.0}
     assert result.problems() == []
 
 
-def test_the_estimate_is_for_what_is_compiled_there(result: PreflightResult, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_estimate_depends_on_compilation(result: PreflightResult, monkeypatch: pytest.MonkeyPatch) -> None:
     config = with_train(result.config, compile="auto")
     on_card = replace(result, config=config, dist=DistContext(0, 0, 1, torch.device("cuda")))
     output = []
@@ -180,14 +180,14 @@ def test_the_estimate_is_for_what_is_compiled_there(result: PreflightResult, mon
     assert output[0] != output[1]
 
 
-def test_too_many_hours(result: PreflightResult) -> None:
+def test_max_hours_exceeded(result: PreflightResult) -> None:
     (problem,) = replace(result, limits=Limits(max_hours=0.02)).problems()
     # 72 s of 218 s are 33 % of the 96 steps ahead.
     assert "0.06 more hours, but --max-hours is 0.02; lower train.max_steps from 100 to 35, or raise" in problem
     assert replace(result, limits=Limits(max_hours=0.07)).problems() == []
 
 
-def test_a_disk_that_is_too_small(result: PreflightResult) -> None:
+def test_insufficient_disk_space(result: PreflightResult) -> None:
     """Two checkpoints and one in the making, 100 MB each, and 2 MB of shards; 250 MB free."""
     tight = replace(result, storage=replace(result.storage, free_bytes=250_000_000))
     (problem,) = tight.problems()
@@ -198,7 +198,7 @@ def test_a_disk_that_is_too_small(result: PreflightResult) -> None:
     assert replace(tight, storage=resumed).problems() == []
 
 
-def test_too_little_text(result: PreflightResult) -> None:
+def test_too_little_text_is_noted(result: PreflightResult) -> None:
     """Training takes what there is, and so does its rehearsal; both say it."""
     few = replace(result.storage, tokens=600_000)
     short, note = replace(result, storage=few), "note: data.target_tokens 1,000,000 is more than the source has"
@@ -208,14 +208,14 @@ def test_too_little_text(result: PreflightResult) -> None:
     assert replace(result, storage=replace(few, tokens=None)).problems() == []
 
 
-def test_out_of_memory(result: PreflightResult) -> None:
+def test_out_of_memory_suggests_micro_batch_size(result: PreflightResult) -> None:
     (problem,) = replace(result, measured=None, out_of_memory=True, fitting_size=4).problems()
     assert "train.micro_batch_size 1 needs more than the 1.00 GiB that one rank may use; set it to 4" in problem
     (problem,) = replace(result, measured=None, out_of_memory=True).problems()
     assert "not even one sequence of model.max_seq_len 64 fits in the 1.00 GiB" in problem
 
 
-def test_a_failing_evaluation(result: PreflightResult) -> None:
+def test_failed_evaluation_is_reported(result: PreflightResult) -> None:
     failed = replace(result.measured, evals={"samples": (1.0, "the samples evaluation failed at step 3: x; more")})
     assert replace(result, measured=failed).problems() == [
         "the samples evaluation failed at step 3: x; lower train.micro_batch_size, or set eval.sample_every_steps to 0"
@@ -225,13 +225,15 @@ def test_a_failing_evaluation(result: PreflightResult) -> None:
 # -- what really goes wrong -------------------------------------------------------------------------------------------
 
 
-def test_a_first_step_that_is_not_finite(config: RunConfig, temp_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nonfinite_first_step_is_reported(config: RunConfig, temp_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rehearsal, "train_step", lambda *_: (torch.tensor(nan), torch.tensor(1.0), 0.0))
     (problem,) = preflight(config, ALONE, Limits(), lambda line: None).problems()
     assert "the first step is not finite (loss nan, gradient norm 1.0): lower optim.max_lr 0.003" in problem
 
 
-def test_a_failing_evaluation_is_met(config: RunConfig, temp_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_preflight_detects_failing_evaluation(
+    config: RunConfig, temp_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def failing(*_: object) -> None:
         raise RuntimeError("no such thing")
 
@@ -242,7 +244,7 @@ def test_a_failing_evaluation_is_met(config: RunConfig, temp_data: Path, monkeyp
 
 
 @pytest.mark.slow
-def test_a_micro_batch_that_is_too_large(config: RunConfig, temp_data: Path) -> None:
+def test_oversized_micro_batch_suggests_fitting_size(config: RunConfig, temp_data: Path) -> None:
     """A limit half-way between what one and four sequences take: the number that the refusal names fits."""
     # Much to keep for the backward pass, little to compute.
     model = replace(config.model, max_seq_len=256, n_layers=16, d_ff=2_048)
@@ -269,7 +271,7 @@ def test_a_micro_batch_that_is_too_large(config: RunConfig, temp_data: Path) -> 
     assert list(temp_data.parent.glob(".preflight.*")) == []
 
 
-def test_what_a_cpu_must_not_even_try(temp_data: Path) -> None:
+def test_oversized_cpu_model_is_rejected_before_allocation(temp_data: Path) -> None:
     """320M parameters and their moments in 1 GiB: refused before any is made."""
     large = with_train(get_preset("lf-llm-269m"), device="cpu")
     result = preflight(large, ALONE, Limits(), lambda line: None, 2**30)
@@ -277,7 +279,7 @@ def test_what_a_cpu_must_not_even_try(temp_data: Path) -> None:
     assert any("not even one sequence of model.max_seq_len 2,048 fits in the 1.00 GiB" in r for r in result.problems())
 
 
-def test_peaks_are_forgotten() -> None:
+def test_reset_peak_forgets_freed_memory() -> None:
     """256 MB more are seen, and no longer once they are given back."""
     reset_peak(CPU)
     before = peak_bytes(CPU)
@@ -301,7 +303,7 @@ def test_peaks_are_forgotten() -> None:
         (219, None, [1]),
     ],
 )
-def test_the_largest_that_fits(limit: int, expected: int | None, tried: list[int]) -> None:
+def test_largest_that_fits(limit: int, expected: int | None, tried: list[int]) -> None:
     measured_sizes: list[int] = []
 
     def measure(size: int) -> int | None:
@@ -313,7 +315,7 @@ def test_the_largest_that_fits(limit: int, expected: int | None, tried: list[int
     assert measured_sizes == tried
 
 
-def test_memory_that_bends() -> None:
+def test_largest_that_fits_with_nonlinear_memory() -> None:
     """A size that the line promised and the device refused, and one that it did not expect: 4 in the end."""
     peaks = {1: 100, 2: 110, 4: 180, 8: None, 16: None}
     measured_sizes: list[int] = []
@@ -321,7 +323,7 @@ def test_memory_that_bends() -> None:
     assert measured_sizes == [1, 2, 8, 4]
 
 
-def test_sizes_keep_the_batch_exact(config: RunConfig) -> None:
+def test_candidate_sizes_divide_batch(config: RunConfig) -> None:
     twelve = with_train(config, batch_tokens=12 * 64)
     assert candidate_sizes(twelve, 1, "cpu") == [1, 2, 3, 4, 6, 12]
     assert candidate_sizes(twelve, 1, "cpu", val_tokens=5 * 64) == [1, 2, 3, 4]
@@ -331,7 +333,7 @@ def test_sizes_keep_the_batch_exact(config: RunConfig) -> None:
 
 
 @pytest.mark.slow
-def test_auto_is_settled_once(config: RunConfig, temp_data: Path) -> None:
+def test_auto_micro_batch_size_persists_across_resume(config: RunConfig, temp_data: Path) -> None:
     """The number is in the run's config.json, a resume takes it, and losses are those of a run that was given it."""
     config = replace(config, optim=replace(config.optim, warmup_steps=1, min_lr_ratio=1.0))  # for any max_steps
     auto = with_train(config, micro_batch_size="auto", batch_tokens=256, max_steps=8)
@@ -356,7 +358,7 @@ def test_auto_is_settled_once(config: RunConfig, temp_data: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_takes_its_preflights_number_untried(
+def test_run_reuses_preflight_micro_batch_size(
     config: RunConfig, tmp_path: Path, temp_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The preflight's command and then the run: no size is tried a second time."""
@@ -372,7 +374,7 @@ def test_a_run_takes_its_preflights_number_untried(
 
 
 @pytest.mark.slow
-def test_a_preflights_number_is_for_its_own_conditions(
+def test_preflight_micro_batch_size_requires_matching_conditions(
     config: RunConfig, temp_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     auto = with_train(config, micro_batch_size="auto", batch_tokens=256)
@@ -408,7 +410,7 @@ def test_a_preflights_number_is_for_its_own_conditions(
 # -- the config and the command line ----------------------------------------------------------------------------------
 
 
-def test_auto_in_a_file_and_in_the_plan(config: RunConfig, tmp_path: Path) -> None:
+def test_auto_micro_batch_in_config_and_plan(config: RunConfig, tmp_path: Path) -> None:
     path = write_run_config(with_train(config, micro_batch_size="auto"), tmp_path / "auto.json")
     assert load_config(path, RunConfig()).train.micro_batch_size == "auto"
     path.write_text('{"train": {"micro_batch_size": "most"}}')
@@ -419,7 +421,9 @@ def test_auto_in_a_file_and_in_the_plan(config: RunConfig, tmp_path: Path) -> No
     assert "auto: training takes the largest micro-batch that fits of 1, 2, 4; the memory below is for 4" in output
 
 
-def test_the_command(config: RunConfig, tmp_path: Path, temp_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_preflight_command(
+    config: RunConfig, tmp_path: Path, temp_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = str(write_run_config(config, tmp_path / "tiny.json"))
     main(["preflight", "--config", path, "--eval.hellaswag-every-steps", "0"])
     assert "time left" in capsys.readouterr().out
@@ -452,7 +456,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--dry-run" not in output
 
 
-def test_a_prepared_data_set_is_known_by_its_settings(config: RunConfig, temp_data: Path) -> None:
+def test_find_prepared_matches_data_settings(config: RunConfig, temp_data: Path) -> None:
     assert find_prepared(config.data) is None
     with pytest.raises(UserError, match="no text found"):
         preflight(replace(config, data=replace(config.data, source="files:/nowhere")), ALONE, Limits(), print)
@@ -470,7 +474,7 @@ def test_a_prepared_data_set_is_known_by_its_settings(config: RunConfig, temp_da
         preflight(large, ALONE, Limits(), print)
 
 
-def test_a_public_corpus_is_not_asked_for(config: RunConfig, temp_data: Path) -> None:
+def test_public_corpus_size_needs_no_download(config: RunConfig, temp_data: Path) -> None:
     corpus = replace(config.data, source="fineweb-edu-10bt", target_tokens=None)
     room = inspect_data_and_disk(replace(config, data=corpus))
     assert (room.tokens, room.tokens_are_exact) == (10_000_000_000, False)
@@ -478,7 +482,7 @@ def test_a_public_corpus_is_not_asked_for(config: RunConfig, temp_data: Path) ->
     assert not temp_data.exists()
 
 
-def test_what_a_killed_rehearsal_left_goes_with_the_next(temp_data: Path) -> None:
+def test_stale_scratch_folders_are_removed(temp_data: Path) -> None:
     runs = temp_data / "runs"
     killed, somebodys = runs / f".preflight.{'0' * 16}{TEMP_SUFFIX}", runs / ".preflight.notes"
     for folder in (killed, somebodys):
@@ -491,7 +495,7 @@ def test_what_a_killed_rehearsal_left_goes_with_the_next(temp_data: Path) -> Non
     assert list(runs.iterdir()) == [somebodys]
 
 
-def test_a_signal_leaves_nothing(config: RunConfig, tmp_path: Path) -> None:
+def test_sigterm_removes_scratch_folder(config: RunConfig, tmp_path: Path) -> None:
     """SIGTERM in the middle of it: the folder goes, as at its own end."""
     path = write_run_config(with_train(config, batch_tokens=64 * 64 * 8), tmp_path / "tiny.json")
     (tmp_path / "data/runs").mkdir(parents=True)
@@ -510,7 +514,7 @@ def test_a_signal_leaves_nothing(config: RunConfig, tmp_path: Path) -> None:
     assert list((tmp_path / "data/runs").iterdir()) == []
 
 
-def test_every_part_is_the_runs_own() -> None:
+def test_rehearsal_uses_training_functions() -> None:
     """What a rehearsal does goes through the functions that `train` calls."""
     from myllm.training import loop, services
 
@@ -523,7 +527,7 @@ def test_every_part_is_the_runs_own() -> None:
 
 @pytest.mark.usefixtures("one_rank", "temp_data")
 @pytest.mark.parametrize("kind", ["trial", "rehearsal", "benchmark"])
-def test_all_is_compiled_and_done_under_the_runs_own_settings(
+def test_compiles_and_steps_with_same_matmul_precision(
     kind: str, config: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With DDP too, which compiles before the first step: else what is measured is not what runs."""
