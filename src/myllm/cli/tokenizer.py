@@ -94,5 +94,5 @@ def _print_next_commands(config: DataConfig) -> None:
     words += ["--suffix", *config.suffixes] if config.suffixes else []
     print("prepare data with it, then train on them:")
     print(f"  myllm data prepare {shlex.join(words)}")
-    vocab_size = spec.tokenizer.vocab_size
-    print(f"  python pretrain.py PRESET --data.dataset {spec.folder.name} --model.vocab-size {vocab_size}")
+    name, vocab_size = spec.folder.name, spec.tokenizer.vocab_size
+    print(f"  python pretrain.py PRESET --data.dataset {name} --name {name} --model.vocab-size {vocab_size}")

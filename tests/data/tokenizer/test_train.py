@@ -145,7 +145,7 @@ def test_printed_commands_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     dataset = Dataset.open(temp_data / "datasets" / train[train.index("--data.dataset") + 1])
     assert dataset.manifest["text_column"] == "body"
     assert dataset.manifest["tokenizer"]["vocab_size"] == int(train[train.index("--model.vocab-size") + 1])
-    assert train[-4:] == [*capsys.readouterr().out.split()[-4:]], "as the first command says it too"
+    assert train[-6:] == [*capsys.readouterr().out.split()[-6:]], "as the first command says it too"
 
 
 def test_train_command_with_too_little_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
