@@ -34,7 +34,8 @@ pytestmark = pytest.mark.slow
 
 REASONS = {
     r"git clone|this repository|cd$|its folder": "the repository is here already",
-    r"docker |sky ": "needs Docker or a cloud",
+    r"docker |sky |report.html$": "needs Docker or a cloud",
+    r"export |open-webui ": "needs Open WebUI: docs/experiments/generation.md has a run of it",
     r"tmux |rsync |brew |xcode-select |caffeinate |mail ": "needs another machine or program",
     r"pip install|pre-commit|src/environment.sh|source ": "changes the environment",
     r"make ": "runs the tests, or measures a GPU",
