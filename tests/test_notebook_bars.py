@@ -105,7 +105,7 @@ def test_plain_lines_without_ipywidgets(cells: list[list[dict[str, Any]]]) -> No
     assert "█" not in text(cells[4])
 
 
-def test_a_program_that_imports_ipykernel_is_no_notebook() -> None:
+def test_importing_ipykernel_does_not_make_a_notebook() -> None:
     import ipykernel  # noqa: F401 (as tools that run notebooks do)
 
     assert not in_notebook()

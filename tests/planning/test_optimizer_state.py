@@ -19,7 +19,7 @@ def parameters(name: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_the_matrices_inside_the_blocks(name):
+def test_block_matrices(name):
     matrices = [p.numel() for key, p in parameters(name).items() if key.startswith("blocks.") and p.ndim == 2]
     assert block_matrices(get_preset(name).model) == sum(matrices)
 

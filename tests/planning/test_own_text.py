@@ -22,14 +22,14 @@ def test_larger_datasets_select_larger_presets() -> None:
     assert "small-50m: from 250M tokens on" in preset_for(5_000_000)[1]
 
 
-def test_the_command_has_a_name_and_the_vocabulary_where_the_preset_has_another() -> None:
+def test_command_names_run_and_vocabulary() -> None:
     assert command_for("files-x", 100, 50_257)[0] == "python pretrain.py debug --data.dataset files-x --name files-x"
     assert command_for("files-x", 5_000_000, 50_257)[0].endswith(" --name files-x --model.vocab-size 50257")
     assert command_for("files-x", 5_000_000, 4_096)[0].endswith(" --name files-x")
 
 
 @pytest.mark.parametrize("tokens", [3 * 10**5, 1_770_000, 2 * 10**6, 10**8, 2 * 10**8, 10**9])
-def test_the_command_reads_all_of_the_text(tokens: int) -> None:
+def test_command_covers_whole_text(tokens: int) -> None:
     config = parse_args(command_for("files-x", tokens, 4_096)[0].split()[2:]).config
     assert config.name == "files-x"
     config = resolve_max_steps(config, tokens, own_text=config.train.epochs is None)
@@ -59,7 +59,7 @@ def test_presets_keep_batch_at_own_length() -> None:
         assert fitting_options(get_preset(name), 10**10) == ""
 
 
-def test_the_advice_for_an_impossible_batch_follows_from_the_text() -> None:
+def test_batch_advice_depends_on_text_size() -> None:
     config = get_preset("debug")
     advice = {
         fitting_options(replace(config, train=replace(config.train, batch_tokens=batch, max_steps=1)), 1_770_000)

@@ -36,7 +36,7 @@ def endings(temp_data: Path) -> dict[str, float]:
 
 
 @pytest.mark.slow
-def test_a_killed_ladder_continues_and_grows(prepared_data: None, temp_data: Path) -> None:
+def test_killed_ladder_resumes_and_grows(prepared_data: None, temp_data: Path) -> None:
     plan = run("--seeds", "1", "--budget", "--rates", "own")
     assert "2 recipes x 2 widths x 2 lengths x 1 paired seed(s) = 8 runs" in plan
     assert "8 of 8 runs are left" in plan
@@ -76,7 +76,7 @@ def test_a_killed_ladder_continues_and_grows(prepared_data: None, temp_data: Pat
 
 
 @pytest.mark.slow
-def test_a_ladder_on_a_mixture(temp_data: Path, tmp_path: Path) -> None:
+def test_ladder_on_mixture(temp_data: Path, tmp_path: Path) -> None:
     """And one that would read a component too often is refused before its first run."""
     a, b = write_corpora(tmp_path / "corpora", a=4, b=24)
     data = prepare(DataConfig(source=f"{a}:0.1 {b}:0.9", val_tokens=300, workers=1), progress=False)

@@ -55,7 +55,7 @@ def test_range_test_run(tiny: RunConfig, temp_data: Path) -> None:
     assert not (temp_data / "runs").exists()
 
 
-def test_a_mixture(tiny: RunConfig, tmp_path: Path) -> None:
+def test_range_test_on_mixture(tiny: RunConfig, tmp_path: Path) -> None:
     """Its length is that of the test, not of the schedule, which would read the text thousands of times."""
     a, b = write_corpora(tmp_path / "corpora", a=12, b=12)
     data = replace(tiny.data, source=f"{a}:0.5 {b}:0.5", val_tokens=300)

@@ -106,7 +106,7 @@ def undisturbed(started: Any, tmp_path: Path) -> Any:
     other.end()
 
 
-def test_a_repository(
+def test_killed_preparation_of_repository(
     renames: Path, on_hub: str, hub: HubServer, started: Any, hashes: Callable, undisturbed: Any, temp_data: Path
 ) -> None:
     """Killed in a download, with some items finished, and with some shards written."""
@@ -129,7 +129,9 @@ def test_a_repository(
     assert finish(on_hub, undisturbed, hashes) == found
 
 
-def test_a_folder_of_save_to_disk(renames: Path, saved: str, started: Any, hashes: Callable, undisturbed: Any) -> None:
+def test_killed_preparation_of_saved_folder(
+    renames: Path, saved: str, started: Any, hashes: Callable, undisturbed: Any
+) -> None:
     """Killed after the first item, with some more finished, and with some shards written."""
     kill_when(lambda: items(started) >= 1, saved, 2, started)
     kill_when(lambda: items(started) >= 3, saved, 1, started)

@@ -217,7 +217,7 @@ def test_broken_links_are_skipped_and_counted(tree: Path, monkeypatch: pytest.Mo
     refused(f"files:{tree}/sub/gone.txt", "no text found", "only 1 broken link(s)")
 
 
-def test_what_is_hidden_and_links_to_folders_are_counted(tree: Path, tmp_path: Path) -> None:
+def test_hidden_and_linked_folders_counted(tree: Path, tmp_path: Path) -> None:
     (tree / "linked").symlink_to(tmp_path)
     note = find_source(f"files:{tree}").ignored_note
     counts = "2 hidden folder(s), 1 hidden file(s), 1 link(s) to folders, 1 without suffix, 1 .png, 1 .tar.gz"

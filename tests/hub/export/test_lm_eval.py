@@ -41,7 +41,7 @@ def our_choice(pair: LanguageModel, question: str, choices: list[str]) -> tuple[
 
 
 @pytest.mark.slow
-def test_the_same_accuracy(save: Save, tmp_path: Path) -> None:
+def test_lm_eval_accuracy_matches(save: Save, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
     folder = export_transformers(save(KINDS["qwen3"]), tmp_path / "out", say=lambda _: None).folder
     (tmp_path / "questions.jsonl").write_text("".join(json.dumps(each) + "\n" for each in QUESTIONS))
