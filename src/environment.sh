@@ -70,8 +70,9 @@ Install a newer one (package manager, python.org, or: uv python install 3.12) an
   if [ -n "$(examine "$base" torch)" ]; then options="--system-site-packages"; fi
   say "Making $root/.venv with $("$base" --version)"
   rm -rf .venv && "$base" -m venv ${options:+"$options"} "$root/.venv" && return
-  # Debian's Python comes without ensurepip, which uv does not need.
-  rm -rf .venv && command -v uv >/dev/null && uv venv --python "$base" ${options:+"$options"} "$root/.venv" && return
+  # Debian's Python comes without ensurepip, which uv does not need; --seed: with pip, as the README's commands expect.
+  rm -rf .venv && command -v uv >/dev/null &&
+    uv venv --seed --python "$base" ${options:+"$options"} "$root/.venv" && return
   rm -rf .venv
   fail 2 "$base cannot make a virtual environment. On Debian and Ubuntu an administrator installs what is missing:
 apt install $("$base" -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])'). Or install uv, or activate a conda environment; then run this again."
