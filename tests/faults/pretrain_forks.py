@@ -15,7 +15,6 @@ import signal
 import socket
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from importlib import import_module
 from itertools import count
@@ -202,20 +201,12 @@ def fork(request: dict[str, Any], rank: int, port: int) -> int:
     child = os.fork()
     if child:
         return child
-    code = 70
-    try:
-        run(request, rank, port)
-        code = 0
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else int(end.code is not None)
-        if isinstance(end.code, str):
-            print(end.code, file=sys.stderr)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    from support.exit_codes import exit_code  # the path is not set when this file is read
+
+    code = exit_code(lambda: run(request, rank, port), crashed=70)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def wait_for_all(children: set[int], patience_s: float) -> int:
@@ -250,7 +241,7 @@ def answer(request: dict[str, Any]) -> int:
 
 
 def main() -> None:
-    sys.path[:0] = [str(ROOT), str(ROOT / "src")]
+    sys.path[:0] = [str(ROOT), str(ROOT / "src"), str(ROOT / "tests")]
     for name in EARLY:
         import_module(name)
     for line in sys.stdin:

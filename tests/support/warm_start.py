@@ -18,7 +18,6 @@ import sys
 import tempfile
 import threading
 import time
-import traceback
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -142,8 +141,19 @@ def _send(number: signal.Signals, children: set[int]) -> None:
         os.kill(child, number)
 
 
+def run_program(program: str, *words: str, cwd: str) -> None:
+    if program == "-m":
+        sys.argv, sys.path[0] = list(words), cwd
+        runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv, sys.path[0] = [program, *words], str(Path(program).parent)
+        runpy.run_path(program, run_name="__main__")
+
+
 def become(request: dict[str, Any]) -> int:
     """Run the words as `__main__`, and all that an interpreter does at its end but freeing memory: the exit code."""
+    from support.exit_codes import exit_code  # the path is not set when this file is read
+
     for number, stream in enumerate(request["streams"]):
         file = os.open(stream, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_APPEND)
         os.dup2(file, number)
@@ -151,22 +161,7 @@ def become(request: dict[str, Any]) -> int:
     os.environ.clear()
     os.environ.update(request["env"])
     os.chdir(request["cwd"])
-    program, *words = request["words"]
-    try:
-        if program == "-m":
-            sys.argv, sys.path[0] = words, request["cwd"]
-            runpy.run_module(words[0], run_name="__main__", alter_sys=True)
-        else:
-            sys.argv, sys.path[0] = [program, *words], str(Path(program).parent)
-            runpy.run_path(program, run_name="__main__")
-        code = 0
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else int(end.code is not None)
-        if isinstance(end.code, str):
-            print(end.code, file=sys.stderr)
-    except BaseException:
-        traceback.print_exc()
-        code = 1
+    code = exit_code(lambda: run_program(*request["words"], cwd=request["cwd"]))
     for thread in threading.enumerate():
         if thread is not threading.main_thread() and not thread.daemon:
             thread.join()
