@@ -7,20 +7,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from myllm.data.sources import documents as grouping
-from myllm.data.sources.documents import SENTENCE_DOCUMENT_CHARS, group_rows
+from myllm.data.sources.documents import GROUPINGS, SENTENCE_DOCUMENT_CHARS
 
 
 def articles(rows: list[str]) -> list[str]:
-    return list(group_rows(rows, "articles"))
+    return list(GROUPINGS["articles"](rows))
 
 
 def sentences(rows: list[str]) -> list[str]:
-    return list(group_rows(rows, "sentences"))
+    return list(GROUPINGS["sentences"](rows))
 
 
 @given(st.lists(st.text(alphabet="ab =\n", max_size=9)))
 def test_row_grouping_preserves_rows(rows: list[str]) -> None:
-    assert list(group_rows(rows, "rows")) == rows
+    assert list(GROUPINGS["rows"](rows)) == rows
 
 
 # -- sentences --------------------------------------------------------------------------------------------------------

@@ -137,6 +137,11 @@ LAYOUTS = {
 }  # fmt: skip
 
 
+def test_all_corpora_are_tested() -> None:
+    untested = CORPORA.keys() - LAYOUTS.keys() - {"dolma", "dolma-sample"}
+    assert not untested, "write a function that makes a few of its files and the documents in them, for LAYOUTS"
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_corpus_layout_yields_documents(
     hub: HubServer, in_process: None, temp_data: Path, reference: tiktoken.Encoding, name: str

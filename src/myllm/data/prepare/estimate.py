@@ -13,7 +13,7 @@ import numpy as np
 from myllm.data.sources.arrow_readers import open_parquet, table_texts
 from myllm.data.sources.cleaning import clean
 from myllm.data.sources.convert import fetch_file
-from myllm.data.sources.documents import group_rows
+from myllm.data.sources.documents import GROUPINGS
 from myllm.data.sources.download import download_file, download_head
 from myllm.data.sources.hub_listing import UnreachableError, first_line
 from myllm.data.sources.read_task import ReadTask, SkipLog
@@ -229,4 +229,4 @@ def _sample_parquet(source: Source, file: SourceFile, folder: Path, skips: SkipL
             raise
         skips.add("unreadable_file", file.name, str(error))
         return [], 1.0
-    return list(group_rows(rows, source.grouping)), len(rows) / max(total, 1)
+    return list(GROUPINGS[source.grouping](rows)), len(rows) / max(total, 1)

@@ -1,4 +1,4 @@
-"""What decides the bytes of a data set, and so its name."""
+"""The settings that decide the bytes of a data set, and the fingerprint in its name."""
 
 import hashlib
 import json
@@ -17,6 +17,7 @@ from myllm import paths
 from myllm.config import DataConfig
 from myllm.data.dataset import FORMAT
 from myllm.data.sources.convert import fetch_file
+from myllm.data.sources.documents import SPLITTABLE
 from myllm.data.sources.hf_datasets.name import absolute_source
 from myllm.data.sources.read_task import SkipLog
 from myllm.data.sources.source import Source, SourceFile, find_source, read_documents
@@ -53,7 +54,7 @@ class DatasetSpec:
 
     @cached_property
     def work_items(self) -> list[WorkItem]:
-        split = self.source.grouping != "articles"  # a part of a file could begin in the middle of an article
+        split = self.source.grouping in SPLITTABLE
         return make_work_items(self.source.files, self.config.shuffle_files, self.config.shuffle_seed, split)
 
     @property

@@ -30,8 +30,9 @@ class Corpus:
     variants: tuple[str, ...] = ()
     """The first is the default."""
     column: str = "text"
+    """Of a row's text, or a template of several columns such as "{title}\\n{text}" (text_column.py)."""
     grouping: str = "rows"
-    """See documents.group_rows."""
+    """Key of documents.GROUPINGS."""
 
     @property
     def location(self) -> str:

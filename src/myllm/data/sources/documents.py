@@ -1,24 +1,12 @@
-"""Rows to documents, for corpora whose rows are sentences or lines."""
+"""Join rows into documents, for corpora whose rows are sentences or lines."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 SENTENCE_DOCUMENT_CHARS = 20_000
 """About 4,500 tokens: more than twice the longest context of any preset, so that few sequences cross a boundary."""
 # WikiText-103 marks the title of an article with one "=" on either side, and section titles with more.
 _TITLE = re.compile(r"\s*= [^=].*[^=] =\s*|\s*= [^=\s] =\s*")
-
-
-def group_rows(rows: Iterable[str], grouping: str) -> Iterator[str]:
-    """
-    Args:
-        grouping: "rows" (each row is a document), "sentences" or "articles".
-    """
-    if grouping == "sentences":
-        return join_sentences(rows)
-    if grouping == "articles":
-        return join_articles(rows)
-    return iter(rows)
 
 
 def join_sentences(rows: Iterable[str]) -> Iterator[str]:
@@ -46,3 +34,11 @@ def join_articles(rows: Iterable[str]) -> Iterator[str]:
         lines.append(row if row.endswith("\n") else row + "\n")
     if any(line.strip() for line in lines):
         yield "".join(lines)
+
+
+GROUPINGS: dict[str, Callable[[Iterable[str]], Iterator[str]]] = {
+    "rows": iter, "sentences": join_sentences, "articles": join_articles,
+}  # fmt: skip
+"""The rows of a file in order, and the documents that they make."""
+SPLITTABLE = ("rows", "sentences")
+"""Groupings for which documents may begin at any row, so that several processes can read parts of a file."""

@@ -17,7 +17,7 @@ from myllm.errors import UserError, did_you_mean
 from myllm.paths import user_path
 
 from .catalog import CORPORA, Corpus
-from .documents import group_rows
+from .documents import GROUPINGS
 from .file_digests import file_digests, size_of
 from .hf_datasets.listing import OWN_SUFFIXES, list_dataset
 from .hf_datasets.name import parse_name
@@ -69,7 +69,7 @@ class Source:
     files: tuple[SourceFile, ...]
     column: str = "text"
     grouping: str = "rows"
-    """See documents.group_rows."""
+    """Key of documents.GROUPINGS."""
     ignored: tuple[str, ...] = ()
     """The suffix of each local file without a reader, and the kind of everything else that is not read."""
 
@@ -155,7 +155,7 @@ def read_documents(
     """The documents of one file, or of one part of it, at `path`."""
     column = "text" if file.builder else source.column
     task = ReadTask(path, file.name, column, part, num_parts)
-    return group_rows(read_file(file.reader, task, skips), source.grouping)
+    return GROUPINGS[source.grouping](read_file(file.reader, task, skips))
 
 
 def folder_name(text: str) -> str:
