@@ -37,7 +37,7 @@ def test_preset_table_matches_code() -> None:
     rows = re.findall(
         r"^\| `([\w-]+)` \|[^|]*\| ([\d.]+)([MB]) \| (\w+) \|([^|]*)\|([^|]*)\| ([\w-]+) \|$", README, re.M
     )
-    assert {row[0] for row in rows} == set(PRESETS)
+    assert {row[0] for row in rows} == set(PRESETS), "README.md has a table of presets, one row each"
     for name, tokens, unit, optimizer, *hours, opens_as in rows:
         config = get_preset(name)
         train = config.train
@@ -62,13 +62,13 @@ def test_paths_in_pages_exist() -> None:
         for path in paths.findall(page.read_text(encoding="utf-8"))
         if not (ROOT / path).exists()
     ]
-    assert not broken
+    assert not broken, "these files are not there"
 
 
 def test_pages_are_short() -> None:
     pages = set(ROOT.glob("docs/**/*.md")) - {ROOT / "docs/modules.md"}  # a line for each module
-    assert not [page.name for page in pages if page.read_text(encoding="utf-8").count("\n") > 200]
-    assert README.count("\n") <= 220
+    assert not [page.name for page in pages if page.read_text(encoding="utf-8").count("\n") > 200], "at most 200 lines"
+    assert README.count("\n") <= 220, "README.md has at most 220 lines: move details to a page in docs/"
 
 
 def test_module_list_is_current() -> None:

@@ -26,8 +26,7 @@ def test_dolma_75m_fits_rtx_3060() -> None:
 
 
 def test_hardware_page_is_up_to_date() -> None:
-    """If not: myllm plan --table > docs/hardware.md."""
-    assert (DOCS / "hardware.md").read_text(encoding="utf-8") == page()
+    assert (DOCS / "hardware.md").read_text(encoding="utf-8") == page(), "run: myllm plan --table > docs/hardware.md"
 
 
 @pytest.mark.parametrize("gpus", HARDWARE)
