@@ -1,4 +1,4 @@
-"""Data sets by name."""
+"""Find a prepared data set, or those of a mixture, by name."""
 
 from pathlib import Path
 

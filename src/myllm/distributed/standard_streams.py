@@ -1,4 +1,4 @@
-"""Standard streams that never end a run.
+"""Keep a closed terminal, pipe or output file from ending a run.
 
 If the terminal is closed, the reader of a pipe exits, the disk of a log is full, or there is no output at all (`>&-`),
 training continues and reports once, where it still can, what was lost. Characters that a terminal cannot show are

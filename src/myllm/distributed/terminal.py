@@ -1,4 +1,4 @@
-"""Bars and lines for people who watch."""
+"""Progress bars and log lines, as wide as the terminal."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""What a model can do.
+"""Evaluations: validation, public tasks, perplexity, speed, quality of samples.
 
 registry        the table of evaluations: how each is built, run and turned into metrics
 validation      the held-out text: its first sequences, and which data set has it

@@ -1,4 +1,4 @@
-"""The held-out text: its first sequences, and which data set has it."""
+"""Validation on held-out text: which data set has it, and batches of its first sequences."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""Muon's matrices shared out over ranks: each is orthogonalized by one rank, its owner.
+"""Muon's matrices divided over ranks: each is orthogonalized by one rank, its owner.
 
 The matrices of a shape are cut into equal runs, one a rank in their order, so that owners need no agreement. With DDP
 every rank has all gradients: one all-gather a shape returns the updates. With FSDP2 each rank has some rows of every

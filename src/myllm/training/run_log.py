@@ -1,4 +1,4 @@
-"""What a run writes about itself at its start and at its end."""
+"""Lines of the log, and environment.json, at the start and at the end of a run."""
 
 from collections.abc import Iterator
 from typing import Any

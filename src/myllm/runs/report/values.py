@@ -1,4 +1,4 @@
-"""Values of configs and rows as the text of a page."""
+"""Format values of configs and of metrics.jsonl for a page."""
 
 from typing import Any
 

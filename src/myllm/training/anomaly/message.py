@@ -1,4 +1,4 @@
-"""The words about skipped updates and diverged steps."""
+"""Messages about skipped updates and diverged steps."""
 
 import math
 from pathlib import Path

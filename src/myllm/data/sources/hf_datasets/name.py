@@ -1,4 +1,4 @@
-"""The words of a source `datasets:...`."""
+"""Parse a source `datasets:NAME[:CONFIG][:SPLIT]`."""
 
 import re
 from dataclasses import dataclass
