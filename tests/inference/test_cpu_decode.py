@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from support.model_kinds import MODEL_KINDS, by_model_kind
 from support.random_models import random_model
 from torch import Tensor, nn
 
@@ -18,12 +19,7 @@ from myllm.model.kv_cache import KVCache
 from myllm.model.transformer import Transformer
 
 SMALL = ModelConfig(vocab_size=50, vocab_multiple=8, max_seq_len=20, d_model=24, n_layers=2, n_heads=4, d_ff=32)
-KINDS: list[dict[str, Any]] = [
-    {},
-    {"qk_norm": True, "n_kv_heads": 2, "tie_embeddings": False},
-    {"position": "learned", "norm": "layernorm", "activation": "gelu", "bias": True},
-    {"activation": "relu2", "dropout_embedding": 0.1, "dropout_ffn": 0.1, "dropout_attention_residual": 0.1},
-]
+DROPOUT = {"dropout_embedding": 0.1, "dropout_ffn": 0.1, "dropout_attention_residual": 0.1}
 
 
 def model_of(**kind: Any) -> Transformer:
@@ -39,7 +35,7 @@ def generated(model: Any, config: ModelConfig, counts: list[int]) -> Tensor:
     return torch.stack(logits)
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("kind", [*MODEL_KINDS.values(), DROPOUT], ids=[*MODEL_KINDS, "dropout"])
 @pytest.mark.parametrize("counts", [[8], [8, 8, 8], [3, 8, 1]], ids=str)
 @torch.inference_mode()
 def test_logits_match_exactly(kind: dict[str, Any], counts: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,7 +51,7 @@ def modules_in(stand_in: Any) -> list[nn.Module]:
     return [module for part in parts if not isinstance(part, Tensor) for module in modules_in(part)]
 
 
-@pytest.mark.parametrize("kind", KINDS[:3], ids=str)
+@by_model_kind
 def test_plain_objects_contain_no_modules(kind: dict[str, Any]) -> None:
     assert modules_in(as_plain_objects(model_of(**kind))) == []
 
@@ -119,7 +115,7 @@ def test_few_rows_linear_matches_linear(rows: tuple[int, ...], bias: bool) -> No
 @torch.inference_mode()
 def test_large_layers_and_head_use_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_decode, "LARGE", 1)
-    for kind in KINDS[:3]:
+    for kind in MODEL_KINDS.values():
         model = model_of(**kind)
         logits = generated(as_plain_objects(model), model.config, [8, 8, 8])
         torch.testing.assert_close(logits, generated(model, model.config, [8, 8, 8]), rtol=0, atol=1e-4)

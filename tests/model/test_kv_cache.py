@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support.model_kinds import by_model_kind
 from support.random_models import random_model
 
 from myllm.config import ModelConfig
@@ -17,18 +18,7 @@ def model_of(kind: dict) -> Transformer:
     return random_model(replace(SMALL, **kind), 0.15)
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        {},
-        {"position": "learned"},
-        {"n_kv_heads": 2, "bias": True},
-        {"qk_norm": True, "head_dim": 8},
-        {"qk_norm": True, "n_kv_heads": 1, "position": "learned"},
-        {"embedding_norm": True, "residual_scales": True, "tie_embeddings": False, "activation": "relu2"},
-    ],
-    ids=str,
-)
+@by_model_kind
 @pytest.mark.parametrize("pieces", [[20], [1] * 20, [7, *[1] * 13], [5, 4, 1, 6, 1, 3]], ids=str)
 @torch.no_grad()
 def test_cached_chunks_match_full_sequence(kind, pieces):

@@ -2,11 +2,12 @@
 
 import copy
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from support.model_kinds import MODEL_KINDS, WITHOUT_PARTS, by_model_kind
 
 from myllm.config import ModelConfig
 from myllm.model.kv_cache import KVCache
@@ -15,14 +16,6 @@ from myllm.planning.flops import n_parameters, parameters_by_part
 from myllm.presets import PRESETS
 
 SMALL = ModelConfig(vocab_size=61, vocab_multiple=16, max_seq_len=16, d_model=24, n_layers=2, n_heads=4, d_ff=40)
-KINDS = [
-    {},
-    {"qk_norm": True, "n_kv_heads": 2, "head_dim": 10, "bias": True},
-    {"position": "learned", "norm": "layernorm", "activation": "gelu", "bias": True},
-    {"position": "learned", "norm": "layernorm", "activation": "relu2", "tie_embeddings": False},
-    {"embedding_norm": True, "residual_scales": True, "tie_embeddings": False, "init": "zero_residual"},
-]
-by_kind = pytest.mark.parametrize("kind", KINDS, ids=str)
 
 
 def tokens_of(config: ModelConfig, batch: int = 2, seed: int = 0) -> torch.Tensor:
@@ -39,7 +32,13 @@ def lively(config: ModelConfig) -> Transformer:
     return model
 
 
-@by_kind
+def test_every_part_is_tested():
+    parts = {field.name for field in fields(ModelConfig)} - WITHOUT_PARTS
+    untested = parts.difference(*MODEL_KINDS.values())
+    assert not untested, "tests/support/model_kinds.py: add a kind that has it, or name it in WITHOUT_PARTS"
+
+
+@by_model_kind
 def test_loss_and_scores_match_logits(kind):
     config = replace(SMALL, **kind)
     model, tokens, targets = lively(config), tokens_of(config), tokens_of(config, seed=1)
@@ -67,7 +66,7 @@ def test_gradients_match_logits():
         assert expected.any()
 
 
-@by_kind
+@by_model_kind
 @torch.no_grad()
 def test_causal(kind):
     config = replace(SMALL, **kind)
@@ -225,7 +224,7 @@ def test_planned_parameters_match_presets(name):
     assert counted_by_part(Transformer(small)) == parameters_by_part(small)
 
 
-@by_kind
+@by_model_kind
 def test_planned_parameters_match_all_variants(kind):
     config = replace(SMALL, **kind)
     assert counted_by_part(Transformer(config)) == parameters_by_part(config)
@@ -312,7 +311,7 @@ def gradients_of(model: Transformer, tokens: torch.Tensor, autocast: bool = Fals
     return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
 
 
-@by_kind
+@by_model_kind
 def test_bfloat16_residual_stream(kind):
     """Its loss and gradients are as close to float64's as autocast's own, and no other computation changes by a bit."""
     plain = lively(replace(SMALL, **kind)).train()

@@ -3,9 +3,11 @@
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from support.model_kinds import by_model_kind
 from torch import Tensor, nn
 
 from myllm.config import ModelConfig, OptimConfig
@@ -188,16 +190,21 @@ def test_cautious_decay(optimizer: str) -> None:
             torch.testing.assert_close(found, expected, rtol=0, atol=3e-7)
 
 
-def test_hidden_matrices_are_block_weights() -> None:
-    shape = {"max_seq_len": 8, "d_model": 16, "n_layers": 2, "n_heads": 4, "d_ff": 24}
-    model = Transformer(ModelConfig(**shape, n_kv_heads=2, tie_embeddings=False, position="learned"))
-    found = model.hidden_matrices()
-    names = {name for name, parameter in model.named_parameters() if parameter.ndim == 2}
-    assert found.keys() == names - {"embedding.weight", "head.weight", "positions.weight"}
+MODEL = {"max_seq_len": 8, "d_model": 16, "n_layers": 2, "n_heads": 4, "d_ff": 24}
+
+
+@by_model_kind
+def test_hidden_matrices_are_block_weights(kind: dict[str, Any]) -> None:
+    model = Transformer(ModelConfig(**MODEL, **kind))
+    matrices = {name: p.shape[0] for name, p in model.blocks.named_parameters("blocks") if p.ndim == 2}
+    assert {name: sum(rows) for name, rows in model.hidden_matrices().items()} == matrices
+
+
+def test_fused_projections_are_several_matrices() -> None:
+    found = Transformer(ModelConfig(**MODEL, n_kv_heads=2)).hidden_matrices()
     assert found["blocks.1.attention.qkv_proj.weight"] == (16, 8, 8)
     assert found["blocks.1.feed_forward.up_proj.weight"] == (24, 24)
-    assert all(sum(rows) == model.get_parameter(name).shape[0] for name, rows in found.items())
-    plain = Transformer(ModelConfig(**shape, activation="gelu")).hidden_matrices()
+    plain = Transformer(ModelConfig(**MODEL, activation="gelu")).hidden_matrices()
     assert plain["blocks.0.feed_forward.up_proj.weight"] == (24,)
 
 

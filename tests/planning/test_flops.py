@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support.model_kinds import MODEL_KINDS, by_model_kind
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import flop_counter
@@ -45,34 +46,27 @@ def vectors(config: ModelConfig) -> int:
         return sum(p.numel() for p in Transformer(config).parameters() if p.ndim == 1)
 
 
-KINDS = [
-    {},
-    {"activation": "gelu", "position": "learned", "norm": "layernorm", "bias": True},
-    {"tie_embeddings": False},
-    {"n_kv_heads": 2, "head_dim": 48, "qk_norm": True, "activation": "relu2"},
-    {"embedding_norm": True, "tie_embeddings": False, "residual_scales": True},
-]
 SMALL = ModelConfig(vocab_size=512, max_seq_len=128, d_model=128, n_layers=3, n_heads=4, d_ff=512)
 
 
-@pytest.mark.parametrize("changes", KINDS, ids=str)
-def test_flops_match_torch_counter(changes) -> None:
+@by_model_kind
+def test_flops_match_torch_counter(kind) -> None:
     """With plain attention, to the last one but for vectors: the formula takes biases and norms for multiplied.
 
     Both count attention in full, though a causal kernel may skip half of it.
     """
-    config = replace(SMALL, **changes)
+    config = replace(SMALL, **kind)
     tokens = 2 * config.max_seq_len
     assert counted(config, 2) == tokens * (flops_per_token(config) - 6 * vectors(config))
 
 
-@pytest.mark.parametrize("changes", KINDS[:3], ids=str)
-def test_fused_attention_recomputes_scores(changes) -> None:
+@pytest.mark.parametrize("kind", ["plain", "gpt2", "relu2, untied"])
+def test_fused_attention_recomputes_scores(kind) -> None:
     """Its backward pass computes the scores again: 2 d_attention T a token and layer that the formula leaves out.
 
     With grouped heads torch's counter takes all heads for the queries' number; that is not compared.
     """
-    config = replace(SMALL, **changes)
+    config = replace(SMALL, **MODEL_KINDS[kind])
     tokens, d = 2 * config.max_seq_len, config.n_heads * config.head_size
     again = 2 * config.n_layers * d * config.max_seq_len
     expected = tokens * (flops_per_token(config) - 6 * vectors(config) + again)

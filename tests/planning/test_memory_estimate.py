@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import with_train
 from support.live_memory import ALONE, Step, highest, saved_bytes
+from support.model_kinds import MODEL_KINDS
 from torch.autograd.graph import saved_tensors_hooks
 
 from myllm.config import ModelConfig, OptimConfig, RunConfig, TrainConfig
@@ -25,15 +26,13 @@ from myllm.planning.memory_estimate import (
 )
 from myllm.presets import PRESETS, get_preset
 
-GPT2 = {"position": "learned", "norm": "layernorm", "activation": "gelu", "bias": True}
+GPT2 = MODEL_KINDS["gpt2"]
 DROPOUT = {"dropout_embedding": 0.1, "dropout_attention_residual": 0.1, "dropout_ffn": 0.1}
 EMBEDDING_NORM = {"embedding_norm": True, "tie_embeddings": False}
-KINDS = {
-    "plain": {},
+KINDS = MODEL_KINDS | {
     "qk-norm": {"qk_norm": True},
     "qk-norm, learned": {"qk_norm": True, "position": "learned"},
     "dropout": DROPOUT,
-    "gpt2": GPT2,
     "gpt2, dropout": GPT2 | DROPOUT,
     "grouped, relu2, qk-norm": {"activation": "relu2", "n_kv_heads": 2, "qk_norm": True},
     "grouped": {"n_kv_heads": 1, "bias": True},
