@@ -29,6 +29,7 @@ from myllm.evals.choice import (
 from myllm.evals.examples import load_questions
 from myllm.evals.tasks import TASKS
 from myllm.model.transformer import Transformer
+from myllm.runs.history import TASK_TITLES
 
 OWN = Path(__file__).with_name("hellaswag_own.jsonl")
 CPU = torch.device("cpu")
@@ -212,6 +213,11 @@ def check_last_words(model: Transformer, tokenized: list[TokenizedQuestion], ref
     assert metrics["acc_stderr"] == pytest.approx(results["acc_stderr,none"], abs=1e-12)
     assert metrics["perplexity"] == pytest.approx(results["perplexity,none"], rel=1e-3)
     assert 0 < metrics["acc"] < 1
+
+
+def test_every_task_has_a_title_and_a_reference() -> None:
+    assert TASKS.keys() == TASK_TITLES.keys(), "reports show the tasks of TASK_TITLES (src/myllm/runs/history.py)"
+    assert TASKS.keys() - {"hellaswag"} == HARNESS.keys(), "HARNESS names lm-eval's own task; `rows_of` makes its rows"
 
 
 def test_task_table_matches_lm_eval() -> None:
