@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import eval_rows, launch, losses, with_train, write_run_config
 from support import warm_start
+from support.kinds import by_optimizer
 
 from myllm.checkpoint.format import load_checkpoint
 from myllm.checkpoint.layout import list_checkpoints
@@ -52,7 +53,7 @@ def test_gradients_independent_of_ranks_and_accumulation(plain: RunConfig, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@by_optimizer
 def test_resume_with_different_rank_counts(optimizer: str, plain: RunConfig, tmp_path: Path, temp_data: Path) -> None:
     """Four steps on two ranks by DDP, four on three by FSDP and four on one rank are twelve on one: the same samples,
     losses and figures."""

@@ -4,13 +4,13 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args, get_type_hints
 
 import pytest
 import yaml
+from support.kinds import by_optimizer
 from support.published_run import REPO, write_run
 
-from myllm.config import DataConfig, HubConfig, OptimConfig, RunConfig
+from myllm.config import DataConfig, HubConfig, RunConfig
 from myllm.hub import publish as publishing
 from myllm.hub.model_card import read_card_data, render_model_card, strip_local_paths
 from myllm.paths import RunPaths
@@ -84,7 +84,7 @@ def test_card_describes_muon_and_adamw(tiny: RunConfig, temp_data: Path) -> None
     assert "Muon" not in plain
 
 
-@pytest.mark.parametrize("optimizer", get_args(get_type_hints(OptimConfig)["optimizer"]))
+@by_optimizer
 def test_card_describes_every_optimizer(tiny: RunConfig, temp_data: Path, optimizer: str) -> None:
     """hub/model_card.md has a description of each."""
     run = write_run(replace(tiny, optim=replace(tiny.optim, optimizer=optimizer)), steps=(12,))

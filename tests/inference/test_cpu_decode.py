@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support.model_kinds import MODEL_KINDS, by_model_kind
+from support.kinds import MODEL_KINDS, by_model_kind
 from support.random_models import random_model
 from torch import Tensor, nn
 

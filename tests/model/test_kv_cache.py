@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.model_kinds import by_model_kind
+from support.kinds import by_model_kind
 from support.random_models import random_model
 
 from myllm.config import ModelConfig

@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 import pytest
 import torch
 import torch.nn.functional as F
-from support.model_kinds import MODEL_KINDS, WITHOUT_PARTS, by_model_kind
+from support.kinds import MODEL_KINDS, WITHOUT_PARTS, by_model_kind
 
 from myllm.config import ModelConfig
 from myllm.model.kv_cache import KVCache
@@ -35,7 +35,7 @@ def lively(config: ModelConfig) -> Transformer:
 def test_every_part_is_tested():
     parts = {field.name for field in fields(ModelConfig)} - WITHOUT_PARTS
     untested = parts.difference(*MODEL_KINDS.values())
-    assert not untested, "tests/support/model_kinds.py: add a kind that has it, or name it in WITHOUT_PARTS"
+    assert not untested, "tests/support/kinds.py: add a kind that has it, or name it in WITHOUT_PARTS"
 
 
 @by_model_kind

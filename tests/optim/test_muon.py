@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.model_kinds import by_model_kind
+from support.kinds import by_model_kind, by_optimizer
 from torch import Tensor, nn
 
 from myllm.config import ModelConfig, OptimConfig
@@ -258,7 +258,7 @@ def test_zero_skip_and_unit_scale_are_noops(options: dict[str, Tensor], cautious
     assert_equal(snapshot(one), snapshot(other))
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@by_optimizer
 def test_gradients_are_unscaled(optimizer: str) -> None:
     config = replace(CONFIG, optimizer=optimizer, cautious_decay=True)
     plain, scaled = make(config), make(config)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.model_kinds import MODEL_KINDS, by_model_kind
+from support.kinds import MODEL_KINDS, by_model_kind
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import flop_counter

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import with_train
+from support.kinds import MODEL_KINDS
 from support.live_memory import ALONE, Step, highest, saved_bytes
-from support.model_kinds import MODEL_KINDS
 from torch.autograd.graph import saved_tensors_hooks
 
 from myllm.config import ModelConfig, OptimConfig, RunConfig, TrainConfig

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.model_kinds import by_model_kind
+from support.kinds import by_model_kind, by_optimizer
 
 from myllm.config import ModelConfig, OptimConfig, RunConfig
 from myllm.model.transformer import Transformer
@@ -36,7 +36,7 @@ def test_moments(optimizer):
     assert checkpoint_bytes(config) == 4 * (stored + moments) + SPARE_BYTES
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@by_optimizer
 @by_model_kind
 def test_bytes_of_a_real_optimizer(optimizer, kind):
     shape = ModelConfig(vocab_size=100, max_seq_len=32, d_model=64, n_layers=3, n_heads=4, d_ff=96)

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import losses, train_rows, with_train
+from support.kinds import by_optimizer
 from support.rare_token import poison, rare_token, sequences_of_steps
 from torch import nn
 
@@ -119,7 +120,7 @@ def test_locates_document_causing_nan(
     assert find_dump("tiny", paths.root.parent) == dump.folder
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@by_optimizer
 def test_spike_stops_run_and_replay_matches(bare: RunConfig, optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A healthy step: replayed, it has the row's loss and norm with dropout, and those of float64 without."""
     bare = replace(bare, optim=replace(bare.optim, optimizer=optimizer))
@@ -226,7 +227,7 @@ def trained_without(config: RunConfig, dataset: Dataset, skipped: int) -> dict[s
     return model.state_dict()
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@by_optimizer
 def test_skipped_update_leaves_no_trace(
     bare: RunConfig, optimizer: str, monkeypatch: pytest.MonkeyPatch, run_until: Callable[..., None]
 ) -> None:

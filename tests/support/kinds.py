@@ -1,8 +1,10 @@
-"""One table of models for all tests that must hold for every part of the model: a new part is a line here."""
+"""The models and optimizers of the tests that hold for all of them. A new part of the model needs a line here."""
 
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
+
+from myllm.config import OptimConfig
 
 MODEL_KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -20,3 +22,4 @@ WITHOUT_PARTS = {
 """Settings that add no part: sizes, numbers, types."""
 
 by_model_kind = pytest.mark.parametrize("kind", list(MODEL_KINDS.values()), ids=list(MODEL_KINDS))
+by_optimizer = pytest.mark.parametrize("optimizer", get_args(get_type_hints(OptimConfig)["optimizer"]))
