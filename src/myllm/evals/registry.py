@@ -5,8 +5,7 @@
     metrics = evaluation.finish(sums)        # of the sums over all ranks
 
 To add a multiple-choice task, put it into tasks.TASKS. To add another evaluation, write a builder and put it into
-EVALUATIONS. Builders import torch themselves, so that a command
-line with an unknown task is rejected at once.
+EVALUATIONS. Builders import torch themselves, so that a command line with an unknown task is rejected at once.
 """
 
 from collections.abc import Callable, Iterable
