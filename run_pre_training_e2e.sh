@@ -139,13 +139,13 @@ launcher() { # sets run: what starts a process for each GPU. The name keeps one 
 if [ -n "$preflight" ]; then
   heading "Preflight"
   launcher "${RDZV_ID:-myllm}-preflight"
-  # Beside this script, which passes a signal on: in its foreground bash would first wait for the end.
+  # Beside this script, which passes a signal on, even one that comes at once: in its foreground bash would first wait
+  # for the end.
+  trap 'kill "$(jobs -p)" || true; wait; exit 130' INT
+  trap 'kill "$(jobs -p)" || true; wait; exit 143' TERM
+  trap 'kill "$(jobs -p)" || true; wait; exit 129' HUP # not where it is ignored, under nohup
   "${run[@]}" -m myllm preflight ${preset:+"$preset"} "$@" ${bounds[@]+"${bounds[@]}"} &
-  child=$!
-  trap 'kill "$child"; wait "$child" || true; exit 130' INT
-  trap 'kill "$child"; wait "$child" || true; exit 143' TERM
-  trap 'kill "$child"; wait "$child" || true; exit 129' HUP # not where it is ignored, under nohup
-  wait "$child" || {
+  wait "$!" || {
     status=$?
     printf '\nNothing was started. Start it all the same with --no-preflight.\n' >&2
     exit "$status"
