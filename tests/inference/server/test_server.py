@@ -4,8 +4,11 @@ import json
 import math
 import re
 import socket
+import threading
 import time
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -288,6 +291,35 @@ def test_concurrent_request_rejected_until_client_disconnects(server: PageServer
     while (status := post(server, {"max_new_tokens": 1})[0]) == 503:
         assert time.monotonic() < end, "generation for a disconnected client continues"
     assert status == 200
+
+
+def test_request_waits_for_slow_token_of_disconnected_client(
+    server: PageServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computing, computed, statuses = threading.Event(), threading.Event(), []
+
+    def slow_batch(*values: Any, **options: Any) -> Iterator[Sequence]:
+        for row in generate_batch(*values, **options):
+            yield row
+            computing.set()
+            computed.wait(DEADLINE_S)
+
+    monkeypatch.setattr("myllm.inference.server.events.generate_batch", slow_batch)
+    monkeypatch.setattr("myllm.inference.server.http.BUSY_TIMEOUT_S", 0.01)
+    first = connect(server)
+    first.request("POST", "/generate", json.dumps(LONG), JSON)
+    answer = first.getresponse()
+    assert computing.wait(DEADLINE_S)
+    assert post(server, {"max_new_tokens": 1})[0] == 503
+    answer.close()
+    first.close()
+    second = threading.Thread(target=lambda: statuses.append(post(server, {"max_new_tokens": 1})[0]))
+    second.start()
+    second.join(0.5)  # many times the limit, and still it waits
+    assert statuses == []
+    computed.set()
+    second.join(DEADLINE_S)
+    assert statuses == [200]
 
 
 def test_server_survives_model_failure(

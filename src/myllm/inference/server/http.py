@@ -34,7 +34,7 @@ from .security import content_security_policy, is_allowed_host, is_loopback, lis
 
 MAX_BODY_BYTES = 1 << 20
 BUSY_TIMEOUT_S = 1.0
-"""How long the page waits for the request before it: a stopped text takes a moment to end."""
+"""How long the page waits for a text that another client reads."""
 API_BUSY_TIMEOUT_S = 600.0
 """How long a request of the API waits for its turn: as long as OpenAI's client does by default."""
 CLIENT_TIMEOUT_S = 30.0
@@ -86,6 +86,8 @@ class PageServer(ThreadingHTTPServer):
         self.started = int(time.time())
         self.busy, self.stopping = threading.Lock(), threading.Event()
         self.generating: threading.Thread | None = None
+        self.exchange: HttpExchange | None = None
+        """The newest that had its turn."""
 
     @property
     def loopback_only(self) -> bool:
@@ -198,14 +200,15 @@ class HttpExchange(BaseHTTPRequestHandler):
 
     @contextmanager
     def _turn(self, timeout_s: float) -> Iterator[None]:
-        """Wait for the request before this one."""
-        if not self.server.busy.acquire(timeout=timeout_s):
-            raise HttpError(
-                HTTPStatus.SERVICE_UNAVAILABLE,
-                "another text is being generated, perhaps in another window: wait for its end, or stop it there",
-            )
+        """Wait for the request before this one; if its client has left, until its next token is there and ends it."""
+        while not self.server.busy.acquire(timeout=timeout_s):
+            if self.server.exchange and not self.server.exchange.client_left():
+                raise HttpError(
+                    HTTPStatus.SERVICE_UNAVAILABLE,
+                    "another text is being generated, perhaps in another window: wait for its end, or stop it there",
+                )
         try:
-            self.server.generating = threading.current_thread()
+            self.server.exchange, self.server.generating = self, threading.current_thread()
             yield
         except OSError:  # the client disconnected, which ends its text
             pass
@@ -267,7 +270,7 @@ class HttpExchange(BaseHTTPRequestHandler):
             with closing(completion.pieces()) as parts:
                 for piece in parts:
                     pieces.append(piece)
-                    if self.server.stopping.is_set() or self._client_left():
+                    if self.server.stopping.is_set() or self.client_left():
                         return
         except Exception as error:
             failure = HttpError(HTTPStatus.INTERNAL_SERVER_ERROR, _report_failure(error))
@@ -275,10 +278,13 @@ class HttpExchange(BaseHTTPRequestHandler):
             return
         self._send_json(HTTPStatus.OK, completion.whole(pieces))
 
-    def _client_left(self) -> bool:
-        """True if the client closed the connection, which ends its text."""
-        readable, _, _ = select.select([self.connection], [], [], 0)
-        return bool(readable) and not self.connection.recv(1, socket.MSG_PEEK)
+    def client_left(self) -> bool:
+        """True if the client closed the connection, which ends its text. Other exchanges ask too."""
+        try:
+            readable, _, _ = select.select([self.connection], [], [], 0)
+            return bool(readable) and not self.connection.recv(1, socket.MSG_PEEK)
+        except (OSError, ValueError):  # reset, or closed by now on our side
+            return True
 
     def _send_json(self, status: HTTPStatus, value: object) -> None:
         self._send(status, "application/json", _json_line(value))
