@@ -1,15 +1,19 @@
 """Trials: runs that a command starts as processes, and never trains twice."""
 
+import json
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from conftest import eval_rows, launch, train_rows, with_train, write_run_config
+from conftest import ROOT, eval_rows, launch, train_rows, with_train, write_run_config
+from support.run_files import train_row, validation_row, write_run
 
+from myllm.cli import trials
 from myllm.cli.trials import Share, TrialResult, as_trial, machine_shares, recent_loss, run_trials
 from myllm.config import RunConfig
 from myllm.errors import UserError
@@ -20,11 +24,34 @@ pytestmark = pytest.mark.usefixtures("prepared_data")
 PROGRAM = """
 import sys
 from pathlib import Path
-from myllm.cli.trials import run_trials
+from myllm.cli import trials
 from myllm.config import RunConfig, load_config
-(result,) = run_trials([load_config(Path(sys.argv[1]), RunConfig())])
+trials.project_root = lambda: Path(sys.argv[2])
+(result,) = trials.run_trials([load_config(Path(sys.argv[1]), RunConfig())])
 print(result.loss)
 """
+SLOW = f"""
+import runpy, time
+from pathlib import Path
+from myllm.training import loop
+advance = loop.advance
+
+def slow_advance(trainer, services, progress):
+    if progress.state.step >= {{after}} and Path({{file!r}}).exists():
+        time.sleep(0.5)
+    advance(trainer, services, progress)
+
+loop.advance = slow_advance
+runpy.run_path({str(ROOT / "pretrain.py")!r}, run_name="__main__")
+"""
+
+
+def slow_checkout(folder: Path, after: int) -> Path:
+    """Write a pretrain.py whose steps take half a second each after the first ones, as long as this file is there."""
+    file = folder / "slow"
+    file.touch()
+    (folder / "pretrain.py").write_text(SLOW.format(after=after, file=str(file)))
+    return file
 
 
 def with_rate(config: RunConfig, rate: float, name: str) -> RunConfig:
@@ -86,30 +113,45 @@ def test_machine_shares(monkeypatch: pytest.MonkeyPatch) -> None:
         machine_shares("auto", 5)
 
 
+def test_process_left_behind_may_end_after_it_refused_another(tiny: RunConfig) -> None:
+    config = as_trial(tiny)
+    run = write_run(RunPaths.of("tiny").root, [train_row(12), validation_row(12, 3.0)])
+    run.heartbeat.write_text(json.dumps({"exit_code": 0}))
+    trial = trials._TrialProcess(config, Share())
+    trial.process = SimpleNamespace(poll=lambda: 2)  # pretrain.py found the folder in use; by now it is free
+    assert not trial.ended(None)
+    assert trial.ended(None)
+    assert trial.result().loss == 3.0
+
+
 @pytest.mark.slow
-def test_hopeless_trial_stopped_early(tiny: RunConfig) -> None:
-    (result,) = run_trials([with_train(tiny, max_steps=2_000)], limit=lambda config, step: 0.1)
+def test_hopeless_trial_stopped_early(tiny: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow_checkout(tmp_path, after=100)
+    monkeypatch.setattr(trials, "project_root", lambda: tmp_path)
+    (result,) = run_trials([with_train(tiny, max_steps=200)], limit=lambda config, step: 0.1)
     assert result.loss is None
-    assert 1_000 <= result.tokens / 128 < 2_000
+    assert 100 <= result.tokens / 128 < 200
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_restart_continues_interrupted_trial(number: int, tiny: RunConfig, tmp_path: Path) -> None:
-    config = with_train(tiny, max_steps=1_000)
+    config = with_train(tiny, max_steps=200)
     file, run = write_run_config(config, tmp_path / "config.json"), RunPaths.of("tiny")
-    words = [sys.executable, "-c", PROGRAM, str(file)]
+    words, slow = [sys.executable, "-c", PROGRAM, str(file), str(tmp_path)], slow_checkout(tmp_path, after=50)
     process = subprocess.Popen(words)
-    while recent_loss(run)[0] < 100:
+    while recent_loss(run)[0] < 50:
+        assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(number)
     process.wait()
     assert process.returncode == {signal.SIGINT: -2, signal.SIGTERM: 143, signal.SIGKILL: -9}[number]
     # After SIGKILL the run is left behind and trains on; the next start waits for it.
     assert is_locked(run.root / ".lock") == (number == signal.SIGKILL)
+    slow.unlink()
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     assert float(done.stdout) == eval_rows(run.root, "validation")[-1]["loss"]
-    assert train_rows(run.root)[-1]["step"] == 1_000
+    assert train_rows(run.root)[-1]["step"] == 200
     log = (run.root / "trial.log").read_text()
-    assert log.count("steps 0 to 1,000") == 1
+    assert log.count("steps 0 to 200") == 1
     assert ("resuming from" in log) == (number != signal.SIGKILL)

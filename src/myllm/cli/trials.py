@@ -222,8 +222,10 @@ class _TrialProcess:
                 self.given_up = True
                 self.process.send_signal(signal.SIGTERM)
             return False
-        if code == 2 and self._is_held():  # a process left behind held the folder only after this one had begun
-            self.process = None
+        if code == 2 and (self._is_held() or finished(self.config)):
+            self.process = (
+                None  # a process left behind held the folder only after this one had begun; it may have ended
+            )
             return False
         if code not in (0, TrainingDiverged.EXIT_CODE) and not self.given_up:
             raise UserError(f"the trial {self.config.name} ended with exit code {code}:{self._last_lines()}")
