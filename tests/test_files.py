@@ -83,10 +83,10 @@ def test_removes_only_stale_temporary_files(kind: str, tmp_path: Path) -> None:
     def write() -> AbstractContextManager[object]:
         return atomic_write(path) if kind == "file" else temporary_dir(path)
 
-    if os.fork() == 0:
+    if (child := os.fork()) == 0:
         with write():
             os.kill(os.getpid(), signal.SIGKILL)
-    os.wait()
+    os.waitpid(child, 0)  # this one: an earlier test's program may have ended too
     assert len(list(tmp_path.glob(".a.txt.*"))) == 1
     others = {".a.txt.tmp", ".a.txt.0123456789abcdef.tmp", ".b.txt.0123456789abcdef.myllm.tmp", ".a.txt.mine.myllm.tmp"}
     for name in others:
@@ -171,7 +171,7 @@ def test_held_lock_is_refused_until_released(tmp_path: Path) -> None:
 
 def test_killed_process_releases_lock(tmp_path: Path) -> None:
     code = "import sys, time; from pathlib import Path; from myllm.files import file_lock\n"
-    code += "with file_lock(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    code += "with file_lock(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
     process = subprocess.Popen([sys.executable, "-c", code, tmp_path / "lock"], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "held\n"

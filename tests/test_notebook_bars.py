@@ -7,6 +7,7 @@ import nbformat
 import pytest
 from conftest import ROOT, tiny_config, with_train, write_run_config
 from nbclient import NotebookClient
+from test_notebooks import PATIENCE
 
 from myllm.distributed.terminal import in_notebook
 
@@ -28,8 +29,8 @@ with process_group("cpu") as dist:
 """
 INTERRUPT = """
 with process_group("cpu") as dist:
-    config = replace(config, name="interrupted")
-    outcome = train(config, dataset, dist, on_checkpoint=lambda step: os.kill(os.getpid(), signal.SIGINT))
+    endless = replace(config, name="interrupted", train=replace(config.train, max_steps=1_000_000))
+    outcome = train(endless, dataset, dist, on_checkpoint=lambda step: os.kill(os.getpid(), signal.SIGINT))
 print("stopped by", outcome.stopped_by, "after step", outcome.step)
 """
 WITHOUT_WIDGETS = """
@@ -57,7 +58,7 @@ def cells(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[list[d
     config = write_run_config(with_train(tiny_config(corpus), save_every_steps=8), folder / "tiny.json")
     sources = [START.format(config=str(config)), PREPARE, TRAIN, INTERRUPT, WITHOUT_WIDGETS]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
-    client = Recorder(notebook, timeout=300, kernel_name="python3")
+    client = Recorder(notebook, **PATIENCE, kernel_name="python3")
     client.messages = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MYLLM_DATA", str(folder / "data"))

@@ -26,6 +26,9 @@ SHAPE = ModelConfig(max_seq_len=64, d_model=16, n_layers=1, n_heads=2, d_ff=32)
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
+PATIENCE = {"timeout": 300, "startup_timeout": 300, "iopub_timeout": 300}
+"""Seconds. By default a cell's output counts that comes within 4 s of its end."""
+
 # What each notebook's parameter cells are set to. A new notebook needs an entry here.
 PARAMETERS: dict[str, dict[str, Any]] = {
     "01_self_attention.ipynb": {},
@@ -102,7 +105,7 @@ def execute(path: Path, values: dict[str, Any], folder: Path) -> nbformat.Notebo
     """Run a notebook and return it with its outputs; an exception in a cell fails the test."""
     notebook = nbformat.read(path, as_version=4)
     set_parameters(notebook, values)
-    NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": folder}}).execute()
+    NotebookClient(notebook, **PATIENCE, kernel_name="python3", resources={"metadata": {"path": folder}}).execute()
     return notebook
 
 
@@ -291,9 +294,7 @@ def test_metric_graphs_draws_published_curve(data_folder: Path) -> None:
         "for line in axes.get_lines(): print(line.get_label(), line.get_xdata()[-1], line.get_ydata()[-1], sep='|')"
     )
     notebook.cells.append(nbformat.v4.new_code_cell(source))
-    NotebookClient(
-        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": data_folder}}
-    ).execute()
+    NotebookClient(notebook, **PATIENCE, kernel_name="python3", resources={"metadata": {"path": data_folder}}).execute()
     lines = dict(line.split("|", 1) for line in notebook.cells[-1].outputs[0].text.splitlines())
     curve = json.loads((ROOT / "src/myllm/runs/reference.json").read_text())
     last = curve["curves"]["validation"]["points"][-1]

@@ -218,9 +218,9 @@ def test_json_report_updated_during_stages(
 
 
 def test_hanging_stage_terminated_at_budget(tmp_path: Path, frame: ModuleType) -> None:
-    """With what is known so far, in a process of its own: it is ended from a thread."""
+    """With what is known so far, in a process of its own: it is ended from a thread, here once the stage hangs."""
     program = f"""
-import sys, time
+import sys, threading, time
 sys.path.insert(0, {str(ROOT / "benchmarks")!r})
 from pathlib import Path
 from types import SimpleNamespace
@@ -229,15 +229,16 @@ from gpu_stages import frame
 
 def hanging(_):
     yield frame.bounded("slow", 1.0, 2.0, None, "x")
-    time.sleep(60)
+    hangs.set()
+    time.sleep(600)
 
 sys.modules["gpu_stages.one"] = SimpleNamespace(run=hanging)
-budget = frame.Budget(1.0)
+hangs, budget = threading.Event(), frame.Budget(1.0, clock=lambda: 0.0)
 progress = script.Progress({{}}, "a card", budget, Path({str(tmp_path)!r}))
-with script.ended_at(budget, lambda: script.give_up(progress, Path({str(tmp_path / "work")!r}))):
+with script.ended_at(budget, lambda: hangs.wait() and script.give_up(progress, Path({str(tmp_path / "work")!r}))):
     frame.run_stages([frame.Stage("one", "one", 0.5)], None, budget, 1.0, progress)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=50, check=False)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 3, done.stderr
     assert "in hanging" in done.stderr
     checks = json.loads((tmp_path / "gpu_check.json").read_text(encoding="utf-8"))["stages"][0]["checks"]

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -255,7 +256,7 @@ def test_rank_defers_to_failed_peer_error(
 ) -> None:
     """Real words of gloo and NCCL; another RuntimeError is a fault of one's own, and keeps its traceback."""
     waited: list[float] = []
-    monkeypatch.setattr("time.sleep", waited.append)
+    monkeypatch.setattr("myllm.cli.errors.time", SimpleNamespace(sleep=waited.append))  # not other threads' sleep
     monkeypatch.setattr("os._exit", sys.exit)
     for name in ("RANK", "LOCAL_RANK"):
         monkeypatch.setenv(name, "1")
@@ -280,14 +281,22 @@ def test_rank_defers_to_failed_peer_error(
     assert len(waited) == 2
 
 
+def run_without_reader(program: str) -> tuple[int, bytes]:
+    """The exit code and stderr of a program whose stdout is a pipe that nobody reads, from its start."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    words = [sys.executable, "-c", program]
+    done = subprocess.run(words, env=buffered, stdout=writer, stderr=subprocess.PIPE, timeout=240, check=False)
+    os.close(writer)
+    return done.returncode, done.stderr
+
+
 @pytest.mark.parametrize("lines", [1, 100_000])
 def test_closed_stdout_exits_with_sigpipe(lines: int) -> None:
     """As in `myllm eval RUN | head -0`: neither a traceback nor a complaint at the end."""
     code = f"from myllm.cli.errors import exit_on_error\nwith exit_on_error():\n    for _ in range({lines}): print(1)"
-    writer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    writer.stdout.close()
-    message = writer.stderr.read()
-    assert (writer.wait(60), message) == (128 + signal.SIGPIPE, b"")
+    assert run_without_reader(code) == (128 + signal.SIGPIPE, b"")
 
 
 @pytest.mark.parametrize(
@@ -303,12 +312,7 @@ with exit_on_error():
     print('a line')
     {ending}
 """
-    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    writer = subprocess.Popen([sys.executable, "-c", program], env=buffered, **pipes)
-    writer.stdout.close()
-    message = writer.stderr.read()
-    assert (writer.wait(60), message) == (code, b"error: mine\n" if code == 2 else b"")
+    assert run_without_reader(program) == (code, b"error: mine\n" if code == 2 else b"")
 
 
 def test_missing_packages_error_names_environment(tmp_path: Path) -> None:
