@@ -58,7 +58,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_executed_copy(ROOT / "notebooks/01_self_attention.ipynb", temp_data / "notebooks")
     command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "-f", str(SITE), "-d", str(folder)]
     environment = os.environ | {"MYLLM_DATA": str(temp_data)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=360)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
 

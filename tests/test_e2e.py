@@ -27,7 +27,7 @@ def user(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """A command typed with no network to speak of."""
     environment = os.environ | {"MYLLM_DATA": str(folder / "data"), "HF_HUB_OFFLINE": "1", "PIP_NO_INDEX": "1"}
     return subprocess.run(
-        words, cwd=elsewhere(folder), env=environment, capture_output=True, text=True, timeout=280, check=False
+        words, cwd=elsewhere(folder), env=environment, capture_output=True, text=True, timeout=1_000, check=False
     )
 
 

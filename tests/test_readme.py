@@ -1,5 +1,6 @@
 """The README's figures and commands, from a whole debug run."""
 
+import faulthandler
 import os
 import re
 import subprocess
@@ -22,6 +23,7 @@ def test_debug_run_reproduces_readme_results(tmp_path: Path) -> None:
     """The loss varies by some 0.01 between machines and numbers of threads; three standard errors for cloze."""
     first, last = map(float, re.search(r"validation loss \[?([\d.]+)(?:\]\(\S+\))? → ([\d.]+)", README).groups())
     cloze, error = map(float, re.search(r"scores (\d+)% with a standard error of ([\d.]+) points", EVALUATE).groups())
+    faulthandler.cancel_dump_traceback_later()  # minutes on a quiet machine: only the timeout below counts
     command = [sys.executable, str(ROOT / "pretrain.py"), "debug"]
     environment = os.environ | {"MYLLM_DATA": str(tmp_path)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=3_000, check=False)
