@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 import torch
 from conftest import losses, with_train, write_run_config
 from training.test_loop import run
-from training.test_stop_signals import wait_for_step
+from training.test_stop_signals import wait_until
 
 from myllm.checkpoint import format as checkpoint
 from myllm.checkpoint import retention
@@ -31,7 +32,7 @@ from myllm.training.loop import train
 
 pytestmark = pytest.mark.usefixtures("prepared_data")
 
-DEADLINE_S = 60
+DEADLINE_S = 240
 
 
 @pytest.fixture
@@ -120,6 +121,16 @@ pretrain.main()
 """
 
 
+def wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while time.monotonic() < deadline:
+        if (run / "metrics.jsonl").is_file() and f'"step": {step}, "tokens"' in (run / "metrics.jsonl").read_text():
+            return
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.02)
+    pytest.fail(f"step {step} was never reached")
+
+
 @pytest.mark.slow
 def test_signals_during_checkpoint_write(quick: RunConfig, tmp_path: Path, temp_data: Path) -> None:
     """SIGTERM waits for it; SIGKILL leaves the previous one, and the same command resumes from it."""
@@ -132,7 +143,7 @@ def test_signals_during_checkpoint_write(quick: RunConfig, tmp_path: Path, temp_
             [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
         wait_for_step(process, root, 10)
-        assert (root / "held").exists()
+        wait_until((root / "held").exists, process)  # by the thread of step 8
         assert [folder.name for folder in list_checkpoints(root / "checkpoints")] == ["step_00000004"]
         process.send_signal(number)
         (root / "go").touch() if number == signal.SIGTERM else None

@@ -31,10 +31,19 @@ from myllm.errors import UserError
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_cpu_name_and_speed() -> None:
-    cpu = torch.device("cpu")
+def test_cpu_name_and_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock on which a product takes 2 ms."""
+    cpu, products, real = torch.device("cpu"), [], torch.mm
+
+    def mm(*matrices: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        products.append(out.shape)
+        return real(*matrices, out=out)
+
     assert device_name(cpu)
-    assert 1e8 < measure_matmul_flops(cpu, size=128, seconds=0.05) < 1e14
+    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(device_info.time, "perf_counter", lambda: 0.002 * len(products))
+    assert measure_matmul_flops(cpu, size=128, seconds=0.05) == pytest.approx(2 * 128**3 / 0.002)
+    assert set(products) == {(128, 128)}
 
 
 def test_gpu_timing_uses_large_matrices(monkeypatch: pytest.MonkeyPatch) -> None:

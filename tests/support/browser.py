@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-DEADLINE_S = 60.0
+DEADLINE_S = 180.0
 KEYS = {"Enter": 13, "Escape": 27, "Tab": 9, "ArrowLeft": 37, "ArrowRight": 39}
 CONTROL = 2
 NAVIGATED = ("Inspected target navigated or closed", "Execution context was destroyed.", "Cannot find context")

@@ -67,7 +67,7 @@ def run_in_terminal(
             if stop_at is not None and any(stop_at in line for line in screens[-1]):
                 os.write(ours, b"\x03")
                 stop_at = None
-        return Session(screens, written, process.wait(60))
+        return Session(screens, written, process.wait(timeout_s))
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import eval_rows, launch, losses, tiny_config, with_train, write_run_config
+from support.paused_training import Pause
 from training.test_loop import run, run_until
-from training.test_stop_signals import start, wait_for_step
+from training.test_stop_signals import DEADLINE_S, start_and_pause
 
 from myllm.checkpoint import format as checkpoint
 from myllm.checkpoint.early_stop import EarlyStop
@@ -278,10 +279,9 @@ def test_killed_run_stops_at_same_step(plateau: RunConfig, whole: Path, tmp_path
     """kill -9 on real processes, and the same command again: exit code 0, one message, the same end."""
     path = write_run_config(plateau, tmp_path / "tiny.json")
     root = temp_data / "runs/tiny"
-    process = start(path)
-    wait_for_step(process, root, 7)
+    process = start_and_pause(path, Pause(7, tmp_path / "pause"))
     process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=60)
+    process.communicate(timeout=DEADLINE_S)
     assert process.returncode == -signal.SIGKILL
     done = launch("--config", path)
     assert done.returncode == 0, done.stderr

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT, losses, tiny_config, with_train, write_run_config
+from support import warm_start
 
 from myllm import paths
 from myllm.cli.main import main
@@ -49,6 +50,7 @@ from myllm.training.preflight.summary import Limits, Measurements, PreflightResu
 
 CPU = torch.device("cpu")
 ALONE = DistContext(0, 0, 1, CPU)
+OVERSIZED = ROOT / "tests/support/oversized_micro_batch.py"
 HELLASWAG = Path(__file__).parents[2] / "evals/hellaswag_own.jsonl"
 
 
@@ -244,30 +246,24 @@ def test_preflight_detects_failing_evaluation(
 
 
 @pytest.mark.slow
-def test_oversized_micro_batch_suggests_fitting_size(config: RunConfig, temp_data: Path) -> None:
-    """A limit half-way between what one and four sequences take: the number that the refusal names fits."""
+def test_oversized_micro_batch_suggests_fitting_size(config: RunConfig, tmp_path: Path, temp_data: Path) -> None:
+    """A limit half-way between what one and eight sequences take: the number that the refusal names fits."""
     # Much to keep for the backward pass, little to compute.
     model = replace(config.model, max_seq_len=256, n_layers=16, d_ff=2_048)
     off = {f"{name}_every_steps": 0 for name in ("validation", "cloze", "hellaswag", "sample")}
     wide = replace(
-        with_train(config, batch_tokens=4 * 256, micro_batch_size=4), model=model, eval=replace(config.eval, **off)
+        with_train(config, batch_tokens=8 * 256, micro_batch_size=8), model=model, eval=replace(config.eval, **off)
     )
-    with scratch_folder(ALONE) as folder:
-        dataset = random_dataset(wide, folder, load_tokenizer("r50k_base"), ALONE)
-        measure = partial(measure_peak_bytes, dataset=dataset, dist=ALONE, limit_bytes=2**40)
-        measure(wide)  # the first steps of a process leave some of their memory behind
-        peaks = {size: measure(with_train(wide, micro_batch_size=size)) for size in (1, 4)}
-    assert peaks[4] - peaks[1] > 300e6  # far more than a process's memory goes up and down by itself
-    limit = (peaks[1] + peaks[4]) // 2
-    result = preflight(wide, ALONE, Limits(), lambda line: None, limit)
-    assert result.out_of_memory
-    assert result.fitting_size in (1, 2)
-    assert f"set it to {result.fitting_size}, the largest that fits" in result.problems()[0]
-    auto = with_train(wide, micro_batch_size="auto")
-    resolved, _ = resolve_micro_batch_size(auto, load_tokenizer("r50k_base"), ALONE, limit_bytes=limit)
-    assert resolved.train.micro_batch_size in (1, 2)
-    with pytest.raises(UserError, match="not even one sequence"):
-        resolve_micro_batch_size(auto, load_tokenizer("r50k_base"), ALONE, limit_bytes=1_000)
+    done = warm_start.run(OVERSIZED, write_run_config(wide, tmp_path / "wide.json"), timeout=380)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    one, eight = found["peaks"]
+    assert eight - one > 900e6, "the peak of one size varies by more than 100 MB with the heap's fragmentation"
+    assert found["out_of_memory"]
+    assert found["fitting_size"] in (1, 2, 4)
+    assert f"set it to {found['fitting_size']}, the largest that fits" in found["problems"][0]
+    assert found["auto"] in (1, 2, 4)
+    assert "error: out of memory: not even one sequence" in found["refusal"]
     assert list(temp_data.parent.glob(".preflight.*")) == []
 
 
@@ -280,14 +276,14 @@ def test_oversized_cpu_model_is_rejected_before_allocation(temp_data: Path) -> N
 
 
 def test_reset_peak_forgets_freed_memory() -> None:
-    """256 MB more are seen, and no longer once they are given back."""
+    """512 MB more are seen, and no longer once they are given back; the rest of the process may vary by 200 MB."""
     reset_peak(CPU)
     before = peak_bytes(CPU)
-    block = torch.ones(64 << 20)
-    assert peak_bytes(CPU) - before > 250e6
+    block = torch.ones(128 << 20)
+    assert peak_bytes(CPU) - before > 300e6
     del block
     reset_peak(CPU)
-    assert peak_bytes(CPU) - before < 100e6
+    assert peak_bytes(CPU) - before < 200e6
 
 
 # -- the largest that fits --------------------------------------------------------------------------------------------
@@ -495,20 +491,30 @@ def test_stale_scratch_folders_are_removed(temp_data: Path) -> None:
     assert list(runs.iterdir()) == [somebodys]
 
 
+# `myllm preflight` that never completes its first step.
+ENDLESS = """
+import sys, time
+from myllm.cli.main import main
+from myllm.training.preflight import rehearsal
+rehearsal.train_step = lambda *_: time.sleep(600)
+main(["preflight", *sys.argv[1:]])
+"""
+
+
 def test_sigterm_removes_scratch_folder(config: RunConfig, tmp_path: Path) -> None:
     """SIGTERM in the middle of it: the folder goes, as at its own end."""
-    path = write_run_config(with_train(config, batch_tokens=64 * 64 * 8), tmp_path / "tiny.json")
+    path = write_run_config(config, tmp_path / "tiny.json")
     (tmp_path / "data/runs").mkdir(parents=True)
-    words = [sys.executable, "-m", "myllm", "preflight", "--config", str(path)]
+    words = [sys.executable, "-c", ENDLESS, "--config", str(path)]
     environment = os.environ | {"MYLLM_DATA": str(tmp_path / "data")}
     process = subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while not list((tmp_path / "data/runs").glob(".preflight.*/dataset/manifest.json")):
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=240)
     assert process.returncode == 143, stderr
     assert "Traceback" not in stderr
     assert list((tmp_path / "data/runs").iterdir()) == []
