@@ -115,7 +115,12 @@ take_lock() { # nodes that share a disk start together; making a folder is atomi
     [ -w "$root" ] || fail 1 "cannot write to $root"
     owner="$(cat "$lock/owner" 2>/dev/null || true)" # host, process
     if [ "${owner% *}" = "$HOSTNAME" ] && ! kill -0 "${owner#* }" 2>/dev/null; then
-      rm -rf "$lock" && continue # left behind by a process that was killed
+      # Left behind by a process that was killed. Whoever moves its name away removes the lock: with another name in it,
+      # it is that of one who was faster.
+      if mv "$lock/owner" "$lock/dead.$$" 2>/dev/null; then
+        if [ "$(cat "$lock/dead.$$")" = "$owner" ]; then rm -rf "$lock" && continue; fi
+        mv "$lock/dead.$$" "$lock/owner" || true
+      fi
     fi
     [ -n "$told" ] || say "Waiting for another installation (${owner:-a new process}); if there is none, delete $lock"
     told=yes

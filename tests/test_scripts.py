@@ -257,6 +257,27 @@ def test_takes_over_stale_lock(machine):
     assert not (machine.root / ".venv.lock").exists()
 
 
+def test_stale_lock_is_taken_over_once(machine, tmp_path):
+    """By one that is slow to remove it, and not by another that finds it meanwhile."""
+    go, reached = tmp_path / "go", tmp_path / "reached"
+    wait = f'touch "{reached}"; while [ ! -e "{go}" ]; do sleep 0.05; done'
+    write_script(machine.bin / "rm", f'#!/bin/sh\nif [ -n "$SLOW" ]; then {wait}; fi\nexec /bin/rm "$@"\n')
+    dead = subprocess.Popen(["true"])
+    dead.wait(timeout=DEADLINE_S)
+    (machine.root / ".venv.lock").mkdir()
+    (machine.root / ".venv.lock" / "owner").write_text(f"{os.uname().nodename} {dead.pid}\n")
+    slow, deadline = machine.start(SLOW="yes"), time.monotonic() + DEADLINE_S
+    while not reached.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    other = machine.start()
+    assert "Waiting for another installation" in other.stderr.readline()
+    go.touch()
+    answers = [process.communicate(timeout=DEADLINE_S)[0] for process in (slow, other)]
+    assert answers == [f"{machine.root}/.venv/bin/python\n"] * 2
+    assert len(machine.log()) == 4
+
+
 @pytest.mark.parametrize(("variable", "torch"), [("VIRTUAL_ENV", "2.11.0+cu130"), ("CONDA_PREFIX", "2.12.0a0+nv1")])
 def test_uses_active_environment_and_keeps_torch(machine, tmp_path, variable, torch):
     active = machine.make_venv(tmp_path / "active env", torch=torch)
