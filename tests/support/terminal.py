@@ -3,6 +3,7 @@
 import fcntl
 import os
 import pty
+import re
 import select
 import signal
 import struct
@@ -20,7 +21,7 @@ ROWS = 200
 
 @dataclass
 class Session:
-    """What a program wrote: all states of the screen after each of its writes, and the bytes."""
+    """What a program wrote: the states of the screen after each line and return of the carriage, and the bytes."""
 
     screens: list[list[str]]
     written: bytes
@@ -44,6 +45,7 @@ def run_in_terminal(
     """
     screen = pyte.Screen(columns, ROWS)
     stream, screens, written = pyte.ByteStream(screen), [], b""
+    lines: dict[int, str] = {}
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, columns, 0, 0))
     values = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
@@ -62,8 +64,10 @@ def run_in_terminal(
             except OSError:  # the last process has closed the terminal
                 break
             written += data
-            stream.feed(data)
-            screens.append([line.rstrip() for line in screen.display if line.strip()])
+            # However much has come since the last time: a bar that was there for a moment is in one of the states.
+            for part in re.split(rb"(?<=[\r\n])", data):
+                stream.feed(part)
+                screens.append(shown(screen, lines))
             if stop_at is not None and any(stop_at in line for line in screens[-1]):
                 os.write(ours, b"\x03")
                 stop_at = None
@@ -72,6 +76,14 @@ def run_in_terminal(
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)
         os.close(ours)
+
+
+def shown(screen: pyte.Screen, lines: dict[int, str]) -> list[str]:
+    """The lines of a screen that are not empty. `lines` keeps those that stay as they were."""
+    for row in screen.dirty:
+        lines[row] = "".join(screen.buffer[row][column].data for column in range(screen.columns)).rstrip()
+    screen.dirty.clear()
+    return [lines[row] for row in sorted(lines) if lines[row]]
 
 
 def _controlling_terminal(descriptor: int) -> Callable[[], None]:
