@@ -2,20 +2,20 @@
 
 import json
 import shutil
+import signal
 import subprocess
-import time
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import command, eval_rows, launch, losses, tiny_config, with_train, write_run_config
+from conftest import ROOT, eval_rows, launch, losses, tiny_config, with_train, write_run_config
 from support.hub_server import HubServer
 from support.saved_checkpoints import small_vocabulary
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from myllm.checkpoint.format import load_checkpoint
-from myllm.checkpoint.layout import list_checkpoints
 from myllm.cli.launch import parse_args
 from myllm.config import InitConfig, RunConfig
 from myllm.data.prepare.prepare import prepare
@@ -31,6 +31,20 @@ PEERS = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, num_key_value_heads=2)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SHAPE, head_dim=8, num_key_value_heads=1)),
 }
+KILLED = f"""
+import os, runpy, signal, sys
+from myllm.training import loop
+advance = loop.advance
+
+def advance_or_die(trainer, services, progress):
+    if progress.state.step == 10:  # the save of step 10 waited for that of step 9
+        os.kill(os.getpid(), signal.SIGKILL)
+    advance(trainer, services, progress)
+
+loop.advance = advance_or_die
+sys.argv = ["pretrain.py", "--config", sys.argv[1]]
+runpy.run_path({str(ROOT / "pretrain.py")!r}, run_name="__main__")
+"""
 
 
 def start(config: RunConfig) -> Path:
@@ -237,16 +251,12 @@ def test_init_on_two_fsdp_ranks(trained: Path, tiny: RunConfig, tmp_path: Path) 
 @pytest.mark.usefixtures("prepared_data")
 def test_resume_after_kill_without_source(trained: Path, tiny: RunConfig, tmp_path: Path) -> None:
     shutil.copytree(trained, tmp_path / "source")
-    config = with_train(begin(tiny, tmp_path / "source"), max_steps=60)
+    config = with_train(begin(tiny, tmp_path / "source"), max_steps=20)
     whole = losses(start(config))
     file, root = write_run_config(config, tmp_path / "more.json"), tmp_path / "temp_data/runs/more"
     shutil.rmtree(root)
-    process = subprocess.Popen(command("--config", file), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not list_checkpoints(root / "checkpoints"):
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.kill()
-    process.wait()
+    killed = subprocess.run([sys.executable, "-c", KILLED, file], capture_output=True, timeout=240, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     shutil.rmtree(tmp_path / "source")
     done = launch("--config", file)
     assert done.returncode == 0, done.stderr
