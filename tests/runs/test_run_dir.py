@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_run_config
 
 from myllm.checkpoint.format import Snapshot, write_checkpoint
 from myllm.checkpoint.locate import find_checkpoint
@@ -63,13 +62,19 @@ def test_resume_rejects_incompatible_changes(part: str, change: dict[str, int]) 
         check_resumable(to_dict(saved), other, Path("x"))
 
 
+def put(checkpoints: Path, step: int, config: RunConfig | None = None) -> Path:
+    state = TrainState(step, 0, DataPosition(0, 0, 0, ""))
+    return write_checkpoint(
+        checkpoints, Snapshot(state, to_dict(config) if config else {}, {"w": torch.zeros(1)}, {}, {})
+    )
+
+
 def test_saved_settings_mismatch_raises(tiny: RunConfig) -> None:
+    """Compared with the newest intact checkpoint: a changed byte may still be JSON, with a key that nobody knows."""
     check_saved_settings(tiny)
-    for step in (4, 8, 12):
-        folder = RunPaths.of(tiny.name).checkpoints / f"step_{step:08d}"
-        folder.mkdir(parents=True)
-        if step < 12:  # the newest is damaged
-            write_run_config(tiny, folder / "config.json")
+    folders = [put(RunPaths.of(tiny.name).checkpoints, step, tiny) for step in (4, 8, 12)]
+    damaged = folders[-1] / "config.json"
+    damaged.write_text(damaged.read_text().replace("cautious_decay", "bautious_decay"))
     check_saved_settings(replace(tiny, train=replace(tiny.train, max_steps=99)))
     other = replace(tiny, train=replace(tiny.train, seed=5))
     with pytest.raises(UserError, match="step_00000008 was made with other settings"):
@@ -101,11 +106,6 @@ def test_fresh_flag_is_not_saved(run: RunPaths) -> None:
     config = RunConfig()
     write_config(run, replace(config, train=replace(config.train, fresh=True)))
     assert json.loads(run.config.read_text()) == to_dict(config)
-
-
-def put(checkpoints: Path, step: int) -> Path:
-    state = TrainState(step, 0, DataPosition(0, 0, 0, ""))
-    return write_checkpoint(checkpoints, Snapshot(state, {}, {"w": torch.zeros(1)}, {}, {}))
 
 
 def test_ambiguous_run_name_reports_choice(

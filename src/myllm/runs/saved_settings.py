@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from myllm import paths
+from myllm.checkpoint.integrity import verify_checkpoint
 from myllm.checkpoint.layout import CONFIG_FILE, list_checkpoints, step_of
 from myllm.config import DataConfig, OptimConfig, RunConfig, load_config, saved_config
 from myllm.data.dataset import FORMAT, MANIFEST
 from myllm.errors import UserError, bullets
+from myllm.files import read_json
 from myllm.presets import diff_settings
-
-from .history import read_json_or_empty
 
 NOT_TEXT = ("dataset", "val_tokens", "shard_tokens", "workers", "keep_downloads", "fallback")
 """Data settings that do not select or change the text. Their defaults may differ between versions."""
@@ -57,12 +57,12 @@ def check_saved_settings(config: RunConfig) -> None:
     """Compare a command with the run of its name, if there is one, before the command writes anything.
 
     Raises:
-        UserError: as `check_resumable`, for the newest checkpoint that has a config. Its weights are not read.
+        UserError: as `check_resumable`, for the newest checkpoint without errors. Only the config is hashed here.
     """
     run = paths.RunPaths.of(config.name)
     for folder in [] if config.train.fresh else list_checkpoints(run.checkpoints):
-        if saved := read_json_or_empty(folder / CONFIG_FILE):
-            check_resumable(saved, config, folder)
+        if not any(verify_checkpoint(folder, hashed=(CONFIG_FILE,))):
+            check_resumable(read_json(folder / CONFIG_FILE), config, folder)
             return
 
 
