@@ -94,6 +94,7 @@ def test_report_complete_and_self_contained(tmp_path: Path) -> None:
         "the rule holds",
     ):
         assert text in page
+    assert f"min-width: {round(3 * 4.2 * 70)}px" in page  # legible on a phone
     assert "http" not in page.replace("http-equiv", "")
     assert page.count("data:image/png;base64,") == 4
     assert len(list((tmp_path / "plots").glob("*.png"))) == 4

@@ -16,6 +16,8 @@ from .search import describe_search
 from .summary import describe_joint, describe_matches, describe_sizes
 
 Values = Mapping[str, Any]
+PIXELS_PER_INCH = 70
+"""At least, so that a figure is legible: on a phone, wide ones scroll."""
 
 
 def write_report(folder: Path) -> Path:
@@ -33,12 +35,13 @@ def write_report(folder: Path) -> Path:
     (folder / "plots").mkdir(exist_ok=True)
     shown = []
     for title, figure, text in sections:
-        image = None
+        image, width = None, 0
         if figure is not None:
+            width = round(PIXELS_PER_INCH * figure.get_figwidth())
             path = folder / "plots" / f"{title.lower().replace(' ', '_')}.png"
             save_figure(figure, path)
             image = embed_png(path.read_bytes())
-        shown.append({"title": title, "image": image, "text": text})
+        shown.append({"title": title, "image": image, "width": width, "text": text})
     seconds = sum(cell["seconds"] for cell in ladder["cells"])
     page = page_template(__package__).render(
         name=ladder["name"],
