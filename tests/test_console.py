@@ -51,7 +51,7 @@ kept.write(str(sorted(output_failures())))
 def talk(folder: Path, stdout: int | None, stderr: int | None, close: str = "") -> tuple[int, str]:
     """The exit code of a program that talks, and what it wrote to a file."""
     words = ["sh", "-c", f'exec "$@" {close}', "sh", sys.executable, "-c", TALKS, str(folder / "kept")]
-    process = subprocess.run(words, stdout=stdout, stderr=stderr, timeout=60, check=False)
+    process = subprocess.run(words, stdout=stdout, stderr=stderr, timeout=240, check=False)
     return process.returncode, (folder / "kept").read_text()
 
 
@@ -193,7 +193,7 @@ def test_run_survives_terminal_and_saves_on_sighup(endless: Path, temp_data: Pat
         watched.reach(run, 5)
         for _ in range(2):  # from the shell, and from the system
             watched.process.send_signal(signal.SIGHUP)
-        assert watched.process.wait(60) == 128 + signal.SIGHUP
+        assert watched.process.wait(240) == 128 + signal.SIGHUP
     finally:
         watched.process.kill()
     assert load_checkpoint(list_checkpoints(run / "checkpoints")[0]).state.step == max(losses(run))
@@ -216,7 +216,7 @@ def test_ctrl_c_clears_progress_bar(endless: Path, temp_data: Path) -> None:
             if not stopped and b"eta" in shown:
                 process.send_signal(signal.SIGINT)
                 stopped = True
-    assert process.wait(60) == 130
+    assert process.wait(240) == 130
     assert b"%|" in shown, "a bar was shown"
     # What stands on each line in the end: a carriage return goes back to its start, and what follows lies over it.
     lines = shown.decode(errors="replace").replace("\r\n", "\n").split("\n")
@@ -238,10 +238,11 @@ def test_nohup_ignores_sighup_and_stops_on_sigquit(endless: Path, temp_data: Pat
         watched.reach(run, 1)
         watched.leave()
         for process in [started, *started.children(recursive=True)]:
-            process.send_signal(signal.SIGHUP)
+            with suppress(psutil.NoSuchProcess):  # such as a program that was asked for a version
+                process.send_signal(signal.SIGHUP)
         watched.reach(run, 5)
         watched.process.send_signal(signal.SIGQUIT)
-        assert watched.process.wait(120) == 128 + signal.SIGQUIT
+        assert watched.process.wait(240) == 128 + signal.SIGQUIT
     finally:
         for process in started.children(recursive=True) if watched.process.poll() is None else []:
             process.kill()
@@ -259,7 +260,7 @@ def test_launcher_forwards_sighup_to_workers(endless: Path, temp_data: Path) -> 
         watched.reach(run, 3)
         watched.leave()
         watched.process.send_signal(signal.SIGHUP)
-        assert watched.process.wait(120) == 128 + signal.SIGHUP
+        assert watched.process.wait(240) == 128 + signal.SIGHUP
     finally:
         watched.process.kill()
     assert load_checkpoint(list_checkpoints(run / "checkpoints")[0]).state.step == max(losses(run))
@@ -273,7 +274,7 @@ def test_full_log_disk_does_not_stop_training(endless: Path, tmp_path: Path, tem
     for name in ("metrics.jsonl", "log.txt"):
         (run / name).symlink_to("/dev/full")
     words = [*command("--config", endless), "--train.max-steps", "6", "--train.save-every-steps", "3"]
-    done = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *words], stderr=subprocess.PIPE, text=True, timeout=120)
+    done = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *words], stderr=subprocess.PIPE, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert load_checkpoint(list_checkpoints(run / "checkpoints")[0]).state.step == 6
     assert json.loads((run / "heartbeat.json").read_text())["how"] == "complete, after step 6"
@@ -307,7 +308,7 @@ if sys.argv[1] == "utf-8":
         environment = os.environ | {"PYTHONIOENCODING": encoding, "MYLLM_DATA": str(tmp_path)}
         done = subprocess.run(
             [sys.executable, "-c", code, encoding],
-            input=b"caf\xe9\n", capture_output=True, timeout=120, check=False, env=environment,
+            input=b"caf\xe9\n", capture_output=True, timeout=240, check=False, env=environment,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr.decode()
         assert b"caf\\udce9-1234" in done.stdout

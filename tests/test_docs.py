@@ -338,5 +338,5 @@ def test_completion(line: str, expected: str, tmp_path: Path) -> None:
     words = line.split()
     script = f"source {ROOT}/docs/deploy/completion.bash; COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; "
     script += '_myllm; echo "${COMPREPLY[@]}"'
-    done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, timeout=240)
     assert done.stdout.split() == [expected], done.stderr

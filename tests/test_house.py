@@ -115,7 +115,7 @@ def test_names_are_not_vague() -> None:
 def modules_loaded(code: str) -> set[str]:
     """What a new interpreter has loaded after `code`."""
     program = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{code}\nprint(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=240)
     return set(done.stdout.split())
 
 

@@ -19,6 +19,7 @@ import pytest
 import torch
 from conftest import ROOT, command, launch, tiny_config, with_train, write_run_config
 from support import warm_start
+from support.processes import with_words
 from test_scripts import Machine
 
 from myllm.distributed.device_info import cuda_problem
@@ -163,11 +164,8 @@ def test_stuck_rank(corpus: Path, prepared_data: None, tmp_path: Path) -> None:
             assert launcher.poll() is None, launcher.stderr.read()
             time.sleep(0.2)
         rank_0 = json.loads((run / "heartbeat.json").read_text())["pid"]
-        (rank_1,) = (
-            process
-            for process in psutil.Process(launcher.pid).children()
-            if process.pid != rank_0 and "pretrain.py" in " ".join(process.cmdline())
-        )
+        ranks = with_words(psutil.Process(launcher.pid).children(), "pretrain.py")
+        (rank_1,) = (process for process in ranks if process.pid != rank_0)
         rank_1.send_signal(signal.SIGSTOP)
         _, stderr = launcher.communicate(timeout=240)
     finally:

@@ -32,7 +32,7 @@ def run(installed: Path, folder: Path, *words: str) -> subprocess.CompletedProce
     # -P: not the current folder's modules. The checkout is installed in this environment too; the wheel comes first.
     return subprocess.run(
         [sys.executable, "-P", *words], env={**os.environ, "PYTHONPATH": str(installed)}, cwd=folder,
-        capture_output=True, text=True, timeout=120, check=False,
+        capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
 
 
@@ -58,7 +58,7 @@ print(paths.temp_data())
     environment = {name: value for name, value in os.environ.items() if name != "MYLLM_DATA"}
     done = subprocess.run(
         [sys.executable, "-P", "-c", script], env=environment | {"PYTHONPATH": str(installed)}, cwd=tmp_path,
-        capture_output=True, text=True, timeout=120, check=False,
+        capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
     module, text, data = done.stdout.splitlines()
     assert Path(module).is_relative_to(installed)

@@ -322,12 +322,12 @@ def test_missing_packages_error_names_environment(tmp_path: Path) -> None:
     shutil.copy(ROOT / "pretrain.py", bare)
     (bare / "src").symlink_to(ROOT / "src")
     words = [sys.executable, "-S", "-I", str(bare / "pretrain.py"), "debug"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 2
     assert re.fullmatch(r"error: .+ has no package '\w+'; use MyLLM's environment: .* in \.venv\n", done.stderr)
     (bare / ".venv/bin").mkdir(parents=True)
     (bare / ".venv/bin/activate").touch()
-    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=240, check=False)
     assert f"source {bare}/.venv/bin/activate" in done.stderr
 
 
@@ -376,7 +376,7 @@ def test_typo_reported_before_importing_torch(temp_data: Path) -> None:
     ]  # fmt: skip
     commands += [[*name.split(), "--help"] for name in cli.COMMANDS]
     code = TYPOS.replace("ROOT", repr(str(ROOT))).replace("COMMANDS", repr(commands))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "Traceback" not in done.stderr
 

@@ -57,7 +57,7 @@ def test_readme_example(data: Path) -> None:
     assert len(code.split("\n")) == 4  # two lines, the formatter's blank one, and the end
     done = subprocess.run(
         [sys.executable, "-c", code.replace('"debug"', '"tiny"')], env=os.environ | {"MYLLM_DATA": str(data)},
-        capture_output=True, text=True, timeout=120, check=False,
+        capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("Once upon a time")
@@ -141,7 +141,7 @@ def test_output_streamed(data: Path, pair: LanguageModel, tmp_path: Path, form: 
          "--max-new-tokens", "100000000", "--format", form, "--stop", stop],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"MYLLM_DATA": str(data)},
     )  # fmt: skip
-    killer = threading.Timer(120, process.kill)
+    killer = threading.Timer(240, process.kill)
     killer.start()
     try:
         cut = first.text[: first.text.index(stop)]
@@ -155,7 +155,7 @@ def test_output_streamed(data: Path, pair: LanguageModel, tmp_path: Path, form: 
     finally:
         killer.cancel()
         process.kill()
-        process.communicate(timeout=60)
+        process.communicate(timeout=240)
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,7 @@ def test_ctrl_c_stops_only_reply(data: Path) -> None:
         process.stdin.flush()
         assert process.stdout.read(200)  # in the middle of a reply that would take hours
         process.send_signal(signal.SIGINT)
-        output, errors = process.communicate(b"/temperature 0.5\n/quit\n", timeout=60)
+        output, errors = process.communicate(b"/temperature 0.5\n/quit\n", timeout=240)
     finally:
         process.kill()
     assert process.returncode == 0, errors

@@ -96,5 +96,5 @@ def test_run_takes_precedence_over_external_model(save: Save, temp_data: Path, t
 def test_loading_does_not_import_transformers_or_matplotlib() -> None:
     names = "('matplotlib', 'transformers', 'datasets')"
     code = f"import sys, myllm.inference.load; print([x for x in {names} if x in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=240)
     assert done.stdout.strip() == "[]"

@@ -209,6 +209,7 @@ def test_fused_projections_are_several_matrices() -> None:
 
 
 def test_fused_matrices_match_split_updates() -> None:
+    torch.manual_seed(0)
     sizes = (16, 8, 8)
     fused = nn.Parameter(torch.randn(32, 16))
     split = {str(i): nn.Parameter(part.clone()) for i, part in enumerate(fused.detach().split(sizes))}
