@@ -10,9 +10,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch
 from conftest import ROOT, command, launch, losses, with_train, write_run_config
 from support.paused_training import PROGRAM, Pause, variables
 
@@ -20,15 +22,17 @@ from myllm.checkpoint.format import load_checkpoint
 from myllm.checkpoint.layout import list_checkpoints
 from myllm.config import RunConfig
 from myllm.data.prepare.prepare import prepare
-from myllm.distributed.collectives import process_group
+from myllm.distributed.collectives import DistContext, process_group
 from myllm.errors import TIME_LIMIT, UserError, exit_code
 from myllm.paths import RunPaths
 from myllm.planning.config_checks import config_errors
 from myllm.runs.heartbeat import Heartbeat, report_starting, status
 from myllm.runs.run_dir import claim_run
+from myllm.training import watchdog
 from myllm.training.loop import train
+from myllm.training.setup import RunContext
 from myllm.training.stop_signals import StopRequest, handle_stop_signals
-from myllm.training.watchdog import describe_hang
+from myllm.training.watchdog import Watchdog, describe_hang
 
 pytestmark = pytest.mark.usefixtures("prepared_data")
 
@@ -299,6 +303,16 @@ def test_heartbeat_precedes_model_creation(tiny: RunConfig, monkeypatch: pytest.
     with process_group("cpu") as process, pytest.raises(UserError, match="enough"):
         train(tiny, prepare(tiny.data, progress=False), process)
     assert (seen[0][0][:17], seen[0][1]) == ("step 0: starting,", 3)
+
+
+def test_suspension_is_no_hang(tiny: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Suspended for hours, and resumed: the watchdog may look before the loop has made a step."""
+    looks = iter((0.0, 1.0, 2.0, 3.0, 10_000.0, 10_001.0))
+    monkeypatch.setattr(watchdog, "time", SimpleNamespace(monotonic=looks.__next__))
+    ctx = RunContext.create(tiny, DistContext(0, 0, 1, torch.device("cpu")))
+    heartbeat, loader = Heartbeat(tmp_path / "heartbeat.json"), SimpleNamespace(batches_taken=0)
+    watching = Watchdog(ctx, heartbeat, loader, StopRequest())
+    assert [watching._idle_s() for _ in range(5)] == [0.0, 1.0, 2.0, 4.0, 5.0]
 
 
 def test_describe_hang_names_late_ranks() -> None:

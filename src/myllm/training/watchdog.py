@@ -34,7 +34,8 @@ from myllm.runs.heartbeat import Heartbeat
 from .setup import RunContext
 from .stop_signals import StopRequest
 
-POLL_S = 1.0
+POLL_S, LATE_S = 1.0, 2.0
+"""How often to look, and from when on a look is late."""
 REPLY_S = 5.0
 """How long each rank has to report where it is."""
 EXIT_CODES = {UserError: 2, TrainingDiverged: TrainingDiverged.EXIT_CODE, KeyboardInterrupt: 130}
@@ -51,7 +52,8 @@ class Watchdog:
         self._launcher = os.getppid() if ranks.is_launched() else None
         self._store, self._main_thread = distributed.shared_store(), threading.main_thread().ident
         self._progress: tuple[int, ...] = ()
-        self._progress_time, self._longest_s = time.monotonic(), 0.0
+        self._progress_time = self._looked_at = time.monotonic()
+        self._longest_s = 0.0
         self._ended, self._warned = threading.Event(), False
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -91,8 +93,11 @@ class Watchdog:
                 self._store = None
 
     def _idle_s(self) -> float:
-        """Seconds since the loop last made progress."""
+        """Seconds since the loop last made progress. Time in which this thread could not run either does not count: the
+        process was suspended, or other programs had the cores."""
         progress, now = (self._heartbeat.step, self._loader.batches_taken, self._heartbeat.marks), time.monotonic()
+        self._progress_time += max(now - self._looked_at - LATE_S, 0.0)
+        self._looked_at = now
         if progress != self._progress:
             if self._progress and self._is_training():
                 self._longest_s = max(self._longest_s, now - self._progress_time)
