@@ -111,7 +111,7 @@ def without_choice(**more: str) -> dict[str, str]:
 @pytest.mark.parametrize(("given", "expected"), [({}, "None"), ({"OMP_NUM_THREADS": "1"}, "OMP_NUM_THREADS")])
 def test_recognizes_torchrun_default(given: dict[str, str], expected: str) -> None:
     words = [sys.executable, "-c", LAUNCHER]
-    done = subprocess.run(words, env=without_choice(**given), capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(words, env=without_choice(**given), capture_output=True, text=True, timeout=240, check=True)
     assert done.stdout.strip() == expected
 
 
@@ -126,13 +126,13 @@ def test_replaces_torchrun_default() -> None:
         "--nproc_per_node=2",
         ROOT / "tests/support/six_cores.py",
     ]
-    done = subprocess.run(words, env=without_choice(), capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(words, env=without_choice(), capture_output=True, text=True, timeout=240, check=True)
     assert done.stdout.count("3 threads, 6 usable core(s) for 2 processes") == 2
 
 
 def test_single_process_uses_all_cores() -> None:
     words = [sys.executable, ROOT / "tests/support/six_cores.py"]
-    done = subprocess.run(words, env=without_choice(), capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(words, env=without_choice(), capture_output=True, text=True, timeout=240, check=True)
     assert done.stdout.strip() == "6 threads, 6 usable core(s)"
 
 

@@ -1,11 +1,11 @@
 """The launcher's variables are checked at once, so that leftover ones do not cost half an hour."""
 
 import os
-import socket
 import subprocess
 import sys
 
 import pytest
+from support.ports import unused_port
 
 STARTED = {
     "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
@@ -62,8 +62,7 @@ def test_empty_variables_count_as_unset(changes: dict[str, str | None]) -> None:
 
 
 def test_waiting_reports_missing_processes() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = str(free.getsockname()[1])
+    port = str(unused_port())
     code = "from myllm.distributed.collectives import process_group; process_group('cpu').__enter__()"
     process = subprocess.Popen(
         [sys.executable, "-c", code], env=environment(MASTER_PORT=port), stderr=subprocess.PIPE, text=True

@@ -39,6 +39,6 @@ def test_threads_sleep_while_waiting_by_default(program: str, chosen: dict[str, 
     names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
     environment = {name: value for name, value in os.environ.items() if name not in names} | chosen
     words = [sys.executable, "-c", CODE.replace("ROOT", repr(str(ROOT))), program]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False, env=environment)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=240, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stderr.splitlines()[-1] == expected
