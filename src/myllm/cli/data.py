@@ -85,21 +85,18 @@ def estimate(
     print(f"sample: {found.sampled_documents:,} documents of {found.sampled_from}\n")
     if found.fraction > 1:
         print(f"the target is {found.fraction:,.1f} times the source: training would take more than one epoch\n")
-    for name, figure, write in (
-        ("documents", found.documents, format_si),
-        ("text", found.text_bytes, format_bytes),
-        ("tokens", found.tokens, format_si),
-        ("tokens per byte", found.tokens_per_byte, format_si),
-        ("to download" if remote else "to read", found.download_bytes, format_bytes),
-        ("shards on disk", found.shard_bytes, format_bytes),
-    ):
-        error = figure.error / figure.value if figure.value else 1.0
-        print(f"  {name:<15} {write(figure.value):>11} +- {error:.1%}")
-    hours, error = found.hours.value, found.hours.error / found.hours.value
-    duration = f"{hours:.3g} h" if hours >= 1 else f"{hours * 60:.3g} min"
+    duration = f"{found.hours:.3g} h" if found.hours >= 1 else f"{found.hours * 60:.3g} min"
     processes = f"{found.workers} process{'es' if found.workers > 1 else ''}"
-    print(f"  {'tokenizing':<15} {duration:>11} +- {error:.1%}, with {processes} at the speed of this machine")
-    print("\n+- is half a 95% interval from the sample alone: other files of the source may differ more.")
+    for name, figure in (
+        ("documents", format_si(found.documents)),
+        ("text", format_bytes(found.text_bytes)),
+        ("tokens", format_si(found.tokens)),
+        ("tokens per byte", format_si(found.tokens / found.text_bytes)),
+        ("to download" if remote else "to read", format_bytes(found.download_bytes)),
+        ("shards on disk", format_bytes(found.shard_bytes)),
+        ("tokenizing", f"{duration}, with {processes} at the speed of this machine"),
+    ):
+        print(f"  {name:<15}  {figure}")
 
 
 @dataclass(frozen=True)

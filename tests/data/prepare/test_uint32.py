@@ -78,7 +78,7 @@ def test_disk_space_counts_four_bytes_per_token(config: DataConfig) -> None:
     shards = [check_disk(spec, 1).partition("(")[2].split()[:2] for spec in specs]
     assert float(shards[1][0]) == pytest.approx(2 * float(shards[0][0]), rel=0.02), shards
     found = estimate(specs[1], 1)
-    assert found.shard_bytes.value == pytest.approx(4 * found.tokens.value)
+    assert found.shard_bytes == pytest.approx(4 * found.tokens)
     run = RunConfig()
     large = replace(run, model=replace(run.model, vocab_size=151_669))
     key = "token shards, at most"

@@ -1,14 +1,10 @@
 """Estimate the tokens, disk space and time of a source from a sample."""
 
-import math
 import tempfile
 import time
-import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-
-import numpy as np
 
 from myllm.data.sources.arrow_readers import open_parquet, table_texts
 from myllm.data.sources.cleaning import clean
@@ -35,31 +31,34 @@ SMALL_BYTES = 1_000_000
 
 
 @dataclass(frozen=True)
-class Figure:
-    """An estimate, and half the width of its 95% interval."""
-
-    value: float
-    error: float
-
-
-@dataclass(frozen=True)
 class Estimate:
     """What a preparation would give and cost."""
 
     sampled_documents: int
     sampled_from: str
-    documents: Figure
-    text_bytes: Figure
-    tokens: Figure
-    tokens_per_byte: Figure
-    download_bytes: Figure
+    documents: float
+    text_bytes: float
+    tokens: float
+    download_bytes: float
     """Stored bytes; for local files, bytes to read."""
-    shard_bytes: Figure
-    hours: Figure
+    shard_bytes: float
+    hours: float
     """Of tokenizing alone, with `workers` processes."""
     workers: int
     fraction: float
     """Of the whole source; more than 1 if the target is larger."""
+
+
+@dataclass(frozen=True)
+class _Sample:
+    texts: list[str]
+    """Of documents."""
+    stored_bytes: float
+    """That hold them."""
+    origin: str
+    """Where they are from, for messages."""
+    file_fraction: float | None = None
+    """Of the source's files, if all of them are small: their number then says more than their size."""
 
 
 def estimate(spec: DatasetSpec, workers: int, target: tuple[str, float] | None = None) -> Estimate:
@@ -77,133 +76,75 @@ def estimate(spec: DatasetSpec, workers: int, target: tuple[str, float] | None =
             f"the server of {source.description} does not report file sizes, so a sample cannot be extrapolated; "
             "`myllm data prepare` works without sizes"
         )
-    by_file, stored_bytes, names = _sample(spec)
-    texts = [text for file_texts in by_file for text in file_texts]
-    n_bytes = np.array([len(text.encode(errors="surrogatepass")) for text in texts], dtype=float)
+    sample = _sample(spec)
+    texts, sampled_fraction = sample.texts, sample.stored_bytes / source.size_bytes
+    n_bytes = sum(len(text.encode(errors="surrogatepass")) for text in texts)
     n_tokens, seconds = _tokenize(texts, spec)
-    bytes_per_s = n_bytes.sum() / seconds
-    amounts = {
-        "stored": float(source.size_bytes),
-        "bytes": n_bytes.sum() / stored_bytes * source.size_bytes,
-        "tokens": n_tokens.sum() / stored_bytes * source.size_bytes,
-        "documents": len(texts) / stored_bytes * source.size_bytes,
+    whole = {
+        "documents": len(texts) / (sample.file_fraction or sampled_fraction),
+        "bytes": n_bytes / sampled_fraction,
+        "tokens": n_tokens / sampled_fraction,
     }
-    documents_error = _ratio_error(np.ones(len(texts)), n_bytes)
-    if len(by_file) > 1:  # whole files: the number of files gives the number of documents
-        counts = np.array([len(file_texts) for file_texts in by_file], dtype=float)
-        amounts["documents"] = counts.mean() * len(source.files)
-        documents_error = _ratio_error(counts, np.ones(len(counts)))
-    # The finite population correction: a sample that is a large part of the source leaves little error.
-    unseen = math.sqrt(max(1 - stored_bytes / source.size_bytes, 0))
-    errors = {
-        "text per stored byte": _packing_error(texts, n_bytes, source) * unseen,
-        "tokens per byte": _ratio_error(n_tokens, n_bytes) * unseen,
-        "documents per byte": documents_error * unseen,
-    }
-    fraction = 1.0 if target is None else target[1] / amounts[target[0]]
-
-    def figure(name: str, factor: float = 1.0) -> Figure:
-        """An amount of the target, with the errors of the ratios between it and the amount that is known."""
-        known = target[0] if target else "stored"
-        squares = [errors[ratio] ** 2 for ratio in _RATIOS[name] ^ _RATIOS[known]]
-        value = amounts[name] * fraction * factor
-        return Figure(value, value * math.sqrt(sum(squares)))
-
-    ratio = float(n_tokens.sum() / n_bytes.sum())
+    fraction = target[1] / whole[target[0]] if target else 1.0
     return Estimate(
-        sampled_documents=len(texts), sampled_from=names, documents=figure("documents"), text_bytes=figure("bytes"),
-        tokens=figure("tokens"),
-        tokens_per_byte=Figure(ratio, ratio * errors["tokens per byte"]),
-        download_bytes=figure("stored"), shard_bytes=figure("tokens", spec.tokenizer.dtype.itemsize),
-        hours=figure("bytes", 1 / bytes_per_s / workers / 3_600), workers=workers, fraction=fraction,
+        len(texts), sample.origin, documents=fraction * whole["documents"], text_bytes=fraction * whole["bytes"],
+        tokens=fraction * whole["tokens"], download_bytes=fraction * source.size_bytes,
+        shard_bytes=fraction * whole["tokens"] * spec.tokenizer.dtype.itemsize,
+        hours=fraction * whole["bytes"] / n_bytes * seconds / workers / 3_600, workers=workers, fraction=fraction,
     )  # fmt: skip
 
 
-def _sample(spec: DatasetSpec) -> tuple[list[list[str]], float, str]:
-    """Some cleaned documents, the stored bytes they stand for, and where they are from.
-
-    The documents are in one list, or in one list per file if several files were read whole.
+def _sample(spec: DatasetSpec) -> _Sample:
+    """Some cleaned documents.
 
     Raises:
         UserError: there are none.
     """
     skips = SkipLog()
     with tempfile.TemporaryDirectory() as folder:
-        by_file, stored_bytes, names = _read_sample(spec, Path(folder), skips)
-    by_file = [
-        [cleaned for text in texts if (cleaned := clean(text, spec.config, lambda _: None)) is not None]
-        for texts in by_file
-    ]
-    if not any(by_file):
+        sample = _read_sample(spec, Path(folder), skips)
+    cleaned = (clean(text, spec.config, lambda _: None) for text in sample.texts)
+    texts = [text for text in cleaned if text is not None]
+    if not texts:
         reasons = "; ".join(f"{place['place']}: {place['detail'] or place['reason']}" for place in skips.places[:3])
         raise UserError(
-            f"the sample of {spec.source.description} ({names}) holds no documents{': ' + reasons if reasons else ''}"
+            f"the sample of {spec.source.description} ({sample.origin}) holds no documents"
+            f"{': ' + reasons if reasons else ''}"
         )
-    return by_file, stored_bytes, names
+    return replace(sample, texts=texts)
 
 
-def _tokenize(texts: list[str], spec: DatasetSpec) -> tuple[np.ndarray, float]:
-    """Tokens of each text, (texts,) float64, and the seconds that took."""
+def _tokenize(texts: list[str], spec: DatasetSpec) -> tuple[int, float]:
+    """Tokens of the texts, and the seconds that tokenizing took."""
     spec.tokenizer.encode("warm up")
     started = time.perf_counter()
     batches = (texts[first : first + BATCH_DOCUMENTS] for first in range(0, len(texts), BATCH_DOCUMENTS))
-    encoded = [document for batch in batches for document in spec.tokenizer.encode_documents(batch)]
-    return np.array([len(document) for document in encoded], dtype=float), time.perf_counter() - started
+    n_tokens = sum(len(document) for batch in batches for document in spec.tokenizer.encode_documents(batch))
+    return n_tokens, time.perf_counter() - started
 
 
-_RATIOS: dict[str, frozenset[str]] = {
-    "stored": frozenset(),
-    "bytes": frozenset({"text per stored byte"}),
-    "tokens": frozenset({"text per stored byte", "tokens per byte"}),
-    "documents": frozenset({"text per stored byte", "documents per byte"}),
-}
-"""The ratios by which each amount follows from the stored bytes."""
-
-
-def _ratio_error(above: np.ndarray, below: np.ndarray) -> float:
-    """Half the 95% interval of a ratio of sums, relative to it; 1 for fewer than two documents.
-
-    Source: Cochran 1977, "Sampling Techniques", equation 6.13.
-    """
-    n = len(above)
-    if n < 2:
-        return 1.0
-    ratio = above.sum() / below.sum()
-    return float(1.96 * (above - ratio * below).std(ddof=1) / math.sqrt(n) / below.mean() / ratio)
-
-
-def _packing_error(texts: list[str], n_bytes: np.ndarray, source: Source) -> float:
-    """Error of the text per stored byte: 0 for plain files. zlib stands in for the compression of other files."""
-    if suffix_of(source.files[0].name) in (".txt", ".md", ".py", ".jsonl", ".arrow"):
-        return 0.0
-    packed = np.array([len(zlib.compress(text.encode(errors="surrogatepass"), 1)) for text in texts], dtype=float)
-    return _ratio_error(n_bytes, packed)
-
-
-def _read_sample(spec: DatasetSpec, folder: Path, skips: SkipLog) -> tuple[list[list[str]], float, str]:
+def _read_sample(spec: DatasetSpec, folder: Path, skips: SkipLog) -> _Sample:
     """As `_sample`, not cleaned. Downloads go to `folder`."""
     source = spec.source
     files = order_files(source.files, spec.config.shuffle_files, spec.config.shuffle_seed)
     first = files[0]
-    if first.builder:
-        path = fetch_file(first, source.column, folder, folder)
-        return [list(read_documents(source, first, path, skips))], first.size_bytes, first.name
-    if first.size_bytes <= SMALL_BYTES and not first.remote:
+    if first.size_bytes <= SMALL_BYTES and not (first.remote or first.builder):
         chosen = files[:: max(len(files) // SAMPLE_FILES, 1)]
-        by_file = [list(read_documents(source, file, Path(file.location), skips)) for file in chosen]
-        return by_file, sum(file.size_bytes for file in chosen), f"{len(chosen)} of {len(files)} files"
+        texts = [text for file in chosen for text in read_documents(source, file, Path(file.location), skips)]
+        size_bytes, origin = sum(file.size_bytes for file in chosen), f"{len(chosen)} of {len(files)} files"
+        return _Sample(texts, size_bytes, origin, len(chosen) / len(files))
+    if first.builder or suffix_of(first.name) in (".txt", ".md", ".py"):
+        path = fetch_file(first, source.column, folder, folder)
+        return _Sample(list(read_documents(source, first, path, skips)), first.size_bytes, first.name)
     if first.reader == "parquet":
         texts, fraction = _sample_parquet(source, first, folder, skips)
-        return [texts], first.size_bytes * fraction, first.name
-    if suffix_of(first.name) in (".txt", ".md", ".py"):
-        path = download_file(first, folder)
-        return [list(read_documents(source, first, path, skips))], first.size_bytes, first.name
-    # These kinds are read from front to back, so the beginning of the file is enough.
+        return _Sample(texts, first.size_bytes * fraction, first.name)
+    # The other kinds are read from front to back, so the beginning of the file is enough.
     path, size_bytes = download_head(first, folder, SAMPLE_BYTES)
     head_skips = SkipLog()
     texts = list(read_documents(source, first, path, head_skips))
     skips.places += [place for place in head_skips.places if place["reason"] != "file_cut_short"]
-    return [texts], size_bytes, f"the first {size_bytes:,} bytes of {first.name}"
+    return _Sample(texts, size_bytes, f"the first {size_bytes:,} bytes of {first.name}")
 
 
 def _sample_parquet(source: Source, file: SourceFile, folder: Path, skips: SkipLog) -> tuple[list[str], float]:
