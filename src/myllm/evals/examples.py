@@ -8,9 +8,8 @@ from typing import Any
 
 from myllm import paths
 from myllm.data.sources.download import download_file
-from myllm.data.sources.hf_datasets.listing import list_dataset
+from myllm.data.sources.hf_datasets.listing import list_dataset, open_rows, quiet
 from myllm.data.sources.hf_datasets.name import parse_name
-from myllm.data.sources.hf_datasets.rows import open_rows, quiet
 from myllm.data.sources.hub_listing import first_line
 from myllm.data.sources.source import SourceFile
 from myllm.errors import UserError

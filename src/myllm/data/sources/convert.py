@@ -16,7 +16,7 @@ from myllm.files import atomic_write, file_lock
 
 from .arrow_readers import BATCH_ROWS, SKIPS_KEY
 from .download import download_file, local_path
-from .hf_datasets.rows import open_rows, quiet
+from .hf_datasets.listing import open_rows, quiet
 from .hub_listing import first_line
 from .read_task import SkipLog
 from .source import SourceFile

@@ -21,7 +21,6 @@ from .documents import GROUPINGS
 from .file_digests import file_digests, size_of
 from .hf_datasets.listing import OWN_SUFFIXES, list_dataset
 from .hf_datasets.name import parse_name
-from .hf_datasets.saved import list_saved
 from .hub_listing import RemoteFile, list_hub, list_urls, listing_path, suggest_fallback
 from .local_files import glob_files, match_files
 from .read_task import ReadTask, SkipLog
@@ -226,7 +225,7 @@ def dataset_files(spec: str, column: str | None = None, with_digests: bool = Tru
         UserError: it opens nothing there, an unknown configuration or split, or a column without text.
     """
     name = parse_name(spec)
-    listing = list_saved(name) or list_dataset(name)
+    listing = list_dataset(name)
     column = column or "text"
     fault = parse_text_column(column).fault(listing.columns) if listing.columns else ""
     if fault:

@@ -1,12 +1,13 @@
-"""Which files `datasets.load_dataset` opens for a configuration and split, and which columns their rows have.
+"""What `datasets.load_dataset` opens: the files of a configuration and split, and their rows.
 
-Answers are cached like the Hub's listings. So a data set of the Hub is pinned by the first one, and a training run
-does not import `datasets`. That of local files is valid while no file there changes.
+Listings are cached like the Hub's. So a data set of the Hub is pinned by the first one, and a training run does not
+import `datasets`. That of local files is valid while no file there changes.
 """
 
 import glob
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -28,16 +29,19 @@ from myllm.data.sources.hub_listing import (
 from myllm.data.sources.local_files import match_files
 from myllm.data.sources.text_column import column_types
 from myllm.errors import UserError
+from myllm.files import read_json
 
 from .name import DatasetName, choose_config, choose_split
 
 if TYPE_CHECKING:
-    from datasets import BuilderConfig, DatasetBuilder
+    from datasets import BuilderConfig, DatasetBuilder, IterableDataset
 
 MODULES = ("arrow", "conll", "csv", "json", "parquet", "text", "webdataset")
 """Those of `datasets` that read rows of text from one file at a time. Its module for XML cannot open files (5.2)."""
 OWN_SUFFIXES = {"arrow": (".arrow",), "json": (".jsonl", ".jsonl.gz", ".jsonl.zst"), "parquet": (".parquet",)}
 """By module, the files that our own readers read: faster, in parts, and row by row where one is damaged."""
+STATE, SPLITS = "state.json", "dataset_dict.json"
+"""Of a folder that `save_to_disk` wrote: the arrow files of a data set in order, and its splits, each a folder."""
 _COMMON_FIELDS = {"name", "version", "data_dir", "data_files", "description", "features"}
 
 
@@ -63,8 +67,11 @@ def list_dataset(name: DatasetName) -> DatasetListing:
         UserError: nothing that `datasets` can open, or an unknown configuration or split.
         UnreachableError: the Hub does not answer.
     """
-    query = str(name) if name.path is None else f"{name} {_stamp(name.path)}"
-    return cached(query, lambda: _request(name), lambda answer: _parse(answer))
+    if name.path is None:
+        return cached(str(name), lambda: _request(name), _parse)
+    if any((name.path / file).is_file() for file in (STATE, SPLITS)):
+        return _list_saved(name, name.path)
+    return cached(f"{name} {_stamp(name.path)}", lambda: _request(name), _parse)
 
 
 def _parse(answer: dict[str, Any]) -> DatasetListing:
@@ -120,10 +127,7 @@ def _options(config: "BuilderConfig") -> dict[str, Any]:
     defaults = type(config)()
     names = [field.name for field in fields(config) if field.name not in _COMMON_FIELDS]
     found = {name: getattr(config, name) for name in names if getattr(config, name) != getattr(defaults, name)}
-    try:
-        return dict(json.loads(json.dumps(found)))
-    except TypeError:
-        raise UserError(f"the settings {', '.join(found)} of the data set are not plain values") from None
+    return dict(json.loads(json.dumps(found)))
 
 
 def _first_columns(builder: "DatasetBuilder", split: str) -> dict[str, str]:
@@ -150,6 +154,37 @@ def _hub_files(name: DatasetName, commit: str, urls: list[str]) -> list[RemoteFi
 def _local_files(found: list[str]) -> list[RemoteFile]:
     root = os.path.commonpath([os.path.dirname(path) for path in found])
     return [RemoteFile(os.path.relpath(path, root), path, 0, "") for path in found]
+
+
+def _list_saved(name: DatasetName, folder: Path) -> DatasetListing:
+    """The files of a split in a folder that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote (datasets 5)."""
+    if len(name.words) > 1 and name.words[0]:
+        raise UserError(f"{name}: a folder of save_to_disk has no configurations; name the split alone")
+    wanted = name.words[-1] if name.words else ""
+    try:
+        if (folder / SPLITS).is_file():
+            split = choose_split(name, "", wanted, [str(split) for split in read_json(folder / SPLITS)["splits"]], [])
+            folder /= split
+        else:
+            split = choose_split(name, "", wanted, [str(read_json(folder / STATE).get("_split") or "train")], [])
+        files = [str(file["filename"]) for file in read_json(folder / STATE)["_data_files"]]
+        columns = _arrow_columns(folder / files[0]) if files else {}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder} is not a complete folder of save_to_disk: {error}; save it again") from None
+    return DatasetListing(
+        "", split, "arrow", {}, columns, [RemoteFile(file, str(folder / file), 0, "") for file in files]
+    )
+
+
+def _arrow_columns(file: Path) -> dict[str, str]:
+    import pyarrow
+    import pyarrow.ipc
+
+    try:
+        with pyarrow.memory_map(str(file)) as stream:
+            return dict(column_types(pyarrow.ipc.open_stream(stream).schema))
+    except pyarrow.ArrowException:  # the preparation names it
+        return {}
 
 
 @contextmanager
@@ -179,3 +214,31 @@ def _clear_errors(name: DatasetName) -> Iterator[None]:
             if name.path is None:
                 raise
             raise UserError(f"`datasets` cannot open {name}: {first_line(error)}") from None
+
+
+# -- rows -------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the error messages of `datasets`: whoever reads the file reports its faults."""
+    logger = logging.getLogger("datasets")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def open_rows(path: Path, module: str, options: dict[str, Any]) -> "IterableDataset":
+    """The rows of a file. They are read as they are needed, and the cache of `datasets` is not used.
+
+    Args:
+        module: of `datasets`, such as "csv".
+        options: its settings, where they are not the defaults.
+    """
+    import datasets  # takes seconds
+
+    files = {"train": [glob.escape(str(path))]}
+    return datasets.load_dataset(module, data_files=files, split="train", streaming=True, **options)
