@@ -42,7 +42,7 @@ def file_digests(files: Sequence[str], cache: Path) -> list[tuple[int, str]]:
         cache: the cache file. If it cannot be written, every call hashes.
 
     Raises:
-        UserError: a file cannot be read.
+        OSError: a file cannot be read.
     """
     known, unknown = _look_up(files, cache)
     if unknown:
@@ -54,15 +54,6 @@ def file_digests(files: Sequence[str], cache: Path) -> list[tuple[int, str]]:
             if unknown:
                 known |= _hash(unknown, known, cache)
     return [(known[file][0].size_bytes, known[file][1]) for file in files]
-
-
-def size_of(file: str) -> int:
-    """Bytes.
-
-    Raises:
-        UserError: the file cannot be read.
-    """
-    return _stamp(file).size_bytes
 
 
 def _hash(files: list[str], known: Digests, cache: Path) -> Digests:
@@ -82,11 +73,7 @@ def _hash(files: list[str], known: Digests, cache: Path) -> Digests:
 
 
 def _hash_file(file: str) -> tuple[Stamp, str]:
-    stamp = _stamp(file)
-    try:
-        return stamp, file_sha256(Path(file))
-    except OSError as error:
-        raise _unreadable(file, error) from None
+    return _stamp(file), file_sha256(Path(file))
 
 
 def _is_settled(stamp: Stamp, now_ns: int) -> bool:
@@ -107,12 +94,5 @@ def _look_up(files: Sequence[str], cache: Path) -> tuple[Digests, list[str]]:
 
 
 def _stamp(file: str) -> Stamp:
-    try:
-        status = os.stat(file)
-        return Stamp(status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-    except OSError as error:
-        raise _unreadable(file, error) from None
-
-
-def _unreadable(file: str, error: OSError) -> UserError:
-    return UserError(f"cannot read {file}: {error.strerror}; make it readable, or move it out of the source")
+    status = os.stat(file)
+    return Stamp(status.st_size, status.st_mtime_ns, status.st_ctime_ns)

@@ -10,6 +10,7 @@ import re
 import sysconfig
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,9 +19,9 @@ from myllm.paths import user_path
 
 from .catalog import CORPORA, Corpus
 from .documents import GROUPINGS
-from .file_digests import file_digests, size_of
+from .file_digests import file_digests
 from .hf_datasets.listing import OWN_SUFFIXES, list_dataset
-from .hf_datasets.name import parse_name
+from .hf_datasets.name import absolute_source, parse_name
 from .hub_listing import RemoteFile, list_hub, list_urls, listing_path, suggest_fallback
 from .local_files import glob_files, match_files
 from .read_task import ReadTask, SkipLog
@@ -48,7 +49,7 @@ class SourceFile:
     """Key of readers.READERS."""
     size_bytes: int
     """As stored, compressed or not; 0 if the server does not say."""
-    digest: str
+    digest: str = ""
     """sha256 of the content, or another identifier of this version of the file."""
     builder: str = ""
     """Not empty: only `datasets` can read the file; its module and settings, as JSON (convert.py)."""
@@ -100,13 +101,13 @@ def find_source(
     kind, _, rest = spec.partition(":")
     parse_text_column(column or "text")
     if kind == "files" and ":" in spec:
-        source = local_files(rest, with_digests, suffixes)
+        source = local_files(rest, suffixes)
     elif kind == "datasets" and rest:
-        return dataset_files(rest, column, with_digests)
+        source = dataset_files(rest, column)
     elif kind == "hub" and rest:
         source = hub_files(rest)
     elif spec == "python-stdlib":
-        source = python_stdlib(with_digests)
+        source = python_stdlib()
     elif kind in CORPORA:
         source = known_corpus(CORPORA[kind], rest)
     else:
@@ -117,6 +118,8 @@ def find_source(
             "repository of parquet or jsonl files), datasets:NAMESPACE/NAME[:CONFIG][:SPLIT] (whatever "
             "datasets.load_dataset opens), files:PATH (a local file, folder or glob)"
         )
+    if with_digests and not source.files[0].remote:
+        source = replace(source, files=_add_digests(source.files, listing_path(absolute_source(spec))))
     return replace(source, column=column) if column else source
 
 
@@ -126,13 +129,11 @@ def check_source(spec: str, suffixes: Sequence[str] = ()) -> None:
     Raises:
         UserError: as `find_source`.
     """
-    kind, colon, rest = spec.partition(":")
-    if kind == "files" and colon:
-        local_files(rest, with_digests=False, suffixes=suffixes)
-    elif kind == "datasets" and rest:
+    kind, _, rest = spec.partition(":")
+    if kind == "datasets" and rest:
         parse_name(rest)
     elif spec != "python-stdlib" and kind not in CORPORA and not (kind == "hub" and rest):
-        find_source(spec)
+        find_source(spec, with_digests=False, suffixes=suffixes)
 
 
 def _hint(spec: str) -> str:
@@ -218,7 +219,7 @@ def _remote_files(found: list[RemoteFile], name: str) -> tuple[SourceFile, ...]:
 # -- the package datasets ---------------------------------------------------------------------------------------------
 
 
-def dataset_files(spec: str, column: str | None = None, with_digests: bool = True) -> Source:
+def dataset_files(spec: str, column: str | None = None) -> Source:
     """What `datasets.load_dataset` opens: NAMESPACE/NAME[@REVISION][:CONFIG][:SPLIT] or PATH[:CONFIG][:SPLIT].
 
     Raises:
@@ -235,15 +236,12 @@ def dataset_files(spec: str, column: str | None = None, with_digests: bool = Tru
         )
     builder = json.dumps({"module": listing.module, "options": listing.options}, sort_keys=True)
     native = () if listing.options else OWN_SUFFIXES.get(listing.module, ())
-    digests = [(file.size_bytes, file.digest) for file in listing.files]
-    if name.path is not None:
-        query = f"datasets {name.path}" if with_digests else None
-        digests = _digests([file.url for file in listing.files], query)
     files = []
-    for file, (size_bytes, digest) in zip(listing.files, digests, strict=True):
+    for file in listing.files:
         own = suffix_of(file.name) in native
         reader = READER_BY_SUFFIX[suffix_of(file.name)] if own else "arrow"
-        files.append(SourceFile(file.name, file.url, reader, size_bytes, digest, "" if own else builder))
+        size_bytes = _size_bytes(Path(file.url)) if name.path else file.size_bytes
+        files.append(SourceFile(file.name, file.url, reader, size_bytes, file.digest, "" if own else builder))
     where = name.path.name if name.path else name.where
     words = [where, listing.config.removeprefix("default"), listing.split]
     label = "datasets-" + folder_name("-".join(filter(None, words)).replace("/", "-"))
@@ -253,7 +251,7 @@ def dataset_files(spec: str, column: str | None = None, with_digests: bool = Tru
 # -- local files ------------------------------------------------------------------------------------------------------
 
 
-def local_files(spec: str, with_digests: bool = True, suffixes: Sequence[str] = ()) -> Source:
+def local_files(spec: str, suffixes: Sequence[str] = ()) -> Source:
     """A file, every readable file below a folder, or a glob (** for any depth).
 
     What is hidden is ignored, and what this program writes below the folder. Links to folders are not followed.
@@ -264,10 +262,8 @@ def local_files(spec: str, with_digests: bool = True, suffixes: Sequence[str] = 
     if not spec:
         raise UserError("files: needs a path, such as files:~/texts (files:. for this folder)")
     path = user_path(spec)
-    try:
+    with _clear_read_errors():
         files, root, ignored_kinds = match_files(path)
-    except OSError as error:
-        raise UserError(f"cannot read {error.filename or path}: {error.strerror}; make it readable") from None
     readers = dict.fromkeys(("." + suffix.lstrip("*.").lower() for suffix in suffixes), "prose") | READER_BY_SUFFIX
     readable = [file for file in files if suffix_of(file) in readers]
     ignored = (*ignored_kinds, *(suffix_of(file) for file in files if suffix_of(file) not in readers))
@@ -276,7 +272,7 @@ def local_files(spec: str, with_digests: bool = True, suffixes: Sequence[str] = 
         expected = f"expected one of {', '.join(readers)}"
         raise UserError(f"no text found at {spec!r}: found {seen}, {expected}{advice(ignored)}")
     name = os.path.basename(os.path.abspath(path if path.exists() else root))
-    described = _describe(readable, root, f"files {os.path.abspath(path)}" if with_digests else None, readers)
+    described = _describe(readable, root, readers)
     return Source("files-" + folder_name(name), f"local files at {spec}", described, ignored=ignored)
 
 
@@ -299,7 +295,7 @@ def _is_suffix(kind: str) -> bool:
     return not kind or kind.startswith(".")
 
 
-def python_stdlib(with_digests: bool = True) -> Source:
+def python_stdlib() -> Source:
     """The code and reference text that ship with the running Python: about 10 MB, on every machine."""
     root = Path(sysconfig.get_path("stdlib"))
     # Tests and tables are most of the bytes and read like no other text; site-packages is not the library.
@@ -314,28 +310,41 @@ def python_stdlib(with_digests: bool = True) -> Source:
             "with --data.source files:PATH"
         )
     topics = root / "pydoc_data" / "topics.py"
-    query = f"python-stdlib {root}" if with_digests else None
-    described = _describe([*found, *([topics] if topics.is_file() else [])], root, query)
+    described = _describe([*found, *([topics] if topics.is_file() else [])], root)
     files = tuple(replace(file, reader="topics") if file.location == str(topics) else file for file in described)
     return Source("python-stdlib", f"the standard library of Python at {root}", files)
 
 
-def _describe(
-    files: list[Path], root: Path, query: str | None, readers: Mapping[str, str] = READER_BY_SUFFIX
-) -> tuple[SourceFile, ...]:
+def _describe(files: list[Path], root: Path, readers: Mapping[str, str] = READER_BY_SUFFIX) -> tuple[SourceFile, ...]:
     """
     Args:
-        query: the name under which the digests are cached; None: no digests.
         readers: the reader of each suffix.
     """
-    locations = [str(path.absolute()) for path in files]
-    digests = _digests(locations, query)
     return tuple(
-        SourceFile(path.relative_to(root).as_posix(), location, readers[suffix_of(path)], size, digest)
-        for path, location, (size, digest) in zip(files, locations, digests, strict=True)
+        SourceFile(file.relative_to(root).as_posix(), str(file.absolute()), readers[suffix_of(file)], _size_bytes(file))
+        for file in files
     )
 
 
-def _digests(locations: list[str], query: str | None) -> list[tuple[int, str]]:
-    """Size in bytes and sha256 of each file; without a query no sha256."""
-    return file_digests(locations, listing_path(query)) if query else [(size_of(file), "") for file in locations]
+def _size_bytes(file: Path) -> int:
+    with _clear_read_errors():
+        return file.stat().st_size
+
+
+def _add_digests(files: tuple[SourceFile, ...], cache: Path) -> tuple[SourceFile, ...]:
+    """Local files with their sha256."""
+    with _clear_read_errors():
+        found = file_digests([file.location for file in files], cache)
+    return tuple(
+        replace(file, size_bytes=size, digest=digest) for file, (size, digest) in zip(files, found, strict=True)
+    )
+
+
+@contextmanager
+def _clear_read_errors() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot read {error.filename}: {error.strerror}; make it readable, or move it out of the source"
+        ) from None
