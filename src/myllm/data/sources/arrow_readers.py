@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from .read_task import ReadTask, SkipLog
-from .text_column import NoTextError, column_types, parse_text_column
+from .text_column import column_types, parse_text_column, row_texts
 
 if TYPE_CHECKING:
     import pyarrow
@@ -171,18 +171,11 @@ def _batch_texts(
     Args:
         batch: the columns that `column` needs.
     """
-    text_column = parse_text_column(column)
     try:
         rows = batch.to_pylist()
     except UnicodeDecodeError:
         rows = list(_valid_rows(batch, first_row, place, skips))
-    for number, row in enumerate(rows, first_row):
-        try:
-            text = text_column.text_of(row)
-        except NoTextError as error:  # a list of lists
-            skips.add("no_text", f"{place}, row {number}", str(error))
-        else:
-            yield text
+    return row_texts(rows, parse_text_column(column), first_row, place, skips)
 
 
 def _valid_rows(batch: "pyarrow.RecordBatch", first_row: int, place: str, skips: SkipLog) -> Iterator[dict[str, Any]]:

@@ -20,7 +20,7 @@ from .hf_datasets.listing import open_rows, quiet
 from .hub_listing import first_line
 from .read_task import SkipLog
 from .source import SourceFile
-from .text_column import NoTextError, column_types, parse_text_column
+from .text_column import column_types, parse_text_column, row_texts
 
 if TYPE_CHECKING:
     import pyarrow
@@ -84,13 +84,7 @@ def _texts(file: SourceFile, original: Path, column: str, skips: SkipLog) -> Ite
                 skips.add("no_text_column", f"{file.name}, from row {first_row} on", fault)
             last_fault = fault
             rows = [] if fault else table.select(text_column.top_level(table.column_names)).to_pylist()
-            for number, row in enumerate(rows, first_row):
-                try:
-                    text = text_column.text_of(row)
-                except NoTextError as error:
-                    skips.add("no_text", f"{file.name}, row {number}", str(error))
-                else:
-                    yield text
+            yield from row_texts(rows, text_column, first_row, file.name, skips)
             first_row += len(table)
     except Exception as error:  # whatever the file makes a library raise
         if out_of_space(error):

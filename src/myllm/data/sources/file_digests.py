@@ -18,7 +18,7 @@ from myllm.files import file_sha256, read_json, write_json
 from .hub_listing import listing_lock
 
 FORMAT = "myllm-digests-1"
-SETTLED_NS, COARSE_NS = 100_000_000, 2_000_000_000
+SETTLED_NS = 2_000_000_000
 """A file that was changed this recently may change again without a difference in its times, so its digest is not
 cached. Times advance in steps of milliseconds, on some disks of whole seconds."""
 
@@ -48,7 +48,6 @@ def file_digests(files: Sequence[str], cache: Path) -> list[tuple[int, str]]:
     if unknown:
         with ExitStack() as stack:
             with suppress(OSError, UserError):  # not writable
-                cache.parent.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(listing_lock(cache))
             known, unknown = _look_up(files, cache)
             if unknown:
@@ -61,24 +60,15 @@ def _hash(files: list[str], known: Digests, cache: Path) -> Digests:
     now = time.time_ns()
     with ThreadPoolExecutor() as pool:  # hashlib releases the GIL
         hashed = dict(zip(files, pool.map(_hash_file, files), strict=True))
-    valid = known | {
-        file: (stamp, digest)
-        for file, (stamp, digest) in hashed.items()
-        if _is_settled(stamp, now) and _stamp(file) == stamp
-    }
+    settled = {file: found for file, found in hashed.items() if abs(now - found[0].changed_ns) > SETTLED_NS}
     with suppress(OSError):
-        rows = {file: [*stamp, digest] for file, (stamp, digest) in valid.items()}
+        rows = {file: [*stamp, digest] for file, (stamp, digest) in (known | settled).items()}
         write_json(cache, {"format": FORMAT, "files": rows})
     return hashed
 
 
 def _hash_file(file: str) -> tuple[Stamp, str]:
-    return _stamp(file), file_sha256(Path(file))
-
-
-def _is_settled(stamp: Stamp, now_ns: int) -> bool:
-    step_ns = SETTLED_NS if stamp.changed_ns % 1_000_000_000 else COARSE_NS
-    return abs(now_ns - stamp.changed_ns) > step_ns
+    return _stamp(file), file_sha256(Path(file))  # in this order: a later change gives another stamp
 
 
 def _look_up(files: Sequence[str], cache: Path) -> tuple[Digests, list[str]]:

@@ -9,7 +9,7 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -229,11 +229,10 @@ def suggest_fallback(error: UserError, corpus: str) -> UserError:
     """
     if not isinstance(error, UnreachableError | MissingOnHubError):
         return error
-    if not corpus.startswith("dolma"):
-        return UnreachableError(str(error))
+    advice = "use c4 as the source, or --fallback c4 (--data.fallback c4 for pretrain.py) to switch to it automatically"
+    is_dolma = corpus.startswith("dolma")
     return UnreachableError(
-        f"Dolma cannot be reached: {error}. C4 is the next best: use c4 as the source, or --fallback c4 "
-        "(--data.fallback c4 for pretrain.py) to switch to it automatically"
+        f"Dolma cannot be reached: {error}. C4 is the next best: {advice}" if is_dolma else str(error)
     )
 
 
@@ -257,16 +256,15 @@ def cached(query: str, request: Callable[[], dict[str, Any]], parse: Callable[[d
     path = listing_path(query)
     if (found := _read_listing(path, parse)) is not None:
         return found
-    with ExitStack() as stack:
-        with _clear_write_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(listing_lock(path))
-        if (found := _read_listing(path, parse)) is None:
-            answer = request()
-            with _clear_write_errors(path):
+    try:
+        with listing_lock(path):
+            if (found := _read_listing(path, parse)) is None:
+                answer = request()
                 write_json(path, {"question": query, **answer})
-            found = parse(answer)
-    return found
+                found = parse(answer)
+            return found
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; free space there, or set MYLLM_DATA") from None
 
 
 def listing_path(query: str) -> Path:
@@ -279,7 +277,8 @@ def listing_path(query: str) -> Path:
 @contextmanager
 def listing_lock(path: Path) -> Iterator[None]:
     """Hold the lock for writing a cache file, after waiting for another process that holds it."""
-    paths.locks_dir().mkdir(parents=True, exist_ok=True)
+    for folder in (path.parent, paths.locks_dir()):
+        folder.mkdir(parents=True, exist_ok=True)
     with file_lock(paths.locks_dir() / f"{path.name}.lock"):
         yield
 
@@ -293,11 +292,3 @@ def _read_listing(path: Path, parse: Callable[[dict[str, Any]], T]) -> T | None:
         raise UserError(f"cannot read {path}: {error.strerror}; make it readable, or set MYLLM_DATA") from None
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"the listing {path} is damaged ({error}); delete it to request it again") from None
-
-
-@contextmanager
-def _clear_write_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; free space there, or set MYLLM_DATA") from None

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from myllm.errors import UserError
 
+from .read_task import SkipLog
+
 if TYPE_CHECKING:
     import pyarrow
 
@@ -52,6 +54,19 @@ class TextColumn:
     def fault(self, types: Mapping[str, str]) -> str:
         """Why rows of these columns (`column_types`) have no text, or an empty string."""
         return next((fault for field in self.fields if (fault := _field_fault(field, types))), "")
+
+
+def row_texts(
+    rows: Iterable[Mapping[str, Any]], column: TextColumn, first_row: int, place: str, skips: SkipLog
+) -> Iterator[str]:
+    """The text of each row. One without a text is logged with its number, counted from `first_row`."""
+    for number, row in enumerate(rows, first_row):
+        try:
+            text = column.text_of(row)
+        except NoTextError as error:
+            skips.add("no_text", f"{place}, row {number}", str(error))
+        else:
+            yield text
 
 
 @cache

@@ -34,25 +34,17 @@ def decode_text(content: bytes, encoding: str = "utf-8") -> str:
     Raises:
         NotTextError: the content has another encoding; the message says how to convert it.
     """
-    encoding = encoding_of(content) or encoding
+    marked = encoding_of(content)
+    if not marked and (wide := _wide_encoding(content)):
+        raise NotTextError(f"{wide} without a byte order mark; `iconv -f {wide} -t UTF-8` converts it")
+    encoding = marked or encoding
     try:
-        text = content.decode(encoding)
+        return content.decode(encoding)
     except (UnicodeError, LookupError) as error:
         place = f"byte {error.start:,}" if isinstance(error, UnicodeDecodeError) else "its first lines"
-        raise NotTextError(f"not {encoding.removesuffix('-sig')} ({place}); {_advice(content)}") from None
-    if encoding == "utf-8" and (wide := _wide_encoding(content)):
-        raise NotTextError(f"{wide} without a byte order mark; `iconv -f {wide} -t UTF-8` converts it")
-    return text
-
-
-def _advice(content: bytes) -> str:
-    if encoding_of(content) in ("utf-16", "utf-32"):
-        return "it has that byte order mark, but it is damaged"
-    if wide := _wide_encoding(content):
-        return f"`iconv -f {wide} -t UTF-8` converts it"
-    if b"\0" in content:
-        return "it has NUL bytes, so it is binary or in an encoding that only its program knows"
-    return "if it is LATIN1, `iconv -f LATIN1 -t UTF-8` converts it"
+        is_binary = marked or b"\0" in content
+        advice = "it is damaged or binary" if is_binary else "if it is LATIN1, `iconv -f LATIN1 -t UTF-8` converts it"
+        raise NotTextError(f"not {encoding.removesuffix('-sig')} ({place}); {advice}") from None
 
 
 def _wide_encoding(content: bytes) -> str | None:
