@@ -41,9 +41,8 @@ def settings_of(dataset: Dataset, config: DataConfig) -> DataConfig:
         same = actual_source(config.source, None, recorded) == config.source
         return config if same else replace(config, source=config.fallback or recorded)
     try:
-        values = read_json(dataset.folder / SETTINGS)
-        prepared_with = from_dict({"data": values}, RunConfig()).data
-    except (OSError, UserError):  # missing; the manifest has everything except the path of the text
+        prepared_with = read_settings(dataset.folder)
+    except UserError:  # missing; the manifest has everything except the path of the text
         names = ("source", "text_column", "val_tokens", "target_tokens", "max_documents", "shard_tokens")
         values = {name: dataset.manifest[name] for name in names if name in dataset.manifest}
         prepared_with = from_dict({"data": values | dataset.manifest.get("cleaning", {})}, RunConfig()).data

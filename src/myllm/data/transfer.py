@@ -1,9 +1,10 @@
-"""Moving batches to the device: the loader's thread calls `send`, the training thread `receive`.
+"""Moving batches to the device: the loader's thread calls `send`, and the training thread passes what that returned to
+`receive`, in the same order.
 
 Shapes: B micro-batch, T sequence.
 """
 
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,17 +14,7 @@ Batch = tuple[Tensor, Tensor]
 """Inputs and targets, (B, T) int64 each."""
 
 
-class Transfer(Protocol):
-    """Both ends of the transfer. What `send` returns is passed to `receive`, in order."""
-
-    def send(self, rows: np.ndarray) -> Any:
-        """In the loader's thread: start the copy of rows, (B, T + 1) uint16 or uint32."""
-
-    def receive(self, sent: Any) -> Batch:
-        """In the training thread: the batch on the device, complete for all work that is queued later."""
-
-
-def make_transfer(device: torch.device) -> Transfer:
+def make_transfer(device: torch.device) -> "CudaTransfer | HostTransfer":
     return CudaTransfer(device) if device.type == "cuda" else HostTransfer(device)
 
 
@@ -61,6 +52,7 @@ class CudaTransfer:
         self._stream = cuda.Stream(device)
 
     def send(self, rows: np.ndarray) -> tuple[Tensor, Any]:
+        """Start the copy of rows, (B, T + 1) uint16 or uint32."""
         # The stream's context also sets this thread's device. Without it, pinning would open a context on GPU 0.
         with self._cuda.stream(self._stream):
             # The pinned allocator does not reuse the memory before the copy is done.
@@ -70,6 +62,7 @@ class CudaTransfer:
         return rows_on_device, copied
 
     def receive(self, sent: tuple[Tensor, Any]) -> Batch:
+        """The batch on the device, complete for all work that is queued later."""
         rows_on_device, copied = sent
         stream = self._cuda.current_stream(self._device)
         stream.wait_event(copied)

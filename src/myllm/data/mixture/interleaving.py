@@ -7,6 +7,7 @@ components, a component of weight w is within 1 + w (C - 2) sequences of its sha
 """
 
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -35,7 +36,7 @@ class Interleaving:
         counts = np.zeros(len(self.stages[0].weights), dtype=np.int64)
         for number, stage, start, end in self._spans():
             if n > start:
-                blocks, rest = divmod(min(n, end) - start if end else n - start, _block_size(stage))
+                blocks, rest = divmod(min(n, end) - start, _block_size(stage))
                 begun = _block(stage, number, blocks, self.seed)[:rest]
                 counts += blocks * _block_counts(stage) + np.bincount(begun, minlength=len(counts))
         return counts
@@ -44,17 +45,17 @@ class Interleaving:
         """The components of `count` sequences from the n-th on, (count,) int64."""
         parts = []
         for number, stage, start, end in self._spans():
-            while count and (not end or n < end):
+            while count and n < end:
                 block, index = divmod(n - start, _block_size(stage))
-                take = min(count, _block_size(stage) - index, end - n if end else count)
+                take = min(count, _block_size(stage) - index, end - n)
                 parts.append(_block(stage, number, block, self.seed)[index : index + take])
                 n, count = n + take, count - take
         return np.concatenate(parts)
 
     def _spans(self) -> Iterator[tuple[int, Stage, int, int]]:
-        """The stages with their numbers, first sequences and ends; the last one has no end, 0."""
+        """The stages with their numbers, first sequences and ends."""
         starts = [stage.step * self.step_sequences for stage in self.stages]
-        for number, (stage, start, end) in enumerate(zip(self.stages, starts, [*starts[1:], 0], strict=True)):
+        for number, (stage, start, end) in enumerate(zip(self.stages, starts, [*starts[1:], sys.maxsize], strict=True)):
             yield number, stage, start, end
 
 
@@ -97,11 +98,7 @@ def fit_weights(weights: np.ndarray, room: np.ndarray) -> np.ndarray | None:
     room = np.floor(np.minimum(room, 1) * units)
     if room.sum() < units:
         return None
-    low, high = 0.0, units / weights.min()
-    for _ in range(60):  # the scale at which they add up to 1
-        scale = (low + high) / 2
-        low, high = (scale, high) if np.minimum(scale * weights * units, room).sum() < units else (low, scale)
-    parts = np.floor(np.minimum(low * weights * units, room))
-    for index in np.argsort(parts - room):  # what rounding left over, to those with most room
-        parts[index] += min(units - parts.sum(), room[index] - parts[index])
+    parts = np.zeros(len(weights))
+    for _ in range(units):  # each to the component that is furthest behind its weight: D'Hondt's method
+        parts[np.argmax(np.where(parts < room, weights / (parts + 1), 0))] += 1
     return parts / units

@@ -2,10 +2,10 @@
 
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 from myllm import paths
 from myllm.errors import UserError
+from myllm.files import folder_bytes
 from myllm.formatting import format_bytes
 
 from .spec import DatasetSpec, estimate_tokens
@@ -31,7 +31,7 @@ def check_disk(spec: DatasetSpec, worker_count: int, worker_shards: int = 1) -> 
     in_progress = min(2 * worker_count * width * largest, shards)
     downloads = _download_bytes(spec, worker_count, worker_shards)
     need = int(shards + in_progress + downloads)
-    free, own = shutil.disk_usage(folder.parent).free, sum(map(_size_on_disk, folder.rglob("*")))
+    free, own = shutil.disk_usage(folder.parent).free, folder_bytes(folder)
     parts = f"{format_bytes(shards)} of shards, {format_bytes(in_progress)} of work in progress"
     if downloads:
         parts += f", {format_bytes(downloads)} of downloads"
@@ -50,14 +50,7 @@ def _download_bytes(spec: DatasetSpec, worker_count: int, worker_shards: int) ->
     if spec.config.keep_downloads:
         kept = paths.downloads_dir() / spec.source.name
         fraction = min(spec.estimated_tokens / max(estimate_tokens(spec.source.files), 1), 1) / worker_shards
-        return max(sum(sizes) * fraction - sum(map(_size_on_disk, kept.rglob("*"))), 0)
+        return max(sum(sizes) * fraction - folder_bytes(kept), 0)
     # Those of the items under way, a few ahead, and one that is just being deleted.
     whole_files = all(len(item) > 1 or item[0].num_parts == 1 for item in spec.work_items)
     return sum(sizes[: (int(2.25 * 2 * worker_count) if whole_files else 1) + Downloads.AHEAD_FILES])
-
-
-def _size_on_disk(path: Path) -> int:
-    try:
-        return path.stat().st_size if path.is_file() else 0
-    except FileNotFoundError:  # of another worker shard that is being prepared, or of a worker that is just exiting
-        return 0

@@ -78,12 +78,11 @@ def _walk(root: Path, ignored: dict[Path, str]) -> list[Path]:
 def _own_output(root: Path) -> list[Path]:
     """The folders below the root that this program writes: runs, data sets and others."""
     base = root.absolute().resolve()
-    functions = (
-        paths.datasets_dir, paths.listings_dir, paths.locks_dir, paths.downloads_dir, paths.tokenizers_dir,
-        paths.runs_dir,
+    own = (
+        paths.datasets_dir(), paths.listings_dir(), paths.locks_dir(), paths.downloads_dir(), paths.tokenizers_dir(),
+        paths.runs_dir(),
     )  # fmt: skip
-    folders = [function().resolve() for function in functions]
-    return [folder for folder in folders if folder != base and folder.is_relative_to(base)]
+    return [folder for folder in (path.resolve() for path in own) if base in folder.parents]
 
 
 def _is_below(path: Path, folders: list[Path]) -> bool:

@@ -10,7 +10,7 @@ import base64
 import hashlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from itertools import chain, islice, pairwise
 from pathlib import Path
 
@@ -32,7 +32,6 @@ SPLIT = END_OF_TEXT + 1
 """Id of the mark within a run of white space; removed from what is returned."""
 MAX_PIECE_CHARS = 1_000_000
 """Longer texts are encoded in pieces: one call takes some 60 bytes of memory per character."""
-MAX_ENCODINGS = 4
 _BETWEEN_WORDS = re.compile(r"(?<=[A-Za-z]) (?=[A-Za-z])")
 """No token reaches over such a place."""
 # White space of Unicode, and so of the pattern; Python's \s has four characters more.
@@ -62,28 +61,12 @@ class GPT2Tokenizer(Tokenizer):
                 f"the vocabulary {file} is damaged: its sha256 is {self.sha256[:12]}..., expected "
                 f"{VOCAB_SHA256[:12]}...; restore it with git checkout"
             )
-        self._encodings: dict[tuple[str, str], tiktoken.Encoding] = {}
 
     # The tables are built at first use: the process that plans a data set never encodes.
 
-    @property
-    def _ranks(self) -> dict[bytes, int]:
-        return _parse_ranks(self._content)
-
     @cached_property
     def _bytes_by_id(self) -> dict[int, bytes]:
-        return {rank: token for token, rank in self._ranks.items()} | {END_OF_TEXT: b"<|endoftext|>"}
-
-    def _encoding(self, end: str, split: str) -> tiktoken.Encoding:
-        """An encoding whose special tokens are these two characters."""
-        key = end, split
-        if key not in self._encodings:
-            if len(self._encodings) >= MAX_ENCODINGS:
-                self._encodings.clear()
-            self._encodings[key] = tiktoken.Encoding(
-                NAME, pat_str=PATTERN, mergeable_ranks=self._ranks, special_tokens={end: END_OF_TEXT, split: SPLIT}
-            )
-        return self._encodings[key]
+        return {rank: token for token, rank in _parse_ranks(self._content).items()} | {END_OF_TEXT: b"<|endoftext|>"}
 
     def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
         if any(len(text) > MAX_PIECE_CHARS for text in texts):
@@ -100,7 +83,8 @@ class GPT2Tokenizer(Tokenizer):
     def _encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """One call for all documents: tiktoken splits at special tokens first, so no document affects another."""
         end, split = _absent_characters("".join(texts))
-        tokens = self._encoding(end, split).encode_to_numpy(_join(texts, end, split), allowed_special={end, split})
+        encoding = _make_encoding(self._content, end, split)
+        tokens = encoding.encode_to_numpy(_join(texts, end, split), allowed_special={end, split})
         tokens = tokens[tokens != SPLIT].astype(np.uint16)
         starts = np.flatnonzero(tokens == END_OF_TEXT).tolist()
         return [tokens[start:stop] for start, stop in pairwise((*starts, len(tokens)))]
@@ -116,6 +100,13 @@ class GPT2Tokenizer(Tokenizer):
 def _parse_ranks(vocabulary: bytes) -> dict[bytes, int]:
     """Id by token. One process loads the tokenizer many times, for data, evaluations and samples."""
     return {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, vocabulary.splitlines())}
+
+
+@lru_cache(maxsize=4)
+def _make_encoding(vocabulary: bytes, end: str, split: str) -> tiktoken.Encoding:
+    """An encoding whose special tokens are these two characters."""
+    special = {end: END_OF_TEXT, split: SPLIT}
+    return tiktoken.Encoding(NAME, pat_str=PATTERN, mergeable_ranks=_parse_ranks(vocabulary), special_tokens=special)
 
 
 def _join(texts: Sequence[str], end: str, split: str) -> str:
