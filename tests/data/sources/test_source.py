@@ -200,7 +200,7 @@ def test_unknown_source_lists_known_sources(spec: str) -> None:
 
 
 def test_invalid_variant_raises_before_request() -> None:
-    refused("c4:en", "c4 has no variants, found 'en'; use c4 alone")
+    refused("c4:en", "c4 has no variant 'en'; use c4 alone")
     refused("dolma:v1_8", "no variant 'v1_8'", "did you mean", *CORPORA["dolma"].variants)
     for spec in ("hub:TinyStories", "hub:a/b/c", "hub:/b", "hub:a/:*.parquet"):
         refused(spec, "expected hub:NAMESPACE/NAME")

@@ -4,6 +4,7 @@
 ordinary preparation, which finds the work items tokenized, so the bytes are those of a single machine.
 """
 
+import re
 import shutil
 import sys
 from collections.abc import Sequence
@@ -38,10 +39,10 @@ def parse_worker_shard(text: str) -> tuple[int, int]:
     Raises:
         UserError: anything else.
     """
-    number, slash, count = text.partition("/")
-    if not (slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
         raise UserError(f"invalid worker shard {text!r}: expected NUMBER/COUNT, for example 3/16 (from 1/16 to 16/16)")
-    return int(number), int(count)
+    return int(found[1]), int(found[2])
 
 
 def items_of_shard(items: Sequence[WorkItem], number: int, count: int) -> list[int]:

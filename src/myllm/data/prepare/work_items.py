@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import BinaryIO
 from zipfile import BadZipFile
 
 import numpy as np
@@ -174,20 +173,25 @@ def tokenize_item(
     """
     # A name of its own each time: a worker that outlives a killed parent for a moment must not spoil another's file.
     temporary = out.with_name(f".{out.name}.{secrets.token_hex(8)}{TEMP_SUFFIX}")
+    tokenizer, skips = _tokenizer(config.tokenizer), SkipLog()
+    lengths: list[int] = []
+    hashes: list[bytes] = []
     try:
         with add_filename(out), temporary.open("wb", WRITE_BYTES) as file:
-            writer = _ItemWriter(file, config)
-            for batch in _batches(_cleaned_documents(item, file_paths, source, config, writer.skips)):
+            for batch in _batches(_cleaned_documents(item, file_paths, source, config, skips)):
                 if stop.exists():
                     raise InterruptedError(f"{stop} exists")
-                writer.add(batch)
+                for tokens in _encode(tokenizer, batch, skips):
+                    lengths.append(len(tokens))
+                    hashes.append(_hash_document(tokens.data))
+                    file.write(tokens.data)
         temporary.rename(out)
         with temporary.open("wb") as file:
-            logged = {"counts": dict(writer.skips.counts), "places": writer.skips.places}
+            logged = {"counts": dict(skips.counts), "places": skips.places}
             np.savez(
                 file,
-                lengths=np.array(writer.lengths, dtype=np.uint32),
-                hashes=np.frombuffer(b"".join(writer.hashes), dtype="<u8"),
+                lengths=np.array(lengths, dtype=np.uint32),
+                hashes=np.frombuffer(b"".join(hashes), dtype="<u8"),
                 faults=np.frombuffer(json.dumps(logged).encode(), dtype=np.uint8),
             )
         temporary.rename(out.with_suffix(".npz"))
@@ -195,38 +199,26 @@ def tokenize_item(
         temporary.unlink(missing_ok=True)
 
 
-class _ItemWriter:
-    """Tokenizes documents into a file, and keeps what the index needs of each."""
+def _encode(tokenizer: Tokenizer, batch: list[tuple[str, str]], skips: SkipLog) -> list[np.ndarray]:
+    """Tokenize documents together. If that fails, each alone, so that only one is lost, and it is named.
 
-    def __init__(self, file: BinaryIO, config: DataConfig) -> None:
-        self.lengths: list[int] = []
-        self.hashes: list[bytes] = []
-        self.skips = SkipLog()
-        self._file, self._tokenizer = file, _tokenizer(config.tokenizer)
+    Args:
+        batch: name of the file and text of each document.
 
-    def add(self, batch: list[tuple[str, str]]) -> None:
-        """Tokenize documents together. If that fails, each alone, so that only one is lost, and it is named.
-
-        Args:
-            batch: name of the file and text of each document.
-        """
-        try:
-            documents = self._tokenizer.encode_documents([text for _, text in batch])
-        # tiktoken's Rust side panics with a BaseException, which would kill the worker without a message.
-        except BaseException as error:
-            if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError | OSError | UserError):
-                raise
-            if len(batch) > 1:
-                for document in batch:
-                    self.add([document])
-                return
-            file_name, text = batch[0]
-            self.skips.add("untokenizable", f"{file_name}, a text of {len(text):,} characters", repr(error))
-            return
-        for tokens in documents:  # (n,): the end-of-text token, then the text's
-            self.lengths.append(len(tokens))
-            self.hashes.append(_hash_document(tokens.data))
-            self._file.write(tokens.data)
+    Returns:
+        the tokens of each: the end-of-text token, then its text's
+    """
+    try:
+        return tokenizer.encode_documents([text for _, text in batch])
+    # tiktoken's Rust side panics with a BaseException, which would kill the worker without a message.
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError | OSError | UserError):
+            raise
+        if len(batch) > 1:
+            return [tokens for document in batch for tokens in _encode(tokenizer, [document], skips)]
+        file_name, text = batch[0]
+        skips.add("untokenizable", f"{file_name}, a text of {len(text):,} characters", repr(error))
+        return []
 
 
 def _cleaned_documents(

@@ -111,14 +111,12 @@ def actual_source(source: str, dataset: str | None, recorded: str | None = None)
     if recorded and " " in recorded:  # of a mixture
         return recorded
     kind, _, rest = source.partition(":")
-    name = f"hub-{re.split('[@:]', rest)[0].replace('/', '-')}" if kind == "hub" else source.replace(":", "-")
+    name, is_corpus = source.replace(":", "-"), kind not in ("files", "hub", "datasets")
     if recorded:
-        if kind in ("files", "datasets"):
-            matches = recorded.startswith(f"{kind}-")
-        else:
-            matches = recorded.startswith(name[:40]) if kind == "hub" else recorded == name
+        repository = re.split("[@:]", rest)[0].replace("/", "-") if kind == "hub" else ""
+        matches = recorded == name if is_corpus else recorded.startswith(f"{kind}-{repository}"[:40])
         return source if matches else recorded
-    if dataset is None or kind in ("files", "hub", "datasets"):
+    if dataset is None or not is_corpus:
         return source
     folder = re.sub(r"-[0-9a-f]{12}$", "", dataset.rstrip("/").rpartition("/")[2])
     return source if folder == name else folder

@@ -170,12 +170,10 @@ def known_corpus(corpus: Corpus, variant: str) -> Source:
     Args:
         variant: which of the corpus's URL lists; empty: the first.
     """
-    if variant and not corpus.variants:
-        raise UserError(f"the source {corpus.name} has no variants, found {variant!r}; use {corpus.name} alone")
     if variant and variant not in corpus.variants:
+        advice = f"expected one of {', '.join(corpus.variants)}" if corpus.variants else f"use {corpus.name} alone"
         raise UserError(
-            f"{corpus.name} has no variant {variant!r}{did_you_mean(variant, list(corpus.variants))}; expected one of "
-            f"{', '.join(corpus.variants)}"
+            f"{corpus.name} has no variant {variant!r}{did_you_mean(variant, list(corpus.variants))}; {advice}"
         )
     try:
         if corpus.url_list:
