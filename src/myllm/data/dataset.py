@@ -162,9 +162,8 @@ class Dataset:
 
 def _read_manifest(folder: Path, allow_incomplete: bool) -> tuple[dict[str, Any], bool]:
     """The manifest, or while the data set is incomplete its progress.json, and whether it is complete."""
-    for name in (
-        (MANIFEST, PROGRESS, MANIFEST) if allow_incomplete else (MANIFEST,)
-    ):  # progress.json may just be replaced by the manifest
+    # Twice: progress.json may just be replaced by the manifest.
+    for name in (MANIFEST, PROGRESS, MANIFEST) if allow_incomplete else (MANIFEST,):
         try:
             manifest = read_json(folder / name)
         except FileNotFoundError:

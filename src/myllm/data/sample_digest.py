@@ -29,14 +29,7 @@ class SampleDigest:
     """0, unless the run was resumed from a checkpoint without a digest."""
 
     def add(self, sums: np.ndarray) -> "SampleDigest":
-        """The digest after more samples.
-
-        Args:
-            sums: of their hashes, over all ranks.
-
-        Shapes:
-            sums (LANES,) int64
-        """
+        """The digest after more samples, with the sums of their hashes over all ranks: (LANES,) int64."""
         total = (np.frombuffer(bytes.fromhex(self.digest), dtype="<u4").astype(np.int64) + sums) % (1 << 32)
         return SampleDigest(total.astype("<u4").tobytes().hex(), self.since_step)
 

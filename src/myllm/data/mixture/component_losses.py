@@ -30,11 +30,7 @@ class ComponentLosses:
         self._counts = np.zeros(len(self._labels), dtype=np.int64)
 
     def add(self, token_losses: Tensor) -> None:
-        """Take over the losses of a micro-step.
-
-        Shapes:
-            token_losses (B T,)
-        """
+        """Take over the losses of a micro-step, (B T,)."""
         self._losses.append(token_losses.unflatten(0, (-1, self._batch.seq_len)).mean(dim=1))  # (B,)
 
     def take_sums(self, position: DataPosition) -> Tensor:

@@ -45,15 +45,14 @@ class Mixture:
             (stage.step, [(name, weight) for name, weight in zip(names, stage.weights, strict=True) if weight])
             for stage in self.stages
         ]
-        if any(re.search(r"\s", name) or name[0] in "@[" for name in names):
-            values: list[Any] = []
-            for step, entries in stages:
-                values += [step] * (step > 0) + [[name, _decimal(weight)] for name, weight in entries]
-            return json.dumps(values)
-        words: list[str] = []
+        as_json = any(re.search(r"\s", name) or name[0] in "@[" for name in names)
+        words: list[Any] = []
         for step, entries in stages:
-            words += [f"@{step}"] * (step > 0) + [f"{name}:{_decimal(weight)}" for name, weight in entries]
-        return " ".join(words)
+            if step:
+                words.append(step if as_json else f"@{step}")
+            pairs = [(name, _decimal(weight)) for name, weight in entries]
+            words += pairs if as_json else [f"{name}:{weight}" for name, weight in pairs]
+        return json.dumps(words) if as_json else " ".join(words)
 
 
 def parse_mixture(text: str) -> Mixture | None:
@@ -74,13 +73,9 @@ def parse_mixture(text: str) -> Mixture | None:
         _check_weights(text, entries)
     if any(after <= before for (before, _), (after, _) in pairwise(stages)):
         raise UserError(f"the steps of the mixture {text!r} must grow, and be above 0")
-    weights = [dict(entries) for _, entries in stages]
     return Mixture(
         names,
-        tuple(
-            Stage(step, tuple(found.get(name, Fraction(0)) for name in names))
-            for (step, _), found in zip(stages, weights, strict=True)
-        ),
+        tuple(Stage(step, tuple(dict(entries).get(name, Fraction(0)) for name in names)) for step, entries in stages),
     )
 
 

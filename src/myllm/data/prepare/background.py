@@ -159,10 +159,7 @@ def _prepare(config: DataConfig, folder: Path, progress: bool, terminal: Connect
 
 
 def _wait_for_first_shards(folder: Path, process: BaseProcess | None) -> None:
-    """
-    Raises:
-        PreparationEnded: before there were any.
-    """
+    """Raises PreparationEnded if the preparation ended before there were any."""
     idle_since = time.monotonic()
     while not is_complete(folder):
         # Shards of an earlier, interrupted preparation do not count until a process continues it.
@@ -182,10 +179,7 @@ def _wait_for_first_shards(folder: Path, process: BaseProcess | None) -> None:
 
 
 def _wait_for_tokens(dataset: Dataset, min_train_tokens: float) -> Dataset:
-    """
-    Raises:
-        PreparationEnded: before there were that many.
-    """
+    """Raises PreparationEnded if the preparation ended before there were that many."""
     while not dataset.complete and dataset.train.tokens < min_train_tokens:
         dataset.raise_if_abandoned()
         time.sleep(POLL_S)

@@ -95,11 +95,7 @@ def estimate(spec: DatasetSpec, workers: int, target: tuple[str, float] | None =
 
 
 def _sample(spec: DatasetSpec) -> _Sample:
-    """Some cleaned documents.
-
-    Raises:
-        UserError: there are none.
-    """
+    """Some cleaned documents. Raises UserError if there are none."""
     skips = SkipLog()
     with tempfile.TemporaryDirectory() as folder:
         sample = _read_sample(spec, Path(folder), skips)

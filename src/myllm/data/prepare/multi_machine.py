@@ -34,11 +34,7 @@ MARGIN = 1.05
 
 
 def parse_worker_shard(text: str) -> tuple[int, int]:
-    """ "3/16" as (3, 16).
-
-    Raises:
-        UserError: anything else.
-    """
+    """ "3/16" as (3, 16). Raises UserError for anything else."""
     found = re.fullmatch(r"(\d+)/(\d+)", text)
     if not found or not 1 <= int(found[1]) <= int(found[2]):
         raise UserError(f"invalid worker shard {text!r}: expected NUMBER/COUNT, for example 3/16 (from 1/16 to 16/16)")
@@ -54,13 +50,7 @@ def items_of_shard(items: Sequence[WorkItem], number: int, count: int) -> list[i
 
 
 def prepare_worker_shard(config: DataConfig, shard: str, progress: bool = True) -> Path:
-    """Tokenize one worker shard, for `merge_worker_shards`.
-
-    Args:
-        shard: such as "3/16".
-
-    Returns:
-        its folder
+    """Tokenize one worker shard, such as "3/16", for `merge_worker_shards`. Returns its folder.
 
     Raises:
         UserError: as `prepare`, and an invalid worker shard.

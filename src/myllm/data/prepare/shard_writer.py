@@ -32,12 +32,9 @@ MAX_LOGGED_SKIPS = 10_000
 
 
 def write_shard(path: Path, spans: list[tuple[Path, int, int]], dtype: np.dtype[Any]) -> str:
-    """Copy spans of token files into one .npy file, which gets its name when it is complete.
+    """Copy spans of token files into one .npy file, which gets its name when it is complete. Returns its sha256.
 
     With plain writes, not a memory map: on a full disk a map ends the process with SIGBUS, a write raises.
-
-    Returns:
-        the file's sha256
     """
     digest = hashlib.sha256()
     tokens = sum(end - start for _, start, end in spans)
@@ -97,11 +94,7 @@ class ShardWriter:
         self.list_written()
 
     def finish(self) -> None:
-        """Write the rest, and the manifest, which makes the data set complete.
-
-        Raises:
-            NotEnoughText: nothing to train on.
-        """
+        """Write the rest, and the manifest, which makes the data set complete. Raises as `check_enough`."""
         for shard in self.plan.finish():
             self._write(shard)
         check_enough(self.plan, self._spec.source.description, self.skipped, self.skipped_places)
@@ -168,15 +161,7 @@ def finished_shards(spec: DatasetSpec) -> list[Shard]:
 def check_enough(
     plan: ShardPlanner, source: str, skipped: dict[str, int], places: Sequence[dict[str, str]] = ()
 ) -> None:
-    """
-    Args:
-        source: its name, for the message.
-        skipped: how many documents were skipped, by reason.
-        places: where they are.
-
-    Raises:
-        NotEnoughText: nothing to train on.
-    """
+    """Raises NotEnoughText if there is nothing to train on, with how many documents were skipped and why."""
     if plan.counts["train_tokens"]:
         return
     reasons = "".join(f"; {count:,} x {reason.replace('_', ' ')}" for reason, count in skipped.items())

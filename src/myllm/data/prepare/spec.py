@@ -139,11 +139,7 @@ def _source_tokenizer(source: Source, vocab_size: int) -> Tokenizer:
 
 
 def first_documents(source: Source, limit: int) -> Iterator[str]:
-    """The source's first documents, in a fixed random order of its files. Each download is deleted after use.
-
-    Args:
-        limit: 0: all documents.
-    """
+    """The source's first documents (0: all), in a fixed random order of its files. Downloads are deleted after use."""
 
     def all_documents() -> Iterator[str]:
         with tempfile.TemporaryDirectory(dir=paths.tokenizers_dir()) as folder:

@@ -66,11 +66,7 @@ def order_files(files: Iterable[SourceFile], shuffle: bool, seed: int) -> list[S
 
 
 def make_work_items(files: Iterable[SourceFile], shuffle: bool, seed: int, split: bool = True) -> list[WorkItem]:
-    """Files in order, small ones together, large ones in parts. Depends on names, sizes and seed alone.
-
-    Args:
-        split: whether files may be read in parts.
-    """
+    """Files in order, small ones together, large ones in parts if `split`. Depends on names, sizes and seed alone."""
     items: list[WorkItem] = []
     small: list[FilePart] = []
     small_bytes = 0
@@ -200,13 +196,9 @@ def tokenize_item(
 
 
 def _encode(tokenizer: Tokenizer, batch: list[tuple[str, str]], skips: SkipLog) -> list[np.ndarray]:
-    """Tokenize documents together. If that fails, each alone, so that only one is lost, and it is named.
+    """The tokens of each document, of which the batch has the file's name and the text.
 
-    Args:
-        batch: name of the file and text of each document.
-
-    Returns:
-        the tokens of each: the end-of-text token, then its text's
+    They are tokenized together. If that fails, each alone, so that only one is lost, and it is named.
     """
     try:
         return tokenizer.encode_documents([text for _, text in batch])

@@ -166,11 +166,7 @@ def _column_fault(schema: "pyarrow.Schema", column: str) -> str:
 def _batch_texts(
     batch: "pyarrow.RecordBatch", column: str, first_row: int, place: str, skips: SkipLog
 ) -> Iterator[str]:
-    """The text of each row.
-
-    Args:
-        batch: the columns that `column` needs.
-    """
+    """The text of each row of a batch, which has the columns that `column` needs."""
     try:
         rows = batch.to_pylist()
     except UnicodeDecodeError:

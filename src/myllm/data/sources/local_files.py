@@ -56,11 +56,7 @@ def glob_files(pattern: Path) -> tuple[list[Path], Path]:
 
 
 def _walk(root: Path, ignored: dict[Path, str]) -> list[Path]:
-    """Every file below a folder that is not hidden. Links to folders are not followed.
-
-    Args:
-        ignored: gets what is hidden and the links to folders, each with its kind.
-    """
+    """Every file below a folder, except what `ignored` gets, each with its kind: hidden ones and links to folders."""
 
     def fail(error: OSError) -> None:  # os.walk ignores a folder that it cannot list
         raise error

@@ -166,10 +166,7 @@ def folder_name(text: str) -> str:
 
 
 def known_corpus(corpus: Corpus, variant: str) -> Source:
-    """
-    Args:
-        variant: which of the corpus's URL lists; empty: the first.
-    """
+    """One of the corpus's URL lists, if it has any; the first for an empty variant."""
     if variant and variant not in corpus.variants:
         advice = f"expected one of {', '.join(corpus.variants)}" if corpus.variants else f"use {corpus.name} alone"
         raise UserError(
@@ -314,10 +311,6 @@ def python_stdlib() -> Source:
 
 
 def _describe(files: list[Path], root: Path, readers: Mapping[str, str] = READER_BY_SUFFIX) -> tuple[SourceFile, ...]:
-    """
-    Args:
-        readers: the reader of each suffix.
-    """
     return tuple(
         SourceFile(file.relative_to(root).as_posix(), str(file.absolute()), readers[suffix_of(file)], _size_bytes(file))
         for file in files
