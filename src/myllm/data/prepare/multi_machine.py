@@ -4,6 +4,7 @@
 ordinary preparation, which finds the work items tokenized, so the bytes are those of a single machine.
 """
 
+import math
 import re
 import shutil
 import sys
@@ -69,11 +70,8 @@ def prepare_worker_shard(config: DataConfig, shard: str, progress: bool = True) 
         space = check_disk(spec, worker_count, count)
         if progress:
             tqdm.write(f"preparing worker shard {shard} of {spec.folder.name}: {space}", file=sys.stderr)
-        max_tokens = max_documents = float("inf")
-        if config.target_tokens is not None:
-            max_tokens = MARGIN * (config.target_tokens + config.val_tokens) / count
-        if config.max_documents is not None:
-            max_documents = MARGIN * config.max_documents / count
+        max_tokens = MARGIN * ((config.target_tokens or math.inf) + config.val_tokens) / count
+        max_documents = MARGIN * (config.max_documents or math.inf) / count
         tokens = documents = 0
         with (
             start_workers(spec, work, worker_count) as workers,

@@ -33,10 +33,8 @@ class ProgressLines:
         self._done += n_bytes
         self.refresh()
 
-    def set_postfix_str(self, text: str, refresh: bool = True) -> None:
+    def set_postfix_str(self, text: str, refresh: bool = False) -> None:
         self._postfix = text
-        if refresh:
-            self.refresh()
 
     def refresh(self) -> None:
         """Print a line if the last one is old enough."""

@@ -118,7 +118,7 @@ def find_source(
             "repository of parquet or jsonl files), datasets:NAMESPACE/NAME[:CONFIG][:SPLIT] (whatever "
             "datasets.load_dataset opens), files:PATH (a local file, folder or glob)"
         )
-    if with_digests and not source.files[0].remote:
+    if with_digests and not any(file.remote for file in source.files):
         source = replace(source, files=_add_digests(source.files, listing_path(absolute_source(spec))))
     return replace(source, column=column) if column else source
 
@@ -140,7 +140,7 @@ def _hint(spec: str) -> str:
     """The probable source if the user omitted its kind."""
     try:
         exists = bool(spec) and (user_path(spec).exists() or bool(glob_files(user_path(spec))[0]))
-    except (OSError, RuntimeError, ValueError, UserError):
+    except (OSError, ValueError, UserError):
         exists = False
     if exists or spec.startswith(("/", "./", "../", "~")):
         return f", did you mean 'files:{spec}'?" + ("" if exists else " (there is nothing at that path)")
@@ -305,8 +305,10 @@ def python_stdlib() -> Source:
             "with --data.source files:PATH"
         )
     topics = root / "pydoc_data" / "topics.py"
-    described = _describe([*found, *([topics] if topics.is_file() else [])], root)
-    files = tuple(replace(file, reader="topics") if file.location == str(topics) else file for file in described)
+    files = _describe(found, root)
+    if topics.is_file():
+        [described] = _describe([topics], root)
+        files += (replace(described, reader="topics"),)
     return Source("python-stdlib", f"the standard library of Python at {root}", files)
 
 
