@@ -1,5 +1,6 @@
-"""Moving batches to the device: the loader's thread calls `send`, and the training thread passes what that returned to
-`receive`, in the same order.
+"""Moving batches to the device: the loader's thread calls `send`, the training thread `receive`.
+
+What `send` returns is passed to `receive`, in order.
 
 Shapes: B micro-batch, T sequence.
 """
