@@ -1,16 +1,15 @@
 """`myllm doctor` on this machine, and on a network with correct, missing and wrong ranks."""
 
 import os
-import random
 import re
 import socket
 import subprocess
 import sys
-from contextlib import suppress
 
 import pytest
 import torch.distributed as dist
 from conftest import ROOT
+from support.ports import unused_port
 
 from myllm.cli import doctor
 from myllm.cli.main import main
@@ -62,17 +61,8 @@ def test_two_ranks():
     assert done.stdout.count("the sums are correct on all 2 ranks") == 1
 
 
-def free_port() -> int:
-    """Below those that the system gives to whoever asks for any: no other test takes it before it is used."""
-    while True:
-        port = random.SystemRandom().randrange(20_000, 30_000)
-        with socket.socket() as free, suppress(OSError):
-            free.bind(("127.0.0.1", port))
-            return port
-
-
 def test_missing_rank_reported():
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "3", "LOCAL_RANK": "0"}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(unused_port()), "WORLD_SIZE": "3", "LOCAL_RANK": "0"}
     done = run("-m", "myllm", "doctor", "--distributed", "--timeout-s", "10", RANK="0", **place)
     assert done.returncode == 2, done.stderr
     assert "2 of 3 ranks did not connect within 10 s: 1, 2;" in done.stderr
