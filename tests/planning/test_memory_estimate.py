@@ -71,7 +71,8 @@ def test_saved_activation_bytes_match_autograd(kind: str, precision: str, recomp
     stream = 2 if kind.startswith("half") and precision == "bfloat16" else 4
     block = stream * n * model.d_model if recompute else block_saved_bytes(model, mode, n)
     loss = mode.width * n * model.d_model + 4 * model.padded_vocab_size * model.d_model
-    assert saved_bytes(Step(config)) == model.n_layers * block + outer_saved_bytes(model, mode, n) + loss
+    missing = saved_bytes(Step(config)) - (model.n_layers * block + outer_saved_bytes(model, mode, n) + loss)
+    assert missing == 0, f"memory_estimate.py misses {missing / model.n_layers / n:g} bytes of a block and token"
 
 
 @pytest.mark.parametrize(
