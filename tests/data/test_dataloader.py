@@ -154,6 +154,21 @@ def test_thread_error_propagates_to_consumer(dataset: Dataset, error: BaseExcept
     assert loader_threads() == []
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_all_ranks_refuse_damaged_shard_at_same_step(make_dataset: MakeDataset, rank: int) -> None:
+    """Also the rank whose own rows are intact: it would wait for the other one."""
+    path = make_dataset(np.arange(50 * T + 3), np.arange(40), shard_tokens=90).folder / "train_00004.npy"
+    path.write_bytes(path.read_bytes()[:-1] + b"\xff")
+    is_damaged = step_sequences(at(0, 0), 48, 50, 50).reshape(12, 4) >= 44  # the last row's target is in the shard
+    step = int(is_damaged.any(axis=1).argmax())
+    assert is_damaged[step].sum() == 1
+    with BatchLoader(StreamOrder(Dataset.open(path.parent).train, T), plan(2, 2, 4), at(0, 0), rank, CPU) as loader:
+        for _ in range(step):
+            loader.next_batch()
+        with pytest.raises(UserError, match=path.name):
+            loader.next_batch()
+
+
 def test_empty_stream_raises(make_dataset: MakeDataset) -> None:
     short = make_dataset(np.arange(T), np.arange(T))
     with BatchLoader(StreamOrder(short.train, T), plan(), at(0, 0), 0, CPU) as loader, pytest.raises(AssertionError):
