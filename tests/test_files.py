@@ -169,6 +169,16 @@ def test_held_lock_is_refused_until_released(tmp_path: Path) -> None:
         pass
 
 
+def test_lock_is_granted_while_another_process_tests_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`is_locked` shares the lock for a moment, which must not refuse the run that starts in this moment."""
+    (tmp_path / "lock").touch()
+    with (tmp_path / "lock").open("rb") as tester:
+        fcntl.flock(tester, fcntl.LOCK_SH)
+        monkeypatch.setattr(files.time, "sleep", lambda seconds: fcntl.flock(tester, fcntl.LOCK_UN))
+        with file_lock(tmp_path / "lock", wait=False):
+            assert is_locked(tmp_path / "lock")
+
+
 def test_killed_process_releases_lock(tmp_path: Path) -> None:
     code = "import sys, time; from pathlib import Path; from myllm.files import file_lock\n"
     code += "with file_lock(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"

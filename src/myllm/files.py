@@ -12,6 +12,7 @@ import re
 import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -294,12 +295,27 @@ def is_locked(path: Path) -> bool:
 
 def _try_lock(file: IO[Any], wait: bool, shared: bool = False) -> bool:
     """Lock an open file. Returns False if its file system has no locks."""
+    while True:
+        try:
+            _flock(file, wait, shared)
+            return True
+        except OSError as error:
+            if error.errno in NO_LOCKS:
+                return False
+            if shared or not _is_only_tested(file):
+                raise
+        time.sleep(0.001)
+
+
+def _is_only_tested(file: IO[Any]) -> bool:
+    """True if nobody holds the lock of an open file but processes that are in `is_locked` just now."""
+    import fcntl
+
     try:
-        _flock(file, wait, shared)
-    except OSError as error:
-        if error.errno in NO_LOCKS:
-            return False
-        raise
+        _flock(file, wait=False, shared=True)
+    except OSError:
+        return False
+    fcntl.flock(file, fcntl.LOCK_UN)
     return True
 
 

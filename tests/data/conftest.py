@@ -1,6 +1,7 @@
 """What the data tests share: a vocabulary read by other means, data sets made by hand, and work done in process."""
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -207,7 +208,7 @@ class Preparations:
     def workers(self) -> list[psutil.Process]:
         return with_words(self.processes(), "--multiprocessing-fork")
 
-    def wait_for(self, condition: Callable[[], Any], timeout_s: float = 120) -> None:
+    def wait_for(self, condition: Callable[[], Any], timeout_s: float = 240) -> None:
         deadline = time.monotonic() + timeout_s
         while not condition():
             assert time.monotonic() < deadline, "waited in vain"
@@ -220,8 +221,16 @@ class Preparations:
         return folder
 
     def seen(self, pattern: str) -> list[Path]:
-        """Files in the folder of a data set, by a pattern."""
-        return list(self.datasets.glob(f"[!.]*/{pattern}"))
+        """Files in the folder of a data set, by a pattern. Unlike Path.glob, this lets folders vanish meanwhile."""
+        return [Path(path) for path in glob.glob(f"{glob.escape(str(self.datasets))}/[!.]*/{pattern}")]
+
+    def writes_tokens(self) -> bool:
+        """A worker has written some tokens of an item that it has not finished."""
+        for path in self.seen("work/.*.tmp"):
+            with contextlib.suppress(FileNotFoundError):  # it is finished by now
+                if path.stat().st_size:
+                    return True
+        return False
 
     def kill(self, process: subprocess.Popen[str], whom: str = "parent") -> None:
         """SIGKILL: the parent, the whole group, or one worker, which ends the parent too."""
@@ -232,7 +241,7 @@ class Preparations:
             os.killpg(process.pid, signal.SIGKILL)
         else:
             process.kill()
-        process.wait(timeout=60)  # and not for its orphans, which end a moment later: the next one has to bear them
+        process.wait(timeout=240)  # and not for its orphans, which end a moment later: the next one has to bear them
 
     def end(self) -> None:
         for process in self.processes():

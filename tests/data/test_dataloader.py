@@ -7,6 +7,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,8 +16,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from myllm.data import dataloader, sampler
 from myllm.data import dataset as dataset_module
-from myllm.data import sampler
 from myllm.data.dataloader import Batch, BatchLoader, read_batch
 from myllm.data.dataset import Dataset
 from myllm.data.order import StreamOrder
@@ -175,15 +176,26 @@ def test_empty_stream_raises(make_dataset: MakeDataset) -> None:
         loader.next_batch()
 
 
-def test_wait_time_counted(dataset: Dataset) -> None:
+def test_wait_time_counted(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that the thread moves by 7 s once the batch is waited for."""
+    now, is_waited_for = [0.0], threading.Event()
+
+    def clock() -> float:
+        reading = now[0]
+        is_waited_for.set()
+        return reading
+
     class Slow(Failing):
         def read(self, start: int, count: int) -> np.ndarray:
-            time.sleep(0.05)
+            if not now[0]:
+                is_waited_for.wait()
+                now[0] = 7.0
             return self._stream.read(start, count)
 
+    monkeypatch.setattr(dataloader, "time", SimpleNamespace(perf_counter=clock))
     with BatchLoader(StreamOrder(Slow(dataset.train, OSError()), T), plan(), at(0, 0), 0, CPU) as loader:
         loader.next_batch()
-        assert 0.05 <= loader.wait_s < 5
+        assert loader.wait_s == 7
 
 
 # -- data that are still being made -----------------------------------------------------------------------------------

@@ -1,10 +1,13 @@
 """Training that starts before its data are complete: the same losses, and a clear error if the data do not come."""
 
+import contextlib
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -83,7 +86,7 @@ class Runs:
             (self.folder / "gate.new").replace(self._gate)
 
     def wait(self, process: subprocess.Popen[str], condition: Callable[[], object]) -> None:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 240
         while not condition():
             assert process.poll() is None, process.communicate(timeout=240)[0]
             assert time.monotonic() < deadline, "waited in vain"
@@ -108,12 +111,13 @@ class Runs:
         for process in self._started:
             if process.poll() is None:  # torchrun puts each rank into a session of its own
                 for member in [*psutil.Process(process.pid).children(recursive=True), process]:
-                    member.kill()
+                    with contextlib.suppress(psutil.NoSuchProcess):  # it ended with its parent
+                        member.kill()
             process.communicate(timeout=240)
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=240)
     assert "Traceback" not in output or process.returncode not in (0, 2), output
     return process.returncode, output
 
@@ -198,7 +202,7 @@ def test_two_ranks_resume_after_killed_preparation(runs: Runs) -> None:
     process = runs.start(2)
     runs.wait(process, runs.waits)
     runs.preparation().kill()
-    output, _ = process.communicate(timeout=120)  # torchrun's own traceback is among it
+    output, _ = process.communicate(timeout=240)  # torchrun's own traceback is among it
     assert process.returncode != 0
     assert output.count("error: the preparation of") == 1, output
     assert runs.saved() == max(losses(runs.run)) > 0
@@ -215,11 +219,19 @@ def test_killed_training_stops_preparation(runs: Runs) -> None:
     preparation = runs.preparation()
     family = [preparation, *preparation.children(recursive=True)]
     process.kill()
-    process.wait(timeout=60)
+    process.wait(timeout=240)
     assert len(family) >= 2, "the preparation and its worker"
-    # Where nobody reaps orphans, as in some containers, they stay as zombies.
-    _, alive = psutil.wait_procs(family, timeout=20)
-    assert [member for member in alive if member.status() != psutil.STATUS_ZOMBIE] == []
+    deadline = time.monotonic() + 240
+    while not all(map(has_ended, family)):
+        assert time.monotonic() < deadline, family
+        time.sleep(0.02)
+
+
+def has_ended(process: psutil.Process) -> bool:
+    try:  # where nobody reaps orphans, as in some containers, they stay as zombies
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 @pytest.mark.slow
@@ -250,6 +262,14 @@ def test_preparation_error_reported_once(tiny: RunConfig, tmp_path: Path, capfd:
     with pytest.raises(PrintedError, match="column 'score' is int64"), prepare_in_background(data, starts=True):
         pytest.fail("it began")
     assert capfd.readouterr().err.count("column 'score' is int64") == 1
+
+
+def test_preparation_error_awaited() -> None:
+    """Training sees the locks released first, and the error comes when the preparation's process gets to it."""
+    training, preparation = multiprocessing.Pipe()
+    threading.Timer(1.2, preparation.send, ["no text"]).start()
+    with pytest.raises(PrintedError, match="no text"):
+        background._raise_printed_error(training)
 
 
 # -- looking at one another, in process -------------------------------------------------------------------------------

@@ -148,7 +148,7 @@ def test_import_does_not_load_torch() -> None:
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     words = [sys.executable, "-c", f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{code}"]
-    return subprocess.run(words, capture_output=True, text=True, timeout=60, check=False, env=os.environ | environment)
+    return subprocess.run(words, capture_output=True, text=True, timeout=240, check=False, env=os.environ | environment)
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,11 @@
 """`myllm data prepare datasets:...`, killed at three moments: the same bytes, and nothing that was done is done again.
 
-What is done is counted by Python itself: an audit hook in every process, workers included, logs each rename. Finished
-downloads, conversions and items get their names by one.
+What is done is counted in every process, workers included, by a log of each rename. Finished downloads, conversions and
+items get their names by one.
 """
 
 import csv
+import fcntl
 import io
 import os
 import random
@@ -19,14 +20,30 @@ from support.hub_server import HubServer
 pytestmark = pytest.mark.slow
 COUNT = 8
 HOOK = """
-import os, sys
-def log(event, words):
-    if event == "os.rename" and "MYLLM_DATA" in os.environ:
-        place = os.fspath(words[1]).partition(os.environ["MYLLM_DATA"])[2]
-        with open(os.environ["RENAMES"], "a") as file:
-            file.write(place + "\\n")
-sys.addaudithook(log)
+import fcntl, os, time
+def logged(rename):
+    def call(source, target, **folders):
+        place = os.fspath(target).partition(os.environ.get("MYLLM_DATA", "/no folder"))[2]
+        with open(os.environ["RENAMES"], "a+") as log:
+            fcntl.flock(log, fcntl.LOCK_EX)
+            while place.endswith(".npz") and is_at_limit(log):
+                fcntl.flock(log, fcntl.LOCK_UN)
+                time.sleep(0.02)
+                fcntl.flock(log, fcntl.LOCK_EX)
+            rename(source, target, **folders)
+            print(place, file=log, flush=True)
+    return call
+def is_at_limit(log):
+    log.seek(0)
+    try:
+        with open(os.environ["RENAMES"] + ".limit") as limit:
+            return log.read().count(".npz") >= int(limit.read())
+    except FileNotFoundError:
+        return False
+os.rename, os.replace = logged(os.rename), logged(os.replace)
 """
+"""Whoever holds the lock of the log knows that no rename is under way, and that it has those done. `RENAMES.limit`: how
+many items may be finished."""
 
 
 @pytest.fixture
@@ -75,11 +92,20 @@ def command(source: str, workers: int) -> list[str]:
     return ["-m", "myllm", "data", "prepare", f"datasets:{source}", "--workers", str(workers), *settings]
 
 
-def kill_when(moment: Callable[[], object], source: str, workers: int, started: Any) -> None:
+def kill_when(moment: Callable[[], object], source: str, workers: int, started: Any, renames: Path) -> None:
     process = started.python(*command(source, workers))
-    started.wait_for(lambda: moment() or process.poll() is not None)
-    assert process.poll() is None, process.communicate()
-    started.kill(process, "group")
+    with renames.open("a") as log:
+
+        def is_time() -> bool:
+            fcntl.flock(log, fcntl.LOCK_EX)
+            if not moment():
+                fcntl.flock(log, fcntl.LOCK_UN)
+                return process.poll() is not None
+            return True
+
+        started.wait_for(is_time)
+        assert process.poll() is None, process.communicate()
+        started.kill(process, "group")
 
 
 def finish(source: str, prepared: Any, hashes: Callable[[Path], dict[str, str]]) -> dict[str, str]:
@@ -121,7 +147,7 @@ def test_killed_preparation_of_repository(
     ):
         hub.release()
         hub.hold(f"/cdn/.*/{held}.csv", 1_000_000)
-        kill_when(moment, on_hub, workers, started)
+        kill_when(moment, on_hub, workers, started, renames)
     hub.release()
     found, named = finish(on_hub, started, hashes), Counter(renames.read_text().splitlines())
     for suffix in (".csv", ".arrow", ".npz"):
@@ -133,9 +159,14 @@ def test_killed_preparation_of_saved_folder(
     renames: Path, saved: str, started: Any, hashes: Callable, undisturbed: Any
 ) -> None:
     """Killed after the first item, with some more finished, and with some shards written."""
-    kill_when(lambda: items(started) >= 1, saved, 2, started)
-    kill_when(lambda: items(started) >= 3, saved, 1, started)
-    kill_when(lambda: items(started) >= 5 and started.seen("train_*.npy"), saved, 3, started)
+    limit = renames.with_name("renames.limit")
+    for workers, count in ((2, 1), (1, 3), (3, 5)):
+        limit.write_text(str(count))
+        kill_when(
+            lambda count=count: items(started) == count and (count < 5 or started.seen("train_*.npy")),
+            saved, workers, started, renames,
+        )  # fmt: skip
+    limit.unlink()
     found, named = finish(saved, started, hashes), Counter(renames.read_text().splitlines())
     assert times(named, ".npz") == [1] * COUNT
     assert finish(saved, undisturbed, hashes) == found

@@ -98,7 +98,7 @@ def test_concurrent_worker_shards_survive_kill(
         preparations.wait_for(lambda: preparations.seen("work/shard-1-of-3/*.bin"))
         started[0].kill()
         for process in started[1:]:
-            _, errors = process.communicate(timeout=60)
+            _, errors = process.communicate(timeout=240)
             assert process.returncode == 0, errors
     prepare_worker_shard(base_config, "1/3", progress=False)
     assert hashes(merge_worker_shards(make_spec(base_config).folder, progress=False).folder) == expected

@@ -63,7 +63,7 @@ def prepare_big(corpus: Path, workers: int) -> Dataset:
         return prepare(DataConfig(source=f"files:{corpus}", workers=workers, **settings), progress=False)
 
 
-def finish(process: subprocess.Popen[str], timeout_s: float = 60) -> tuple[int, str]:
+def finish(process: subprocess.Popen[str], timeout_s: float = 240) -> tuple[int, str]:
     _, errors = process.communicate(timeout=timeout_s)
     return process.returncode, errors
 
@@ -96,19 +96,21 @@ def moment(preparations: "Preparations", chance: random.Random) -> Callable[[], 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("_round", range(4))
 def test_killed_preparation_resumes_with_identical_bytes(
-    big_corpus: Path, preparations: "Preparations", undisturbed: dict[str, str], hashes: Hashes
+    _round: int, big_corpus: Path, preparations: "Preparations", undisturbed: dict[str, str], hashes: Hashes
 ) -> None:
-    """At least 20 kills: of the parent, of all, of one worker, and often at once again, with another number of workers
-    each time. Finished items and shards are not written again, and the result is that of an undisturbed preparation.
+    """At least 20 kills in four rounds: of the parent, of all, of one worker, and often at once again, with another
+    number of workers each time. Finished items and shards are not written again, and the result is that of an
+    undisturbed preparation.
     """
     seed = random.randrange(10**6)
     chance, kills, finished = random.Random(seed), 0, 0
-    while kills < 20 or not finished:
+    while kills < 5 or not finished:
         whom = chance.choice(["parent", "parent", "group", "worker"])
         before = sealed(preparations)
         process = preparations.start(source=f"files:{big_corpus}", workers=chance.randint(1, 4), **SETTINGS)
-        is_time = moment(preparations, chance) if kills < 24 else lambda: False
+        is_time = moment(preparations, chance) if kills < 6 else lambda: False
         preparations.wait_for(lambda process=process, is_time=is_time: process.poll() is not None or is_time())
         if process.poll() is None:
             preparations.kill(process, whom)
@@ -137,11 +139,11 @@ def sealed(preparations: "Preparations") -> dict[Path, tuple[int, int]]:
 
 def test_killed_parent_leaves_no_workers(long_file: Path, preparations: "Preparations") -> None:
     process = preparations.start(source=f"files:{long_file}", workers=2)
-    preparations.wait_for(lambda: list(preparations.datasets.glob("*/work/.*.tmp")))
+    preparations.wait_for(lambda: preparations.seen("work/.*.tmp"))
     assert preparations.workers()
     process.kill()
-    process.wait(timeout=60)
-    preparations.wait_for(lambda: not preparations.processes(), timeout_s=30)
+    process.wait(timeout=240)
+    preparations.wait_for(lambda: not preparations.processes())
 
 
 STOP_A_WORKER = """
@@ -170,7 +172,7 @@ def test_hanging_worker_does_not_block_preparation(
 @pytest.mark.parametrize("whole_group", [True, False], ids=["Ctrl-C", "kill -INT"])
 def test_interrupt_stops_preparation_promptly(whole_group: bool, long_file: Path, preparations: "Preparations") -> None:
     process = preparations.start(source=f"files:{long_file}", workers=2)
-    preparations.wait_for(lambda: [p for p in preparations.datasets.glob("*/work/.*.tmp") if p.stat().st_size])
+    preparations.wait_for(preparations.writes_tokens)
     if whole_group:
         os.killpg(process.pid, signal.SIGINT)
     else:
@@ -228,13 +230,13 @@ def test_preparation_resumes_after_full_disk(
 
 def test_killed_worker_reports_user_error(long_file: Path, preparations: "Preparations") -> None:
     process = preparations.start(source=f"files:{long_file}", workers=1)
-    preparations.wait_for(lambda: [p for p in preparations.datasets.glob("*/work/.*.tmp") if p.stat().st_size])
+    preparations.wait_for(preparations.writes_tokens)
     for worker in preparations.workers():
         worker.kill()
     code, errors = finish(process)
     assert code == 1
     assert "user error: a worker process died" in errors
-    assert preparations.processes() == []
+    preparations.wait_for(lambda: not preparations.processes())  # multiprocessing's resource tracker ends a bit later
 
 
 def test_missing_source_file_raises_until_restored(

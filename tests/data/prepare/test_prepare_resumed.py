@@ -67,6 +67,22 @@ def test_existing_work_counts_towards_disk_space(mixed_corpus: Path, monkeypatch
     assert "needs about" in check(recipe, monkeypatch, needed // 2)
 
 
+def test_disk_space_of_folder_in_use(mixed_corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another worker shard, whose lock is another one, deletes the folder of a finished download meanwhile."""
+    recipe, real = make_spec(config(mixed_corpus)), os.scandir
+    download = recipe.folder / "work/shard-1-of-2/downloads/a.part"
+    download.mkdir(parents=True)
+
+    def scandir(folder: str | Path) -> object:
+        if Path(folder) == download:
+            download.rmdir()
+        return real(folder)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert "needs about" in check(recipe, monkeypatch, 10**12)
+    assert not download.exists()
+
+
 def check(recipe: DatasetSpec, monkeypatch: pytest.MonkeyPatch, free_bytes: int) -> str:
     recipe.folder.parent.mkdir(parents=True, exist_ok=True)
     leave(monkeypatch, free_bytes)

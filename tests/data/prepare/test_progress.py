@@ -49,8 +49,10 @@ def test_terminal_shows_bar(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_preparation_log_has_plain_lines(preparations, mixed_corpus: Path) -> None:
-    process = preparations.start(source=f"files:{mixed_corpus}", val_tokens=500, workers=1)
-    _, output = process.communicate(timeout=120)
+    # However long it takes, no line of progress is due.
+    setup = "from myllm.data.prepare import progress\nprogress.LOG_EVERY_S = float('inf')\n"
+    process = preparations.start(setup, source=f"files:{mixed_corpus}", val_tokens=500, workers=1)
+    _, output = process.communicate(timeout=240)
     assert process.returncode == 0
     assert "\r" not in output
     assert [line[:10] for line in output.splitlines()] == ["preparing "]

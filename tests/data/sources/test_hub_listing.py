@@ -235,12 +235,12 @@ def test_full_outage_raises_unreachable(hub: HubServer, monkeypatch: pytest.Monk
         with pytest.raises(UnreachableError, match=message):
             resolve(DataConfig(source=source))
         assert sum(waited) < 10
-    with socket.socket() as unused:
+    waited.clear()
+    with socket.socket() as unused:  # nobody listens, and no other program gets the port meanwhile
         unused.bind(("127.0.0.1", 0))
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{unused.getsockname()[1]}")
-    waited.clear()
-    with pytest.raises(UnreachableError, match=r"does not answer .*Connection refused.*HF_ENDPOINT"):
-        resolve(DataConfig(source="dolma", fallback="c4"))
+        with pytest.raises(UnreachableError, match=r"does not answer .*Connection refused.*HF_ENDPOINT"):
+            resolve(DataConfig(source="dolma", fallback="c4"))
     assert sum(waited) < 20, "Dolma's and C4's"
 
 

@@ -212,17 +212,17 @@ def test_lone_surrogate_preserves_surrounding_text(loaded: dict[str, Tokenizer])
 
 @pytest.mark.parametrize("text", ["", "\x00", "\x00" * 300_000, " " * 1_000_000 + "a", "a" * 2_000_000, "\n" * 300_001])
 def test_adversarial_texts_round_trip_within_time_limit(bytewise: Tokenizer, text: str) -> None:
-    started = time.perf_counter()
+    started = time.process_time()
     assert bytewise.decode(bytewise.encode(text)) == text
-    assert time.perf_counter() - started < 20
+    assert time.process_time() - started < 20
 
 
 @by_kind
 def test_very_long_word_encodes_within_time_limit(loaded: dict[str, Tokenizer], kind: str) -> None:
-    started = time.perf_counter()
+    started = time.process_time()
     for text in ("a" * 1_000_000, " " * 1_000_000 + "a"):
         loaded[kind].encode(text)
-    assert time.perf_counter() - started < 30
+    assert time.process_time() - started < 30
 
 
 def test_word_split_preserves_ids(files: dict[str, Path], bytewise: Tokenizer) -> None:

@@ -138,9 +138,9 @@ def test_runs_of_spaces(tokenizer: Tokenizer, reference: tiktoken.Encoding, text
 
 def test_many_long_runs_take_linear_time(tokenizer: Tokenizer) -> None:
     text = ("x" + " " * 99_999) * 5
-    started = time.perf_counter()
+    started = time.process_time()
     assert tokenizer.decode(tokenizer.encode(text)) == text
-    assert time.perf_counter() - started < 10
+    assert time.process_time() - started < 10
 
 
 def test_every_character_next_to_whitespace(tokenizer: Tokenizer, reference: tiktoken.Encoding) -> None:

@@ -62,7 +62,7 @@ def test_greedy_text_matches_transformers(save: Save, tmp_path: Path, capsys: py
         assert f"exported {architectures.CLASSES[kind]}" in output
     alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", STRANGER, "the river", *KINDS], env=alone, capture_output=True, text=True, timeout=120,
+        [sys.executable, "-c", STRANGER, "the river", *KINDS], env=alone, capture_output=True, text=True, timeout=240,
         check=False, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -137,9 +137,13 @@ def _take_terminal(preparation: Connection) -> None:
 
 
 def _raise_printed_error(preparation: Connection) -> None:
-    """Raise the UserError that ended the preparation. Does nothing if it crashed or was killed."""
+    """Raise the UserError that ended the preparation. Does nothing if it crashed or was killed.
+
+    The preparation prints the error, sends it and ends after it has released its locks: a moment later, or on a busy
+    machine seconds.
+    """
     with suppress(OSError, EOFError):
-        if preparation.poll(HIDE_S) and (message := preparation.recv()):
+        if preparation.poll(PATIENCE_S) and (message := preparation.recv()):
             raise PrintedError(message) from None
 
 
