@@ -17,9 +17,8 @@ if TYPE_CHECKING:
 
     from myllm.cli.launch import PretrainArgs
     from myllm.config import RunConfig
-    from myllm.hub.background_publish import Publisher
     from myllm.paths import RunPaths
-    from myllm.runs.mirror.upload import Mirror
+    from myllm.runs.step_process import StepProcess
     from myllm.training.loop import Outcome
 
 
@@ -89,7 +88,11 @@ def pretrain(args: "PretrainArgs") -> None:
 
 
 def train(
-    args: "PretrainArgs", started: float, take_over: "Callable[[], None]", publisher: "Publisher", mirror: "Mirror"
+    args: "PretrainArgs",
+    started: float,
+    take_over: "Callable[[], None]",
+    publisher: "StepProcess",
+    mirror: "StepProcess",
 ) -> "tuple[RunConfig, Outcome]":
     """Train on a data set that may still be in preparation: on every machine, local rank 0 starts that in a process of
     its own.
@@ -107,6 +110,7 @@ def train(
     from myllm.distributed.out_of_memory import explain_out_of_memory
     from myllm.errors import TrainingDiverged
     from myllm.planning.length import resolve_max_steps, tokens_to_resolve_max_steps
+    from myllm.runs.mirror.upload import stop_timeout_s
     from myllm.training import loop
     from myllm.training.preflight.batch_size import resolve_micro_batch_size
     from myllm.training.setup import resolve_config
@@ -137,13 +141,13 @@ def train(
             collectives.barrier()  # a launcher ends the other ranks as soon as one has exited
             sys.exit(TrainingDiverged.EXIT_CODE)
         if outcome.stopped_by is not None and config.checkpoint.mirror is not None:
-            mirror.finish_before_stop(outcome.step, started, config.train.max_wall_s)
+            mirror.finish(outcome.step, stop_timeout_s(started, config.train.max_wall_s))
             collectives.barrier()  # as above
         return config, outcome
 
 
 def finish(
-    args: "PretrainArgs", config: "RunConfig", outcome: "Outcome", publisher: "Publisher", mirror: "Mirror"
+    args: "PretrainArgs", config: "RunConfig", outcome: "Outcome", publisher: "StepProcess", mirror: "StepProcess"
 ) -> None:
     """On rank 0, after training: the report, what to do next, the last uploads."""
     from myllm.distributed import launcher as ranks

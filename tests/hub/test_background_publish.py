@@ -37,11 +37,6 @@ from myllm.planning.config_checks import hub_errors
 from myllm.training.loop import train
 
 
-@pytest.fixture(autouse=True)
-def _deadline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(background_publish, "FINISH_TIMEOUT_S", 300)
-
-
 def wait_for(condition: Callable[[], object], seconds: float = 240) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -92,17 +87,15 @@ def test_hub_outage_does_not_affect_training(
     hub: HubServer,
     tiny: RunConfig,
     no_figures: None,
-    monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """The Hub drops all connections; the end of training waits up to FINISH_TIMEOUT_S, and a later command resumes."""
+    """The Hub drops all connections; the end of training waits up to a limit, and a later command resumes."""
     trained(replace(tiny, name="undisturbed"))
     hub.down(None)
-    monkeypatch.setattr(background_publish, "FINISH_TIMEOUT_S", 3)
     config = hub_config(tiny, every_checkpoint=True)
     with background_publisher(config, True, export_stand_in) as publisher:
         root = trained(config, publisher.submit)
-        publisher.finish(12)
+        publisher.finish(12, limit_s=3)
     assert publishers() == []
     assert losses(root) == losses(RunPaths.of("undisturbed").root)
     output = capfd.readouterr().out

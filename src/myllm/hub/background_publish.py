@@ -1,74 +1,39 @@
 """Publishes during training, in a separate process: it may fail, wait or be killed, and training never notices.
 
 The loop submits each checkpoint that is saved and evaluated; the process publishes them in order. At the end `finish`
-publishes the newest checkpoint and waits for it, up to FINISH_TIMEOUT_S. An interruption loses nothing: the next start,
+publishes the newest checkpoint and waits for it, up to half an hour. An interruption loses nothing: the next start,
 or `myllm publish`, asks the Hub what it has and resumes from there.
 """
 
-import os
-import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from myllm.config import HubConfig, RunConfig
-from myllm.data.prepare.workers import init_worker
 from myllm.errors import UserError
 from myllm.paths import RunPaths
-from myllm.runs.step_process import StepProcess, Steps
+from myllm.runs.step_process import StepProcess, Steps, take_steps
 
 from .client import check_token, create_repo, explain_error, redact_token
 from .publish import ExportFolder, LogLine, export_checkpoint, publish, select_checkpoints
 
 ACCESS_CHECK_TIMEOUT_S = 20
 """How long the start of training waits for the Hub."""
-FINISH_TIMEOUT_S = 1_800
-"""How long the end of training waits for the last upload."""
 
 
-class Publisher:
-    """Takes the steps to publish. Does nothing without a repository or where `active` is false."""
-
-    def __init__(self, config: RunConfig, active: bool, export: ExportFolder) -> None:
-        run, self._hub = RunPaths.of(config.name), config.hub
-        self._active = active and config.hub.repo is not None
-        advice = (
-            f"Nothing is lost: the checkpoints are in {run.checkpoints}. To resume publishing: "
-            f"myllm publish {run.root.name} --repo {config.hub.repo}"
-        )
-        self._process = StepProcess("publish", advice, _run_publisher, (run, config.hub, export))
-
-    def submit(self, step: int) -> None:
-        """Publish a checkpoint that is saved and evaluated. Returns at once and never raises."""
-        if self._active and self._hub.every_checkpoint:
-            self._process.send(step)
-
-    def finish(self, step: int) -> None:
-        """Publish the newest checkpoint and wait for it, up to FINISH_TIMEOUT_S."""
-        if self._active:
-            print(f"\n=== Publishing: {self._hub.repo}", flush=True)
-            self._process.finish(step, FINISH_TIMEOUT_S)
-
-    def stop(self) -> None:
-        """End the process, whatever it is doing."""
-        self._process.stop()
-
-
-@contextmanager
-def background_publisher(
-    config: RunConfig, active: bool, export: ExportFolder = export_checkpoint
-) -> Iterator[Publisher]:
-    """A publisher that stops when the block ends.
+def background_publisher(config: RunConfig, active: bool, export: ExportFolder = export_checkpoint) -> StepProcess:
+    """The process that publishes the checkpoints it is sent, if the run has a repository.
 
     Args:
         active: true on the one rank that publishes.
     """
-    publisher = Publisher(config, active, export)
-    try:
-        yield publisher
-    finally:
-        publisher.stop()
+    run, hub = RunPaths.of(config.name), config.hub
+    advice = (
+        f"Nothing is lost: the checkpoints are in {run.checkpoints}. To resume publishing: "
+        f"myllm publish {run.root.name} --repo {hub.repo}"
+    )
+    work, repo = partial(_work, run, hub, export), hub.repo if active else None
+    return StepProcess("publish", repo, work, advice, last_only=not hub.every_checkpoint)
 
 
 def check_hub_access(hub: HubConfig, log: LogLine = print) -> None:
@@ -101,16 +66,13 @@ def check_hub_access(hub: HubConfig, log: LogLine = print) -> None:
     log(f"{problem}; training starts, and publishing is tried again later")
 
 
-def _run_publisher(run: RunPaths, hub: HubConfig, export: ExportFolder, steps: Steps) -> None:
-    """The publisher process. Ends after `None`, or with the process that started it."""
+def _work(run: RunPaths, hub: HubConfig, export: ExportFolder, steps: Steps) -> bool:
     from huggingface_hub.utils import disable_progress_bars
 
     from myllm.runs.logs import Log
 
-    init_worker()
-    os.nice(10)  # training has priority
     disable_progress_bars()
-    sys.exit(0 if publish_from_queue(run, hub, export, steps, Log(run.log, active=True)) else 1)
+    return publish_from_queue(run, hub, export, steps, Log(run.log, active=True))
 
 
 def publish_from_queue(run: RunPaths, hub: HubConfig, export: ExportFolder, steps: Steps, log: LogLine) -> bool:
@@ -118,9 +80,7 @@ def publish_from_queue(run: RunPaths, hub: HubConfig, export: ExportFolder, step
     published: set[Path] = set()
     success = more = True
     while more:
-        submitted = [steps.get()]
-        while not steps.empty():
-            submitted.append(steps.get())
+        submitted = take_steps(steps)
         more = None not in submitted
         newest = max((step for step in submitted if step is not None), default=None)
         if newest is None:

@@ -1,14 +1,21 @@
 """A process beside training that is sent the steps of checkpoints: it may fail, wait or be killed, and training never
 notices."""
 
+import os
+import sys
 import time
 from collections.abc import Callable
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from multiprocessing.queues import Queue
-from typing import Any, Protocol
+from queue import Empty
+from typing import Protocol
+
+from myllm.data.prepare.workers import init_worker
 
 STATUS_EVERY_S = 30
+FINISH_TIMEOUT_S = 1_800
+"""How long the end of training waits for the last checkpoint."""
 
 
 class Steps(Protocol):
@@ -20,41 +27,62 @@ class Steps(Protocol):
 
 
 class StepProcess:
-    """Starts with the first step that it is sent."""
+    """Starts with the first step that it is sent, and ends with the `with` block."""
 
-    def __init__(self, verb: str, advice: str, target: Callable[..., None], args: tuple[Any, ...]) -> None:
+    def __init__(
+        self, verb: str, place: str | None, work: Callable[[Steps], bool], advice: str, last_only: bool = False
+    ) -> None:
         """
         Args:
-            verb: the work, for messages, such as "publish".
+            verb: what the process does, for messages, such as "publish".
+            place: where to. None: there is nothing to do.
+            work: called in the process with the queue of steps. It returns after None; False if its last attempt
+                failed.
             advice: what a user can do about work that was not finished.
-            target: the work, called with `args` and the queue of steps. It ends, with `sys.exit`, after None.
+            last_only: only `finish` sends a step.
         """
-        self._verb, self._advice, self._target, self._args = verb, advice, target, args
+        self._verb, self._place, self._work, self._advice, self._last_only = verb, place, work, advice, last_only
         self._process: BaseProcess | None = None
         self._steps: Queue | None = None
 
-    def send(self, step: int) -> bool:
-        """Returns at once and never raises; False if there can be no process."""
+    def __enter__(self) -> "StepProcess":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End the process, whatever it is doing."""
+        if self._steps is not None:
+            self._steps.cancel_join_thread()
+        if self._process is not None and self._process.is_alive():
+            self._process.terminate()
+            self._process.join()
+
+    def submit(self, step: int) -> None:
+        """Send the step of a complete checkpoint. Returns at once and never raises."""
+        if self._place is not None and not self._last_only:
+            self._send(step)
+
+    def _send(self, step: int) -> bool:
+        """False if there can be no process."""
         try:
-            if self._process is None or not self._process.is_alive():
+            if self._process is None or self._steps is None or not self._process.is_alive():
                 context = get_context("spawn")
                 self._steps = context.Queue()
-                self._process = context.Process(
-                    target=self._target, args=(*self._args, self._steps), name=f"{self._verb}er"
-                )
+                self._process = context.Process(target=_run, args=(self._work, self._steps), name=f"{self._verb}er")
                 self._process.start()
-            if self._steps is not None:
-                self._steps.put(step)
+            self._steps.put(step)
         except Exception as error:  # for example no memory for another process: the run matters more than its copy
             print(f"cannot {self._verb} step {step:,}: {error}. {self._advice}", flush=True)
             return False
         return True
 
-    def finish(self, step: int, limit_s: float) -> None:
+    def finish(self, step: int, limit_s: float = FINISH_TIMEOUT_S) -> None:
         """Send the last step and wait until the process has ended, up to a limit."""
+        if self._place is None:
+            return
+        print(f"\n=== {self._verb.capitalize()}ing: {self._place}", flush=True)
         deadline = time.monotonic() + limit_s
         for _ in range(2):  # retry once if the process was killed, now or before
-            if not self.send(step):
+            if not self._send(step):
                 return
             assert self._process is not None
             assert self._steps is not None
@@ -69,14 +97,6 @@ class StepProcess:
         elif self._process.exitcode:
             print(f"not {self._verb}ed: see above. {self._advice}", flush=True)
 
-    def stop(self) -> None:
-        """End the process, whatever it is doing."""
-        if self._steps is not None:
-            self._steps.cancel_join_thread()
-        if self._process is not None and self._process.is_alive():
-            self._process.terminate()
-            self._process.join()
-
     def _wait(self, process: BaseProcess, deadline: float) -> None:
         start = last_status = time.monotonic()
         while process.is_alive() and (now := time.monotonic()) < deadline:
@@ -85,3 +105,21 @@ class StepProcess:
                 last_status = now
                 minutes = (now - start) / 60
                 print(f"still {self._verb}ing after {minutes:.1f} minutes; press Ctrl-C to do it later", flush=True)
+
+
+def _run(work: Callable[[Steps], bool], steps: Steps) -> None:
+    """The process. Ends after None, or with the process that started it."""
+    init_worker()
+    os.nice(10)  # training has priority
+    sys.exit(0 if work(steps) else 1)
+
+
+def take_steps(steps: Steps, timeout: float | None = None) -> list[int | None]:
+    """All steps that were sent; waits for the first, up to a timeout in seconds."""
+    try:
+        taken = [steps.get(timeout=timeout)]
+    except Empty:
+        return []
+    while not steps.empty():
+        taken.append(steps.get())
+    return taken

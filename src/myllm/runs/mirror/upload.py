@@ -6,98 +6,58 @@ is logged once, it tries again by itself and with each new checkpoint.
 """
 
 import logging
-import os
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from queue import Empty
 from typing import Any
 
 from myllm.checkpoint.layout import list_checkpoints, step_dir_name, step_of
 from myllm.checkpoint.retention import RetentionPolicy
 from myllm.config import RunConfig
-from myllm.data.prepare.workers import init_worker
 from myllm.errors import UserError
 from myllm.formatting import format_bytes
 from myllm.paths import RunPaths
 from myllm.runs.logs import Log
-from myllm.runs.step_process import StepProcess, Steps
+from myllm.runs.step_process import StepProcess, Steps, take_steps
 
 from .store import LocalDamage, MirrorStore, describe, local_manifest
 
-FINISH_TIMEOUT_S = 1_800
-"""How long the end of training waits for the last checkpoint to be copied."""
 STOP_TIMEOUT_S = 60
-"""How long a run that was asked to stop waits for it: whoever asked may not wait longer."""
+"""How long a run that was asked to stop waits for its last copy: whoever asked may not wait longer."""
 RETRY_S = 60
 """Time between attempts while the mirror cannot be written."""
 
 
-class Mirror:
-    """Takes the steps to copy. Does nothing without `checkpoint.mirror` or where `active` is false."""
-
-    def __init__(self, config: RunConfig, active: bool) -> None:
-        run, url = RunPaths.of(config.name), config.checkpoint.mirror
-        self._active, self._url = active and url is not None, url
-        policy = RetentionPolicy(config.train.keep_last, config.train.keep_every_steps)
-        advice = (
-            f"Nothing is lost: the checkpoints are in {run.checkpoints}. To mirror them, run the same command again"
-        )
-        self._process = StepProcess("mirror", advice, _run_mirror, (run, url, policy))
-
-    def submit(self, step: int) -> None:
-        """Copy the checkpoints up to a complete one. Returns at once and never raises."""
-        if self._active:
-            self._process.send(step)
-
-    def finish(self, step: int, limit_s: float = FINISH_TIMEOUT_S) -> None:
-        """Copy the newest checkpoint and wait for it, up to a limit."""
-        if self._active:
-            print(f"\n=== Mirroring: {self._url}", flush=True)
-            self._process.finish(step, limit_s)
-
-    def finish_before_stop(self, step: int, started: float, max_wall_s: float | None) -> None:
-        """The same for a run that has to stop: whoever asked may not wait longer.
-
-        Args:
-            started: when the process began, by the monotonic clock.
-            max_wall_s: its limit, as in `train.max_wall_s`.
-        """
-        left = STOP_TIMEOUT_S if max_wall_s is None else started + max_wall_s - time.monotonic()
-        self.finish(step, max(0, min(STOP_TIMEOUT_S, left)))
-
-    def stop(self) -> None:
-        """End the process, whatever it is doing."""
-        self._process.stop()
-
-
-@contextmanager
-def background_mirror(config: RunConfig, active: bool) -> Iterator[Mirror]:
-    """A mirror whose process ends with the block.
+def background_mirror(config: RunConfig, active: bool) -> StepProcess:
+    """The process that copies the checkpoints it is sent, if the run has a mirror.
 
     Args:
         active: true on rank 0.
     """
-    mirror = Mirror(config, active)
-    try:
-        mirror.submit(0)  # a mirror that cannot be written is reported now, not after the first checkpoint
-        yield mirror
-    finally:
-        mirror.stop()
+    checkpoints, url = RunPaths.of(config.name).checkpoints, config.checkpoint.mirror
+    advice = f"Nothing is lost: the checkpoints are in {checkpoints}. To mirror them, run the same command again"
+    process = StepProcess("mirror", url if active else None, partial(_work, config), advice)
+    process.submit(0)  # a mirror that cannot be written is reported now, not after the first checkpoint
+    return process
 
 
-def _run_mirror(run: RunPaths, url: str, policy: RetentionPolicy, steps: Steps) -> None:
-    """The mirror's process. Ends after None, or with the process that started it."""
-    init_worker()
-    os.nice(10)  # training has priority
-    _silence_libraries(url)
-    sys.exit(0 if mirror_from_queue(run, url, policy, steps, Log(run.log, active=True)) else 1)
+def stop_timeout_s(started: float, max_wall_s: float | None) -> float:
+    """How long a run that has to stop may wait for its last copy.
+
+    Args:
+        started: when the process began, by the monotonic clock.
+        max_wall_s: its limit, as in `train.max_wall_s`.
+    """
+    left = STOP_TIMEOUT_S if max_wall_s is None else started + max_wall_s - time.monotonic()
+    return max(0, min(STOP_TIMEOUT_S, left))
 
 
-def _silence_libraries(url: str) -> None:
-    """No bars and warnings for each file in the terminal of training. Failures are logged."""
+def _work(config: RunConfig, steps: Steps) -> bool:
+    run, url = RunPaths.of(config.name), config.checkpoint.mirror
+    assert url is not None
+    policy = RetentionPolicy(config.train.keep_last, config.train.keep_every_steps)
+    # No bars and warnings for each file in the terminal of training. Failures are logged.
     logging.getLogger("gcsfs").setLevel(logging.ERROR)
     if url.startswith("hf://"):
         from huggingface_hub.utils import disable_progress_bars
@@ -105,6 +65,7 @@ def _silence_libraries(url: str) -> None:
 
         disable_progress_bars()
         set_verbosity_error()
+    return mirror_from_queue(run, url, policy, steps, Log(run.log, active=True))
 
 
 def mirror_from_queue(
@@ -114,7 +75,7 @@ def mirror_from_queue(
     newest, failed, more = 0, False, True
     uploads = _Uploads(run, url, policy, log)
     while more:
-        submitted = _take(steps, timeout=RETRY_S if failed else None)
+        submitted = take_steps(steps, timeout=RETRY_S if failed else None)
         more = None not in submitted
         newest = max(newest, *(step for step in submitted if step is not None), 0)
         try:
@@ -129,17 +90,6 @@ def mirror_from_queue(
                 log(f"the mirror {url} is up to date again")
             failed = False
     return not failed
-
-
-def _take(steps: Steps, timeout: float | None) -> list[int | None]:
-    """All steps that were sent; waits for the first, up to a timeout in seconds."""
-    try:
-        taken = [steps.get(timeout=timeout)]
-    except Empty:
-        return []
-    while not steps.empty():
-        taken.append(steps.get())
-    return taken
 
 
 class _Uploads:
