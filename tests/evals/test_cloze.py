@@ -11,12 +11,12 @@ import torch
 import myllm
 from myllm.data.tokenizer.load import load_tokenizer
 from myllm.distributed.collectives import DistContext
+from myllm.evals.choice import TokenizedQuestion, choice_sums
 from myllm.evals.cloze import (
     CHOICES,
     CONTEXT_TOKENS,
     ENDING_TOKENS,
     blind_accuracy,
-    cloze_sums,
     finish,
     make_examples,
     why_unavailable,
@@ -54,6 +54,15 @@ def one_more(tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return torch.where(targets == tokens + 1, -0.01, -9.0) * (targets != -1)
 
 
+def cloze_sums(
+    score: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    examples: list[TokenizedQuestion],
+    dist: DistContext = ALONE,
+) -> torch.Tensor:
+    """With a score of tokens and targets, which sees the last token of a context alone."""
+    return choice_sums(lambda prefixes, owners, tokens, targets: score(tokens, targets), examples, dist)
+
+
 def uniform(tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return torch.full(targets.shape, -math.log(50_257)) * (targets != -1)
 
@@ -62,11 +71,12 @@ def test_endings_follow_contexts():
     examples = make_examples(STREAM, END, 1_000, seed=0)
     assert len(examples) == sum(length // PIECE for length in LENGTHS)  # as many as there are places
     for example in examples:
-        assert example.context.shape == (CONTEXT_TOKENS,)
-        assert example.endings.shape == (CHOICES, ENDING_TOKENS)
-        for text in (example.context, *example.endings):  # each from one place: none runs over a document's end
+        (context,) = example.contexts
+        assert context.shape == (CONTEXT_TOKENS,)
+        assert [ending.shape for ending in example.endings] == [(ENDING_TOKENS,)] * CHOICES
+        for text in (context, *example.endings):  # each from one place: none runs over a document's end
             assert (np.diff(text.astype(int)) == 1).all()
-        assert example.endings[example.answer][0] == example.context[-1] + 1
+        assert example.endings[example.answer][0] == context[-1] + 1
         homes = {int(ending[0]) // 1_000 for ending in example.endings}
         assert len(homes) == CHOICES
         assert not homes & {2, 4}  # too short
@@ -76,7 +86,9 @@ def test_endings_follow_contexts():
 def test_examples_deterministic_by_seed():
     def shown(seed: int, count: int = 20) -> list:
         examples = make_examples(STREAM, END, count, seed)
-        return [(example.context.tolist(), example.endings.tolist(), example.answer) for example in examples]
+        return [
+            (example.contexts[0].tolist(), np.stack(example.endings).tolist(), example.answer) for example in examples
+        ]
 
     assert shown(1) == shown(1)
     assert shown(1) != shown(2)
@@ -109,18 +121,18 @@ def test_answers_balanced(many):
 
 
 def test_perfect_model(many):
-    metrics = finish(cloze_sums(one_more, many[:100], ALONE), 0.25)
+    metrics = finish(cloze_sums(one_more, many[:100]), 0.25)
     assert metrics == {"acc": 1.0, "acc_norm": 1.0, "acc_stderr": 0.0, "acc_blind": 0.25, "n_examples": 100}
 
 
 def test_inverted_model_scores_zero(many):
-    metrics = finish(cloze_sums(lambda *pair: -one_more(*pair), many[:100], ALONE), 0.25)
+    metrics = finish(cloze_sums(lambda *pair: -one_more(*pair), many[:100]), 0.25)
     assert metrics["acc"] == 0
 
 
 def test_uniform_model_scores_chance(many):
     """All endings tie, the first is taken, and the right one is first a quarter of the time."""
-    metrics = finish(cloze_sums(uniform, many, ALONE), 0.25)
+    metrics = finish(cloze_sums(uniform, many), 0.25)
     assert metrics["acc"] == pytest.approx(0.25, abs=5 * 0.0137)
     assert metrics["acc_norm"] == metrics["acc"]
     assert metrics["acc_stderr"] == pytest.approx(0.0137, abs=1e-3)
@@ -162,7 +174,7 @@ def test_context_free_scoring_at_chance(corpus: Callable[[], list[np.ndarray]]):
     error = math.sqrt(0.25 * 0.75 / len(examples))
     assert abs(blind_accuracy(stream, examples) - 0.25) < 4 * error
     counts = np.bincount(stream.read(0, stream.tokens), minlength=65_536)
-    shunned = [np.log(counts[example.endings]).sum(axis=1).argmin() == example.answer for example in examples]
+    shunned = [np.log(counts[np.stack(example.endings)]).sum(axis=1).argmin() == example.answer for example in examples]
     assert abs(np.mean(shunned) - 0.25) < 4 * error
 
 
@@ -182,16 +194,16 @@ def test_sums_match_direct_computation(many):
     right = 0
     for example in many[:60]:
         totals = []
-        for ending in example.endings.astype(int):
-            before = [int(example.context[-1]), *ending[:-1]]
+        for ending in np.stack(example.endings).astype(int):
+            before = [int(example.contexts[0][-1]), *ending[:-1]]
             totals.append(sum(-abs(math.sin(a * 12.9898 + b * 78.233)) for a, b in zip(before, ending, strict=True)))
         right += int(np.argmax(totals)) == example.answer
-    assert cloze_sums(noise, many[:60], ALONE).tolist() == [right, 60]
+    assert cloze_sums(noise, many[:60]).tolist() == [right, right, 15, 60]
     assert 0 < right < 60
 
 
 def test_sums_independent_of_rank_count(many):
-    one = cloze_sums(noise, many[:101], ALONE)
+    one = cloze_sums(noise, many[:101])
     for ranks in (2, 3, 150):
         shares = [cloze_sums(noise, many[:101], DistContext(rank, rank, ranks, CPU)) for rank in range(ranks)]
         assert torch.equal(sum(shares), one)
@@ -200,12 +212,13 @@ def test_sums_independent_of_rank_count(many):
 def test_scores_only_endings(many):
     seen = []
 
-    def watch(tokens, targets):
-        seen.append((tokens, targets))
+    def watch(prefixes, owners, tokens, targets):
+        seen.append((prefixes, owners, tokens, targets))
         return uniform(tokens, targets)
 
-    cloze_sums(watch, many[:3], ALONE)
-    ((tokens, targets),) = seen
-    assert tokens.shape == targets.shape == (3 * CHOICES, PIECE - 1)
-    assert (targets[:, : CONTEXT_TOKENS - 1] == -1).all()
-    assert torch.equal(targets[:CHOICES, CONTEXT_TOKENS - 1 :], torch.from_numpy(many[0].endings.astype(np.int64)))
+    choice_sums(watch, many[:3], ALONE)
+    ((prefixes, owners, tokens, targets),) = seen
+    assert prefixes.shape == (3, CONTEXT_TOKENS - 1)
+    assert owners.tolist() == [0] * CHOICES + [1] * CHOICES + [2] * CHOICES
+    assert tokens.shape == targets.shape == (3 * CHOICES, ENDING_TOKENS)
+    assert torch.equal(targets[:CHOICES], torch.from_numpy(np.stack(many[0].endings).astype(np.int64)))

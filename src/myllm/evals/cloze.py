@@ -7,16 +7,14 @@ their mean).
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from myllm.data.token_stream import TokenStream
-from myllm.distributed.collectives import DistContext
+
+from .choice import TokenizedQuestion
 
 CONTEXT_TOKENS = 32
 ENDING_TOKENS = 16
@@ -27,21 +25,9 @@ PROTOCOL = 2
 not 25 %."""
 READ_TOKENS = 2_000_000
 """Examples come from this many tokens at the start of the held-out stream."""
-BATCH_SIZE = 8
-Score = Callable[[Tensor, Tensor], Tensor]
-"""`Transformer.score`: from tokens and targets to log-probabilities, (B, T) each. Targets of -1 are ignored."""
 
 
-@dataclass(frozen=True)
-class Example:
-    """Token ids: a context (CONTEXT_TOKENS,) and its endings (CHOICES, ENDING_TOKENS); `answer` is the correct one."""
-
-    context: np.ndarray
-    endings: np.ndarray
-    answer: int
-
-
-def make_examples(stream: TokenStream, end_of_text: int, count: int, seed: int) -> list[Example]:
+def make_examples(stream: TokenStream, end_of_text: int, count: int, seed: int) -> list[TokenizedQuestion]:
     """Up to `count` examples, at most one for each passage of the text; none if fewer than four documents are long
     enough. The same stream and seed give the same examples.
 
@@ -65,11 +51,13 @@ def make_examples(stream: TokenStream, end_of_text: int, count: int, seed: int) 
             [documents[d][start : start + PASSAGE_TOKENS] for d, start in zip(drawn, starts, strict=True)]
         )
         answer = int(generator.integers(CHOICES))
-        examples.append(Example(passages[answer, :CONTEXT_TOKENS], passages[:, CONTEXT_TOKENS:], answer))
+        endings = tuple(passages[:, CONTEXT_TOKENS:])
+        lengths = (ENDING_TOKENS,) * CHOICES
+        examples.append(TokenizedQuestion((passages[answer, :CONTEXT_TOKENS],), endings, lengths, answer))
     return examples
 
 
-def blind_accuracy(stream: TokenStream, examples: list[Example]) -> float:
+def blind_accuracy(stream: TokenStream, examples: list[TokenizedQuestion]) -> float:
     """The accuracy of a unigram model of the held-out text, which ignores the context: a baseline.
 
     It lies within a few standard errors, sqrt(3 / (16 n)), of a quarter.
@@ -79,7 +67,7 @@ def blind_accuracy(stream: TokenStream, examples: list[Example]) -> float:
     return float(np.mean(scores.argmax(axis=1) == [example.answer for example in examples]))
 
 
-def why_unavailable(examples: list[Example], context: int) -> str | None:
+def why_unavailable(examples: list[TokenizedQuestion], context: int) -> str | None:
     """Why cloze is not possible with these examples and this context, in tokens; None if it is."""
     if context < PASSAGE_TOKENS:
         return f"cloze needs a context of {PASSAGE_TOKENS} tokens, model.max_seq_len is {context}"
@@ -95,37 +83,13 @@ def _read_stream(stream: TokenStream) -> np.ndarray:
     return stream.read(0, min(stream.tokens, READ_TOKENS))
 
 
-def cloze_sums(score: Score, examples: list[Example], dist: DistContext) -> Tensor:
-    """Counts over one rank's share of the examples.
-
-    Shapes:
-        returns (2,) float64: correct answers, examples
-    """
-    sums = torch.zeros(2, dtype=torch.float64)
-    share = examples[dist.rank :: dist.world_size]
-    for start in range(0, len(share), BATCH_SIZE):
-        batch = share[start : start + BATCH_SIZE]
-        contexts = np.stack([example.context for example in batch]).repeat(CHOICES, axis=0)
-        endings = np.concatenate([example.endings for example in batch])
-        tokens = torch.from_numpy(np.hstack((contexts, endings)).astype(np.int64)).to(
-            dist.device
-        )  # (B CHOICES, passage)
-        targets = tokens[:, 1:].clone()
-        targets[:, : CONTEXT_TOKENS - 1] = -1
-        log_probs = score(tokens[:, :-1], targets)
-        totals = log_probs.sum(dim=1).view(len(batch), CHOICES).cpu()
-        answers = torch.tensor([example.answer for example in batch])
-        sums += torch.tensor([float((totals.argmax(dim=1) == answers).sum()), len(batch)])
-    return sums
-
-
 def finish(sums: Tensor, blind: float) -> dict[str, float]:
-    """Metrics from the sums over all ranks.
+    """Metrics from `choice.choice_sums` over all ranks.
 
     Args:
         blind: `blind_accuracy` of the same examples.
     """
-    correct, n = sums.tolist()
+    correct, _, _, n = sums.tolist()
     acc = correct / n
     return {
         "acc": acc,

@@ -227,11 +227,8 @@ def build_cloze(inputs: EvalInputs) -> Evaluation:
     if reason := cloze.why_unavailable(examples, inputs.context):
         raise UserError(reason)
     blind = cloze.blind_accuracy(dataset.val, examples)
-    return Evaluation(
-        {"dataset": dataset.name, "protocol": cloze.PROTOCOL},
-        lambda model: cloze.cloze_sums(inputs.with_hook(model.score), examples, inputs.dist),
-        lambda sums: cloze.finish(sums, blind),
-    )
+    settings = {"dataset": dataset.name, "protocol": cloze.PROTOCOL}
+    return replace(_choice_evaluation(examples, settings, inputs), finish=lambda sums: cloze.finish(sums, blind))
 
 
 def build_choice(name: str, inputs: EvalInputs, file: Path | None = None) -> Evaluation:

@@ -29,6 +29,7 @@ from myllm.data.tokenizer.load import load_tokenizer
 from myllm.distributed import precision
 from myllm.distributed.collectives import DistContext
 from myllm.errors import UserError
+from myllm.evals import registry
 from myllm.evals.tasks import TASKS
 from myllm.files import TEMP_SUFFIX
 from myllm.planning.disk import checkpoint_bytes
@@ -239,7 +240,7 @@ def test_preflight_detects_failing_evaluation(
     def failing(*_: object) -> None:
         raise RuntimeError("no such thing")
 
-    monkeypatch.setattr("myllm.evals.cloze.cloze_sums", failing)
+    monkeypatch.setitem(registry.EVALUATIONS, "cloze", lambda inputs: registry.Evaluation({}, failing, dict))
     (problem,) = preflight(config, ALONE, Limits(), lambda line: None).problems()
     assert "the cloze evaluation failed" in problem
     assert "eval.cloze_every_steps to 0" in problem

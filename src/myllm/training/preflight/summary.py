@@ -21,8 +21,6 @@ from myllm.planning.memory_estimate import ComputeMode, predicted_bytes
 from .batch_size import nothing_fits_message
 from .data_and_disk import DataAndDisk
 
-CLOZE_BATCH = 8
-
 
 @dataclass(frozen=True)
 class Limits:
@@ -65,7 +63,7 @@ def shorten_evals(config: RunConfig, world_size: int) -> RunConfig:
     short = replace(
         evals,
         validation_tokens=batch_plan(config, world_size).micro_tokens,
-        cloze_examples=min(evals.cloze_examples, CLOZE_BATCH * world_size),
+        cloze_examples=min(evals.cloze_examples, BATCH_SIZE * world_size),
         hellaswag_examples=min(_n_examples("hellaswag", evals), BATCH_SIZE * world_size),
         tasks_examples=min(evals.tasks_examples or BATCH_SIZE * world_size, BATCH_SIZE * world_size),
         sample_prompts=evals.sample_prompts[:1] or ("text",),
@@ -80,7 +78,7 @@ def count_eval_batches(config: RunConfig, world_size: int) -> dict[str, int]:
     public = ["hellaswag", *(task.partition(":")[0] for task in evals.tasks)]
     return {
         "validation": ceil(ceil(sequences / world_size) / batch_plan(config, world_size).micro_batch_size),
-        "cloze": ceil(ceil(evals.cloze_examples / world_size) / CLOZE_BATCH),
+        "cloze": ceil(ceil(evals.cloze_examples / BATCH_SIZE) / world_size),
         **{name: ceil(ceil(_n_examples(name, evals) / BATCH_SIZE) / world_size) for name in public},
         "samples": len(evals.sample_prompts) or PROMPTS,
     }
