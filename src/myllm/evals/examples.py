@@ -80,10 +80,6 @@ def _check_file(name: str, path: Path) -> Path:
 
 
 def _read_rows(path: Path, module: str, options: dict[str, Any]) -> Iterator[Row]:
-    """
-    Raises:
-        UserError: the file is not readable.
-    """
     try:
         with quiet():
             yield from open_rows(path, module, options)
@@ -94,10 +90,6 @@ def _read_rows(path: Path, module: str, options: dict[str, Any]) -> Iterator[Row
 
 
 def _to_question(task: Task, row: Any, position: str) -> Question:
-    """
-    Raises:
-        UserError: the row is not in the task's format, or has no label.
-    """
     if not _has_form_of(task.sample, row):
         form = json.dumps(task.sample)
         raise UserError(

@@ -61,11 +61,7 @@ def check_validation_sets(config: RunConfig) -> None:
 
 
 def _is_prepared(text: str) -> bool:
-    """Whether it names a prepared data set, and not a source.
-
-    Raises:
-        UserError: neither.
-    """
+    """Whether it names a prepared data set, and not a source."""
     is_source = ":" in text or text == "python-stdlib" or text in CORPORA
     try:
         folder = find_dataset_folder(text)

@@ -139,10 +139,6 @@ def _add_settings(writer: Any, model_type: ModelType, config: ModelConfig) -> No
 
 
 def _add_vocabulary(gguf: Any, writer: Any, source: ExportSource) -> None:
-    """
-    Raises:
-        UserError: not a byte-level vocabulary that splits words as GPT-2's, Llama 3's or Qwen3's does.
-    """
     spec, end = json.loads(fast_tokenizer(source.tokenizer).to_str()), source.tokenizer.end_of_text
     splitter_name = _splitter_name(spec)
     if splitter_name is None:
@@ -192,10 +188,6 @@ def _splitter_name(spec: dict[str, Any]) -> str | None:
 
 
 def _compare(gguf: Any, file: Path, tensors: dict[str, np.ndarray], dtype: str) -> None:
-    """
-    Raises:
-        UserError: the file does not hold these tensors.
-    """
     found = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
     wrong = sorted(found.keys() ^ tensors.keys())
     for name in found.keys() & tensors.keys():

@@ -79,11 +79,7 @@ def _newest_intact(checkpoints: Path, log: Callable[[str], None]) -> int | None:
 def _fetch_newer(
     store: MirrorStore, kind: str, checkpoints: Path, newest: int | None, log: Callable[[str], None]
 ) -> bool:
-    """Fetch the newest whole and intact checkpoint after step `newest`. False if there is none.
-
-    Raises:
-        UserError: none is intact, and the disk has none either.
-    """
+    """Fetch the newest whole and intact checkpoint after step `newest`. False if there is none."""
     mirrored = store.checkpoints(kind)
     whole = {step: manifest for step, manifest in mirrored.items() if manifest and (newest is None or step > newest)}
     for step, manifest in whole.items():
