@@ -8,12 +8,12 @@ from typing import Any
 from myllm import paths
 from myllm.checkpoint.layout import newest_step
 from myllm.errors import UserError
-from myllm.files import folder_bytes, is_locked, parse_row
+from myllm.files import folder_bytes, is_locked
 from myllm.paths import RunPaths
 from myllm.presets import PRESETS
 
 from .heartbeat import read_state
-from .history import Row, as_float, get_text, read_json_or_empty
+from .history import Metrics, Row, as_float, get_text, read_json_or_empty, read_metrics
 
 ARCHIVE_SUFFIX = ".tar.gz"
 IMPORTED, NOT_KNOWN = "imported", "not known"
@@ -52,7 +52,11 @@ def archives() -> list[Path]:
 
 
 def summarize(run: RunPaths) -> RunSummary:
-    train, validation = newest_rows(run.metrics)
+    try:
+        metrics = read_metrics(run.metrics)
+    except UserError:  # no rows yet
+        metrics = Metrics([], {})
+    train, validation = metrics.last(), metrics.last("validation")
     step = max(train.get("step", 0), validation.get("step", 0), newest_step(run.checkpoints))
     times = [path.stat().st_mtime for path in (run.metrics, run.heartbeat, run.config, run.root) if path.exists()]
     return RunSummary(
@@ -97,23 +101,3 @@ def runs_by_dataset() -> dict[str, list[str]]:
             if dataset := get_text(used, "dataset"):
                 users.setdefault(dataset, []).append(path.parent.name)
     return users
-
-
-def newest_rows(metrics: Path) -> tuple[Row, Row]:
-    """The newest training row and the newest validation row; empty if there is none.
-
-    The file is read from its end: only a few lines of it are parsed.
-    """
-    train: Row = {}
-    validation: Row = {}
-    lines = metrics.read_bytes().splitlines() if metrics.is_file() else []
-    for line in reversed(lines):
-        if not train and b'"train"' in line:
-            row = parse_row(line.decode(errors="replace"), metrics) or {}
-            train = row if row.get("kind") == "train" else {}
-        elif not validation and b'"validation"' in line:
-            row = parse_row(line.decode(errors="replace"), metrics) or {}
-            validation = row if row.get("name") == "validation" and row.get("kind") == "eval" else {}
-        if train and validation:
-            break
-    return train, validation

@@ -26,10 +26,6 @@ class Result(NamedTuple):
     device: str
     seconds: float
 
-    def same_question(self, other: "Result") -> bool:
-        """True if one of the two replaces the other: all fields up to `settings` are equal."""
-        return self[:5] == other[:5]
-
 
 def read(file: Path) -> list[Result]:
     """The results so far; empty if the file does not exist.
@@ -72,7 +68,8 @@ def add(file: Path, result: Result) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         with file_lock(file.with_name(f".{file.name}.lock")):  # other processes may add to the same file
             merged = read(file)
-            same = next((index for index, old in enumerate(merged) if old.same_question(result)), len(merged))
+            # A question is all fields up to `settings`.
+            same = next((index for index, old in enumerate(merged) if old[:5] == result[:5]), len(merged))
             merged[same : same + 1] = [result]
             rows = [row._asdict() for row in merged]
             write_json(file, {"format": FORMAT, "version": VERSION, "results": json_safe(rows)})

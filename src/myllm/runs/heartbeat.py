@@ -139,11 +139,12 @@ def report_starting(run: RunPaths, active: bool) -> Iterator[Callable[[], None]]
     except BaseException as error:
         take_over()
         current = read_json_or_empty(run.heartbeat)
+        is_ours = (current.get("pid"), current.get("host")) == (os.getpid(), socket.gethostname())
         refused = isinstance(error, UserError) and current.get("doing") == "starting"
         if refused and before.get("exit_code") == 0 and before.get("step") == current.get("step"):
             with suppress(OSError):
                 write_json(run.heartbeat, before)
-        elif _is_open(run.heartbeat):
+        elif is_ours and current["how"] is None:
             codes = {UserError: 2, KeyboardInterrupt: 130}
             code = next((code for kind, code in codes.items() if isinstance(error, kind)), 1)
             code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else code
@@ -151,17 +152,6 @@ def report_starting(run: RunPaths, active: bool) -> Iterator[Callable[[], None]]
         raise
     finally:
         take_over()
-
-
-def _is_open(path: Path) -> bool:
-    """True if this process has written the heartbeat, and not yet its end."""
-    try:
-        heartbeat = json.loads(path.read_text(encoding="utf-8"))
-        return (
-            heartbeat["pid"] == os.getpid() and heartbeat["host"] == socket.gethostname() and heartbeat["how"] is None
-        )
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
 
 
 class RunState(NamedTuple):

@@ -184,11 +184,7 @@ def flatten(values: Row, prefix: str = "") -> Row:
 
 def column(rows: list[Row], key: str) -> np.ndarray:
     """The values of `key` as float64, NaN where a row has no number. Shapes: (len(rows),)"""
-    values = [row.get(key) for row in rows]
-    try:
-        return np.array(values, dtype=np.float64)  # None becomes NaN
-    except (TypeError, ValueError, OverflowError):
-        return np.array([as_float(value) for value in values], dtype=np.float64)
+    return np.array([as_float(row.get(key)) for row in rows], dtype=np.float64)
 
 
 def get_text(row: Row, key: str) -> str | None:

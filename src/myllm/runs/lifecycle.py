@@ -160,16 +160,12 @@ def plan_archive(run: RunPaths) -> ArchivePlan:
     checkpoints = [folder for folder in (newest, *list_checkpoints(run.best)) if folder is not None]
     files: list[Path] = []
     left_out: list[Path] = []
-    for path in sorted(path for path in run.root.rglob("*") if path.is_file() and not _is_lock(path)):
+    for path in sorted(path for path in run.root.rglob("*") if path.is_file() and not path.name.endswith(".lock")):
         is_kept = any(path.is_relative_to(folder) for folder in checkpoints) or (
             not path.is_relative_to(run.checkpoints) and (path.parent == run.root or path.stat().st_size <= SMALL_BYTES)
         )
         (files if is_kept else left_out).append(path)
     return ArchivePlan(run, checkpoints, files, left_out)
-
-
-def _is_lock(path: Path) -> bool:
-    return path.name in LOCKS or path.suffix == ".lock"
 
 
 def archive_run(plan: ArchivePlan) -> Path:
@@ -192,11 +188,8 @@ def archive_run(plan: ArchivePlan) -> Path:
 
 def _compare(path: Path, run: RunPaths) -> None:
     with tarfile.open(path) as archive:
-        for member in archive:
-            stored = archive.extractfile(member) if member.isfile() else None
-            if stored is not None:
-                with stored:
-                    digest = hashlib.file_digest(stored, "sha256").hexdigest()  # type: ignore[arg-type] # it has readinto
-                if digest != file_sha256(run.root.parent / member.name):
-                    path.unlink()
-                    raise UserError(f"{member.name} in {path} is not what was written; the run is kept: check the disk")
+        for member in filter(tarfile.TarInfo.isfile, archive):
+            stored: Any = archive.extractfile(member)
+            if hashlib.file_digest(stored, "sha256").hexdigest() != file_sha256(run.root.parent / member.name):
+                path.unlink()
+                raise UserError(f"{member.name} in {path} is not what was written; the run is kept: check the disk")

@@ -16,15 +16,14 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.resources import files
-from typing import Any
+
+import numpy as np
 
 from myllm.config import to_dict
 from myllm.data.sources.catalog import actual_source
 from myllm.presets import get_preset
 
-from .history import section
-
-Row = dict[str, Any]
+from .history import Row, section
 
 SLACK = 0.01
 """A run is also compared with the first or last point if it is this fraction of the tokens away from it."""
@@ -55,13 +54,7 @@ class Curve:
         first, last = self.tokens[0], self.tokens[-1]
         if not first * (1 - SLACK) <= tokens <= last * (1 + SLACK):
             return None
-        tokens = min(max(tokens, first), last)
-        for index in range(1, len(self.tokens)):
-            if tokens <= self.tokens[index]:
-                before, after = self.tokens[index - 1], self.tokens[index]
-                fraction = math.log(tokens / before) / math.log(after / before)
-                return self.values[index - 1] + fraction * (self.values[index] - self.values[index - 1])
-        return self.values[-1]
+        return float(np.interp(math.log(tokens), np.log(self.tokens), self.values))  # constant outside
 
     def band_of(self, figures: Row) -> float:
         """The band of one measurement: wider if its standard error is larger than the published one."""

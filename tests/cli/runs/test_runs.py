@@ -12,12 +12,10 @@ from typing import Any
 
 import pytest
 from conftest import ROOT, launch, losses
-from support.run_files import train_row, validation_row
 
 from myllm.cli.main import main
 from myllm.files import file_lock
 from myllm.runs import lifecycle
-from myllm.runs.catalog import newest_rows
 
 DATASET = "files-texts-8dafc2bcdf8e"
 
@@ -96,14 +94,6 @@ def test_no_runs_and_unknown_subcommand(temp_data: Path, capsys: pytest.CaptureF
         main(["runs", "lst"])
     assert ended.value.code == 2
     assert "unknown command 'runs lst'" in capsys.readouterr().err
-
-
-def test_newest_rows_skip_truncated_line(tmp_path: Path) -> None:
-    rows = [validation_row(10, 4.0), *map(train_row, range(10, 2_000, 10)), {"kind": "overhead", "step": 1990}]
-    text = "".join(json.dumps(row) + "\n" for row in rows) + '{"kind": "train", "step": 2000, "lo'
-    (tmp_path / "metrics.jsonl").write_text(text)
-    train, validation = newest_rows(tmp_path / "metrics.jsonl")
-    assert (train["step"], validation["step"]) == (1990, 10)
 
 
 # -- delete, rename, archive ------------------------------------------------------------------------------------------

@@ -21,7 +21,6 @@ from myllm.paths import RunPaths
 from myllm.runs import eval_results
 from myllm.runs.compare import tables
 from myllm.runs.compare.curves import chart_data, read_run
-from myllm.runs.compare.evaluations import evaluations
 from myllm.runs.compare.page import comparison_path, write_comparison
 from myllm.runs.eval_results import Result
 
@@ -110,7 +109,7 @@ def by_heading(table: tables.Table) -> list[dict[str, tables.Cell]]:
 
 def test_training_evaluations_and_warnings(pair: list[RunPaths]) -> None:
     runs = [read_run(run) for run in pair]
-    first, second = by_heading(evaluations(runs))
+    first, second = by_heading(tables.evaluations(runs))
     assert first["Validation loss (in training)"] == ("3.2500", 3.25, "step 200")
     assert first["Cloze accuracy (in training)"] == (format_percent(0.31), 0.31, f"± {format_percent(0.02)}, step 200")
     assert second["HellaSwag accuracy (in training)"] == (format_percent(0.28), 0.28, "step 50")
@@ -133,9 +132,9 @@ def test_eval_command_results(pair: list[RunPaths], capsys: pytest.CaptureFixtur
     evaluated(pair[1], "piqa", 100, lm_eval, acc=0.5, acc_norm=0.35, acc_norm_stderr=0.012)
     evaluated(pair[1], "piqa", 100, lm_eval | {"data_sha256": "other"}, acc=0.5, acc_norm=0.99)
     evaluated(pair[1], "perplexity:/a/book.txt", None, {"context": 16}, loss=4.5, perplexity=math.exp(4.5))
-    first, second = by_heading(evaluations([read_run(run) for run in pair]))
+    first, second = by_heading(tables.evaluations([read_run(run) for run in pair]))
     assert "PIQA accuracy (myllm eval: protocol lm-eval, examples all, float32)" in first
-    table = evaluations([read_run(run) for run in pair])
+    table = tables.evaluations([read_run(run) for run in pair])
     columns = [index for index, cell in enumerate(table.headings) if cell.text == "PIQA accuracy"]
     assert [[row[index].text for index in columns] for row in table.rows] == [
         [format_percent(0.31), ""],

@@ -2,6 +2,5 @@
 
 page          write_comparison: what report.html (a Jinja template) shows
 curves        the numbers that charts.js draws
-tables        summaries, settings that differ, and samples, side by side
-evaluations   those of training and those of `myllm eval`
+tables        summaries, evaluations, settings that differ, and samples, side by side
 """

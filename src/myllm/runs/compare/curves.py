@@ -1,13 +1,15 @@
 """The curves of several runs, as numbers that charts.js draws over each other."""
 
+import json
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from myllm.config import saved_config
+from myllm.config import saved_config, to_dict
 from myllm.errors import UserError
 from myllm.paths import RunPaths
 from myllm.planning.flops import flops_per_token
@@ -66,10 +68,9 @@ def read_run(run: RunPaths) -> ComparedRun:
     metrics, config = read_metrics(run.metrics), read_config(run.config)
     flops = math.nan
     if section(config, "model"):
-        try:
-            flops = flops_per_token(saved_config(config, run.config).model)
-        except UserError:  # a key of a later version
-            flops = math.nan
+        with suppress(UserError):  # a key of a later version
+            complete = saved_config(config, run.config)
+            config, flops = json.loads(json.dumps(to_dict(complete))), flops_per_token(complete.model)
     environment = read_json_or_empty(run.environment)
     samples, results = read_samples(run.samples), read_results(run.evals)
     return ComparedRun(run.root.name, metrics, config, environment, samples, flops, results)

@@ -12,7 +12,6 @@ from myllm.runs.report.page import page_template
 
 from . import tables
 from .curves import chart_data, read_run
-from .evaluations import evaluations
 
 MAX_RUNS = 16
 """Eight colors, solid and dashed."""
@@ -35,7 +34,7 @@ def write_comparison(runs: Sequence[RunPaths]) -> Path:
         data=chart_data(compared),
         warnings=tables.warnings(compared),
         summaries=tables.summaries(compared),
-        evaluations=evaluations(compared),
+        evaluations=tables.evaluations(compared),
         differences=tables.differences(compared),
         samples=tables.samples(compared),
         names=[run.name for run in compared],

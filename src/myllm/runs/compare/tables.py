@@ -1,17 +1,16 @@
-"""Runs side by side: summaries, settings that differ, and samples."""
+"""Runs side by side: summaries, evaluations, settings that differ, and samples."""
 
-import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from myllm.config import saved_config, to_dict
-from myllm.errors import UserError
 from myllm.formatting import format_duration, format_percent, format_si
 from myllm.runs.catalog import preset_of
+from myllm.runs.eval_results import Result
 from myllm.runs.history import Row, as_float, column, flatten, section
+from myllm.runs.report.evaluations import error_text, eval_columns, newest_results, settings_text, shown_metrics
 from myllm.runs.report.values import as_text, format_loss, shorten_sample
 
 from .curves import ComparedRun
@@ -72,6 +71,44 @@ def summaries(runs: Sequence[ComparedRun]) -> Table:
     return _without_empty_columns(Table([Cell(title) for title in titles], rows))
 
 
+def evaluations(runs: Sequence[ComparedRun]) -> Table:
+    """One row for each run, one column for each question: its newest answer, with its standard error and its step."""
+    columns = [*_of_training(runs), *_of_eval_command(runs)]
+    if not columns:
+        return Table([], [])
+    rows = [[Cell(run.name), *(cells[index] for _, cells in columns)] for index, run in enumerate(runs)]
+    return Table([Cell("Run"), *(heading for heading, _ in columns)], rows)
+
+
+def _of_training(runs: Sequence[ComparedRun]) -> Iterator[tuple[Cell, list[Cell]]]:
+    """The columns of the loop's own evaluations."""
+    group = ""
+    for shown in {(c.name, c.key): c for run in runs for c in eval_columns(run.metrics)}.values():
+        group = shown.group or group
+        rows = [run.metrics.last(shown.name) for run in runs]
+        cells = [_cell(row, shown.key, shown.format_value, row.get("step")) for row in rows]
+        yield Cell(f"{group} {shown.title}", detail="in training"), cells
+
+
+def _of_eval_command(runs: Sequence[ComparedRun]) -> Iterator[tuple[Cell, list[Cell]]]:
+    """The columns of eval.json. Runs share a column only where task, settings and kind of weights are the same."""
+    newest = [newest_results(run.results) for run in runs]
+    questions: dict[str, Result] = {name: result for by_name in newest for name, result in by_name.items()}
+    for name, example in questions.items():
+        found = [by_name.get(name) for by_name in newest]
+        for key, title, write in shown_metrics(example):
+            heading = Cell(title, detail=f"myllm eval: {settings_text(example)}")
+            yield heading, [_cell(row.metrics, key, write, row.step) if row else Cell("") for row in found]
+
+
+def _cell(row: Row, key: str, write: Callable[[float], str], step: int | None) -> Cell:
+    value = as_float(row.get(key))
+    if not math.isfinite(value):
+        return Cell("")
+    details = [error_text(row, key, write), f"step {step:,}" if step is not None else ""]
+    return Cell(write(value), value, ", ".join(filter(None, details)))
+
+
 def differences(runs: Sequence[ComparedRun]) -> Table:
     """One row for each setting of the config, and each fact of the environment, that is not the same in all runs."""
     by_run = [_settings(run) for run in runs]
@@ -86,17 +123,12 @@ def differences(runs: Sequence[ComparedRun]) -> Table:
 
 
 def _settings(run: ComparedRun) -> dict[str, Any]:
-    """All values by name, such as config.optim.max_lr; settings that its version did not have have their defaults."""
-    config = run.config
-    try:
-        config = json.loads(json.dumps(to_dict(saved_config(config, run.name)))) if section(config, "model") else config
-    except UserError:  # a key of a later version
-        config = run.config
+    """All values by name, such as config.optim.max_lr."""
     environment = flatten(run.environment)
     known = {name: environment[name] for name in ENVIRONMENT if name in environment}
     if "git_commit" in known:
         known["git_commit"] = as_text(known["git_commit"])[:12]
-    return {f"config.{name}": value for name, value in flatten(config).items()} | known
+    return {f"config.{name}": value for name, value in flatten(run.config).items()} | known
 
 
 def _setting_order(name: str) -> tuple[bool, str]:

@@ -8,11 +8,10 @@
 Trackers other than TensorBoard cannot take rows back: `rows.SentRows` remembers what they have.
 """
 
-import secrets
 import shlex
 import time
 from importlib.util import find_spec
-from typing import Any, Protocol
+from typing import Any
 
 from myllm import paths
 from myllm.errors import UserError
@@ -22,25 +21,28 @@ PROJECT = "myllm"
 """Project or experiment, where the user's environment names no other."""
 
 
-class Tracker(Protocol):
+class Tracker:
     """A run in a tracker. A second object for the same `id` continues its curve."""
 
-    keeps_rows: bool
+    keeps_rows = True
     """False: it starts empty, and needs all rows again."""
 
-    def __init__(self, run: paths.RunPaths, id: str, config: dict[str, Any]) -> None: ...
+    def __init__(self, run: paths.RunPaths, id: str, config: dict[str, Any]) -> None:
+        raise NotImplementedError
 
     def log(self, step: int, figures: dict[str, float]) -> None:
         """Add figures such as "train/loss" at a step, which never decreases."""
+        raise NotImplementedError
 
     def flush(self) -> None:
-        """Make what was logged visible."""
+        """Make what was logged visible, where the tracker does not do so by itself."""
 
     def close(self) -> None:
         """Wait until all is stored."""
+        raise NotImplementedError
 
 
-class TensorBoard:
+class TensorBoard(Tracker):
     """Event files that `tensorboard --logdir temp_data/runs` reads."""
 
     keeps_rows = False
@@ -73,10 +75,8 @@ class TensorBoard:
         self._writer.close()
 
 
-class WeightsAndBiases:
+class WeightsAndBiases(Tracker):
     """A run of Weights & Biases: its own variables (WANDB_MODE, WANDB_PROJECT, WANDB_ENTITY, ...) hold."""
-
-    keeps_rows = True
 
     def __init__(self, run: paths.RunPaths, id: str, config: dict[str, Any]) -> None:
         import wandb
@@ -92,9 +92,6 @@ class WeightsAndBiases:
     def log(self, step: int, figures: dict[str, float]) -> None:
         self._run.log(figures, step=step)
 
-    def flush(self) -> None:
-        pass  # it shows a step when the next one comes
-
     def close(self) -> None:
         import wandb
 
@@ -102,10 +99,8 @@ class WeightsAndBiases:
         wandb.teardown()  # waits until its service has written the file
 
 
-class Trackio:
+class Trackio(Tracker):
     """A run of trackio; its own variables (TRACKIO_DIR, ...) hold."""
-
-    keeps_rows = True
 
     def __init__(self, run: paths.RunPaths, id: str, config: dict[str, Any]) -> None:
         import trackio
@@ -119,17 +114,12 @@ class Trackio:
     def log(self, step: int, figures: dict[str, float]) -> None:
         self._run.log(figures, step=step)
 
-    def flush(self) -> None:
-        pass  # it writes by itself, twice a second
-
     def close(self) -> None:
         self._run.finish()
 
 
-class MLflow:
+class MLflow(Tracker):
     """A run of MLflow, in the server or folder that its own variables name."""
-
-    keeps_rows = True
 
     def __init__(self, run: paths.RunPaths, id: str, config: dict[str, Any]) -> None:
         import mlflow
@@ -154,9 +144,6 @@ class MLflow:
 
         now = int(time.time() * 1000)
         self._client.log_batch(self._id, [Metric(name, value, now, step) for name, value in figures.items()])
-
-    def flush(self) -> None:
-        pass
 
     def close(self) -> None:
         self._client.set_terminated(self._id)
@@ -197,7 +184,3 @@ def check_installed(names: tuple[str, ...]) -> None:
                 f"the tracker {name} needs the package {name}, which is not installed: pip install {name}, or all "
                 "trackers with pip install -e '.[trackers]'"
             )
-
-
-def new_id() -> str:
-    return secrets.token_hex(4)

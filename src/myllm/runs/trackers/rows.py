@@ -1,6 +1,7 @@
 """Which rows of metrics.jsonl a tracker has already, and which figures of a row it gets."""
 
 import json
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,6 @@ from typing import Any
 from myllm.files import atomic_write, parse_row
 from myllm.migrations import TRACKER
 from myllm.runs.history import read_json_or_empty
-
-from .destinations import new_id
 
 NOT_SHOWN = {"step", "sample_digest_since_step", "protocol", "seconds", "data_wait_s"}
 
@@ -45,7 +44,7 @@ class SentRows:
     def __init__(self, path: Path) -> None:
         self._path = path
         values = TRACKER.upgrade(read_json_or_empty(path), path)
-        self.id: str = values.get("id") or new_id()
+        self.id: str = values.get("id") or secrets.token_hex(4)
         self.last_steps: dict[str, int] = values.get("last_steps", {})
 
     def forget(self) -> None:
