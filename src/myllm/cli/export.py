@@ -8,7 +8,7 @@ from typing import Literal
 import tyro
 
 from myllm import paths
-from myllm.config import HubConfig, RunConfig, load_config
+from myllm.config import HubConfig, RunConfig, load_config, saved_config
 from myllm.errors import UserError
 from myllm.paths import check_writable, user_path
 from myllm.planning.config_checks import hub_errors
@@ -128,8 +128,9 @@ def publish(
     run_paths = paths.RunPaths(checkpoints[0].parent.parent)
     from myllm.hub import publish as publishing
     from myllm.hub.client import check_token
+    from myllm.runs.history import read_json_or_empty
 
-    saved = publishing.saved_hub_config(run_paths)
+    saved = saved_config(read_json_or_empty(run_paths.config), run_paths.config).hub
     wanted = replace(wanted, repo=repo or saved.repo)
     if wanted.repo is None:
         raise UserError("missing --repo NAMESPACE/NAME, for example --repo my-account/my-model")

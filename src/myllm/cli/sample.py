@@ -16,7 +16,7 @@ from myllm.inference.sampling_params import SamplingParams
 from myllm.paths import check_writable, user_path
 
 if TYPE_CHECKING:
-    from myllm.inference.language_model import LanguageModel
+    from myllm.inference.generate import LanguageModel
 
 MAX_SAMPLES = 1_000_000
 

@@ -210,12 +210,7 @@ def _to_rows(batch: list[TokenizedQuestion], prefix_length: int) -> tuple[Tensor
         tokens[m, : len(row) - 1] = row[:-1]
         targets[m, len(rest) - 1 : len(row) - 1] = ending
     prefixes = np.stack([context[:prefix_length] for context in contexts]).astype(np.int64)
-    return (
-        torch.from_numpy(prefixes),
-        torch.from_numpy(np.array(owners)),
-        torch.from_numpy(tokens),
-        torch.from_numpy(targets),
-    )
+    return torch.from_numpy(prefixes), torch.tensor(owners), torch.from_numpy(tokens), torch.from_numpy(targets)
 
 
 # -- metrics ----------------------------------------------------------------------------------------------------------

@@ -61,11 +61,7 @@ def _download(name: str, task: Task) -> tuple[list[Path], str, dict[str, Any]]:
         reason = str(error).split(";")[0]  # the advice after it is for data sets
         raise UserError(
             f"could not download {dataset.where}: {reason}. Give its rows as a .jsonl or .parquet file: {name}:FILE in "
-            + (
-                "`myllm eval --tasks`, or --eval.hellaswag-file"
-                if name == "hellaswag"
-                else "`myllm eval --tasks` or --eval.tasks"
-            )
+            f"`myllm eval --tasks`, or --eval.{'hellaswag-file' if name == 'hellaswag' else 'tasks'}"
         ) from None
     return downloaded, listing.module, listing.options
 

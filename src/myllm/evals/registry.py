@@ -296,7 +296,7 @@ def _choice_evaluation(
 
 def build_generation(inputs: EvalInputs) -> Evaluation:
     """Statistics of samples from fixed prompts and, if there is held-out text, of that text. On one rank only."""
-    from myllm.inference.language_model import LanguageModel
+    from myllm.inference.generate import LanguageModel
 
     from . import sample_quality as quality
 

@@ -24,8 +24,7 @@ from itertools import islice, pairwise
 import numpy as np
 
 from myllm.data.token_stream import TokenStream
-from myllm.inference.generate import Sequence, generate_batch
-from myllm.inference.language_model import LanguageModel
+from myllm.inference.generate import LanguageModel, Sequence, generate_batch
 from myllm.inference.sampling_params import SamplingParams
 
 SAMPLING = SamplingParams(temperature=0.8, top_k=50)

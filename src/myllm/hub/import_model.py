@@ -86,11 +86,6 @@ def _is_own(path: Path) -> bool:
     return (path / MANIFEST).is_file() or (path / "checkpoints").is_dir()
 
 
-def is_repository(source: str) -> bool:
-    """True if the source can be the name of a repository."""
-    return REPOSITORY.fullmatch(source) is not None
-
-
 def resolve_source(source: str, revision: str | None, say: Callable[[str], None]) -> Path:
     """The file or folder of a source. A Hub repository is downloaded into the Hub's cache.
 

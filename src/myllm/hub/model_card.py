@@ -30,6 +30,7 @@ from myllm.runs.history import (
     read_json_or_empty,
     read_metrics,
     read_samples,
+    section,
 )
 
 MAX_SAMPLE_CHARS = 600
@@ -233,8 +234,7 @@ def _hardware(data: CardData) -> dict[str, str]:
     seconds, device_hours = metrics.training_s(), metrics.training_s() * world_size / 3_600
     evals_s = sum(as_float(row.get("seconds")) for rows in metrics.evals.values() for row in rows)
     tokens_per_s, mfu = as_float(last.get("tokens_per_s")), as_float(last.get("mfu"))
-    versions = environment.get("versions")
-    versions = versions if isinstance(versions, dict) else {}
+    versions = section(environment, "versions")
     commit = environment.get("git_commit")
     return {
         "devices": f"{world_size:.0f} x {environment.get('device_name')}" if world_size > 0 else "",

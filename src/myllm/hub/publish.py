@@ -19,7 +19,7 @@ from typing import Any
 
 from myllm.checkpoint.integrity import HASH_NONE, DamagedCheckpoint, raise_if_damaged
 from myllm.checkpoint.layout import MANIFEST, WEIGHTS, list_checkpoints, step_of
-from myllm.config import HubConfig, ModelConfig, saved_config, to_dict
+from myllm.config import HubConfig, ModelConfig, to_dict
 from myllm.data.sources.download import is_permanent, retry_after
 from myllm.errors import UserError, out_of_space
 from myllm.files import file_lock, json_safe, map_json, read_json, write_json, write_text
@@ -243,14 +243,8 @@ def _check_same_weights(remote: RemoteRepo, tag: str, digest: str, hub: HubConfi
 def _record(run: RunPaths, hub: HubConfig, tag: str, commit: str) -> None:
     """Note in published.json what was published."""
     saved = read_json_or_empty(run.published)
-    published = saved.get("published") if saved.get("repo") == hub.repo else {}
-    published = published if isinstance(published, dict) else {}
+    published = saved["published"] if saved.get("repo") == hub.repo else {}
     write_json(run.published, {"repo": hub.repo, "published": published | {tag: commit}})
-
-
-def saved_hub_config(run: RunPaths) -> HubConfig:
-    """The `hub` settings in a run's config.json."""
-    return saved_config(read_json_or_empty(run.config), run.config).hub
 
 
 # -- files beside the weights -----------------------------------------------------------------------------------------

@@ -11,8 +11,7 @@ from myllm.paths import user_path
 from myllm.planning.flops import n_parameters
 
 from .completion import TextStream
-from .generate import stream_tokens
-from .language_model import LanguageModel
+from .generate import LanguageModel, stream_tokens
 from .sampling_params import SamplingParams
 
 WELCOME = """{parameters:,} parameters, context {context:,} tokens.

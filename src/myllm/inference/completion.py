@@ -10,8 +10,7 @@ from typing import Any, overload
 from myllm.data.tokenizer.base import Tokenizer
 from myllm.errors import UserError
 
-from .generate import FinishReason, Sequence, generate_batch
-from .language_model import LanguageModel
+from .generate import FinishReason, LanguageModel, Sequence, generate_batch
 from .sampling_params import SamplingParams
 
 OnText = Callable[[int, str], None]

@@ -7,11 +7,12 @@ Shapes: B sequences in progress, V vocabulary.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from myllm.data.tokenizer.base import Tokenizer
 from myllm.distributed.device_info import has_triton
 from myllm.errors import UserError
 from myllm.model.kv_cache import KVCache
@@ -25,6 +26,13 @@ COMPILE_MIN_TOKENS = 512
 """On CUDA, texts of at least this many new tokens compile the decode step. Compilation is too slow for shorter ones."""
 
 FinishReason = Literal["end_of_text", "length", "stop"]
+
+
+class LanguageModel(NamedTuple):
+    """A model and its tokenizer. Unpacks: `model, tokenizer = load_model(...)`."""
+
+    model: Transformer
+    tokenizer: Tokenizer
 
 
 @dataclass

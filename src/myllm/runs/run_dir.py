@@ -101,20 +101,6 @@ def archive_old_run(run: RunPaths) -> Path | None:
     return archive
 
 
-def start_over(run: RunPaths, config: RunConfig) -> Path | None:
-    """Archive the old run.
-
-    Returns:
-        the folder of the old run, or None if there was none.
-
-    Raises:
-        UserError: it began with the weights of another model, and the new one would not.
-    """
-    if config.init.source is None:
-        check_new_weights(run)
-    return archive_old_run(run)
-
-
 def check_new_weights(run: RunPaths) -> None:
     """Refuse to train new weights under the name of a run that began with those of another model.
 

@@ -23,7 +23,7 @@ from myllm.evals import cloze
 from myllm.evals.registry import EvalInputs, EvalOptions, build
 from myllm.evals.validation_sets import open_validation_sets
 from myllm.inference.completion import complete
-from myllm.inference.language_model import LanguageModel
+from myllm.inference.generate import LanguageModel
 from myllm.inference.sampling_params import SamplingParams
 from myllm.model.transformer import Transformer
 from myllm.planning.batch import batch_plan

@@ -21,7 +21,7 @@ from myllm.distributed.out_of_memory import explain_out_of_memory
 from myllm.distributed.terminal import progress_bar, shows_bars
 from myllm.runs.heartbeat import Heartbeat
 from myllm.runs.reference_curve import ReferenceWatch, find_reference
-from myllm.runs.run_dir import check_shared_disk, claim_run, start_over
+from myllm.runs.run_dir import archive_old_run, check_new_weights, check_shared_disk, claim_run
 
 from .evaluator import Eval, StopVote, build_evals
 from .profiler import NoProfiler, Profiler
@@ -139,7 +139,10 @@ def open_run(ctx: RunContext, notes: Sequence[str] = ()) -> Iterator[Heartbeat]:
     with ExitStack() as stack:
         if dist.is_rank_zero:
             stack.enter_context(claim_run(paths))
-            archived = start_over(paths, ctx.config) if ctx.config.train.fresh and not restarted else None
+            if ctx.config.train.fresh and not restarted:
+                if ctx.config.init.source is None:
+                    check_new_weights(paths)
+                archived = archive_old_run(paths)
             for folder in (paths.checkpoints, paths.best, paths.anomalies):
                 clean_up_partial(folder)
         heartbeat = Heartbeat(paths.heartbeat, newest_step(paths.checkpoints), writes=dist.is_rank_zero)

@@ -6,8 +6,7 @@ from typing import Any
 
 from myllm.data.tokenizer.base import Tokenizer
 from myllm.inference.completion import TextStream
-from myllm.inference.generate import Sequence, generate_batch
-from myllm.inference.language_model import LanguageModel
+from myllm.inference.generate import LanguageModel, Sequence, generate_batch
 from myllm.inference.sampling import TokenLogprobs
 
 from .request import GenerateRequest

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing, contextmanager
 from functools import partial
 from http import HTTPStatus
@@ -23,7 +23,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from myllm.errors import UserError
-from myllm.inference.language_model import LanguageModel
+from myllm.inference.generate import LanguageModel
 from myllm.planning.flops import n_parameters
 
 from .events import generate_events
@@ -159,10 +159,7 @@ class HttpExchange(BaseHTTPRequestHandler):
 
     def _send_error(self, error: HttpError) -> None:
         """In the form of the page, or in OpenAI's."""
-        body: object = str(error)
-        if self.path.startswith("/v1/"):
-            body = error_object(error)
-        self._send_json(error.status, {"error": body})
+        self._send_json(error.status, _error_body(error) if self.path.startswith("/v1/") else {"error": str(error)})
 
     def _page_info(self) -> dict[str, Any]:
         models = [_model_info(name, model) for name, model in self.server.models.items()]
@@ -186,17 +183,20 @@ class HttpExchange(BaseHTTPRequestHandler):
         name = request.model or next(iter(self.server.models))
         if name not in self.server.models:
             raise HttpError(HTTPStatus.NOT_FOUND, f"no model {name!r}; models: {', '.join(self.server.models)}")
-        with self._turn(BUSY_TIMEOUT_S):
-            self._stream(request, self.server.models[name])
+        events = generate_events(self.server.models[name], request)
+        with self._turn(BUSY_TIMEOUT_S):  # the text is complete if the last line is of kind `end`
+            self._stream(
+                "application/x-ndjson", events, _json_line, lambda error: {"kind": "error", "error": str(error)}
+            )
 
     def _complete(self, chat: bool) -> None:
         request = parse_completion(self._read_body(), self.server.default, list(self.server.models), chat)
         completion = Completion(self.server.models[request.model], request)
         with self._turn(API_BUSY_TIMEOUT_S):
-            if request.stream:
-                self._stream_chunks(completion)
-            else:
+            if not request.stream:
                 self._send_whole(completion)
+            elif self._stream("text/event-stream", completion.chunks(), _server_sent_event, _error_body):
+                self.wfile.write(b"data: [DONE]\n\n")
 
     @contextmanager
     def _turn(self, timeout_s: float) -> Iterator[None]:
@@ -234,35 +234,27 @@ class HttpExchange(BaseHTTPRequestHandler):
         body, self.unread_bytes = self.rfile.read(self.unread_bytes), 0
         return body
 
-    def _stream(self, request: GenerateRequest, model: LanguageModel) -> None:
-        """Send one JSON object per line. The text is complete if the last one is of kind `end`."""
-        self._send_headers(HTTPStatus.OK, "application/x-ndjson")
+    def _stream(
+        self,
+        content_type: str,
+        values: Generator[dict[str, Any], None, None],
+        encode: Callable[[object], bytes],
+        failure: Callable[[HttpError], object],
+    ) -> bool:
+        """Send objects as they are generated, and `failure` of an error. False if they are not complete."""
+        self._send_headers(HTTPStatus.OK, content_type)
         try:
-            with closing(generate_events(model, request)) as events:
-                for event in events:
-                    self.wfile.write(_json_line(event))
+            with closing(values):
+                for value in values:
+                    self.wfile.write(encode(value))
                     if self.server.stopping.is_set():
-                        return
+                        return False
         except OSError:
             raise
         except Exception as error:  # for example out of GPU memory: the server continues
-            self.wfile.write(_json_line({"kind": "error", "error": _report_failure(error)}))
-
-    def _stream_chunks(self, completion: Completion) -> None:
-        """Send server-sent events, as OpenAI does. The texts are complete if the last one is [DONE]."""
-        self._send_headers(HTTPStatus.OK, "text/event-stream")
-        try:
-            with closing(completion.chunks()) as chunks:
-                for chunk in chunks:
-                    self.wfile.write(_server_sent_event(chunk))
-                    if self.server.stopping.is_set():
-                        return
-            self.wfile.write(b"data: [DONE]\n\n")
-        except OSError:
-            raise
-        except Exception as error:
-            failure = HttpError(HTTPStatus.INTERNAL_SERVER_ERROR, _report_failure(error))
-            self.wfile.write(_server_sent_event({"error": error_object(failure)}))
+            self.wfile.write(encode(failure(_report_failure(error))))
+            return False
+        return True
 
     def _send_whole(self, completion: Completion) -> None:
         pieces = []
@@ -273,8 +265,7 @@ class HttpExchange(BaseHTTPRequestHandler):
                     if self.server.stopping.is_set() or self.client_left():
                         return
         except Exception as error:
-            failure = HttpError(HTTPStatus.INTERNAL_SERVER_ERROR, _report_failure(error))
-            self._send_json(failure.status, {"error": error_object(failure)})
+            self._send_error(_report_failure(error))
             return
         self._send_json(HTTPStatus.OK, completion.whole(pieces))
 
@@ -333,16 +324,17 @@ def _model_info(name: str, model: LanguageModel) -> dict[str, Any]:
     }
 
 
-def error_object(error: HttpError) -> dict[str, Any]:
+def _error_body(error: HttpError) -> dict[str, Any]:
     """An error in OpenAI's form."""
     kind = "invalid_request_error" if error.status < HTTPStatus.INTERNAL_SERVER_ERROR else "server_error"
-    return {"message": str(error), "type": kind, "param": error.param, "code": error.code}
+    return {"error": {"message": str(error), "type": kind, "param": error.param, "code": error.code}}
 
 
-def _report_failure(error: Exception) -> str:
-    """Print the traceback of a failed text; returns a message for the client."""
+def _report_failure(error: Exception) -> HttpError:
+    """Print the traceback of a failed text; returns the error for the client."""
     traceback.print_exc()
-    return f"the server failed, see its terminal: {type(error).__name__}: {error}"
+    message = f"the server failed, see its terminal: {type(error).__name__}: {error}"
+    return HttpError(HTTPStatus.INTERNAL_SERVER_ERROR, message)
 
 
 def _json_line(value: object) -> bytes:

@@ -14,8 +14,7 @@ import torch
 
 from myllm.data.tokenizer.base import Tokenizer
 from myllm.inference.completion import TextStream
-from myllm.inference.generate import Sequence, generate_batch
-from myllm.inference.language_model import LanguageModel
+from myllm.inference.generate import LanguageModel, Sequence, generate_batch
 from myllm.inference.sampling import TokenLogprobs, token_logprobs
 
 from .openai_request import CompletionRequest, Prompt

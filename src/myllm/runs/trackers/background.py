@@ -57,7 +57,7 @@ def sync(run: RunPaths, name: str, wait: Callable[[float], bool] | None = None) 
 def _send(run: RunPaths, name: str, sent: SentRows, wait: Callable[[float], bool]) -> int:
     tracker_class, rows = TRACKERS[name], NewRows(run.metrics)
     if not tracker_class.keeps_rows:
-        sent.forget()
+        sent.last_steps.clear()
     n_sent, over = 0, False
     with closing(tracker_class(run, sent.id, read_config(run.config))) as tracker:
         while not over:

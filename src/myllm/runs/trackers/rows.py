@@ -47,10 +47,6 @@ class SentRows:
         self.id: str = values.get("id") or secrets.token_hex(4)
         self.last_steps: dict[str, int] = values.get("last_steps", {})
 
-    def forget(self) -> None:
-        """The tracker starts empty."""
-        self.last_steps = {}
-
     def take(self, row: dict[str, Any]) -> dict[str, float]:
         """The figures of a row that the tracker does not have; empty if there are none."""
         kind = row.get("kind")
@@ -67,6 +63,5 @@ class SentRows:
         }
 
     def save(self) -> None:
-        self._path.parent.mkdir(exist_ok=True)
         with atomic_write(self._path, durable=False) as file:
             file.write(json.dumps(TRACKER.stamp({"id": self.id, "last_steps": self.last_steps})).encode() + b"\n")
