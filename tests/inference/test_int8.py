@@ -137,7 +137,6 @@ def test_scores_match_logits(kind: str) -> None:
     tokens = torch.arange(40).view(2, 20)
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     expected = ints(inputs).log_softmax(dim=-1).gather(2, targets.unsqueeze(2)).squeeze(2)
-    assert torch.allclose(ints.score(inputs, targets), expected, atol=1e-4)
     assert torch.allclose(ints.evaluate(inputs, targets)[0], expected, atol=1e-4)
     assert torch.allclose(ints(inputs, targets), -expected.mean(), atol=1e-4)
     rows = torch.tensor([0, 1])

@@ -104,7 +104,6 @@ def test_evaluations_never_use_cudnn(card: Callable[[int], None], monkeypatch: p
     tokens = torch.zeros(1, 8, dtype=torch.long)
     model.eval()
     model.evaluate(tokens, tokens)
-    model.score(tokens, tokens)
     model.score_continuations(tokens, torch.tensor([0]), tokens, tokens)
     row = Sequence([1, 2], seed=0)
     list(generate_batch(model, [row], 2, SamplingParams()))

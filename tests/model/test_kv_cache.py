@@ -90,7 +90,7 @@ def test_score_continuations_matches_full_sequences(shared):
     log_probs = model.score_continuations(prefixes, owners, ends[:, :-1], targets)
     whole = torch.cat((prefixes[owners], ends), dim=1)
     all_targets = torch.cat((torch.full((4, shared), -1), targets), dim=1)
-    expected = model.score(whole[:, :-1], all_targets)
+    expected, _, _ = model.evaluate(whole[:, :-1], all_targets)
     torch.testing.assert_close(log_probs, expected[:, shared:], rtol=0, atol=1e-5)
     with torch.autocast("cpu", torch.bfloat16):
         rounded = model.score_continuations(prefixes, owners, ends[:, :-1], targets)

@@ -49,7 +49,8 @@ def test_loss_and_scores_match_logits(kind):
     log_probs, ranks, confidence = model.evaluate(tokens, targets)
     expected = -F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none")
     torch.testing.assert_close(log_probs, expected.view(2, 16))
-    assert torch.equal(model.score(tokens, targets), log_probs)
+    no_prefix = torch.zeros(1, 0, dtype=torch.long), torch.zeros(2, dtype=torch.long)
+    torch.testing.assert_close(model.score_continuations(*no_prefix, tokens, targets), log_probs)
     with_target = targets != -1
     assert torch.equal((ranks == 0) & with_target, logits.argmax(dim=-1) == targets)
     torch.testing.assert_close(confidence, logits.softmax(dim=-1).amax(dim=-1) * with_target)

@@ -96,7 +96,6 @@ def evaluate(model: Transformer, config: RunConfig) -> None:
     with autocast(config, ALONE.device):
         batches = [(batch(rows), batch(rows)) for rows in (4, 3)]
         perplexity_sums(model.evaluate, batches, torch.ones(300, dtype=torch.int64), ALONE.device)
-        model.score(batch(2, 20), batch(2, 20))
         model.score_continuations(batch(2, 10), torch.tensor([0, 0, 1]), batch(3, 5), batch(3, 5))
         list(stream_tokens(model, [1, 2, 3], 4, SamplingParams()))
 

@@ -219,19 +219,11 @@ class Transformer(nn.Module):
             return self.logits(last)
 
     @torch.no_grad()
-    def score(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Log-probability of each target. Targets equal to IGNORE_INDEX are ignored and get 0.
-
-        Shapes:
-            tokens and targets (B, T); returns (B, T) float32
-        """
-        return self._per_target(token_log_probs, self.hidden(tokens), targets)
-
-    @torch.no_grad()
     def score_continuations(self, prefixes: Tensor, owners: Tensor, tokens: Tensor, targets: Tensor) -> Tensor:
-        """`score`, where row m of `tokens` continues prefix `owners[m]`. Each prefix is computed once.
+        """Log-probability of each target, where row m of `tokens` continues prefix `owners[m]`.
 
-        Shorter rows are padded on the right, with targets equal to IGNORE_INDEX.
+        Each prefix is computed once. Shorter rows are padded on the right, with targets equal to IGNORE_INDEX, which
+        get 0.
 
         Shapes:
             prefixes (B, P), P may be 0; owners (M,); tokens and targets (M, T); returns (M, T) float32

@@ -16,8 +16,6 @@ from .heartbeat import read_state
 from .history import Metrics, Row, as_float, get_text, read_json_or_empty, read_metrics
 
 ARCHIVE_SUFFIX = ".tar.gz"
-IMPORTED, NOT_KNOWN = "imported", "not known"
-"""States of a run without a heartbeat: one that holds imported weights, and any other."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,7 @@ def recorded_state(run: RunPaths) -> str:
     try:
         return read_state(run.heartbeat).word
     except (OSError, UserError):
-        return IMPORTED if run.imported.is_file() and not run.metrics.is_file() else NOT_KNOWN
+        return "imported" if run.imported.is_file() and not run.metrics.is_file() else "not known"
 
 
 def preset_of(environment: Row) -> str | None:

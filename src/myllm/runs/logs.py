@@ -11,7 +11,6 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any, cast
@@ -141,7 +140,6 @@ def environment(device: torch.device, world_size: int) -> dict[str, Any]:
     }
 
 
-@cache
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)

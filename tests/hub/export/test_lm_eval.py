@@ -35,7 +35,7 @@ def our_choice(pair: LanguageModel, question: str, choices: list[str]) -> tuple[
     scores = []
     for choice in choices:
         context, whole = (pair.tokenizer.encode_document(text).tolist() for text in (question, f"{question} {choice}"))
-        log_probs = pair.model.score(torch.tensor([whole[:-1]]), torch.tensor([whole[1:]]))
+        log_probs, _, _ = pair.model.evaluate(torch.tensor([whole[:-1]]), torch.tensor([whole[1:]]))
         scores.append(float(log_probs[0, len(context) - 1 :].sum()))
     return max(range(len(scores)), key=scores.__getitem__), scores
 

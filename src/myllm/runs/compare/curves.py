@@ -82,8 +82,8 @@ class Chart(NamedTuple):
     title: str
     name: str
     """Of the evaluation; or train."""
-    keys: tuple[str, ...]
-    """The value's names; the first one that a run has counts."""
+    key: str | None = None
+    """Of the value. None: that of the run's accuracy."""
     unit: str = "number"
     """How charts.js writes it: loss, number or percent."""
     is_log: bool = False
@@ -91,27 +91,23 @@ class Chart(NamedTuple):
     """Draw its moving average."""
 
 
-def charts() -> list[Chart]:
-    """In the order of the page."""
-    return [
-        Chart("Validation loss, nats per token", "validation", ("loss",), "loss", is_log=True),
-        Chart("Training loss, nats per token", "train", ("loss",), "loss", is_log=True, smooth=True),
-        Chart("Validation bits per byte", "validation", ("bits_per_byte",), "loss", is_log=True),
-        *(
-            Chart(f"{title} accuracy", name, ("acc_norm", "acc"), "percent")
-            for name, title in {"cloze": "Cloze", **TASK_TITLES}.items()
-        ),
-        Chart("Learning rate", "train", ("lr",)),
-        Chart("Learning rate of Muon", "train", ("muon_lr",)),
-        Chart("Gradient norm, before clipping", "train", ("grad_norm",), is_log=True, smooth=True),
-        Chart("Tokens per second", "train", ("tokens_per_s",), smooth=True),
-    ]
+CHARTS = (
+    Chart("Validation loss, nats per token", "validation", "loss", "loss", is_log=True),
+    Chart("Training loss, nats per token", "train", "loss", "loss", is_log=True, smooth=True),
+    Chart("Validation bits per byte", "validation", "bits_per_byte", "loss", is_log=True),
+    *(Chart(f"{title} accuracy", name, unit="percent") for name, title in {"cloze": "Cloze", **TASK_TITLES}.items()),
+    Chart("Learning rate", "train", "lr"),
+    Chart("Learning rate of Muon", "train", "muon_lr"),
+    Chart("Gradient norm, before clipping", "train", "grad_norm", is_log=True, smooth=True),
+    Chart("Tokens per second", "train", "tokens_per_s", smooth=True),
+)
+"""In the order of the page."""
 
 
 def chart_data(runs: Sequence[ComparedRun]) -> dict[str, Any]:
     """What charts.js draws: names, restarts and curves of all runs. Charts without a curve are left out."""
     drawn = []
-    for chart in charts():
+    for chart in CHARTS:
         curves = [_curve(run, chart) for run in runs]
         if any(curve is not None for curve in curves):
             has_dots = chart.name != "train"
@@ -127,8 +123,7 @@ def chart_data(runs: Sequence[ComparedRun]) -> dict[str, Any]:
 def _curve(run: ComparedRun, chart: Chart) -> dict[str, list[float]] | None:
     """Positions on each axis, and values; None if the run has none."""
     rows = run.metrics.rows(chart.name)
-    key = chart.keys[0] if len(chart.keys) == 1 else accuracy_key(rows)
-    steps, values = finite_points(rows, key)
+    steps, values = finite_points(rows, chart.key or accuracy_key(rows))
     if not steps.size:
         return None
     if chart.smooth:
