@@ -6,8 +6,6 @@ from dataclasses import replace
 
 from myllm.data.tokenizer.base import Tokenizer
 from myllm.errors import UserError
-from myllm.files import write_text
-from myllm.paths import user_path
 from myllm.planning.flops import n_parameters
 
 from .completion import TextStream
@@ -16,9 +14,8 @@ from .sampling_params import SamplingParams
 
 WELCOME = """{parameters:,} parameters, context {context:,} tokens.
 This is a base model: it continues your text and does not answer questions.
-/reset clears the text, /temperature 0.7 sets the temperature, /save FILE saves the text,
-/quit exits, Ctrl-C stops a reply."""
-COMMANDS = "/reset, /temperature NUMBER, /save FILE, /quit"
+/reset clears the text, /temperature 0.7 sets the temperature, /quit exits, Ctrl-C stops a reply."""
+COMMANDS = "/reset, /temperature NUMBER, /quit"
 
 
 def chat(language_model: LanguageModel, max_new_tokens: int, sampling: SamplingParams) -> None:
@@ -32,18 +29,15 @@ def chat(language_model: LanguageModel, max_new_tokens: int, sampling: SamplingP
     context = model.config.max_seq_len
     print(WELCOME.format(parameters=n_parameters(model.config), context=context))
     history: list[int] = [tokenizer.end_of_text]
-    transcript = ""
     while (line := _read_line()) is not None:
         command, _, value = line.strip().partition(" ")
         if command in ("/quit", "/exit"):
             return
         if command == "/reset":
-            history, transcript = [tokenizer.end_of_text], ""
+            history = [tokenizer.end_of_text]
             print("text cleared")
         elif command == "/temperature":
             sampling = _set_temperature(sampling, value)
-        elif command == "/save":
-            _save(value.strip(), transcript)
         elif command.startswith("/"):
             print(f"unknown command {command}; commands: {COMMANDS}")
         elif line:
@@ -51,27 +45,22 @@ def chat(language_model: LanguageModel, max_new_tokens: int, sampling: SamplingP
             # Leave space for the reply: otherwise generation drops half of the context to make it.
             history = history[-max(context - max_new_tokens, context // 2, 1) :]
             ids = stream_tokens(model, history, max_new_tokens, sampling, tokenizer.end_of_text)
-            reply, text = _print_reply(ids, tokenizer)
+            history += _print_reply(ids, tokenizer)
             sampling = replace(sampling, seed=(sampling.seed + 1) % 2**63)
-            history, transcript = history + reply, f"{transcript}{line}{text}\n"
 
 
-def _print_reply(ids: Iterator[int], tokenizer: Tokenizer) -> tuple[list[int], str]:
-    """Print a reply as it is generated; returns its tokens and its text, as far as Ctrl-C let them come."""
-    stream, reply, text = TextStream(tokenizer), [], ""
+def _print_reply(ids: Iterator[int], tokenizer: Tokenizer) -> list[int]:
+    """Print a reply as it is generated; returns its tokens, as far as Ctrl-C let them come."""
+    stream, reply = TextStream(tokenizer), []
     try:
         for token in ids:
             reply.append(token)
-            new = stream.feed(token)
-            text += new
-            print(new, end="", flush=True)
-        new = stream.end()
-        text += new
-        print(new, end="")
+            print(stream.feed(token), end="", flush=True)
+        print(stream.end(), end="")
     except KeyboardInterrupt:
         print(" [stopped]", end="")
     print(flush=True)
-    return reply, text
+    return reply
 
 
 def _read_line() -> str | None:
@@ -94,22 +83,3 @@ def _set_temperature(sampling: SamplingParams, value: str) -> SamplingParams:
         return sampling
     print(f"temperature {changed.temperature}")
     return changed
-
-
-def _save(value: str, transcript: str) -> None:
-    """Save your lines and the replies since the last /reset. Never overwrites a file."""
-    if not value:
-        print("missing FILE: /save FILE")
-        return
-    try:
-        path = user_path(value)
-        if path.exists():
-            print(f"{path} exists; give another name")
-            return
-        write_text(path, transcript)
-    except UserError as error:
-        print(error)
-    except OSError as error:
-        print(f"cannot write {value}: {error.strerror}")
-    else:
-        print(f"saved {len(transcript):,} characters to {path}")
