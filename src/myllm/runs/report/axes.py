@@ -1,5 +1,6 @@
 """Lines, axes and labels that all figures of a run share."""
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -8,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, Locator, LogLocator, MaxNLocator, NullLocator
 
 from myllm.formatting import format_number, format_si
-from myllm.runs.history import Metrics, Row, column, moving_average
+from myllm.runs.history import Metrics, Row, as_float, column, moving_average
 
 # Blue, vermilion and green of Okabe and Ito (2008), https://jfly.uni-koeln.de/color, with a darker green, and a purple
 # dark enough for text. Color-blind readers can tell them apart, and no series is identified by its color alone.
@@ -156,9 +157,9 @@ def add_token_axis(axes: Axes, metrics: Metrics) -> None:
     top.tick_params(length=0)
 
 
-def mark_non_finite(axes: Axes, rows: list[Row], key: str) -> None:
-    """Mark the steps whose value is NaN or infinite with crosses on the step axis."""
-    steps = [rows[index]["step"] for index in np.flatnonzero(~np.isfinite(column(rows, key))) if key in rows[index]]
+def mark_non_finite_losses(axes: Axes, rows: list[Row]) -> None:
+    """Mark the steps whose loss is NaN or infinite with crosses on the step axis."""
+    steps = [row["step"] for row in rows if "loss" in row and not math.isfinite(as_float(row["loss"]))]
     if not steps:
         return
     axes.plot(

@@ -40,7 +40,7 @@ from .axes import (
     add_token_axis,
     downsample,
     finite_points,
-    mark_non_finite,
+    mark_non_finite_losses,
     place_labels,
     plot_evals,
     plot_line,
@@ -118,7 +118,7 @@ def draw_loss(axes: Axes, metrics: Metrics, config: Row) -> list[Label]:
         # On a linear axis the last tenths of a nat, which take most of the time, would vanish below the first steps.
         set_log_scale(axes, MaxNLocator(10, steps=[1, 2, 5, 10]))
         add_token_axis(axes, metrics)
-        mark_non_finite(axes, metrics.train, "loss")
+        mark_non_finite_losses(axes, metrics.train)
     return labels
 
 
@@ -194,18 +194,9 @@ def draw_throughput(axes: Axes, metrics: Metrics, config: Row) -> list[Label]:
         return []
     axes.set_ylim(0, (finite_points(metrics.train, "tokens_per_s")[1].max() or 1.0) * 1.15)
     set_ticks(axes.yaxis, None, format_si)
-    steps, mfu = finite_points(metrics.train, "mfu")
-    if mfu.size:
-        axes.set_title("Tokens per second, and MFU")
-        # Both curves have the same shape: a scale of its own keeps the MFU from hiding the tokens per second.
-        twin = axes.twinx()
-        average = moving_average(mfu)
-        twin.plot(*downsample(steps, average), color=GREEN, linestyle=(0, (4, 2)), linewidth=1.5)
-        top = (mfu.max() or 1.0) * 1.7
-        twin.set_ylim(0, top)
-        twin.set_axis_off()
-        axes.tick_params(left=False)  # twinx restores the ticks
-        labels.append(Label(mfu[-1] / top * axes.get_ylim()[1], f"MFU\n{format_percent(average[-1])}", GREEN))
+    _, mfu = finite_points(metrics.train, "mfu")
+    if mfu.size:  # its curve would have the same shape
+        axes.set_title(f"Tokens per second, at the end {format_percent(moving_average(mfu)[-1])} MFU")
     return labels
 
 
