@@ -129,7 +129,6 @@ class RunPaths:
     tensorboard = _Below("tensorboard")
     trackers = _Below("trackers")
     """What each experiment tracker has of the run."""
-    published = _Below("published.json")
     plots = _Below("plots")
     report = _Below("report.html")
 

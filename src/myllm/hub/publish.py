@@ -4,7 +4,7 @@
 
 The Hub decides what is left to do: a step that has its tag is done, a step that has its commit only needs the tag. A
 commit names its parent, so it fails if someone else was faster or if an earlier attempt succeeded and only its answer
-was lost; then the Hub is read again. published.json in the run folder is a record for users; nothing depends on it.
+was lost; then the Hub is read again.
 """
 
 import hashlib
@@ -167,7 +167,6 @@ def _publish_step(job: _Job) -> bool:
     remote = _read_remote(api, job.hub)
     if tag in remote.tags:
         _check_same_weights(remote, tag, digest, job.hub)
-        _record(job.run, job.hub, tag, remote.tags[tag])
         return False
     commit = next((commit for commit, title in remote.titles.items() if _parse_title(title) == (step, digest)), None)
     if commit is None:
@@ -186,7 +185,6 @@ def _publish_step(job: _Job) -> bool:
             parent_commit=remote.head,
         ).oid
     api.create_tag(repo, tag=tag, revision=commit, exist_ok=True)
-    _record(job.run, job.hub, tag, commit)
     job.log(f"published step {step:,}: {api.endpoint}/{repo} (revision {tag})")
     return True
 
@@ -238,13 +236,6 @@ def _check_same_weights(remote: RemoteRepo, tag: str, digest: str, hub: HubConfi
             f"{hub.repo} already has a revision {tag} with other weights ({title}); nothing was changed. Use another "
             "repository, or delete that tag on the Hub to replace it"
         )
-
-
-def _record(run: RunPaths, hub: HubConfig, tag: str, commit: str) -> None:
-    """Note in published.json what was published."""
-    saved = read_json_or_empty(run.published)
-    published = saved["published"] if saved.get("repo") == hub.repo else {}
-    write_json(run.published, {"repo": hub.repo, "published": published | {tag: commit}})
 
 
 # -- files beside the weights -----------------------------------------------------------------------------------------
