@@ -7,12 +7,13 @@ or `myllm publish`, asks the Hub what it has and resumes from there.
 
 import threading
 from functools import partial
+from multiprocessing.queues import Queue
 from pathlib import Path
 
 from myllm.config import HubConfig, RunConfig
 from myllm.errors import UserError
 from myllm.paths import RunPaths
-from myllm.runs.step_process import StepProcess, Steps, take_steps
+from myllm.runs.step_process import StepProcess, take_steps
 
 from .client import check_token, create_repo, explain_error, redact_token
 from .publish import ExportFolder, LogLine, export_checkpoint, publish, select_checkpoints
@@ -66,7 +67,7 @@ def check_hub_access(hub: HubConfig, log: LogLine = print) -> None:
     log(f"{problem}; training starts, and publishing is tried again later")
 
 
-def _work(run: RunPaths, hub: HubConfig, export: ExportFolder, steps: Steps) -> bool:
+def _work(run: RunPaths, hub: HubConfig, export: ExportFolder, steps: Queue) -> bool:
     from huggingface_hub.utils import disable_progress_bars
 
     from myllm.runs.logs import Log
@@ -75,7 +76,7 @@ def _work(run: RunPaths, hub: HubConfig, export: ExportFolder, steps: Steps) -> 
     return publish_from_queue(run, hub, export, steps, Log(run.log, active=True))
 
 
-def publish_from_queue(run: RunPaths, hub: HubConfig, export: ExportFolder, steps: Steps, log: LogLine) -> bool:
+def publish_from_queue(run: RunPaths, hub: HubConfig, export: ExportFolder, steps: Queue, log: LogLine) -> bool:
     """Publish the steps of a queue until it yields None; False if the last attempt failed."""
     published: set[Path] = set()
     success = more = True

@@ -9,7 +9,6 @@ from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from multiprocessing.queues import Queue
 from queue import Empty
-from typing import Protocol
 
 from myllm.data.prepare.workers import init_worker
 
@@ -18,19 +17,11 @@ FINISH_TIMEOUT_S = 1_800
 """How long the end of training waits for the last checkpoint."""
 
 
-class Steps(Protocol):
-    """A queue of steps; None: there will be no more."""
-
-    def get(self, block: bool = True, timeout: float | None = None) -> int | None: ...
-
-    def empty(self) -> bool: ...
-
-
 class StepProcess:
     """Starts with the first step that it is sent, and ends with the `with` block."""
 
     def __init__(
-        self, verb: str, place: str | None, work: Callable[[Steps], bool], advice: str, last_only: bool = False
+        self, verb: str, place: str | None, work: Callable[[Queue], bool], advice: str, last_only: bool = False
     ) -> None:
         """
         Args:
@@ -107,15 +98,15 @@ class StepProcess:
                 print(f"still {self._verb}ing after {minutes:.1f} minutes; press Ctrl-C to do it later", flush=True)
 
 
-def _run(work: Callable[[Steps], bool], steps: Steps) -> None:
+def _run(work: Callable[[Queue], bool], steps: Queue) -> None:
     """The process. Ends after None, or with the process that started it."""
     init_worker()
     os.nice(10)  # training has priority
     sys.exit(0 if work(steps) else 1)
 
 
-def take_steps(steps: Steps, timeout: float | None = None) -> list[int | None]:
-    """All steps that were sent; waits for the first, up to a timeout in seconds."""
+def take_steps(steps: Queue, timeout: float | None = None) -> list[int | None]:
+    """All steps that were sent, and None after the last; waits for the first, up to a timeout in seconds."""
     try:
         taken = [steps.get(timeout=timeout)]
     except Empty:

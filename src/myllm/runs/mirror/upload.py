@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Callable
 from functools import partial
+from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from myllm.errors import UserError
 from myllm.formatting import format_bytes
 from myllm.paths import RunPaths
 from myllm.runs.logs import Log
-from myllm.runs.step_process import StepProcess, Steps, take_steps
+from myllm.runs.step_process import StepProcess, take_steps
 
 from .store import LocalDamage, MirrorStore, describe, local_manifest
 
@@ -53,7 +54,7 @@ def stop_timeout_s(started: float, max_wall_s: float | None) -> float:
     return max(0, min(STOP_TIMEOUT_S, left))
 
 
-def _work(config: RunConfig, steps: Steps) -> bool:
+def _work(config: RunConfig, steps: Queue) -> bool:
     run, url = RunPaths.of(config.name), config.checkpoint.mirror
     assert url is not None
     policy = RetentionPolicy(config.train.keep_last, config.train.keep_every_steps)
@@ -69,7 +70,7 @@ def _work(config: RunConfig, steps: Steps) -> bool:
 
 
 def mirror_from_queue(
-    run: RunPaths, url: str, policy: RetentionPolicy, steps: Steps, log: Callable[[str], None]
+    run: RunPaths, url: str, policy: RetentionPolicy, steps: Queue, log: Callable[[str], None]
 ) -> bool:
     """Mirror the steps of a queue until it yields None; False if the last attempt failed."""
     newest, failed, more = 0, False, True
