@@ -124,15 +124,6 @@ def all_reduce_sum(values: Tensor) -> Tensor:
     return values
 
 
-def all_reduce_max(number: int) -> int:
-    """The maximum over ranks."""
-    if not dist.is_initialized():
-        return number
-    tensor = torch.tensor(number)
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-    return int(tensor)
-
-
 def all_reduce_any(*flags: bool) -> tuple[bool, ...]:
     """For each flag, whether it is set on any rank."""
     if not dist.is_initialized():
@@ -158,15 +149,6 @@ def broadcast_object(value: Any) -> Any:
     values = [value]
     dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
     return values[0]
-
-
-def gather_object(value: Any) -> list[Any]:
-    """Every rank's value, by rank, on rank 0; an empty list on other ranks."""
-    if not dist.is_initialized():
-        return [value]
-    values: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(value, values, dst=0)
-    return values or []
 
 
 def all_gather_object(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:

@@ -288,7 +288,7 @@ def finish(trainer: Trainer, services: Services, progress: Progress, ending: End
     ctx, step = trainer.ctx, progress.state.step
     if ending.complete:
         log_best(ctx, progress.state)
-    stopped_by = None if ending.complete else distributed.all_reduce_max(services.stop.signal or 0)
+    stopped_by = None if ending.complete else max(distributed.all_gather_object(services.stop.signal or 0))
     services.meter.finish(step)
     services.heartbeat.end(*describe_end(ctx.config, step, stopped_by, ending.early))
     return Outcome(ctx.paths, step, stopped_by, ending.early)

@@ -130,7 +130,7 @@ def store(one_rank: None, monkeypatch: pytest.MonkeyPatch) -> dist.Store:
     shared = dist.HashStore()
     monkeypatch.setattr(distributed, "shared_store", lambda: shared)
     monkeypatch.setattr(dist, "get_world_size", lambda *_: 2)
-    monkeypatch.setattr(distributed, "gather_object", lambda value: [value])
+    monkeypatch.setattr(distributed, "all_gather_object", lambda value: [value])
     monkeypatch.setattr(device_memory, "OTHER_RANKS_S", 0.2)
     return shared
 

@@ -65,7 +65,7 @@ def _dump_step(bad: SkippedStep, state: TrainState, trainer: Trainer) -> str:
             diagnosis = _diagnose_share(bad, sequences, trainer)
         except Exception as raised:  # for example no memory for a model that is not compiled
             error = f"{type(raised).__name__}: {raised}"
-    reports = distributed.gather_object((diagnosis, error))
+    reports = distributed.all_gather_object((diagnosis, error))
     folder = dump_folder(ctx.paths, bad.step)
     failure = _write_checkpoint(partial_folder(folder), bad, state, trainer, tokenizer)
     message = None

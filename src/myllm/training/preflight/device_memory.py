@@ -114,8 +114,8 @@ def memory_limit(device: torch.device, limit_bytes: int) -> Iterator[None]:
 
 def memory_limit_bytes(dist: DistContext) -> int:
     """What a run may use on each rank: the available memory of the rank with the least, minus headroom."""
-    available = distributed.gather_object(available_bytes(dist.device, launcher.local_world_size()))
-    return int(distributed.broadcast_object(min(available, default=0)) * (1 - HEADROOM))
+    available = distributed.all_gather_object(available_bytes(dist.device, launcher.local_world_size()))
+    return int(min(available) * (1 - HEADROOM))
 
 
 def run_within_memory(work: Callable[[], T], dist: DistContext, limit_bytes: int) -> tuple[T, int]:
@@ -146,8 +146,7 @@ def run_within_memory(work: Callable[[], T], dist: DistContext, limit_bytes: int
             f"of memory within {OTHER_RANKS_S:,.0f} s; free this device of other programs, or lower "
             "train.micro_batch_size"
         )
-    peaks = distributed.gather_object(peak_bytes(dist.device))
-    peak = distributed.broadcast_object(max(peaks, default=0))
+    peak = max(distributed.all_gather_object(peak_bytes(dist.device)))
     (failed,) = distributed.all_reduce_any(failed)
     if failed or peak > limit_bytes:
         raise OutOfMemory
