@@ -165,11 +165,6 @@ def test_requested_backend_on_cpu() -> None:
         assert backend == sdpa.SelectedBackend(expected)
 
 
-def test_fallback_without_fused_sdp_choice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(torch, "_fused_sdp_choice")
-    assert sdpa.selected_backend(CONFIG, CPU, torch.float32) == sdpa.SelectedBackend("CPU's")
-
-
 class Handle:
     """Of a newer flash that changes nothing."""
 
@@ -253,14 +248,6 @@ def test_newer_flash_unused_on_other_gpus(major: int, impl: Callable, card: Call
     impl("FA4", Handle)
     with sdpa.use_newer_flash(CONFIG, CUDA) as remark:
         assert (attention.current_flash_attention_impl(), remark) == (None, None)
-
-
-def test_torch_without_flash_registry(card: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("list_flash_attention_impls", "activate_flash_attention_impl", "current_flash_attention_impl"):
-        monkeypatch.delattr(attention, name)
-    card(9)
-    with sdpa.use_newer_flash(CONFIG, CUDA) as remark, sdpa.training_backends(CUDA):
-        assert remark is None
 
 
 def test_run_errors_propagate(impl: Callable, card: Callable[[int], None]) -> None:

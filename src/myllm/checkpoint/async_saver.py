@@ -21,9 +21,10 @@ from myllm.distributed.collectives import (
 from myllm.errors import TrainingDiverged
 from myllm.model.transformer import Transformer
 from myllm.optim.optimizer import ScheduledOptimizer
+from myllm.optim.ranks import local
 from myllm.paths import RunPaths
 
-from .dcp import copy_to_host, flatten_moments, local_tensor, rank_tensors, strip_wrapper_prefixes
+from .dcp import copy_to_host, flatten_moments, rank_tensors, strip_wrapper_prefixes
 from .format import Snapshot, write_checkpoint
 from .layout import OPTIMIZER, WEIGHTS
 from .retention import RetentionPolicy, check_space_for_run, check_space_for_save
@@ -156,10 +157,10 @@ def _check_finite(tensors: dict[tuple[str, str], Tensor], step: int) -> None:
     """Check all tensors with a single read from the device."""
     # A sum is not finite if any element isn't, and is several times as fast as testing each. As it may overflow,
     # tensors with such a sum are tested element by element.
-    sums = [local_tensor(tensor).sum() for tensor in tensors.values()]
+    sums = [local(tensor).sum() for tensor in tensors.values()]
     flags = torch.stack([total.to(sums[0].device) for total in sums]).isfinite().tolist() if sums else []
     suspects = [key for key, finite in zip(tensors, flags, strict=True) if not finite]
-    bad = [name for part, name in suspects if not local_tensor(tensors[part, name]).isfinite().all()]
+    bad = [name for part, name in suspects if not local(tensors[part, name]).isfinite().all()]
     if all_reduce_any(bool(bad))[0]:
         names = sorted({name for by_rank in all_gather_object(bad) for name in by_rank})
         raise TrainingDiverged(

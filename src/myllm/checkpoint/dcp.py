@@ -14,15 +14,17 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
 from myllm.distributed.collectives import group_rank, is_first, run_on_all_ranks
 from myllm.errors import UserError
+from myllm.optim.optimizer import ScheduledOptimizer
+from myllm.optim.ranks import local
 
-from .layout import METADATA
+from .layout import METADATA, OPTIMIZER, WEIGHTS
 
 ALLOWED_CLASSES = {
     "torch.distributed.checkpoint.metadata": {
@@ -91,6 +93,26 @@ def read_into(folder: Path, tensors: dict[str, Tensor]) -> None:
         reader.read_data(reader.prepare_local_plan(planner.create_local_plan()), planner).wait()
 
 
+def read_weights(folder: Path, model: nn.Module) -> None:
+    """Read a checkpoint's weights into a model, which may be sharded: each rank reads its own part.
+
+    Raises:
+        UserError: the checkpoint is of another model.
+    """
+    read_into(folder / WEIGHTS, strip_wrapper_prefixes(model.state_dict().items()))
+
+
+def read_moments(folder: Path, optimizer: ScheduledOptimizer) -> None:
+    """Read a checkpoint's moments into an optimizer, as `read_weights`.
+
+    Raises:
+        UserError: the checkpoint is of another model or optimizer.
+    """
+    blank = optimizer.zero_state()
+    read_into(folder / OPTIMIZER, strip_wrapper_prefixes(flatten_moments(blank).items()))
+    optimizer.load_state_dict(blank)
+
+
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """Read all tensors in a folder, unsharded, to the CPU, in one process."""
     entries = _entries(_Reader(folder).read_metadata())
@@ -131,7 +153,7 @@ def copy_to_host(tensors: dict[K, Tensor], buffers: dict[K, Tensor]) -> dict[K, 
         # From CUDA, a non-blocking copy goes to pinned memory. On other devices it would only finish too late.
         non_blocking = tensor.is_cuda
         if name in buffers:
-            local_tensor(buffers[name]).copy_(local_tensor(tensor.detach()), non_blocking=non_blocking)
+            local(buffers[name]).copy_(local(tensor.detach()), non_blocking=non_blocking)
             copies[name] = buffers[name]
         else:
             copies[name] = tensor.detach().to("cpu", non_blocking=non_blocking, copy=True)
@@ -158,11 +180,6 @@ def unflatten_moments(moments: dict[str, Tensor]) -> dict[str, dict[str, Tensor]
         parameter, _, kind = name.rpartition(".")
         nested.setdefault(parameter, {})[kind] = tensor
     return nested
-
-
-def local_tensor(tensor: Tensor) -> Tensor:
-    """This rank's shard of a DTensor; a plain tensor unchanged."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 class _Writer(FileSystemWriter):

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import torch
 
-from myllm.checkpoint.dcp import strip_wrapper_prefixes, tensor_names
+from myllm.checkpoint.dcp import read_moments, read_weights, strip_wrapper_prefixes, tensor_names
 from myllm.checkpoint.integrity import raise_if_damaged
 from myllm.checkpoint.layout import OPTIMIZER, list_checkpoints
-from myllm.checkpoint.restore import read_moments, read_weights
 from myllm.config import ModelConfig, RunConfig, load_config
 from myllm.data.dataset import Dataset
 from myllm.data.find import find_dataset

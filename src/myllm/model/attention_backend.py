@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -72,7 +71,7 @@ def backend_priority(device: torch.device, train: TrainConfig) -> tuple[SDPBacke
         return (EFFICIENT, MATH)
     if train.attention == "flash":
         return (FLASH, EFFICIENT, MATH)
-    newer = _torch_attention("current_flash_attention_impl")() is not None
+    newer = attention.current_flash_attention_impl() is not None
     card = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
     cudnn_first = train.attention == "cudnn" or (card in CUDNN_FIRST and not newer)
     return (CUDNN, FLASH, EFFICIENT, MATH) if cudnn_first else (FLASH, CUDNN, EFFICIENT, MATH)
@@ -93,7 +92,9 @@ def selected_backend(
     grouped = config.n_heads != config.kv_heads
     with training_backends(device, train):
         if device.type == "cpu":
-            return SelectedBackend(_cpu_backend(q, k, v, grouped))
+            # scaled_dot_product_attention calls this private function. Only a log line depends on it.
+            number = torch._fused_sdp_choice(q, k, v, None, 0.0, True, enable_gqa=grouped)
+            return SelectedBackend(BACKEND_NAMES[SDPBackend(number)])
         params = SDPAParams(q, k, v, None, 0.0, True, grouped)
         can_use = {
             FLASH: can_use_flash_attention,
@@ -102,19 +103,11 @@ def selected_backend(
         }
         priority = backend_priority(device, train)
         first = next((backend for backend in priority if backend is MATH or can_use[backend](params)), MATH)
-    newer = _torch_attention("current_flash_attention_impl")()
+    newer = attention.current_flash_attention_impl()
     if first is MATH:
         checks = [can_use[backend] for backend in priority if backend is not MATH]
         return SelectedBackend("math", tuple(_rejections(params, checks)))
     return SelectedBackend(f"flash ({newer})" if first is FLASH and newer else BACKEND_NAMES[first])
-
-
-def _cpu_backend(q: Tensor, k: Tensor, v: Tensor, grouped: bool) -> str:
-    # scaled_dot_product_attention calls this private function. Only a log line depends on it.
-    choice = getattr(torch, "_fused_sdp_choice", None)
-    number = choice and choice(q, k, v, None, 0.0, True, enable_gqa=grouped)
-    names = {int(backend): name for backend, name in BACKEND_NAMES.items()}  # type: ignore[call-overload] # int() of a torch enum, which has no stub
-    return names.get(number, "CPU's")
 
 
 @contextmanager
@@ -124,11 +117,10 @@ def use_newer_flash(config: ModelConfig, device: torch.device) -> Iterator[str |
     Yields:
         a warning about versions that are installed and not used, or None.
     """
-    registered = _torch_attention("list_flash_attention_impls")() or ()
     major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
     problems = []
     for name in NEWER_FLASH.get(major, ()):
-        if name not in registered:
+        if name not in attention.list_flash_attention_impls():
             continue
         try:
             attention.activate_flash_attention_impl(name)
@@ -185,8 +177,3 @@ def _rejections(params: SDPAParams, checks: list[Callable[..., bool]]) -> dict[s
         for check in checks:
             check(params, debug=True)
     return dict.fromkeys(str(warning.message).split("(Triggered")[0].strip() for warning in caught)
-
-
-def _torch_attention(name: str) -> Callable[..., Any]:
-    """A function of torch.nn.attention, or one that returns None in versions of torch without it."""
-    return getattr(attention, name, lambda: None)

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from myllm.checkpoint.dcp import read_moments, read_weights
 from myllm.checkpoint.early_stop import EarlyStop
 from myllm.checkpoint.format import Checkpoint, load_latest
-from myllm.checkpoint.restore import read_moments, read_weights
 from myllm.checkpoint.rng import set_rng_state
 from myllm.checkpoint.state import NO_DATASET, TrainState
 from myllm.config import DataConfig, RunConfig, saved_config

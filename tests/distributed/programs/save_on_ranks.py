@@ -24,6 +24,7 @@ from myllm.distributed.collectives import DistContext, process_group
 from myllm.errors import TrainingDiverged, UserError
 from myllm.model.transformer import Transformer
 from myllm.optim.optimizer import ScheduledOptimizer
+from myllm.optim.ranks import local
 from myllm.paths import RunPaths
 
 KINDS = ("whole", "parts")
@@ -92,7 +93,7 @@ def fails_alike(saver: AsyncSaver, run: RunPaths, model: Transformer, process: D
         said = str(error)
     assert "no space to save step 9" in said, said
     checkpoint._write_rank_files = real
-    weight = sharded.local_tensor(model.blocks[2].feed_forward.down_proj.weight.detach())
+    weight = local(model.blocks[2].feed_forward.down_proj.weight.detach())
     before = weight.clone()
     if process.rank == 1 or not isinstance(model.norm.weight, DTensor):
         weight.view(-1)[0] = float("nan")
