@@ -41,12 +41,13 @@ class Profiler:
     Args:
         step: the first step of this process.
         meter: counts the profiler's own time as overhead.
+        enabled: false without --profile: nothing is recorded.
     """
 
-    def __init__(self, ctx: RunContext, step: int, meter: ThroughputMeter) -> None:
+    def __init__(self, ctx: RunContext, step: int, meter: ThroughputMeter, enabled: bool) -> None:
         self._folder, self._device, self._log, self._meter = ctx.paths.profile, ctx.dist.device, ctx.log, meter
         self._seconds, self._recording = 0.0, False
-        self.window = choose_window(ctx.config, step) if ctx.dist.is_rank_zero else range(0)
+        self.window = choose_window(ctx.config, step) if enabled and ctx.dist.is_rank_zero else range(0)
         self.costs: list[Cost] = []
         """Once the window is over."""
         if self.window:
@@ -94,16 +95,6 @@ class Profiler:
             self._log(f"no profile: cannot write {self._folder}: {error}")
             return
         self._log(f"{text}\nprofile: {self._folder / TABLE}, and {self._folder / TRACE} for https://ui.perfetto.dev")
-
-
-class NoProfiler:
-    """In place of a Profiler, without --profile."""
-
-    def around(self, step: int) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def phase(self, name: str) -> AbstractContextManager[None]:
-        return nullcontext()
 
 
 def choose_window(config: RunConfig, step: int) -> range:

@@ -24,7 +24,7 @@ from myllm.runs.reference_curve import ReferenceWatch, find_reference
 from myllm.runs.run_dir import archive_old_run, check_new_weights, check_shared_disk, claim_run
 
 from .evaluator import Eval, StopVote, build_evals
-from .profiler import NoProfiler, Profiler
+from .profiler import Profiler
 from .setup import RunContext, Trainer
 from .stop_signals import StopRequest, handle_stop_signals
 from .throughput import ThroughputMeter
@@ -100,7 +100,7 @@ class Services:
     eval_vote: StopVote
     reference: ReferenceWatch
     meter: ThroughputMeter
-    profiler: Profiler | NoProfiler
+    profiler: Profiler
     gc: GcSchedule
     bar: tqdm
     on_checkpoint: Callable[[int], None]
@@ -199,7 +199,7 @@ def start_services(
         gc_schedule = stack.enter_context(GcSchedule(step))
         components = watch_components(trainer, state) if isinstance(dataset, MixedDataset) else None
         meter = ThroughputMeter(ctx, loader, step, components)
-        profiler = Profiler(ctx, step, meter) if profile else NoProfiler()
+        profiler = Profiler(ctx, step, meter, profile)
         stack.enter_context(explain_out_of_memory(config, dist))  # innermost: the watchdog records what it says
         yield Services(
             heartbeat, stop, saver, tuple(evals), vote, reference, meter, profiler, gc_schedule, bar, on_checkpoint

@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
+from operator import itemgetter
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,9 @@ from myllm.optim.optimizer import ScheduledOptimizer
 from .diagnose import Diagnosis, diagnose
 from .dump import AnomalyDump
 
+MicroBatch = tuple[list[int], int | None]
+"""Indices of its samples, and the rank whose random state is restored before it."""
+
 
 @dataclass(frozen=True)
 class Replay:
@@ -29,13 +34,6 @@ class Replay:
     """Indices in the step, in the order in which they were computed."""
     updates: dict[str, float]
     """Norm of the change that the update makes to each module's own weights. Empty if the gradient is not finite."""
-
-
-@dataclass(frozen=True)
-class _MicroBatch:
-    samples: list[int]
-    first_of_rank: int | None = None
-    """The rank whose random state is restored before it."""
 
 
 def replay_step(
@@ -58,32 +56,28 @@ def replay_step(
     except RuntimeError as error:
         raise UserError(f"the weights in {dump.folder} do not fit its config: {error}") from None
     model.to(device)
-    micro_batches = [_MicroBatch([index]) for index in samples] or list(_micro_batches(dump))
+    micro_batches: list[MicroBatch] = [([index], None) for index in samples] or list(_micro_batches(dump))
     batches = _batches(dump, micro_batches, device)
     batches = tqdm(batches, total=len(micro_batches), unit="micro-batch", desc="replay", disable=None)
     diagnosis = diagnose(model, batches, len(micro_batches), partial(autocast_to, dtype, device))
     updates = _updates(dump, model) if not diagnosis.nonfinite_gradients else {}
-    return Replay(diagnosis, [index for micro_batch in micro_batches for index in micro_batch.samples], updates)
+    return Replay(diagnosis, [index for indices, _ in micro_batches for index in indices], updates)
 
 
-def _micro_batches(dump: AnomalyDump) -> Iterator[_MicroBatch]:
+def _micro_batches(dump: AnomalyDump) -> Iterator[MicroBatch]:
     """Rank by rank, each in the run's order."""
-    for rank in range(dump.summary["world_size"]):
-        by_micro_step: dict[int, list[int]] = {}
-        for row in dump.samples:
-            if row["rank"] == rank:
-                by_micro_step.setdefault(row["micro_step"], []).append(row["sample"])
-        for micro_step, samples in sorted(by_micro_step.items()):
-            yield _MicroBatch(samples, rank if micro_step == 0 else None)
+    by_rank = itemgetter("rank", "micro_step")
+    for (rank, micro_step), rows in groupby(sorted(dump.samples, key=by_rank), key=by_rank):
+        yield [row["sample"] for row in rows], rank if micro_step == 0 else None
 
 
 def _batches(
-    dump: AnomalyDump, micro_batches: list[_MicroBatch], device: torch.device
+    dump: AnomalyDump, micro_batches: list[MicroBatch], device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    for micro_batch in micro_batches:
-        if micro_batch.first_of_rank is not None:
-            set_rng_state(dump.random[micro_batch.first_of_rank], device)
-        tokens, targets = inputs_and_targets(dump.tokens[micro_batch.samples])
+    for indices, first_of_rank in micro_batches:
+        if first_of_rank is not None:
+            set_rng_state(dump.random[first_of_rank], device)
+        tokens, targets = inputs_and_targets(dump.tokens[indices])
         yield tokens.to(device), targets.to(device)
 
 
