@@ -152,6 +152,16 @@ def folder_bytes(folder: Path) -> int:
     return total
 
 
+def nearest_existing(folder: Path) -> Path:
+    """The folder, or its nearest parent that exists: it is on the same disk."""
+    return next(path for path in (folder, *folder.parents) if path.is_dir())
+
+
+def free_bytes(folder: Path) -> int:
+    """Free space on the disk of a folder that need not exist yet."""
+    return shutil.disk_usage(nearest_existing(folder)).free
+
+
 @contextmanager
 def add_filename(path: Path) -> Iterator[None]:
     """Set the file name of an OSError that has none: failed writes don't name their file."""

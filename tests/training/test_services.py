@@ -121,16 +121,6 @@ def test_schedule_preserves_frozen_objects(thawed: None) -> None:
     assert gc.get_freeze_count() > 0
 
 
-def test_schedule_preserves_disabled_gc() -> None:
-    gc.disable()
-    try:
-        with GcSchedule(step=0):
-            pass
-        assert not gc.isenabled()
-    finally:
-        gc.enable()
-
-
 def test_no_collection_during_training_step(
     tiny: RunConfig, collections: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

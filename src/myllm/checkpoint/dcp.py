@@ -19,7 +19,7 @@ from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner,
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
-from myllm.distributed.collectives import group_rank, is_first, run_on_all_ranks
+from myllm.distributed.collectives import group_rank, run_on_all_ranks
 from myllm.errors import UserError
 from myllm.optim.optimizer import ScheduledOptimizer
 from myllm.optim.ranks import local
@@ -51,7 +51,7 @@ def write_tensors(folder: Path, tensors: dict[str, Tensor], group: dist.ProcessG
     Raises:
         Exception: the error of this rank, or `RemoteRankError` if another rank failed.
     """
-    first = is_first(group)
+    first = group_rank(group) == 0
     # Copying ahead is for GPU tensors, and would wait for work that training has queued there.
     planner, writer = DefaultSavePlanner(), _Writer(folder, sync_files=True, per_thread_copy_ahead=0)
     metadata: Metadata | None = None

@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from myllm.distributed.collectives import broadcast_object, group_rank, is_first, run_on_all_ranks
+from myllm.distributed.collectives import broadcast_object, group_rank, run_on_all_ranks
 from myllm.errors import UserError, out_of_space
 from myllm.files import add_filename, file_sha256, fsync_dir, read_json, write_json, write_text
 from myllm.migrations import STATE
@@ -103,7 +103,7 @@ def write_checkpoint(
     """
     final = checkpoint_dir(checkpoints, snapshot.state.step)
     work = checkpoints / f"{PARTIAL}{final.name}"
-    first = is_first(group)
+    first = group_rank(group) == 0
     try:
         run_on_all_ranks(lambda: _make_work_dir(work) if first else None, group)
         write_tensors(work / WEIGHTS, snapshot.weights, group)

@@ -1,6 +1,5 @@
 """Find the checkpoint that a user names: by a folder, or by the name of a run."""
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -12,12 +11,11 @@ from .integrity import HASH_MODEL, iter_intact, name_errors, verify_checkpoint
 from .layout import MANIFEST, STATE_FILE, is_step_name, list_checkpoints
 
 
-def find_checkpoint(name: str, runs: Path, log: Callable[[str], None] = warn) -> Checkpoint:
-    """Load the model of the checkpoint that a user means; its files have been hashed.
+def find_checkpoint(name: str, runs: Path) -> Checkpoint:
+    """Load the model of the checkpoint that a user means, with hashed files. Warns of newer ones that it skips.
 
     Args:
         name: the folder of a checkpoint, whatever its name; or the folder or name of a run, for its newest intact one.
-        log: gets a line for each newer one that was skipped.
 
     Raises:
         UserError: no checkpoint there, or none that is intact.
@@ -26,10 +24,10 @@ def find_checkpoint(name: str, runs: Path, log: Callable[[str], None] = warn) ->
     warn_if_ambiguous(name, root, runs / name)
     if folders == [root]:
         for error in name_errors(root):
-            log(f"{root}: {error}")
+            warn(f"{root}: {error}")
         return load_checkpoint(root, HASH_MODEL)
     verify = partial(verify_checkpoint, hashed=HASH_MODEL)
-    for folder in iter_intact(folders, log, verify):
+    for folder in iter_intact(folders, warn, verify):
         return open_checkpoint(folder)
     raise UserError(f"no checkpoint in {folders[0].parent} is intact: {'; '.join(verify(folders[0]))}")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from myllm.config import RunConfig
 from myllm.errors import UserError
-from myllm.files import fsync_dir, read_json
+from myllm.files import free_bytes, fsync_dir, read_json
 from myllm.formatting import format_bytes
 from myllm.planning.disk import SPARE_BYTES, checkpoint_bytes, n_added
 
@@ -49,10 +49,7 @@ class RetentionPolicy:
             return set()
         # Newer ones are damaged, or training would have resumed from them: they must not displace intact ones.
         older = sorted((step for step in steps if step <= new), reverse=True)
-        return {step for step in older[self.last :] if not self._keep_forever(step)}
-
-    def _keep_forever(self, step: int) -> bool:
-        return self.every_steps > 0 and step % self.every_steps == 0
+        return {step for step in older[self.last :] if not self.every_steps or step % self.every_steps}
 
 
 KEEP_ALL = RetentionPolicy()
@@ -130,7 +127,7 @@ def check_space_for_save(checkpoints: Path, step: int, tensor_bytes: int) -> Non
     Raises:
         UserError: one more checkpoint does not fit on the disk.
     """
-    need, free = tensor_bytes + SPARE_BYTES, _free_bytes(checkpoints)
+    need, free = tensor_bytes + SPARE_BYTES, free_bytes(checkpoints)
     if need > free:
         raise UserError(
             f"no space to save step {step:,} in {checkpoints}: it needs {format_bytes(need)}, the disk has "
@@ -144,7 +141,7 @@ def check_space_for_run(config: RunConfig, checkpoints: Path, best: Path, step: 
     Raises:
         UserError: the checkpoints that a run keeps from `step` on do not fit on the disk.
     """
-    (need, count), free = remaining_checkpoint_bytes(config, checkpoints, best, step), _free_bytes(checkpoints)
+    (need, count), free = remaining_checkpoint_bytes(config, checkpoints, best, step), free_bytes(checkpoints)
     if need > free:
         raise UserError(
             f"the run needs {format_bytes(need)} for {count:,} checkpoint{'s' * (count != 1)} of "
@@ -163,9 +160,3 @@ def remaining_checkpoint_bytes(config: RunConfig, checkpoints: Path, best: Path,
     existing = sorted(step_of(folder) for folder in list_checkpoints(checkpoints))
     count = n_added(config, existing, step, has_best=bool(list_checkpoints(best)))
     return count * checkpoint_bytes(config), count
-
-
-def _free_bytes(folder: Path) -> int:
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free

@@ -1,7 +1,6 @@
 """What `myllm doctor` finds out about this machine."""
 
 import platform
-import shutil
 from importlib import metadata
 
 import torch
@@ -12,8 +11,8 @@ from myllm import paths
 from myllm.distributed.cpu_threads import usable_cores
 from myllm.distributed.device_info import cuda_device_count, cuda_problem, device_name, gpu_problem, has_triton
 from myllm.distributed.precision import compute_dtype, describe_precision, has_bfloat16
+from myllm.files import free_bytes
 from myllm.training.preflight.device_memory import proc_bytes
-from myllm.training.preflight.scratch import nearest_existing
 
 PACKAGES = ("torch", "numpy", "tiktoken", "tokenizers", "datasets", "huggingface_hub", "tyro")
 MIN_FREE_BYTES = 5 * 10**9
@@ -33,7 +32,7 @@ def check_machine() -> tuple[list[str], list[str]]:
     lines.append(f"processor    {device_name(torch.device('cpu'))}, {usable_cores()} cores for this process")
     lines.append(f"memory       {describe_memory()}")
     root = paths.temp_data()
-    free = shutil.disk_usage(nearest_existing(root)).free
+    free = free_bytes(root)
     lines.append(f"disk         {free / 1e9:,.1f} GB free for {root}")
     if free < MIN_FREE_BYTES:
         problems.append(f"only {free / 1e9:,.1f} GB are free for {root}: free some space, or set MYLLM_DATA")

@@ -164,10 +164,6 @@ def group_rank(group: dist.ProcessGroup | None) -> int:
     return dist.get_rank(group) if dist.is_initialized() else 0
 
 
-def is_first(group: dist.ProcessGroup | None) -> bool:
-    return group_rank(group) == 0
-
-
 def new_background_group() -> dist.ProcessGroup | None:
     """A group of all ranks for work beside training, so that its messages never mix with training's. All ranks call
     it; None with one process."""

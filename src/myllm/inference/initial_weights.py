@@ -19,7 +19,7 @@ from myllm.data.find import find_dataset
 from myllm.data.settings import settings_of
 from myllm.data.tokenizer.base import Tokenizer
 from myllm.data.tokenizer.load import load_tokenizer
-from myllm.distributed.collectives import broadcast_object, is_first
+from myllm.distributed.collectives import broadcast_object, group_rank
 from myllm.distributed.parallelize import shard_like
 from myllm.errors import UserError, bullets
 from myllm.files import write_json
@@ -154,7 +154,7 @@ def load_initial_weights(
     if config.init.keep_optimizer:
         _load_moments(source, config, optimizer)
     label = _label(config, source)
-    if is_first(None):
+    if group_rank(None) == 0:
         run.root.mkdir(parents=True, exist_ok=True)
         write_json(run.imported, {"source": label})
     log(f"begins with the weights of {label}, from {source.folder}")

@@ -28,42 +28,27 @@ RANGES = (
     ("at least 1", 10**7, "model.d_ff model.vocab_size"),
     ("at least 1", 10**8, "model.max_seq_len"),
     ("at least 1", 10**9, "train.micro_batch_size eval.sample_new_tokens"),
-    (
-        "at least 1",
-        10**12,
-        "train.max_steps train.batch_tokens train.log_every_steps train.early_stop_patience eval.cloze_examples "
-        "eval.hellaswag_examples eval.tasks_examples",
-    ),
-    (
-        "at least 1",
-        10**15,
-        "data.val_tokens data.shard_tokens data.target_tokens data.max_documents eval.validation_tokens",
-    ),
+    ("at least 1", 10**12,
+     "train.max_steps train.batch_tokens train.log_every_steps train.early_stop_patience eval.cloze_examples "
+     "eval.hellaswag_examples eval.tasks_examples"),
+    ("at least 1", 10**15,
+     "data.val_tokens data.shard_tokens data.target_tokens data.max_documents eval.validation_tokens"),
     ("at least 0", 4_096, "data.workers"),
-    (
-        "at least 0",
-        10**12,
-        "data.min_chars optim.warmup_steps optim.muon_momentum_warmup_steps train.save_every_steps train.keep_last "
-        "train.keep_every_steps train.max_skipped_steps eval.validation_every_steps eval.cloze_every_steps "
-        "eval.hellaswag_every_steps eval.tasks_every_steps eval.sample_every_steps",
-    ),
+    ("at least 0", 10**12,
+     "data.min_chars optim.warmup_steps optim.muon_momentum_warmup_steps train.save_every_steps train.keep_last "
+     "train.keep_every_steps train.max_skipped_steps eval.validation_every_steps eval.cloze_every_steps "
+     "eval.hellaswag_every_steps eval.tasks_every_steps eval.sample_every_steps"),
     ("at least 0", math.inf, "data.shuffle_seed train.seed eval.sample_top_k"),
     ("above 0 and finite", 10**6, "train.epochs"),
-    (
-        "above 0 and finite",
-        math.inf,
-        "model.rope_theta model.norm_eps optim.max_lr optim.muon_lr optim.eps optim.max_grad_norm "
-        "train.skip_spikes_sigma train.max_wall_s train.collective_timeout_s",
-    ),
+    ("above 0 and finite", math.inf,
+     "model.rope_theta model.norm_eps optim.max_lr optim.muon_lr optim.eps optim.max_grad_norm "
+     "train.skip_spikes_sigma train.max_wall_s train.collective_timeout_s"),
     ("at least 0 and finite", math.inf, "optim.weight_decay eval.sample_temperature"),
-    (
-        "at least 0 and below 1",
-        math.inf,
-        "model.dropout_embedding model.dropout_attention_residual model.dropout_ffn optim.beta1 optim.beta2 "
-        "optim.muon_momentum optim.muon_momentum_start",
-    ),
+    ("at least 0 and below 1", math.inf,
+     "model.dropout_embedding model.dropout_attention_residual model.dropout_ffn optim.beta1 optim.beta2 "
+     "optim.muon_momentum optim.muon_momentum_start"),
     ("between 0 and 1", math.inf, "optim.min_lr_ratio optim.decay_fraction"),
-)
+)  # fmt: skip
 """What is expected, an upper limit, and of which settings. None and "auto" are always valid. Only a typo explains
 numbers above the limits: sizes beyond any memory, counts beyond 64 bits."""
 

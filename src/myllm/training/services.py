@@ -53,7 +53,6 @@ class GcSchedule:
         self._first = step + 1
 
     def __enter__(self) -> "GcSchedule":
-        self._was_enabled = gc.isenabled()
         self._caller_froze = gc.get_freeze_count() > 0
         gc.disable()
         _freeze()
@@ -62,8 +61,7 @@ class GcSchedule:
     def __exit__(self, *_: object) -> None:
         if not self._caller_froze:
             gc.unfreeze()  # all there is: Python has no other way
-        if self._was_enabled:
-            gc.enable()
+        gc.enable()
 
     def after_step(self, step: int) -> None:
         """Collect if it is time. Only the step decides, so all ranks collect together, while the device is busy."""

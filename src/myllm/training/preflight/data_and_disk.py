@@ -1,6 +1,5 @@
 """The text and the disk space of a run, before anything is prepared. Asks no server, writes and hashes nothing."""
 
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,12 +14,10 @@ from myllm.data.sources.catalog import CORPORA
 from myllm.data.sources.hf_datasets.name import absolute_source
 from myllm.data.tokenizer.base import Tokenizer
 from myllm.data.tokenizer.load import load_tokenizer, trained_vocab_size
-from myllm.files import folder_bytes, read_json
+from myllm.files import folder_bytes, free_bytes, nearest_existing, read_json
 from myllm.formatting import parse_count
 from myllm.planning.disk import disk_estimate_bytes
 from myllm.planning.length import describe_length
-
-from .scratch import nearest_existing
 
 IN_FLIGHT_BYTES = 8_000_000_000
 """Downloads on the disk at a time if they are not kept: a rough number; the preparation computes its own."""
@@ -89,7 +86,7 @@ def inspect_data_and_disk(config: RunConfig) -> DataAndDisk:
         shards = min(shards, spec.tokenizer.dtype.itemsize * spec.estimated_tokens)
     return DataAndDisk(
         folder,
-        free_bytes=shutil.disk_usage(folder).free,
+        free_bytes=free_bytes(folder),
         shards_bytes=max(shards - folder_bytes(dataset.folder), 0) if dataset is not None else shards,
         downloads_bytes=downloads,
         run_bytes=0 if config.train.fresh else folder_bytes(paths.RunPaths.of(config.name).root),

@@ -4,6 +4,7 @@ It goes through the functions that the run itself uses (setup.build, train_step,
 the run's model, optimizer, precision and ranks at full shapes, so the two cannot drift apart.
 """
 
+import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -44,7 +45,7 @@ from .batch_size import (
 )
 from .data_and_disk import DataAndDisk, find_prepared, inspect_data_and_disk, tokenizer_for
 from .device_memory import OutOfMemory, memory_limit_bytes, run_within_memory
-from .scratch import random_dataset, scratch_folder, write_examples
+from .scratch import random_dataset, scratch_folder
 from .summary import Limits, Measurements, PreflightResult, shorten_evals
 
 STEPS = 3
@@ -209,7 +210,7 @@ def _time_evals(trainer: Trainer, tokenizer: Tokenizer) -> dict[str, tuple[float
     if ctx.dist.is_rank_zero:
         for name, file in files.items():
             count = config.eval.hellaswag_examples if name == "hellaswag" else config.eval.tasks_examples
-            write_examples(file, TASKS[name].sample, count or 0)
+            file.write_text(f"{json.dumps(TASKS[name].sample)}\n" * (count or 0), encoding="utf-8")
     tasks = tuple(f"{name}:{files[name]}" for name in names[1:])
     config = replace(config, eval=replace(config.eval, hellaswag_file=str(files["hellaswag"]), tasks=tasks))
     ctx = RunContext.create(config, ctx.dist, ctx.paths, log=lines.append)

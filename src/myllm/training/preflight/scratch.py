@@ -1,12 +1,10 @@
 """A temporary folder on the disk of the runs, with random data. Nothing of it outlasts the rehearsal."""
 
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +17,7 @@ from myllm.data.token_stream import Shard
 from myllm.data.tokenizer.base import Tokenizer
 from myllm.distributed import collectives as distributed
 from myllm.distributed.collectives import DistContext
-from myllm.files import file_sha256, temporary_dir, write_json
+from myllm.files import file_sha256, nearest_existing, temporary_dir, write_json
 from myllm.planning.batch import batch_plan
 
 from .device_memory import reset_peak
@@ -42,11 +40,6 @@ def scratch_folder(dist: DistContext) -> Iterator[Path]:
         reset_compiler()
         reset_peak(dist.device)
         set_rng_state(rng_state, dist.device)
-
-
-def nearest_existing(folder: Path) -> Path:
-    """The folder, or its nearest parent that exists: it is on the same disk."""
-    return next(path for path in (folder, *folder.parents) if path.is_dir())
 
 
 def reset_compiler() -> None:
@@ -76,8 +69,3 @@ def random_dataset(config: RunConfig, folder: Path, tokenizer: Tokenizer, dist: 
         write_json(folder / MANIFEST, manifest | {"shards": shards})
     distributed.barrier()
     return Dataset.open(folder)
-
-
-def write_examples(file: Path, sample: dict[str, Any], count: int) -> None:
-    """One row of a public task, so many times."""
-    file.write_text(f"{json.dumps(sample)}\n" * count, encoding="utf-8")
