@@ -154,7 +154,7 @@ def test_out_of_memory_on_all_ranks_continues(store: dist.Store) -> None:
 
 def test_insufficient_host_memory_is_rejected(tiny: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device_memory.sys, "platform", "linux")
-    monkeypatch.setattr(device_memory, "available_bytes", lambda device, processes: 2**30)
+    monkeypatch.setattr(device_memory, "available_bytes", lambda device: 2**30)
     huge = with_train(tiny, micro_batch_size=10_000, batch_tokens=10_000 * 64)
     with pytest.raises(UserError, match=r"micro_batch_size 10,000 needs about .* GiB .* only 1.00 GiB is available"):
         check_memory(huge, torch.device("cpu"), 1)

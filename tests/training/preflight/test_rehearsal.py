@@ -195,7 +195,7 @@ def test_insufficient_disk_space(result: PreflightResult) -> None:
     tight = replace(result, storage=replace(result.storage, free_bytes=250_000_000))
     (problem,) = tight.problems()
     assert "not enough disk space at /disk: 302.0 MB to write" in problem
-    assert "250.0 MB free, 52.0 MB missing; lower train.keep_last from 3 to 1" in problem
+    assert "250.0 MB free, 52.0 MB missing; lower train.keep_last from 3, or lower data.target_tokens, or" in problem
     assert replace(result, storage=replace(result.storage, free_bytes=302_000_000)).problems() == []
     resumed = replace(tight.storage, run_bytes=100_000_000)  # what a resumed run has saved already
     assert replace(tight, storage=resumed).problems() == []

@@ -35,18 +35,15 @@ class OutOfMemory(Exception):
     """At least one rank ran out of device memory. Raised on every rank."""
 
 
-def available_bytes(device: torch.device, processes: int = 1) -> int:
-    """Memory that this process can have: what it holds now, and its fraction of what is free.
-
-    Args:
-        processes: of this run on this machine, which share a CPU's memory; each has a CUDA device of its own.
-    """
+def available_bytes(device: torch.device) -> int:
+    """Memory that this process can have: what it holds now, and what is free; of a CPU's memory, which this machine's
+    processes of the run share, its fraction."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device)
     if device.type == "mps":
         return torch.mps.recommended_max_memory()
-    return proc_bytes("/proc/self/status", "VmRSS") + _free_ram_bytes() // processes
+    return proc_bytes("/proc/self/status", "VmRSS") + _free_ram_bytes() // launcher.local_world_size()
 
 
 def check_memory(config: RunConfig, device: torch.device, world_size: int) -> None:
@@ -62,7 +59,7 @@ def check_memory(config: RunConfig, device: torch.device, world_size: int) -> No
     if device.type != "cpu" or sys.platform != "linux" or size == "auto":
         return
     needed = predicted_bytes(config, ComputeMode.of(config, "cpu", world_size))
-    available = available_bytes(device, launcher.local_world_size())
+    available = available_bytes(device)
     if needed > available:
         raise UserError(
             f"train.micro_batch_size {size:,} needs about {format_gib(needed)} of memory per rank, but only "
@@ -114,8 +111,7 @@ def memory_limit(device: torch.device, limit_bytes: int) -> Iterator[None]:
 
 def memory_limit_bytes(dist: DistContext) -> int:
     """What a run may use on each rank: the available memory of the rank with the least, minus headroom."""
-    available = distributed.all_gather_object(available_bytes(dist.device, launcher.local_world_size()))
-    return int(min(available) * (1 - HEADROOM))
+    return int(min(distributed.all_gather_object(available_bytes(dist.device))) * (1 - HEADROOM))
 
 
 def run_within_memory(work: Callable[[], T], dist: DistContext, limit_bytes: int) -> tuple[T, int]:

@@ -180,9 +180,8 @@ def _time_steps(trainer: Trainer) -> Measurements:
     loss, grad_norm, _ = step(trainer)
     *_, seconds = step(trainer)
     while trainer.guard.loss_scale is not None and not isfinite(grad_norm) and done < LOSS_SCALE_STEPS:
-        loss, grad_norm, seconds = step(
-            trainer
-        )  # as at the start of a run, the scale is halved until nothing overflows
+        # As at the start of a run, the scale is halved until nothing overflows.
+        loss, grad_norm, seconds = step(trainer)
     whole = batch_plan(config, dist.world_size)
     fraction = trainer.batch.grad_accum_steps / whole.grad_accum_steps
     step_s = distributed.broadcast_object(seconds) / fraction
@@ -192,7 +191,8 @@ def _time_steps(trainer: Trainer) -> Measurements:
             whole_trainer = replace(trainer, batch=whole, loader=loader)
             step_s = distributed.broadcast_object(median(step(whole_trainer)[2] for _ in range(times)))
     loss, grad_norm = distributed.broadcast_object((loss, grad_norm))
-    return Measurements(step_s, times, 1.0 if times else fraction, loss, grad_norm)
+    finite = isfinite(loss) and isfinite(grad_norm)
+    return Measurements(step_s, times, 1.0 if times else fraction, loss, grad_norm, finite)
 
 
 def _state(trainer: Trainer, step: int) -> TrainState:

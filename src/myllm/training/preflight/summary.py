@@ -1,8 +1,7 @@
 """What a rehearsal means for the whole run: time, cost, memory and disk as a table, and the problems it would have."""
 
-import bisect
 from dataclasses import dataclass, field, replace
-from math import ceil, isfinite
+from math import ceil
 
 from myllm.config import EvalConfig, RunConfig
 from myllm.data.inspect import PROMPTS
@@ -45,6 +44,7 @@ class Measurements:
     grad_norm: float
     """Of the first step."""
     finite: bool = True
+    """Loss, gradient norm and the weights after these steps."""
     peak_bytes: int = 0
     """Of the rank that used most."""
     evals: dict[str, tuple[float, str]] = field(default_factory=dict)
@@ -52,9 +52,6 @@ class Measurements:
     save_s: float = 0.0
     load_s: float = 0.0
     checkpoint_bytes: int = 0
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "finite", self.finite and isfinite(self.loss) and isfinite(self.grad_norm))
 
 
 def shorten_evals(config: RunConfig, world_size: int) -> RunConfig:
@@ -256,21 +253,15 @@ class PreflightResult:
         missing = sum(need.values()) - free
         if missing <= 0:
             return ""
-
-        def is_too_much(keep: int) -> bool:
-            fewer = replace(self, config=replace(self.config, train=replace(train, keep_last=keep)))
-            return sum(fewer.disk_bytes.values()) > free
-
-        advice = []
-        if keep := bisect.bisect_left(range(1, train.keep_last or train.max_steps), True, key=is_too_much):
-            advice.append(f"lower train.keep_last from {train.keep_last or 'all (0)'} to {keep}")
-        tokens = (need["shards"] - missing) // 2
-        if need["shards"] > missing and tokens > 0:
-            advice.append(f"set data.target_tokens to {tokens - self.config.data.val_tokens:,}")
-        advice.append("free that much, or set MYLLM_DATA to a folder on a larger disk")
+        settings = {
+            "checkpoints": f"lower train.keep_last from {train.keep_last or 'all (0)'}",
+            "shards": "lower data.target_tokens",
+        }
+        advice = [setting for name, setting in settings.items() if need[name]]
         return (
             f"not enough disk space at {self.storage.folder}: {self._disk_use()}, {format_bytes(free)} free, "
-            f"{format_bytes(missing)} missing; " + "; or ".join(advice)
+            f"{format_bytes(missing)} missing; {', or '.join([*advice, 'free that much'])}, or set MYLLM_DATA to a "
+            "folder on a larger disk"
         )
 
     def _time_problem(self) -> str:
