@@ -6,8 +6,7 @@ from myllm.optim.lr_schedule import rate_factor
 from myllm.planning.length import decay_start
 
 RATE_JUMP = 1.25
-"""A learning rate that changes by more than this factor between two steps is reported."""
-OPTIONS = {"the learning rate": "--optim.max-lr", "Muon's": "--optim.muon-lr"}
+"""A learning rate that rises by more than this factor between two steps makes the loss rise."""
 
 
 def check_schedule_change(step: int, earlier: RunConfig, config: RunConfig) -> None:
@@ -37,32 +36,23 @@ def check_schedule_change(step: int, earlier: RunConfig, config: RunConfig) -> N
 
 
 def describe_schedule_change(step: int, earlier: RunConfig, config: RunConfig) -> str | None:
-    """A sentence if the run's length has changed, or if the learning rate jumps for another reason; else None.
+    """A sentence about the learning rate if the run's length has changed, else None.
 
     Args:
         step: updates made so far, with the schedule of `earlier`.
     """
-    if not 0 < step < config.train.max_steps:
+    before, end = earlier.train.max_steps, config.train.max_steps
+    if before == end or not 0 < step < end:
         return None
-    last, planned, following = rates(step - 1, earlier), rates(step, earlier), rates(step, config)
-    final = rates(config.train.max_steps, config)
-    jumps = following != planned and not all(
-        last[name] / RATE_JUMP <= rate <= last[name] * RATE_JUMP for name, rate in following.items()
-    )
-    why = "optim settings have changed"
-    if config.train.max_steps != earlier.train.max_steps:
-        why = f"the schedule now ends at step {config.train.max_steps:,} instead of {earlier.train.max_steps:,}"
-    elif not jumps:
-        return None
+    last, following, final = rates(step - 1, earlier), rates(step, config), rates(end, config)
     changes = ", and ".join(
         f"{name} was {last[name]:.3g} at the last step, is {rate:.3g} at the next and {final[name]:.3g} at the end"
         for name, rate in following.items()
     )
-    rising = [OPTIONS[name] for name, rate in following.items() if jumps and rate > last[name]]
-    advice = (
-        f"; the loss will rise before it falls (lower {' and '.join(rising)} to make that smaller)" if rising else ""
-    )
-    return f"{why}: {changes}{advice}"
+    planned = rates(step, earlier)  # in the warm-up, the rate rises that fast anyway
+    rises = following != planned and any(rate > RATE_JUMP * last[name] for name, rate in following.items())
+    advice = "; the loss will rise before it falls (a lower peak makes that smaller)" if rises else ""
+    return f"the schedule now ends at step {end:,} instead of {before:,}: {changes}{advice}"
 
 
 def rates(step: int, config: RunConfig) -> dict[str, float]:
