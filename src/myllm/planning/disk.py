@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 from myllm.config import RunConfig, TrainConfig
 
-from .flops import stored_parameters
-from .optimizer_state import FLOAT, optimizer_state_bytes
+from .flops import FLOAT, optimizer_state_bytes, stored_parameters
 
 SPARE_BYTES = 2_000_000
 """Per checkpoint, for everything but the numbers in tensors: metadata, random state, tokenizer."""

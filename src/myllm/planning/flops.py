@@ -1,6 +1,10 @@
-"""Parameters and FLOPs of a model, from its config alone."""
+"""Parameters, FLOPs and optimizer state of a model, from its config alone."""
 
-from myllm.config import ModelConfig
+from collections import Counter
+
+from myllm.config import ModelConfig, RunConfig
+
+FLOAT = 4
 
 
 def parameters_by_part(model: ModelConfig) -> dict[str, int]:
@@ -46,3 +50,44 @@ def flops_per_token(model: ModelConfig) -> int:
     multiplied = sum(parts.values()) - parts["positions"] - (0 if model.tie_embeddings else parts["embedding"])
     attention = 12 * model.n_layers * model.n_heads * model.head_size * model.max_seq_len
     return 6 * multiplied + attention
+
+
+# -- the optimizer's state --------------------------------------------------------------------------------------------
+
+
+def block_matrices(model: ModelConfig) -> int:
+    """Numbers in the matrices inside the blocks: the projections of attention and of the feed-forward network."""
+    return sum(_matrices_by_shape(model).values())
+
+
+def optimizer_state_bytes(config: RunConfig) -> int:
+    """All moments, in float32: AdamW keeps two of each parameter, Muon one. AdamW's step counts are not included."""
+    with_one_moment = block_matrices(config.model) if config.optim.optimizer == "muon" else 0
+    return FLOAT * (2 * stored_parameters(config.model) - with_one_moment)
+
+
+def muon_update_bytes(config: RunConfig, ranks: int, width: int) -> int:
+    """What an update with Muon holds at most beside weights, gradients and state; 0 for AdamW.
+
+    Matrices of one shape are a batch. The largest one is there twice in float32 and once in the iteration's type; the
+    updates of all matrices exist at the end, in that type.
+
+    Args:
+        ranks: that share the batches.
+        width: bytes per number in the iteration.
+    """
+    if config.optim.optimizer != "muon":
+        return 0
+    largest = max(_matrices_by_shape(config.model).values())
+    return (2 * FLOAT + width) * largest // ranks + width * block_matrices(config.model)
+
+
+def _matrices_by_shape(model: ModelConfig) -> Counter[tuple[int, ...]]:
+    """Numbers of all matrices inside the blocks, by their sorted sides."""
+    d, size = model.d_model, model.head_size
+    shapes = [(model.n_heads * size, d)] * 2 + [(model.kv_heads * size, d)] * 2  # q, out; k, v
+    shapes += [(model.d_ff, d)] * (3 if model.activation == "swiglu" else 2)
+    numbers: Counter[tuple[int, ...]] = Counter()
+    for rows, columns in shapes:
+        numbers[tuple(sorted((rows, columns)))] += model.n_layers * rows * columns
+    return numbers

@@ -14,8 +14,14 @@ from dataclasses import dataclass
 
 from myllm.config import ModelConfig, RunConfig
 
-from .flops import parameters_by_part, stored_parameters
-from .optimizer_state import FLOAT, block_matrices, muon_update_bytes, optimizer_state_bytes
+from .flops import (
+    FLOAT,
+    block_matrices,
+    muon_update_bytes,
+    optimizer_state_bytes,
+    parameters_by_part,
+    stored_parameters,
+)
 
 HEADROOM = 0.05
 """Fraction of the memory to leave free, for fragmentation, evaluations and saves."""

@@ -16,8 +16,8 @@ from myllm.data.settings import dataset_option
 from myllm.errors import UserError, bullets, did_you_mean
 from myllm.formatting import format_si, format_table
 from myllm.planning.config_checks import check_config
+from myllm.planning.flops import block_matrices
 from myllm.planning.length import warmup_steps
-from myllm.planning.optimizer_state import block_matrices
 from myllm.presets import PRESETS, get_preset
 
 from .rates import RecipeRates
