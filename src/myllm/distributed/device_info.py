@@ -76,14 +76,7 @@ def measure_matmul_flops(
 
 
 def time_on_device(work: Callable[[], None], device: torch.device) -> float:
-    """Seconds that the device needs for what `work` launches. Synchronizes once, at the end; CUDA times itself."""
-    if device.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        work()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1_000
+    """Seconds until the device has done what `work` launches."""
     synchronize(device)
     started = time.perf_counter()
     work()
