@@ -6,7 +6,7 @@ training step calls, and comes after a checkpoint is loaded.
 
 import copy
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, cast
 
 import torch
@@ -85,17 +85,11 @@ def parallelize(model: Transformer, config: RunConfig, dist: DistContext) -> nn.
         # The only buffers are the rotary tables, which are constant and equal on all ranks. The constructor's argument
         # has a new name in torch 2.13, which warns of the old one; the attribute exists in all versions.
         train_model.broadcast_buffers = False
-        with _no_graph_splits() if mode == "block by block" else nullcontext():
+        # torch splits graphs at DDP's buckets. A whole model needs that, to overlap all-reduces with its backward pass;
+        # a block would only be split in two or three.
+        with torch._dynamo.config.patch(optimize_ddp=False) if mode == "block by block" else nullcontext():
             _trace_ddp(train_model, config, dist)
     return train_model
-
-
-def _no_graph_splits() -> AbstractContextManager[None]:
-    """Keep torch from splitting graphs at DDP's buckets. A whole model needs the splits, to overlap all-reduces with
-    its backward pass; a block would only be split in two or three."""
-    from torch._dynamo import config
-
-    return config.patch(optimize_ddp=False)
 
 
 def _trace_ddp(train_model: nn.Module, config: RunConfig, dist: DistContext) -> None:

@@ -133,18 +133,14 @@ class Forecast:
     @property
     def tokens_per_s(self) -> tuple[float, float] | None:
         """The lower figure first."""
-        if self.step_s is None:
-            return None
-        fast, slow = self.step_s
-        return self.config.train.batch_tokens / slow, self.config.train.batch_tokens / fast
+        batch = self.config.train.batch_tokens
+        return self.step_s and (batch / self.step_s[1], batch / self.step_s[0])
 
     @property
     def hours(self) -> tuple[float, float] | None:
         """Of training alone, without evaluations and saves."""
-        if self.step_s is None:
-            return None
-        fast, slow = self.step_s
-        return fast * self.config.train.max_steps / 3_600, slow * self.config.train.max_steps / 3_600
+        steps = self.config.train.max_steps
+        return self.step_s and (self.step_s[0] * steps / 3_600, self.step_s[1] * steps / 3_600)
 
 
 def predict(config: RunConfig, hardware: Hardware) -> Forecast:

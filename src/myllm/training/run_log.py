@@ -93,14 +93,12 @@ def log_start(ctx: RunContext, dataset: Dataset, batch: BatchPlan, state: TrainS
     log(f"CPU threads: {torch.get_num_threads()} per process, {threads_reason()}")
     log(f"model: {n_parameters(config.model):,} parameters; batch: {batch}")
     if isinstance(dataset, MixedDataset):
-        for line in (dataset.name, *dataset.describe_length(config)):
-            log(f"data: {line}")
+        lines = [dataset.name, *dataset.describe_length(config)]
     elif dataset.known_train_tokens:
-        for line in (dataset.name, *describe_length(config, dataset.known_train_tokens)):
-            log(f"data: {line}")
+        lines = [dataset.name, *describe_length(config, dataset.known_train_tokens)]
     else:
-        log(f"data: {dataset.name}, {dataset.describe_progress()}; preparation continues during training")
-    for line in skipped_lines(dataset) if state.step == 0 else ():
+        lines = [f"{dataset.name}, {dataset.describe_progress()}; preparation continues during training"]
+    for line in (*lines, *(skipped_lines(dataset) if state.step == 0 else ())):
         log(f"data: {line}")
     before_decay = state.step <= decay_start(config.optim, max_steps)
     for note in (warmup_note(config), decay_note(config) if before_decay else None):
