@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.kinds import MODEL_KINDS, by_model_kind
+from support.kinds import MODEL_KINDS, by_model_kind, by_optimizer
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import flop_counter
@@ -235,16 +235,8 @@ def test_moments(optimizer):
     assert checkpoint_bytes(config) == 4 * (stored + moments) + SPARE_BYTES
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize(
-    "kind",
-    [
-        {"qk_norm": True, "n_kv_heads": 2},
-        {"tie_embeddings": False, "activation": "relu2", "head_dim": 24},
-        {"position": "learned", "norm": "layernorm", "activation": "gelu", "bias": True},
-    ],
-    ids=str,
-)
+@by_optimizer
+@by_model_kind
 def test_bytes_of_a_real_optimizer(optimizer, kind):
     shape = ModelConfig(vocab_size=100, max_seq_len=32, d_model=64, n_layers=3, n_heads=4, d_ff=96)
     config = RunConfig(model=replace(shape, **kind), optim=OptimConfig(optimizer=optimizer))
