@@ -25,26 +25,11 @@ from myllm.planning.batch import batch_plan
 
 GPU_SEQUENCES = 32
 """A rank's share of a step on a GPU: 16 x 2 accumulation steps, as the reference's run has on each of its eight."""
-USAGE = """usage: python benchmarks/throughput.py PRESET [options] [overrides]
-
-Compare this project's training step with the reference's way and with transformers, in turns, in one process.
-
-presets:
-{presets}
-
-options:
-  --turns N             how often each way has its turn (7)
-  --steps N             timed steps of a turn (5)
-  --sequences N         a rank's share of a step (a GPU: 32; a CPU: the preset's)
-  --peer same|none      whether the model of transformers that computes the same takes part (same)
-  --out FILE            add the result to this file (temp_data/benchmarks/DATE-DEVICE.md)
-  overrides             any setting of the config, as for pretrain.py
-"""
 
 
 @dataclass(frozen=True)
 class Args(RunArgs):
-    """What the command line asks."""
+    """Compare this project's training step with the reference's way and with transformers, in turns, in one process."""
 
     turns: int = 7
     """How often each way has its turn."""
@@ -80,7 +65,7 @@ def settle_config(args: Args, device: str, world_size: int) -> RunConfig:
 
 def main() -> None:
     with exit_on_error():
-        args = parse_run_args(Args, sys.argv[1:], USAGE)
+        args = parse_run_args(Args, sys.argv[1:], "python benchmarks/throughput.py")
         from throughput_table import section, write
         from throughput_turns import compare
 

@@ -207,7 +207,7 @@ def parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
             if name == "ladder":
                 parse_arguments(LadderArgs, words, "myllm ladder")
             elif words not in (["--table"], []):
-                parse_run_args(kind, words, f"usage: myllm {name} PRESET {{presets}}")
+                parse_run_args(kind, words, f"myllm {name}")
             called.append(name)
 
         return command

@@ -154,7 +154,7 @@ def test_help_and_table(capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit) as caught:
             plan(capsys, *words)
         assert caught.value.code == code
-        assert "usage: myllm plan PRESET --gpus" in capsys.readouterr().out
+        assert "usage: myllm plan PRESET" in capsys.readouterr().out
     assert plan(capsys, "--table") == page()
 
 

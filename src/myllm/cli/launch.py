@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_origin, get_type_hints
 
 import tyro
 
@@ -18,24 +18,7 @@ from myllm.paths import RunPaths, user_path
 from myllm.planning.config_checks import check_config, check_name
 from myllm.presets import describe_presets, get_preset
 
-from .parse import parse_arguments, version, wrap_help
-
-USAGE = """usage: python pretrain.py PRESET [--config FILE.json] [--dry-run] [--prepare-only] [--profile] [overrides]
-
-Train a language model. The same command resumes an interrupted run.
-
-presets:
-{presets}
-
-options:
-  --config FILE.json  apply a config file on top of the preset (the preset is then optional)
-  --dry-run           check everything, print the plan (what differs from the preset, memory, time), and stop
-  --prepare-only      prepare the data set if it does not exist yet, and stop
-  --profile           record a few of the first steps, show where their time goes, and continue (docs/speed.md)
-  overrides           any setting of the config, such as --train.max-steps 100 --optim.max-lr 1e-3 --name my-run
-
-`python pretrain.py PRESET --help` lists every setting with its value in that preset.
-"""
+from .parse import argument_help, parse_arguments, version, wrap_help
 
 
 @dataclass(frozen=True)
@@ -54,7 +37,7 @@ class RunArgs:
 
 @dataclass(frozen=True)
 class PretrainArgs(RunArgs):
-    """Command-line arguments of pretrain.py."""
+    """Train a language model. The same command resumes an interrupted run."""
 
     dry_run: bool = False
     """Check everything, print the plan (what differs from the preset, memory, time), and stop."""
@@ -69,17 +52,16 @@ class PretrainArgs(RunArgs):
 
 
 def parse_args(words: list[str], fetch: Callable[[RunConfig], None] | None = None) -> PretrainArgs:
-    return parse_run_args(PretrainArgs, words, USAGE, fetch)
+    return parse_run_args(PretrainArgs, words, "python pretrain.py", fetch)
 
 
 def parse_run_args(
-    kind: type[RunArgs], words: list[str], usage: str, fetch: Callable[[RunConfig], None] | None = None
+    kind: type[RunArgs], words: list[str], program: str, fetch: Callable[[RunConfig], None] | None = None
 ) -> Any:
     """Parse and check a command line of the form [PRESET] [--config FILE.json] [options].
 
     Args:
         kind: a subclass of RunArgs; its fields are the options beside the config's.
-        usage: "usage: PROGRAM PRESET ...", printed if there are no words; {presets} stands for their list.
         fetch: called before the run's folder is looked at, to bring its checkpoints from `checkpoint.mirror`.
 
     Raises:
@@ -90,11 +72,10 @@ def parse_run_args(
         print(version())
         raise SystemExit(0)
     if not words or words[0] in ("-h", "--help"):
-        print(wrap_help(usage.format(presets=describe_presets())))
+        print(describe_usage(kind, program))
         raise SystemExit(0 if words else 2)
     files, words = read_config_files(words)
-    prog = usage.partition(" PRESET")[0].removeprefix("usage: ")
-    args = _parse(kind, files, words, prog)
+    args = _parse(kind, files, words, program)
     if fetch is not None and args.config.checkpoint.mirror is not None and not args.planning:
         check_name(args.config.name)
         fetch(args.config)
@@ -102,7 +83,7 @@ def parse_run_args(
         from myllm.inference.initial_weights import check_fits, find_source, initial_model, resumes
 
         source = None if resumes(args.config) else find_source(args.config)
-        args = _parse(kind, files, words, prog, initial_model(args.config, source))
+        args = _parse(kind, files, words, program, initial_model(args.config, source))
         if source is not None:
             check_fits(source, args.config)
     # Without torchrun, WORLD_SIZE is a plan for later, not the number of processes of this command.
@@ -128,21 +109,33 @@ def parse_run_args(
 
 
 def _parse(
-    kind: type[RunArgs], files: list["ConfigFile"], words: list[str], prog: str, model: ModelConfig | None = None
+    kind: type[RunArgs], files: list["ConfigFile"], words: list[str], program: str, model: ModelConfig | None = None
 ) -> RunArgs:
-    """
-    Args:
-        model: in place of that of the preset.
-    """
+    """Parse and convert the words. `model` takes the place of the preset's."""
     own_text = uses_own_text(files, words)
     base, words = base_config(files, words, model)
     return parse_arguments(
         kind,
         words,
-        f"{prog} {base.name}",
+        f"{program} {base.name}",
         kind(base, own_text),
         "Every setting of the run, with its value in this preset. The same command resumes an interrupted run.",
     )
+
+
+def describe_usage(kind: type[RunArgs], program: str) -> str:
+    """The presets, and the options of the command; without the settings of the config."""
+    options = {"--config FILE.json": "Apply a config file on top of the preset (the preset is then optional)."}
+    hints = get_type_hints(kind)
+    for name, text in argument_help(kind).items():
+        value = "" if hints[name] is bool else " VALUE ..." if get_origin(hints[name]) is tuple else " VALUE"
+        options[f"--{name.replace('_', '-')}{value}"] = text
+    options["overrides"] = f"Any setting, such as --train.max-steps 100; `{program} PRESET --help` lists all."
+    width = max(map(len, options))
+    listed = "\n".join(f"  {option:<{width}}  {text}" for option, text in options.items())
+    about = "\n\n".join(" ".join(paragraph.split()) for paragraph in (kind.__doc__ or "").split("\n\n"))
+    usage = f"usage: {program} PRESET [options]\n\n{about}"
+    return wrap_help(f"{usage}\n\npresets:\n{describe_presets()}\n\noptions:\n{listed}")
 
 
 ConfigFile = tuple[Path, Any]
@@ -171,8 +164,7 @@ def base_config(
 ) -> tuple[RunConfig, list[str]]:
     """The config before overrides (a preset, a file, or a file over a preset), and the remaining words.
 
-    Args:
-        model: in place of that of the preset.
+    `model` takes the place of the preset's.
     """
     base = RunConfig()
     if words and not words[0].startswith("-"):
@@ -187,21 +179,11 @@ def base_config(
         data = from_dict(values, base, path).data
         base = _for_text(base, data.source, data.dataset)
         base = from_dict(values, _for_source(base, data.source), path)
-    return _for_overrides(base, words), words
-
-
-def _for_overrides(base: RunConfig, words: list[str]) -> RunConfig:
-    """
-    Raises:
-        UserError: two overrides set the length of the training.
-    """
-    given = _options(words)
-    steps, epochs = "--train.max-steps" in given, given.get("--train.epochs") not in (None, "None")
-    if steps and epochs:
-        raise UserError("--train.max-steps and --train.epochs both set the length of the training; give only one")
-    if steps:
+    if "--train.max-steps" in given:
+        if given.get("--train.epochs") not in (None, "None"):
+            raise UserError("--train.max-steps and --train.epochs both set the length of the training; give only one")
         base = replace(base, train=replace(base.train, epochs=None))
-    return _for_source(base, given.get("--data.source", base.data.source))
+    return _for_source(base, given.get("--data.source", base.data.source)), words
 
 
 def _for_source(base: RunConfig, source: str) -> RunConfig:

@@ -144,7 +144,7 @@ def _dataclass(info: StructTypeInfo) -> StructConstructorSpec | None:
     hints = typing.get_type_hints(info.type, include_extras=True)
     help_of: dict[str, str] = {}
     for base in reversed(info.type.__mro__[:-1]):
-        help_of |= _help(base)
+        help_of |= argument_help(base)
     return StructConstructorSpec(
         instantiate=info.type,
         fields=tuple(
@@ -174,24 +174,18 @@ def _default(info: StructTypeInfo, field: dataclasses.Field) -> Any:
 
 
 def _with_reflowed_help(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with each argument's help in its annotation: tyro would keep the docstring's line breaks."""
-    hints = typing.get_type_hints(function, include_extras=True)
-    for name, text in _help(function).items():
-        hints[name] = Annotated[hints[name], tyro.conf.arg(help=text)]
+    """The function with each argument's help on one line: tyro would keep the docstring's line breaks."""
 
     def call(*values: Any, **named: Any) -> Any:
         return function(*values, **named)
 
-    signature = inspect.signature(function)
     described: Any = call
-    described.__doc__, described.__annotations__ = function.__doc__, hints
-    described.__signature__ = signature.replace(
-        parameters=[parameter.replace(annotation=hints[name]) for name, parameter in signature.parameters.items()]
-    )
+    described.__doc__ = re.sub(r"\n {8}", " ", inspect.getdoc(function) or "")
+    described.__signature__, described.__annotations__ = inspect.signature(function), function.__annotations__
     return described
 
 
-def _help(described: Any) -> dict[str, str]:
+def argument_help(described: Any) -> dict[str, str]:
     """The help of each argument or field, without the line breaks of its docstring."""
     found = docstring_parser.parse_from_object(described).params
     return {entry.arg_name: " ".join(entry.description.split()) for entry in found if entry.description}

@@ -20,39 +20,6 @@ from .launch import RunArgs, parse_run_args
 if TYPE_CHECKING:
     import torch
 
-USAGE = """usage: myllm plan PRESET --gpus 8xA100-80 [--dollars-per-hour X] [--config FILE.json] [overrides]
-
-Predict a run's memory by part, micro-batch, accumulation steps, time and cost. Nothing is measured.
-
-presets:
-{presets}
-
-options:
-  --gpus GPUS ...       how many of which GPU: 8xA100-80, 1xRTX3060, H100, or cpu; an unknown name lists all.
-                        Several become a table
-  --dollars-per-hour X  price of the machine, with all its GPUs: print the cost. One for each of --gpus
-  --config FILE.json    lay a saved or hand-written config over the preset (which may then be omitted)
-  overrides             any setting of the config, as for pretrain.py: --train.parallel fsdp
-
-`myllm plan --table` prints the presets on common GPUs, as in docs/hardware.md.
-"""
-PREFLIGHT_USAGE = """usage: myllm preflight PRESET [--config FILE.json] [--max-hours H] [--dollars-per-hour X]
-
-Rehearse a run before it starts: does it fit, how long does it take, what does it cost? Nothing is left behind, except
-that with --train.micro-batch-size auto the run uses the size that the preflight found.
-
-presets:
-{presets}
-
-options:
-  --config FILE.json    lay a saved or hand-written config over the preset (which may then be omitted)
-  --max-hours H         fail if the rest of the run needs more hours
-  --dollars-per-hour X  price of all machines of the run together: print the cost of the rest of the run
-  overrides             any setting of the config, as for pretrain.py
-
-With several GPUs:
-  torchrun --standalone --nproc_per_node=8 -m myllm preflight PRESET
-"""
 SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 DRY_RUN_MFU = 0.4
 """Fraction of the speed of matrix products that a training step is expected to reach."""
@@ -60,10 +27,13 @@ DRY_RUN_MFU = 0.4
 
 @dataclass(frozen=True)
 class PlanArgs(RunArgs):
-    """Command-line arguments of `myllm plan`."""
+    """Predict a run's memory by part, micro-batch, accumulation steps, time and cost. Nothing is measured.
+
+    `myllm plan --table` prints the presets on common GPUs, as in docs/hardware.md.
+    """
 
     gpus: tuple[str, ...] = ()
-    """How many of which GPU: 8xA100-80, 1xRTX3060, H100, or cpu."""
+    """How many of which GPU: 8xA100-80, 1xRTX3060, H100, or cpu; an unknown name lists all. Several become a table."""
     dollars_per_hour: tuple[float, ...] = ()
     """Price of the machine, with all its GPUs: print the cost. One for each of --gpus."""
 
@@ -75,7 +45,7 @@ def plan(words: list[str]) -> None:
 
         print(page(), end="")
         return
-    args = parse_run_args(PlanArgs, words, USAGE)
+    args = parse_run_args(PlanArgs, words, "myllm plan")
     if not args.gpus:
         raise UserError("missing --gpus, for example --gpus 8xA100-80 or --gpus cpu")
     if note := length_note(args.config, args.own_text):
@@ -93,10 +63,7 @@ def plan(words: list[str]) -> None:
 
 
 def check_limit(name: str, value: float) -> None:
-    """
-    Raises:
-        UserError: not a positive number.
-    """
+    """Raises a UserError if a limit is not a positive number."""
     if not 0 < value < float("inf"):
         raise UserError(f"--{name.replace('_', '-')} is {value}, but must be above 0 and finite")
 
@@ -165,7 +132,11 @@ def _measured_time(config: RunConfig, world_size: int, device: "torch.device") -
 
 @dataclass(frozen=True)
 class PreflightArgs(RunArgs):
-    """Command-line arguments of `myllm preflight`."""
+    """Rehearse a run before it starts: does it fit, how long does it take, what does it cost? Nothing is left behind,
+    except that with --train.micro-batch-size auto the run uses the size that the preflight found.
+
+    With several GPUs: torchrun --standalone --nproc_per_node=8 -m myllm preflight PRESET
+    """
 
     max_hours: float | None = None
     """Fail if the rest of the run needs more hours."""
@@ -175,7 +146,7 @@ class PreflightArgs(RunArgs):
 
 def preflight(words: list[str]) -> None:
     """Rehearse a run: does it fit, how long will it take, what will it cost?"""
-    args = parse_run_args(PreflightArgs, words, PREFLIGHT_USAGE)
+    args = parse_run_args(PreflightArgs, words, "myllm preflight")
     config = args.config
     for name in ("max_hours", "dollars_per_hour"):
         if (value := getattr(args, name)) is not None:

@@ -17,24 +17,6 @@ from myllm.runs.history import read_json_or_empty
 from .search import ETA, SPREAD, TOP, Plan, Search, TunedRun
 from .space import default_search, own_values, parse_search
 
-USAGE = """usage: myllm tune PRESET [--search NAME=LOW:HIGH ...] [--tokens D] [--trials N] [--jobs J] [overrides]
-
-Search for the learning rate and other settings of the optimizer, with whole runs of D/9, D/3 and D tokens. The same
-command continues an interrupted search. docs/tune.md explains what it does.
-
-presets:
-{presets}
-
-options:
-  --search NAME=LOW:HIGH ...  up to four numbers of optim, such as optim.max-lr=0.001:0.01 (default: the rates of
-                              muon; the rate and the weight decay of adamw)
-  --tokens D                  tokens of the longest runs (default: those of the preset)
-  --trials N                  runs of D/9 tokens; a third of them is repeated with D/3, and a third of those with D
-  --jobs J                    runs at a time, each with its share of the cores or GPUs
-  --budget                    print the plan and stop
-  --range-test                one run whose rate rises from 1e-5 to 1, instead of a search
-  overrides                   any setting of the config, as for pretrain.py; --name names the search
-"""
 DRAW_EVERY_S = 60.0
 MIN_STEPS = 20
 """Of the shortest runs."""
@@ -42,14 +24,17 @@ MIN_STEPS = 20
 
 @dataclass(frozen=True)
 class TuneArgs(RunArgs):
-    """Command-line arguments of `myllm tune`."""
+    """Search for the learning rate and other settings of the optimizer, with whole runs of D/9, D/3 and D tokens. The
+    same command continues an interrupted search; --name names it. docs/tune.md explains what it does.
+    """
 
     search: tuple[str, ...] = ()
-    """Numbers of optim and their ranges: NAME=LOW:HIGH, such as optim.max-lr=0.001:0.01."""
+    """Up to four numbers of optim and their ranges, NAME=LOW:HIGH, such as optim.max-lr=0.001:0.01 (default: the rates
+    of muon; the rate and the weight decay of adamw)."""
     tokens: int | None = None
-    """Tokens of the longest runs (default: those of the preset)."""
+    """Tokens of the longest runs, D (default: those of the preset)."""
     trials: int = 30
-    """Runs of D/9 tokens."""
+    """Runs of D/9 tokens; a third of them is repeated with D/3, and a third of those with D."""
     jobs: int = 1
     """Runs at a time, each with its share of the cores or GPUs."""
     budget: bool = False
@@ -60,7 +45,7 @@ class TuneArgs(RunArgs):
 
 def tune(words: list[str]) -> None:
     """Search for the learning rate and other settings of a preset."""
-    args = parse_run_args(TuneArgs, words, USAGE)
+    args = parse_run_args(TuneArgs, words, "myllm tune")
     if ranks.is_launched():
         raise UserError("`myllm tune` starts its own ranks; run it without torchrun")
     if args.range_test:
@@ -96,10 +81,7 @@ def run_search(search: Search) -> None:
 
 
 def make_plan(args: TuneArgs) -> Plan:
-    """
-    Raises:
-        UserError: a number is too small, or the length is not known.
-    """
+    """Raises a UserError if a number is too small, or the length is not known."""
     config = args.config
     if args.tokens is None and (args.own_text or config.train.epochs is not None):
         raise UserError("how long the longest runs are depends on the text; say it with --tokens, such as --tokens 50M")
