@@ -195,29 +195,27 @@ PRESETS: dict[str, Callable[[], RunConfig]] = {
 
 
 def get_preset(name: str) -> RunConfig:
-    """
-    Raises:
-        UserError: unknown preset.
-    """
+    """Raises a UserError for an unknown preset."""
     if name not in PRESETS:
-        known = ", ".join(PRESETS)
-        raise UserError(f"unknown preset {name!r}{did_you_mean(name, list(PRESETS))}; known presets: {known}")
+        guess = did_you_mean(name, list(PRESETS))
+        raise UserError(f"unknown preset {name!r}{guess}; known presets: {', '.join(PRESETS)}")
     return PRESETS[name]()
 
 
 def describe_settings(config: RunConfig) -> str:
     """The preset that a config is closest to, and the settings that differ, one per line."""
-    changes = {name: diff_settings(make(), config) for name, make in PRESETS.items()}
-    name = min(changes, key=lambda name: len(changes[name]))
-    if not changes[name]:
+    name, changes = nearest_preset(config)
+    if not changes:
         return f"settings     those of {name}; `python pretrain.py {name} --help` lists them"
-    width = max(map(len, changes[name]))
-    return "\n".join(
-        [
-            f"settings     those of {name} (`python pretrain.py {name} --help` lists them), but",
-            *(f"  {setting:<{width}}  {old!r} -> {new!r}" for setting, (old, new) in changes[name].items()),
-        ]
-    )
+    width = max(map(len, changes))
+    lines = [f"  {setting:<{width}}  {old!r} -> {new!r}" for setting, (old, new) in changes.items()]
+    return "\n".join([f"settings     those of {name} (`python pretrain.py {name} --help` lists them), but", *lines])
+
+
+def nearest_preset(config: RunConfig) -> tuple[str, dict[str, tuple[Any, Any]]]:
+    """The name of the preset that a config is closest to, and `diff_settings` from it."""
+    changes = {name: diff_settings(make(), config) for name, make in PRESETS.items()}
+    return min(changes.items(), key=lambda item: len(item[1]))
 
 
 def diff_settings(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:

@@ -128,9 +128,11 @@ def test_process_left_behind_may_end_after_it_refused_another(tiny: RunConfig) -
 def test_hopeless_trial_stopped_early(tiny: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slow_checkout(tmp_path, after=100)
     monkeypatch.setattr(trials, "project_root", lambda: tmp_path)
-    (result,) = run_trials([with_train(tiny, max_steps=200)], limit=lambda config, step: 0.1)
+    config = with_train(tiny, max_steps=200)
+    (result,) = run_trials([config], limit=lambda config, step: 0.1)
     assert result.loss is None
     assert 100 <= result.tokens / 128 < 200
+    assert run_trial(config) == result, "it is not trained again"
 
 
 @pytest.mark.slow

@@ -2,7 +2,7 @@
 
 A trial is an ordinary run, trained by pretrain.py in a process of its own; `myllm report NAME` draws it. That process
 can be killed at any moment, and so can the one that waits for it: the next start continues. The run's folder also has
-trial.json, the config of the trial, and trial.log, the output of its process.
+trial.json, the config of the trial, trial.log, the output of its process, and given_up, if it was.
 """
 
 import math
@@ -23,7 +23,7 @@ from myllm.errors import TrainingDiverged, UserError, bullets
 from myllm.files import is_locked, write_json
 from myllm.paths import RunPaths, is_checkout, project_root
 from myllm.presets import diff_settings
-from myllm.runs.history import Metrics, as_float, read_json_or_empty, read_metrics
+from myllm.runs.history import as_float, read_json_or_empty, read_metrics
 from myllm.training.stop_signals import raise_exit, signal_handler
 
 POLL_S, READ_EVERY_S = 0.1, 1.0
@@ -160,14 +160,19 @@ def finished(config: RunConfig) -> TrialResult | None:
             f"give the same ones, another name, or remove {run.root}"
         )
     code = read_json_or_empty(run.heartbeat).get("exit_code")
-    if code not in (0, TrainingDiverged.EXIT_CODE):
+    if code not in (0, TrainingDiverged.EXIT_CODE) and not _given_up_file(run).exists():
         return None
     metrics = read_metrics(run.metrics)
     validation = metrics.last("validation")
-    loss = as_float(validation.get("loss")) if validation.get("step") == config.train.max_steps else math.nan
     if code == 0 and validation.get("step") != config.train.max_steps:
         return None
-    return _result(config, metrics, loss if code == 0 and math.isfinite(loss) else None)
+    loss, seconds = as_float(validation.get("loss")) if code == 0 else math.nan, metrics.training_s()
+    return TrialResult(
+        config.name,
+        loss if math.isfinite(loss) else None,
+        int(metrics.last().get("tokens") or 0),
+        0.0 if math.isnan(seconds) else seconds,
+    )
 
 
 def machine_shares(device: str, jobs: int) -> list[Share]:
@@ -201,7 +206,7 @@ class _TrialProcess:
         self.run.root.mkdir(parents=True, exist_ok=True)
         write_json(_trial_file(self.run), to_dict(config))
         self.process: subprocess.Popen[bytes] | None = None
-        self.given_up, self._read_at, self._checked_tenths = False, 0.0, 0
+        self._given_up, self._read_at, self._checked_tenths = _given_up_file(self.run), 0.0, 0
 
     def ended(self, limit: Limit | None) -> bool:
         """True after the end of the process. Stops it if its loss is above the limit.
@@ -218,16 +223,16 @@ class _TrialProcess:
             return False
         code = self.process.poll()
         if code is None:
-            if limit and not self.given_up and self._is_hopeless(limit):
-                self.given_up = True
+            if limit and not self._given_up.exists() and self._is_hopeless(limit):
                 self.process.send_signal(signal.SIGTERM)
+                self._given_up.touch()
             return False
         if code == 2 and (self._is_held() or finished(self.config)):
             self.process = (
                 None  # a process left behind held the folder only after this one had begun; it may have ended
             )
             return False
-        if code not in (0, TrainingDiverged.EXIT_CODE) and not self.given_up:
+        if code not in (0, TrainingDiverged.EXIT_CODE) and not self._given_up.exists():
             raise UserError(f"the trial {self.config.name} ended with exit code {code}:{self._last_lines()}")
         return True
 
@@ -238,8 +243,6 @@ class _TrialProcess:
             UserError: the run is complete but has no validation loss.
         """
         result = finished(self.config)
-        if result is None and self.given_up:
-            result = _result(self.config, read_metrics(self.run.metrics), None)
         if result is None:
             raise UserError(f"the trial {self.config.name} has no final validation loss:{self._last_lines()}")
         for folder in (self.run.checkpoints, self.run.anomalies):
@@ -330,10 +333,8 @@ def _trial_file(run: RunPaths) -> Path:
     return run.root / "trial.json"
 
 
-def _result(config: RunConfig, metrics: Metrics, loss: float | None) -> TrialResult:
-    seconds = metrics.training_s()
-    tokens = int(metrics.last().get("tokens") or 0)
-    return TrialResult(config.name, loss, tokens, 0.0 if math.isnan(seconds) else seconds)
+def _given_up_file(run: RunPaths) -> Path:
+    return run.root / "given_up"
 
 
 def _stop(trials: list[_TrialProcess]) -> None:

@@ -46,21 +46,31 @@ def loss_of(config: RunConfig, noise: float = 0.0) -> float | None:
 
 
 def in_place_of_training(
-    monkeypatch: pytest.MonkeyPatch, noise: float = 0.0, killed_after: float = math.inf
+    monkeypatch: pytest.MonkeyPatch,
+    noise: float = 0.0,
+    killed_after: float = math.inf,
+    finished: dict[str, TrialResult] | None = None,
 ) -> list[RunConfig]:
-    """Replace training by `loss_of`; returns the list of trained configs. It raises after some of them."""
+    """Replace training by `loss_of`; returns the list of trained configs. It raises after some of them.
+
+    Args:
+        finished: results of earlier starts, by name, as the run folders keep them.
+    """
     trained: list[RunConfig] = []
+    results = {} if finished is None else finished
 
     def run_trials(
         configs: Iterable[RunConfig], jobs: int, limit: Callable[[RunConfig, int], float]
     ) -> Iterator[TrialResult]:
         for config in configs:
-            if len(trained) >= killed_after:
-                raise KeyboardInterrupt
-            trained.append(config)
-            assert limit(config, 1) == math.inf
-            tokens = config.train.max_steps * config.train.batch_tokens
-            yield TrialResult(config.name, loss_of(config, noise), tokens, 1.0)
+            if config.name not in results:
+                if len(trained) >= killed_after:
+                    raise KeyboardInterrupt
+                trained.append(config)
+                assert limit(config, 1) == math.inf
+                tokens = config.train.max_steps * config.train.batch_tokens
+                results[config.name] = TrialResult(config.name, loss_of(config, noise), tokens, 1.0)
+            yield results[config.name]
 
     monkeypatch.setattr("myllm.cli.tune.search.run_trials", run_trials)
     return trained
@@ -101,8 +111,9 @@ def test_killed_search_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     in_place_of_training(monkeypatch)
     whole = [(run.name, run.values, run.loss) for run in Search(plan_of(), tmp_path / "whole").run()]
     names: list[str] = []
+    finished: dict[str, TrialResult] = {}
     for _ in range(100):
-        trained = in_place_of_training(monkeypatch, killed_after=5)
+        trained = in_place_of_training(monkeypatch, killed_after=5, finished=finished)
         try:
             runs = list(Search(plan_of(), tmp_path / "killed").run())
         except KeyboardInterrupt:

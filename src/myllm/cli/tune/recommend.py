@@ -9,7 +9,7 @@ from typing import Any
 
 from myllm.config import RunConfig
 from myllm.planning.transfer import transfer
-from myllm.presets import PRESETS, diff_settings
+from myllm.presets import nearest_preset
 
 from .search import FRESH_SEEDS, TOP, Search, TunedRun
 from .space import with_values
@@ -79,7 +79,7 @@ def commands(search: Search, values: dict[str, float]) -> dict[str, str]:
     found = {f"{config.train.max_steps * config.train.batch_tokens:,} tokens, as searched": command_line(config)}
     if plan.own_steps != config.train.max_steps:
         carried = transfer(with_values(plan.config, values).optim, plan.own_steps / config.train.max_steps)
-        changed = [name for name in ("max_lr", "muon_lr", "weight_decay") if _matters(name, config)]
+        changed = ["max_lr", "weight_decay", *(["muon_lr"] if config.optim.optimizer == "muon" else [])]
         own = {name: float(f"{getattr(carried, name):.3g}") for name in changed}
         longer = with_values(replace(config, train=replace(config.train, max_steps=plan.own_steps)), own)
         tokens = plan.own_steps * config.train.batch_tokens
@@ -87,15 +87,10 @@ def commands(search: Search, values: dict[str, float]) -> dict[str, str]:
     return found
 
 
-def _matters(name: str, config: RunConfig) -> bool:
-    return name != "muon_lr" or config.optim.optimizer == "muon"
-
-
 def command_line(config: RunConfig) -> str:
     """The shortest command of pretrain.py that trains this config: the nearest preset and what differs from it."""
-    changes = {name: diff_settings(make(), config) for name, make in PRESETS.items()}
-    preset = min(changes, key=lambda name: (len(changes[name]), name))
-    options = [word for name, (_, value) in changes[preset].items() for word in _option(name, value)]
+    preset, changes = nearest_preset(config)
+    options = [word for name, (_, value) in changes.items() for word in _option(name, value)]
     return shlex.join(["python", "pretrain.py", preset, *options, "--name", f"{config.name}-tuned"])
 
 

@@ -8,7 +8,7 @@ The preset's own values take part in every rung. A run is never stopped because 
 change while the rate decays. Values always mean those of a run of D tokens; `planning.transfer` carries them to a
 shorter one.
 
-Results are kept in Optuna's study, an SQLite file, as soon as they are known.
+Optuna's study, an SQLite file, keeps the points; the folders of the runs keep their results.
 """
 
 import math
@@ -113,13 +113,9 @@ class TunedRun:
 
 
 class Search:
-    """Asks Optuna for points, trains them, and keeps the results."""
+    """Asks Optuna for points, and trains them."""
 
     def __init__(self, plan: Plan, folder: Path, jobs: int = 1) -> None:
-        """
-        Raises:
-            UserError: the folder has a search with other settings, or Optuna is not installed.
-        """
         self.plan, self.folder, self.jobs = plan, folder, jobs
         self.study = open_study(plan, folder)
         self.runs: list[TunedRun] = []
@@ -127,7 +123,7 @@ class Search:
         self._seed = plan.config.train.seed
 
     def run(self) -> Iterator[TunedRun]:
-        """Train what is left of the search; yields every run as it finishes, those of earlier starts first."""
+        """Train what is left of the search; yields every run as it finishes, those of earlier starts too."""
         yield from self._train(self._sample())
         for rung in range(1, TOP + 1):
             below = self.of_rung(rung - 1)
@@ -170,32 +166,22 @@ class Search:
         return TunedRun(name, number, values, rung, seed)
 
     def _train(self, runs: Iterable[TunedRun]) -> Iterator[TunedRun]:
-        known, by_name = self.study.user_attrs, dict[str, TunedRun]()
-        earlier: list[TunedRun] = []
+        by_name: dict[str, TunedRun] = {}
 
-        def unknown() -> Iterator[RunConfig]:
+        def configs() -> Iterator[RunConfig]:
             for run in runs:
                 by_name[run.name] = run
-                if saved := known.get(_key(run)):
-                    earlier.append(self._finish(replace(run, result=TrialResult(**saved))))
-                else:
-                    yield self.config_of(run)
+                yield self.config_of(run)
 
-        with closing(run_trials(unknown(), self.jobs, self._give_up_above)) as results:
+        with closing(run_trials(configs(), self.jobs, self._give_up_above)) as results:
             for result in results:
-                yield from _drain(earlier)
-                self.study.set_user_attr(_key(by_name[result.name]), asdict(result))
-                yield self._finish(replace(by_name[result.name], result=result))
-        yield from _drain(earlier)
-
-    def _finish(self, run: TunedRun) -> TunedRun:
-        """Record a result, and tell Optuna that of a sampled point."""
-        self.runs.append(run)
-        if run.rung == 0:
-            # To the sampler, a run that diverged knows nothing: the loss of guessing.
-            loss = run.loss if math.isfinite(run.loss) else math.log(self.plan.config.model.vocab_size)
-            self.study.tell(run.number, loss, skip_if_finished=True)
-        return run
+                run = replace(by_name[result.name], result=result)
+                self.runs.append(run)
+                if run.rung == 0:
+                    # To the sampler, a run that diverged knows nothing: the loss of guessing.
+                    loss = run.loss if math.isfinite(run.loss) else math.log(self.plan.config.model.vocab_size)
+                    self.study.tell(run.number, loss, skip_if_finished=True)
+                yield run
 
     def _give_up_above(self, config: RunConfig, step: int) -> float:
         rung = self.plan.steps.index(config.train.max_steps)
@@ -219,7 +205,6 @@ def open_study(plan: Plan, folder: Path) -> "optuna.Study":
     """
     optuna = require("`myllm tune`", "tune", "optuna")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    folder.mkdir(parents=True, exist_ok=True)
     storage = optuna.storages.RDBStorage(f"sqlite:///{folder / 'study.db'}")
     study = optuna.create_study(storage=storage, study_name=plan.config.name, load_if_exists=True)
     described = {"config": to_dict(plan.config), "search": [asdict(parameter) for parameter in plan.parameters]}
@@ -239,7 +224,7 @@ def open_study(plan: Plan, folder: Path) -> "optuna.Study":
 def _check_same(saved: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
     from myllm.config import saved_config
 
-    different = diff_settings(saved_config(saved["config"], folder), saved_config(wanted["config"], folder))
+    different = diff_settings(*(saved_config(plan["config"], folder) for plan in (saved, wanted)))
     changes = [f"{name}: {old} -> {new}" for name, (old, new) in different.items()]
     if saved["search"] != wanted["search"]:
         changes.append(f"--search: {saved['search']} -> {wanted['search']}")
@@ -255,12 +240,3 @@ def _sampler(seed: int, jobs: int) -> "optuna.samplers.BaseSampler":
     import optuna
 
     return optuna.samplers.TPESampler(multivariate=True, n_startup_trials=1, constant_liar=jobs > 1, seed=seed)
-
-
-def _key(run: TunedRun) -> str:
-    return f"run {run.name}"
-
-
-def _drain(runs: list[TunedRun]) -> Iterator[TunedRun]:
-    while runs:
-        yield runs.pop(0)
