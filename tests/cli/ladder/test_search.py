@@ -65,4 +65,4 @@ def test_search_extends_edge_at_most_twice(grid: Grid) -> None:
 def test_diverged_neighbor_preserves_best_point() -> None:
     assert Line({-1: 5.2, 0: 5.0, 1: math.inf}).optimum == 0
     assert Line({-1: 5.2, 0: 5.0, 1: 5.1}).optimum == pytest.approx(1 / 6)
-    assert Line({-1: 5.0, 0: 5.0, 1: 5.0}).at_edge  # flat: no optimum is seen
+    assert Line({-1: 5.0, 0: 5.0, 1: 5.0}).beyond == -2  # flat: no optimum is seen

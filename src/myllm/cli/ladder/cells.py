@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from myllm.cli.trials import TrialResult, finished, run_trials, seconds_per_token
-from myllm.errors import UserError
 from myllm.files import NONFINITE, json_safe, map_json, read_json, write_json
 from myllm.formatting import format_duration, format_si, format_table
 from myllm.migrations import LADDER
@@ -30,54 +29,34 @@ class CellResult:
     """Of training, without evaluations."""
 
 
-def read_cell(cell: Cell) -> CellResult | None:
-    """The result of a cell; None if its run is not complete."""
-    result = finished(cell.config)
-    return _of(cell, result) if result else None
+def finished_cells(cells: Sequence[Cell]) -> dict[str, CellResult]:
+    """The results there are, by the names of the runs."""
+    return {cell.config.name: _of(cell, trial) for cell in cells if (trial := finished(cell.config))}
 
 
-def finished_cells(cells: Sequence[Cell]) -> list[CellResult]:
-    """The results there are.
-
-    Raises:
-        UserError: there are none.
-    """
-    results = [result for cell in cells if (result := read_cell(cell))]
-    if not results:
-        raise UserError(f"none of the {len(cells)} runs is finished; train them first, without --finished")
-    return results
-
-
-def run_cells(cells: Sequence[Cell], jobs: int, expected: dict[str, float] | None = None) -> list[CellResult]:
+def run_cells(cells: Sequence[Cell], jobs: int, expected: Mapping[str, float]) -> list[CellResult]:
     """Run the cells that are not complete, and print a line for each, with the time that the rest will take.
 
     Args:
-        expected: seconds of each run by its name. None: print nothing.
+        expected: seconds of each run by its name.
 
     Returns:
         the results, in the order of the cells.
     """
-    by_name = {cell.config.name: cell for cell in cells}
-    results = {name: result for name, cell in by_name.items() if (result := read_cell(cell))}
-    left = [cell for name, cell in by_name.items() if name not in results]
-    started, finished_s = time.monotonic(), 0.0
-    for number, trial in enumerate(run_trials([cell.config for cell in left], jobs), 1):
-        result = _of(by_name[trial.name], trial)
-        results[trial.name] = result
-        if expected:
-            finished_s += expected[trial.name]
-            rest_s = sum(expected[cell.config.name] for cell in left) - finished_s
-            eta_s = rest_s * (time.monotonic() - started) / finished_s
-            print(f"{number}/{len(left)}  {describe_result(result)}  left {format_duration(eta_s)}", flush=True)
+    results, by_name = finished_cells(cells), {cell.config.name: cell for cell in cells}
+    left = [cell.config for name, cell in by_name.items() if name not in results]
+    started, finished_s, left_s = time.monotonic(), 0.0, sum(expected[config.name] for config in left)
+    for number, trial in enumerate(run_trials(left, jobs), 1):
+        cell = by_name[trial.name]
+        result = results[trial.name] = _of(cell, trial)
+        finished_s += expected[trial.name]
+        eta_s = (left_s - finished_s) * (time.monotonic() - started) / finished_s
+        print(
+            f"{number}/{len(left)}  {cell.recipe} width {cell.width} {format_si(cell.tokens)} tokens seed {cell.seed}: "
+            f"loss {result.loss:.4f} in {format_duration(result.seconds)}  left {format_duration(eta_s)}",
+            flush=True,
+        )
     return [results[cell.config.name] for cell in cells]
-
-
-def describe_result(result: CellResult) -> str:
-    cell = result.cell
-    return (
-        f"{cell.recipe} width {cell.width} {format_si(cell.tokens)} tokens seed {cell.seed}: loss {result.loss:.4f} in "
-        f"{format_duration(result.seconds)}"
-    )
 
 
 def _of(cell: Cell, trial: TrialResult) -> CellResult:
@@ -89,10 +68,10 @@ def _of(cell: Cell, trial: TrialResult) -> CellResult:
 
 def describe_cost(cells: Sequence[Cell], expected: Mapping[str, float], jobs: int) -> str:
     """Runs that are left, and their time."""
-    left = [cell for cell in cells if read_cell(cell) is None]
+    left = {cell.config.name for cell in cells} - finished_cells(cells).keys()
     if not left:
         return f"all {len(cells)} runs are there"
-    seconds = sum(expected[cell.config.name] for cell in left)
+    seconds = sum(expected[name] for name in left)
     return (
         f"{len(left)} of {len(cells)} runs are left: {format_duration(seconds)} of training, about "
         f"{format_duration(seconds / jobs)} with --jobs {jobs}"
@@ -104,16 +83,13 @@ def expected_seconds(cells: Sequence[Cell], jobs: int) -> dict[str, float]:
 
     A width without a finished run is measured now, by a run of a few steps of each recipe.
     """
-    took = {cell.config.name: result.seconds for cell in cells if (result := read_cell(cell))}
-    known = {
-        (cell.recipe, cell.width): took[cell.config.name] / cell.tokens for cell in cells if cell.config.name in took
-    }
+    done = finished_cells(cells)
+    known = {(result.cell.recipe, result.cell.width): result.seconds / result.cell.tokens for result in done.values()}
     unknown = {(cell.recipe, cell.width): cell for cell in reversed(cells) if (cell.recipe, cell.width) not in known}
     speeds = seconds_per_token([cell.config for cell in unknown.values()], jobs)
     known |= dict(zip(unknown, speeds, strict=True))
-    return {
-        cell.config.name: took.get(cell.config.name) or cell.tokens * known[cell.recipe, cell.width] for cell in cells
-    }
+    took = {name: result.seconds for name, result in done.items() if result.seconds}
+    return {cell.config.name: cell.tokens * known[cell.recipe, cell.width] for cell in cells} | took
 
 
 # -- ladder.json ------------------------------------------------------------------------------------------------------
@@ -127,19 +103,16 @@ def tabulate(results: Sequence[CellResult], recipes: Sequence[str]) -> tuple[Los
     """
     cells = [result.cell for result in results]
     widths, lengths = sorted({cell.width for cell in cells}), sorted({cell.tokens for cell in cells})
-    seeds = sorted({cell.seed for cell in cells})
-    shape = len(recipes), len(widths), len(lengths), len(seeds)
-    losses, seconds = np.full(shape, np.nan), np.full(shape, np.nan)
+    axes = recipes, widths, lengths, sorted({cell.seed for cell in cells})
+    losses, seconds = (np.full([len(axis) for axis in axes], np.nan) for _ in range(2))
     parameters = np.zeros(len(widths))
     for result in results:
         cell = result.cell
-        place = (
-            recipes.index(cell.recipe), widths.index(cell.width), lengths.index(cell.tokens), seeds.index(cell.seed)
-        )  # fmt: skip
-        losses[place] = result.loss
-        seconds[place] = result.seconds
+        values = cell.recipe, cell.width, cell.tokens, cell.seed
+        place = tuple(axis.index(value) for axis, value in zip(axes, values, strict=True))
+        losses[place], seconds[place] = result.loss, result.seconds
         if cell.recipe == recipes[0]:
-            parameters[widths.index(cell.width)] = cell.parameters
+            parameters[place[1]] = cell.parameters
     return Losses(tuple(recipes), parameters, np.array(lengths, dtype=np.float64), losses), seconds
 
 

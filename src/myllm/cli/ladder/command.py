@@ -102,7 +102,9 @@ def train_cells(args: LadderArgs, cells: Sequence[Cell]) -> "list[CellResult] | 
     from .cells import describe_cost, expected_seconds, finished_cells, run_cells
 
     if args.finished:
-        return finished_cells(cells)
+        if not (results := finished_cells(cells)):
+            raise UserError(f"none of the {len(cells)} runs is finished; train them first, without --finished")
+        return list(results.values())
     expected = expected_seconds(cells, args.jobs)
     print(f"\n{describe_cost(cells, expected, args.jobs)}", flush=True)
     return None if args.budget else run_cells(cells, args.jobs, expected)
@@ -136,11 +138,7 @@ def finish(name: str, recipes: Mapping[str, RunConfig], grid: Grid, results: "Se
 
 
 def ablate(recipe: str, args: LadderArgs) -> None:
-    """The mode of --ablate.
-
-    Raises:
-        UserError: recipes beside it, or no rates yet.
-    """
+    """The mode of --ablate."""
     from .ablation import analyze_ablation, describe_ablation, plan_ablation
     from .cells import describe_cell, write_results
 
@@ -167,10 +165,7 @@ def ablate(recipe: str, args: LadderArgs) -> None:
 
 
 def make_grid(args: LadderArgs) -> Grid:
-    """
-    Raises:
-        UserError: unknown data set, or no size or length.
-    """
+    """Raises a UserError for an unknown data set, or without a size or length."""
     from myllm.data.find import find_dataset
 
     for option, value in {"--widths": args.widths, "--tokens": args.tokens, "--seeds": args.seeds}.items():
@@ -201,11 +196,7 @@ def known_rates(args: LadderArgs, recipes: Mapping[str, RunConfig], grid: Grid) 
 
 
 def tune_rates(args: LadderArgs, recipes: Mapping[str, RunConfig], grid: Grid) -> dict[str, RecipeRates]:
-    """Stage 1: search the rates, check their rule, and save them.
-
-    Raises:
-        UserError: an optimum lies at an edge.
-    """
+    """Stage 1: search the rates, check their rule, and save them."""
     from .cells import expected_seconds, run_cells
     from .search import check_rule, describe_search, search_rates
 

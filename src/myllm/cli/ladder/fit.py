@@ -34,14 +34,13 @@ class Losses:
     @property
     def means(self) -> np.ndarray:
         """Over the seeds there are: (R, S, K). NaN: no seed, or one diverged."""
-        means = self.values.sum(axis=-1, where=self._known) / np.where(self._seeds, self._seeds, np.nan)
+        means = self._known.mean(axis=-1).filled(np.nan)
         return np.where(np.isfinite(means), means, np.nan)
 
     @property
     def standard_errors(self) -> np.ndarray:
         """Of each mean, (R, S, K). NaN: fewer than two seeds."""
-        variance = (self._deviations**2).sum(axis=-1, where=self._known) / np.maximum(self._seeds - 1, 1)
-        return np.where(self._seeds > 1, np.sqrt(variance / np.maximum(self._seeds, 1)), np.nan)
+        return (self._known.std(axis=-1, ddof=1) / np.sqrt(self._seeds)).filled(np.nan)
 
     def spreads(self) -> np.ndarray:
         """How seeds move the losses of all recipes together, in every cell with two or more seeds: (R, n).
@@ -61,12 +60,12 @@ class Losses:
         return self.means + drawn.sum(axis=-1, where=counted) / np.maximum(seeds, 1)
 
     @property
-    def _known(self) -> np.ndarray:
-        return ~np.isnan(self.values)
+    def _known(self) -> np.ma.MaskedArray:
+        return np.ma.masked_array(self.values, np.isnan(self.values))
 
     @property
     def _seeds(self) -> np.ndarray:
-        return self._known.sum(axis=-1)
+        return self._known.count(axis=-1)
 
     @property
     def _deviations(self) -> np.ndarray:
@@ -193,12 +192,8 @@ def _fit_amplitudes(
 
 def size_multipliers(laws: SizeLaws, means: np.ndarray) -> np.ndarray:
     """The multiplier of each recipe at each size, the geometric mean over its lengths: (R, S, K) -> (R, S)."""
-    logs = np.log(laws.equal_tokens(means) / laws.tokens)
-    known = np.isfinite(logs)
-    with np.errstate(invalid="ignore"):
-        return np.exp(
-            np.where(known, logs, 0.0).sum(axis=-1) / np.where(known.any(axis=-1), known.sum(axis=-1), np.nan)
-        )
+    logs = np.ma.masked_invalid(np.log(laws.equal_tokens(means) / laws.tokens))
+    return np.exp(logs.mean(axis=-1)).filled(np.nan)
 
 
 # -- all sizes --------------------------------------------------------------------------------------------------------
@@ -226,21 +221,22 @@ class JointLaw:
     @property
     def size_exponents(self) -> np.ndarray:
         """g of each recipe, (R,): below 0, the multiplier shrinks with size."""
-        others = (len(self.theta) - 5) // 2
-        return np.append(0.0, self.theta[5 + others :])
+        return self._by_recipe[1]
 
     def multipliers(self, parameters: float) -> np.ndarray:
         """The multiplier of each recipe at a size, (R,)."""
-        others = (len(self.theta) - 5) // 2
-        return np.exp(np.append(0.0, self.theta[5 : 5 + others]) + self.size_exponents * self._log_size(parameters))
+        log_m, g = self._by_recipe
+        return np.exp(log_m + g * math.log(parameters / self.unit[0]))
 
     def loss(self, recipe: int, parameters: float, tokens: float) -> float:
         tokens *= float(self.multipliers(parameters)[recipe])
         law = self.constants
         return law["E"] + law["A"] * parameters ** -law["a"] + law["B"] * tokens ** -law["b"]
 
-    def _log_size(self, parameters: float) -> float:
-        return math.log(parameters / self.unit[0])
+    @property
+    def _by_recipe(self) -> np.ndarray:
+        """log m and g of each recipe, (2, R)."""
+        return np.insert(self.theta[5:].reshape(2, -1), 0, 0.0, axis=1)
 
 
 def fit_joint(means: np.ndarray, parameters: np.ndarray, tokens: np.ndarray, start: JointLaw | None = None) -> JointLaw:

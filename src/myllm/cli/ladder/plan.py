@@ -100,10 +100,7 @@ def load_recipes(words: Sequence[str]) -> dict[str, RunConfig]:
 
 
 def check_grid(grid: Grid, max_epochs: float) -> None:
-    """
-    Raises:
-        UserError: lists every error.
-    """
+    """Raises a UserError with every error."""
     errors = []
     for width in grid.widths:
         if width % grid.head_dim:

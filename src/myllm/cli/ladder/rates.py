@@ -89,13 +89,8 @@ def write_rates(rates: Mapping[str, RecipeRates]) -> dict[str, Any]:
 
 
 def _parse_widths(values: Any, place: str) -> dict[int, dict[str, float]]:
-    """
-    Raises:
-        UserError: not {WIDTH: {SETTING: NUMBER}}.
-    """
-    if not isinstance(values, dict):
-        values = {"": values}
-    for width, row in values.items():
+    """Raises a UserError if the values are not {WIDTH: {SETTING: NUMBER}}."""
+    for width, row in values.items() if isinstance(values, dict) else [("", values)]:
         known = isinstance(row, dict) and set(row) <= set(SETTINGS)
         if not (known and str(width).isdecimal() and all(isinstance(n, int | float) and n >= 0 for n in row.values())):
             raise UserError(f"{place}: expected {{WIDTH: {{SETTING: NUMBER}}}} with settings {', '.join(SETTINGS)}")

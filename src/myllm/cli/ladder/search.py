@@ -47,10 +47,6 @@ class Line:
         return {lowest: lowest - 1, highest: highest + 1}.get(self.best)
 
     @property
-    def at_edge(self) -> bool:
-        return self.beyond is not None
-
-    @property
     def optimum(self) -> float:
         """The power of two at the lowest point of the parabola through the best loss and its neighbors."""
         below, middle, above = (self.losses.get(self.best + shift, math.inf) for shift in (-1, 0, 1))
@@ -127,8 +123,8 @@ def search_rates(
     muon = [key for key in keys if recipes[key[0]].optim.optimizer == "muon"]
     alone = search_lines({key: partial(cell, key, together[key].best) for key in muon}, ALONE, run)
     names = {key: "muon_lr and max_lr" if key in muon else "max_lr" for key in keys}
-    edges = [(*key, names[key], line) for key, line in together.items() if line.at_edge]
-    edges += [(*key, "max_lr alone", line) for key, line in alone.items() if line.at_edge]
+    edges = [(*key, names[key], line) for key, line in together.items() if line.beyond is not None]
+    edges += [(*key, "max_lr alone", line) for key, line in alone.items() if line.beyond is not None]
     if edges:
         raise _edge_error(edges)
     found: dict[str, dict[int, dict[str, float]]] = {name: {} for name in recipes}
