@@ -4,8 +4,7 @@ Each file has the version of its format; without one, it is version 1. Readers c
 knows an old name.
 
 - To add a key, give it a default that means what the program did before. No change is needed here.
-- To rename or drop a key, or to rename a value, append a `Change` to the schema. This makes a new version, which older
-  programs refuse to read.
+- To rename or drop a key, append a `Change` to the schema. This makes a new version, which older programs refuse.
 - Never reuse an old name.
 """
 
@@ -29,8 +28,6 @@ class Change:
     """Old key to new key, which may be in another object."""
     removed: tuple[str, ...] = ()
     """Keys that are dropped."""
-    values: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """New key to a map of old values to new values."""
 
 
 @dataclass(frozen=True)
@@ -139,9 +136,6 @@ def _apply(change: Change, content: dict[str, Any]) -> None:
     for key, found in moved:
         if found:
             _put(content, key, found[0])
-    for key, renamed in change.values.items():
-        if (found := _take(content, key)) is not None:
-            _put(content, key, renamed.get(found[0], found[0]) if isinstance(found[0], str) else found[0])
 
 
 def _take(content: dict[str, Any], key: str) -> tuple[Any] | None:
