@@ -170,10 +170,7 @@ def may_be_model(name: str, hub: bool = True) -> bool:
 
 
 def check_model_path(name: str, hub: bool = True) -> None:
-    """
-    Raises:
-        UserError: `name` cannot be a model.
-    """
+    """Raises a UserError if `name` cannot be a model."""
     if not may_be_model(name, hub):
         raise no_checkpoint_error(name, runs_dir())
 
@@ -205,9 +202,6 @@ def unwritable_reason(path: Path) -> str | None:
 
 
 def check_writable(path: Path, option: str) -> None:
-    """
-    Raises:
-        UserError: the file that a command-line option names cannot be written.
-    """
+    """Raises a UserError if the file that a command-line option names cannot be written."""
     if reason := unwritable_reason(path):
         raise UserError(f"cannot write {path}: {reason}; give another file with {option}")

@@ -49,7 +49,6 @@ def list_sources(local: bool = False) -> None:
 def estimate(
     source: Positional[str],
     target: str | None = None,
-    documents: int | None = None,
     tokenizer: str = DataConfig.tokenizer,
     text_column: str | None = None,
     suffix: tuple[str, ...] = (),
@@ -60,7 +59,6 @@ def estimate(
     Args:
         source: as for `myllm data prepare`.
         target: estimate this much of it, for example 10GB of text or 10BT tokens (default: all).
-        documents: estimate this many documents, instead of target.
         tokenizer: r50k_base, or the path of a tokenizer.json.
         text_column: None: the source's own.
         suffix: also read local files with these suffixes as plain text.
@@ -70,14 +68,9 @@ def estimate(
     from myllm.data.prepare.spec import make_spec
     from myllm.distributed.cpu_threads import usable_cores
 
-    if target is not None and documents is not None:
-        raise UserError("give --target or --documents, not both")
-    if documents is not None and documents < 1:
-        raise UserError(f"--documents is {documents}, but must be at least 1")
-    wanted = ("documents", float(documents)) if documents else parse_target(target) if target else None
     config = DataConfig(source=source, tokenizer=tokenizer, text_column=text_column, suffixes=suffix)
     spec = make_spec(config, hashed=False)
-    found = estimate_source(spec, workers or usable_cores(), wanted)
+    found = estimate_source(spec, workers or usable_cores(), parse_target(target) if target else None)
     remote = any(file.remote for file in spec.source.files)
     print(f"{spec.source.description}: {len(spec.source.files):,} files, {format_bytes(spec.source.size_bytes)}")
     if note := spec.source.ignored_note:

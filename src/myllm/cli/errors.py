@@ -94,10 +94,7 @@ def _explain_out_of_memory(error: Exception) -> str | None:
 
 
 def _check_system() -> None:
-    """
-    Raises:
-        UserError: not a Unix system, so files cannot be locked.
-    """
+    """Raises a UserError if this is not a Unix system, so that files cannot be locked."""
     try:
         import fcntl  # noqa: F401 (only whether it is there)
     except ImportError:
@@ -108,10 +105,7 @@ def _check_system() -> None:
 
 
 def _fail(message: str, everywhere: bool = False) -> NoReturn:
-    """
-    Args:
-        everywhere: local rank 0 of every machine prints the message.
-    """
+    """Exit with code 2. With `everywhere`, local rank 0 of every machine prints the message."""
     if ranks.rank() == 0 or (everywhere and ranks.local_rank() == 0):
         print(f"error: {message}", file=sys.stderr)
     else:

@@ -109,14 +109,6 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "tune": tune_cli.tune,
     "ladder": ladder_cli.ladder,
 }
-RENAMED = {
-    "data seal": "data merge",
-    "data prepare --part": "--shard",
-    "data prepare --limit": "--max-documents",
-    "data prepare --seed": "--shuffle-seed",
-    "data prepare --max-file-size-mb": "--shard-tokens (two bytes per token, or four)",
-}
-"""Commands and options of earlier versions, with their new names."""
 GROUPS = ("data", "tokenizer", "checkpoint", "runs")
 """First words of two-word commands. `runs` alone is a command too."""
 TAKES_WORDS = {"plan", "preflight", "prove-resume", "tune", "ladder"}
@@ -139,11 +131,6 @@ def main(words: list[str] | None = None) -> None:
         if words[0] in GROUPS and words[0] not in COMMANDS and (len(words) == 1 or words[1] in ("-h", "--help")):
             print(_usage(words[0]))
             raise SystemExit(0 if wants_help else 2)
-        for old, new in RENAMED.items():
-            *command, last = old.split()
-            options = [word.partition("=")[0] for word in words[len(command) :]]
-            if words[: len(command)] == command and last in (options if last.startswith("--") else options[:1]):
-                raise UserError(f"{last if command and last[0] == '-' else old} was renamed: use {new}")
         names = sorted(COMMANDS, key=lambda name: -name.count(" "))  # `runs delete` before `runs`
         name = next((name for name in names if words[: name.count(" ") + 1] == name.split()), None)
         if name in GROUPS and words[1:] and not words[1].startswith("-"):

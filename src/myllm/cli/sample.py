@@ -18,8 +18,6 @@ from myllm.paths import check_writable, user_path
 if TYPE_CHECKING:
     from myllm.inference.generate import LanguageModel
 
-MAX_SAMPLES = 1_000_000
-
 
 @dataclass(frozen=True, kw_only=True)
 class LoadArgs:
@@ -45,9 +43,6 @@ class ModelArgs(LoadArgs):
     model: tyro.conf.Positional[str]
     """A run's name or folder (its newest intact checkpoint), a checkpoint's folder, a transformers folder such as an
     export, or a model on the Hub: NAMESPACE/NAME, NAMESPACE/NAME@REVISION."""
-
-    def load(self) -> "LanguageModel":
-        return self.load_model(self.model)
 
 
 Loading = Annotated[LoadArgs, tyro.conf.arg(name="")]
@@ -80,8 +75,6 @@ def sample(
         out: write to this file instead of stdout.
     """
     sampling.check()  # importing torch and loading the model take seconds
-    if num_samples > MAX_SAMPLES:
-        raise UserError(f"num_samples is {num_samples:,}, but must be at most {MAX_SAMPLES:,}")
     paths.check_model_path(source.model)
     if prompts_file and prompt is not None:
         raise UserError("give --prompt or --prompts-file, not both")
@@ -93,7 +86,7 @@ def sample(
         check_writable(out, "--out")
     from myllm.inference.completion import complete
 
-    model = source.load()
+    model = source.load_model(source.model)
     _print_notes(model, prompts, sampling.temperature == 0 and num_samples > 1)
     settings = {**asdict(sampling), "max_new_tokens": max_new_tokens, "stop": list(stop), "model": source.model}
     del settings["seed"]  # each record has its own
@@ -137,7 +130,7 @@ def chat(source: Source, sampling: Sampling, max_new_tokens: int = 100) -> None:
     paths.check_model_path(source.model)
     from myllm.inference import chat
 
-    chat.chat(source.load(), max_new_tokens, sampling)
+    chat.chat(source.load_model(source.model), max_new_tokens, sampling)
 
 
 def serve(

@@ -34,10 +34,7 @@ class TrainingProcess:
 
     @classmethod
     def start(cls, config: Path, name: str, data: Path, ranks: int = 1) -> "TrainingProcess":
-        """
-        Args:
-            data: the temp_data/ of the run.
-        """
+        """Start a run whose temp_data/ is `data`."""
         run, log = RunPaths(data / "runs" / name), data / f"{name}.log"
         old_metrics = _inode(run.metrics)
         words = ["--config", str(config), "--name", name]
@@ -114,10 +111,7 @@ def logged_step(run: RunPaths) -> int:
 
 
 def wait_until_gone(pids: list[int], timeout_s: float = 60) -> None:
-    """
-    Raises:
-        RunFailed: some processes still run.
-    """
+    """Raises RunFailed if some of the processes still run after a while."""
     deadline = time.monotonic() + timeout_s
     while alive := set(pids) & _parents().keys():
         if time.monotonic() > deadline:

@@ -4,14 +4,13 @@ import dataclasses
 import json
 import math
 import shlex
+import sys
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from myllm.errors import UserError
 from myllm.formatting import format_bytes, format_si, format_table
-
-from .confirm import confirm
 
 if TYPE_CHECKING:
     from myllm.paths import RunPaths
@@ -147,6 +146,28 @@ def archive(name: Positional[str], yes: bool = False) -> None:
     path = lifecycle.archive_run(plan)
     print(f"{path}: {format_bytes(path.stat().st_size)}, before {format_bytes(before + left_out)}")
     print(f"unpack it with: tar -xzf {shlex.quote(str(path))} -C {shlex.quote(str(path.parent))}")
+
+
+def confirm(question: str, yes: bool) -> None:
+    """Go on only if the user says yes; else the command ends with exit code 1, and nothing has changed.
+
+    Args:
+        yes: the command has --yes: don't ask.
+
+    Raises:
+        UserError: there is no terminal to ask on.
+    """
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise UserError(f"{question} There is no terminal to answer on; give --yes to do it")
+    try:
+        answer = input(f"{question} [y/N] ")
+    except EOFError:
+        answer = ""
+    if answer.strip().lower() not in ("y", "yes"):
+        print("nothing was changed")
+        raise SystemExit(1)
 
 
 def _folders(plan: "ArchivePlan") -> str:

@@ -9,7 +9,7 @@ from myllm.errors import UserError
 from myllm.files import file_lock, folder_bytes, fsync_dir, temporary_dir
 from myllm.formatting import format_bytes, format_names, format_si, format_table
 
-from .confirm import confirm
+from .command import confirm
 
 TITLES = ("name", "tokens", "validation", "size", "state", "used by")
 SHOWN_RUNS = 3
