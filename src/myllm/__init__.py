@@ -9,12 +9,11 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = ["generate", "load_model"]
-LAZY = (("generate", "inference.completion"), ("load_model", "inference.load"))
+LAZY = {"generate": "inference.completion", "load_model": "inference.load"}
 
 
 def __getattr__(name: str) -> Any:
     """Import `generate` and `load_model` at their first use (PEP 562): importing torch takes seconds."""
-    for public, module in LAZY:
-        if name == public:
-            return getattr(import_module(f".{module}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{LAZY[name]}", __name__), name)

@@ -90,13 +90,10 @@ def _describe(folders: list[Path], hashing: bool) -> Iterator[dict[str, Any]]:
         errors = list(verify_checkpoint(folder, HASH_ALL if hashing else HASH_NONE))
         if not folder.is_dir():  # deleted by a running training
             continue
-        tokens = None
-        if not errors:
-            tokens = read_state(folder).tokens_seen
         yield {
             "folder": str(folder),
             "step": step_of(folder),
-            "tokens": tokens,
+            "tokens": None if errors else read_state(folder).tokens_seen,
             "bytes": folder_bytes(folder),
             "validation_loss": losses.get(step_of(folder)),
             "where": folder.parent.name,

@@ -131,15 +131,12 @@ def main(words: list[str] | None = None) -> None:
         if words[0] in GROUPS and words[0] not in COMMANDS and (len(words) == 1 or words[1] in ("-h", "--help")):
             print(_usage(words[0]))
             raise SystemExit(0 if wants_help else 2)
-        names = sorted(COMMANDS, key=lambda name: -name.count(" "))  # `runs delete` before `runs`
-        name = next((name for name in names if words[: name.count(" ") + 1] == name.split()), None)
-        if name in GROUPS and words[1:] and not words[1].startswith("-"):
-            name = None  # `runs` has no other words
-        if name is None:
-            group = words[0] if words[0] in GROUPS else ""
-            given = " ".join(words[:2] if group else words[:1])
-            raise UserError(f"unknown command {given!r}{did_you_mean(given, list(COMMANDS))}\n\n{_usage(group)}")
-        rest = words[name.count(" ") + 1 :]
+        group = words[0] if words[0] in GROUPS else ""
+        # `myllm runs` is a command too, of one word.
+        name = " ".join(words[: 2 if group and words[1:] and not words[1].startswith("-") else 1])
+        if name not in COMMANDS:
+            raise UserError(f"unknown command {name!r}{did_you_mean(name, list(COMMANDS))}\n\n{_usage(group)}")
+        rest = words[len(name.split()) :]
         if name in TAKES_WORDS:
             COMMANDS[name](rest)
         else:

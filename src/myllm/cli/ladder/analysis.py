@@ -59,7 +59,9 @@ def match_losses(losses: Losses, seconds: np.ndarray, pairs: Sequence[tuple[int,
 
     def ratios(means: np.ndarray) -> np.ndarray:
         return np.array([
-            losses.tokens[length] / _within(_tokens_to_match(means, losses.tokens, pair, size, length), losses.tokens)
+            # Beyond the shortest and the longest run, only a bound is known.
+            losses.tokens[length]
+            / np.clip(_tokens_to_match(means, losses.tokens, pair, size, length), *losses.tokens[[0, -1]])
             for pair, size, length in places
         ])  # fmt: skip
 
@@ -83,11 +85,6 @@ def match_losses(losses: Losses, seconds: np.ndarray, pairs: Sequence[tuple[int,
 def _tokens_to_match(means: np.ndarray, tokens: np.ndarray, pair: tuple[int, int], size: int, length: int) -> float:
     first, second = pair
     return tokens_to_reach(float(means[first, size, length]), tokens, means[second, size])
-
-
-def _within(needed: float, tokens: np.ndarray) -> float:
-    """Tokens needed, between the shortest and the longest run: beyond, only a bound is known."""
-    return float(np.clip(needed, tokens[0], tokens[-1]))
 
 
 # -- laws -------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ A multiplier m is the tokens that the reference needs for a loss, divided by tho
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -91,14 +91,15 @@ def bands(losses: Losses, statistic: Callable[[np.ndarray], np.ndarray], drop_si
     value = statistic(losses.means)
     sizes, spreads = len(losses.parameters), losses.spreads()
     chance = np.random.default_rng(0)
-    rows = [statistic(losses.resampled(spreads, chance)) for _ in range(RESAMPLES if spreads.size else 0)]
-    resampled = np.array(rows).reshape(len(rows), len(value))
-    rows = [statistic(_without_size(losses.means, size)) for size in range(sizes if drop_sizes and sizes > 1 else 0)]
-    dropped = np.array(rows).reshape(len(rows), len(value))
-    return [_band(figure, resampled[:, column], dropped[:, column]) for column, figure in enumerate(value)]
+    resampled = [statistic(losses.resampled(spreads, chance)) for _ in range(RESAMPLES if spreads.size else 0)]
+    dropped = [statistic(_without_size(losses.means, size)) for size in range(sizes if drop_sizes and sizes > 1 else 0)]
+    return [
+        _band(figure, [row[column] for row in resampled], [row[column] for row in dropped])
+        for column, figure in enumerate(value)
+    ]
 
 
-def _band(value: float, resampled: np.ndarray, dropped: np.ndarray) -> Band:
+def _band(value: float, resampled: Sequence[float], dropped: Sequence[float]) -> Band:
     ends = [end for end in dropped if math.isfinite(end)]
     if np.isfinite(resampled).any():
         ends += list(np.nanpercentile(resampled, LEVEL))

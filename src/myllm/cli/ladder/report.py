@@ -63,9 +63,9 @@ def _sections(ladder: Values) -> list[tuple[str, Any, str]]:
     analysis, rates = ladder["analysis"], ladder["rates"]
     has_law = not all("missing" in analysis[law] for law in ("per_size", "joint"))
     sections = [
-        ("Losses", draw_losses(ladder), "\n".join(describe_matches(analysis["matches"]))),
-        ("Fewer tokens", draw_multipliers(ladder) if has_law else None, "\n".join(describe_sizes(analysis))),
-        ("One law for all cells", None, "\n".join(describe_joint(analysis))),
+        ("Losses", draw_losses(ladder), describe_matches(analysis["matches"])),
+        ("Fewer tokens", draw_multipliers(ladder) if has_law else None, describe_sizes(analysis)),
+        ("One law for all cells", None, describe_joint(analysis)),
     ]
     if search := rates.get("search"):
         sections.append(("Rates", draw_search(search), describe_search(search, rates["checks"])))

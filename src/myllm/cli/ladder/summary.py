@@ -17,11 +17,10 @@ Values = Mapping[str, Any]
 
 def describe_analysis(analysis: Values) -> str:
     """All figures as text."""
-    paragraphs = [describe_matches(analysis["matches"]), describe_sizes(analysis), describe_joint(analysis)]
-    return "\n\n".join("\n".join(lines) for lines in paragraphs)
+    return "\n\n".join([describe_matches(analysis["matches"]), describe_sizes(analysis), describe_joint(analysis)])
 
 
-def describe_matches(rows: Sequence[Values]) -> list[str]:
+def describe_matches(rows: Sequence[Values]) -> str:
     """Tokens and time to the same loss, without a law."""
     table = [["", "N", "tokens", "loss", "reached after", "fewer tokens", "95 % band", "less time"]]
     for row in rows:
@@ -34,38 +33,31 @@ def describe_matches(rows: Sequence[Values]) -> list[str]:
             f"{row['loss']:.4f}", "" if bound else format_si(row["tokens_needed"]), f"{sign}{ratio['value']:.2f}x",
             "" if bound else _range(ratio), f"{sign}{row['time_ratio']['value']:.2f}x",
         ])  # fmt: skip
-    lines = format_table(table, right=range(1, 8)).splitlines()
-    return [
-        "Tokens to the same final loss, interpolated between decayed runs; >= where the shortest is below it",
-        *lines,
-    ]
+    header = "Tokens to the same final loss, interpolated between decayed runs; >= where the shortest is below it"
+    return f"{header}\n{format_table(table, right=range(1, 8))}"
 
 
-def describe_sizes(analysis: Values) -> list[str]:
+def describe_sizes(analysis: Values) -> str:
     """Multipliers by a law at each size."""
     laws = analysis["per_size"]
     if "missing" in laws:
-        return [f"no law at each size: {laws['missing']}"]
+        return f"no law at each size: {laws['missing']}"
     header = f"L = E + A D^-b of {analysis['pairs'][0][0]} at each size, b = {laws['b']:.3f}: fewer tokens by this law"
-    return [header, *_multiplier_table(analysis, laws), *_describe_held_out(laws["held_out"])]
+    return "\n".join([header, _multiplier_table(analysis, laws), *_describe_held_out(laws["held_out"])])
 
 
-def describe_joint(analysis: Values) -> list[str]:
+def describe_joint(analysis: Values) -> str:
     """The joint law, and its extrapolation."""
     law = analysis["joint"]
     if "missing" in law:
-        return [f"no joint law and no extrapolation: {law['missing']}"]
+        return f"no joint law and no extrapolation: {law['missing']}"
     constants = ", ".join(f"{name} {format_number(value)}" for name, value in law["constants"].items())
     lines = [f"L = E + A N^-a + B (m N^g D)^-b of all recipes and sizes ({constants}): fewer tokens by this law"]
-    lines += _multiplier_table(analysis, law)
+    lines.append(_multiplier_table(analysis, law))
     for (first, second), slope in zip(analysis["pairs"], law["g"], strict=True):
         lines.append(f"{second} against {first}: m changes with size as N^{slope['value']:.3f} ({_range(slope, 3)})")
-    lines += [
-        *_describe_held_out(law["held_out"]),
-        "",
-        *_describe_extrapolation(analysis["pairs"], law["extrapolation"]),
-    ]
-    return lines
+    lines += _describe_held_out(law["held_out"])
+    return "\n".join([*lines, "", *_describe_extrapolation(analysis["pairs"], law["extrapolation"])])
 
 
 def _describe_extrapolation(pairs: Sequence[Sequence[str]], beyond: Values) -> list[str]:
@@ -80,11 +72,11 @@ def _describe_extrapolation(pairs: Sequence[Sequence[str]], beyond: Values) -> l
     return [*lines, f"  {CANNOT}"]
 
 
-def _multiplier_table(analysis: Values, law: Values) -> list[str]:
+def _multiplier_table(analysis: Values, law: Values) -> str:
     rows = [["", *(f"N {format_si(size)}" for size in analysis["parameters"])]]
     for (first, second), bands in zip(analysis["pairs"], law["multipliers"], strict=True):
         rows.append([f"{second} against {first}", *(f"{band['value']:.2f}x ({_range(band)})" for band in bands)])
-    return format_table(rows, right=range(1, len(rows[0]))).splitlines()
+    return format_table(rows, right=range(1, len(rows[0])))
 
 
 def _describe_held_out(rows: Sequence[Values]) -> list[str]:

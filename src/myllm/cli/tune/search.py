@@ -147,15 +147,21 @@ class Search:
 
     def _sample(self) -> Iterator[TunedRun]:
         """Points that were begun, then new ones."""
-        from optuna.trial import TrialState
+        import optuna
 
-        begun = [trial for trial in self.study.get_trials(deepcopy=False) if trial.state != TrialState.WAITING]
+        waiting = optuna.trial.TrialState.WAITING
+        begun = [trial for trial in self.study.get_trials(deepcopy=False) if trial.state != waiting]
         for trial in begun[: self.plan.trials]:
             yield self._point(trial.number, 0, self._seed)
-        distributions: dict[str, Any] = {p.name: p.distribution() for p in self.plan.parameters}
+        ranges: dict[str, Any] = {
+            p.name: optuna.distributions.FloatDistribution(*p.bounds) for p in self.plan.parameters
+        }
         for index in range(len(begun), self.plan.trials):
-            self.study.sampler = _sampler(self._seed + index, self.jobs)
-            trial_number = self.study.ask(distributions).number
+            # A new one for each point, with a seed of its own, so that a restart does not draw the same numbers again.
+            self.study.sampler = optuna.samplers.TPESampler(
+                multivariate=True, n_startup_trials=1, constant_liar=self.jobs > 1, seed=self._seed + index
+            )
+            trial_number = self.study.ask(ranges).number
             yield self._point(trial_number, 0, self._seed)
 
     def _point(self, number: int, rung: int, seed: int) -> TunedRun:
@@ -233,10 +239,3 @@ def _check_same(saved: dict[str, Any], wanted: dict[str, Any], folder: Path) -> 
             f"the search in {folder} has other settings:\n{bullets(changes)}\n"
             "give the same ones to continue it, or another --name to begin one"
         )
-
-
-def _sampler(seed: int, jobs: int) -> "optuna.samplers.BaseSampler":
-    """A new one for each point, with a seed of its own, so that a restart does not draw the same numbers again."""
-    import optuna
-
-    return optuna.samplers.TPESampler(multivariate=True, n_startup_trials=1, constant_liar=jobs > 1, seed=seed)

@@ -2,13 +2,9 @@
 
 import math
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
 
 from myllm.config import OptimConfig, RunConfig
 from myllm.errors import UserError, did_you_mean
-
-if TYPE_CHECKING:
-    from optuna.distributions import FloatDistribution
 
 MAX_PARAMETERS = 4
 """More cannot be told apart with some tens of trials."""
@@ -52,12 +48,6 @@ class Parameter:
         """The coordinates of the range, the lower first."""
         first, second = sorted((self.coordinate(self.low), self.coordinate(self.high)))
         return first, second
-
-    def distribution(self) -> "FloatDistribution":
-        """Of the coordinate."""
-        from optuna.distributions import FloatDistribution
-
-        return FloatDistribution(*self.bounds)
 
 
 def parse_search(words: tuple[str, ...]) -> list[Parameter]:
