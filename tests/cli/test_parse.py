@@ -84,7 +84,6 @@ def test_help_names_values_and_fits_width(
     name: str, columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = shown(capsys, monkeypatch, *name.split(), "--help", columns=columns)
-    assert "STR" not in text
     assert "{None}" not in text
     assert max(map(len, text.splitlines())) <= columns
     broken = re.findall(r"[a-z,] {20,}│\n│ +[a-z]\w* ", text) if columns == 200 else []

@@ -1,4 +1,4 @@
-"""How command lines are parsed: tyro, with names for values and help that fits the terminal."""
+"""How command lines are parsed: tyro, with numbers such as 500M and help that fits the terminal."""
 
 import dataclasses
 import functools
@@ -81,7 +81,6 @@ def version() -> str:
 def _registry() -> ConstructorRegistry:
     registry = ConstructorRegistry()
     registry.struct_rule(_dataclass)
-    registry.primitive_rule(_text)
     registry.primitive_rule(_integer)
     registry.primitive_rule(_optional)
     return registry
@@ -101,19 +100,6 @@ def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
         instance_from_str=lambda words: None if words == [NONE] else inner.instance_from_str(words),
         is_instance=lambda value: value is None or inner.is_instance(value),
         str_from_instance=lambda value: [NONE] if value is None else inner.str_from_instance(value),
-    )
-
-
-def _text(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
-    """A string is TEXT in --help, in place of tyro's STR."""
-    if info.type is not str:
-        return None
-    return PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="TEXT",
-        instance_from_str=lambda words: words[0],
-        is_instance=lambda value: isinstance(value, str),
-        str_from_instance=lambda value: [value.replace("\n", r"\n")],  # what help shows of a default
     )
 
 
