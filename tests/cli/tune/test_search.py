@@ -109,6 +109,8 @@ def test_search_finds_optimum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_killed_search_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     in_place_of_training(monkeypatch)
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
     whole = [(run.name, run.values, run.loss) for run in Search(plan_of(), tmp_path / "whole").run()]
     names: list[str] = []
     finished: dict[str, TrialResult] = {}
